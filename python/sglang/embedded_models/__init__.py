@@ -1,0 +1,12 @@
+"""The trained checkpoints that ship inside the package, by name; `scripts/train_tiny_models.py` made them."""
+
+from pathlib import Path
+
+_NAMES = ("deepseek-v3-tiny", "deepseek-v2-tiny", "qwen3.5-moe-tiny")
+
+EMBEDDED_MODELS: dict[str, Path] = {name: Path(__file__).resolve().parent / name for name in _NAMES}
+
+
+def default_model_path() -> Path:
+    """Folder of the checkpoint that is served when no model is named: the DeepSeek-V3-shaped one."""
+    return EMBEDDED_MODELS[_NAMES[0]]

@@ -1,0 +1,45 @@
+"""Causal attention of packed requests over the paged cache: prefill, with or without a cached prefix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang.kernels.ops.attention.ragged_extend import indptr, ragged_extend_torch, ragged_shapes
+from sglang.kernels.spec import Case, Impl, Op
+
+
+def paged_extend_torch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_slot_ids: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Causal softmax attention, request by request, over cache slots.
+
+    q [N, Hq, D], k_cache [S, Hk, D], v_cache [S, Hk, Dv]; kv_slot_ids [M] int64 lists the slots of each request's
+    tokens in order, the new ones (already written) included; qo_indptr and kv_indptr [B+1] int64 cut q and
+    kv_slot_ids by request. -> [N, Hq, Dv] in q's dtype.
+    """
+    k = k_cache.index_select(0, kv_slot_ids).to(q.dtype)
+    v = v_cache.index_select(0, kv_slot_ids).to(q.dtype)
+    return ragged_extend_torch(q, k, v, qo_indptr, kv_indptr, scale)
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for name, q_lens, kv_lens in ragged_shapes():
+        for heads, kv_heads in ((2, 2), (4, 1)):
+            slots = torch.randperm(sum(kv_lens) + 3, generator=generator)[: sum(kv_lens)]
+            q = torch.randn(sum(q_lens), heads, 8, generator=generator)
+            k_cache = torch.randn(sum(kv_lens) + 3, kv_heads, 8, generator=generator)
+            v_cache = torch.randn(sum(kv_lens) + 3, kv_heads, 8, generator=generator)
+            args = (q, k_cache, v_cache, slots, indptr(q_lens), indptr(kv_lens), 0.35)
+            yield Case(f"{name}-{heads}x{kv_heads}", args)
+
+
+paged_extend = Op("attention.paged_extend", Impl("torch", paged_extend_torch), cases=_cases)

@@ -1,0 +1,101 @@
+"""Causal attention of packed requests over packed keys and values: prefill with everything at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from sglang.kernels.spec import Case, Impl, Op
+
+# Query rows at once: small enough that a block skips most of the keys after it, large enough to fill a product.
+_BLOCK_ROWS = 512
+# Bound on the logits mask of one block, in elements.
+_BLOCK_MASK = 1 << 21
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """Softmax attention of one request whose n queries are the last n of its m tokens.
+
+    q [n, Hq, D], k [m, Hk, D], v [m, Hk, Dv], n <= m, Hq a multiple of Hk -> [n, Hq, Dv] in q's dtype. Query i sees
+    keys up to m - n + i.
+    """
+    num_queries, num_keys, v_dim = q.shape[0], k.shape[0], v.shape[2]
+    query, key, value = (tensor.transpose(0, 1).unsqueeze(0) for tensor in (q, k, v))
+    if v_dim < k.shape[2]:  # the fused kernel of torch wants one width
+        value = F.pad(value, (0, k.shape[2] - v_dim))
+    gqa = q.shape[1] != k.shape[1]
+    block = max(16, min(_BLOCK_ROWS, _BLOCK_MASK // max(num_keys, 1)))
+    parts = []
+    for start in range(0, num_queries, block):
+        end = min(start + block, num_queries)
+        seen = num_keys - num_queries + end
+        rows = end - start
+        mask = None
+        if rows > 1 and rows != seen:
+            mask = torch.ones(rows, seen, dtype=torch.bool, device=q.device).tril(seen - rows)
+        part = F.scaled_dot_product_attention(
+            query[:, :, start:end],
+            key[:, :, :seen],
+            value[:, :, :seen],
+            attn_mask=mask,
+            is_causal=rows == seen and rows > 1,
+            scale=scale,
+            enable_gqa=gqa,
+        )
+        parts.append(part[0, ..., :v_dim].transpose(0, 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def ragged_extend_torch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """Causal softmax attention, request by request, over packed rows.
+
+    q [N, Hq, D], k [M, Hk, D], v [M, Hk, Dv]; request i owns query rows qo_indptr[i]:qo_indptr[i+1] and key rows
+    kv_indptr[i]:kv_indptr[i+1] (int64 [B+1]); its queries are its last tokens, at most as many as its keys.
+    -> [N, Hq, Dv] in q's dtype.
+    """
+    queries, keys = qo_indptr.tolist(), kv_indptr.tolist()
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
+    for i in range(len(queries) - 1):
+        rows = slice(queries[i], queries[i + 1])
+        cols = slice(keys[i], keys[i + 1])
+        if rows.stop > rows.start:
+            out[rows] = causal_attention(q[rows], k[cols], v[cols], scale)
+    return out
+
+
+def ragged_shapes() -> Iterator[tuple[str, list[int], list[int]]]:
+    """Name, query lengths and key lengths of the batches that extend kernels must get right."""
+    yield "one-token", [1], [1]
+    yield "fresh", [5, 3], [5, 3]
+    yield "with-prefix", [4, 1, 7], [9, 20, 7]
+    yield "single-rows", [1, 1, 1], [3, 1, 17]
+    yield "one-empty", [2, 0, 3], [4, 6, 3]
+    yield "empty", [], []
+    yield "many-blocks", [_BLOCK_ROWS + 40], [_BLOCK_ROWS + 77]
+
+
+def indptr(lengths: list[int]) -> torch.Tensor:
+    """Running sum with a leading zero, int64 [len + 1]."""
+    return F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0))
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for name, q_lens, kv_lens in ragged_shapes():
+        for heads, kv_heads, dim, v_dim in ((2, 2, 12, 8), (4, 2, 8, 8)):
+            q = torch.randn(sum(q_lens), heads, dim, generator=generator)
+            k = torch.randn(sum(kv_lens), kv_heads, dim, generator=generator)
+            v = torch.randn(sum(kv_lens), kv_heads, v_dim, generator=generator)
+            yield Case(f"{name}-{heads}x{kv_heads}", (q, k, v, indptr(q_lens), indptr(kv_lens), 0.3))
+
+
+ragged_extend = Op("attention.ragged_extend", Impl("torch", ragged_extend_torch), cases=_cases)

@@ -1,0 +1,120 @@
+"""Expert choice of the three router families: softmax, softmax limited to groups, biased sigmoid limited to groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang.kernels.spec import Case, Impl, Op
+
+
+def _finish(weights: torch.Tensor, ids: torch.Tensor, renormalize: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    if scale != 1.0:
+        weights = weights * scale
+    return weights, ids.to(torch.int32)
+
+
+def _keep_groups(choice: torch.Tensor, group_scores: torch.Tensor, topk_group: int) -> torch.Tensor:
+    """Set the scores of all experts outside the best ``topk_group`` groups to -inf."""
+    kept = group_scores.topk(topk_group, dim=-1, sorted=False).indices
+    dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
+    grouped = choice.unflatten(1, (group_scores.shape[1], -1))
+    return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
+
+
+def _score(logits: torch.Tensor, scoring: str) -> torch.Tensor:
+    if scoring == "softmax":
+        return logits.float().softmax(-1)
+    if scoring == "sigmoid":
+        return logits.float().sigmoid()
+    raise ValueError(f"scoring must be softmax or sigmoid, got {scoring!r}")
+
+
+def topk_plain_torch(
+    logits: torch.Tensor, top_k: int, scoring: str, renormalize: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best experts by score.
+
+    logits [N, E] float, scoring "softmax" or "sigmoid" -> weights [N, k] float32, ids [N, k] int32 in [0, E), distinct
+    in a row, in no particular order; ties may take any. A weight is the score, divided by the row's sum when
+    ``renormalize``, times ``scale``. A row with NaN still gets valid ids.
+    """
+    weights, ids = _score(logits, scoring).topk(top_k, dim=-1, sorted=False)
+    return _finish(weights, ids, renormalize, scale)
+
+
+def topk_grouped_torch(
+    logits: torch.Tensor, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best experts inside the ``topk_group`` groups with the largest single score.
+
+    logits [N, E] with E = n_group * group size, experts of a group side by side; topk_group * group size >= k.
+    Returns as ``topk_plain_torch``. DeepSeek-V2 report, section 2.2.2 (device-limited routing).
+    """
+    scores = _score(logits, scoring)
+    group_scores = scores.unflatten(1, (n_group, -1)).amax(-1)
+    ids = _keep_groups(scores, group_scores, topk_group).topk(top_k, dim=-1, sorted=False).indices
+    return _finish(scores.gather(1, ids), ids, renormalize, scale)
+
+
+def topk_biased_grouped_torch(
+    logits: torch.Tensor,
+    bias: torch.Tensor,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best experts by score + bias inside the ``topk_group`` groups with the largest sum of their best two.
+
+    logits [N, E] with E = n_group * group size and group size >= 2, bias [E] float32 (steers the choice and never
+    enters a weight). Returns as ``topk_plain_torch``. DeepSeek-V3 report, eqs. 13-16.
+    """
+    scores = _score(logits, scoring)
+    choice = scores + bias
+    group_scores = choice.unflatten(1, (n_group, -1)).topk(2, dim=-1, sorted=False).values.sum(-1)
+    ids = _keep_groups(choice, group_scores, topk_group).topk(top_k, dim=-1, sorted=False).indices
+    return _finish(scores.gather(1, ids), ids, renormalize, scale)
+
+
+def _logits() -> Iterator[tuple[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    for rows in (1, 7, 0, 64):
+        yield f"{rows}-rows", torch.randn(rows, 16, generator=generator) * 2
+    yield "ties", torch.zeros(3, 16)
+    ugly = torch.randn(4, 16, generator=generator)
+    ugly[0, 3] = float("nan")
+    ugly[1, :8] = float("-inf")
+    ugly[2, 5] = 300.0
+    ugly[3] = float("-inf")
+    yield "nan-inf", ugly
+
+
+def _plain_cases() -> Iterator[Case]:
+    for name, logits in _logits():
+        for scoring, renormalize, scale in (("softmax", False, 1.0), ("softmax", True, 1.0), ("sigmoid", True, 2.5)):
+            yield Case(f"{name}-{scoring}-{renormalize}", (logits, 4, scoring, renormalize, scale))
+
+
+def _grouped_cases() -> Iterator[Case]:
+    for name, logits in _logits():
+        for n_group, topk_group in ((4, 2), (8, 3), (1, 1)):
+            yield Case(f"{name}-{n_group}-{topk_group}", (logits, 4, "softmax", False, n_group, topk_group, 16.0))
+
+
+def _biased_cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(3)
+    for name, logits in _logits():
+        bias = torch.randn(16, generator=generator)
+        for n_group, topk_group in ((4, 2), (8, 3), (1, 1)):
+            yield Case(f"{name}-{n_group}-{topk_group}", (logits, bias, 4, "sigmoid", True, n_group, topk_group, 2.5))
+
+
+topk_plain = Op("moe.topk_plain", Impl("torch", topk_plain_torch), cases=_plain_cases)
+topk_grouped = Op("moe.topk_grouped", Impl("torch", topk_grouped_torch), cases=_grouped_cases)
+topk_biased_grouped = Op("moe.topk_biased_grouped", Impl("torch", topk_biased_grouped_torch), cases=_biased_cases)

@@ -1,0 +1,51 @@
+"""Rotary position embedding of queries and keys from a table of cosines and sines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang.kernels.spec import Case, Impl, Op
+
+
+def rotary_torch(
+    positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate the first R dimensions of each head by its position's angles; the other dimensions pass unchanged.
+
+    positions [N] int64 in [0, P), q [N, Hq, D], k [N, Hk, D], cos_sin_cache [P, R] float32 (R/2 cosines, then R/2
+    sines) -> new (q, k) in their dtypes. Pair i is (x_i, x_{i+R/2}) when ``is_neox``, else (x_{2i}, x_{2i+1}), and is
+    written back where it came from. Su et al. 2021, eq. 34.
+    """
+    heads = q.shape[1]
+    cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    both = torch.cat((q, k), dim=1)
+    rotary_dim = cos_sin_cache.shape[1]
+    x = both[..., :rotary_dim].float()
+    if is_neox:
+        first, second = x.chunk(2, dim=-1)
+        rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    else:
+        pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+        rotated = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+    rotated = rotated.to(q.dtype)
+    if rotary_dim < both.shape[-1]:
+        rotated = torch.cat((rotated, both[..., rotary_dim:]), dim=-1)
+    return rotated[:, :heads], rotated[:, heads:]
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = (("one-row", 1, 1, 1, 8, 8), ("partial", 5, 4, 2, 24, 8), ("mla", 7, 3, 1, 64, 64), ("empty", 0, 2, 1, 8, 8))
+    for name, rows, heads, kv_heads, dim, rotary_dim in shapes:
+        angles = torch.rand(32, rotary_dim // 2, generator=generator) * 6.3
+        cache = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        positions = torch.randint(0, 32, (rows,), generator=generator)
+        q = torch.randn(rows, heads, dim, generator=generator)
+        k = torch.randn(rows, kv_heads, dim, generator=generator)
+        for is_neox in (True, False):
+            yield Case(f"{name}-{'neox' if is_neox else 'interleaved'}", (positions, q, k, cache, is_neox))
+
+
+rotary = Op("rope.rotary", Impl("torch", rotary_torch), cases=_cases)

@@ -1,0 +1,219 @@
+"""Which implementation of each op runs: static choice, forcing, fallbacks and failures on record."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.environ import envs
+from sglang.srt.platforms import current_platform
+
+if TYPE_CHECKING:
+    from sglang.kernels.spec import Impl, Op
+
+logger = logging.getLogger(__name__)
+
+
+class KernelConfigError(ValueError):
+    """SGLANG_KERNELS or a preferred backend names something that does not exist or cannot run here."""
+
+
+@dataclass
+class OpRecord:
+    """What is known of one op: the static verdict on each implementation and what happened since."""
+
+    chosen: str
+    verdicts: dict[str, str]
+    forced: bool = False
+    calls_refused: Counter[str] = field(default_factory=Counter)
+    disabled: dict[str, str] = field(default_factory=dict)
+
+
+def probe_package(name: str) -> str | None:
+    """None when ``name`` imports, else why not. Vendor packages fail with any exception, not only ImportError."""
+    try:
+        importlib.import_module(name)
+    except Exception as error:  # the one probe of the tree; the reason is kept and shown
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+class KernelRegistry:
+    """All ops of the process, and the frozen table of what runs."""
+
+    def __init__(self) -> None:
+        self.ops: dict[str, Op] = {}
+        self.records: dict[str, OpRecord] = {}
+        self.serving = False
+        self._packages: dict[str, str | None] = {}
+        self._preferred: dict[str, str] = {}
+        self._forced: dict[str, str] | None = None
+
+    def add(self, op: Op) -> None:
+        if op.name in self.ops:
+            raise ValueError(f"op {op.name} is declared twice")
+        self.ops[op.name] = op
+
+    def load_all(self) -> None:
+        """Import every module under ``sglang.kernels.ops``, so that each op is declared."""
+        package = importlib.import_module("sglang.kernels.ops")
+        for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+            if not module.name.endswith("_triton"):
+                importlib.import_module(module.name)
+
+    def prefer(self, group: str, impl: str) -> None:
+        """Put implementation ``impl`` first for the ops of ``group`` that have it (``--attention-backend``)."""
+        self._preferred[group] = impl
+        self._unfreeze()
+
+    def freeze(self) -> None:
+        """Decide every op now; raises KernelConfigError when SGLANG_KERNELS cannot be honoured."""
+        self.load_all()
+        forced = self._forcing()
+        for name in forced:
+            if name not in self.ops:
+                raise KernelConfigError(f"SGLANG_KERNELS names op {name!r}. {_nearest(name, self.ops)}")
+        for op in self.ops.values():
+            self._decide(op)
+
+    def start_serving(self) -> None:
+        """End of warm-up: from here on a kernel that fails raises instead of being replaced."""
+        self.serving = True
+
+    def dispatch(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the first candidate that accepts the arguments."""
+        if op.table is None:
+            self._decide(op)
+        record = self.records[op.name]
+        for impl in op.table or ():
+            if impl.name in record.disabled:
+                continue
+            if impl.accepts is not None and not impl.accepts(*args, **kwargs):
+                self._refused(op, impl, record)
+                continue
+            if self.serving or impl is op.impls[-1]:
+                return impl.fn(*args, **kwargs)
+            try:
+                return impl.fn(*args, **kwargs)
+            except Exception as error:  # warm-up only: the kernel is disabled, once, aloud
+                self._disable(op, impl, record, error)
+        raise KernelConfigError(f"op {op.name}: no implementation accepts these arguments (forced: {record.forced}).")
+
+    def report(self) -> list[dict[str, Any]]:
+        """One row an op for /server_info and ``python -m sglang.kernels``."""
+        rows = []
+        for name in sorted(self.records):
+            record = self.records[name]
+            rows.append(
+                {
+                    "op": name,
+                    "chosen": record.chosen,
+                    "forced": record.forced,
+                    "implementations": record.verdicts,
+                    "calls_refused": dict(record.calls_refused),
+                    "disabled": record.disabled,
+                }
+            )
+        return rows
+
+    def _forcing(self) -> dict[str, str]:
+        if self._forced is None:
+            self._forced = parse_forcing(envs.SGLANG_KERNELS.get())
+        return self._forced
+
+    def _unfreeze(self) -> None:
+        self.records.clear()
+        self._forced = None
+        for op in self.ops.values():
+            op.set_table(None)
+
+    def _decide(self, op: Op) -> None:
+        verdicts = {impl.name: self._verdict(impl) for impl in op.impls}
+        wanted = self._forcing().get(op.name)
+        preferred = self._preferred.get(op.group)
+        if wanted is not None:
+            self._check_forced(op, wanted, preferred, verdicts)
+            table = tuple(impl for impl in op.impls if impl.name == wanted)
+        else:
+            usable = [impl for impl in op.impls if verdicts[impl.name] == "ok"]
+            table = tuple(sorted(usable, key=lambda impl: impl.name != preferred))
+        self.records[op.name] = OpRecord(chosen=table[0].name, verdicts=verdicts, forced=wanted is not None)
+        op.set_table(table)
+
+    def _check_forced(self, op: Op, wanted: str, preferred: str | None, verdicts: dict[str, str]) -> None:
+        if wanted not in verdicts:
+            raise KernelConfigError(f"SGLANG_KERNELS: op {op.name} has no {wanted!r}. {_nearest(wanted, verdicts)}")
+        if verdicts[wanted] != "ok":
+            raise KernelConfigError(f"SGLANG_KERNELS forces {op.name}={wanted}, which cannot run: {verdicts[wanted]}.")
+        if preferred in verdicts and preferred != wanted:
+            raise KernelConfigError(
+                f"SGLANG_KERNELS forces {op.name}={wanted}, but the backend flag prefers {preferred}. Drop one of them."
+            )
+
+    def _verdict(self, impl: Impl) -> str:
+        """ "ok", or why this implementation cannot run in this process."""
+        if impl.kinds is not None and current_platform.kind not in impl.kinds:
+            return f"not for {current_platform.kind} (only {', '.join(sorted(impl.kinds))})"
+        if impl.archs is not None and not current_platform.arch.startswith(impl.archs):
+            return f"not for {current_platform.arch} (only {', '.join(impl.archs)})"
+        if impl.needs_device and current_platform.device_type == "cpu":
+            return "needs a GPU"
+        if impl.enabled is not None and not impl.enabled():
+            return "switched off"
+        if impl.package is not None:
+            if impl.package not in self._packages:
+                self._packages[impl.package] = probe_package(impl.package)
+            reason = self._packages[impl.package]
+            if reason is not None:
+                return f"package {impl.package} does not import ({reason})"
+        return "ok"
+
+    def _refused(self, op: Op, impl: Impl, record: OpRecord) -> None:
+        record.calls_refused[impl.name] += 1
+        if record.calls_refused[impl.name] == 1:
+            logger.info("op %s: %s does not accept these arguments; the next implementation runs", op.name, impl.name)
+
+    def _disable(self, op: Op, impl: Impl, record: OpRecord, error: Exception) -> None:
+        record.disabled[impl.name] = f"{type(error).__name__}: {error}"
+        logger.warning("op %s: %s failed in warm-up and is disabled: %s", op.name, impl.name, error)
+        left = [other.name for other in op.table or () if other.name not in record.disabled]
+        record.chosen = left[0] if left else "none"
+
+
+def parse_forcing(text: str) -> dict[str, str]:
+    """ "op=impl,op=impl" as a mapping; raises KernelConfigError for a malformed or repeated entry."""
+    forced: dict[str, str] = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        op, separator, impl = entry.partition("=")
+        if not separator or not op.strip() or not impl.strip():
+            raise KernelConfigError(f"SGLANG_KERNELS takes op=implementation pairs with commas between, got {entry!r}.")
+        if op.strip() in forced:
+            raise KernelConfigError(f"SGLANG_KERNELS names op {op.strip()!r} twice.")
+        forced[op.strip()] = impl.strip()
+    return forced
+
+
+def _nearest(name: str, known: Any) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"Did you mean {close[0]!r}?" if close else f"Known: {', '.join(sorted(known))}."
+
+
+REGISTRY = KernelRegistry()
+
+
+@contextmanager
+def fresh_decisions() -> Iterator[None]:
+    """Decide anew inside the block, and again after it (tests that change switches or the platform)."""
+    REGISTRY._unfreeze()
+    try:
+        yield
+    finally:
+        REGISTRY._unfreeze()

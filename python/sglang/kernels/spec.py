@@ -1,0 +1,90 @@
+"""An operation and its implementations: the torch reference defines it, the first that fits runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from sglang.kernels.registry import REGISTRY
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of arguments for parity tests and benches."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Impl:
+    """One implementation of an op.
+
+    Static conditions, checked once a process: ``kinds`` of platform, ``archs`` (prefixes), an importable ``package``,
+    ``needs_device`` (not runnable where tensors live on the host) and the switch ``enabled``. Per call:
+    ``accepts(*args, **kwargs)`` reads shapes, dtypes and strides and never device data.
+    """
+
+    name: str
+    fn: Callable[..., Any]
+    kinds: frozenset[str] | set[str] | None = None
+    archs: tuple[str, ...] | None = None
+    package: str | None = None
+    needs_device: bool = False
+    enabled: Callable[[], bool] | None = None
+    accepts: Callable[..., bool] | None = None
+
+
+class Op:
+    """A named operation; calling it runs the first implementation that fits.
+
+    Implementations are given best first; the last is the unrestricted torch reference.
+    """
+
+    def __init__(self, name: str, *impls: Impl, cases: Callable[[], Iterable[Case]] | None = None) -> None:
+        if not impls or _is_restricted(impls[-1]):
+            raise ValueError(f"op {name}: the last implementation must be the unrestricted reference")
+        names = [impl.name for impl in impls]
+        if len(set(names)) != len(names):
+            raise ValueError(f"op {name}: two implementations share a name: {names}")
+        self.name = name
+        self.impls = impls
+        self._cases = cases
+        self._table: tuple[Impl, ...] | None = None
+        self._direct: Callable[..., Any] | None = None
+        REGISTRY.add(self)
+
+    @property
+    def group(self) -> str:
+        return self.name.split(".")[0]
+
+    @property
+    def reference(self) -> Callable[..., Any]:
+        """The torch reference that defines the op."""
+        return self.impls[-1].fn
+
+    def cases(self) -> Iterator[Case]:
+        """Arguments on the CPU for parity tests and benches, ugly ones included."""
+        return iter(()) if self._cases is None else iter(self._cases())
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._direct is not None:
+            return self._direct(*args, **kwargs)
+        return REGISTRY.dispatch(self, args, kwargs)
+
+    def set_table(self, table: tuple[Impl, ...] | None) -> None:
+        """Store the frozen candidates; a single unconditional one is called without any check."""
+        self._table = table
+        single = table is not None and len(table) == 1 and table[0].accepts is None
+        self._direct = table[0].fn if single and table is not None else None
+
+    @property
+    def table(self) -> tuple[Impl, ...] | None:
+        return self._table
+
+
+def _is_restricted(impl: Impl) -> bool:
+    conditions = (impl.kinds, impl.archs, impl.package, impl.enabled, impl.accepts)
+    return impl.needs_device or any(condition is not None for condition in conditions)

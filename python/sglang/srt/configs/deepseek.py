@@ -1,0 +1,154 @@
+"""Typed configuration of the DeepSeek V2 and V3 families, from the keys of their config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.configs.errors import ConfigReader
+from sglang.srt.configs.rope import RopeConfig, read_rope
+
+# (scoring_func, topk_method) pairs that released models use and that the router implements.
+_ROUTERS = (("softmax", "greedy"), ("softmax", "group_limited_greedy"), ("sigmoid", "noaux_tc"))
+
+
+@dataclass(frozen=True)
+class DeepseekConfig:
+    """Shapes and numerics of a DeepSeek model; field names are those of config.json.
+
+    ``q_lora_rank`` None means one plain query projection; ``n_routed_experts`` None means that every layer is dense.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    moe_intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    vocab_size: int
+    rms_norm_eps: float
+    n_routed_experts: int | None
+    n_shared_experts: int
+    num_experts_per_tok: int
+    first_k_dense_replace: int
+    moe_layer_freq: int
+    norm_topk_prob: bool
+    scoring_func: str
+    topk_method: str
+    n_group: int
+    topk_group: int
+    routed_scaling_factor: float
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    max_position_embeddings: int
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    num_nextn_predict_layers: int
+    rope_interleave: bool
+    attention_bias: bool
+
+    @classmethod
+    def from_hf(cls, d: Mapping[str, Any]) -> DeepseekConfig:
+        """Read a config.json object; raises ConfigError that names every missing or ill-typed key."""
+        reader = ConfigReader(d)
+        reader.take_choice("hidden_act", ("silu",), "silu")
+        if reader.take_bool("mlp_bias", False):
+            reader.problem("key mlp_bias = true is not supported: the feed-forward layers have no bias")
+        config = cls(
+            hidden_size=reader.take_int("hidden_size"),
+            intermediate_size=reader.take_int("intermediate_size"),
+            num_hidden_layers=reader.take_int("num_hidden_layers"),
+            num_attention_heads=reader.take_int("num_attention_heads"),
+            vocab_size=reader.take_int("vocab_size"),
+            rms_norm_eps=reader.take_float("rms_norm_eps"),
+            q_lora_rank=reader.take_int("q_lora_rank", None),
+            kv_lora_rank=reader.take_int("kv_lora_rank"),
+            qk_nope_head_dim=reader.take_int("qk_nope_head_dim"),
+            qk_rope_head_dim=reader.take_int("qk_rope_head_dim", minimum=2),
+            v_head_dim=reader.take_int("v_head_dim"),
+            max_position_embeddings=reader.take_int("max_position_embeddings"),
+            rope=read_rope(reader),
+            tie_word_embeddings=reader.take_bool("tie_word_embeddings", False),
+            num_nextn_predict_layers=reader.take_int("num_nextn_predict_layers", 0, minimum=0),
+            rope_interleave=reader.take_bool("rope_interleave", True),
+            attention_bias=reader.take_bool("attention_bias", False),
+            **_read_experts(reader),
+        )
+        if config.qk_rope_head_dim % 2:
+            reader.problem(f"key qk_rope_head_dim must be even, found {config.qk_rope_head_dim}")
+        if not reader.problems and config.n_routed_experts is not None:
+            _check_router(config, reader)
+        reader.finish()
+        return config
+
+    def is_moe_layer(self, i: int) -> bool:
+        """True when layer ``i`` routes to experts; the others are dense."""
+        return self.n_routed_experts is not None and i >= self.first_k_dense_replace and i % self.moe_layer_freq == 0
+
+    @property
+    def qk_head_dim(self) -> int:
+        """Width of a query head: the part without and the part with rotation."""
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def softmax_scale(self) -> float:
+        """qk_head_dim ** -0.5, times the square of YaRN's magnitude m(mscale_all_dim)."""
+        return self.qk_head_dim**-0.5 * self.rope.magnitude(self.rope.mscale_all_dim) ** 2
+
+
+def _read_experts(reader: ConfigReader) -> dict[str, Any]:
+    """The expert fields; a model without ``n_routed_experts`` needs none of them."""
+    routed = reader.take_int("n_routed_experts", None)
+    if routed is None:
+        return {
+            "n_routed_experts": None, "n_shared_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0,
+            "first_k_dense_replace": 0, "moe_layer_freq": 1, "norm_topk_prob": False, "scoring_func": "softmax",
+            "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
+        }  # fmt: skip
+    # transformers writes neither key for V3, whose class has one router only.
+    scoring, method = _ROUTERS[2] if _is_v3(reader.data) else _ROUTERS[0]
+    return {
+        "n_routed_experts": routed,
+        "n_shared_experts": reader.take_int("n_shared_experts", 0, minimum=0),
+        "num_experts_per_tok": reader.take_int("num_experts_per_tok"),
+        "moe_intermediate_size": reader.take_int("moe_intermediate_size"),
+        "first_k_dense_replace": reader.take_int("first_k_dense_replace", 0, minimum=0),
+        "moe_layer_freq": reader.take_int("moe_layer_freq", 1),
+        "norm_topk_prob": reader.take_bool("norm_topk_prob"),
+        "scoring_func": reader.take_choice("scoring_func", ("softmax", "sigmoid"), scoring),
+        "topk_method": reader.take_choice("topk_method", ("greedy", "group_limited_greedy", "noaux_tc"), method),
+        "n_group": reader.take_int("n_group", 1),
+        "topk_group": reader.take_int("topk_group", 1),
+        "routed_scaling_factor": reader.take_float("routed_scaling_factor"),
+    }
+
+
+def _is_v3(d: Mapping[str, Any]) -> bool:
+    architectures = d.get("architectures") or []
+    return d.get("model_type") == "deepseek_v3" or "DeepseekV3ForCausalLM" in architectures
+
+
+def _check_router(config: DeepseekConfig, reader: ConfigReader) -> None:
+    routed = config.n_routed_experts or 0
+    if (config.scoring_func, config.topk_method) not in _ROUTERS:
+        known = ", ".join(f"{scoring} with {method}" for scoring, method in _ROUTERS)
+        reader.problem(
+            f"scoring_func {config.scoring_func!r} with topk_method {config.topk_method!r} is not supported "
+            f"(known: {known})"
+        )
+    if config.scoring_func == "softmax" and config.norm_topk_prob and config.routed_scaling_factor != 1.0:
+        # Published implementations disagree on whether renormalised weights are scaled.
+        reader.problem("norm_topk_prob = true with scoring_func softmax needs routed_scaling_factor 1.0")
+    groups = 1 if config.topk_method == "greedy" else config.n_group
+    if routed % groups:
+        reader.problem(f"n_routed_experts {routed} is not a multiple of n_group {groups}")
+    if groups > 1 and config.topk_group > groups:
+        reader.problem(f"topk_group {config.topk_group} is greater than n_group {groups}")
+    if config.topk_method == "noaux_tc" and routed // groups < 2:
+        reader.problem(f"noaux_tc scores a group by its two best experts: n_routed_experts {routed} / n_group {groups}")
+    reachable = routed if groups == 1 else routed // groups * config.topk_group
+    if config.num_experts_per_tok > reachable:
+        reader.problem(f"num_experts_per_tok {config.num_experts_per_tok} exceeds the {reachable} experts in reach")

@@ -1,0 +1,287 @@
+"""What a model folder in Hugging Face format says about its model, read once and typed."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from sglang.srt.configs.deepseek import DeepseekConfig
+from sglang.srt.configs.errors import ConfigError
+from sglang.srt.configs.qwen3_5 import Qwen3_5Config
+
+logger = logging.getLogger(__name__)
+
+TextConfig = DeepseekConfig | Qwen3_5Config
+# architectures string -> class of its text config
+SUPPORTED_ARCHITECTURES: dict[str, type[DeepseekConfig] | type[Qwen3_5Config]] = {
+    "DeepseekV2ForCausalLM": DeepseekConfig,
+    "DeepseekV3ForCausalLM": DeepseekConfig,
+    "Qwen3_5ForCausalLM": Qwen3_5Config,
+    "Qwen3_5ForConditionalGeneration": Qwen3_5Config,
+    "Qwen3_5MoeForCausalLM": Qwen3_5Config,
+    "Qwen3_5MoeForConditionalGeneration": Qwen3_5Config,
+}
+DTYPES = {
+    "half": torch.float16,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float": torch.float32,
+    "float32": torch.float32,
+}
+GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+# Keys that an override may add although the folder's config.json lacks them.
+_EXTRA_OVERRIDE_KEYS = (
+    "architectures", "model_type", "text_config", "quantization_config", "rope_scaling", "rope_parameters",
+    "rope_theta", "full_attention_interval", "eos_token_id", "bos_token_id", "dtype", "torch_dtype", "hidden_act",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model folder's configuration: ``text`` holds shapes and numerics, the rest is what serving needs.
+
+    ``context_len`` and ``vocab_size`` are in tokens; ``eos_token_ids`` may be empty; ``generation_defaults`` holds the
+    sampling values of generation_config.json; ``hf_config`` is config.json after overrides.
+    """
+
+    model_path: str
+    architecture: str
+    hf_config: dict[str, Any]
+    text: TextConfig
+    context_len: int
+    vocab_size: int
+    dtype: torch.dtype
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    num_hidden_layers: int
+    attention_arch: Literal["mla", "gqa"]
+    is_hybrid: bool
+    generation_defaults: dict[str, Any]
+
+    @classmethod
+    def from_path(
+        cls,
+        model_path: str,
+        *,
+        json_model_override_args: dict[str, Any] | None = None,
+        context_length: int | None = None,
+        dtype: str = "auto",
+        platform_kind: str = "cpu",
+    ) -> ModelConfig:
+        """Read ``model_path``/config.json and generation_config.json.
+
+        ``dtype`` "auto" is float32 on the platform kind "cpu" and the checkpoint's dtype elsewhere. Raises ConfigError
+        that names the file and every problem found in it.
+        """
+        config_file = _existing_config(model_path)
+        hf_config = _load_json(config_file)
+        generation = _load_generation_config(config_file.parent)
+        try:
+            hf_config = apply_overrides(hf_config, json_model_override_args or {})
+            text_dict = text_part(hf_config)
+            architecture = _find_architecture(hf_config)
+            _refuse_quantized(hf_config)
+            text = SUPPORTED_ARCHITECTURES[architecture].from_hf(text_dict)
+            return cls(
+                model_path=model_path,
+                architecture=architecture,
+                hf_config=hf_config,
+                text=text,
+                context_len=_context_len(text, context_length),
+                vocab_size=text.vocab_size,
+                dtype=_resolve_dtype(dtype, text_dict, hf_config, platform_kind),
+                eos_token_ids=_token_ids("eos_token_id", generation, text_dict, hf_config),
+                bos_token_id=next(iter(_token_ids("bos_token_id", text_dict, hf_config)), None),
+                num_hidden_layers=text.num_hidden_layers,
+                attention_arch="mla" if isinstance(text, DeepseekConfig) else "gqa",
+                is_hybrid=isinstance(text, Qwen3_5Config) and bool(text.linear_layer_ids),
+                generation_defaults={k: generation[k] for k in GENERATION_KEYS if generation.get(k) is not None},
+            )
+        except ConfigError as error:
+            raise ConfigError(*error.problems, source=str(config_file)) from None
+
+
+def text_part(hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """The text model's keys: ``text_config`` of a conditional-generation config, else the config itself."""
+    nested = hf_config.get("text_config")
+    if nested is None:
+        return dict(hf_config)
+    if not isinstance(nested, dict):
+        raise ConfigError(f"key text_config must be an object, found {nested!r}")
+    text = dict(nested)
+    outer = hf_config.get("tie_word_embeddings")
+    if outer is not None and text.setdefault("tie_word_embeddings", outer) != outer:
+        raise ConfigError(
+            f"key tie_word_embeddings is {outer} but text_config.tie_word_embeddings is {text['tie_word_embeddings']}: "
+            "make them equal"
+        )
+    return text
+
+
+def apply_overrides(hf_config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """``hf_config`` with ``--json-model-override-args`` applied.
+
+    A key that only ``text_config`` has goes there. Fewer layers cut ``layer_types`` too. An unknown key is an error.
+    """
+    result = copy.deepcopy(hf_config)
+    nested = result.get("text_config") if isinstance(result.get("text_config"), dict) else None
+    known = set(result) | set(nested or ()) | set(_EXTRA_OVERRIDE_KEYS)
+    known |= {field.name for config in set(SUPPORTED_ARCHITECTURES.values()) for field in fields(config)}
+    problems = []
+    for key, value in overrides.items():
+        if key not in known:
+            near = difflib.get_close_matches(key, sorted(known), n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"--json-model-override-args: no config key {key!r}{hint}")
+        elif isinstance(value, dict) and isinstance(result.get(key), dict) and key == "text_config":
+            result[key] = _override_section(result[key], value)
+        elif nested is not None and key not in result and key not in ("quantization_config", "architectures"):
+            result["text_config"] = _override_section(result["text_config"], {key: value})
+        else:
+            result = _override_section(result, {key: value})
+    if problems:
+        raise ConfigError(*problems)
+    return result
+
+
+def _override_section(section: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    result = {**section, **overrides}
+    # One spelling of the rotary parameters replaces the other; the base stays unless it is given anew.
+    for new, old in (("rope_scaling", "rope_parameters"), ("rope_parameters", "rope_scaling")):
+        if new in overrides and old not in overrides and isinstance(result.get(old), dict):
+            previous = result.pop(old)
+            for key in ("rope_theta", "partial_rotary_factor"):
+                if previous.get(key) is not None:
+                    result.setdefault(key, previous[key])
+    kinds, layers = result.get("layer_types"), overrides.get("num_hidden_layers")
+    if isinstance(kinds, list) and isinstance(layers, int) and "layer_types" not in overrides:
+        result["layer_types"] = kinds[:layers]
+    return result
+
+
+def _existing_config(model_path: str) -> Path:
+    folder = Path(model_path)
+    if not folder.is_dir():
+        what = "a file, not a folder" if folder.exists() else "not a folder on this machine"
+        raise ConfigError(
+            f"unknown model path {model_path!r}: it is {what}. Nothing is fetched from a hub: download the model and "
+            "pass the folder that holds its config.json, tokenizer.json and *.safetensors."
+        )
+    config_file = folder / "config.json"
+    if not config_file.is_file():
+        raise ConfigError(
+            f"model path {model_path!r} has no config.json: pass the folder of a model in Hugging Face format "
+            "(config.json, tokenizer.json and *.safetensors)."
+        )
+    return config_file
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not valid JSON: {error}", source=str(path)) from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", source=str(path)) from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"must hold a JSON object, found {type(value).__name__}", source=str(path))
+    return value
+
+
+def _load_generation_config(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    generation = _load_json(path)
+    problems = [
+        f"key {key} must be a number, found {generation[key]!r}"
+        for key in GENERATION_KEYS
+        if generation.get(key) is not None
+        and (isinstance(generation[key], bool) or not isinstance(generation[key], (int, float)))
+    ]
+    try:
+        _token_ids("eos_token_id", generation)
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(*problems, source=str(path))
+    return generation
+
+
+def _find_architecture(hf_config: Mapping[str, Any]) -> str:
+    names = hf_config.get("architectures")
+    supported = ", ".join(SUPPORTED_ARCHITECTURES)
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError(
+            f"key architectures must list the model's class name, found {names!r}. Supported: {supported}."
+        )
+    for name in names:
+        if name in SUPPORTED_ARCHITECTURES:
+            return str(name)
+    raise ConfigError(f"architecture {', '.join(names)} is not supported. Supported: {supported}.")
+
+
+def _refuse_quantized(hf_config: Mapping[str, Any]) -> None:
+    nested = hf_config.get("text_config")
+    places = [hf_config, nested] if isinstance(nested, dict) else [hf_config]
+    for place in places:
+        for key in ("quantization_config", "compression_config"):
+            settings = place.get(key)
+            if settings is None:
+                continue
+            method = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
+            raise ConfigError(
+                f"key {key} ({method}): quantised checkpoints are not supported yet. "
+                "Use a bfloat16, float16 or float32 checkpoint of the model."
+            )
+
+
+def _context_len(text: TextConfig, context_length: int | None) -> int:
+    limit = text.max_position_embeddings
+    if context_length is None:
+        return limit
+    if context_length < 1:
+        raise ConfigError(f"--context-length must be at least 1, got {context_length}.")
+    if context_length > limit:
+        raise ConfigError(
+            f"--context-length {context_length} exceeds max_position_embeddings {limit}: lower it to {limit} or less, "
+            "or extend the model's rotary embedding with --json-model-override-args."
+        )
+    return context_length
+
+
+def _resolve_dtype(
+    dtype: str, text_dict: Mapping[str, Any], hf_config: Mapping[str, Any], platform_kind: str
+) -> torch.dtype:
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ConfigError(f"--dtype {dtype} is unknown: use auto, {', '.join(DTYPES)}.")
+        return DTYPES[dtype]
+    named = next((d[k] for d in (text_dict, hf_config) for k in ("dtype", "torch_dtype") if d.get(k) is not None), None)
+    if platform_kind == "cpu":
+        logger.info("dtype: auto -> float32 (the checkpoint says %s; on CPU, auto means float32)", named or "nothing")
+        return torch.float32
+    if named not in DTYPES:
+        raise ConfigError(f"key dtype must be one of {', '.join(DTYPES)}, found {named!r}: set it, or pass --dtype.")
+    return DTYPES[named]
+
+
+def _token_ids(key: str, *sources: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids under ``key`` in the first source that has any: an integer or a list of integers."""
+    for source in sources:
+        value = source.get(key)
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
+            raise ConfigError(f"key {key} must be a token id or a list of token ids, found {value!r}")
+        return tuple(dict.fromkeys(ids))
+    return ()

@@ -1,0 +1,167 @@
+"""Typed configuration of the Qwen3.5 text models (dense and MoE), from the keys of their (text) config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from sglang.srt.configs.errors import ConfigReader
+from sglang.srt.configs.rope import RopeConfig, read_rope, rope_section
+
+LINEAR_ATTENTION = "linear_attention"
+FULL_ATTENTION = "full_attention"
+
+
+@dataclass(frozen=True)
+class Qwen3_5Config:
+    """Shapes and numerics of a Qwen3.5 text model; field names are those of config.json.
+
+    ``layer_types`` has one entry a layer; ``num_experts`` 0 means dense, and then the expert widths are 0.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    layer_types: tuple[str, ...]
+    attn_output_gate: bool
+    linear_conv_kernel_dim: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    norm_topk_prob: bool
+    mamba_ssm_dtype: str
+    partial_rotary_factor: float
+    rope: RopeConfig
+    max_position_embeddings: int
+
+    @classmethod
+    def from_hf(cls, text_dict: Mapping[str, Any]) -> Qwen3_5Config:
+        """Read a text config object; raises ConfigError that names every missing or ill-typed key."""
+        reader = ConfigReader(text_dict)
+        _refuse_variants(reader)
+        num_layers = reader.take_int("num_hidden_layers")
+        _, rope = rope_section(ConfigReader(text_dict))
+        rotary = ConfigReader(rope or {})
+        config = cls(
+            hidden_size=reader.take_int("hidden_size"),
+            num_hidden_layers=num_layers,
+            num_attention_heads=reader.take_int("num_attention_heads"),
+            num_key_value_heads=reader.take_int("num_key_value_heads"),
+            head_dim=reader.take_int("head_dim"),
+            vocab_size=reader.take_int("vocab_size"),
+            rms_norm_eps=reader.take_float("rms_norm_eps"),
+            tie_word_embeddings=reader.take_bool("tie_word_embeddings", False),
+            layer_types=_read_layer_types(reader, num_layers),
+            attn_output_gate=reader.take_bool("attn_output_gate", True),
+            linear_conv_kernel_dim=reader.take_int("linear_conv_kernel_dim", minimum=2),
+            linear_key_head_dim=reader.take_int("linear_key_head_dim"),
+            linear_value_head_dim=reader.take_int("linear_value_head_dim"),
+            linear_num_key_heads=reader.take_int("linear_num_key_heads"),
+            linear_num_value_heads=reader.take_int("linear_num_value_heads"),
+            mamba_ssm_dtype=reader.take_choice("mamba_ssm_dtype", ("float32", "bfloat16", "float16"), "float32"),
+            partial_rotary_factor=rotary.take_float("partial_rotary_factor", 0.25),
+            rope=read_rope(reader),
+            max_position_embeddings=reader.take_int("max_position_embeddings"),
+            **_read_experts(reader),
+        )
+        reader.problems += rotary.problems
+        if not reader.problems:
+            _check_shapes(config, reader)
+        reader.finish()
+        return config
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 0
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many leading dimensions of each head are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def linear_layer_ids(self) -> tuple[int, ...]:
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == LINEAR_ATTENTION)
+
+    @property
+    def full_attention_layer_ids(self) -> tuple[int, ...]:
+        return tuple(i for i, kind in enumerate(self.layer_types) if kind == FULL_ATTENTION)
+
+
+def _refuse_variants(reader: ConfigReader) -> None:
+    """Keys whose other values describe a model that is not computed here."""
+    reader.take_choice("hidden_act", ("silu",), "silu")
+    if reader.take_bool("attention_bias", False):
+        reader.problem("key attention_bias = true is not supported: Qwen3.5 projections have no bias")
+    if not reader.take_bool("attn_output_gate", True):
+        reader.problem("key attn_output_gate = false is not supported: Qwen3.5 attention is gated")
+    if reader.data.get("mlp_only_layers"):
+        reader.problem("key mlp_only_layers is not supported: every layer of a Qwen3.5 MoE model has experts")
+    if reader.take_int("decoder_sparse_step", 1) != 1:
+        reader.problem("key decoder_sparse_step must be 1: every layer of a Qwen3.5 MoE model has experts")
+
+
+def _read_layer_types(reader: ConfigReader, num_layers: int) -> tuple[str, ...]:
+    """``layer_types``, else derived from ``full_attention_interval``, which transformers does not write back."""
+    kinds = reader.data.get("layer_types")
+    if kinds is None:
+        if reader.data.get("full_attention_interval") is None:
+            reader.problem(f"key {reader.prefix}layer_types is missing (or full_attention_interval)")
+            return ()
+        interval = reader.take_int("full_attention_interval")
+        return tuple(LINEAR_ATTENTION if (i + 1) % interval else FULL_ATTENTION for i in range(num_layers))
+    if not isinstance(kinds, list) or any(kind not in (LINEAR_ATTENTION, FULL_ATTENTION) for kind in kinds):
+        allowed = f"{LINEAR_ATTENTION!r} or {FULL_ATTENTION!r}"
+        reader.problem(f"key layer_types must list {allowed} for each layer, found {kinds!r}")
+        return ()
+    if len(kinds) != num_layers:
+        reader.problem(f"key layer_types has {len(kinds)} entries but num_hidden_layers is {num_layers}")
+    return tuple(kinds)
+
+
+def _read_experts(reader: ConfigReader) -> dict[str, Any]:
+    num_experts = reader.take_int("num_experts", 0, minimum=0)
+    if num_experts == 0:
+        return {
+            "num_experts": 0, "num_experts_per_tok": 0, "moe_intermediate_size": 0,
+            "shared_expert_intermediate_size": 0, "norm_topk_prob": True,
+            "intermediate_size": reader.take_int("intermediate_size"),
+        }  # fmt: skip
+    return {
+        "num_experts": num_experts,
+        "num_experts_per_tok": reader.take_int("num_experts_per_tok"),
+        "moe_intermediate_size": reader.take_int("moe_intermediate_size"),
+        "shared_expert_intermediate_size": reader.take_int("shared_expert_intermediate_size"),
+        # The released MoE configs do not carry the key, and their router always renormalises.
+        "norm_topk_prob": reader.take_bool("norm_topk_prob", True),
+        "intermediate_size": reader.take_int("intermediate_size", 0, minimum=0),
+    }
+
+
+def _check_shapes(config: Qwen3_5Config, reader: ConfigReader) -> None:
+    pairs = (
+        ("num_attention_heads", "num_key_value_heads"),
+        ("linear_num_value_heads", "linear_num_key_heads"),
+    )
+    for many, few in pairs:
+        if getattr(config, many) % getattr(config, few):
+            reader.problem(f"{many} {getattr(config, many)} is not a multiple of {few} {getattr(config, few)}")
+    if config.rotary_dim < 2 or config.rotary_dim % 2 or config.rotary_dim > config.head_dim:
+        reader.problem(
+            f"head_dim {config.head_dim} x partial_rotary_factor {config.partial_rotary_factor} gives "
+            f"{config.rotary_dim} rotated dimensions: an even number from 2 to head_dim is needed"
+        )
+    if config.num_experts_per_tok > config.num_experts:
+        reader.problem(f"num_experts_per_tok {config.num_experts_per_tok} exceeds num_experts {config.num_experts}")

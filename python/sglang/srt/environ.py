@@ -1,0 +1,314 @@
+"""Every environment variable of the engine: its type, default, bounds and meaning, declared once.
+
+Read one with `envs.SGLANG_X.get()`; nothing else in the tree reads a SGLANG_ variable. `check_environment` is the
+launch check, and `python -m sglang.srt.environ --list | --markdown | --json | --check` shows or checks them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from sglang.srt.environ_fields import EnvBool, EnvError, EnvField, EnvFloat, EnvInt, EnvJSON, EnvStr, EnvTuple
+
+if TYPE_CHECKING:
+    from sglang.srt.environ_check import EnvReport
+
+__all__ = [
+    "EnvBool",
+    "EnvError",
+    "EnvField",
+    "EnvFloat",
+    "EnvInt",
+    "EnvJSON",
+    "EnvStr",
+    "EnvTuple",
+    "Envs",
+    "check_environment",
+    "declared_variables",
+    "envs",
+]
+
+_MORI = "MORI Configuration"
+_MODEL = "Model-Specific Options"
+_TEST = "Testing & Debugging (Internal/CI)"
+
+
+class Envs:
+    """The declarations; one instance, `envs`. Attributes are fields, not values, and cannot be assigned."""
+
+    # General Configuration
+    SGLANG_PLATFORM = EnvStr(
+        "",
+        choices=("", "cpu", "cuda", "rocm"),
+        doc="Platform whose policy is used. Not set: ROCm, CUDA or CPU, by what torch reports. `rocm` without a GPU "
+        "needs the vendor fakes on `PYTHONPATH`.",
+    )
+    SGLANG_KERNELS = EnvStr(
+        "",
+        doc="Comma-separated `op=implementation` pairs that force an implementation, for bisection, such as "
+        "`sampling.greedy=torch`. One that cannot run is an error. `python -m sglang.kernels` lists ops.",
+    )
+    SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION = EnvBool(
+        True, doc="`/health` generates one token, as `/health_generate` always does. False: it only looks at the state."
+    )
+    SGLANG_HEALTH_CHECK_TIMEOUT = EnvInt(
+        20, minimum=1, unit="seconds", doc="Time that a health check waits for the scheduler before it answers 503."
+    )
+    SGLANG_TORCH_INDEX_URL = EnvStr(
+        "",
+        secret=True,
+        doc="Package index from which the set-up scripts install torch. Not set: torch's CPU index where no GPU is "
+        "seen, else pip's own.",
+    )
+
+    # Performance Tuning
+    SGLANG_OPT_USE_MULTI_STREAM_OVERLAP = EnvBool(
+        True,
+        section="Performance Tuning",
+        doc="Run independent parts of a DeepSeek V4 layer on a second stream.",
+        pending="DeepSeek V4",
+    )
+
+    # MORI Configuration
+    SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK = EnvInt(
+        4096,
+        minimum=1,
+        unit="tokens",
+        section=_MORI,
+        platform="hip",
+        doc="Tokens that one rank may dispatch in one forward (prefill chunk, decode batch, graph bucket, draft "
+        "tokens); MORI sizes its buffers by it.",
+        pending="expert parallelism over MORI",
+    )
+    SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS = EnvInt(
+        0,
+        minimum=0,
+        unit="tokens",
+        section=_MORI,
+        platform="hip",
+        doc="Received tokens for which one rank allocates memory, from 1 to world size times "
+        "`SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK`. 0 means that maximum.",
+        requires="MORI 1.1.0 or later, unless 0",
+        pending="expert parallelism over MORI",
+    )
+    SGLANG_MORI_MOE_MAX_INPUT_TOKENS = EnvInt(
+        0,
+        minimum=0,
+        unit="tokens",
+        section=_MORI,
+        platform="hip",
+        doc="Rows of the receive buffer that the experts compute. A value below the rows that can arrive is raised to "
+        "them. 0 means no cut of its own.",
+        pending="expert parallelism over MORI",
+    )
+    SGLANG_MORI_DISPATCH_DTYPE = EnvStr(
+        "auto",
+        choices=("auto", "bf16", "fp8", "fp4"),
+        section=_MORI,
+        platform="hip",
+        doc="Type of the tokens on the way to the experts. `auto`: by the type of the expert weights.",
+        pending="expert parallelism over MORI",
+    )
+    SGLANG_MORI_COMBINE_DTYPE = EnvStr(
+        "auto",
+        choices=("auto", "bf16", "fp8", "fp8_direct_cast"),
+        section=_MORI,
+        platform="hip",
+        doc="Type of the tokens on the way back from the experts; `fp8` is scaled by blocks.",
+        pending="expert parallelism over MORI",
+    )
+    SGLANG_MORI_DISPATCH_INTER_KERNEL_SWITCH_THRESHOLD = EnvInt(
+        256,
+        minimum=0,
+        unit="tokens",
+        section=_MORI,
+        platform="hip",
+        doc="Between nodes, kernel InterNodeV1LL serves up to this value of "
+        "`SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK`, InterNodeV1 above.",
+        pending="expert parallelism over MORI",
+    )
+    SGLANG_MORI_QP_PER_TRANSFER = EnvInt(
+        4,
+        minimum=1,
+        unit="queue pairs",
+        section=_MORI,
+        platform="hip",
+        doc="RDMA queue pairs that one KV transfer uses.",
+        pending="prefill-decode disaggregation over MORI",
+    )
+    SGLANG_MORI_POST_BATCH_SIZE = EnvInt(
+        -1,
+        minimum=-1,
+        unit="work requests",
+        section=_MORI,
+        platform="hip",
+        doc="RDMA work requests posted to a queue pair at once. -1 leaves it to MORI.",
+        pending="prefill-decode disaggregation over MORI",
+    )
+    SGLANG_MORI_NUM_WORKERS = EnvInt(
+        4,
+        minimum=1,
+        unit="threads",
+        section=_MORI,
+        platform="hip",
+        doc="Threads that run KV transfers.",
+        pending="prefill-decode disaggregation over MORI",
+    )
+
+    # Model-Specific Options
+    SGLANG_USE_AITER = EnvBool(
+        False, section=_MODEL, platform="hip", doc="Use AITER's kernels where they fit.", pending="AITER kernels"
+    )
+    SGLANG_USE_AITER_UNIFIED_ATTN = EnvBool(
+        False, section=_MODEL, platform="hip", doc="Use AITER's unified attention kernel.", pending="AITER kernels"
+    )
+    SGLANG_ROCM_FUSED_DECODE_MLA = EnvBool(
+        False,
+        section=_MODEL,
+        platform="hip",
+        doc="Fuse rotary embedding and latent attention in MLA decode. AMD's images set it.",
+        pending="a fused MLA decode kernel",
+    )
+    SGLANG_ROCM_DISABLE_LINEARQUANT = EnvBool(
+        False,
+        section=_MODEL,
+        platform="hip",
+        doc="Keep linear layers unquantised when experts are quantised on load; no quantisation on load exists here. "
+        "AMD's images set it to 0.",
+        pending="quantisation on load",
+    )
+    SGLANG_MOE_PADDING = EnvBool(
+        False,
+        section=_MODEL,
+        platform="hip",
+        doc="Pad expert weights in memory for faster access; values stay the same. AMD's images set it.",
+        pending="padded expert weights",
+    )
+    SGLANG_USE_ROCM700A = EnvBool(
+        False,
+        section=_MODEL,
+        platform="hip",
+        doc="Work around a collective of ROCm 7.0 alpha under attention data parallelism. AMD's images set it.",
+        pending="attention data parallelism",
+    )
+    SGLANG_ROCM_USE_MULTI_STREAM = EnvBool(
+        False,
+        section=_MODEL,
+        platform="hip",
+        doc="DeepSeek MoE: run shared experts beside routed experts on a second stream.",
+        requires="`GPU_MAX_HW_QUEUES` of at least 5; pays best with `--deepep-mode low_latency` (MORI AsyncLL)",
+        pending="dual-stream MoE",
+    )
+    SGLANG_ALT_STREAM = EnvBool(
+        False,
+        section=_MODEL,
+        platform="hip",
+        doc="Qwen3.5: create the second stream, on which shared experts run beside routed experts.",
+        requires="`--disable-shared-experts-fusion`",
+        pending="dual-stream Qwen3.5",
+    )
+    SGLANG_GDN_QKVZ_BA_ALT_STREAM = EnvBool(
+        False,
+        section=_MODEL,
+        platform="hip",
+        doc="Qwen3.5: also split the two input projections of a GDN layer over both streams.",
+        requires="`SGLANG_ALT_STREAM`",
+        pending="dual-stream Qwen3.5",
+    )
+    SGLANG_QK_NORM_ALT_STREAM = EnvBool(
+        False,
+        section=_MODEL,
+        platform="hip",
+        doc="Qwen3.5: also split the query and key norms over both streams.",
+        requires="`SGLANG_ALT_STREAM`",
+        pending="dual-stream Qwen3.5",
+    )
+    SGLANG_OPT_USE_TRITON_FUSED_MHC = EnvBool(
+        True,
+        section=_MODEL,
+        platform="hip",
+        doc="DeepSeek V4 on gfx95x: one kernel for the mHC step after and the one before a layer, up to 64 tokens.",
+        pending="DeepSeek V4",
+    )
+    SGLANG_MAMBA_SSM_DTYPE = EnvStr(
+        "",
+        choices=("", "float32", "bfloat16", "float16"),
+        section=_MODEL,
+        doc="Type of the recurrent state of linear-attention layers. Not set: the checkpoint's `mamba_ssm_dtype`.",
+    )
+    SGLANG_MAMBA_CONV_DTYPE = EnvStr(
+        "",
+        choices=("", "float32", "bfloat16", "float16"),
+        section=_MODEL,
+        doc="Type of the convolution state of linear-attention layers. Not set: the type of the activations.",
+    )
+
+    # Testing & Debugging (Internal/CI)
+    SGLANG_IS_IN_CI = EnvBool(False, section=_TEST, doc="The process runs in CI: tests retry and wait longer.")
+    SGLANG_IS_IN_CI_AMD = EnvBool(False, section=_TEST, doc="The process runs in CI on AMD runners.")
+    SGLANG_TEST_MAX_RETRY = EnvInt(
+        None, minimum=0, section=_TEST, doc="Times that a failed test runs again. Not set: 1 in CI, else 0."
+    )
+    SGLANG_TEST_RETRACT = EnvBool(
+        False,
+        section=_TEST,
+        doc="Retract running requests at intervals, as if memory had run out; tokens stay the same.",
+    )
+    SGLANG_TEST_RETRACT_INTERVAL = EnvInt(
+        3,
+        minimum=1,
+        unit="steps",
+        section=_TEST,
+        doc="Scheduler steps between retractions.",
+        requires="`SGLANG_TEST_RETRACT`",
+    )
+    SGLANG_DEBUG_POOL_CHECK = EnvBool(
+        False, section=_TEST, doc="Check the accounting of all memory pools at each idle step; a leak stops the server."
+    )
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise AttributeError(f"envs.{name} cannot be assigned; use envs.{name}.set(value) or .override(value)")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"envs.{name} cannot be deleted; use envs.{name}.clear()")
+
+    if not TYPE_CHECKING:  # a type checker would otherwise accept every name
+
+        def __getattr__(self, name: str) -> NoReturn:
+            from sglang.srt.environ_check import suggestion
+
+            raise AttributeError(f"no environment variable {name} is declared in environ.py{suggestion(name, _FIELDS)}")
+
+
+envs = Envs()
+_FIELDS: dict[str, EnvField[Any]] = {name: field for name, field in vars(Envs).items() if isinstance(field, EnvField)}
+
+
+def declared_variables() -> Mapping[str, EnvField[Any]]:
+    """Every declared field by its name, in order of declaration."""
+    return dict(_FIELDS)
+
+
+def check_environment(environ: Mapping[str, str] | None = None, platform_kind: str | None = None) -> EnvReport:
+    """Check all SGLANG_ and SGL_ names and values of an environment (default: os.environ) before a launch.
+
+    `platform_kind` ("cpu", "cuda", "hip") enables the warning for variables of another platform. A caller that finds
+    `report.errors` prints them and exits with status 2.
+    """
+    from sglang.srt.environ_check import check
+
+    return check(os.environ if environ is None else environ, _FIELDS, platform_kind)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status: 2 if --check finds an error, else 0."""
+    from sglang.srt import environ_cli
+
+    return environ_cli.main(argv, _FIELDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

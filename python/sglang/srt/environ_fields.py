@@ -1,0 +1,290 @@
+"""The kinds of environment variable: how one is declared, read, bounded, written and restored."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, NoReturn, TypeVar
+
+T = TypeVar("T")
+I = TypeVar("I", int, int | None)  # noqa: E741
+F = TypeVar("F", float, float | None)
+S = TypeVar("S", str, str | None)
+
+TRUE_WORDS = ("1", "true", "yes", "y", "on")
+FALSE_WORDS = ("0", "false", "no", "n", "off")
+
+
+class EnvError(ValueError):
+    """An environment variable has a value that its declaration does not allow."""
+
+
+class EnvField(Generic[T]):
+    """One declared variable; the attribute it is assigned to is its name.
+
+    `minimum`/`maximum` bound a number inclusively; `choices` lists all allowed values; `platform` is the only platform
+    kind on which it acts ("cpu", "cuda", "hip"; empty: all); `pending` names the capability that will read it and that
+    is not built yet; `requires` says in words what else must be set; a `secret` value is never printed.
+    """
+
+    kind = ""
+    expected = "a value"
+
+    def __init__(
+        self,
+        default: T,
+        *,
+        doc: str,
+        section: str = "General Configuration",
+        minimum: float | None = None,
+        maximum: float | None = None,
+        choices: Sequence[str | int] = (),
+        unit: str = "",
+        platform: str = "",
+        secret: bool = False,
+        deprecated_names: Sequence[str] = (),
+        requires: str = "",
+        pending: str = "",
+    ) -> None:
+        if not doc.strip():
+            raise TypeError("an environment variable needs a doc")
+        self.name = ""
+        self.default: T = default
+        self.doc, self.section, self.unit, self.requires, self.pending = doc, section, unit, requires, pending
+        self.minimum, self.maximum, self.choices = minimum, maximum, tuple(choices)
+        self.platform, self.secret, self.deprecated_names = platform, secret, tuple(deprecated_names)
+        self._warned = False
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        if self.name:
+            raise RuntimeError(f"{self.name} is already declared; {owner.__name__}.{name} cannot reuse its field")
+        self.name = name
+
+    @property
+    def effective(self) -> bool:
+        """False while the capability that reads the variable is not built."""
+        return not self.pending
+
+    @property
+    def old_names(self) -> tuple[str, ...]:
+        """Names under which the variable is still found: the SGL_ prefix, then the deprecated names."""
+        prefixed = ("SGL_" + self.name[len("SGLANG_") :],) if self.name.startswith("SGLANG_") else ()
+        return prefixed + self.deprecated_names
+
+    def find(self, environ: Mapping[str, str]) -> tuple[str, str] | None:
+        """The (name, stripped text) that holds the value; None if unset. Empty text is unset; the newest name wins."""
+        for name in (self.name, *self.old_names):
+            text = environ.get(name)
+            if text is not None and text.strip():
+                return name, text.strip()
+        return None
+
+    def read(self, environ: Mapping[str, str]) -> T:
+        """The value in a given environment, or the default; raises EnvError if the text is not allowed."""
+        found = self.find(environ)
+        return self.default if found is None else self._parse_checked(*found)
+
+    def get(self) -> T:
+        """The value now, or the default if unset; raises EnvError rather than fall back."""
+        found = self.find(os.environ)
+        if found is None:
+            return self.default
+        name, text = found
+        if name != self.name and not self._warned:
+            self._warned = True
+            warnings.warn(f"{name} is an old name; set {self.name} instead", FutureWarning, stacklevel=2)
+        return self._parse_checked(name, text)
+
+    def parse(self, text: str) -> T:
+        """The value that a text stands for; raises EnvError if it is not allowed."""
+        return self._parse_checked(self.name, text.strip())
+
+    def is_set(self) -> bool:
+        """True if the variable, or an old name of it, has a non-empty value."""
+        return self.find(os.environ) is not None
+
+    def set(self, value: T | str | None) -> None:
+        """Write the value to os.environ, from which child processes inherit; None removes it, as `clear` does."""
+        if value is None:
+            return self.clear()
+        text = value if isinstance(value, str) else self._format(value)
+        if not text.strip():
+            if self.default not in ("", ()):
+                raise EnvError(f"{self.name}: an empty value means unset, that is {self.default!r}; use clear()")
+            return self.clear()
+        parsed = self.parse(text)
+        if not isinstance(value, str) and parsed != value:
+            raise EnvError(f"{self.name}: {value!r} cannot be written as text; expected {self.describe()}")
+        os.environ[self.name] = text
+
+    def clear(self) -> None:
+        """Remove the variable and its old names from os.environ."""
+        for name in (self.name, *self.old_names):
+            os.environ.pop(name, None)
+
+    @contextmanager
+    def override(self, value: T | str | None) -> Iterator[None]:
+        """Set the value for the length of a with block; None means unset. The former state returns whatever happens."""
+        saved = {name: os.environ.get(name) for name in (self.name, *self.old_names)}
+        self.set(value)
+        try:
+            yield
+        finally:
+            for name, text in saved.items():
+                if text is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = text
+
+    def describe(self) -> str:
+        """The allowed values in words."""
+        if self.choices:
+            return "one of " + ", ".join(str(c) or '""' for c in self.choices)
+        unit = f" ({self.unit})" if self.unit else ""
+        if self.minimum is not None and self.maximum is not None:
+            return f"{self.expected} from {self.minimum:g} to {self.maximum:g}{unit}"
+        if self.minimum is not None:
+            return f"{self.expected} of at least {self.minimum:g}{unit}"
+        if self.maximum is not None:
+            return f"{self.expected} of at most {self.maximum:g}{unit}"
+        return self.expected + unit
+
+    def show(self, text: str) -> str:
+        """The text, or a placeholder if the variable is secret."""
+        return "<redacted>" if self.secret else text
+
+    def default_text(self) -> str:
+        """The default as it would be written in the environment; empty if there is none."""
+        return "" if self.default is None else self._format(self.default)
+
+    def _parse_checked(self, name: str, text: str) -> T:
+        try:
+            value = self._parse(text)
+        except ValueError as exc:
+            raise self._refusal(name, text, str(exc)) from None
+        if self.choices and any(item not in self.choices for item in (value if isinstance(value, tuple) else (value,))):
+            raise self._refusal(name, text, "")
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            low, high = self.minimum, self.maximum
+            if (low is not None and value < low) or (high is not None and value > high):
+                raise self._refusal(name, text, "out of range")
+        return value
+
+    def _refusal(self, name: str, text: str, reason: str) -> EnvError:
+        reason = f" ({reason})" if reason and not self.secret else ""
+        default = self.default_text()
+        hint = f"unset it for the default {default}" if default else "unset it for the default"
+        return EnvError(f"{name}={self.show(text)!r} is not allowed{reason}; expected {self.describe()}, or {hint}")
+
+    def _parse(self, text: str) -> T:
+        raise NotImplementedError
+
+    def _format(self, value: Any) -> str:
+        return str(value)
+
+    def __bool__(self) -> NoReturn:
+        raise RuntimeError(f"envs.{self.name} is a declaration, not a value; call envs.{self.name}.get()")
+
+    def __len__(self) -> NoReturn:
+        raise RuntimeError(f"envs.{self.name} is a declaration, not a value; call envs.{self.name}.get()")
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.name}>"
+
+
+class EnvBool(EnvField[bool]):
+    """True for 1, true, yes, y, on; False for 0, false, no, n, off; in any case of letters."""
+
+    kind = "bool"
+    expected = "true or false (1/0, yes/no, on/off)"
+
+    def _parse(self, text: str) -> bool:
+        word = text.lower()
+        if word in TRUE_WORDS:
+            return True
+        if word in FALSE_WORDS:
+            return False
+        raise ValueError("not a boolean")
+
+    def _format(self, value: Any) -> str:
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+class EnvInt(EnvField[I], Generic[I]):
+    """A whole number in decimal digits."""
+
+    kind = "int"
+    expected = "a whole number"
+
+    def _parse(self, text: str) -> I:
+        digits = text[1:] if text[0] in "+-" else text
+        if not (digits.isascii() and digits.isdigit()):
+            raise ValueError("not a whole number")
+        return int(text)
+
+
+class EnvFloat(EnvField[F], Generic[F]):
+    """A finite number."""
+
+    kind = "float"
+    expected = "a number"
+
+    def _parse(self, text: str) -> F:
+        try:
+            value = float(text)
+        except ValueError:
+            raise ValueError("not a number") from None
+        if not math.isfinite(value):
+            raise ValueError("not a finite number")
+        return value
+
+
+class EnvStr(EnvField[S], Generic[S]):
+    """Text without blanks at either end."""
+
+    kind = "str"
+    expected = "text"
+
+    def _parse(self, text: str) -> S:
+        return text
+
+
+class EnvTuple(EnvField["tuple[str, ...]"]):
+    """A list separated by commas; blanks around an item and empty items are dropped."""
+
+    kind = "list"
+    expected = "a list separated by commas"
+
+    def _parse(self, text: str) -> tuple[str, ...]:
+        return tuple(item.strip() for item in text.split(",") if item.strip())
+
+    def _format(self, value: Any) -> str:
+        return ",".join(value)
+
+
+class EnvJSON(EnvField[Any]):
+    """JSON text, or the path of a file that holds it."""
+
+    kind = "JSON"
+    expected = "JSON text or the path of a JSON file"
+
+    def _parse(self, text: str) -> Any:
+        try:
+            return json.loads(text)
+        except ValueError as inline_error:
+            if text[0] in '{["':
+                raise ValueError(f"not JSON: {inline_error}") from None
+        try:
+            with open(os.path.expanduser(text), encoding="utf-8") as file:
+                return json.load(file)
+        except OSError as exc:
+            raise ValueError(f"neither JSON nor a readable file: {exc.strerror}") from None
+        except ValueError as exc:
+            raise ValueError(f"the file is not JSON: {exc}") from None
+
+    def _format(self, value: Any) -> str:
+        return json.dumps(value)

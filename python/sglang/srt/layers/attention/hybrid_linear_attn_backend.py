@@ -1,0 +1,169 @@
+"""The backend of hybrid models: full attention over paged keys and values, gated delta nets over state slots."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from sglang.kernels.ops.gdn.causal_conv1d import causal_conv1d, causal_conv1d_update
+from sglang.kernels.ops.gdn.chunk import chunk_gated_delta_rule
+from sglang.kernels.ops.gdn.gating import gdn_gating
+from sglang.kernels.ops.gdn.l2norm import l2_norm
+from sglang.kernels.ops.gdn.recurrent import recurrent_gated_delta_rule
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.mem_cache.memory_pool import GDNStatePool
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+
+class GatedDeltaNet(Protocol):
+    """What the backend reads of a gated-delta-net layer; heads are those of this rank, C = 2*HK*K + HV*V."""
+
+    layer_id: int
+    num_k_heads: int
+    num_v_heads: int
+    head_k_dim: int
+    head_v_dim: int
+    A_log: torch.Tensor  # [HV] float32
+    dt_bias: torch.Tensor  # [HV]
+
+    @property
+    def conv_weight(self) -> torch.Tensor: ...  # [C, W]
+
+
+@dataclass(frozen=True)
+class GDNPlan:
+    """Which requests of a step advance by one token and which by a chunk, and the state slots of each.
+
+    step_rows, chunk_rows: their token rows in the batch, None when they are the whole batch in order.
+    chunk_lens: tokens of each chunked request, packed in order.
+    """
+
+    step_rows: torch.Tensor | None
+    step_slots: torch.Tensor
+    chunk_rows: torch.Tensor | None
+    chunk_slots: torch.Tensor
+    chunk_lens: tuple[int, ...]
+
+
+class GDNBackend:
+    """Convolution and recurrence of gated delta nets on the slots of a state pool.
+
+    Every request continues from what its slot holds; the slot of a new sequence has been zeroed by its owner. A
+    request that brings one token takes the recurrent form whatever the mode of the step, others the chunked form.
+    """
+
+    def __init__(self, state_pool: GDNStatePool) -> None:
+        self.state_pool = state_pool
+        self.plan: GDNPlan | None = None
+
+    def init_forward_metadata(self, fb: ForwardBatch) -> None:
+        """Sort the step's requests into single tokens and chunks."""
+        if fb.batch_size == 0:
+            none = torch.empty(0, dtype=torch.int64, device=self.state_pool.device)
+            self.plan = GDNPlan(None, none, None, none, ())
+            return
+        slots = fb.state_slot_ids
+        if slots is None or slots.shape[0] != fb.batch_size:
+            found = "none" if slots is None else str(slots.shape[0])
+            raise ValueError(
+                f"a hybrid model needs one state slot a request: {fb.batch_size} requests, {found} given "
+                "(ForwardBatch.state_slot_ids)"
+            )
+        if fb.forward_mode.is_decode():
+            self.plan = GDNPlan(None, slots, None, slots[:0], ())
+        elif fb.forward_mode.is_extend():
+            self.plan = self._plan_extend(fb, slots)
+        else:
+            raise NotImplementedError(f"gated delta nets have no forward mode {fb.forward_mode.name}")
+
+    def _plan_extend(self, fb: ForwardBatch, slots: torch.Tensor) -> GDNPlan:
+        lengths, starts = fb.extend_seq_lens_cpu, fb.extend_start_loc_cpu
+        assert lengths is not None and starts is not None
+        steps = [i for i, length in enumerate(lengths) if length == 1]
+        chunks = [i for i, length in enumerate(lengths) if length > 1]
+        chunk_lens = tuple(lengths[i] for i in chunks)
+
+        def index(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int64, device=slots.device)
+
+        chunk_rows = step_rows = None
+        if steps and chunks:
+            step_rows = index([starts[i] for i in steps])
+            chunk_rows = index([row for i in chunks for row in range(starts[i], starts[i] + lengths[i])])
+        return GDNPlan(step_rows, slots[index(steps)], chunk_rows, slots[index(chunks)], chunk_lens)
+
+    def forward_gdn(
+        self, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, layer: GatedDeltaNet, fb: ForwardBatch
+    ) -> torch.Tensor:
+        """Advance every request's state by its tokens. mixed_qkv [N, C] before the convolution, b, a [N, HV] ->
+        [N, HV, V] in mixed_qkv's dtype."""
+        plan = self.plan
+        assert plan is not None, "init_forward_metadata comes before the layers"
+        g, beta = gdn_gating(a, b, layer.A_log, layer.dt_bias)
+        if not plan.chunk_lens:
+            return self._step(mixed_qkv, g, beta, layer, plan)
+        if plan.step_rows is None or plan.chunk_rows is None:
+            return self._chunk(mixed_qkv, g, beta, layer, plan)
+        out = mixed_qkv.new_empty(mixed_qkv.shape[0], layer.num_v_heads, layer.head_v_dim)
+        for rows, advance in ((plan.step_rows, self._step), (plan.chunk_rows, self._chunk)):
+            out[rows] = advance(mixed_qkv[rows], g[rows], beta[rows], layer, plan)
+        return out
+
+    def _step(
+        self, mixed_qkv: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, layer: GatedDeltaNet, plan: GDNPlan
+    ) -> torch.Tensor:
+        columns, states = self.state_pool.conv(layer.layer_id), self.state_pool.ssm(layer.layer_id)
+        convolved = causal_conv1d_update(mixed_qkv, layer.conv_weight, columns, plan.step_slots)
+        q, k, v = _split_heads(convolved, layer)
+        return recurrent_gated_delta_rule(q, k, v, g, beta, states, plan.step_slots, layer.head_k_dim**-0.5)
+
+    def _chunk(
+        self, mixed_qkv: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, layer: GatedDeltaNet, plan: GDNPlan
+    ) -> torch.Tensor:
+        columns, states = self.state_pool.conv(layer.layer_id), self.state_pool.ssm(layer.layer_id)
+        slots, lengths = plan.chunk_slots, plan.chunk_lens
+        convolved, last = causal_conv1d(mixed_qkv, layer.conv_weight, columns.index_select(0, slots), lengths)
+        columns.index_copy_(0, slots, last)
+        q, k, v = _split_heads(convolved, layer)
+        initial = states.index_select(0, slots)
+        out, final = chunk_gated_delta_rule(q, k, v, g, beta, initial, lengths, layer.head_k_dim**-0.5)
+        states.index_copy_(0, slots, final.to(states.dtype))
+        return out
+
+
+def _split_heads(
+    convolved: torch.Tensor, layer: GatedDeltaNet
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[N, C] -> unit-length q, k [N, HK, K] float32 and v [N, HV, V]."""
+    key_width = layer.num_k_heads * layer.head_k_dim
+    queries_and_keys, v = convolved.split((2 * key_width, convolved.shape[1] - 2 * key_width), dim=-1)
+    q, k = l2_norm(queries_and_keys.unflatten(-1, (2, layer.num_k_heads, layer.head_k_dim))).unbind(1)
+    return q, k, v.unflatten(-1, (layer.num_v_heads, layer.head_v_dim))
+
+
+class HybridLinearAttnBackend(AttentionBackend):
+    """Sends softmax layers to the full-attention backend and recurrent layers to the linear one."""
+
+    def __init__(self, full_attn_backend: AttentionBackend, linear_attn_backend: GDNBackend) -> None:
+        self.full_attn_backend = full_attn_backend
+        self.linear_attn_backend = linear_attn_backend
+
+    def init_forward_metadata(self, fb: ForwardBatch) -> None:
+        """Prepare both backends for the step."""
+        self.full_attn_backend.init_forward_metadata(fb)
+        self.linear_attn_backend.init_forward_metadata(fb)
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, fb: ForwardBatch
+    ) -> torch.Tensor:
+        """Softmax attention; see the base class."""
+        return self.full_attn_backend.forward(q, k, v, layer, fb)
+
+    def forward_gdn(
+        self, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, layer: GatedDeltaNet, fb: ForwardBatch
+    ) -> torch.Tensor:
+        """Gated delta net; see ``GDNBackend.forward_gdn``."""
+        return self.linear_attn_backend.forward_gdn(mixed_qkv, b, a, layer, fb)

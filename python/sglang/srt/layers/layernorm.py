@@ -1,0 +1,57 @@
+"""RMS norms: plain, zero-centred (``1 + w``) and gated; the residual add belongs to the norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_gemma_rms_norm, fused_add_rms_norm
+from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, gemma_rms_norm, rms_norm
+from sglang.srt.layers.weights import make_parameter
+
+
+class RMSNorm(nn.Module):
+    """``w * x / rms(x)`` over the last dimension."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = make_parameter(hidden_size, fill=(1.0, 0.0))
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """x [..., D] -> normed; with a residual -> (norm(x + residual), x + residual)."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.eps)
+        return fused_add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class GemmaRMSNorm(nn.Module):
+    """``(1 + w) * x / rms(x)``: a zero weight is unit gain."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = make_parameter(hidden_size, fill=(0.0, 0.0))
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """x [..., D] -> normed; with a residual -> (norm(x + residual), x + residual)."""
+        if residual is None:
+            return gemma_rms_norm(x, self.weight, self.eps)
+        return fused_add_gemma_rms_norm(x, residual, self.weight, self.eps)
+
+
+class RMSNormGated(nn.Module):
+    """``w * x / rms(x) * silu(gate)``: the norm comes before the gate."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = make_parameter(dim, fill=(1.0, 0.0))
+
+    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        """x [..., D], gate [..., D] -> [..., D]."""
+        return gated_rms_norm(x, gate, self.weight, self.eps)

@@ -1,0 +1,98 @@
+"""From hidden rows to logits: the last row of each request, and log-probabilities of prompt tokens when asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobRequest
+
+TopLogprobs = list[tuple[float, int]]
+# Bound on prompt logits held at once, in elements.
+_BLOCK_LOGITS = 1 << 25
+
+
+@dataclass
+class LogitsProcessorOutput:
+    """Logits of the step, and what was asked about prompt tokens.
+
+    next_token_logits [B, V] float32. The lists hold one entry a request (empty when it asked nothing), each with one
+    entry a scored prompt row: its token's log-probability, its most likely (log-probability, id) pairs, and the pairs
+    of the chosen ids. They are None when no request asked.
+    """
+
+    next_token_logits: torch.Tensor
+    input_token_logprobs: list[list[float]] | None = None
+    input_top_logprobs: list[list[TopLogprobs]] | None = None
+    input_token_ids_logprobs: list[list[TopLogprobs]] | None = None
+    # Filled by the sampler: rows that could not be sampled [B] bool, and what was asked about the drawn tokens [B].
+    invalid_rows: torch.Tensor | None = None
+    next_token_logprobs: torch.Tensor | None = None
+    next_token_top_logprobs: list[TopLogprobs] | None = None
+    next_token_token_ids_logprobs: list[TopLogprobs] | None = None
+
+
+class LogitsProcessor(nn.Module):
+    """Picks the rows whose logits are needed and projects only those."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+
+    def forward(
+        self, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor], fb: ForwardBatch
+    ) -> LogitsProcessorOutput:
+        """hidden [N, H] after the final norm, lm_head [n, H] -> [n, V] float32; returns logits of each last row."""
+        if not fb.forward_mode.is_extend():
+            return LogitsProcessorOutput(lm_head(hidden))
+        starts, lengths = fb.extend_start_loc_cpu, fb.extend_seq_lens_cpu
+        assert starts is not None and lengths is not None
+        last = torch.tensor([start + length - 1 for start, length in zip(starts, lengths, strict=True)])
+        out = LogitsProcessorOutput(lm_head(hidden.index_select(0, last.to(hidden.device))))
+        if any(entry is not None and entry.input_start is not None for entry in fb.logprobs):
+            self._score_prompts(out, hidden, lm_head, fb, starts)
+        return out
+
+    def _score_prompts(
+        self,
+        out: LogitsProcessorOutput,
+        hidden: torch.Tensor,
+        lm_head: Callable[[torch.Tensor], torch.Tensor],
+        fb: ForwardBatch,
+        starts: list[int],
+    ) -> None:
+        out.input_token_logprobs, out.input_top_logprobs, out.input_token_ids_logprobs = [], [], []
+        block = max(1, _BLOCK_LOGITS // self.vocab_size)
+        for start, wanted in zip(starts, fb.logprobs, strict=True):
+            scored: list[float] = []
+            top: list[TopLogprobs] = []
+            chosen: list[TopLogprobs] = []
+            if wanted is not None and wanted.input_start is not None:
+                first, targets = start + wanted.input_start, wanted.input_target_ids
+                for begin in range(0, len(targets), block):
+                    part = targets[begin : begin + block]
+                    rows = hidden[first + begin : first + begin + len(part)]
+                    logprobs = lm_head(rows).log_softmax(-1)
+                    scored += logprobs.gather(1, torch.tensor(part, device=rows.device).unsqueeze(1)).squeeze(1).tolist()
+                    top += _top_logprobs(logprobs, wanted)
+                    chosen += _chosen_logprobs(logprobs, wanted)
+            out.input_token_logprobs.append(scored)
+            out.input_top_logprobs.append(top)
+            out.input_token_ids_logprobs.append(chosen)
+
+
+def _top_logprobs(logprobs: torch.Tensor, wanted: LogprobRequest) -> list[TopLogprobs]:
+    if not wanted.top_k:
+        return []
+    values, ids = logprobs.topk(min(wanted.top_k, logprobs.shape[1]), dim=-1)
+    return [list(zip(*row, strict=True)) for row in zip(values.tolist(), ids.tolist(), strict=True)]
+
+
+def _chosen_logprobs(logprobs: torch.Tensor, wanted: LogprobRequest) -> list[TopLogprobs]:
+    if not wanted.token_ids:
+        return []
+    values = logprobs[:, list(wanted.token_ids)].tolist()
+    return [list(zip(row, wanted.token_ids, strict=True)) for row in values]

@@ -1,0 +1,69 @@
+"""Which experts a token goes to, and with what weight; the one owner of the routed scaling factor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sglang.kernels.ops.moe.topk import topk_biased_grouped, topk_grouped, topk_plain
+
+
+@dataclass(frozen=True)
+class TopKOutput:
+    """weights [N, k] float32 (scaling factor included) and expert ids [N, k] int32, unordered within a row."""
+
+    weights: torch.Tensor
+    ids: torch.Tensor
+
+
+class TopK(nn.Module):
+    """Chooses ``top_k`` experts a token from router logits.
+
+    scoring: "softmax" or "sigmoid". renormalize: divide a row's weights by their sum. n_group, topk_group: experts come
+    only from the best ``topk_group`` of ``n_group`` groups. group_score: a group counts as its best expert ("max") or
+    as the sum of its best two ("top2sum"). correction_bias [E] float32: added for the choice alone; needs "top2sum".
+    routed_scaling_factor: multiplied into the weights here and nowhere else.
+    """
+
+    def __init__(
+        self,
+        top_k: int,
+        scoring: str,
+        renormalize: bool,
+        n_group: int = 1,
+        topk_group: int = 1,
+        group_score: str = "max",
+        correction_bias: torch.Tensor | None = None,
+        routed_scaling_factor: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if scoring not in ("softmax", "sigmoid"):
+            raise ValueError(f"scoring must be softmax or sigmoid, got {scoring!r}")
+        expected = "max" if correction_bias is None else "top2sum"
+        if n_group > 1 and group_score != expected:
+            raise ValueError(f"group_score {group_score!r} is not supported here: {expected!r} goes with this router")
+        self.top_k = top_k
+        self.scoring = scoring
+        self.renormalize = renormalize
+        self.n_group = n_group
+        self.topk_group = topk_group
+        self.correction_bias = correction_bias
+        self.routed_scaling_factor = routed_scaling_factor
+
+    def forward(self, router_logits: torch.Tensor) -> TopKOutput:
+        """router_logits [N, E] -> TopKOutput."""
+        scale = self.routed_scaling_factor
+        if self.correction_bias is not None:
+            weights, ids = topk_biased_grouped(
+                router_logits, self.correction_bias, self.top_k, self.scoring, self.renormalize, self.n_group,
+                self.topk_group, scale,
+            )  # fmt: skip
+        elif self.n_group > 1:
+            weights, ids = topk_grouped(
+                router_logits, self.top_k, self.scoring, self.renormalize, self.n_group, self.topk_group, scale
+            )
+        else:
+            weights, ids = topk_plain(router_logits, self.top_k, self.scoring, self.renormalize, scale)
+        return TopKOutput(weights, ids)

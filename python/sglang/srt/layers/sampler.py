@@ -1,0 +1,110 @@
+"""From logits to token ids: edits, greedy or seeded choice, log-probabilities of what was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sglang.kernels.ops.sampling.greedy import greedy_sample
+from sglang.kernels.ops.sampling.seeded import seeded_sample
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+
+class Sampler(torch.nn.Module):
+    """Chooses the next token of each row.
+
+    A row whose logits hold NaN, +inf or nothing finite cannot be sampled: ``logits_output.invalid_rows`` marks it, an
+    id in range stands in its place, and the scheduler ends that request with an error.
+    """
+
+    def forward(
+        self,
+        logits_output: LogitsProcessorOutput,
+        sampling_info: SamplingBatchInfo,
+        return_logprob: bool = False,
+        top_logprobs_nums: Sequence[int] = (),
+        token_ids_logprobs: Sequence[Sequence[int]] = (),
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``next_token_ids`` [B] int64 from ``logits_output.next_token_logits`` [B, V] float32.
+
+        ``positions`` [B] int64 is the index in its sequence of the token to be drawn; needed unless all rows are
+        greedy. With ``return_logprob`` the output's ``next_token_*`` fields are filled with natural-log probabilities
+        under the model's own distribution (before penalties and temperature).
+        """
+        raw = logits_output.next_token_logits
+        logits_output.invalid_rows = ~torch.isfinite(raw.amax(dim=-1))
+        logits = sampling_info.apply_edits(raw) if sampling_info.edits_logits() else raw
+        if sampling_info.is_all_greedy:
+            ids = greedy_sample(logits)
+        else:
+            assert positions is not None, "random sampling needs positions"
+            ids = self._sample(logits, sampling_info, positions)
+        if return_logprob:
+            _fill_logprobs(logits_output, raw, ids, top_logprobs_nums, token_ids_logprobs)
+        return ids
+
+    @staticmethod
+    def _sample(logits: torch.Tensor, info: SamplingBatchInfo, positions: torch.Tensor) -> torch.Tensor:
+        probs = filtered_probs(logits, info)
+        # Rows that cannot be sampled are marked invalid by the caller; give them a harmless distribution.
+        probs = torch.where(torch.isfinite(probs), probs, 1.0)
+        drawn = seeded_sample(probs, info.seeds, positions)
+        if bool(info.greedy_rows.any()):
+            return torch.where(info.greedy_rows, greedy_sample(logits).to(drawn.dtype), drawn)
+        return drawn
+
+
+def filtered_probs(logits: torch.Tensor, info: SamplingBatchInfo) -> torch.Tensor:
+    """Probabilities [B, V] after temperature, then top-k, then top-p, then min-p; removed ids get 0.
+
+    Top-k and top-p keep the most probable ids, ties in id order; top-p keeps the shortest such list whose sum reaches
+    p (after top-k and renormalised); min-p drops ids below ``min_p * max``. Rows are not renormalised at the end.
+    """
+    probs = torch.softmax(logits / info.temperatures, dim=-1)
+    if info.need_top_k or info.need_top_p:
+        ordered, order = torch.sort(probs, dim=-1, descending=True, stable=True)
+        if info.need_top_k:
+            ranks = torch.arange(ordered.shape[1], device=ordered.device)
+            ordered = ordered.masked_fill(ranks >= info.top_ks, 0.0)
+        if info.need_top_p:
+            share = ordered / ordered.sum(dim=-1, keepdim=True)
+            before = share.cumsum(dim=-1) - share
+            ordered = ordered.masked_fill((before >= info.top_ps) & (info.top_ps < 1.0), 0.0)
+        probs = torch.zeros_like(probs).scatter_(1, order, ordered)
+    if info.need_min_p:
+        probs = probs.masked_fill(probs < info.min_ps * probs.amax(dim=-1, keepdim=True), 0.0)
+    return probs
+
+
+def _fill_logprobs(
+    output: LogitsProcessorOutput,
+    logits: torch.Tensor,
+    ids: torch.Tensor,
+    top_logprobs_nums: Sequence[int],
+    token_ids_logprobs: Sequence[Sequence[int]],
+) -> None:
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    output.next_token_logprobs = logprobs.gather(1, ids.to(torch.int64).unsqueeze(1)).squeeze(1)
+    if any(top_logprobs_nums):
+        output.next_token_top_logprobs = top_entries(logprobs, top_logprobs_nums)
+    if any(len(chosen) for chosen in token_ids_logprobs):
+        output.next_token_token_ids_logprobs = chosen_entries(logprobs, token_ids_logprobs)
+
+
+def top_entries(logprobs: torch.Tensor, counts: Sequence[int]) -> list[list[tuple[float, int]]]:
+    """For row i of ``logprobs`` [R, V], its ``counts[i]`` best (logprob, id) pairs, best first."""
+    k = min(max(counts), logprobs.shape[1])
+    values, ids = logprobs.topk(k, dim=-1)
+    rows = zip(values.tolist(), ids.tolist(), counts, strict=True)
+    return [list(zip(v[:count], i[:count], strict=True)) for v, i, count in rows]
+
+
+def chosen_entries(logprobs: torch.Tensor, chosen: Sequence[Sequence[int]]) -> list[list[tuple[float, int]]]:
+    """For row i of ``logprobs`` [R, V], the (logprob, id) pairs of the ids ``chosen[i]``, in that order."""
+    return [
+        list(zip(logprobs[row, list(ids)].tolist(), ids, strict=True)) if ids else []
+        for row, ids in enumerate(chosen)
+    ]

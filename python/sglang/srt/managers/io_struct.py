@@ -1,0 +1,165 @@
+"""Messages between the HTTP, scheduler and detokenizer processes, as msgpack structs with a tag each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+# One log-probability entry: (logprob or None, token id, token text or None).
+LogprobEntry = tuple[float | None, int, str | None]
+
+
+class GenerateReqInput(msgspec.Struct, kw_only=True):
+    """One native generation request after the HTTP layer, before tokenization; lists mean a batch."""
+
+    text: str | list[str] | None = None
+    # msgspec allows one array type in a union: read both as int lists or lists of int lists.
+    input_ids: list[int | list[int]] | None = None
+    sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
+    rid: str | list[str] | None = None
+    return_logprob: bool | list[bool] | None = None
+    logprob_start_len: int | list[int] | None = None
+    top_logprobs_num: int | list[int] | None = None
+    token_ids_logprob: list[int | list[int]] | None = None
+    return_text_in_logprobs: bool | None = None
+    stream: bool | None = None
+
+
+class TokenizedGenerateReqInput(msgspec.Struct, kw_only=True, tag=True):
+    """One request on its way to the scheduler.
+
+    ``logprob_start_len`` is the first prompt position whose log-probability is wanted; -1 means outputs only.
+    """
+
+    rid: str
+    input_ids: list[int]
+    sampling_params: SamplingParams
+    stream: bool = False
+    return_logprob: bool = False
+    logprob_start_len: int = -1
+    top_logprobs_num: int = 0
+    token_ids_logprob: list[int] = []
+    created: float = 0.0
+
+
+class AbortReq(msgspec.Struct, kw_only=True, tag=True):
+    """End a request wherever it is: queued, mid-chunk or decoding.
+
+    ``rid`` is a prefix unless ``exact``; ``abort_all`` ignores it. ``exact`` keeps one client's disconnect from
+    ending another's request whose id merely starts alike.
+    """
+
+    rid: str = ""
+    exact: bool = False
+    abort_all: bool = False
+
+
+class FlushCacheReqInput(msgspec.Struct, kw_only=True, tag=True):
+    """Drop the prefix cache; refused while requests are in flight."""
+
+    seq: int
+
+
+class FlushCacheReqOutput(msgspec.Struct, kw_only=True, tag=True):
+    seq: int
+    success: bool
+    message: str = ""
+
+
+class GetInternalStateReq(msgspec.Struct, kw_only=True, tag=True):
+    """Ask the scheduler for its counters, pools, chosen kernels and fallbacks."""
+
+    seq: int
+
+
+class GetInternalStateReqOutput(msgspec.Struct, kw_only=True, tag=True):
+    seq: int
+    internal_state: dict[str, Any]
+
+
+class ShutdownReq(msgspec.Struct, kw_only=True, tag=True):
+    """Stop a scheduler or detokenizer process after its current step."""
+
+
+class FinishReason(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """Why a request ended. ``type`` is "stop", "length" or "abort"."""
+
+    type: str
+    matched: int | str | None = None
+    length: int | None = None
+    message: str | None = None
+    status_code: int | None = None
+    err_type: str | None = None
+
+
+class TokenLogprobs(msgspec.Struct, kw_only=True):
+    """Log-probabilities of consecutive tokens.
+
+    ``logprobs[i]`` belongs to ``ids[i]`` (None for a token with no predecessor); ``top[i]`` are (logprob, id) pairs,
+    best first; ``chosen[i]`` follows the ids that the request named. ``top`` and ``chosen`` are empty if not asked.
+    """
+
+    logprobs: list[float | None] = []
+    ids: list[int] = []
+    top: list[list[tuple[float, int]] | None] = []
+    chosen: list[list[tuple[float, int]] | None] = []
+
+
+class TokenIDOutput(msgspec.Struct, kw_only=True):
+    """New tokens of one request since its last message.
+
+    ``output_ids`` are the new ids only. ``decode_ids`` equal them; a stop token is included in ``output_ids``.
+    ``input_logprobs`` is sent once, with the first output.
+    """
+
+    rid: str
+    output_ids: list[int]
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+    # Stop strings: the detokenizer holds back text that may be the start of one.
+    stop: list[str] = []
+    input_logprobs: TokenLogprobs | None = None
+    output_logprobs: TokenLogprobs | None = None
+    num_retractions: int = 0
+
+
+class BatchTokenIDOutput(msgspec.Struct, kw_only=True, tag=True):
+    """Scheduler to detokenizer: the requests of one step that have something to say."""
+
+    outputs: list[TokenIDOutput]
+
+
+class StrOutput(msgspec.Struct, kw_only=True):
+    """New text of one request; ``text`` is the delta, never holding part of a stop string."""
+
+    rid: str
+    text: str
+    output_ids: list[int]
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    input_logprobs: TokenLogprobs | None = None
+    output_logprobs: TokenLogprobs | None = None
+    num_retractions: int = 0
+
+
+class BatchStrOutput(msgspec.Struct, kw_only=True, tag=True):
+    """Detokenizer to tokenizer manager."""
+
+    outputs: list[StrOutput]
+
+
+SchedulerMessage = (
+    TokenizedGenerateReqInput | AbortReq | FlushCacheReqInput | GetInternalStateReq | ShutdownReq
+)
+DetokenizerMessage = BatchTokenIDOutput | ShutdownReq
+TokenizerMessage = BatchStrOutput | FlushCacheReqOutput | GetInternalStateReqOutput

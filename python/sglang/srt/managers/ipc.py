@@ -1,0 +1,126 @@
+"""The wire between processes: ZeroMQ over unix-domain sockets, msgpack structs with a schema, nothing pickled."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from typing import Any, Generic, TypeVar
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from sglang.srt.managers import io_struct
+
+T = TypeVar("T")
+
+
+class IpcNames(msgspec.Struct, frozen=True):
+    """Addresses of the three inboxes; each is bound by its reader and lives in one private directory."""
+
+    tokenizer: str
+    scheduler: str
+    detokenizer: str
+    directory: str
+
+    @classmethod
+    def create(cls) -> IpcNames:
+        """Make a directory readable by this user alone and name the sockets in it."""
+        directory = tempfile.mkdtemp(prefix="sglang-")
+        names = {name: f"ipc://{os.path.join(directory, name)}" for name in ("tokenizer", "scheduler", "detokenizer")}
+        return cls(directory=directory, **names)
+
+    def remove(self) -> None:
+        """Delete the sockets' directory."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def _context() -> zmq.Context[Any]:
+    context: zmq.Context[Any] = zmq.Context.instance()
+    return context
+
+
+def _configure(socket: Any) -> None:
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.SNDHWM, 0)
+    socket.setsockopt(zmq.RCVHWM, 0)
+
+
+class Sender:
+    """Writes structs to another process's inbox; never blocks."""
+
+    def __init__(self, address: str) -> None:
+        self._socket = _context().socket(zmq.PUSH)
+        _configure(self._socket)
+        self._socket.connect(address)
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def send(self, message: msgspec.Struct) -> None:
+        self._socket.send(self._encoder.encode(message), copy=False)
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class Receiver(Generic[T]):
+    """This process's inbox; decoding checks every message against the schema ``message_type``."""
+
+    def __init__(self, address: str, message_type: Any) -> None:
+        self._socket = _context().socket(zmq.PULL)
+        _configure(self._socket)
+        self._socket.bind(address)
+        self._decoder = msgspec.msgpack.Decoder(message_type)
+
+    def recv_raw_all(self) -> list[bytes]:
+        """All messages that have arrived, undecoded, without waiting."""
+        raw: list[bytes] = []
+        while True:
+            try:
+                raw.append(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return raw
+
+    def decode(self, raw: bytes) -> T:
+        message: T = self._decoder.decode(raw)
+        return message
+
+    def recv(self) -> T:
+        """The next message; waits."""
+        return self.decode(self._socket.recv())
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until a message has arrived; False after ``timeout_s`` seconds."""
+        return bool(self._socket.poll(int(timeout_s * 1000)))
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+class AsyncReceiver(Generic[T]):
+    """``Receiver`` for an asyncio loop."""
+
+    def __init__(self, address: str, message_type: Any) -> None:
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
+        _configure(self._socket)
+        self._socket.bind(address)
+        self._decoder = msgspec.msgpack.Decoder(message_type)
+
+    async def recv(self) -> T:
+        message: T = self._decoder.decode(await self._socket.recv())
+        return message
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def scheduler_receiver(names: IpcNames) -> Receiver[io_struct.SchedulerMessage]:
+    return Receiver(names.scheduler, io_struct.SchedulerMessage)
+
+
+def detokenizer_receiver(names: IpcNames) -> Receiver[io_struct.DetokenizerMessage]:
+    return Receiver(names.detokenizer, io_struct.DetokenizerMessage)
+
+
+def tokenizer_receiver(names: IpcNames) -> AsyncReceiver[io_struct.TokenizerMessage]:
+    return AsyncReceiver(names.tokenizer, io_struct.TokenizerMessage)

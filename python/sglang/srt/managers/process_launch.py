@@ -1,0 +1,221 @@
+"""Starts scheduler and detokenizer processes, waits until they are ready, and ends them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from sglang.srt.managers.ipc import IpcNames
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.common import get_free_port
+
+logger = logging.getLogger(__name__)
+
+PROGRESS_INTERVAL_S = 10.0
+
+
+class LaunchError(RuntimeError):
+    """A child process did not get ready. ``user_error`` tells a wrong setting from a crash."""
+
+    def __init__(self, message: str, user_error: bool) -> None:
+        super().__init__(message)
+        self.user_error = user_error
+
+
+class LaunchConfig(msgspec.Struct, kw_only=True):
+    """What a child process is told, as JSON in a file that only this user can read."""
+
+    server_args: str
+    ipc: IpcNames
+    tp_rank: int = 0
+    tp_size: int = 1
+    dist_init_method: str = ""
+
+    def parsed_server_args(self) -> ServerArgs:
+        return ServerArgs.from_json(self.server_args)
+
+
+@dataclass
+class ChildProcess:
+    """One child, the pipe on which it reports ready, and the pipe whose end tells it that the parent died."""
+
+    name: str
+    popen: subprocess.Popen[bytes]
+    ready_fd: int
+    lifeline_fd: int
+
+
+@dataclass
+class EngineProcesses:
+    """The running children of one engine."""
+
+    ipc: IpcNames
+    processes: list[ChildProcess]
+    scheduler_info: dict[str, Any] = field(default_factory=dict)
+
+    def check_alive(self) -> str | None:
+        """None while all children run, else which one ended and how."""
+        for child in self.processes:
+            code = child.popen.poll()
+            if code is not None:
+                return f"{child.name} (pid {child.popen.pid}) ended with exit code {code}"
+        return None
+
+    def shutdown(self, grace_s: float = 5.0) -> None:
+        """End all children: ask first, insist after ``grace_s`` seconds. Safe to call twice."""
+        for child in self.processes:
+            if child.popen.poll() is None:
+                child.popen.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + grace_s
+        for child in self.processes:
+            try:
+                child.popen.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.popen.kill()
+                child.popen.wait()
+            for descriptor in (child.ready_fd, child.lifeline_fd):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            child.ready_fd = child.lifeline_fd = -1
+        self.ipc.remove()
+
+
+def launch_engine_processes(server_args: ServerArgs) -> EngineProcesses:
+    """Start one scheduler a TP rank and one detokenizer, and wait until all are ready.
+
+    ``server_args`` must be resolved. Raises LaunchError with the child's own words when one fails; the others are
+    ended first.
+    """
+    engine = EngineProcesses(ipc=IpcNames.create(), processes=[])
+    tp_size = server_args.tp_size
+    init_method = f"tcp://127.0.0.1:{server_args.nccl_port or get_free_port()}" if tp_size > 1 else ""
+    threads = max(1, (os.cpu_count() or 1) // tp_size)
+    try:
+        for rank in range(tp_size):
+            config = LaunchConfig(
+                server_args=server_args.to_json(),
+                ipc=engine.ipc,
+                tp_rank=rank,
+                tp_size=tp_size,
+                dist_init_method=init_method,
+            )
+            name = "scheduler" if tp_size == 1 else f"scheduler TP{rank}"
+            engine.processes.append(_start(name, "sglang.srt.managers.scheduler_process", config, threads))
+        config = LaunchConfig(server_args=server_args.to_json(), ipc=engine.ipc)
+        engine.processes.append(_start("detokenizer", "sglang.srt.managers.detokenizer_process", config, 1))
+        for child in engine.processes:
+            info = _wait_ready(child, engine)
+            if child is engine.processes[0]:
+                engine.scheduler_info = info
+    except BaseException:
+        engine.shutdown(grace_s=1.0)
+        raise
+    return engine
+
+
+def _start(name: str, module: str, config: LaunchConfig, threads: int) -> ChildProcess:
+    path = os.path.join(config.ipc.directory, f"{name.replace(' ', '-')}.json")
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(msgspec.json.encode(config))
+    ready_read, ready_write = os.pipe()
+    life_read, life_write = os.pipe()
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    command = [sys.executable, "-m", module, "--config", path]
+    command += ["--ready-fd", str(ready_write), "--lifeline-fd", str(life_read)]
+    # A session of its own: Ctrl-C reaches the parent alone, which then ends its children in order.
+    popen = subprocess.Popen(
+        command, pass_fds=(ready_write, life_read), env=environment, start_new_session=True, stdin=subprocess.DEVNULL
+    )
+    os.close(ready_write)
+    os.close(life_read)
+    return ChildProcess(name=name, popen=popen, ready_fd=ready_read, lifeline_fd=life_write)
+
+
+def _wait_ready(child: ChildProcess, engine: EngineProcesses) -> dict[str, Any]:
+    """The info that ``child`` reports when ready; raises LaunchError when it or a sibling fails first."""
+    received = b""
+    started = last_word = time.monotonic()
+    while True:
+        readable, _, _ = select.select([child.ready_fd], [], [], 0.2)
+        if readable:
+            data = os.read(child.ready_fd, 1 << 16)
+            received += data
+            if received.endswith(b"\n"):
+                break
+            if not data:
+                code = child.popen.wait()
+                raise LaunchError(f"{child.name} ended with exit code {code} before it was ready.", user_error=False)
+        if time.monotonic() - last_word > PROGRESS_INTERVAL_S:
+            last_word = time.monotonic()
+            logger.info("waiting for %s (%.0f s)", child.name, last_word - started)
+        _check_siblings(child, engine)
+    report = json.loads(received)
+    if report["status"] != "ready":
+        raise LaunchError(report["message"], user_error=report["user_error"])
+    info: dict[str, Any] = report["info"]
+    return info
+
+
+def _check_siblings(child: ChildProcess, engine: EngineProcesses) -> None:
+    for sibling in engine.processes:
+        if sibling is not child and sibling.popen.poll() is not None:
+            words = _last_words(sibling)
+            if words is not None:
+                raise LaunchError(words["message"], user_error=words["user_error"])
+            raise LaunchError(f"{sibling.name} ended with exit code {sibling.popen.returncode}.", user_error=False)
+
+
+def _last_words(child: ChildProcess) -> dict[str, Any] | None:
+    """The error that an ended child reported, if it did."""
+    readable, _, _ = select.select([child.ready_fd], [], [], 0)
+    data = os.read(child.ready_fd, 1 << 16) if readable else b""
+    report: dict[str, Any] | None = json.loads(data) if data.endswith(b"\n") else None
+    return report if report is not None and report["status"] == "error" else None
+
+
+class ChildContext:
+    """The child's side: its configuration, the readiness report, and an end when the parent is gone."""
+
+    def __init__(self, arguments: Any) -> None:
+        with open(arguments.config, "rb") as file:
+            self.config = msgspec.json.decode(file.read(), type=LaunchConfig)
+        self._ready_fd: int = arguments.ready_fd
+        threading.Thread(target=_exit_with_parent, args=(arguments.lifeline_fd,), daemon=True).start()
+
+    def report_ready(self, info: dict[str, Any]) -> None:
+        self._report({"status": "ready", "info": info})
+
+    def report_error(self, message: str, user_error: bool) -> None:
+        self._report({"status": "error", "message": message, "user_error": user_error})
+
+    def _report(self, document: dict[str, Any]) -> None:
+        os.write(self._ready_fd, (json.dumps(document) + "\n").encode())
+
+
+def _exit_with_parent(lifeline_fd: int) -> None:
+    os.read(lifeline_fd, 1)
+    os._exit(1)
+
+
+def parse_child_arguments() -> ChildContext:
+    """Read ``--config FILE --ready-fd N --lifeline-fd N`` from the command line."""
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--ready-fd", type=int, required=True)
+    parser.add_argument("--lifeline-fd", type=int, required=True)
+    return ChildContext(parser.parse_args())

@@ -1,0 +1,186 @@
+"""What a request holds in the pools and in the prefix cache, from admission to release."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
+from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
+from sglang.srt.mem_cache.memory_pool import GDNStatePool
+from sglang.srt.mem_cache.radix_cache import MatchResult, RadixCache
+
+
+class PoolLeakError(RuntimeError):
+    """Slots, rows or states are missing, or are held by nobody."""
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Tokens of the KV pool by owner."""
+
+    total: int
+    free: int
+    cached: int
+
+    @property
+    def used(self) -> int:
+        return self.total - self.free - self.cached
+
+
+class ReqMemory:
+    """Moves slots between the allocator, requests and the prefix tree; every token has exactly one owner."""
+
+    def __init__(
+        self,
+        allocator: TokenToKVPoolAllocator,
+        req_pool: ReqToTokenPool,
+        tree: RadixCache,
+        state_pool: GDNStatePool | None,
+    ) -> None:
+        self.allocator = allocator
+        self.req_pool = req_pool
+        self.tree = tree
+        self.state_pool = state_pool
+
+    @property
+    def page_size(self) -> int:
+        return self.allocator.page_size
+
+    def use(self) -> MemoryUse:
+        return MemoryUse(self.allocator.size, self.allocator.available_size(), self.tree.evictable_size())
+
+    def obtainable(self) -> int:
+        """Tokens that can be had now, eviction included."""
+        return self.allocator.available_size() + self.tree.evictable_size()
+
+    def match(self, req: Req) -> MatchResult:
+        """The usable cached prefix of a request that holds nothing yet."""
+        return self.tree.match_prefix(req.token_ids[: req.max_prefix_len()])
+
+    def match_len(self, token_ids: list[int]) -> int:
+        """Tokens of the usable cached prefix of ``token_ids``."""
+        return self.tree.match_prefix(token_ids).slot_ids.numel()
+
+    def admit(self, req: Req, match: MatchResult) -> None:
+        """Give the request a row, a state and its cached prefix; ``match.node`` must be locked for it already."""
+        if isinstance(self.tree, HybridRadixCache):
+            req.state_slot = self.tree.fork_state(match)
+            if req.state_slot is None:
+                raise PoolLeakError(f"no recurrent-state slot for request {req.rid}: live slots cover every request")
+        row = self.req_pool.alloc()
+        if row is None:
+            raise PoolLeakError(f"no request row for {req.rid}: rows cover every running request")
+        prefix = match.slot_ids.numel()
+        self.req_pool.write(row, 0, match.slot_ids)
+        req.req_pool_idx, req.node = row, match.node
+        req.computed_len = req.tree_len = prefix
+        req.snapshot_at = match.kv_len if match.kv_len > prefix else 0
+        req.cached_tokens = max(req.cached_tokens, prefix) if req.num_retractions == 0 else req.cached_tokens
+
+    def extend(self, reqs: list[Req], ends: list[int]) -> torch.Tensor | None:
+        """Slots for tokens ``computed_len .. end`` of each request, written to its row; None when they do not fit."""
+        starts = [req.computed_len for req in reqs]
+        last = [self._last_slot(req) for req in reqs]
+        pages = self.page_size
+        needed = sum(-(-end // pages) - -(-start // pages) for start, end in zip(starts, ends, strict=True)) * pages
+        self._make_room(needed)
+        slots = self.allocator.alloc_extend(starts, ends, last)
+        if slots is None:
+            return None
+        offset = 0
+        for req, start, end in zip(reqs, starts, ends, strict=True):
+            self.req_pool.write(self._row(req), start, slots[offset : offset + end - start])
+            offset += end - start
+        return slots
+
+    def extend_by_one(self, reqs: list[Req]) -> torch.Tensor | None:
+        """One slot for the newest token of each request (decode), written to its row; None when they do not fit."""
+        positions = [req.computed_len for req in reqs]
+        needed = sum(1 for position in positions if position % self.page_size == 0) * self.page_size
+        self._make_room(needed)
+        last = [self._last_slot(req) for req in reqs] if self.page_size > 1 else [-1] * len(reqs)
+        slots = self.allocator.alloc_decode([position + 1 for position in positions], last)
+        if slots is not None:
+            self.req_pool.write_decode([self._row(req) for req in reqs], positions, slots)
+        return slots
+
+    def share_prefix(self, req: Req) -> None:
+        """Cache what a running request has computed, so that others can use it, and lock it for this one.
+
+        Slots that were cached by someone else in the meantime replace the request's own.
+        """
+        num_tokens = self.tree.aligned(req.computed_len)
+        if self.tree.disable or num_tokens <= req.tree_len:
+            return
+        row = self._row(req)
+        tokens, slots = req.token_ids[:num_tokens], self.req_pool.read(row, 0, num_tokens)
+        if isinstance(self.tree, HybridRadixCache) and num_tokens == req.computed_len:
+            assert req.state_slot is not None
+            result = self.tree.snapshot(tokens, slots, req.state_slot)
+        else:
+            result = self.tree.insert(tokens, slots)
+        self.allocator.free(slots[req.tree_len : result.prefix_len])
+        self.req_pool.write(row, 0, self.tree.path_slots(result.node))
+        self.tree.inc_lock_ref(result.node)
+        assert req.node is not None
+        self.tree.dec_lock_ref(req.node)
+        req.node, req.tree_len = result.node, num_tokens
+
+    def release(self, req: Req, cache: bool) -> None:
+        """Take back all that the request holds; with ``cache`` its computed tokens stay in the prefix cache."""
+        if req.req_pool_idx is None:
+            return
+        slots = self.req_pool.read(req.req_pool_idx, 0, req.computed_len)
+        if cache:
+            num_tokens = self.tree.aligned(req.computed_len)
+            result = self.tree.insert(req.token_ids[:num_tokens], slots[:num_tokens])
+            surplus = [slots[req.tree_len : max(req.tree_len, result.prefix_len)], slots[result.cached_len :]]
+            self.allocator.free(torch.cat(surplus))
+        else:
+            self.allocator.free(slots[req.tree_len :])
+        assert req.node is not None
+        self.tree.dec_lock_ref(req.node)
+        self.req_pool.free(req.req_pool_idx)
+        if req.state_slot is not None:
+            assert self.state_pool is not None
+            self.state_pool.free(req.state_slot)
+        req.req_pool_idx = req.state_slot = req.node = None
+        req.computed_len = req.tree_len = req.snapshot_at = 0
+
+    def check_idle(self, deep: bool) -> None:
+        """Raise PoolLeakError (or RadixIntegrityError) unless every slot is free or cached and nothing is locked.
+
+        ``deep`` also recounts the whole prefix tree.
+        """
+        use = self.use()
+        if use.used or self.tree.protected_size():
+            raise PoolLeakError(
+                f"idle, but {use.used} of {use.total} KV tokens are held by no request "
+                f"(free {use.free}, cached {use.cached}, locked {self.tree.protected_size()})"
+            )
+        if self.req_pool.available_size() != self.req_pool.size:
+            raise PoolLeakError(f"idle, but {self.req_pool.size - self.req_pool.available_size()} request rows are held")
+        if isinstance(self.tree, HybridRadixCache):
+            assert self.state_pool is not None
+            held = self.state_pool.size - self.state_pool.available_size() - self.tree.num_states()
+            if held:
+                raise PoolLeakError(f"idle, but {held} recurrent-state slots are held by no request")
+        if deep:
+            self.tree.check_integrity(held=0)
+
+    def _row(self, req: Req) -> int:
+        assert req.req_pool_idx is not None, f"request {req.rid} holds no row"
+        return req.req_pool_idx
+
+    def _last_slot(self, req: Req) -> int:
+        if req.computed_len == 0:
+            return -1
+        return int(self.req_pool.read(self._row(req), req.computed_len - 1, req.computed_len)[0])
+
+    def _make_room(self, num_tokens: int) -> None:
+        missing = num_tokens - self.allocator.available_size()
+        if missing > 0:
+            self.tree.evict(missing)

@@ -1,0 +1,124 @@
+"""Normalises one native request body into single requests, and refuses what cannot be served."""
+
+from __future__ import annotations
+
+import uuid
+from typing import Any, TypeVar
+
+import msgspec
+
+from sglang.srt.managers.io_struct import GenerateReqInput
+
+T = TypeVar("T")
+
+
+class RequestError(Exception):
+    """A request that ends in an error: HTTP status, message, and the error type of the OpenAI body."""
+
+    def __init__(self, message: str, status_code: int = 400, err_type: str = "BadRequestError"):
+        super().__init__(message)
+        self.message = message
+        self.status_code = status_code
+        self.err_type = err_type
+
+
+class SingleRequest(msgspec.Struct, kw_only=True):
+    """One prompt with its own options; exactly one of ``text`` and ``input_ids`` is set."""
+
+    rid: str
+    # Whether the client chose the id, so that it may come again.
+    rid_given: bool
+    text: str | None
+    input_ids: list[int] | None
+    sampling_params: dict[str, Any]
+    return_logprob: bool
+    logprob_start_len: int
+    top_logprobs_num: int
+    token_ids_logprob: list[int]
+    return_text_in_logprobs: bool
+
+
+def split_request(obj: GenerateReqInput) -> tuple[list[SingleRequest], bool]:
+    """The single requests of ``obj`` in order, and whether its result is a list.
+
+    Raises RequestError (400) for a missing prompt and for lists of unequal length.
+    """
+    prompts, is_batch = _prompts(obj)
+    count = len(prompts)
+    params = _per_request("sampling_params", obj.sampling_params, count, is_batch, {})
+    rids = _rids(obj.rid, count, is_batch)
+    return_logprob = _per_request("return_logprob", obj.return_logprob, count, is_batch, False)
+    start_len = _per_request("logprob_start_len", obj.logprob_start_len, count, is_batch, -1)
+    top_num = _per_request("top_logprobs_num", obj.top_logprobs_num, count, is_batch, 0)
+    chosen = _chosen_ids(obj.token_ids_logprob, count, is_batch)
+    singles = [
+        SingleRequest(
+            rid=rids[i],
+            rid_given=obj.rid is not None,
+            text=prompt if isinstance(prompt, str) else None,
+            input_ids=None if isinstance(prompt, str) else prompt,
+            sampling_params=params[i],
+            return_logprob=return_logprob[i],
+            logprob_start_len=start_len[i],
+            top_logprobs_num=top_num[i],
+            token_ids_logprob=chosen[i],
+            return_text_in_logprobs=bool(obj.return_text_in_logprobs),
+        )
+        for i, prompt in enumerate(prompts)
+    ]
+    return singles, is_batch
+
+
+def _prompts(obj: GenerateReqInput) -> tuple[list[Any], bool]:
+    if (obj.text is None) == (obj.input_ids is None):
+        raise RequestError("Give exactly one of text and input_ids.")
+    if obj.text is not None:
+        if isinstance(obj.text, str):
+            return [obj.text], False
+        return _non_empty("text", obj.text), True
+    ids = _non_empty("input_ids", obj.input_ids or [])
+    nested = [isinstance(item, list) for item in ids]
+    if all(nested):
+        return ids, True
+    if any(nested):
+        raise RequestError("input_ids must be a list of token ids or a list of such lists, not a mixture.")
+    return [ids], False
+
+
+def _non_empty(name: str, value: list[T]) -> list[T]:
+    if not value:
+        raise RequestError(f"The prompt is empty: {name} is an empty list.")
+    return value
+
+
+def _per_request(name: str, value: Any, count: int, is_batch: bool, default: T) -> list[T]:
+    """One value a request: a scalar is shared, a list needs one entry a prompt."""
+    if not isinstance(value, list):
+        return [default if value is None else value] * count
+    if not is_batch:
+        raise RequestError(f"{name} is a list, but the request holds one prompt.")
+    if len(value) != count:
+        raise RequestError(f"{name} has {len(value)} entries for {count} prompts.")
+    return [default if item is None else item for item in value]
+
+
+def _rids(rid: str | list[str] | None, count: int, is_batch: bool) -> list[str]:
+    if rid is None:
+        return [uuid.uuid4().hex for _ in range(count)]
+    if isinstance(rid, str):
+        return [f"{rid}_{i}" for i in range(count)] if is_batch else [rid]
+    rids: list[str] = _per_request("rid", rid, count, is_batch, "")
+    if len(set(rids)) != count:
+        raise RequestError("rid holds the same request id twice.")
+    return rids
+
+
+def _chosen_ids(value: list[Any] | None, count: int, is_batch: bool) -> list[list[int]]:
+    if not value:
+        return [[] for _ in range(count)]
+    nested = [isinstance(item, list) for item in value]
+    if any(nested) and not all(nested):
+        raise RequestError("token_ids_logprob must be a list of token ids or a list of such lists, not a mixture.")
+    if not nested[0]:
+        return [list(value) for _ in range(count)]
+    return _per_request("token_ids_logprob", value, count, is_batch, [])

@@ -1,0 +1,171 @@
+"""What the tokenizer manager keeps of a request in flight, and the result dictionaries that it makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from sglang.srt.managers.io_struct import FinishReason, LogprobEntry, StrOutput, TokenLogprobs
+from sglang.srt.managers.request_input import RequestError
+
+TokenText = Callable[[int], str | None]
+
+
+class LogprobLists:
+    """Growing log-probability lists of one request's prompt or output, as the API shows them."""
+
+    def __init__(self) -> None:
+        self.tokens: list[LogprobEntry] = []
+        self.top: list[list[LogprobEntry] | None] = []
+        self.chosen: list[list[LogprobEntry] | None] = []
+
+    def extend(self, new: TokenLogprobs, text_of: TokenText) -> None:
+        self.tokens += [(lp, i, text_of(i)) for lp, i in zip(new.logprobs, new.ids, strict=True)]
+        self.top += [_entries(row, text_of) for row in new.top]
+        self.chosen += [_entries(row, text_of) for row in new.chosen]
+
+
+def _entries(row: list[tuple[float, int]] | None, text_of: TokenText) -> list[LogprobEntry] | None:
+    return None if row is None else [(logprob, token_id, text_of(token_id)) for logprob, token_id in row]
+
+
+class RequestState:
+    """One request in flight: what has arrived, and how much of it the reader has had."""
+
+    def __init__(
+        self,
+        rid: str,
+        wire_rid: str,
+        index: int,
+        group: RequestGroup,
+        *,
+        return_logprob: bool,
+        top_logprobs: bool,
+        chosen_logprobs: bool,
+        text_of: TokenText,
+        weight_version: str,
+    ):
+        self.rid = rid
+        self.wire_rid = wire_rid
+        self.index = index
+        self.group = group
+        self.created = time.perf_counter()
+        self.latency: float | None = None
+        self.finish_reason: FinishReason | None = None
+        self.text = ""
+        self.output_ids: list[int] = []
+        self.last: StrOutput | None = None
+        self.input_logprobs = LogprobLists()
+        self.output_logprobs = LogprobLists()
+        self._return_logprob = return_logprob
+        self._top_logprobs = top_logprobs
+        self._chosen_logprobs = chosen_logprobs
+        self._text_of = text_of
+        self._weight_version = weight_version
+        self._read_text = 0
+        self._read_ids = 0
+        self._read_logprobs = 0
+
+    def receive(self, output: StrOutput) -> None:
+        """Add one message; wakes the reader when it has something to read."""
+        self.last = output
+        self.text += output.text
+        self.output_ids += output.output_ids
+        if output.input_logprobs is not None:
+            self.input_logprobs.extend(output.input_logprobs, self._text_of)
+        if output.output_logprobs is not None:
+            self.output_logprobs.extend(output.output_logprobs, self._text_of)
+        if output.finish_reason is not None:
+            self.finish_reason = output.finish_reason
+            self.latency = time.perf_counter() - self.created
+        self.group.on_output(self)
+
+    def error(self) -> RequestError | None:
+        """The error in which the request ended, if it did."""
+        reason = self.finish_reason
+        if reason is None or reason.type != "abort" or reason.status_code is None:
+            return None
+        err_type = reason.err_type or ("BadRequestError" if reason.status_code < 500 else "InternalServerError")
+        return RequestError(reason.message or "The request was aborted.", reason.status_code, err_type)
+
+    def result(self, incremental: bool) -> dict[str, Any]:
+        """The API's result: all that has arrived, or only what arrived since the last call."""
+        text, ids, start = self.text, list(self.output_ids), 0
+        if incremental:
+            text, ids, start = text[self._read_text :], ids[self._read_ids :], self._read_logprobs
+        self._read_text, self._read_ids = len(self.text), len(self.output_ids)
+        result = {"text": text, "output_ids": ids, "meta_info": self._meta_info(start)}
+        self._read_logprobs = len(self.output_logprobs.tokens)
+        return result
+
+    def _meta_info(self, logprob_start: int) -> dict[str, Any]:
+        last = self.last
+        assert last is not None
+        meta: dict[str, Any] = {
+            "id": self.rid,
+            "finish_reason": None if self.finish_reason is None else msgspec.to_builtins(self.finish_reason),
+            "prompt_tokens": last.prompt_tokens,
+            "completion_tokens": last.completion_tokens,
+            "cached_tokens": last.cached_tokens,
+            "weight_version": self._weight_version,
+        }
+        if self.latency is not None:
+            meta["e2e_latency"] = self.latency
+        if self._return_logprob:
+            output, prompt = self.output_logprobs, self.input_logprobs
+            meta["input_token_logprobs"] = prompt.tokens
+            meta["output_token_logprobs"] = output.tokens[logprob_start:]
+            if self._top_logprobs:
+                meta["input_top_logprobs"] = prompt.top
+                meta["output_top_logprobs"] = output.top[logprob_start:]
+            if self._chosen_logprobs:
+                meta["input_token_ids_logprobs"] = prompt.chosen
+                meta["output_token_ids_logprobs"] = output.chosen[logprob_start:]
+        return meta
+
+
+class RequestGroup:
+    """The requests that one reader waits for; a reader without a stream is woken once, at the end."""
+
+    def __init__(self, stream: bool):
+        self.stream = stream
+        self.states: list[RequestState] = []
+        self.error: RequestError | None = None
+        self._unfinished = 0
+        self._changed: dict[int, RequestState] = {}
+        self._event = asyncio.Event()
+
+    def add(self, state: RequestState) -> None:
+        self.states.append(state)
+        self._unfinished += 1
+
+    def on_output(self, state: RequestState) -> None:
+        if state.finish_reason is not None:
+            self._unfinished -= 1
+            self.error = self.error or state.error()
+        if self.stream:
+            self._changed[state.index] = state
+        if self.stream or self.done:
+            self._event.set()
+
+    def fail(self, error: RequestError) -> None:
+        self.error = self.error or error
+        self._event.set()
+
+    @property
+    def done(self) -> bool:
+        return self._unfinished == 0 or self.error is not None
+
+    async def wait(self) -> list[RequestState]:
+        """The states that changed since the last call. Raises the error in which any of them ended."""
+        await self._event.wait()
+        self._event.clear()
+        if self.error is not None:
+            raise self.error
+        changed = list(self._changed.values())
+        self._changed.clear()
+        return changed

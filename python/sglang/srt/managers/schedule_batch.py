@@ -1,0 +1,155 @@
+"""The scheduler's own view of a request, and the host view of a step made from several of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from sglang.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput, TokenLogprobs
+from sglang.srt.mem_cache.radix_cache import TreeNode
+from sglang.srt.model_executor.forward_batch_info import ForwardMode, LogprobRequest, ModelWorkerBatch
+from sglang.srt.sampling.sampling_batch_info import SamplingRow
+
+
+class Req:
+    """One request, owned and changed by the scheduler alone.
+
+    Lengths, all in tokens: ``seq_len`` of prompt and output so far; ``computed_len`` of them have KV (and state) in the
+    pools; the first ``tree_len`` of those lie in slots that the prefix cache owns and this request locks.
+    """
+
+    def __init__(self, message: TokenizedGenerateReqInput, seed: int, stop_ids: frozenset[int]) -> None:
+        self.rid = message.rid
+        self.origin_input_ids = message.input_ids
+        self.output_ids: list[int] = []
+        self.sampling_params = message.sampling_params
+        self.stream = message.stream
+        self.seed = seed
+        # Ids that end the request: the model's end-of-sequence ids unless ignored, and the request's own.
+        self.stop_ids = stop_ids
+        self.return_logprob = message.return_logprob
+        self.logprob_start_len = message.logprob_start_len if message.return_logprob else -1
+        self.top_logprobs_num = message.top_logprobs_num
+        self.token_ids_logprob = tuple(message.token_ids_logprob)
+        self.max_new_tokens = message.sampling_params.max_new_tokens or 0
+        self.finish_reason: FinishReason | None = None
+        self.arrived = time.perf_counter()
+        # Memory, held from admission to release.
+        self.req_pool_idx: int | None = None
+        self.state_slot: int | None = None
+        self.node: TreeNode | None = None
+        self.computed_len = 0
+        self.tree_len = 0
+        # Hybrid models: end a prefill chunk here, where KV is known but no state snapshot is.
+        self.snapshot_at = 0
+        # Reported to the client.
+        self.cached_tokens = 0
+        self.num_retractions = 0
+        self.num_sent = 0
+        self.input_logprobs: TokenLogprobs | None = None
+        self.output_logprobs = TokenLogprobs()
+        self._new_input_logprobs()
+
+    def _new_input_logprobs(self) -> None:
+        """Start the prompt's log-probabilities with the first wanted token, which has no predecessor scored."""
+        if 0 <= self.logprob_start_len < len(self.origin_input_ids):
+            first = self.origin_input_ids[self.logprob_start_len]
+            self.input_logprobs = TokenLogprobs(logprobs=[None], ids=[first])
+            if self.top_logprobs_num:
+                self.input_logprobs.top.append(None)
+            if self.token_ids_logprob:
+                self.input_logprobs.chosen.append(None)
+
+    @property
+    def seq_len(self) -> int:
+        return len(self.origin_input_ids) + len(self.output_ids)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Prompt and output, a new list."""
+        return self.origin_input_ids + self.output_ids
+
+    @property
+    def new_tokens_left(self) -> int:
+        return self.max_new_tokens - len(self.output_ids)
+
+    def next_input_row(self) -> int | None:
+        """The first prompt row whose log-probability is wanted and not there yet; None when there is none."""
+        logprobs = self.input_logprobs
+        if logprobs is None:
+            return None
+        row = self.logprob_start_len + len(logprobs.ids) - 1
+        return row if row < len(self.origin_input_ids) - 1 else None
+
+    def max_prefix_len(self) -> int:
+        """The longest cached prefix that still leaves the rows whose logits are needed."""
+        row = self.next_input_row()
+        return self.seq_len - 1 if row is None else min(self.seq_len - 1, row)
+
+    def logprob_request(self, start: int, end: int) -> LogprobRequest | None:
+        """What to compute beside the next token when rows ``start .. end`` run."""
+        if not self.return_logprob:
+            return None
+        first = self.next_input_row()
+        input_start, targets = None, ()
+        last = min(end, len(self.origin_input_ids) - 1)
+        if first is not None and first < last:
+            input_start = first - start
+            targets = tuple(self.origin_input_ids[first + 1 : last + 1])
+        return LogprobRequest(input_start, targets, self.top_logprobs_num, self.token_ids_logprob)
+
+    def sampling_row(self) -> SamplingRow:
+        return SamplingRow(
+            self.sampling_params, self.seed, self.origin_input_ids, self.output_ids, sorted(self.stop_ids)
+        )
+
+
+@dataclass
+class ScheduleBatch:
+    """The requests of one step, the tokens each brings, and the slots they were given."""
+
+    forward_mode: ForwardMode
+    reqs: list[Req]
+    starts: list[int]  # first token of this step, per request
+    ends: list[int]  # one past the last
+    out_cache_loc: torch.Tensor  # [N] int64 on the host, requests one after the other
+    has_state: bool = False
+    cached_lens: list[int] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.ends) - sum(self.starts)
+
+    def to_worker_batch(self) -> ModelWorkerBatch:
+        """The frozen host view; nothing below sees a request."""
+        decode = self.forward_mode.is_decode()
+        if decode:
+            ids = [req.output_ids[-1] for req in self.reqs]
+            positions = torch.tensor(self.starts, dtype=torch.int64)
+        else:
+            ids = []
+            for req, start, end in zip(self.reqs, self.starts, self.ends, strict=True):
+                ids += req.token_ids[start:end]
+            spans = [torch.arange(start, end) for start, end in zip(self.starts, self.ends, strict=True)]
+            positions = torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
+        logprobs = [req.logprob_request(s, e) for req, s, e in zip(self.reqs, self.starts, self.ends, strict=True)]
+        return ModelWorkerBatch(
+            forward_mode=self.forward_mode,
+            input_ids=torch.tensor(ids, dtype=torch.int64),
+            positions=positions,
+            req_pool_indices=_column([req.req_pool_idx for req in self.reqs]),
+            seq_lens=list(self.ends),
+            out_cache_loc=self.out_cache_loc,
+            extend_seq_lens=None if decode else [e - s for s, e in zip(self.starts, self.ends, strict=True)],
+            extend_prefix_lens=None if decode else list(self.starts),
+            state_slot_ids=_column([req.state_slot for req in self.reqs]) if self.has_state else None,
+            logprobs=logprobs if any(entry is not None for entry in logprobs) else [],
+        )
+
+
+def _column(values: Sequence[int | None]) -> torch.Tensor:
+    assert None not in values
+    return torch.tensor(values, dtype=torch.int64)

@@ -1,0 +1,370 @@
+"""The loop of one scheduler process: take requests in, pick a step, run it, hand tokens out."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import torch
+
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    BatchTokenIDOutput,
+    FinishReason,
+    FlushCacheReqInput,
+    FlushCacheReqOutput,
+    GetInternalStateReq,
+    GetInternalStateReqOutput,
+    SchedulerMessage,
+    ShutdownReq,
+    TokenIDOutput,
+    TokenizedGenerateReqInput,
+)
+from sglang.srt.managers.req_memory import ReqMemory
+from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+from sglang.srt.managers.schedule_policy import (
+    NewTokenRatio,
+    PrefillLimits,
+    PrefillPlanner,
+    order_waiting,
+    retraction_order,
+)
+from sglang.srt.managers.scheduler_metrics import SchedulerMetrics
+from sglang.srt.managers.step_result import (
+    StopChecker,
+    abort_reason,
+    make_output,
+    record_input_logprobs,
+    record_output_logprobs,
+)
+from sglang.srt.managers.tp_worker import StepOutput, TpModelWorker
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.scheduler_io import SchedulerChannel
+    from sglang.srt.managers.scheduler_config import SchedulerConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_DEEP_CHECK_TOKENS = 1 << 20
+
+
+class Scheduler:
+    """Continuous batching over one model replica.
+
+    Every TP rank runs the same loop on the same messages and so takes the same decisions; rank 0 alone talks.
+    """
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        worker: TpModelWorker,
+        memory: ReqMemory,
+        channel: SchedulerChannel,
+        stop_checker: StopChecker,
+    ) -> None:
+        self.config = config
+        self.worker = worker
+        self.memory = memory
+        self.channel = channel
+        self.stop_checker = stop_checker
+        self.metrics = SchedulerMetrics(config.decode_log_interval)
+        self.waiting: list[Req] = []
+        self.partial: list[Req] = []
+        self.running: list[Req] = []
+        self.new_token_ratio = NewTokenRatio(config.schedule_conservativeness)
+        self.limits = PrefillLimits(
+            config.max_prefill_tokens, config.chunked_prefill_size, config.max_running_requests
+        )
+        self._sampling_info: SamplingBatchInfo | None = None  # of the running batch; None after it changed
+        self._num_received = 0
+        self._stopping = False
+        # Monotonic time at which the step in progress began; None between steps (read by the watchdog).
+        self.step_started: float | None = None
+
+    # The loop
+
+    def event_loop(self) -> None:
+        """Serve until a ShutdownReq arrives."""
+        checked = True
+        while not self._stopping:
+            for message in self.channel.receive(wait=checked and not self.has_work()):
+                self._handle(message)
+            if self.step():
+                checked = False
+            elif self.has_work():
+                raise RuntimeError(f"the scheduler is stuck: {self.load()} and no step can be made of it")
+            elif not checked:
+                self._on_idle()
+                checked = True
+
+    def step(self) -> bool:
+        """Run one prefill or decode step; False when there was nothing to run."""
+        started = time.perf_counter()
+        batch = self._next_batch()
+        if batch is None:
+            return False
+        info = self._sampling_info_of(batch)
+        worker_batch = batch.to_worker_batch()
+        ran = time.perf_counter()
+        self.step_started = time.monotonic()
+        output = self.worker.forward_batch_generation(worker_batch, info)
+        self.step_started = None
+        done = time.perf_counter()
+        self._process(batch, output)
+        self.metrics.step_done(batch, self.load(), done - ran, time.perf_counter() - started - (done - ran))
+        return True
+
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.partial or self.running)
+
+    def load(self) -> dict[str, int]:
+        """Requests by stage, and tokens held."""
+        return {
+            "num_running_reqs": len(self.running) + len(self.partial),
+            "num_queue_reqs": len(self.waiting),
+            "num_used_tokens": self.memory.use().used + self.memory.tree.protected_size(),
+            "max_total_num_tokens": self.memory.allocator.size,
+        }
+
+    # Messages
+
+    def _handle(self, message: SchedulerMessage) -> None:
+        if isinstance(message, TokenizedGenerateReqInput):
+            self._enqueue(message)
+        elif isinstance(message, AbortReq):
+            self._abort(message)
+        elif isinstance(message, FlushCacheReqInput):
+            self.channel.to_tokenizer(self._flush(message.seq))
+        elif isinstance(message, GetInternalStateReq):
+            state = {**self.load(), **self.metrics.snapshot(), **self.config.describe()}
+            self.channel.to_tokenizer(GetInternalStateReqOutput(seq=message.seq, internal_state=state))
+        elif isinstance(message, ShutdownReq):
+            self._stopping = True
+
+    def _enqueue(self, message: TokenizedGenerateReqInput) -> None:
+        params = message.sampling_params
+        self._num_received += 1
+        seed = params.sampling_seed
+        if seed is None:
+            seed = self.config.random_seed * 1_000_003 + self._num_received
+        stop_ids = set(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= set(self.config.eos_token_ids)
+        req = Req(message, seed, frozenset(stop_ids))
+        room = self.config.max_req_len - req.seq_len
+        req.max_new_tokens = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
+        if self.config.max_queued_requests is not None and len(self.waiting) >= self.config.max_queued_requests:
+            self._refuse(req, "The request queue is full.", 503)
+        elif room < 1:
+            self._refuse(
+                req,
+                f"The prompt has {req.seq_len} tokens; this server holds at most {self.config.max_req_len} tokens of "
+                "one request, its output included.",
+                400,
+            )
+        elif params.max_new_tokens == 0 and not message.return_logprob:
+            req.finish_reason = FinishReason(type="length", length=0)
+            self._emit([req])
+        else:
+            self.waiting.append(req)
+
+    def _refuse(self, req: Req, message: str, status_code: int) -> None:
+        req.finish_reason = abort_reason(message, status_code, "BadRequestError" if status_code == 400 else None)
+        self.metrics.num_aborted += 1
+        self._emit([req])
+
+    def _abort(self, message: AbortReq) -> None:
+        """End matching requests wherever they are; steps are not in flight here, so memory is free at once."""
+        for queue in (self.waiting, self.partial, self.running):
+            hit = [req for req in queue if message.abort_all or req.rid.startswith(message.rid)]
+            for req in hit:
+                queue.remove(req)
+                req.finish_reason = abort_reason("The request was aborted.")
+                self.memory.release(req, cache=True)
+            if hit and queue is self.running:
+                self._sampling_info = None
+            self.metrics.num_aborted += len(hit)
+            self._emit(hit)
+
+    def _flush(self, seq: int) -> FlushCacheReqOutput:
+        if self.has_work():
+            counts = f"{len(self.running) + len(self.partial)} running, {len(self.waiting)} queued"
+            return FlushCacheReqOutput(seq=seq, success=False, message=f"The server is busy: {counts}.")
+        self.memory.tree.reset()
+        self.new_token_ratio.reset()
+        logger.info("Cache flushed successfully!")
+        return FlushCacheReqOutput(seq=seq, success=True)
+
+    # Choosing a step
+
+    def _next_batch(self) -> ScheduleBatch | None:
+        batch = self._plan_prefill()
+        if batch is not None:
+            return batch
+        if self.running:
+            return self._plan_decode()
+        if self.partial:
+            # Several half-done prompts can starve one another; the youngest gives way.
+            self._retract(self.partial[-1], self.partial)
+            return self._plan_prefill()
+        return None
+
+    def _plan_prefill(self) -> ScheduleBatch | None:
+        if not self.waiting and not self.partial:
+            return None
+        planner = PrefillPlanner(self.memory, self.limits, self.running, self.new_token_ratio.value)
+        held_back = [req for req in self.partial if not planner.add_partial(req)]
+        if not held_back:
+            order_waiting(self.waiting, self.config.schedule_policy, self.memory)
+            admitted = 0
+            for req in self.waiting:
+                if planner.is_full or not planner.add_waiting(req):
+                    break
+                admitted += 1
+            del self.waiting[:admitted]
+        if not planner.reqs:
+            return None
+        reqs, ends = planner.reqs, planner.ends
+        self.partial = held_back
+        mode = ForwardMode.EXTEND
+        if self.config.enable_mixed_chunk and self.running:
+            mode = ForwardMode.MIXED
+            self._retract_until_decode_fits(planner.taken())
+            reqs, ends = reqs + self.running, ends + [req.seq_len for req in self.running]
+        starts = [req.computed_len for req in reqs]
+        slots = self.memory.extend(reqs, ends)
+        assert slots is not None, "the planner promised room that the pool does not have"
+        self._sampling_info = None
+        return self._batch(mode, reqs, starts, ends, slots)
+
+    def _plan_decode(self) -> ScheduleBatch | None:
+        if self.config.retract_interval and self.metrics.num_decode_steps % self.config.retract_interval == 1:
+            self._retract_one_for_test()
+        slots = self.memory.extend_by_one(self.running)
+        if slots is None:
+            self._retract_until_decode_fits(0)
+            if not self.running:
+                return self._plan_prefill()
+            slots = self.memory.extend_by_one(self.running)
+            assert slots is not None
+        self.new_token_ratio.decay()
+        starts = [req.computed_len for req in self.running]
+        ends = [start + 1 for start in starts]
+        return self._batch(ForwardMode.DECODE, list(self.running), starts, ends, slots)
+
+    def _batch(
+        self, mode: ForwardMode, reqs: list[Req], starts: list[int], ends: list[int], slots: torch.Tensor
+    ) -> ScheduleBatch:
+        return ScheduleBatch(mode, reqs, starts, ends, slots, has_state=self.memory.state_pool is not None)
+
+    def _sampling_info_of(self, batch: ScheduleBatch) -> SamplingBatchInfo:
+        if batch.forward_mode.is_decode() and self._sampling_info is not None:
+            return self._sampling_info
+        rows = [req.sampling_row() for req in batch.reqs]
+        info = SamplingBatchInfo.from_rows(rows, self.config.vocab_size, self.config.device)
+        if batch.forward_mode.is_decode():
+            self._sampling_info = info
+        return info
+
+    # Retraction
+
+    def _retract(self, req: Req, queue: list[Req]) -> None:
+        """Take the memory of ``req`` and put it at the head of the waiting queue; its output stays."""
+        queue.remove(req)
+        self.memory.release(req, cache=True)
+        req.num_retractions += 1
+        self.waiting.insert(0, req)
+        self._sampling_info = None
+        self.metrics.num_retractions += 1
+
+    def _retract_until_decode_fits(self, other_tokens: int) -> None:
+        """Retract running requests until each survivor can have one more token beside ``other_tokens``."""
+        before = len(self.running)
+        while self.running:
+            pages = sum(1 for req in self.running if req.computed_len % self.memory.page_size == 0)
+            if pages * self.memory.page_size + other_tokens <= self.memory.obtainable():
+                break
+            self._retract(retraction_order(self.running)[0], self.running)
+        if len(self.running) < before:
+            self.new_token_ratio.after_retraction(self.running)
+            logger.info(
+                "KV cache pool is full. Retracted %d requests; #running-req: %d, new token ratio: %.2f",
+                before - len(self.running), len(self.running), self.new_token_ratio.value,
+            )
+
+    def _retract_one_for_test(self) -> None:
+        """``SGLANG_TEST_RETRACT``: behave as if the pool were full, while another request can go on."""
+        if len(self.running) > 1:
+            self._retract(retraction_order(self.running)[0], self.running)
+
+    # Results
+
+    def _process(self, batch: ScheduleBatch, output: StepOutput) -> None:
+        prefill = not batch.forward_mode.is_decode()
+        was_running = set(map(id, self.running)) if prefill else set()
+        talk: list[Req] = []
+        for index, (req, end) in enumerate(zip(batch.reqs, batch.ends, strict=True)):
+            req.computed_len = end
+            if prefill and req.return_logprob:
+                record_input_logprobs(req, output.logits_output, index)
+            if end < req.seq_len:
+                self.memory.share_prefix(req)
+                self.partial.append(req)
+                continue
+            self._accept(req, index, output)
+            if req.finish_reason is not None:
+                self._finish(req, output.invalid_rows[index])
+                talk.append(req)
+                continue
+            if prefill and id(req) not in was_running:
+                self.memory.share_prefix(req)
+                self.running.append(req)
+            if req.stream and self._is_due(req):
+                talk.append(req)
+        self._emit(talk)
+
+    def _accept(self, req: Req, index: int, output: StepOutput) -> None:
+        """Add the drawn token to the request and decide whether it is finished."""
+        if output.invalid_rows[index]:
+            req.finish_reason = abort_reason(
+                "The model produced logits that are not numbers for this request; nothing was sampled from them. "
+                "Please report the prompt.",
+                500,
+                "InternalServerError",
+            )
+            logger.error("request %s: logits hold NaN or nothing finite; the request is ended", req.rid)
+            return
+        if req.max_new_tokens == 0:
+            req.finish_reason = FinishReason(type="length", length=0)
+            return
+        token = output.next_token_ids[index]
+        req.output_ids.append(token)
+        if req.return_logprob:
+            assert output.next_token_logprobs is not None
+            record_output_logprobs(req, output.logits_output, index, output.next_token_logprobs[index], token)
+        req.finish_reason = self.stop_checker.check(req)
+
+    def _finish(self, req: Req, poisoned: bool) -> None:
+        """Release a finished request; what a broken step computed never enters the prefix cache."""
+        self.memory.release(req, cache=not poisoned)
+        if req in self.running:
+            self.running.remove(req)
+            self._sampling_info = None
+
+    def _is_due(self, req: Req) -> bool:
+        interval = req.sampling_params.stream_interval or self.config.stream_interval
+        return len(req.output_ids) % interval == 0 or len(req.output_ids) == 1
+
+    def _emit(self, reqs: list[Req]) -> None:
+        outputs: list[TokenIDOutput] = [make_output(req, is_first=req.num_sent == 0) for req in reqs]
+        if outputs:
+            self.channel.to_detokenizer(BatchTokenIDOutput(outputs=outputs))
+
+    def _on_idle(self) -> None:
+        deep = self.config.deep_pool_check or self.memory.tree.total_size() <= MAX_DEEP_CHECK_TOKENS
+        self.memory.check_idle(deep)
+        self.metrics.went_idle()
+

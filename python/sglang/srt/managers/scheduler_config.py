@@ -1,0 +1,77 @@
+"""What the scheduler needs of the resolved arguments, the model and the pools, frozen at start-up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sglang.kernels.registry import REGISTRY
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.environ import envs
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.platforms import current_platform
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.audit import unpickle_count
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits in tokens and requests; ``chunked_prefill_size`` None means prompts are not cut.
+
+    ``max_req_len`` bounds prompt and output of one request. ``retract_interval`` 0 means that only a full pool retracts.
+    """
+
+    device: torch.device
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    max_running_requests: int
+    max_queued_requests: int | None
+    max_prefill_tokens: int
+    chunked_prefill_size: int | None
+    max_req_len: int
+    schedule_policy: str
+    schedule_conservativeness: float
+    enable_mixed_chunk: bool
+    stream_interval: int
+    decode_log_interval: int
+    random_seed: int
+    retract_interval: int
+    deep_pool_check: bool
+    pool_plan: tuple[str, ...] = ()
+
+    @classmethod
+    def create(cls, args: ServerArgs, model_config: ModelConfig, runner: ModelRunner) -> SchedulerConfig:
+        """From resolved arguments and the pools that the runner has made."""
+        chunk = args.chunked_prefill_size
+        return cls(
+            device=runner.device,
+            vocab_size=model_config.vocab_size,
+            eos_token_ids=model_config.eos_token_ids,
+            max_running_requests=runner.max_running_requests,
+            max_queued_requests=args.max_queued_requests,
+            max_prefill_tokens=args.max_prefill_tokens,
+            chunked_prefill_size=chunk if chunk is not None and chunk > 0 else None,
+            max_req_len=min(model_config.context_len, runner.max_total_num_tokens),
+            schedule_policy=args.schedule_policy,
+            schedule_conservativeness=args.schedule_conservativeness,
+            enable_mixed_chunk=args.enable_mixed_chunk,
+            stream_interval=args.stream_interval,
+            decode_log_interval=args.decode_log_interval,
+            random_seed=args.random_seed or 0,
+            retract_interval=envs.SGLANG_TEST_RETRACT_INTERVAL.get() if envs.SGLANG_TEST_RETRACT.get() else 0,
+            deep_pool_check=envs.SGLANG_DEBUG_POOL_CHECK.get(),
+            pool_plan=runner.pool_plan_lines,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Platform, kernels and plan for /server_info; msgpack-able."""
+        return {
+            "platform": current_platform.describe(),
+            "fakes": list(current_platform.fakes),
+            "kernels": REGISTRY.report(),
+            "memory_plan": list(self.pool_plan),
+            "max_req_len": self.max_req_len,
+            "unpickled_while_serving": unpickle_count(),
+        }

@@ -1,0 +1,74 @@
+"""How messages reach the scheduler of each rank, and how rank 0 answers."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+
+from sglang.srt.distributed import ProcessGroupHandle
+from sglang.srt.managers.io_struct import (
+    BatchTokenIDOutput,
+    FlushCacheReqOutput,
+    GetInternalStateReqOutput,
+    SchedulerMessage,
+)
+from sglang.srt.managers.ipc import IpcNames, Sender, scheduler_receiver
+
+# Rank 0 wakes the others at least this often, well inside the collective's time-out.
+IDLE_WAKE_S = 1.0
+
+
+class SchedulerChannel(Protocol):
+    """What the scheduler needs of the outside."""
+
+    def receive(self, wait: bool) -> list[SchedulerMessage]: ...
+
+    def to_detokenizer(self, message: BatchTokenIDOutput) -> None: ...
+
+    def to_tokenizer(self, message: FlushCacheReqOutput | GetInternalStateReqOutput) -> None: ...
+
+
+class RankZeroChannel:
+    """Reads the inbox, shares what came with the other ranks, and sends answers."""
+
+    def __init__(self, names: IpcNames, group: ProcessGroupHandle) -> None:
+        self._receiver = scheduler_receiver(names)
+        self._detokenizer = Sender(names.detokenizer)
+        self._tokenizer = Sender(names.tokenizer)
+        self._group = group
+        self._encoder = msgspec.msgpack.Encoder()
+
+    def receive(self, wait: bool) -> list[SchedulerMessage]:
+        """Messages that have arrived, in order; with ``wait`` at least one unless the idle interval passes."""
+        if wait:
+            self._receiver.wait(IDLE_WAKE_S)
+        raw = self._receiver.recv_raw_all()
+        if self._group.size > 1:
+            self._group.broadcast_bytes(self._encoder.encode(raw))
+        return [self._receiver.decode(data) for data in raw]
+
+    def to_detokenizer(self, message: BatchTokenIDOutput) -> None:
+        self._detokenizer.send(message)
+
+    def to_tokenizer(self, message: FlushCacheReqOutput | GetInternalStateReqOutput) -> None:
+        self._tokenizer.send(message)
+
+
+class FollowerChannel:
+    """Ranks above 0: the same messages from rank 0, and silence towards the outside."""
+
+    def __init__(self, group: ProcessGroupHandle) -> None:
+        self._group = group
+        self._list_decoder = msgspec.msgpack.Decoder(list[bytes])
+        self._decoder: msgspec.msgpack.Decoder[SchedulerMessage] = msgspec.msgpack.Decoder(SchedulerMessage)
+
+    def receive(self, wait: bool) -> list[SchedulerMessage]:
+        raw = self._list_decoder.decode(self._group.broadcast_bytes(None))
+        return [self._decoder.decode(data) for data in raw]
+
+    def to_detokenizer(self, message: BatchTokenIDOutput) -> None:
+        """Rank 0 speaks for all."""
+
+    def to_tokenizer(self, message: FlushCacheReqOutput | GetInternalStateReqOutput) -> None:
+        """Rank 0 speaks for all."""

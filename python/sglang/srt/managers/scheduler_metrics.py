@@ -1,0 +1,89 @@
+"""Counters and log lines of the scheduler, and where its time goes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+logger = logging.getLogger(__name__)
+
+
+class SchedulerMetrics:
+    """Steps, tokens and seconds since start; one log line a prefill step and every ``decode_log_interval`` decodes."""
+
+    def __init__(self, decode_log_interval: int) -> None:
+        self._interval = decode_log_interval
+        self.num_prefill_steps = 0
+        self.num_decode_steps = 0
+        self.num_retractions = 0
+        self.num_aborted = 0
+        self.num_prompt_tokens = 0
+        self.num_cached_tokens = 0
+        self.num_generated_tokens = 0
+        # Seconds in forward and sampling, and in all else of a step.
+        self.forward_s = 0.0
+        self.schedule_s = 0.0
+        self.last_gen_throughput = 0.0
+        self._log_started = time.perf_counter()
+        self._log_tokens = 0
+
+    def step_done(self, batch: ScheduleBatch, load: dict[str, int], forward_s: float, schedule_s: float) -> None:
+        self.forward_s += forward_s
+        self.schedule_s += schedule_s
+        if batch.forward_mode.is_decode():
+            self.num_decode_steps += 1
+            self.num_generated_tokens += len(batch.reqs)
+            self._log_tokens += len(batch.reqs)
+            if self.num_decode_steps % self._interval == 0:
+                self._log_decode(load)
+        else:
+            self._prefill_done(batch, load)
+
+    def _prefill_done(self, batch: ScheduleBatch, load: dict[str, int]) -> None:
+        fresh = [start for req, start in zip(batch.reqs, batch.starts, strict=True) if start == req.cached_tokens]
+        cached = sum(fresh)
+        self.num_prefill_steps += 1
+        self.num_prompt_tokens += batch.num_tokens
+        self.num_cached_tokens += cached
+        logger.info(
+            "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: %d, token usage: %.2f, #running-req: %d, "
+            "#queue-req: %d",
+            len(batch.reqs), batch.num_tokens, cached, _usage(load), load["num_running_reqs"], load["num_queue_reqs"],
+        )
+
+    def _log_decode(self, load: dict[str, int]) -> None:
+        now = time.perf_counter()
+        self.last_gen_throughput = self._log_tokens / max(now - self._log_started, 1e-9)
+        self._log_started, self._log_tokens = now, 0
+        logger.info(
+            "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, cuda graph: False, "
+            "gen throughput (token/s): %.2f, #queue-req: %d",
+            load["num_running_reqs"], load["num_used_tokens"], _usage(load), self.last_gen_throughput,
+            load["num_queue_reqs"],
+        )
+
+    def went_idle(self) -> None:
+        """Do not count idle time into the next throughput figure."""
+        self._log_started, self._log_tokens = time.perf_counter(), 0
+
+    def snapshot(self) -> dict[str, Any]:
+        """For /server_info."""
+        return {
+            "num_prefill_steps": self.num_prefill_steps,
+            "num_decode_steps": self.num_decode_steps,
+            "num_retracted_reqs": self.num_retractions,
+            "num_aborted_reqs": self.num_aborted,
+            "num_prefilled_tokens": self.num_prompt_tokens,
+            "num_cached_tokens": self.num_cached_tokens,
+            "num_generated_tokens": self.num_generated_tokens,
+            "forward_seconds": self.forward_s,
+            "schedule_seconds": self.schedule_s,
+            "last_gen_throughput": self.last_gen_throughput,
+        }
+
+
+def _usage(load: dict[str, int]) -> float:
+    return load["num_used_tokens"] / max(1, load["max_total_num_tokens"])

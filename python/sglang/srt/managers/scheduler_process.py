@@ -1,0 +1,139 @@
+"""Entry point of one scheduler process: joins its group, loads the model, reports ready, serves."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+
+import torch
+
+from sglang.kernels.registry import REGISTRY, KernelConfigError
+from sglang.srt.configs.errors import ConfigError
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.distributed import init_tp_group
+from sglang.srt.managers.process_launch import ChildContext, parse_child_arguments
+from sglang.srt.managers.req_memory import ReqMemory
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_config import SchedulerConfig
+from sglang.srt.managers.scheduler_io import FollowerChannel, RankZeroChannel
+from sglang.srt.managers.step_result import StopChecker
+from sglang.srt.managers.tp_worker import TpModelWorker
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
+from sglang.srt.mem_cache.pool_plan import PoolPlanError
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_loader.weight_utils import WeightLoadError
+from sglang.srt.platforms import PlatformError, current_platform
+from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+from sglang.srt.utils.audit import install_unpickle_counter, log_unpickle_count, reset_unpickle_count
+from sglang.srt.utils.hf_tokenizer import Tokenizer, TokenizerError
+from sglang.srt.utils.logging_config import configure_logging
+
+logger = logging.getLogger(__name__)
+
+USER_ERRORS = (ConfigError, KernelConfigError, PlatformError, PoolPlanError, TokenizerError, WeightLoadError)
+
+
+def make_memory(runner: ModelRunner, args: ServerArgs) -> ReqMemory:
+    """Allocator and prefix tree over the runner's pools."""
+    allocator = TokenToKVPoolAllocator(runner.max_total_num_tokens, runner.page_size)
+    policy, disable = args.radix_eviction_policy, args.disable_radix_cache
+    tree: RadixCache
+    if runner.state_pool is not None:
+        tree = HybridRadixCache(allocator, runner.page_size, runner.state_pool, policy, disable)
+    else:
+        tree = RadixCache(allocator, runner.page_size, policy, disable)
+    return ReqMemory(allocator, runner.req_to_token_pool, tree, runner.state_pool)
+
+
+def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConfig]:
+    """Everything that a scheduler process is made of."""
+    config = context.config
+    backend = "nccl" if current_platform.device_type == "cuda" else "gloo"
+    timeout = float(args.dist_timeout or 600)
+    group = init_tp_group(config.tp_rank, config.tp_size, config.dist_init_method, backend, timeout)
+    model_config = ModelConfig.from_path(
+        args.model_path,
+        json_model_override_args=args.model_overrides(),
+        context_length=args.context_length,
+        dtype=args.dtype,
+        platform_kind=current_platform.kind,
+    )
+    REGISTRY.freeze()
+    runner = ModelRunner(args, model_config)
+    scheduler_config = SchedulerConfig.create(args, model_config, runner)
+    tokenizer = None if args.skip_tokenizer_init else Tokenizer.from_path(args.tokenizer_path)
+    channel = RankZeroChannel(config.ipc, group) if config.tp_rank == 0 else FollowerChannel(group)
+    scheduler = Scheduler(
+        scheduler_config, TpModelWorker(runner), make_memory(runner, args), channel, StopChecker(tokenizer)
+    )
+    return scheduler, model_config
+
+
+class Watchdog:
+    """Ends the process when one step takes longer than ``timeout_s`` seconds: a hang becomes a visible failure."""
+
+    def __init__(self, scheduler: Scheduler, timeout_s: float) -> None:
+        self._scheduler = scheduler
+        self._timeout_s = timeout_s
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while True:
+            time.sleep(min(1.0, self._timeout_s / 2))
+            started = self._scheduler.step_started
+            if started is not None and time.monotonic() - started > self._timeout_s:
+                logger.error(
+                    "a step has run for more than --watchdog-timeout %.0f s; the process ends. Load: %s",
+                    self._timeout_s,
+                    self._scheduler.load(),
+                )
+                os._exit(3)
+
+
+def main() -> int:
+    install_unpickle_counter()
+    context = parse_child_arguments()
+    config = context.config
+    args = config.parsed_server_args()
+    prefix = "scheduler" if config.tp_size == 1 else f"TP{config.tp_rank}"
+    configure_logging(args.log_level, prefix=prefix)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    set_global_server_args_for_scheduler(args)
+    torch.set_grad_enabled(False)
+    try:
+        scheduler, model_config = build(context, args)
+    except USER_ERRORS as error:
+        context.report_error(str(error), user_error=True)
+        return 2
+    except Exception as error:
+        context.report_error(f"{prefix}: {type(error).__name__}: {error}\n{traceback.format_exc()}", user_error=False)
+        return 1
+    REGISTRY.start_serving()
+    context.report_ready(
+        {
+            "max_total_num_tokens": scheduler.memory.allocator.size,
+            "max_req_len": scheduler.config.max_req_len,
+            "context_len": model_config.context_len,
+            "vocab_size": model_config.vocab_size,
+            "platform": current_platform.describe(),
+            "fakes": list(current_platform.fakes),
+        }
+    )
+    reset_unpickle_count()
+    Watchdog(scheduler, float(args.watchdog_timeout))
+    try:
+        scheduler.event_loop()
+    finally:
+        log_unpickle_count(logger)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""What a step produced, applied to its requests: tokens, log-probabilities, and whether each is finished."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.managers.io_struct import FinishReason, TokenIDOutput, TokenLogprobs
+from sglang.srt.managers.schedule_batch import Req
+
+if TYPE_CHECKING:
+    from sglang.srt.utils.hf_tokenizer import Tokenizer
+
+
+def record_input_logprobs(req: Req, output: LogitsProcessorOutput, index: int) -> None:
+    """Append the prompt log-probabilities that request ``index`` of the step got."""
+    values = output.input_token_logprobs[index] if output.input_token_logprobs is not None else None
+    if not values:
+        return
+    target = req.input_logprobs
+    assert target is not None
+    first = req.logprob_start_len + len(target.ids)
+    target.logprobs.extend(values)
+    target.ids.extend(req.origin_input_ids[first : first + len(values)])
+    if output.input_top_logprobs is not None and req.top_logprobs_num:
+        target.top.extend(output.input_top_logprobs[index])
+    if output.input_token_ids_logprobs is not None and req.token_ids_logprob:
+        target.chosen.extend(output.input_token_ids_logprobs[index])
+
+
+def record_output_logprobs(req: Req, output: LogitsProcessorOutput, index: int, logprob: float, token_id: int) -> None:
+    """Append the log-probability of the token that request ``index`` of the step drew."""
+    target = req.output_logprobs
+    target.logprobs.append(logprob)
+    target.ids.append(token_id)
+    if req.top_logprobs_num:
+        assert output.next_token_top_logprobs is not None
+        target.top.append(output.next_token_top_logprobs[index])
+    if req.token_ids_logprob:
+        assert output.next_token_token_ids_logprobs is not None
+        target.chosen.append(output.next_token_token_ids_logprobs[index])
+
+
+class StopChecker:
+    """Decides after each token whether a request is finished.
+
+    Stop strings need text: ``tokenizer`` decodes just enough of the output's tail to hold the longest of them.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+
+    def check(self, req: Req) -> FinishReason | None:
+        """Why ``req`` ends with its newest token, or None."""
+        params = req.sampling_params
+        if len(req.output_ids) >= params.min_new_tokens:
+            token = req.output_ids[-1]
+            if token in req.stop_ids:
+                return FinishReason(type="stop", matched=token)
+            matched = self._matched_stop_string(req.output_ids, params.stop)
+            if matched is not None:
+                return FinishReason(type="stop", matched=matched)
+        if len(req.output_ids) >= req.max_new_tokens:
+            return FinishReason(type="length", length=len(req.output_ids))
+        return None
+
+    def _matched_stop_string(self, output_ids: Sequence[int], stops: Sequence[str]) -> str | None:
+        """The stop string that occurs first in the tail of the output, the longest of those that start there."""
+        if not stops or self._tokenizer is None:
+            return None
+        # A token adds at least no characters: a window in tokens of the longest stop's UTF-8 length, doubled for
+        # tokens that yield nothing visible, reaches back beyond the start of any match the newest token completes.
+        window = 2 * max(len(stop.encode()) for stop in stops) + 8
+        tail = self._tokenizer.decode(list(output_ids[-window:]), skip_special_tokens=False)
+        found = [(tail.find(stop), -len(stop), stop) for stop in stops if stop in tail]
+        return min(found)[2] if found else None
+
+
+def make_output(req: Req, is_first: bool) -> TokenIDOutput:
+    """What is new of ``req`` since the last message about it."""
+    params = req.sampling_params
+    start = req.num_sent
+    req.num_sent = len(req.output_ids)
+    return TokenIDOutput(
+        rid=req.rid,
+        output_ids=req.output_ids[start:],
+        finish_reason=req.finish_reason,
+        prompt_tokens=len(req.origin_input_ids),
+        completion_tokens=len(req.output_ids),
+        cached_tokens=req.cached_tokens,
+        skip_special_tokens=params.skip_special_tokens,
+        spaces_between_special_tokens=params.spaces_between_special_tokens,
+        no_stop_trim=params.no_stop_trim,
+        stop=params.stop,
+        input_logprobs=req.input_logprobs if is_first else None,
+        output_logprobs=_tail(req.output_logprobs, start) if req.return_logprob else None,
+        num_retractions=req.num_retractions,
+    )
+
+
+def _tail(logprobs: TokenLogprobs, start: int) -> TokenLogprobs:
+    return TokenLogprobs(
+        logprobs=logprobs.logprobs[start:],
+        ids=logprobs.ids[start:],
+        top=logprobs.top[start:],
+        chosen=logprobs.chosen[start:],
+    )
+
+
+def abort_reason(message: str, status_code: int | None = None, err_type: str | None = None) -> FinishReason:
+    return FinishReason(type="abort", message=message, status_code=status_code, err_type=err_type)

@@ -1,0 +1,344 @@
+"""Between the API and the scheduler: tokenizes and checks requests, and hands results to whoever waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    BatchStrOutput,
+    FlushCacheReqInput,
+    FlushCacheReqOutput,
+    GenerateReqInput,
+    GetInternalStateReq,
+    GetInternalStateReqOutput,
+    TokenizedGenerateReqInput,
+    TokenizerMessage,
+)
+from sglang.srt.managers.ipc import IpcNames, Sender, tokenizer_receiver
+from sglang.srt.managers.request_input import RequestError, SingleRequest, split_request
+from sglang.srt.managers.request_state import RequestGroup, RequestState
+from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError
+from sglang.srt.utils.hf_tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+# Longer texts are tokenized in a thread, so that other requests go on meanwhile.
+_LONG_TEXT_CHARS = 8192
+CONTROL_TIMEOUT_S = 60.0
+
+
+class ModelLimits(Protocol):
+    """What request checks need to know of the model."""
+
+    @property
+    def context_len(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class TokenizerManager:
+    """Requests in flight, and the sockets to and from the engine's processes.
+
+    All methods belong to one asyncio loop. ``failure`` is set once, when the engine is gone: every request from then
+    on, and every request in flight, ends with it.
+    """
+
+    def __init__(
+        self,
+        server_args: ServerArgs,
+        model_config: ModelLimits,
+        tokenizer: Tokenizer | None,
+        ipc: IpcNames,
+        preferred_sampling_params: dict[str, Any] | None = None,
+    ):
+        self.server_args = server_args
+        self.tokenizer = tokenizer
+        self.context_len = model_config.context_len
+        self.vocab_size = model_config.vocab_size
+        self.weight_version = getattr(server_args, "weight_version", None) or "default"
+        self.failure: RequestError | None = None
+        self.last_receive_time = 0.0
+        self._preferred = preferred_sampling_params
+        self._ipc = ipc
+        self._sender = Sender(ipc.scheduler)
+        self._receiver: Any = None
+        self._receive_task: asyncio.Task[None] | None = None
+        self._states: dict[str, RequestState] = {}
+        self._replies: dict[int, asyncio.Future[Any]] = {}
+        self._counter = itertools.count()
+
+    async def start(self) -> None:
+        """Open the inbox in the running loop."""
+        self._receiver = tokenizer_receiver(self._ipc)
+        self._receive_task = asyncio.create_task(self._receive_loop())
+
+    async def close(self) -> None:
+        """Fail what is in flight and close the sockets."""
+        self.fail(RequestError("The server is shutting down.", 503, "ServiceUnavailableError"))
+        if self._receive_task is not None:
+            self._receive_task.cancel()
+            await asyncio.gather(self._receive_task, return_exceptions=True)
+            self._receiver.close()
+        self._sender.close()
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._states)
+
+    def fail(self, error: RequestError) -> None:
+        """End every request, present and future, with ``error``."""
+        self.failure = self.failure or error
+        for state in list(self._states.values()):
+            state.group.fail(error)
+        for future in self._replies.values():
+            if not future.done():
+                future.set_exception(error)
+
+    async def generate_request(self, obj: GenerateReqInput, incremental: bool | None = None) -> AsyncIterator[Any]:
+        """Results of ``obj``: one item (a list for a batch), or, streaming, one dictionary each time a request grows.
+
+        ``incremental`` makes streamed dictionaries hold only what is new; None follows the server's setting. Closing
+        the iterator aborts what is unfinished. Raises RequestError.
+        """
+        if incremental is None:
+            incremental = self.server_args.incremental_streaming_output
+        stream = bool(obj.stream)
+        group = RequestGroup(stream)
+        tokenized, is_list = await self._prepare(obj, group)
+        if self.failure is not None:
+            raise self.failure
+        self._log_received(obj, group)
+        try:
+            for state, request in zip(group.states, tokenized, strict=True):
+                self._states[state.wire_rid] = state
+                self._sender.send(request)
+            if not stream:
+                await group.wait()
+                results = [state.result(incremental=False) for state in group.states]
+                yield results if is_list else results[0]
+                return
+            while not group.done:
+                for state in await group.wait():
+                    result = state.result(incremental)
+                    if is_list:
+                        result["index"] = state.index
+                    yield result
+        finally:
+            self._release(group)
+
+    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+        """Ask the scheduler to end every request whose id starts with ``rid``, or all of them."""
+        if abort_all:
+            self._sender.send(AbortReq(abort_all=True))
+            return
+        for state in self._states.values():
+            if state.rid.startswith(rid):
+                self._sender.send(AbortReq(rid=state.wire_rid, exact=True))
+
+    async def flush_cache(self, timeout_s: float = 0.0) -> tuple[bool, str]:
+        """Drop the prefix cache; waits up to ``timeout_s`` for requests in flight. Returns success and why not."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            reply: FlushCacheReqOutput = await self._ask(FlushCacheReqInput)
+            if reply.success or time.monotonic() >= deadline:
+                return reply.success, reply.message
+            await asyncio.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
+
+    async def get_internal_state(self, timeout_s: float = CONTROL_TIMEOUT_S) -> dict[str, Any]:
+        """The scheduler's counters, pools, chosen kernels and fallbacks."""
+        reply: GetInternalStateReqOutput = await self._ask(GetInternalStateReq, timeout_s)
+        return reply.internal_state
+
+    async def _ask(self, message_type: Any, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
+        if self.failure is not None:
+            raise self.failure
+        seq = next(self._counter)
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._replies[seq] = future
+        try:
+            self._sender.send(message_type(seq=seq))
+            return await asyncio.wait_for(future, timeout_s)
+        except TimeoutError:
+            raise RequestError(
+                f"The scheduler did not answer within {timeout_s:g} s.", 503, "ServiceUnavailableError"
+            ) from None
+        finally:
+            del self._replies[seq]
+
+    async def _receive_loop(self) -> None:
+        try:
+            while True:
+                self._handle(await self._receiver.recv())
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            logger.exception("The tokenizer manager cannot read its inbox any more.")
+            self.fail(RequestError(f"The server failed: {error}", 500, "InternalServerError"))
+
+    def _handle(self, message: TokenizerMessage) -> None:
+        self.last_receive_time = time.monotonic()
+        if isinstance(message, BatchStrOutput):
+            for output in message.outputs:
+                # A missing state means that the reader left; its abort is on the way.
+                state = self._states.get(output.rid)
+                if state is None:
+                    continue
+                if output.finish_reason is not None:
+                    del self._states[output.rid]
+                state.receive(output)
+            return
+        future = self._replies.get(message.seq)
+        if future is not None and not future.done():
+            future.set_result(message)
+
+    def _release(self, group: RequestGroup) -> None:
+        """Forget a group's requests, and abort those that the scheduler may still be running."""
+        for state in group.states:
+            if self._states.pop(state.wire_rid, None) is not None and self.failure is None:
+                self._sender.send(AbortReq(rid=state.wire_rid, exact=True))
+        if self.server_args.log_requests:
+            for state in group.states:
+                logger.info("Finish: rid=%s, reason=%s, tokens=%d", state.rid, state.finish_reason, len(state.output_ids))
+
+    async def _prepare(
+        self, obj: GenerateReqInput, group: RequestGroup
+    ) -> tuple[list[TokenizedGenerateReqInput], bool]:
+        """Check and tokenize every prompt of ``obj``, fill ``group``, and say whether the result is a list."""
+        singles, is_list = split_request(obj)
+        tokenized: list[TokenizedGenerateReqInput] = []
+        for single in singles:
+            params = self._sampling_params(single)
+            input_ids = self._fit_context(await self._encode(single), params)
+            self._check_logprobs(single, len(input_ids))
+            is_list = is_list or params.n > 1
+            for copy in range(params.n):
+                rid = single.rid if params.n == 1 else f"{single.rid}_{copy}"
+                # An id that the client chose may come again while the scheduler still ends its first use.
+                wire_rid = f"{rid}#{next(self._counter)}" if single.rid_given else rid
+                group.add(self._new_state(single, rid, wire_rid, group))
+                tokenized.append(_tokenized(single, wire_rid, input_ids, params, group.stream))
+        return tokenized, is_list
+
+    def _new_state(self, single: SingleRequest, rid: str, wire_rid: str, group: RequestGroup) -> RequestState:
+        show_text = single.return_text_in_logprobs and self.tokenizer is not None
+        return RequestState(
+            rid,
+            wire_rid,
+            len(group.states),
+            group,
+            return_logprob=single.return_logprob,
+            top_logprobs=single.top_logprobs_num > 0,
+            chosen_logprobs=bool(single.token_ids_logprob),
+            text_of=self._token_text if show_text else _no_text,
+            weight_version=self.weight_version,
+        )
+
+    def _token_text(self, token_id: int) -> str | None:
+        assert self.tokenizer is not None
+        return self.tokenizer.decode([token_id], skip_special_tokens=False)
+
+    def _sampling_params(self, single: SingleRequest) -> SamplingParams:
+        try:
+            params = SamplingParams.from_request(single.sampling_params, self._preferred)
+            params.verify(self.vocab_size)
+        except SamplingParamsError as error:
+            raise RequestError(str(error)) from None
+        if self.tokenizer is None and params.stop:
+            raise RequestError("stop strings need a tokenizer, and the server runs with --skip-tokenizer-init.")
+        return params
+
+    async def _encode(self, single: SingleRequest) -> list[int]:
+        """Token ids of one prompt, each inside the vocabulary."""
+        if single.input_ids is not None:
+            ids = single.input_ids
+            if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
+                bad = next(i for i in ids if not 0 <= i < self.vocab_size)
+                raise RequestError(f"input_ids holds {bad}, outside the vocabulary [0, {self.vocab_size}).")
+        elif self.tokenizer is None:
+            raise RequestError("The server runs with --skip-tokenizer-init: send input_ids instead of text.")
+        elif not single.text:
+            raise RequestError("The prompt is empty: text has no characters.")
+        else:
+            ids = await self._encode_text(single.text, self.tokenizer)
+        if not ids:
+            raise RequestError("The prompt is empty: it has no tokens.")
+        return ids
+
+    async def _encode_text(self, text: str, tokenizer: Tokenizer) -> list[int]:
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise RequestError(f"The prompt is not valid Unicode: {error.reason} at position {error.start}.") from None
+        ids = tokenizer.encode(text) if len(text) < _LONG_TEXT_CHARS else await asyncio.to_thread(tokenizer.encode, text)
+        if ids and max(ids) >= self.vocab_size:
+            raise RequestError(
+                f"The tokenizer gives id {max(ids)}, and the model has a vocabulary of {self.vocab_size}: the "
+                "tokenizer does not belong to this model."
+            )
+        return ids
+
+    def _fit_context(self, input_ids: list[int], params: SamplingParams) -> list[int]:
+        """The prompt as it fits, with ``params`` clamped in place to the room that is left after it."""
+        if len(input_ids) >= self.context_len:
+            if not self.server_args.allow_auto_truncate:
+                raise RequestError(
+                    f"The input ({len(input_ids)} tokens) is longer than the model's context length "
+                    f"({self.context_len} tokens)."
+                )
+            logger.warning("Prompt cut from %d to %d tokens.", len(input_ids), self.context_len - 1)
+            input_ids = input_ids[: self.context_len - 1]
+        room = self.context_len - len(input_ids)
+        params.max_new_tokens = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
+        params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
+        params.top_k = min(params.top_k, self.vocab_size)
+        return input_ids
+
+    def _check_logprobs(self, single: SingleRequest, num_tokens: int) -> None:
+        if single.logprob_start_len < -1 or single.logprob_start_len >= num_tokens:
+            raise RequestError(
+                f"logprob_start_len must be -1 (outputs only) or in [0, {num_tokens}), the prompt's length, "
+                f"got {single.logprob_start_len}."
+            )
+        if not 0 <= single.top_logprobs_num <= self.vocab_size:
+            raise RequestError(
+                f"top_logprobs_num must be in [0, {self.vocab_size}], got {single.top_logprobs_num}."
+            )
+        for token_id in single.token_ids_logprob:
+            if not 0 <= token_id < self.vocab_size:
+                raise RequestError(f"token_ids_logprob must lie in [0, {self.vocab_size}), got {token_id}.")
+
+    def _log_received(self, obj: GenerateReqInput, group: RequestGroup) -> None:
+        if self.server_args.log_requests:
+            rids = [state.rid for state in group.states]
+            logger.info("Receive: rids=%s, sampling_params=%s, stream=%s", rids, obj.sampling_params, group.stream)
+
+
+def _no_text(_: int) -> str | None:
+    return None
+
+
+def _tokenized(
+    single: SingleRequest, rid: str, input_ids: list[int], params: SamplingParams, stream: bool
+) -> TokenizedGenerateReqInput:
+    return TokenizedGenerateReqInput(
+        rid=rid,
+        input_ids=input_ids,
+        sampling_params=params,
+        stream=stream,
+        return_logprob=single.return_logprob,
+        logprob_start_len=single.logprob_start_len if single.return_logprob else -1,
+        top_logprobs_num=single.top_logprobs_num if single.return_logprob else 0,
+        token_ids_logprob=single.token_ids_logprob if single.return_logprob else [],
+        created=time.time(),
+    )
+

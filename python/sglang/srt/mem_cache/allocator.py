@@ -1,0 +1,266 @@
+"""Hands out KV slots and request rows on the host, and refuses to take back what it did not hand out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+_MAX_SLOT = 2**31 - 1  # slot ids are kept as int32 in the request table
+
+
+class SlotAccountingError(RuntimeError):
+    """A slot, page or row was freed twice, freed in part, or never handed out."""
+
+
+class TokenToKVPoolAllocator:
+    """Host-side allocator of KV slots in whole pages.
+
+    Slots ``page_size .. size + page_size - 1`` are handed out; page 0 is the dummy that padded rows write to, so a pool
+    needs ``size + page_size`` rows. A page belongs to one owner at a time, and position ``p`` of a sequence always sits
+    at offset ``p % page_size`` of its page. Pages are reused last-in first-out, from the lowest on a fresh pool, so the
+    same calls give the same slots. All tensors are int64 on the host.
+    """
+
+    def __init__(self, size: int, page_size: int = 1):
+        if page_size < 1 or size < page_size or size % page_size:
+            raise ValueError(f"size must be a positive multiple of page_size, got {size=} and {page_size=}")
+        if size + page_size > _MAX_SLOT:
+            raise ValueError(f"size + page_size must stay below 2**31 (slot ids are int32), got {size=}")
+        self.size = size
+        self.page_size = page_size
+        self.num_pages = size // page_size
+        self._offsets: np.ndarray = np.arange(page_size, dtype=np.int64)
+        self._slot_mark: np.ndarray = np.zeros(size + page_size, dtype=np.int32)
+        self._page_mark: np.ndarray = np.zeros(self.num_pages + 1, dtype=np.int32)
+        self.clear()
+
+    def clear(self) -> None:
+        """Take every slot back, whoever holds it."""
+        self._stack: np.ndarray = np.arange(self.num_pages, 0, -1, dtype=np.int64)
+        self._top = self.num_pages
+        # Slots in use of each page; 0 means that the page is free.
+        self._used: np.ndarray = np.zeros(self.num_pages + 1, dtype=np.int32)
+
+    def available_size(self) -> int:
+        """Tokens that whole free pages can still take."""
+        return self._top * self.page_size
+
+    def allocated_size(self) -> int:
+        """Tokens of all pages handed out, the unused rest of partial pages included."""
+        return self.size - self.available_size()
+
+    def free_slots(self) -> torch.Tensor:
+        """Every slot of every free page, ascending."""
+        pages = np.sort(self._stack[: self._top])
+        return torch.from_numpy((pages[:, None] * self.page_size + self._offsets).reshape(-1))
+
+    def _pop_pages(self, num_pages: int) -> np.ndarray | None:
+        if num_pages > self._top:
+            return None
+        self._top -= num_pages
+        return self._stack[self._top : self._top + num_pages][::-1].copy()
+
+    def alloc(self, num_tokens: int) -> torch.Tensor | None:
+        """Slots of ``num_tokens / page_size`` whole pages, or None and no change when they are not free."""
+        if num_tokens < 0 or num_tokens % self.page_size:
+            raise ValueError(f"alloc takes a multiple of page_size {self.page_size}, got {num_tokens}")
+        pages = self._pop_pages(num_tokens // self.page_size)
+        if pages is None:
+            return None
+        self._used[pages] = self.page_size
+        if self.page_size == 1:
+            return torch.from_numpy(pages)
+        return torch.from_numpy((pages[:, None] * self.page_size + self._offsets).reshape(-1))
+
+    def alloc_extend(
+        self, prefix_lens: Sequence[int], seq_lens: Sequence[int], last_slots: Sequence[int]
+    ) -> torch.Tensor | None:
+        """Slots for tokens ``prefix_lens[i] .. seq_lens[i]`` of every request, requests one after the other.
+
+        ``last_slots[i]`` is the slot of token ``prefix_lens[i] - 1``, or -1 without a prefix; the rest of its page is
+        filled first. Returns None, and changes nothing, when not all requests fit.
+        """
+        prefix = np.asarray(prefix_lens, dtype=np.int64)
+        lens = np.asarray(seq_lens, dtype=np.int64)
+        if (prefix > lens).any() or (prefix < 0).any():
+            raise ValueError(f"0 <= prefix_len <= seq_len must hold, got {list(prefix_lens)} and {list(seq_lens)}")
+        if self.page_size == 1:
+            return self.alloc(int((lens - prefix).sum()))
+        last = np.asarray(last_slots, dtype=np.int64)
+        self._check_last_slots(prefix, last)
+        page = self.page_size
+        new_pages = -(-lens // page) - -(-prefix // page)
+        pages = self._pop_pages(int(new_pages.sum()))
+        if pages is None:
+            return None
+        out: np.ndarray = np.empty(int((lens - prefix).sum()), dtype=np.int64)
+        row = taken = 0
+        for i, (start, end, num_new) in enumerate(zip(prefix.tolist(), lens.tolist(), new_pages.tolist())):
+            head = min(end - start, -start % page)
+            if head:
+                out[row : row + head] = last[i] + 1 + self._offsets[:head]
+                self._used[last[i] // page] += head
+                row += head
+            tail = end - start - head
+            if tail:
+                mine = pages[taken : taken + num_new]
+                taken += num_new
+                out[row : row + tail] = (mine[:, None] * page + self._offsets).reshape(-1)[:tail]
+                self._used[mine] = page
+                self._used[mine[-1]] = tail - (num_new - 1) * page
+                row += tail
+        return torch.from_numpy(out)
+
+    def alloc_decode(self, seq_lens: Sequence[int], last_slots: Sequence[int]) -> torch.Tensor | None:
+        """One slot for the newest token of every request; ``seq_lens`` count that token.
+
+        ``last_slots[i]`` is the slot of the token before it, or -1 when there is none. Returns None, and changes
+        nothing, when not all requests fit.
+        """
+        if self.page_size == 1:
+            return self.alloc(len(seq_lens))
+        prefix = np.asarray(seq_lens, dtype=np.int64) - 1
+        last = np.asarray(last_slots, dtype=np.int64)
+        self._check_last_slots(prefix, last)
+        opens_page = prefix % self.page_size == 0
+        pages = self._pop_pages(int(opens_page.sum()))
+        if pages is None:
+            return None
+        out = last + 1
+        out[opens_page] = pages * self.page_size
+        self._used[out // self.page_size] += 1
+        return torch.from_numpy(out)
+
+    def _check_last_slots(self, prefix: np.ndarray, last: np.ndarray) -> None:
+        """Filling the rest of a page is safe only behind the page's last used slot."""
+        if prefix.shape != last.shape:
+            raise ValueError(f"one last slot a request is needed, got {last.size} for {prefix.size} requests")
+        inside = prefix % self.page_size != 0
+        if not inside.any():
+            return
+        slots, offset = last[inside], (prefix[inside] - 1) % self.page_size
+        pages = slots // self.page_size
+        if (pages < 1).any() or (pages > self.num_pages).any():
+            raise SlotAccountingError(f"last slots outside the pool: {slots.tolist()}")
+        self._page_mark[pages] = np.arange(pages.size)
+        alone = self._page_mark[pages] == np.arange(pages.size)
+        bad = (slots % self.page_size != offset) | (self._used[pages] != offset + 1) | ~alone
+        if bad.any():
+            raise SlotAccountingError(
+                f"slots {slots[bad].tolist()} are not the last used slots of their pages for prefix lengths "
+                f"{prefix[inside][bad].tolist()} at page_size {self.page_size}, or two requests share a partial page"
+            )
+
+    def free(self, slot_ids: torch.Tensor) -> None:
+        """Take slots [N] back, page by page; every slot in use of a page must come in the same call.
+
+        Raises SlotAccountingError, and changes nothing, for a slot that is out of range, not handed out, listed twice,
+        or whose page is only freed in part.
+        """
+        slots = slot_ids.numpy()
+        count = slots.size
+        if count == 0:
+            return
+        if slots.min() < self.page_size or slots.max() >= self.size + self.page_size:
+            bad = slots[(slots < self.page_size) | (slots >= self.size + self.page_size)]
+            raise SlotAccountingError(
+                f"slots {bad[:8].tolist()} are outside {self.page_size}..{self.size + self.page_size - 1}"
+            )
+        order = np.arange(count, dtype=np.int32)
+        self._slot_mark[slots] = order
+        repeated = self._slot_mark[slots] != order
+        if repeated.any():
+            raise SlotAccountingError(f"slots {slots[repeated][:8].tolist()} are listed twice in one free")
+        pages = slots
+        if self.page_size > 1:
+            pages = slots // self.page_size
+            self._page_mark[pages] = order
+            pages = pages[self._page_mark[pages] == order]
+        if not self._used[pages].all():
+            bad = pages[self._used[pages] == 0]
+            raise SlotAccountingError(f"pages {bad[:8].tolist()} (page_size {self.page_size}) are already free")
+        if self.page_size > 1:
+            self._check_whole_pages(slots, pages)
+        self._used[pages] = 0
+        # Reversed, so that the next alloc meets the pages in the order in which they were listed.
+        self._stack[self._top : self._top + pages.size] = pages[::-1]
+        self._top += pages.size
+
+    def _check_whole_pages(self, slots: np.ndarray, pages: np.ndarray) -> None:
+        self._page_mark[pages] = np.arange(pages.size)
+        given = np.bincount(self._page_mark[slots // self.page_size], minlength=pages.size)
+        partial = given != self._used[pages]
+        if partial.any():
+            page, got = int(pages[partial][0]), int(given[partial][0])
+            raise SlotAccountingError(
+                f"page {page} has {int(self._used[page])} slots in use and {got} were freed: free a page at once"
+            )
+
+
+class ReqToTokenPool:
+    """Table from (request row, position) to KV slot: ``req_to_token [size, max_context_len] int32``.
+
+    The host table is the truth; on CPU the device table is the same memory.
+    """
+
+    def __init__(self, size: int, max_context_len: int, device: torch.device | str = "cpu"):
+        self.size = size
+        self.max_context_len = max_context_len
+        self.device = torch.device(device)
+        self._host: np.ndarray = np.zeros((size, max_context_len), dtype=np.int32)
+        table = torch.from_numpy(self._host)
+        self.req_to_token = table if self.device.type == "cpu" else table.to(self.device)
+        self.clear()
+
+    def clear(self) -> None:
+        """Take every row back."""
+        self._free = list(range(self.size - 1, -1, -1))
+        self._in_use = bytearray(self.size)
+
+    def available_size(self) -> int:
+        return len(self._free)
+
+    def alloc(self) -> int | None:
+        """A row, or None when all are taken."""
+        if not self._free:
+            return None
+        idx = self._free.pop()
+        self._in_use[idx] = 1
+        return idx
+
+    def free(self, idx: int) -> None:
+        self._check_row(idx)
+        self._in_use[idx] = 0
+        self._free.append(idx)
+
+    def write(self, idx: int, start: int, slot_ids: torch.Tensor) -> None:
+        """Set positions ``start ..`` of row ``idx`` to ``slot_ids [N]`` (host int64)."""
+        self._check_span(idx, start, start + slot_ids.numel())
+        self._host[idx, start : start + slot_ids.numel()] = slot_ids.numpy()
+        if self.device.type != "cpu":
+            self.req_to_token[idx, start : start + slot_ids.numel()] = slot_ids.to(self.device, torch.int32)
+
+    def write_decode(self, rows: Sequence[int], positions: Sequence[int], slot_ids: torch.Tensor) -> None:
+        """Set one position of each row: ``table[rows[i], positions[i]] = slot_ids[i]``."""
+        for idx, position in zip(rows, positions):
+            self._check_span(idx, position, position + 1)
+        self._host[rows, positions] = slot_ids.numpy()
+        if self.device.type != "cpu":
+            index = torch.tensor([list(rows), list(positions)], dtype=torch.int64).to(self.device)
+            self.req_to_token[index[0], index[1]] = slot_ids.to(self.device, torch.int32)
+
+    def read(self, idx: int, start: int, end: int) -> torch.Tensor:
+        """Slots of positions ``start .. end`` of row ``idx``: a host int64 copy [end - start]."""
+        self._check_span(idx, start, end)
+        return torch.from_numpy(self._host[idx, start:end].astype(np.int64))
+
+    def _check_row(self, idx: int) -> None:
+        if not (0 <= idx < self.size and self._in_use[idx]):
+            raise SlotAccountingError(f"request row {idx} is not handed out (rows 0..{self.size - 1})")
+
+    def _check_span(self, idx: int, start: int, end: int) -> None:
+        self._check_row(idx)
+        if not 0 <= start <= end <= self.max_context_len:
+            raise ValueError(f"positions {start}..{end} of row {idx} leave the context of {self.max_context_len}")

@@ -1,0 +1,223 @@
+"""Device memory of served sequences: keys and values, latents, and recurrent states, addressed by slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+
+from sglang.srt.mem_cache.allocator import SlotAccountingError
+
+
+class _LayeredPool:
+    """Buffers of some layers of a model, found by the layer's own id."""
+
+    def __init__(self, layer_ids: Sequence[int], device: torch.device | str):
+        self.layer_ids = tuple(layer_ids)
+        self.device = torch.device(device)
+        self._index = {layer_id: i for i, layer_id in enumerate(self.layer_ids)}
+        if len(self._index) != len(self.layer_ids):
+            raise ValueError(f"layer ids must differ, got {self.layer_ids}")
+
+    def _row(self, layer_id: int) -> int:
+        try:
+            return self._index[layer_id]
+        except KeyError:
+            raise KeyError(f"{type(self).__name__} holds layers {self.layer_ids}, not layer {layer_id}") from None
+
+
+class KVPool(_LayeredPool):
+    """Base of pools with one row a token: ``size`` usable rows behind the dummy page 0.
+
+    Rows S = size + page_size. Buffers start at zero so that the dummy rows are finite.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        page_size: int,
+        dtype: torch.dtype,
+        layer_ids: Sequence[int],
+        device: torch.device | str,
+    ):
+        super().__init__(layer_ids, device)
+        self.size = size
+        self.page_size = page_size
+        self.dtype = dtype
+        self.num_rows = size + page_size
+
+    def _new_buffer(self, *row_shape: int) -> torch.Tensor:
+        shape = (len(self.layer_ids), self.num_rows, *row_shape)
+        return torch.zeros(shape, dtype=self.dtype, device=self.device)
+
+    def total_bytes(self) -> int:
+        """Bytes of all buffers, the dummy page included."""
+        raise NotImplementedError
+
+
+class MHATokenToKVPool(KVPool):
+    """Keys and values of multi-head or grouped-query attention: k and v each [S, H, D] a layer."""
+
+    def __init__(
+        self,
+        size: int,
+        page_size: int,
+        dtype: torch.dtype,
+        head_num: int,
+        head_dim: int,
+        layer_ids: Sequence[int],
+        device: torch.device | str,
+    ):
+        super().__init__(size, page_size, dtype, layer_ids, device)
+        self.head_num = head_num
+        self.head_dim = head_dim
+        self._k = self._new_buffer(head_num, head_dim)
+        self._v = self._new_buffer(head_num, head_dim)
+
+    @staticmethod
+    def bytes_per_token(dtype: torch.dtype, head_num: int, head_dim: int, num_layers: int) -> int:
+        return 2 * head_num * head_dim * num_layers * dtype.itemsize
+
+    def total_bytes(self) -> int:
+        return self._k.nbytes + self._v.nbytes
+
+    def set_kv_buffer(self, layer_id: int, slot_ids: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write k and v [N, H, D] at ``slot_ids`` [N] int64, converted to the pool's dtype."""
+        row = self._row(layer_id)
+        self._k[row].index_copy_(0, slot_ids, k.to(self.dtype))
+        self._v[row].index_copy_(0, slot_ids, v.to(self.dtype))
+
+    def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of the layer's buffers, k and v [S, H, D]."""
+        row = self._row(layer_id)
+        return self._k[row], self._v[row]
+
+
+class MLATokenToKVPool(KVPool):
+    """Compressed rows of multi-head latent attention: [S, R + rope] a layer, latent first, rotated key part after."""
+
+    def __init__(
+        self,
+        size: int,
+        page_size: int,
+        dtype: torch.dtype,
+        kv_lora_rank: int,
+        qk_rope_head_dim: int,
+        layer_ids: Sequence[int],
+        device: torch.device | str,
+    ):
+        super().__init__(size, page_size, dtype, layer_ids, device)
+        self.kv_lora_rank = kv_lora_rank
+        self.qk_rope_head_dim = qk_rope_head_dim
+        self._latent = self._new_buffer(kv_lora_rank + qk_rope_head_dim)
+
+    @staticmethod
+    def bytes_per_token(dtype: torch.dtype, kv_lora_rank: int, qk_rope_head_dim: int, num_layers: int) -> int:
+        return (kv_lora_rank + qk_rope_head_dim) * num_layers * dtype.itemsize
+
+    def total_bytes(self) -> int:
+        return self._latent.nbytes
+
+    def set_latent(self, layer_id: int, slot_ids: torch.Tensor, latent: torch.Tensor) -> None:
+        """Write latent [N, R + rope] at ``slot_ids`` [N] int64, converted to the pool's dtype."""
+        self._latent[self._row(layer_id)].index_copy_(0, slot_ids, latent.to(self.dtype))
+
+    def get_latent(self, layer_id: int) -> torch.Tensor:
+        """View of the layer's buffer [S, R + rope]; its first R columns are the values of absorbed attention."""
+        return self._latent[self._row(layer_id)]
+
+
+class GDNStatePool(_LayeredPool):
+    """Recurrent states of gated-delta-net layers, one slot a sequence, slot 0 the dummy of padded rows.
+
+    A slot holds, for each layer, the convolution's last W - 1 input columns [C, W - 1] and the state [HV, V, K] (K
+    fastest). Slots ``1 .. num_slots`` are handed out lowest first.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        layer_ids: Sequence[int],
+        conv_dim: int,
+        conv_width: int,
+        num_v_heads: int,
+        v_head_dim: int,
+        k_head_dim: int,
+        conv_dtype: torch.dtype,
+        ssm_dtype: torch.dtype,
+        device: torch.device | str,
+    ):
+        super().__init__(layer_ids, device)
+        if num_slots < 1 or conv_width < 2:
+            raise ValueError(f"need num_slots >= 1 and conv_width >= 2, got {num_slots=} and {conv_width=}")
+        self.size = num_slots
+        rows = (len(self.layer_ids), num_slots + 1)
+        self._conv = torch.zeros(*rows, conv_dim, conv_width - 1, dtype=conv_dtype, device=self.device)
+        self._ssm = torch.zeros(*rows, num_v_heads, v_head_dim, k_head_dim, dtype=ssm_dtype, device=self.device)
+        self.clear()
+
+    @staticmethod
+    def bytes_per_slot(
+        num_layers: int,
+        conv_dim: int,
+        conv_width: int,
+        num_v_heads: int,
+        v_head_dim: int,
+        k_head_dim: int,
+        conv_dtype: torch.dtype,
+        ssm_dtype: torch.dtype,
+    ) -> int:
+        conv = conv_dim * (conv_width - 1) * conv_dtype.itemsize
+        ssm = prod((num_v_heads, v_head_dim, k_head_dim)) * ssm_dtype.itemsize
+        return num_layers * (conv + ssm)
+
+    def total_bytes(self) -> int:
+        """Bytes of all buffers, the dummy slot included."""
+        return self._conv.nbytes + self._ssm.nbytes
+
+    def conv(self, layer_id: int) -> torch.Tensor:
+        """View of the layer's convolution columns [num_slots + 1, C, W - 1]."""
+        return self._conv[self._row(layer_id)]
+
+    def ssm(self, layer_id: int) -> torch.Tensor:
+        """View of the layer's states [num_slots + 1, HV, V, K]."""
+        return self._ssm[self._row(layer_id)]
+
+    def clear(self) -> None:
+        """Take every slot back, whoever holds it."""
+        self._free = list(range(self.size, 0, -1))
+        self._in_use = bytearray(self.size + 1)
+
+    def available_size(self) -> int:
+        return len(self._free)
+
+    def is_allocated(self, slot: int) -> bool:
+        return 1 <= slot <= self.size and bool(self._in_use[slot])
+
+    def alloc(self, zero: bool = True) -> int | None:
+        """A slot, or None when all are taken; its state is zero unless the caller is about to overwrite it."""
+        if not self._free:
+            return None
+        slot = self._free.pop()
+        self._in_use[slot] = 1
+        if zero:
+            self._conv[:, slot].zero_()
+            self._ssm[:, slot].zero_()
+        return slot
+
+    def free(self, slot: int) -> None:
+        self._check(slot)
+        self._in_use[slot] = 0
+        self._free.append(slot)
+
+    def copy(self, src: int, dst: int) -> None:
+        """Copy the state of slot ``src`` over that of slot ``dst``, all layers."""
+        self._check(src)
+        self._check(dst)
+        self._conv[:, dst] = self._conv[:, src]
+        self._ssm[:, dst] = self._ssm[:, src]
+
+    def _check(self, slot: int) -> None:
+        if not self.is_allocated(slot):
+            raise SlotAccountingError(f"state slot {slot} is not handed out (slots 1..{self.size})")

@@ -1,0 +1,138 @@
+"""Divides the memory left after the weights into KV tokens and recurrent-state slots, with the arithmetic shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_MAX_ROWS = 2**31 - 1  # slot ids are kept as int32
+
+
+class PoolPlanError(ValueError):
+    """The pools that were asked for do not fit; the message spells the arithmetic out."""
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """Sizes of the pools: usable tokens (whole pages), usable state slots, and the plan in words for the log."""
+
+    num_tokens: int
+    num_state_slots: int
+    lines: tuple[str, ...]
+
+
+def plan_pool_sizes(
+    *,
+    available_bytes: int,
+    bytes_per_token: int,
+    max_running_requests: int,
+    page_size: int = 1,
+    bytes_per_state_slot: int = 0,
+    max_total_tokens: int | None = None,
+    max_mamba_cache_size: int | None = None,
+    mamba_full_memory_ratio: float = 0.9,
+    disable_radix_cache: bool = False,
+) -> PoolPlan:
+    """Size the pools of one rank for ``available_bytes``.
+
+    A model without recurrent states (``bytes_per_state_slot`` 0) gives everything to KV. A hybrid splits the memory
+    states : KV = ``mamba_full_memory_ratio`` : 1; its slots are one live slot for each running request, and the rest
+    the prefix tree's. Without a prefix tree there are only live slots. The overrides fix a number instead. Each pool
+    also holds one dummy: a page of tokens, a state slot. Raises PoolPlanError when it does not fit.
+    """
+    if min(bytes_per_token, page_size, max_running_requests) < 1 or mamba_full_memory_ratio <= 0:
+        raise PoolPlanError(
+            f"bytes_per_token {bytes_per_token}, page_size {page_size}, max_running_requests {max_running_requests} "
+            f"and mamba_full_memory_ratio {mamba_full_memory_ratio} must be positive"
+        )
+    lines = [f"memory for pools: {_size(available_bytes)}"]
+    num_state_slots = 0
+    state_bytes = 0
+    if bytes_per_state_slot:
+        num_state_slots = _plan_states(
+            available_bytes,
+            bytes_per_state_slot,
+            max_running_requests,
+            max_mamba_cache_size,
+            mamba_full_memory_ratio,
+            disable_radix_cache,
+        )
+        state_bytes = (num_state_slots + 1) * bytes_per_state_slot
+        lines.append(
+            f"states: {num_state_slots} slots ({max_running_requests} live, {num_state_slots - max_running_requests} "
+            f"for the prefix tree) + 1 dummy x {_size(bytes_per_state_slot)} = {_size(state_bytes)}"
+        )
+    elif max_mamba_cache_size is not None:
+        raise PoolPlanError(
+            f"max_mamba_cache_size {max_mamba_cache_size} was given, but this model has no recurrent states: drop it"
+        )
+    left = available_bytes - state_bytes
+    num_tokens = _plan_tokens(left, bytes_per_token, page_size, max_total_tokens, lines)
+    lines.append(
+        f"KV: {num_tokens} tokens + 1 dummy page of {page_size} x {_size(bytes_per_token)} = "
+        f"{_size((num_tokens + page_size) * bytes_per_token)} of {_size(left)}"
+    )
+    return PoolPlan(num_tokens, num_state_slots, tuple(lines))
+
+
+def _plan_states(
+    available_bytes: int,
+    bytes_per_state_slot: int,
+    max_running_requests: int,
+    max_mamba_cache_size: int | None,
+    ratio: float,
+    disable_radix_cache: bool,
+) -> int:
+    if max_mamba_cache_size is not None:
+        slots = max_mamba_cache_size
+        if slots < max_running_requests:
+            raise PoolPlanError(
+                f"max_mamba_cache_size {slots} is below max_running_requests {max_running_requests}, and each running "
+                "request needs a state slot: raise the first or lower the second"
+            )
+    elif disable_radix_cache:
+        slots = max_running_requests
+    else:
+        share = int(available_bytes * ratio / (1.0 + ratio))
+        slots = max(share // bytes_per_state_slot - 1, max_running_requests)
+    needed = (slots + 1) * bytes_per_state_slot
+    if needed >= available_bytes:
+        raise PoolPlanError(
+            f"({slots} state slots + 1 dummy) x {_size(bytes_per_state_slot)} = {_size(needed)}, and only "
+            f"{_size(available_bytes)} are there for states and KV: lower max_running_requests"
+            f"{'' if max_mamba_cache_size is None else ' or max_mamba_cache_size'}, or free memory"
+        )
+    return slots
+
+
+def _plan_tokens(
+    left: int, bytes_per_token: int, page_size: int, max_total_tokens: int | None, lines: list[str]
+) -> int:
+    fitting = min(max(left, 0) // bytes_per_token, _MAX_ROWS) - page_size
+    fitting -= fitting % page_size
+    if fitting < page_size:
+        raise PoolPlanError(
+            f"KV needs at least a page and the dummy page: 2 x {page_size} tokens x {_size(bytes_per_token)} = "
+            f"{_size(2 * page_size * bytes_per_token)}, and {_size(left)} are left: free memory"
+        )
+    if max_total_tokens is None:
+        return fitting
+    num_tokens = max_total_tokens - max_total_tokens % page_size
+    if num_tokens < page_size:
+        raise PoolPlanError(f"max_total_tokens {max_total_tokens} is less than one page of {page_size} tokens")
+    if num_tokens > fitting:
+        raise PoolPlanError(
+            f"max_total_tokens {max_total_tokens}: ({num_tokens} + {page_size} dummy) x {_size(bytes_per_token)} = "
+            f"{_size((num_tokens + page_size) * bytes_per_token)}, and {_size(left)} are left, which fit {fitting} "
+            "tokens: lower it or free memory"
+        )
+    if num_tokens != max_total_tokens:
+        lines.append(f"max_total_tokens: {max_total_tokens} -> {num_tokens} (whole pages of {page_size})")
+    return num_tokens
+
+
+def _size(num_bytes: int) -> str:
+    if abs(num_bytes) >= 1 << 30:
+        return f"{num_bytes / (1 << 30):.2f} GiB"
+    if abs(num_bytes) >= 1 << 20:
+        return f"{num_bytes / (1 << 20):.2f} MiB"
+    return f"{num_bytes} B"

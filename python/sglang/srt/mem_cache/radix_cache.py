@@ -1,0 +1,372 @@
+"""A radix tree from token prefixes to the KV slots that hold them, with locks and least-recently-used eviction."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError, check_tree
+
+EVICTION_POLICIES = ("lru",)
+
+ChildKey = int | bytes
+HeapKey = tuple[int, int, int]
+
+_EMPTY: np.ndarray = np.empty(0, dtype=np.int64)
+
+
+class TreeNode:
+    """One edge of the tree: ``key`` and ``value`` [n] int64 are its tokens and their slots; n is 0 at the root only.
+
+    ``lock_ref`` counts the locks on this node and below it. ``state_slot`` is a recurrent state valid exactly at the
+    node's end, and ``state_lock`` counts those who are about to copy it (hybrid models only).
+    """
+
+    __slots__ = (
+        "children",
+        "heap_key",
+        "id",
+        "key",
+        "last_access",
+        "lock_ref",
+        "parent",
+        "state_lock",
+        "state_slot",
+        "value",
+    )
+
+    def __init__(self, node_id: int, parent: TreeNode | None, key: np.ndarray, value: np.ndarray):
+        self.id = node_id
+        self.parent = parent
+        self.children: dict[ChildKey, TreeNode] = {}
+        self.key = key
+        self.value = value
+        self.lock_ref = 0
+        self.last_access = 0
+        self.heap_key: HeapKey | None = None
+        self.state_slot: int | None = None
+        self.state_lock = 0
+
+
+@dataclass(frozen=True, eq=False)
+class MatchResult:
+    """The longest cached prefix: its slots [n] int64 (host), the node where it ends, and what else is known.
+
+    ``state_slot`` is the tree's state at the end of the prefix (hybrid models). ``kv_len >= n`` tokens are cached as
+    KV; the part past n cannot be used for lack of a state.
+    """
+
+    slot_ids: torch.Tensor
+    node: TreeNode
+    state_slot: int | None
+    kv_len: int
+
+
+@dataclass(frozen=True, eq=False)
+class InsertResult:
+    """What an insertion found and took.
+
+    The first ``prefix_len`` tokens were in the tree already, with the tree's slots: the caller frees its duplicates.
+    The first ``cached_len`` tokens are in the tree now, ending at ``node``; the slots past it stay the caller's.
+    ``state_taken`` says that the offered state slot belongs to the tree now.
+    """
+
+    prefix_len: int
+    node: TreeNode
+    state_taken: bool
+    cached_len: int
+
+
+class RadixCache:
+    """Prefix cache over whole pages of KV slots.
+
+    A slot in the tree belongs to the tree: it goes back to ``allocator`` on eviction. Keys are token ids, values slot
+    ids; both are compared and copied in bulk, so a match or an insertion is linear in its tokens. With ``disable`` the
+    tree stays empty: nothing matches and an insertion takes nothing.
+    """
+
+    def __init__(
+        self,
+        allocator: TokenToKVPoolAllocator,
+        page_size: int,
+        eviction_policy: str = "lru",
+        disable: bool = False,
+    ):
+        if eviction_policy not in EVICTION_POLICIES:
+            raise ValueError(f"radix eviction policy {eviction_policy!r} is not one of {EVICTION_POLICIES}")
+        if page_size != allocator.page_size:
+            raise ValueError(f"page_size {page_size} differs from the allocator's {allocator.page_size}")
+        self.allocator = allocator
+        self.page_size = page_size
+        self.disable = disable
+        self._next_id = 0
+        self._clock = 0
+        self._start_empty()
+
+    def _start_empty(self) -> None:
+        self.root = self._new_node(None, _EMPTY, _EMPTY)
+        self._num_nodes = 0
+        self._heap: list[tuple[HeapKey, TreeNode]] = []
+        self._evictable = 0
+        self._protected = 0
+
+    def evictable_size(self) -> int:
+        """Cached tokens that no lock protects."""
+        return self._evictable
+
+    def protected_size(self) -> int:
+        """Cached tokens under a lock."""
+        return self._protected
+
+    def total_size(self) -> int:
+        return self._evictable + self._protected
+
+    def aligned(self, num_tokens: int) -> int:
+        """The largest multiple of the page size that is not above ``num_tokens``."""
+        return num_tokens - num_tokens % self.page_size
+
+    def reset(self) -> None:
+        """Drop every node and return its slots to the allocator; refused while any node is locked."""
+        if self._protected:
+            raise RadixIntegrityError(f"reset of a prefix cache with {self._protected} locked tokens")
+        self._release(list(self._nodes()))
+        self._start_empty()
+
+    # Lookup and insertion
+
+    def match_prefix(self, token_ids: Sequence[int] | np.ndarray) -> MatchResult:
+        """The longest cached whole-page prefix of ``token_ids``; marks it as used.
+
+        An edge that matches in part is split, so that ``node`` ends exactly at the match.
+        """
+        tokens = self._as_key(token_ids)
+        path, matched, inside = self._walk(tokens)
+        if inside:
+            path[-1] = self._split(path[-1], inside)
+        self._touch(path)
+        slots = self._join([node.value for node in path])
+        return MatchResult(slots, path[-1] if path else self.root, None, matched)
+
+    def insert(
+        self,
+        token_ids: Sequence[int] | np.ndarray,
+        slot_ids: torch.Tensor | np.ndarray,
+        state_slot: int | None = None,
+    ) -> InsertResult:
+        """Cache the whole pages of ``token_ids`` [n] with their ``slot_ids`` [n] int64; slots already cached stay.
+
+        Raises ValueError for unequal lengths and for slots that do not sit in whole pages.
+        """
+        if state_slot is not None:
+            raise ValueError("this prefix cache keeps no recurrent states: use HybridRadixCache")
+        return self._insert_kv(token_ids, slot_ids)
+
+    def _insert_kv(self, token_ids: Sequence[int] | np.ndarray, slot_ids: torch.Tensor | np.ndarray) -> InsertResult:
+        slots = slot_ids.numpy() if isinstance(slot_ids, torch.Tensor) else slot_ids
+        if len(token_ids) != slots.size:
+            raise ValueError(f"insert needs a slot for each token, got {len(token_ids)} tokens and {slots.size} slots")
+        if self.disable:
+            return InsertResult(0, self.root, False, 0)
+        tokens = self._as_key(token_ids)
+        path, matched, inside = self._walk(tokens)
+        if inside:
+            path[-1] = self._split(path[-1], inside)
+        node = path[-1] if path else self.root
+        if matched < tokens.size:
+            node = self._add_leaf(node, tokens[matched:].copy(), self._whole_pages(slots[matched : tokens.size]))
+            path.append(node)
+        self._touch(path)
+        return InsertResult(matched, node, False, tokens.size)
+
+    def path_slots(self, node: TreeNode) -> torch.Tensor:
+        """Slots [n] int64 (host) of all tokens from the root to the end of ``node``."""
+        return self._join([step.value for step in self._path_up(node)][::-1])
+
+    def _as_key(self, token_ids: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The whole pages of ``token_ids`` as int64."""
+        tokens = np.asarray(token_ids, dtype=np.int64)
+        return tokens[: self.aligned(tokens.size)]
+
+    def _whole_pages(self, slots: np.ndarray) -> np.ndarray:
+        slots = slots.astype(np.int64)
+        if self.page_size > 1:
+            pages = slots.reshape(-1, self.page_size)
+            starts = pages[:, :1]
+            if (starts % self.page_size).any() or (pages - starts != np.arange(self.page_size)).any():
+                raise ValueError(f"slots to cache must be whole pages of {self.page_size} in order, got {slots[:32]}…")
+        return slots
+
+    @staticmethod
+    def _join(values: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.concatenate(values) if values else _EMPTY.copy())
+
+    def _child_key(self, tokens: np.ndarray) -> ChildKey:
+        return int(tokens[0]) if self.page_size == 1 else tokens[: self.page_size].tobytes()
+
+    def _walk(self, tokens: np.ndarray) -> tuple[list[TreeNode], int, int]:
+        """Follow ``tokens`` down: the nodes met, the tokens matched, and how many of the last node when not all."""
+        node, matched = self.root, 0
+        path: list[TreeNode] = []
+        while matched < tokens.size:
+            child = node.children.get(self._child_key(tokens[matched:]))
+            if child is None:
+                break
+            same = self.aligned(_common_prefix(child.key, tokens[matched:]))
+            path.append(child)
+            matched += same
+            if same < child.key.size:
+                return path, matched, same
+            node = child
+        return path, matched, 0
+
+    # Tree surgery
+
+    def _new_node(self, parent: TreeNode | None, key: np.ndarray, value: np.ndarray) -> TreeNode:
+        self._next_id += 1
+        return TreeNode(self._next_id, parent, key, value)
+
+    def _add_leaf(self, parent: TreeNode, key: np.ndarray, value: np.ndarray) -> TreeNode:
+        leaf = self._new_node(parent, key, value)
+        parent.children[self._child_key(key)] = leaf
+        self._num_nodes += 1
+        self._evictable += value.size
+        self._offer(leaf)
+        return leaf
+
+    def _split(self, node: TreeNode, length: int) -> TreeNode:
+        """Cut ``node`` after ``length`` tokens and return the new upper part, which the caller marks as used.
+
+        The lower part stays the same object, so locks and states that name it stay true.
+        """
+        parent = node.parent
+        assert parent is not None
+        upper = self._new_node(parent, node.key[:length].copy(), node.value[:length].copy())
+        parent.children[self._child_key(node.key)] = upper
+        upper.lock_ref = node.lock_ref
+        node.key, node.value = node.key[length:].copy(), node.value[length:].copy()
+        node.parent = upper
+        upper.children[self._child_key(node.key)] = node
+        self._num_nodes += 1
+        return upper
+
+    def _path_up(self, node: TreeNode) -> Iterator[TreeNode]:
+        """``node`` and those above it, without the root."""
+        while node.parent is not None:
+            yield node
+            node = node.parent
+
+    def _nodes(self) -> Iterator[TreeNode]:
+        """Every node but the root, parents first."""
+        stack = list(self.root.children.values())
+        while stack:
+            node = stack.pop()
+            yield node
+            stack.extend(node.children.values())
+
+    def _touch(self, path: list[TreeNode]) -> None:
+        self._clock += 1
+        for node in path:
+            node.last_access = self._clock
+
+    # Locks
+
+    def inc_lock_ref(self, node: TreeNode) -> None:
+        """Protect ``node`` and all above it from eviction."""
+        for step in self._path_up(node):
+            if step.lock_ref == 0:
+                self._evictable -= step.value.size
+                self._protected += step.value.size
+            step.lock_ref += 1
+
+    def dec_lock_ref(self, node: TreeNode) -> None:
+        """Undo one ``inc_lock_ref`` of the same node."""
+        for step in self._path_up(node):
+            if step.lock_ref == 0:
+                raise RadixIntegrityError(f"node {step.id} is unlocked more often than it was locked")
+            step.lock_ref -= 1
+            if step.lock_ref == 0:
+                self._evictable += step.value.size
+                self._protected -= step.value.size
+                self._offer(step)
+
+    # Eviction. Each evictable leaf has a live entry on the heap, keyed as the leaf was when offered. Use makes a key
+    # larger: an entry that comes up stale is put back under its present key, so the order stays exact.
+
+    def _eviction_key(self, node: TreeNode) -> HeapKey:
+        """Smallest goes first."""
+        return (0, node.last_access, node.id)
+
+    def _is_evictable(self, node: TreeNode) -> bool:
+        return not node.children and node.lock_ref == 0 and node is not self.root
+
+    def _offer(self, node: TreeNode) -> None:
+        """Put ``node`` on the heap if it can be evicted, unless an entry is there that comes up in time."""
+        if not self._is_evictable(node):
+            return
+        key = self._eviction_key(node)
+        if node.heap_key is not None and node.heap_key <= key:
+            return
+        node.heap_key = key
+        heapq.heappush(self._heap, (key, node))
+        if len(self._heap) > 2 * self._num_nodes + 64:
+            self._heap = [entry for entry in self._heap if entry[1].heap_key == entry[0]]
+            heapq.heapify(self._heap)
+
+    def _pop_victim(self) -> TreeNode | None:
+        while self._heap:
+            key, node = heapq.heappop(self._heap)
+            if node.heap_key != key:
+                continue
+            node.heap_key = None
+            if not self._is_evictable(node):
+                continue
+            if self._eviction_key(node) == key:
+                return node
+            self._offer(node)
+        return None
+
+    def evict(self, num_tokens: int) -> int:
+        """Free at least ``num_tokens`` unlocked tokens, least recently used leaves first; returns how many were freed.
+
+        Whole nodes go, so it may be more; it is fewer only when nothing unlocked is left.
+        """
+        victims: list[TreeNode] = []
+        freed = 0
+        while freed < num_tokens:
+            node = self._pop_victim()
+            if node is None:
+                break
+            assert node.parent is not None
+            del node.parent.children[self._child_key(node.key)]
+            freed += node.value.size
+            self._num_nodes -= 1
+            victims.append(node)
+            self._offer(node.parent)
+        self._evictable -= freed
+        self._release(victims)
+        return freed
+
+    def _release(self, nodes: list[TreeNode]) -> None:
+        """Give back what dropped nodes owned."""
+        if nodes:
+            self.allocator.free(self._join([node.value for node in nodes]))
+
+    def check_integrity(self, free_slots: torch.Tensor | None = None, held: torch.Tensor | int | None = None) -> None:
+        """Recount the whole tree and raise RadixIntegrityError at the first thing that is wrong.
+
+        ``free_slots`` [n] are the allocator's (asked of it when None). ``held`` are the slots [n] that requests own
+        beside the tree, or their count in tokens of whole pages; with it, free + tree + held must be the whole pool.
+        """
+        check_tree(self, free_slots, held)
+
+
+def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    n = min(a.size, b.size)
+    differs = a[:n] != b[:n]
+    first = int(differs.argmax())
+    return first if differs[first] else n

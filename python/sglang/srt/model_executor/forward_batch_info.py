@@ -1,0 +1,142 @@
+"""The batch as it crosses from scheduler to model: host view, device view, and the mode of a step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum, auto
+from typing import Any, Protocol
+
+import torch
+
+
+class ForwardMode(IntEnum):
+    """What a forward step does with each request of the batch."""
+
+    EXTEND = auto()
+    DECODE = auto()
+    MIXED = auto()
+    IDLE = auto()
+    TARGET_VERIFY = auto()
+    DRAFT_EXTEND = auto()
+
+    def is_extend(self) -> bool:
+        """True when requests may bring more than one token: rows are packed by request."""
+        return self in (ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.DRAFT_EXTEND)
+
+    def is_decode(self) -> bool:
+        return self is ForwardMode.DECODE
+
+
+class AttentionBackendLike(Protocol):
+    """What a layer needs of an attention backend; the backends live in ``srt/layers/attention``."""
+
+    def init_forward_metadata(self, fb: ForwardBatch) -> None: ...
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, fb: ForwardBatch
+    ) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class LogprobRequest:
+    """What one request wants beside its next token.
+
+    ``input_start`` is the first row of this step's chunk whose prompt log-probability is wanted, counted from the
+    chunk's first token; ``None`` when no prompt log-probability is wanted. ``input_target_ids[j]`` is the token that
+    row ``input_start + j`` is scored against. ``top_k`` is the number of alternatives to return; ``token_ids`` are
+    chosen ids whose log-probability is returned.
+    """
+
+    input_start: int | None = None
+    input_target_ids: tuple[int, ...] = ()
+    top_k: int = 0
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelWorkerBatch:
+    """Host view of one step; nothing below the scheduler sees a request object.
+
+    Shapes: B requests, N tokens (N == B in decode). All tensors live on the host.
+    ``seq_lens`` include the tokens of this step.
+    """
+
+    forward_mode: ForwardMode
+    input_ids: torch.Tensor  # [N] int64
+    positions: torch.Tensor  # [N] int64
+    req_pool_indices: torch.Tensor  # [B] int64, rows of req_to_token
+    seq_lens: list[int]  # [B]
+    out_cache_loc: torch.Tensor  # [N] int64, KV slot of each token
+    extend_seq_lens: list[int] | None = None  # [B], extend only
+    extend_prefix_lens: list[int] | None = None  # [B], extend only
+    state_slot_ids: torch.Tensor | None = None  # [B] int64, recurrent-state slots of hybrid models
+    logprobs: list[LogprobRequest | None] = field(default_factory=list)  # [B], or empty when nobody asks
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.seq_lens)
+
+
+@dataclass
+class ForwardBatch:
+    """Device view of one step.
+
+    Extend rows are packed: request ``i`` owns rows ``extend_start_loc_cpu[i]`` up to
+    ``extend_start_loc_cpu[i] + extend_seq_lens_cpu[i]``. Decode has one row a request.
+    """
+
+    forward_mode: ForwardMode
+    batch_size: int
+    input_ids: torch.Tensor  # [N] int64
+    positions: torch.Tensor  # [N] int64
+    req_pool_indices: torch.Tensor  # [B] int64
+    seq_lens: torch.Tensor  # [B] int64
+    seq_lens_cpu: list[int]  # [B]
+    out_cache_loc: torch.Tensor  # [N] int64
+    attn_backend: Any
+    num_token_non_padded: torch.Tensor  # [1] int32, device
+    num_token_non_padded_cpu: int
+    extend_seq_lens_cpu: list[int] | None = None
+    extend_prefix_lens_cpu: list[int] | None = None
+    extend_start_loc_cpu: list[int] | None = None
+    state_slot_ids: torch.Tensor | None = None  # [B] int64
+    logprobs: list[LogprobRequest | None] = field(default_factory=list)
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return any(entry is not None for entry in self.logprobs)
+
+    @classmethod
+    def from_worker_batch(
+        cls, batch: ModelWorkerBatch, device: torch.device, attn_backend: AttentionBackendLike
+    ) -> ForwardBatch:
+        """Copy the host view to ``device`` (the only host-to-device hop of a step)."""
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        starts: list[int] | None = None
+        if batch.extend_seq_lens is not None:
+            starts, total = [], 0
+            for length in batch.extend_seq_lens:
+                starts.append(total)
+                total += length
+        num_tokens = int(batch.input_ids.shape[0])
+        return cls(
+            forward_mode=batch.forward_mode,
+            batch_size=batch.batch_size,
+            input_ids=move(batch.input_ids),
+            positions=move(batch.positions),
+            req_pool_indices=move(batch.req_pool_indices),
+            seq_lens=move(torch.tensor(batch.seq_lens, dtype=torch.int64)),
+            seq_lens_cpu=batch.seq_lens,
+            out_cache_loc=move(batch.out_cache_loc),
+            attn_backend=attn_backend,
+            num_token_non_padded=move(torch.tensor([num_tokens], dtype=torch.int32)),
+            num_token_non_padded_cpu=num_tokens,
+            extend_seq_lens_cpu=batch.extend_seq_lens,
+            extend_prefix_lens_cpu=batch.extend_prefix_lens,
+            extend_start_loc_cpu=starts,
+            state_slot_ids=None if batch.state_slot_ids is None else move(batch.state_slot_ids),
+            logprobs=batch.logprobs,
+        )

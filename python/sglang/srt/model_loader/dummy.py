@@ -1,0 +1,37 @@
+"""A checkpoint of random numbers that behaves like a trained one: norms 1, matrices scaled by their fan-in."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+
+import torch
+
+from sglang.srt.models.checkpoint_model import CheckpointModel
+
+
+def iterate_dummy(model: CheckpointModel, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every (checkpoint name, full tensor) that ``model`` expects.
+
+    A matrix is N(0, 1/sqrt(fan_in)); a vector says its own mean and deviation (norms mean 1, router bias N(0, 0.05)).
+    Numbers depend on ``seed`` and the tensor's name alone, so that every tensor-parallel size serves the same model.
+    """
+    for name, expected in model.checkpoint_tensors().items():
+        generator = torch.Generator(device="cpu").manual_seed(_seed_of(name, seed))
+        mean, deviation = expected.fill if expected.fill is not None else (0.0, fan_in(expected.shape) ** -0.5)
+        tensor = torch.full(expected.shape, mean, device="cpu", dtype=torch.float32)
+        if deviation:
+            noise = torch.randn(expected.shape, generator=generator, device="cpu", dtype=torch.float32)
+            tensor.add_(noise, alpha=deviation)
+        yield name, tensor
+
+
+def fan_in(shape: tuple[int, ...]) -> int:
+    """Inputs that one output sums over: all dimensions after the first."""
+    return math.prod(shape[1:])
+
+
+def _seed_of(name: str, seed: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")

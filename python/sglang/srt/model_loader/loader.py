@@ -1,0 +1,58 @@
+"""From a model config to a model with weights on its device."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.model_loader.dummy import iterate_dummy
+from sglang.srt.model_loader.weight_utils import iterate_safetensors
+from sglang.srt.models.checkpoint_model import CheckpointModel
+from sglang.srt.models.registry import resolve_model_class
+
+logger = logging.getLogger(__name__)
+
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """New floating tensors take ``dtype`` inside the block."""
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)
+
+
+def load_model(
+    model_config: ModelConfig, load_format: str = "auto", device: torch.device | str = "cpu", seed: int = 0
+) -> CheckpointModel:
+    """The model of ``model_config`` in its dtype on ``device``, weights loaded.
+
+    load_format: "auto" and "safetensors" read the folder; "dummy" draws numbers from ``seed`` and reads no weight.
+    Raises WeightLoadError when the checkpoint cannot be read or does not fit.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise ValueError(f"load format {load_format!r} is unknown; known: {', '.join(LOAD_FORMATS)}")
+    started = time.perf_counter()
+    model_class = resolve_model_class(model_config.architecture)
+    with default_dtype(model_config.dtype), torch.device(device):
+        model = model_class(model_config)
+    if load_format == "dummy":
+        weights = iterate_dummy(model, seed)
+    else:
+        weights = iterate_safetensors(model_config.model_path)
+    model.load_weights(weights)
+    num_bytes = sum(param.nbytes for param in model.parameters())
+    logger.info(
+        "loaded %s: %.2f GB on %s in %.1f s (%s)",
+        type(model).__name__, num_bytes / 1e9, device, time.perf_counter() - started, load_format,
+    )  # fmt: skip
+    return model.eval()

@@ -1,0 +1,111 @@
+"""Tensors of a checkpoint folder, read from safetensors files alone, with progress and named errors."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tqdm import tqdm
+
+from sglang.srt.models.checkpoint_model import WeightLoadError
+
+logger = logging.getLogger(__name__)
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+# Seconds between log lines where there is no terminal to draw a bar on.
+_LOG_INTERVAL_S = 10.0
+
+
+def find_weight_files(folder: Path) -> dict[Path, list[str] | None]:
+    """Files to read and the tensors that the index promises in each (None without an index).
+
+    Raises WeightLoadError when there is none, or when the index names a file that is not there.
+    """
+    index = folder / INDEX_NAME
+    if index.is_file():
+        return _read_index(index)
+    single = folder / SINGLE_NAME
+    files = [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+    if not files:
+        others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        hint = f" It has {', '.join(others)}: convert them to safetensors." if others else ""
+        raise WeightLoadError(f"{folder} holds no *.safetensors file, the only weight format that is read.{hint}")
+    return dict.fromkeys(files)
+
+
+def _read_index(index: Path) -> dict[Path, list[str] | None]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(tensor): str(file) for tensor, file in weight_map.items()}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise WeightLoadError(f"{index} is not a safetensors index ({type(error).__name__}: {error}).") from None
+    files: dict[Path, list[str]] = {}
+    for tensor, file in sorted(names.items()):
+        if Path(file).name != file:
+            raise WeightLoadError(f"{index} places {tensor} in {file!r}, which is not a file of that folder.")
+        files.setdefault(index.parent / file, []).append(tensor)
+    absent = [path.name for path in files if not path.is_file()]
+    if absent:
+        raise WeightLoadError(f"{index} names {len(absent)} missing files: {', '.join(absent)}. Fetch them again.")
+    return dict(sorted(files.items()))
+
+
+def iterate_safetensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every (name, tensor on the host) of a checkpoint folder, file by file.
+
+    Raises WeightLoadError that names a truncated or corrupt file, and tensors that the index promises in vain.
+    """
+    files = find_weight_files(Path(folder))
+    with _Progress(len(files)) as progress:
+        for path, promised in files.items():
+            yield from _read_file(path, promised)
+            progress.step(path.name)
+
+
+def _read_file(path: Path, promised: list[str] | None) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            held = list(file.keys())
+            absent = sorted(set(promised or ()) - set(held))
+            if absent:
+                raise WeightLoadError(f"{path} lacks tensors that {INDEX_NAME} places there: {', '.join(absent)}.")
+            for name in held if promised is None else promised:
+                yield name, file.get_tensor(name)
+    except SafetensorError as error:
+        raise WeightLoadError(
+            f"{path} ({path.stat().st_size} bytes) is truncated or corrupt: {error}. Fetch the file again."
+        ) from error
+    except OSError as error:
+        raise WeightLoadError(f"{path} cannot be read: {error}.") from error
+
+
+class _Progress:
+    """A bar where stderr is a terminal; elsewhere a log line now and then."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._last = time.monotonic()
+        self._bar = tqdm(total=total, desc="Loading safetensors", unit="file") if sys.stderr.isatty() else None
+
+    def step(self, name: str) -> None:
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
+        elif self._done == self._total or time.monotonic() - self._last >= _LOG_INTERVAL_S:
+            self._last = time.monotonic()
+            logger.info("loaded %d of %d safetensors files (%s)", self._done, self._total, name)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

@@ -1,0 +1,121 @@
+"""Multi-head latent attention: projections, and its absorbed and expanded forms side by side."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sglang.srt.configs.deepseek import DeepseekConfig
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.linear import (
+    ColumnParallelLinear,
+    MergedReplicatedLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.rotary_embedding import RotaryEmbedding
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+
+# Both published implementations give the two inner norms this epsilon, whatever rms_norm_eps says.
+_INNER_NORM_EPS = 1e-6
+
+
+class DeepseekV2AttentionMLA(nn.Module):
+    """Latent attention of one layer.
+
+    The cache holds one row [R + P] a token, shared by all heads: the normed latent and the rotated key part. Heads are
+    split over the tensor-parallel ranks; the latent is not. DeepSeek-V2 report, section 2.1.
+    """
+
+    def __init__(self, config: DeepseekConfig, layer_id: int, rotary_emb: RotaryEmbedding) -> None:
+        super().__init__()
+        tp_size = get_tp_group().size
+        if config.num_attention_heads % tp_size:
+            raise ValueError(f"{config.num_attention_heads} heads cannot be split over {tp_size} tensor-parallel ranks.")
+        self.num_heads = config.num_attention_heads // tp_size
+        self.nope, self.rope, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.rank = config.kv_lora_rank
+        self.q_lora_rank = config.q_lora_rank
+        self.rotary_emb = rotary_emb
+        hidden, bias = config.hidden_size, config.attention_bias
+        q_width = config.num_attention_heads * config.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = ColumnParallelLinear(hidden, q_width)
+            self.kv_a_proj_with_mqa = ReplicatedLinear(hidden, self.rank + self.rope, bias=bias)
+        else:
+            self.fused_qkv_a_proj_with_mqa = MergedReplicatedLinear(
+                hidden, [config.q_lora_rank, self.rank + self.rope], bias=bias
+            )
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, _INNER_NORM_EPS)
+            self.q_b_proj = ColumnParallelLinear(config.q_lora_rank, q_width)
+        self.kv_a_layernorm = RMSNorm(self.rank, _INNER_NORM_EPS)
+        self.kv_b_proj = ColumnParallelLinear(self.rank, config.num_attention_heads * (self.nope + self.v_dim))
+        self.o_proj = RowParallelLinear(config.num_attention_heads * self.v_dim, hidden, bias=bias)
+        scale = config.softmax_scale
+        self.attn_mqa = RadixAttention(self.num_heads, self.rank + self.rope, scale, 1, layer_id, self.rank)
+        self.attn_mha = RadixAttention(
+            self.num_heads, config.qk_head_dim, scale, self.num_heads, layer_id, self.v_dim
+        )
+        self.w_kc: torch.Tensor | None = None
+        self.w_vc: torch.Tensor | None = None
+
+    def split_kv_b(self) -> None:
+        """Name the two halves of kv_b_proj: w_kc [H, nope, R] and w_vc [H, R, v], views of the loaded weight."""
+        per_head = self.kv_b_proj.weight.data.view(self.num_heads, self.nope + self.v_dim, self.rank)
+        self.w_kc = per_head[:, : self.nope]
+        self.w_vc = per_head[:, self.nope :].transpose(1, 2)
+
+    def forward(self, hidden: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+        """hidden [N, H], positions [N] -> [N, H]; each request takes the form its length makes cheaper."""
+        backend = fb.attn_backend
+        q, latent = self._project(hidden, positions)
+        backend.write_latent(latent, self.attn_mqa, fb)
+        if not fb.forward_mode.is_extend():
+            return self.o_proj(self.absorbed(q, fb))
+        out = q.new_empty(q.shape[0], self.num_heads * self.v_dim)
+        for plan, form in ((backend.absorbed_plan, self.absorbed), (backend.expanded_plan, self.expanded)):
+            if plan is None:
+                continue
+            if plan.rows is None:
+                out = form(q, fb, plan)
+            else:
+                out[plan.rows] = form(q[plan.rows], fb, plan)
+        return self.o_proj(out)
+
+    def _project(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [N, heads, nope + rope] and cache rows [N, R + rope], both rotated."""
+        if self.q_lora_rank is None:
+            q, kv_a = self.q_proj(hidden), self.kv_a_proj_with_mqa(hidden)
+        else:
+            q_a, kv_a = self.fused_qkv_a_proj_with_mqa(hidden).split(
+                (self.q_lora_rank, self.rank + self.rope), dim=-1
+            )
+            q = self.q_b_proj(self.q_a_layernorm(q_a))
+        q = q.view(-1, self.num_heads, self.nope + self.rope)
+        compressed, k_pe = kv_a.split((self.rank, self.rope), dim=-1)
+        q_pe, k_pe = self.rotary_emb(positions, q[..., self.nope :], k_pe.unsqueeze(1))
+        q = torch.cat((q[..., : self.nope], q_pe), dim=-1)
+        return q, torch.cat((self.kv_a_layernorm(compressed), k_pe.squeeze(1)), dim=-1)
+
+    def absorbed(self, q: torch.Tensor, fb: ForwardBatch, plan: object | None = None) -> torch.Tensor:
+        """Queries taken into the latent space: (q W_UK) meets the cached rows. q [n, heads, nope+rope] -> [n, heads*v].
+
+        The context comes back in the latent space and W_UV takes it out.
+        """
+        assert self.w_kc is not None and self.w_vc is not None, "weights are not loaded"
+        q_nope, q_pe = q.split((self.nope, self.rope), dim=-1)
+        q_latent = torch.bmm(q_nope.transpose(0, 1), self.w_kc).transpose(0, 1)
+        queries = torch.cat((q_latent, q_pe), dim=-1)
+        context = fb.attn_backend.forward_mla_absorbed(queries, self.attn_mqa, fb, plan)
+        return torch.bmm(context.transpose(0, 1), self.w_vc).transpose(0, 1).flatten(1)
+
+    def expanded(self, q: torch.Tensor, fb: ForwardBatch, plan: object) -> torch.Tensor:
+        """Keys and values rebuilt for every head from the cached rows of the whole contexts. -> [n, heads*v]."""
+        rows = fb.attn_backend.gather_latent(self.attn_mqa, plan).to(q.dtype)
+        latent, k_pe = rows.split((self.rank, self.rope), dim=-1)
+        kv = self.kv_b_proj(latent).view(-1, self.num_heads, self.nope + self.v_dim)
+        k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
+        k = torch.cat((k_nope, k_pe.unsqueeze(1).expand(-1, self.num_heads, -1)), dim=-1)
+        return fb.attn_backend.forward_mla_expanded(q, k, v, self.attn_mha, plan)

@@ -1,0 +1,93 @@
+"""Feed-forward blocks of DeepSeek: the gated MLP, the router, and routed experts beside a shared one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sglang.srt.configs.deepseek import DeepseekConfig
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.layers.activation import silu_and_mul
+from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from sglang.srt.layers.moe.fused_moe import FusedMoE
+from sglang.srt.layers.moe.topk import TopK
+from sglang.srt.layers.weights import make_parameter
+from sglang.srt.utils.multi_stream_utils import StreamOverlap
+
+
+class DeepseekV2MLP(nn.Module):
+    """``down(silu(gate x) * up x)`` of inner width ``intermediate``."""
+
+    def __init__(self, hidden: int, intermediate: int, reduce_results: bool = True) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(hidden, [intermediate, intermediate])
+        self.down_proj = RowParallelLinear(intermediate, hidden, reduce_results=reduce_results)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, H] -> [N, H]."""
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+
+
+class MoEGate(nn.Module):
+    """Router logits in float32, and V3's correction bias."""
+
+    def __init__(self, hidden: int, num_experts: int, with_bias: bool) -> None:
+        super().__init__()
+        self.weight = make_parameter(num_experts, hidden)
+        self.e_score_correction_bias: nn.Parameter | None = None
+        if with_bias:
+            self.e_score_correction_bias = make_parameter(num_experts, dtype=torch.float32, fill=(0.0, 0.05))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, H] -> logits [N, E] float32."""
+        return F.linear(x.float(), self.weight.float())
+
+
+class DeepseekV2MoE(nn.Module):
+    """Routed experts plus the shared experts, which are one MLP of n_shared_experts times the expert width."""
+
+    def __init__(self, config: DeepseekConfig, overlap: StreamOverlap) -> None:
+        super().__init__()
+        assert config.n_routed_experts is not None
+        self._tp = get_tp_group()
+        self.overlap = overlap
+        hidden, width = config.hidden_size, config.moe_intermediate_size
+        self.gate = MoEGate(hidden, config.n_routed_experts, with_bias=config.topk_method == "noaux_tc")
+        self.topk = make_topk(config, self.gate.e_score_correction_bias)
+        # Both parts stay partial sums of this rank; the block reduces once.
+        self.experts = FusedMoE(
+            config.n_routed_experts, hidden, width, config.num_experts_per_tok, reduce_results=False
+        )
+        self.shared_experts: DeepseekV2MLP | None = None
+        if config.n_shared_experts:
+            self.shared_experts = DeepseekV2MLP(hidden, config.n_shared_experts * width, reduce_results=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, H] -> [N, H]."""
+        if self.shared_experts is None:
+            return self._tp.all_reduce(self._routed(x))
+        shared_experts = self.shared_experts
+        shared, routed = self.overlap.fork_join(
+            lambda: shared_experts(x), lambda: self._routed(x), num_tokens=x.shape[0]
+        )
+        return self._tp.all_reduce(routed + shared)
+
+    def _routed(self, x: torch.Tensor) -> torch.Tensor:
+        return self.experts(x, self.topk(self.gate(x)))
+
+
+def make_topk(config: DeepseekConfig, correction_bias: torch.Tensor | None) -> TopK:
+    """The router of ``topk_method``: greedy (V2-Lite), group_limited_greedy (V2) or noaux_tc (V3)."""
+    grouped = config.topk_method != "greedy"
+    return TopK(
+        config.num_experts_per_tok,
+        config.scoring_func,
+        # V2's softmax weights are not renormalised by either published implementation unless the config says so.
+        config.norm_topk_prob,
+        n_group=config.n_group if grouped else 1,
+        topk_group=config.topk_group if grouped else 1,
+        group_score="max" if correction_bias is None else "top2sum",
+        correction_bias=correction_bias,
+        routed_scaling_factor=config.routed_scaling_factor,
+    )

@@ -1,0 +1,336 @@
+"""Qwen3.5 text models, dense and MoE: three gated-delta-net layers to one of gated softmax attention."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.qwen3_5 import LINEAR_ATTENTION, Qwen3_5Config
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNormGated
+from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
+from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.rotary_embedding import RotaryEmbedding
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.layers.weights import ShardId, check_shape, make_parameter
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.models.checkpoint_model import CheckpointModel
+from sglang.srt.models.qwen2_moe import Qwen2MoeMLP, Qwen2MoeSparseMoeBlock
+from sglang.srt.server_args import get_global_server_args
+from sglang.srt.utils.multi_stream_utils import StreamOverlap
+
+# Steps of this many tokens or more keep the GPU busy without a second stream.
+DUAL_STREAM_TOKEN_THRESHOLD = 1024
+
+_hip_use_alt_stream = False
+_gdn_use_alt_stream = False
+_qknorm_use_alt_stream = False
+
+_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class StreamPolicy:
+    """Which parts of a layer may run on the model's side stream."""
+
+    hip_use_alt_stream: bool = False
+    gdn_use_alt_stream: bool = False
+    qknorm_use_alt_stream: bool = False
+
+
+def configure_streams(policy: StreamPolicy) -> None:
+    """Set the module's stream switches; layers copy them when they are built."""
+    global _hip_use_alt_stream, _gdn_use_alt_stream, _qknorm_use_alt_stream
+    _hip_use_alt_stream = policy.hip_use_alt_stream
+    _gdn_use_alt_stream = policy.gdn_use_alt_stream
+    _qknorm_use_alt_stream = policy.qknorm_use_alt_stream
+
+
+def _disable_shared_experts_fusion() -> bool:
+    """What ``--disable-shared-experts-fusion`` resolved to; read when a model is built, not when this is imported."""
+    return get_global_server_args().disable_shared_experts_fusion
+
+
+def _load_head_rows(param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
+    """Copy this rank's rows of a tensor with one row a value head."""
+    tp = get_tp_group()
+    rows = param.shape[0]
+    check_shape(loaded, (rows * tp.size,))
+    param.data.copy_(loaded.narrow(0, tp.rank * rows, rows))
+
+
+class Qwen3_5Conv1d(nn.Module):
+    """Weight [C, 1, W] of the depthwise convolution over q | k | v, each block split over ranks by itself."""
+
+    def __init__(self, block_widths: Iterable[int], kernel_size: int) -> None:
+        super().__init__()
+        self._tp = get_tp_group()
+        self._widths = [width // self._tp.size for width in block_widths]
+        channels = sum(self._widths)
+        self._full_shape = (channels * self._tp.size, 1, kernel_size)
+        self.weight = make_parameter(
+            channels, 1, kernel_size, loader=self.weight_loader, full_shapes={None: self._full_shape},
+            fill=(0.0, 1 / math.sqrt(kernel_size)),
+        )  # fmt: skip
+
+    def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
+        """Copy this rank's channels of each block."""
+        check_shape(loaded, self._full_shape)
+        blocks = loaded.split([width * self._tp.size for width in self._widths])
+        own = [block.narrow(0, self._tp.rank * width, width) for block, width in zip(blocks, self._widths, strict=True)]
+        param.data.copy_(torch.cat(own))
+
+
+class Qwen3_5GatedDeltaNet(nn.Module):
+    """Linear attention whose state [V, K] a head decays, forgets and writes by the gated delta rule.
+
+    Checkpoint rows are whole blocks q | k | v, not interleaved by head group as in Qwen3-Next. Yang et al. 2024
+    (Gated Delta Networks).
+    """
+
+    def __init__(self, config: Qwen3_5Config, layer_id: int, alt_stream: torch.cuda.Stream | None = None) -> None:
+        super().__init__()
+        tp_size = get_tp_group().size
+        if config.linear_num_key_heads % tp_size:
+            raise ValueError(
+                f"{config.linear_num_key_heads} linear key heads cannot be split over {tp_size} tensor-parallel ranks."
+            )
+        self.layer_id = layer_id
+        self.num_k_heads = config.linear_num_key_heads // tp_size
+        self.num_v_heads = config.linear_num_value_heads // tp_size
+        self.head_k_dim, self.head_v_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        self.use_alt_stream = _gdn_use_alt_stream
+        self.overlap = StreamOverlap(alt_stream if self.use_alt_stream else None)
+
+        hidden_size, value_heads = config.hidden_size, config.linear_num_value_heads
+        key_width = config.linear_num_key_heads * self.head_k_dim
+        value_width = value_heads * self.head_v_dim
+        self.in_proj_qkvz = MergedColumnParallelLinear(hidden_size, [key_width, key_width, value_width, value_width])
+        self.in_proj_ba = MergedColumnParallelLinear(hidden_size, [value_heads, value_heads])
+        self.conv1d = Qwen3_5Conv1d((key_width, key_width, value_width), config.linear_conv_kernel_dim)
+        full_heads: dict[ShardId, tuple[int, ...]] = {None: (value_heads,)}
+        # Float32 always: half precision overflows in exp. Dummy values spread like log of uniform(0, 16).
+        self.A_log = make_parameter(
+            self.num_v_heads, dtype=torch.float32, loader=_load_head_rows, full_shapes=full_heads, fill=(1.8, 1.0)
+        )
+        self.dt_bias = make_parameter(
+            self.num_v_heads, loader=_load_head_rows, full_shapes=full_heads, fill=(1.0, 0.0)
+        )
+        self.norm = RMSNormGated(self.head_v_dim, config.rms_norm_eps)
+        self.out_proj = RowParallelLinear(value_width, hidden_size)
+
+    @property
+    def conv_weight(self) -> torch.Tensor:
+        """[C, W]."""
+        return self.conv1d.weight.squeeze(1)
+
+    def _forward_input_proj(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [N, H] -> q | k | v | z [N, C + HV*V] and b | a [N, 2*HV]."""
+        num_tokens = hidden.shape[0]
+        if num_tokens >= DUAL_STREAM_TOKEN_THRESHOLD:
+            return self.in_proj_qkvz(hidden), self.in_proj_ba(hidden)
+        ba, qkvz = self.overlap.fork_join(
+            lambda: self.in_proj_ba(hidden), lambda: self.in_proj_qkvz(hidden), num_tokens=num_tokens
+        )
+        return qkvz, ba
+
+    def forward(self, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+        """hidden [N, H] -> [N, H]."""
+        qkvz, ba = self._forward_input_proj(hidden)
+        value_width = self.num_v_heads * self.head_v_dim
+        mixed_qkv, z = qkvz.split((qkvz.shape[1] - value_width, value_width), dim=-1)
+        b, a = ba.chunk(2, dim=-1)
+        out = fb.attn_backend.forward_gdn(mixed_qkv, b, a, self, fb)
+        out = self.norm(out, z.unflatten(-1, (self.num_v_heads, self.head_v_dim)))
+        return self.out_proj(out.flatten(1))
+
+
+class Qwen3_5Attention(nn.Module):
+    """Grouped-query attention with normed, partly rotated heads and a sigmoid gate on its output.
+
+    Rows of q_proj alternate by head: the query's, then its gate's.
+    """
+
+    def __init__(
+        self,
+        config: Qwen3_5Config,
+        layer_id: int,
+        rotary_emb: RotaryEmbedding,
+        alt_stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_size, self.head_dim = config.hidden_size, config.head_dim
+        num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.qkv_proj = QKVParallelLinear(hidden_size, self.head_dim, num_heads, num_kv_heads, q_multiplier=2)
+        self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
+        self.o_proj = RowParallelLinear(num_heads * self.head_dim, hidden_size)
+        self.q_norm = GemmaRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.k_norm = GemmaRMSNorm(self.head_dim, config.rms_norm_eps)
+        self.rotary_emb = rotary_emb
+        self.attn = RadixAttention(self.num_heads, self.head_dim, self.head_dim**-0.5, self.num_kv_heads, layer_id)
+        self.use_alt_stream = _qknorm_use_alt_stream
+        self.overlap = StreamOverlap(alt_stream if self.use_alt_stream else None)
+
+    def _apply_qk_norm(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """q [N, Hq, D], k [N, Hk, D], normed over D by their own weights."""
+        k, q = self.overlap.fork_join(lambda: self.k_norm(k), lambda: self.q_norm(q), num_tokens=q.shape[0])
+        return q, k
+
+    def forward(self, positions: torch.Tensor, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+        """positions [N], hidden [N, H] -> [N, H]."""
+        q_gate, k, v = self.qkv_proj(hidden).split(
+            (self.qkv_proj.q_width, self.qkv_proj.kv_width, self.qkv_proj.kv_width), dim=-1
+        )
+        q, gate = q_gate.unflatten(-1, (self.num_heads, 2, self.head_dim)).unbind(2)
+        q, k = self._apply_qk_norm(q, k.unflatten(-1, (self.num_kv_heads, self.head_dim)))
+        q, k = self.rotary_emb(positions, q, k)
+        out = self.attn(q, k, v, fb)
+        return self.o_proj(out * gate.sigmoid().flatten(1))
+
+
+class Qwen3_5DecoderLayer(nn.Module):
+    """Norms, residual and feed-forward of a layer; its two kinds add the mixer between the norms."""
+
+    def __init__(self, config: Qwen3_5Config, layer_id: int, alt_stream: torch.cuda.Stream | None = None) -> None:
+        super().__init__()
+        self.input_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.use_alt_stream = _hip_use_alt_stream
+        self.mlp: nn.Module
+        if config.is_moe:
+            self.mlp = Qwen2MoeSparseMoeBlock(
+                layer_id,
+                config,
+                alt_stream=alt_stream if self.use_alt_stream else None,
+                prefix=f"model.layers.{layer_id}.mlp",
+                support_shared_expert_fusion=not _disable_shared_experts_fusion(),
+            )
+        else:
+            self.mlp = Qwen2MoeMLP(config.hidden_size, config.intermediate_size)
+
+    def mix(self, positions: torch.Tensor, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+        """The layer's own mixer of tokens. positions [N], hidden [N, H] -> [N, H]."""
+        raise NotImplementedError
+
+    def forward(
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, fb: ForwardBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """hidden [N, H] is what the layer before added, residual [N, H] the sum before it (None at the first layer)."""
+        if residual is None:
+            residual = hidden
+            hidden = self.input_layernorm(hidden)
+        else:
+            hidden, residual = self.input_layernorm(hidden, residual)
+        hidden = self.mix(positions, hidden, fb)
+        hidden, residual = self.post_attention_layernorm(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class Qwen3_5LinearDecoderLayer(Qwen3_5DecoderLayer):
+    """A layer whose mixer is a gated delta net."""
+
+    def __init__(self, config: Qwen3_5Config, layer_id: int, alt_stream: torch.cuda.Stream | None = None) -> None:
+        super().__init__(config, layer_id, alt_stream)
+        self.linear_attn = Qwen3_5GatedDeltaNet(config, layer_id, alt_stream)
+
+    def mix(self, positions: torch.Tensor, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+        """Order comes from the recurrence: positions are not read."""
+        return self.linear_attn(hidden, fb)
+
+
+class Qwen3_5AttentionDecoderLayer(Qwen3_5DecoderLayer):
+    """A layer whose mixer is gated softmax attention."""
+
+    def __init__(
+        self,
+        config: Qwen3_5Config,
+        layer_id: int,
+        rotary_emb: RotaryEmbedding,
+        alt_stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        super().__init__(config, layer_id, alt_stream)
+        self.self_attn = Qwen3_5Attention(config, layer_id, rotary_emb, alt_stream)
+
+    def mix(self, positions: torch.Tensor, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+        return self.self_attn(positions, hidden, fb)
+
+
+class Qwen3_5ForCausalLM(nn.Module):
+    """The backbone: token ids to normed hidden rows. The name is upstream's; the full models below add the head."""
+
+    def __init__(self, config: ModelConfig, alt_stream: torch.cuda.Stream | None = None) -> None:
+        super().__init__()
+        text = config.text
+        assert isinstance(text, Qwen3_5Config)
+        rotary_emb = RotaryEmbedding(text.rotary_dim, config.context_len, text.rope.theta, True, text.rope)
+        self.embed_tokens = VocabParallelEmbedding(text.vocab_size, text.hidden_size)
+        self.layers = nn.ModuleList(
+            Qwen3_5LinearDecoderLayer(text, layer_id, alt_stream)
+            if kind == LINEAR_ATTENTION
+            else Qwen3_5AttentionDecoderLayer(text, layer_id, rotary_emb, alt_stream)
+            for layer_id, kind in enumerate(text.layer_types)
+        )
+        self.norm = GemmaRMSNorm(text.hidden_size, text.rms_norm_eps)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+        """input_ids [N], positions [N] -> [N, H]."""
+        hidden, residual = self.embed_tokens(input_ids), None
+        for layer in self.layers:
+            hidden, residual = layer(positions, hidden, residual, fb)
+        return self.norm(hidden, residual)[0]
+
+
+class Qwen3_5ForConditionalGeneration(CheckpointModel):
+    """Backbone and output head of a text-only folder, or of the text part of a conditional-generation folder."""
+
+    packed_modules = {
+        "gate_up_proj": (("gate_proj", 0), ("up_proj", 1)),
+        "qkv_proj": (("q_proj", "q"), ("k_proj", "k"), ("v_proj", "v")),
+        "in_proj_qkvz": (("in_proj_qkv", (0, 1, 2)), ("in_proj_z", 3)),
+        "in_proj_ba": (("in_proj_b", 0), ("in_proj_a", 1)),
+    }
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        text = config.text
+        assert isinstance(text, Qwen3_5Config)
+        self.num_hidden_layers = text.num_hidden_layers
+        self.tied = text.tie_word_embeddings
+        self.model = Qwen3_5ForCausalLM(config)
+        self.lm_head = ParallelLMHead(text.vocab_size, text.hidden_size)
+        if self.tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.logits_processor = LogitsProcessor(text.vocab_size)
+        blocks = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, Qwen2MoeSparseMoeBlock)]
+        self.num_fused_shared_experts = blocks[0].num_fused_shared_experts if blocks else 0
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> LogitsProcessorOutput:
+        """input_ids [N], positions [N] -> logits of each request's last row."""
+        hidden = self.model(input_ids, positions, fb)
+        return self.logits_processor(hidden, self.lm_head, fb)
+
+    def checkpoint_name(self, name: str) -> str | None:
+        """Text names with either prefix; the draft head, the vision tower and layers cut off by an override are not
+        taken."""
+        if name.startswith(("mtp.", "model.visual.")) or (self.tied and name == "lm_head.weight"):
+            return None
+        if name.startswith("model.language_model."):
+            name = "model." + name.removeprefix("model.language_model.")
+        layer = _LAYER_NAME.match(name)
+        if layer is not None and int(layer.group(1)) >= self.num_hidden_layers:
+            return None
+        return name
+
+
+class Qwen3_5MoeForConditionalGeneration(Qwen3_5ForConditionalGeneration):
+    """The MoE models differ from the dense ones by configuration alone."""
+
+
+EntryClass = [Qwen3_5ForConditionalGeneration, Qwen3_5MoeForConditionalGeneration]

@@ -1,0 +1,69 @@
+"""The one platform of this process, chosen once from SGLANG_PLATFORM or from what torch reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from sglang.srt.environ import envs
+from sglang.srt.platforms.cpu import CpuPlatform
+from sglang.srt.platforms.cuda import CudaPlatform
+from sglang.srt.platforms.interface import Platform, PlatformError
+from sglang.srt.platforms.rocm import create_rocm_platform
+
+__all__ = ["Platform", "PlatformError", "current_platform", "override_platform", "select_platform"]
+
+
+def select_platform(name: str) -> Platform:
+    """The platform called ``name``; "" means HIP, CUDA or CPU by what torch reports.
+
+    Raises PlatformError when the named platform cannot be had.
+    """
+    if name == "":
+        if not torch.cuda.is_available():
+            return CpuPlatform()
+        return CudaPlatform() if torch.version.hip is None else create_rocm_platform()
+    if name == "cpu":
+        return CpuPlatform()
+    if name == "rocm":
+        return create_rocm_platform()
+    if name == "cuda":
+        if torch.cuda.is_available() and torch.version.hip is None:
+            return CudaPlatform()
+        raise PlatformError(
+            f"SGLANG_PLATFORM=cuda was asked for, but torch {torch.__version__} sees no CUDA GPU. "
+            "Install a CUDA build of torch, or unset SGLANG_PLATFORM."
+        )
+    raise PlatformError(f"SGLANG_PLATFORM must be cpu, cuda or rocm, got {name!r}.")
+
+
+class _CurrentPlatform:
+    """Stands for the selected platform, so that importers need not wait for the choice nor miss an override."""
+
+    def __init__(self) -> None:
+        self._selected: Platform | None = None
+
+    def _resolve(self) -> Platform:
+        if self._selected is None:
+            self._selected = select_platform(envs.SGLANG_PLATFORM.get())
+        return self._selected
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._resolve(), name)
+
+
+current_platform = _CurrentPlatform()
+
+
+@contextmanager
+def override_platform(platform: Platform) -> Iterator[Platform]:
+    """Use ``platform`` inside the block (tests)."""
+    previous = current_platform._selected
+    current_platform._selected = platform
+    try:
+        yield platform
+    finally:
+        current_platform._selected = previous

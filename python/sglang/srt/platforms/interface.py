@@ -1,0 +1,57 @@
+"""What the engine asks of the machine it runs on: kind, architecture, memory, streams, graphs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+
+class PlatformError(RuntimeError):
+    """The platform that was asked for cannot be had on this machine."""
+
+
+class Platform(ABC):
+    """One hardware platform.
+
+    ``kind`` decides policy ("cpu", "cuda", "hip"); ``device_type`` says where tensors live, which differs only when
+    ROCm paths run over fakes on a machine without a GPU.
+    """
+
+    kind: str
+    device_type: str
+    supports_graphs: bool = False
+    supports_streams: bool = False
+    # Vendor packages replaced by the project's fakes; start-up and /server_info say so.
+    fakes: tuple[str, ...] = ()
+
+    @property
+    @abstractmethod
+    def arch(self) -> str:
+        """Architecture name: "cpu", "sm_90", "gfx942", …"""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for logs and /server_info."""
+
+    @abstractmethod
+    def memory_info(self, local_rank: int) -> tuple[int, int]:
+        """Free and total bytes of the memory that pools live in."""
+
+    def device(self, local_rank: int) -> torch.device:
+        """The device that tensors of this rank live on."""
+        return torch.device(self.device_type)
+
+    def set_device(self, local_rank: int) -> None:
+        """Make ``device(local_rank)`` the current device of this process."""
+
+    def synchronize(self) -> None:
+        """Wait until all queued work is done."""
+
+    def create_stream(self) -> torch.cuda.Stream | None:
+        """A new side stream, or None where work is serial."""
+        return None
+
+    def auto_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
+        """The dtype that ``--dtype auto`` means here."""
+        return checkpoint_dtype

@@ -1,0 +1,144 @@
+"""Sampling parameters of a batch as tensors, and the logit edits (penalties, biases, minimum length) they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from sglang.srt.sampling.sampling_params import GREEDY_TEMPERATURE, SamplingParams
+
+
+@dataclass(frozen=True)
+class SamplingRow:
+    """What one request contributes: its parameters, its seed, and the tokens that penalties count."""
+
+    params: SamplingParams
+    seed: int
+    prompt_ids: Sequence[int]
+    output_ids: Sequence[int]
+    # Ids that end this request; they are not drawn before ``min_new_tokens`` tokens exist.
+    stop_ids: Sequence[int] = ()
+
+
+@dataclass
+class SamplingBatchInfo:
+    """Per-row parameters of B requests; ``None`` for an edit that no row wants.
+
+    temperatures [B, 1], top_ps [B, 1], min_ps [B, 1] float32; top_ks [B, 1] int64 (the vocabulary size for "all");
+    seeds [B] int64; counts [B, V] float32, occurrences of each id in the output; seen [B, V] bool, ids in prompt or
+    output; logit_bias [B, V] float32.
+    """
+
+    vocab_size: int
+    temperatures: torch.Tensor
+    top_ps: torch.Tensor
+    top_ks: torch.Tensor
+    min_ps: torch.Tensor
+    seeds: torch.Tensor
+    greedy_rows: torch.Tensor  # [B] bool
+    is_all_greedy: bool
+    need_top_k: bool
+    need_top_p: bool
+    need_min_p: bool
+    frequency_penalties: torch.Tensor | None = None  # [B, 1]
+    presence_penalties: torch.Tensor | None = None  # [B, 1]
+    repetition_penalties: torch.Tensor | None = None  # [B, 1]
+    counts: torch.Tensor | None = None
+    seen: torch.Tensor | None = None
+    logit_bias: torch.Tensor | None = None
+    # Host-side: tokens still missing to min_new_tokens, and the ids forbidden until then.
+    min_tokens_left: list[int] = field(default_factory=list)
+    stop_ids: list[Sequence[int]] = field(default_factory=list)
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[SamplingRow], vocab_size: int, device: torch.device) -> SamplingBatchInfo:
+        """Gather ``rows`` into tensors on ``device``; rebuilt whenever the batch's composition changes."""
+        params = [row.params for row in rows]
+        greedy = [p.is_greedy for p in params]
+
+        def column(values: list[float]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
+
+        top_ks = [vocab_size if p.top_k == -1 else min(p.top_k, vocab_size) for p in params]
+        left = [max(0, p.min_new_tokens - len(row.output_ids)) for p, row in zip(params, rows, strict=True)]
+        info = cls(
+            vocab_size=vocab_size,
+            temperatures=column([1.0 if p.temperature < GREEDY_TEMPERATURE else p.temperature for p in params]),
+            top_ps=column([p.top_p for p in params]),
+            top_ks=torch.tensor(top_ks, dtype=torch.int64, device=device).unsqueeze(1),
+            min_ps=column([p.min_p for p in params]),
+            seeds=torch.tensor([row.seed for row in rows], dtype=torch.int64, device=device),
+            greedy_rows=torch.tensor(greedy, dtype=torch.bool, device=device),
+            is_all_greedy=all(greedy),
+            need_top_k=any(k < vocab_size for k, g in zip(top_ks, greedy, strict=True) if not g),
+            need_top_p=any(p.top_p < 1.0 for p, g in zip(params, greedy, strict=True) if not g),
+            need_min_p=any(p.min_p > 0.0 for p, g in zip(params, greedy, strict=True) if not g),
+            min_tokens_left=left if any(left) else [],
+            stop_ids=[row.stop_ids for row in rows] if any(left) else [],
+        )
+        if any(p.logit_bias for p in params):
+            info.logit_bias = _bias_matrix(params, vocab_size, device)
+        info._set_penalties(rows, column)
+        return info
+
+    def _set_penalties(self, rows: Sequence[SamplingRow], column) -> None:  # type: ignore[no-untyped-def]
+        params = [row.params for row in rows]
+        if any(p.frequency_penalty or p.presence_penalty for p in params):
+            self.frequency_penalties = column([p.frequency_penalty for p in params])
+            self.presence_penalties = column([p.presence_penalty for p in params])
+            self.counts = torch.stack([_count(row.output_ids, self.vocab_size) for row in rows]).to(self.seeds.device)
+        if any(p.repetition_penalty != 1.0 for p in params):
+            self.repetition_penalties = column([p.repetition_penalty for p in params])
+            seen = [_count([*row.prompt_ids, *row.output_ids], self.vocab_size) > 0 for row in rows]
+            self.seen = torch.stack(seen).to(self.seeds.device)
+
+    def edits_logits(self) -> bool:
+        """True when ``apply_edits`` would change anything."""
+        edits = (self.counts, self.seen, self.logit_bias)
+        return any(edit is not None for edit in edits) or any(self.min_tokens_left)
+
+    def apply_edits(self, logits: torch.Tensor) -> torch.Tensor:
+        """Penalties, bias and minimum length on a copy of ``logits`` [B, V] float32.
+
+        Repetition: divide positive, multiply negative logits of seen ids (Keskar et al. 2019, CTRL). Frequency and
+        presence: subtract ``frequency * count + presence * (count > 0)`` over the output (OpenAI's definition).
+        """
+        logits = logits.clone()
+        if self.seen is not None:
+            assert self.repetition_penalties is not None
+            scaled = torch.where(logits > 0, logits / self.repetition_penalties, logits * self.repetition_penalties)
+            logits = torch.where(self.seen, scaled, logits)
+        if self.counts is not None:
+            assert self.frequency_penalties is not None and self.presence_penalties is not None
+            logits -= self.frequency_penalties * self.counts + self.presence_penalties * (self.counts > 0)
+        if self.logit_bias is not None:
+            logits += self.logit_bias
+        for row, left in enumerate(self.min_tokens_left):
+            if left > 0:
+                logits[row, list(self.stop_ids[row])] = float("-inf")
+        return logits
+
+    def update(self, next_token_ids: torch.Tensor) -> None:
+        """Count the tokens just drawn ([B] integer), in place."""
+        ids = next_token_ids.to(torch.int64).unsqueeze(1)
+        if self.counts is not None:
+            self.counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))
+        if self.seen is not None:
+            self.seen.scatter_(1, ids, True)
+        if self.min_tokens_left:
+            self.min_tokens_left = [max(0, left - 1) for left in self.min_tokens_left]
+
+
+def _count(ids: Sequence[int], vocab_size: int) -> torch.Tensor:
+    """Occurrences of each id: [V] float32."""
+    return torch.bincount(torch.tensor(list(ids), dtype=torch.int64), minlength=vocab_size).to(torch.float32)
+
+
+def _bias_matrix(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> torch.Tensor:
+    bias = torch.zeros(len(params), vocab_size)
+    for row, p in enumerate(params):
+        for key, value in p.logit_bias.items():
+            bias[row, int(key)] = value
+    return bias.to(device)

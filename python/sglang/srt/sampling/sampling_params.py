@@ -1,0 +1,132 @@
+"""Sampling parameters of one request: fields, bounds, and normalisation of stop conditions."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import msgspec
+
+# Below this temperature a request is greedy.
+GREEDY_TEMPERATURE = 1e-6
+MAX_STOP_STRINGS = 32
+# Fields of the field's API that need a grammar engine, which this server lacks.
+UNSUPPORTED_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "custom_logit_processor")
+
+
+class SamplingParamsError(ValueError):
+    """A sampling parameter has a wrong type or lies outside its range."""
+
+
+class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """How the next tokens of a request are chosen.
+
+    ``top_k`` -1 means the whole vocabulary. ``max_new_tokens`` None means up to the context length.
+    ``stop`` and ``stop_token_ids`` end generation; ``sampling_seed`` makes the draw depend on seed and position only.
+    """
+
+    max_new_tokens: int | None = 128
+    min_new_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: list[str] = []
+    stop_token_ids: list[int] = []
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    no_stop_trim: bool = False
+    n: int = 1
+    logit_bias: dict[str, float] = {}
+    sampling_seed: int | None = None
+    stream_interval: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
+
+    @classmethod
+    def from_request(cls, raw: dict[str, Any], defaults: dict[str, Any] | None = None) -> SamplingParams:
+        """Build from a request body; unknown keys are ignored as upstream's API does, unsupported ones are refused.
+
+        Raises SamplingParamsError with the field, the value and the allowed range.
+        """
+        if not isinstance(raw, dict):
+            raise SamplingParamsError(f"sampling_params must be an object, got {type(raw).__name__}.")
+        for name in UNSUPPORTED_FIELDS:
+            if raw.get(name) not in (None, "", []):
+                raise SamplingParamsError(
+                    f"{name} is not supported by this server: constrained decoding would change the output, "
+                    "so the request is refused. Remove the field."
+                )
+        merged = {**(defaults or {}), **raw}
+        known = {k: v for k, v in merged.items() if k in cls.__struct_fields__ and (v is not None or k in _NULLABLE)}
+        if isinstance(known.get("stop"), str):
+            known["stop"] = [known["stop"]]
+        if isinstance(known.get("stop_token_ids"), int):
+            known["stop_token_ids"] = [known["stop_token_ids"]]
+        try:
+            params = msgspec.convert(known, cls, strict=True)
+        except msgspec.ValidationError as error:
+            raise SamplingParamsError(f"sampling_params: {error}") from None
+        return params
+
+    def verify(self, vocab_size: int) -> None:
+        """Raise SamplingParamsError for the first value outside its range."""
+        _check_ranges(self)
+        _check_lengths(self)
+        for token_id in self.stop_token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise SamplingParamsError(f"stop_token_ids must lie in [0, {vocab_size}), got {token_id}.")
+        for key, bias in self.logit_bias.items():
+            if not key.lstrip("-").isdigit() or not 0 <= int(key) < vocab_size:
+                raise SamplingParamsError(f"logit_bias keys must be token ids in [0, {vocab_size}), got {key!r}.")
+            if not math.isfinite(bias):
+                raise SamplingParamsError(f"logit_bias[{key}] must be finite, got {bias}.")
+
+
+_NULLABLE = ("max_new_tokens", "sampling_seed", "stream_interval")
+
+# field, low, high, low is allowed
+_RANGES = (
+    ("temperature", 0.0, math.inf, True),
+    ("top_p", 0.0, 1.0, False),
+    ("min_p", 0.0, 1.0, True),
+    ("frequency_penalty", -2.0, 2.0, True),
+    ("presence_penalty", -2.0, 2.0, True),
+    ("repetition_penalty", 0.0, 2.0, False),
+)
+
+
+def _check_ranges(params: SamplingParams) -> None:
+    for name, low, high, closed in _RANGES:
+        value = getattr(params, name)
+        above = value >= low if closed else value > low
+        if not (math.isfinite(value) and above and value <= high):
+            left = "[" if closed else "("
+            right = f"{high}]" if math.isfinite(high) else "inf)"
+            raise SamplingParamsError(f"{name} must be in {left}{low}, {right}, got {value}.")
+    if params.top_k != -1 and params.top_k < 1:
+        raise SamplingParamsError(f"top_k must be -1 (all) or at least 1, got {params.top_k}.")
+
+
+def _check_lengths(params: SamplingParams) -> None:
+    limit = params.max_new_tokens
+    if limit is not None and limit < 0:
+        raise SamplingParamsError(f"max_new_tokens must be at least 0, got {limit}.")
+    if params.min_new_tokens < 0 or (limit is not None and params.min_new_tokens > limit):
+        raise SamplingParamsError(
+            f"min_new_tokens must be in [0, max_new_tokens ({limit})], got {params.min_new_tokens}."
+        )
+    if params.n < 1:
+        raise SamplingParamsError(f"n must be at least 1, got {params.n}.")
+    if params.stream_interval is not None and params.stream_interval < 1:
+        raise SamplingParamsError(f"stream_interval must be at least 1, got {params.stream_interval}.")
+    if len(params.stop) > MAX_STOP_STRINGS:
+        raise SamplingParamsError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(params.stop)}.")
+    if any(not text for text in params.stop):
+        raise SamplingParamsError("stop strings must not be empty.")

@@ -1,0 +1,147 @@
+"""From a dataclass of annotated fields to flags: what a field says of its flag, and how text becomes its value."""
+
+from __future__ import annotations
+
+import functools
+import re
+import types
+import typing
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+_SI = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_IEC = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_KINDS = {bool: "bool", int: "int", float: "float", str: "str", list[int]: "ints"}
+_EXPECTED = {"bool": "true or false", "int": "an integer", "float": "a number", "str": "text", "ints": "integers"}
+
+
+@dataclass(frozen=True)
+class Arg:
+    """What a field of ServerArgs says of its flag.
+
+    ``elsewhere`` lists values that upstream knows and this engine lacks, so that the refusal can say so. ``minimum``
+    and ``maximum`` are inclusive; ``above`` and ``below`` are not. ``also`` holds values allowed outside the bounds.
+    ``auto`` says what None resolves to. ``human`` accepts 128k or 1Mi.
+    """
+
+    help: str
+    group: str
+    aliases: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    elsewhere: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    also: tuple[float, ...] = ()
+    auto: str = ""
+    metavar: str = ""
+    human: bool = False
+
+
+@dataclass(frozen=True)
+class FieldSpec:
+    """One flag: its field, its option strings (the name first), the kind of its value and its default."""
+
+    name: str
+    flags: tuple[str, ...]
+    kind: str
+    optional: bool
+    default: Any
+    arg: Arg
+
+    @property
+    def flag(self) -> str:
+        return self.flags[0]
+
+    def parse(self, values: list[str]) -> Any:
+        """The typed value of the words after the flag; raises ValueError with flag, value and what is expected."""
+        if self.kind == "ints":
+            if not values:
+                raise ValueError(f"{self.flag} expects at least one integer")
+            return [self._parse_one(word) for word in values]
+        return self._parse_one(values[0])
+
+    def _parse_one(self, word: str) -> Any:
+        if self.kind == "str":
+            return word
+        try:
+            if self.kind == "float":
+                return float(word)
+            return human_int(word) if self.arg.human else int(word)
+        except ValueError:
+            expected = "an integer" if self.kind == "ints" else _EXPECTED[self.kind]
+            hint = " (such as 4096, 128k or 1Mi)" if self.arg.human else ""
+            raise ValueError(f"{self.flag} expects {expected}{hint}, got {word!r}") from None
+
+    def problems(self, value: Any) -> list[str]:
+        """What is wrong with ``value``: its type, a choice or a bound."""
+        if value is None and self.optional:
+            return []
+        if not self._has_type(value):
+            return [f"{self.flag} expects {_EXPECTED[self.kind]}, got {value!r}"]
+        arg = self.arg
+        if arg.choices and value not in arg.choices:
+            known = ", ".join(arg.choices)
+            if value in arg.elsewhere:
+                return [f"{self.flag} {value} is known from upstream but not implemented in this build: use {known}"]
+            return [f"{self.flag} must be one of {known}, got {value!r}"]
+        numbers = value if self.kind == "ints" else [value] if self.kind in ("int", "float") else []
+        return [f"{self.flag} must be {self.bounds()}, got {value}" for value in numbers if not self._in_bounds(value)]
+
+    def _has_type(self, value: Any) -> bool:
+        if self.kind == "float":
+            return isinstance(value, (int, float)) and not isinstance(value, bool)
+        if self.kind == "int":
+            return isinstance(value, int) and not isinstance(value, bool)
+        if self.kind == "ints":
+            return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
+        return isinstance(value, bool if self.kind == "bool" else str)
+
+    def _in_bounds(self, value: float) -> bool:
+        arg = self.arg
+        return value in arg.also or (
+            (arg.minimum is None or value >= arg.minimum)
+            and (arg.maximum is None or value <= arg.maximum)
+            and (arg.above is None or value > arg.above)
+            and (arg.below is None or value < arg.below)
+        )
+
+    def bounds(self) -> str:
+        """The allowed range in words, or "" when any number will do."""
+        arg = self.arg
+        parts = [f"{number:g}" for number in arg.also]
+        low = f"at least {arg.minimum:g}" if arg.minimum is not None else ""
+        low = f"above {arg.above:g}" if arg.above is not None else low
+        high = f"at most {arg.maximum:g}" if arg.maximum is not None else ""
+        high = f"below {arg.below:g}" if arg.below is not None else high
+        span = " and ".join(part for part in (low, high) if part)
+        return " or ".join([*parts, span] if span else parts)
+
+
+def human_int(word: str) -> int:
+    """An integer, with the suffixes k, M, G, T (decimal) or Ki, Mi, Gi, Ti (binary); raises ValueError."""
+    match = re.fullmatch(r"(\d+)(Ki|Mi|Gi|Ti)", word)
+    if match:
+        return int(match[1]) * _IEC[match[2]]
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT])", word)
+    if match:
+        return round(float(match[1]) * _SI[match[2]])
+    return int(word)
+
+
+@functools.cache
+def field_specs(cls: type) -> tuple[FieldSpec, ...]:
+    """The flags of a dataclass whose fields are ``Annotated[type, Arg(...)]``, in order of declaration."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    specs = []
+    for field in fields(cls):
+        annotated = hints[field.name]
+        base, arg = annotated.__origin__, annotated.__metadata__[0]
+        optional = isinstance(base, types.UnionType) and type(None) in typing.get_args(base)
+        if optional:
+            base = next(member for member in typing.get_args(base) if member is not type(None))
+        assert field.default is not MISSING, f"{field.name} needs a default"
+        flag = "--" + field.name.replace("_", "-")
+        specs.append(FieldSpec(field.name, (flag, *arg.aliases), _KINDS[base], optional, field.default, arg))
+    return tuple(specs)

@@ -1,0 +1,248 @@
+"""Command line and --config file to field values: names, abbreviations, unknown flags, every problem in one list."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sglang.srt.server_args_fields import FieldSpec
+from sglang.srt.server_args_upstream import UpstreamFlag, upstream_flags, verdicts
+
+_DEST = "_upstream_flags"
+
+
+@dataclass
+class Parsed:
+    """What a command line said: typed ``values`` by field name, and the problems and remarks met on the way."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+class _ParseFailure(Exception):
+    def __init__(self, message: str, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise _ParseFailure(message)
+
+
+class _Upstream(argparse.Action):
+    """Remembers a flag of upstream that this engine lacks, with its values."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        words = values if isinstance(values, list) else [] if values is None else [values]
+        seen = list(getattr(namespace, _DEST, ()))
+        setattr(namespace, _DEST, [*seen, (option_string, words)])
+
+
+def add_arguments(parser: argparse.ArgumentParser, specs: Sequence[FieldSpec]) -> None:
+    """Declare every flag on ``parser``. Values stay text, and flags that are not given leave no attribute."""
+    groups = {}
+    for spec in specs:
+        name = spec.arg.group
+        group = groups.setdefault(name, None) or parser.add_argument_group(name)
+        groups[name] = group
+        options: dict[str, Any] = {"dest": spec.name, "default": argparse.SUPPRESS, "help": _help(spec)}
+        if spec.kind == "bool":
+            group.add_argument(*spec.flags, action="store_true", **options)
+            continue
+        options["metavar"] = spec.arg.metavar or (spec.kind.rstrip("s").upper() if not spec.arg.choices else "NAME")
+        group.add_argument(*spec.flags, nargs="+" if spec.kind == "ints" else None, **options)
+    for flag in upstream_flags().values():
+        if flag.nargs == 0:
+            kwargs: dict[str, Any] = {"nargs": 0}
+        else:
+            kwargs = {"nargs": flag.nargs if isinstance(flag.nargs, str) else None}
+        parser.add_argument(*flag.names, action=_Upstream, dest=_DEST, default=argparse.SUPPRESS,
+                            help=argparse.SUPPRESS, **kwargs)  # fmt: skip
+
+
+def _help(spec: FieldSpec) -> str:
+    parts = [spec.arg.help]
+    if spec.arg.choices:
+        parts.append(f"One of {', '.join(spec.arg.choices)}.")
+    elif spec.kind != "bool" and spec.bounds():
+        parts.append(f"Must be {spec.bounds()}.")
+    if spec.default is None and spec.arg.auto:
+        parts.append(f"Default: {spec.arg.auto}.")
+    elif spec.kind != "bool" and spec.default not in (None, ""):
+        parts.append(f"Default: {spec.default}.")
+    return " ".join(parts).replace("%", "%%")
+
+
+def build_parser(specs: Sequence[FieldSpec], description: str) -> argparse.ArgumentParser:
+    """The stand-alone parser of the server, with --config."""
+    parser = _Parser(
+        prog="sglang.launch_server", description=description, argument_default=argparse.SUPPRESS, exit_on_error=False
+    )
+    parser.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of flags; the command line wins over it."
+    )
+    add_arguments(parser, specs)
+    return parser
+
+
+def parse_command_line(argv: Sequence[str], specs: Sequence[FieldSpec], description: str) -> Parsed:
+    """Read ``argv`` and the file it names with --config; never raises or exits, except for --help."""
+    parser = build_parser(specs, description)
+    names = _flag_names(specs)
+    parsed = Parsed()
+    namespace, given = _read_words(parser, names, list(argv), parsed)
+    config_file = getattr(namespace, "config", None)
+    if config_file is not None:
+        from_file = Parsed()
+        file_namespace, file_given = _read_words(parser, names, _config_words(config_file, from_file), from_file)
+        collect_values(from_file, file_namespace, file_given, specs)
+        parsed.errors += [f"{config_file}: {error}" for error in from_file.errors]
+        parsed.warnings += [f"{config_file}: {warning}" for warning in from_file.warnings]
+        parsed.values.update(from_file.values)
+    collect_values(parsed, namespace, given, specs)
+    return parsed
+
+
+def collect_values(
+    parsed: Parsed, namespace: argparse.Namespace, given: Iterable[tuple[str, list[str]]], specs: Sequence[FieldSpec]
+) -> None:
+    """Convert what the namespace holds into ``parsed``, and judge the flags that only upstream has."""
+    for spec in specs:
+        if not hasattr(namespace, spec.name):
+            continue
+        raw = getattr(namespace, spec.name)
+        if spec.kind == "bool":
+            parsed.values[spec.name] = raw
+            continue
+        try:
+            parsed.values[spec.name] = spec.parse(raw if isinstance(raw, list) else [raw])
+        except ValueError as error:
+            parsed.errors.append(str(error))
+    errors, warnings = verdicts(given)
+    parsed.errors += errors
+    parsed.warnings += warnings
+
+
+def _flag_names(specs: Sequence[FieldSpec]) -> dict[str, tuple[str, ...]]:
+    """Every option string, with all names of its flag."""
+    flags = [("-h", "--help"), ("--config",), *(spec.flags for spec in specs)]
+    flags += [flag.names for flag in upstream_flags().values()]
+    return {name: names for names in flags for name in names}
+
+
+def _read_words(
+    parser: argparse.ArgumentParser, names: dict[str, tuple[str, ...]], words: list[str], parsed: Parsed
+) -> tuple[argparse.Namespace, list[tuple[str, list[str]]]]:
+    """argparse over ``words``; each word that it cannot take is recorded and left out, and the rest is read."""
+    words = _expand(names, words, parsed)
+    while True:
+        try:
+            namespace, rest = parser.parse_known_args(words)
+            break
+        except argparse.ArgumentError as error:
+            option = (error.argument_name or "").split("/")[0]
+            parsed.errors.append(f"{option}: {error.message}")
+            words = _without(words, names[option])
+        except _ParseFailure as failure:
+            parsed.errors.append(str(failure))
+            return argparse.Namespace(), []
+    for word in rest:
+        parsed.errors.append(f"unexpected argument {word!r}: every setting is a flag, such as --model-path {word}")
+    return namespace, list(getattr(namespace, _DEST, ()))
+
+
+def _expand(names: dict[str, tuple[str, ...]], words: list[str], parsed: Parsed) -> list[str]:
+    """Abbreviations written out; unknown and ambiguous flags recorded and dropped with the words after them."""
+    result: list[str] = []
+    dropping = False
+    for word in words:
+        if not word.startswith("-") or _is_number(word):
+            if not dropping:
+                result.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        matches = [name] if name in names else [flag for flag in names if name[:2] == "--" and flag.startswith(name)]
+        dropping = len({names[flag] for flag in matches}) != 1
+        if not dropping:
+            result.append(matches[0] + equals + value)
+        elif matches:
+            some = ", ".join(sorted(matches)[:6]) + (", ..." if len(matches) > 6 else "")
+            parsed.errors.append(f"{name} is ambiguous: it could be {some}")
+        else:
+            parsed.errors.append(unknown_flag(name, names))
+    return result
+
+
+def unknown_flag(name: str, known: Iterable[str]) -> str:
+    """What to say of a flag that nobody knows: the nearest name, an implemented one if it is near enough."""
+    lacking = upstream_flags()
+    flags = list(known)
+    for candidates, cutoff in (([flag for flag in flags if flag not in lacking], 0.75), (flags, 0.6)):
+        near = difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)
+        if near:
+            return f"unknown flag {name}: did you mean {near[0]}?"
+    return f"unknown flag {name}: --help lists all flags"
+
+
+def _without(words: list[str], names: Sequence[str]) -> list[str]:
+    """``words`` without the flag of these names and without the values after it."""
+    result: list[str] = []
+    dropping = False
+    for word in words:
+        if word.startswith("-") and not _is_number(word):
+            dropping = word.partition("=")[0] in names
+        if not dropping:
+            result.append(word)
+    return result
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _config_words(path: str, parsed: Parsed) -> list[str]:
+    """A --config file as the words of a command line: keys are long flag names, true sets a flag, false leaves it."""
+    import yaml
+
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        parsed.errors.append(f"cannot be read: {error.strerror}")
+        return []
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parsed.errors.append(f"not valid YAML: {' '.join(str(error).split())}")
+        return []
+    if document is None:
+        return []
+    if not isinstance(document, dict):
+        parsed.errors.append("must map long flag names to values, such as `tp-size: 2`")
+        return []
+    words: list[str] = []
+    for key, value in document.items():
+        if key == "config":
+            parsed.errors.append("key config: a config file cannot name another")
+        elif value is True:
+            words.append(f"--{key}")
+        elif value is None:
+            parsed.errors.append(f"key {key} has no value")
+        elif value is not False:
+            items = value if isinstance(value, list) else [value]
+            text = [json.dumps(item) if isinstance(item, dict) else str(item) for item in items]
+            words += [f"--{key}={text[0]}"] if len(text) == 1 else [f"--{key}", *text]
+    return words
+
+
+def lacking_flag(name: str) -> UpstreamFlag | None:
+    """Upstream's flag for a keyword such as ``trust_remote_code``, if this engine lacks it."""
+    return upstream_flags().get("--" + name.replace("_", "-"))

@@ -1,0 +1,94 @@
+"""Small helpers under upstream's names: platform questions, environment readers, ports and process trees."""
+
+from __future__ import annotations
+
+import os
+import socket
+from typing import Any
+
+from sglang.srt.environ import EnvBool, EnvError, EnvField, EnvInt, declared_variables
+
+
+def is_hip() -> bool:
+    """True under the ROCm policy, on a GPU or over the fakes. Product code asks `current_platform` instead."""
+    from sglang.srt.platforms import current_platform
+
+    return bool(current_platform.kind == "hip")
+
+
+def is_cuda() -> bool:
+    """True under the CUDA policy, so False on ROCm. Product code asks `current_platform` instead."""
+    from sglang.srt.platforms import current_platform
+
+    return bool(current_platform.kind == "cuda")
+
+
+def get_bool_env_var(name: str, default: str = "false") -> bool:
+    """A variable as a boolean, `default` if unset; raises EnvError if it is not one or a SGLANG_ name is undeclared."""
+    field = _field(name, EnvBool(False, doc="A variable of other software."))
+    value = field.get() if field.is_set() else field.parse(default)
+    return bool(value)
+
+
+def get_int_env_var(name: str, default: int = 0) -> int:
+    """A variable as a whole number, `default` if unset; raises EnvError as `get_bool_env_var` does."""
+    field = _field(name, EnvInt(0, doc="A variable of other software."))
+    return int(field.get()) if field.is_set() else default
+
+
+def _field(name: str, foreign: EnvField[Any]) -> EnvField[Any]:
+    """The declared field of a SGLANG_ name, or `foreign` under the name of someone else's variable."""
+    if not name.startswith(("SGLANG_", "SGL_")):
+        foreign.name = name
+        return foreign
+    field = declared_variables().get(name)
+    if field is None:
+        raise EnvError(f"{name} is not declared in sglang/srt/environ.py; declare it there, then read envs.{name}")
+    if not isinstance(field, type(foreign)):
+        raise EnvError(f"{name} is declared as {field.kind}, but is read as {foreign.kind}; read envs.{name}.get()")
+    return field
+
+
+def is_port_available(port: int) -> bool:
+    """True if a server could listen on the TCP port on every IPv4 interface now."""
+    if not 0 < port < 65536:
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind(("", port))
+            sock.listen(1)
+        except OSError:
+            return False
+    return True
+
+
+def get_free_port() -> int:
+    """A TCP port that was free a moment ago; another process may take it before the caller does."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
+        sock.bind(("", 0))
+        return int(sock.getsockname()[1])
+
+
+def kill_process_tree(parent_pid: int, include_parent: bool = True) -> None:
+    """Kill all descendants of a process, then the process, and wait up to 5 s until they are gone.
+
+    A pid that no longer exists is no error. With the own pid the call returns only if `include_parent` is False.
+    """
+    import psutil
+
+    try:
+        parent = psutil.Process(parent_pid)
+        victims = parent.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return
+    if include_parent and parent_pid != os.getpid():
+        victims.append(parent)
+    for process in victims:
+        try:
+            process.kill()
+        except psutil.NoSuchProcess:
+            pass
+    psutil.wait_procs(victims, timeout=5)
+    if include_parent and parent_pid == os.getpid():
+        parent.kill()

@@ -1,0 +1,178 @@
+"""A Hugging Face tokenizer folder read with the ``tokenizers`` library alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from sglang.srt.utils.chat_template import (
+    ChatTemplate,
+    ChatTemplateError,
+    find_chat_template,
+    load_chat_template_file,
+)
+
+
+class TokenizerError(ValueError):
+    """The tokenizer folder lacks a file or holds one that cannot be read."""
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable character of each byte, inverted: 188 bytes stand for themselves, the rest move to 256+."""
+    kept = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    moved = [b for b in range(256) if b not in set(kept)]
+    return {chr(b): b for b in kept} | {chr(256 + i): b for i, b in enumerate(moved)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise TokenizerError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} must hold a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def _token_text(value: Any) -> str | None:
+    """Content of a special token given as text or as a serialised AddedToken."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else None
+
+
+class Tokenizer:
+    """Text to ids and back, plus the chat template of the checkpoint.
+
+    ``eos_token_ids`` joins the tokenizer's end token with those of config.json and generation_config.json.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, folder: Path, chat_template: str | None = None):
+        self._backend = backend
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self.config = _read_json(folder / "tokenizer_config.json")
+        self.special_tokens = self._read_special_tokens(folder)
+        self._add_configured_tokens()
+        self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
+        added = backend.get_added_tokens_decoder()
+        self.all_special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.bos_token_id = self._special_id("bos_token")
+        self.eos_token_id = self._special_id("eos_token")
+        self.eos_token_ids = self._read_eos_ids(folder)
+        self._prepend_bos = self._needs_bos()
+        self.is_byte_level = _is_byte_level(backend)
+        self._bytes_of_char = _byte_alphabet()
+        self._token_bytes: dict[int, bytes] = {}
+        source = load_chat_template_file(chat_template) if chat_template else find_chat_template(folder, self.config)
+        self.chat_template = ChatTemplate(source, self.special_tokens) if source else None
+
+    @classmethod
+    def from_path(cls, path: str, chat_template: str | None = None) -> Tokenizer:
+        """Read ``path``, a folder or its tokenizer.json. Raises TokenizerError naming the file and the remedy."""
+        given = Path(path)
+        file = given / "tokenizer.json" if given.is_dir() else given
+        if not file.is_file():
+            raise TokenizerError(
+                f"No tokenizer.json at {path!r}. Give a local folder that holds one with --tokenizer-path, or "
+                "--skip-tokenizer-init to serve token ids only."
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # the library raises bare Exception
+            raise TokenizerError(f"{file} cannot be read as a tokenizer: {error}") from error
+        return cls(backend, file.parent, chat_template)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``; special tokens are added as the post-processor and ``add_bos_token`` say."""
+        ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        if add_special_tokens and self._prepend_bos and self.bos_token_id is not None:
+            ids.insert(0, self.bos_token_id)
+        return ids
+
+    def decode(
+        self, ids: list[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
+    ) -> str:
+        """Text of ``ids``; ids outside the vocabulary give nothing.
+
+        ``spaces_between_special_tokens`` is accepted and has no effect, as with every fast tokenizer; spaces before
+        punctuation are never cleaned up, since text that was streamed cannot be taken back.
+        """
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Bytes that a token of a byte-level tokenizer contributes to the text."""
+        found = self._token_bytes.get(token_id)
+        if found is None:
+            token = self._backend.id_to_token(token_id) or ""
+            try:
+                found = bytes(self._bytes_of_char[char] for char in token)
+            except KeyError:
+                found = token.encode("utf-8")
+            self._token_bytes[token_id] = found
+        return found
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
+        """Prompt text of a conversation; see ``ChatTemplate.render``."""
+        if self.chat_template is None:
+            raise ChatTemplateError(
+                "This checkpoint has no chat template, so chat requests cannot be turned into a prompt. Start the "
+                "server with --chat-template FILE, or use /v1/completions."
+            )
+        return self.chat_template.render(messages, **kwargs)
+
+    def _read_special_tokens(self, folder: Path) -> dict[str, Any]:
+        merged: dict[str, Any] = {}
+        for source in (_read_json(folder / "special_tokens_map.json"), self.config):
+            for key, value in source.items():
+                text = _token_text(value)
+                if key.endswith("_token") and text is not None:
+                    merged[key] = text
+            for key in ("additional_special_tokens", "extra_special_tokens"):
+                if isinstance(source.get(key), list):
+                    merged[key] = [text for text in map(_token_text, source[key]) if text is not None]
+        return merged
+
+    def _add_configured_tokens(self) -> None:
+        """Add tokens that only tokenizer_config.json declares, at the ids that it gives."""
+        declared = self.config.get("added_tokens_decoder") or {}
+        for token_id, fields in sorted(declared.items(), key=lambda item: int(item[0])):
+            if self._backend.token_to_id(fields["content"]) is not None:
+                continue
+            self._backend.add_tokens([tokenizers.AddedToken(**fields)])
+            got = self._backend.token_to_id(fields["content"])
+            if got != int(token_id):
+                raise TokenizerError(
+                    f"tokenizer_config.json gives token {fields['content']!r} the id {token_id}, but the vocabulary "
+                    f"of tokenizer.json puts it at {got}: the two files do not belong together."
+                )
+
+    def _special_id(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        return None if text is None else self._backend.token_to_id(text)
+
+    def _read_eos_ids(self, folder: Path) -> tuple[int, ...]:
+        ids = set() if self.eos_token_id is None else {self.eos_token_id}
+        config = _read_json(folder / "config.json")
+        for source in (config, config.get("text_config") or {}, _read_json(folder / "generation_config.json")):
+            value = source.get("eos_token_id")
+            ids.update(value if isinstance(value, list) else [] if value is None else [value])
+        return tuple(sorted(ids))
+
+    def _needs_bos(self) -> bool:
+        """Whether ``add_bos_token`` asks for a BOS that the post-processor does not add by itself."""
+        if not self.config.get("add_bos_token") or self.bos_token_id is None:
+            return False
+        return self._backend.encode("", add_special_tokens=True).ids[:1] != [self.bos_token_id]
+
+
+def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    """Whether decoding is the concatenation of each token's bytes, read as UTF-8."""
+    decoder = json.loads(backend.to_str()).get("decoder") or {}
+    chain = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
+    return len(chain) == 1 and chain[0].get("type") == "ByteLevel"

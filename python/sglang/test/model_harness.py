@@ -1,0 +1,189 @@
+"""Drives a model directly, pools and backend included, without a scheduler: for parity tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+import sglang.srt.layers.attention.torch_native_backend  # noqa: F401  (registers the backend)
+from sglang.srt.configs.deepseek import DeepseekConfig
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.qwen3_5 import Qwen3_5Config
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext, create_attention_backend
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
+from sglang.srt.mem_cache.memory_pool import GDNStatePool, KVPool, MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, LogprobRequest, ModelWorkerBatch
+from sglang.srt.model_loader.loader import load_model
+
+
+class _EveryRow(nn.Module):
+    """Stands in for the logits processor: logits of all rows, not only of each request's last."""
+
+    def forward(self, hidden: torch.Tensor, lm_head: nn.Module, fb: ForwardBatch) -> LogitsProcessorOutput:
+        return LogitsProcessorOutput(lm_head(hidden))
+
+
+class HarnessRequest:
+    """A sequence in the pools: its row of the request table, its tokens so far, its state slot if the model has any."""
+
+    def __init__(self, row: int, state_slot: int | None) -> None:
+        self.row = row
+        self.state_slot = state_slot
+        self.num_tokens = 0
+
+
+class ModelHarness:
+    """One model, its pools (slots handed out in a scrambled order) and its backend.
+
+    ``extend`` takes tokens of several requests in one packed step; ``decode`` one token each. Both return one
+    [tokens, V] log-probability tensor a request; with ``every_row=False`` the logits processor's own output.
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        num_slots: int = 2048,
+        max_requests: int = 80,
+        page_size: int = 1,
+        load_format: str = "auto",
+        backend: AttentionBackend | None = None,
+    ) -> None:
+        self.config = ModelConfig.from_path(model_path)
+        self.model = load_model(self.config, load_format)
+        device = torch.device("cpu")
+        self.requests = ReqToTokenPool(max_requests, min(self.config.context_len, num_slots), device)
+        self.allocator = TokenToKVPoolAllocator(num_slots, page_size)
+        self._scramble(num_slots, page_size)
+        self.kv_pool = make_kv_pool(self.config, num_slots, page_size, device)
+        self.state_pool = make_state_pool(self.config, max_requests, device)
+        context = AttentionContext(self.config, self.requests, self.kv_pool, self.state_pool, page_size, device)
+        self.backend = backend or make_backend(context)
+        self._processor = self.model.logits_processor
+
+    def _scramble(self, num_slots: int, page_size: int) -> None:
+        slots = self.allocator.alloc(num_slots)
+        assert slots is not None
+        pages = slots.view(-1, page_size)
+        for page in torch.randperm(pages.shape[0], generator=torch.Generator().manual_seed(7)).tolist():
+            self.allocator.free(pages[page])
+
+    def new_request(self) -> HarnessRequest:
+        row = self.requests.alloc()
+        assert row is not None
+        return HarnessRequest(row, self.state_pool.alloc() if self.state_pool is not None else None)
+
+    def extend(
+        self,
+        chunks: Sequence[tuple[HarnessRequest, Sequence[int]]],
+        mode: ForwardMode = ForwardMode.EXTEND,
+        logprobs: list[LogprobRequest | None] | None = None,
+        every_row: bool = True,
+    ) -> list[torch.Tensor] | LogitsProcessorOutput:
+        """Run the next tokens of each request as one packed step."""
+        requests = [request for request, _ in chunks]
+        prefixes = [request.num_tokens for request in requests]
+        lengths = [len(tokens) for _, tokens in chunks]
+        seq_lens = [prefix + length for prefix, length in zip(prefixes, lengths, strict=True)]
+        slots = self.allocator.alloc_extend(prefixes, seq_lens, self._last_slots(requests))
+        assert slots is not None, "the harness ran out of slots"
+        start = 0
+        for request, length in zip(requests, lengths, strict=True):
+            self.requests.write(request.row, request.num_tokens, slots[start : start + length])
+            request.num_tokens += length
+            start += length
+        batch = ModelWorkerBatch(
+            forward_mode=mode,
+            input_ids=torch.tensor([token for _, tokens in chunks for token in tokens], dtype=torch.int64),
+            positions=torch.cat([torch.arange(p, s) for p, s in zip(prefixes, seq_lens, strict=True)]),
+            req_pool_indices=torch.tensor([request.row for request in requests]),
+            seq_lens=seq_lens,
+            out_cache_loc=slots,
+            extend_seq_lens=lengths,
+            extend_prefix_lens=prefixes,
+            state_slot_ids=self._state_slots(requests),
+            logprobs=logprobs or [],
+        )
+        out = self.run(batch, every_row)
+        if not every_row:
+            return out
+        return list(out.next_token_logits.log_softmax(-1).split(lengths))
+
+    def decode(self, steps: Sequence[tuple[HarnessRequest, int]]) -> list[torch.Tensor]:
+        """Run one token of each request; [1, V] log-probabilities a request."""
+        requests = [request for request, _ in steps]
+        seq_lens = [request.num_tokens + 1 for request in requests]
+        slots = self.allocator.alloc_decode(seq_lens, self._last_slots(requests))
+        assert slots is not None, "the harness ran out of slots"
+        positions = [request.num_tokens for request in requests]
+        self.requests.write_decode([request.row for request in requests], positions, slots)
+        for request in requests:
+            request.num_tokens += 1
+        batch = ModelWorkerBatch(
+            forward_mode=ForwardMode.DECODE,
+            input_ids=torch.tensor([token for _, token in steps], dtype=torch.int64),
+            positions=torch.tensor(positions, dtype=torch.int64),
+            req_pool_indices=torch.tensor([request.row for request in requests]),
+            seq_lens=seq_lens,
+            out_cache_loc=slots,
+            state_slot_ids=self._state_slots(requests),
+        )
+        return list(self.run(batch, every_row=True).next_token_logits.log_softmax(-1).split(1))
+
+    def run(self, batch: ModelWorkerBatch, every_row: bool) -> LogitsProcessorOutput:
+        """One forward step of ``batch``."""
+        self.model.logits_processor = _EveryRow() if every_row else self._processor
+        with torch.inference_mode():
+            fb = ForwardBatch.from_worker_batch(batch, torch.device("cpu"), self.backend)
+            self.backend.init_forward_metadata(fb)
+            out: LogitsProcessorOutput = self.model(fb.input_ids, fb.positions, fb)
+        return out
+
+    def _last_slots(self, requests: Sequence[HarnessRequest]) -> list[int]:
+        return [
+            int(self.requests.read(request.row, request.num_tokens - 1, request.num_tokens)[0])
+            if request.num_tokens
+            else -1
+            for request in requests
+        ]
+
+    def _state_slots(self, requests: Sequence[HarnessRequest]) -> torch.Tensor | None:
+        if self.state_pool is None:
+            return None
+        return torch.tensor([request.state_slot for request in requests], dtype=torch.int64)
+
+
+def make_kv_pool(config: ModelConfig, num_slots: int, page_size: int, device: torch.device) -> KVPool:
+    text = config.text
+    if isinstance(text, DeepseekConfig):
+        layers = range(text.num_hidden_layers)
+        return MLATokenToKVPool(
+            num_slots, page_size, config.dtype, text.kv_lora_rank, text.qk_rope_head_dim, layers, device
+        )
+    return MHATokenToKVPool(
+        num_slots, page_size, config.dtype, text.num_key_value_heads, text.head_dim, text.full_attention_layer_ids, device
+    )
+
+
+def make_state_pool(config: ModelConfig, num_slots: int, device: torch.device) -> GDNStatePool | None:
+    text = config.text
+    if not isinstance(text, Qwen3_5Config) or not text.linear_layer_ids:
+        return None
+    keys = text.linear_num_key_heads * text.linear_key_head_dim
+    values = text.linear_num_value_heads * text.linear_value_head_dim
+    return GDNStatePool(
+        num_slots, text.linear_layer_ids, 2 * keys + values, text.linear_conv_kernel_dim, text.linear_num_value_heads,
+        text.linear_value_head_dim, text.linear_key_head_dim, config.dtype, torch.float32, device,
+    )  # fmt: skip
+
+
+def make_backend(context: AttentionContext) -> AttentionBackend:
+    """The torch backend, wrapped for hybrid models."""
+    full = create_attention_backend("torch_native", context)
+    if context.state_pool is None:
+        return full
+    from sglang.srt.layers.attention.hybrid_linear_attn_backend import GDNBackend, HybridLinearAttnBackend
+
+    return HybridLinearAttnBackend(full, GDNBackend(context.state_pool))

@@ -1,0 +1,94 @@
+"""Tiny random checkpoints of the served architectures, built and saved by transformers: the truth of parity tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_QWEN_ROPE = {
+    "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [3, 3, 2],
+    "mrope_interleaved": True,
+}  # fmt: skip
+_QWEN_DENSE: dict[str, Any] = {
+    "model_type": "qwen3_5_text", "vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "hidden_act": "silu",
+    "max_position_embeddings": 4096, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "attention_bias": False,
+    "attn_output_gate": True, "full_attention_interval": 4, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 32,
+    "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "intermediate_size": 256,
+    "mamba_ssm_dtype": "float32", "rope_parameters": _QWEN_ROPE,
+}  # fmt: skip
+_QWEN_MOE = {
+    **{key: value for key, value in _QWEN_DENSE.items() if key != "intermediate_size"},
+    "model_type": "qwen3_5_moe_text", "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64,
+    "num_experts": 8, "num_experts_per_tok": 2,
+}  # fmt: skip
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 1e4, "factor": 40.0, "original_max_position_embeddings": 64, "beta_fast": 32,
+    "beta_slow": 1, "mscale": 0.707, "mscale_all_dim": 0.707,
+}  # fmt: skip
+_DEEPSEEK_V2: dict[str, Any] = {
+    "model_type": "deepseek_v2", "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256,
+    "moe_intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
+    "n_shared_experts": 2, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+    "moe_layer_freq": 1, "norm_topk_prob": False, "scoring_func": "softmax", "topk_method": "greedy", "n_group": 1,
+    "topk_group": 1, "routed_scaling_factor": 1.0, "q_lora_rank": None, "kv_lora_rank": 64, "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16, "v_head_dim": 32, "max_position_embeddings": 2560, "rms_norm_eps": 1e-6,
+    "attention_bias": False, "hidden_act": "silu", "tie_word_embeddings": False, "rope_parameters": _YARN,
+}  # fmt: skip
+
+# The square heads of the other Qwen configs cannot tell a [V, K] state from a [K, V] one; "q35moe-ns" can.
+TINY_CONFIGS: dict[str, dict[str, Any]] = {
+    "q35": _QWEN_DENSE,
+    "q35moe": _QWEN_MOE,
+    "q35moe-ns": {**_QWEN_MOE, "linear_value_head_dim": 48, "linear_num_value_heads": 6},
+    "dsv2": _DEEPSEEK_V2,
+    "dsv2g": {
+        **_DEEPSEEK_V2, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+        "routed_scaling_factor": 16.0, "q_lora_rank": 48,
+    },
+    "dsv3": {
+        **_DEEPSEEK_V2, "model_type": "deepseek_v3", "n_shared_experts": 1, "n_routed_experts": 16,
+        "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+        "scoring_func": "sigmoid", "topk_method": "noaux_tc", "q_lora_rank": 48, "num_nextn_predict_layers": 1,
+        "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+}  # fmt: skip
+
+
+def build_hf_model(config: dict[str, Any], seed: int = 0) -> Any:
+    """transformers' model of ``config`` in float32 with numbers that make parity tests see.
+
+    Matrices are N(0, (0.5/sqrt(fan_in))^2), vectors get 0.1 N(0, 1) added, the router's correction bias is
+    0.1 N(0, 1); decay parameters (A_log, dt_bias) stay as transformers draws them. Its own filler gives near-uniform
+    logits, under which a wrong model passes.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    settings = dict(config)
+    hf_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager", dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            noise = torch.randn(param.shape, generator=generator)
+            if name.endswith(("A_log", "dt_bias")):
+                continue
+            if param.dim() < 2:
+                param.add_(noise, alpha=0.1)
+            else:
+                # Stacked experts are [E, out, in], convolutions [C, 1, W]: the last dimension is the fan-in of all.
+                param.copy_(noise * (0.5 / param.shape[-1] ** 0.5))
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+    return model
+
+
+def save_tiny_checkpoint(name: str, folder: str | Path, seed: int = 0, **overrides: Any) -> Any:
+    """Save the checkpoint ``name`` of TINY_CONFIGS (with config ``overrides``) in ``folder``; returns its HF model."""
+    model = build_hf_model({**TINY_CONFIGS[name], **overrides}, seed)
+    model.save_pretrained(str(folder), safe_serialization=True)
+    return model

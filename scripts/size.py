@@ -1,0 +1,118 @@
+#!/usr/bin/env python3
+"""Print lines by package and the longest files and functions; exit status 1 when one is past its limit.
+
+python scripts/size.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 100
+AIM_FUNCTION_LINES = 60
+PRODUCT_AIM_LINES = 20_000
+FOLDERS = ("python", "scripts", "test", "benchmark", "examples")
+# Lists of names and nothing else: their length says nothing about how hard they are to read.
+DATA_FILES = ("python/sglang/srt/environ_upstream.py",)
+
+
+@dataclass(frozen=True)
+class Function:
+    path: str
+    line: int
+    name: str
+    lines: int
+    is_kernel: bool
+
+
+def functions(tree: ast.Module, path: str) -> Iterator[Function]:
+    """Every function and method of a file, with its length in lines, decorators not counted."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            decorators = [ast.unparse(d) for d in node.decorator_list]
+            is_kernel = any(d.startswith("triton.") for d in decorators)
+            yield Function(path, node.lineno, node.name, (node.end_lineno or 0) - node.lineno + 1, is_kernel)
+
+
+def package_of(path: str) -> str:
+    """The row of the listing that a file belongs to, e.g. ``sglang/srt/layers``."""
+    parts = Path(path).parts
+    if parts[0] != "python":
+        return parts[0]
+    depth = 3 if parts[2:3] == ("srt",) else 2
+    return "/".join(parts[1 : 1 + depth]) if len(parts) > 1 + depth else "/".join(parts[1:-1]) + "/*.py"
+
+
+def measure(root: Path) -> tuple[dict[str, int], list[Function]]:
+    """(lines by file, functions) of all Python files below the tree's source folders."""
+    lines: dict[str, int] = {}
+    found: list[Function] = []
+    for path in sorted(p for folder in FOLDERS for p in (root / folder).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        shown = path.relative_to(root).as_posix()
+        lines[shown] = len(text.splitlines())
+        found += functions(ast.parse(text, filename=str(path)), shown)
+    return lines, found
+
+
+def past_limit(lines: dict[str, int], found: list[Function]) -> list[str]:
+    """One message for each file or function past its limit."""
+    return [
+        f"{path}: {count} lines, the limit is {MAX_FILE_LINES}; split it by what it does"
+        for path, count in lines.items()
+        if count > MAX_FILE_LINES and path not in DATA_FILES
+    ] + [
+        f"{f.path}:{f.line}: {f.name} has {f.lines} lines, the limit is {MAX_FUNCTION_LINES}; take parts out"
+        for f in found
+        if f.lines > MAX_FUNCTION_LINES and not f.is_kernel
+    ]
+
+
+def report(lines: dict[str, int], found: list[Function]) -> None:
+    by_package: Counter[str] = Counter()
+    product = 0
+    for path, count in lines.items():
+        by_package[package_of(path)] += count
+        if path.startswith("python/") and not path.startswith("python/sglang/test/"):
+            product += count if path not in DATA_FILES else 0
+    width = max((len(name) for name in by_package), default=0)
+    for name, count in sorted(by_package.items()):
+        print(f"{name:<{width}} {count:>7,}")
+    print(f"product lines: {product:,} of the {PRODUCT_AIM_LINES:,} aimed at (data files and tests not counted)")
+    print("longest files:", *(f"  {count:>4} {path}" for path, count in _top(lines.items(), 1)), sep="\n")
+    rows = [((f.path, f.line, f.name, f.is_kernel), f.lines) for f in found]
+    print("longest functions:")
+    for (path, line, name, is_kernel), count in _top(rows, 1):
+        print(f"  {count:>4} {path}:{line} {name}{' (kernel body)' if is_kernel else ''}")
+    above = sum(f.lines > AIM_FUNCTION_LINES and not f.is_kernel for f in found)
+    print(f"functions above the aim of {AIM_FUNCTION_LINES} lines: {above} of {len(found)}")
+
+
+def _top(rows, key: int, count: int = 5) -> list:
+    return sorted(rows, key=lambda row: (-row[key], row[0]))[:count]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("root", nargs="?", type=Path, default=REPO)
+    lines, found = measure(parser.parse_args().root)
+    if not lines:
+        print("error: no Python file found", file=sys.stderr)
+        return 2
+    report(lines, found)
+    problems = past_limit(lines, found)
+    for problem in problems:
+        print(f"error: {problem}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Install the test extra into .venv and run the CPU suites: scripts/test.sh [--install-only] [arguments of run_suite.py]
+# One suite alone: scripts/test.sh --suite stage-a-test-cpu
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
+ensure_venv test
+[ "${1:-}" != --install-only ] || exit 0
+case " $* " in
+*" --suite"*) suites=() ;;
+*) suites=(--suite stage-a-test-cpu --suite stage-b-test-cpu) ;;
+esac
+exec "$VENV/bin/python" "$REPO/test/run_suite.py" --hw cpu --continue-on-error "${suites[@]}" "$@"

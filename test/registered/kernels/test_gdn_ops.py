@@ -1,0 +1,242 @@
+"""Gated-delta-net ops against a float64 recurrence written token by token from the formulas."""
+
+import math
+import unittest
+
+import torch
+
+from sglang.kernels.ops.gdn.causal_conv1d import causal_conv1d, causal_conv1d_update
+from sglang.kernels.ops.gdn.chunk import CHUNK_SIZE, chunk_gated_delta_rule
+from sglang.kernels.ops.gdn.gating import gdn_gating
+from sglang.kernels.ops.gdn.l2norm import l2_norm
+from sglang.kernels.ops.gdn.recurrent import recurrent_gated_delta_rule
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
+
+LENGTHS = (0, 1, 2, 3, 63, 64, 65, 130)
+SHAPES = ((2, 1, 16, 16), (2, 2, 16, 24), (1, 3, 24, 16))  # key heads, value heads a key head, K, V
+
+
+def true_conv(x, weight, history):
+    """SiLU of the causal sums, one token and one tap at a time; returns the outputs and the last W-1 columns."""
+    width = weight.shape[1]
+    columns = [history[:, j].double() for j in range(width - 1)]
+    outputs = []
+    for row in x.double():
+        columns.append(row)
+        total = sum(columns[len(columns) - width + j] * weight[:, j].double() for j in range(width))
+        outputs.append(total / (1 + torch.exp(-total)))
+    out = torch.stack(outputs) if outputs else x.double()
+    return out, torch.stack(columns[len(columns) - width + 1 :], dim=1)
+
+
+def true_recurrence(q, k, v, g, beta, state, scale):
+    """The delta rule for one sequence, head by head and token by token; state is [HV, V, K]."""
+    per_key = v.shape[1] // k.shape[1]
+    state = state.double().clone()
+    out = torch.zeros(v.shape, dtype=torch.float64)
+    for t in range(v.shape[0]):
+        for head in range(v.shape[1]):
+            key, query = k[t, head // per_key].double(), q[t, head // per_key].double() * scale
+            decayed = state[head] * math.exp(float(g[t, head]))
+            error = v[t, head].double() - decayed @ key
+            state[head] = decayed + float(beta[t, head]) * torch.outer(error, key)
+            out[t, head] = state[head] @ query
+    return out, state
+
+
+def random_inputs(num_tokens, shape, seed, strongest=3.0):
+    generator = torch.Generator().manual_seed(seed)
+    key_heads, per_key, k_dim, v_dim = shape
+    heads = key_heads * per_key
+    q, k = l2_norm(torch.randn(2, num_tokens, key_heads, k_dim, generator=generator))
+    v = torch.randn(num_tokens, heads, v_dim, generator=generator)
+    g = -torch.rand(num_tokens, heads, generator=generator) ** 4 * strongest
+    beta = torch.rand(num_tokens, heads, generator=generator)
+    return [q, k, v, g, beta], torch.randn(heads, v_dim, k_dim, generator=generator)
+
+
+class TestCausalConv1d(CustomTestCase):
+    def test_packed_lengths_match_token_by_token(self):
+        generator = torch.Generator().manual_seed(1)
+        for width in (2, 4):
+            x = torch.randn(sum(LENGTHS), 12, generator=generator)
+            weight = torch.randn(12, width, generator=generator)
+            history = torch.randn(len(LENGTHS), 12, width - 1, generator=generator)
+            out, final = causal_conv1d(x, weight, history, list(LENGTHS))
+            for i, own in enumerate(x.split(list(LENGTHS))):
+                start = sum(LENGTHS[:i])
+                expected, columns = true_conv(own, weight, history[i])
+                torch.testing.assert_close(out[start : start + LENGTHS[i]].double(), expected, atol=1e-5, rtol=1e-5)
+                self.assertTrue(torch.equal(final[i].double(), columns), f"columns of length {LENGTHS[i]}")
+
+    def test_continuation_equals_one_pass(self):
+        generator = torch.Generator().manual_seed(2)
+        x, weight = torch.randn(20, 6, generator=generator), torch.randn(6, 4, generator=generator)
+        whole, last = causal_conv1d(x, weight, torch.zeros(1, 6, 3), [20])
+        for cuts in ((1, 19), (2, 18), (3, 1, 16), (7, 13)):
+            history, parts = torch.zeros(1, 6, 3), []
+            for own in x.split(list(cuts)):
+                part, history = causal_conv1d(own, weight, history, [own.shape[0]])
+                parts.append(part)
+            torch.testing.assert_close(torch.cat(parts), whole, atol=1e-6, rtol=1e-6)
+            self.assertTrue(torch.equal(history, last), f"cuts {cuts}")
+
+    def test_update_steps_equal_prefill_and_touch_their_slots_only(self):
+        generator = torch.Generator().manual_seed(3)
+        x = torch.randn(9, 2, 6, generator=generator)  # nine steps of two sequences
+        weight = torch.randn(6, 4, generator=generator)
+        state = torch.randn(5, 6, 3, generator=generator)
+        before, slots = state.clone(), torch.tensor([4, 1])
+        outs = torch.stack([causal_conv1d_update(step, weight, state, slots) for step in x])
+        packed = x.transpose(0, 1).reshape(18, 6)
+        expected, final = causal_conv1d(packed, weight, before[slots], [9, 9])
+        torch.testing.assert_close(outs.transpose(0, 1).reshape(18, 6), expected, atol=1e-6, rtol=1e-6)
+        self.assertTrue(torch.equal(state[slots], final))
+        self.assertTrue(torch.equal(state[[0, 2, 3]], before[[0, 2, 3]]))
+
+    def test_history_is_kept_in_the_pools_dtype(self):
+        x = torch.randn(5, 6)
+        _, final = causal_conv1d(x, torch.randn(6, 4), torch.zeros(1, 6, 3, dtype=torch.bfloat16), [5])
+        self.assertTrue(torch.equal(final[0], x[2:].t().bfloat16()))
+
+    def test_no_tokens(self):
+        out, final = causal_conv1d(torch.empty(0, 6), torch.randn(6, 4), torch.empty(0, 6, 3), [])
+        self.assertEqual((tuple(out.shape), tuple(final.shape)), ((0, 6), (0, 6, 3)))
+        empty = torch.empty(0, dtype=torch.int64)
+        self.assertEqual(causal_conv1d_update(torch.empty(0, 6), torch.randn(6, 4), torch.zeros(3, 6, 3), empty).shape[0], 0)
+
+
+class TestGatingAndNorm(CustomTestCase):
+    def test_gates_follow_the_formula(self):
+        a = torch.tensor([[-30.0, -1.0, 0.0, 5.0, 19.5, 60.0]])
+        A_log, dt_bias = torch.linspace(-2, 3, 6), torch.linspace(-1, 1, 6)
+        g, beta = gdn_gating(a, a, A_log, dt_bias)
+        for j in range(6):
+            softplus = math.log1p(math.exp(float(a[0, j] + dt_bias[j])))
+            self.assertAlmostEqual(float(g[0, j]) / (-math.exp(float(A_log[j])) * softplus), 1.0, places=5)
+            self.assertAlmostEqual(float(beta[0, j]), 1 / (1 + math.exp(-float(a[0, j]))), places=6)
+        self.assertEqual(g.dtype, torch.float32)
+
+    def test_gates_are_float32_whatever_comes_in(self):
+        a = torch.full((1, 1), 3.0, dtype=torch.bfloat16)
+        g, beta = gdn_gating(a, a, torch.full((1,), 2.7), torch.full((1,), 0.1))
+        self.assertAlmostEqual(float(g), -math.exp(2.7) * math.log1p(math.exp(3.1)), places=3)
+        self.assertEqual(beta.dtype, torch.float32)
+
+    def test_l2_norm_sums_and_keeps_eps_inside_the_root(self):
+        small = torch.full((4,), 5e-4)  # sum of squares 1e-6, as large as eps
+        torch.testing.assert_close(l2_norm(small), torch.full((4,), 5e-4 / math.sqrt(2e-6)))
+        self.assertAlmostEqual(float(l2_norm(torch.randn(3, 64)).square().sum()), 3.0, places=4)
+        self.assertTrue(torch.equal(l2_norm(torch.zeros(2, 4)), torch.zeros(2, 4)))
+
+
+class TestDeltaRule(CustomTestCase):
+    def check_chunked(self, lengths, shape, inputs, states, atol=2e-5):
+        scale = shape[2] ** -0.5
+        out, final = chunk_gated_delta_rule(*inputs, torch.stack(states), list(lengths), scale)
+        self.assertTrue(bool(out.isfinite().all()) and bool(final.isfinite().all()))
+        for i, length in enumerate(lengths):
+            own = slice(sum(lengths[:i]), sum(lengths[: i + 1]))
+            expected, state = true_recurrence(*(x[own] for x in inputs), states[i], scale)
+            message = f"length {length}, shape {shape}"
+            torch.testing.assert_close(out[own].double(), expected, atol=atol, rtol=1e-4, msg=lambda m: message + m)
+            torch.testing.assert_close(final[i].double(), state, atol=atol, rtol=1e-4, msg=lambda m: message + m)
+
+    def test_chunked_matches_token_by_token_at_every_length_and_shape(self):
+        for shape in SHAPES:
+            inputs, _ = random_inputs(sum(LENGTHS), shape, seed=4)
+            states = [random_inputs(0, shape, seed=5 + i)[1] for i in range(len(LENGTHS))]
+            self.check_chunked(LENGTHS, shape, inputs, states)
+
+    def test_strong_and_mixed_decay_neither_overflow_nor_blur(self):
+        shape, lengths = SHAPES[1], (CHUNK_SIZE, 65, 5)
+        inputs, state = random_inputs(sum(lengths), shape, seed=20)
+        # Hundreds of nats on every third token and almost none on the others: sums reach 1e4 inside a chunk.
+        inputs[3] = torch.where(torch.arange(sum(lengths))[:, None] % 3 == 0, -700.0, -1e-3).expand(-1, 4).clone()
+        self.check_chunked(lengths, shape, inputs, [state] * 3)
+        inputs[3].fill_(-1e4)
+        self.check_chunked(lengths, shape, inputs, [state] * 3)
+
+    def test_no_decay_and_full_writes(self):
+        shape, lengths = SHAPES[0], (130,)
+        inputs, state = random_inputs(130, shape, seed=21)
+        inputs[3].zero_()
+        inputs[4].fill_(1.0)
+        self.check_chunked(lengths, shape, inputs, [state], atol=1e-4)
+
+    def test_a_broken_neighbour_stays_alone(self):
+        shape, lengths = SHAPES[1], (5, 70, 3)
+        inputs, state = random_inputs(sum(lengths), shape, seed=22)
+        clean, _ = chunk_gated_delta_rule(*inputs, torch.stack([state] * 3), list(lengths), 0.25)
+        inputs[2][5:75] = float("nan")
+        broken, final = chunk_gated_delta_rule(*inputs, torch.stack([state] * 3), list(lengths), 0.25)
+        self.assertTrue(torch.equal(broken[:5], clean[:5]) and torch.equal(broken[75:], clean[75:]))
+        self.assertTrue(bool(final[[0, 2]].isfinite().all()))
+
+    def test_continuation_equals_one_pass(self):
+        shape = SHAPES[1]
+        inputs, state = random_inputs(130, shape, seed=23)
+        whole, last = chunk_gated_delta_rule(*inputs, state[None], [130], 0.25)
+        for cuts in ((64, 66), (1, 129), (7,) * 18 + (4,)):
+            current, parts, start = state[None], [], 0
+            for length in cuts:
+                own = [x[start : start + length] for x in inputs]
+                part, current = chunk_gated_delta_rule(*own, current, [length], 0.25)
+                parts.append(part)
+                start += length
+            torch.testing.assert_close(torch.cat(parts), whole, atol=2e-5, rtol=1e-4)
+            torch.testing.assert_close(current, last, atol=2e-5, rtol=1e-4)
+
+    def test_recurrent_steps_match_token_by_token_on_their_own_slots(self):
+        for shape in SHAPES:
+            k_dim = shape[2]
+            pool = torch.stack([random_inputs(0, shape, seed=30 + i)[1] for i in range(6)])
+            before, slots = pool.clone(), torch.tensor([5, 2, 3])
+            sequences = [random_inputs(11, shape, seed=40 + i, strongest=30.0)[0] for i in range(3)]
+            steps = [
+                recurrent_gated_delta_rule(
+                    *(torch.stack([own[j][t] for own in sequences]) for j in range(5)), pool, slots, k_dim**-0.5
+                )
+                for t in range(11)
+            ]
+            for i, own in enumerate(sequences):
+                expected, state = true_recurrence(*own, before[slots[i]], k_dim**-0.5)
+                torch.testing.assert_close(torch.stack(steps)[:, i].double(), expected, atol=1e-5, rtol=1e-4)
+                torch.testing.assert_close(pool[slots[i]].double(), state, atol=1e-5, rtol=1e-4)
+            self.assertTrue(torch.equal(pool[[0, 1, 4]], before[[0, 1, 4]]))
+
+    def test_recurrent_state_in_bfloat16_is_rounded_once_a_step(self):
+        shape = SHAPES[1]
+        inputs, state = random_inputs(1, shape, seed=50)
+        pool = state.bfloat16()[None].clone()
+        recurrent_gated_delta_rule(*inputs, pool, torch.tensor([0]), 0.25)
+        _, expected = true_recurrence(*inputs, state.bfloat16(), 0.25)
+        self.assertTrue(torch.equal(pool[0], expected.bfloat16()))
+
+    def test_no_tokens(self):
+        (q, k, v, g, beta), state = random_inputs(0, SHAPES[2], seed=60)
+        out, final = chunk_gated_delta_rule(q, k, v, g, beta, state[None][:0], [], 1.0)
+        self.assertEqual((tuple(out.shape), tuple(final.shape)), ((0, 3, 16), (0, 3, 16, 24)))
+        out, final = chunk_gated_delta_rule(q, k, v, g, beta, state[None], [0], 1.0)
+        self.assertTrue(torch.equal(final[0], state))
+        slots = torch.empty(0, dtype=torch.int64)
+        self.assertEqual(recurrent_gated_delta_rule(q, k, v, g, beta, state[None].clone(), slots, 1.0).shape[0], 0)
+
+
+class TestCases(CustomTestCase):
+    def test_every_case_runs_and_gives_finite_numbers(self):
+        ops = (l2_norm, gdn_gating, causal_conv1d, causal_conv1d_update, recurrent_gated_delta_rule, chunk_gated_delta_rule)
+        for op in ops:
+            cases = list(op.cases())
+            self.assertGreaterEqual(len(cases), 3, op.name)
+            for case in cases:
+                result = op(*case.args, **case.kwargs)
+                for tensor in result if isinstance(result, tuple) else (result,):
+                    self.assertTrue(bool(tensor.isfinite().all()), f"{op.name} {case.name}")
+
+
+if __name__ == "__main__":
+    unittest.main()

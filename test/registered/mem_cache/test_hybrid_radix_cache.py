@@ -1,0 +1,230 @@
+"""The prefix cache with recurrent states against a dictionary of prefixes, and at its corners by hand."""
+
+import unittest
+
+import torch
+
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
+from sglang.srt.mem_cache.memory_pool import GDNStatePool
+from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.prefix_cache_truth import RandomServer
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
+
+
+class TestAgainstTruth(CustomTestCase):
+    def serve(self, *, page_size: int, num_pages: int, max_tokens: int) -> None:
+        counts: dict[str, int] = {}
+        for seed, num_states in enumerate((2, 3, 7)):
+            server = RandomServer(
+                self,
+                seed=seed,
+                page_size=page_size,
+                num_pages=num_pages,
+                num_states=num_states,
+                max_tokens=max_tokens,
+            )
+            server.run(1500)
+            for name, count in server.counts.items():
+                counts[name] = counts.get(name, 0) + count
+        for event in (
+            "hit",
+            "kv beyond state",
+            "duplicates",
+            "evicted for memory",
+            "snapshot",
+            "no state to be had",
+            "state evicted for a request",
+            "state held",
+        ):
+            self.assertGreater(counts.get(event, 0), 2, f"the simulation never exercised: {event}")
+
+    def test_page_1(self) -> None:
+        self.serve(page_size=1, num_pages=90, max_tokens=40)
+
+    def test_page_2(self) -> None:
+        self.serve(page_size=2, num_pages=60, max_tokens=40)
+
+    def test_page_16(self) -> None:
+        self.serve(page_size=16, num_pages=14, max_tokens=100)
+
+
+class TestByHand(CustomTestCase):
+    def setUp(self) -> None:
+        self.make()
+
+    def make(self, page_size: int = 1, num_states: int = 4, disable: bool = False) -> None:
+        self.allocator = TokenToKVPoolAllocator(64 * page_size, page_size)
+        self.states = GDNStatePool(num_states, [0], 2, 3, 1, 3, 2, torch.float32, torch.float32, "cpu")
+        self.cache = HybridRadixCache(self.allocator, page_size, self.states, disable=disable)
+
+    def put(self, tokens: list[int], value: float | None = None):
+        """Insert with new slots; with a value, snapshot a live state filled with it."""
+        slots = self.allocator.alloc_extend([0], [len(tokens)], [-1])
+        if value is None:
+            result = self.cache.insert(tokens, slots)
+        else:
+            live = self.states.alloc()
+            self.states.ssm(0)[live] = value
+            result = self.cache.snapshot(tokens, slots, live)
+            self.states.free(live)
+        self.allocator.free(slots[: result.prefix_len])
+        self.allocator.free(slots[result.cached_len :])
+        self.cache.check_integrity(held=0, held_states=[])
+        return result
+
+    def value(self, slot: int) -> float:
+        return float(self.states.ssm(0)[slot].mean())
+
+    def test_match_stops_at_the_deepest_state(self) -> None:
+        self.put([1, 2, 3], 3.0)
+        self.put([1, 2, 3, 4, 5, 6], None)
+        match = self.cache.match_prefix([1, 2, 3, 4, 5, 9])
+        self.assertEqual((match.slot_ids.numel(), match.kv_len, self.value(match.state_slot)), (3, 5, 3.0))
+        nothing = self.cache.match_prefix([1, 2])
+        self.assertEqual((nothing.slot_ids.numel(), nothing.kv_len, nothing.state_slot), (0, 2, None))
+        self.assertIs(nothing.node, self.cache.root)
+        # The hint: a snapshot where the KV match ended makes the next request hit there.
+        self.put([1, 2, 3, 4, 5], 5.0)
+        match = self.cache.match_prefix([1, 2, 3, 4, 5, 9])
+        self.assertEqual((match.slot_ids.numel(), self.value(match.state_slot)), (5, 5.0))
+
+    def test_split_leaves_the_state_below(self) -> None:
+        self.put([1, 2, 3, 4], 4.0)
+        self.put([1, 2, 9, 9], 9.0)
+        self.assertEqual(self.cache.match_prefix([1, 2, 7]).slot_ids.numel(), 0)
+        self.assertEqual(self.value(self.cache.match_prefix([1, 2, 3, 4]).state_slot), 4.0)
+        self.assertEqual(self.value(self.cache.match_prefix([1, 2, 9, 9]).state_slot), 9.0)
+
+    def test_unaligned_end_is_cached_without_state(self) -> None:
+        self.make(page_size=4)
+        result = self.put(list(range(10)), 10.0)
+        self.assertEqual((result.cached_len, result.state_taken, self.cache.num_states()), (8, False, 0))
+        self.assertEqual(self.cache.match_prefix(list(range(10))).kv_len, 8)
+        self.assertTrue(self.put(list(range(8)), 8.0).state_taken)
+        self.assertEqual(self.cache.match_prefix(list(range(10))).slot_ids.numel(), 8)
+
+    def test_second_snapshot_keeps_the_first(self) -> None:
+        self.assertTrue(self.put([1, 2], 1.0).state_taken)
+        self.assertFalse(self.put([1, 2], 2.0).state_taken)
+        self.assertEqual(self.value(self.cache.match_prefix([1, 2]).state_slot), 1.0)
+        self.assertEqual(self.states.available_size(), 3)
+
+    def test_second_snapshot_counts_as_use(self) -> None:
+        for tokens in ([1, 1], [2, 2], [1, 1]):
+            self.put(tokens, 1.0)
+        self.cache.evict_states(1)
+        self.assertIsNone(self.cache.match_prefix([2, 2]).state_slot)
+        self.assertIsNotNone(self.cache.match_prefix([1, 1]).state_slot)
+
+    def test_given_state(self) -> None:
+        slots, own = self.allocator.alloc(3), self.states.alloc()
+        self.assertTrue(self.cache.insert([1, 2, 3], slots, state_slot=own).state_taken)
+        self.assertEqual(self.cache.match_prefix([1, 2, 3]).state_slot, own)
+        other = self.states.alloc()
+        self.assertFalse(self.cache.insert([1, 2, 3], slots, state_slot=other).state_taken)
+        self.cache.check_integrity(held=0, held_states=[other])
+        self.cache.evict_states(1)
+        with self.assertRaisesRegex(RadixIntegrityError, "not handed out"):
+            self.cache.insert([1, 2, 3], slots, state_slot=own)
+
+    def test_live_slot_is_a_copy(self) -> None:
+        self.put([1, 2], 2.0)
+        match = self.cache.match_prefix([1, 2, 3])
+        live = self.cache.fork_state(match)
+        self.assertNotEqual(live, match.state_slot)
+        self.states.ssm(0)[live] += 5
+        self.assertEqual(self.value(self.cache.match_prefix([1, 2, 3]).state_slot), 2.0)
+        self.assertEqual(self.value(self.cache.fork_state(self.cache.match_prefix([8]))), 0.0)
+
+    def test_dry_pool(self) -> None:
+        self.make(num_states=3)
+        self.put([1, 1], 1.0)
+        self.put([2, 2], 2.0)
+        match = self.cache.match_prefix([1, 1])
+        live = [self.cache.fork_state(match), self.cache.fork_state(match)]  # the second evicts [2, 2]
+        self.assertEqual(self.cache.match_prefix([2, 2]).kv_len, 2)
+        self.assertIsNone(self.cache.match_prefix([2, 2]).state_slot)
+        live.append(self.cache.fork_state(match))  # the last slot is the tree's own: handed over
+        self.assertEqual([self.value(slot) for slot in live], [1.0, 1.0, 1.0])
+        self.assertEqual(sorted(live), [1, 2, 3])
+        self.cache.check_integrity(held=0, held_states=live)
+        with self.assertRaisesRegex(RadixIntegrityError, "evicted between match and copy"):
+            self.cache.fork_state(match)
+        self.assertIsNone(self.cache.fork_state(self.cache.match_prefix([1, 1])))
+        slots = self.allocator.alloc(2)
+        result = self.cache.snapshot([3, 3], slots, live[0])
+        self.assertEqual((result.state_taken, result.cached_len), (False, 2))
+        self.assertEqual(self.cache.match_prefix([3, 3]).kv_len, 2)
+
+    def test_state_lock(self) -> None:
+        self.put([1, 1], 1.0)
+        node = self.cache.match_prefix([1, 1]).node
+        self.cache.inc_state_lock(node)
+        self.assertEqual((self.cache.evict_states(9), self.cache.evict(9), self.cache.evictable_states()), (0, 0, 0))
+        self.cache.dec_state_lock(node)
+        with self.assertRaisesRegex(RadixIntegrityError, "unlocked more often"):
+            self.cache.dec_state_lock(node)
+        self.assertEqual((self.cache.evict_states(9), self.cache.evict(9)), (1, 2))
+        with self.assertRaisesRegex(RadixIntegrityError, "no state to lock"):
+            self.cache.inc_state_lock(self.cache.root)
+
+    def test_kv_lock_lets_the_state_go(self) -> None:
+        self.put([1, 1], 1.0)
+        node = self.cache.match_prefix([1, 1]).node
+        self.cache.inc_lock_ref(node)
+        self.assertEqual((self.cache.evict(9), self.cache.evict_states(9)), (0, 1))
+        self.assertEqual(self.cache.match_prefix([1, 1]).kv_len, 2)
+        self.cache.dec_lock_ref(node)
+        self.cache.check_integrity(held=0, held_states=[])
+
+    def test_leaves_without_state_go_first(self) -> None:
+        self.put([1, 1], 1.0)
+        self.put([2, 2], 2.0)
+        self.put([3, 3], None)  # newest, but matches nothing
+        self.assertEqual(self.cache.evict(1), 2)
+        self.assertEqual([self.cache.match_prefix([t, t]).kv_len for t in (1, 2, 3)], [2, 2, 0])
+        self.cache.match_prefix([1, 1])
+        self.cache.evict_states(1)  # [2, 2] becomes a tombstone, though used after nothing else
+        self.assertEqual(self.cache.evict(1), 2)
+        self.assertEqual([self.cache.match_prefix([t, t]).kv_len for t in (1, 2)], [2, 0])
+        self.assertEqual(self.cache.evict(1), 2)
+        self.assertEqual(self.states.available_size(), 4)
+
+    def test_reset_and_disable(self) -> None:
+        self.put([1, 1], 1.0)
+        self.cache.reset()
+        self.assertEqual((self.states.available_size(), self.allocator.available_size()), (4, 64))
+        self.make(disable=True)
+        self.assertEqual(self.put([1, 1], 1.0).cached_len, 0)
+        self.assertEqual(self.cache.match_prefix([1, 1]).kv_len, 0)
+        self.assertIsNotNone(self.cache.fork_state(self.cache.match_prefix([1, 1])))
+
+    def test_integrity_check_finds_damage(self) -> None:
+        def check(message: str, held_states=()) -> None:
+            with self.assertRaisesRegex(RadixIntegrityError, message):
+                self.cache.check_integrity(held=0, held_states=held_states)
+
+        self.put([1, 1], 1.0)
+        self.put([2, 2], 2.0)
+        one = self.cache.match_prefix([1, 1]).node
+        two = self.cache.match_prefix([2, 2]).node
+        check("belongs to node .* and to a request", [one.state_slot])
+        check("a request owns state slot 4, which is free", [4])
+        leaked = self.states.alloc()
+        check("1 leaked")
+        self.states.free(leaked)
+        two.state_slot, kept = one.state_slot, two.state_slot
+        check("state slot 2 belongs to node")
+        two.state_slot = None
+        check("LRU list disagree")
+        two.state_slot = kept
+        two.state_lock = 1
+        check("1 state locks but no locked state")
+
+
+if __name__ == "__main__":
+    unittest.main()

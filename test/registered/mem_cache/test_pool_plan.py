@@ -1,0 +1,94 @@
+"""Pool sizing: the split, the overrides, and refusals that show their arithmetic."""
+
+import unittest
+
+from sglang.srt.mem_cache.pool_plan import PoolPlanError, plan_pool_sizes
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+
+KIB = 1024
+
+
+class TestPlainModels(CustomTestCase):
+    def test_everything_goes_to_kv(self) -> None:
+        plan = plan_pool_sizes(available_bytes=1000 * KIB, bytes_per_token=KIB, max_running_requests=8)
+        self.assertEqual((plan.num_tokens, plan.num_state_slots), (999, 0))
+        paged = plan_pool_sizes(available_bytes=1000 * KIB, bytes_per_token=KIB, max_running_requests=8, page_size=64)
+        self.assertEqual(paged.num_tokens, 896)  # 936 beside the dummy page, in whole pages
+        self.assertIn("896 tokens", paged.lines[-1])
+
+    def test_override(self) -> None:
+        plan = plan_pool_sizes(
+            available_bytes=1000 * KIB, bytes_per_token=KIB, max_running_requests=8, page_size=16, max_total_tokens=100
+        )
+        self.assertEqual(plan.num_tokens, 96)
+        self.assertIn("100 -> 96", "\n".join(plan.lines))
+
+    def test_slots_stay_int32(self) -> None:
+        plan = plan_pool_sizes(available_bytes=1 << 60, bytes_per_token=1, max_running_requests=8, page_size=64)
+        self.assertLess(plan.num_tokens + 64, 2**31)
+
+    def test_refusals(self) -> None:
+        base = {"available_bytes": 100 * KIB, "bytes_per_token": KIB, "max_running_requests": 8}
+        for change, message in (
+            ({"max_total_tokens": 100}, r"\(100 \+ 1 dummy\) x 1024 B = 103424 B, and 102400 B are left.*fit 99"),
+            ({"page_size": 64}, r"2 x 64 tokens x 1024 B = 131072 B, and 102400 B"),
+            ({"page_size": 16, "max_total_tokens": 15}, "less than one page of 16"),
+            ({"max_mamba_cache_size": 4}, "no recurrent states"),
+            ({"available_bytes": -5}, "-5 B are left"),
+            ({"bytes_per_token": 0}, "must be positive"),
+        ):
+            with self.subTest(change), self.assertRaisesRegex(PoolPlanError, message):
+                plan_pool_sizes(**{**base, **change})
+
+
+class TestHybrids(CustomTestCase):
+    base = {
+        "available_bytes": 1900 * KIB,
+        "bytes_per_token": KIB,
+        "max_running_requests": 8,
+        "bytes_per_state_slot": 10 * KIB,
+    }
+
+    def plan(self, **change):
+        return plan_pool_sizes(**{**self.base, **change})
+
+    def test_split_by_ratio(self) -> None:
+        plan = self.plan()
+        self.assertEqual(plan.num_state_slots, 89)  # 900 KiB: 89 and the dummy
+        self.assertEqual(plan.num_tokens, 999)
+        self.assertIn("8 live, 81 for the prefix tree", "\n".join(plan.lines))
+        self.assertEqual(self.plan(mamba_full_memory_ratio=0.001).num_state_slots, 8)
+
+    def test_without_tree_there_are_only_live_slots(self) -> None:
+        plan = self.plan(disable_radix_cache=True)
+        self.assertEqual((plan.num_state_slots, plan.num_tokens), (8, 1900 - 90 - 1))
+
+    def test_overrides(self) -> None:
+        plan = self.plan(max_mamba_cache_size=20, max_total_tokens=640, page_size=64)
+        self.assertEqual((plan.num_state_slots, plan.num_tokens), (20, 640))
+
+    def test_all_fits_what_was_given(self) -> None:
+        for available in range(200 * KIB, 2000 * KIB, 77_777):
+            for page in (1, 16):
+                plan = self.plan(available_bytes=available, page_size=page)
+                used = (plan.num_state_slots + 1) * 10 * KIB + (plan.num_tokens + page) * KIB
+                self.assertLessEqual(used, available)
+                self.assertGreaterEqual(plan.num_state_slots, 8)
+
+    def test_refusals(self) -> None:
+        for change, message in (
+            ({"max_mamba_cache_size": 7}, "7 is below max_running_requests 8"),
+            ({"available_bytes": 90 * KIB}, r"\(8 state slots \+ 1 dummy\) x 10240 B = 92160 B.*lower max_running"),
+            ({"max_mamba_cache_size": 400}, r"\(400 state slots.*or max_mamba_cache_size"),
+            ({"max_total_tokens": 1000}, "which fit 999"),
+            ({"mamba_full_memory_ratio": 0.0}, "must be positive"),
+        ):
+            with self.subTest(change), self.assertRaisesRegex(PoolPlanError, message):
+                self.plan(**change)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,188 @@
+"""Filters, penalties, seeds and log-probabilities of the sampler against a float64 loop over plain lists."""
+
+from __future__ import annotations
+
+import math
+import unittest
+
+import torch
+
+from sglang.kernels.ops.sampling.greedy import greedy_sample
+from sglang.kernels.ops.sampling.seeded import seeded_sample_torch, uniform_from_seed_torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.sampler import Sampler, filtered_probs
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
+
+CPU = torch.device("cpu")
+NAN, INF = float("nan"), float("inf")
+
+
+def info_of(params: list[SamplingParams], vocab: int, seeds: list[int] | None = None, **row: object) -> SamplingBatchInfo:
+    seeds = seeds or list(range(len(params)))
+    rows = [SamplingRow(p, seed, row.get("prompt", []), row.get("output", []), row.get("stop", [])) for p, seed in zip(params, seeds)]
+    return SamplingBatchInfo.from_rows(rows, vocab, CPU)
+
+
+def filtered_by_loop(logits: list[float], p: SamplingParams) -> list[float]:
+    """Temperature, top-k, top-p, min-p, one id at a time in float64; normalised."""
+    scaled = [x / p.temperature for x in logits]
+    top = max(scaled)
+    weights = [math.exp(x - top) for x in scaled]
+    probs = [w / sum(weights) for w in weights]
+    order = sorted(range(len(probs)), key=lambda i: (-probs[i], i))
+    kept = order if p.top_k == -1 else order[: p.top_k]
+    mass = sum(probs[i] for i in kept)
+    nucleus, reached = [], 0.0
+    for i in kept:
+        if nucleus and reached >= p.top_p - 1e-12 and p.top_p < 1.0:
+            break
+        nucleus.append(i)
+        reached += probs[i] / mass
+    best = max(probs)
+    final = {i for i in nucleus if probs[i] >= p.min_p * best}
+    total = sum(probs[i] for i in final)
+    return [probs[i] / total if i in final else 0.0 for i in range(len(probs))]
+
+
+class TestFilters(CustomTestCase):
+    def test_against_the_loop(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        grid = [
+            SamplingParams(temperature=t, top_k=k, top_p=p, min_p=m)
+            for t in (0.3, 1.0, 2.5)
+            for k in (-1, 1, 2, 7, 100)
+            for p in (1.0, 0.9, 0.35, 1e-6)
+            for m in (0.0, 0.2, 1.0)
+        ]
+        logits = torch.randn(len(grid), 23, generator=generator) * 3
+        logits[5, 4] = logits[5, 9] = 6.0
+        logits[6, 2:] = -INF
+        probs = filtered_probs(logits, info_of(grid, 23))
+        probs = probs / probs.sum(-1, keepdim=True)
+        for row, params in enumerate(grid):
+            if params.top_k == 1:
+                continue  # greedy rows are not drawn from these probabilities
+            wanted = filtered_by_loop(logits[row].double().tolist(), params)
+            torch.testing.assert_close(
+                probs[row].double(), torch.tensor(wanted, dtype=torch.float64), atol=2e-6, rtol=1e-5, msg=lambda m: f"{params}: {m}"
+            )
+
+    def test_draws_follow_the_distribution(self) -> None:
+        n = 40_000
+        logits = torch.tensor([0.0, 1.0, -1.0, 2.0, -INF]).repeat(n, 1)
+        info = info_of([SamplingParams(temperature=0.8)] * n, 5, seeds=list(range(n)))
+        ids = Sampler()(LogitsProcessorOutput(logits), info, positions=torch.arange(n))
+        share = torch.bincount(ids, minlength=5) / n
+        torch.testing.assert_close(share, torch.softmax(logits[0] / 0.8, -1), atol=0.01, rtol=0)
+
+
+class TestSeeds(CustomTestCase):
+    def test_draw_depends_on_seed_and_position_only(self) -> None:
+        logits = torch.randn(6, 101, generator=torch.Generator().manual_seed(0))
+        params, positions = SamplingParams(temperature=1.3, top_p=0.95, top_k=50), torch.arange(6) + 17
+        seeds = [5, -3, 2**40, 5, 0, 9]
+        together = Sampler()(LogitsProcessorOutput(logits), info_of([params] * 6, 101, seeds), positions=positions)
+        for row, seed in enumerate(seeds):
+            alone = Sampler()(
+                LogitsProcessorOutput(logits[row : row + 1]), info_of([params], 101, [seed]), positions=positions[row : row + 1]
+            )
+            self.assertEqual(int(alone), int(together[row]))
+
+    def test_uniforms_look_uniform_and_differ(self) -> None:
+        seeds, positions = torch.arange(200).repeat_interleave(200), torch.arange(200).repeat(200)
+        u = uniform_from_seed_torch(seeds, positions)
+        self.assertTrue(bool(((u >= 0) & (u < 1)).all()))
+        self.assertGreater(u.unique().numel(), 39_990)
+        counts = torch.histc(u.float(), bins=20, min=0, max=1)
+        self.assertLess(float((counts - 2000).abs().max()), 200)
+        grid = u.view(200, 200)
+        self.assertLess(abs(float(torch.corrcoef(torch.stack([grid[:-1].flatten(), grid[1:].flatten()]))[0, 1])), 0.03)
+
+    def test_never_an_id_of_zero_probability(self) -> None:
+        probs = torch.zeros(1000, 7)
+        probs[:, 3] = 1e-30
+        ids = seeded_sample_torch(probs, torch.arange(1000), torch.zeros(1000, dtype=torch.int64))
+        self.assertEqual(ids.unique().tolist(), [3])
+
+
+class TestGreedy(CustomTestCase):
+    def test_ids_in_range_and_first_of_ties(self) -> None:
+        logits = torch.tensor([[1.0, 3.0, 3.0], [-INF] * 3, [NAN] * 3, [0.0, NAN, 5.0], [-1e4, -1e4, -2e4]])
+        ids = greedy_sample(logits).tolist()
+        self.assertEqual(ids[:2] + ids[4:], [1, 0, 0])
+        self.assertTrue(all(0 <= i < 3 for i in ids))
+
+    def test_mixed_rows(self) -> None:
+        logits = torch.randn(4, 33, generator=torch.Generator().manual_seed(2))
+        params = [SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_k=1), SamplingParams(temperature=1e-9)]
+        ids = Sampler()(LogitsProcessorOutput(logits), info_of(params, 33), positions=torch.arange(4)).tolist()
+        best = logits.argmax(-1).tolist()
+        self.assertEqual([ids[0], ids[2], ids[3]], [best[0], best[2], best[3]])
+
+    def test_rows_that_cannot_be_sampled_are_marked(self) -> None:
+        logits = torch.randn(5, 9)
+        logits[1] = -INF
+        logits[2, 4] = NAN
+        logits[3, 0] = INF
+        for params in (SamplingParams(temperature=0.0), SamplingParams(top_p=0.5)):
+            output = LogitsProcessorOutput(logits)
+            ids = Sampler()(output, info_of([params] * 5, 9), positions=torch.arange(5))
+            self.assertEqual(output.invalid_rows.tolist(), [False, True, True, True, False])
+            self.assertTrue(bool(((ids >= 0) & (ids < 9)).all()))
+
+    def test_empty_batch(self) -> None:
+        ids = Sampler()(LogitsProcessorOutput(torch.empty(0, 9)), info_of([], 9), positions=torch.empty(0, dtype=torch.int64))
+        self.assertEqual(ids.tolist(), [])
+
+
+class TestEdits(CustomTestCase):
+    def test_penalties_against_the_loop(self) -> None:
+        params = SamplingParams(frequency_penalty=0.4, presence_penalty=-0.7, repetition_penalty=1.5, logit_bias={"3": -5, "0": 2.5})
+        prompt, output = [1, 1, 2], [4, 4, 5]
+        info = info_of([params, SamplingParams()], 8, prompt=prompt, output=output)
+        logits = torch.randn(2, 8, generator=torch.Generator().manual_seed(3))
+        for drawn in ([6, 1], [6, 2]):
+            info.update(torch.tensor(drawn))
+            output = output + [drawn[0]]
+            wanted = []
+            for i, x in enumerate(logits[0].tolist()):
+                if i in prompt + output:
+                    x = x / 1.5 if x > 0 else x * 1.5
+                x -= 0.4 * output.count(i) + (-0.7 if i in output else 0.0)
+                wanted.append(x + {3: -5, 0: 2.5}.get(i, 0.0))
+            edited = info.apply_edits(logits)
+            torch.testing.assert_close(edited[0], torch.tensor(wanted))
+            torch.testing.assert_close(edited[1], logits[1])
+
+    def test_min_new_tokens_forbids_stop_ids_until_reached(self) -> None:
+        info = info_of([SamplingParams(temperature=0.0, min_new_tokens=2)], 4, stop=[2, 3])
+        logits = torch.tensor([[0.0, 1.0, 9.0, 8.0]])
+        drawn = []
+        for _ in range(3):
+            ids = Sampler()(LogitsProcessorOutput(logits), info)
+            info.update(ids)
+            drawn.append(int(ids))
+        self.assertEqual(drawn, [1, 1, 2])
+
+    def test_logprobs_are_the_models_own(self) -> None:
+        logits = torch.randn(3, 11, generator=torch.Generator().manual_seed(4))
+        params = [SamplingParams(temperature=0.0, logit_bias={"7": 50.0})] * 3
+        output = LogitsProcessorOutput(logits)
+        ids = Sampler()(output, info_of(params, 11), True, [2, 0, 1], [(), (5, 3), ()])
+        self.assertEqual(ids.tolist(), [7, 7, 7])
+        wanted = torch.log_softmax(logits.double(), -1)
+        torch.testing.assert_close(output.next_token_logprobs.double(), wanted[:, 7])
+        best = wanted[0].topk(2)
+        self.assertEqual([i for _, i in output.next_token_top_logprobs[0]], best.indices.tolist())
+        self.assertEqual([len(row) for row in output.next_token_top_logprobs], [2, 0, 1])
+        self.assertEqual([i for _, i in output.next_token_token_ids_logprobs[1]], [5, 3])
+        self.assertAlmostEqual(output.next_token_token_ids_logprobs[1][0][0], float(wanted[1, 5]), places=5)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,129 @@
+"""scripts/check_layers.py finds planted violations of each kind, and nothing in what is allowed."""
+
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
+
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "check_layers.py"
+
+
+class TestCheckLayers(CustomTestCase):
+    def check(self, files: dict[str, str]) -> tuple[int, list[str]]:
+        """(exit status, violations) for a tree of the given files, paths relative to sglang/."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, text in files.items():
+                path = Path(folder) / "sglang" / name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+            done = subprocess.run([sys.executable, str(SCRIPT), folder], capture_output=True, text=True)
+            self.assertEqual(done.stderr, "")
+            return done.returncode, done.stdout.splitlines()[:-1]
+
+    def assert_violation(self, name: str, text: str, expected: str, others: dict[str, str] | None = None):
+        status, violations = self.check({**(others or {}), name: text})
+        self.assertEqual((status, len(violations)), (1, 1), violations)
+        self.assertTrue(violations[0].startswith(f"sglang/{name}:"), violations)
+        self.assertIn(expected, violations[0])
+
+    def assert_clean(self, name: str, text: str, others: dict[str, str] | None = None):
+        self.assertEqual(self.check({**(others or {}), name: text}), (0, []))
+
+    def test_upwards_however_it_is_written(self):
+        scheduler = {"srt/managers/__init__.py": "", "srt/managers/scheduler.py": ""}
+        name = "srt/layers/linear.py"
+        for text in (
+            "import sglang.srt.managers.scheduler",
+            "from sglang.srt.managers.scheduler import Scheduler",
+            "from sglang.srt.managers import scheduler",
+            "from ..managers import scheduler",
+            "def f():\n    from sglang.srt.managers import scheduler",
+            "if TYPE_CHECKING:\n    import sglang.srt.managers.scheduler",
+            "import importlib\nm = importlib.import_module('sglang.srt.managers.scheduler')",
+        ):
+            with self.subTest(text):
+                self.assert_violation(name, text, "imports upwards: sglang.srt.managers", scheduler)
+
+    def test_line_is_that_of_the_import(self):
+        _, violations = self.check({"srt/utils/a.py": "x = 1\n\nimport sglang.srt.managers.scheduler\n"})
+        self.assertTrue(violations[0].startswith("sglang/srt/utils/a.py:3:"), violations)
+
+    def test_downwards_and_within_a_package(self):
+        self.assert_clean(
+            "srt/layers/linear.py",
+            "from sglang.srt.environ import envs\nfrom sglang.srt.mem_cache import memory_pool\n"
+            "from sglang.kernels.spec import Op\nfrom .moe import topk\nimport sglang.srt.distributed\n",
+        )
+
+    def test_sideways(self):
+        self.assert_violation("kernels/spec.py", "import sglang.srt.configs.rope", "imports sideways")
+        self.assert_violation("srt/sampling/a.py", "import sglang.srt.mem_cache.radix_cache", "imports sideways")
+        self.assert_violation("srt/configs/a.py", "import sglang.srt.server_args", "imports sideways")
+        self.assert_clean("srt/server_args.py", "import sglang.srt.configs.model_config")
+
+    def test_leaves(self):
+        leaf = "srt/managers/io_struct.py"
+        self.assert_clean("srt/utils/a.py", "from sglang.srt.managers.io_struct import AbortReq", {leaf: ""})
+        self.assert_clean("srt/utils/a.py", "from sglang.srt.managers import io_struct", {leaf: ""})
+        self.assert_clean(leaf, "import msgspec\nfrom sglang.srt.sampling.sampling_params import SamplingParams")
+        self.assert_violation(leaf, "import sglang.srt.mem_cache.radix_cache", "leaves use layers 0-2")
+        self.assert_violation(leaf, "import zmq", "leaf module imports zmq")
+        self.assert_violation("srt/managers/__init__.py", "import sglang.srt.utils.common", "every module below")
+
+    def test_the_product_never_imports_test_code(self):
+        self.assert_violation(
+            "srt/entrypoints/a.py", "import sglang.test.test_utils", "test code depends on the product"
+        )
+        text = "import sglang.srt.managers.scheduler, aiter, pickle\nis_hip()"
+        self.assert_clean("test/test_utils.py", text, {"srt/environ.py": ""})
+
+    def test_executor_sees_the_registry_alone(self):
+        name = "srt/model_executor/model_runner.py"
+        self.assert_clean(name, "from sglang.srt.models.registry import resolve_model_class")
+        self.assert_violation(name, "import sglang.srt.models.deepseek_v2", "only sglang.srt.models.registry")
+
+    def test_vendor_packages_have_few_homes(self):
+        for package in ("aiter", "mori", "triton.language"):
+            self.assert_violation("srt/layers/linear.py", f"def f():\n    import {package}", f"imports {package}")
+            self.assert_clean("kernels/ops/norm/rmsnorm.py", f"import {package}")
+            self.assert_clean("srt/layers/sampler.py", f"import {package}")
+        self.assert_violation("srt/layers/linear.py", "from torch import distributed", "imports torch.distributed")
+        self.assert_violation("srt/managers/a.py", "from fastapi import FastAPI", "imports fastapi")
+        self.assert_violation("kernels/a.py", "import transformers", "nowhere in the product")
+        self.assert_violation("srt/managers/a.py", "import pickle", "nowhere in the product")
+
+    def test_platform_questions(self):
+        for text in ("if is_hip():\n    pass", "x = torch.version.hip", "from a import b\nb.is_hip()"):
+            with self.subTest(text):
+                self.assert_violation("srt/layers/linear.py", text, "ask current_platform")
+                self.assert_clean("srt/platforms/rocm.py", text)
+                self.assert_clean("srt/models/qwen3_5.py", text)
+
+    def test_data_and_lowest_layer_use_the_standard_library(self):
+        self.assert_violation("srt/environ.py", "import torch", "standard library alone")
+        self.assert_violation("embedded_models/__init__.py", "import numpy", "standard library alone")
+        self.assert_violation("embedded_models/__init__.py", "import sglang.srt.environ", "it is data alone")
+        self.assert_clean("srt/configs/a.py", "import sglang.embedded_models")
+
+    def test_a_module_without_a_row_is_an_error(self):
+        self.assert_violation("srt/quantization/fp8.py", "", "has no layer")
+        self.assert_violation("srt/managers/a.py", "import sglang.srt.quantization.fp8", "has no layer")
+
+    def test_an_empty_tree_is_not_clean(self):
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run([sys.executable, str(SCRIPT), folder], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 2)
+
+    def test_this_tree(self):
+        done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 0, done.stdout)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,58 @@
+"""scripts/size.py fails on a file or function past its limit, and on nothing else."""
+
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "size.py"
+
+
+def function(lines: int, decorator: str = "") -> str:
+    return f"{decorator}def long():\n" + "    x = 1\n" * (lines - 1)
+
+
+class TestSize(CustomTestCase):
+    def size(self, text: str, name: str = "python/sglang/srt/utils/a.py") -> subprocess.CompletedProcess:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.parent.mkdir(parents=True)
+            path.write_text(text)
+            return subprocess.run([sys.executable, str(SCRIPT), folder], capture_output=True, text=True)
+
+    def test_at_the_limits(self):
+        done = self.size(function(100) + "x = 1\n" * 400)
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertIn("sglang/srt/utils     500", done.stdout)
+        self.assertIn("product lines: 500 of the 20,000", done.stdout)
+        self.assertIn("100 python/sglang/srt/utils/a.py:1 long", done.stdout)
+
+    def test_a_file_past_the_limit(self):
+        done = self.size("x = 1\n" * 501)
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("error: python/sglang/srt/utils/a.py: 501 lines, the limit is 500", done.stdout)
+
+    def test_a_function_past_the_limit(self):
+        done = self.size(function(101), "test/registered/test_a.py")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("error: test/registered/test_a.py:1: long has 101 lines", done.stdout)
+        self.assertIn("product lines: 0 of", done.stdout)
+
+    def test_kernel_bodies_and_name_lists_are_excepted(self):
+        self.assertEqual(self.size(function(101, "@triton.jit\n")).returncode, 0)
+        self.assertEqual(self.size("x = 1\n" * 501, "python/sglang/srt/environ_upstream.py").returncode, 0)
+
+    def test_an_empty_tree_is_an_error(self):
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run([sys.executable, str(SCRIPT), folder], capture_output=True, text=True)
+        self.assertEqual(done.returncode, 2)
+
+
+if __name__ == "__main__":
+    unittest.main()
