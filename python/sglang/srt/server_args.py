@@ -13,7 +13,7 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from sglang.srt.server_args_fields import Arg, FieldSpec, field_specs
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ServerArgs",
     "ServerArgsError",
-    "add_cli_args",
     "check_static",
     "evaluate",
     "exit_with_errors",
@@ -78,13 +77,383 @@ class ServerArgsError(ValueError):
 
 @dataclass(frozen=True)
 class ServerArgs:
-    """All settings of a server. None means that ``resolve`` chooses; afterwards only optional things are None."""
+    """All settings of a server. None means that ``resolve`` chooses; what stays None afterwards is optional."""
 
-    # fmt: off
-    model_path: Annotated[str, Arg("Folder of a model in Hugging Face format. Nothing is fetched from a hub. Without it, the model that ships with the package is served.", MODEL, aliases=("--model",))] = ""
-    # fmt: on
+    model_path: Annotated[
+        str,
+        Arg(
+            "Folder of a model in Hugging Face format; nothing is fetched from a hub. Without it, the small model that "
+            "ships with the package is served.",
+            MODEL,
+            aliases=("--model",),
+            metavar="FOLDER",
+        ),
+    ] = ""
+    tokenizer_path: Annotated[
+        str | None, Arg("Folder that holds tokenizer.json.", MODEL, auto="the model path", metavar="FOLDER")
+    ] = None
+    skip_tokenizer_init: Annotated[
+        bool, Arg("Load no tokenizer: requests bring input_ids and get output ids, no text.", MODEL)
+    ] = False
+    load_format: Annotated[
+        str,
+        Arg(
+            "Where weights come from. auto and safetensors read the files of the folder; dummy makes random ones.",
+            MODEL,
+            choices=("auto", "safetensors", "dummy"),
+            elsewhere=_LOAD_FORMATS_ELSEWHERE,
+        ),
+    ] = "auto"
+    context_length: Annotated[
+        int | None,
+        Arg("Most tokens of prompt and output of a request.", MODEL, minimum=1, human=True, auto="the model's own limit"),
+    ] = None
+    json_model_override_args: Annotated[
+        str, Arg("JSON object laid over the model's config.json, such as '{\"num_hidden_layers\": 4}'.", MODEL)
+    ] = "{}"
+    host: Annotated[str, Arg("Address to listen on.", HTTP)] = "127.0.0.1"
+    port: Annotated[int, Arg("Port to listen on.", HTTP, minimum=1, maximum=65535)] = 30000
+    skip_server_warmup: Annotated[bool, Arg("Send no request to the server itself after start.", HTTP)] = False
+    dtype: Annotated[
+        str,
+        Arg(
+            "Type of weights and activations. auto is the checkpoint's type, and float32 on CPU. half is float16, float "
+            "is float32.",
+            DTYPE,
+            choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
+        ),
+    ] = "auto"
+    mem_fraction_static: Annotated[
+        float | None,
+        Arg(
+            "Share of the memory that is free after the weights are loaded which the KV and state pools may take.",
+            MEMORY,
+            above=0,
+            below=1,
+            auto="0.5 on CPU, else 0.88",
+        ),
+    ] = None
+    max_running_requests: Annotated[
+        int | None, Arg("Most requests that run at once.", MEMORY, minimum=1, auto="64 on CPU, else 256")
+    ] = None
+    max_queued_requests: Annotated[
+        int | None, Arg("Most requests that wait; more are answered 503.", MEMORY, minimum=1, auto="no limit")
+    ] = None
+    max_total_tokens: Annotated[
+        int | None,
+        Arg("Tokens that the KV pool holds.", MEMORY, minimum=1, human=True, auto="what `--mem-fraction-static` allows"),
+    ] = None
+    chunked_prefill_size: Annotated[
+        int | None,
+        Arg(
+            "Most prompt tokens of a request in one step; a multiple of the page size. -1 never cuts a prompt.",
+            MEMORY,
+            minimum=1,
+            also=(-1,),
+            auto="2048 on CPU, else 8192",
+        ),
+    ] = None
+    max_prefill_tokens: Annotated[
+        int, Arg("Most prompt tokens of all requests in one step.", MEMORY, minimum=1, human=True)
+    ] = 16384
+    schedule_policy: Annotated[
+        str,
+        Arg(
+            "Order of waiting requests: fcfs by arrival, lpm by longest cached prefix.",
+            MEMORY,
+            choices=("fcfs", "lpm"),
+            elsewhere=("random", "dfs-weight", "lof", "priority", "routing-key"),
+        ),
+    ] = "fcfs"
+    schedule_conservativeness: Annotated[
+        float, Arg("Raise it if requests are retracted often; lower admits more at once.", MEMORY, minimum=0)
+    ] = 1.0
+    page_size: Annotated[int | None, Arg("Tokens of a KV page.", MEMORY, minimum=1, auto="1")] = None
+    disable_radix_cache: Annotated[bool, Arg("Keep no prefix for later requests.", MEMORY)] = False
+    radix_eviction_policy: Annotated[
+        str,
+        Arg("What leaves a full prefix cache first.", MEMORY, choices=("lru",), elsewhere=("lfu", "slru", "priority")),
+    ] = "lru"
+    device: Annotated[
+        str,
+        Arg(
+            "Where tensors live; ROCm is cuda too. auto takes a GPU when there is one.",
+            RUNTIME,
+            choices=("auto", "cpu", "cuda"),
+            elsewhere=("xpu", "hpu", "npu", "musa", "mps"),
+        ),
+    ] = "auto"
+    random_seed: Annotated[
+        int | None, Arg("Seed of sampling and of dummy weights.", RUNTIME, minimum=0, auto="a random one, logged")
+    ] = None
+    stream_interval: Annotated[int, Arg("Tokens of one streamed chunk.", RUNTIME, minimum=1)] = 1
+    incremental_streaming_output: Annotated[
+        bool,
+        Arg("Chunks of `/generate` carry only what is new, not all text so far.", RUNTIME, aliases=("--stream-output",)),
+    ] = False
+    watchdog_timeout: Annotated[float, Arg("Seconds after which a hung step ends the server.", RUNTIME, above=0)] = 300.0
+    allow_auto_truncate: Annotated[
+        bool, Arg("Cut prompts that exceed the context instead of refusing them.", RUNTIME)
+    ] = False
+    dry_run: Annotated[
+        bool, Arg("Print what would be served and why, or every reason against it, and exit 0 or 2.", RUNTIME)
+    ] = False
+    log_level: Annotated[
+        str, Arg("What is logged.", LOGGING, choices=("debug", "info", "warning", "error", "critical"))
+    ] = "info"
+    log_requests: Annotated[bool, Arg("Log each request and its outcome.", LOGGING)] = False
+    enable_metrics: Annotated[bool, Arg("Serve Prometheus metrics at `/metrics`.", LOGGING)] = False
+    decode_log_interval: Annotated[int, Arg("Decode steps between two log lines.", LOGGING, minimum=1)] = 40
+    api_key: Annotated[str | None, Arg("Bearer token that every request must bring.", API, auto="none needed")] = None
+    admin_api_key: Annotated[
+        str | None,
+        Arg("Bearer token of the administrative endpoints.", API, auto="the API key; without any, only loopback may"),
+    ] = None
+    served_model_name: Annotated[
+        str | None, Arg("Model name in replies; it holds no colon.", API, auto="the model path")
+    ] = None
+    chat_template: Annotated[
+        str | None, Arg("File of a Jinja chat template.", API, auto="the tokenizer's", metavar="FILE")
+    ] = None
+    enable_cache_report: Annotated[bool, Arg("Report cached prompt tokens in `usage`.", API)] = False
+    sampling_defaults: Annotated[
+        str,
+        Arg(
+            "Where sampling defaults come from: the model's generation_config.json, or OpenAI's values.",
+            API,
+            choices=("model", "openai"),
+        ),
+    ] = "model"
+    tp_size: Annotated[
+        int,
+        Arg("Ranks that share each layer.", PARALLEL, aliases=("--tensor-parallel-size", "--tp"), minimum=1),
+    ] = 1
+    dp_size: Annotated[
+        int, Arg("Replicas; only 1 in this build.", PARALLEL, aliases=("--data-parallel-size", "--dp"), minimum=1)
+    ] = 1
+    nccl_port: Annotated[
+        int | None, Arg("Local port where the ranks meet.", PARALLEL, minimum=1, maximum=65535, auto="a free one")
+    ] = None
+    dist_timeout: Annotated[
+        int | None, Arg("Seconds that a collective may take.", PARALLEL, minimum=1, auto="600")
+    ] = None
+    attention_backend: Annotated[
+        str | None,
+        Arg(
+            "Implementation that attention prefers. This build has torch_native; triton and aiter are names for GPUs.",
+            KERNELS,
+            choices=("torch_native", "triton", "aiter"),
+            elsewhere=_ATTENTION_ELSEWHERE,
+            auto="torch_native",
+        ),
+    ] = None
+    sampling_backend: Annotated[
+        str | None,
+        Arg("Sampler.", KERNELS, choices=("pytorch",), elsewhere=("flashinfer", "ascend"), auto="pytorch"),
+    ] = None
+    ep_size: Annotated[
+        int,
+        Arg(
+            "Ranks that share the experts; only 1 in this build.",
+            EXPERTS,
+            aliases=("--expert-parallel-size", "--ep"),
+            minimum=1,
+        ),
+    ] = 1
+    moe_a2a_backend: Annotated[
+        str,
+        Arg(
+            "Token exchange between expert ranks; only none in this build.",
+            EXPERTS,
+            choices=("none", "mori"),
+            elsewhere=_A2A_ELSEWHERE,
+        ),
+    ] = "none"
+    deepep_mode: Annotated[
+        str,
+        Arg(
+            "Mode of DeepEP or MoriEP: normal for throughput, low_latency (AsyncLL with MoriEP) for small batches.",
+            EXPERTS,
+            choices=("auto", "normal", "low_latency"),
+        ),
+    ] = "auto"
+    disable_shared_experts_fusion: Annotated[
+        bool, Arg("Keep shared experts apart from the routed ones, as this build always does.", EXPERTS)
+    ] = False
+    enforce_shared_experts_fusion: Annotated[
+        bool, Arg("Fuse shared experts into the routed ones; not in this build.", EXPERTS)
+    ] = False
+    mamba_ssm_dtype: Annotated[
+        str | None,
+        Arg(
+            "Type of the recurrent state of linear-attention layers.",
+            LINEAR,
+            choices=("float32", "bfloat16", "float16"),
+            auto="`SGLANG_MAMBA_SSM_DTYPE`, else the checkpoint's",
+        ),
+    ] = None
+    max_mamba_cache_size: Annotated[
+        int | None, Arg("Slots for recurrent states, of running requests and of cached prefixes.", LINEAR, minimum=1)
+    ] = None
+    disable_cuda_graph: Annotated[bool, Arg("Capture no graphs (HIP graphs neither).", GRAPHS)] = False
+    cuda_graph_bs: Annotated[list[int] | None, Arg("Batch sizes to capture.", GRAPHS, minimum=1)] = None
+    cuda_graph_max_bs: Annotated[int | None, Arg("Greatest batch size to capture.", GRAPHS, minimum=1)] = None
+    disable_overlap_schedule: Annotated[
+        bool, Arg("Prepare a step only after the one before it has ended, as this build always does.", GRAPHS)
+    ] = False
+    enable_mixed_chunk: Annotated[bool, Arg("Let decoding requests join a step of prompt chunks.", GRAPHS)] = False
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> ServerArgs:
-        """Construct from keywords as upstream's Engine takes them; raises ServerArgsError for what cannot be honoured."""
-        raise NotImplementedError
+        """Construct from keywords as upstream's Engine takes them.
+
+        A keyword of upstream that this engine lacks is treated as its flag would be. Raises ServerArgsError.
+        """
+        known = {spec.name for spec in field_specs(cls)}
+        values = {name: value for name, value in kwargs.items() if name in known}
+        errors = []
+        given = []
+        for name, value in kwargs.items():
+            if name in known or value is None or value is False:
+                continue
+            flag = lacking_flag(name)
+            if flag is None:
+                near = difflib.get_close_matches(name, sorted(known), n=1)
+                errors.append(f"unknown setting {name}" + (f": did you mean {near[0]}?" if near else ""))
+            else:
+                given.append((flag.names[0], [] if value is True else [str(value)]))
+        refused, warnings = verdicts(given)
+        if errors or refused:
+            raise ServerArgsError(errors + refused)
+        for warning in warnings:
+            logger.warning("%s", warning)
+        return cls(**values)
+
+    @staticmethod
+    def add_cli_args(parser: argparse.ArgumentParser) -> None:
+        """Declare every flag on another program's parser; read the result with ``from_cli_args``."""
+        add_arguments(parser, field_specs(ServerArgs))
+
+    @classmethod
+    def from_cli_args(cls, namespace: argparse.Namespace) -> ServerArgs:
+        """From a namespace of a parser that ``add_cli_args`` filled; raises ServerArgsError."""
+        parsed = collect_values(namespace, field_specs(cls))
+        return _accepted(cls(**parsed.values), parsed.errors, parsed.warnings)
+
+    def model_overrides(self) -> dict[str, Any]:
+        """``json_model_override_args`` as a mapping."""
+        overrides: dict[str, Any] = json.loads(self.json_model_override_args)
+        return overrides
+
+    def to_json(self) -> str:
+        """All fields as JSON text, for a child process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> ServerArgs:
+        """The ServerArgs whose ``to_json`` gave ``text``."""
+        return cls(**json.loads(text))
+
+
+def specs() -> tuple[FieldSpec, ...]:
+    """The flags, in order of declaration."""
+    return field_specs(ServerArgs)
+
+
+def prepare_server_args(argv: Sequence[str]) -> ServerArgs:
+    """Read a command line (without the program's name); raises ServerArgsError with every problem.
+
+    ``--help`` prints and exits. What depends on the model or the machine is left to ``resolve``.
+    """
+    parsed = parse_command_line(argv, specs(), DESCRIPTION)
+    return _accepted(ServerArgs(**parsed.values), parsed.errors, parsed.warnings)
+
+
+def _accepted(args: ServerArgs, errors: Sequence[str], warnings: Sequence[str]) -> ServerArgs:
+    for warning in warnings:
+        logger.warning("%s", warning)
+    if problems := [*errors, *check_static(args)]:
+        raise ServerArgsError(problems)
+    return args
+
+
+def check_static(args: ServerArgs) -> list[str]:
+    """Problems that need neither model nor machine: types, choices, bounds, flags that exclude each other."""
+    from sglang.srt.server_args_resolve import check
+
+    return check(args)[0]
+
+
+def resolve(args: ServerArgs, model_config: ModelConfig, platform: PlatformLike) -> ServerArgs:
+    """Fill what depends on model and machine, logging each change; raises ServerArgsError with every problem.
+
+    ``platform`` needs ``kind`` ("cpu", "cuda", "hip") and ``device_type``.
+    """
+    from sglang.srt.server_args_resolve import resolve_all
+
+    resolution = resolve_all(args, model_config, platform)
+    for change in resolution.changes:
+        logger.info("%s", change)
+    for warning in resolution.warnings:
+        logger.warning("%s", warning)
+    if resolution.errors:
+        raise ServerArgsError(resolution.errors)
+    return resolution.args
+
+
+def evaluate(
+    argv: Sequence[str] | ServerArgs, platform: PlatformLike | None = None, environ: Mapping[str, str] | None = None
+) -> Verdict:
+    """Everything that can be known before a launch: flags, variables, model config and resolution in one verdict."""
+    from sglang.srt.server_args_verdict import evaluate as evaluate_all
+
+    return evaluate_all(argv, platform, environ)
+
+
+def run_dry(argv: Sequence[str], platform: PlatformLike | None = None) -> int:
+    """Print the verdict on a command line; returns the exit status: 0 if it would be served, else 2."""
+    verdict = evaluate(argv, platform)
+    print("\n".join(verdict.lines()))
+    return 2 if verdict.errors else 0
+
+
+def exit_with_errors(errors: Sequence[str]) -> None:
+    """Print every problem to stderr and exit with status 2."""
+    for error in errors:
+        print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def render_markdown() -> str:
+    """The page docs/advanced_features/server_arguments.md."""
+    from sglang.srt.server_args_docs import render
+
+    return render(specs())
+
+
+_global_server_args: ServerArgs | None = None
+
+
+def get_global_server_args() -> ServerArgs:
+    """The resolved arguments of this process; raises RuntimeError before they are set."""
+    if _global_server_args is None:
+        raise RuntimeError("server arguments are not set in this process: set_global_server_args_for_scheduler first")
+    return _global_server_args
+
+
+def set_global_server_args_for_scheduler(args: ServerArgs) -> None:
+    """Make ``args`` what ``get_global_server_args`` returns in this process."""
+    global _global_server_args
+    _global_server_args = args
+
+
+@contextmanager
+def override_server_args(**changes: Any) -> Iterator[ServerArgs]:
+    """Within the block, the process's arguments (or the defaults) with ``changes``; for tests."""
+    global _global_server_args
+    previous = _global_server_args
+    _global_server_args = replace(previous or ServerArgs(), **changes)
+    try:
+        yield _global_server_args
+    finally:
+        _global_server_args = previous

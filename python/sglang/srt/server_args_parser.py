@@ -26,9 +26,7 @@ class Parsed:
 
 
 class _ParseFailure(Exception):
-    def __init__(self, message: str, option: str | None = None) -> None:
-        super().__init__(message)
-        self.option = option
+    """argparse would have printed its usage and exited."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,24 +94,26 @@ def parse_command_line(argv: Sequence[str], specs: Sequence[FieldSpec], descript
     """Read ``argv`` and the file it names with --config; never raises or exits, except for --help."""
     parser = build_parser(specs, description)
     names = _flag_names(specs)
+    namespace, errors = _read_words(parser, names, argv)
     parsed = Parsed()
-    namespace, given = _read_words(parser, names, list(argv), parsed)
     config_file = getattr(namespace, "config", None)
     if config_file is not None:
-        from_file = Parsed()
-        file_namespace, file_given = _read_words(parser, names, _config_words(config_file, from_file), from_file)
-        collect_values(from_file, file_namespace, file_given, specs)
-        parsed.errors += [f"{config_file}: {error}" for error in from_file.errors]
-        parsed.warnings += [f"{config_file}: {warning}" for warning in from_file.warnings]
+        words, file_errors = _config_words(config_file)
+        file_namespace, more = _read_words(parser, names, words)
+        from_file = collect_values(file_namespace, specs)
         parsed.values.update(from_file.values)
-    collect_values(parsed, namespace, given, specs)
+        parsed.errors += [f"{config_file}: {error}" for error in [*file_errors, *more, *from_file.errors]]
+        parsed.warnings += [f"{config_file}: {warning}" for warning in from_file.warnings]
+    from_line = collect_values(namespace, specs)
+    parsed.values.update(from_line.values)
+    parsed.errors += [*errors, *from_line.errors]
+    parsed.warnings += from_line.warnings
     return parsed
 
 
-def collect_values(
-    parsed: Parsed, namespace: argparse.Namespace, given: Iterable[tuple[str, list[str]]], specs: Sequence[FieldSpec]
-) -> None:
-    """Convert what the namespace holds into ``parsed``, and judge the flags that only upstream has."""
+def collect_values(namespace: argparse.Namespace, specs: Sequence[FieldSpec]) -> Parsed:
+    """The typed values of a namespace that ``add_arguments`` shaped, and what the flags that only upstream has get."""
+    parsed = Parsed()
     for spec in specs:
         if not hasattr(namespace, spec.name):
             continue
@@ -125,9 +125,10 @@ def collect_values(
             parsed.values[spec.name] = spec.parse(raw if isinstance(raw, list) else [raw])
         except ValueError as error:
             parsed.errors.append(str(error))
-    errors, warnings = verdicts(given)
+    errors, warnings = verdicts(getattr(namespace, _DEST, ()))
     parsed.errors += errors
     parsed.warnings += warnings
+    return parsed
 
 
 def _flag_names(specs: Sequence[FieldSpec]) -> dict[str, tuple[str, ...]]:
@@ -138,29 +139,28 @@ def _flag_names(specs: Sequence[FieldSpec]) -> dict[str, tuple[str, ...]]:
 
 
 def _read_words(
-    parser: argparse.ArgumentParser, names: dict[str, tuple[str, ...]], words: list[str], parsed: Parsed
-) -> tuple[argparse.Namespace, list[tuple[str, list[str]]]]:
-    """argparse over ``words``; each word that it cannot take is recorded and left out, and the rest is read."""
-    words = _expand(names, words, parsed)
+    parser: argparse.ArgumentParser, names: dict[str, tuple[str, ...]], argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """(namespace, problems): what argparse cannot take is reported and left out, and the rest is read."""
+    words, errors = _expand(names, argv)
     while True:
         try:
             namespace, rest = parser.parse_known_args(words)
             break
         except argparse.ArgumentError as error:
             option = (error.argument_name or "").split("/")[0]
-            parsed.errors.append(f"{option}: {error.message}")
+            errors.append(f"{option}: {error.message}")
             words = _without(words, names[option])
         except _ParseFailure as failure:
-            parsed.errors.append(str(failure))
-            return argparse.Namespace(), []
-    for word in rest:
-        parsed.errors.append(f"unexpected argument {word!r}: every setting is a flag, such as --model-path {word}")
-    return namespace, list(getattr(namespace, _DEST, ()))
+            return argparse.Namespace(), [*errors, str(failure)]
+    errors += [f"unexpected argument {word!r}: every setting is a flag, such as --model-path {word}" for word in rest]
+    return namespace, errors
 
 
-def _expand(names: dict[str, tuple[str, ...]], words: list[str], parsed: Parsed) -> list[str]:
-    """Abbreviations written out; unknown and ambiguous flags recorded and dropped with the words after them."""
+def _expand(names: dict[str, tuple[str, ...]], words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(words with abbreviations written out, problems): unknown and ambiguous flags go, with the words after them."""
     result: list[str] = []
+    errors: list[str] = []
     dropping = False
     for word in words:
         if not word.startswith("-") or _is_number(word):
@@ -174,10 +174,10 @@ def _expand(names: dict[str, tuple[str, ...]], words: list[str], parsed: Parsed)
             result.append(matches[0] + equals + value)
         elif matches:
             some = ", ".join(sorted(matches)[:6]) + (", ..." if len(matches) > 6 else "")
-            parsed.errors.append(f"{name} is ambiguous: it could be {some}")
+            errors.append(f"{name} is ambiguous: it could be {some}")
         else:
-            parsed.errors.append(unknown_flag(name, names))
-    return result
+            errors.append(unknown_flag(name, names))
+    return result, errors
 
 
 def unknown_flag(name: str, known: Iterable[str]) -> str:
@@ -211,36 +211,34 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _config_words(path: str, parsed: Parsed) -> list[str]:
-    """A --config file as the words of a command line: keys are long flag names, true sets a flag, false leaves it."""
+def _config_words(path: str) -> tuple[list[str], list[str]]:
+    """(command line, problems) of a --config file: keys are long flag names, true sets a flag, false leaves it."""
     import yaml
 
     try:
         document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        parsed.errors.append(f"cannot be read: {error.strerror}")
-        return []
+        return [], [f"cannot be read: {error.strerror}"]
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parsed.errors.append(f"not valid YAML: {' '.join(str(error).split())}")
-        return []
+        return [], [f"not valid YAML: {' '.join(str(error).split())}"]
     if document is None:
-        return []
+        return [], []
     if not isinstance(document, dict):
-        parsed.errors.append("must map long flag names to values, such as `tp-size: 2`")
-        return []
+        return [], ["must map long flag names to values, such as `tp-size: 2`"]
     words: list[str] = []
+    errors: list[str] = []
     for key, value in document.items():
         if key == "config":
-            parsed.errors.append("key config: a config file cannot name another")
+            errors.append("key config: a config file cannot name another")
         elif value is True:
             words.append(f"--{key}")
         elif value is None:
-            parsed.errors.append(f"key {key} has no value")
+            errors.append(f"key {key} has no value")
         elif value is not False:
             items = value if isinstance(value, list) else [value]
             text = [json.dumps(item) if isinstance(item, dict) else str(item) for item in items]
             words += [f"--{key}={text[0]}"] if len(text) == 1 else [f"--{key}", *text]
-    return words
+    return words, errors
 
 
 def lacking_flag(name: str) -> UpstreamFlag | None:

@@ -216,6 +216,10 @@ _NO_EFFECT = (
         "--record-nolora-graph --no-record-nolora-graph",
     ),
     (
+        "the ranks share one machine and meet at --nccl-port",
+        "--dist-init-addr|--nccl-init-addr=",
+    ),
+    (
         "work is not overlapped in this way",
         "--enable-two-batch-overlap --enable-single-batch-overlap --tbo-token-distribution-threshold=",
     ),

@@ -90,7 +90,8 @@ class FakeScheduler:
                     for socket in (self._receiver, self._to_tokenizer, self._to_detokenizer):
                         socket.close()
                     return
-                self._handle(message)
+                if not self.frozen:
+                    self._handle(message)
             if self.frozen or not self.running:
                 continue
             time.sleep(self.delay_s)
@@ -103,7 +104,8 @@ class FakeScheduler:
             for rid in list(self.running):
                 hit = rid == message.rid if message.exact else rid.startswith(message.rid)
                 if message.abort_all or hit:
-                    self._emit([(self.running.pop(rid), FinishReason(type="abort", message="The request was aborted."))])
+                    reason = FinishReason(type="abort", message="The request was aborted.")
+                    self._emit([(self.running.pop(rid), reason)])
         elif isinstance(message, FlushCacheReqInput):
             idle = not self.running
             text = "" if idle else f"The server is busy: {len(self.running)} running."

@@ -17,6 +17,7 @@ from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocato
 from sglang.srt.mem_cache.memory_pool import GDNStatePool, KVPool, MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, LogprobRequest, ModelWorkerBatch
 from sglang.srt.model_loader.loader import load_model
+from sglang.srt.server_args import override_server_args
 
 
 class _EveryRow(nn.Module):
@@ -52,7 +53,8 @@ class ModelHarness:
         backend: AttentionBackend | None = None,
     ) -> None:
         self.config = ModelConfig.from_path(model_path)
-        self.model = load_model(self.config, load_format)
+        with override_server_args():
+            self.model = load_model(self.config, load_format)
         device = torch.device("cpu")
         self.requests = ReqToTokenPool(max_requests, min(self.config.context_len, num_slots), device)
         self.allocator = TokenToKVPoolAllocator(num_slots, page_size)

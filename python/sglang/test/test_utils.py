@@ -117,6 +117,7 @@ def popen_launch_server(
     except BaseException as error:
         if process.poll() is None:
             kill_process_tree(process.pid)
+            process.wait()
         if isinstance(error, (RuntimeError, TimeoutError)) and log_path is not None:
             raise type(error)(f"{error}\n--- end of its output ---\n{_tail(log_path)}") from None
         raise

@@ -14,10 +14,13 @@ from sglang.srt.utils.common import get_free_port, is_cuda, is_hip, is_port_avai
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
 SLEEPER = "import time; time.sleep(60)"
-TREE = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {SLEEPER!r}]); print(p.pid, flush=True); p.wait()"
+TREE = f"""import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", {SLEEPER!r}])
+print(child.pid, flush=True)
+child.wait()"""
 
 
 class TestCommon(CustomTestCase):

@@ -39,12 +39,14 @@ MESSAGES = [
 TEMPLATES = {
     "plain": "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}",
     "blocks": "{%- for m in messages %}\n    {%- if m.role == 'system' %}{% continue %}{% endif %}\n"
-    "    {{- '<' + m['role'] + '>' + (m['content'] | trim) }}\n{% endfor %}\n{% if add_generation_prompt %}\nGO\n{% endif %}",
+    "    {{- '<' + m['role'] + '>' + (m['content'] | trim) }}\n{% endfor %}\n"
+    "{% if add_generation_prompt %}\nGO\n{% endif %}",
     "json": "{% for m in messages %}{{ m | tojson }}{{ m | tojson(indent=2) }}{% endfor %}{{ bos_token }}",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
     "{% if ns.n > 2 %}{% break %}{% endif %}{{ ns.n }}{{ m.get('missing', 'none') }}{% endfor %}",
-    "kwargs": "{% if enable_thinking is defined and enable_thinking %}<think>{% endif %}{{ tools }}{{ messages[0].content }}",
+    "kwargs": "{% if enable_thinking is defined and enable_thinking %}<think>{% endif %}"
+    "{{ tools }}{{ messages[0].content }}",
     "time": "{{ strftime_now('%Y') }}",
 }
 
@@ -79,8 +81,9 @@ class TestAgainstTransformers(CustomTestCase):
     def test_added_tokens_of_the_config_alone(self):
         tokenizer = byte_level_tokenizer()
         extra = tokenizer.get_vocab_size()
-        entry = {"content": "<|late|>", "special": True, "lstrip": False, "rstrip": False, "normalized": False}
-        folder = write_tokenizer(self.folder, tokenizer, added_tokens_decoder={str(extra): {**entry, "single_word": False}})
+        entry = dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
+        entry |= {"content": "<|late|>", "special": True}
+        folder = write_tokenizer(self.folder, tokenizer, added_tokens_decoder={str(extra): entry})
         ours, theirs = Tokenizer.from_path(folder), auto_tokenizer(folder)
         self.assertEqual(ours.encode("a<|late|>b"), theirs.encode("a<|late|>b"))
         self.assertIn(extra, ours.all_special_ids)

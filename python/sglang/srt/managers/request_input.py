@@ -45,7 +45,7 @@ def split_request(obj: GenerateReqInput) -> tuple[list[SingleRequest], bool]:
     """
     prompts, is_batch = _prompts(obj)
     count = len(prompts)
-    params = _per_request("sampling_params", obj.sampling_params, count, is_batch, {})
+    params: list[dict[str, Any]] = _per_request("sampling_params", obj.sampling_params, count, is_batch, {})
     rids = _rids(obj.rid, count, is_batch)
     return_logprob = _per_request("return_logprob", obj.return_logprob, count, is_batch, False)
     start_len = _per_request("logprob_start_len", obj.logprob_start_len, count, is_batch, -1)

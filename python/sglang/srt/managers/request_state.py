@@ -149,7 +149,7 @@ class RequestGroup:
             self.error = self.error or state.error()
         if self.stream:
             self._changed[state.index] = state
-        if self.stream or self.done:
+        if self.stream or self._unfinished == 0 or self.error is not None:
             self._event.set()
 
     def fail(self, error: RequestError) -> None:
@@ -157,8 +157,9 @@ class RequestGroup:
         self._event.set()
 
     @property
-    def done(self) -> bool:
-        return self._unfinished == 0 or self.error is not None
+    def all_read(self) -> bool:
+        """Whether every request is finished and ``wait`` has returned its last change."""
+        return self._unfinished == 0 and not self._changed and self.error is None
 
     async def wait(self) -> list[RequestState]:
         """The states that changed since the last call. Raises the error in which any of them ended."""

@@ -179,7 +179,7 @@ class Scheduler:
     def _abort(self, message: AbortReq) -> None:
         """End matching requests wherever they are; steps are not in flight here, so memory is free at once."""
         for queue in (self.waiting, self.partial, self.running):
-            hit = [req for req in queue if message.abort_all or req.rid.startswith(message.rid)]
+            hit = [req for req in queue if _is_meant(message, req.rid)]
             for req in hit:
                 queue.remove(req)
                 req.finish_reason = abort_reason("The request was aborted.")
@@ -241,7 +241,7 @@ class Scheduler:
         return self._batch(mode, reqs, starts, ends, slots)
 
     def _plan_decode(self) -> ScheduleBatch | None:
-        if self.config.retract_interval and self.metrics.num_decode_steps % self.config.retract_interval == 1:
+        if self.config.retract_interval and (self.metrics.num_decode_steps + 1) % self.config.retract_interval == 0:
             self._retract_one_for_test()
         slots = self.memory.extend_by_one(self.running)
         if slots is None:
@@ -368,3 +368,8 @@ class Scheduler:
         self.memory.check_idle(deep)
         self.metrics.went_idle()
 
+
+def _is_meant(message: AbortReq, rid: str) -> bool:
+    if message.abort_all:
+        return True
+    return rid == message.rid if message.exact else rid.startswith(message.rid)

@@ -127,7 +127,7 @@ class TokenizerManager:
                 results = [state.result(incremental=False) for state in group.states]
                 yield results if is_list else results[0]
                 return
-            while not group.done:
+            while not group.all_read:
                 for state in await group.wait():
                     result = state.result(incremental)
                     if is_list:
@@ -168,7 +168,7 @@ class TokenizerManager:
         try:
             self._sender.send(message_type(seq=seq))
             return await asyncio.wait_for(future, timeout_s)
-        except TimeoutError:
+        except asyncio.TimeoutError:
             raise RequestError(
                 f"The scheduler did not answer within {timeout_s:g} s.", 503, "ServiceUnavailableError"
             ) from None
@@ -208,7 +208,8 @@ class TokenizerManager:
                 self._sender.send(AbortReq(rid=state.wire_rid, exact=True))
         if self.server_args.log_requests:
             for state in group.states:
-                logger.info("Finish: rid=%s, reason=%s, tokens=%d", state.rid, state.finish_reason, len(state.output_ids))
+                num_tokens = len(state.output_ids)
+                logger.info("Finish: rid=%s, reason=%s, tokens=%d", state.rid, state.finish_reason, num_tokens)
 
     async def _prepare(
         self, obj: GenerateReqInput, group: RequestGroup
@@ -279,7 +280,10 @@ class TokenizerManager:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError(f"The prompt is not valid Unicode: {error.reason} at position {error.start}.") from None
-        ids = tokenizer.encode(text) if len(text) < _LONG_TEXT_CHARS else await asyncio.to_thread(tokenizer.encode, text)
+        if len(text) < _LONG_TEXT_CHARS:
+            ids = tokenizer.encode(text)
+        else:
+            ids = await asyncio.to_thread(tokenizer.encode, text)
         if ids and max(ids) >= self.vocab_size:
             raise RequestError(
                 f"The tokenizer gives id {max(ids)}, and the model has a vocabulary of {self.vocab_size}: the "

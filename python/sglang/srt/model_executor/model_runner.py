@@ -7,25 +7,30 @@ import time
 
 import torch
 
-from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.distributed import get_tp_group
-from sglang.srt.environ import envs
-from sglang.srt.layers.attention import load_attention_backends
-from sglang.srt.layers.attention.base_attn_backend import AttentionContext, create_attention_backend
+from sglang.srt.layers.attention import make_attention_backend
+from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
-from sglang.srt.mem_cache.memory_pool import GDNStatePool, KVPool, MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.pool_plan import plan_pool_sizes
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
+from sglang.srt.model_executor.model_pools import (
+    kv_bytes_per_token,
+    make_kv_pool,
+    make_state_pool,
+    state_bytes_per_slot,
+)
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
+
+# One live state a running request, and as many again thrice for snapshots of the prefix cache, unless memory is short.
+STATE_SLOTS_PER_REQUEST = 4
 
 
 class ModelRunner:
@@ -43,7 +48,6 @@ class ModelRunner:
         logger.info("weights are loaded (%.1f s)", time.perf_counter() - started)
         self.max_running_requests = _required(args.max_running_requests, "max_running_requests")
         self._make_pools(rank)
-        load_attention_backends()
         context = AttentionContext(
             model_config=model_config,
             req_to_token_pool=self.req_to_token_pool,
@@ -52,7 +56,7 @@ class ModelRunner:
             page_size=self.page_size,
             device=self.device,
         )
-        self.attn_backend = create_attention_backend(args.attention_backend, context)
+        self.attn_backend = make_attention_backend(args.attention_backend, context)
         self.sampler = Sampler()
 
     def _make_pools(self, rank: int) -> None:
@@ -60,13 +64,12 @@ class ModelRunner:
         tp_size = get_tp_group().size
         self.page_size = _required(args.page_size, "page_size")
         free, _ = current_platform.memory_info(rank)
-        state_shape = _state_shape(config, tp_size)
         plan = plan_pool_sizes(
             available_bytes=int(free * _required(args.mem_fraction_static, "mem_fraction_static")),
-            bytes_per_token=_bytes_per_token(config, tp_size),
+            bytes_per_token=kv_bytes_per_token(config, tp_size),
             max_running_requests=self.max_running_requests,
             page_size=self.page_size,
-            bytes_per_state_slot=GDNStatePool.bytes_per_slot(**state_shape) if state_shape else 0,
+            bytes_per_state_slot=state_bytes_per_slot(config, tp_size),
             max_total_tokens=args.max_total_tokens,
             max_mamba_cache_size=args.max_mamba_cache_size,
             disable_radix_cache=args.disable_radix_cache,
@@ -80,13 +83,9 @@ class ModelRunner:
             logger.info("%s", line)
         self.max_total_num_tokens = tokens
         self.req_to_token_pool = ReqToTokenPool(self.max_running_requests, config.context_len + 1, self.device)
-        self.kv_pool = _make_kv_pool(config, tokens, self.page_size, tp_size, self.device)
-        self.state_pool: GDNStatePool | None = None
-        if state_shape:
-            shape = {key: value for key, value in state_shape.items() if key != "num_layers"}
-            assert isinstance(config.text, Qwen3_5Config)
-            slots = min(plan.num_state_slots, 4 * self.max_running_requests)
-            self.state_pool = GDNStatePool(slots, config.text.linear_layer_ids, device=self.device, **shape)
+        self.kv_pool = make_kv_pool(config, tokens, self.page_size, tp_size, self.device)
+        slots = min(plan.num_state_slots, STATE_SLOTS_PER_REQUEST * self.max_running_requests)
+        self.state_pool = make_state_pool(config, slots, tp_size, self.device)
 
     @torch.inference_mode()
     def forward(self, batch: ModelWorkerBatch) -> LogitsProcessorOutput:
@@ -116,54 +115,3 @@ def _required(value: int | float | None, name: str):  # type: ignore[no-untyped-
     if value is None:
         raise ValueError(f"server argument {name} is not resolved")
     return value
-
-
-def _bytes_per_token(config: ModelConfig, tp_size: int) -> int:
-    text = config.text
-    if isinstance(text, DeepseekConfig):
-        return MLATokenToKVPool.bytes_per_token(
-            config.dtype, text.kv_lora_rank, text.qk_rope_head_dim, text.num_hidden_layers
-        )
-    heads = max(1, text.num_key_value_heads // tp_size)
-    return MHATokenToKVPool.bytes_per_token(config.dtype, heads, text.head_dim, len(text.full_attention_layer_ids))
-
-
-def _make_kv_pool(
-    config: ModelConfig, num_tokens: int, page_size: int, tp_size: int, device: torch.device
-) -> KVPool:
-    text = config.text
-    if isinstance(text, DeepseekConfig):
-        return MLATokenToKVPool(
-            num_tokens,
-            page_size,
-            config.dtype,
-            text.kv_lora_rank,
-            text.qk_rope_head_dim,
-            range(text.num_hidden_layers),
-            device,
-        )
-    heads = max(1, text.num_key_value_heads // tp_size)
-    return MHATokenToKVPool(
-        num_tokens, page_size, config.dtype, heads, text.head_dim, text.full_attention_layer_ids, device
-    )
-
-
-def _state_shape(config: ModelConfig, tp_size: int) -> dict[str, int | torch.dtype] | None:
-    """Arguments of ``GDNStatePool.bytes_per_slot`` for one rank; None for a model without recurrent layers."""
-    text = config.text
-    if not isinstance(text, Qwen3_5Config) or not text.linear_layer_ids:
-        return None
-    key_dim = text.linear_num_key_heads * text.linear_key_head_dim
-    value_dim = text.linear_num_value_heads * text.linear_value_head_dim
-    ssm = envs.SGLANG_MAMBA_SSM_DTYPE.get() or text.mamba_ssm_dtype
-    conv = envs.SGLANG_MAMBA_CONV_DTYPE.get()
-    return {
-        "num_layers": len(text.linear_layer_ids),
-        "conv_dim": (2 * key_dim + value_dim) // tp_size,
-        "conv_width": text.linear_conv_kernel_dim,
-        "num_v_heads": text.linear_num_value_heads // tp_size,
-        "v_head_dim": text.linear_value_head_dim,
-        "k_head_dim": text.linear_key_head_dim,
-        "conv_dtype": getattr(torch, conv) if conv else config.dtype,
-        "ssm_dtype": getattr(torch, ssm),
-    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -76,9 +75,8 @@ class Qwen3_5Conv1d(nn.Module):
         channels = sum(self._widths)
         self._full_shape = (channels * self._tp.size, 1, kernel_size)
         self.weight = make_parameter(
-            channels, 1, kernel_size, loader=self.weight_loader, full_shapes={None: self._full_shape},
-            fill=(0.0, 1 / math.sqrt(kernel_size)),
-        )  # fmt: skip
+            channels, 1, kernel_size, loader=self.weight_loader, full_shapes={None: self._full_shape}
+        )
 
     def weight_loader(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
         """Copy this rank's channels of each block."""

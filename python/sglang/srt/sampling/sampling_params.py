@@ -10,6 +10,8 @@ import msgspec
 # Below this temperature a request is greedy.
 GREEDY_TEMPERATURE = 1e-6
 MAX_STOP_STRINGS = 32
+MAX_N = 1024
+_INT64 = 2**63
 # Fields of the field's API that need a grammar engine, which this server lacks.
 UNSUPPORTED_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "custom_logit_processor")
 
@@ -83,7 +85,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
             if not 0 <= token_id < vocab_size:
                 raise SamplingParamsError(f"stop_token_ids must lie in [0, {vocab_size}), got {token_id}.")
         for key, bias in self.logit_bias.items():
-            if not key.lstrip("-").isdigit() or not 0 <= int(key) < vocab_size:
+            if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size):
                 raise SamplingParamsError(f"logit_bias keys must be token ids in [0, {vocab_size}), got {key!r}.")
             if not math.isfinite(bias):
                 raise SamplingParamsError(f"logit_bias[{key}] must be finite, got {bias}.")
@@ -122,10 +124,12 @@ def _check_lengths(params: SamplingParams) -> None:
         raise SamplingParamsError(
             f"min_new_tokens must be in [0, max_new_tokens ({limit})], got {params.min_new_tokens}."
         )
-    if params.n < 1:
-        raise SamplingParamsError(f"n must be at least 1, got {params.n}.")
-    if params.stream_interval is not None and params.stream_interval < 1:
+    if not 1 <= params.n <= MAX_N:
+        raise SamplingParamsError(f"n must be in [1, {MAX_N}], got {params.n}.")
+    if params.stream_interval is not None and not 1 <= params.stream_interval < _INT64:
         raise SamplingParamsError(f"stream_interval must be at least 1, got {params.stream_interval}.")
+    if params.sampling_seed is not None and not -_INT64 <= params.sampling_seed < _INT64:
+        raise SamplingParamsError(f"sampling_seed must fit in 64 bits, got {params.sampling_seed}.")
     if len(params.stop) > MAX_STOP_STRINGS:
         raise SamplingParamsError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(params.stop)}.")
     if any(not text for text in params.stop):

@@ -63,7 +63,9 @@ class ChatTemplate:
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise ChatTemplateError(f"The chat template has a syntax error in line {error.lineno}: {error.message}") from None
+            raise ChatTemplateError(
+                f"The chat template has a syntax error in line {error.lineno}: {error.message}"
+            ) from None
 
     def render(
         self,

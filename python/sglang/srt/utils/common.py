@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Any
+import time
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.environ import EnvBool, EnvError, EnvField, EnvInt, declared_variables
+
+if TYPE_CHECKING:
+    import psutil
+
+KILL_WAIT_S = 5.0
 
 
 def is_hip() -> bool:
@@ -70,8 +76,18 @@ def get_free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def _runs(process: psutil.Process) -> bool:
+    """False for a zombie too: in a container whose first process reaps nothing, orphans stay zombies for ever."""
+    import psutil
+
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def kill_process_tree(parent_pid: int, include_parent: bool = True) -> None:
-    """Kill all descendants of a process, then the process, and wait up to 5 s until they are gone.
+    """Kill all descendants of a process, then the process, and wait up to KILL_WAIT_S until they are gone.
 
     A pid that no longer exists is no error. With the own pid the call returns only if `include_parent` is False.
     """
@@ -89,6 +105,8 @@ def kill_process_tree(parent_pid: int, include_parent: bool = True) -> None:
             process.kill()
         except psutil.NoSuchProcess:
             pass
-    psutil.wait_procs(victims, timeout=5)
+    deadline = time.monotonic() + KILL_WAIT_S
+    while any(map(_runs, victims)) and time.monotonic() < deadline:
+        time.sleep(0.01)
     if include_parent and parent_pid == os.getpid():
         parent.kill()

@@ -1,7 +1,13 @@
 """Attention backends; each registers itself by name when its module is imported."""
 
+from __future__ import annotations
+
 import importlib
 import pkgutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
 
 
 def load_attention_backends() -> None:
@@ -9,3 +15,15 @@ def load_attention_backends() -> None:
     for module in pkgutil.iter_modules(__path__, __name__ + "."):
         if module.name.endswith("_backend"):
             importlib.import_module(module.name)
+
+
+def make_attention_backend(name: str, context: AttentionContext) -> AttentionBackend:
+    """The backend ``name`` over the pools of ``context``; hybrid models get the recurrent backend around it."""
+    from sglang.srt.layers.attention.base_attn_backend import create_attention_backend
+    from sglang.srt.layers.attention.hybrid_linear_attn_backend import GDNBackend, HybridLinearAttnBackend
+
+    load_attention_backends()
+    backend = create_attention_backend(name, context)
+    if context.state_pool is None:
+        return backend
+    return HybridLinearAttnBackend(backend, GDNBackend(context.state_pool))

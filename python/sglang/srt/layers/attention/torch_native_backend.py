@@ -51,6 +51,24 @@ class ExtendPlan:
     kv_indptr: torch.Tensor
 
 
+class ExpandWhenCheaper:
+    """Compares the multiplications of the two forms of latent attention, per head, for n new tokens of m in all.
+
+    Absorbed: each query enters and leaves the latent space, and meets m rows of width 2R + P. Expanded: each of m rows
+    becomes a key and a value, and each query meets rows of width nope + P + v.
+    """
+
+    def __init__(self, text: DeepseekConfig) -> None:
+        self._transform = text.kv_lora_rank * (text.qk_nope_head_dim + text.v_head_dim)
+        self._absorbed_row = 2 * text.kv_lora_rank + text.qk_rope_head_dim
+        self._expanded_row = text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim
+
+    def __call__(self, new_tokens: int, total_tokens: int) -> bool:
+        pairs = new_tokens * total_tokens
+        absorbed = new_tokens * self._transform + pairs * self._absorbed_row
+        return total_tokens * self._transform + pairs * self._expanded_row < absorbed
+
+
 def group_by_length(seq_lens: list[int]) -> list[list[int]]:
     """Batch rows in groups whose padding at most about doubles what is read; ``[all rows in order]`` when one does."""
     order = sorted(range(len(seq_lens)), key=lambda row: -seq_lens[row])
@@ -70,6 +88,7 @@ class TorchNativeAttnBackend(AttentionBackend):
 
     Latent attention has two forms with the same result. Absorbed: queries meet the latent rows as they are stored;
     cheap for few queries. Expanded: keys and values are rebuilt from the latents of the whole context; cheap for many.
+    Decode is always absorbed.
     """
 
     def __init__(self, ctx: AttentionContext) -> None:
@@ -80,8 +99,9 @@ class TorchNativeAttnBackend(AttentionBackend):
         self.extend_plan: ExtendPlan | None = None
         self.absorbed_plan: ExtendPlan | None = None
         self.expanded_plan: ExtendPlan | None = None
-        # New tokens from which expanding the context is cheaper than absorbing the queries.
-        self.expand_from = _expansion_threshold(ctx.model_config.text)
+        text = ctx.model_config.text
+        # Which form of latent attention a request of an extend step takes, by its new and its total tokens.
+        self.expands = ExpandWhenCheaper(text) if isinstance(text, DeepseekConfig) else None
 
     def init_forward_metadata(self, fb: ForwardBatch) -> None:
         """Slots of every request of the step, and which form of latent attention each takes."""
@@ -107,11 +127,11 @@ class TorchNativeAttnBackend(AttentionBackend):
         assert lengths is not None
         everyone = list(range(len(lengths)))
         self.extend_plan = self._extend_plan(fb, everyone)
-        if isinstance(self.kv_pool, MLATokenToKVPool):
-            few = [i for i in everyone if lengths[i] < self.expand_from]
-            many = [i for i in everyone if lengths[i] >= self.expand_from]
-            self.absorbed_plan = self._extend_plan(fb, few) if few else None
-            self.expanded_plan = self._extend_plan(fb, many) if many else None
+        if self.expands is not None:
+            expanded = [i for i in everyone if self.expands(lengths[i], fb.seq_lens_cpu[i])]
+            absorbed = sorted(set(everyone) - set(expanded))
+            self.absorbed_plan = self._extend_plan(fb, absorbed) if absorbed else None
+            self.expanded_plan = self._extend_plan(fb, expanded) if expanded else None
 
     def _extend_plan(self, fb: ForwardBatch, members: list[int]) -> ExtendPlan:
         lengths, starts = fb.extend_seq_lens_cpu, fb.extend_start_loc_cpu
@@ -200,13 +220,3 @@ class TorchNativeAttnBackend(AttentionBackend):
     def _latent_pool(self) -> MLATokenToKVPool:
         assert isinstance(self.kv_pool, MLATokenToKVPool)
         return self.kv_pool
-
-
-def _expansion_threshold(text: object) -> int:
-    """Operations of the two latent forms compared, for one more context row and n queries, per head and in halves:
-    absorbed n * (2R + P); expanded R * (nope + v) once, then n * (nope + P + v)."""
-    if not isinstance(text, DeepseekConfig):
-        return 0
-    once = text.kv_lora_rank * (text.qk_nope_head_dim + text.v_head_dim)
-    saved = 2 * text.kv_lora_rank - text.qk_nope_head_dim - text.v_head_dim
-    return -(-once // saved) if saved > 0 else 1 << 62

@@ -1,0 +1,77 @@
+"""The pools that a model needs on one rank: their shapes, their bytes, and the making of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sglang.srt.configs.deepseek import DeepseekConfig
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.qwen3_5 import Qwen3_5Config
+from sglang.srt.environ import envs
+from sglang.srt.mem_cache.memory_pool import GDNStatePool, KVPool, MHATokenToKVPool, MLATokenToKVPool
+
+
+def kv_bytes_per_token(config: ModelConfig, tp_size: int) -> int:
+    """Bytes of one token in all layers of one rank; a latent is held whole by every rank."""
+    text = config.text
+    if isinstance(text, DeepseekConfig):
+        return MLATokenToKVPool.bytes_per_token(
+            config.dtype, text.kv_lora_rank, text.qk_rope_head_dim, text.num_hidden_layers
+        )
+    layers = len(text.full_attention_layer_ids)
+    return MHATokenToKVPool.bytes_per_token(config.dtype, _kv_heads(text, tp_size), text.head_dim, layers)
+
+
+def make_kv_pool(
+    config: ModelConfig, num_tokens: int, page_size: int, tp_size: int, device: torch.device
+) -> KVPool:
+    """The KV pool of one rank for ``num_tokens`` tokens."""
+    text = config.text
+    if isinstance(text, DeepseekConfig):
+        layers = range(text.num_hidden_layers)
+        return MLATokenToKVPool(
+            num_tokens, page_size, config.dtype, text.kv_lora_rank, text.qk_rope_head_dim, layers, device
+        )
+    heads, layer_ids = _kv_heads(text, tp_size), text.full_attention_layer_ids
+    return MHATokenToKVPool(num_tokens, page_size, config.dtype, heads, text.head_dim, layer_ids, device)
+
+
+def state_bytes_per_slot(config: ModelConfig, tp_size: int) -> int:
+    """Bytes of one recurrent-state slot of one rank; 0 for a model without recurrent layers."""
+    shape = _state_shape(config, tp_size)
+    if shape is None:
+        return 0
+    layer_ids = shape.pop("layer_ids")
+    return GDNStatePool.bytes_per_slot(num_layers=len(layer_ids), **shape)
+
+
+def make_state_pool(config: ModelConfig, num_slots: int, tp_size: int, device: torch.device) -> GDNStatePool | None:
+    """The recurrent-state pool of one rank; None for a model without recurrent layers."""
+    shape = _state_shape(config, tp_size)
+    return None if shape is None else GDNStatePool(num_slots, device=device, **shape)
+
+
+def _kv_heads(text: Qwen3_5Config, tp_size: int) -> int:
+    """KV heads of one rank; each rank holds at least one, repeated where ranks outnumber heads."""
+    return max(1, text.num_key_value_heads // tp_size)
+
+
+def _state_shape(config: ModelConfig, tp_size: int) -> dict[str, Any] | None:
+    text = config.text
+    if not isinstance(text, Qwen3_5Config) or not text.linear_layer_ids:
+        return None
+    key_dim = text.linear_num_key_heads * text.linear_key_head_dim
+    value_dim = text.linear_num_value_heads * text.linear_value_head_dim
+    conv_dtype = envs.SGLANG_MAMBA_CONV_DTYPE.get()
+    return {
+        "layer_ids": text.linear_layer_ids,
+        "conv_dim": (2 * key_dim + value_dim) // tp_size,
+        "conv_width": text.linear_conv_kernel_dim,
+        "num_v_heads": text.linear_num_value_heads // tp_size,
+        "v_head_dim": text.linear_value_head_dim,
+        "k_head_dim": text.linear_key_head_dim,
+        "conv_dtype": getattr(torch, conv_dtype) if conv_dtype else config.dtype,
+        "ssm_dtype": getattr(torch, envs.SGLANG_MAMBA_SSM_DTYPE.get() or text.mamba_ssm_dtype),
+    }

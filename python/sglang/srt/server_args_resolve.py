@@ -1,0 +1,307 @@
+"""From settings as given to settings as used: checks, and small pure steps that each explain what they change."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from sglang.srt.environ import envs
+from sglang.srt.server_args_fields import field_specs
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.server_args import ServerArgs
+
+# Platform kinds on which an attention backend can exist, and those that this build has.
+ATTENTION_KINDS = {"torch_native": ("cpu", "cuda", "hip"), "triton": ("cuda", "hip"), "aiter": ("hip",)}
+BUILT_ATTENTION_BACKENDS = ("torch_native",)
+LOOPBACK_HOSTS = ("localhost", "::1")
+
+
+class PlatformLike(Protocol):
+    """What resolution asks of a platform."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def device_type(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Change:
+    """One field that resolution set, and why."""
+
+    field: str
+    old: Any
+    new: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.old} -> {self.new} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One reason against the settings."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Context:
+    """What steps may look at; ``model`` is None when its config cannot be read."""
+
+    platform: PlatformLike
+    model: ModelConfig | None
+    mamba_ssm_dtype: str
+
+
+@dataclass
+class Resolution:
+    """The settings after all steps, with what the steps said."""
+
+    args: ServerArgs
+    changes: list[Change] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+Step = Callable[["ServerArgs", Context], Iterator["Change | Problem"]]
+
+
+def resolve_all(args: ServerArgs, model: ModelConfig | None, platform: PlatformLike) -> Resolution:
+    """Run every step on ``args``, which stay as they are; problems are collected."""
+    context = Context(platform, model, envs.SGLANG_MAMBA_SSM_DTYPE.get() or "")
+    resolution = Resolution(args, warnings=remarks(args))
+    for step in STEPS:
+        changes: dict[str, Any] = {}
+        for outcome in step(resolution.args, context):
+            if isinstance(outcome, Problem):
+                resolution.errors.append(outcome.text)
+            elif outcome.old != outcome.new:
+                changes[outcome.field] = outcome.new
+                resolution.changes.append(outcome)
+        resolution.args = replace(resolution.args, **changes)
+    return resolution
+
+
+def check(args: ServerArgs) -> tuple[list[str], ServerArgs]:
+    """(problems that need neither model nor machine, ``args`` with unusable values back at their defaults)."""
+    problems = []
+    defaults = {}
+    for spec in field_specs(type(args)):
+        found = spec.problems(getattr(args, spec.name))
+        problems += found
+        if found:
+            defaults[spec.name] = spec.default
+    usable = replace(args, **defaults)
+    problems += [problem.text for rule in RULES for problem in rule(usable)]
+    return problems, usable
+
+
+def _single_replica(args: ServerArgs) -> Iterator[Problem]:
+    if args.dp_size > 1:
+        yield Problem(f"--dp-size {args.dp_size} is not implemented in this build: use --tp-size, or several servers")
+    if args.ep_size > 1:
+        yield Problem(f"--ep-size {args.ep_size} is not implemented in this build: use --tp-size alone")
+    if args.moe_a2a_backend != "none":
+        yield Problem(f"--moe-a2a-backend {args.moe_a2a_backend} is not implemented in this build: use none")
+
+
+def _shared_experts(args: ServerArgs) -> Iterator[Problem]:
+    if args.disable_shared_experts_fusion and args.enforce_shared_experts_fusion:
+        yield Problem("--disable-shared-experts-fusion and --enforce-shared-experts-fusion exclude each other: drop one")
+    elif args.enforce_shared_experts_fusion:
+        yield Problem("--enforce-shared-experts-fusion is not implemented in this build: drop it; results are the same")
+
+
+def _chunks(args: ServerArgs) -> Iterator[Problem]:
+    chunk, page = args.chunked_prefill_size, args.page_size or 1
+    if chunk is not None and chunk > 0 and chunk % page:
+        near = max(page, chunk - chunk % page)
+        yield Problem(f"--chunked-prefill-size {chunk} is not a multiple of --page-size {page}: use {near}")
+    if chunk == -1 and args.enable_mixed_chunk:
+        yield Problem("--enable-mixed-chunk needs chunks, but --chunked-prefill-size -1 turns them off: drop one of them")
+    if args.max_total_tokens is not None and args.max_total_tokens < page:
+        yield Problem(f"--max-total-tokens {args.max_total_tokens} is less than one page: --page-size is {page}")
+
+
+def _names_and_text(args: ServerArgs) -> Iterator[Problem]:
+    if args.served_model_name is not None and (":" in args.served_model_name or not args.served_model_name):
+        yield Problem(f"--served-model-name must be a name without a colon, got {args.served_model_name!r}")
+    for flag, key in (("--api-key", args.api_key), ("--admin-api-key", args.admin_api_key)):
+        if key == "":
+            yield Problem(f"{flag} must not be empty: leave it out for no key")
+    try:
+        overrides = json.loads(args.json_model_override_args)
+    except ValueError as error:
+        yield Problem(f"--json-model-override-args is not valid JSON: {error}")
+        return
+    if not isinstance(overrides, dict):
+        yield Problem(f"--json-model-override-args must be a JSON object, got {args.json_model_override_args}")
+
+
+def _graph_sizes(args: ServerArgs) -> Iterator[Problem]:
+    if args.cuda_graph_bs and args.cuda_graph_max_bs and max(args.cuda_graph_bs) > args.cuda_graph_max_bs:
+        yield Problem(
+            f"--cuda-graph-bs has {max(args.cuda_graph_bs)}, but --cuda-graph-max-bs is {args.cuda_graph_max_bs}: "
+            "raise the latter or drop it"
+        )
+
+
+RULES: tuple[Callable[[ServerArgs], Iterator[Problem]], ...] = (
+    _single_replica,
+    _shared_experts,
+    _chunks,
+    _names_and_text,
+    _graph_sizes,
+)
+
+
+def remarks(args: ServerArgs) -> list[str]:
+    """What a user should know of flags that are accepted."""
+    found = []
+    if args.api_key is None and not is_loopback(args.host):
+        found.append(
+            f"--host {args.host} without --api-key: whoever reaches port {args.port} may run inference; "
+            + ("" if args.admin_api_key else "administrative endpoints are closed")
+        )
+    if args.deepep_mode != "auto":
+        found.append(f"--deepep-mode {args.deepep_mode} has no effect: --moe-a2a-backend is {args.moe_a2a_backend}")
+    if args.cuda_graph_bs or args.cuda_graph_max_bs:
+        found.append("--cuda-graph-bs and --cuda-graph-max-bs have no effect: this build captures no graphs")
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    """True for an address that only this machine reaches."""
+    return host in LOOPBACK_HOSTS or re.fullmatch(r"127\.\d+\.\d+\.\d+", host) is not None
+
+
+def _paths(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    if args.tokenizer_path is None:
+        yield Change("tokenizer_path", None, args.model_path, "the tokenizer of the model folder")
+    if args.served_model_name is None:
+        yield Change("served_model_name", None, args.model_path, "the model path")
+
+
+def _device(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    present = context.platform.device_type
+    if args.device == "auto":
+        yield Change("device", "auto", present, f"platform {context.platform.kind}")
+    elif args.device != present:
+        fix = "set SGLANG_PLATFORM=cpu" if args.device == "cpu" else "drop it, or run where torch sees a GPU"
+        yield Problem(
+            f"--device {args.device} was asked for, but platform {context.platform.kind} keeps tensors on {present}: {fix}"
+        )
+
+
+def _model_limits(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    model = context.model
+    if model is None:
+        return
+    if args.context_length is None:
+        yield Change("context_length", None, model.context_len, "max_position_embeddings of the model")
+    name = str(model.dtype).removeprefix("torch.")
+    if args.dtype == "auto":
+        reason = "on CPU, auto means float32" if context.platform.kind == "cpu" else "the checkpoint's"
+        yield Change("dtype", "auto", name, reason)
+    else:
+        yield Change("dtype", args.dtype, name, "the same type by torch's name")
+
+
+def _memory(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    on_cpu = context.platform.device_type == "cpu"
+    where = "on CPU" if on_cpu else "on a GPU"
+    if args.mem_fraction_static is None:
+        reason = "on CPU, other programs need memory too" if on_cpu else "the rest is for activations"
+        yield Change("mem_fraction_static", None, 0.5 if on_cpu else 0.88, reason)
+    if args.max_running_requests is None:
+        yield Change("max_running_requests", None, 64 if on_cpu else 256, f"default {where}")
+    page = args.page_size or 1
+    if args.page_size is None:
+        yield Change("page_size", None, page, "default")
+    if args.chunked_prefill_size is None:
+        chunk = 2048 if on_cpu else 8192
+        # A page larger than the default chunk makes the chunk one page.
+        chunk = max(page, chunk - chunk % page)
+        yield Change("chunked_prefill_size", None, chunk, f"default {where}, a multiple of the page size {page}")
+
+
+def _schedule(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    if args.schedule_policy == "lpm" and args.disable_radix_cache:
+        yield Change("schedule_policy", "lpm", "fcfs", "--disable-radix-cache leaves no prefixes to match")
+
+
+def _attention_backend(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    asked, kind = args.attention_backend, context.platform.kind
+    fallback = BUILT_ATTENTION_BACKENDS[0]
+    if asked is None:
+        yield Change("attention_backend", None, fallback, "the attention backend of this build")
+    elif kind not in ATTENTION_KINDS[asked]:
+        kinds = " or ".join(ATTENTION_KINDS[asked])
+        yield Problem(f"--attention-backend {asked} needs platform {kinds}, and this is {kind}: use {fallback}")
+    elif asked not in BUILT_ATTENTION_BACKENDS:
+        yield Change("attention_backend", asked, fallback, f"{asked} is a preference, and this build lacks it")
+
+
+def _sampling(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    if args.sampling_backend is None:
+        yield Change("sampling_backend", None, "pytorch", "the only sampler")
+    if args.random_seed is None:
+        yield Change("random_seed", None, secrets.randbelow(2**31), "drawn, because --random-seed is not given")
+
+
+def _graphs(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    yield Change("disable_cuda_graph", args.disable_cuda_graph, True, "this build captures no graphs")
+    yield Change("disable_overlap_schedule", args.disable_overlap_schedule, True, "this build runs step after step")
+
+
+def _collectives(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    if args.dist_timeout is None:
+        yield Change("dist_timeout", None, 600, "default, in seconds")
+
+
+def _recurrent_state(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    if args.mamba_ssm_dtype is not None:
+        return
+    if context.mamba_ssm_dtype:
+        yield Change("mamba_ssm_dtype", None, context.mamba_ssm_dtype, "SGLANG_MAMBA_SSM_DTYPE")
+    elif context.model is not None:
+        yield Change("mamba_ssm_dtype", None, getattr(context.model.text, "mamba_ssm_dtype", "float32"), "the checkpoint's")
+
+
+def _tensor_parallel(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    tp = args.tp_size
+    if context.model is None or tp == 1:
+        return
+    text = context.model.text
+    names = ("num_attention_heads", "linear_num_key_heads", "linear_num_value_heads", "intermediate_size",
+             "moe_intermediate_size", "shared_expert_intermediate_size")  # fmt: skip
+    uneven = [name for name in names if getattr(text, name, 0) % tp]
+    kv_heads = getattr(text, "num_key_value_heads", tp)
+    if kv_heads % tp and tp % kv_heads:
+        uneven.append("num_key_value_heads")
+    if uneven:
+        sizes = ", ".join(f"{name} {getattr(text, name)}" for name in uneven)
+        yield Problem(f"--tp-size {tp} does not divide {sizes} of the model: use a smaller power of two")
+
+
+STEPS: tuple[Step, ...] = (
+    _paths,
+    _device,
+    _model_limits,
+    _memory,
+    _schedule,
+    _attention_backend,
+    _sampling,
+    _graphs,
+    _collectives,
+    _recurrent_state,
+    _tensor_parallel,
+)

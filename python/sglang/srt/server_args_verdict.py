@@ -1,0 +1,136 @@
+"""What a launch with given flags, variables and model folder would come to, decided before any process starts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sglang.srt import server_args as flags
+from sglang.srt.environ import EnvError, check_environment
+from sglang.srt.server_args_parser import parse_command_line
+from sglang.srt.server_args_resolve import Change, PlatformLike, check, resolve_all
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.server_args import ServerArgs
+
+
+@dataclass
+class Verdict:
+    """Accepted when ``errors`` is empty; ``args`` are then resolved and ``model_config`` is read.
+
+    ``changes`` says what resolution set and why; ``variables`` are the environment variables that are set, secrets
+    redacted. Problems of the model folder come last in ``errors`` and begin with "model: ".
+    """
+
+    args: ServerArgs
+    model_config: ModelConfig | None = None
+    platform: str = "none"
+    changes: list[Change] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    variables: dict[str, str] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """The verdict for people: one line on the outcome, then a line each."""
+        reasons = f"{len(self.errors)} reason{'' if len(self.errors) == 1 else 's'}"
+        outcome = f"refused ({reasons})" if self.errors else "accepted"
+        return [
+            f"dry run: {outcome}, platform {self.platform}, model {self.args.model_path}",
+            *(f"variable: {name}={value}" for name, value in self.variables.items()),
+            *(f"resolved: {change}" for change in self.changes),
+            *(f"warning: {text}" for text in self.warnings),
+            *(f"error: {text}" for text in self.errors),
+        ]
+
+
+def evaluate(
+    argv: Sequence[str] | ServerArgs, platform: PlatformLike | None = None, environ: Mapping[str, str] | None = None
+) -> Verdict:
+    """The verdict on a command line (or on constructed arguments), on ``platform`` and ``environ`` or the real ones.
+
+    A model folder that cannot be used is one of the reasons; flags and variables are judged all the same. Of the
+    folder only config.json and generation_config.json are read, so a folder with them alone is enough.
+    """
+    errors: list[str] = []
+    warnings: list[str] = []
+    if isinstance(argv, flags.ServerArgs):
+        args = argv
+    else:
+        parsed = parse_command_line(argv, flags.specs(), flags.DESCRIPTION)
+        args, errors, warnings = flags.ServerArgs(**parsed.values), parsed.errors, parsed.warnings
+    problems, args = check(args)
+    verdict = Verdict(args, errors=[*errors, *problems], warnings=warnings)
+    platform = _choose_platform(platform, verdict)
+    report = check_environment(environ, platform.kind if platform else None)
+    verdict.errors += report.errors
+    verdict.warnings += report.warnings
+    verdict.variables = dict(report.set_variables)
+    if not args.model_path:
+        verdict.args = _with_embedded_model(verdict)
+    model_problems = _read_model(verdict, platform)
+    if platform is not None:
+        resolution = resolve_all(verdict.args, verdict.model_config, platform)
+        verdict.args = resolution.args
+        verdict.changes += resolution.changes
+        verdict.errors += resolution.errors
+        verdict.warnings += resolution.warnings
+    verdict.errors += [f"model: {problem}" for problem in model_problems]
+    return verdict
+
+
+def _choose_platform(platform: PlatformLike | None, verdict: Verdict) -> PlatformLike | None:
+    if platform is None:
+        from sglang.srt.platforms import PlatformError, current_platform
+
+        try:
+            verdict.platform = current_platform.kind
+        except PlatformError as error:
+            verdict.errors.append(str(error))
+            return None
+        except EnvError:
+            return None  # the check of the environment reports the variable
+        return current_platform
+    verdict.platform = platform.kind
+    return platform
+
+
+def _with_embedded_model(verdict: Verdict) -> ServerArgs:
+    from sglang.embedded_models import default_model_path
+
+    path = str(default_model_path())
+    verdict.changes.append(Change("model_path", "", path, "no --model-path: the model that ships with the package"))
+    return replace(verdict.args, model_path=path)
+
+
+def _read_model(verdict: Verdict, platform: PlatformLike | None) -> list[str]:
+    """Read the model's config into ``verdict``; returns what is wrong with it."""
+    from sglang.srt.configs.errors import ConfigError
+    from sglang.srt.configs.model_config import ModelConfig
+
+    args = verdict.args
+    try:
+        overrides = args.model_overrides()
+    except ValueError:
+        overrides = {}  # reported by check
+    try:
+        verdict.model_config = ModelConfig.from_path(
+            args.model_path,
+            json_model_override_args=overrides if isinstance(overrides, dict) else {},
+            context_length=args.context_length,
+            dtype=args.dtype,
+            platform_kind=platform.kind if platform else "cpu",
+        )
+    except ConfigError as error:
+        where = f"{error.source}: " if error.source else ""
+        return [where + problem for problem in error.problems]
+    folder = Path(args.model_path)
+    if args.load_format != "dummy" and not any(folder.glob("*.safetensors")):
+        verdict.warnings.append(f"{folder} holds no *.safetensors file: the launch needs them, or --load-format dummy")
+    if not args.skip_tokenizer_init and not (Path(args.tokenizer_path or folder) / "tokenizer.json").is_file():
+        verdict.warnings.append(
+            f"{args.tokenizer_path or folder} holds no tokenizer.json: the launch needs it, or --skip-tokenizer-init"
+        )
+    return []

@@ -1,0 +1,89 @@
+"""popen_launch_server and CustomTestCase, against a stand-in server that starts in milliseconds."""
+
+import tempfile
+import unittest
+from pathlib import Path
+
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase, free_url, kill_process_tree, popen_launch_server
+
+register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
+
+# Modes, taken from the last argument: die, hang, or answer 503 twice and then 200 to who brings the key.
+STAND_IN = """
+import http.server, os, sys, time
+mode, port = sys.argv[-1], int(sys.argv[sys.argv.index("--port") + 1])
+print("stand-in", mode, os.environ["PLANTED"], flush=True)
+if mode == "die":
+    sys.exit(3)
+if mode == "hang":
+    time.sleep(60)
+calls = []
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        calls.append(self.path)
+        wanted = self.path == "/health_generate" and self.headers["Authorization"] == "Bearer k"
+        self.send_response(200 if wanted and len(calls) > 2 else 503)
+        self.end_headers()
+
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+class TestLaunch(CustomTestCase):
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        package = Path(folder.name) / "sglang"
+        package.mkdir()
+        (package / "__init__.py").write_text("")
+        (package / "launch_server.py").write_text(STAND_IN)
+        self.env = {"PYTHONPATH": folder.name, "PLANTED": "yes"}
+
+    def launch(self, mode: str, timeout: float, **kwargs):
+        return popen_launch_server("m", free_url(), timeout, other_args=[mode], env=self.env, **kwargs)
+
+    def test_ready_after_refusals(self):
+        process = self.launch("serve", 20, api_key="k")
+        self.addCleanup(kill_process_tree, process.pid)
+        self.assertIsNone(process.poll())
+        self.assertIn("stand-in serve yes", process.log_path.read_text())
+        kill_process_tree(process.pid)
+        self.assertIsNotNone(process.wait(5))
+
+    def test_early_exit_is_reported_at_once_with_the_output(self):
+        with self.assertRaisesRegex(RuntimeError, r"(?s)exited with status 3.*stand-in die yes"):
+            self.launch("die", 20)
+
+    def test_a_server_that_never_answers_is_ended(self):
+        with self.assertRaisesRegex(TimeoutError, r"(?s)not ready within 1 s.*stand-in hang"):
+            self.launch("hang", 1)
+
+
+class TestCustomTestCase(CustomTestCase):
+    def test_tear_down_runs_after_a_failed_set_up(self):
+        calls = []
+
+        class Planted(CustomTestCase):
+            @classmethod
+            def setUpClass(cls):
+                calls.append("up")
+                raise OSError("no server")
+
+            @classmethod
+            def tearDownClass(cls):
+                calls.append("down")
+
+            def test_never(self):
+                calls.append("test")
+
+        result = unittest.TestResult()
+        unittest.defaultTestLoader.loadTestsFromTestCase(Planted).run(result)
+        self.assertEqual(calls, ["up", "down"])
+        self.assertEqual(len(result.errors), 1)
+        self.assertIn("no server", result.errors[0][1])
+
+
+if __name__ == "__main__":
+    unittest.main()
