@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import json
 import logging
 import sys
@@ -106,7 +107,7 @@ class ServerArgs:
     ] = "auto"
     context_length: Annotated[
         int | None,
-        Arg("Most tokens of prompt and output of a request.", MODEL, minimum=1, human=True, auto="the model's own limit"),
+        Arg("Most tokens of prompt and output of a request.", MODEL, minimum=1, human=True, auto="the model's limit"),
     ] = None
     json_model_override_args: Annotated[
         str, Arg("JSON object laid over the model's config.json, such as '{\"num_hidden_layers\": 4}'.", MODEL)
@@ -117,8 +118,8 @@ class ServerArgs:
     dtype: Annotated[
         str,
         Arg(
-            "Type of weights and activations. auto is the checkpoint's type, and float32 on CPU. half is float16, float "
-            "is float32.",
+            "Type of weights and activations. auto is the checkpoint's type, and float32 on CPU. half is float16, and "
+            "float is float32.",
             DTYPE,
             choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
         ),
@@ -141,7 +142,7 @@ class ServerArgs:
     ] = None
     max_total_tokens: Annotated[
         int | None,
-        Arg("Tokens that the KV pool holds.", MEMORY, minimum=1, human=True, auto="what `--mem-fraction-static` allows"),
+        Arg("Tokens that the KV pool holds.", MEMORY, minimum=1, human=True, auto="what memory allows"),
     ] = None
     chunked_prefill_size: Annotated[
         int | None,
@@ -189,9 +190,9 @@ class ServerArgs:
     stream_interval: Annotated[int, Arg("Tokens of one streamed chunk.", RUNTIME, minimum=1)] = 1
     incremental_streaming_output: Annotated[
         bool,
-        Arg("Chunks of `/generate` carry only what is new, not all text so far.", RUNTIME, aliases=("--stream-output",)),
+        Arg("Chunks of `/generate` carry only the new text, not all so far.", RUNTIME, aliases=("--stream-output",)),
     ] = False
-    watchdog_timeout: Annotated[float, Arg("Seconds after which a hung step ends the server.", RUNTIME, above=0)] = 300.0
+    watchdog_timeout: Annotated[float, Arg("Seconds until a hung step ends the server.", RUNTIME, above=0)] = 300.0
     allow_auto_truncate: Annotated[
         bool, Arg("Cut prompts that exceed the context instead of refusing them.", RUNTIME)
     ] = False
@@ -309,7 +310,7 @@ class ServerArgs:
 
         A keyword of upstream that this engine lacks is treated as its flag would be. Raises ServerArgsError.
         """
-        known = {spec.name for spec in field_specs(cls)}
+        known = {spec.name for spec in specs()}
         values = {name: value for name, value in kwargs.items() if name in known}
         errors = []
         given = []
@@ -332,12 +333,12 @@ class ServerArgs:
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
         """Declare every flag on another program's parser; read the result with ``from_cli_args``."""
-        add_arguments(parser, field_specs(ServerArgs))
+        add_arguments(parser, specs())
 
     @classmethod
     def from_cli_args(cls, namespace: argparse.Namespace) -> ServerArgs:
         """From a namespace of a parser that ``add_cli_args`` filled; raises ServerArgsError."""
-        parsed = collect_values(namespace, field_specs(cls))
+        parsed = collect_values(namespace, specs())
         return _accepted(cls(**parsed.values), parsed.errors, parsed.warnings)
 
     def model_overrides(self) -> dict[str, Any]:
@@ -355,6 +356,7 @@ class ServerArgs:
         return cls(**json.loads(text))
 
 
+@functools.cache
 def specs() -> tuple[FieldSpec, ...]:
     """The flags, in order of declaration."""
     return field_specs(ServerArgs)
@@ -381,7 +383,7 @@ def check_static(args: ServerArgs) -> list[str]:
     """Problems that need neither model nor machine: types, choices, bounds, flags that exclude each other."""
     from sglang.srt.server_args_resolve import check
 
-    return check(args)[0]
+    return check(args, specs())[0]
 
 
 def resolve(args: ServerArgs, model_config: ModelConfig, platform: PlatformLike) -> ServerArgs:

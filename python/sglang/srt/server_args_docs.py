@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from sglang.srt.server_args_fields import FieldSpec
-from sglang.srt.server_args_upstream import UpstreamFlag, upstream_flags
+from sglang.srt.server_args_upstream import UpstreamFlag, distinct_flags
 
 _HEAD = """# Server Arguments
 
@@ -65,9 +65,8 @@ def render(specs: Sequence[FieldSpec]) -> str:
     for group in dict.fromkeys(spec.arg.group for spec in specs):
         parts.append(f"## {group}\n\n| Argument | Description | Defaults | Options |\n| --- | --- | --- | --- |")
         parts[-1] += "".join("\n" + _row(spec) for spec in specs if spec.arg.group == group) + "\n"
-    distinct = list(dict.fromkeys(upstream_flags().values()))
     for head, refused in ((_REFUSED, True), (_NO_EFFECT, False)):
-        rows = _reasons(flag for flag in distinct if flag.refused == refused)
+        rows = _reasons(flag for flag in distinct_flags() if flag.refused == refused)
         parts.append(head + "".join(f"\n| {names} | {reason} |" for reason, names in rows.items()) + "\n")
     return "\n".join(parts)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import types
 import typing
@@ -130,8 +129,7 @@ def human_int(word: str) -> int:
     return int(word)
 
 
-@functools.cache
-def field_specs(cls: type) -> tuple[FieldSpec, ...]:
+def field_specs(cls: Any) -> tuple[FieldSpec, ...]:
     """The flags of a dataclass whose fields are ``Annotated[type, Arg(...)]``, in order of declaration."""
     hints = typing.get_type_hints(cls, include_extras=True)
     specs = []

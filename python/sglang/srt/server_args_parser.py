@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang.srt.server_args_fields import FieldSpec
-from sglang.srt.server_args_upstream import UpstreamFlag, upstream_flags, verdicts
+from sglang.srt.server_args_upstream import UpstreamFlag, distinct_flags, upstream_flags, verdicts
 
 _DEST = "_upstream_flags"
 
@@ -45,24 +45,19 @@ class _Upstream(argparse.Action):
 
 def add_arguments(parser: argparse.ArgumentParser, specs: Sequence[FieldSpec]) -> None:
     """Declare every flag on ``parser``. Values stay text, and flags that are not given leave no attribute."""
-    groups = {}
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(spec.arg.group for spec in specs)}
     for spec in specs:
-        name = spec.arg.group
-        group = groups.setdefault(name, None) or parser.add_argument_group(name)
-        groups[name] = group
+        group = groups[spec.arg.group]
         options: dict[str, Any] = {"dest": spec.name, "default": argparse.SUPPRESS, "help": _help(spec)}
         if spec.kind == "bool":
             group.add_argument(*spec.flags, action="store_true", **options)
             continue
         options["metavar"] = spec.arg.metavar or (spec.kind.rstrip("s").upper() if not spec.arg.choices else "NAME")
         group.add_argument(*spec.flags, nargs="+" if spec.kind == "ints" else None, **options)
-    for flag in upstream_flags().values():
-        if flag.nargs == 0:
-            kwargs: dict[str, Any] = {"nargs": 0}
-        else:
-            kwargs = {"nargs": flag.nargs if isinstance(flag.nargs, str) else None}
-        parser.add_argument(*flag.names, action=_Upstream, dest=_DEST, default=argparse.SUPPRESS,
-                            help=argparse.SUPPRESS, **kwargs)  # fmt: skip
+    for flag in distinct_flags():
+        nargs = None if flag.nargs == 1 else flag.nargs
+        hidden: dict[str, Any] = {"dest": _DEST, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument(*flag.names, action=_Upstream, nargs=nargs, **hidden)
 
 
 def _help(spec: FieldSpec) -> str:
@@ -134,7 +129,7 @@ def collect_values(namespace: argparse.Namespace, specs: Sequence[FieldSpec]) ->
 def _flag_names(specs: Sequence[FieldSpec]) -> dict[str, tuple[str, ...]]:
     """Every option string, with all names of its flag."""
     flags = [("-h", "--help"), ("--config",), *(spec.flags for spec in specs)]
-    flags += [flag.names for flag in upstream_flags().values()]
+    flags += [flag.names for flag in distinct_flags()]
     return {name: names for names in flags for name in names}
 
 

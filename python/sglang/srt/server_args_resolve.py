@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.srt.environ import envs
-from sglang.srt.server_args_fields import field_specs
+from sglang.srt.server_args_fields import FieldSpec
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -90,11 +90,11 @@ def resolve_all(args: ServerArgs, model: ModelConfig | None, platform: PlatformL
     return resolution
 
 
-def check(args: ServerArgs) -> tuple[list[str], ServerArgs]:
+def check(args: ServerArgs, specs: Sequence[FieldSpec]) -> tuple[list[str], ServerArgs]:
     """(problems that need neither model nor machine, ``args`` with unusable values back at their defaults)."""
     problems = []
     defaults = {}
-    for spec in field_specs(type(args)):
+    for spec in specs:
         found = spec.problems(getattr(args, spec.name))
         problems += found
         if found:
@@ -115,7 +115,7 @@ def _single_replica(args: ServerArgs) -> Iterator[Problem]:
 
 def _shared_experts(args: ServerArgs) -> Iterator[Problem]:
     if args.disable_shared_experts_fusion and args.enforce_shared_experts_fusion:
-        yield Problem("--disable-shared-experts-fusion and --enforce-shared-experts-fusion exclude each other: drop one")
+        yield Problem("--disable-shared-experts-fusion and --enforce-shared-experts-fusion contradict: drop one")
     elif args.enforce_shared_experts_fusion:
         yield Problem("--enforce-shared-experts-fusion is not implemented in this build: drop it; results are the same")
 
@@ -126,7 +126,7 @@ def _chunks(args: ServerArgs) -> Iterator[Problem]:
         near = max(page, chunk - chunk % page)
         yield Problem(f"--chunked-prefill-size {chunk} is not a multiple of --page-size {page}: use {near}")
     if chunk == -1 and args.enable_mixed_chunk:
-        yield Problem("--enable-mixed-chunk needs chunks, but --chunked-prefill-size -1 turns them off: drop one of them")
+        yield Problem("--enable-mixed-chunk needs chunks, and --chunked-prefill-size -1 turns them off: drop one")
     if args.max_total_tokens is not None and args.max_total_tokens < page:
         yield Problem(f"--max-total-tokens {args.max_total_tokens} is less than one page: --page-size is {page}")
 
@@ -197,7 +197,7 @@ def _device(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
     elif args.device != present:
         fix = "set SGLANG_PLATFORM=cpu" if args.device == "cpu" else "drop it, or run where torch sees a GPU"
         yield Problem(
-            f"--device {args.device} was asked for, but platform {context.platform.kind} keeps tensors on {present}: {fix}"
+            f"--device {args.device} was asked for, and platform {context.platform.kind} is on {present}: {fix}"
         )
 
 
@@ -273,7 +273,8 @@ def _recurrent_state(args: ServerArgs, context: Context) -> Iterator[Change | Pr
     if context.mamba_ssm_dtype:
         yield Change("mamba_ssm_dtype", None, context.mamba_ssm_dtype, "SGLANG_MAMBA_SSM_DTYPE")
     elif context.model is not None:
-        yield Change("mamba_ssm_dtype", None, getattr(context.model.text, "mamba_ssm_dtype", "float32"), "the checkpoint's")
+        named = getattr(context.model.text, "mamba_ssm_dtype", None)
+        yield Change("mamba_ssm_dtype", None, named or "float32", "the checkpoint's" if named else "no such state")
 
 
 def _tensor_parallel(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:

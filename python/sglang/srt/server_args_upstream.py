@@ -310,6 +310,11 @@ def upstream_flags() -> dict[str, UpstreamFlag]:
     return result
 
 
+def distinct_flags() -> list[UpstreamFlag]:
+    """Every lacking flag once, in the order of the tables."""
+    return list(dict.fromkeys(upstream_flags().values()))
+
+
 def verdicts(given: Iterable[tuple[str, list[str]]]) -> tuple[list[str], list[str]]:
     """(errors, warnings) for lacking flags with their words; flags that share a reason share a line."""
     lines: dict[tuple[bool, str], list[str]] = {}

@@ -61,7 +61,7 @@ def evaluate(
     else:
         parsed = parse_command_line(argv, flags.specs(), flags.DESCRIPTION)
         args, errors, warnings = flags.ServerArgs(**parsed.values), parsed.errors, parsed.warnings
-    problems, args = check(args)
+    problems, args = check(args, flags.specs())
     verdict = Verdict(args, errors=[*errors, *problems], warnings=warnings)
     platform = _choose_platform(platform, verdict)
     report = check_environment(environ, platform.kind if platform else None)

@@ -22,7 +22,7 @@ from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.server_args import ServerArgs, resolve
+from sglang.srt.server_args import ServerArgs, resolve, set_global_server_args_for_scheduler
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 
@@ -45,6 +45,7 @@ class EngineHarness:
         args = ServerArgs(model_path=model_path, **server_args)
         self.model_config = ModelConfig.from_path(model_path, platform_kind=current_platform.kind)
         self.args = resolve(args, self.model_config, current_platform)
+        set_global_server_args_for_scheduler(self.args)
         self.runner = ModelRunner(self.args, self.model_config)
         config = SchedulerConfig.create(self.args, self.model_config, self.runner)
         self.memory = make_memory(self.runner, self.args)

@@ -1,0 +1,235 @@
+"""What a serving benchmark measures: one request's timeline, and the figures made of many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+BLOCK_WIDTH = 50
+LABEL_WIDTH = 40
+
+
+@dataclass
+class RequestOutput:
+    """How one request went; times in seconds, ``start`` on a clock that all requests of a run share.
+
+    ``itl`` holds the gaps between tokens after the first chunk: a chunk of several tokens counts its gap in equal parts.
+    ``error`` is empty on success.
+    """
+
+    prompt_len: int
+    start: float = 0.0
+    ttft: float = 0.0
+    latency: float = 0.0
+    output_len: int = 0
+    itl: list[float] = field(default_factory=list)
+    text: str = ""
+    error: str = ""
+
+    @property
+    def success(self) -> bool:
+        return not self.error
+
+    @property
+    def tpot(self) -> float | None:
+        """Seconds per output token after the first; None for outputs of one token."""
+        return (self.latency - self.ttft) / (self.output_len - 1) if self.output_len > 1 else None
+
+    def token_times(self) -> list[tuple[float, int]]:
+        """(time, tokens that came then): the first chunk, then one entry per gap."""
+        now = self.start + self.ttft
+        times = [(now, max(0, self.output_len - len(self.itl)))]
+        for gap in self.itl:
+            now += gap
+            times.append((now, 1))
+        return times
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Milliseconds over the requests (or gaps) of a run; all zero when there were none."""
+
+    mean: float
+    median: float
+    std: float
+    p90: float
+    p95: float
+    p99: float
+    max: float
+
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Distribution:
+        """Percentiles interpolate linearly between neighbours; the deviation is the population's."""
+        ms = np.asarray(seconds if len(seconds) else [0.0], dtype=np.float64) * 1e3
+        p50, p90, p95, p99 = (float(value) for value in np.percentile(ms, [50, 90, 95, 99]))
+        return cls(float(ms.mean()), p50, float(ms.std()), p90, p95, p99, float(ms.max()))
+
+
+@dataclass(frozen=True)
+class BenchmarkMetrics:
+    """Figures of one run. Throughputs are per second of ``duration``; failed requests count nowhere."""
+
+    duration: float
+    completed: int
+    total_input: int
+    total_output: int
+    total_output_retokenized: int
+    e2e: Distribution
+    ttft: Distribution
+    tpot: Distribution
+    itl: Distribution
+    concurrency: float  # sum of latencies / duration
+    max_output_tokens_per_s: float  # of the one-second buckets counted from the first request's start
+    max_concurrent_requests: int  # in flight at one moment
+
+    def per_second(self, count: float) -> float:
+        return count / self.duration if self.duration > 0 else 0.0
+
+
+def calculate_metrics(
+    outputs: Sequence[RequestOutput], duration: float, retokenized_lens: Sequence[int]
+) -> BenchmarkMetrics:
+    """Figures of a run of ``duration`` seconds; ``retokenized_lens[i]`` belongs to ``outputs[i]``."""
+    done = [output for output in outputs if output.success]
+    latencies = [output.latency for output in done]
+    return BenchmarkMetrics(
+        duration=duration,
+        completed=len(done),
+        total_input=sum(output.prompt_len for output in done),
+        total_output=sum(output.output_len for output in done),
+        total_output_retokenized=sum(n for output, n in zip(outputs, retokenized_lens, strict=True) if output.success),
+        e2e=Distribution.of(latencies),
+        ttft=Distribution.of([output.ttft for output in done]),
+        tpot=Distribution.of([tpot for output in done if (tpot := output.tpot) is not None]),
+        itl=Distribution.of([gap for output in done for gap in output.itl]),
+        concurrency=sum(latencies) / duration if duration > 0 else 0.0,
+        max_output_tokens_per_s=_peak_tokens_per_second(done),
+        max_concurrent_requests=_peak_in_flight(done),
+    )
+
+
+def _peak_tokens_per_second(outputs: Sequence[RequestOutput]) -> float:
+    first = min((output.start for output in outputs), default=0.0)
+    buckets: dict[int, int] = {}
+    for output in outputs:
+        for moment, count in output.token_times():
+            second = int(moment - first)
+            buckets[second] = buckets.get(second, 0) + count
+    return float(max(buckets.values(), default=0))
+
+
+def _peak_in_flight(outputs: Sequence[RequestOutput]) -> int:
+    # At one moment ends come before starts: a request that follows another in its place is not beside it.
+    events = [(output.start, 1) for output in outputs] + [(output.start + output.latency, -1) for output in outputs]
+    running = peak = 0
+    for _, change in sorted(events):
+        running += change
+        peak = max(peak, running)
+    return peak
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """What the block and the record say of a run beside its figures."""
+
+    backend: str
+    dataset_name: str
+    request_rate: float
+    max_concurrency: int | None
+    tag: str | None = None
+    lengths: dict[str, Any] = field(default_factory=dict)  # the dataset's length settings, by flag name
+    server_info: dict[str, Any] | None = None
+    accept_length: float | None = None
+
+
+def result_block(info: RunInfo, metrics: BenchmarkMetrics) -> str:
+    """The printed block: upstream's labels in upstream's order."""
+    m = metrics
+    rows: list[tuple[str, Any]] = [
+        ("Backend:", info.backend),
+        ("Traffic request rate:", info.request_rate),
+        ("Max request concurrency:", info.max_concurrency or "not set"),
+        ("Successful requests:", m.completed),
+        ("Benchmark duration (s):", m.duration),
+        ("Total input tokens:", m.total_input),
+        ("Total input text tokens:", m.total_input),
+        ("Total generated tokens:", m.total_output),
+        ("Total generated tokens (retokenized):", m.total_output_retokenized),
+        ("Request throughput (req/s):", m.per_second(m.completed)),
+        ("Input token throughput (tok/s):", m.per_second(m.total_input)),
+        ("Output token throughput (tok/s):", m.per_second(m.total_output)),
+        ("Peak output token throughput (tok/s):", m.max_output_tokens_per_s),
+        ("Peak concurrent requests:", m.max_concurrent_requests),
+        ("Total token throughput (tok/s):", m.per_second(m.total_input + m.total_output)),
+        ("Concurrency:", m.concurrency),
+    ]
+    if info.accept_length:
+        rows.append(("Accept length:", info.accept_length))
+    lines = ["", f"{' Serving Benchmark Result ':=^{BLOCK_WIDTH}}", *(_row(label, value) for label, value in rows)]
+    sections = (
+        ("End-to-End Latency", "E2E Latency", m.e2e, ("mean", "median", "p90", "p99")),
+        ("Time to First Token", "TTFT", m.ttft, ("mean", "median", "p99")),
+        ("Time per Output Token (excl. 1st token)", "TPOT", m.tpot, ("mean", "median", "p99")),
+        ("Inter-Token Latency", "ITL", m.itl, ("mean", "median", "p95", "p99", "max")),
+    )
+    for title, short, values, figures in sections:
+        lines.append(f"{title:-^{BLOCK_WIDTH}}")
+        for figure in figures:
+            name = figure.upper() if figure.startswith("p") else figure.capitalize()
+            lines.append(_row(f"{name} {short} (ms):", getattr(values, figure)))
+    lines.append("=" * BLOCK_WIDTH)
+    return "\n".join(lines)
+
+
+def _row(label: str, value: Any) -> str:
+    number = isinstance(value, float) and np.isfinite(value)
+    return f"{label:<{LABEL_WIDTH}} " + (f"{value:<10.2f}" if number else f"{value!s:<10}")
+
+
+def result_record(info: RunInfo, metrics: BenchmarkMetrics) -> dict[str, Any]:
+    """One JSONL record under upstream's keys; an unlimited request rate is the text "inf", as JSON has no infinity."""
+    m = metrics
+    record: dict[str, Any] = {
+        "tag": info.tag,
+        "backend": info.backend,
+        "dataset_name": info.dataset_name,
+        "request_rate": info.request_rate if np.isfinite(info.request_rate) else "inf",
+        "max_concurrency": info.max_concurrency,
+        **info.lengths,
+        "server_info": info.server_info,
+        "duration": m.duration,
+        "completed": m.completed,
+        "total_input_tokens": m.total_input,
+        "total_input_text_tokens": m.total_input,
+        "total_output_tokens": m.total_output,
+        "total_output_tokens_retokenized": m.total_output_retokenized,
+        "request_throughput": m.per_second(m.completed),
+        "input_throughput": m.per_second(m.total_input),
+        "output_throughput": m.per_second(m.total_output),
+        "total_throughput": m.per_second(m.total_input + m.total_output),
+    }
+    for name, values in (("e2e_latency", m.e2e), ("ttft", m.ttft), ("tpot", m.tpot), ("itl", m.itl)):
+        for figure in ("mean", "median", "std", "p90", "p99") if name == "e2e_latency" else ("mean", "median", "std", "p99"):
+            record[f"{figure}_{name}_ms"] = getattr(values, figure)
+    record["p95_itl_ms"] = m.itl.p95
+    record["max_itl_ms"] = m.itl.max
+    record["concurrency"] = m.concurrency
+    record["accept_length"] = info.accept_length
+    record["max_output_tokens_per_s"] = m.max_output_tokens_per_s
+    record["max_concurrent_requests"] = m.max_concurrent_requests
+    return record
+
+
+def result_details(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """What ``--output-details`` adds: one entry a request, failed ones included."""
+    return {
+        "input_lens": [output.prompt_len for output in outputs],
+        "output_lens": [output.output_len for output in outputs],
+        "ttfts": [output.ttft for output in outputs],
+        "itls": [output.itl for output in outputs],
+        "generated_texts": [output.text for output in outputs],
+        "errors": [output.error for output in outputs],
+    }

@@ -1,0 +1,111 @@
+"""Who may call what: bearer keys, and administrative endpoints closed to the network where no key guards them."""
+
+from __future__ import annotations
+
+import hmac
+import ipaddress
+import logging
+
+from starlette.responses import Response
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from sglang.srt.entrypoints.errors import json_response
+
+logger = logging.getLogger(__name__)
+
+OPEN_PREFIXES = ("/health", "/ready", "/metrics")
+ADMIN_PATHS = frozenset(
+    {
+        "/abort_request",
+        "/configure_logging",
+        "/continue_generation",
+        "/dump_expert_distribution_record",
+        "/flush_cache",
+        "/load_lora_adapter",
+        "/pause_generation",
+        "/release_memory_occupation",
+        "/resume_memory_occupation",
+        "/set_internal_state",
+        "/start_expert_distribution_record",
+        "/start_profile",
+        "/stop_expert_distribution_record",
+        "/stop_profile",
+        "/unload_lora_adapter",
+        "/update_weights_from_disk",
+        "/update_weights_from_distributed",
+        "/update_weights_from_tensor",
+    }
+)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host`` is reachable from this machine alone; names other than localhost count as reachable."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class AuthPolicy:
+    """The decision for each request.
+
+    With ``admin_api_key`` set, administrative endpoints take that key alone; else they take ``api_key``. With neither,
+    they are open on a loopback address and closed on any other.
+    """
+
+    def __init__(self, host: str, api_key: str | None, admin_api_key: str | None):
+        self._host = host
+        self._api_key = api_key
+        self._admin_api_key = admin_api_key
+        self.admin_closed = not (api_key or admin_api_key or is_loopback(host))
+
+    def warn(self) -> None:
+        """Say once what an address without a key means."""
+        if self.admin_closed:
+            logger.warning(
+                "Listening on %s without --api-key: anyone who reaches this address can use the model. The "
+                "administrative endpoints (/flush_cache, /abort_request, ...) are closed; set --api-key or "
+                "--admin-api-key to open them.",
+                self._host,
+            )
+
+    def refusal(self, method: str, path: str, authorization: str) -> Response | None:
+        """None if the request may pass, else its answer: 401 for a missing or wrong key, 403 where no key would do."""
+        path = "/" + path.strip("/")
+        if method == "OPTIONS" or path.startswith(OPEN_PREFIXES):
+            return None
+        is_admin = path in ADMIN_PATHS
+        if is_admin and self.admin_closed:
+            reason = (
+                f"{path} is closed: the server listens on {self._host} without a key. Start it with --api-key or "
+                "--admin-api-key, or bind it to 127.0.0.1."
+            )
+            return json_response({"error": f"Forbidden: {reason}"}, 403)
+        key = self._admin_api_key or self._api_key if is_admin else self._api_key
+        if not key or _has_bearer(authorization, key):
+            return None
+        return json_response({"error": "Unauthorized"}, 401)
+
+
+def _has_bearer(authorization: str, key: str) -> bool:
+    scheme, _, token = authorization.partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode(), key.encode())
+
+
+class AuthMiddleware:
+    """Asks the policy before any handler runs."""
+
+    def __init__(self, app: ASGIApp, policy: AuthPolicy):
+        self._app = app
+        self._policy = policy
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        authorization = headers.get(b"authorization", b"").decode("latin-1")
+        refusal = self._policy.refusal(scope["method"], scope["path"], authorization)
+        await (self._app if refusal is None else refusal)(scope, receive, send)

@@ -1,0 +1,127 @@
+"""Reading request bodies and writing answers, ending the work as soon as the client is gone."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from sglang.srt.entrypoints.errors import BodyError
+from sglang.srt.managers.request_input import RequestError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+ErrorResponse = Callable[[RequestError], Response]
+DONE_EVENT = b"data: [DONE]\n\n"
+# nginx's status for a client that closed its request; nobody reads it but the access log.
+CLIENT_CLOSED_REQUEST = 499
+
+
+def event(content: Any) -> bytes:
+    """One server-sent event."""
+    return b"data: " + msgspec.json.encode(content) + b"\n\n"
+
+
+async def read_body(request: Request, body_type: type[T]) -> T:
+    """The JSON body as ``body_type``; unknown keys are ignored. Raises BodyError."""
+    content_type = request.headers.get("content-type", "")
+    if content_type.split(";")[0].strip().lower() != "application/json":
+        raise BodyError(
+            f"Unsupported media type {content_type!r}: send the body as JSON with Content-Type: application/json."
+        )
+    data = await request.body()
+    try:
+        return msgspec.json.decode(data, type=body_type)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BodyError(f"The body is not valid: {error}") from None
+
+
+async def wait_for_disconnect(receive: Receive) -> None:
+    """Return when the client has closed the connection."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def run_while_connected(receive: Receive, work: Awaitable[T]) -> tuple[bool, T | None]:
+    """Run ``work`` until it is done or the client is gone, and then cancel it. Returns (done, its result)."""
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(wait_for_disconnect(receive))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            return False, None
+        return True, task.result()
+    finally:
+        watcher.cancel()
+        if not task.done():
+            task.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def answer(request: Request, results: AsyncIterator[Any], on_error: ErrorResponse) -> Any:
+    """The only item of ``results``, or the Response to send instead of it."""
+
+    async def first() -> Any:
+        async with aclosing(results):  # type: ignore[type-var]
+            return await anext(results)
+
+    try:
+        done, result = await run_while_connected(request.receive, first())
+    except RequestError as error:
+        return on_error(error)
+    return result if done else Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+class EventStream(Response):
+    """Server-sent events from ``chunks``, with ``[DONE]`` at the end.
+
+    The headers wait for the first event, so that a request that fails at once still gets a proper status through
+    ``on_error``. A later error becomes an event. When the client leaves, ``chunks`` is closed.
+    """
+
+    def __init__(self, chunks: AsyncIterator[bytes], on_error: ErrorResponse, error_event: Callable[[RequestError], Any]):
+        super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
+        del self.headers["content-length"]
+        self._chunks = chunks
+        self._on_error = on_error
+        self._error_event = error_event
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await run_while_connected(receive, self._pump(scope, receive, send))
+
+    async def _pump(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def write(chunk: bytes) -> None:
+            nonlocal started
+            if not started:
+                started = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+        try:
+            async with aclosing(self._chunks) as chunks:  # type: ignore[type-var]
+                async for chunk in chunks:
+                    await write(chunk)
+        except Exception as error:
+            failure = error if isinstance(error, RequestError) else internal_error(error)
+            if not started:
+                await self._on_error(failure)(scope, receive, send)
+                return
+            await write(event(self._error_event(failure)))
+        await write(DONE_EVENT)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def internal_error(error: Exception) -> RequestError:
+    """Log a defect of ours and give the client a 500 that says no more than its kind."""
+    logger.error("A request failed inside the server.", exc_info=error)
+    return RequestError(f"Internal server error: {type(error).__name__}.", 500, "InternalServerError")

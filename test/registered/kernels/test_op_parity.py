@@ -1,0 +1,316 @@
+"""Every op, every implementation that runs here, every case: against the reference, and the reference against loops."""
+
+import math
+import unittest
+from pathlib import Path
+
+import torch
+
+from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.kernels.spec import Impl
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+
+# Groups whose references are held against their own truth in another file of test/registered.
+TRUTH_ELSEWHERE = {"gdn": "kernels/test_gdn_ops.py", "sampling": "sampling/test_sampling_ops.py"}
+
+
+def clone(args):
+    return tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+
+def tensors(value):
+    return (value,) if isinstance(value, torch.Tensor) else tuple(value)
+
+
+# --- truths: float64, one row and one head at a time -------------------------------------------------------------
+
+
+def true_rms_norm(x, weight, eps, unit=0.0):
+    rows = x.double().reshape(-1, x.shape[-1])
+    out = [row / math.sqrt(float(row @ row) / len(row) + eps) * (weight.double() + unit) for row in rows]
+    return torch.stack(out).view(x.shape) if out else x.double()
+
+
+def true_gemma(x, weight, eps):
+    return true_rms_norm(x, weight, eps, unit=1.0)
+
+
+def true_gated_norm(x, gate, weight, eps):
+    return true_rms_norm(x, weight, eps) * gate.double() / (1 + torch.exp(-gate.double()))
+
+
+def true_fused_add(x, residual, weight, eps):
+    total = x.double() + residual.double()
+    return true_rms_norm(total, weight, eps), total
+
+
+def true_fused_add_gemma(x, residual, weight, eps):
+    total = x.double() + residual.double()
+    return true_gemma(total, weight, eps), total
+
+
+def true_silu_and_mul(x):
+    half = x.shape[-1] // 2
+    gate, up = x[..., :half].double(), x[..., half:].double()
+    return gate / (1 + torch.exp(-gate)) * up
+
+
+def true_rotary(positions, q, k, cache, is_neox):
+    half = cache.shape[1] // 2
+
+    def rotate(x):
+        out = x.double().clone()
+        for row, position in enumerate(positions.tolist()):
+            for i in range(half):
+                a, b = (i, i + half) if is_neox else (2 * i, 2 * i + 1)
+                turn = complex(float(cache[position, i]), float(cache[position, half + i]))
+                for head in range(x.shape[1]):
+                    turned = complex(float(x[row, head, a]), float(x[row, head, b])) * turn
+                    out[row, head, a], out[row, head, b] = turned.real, turned.imag
+        return out
+
+    return rotate(q), rotate(k)
+
+
+def true_experts(x, w13, w2, weights, ids):
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    half = w13.shape[1] // 2
+    for row in range(x.shape[0]):
+        for weight, expert in zip(weights[row].tolist(), ids[row].tolist()):
+            if expert >= 0:
+                hidden = w13[expert].double() @ x[row].double()
+                gate, up = hidden[:half], hidden[half:]
+                out[row] += weight * (w2[expert].double() @ (gate / (1 + torch.exp(-gate)) * up))
+    return out
+
+
+def attend(query, keys, values, scale):
+    logits = keys.double() @ query.double() * scale
+    probs = torch.exp(logits - logits.max())
+    return values.double().T @ (probs / probs.sum())
+
+
+def true_ragged(q, k, v, qo_indptr, kv_indptr, scale):
+    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=torch.float64)
+    group = q.shape[1] // k.shape[1]
+    bounds = zip(qo_indptr.tolist(), qo_indptr.tolist()[1:], kv_indptr.tolist(), kv_indptr.tolist()[1:])
+    for first, last, start, end in bounds:
+        for row in range(first, last):
+            seen = slice(start, end - (last - 1 - row))
+            for head in range(q.shape[1]):
+                out[row, head] = attend(q[row, head], k[seen, head // group], v[seen, head // group], scale)
+    return out
+
+
+def true_paged_extend(q, k_cache, v_cache, slots, qo_indptr, kv_indptr, scale):
+    return true_ragged(q, k_cache[slots], v_cache[slots], qo_indptr, kv_indptr, scale)
+
+
+def true_mla_extend(q, cache, slots, qo_indptr, kv_indptr, rank, scale):
+    rows = cache[slots].unsqueeze(1)
+    return true_ragged(q, rows, rows[..., :rank], qo_indptr, kv_indptr, scale)
+
+
+def true_paged_decode(q, k_cache, v_cache, table, seq_lens, scale):
+    out = torch.zeros(q.shape[0], q.shape[1], v_cache.shape[2], dtype=torch.float64)
+    group = q.shape[1] // k_cache.shape[1]
+    for row, length in enumerate(seq_lens.tolist()):
+        slots = table[row, :length]
+        for head in range(q.shape[1] if length else 0):
+            out[row, head] = attend(q[row, head], k_cache[slots, head // group], v_cache[slots, head // group], scale)
+    return out
+
+
+def true_mla_decode(q, cache, table, seq_lens, rank, scale):
+    rows = cache.unsqueeze(1)
+    return true_paged_decode(q, rows, rows[..., :rank], table, seq_lens, scale)
+
+
+TRUTHS = {
+    "norm.rms_norm": true_rms_norm,
+    "norm.gemma_rms_norm": true_gemma,
+    "norm.gated_rms_norm": true_gated_norm,
+    "norm.fused_add_rms_norm": true_fused_add,
+    "norm.fused_add_gemma_rms_norm": true_fused_add_gemma,
+    "activation.silu_and_mul": true_silu_and_mul,
+    "rope.rotary": true_rotary,
+    "moe.fused_experts": true_experts,
+    "attention.ragged_extend": true_ragged,
+    "attention.paged_extend": true_paged_extend,
+    "attention.mla_extend": true_mla_extend,
+    "attention.paged_decode": true_paged_decode,
+    "attention.mla_decode": true_mla_decode,
+}
+
+# --- routers: any order and any choice among equals is right, so they are judged, not compared -------------------
+
+
+def scores_of(row, scoring):
+    if scoring == "sigmoid":
+        return [1 / (1 + math.exp(-value)) if value > -700 else 0.0 for value in row]
+    top = max(row)
+    exps = [math.exp(value - top) for value in row]
+    return [value / sum(exps) for value in exps]
+
+
+def judge_router(name, args, out):
+    """AssertionError unless ``out`` is a right answer of router ``name``."""
+    bias = None
+    if name == "moe.topk_plain":
+        logits, top_k, scoring, renormalize, scale = args
+        n_group, topk_group = 1, 1
+    elif name == "moe.topk_grouped":
+        logits, top_k, scoring, renormalize, n_group, topk_group, scale = args
+    else:
+        logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale = args
+    weights, ids = out
+    assert weights.dtype == torch.float32 and ids.dtype == torch.int32
+    assert weights.shape == ids.shape == (logits.shape[0], top_k)
+    size = logits.shape[1] // n_group
+    for row, row_weights, row_ids in zip(logits.double().tolist(), weights.tolist(), ids.tolist()):
+        assert len(set(row_ids)) == top_k and all(0 <= i < logits.shape[1] for i in row_ids), row_ids
+        if any(math.isnan(value) for value in row) or (scoring == "softmax" and max(row) == -math.inf):
+            continue
+        scores = scores_of(row, scoring)
+        choice = scores if bias is None else [s + b for s, b in zip(scores, bias.tolist())]
+        groups = [choice[g * size : (g + 1) * size] for g in range(n_group)]
+        worth = [max(group) if bias is None else sum(sorted(group)[-2:]) for group in groups]
+        kept = sorted(range(n_group), key=lambda g: -worth[g])[:topk_group]
+        allowed = [i for i in range(len(choice)) if i // size in kept]
+        best = sorted((choice[i] for i in allowed), reverse=True)[:top_k]
+        found = sorted((choice[i] for i in row_ids), reverse=True)
+        assert all(abs(a - b) < 1e-6 for a, b in zip(best, found)), (best, found)
+        assert len({i // size for i in row_ids}) <= topk_group
+        total = sum(scores[i] for i in row_ids) + 1e-20 if renormalize else 1.0
+        for weight, i in zip(row_weights, row_ids):
+            assert abs(weight - scores[i] / total * scale) < 1e-5, (weight, scores[i] / total * scale)
+
+
+def check_case(op, impl, case):
+    """Run one implementation on one case; AssertionError when it is not what the reference and the truth say."""
+    args = clone(case.args)
+    out = impl.fn(*args, **case.kwargs)
+    if op.name.startswith("moe.topk"):
+        judge_router(op.name, case.args, out)
+        return
+    expected_args = clone(case.args)
+    expected = tensors(op.reference(*expected_args, **case.kwargs))
+    for found, wanted in zip(tensors(out), expected, strict=True):
+        assert found.dtype == wanted.dtype
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+    # What an op does to its arguments is part of its contract: usually nothing, for state updates the same thing.
+    for found, wanted in zip(args, expected_args, strict=True):
+        if isinstance(found, torch.Tensor):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+    truth = TRUTHS.get(op.name)
+    if truth is not None:
+        for found, wanted in zip(tensors(out), tensors(truth(*case.args, **case.kwargs)), strict=True):
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=2e-5, equal_nan=True)
+        for found, before in zip(args, case.args, strict=True):
+            if isinstance(found, torch.Tensor):
+                torch.testing.assert_close(found, before, rtol=0, atol=0, equal_nan=True)
+
+
+class TestOpParity(CustomTestCase):
+    @classmethod
+    def setUpClass(cls):
+        with fresh_decisions():
+            REGISTRY.freeze()
+            cls.runnable = {
+                op.name: [impl for impl in op.impls if REGISTRY.records[op.name].verdicts[impl.name] == "ok"]
+                for op in REGISTRY.ops.values()
+            }
+
+    def test_every_implementation_on_every_case(self):
+        count = 0
+        for name, impls in sorted(self.runnable.items()):
+            op = REGISTRY.ops[name]
+            cases = list(op.cases())
+            self.assertGreater(len(cases), 0, f"op {name} has no cases()")
+            for impl in impls:
+                for case in cases:
+                    if impl.accepts is None or impl.accepts(*case.args, **case.kwargs):
+                        with self.subTest(op=name, impl=impl.name, case=case.name):
+                            check_case(op, impl, case)
+                            count += 1
+        print(f"{count} (op, implementation, case) triples")
+
+    def test_every_op_has_a_truth(self):
+        registered = Path(__file__).resolve().parents[1]
+        for name, op in REGISTRY.ops.items():
+            if name in TRUTHS or name.startswith("moe.topk"):
+                continue
+            elsewhere = TRUTH_ELSEWHERE.get(op.group)
+            self.assertIsNotNone(elsewhere, f"op {name} is held against nothing independent")
+            text = (registered / elsewhere).read_text(encoding="utf-8")
+            self.assertIn(name.split(".")[1].split("_")[-1], text, f"{elsewhere} does not mention {name}")
+
+    def test_bfloat16_stays_near_the_truth(self):
+        for name, truth in TRUTHS.items():
+            for case in REGISTRY.ops[name].cases():
+                if case.name in ("saturated", "huge", "nan-row", "cancelling"):
+                    continue
+                args = [
+                    arg.bfloat16() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
+                    for arg in case.args
+                ]
+                if name == "rope.rotary":
+                    args[3] = case.args[3]
+                with self.subTest(op=name, case=case.name):
+                    out = tensors(REGISTRY.ops[name].reference(*clone(args), **case.kwargs))
+                    for found, wanted in zip(out, tensors(truth(*args, **case.kwargs)), strict=True):
+                        self.assertEqual(found.dtype, torch.bfloat16)
+                        torch.testing.assert_close(found.double(), wanted, rtol=3e-2, atol=3e-2, equal_nan=True)
+
+
+def _break(fn, how):
+    def broken(*args, **kwargs):
+        return how(fn(*args, **kwargs), args)
+
+    return broken
+
+
+class TestTheTest(CustomTestCase):
+    """The walk above must notice an implementation that is wrong in the ways that wrong kernels are."""
+
+    def assert_noticed(self, name, how):
+        op = REGISTRY.ops[name]
+        broken = Impl("broken", _break(op.reference, how))
+        with self.assertRaises(AssertionError):
+            for case in op.cases():
+                check_case(op, broken, case)
+
+    def test_wrong_answers_are_noticed(self):
+        REGISTRY.load_all()
+
+        def in_place(out, args):
+            args[0].mul_(2)
+            return out
+
+        def one_row_off(out, args):
+            return torch.cat((out[:-1], out[-1:] * 1.01)) if out.shape[0] else out
+
+        def repeated_expert(out, args):
+            weights, ids = out
+            return weights, ids[:, :1].expand(ids.shape).contiguous()
+
+        def biased_weights(out, args):
+            weights, ids = out
+            chosen = args[0].sigmoid().add(args[1]).gather(1, ids.long())
+            return (chosen / chosen.sum(-1, keepdim=True) * args[-1]).float(), ids
+
+        self.assert_noticed("moe.fused_experts", in_place)
+        self.assert_noticed("moe.fused_experts", one_row_off)
+        self.assert_noticed("attention.mla_decode", one_row_off)
+        self.assert_noticed("attention.ragged_extend", lambda out, args: out.nan_to_num().roll(1, 0))
+        self.assert_noticed("rope.rotary", lambda out, args: (out[0], args[2]))
+        self.assert_noticed("moe.topk_plain", lambda out, args: (out[0] * 2, out[1]))
+        self.assert_noticed("moe.topk_grouped", repeated_expert)
+        self.assert_noticed("moe.topk_biased_grouped", biased_weights)
+
+
+if __name__ == "__main__":
+    unittest.main()
