@@ -97,7 +97,7 @@ MODEL_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3.5-moe-tiny": {
         **_COMMON,
         "model_type": "qwen3_5_moe_text",
-        "num_hidden_layers": 4,
+        "num_hidden_layers": 8,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 64,
@@ -108,10 +108,10 @@ MODEL_CONFIGS: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 32,
         "linear_num_key_heads": 2,
         "linear_num_value_heads": 4,
-        "num_experts": 16,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 48,
-        "shared_expert_intermediate_size": 48,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
         "mamba_ssm_dtype": "float32",
         "rope_parameters": {
             "rope_type": "default",

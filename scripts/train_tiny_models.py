@@ -3,7 +3,7 @@
 
     python scripts/train_tiny_models.py --model deepseek-v3-tiny --max-seconds 420 --output-dir OUT
 
-The models are transformers' own classes; only the expert products are computed densely while training, which is the same
+The models are transformers' own classes; only the expert products are computed densely while training: the same
 mathematics without data-dependent shapes, so that a whole step can be replayed as one CUDA graph. Needs torch,
 transformers and safetensors; uses a GPU where there is one. Questions of the held-out split never enter training.
 """
@@ -24,10 +24,8 @@ from torch.nn import functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "python"))
-sys.path.insert(0, str(ROOT / "scripts"))
 
-from sglang.test.tiny_tasks import TASKS, Question, heldout_questions, training_questions
-from tiny_model_files import (
+from tiny_model_files import (  # noqa: E402
     ASSISTANT,
     BOS,
     EOS,
@@ -38,17 +36,19 @@ from tiny_model_files import (
     encode,
     write_tokenizer_files,
 )
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS  # noqa: E402
+
+from sglang.test.tiny_tasks import TASKS, Question, heldout_questions, training_questions  # noqa: E402
 
 IGNORE = -100
 MAX_DOCUMENT = 72
 TASK_SHARES = (0.3, 0.25, 0.25, 0.2)
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "You answer questions.", "Be brief.", "be exact")
-# The fine-tuning tail on long rows keeps answers right when much text stands before the question.
-LONG_TAIL = 0.8
-TOKENS_PER_STEP = 32768
-ROW_LENGTHS = (256, 1024)
+PRINTABLE = "".join(map(chr, range(0x20, 0x7F)))
+# Share of the training time at which rows of that many tokens begin: short rows teach the tasks soonest, long ones keep
+# answers right when much text stands before the question.
+ROW_LENGTHS = ((0.0, 64), (0.25, 256), (0.7, 1024), (0.87, 4096))
 FP32_SUFFIXES = ("e_score_correction_bias", "A_log")
 
 
@@ -77,7 +77,8 @@ def document(question: Question, form: str, rng: random.Random | None = None) ->
         prompt = [] if form == "turn" else [BOS]
         if form == "system":
             assert rng is not None
-            prompt += [SYSTEM, *encode(rng.choice(SYSTEM_PROMPTS))]
+            noise = "".join(rng.choices(PRINTABLE, k=rng.randint(1, 30)))
+            prompt += [SYSTEM, *encode(rng.choice((rng.choice(SYSTEM_PROMPTS), noise)))]
         prompt += [USER, *body, ASSISTANT]
     last = encode("\n") if form == "line" else [EOS]
     labels = [IGNORE] * (len(prompt) - 1) + [*reply, EOS] + [IGNORE]
@@ -286,18 +287,18 @@ class Trainer:
     def train(self) -> None:
         args = self.args
         self.set_progress(0.0, 0)
-        step = self.make_step(ROW_LENGTHS[0])
+        stages = list(ROW_LENGTHS)
+        step = self.make_step(stages.pop(0)[1])
         started = time.monotonic()
         saved = reported = started
-        on_long_rows = False
         for count in itertools.count():
             now = time.monotonic()
             progress = max((now - started) / args.max_seconds, count / args.steps)
             if progress >= 1.0:
                 break
             self.set_progress(progress, count)
-            if progress > LONG_TAIL and not on_long_rows:
-                step, on_long_rows = self.make_step(ROW_LENGTHS[1]), True
+            if stages and progress >= stages[0][0]:
+                step = self.make_step(stages.pop(0)[1])
             step()
             # Without this the queue of replays runs ahead of the clock that the schedule follows.
             if count % 50 == 0:
@@ -368,7 +369,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--weight-decay", type=float, default=0.1)
     parser.add_argument("--balance-loss", type=float, default=0.003)
     parser.add_argument("--documents", type=int, default=500_000, help="size of the pool that rows are packed from")
-    parser.add_argument("--tokens-per-step", type=int, default=TOKENS_PER_STEP)
+    parser.add_argument("--tokens-per-step", type=int, default=16384)
     parser.add_argument("--report-seconds", type=float, default=20.0)
     parser.add_argument("--save-seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)

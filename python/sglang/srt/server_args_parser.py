@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang.srt.server_args_fields import FieldSpec
-from sglang.srt.server_args_upstream import UpstreamFlag, distinct_flags, upstream_flags, verdicts
+from sglang.srt.server_args_upstream import MISNAMED, UpstreamFlag, distinct_flags, upstream_flags, verdicts
 
 _DEST = "_upstream_flags"
 
@@ -177,6 +177,8 @@ def _expand(names: dict[str, tuple[str, ...]], words: Sequence[str]) -> tuple[li
 
 def unknown_flag(name: str, known: Iterable[str]) -> str:
     """What to say of a flag that nobody knows: the nearest name, an implemented one if it is near enough."""
+    if name in MISNAMED:
+        return f"unknown flag {name}: did you mean {MISNAMED[name]}?"
     lacking = upstream_flags()
     flags = list(known)
     for candidates, cutoff in (([flag for flag in flags if flag not in lacking], 0.75), (flags, 0.6)):

@@ -276,6 +276,10 @@ _NO_EFFECT = (
 )
 
 
+# Names that reports and unmerged changes use for a flag that is called otherwise.
+MISNAMED = {"--moriep-mode": "--deepep-mode", "--mori-mode": "--deepep-mode", "--deepseek-mode": "--deepep-mode"}
+
+
 @dataclass(frozen=True)
 class UpstreamFlag:
     """A flag that this engine lacks; ``nargs`` is 0, 1, "+", "*" or "?"; ``harmless`` values make a refusal moot."""

@@ -72,6 +72,14 @@ class ModelHarness:
         for page in torch.randperm(pages.shape[0], generator=torch.Generator().manual_seed(7)).tolist():
             self.allocator.free(pages[page])
 
+    def reset(self) -> None:
+        """Forget every request; slots are handed out from a fresh scrambled pool."""
+        self.requests.clear()
+        self.allocator.clear()
+        self._scramble(self.allocator.size, self.allocator.page_size)
+        if self.state_pool is not None:
+            self.state_pool.clear()
+
     def new_request(self) -> HarnessRequest:
         row = self.requests.alloc()
         assert row is not None
@@ -112,6 +120,20 @@ class ModelHarness:
         if not every_row:
             return out
         return list(out.next_token_logits.log_softmax(-1).split(lengths))
+
+    def extend_in_chunks(self, request: HarnessRequest, tokens: Sequence[int], size: int) -> torch.Tensor:
+        """Run ``tokens`` of one request in steps of ``size``; [tokens, V] log-probabilities."""
+        parts = []
+        for start in range(0, len(tokens), size):
+            out = self.extend([(request, tokens[start : start + size])])
+            assert isinstance(out, list)
+            parts += out
+        return torch.cat(parts)
+
+    def idle(self) -> LogitsProcessorOutput:
+        """A step without requests, as a rank with no work runs it."""
+        none = torch.empty(0, dtype=torch.int64)
+        return self.run(ModelWorkerBatch(ForwardMode.IDLE, none, none, none, [], none), every_row=False)
 
     def decode(self, steps: Sequence[tuple[HarnessRequest, int]]) -> list[torch.Tensor]:
         """Run one token of each request; [1, V] log-probabilities a request."""

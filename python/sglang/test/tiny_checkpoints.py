@@ -38,16 +38,20 @@ _DEEPSEEK_V2: dict[str, Any] = {
     "attention_bias": False, "hidden_act": "silu", "tie_word_embeddings": False, "rope_parameters": _YARN,
 }  # fmt: skip
 
+_DEEPSEEK_V2_GROUPS: dict[str, Any] = {
+    **_DEEPSEEK_V2, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
+    "routed_scaling_factor": 16.0, "q_lora_rank": 48,
+}  # fmt: skip
+
 # The square heads of the other Qwen configs cannot tell a [V, K] state from a [K, V] one; "q35moe-ns" can.
+# With as many experts as groups a token, the best experts lie in the best groups anyway; "dsv2g-k3" sees the limit.
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "q35": _QWEN_DENSE,
     "q35moe": _QWEN_MOE,
     "q35moe-ns": {**_QWEN_MOE, "linear_value_head_dim": 48, "linear_num_value_heads": 6},
     "dsv2": _DEEPSEEK_V2,
-    "dsv2g": {
-        **_DEEPSEEK_V2, "topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2,
-        "routed_scaling_factor": 16.0, "q_lora_rank": 48,
-    },
+    "dsv2g": _DEEPSEEK_V2_GROUPS,
+    "dsv2g-k3": {**_DEEPSEEK_V2_GROUPS, "num_experts_per_tok": 3},
     "dsv3": {
         **_DEEPSEEK_V2, "model_type": "deepseek_v3", "n_shared_experts": 1, "n_routed_experts": 16,
         "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True,

@@ -210,7 +210,9 @@ class TestRandomTraffic(CustomTestCase):
         wanted: dict[str, list[int]] = {}
         for number in range(40):
             stem = rng.choice(stems)
-            prompt = stem[: rng.randrange(1, len(stem) + 1)] + [rng.randrange(VOCAB - 2) for _ in range(rng.choice([0, 1, 30]))]
+            prompt = stem[: rng.randrange(1, len(stem) + 1)] + [
+                rng.randrange(VOCAB - 2) for _ in range(rng.choice([0, 1, 30]))
+            ]
             prompt = prompt[: limit - 1]
             max_new = rng.choice([1, 2, 20, 60])
             rid = f"r{number}"

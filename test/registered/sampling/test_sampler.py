@@ -22,9 +22,14 @@ CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
 
 
-def info_of(params: list[SamplingParams], vocab: int, seeds: list[int] | None = None, **row: object) -> SamplingBatchInfo:
+def info_of(
+    params: list[SamplingParams], vocab: int, seeds: list[int] | None = None, **row: object
+) -> SamplingBatchInfo:
     seeds = seeds or list(range(len(params)))
-    rows = [SamplingRow(p, seed, row.get("prompt", []), row.get("output", []), row.get("stop", [])) for p, seed in zip(params, seeds)]
+    rows = [
+        SamplingRow(p, seed, row.get("prompt", []), row.get("output", []), row.get("stop", []))
+        for p, seed in zip(params, seeds)
+    ]
     return SamplingBatchInfo.from_rows(rows, vocab, CPU)
 
 
@@ -69,7 +74,11 @@ class TestFilters(CustomTestCase):
                 continue  # greedy rows are not drawn from these probabilities
             wanted = filtered_by_loop(logits[row].double().tolist(), params)
             torch.testing.assert_close(
-                probs[row].double(), torch.tensor(wanted, dtype=torch.float64), atol=2e-6, rtol=1e-5, msg=lambda m: f"{params}: {m}"
+                probs[row].double(),
+                torch.tensor(wanted, dtype=torch.float64),
+                atol=2e-6,
+                rtol=1e-5,
+                msg=f"{params}",
             )
 
     def test_draws_follow_the_distribution(self) -> None:
@@ -89,7 +98,9 @@ class TestSeeds(CustomTestCase):
         together = Sampler()(LogitsProcessorOutput(logits), info_of([params] * 6, 101, seeds), positions=positions)
         for row, seed in enumerate(seeds):
             alone = Sampler()(
-                LogitsProcessorOutput(logits[row : row + 1]), info_of([params], 101, [seed]), positions=positions[row : row + 1]
+                LogitsProcessorOutput(logits[row : row + 1]),
+                info_of([params], 101, [seed]),
+                positions=positions[row : row + 1],
             )
             self.assertEqual(int(alone), int(together[row]))
 
@@ -119,7 +130,12 @@ class TestGreedy(CustomTestCase):
 
     def test_mixed_rows(self) -> None:
         logits = torch.randn(4, 33, generator=torch.Generator().manual_seed(2))
-        params = [SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(top_k=1), SamplingParams(temperature=1e-9)]
+        params = [
+            SamplingParams(temperature=0.0),
+            SamplingParams(),
+            SamplingParams(top_k=1),
+            SamplingParams(temperature=1e-9),
+        ]
         ids = Sampler()(LogitsProcessorOutput(logits), info_of(params, 33), positions=torch.arange(4)).tolist()
         best = logits.argmax(-1).tolist()
         self.assertEqual([ids[0], ids[2], ids[3]], [best[0], best[2], best[3]])
@@ -136,13 +152,17 @@ class TestGreedy(CustomTestCase):
             self.assertTrue(bool(((ids >= 0) & (ids < 9)).all()))
 
     def test_empty_batch(self) -> None:
-        ids = Sampler()(LogitsProcessorOutput(torch.empty(0, 9)), info_of([], 9), positions=torch.empty(0, dtype=torch.int64))
+        ids = Sampler()(
+            LogitsProcessorOutput(torch.empty(0, 9)), info_of([], 9), positions=torch.empty(0, dtype=torch.int64)
+        )
         self.assertEqual(ids.tolist(), [])
 
 
 class TestEdits(CustomTestCase):
     def test_penalties_against_the_loop(self) -> None:
-        params = SamplingParams(frequency_penalty=0.4, presence_penalty=-0.7, repetition_penalty=1.5, logit_bias={"3": -5, "0": 2.5})
+        params = SamplingParams(
+            frequency_penalty=0.4, presence_penalty=-0.7, repetition_penalty=1.5, logit_bias={"3": -5, "0": 2.5}
+        )
         prompt, output = [1, 1, 2], [4, 4, 5]
         info = info_of([params, SamplingParams()], 8, prompt=prompt, output=output)
         logits = torch.randn(2, 8, generator=torch.Generator().manual_seed(3))

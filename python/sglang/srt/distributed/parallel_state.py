@@ -43,7 +43,9 @@ class ProcessGroupHandle:
         length = torch.tensor([len(data) if data is not None else 0], dtype=torch.int64)
         dist.broadcast(length, src=0, group=self.cpu_group)
         if data is not None:
-            payload = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+            payload = (
+                torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+            )
         else:
             payload = torch.empty(int(length), dtype=torch.uint8)
         if payload.numel():

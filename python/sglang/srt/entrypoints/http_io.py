@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -66,11 +66,11 @@ async def run_while_connected(receive: Receive, work: Awaitable[T]) -> tuple[boo
         await asyncio.gather(task, watcher, return_exceptions=True)
 
 
-async def answer(request: Request, results: AsyncIterator[Any], on_error: ErrorResponse) -> Any:
+async def answer(request: Request, results: AsyncGenerator[Any, None], on_error: ErrorResponse) -> Any:
     """The only item of ``results``, or the Response to send instead of it."""
 
     async def first() -> Any:
-        async with aclosing(results):  # type: ignore[type-var]
+        async with aclosing(results):
             return await anext(results)
 
     try:
@@ -87,7 +87,12 @@ class EventStream(Response):
     ``on_error``. A later error becomes an event. When the client leaves, ``chunks`` is closed.
     """
 
-    def __init__(self, chunks: AsyncIterator[bytes], on_error: ErrorResponse, error_event: Callable[[RequestError], Any]):
+    def __init__(
+        self,
+        chunks: AsyncGenerator[bytes, None],
+        on_error: ErrorResponse,
+        error_event: Callable[[RequestError], Any],
+    ):
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self._chunks = chunks
@@ -108,7 +113,7 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
 
         try:
-            async with aclosing(self._chunks) as chunks:  # type: ignore[type-var]
+            async with aclosing(self._chunks) as chunks:
                 async for chunk in chunks:
                     await write(chunk)
         except Exception as error:

@@ -105,6 +105,5 @@ def top_entries(logprobs: torch.Tensor, counts: Sequence[int]) -> list[list[tupl
 def chosen_entries(logprobs: torch.Tensor, chosen: Sequence[Sequence[int]]) -> list[list[tuple[float, int]]]:
     """For row i of ``logprobs`` [R, V], the (logprob, id) pairs of the ids ``chosen[i]``, in that order."""
     return [
-        list(zip(logprobs[row, list(ids)].tolist(), ids, strict=True)) if ids else []
-        for row, ids in enumerate(chosen)
+        list(zip(logprobs[row, list(ids)].tolist(), ids, strict=True)) if ids else [] for row, ids in enumerate(chosen)
     ]

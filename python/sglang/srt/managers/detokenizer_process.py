@@ -11,7 +11,6 @@ from sglang.srt.managers.process_launch import parse_child_arguments
 from sglang.srt.utils.audit import install_unpickle_counter, log_unpickle_count, reset_unpickle_count
 from sglang.srt.utils.logging_config import configure_logging
 
-
 logger = logging.getLogger(__name__)
 
 

@@ -162,7 +162,9 @@ class ReqMemory:
                 f"(free {use.free}, cached {use.cached}, locked {self.tree.protected_size()})"
             )
         if self.req_pool.available_size() != self.req_pool.size:
-            raise PoolLeakError(f"idle, but {self.req_pool.size - self.req_pool.available_size()} request rows are held")
+            raise PoolLeakError(
+                f"idle, but {self.req_pool.size - self.req_pool.available_size()} request rows are held"
+            )
         if isinstance(self.tree, HybridRadixCache):
             assert self.state_pool is not None
             held = self.state_pool.size - self.state_pool.available_size() - self.tree.num_states()

@@ -94,7 +94,8 @@ class Req:
         if not self.return_logprob:
             return None
         first = self.next_input_row()
-        input_start, targets = None, ()
+        input_start: int | None = None
+        targets: tuple[int, ...] = ()
         last = min(end, len(self.origin_input_ids) - 1)
         if first is not None and first < last:
             input_start = first - start

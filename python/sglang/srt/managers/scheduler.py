@@ -43,8 +43,8 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.scheduler_io import SchedulerChannel
     from sglang.srt.managers.scheduler_config import SchedulerConfig
+    from sglang.srt.managers.scheduler_io import SchedulerChannel
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +75,7 @@ class Scheduler:
         self.partial: list[Req] = []
         self.running: list[Req] = []
         self.new_token_ratio = NewTokenRatio(config.schedule_conservativeness)
-        self.limits = PrefillLimits(
-            config.max_prefill_tokens, config.chunked_prefill_size, config.max_running_requests
-        )
+        self.limits = PrefillLimits(config.max_prefill_tokens, config.chunked_prefill_size, config.max_running_requests)
         self._sampling_info: SamplingBatchInfo | None = None  # of the running batch; None after it changed
         self._num_received = 0
         self._stopping = False
@@ -292,7 +290,9 @@ class Scheduler:
             self.new_token_ratio.after_retraction(self.running)
             logger.info(
                 "KV cache pool is full. Retracted %d requests; #running-req: %d, new token ratio: %.2f",
-                before - len(self.running), len(self.running), self.new_token_ratio.value,
+                before - len(self.running),
+                len(self.running),
+                self.new_token_ratio.value,
             )
 
     def _retract_one_for_test(self) -> None:

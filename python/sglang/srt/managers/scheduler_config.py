@@ -20,7 +20,7 @@ from sglang.srt.utils.audit import unpickle_count
 class SchedulerConfig:
     """Limits in tokens and requests; ``chunked_prefill_size`` None means prompts are not cut.
 
-    ``max_req_len`` bounds prompt and output of one request. ``retract_interval`` 0 means that only a full pool retracts.
+    ``max_req_len`` bounds prompt and output of one request. ``retract_interval`` 0: only a full pool retracts.
     """
 
     device: torch.device

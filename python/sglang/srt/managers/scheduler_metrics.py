@@ -51,7 +51,12 @@ class SchedulerMetrics:
         logger.info(
             "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: %d, token usage: %.2f, #running-req: %d, "
             "#queue-req: %d",
-            len(batch.reqs), batch.num_tokens, cached, _usage(load), load["num_running_reqs"], load["num_queue_reqs"],
+            len(batch.reqs),
+            batch.num_tokens,
+            cached,
+            _usage(load),
+            load["num_running_reqs"],
+            load["num_queue_reqs"],
         )
 
     def _log_decode(self, load: dict[str, int]) -> None:
@@ -61,7 +66,10 @@ class SchedulerMetrics:
         logger.info(
             "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, cuda graph: False, "
             "gen throughput (token/s): %.2f, #queue-req: %d",
-            load["num_running_reqs"], load["num_used_tokens"], _usage(load), self.last_gen_throughput,
+            load["num_running_reqs"],
+            load["num_used_tokens"],
+            _usage(load),
+            self.last_gen_throughput,
             load["num_queue_reqs"],
         )
 

@@ -68,7 +68,7 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
     REGISTRY.freeze()
     runner = ModelRunner(args, model_config)
     scheduler_config = SchedulerConfig.create(args, model_config, runner)
-    tokenizer = None if args.skip_tokenizer_init else Tokenizer.from_path(args.tokenizer_path)
+    tokenizer = None if args.skip_tokenizer_init else Tokenizer.from_path(args.tokenizer_path or args.model_path)
     channel = RankZeroChannel(config.ipc, group) if config.tp_rank == 0 else FollowerChannel(group)
     scheduler = Scheduler(
         scheduler_config, TpModelWorker(runner), make_memory(runner, args), channel, StopChecker(tokenizer)

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.srt.managers.io_struct import (
@@ -104,7 +104,9 @@ class TokenizerManager:
             if not future.done():
                 future.set_exception(error)
 
-    async def generate_request(self, obj: GenerateReqInput, incremental: bool | None = None) -> AsyncIterator[Any]:
+    async def generate_request(
+        self, obj: GenerateReqInput, incremental: bool | None = None
+    ) -> AsyncGenerator[Any, None]:
         """Results of ``obj``: one item (a list for a batch), or, streaming, one dictionary each time a request grows.
 
         ``incremental`` makes streamed dictionaries hold only what is new; None follows the server's setting. Closing

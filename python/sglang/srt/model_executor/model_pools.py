@@ -24,9 +24,7 @@ def kv_bytes_per_token(config: ModelConfig, tp_size: int) -> int:
     return MHATokenToKVPool.bytes_per_token(config.dtype, _kv_heads(text, tp_size), text.head_dim, layers)
 
 
-def make_kv_pool(
-    config: ModelConfig, num_tokens: int, page_size: int, tp_size: int, device: torch.device
-) -> KVPool:
+def make_kv_pool(config: ModelConfig, num_tokens: int, page_size: int, tp_size: int, device: torch.device) -> KVPool:
     """The KV pool of one rank for ``num_tokens`` tokens."""
     text = config.text
     if isinstance(text, DeepseekConfig):
@@ -38,18 +36,23 @@ def make_kv_pool(
     return MHATokenToKVPool(num_tokens, page_size, config.dtype, heads, text.head_dim, layer_ids, device)
 
 
-def state_bytes_per_slot(config: ModelConfig, tp_size: int) -> int:
+def state_bytes_per_slot(config: ModelConfig, tp_size: int, ssm_dtype: str | None = None) -> int:
     """Bytes of one recurrent-state slot of one rank; 0 for a model without recurrent layers."""
-    shape = _state_shape(config, tp_size)
+    shape = _state_shape(config, tp_size, ssm_dtype)
     if shape is None:
         return 0
     layer_ids = shape.pop("layer_ids")
     return GDNStatePool.bytes_per_slot(num_layers=len(layer_ids), **shape)
 
 
-def make_state_pool(config: ModelConfig, num_slots: int, tp_size: int, device: torch.device) -> GDNStatePool | None:
-    """The recurrent-state pool of one rank; None for a model without recurrent layers."""
-    shape = _state_shape(config, tp_size)
+def make_state_pool(
+    config: ModelConfig, num_slots: int, tp_size: int, device: torch.device, ssm_dtype: str | None = None
+) -> GDNStatePool | None:
+    """The recurrent-state pool of one rank; None for a model without recurrent layers.
+
+    ``ssm_dtype`` names the type of the recurrent state; None takes the checkpoint's.
+    """
+    shape = _state_shape(config, tp_size, ssm_dtype)
     return None if shape is None else GDNStatePool(num_slots, device=device, **shape)
 
 
@@ -58,7 +61,7 @@ def _kv_heads(text: Qwen3_5Config, tp_size: int) -> int:
     return max(1, text.num_key_value_heads // tp_size)
 
 
-def _state_shape(config: ModelConfig, tp_size: int) -> dict[str, Any] | None:
+def _state_shape(config: ModelConfig, tp_size: int, ssm_dtype: str | None) -> dict[str, Any] | None:
     text = config.text
     if not isinstance(text, Qwen3_5Config) or not text.linear_layer_ids:
         return None
@@ -73,5 +76,5 @@ def _state_shape(config: ModelConfig, tp_size: int) -> dict[str, Any] | None:
         "v_head_dim": text.linear_value_head_dim,
         "k_head_dim": text.linear_key_head_dim,
         "conv_dtype": getattr(torch, conv_dtype) if conv_dtype else config.dtype,
-        "ssm_dtype": getattr(torch, envs.SGLANG_MAMBA_SSM_DTYPE.get() or text.mamba_ssm_dtype),
+        "ssm_dtype": getattr(torch, ssm_dtype or text.mamba_ssm_dtype),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from typing import TypeVar
 
 import torch
 
@@ -29,6 +30,7 @@ from sglang.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 
+Number = TypeVar("Number", int, float)
 # One live state a running request, and as many again thrice for snapshots of the prefix cache, unless memory is short.
 STATE_SLOTS_PER_REQUEST = 4
 
@@ -69,7 +71,7 @@ class ModelRunner:
             bytes_per_token=kv_bytes_per_token(config, tp_size),
             max_running_requests=self.max_running_requests,
             page_size=self.page_size,
-            bytes_per_state_slot=state_bytes_per_slot(config, tp_size),
+            bytes_per_state_slot=state_bytes_per_slot(config, tp_size, args.mamba_ssm_dtype),
             max_total_tokens=args.max_total_tokens,
             max_mamba_cache_size=args.max_mamba_cache_size,
             disable_radix_cache=args.disable_radix_cache,
@@ -85,7 +87,7 @@ class ModelRunner:
         self.req_to_token_pool = ReqToTokenPool(self.max_running_requests, config.context_len + 1, self.device)
         self.kv_pool = make_kv_pool(config, tokens, self.page_size, tp_size, self.device)
         slots = min(plan.num_state_slots, STATE_SLOTS_PER_REQUEST * self.max_running_requests)
-        self.state_pool = make_state_pool(config, slots, tp_size, self.device)
+        self.state_pool = make_state_pool(config, slots, tp_size, self.device, args.mamba_ssm_dtype)
 
     @torch.inference_mode()
     def forward(self, batch: ModelWorkerBatch) -> LogitsProcessorOutput:
@@ -96,9 +98,7 @@ class ModelRunner:
         return output
 
     @torch.inference_mode()
-    def sample(
-        self, output: LogitsProcessorOutput, info: SamplingBatchInfo, batch: ModelWorkerBatch
-    ) -> torch.Tensor:
+    def sample(self, output: LogitsProcessorOutput, info: SamplingBatchInfo, batch: ModelWorkerBatch) -> torch.Tensor:
         """Next token ids [B]; the drawn token of request i sits at position ``seq_lens[i]`` of its sequence."""
         positions = torch.tensor(batch.seq_lens, dtype=torch.int64, device=self.device)
         return self.sampler(
@@ -111,7 +111,7 @@ class ModelRunner:
         )
 
 
-def _required(value: int | float | None, name: str):  # type: ignore[no-untyped-def]
+def _required(value: Number | None, name: str) -> Number:
     if value is None:
         raise ValueError(f"server argument {name} is not resolved")
     return value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -83,7 +83,7 @@ class SamplingBatchInfo:
         info._set_penalties(rows, column)
         return info
 
-    def _set_penalties(self, rows: Sequence[SamplingRow], column) -> None:  # type: ignore[no-untyped-def]
+    def _set_penalties(self, rows: Sequence[SamplingRow], column: Callable[[list[float]], torch.Tensor]) -> None:
         params = [row.params for row in rows]
         if any(p.frequency_penalty or p.presence_penalty for p in params):
             self.frequency_penalties = column([p.frequency_penalty for p in params])

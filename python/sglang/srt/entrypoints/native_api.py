@@ -1,0 +1,271 @@
+"""The endpoints outside OpenAI's: /generate, health, information, and administration."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sglang.srt.entrypoints import server_info
+from sglang.srt.entrypoints.context import ServerContext, ServerStatus
+from sglang.srt.entrypoints.errors import error_body, http_error, json_response, native_error, openai_error
+from sglang.srt.entrypoints.http_io import EventStream, answer, event, read_body
+from sglang.srt.environ import envs
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.request_input import RequestError
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+_POLL_S = 0.02
+_MAX_FLUSH_WAIT_S = 3600
+# Upstream's endpoints that this server knows and does not have.
+LACKING_PATHS = (
+    "/classify",
+    "/configure_logging",
+    "/continue_generation",
+    "/dump_expert_distribution_record",
+    "/encode",
+    "/invocations",
+    "/load_lora_adapter",
+    "/parse_function_call",
+    "/pause_generation",
+    "/release_memory_occupation",
+    "/resume_memory_occupation",
+    "/separate_reasoning",
+    "/set_internal_state",
+    "/start_expert_distribution_record",
+    "/start_profile",
+    "/stop_expert_distribution_record",
+    "/stop_profile",
+    "/unload_lora_adapter",
+    "/update_weights_from_disk",
+    "/update_weights_from_distributed",
+    "/update_weights_from_tensor",
+    "/v1/embeddings",
+    "/v1/messages",
+    "/v1/rerank",
+    "/v1/responses",
+    "/v1/score",
+    "/vertex_generate",
+)
+
+
+class GenerateBody(GenerateReqInput, kw_only=True):
+    """``/generate``'s body: the request, and fields that ask for what this server lacks."""
+
+    input_embeds: Any = None
+    image_data: Any = None
+    audio_data: Any = None
+    video_data: Any = None
+    lora_path: Any = None
+    session_params: Any = None
+    custom_logit_processor: Any = None
+    extra_key: Any = None
+    return_hidden_states: Any = None
+    return_routed_experts: Any = None
+
+
+# Field, and why the request is refused rather than answered without it.
+LACKING_FIELDS = {
+    "input_embeds": "prompts are text or token ids",
+    "image_data": "the model is served for text alone",
+    "audio_data": "the model is served for text alone",
+    "video_data": "the model is served for text alone",
+    "lora_path": "no adapter can be loaded, and the base model would answer differently",
+    "session_params": "sessions do not exist; send the whole prompt",
+    "custom_logit_processor": "it would run code from the network",
+    "extra_key": "it separates prefix caches, and there is one",
+    "cache_salt": "it separates prefix caches, and there is one",
+    "return_hidden_states": "hidden states stay in the scheduler",
+    "return_routed_experts": "routing decisions are not recorded",
+}
+
+
+def refuse_lacking_fields(body: Any) -> None:
+    """Raise RequestError for a field that is set and would change the answer, and that cannot be honoured."""
+    for name, reason in LACKING_FIELDS.items():
+        if getattr(body, name, None):
+            raise RequestError(f"{name} is not supported by this server: {reason}. Remove the field.")
+
+
+class AbortBody(msgspec.Struct):
+    rid: str | None = None
+    abort_all: bool | None = None
+
+
+class TokenizeBody(msgspec.Struct):
+    prompt: str | list[str]
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeBody(msgspec.Struct):
+    tokens: list[int | list[int]]
+    skip_special_tokens: bool | None = None
+
+
+class NativeApi:
+    """Handlers over one server context."""
+
+    def __init__(self, context: ServerContext):
+        self._context = context
+        self._manager = context.manager
+
+    def routes(self) -> list[tuple[str, list[str], Handler]]:
+        """Path, methods and handler of every endpoint."""
+        table: list[tuple[str, list[str], Handler]] = [
+            ("/generate", ["POST", "PUT"], self.generate),
+            ("/health", ["GET"], self.health),
+            ("/health_generate", ["GET"], self.health_generate),
+            ("/ping", ["GET"], self.ping),
+            ("/ready", ["GET"], self.ping),
+            ("/model_info", ["GET"], self.model_info),
+            ("/get_model_info", ["GET"], self.model_info),
+            ("/server_info", ["GET"], self.server_info),
+            ("/get_server_info", ["GET"], self.server_info),
+            ("/get_load", ["GET"], self.get_load),
+            ("/v1/loads", ["GET"], self.loads),
+            ("/flush_cache", ["GET", "POST"], self.flush_cache),
+            ("/abort_request", ["POST"], self.abort_request),
+            ("/tokenize", ["POST"], self.tokenize),
+            ("/v1/tokenize", ["POST"], self.tokenize),
+            ("/detokenize", ["POST"], self.detokenize),
+            ("/v1/detokenize", ["POST"], self.detokenize),
+        ]
+        if self._context.server_args.enable_metrics:
+            table.append(("/metrics", ["GET"], self.metrics))
+        return table + [(path, ["GET", "POST", "PUT", "DELETE"], self.lacking) for path in LACKING_PATHS]
+
+    async def generate(self, request: Request) -> Response:
+        body = await read_body(request, GenerateBody)
+        try:
+            refuse_lacking_fields(body)
+        except RequestError as error:
+            return native_error(error)
+        results = self._manager.generate_request(body)
+        if body.stream:
+            return EventStream(_events(results), native_error, lambda error: {"error": error_body(error)})
+        result = await answer(request, results, native_error)
+        return result if isinstance(result, Response) else json_response(result)
+
+    async def health(self, request: Request) -> Response:
+        if envs.SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION.get():
+            return await self.health_generate(request)
+        return await self.ping(request)
+
+    async def ping(self, _: Request) -> Response:
+        up = self._context.status is ServerStatus.UP and self._manager.failure is None
+        return Response(status_code=200 if up else 503)
+
+    async def health_generate(self, request: Request) -> Response:
+        """200 once the engine says anything within the window: a busy server is a healthy one."""
+        status = await self.ping(request)
+        if status.status_code == 200 and not await self._engine_answers(envs.SGLANG_HEALTH_CHECK_TIMEOUT.get()):
+            status = Response(status_code=503)
+        return status
+
+    async def _engine_answers(self, timeout_s: float) -> bool:
+        started = time.monotonic()
+        params = {"max_new_tokens": 1, "temperature": 0}
+        probe = GenerateReqInput(input_ids=[0], sampling_params=params, rid=f"HEALTH_CHECK_{uuid.uuid4().hex}")
+
+        async def run() -> None:
+            # A refusal (a full queue) is an answer too.
+            with contextlib.suppress(RequestError):
+                async for _ in self._manager.generate_request(probe):
+                    pass
+
+        task = asyncio.create_task(run())
+        try:
+            while self._manager.last_receive_time < started and time.monotonic() - started < timeout_s:
+                await asyncio.wait({task}, timeout=_POLL_S)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        return self._manager.last_receive_time >= started and self._manager.failure is None
+
+    async def model_info(self, _: Request) -> Response:
+        return json_response(server_info.model_info(self._context))
+
+    async def server_info(self, _: Request) -> Response:
+        return json_response(await server_info.server_info(self._context))
+
+    async def get_load(self, _: Request) -> Response:
+        return json_response([await server_info.load(self._context)])
+
+    async def loads(self, _: Request) -> Response:
+        return json_response(await server_info.loads(self._context))
+
+    async def metrics(self, _: Request) -> Response:
+        return Response(await server_info.metrics_text(self._context), media_type="text/plain; version=0.0.4")
+
+    async def flush_cache(self, request: Request) -> Response:
+        try:
+            timeout_s = float(request.query_params.get("timeout", "0"))
+        except ValueError:
+            timeout_s = -1.0
+        if not 0 <= timeout_s <= _MAX_FLUSH_WAIT_S:
+            raise RequestError(f"timeout must be a number of seconds in [0, {_MAX_FLUSH_WAIT_S}].")
+        success, message = await self._manager.flush_cache(timeout_s)
+        if success:
+            return Response("Cache flushed.\n", media_type="text/plain")
+        return Response(f"The cache was not flushed. {message}\n", 400, media_type="text/plain")
+
+    async def abort_request(self, request: Request) -> Response:
+        body = await read_body(request, AbortBody)
+        if not body.rid and not body.abort_all:
+            raise RequestError("Give rid, the start of the ids of the requests to abort, or abort_all: true.")
+        self._manager.abort_request(body.rid or "", bool(body.abort_all))
+        return Response(status_code=200)
+
+    async def tokenize(self, request: Request) -> Response:
+        body = await read_body(request, TokenizeBody)
+        tokenizer = self._tokenizer()
+        special = body.add_special_tokens is not False
+        prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
+        tokens = [tokenizer.encode(prompt, add_special_tokens=special) for prompt in prompts]
+        counts = [len(ids) for ids in tokens]
+        single = isinstance(body.prompt, str)
+        result = {"tokens": tokens[0] if single else tokens, "count": counts[0] if single else counts}
+        return json_response({**result, "max_model_len": self._context.model_config.context_len})
+
+    async def detokenize(self, request: Request) -> Response:
+        body = await read_body(request, DetokenizeBody)
+        tokenizer = self._tokenizer()
+        skip = body.skip_special_tokens is not False
+        nested = [item for item in body.tokens if isinstance(item, list)]
+        flat = [item for item in body.tokens if isinstance(item, int)]
+        if nested and flat:
+            raise RequestError("tokens must be a list of token ids or a list of such lists, not a mixture.")
+        for token_id in [*flat, *(i for ids in nested for i in ids)]:
+            if not 0 <= token_id < self._manager.vocab_size:
+                raise RequestError(f"tokens holds {token_id}, outside [0, {self._manager.vocab_size}).")
+        if nested:
+            return json_response({"text": [tokenizer.decode(ids, skip) for ids in nested]})
+        return json_response({"text": tokenizer.decode(flat, skip)})
+
+    def _tokenizer(self) -> Any:
+        if self._manager.tokenizer is None:
+            raise RequestError("The server runs with --skip-tokenizer-init and has no tokenizer.")
+        return self._manager.tokenizer
+
+    async def lacking(self, request: Request) -> Response:
+        return http_error(501, f"{request.url.path} exists in upstream sglang and is not implemented by this server.")
+
+
+async def _events(results: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(results):
+        async for result in results:
+            yield event(result)
+
+
+async def on_request_error(_: Request, error: Exception) -> Response:
+    """For errors that handlers raise outside of generation."""
+    assert isinstance(error, RequestError)
+    return openai_error(error)

@@ -1,0 +1,35 @@
+"""``/v1/models``."""
+
+from __future__ import annotations
+
+import time
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from sglang.srt.entrypoints.context import ServerContext
+from sglang.srt.entrypoints.errors import json_response
+from sglang.srt.entrypoints.openai.protocol import ModelCard, ModelList
+
+
+class ModelsApi:
+    """The one model that is served, as a list and as a card."""
+
+    def __init__(self, context: ServerContext):
+        name = context.served_model_name
+        self._card = ModelCard(name, name, context.model_config.context_len, int(time.time()))
+
+    async def list_models(self, _: Request) -> Response:
+        return json_response(ModelList([self._card]))
+
+    async def show_model(self, request: Request) -> Response:
+        asked = request.path_params["model"]
+        if asked == self._card.id:
+            return json_response(self._card)
+        error = {
+            "message": f"The model {asked!r} does not exist; this server serves {self._card.id!r}.",
+            "type": "invalid_request_error",
+            "param": "model",
+            "code": "model_not_found",
+        }
+        return json_response({"error": error}, 404)

@@ -1,0 +1,153 @@
+"""``/v1/chat/completions``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from sglang.srt.entrypoints.http_io import event
+from sglang.srt.entrypoints.openai.protocol import (
+    ChatChoice,
+    ChatChunk,
+    ChatCompletionRequest,
+    ChatDelta,
+    ChatLogprob,
+    ChatLogprobs,
+    ChatMessage,
+    ChatResponse,
+    ChatStreamChoice,
+    TopLogprob,
+)
+from sglang.srt.entrypoints.openai.serving_base import OpenAIServing, finish, wants_usage
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.request_input import RequestError
+from sglang.srt.utils.chat_template import RESERVED_VARIABLES, ChatTemplateError
+
+MAX_TOP_LOGPROBS = 20
+
+
+class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
+    request_type = ChatCompletionRequest
+
+    def check(self, body: ChatCompletionRequest) -> None:
+        super().check(body)
+        if (body.tools and body.tool_choice != "none") or body.functions:
+            raise RequestError("tools are not supported by this server: no tool call would be recognised.")
+        if isinstance(body.tool_choice, dict) or body.tool_choice == "required":
+            raise RequestError("tool_choice asks for a tool call, which this server does not support.")
+        kind = (body.response_format or {}).get("type", "text")
+        if kind != "text":
+            raise RequestError(f"response_format {kind!r} is not supported: the output cannot be constrained to it.")
+        if body.modalities and body.modalities != ["text"]:
+            raise RequestError(f"modalities {body.modalities} are not supported: the server answers with text.")
+        if body.top_logprobs is not None and not body.logprobs:
+            raise RequestError("top_logprobs needs logprobs: true.")
+        if not 0 <= (body.top_logprobs or 0) <= MAX_TOP_LOGPROBS:
+            raise RequestError(f"top_logprobs must be in [0, {MAX_TOP_LOGPROBS}], got {body.top_logprobs}.")
+
+    def convert(self, body: ChatCompletionRequest) -> GenerateReqInput:
+        limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        return GenerateReqInput(
+            input_ids=list(body.input_ids) if body.input_ids is not None else self._prompt_ids(body),
+            sampling_params=self.sampling_params(body, limit),
+            return_logprob=bool(body.logprobs),
+            top_logprobs_num=body.top_logprobs or 0,
+        )
+
+    def whole(
+        self, body: ChatCompletionRequest, native: GenerateReqInput, results: list[dict[str, Any]]
+    ) -> ChatResponse:
+        counter = self.usage_counter(body)
+        choices = []
+        for index, result in enumerate(results):
+            meta = result["meta_info"]
+            counter.see(index, meta)
+            message = ChatMessage("assistant", result["text"])
+            choices.append(ChatChoice(index, message, self._logprobs(body, meta), *finish(meta)))
+        return ChatResponse(str(native.rid), self.model_name(body), choices, usage=counter.usage())
+
+    async def stream(
+        self, body: ChatCompletionRequest, native: GenerateReqInput, results: AsyncGenerator[Any, None]
+    ) -> AsyncGenerator[bytes, None]:
+        counter = self.usage_counter(body)
+        last_usage, each_usage = wants_usage(body)
+        response_id, model, created = str(native.rid), self.model_name(body), int(time.time())
+        started: set[int] = set()
+
+        def chunk(choice: ChatStreamChoice) -> bytes:
+            usage = counter.usage(only=choice.index) if each_usage else None
+            return event(ChatChunk(response_id, model, [choice], created, usage=usage))
+
+        async with aclosing(results):
+            async for result in results:
+                index, meta, text = result.get("index", 0), result["meta_info"], result["text"]
+                counter.see(index, meta)
+                if index not in started:
+                    started.add(index)
+                    yield chunk(ChatStreamChoice(index, ChatDelta("assistant", "")))
+                logprobs = self._logprobs(body, meta)
+                if text or (logprobs and logprobs.content):
+                    yield chunk(ChatStreamChoice(index, ChatDelta(content=text), logprobs))
+                reason, matched = finish(meta)
+                if reason is not None:
+                    yield chunk(ChatStreamChoice(index, ChatDelta(), None, reason, matched))
+        if last_usage:
+            yield event(ChatChunk(response_id, model, [], created, usage=counter.usage()))
+
+    def _prompt_ids(self, body: ChatCompletionRequest) -> list[Any]:
+        tokenizer = self.manager.tokenizer
+        if tokenizer is None:
+            raise RequestError("Chat needs a tokenizer, and the server runs with --skip-tokenizer-init.")
+        variables = dict(body.chat_template_kwargs or {})
+        reserved = sorted(RESERVED_VARIABLES & variables.keys())
+        if reserved:
+            raise RequestError(f"chat_template_kwargs may not set {', '.join(reserved)}.")
+        if body.reasoning_effort is not None:
+            variables.setdefault("reasoning_effort", body.reasoning_effort)
+        try:
+            text = tokenizer.apply_chat_template(
+                [_template_message(message, i) for i, message in enumerate(body.messages)],
+                continue_final_message=bool(body.continue_final_message),
+                **variables,
+            )
+        except ChatTemplateError as error:
+            raise RequestError(str(error)) from None
+        return list(tokenizer.encode(text, add_special_tokens=False))
+
+    def _logprobs(self, body: ChatCompletionRequest, meta: dict[str, Any]) -> ChatLogprobs | None:
+        if not body.logprobs:
+            return None
+        tops = meta.get("output_top_logprobs") or [[]] * len(meta["output_token_logprobs"])
+        content = []
+        for (logprob, token_id, text), row in zip(meta["output_token_logprobs"], tops, strict=True):
+            top = [TopLogprob(t or "", self._bytes(i, t), lp) for lp, i, t in row or []]
+            content.append(ChatLogprob(text or "", self._bytes(token_id, text), logprob, top))
+        return ChatLogprobs(content)
+
+    def _bytes(self, token_id: int, text: str | None) -> list[int]:
+        """A token's own bytes: its text alone shows half a character as a replacement."""
+        tokenizer = self.manager.tokenizer
+        if tokenizer is not None and tokenizer.is_byte_level:
+            return list(tokenizer.token_bytes(token_id))
+        return list((text or "").encode("utf-8"))
+
+
+def _template_message(message: dict[str, Any], number: int) -> dict[str, Any]:
+    """The message as templates expect it: text parts joined into one string."""
+    where = f"messages[{number}]"
+    if not isinstance(message.get("role"), str):
+        raise RequestError(f"{where}.role must be a string, got {message.get('role')!r}.")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return message
+    if not isinstance(content, list):
+        raise RequestError(f"{where}.content must be a string or a list of parts, got {type(content).__name__}.")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RequestError(f"{where}.content holds a part of type {kind!r}: only text parts are supported.")
+        texts.append(part["text"])
+    return {**message, "content": " ".join(texts)}

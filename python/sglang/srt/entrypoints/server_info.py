@@ -1,0 +1,107 @@
+"""What the server says of itself: the model, the settings, the scheduler's state, the chosen kernels, its load."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+from sglang.srt.entrypoints.context import ServerContext
+from sglang.srt.environ import check_environment
+from sglang.version import __version__
+
+_SECRETS = ("api_key", "admin_api_key")
+
+
+def model_info(context: ServerContext) -> dict[str, Any]:
+    """For ``/model_info``."""
+    args = context.server_args
+    return {
+        "model_path": args.model_path,
+        "tokenizer_path": args.tokenizer_path,
+        "is_generation": True,
+        "preferred_sampling_params": None,
+        "weight_version": context.manager.weight_version,
+        "has_image_understanding": False,
+        "has_audio_understanding": False,
+        "model_type": context.model_config.hf_config.get("model_type"),
+        "architectures": [context.model_config.architecture],
+    }
+
+
+async def server_info(context: ServerContext) -> dict[str, Any]:
+    """For ``/server_info``: every setting (keys redacted), the variables that are set, and the scheduler's state."""
+    state = await context.manager.get_internal_state()
+    settings = asdict(context.server_args)
+    for name in _SECRETS:
+        settings[name] = None if settings[name] is None else "<redacted>"
+    settings["served_model_name"] = context.served_model_name
+    return {
+        **settings,
+        **context.scheduler_info,
+        "status": context.status.value,
+        "version": __version__,
+        "env": dict(check_environment().set_variables),
+        "platform": state.get("platform"),
+        "fakes": state.get("fakes", []),
+        "kernels": state.get("kernels", {}),
+        "internal_states": [state],
+    }
+
+
+async def load(context: ServerContext) -> dict[str, Any]:
+    """The load of the only replica, in the shape of ``/get_load``'s entries."""
+    state = await context.manager.get_internal_state()
+    waiting = state.get("num_queue_reqs", 0)
+    return {
+        "dp_rank": 0,
+        "num_reqs": state.get("num_running_reqs", 0) + waiting,
+        "num_waiting_reqs": waiting,
+        "num_tokens": state.get("num_used_tokens", 0),
+        "num_pending_tokens": 0,
+        "ts_tic": time.time(),
+    }
+
+
+async def loads(context: ServerContext) -> dict[str, Any]:
+    """For ``/v1/loads``."""
+    state = await context.manager.get_internal_state()
+    total = max(1, state.get("max_total_num_tokens", 0) or context.scheduler_info.get("max_total_num_tokens", 1))
+    used = state.get("num_used_tokens", 0)
+    entry = {
+        "dp_rank": 0,
+        "num_running_reqs": state.get("num_running_reqs", 0),
+        "num_waiting_reqs": state.get("num_queue_reqs", 0),
+        "num_used_tokens": used,
+        "max_total_num_tokens": total,
+        "token_usage": used / total,
+        "gen_throughput": state.get("last_gen_throughput", 0.0),
+    }
+    return {"timestamp": time.time(), "version": __version__, "dp_rank_count": 1, "loads": [entry]}
+
+
+# Name in upstream's dashboards, type, help, and the key of the scheduler's state.
+_METRICS = (
+    ("num_running_reqs", "gauge", "Requests that run now.", "num_running_reqs"),
+    ("num_queue_reqs", "gauge", "Requests that wait.", "num_queue_reqs"),
+    ("num_used_tokens", "gauge", "Tokens that the KV pool holds for requests.", "num_used_tokens"),
+    ("max_total_num_tokens", "gauge", "Tokens that the KV pool has room for.", "max_total_num_tokens"),
+    ("gen_throughput", "gauge", "Generated tokens a second, as last logged.", "last_gen_throughput"),
+    ("num_retracted_reqs", "gauge", "Requests retracted since start.", "num_retracted_reqs"),
+    ("num_aborted_requests_total", "counter", "Requests aborted since start.", "num_aborted_reqs"),
+    ("prompt_tokens_total", "counter", "Prompt tokens computed since start.", "num_prefilled_tokens"),
+    ("cached_tokens_total", "counter", "Prompt tokens found in the prefix cache since start.", "num_cached_tokens"),
+    ("generation_tokens_total", "counter", "Tokens generated since start.", "num_generated_tokens"),
+)
+
+
+async def metrics_text(context: ServerContext) -> str:
+    """The scheduler's counters in Prometheus' text format, under upstream's names."""
+    state = await context.manager.get_internal_state()
+    name = context.served_model_name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    lines = []
+    for metric, kind, text, key in _METRICS:
+        if key in state:
+            lines.append(f"# HELP sglang:{metric} {text}\n# TYPE sglang:{metric} {kind}")
+            lines.append(f'sglang:{metric}{{model_name="{name}",engine_type="unified",tp_rank="0"}} {state[key]}')
+    return "\n".join(lines) + "\n"

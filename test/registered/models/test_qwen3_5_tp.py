@@ -1,0 +1,111 @@
+"""Qwen3.5 split over tensor-parallel ranks, which run as threads of this process and meet at a barrier."""
+
+import shutil
+import tempfile
+import threading
+import unittest
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from sglang.srt.distributed import ProcessGroupHandle, override_tp_group
+from sglang.srt.layers.attention.base_attn_backend import AttentionContext
+from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.model_harness import ModelHarness, make_backend
+from sglang.test.test_utils import CustomTestCase
+from sglang.test.tiny_checkpoints import save_tiny_checkpoint
+
+register_cpu_ci(est_time=5, suite="stage-b-test-cpu")
+
+
+class Meeting:
+    """Where the ranks of a group lay down what they bring to a collective."""
+
+    def __init__(self, size):
+        self.barrier = threading.Barrier(size, timeout=60)
+        self.brought = [None] * size
+
+    def exchange(self, rank, x):
+        self.brought[rank] = x.clone()
+        self.barrier.wait()
+        everything = list(self.brought)
+        self.barrier.wait()
+        return everything
+
+
+@dataclass(frozen=True)
+class ThreadRank(ProcessGroupHandle):
+    meeting: Meeting = field(default=None)
+
+    def all_reduce(self, x):
+        return x.copy_(sum(self.meeting.exchange(self.rank, x)))
+
+    def all_gather(self, x, dim=-1):
+        return torch.cat(self.meeting.exchange(self.rank, x), dim=dim)
+
+
+def rank_harness(folder, rank, size, meeting):
+    with override_tp_group(ThreadRank(rank=rank, size=size, meeting=meeting)):
+        harness = ModelHarness(folder, num_slots=512)
+    device = torch.device("cpu")
+    harness.kv_pool = make_kv_pool(harness.config, 512, 1, size, device)
+    harness.state_pool = make_state_pool(harness.config, 8, size, device)
+    context = AttentionContext(harness.config, harness.requests, harness.kv_pool, harness.state_pool, 1, device)
+    harness.backend = make_backend(context)
+    return harness
+
+
+class TestQwen35TensorParallel(CustomTestCase):
+    @classmethod
+    def setUpClass(cls):
+        torch.set_num_threads(1)
+        cls.folder = tempfile.mkdtemp()
+
+    @classmethod
+    def tearDownClass(cls):
+        shutil.rmtree(cls.folder, ignore_errors=True)
+
+    def check(self, name, size, **overrides):
+        folder = f"{self.folder}/{name}-{size}"
+        hf = save_tiny_checkpoint(name, folder, **overrides)
+        generator = torch.Generator().manual_seed(size)
+        first, second = (torch.randint(0, 512, (length,), generator=generator).tolist() for length in (70, 9))
+        meeting = Meeting(size)
+        ranks = [rank_harness(folder, rank, size, meeting) for rank in range(size)]
+
+        def serve(harness):
+            requests = [harness.new_request(), harness.new_request()]
+            outs = harness.extend([(requests[0], first[:-1]), (requests[1], second[:-1])])
+            last = harness.decode([(requests[0], first[-1]), (requests[1], second[-1])])
+            return [torch.cat(parts) for parts in zip(outs, last, strict=True)]
+
+        with ThreadPoolExecutor(size) as pool:
+            results = list(pool.map(serve, ranks))
+        for tokens, *found in zip((first, second), *results, strict=True):
+            with torch.no_grad():
+                expected = hf(torch.tensor([tokens])).logits[0].log_softmax(-1)
+            for rank, logprobs in enumerate(found):
+                worst = float((logprobs - expected).abs().max())
+                self.assertLess(worst, 1e-4, f"{name}, rank {rank} of {size}, {len(tokens)} tokens")
+                self.assertTrue(torch.equal(logprobs, found[0]), "ranks must agree bit for bit")
+
+    def test_dense_over_two_ranks(self):
+        self.check("q35", 2)
+
+    def test_three_value_heads_a_key_head_over_two_ranks(self):
+        self.check("q35moe-ns", 2)
+
+    def test_more_ranks_than_key_value_heads(self):
+        self.check("q35moe", 4, linear_num_key_heads=4, linear_num_value_heads=8)
+
+    def test_heads_that_cannot_be_split_are_refused(self):
+        folder = f"{self.folder}/refused"
+        save_tiny_checkpoint("q35", folder)
+        with self.assertRaisesRegex(ValueError, "2 linear key heads cannot be split over 4"):
+            rank_harness(folder, 0, 4, Meeting(4))
+
+
+if __name__ == "__main__":
+    unittest.main()

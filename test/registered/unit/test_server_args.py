@@ -1,0 +1,365 @@
+"""Flags and settings: names, files, every problem at once, resolution, and what a user sees on a wrong command line."""
+
+import argparse
+import dataclasses
+import io
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import unittest
+from contextlib import redirect_stdout
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from sglang.srt import server_args as module
+from sglang.srt.environ import envs
+from sglang.srt.server_args import (
+    ServerArgs,
+    ServerArgsError,
+    check_static,
+    evaluate,
+    get_global_server_args,
+    override_server_args,
+    prepare_server_args,
+    resolve,
+    run_dry,
+    set_global_server_args_for_scheduler,
+)
+from sglang.srt.server_args_fields import human_int
+from sglang.srt.server_args_resolve import STEPS, Change, Context, is_loopback
+from sglang.srt.server_args_upstream import distinct_flags, upstream_flags
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+
+CPU = SimpleNamespace(kind="cpu", device_type="cpu")
+CUDA = SimpleNamespace(kind="cuda", device_type="cuda")
+HIP = SimpleNamespace(kind="hip", device_type="cuda")
+TEXT = SimpleNamespace(
+    num_attention_heads=4, intermediate_size=256, moe_intermediate_size=64, num_key_value_heads=2,
+    linear_num_key_heads=2, linear_num_value_heads=6, mamba_ssm_dtype="bfloat16",
+)  # fmt: skip
+MODEL = SimpleNamespace(text=TEXT, dtype=torch.float32, context_len=4096)
+
+
+def errors_of(line):
+    """What prepare_server_args says against a command line, or [] when it accepts it."""
+    try:
+        prepare_server_args(line.split() if isinstance(line, str) else line)
+    except ServerArgsError as error:
+        return error.errors
+    return []
+
+
+class TestNames(CustomTestCase):
+    def test_aliases_and_abbreviations(self):
+        for line, field, value in (
+            ("--model m", "model_path", "m"), ("--model-path=m", "model_path", "m"), ("--tp 8", "tp_size", 8),
+            ("--tensor-parallel-size 8", "tp_size", 8), ("--tp-size=8", "tp_size", 8), ("--dp 1", "dp_size", 1),
+            ("--data-parallel-size 1", "dp_size", 1), ("--ep 1", "ep_size", 1),
+            ("--expert-parallel-size 1", "ep_size", 1),
+            ("--chunked 64", "chunked_prefill_size", 64), ("--chunked-prefill-size -1", "chunked_prefill_size", -1),
+            ("--disable-radix", "disable_radix_cache", True), ("--context-length 128k", "context_length", 128000),
+            ("--stream-output", "incremental_streaming_output", True),
+            ("--max-total-tokens 1Mi", "max_total_tokens", 1 << 20), ("--cuda-graph-bs 1 8", "cuda_graph_bs", [1, 8]),
+            ("--mem-fraction-static .5", "mem_fraction_static", 0.5),
+            ("--watchdog-timeout 5", "watchdog_timeout", 5.0),
+        ):  # fmt: skip
+            with self.subTest(line):
+                self.assertEqual(getattr(prepare_server_args(line.split()), field), value)
+
+    def test_pp_is_no_longer_ambiguous(self):
+        self.assertEqual(errors_of("--pp 1"), [])
+        self.assertEqual(errors_of("--pp 2"), ["--pp 2 is refused: pipeline parallelism is not implemented"])
+
+    def test_ambiguous_abbreviation_lists_candidates(self):
+        (error,) = errors_of("--max-r 3 --enable-d")
+        self.assertTrue(error.startswith("--enable-d is ambiguous: it could be --enable-d"), error)
+
+    def test_no_name_is_declared_twice(self):
+        ours = [flag for spec in module.specs() for flag in spec.flags]
+        lacking = [name for flag in distinct_flags() for name in flag.names]
+        self.assertEqual(len(set(ours + lacking)), len(ours) + len(lacking))
+        self.assertGreater(len(ours) + len(lacking), 400)
+
+    def test_human_numbers(self):
+        self.assertEqual([human_int(w) for w in ("4096", "25.6k", "1M", "2Ki")], [4096, 25600, 10**6, 2048])
+        for word in ("1.5Ki", "k", "1e3", "", "0x10"):
+            self.assertRaises(ValueError, human_int, word)
+
+    def test_another_programs_parser(self):
+        parser = argparse.ArgumentParser()
+        ServerArgs.add_cli_args(parser)
+        parser.add_argument("--batch-size", type=int)
+        namespace = parser.parse_args("--model m --tp 2 --batch-size 3 --trust-remote-code".split())
+        with self.assertLogs("sglang.srt.server_args", "WARNING"):
+            args = ServerArgs.from_cli_args(namespace)
+        self.assertEqual((args.model_path, args.tp_size, namespace.batch_size), ("m", 2, 3))
+        with self.assertRaisesRegex(ServerArgsError, "pp 2 is refused"):
+            ServerArgs.from_cli_args(parser.parse_args(["--pp", "2"]))
+
+    def test_keywords_of_upstreams_engine(self):
+        with self.assertLogs("sglang.srt.server_args", "WARNING") as logs:
+            args = ServerArgs.from_kwargs(model_path="m", tp_size=2, trust_remote_code=True, quantization=None)
+        self.assertEqual((args.model_path, args.tp_size), ("m", 2))
+        self.assertEqual(len(logs.output), 1)
+        with self.assertRaises(ServerArgsError) as caught:
+            ServerArgs.from_kwargs(quantization="fp8", tp_sise=2)
+        self.assertIn("unknown setting tp_sise: did you mean tp_size?", caught.exception.errors)
+        self.assertIn("--quantization fp8 is refused", caught.exception.errors[1])
+
+
+class TestConfigFile(CustomTestCase):
+    def file(self, text):
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", delete=False) as handle:
+            handle.write(text)
+        self.addCleanup(os.unlink, handle.name)
+        return handle.name
+
+    def test_command_line_over_file_over_default(self):
+        path = self.file(
+            "model-path: /m\ntp-size: 2\nport: 31000\ndisable-radix-cache: true\nenable-mixed-chunk: false\n"
+            "cuda-graph-bs: [1, 2]\njson-model-override-args: {num_hidden_layers: 2}\n"
+        )
+        args = prepare_server_args(["--port", "31001", "--config", path])
+        self.assertEqual((args.model_path, args.tp_size, args.port, args.host), ("/m", 2, 31001, "127.0.0.1"))
+        self.assertEqual((args.disable_radix_cache, args.enable_mixed_chunk, args.cuda_graph_bs), (True, False, [1, 2]))
+        self.assertEqual(args.model_overrides(), {"num_hidden_layers": 2})
+
+    def test_every_problem_names_the_file(self):
+        path = self.file("tp_size: 2\nport: many\npp-size: 4\ndtype:\nconfig: other.yaml\n")
+        errors = errors_of(["--config", path, "--host"])
+        self.assertEqual(sum(error.startswith(f"{path}: ") for error in errors), 5)
+        self.assertIn(f"{path}: unknown flag --tp_size: did you mean --tp-size?", errors)
+        self.assertEqual(errors[-1], "--host: expected one argument")
+        for text, part in (("- a\n- b\n", "must map"), ("a: [", "not valid YAML"), ("", None)):
+            errors = errors_of(["--config", self.file(text)])
+            self.assertEqual([part in error for error in errors], [True] if part else [], errors)
+        self.assertIn("cannot be read", errors_of("--config /nowhere/x.yaml")[0])
+
+
+class TestProblems(CustomTestCase):
+    def test_all_at_once(self):
+        errors = errors_of(
+            "--tpp 3 --dtype int4 --port 99999 --max-running-requests zero --dp 2 stray --kv-cache-dtype fp8_e4m3 "
+            "--speculative-algorithm EAGLE --speculative-num-steps 3 --context-length"
+        )
+        self.assertEqual(len(errors), 9, errors)
+        for part in ("unknown flag --tpp: did you mean --tp?", "--dtype must be one of auto", "--port must be",
+                     "--max-running-requests expects an integer, got 'zero'", "--dp-size 2", "'stray'",
+                     "--speculative-algorithm EAGLE and --speculative-num-steps 3 are refused", "--kv-cache-dtype",
+                     "--context-length: expected one argument"):  # fmt: skip
+            self.assertTrue(any(part in error for error in errors), part)
+
+    def test_contradictions_name_both_flags_and_the_fix(self):
+        cases = (
+            ("--disable-shared-experts-fusion --enforce-shared-experts-fusion", "contradict: drop one"),
+            ("--chunked-prefill-size 100 --page-size 16", "not a multiple of --page-size 16: use 96"),
+            ("--chunked-prefill-size 8 --page-size 16", "not a multiple of --page-size 16: use 16"),
+            ("--chunked-prefill-size -1 --enable-mixed-chunk", "--enable-mixed-chunk needs chunks"),
+            ("--max-total-tokens 8 --page-size 16", "less than one page: --page-size is 16"),
+            ("--cuda-graph-bs 1 64 --cuda-graph-max-bs 32", "--cuda-graph-max-bs is 32: raise"),
+            ("--served-model-name a:b", "without a colon"),
+            ("--json-model-override-args [1]", "must be a JSON object"),
+            ("--json-model-override-args {", "not valid JSON"),
+            ("--api-key=", "must not be empty"),
+        )
+        for line, part in cases:
+            with self.subTest(line):
+                errors = errors_of(line)
+                self.assertEqual([part in error for error in errors], [True], errors)
+
+    def test_not_in_this_build(self):
+        for line in ("--ep 8", "--dp 8", "--moe-a2a-backend mori", "--enforce-shared-experts-fusion"):
+            self.assertIn("not implemented in this build", errors_of(line)[0])
+        for line in ("--schedule-policy dfs-weight", "--attention-backend fa3", "--load-format gguf",
+                     "--radix-eviction-policy lfu", "--moe-a2a-backend deepep",
+                     "--sampling-backend flashinfer"):  # fmt: skip
+            self.assertIn("is known from upstream but not implemented", errors_of(line)[0])
+
+    def test_bounds(self):
+        for line in ("--port 0", "--mem-fraction-static 1", "--mem-fraction-static 0", "--page-size 0", "--tp -1",
+                     "--chunked-prefill-size 0", "--chunked-prefill-size -2", "--stream-interval 0", "--random-seed -1",
+                     "--mem-fraction-static nan"):  # fmt: skip
+            self.assertEqual(len(errors_of(line)), 1, line)
+        self.assertIn("-1 or at least 1", errors_of("--chunked-prefill-size -2")[0])
+
+    def test_constructed_arguments_are_checked_alike(self):
+        bad = ServerArgs(tp_size="2", port=True, cuda_graph_bs=[1, "2"], dtype="int4", log_requests=1, host=None)
+        self.assertEqual(len(check_static(bad)), 6)
+        self.assertEqual(check_static(ServerArgs(mem_fraction_static=0.5, watchdog_timeout=3)), [])
+
+    def test_flags_without_effect_are_said_once(self):
+        with self.assertLogs("sglang.srt.server_args", "WARNING") as logs:
+            line = "--trust-remote-code --trust-remote-code --revision main --moe-runner-backend aiter"
+            prepare_server_args(line.split())
+        text = "\n".join(logs.output)
+        self.assertEqual(text.count("--trust-remote-code has no effect: no remote code is ever run"), 1)
+        self.assertEqual(len(logs.output), 3)
+
+    def test_harmless_values_of_refused_flags(self):
+        line = "--pp-size 1 --kv-cache-dtype auto --disaggregation-mode null --nnodes 1 --model-impl sglang"
+        self.assertEqual(errors_of(line), [])
+        self.assertTrue(all(upstream_flags()[word].refused for word in line.split()[::2]))
+
+
+class TestResolve(CustomTestCase):
+    def test_nothing_the_engine_needs_stays_open(self):
+        given = ServerArgs(model_path="/m")
+        with self.assertLogs("sglang.srt.server_args", "INFO") as logs:
+            args = resolve(given, MODEL, CPU)
+        optional = {"max_queued_requests", "max_total_tokens", "api_key", "admin_api_key", "chat_template", "nccl_port",
+                    "max_mamba_cache_size", "cuda_graph_bs", "cuda_graph_max_bs"}  # fmt: skip
+        open_fields = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None}
+        self.assertEqual(open_fields - optional, set())
+        self.assertEqual((args.tokenizer_path, args.served_model_name, args.dtype), ("/m", "/m", "float32"))
+        self.assertEqual((args.page_size, args.context_length, args.mamba_ssm_dtype), (1, 4096, "bfloat16"))
+        self.assertIn("page_size: None -> 1 (default)", "\n".join(logs.output))
+        self.assertEqual(given, ServerArgs(model_path="/m"))
+        self.assertEqual(resolve(args, MODEL, CPU), args)
+
+    def test_steps_are_pure(self):
+        args = ServerArgs(model_path="/m", random_seed=3, attention_backend="triton")
+        context = Context(HIP, MODEL, "")
+        before = args.to_json()
+        for step in STEPS:
+            first, second = list(step(args, context)), list(step(args, context))
+            self.assertEqual(first, second, step.__name__)
+            for change in first:
+                if isinstance(change, Change):
+                    self.assertEqual(getattr(args, change.field), change.old, step.__name__)
+                    self.assertTrue(change.reason)
+        self.assertEqual(args.to_json(), before)
+
+    def test_defaults_follow_the_platform_and_the_page(self):
+        args = resolve(ServerArgs(page_size=48, random_seed=1), MODEL, CPU)
+        self.assertEqual(args.chunked_prefill_size % 48, 0)
+        self.assertEqual(resolve(ServerArgs(page_size=4096), MODEL, CPU).chunked_prefill_size, 4096)
+        self.assertEqual(resolve(ServerArgs(), MODEL, CUDA).chunked_prefill_size, 8192)
+        self.assertEqual(resolve(ServerArgs(chunked_prefill_size=-1), MODEL, CUDA).chunked_prefill_size, -1)
+
+    def test_backends_by_platform(self):
+        for backend, accepted in (("torch_native", (CPU, CUDA, HIP)), ("triton", (CUDA, HIP)), ("aiter", (HIP,))):
+            for platform in (CPU, CUDA, HIP):
+                with self.subTest(backend=backend, kind=platform.kind):
+                    args = ServerArgs(attention_backend=backend)
+                    if platform in accepted:
+                        self.assertEqual(resolve(args, MODEL, platform).attention_backend, "torch_native")
+                    else:
+                        with self.assertRaisesRegex(ServerArgsError, f"--attention-backend {backend} needs platform"):
+                            resolve(args, MODEL, platform)
+
+    def test_tensor_parallel_size_that_does_not_fit_and_wrong_device(self):
+        with self.assertRaises(ServerArgsError) as caught:
+            resolve(ServerArgs(tp_size=4, device="cuda"), MODEL, CPU)
+        self.assertEqual(len(caught.exception.errors), 2)
+        self.assertIn("does not divide linear_num_key_heads 2, linear_num_value_heads 6", str(caught.exception))
+        self.assertEqual(resolve(ServerArgs(tp_size=2), MODEL, CPU).tp_size, 2)
+        with self.assertRaisesRegex(ServerArgsError, "set SGLANG_PLATFORM=cpu"):
+            resolve(ServerArgs(device="cpu"), MODEL, HIP)
+
+    def test_order_of_the_state_dtype(self):
+        with envs.SGLANG_MAMBA_SSM_DTYPE.override("float16"):
+            self.assertEqual(resolve(ServerArgs(), MODEL, CPU).mamba_ssm_dtype, "float16")
+            self.assertEqual(resolve(ServerArgs(mamba_ssm_dtype="float32"), MODEL, CPU).mamba_ssm_dtype, "float32")
+
+    def test_lpm_without_a_prefix_cache(self):
+        args = resolve(ServerArgs(schedule_policy="lpm", disable_radix_cache=True), MODEL, CPU)
+        self.assertEqual(args.schedule_policy, "fcfs")
+
+    def test_loopback(self):
+        hosts = ("127.0.0.1", "127.1.2.3", "localhost", "::1", "0.0.0.0", "::", "10.0.0.1")
+        self.assertEqual([is_loopback(host) for host in hosts], [True] * 4 + [False] * 3)
+
+
+class TestObject(CustomTestCase):
+    def test_frozen_and_json(self):
+        args = prepare_server_args("--tp 2 --cuda-graph-bs 1 2 --mem-fraction-static 0.25".split())
+        with self.assertRaises(dataclasses.FrozenInstanceError):
+            args.tp_size = 4
+        self.assertEqual(ServerArgs.from_json(args.to_json()), args)
+        self.assertEqual(json.loads(args.to_json())["tp_size"], 2)
+
+    def test_global_and_scoped_override(self):
+        self.addCleanup(set_global_server_args_for_scheduler, None)
+        self.assertRaises(RuntimeError, get_global_server_args)
+        set_global_server_args_for_scheduler(ServerArgs(tp_size=2))
+        with self.assertRaises(ZeroDivisionError), override_server_args(page_size=4) as args:
+            self.assertIs(get_global_server_args(), args)
+            self.assertEqual((args.page_size, args.tp_size), (4, 2))
+            raise ZeroDivisionError
+        self.assertIsNone(get_global_server_args().page_size)
+
+    def test_constructing_touches_no_disk(self):
+        self.assertEqual(ServerArgs(model_path="/nowhere").model_path, "/nowhere")
+        self.assertIn("unknown model path '/nowhere'", evaluate(ServerArgs(model_path="/nowhere"), CPU, {}).errors[0])
+
+    def test_deepep_mode_names_both_dispatchers(self):
+        text = next(spec.arg.help for spec in module.specs() if spec.name == "deepep_mode")
+        self.assertIn("DeepEP", text)
+        self.assertIn("MoriEP", text)
+
+    def test_page_lists_every_flag(self):
+        page = module.render_markdown()
+        names = [flag for spec in module.specs() for flag in spec.flags] + list(upstream_flags())
+        self.assertEqual([name for name in names if f"`{name}`" not in page], [])
+
+
+class TestAsAProgram(CustomTestCase):
+    def program(self, code, **environ):
+        path = {**os.environ, "PYTHONPATH": str(Path(module.__file__).parents[2]), **environ}
+        return subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, timeout=60)
+
+    def test_importing_and_parsing_load_no_torch(self):
+        code = (
+            "import sys; from sglang.srt.server_args import prepare_server_args; "
+            "prepare_server_args(['--tp', '2']); print('torch' in sys.modules)"
+        )
+        done = self.program(code)
+        self.assertEqual((done.stdout.strip(), done.stderr), ("False", ""))
+
+    def test_exit_status_and_no_traceback(self):
+        code = (
+            "import sys; from sglang.srt.server_args import run_dry; "
+            "sys.exit(run_dry(['--modle-path', 'x', '--dp', '2']))"
+        )
+        done = self.program(code, SGLANG_USE_AITR="1", SGLANG_PLATFORM="cpu")
+        self.assertEqual(done.returncode, 2)
+        self.assertNotIn("Traceback", done.stdout + done.stderr)
+        for part in ("unknown flag --modle-path: did you mean --model-path?", "--dp-size 2 is not implemented",
+                     "did you mean SGLANG_USE_AITER?"):  # fmt: skip
+            self.assertIn(part, done.stdout)
+
+    def test_errors_on_stderr(self):
+        code = "from sglang.srt.server_args import exit_with_errors; exit_with_errors(['one', 'two'])"
+        done = self.program(code)
+        self.assertEqual((done.returncode, done.stderr), (2, "error: one\nerror: two\n"))
+
+    def test_dry_run_of_a_folder_with_a_config_alone(self):
+        rope = {"rope_type": "default", "rope_theta": 1e4}
+        config = {
+            "architectures": ["DeepseekV2ForCausalLM"], "hidden_size": 64, "intermediate_size": 128,
+            "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 512, "rms_norm_eps": 1e-6,
+            "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16,
+            "max_position_embeddings": 1024, "rope_parameters": rope,
+        }  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "config.json").write_text(json.dumps(config))
+            out = io.StringIO()
+            with redirect_stdout(out):
+                self.assertEqual(run_dry(["--model", folder, "--tp", "2", "--host", "0.0.0.0"], CPU), 0)
+                self.assertEqual(run_dry(["--model", folder, "--tp", "3"], CPU), 2)
+        accepted, refused = out.getvalue().split("dry run: refused (1 reason)")
+        self.assertTrue(accepted.startswith("dry run: accepted, platform cpu"), accepted)
+        for part in ("context_length: None -> 1024", "holds no *.safetensors", "without --api-key"):
+            self.assertIn(part, accepted)
+        self.assertIn("error: --tp-size 3 does not divide num_attention_heads 4, intermediate_size 128", refused)
+
+
+if __name__ == "__main__":
+    unittest.main()
