@@ -88,6 +88,7 @@ class ServerArgs:
             MODEL,
             aliases=("--model",),
             metavar="FOLDER",
+            auto="the embedded model",
         ),
     ] = ""
     tokenizer_path: Annotated[

@@ -66,7 +66,7 @@ def _help(spec: FieldSpec) -> str:
         parts.append(f"One of {', '.join(spec.arg.choices)}.")
     elif spec.kind != "bool" and spec.bounds():
         parts.append(f"Must be {spec.bounds()}.")
-    if spec.default is None and spec.arg.auto:
+    if spec.default in (None, "") and spec.arg.auto:
         parts.append(f"Default: {spec.arg.auto}.")
     elif spec.kind != "bool" and spec.default not in (None, ""):
         parts.append(f"Default: {spec.default}.")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sglang.srt.environ import envs
+from sglang.srt.environ import EnvError, envs
 from sglang.srt.server_args_fields import FieldSpec
 
 if TYPE_CHECKING:
@@ -76,8 +76,12 @@ Step = Callable[["ServerArgs", Context], Iterator["Change | Problem"]]
 
 def resolve_all(args: ServerArgs, model: ModelConfig | None, platform: PlatformLike) -> Resolution:
     """Run every step on ``args``, which stay as they are; problems are collected."""
-    context = Context(platform, model, envs.SGLANG_MAMBA_SSM_DTYPE.get() or "")
     resolution = Resolution(args, warnings=remarks(args))
+    try:
+        context = Context(platform, model, envs.SGLANG_MAMBA_SSM_DTYPE.get() or "")
+    except EnvError as error:
+        context = Context(platform, model, "")
+        resolution.errors.append(str(error))
     for step in STEPS:
         changes: dict[str, Any] = {}
         for outcome in step(resolution.args, context):

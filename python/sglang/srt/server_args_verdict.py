@@ -78,6 +78,7 @@ def evaluate(
         verdict.errors += resolution.errors
         verdict.warnings += resolution.warnings
     verdict.errors += [f"model: {problem}" for problem in model_problems]
+    verdict.errors = list(dict.fromkeys(verdict.errors))
     return verdict
 
 

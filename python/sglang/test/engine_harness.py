@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from sglang.srt.configs.model_config import ModelConfig
@@ -41,13 +42,17 @@ class Finished:
 class EngineHarness:
     """``submit`` requests, ``step`` or ``run``, and read ``results``; ``run`` checks that no memory is left behind."""
 
-    def __init__(self, model_path: str, with_tokenizer: bool = False, **server_args: Any) -> None:
+    def __init__(
+        self, model_path: str, with_tokenizer: bool = False, overlap: bool = False, **server_args: Any
+    ) -> None:
         args = ServerArgs(model_path=model_path, **server_args)
         self.model_config = ModelConfig.from_path(model_path, platform_kind=current_platform.kind)
         self.args = resolve(args, self.model_config, current_platform)
         set_global_server_args_for_scheduler(self.args)
         self.runner = ModelRunner(self.args, self.model_config)
         config = SchedulerConfig.create(self.args, self.model_config, self.runner)
+        # On CPU steps never overlap by themselves; the bookkeeping of overlap can still be exercised.
+        config = replace(config, enable_overlap=overlap)
         self.memory = make_memory(self.runner, self.args)
         tokenizer = Tokenizer.from_path(model_path) if with_tokenizer else None
         self.scheduler = Scheduler(config, TpModelWorker(self.runner), self.memory, self, StopChecker(tokenizer))

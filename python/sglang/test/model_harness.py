@@ -8,14 +8,13 @@ import torch
 from torch import nn
 
 import sglang.srt.layers.attention.torch_native_backend  # noqa: F401  (registers the backend)
-from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.configs.qwen3_5 import Qwen3_5Config
+from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext, create_attention_backend
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
-from sglang.srt.mem_cache.memory_pool import GDNStatePool, KVPool, MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, LogprobRequest, ModelWorkerBatch
+from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.server_args import override_server_args
 
@@ -59,8 +58,9 @@ class ModelHarness:
         self.requests = ReqToTokenPool(max_requests, min(self.config.context_len, num_slots), device)
         self.allocator = TokenToKVPoolAllocator(num_slots, page_size)
         self._scramble(num_slots, page_size)
-        self.kv_pool = make_kv_pool(self.config, num_slots, page_size, device)
-        self.state_pool = make_state_pool(self.config, max_requests, device)
+        tp_size = get_tp_group().size
+        self.kv_pool = make_kv_pool(self.config, num_slots, page_size, tp_size, device)
+        self.state_pool = make_state_pool(self.config, max_requests, tp_size, device)
         context = AttentionContext(self.config, self.requests, self.kv_pool, self.state_pool, page_size, device)
         self.backend = backend or make_backend(context)
         self._processor = self.model.logits_processor
@@ -177,30 +177,6 @@ class ModelHarness:
         if self.state_pool is None:
             return None
         return torch.tensor([request.state_slot for request in requests], dtype=torch.int64)
-
-
-def make_kv_pool(config: ModelConfig, num_slots: int, page_size: int, device: torch.device) -> KVPool:
-    text = config.text
-    if isinstance(text, DeepseekConfig):
-        layers = range(text.num_hidden_layers)
-        return MLATokenToKVPool(
-            num_slots, page_size, config.dtype, text.kv_lora_rank, text.qk_rope_head_dim, layers, device
-        )
-    return MHATokenToKVPool(
-        num_slots, page_size, config.dtype, text.num_key_value_heads, text.head_dim, text.full_attention_layer_ids, device
-    )
-
-
-def make_state_pool(config: ModelConfig, num_slots: int, device: torch.device) -> GDNStatePool | None:
-    text = config.text
-    if not isinstance(text, Qwen3_5Config) or not text.linear_layer_ids:
-        return None
-    keys = text.linear_num_key_heads * text.linear_key_head_dim
-    values = text.linear_num_value_heads * text.linear_value_head_dim
-    return GDNStatePool(
-        num_slots, text.linear_layer_ids, 2 * keys + values, text.linear_conv_kernel_dim, text.linear_num_value_heads,
-        text.linear_value_head_dim, text.linear_key_head_dim, config.dtype, torch.float32, device,
-    )  # fmt: skip
 
 
 def make_backend(context: AttentionContext) -> AttentionBackend:

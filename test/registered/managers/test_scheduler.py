@@ -57,17 +57,28 @@ def expected_output(prompt: list[int], max_new: int, max_req_len: int) -> list[i
     return tokens[len(prompt) :]
 
 
+@dataclass
+class FakeStep:
+    output: StepOutput
+
+    def result(self) -> StepOutput:
+        return self.output
+
+
 class FakeWorker:
     """Checks at each step that slots and states hold exactly what the sequence says, then emits the next token."""
 
     def __init__(self, memory: ReqMemory) -> None:
         self.memory = memory
         self.slots: dict[int, tuple[int, int]] = {}
+        self.last_token: dict[int, int] = {}
         self.num_steps = 0
         self.num_extend_rows = 0
 
-    def forward_batch_generation(self, batch: ModelWorkerBatch, info: object) -> StepOutput:
+    def launch(self, batch: ModelWorkerBatch, info: object) -> FakeStep:
         self.num_steps += 1
+        drawn_last = [self.last_token.get(row, -1) for row in batch.req_pool_indices.tolist()]
+        input_ids = torch.tensor(drawn_last) if batch.input_ids is None else batch.input_ids
         lengths = batch.extend_seq_lens or [1] * batch.batch_size
         offset, ids, invalid = 0, [], []
         rows = batch.req_pool_indices.tolist()
@@ -75,7 +86,7 @@ class FakeWorker:
         assert len(set(rows)) == len(rows), "two requests share a row"
         assert len(set(batch.out_cache_loc.tolist())) == batch.out_cache_loc.numel(), "two tokens share a slot"
         for index, (row, length, end) in enumerate(zip(rows, lengths, batch.seq_lens, strict=True)):
-            new = batch.input_ids[offset : offset + length].tolist()
+            new = input_ids[offset : offset + length].tolist()
             places = batch.out_cache_loc[offset : offset + length].tolist()
             positions = batch.positions[offset : offset + length].tolist()
             assert positions == list(range(end - length, end)), positions
@@ -93,7 +104,8 @@ class FakeWorker:
             ids.append(next_token(sequence))
             invalid.append(sequence[-1] == BAD)
         self.num_extend_rows += offset if batch.extend_seq_lens else 0
-        return StepOutput(ids, invalid, None, LogitsProcessorOutput(torch.empty(0)))
+        self.last_token.update(zip(rows, ids, strict=True))
+        return FakeStep(StepOutput(ids, invalid, None, LogitsProcessorOutput(torch.empty(0))))
 
 
 class FakeChannel:
@@ -158,6 +170,7 @@ def make(
     max_queued: int | None = None,
     state_slots: int = 12,
     conservativeness: float = 1.0,
+    overlap: bool = False,
 ) -> Setup:
     allocator = TokenToKVPoolAllocator(pool, page)
     state_pool = None
@@ -180,6 +193,7 @@ def make(
         schedule_policy=policy,
         schedule_conservativeness=conservativeness,
         enable_mixed_chunk=mixed,
+        enable_overlap=overlap,
         stream_interval=1,
         decode_log_interval=1000,
         random_seed=0,
@@ -247,6 +261,9 @@ class TestRandomTraffic(CustomTestCase):
             {"hybrid": True, "state_slots": 8},
             {"hybrid": True, "radix": False},
             {"hybrid": True, "chunk": None, "mixed": True},
+            {"overlap": True},
+            {"overlap": True, "page": 4, "hybrid": True},
+            {"overlap": True, "mixed": True},
         ]
         for mode in modes:
             for seed in range(6):
@@ -259,14 +276,15 @@ class TestRandomTraffic(CustomTestCase):
             for page in (1, 4):
                 for seed in range(6):
                     with self.subTest(hybrid=hybrid, page=page, seed=seed):
-                        options = {"hybrid": hybrid, "page": page, "mixed": seed % 2 == 1}
+                        options = {"hybrid": hybrid, "page": page, "mixed": seed % 2 == 1, "overlap": seed % 3 > 0}
                         setup = self.traffic(seed, pool=160, conservativeness=0.05, **options)
                         retracted += setup.scheduler.metrics.num_retractions
         self.assertGreater(retracted, 20)
 
     def test_forced_retraction(self) -> None:
-        setup = self.traffic(3, retract_interval=3)
-        self.assertGreater(setup.scheduler.metrics.num_retractions, 5)
+        for overlap in (False, True):
+            setup = self.traffic(3, retract_interval=3, overlap=overlap)
+            self.assertGreater(setup.scheduler.metrics.num_retractions, 5)
 
 
 class TestPrefixCache(CustomTestCase):
@@ -303,11 +321,34 @@ class TestPrefixCache(CustomTestCase):
         self.assertEqual(setup.memory.allocator.available_size(), setup.memory.allocator.size)
 
 
+class TestOverlap(CustomTestCase):
+    def test_the_next_step_is_launched_before_the_last_is_awaited(self) -> None:
+        for overlap in (False, True):
+            setup = make(overlap=overlap)
+            events: list[str] = []
+            launch = setup.worker.launch
+
+            def spy(batch: ModelWorkerBatch, info: object, launch=launch, events=events) -> FakeStep:
+                number = setup.worker.num_steps
+                events.append(f"launch {number}")
+                step = launch(batch, info)
+                take = step.result
+                step.result = lambda: (events.append(f"result {number}"), take())[1]  # type: ignore[method-assign]
+                return step
+
+            setup.worker.launch = spy  # type: ignore[method-assign]
+            setup.channel.inbox.append(request("a", [1, 2, 3], max_new=4))
+            setup.run()
+            self.assertEqual(setup.channel.outputs["a"], expected_output([1, 2, 3], 4, 256))
+            late = events.index("result 1") > events.index("launch 2")
+            self.assertEqual(late, overlap, events)
+
+
 class TestEdges(CustomTestCase):
     def test_abort_at_every_stage(self) -> None:
         for turns in range(12):
             with self.subTest(turns=turns):
-                setup = make(rows=2, chunk=8, hybrid=turns % 2 == 0)
+                setup = make(rows=2, chunk=8, hybrid=turns % 2 == 0, overlap=turns % 3 == 0)
                 for rid in "abc":
                     setup.channel.inbox.append(request(rid, list(range(1, 31)), max_new=10))
                 for _ in range(turns):

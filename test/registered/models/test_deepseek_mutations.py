@@ -99,15 +99,14 @@ def biased_weights(b):
 
 def group_scored_by_its_best(b):
     def by_max(logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale):
-        choice = logits.sigmoid() + bias
-        groups = choice.unflatten(1, (n_group, -1))
+        scores = logits.sigmoid()
+        groups = (scores + bias).unflatten(1, (n_group, -1))
         kept = groups.amax(-1).topk(topk_group).indices
-        mask = torch.zeros(groups.shape[:2]).scatter_(1, kept, 1.0).bool().unsqueeze(-1)
-        return original(
-            logits, torch.where(mask, groups - groups, float("-inf")).flatten(1) + bias, top_k, scoring, renormalize, 1, 1, scale
-        )  # fmt: skip
+        dropped = torch.ones(groups.shape[:2]).scatter_(1, kept, 0.0).bool().unsqueeze(-1)
+        ids = groups.masked_fill(dropped, float("-inf")).flatten(1).topk(top_k).indices
+        weights = scores.gather(1, ids)
+        return weights / weights.sum(-1, keepdim=True) * scale, ids.int()
 
-    original = topk_layer.topk_biased_grouped
     b.set(topk_layer, "topk_biased_grouped", by_max)
 
 
@@ -136,7 +135,8 @@ def shared_experts_dropped(b):
 
 
 def shared_experts_scaled(b):
-    factor = b.config.routed_scaling_factor if b.config.routed_scaling_factor != 1.0 else 1.0 / b.config.n_shared_experts
+    routed = b.config.routed_scaling_factor
+    factor = routed if routed != 1.0 else 1.0 / b.config.n_shared_experts
     for block in b.modules(DeepseekV2MoE):
         weight = block.shared_experts.down_proj.weight.data
         b.fill(weight, weight * factor)
@@ -169,9 +169,7 @@ def yarn_from_the_served_length(b):
 
 def yarn_magnitude_in_the_table(b):
     rope: RopeConfig = b.config.rope
-    b.frequencies(
-        yarn_inverse_frequencies(b.config.qk_rope_head_dim, rope.theta, rope), rope.magnitude(rope.mscale)
-    )
+    b.frequencies(yarn_inverse_frequencies(b.config.qk_rope_head_dim, rope.theta, rope), rope.magnitude(rope.mscale))
 
 
 def yarn_scale_forgotten(b):

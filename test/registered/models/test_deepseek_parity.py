@@ -24,6 +24,7 @@ class DeepseekParity:
 
     checkpoint = ""
     overrides: dict = {}
+    page_size = 1
 
     @classmethod
     def setUpClass(cls):
@@ -34,18 +35,23 @@ class DeepseekParity:
         cls.prompts = [torch.randint(0, 512, (length,), generator=generator).tolist() for length in LENGTHS]
         with torch.no_grad():
             cls.truth = [hf_model(torch.tensor([prompt])).logits[0].log_softmax(-1) for prompt in cls.prompts]
-        cls.harness = ModelHarness(folder.name)
+        cls.harness = ModelHarness(folder.name, page_size=cls.page_size)
         cls.auto = cls.harness.backend.expands
 
     def setUp(self):
+        self.fresh(self.auto)
+
+    def fresh(self, rule):
+        """An empty pool whose rows are poison until a step writes them."""
         self.harness.reset()
-        self.harness.backend.expands = self.auto
+        for layer_id in self.harness.kv_pool.layer_ids:
+            self.harness.kv_pool.get_latent(layer_id).fill_(float("nan"))
+        self.harness.backend.expands = rule
 
     def each_form(self):
         for name, rule in FORMS.items():
             with self.subTest(form=name):
-                self.harness.reset()
-                self.harness.backend.expands = rule or self.auto
+                self.fresh(rule or self.auto)
                 yield [self.harness.new_request() for _ in self.prompts]
 
     def assert_close(self, found, which=None):
@@ -122,7 +128,8 @@ class DeepseekParity:
         scored = truth.gather(1, torch.tensor(first[4:]).unsqueeze(1)).squeeze(1)
         self.assertLess((torch.tensor(out.input_token_logprobs[0]) - scored).abs().max().item(), TOLERANCE)
         best = truth.topk(2)
-        for row, values, ids in zip(out.input_top_logprobs[0], best.values.tolist(), best.indices.tolist(), strict=True):
+        top = out.input_top_logprobs[0]
+        for row, values, ids in zip(top, best.values.tolist(), best.indices.tolist(), strict=True):
             self.assertEqual([i for _, i in row], ids)
             self.assertTrue(all(abs(a - b) < TOLERANCE for (a, _), b in zip(row, values)))
         for row, values in zip(out.input_token_ids_logprobs[0], truth[:, [5, 9]].tolist(), strict=True):
@@ -152,9 +159,10 @@ class TestDeepseekV3(DeepseekParity, CustomTestCase):
 
 
 class TestDeepseekV3Variant(DeepseekParity, CustomTestCase):
-    """Half-split rotary pairs, projection biases, tied embeddings, two shared experts."""
+    """Half-split rotary pairs, projection biases, tied embeddings, two shared experts; pages of 16."""
 
     checkpoint = "dsv3"
+    page_size = 16
     overrides = {"rope_interleave": False, "attention_bias": True, "tie_word_embeddings": True, "n_shared_experts": 2}
 
 

@@ -111,7 +111,7 @@ class TestSchedulerParity(CustomTestCase):
                 {"chunked_prefill_size": -1},
                 {"chunked_prefill_size": 7},
                 {"chunked_prefill_size": 64},
-                {"chunked_prefill_size": 64, "page_size": 16},
+                {"chunked_prefill_size": 64, "page_size": 16, "overlap": True},
                 {"chunked_prefill_size": 7, "enable_mixed_chunk": True, "disable_radix_cache": True},
             ):
                 with self.subTest(model=name, **options):
@@ -135,7 +135,7 @@ class TestSchedulerParity(CustomTestCase):
     def test_after_retraction(self) -> None:
         for name, case in self.cases.items():
             with self.subTest(model=name):
-                options = {"max_total_tokens": 200, "schedule_conservativeness": 0.01}
+                options = {"max_total_tokens": 200, "schedule_conservativeness": 0.01, "overlap": True}
                 engine = self.engine(case, **options)
                 params = SamplingParams(temperature=0.0, max_new_tokens=40, ignore_eos=True)
                 for copy in "abcd":

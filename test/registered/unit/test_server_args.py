@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import unittest
+import unittest.mock
 from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
@@ -267,6 +268,12 @@ class TestResolve(CustomTestCase):
         with envs.SGLANG_MAMBA_SSM_DTYPE.override("float16"):
             self.assertEqual(resolve(ServerArgs(), MODEL, CPU).mamba_ssm_dtype, "float16")
             self.assertEqual(resolve(ServerArgs(mamba_ssm_dtype="float32"), MODEL, CPU).mamba_ssm_dtype, "float32")
+
+    def test_malformed_variable_is_one_reason(self):
+        with unittest.mock.patch.dict(os.environ, {"SGLANG_MAMBA_SSM_DTYPE": "int3"}):
+            errors = evaluate(["--model-path", "/nowhere"], CPU).errors
+        self.assertEqual(len(errors), 2)
+        self.assertIn("SGLANG_MAMBA_SSM_DTYPE", errors[0])
 
     def test_lpm_without_a_prefix_cache(self):
         args = resolve(ServerArgs(schedule_policy="lpm", disable_radix_cache=True), MODEL, CPU)

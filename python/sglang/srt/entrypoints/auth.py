@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hmac
-import ipaddress
-import logging
 
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sglang.srt.entrypoints.errors import json_response
-
-logger = logging.getLogger(__name__)
+from sglang.srt.server_args_resolve import is_loopback
 
 OPEN_PREFIXES = ("/health", "/ready", "/metrics")
 ADMIN_PATHS = frozenset(
@@ -38,16 +35,6 @@ ADMIN_PATHS = frozenset(
 )
 
 
-def is_loopback(host: str) -> bool:
-    """Whether ``host`` is reachable from this machine alone; names other than localhost count as reachable."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
 class AuthPolicy:
     """The decision for each request.
 
@@ -60,16 +47,6 @@ class AuthPolicy:
         self._api_key = api_key
         self._admin_api_key = admin_api_key
         self.admin_closed = not (api_key or admin_api_key or is_loopback(host))
-
-    def warn(self) -> None:
-        """Say once what an address without a key means."""
-        if self.admin_closed:
-            logger.warning(
-                "Listening on %s without --api-key: anyone who reaches this address can use the model. The "
-                "administrative endpoints (/flush_cache, /abort_request, ...) are closed; set --api-key or "
-                "--admin-api-key to open them.",
-                self._host,
-            )
 
     def refusal(self, method: str, path: str, authorization: str) -> Response | None:
         """None if the request may pass, else its answer: 401 for a missing or wrong key, 403 where no key would do."""

@@ -15,8 +15,9 @@ from starlette.responses import Response
 
 from sglang.srt.entrypoints import server_info
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
-from sglang.srt.entrypoints.errors import error_body, http_error, json_response, native_error, openai_error
+from sglang.srt.entrypoints.errors import error_body, http_error, json_response, native_error
 from sglang.srt.entrypoints.http_io import EventStream, answer, event, read_body
+from sglang.srt.entrypoints.lacking import LACKING_PATHS, refuse_lacking_fields
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.request_input import RequestError
@@ -25,36 +26,6 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 _POLL_S = 0.02
 _MAX_FLUSH_WAIT_S = 3600
-# Upstream's endpoints that this server knows and does not have.
-LACKING_PATHS = (
-    "/classify",
-    "/configure_logging",
-    "/continue_generation",
-    "/dump_expert_distribution_record",
-    "/encode",
-    "/invocations",
-    "/load_lora_adapter",
-    "/parse_function_call",
-    "/pause_generation",
-    "/release_memory_occupation",
-    "/resume_memory_occupation",
-    "/separate_reasoning",
-    "/set_internal_state",
-    "/start_expert_distribution_record",
-    "/start_profile",
-    "/stop_expert_distribution_record",
-    "/stop_profile",
-    "/unload_lora_adapter",
-    "/update_weights_from_disk",
-    "/update_weights_from_distributed",
-    "/update_weights_from_tensor",
-    "/v1/embeddings",
-    "/v1/messages",
-    "/v1/rerank",
-    "/v1/responses",
-    "/v1/score",
-    "/vertex_generate",
-)
 
 
 class GenerateBody(GenerateReqInput, kw_only=True):
@@ -70,29 +41,6 @@ class GenerateBody(GenerateReqInput, kw_only=True):
     extra_key: Any = None
     return_hidden_states: Any = None
     return_routed_experts: Any = None
-
-
-# Field, and why the request is refused rather than answered without it.
-LACKING_FIELDS = {
-    "input_embeds": "prompts are text or token ids",
-    "image_data": "the model is served for text alone",
-    "audio_data": "the model is served for text alone",
-    "video_data": "the model is served for text alone",
-    "lora_path": "no adapter can be loaded, and the base model would answer differently",
-    "session_params": "sessions do not exist; send the whole prompt",
-    "custom_logit_processor": "it would run code from the network",
-    "extra_key": "it separates prefix caches, and there is one",
-    "cache_salt": "it separates prefix caches, and there is one",
-    "return_hidden_states": "hidden states stay in the scheduler",
-    "return_routed_experts": "routing decisions are not recorded",
-}
-
-
-def refuse_lacking_fields(body: Any) -> None:
-    """Raise RequestError for a field that is set and would change the answer, and that cannot be honoured."""
-    for name, reason in LACKING_FIELDS.items():
-        if getattr(body, name, None):
-            raise RequestError(f"{name} is not supported by this server: {reason}. Remove the field.")
 
 
 class AbortBody(msgspec.Struct):
@@ -263,9 +211,3 @@ async def _events(results: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, N
     async with contextlib.aclosing(results):
         async for result in results:
             yield event(result)
-
-
-async def on_request_error(_: Request, error: Exception) -> Response:
-    """For errors that handlers raise outside of generation."""
-    assert isinstance(error, RequestError)
-    return openai_error(error)

@@ -38,9 +38,7 @@ class _SectionedLinear(nn.Module):
         self.out_features = sum(section.rows for section in sections.values())
         self._sections = sections
         weights = {shard: (section.full_rows, in_features) for shard, section in sections.items()}
-        self.weight = make_parameter(
-            self.out_features, in_features, loader=self.weight_loader, full_shapes=weights
-        )
+        self.weight = make_parameter(self.out_features, in_features, loader=self.weight_loader, full_shapes=weights)
         self.bias: nn.Parameter | None = None
         if bias:
             biases = {shard: (section.full_rows,) for shard, section in sections.items()}
@@ -139,9 +137,7 @@ class QKVParallelLinear(_SectionedLinear):
 class RowParallelLinear(nn.Module):
     """Input columns are split over the ranks; outputs are summed over them unless ``reduce_results`` is False."""
 
-    def __init__(
-        self, in_features: int, out_features: int, reduce_results: bool = True, bias: bool = False
-    ) -> None:
+    def __init__(self, in_features: int, out_features: int, reduce_results: bool = True, bias: bool = False) -> None:
         super().__init__()
         self._tp = get_tp_group()
         if bias and not reduce_results:

@@ -76,7 +76,8 @@ class LogitsProcessor(nn.Module):
                     part = targets[begin : begin + block]
                     rows = hidden[first + begin : first + begin + len(part)]
                     logprobs = lm_head(rows).log_softmax(-1)
-                    scored += logprobs.gather(1, torch.tensor(part, device=rows.device).unsqueeze(1)).squeeze(1).tolist()
+                    target_ids = torch.tensor(part, device=rows.device).unsqueeze(1)
+                    scored += logprobs.gather(1, target_ids).squeeze(1).tolist()
                     top += _top_logprobs(logprobs, wanted)
                     chosen += _chosen_logprobs(logprobs, wanted)
             out.input_token_logprobs.append(scored)

@@ -58,8 +58,6 @@ class RotaryEmbedding(nn.Module):
         cache = torch.cat((angles.cos(), angles.sin()), dim=-1) * rope.cos_sin_scale
         self.register_buffer("cos_sin_cache", cache, persistent=False)
 
-    def forward(
-        self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [N] int64, q [N, Hq, D], k [N, Hk, D] -> rotated (q, k), new tensors."""
         return rotary(positions, q, k, self.cos_sin_cache, self.is_neox)

@@ -130,12 +130,15 @@ class ReqMemory:
         req.node, req.tree_len = result.node, num_tokens
 
     def release(self, req: Req, cache: bool) -> None:
-        """Take back all that the request holds; with ``cache`` its computed tokens stay in the prefix cache."""
+        """Take back all that the request holds; with ``cache`` its computed tokens stay in the prefix cache.
+
+        A token whose step may still be in flight is not cached: nobody has seen yet that the step was sound.
+        """
         if req.req_pool_idx is None:
             return
         slots = self.req_pool.read(req.req_pool_idx, 0, req.computed_len)
         if cache:
-            num_tokens = self.tree.aligned(req.computed_len)
+            num_tokens = self.tree.aligned(min(req.computed_len, req.seq_len - 1))
             result = self.tree.insert(req.token_ids[:num_tokens], slots[:num_tokens])
             surplus = [slots[req.tree_len : max(req.tree_len, result.prefix_len)], slots[result.cached_len :]]
             self.allocator.free(torch.cat(surplus))

@@ -18,7 +18,8 @@ class Req:
     """One request, owned and changed by the scheduler alone.
 
     Lengths, all in tokens: ``seq_len`` of prompt and output so far; ``computed_len`` of them have KV (and state) in the
-    pools; the first ``tree_len`` of those lie in slots that the prefix cache owns and this request locks.
+    pools, or will have once the steps that are launched have run; the first ``tree_len`` of those lie in slots that
+    the prefix cache owns and this request locks. ``num_in_flight`` tokens are being drawn and not known yet.
     """
 
     def __init__(self, message: TokenizedGenerateReqInput, seed: int, stop_ids: frozenset[int]) -> None:
@@ -43,6 +44,7 @@ class Req:
         self.node: TreeNode | None = None
         self.computed_len = 0
         self.tree_len = 0
+        self.num_in_flight = 0
         # Hybrid models: end a prefill chunk here, where KV is known but no state snapshot is.
         self.snapshot_at = 0
         # Reported to the client.
@@ -75,6 +77,16 @@ class Req:
     @property
     def new_tokens_left(self) -> int:
         return self.max_new_tokens - len(self.output_ids)
+
+    @property
+    def planned_len(self) -> int:
+        """``seq_len`` once what is in flight has arrived."""
+        return self.seq_len + self.num_in_flight
+
+    @property
+    def is_drawn_out(self) -> bool:
+        """True when the tokens in flight reach the request's limit: nothing is left to launch."""
+        return self.new_tokens_left <= self.num_in_flight
 
     def next_input_row(self) -> int | None:
         """The first prompt row whose log-probability is wanted and not there yet; None when there is none."""
@@ -116,6 +128,7 @@ class ScheduleBatch:
     reqs: list[Req]
     starts: list[int]  # first token of this step, per request
     ends: list[int]  # one past the last
+    draws: list[bool]  # whether the step reaches the request's end, so that its next token is drawn
     out_cache_loc: torch.Tensor  # [N] int64 on the host, requests one after the other
     has_state: bool = False
     cached_lens: list[int] = field(default_factory=list)
@@ -125,10 +138,10 @@ class ScheduleBatch:
         return sum(self.ends) - sum(self.starts)
 
     def to_worker_batch(self) -> ModelWorkerBatch:
-        """The frozen host view; nothing below sees a request."""
+        """The frozen host view; nothing below sees a request. Decode ids stay on the device, where they were drawn."""
         decode = self.forward_mode.is_decode()
+        ids = None
         if decode:
-            ids = [req.output_ids[-1] for req in self.reqs]
             positions = torch.tensor(self.starts, dtype=torch.int64)
         else:
             ids = []
@@ -139,7 +152,7 @@ class ScheduleBatch:
         logprobs = [req.logprob_request(s, e) for req, s, e in zip(self.reqs, self.starts, self.ends, strict=True)]
         return ModelWorkerBatch(
             forward_mode=self.forward_mode,
-            input_ids=torch.tensor(ids, dtype=torch.int64),
+            input_ids=None if ids is None else torch.tensor(ids, dtype=torch.int64),
             positions=positions,
             req_pool_indices=_column([req.req_pool_idx for req in self.reqs]),
             seq_lens=list(self.ends),

@@ -38,7 +38,7 @@ from sglang.srt.managers.step_result import (
     record_input_logprobs,
     record_output_logprobs,
 )
-from sglang.srt.managers.tp_worker import StepOutput, TpModelWorker
+from sglang.srt.managers.tp_worker import LaunchedStep, StepOutput, TpModelWorker
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -76,9 +76,13 @@ class Scheduler:
         self.running: list[Req] = []
         self.new_token_ratio = NewTokenRatio(config.schedule_conservativeness)
         self.limits = PrefillLimits(config.max_prefill_tokens, config.chunked_prefill_size, config.max_running_requests)
-        self._sampling_info: SamplingBatchInfo | None = None  # of the running batch; None after it changed
+        self._sampling_info: SamplingBatchInfo | None = None
+        self._sampled_reqs: list[Req] = []
+        # The decode step that runs while the next one is prepared.
+        self._in_flight: tuple[ScheduleBatch, LaunchedStep] | None = None
         self._num_received = 0
         self._stopping = False
+        self._waited_s = 0.0  # of this step: in forward, sampling and waiting for them
         # Monotonic time at which the step in progress began; None between steps (read by the watchdog).
         self.step_started: float | None = None
 
@@ -99,24 +103,54 @@ class Scheduler:
                 checked = True
 
     def step(self) -> bool:
-        """Run one prefill or decode step; False when there was nothing to run."""
+        """Launch one prefill or decode step and take in the one before it; False when there was nothing to do.
+
+        With overlap, the result of a decode step is taken in after the next step is launched. A prefill step is taken
+        in at once: what it computed is shared with others only when it is known to be sound.
+        """
         started = time.perf_counter()
+        self._waited_s = 0.0
+        if any(req.sampling_params.counts_tokens for req in self.running):
+            self._drain()  # penalties are built from the output, which must be complete
         batch = self._next_batch()
         if batch is None:
-            return False
+            return self._drain()
+        launched = self._launch(batch)
+        self._drain()
+        self._in_flight = batch, launched
+        if not (self.config.enable_overlap and batch.forward_mode.is_decode()):
+            self._drain()
+        other_s = time.perf_counter() - started - self._waited_s
+        self.metrics.step_done(batch, self.load(), self._waited_s, other_s)
+        return True
+
+    def _launch(self, batch: ScheduleBatch) -> LaunchedStep:
         info = self._sampling_info_of(batch)
         worker_batch = batch.to_worker_batch()
-        ran = time.perf_counter()
+        for req, end, draws in zip(batch.reqs, batch.ends, batch.draws, strict=True):
+            req.computed_len = end
+            req.num_in_flight += draws
+        began = time.perf_counter()
         self.step_started = time.monotonic()
-        output = self.worker.forward_batch_generation(worker_batch, info)
+        launched = self.worker.launch(worker_batch, info)
+        self._waited_s += time.perf_counter() - began
+        return launched
+
+    def _drain(self) -> bool:
+        """Take in the result of the step in flight; False when there is none."""
+        if self._in_flight is None:
+            return False
+        batch, launched = self._in_flight
+        self._in_flight = None
+        began = time.perf_counter()
+        output = launched.result()
+        self._waited_s += time.perf_counter() - began
         self.step_started = None
-        done = time.perf_counter()
         self._process(batch, output)
-        self.metrics.step_done(batch, self.load(), done - ran, time.perf_counter() - started - (done - ran))
         return True
 
     def has_work(self) -> bool:
-        return bool(self.waiting or self.partial or self.running)
+        return bool(self.waiting or self.partial or self.running or self._in_flight)
 
     def load(self) -> dict[str, int]:
         """Requests by stage, and tokens held."""
@@ -175,15 +209,14 @@ class Scheduler:
         self._emit([req])
 
     def _abort(self, message: AbortReq) -> None:
-        """End matching requests wherever they are; steps are not in flight here, so memory is free at once."""
+        """End matching requests wherever they are; their memory is free at once."""
+        self._drain()
         for queue in (self.waiting, self.partial, self.running):
             hit = [req for req in queue if _is_meant(message, req.rid)]
             for req in hit:
                 queue.remove(req)
                 req.finish_reason = abort_reason("The request was aborted.")
                 self.memory.release(req, cache=True)
-            if hit and queue is self.running:
-                self._sampling_info = None
             self.metrics.num_aborted += len(hit)
             self._emit(hit)
 
@@ -213,6 +246,8 @@ class Scheduler:
     def _plan_prefill(self) -> ScheduleBatch | None:
         if not self.waiting and not self.partial:
             return None
+        if self.config.enable_mixed_chunk:
+            self._drain()  # decoding requests bring their newest token from the host
         planner = PrefillPlanner(self.memory, self.limits, self.running, self.new_token_ratio.value)
         held_back = [req for req in self.partial if not planner.add_partial(req)]
         if not held_back:
@@ -232,39 +267,48 @@ class Scheduler:
             mode = ForwardMode.MIXED
             self._retract_until_decode_fits(planner.taken())
             reqs, ends = reqs + self.running, ends + [req.seq_len for req in self.running]
-        starts = [req.computed_len for req in reqs]
         slots = self.memory.extend(reqs, ends)
         assert slots is not None, "the planner promised room that the pool does not have"
-        self._sampling_info = None
-        return self._batch(mode, reqs, starts, ends, slots)
+        return self._batch(mode, reqs, ends, slots)
 
     def _plan_decode(self) -> ScheduleBatch | None:
         if self.config.retract_interval and (self.metrics.num_decode_steps + 1) % self.config.retract_interval == 0:
             self._retract_one_for_test()
-        slots = self.memory.extend_by_one(self.running)
-        if slots is None:
+        reqs = [req for req in self.running if not req.is_drawn_out]
+        slots = self.memory.extend_by_one(reqs) if reqs else None
+        if reqs and slots is None:
+            # Whom to retract depends on who has finished: that must be known first.
+            self._drain()
             self._retract_until_decode_fits(0)
             if not self.running:
                 return self._plan_prefill()
-            slots = self.memory.extend_by_one(self.running)
+            reqs = list(self.running)
+            slots = self.memory.extend_by_one(reqs)
             assert slots is not None
+        if slots is None:
+            return None
         self.new_token_ratio.decay()
-        starts = [req.computed_len for req in self.running]
-        ends = [start + 1 for start in starts]
-        return self._batch(ForwardMode.DECODE, list(self.running), starts, ends, slots)
+        return self._batch(ForwardMode.DECODE, reqs, [req.computed_len + 1 for req in reqs], slots)
 
-    def _batch(
-        self, mode: ForwardMode, reqs: list[Req], starts: list[int], ends: list[int], slots: torch.Tensor
-    ) -> ScheduleBatch:
-        return ScheduleBatch(mode, reqs, starts, ends, slots, has_state=self.memory.state_pool is not None)
+    def _batch(self, mode: ForwardMode, reqs: list[Req], ends: list[int], slots: torch.Tensor) -> ScheduleBatch:
+        return ScheduleBatch(
+            forward_mode=mode,
+            reqs=reqs,
+            starts=[req.computed_len for req in reqs],
+            ends=ends,
+            draws=[end == req.planned_len for req, end in zip(reqs, ends, strict=True)],
+            out_cache_loc=slots,
+            has_state=self.memory.state_pool is not None,
+        )
 
     def _sampling_info_of(self, batch: ScheduleBatch) -> SamplingBatchInfo:
-        if batch.forward_mode.is_decode() and self._sampling_info is not None:
+        """Sampling tensors of the step; kept while the same requests decode."""
+        decode = batch.forward_mode.is_decode()
+        if decode and self._sampled_reqs == batch.reqs and self._sampling_info is not None:
             return self._sampling_info
         rows = [req.sampling_row() for req in batch.reqs]
         info = SamplingBatchInfo.from_rows(rows, self.config.vocab_size, self.config.device)
-        if batch.forward_mode.is_decode():
-            self._sampling_info = info
+        self._sampling_info, self._sampled_reqs = (info, batch.reqs) if decode else (None, [])
         return info
 
     # Retraction
@@ -275,7 +319,6 @@ class Scheduler:
         self.memory.release(req, cache=True)
         req.num_retractions += 1
         self.waiting.insert(0, req)
-        self._sampling_info = None
         self.metrics.num_retractions += 1
 
     def _retract_until_decode_fits(self, other_tokens: int) -> None:
@@ -297,20 +340,24 @@ class Scheduler:
 
     def _retract_one_for_test(self) -> None:
         """``SGLANG_TEST_RETRACT``: behave as if the pool were full, while another request can go on."""
+        self._drain()
         if len(self.running) > 1:
             self._retract(retraction_order(self.running)[0], self.running)
 
     # Results
 
     def _process(self, batch: ScheduleBatch, output: StepOutput) -> None:
+        """Apply a step's output; a request that ended while the step ran ignores what it drew."""
         prefill = not batch.forward_mode.is_decode()
         was_running = set(map(id, self.running)) if prefill else set()
         talk: list[Req] = []
-        for index, (req, end) in enumerate(zip(batch.reqs, batch.ends, strict=True)):
-            req.computed_len = end
+        for index, (req, draws) in enumerate(zip(batch.reqs, batch.draws, strict=True)):
+            req.num_in_flight -= draws
+            if req.finish_reason is not None:
+                continue
             if prefill and req.return_logprob:
                 record_input_logprobs(req, output.logits_output, index)
-            if end < req.seq_len:
+            if not draws:
                 self.memory.share_prefix(req)
                 self.partial.append(req)
                 continue
@@ -352,7 +399,6 @@ class Scheduler:
         self.memory.release(req, cache=not poisoned)
         if req in self.running:
             self.running.remove(req)
-            self._sampling_info = None
 
     def _is_due(self, req: Req) -> bool:
         interval = req.sampling_params.stream_interval or self.config.stream_interval

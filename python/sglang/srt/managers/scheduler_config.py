@@ -34,6 +34,7 @@ class SchedulerConfig:
     schedule_policy: str
     schedule_conservativeness: float
     enable_mixed_chunk: bool
+    enable_overlap: bool
     stream_interval: int
     decode_log_interval: int
     random_seed: int
@@ -57,6 +58,7 @@ class SchedulerConfig:
             schedule_policy=args.schedule_policy,
             schedule_conservativeness=args.schedule_conservativeness,
             enable_mixed_chunk=args.enable_mixed_chunk,
+            enable_overlap=not args.disable_overlap_schedule,
             stream_interval=args.stream_interval,
             decode_log_interval=args.decode_log_interval,
             random_seed=args.random_seed or 0,

@@ -1,4 +1,4 @@
-"""The scheduler's door to the model: one host batch in, token ids on the host out."""
+"""The scheduler's door to the model: a step is launched, and its tokens are fetched when they are needed."""
 
 from __future__ import annotations
 
@@ -26,23 +26,60 @@ class StepOutput:
     logits_output: LogitsProcessorOutput
 
 
+class LaunchedStep:
+    """A step on its way; ``result`` waits for it."""
+
+    def __init__(self, ids: torch.Tensor, logits_output: LogitsProcessorOutput) -> None:
+        invalid = logits_output.invalid_rows
+        assert invalid is not None
+        logprobs = logits_output.next_token_logprobs
+        # One copy for ids and flags: a token id fits exactly into float64 beside a log-probability.
+        rows = [ids.to(torch.float64), invalid.to(torch.float64)]
+        if logprobs is not None:
+            rows.append(logprobs.to(torch.float64))
+        packed = torch.stack(rows)
+        self._logits_output = logits_output
+        self._event: torch.cuda.Event | None = None
+        if packed.device.type == "cpu":
+            self._host = packed
+        else:
+            self._host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            self._host.copy_(packed, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def result(self) -> StepOutput:
+        """Wait for the one device-to-host copy of the step."""
+        if self._event is not None:
+            self._event.synchronize()
+        ids, invalid, *logprobs = self._host.unbind(0)
+        return StepOutput(
+            next_token_ids=ids.long().tolist(),
+            invalid_rows=invalid.bool().tolist(),
+            next_token_logprobs=logprobs[0].tolist() if logprobs else None,
+            logits_output=self._logits_output,
+        )
+
+
 class TpModelWorker:
-    """Runs a step on this rank's model."""
+    """Runs steps on this rank's model.
+
+    The token that each request drew last stays on the device, at the request's row of ``last_token``: a decode step
+    takes its input from there, so it can be launched before the host knows it.
+    """
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
+        num_rows = runner.req_to_token_pool.size
+        self.last_token = torch.zeros(num_rows, dtype=torch.int64, device=runner.device)
 
-    def forward_batch_generation(self, batch: ModelWorkerBatch, sampling_info: SamplingBatchInfo) -> StepOutput:
-        """Forward, sample, and copy the ids to the host (the only device-to-host hop of a step)."""
-        logits_output = self.runner.forward(batch)
-        ids = self.runner.sample(logits_output, sampling_info, batch)
-        sampling_info.update(ids)
-        logprobs = logits_output.next_token_logprobs
-        invalid = logits_output.invalid_rows
-        assert isinstance(invalid, torch.Tensor)
-        return StepOutput(
-            next_token_ids=ids.tolist(),
-            invalid_rows=invalid.tolist(),
-            next_token_logprobs=None if logprobs is None else logprobs.tolist(),
-            logits_output=logits_output,
-        )
+    @torch.inference_mode()
+    def launch(self, batch: ModelWorkerBatch, sampling_info: SamplingBatchInfo) -> LaunchedStep:
+        """Queue forward and sampling of ``batch``, without waiting for the device."""
+        rows = batch.req_pool_indices.to(self.runner.device, non_blocking=True)
+        ids = self.last_token[rows] if batch.input_ids is None else None
+        logits_output = self.runner.forward(batch, ids)
+        drawn = self.runner.sample(logits_output, sampling_info, batch)
+        sampling_info.update(drawn)
+        self.last_token[rows] = drawn.to(torch.int64)
+        return LaunchedStep(drawn, logits_output)

@@ -58,11 +58,12 @@ class ModelWorkerBatch:
     """Host view of one step; nothing below the scheduler sees a request object.
 
     Shapes: B requests, N tokens (N == B in decode). All tensors live on the host.
-    ``seq_lens`` include the tokens of this step.
+    ``seq_lens`` include the tokens of this step. ``input_ids`` is None in decode: the ids are those that the last
+    step of each request drew, and they are on the device (see ``TpModelWorker``).
     """
 
     forward_mode: ForwardMode
-    input_ids: torch.Tensor  # [N] int64
+    input_ids: torch.Tensor | None  # [N] int64
     positions: torch.Tensor  # [N] int64
     req_pool_indices: torch.Tensor  # [B] int64, rows of req_to_token
     seq_lens: list[int]  # [B]
@@ -108,9 +109,16 @@ class ForwardBatch:
 
     @classmethod
     def from_worker_batch(
-        cls, batch: ModelWorkerBatch, device: torch.device, attn_backend: AttentionBackendLike
+        cls,
+        batch: ModelWorkerBatch,
+        device: torch.device,
+        attn_backend: AttentionBackendLike,
+        input_ids: torch.Tensor | None = None,
     ) -> ForwardBatch:
-        """Copy the host view to ``device`` (the only host-to-device hop of a step)."""
+        """Copy the host view to ``device`` (the only host-to-device hop of a step).
+
+        ``input_ids`` [N] int64 on the device stand in for ``batch.input_ids`` where that is None.
+        """
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(device, non_blocking=True)
@@ -121,11 +129,13 @@ class ForwardBatch:
             for length in batch.extend_seq_lens:
                 starts.append(total)
                 total += length
-        num_tokens = int(batch.input_ids.shape[0])
+        ids = batch.input_ids if input_ids is None else input_ids
+        assert ids is not None, "a batch without input ids needs them from the device"
+        num_tokens = int(ids.shape[0])
         return cls(
             forward_mode=batch.forward_mode,
             batch_size=batch.batch_size,
-            input_ids=move(batch.input_ids),
+            input_ids=move(ids),
             positions=move(batch.positions),
             req_pool_indices=move(batch.req_pool_indices),
             seq_lens=move(torch.tensor(batch.seq_lens, dtype=torch.int64)),

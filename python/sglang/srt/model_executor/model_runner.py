@@ -90,9 +90,12 @@ class ModelRunner:
         self.state_pool = make_state_pool(config, slots, tp_size, self.device, args.mamba_ssm_dtype)
 
     @torch.inference_mode()
-    def forward(self, batch: ModelWorkerBatch) -> LogitsProcessorOutput:
-        """Logits of the last row of each request, and the prompt log-probabilities asked for."""
-        fb = ForwardBatch.from_worker_batch(batch, self.device, self.attn_backend)
+    def forward(self, batch: ModelWorkerBatch, input_ids: torch.Tensor | None = None) -> LogitsProcessorOutput:
+        """Logits of the last row of each request, and the prompt log-probabilities asked for.
+
+        ``input_ids`` [N] int64 on the device replace ``batch.input_ids`` in decode.
+        """
+        fb = ForwardBatch.from_worker_batch(batch, self.device, self.attn_backend, input_ids)
         self.attn_backend.init_forward_metadata(fb)
         output: LogitsProcessorOutput = self.model(fb.input_ids, fb.positions, fb)
         return output

@@ -118,9 +118,7 @@ class Qwen3_5GatedDeltaNet(nn.Module):
         self.A_log = make_parameter(
             self.num_v_heads, dtype=torch.float32, loader=_load_head_rows, full_shapes=full_heads, fill=(1.8, 1.0)
         )
-        self.dt_bias = make_parameter(
-            self.num_v_heads, loader=_load_head_rows, full_shapes=full_heads, fill=(1.0, 0.0)
-        )
+        self.dt_bias = make_parameter(self.num_v_heads, loader=_load_head_rows, full_shapes=full_heads, fill=(1.0, 0.0))
         self.norm = RMSNormGated(self.head_v_dim, config.rms_norm_eps)
         self.out_proj = RowParallelLinear(value_width, hidden_size)
 

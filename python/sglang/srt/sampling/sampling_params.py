@@ -51,6 +51,12 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
 
+    @property
+    def counts_tokens(self) -> bool:
+        """True when the next draw depends on the tokens drawn so far by more than the model."""
+        penalties = (self.frequency_penalty, self.presence_penalty, self.repetition_penalty - 1.0)
+        return any(penalties) or self.min_new_tokens > 0
+
     @classmethod
     def from_request(cls, raw: dict[str, Any], defaults: dict[str, Any] | None = None) -> SamplingParams:
         """Build from a request body; unknown keys are ignored as upstream's API does, unsupported ones are refused.

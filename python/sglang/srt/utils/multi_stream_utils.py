@@ -21,9 +21,7 @@ class StreamOverlap:
         if alt_stream is not None:
             raise ValueError("computing on a side stream is not supported; build the model with alt_stream=None")
 
-    def fork_join(
-        self, side: Callable[[], Side], main: Callable[[], Main], num_tokens: int
-    ) -> tuple[Side, Main]:
+    def fork_join(self, side: Callable[[], Side], main: Callable[[], Main], num_tokens: int) -> tuple[Side, Main]:
         """Run both for a step of ``num_tokens`` rows and return (side's result, main's result).
 
         The two may not write one tensor nor enter one collective group.

@@ -74,6 +74,4 @@ def _update_cases() -> Iterator[Case]:
 
 
 causal_conv1d = Op("gdn.causal_conv1d", Impl("torch", causal_conv1d_torch), cases=_prefill_cases)
-causal_conv1d_update = Op(
-    "gdn.causal_conv1d_update", Impl("torch", causal_conv1d_update_torch), cases=_update_cases
-)
+causal_conv1d_update = Op("gdn.causal_conv1d_update", Impl("torch", causal_conv1d_update_torch), cases=_update_cases)

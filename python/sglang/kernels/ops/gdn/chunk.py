@@ -89,9 +89,14 @@ def _solve_chunks(
     solved = torch.linalg.solve_triangular(mixing, values_and_keys, upper=False, unitriangular=True)
     new_values, state_reads = solved.split((v.shape[-1], k.shape[-1]), dim=-1)
     scores = q @ k.transpose(-1, -2) * decay
-    parts = (new_values, state_reads, q * since_start, scores, k * until_end)
-    merged = (part.flatten(1, 2) for part in parts)
-    return _Solved(*merged, decay=since_start[..., -1, 0].flatten(1, 2))
+    return _Solved(
+        new_values=new_values.flatten(1, 2),
+        state_reads=state_reads.flatten(1, 2),
+        queries=(q * since_start).flatten(1, 2),
+        scores=scores.flatten(1, 2),
+        writes=(k * until_end).flatten(1, 2),
+        decay=since_start[..., -1, 0].flatten(1, 2),
+    )
 
 
 def chunk_gated_delta_rule_torch(
@@ -145,6 +150,4 @@ def _cases() -> Iterator[Case]:
             yield Case(name, (q, k, v, g, beta, state, list(seq_lens), k_dim**-0.5))
 
 
-chunk_gated_delta_rule = Op(
-    "gdn.chunk_gated_delta_rule", Impl("torch", chunk_gated_delta_rule_torch), cases=_cases
-)
+chunk_gated_delta_rule = Op("gdn.chunk_gated_delta_rule", Impl("torch", chunk_gated_delta_rule_torch), cases=_cases)

@@ -47,7 +47,8 @@ def recurrent_gated_delta_rule_torch(
 
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    for rows, key_heads, per_key, k_dim, v_dim in ((1, 1, 1, 8, 8), (5, 2, 2, 32, 32), (3, 2, 3, 32, 48), (0, 2, 2, 8, 8)):
+    shapes = ((1, 1, 1, 8, 8), (5, 2, 2, 32, 32), (3, 2, 3, 32, 48), (0, 2, 2, 8, 8))
+    for rows, key_heads, per_key, k_dim, v_dim in shapes:
         heads = key_heads * per_key
         q, k = torch.nn.functional.normalize(torch.randn(2, rows, key_heads, k_dim, generator=generator), dim=-1)
         v = torch.randn(rows, heads, v_dim, generator=generator)

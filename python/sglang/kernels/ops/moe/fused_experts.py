@@ -49,7 +49,12 @@ def fused_experts_torch(
 
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    shapes = (("one-row", 1, 8, 4, 4, 2), ("odd", 7, 12, 6, 5, 3), ("empty", 0, 8, 4, 4, 2), ("batch", 40, 32, 16, 8, 4))
+    shapes = (
+        ("one-row", 1, 8, 4, 4, 2),
+        ("odd", 7, 12, 6, 5, 3),
+        ("empty", 0, 8, 4, 4, 2),
+        ("batch", 40, 32, 16, 8, 4),
+    )
     for name, rows, hidden, intermediate, experts, top_k in shapes:
         x = torch.randn(rows, hidden, generator=generator)
         w13 = torch.randn(experts, 2 * intermediate, hidden, generator=generator) / hidden**0.5

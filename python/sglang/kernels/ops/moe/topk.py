@@ -9,7 +9,9 @@ import torch
 from sglang.kernels.spec import Case, Impl, Op
 
 
-def _finish(weights: torch.Tensor, ids: torch.Tensor, renormalize: bool, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _finish(
+    weights: torch.Tensor, ids: torch.Tensor, renormalize: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     if renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
     if scale != 1.0:

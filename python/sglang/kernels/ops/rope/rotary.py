@@ -37,7 +37,12 @@ def rotary_torch(
 
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    shapes = (("one-row", 1, 1, 1, 8, 8), ("partial", 5, 4, 2, 24, 8), ("mla", 7, 3, 1, 64, 64), ("empty", 0, 2, 1, 8, 8))
+    shapes = (
+        ("one-row", 1, 1, 1, 8, 8),
+        ("partial", 5, 4, 2, 24, 8),
+        ("mla", 7, 3, 1, 64, 64),
+        ("empty", 0, 2, 1, 8, 8),
+    )
     for name, rows, heads, kv_heads, dim, rotary_dim in shapes:
         angles = torch.rand(32, rotary_dim // 2, generator=generator) * 6.3
         cache = torch.cat((angles.cos(), angles.sin()), dim=-1)

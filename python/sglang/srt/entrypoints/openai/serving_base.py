@@ -12,7 +12,7 @@ from starlette.responses import Response
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.entrypoints.errors import error_body, json_response, openai_error
 from sglang.srt.entrypoints.http_io import EventStream, answer, read_body
-from sglang.srt.entrypoints.native_api import refuse_lacking_fields
+from sglang.srt.entrypoints.lacking import refuse_lacking_fields
 from sglang.srt.entrypoints.openai.protocol import (
     DEFAULT_MODEL_NAME,
     GenerationRequest,

@@ -114,7 +114,8 @@ class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
 def _extend(logprobs: CompletionLogprobs, meta: dict[str, Any], with_prompt: bool, text_offset: int) -> int:
     """Append a result's log-probabilities; ``text_offset`` is the first token's. Returns the next token's offset."""
     tokens = [*(meta["input_token_logprobs"] if with_prompt else []), *meta["output_token_logprobs"]]
-    for logprob, _, text in tokens:
+    for logprob, _, token_text in tokens:
+        text = token_text or ""
         logprobs.tokens.append(text)
         logprobs.token_logprobs.append(logprob)
         logprobs.text_offset.append(text_offset)
@@ -122,5 +123,5 @@ def _extend(logprobs: CompletionLogprobs, meta: dict[str, Any], with_prompt: boo
     if logprobs.top_logprobs is not None:
         rows = [*(meta["input_top_logprobs"] if with_prompt else []), *meta["output_top_logprobs"]]
         for row in rows:
-            logprobs.top_logprobs.append(None if row is None else {text: logprob for logprob, _, text in row})
+            logprobs.top_logprobs.append(None if row is None else {text or "": logprob for logprob, _, text in row})
     return text_offset

@@ -134,9 +134,7 @@ class GDNBackend:
         return out
 
 
-def _split_heads(
-    convolved: torch.Tensor, layer: GatedDeltaNet
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _split_heads(convolved: torch.Tensor, layer: GatedDeltaNet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[N, C] -> unit-length q, k [N, HK, K] float32 and v [N, HV, V]."""
     key_width = layer.num_k_heads * layer.head_k_dim
     queries_and_keys, v = convolved.split((2 * key_width, convolved.shape[1] - 2 * key_width), dim=-1)

@@ -168,9 +168,7 @@ class TorchNativeAttnBackend(AttentionBackend):
         out = q.new_empty(num_tokens, layer.num_heads, layer.v_head_dim)
         if self.extend_plan is not None:
             plan = self.extend_plan
-            out = paged_extend(
-                q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling
-            )
+            out = paged_extend(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)
         for group in self.decode_groups:
             if group.rows is None:
                 out = paged_decode(q, k_cache, v_cache, group.slot_table, group.seq_lens, layer.scaling)
@@ -199,9 +197,7 @@ class TorchNativeAttnBackend(AttentionBackend):
         for group in self.decode_groups:
             if group.rows is None:
                 return mla_decode(q, cache, group.slot_table, group.seq_lens, rank, layer.scaling)
-            out[group.rows] = mla_decode(
-                q[group.rows], cache, group.slot_table, group.seq_lens, rank, layer.scaling
-            )
+            out[group.rows] = mla_decode(q[group.rows], cache, group.slot_table, group.seq_lens, rank, layer.scaling)
         return out
 
     def gather_latent(self, layer: RadixAttention, plan: ExtendPlan) -> torch.Tensor:

@@ -33,7 +33,7 @@ class DeepseekV2AttentionMLA(nn.Module):
         super().__init__()
         tp_size = get_tp_group().size
         if config.num_attention_heads % tp_size:
-            raise ValueError(f"{config.num_attention_heads} heads cannot be split over {tp_size} tensor-parallel ranks.")
+            raise ValueError(f"{config.num_attention_heads} heads cannot be split over {tp_size} ranks (--tp-size).")
         self.num_heads = config.num_attention_heads // tp_size
         self.nope, self.rope, self.v_dim = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
         self.rank = config.kv_lora_rank
@@ -55,9 +55,7 @@ class DeepseekV2AttentionMLA(nn.Module):
         self.o_proj = RowParallelLinear(config.num_attention_heads * self.v_dim, hidden, bias=bias)
         scale = config.softmax_scale
         self.attn_mqa = RadixAttention(self.num_heads, self.rank + self.rope, scale, 1, layer_id, self.rank)
-        self.attn_mha = RadixAttention(
-            self.num_heads, config.qk_head_dim, scale, self.num_heads, layer_id, self.v_dim
-        )
+        self.attn_mha = RadixAttention(self.num_heads, config.qk_head_dim, scale, self.num_heads, layer_id, self.v_dim)
         self.w_kc: torch.Tensor | None = None
         self.w_vc: torch.Tensor | None = None
 
@@ -89,9 +87,7 @@ class DeepseekV2AttentionMLA(nn.Module):
         if self.q_lora_rank is None:
             q, kv_a = self.q_proj(hidden), self.kv_a_proj_with_mqa(hidden)
         else:
-            q_a, kv_a = self.fused_qkv_a_proj_with_mqa(hidden).split(
-                (self.q_lora_rank, self.rank + self.rope), dim=-1
-            )
+            q_a, kv_a = self.fused_qkv_a_proj_with_mqa(hidden).split((self.q_lora_rank, self.rank + self.rope), dim=-1)
             q = self.q_b_proj(self.q_a_layernorm(q_a))
         q = q.view(-1, self.num_heads, self.nope + self.rope)
         compressed, k_pe = kv_a.split((self.rank, self.rope), dim=-1)

@@ -1,0 +1,130 @@
+"""One static batch on a ModelRunner, without server or scheduler: prefill, then decode steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+
+class BatchTooLargeError(RuntimeError):
+    """The pools do not hold the batch."""
+
+
+class StaticBatch:
+    """Requests that live and grow together; sampling is greedy.
+
+    ``extend`` brings the next tokens of each prompt, ``decode`` one token each. Both return the next ids [B] (on the
+    device) and the logits. ``release`` gives everything back.
+    """
+
+    def __init__(self, runner: ModelRunner, allocator: TokenToKVPoolAllocator, batch_size: int) -> None:
+        self.runner = runner
+        self.allocator = allocator
+        self.rows: list[int] = []
+        self.states: list[int] = []
+        self.seq_lens = [0] * batch_size
+        if batch_size > runner.req_to_token_pool.available_size():
+            raise BatchTooLargeError(
+                f"a batch of {batch_size} needs as many request rows, and --max-running-requests gives "
+                f"{runner.req_to_token_pool.size}"
+            )
+        for _ in range(batch_size):
+            row = runner.req_to_token_pool.alloc()
+            assert row is not None
+            self.rows.append(row)
+            if runner.state_pool is not None:
+                state = runner.state_pool.alloc()
+                assert state is not None, "there is a live state for each running request"
+                self.states.append(state)
+        greedy = SamplingParams(temperature=0.0)
+        self._info = SamplingBatchInfo.from_rows(
+            [SamplingRow(greedy, 0, (), ()) for _ in range(batch_size)],
+            runner.model_config.vocab_size,
+            runner.device,
+        )
+
+    def extend(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, LogitsProcessorOutput]:
+        """Append ``prompts[i]`` to request i and compute them in one step."""
+        starts = list(self.seq_lens)
+        ends = [start + len(prompt) for start, prompt in zip(starts, prompts, strict=True)]
+        slots = self._take(self.allocator.alloc_extend(starts, ends, self._last_slots()), sum(map(len, prompts)))
+        offset = 0
+        for row, start, end in zip(self.rows, starts, ends, strict=True):
+            self.runner.req_to_token_pool.write(row, start, slots[offset : offset + end - start])
+            offset += end - start
+        self.seq_lens = ends
+        return self._step(
+            ModelWorkerBatch(
+                forward_mode=ForwardMode.EXTEND,
+                input_ids=torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int64),
+                positions=torch.cat([torch.arange(start, end) for start, end in zip(starts, ends, strict=True)]),
+                req_pool_indices=torch.tensor(self.rows, dtype=torch.int64),
+                seq_lens=ends,
+                out_cache_loc=slots,
+                extend_seq_lens=[end - start for start, end in zip(starts, ends, strict=True)],
+                extend_prefix_lens=starts,
+                state_slot_ids=self._state_slots(),
+            )
+        )
+
+    def decode(self, ids: torch.Tensor) -> tuple[torch.Tensor, LogitsProcessorOutput]:
+        """Append ``ids`` [B], one to each request, and compute them."""
+        positions = list(self.seq_lens)
+        ends = [position + 1 for position in positions]
+        slots = self._take(self.allocator.alloc_decode(ends, self._last_slots()), len(ends))
+        self.runner.req_to_token_pool.write_decode(self.rows, positions, slots)
+        self.seq_lens = ends
+        return self._step(
+            ModelWorkerBatch(
+                forward_mode=ForwardMode.DECODE,
+                input_ids=ids.to(device="cpu", dtype=torch.int64),
+                positions=torch.tensor(positions, dtype=torch.int64),
+                req_pool_indices=torch.tensor(self.rows, dtype=torch.int64),
+                seq_lens=ends,
+                out_cache_loc=slots,
+                state_slot_ids=self._state_slots(),
+            )
+        )
+
+    def release(self) -> None:
+        """Give slots, rows and states back."""
+        pool = self.runner.req_to_token_pool
+        for row, length in zip(self.rows, self.seq_lens, strict=True):
+            self.allocator.free(pool.read(row, 0, length))
+            pool.free(row)
+        for state in self.states:
+            assert self.runner.state_pool is not None
+            self.runner.state_pool.free(state)
+        self.rows, self.states, self.seq_lens = [], [], []
+
+    def _step(self, batch: ModelWorkerBatch) -> tuple[torch.Tensor, LogitsProcessorOutput]:
+        output = self.runner.forward(batch)
+        return self.runner.sample(output, self._info, batch), output
+
+    def _take(self, slots: torch.Tensor | None, needed: int) -> torch.Tensor:
+        if slots is None:
+            raise BatchTooLargeError(
+                f"{needed} more tokens do not fit: {self.allocator.available_size()} of {self.allocator.size} KV "
+                "slots are free"
+            )
+        return slots
+
+    def _last_slots(self) -> list[int]:
+        if self.allocator.page_size == 1:
+            return [-1] * len(self.rows)
+        pool = self.runner.req_to_token_pool
+        return [
+            int(pool.read(row, length - 1, length)[0]) if length else -1
+            for row, length in zip(self.rows, self.seq_lens, strict=True)
+        ]
+
+    def _state_slots(self) -> torch.Tensor | None:
+        return torch.tensor(self.states, dtype=torch.int64) if self.states else None

@@ -1,0 +1,79 @@
+"""The FastAPI application: which handler answers which path, and the form of errors outside handlers."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from sglang.srt.entrypoints.auth import AuthMiddleware, AuthPolicy
+from sglang.srt.entrypoints.context import ServerContext
+from sglang.srt.entrypoints.errors import BodyError, body_error, http_error, openai_error
+from sglang.srt.entrypoints.http_io import internal_error
+from sglang.srt.entrypoints.native_api import NativeApi
+from sglang.srt.entrypoints.openai.models_api import ModelsApi
+from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
+from sglang.srt.managers.request_input import RequestError
+from sglang.version import __version__
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+Route = tuple[str, list[str], Callable[[Request], Awaitable[Response]]]
+
+
+def build_app(context: ServerContext, lifespan: Lifespan) -> FastAPI:
+    """All endpoints over ``context``."""
+    app = FastAPI(title="sglang", version=__version__, lifespan=lifespan)
+    models = ModelsApi(context)
+    routes: list[Route] = [
+        *NativeApi(context).routes(),
+        ("/v1/completions", ["POST"], OpenAIServingCompletion(context).handle),
+        ("/v1/chat/completions", ["POST"], OpenAIServingChat(context).handle),
+        ("/v1/models", ["GET"], models.list_models),
+        ("/v1/models/{model:path}", ["GET"], models.show_model),
+    ]
+    for path, methods, handler in routes:
+        for method in methods:
+            name = f"{method.lower()}{path}"
+            app.add_api_route(path, _plain(handler), methods=[method], response_model=None, name=name)
+    args = context.server_args
+    app.add_middleware(AuthMiddleware, policy=AuthPolicy(args.host, args.api_key, args.admin_api_key))
+    app.add_exception_handler(BodyError, _on_body_error)
+    app.add_exception_handler(RequestError, _on_request_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(Exception, _on_defect)
+    return app
+
+
+def _plain(handler: Callable[[Request], Awaitable[Response]]) -> Callable[..., Any]:
+    """A function with the one parameter that FastAPI knows how to fill."""
+
+    async def endpoint(request: Request) -> Response:
+        return await handler(request)
+
+    endpoint.__doc__ = handler.__doc__
+    return endpoint
+
+
+async def _on_body_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, BodyError)
+    return body_error(error)
+
+
+async def _on_request_error(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return openai_error(error)
+
+
+async def _on_http_exception(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return http_error(error.status_code, f"{error.detail}: {request.method} {request.url.path}")
+
+
+async def _on_defect(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Exception)
+    return openai_error(internal_error(error))

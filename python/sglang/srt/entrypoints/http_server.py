@@ -1,0 +1,196 @@
+"""The HTTP server process: bind, launch, serve, watch the engine, and end in order."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import uvicorn
+from fastapi import FastAPI
+
+from sglang.srt.entrypoints.app import build_app
+from sglang.srt.entrypoints.context import ServerContext, ServerStatus
+from sglang.srt.entrypoints.launch import Processes, accept, check_engine, start_engine
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.process_launch import LaunchError
+from sglang.srt.managers.request_input import RequestError
+from sglang.srt.server_args import ServerArgs, ServerArgsError, evaluate, exit_with_errors
+from sglang.srt.utils.chat_template import ChatTemplateError
+from sglang.srt.utils.distribution import refuse_upstream_distribution
+from sglang.srt.utils.hf_tokenizer import TokenizerError
+from sglang.srt.utils.logging_config import configure_logging
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+# What requests in flight are given to finish when the server is told to stop.
+GRACEFUL_SHUTDOWN_S = 5
+_KEEP_ALIVE_S = 65
+_BACKLOG = 2048
+_WATCH_INTERVAL_S = 0.5
+_USER_ERRORS = (ServerArgsError, ChatTemplateError, TokenizerError)
+
+
+class PortError(ValueError):
+    """The address cannot be listened on."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address, not yet listening. Raises PortError."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise _port_error(host, port, error) from None
+    return listener
+
+
+def listen(listener: socket.socket) -> None:
+    """Start to listen. Raises PortError when another process did so on the same address since it was bound."""
+    try:
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        host, port = listener.getsockname()[:2]
+        raise _port_error(host, port, error) from None
+
+
+def _port_error(host: str, port: int, error: OSError) -> PortError:
+    return PortError(
+        f"Cannot listen on {host} port {port}: {error.strerror or error}. Is another server running there? "
+        "Stop it, or choose another --port."
+    )
+
+
+class HttpServer(uvicorn.Server):
+    """uvicorn over one engine: warms it up, watches its processes, and stops when one of them ends."""
+
+    def __init__(self, context: ServerContext, processes: Processes):
+        self.context = context
+        self.exit_code = 0
+        self._processes = processes
+        args = context.server_args
+        quiet = args.log_level not in ("debug", "info")
+        config = uvicorn.Config(
+            build_app(context, self._lifespan),
+            log_config=None,
+            log_level=args.log_level,
+            access_log=not quiet,
+            timeout_keep_alive=_KEEP_ALIVE_S,
+            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+        )
+        super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._background = [asyncio.create_task(self._watch()), asyncio.create_task(self._warm_up())]
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        self.context.status = ServerStatus.STOPPING
+        super().handle_exit(sig, frame)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _: FastAPI) -> AsyncGenerator[None, None]:
+        await self.context.manager.start()
+        try:
+            yield
+        finally:
+            for task in self._background:
+                task.cancel()
+            await self.context.manager.close()
+
+    async def _watch(self) -> None:
+        """Stop with an error as soon as a child process has ended."""
+        while True:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+            dead = check_engine(self.context, self._processes)
+            if dead is not None:
+                logger.error("%s: the server stops.", dead)
+                self._stop_with_error()
+                return
+
+    async def _warm_up(self) -> None:
+        """One small request, so that the first client does not pay for first-use costs."""
+        if not self.context.server_args.skip_server_warmup:
+            params = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
+            probe = GenerateReqInput(input_ids=[0], sampling_params=params)
+            try:
+                async for _ in self.context.manager.generate_request(probe):
+                    pass
+            except RequestError as error:
+                logger.error("The warm-up request failed: %s", error)
+                self._stop_with_error()
+                return
+        if self.context.status is ServerStatus.STARTING:
+            self.context.status = ServerStatus.UP
+            logger.info("The server is fired up and ready to roll!")
+
+    def _stop_with_error(self) -> None:
+        self.exit_code = 1
+        self.context.status = ServerStatus.STOPPING
+        self.should_exit = True
+
+
+def serve(context: ServerContext, processes: Processes, listener: socket.socket) -> int:
+    """Serve until a signal or the end of the engine; returns the exit status. Raises PortError."""
+    listen(listener)
+    server = HttpServer(context, processes)
+    # uvicorn raises the signal that stopped it once more when all is closed.
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        server.run(sockets=[listener])
+    return server.exit_code
+
+
+def launch_server(argv: Sequence[str]) -> int:
+    """Everything from a command line (without the program's name) to the exit status.
+
+    Status 2 means that a setting is wrong (said on stderr, without a traceback), 1 that something failed.
+    """
+    refuse_upstream_distribution()
+    # --help and the check of flags need no torch; the verdict on the model and the machine does.
+    verdict = evaluate(argv)
+    args = verdict.args
+    if args.dry_run:
+        print("\n".join(verdict.lines()))
+        return 2 if verdict.errors else 0
+    configure_logging(args.log_level)
+    signal.signal(signal.SIGTERM, _exit_on_signal)
+    processes: Any = None
+    try:
+        accept(verdict)
+        with contextlib.closing(bind(args.host, args.port)) as listener:
+            context, processes = start_engine(verdict)
+            return serve(context, processes, listener)
+    except PortError as error:
+        exit_with_errors([str(error)])
+    except ServerArgsError as error:
+        exit_with_errors(error.errors)
+    except _USER_ERRORS as error:
+        exit_with_errors([str(error)])
+    except LaunchError as error:
+        if error.user_error:
+            exit_with_errors([str(error)])
+        logger.error("The engine did not start: %s", error)
+    except KeyboardInterrupt:
+        logger.info("Interrupted during start-up.")
+        return 130
+    finally:
+        if processes is not None:
+            processes.shutdown()
+    return 1
+
+
+def _exit_on_signal(signum: int, _: FrameType | None) -> NoReturn:
+    sys.exit(128 + signum)
+
+
+__all__ = ["HttpServer", "PortError", "ServerArgs", "bind", "launch_server", "serve"]

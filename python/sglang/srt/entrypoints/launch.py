@@ -1,0 +1,62 @@
+"""From settings to a running engine: the part of start-up that the HTTP server and the offline Engine share."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Protocol
+
+from sglang.srt.entrypoints.context import ServerContext
+from sglang.srt.managers.process_launch import launch_engine_processes
+from sglang.srt.managers.request_input import RequestError
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.server_args import ServerArgsError
+from sglang.srt.utils.hf_tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.process_launch import EngineProcesses
+    from sglang.srt.server_args_verdict import Verdict
+
+logger = logging.getLogger(__name__)
+
+
+class Processes(Protocol):
+    """What the front needs of the engine's children."""
+
+    def check_alive(self) -> str | None: ...
+
+    def shutdown(self, grace_s: float = 5.0) -> None: ...
+
+
+def accept(verdict: Verdict) -> None:
+    """Log what resolution decided; raises ServerArgsError with every reason against the launch."""
+    for warning in verdict.warnings:
+        logger.warning("%s", warning)
+    if verdict.errors:
+        raise ServerArgsError(verdict.errors)
+    for change in verdict.changes:
+        logger.info("%s", change)
+    for name, value in verdict.variables.items():
+        logger.info("variable %s=%s", name, value)
+
+
+def start_engine(verdict: Verdict) -> tuple[ServerContext, EngineProcesses]:
+    """Read the tokenizer, start the processes, and wait until they are ready.
+
+    ``verdict`` must be accepted. Raises TokenizerError, ChatTemplateError or LaunchError.
+    """
+    args, model_config = verdict.args, verdict.model_config
+    assert model_config is not None
+    tokenizer = None
+    if not args.skip_tokenizer_init:
+        tokenizer = Tokenizer.from_path(args.tokenizer_path or args.model_path, args.chat_template)
+    processes = launch_engine_processes(args)
+    manager = TokenizerManager(args, model_config, tokenizer, processes.ipc)
+    return ServerContext(manager, args, model_config, processes.scheduler_info), processes
+
+
+def check_engine(context: ServerContext, processes: Processes) -> str | None:
+    """None while all children run; else what ended, after failing every request with it."""
+    dead = processes.check_alive()
+    if dead is not None:
+        context.manager.fail(RequestError(f"The engine failed: {dead}.", 500, "InternalServerError"))
+    return dead

@@ -1,0 +1,57 @@
+"""Tensor-parallel ranks as threads of one process that meet at a barrier: for tests of sharding."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import torch
+
+from sglang.srt.distributed import ProcessGroupHandle
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+class Meeting:
+    """Where the ranks of a group lay down what they bring to a collective."""
+
+    def __init__(self, size: int) -> None:
+        self._barrier = threading.Barrier(size, timeout=60)
+        self._brought: list[torch.Tensor] = [torch.empty(0)] * size
+
+    def exchange(self, rank: int, x: torch.Tensor) -> list[torch.Tensor]:
+        """What every rank brought, in rank order."""
+        self._brought[rank] = x.clone()
+        self._barrier.wait()
+        everything = list(self._brought)
+        self._barrier.wait()
+        return everything
+
+
+@dataclass(frozen=True)
+class ThreadRank(ProcessGroupHandle):
+    """One rank of a group whose members are threads."""
+
+    meeting: Meeting = field(default_factory=lambda: Meeting(1))
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x.copy_(torch.stack(self.meeting.exchange(self.rank, x)).sum(0))
+
+    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        return torch.cat(self.meeting.exchange(self.rank, x), dim=dim)
+
+
+def thread_ranks(size: int) -> list[ThreadRank]:
+    """The handles of one group of ``size`` ranks."""
+    meeting = Meeting(size)
+    return [ThreadRank(rank=rank, size=size, meeting=meeting) for rank in range(size)]
+
+
+def run_ranks(work: Callable[[T], R], per_rank: Sequence[T]) -> list[R]:
+    """``work`` on each rank's own argument at the same time; results in rank order."""
+    with ThreadPoolExecutor(len(per_rank)) as pool:
+        return list(pool.map(work, per_rank))

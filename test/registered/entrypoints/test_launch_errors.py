@@ -1,0 +1,113 @@
+"""Every way to start the server wrongly: one clear reason, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from sglang.embedded_models import default_model_path
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase, find_available_port
+
+register_cpu_ci(est_time=90, suite="stage-b-test-cpu")
+
+
+def launch(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "sglang.launch_server", "--port", str(find_available_port()), *arguments]
+    return subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=120)
+
+
+class TestLaunchErrors(CustomTestCase):
+    def setUp(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+
+    def model_copy(self) -> Path:
+        target = Path(self.folder.name) / "model"
+        shutil.copytree(default_model_path(), target)
+        return target
+
+    def refused(self, result: subprocess.CompletedProcess[str], *words: str) -> None:
+        self.assertEqual(result.returncode, 2, result.stderr[-3000:])
+        self.assertNotIn("Traceback", result.stderr)
+        for word in words:
+            self.assertIn(word, result.stderr)
+
+    def test_unknown_model_path(self) -> None:
+        self.refused(launch("--model-path", "/no/such/model"), "/no/such/model", "hub")
+
+    def test_misspelt_variable(self) -> None:
+        self.refused(launch(env={"SGLANG_USE_AITR": "1"}), "SGLANG_USE_AITR", "SGLANG_USE_AITER")
+
+    def test_malformed_variable(self) -> None:
+        self.refused(launch(env={"SGLANG_HEALTH_CHECK_TIMEOUT": "soon"}), "SGLANG_HEALTH_CHECK_TIMEOUT", "soon")
+
+    def test_misspelt_flag(self) -> None:
+        self.refused(launch("--chunked-prefil-sise", "8"), "--chunked-prefill-size")
+
+    def test_contradictory_flags_come_together_with_other_errors(self) -> None:
+        flags = ("--disable-shared-experts-fusion", "--enforce-shared-experts-fusion", "--page-size", "0")
+        self.refused(launch(*flags), "--enforce-shared-experts-fusion", "--page-size")
+
+    def test_forced_kernel_that_does_not_exist(self) -> None:
+        self.refused(launch(env={"SGLANG_KERNELS": "sampling.greedy=tritn"}), "sampling.greedy", "tritn")
+
+    def test_rocm_without_hip(self) -> None:
+        self.refused(launch(env={"SGLANG_PLATFORM": "rocm"}), "SGLANG_PLATFORM=rocm", "HIP")
+
+    def test_port_in_use(self) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = str(taken.getsockname()[1])
+            self.refused(launch("--port", port), port, "in use")
+
+    def test_config_without_a_needed_key(self) -> None:
+        model = self.model_copy()
+        config = json.loads((model / "config.json").read_text())
+        del config["kv_lora_rank"], config["hidden_size"]
+        (model / "config.json").write_text(json.dumps(config))
+        self.refused(launch("--model-path", str(model)), "kv_lora_rank", "hidden_size", "config.json")
+
+    def test_checkpoints_that_do_not_fit(self) -> None:
+        for damage, words in (
+            (self.drop_tensor, ("model.norm.weight", "missing")),
+            (self.reshape_tensor, ("lm_head.weight", "shape")),
+            (self.truncate_file, ("model.safetensors",)),
+        ):
+            with self.subTest(damage=damage.__name__):
+                model = self.model_copy()
+                damage(model / "model.safetensors")
+                self.refused(launch("--model-path", str(model)), *words)
+                shutil.rmtree(model)
+
+    def drop_tensor(self, file: Path) -> None:
+        tensors = load_file(file)
+        del tensors["model.norm.weight"]
+        save_file(tensors, file, {"format": "pt"})
+
+    def reshape_tensor(self, file: Path) -> None:
+        tensors = load_file(file)
+        tensors["lm_head.weight"] = torch.zeros(3, 5)
+        save_file(tensors, file, {"format": "pt"})
+
+    def truncate_file(self, file: Path) -> None:
+        data = file.read_bytes()
+        file.write_bytes(data[: len(data) // 2])
+
+    def test_pool_larger_than_memory(self) -> None:
+        self.refused(launch("--max-total-tokens", "100000000000"), "100000000000")
+
+
+if __name__ == "__main__":
+    unittest.main()
