@@ -20,7 +20,7 @@ from sglang.srt.entrypoints.launch import Processes, accept, check_engine, start
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.process_launch import LaunchError
 from sglang.srt.managers.request_input import RequestError
-from sglang.srt.server_args import ServerArgs, ServerArgsError, evaluate, exit_with_errors
+from sglang.srt.server_args import ServerArgsError, evaluate, exit_with_errors
 from sglang.srt.utils.chat_template import ChatTemplateError
 from sglang.srt.utils.distribution import refuse_upstream_distribution
 from sglang.srt.utils.hf_tokenizer import TokenizerError
@@ -78,6 +78,7 @@ class HttpServer(uvicorn.Server):
         self.context = context
         self.exit_code = 0
         self._processes = processes
+        self._background: list[asyncio.Task[None]] = []
         args = context.server_args
         quiet = args.log_level not in ("debug", "info")
         config = uvicorn.Config(
@@ -156,7 +157,6 @@ def launch_server(argv: Sequence[str]) -> int:
     Status 2 means that a setting is wrong (said on stderr, without a traceback), 1 that something failed.
     """
     refuse_upstream_distribution()
-    # --help and the check of flags need no torch; the verdict on the model and the machine does.
     verdict = evaluate(argv)
     args = verdict.args
     if args.dry_run:
@@ -192,5 +192,3 @@ def launch_server(argv: Sequence[str]) -> int:
 def _exit_on_signal(signum: int, _: FrameType | None) -> NoReturn:
     sys.exit(128 + signum)
 
-
-__all__ = ["HttpServer", "PortError", "ServerArgs", "bind", "launch_server", "serve"]

@@ -361,8 +361,7 @@ class Scheduler:
                 self.memory.share_prefix(req)
                 self.partial.append(req)
                 continue
-            self._accept(req, index, output)
-            if req.finish_reason is not None:
+            if self._accept(req, index, output):
                 self._finish(req, output.invalid_rows[index])
                 talk.append(req)
                 continue
@@ -373,8 +372,8 @@ class Scheduler:
                 talk.append(req)
         self._emit(talk)
 
-    def _accept(self, req: Req, index: int, output: StepOutput) -> None:
-        """Add the drawn token to the request and decide whether it is finished."""
+    def _accept(self, req: Req, index: int, output: StepOutput) -> bool:
+        """Add the drawn token to the request; True when it is finished."""
         if output.invalid_rows[index]:
             req.finish_reason = abort_reason(
                 "The model produced logits that are not numbers for this request; nothing was sampled from them. "
@@ -383,16 +382,17 @@ class Scheduler:
                 "InternalServerError",
             )
             logger.error("request %s: logits hold NaN or nothing finite; the request is ended", req.rid)
-            return
+            return True
         if req.max_new_tokens == 0:
             req.finish_reason = FinishReason(type="length", length=0)
-            return
+            return True
         token = output.next_token_ids[index]
         req.output_ids.append(token)
         if req.return_logprob:
             assert output.next_token_logprobs is not None
             record_output_logprobs(req, output.logits_output, index, output.next_token_logprobs[index], token)
         req.finish_reason = self.stop_checker.check(req)
+        return req.finish_reason is not None
 
     def _finish(self, req: Req, poisoned: bool) -> None:
         """Release a finished request; what a broken step computed never enters the prefix cache."""

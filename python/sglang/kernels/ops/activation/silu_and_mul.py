@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, rows_of, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 
 
@@ -19,6 +20,24 @@ def silu_and_mul_torch(x: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
+def silu_and_mul_triton(x: torch.Tensor) -> torch.Tensor:
+    from sglang.kernels.ops.activation.silu_and_mul_triton import silu_and_mul_kernel
+
+    width = x.shape[-1] // 2
+    out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
+    rows = rows_of(x)
+    assert rows is not None
+    if out.numel():
+        block = min(1024, next_power_of_2(width))
+        blocks = cdiv(width, block)
+        silu_and_mul_kernel[(rows.count * blocks,)](x, out, width, *rows[1:], blocks, BLOCK=block, num_warps=4)
+    return out
+
+
+def _accepts(x: torch.Tensor) -> bool:
+    return x.dtype in FLOATS and x.shape[-1] % 2 == 0 and rows_of(x) is not None
+
+
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     for rows, width in ((1, 2), (5, 6), (0, 8), (17, 258)):
@@ -27,4 +46,9 @@ def _cases() -> Iterator[Case]:
     yield Case("nan-row", (torch.tensor([[float("nan"), 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]),))
 
 
-silu_and_mul = Op("activation.silu_and_mul", Impl("torch", silu_and_mul_torch), cases=_cases)
+silu_and_mul = Op(
+    "activation.silu_and_mul",
+    triton_impl(silu_and_mul_triton, _accepts),
+    Impl("torch", silu_and_mul_torch),
+    cases=_cases,
+)

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from sglang.kernels.ops.norm.rmsnorm import gemma_rms_norm_torch, rms_norm_torch
+from sglang.kernels.launch import triton_impl
+from sglang.kernels.ops.norm.rmsnorm import fits_triton, gemma_rms_norm_torch, launch_rms_norm, rms_norm_torch
 from sglang.kernels.spec import Case, Impl, Op
 
 
@@ -32,6 +33,26 @@ def fused_add_gemma_rms_norm_torch(
     return gemma_rms_norm_torch(total, weight, eps), total
 
 
+def fused_add_rms_norm_triton(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    normed, total = launch_rms_norm(x, weight, eps, residual)
+    assert total is not None
+    return normed, total
+
+
+def fused_add_gemma_rms_norm_triton(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    normed, total = launch_rms_norm(x, weight, eps, residual, unit_offset=True)
+    assert total is not None
+    return normed, total
+
+
+def _accepts(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> bool:
+    return x.dtype == residual.dtype and fits_triton(x, weight, residual)
+
+
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(1)
     for rows, dim in ((1, 8), (3, 129), (0, 16), (33, 256)):
@@ -41,7 +62,15 @@ def _cases() -> Iterator[Case]:
     yield Case("cancelling", (x, -x, torch.ones(16), 1e-6))
 
 
-fused_add_rms_norm = Op("norm.fused_add_rms_norm", Impl("torch", fused_add_rms_norm_torch), cases=_cases)
+fused_add_rms_norm = Op(
+    "norm.fused_add_rms_norm",
+    triton_impl(fused_add_rms_norm_triton, _accepts),
+    Impl("torch", fused_add_rms_norm_torch),
+    cases=_cases,
+)
 fused_add_gemma_rms_norm = Op(
-    "norm.fused_add_gemma_rms_norm", Impl("torch", fused_add_gemma_rms_norm_torch), cases=_cases
+    "norm.fused_add_gemma_rms_norm",
+    triton_impl(fused_add_gemma_rms_norm_triton, _accepts),
+    Impl("torch", fused_add_gemma_rms_norm_torch),
+    cases=_cases,
 )

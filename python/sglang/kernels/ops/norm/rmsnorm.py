@@ -6,7 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, rows_of, triton_impl, warps_for
 from sglang.kernels.spec import Case, Impl, Op
+
+# The widest row that one program of the Triton kernel holds.
+MAX_TRITON_DIM = 16384
 
 
 def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -39,6 +43,65 @@ def gated_rms_norm_torch(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tens
     return (normed.float() * torch.nn.functional.silu(gate.float())).to(x.dtype)
 
 
+def launch_rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    residual: torch.Tensor | None = None,
+    gate: torch.Tensor | None = None,
+    unit_offset: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run the one Triton body of the norms: (normed, x + residual or None), both new and contiguous.
+
+    Arguments as the references take them, where ``fits_triton`` says yes.
+    """
+    from sglang.kernels.ops.norm.norm_triton import rms_norm_kernel
+
+    dim = x.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = torch.empty_like(out) if residual is not None else None
+    other = residual if residual is not None else gate
+    x_rows, other_rows = rows_of(x), rows_of(x if other is None else other)
+    assert x_rows is not None and other_rows is not None
+    if x.numel():
+        block = next_power_of_2(dim)
+        rows = max(1, min(16, 1024 // block))
+        rms_norm_kernel[(cdiv(x_rows.count, rows),)](
+            x, residual, gate, weight, out, total, x_rows.count, dim, eps, *x_rows[1:], *other_rows[1:],
+            HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None, UNIT_OFFSET=unit_offset,
+            ROWS=rows, BLOCK=block, num_warps=warps_for(rows * block),
+        )  # fmt: skip
+    return out, total
+
+
+def fits_triton(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None = None) -> bool:
+    """Whether the Triton norm takes these: one dtype for x and weight, dense rows, a width that one program holds."""
+    tensors = (x, weight) if other is None else (x, weight, other)
+    laid_out = rows_of(x) is not None and (other is None or rows_of(other) is not None)
+    same = x.dtype == weight.dtype and weight.is_contiguous() and (other is None or other.shape == x.shape)
+    return laid_out and same and x.shape[-1] <= MAX_TRITON_DIM and all(t.dtype in FLOATS for t in tensors)
+
+
+def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return launch_rms_norm(x, weight, eps)[0]
+
+
+def gemma_rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return launch_rms_norm(x, weight, eps, unit_offset=True)[0]
+
+
+def gated_rms_norm_triton(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return launch_rms_norm(x, weight, eps, gate=gate)[0]
+
+
+def _accepts_plain(x: torch.Tensor, weight: torch.Tensor, eps: float) -> bool:
+    return fits_triton(x, weight)
+
+
+def _accepts_gated(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> bool:
+    return fits_triton(x, weight, gate)
+
+
 def _inputs() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     for rows, dim in ((1, 8), (3, 129), (0, 16), (64, 512)):
@@ -61,6 +124,18 @@ def _gated_cases() -> Iterator[Case]:
         yield Case(name, (x, x.flip(-1).clone(), weight, 1e-6))
 
 
-rms_norm = Op("norm.rms_norm", Impl("torch", rms_norm_torch), cases=_plain_cases)
-gemma_rms_norm = Op("norm.gemma_rms_norm", Impl("torch", gemma_rms_norm_torch), cases=_plain_cases)
-gated_rms_norm = Op("norm.gated_rms_norm", Impl("torch", gated_rms_norm_torch), cases=_gated_cases)
+rms_norm = Op(
+    "norm.rms_norm", triton_impl(rms_norm_triton, _accepts_plain), Impl("torch", rms_norm_torch), cases=_plain_cases
+)
+gemma_rms_norm = Op(
+    "norm.gemma_rms_norm",
+    triton_impl(gemma_rms_norm_triton, _accepts_plain),
+    Impl("torch", gemma_rms_norm_torch),
+    cases=_plain_cases,
+)
+gated_rms_norm = Op(
+    "norm.gated_rms_norm",
+    triton_impl(gated_rms_norm_triton, _accepts_gated),
+    Impl("torch", gated_rms_norm_torch),
+    cases=_gated_cases,
+)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.spec import Case, Impl, Op
 
 
@@ -35,6 +36,37 @@ def rotary_torch(
     return rotated[:, :heads], rotated[:, heads:]
 
 
+def rotary_triton(
+    positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from sglang.kernels.ops.rope.rotary_triton import rotary_kernel
+
+    tokens, q_heads, dim = q.shape
+    k_heads, half = k.shape[1], cos_sin_cache.shape[1] // 2
+    q_out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    k_out = torch.empty(k.shape, dtype=k.dtype, device=k.device)
+    if tokens:
+        block = next_power_of_2(half)
+        rest = next_power_of_2(dim - 2 * half) if dim > 2 * half else 0
+        heads = min(next_power_of_2(q_heads + k_heads), max(1, 2048 // (2 * block + rest)))
+        blocks = cdiv(q_heads + k_heads, heads)
+        rotary_kernel[(tokens * blocks,)](
+            positions, q, k, cos_sin_cache, q_out, k_out, q_heads, k_heads, dim, blocks,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), cos_sin_cache.stride(0),
+            HALF=half, IS_NEOX=is_neox, HEADS=heads, BLOCK=block, REST=rest,
+            num_warps=warps_for(heads * (2 * block + rest)),
+        )  # fmt: skip
+    return q_out, k_out
+
+
+def _accepts(
+    positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor, cos_sin_cache: torch.Tensor, is_neox: bool
+) -> bool:
+    dense = q.stride(-1) == k.stride(-1) == cos_sin_cache.stride(-1) == 1 and positions.is_contiguous()
+    same = q.dtype == k.dtype and q.shape[-1] == k.shape[-1]
+    return dense and same and q.dtype in FLOATS and cos_sin_cache.dtype in FLOATS
+
+
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     shapes = (
@@ -53,4 +85,4 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{name}-{'neox' if is_neox else 'interleaved'}", (positions, q, k, cache, is_neox))
 
 
-rotary = Op("rope.rotary", Impl("torch", rotary_torch), cases=_cases)
+rotary = Op("rope.rotary", triton_impl(rotary_triton, _accepts), Impl("torch", rotary_torch), cases=_cases)

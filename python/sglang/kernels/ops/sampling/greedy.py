@@ -6,7 +6,12 @@ from collections.abc import Iterator
 
 import torch
 
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
+
+# Programs that fill a GPU, and logits that one program reads at once: more of either was not measured to help.
+TARGET_PROGRAMS = 264
+TRITON_BLOCK = 2048
 
 
 def greedy_torch(logits: torch.Tensor) -> torch.Tensor:
@@ -21,6 +26,31 @@ def greedy_torch(logits: torch.Tensor) -> torch.Tensor:
     # torch.argmax leaves ties open; the first index of the maximum is made explicit.
     hits = (logits == best) | logits.isnan()
     return hits.to(torch.uint8).argmax(dim=-1)
+
+
+def greedy_triton(logits: torch.Tensor) -> torch.Tensor:
+    from sglang.kernels.ops.sampling.greedy_triton import greedy_kernel, greedy_merge_kernel
+
+    rows, vocab = logits.shape
+    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    if rows == 0:
+        return out
+    block = min(TRITON_BLOCK, next_power_of_2(vocab))
+    blocks = cdiv(vocab, block)
+    steps = cdiv(blocks, min(blocks, cdiv(TARGET_PROGRAMS, rows)))
+    splits = cdiv(blocks, steps)
+    keys = out if splits == 1 else torch.empty(rows, splits, dtype=torch.int64, device=logits.device)
+    greedy_kernel[(rows * splits,)](
+        logits, keys, vocab, logits.stride(0), logits.stride(1), splits, steps,
+        IS_LAST=splits == 1, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    if splits > 1:
+        greedy_merge_kernel[(rows,)](keys, out, splits, BLOCK=next_power_of_2(splits), num_warps=1)
+    return out
+
+
+def _accepts(logits: torch.Tensor) -> bool:
+    return logits.dtype in FLOATS and logits.shape[1] > 0
 
 
 def _cases() -> Iterator[Case]:
@@ -41,4 +71,6 @@ def _cases() -> Iterator[Case]:
     yield Case("strided", (torch.randn(40, 6, generator=generator).t(),))
 
 
-greedy_sample = Op("sampling.greedy", Impl("torch", greedy_torch), cases=_cases)
+greedy_sample = Op(
+    "sampling.greedy", triton_impl(greedy_triton, _accepts), Impl("torch", greedy_torch), cases=_cases
+)

@@ -1,0 +1,51 @@
+"""Accuracy and throughput on word problems of a local file, asked of a running server.
+
+    python -m sglang.launch_server --model-path MODEL &
+    python benchmark/gsm8k/bench_sglang.py --data-path test.jsonl --num-questions 200
+
+A record is appended to --result-file as one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from sglang.test.few_shot_gsm8k import EvalError, make_parser, run_eval
+
+SMOKE_FILE = Path(__file__).resolve().parent / "smoke.jsonl"
+
+
+def main() -> int:
+    parser = make_parser()
+    parser.description = __doc__
+    for action in parser._actions:
+        if action.dest == "data_path":
+            action.required, action.default = False, str(SMOKE_FILE)
+            action.help = f"Local JSONL file. Default: {SMOKE_FILE.name}, which tells that the path works, no more."
+    parser.add_argument("--result-file", default="result.jsonl", help="File to append to; empty for none.")
+    args = parser.parse_args()
+    try:
+        result = run_eval(args)
+    except EvalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.result_file:
+        record = {
+            "task": "gsm8k",
+            "backend": "sglang",
+            "latency": round(result.latency, 3),
+            "accuracy": round(result.accuracy, 3),
+            "invalid": round(result.invalid, 3),
+            "output_throughput": round(result.output_throughput, 3),
+            "num_requests": result.num_questions,
+            "other": {"num_questions": args.num_questions, "num_shots": args.num_shots, "parallel": args.parallel},
+        }
+        with open(args.result_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

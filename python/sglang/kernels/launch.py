@@ -1,0 +1,56 @@
+"""Host-side arithmetic that launchers of Triton kernels share; nothing here imports Triton or reads device data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from sglang.kernels.spec import Impl
+
+# Dtypes that the Triton kernels load, compute in float32 and store.
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def cdiv(a: int, b: int) -> int:
+    """``a / b`` rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least ``n`` (1 for 0)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+class Rows(NamedTuple):
+    """Row r of a tensor starts at ``(r // inner) * outer_stride + (r % inner) * inner_stride`` elements."""
+
+    count: int
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+
+def rows_of(x: torch.Tensor) -> Rows | None:
+    """Where the rows of ``x`` [..., D] lie; None when a row is not dense or two strides do not reach all rows."""
+    dim = x.shape[-1] if x.ndim else 0
+    if x.ndim == 0 or (dim > 1 and x.stride(-1) != 1):
+        return None
+    if x.is_contiguous():
+        return Rows(x.numel() // dim if dim else 0, 1, dim, 0)
+    if x.ndim == 2:
+        return Rows(x.shape[0], 1, x.stride(0), 0)
+    if x.ndim == 3:
+        return Rows(x.shape[0] * x.shape[1], x.shape[1], x.stride(0), x.stride(1))
+    return None
+
+
+def warps_for(elements: int) -> int:
+    """Warps of a program that holds ``elements`` at once: 512 a warp, at most 8 warps."""
+    return max(1, min(8, next_power_of_2(cdiv(elements, 512))))
+
+
+def triton_impl(fn: Callable[..., Any], accepts: Callable[..., bool]) -> Impl:
+    """The Triton line of an op: runs on any GPU that Triton compiles for, where ``accepts`` says yes."""
+    return Impl("triton", fn, kinds={"hip", "cuda"}, package="triton", needs_device=True, accepts=accepts)

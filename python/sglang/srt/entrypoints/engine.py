@@ -1,0 +1,208 @@
+"""The offline engine: the HTTP server's path without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import threading
+from collections.abc import AsyncGenerator, Coroutine, Generator
+from typing import Any, TypeVar
+
+import msgspec
+
+from sglang.srt.entrypoints import server_info
+from sglang.srt.entrypoints.context import ServerStatus
+from sglang.srt.entrypoints.launch import accept, check_engine, start_engine
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.request_input import RequestError
+from sglang.srt.server_args import ServerArgs, evaluate
+from sglang.srt.utils.distribution import refuse_upstream_distribution
+from sglang.srt.utils.logging_config import configure_logging
+
+T = TypeVar("T")
+_WATCH_INTERVAL_S = 0.5
+
+
+class Engine:
+    """A model and its processes, driven from Python.
+
+    Takes the fields of ServerArgs as keywords. Results equal those of ``/generate``. Requests may come from any
+    thread or asyncio loop; a loop of the engine's own runs them. Wrong settings raise ServerArgsError, wrong requests
+    ValueError, and a failed engine RuntimeError.
+    """
+
+    def __init__(self, **kwargs: Any):
+        refuse_upstream_distribution()
+        verdict = evaluate(ServerArgs.from_kwargs(**{"log_level": "error", **kwargs}))
+        configure_logging(verdict.args.log_level)
+        accept(verdict)
+        self.server_args = verdict.args
+        self._context, self._processes = start_engine(verdict)
+        self.tokenizer_manager = self._context.manager
+        self._closed = False
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-engine", daemon=True)
+        self._thread.start()
+        atexit.register(self.shutdown)
+        self._watcher = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
+        self._run(self.tokenizer_manager.start())
+        self._context.status = ServerStatus.UP
+
+    def generate(
+        self,
+        prompt: str | list[str] | None = None,
+        sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
+        input_ids: list[int] | list[list[int]] | None = None,
+        *,
+        return_logprob: bool | list[bool] | None = None,
+        logprob_start_len: int | list[int] | None = None,
+        top_logprobs_num: int | list[int] | None = None,
+        token_ids_logprob: list[int] | list[list[int]] | None = None,
+        return_text_in_logprobs: bool = False,
+        rid: str | list[str] | None = None,
+        stream: bool = False,
+    ) -> Any:
+        """A dictionary, a list of them for a batch or ``n`` > 1, or, with ``stream``, an iterator over dictionaries.
+
+        Leaving the iterator ends its requests.
+        """
+        request = _request(locals())
+        if stream:
+            return self._iterate(request)
+        return self._run(self._whole(request))
+
+    async def async_generate(
+        self,
+        prompt: str | list[str] | None = None,
+        sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
+        input_ids: list[int] | list[list[int]] | None = None,
+        *,
+        return_logprob: bool | list[bool] | None = None,
+        logprob_start_len: int | list[int] | None = None,
+        top_logprobs_num: int | list[int] | None = None,
+        token_ids_logprob: list[int] | list[list[int]] | None = None,
+        return_text_in_logprobs: bool = False,
+        rid: str | list[str] | None = None,
+        stream: bool = False,
+    ) -> Any:
+        """``generate`` for asyncio; with ``stream`` the result is an async iterator."""
+        request = _request(locals())
+        if stream:
+            return self._aiterate(request)
+        return await self._arun(self._whole(request))
+
+    def encode(self, *_: Any, **__: Any) -> Any:
+        """Always raises NotImplementedError: generation models give no embeddings."""
+        raise NotImplementedError("encode needs an embedding model, and this engine serves generation models only.")
+
+    def get_server_info(self) -> dict[str, Any]:
+        """What ``/server_info`` shows."""
+        return self._run(server_info.server_info(self._context))
+
+    def flush_cache(self) -> bool:
+        """Drop the prefix cache; False while requests are in flight."""
+        return self._run(self.tokenizer_manager.flush_cache())[0]
+
+    def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
+        """End every request whose id starts with ``rid``, or all of them."""
+
+        async def abort() -> None:
+            self.tokenizer_manager.abort_request(rid, abort_all)
+
+        self._run(abort())
+
+    def shutdown(self) -> None:
+        """End what is in flight, then the processes. Safe to call twice."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self.shutdown)
+        self._watcher.cancel()
+        asyncio.run_coroutine_threadsafe(self.tokenizer_manager.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._processes.shutdown()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.shutdown()
+
+    async def _whole(self, request: GenerateReqInput) -> Any:
+        results = self.tokenizer_manager.generate_request(request)
+        try:
+            return await anext(results)
+        finally:
+            await results.aclose()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run ``work`` in the engine's loop and wait; an interrupt cancels it."""
+        self._check_open(work)
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except RequestError as error:
+            raise _python_error(error) from None
+        except BaseException:
+            future.cancel()
+            raise
+
+    async def _arun(self, work: Coroutine[Any, Any, T]) -> T:
+        self._check_open(work)
+        try:
+            return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
+        except RequestError as error:
+            raise _python_error(error) from None
+
+    def _check_open(self, work: Coroutine[Any, Any, Any]) -> None:
+        if self._closed:
+            work.close()
+            raise RuntimeError("The engine has been shut down.")
+
+    def _iterate(self, request: GenerateReqInput) -> Generator[dict[str, Any], None, None]:
+        results = self.tokenizer_manager.generate_request(request)
+        try:
+            while True:
+                result = self._run(_next(results))
+                if result is None:
+                    return
+                yield result
+        finally:
+            if not self._closed:
+                self._run(results.aclose())
+
+    async def _aiterate(self, request: GenerateReqInput) -> AsyncGenerator[dict[str, Any], None]:
+        results = self.tokenizer_manager.generate_request(request)
+        try:
+            while True:
+                result = await self._arun(_next(results))
+                if result is None:
+                    return
+                yield result
+        finally:
+            if not self._closed:
+                await self._arun(results.aclose())
+
+    async def _watch(self) -> None:
+        while check_engine(self._context, self._processes) is None:
+            await asyncio.sleep(_WATCH_INTERVAL_S)
+
+
+async def _next(results: AsyncGenerator[Any, None]) -> Any:
+    """The next result, None at the end: StopAsyncIteration cannot pass through a future."""
+    return await anext(results, None)
+
+
+def _request(arguments: dict[str, Any]) -> GenerateReqInput:
+    """The checked request of ``generate``'s arguments. Raises ValueError."""
+    fields = {name: value for name, value in arguments.items() if name not in ("self", "prompt")}
+    try:
+        return msgspec.convert({**fields, "text": arguments["prompt"]}, GenerateReqInput)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"The request is not valid: {error}") from None
+
+
+def _python_error(error: RequestError) -> Exception:
+    return ValueError(error.message) if error.status_code == 400 else RuntimeError(error.message)

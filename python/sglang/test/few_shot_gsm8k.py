@@ -1,0 +1,166 @@
+"""Few-shot word problems with a number as the answer (the layout of GSM8K), asked of a running server.
+
+    python -m sglang.test.few_shot_gsm8k --data-path test.jsonl --num-questions 200
+
+The file holds one JSON object a line with "question" and "answer", the answer ending in "#### NUMBER". Its first
+--num-shots entries are shown as examples and are not asked. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+STOP = ("Question", "Assistant:", "<|separator|>")
+REQUEST_TIMEOUT_S = 3600.0
+_NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+class EvalError(RuntimeError):
+    """The questions cannot be asked; the message says why."""
+
+
+@dataclass(frozen=True)
+class GSM8KResult:
+    """``accuracy`` and ``invalid`` (replies without a number) are fractions; ``latency`` in seconds."""
+
+    accuracy: float
+    invalid: float
+    latency: float
+    output_throughput: float
+    num_questions: int
+
+
+def parse_number(text: str) -> float | None:
+    """The last number of ``text``, commas between digits left out; None when there is none."""
+    found = _NUMBER.findall(re.sub(r"(?<=\d),(?=\d)", "", text))
+    return float(found[-1]) if found else None
+
+
+def read_questions(path: str) -> list[tuple[str, str]]:
+    """(question, worked answer) pairs of a JSONL file; raises EvalError naming the line that has none."""
+    pairs = []
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise EvalError(f"--data-path {path} cannot be read: {error.strerror}") from None
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            pair = (entry["question"], entry["answer"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise EvalError(f"{path}:{number}: expected an object with 'question' and 'answer' ({error!r})") from None
+        if parse_number(pair[1]) is None:
+            raise EvalError(f"{path}:{number}: the answer holds no number")
+        pairs.append(pair)
+    return pairs
+
+
+def make_prompts(pairs: Sequence[tuple[str, str]], num_shots: int, num_questions: int) -> list[tuple[str, float]]:
+    """(prompt, expected number) of the questions after the first ``num_shots``, which are the examples."""
+    asked = pairs[num_shots : num_shots + num_questions]
+    if not asked:
+        raise EvalError(f"{len(pairs)} questions are not enough for {num_shots} examples and a question")
+    examples = "".join(f"Question: {question}\nAnswer: {answer}\n\n" for question, answer in pairs[:num_shots])
+    prompts = []
+    for question, answer in asked:
+        expected = parse_number(answer)
+        assert expected is not None
+        prompts.append((f"{examples}Question: {question}\nAnswer:", expected))
+    return prompts
+
+
+async def _ask_all(
+    prompts: Sequence[str], url: str, parallel: int, max_new_tokens: int, temperature: float
+) -> list[tuple[str, int]]:
+    """(text, output tokens) of each reply."""
+    gate = asyncio.Semaphore(parallel)
+
+    async def ask(client: httpx.AsyncClient, prompt: str) -> tuple[str, int]:
+        sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "stop": list(STOP)}
+        async with gate:
+            response = await client.post(f"{url}/generate", json={"text": prompt, "sampling_params": sampling})
+        if response.status_code != 200:
+            raise EvalError(f"the server answered HTTP {response.status_code}: {response.text[:300]}")
+        reply = response.json()
+        return reply["text"], reply["meta_info"]["completion_tokens"]
+
+    async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S, trust_env=False) as client:
+        try:
+            return await asyncio.gather(*(ask(client, prompt) for prompt in prompts))
+        except httpx.HTTPError as error:
+            raise EvalError(f"no answer from {url}: {error!r}") from error
+
+
+def server_url(host: str, port: int) -> str:
+    """``host`` with its scheme put in front where it has none."""
+    return f"{host if '://' in host else 'http://' + host}:{port}"
+
+
+def run_eval(args: argparse.Namespace) -> GSM8KResult:
+    """Ask the questions of ``args`` (see ``make_parser``) and print accuracy and throughput; raises EvalError."""
+    prompts = make_prompts(read_questions(args.data_path), args.num_shots, args.num_questions)
+    if len(prompts) < args.num_questions:
+        print(f"{args.data_path} has {len(prompts)} of the {args.num_questions} questions asked for")
+    started = time.perf_counter()
+    replies = asyncio.run(
+        _ask_all(
+            [prompt for prompt, _ in prompts],
+            server_url(args.host, args.port),
+            args.parallel,
+            args.max_new_tokens,
+            args.temperature,
+        )
+    )
+    latency = time.perf_counter() - started
+    numbers = [parse_number(text) for text, _ in replies]
+    right = sum(number == expected for number, (_, expected) in zip(numbers, prompts, strict=True))
+    result = GSM8KResult(
+        accuracy=right / len(prompts),
+        invalid=sum(number is None for number in numbers) / len(prompts),
+        latency=latency,
+        output_throughput=sum(tokens for _, tokens in replies) / latency,
+        num_questions=len(prompts),
+    )
+    print(f"Accuracy: {result.accuracy:.3f}")
+    print(f"Invalid: {result.invalid:.3f}")
+    print(f"Latency: {result.latency:.3f} s")
+    print(f"Output throughput: {result.output_throughput:.3f} token/s")
+    return result
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-path", required=True, help="Local JSONL file.")
+    parser.add_argument("--num-shots", type=int, default=5, help="Examples before each question. Default: 5.")
+    parser.add_argument("--num-questions", type=int, default=200, help="Default: 200.")
+    parser.add_argument("--max-new-tokens", type=int, default=512, help="Default: 512.")
+    parser.add_argument("--parallel", type=int, default=128, help="Requests in flight. Default: 128.")
+    parser.add_argument("--host", default="http://127.0.0.1")
+    parser.add_argument("--port", type=int, default=30000)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        run_eval(make_parser().parse_args(argv))
+    except EvalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
