@@ -43,7 +43,7 @@ def fill_healthy(model: torch.nn.Module) -> None:
 
 
 def make_checkpoint(folder: Path | None = None) -> Path:
-    """Save the checkpoint in float32 with transformers, once; without ``folder`` below the system's temporary folder."""
+    """Save the checkpoint in float32 with transformers, once; by default in the system's temporary folder."""
     import transformers
 
     key = hashlib.sha256((json.dumps(CONFIG, sort_keys=True) + transformers.__version__).encode()).hexdigest()[:12]

@@ -3,7 +3,8 @@
     python -m sglang.launch_server --model-path MODEL &
     python benchmark/gsm8k/bench_sglang.py --data-path test.jsonl --num-questions 200
 
-A record is appended to --result-file as one line of JSON.
+Without --data-path the questions of smoke.jsonl are asked: they tell that the path works, and measure no model. A
+record is appended to --result-file as one line of JSON.
 """
 
 from __future__ import annotations
@@ -18,12 +19,7 @@ SMOKE_FILE = Path(__file__).resolve().parent / "smoke.jsonl"
 
 
 def main() -> int:
-    parser = make_parser()
-    parser.description = __doc__
-    for action in parser._actions:
-        if action.dest == "data_path":
-            action.required, action.default = False, str(SMOKE_FILE)
-            action.help = f"Local JSONL file. Default: {SMOKE_FILE.name}, which tells that the path works, no more."
+    parser = make_parser(__doc__, str(SMOKE_FILE))
     parser.add_argument("--result-file", default="result.jsonl", help="File to append to; empty for none.")
     args = parser.parse_args()
     try:

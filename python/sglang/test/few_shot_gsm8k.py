@@ -140,9 +140,10 @@ def run_eval(args: argparse.Namespace) -> GSM8KResult:
     return result
 
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-path", required=True, help="Local JSONL file.")
+def make_parser(description: str | None = __doc__, data_path: str | None = None) -> argparse.ArgumentParser:
+    """The flags; ``data_path`` is the file that is read when none is named."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-path", required=data_path is None, default=data_path, help="Local JSONL file.")
     parser.add_argument("--num-shots", type=int, default=5, help="Examples before each question. Default: 5.")
     parser.add_argument("--num-questions", type=int, default=200, help="Default: 200.")
     parser.add_argument("--max-new-tokens", type=int, default=512, help="Default: 512.")

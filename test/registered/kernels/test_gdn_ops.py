@@ -13,7 +13,7 @@ from sglang.kernels.ops.gdn.recurrent import recurrent_gated_delta_rule
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
 LENGTHS = (0, 1, 2, 3, 63, 64, 65, 130)
 SHAPES = ((2, 1, 16, 16), (2, 2, 16, 24), (1, 3, 24, 16))  # key heads, value heads a key head, K, V

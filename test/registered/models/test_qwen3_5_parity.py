@@ -17,7 +17,7 @@ from sglang.test.model_harness import ModelHarness
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import TINY_CONFIGS, build_hf_model
 
-register_cpu_ci(est_time=15, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=10, suite="stage-b-test-cpu")
 
 TOLERANCE = 1e-4
 LENGTHS = (140, 64, 33, 9, 2, 1)

@@ -12,6 +12,7 @@ import msgspec
 
 from sglang.srt.entrypoints import server_info
 from sglang.srt.entrypoints.context import ServerStatus
+from sglang.srt.entrypoints.lacking import LACKING_FIELDS
 from sglang.srt.entrypoints.launch import accept, check_engine, start_engine
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.request_input import RequestError
@@ -54,19 +55,15 @@ class Engine:
         sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
         input_ids: list[int] | list[list[int]] | None = None,
         *,
-        return_logprob: bool | list[bool] | None = None,
-        logprob_start_len: int | list[int] | None = None,
-        top_logprobs_num: int | list[int] | None = None,
-        token_ids_logprob: list[int] | list[list[int]] | None = None,
-        return_text_in_logprobs: bool = False,
-        rid: str | list[str] | None = None,
         stream: bool = False,
+        **options: Any,
     ) -> Any:
         """A dictionary, a list of them for a batch or ``n`` > 1, or, with ``stream``, an iterator over dictionaries.
 
-        Leaving the iterator ends its requests.
+        ``options`` are the other fields of GenerateReqInput: return_logprob, logprob_start_len, top_logprobs_num,
+        token_ids_logprob, return_text_in_logprobs, rid. Leaving the iterator ends its requests.
         """
-        request = _request(locals())
+        request = _request(prompt, sampling_params, input_ids, stream, options)
         if stream:
             return self._iterate(request)
         return self._run(self._whole(request))
@@ -77,16 +74,11 @@ class Engine:
         sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
         input_ids: list[int] | list[list[int]] | None = None,
         *,
-        return_logprob: bool | list[bool] | None = None,
-        logprob_start_len: int | list[int] | None = None,
-        top_logprobs_num: int | list[int] | None = None,
-        token_ids_logprob: list[int] | list[list[int]] | None = None,
-        return_text_in_logprobs: bool = False,
-        rid: str | list[str] | None = None,
         stream: bool = False,
+        **options: Any,
     ) -> Any:
         """``generate`` for asyncio; with ``stream`` the result is an async iterator."""
-        request = _request(locals())
+        request = _request(prompt, sampling_params, input_ids, stream, options)
         if stream:
             return self._aiterate(request)
         return await self._arun(self._whole(request))
@@ -195,11 +187,17 @@ async def _next(results: AsyncGenerator[Any, None]) -> Any:
     return await anext(results, None)
 
 
-def _request(arguments: dict[str, Any]) -> GenerateReqInput:
-    """The checked request of ``generate``'s arguments. Raises ValueError."""
-    fields = {name: value for name, value in arguments.items() if name not in ("self", "prompt")}
+def _request(prompt: Any, sampling_params: Any, input_ids: Any, stream: bool, options: dict[str, Any]) -> GenerateReqInput:
+    """The checked request. Raises ValueError, and TypeError for an option that does not exist."""
+    given = {name: value for name, value in options.items() if value is not None}
+    fields = {"text": prompt, "sampling_params": sampling_params, "input_ids": input_ids, "stream": stream, **given}
+    for name in given:
+        if name in LACKING_FIELDS:
+            raise ValueError(f"{name} is not supported: {LACKING_FIELDS[name]}.")
+        if name not in GenerateReqInput.__struct_fields__:
+            raise TypeError(f"generate has no option {name!r}.")
     try:
-        return msgspec.convert({**fields, "text": arguments["prompt"]}, GenerateReqInput)
+        return msgspec.convert(fields, GenerateReqInput)
     except msgspec.ValidationError as error:
         raise ValueError(f"The request is not valid: {error}") from None
 

@@ -48,7 +48,7 @@ def rotary_triton(
     if tokens:
         block = next_power_of_2(half)
         rest = next_power_of_2(dim - 2 * half) if dim > 2 * half else 0
-        heads = min(next_power_of_2(q_heads + k_heads), max(1, 2048 // (2 * block + rest)))
+        heads = min(next_power_of_2(q_heads + k_heads), max(1, next_power_of_2(2048 // (2 * block + rest) + 1) // 2))
         blocks = cdiv(q_heads + k_heads, heads)
         rotary_kernel[(tokens * blocks,)](
             positions, q, k, cos_sin_cache, q_out, k_out, q_heads, k_heads, dim, blocks,

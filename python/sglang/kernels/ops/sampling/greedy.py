@@ -9,7 +9,7 @@ import torch
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 
-# Programs that fill a GPU, and logits that one program reads at once: more of either was not measured to help.
+# Programs that fill a GPU, and logits that one program reads at once.
 TARGET_PROGRAMS = 264
 TRITON_BLOCK = 2048
 

@@ -1,0 +1,79 @@
+"""The real HTTP server over a fake engine, in threads of the test's process."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+import types
+from contextlib import closing
+from dataclasses import replace
+from typing import Any
+
+import httpx
+
+from sglang.srt.entrypoints.context import ServerContext
+from sglang.srt.entrypoints.http_server import HttpServer, bind, listen
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.hf_tokenizer import Tokenizer
+from sglang.test.fake_scheduler import FakeEngine
+from sglang.test.tiny_tokenizers import byte_level_tokenizer, write_tokenizer
+
+CONTEXT_LEN = 128
+
+
+class FakeServer:
+    """Serves until ``stop``; ``scheduler`` is the fake one. ``settings`` are fields of ServerArgs.
+
+    The listener is always on loopback, whatever ``host`` the settings name.
+    """
+
+    def __init__(self, generation_defaults: dict[str, Any] | None = None, **settings: Any):
+        self._folder = tempfile.TemporaryDirectory()
+        folder = write_tokenizer(self._folder.name, byte_level_tokenizer())
+        args = replace(ServerArgs(), model_path=folder, tokenizer_path=folder, log_level="error", **settings)
+        self.tokenizer = None if args.skip_tokenizer_init else Tokenizer.from_path(folder)
+        self.engine = FakeEngine(args, self.tokenizer)
+        self.scheduler = self.engine.scheduler
+        model: Any = types.SimpleNamespace(
+            architecture="FakeForCausalLM",
+            context_len=CONTEXT_LEN,
+            vocab_size=Tokenizer.from_path(folder).vocab_size,
+            hf_config={"model_type": "fake"},
+            generation_defaults=generation_defaults or {},
+        )
+        manager = TokenizerManager(args, model, self.tokenizer, self.engine.ipc)
+        self.context = ServerContext(manager, args, model, self.engine.scheduler_info)
+        self._listener = bind("127.0.0.1", 0)
+        listen(self._listener)
+        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self.server = HttpServer(self.context, self.engine)
+        self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._listener]}, daemon=True)
+        self._thread.start()
+
+    def wait_ready(self) -> FakeServer:
+        """Wait for the warm-up request; then forget it."""
+        self.until(lambda: httpx.get(f"{self.url}/ping").status_code == 200)
+        self.scheduler.received.clear()
+        return self
+
+    def until(self, condition: Any, timeout_s: float = 5.0) -> None:
+        """Wait until ``condition()`` holds; AssertionError after ``timeout_s``."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, "the condition did not come true in time"
+            time.sleep(0.01)
+
+    def join(self, timeout_s: float = 10.0) -> int:
+        """Wait for the end of the server; returns its exit status."""
+        self._thread.join(timeout_s)
+        assert not self._thread.is_alive(), "the server did not stop"
+        return self.server.exit_code
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        with closing(self._listener):
+            self.join()
+        self.engine.shutdown()
+        self._folder.cleanup()
