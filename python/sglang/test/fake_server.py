@@ -10,9 +10,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
-import httpx
-
-from sglang.srt.entrypoints.context import ServerContext
+from sglang.srt.entrypoints.context import ServerContext, ServerStatus
 from sglang.srt.entrypoints.http_server import HttpServer, bind, listen
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs
@@ -54,7 +52,7 @@ class FakeServer:
 
     def wait_ready(self) -> FakeServer:
         """Wait for the warm-up request; then forget it."""
-        self.until(lambda: httpx.get(f"{self.url}/ping").status_code == 200)
+        self.until(lambda: self.context.status is ServerStatus.UP)
         self.scheduler.received.clear()
         return self
 

@@ -45,15 +45,20 @@ def build_app(context: ServerContext, lifespan: Lifespan) -> FastAPI:
     app.add_exception_handler(BodyError, _on_body_error)
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
-    app.add_exception_handler(Exception, _on_defect)
     return app
 
 
 def _plain(handler: Callable[[Request], Awaitable[Response]]) -> Callable[..., Any]:
-    """A function with the one parameter that FastAPI knows how to fill."""
+    """A function with the one parameter that FastAPI knows how to fill; a defect of ours becomes a 500."""
 
     async def endpoint(request: Request) -> Response:
-        return await handler(request)
+        try:
+            return await handler(request)
+        except (BodyError, RequestError, HTTPException):
+            raise
+        except Exception as error:
+            # Past this point the connection would be closed under the client.
+            return openai_error(internal_error(error))
 
     endpoint.__doc__ = handler.__doc__
     return endpoint
@@ -72,8 +77,3 @@ async def _on_request_error(_: Request, error: Exception) -> Response:
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return http_error(error.status_code, f"{error.detail}: {request.method} {request.url.path}")
-
-
-async def _on_defect(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Exception)
-    return openai_error(internal_error(error))

@@ -187,7 +187,9 @@ async def _next(results: AsyncGenerator[Any, None]) -> Any:
     return await anext(results, None)
 
 
-def _request(prompt: Any, sampling_params: Any, input_ids: Any, stream: bool, options: dict[str, Any]) -> GenerateReqInput:
+def _request(
+    prompt: Any, sampling_params: Any, input_ids: Any, stream: bool, options: dict[str, Any]
+) -> GenerateReqInput:
     """The checked request. Raises ValueError, and TypeError for an option that does not exist."""
     given = {name: value for name, value in options.items() if value is not None}
     fields = {"text": prompt, "sampling_params": sampling_params, "input_ids": input_ids, "stream": stream, **given}

@@ -77,6 +77,8 @@ async def answer(request: Request, results: AsyncGenerator[Any, None], on_error:
         done, result = await run_while_connected(request.receive, first())
     except RequestError as error:
         return on_error(error)
+    except Exception as error:
+        return on_error(internal_error(error))
     return result if done else Response(status_code=CLIENT_CLOSED_REQUEST)
 
 

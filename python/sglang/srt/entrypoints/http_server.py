@@ -191,4 +191,3 @@ def launch_server(argv: Sequence[str]) -> int:
 
 def _exit_on_signal(signum: int, _: FrameType | None) -> NoReturn:
     sys.exit(128 + signum)
-

@@ -28,7 +28,7 @@ def silu_and_mul_triton(x: torch.Tensor) -> torch.Tensor:
     rows = rows_of(x)
     assert rows is not None
     if out.numel():
-        block = min(1024, next_power_of_2(width))
+        block = min(2048, next_power_of_2(width))
         blocks = cdiv(width, block)
         silu_and_mul_kernel[(rows.count * blocks,)](x, out, width, *rows[1:], blocks, BLOCK=block, num_warps=4)
     return out

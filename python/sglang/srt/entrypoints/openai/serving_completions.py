@@ -65,7 +65,7 @@ class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
             logprobs = None
             if body.logprobs is not None:
                 logprobs = CompletionLogprobs(top_logprobs=[] if body.logprobs else None)
-                _extend(logprobs, meta, with_prompt=bool(body.echo), text_offset=0)
+                self._extend(body, logprobs, meta, bool(body.echo), 0)
             choices.append(CompletionChoice(index, prompt + result["text"], logprobs, *finish(meta)))
         return CompletionResponse(str(native.rid), self.model_name(body), choices, usage=counter.usage())
 
@@ -84,7 +84,8 @@ class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
                 logprobs = None
                 if body.logprobs is not None:
                     logprobs = CompletionLogprobs(top_logprobs=[] if body.logprobs else None)
-                    offsets[index] = _extend(logprobs, meta, bool(first and body.echo), offsets.get(index, 0))
+                    with_prompt = bool(first and body.echo)
+                    offsets[index] = self._extend(body, logprobs, meta, with_prompt, offsets.get(index, 0))
                 if first:
                     offsets.setdefault(index, 0)
                     text = self._echoed(body, native, index) + text
@@ -110,18 +111,27 @@ class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
         assert self.manager.tokenizer is not None
         return self.manager.tokenizer.decode(ids[number] if isinstance(ids[0], list) else ids)
 
-
-def _extend(logprobs: CompletionLogprobs, meta: dict[str, Any], with_prompt: bool, text_offset: int) -> int:
-    """Append a result's log-probabilities; ``text_offset`` is the first token's. Returns the next token's offset."""
-    tokens = [*(meta["input_token_logprobs"] if with_prompt else []), *meta["output_token_logprobs"]]
-    for logprob, _, token_text in tokens:
-        text = token_text or ""
-        logprobs.tokens.append(text)
-        logprobs.token_logprobs.append(logprob)
-        logprobs.text_offset.append(text_offset)
-        text_offset += len(text)
-    if logprobs.top_logprobs is not None:
-        rows = [*(meta["input_top_logprobs"] if with_prompt else []), *meta["output_top_logprobs"]]
-        for row in rows:
-            logprobs.top_logprobs.append(None if row is None else {text or "": logprob for logprob, _, text in row})
-    return text_offset
+    def _extend(
+        self,
+        body: CompletionRequest,
+        logprobs: CompletionLogprobs,
+        meta: dict[str, Any],
+        with_prompt: bool,
+        text_offset: int,
+    ) -> int:
+        """Append a result's log-probabilities; ``text_offset`` is the first token's. Returns the next token's."""
+        tokenizer = self.manager.tokenizer
+        hidden = tokenizer.all_special_ids if tokenizer and body.skip_special_tokens is not False else frozenset()
+        for logprob, token_id, text in [
+            *(meta["input_token_logprobs"] if with_prompt else []),
+            *meta["output_token_logprobs"],
+        ]:
+            logprobs.tokens.append(text or "")
+            logprobs.token_logprobs.append(logprob)
+            logprobs.text_offset.append(text_offset)
+            text_offset += 0 if token_id in hidden else len(text or "")
+        if logprobs.top_logprobs is not None:
+            for row in [*(meta["input_top_logprobs"] if with_prompt else []), *meta["output_top_logprobs"]]:
+                entry = None if row is None else {text or "": logprob for logprob, _, text in row}
+                logprobs.top_logprobs.append(entry)
+        return text_offset

@@ -1,0 +1,209 @@
+"""Triton bodies of one-query attention over the request table: a pass over spans of each context, and their merge.
+
+Both passes exist for keys with a value cache of their own and for latent rows, whose first columns are the value
+(``VALUE_IS_KEY``). A key row has MAIN columns (a power of two of them loaded, ``KEY``) and then TAIL further ones.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _span(seq_len, split, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tokens [start, end) of one split; whole blocks, so that only a context's last block is ragged."""
+    length = tl.cdiv(tl.cdiv(seq_len, SPLITS), BLOCK_N) * BLOCK_N
+    start = split * length
+    return start, tl.minimum(start + length, seq_len)
+
+
+@triton.jit
+def _load_columns(at, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    """Columns [0, WIDTH) of the rows that ``at`` points into; ``mask`` selects them among BLOCK."""
+    if WIDTH == BLOCK:
+        return tl.load(at)
+    return tl.load(at, mask=mask, other=0.0)
+
+
+@triton.jit
+def decode_tokens_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, lens_ptr, out_ptr, lse_ptr,
+    scale, num_heads, group,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, table_stride,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, VALUE_IS_KEY: tl.constexpr,
+    KEY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Few heads: tokens are the rows of both products, so that HEADS may be as small as 16 on a wide matrix unit.
+
+    grid (requests, key heads * head blocks, SPLITS) -> out [B, SPLITS, H, V] and lse [B, SPLITS, H] float32 when
+    SPLITS > 1, else out [B, H, V] in its own dtype.
+    """
+    request = tl.program_id(0)
+    head_blocks = tl.cdiv(group, HEADS)
+    kv_head = tl.program_id(1) // head_blocks
+    in_group = (tl.program_id(1) % head_blocks) * HEADS + tl.arange(0, HEADS)
+    heads = kv_head * group + in_group
+    live = in_group < group
+    split = tl.program_id(2)
+    seq_len = tl.load(lens_ptr + request).to(tl.int32)
+    start, end = _span(seq_len, split, SPLITS, BLOCK_N)
+    values = tl.arange(0, BLOCK_V)
+    out_row = (request.to(tl.int64) * SPLITS + split) * num_heads + heads
+    out_at = out_ptr + out_row[None, :] * VALUE + values[:, None]
+    out_mask = live[None, :] & (values < VALUE)[:, None]
+    if start >= end:
+        if SPLITS == 1:
+            tl.store(out_at, tl.zeros([BLOCK_V, HEADS], out_ptr.dtype.element_ty), mask=out_mask)
+        else:
+            tl.store(lse_ptr + out_row, tl.full([HEADS], float("-inf"), tl.float32), mask=live)
+        return
+    keys = tl.arange(0, KEY)
+    q_at = q_ptr + request.to(tl.int64) * q_stride + heads[:, None] * q_head_stride
+    q = tl.trans(tl.load(q_at + keys[None, :], mask=live[:, None] & (keys < MAIN)[None, :], other=0.0))
+    k_base = k_ptr + kv_head * k_head_stride
+    v_base = v_ptr + kv_head * v_head_stride
+    if TAIL > 0:
+        tails = tl.arange(0, BLOCK_T)
+        q_tail = tl.trans(
+            tl.load(q_at + MAIN + tails[None, :], mask=live[:, None] & (tails < TAIL)[None, :], other=0.0)
+        )
+    table = table_ptr + tl.load(rows_ptr + request) * table_stride
+    scale2 = scale * LOG2E
+    maximum = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([BLOCK_V, HEADS], tl.float32)
+    for first in range(start, end, BLOCK_N):
+        # Past the end the last token is read again: another slot may hold NaN, which a zero probability keeps.
+        tokens = first + tl.arange(0, BLOCK_N)
+        slots = tl.load(table + tl.minimum(tokens, end - 1)).to(tl.int64)[:, None]
+        k = _load_columns(k_base + slots * k_stride + keys[None, :], (keys < MAIN)[None, :], MAIN, KEY)
+        logits = tl.dot(k, q, input_precision="ieee")
+        if TAIL > 0:
+            tail_at = k_base + slots * k_stride + MAIN + tails[None, :]
+            k_tail = _load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T)
+            logits = tl.dot(k_tail, q_tail, logits, input_precision="ieee")
+        logits = tl.where((tokens < end)[:, None], logits, float("-inf"))
+        highest = tl.maximum(maximum, tl.max(logits, 0))
+        keep = tl.exp2((maximum - highest) * scale2)
+        probs = tl.exp2(logits * scale2 - (highest * scale2)[None, :])
+        total = total * keep + tl.sum(probs, 0)
+        maximum = highest
+        acc = acc * keep[None, :]
+        if VALUE_IS_KEY:
+            v = k
+        else:
+            v_at = v_base + slots * v_stride + values[None, :]
+            v = _load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V)
+        acc = tl.dot(tl.trans(v), probs.to(v.dtype), acc, input_precision="ieee")
+    tl.store(out_at, (acc / total[None, :]).to(out_ptr.dtype.element_ty), mask=out_mask)
+    if SPLITS > 1:
+        tl.store(lse_ptr + out_row, maximum * scale + tl.log2(total) * LN2, mask=live)
+
+
+@triton.jit
+def decode_heads_kernel(
+    q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, lens_ptr, out_ptr, lse_ptr,
+    scale, num_heads, group,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, table_stride,
+    MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, VALUE_IS_KEY: tl.constexpr,
+    KEY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Many heads over one key head: heads are the rows of both products; otherwise as ``decode_tokens_kernel``."""
+    request = tl.program_id(0)
+    head_blocks = tl.cdiv(group, HEADS)
+    kv_head = tl.program_id(1) // head_blocks
+    in_group = (tl.program_id(1) % head_blocks) * HEADS + tl.arange(0, HEADS)
+    heads = kv_head * group + in_group
+    live = in_group < group
+    split = tl.program_id(2)
+    seq_len = tl.load(lens_ptr + request).to(tl.int32)
+    start, end = _span(seq_len, split, SPLITS, BLOCK_N)
+    values = tl.arange(0, BLOCK_V)
+    out_row = (request.to(tl.int64) * SPLITS + split) * num_heads + heads
+    out_at = out_ptr + out_row[:, None] * VALUE + values[None, :]
+    out_mask = live[:, None] & (values < VALUE)[None, :]
+    if start >= end:
+        if SPLITS == 1:
+            tl.store(out_at, tl.zeros([HEADS, BLOCK_V], out_ptr.dtype.element_ty), mask=out_mask)
+        else:
+            tl.store(lse_ptr + out_row, tl.full([HEADS], float("-inf"), tl.float32), mask=live)
+        return
+    keys = tl.arange(0, KEY)
+    q_at = q_ptr + request.to(tl.int64) * q_stride + heads[:, None] * q_head_stride
+    q = tl.load(q_at + keys[None, :], mask=live[:, None] & (keys < MAIN)[None, :], other=0.0)
+    k_base = k_ptr + kv_head * k_head_stride
+    v_base = v_ptr + kv_head * v_head_stride
+    if TAIL > 0:
+        tails = tl.arange(0, BLOCK_T)
+        q_tail = tl.load(q_at + MAIN + tails[None, :], mask=live[:, None] & (tails < TAIL)[None, :], other=0.0)
+    table = table_ptr + tl.load(rows_ptr + request) * table_stride
+    scale2 = scale * LOG2E
+    maximum = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, BLOCK_V], tl.float32)
+    for first in range(start, end, BLOCK_N):
+        tokens = first + tl.arange(0, BLOCK_N)
+        slots = tl.load(table + tl.minimum(tokens, end - 1)).to(tl.int64)[:, None]
+        k = _load_columns(k_base + slots * k_stride + keys[None, :], (keys < MAIN)[None, :], MAIN, KEY)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if TAIL > 0:
+            tail_at = k_base + slots * k_stride + MAIN + tails[None, :]
+            k_tail = _load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T)
+            logits = tl.dot(q_tail, tl.trans(k_tail), logits, input_precision="ieee")
+        logits = tl.where((tokens < end)[None, :], logits, float("-inf"))
+        highest = tl.maximum(maximum, tl.max(logits, 1))
+        keep = tl.exp2((maximum - highest) * scale2)
+        probs = tl.exp2(logits * scale2 - (highest * scale2)[:, None])
+        total = total * keep + tl.sum(probs, 1)
+        maximum = highest
+        acc = acc * keep[:, None]
+        if VALUE_IS_KEY:
+            v = k
+        else:
+            v_at = v_base + slots * v_stride + values[None, :]
+            v = _load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V)
+        acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
+    tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
+    if SPLITS > 1:
+        tl.store(lse_ptr + out_row, maximum * scale + tl.log2(total) * LN2, mask=live)
+
+
+@triton.jit
+def merge_splits_kernel(
+    parts_ptr, parts_lse_ptr, out_ptr,
+    num_heads,
+    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, STEP: tl.constexpr,
+    VALUE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """parts [N, SPLITS, H, V] and their lse [N, SPLITS, H] -> out [N, H, V], always summed in the same order.
+
+    grid (rows * heads, value blocks). A part of lse -inf has not been written and is not read.
+    """
+    row = (tl.program_id(0) // num_heads).to(tl.int64)
+    head = tl.program_id(0) % num_heads
+    values = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = values < VALUE
+    first = row * SPLITS * num_heads + head
+    splits = tl.arange(0, BLOCK_S)
+    lse = tl.load(parts_lse_ptr + first + splits * num_heads, mask=splits < SPLITS, other=float("-inf"))
+    highest = tl.max(lse, 0)
+    # A row without tokens has no finite part; a floor keeps its weights zero instead of NaN.
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.sum(tl.exp(lse - highest), 0)
+    acc = tl.zeros([BLOCK_V], tl.float32)
+    for start in range(0, SPLITS, STEP):
+        steps = start + tl.arange(0, STEP)
+        part_lse = tl.load(parts_lse_ptr + first + steps * num_heads, mask=steps < SPLITS, other=float("-inf"))
+        weight = tl.exp(part_lse - highest)
+        part = tl.load(
+            parts_ptr + (first + steps[:, None] * num_heads) * VALUE + values[None, :],
+            mask=(part_lse > float("-inf"))[:, None] & inside[None, :],
+            other=0.0,
+        )
+        acc += tl.sum(part * weight[:, None], 0)
+    out = acc / tl.where(total == 0.0, 1.0, total)
+    tl.store(out_ptr + (row * num_heads + head) * VALUE + values, out.to(out_ptr.dtype.element_ty), mask=inside)
