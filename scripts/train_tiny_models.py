@@ -46,9 +46,9 @@ MAX_DOCUMENT = 72
 TASK_SHARES = (0.3, 0.25, 0.25, 0.2)
 SYSTEM_PROMPTS = ("You are a helpful assistant.", "You answer questions.", "Be brief.", "be exact")
 PRINTABLE = "".join(map(chr, range(0x20, 0x7F)))
-# Share of the training time at which rows of that many tokens begin: short rows teach the tasks soonest, long ones keep
-# answers right when much text stands before the question.
-ROW_LENGTHS = ((0.0, 64), (0.25, 256), (0.7, 1024), (0.87, 4096))
+# Share of the training time from which on rows of these lengths take turns: short rows teach the tasks soonest, long
+# ones keep answers right when much text stands before the question, and both are needed at the end.
+ROW_LENGTHS = ((0.0, (64,)), (0.25, (256,)), (0.7, (64, 1024)), (0.87, (64, 4096)))
 FP32_SUFFIXES = ("e_score_correction_bias", "A_log")
 
 
@@ -288,7 +288,7 @@ class Trainer:
         args = self.args
         self.set_progress(0.0, 0)
         stages = list(ROW_LENGTHS)
-        step = self.make_step(stages.pop(0)[1])
+        steps: list[Callable[[], None]] = []
         started = time.monotonic()
         saved = reported = started
         for count in itertools.count():
@@ -298,8 +298,8 @@ class Trainer:
                 break
             self.set_progress(progress, count)
             if stages and progress >= stages[0][0]:
-                step = self.make_step(stages.pop(0)[1])
-            step()
+                steps = [self.make_step(length) for length in stages.pop(0)[1]]
+            steps[count % len(steps)]()
             # Without this the queue of replays runs ahead of the clock that the schedule follows.
             if count % 50 == 0:
                 self.loss.item()

@@ -2,9 +2,9 @@
 
     python benchmark/decode_throughput/bench_decode.py
 
-The model has DeepSeek-V3's layout with real head sizes (see checkpoint.py), in float32. Both sides get the same prompts
-of 64 tokens and generate 64, greedily, without an end token; the engine runs end to end (`sglang.Engine`: scheduler in
-a process of its own, detokenizer, sockets), transformers with its KV cache and every attention and experts
+The model has DeepSeek-V3's layout with real head sizes (sglang.test.bench_checkpoint), in float32. Both sides get the
+same prompts of 64 tokens and generate 64, greedily, without an end token; the engine runs end to end (`sglang.Engine`:
+scheduler in a process of its own, detokenizer, sockets), transformers with its KV cache and every attention and experts
 implementation that it has for this model, of which the fastest counts. Prints min / median / max over the rounds.
 """
 
@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from checkpoint import CONFIG, make_checkpoint
 
 import sglang
+from sglang.test.bench_checkpoint import CONFIG, make_checkpoint
 
 # Attention, experts: what transformers can run this model with on a CPU.
 HF_VARIANTS = [(a, e) for a in ("eager", "sdpa") for e in ("eager", "batched_mm", "grouped_mm")]
@@ -141,6 +141,7 @@ def main() -> None:
     parser.add_argument("--result-file", help="Write all figures as one JSON object.")
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
+    transformers.utils.logging.disable_progress_bar()
     folder = make_checkpoint(args.checkpoint)
     print(
         f"device: cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; "
@@ -148,9 +149,7 @@ def main() -> None:
     )
     print(f"{args.input_len} tokens in, {args.output_len} out, float32, greedy; output tokens/s min / median / max")
     everything = []
-    with sglang.Engine(
-        model_path=str(folder), skip_tokenizer_init=True, log_level="error", max_running_requests=max(args.batch_size)
-    ) as engine:
+    with sglang.Engine(model_path=str(folder), log_level="error", max_running_requests=max(args.batch_size)) as engine:
         sides = {"sglang-amd": engine_side(engine)}
         if not args.engine_only:
             for attention, experts in HF_VARIANTS:

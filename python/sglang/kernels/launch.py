@@ -24,9 +24,9 @@ def next_power_of_2(n: int) -> int:
 
 
 class Rows(NamedTuple):
-    """Row r of a tensor starts at ``(r // inner) * outer_stride + (r % inner) * inner_stride`` elements."""
+    """Row r of ``num_rows`` starts at ``(r // inner) * outer_stride + (r % inner) * inner_stride`` elements."""
 
-    count: int
+    num_rows: int
     inner: int
     outer_stride: int
     inner_stride: int

@@ -26,6 +26,10 @@ class EvalError(RuntimeError):
     """The evaluation could not be carried out; the message says what was asked and what came back."""
 
 
+def _chat_content(reply: Any) -> str:
+    return reply["choices"][0]["message"]["content"] or ""
+
+
 class Client:
     """Asks one server; `base_url` without a trailing path, `api` is "generate" or "chat"."""
 
@@ -39,9 +43,7 @@ class Client:
         if self.api == "chat":
             messages = [{"role": "user", "content": text}]
             body = {"model": "default", "messages": messages, "temperature": 0, "max_tokens": MAX_NEW_TOKENS}
-            return self._post(
-                "/v1/chat/completions", body, lambda reply: reply["choices"][0]["message"]["content"] or ""
-            )
+            return self._post("/v1/chat/completions", body, _chat_content)
         sampling_params = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS}
         return self._post("/generate", {"text": text, "sampling_params": sampling_params}, lambda reply: reply["text"])
 
@@ -79,7 +81,7 @@ def server_answers(client: Client, questions: Sequence[Question], num_threads: i
 
 
 def transformers_answers(model_path: str, questions: Sequence[Question], api: str = "generate") -> list[str]:
-    """Answers of transformers' own greedy `generate` in float32 on CPU, the prompt rendered as the server's `api` does."""
+    """Answers of transformers' own greedy `generate` in float32 on CPU, to the prompt that the server's `api` makes."""
     try:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -131,9 +133,8 @@ def print_report(who: str, counts: dict[str, tuple[int, int]]) -> int:
     print(f"{who}:")
     for task in TASKS:
         if task in counts:
-            print(
-                f"  {task:<10} {counts[task][0]:>4} / {counts[task][1]:<4} exact match {counts[task][0] / counts[task][1]:.3f}"
-            )
+            hits, of = counts[task]
+            print(f"  {task:<10} {hits:>4} / {of:<4} exact match {hits / of:.3f}")
     print(f"Score: {right / asked:.3f}", flush=True)
     return right
 
@@ -151,23 +152,24 @@ def run_eval(args: argparse.Namespace) -> list[str]:
     """Carry out what the parsed arguments ask, print the tables, and return the reasons to fail (none: passed)."""
     questions = heldout_questions(args.num_examples, args.seed)
     problems: list[str] = []
-    totals: dict[str, int] = {}
+    answers: dict[str, list[str]] = {}
+    right: dict[str, int] = {}
     if args.reference is None or args.compare:
         base_url = args.base_url or f"http://{args.host}:{args.port}"
         started = time.perf_counter()
-        given = server_answers(Client(base_url, args.api, args.api_key), questions, args.num_threads)
+        answers["server"] = server_answers(Client(base_url, args.api, args.api_key), questions, args.num_threads)
         print(f"Total latency: {time.perf_counter() - started:.3f} s")
-        counts = correct_by_task(questions, given)
-        totals["server"] = print_report(f"server {base_url} ({args.api})", counts)
+        counts = correct_by_task(questions, answers["server"])
+        right["server"] = print_report(f"server {base_url} ({args.api})", counts)
         problems += failures(counts, args.min_score)
     if args.reference is not None:
-        expected = transformers_answers(args.model_path, questions, args.api)
-        counts = correct_by_task(questions, expected)
-        totals["transformers"] = print_report(f"transformers {args.model_path} ({args.api})", counts)
+        answers["reference"] = transformers_answers(args.model_path, questions, args.api)
+        counts = correct_by_task(questions, answers["reference"])
+        right["reference"] = print_report(f"transformers {args.model_path} ({args.api})", counts)
         problems += [f"transformers: {reason}" for reason in failures(counts, args.min_score)]
     if args.compare:
-        difference = abs(totals["server"] - totals["transformers"])
-        differing = sum(mine != theirs for mine, theirs in zip(given, expected))
+        difference = abs(right["server"] - right["reference"])
+        differing = sum(mine != theirs for mine, theirs in zip(answers["server"], answers["reference"]))
         print(f"Difference: {difference} questions ({differing} answers differ)")
         if difference > args.tolerance:
             problems.append(f"the scores differ by {difference} questions, more than --tolerance {args.tolerance}")

@@ -129,6 +129,14 @@ def true_mla_decode(q, cache, table, seq_lens, rank, scale):
     return true_paged_decode(q, rows, rows[..., :rank], table, seq_lens, scale)
 
 
+def true_table_decode(q, k_cache, v_cache, table, rows, seq_lens, scale):
+    return true_paged_decode(q, k_cache, v_cache, table[rows], seq_lens, scale)
+
+
+def true_mla_table_decode(q, cache, table, rows, seq_lens, rank, scale):
+    return true_mla_decode(q, cache, table[rows], seq_lens, rank, scale)
+
+
 TRUTHS = {
     "norm.rms_norm": true_rms_norm,
     "norm.gemma_rms_norm": true_gemma,
@@ -143,6 +151,8 @@ TRUTHS = {
     "attention.mla_extend": true_mla_extend,
     "attention.paged_decode": true_paged_decode,
     "attention.mla_decode": true_mla_decode,
+    "attention.table_decode": true_table_decode,
+    "attention.mla_table_decode": true_mla_table_decode,
 }
 
 # --- routers: any order and any choice among equals is right, so they are judged, not compared -------------------

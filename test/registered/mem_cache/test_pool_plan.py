@@ -70,6 +70,13 @@ class TestHybrids(CustomTestCase):
         plan = self.plan(max_mamba_cache_size=20, max_total_tokens=640, page_size=64)
         self.assertEqual((plan.num_state_slots, plan.num_tokens), (20, 640))
 
+    def test_useful_numbers_bound_what_is_chosen_but_not_overrides(self) -> None:
+        plan = self.plan(useful_tokens=100, useful_state_slots=12, page_size=64)
+        self.assertEqual((plan.num_state_slots, plan.num_tokens), (12, 128))
+        self.assertIn("KV: 128 tokens", plan.lines[-1])
+        self.assertEqual(self.plan(useful_state_slots=2).num_state_slots, 8)
+        self.assertEqual(self.plan(useful_tokens=100, max_total_tokens=640).num_tokens, 640)
+
     def test_all_fits_what_was_given(self) -> None:
         for available in range(200 * KIB, 2000 * KIB, 77_777):
             for page in (1, 16):

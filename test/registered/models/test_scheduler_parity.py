@@ -83,6 +83,7 @@ PARAMS = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=T
 class TestSchedulerParity(CustomTestCase):
     @classmethod
     def setUpClass(cls) -> None:
+        torch.set_num_threads(1)  # small products: more threads only wait for one another
         cls.folders = tempfile.TemporaryDirectory()
         cls.cases = {name: ParityCase(name, f"{cls.folders.name}/{name}") for name in TINY_CONFIGS}
 

@@ -52,6 +52,14 @@ class ProcessGroupHandle:
             dist.broadcast(payload, src=0, group=self.cpu_group)
         return payload.numpy().tobytes()
 
+    def smallest(self, value: int) -> int:
+        """The least of the ranks' values, on every rank."""
+        if self.size == 1:
+            return value
+        least = torch.tensor([value], dtype=torch.int64)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.cpu_group)
+        return int(least)
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier(group=self.cpu_group)

@@ -21,6 +21,7 @@ from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.process_launch import LaunchError
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.server_args import ServerArgsError, evaluate, exit_with_errors
+from sglang.srt.utils.audit import install_unpickle_counter, log_unpickle_count, reset_unpickle_count
 from sglang.srt.utils.chat_template import ChatTemplateError
 from sglang.srt.utils.distribution import refuse_upstream_distribution
 from sglang.srt.utils.hf_tokenizer import TokenizerError
@@ -48,9 +49,13 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise _port_error(host, port, error) from None
+    try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
+        listener.close()
         raise _port_error(host, port, error) from None
     return listener
 
@@ -133,6 +138,7 @@ class HttpServer(uvicorn.Server):
                 return
         if self.context.status is ServerStatus.STARTING:
             self.context.status = ServerStatus.UP
+            reset_unpickle_count()
             logger.info("The server is fired up and ready to roll!")
 
     def _stop_with_error(self) -> None:
@@ -147,7 +153,10 @@ def serve(context: ServerContext, processes: Processes, listener: socket.socket)
     server = HttpServer(context, processes)
     # uvicorn raises the signal that stopped it once more when all is closed.
     with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        host, port = listener.getsockname()[:2]
+        logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
         server.run(sockets=[listener])
+    log_unpickle_count(logger)
     return server.exit_code
 
 
@@ -156,6 +165,7 @@ def launch_server(argv: Sequence[str]) -> int:
 
     Status 2 means that a setting is wrong (said on stderr, without a traceback), 1 that something failed.
     """
+    install_unpickle_counter()
     refuse_upstream_distribution()
     verdict = evaluate(argv)
     args = verdict.args

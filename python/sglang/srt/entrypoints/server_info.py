@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.environ import check_environment
+from sglang.srt.utils.audit import unpickle_count
 from sglang.version import __version__
 
 _SECRETS = ("api_key", "admin_api_key")
@@ -45,6 +46,7 @@ async def server_info(context: ServerContext) -> dict[str, Any]:
         "platform": state.get("platform"),
         "fakes": state.get("fakes", []),
         "kernels": state.get("kernels", {}),
+        "unpickled_while_serving": unpickle_count(),
         "internal_states": [state],
     }
 

@@ -200,16 +200,18 @@ class TokenToKVPoolAllocator:
 
 
 class ReqToTokenPool:
-    """Table from (request row, position) to KV slot: ``req_to_token [size, max_context_len] int32``.
+    """Table from (request row, position) to KV slot: ``req_to_token [size + 1, max_context_len] int32``.
 
-    The host table is the truth; on CPU the device table is the same memory.
+    The host table is the truth; on CPU the device table is the same memory. One row past the last, ``padding_row``, is
+    never handed out and stays zero: padding of a captured batch reads slot 0 through it.
     """
 
     def __init__(self, size: int, max_context_len: int, device: torch.device | str = "cpu"):
         self.size = size
         self.max_context_len = max_context_len
         self.device = torch.device(device)
-        self._host: np.ndarray = np.zeros((size, max_context_len), dtype=np.int32)
+        self.padding_row = size
+        self._host: np.ndarray = np.zeros((size + 1, max_context_len), dtype=np.int32)
         table = torch.from_numpy(self._host)
         self.req_to_token = table if self.device.type == "cpu" else table.to(self.device)
         self.clear()

@@ -51,9 +51,13 @@ class KVPool(_LayeredPool):
         shape = (len(self.layer_ids), self.num_rows, *row_shape)
         return torch.zeros(shape, dtype=self.dtype, device=self.device)
 
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        """The whole buffers, each [layers, S, ...]."""
+        raise NotImplementedError
+
     def total_bytes(self) -> int:
         """Bytes of all buffers, the dummy page included."""
-        raise NotImplementedError
+        return sum(buffer.nbytes for buffer in self.buffers())
 
 
 class MHATokenToKVPool(KVPool):
@@ -79,8 +83,8 @@ class MHATokenToKVPool(KVPool):
     def bytes_per_token(dtype: torch.dtype, head_num: int, head_dim: int, num_layers: int) -> int:
         return 2 * head_num * head_dim * num_layers * dtype.itemsize
 
-    def total_bytes(self) -> int:
-        return self._k.nbytes + self._v.nbytes
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        return self._k, self._v
 
     def set_kv_buffer(self, layer_id: int, slot_ids: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k and v [N, H, D] at ``slot_ids`` [N] int64, converted to the pool's dtype."""
@@ -116,8 +120,8 @@ class MLATokenToKVPool(KVPool):
     def bytes_per_token(dtype: torch.dtype, kv_lora_rank: int, qk_rope_head_dim: int, num_layers: int) -> int:
         return (kv_lora_rank + qk_rope_head_dim) * num_layers * dtype.itemsize
 
-    def total_bytes(self) -> int:
-        return self._latent.nbytes
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        return (self._latent,)
 
     def set_latent(self, layer_id: int, slot_ids: torch.Tensor, latent: torch.Tensor) -> None:
         """Write latent [N, R + rope] at ``slot_ids`` [N] int64, converted to the pool's dtype."""
@@ -172,9 +176,13 @@ class GDNStatePool(_LayeredPool):
         ssm = prod((num_v_heads, v_head_dim, k_head_dim)) * ssm_dtype.itemsize
         return num_layers * (conv + ssm)
 
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        """The whole buffers, each [layers, num_slots + 1, ...]."""
+        return self._conv, self._ssm
+
     def total_bytes(self) -> int:
         """Bytes of all buffers, the dummy slot included."""
-        return self._conv.nbytes + self._ssm.nbytes
+        return sum(buffer.nbytes for buffer in self.buffers())
 
     def conv(self, layer_id: int) -> torch.Tensor:
         """View of the layer's convolution columns [num_slots + 1, C, W - 1]."""

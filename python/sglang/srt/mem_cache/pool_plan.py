@@ -31,13 +31,16 @@ def plan_pool_sizes(
     max_mamba_cache_size: int | None = None,
     mamba_full_memory_ratio: float = 0.9,
     disable_radix_cache: bool = False,
+    useful_tokens: int | None = None,
+    useful_state_slots: int | None = None,
 ) -> PoolPlan:
     """Size the pools of one rank for ``available_bytes``.
 
     A model without recurrent states (``bytes_per_state_slot`` 0) gives everything to KV. A hybrid splits the memory
     states : KV = ``mamba_full_memory_ratio`` : 1; its slots are one live slot for each running request, and the rest
-    the prefix tree's. Without a prefix tree there are only live slots. The overrides fix a number instead. Each pool
-    also holds one dummy: a page of tokens, a state slot. Raises PoolPlanError when it does not fit.
+    the prefix tree's. Without a prefix tree there are only live slots. The overrides fix a number instead; the useful
+    numbers are where more memory would never be used, and bound what is chosen here. Each pool also holds one dummy: a
+    page of tokens, a state slot. Raises PoolPlanError when it does not fit.
     """
     if min(bytes_per_token, page_size, max_running_requests) < 1 or mamba_full_memory_ratio <= 0:
         raise PoolPlanError(
@@ -55,6 +58,7 @@ def plan_pool_sizes(
             max_mamba_cache_size,
             mamba_full_memory_ratio,
             disable_radix_cache,
+            useful_state_slots,
         )
         state_bytes = (num_state_slots + 1) * bytes_per_state_slot
         lines.append(
@@ -66,7 +70,7 @@ def plan_pool_sizes(
             f"max_mamba_cache_size {max_mamba_cache_size} was given, but this model has no recurrent states: drop it"
         )
     left = available_bytes - state_bytes
-    num_tokens = _plan_tokens(left, bytes_per_token, page_size, max_total_tokens, lines)
+    num_tokens = _plan_tokens(left, bytes_per_token, page_size, max_total_tokens, useful_tokens, lines)
     lines.append(
         f"KV: {num_tokens} tokens + 1 dummy page of {page_size} x {_size(bytes_per_token)} = "
         f"{_size((num_tokens + page_size) * bytes_per_token)} of {_size(left)}"
@@ -81,6 +85,7 @@ def _plan_states(
     max_mamba_cache_size: int | None,
     ratio: float,
     disable_radix_cache: bool,
+    useful: int | None,
 ) -> int:
     if max_mamba_cache_size is not None:
         slots = max_mamba_cache_size
@@ -94,6 +99,7 @@ def _plan_states(
     else:
         share = int(available_bytes * ratio / (1.0 + ratio))
         slots = max(share // bytes_per_state_slot - 1, max_running_requests)
+        slots = slots if useful is None else min(slots, max(useful, max_running_requests))
     needed = (slots + 1) * bytes_per_state_slot
     if needed >= available_bytes:
         raise PoolPlanError(
@@ -105,7 +111,12 @@ def _plan_states(
 
 
 def _plan_tokens(
-    left: int, bytes_per_token: int, page_size: int, max_total_tokens: int | None, lines: list[str]
+    left: int,
+    bytes_per_token: int,
+    page_size: int,
+    max_total_tokens: int | None,
+    useful: int | None,
+    lines: list[str],
 ) -> int:
     fitting = min(max(left, 0) // bytes_per_token, _MAX_ROWS) - page_size
     fitting -= fitting % page_size
@@ -115,7 +126,7 @@ def _plan_tokens(
             f"{_size(2 * page_size * bytes_per_token)}, and {_size(left)} are left: free memory"
         )
     if max_total_tokens is None:
-        return fitting
+        return fitting if useful is None else min(fitting, max(useful + -useful % page_size, page_size))
     num_tokens = max_total_tokens - max_total_tokens % page_size
     if num_tokens < page_size:
         raise PoolPlanError(f"max_total_tokens {max_total_tokens} is less than one page of {page_size} tokens")

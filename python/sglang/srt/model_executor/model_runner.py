@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import time
 from typing import TypeVar
 
 import torch
+from tqdm import tqdm
 
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_tp_group
@@ -16,7 +16,9 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.pool_plan import plan_pool_sizes
+from sglang.srt.model_executor.decode_graphs import DecodeGraphs, decode_buckets
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
+from sglang.srt.model_executor.graph_check import CHECK_LENS, GraphCheck, PoolBuffer
 from sglang.srt.model_executor.model_pools import (
     kv_bytes_per_token,
     make_kv_pool,
@@ -33,6 +35,8 @@ logger = logging.getLogger(__name__)
 Number = TypeVar("Number", int, float)
 # One live state a running request, and as many again thrice for snapshots of the prefix cache, unless memory is short.
 STATE_SLOTS_PER_REQUEST = 4
+# What all running requests can hold, and as much again for the prefix cache.
+CONTEXTS_PER_REQUEST = 2
 
 
 class ModelRunner:
@@ -44,10 +48,7 @@ class ModelRunner:
         rank = get_tp_group().rank
         current_platform.set_device(rank)
         self.device: torch.device = current_platform.device(rank)
-        started = time.perf_counter()
         self.model = load_model(model_config, args.load_format, self.device, args.random_seed or 0)
-        self.model.eval()
-        logger.info("weights are loaded (%.1f s)", time.perf_counter() - started)
         self.max_running_requests = _required(args.max_running_requests, "max_running_requests")
         self._make_pools(rank)
         context = AttentionContext(
@@ -60,14 +61,20 @@ class ModelRunner:
         )
         self.attn_backend = make_attention_backend(args.attention_backend, context)
         self.sampler = Sampler()
+        self.decode_graphs: DecodeGraphs | None = None
+        if not args.disable_cuda_graph:
+            self._capture_graphs()
 
     def _make_pools(self, rank: int) -> None:
         args, config = self.args, self.model_config
         tp_size = get_tp_group().size
         self.page_size = _required(args.page_size, "page_size")
         free, _ = current_platform.memory_info(rank)
+        # Ranks take the same decisions only with pools of one size; ranks on the host share its memory.
+        ranks_here = tp_size if self.device.type == "cpu" else 1
+        share = free * _required(args.mem_fraction_static, "mem_fraction_static") / ranks_here
         plan = plan_pool_sizes(
-            available_bytes=int(free * _required(args.mem_fraction_static, "mem_fraction_static")),
+            available_bytes=get_tp_group().smallest(int(share)),
             bytes_per_token=kv_bytes_per_token(config, tp_size),
             max_running_requests=self.max_running_requests,
             page_size=self.page_size,
@@ -75,19 +82,16 @@ class ModelRunner:
             max_total_tokens=args.max_total_tokens,
             max_mamba_cache_size=args.max_mamba_cache_size,
             disable_radix_cache=args.disable_radix_cache,
+            useful_tokens=CONTEXTS_PER_REQUEST * self.max_running_requests * config.context_len,
+            useful_state_slots=STATE_SLOTS_PER_REQUEST * self.max_running_requests,
         )
-        # More tokens than all running requests can hold, twice over for the prefix cache, would never be used.
-        useful = 2 * self.max_running_requests * config.context_len
-        useful += -useful % self.page_size
-        tokens = plan.num_tokens if args.max_total_tokens is not None else min(plan.num_tokens, useful)
         self.pool_plan_lines = plan.lines
         for line in plan.lines:
             logger.info("%s", line)
-        self.max_total_num_tokens = tokens
+        self.max_total_num_tokens = plan.num_tokens
         self.req_to_token_pool = ReqToTokenPool(self.max_running_requests, config.context_len + 1, self.device)
-        self.kv_pool = make_kv_pool(config, tokens, self.page_size, tp_size, self.device)
-        slots = min(plan.num_state_slots, STATE_SLOTS_PER_REQUEST * self.max_running_requests)
-        self.state_pool = make_state_pool(config, slots, tp_size, self.device, args.mamba_ssm_dtype)
+        self.kv_pool = make_kv_pool(config, plan.num_tokens, self.page_size, tp_size, self.device)
+        self.state_pool = make_state_pool(config, plan.num_state_slots, tp_size, self.device, args.mamba_ssm_dtype)
 
     @torch.inference_mode()
     def forward(self, batch: ModelWorkerBatch, input_ids: torch.Tensor | None = None) -> LogitsProcessorOutput:
@@ -95,10 +99,65 @@ class ModelRunner:
 
         ``input_ids`` [N] int64 on the device replace ``batch.input_ids`` in decode.
         """
+        if self.decode_graphs is not None and input_ids is not None:
+            bucket = self.decode_graphs.bucket_of(batch)
+            if bucket is not None:
+                return self.decode_graphs.replay(batch, input_ids, bucket)
         fb = ForwardBatch.from_worker_batch(batch, self.device, self.attn_backend, input_ids)
         self.attn_backend.init_forward_metadata(fb)
+        return self._run_model(fb)
+
+    def _run_model(self, fb: ForwardBatch) -> LogitsProcessorOutput:
         output: LogitsProcessorOutput = self.model(fb.input_ids, fb.positions, fb)
         return output
+
+    @torch.inference_mode()
+    def _capture_graphs(self) -> None:
+        """Record decode for every bucket, and prove each against the eager step."""
+        args, backend = self.args, self.attn_backend
+        largest = min(args.cuda_graph_max_bs or self.max_running_requests, self.max_running_requests)
+        buckets = decode_buckets(largest, args.cuda_graph_bs)
+        free_before, _ = current_platform.memory_info(get_tp_group().rank)
+        graphs = DecodeGraphs(
+            forward=self._run_model,
+            backend=backend,
+            buckets=buckets,
+            max_context_len=self.model_config.context_len,
+            device=self.device,
+            padding_row=self.req_to_token_pool.padding_row,
+            has_state=self.state_pool is not None,
+        )
+        with tqdm(total=len(buckets), desc="Capturing decode graphs", unit="graph") as bar:
+            graphs.capture(current_platform.create_graph, lambda bucket: _advance(bar, bucket))
+        self._prove_graphs(graphs, buckets[-1])
+        free_after, _ = current_platform.memory_info(get_tp_group().rank)
+        logger.info("decode graphs %s hold %.2f GB", buckets, (free_before - free_after) / 1e9)
+        self.decode_graphs = graphs
+
+    def _prove_graphs(self, graphs: DecodeGraphs, max_bs: int) -> None:
+        limit = min(self.kv_pool.size, max_bs * max(CHECK_LENS))
+        buffers = [PoolBuffer(t.narrow(1, 0, limit + self.page_size), 1) for t in self.kv_pool.buffers()]
+        states = 0
+        if self.state_pool is not None:
+            states = min(self.state_pool.size, max_bs)
+            buffers += [PoolBuffer(t.narrow(1, 0, states + 1), 1) for t in self.state_pool.buffers()]
+
+        def eager(batch: ModelWorkerBatch, input_ids: torch.Tensor, bucket: int) -> torch.Tensor:
+            graphs.buffers.fill(batch, input_ids, bucket)
+            fb = graphs.buffers.view(bucket, self.attn_backend, self.state_pool is not None, batch)
+            self.attn_backend.init_forward_metadata_replay(fb)
+            return self._run_model(fb).next_token_logits
+
+        GraphCheck(
+            graphs,
+            eager,
+            self.req_to_token_pool,
+            buffers,
+            num_slots=limit,
+            num_states=states,
+            vocab_size=self.model_config.vocab_size,
+            page_size=self.page_size,
+        ).run()
 
     @torch.inference_mode()
     def sample(self, output: LogitsProcessorOutput, info: SamplingBatchInfo, batch: ModelWorkerBatch) -> torch.Tensor:
@@ -112,6 +171,11 @@ class ModelRunner:
             token_ids_logprobs=[entry.token_ids if entry else () for entry in batch.logprobs],
             positions=positions,
         )
+
+
+def _advance(bar: tqdm, bucket: int) -> None:
+    bar.set_postfix(batch_size=bucket)
+    bar.update()
 
 
 def _required(value: Number | None, name: str) -> Number:

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from sglang.srt.platforms.interface import Platform
+from sglang.srt.platforms.interface import DeviceGraph, Platform, Result
+
+
+class TorchDeviceGraph:
+    """A CUDA or HIP graph of torch; all of them share ``pool``."""
+
+    def __init__(self, pool: tuple[int, int]) -> None:
+        self._graph = torch.cuda.CUDAGraph()
+        self._pool = pool
+
+    def capture(self, body: Callable[[], Result]) -> Result:
+        """Record ``body`` on a stream of its own; it must not synchronise nor read the device."""
+        with torch.cuda.graph(self._graph, pool=self._pool):
+            return body()
+
+    def replay(self) -> None:
+        self._graph.replay()
 
 
 class CudaPlatform(Platform):
@@ -14,6 +32,7 @@ class CudaPlatform(Platform):
     device_type = "cuda"
     supports_graphs = True
     supports_streams = True
+    _graph_pool: tuple[int, int] | None = None
 
     @property
     def arch(self) -> str:
@@ -34,6 +53,11 @@ class CudaPlatform(Platform):
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
+
+    def create_graph(self) -> DeviceGraph:
+        if self._graph_pool is None:
+            self._graph_pool = torch.cuda.graph_pool_handle()
+        return TorchDeviceGraph(self._graph_pool)
 
     def create_stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.Stream()

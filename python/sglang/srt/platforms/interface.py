@@ -3,12 +3,27 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 import torch
 
 
 class PlatformError(RuntimeError):
     """The platform that was asked for cannot be had on this machine."""
+
+
+Result = TypeVar("Result")
+
+
+class DeviceGraph(Protocol):
+    """A recorded sequence of device work that runs again on the same memory."""
+
+    def capture(self, body: Callable[[], Result]) -> Result:
+        """Record ``body``; what it returns is overwritten by each replay."""
+        ...
+
+    def replay(self) -> None: ...
 
 
 class Platform(ABC):
@@ -51,6 +66,10 @@ class Platform(ABC):
     def create_stream(self) -> torch.cuda.Stream | None:
         """A new side stream, or None where work is serial."""
         return None
+
+    def create_graph(self) -> DeviceGraph:
+        """An empty graph; all graphs of a process share one memory pool. Needs ``supports_graphs``."""
+        raise PlatformError(f"platform {self.kind} on {self.device_type} captures no graphs")
 
     def auto_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         """The dtype that ``--dtype auto`` means here."""

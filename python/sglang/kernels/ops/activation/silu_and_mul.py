@@ -30,7 +30,7 @@ def silu_and_mul_triton(x: torch.Tensor) -> torch.Tensor:
     if out.numel():
         block = min(2048, next_power_of_2(width))
         blocks = cdiv(width, block)
-        silu_and_mul_kernel[(rows.count * blocks,)](x, out, width, *rows[1:], blocks, BLOCK=block, num_warps=4)
+        silu_and_mul_kernel[(rows.num_rows * blocks,)](x, out, width, *rows[1:], blocks, BLOCK=block, num_warps=4)
     return out
 
 

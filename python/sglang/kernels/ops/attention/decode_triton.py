@@ -20,7 +20,7 @@ def _span(seq_len, split, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _load_columns(at, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def load_columns(at, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """Columns [0, WIDTH) of the rows that ``at`` points into; ``mask`` selects them among BLOCK."""
     if WIDTH == BLOCK:
         return tl.load(at)
@@ -79,11 +79,11 @@ def decode_tokens_kernel(
         # Past the end the last token is read again: another slot may hold NaN, which a zero probability keeps.
         tokens = first + tl.arange(0, BLOCK_N)
         slots = tl.load(table + tl.minimum(tokens, end - 1)).to(tl.int64)[:, None]
-        k = _load_columns(k_base + slots * k_stride + keys[None, :], (keys < MAIN)[None, :], MAIN, KEY)
+        k = load_columns(k_base + slots * k_stride + keys[None, :], (keys < MAIN)[None, :], MAIN, KEY)
         logits = tl.dot(k, q, input_precision="ieee")
         if TAIL > 0:
             tail_at = k_base + slots * k_stride + MAIN + tails[None, :]
-            k_tail = _load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T)
+            k_tail = load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T)
             logits = tl.dot(k_tail, q_tail, logits, input_precision="ieee")
         logits = tl.where((tokens < end)[:, None], logits, float("-inf"))
         highest = tl.maximum(maximum, tl.max(logits, 0))
@@ -96,7 +96,7 @@ def decode_tokens_kernel(
             v = k
         else:
             v_at = v_base + slots * v_stride + values[None, :]
-            v = _load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V)
+            v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V)
         acc = tl.dot(tl.trans(v), probs.to(v.dtype), acc, input_precision="ieee")
     tl.store(out_at, (acc / total[None, :]).to(out_ptr.dtype.element_ty), mask=out_mask)
     if SPLITS > 1:
@@ -148,11 +148,11 @@ def decode_heads_kernel(
     for first in range(start, end, BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
         slots = tl.load(table + tl.minimum(tokens, end - 1)).to(tl.int64)[:, None]
-        k = _load_columns(k_base + slots * k_stride + keys[None, :], (keys < MAIN)[None, :], MAIN, KEY)
+        k = load_columns(k_base + slots * k_stride + keys[None, :], (keys < MAIN)[None, :], MAIN, KEY)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if TAIL > 0:
             tail_at = k_base + slots * k_stride + MAIN + tails[None, :]
-            k_tail = _load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T)
+            k_tail = load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T)
             logits = tl.dot(q_tail, tl.trans(k_tail), logits, input_precision="ieee")
         logits = tl.where((tokens < end)[None, :], logits, float("-inf"))
         highest = tl.maximum(maximum, tl.max(logits, 1))
@@ -165,7 +165,7 @@ def decode_heads_kernel(
             v = k
         else:
             v_at = v_base + slots * v_stride + values[None, :]
-            v = _load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V)
+            v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V)
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
     tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
     if SPLITS > 1:

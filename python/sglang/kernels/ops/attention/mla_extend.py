@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
+from sglang.kernels.launch import triton_impl
+from sglang.kernels.ops.attention.launchers import latent_fits, launch_extend
 from sglang.kernels.ops.attention.ragged_extend import indptr, ragged_extend_torch, ragged_shapes
+from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.spec import Case, Impl, Op
 
 
@@ -29,6 +32,27 @@ def mla_extend_torch(
     return ragged_extend_torch(q, rows, rows[..., :kv_lora_rank], qo_indptr, kv_indptr, scale)
 
 
+def mla_extend_triton(
+    q: torch.Tensor,
+    latent_cache: torch.Tensor,
+    kv_slot_ids: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_lora_rank: int,
+    scale: float,
+) -> torch.Tensor:
+    shape = RowShape.of(q.shape[2], kv_lora_rank, value_is_key=True)
+    rows = latent_cache.unsqueeze(1)
+    return launch_extend(q, rows, rows, kv_slot_ids, qo_indptr, kv_indptr, scale, shape)[0]
+
+
+def _accepts(
+    q: torch.Tensor, latent: torch.Tensor, slots: torch.Tensor, qo: torch.Tensor, kv: torch.Tensor, rank: int,
+    scale: float,
+) -> bool:  # fmt: skip
+    return latent_fits(q, latent, rank)
+
+
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     for name, q_lens, kv_lens in ragged_shapes():
@@ -38,4 +62,21 @@ def _cases() -> Iterator[Case]:
         yield Case(name, (q, cache, slots, indptr(q_lens), indptr(kv_lens), 16, 0.2))
 
 
-mla_extend = Op("attention.mla_extend", Impl("torch", mla_extend_torch), cases=_cases)
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """A few new tokens a request after a long prefix, in bf16, without contents."""
+    for heads in (16, 128):
+        for batch, new, total in ((1, 4, 8192), (8, 4, 8192), (32, 2, 1152)):
+            q = torch.empty(batch * new, heads, 576, dtype=torch.bfloat16, device=device)
+            latent = torch.empty(batch * total, 576, dtype=torch.bfloat16, device=device)
+            slots = torch.empty(batch * total, dtype=torch.int64, device=device)
+            bounds = torch.empty(batch + 1, dtype=torch.int64, device=device)
+            args = (q, latent, slots, bounds, bounds.clone(), 512, 192**-0.5)
+            yield mla_extend, Case(f"mla_h{heads} {batch}x{new} of {total}", args)
+
+
+mla_extend = Op(
+    "attention.mla_extend",
+    triton_impl(mla_extend_triton, _accepts),
+    Impl("torch", mla_extend_torch),
+    cases=_cases,
+)

@@ -6,7 +6,10 @@ from collections.abc import Iterator
 
 import torch
 
-from sglang.kernels.ops.attention.ragged_extend import indptr, ragged_extend_torch, ragged_shapes
+from sglang.kernels.launch import triton_impl
+from sglang.kernels.ops.attention.launchers import launch_extend, rows_fit
+from sglang.kernels.ops.attention.ragged_extend import SERVING_SHAPES, indptr, ragged_extend_torch, ragged_shapes
+from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.spec import Case, Impl, Op
 
 
@@ -30,6 +33,23 @@ def paged_extend_torch(
     return ragged_extend_torch(q, k, v, qo_indptr, kv_indptr, scale)
 
 
+def paged_extend_triton(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    kv_slot_ids: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    shape = RowShape.of(q.shape[2], v_cache.shape[2])
+    return launch_extend(q, k_cache, v_cache, kv_slot_ids, qo_indptr, kv_indptr, scale, shape)[0]
+
+
+def _accepts(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *rest: object) -> bool:
+    return rows_fit(q, k_cache, v_cache)
+
+
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     for name, q_lens, kv_lens in ragged_shapes():
@@ -42,4 +62,21 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{name}-{heads}x{kv_heads}", args)
 
 
-paged_extend = Op("attention.paged_extend", Impl("torch", paged_extend_torch), cases=_cases)
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Prefill and a cached prefix with grouped heads of 256 and 128 in bf16, without contents."""
+    for heads, kv_heads, dim in ((16, 2, 256), (32, 8, 128)):
+        for batch, new, total in (*SERVING_SHAPES, (8, 16, 8192)):
+            q = torch.empty(batch * new, heads, dim, dtype=torch.bfloat16, device=device)
+            cache = torch.empty(batch * total, kv_heads, dim, dtype=torch.bfloat16, device=device)
+            slots = torch.empty(batch * total, dtype=torch.int64, device=device)
+            bounds = torch.empty(batch + 1, dtype=torch.int64, device=device)
+            args = (q, cache, torch.empty_like(cache), slots, bounds, bounds.clone(), dim**-0.5)
+            yield paged_extend, Case(f"gqa_{heads}x{kv_heads}_d{dim} {batch}x{new} of {total}", args)
+
+
+paged_extend = Op(
+    "attention.paged_extend",
+    triton_impl(paged_extend_triton, _accepts),
+    Impl("torch", paged_extend_torch),
+    cases=_cases,
+)

@@ -7,8 +7,13 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
+from sglang.kernels.launch import triton_impl
+from sglang.kernels.ops.attention.launchers import launch_extend, rows_fit
+from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.spec import Case, Impl, Op
 
+# (requests, new tokens of each, tokens of each) at which kernels are compiled and timed.
+SERVING_SHAPES = ((1, 1024, 1024), (8, 1024, 1024), (1, 8192, 8192), (4, 2048, 8192))
 # Query rows at once: small enough that a block skips most of the keys after it, large enough to fill a product.
 _BLOCK_ROWS = 512
 # Bound on the logits mask of one block, in elements.
@@ -72,6 +77,21 @@ def ragged_extend_torch(
     return out
 
 
+def ragged_extend_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    return launch_extend(q, k, v, None, qo_indptr, kv_indptr, scale, RowShape.of(q.shape[2], v.shape[2]))[0]
+
+
+def _accepts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object) -> bool:
+    return rows_fit(q, k, v)
+
+
 def ragged_shapes() -> Iterator[tuple[str, list[int], list[int]]]:
     """Name, query lengths and key lengths of the batches that extend kernels must get right."""
     yield "one-token", [1], [1]
@@ -98,4 +118,21 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{name}-{heads}x{kv_heads}", (q, k, v, indptr(q_lens), indptr(kv_lens), 0.3))
 
 
-ragged_extend = Op("attention.ragged_extend", Impl("torch", ragged_extend_torch), cases=_cases)
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Expanded latent attention in bf16, without contents: keys of 192, values of 128, 16 to 128 heads."""
+    for heads in (16, 128):
+        for batch, new, total in SERVING_SHAPES:
+            q = torch.empty(batch * new, heads, 192, dtype=torch.bfloat16, device=device)
+            k = torch.empty(batch * total, heads, 192, dtype=torch.bfloat16, device=device)
+            v = torch.empty(batch * total, heads, 128, dtype=torch.bfloat16, device=device)
+            bounds = torch.empty(batch + 1, dtype=torch.int64, device=device)
+            name = f"mha_h{heads}_192_128 {batch}x{new} of {total}"
+            yield ragged_extend, Case(name, (q, k, v, bounds, bounds.clone(), 192**-0.5))
+
+
+ragged_extend = Op(
+    "attention.ragged_extend",
+    triton_impl(ragged_extend_triton, _accepts),
+    Impl("torch", ragged_extend_torch),
+    cases=_cases,
+)

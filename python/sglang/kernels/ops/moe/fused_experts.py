@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
+
+# Experts whose counts one program of the ordering holds.
+MAX_TRITON_EXPERTS = 4096
 
 
 def fused_experts_torch(
@@ -47,6 +54,130 @@ def fused_experts_torch(
     return torch.bmm(topk_weights.float().unsqueeze(1), by_token.float()).squeeze(1).to(x.dtype)
 
 
+class PairOrder(NamedTuple):
+    """Pairs by expert: blocks of pair numbers, each block's expert, how many blocks there are (on the device)."""
+
+    pairs: torch.Tensor
+    block_experts: torch.Tensor
+    num_blocks: torch.Tensor
+    max_blocks: int
+
+
+def order_pairs(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> PairOrder:
+    """Sort the pairs of ``topk_ids`` [N, k] by expert, stably, each expert's run padded to blocks of ``block_m``.
+
+    Padding holds N * k; pairs of id -1 are left out; entries past ``num_blocks`` are not written. Nothing is read back.
+    """
+    from sglang.kernels.ops.moe.fused_experts_triton import count_pairs_kernel, place_pairs_kernel
+
+    pairs = topk_ids.numel()
+    active = min(pairs, num_experts)
+    max_blocks = active + (pairs - active) // block_m
+    sizes = (num_experts, max_blocks * block_m, max_blocks, 1)
+    scratch = torch.empty(sum(sizes), dtype=torch.int32, device=topk_ids.device)
+    counts, order, block_experts, num_blocks = scratch.split(sizes)
+    chunk = min(1024, max(128, next_power_of_2(pairs)))
+    count_pairs_kernel[(num_experts,)](topk_ids, counts, pairs, CHUNK=chunk, num_warps=4)
+    place_pairs_kernel[(num_experts,)](
+        topk_ids, counts, order, block_experts, num_blocks, pairs, num_experts,
+        BLOCK_M=block_m, EXPERTS=next_power_of_2(num_experts), CHUNK=chunk, num_warps=4,
+    )  # fmt: skip
+    return PairOrder(order, block_experts, num_blocks, max_blocks)
+
+
+def one_token_gate_up(x: torch.Tensor, w13: torch.Tensor, ids: torch.Tensor, tile: dict[str, Any]) -> torch.Tensor:
+    """x [1, H] -> activated rows [k, I]; the row of a skipped pair is not written."""
+    from sglang.kernels.ops.moe.fused_experts_triton import one_token_gate_up_kernel
+
+    pairs, hidden, width = ids.numel(), x.shape[1], w13.shape[1] // 2
+    out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
+    tiles = cdiv(width, tile["BLOCK_N"])
+    one_token_gate_up_kernel[(pairs * tiles,)](
+        x, w13, ids, out, width, hidden, w13.stride(0), w13.stride(1), tiles, **tile
+    )
+    return out
+
+
+def one_token_down(
+    activated: torch.Tensor, w2: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, tile: dict[str, Any]
+) -> torch.Tensor:
+    """activated [k, I] -> [1, H], weighted and summed."""
+    from sglang.kernels.ops.moe.fused_experts_triton import one_token_down_kernel
+
+    pairs, hidden, width = ids.numel(), w2.shape[1], w2.shape[2]
+    out = torch.empty(1, hidden, dtype=activated.dtype, device=activated.device)
+    one_token_down_kernel[(cdiv(hidden, tile["BLOCK_N"]),)](
+        activated, w2, ids, weights, out, pairs, hidden, width, w2.stride(0), w2.stride(1),
+        PAIRS=next_power_of_2(pairs), **tile,
+    )  # fmt: skip
+    return out
+
+
+def expert_product(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    ids: torch.Tensor,
+    order: PairOrder | None,
+    tile: dict[str, Any],
+    block_m: int,
+    is_gate_up: bool,
+) -> torch.Tensor:
+    """One of the two products for all pairs, [N * k, width]; rows of skipped pairs are not written."""
+    from sglang.kernels.ops.moe.fused_experts_triton import few_tokens_kernel, many_tokens_kernel
+
+    pairs, k_dim = ids.numel(), x.shape[1]
+    width = w.shape[1] // 2 if is_gate_up else w.shape[1]
+    out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
+    tiles = cdiv(width, tile["BLOCK_N"])
+    shape = {"TOP_K": ids.shape[1], "GATE_UP": is_gate_up, "EVEN_K": k_dim % tile["BLOCK_K"] == 0, "BLOCK_M": block_m}
+    strides = (x.stride(0), w.stride(0), w.stride(1))
+    if order is None:
+        few_tokens_kernel[(pairs * tiles,)](
+            x, w, ids, out, pairs, width, k_dim, *strides, tiles,
+            PAIRS=max(16, next_power_of_2(pairs)), **shape, **tile,
+        )  # fmt: skip
+    else:
+        many_tokens_kernel[(order.max_blocks * tiles,)](
+            x, w, order.pairs, order.block_experts, order.num_blocks, out,
+            pairs, width, k_dim, *strides, order.max_blocks, tiles, **shape, **tile,
+        )  # fmt: skip
+    return out
+
+
+def fused_experts_triton(
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> torch.Tensor:
+    """One token: two launches. Up to ``few_tokens``: three. More: five. The path depends on shapes and arch alone."""
+    from sglang.kernels.ops.moe.fused_experts_triton import weighted_sum_kernel
+
+    (num_tokens, top_k), hidden, num_experts = topk_ids.shape, x.shape[1], w13.shape[0]
+    if num_tokens == 0:
+        return torch.empty_like(x)
+    tiles = choose_tiles(current_platform.arch, 8 * x.itemsize, num_tokens, top_k, num_experts)
+    if tiles.path == "one":
+        activated = one_token_gate_up(x, w13, topk_ids, tiles.gate_up)
+        return one_token_down(activated, w2, topk_weights, topk_ids, tiles.down)
+    order = order_pairs(topk_ids, num_experts, tiles.block_m) if tiles.path == "many" else None
+    activated = expert_product(x, w13, topk_ids, order, tiles.gate_up, tiles.block_m, True)
+    rows = expert_product(activated, w2, topk_ids, order, tiles.down, tiles.block_m, False)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block = min(1024, next_power_of_2(hidden))
+    blocks = cdiv(hidden, block)
+    weighted_sum_kernel[(num_tokens * blocks,)](
+        rows, topk_ids, topk_weights, out, hidden, blocks, TOP_K=top_k, BLOCK=block, num_warps=4
+    )
+    return out
+
+
+def _accepts(
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> bool:
+    dense = x.stride(1) == w13.stride(2) == w2.stride(2) == 1
+    routing = topk_weights.is_contiguous() and topk_ids.is_contiguous() and topk_weights.dtype == torch.float32
+    same = x.dtype == w13.dtype == w2.dtype and x.dtype in FLOATS
+    return dense and routing and same and w13.shape[0] <= MAX_TRITON_EXPERTS and topk_ids.shape[1] > 0
+
+
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     shapes = (
@@ -69,4 +200,9 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{name}-all-skipped", (x, w13, w2, weights, torch.full_like(ids, -1)))
 
 
-fused_experts = Op("moe.fused_experts", Impl("torch", fused_experts_torch), cases=_cases)
+fused_experts = Op(
+    "moe.fused_experts",
+    triton_impl(fused_experts_triton, _accepts),
+    Impl("torch", fused_experts_torch),
+    cases=_cases,
+)

@@ -6,7 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
+from sglang.kernels.launch import FLOATS, next_power_of_2, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
+
+# Experts that one program of the Triton router holds, groups and sizes rounded up to powers of two.
+MAX_TRITON_EXPERTS = 1024
 
 
 def _finish(
@@ -84,6 +88,77 @@ def topk_biased_grouped_torch(
     return _finish(scores.gather(1, ids), ids, renormalize, scale)
 
 
+def _launch_router(
+    logits: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from sglang.kernels.ops.moe.topk_triton import router_kernel
+
+    rows, experts = logits.shape
+    weights = torch.empty(rows, top_k, dtype=torch.float32, device=logits.device)
+    ids = torch.empty(rows, top_k, dtype=torch.int32, device=logits.device)
+    if rows:
+        size = experts // n_group
+        router_kernel[(rows,)](
+            logits, bias, weights, ids, logits.stride(0), size, scale,
+            TOP_K=top_k, K_BLOCK=next_power_of_2(top_k), N_GROUP=n_group, TOPK_GROUP=topk_group,
+            GROUPS=next_power_of_2(n_group), SIZE=next_power_of_2(size),
+            SIGMOID=scoring == "sigmoid", RENORMALIZE=renormalize, HAS_BIAS=bias is not None,
+            num_warps=1 if experts <= 512 else 4,
+        )  # fmt: skip
+    return weights, ids
+
+
+def topk_plain_triton(
+    logits: torch.Tensor, top_k: int, scoring: str, renormalize: bool, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _launch_router(logits, None, top_k, scoring, renormalize, 1, 1, scale)
+
+
+def topk_grouped_triton(
+    logits: torch.Tensor, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _launch_router(logits, None, top_k, scoring, renormalize, n_group, topk_group, scale)
+
+
+def _fits_router(logits: torch.Tensor, top_k: int, scoring: str, n_group: int, topk_group: int) -> bool:
+    experts = logits.shape[1]
+    size = experts // n_group
+    readable = logits.dtype in FLOATS and logits.stride(1) == 1 and scoring in ("softmax", "sigmoid")
+    held = experts == size * n_group and next_power_of_2(n_group) * next_power_of_2(size) <= MAX_TRITON_EXPERTS
+    return readable and held and 0 < top_k <= min(topk_group, n_group) * size
+
+
+def _accepts_plain(logits: torch.Tensor, top_k: int, scoring: str, renormalize: bool, scale: float) -> bool:
+    return _fits_router(logits, top_k, scoring, 1, 1)
+
+
+def _accepts_grouped(
+    logits: torch.Tensor, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int, scale: float
+) -> bool:
+    return _fits_router(logits, top_k, scoring, n_group, topk_group)
+
+
+def _accepts_biased(
+    logits: torch.Tensor,
+    bias: torch.Tensor,
+    top_k: int,
+    scoring: str,
+    renormalize: bool,
+    n_group: int,
+    topk_group: int,
+    scale: float,
+) -> bool:
+    readable = bias.is_contiguous() and bias.dtype in FLOATS and logits.shape[1] >= 2 * n_group
+    return readable and _fits_router(logits, top_k, scoring, n_group, topk_group)
+
+
 def _logits() -> Iterator[tuple[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
     for rows in (1, 7, 0, 64):
@@ -117,6 +192,21 @@ def _biased_cases() -> Iterator[Case]:
             yield Case(f"{name}-{n_group}-{topk_group}", (logits, bias, 4, "sigmoid", True, n_group, topk_group, 2.5))
 
 
-topk_plain = Op("moe.topk_plain", Impl("torch", topk_plain_torch), cases=_plain_cases)
-topk_grouped = Op("moe.topk_grouped", Impl("torch", topk_grouped_torch), cases=_grouped_cases)
-topk_biased_grouped = Op("moe.topk_biased_grouped", Impl("torch", topk_biased_grouped_torch), cases=_biased_cases)
+topk_plain = Op(
+    "moe.topk_plain",
+    triton_impl(topk_plain_triton, _accepts_plain),
+    Impl("torch", topk_plain_torch),
+    cases=_plain_cases,
+)
+topk_grouped = Op(
+    "moe.topk_grouped",
+    triton_impl(topk_grouped_triton, _accepts_grouped),
+    Impl("torch", topk_grouped_torch),
+    cases=_grouped_cases,
+)
+topk_biased_grouped = Op(
+    "moe.topk_biased_grouped",
+    triton_impl(_launch_router, _accepts_biased),
+    Impl("torch", topk_biased_grouped_torch),
+    cases=_biased_cases,
+)

@@ -66,8 +66,8 @@ def launch_rms_norm(
     if x.numel():
         block = next_power_of_2(dim)
         rows = max(1, min(16, 1024 // block))
-        rms_norm_kernel[(cdiv(x_rows.count, rows),)](
-            x, residual, gate, weight, out, total, x_rows.count, dim, eps, *x_rows[1:], *other_rows[1:],
+        rms_norm_kernel[(cdiv(x_rows.num_rows, rows),)](
+            x, residual, gate, weight, out, total, x_rows.num_rows, dim, eps, *x_rows[1:], *other_rows[1:],
             HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None, UNIT_OFFSET=unit_offset,
             ROWS=rows, BLOCK=block, num_warps=warps_for(rows * block),
         )  # fmt: skip

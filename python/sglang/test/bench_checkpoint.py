@@ -1,15 +1,18 @@
-"""The checkpoint of the decode bench: DeepSeek-V3's layout with real head sizes, small enough for a bare CPU."""
+"""The checkpoint that CPU benches run: DeepSeek-V3's layout with real head sizes, small in everything else."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import string
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+SPECIAL_TOKENS = ("<s>", "</s>")  # ids 0 and 1
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v3", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512,
     "moe_intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
@@ -42,8 +45,31 @@ def fill_healthy(model: torch.nn.Module) -> None:
                 buffer.copy_(normal(name, buffer.shape, 0.05))
 
 
+def write_tokenizer(folder: Path, size: int) -> None:
+    """A byte-level BPE, as the served families have: all bytes, then pairs of letters up to ``size`` tokens."""
+    vocab = {token: index for index, token in enumerate(SPECIAL_TOKENS)}
+    for char in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocab[char] = len(vocab)
+    letters = string.ascii_lowercase
+    pairs = [(first, second) for first in letters for second in letters][: max(0, size - len(vocab))]
+    for first, second in pairs:
+        vocab[first + second] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL_TOKENS[0],
+        "eos_token": SPECIAL_TOKENS[1],
+        "model_max_length": 131072,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
 def make_checkpoint(folder: Path | None = None) -> Path:
-    """Save the checkpoint in float32 with transformers, once; by default in the system's temporary folder."""
+    """Save model (float32, by transformers) and tokenizer once; by default in the system's temporary folder."""
     import transformers
 
     key = hashlib.sha256((json.dumps(CONFIG, sort_keys=True) + transformers.__version__).encode()).hexdigest()[:12]
@@ -55,5 +81,6 @@ def make_checkpoint(folder: Path | None = None) -> Path:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     fill_healthy(model)
     model.save_pretrained(str(target))
+    write_tokenizer(target, CONFIG["vocab_size"])
     (target / "complete").touch()
     return target

@@ -1,0 +1,138 @@
+"""Find tile sizes of the routed experts' kernels on the GPU at hand, for ``kernels/ops/moe/tiles.json``.
+
+    python benchmark/kernels/tune_moe.py --shape v2lite --tokens 1 8 128 [--block-m 16 32]
+
+The two products are timed apart, in replayed graphs. Candidates are compiled beforehand in ``--jobs`` processes that
+use no GPU, and run only when they compile. Prints the best few of each product; nothing is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from moe_cases import SHAPES, TOKENS, MoeInputs, MoeShape, describe_device, graph_time, make_inputs, make_weights
+
+from sglang.kernels.amd.driver import compile_only
+from sglang.kernels.ops.moe.fused_experts import expert_product, one_token_down, one_token_gate_up, order_pairs
+from sglang.kernels.ops.moe.tiles import choose_tiles
+from sglang.srt.platforms import current_platform
+
+# Bytes of weight tiles in flight per program; more does not fit beside a second program.
+MAX_STAGE_BYTES = 200 << 10
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One setting of one product. ``path`` as in MoeTiles; ``block_m`` 0 where the path has none."""
+
+    path: str
+    product: str
+    block_m: int
+    tile: tuple[tuple[str, int], ...]
+
+
+def candidates(path: str, block_m: int, per_expert: float) -> Iterator[Candidate]:
+    """The grid that is searched."""
+    if path == "one":
+        for product, widths in (("gate_up", (2, 4, 8, 16)), ("down", (1, 2, 4, 8))):
+            for n, k, warps in itertools.product(widths, (256, 512, 1024), (2, 4, 8)):
+                if 16 <= n * k * (8 if product == "down" else 2) // (32 * warps) <= 256:
+                    yield Candidate(path, product, 0, (("BLOCK_N", n), ("BLOCK_K", k), ("num_warps", warps)))
+        return
+    for product, parts in (("gate_up", 2), ("down", 1)):
+        wide = block_m >= 64
+        for n, k, warps, stages in itertools.product(
+            (64, 128, 256) if wide else (16, 32, 64, 128), (64, 128) if wide else (64, 128, 256), (4, 8), (2, 3, 4, 5)
+        ):
+            held = block_m * n * parts // (32 * warps)
+            flight = stages * k * 2 * (n * parts + block_m)
+            if flight > MAX_STAGE_BYTES or held > 128 or (not wide and (warps == 8 or flight < 24 << 10)):
+                continue
+            if wide and (held < 32 or stages == 2):
+                continue
+            tile: list[tuple[str, int]] = [("BLOCK_N", n), ("BLOCK_K", k), ("num_warps", warps), ("num_stages", stages)]
+            if path == "many":
+                tile.append(("GROUP_M", 1 if per_expert <= block_m else 16))
+            yield Candidate(path, product, block_m, tuple(tile))
+
+
+def product_of(candidate: Candidate, inputs: MoeInputs, activated: torch.Tensor, routing: int) -> Callable[[], Any]:
+    """The candidate's product as a call; the ordering of pairs is done here, outside it."""
+    tile, ids = dict(candidate.tile), inputs.ids[routing]
+    is_gate_up = candidate.product == "gate_up"
+    if candidate.path == "one":
+        if is_gate_up:
+            return lambda: one_token_gate_up(inputs.x, inputs.w13, ids, tile)
+        return lambda: one_token_down(activated, inputs.w2, inputs.weights[routing], ids, tile)
+    experts = inputs.w13.shape[0]
+    order = order_pairs(ids, experts, candidate.block_m) if candidate.path == "many" else None
+    rows, weight = (inputs.x, inputs.w13) if is_gate_up else (activated, inputs.w2)
+    return lambda: expert_product(rows, weight, ids, order, tile, candidate.block_m, is_gate_up)
+
+
+def _compile(job: tuple[str, MoeShape, int, Candidate]) -> str | None:
+    """Compile one candidate on shape-only tensors; the error's text when it does not compile."""
+    arch, shape, tokens, candidate = job
+    w13 = torch.empty(shape.experts, 2 * shape.intermediate, shape.hidden, dtype=torch.bfloat16, device="meta")
+    w2 = torch.empty(shape.experts, shape.hidden, shape.intermediate, dtype=torch.bfloat16, device="meta")
+    x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="meta")
+    ids = torch.empty(tokens, shape.top_k, dtype=torch.int32, device="meta")
+    inputs = MoeInputs(x, w13, w2, [torch.empty(tokens, shape.top_k, device="meta")], [ids])
+    activated = torch.empty(tokens * shape.top_k, shape.intermediate, dtype=torch.bfloat16, device="meta")
+    try:
+        with compile_only(arch):
+            product_of(candidate, inputs, activated, 0)()
+    except Exception as error:  # a candidate that does not compile is left out, and said
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return None
+
+
+def tune(shape: MoeShape, tokens: int, block_ms: list[int], jobs: int, weights: tuple[torch.Tensor, ...]) -> None:
+    arch = current_platform.arch
+    path = choose_tiles(arch, 16, tokens, shape.top_k, shape.experts).path
+    per_expert = tokens * shape.top_k / shape.experts
+    sizes = [0] if path == "one" else [16] if path == "few" else block_ms
+    found = [candidate for size in sizes for candidate in candidates(path, size, per_expert)]
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        errors = pool.map(_compile, [(arch, shape, tokens, candidate) for candidate in found], chunksize=1)
+    usable = [candidate for candidate, error in zip(found, errors, strict=True) if error is None]
+    print(f"## t{tokens} ({path}): {len(usable)} of {len(found)} candidates compile", flush=True)
+    routings = 4 if tokens <= 128 else 1
+    inputs = make_inputs(shape, tokens, *weights, routings)
+    activated = torch.randn(tokens * shape.top_k, shape.intermediate, device="cuda").bfloat16()
+    timed = []
+    for candidate in usable:
+        try:
+            calls = [product_of(candidate, inputs, activated, routing) for routing in range(routings)]
+            timed.append((statistics.median(graph_time(calls, runs=3, min_seconds=0.004)), candidate))
+        except Exception as error:  # out of shared memory shows only at launch
+            print(f"   {candidate}: {type(error).__name__}")
+    for product in ("gate_up", "down"):
+        best = sorted(((s, c) for s, c in timed if c.product == product), key=lambda pair: pair[0])[:5]
+        for seconds, candidate in best:
+            print(f"{product:<8} {seconds * 1e6:9.1f} us  BLOCK_M={candidate.block_m} {dict(candidate.tile)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="v2lite")
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--block-m", nargs="+", type=int, default=[16, 64, 128])
+    parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    print(f"# {describe_device()}, {args.shape}")
+    weights = make_weights(SHAPES[args.shape], torch.bfloat16)
+    for tokens in args.tokens:
+        tune(SHAPES[args.shape], tokens, args.block_m, args.jobs, weights)
+
+
+if __name__ == "__main__":
+    main()

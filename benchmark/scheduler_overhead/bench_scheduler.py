@@ -1,0 +1,170 @@
+"""What serving costs beside the model: scheduler time outside forward and sampling, and CPU time of the front.
+
+    python benchmark/scheduler_overhead/bench_scheduler.py
+
+Starts a server, keeps --batch-size requests in flight over HTTP, and reports as shares of the run's wall time
+
+    scheduling   seconds of scheduler steps outside forward and sampling (/server_info, schedule_seconds)
+    front        CPU seconds of the HTTP and tokenizer process, and of the detokenizer (psutil)
+
+whole replies and streamed ones apart, min / median / max over the rounds. The client is a process of its own and counts
+nowhere. The prefix cache sees no prompt twice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+
+import sglang
+from sglang.bench_utils.clients import Target, make_client, send_request
+from sglang.bench_utils.datasets import DatasetRow
+from sglang.srt.utils.common import get_free_port, kill_process_tree
+from sglang.test.bench_checkpoint import CONFIG, make_checkpoint
+
+TIMEOUT_S = 120.0
+OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def get_json(url: str) -> dict[str, Any]:
+    with OPENER.open(url, timeout=30.0) as answer:
+        return json.load(answer)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Clocks of the server at one moment, in seconds."""
+
+    schedule: float
+    forward: float
+    main_cpu: float
+    detokenizer_cpu: float
+    scheduler_cpu: float
+
+
+class Server:
+    """One server process with its children."""
+
+    def __init__(self, folder: Path, max_running: int) -> None:
+        port = get_free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = tempfile.NamedTemporaryFile(mode="w+", suffix=".log")  # noqa: SIM115
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port)]
+        command += ["--max-running-requests", str(max_running), "--log-level", "error"]
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
+        deadline = time.monotonic() + TIMEOUT_S
+        while not self._is_healthy():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                kill_process_tree(self.process.pid)
+                raise RuntimeError(f"the server did not get ready:\n{Path(self.log.name).read_text()[-4000:]}")
+            time.sleep(0.1)
+        self.main = psutil.Process(self.process.pid)
+        children = {" ".join(child.cmdline()): child for child in self.main.children(recursive=True)}
+        self.detokenizer = next(child for line, child in children.items() if "detokenizer_process" in line)
+        self.scheduler = next(child for line, child in children.items() if "scheduler_process" in line)
+
+    def _is_healthy(self) -> bool:
+        try:
+            with OPENER.open(self.url + "/health", timeout=5.0) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    def snapshot(self) -> Snapshot:
+        state = get_json(self.url + "/server_info")["internal_states"][0]
+        cpu = [sum(process.cpu_times()[:2]) for process in (self.main, self.detokenizer, self.scheduler)]
+        return Snapshot(state["schedule_seconds"], state["forward_seconds"], *cpu)
+
+    def close(self) -> None:
+        kill_process_tree(self.process.pid)
+        self.log.close()
+
+
+async def _send_all(target: Target, rows: list[DatasetRow]) -> float:
+    async with make_client({}) as client:
+        started = time.perf_counter()
+        outputs = await asyncio.gather(*(send_request(client, target, row) for row in rows))
+        seconds = time.perf_counter() - started
+    failed = [output.error for output in outputs if output.error]
+    if failed:
+        raise RuntimeError(f"{len(failed)} requests failed: {failed[0]}")
+    return seconds
+
+
+def load_round(url: str, stream: bool, seed: int, args: argparse.Namespace) -> float:
+    """Send one batch and wait for it, in this process; returns seconds."""
+    rng = np.random.default_rng(seed)
+    size = (args.batch_size, args.input_len)
+    prompts = rng.integers(2, CONFIG["vocab_size"], size=size).tolist()
+    rows = [DatasetRow(prompt, args.input_len, args.output_len) for prompt in prompts]
+    return asyncio.run(_send_all(Target("sglang", url, "", stream), rows))
+
+
+def measure(server: Server, stream: bool, args: argparse.Namespace) -> list[dict[str, float]]:
+    """Shares of each round, the warm-up round left out."""
+    rounds = []
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        for number in range(args.rounds + 1):
+            before = server.snapshot()
+            seconds = pool.apply(load_round, (server.url, stream, 2 * number + stream, args))
+            after = server.snapshot()
+            scheduling = after.schedule - before.schedule
+            main, detokenizer = after.main_cpu - before.main_cpu, after.detokenizer_cpu - before.detokenizer_cpu
+            rounds.append(
+                {
+                    "tokens/s": args.batch_size * args.output_len / seconds,
+                    "forward and sampling %": 100 * (after.forward - before.forward) / seconds,
+                    "scheduling %": 100 * scheduling / seconds,
+                    "main process %": 100 * main / seconds,
+                    "detokenizer %": 100 * detokenizer / seconds,
+                    "scheduling + front %": 100 * (scheduling + main + detokenizer) / seconds,
+                }
+            )
+    return rounds[1:]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--input-len", type=int, default=64)
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--model-path", type=Path, help="Default: the checkpoint of the decode bench.")
+    args = parser.parse_args()
+    folder = args.model_path or make_checkpoint()
+    print(
+        f"device: cpu, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; python {sys.version.split()[0]}, "
+        f"torch {torch.__version__}, sglang-amd {sglang.__version__}"
+    )
+    print(f"batch {args.batch_size}, {args.input_len} tokens in, {args.output_len} out; min / median / max")
+    server = Server(folder, args.batch_size)
+    try:
+        for stream in (False, True):
+            rounds = measure(server, stream, args)
+            print("streamed replies" if stream else "whole replies")
+            for name in rounds[0]:
+                values = [entry[name] for entry in rounds]
+                print(f"  {name:24s} {min(values):9.2f} / {statistics.median(values):9.2f} / {max(values):9.2f}")
+    finally:
+        server.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Host side of the Triton attention kernels: strides, grids and splits; reads shapes and never device data."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2
+from sglang.kernels.ops.attention.tiles import RowShape, Tile, decode_tile, extend_tile, split_count
+
+# Widest key row with values of its own, and widest latent row, that the kernels hold.
+MAX_HEAD_DIM = 256
+MAX_LATENT_DIM = 576
+
+
+def rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
+    """True when the kernels take q [., Hq, D], k [., Hk, D], v [., Hk, Dv] with values of their own."""
+    same = q.dtype == k.dtype == v.dtype and q.dtype in FLOATS
+    dense = all(tensor.stride(-1) == 1 for tensor in (q, k, v))
+    shapes = q.shape[-1] == k.shape[-1] <= MAX_HEAD_DIM and v.shape[-1] <= MAX_HEAD_DIM
+    return same and dense and shapes and q.shape[1] % k.shape[1] == 0
+
+
+def latent_fits(q: torch.Tensor, latent: torch.Tensor, rank: int) -> bool:
+    """True when the kernels take q [., H, R+P] over latent rows [., R+P] whose first ``rank`` columns are the value."""
+    dense = q.stride(-1) == 1 and latent.stride(-1) == 1
+    shapes = rank < q.shape[-1] == latent.shape[-1] <= MAX_LATENT_DIM
+    return q.dtype == latent.dtype and q.dtype in FLOATS and dense and shapes
+
+
+def merge_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> None:
+    """parts [N, S, H, V] and lse [N, S, H] float32 -> out [N, H, V]; the order of the sum is fixed."""
+    from sglang.kernels.ops.attention.decode_triton import merge_splits_kernel
+
+    num_rows, splits, heads, value = parts.shape
+    block_v = min(128, max(16, next_power_of_2(value)))
+    block_s = next_power_of_2(splits)
+    merge_splits_kernel[(num_rows * heads, cdiv(value, block_v))](
+        parts, lse, out, heads,
+        SPLITS=splits, BLOCK_S=block_s, STEP=min(16, block_s), VALUE=value, BLOCK_V=block_v,
+        num_warps=4,
+    )  # fmt: skip
+
+
+def launch_decode(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+    shape: RowShape,
+    tile: Tile | None = None,
+    splits: int | None = None,
+) -> torch.Tensor:
+    """One query a request over its slots: q [B, Hq, D], k [S, Hk, D], v [S, Hk, Dv] -> [B, Hq, Dv].
+
+    ``tile`` and ``splits`` are for tuning and for tests of their invariance; None takes the tables' choice.
+    """
+    from sglang.kernels.ops.attention.decode_triton import decode_heads_kernel, decode_tokens_kernel
+
+    batch, heads, _ = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    out = torch.empty(batch, heads, shape.value, dtype=q.dtype, device=q.device)
+    if batch == 0:
+        return out
+    found, heads_are_rows = decode_tile(shape, group, q.dtype)
+    tile = tile or found
+    programs = kv_heads * cdiv(group, tile.rows)
+    if splits is None:
+        part_bytes = 4 * batch * heads * shape.value
+        splits = split_count(batch * programs, req_to_token.shape[1], tile.block_n, part_bytes)
+    parts, lse = out, out
+    if splits > 1:
+        parts = torch.empty(batch, splits, heads, shape.value, dtype=torch.float32, device=q.device)
+        lse = torch.empty(batch, splits, heads, dtype=torch.float32, device=q.device)
+    kernel = decode_heads_kernel if heads_are_rows else decode_tokens_kernel
+    kernel[(batch, programs, splits)](
+        q, k, v, req_to_token, req_pool_indices, seq_lens, parts, lse,
+        scale, heads, group,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), req_to_token.stride(0),
+        **shape.constants(), HEADS=tile.rows, BLOCK_N=tile.block_n, SPLITS=splits,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        merge_parts(parts, lse, out)
+    return out
+
+
+def launch_extend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slot_ids: torch.Tensor | None,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    scale: float,
+    shape: RowShape,
+    causal: bool = True,
+    with_lse: bool = False,
+    tile: Tile | None = None,
+    splits: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Packed queries over slots, or over packed rows when ``slot_ids`` is None -> out [N, Hq, Dv], lse [N, Hq] float32.
+
+    lse is written when asked for. Few queries over long contexts are split, unless the lse is wanted.
+    """
+    from sglang.kernels.ops.attention.extend_triton import extend_kernel
+
+    num_rows, heads, _ = q.shape
+    kv_heads = k.shape[1]
+    group = heads // kv_heads
+    batch = qo_indptr.shape[0] - 1
+    out = torch.empty(num_rows, heads, shape.value, dtype=q.dtype, device=q.device)
+    lse = torch.empty(num_rows, heads if with_lse else 0, dtype=torch.float32, device=q.device)
+    if num_rows == 0 or batch == 0:
+        return out, lse
+    tile = tile or extend_tile(shape, q.dtype)
+    tiles = num_rows * group // tile.rows + batch
+    if splits is None:
+        tokens = k.shape[0] if slot_ids is None else slot_ids.shape[0]
+        part_bytes = 4 * num_rows * heads * shape.value
+        splits = 1 if with_lse else split_count(tiles * kv_heads, tokens, 4 * tile.block_n, part_bytes)
+    parts, parts_lse = out, lse
+    if splits > 1:
+        parts = torch.empty(num_rows, splits, heads, shape.value, dtype=torch.float32, device=q.device)
+        parts_lse = torch.empty(num_rows, splits, heads, dtype=torch.float32, device=q.device)
+    extend_kernel[(kv_heads, tiles, splits)](
+        q, k, v, qo_indptr if slot_ids is None else slot_ids, qo_indptr, kv_indptr, parts, parts_lse,
+        scale, batch, heads, group,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        **shape.constants(), BLOCK_M=tile.rows, BLOCK_N=tile.block_n, BLOCK_B=128, SPLITS=splits,
+        PAGED=slot_ids is not None, CAUSAL=causal, WRITE_LSE=with_lse or splits > 1,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        merge_parts(parts, parts_lse, out)
+    return out, lse

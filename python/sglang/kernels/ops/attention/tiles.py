@@ -1,0 +1,144 @@
+"""Launch shapes of the Triton attention kernels as data: tiles by architecture and kind of row, numbers of splits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang.kernels.launch import cdiv, next_power_of_2
+from sglang.srt.platforms import current_platform
+
+
+@dataclass(frozen=True)
+class Tile:
+    """rows: query rows of a program (heads of one token in decode); block_n: tokens of a step of its loop."""
+
+    rows: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class RowShape:
+    """Columns of a key row as the kernels load them: MAIN, then TAIL more; both padded to powers of two of at least 16.
+
+    ``value_is_key``: the value is the first MAIN columns of the key row.
+    """
+
+    main: int
+    tail: int
+    value: int
+    value_is_key: bool
+
+    @classmethod
+    def of(cls, dim: int, value_dim: int, value_is_key: bool = False) -> RowShape:
+        if value_is_key:
+            return cls(value_dim, dim - value_dim, value_dim, True)
+        main = dim if dim == next_power_of_2(dim) else next_power_of_2(dim) // 2
+        return cls(main, dim - main, value_dim, False)
+
+    @property
+    def kind(self) -> str:
+        """Row of the tables below: "latent", "wide" (keys past 128 columns) or "narrow"."""
+        if self.value_is_key:
+            return "latent"
+        return "wide" if self.main > 128 else "narrow"
+
+    def constants(self) -> dict[str, int | bool]:
+        """Compile-time arguments that the kernels take."""
+        return {
+            "MAIN": self.main,
+            "TAIL": self.tail,
+            "VALUE": self.value,
+            "VALUE_IS_KEY": self.value_is_key,
+            "KEY": _padded(self.main),
+            "BLOCK_T": _padded(self.tail),
+            "BLOCK_V": _padded(self.value),
+        }
+
+
+def _padded(columns: int) -> int:
+    return max(16, next_power_of_2(columns))
+
+
+# Heads of one key head at which a program takes 64 of them as rows of its products, by architecture.
+MANY_HEADS = 64
+
+# (architecture prefix, kind of row, bytes of an element) -> tile. "" is any architecture: small tiles that fit 64 KiB
+# of shared memory. sm_90: chosen on one H100 80GB, see benchmark/kernels/bench_attention.py. gfx: compiled, no spill,
+# never timed.
+DECODE_TILES: dict[tuple[str, str, int], Tile] = {
+    ("", "latent", 2): Tile(16, 32, 4, 2),
+    ("", "wide", 2): Tile(16, 32, 4, 2),
+    ("", "narrow", 2): Tile(16, 64, 4, 2),
+    ("", "latent", 4): Tile(16, 16, 8, 1),
+    ("", "wide", 4): Tile(16, 16, 8, 1),
+    ("", "narrow", 4): Tile(16, 32, 4, 1),
+    ("sm_90", "latent", 2): Tile(16, 64, 4, 2),
+    ("sm_90", "wide", 2): Tile(16, 64, 4, 3),
+    ("sm_90", "narrow", 2): Tile(16, 64, 4, 3),
+}
+MANY_HEADS_TILES: dict[tuple[str, str, int], Tile] = {
+    ("", "latent", 2): Tile(32, 32, 4, 2),
+    ("sm_90", "latent", 2): Tile(64, 64, 8, 3),
+}
+EXTEND_TILES: dict[tuple[str, str, int], Tile] = {
+    ("", "latent", 2): Tile(32, 32, 4, 1),
+    ("", "wide", 2): Tile(128, 32, 8, 1),
+    ("", "narrow", 2): Tile(128, 64, 8, 1),
+    ("", "latent", 4): Tile(16, 16, 4, 1),
+    ("", "wide", 4): Tile(32, 16, 8, 1),
+    ("", "narrow", 4): Tile(32, 32, 8, 1),
+    ("sm_90", "latent", 2): Tile(64, 32, 8, 2),
+    ("sm_90", "wide", 2): Tile(128, 32, 8, 3),
+    ("sm_90", "narrow", 2): Tile(128, 64, 8, 2),
+    ("sm_90", "latent", 4): Tile(16, 16, 8, 1),
+}
+# Programs that a GPU runs at once, the size to which few requests are split. sm_90: multiprocessors of an H100;
+# gfx: compute units of an MI300X and an MI355X.
+PROGRAMS = {"": 128, "sm_90": 132, "gfx942": 304, "gfx950": 256}
+# Bound on splits: their partial results are read again by one program.
+MAX_SPLITS = 128
+# Bound on the float32 partial results of one call, in bytes.
+MAX_PARTS_BYTES = 256 << 20
+
+
+def _find(table: dict[tuple[str, str, int], Tile], kind: str, itemsize: int) -> Tile | None:
+    arch = current_platform.arch
+    best = None
+    for (prefix, of_kind, of_size), tile in table.items():
+        if (of_kind, of_size) == (kind, itemsize) and arch.startswith(prefix):
+            if best is None or len(prefix) > len(best[0]):
+                best = (prefix, tile)
+    return None if best is None else best[1]
+
+
+def decode_tile(shape: RowShape, group: int, dtype: torch.dtype) -> tuple[Tile, bool]:
+    """Tile for ``group`` query heads a key head, and whether heads are the rows of its products."""
+    if group >= MANY_HEADS:
+        tile = _find(MANY_HEADS_TILES, shape.kind, dtype.itemsize)
+        if tile is not None:
+            return tile, True
+    tile = _find(DECODE_TILES, shape.kind, dtype.itemsize)
+    assert tile is not None, f"no decode tile for {shape.kind} rows of {dtype}"
+    return tile, False
+
+
+def extend_tile(shape: RowShape, dtype: torch.dtype) -> Tile:
+    """Tile of a packed step."""
+    tile = _find(EXTEND_TILES, shape.kind, dtype.itemsize)
+    assert tile is not None, f"no extend tile for {shape.kind} rows of {dtype}"
+    return tile
+
+
+def split_count(programs: int, max_tokens: int, block_n: int, part_bytes: int) -> int:
+    """Splits of each context so that ``programs`` of them fill the GPU; depends on shapes alone, never on lengths.
+
+    max_tokens: the longest context there can be. part_bytes: float32 results of one split of the whole batch.
+    """
+    prefix = max((prefix for prefix in PROGRAMS if current_platform.arch.startswith(prefix)), key=len)
+    wanted = PROGRAMS[prefix] // max(programs, 1)
+    bound = min(wanted, cdiv(max_tokens, block_n), MAX_SPLITS, MAX_PARTS_BYTES // max(part_bytes, 1))
+    return max(1, bound)

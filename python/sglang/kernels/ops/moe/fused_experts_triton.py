@@ -1,0 +1,223 @@
+"""Triton bodies of the routed experts: one token, few tokens and many tokens, and the ordering that the last needs.
+
+A *pair* is one (token, chosen expert) entry of the routing table, numbered ``token * top_k + j``. Weights are
+[E, rows, K] with K dense. Nothing is summed atomically, so equal inputs give equal bits.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _silu_and_mul(gate, up, dtype):
+    """As the unfused ops round: both products, then the SiLU, then the result."""
+    wide = gate.to(dtype).to(tl.float32)
+    silu = (wide / (1.0 + tl.exp(-wide))).to(dtype).to(tl.float32)
+    return (silu * up.to(dtype).to(tl.float32)).to(dtype)
+
+
+# --- one token: memory alone counts, so no matrix unit -----------------------------------------------------------
+
+
+@triton.jit
+def one_token_gate_up_kernel(
+    x_ptr, w_ptr, ids_ptr, out_ptr, width, k_dim, expert_stride, row_stride, tiles,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [pairs, width]: BLOCK_N activated columns of one pair a program."""
+    pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    expert = tl.load(ids_ptr + pair).to(tl.int64)
+    if expert >= 0:
+        n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        rows = (tl.minimum(n, width - 1) * row_stride)[:, None]
+        up_rows = width * row_stride
+        gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        for start in range(0, k_dim, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            inside = k < k_dim
+            x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+            at = w_ptr + expert * expert_stride + rows + k[None, :]
+            gate += tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32) * x
+            up += tl.load(at + up_rows, mask=inside[None, :], other=0.0).to(tl.float32) * x
+        out = _silu_and_mul(tl.sum(gate, axis=1), tl.sum(up, axis=1), out_ptr.dtype.element_ty)
+        tl.store(out_ptr + pair.to(tl.int64) * width + n, out, mask=n < width)
+
+
+@triton.jit
+def one_token_down_kernel(
+    x_ptr, w_ptr, ids_ptr, weights_ptr, out_ptr, pairs, width, k_dim, expert_stride, row_stride,
+    PAIRS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [width]: all pairs of BLOCK_N columns at once, their rows [pairs, k_dim] times w2, weighted and summed."""
+    pair = tl.arange(0, PAIRS)
+    expert = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1).to(tl.int64)
+    taken = expert >= 0
+    weight = tl.load(weights_ptr + pair, mask=taken, other=0.0)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rows = tl.minimum(n, width - 1) * row_stride
+    acc = tl.zeros([PAIRS, BLOCK_N, BLOCK_K], tl.float32)
+    base = (tl.where(taken, expert, 0) * expert_stride)[:, None, None] + rows[None, :, None]
+    for start in range(0, k_dim, BLOCK_K):
+        k = start + tl.arange(0, BLOCK_K)
+        mask = taken[:, None] & (k < k_dim)[None, :]
+        x = tl.load(x_ptr + pair[:, None] * k_dim + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        w = tl.load(w_ptr + base + k[None, None, :], mask=mask[:, None, :], other=0.0)
+        acc += w.to(tl.float32) * x[:, None, :]
+    product = tl.sum(acc, axis=2).to(out_ptr.dtype.element_ty).to(tl.float32)
+    total = tl.sum(product * weight[:, None], axis=0)
+    tl.store(out_ptr + n, total.to(out_ptr.dtype.element_ty), mask=n < width)
+
+
+# --- tiles: BLOCK_M pairs of one expert times BLOCK_N of its weight rows -----------------------------------------
+
+
+@triton.jit
+def _expert_tile(
+    x_ptr, w_ptr, out_ptr, members, valid, expert, tile, width, k_dim, x_stride, expert_stride, row_stride,
+    TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Rows of x are tokens for GATE_UP (member // TOP_K), pairs for the down product; out rows are always pairs."""
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # Rows and columns past the end read a real one instead of being masked: the store drops them.
+    source = (members // TOP_K if GATE_UP else members).to(tl.int64)
+    x_at = x_ptr + (source * x_stride)[:, None] + k[None, :]
+    w_at = w_ptr + expert.to(tl.int64) * expert_stride + (tl.minimum(n, width - 1) * row_stride)[None, :] + k[:, None]
+    up_rows = width * row_stride
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, k_dim, BLOCK_K):
+        if EVEN_K:
+            x, w = tl.load(x_at), tl.load(w_at)
+        else:
+            inside = k < k_dim - start
+            x = tl.load(x_at, mask=inside[None, :], other=0.0)
+            w = tl.load(w_at, mask=inside[:, None], other=0.0)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
+        if GATE_UP:
+            if EVEN_K:
+                w_up = tl.load(w_at + up_rows)
+            else:
+                w_up = tl.load(w_at + up_rows, mask=(k < k_dim - start)[:, None], other=0.0)
+            acc_up = tl.dot(x, w_up, acc_up, input_precision="ieee")
+        x_at += BLOCK_K
+        w_at += BLOCK_K
+    dtype = out_ptr.dtype.element_ty
+    out = _silu_and_mul(acc, acc_up, dtype) if GATE_UP else acc.to(dtype)
+    mask = valid[:, None] & (n < width)[None, :]
+    tl.store(out_ptr + members.to(tl.int64)[:, None] * width + n[None, :], out, mask=mask)
+
+
+@triton.jit
+def few_tokens_kernel(
+    x_ptr, w_ptr, ids_ptr, out_ptr, pairs, width, k_dim, x_stride, expert_stride, row_stride, tiles,
+    TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, PAIRS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """No ordering beforehand: the first pair of each expert gathers the others (pairs <= PAIRS), the rest leave."""
+    first, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    expert = tl.load(ids_ptr + first)
+    pair = tl.arange(0, PAIRS)
+    same = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1) == expert
+    leads = tl.min(tl.where(same, pair, PAIRS), axis=0) == first
+    if (expert >= 0) & leads:
+        count = tl.sum(same.to(tl.int32), axis=0)
+        rank = tl.cumsum(same.to(tl.int32), axis=0) - 1
+        slot = tl.arange(0, BLOCK_M)
+        for start in range(0, count, BLOCK_M):
+            here = same[:, None] & (rank[:, None] == start + slot[None, :])
+            members = tl.sum(tl.where(here, pair[:, None], 0), axis=0)
+            _expert_tile(
+                x_ptr, w_ptr, out_ptr, members, start + slot < count, expert, tile,
+                width, k_dim, x_stride, expert_stride, row_stride,
+                TOP_K, GATE_UP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+
+
+@triton.jit
+def many_tokens_kernel(
+    x_ptr, w_ptr, order_ptr, block_expert_ptr, num_blocks_ptr, out_ptr,
+    pairs, width, k_dim, x_stride, expert_stride, row_stride, max_blocks, tiles,
+    TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One block of ordered pairs times one tile of columns; programs past the last block leave."""
+    # GROUP_M blocks go through all tiles together, so that weights and rows meet again in the cache.
+    pid = tl.program_id(0)
+    in_group = GROUP_M * tiles
+    first = pid // in_group * GROUP_M
+    size = tl.minimum(max_blocks - first, GROUP_M)
+    block, tile = first + (pid % in_group) % size, (pid % in_group) // size
+    if block < tl.load(num_blocks_ptr):
+        expert = tl.load(block_expert_ptr + block)
+        order = tl.load(order_ptr + block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))
+        valid = order < pairs
+        _expert_tile(
+            x_ptr, w_ptr, out_ptr, tl.where(valid, order, 0), valid, expert, tile,
+            width, k_dim, x_stride, expert_stride, row_stride,
+            TOP_K, GATE_UP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+        )  # fmt: skip
+
+
+# --- ordering: pairs by expert, stable, each expert's run padded to whole blocks ----------------------------------
+
+
+@triton.jit
+def count_pairs_kernel(ids_ptr, counts_ptr, pairs, CHUNK: tl.constexpr):
+    """counts [E]: how many pairs chose expert ``program_id``."""
+    expert = tl.program_id(0)
+    lane = tl.arange(0, CHUNK)
+    hits = tl.zeros([CHUNK], tl.int32)
+    for start in range(0, pairs, CHUNK):
+        ids = tl.load(ids_ptr + start + lane, mask=start + lane < pairs, other=-1)
+        hits += (ids == expert).to(tl.int32)
+    tl.store(counts_ptr + expert, tl.sum(hits, axis=0))
+
+
+@triton.jit
+def place_pairs_kernel(
+    ids_ptr, counts_ptr, order_ptr, block_expert_ptr, num_blocks_ptr, pairs, num_experts,
+    BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Expert ``program_id`` writes its pairs in order, ``pairs`` into the padding, and itself into its blocks."""
+    expert = tl.program_id(0)
+    other = tl.arange(0, EXPERTS)
+    counts = tl.load(counts_ptr + other, mask=other < num_experts, other=0)
+    blocks = (counts + BLOCK_M - 1) // BLOCK_M
+    first_block = tl.sum(tl.where(other < expert, blocks, 0), axis=0)
+    own_blocks = tl.sum(tl.where(other == expert, blocks, 0), axis=0)
+    own_pairs = tl.sum(tl.where(other == expert, counts, 0), axis=0)
+    if expert == 0:
+        tl.store(num_blocks_ptr, tl.sum(blocks, axis=0))
+    lane = tl.arange(0, CHUNK)
+    for start in range(0, own_blocks, CHUNK):
+        tl.store(block_expert_ptr + first_block + start + lane, expert, mask=start + lane < own_blocks)
+    run = order_ptr + first_block.to(tl.int64) * BLOCK_M
+    padding = own_pairs + tl.arange(0, BLOCK_M)
+    tl.store(run + padding, pairs, mask=padding < own_blocks * BLOCK_M)
+    seen = 0
+    for start in range(0, pairs, CHUNK):
+        ids = tl.load(ids_ptr + start + lane, mask=start + lane < pairs, other=-1)
+        hit = (ids == expert).to(tl.int32)
+        tl.store(run + seen + tl.cumsum(hit, axis=0) - 1, start + lane, mask=hit != 0)
+        seen += tl.sum(hit, axis=0)
+
+
+@triton.jit
+def weighted_sum_kernel(
+    rows_ptr, ids_ptr, weights_ptr, out_ptr, width, tiles, TOP_K: tl.constexpr, BLOCK: tl.constexpr
+):
+    """out [N, width]: a token's TOP_K rows, weighted, summed in order in float32; skipped pairs are never read."""
+    token, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    cols = tile * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for j in tl.static_range(TOP_K):
+        pair = token * TOP_K + j
+        taken = tl.load(ids_ptr + pair) >= 0
+        weight = tl.load(weights_ptr + pair)
+        readable = cols < tl.where(taken, width, 0)
+        row = tl.load(rows_ptr + pair * width + cols, mask=readable, other=0.0).to(tl.float32)
+        total += tl.where(taken, weight * row, 0.0)
+    tl.store(out_ptr + token * width + cols, total.to(out_ptr.dtype.element_ty), mask=cols < width)

@@ -1,0 +1,56 @@
+"""Tile sizes of the routed experts' Triton kernels: ``tiles.json``, keyed by arch, chosen by host-known sizes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+TABLE = Path(__file__).with_name("tiles.json")
+# Pairs whose ordering the kernel for few tokens holds in registers.
+MAX_FEW_PAIRS = 128
+
+
+@dataclass(frozen=True)
+class MoeTiles:
+    """How to run one call: ``path`` is "one", "few" or "many"; the two mappings go to the kernels as they are."""
+
+    path: str
+    block_m: int
+    gate_up: dict[str, Any]
+    down: dict[str, Any]
+
+
+@functools.cache
+def load_table(path: Path = TABLE) -> dict[str, Any]:
+    """The checked-in table: per arch the limits of the paths, and rows by bits of a weight and rows an expert."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def _of_arch(arch: str) -> dict[str, Any]:
+    table = load_table()
+    if arch not in table:
+        logger.warning("no expert tiles for %s in %s: 'default' is used (see benchmark/kernels/tune_moe.py)", arch, TABLE)
+    return table.get(arch, table["default"])
+
+
+@functools.cache
+def choose_tiles(arch: str, bits: int, num_tokens: int, top_k: int, num_experts: int) -> MoeTiles:
+    """The tiles for a call with ``num_tokens`` tokens of ``top_k`` experts each, weights of ``bits`` bits."""
+    table = _of_arch(arch)
+    pairs = num_tokens * top_k
+    if num_tokens == 1 and top_k <= table["one"]["max_top_k"]:
+        return MoeTiles("one", 1, table["one"]["gate_up"], table["one"]["down"])
+    rows = table[str(bits)]
+    if num_tokens <= table["few_tokens"] and pairs <= MAX_FEW_PAIRS:
+        row = rows["few"]
+        return MoeTiles("few", row["BLOCK_M"], row["gate_up"], row["down"])
+    per_expert = pairs / num_experts
+    row = next(row for row in rows["many"] if row["rows_per_expert"] is None or per_expert <= row["rows_per_expert"])
+    return MoeTiles("many", row["BLOCK_M"], row["gate_up"], row["down"])

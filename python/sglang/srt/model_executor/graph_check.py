@@ -1,0 +1,141 @@
+"""Start-up proof that replaying a decode graph equals running it eagerly, bucket by bucket, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from sglang.srt.mem_cache.allocator import ReqToTokenPool
+from sglang.srt.model_executor.decode_graphs import DecodeGraphs
+from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch
+
+# Context lengths of the check, repeated over the batch: odd, one page, more than one split.
+CHECK_LENS = (1, 17, 64, 129, 3)
+
+
+# Bytes of pool memory that are fingerprinted at once.
+_CHUNK_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class PoolBuffer:
+    """One buffer that a step writes: ``tensor``, zero before the check and after it, and the axis that slots index."""
+
+    tensor: torch.Tensor
+    axis: int
+
+
+class GraphCheck:
+    """Compares eager and replayed steps on fixed inputs; it runs while the pools are empty, and leaves them zeroed.
+
+    ``eager(batch, input_ids, bucket)`` runs the padded step without the graph and returns logits [bucket, V].
+    """
+
+    def __init__(
+        self,
+        graphs: DecodeGraphs,
+        eager: Callable[[ModelWorkerBatch, torch.Tensor, int], torch.Tensor],
+        req_pool: ReqToTokenPool,
+        buffers: Sequence[PoolBuffer],
+        num_slots: int,
+        num_states: int,
+        vocab_size: int,
+        page_size: int,
+    ) -> None:
+        self._graphs = graphs
+        self._eager = eager
+        self._req_pool = req_pool
+        self._buffers = buffers
+        self._num_slots = num_slots
+        self._num_states = num_states
+        self._vocab_size = vocab_size
+        self._page_size = page_size
+
+    def run(self) -> None:
+        """Check every captured bucket; one that differs is refused with the reason."""
+        try:
+            for bucket in list(self._graphs.buckets):
+                reason = self._check(bucket)
+                if reason is not None:
+                    self._graphs.refuse(bucket, reason)
+        finally:
+            for buffer in self._buffers:
+                buffer.tensor.zero_()
+
+    def _check(self, bucket: int) -> str | None:
+        """None when replay equals eager for a batch one short of the bucket (bucket 1: full)."""
+        size = max(1, bucket - 1)
+        rows = [row for row in (self._req_pool.alloc() for _ in range(size)) if row is not None]
+        try:
+            if len(rows) < size:
+                return f"the request table has fewer than {size} rows"
+            batch, ids = self._batch(rows, torch.Generator().manual_seed(bucket))
+            self._fill(bucket)
+            wanted = self._eager(batch, ids, bucket)[:size].clone()
+            written = self._fingerprints()
+            self._fill(bucket)
+            found = self._graphs.replay(batch, ids, bucket).next_token_logits
+            if not torch.equal(wanted, found):
+                return f"replayed logits differ from eager ones by {float((wanted - found).abs().max()):.3g}"
+            if not bool(wanted.isfinite().all()):
+                return "the step's logits are not finite"
+            if any(not torch.equal(a, b) for a, b in zip(written, self._fingerprints(), strict=True)):
+                return "the replayed step wrote other keys, values or states than the eager one"
+            return None
+        finally:
+            for row in rows:
+                self._req_pool.free(row)
+
+    def _batch(self, rows: list[int], generator: torch.Generator) -> tuple[ModelWorkerBatch, torch.Tensor]:
+        """A decode batch over scattered slots, with contexts of several lengths."""
+        longest = min(max(CHECK_LENS), self._req_pool.max_context_len, self._num_slots // len(rows))
+        lens = [min(CHECK_LENS[i % len(CHECK_LENS)], longest) for i in range(len(rows))]
+        order = torch.randperm(self._num_slots, generator=generator) + self._page_size
+        slots, used = [], 0
+        for row, length in zip(rows, lens, strict=True):
+            mine = order[used : used + length]
+            used += length
+            self._req_pool.write(row, 0, mine)
+            slots.append(int(mine[-1]))
+        ids = torch.randint(0, self._vocab_size, (len(rows),), generator=generator)
+        states = None
+        if self._num_states:
+            states = torch.randperm(self._num_states, generator=generator)[: len(rows)] + 1
+        batch = ModelWorkerBatch(
+            forward_mode=ForwardMode.DECODE,
+            input_ids=None,
+            positions=torch.tensor(lens, dtype=torch.int64) - 1,
+            req_pool_indices=torch.tensor(rows, dtype=torch.int64),
+            seq_lens=lens,
+            out_cache_loc=torch.tensor(slots, dtype=torch.int64),
+            state_slot_ids=states,
+        )
+        return batch, ids.to(self._graphs.buffers.input_ids.device)
+
+    def _fill(self, seed: int) -> None:
+        """The same numbers for the same seed: about unit normal, large where only padding reads."""
+        for buffer in self._buffers:
+            tensor = buffer.tensor.movedim(buffer.axis, 0)
+            generator = torch.Generator(device=tensor.device).manual_seed(seed)
+            for row in tensor:
+                row.normal_(generator=generator)
+            tensor[0].fill_(1e3)
+
+    def _fingerprints(self) -> list[torch.Tensor]:
+        """For each buffer, one integer a slot past the dummies that changes when any bit of the slot does."""
+        return [fingerprint(buffer, self._page_size) for buffer in self._buffers]
+
+
+def fingerprint(buffer: PoolBuffer, first: int) -> torch.Tensor:
+    """[slots - first] int64: a weighted sum of each slot's bits, as integers modulo 2**64."""
+    slots = buffer.tensor.movedim(buffer.axis, 0)[first:]
+    step = max(1, _CHUNK_BYTES // max(1, slots[0].nbytes)) if slots.shape[0] else 1
+    sums = []
+    for start in range(0, slots.shape[0], step):
+        rows = slots[start : start + step]
+        bits = rows.reshape(rows.shape[0], -1).contiguous().view(torch.uint8).to(torch.int64)
+        weights = torch.arange(1, bits.shape[1] + 1, device=bits.device) * 2_654_435_761
+        sums.append((bits * weights).sum(dim=1))
+    return torch.cat(sums) if sums else torch.empty(0, dtype=torch.int64, device=slots.device)

@@ -1,0 +1,179 @@
+"""The offline Engine over a fake engine: sync, async, streams, errors, and its end; and what importing sglang costs."""
+
+import asyncio
+import subprocess
+import sys
+import tempfile
+import types
+import unittest
+from unittest import mock
+
+import sglang
+from sglang.srt.entrypoints import engine as engine_module
+from sglang.srt.entrypoints.context import ServerContext
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.server_args import ServerArgs, ServerArgsError
+from sglang.srt.server_args_verdict import Verdict
+from sglang.srt.utils.hf_tokenizer import Tokenizer
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.fake_scheduler import FakeEngine
+from sglang.test.test_utils import CustomTestCase
+from sglang.test.tiny_tokenizers import byte_level_tokenizer, write_tokenizer
+
+register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+
+GREEDY = {"max_new_tokens": 6, "temperature": 0}
+
+
+def start_fake(verdict):
+    args = verdict.args
+    tokenizer = Tokenizer.from_path(args.tokenizer_path)
+    fake = FakeEngine(args, tokenizer)
+    model = types.SimpleNamespace(context_len=64, vocab_size=tokenizer.vocab_size, hf_config={}, architecture="Fake")
+    return ServerContext(TokenizerManager(args, model, tokenizer, fake.ipc), args, model, {"from": "fake"}), fake
+
+
+class TestEngine(CustomTestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.holder = tempfile.TemporaryDirectory()
+        folder = write_tokenizer(cls.holder.name, byte_level_tokenizer())
+        with (
+            mock.patch.object(engine_module, "start_engine", start_fake),
+            mock.patch.object(engine_module, "evaluate", Verdict),
+        ):
+            cls.engine = sglang.Engine(model_path=folder, tokenizer_path=folder)
+        cls.fake = cls.engine._processes
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.engine.shutdown()
+        cls.holder.cleanup()
+
+    def setUp(self):
+        self.fake.scheduler.delay_s = 0.0
+
+    def wait_idle(self):
+        deadline = 500
+        while self.fake.scheduler.running and deadline:
+            deadline -= 1
+            asyncio.run(asyncio.sleep(0.01))
+        self.assertEqual(self.fake.scheduler.running, {})
+
+    def test_sync(self):
+        one = self.engine.generate("hello", GREEDY)
+        self.assertEqual(set(one), {"text", "output_ids", "meta_info"})
+        self.assertEqual(len(one["output_ids"]), 6)
+        batch = self.engine.generate(["hello", "ab"], [GREEDY, {"max_new_tokens": 2}])
+        self.assertEqual([len(result["output_ids"]) for result in batch], [6, 2])
+        self.assertEqual(batch[0]["text"], one["text"])
+        ids = self.engine.generate(input_ids=[5, 6], sampling_params=GREEDY, return_logprob=True, rid="r")
+        self.assertEqual((ids["meta_info"]["id"], len(ids["meta_info"]["output_token_logprobs"])), ("r", 6))
+
+    def test_stream(self):
+        self.fake.scheduler.delay_s = 0.003
+        whole = self.engine.generate("hello world", GREEDY)["text"]
+        texts = [result["text"] for result in self.engine.generate("hello world", GREEDY, stream=True)]
+        self.assertEqual(texts[-1], whole)
+        self.assertGreater(len(texts), 2)
+
+    def test_leaving_a_stream_aborts(self):
+        self.fake.scheduler.delay_s = 0.02
+        for _ in self.engine.generate("hello", {"max_new_tokens": 50}, stream=True):
+            break
+        self.wait_idle()
+
+    def test_async(self):
+        self.fake.scheduler.delay_s = 0.002
+
+        async def main():
+            results = await asyncio.gather(*[self.engine.async_generate("hello", GREEDY) for _ in range(4)])
+            stream = await self.engine.async_generate("hello", GREEDY, stream=True)
+            return results, [result async for result in stream]
+
+        results, streamed = asyncio.run(main())
+        self.assertEqual({result["text"] for result in results}, {streamed[-1]["text"]})
+
+    def test_cancelling_an_async_request_aborts(self):
+        self.fake.scheduler.delay_s = 0.02
+
+        async def main():
+            task = asyncio.create_task(self.engine.async_generate("hello", {"max_new_tokens": 50}))
+            while not self.fake.scheduler.running:
+                await asyncio.sleep(0.01)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+        asyncio.run(main())
+        self.wait_idle()
+
+    def test_errors(self):
+        for arguments, pattern in (
+            ({"prompt": ""}, "empty"),
+            ({"prompt": "a", "sampling_params": {"temperature": float("nan")}}, "temperature"),
+            ({"prompt": 5}, "not valid"),
+            ({"prompt": "a", "lora_path": "x"}, "lora_path is not supported"),
+        ):
+            with self.assertRaisesRegex(ValueError, pattern):
+                self.engine.generate(**arguments)
+        with self.assertRaisesRegex(TypeError, "no option 'temprature'"):
+            self.engine.generate("a", temprature=1)
+        with self.assertRaises(NotImplementedError):
+            self.engine.encode("a")
+        self.fake.scheduler.max_queued = 0
+        self.addCleanup(setattr, self.fake.scheduler, "max_queued", 10**6)
+        with self.assertRaisesRegex(RuntimeError, "queue is full"):
+            self.engine.generate("a")
+
+    def test_control(self):
+        self.assertTrue(self.engine.flush_cache())
+        info = self.engine.get_server_info()
+        self.assertEqual((info["from"], info["internal_states"][0]["num_running_reqs"]), ("fake", 0))
+        self.fake.scheduler.delay_s = 0.02
+        stream = self.engine.generate("hello", {"max_new_tokens": 50}, stream=True, rid="job-1")
+        next(stream)
+        self.engine.abort_request("job")
+        self.assertEqual(list(stream)[-1]["meta_info"]["finish_reason"]["type"], "abort")
+
+
+class TestEndOfEngine(CustomTestCase):
+    def test_a_dead_child_fails_the_caller_and_shutdown_is_final(self):
+        with tempfile.TemporaryDirectory() as folder:
+            write_tokenizer(folder, byte_level_tokenizer())
+            with (
+                mock.patch.object(engine_module, "start_engine", start_fake),
+                mock.patch.object(engine_module, "evaluate", Verdict),
+                sglang.Engine(model_path=folder, tokenizer_path=folder) as engine,
+            ):
+                engine._processes.scheduler.frozen = True
+                engine._processes.dead = "scheduler (pid 1) ended with exit code 3"
+                with self.assertRaisesRegex(RuntimeError, "exit code 3"):
+                    engine.generate("hello")
+            engine.shutdown()
+            with self.assertRaisesRegex(RuntimeError, "shut down"):
+                engine.generate("hello")
+
+    def test_wrong_settings(self):
+        with self.assertRaisesRegex(ServerArgsError, "did you mean tp_size"):
+            sglang.Engine(tp_sizee=2)
+
+
+class TestImport(CustomTestCase):
+    def test_importing_sglang_is_cheap(self):
+        code = "import sys, sglang; sglang.__version__; print([m for m in ('torch', 'fastapi', 'zmq') if m in sys.modules])"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        self.assertEqual(result.stdout.strip(), "[]", result.stderr)
+
+    def test_the_detokenizer_needs_no_torch(self):
+        code = "import sys, sglang.srt.managers.detokenizer_process; print('torch' in sys.modules)"
+        result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        self.assertEqual(result.stdout.strip(), "False", result.stderr)
+
+    def test_lazy_names(self):
+        self.assertIs(sglang.ServerArgs, ServerArgs)
+        with self.assertRaisesRegex(AttributeError, "no attribute 'Nothing'"):
+            _ = sglang.Nothing
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,164 @@
+"""Buckets, padding and the replay proof of decode graphs, over a graph that "replays" by running the step again."""
+
+from __future__ import annotations
+
+import tempfile
+import unittest
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sglang.srt.model_executor.decode_graphs import DecodeGraphs, decode_buckets
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.graph_check import PoolBuffer, fingerprint
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.engine_harness import EngineHarness
+from sglang.test.test_utils import CustomTestCase
+from sglang.test.tiny_checkpoints import save_tiny_checkpoint
+
+register_cpu_ci(est_time=25, suite="stage-b-test-cpu")
+
+PARAMS = SamplingParams(temperature=0.0, max_new_tokens=10, ignore_eos=True)
+
+
+class RerunGraph:
+    """Captures by remembering the body; a replay runs it again into the tensors of the first run."""
+
+    spoil: Callable[[Any], None] | None = None
+
+    def capture(self, body: Callable[[], Any]) -> Any:
+        self._body = body
+        self._output = body()
+        return self._output
+
+    def replay(self) -> None:
+        self._output.next_token_logits.copy_(self._body().next_token_logits)
+        if RerunGraph.spoil is not None:
+            RerunGraph.spoil(self._output)
+
+
+class HookedBackend:
+    """The CPU backend with the hooks that capture needs; metadata is simply made anew."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+
+    def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
+        self.limits = max_bs, max_context_len
+
+    def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
+        fb.seq_lens_cpu = fb.seq_lens.tolist()
+        self._backend.init_forward_metadata(fb)
+
+    def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
+        assert fb.seq_lens_cpu == fb.seq_lens.tolist()
+        self._backend.init_forward_metadata(fb)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._backend, name)
+
+
+class TestDecodeGraphs(CustomTestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        torch.set_num_threads(1)
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.models = {name: f"{cls.folder.name}/{name}" for name in ("dsv3", "q35moe-ns")}
+        for name, path in cls.models.items():
+            save_tiny_checkpoint(name, path)
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.folder.cleanup()
+
+    def tearDown(self) -> None:
+        RerunGraph.spoil = None
+
+    def engine(self, name: str, page_size: int) -> tuple[EngineHarness, DecodeGraphs]:
+        engine = EngineHarness(
+            self.models[name], max_total_tokens=2048, max_running_requests=8, page_size=page_size, random_seed=1
+        )
+        engine.runner.attn_backend = HookedBackend(engine.runner.attn_backend)
+        return engine, self.captured(engine)
+
+    @torch.inference_mode()
+    def captured(self, engine: EngineHarness) -> DecodeGraphs:
+        runner = engine.runner
+        graphs = DecodeGraphs(
+            forward=runner._run_model,
+            backend=runner.attn_backend,
+            buckets=[1, 2, 4, 8],
+            max_context_len=2048,
+            device=runner.device,
+            padding_row=runner.req_to_token_pool.padding_row,
+            has_state=runner.state_pool is not None,
+        )
+        graphs.capture(RerunGraph, lambda bucket: None)
+        runner._prove_graphs(graphs, 8)
+        return graphs
+
+    def tokens(self, engine: EngineHarness) -> dict[str, list[int]]:
+        for number in range(7):
+            engine.submit(f"r{number}", list(range(5, 12 + 9 * number)), PARAMS)
+        return {rid: result.output_ids for rid, result in engine.run().items()}
+
+    def test_replay_gives_the_tokens_of_eager(self) -> None:
+        for name, page_size in (("dsv3", 1), ("dsv3", 16), ("q35moe-ns", 1)):
+            with self.subTest(model=name, page_size=page_size):
+                engine, graphs = self.engine(name, page_size)
+                self.assertEqual(graphs.refused, {})
+                wanted = self.tokens(engine)
+                replayed, graphs = self.engine(name, page_size)
+                replayed.runner.decode_graphs = graphs
+                calls = []
+                replay = graphs.replay
+                graphs.replay = lambda *a: (calls.append(a[2]), replay(*a))[1]  # type: ignore[method-assign]
+                self.assertEqual(self.tokens(replayed), wanted)
+                self.assertIn(8, calls)
+
+    def test_pools_are_empty_after_the_proof(self) -> None:
+        engine, _ = self.engine("q35moe-ns", 1)
+        for buffer in (*engine.runner.kv_pool.buffers(), *engine.runner.state_pool.buffers()):
+            self.assertFalse(bool(buffer.any()))
+        engine.memory.check_idle(deep=True)
+
+    def test_a_graph_that_differs_is_refused_by_bucket(self) -> None:
+        def one_bit(output: Any) -> None:
+            if output.next_token_logits.shape[0] == 4:
+                output.next_token_logits[0, 0] += 1e-6 + output.next_token_logits[0, 0].abs() * 1e-6
+
+        RerunGraph.spoil = one_bit
+        _, graphs = self.engine("dsv3", 1)
+        self.assertEqual(list(graphs.refused), [4])
+        self.assertIn("differ", graphs.refused[4])
+
+    def test_a_graph_that_writes_elsewhere_is_refused(self) -> None:
+        engine, _ = self.engine("dsv3", 1)
+        pool = engine.runner.kv_pool.buffers()[0]
+        RerunGraph.spoil = lambda output: pool[0, 40].add_(1.0)
+        graphs = self.captured(engine)
+        self.assertEqual(sorted(graphs.refused), [1, 2, 4, 8])
+        self.assertIn("wrote", graphs.refused[1])
+
+    def test_buckets(self) -> None:
+        self.assertEqual(decode_buckets(3), [1, 2, 3])
+        self.assertEqual(decode_buckets(20), [1, 2, 4, 8, 16, 20])
+        self.assertEqual(decode_buckets(160)[-3:], [112, 128, 160])
+        self.assertEqual(decode_buckets(16, [4, 99, 1]), [1, 4])
+        with self.assertRaises(ValueError):
+            decode_buckets(4, [8])
+
+    def test_fingerprint_sees_one_bit(self) -> None:
+        tensor = torch.randn(2, 9, 5)
+        before = fingerprint(PoolBuffer(tensor, 1), 1)
+        tensor[1, 6, 2] = torch.nextafter(tensor[1, 6, 2], torch.tensor(9.0))
+        changed = (before != fingerprint(PoolBuffer(tensor, 1), 1)).nonzero().flatten().tolist()
+        self.assertEqual(changed, [5])
+        tensor[:, 0] = 7.0
+        self.assertEqual((before != fingerprint(PoolBuffer(tensor, 1), 1)).sum().item(), 1)
+
+
+if __name__ == "__main__":
+    unittest.main()
