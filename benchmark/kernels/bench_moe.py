@@ -39,7 +39,7 @@ def main() -> None:
     run = next(impl.fn for impl in fused_experts.impls if impl.name == args.impl)
     torch.manual_seed(0)
     print(f"# {describe_device()}; moe.fused_experts={args.impl}, bf16, median (min .. max) of 5 runs")
-    print(f"{'case':<14} {'experts':>7} {'us':>9} {'min':>9} {'max':>9} {'TB/s':>6} {'TFLOP/s':>8} {'anchor':>8} {'ratio':>6}")
+    print("case           experts        us       min       max   TB/s  TFLOP/s   anchor  ratio")
     for name in args.shapes:
         shape = SHAPES[name]
         w13, w2 = make_weights(shape, torch.bfloat16)

@@ -94,7 +94,7 @@ def graph_time(calls: Sequence[Callable[[], object]], runs: int = 5, min_seconds
         once = max(replay(2) / 2, 1e-6)
         times = max(2, round(min_seconds / once))
         figures = [replay(times) / times / len(calls) for _ in range(runs)]
-    del kept, graph
+    del kept
     return figures
 
 

@@ -14,6 +14,7 @@ import multiprocessing
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing.pool import Pool
 from typing import Any
 
 import torch
@@ -94,14 +95,13 @@ def _compile(job: tuple[str, MoeShape, int, Candidate]) -> str | None:
     return None
 
 
-def tune(shape: MoeShape, tokens: int, block_ms: list[int], jobs: int, weights: tuple[torch.Tensor, ...]) -> None:
+def tune(shape: MoeShape, tokens: int, block_ms: list[int], pool: Pool, weights: tuple[torch.Tensor, ...]) -> None:
     arch = current_platform.arch
     path = choose_tiles(arch, 16, tokens, shape.top_k, shape.experts).path
     per_expert = tokens * shape.top_k / shape.experts
     sizes = [0] if path == "one" else [16] if path == "few" else block_ms
     found = [candidate for size in sizes for candidate in candidates(path, size, per_expert)]
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        errors = pool.map(_compile, [(arch, shape, tokens, candidate) for candidate in found], chunksize=1)
+    errors = pool.map(_compile, [(arch, shape, tokens, candidate) for candidate in found], chunksize=1)
     usable = [candidate for candidate, error in zip(found, errors, strict=True) if error is None]
     print(f"## t{tokens} ({path}): {len(usable)} of {len(found)} candidates compile", flush=True)
     routings = 4 if tokens <= 128 else 1
@@ -117,7 +117,7 @@ def tune(shape: MoeShape, tokens: int, block_ms: list[int], jobs: int, weights: 
     for product in ("gate_up", "down"):
         best = sorted(((s, c) for s, c in timed if c.product == product), key=lambda pair: pair[0])[:5]
         for seconds, candidate in best:
-            print(f"{product:<8} {seconds * 1e6:9.1f} us  BLOCK_M={candidate.block_m} {dict(candidate.tile)}", flush=True)
+            print(f"{product:<8} {seconds * 1e6:9.1f} us  BLOCK_M={candidate.block_m} {dict(candidate.tile)}")
 
 
 def main() -> None:
@@ -130,8 +130,9 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"# {describe_device()}, {args.shape}")
     weights = make_weights(SHAPES[args.shape], torch.bfloat16)
-    for tokens in args.tokens:
-        tune(SHAPES[args.shape], tokens, args.block_m, args.jobs, weights)
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        for tokens in args.tokens:
+            tune(SHAPES[args.shape], tokens, args.block_m, pool, weights)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ Starts a server, keeps --batch-size requests in flight over HTTP, and reports as
     scheduling   seconds of scheduler steps outside forward and sampling (/server_info, schedule_seconds)
     front        CPU seconds of the HTTP and tokenizer process, and of the detokenizer (psutil)
 
-whole replies and streamed ones apart, min / median / max over the rounds. The client is a process of its own and counts
+whole replies and streamed ones apart, min / median / max over the rounds. The client is this process and counts
 nowhere. The prefix cache sees no prompt twice.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import multiprocessing
 import os
 import statistics
 import subprocess
@@ -55,7 +54,6 @@ class Snapshot:
     forward: float
     main_cpu: float
     detokenizer_cpu: float
-    scheduler_cpu: float
 
 
 class Server:
@@ -77,7 +75,6 @@ class Server:
         self.main = psutil.Process(self.process.pid)
         children = {" ".join(child.cmdline()): child for child in self.main.children(recursive=True)}
         self.detokenizer = next(child for line, child in children.items() if "detokenizer_process" in line)
-        self.scheduler = next(child for line, child in children.items() if "scheduler_process" in line)
 
     def _is_healthy(self) -> bool:
         try:
@@ -88,7 +85,7 @@ class Server:
 
     def snapshot(self) -> Snapshot:
         state = get_json(self.url + "/server_info")["internal_states"][0]
-        cpu = [sum(process.cpu_times()[:2]) for process in (self.main, self.detokenizer, self.scheduler)]
+        cpu = [sum(process.cpu_times()[:2]) for process in (self.main, self.detokenizer)]
         return Snapshot(state["schedule_seconds"], state["forward_seconds"], *cpu)
 
     def close(self) -> None:
@@ -108,7 +105,7 @@ async def _send_all(target: Target, rows: list[DatasetRow]) -> float:
 
 
 def load_round(url: str, stream: bool, seed: int, args: argparse.Namespace) -> float:
-    """Send one batch and wait for it, in this process; returns seconds."""
+    """Send one batch and wait for it; returns seconds."""
     rng = np.random.default_rng(seed)
     size = (args.batch_size, args.input_len)
     prompts = rng.integers(2, CONFIG["vocab_size"], size=size).tolist()
@@ -119,24 +116,22 @@ def load_round(url: str, stream: bool, seed: int, args: argparse.Namespace) -> f
 def measure(server: Server, stream: bool, args: argparse.Namespace) -> list[dict[str, float]]:
     """Shares of each round, the warm-up round left out."""
     rounds = []
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        for number in range(args.rounds + 1):
-            before = server.snapshot()
-            seconds = pool.apply(load_round, (server.url, stream, 2 * number + stream, args))
-            after = server.snapshot()
-            scheduling = after.schedule - before.schedule
-            main, detokenizer = after.main_cpu - before.main_cpu, after.detokenizer_cpu - before.detokenizer_cpu
-            rounds.append(
-                {
-                    "tokens/s": args.batch_size * args.output_len / seconds,
-                    "forward and sampling %": 100 * (after.forward - before.forward) / seconds,
-                    "scheduling %": 100 * scheduling / seconds,
-                    "main process %": 100 * main / seconds,
-                    "detokenizer %": 100 * detokenizer / seconds,
-                    "scheduling + front %": 100 * (scheduling + main + detokenizer) / seconds,
-                }
-            )
+    for number in range(args.rounds + 1):
+        before = server.snapshot()
+        seconds = load_round(server.url, stream, 2 * number + stream, args)
+        after = server.snapshot()
+        scheduling = after.schedule - before.schedule
+        main, detokenizer = after.main_cpu - before.main_cpu, after.detokenizer_cpu - before.detokenizer_cpu
+        rounds.append(
+            {
+                "tokens/s": args.batch_size * args.output_len / seconds,
+                "forward and sampling %": 100 * (after.forward - before.forward) / seconds,
+                "scheduling %": 100 * scheduling / seconds,
+                "main process %": 100 * main / seconds,
+                "detokenizer %": 100 * detokenizer / seconds,
+                "scheduling + front %": 100 * (scheduling + main + detokenizer) / seconds,
+            }
+        )
     return rounds[1:]
 
 

@@ -168,7 +168,7 @@ def result_block(info: RunInfo, metrics: BenchmarkMetrics) -> str:
     ]
     if info.accept_length:
         rows.append(("Accept length:", info.accept_length))
-    lines = ["", f"{' Serving Benchmark Result ':=^{BLOCK_WIDTH}}", *(_row(label, value) for label, value in rows)]
+    lines = ["", f"{' Serving Benchmark Result ':=^{BLOCK_WIDTH}}", *(block_row(label, value) for label, value in rows)]
     sections = (
         ("End-to-End Latency", "E2E Latency", m.e2e, ("mean", "median", "p90", "p99")),
         ("Time to First Token", "TTFT", m.ttft, ("mean", "median", "p99")),
@@ -179,12 +179,13 @@ def result_block(info: RunInfo, metrics: BenchmarkMetrics) -> str:
         lines.append(f"{title:-^{BLOCK_WIDTH}}")
         for figure in figures:
             name = figure.upper() if figure.startswith("p") else figure.capitalize()
-            lines.append(_row(f"{name} {short} (ms):", getattr(values, figure)))
+            lines.append(block_row(f"{name} {short} (ms):", getattr(values, figure)))
     lines.append("=" * BLOCK_WIDTH)
     return "\n".join(lines)
 
 
-def _row(label: str, value: Any) -> str:
+def block_row(label: str, value: Any) -> str:
+    """One line of a result block: the label in 40 columns, finite fractions with two digits."""
     number = isinstance(value, float) and np.isfinite(value)
     return f"{label:<{LABEL_WIDTH}} " + (f"{value:<10.2f}" if number else f"{value!s:<10}")
 

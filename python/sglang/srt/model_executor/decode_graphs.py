@@ -150,7 +150,7 @@ class DecodeGraphs:
         backend.init_cuda_graph_state(self.buckets[-1], max_context_len)
 
     def capture(self, create_graph: Callable[[], DeviceGraph], progress: Callable[[int], None]) -> None:
-        """Record every bucket, largest first, so that smaller ones fit into its memory; ``progress(bucket)`` follows."""
+        """Record every bucket, largest first: smaller ones fit into its memory. ``progress(bucket)`` follows each."""
         started = time.perf_counter()
         self.buffers.packed[SEQ_LENS].fill_(1)
         for bucket in reversed(self.buckets):

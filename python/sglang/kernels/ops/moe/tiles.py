@@ -36,7 +36,7 @@ def load_table(path: Path = TABLE) -> dict[str, Any]:
 def _of_arch(arch: str) -> dict[str, Any]:
     table = load_table()
     if arch not in table:
-        logger.warning("no expert tiles for %s in %s: 'default' is used (see benchmark/kernels/tune_moe.py)", arch, TABLE)
+        logger.warning("no expert tiles for %s in %s: its default is used (benchmark/kernels/tune_moe.py)", arch, TABLE)
     return table.get(arch, table["default"])
 
 

@@ -1,0 +1,170 @@
+"""The server as a user starts it: real processes over dummy weights, their end, and launches that must not happen."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import unittest
+from pathlib import Path
+
+import httpx
+import psutil
+
+from sglang.cli.killall import is_server
+from sglang.cli.main import main as cli_main
+from sglang.cli.main import serve_arguments
+from sglang.srt.entrypoints.http_server import bind, listen
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase, free_url, kill_process_tree, popen_launch_server
+from sglang.test.tiny_checkpoints import TINY_CONFIGS
+from sglang.test.tiny_tokenizers import byte_level_tokenizer, write_tokenizer
+
+register_cpu_ci(est_time=45, suite="stage-b-test-cpu")
+
+DUMMY = ["--load-format", "dummy", "--max-total-tokens", "4096", "--random-seed", "1"]
+LONG = {"text": "hello", "sampling_params": {"max_new_tokens": 2000, "temperature": 0, "ignore_eos": True}}
+
+
+def write_model(folder):
+    """A model folder for dummy weights: configuration and tokenizer."""
+    config = {**TINY_CONFIGS["dsv3"], "architectures": ["DeepseekV3ForCausalLM"]}
+    Path(folder, "config.json").write_text(json.dumps(config))
+    return write_tokenizer(folder, byte_level_tokenizer())
+
+
+class ModelTestCase(CustomTestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.holder = tempfile.TemporaryDirectory()
+        cls.model = write_model(cls.holder.name)
+
+    @classmethod
+    def tearDownClass(cls):
+        cls.holder.cleanup()
+
+
+class TestRunningServer(ModelTestCase):
+    def setUp(self):
+        self.url = free_url()
+        self.process = popen_launch_server(self.model, self.url, other_args=DUMMY)
+        self.addCleanup(kill_process_tree, self.process.pid)
+        self.children = psutil.Process(self.process.pid).children()
+
+    def post_in_background(self, body):
+        replies = []
+        thread = threading.Thread(target=lambda: replies.append(httpx.post(f"{self.url}/generate", json=body, timeout=30)))
+        thread.start()
+        deadline = time.monotonic() + 10
+        while httpx.get(f"{self.url}/get_load").json()[0]["num_reqs"] == 0:
+            self.assertLess(time.monotonic(), deadline)
+        return thread, replies
+
+    def check_children_are_gone(self):
+        _, alive = psutil.wait_procs(self.children, timeout=10)
+        self.assertEqual(alive, [])
+
+    def test_serves_and_stops_on_sigterm_after_what_is_in_flight(self):
+        body = {"text": "hello", "sampling_params": {"max_new_tokens": 5, "temperature": 0}}
+        first, second = (httpx.post(f"{self.url}/generate", json=body).json() for _ in range(2))
+        self.assertEqual(first["output_ids"], second["output_ids"])
+        self.assertGreater(second["meta_info"]["cached_tokens"], 0)
+        info = httpx.get(f"{self.url}/server_info").json()
+        self.assertEqual(info["unpickled_while_serving"], 0)
+        self.assertEqual(info["internal_states"][0]["unpickled_while_serving"], 0)
+        self.assertEqual((info["max_total_num_tokens"], info["page_size"]), (4096, 1))
+        self.assertTrue(info["kernels"])
+        self.assertEqual(len(self.children), 2)
+        self.assertTrue(all(is_server(child.cmdline()) for child in self.children))
+        short = {**LONG, "sampling_params": {**LONG["sampling_params"], "max_new_tokens": 100}}
+        thread, replies = self.post_in_background(short)
+        self.process.send_signal(signal.SIGTERM)
+        thread.join(20)
+        self.assertEqual(len(replies[0].json()["output_ids"]), 100)
+        self.assertEqual(self.process.wait(20), 0)
+        self.check_children_are_gone()
+        log = self.process.log_path.read_text()
+        self.assertIn("The server is fired up and ready to roll!", log)
+        self.assertNotIn("Traceback", log)
+
+    def test_a_killed_scheduler_ends_the_server_with_an_error(self):
+        thread, replies = self.post_in_background(LONG)
+        scheduler = next(child for child in self.children if "scheduler_process" in " ".join(child.cmdline()))
+        scheduler.kill()
+        thread.join(20)
+        self.assertEqual(replies[0].status_code, 500)
+        self.assertIn("exit code -9", replies[0].json()["error"]["message"])
+        self.assertEqual(self.process.wait(20), 1)
+        self.check_children_are_gone()
+
+    def test_a_killed_server_takes_its_children_along(self):
+        self.process.kill()
+        self.process.wait(10)
+        self.check_children_are_gone()
+
+
+class TestRefusedLaunches(ModelTestCase):
+    def launch(self, *arguments, env=None):
+        """(exit status, stderr) of a launch that is expected to fail."""
+        command = [sys.executable, "-m", "sglang.launch_server", *arguments]
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=60, env={**os.environ, **(env or {})}, check=False
+        )
+        return result.returncode, result.stderr
+
+    def check_refused(self, pattern, *arguments, env=None):
+        status, text = self.launch(*arguments, env=env)
+        self.assertEqual(status, 2, text)
+        self.assertRegex(text, pattern)
+        self.assertNotIn("Traceback", text)
+
+    def test_a_port_in_use(self):
+        with bind("127.0.0.1", 0) as taken:
+            listen(taken)
+            port = str(taken.getsockname()[1])
+            self.check_refused(f"port {port}.*--port", "--model-path", self.model, "--port", port, *DUMMY)
+
+    def test_a_folder_without_tokenizer(self):
+        with tempfile.TemporaryDirectory() as folder:
+            Path(write_model(folder), "tokenizer.json").unlink()
+            self.check_refused("tokenizer.json.*--tokenizer-path", "--model-path", folder, "--port", "1", *DUMMY)
+
+    def test_upstream_beside_us(self):
+        with tempfile.TemporaryDirectory() as folder:
+            info = Path(folder, "sglang-0.5.12.dist-info")
+            info.mkdir()
+            (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.12\n")
+            path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), folder])
+            self.check_refused("'sglang' 0.5.12.*pip uninstall sglang", env={"PYTHONPATH": path})
+
+    def test_several_problems_at_once(self):
+        arguments = ["--model-path", "/no/such/model", "--prot", "1", "--tp", "x"]
+        status, text = self.launch(*arguments, env={"SGLANG_LOG_LEVL": "1"})
+        self.assertEqual(status, 2)
+        for pattern in ("--port", "--tp", "SGLANG_LOG_LEVL", "/no/such/model"):
+            self.assertIn(pattern, text)
+        self.assertNotIn("Traceback", text)
+
+
+class TestCli(CustomTestCase):
+    def test_serve_takes_a_model_by_position(self):
+        self.assertEqual(serve_arguments(["m", "--tp", "2"]), ["--model-path", "m", "--tp", "2"])
+        self.assertEqual(serve_arguments(["--model-path", "m"]), ["--model-path", "m"])
+
+    def test_unknown_subcommands(self):
+        for words in ([], ["serv"], ["generate"]):
+            self.assertEqual(cli_main(words), 2)
+        self.assertEqual(cli_main(["version"]), 0)
+
+    def test_which_processes_killall_ends(self):
+        self.assertTrue(is_server(["python", "-m", "sglang.launch_server", "--tp", "2"]))
+        self.assertTrue(is_server(["/venv/bin/python", "/venv/bin/sglang", "serve", "m"]))
+        for other in (["vim", "sglang.py"], ["python", "-m", "sglang.bench_serving"], ["grep", "sglang.launch_server"], []):
+            self.assertFalse(is_server(other))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,170 @@
+"""Every op, every implementation that runs on the GPU at hand, every case; its CPU sibling is test_op_parity.py."""
+
+import dataclasses
+import unittest
+
+import torch
+from test_op_parity import TRUTHS, check_case, clone, tensors
+
+from sglang.kernels.ops.moe.fused_experts import fused_experts, order_pairs
+from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.kernels.spec import Case
+from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cuda_ci(est_time=120, suite="stage-b-test-1-gpu-small")
+register_amd_ci(est_time=240, suite="stage-b-test-1-gpu-small-amd")
+
+DEVICE = "cuda"
+EXTREME = ("saturated", "huge", "nan-row", "cancelling")
+
+
+def to(args, device):
+    return tuple(arg.to(device) if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+
+def on_device(impl):
+    """The implementation run on the GPU, seen from the CPU: what it writes into its arguments comes back too."""
+
+    def run(*args, **kwargs):
+        # .to keeps strides, so that non-contiguous cases stay so.
+        moved = to(args, DEVICE)
+        out = impl.fn(*moved, **kwargs)
+        for arg, after in zip(args, moved, strict=True):
+            if isinstance(arg, torch.Tensor):
+                arg.copy_(after.cpu())
+        return out.cpu() if isinstance(out, torch.Tensor) else tuple(part.cpu() for part in out)
+
+    return dataclasses.replace(impl, fn=run)
+
+
+def half(case, dtype):
+    """The case with its floats in ``dtype``, but for what the contract keeps in float32 (tables, routing weights)."""
+    kept = {"rope.rotary": (3,), "moe.fused_experts": (3,)}
+    return lambda name: [
+        arg.to(dtype) if isinstance(arg, torch.Tensor) and arg.is_floating_point() and i not in kept.get(name, ()) else arg
+        for i, arg in enumerate(case.args)
+    ]
+
+
+def moe_case(tokens, experts, hidden, width, top_k, dtype, skewed=False):
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, hidden, generator=generator)
+    w13 = torch.randn(experts, 2 * width, hidden, generator=generator) / hidden**0.5
+    w2 = torch.randn(experts, hidden, width, generator=generator) / width**0.5
+    weights = torch.rand(tokens, top_k, generator=generator)
+    ids = torch.rand(tokens, experts, generator=generator)
+    if skewed:
+        ids[:, : experts // 2] = 0.0
+    ids = ids.topk(top_k, dim=-1).indices.int()
+    ids[torch.rand(tokens, top_k, generator=generator) < 0.1] = -1
+    args = [x.to(dtype), w13.to(dtype), w2.to(dtype), weights, ids]
+    return Case(f"{tokens}x{experts}x{hidden}x{width}", tuple(args))
+
+
+@unittest.skipUnless(torch.cuda.is_available(), "needs a GPU")
+class TestTritonOpsOnGpu(CustomTestCase):
+    @classmethod
+    def setUpClass(cls):
+        torch.backends.cuda.matmul.allow_tf32 = False
+        with fresh_decisions():
+            REGISTRY.freeze()
+            cls.runnable = {
+                op.name: [impl for impl in op.impls if REGISTRY.records[op.name].verdicts[impl.name] == "ok"]
+                for op in REGISTRY.ops.values()
+            }
+
+    def test_every_implementation_on_every_case(self):
+        count = 0
+        for name, impls in sorted(self.runnable.items()):
+            op = REGISTRY.ops[name]
+            for impl in impls:
+                for case in op.cases():
+                    if impl.accepts is None or impl.accepts(*to(case.args, DEVICE), **case.kwargs):
+                        with self.subTest(op=name, impl=impl.name, case=case.name):
+                            check_case(op, on_device(impl), case)
+                            count += 1
+        print(f"{count} (op, implementation, case) triples on {torch.cuda.get_device_name()}")
+
+    def test_half_precision_stays_near_the_truth(self):
+        count = 0
+        for name, truth in TRUTHS.items():
+            for impl in self.runnable[name]:
+                for case in REGISTRY.ops[name].cases():
+                    for dtype in (torch.bfloat16, torch.float16):
+                        args = half(case, dtype)(name)
+                        if case.name in EXTREME or (impl.accepts and not impl.accepts(*to(args, DEVICE))):
+                            continue
+                        with self.subTest(op=name, impl=impl.name, case=case.name, dtype=dtype):
+                            out = tensors(on_device(impl).fn(*clone(args)))
+                            for found, wanted in zip(out, tensors(truth(*args)), strict=True):
+                                self.assertEqual(found.dtype, dtype)
+                                torch.testing.assert_close(
+                                    found.double(), wanted, rtol=3e-2, atol=3e-2, equal_nan=True
+                                )
+                            count += 1
+        print(f"{count} half-precision triples")
+
+    def test_experts_at_serving_widths(self):
+        triton = next(impl for impl in fused_experts.impls if impl.name == "triton")
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for tokens in (1, 2, 16, 17, 130, 700):
+                for skewed in (False, True):
+                    case = moe_case(tokens, 16, 512, 352, 4, dtype, skewed)
+                    args = to(case.args, DEVICE)
+                    wide = [arg.float() if arg.dtype == dtype else arg for arg in args]
+                    with self.subTest(dtype=dtype, tokens=tokens, skewed=skewed):
+                        wanted = fused_experts.reference(*wide)
+                        error = (triton.fn(*args).float() - wanted).abs().max() / wanted.abs().max()
+                        self.assertLess(float(error), 2e-5 if dtype == torch.float32 else 1e-2)
+
+    def test_order_is_stable_and_complete(self):
+        for tokens, experts, block in ((1, 4, 16), (700, 16, 64), (3000, 100, 16)):
+            ids = moe_case(tokens, experts, 8, 8, 3, torch.float32).args[4].to(DEVICE)
+            order = order_pairs(ids, experts, block)
+            used = int(order.num_blocks)
+            flat, wanted = ids.flatten().tolist(), []
+            owners = []
+            for expert in range(experts):
+                mine = [pair for pair, chosen in enumerate(flat) if chosen == expert]
+                mine += [len(flat)] * (-len(mine) % block)
+                wanted += mine
+                owners += [expert] * (len(mine) // block)
+            self.assertLessEqual(used, order.max_blocks)
+            self.assertEqual(order.block_experts[:used].tolist(), owners)
+            self.assertEqual(order.pairs[: used * block].tolist(), wanted)
+
+    def test_replay_equals_eager_without_a_sync(self):
+        for name, impls in sorted(self.runnable.items()):
+            op = REGISTRY.ops[name]
+            for impl in (impl for impl in impls if impl.name == "triton"):
+                for case in op.cases():
+                    args = to(case.args, DEVICE)
+                    if impl.accepts is not None and not impl.accepts(*args, **case.kwargs):
+                        continue
+                    with self.subTest(op=name, case=case.name):
+                        self._replay(impl, args, case.kwargs)
+
+    def _replay(self, impl, args, kwargs):
+        eager_args, graph_args = clone(args), clone(args)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            impl.fn(*clone(args), **kwargs)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                eager = tensors(impl.fn(*eager_args, **kwargs))
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=stream):
+                    replayed = tensors(impl.fn(*graph_args, **kwargs))
+                graph.replay()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        for found, wanted in zip((*replayed, *graph_args), (*eager, *eager_args), strict=True):
+            if isinstance(found, torch.Tensor):
+                torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+
+
+if __name__ == "__main__":
+    unittest.main()
