@@ -73,6 +73,8 @@ def make_inputs(
 
 def graph_time(calls: Sequence[Callable[[], object]], runs: int = 5, min_seconds: float = 0.02) -> list[float]:
     """Seconds a call, one figure a run: all ``calls`` captured in one graph, replayed for ``min_seconds`` a run."""
+    # The inputs were made on the current stream.
+    torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls:

@@ -10,12 +10,15 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
+import httpx
+
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
 from sglang.srt.entrypoints.http_server import HttpServer, bind, listen
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.fake_scheduler import FakeEngine
+from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tokenizers import byte_level_tokenizer, write_tokenizer
 
 CONTEXT_LEN = 128
@@ -75,3 +78,27 @@ class FakeServer:
             self.join()
         self.engine.shutdown()
         self._folder.cleanup()
+
+
+class FakeServerTestCase(CustomTestCase):
+    """One fake server a class, ``settings`` its fields of ServerArgs; each test starts with a quick, healthy engine."""
+
+    settings: dict[str, Any] = {}
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.fake = FakeServer(**cls.settings).wait_ready()
+        cls.client = httpx.Client(base_url=cls.fake.url, timeout=10)
+
+    @classmethod
+    def tearDownClass(cls) -> None:
+        cls.client.close()
+        cls.fake.stop()
+
+    def setUp(self) -> None:
+        scheduler = self.fake.scheduler
+        scheduler.delay_s, scheduler.frozen, scheduler.error, scheduler.max_queued = 0.0, False, None, 10**6
+        scheduler.received.clear()
+
+    def generate(self, **body: Any) -> httpx.Response:
+        return self.client.post("/generate", json=body)

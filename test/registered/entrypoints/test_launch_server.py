@@ -1,5 +1,7 @@
 """The server as a user starts it: real processes over dummy weights, their end, and launches that must not happen."""
 
+import contextlib
+import io
 import json
 import os
 import signal
@@ -17,13 +19,13 @@ import psutil
 from sglang.cli.killall import is_server
 from sglang.cli.main import main as cli_main
 from sglang.cli.main import serve_arguments
-from sglang.srt.entrypoints.http_server import bind, listen
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase, free_url, kill_process_tree, popen_launch_server
 from sglang.test.tiny_checkpoints import TINY_CONFIGS
 from sglang.test.tiny_tokenizers import byte_level_tokenizer, write_tokenizer
+from sglang.version import __version__
 
-register_cpu_ci(est_time=45, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=20, suite="stage-b-test-cpu")
 
 DUMMY = ["--load-format", "dummy", "--max-total-tokens", "4096", "--random-seed", "1"]
 LONG = {"text": "hello", "sampling_params": {"max_new_tokens": 2000, "temperature": 0, "ignore_eos": True}}
@@ -56,7 +58,9 @@ class TestRunningServer(ModelTestCase):
 
     def post_in_background(self, body):
         replies = []
-        thread = threading.Thread(target=lambda: replies.append(httpx.post(f"{self.url}/generate", json=body, timeout=30)))
+        thread = threading.Thread(
+            target=lambda: replies.append(httpx.post(f"{self.url}/generate", json=body, timeout=30))
+        )
         thread.start()
         deadline = time.monotonic() + 10
         while httpx.get(f"{self.url}/get_load").json()[0]["num_reqs"] == 0:
@@ -90,16 +94,6 @@ class TestRunningServer(ModelTestCase):
         self.assertIn("The server is fired up and ready to roll!", log)
         self.assertNotIn("Traceback", log)
 
-    def test_a_killed_scheduler_ends_the_server_with_an_error(self):
-        thread, replies = self.post_in_background(LONG)
-        scheduler = next(child for child in self.children if "scheduler_process" in " ".join(child.cmdline()))
-        scheduler.kill()
-        thread.join(20)
-        self.assertEqual(replies[0].status_code, 500)
-        self.assertIn("exit code -9", replies[0].json()["error"]["message"])
-        self.assertEqual(self.process.wait(20), 1)
-        self.check_children_are_gone()
-
     def test_a_killed_server_takes_its_children_along(self):
         self.process.kill()
         self.process.wait(10)
@@ -107,25 +101,13 @@ class TestRunningServer(ModelTestCase):
 
 
 class TestRefusedLaunches(ModelTestCase):
-    def launch(self, *arguments, env=None):
-        """(exit status, stderr) of a launch that is expected to fail."""
-        command = [sys.executable, "-m", "sglang.launch_server", *arguments]
-        result = subprocess.run(
-            command, capture_output=True, text=True, timeout=60, env={**os.environ, **(env or {})}, check=False
-        )
-        return result.returncode, result.stderr
-
     def check_refused(self, pattern, *arguments, env=None):
-        status, text = self.launch(*arguments, env=env)
-        self.assertEqual(status, 2, text)
-        self.assertRegex(text, pattern)
-        self.assertNotIn("Traceback", text)
-
-    def test_a_port_in_use(self):
-        with bind("127.0.0.1", 0) as taken:
-            listen(taken)
-            port = str(taken.getsockname()[1])
-            self.check_refused(f"port {port}.*--port", "--model-path", self.model, "--port", port, *DUMMY)
+        command = [sys.executable, "-m", "sglang.launch_server", *arguments]
+        environ = {**os.environ, **(env or {})}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environ, check=False)
+        self.assertEqual(result.returncode, 2, result.stderr)
+        self.assertRegex(result.stderr, pattern)
+        self.assertNotIn("Traceback", result.stderr)
 
     def test_a_folder_without_tokenizer(self):
         with tempfile.TemporaryDirectory() as folder:
@@ -140,14 +122,6 @@ class TestRefusedLaunches(ModelTestCase):
             path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), folder])
             self.check_refused("'sglang' 0.5.12.*pip uninstall sglang", env={"PYTHONPATH": path})
 
-    def test_several_problems_at_once(self):
-        arguments = ["--model-path", "/no/such/model", "--prot", "1", "--tp", "x"]
-        status, text = self.launch(*arguments, env={"SGLANG_LOG_LEVL": "1"})
-        self.assertEqual(status, 2)
-        for pattern in ("--port", "--tp", "SGLANG_LOG_LEVL", "/no/such/model"):
-            self.assertIn(pattern, text)
-        self.assertNotIn("Traceback", text)
-
 
 class TestCli(CustomTestCase):
     def test_serve_takes_a_model_by_position(self):
@@ -155,14 +129,17 @@ class TestCli(CustomTestCase):
         self.assertEqual(serve_arguments(["--model-path", "m"]), ["--model-path", "m"])
 
     def test_unknown_subcommands(self):
-        for words in ([], ["serv"], ["generate"]):
-            self.assertEqual(cli_main(words), 2)
-        self.assertEqual(cli_main(["version"]), 0)
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            for words in ([], ["serv"], ["generate"]):
+                self.assertEqual(cli_main(words), 2)
+            self.assertEqual(cli_main(["version"]), 0)
+        self.assertIn(__version__, out.getvalue())
+        self.assertIn("unknown subcommand 'serv'", err.getvalue())
 
     def test_which_processes_killall_ends(self):
         self.assertTrue(is_server(["python", "-m", "sglang.launch_server", "--tp", "2"]))
         self.assertTrue(is_server(["/venv/bin/python", "/venv/bin/sglang", "serve", "m"]))
-        for other in (["vim", "sglang.py"], ["python", "-m", "sglang.bench_serving"], ["grep", "sglang.launch_server"], []):
+        for other in (["vim", "sglang.py"], ["python", "-m", "sglang.bench_serving"], ["grep", "sglang"], []):
             self.assertFalse(is_server(other))
 
 

@@ -264,7 +264,9 @@ class TestWithoutTokenizer(CustomTestCase):
         fake = FakeServer(skip_tokenizer_init=True).wait_ready()
         self.addCleanup(fake.stop)
         with httpx.Client(base_url=fake.url, timeout=10) as client:
-            result = client.post("/generate", json={"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 3}}).json()
+            result = client.post(
+                "/generate", json={"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 3}}
+            ).json()
             self.assertEqual((result["text"], result["output_ids"]), ("", [5, 6, 5]))
             reply = client.post("/v1/completions", json={"prompt": [5, 6], "max_tokens": 2, "logprobs": 1})
             self.assertEqual(reply.json()["choices"][0]["logprobs"]["tokens"], ["", ""])

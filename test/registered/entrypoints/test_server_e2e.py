@@ -167,7 +167,7 @@ class TestServer(ServerCase):
                     answer = self.client.post(path, content=content, headers={"content-type": "application/json"})
                     self.assertEqual(answer.status_code, 400, answer.text)
                     document = answer.json()
-                    message = document["error"]["message"] if path == "/generate" else document["message"]
+                    message = document.get("error", document)["message"]
                     self.assertGreater(len(message), 10)
             self.assertEqual(healthy.result()["output_ids"], reference)
         self.wait_until_idle()

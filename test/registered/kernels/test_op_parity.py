@@ -14,7 +14,12 @@ from sglang.test.test_utils import CustomTestCase
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
 # Groups whose references are held against their own truth in another file of test/registered.
-TRUTH_ELSEWHERE = {"gdn": "kernels/test_gdn_ops.py", "sampling": "sampling/test_sampler.py"}
+TRUTH_ELSEWHERE = {
+    "attention_state": "kernels/test_triton_attention.py",
+    "gdn": "kernels/test_gdn_ops.py",
+    "kv_cache": "kernels/test_triton_attention.py",
+    "sampling": "sampling/test_sampler.py",
+}
 
 
 def clone(args):

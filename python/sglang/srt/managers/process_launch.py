@@ -23,6 +23,9 @@ from sglang.srt.utils.common import get_free_port
 logger = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_S = 10.0
+# Rounds that an OpenMP thread spins before it sleeps. libgomp's default spins for milliseconds: on a machine that is
+# shared, threads then wait for one that was taken off its core (measured at batch 64: 870 against 11,500 tokens/s).
+SPIN_COUNT = 10_000
 
 
 class LaunchError(RuntimeError):
@@ -133,6 +136,7 @@ def _start(name: str, module: str, config: LaunchConfig, threads: int) -> ChildP
     life_read, life_write = os.pipe()
     environment = dict(os.environ)
     environment.setdefault("OMP_NUM_THREADS", str(threads))
+    environment.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     command = [sys.executable, "-m", module, "--config", path]
     command += ["--ready-fd", str(ready_write), "--lifeline-fd", str(life_read)]
     # A session of its own: Ctrl-C reaches the parent alone, which then ends its children in order.

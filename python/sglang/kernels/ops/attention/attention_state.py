@@ -1,0 +1,151 @@
+"""Attention over a part of the keys with the log of its sum of exponentials, and the merge of two such parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.ops.attention.launchers import launch_extend, rows_fit
+from sglang.kernels.ops.attention.ragged_extend import indptr, ragged_shapes
+from sglang.kernels.ops.attention.tiles import RowShape
+from sglang.kernels.spec import Case, Impl, Op
+
+State = tuple[torch.Tensor, torch.Tensor]
+
+
+def extend_state_torch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> State:
+    """Softmax attention over packed rows, request by request, and its log-sum-exp.
+
+    q [N, Hq, D], k [M, Hk, D], v [M, Hk, Dv]; request i owns query rows qo_indptr[i]:qo_indptr[i+1] and key rows
+    kv_indptr[i]:kv_indptr[i+1] (int64 [B+1]), possibly none. With ``causal`` its queries are its last tokens. -> out
+    [N, Hq, Dv] in q's dtype and lse [N, Hq] float32, natural log of the sum of exp(scale * q.k); a row that sees no key
+    has zeros and -inf.
+    """
+    queries, keys = qo_indptr.tolist(), kv_indptr.tolist()
+    group = q.shape[1] // k.shape[1]
+    out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
+    lse = torch.full(q.shape[:2], float("-inf"), device=q.device)
+    for i in range(len(queries) - 1):
+        rows, cols = slice(queries[i], queries[i + 1]), slice(keys[i], keys[i + 1])
+        count, seen = rows.stop - rows.start, cols.stop - cols.start
+        if count == 0 or seen == 0:
+            continue
+        key, value = (tensor[cols].float().repeat_interleave(group, 1) for tensor in (k, v))
+        logits = torch.einsum("nhd,mhd->hnm", q[rows].float() * scale, key)
+        if causal:
+            hidden = torch.ones(count, seen, dtype=torch.bool, device=q.device).triu(seen - count + 1)
+            logits = logits.masked_fill(hidden, float("-inf"))
+        lse[rows] = logits.logsumexp(-1).T
+        out[rows] = torch.einsum("hnm,mhd->nhd", logits.softmax(-1), value).to(q.dtype)
+    return out, lse
+
+
+def merge_states_torch(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> State:
+    """Attention over the union of two disjoint sets of keys, from the attention over each.
+
+    out_a, out_b [N, H, D], lse_a, lse_b [N, H] float32 -> out in out_a's dtype and lse. A part with lse -inf has no
+    weight; where both have none, out is 0 and lse -inf. Sum of exponentials, split by set.
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    floor = lse.masked_fill(lse == float("-inf"), 0.0)
+    parts = [(lse_part - floor).exp().unsqueeze(-1) * out.float() for lse_part, out in ((lse_a, out_a), (lse_b, out_b))]
+    return (parts[0] + parts[1]).to(out_a.dtype), lse
+
+
+def extend_state_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    qo_indptr: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    scale: float,
+    causal: bool,
+) -> State:
+    shape = RowShape.of(q.shape[2], v.shape[2])
+    return launch_extend(q, k, v, None, qo_indptr, kv_indptr, scale, shape, causal=causal, with_lse=True)
+
+
+def merge_states_triton(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> State:
+    from sglang.kernels.ops.attention.attention_state_triton import merge_states_kernel
+
+    num_rows, heads, dim = out_a.shape
+    out, lse = torch.empty_like(out_a), torch.empty_like(lse_a)
+    if num_rows:
+        block_h = min(16, next_power_of_2(heads))
+        merge_states_kernel[(num_rows, cdiv(heads, block_h))](
+            out_a, lse_a, out_b, lse_b, out, lse,
+            heads, BLOCK_H=block_h, DIM=dim, BLOCK_D=next_power_of_2(dim),
+            num_warps=4,
+        )  # fmt: skip
+    return out, lse
+
+
+def _accepts_extend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object) -> bool:
+    return rows_fit(q, k, v)
+
+
+def _accepts_merge(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> bool:
+    dense = all(tensor.is_contiguous() for tensor in (out_a, lse_a, out_b, lse_b))
+    return out_a.dtype == out_b.dtype and out_a.dtype in FLOATS and dense
+
+
+def _extend_cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(*shape, True) for shape in ragged_shapes() if shape[0] != "many-blocks"]
+    shapes.append(("prefix-part", [4, 1, 7], [30, 0, 5], False))
+    for name, q_lens, kv_lens, causal in shapes:
+        for heads, kv_heads, dim, v_dim in ((2, 2, 24, 16), (4, 2, 8, 8)):
+            q = torch.randn(sum(q_lens), heads, dim, generator=generator)
+            k = torch.randn(sum(kv_lens), kv_heads, dim, generator=generator)
+            v = torch.randn(sum(kv_lens), kv_heads, v_dim, generator=generator)
+            yield Case(f"{name}-{heads}x{kv_heads}", (q, k, v, indptr(q_lens), indptr(kv_lens), 0.3, causal))
+
+
+def _merge_cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for rows, heads, dim in ((0, 2, 8), (1, 1, 16), (5, 3, 24)):
+        outs = torch.randn(2, rows, heads, dim, generator=generator)
+        lses = torch.randn(2, rows, heads, generator=generator) * 20
+        if rows > 3:
+            lses[0, 1] = lses[1, 2] = lses[:, 3] = float("-inf")
+            outs[0, 1] = outs[1, 2] = outs[:, 3] = 0.0
+        yield Case(f"{rows}x{heads}", (outs[0], lses[0], outs[1], lses[1]))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """One part of a long prefix and its merge, 16 and 128 heads in bf16, without contents."""
+    for heads in (16, 128):
+        q = torch.empty(2048, heads, 192, dtype=torch.bfloat16, device=device)
+        v = torch.empty(8192, heads, 128, dtype=torch.bfloat16, device=device)
+        k = torch.empty(8192, heads, 192, dtype=torch.bfloat16, device=device)
+        bounds = torch.empty(5, dtype=torch.int64, device=device)
+        for causal in (False, True):
+            case = Case(f"h{heads} causal={causal}", (q, k, v, bounds, bounds.clone(), 192**-0.5, causal))
+            yield extend_state, case
+        out = torch.empty(2048, heads, 128, dtype=torch.bfloat16, device=device)
+        lse = torch.empty(2048, heads, dtype=torch.float32, device=device)
+        yield merge_states, Case(f"h{heads}", (out, lse, out.clone(), lse.clone()))
+
+
+extend_state = Op(
+    "attention_state.extend",
+    triton_impl(extend_state_triton, _accepts_extend),
+    Impl("torch", extend_state_torch),
+    cases=_extend_cases,
+)
+merge_states = Op(
+    "attention_state.merge",
+    triton_impl(merge_states_triton, _accepts_merge),
+    Impl("torch", merge_states_torch),
+    cases=_merge_cases,
+)

@@ -1,0 +1,181 @@
+"""Rows in and out of the paged cache: writes at slot ids, and the slots of spans of the request table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, rows_of, triton_impl, warps_for
+from sglang.kernels.spec import Case, Impl, Op
+
+
+def write_kv_torch(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write one row of keys and values a token, converted to the cache's dtype; returns the caches.
+
+    k [N, H, D], v [N, H, Dv], k_cache [S, H, D] and v_cache [S, H, Dv] with dense rows, slot_ids [N] int64 in [0, S).
+    Slot 0 may repeat (padding) and holds any of its rows then; other slots differ.
+    """
+    k_cache.index_copy_(0, slot_ids, k.to(k_cache.dtype))
+    v_cache.index_copy_(0, slot_ids, v.to(v_cache.dtype))
+    return k_cache, v_cache
+
+
+def write_latent_torch(latent: torch.Tensor, cache: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
+    """Write one latent row a token: latent [N, R+P], cache [S, R+P]; otherwise as ``write_kv_torch``."""
+    return cache.index_copy_(0, slot_ids, latent.to(cache.dtype))
+
+
+def gather_slots_torch(
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    starts: torch.Tensor,
+    indptr: torch.Tensor,
+    num_slots: int,
+) -> torch.Tensor:
+    """Slots of a span of each request, packed by request.
+
+    req_to_token [R, C] int32, req_pool_indices [B] int64 rows of it, starts [B] int64 the first position of each span,
+    indptr [B+1] int64 where each span goes, num_slots its last entry (the host knows it) -> [num_slots] int64.
+    """
+    lengths = indptr[1:] - indptr[:-1]
+    request = torch.repeat_interleave(lengths, output_size=num_slots)
+    position = torch.arange(num_slots, device=indptr.device) - indptr[request] + starts[request]
+    return req_to_token[req_pool_indices[request], position].long()
+
+
+def write_kv_triton(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_ids: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from sglang.kernels.ops.attention.kv_cache_triton import write_rows_kernel
+
+    num_tokens, heads, dim = k.shape
+    value = v.shape[2]
+    if num_tokens:
+        block = next_power_of_2(max(heads * dim, heads * value))
+        write_rows_kernel[(num_tokens, 2)](
+            k, v, k_cache, v_cache, slot_ids,
+            k.stride(0), k.stride(1), v.stride(0), v.stride(1), k_cache.stride(0), v_cache.stride(0),
+            K_DIM=dim, V_DIM=value, K_WIDTH=heads * dim, V_WIDTH=heads * value, BLOCK=block,
+            num_warps=warps_for(block),
+        )  # fmt: skip
+    return k_cache, v_cache
+
+
+def write_latent_triton(latent: torch.Tensor, cache: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
+    from sglang.kernels.ops.attention.kv_cache_triton import write_rows_kernel
+
+    num_tokens, dim = latent.shape
+    if num_tokens:
+        block = next_power_of_2(dim)
+        row = latent.stride(0)
+        write_rows_kernel[(num_tokens, 1)](
+            latent, latent, cache, cache, slot_ids,
+            row, row, row, row, cache.stride(0), cache.stride(0),
+            K_DIM=dim, V_DIM=dim, K_WIDTH=dim, V_WIDTH=dim, BLOCK=block,
+            num_warps=warps_for(block),
+        )  # fmt: skip
+    return cache
+
+
+def gather_slots_triton(
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    starts: torch.Tensor,
+    indptr: torch.Tensor,
+    num_slots: int,
+) -> torch.Tensor:
+    from sglang.kernels.ops.attention.kv_cache_triton import gather_slots_kernel
+
+    out = torch.empty(num_slots, dtype=torch.int64, device=req_to_token.device)
+    batch = req_pool_indices.shape[0]
+    if num_slots:
+        # The longest span is not known here: each request has programs for its share, and each walks its span.
+        programs = max(1, cdiv(64, batch))
+        gather_slots_kernel[(batch, programs)](
+            req_to_token, req_pool_indices, starts, indptr, out, req_to_token.stride(0),
+            BLOCK=1024, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _accepts_kv(
+    k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_ids: torch.Tensor
+) -> bool:
+    dense = all(tensor.stride(2) == 1 for tensor in (k, v))
+    packed = all(cache.stride(1) == cache.shape[2] and cache.stride(2) == 1 for cache in (k_cache, v_cache))
+    return k.dtype in FLOATS and k.dtype == v.dtype == k_cache.dtype == v_cache.dtype and dense and packed
+
+
+def _accepts_latent(latent: torch.Tensor, cache: torch.Tensor, slot_ids: torch.Tensor) -> bool:
+    dense = rows_of(latent) is not None and latent.ndim == 2 and cache.stride(1) == 1
+    return latent.dtype in FLOATS and latent.dtype == cache.dtype and dense
+
+
+def _accepts_table(req_to_token: torch.Tensor, *rest: object) -> bool:
+    return req_to_token.stride(1) == 1
+
+
+def _kv_cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for rows, heads, dim, value in ((1, 1, 8, 8), (5, 2, 12, 8), (0, 2, 8, 8), (9, 3, 20, 32)):
+        both = torch.randn(rows, heads, dim + value, generator=generator)
+        caches = torch.randn(12, heads, dim, generator=generator), torch.randn(12, heads, value, generator=generator)
+        slots = torch.randperm(11, generator=generator)[:rows] + 1
+        yield Case(f"{rows}x{heads}-strided", (both[..., :dim], both[..., dim:], *caches, slots))
+
+
+def _latent_cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for rows in (0, 1, 7):
+        slots = torch.randperm(11, generator=generator)[:rows] + 1
+        wide = torch.randn(rows, 30, generator=generator)
+        yield Case(f"{rows}-strided", (wide[:, :20], torch.randn(12, 20, generator=generator), slots))
+
+
+def _span_cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randint(0, 1 << 20, (9, 1500), generator=generator, dtype=torch.int32)
+    spans = {"one": [(3, 0, 5)], "ragged": [(8, 2, 1), (0, 0, 1400), (4, 7, 0), (2, 1499, 1)], "empty": []}
+    for name, entries in spans.items():
+        rows, starts, lengths = (torch.tensor([entry[i] for entry in entries], dtype=torch.int64) for i in range(3))
+        indptr = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
+        yield Case(name, (table, rows, starts, indptr, int(indptr[-1])))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """A decode step of 128 requests and a prefill of 8192 tokens in bf16, without contents."""
+    for tokens in (128, 8192):
+        slots = torch.empty(tokens, dtype=torch.int64, device=device)
+        for heads, dim in ((2, 256), (8, 128)):
+            k = torch.empty(tokens, heads, dim, dtype=torch.bfloat16, device=device)
+            cache = torch.empty(1 << 14, heads, dim, dtype=torch.bfloat16, device=device)
+            yield write_kv, Case(f"kv {tokens}x{heads}x{dim}", (k, k.clone(), cache, cache.clone(), slots))
+        latent = torch.empty(tokens, 576, dtype=torch.bfloat16, device=device)
+        cache = torch.empty(1 << 14, 576, dtype=torch.bfloat16, device=device)
+        yield write_latent, Case(f"latent {tokens}", (latent, cache, slots))
+        bounds = torch.empty(9, dtype=torch.int64, device=device)
+        table = torch.empty(64, 8192, dtype=torch.int32, device=device)
+        yield gather_slots, Case(f"slots {tokens}", (table, bounds[:8], bounds[:8].clone(), bounds, tokens))
+
+
+write_kv = Op(
+    "kv_cache.write_kv",
+    triton_impl(write_kv_triton, _accepts_kv),
+    Impl("torch", write_kv_torch),
+    cases=_kv_cases,
+)
+write_latent = Op(
+    "kv_cache.write_latent",
+    triton_impl(write_latent_triton, _accepts_latent),
+    Impl("torch", write_latent_torch),
+    cases=_latent_cases,
+)
+gather_slots = Op(
+    "kv_cache.gather_slots",
+    triton_impl(gather_slots_triton, _accepts_table),
+    Impl("torch", gather_slots_torch),
+    cases=_span_cases,
+)

@@ -1,0 +1,213 @@
+"""Triton attention bodies in Triton's interpreter against the references; truths of the cache and state ops."""
+
+import math
+import os
+import subprocess
+import sys
+import unittest
+
+import torch
+
+import sglang.kernels.ops.attention.attention_state as attention_state
+import sglang.kernels.ops.attention.kv_cache as kv_cache
+from sglang.kernels.ops.attention import mla_extend, paged_extend, ragged_extend, table_decode
+from sglang.kernels.ops.attention.launchers import launch_decode, launch_extend
+from sglang.kernels.ops.attention.tiles import RowShape, Tile, split_count
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
+
+OPS = (
+    table_decode.table_decode,
+    table_decode.mla_table_decode,
+    ragged_extend.ragged_extend,
+    paged_extend.paged_extend,
+    mla_extend.mla_extend,
+    attention_state.extend_state,
+    attention_state.merge_states,
+    kv_cache.write_kv,
+    kv_cache.write_latent,
+    kv_cache.gather_slots,
+)
+# Triton decides at its import whether bodies are compiled or interpreted, so they are interpreted in another process.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Too slow to interpret; the device test runs them.
+SLOW = ("many-blocks",)
+
+
+def triton_of(op):
+    return next(impl for impl in op.impls if impl.name == "triton")
+
+
+def clone(args):
+    return tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+
+
+def tensors(value):
+    return (value,) if isinstance(value, torch.Tensor) else tuple(value)
+
+
+def close(found, wanted):
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def table_of(lens, capacity, total, generator):
+    """A request table with scrambled slots 1 .. total-2; unused entries name the last slot, which callers poison."""
+    table = torch.full((len(lens) + 1, capacity), total - 1, dtype=torch.int32)
+    order = torch.randperm(total - 2, generator=generator).int() + 1
+    start = 0
+    for row, length in enumerate(lens):
+        table[row + 1, :length] = order[start : start + length]
+        start += length
+    return table, torch.arange(len(lens)) + 1, torch.tensor(lens)
+
+
+class TestInterpreter(CustomTestCase):
+    @unittest.skipIf(INTERPRETED, "this is the other process")
+    def test_bodies(self):
+        env = {**os.environ, "TRITON_INTERPRET": "1"}
+        command = [sys.executable, __file__, "TestInterpretedBodies"]
+        result = subprocess.run(command, env=env, capture_output=True, text=True)
+        self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
+        self.assertIn("Ran 4 tests", result.stderr)
+        self.assertNotIn("skipped", result.stderr)
+
+
+@unittest.skipUnless(INTERPRETED, "run by TestInterpreter in a process of its own")
+class TestInterpretedBodies(CustomTestCase):
+    def test_every_body_on_every_case(self):
+        for op in OPS:
+            for case in op.cases():
+                if case.name.startswith(SLOW):
+                    continue
+                with self.subTest(op=op.name, case=case.name):
+                    args, expected_args = clone(case.args), clone(case.args)
+                    self.assertTrue(triton_of(op).accepts(*args))
+                    found, wanted = triton_of(op).fn(*args), op.reference(*expected_args)
+                    for left, right in zip(tensors(found), tensors(wanted), strict=True):
+                        self.assertEqual(left.dtype, right.dtype)
+                        close(left, right)
+                    for left, right in zip(args, expected_args, strict=True):
+                        if isinstance(left, torch.Tensor):
+                            close(left, right)
+
+    def test_split_counts_agree_in_decode(self):
+        generator = torch.Generator().manual_seed(0)
+        lens = [1, 0, 70, 33]
+        table = table_of(lens, 90, sum(lens) + 2, generator)
+        latent = torch.randn(sum(lens) + 2, 1, 40, generator=generator)
+        keys = torch.randn(2, sum(lens) + 2, 2, 24, generator=generator)
+        latent[-1] = keys[:, -1] = float("nan")
+        for heads in (5, 70):
+            q = torch.randn(len(lens), heads, 40, generator=generator)
+            shape = RowShape.of(40, 32, value_is_key=True)
+            wanted = table_decode.mla_table_decode_torch(q, latent[:, 0], *table, 32, 0.2)
+            for splits in (1, 2, 5):
+                close(launch_decode(q, latent, latent, *table, 0.2, shape, Tile(16, 16, 4, 1), splits), wanted)
+        q = torch.randn(len(lens), 6, 24, generator=generator)
+        wanted = table_decode.table_decode_torch(q, keys[0], keys[1], *table, 0.3)
+        for splits in (1, 3, 8):
+            found = launch_decode(q, keys[0], keys[1], *table, 0.3, RowShape.of(24, 24), Tile(16, 16, 4, 1), splits)
+            close(found, wanted)
+
+    def test_split_counts_agree_in_extend(self):
+        generator = torch.Generator().manual_seed(0)
+        q_lens, kv_lens = [3, 1, 0, 20], [40, 70, 5, 20]
+        bounds = [ragged_extend.indptr(lens) for lens in (q_lens, kv_lens)]
+        slots = torch.randperm(sum(kv_lens) + 3, generator=generator)[: sum(kv_lens)]
+        q = torch.randn(sum(q_lens), 6, 40, generator=generator)
+        latent = torch.randn(sum(kv_lens) + 3, 1, 40, generator=generator)
+        shape = RowShape.of(40, 32, value_is_key=True)
+        wanted = mla_extend.mla_extend_torch(q, latent[:, 0], slots, *bounds, 32, 0.2)
+        for rows, splits in ((16, 1), (16, 2), (32, 5)):
+            tile = Tile(rows, 16, 4, 1)
+            close(launch_extend(q, latent, latent, slots, *bounds, 0.2, shape, tile=tile, splits=splits)[0], wanted)
+
+    def test_merged_parts_are_the_whole(self):
+        generator = torch.Generator().manual_seed(0)
+        q_lens, prefix, new = [3, 2], [20, 0], [3, 2]
+        q = torch.randn(5, 4, 24, generator=generator)
+        k = torch.randn(25, 4, 24, generator=generator)
+        v = torch.randn(25, 4, 16, generator=generator)
+        old_rows = torch.arange(20)
+        new_rows = torch.arange(20, 25)
+        packed = torch.cat((old_rows, new_rows))
+        q_bounds, new_bounds = ragged_extend.indptr(q_lens), ragged_extend.indptr(new)
+        all_bounds = ragged_extend.indptr([23, 2])
+        wanted = ragged_extend.ragged_extend_torch(q, k[packed], v[packed], q_bounds, all_bounds, 0.3)
+        for extend, merge in (
+            (attention_state.extend_state_torch, attention_state.merge_states_torch),
+            (triton_of(attention_state.extend_state).fn, triton_of(attention_state.merge_states).fn),
+        ):
+            part = extend(q, k[new_rows], v[new_rows], q_bounds, new_bounds, 0.3, True)
+            other = extend(q, k[old_rows], v[old_rows], q_bounds, ragged_extend.indptr(prefix), 0.3, False)
+            close(merge(*part, *other)[0], wanted)
+
+
+class TestReferences(CustomTestCase):
+    """The references of ops whose results are not attention outputs alone, against loops in float64."""
+
+    def test_extend_state(self):
+        for case in attention_state.extend_state.cases():
+            q, k, v, qo, kv, scale, causal = case.args
+            out, lse = attention_state.extend_state_torch(*case.args)
+            group = q.shape[1] // k.shape[1]
+            for i in range(len(qo) - 1):
+                for row in range(int(qo[i]), int(qo[i + 1])):
+                    end = int(kv[i + 1]) - (int(qo[i + 1]) - 1 - row if causal else 0)
+                    for head in range(q.shape[1]):
+                        logits = [float(q[row, head].double() @ key.double()) * scale
+                                  for key in k[int(kv[i]) : end, head // group]]  # fmt: skip
+                        if not logits:
+                            self.assertEqual(float(lse[row, head]), -math.inf)
+                            self.assertEqual(float(out[row, head].abs().max()), 0.0)
+                            continue
+                        total = sum(math.exp(value) for value in logits)
+                        self.assertAlmostEqual(float(lse[row, head]), math.log(total), places=4)
+                        weights = torch.tensor([math.exp(value) / total for value in logits], dtype=torch.float64)
+                        close(out[row, head].double(), weights @ v[int(kv[i]) : end, head // group].double())
+
+    def test_merge(self):
+        for case in attention_state.merge_states.cases():
+            out_a, lse_a, out_b, lse_b = case.args
+            out, lse = attention_state.merge_states_torch(*case.args)
+            a, b = (value.double().exp() for value in (lse_a, lse_b))
+            total = a + b
+            empty = total == 0
+            wanted = (a.unsqueeze(-1) * out_a + b.unsqueeze(-1) * out_b) / total.masked_fill(empty, 1).unsqueeze(-1)
+            close(out.double(), wanted)
+            close(lse.double(), total.log())
+
+    def test_cache_ops(self):
+        for case in kv_cache.write_kv.cases():
+            k, v, k_cache, v_cache, slots = clone(case.args)
+            kv_cache.write_kv_torch(k, v, k_cache, v_cache, slots)
+            for rows, cache, before in ((k, k_cache, case.args[2]), (v, v_cache, case.args[3])):
+                for slot in range(cache.shape[0]):
+                    row = [i for i, other in enumerate(slots.tolist()) if other == slot]
+                    self.assertTrue(torch.equal(cache[slot], rows[row[0]] if row else before[slot]))
+        for case in kv_cache.write_latent.cases():
+            latent, cache, slots = clone(case.args)
+            kv_cache.write_latent_torch(latent, cache, slots)
+            self.assertTrue(torch.equal(cache[slots], latent))
+        for case in kv_cache.gather_slots.cases():
+            table, rows, starts, indptr, total = case.args
+            wanted = []
+            for row, start, first, end in zip(rows.tolist(), starts.tolist(), indptr.tolist(), indptr.tolist()[1:]):
+                wanted += table[row, start : start + end - first].tolist()
+            self.assertEqual(kv_cache.gather_slots_torch(*case.args).tolist(), wanted)
+            self.assertEqual(len(wanted), total)
+
+
+class TestSplitCount(CustomTestCase):
+    def test_it_fills_and_stays_within_bounds(self):
+        self.assertGreater(split_count(1, 8192, 64, 4), 30)
+        self.assertEqual(split_count(1000, 8192, 64, 4), 1)
+        self.assertEqual(split_count(1, 64, 64, 4), 1)
+        self.assertEqual(split_count(1, 100, 64, 4), 2)
+        self.assertEqual(split_count(1, 1 << 20, 64, 1 << 40), 1)
+
+
+if __name__ == "__main__":
+    unittest.main()
