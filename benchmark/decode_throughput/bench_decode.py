@@ -19,12 +19,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-import transformers
+from sglang.srt.managers.process_launch import SPIN_COUNT
 
-import sglang
-from sglang.test.bench_checkpoint import CONFIG, make_checkpoint
+# Both sides run under the thread settings of the engine's processes; libgomp reads them when torch is loaded.
+os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+import sglang  # noqa: E402
+from sglang.test.bench_checkpoint import CONFIG, make_checkpoint  # noqa: E402
 
 # Attention, experts: what transformers can run this model with on a CPU.
 HF_VARIANTS = [(a, e) for a in ("eager", "sdpa") for e in ("eager", "batched_mm", "grouped_mm")]

@@ -1,4 +1,7 @@
-"""``python -m sglang.kernels``: every op, what would run here, and why the others would not."""
+"""``python -m sglang.kernels``: every op, what would run here, and why the others would not.
+
+``--amd-report`` compiles every Triton kernel for AMD instead, with no GPU, and prints what each needs.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,29 @@ import argparse
 import json
 import sys
 
-from sglang.kernels.registry import REGISTRY, KernelConfigError
+from sglang.kernels.registry import REGISTRY, KernelConfigError, probe_package
 from sglang.srt.environ import EnvError
 from sglang.srt.platforms import PlatformError, current_platform
+
+
+def _amd_report(as_json: bool, update: bool) -> int:
+    reason = probe_package("triton")
+    if reason is not None:
+        print(f"error: --amd-report compiles with Triton, which does not import: {reason}", file=sys.stderr)
+        return 2
+    from sglang.kernels.amd.gate import report
+
+    return report(as_json, update)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m sglang.kernels", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
+    parser.add_argument("--amd-report", action="store_true", help="compile the Triton kernels for gfx942 and gfx950")
+    parser.add_argument("--amd-update", action="store_true", help="the same, and record the rows as the new table")
     arguments = parser.parse_args()
+    if arguments.amd_report or arguments.amd_update:
+        return _amd_report(arguments.json, arguments.amd_update)
     try:
         REGISTRY.freeze()
         platform = current_platform.describe()

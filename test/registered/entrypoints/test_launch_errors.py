@@ -33,7 +33,7 @@ class TestLaunchErrors(CustomTestCase):
         self.addCleanup(self.folder.cleanup)
 
     def model_copy(self) -> Path:
-        target = Path(self.folder.name) / "model"
+        target = Path(tempfile.mkdtemp(dir=self.folder.name)) / "model"
         shutil.copytree(default_model_path(), target)
         return target
 
@@ -89,7 +89,6 @@ class TestLaunchErrors(CustomTestCase):
                 model = self.model_copy()
                 damage(model / "model.safetensors")
                 self.refused(launch("--model-path", str(model)), *words)
-                shutil.rmtree(model)
 
     def drop_tensor(self, file: Path) -> None:
         tensors = load_file(file)

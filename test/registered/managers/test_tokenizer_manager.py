@@ -89,6 +89,16 @@ class TestResults(ManagerTestCase):
         self.assertEqual("".join(r["text"] for r in deltas), final["text"])
         self.assertEqual(sum((r["output_ids"] for r in deltas), []), final["output_ids"])
 
+    async def test_a_slow_reader_still_gets_the_end(self):
+        self.scheduler.delay_s = 0.01
+        request = GenerateReqInput(text=["ab", "cd"], sampling_params={"max_new_tokens": 9}, stream=True)
+        last = {}
+        async for result in self.manager.generate_request(request):
+            last[result["index"]] = result
+            await self.until(lambda: not self.manager.num_in_flight)
+        self.assertEqual([last[i]["meta_info"]["finish_reason"]["type"] for i in (0, 1)], ["length", "length"])
+        self.assertEqual([len(last[i]["output_ids"]) for i in (0, 1)], [9, 9])
+
     async def test_batch_n_and_indices(self):
         params = [{"max_new_tokens": 2, "n": 2}, {"max_new_tokens": 3}]
         (results,) = await self.run_one(text=["ab", "cd"], sampling_params=params, rid=["x", "y"])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import signal
 import sys
 
 from sglang.srt.managers.detokenizer_manager import DetokenizerManager
-from sglang.srt.managers.process_launch import parse_child_arguments
+from sglang.srt.managers.process_launch import ended_by_sigterm, parse_child_arguments
 from sglang.srt.utils.audit import install_unpickle_counter, log_unpickle_count, reset_unpickle_count
 from sglang.srt.utils.logging_config import configure_logging
 
@@ -19,7 +18,6 @@ def main() -> int:
     context = parse_child_arguments()
     server_args = context.config.parsed_server_args()
     configure_logging(server_args.log_level, prefix="detokenizer")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         manager = DetokenizerManager(server_args, context.config.ipc)
     except Exception as error:
@@ -27,10 +25,11 @@ def main() -> int:
         raise
     context.report_ready({})
     reset_unpickle_count()
-    try:
-        manager.event_loop()
-    finally:
-        log_unpickle_count(logger)
+    with ended_by_sigterm():
+        try:
+            manager.event_loop()
+        finally:
+            log_unpickle_count(logger)
     return 0
 
 

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -188,6 +190,19 @@ def _last_words(child: ChildProcess) -> dict[str, Any] | None:
     data = os.read(child.ready_fd, 1 << 16) if readable else b""
     report: dict[str, Any] | None = json.loads(data) if data.endswith(b"\n") else None
     return report if report is not None and report["status"] == "error" else None
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Inside the block SIGTERM ends the process by way of its ``finally`` clauses; after it, SIGTERM is ignored.
+
+    Before the block, SIGTERM's default action ends the process at once.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class ChildContext:

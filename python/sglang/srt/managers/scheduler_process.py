@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -16,7 +15,7 @@ from sglang.kernels.registry import REGISTRY, KernelConfigError
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import init_tp_group
-from sglang.srt.managers.process_launch import ChildContext, parse_child_arguments
+from sglang.srt.managers.process_launch import ChildContext, ended_by_sigterm, parse_child_arguments
 from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_config import SchedulerConfig
@@ -104,7 +103,6 @@ def main() -> int:
     args = config.parsed_server_args()
     prefix = "scheduler" if config.tp_size == 1 else f"TP{config.tp_rank}"
     configure_logging(args.log_level, prefix=prefix)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     set_global_server_args_for_scheduler(args)
     torch.set_grad_enabled(False)
     try:
@@ -128,10 +126,11 @@ def main() -> int:
     )
     reset_unpickle_count()
     Watchdog(scheduler, float(args.watchdog_timeout))
-    try:
-        scheduler.event_loop()
-    finally:
-        log_unpickle_count(logger)
+    with ended_by_sigterm():
+        try:
+            scheduler.event_loop()
+        finally:
+            log_unpickle_count(logger)
     return 0
 
 

@@ -12,9 +12,9 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _span(seq_len, split, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr):
+def _span(seq_len, split, splits, BLOCK_N: tl.constexpr):
     """Tokens [start, end) of one split; whole blocks, so that only a context's last block is ragged."""
-    length = tl.cdiv(tl.cdiv(seq_len, SPLITS), BLOCK_N) * BLOCK_N
+    length = tl.cdiv(tl.cdiv(seq_len, splits), BLOCK_N) * BLOCK_N
     start = split * length
     return start, tl.minimum(start + length, seq_len)
 
@@ -27,19 +27,19 @@ def load_columns(at, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     return tl.load(at, mask=mask, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def decode_tokens_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, lens_ptr, out_ptr, lse_ptr,
-    scale, num_heads, group,
+    scale, num_heads, group, splits,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, table_stride,
     MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, VALUE_IS_KEY: tl.constexpr,
     KEY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Few heads: tokens are the rows of both products, so that HEADS may be as small as 16 on a wide matrix unit.
 
-    grid (requests, key heads * head blocks, SPLITS) -> out [B, SPLITS, H, V] and lse [B, SPLITS, H] float32 when
-    SPLITS > 1, else out [B, H, V] in its own dtype.
+    grid (requests, key heads * head blocks, splits) -> out [B, splits, H, V] and lse [B, splits, H] float32, or with
+    WHOLE (one split) out [B, H, V] in its own dtype.
     """
     request = tl.program_id(0)
     head_blocks = tl.cdiv(group, HEADS)
@@ -49,13 +49,13 @@ def decode_tokens_kernel(
     live = in_group < group
     split = tl.program_id(2)
     seq_len = tl.load(lens_ptr + request).to(tl.int32)
-    start, end = _span(seq_len, split, SPLITS, BLOCK_N)
+    start, end = _span(seq_len, split, splits, BLOCK_N)
     values = tl.arange(0, BLOCK_V)
-    out_row = (request.to(tl.int64) * SPLITS + split) * num_heads + heads
+    out_row = (request.to(tl.int64) * splits + split) * num_heads + heads
     out_at = out_ptr + out_row[None, :] * VALUE + values[:, None]
     out_mask = live[None, :] & (values < VALUE)[:, None]
     if start >= end:
-        if SPLITS == 1:
+        if WHOLE:
             tl.store(out_at, tl.zeros([BLOCK_V, HEADS], out_ptr.dtype.element_ty), mask=out_mask)
         else:
             tl.store(lse_ptr + out_row, tl.full([HEADS], float("-inf"), tl.float32), mask=live)
@@ -99,18 +99,18 @@ def decode_tokens_kernel(
             v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V)
         acc = tl.dot(tl.trans(v), probs.to(v.dtype), acc, input_precision="ieee")
     tl.store(out_at, (acc / total[None, :]).to(out_ptr.dtype.element_ty), mask=out_mask)
-    if SPLITS > 1:
+    if not WHOLE:
         tl.store(lse_ptr + out_row, maximum * scale + tl.log2(total) * LN2, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def decode_heads_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, lens_ptr, out_ptr, lse_ptr,
-    scale, num_heads, group,
+    scale, num_heads, group, splits,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, table_stride,
     MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, VALUE_IS_KEY: tl.constexpr,
     KEY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, SPLITS: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Many heads over one key head: heads are the rows of both products; otherwise as ``decode_tokens_kernel``."""
     request = tl.program_id(0)
@@ -121,13 +121,13 @@ def decode_heads_kernel(
     live = in_group < group
     split = tl.program_id(2)
     seq_len = tl.load(lens_ptr + request).to(tl.int32)
-    start, end = _span(seq_len, split, SPLITS, BLOCK_N)
+    start, end = _span(seq_len, split, splits, BLOCK_N)
     values = tl.arange(0, BLOCK_V)
-    out_row = (request.to(tl.int64) * SPLITS + split) * num_heads + heads
+    out_row = (request.to(tl.int64) * splits + split) * num_heads + heads
     out_at = out_ptr + out_row[:, None] * VALUE + values[None, :]
     out_mask = live[:, None] & (values < VALUE)[None, :]
     if start >= end:
-        if SPLITS == 1:
+        if WHOLE:
             tl.store(out_at, tl.zeros([HEADS, BLOCK_V], out_ptr.dtype.element_ty), mask=out_mask)
         else:
             tl.store(lse_ptr + out_row, tl.full([HEADS], float("-inf"), tl.float32), mask=live)
@@ -168,18 +168,18 @@ def decode_heads_kernel(
             v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V)
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
     tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
-    if SPLITS > 1:
+    if not WHOLE:
         tl.store(lse_ptr + out_row, maximum * scale + tl.log2(total) * LN2, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def merge_splits_kernel(
     parts_ptr, parts_lse_ptr, out_ptr,
-    num_heads,
-    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, STEP: tl.constexpr,
+    num_heads, splits,
+    BLOCK_S: tl.constexpr, STEP: tl.constexpr,
     VALUE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """parts [N, SPLITS, H, V] and their lse [N, SPLITS, H] -> out [N, H, V], always summed in the same order.
+    """parts [N, splits, H, V] and their lse [N, splits, H] -> out [N, H, V], always summed in the same order.
 
     grid (rows * heads, value blocks). A part of lse -inf has not been written and is not read.
     """
@@ -187,17 +187,17 @@ def merge_splits_kernel(
     head = tl.program_id(0) % num_heads
     values = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     inside = values < VALUE
-    first = row * SPLITS * num_heads + head
-    splits = tl.arange(0, BLOCK_S)
-    lse = tl.load(parts_lse_ptr + first + splits * num_heads, mask=splits < SPLITS, other=float("-inf"))
+    first = row * splits * num_heads + head
+    split = tl.arange(0, BLOCK_S)
+    lse = tl.load(parts_lse_ptr + first + split * num_heads, mask=split < splits, other=float("-inf"))
     highest = tl.max(lse, 0)
     # A row without tokens has no finite part; a floor keeps its weights zero instead of NaN.
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.sum(tl.exp(lse - highest), 0)
     acc = tl.zeros([BLOCK_V], tl.float32)
-    for start in range(0, SPLITS, STEP):
+    for start in range(0, splits, STEP):
         steps = start + tl.arange(0, STEP)
-        part_lse = tl.load(parts_lse_ptr + first + steps * num_heads, mask=steps < SPLITS, other=float("-inf"))
+        part_lse = tl.load(parts_lse_ptr + first + steps * num_heads, mask=steps < splits, other=float("-inf"))
         weight = tl.exp(part_lse - highest)
         part = tl.load(
             parts_ptr + (first + steps[:, None] * num_heads) * VALUE + values[None, :],

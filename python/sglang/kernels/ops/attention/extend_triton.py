@@ -58,19 +58,19 @@ def _attend(
     return acc, maximum, total
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "splits"])
 def extend_kernel(
     q_ptr, k_ptr, v_ptr, slots_ptr, qo_indptr_ptr, kv_indptr_ptr, out_ptr, lse_ptr,
-    scale, batch, num_heads, group,
+    scale, batch, num_heads, group, splits,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
     MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, VALUE_IS_KEY: tl.constexpr,
     KEY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
     PAGED: tl.constexpr, CAUSAL: tl.constexpr, WRITE_LSE: tl.constexpr,
 ):  # fmt: skip
     """A tile is BLOCK_M rows (token, head of the group) of one request and key head; its tokens share the key blocks.
 
-    grid (key heads, tiles, SPLITS) -> out [N, SPLITS, H, V] and lse [N, SPLITS, H] float32. With CAUSAL a request's
+    grid (key heads, tiles, splits) -> out [N, splits, H, V] and lse [N, splits, H] float32. With CAUSAL a request's
     queries are its last tokens.
     """
     kv_head = tl.program_id(0)
@@ -95,7 +95,7 @@ def extend_kernel(
     if CAUSAL:
         seen = tl.minimum(kv_len, kv_len - q_len + (tile_row + BLOCK_M - 1) // group + 1)
         unmasked = kv_len - q_len + tile_row // group + 1
-    span = tl.cdiv(tl.cdiv(kv_len, SPLITS), BLOCK_N) * BLOCK_N
+    span = tl.cdiv(tl.cdiv(kv_len, splits), BLOCK_N) * BLOCK_N
     start = tl.minimum(split * span, seen)
     end = tl.minimum(start + span, seen)
     middle = start + tl.maximum(tl.minimum(unmasked, end) - start, 0) // BLOCK_N * BLOCK_N
@@ -128,7 +128,7 @@ def extend_kernel(
         k_stride, v_stride, keys, tails, values,
         MAIN, TAIL, VALUE, VALUE_IS_KEY, KEY, BLOCK_T, BLOCK_V, BLOCK_N, PAGED, True,
     )  # fmt: skip
-    out_row = ((q_first + token) * SPLITS + split) * num_heads + heads
+    out_row = ((q_first + token) * splits + split) * num_heads + heads
     if WRITE_LSE:
         lse = tl.where(total > 0.0, maximum * scale + tl.log2(total) * LN2, float("-inf"))
         tl.store(lse_ptr + out_row, lse, mask=live)

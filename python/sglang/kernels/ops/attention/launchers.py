@@ -35,8 +35,8 @@ def merge_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> No
     block_v = min(128, max(16, next_power_of_2(value)))
     block_s = next_power_of_2(splits)
     merge_splits_kernel[(num_rows * heads, cdiv(value, block_v))](
-        parts, lse, out, heads,
-        SPLITS=splits, BLOCK_S=block_s, STEP=min(16, block_s), VALUE=value, BLOCK_V=block_v,
+        parts, lse, out, heads, splits,
+        BLOCK_S=block_s, STEP=min(16, block_s), VALUE=value, BLOCK_V=block_v,
         num_warps=4,
     )  # fmt: skip
 
@@ -78,9 +78,9 @@ def launch_decode(
     kernel = decode_heads_kernel if heads_are_rows else decode_tokens_kernel
     kernel[(batch, programs, splits)](
         q, k, v, req_to_token, req_pool_indices, seq_lens, parts, lse,
-        scale, heads, group,
+        scale, heads, group, splits,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), req_to_token.stride(0),
-        **shape.constants(), HEADS=tile.rows, BLOCK_N=tile.block_n, SPLITS=splits,
+        **shape.constants(), HEADS=tile.rows, BLOCK_N=tile.block_n, WHOLE=splits == 1,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:
@@ -128,9 +128,9 @@ def launch_extend(
         parts_lse = torch.empty(num_rows, splits, heads, dtype=torch.float32, device=q.device)
     extend_kernel[(kv_heads, tiles, splits)](
         q, k, v, qo_indptr if slot_ids is None else slot_ids, qo_indptr, kv_indptr, parts, parts_lse,
-        scale, batch, heads, group,
+        scale, batch, heads, group, splits,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        **shape.constants(), BLOCK_M=tile.rows, BLOCK_N=tile.block_n, BLOCK_B=128, SPLITS=splits,
+        **shape.constants(), BLOCK_M=tile.rows, BLOCK_N=tile.block_n, BLOCK_B=128,
         PAGED=slot_ids is not None, CAUSAL=causal, WRITE_LSE=with_lse or splits > 1,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip

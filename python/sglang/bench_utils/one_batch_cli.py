@@ -1,0 +1,246 @@
+"""The flags of bench_one_batch, its timed runs and its correctness test."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sglang.bench_utils.one_batch import BatchTooLargeError, StaticBatch
+from sglang.kernels.registry import REGISTRY, KernelConfigError
+from sglang.srt.configs.errors import ConfigError
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.pool_plan import PoolPlanError
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_loader.weight_utils import WeightLoadError
+from sglang.srt.platforms import PlatformError, current_platform
+from sglang.srt.server_args import (
+    ServerArgs,
+    ServerArgsError,
+    evaluate,
+    exit_with_errors,
+    set_global_server_args_for_scheduler,
+)
+from sglang.srt.utils.hf_tokenizer import Tokenizer, TokenizerError
+from sglang.srt.utils.logging_config import configure_logging
+
+USER_ERRORS = (ConfigError, KernelConfigError, PlatformError, PoolPlanError, TokenizerError, WeightLoadError)
+DECODE_STEPS_PRINTED = 5
+WARMUP_OUTPUT_LEN = 8
+CORRECTNESS_PROMPTS = ("The capital of France is", "27+58=", "Today is a sunny day and I like")
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """The tool's own flags beside those of ServerArgs."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_argument_group("one batch")
+    group.add_argument("--run-name", default="default", help="Copied into the records.")
+    group.add_argument("--batch-size", type=int, nargs="+", default=[1], help="Requests. Default: 1.")
+    group.add_argument("--input-len", type=int, nargs="+", default=[1024], help="Prompt tokens. Default: 1024.")
+    group.add_argument("--output-len", type=int, nargs="+", default=[16], help="New tokens. Default: 16.")
+    group.add_argument("--result-filename", default="result.jsonl", help="File to append to; empty for none.")
+    group.add_argument("--log-decode-step", type=int, default=0, help="Print every Nth decode step too.")
+    group.add_argument("--prompt-filename", default="", help="Text file with a prompt a line, instead of random ids.")
+    group.add_argument("--correctness-test", action="store_true", help="Print tokens and logits instead of times.")
+    group.add_argument("--cut-len", type=int, default=4, help="Prompt tokens of the first of two steps. Default: 4.")
+    group.add_argument("--profile", action="store_true", help="Write a torch trace of prefill and of one decode step.")
+    group.add_argument("--profile-filename-prefix", default="profile", help="Of the trace files.")
+    ServerArgs.add_cli_args(parser)
+    return parser
+
+
+def load(args: ServerArgs, batch_sizes: Sequence[int]) -> tuple[ModelRunner, TokenToKVPoolAllocator, ServerArgs]:
+    """Resolve ``args`` for batches of these sizes and load the model; exits with status 2 when they cannot be used."""
+    if args.tp_size > 1:
+        exit_with_errors([f"--tp-size {args.tp_size}: this tool runs one rank; use bench_serving for more"])
+    if args.max_running_requests is None:
+        args = replace(args, max_running_requests=max(64, *batch_sizes))
+    verdict = evaluate(args)
+    if verdict.errors or verdict.model_config is None:
+        exit_with_errors(verdict.errors)
+    assert verdict.model_config is not None
+    set_global_server_args_for_scheduler(verdict.args)
+    REGISTRY.freeze()
+    runner = ModelRunner(verdict.args, verdict.model_config)
+    return runner, TokenToKVPoolAllocator(runner.max_total_num_tokens, runner.page_size), verdict.args
+
+
+def make_prompts(args: argparse.Namespace, tokenizer_path: str, vocab: int, count: int, length: int) -> list[list[int]]:
+    """``count`` prompts of ``length`` tokens: random ids, or the lines of a file cut or repeated to the length."""
+    if not args.prompt_filename:
+        return np.random.default_rng(0).integers(0, vocab, size=(count, length)).tolist()
+    lines = [line for line in Path(args.prompt_filename).read_text(encoding="utf-8").splitlines() if line]
+    if not lines:
+        exit_with_errors([f"--prompt-filename {args.prompt_filename} holds no prompt"])
+    tokenizer = Tokenizer.from_path(tokenizer_path)
+    encoded = [tokenizer.encode(line) for line in lines]
+    chosen = itertools.islice(itertools.cycle(encoded), count)
+    return [list(itertools.islice(itertools.cycle(ids), length)) for ids in chosen]
+
+
+class Case:
+    """One (batch size, input length, output length) on a loaded model."""
+
+    def __init__(self, runner: ModelRunner, allocator: TokenToKVPoolAllocator, prompts: list[list[int]]) -> None:
+        self.runner = runner
+        self.allocator = allocator
+        self.prompts = prompts
+        self.decode_latencies: list[float] = []
+        self.prefill_latency = 0.0
+
+    def run(self, output_len: int, profile_prefix: str = "") -> None:
+        """Prefill and ``output_len - 1`` decode steps, each timed in seconds."""
+        batch = StaticBatch(self.runner, self.allocator, len(self.prompts))
+        try:
+            ids, self.prefill_latency = self._timed("prefill", profile_prefix, lambda: batch.extend(self.prompts))
+            for step in range(output_len - 1):
+                trace = profile_prefix if step == output_len // 2 else ""
+                ids, latency = self._timed("decode", trace, lambda ids=ids: batch.decode(ids))
+                self.decode_latencies.append(latency)
+        finally:
+            batch.release()
+
+    def _timed(self, stage: str, profile_prefix: str, action: Any) -> tuple[torch.Tensor, float]:
+        profiler = torch.profiler.profile() if profile_prefix else None
+        if profiler is not None:
+            profiler.start()
+        current_platform.synchronize()
+        started = time.perf_counter()
+        ids, _ = action()
+        current_platform.synchronize()
+        latency = time.perf_counter() - started
+        if profiler is not None:
+            profiler.stop()
+            path = f"{profile_prefix}_batch{len(self.prompts)}_input{len(self.prompts[0])}_{stage}.trace.json"
+            profiler.export_chrome_trace(path)
+            print(f"trace of {stage}: {path}")
+        return ids, latency
+
+    def report(self, run_name: str, log_decode_step: int) -> dict[str, Any]:
+        """Print the times and return the record."""
+        size, length = len(self.prompts), len(self.prompts[0])
+        record: dict[str, Any] = {
+            "run_name": run_name,
+            "batch_size": size,
+            "input_len": length,
+            "output_len": len(self.decode_latencies) + 1,
+            "prefill_latency": self.prefill_latency,
+            "prefill_throughput": size * length / self.prefill_latency,
+        }
+        print(
+            f"Prefill. latency: {self.prefill_latency:6.5f} s, throughput: {record['prefill_throughput']:9.2f} token/s"
+        )
+        for step, latency in enumerate(self.decode_latencies):
+            if step < DECODE_STEPS_PRINTED or (log_decode_step > 0 and step % log_decode_step == 0):
+                print(
+                    f"Decode {step}. Batch size: {size}, latency: {latency:6.5f} s, "
+                    f"throughput: {size / latency:9.2f} token/s"
+                )
+        if self.decode_latencies:
+            median = statistics.median(self.decode_latencies)
+            record["median_decode_latency"], record["median_decode_throughput"] = median, size / median
+            print(f"Decode.  median latency: {median:6.5f} s, median throughput: {size / median:9.2f} token/s")
+        total = self.prefill_latency + sum(self.decode_latencies)
+        record["total_latency"] = total
+        record["overall_throughput"] = (length + record["output_len"]) * size / total
+        print(f"Total. latency: {total:6.3f} s, throughput: {record['overall_throughput']:9.2f} token/s")
+        return record
+
+
+def latency_test(args: argparse.Namespace, server_args: ServerArgs) -> list[dict[str, Any]]:
+    """Run every case after a short warm-up of the first; cases that the pools do not hold are named and left out."""
+    runner, allocator, resolved = load(server_args, args.batch_size)
+    vocab = runner.model_config.vocab_size
+    records = []
+    warm = False
+    for size, length, output_len in itertools.product(args.batch_size, args.input_len, args.output_len):
+        prompts = make_prompts(args, resolved.tokenizer_path or resolved.model_path, vocab, size, length)
+        case_name = f"batch size {size}, input length {length}, output length {output_len}"
+        context = runner.model_config.context_len
+        if length + output_len > context:
+            print(f"skipped: {case_name} is longer than the context of {context} tokens", file=sys.stderr)
+            continue
+        try:
+            if not warm:
+                print("Warmup ...")
+                Case(runner, allocator, prompts).run(min(WARMUP_OUTPUT_LEN, output_len))
+                warm = True
+                print("Benchmark ...")
+            case = Case(runner, allocator, prompts)
+            case.run(output_len, args.profile_filename_prefix if args.profile else "")
+        except BatchTooLargeError as error:
+            print(f"skipped: {case_name}: {error}", file=sys.stderr)
+            continue
+        records.append(case.report(args.run_name, args.log_decode_step))
+    if args.result_filename:
+        with open(args.result_filename, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    return records
+
+
+def correctness_test(args: argparse.Namespace, server_args: ServerArgs) -> int:
+    """Print greedy outputs, computed from prompts in one step and in two; returns 1 if their tokens differ."""
+    runner, allocator, resolved = load(server_args, [len(CORRECTNESS_PROMPTS)])
+    tokenizer = Tokenizer.from_path(resolved.tokenizer_path or resolved.model_path)
+    lines = Path(args.prompt_filename).read_text(encoding="utf-8").splitlines() if args.prompt_filename else ()
+    prompts = [tokenizer.encode(text) for text in ([line for line in lines if line] or CORRECTNESS_PROMPTS)]
+    texts = []
+    for cut in (0, args.cut_len):
+        batch = StaticBatch(runner, allocator, len(prompts))
+        if cut:
+            batch.extend([ids[: min(cut, len(ids) - 1)] for ids in prompts])
+        rest = [ids[length:] for ids, length in zip(prompts, batch.seq_lens, strict=True)]
+        ids, output = batch.extend(rest)
+        name = f"prefill in two steps (the first of {cut} tokens)" if cut else "prefill in one step"
+        logits = output.next_token_logits.float()
+        print(f"{name}: logits {tuple(logits.shape)}")
+        for row in logits:
+            head, tail = (" ".join(f"{value:8.4f}" for value in part.tolist()) for part in (row[:3], row[-3:]))
+            print(f"  {head} ... {tail}   largest {row.max().item():8.4f} at {int(row.argmax())}")
+        drawn = [ids.tolist()]
+        for _ in range(args.output_len[0] - 1):
+            ids, _ = batch.decode(ids)
+            drawn.append(ids.tolist())
+        batch.release()
+        texts.append([list(column) for column in zip(*drawn, strict=True)])
+    for prompt, whole, cut_ids in zip(prompts, *texts, strict=True):
+        same = "same in two steps" if whole == cut_ids else f"DIFFERENT in two steps: {tokenizer.decode(cut_ids)!r}"
+        print(f"{tokenizer.decode(prompt)!r} -> {tokenizer.decode(whole)!r} ({same})")
+    return int(texts[0] != texts[1])
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name in ("batch_size", "input_len", "output_len"):
+        if min(getattr(args, name)) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {min(getattr(args, name))}")
+    if args.cut_len < 1:
+        parser.error(f"--cut-len must be at least 1, got {args.cut_len}")
+
+
+def run(description: str | None, argv: Sequence[str] | None) -> int:
+    """Read the command line and run; returns the exit status."""
+    parser = make_parser(description)
+    args = parser.parse_args(argv)
+    check_arguments(parser, args)
+    try:
+        server_args = ServerArgs.from_cli_args(args)
+        configure_logging(server_args.log_level)
+        print(f"device: {current_platform.describe()}")
+        if args.correctness_test:
+            return correctness_test(args, server_args)
+        return 0 if latency_test(args, server_args) else 1
+    except ServerArgsError as error:
+        exit_with_errors(error.errors)
+    except (*USER_ERRORS, OSError) as error:
+        exit_with_errors([str(error)])
+    return 2

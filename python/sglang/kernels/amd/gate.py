@@ -1,0 +1,179 @@
+"""Compile every Triton kernel at its serving shapes for gfx942 and gfx950 and hold it against the checked-in table.
+
+A compile gate is not a correctness test, and nothing here has run on AMD hardware. Triton caches compiled kernels by
+a hash of their source, so only what changed is compiled again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import triton
+
+from sglang.kernels.amd.driver import Launch, compile_only
+from sglang.kernels.amd.resources import Resources, drift, read_resources, violations
+from sglang.kernels.amd.shapes import ServingShape, all_shapes
+from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.srt.platforms import Platform, override_platform
+
+ARCHS = ("gfx942", "gfx950")
+TABLE = Path(__file__).with_name("resources.json")
+COLUMNS = tuple(column.name for column in fields(Resources))
+
+
+class ShapeOnlyPlatform(Platform):
+    """A HIP platform of ``arch`` whose tensors have no storage: dispatch chooses as on the machine."""
+
+    kind = "hip"
+    device_type = "cuda"
+
+    def __init__(self, arch: str) -> None:
+        self._arch = arch
+
+    @property
+    def arch(self) -> str:
+        return self._arch
+
+    def describe(self) -> str:
+        return f"{self._arch}, shapes only"
+
+    def memory_info(self, local_rank: int) -> tuple[int, int]:
+        return 0, 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel, as compiled for one shape; ``problems`` is empty when it passes."""
+
+    kernel: str
+    arch: str
+    triton: str
+    shape: str
+    resources: Resources
+    problems: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        named = {"kernel": self.kernel, "arch": self.arch, "triton": self.triton, "shape": self.shape}
+        return {**named, **asdict(self.resources), "problems": list(self.problems)}
+
+    @property
+    def key(self) -> str:
+        return f"{self.kernel} @ {self.shape}"
+
+
+Table = dict[str, dict[str, dict[str, Resources]]]
+
+
+def load_table(path: Path = TABLE) -> Table:
+    """triton version -> arch -> "kernel @ shape" -> Resources."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if tuple(data["columns"]) != COLUMNS:
+        raise ValueError(f"{path}: columns are {data['columns']}, expected {list(COLUMNS)}; write the table anew")
+    return {
+        version: {arch: {key: Resources(*row) for key, row in rows.items()} for arch, rows in archs.items()}
+        for version, archs in data["rows"].items()
+    }
+
+
+def save_table(rows: Iterable[Row], path: Path = TABLE) -> None:
+    """Replace the rows of this Triton version in the table, keeping other versions'."""
+    table = load_table(path) if path.exists() else {}
+    table[triton.__version__] = {arch: {} for arch in ARCHS}
+    for row in rows:
+        table[row.triton][row.arch][row.key] = row.resources
+    lines = ["{", f' "columns": {json.dumps(COLUMNS)},', ' "rows": {']
+    for version, archs in sorted(table.items()):
+        lines.append(f"  {json.dumps(version)}: {{")
+        for arch, found in sorted(archs.items()):
+            lines.append(f"   {json.dumps(arch)}: {{")
+            lines += [f"    {json.dumps(key)}: {json.dumps(list(asdict(r).values()))}," for key, r in found.items()]
+            lines[-1] = lines[-1].rstrip(",")
+            lines.append("   },")
+        lines[-1] = "   }"
+        lines.append("  },")
+    lines[-1] = "  }"
+    path.write_text("\n".join([*lines, " }", "}"]) + "\n", encoding="utf-8")
+
+
+def compile_shape(shape: ServingShape, arch: str) -> list[Launch]:
+    """The launches that dispatch makes for ``shape``; raises when it would not choose Triton or does not compile."""
+    op = REGISTRY.ops[shape.op]
+    arguments = shape.arguments()
+    with override_platform(ShapeOnlyPlatform(arch)), fresh_decisions(), compile_only(arch) as driver:
+        REGISTRY.freeze()
+        chosen = next(impl for impl in op.table or () if impl.accepts is None or impl.accepts(*arguments))
+        if chosen.name != "triton":
+            raise ValueError(f"{shape.op} {shape.label}: dispatch chooses {chosen.name!r}, not Triton")
+        chosen.fn(*arguments)
+    return driver.launches
+
+
+def check(shapes: Iterable[ServingShape] | None = None, table: Table | None = None) -> Iterator[Row]:
+    """One row for each distinct compiled kernel of the shapes (default: all), in both architectures."""
+    REGISTRY.load_all()
+    shapes = list(all_shapes() if shapes is None else shapes)
+    table = (load_table() if TABLE.exists() else {}) if table is None else table
+    for arch in ARCHS:
+        recorded = table.get(triton.__version__, {}).get(arch)
+        seen: set[str] = set()
+        for shape in shapes:
+            for launch in compile_shape(shape, arch):
+                if launch.metadata["hash"] not in seen:
+                    seen.add(launch.metadata["hash"])
+                    yield _row(launch, shape, arch, recorded)
+
+
+def _row(launch: Launch, shape: ServingShape, arch: str, recorded: dict[str, Resources] | None) -> Row:
+    needs = read_resources(launch, arch)
+    problems = violations(launch, arch, shape.expect.get(launch.kernel, ()))
+    # A kernel that one shape launches twice differs in what it is specialised on; its grid tells the two apart.
+    grid = "x".join(str(n) for n in launch.grid if n > 1) or "1"
+    row = Row(launch.kernel, arch, triton.__version__, f"{shape.op} {shape.label} grid {grid}", needs, tuple(problems))
+    if recorded is None:
+        return row
+    before = recorded.get(row.key)
+    drifted = ["is not in the table"] if before is None else drift(needs, before)
+    return Row(row.kernel, arch, row.triton, row.shape, needs, (*problems, *drifted))
+
+
+def uncovered_ops() -> list[str]:
+    """Ops with a Triton implementation that no serving shape compiles."""
+    REGISTRY.load_all()
+    covered = {shape.op for shape in all_shapes()}
+    with_triton = (op.name for op in REGISTRY.ops.values() if any(impl.name == "triton" for impl in op.impls))
+    return sorted(name for name in with_triton if name not in covered)
+
+
+def report(as_json: bool, update: bool) -> int:
+    """Print the rows and what is wrong; exit status 1 when anything is."""
+    rows = []
+    for row in check(table={} if update else None):
+        rows.append(row)
+        if as_json:
+            print(json.dumps(row.as_dict()), flush=True)
+    if update:
+        save_table(rows)
+    uncovered = uncovered_ops()
+    if not as_json:
+        _print_text(rows)
+        for name in uncovered:
+            print(f"FAIL {name}: has a Triton implementation and no serving shape in kernels/amd/shapes")
+    return int(bool(uncovered) or any(row.problems for row in rows))
+
+
+def _print_text(rows: list[Row]) -> None:
+    print(f"{'kernel @ shape':<84} {'arch':<7}" + "".join(f"{column:>10}" for column in COLUMNS))
+    for row in rows:
+        print(f"{row.key:<84} {row.arch:<7}" + "".join(f"{value:>10}" for value in asdict(row.resources).values()))
+    for row in rows:
+        for problem in row.problems:
+            print(f"FAIL {row.arch} {row.key}: {problem}")
+    versions = sorted(load_table()) if TABLE.exists() else []
+    compared = "drift checked" if triton.__version__ in versions else "no recorded rows, drift not checked"
+    failed = sum(bool(row.problems) for row in rows)
+    print(f"{len(rows)} kernels compiled with triton {triton.__version__} ({compared}; recorded: {', '.join(versions)})")
+    print(f"{failed} fail. Compiled only: nothing here has run on AMD hardware.")

@@ -1,0 +1,231 @@
+"""Packed tokens of several sequences through a whole gated delta net, in chunks, on slots in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+
+import torch
+
+from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
+from sglang.kernels.ops.gdn.causal_conv1d import causal_conv1d_torch
+from sglang.kernels.ops.gdn.chunk import CHUNK_SIZE, chunk_gated_delta_rule_torch
+from sglang.kernels.ops.gdn.decode_step import (
+    SERVING_SHAPES,
+    STEP_SHAPES,
+    serving_inputs,
+    split_heads,
+    step_inputs,
+)
+from sglang.kernels.ops.gdn.gating import gdn_gating_torch
+from sglang.kernels.ops.gdn.shapes import GDNShape, shape_of, step_fits_triton
+from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, gated_rms_norm_torch
+from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
+
+# Rows of the diagonal tiles of a chunk's triangular system that are solved row by row.
+SOLVE_TILE = 16
+
+
+def chunk_table(seq_lens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where packed sequences and their chunks lie, on the host: bounds [B + 1] int64 and chunks [NC, 2] int32, the
+    sequence and the index in it of each."""
+    lengths = torch.tensor(seq_lens, dtype=torch.int64)
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    counts = (lengths + CHUNK_SIZE - 1) // CHUNK_SIZE
+    sequence = torch.repeat_interleave(torch.arange(len(seq_lens)), counts)
+    index = torch.arange(sequence.shape[0]) - (counts.cumsum(0) - counts)[sequence]
+    return bounds, torch.stack((sequence, index), dim=1).int()
+
+
+def gdn_extend_step_torch(
+    mixed_qkv: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    a: torch.Tensor,
+    conv_weight: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    conv_state: torch.Tensor,
+    ssm_state: torch.Tensor,
+    slot_ids: torch.Tensor,
+    bounds: torch.Tensor,
+    chunks: torch.Tensor,
+    seq_lens: Sequence[int],
+    eps: float,
+) -> torch.Tensor:
+    """The mixer's rows for the packed tokens of B sequences, from their projections; their slots move on.
+
+    Arguments as ``gdn.decode_step`` with N packed rows, slot_ids [B] all different and not 0, ``seq_lens`` the lengths
+    on the host (zero is allowed), ``bounds`` and ``chunks`` what ``chunk_table`` makes of them, beside the other
+    tensors -> [N, HV, V] in mixed_qkv's dtype. Composed of ``gdn.causal_conv1d``, ``gdn.l2_norm``, ``gdn.gating``,
+    ``gdn.chunk_gated_delta_rule`` (scale K^-0.5) and ``norm.gated_rms_norm``.
+    """
+    shape = shape_of(mixed_qkv, conv_weight, ssm_state)
+    g, beta = gdn_gating_torch(a, b, A_log, dt_bias)
+    history = conv_state.index_select(0, slot_ids)
+    convolved, last = causal_conv1d_torch(mixed_qkv, conv_weight, history, seq_lens)
+    conv_state.index_copy_(0, slot_ids, last)
+    q, k, v = split_heads(convolved, shape)
+    initial = ssm_state.index_select(0, slot_ids)
+    out, final = chunk_gated_delta_rule_torch(q, k, v, g, beta, initial, seq_lens, shape.k_dim**-0.5)
+    ssm_state.index_copy_(0, slot_ids, final.to(ssm_state.dtype))
+    return gated_rms_norm_torch(out, z, norm_weight, eps)
+
+
+def scan_block(shape: GDNShape, sequences: int) -> int:
+    """Rows of a state that a program of the scan carries: few while programs are few."""
+    block = max(16, next_power_of_2(shape.v_dim))
+    wanted = 2 * 132
+    while block > 16 and (block > 64 or sequences * shape.value_heads * cdiv(shape.v_dim, block) < wanted):
+        block //= 2
+    return block
+
+
+def run_conv(
+    mixed_qkv: torch.Tensor,
+    conv_weight: torch.Tensor,
+    conv_state: torch.Tensor,
+    slot_ids: torch.Tensor,
+    bounds: torch.Tensor,
+    chunks: torch.Tensor,
+    shape: GDNShape,
+) -> torch.Tensor:
+    """q | k | v [N, C] after the convolution, queries and keys at unit length, in mixed_qkv's dtype."""
+    from sglang.kernels.ops.gdn.extend_step_triton import conv_heads_kernel
+
+    out = torch.empty(mixed_qkv.shape, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
+    block = next_power_of_2(max(shape.k_dim, shape.v_dim))
+    conv_heads_kernel[(chunks.shape[0], 2 * shape.key_heads + shape.value_heads)](
+        mixed_qkv, conv_weight, conv_state, slot_ids, bounds, chunks, out,
+        mixed_qkv.stride(0), out.stride(0), conv_state.stride(0), shape.key_heads,
+        K=shape.k_dim, V=shape.v_dim, WIDTH=shape.width,
+        BLOCK_D=block, BLOCK_W=next_power_of_2(shape.width), CHUNK=CHUNK_SIZE,
+        num_warps=8 if block >= 128 else 4,
+    )  # fmt: skip
+    return out
+
+
+def run_chunks(
+    qkv: torch.Tensor,
+    b: torch.Tensor,
+    a: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    ssm_state: torch.Tensor,
+    slot_ids: torch.Tensor,
+    bounds: torch.Tensor,
+    chunks: torch.Tensor,
+    shape: GDNShape,
+) -> torch.Tensor:
+    """The chunked rule on what ``run_conv`` gives: [N, HV, V] before the norm."""
+    from sglang.kernels.ops.gdn.extend_step_triton import scan_chunks_kernel, solve_chunks_kernel
+
+    tokens, heads, dtype = qkv.shape[0], shape.value_heads, qkv.dtype
+    block_k, block_v = max(16, next_power_of_2(shape.k_dim)), max(16, next_power_of_2(shape.v_dim))
+
+    def empty(width: int, kind: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(tokens, heads, width, dtype=kind, device=qkv.device)
+
+    values, reads, scores, out = empty(shape.v_dim), empty(shape.k_dim), empty(CHUNK_SIZE), empty(shape.v_dim)
+    since, until = empty(1, torch.float32), empty(1, torch.float32)
+    scale = shape.k_dim**-0.5
+    # The inverse is rounded to the activations' dtype next, so TF32 is enough for 16 bits; matrix units of CDNA take
+    # float32 as it is.
+    precise = dtype == torch.float32 or current_platform.kind != "cuda"
+    solve_chunks_kernel[(chunks.shape[0], heads)](
+        qkv, b, a, A_log, dt_bias, bounds, chunks, values, reads, scores, since, until,
+        qkv.stride(0), b.stride(0), a.stride(0), shape.key_heads, heads, shape.per_key, scale,
+        K=shape.k_dim, V=shape.v_dim, BLOCK_K=block_k, BLOCK_V=block_v,
+        CHUNK=CHUNK_SIZE, TILE=SOLVE_TILE, PRECISION="ieee" if precise else "tf32", num_warps=4, num_stages=1,
+    )  # fmt: skip
+    block = scan_block(shape, slot_ids.shape[0])
+    scan_chunks_kernel[(cdiv(shape.v_dim, block), heads, slot_ids.shape[0])](
+        qkv, values, reads, scores, since, until, ssm_state, slot_ids, bounds, out,
+        qkv.stride(0), ssm_state.stride(0), shape.key_heads, heads, shape.per_key, scale,
+        K=shape.k_dim, V=shape.v_dim, BLOCK_K=block_k, BLOCK_V=block, CHUNK=CHUNK_SIZE, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return out
+
+
+def gdn_extend_step_triton(
+    mixed_qkv: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    a: torch.Tensor,
+    conv_weight: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    conv_state: torch.Tensor,
+    ssm_state: torch.Tensor,
+    slot_ids: torch.Tensor,
+    bounds: torch.Tensor,
+    chunks: torch.Tensor,
+    seq_lens: Sequence[int],
+    eps: float,
+) -> torch.Tensor:
+    """Four launches: convolution, chunks alone, scan over them, norm. Products of 16-bit inputs round to their dtype."""
+    shape = shape_of(mixed_qkv, conv_weight, ssm_state)
+    if chunks.shape[0] == 0:
+        return torch.empty_like(z, memory_format=torch.contiguous_format)
+    qkv = run_conv(mixed_qkv, conv_weight, conv_state, slot_ids, bounds, chunks, shape)
+    out = run_chunks(qkv, b, a, A_log, dt_bias, ssm_state, slot_ids, bounds, chunks, shape)
+    return gated_rms_norm(out, z, norm_weight, eps)
+
+
+def _accepts(
+    mixed_qkv: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    a: torch.Tensor,
+    conv_weight: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    conv_state: torch.Tensor,
+    ssm_state: torch.Tensor,
+    slot_ids: torch.Tensor,
+    bounds: torch.Tensor,
+    chunks: torch.Tensor,
+    seq_lens: Sequence[int],
+    eps: float,
+) -> bool:
+    fits = step_fits_triton(
+        mixed_qkv, z, b, a, conv_weight, A_log, dt_bias, norm_weight, conv_state, ssm_state, slot_ids
+    )
+    return fits and bounds.is_contiguous() and chunks.is_contiguous()
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for seq_lens, shape in product(((1,), (2, 3), (63, 64, 65), (130,), (0, 5)), STEP_SHAPES):
+        slot_ids = torch.randperm(len(seq_lens) + 2, generator=generator)[: len(seq_lens)] + 1
+        inputs = step_inputs(sum(seq_lens), len(seq_lens) + 3, shape, generator)
+        name = "+".join(map(str, seq_lens)) + "-" + "x".join(map(str, shape))
+        yield Case(name, (*inputs, slot_ids, *chunk_table(seq_lens), list(seq_lens), 1e-6))
+    for name, nothing in (("no-sequence", []), ("no-token", [0])):
+        inputs = step_inputs(0, 3, STEP_SHAPES[1], generator)
+        slot_ids = torch.ones(len(nothing), dtype=torch.int64)
+        yield Case(name, (*inputs, slot_ids, *chunk_table(nothing), nothing, 1e-6))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Prefill batches of Qwen3.5."""
+    for heads in SERVING_SHAPES:
+        for batch, length in ((1, 1024), (8, 1024), (1, 8192), (3, 100)):
+            seq_lens = [length] * batch
+            slot_ids = torch.empty(batch, dtype=torch.int64, device=device)
+            table = (part.to(device) for part in chunk_table(seq_lens))
+            inputs = serving_inputs(batch * length, heads, batch + 1, device)
+            name = f"{heads[0]}x{heads[1]} {batch}x{length}"
+            yield gdn_extend_step, Case(name, (*inputs, slot_ids, *table, seq_lens, 1e-6))
+
+
+gdn_extend_step = Op(
+    "gdn.extend_step",
+    triton_impl(gdn_extend_step_triton, _accepts),
+    Impl("torch", gdn_extend_step_torch),
+    cases=_cases,
+)

@@ -1,0 +1,205 @@
+"""Triton bodies of the chunked gated delta rule over packed sequences: convolution, chunks solved alone, scan of them.
+
+Chunk c of the table ``chunks`` [NC, 2] int32 is rows ``index * CHUNK ..`` of sequence ``sequence``, whose packed rows
+are ``bounds[sequence] : bounds[sequence + 1]``. All programs of a sequence that write its slot are in one launch, and
+each writes only what it alone reads. Yang et al. 2024 (Gated Delta Networks), section 3.3.
+"""
+
+import triton
+import triton.language as tl
+
+from sglang.kernels.ops.gdn.gates_triton import decay_of, unit_length
+
+
+@triton.jit
+def _chunk_rows(chunks_ptr, bounds_ptr, chunk, CHUNK: tl.constexpr):
+    """Sequence, index in it, first packed row of the sequence and of the chunk, and the sequence's end."""
+    sequence = tl.load(chunks_ptr + 2 * chunk)
+    index = tl.load(chunks_ptr + 2 * chunk + 1)
+    start = tl.load(bounds_ptr + sequence).to(tl.int64)
+    end = tl.load(bounds_ptr + sequence + 1).to(tl.int64)
+    return sequence, index, start, start + index * CHUNK, end
+
+
+@triton.jit
+def conv_heads_kernel(
+    x_ptr, weight_ptr, columns_ptr, slots_ptr, bounds_ptr, chunks_ptr, out_ptr,
+    x_stride, out_stride, columns_stride, key_heads,
+    K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """SiLU of the causal convolution; heads of queries and keys are scaled to unit length.
+
+    grid (chunks, query, key and value heads). The program of a sequence's first chunk moves the slot's columns on.
+    """
+    sequence, index, start, first, end = _chunk_rows(chunks_ptr, bounds_ptr, tl.program_id(0), CHUNK)
+    head = tl.program_id(1)
+    is_key = head < 2 * key_heads
+    channel = tl.where(is_key, head * K, 2 * key_heads * K + (head - 2 * key_heads) * V)
+    lane = tl.arange(0, BLOCK_D)
+    inside = lane < tl.where(is_key, K, V)
+    channels = channel + lane
+    columns_at = columns_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * columns_stride + channels * (WIDTH - 1)
+    local = tl.arange(0, CHUNK)
+    rows = first + local
+    total = tl.zeros([CHUNK, BLOCK_D], tl.float32)
+    for tap in tl.static_range(WIDTH):
+        source = rows - (WIDTH - 1 - tap)
+        mask = ((source >= start) & (source < end))[:, None] & inside[None, :]
+        x = tl.load(x_ptr + source[:, None] * x_stride + channels[None, :], mask=mask, other=0.0)
+        if tap < WIDTH - 1:
+            if index == 0:
+                before = local + tap
+                mask = (before < WIDTH - 1)[:, None] & inside[None, :]
+                x += tl.load(columns_at[None, :] + before[:, None], mask=mask, other=0.0).to(x.dtype)
+        weight = tl.load(weight_ptr + channels * WIDTH + tap, mask=inside, other=0.0).to(tl.float32)
+        total += x.to(tl.float32) * weight[None, :]
+    dtype = out_ptr.dtype.element_ty
+    out = (total / (1.0 + tl.exp(-total))).to(dtype)
+    if is_key:
+        out = unit_length(out, 1).to(dtype)
+    out_at = out_ptr + rows[:, None] * out_stride + channels[None, :]
+    tl.store(out_at, out, mask=(rows < end)[:, None] & inside[None, :])
+    if index == 0:
+        taps = tl.arange(0, BLOCK_W)[None, :]
+        source = end - (WIDTH - 1) + taps
+        wanted = inside[:, None] & (taps < WIDTH - 1)
+        new = tl.load(x_ptr + source * x_stride + channels[:, None], mask=wanted & (source >= start), other=0.0)
+        old_at = columns_at[:, None] + (source - start + WIDTH - 1)
+        old = tl.load(old_at, mask=wanted & (source < start), other=0.0).to(new.dtype)
+        kept = tl.where(source >= start, new, old).to(columns_ptr.dtype.element_ty)
+        # Other threads of this program may still be reading the columns that are overwritten.
+        tl.debug_barrier()
+        tl.store(columns_at[:, None] + taps, kept, mask=wanted)
+
+
+@triton.jit
+def _unit_lower_inverse(A, CHUNK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr):
+    """``(I + A)^-1`` for strictly lower A [CHUNK, CHUNK] float32; CHUNK is at most 4 tiles.
+
+    Forward substitution inside the diagonal tiles, all at once; with B their inverse, L the rest of A and N = B L the
+    whole inverse is ``(I + N)^-1 B = (I - N)(I + N^2) B``, since N^4 = 0.
+    """
+    TILES: tl.constexpr = CHUNK // TILE
+    at = tl.arange(0, CHUNK)
+    same = (at[:, None] // TILE) == (at[None, :] // TILE)
+    diagonal = tl.sum(tl.reshape(tl.where(same, A, 0.0), [TILES, TILE, TILES, TILE]), axis=2)
+    line = tl.arange(0, TILE)
+    identity = tl.where(line[:, None] == line[None, :], 1.0, 0.0)
+    inverse = tl.broadcast_to(identity[None, :, :], [TILES, TILE, TILE])
+    for step in range(1, TILE):
+        this = (line == step)[None, :, None]
+        row = tl.sum(tl.where(this, diagonal, 0.0), axis=1)
+        update = tl.sum(row[:, :, None] * inverse, axis=1)
+        inverse = tl.where(this, inverse - update[:, None, :], inverse)
+    spread = tl.broadcast_to(inverse[:, :, None, :], [TILES, TILE, TILES, TILE])
+    B = tl.where(same, tl.reshape(spread, [CHUNK, CHUNK]), 0.0)
+    N = tl.dot(B, tl.where(same, 0.0, A), input_precision=PRECISION)
+    B += tl.dot(tl.dot(N, N, input_precision=PRECISION), B, input_precision=PRECISION)
+    return B - tl.dot(N, B, input_precision=PRECISION)
+
+
+@triton.jit
+def solve_chunks_kernel(
+    qkv_ptr, b_ptr, a_ptr, A_log_ptr, dt_bias_ptr, bounds_ptr, chunks_ptr,
+    values_ptr, reads_ptr, scores_ptr, since_ptr, until_ptr,
+    qkv_stride, b_stride, a_stride, key_heads, value_heads, per_key, scale,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a chunk knows without the state that enters it. grid (chunks, value heads).
+
+    qkv [N, C] as ``conv_heads_kernel`` writes it -> per token and value head: values [V] to write if that state were
+    zero, reads [K] (keys that read it), scores [CHUNK] (decayed, scaled query-key products), and in float32 the decay
+    ``since`` the chunk's start and ``until`` its end.
+    """
+    _, _, _, first, end = _chunk_rows(chunks_ptr, bounds_ptr, tl.program_id(0), CHUNK)
+    head = tl.program_id(1)
+    key_head = head // per_key
+    local = tl.arange(0, CHUNK)
+    rows = first + local
+    live = rows < end
+    a = tl.load(a_ptr + rows * a_stride + head, mask=live, other=0.0)
+    b = tl.load(b_ptr + rows * b_stride + head, mask=live, other=0.0).to(tl.float32)
+    g = tl.where(live, decay_of(a, tl.load(A_log_ptr + head), tl.load(dt_bias_ptr + head)), 0.0)
+    beta = tl.where(live, 1.0 / (1.0 + tl.exp(-b)), 0.0)
+    # Sums in two parts, or strong decay early in a chunk blurs weak decay later: multiples of 1/16 add without error.
+    g = tl.maximum(g, -1000.0)
+    coarse = tl.floor(g * 16.0) * 0.0625
+    fine = g - coarse
+    coarse_sum, fine_sum = tl.cumsum(coarse, 0), tl.cumsum(fine, 0)
+    between = (coarse_sum[:, None] - coarse_sum[None, :]) + (fine_sum[:, None] - fine_sum[None, :])
+    # Masked before exp: above the diagonal the differences are positive and overflow.
+    decay = tl.exp(tl.where(local[:, None] >= local[None, :], between, float("-inf")))
+
+    keys, values = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    q_at = qkv_ptr + rows[:, None] * qkv_stride + key_head * K + keys[None, :]
+    in_key = live[:, None] & (keys < K)[None, :]
+    in_value = live[:, None] & (values < V)[None, :]
+    k = tl.load(q_at + key_heads * K, mask=in_key, other=0.0)
+    dtype = k.dtype
+    by_head = rows * value_heads + head
+    q = tl.load(q_at, mask=in_key, other=0.0)
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * decay * scale
+    tl.store(scores_ptr + by_head[:, None] * CHUNK + local[None, :], scores.to(dtype), mask=live[:, None])
+
+    A = tl.dot(k, tl.trans(k), input_precision="ieee") * decay * beta[:, None]
+    inverse = _unit_lower_inverse(tl.where(local[:, None] > local[None, :], A, 0.0), CHUNK, TILE, PRECISION)
+    inverse *= beta[None, :]
+    v_at = qkv_ptr + rows[:, None] * qkv_stride + 2 * key_heads * K + head * V + values[None, :]
+    v = tl.load(v_at, mask=in_value, other=0.0)
+    new_values = tl.dot(inverse.to(dtype), v, input_precision="ieee")
+    tl.store(values_ptr + by_head[:, None] * V + values[None, :], new_values.to(dtype), mask=in_value)
+    since = tl.exp(coarse_sum + fine_sum)
+    reads = tl.dot((inverse * since[None, :]).to(dtype), k, input_precision="ieee")
+    tl.store(reads_ptr + by_head[:, None] * K + keys[None, :], reads.to(dtype), mask=in_key)
+    until = tl.exp((tl.sum(coarse, 0) - coarse_sum) + (tl.sum(fine, 0) - fine_sum))
+    tl.store(since_ptr + by_head, since, mask=live)
+    tl.store(until_ptr + by_head, until, mask=live)
+
+
+@triton.jit
+def scan_chunks_kernel(
+    qkv_ptr, values_ptr, reads_ptr, scores_ptr, since_ptr, until_ptr, state_ptr, slots_ptr, bounds_ptr, out_ptr,
+    qkv_stride, state_stride, key_heads, value_heads, per_key, scale,
+    K: tl.constexpr, V: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Carry the state over a sequence's chunks and answer its queries. grid (blocks of V, value heads, sequences)."""
+    head, sequence = tl.program_id(1), tl.program_id(2)
+    key_head = head // per_key
+    start = tl.load(bounds_ptr + sequence).to(tl.int64)
+    end = tl.load(bounds_ptr + sequence + 1).to(tl.int64)
+    keys, local = tl.arange(0, BLOCK_K), tl.arange(0, CHUNK)
+    values = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    slot = tl.load(slots_ptr + sequence).to(tl.int64)
+    state_at = state_ptr + slot * state_stride + head.to(tl.int64) * V * K + values[None, :] * K + keys[:, None]
+    in_state = (keys < K)[:, None] & (values < V)[None, :]
+    state = tl.load(state_at, mask=in_state, other=0.0).to(tl.float32)
+    dtype = qkv_ptr.dtype.element_ty
+    num_chunks = tl.cdiv(end - start, CHUNK).to(tl.int32)
+    for chunk in range(num_chunks):
+        first = start + chunk * CHUNK
+        rows = first + local
+        live = rows < end
+        in_key = live[:, None] & (keys < K)[None, :]
+        in_value = live[:, None] & (values < V)[None, :]
+        by_head = rows * value_heads + head
+        entering = state.to(dtype)
+        reads = tl.load(reads_ptr + by_head[:, None] * K + keys[None, :], mask=in_key, other=0.0)
+        written = tl.load(values_ptr + by_head[:, None] * V + values[None, :], mask=in_value, other=0.0).to(tl.float32)
+        written -= tl.dot(reads, entering, input_precision="ieee")
+        q_at = qkv_ptr + rows[:, None] * qkv_stride + key_head * K + keys[None, :]
+        q = tl.load(q_at, mask=in_key, other=0.0)
+        since = tl.load(since_ptr + by_head, mask=live, other=0.0)
+        out = tl.dot(q, entering, input_precision="ieee") * (since * scale)[:, None]
+        scores = tl.load(scores_ptr + by_head[:, None] * CHUNK + local[None, :], mask=live[:, None], other=0.0)
+        out = tl.dot(scores, written.to(dtype), out, input_precision="ieee")
+        tl.store(out_ptr + by_head[:, None] * V + values[None, :], out.to(dtype), mask=in_value)
+        k = tl.load(q_at + key_heads * K, mask=in_key, other=0.0)
+        until = tl.load(until_ptr + by_head, mask=live, other=0.0)
+        last = tl.minimum(first + CHUNK, end) - 1
+        decay = tl.load(since_ptr + last * value_heads + head)
+        state = tl.dot(tl.trans(k), (written * until[:, None]).to(dtype), state * decay, input_precision="ieee")
+    # A small state is held by several threads, each of which must have read it before one of them overwrites it.
+    tl.debug_barrier()
+    tl.store(state_at, state.to(state_ptr.dtype.element_ty), mask=in_state)

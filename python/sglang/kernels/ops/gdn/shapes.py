@@ -1,0 +1,67 @@
+"""Sizes of a gated delta net, read from the tensors of a step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from sglang.kernels.launch import FLOATS, next_power_of_2
+
+# Elements of one head's state that a program may hold.
+MAX_STATE_TILE = 1 << 15
+
+
+class GDNShape(NamedTuple):
+    """Heads of this rank and their sizes; ``width`` is the convolution's W."""
+
+    key_heads: int
+    value_heads: int
+    k_dim: int
+    v_dim: int
+    width: int
+
+    @property
+    def per_key(self) -> int:
+        return self.value_heads // self.key_heads
+
+    @property
+    def key_width(self) -> int:
+        """Channels of all query heads, or of all key heads."""
+        return self.key_heads * self.k_dim
+
+
+def shape_of(mixed_qkv: torch.Tensor, conv_weight: torch.Tensor, ssm_state: torch.Tensor) -> GDNShape:
+    """Sizes from mixed_qkv [N, C], conv_weight [C, W] and ssm_state [S, HV, V, K], where C = 2*HK*K + HV*V."""
+    _, value_heads, v_dim, k_dim = ssm_state.shape
+    key_heads = (mixed_qkv.shape[1] - value_heads * v_dim) // (2 * k_dim)
+    return GDNShape(key_heads, value_heads, k_dim, v_dim, conv_weight.shape[1])
+
+
+def step_fits_triton(
+    mixed_qkv: torch.Tensor,
+    z: torch.Tensor,
+    b: torch.Tensor,
+    a: torch.Tensor,
+    conv_weight: torch.Tensor,
+    A_log: torch.Tensor,
+    dt_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    conv_state: torch.Tensor,
+    ssm_state: torch.Tensor,
+    slot_ids: torch.Tensor,
+) -> bool:
+    """Whether the Triton steps take these: one float dtype for activations, dense rows, a state that a program holds."""
+    shape = shape_of(mixed_qkv, conv_weight, ssm_state)
+    parameters = (conv_weight, A_log, dt_bias, norm_weight)
+    floats = (mixed_qkv, z, b, a, *parameters, conv_state, ssm_state)
+    dense_rows = all(x.stride(-1) == 1 for x in (mixed_qkv, b, a)) and z.stride()[1:] == (shape.v_dim, 1)
+    dense_state = conv_state[0].is_contiguous() and ssm_state[0].is_contiguous()
+    return (
+        all(x.dtype in FLOATS for x in floats)
+        and z.dtype == norm_weight.dtype == mixed_qkv.dtype
+        and dense_rows
+        and dense_state
+        and all(x.is_contiguous() for x in (*parameters, slot_ids))
+        and next_power_of_2(shape.k_dim) * next_power_of_2(shape.v_dim) <= MAX_STATE_TILE
+    )
