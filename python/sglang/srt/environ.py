@@ -249,9 +249,6 @@ class Envs:
     # Testing & Debugging (Internal/CI)
     SGLANG_IS_IN_CI = EnvBool(False, section=_TEST, doc="The process runs in CI: tests retry and wait longer.")
     SGLANG_IS_IN_CI_AMD = EnvBool(False, section=_TEST, doc="The process runs in CI on AMD runners.")
-    SGLANG_TEST_MAX_RETRY = EnvInt(
-        None, minimum=0, section=_TEST, doc="Times that a failed test runs again. Not set: 1 in CI, else 0."
-    )
     SGLANG_TEST_RETRACT = EnvBool(
         False,
         section=_TEST,

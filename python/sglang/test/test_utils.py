@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlparse
 
+from sglang.srt.environ import envs
 from sglang.srt.utils.common import kill_process_tree
 
 __all__ = [
@@ -29,7 +30,16 @@ __all__ = [
     "popen_launch_server",
 ]
 
-DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH = 120.0
+
+
+def _launch_timeout() -> float:
+    """Seconds a server may take to get ready: runners load large checkpoints cold, AMD's from slow disks."""
+    if envs.SGLANG_IS_IN_CI_AMD.get():
+        return 3600.0
+    return 600.0 if envs.SGLANG_IS_IN_CI.get() else 120.0
+
+
+DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH = _launch_timeout()
 POLL_SECONDS = 0.25
 OUTPUT_TAIL_CHARS = 6_000
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import unittest
 from typing import Any
 
-from sglang.srt.entrypoints.engine import Engine
-
 from sglang.embedded_models import EMBEDDED_MODELS
+from sglang.srt.entrypoints.engine import Engine
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tasks import heldout_questions

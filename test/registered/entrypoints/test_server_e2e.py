@@ -71,7 +71,9 @@ class TestServer(ServerCase):
         self.assertGreaterEqual(right, 18, list(zip([q.text for q in questions], answers)))
 
     def test_openai_client(self) -> None:
-        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", http_client=httpx.Client(trust_env=False))
+        http_client = httpx.Client(trust_env=False)
+        self.addCleanup(http_client.close)
+        client = openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", http_client=http_client)
         self.assertTrue(client.models.list().data[0].id)
         messages: list[Any] = [{"role": "user", "content": "27+58="}]
         plain = client.chat.completions.create(model="default", messages=messages, temperature=0)

@@ -328,7 +328,7 @@ class TestOverlap(CustomTestCase):
             events: list[str] = []
             launch = setup.worker.launch
 
-            def spy(batch: ModelWorkerBatch, info: object, launch=launch, events=events) -> FakeStep:
+            def spy(batch: ModelWorkerBatch, info: object, launch=launch, events=events, setup=setup) -> FakeStep:
                 number = setup.worker.num_steps
                 events.append(f"launch {number}")
                 step = launch(batch, info)

@@ -6,18 +6,21 @@ a hash of their source, so only what changed is compiled again.
 
 from __future__ import annotations
 
+import importlib
 import json
+import pkgutil
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import triton
 
 from sglang.kernels.amd.driver import Launch, compile_only
+from sglang.kernels.amd.expectations import expected_instructions
 from sglang.kernels.amd.resources import Resources, drift, read_resources, violations
-from sglang.kernels.amd.shapes import ServingShape, all_shapes
 from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.kernels.spec import Case, Op
 from sglang.srt.platforms import Platform, override_platform
 
 ARCHS = ("gfx942", "gfx950")
@@ -99,69 +102,75 @@ def save_table(rows: Iterable[Row], path: Path = TABLE) -> None:
     path.write_text("\n".join([*lines, " }", "}"]) + "\n", encoding="utf-8")
 
 
-def compile_shape(shape: ServingShape, arch: str) -> list[Launch]:
-    """The launches that dispatch makes for ``shape``; raises when it would not choose Triton or does not compile."""
-    op = REGISTRY.ops[shape.op]
-    arguments = shape.arguments()
+def serving_cases() -> Iterator[tuple[Op, Case]]:
+    """What the modules of ``sglang.kernels.ops`` declare in ``serving_cases()``: arguments without storage."""
+    package = importlib.import_module("sglang.kernels.ops")
+    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+        if not module.name.endswith("_triton"):
+            declared = getattr(importlib.import_module(module.name), "serving_cases", None)
+            yield from declared() if declared is not None else ()
+
+
+def compile_case(op: Op, case: Case, arch: str) -> list[Launch]:
+    """The launches that dispatch makes for ``case``; raises when it would not choose Triton or does not compile."""
     with override_platform(ShapeOnlyPlatform(arch)), fresh_decisions(), compile_only(arch) as driver:
         REGISTRY.freeze()
-        chosen = next(impl for impl in op.table or () if impl.accepts is None or impl.accepts(*arguments))
+        fits = (impl for impl in op.table or () if impl.accepts is None or impl.accepts(*case.args, **case.kwargs))
+        chosen = next(fits)
         if chosen.name != "triton":
-            raise ValueError(f"{shape.op} {shape.label}: dispatch chooses {chosen.name!r}, not Triton")
-        chosen.fn(*arguments)
+            raise ValueError(f"{op.name} {case.name}: dispatch on {arch} chooses {chosen.name!r}, not 'triton'")
+        chosen.fn(*case.args, **case.kwargs)
     return driver.launches
 
 
-def check(shapes: Iterable[ServingShape] | None = None, table: Table | None = None) -> Iterator[Row]:
-    """One row for each distinct compiled kernel of the shapes (default: all), in both architectures."""
-    REGISTRY.load_all()
-    shapes = list(all_shapes() if shapes is None else shapes)
+def check(cases: Iterable[tuple[Op, Case]] | None = None, table: Table | None = None) -> Iterator[Row]:
+    """One row for each distinct compiled kernel of the cases (default: all), in both architectures."""
+    wanted = list(serving_cases() if cases is None else cases)
     table = (load_table() if TABLE.exists() else {}) if table is None else table
     for arch in ARCHS:
         recorded = table.get(triton.__version__, {}).get(arch)
         seen: set[str] = set()
-        for shape in shapes:
-            for launch in compile_shape(shape, arch):
+        for op, case in wanted:
+            for launch in compile_case(op, case, arch):
                 if launch.metadata["hash"] not in seen:
                     seen.add(launch.metadata["hash"])
-                    yield _row(launch, shape, arch, recorded)
+                    yield _row(launch, f"{op.name} {case.name}", arch, recorded)
 
 
-def _row(launch: Launch, shape: ServingShape, arch: str, recorded: dict[str, Resources] | None) -> Row:
+def _row(launch: Launch, shape: str, arch: str, recorded: dict[str, Resources] | None) -> Row:
     needs = read_resources(launch, arch)
-    problems = violations(launch, arch, shape.expect.get(launch.kernel, ()))
-    # A kernel that one shape launches twice differs in what it is specialised on; its grid tells the two apart.
+    problems = violations(launch, arch, expected_instructions(launch.kernel, shape))
+    # A kernel that one case launches twice differs in what it is specialised on; its grid tells the two apart.
     grid = "x".join(str(n) for n in launch.grid if n > 1) or "1"
-    row = Row(launch.kernel, arch, triton.__version__, f"{shape.op} {shape.label} grid {grid}", needs, tuple(problems))
+    row = Row(launch.kernel, arch, triton.__version__, f"{shape} grid {grid}", needs, tuple(problems))
     if recorded is None:
         return row
     before = recorded.get(row.key)
-    drifted = ["is not in the table"] if before is None else drift(needs, before)
-    return Row(row.kernel, arch, row.triton, row.shape, needs, (*problems, *drifted))
+    drifted = ["is not in the table (--amd-update records it)"] if before is None else drift(needs, before)
+    return replace(row, problems=(*problems, *drifted))
 
 
 def uncovered_ops() -> list[str]:
-    """Ops with a Triton implementation that no serving shape compiles."""
+    """Ops with a Triton implementation that no serving case compiles."""
     REGISTRY.load_all()
-    covered = {shape.op for shape in all_shapes()}
+    covered = {op.name for op, _ in serving_cases()}
     with_triton = (op.name for op in REGISTRY.ops.values() if any(impl.name == "triton" for impl in op.impls))
     return sorted(name for name in with_triton if name not in covered)
 
 
 def report(as_json: bool, update: bool) -> int:
     """Print the rows and what is wrong; exit status 1 when anything is."""
-    rows = []
+    rows, uncovered = [], uncovered_ops()
     for row in check(table={} if update else None):
         rows.append(row)
         if as_json:
             print(json.dumps(row.as_dict()), flush=True)
     if update:
         save_table(rows)
-    uncovered = uncovered_ops()
     if not as_json:
         _print_text(rows)
         for name in uncovered:
-            print(f"FAIL {name}: has a Triton implementation and no serving shape in kernels/amd/shapes")
+            print(f"FAIL {name}: has a Triton implementation and no serving_cases() in its file")
     return int(bool(uncovered) or any(row.problems for row in rows))
 
 
@@ -173,7 +182,6 @@ def _print_text(rows: list[Row]) -> None:
         for problem in row.problems:
             print(f"FAIL {row.arch} {row.key}: {problem}")
     versions = sorted(load_table()) if TABLE.exists() else []
-    compared = "drift checked" if triton.__version__ in versions else "no recorded rows, drift not checked"
-    failed = sum(bool(row.problems) for row in rows)
-    print(f"{len(rows)} kernels compiled with triton {triton.__version__} ({compared}; recorded: {', '.join(versions)})")
-    print(f"{failed} fail. Compiled only: nothing here has run on AMD hardware.")
+    compared = "drift checked" if triton.__version__ in versions else "drift not checked: not a recorded version"
+    print(f"triton {triton.__version__} ({compared}; recorded: {', '.join(versions) or 'none'})")
+    print(f"{len(rows)} kernels compiled, {sum(bool(row.problems) for row in rows)} fail; none has run on AMD hardware")

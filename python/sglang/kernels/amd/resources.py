@@ -30,7 +30,7 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """vgpr counts a lane's registers (accumulation ones, ``agpr``, included), lds and scratch bytes, occupancy waves."""
+    """vgpr: registers of a lane, accumulation ones (agpr) included; lds, scratch: bytes; occupancy: waves of a SIMD."""
 
     vgpr: int
     agpr: int

@@ -27,5 +27,11 @@ class CpuPlatform(Platform):
         memory = psutil.virtual_memory()
         return memory.available, memory.total
 
+    def set_device(self, local_rank: int) -> None:
+        """There is one."""
+
+    def synchronize(self) -> None:
+        """Work on the host is done when its call returns."""
+
     def auto_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         return torch.float32

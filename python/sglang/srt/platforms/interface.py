@@ -57,9 +57,11 @@ class Platform(ABC):
         """The device that tensors of this rank live on."""
         return torch.device(self.device_type)
 
+    @abstractmethod
     def set_device(self, local_rank: int) -> None:
         """Make ``device(local_rank)`` the current device of this process."""
 
+    @abstractmethod
     def synchronize(self) -> None:
         """Wait until all queued work is done."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, rows_of, triton_impl
+from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, rows_of, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 
 
@@ -44,6 +44,12 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{rows}x{width}", (torch.randn(rows, width, generator=generator),))
     yield Case("saturated", (torch.tensor([[-200.0, 200.0, 3.0, 3.0], [0.0, -0.0, 1e30, -1e30]]),))
     yield Case("nan-row", (torch.tensor([[float("nan"), 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]),))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Shapes of served models in bf16, without contents: shared experts and dense layers."""
+    for name, width in (("v2lite-shared", 2816), ("v3-dense", 18432), ("qwen35-shared", 512)):
+        yield silu_and_mul, Case(f"{name} t128", (*bfloat16s(device, (128, 2 * width)),))
 
 
 silu_and_mul = Op(

@@ -23,6 +23,8 @@ from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, gated_rms_norm_torch
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.platforms import current_platform
 
+# Rows of a chunk that a program of the convolution takes.
+CONV_ROWS = 16
 # Rows of the diagonal tiles of a chunk's triangular system that are solved row by row.
 SOLVE_TILE = 16
 
@@ -97,12 +99,12 @@ def run_conv(
 
     out = torch.empty(mixed_qkv.shape, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
     block = next_power_of_2(max(shape.k_dim, shape.v_dim))
-    conv_heads_kernel[(chunks.shape[0], 2 * shape.key_heads + shape.value_heads)](
+    conv_heads_kernel[(chunks.shape[0] * (CHUNK_SIZE // CONV_ROWS), 2 * shape.key_heads + shape.value_heads)](
         mixed_qkv, conv_weight, conv_state, slot_ids, bounds, chunks, out,
         mixed_qkv.stride(0), out.stride(0), conv_state.stride(0), shape.key_heads,
         K=shape.k_dim, V=shape.v_dim, WIDTH=shape.width,
-        BLOCK_D=block, BLOCK_W=next_power_of_2(shape.width), CHUNK=CHUNK_SIZE,
-        num_warps=8 if block >= 128 else 4,
+        BLOCK_D=block, BLOCK_W=next_power_of_2(shape.width), CHUNK=CHUNK_SIZE, ROWS=CONV_ROWS,
+        num_warps=4,
     )  # fmt: skip
     return out
 

@@ -26,48 +26,58 @@ def conv_heads_kernel(
     x_ptr, weight_ptr, columns_ptr, slots_ptr, bounds_ptr, chunks_ptr, out_ptr,
     x_stride, out_stride, columns_stride, key_heads,
     K: tl.constexpr, V: tl.constexpr, WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_W: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """SiLU of the causal convolution; heads of queries and keys are scaled to unit length.
 
-    grid (chunks, query, key and value heads). The program of a sequence's first chunk moves the slot's columns on.
+    grid (chunks * CHUNK / ROWS, query, key and value heads). The program of a sequence's first rows moves the slot's
+    columns on.
     """
-    sequence, index, start, first, end = _chunk_rows(chunks_ptr, bounds_ptr, tl.program_id(0), CHUNK)
+    PARTS: tl.constexpr = CHUNK // ROWS
+    sequence, index, start, chunk_first, end = _chunk_rows(chunks_ptr, bounds_ptr, tl.program_id(0) // PARTS, CHUNK)
+    first = chunk_first + (tl.program_id(0) % PARTS) * ROWS
+    if first >= end:
+        return
+    is_first = first == start
     head = tl.program_id(1)
     is_key = head < 2 * key_heads
     channel = tl.where(is_key, head * K, 2 * key_heads * K + (head - 2 * key_heads) * V)
     lane = tl.arange(0, BLOCK_D)
     inside = lane < tl.where(is_key, K, V)
-    channels = channel + lane
-    columns_at = columns_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * columns_stride + channels * (WIDTH - 1)
-    local = tl.arange(0, CHUNK)
-    rows = first + local
-    total = tl.zeros([CHUNK, BLOCK_D], tl.float32)
+    weight_at = weight_ptr + channel * WIDTH + lane * WIDTH
+    columns_base = columns_ptr + tl.load(slots_ptr + sequence).to(tl.int64) * columns_stride + channel * (WIDTH - 1)
+    columns_at = columns_base + lane * (WIDTH - 1)
+    local = tl.arange(0, ROWS)
+    # In-tile offsets are small and not negative; rows before the sequence are masked.
+    x_base = x_ptr + (first - (WIDTH - 1)) * x_stride + channel
+    before, left = (first - start).to(tl.int32), (end - first).to(tl.int32)
+    total = tl.zeros([ROWS, BLOCK_D], tl.float32)
     for tap in tl.static_range(WIDTH):
-        source = rows - (WIDTH - 1 - tap)
-        mask = ((source >= start) & (source < end))[:, None] & inside[None, :]
-        x = tl.load(x_ptr + source[:, None] * x_stride + channels[None, :], mask=mask, other=0.0)
+        source = local + tap - (WIDTH - 1)
+        mask = ((source >= -before) & (source < left))[:, None] & inside[None, :]
+        x = tl.load(x_base + (local + tap)[:, None] * x_stride + lane[None, :], mask=mask, other=0.0)
         if tap < WIDTH - 1:
-            if index == 0:
-                before = local + tap
-                mask = (before < WIDTH - 1)[:, None] & inside[None, :]
-                x += tl.load(columns_at[None, :] + before[:, None], mask=mask, other=0.0).to(x.dtype)
-        weight = tl.load(weight_ptr + channels * WIDTH + tap, mask=inside, other=0.0).to(tl.float32)
+            if is_first:
+                history = local + tap
+                mask = (history < WIDTH - 1)[:, None] & inside[None, :]
+                x += tl.load(columns_at[None, :] + history[:, None], mask=mask, other=0.0).to(x.dtype)
+        weight = tl.load(weight_at + tap, mask=inside, other=0.0).to(tl.float32)
         total += x.to(tl.float32) * weight[None, :]
     dtype = out_ptr.dtype.element_ty
     out = (total / (1.0 + tl.exp(-total))).to(dtype)
     if is_key:
         out = unit_length(out, 1).to(dtype)
-    out_at = out_ptr + rows[:, None] * out_stride + channels[None, :]
-    tl.store(out_at, out, mask=(rows < end)[:, None] & inside[None, :])
-    if index == 0:
+    out_at = out_ptr + first * out_stride + channel + local[:, None] * out_stride + lane[None, :]
+    tl.store(out_at, out, mask=(local < left)[:, None] & inside[None, :])
+    if is_first:
         taps = tl.arange(0, BLOCK_W)[None, :]
-        source = end - (WIDTH - 1) + taps
+        last = end - (WIDTH - 1) + taps
         wanted = inside[:, None] & (taps < WIDTH - 1)
-        new = tl.load(x_ptr + source * x_stride + channels[:, None], mask=wanted & (source >= start), other=0.0)
-        old_at = columns_at[:, None] + (source - start + WIDTH - 1)
-        old = tl.load(old_at, mask=wanted & (source < start), other=0.0).to(new.dtype)
-        kept = tl.where(source >= start, new, old).to(columns_ptr.dtype.element_ty)
+        new_at = x_ptr + channel + last * x_stride + lane[:, None]
+        new = tl.load(new_at, mask=wanted & (last >= start), other=0.0)
+        old_at = columns_at[:, None] + (last - start + WIDTH - 1)
+        old = tl.load(old_at, mask=wanted & (last < start), other=0.0).to(new.dtype)
+        kept = tl.where(last >= start, new, old).to(columns_ptr.dtype.element_ty)
         # Other threads of this program may still be reading the columns that are overwritten.
         tl.debug_barrier()
         tl.store(columns_at[:, None] + taps, kept, mask=wanted)
@@ -117,10 +127,9 @@ def solve_chunks_kernel(
     head = tl.program_id(1)
     key_head = head // per_key
     local = tl.arange(0, CHUNK)
-    rows = first + local
-    live = rows < end
-    a = tl.load(a_ptr + rows * a_stride + head, mask=live, other=0.0)
-    b = tl.load(b_ptr + rows * b_stride + head, mask=live, other=0.0).to(tl.float32)
+    live = local < (end - first).to(tl.int32)
+    a = tl.load(a_ptr + first * a_stride + head + local * a_stride, mask=live, other=0.0)
+    b = tl.load(b_ptr + first * b_stride + head + local * b_stride, mask=live, other=0.0).to(tl.float32)
     g = tl.where(live, decay_of(a, tl.load(A_log_ptr + head), tl.load(dt_bias_ptr + head)), 0.0)
     beta = tl.where(live, 1.0 / (1.0 + tl.exp(-b)), 0.0)
     # Sums in two parts, or strong decay early in a chunk blurs weak decay later: multiples of 1/16 add without error.
@@ -128,34 +137,38 @@ def solve_chunks_kernel(
     coarse = tl.floor(g * 16.0) * 0.0625
     fine = g - coarse
     coarse_sum, fine_sum = tl.cumsum(coarse, 0), tl.cumsum(fine, 0)
+    since = tl.exp(coarse_sum + fine_sum)
+    until = tl.exp((tl.sum(coarse, 0) - coarse_sum) + (tl.sum(fine, 0) - fine_sum))
+    token_head = first * value_heads + head
+    tl.store(since_ptr + token_head + local * value_heads, since, mask=live)
+    tl.store(until_ptr + token_head + local * value_heads, until, mask=live)
+
+    keys, values = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
+    qkv_base = qkv_ptr + first * qkv_stride
+    key_tile = local[:, None] * qkv_stride + keys[None, :]
+    in_key = live[:, None] & (keys < K)[None, :]
+    in_value = live[:, None] & (values < V)[None, :]
+    k = tl.load(qkv_base + (key_heads + key_head) * K + key_tile, mask=in_key, other=0.0)
+    dtype = k.dtype
     between = (coarse_sum[:, None] - coarse_sum[None, :]) + (fine_sum[:, None] - fine_sum[None, :])
     # Masked before exp: above the diagonal the differences are positive and overflow.
     decay = tl.exp(tl.where(local[:, None] >= local[None, :], between, float("-inf")))
-
-    keys, values = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
-    q_at = qkv_ptr + rows[:, None] * qkv_stride + key_head * K + keys[None, :]
-    in_key = live[:, None] & (keys < K)[None, :]
-    in_value = live[:, None] & (values < V)[None, :]
-    k = tl.load(q_at + key_heads * K, mask=in_key, other=0.0)
-    dtype = k.dtype
-    by_head = rows * value_heads + head
-    q = tl.load(q_at, mask=in_key, other=0.0)
+    q = tl.load(qkv_base + key_head * K + key_tile, mask=in_key, other=0.0)
     scores = tl.dot(q, tl.trans(k), input_precision="ieee") * decay * scale
-    tl.store(scores_ptr + by_head[:, None] * CHUNK + local[None, :], scores.to(dtype), mask=live[:, None])
+    scores_at = scores_ptr + token_head * CHUNK + local[:, None] * (value_heads * CHUNK) + local[None, :]
+    tl.store(scores_at, scores.to(dtype), mask=live[:, None])
 
     A = tl.dot(k, tl.trans(k), input_precision="ieee") * decay * beta[:, None]
     inverse = _unit_lower_inverse(tl.where(local[:, None] > local[None, :], A, 0.0), CHUNK, TILE, PRECISION)
     inverse *= beta[None, :]
-    v_at = qkv_ptr + rows[:, None] * qkv_stride + 2 * key_heads * K + head * V + values[None, :]
+    reads = tl.dot((inverse * since[None, :]).to(dtype), k, input_precision="ieee")
+    reads_at = reads_ptr + token_head * K + local[:, None] * (value_heads * K) + keys[None, :]
+    tl.store(reads_at, reads.to(dtype), mask=in_key)
+    v_at = qkv_base + 2 * key_heads * K + head * V + local[:, None] * qkv_stride + values[None, :]
     v = tl.load(v_at, mask=in_value, other=0.0)
     new_values = tl.dot(inverse.to(dtype), v, input_precision="ieee")
-    tl.store(values_ptr + by_head[:, None] * V + values[None, :], new_values.to(dtype), mask=in_value)
-    since = tl.exp(coarse_sum + fine_sum)
-    reads = tl.dot((inverse * since[None, :]).to(dtype), k, input_precision="ieee")
-    tl.store(reads_ptr + by_head[:, None] * K + keys[None, :], reads.to(dtype), mask=in_key)
-    until = tl.exp((tl.sum(coarse, 0) - coarse_sum) + (tl.sum(fine, 0) - fine_sum))
-    tl.store(since_ptr + by_head, since, mask=live)
-    tl.store(until_ptr + by_head, until, mask=live)
+    values_at = values_ptr + token_head * V + local[:, None] * (value_heads * V) + values[None, :]
+    tl.store(values_at, new_values.to(dtype), mask=in_value)
 
 
 @triton.jit
@@ -179,26 +192,29 @@ def scan_chunks_kernel(
     num_chunks = tl.cdiv(end - start, CHUNK).to(tl.int32)
     for chunk in range(num_chunks):
         first = start + chunk * CHUNK
-        rows = first + local
-        live = rows < end
+        left = (end - first).to(tl.int32)
+        live = local < left
         in_key = live[:, None] & (keys < K)[None, :]
         in_value = live[:, None] & (values < V)[None, :]
-        by_head = rows * value_heads + head
+        token_head = first * value_heads + head
+        value_tile = local[:, None] * (value_heads * V) + values[None, :]
+        key_tile = local[:, None] * qkv_stride + keys[None, :]
+        q_base = qkv_ptr + first * qkv_stride + key_head * K
         entering = state.to(dtype)
-        reads = tl.load(reads_ptr + by_head[:, None] * K + keys[None, :], mask=in_key, other=0.0)
-        written = tl.load(values_ptr + by_head[:, None] * V + values[None, :], mask=in_value, other=0.0).to(tl.float32)
+        reads_at = reads_ptr + token_head * K + local[:, None] * (value_heads * K) + keys[None, :]
+        reads = tl.load(reads_at, mask=in_key, other=0.0)
+        written = tl.load(values_ptr + token_head * V + value_tile, mask=in_value, other=0.0).to(tl.float32)
         written -= tl.dot(reads, entering, input_precision="ieee")
-        q_at = qkv_ptr + rows[:, None] * qkv_stride + key_head * K + keys[None, :]
-        q = tl.load(q_at, mask=in_key, other=0.0)
-        since = tl.load(since_ptr + by_head, mask=live, other=0.0)
+        q = tl.load(q_base + key_tile, mask=in_key, other=0.0)
+        since = tl.load(since_ptr + token_head + local * value_heads, mask=live, other=0.0)
         out = tl.dot(q, entering, input_precision="ieee") * (since * scale)[:, None]
-        scores = tl.load(scores_ptr + by_head[:, None] * CHUNK + local[None, :], mask=live[:, None], other=0.0)
+        scores_at = scores_ptr + token_head * CHUNK + local[:, None] * (value_heads * CHUNK) + local[None, :]
+        scores = tl.load(scores_at, mask=live[:, None], other=0.0)
         out = tl.dot(scores, written.to(dtype), out, input_precision="ieee")
-        tl.store(out_ptr + by_head[:, None] * V + values[None, :], out.to(dtype), mask=in_value)
-        k = tl.load(q_at + key_heads * K, mask=in_key, other=0.0)
-        until = tl.load(until_ptr + by_head, mask=live, other=0.0)
-        last = tl.minimum(first + CHUNK, end) - 1
-        decay = tl.load(since_ptr + last * value_heads + head)
+        tl.store(out_ptr + token_head * V + value_tile, out.to(dtype), mask=in_value)
+        k = tl.load(q_base + key_heads * K + key_tile, mask=in_key, other=0.0)
+        until = tl.load(until_ptr + token_head + local * value_heads, mask=live, other=0.0)
+        decay = tl.load(since_ptr + token_head + (tl.minimum(left, CHUNK) - 1) * value_heads)
         state = tl.dot(tl.trans(k), (written * until[:, None]).to(dtype), state * decay, input_precision="ieee")
     # A small state is held by several threads, each of which must have read it before one of them overwrites it.
     tl.debug_barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -24,6 +25,9 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 # Requests this much shorter (in tokens) than the longest of their group still share its padded table.
 _GROUP_SLACK = 64
+
+# Latent rows [m, R+P] -> keys [m, H, qk] and values [m, H, v].
+Expand = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -205,12 +209,13 @@ class TorchNativeAttnBackend(AttentionBackend):
         return self._latent_pool().get_latent(layer.layer_id).index_select(0, plan.kv_slot_ids)
 
     def forward_mla_expanded(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, plan: ExtendPlan
+        self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan
     ) -> torch.Tensor:
-        """Attend over keys and values rebuilt from ``gather_latent``.
+        """Attend over keys and values that ``expand`` rebuilds from the latent rows of ``plan``.
 
-        q [n, H, qk], k [M, H, qk], v [M, H, vd] -> [n, H*vd].
+        q [n, H, qk] -> [n, H*vd].
         """
+        k, v = expand(self.gather_latent(layer, plan).to(q.dtype))
         return ragged_extend(q, k, v, plan.qo_indptr, plan.kv_indptr, layer.scaling).flatten(1)
 
     def _latent_pool(self) -> MLATokenToKVPool:

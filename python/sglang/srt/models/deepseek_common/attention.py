@@ -108,10 +108,12 @@ class DeepseekV2AttentionMLA(nn.Module):
         return torch.bmm(context.transpose(0, 1), self.w_vc).transpose(0, 1).flatten(1)
 
     def expanded(self, q: torch.Tensor, fb: ForwardBatch, plan: object) -> torch.Tensor:
-        """Keys and values rebuilt for every head from the cached rows of the whole contexts. -> [n, heads*v]."""
-        rows = fb.attn_backend.gather_latent(self.attn_mqa, plan).to(q.dtype)
+        """Queries meet keys and values rebuilt for every head. q [n, heads, nope+rope] -> [n, heads*v]."""
+        return fb.attn_backend.forward_mla_expanded(q, self.keys_and_values, self.attn_mha, plan)
+
+    def keys_and_values(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cache rows [m, R + rope] -> keys [m, heads, nope + rope] and values [m, heads, v]."""
         latent, k_pe = rows.split((self.rank, self.rope), dim=-1)
         kv = self.kv_b_proj(latent).view(-1, self.num_heads, self.nope + self.v_dim)
         k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
-        k = torch.cat((k_nope, k_pe.unsqueeze(1).expand(-1, self.num_heads, -1)), dim=-1)
-        return fb.attn_backend.forward_mla_expanded(q, k, v, self.attn_mha, plan)
+        return torch.cat((k_nope, k_pe.unsqueeze(1).expand(-1, self.num_heads, -1)), dim=-1), v

@@ -1,0 +1,23 @@
+"""Instructions that a well compiled kernel holds, by kernel: data of the AMD gate."""
+
+from __future__ import annotations
+
+MFMA_BF16 = r"v_mfma_f32_\d+x\d+x\d+_bf16"
+# Past 2 GiB Triton addresses a tensor with 64 bits, not through a buffer descriptor: either kind of load is wide.
+WIDE_LOAD = r"(buffer|global)_load_dwordx4"
+WIDE_BUFFER_LOAD = r"buffer_load_dwordx4"
+
+# kernel -> regular expressions over its assembly
+EXPECTED: dict[str, tuple[str, ...]] = {
+    "rms_norm_kernel": (WIDE_BUFFER_LOAD,),
+    "greedy_kernel": (WIDE_BUFFER_LOAD,),
+    "one_token_gate_up_kernel": (WIDE_LOAD,),
+    "one_token_down_kernel": (WIDE_LOAD,),
+    "few_tokens_kernel": (WIDE_LOAD, MFMA_BF16),
+    "many_tokens_kernel": (WIDE_LOAD, MFMA_BF16),
+}
+
+
+def expected_instructions(kernel: str, shape: str) -> tuple[str, ...]:
+    """What the kernel's code must hold at ``shape``; nothing is expected of float32, which serves proofs alone."""
+    return () if shape.endswith(" fp32") else EXPECTED.get(kernel, ())
