@@ -24,7 +24,7 @@ class DatasetError(ValueError):
 
 
 class TokenizerLike(Protocol):
-    """What sampling needs of a tokenizer; ids below ``vocab_size`` that are not special are drawn."""
+    """What sampling needs of a tokenizer."""
 
     vocab_size: int
     all_special_ids: frozenset[int]
@@ -220,11 +220,12 @@ def _turns(entry: Any) -> tuple[str, str | int] | None:
 
 
 def ordinary_ids(tokenizer: TokenizerLike) -> np.ndarray:
-    """Ids that a user's text may hold: the vocabulary without its special tokens."""
-    ids = np.array([i for i in range(tokenizer.vocab_size) if i not in tokenizer.all_special_ids])
-    if not len(ids):
-        raise DatasetError("the tokenizer has special tokens only: no prompt can be made of it")
-    return ids
+    """Ids that stand for whole characters: the vocabulary without special tokens and parts of characters."""
+    ids = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.all_special_ids]
+    whole = [i for i in ids if (text := tokenizer.decode([i])) and "\ufffd" not in text]
+    if not whole:
+        raise DatasetError("the tokenizer has no token that stands for text: no prompt can be made of it")
+    return np.array(whole)
 
 
 def _draw(rng: np.random.Generator, vocab: np.ndarray, count: int) -> list[int]:

@@ -6,6 +6,7 @@ aligned 0) and the size of their storage, which are all that its specialisation 
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,12 +97,18 @@ def _read_assembly(files: dict[str, str]) -> str:
     return Path(path).read_text(encoding="utf-8")
 
 
+@functools.cache
+def _driver_of(arch: str) -> CompileOnlyDriver:
+    """One a process: Triton keeps what ``launcher_cls`` gave it for as long as the kernel lives."""
+    return CompileOnlyDriver(arch)
+
+
 @contextmanager
 def compile_only(arch: str) -> Iterator[CompileOnlyDriver]:
     """Inside the block, launches of Triton kernels compile for ``arch`` and land in ``driver.launches``."""
-    # The kernels of a process that has a GPU are compiled for it: ask before replacing what says so.
     previous, listener = triton.runtime.driver._active, knobs.compilation.listener
-    driver = CompileOnlyDriver(arch)
+    driver = _driver_of(arch)
+    driver.launches = []
     triton.runtime.driver.set_active(driver)
     knobs.compilation.listener = driver.on_compiled
     try:

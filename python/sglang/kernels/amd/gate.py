@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import pkgutil
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,12 @@ class ShapeOnlyPlatform(Platform):
 
     def memory_info(self, local_rank: int) -> tuple[int, int]:
         return 0, 0
+
+    def set_device(self, local_rank: int) -> None:
+        return None
+
+    def synchronize(self) -> None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -123,18 +131,24 @@ def compile_case(op: Op, case: Case, arch: str) -> list[Launch]:
     return driver.launches
 
 
-def check(cases: Iterable[tuple[Op, Case]] | None = None, table: Table | None = None) -> Iterator[Row]:
-    """One row for each distinct compiled kernel of the cases (default: all), in both architectures."""
-    wanted = list(serving_cases() if cases is None else cases)
+def check(arch: str, cases: Iterable[tuple[Op, Case]] | None = None, table: Table | None = None) -> list[Row]:
+    """One row for each distinct compiled kernel of the cases (default: all) on ``arch``."""
+    cases = serving_cases() if cases is None else cases
     table = (load_table() if TABLE.exists() else {}) if table is None else table
-    for arch in ARCHS:
-        recorded = table.get(triton.__version__, {}).get(arch)
-        seen: set[str] = set()
-        for op, case in wanted:
-            for launch in compile_case(op, case, arch):
-                if launch.metadata["hash"] not in seen:
-                    seen.add(launch.metadata["hash"])
-                    yield _row(launch, f"{op.name} {case.name}", arch, recorded)
+    recorded = table.get(triton.__version__, {}).get(arch)
+    rows: dict[str, Row] = {}
+    for op, case in cases:
+        for launch in compile_case(op, case, arch):
+            if launch.metadata["hash"] not in rows:
+                rows[launch.metadata["hash"]] = _row(launch, f"{op.name} {case.name}", arch, recorded)
+    return list(rows.values())
+
+
+def check_all(table: Table | None = None) -> list[Row]:
+    """``check`` of every serving case, the architectures side by side in processes of their own."""
+    with ProcessPoolExecutor(len(ARCHS), mp_context=multiprocessing.get_context("spawn")) as pool:
+        found = pool.map(check, ARCHS, [None] * len(ARCHS), [table] * len(ARCHS))
+        return [row for rows in found for row in rows]
 
 
 def _row(launch: Launch, shape: str, arch: str, recorded: dict[str, Resources] | None) -> Row:
@@ -160,14 +174,14 @@ def uncovered_ops() -> list[str]:
 
 def report(as_json: bool, update: bool) -> int:
     """Print the rows and what is wrong; exit status 1 when anything is."""
-    rows, uncovered = [], uncovered_ops()
-    for row in check(table={} if update else None):
-        rows.append(row)
-        if as_json:
-            print(json.dumps(row.as_dict()), flush=True)
+    uncovered = uncovered_ops()
+    rows = check_all({} if update else None)
     if update:
         save_table(rows)
-    if not as_json:
+    if as_json:
+        for row in rows:
+            print(json.dumps(row.as_dict()))
+    else:
         _print_text(rows)
         for name in uncovered:
             print(f"FAIL {name}: has a Triton implementation and no serving_cases() in its file")

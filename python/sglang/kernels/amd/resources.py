@@ -30,7 +30,10 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """vgpr: registers of a lane, accumulation ones (agpr) included; lds, scratch: bytes; occupancy: waves of a SIMD."""
+    """vgpr: registers of a lane, accumulation ones (agpr) included; lds, scratch: bytes; occupancy: waves of a SIMD.
+
+    spills counts vector registers; sgpr_spills scalar ones, which go to lanes of a vector register, not to memory.
+    """
 
     vgpr: int
     agpr: int
@@ -38,6 +41,7 @@ class Resources:
     spills: int
     scratch: int
     occupancy: int
+    sgpr_spills: int
 
 
 def read_resources(launch: Launch, arch: str) -> Resources:
@@ -48,9 +52,10 @@ def read_resources(launch: Launch, arch: str) -> Resources:
         vgpr=found["vgpr"],
         agpr=found["agpr"],
         lds=lds,
-        spills=found["vgpr_spills"] + found["sgpr_spills"],
+        spills=found["vgpr_spills"],
         scratch=found["scratch"],
         occupancy=occupancy(arch, found["vgpr"], lds, int(launch.metadata["num_warps"])),
+        sgpr_spills=found["sgpr_spills"],
     )
 
 
@@ -89,6 +94,8 @@ def drift(now: Resources, before: Resources) -> list[str]:
         problems.append(f"registers grew from {before.vgpr} to {now.vgpr}")
     if now.lds > before.lds * (1 + MARGIN):
         problems.append(f"LDS grew from {before.lds} to {now.lds} bytes")
+    if now.sgpr_spills > before.sgpr_spills + MARGIN_REGISTERS:
+        problems.append(f"scalar spills grew from {before.sgpr_spills} to {now.sgpr_spills}")
     if now.occupancy < before.occupancy:
         problems.append(f"occupancy fell from {before.occupancy} to {now.occupancy} waves")
     return problems

@@ -1,0 +1,43 @@
+"""Every Triton body on the CPU, in Triton's interpreter: each op's cases against its reference and the truth.
+
+The interpreter runs what the source says, in float32 here: it shows wrong indices, masks and orders of operations,
+and nothing of what a compiler or a GPU makes of them.
+"""
+
+import os
+import sys
+import unittest
+
+import triton
+from test_op_parity import check_case
+
+from sglang.kernels.registry import REGISTRY
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=70, suite="stage-b-test-cpu")
+
+VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
+
+@unittest.skipIf(VERSION < (3, 8), "Triton's interpreter before 3.8 does not loop over run-time bounds with numpy 2.4")
+class TestTritonInterpreted(CustomTestCase):
+    def test_every_triton_body_on_every_case(self):
+        REGISTRY.load_all()
+        count = 0
+        for name, op in sorted(REGISTRY.ops.items()):
+            for impl in (impl for impl in op.impls if impl.name == "triton"):
+                for case in op.cases():
+                    if impl.accepts is None or impl.accepts(*case.args, **case.kwargs):
+                        with self.subTest(op=name, case=case.name):
+                            check_case(op, impl, case)
+                            count += 1
+        self.assertGreater(count, 200)
+        print(f"{count} (op, case) pairs in the interpreter of triton {triton.__version__}")
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        # Triton reads it when it is first imported, library functions included.
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "TRITON_INTERPRET": "1"})
+    unittest.main()

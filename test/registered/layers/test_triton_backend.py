@@ -1,0 +1,173 @@
+"""The Triton backend's plans over the references of its ops, against the torch backend on the same pools."""
+
+import dataclasses
+import json
+import tempfile
+import unittest
+from pathlib import Path
+
+import torch
+
+from sglang.srt.layers.attention import make_attention_backend
+from sglang.srt.layers.attention.base_attn_backend import AttentionContext
+from sglang.srt.layers.attention.triton_backend import PartedPlan, TritonAttnBackend
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.model_harness import ModelHarness
+from sglang.test.test_utils import CustomTestCase
+from sglang.test.tiny_checkpoints import TINY_CONFIGS
+
+register_cpu_ci(est_time=15, suite="stage-b-test-cpu")
+
+ARCHITECTURES = {"dsv2": "DeepseekV2ForCausalLM", "dsv3": "DeepseekV3ForCausalLM", "q35": "Qwen3_5ForCausalLM"}
+LENGTHS = (90, 33, 2, 1, 40)
+
+
+def never(new_tokens, total_tokens):
+    return False
+
+
+def always(new_tokens, total_tokens):
+    return True
+
+
+def make_harness(test, name, page_size=1):
+    """A harness with dummy weights, and its Triton backend over the same pools."""
+    folder = tempfile.TemporaryDirectory()
+    test.addCleanup(folder.cleanup)
+    config = {**TINY_CONFIGS[name], "architectures": [ARCHITECTURES[name]]}
+    Path(folder.name, "config.json").write_text(json.dumps(config), encoding="utf-8")
+    harness = ModelHarness(folder.name, num_slots=1024, max_requests=16, page_size=page_size, load_format="dummy")
+    context = AttentionContext(
+        harness.config, harness.requests, harness.kv_pool, harness.state_pool, page_size, torch.device("cpu")
+    )
+    return harness, make_attention_backend("triton", context)
+
+
+def steps(harness, backend):
+    """Fresh prompts, a mixed step with prefixes, then decode; the log-probabilities of every row of every step."""
+    harness.reset()
+    for buffer in harness.kv_pool.buffers():
+        buffer.fill_(float("nan"))
+    harness.backend = backend
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randint(0, 512, (length,), generator=generator).tolist() for length in LENGTHS]
+    requests = [harness.new_request() for _ in prompts]
+    cuts = (60, 32, 1, 0, 3)
+    started = [i for i, cut in enumerate(cuts) if cut]
+    rows = list(harness.extend([(requests[i], prompts[i][: cuts[i]]) for i in started]))
+    rest = [(request, prompt[cut:]) for request, prompt, cut in zip(requests, prompts, cuts, strict=True)]
+    rows += harness.extend(rest, mode=ForwardMode.MIXED)
+    for token in (5, 77):
+        rows += harness.decode([(request, token + i) for i, request in enumerate(requests)])
+    return rows
+
+
+def full(backend):
+    """The backend of softmax layers."""
+    return getattr(backend, "full_attn_backend", backend)
+
+
+class TestAgainstTorchNative(CustomTestCase):
+    def assert_same(self, found, wanted):
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+    def test_grouped_query_and_recurrent_layers(self):
+        for page_size in (1, 16):
+            harness, backend = make_harness(self, "q35", page_size)
+            wanted = steps(harness, harness.backend)
+            self.assertGreater(wanted[0].std().item(), 0.05)
+            self.assert_same(steps(harness, backend), wanted)
+
+    def test_latent_attention_in_all_forms(self):
+        for name in ("dsv2", "dsv3"):
+            harness, backend = make_harness(self, name)
+            native = harness.backend
+            wanted = steps(harness, native)
+            auto = backend.expands
+            for rule in (auto, never, always):
+                with self.subTest(name=name, rule=getattr(rule, "__name__", "auto")):
+                    backend.expands = rule
+                    self.assert_same(steps(harness, backend), wanted)
+            backend.expands = auto
+            with self.subTest("both backends choose alike"):
+                new_and_total = [(1, 5), (3, 4000), (64, 64), (200, 900)]
+                self.assertEqual([auto(*pair) for pair in new_and_total], [native.expands(*p) for p in new_and_total])
+
+    def test_long_prefixes_are_expanded_in_parts(self):
+        harness, backend = make_harness(self, "dsv2", page_size=4)
+        native = harness.backend
+        wanted = steps(harness, native)
+        backend.expands = always
+        plans = []
+        plan_expanded = backend._plan_expanded
+        backend._plan_expanded = lambda fb, members: plans.append(plan_expanded(fb, members)) or plans[-1]
+        for limit, parts in ((50, 5), (1, 60)):
+            backend.max_expanded_rows = limit
+            self.assert_same(steps(harness, backend), wanted)
+            self.assertIsInstance(plans[-1], PartedPlan)
+            self.assertEqual(len(plans[-1].prefix), parts)
+            rows = [part.kv_slot_ids.numel() for part in plans[-1].prefix]
+            self.assertEqual(sum(rows), 96)
+            self.assertLessEqual(max(rows), max(limit, 4))
+
+    def test_nothing_to_do(self):
+        for name in ("q35", "dsv2"):
+            harness, backend = make_harness(self, name)
+            harness.backend = backend
+            self.assertEqual(harness.idle().next_token_logits.shape[0], 0)
+
+
+class TestGraphHooks(CustomTestCase):
+    def batch(self, harness, backend, rows, lens):
+        slots = [int(harness.requests.read(row, length - 1, length)[0]) for row, length in zip(rows, lens)]
+        host = ModelWorkerBatch(
+            forward_mode=ForwardMode.DECODE,
+            input_ids=torch.arange(len(rows)) + 7,
+            positions=torch.tensor(lens) - 1,
+            req_pool_indices=torch.tensor(rows),
+            seq_lens=lens,
+            out_cache_loc=torch.tensor(slots),
+        )
+        return ForwardBatch.from_worker_batch(host, torch.device("cpu"), backend)
+
+    def test_a_replayed_step_reads_the_captured_tensors(self):
+        harness, backend = make_harness(self, "dsv2")
+        self.assertIsInstance(full(backend), TritonAttnBackend)
+        harness.backend = backend
+        requests = [harness.new_request() for _ in range(3)]
+        harness.extend([(request, list(range(5, 25))) for request in requests])
+        rows = [request.row for request in requests]
+        backend.init_cuda_graph_state(4, 100)
+        captured = self.batch(harness, backend, rows[:2], [1, 1])
+        backend.init_forward_metadata_capture(captured)
+        wanted = self.batch(harness, backend, rows[1:], [20, 11])
+        with torch.inference_mode():
+            backend.init_forward_metadata(wanted)
+            eager = harness.model(wanted.input_ids, wanted.positions, wanted)
+            for field in ("input_ids", "positions", "req_pool_indices", "seq_lens", "out_cache_loc"):
+                getattr(captured, field).copy_(getattr(wanted, field))
+            # The host lists of the captured batch are stale on purpose: nothing may read them.
+            backend.init_forward_metadata_replay(captured)
+            replayed = harness.model(captured.input_ids, captured.positions, captured)
+        self.assertTrue(torch.equal(eager.next_token_logits, replayed.next_token_logits))
+
+    def test_other_tensors_and_sizes_are_refused(self):
+        harness, backend = make_harness(self, "dsv2")
+        harness.backend = backend
+        request = harness.new_request()
+        harness.extend([(request, list(range(5, 25)))])
+        backend.init_cuda_graph_state(4, 100)
+        first = self.batch(harness, backend, [request.row], [20])
+        backend.init_forward_metadata_capture(first)
+        with self.assertRaisesRegex(ValueError, "other tensors"):
+            backend.init_forward_metadata_replay(dataclasses.replace(first, seq_lens=first.seq_lens.clone()))
+        with self.assertRaisesRegex(ValueError, "no decode step of 2"):
+            backend.init_forward_metadata_replay(self.batch(harness, backend, [request.row] * 2, [20, 20]))
+        with self.assertRaisesRegex(ValueError, "request table as wide"):
+            backend.init_cuda_graph_state(4, 1 << 20)
+
+
+if __name__ == "__main__":
+    unittest.main()
