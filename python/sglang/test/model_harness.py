@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-import sglang.srt.layers.attention.torch_native_backend  # noqa: F401  (registers the backend)
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_tp_group
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext, create_attention_backend
+from sglang.srt.layers.attention import make_attention_backend
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, LogprobRequest, ModelWorkerBatch
@@ -62,7 +62,7 @@ class ModelHarness:
         self.kv_pool = make_kv_pool(self.config, num_slots, page_size, tp_size, device)
         self.state_pool = make_state_pool(self.config, max_requests, tp_size, device)
         context = AttentionContext(self.config, self.requests, self.kv_pool, self.state_pool, page_size, device)
-        self.backend = backend or make_backend(context)
+        self.backend = backend or make_attention_backend("torch_native", context)
         self._processor = self.model.logits_processor
 
     def _scramble(self, num_slots: int, page_size: int) -> None:
@@ -177,13 +177,3 @@ class ModelHarness:
         if self.state_pool is None:
             return None
         return torch.tensor([request.state_slot for request in requests], dtype=torch.int64)
-
-
-def make_backend(context: AttentionContext) -> AttentionBackend:
-    """The torch backend, wrapped for hybrid models."""
-    full = create_attention_backend("torch_native", context)
-    if context.state_pool is None:
-        return full
-    from sglang.srt.layers.attention.hybrid_linear_attn_backend import GDNBackend, HybridLinearAttnBackend
-
-    return HybridLinearAttnBackend(full, GDNBackend(context.state_pool))

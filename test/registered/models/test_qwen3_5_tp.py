@@ -2,59 +2,23 @@
 
 import shutil
 import tempfile
-import threading
 import unittest
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 import torch
 
-from sglang.srt.distributed import ProcessGroupHandle, override_tp_group
-from sglang.srt.layers.attention.base_attn_backend import AttentionContext
-from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool
+from sglang.srt.distributed import override_tp_group
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.model_harness import ModelHarness, make_backend
+from sglang.test.model_harness import ModelHarness
 from sglang.test.test_utils import CustomTestCase
+from sglang.test.thread_ranks import run_ranks, thread_ranks
 from sglang.test.tiny_checkpoints import save_tiny_checkpoint
 
 register_cpu_ci(est_time=5, suite="stage-b-test-cpu")
 
 
-class Meeting:
-    """Where the ranks of a group lay down what they bring to a collective."""
-
-    def __init__(self, size):
-        self.barrier = threading.Barrier(size, timeout=60)
-        self.brought = [None] * size
-
-    def exchange(self, rank, x):
-        self.brought[rank] = x.clone()
-        self.barrier.wait()
-        everything = list(self.brought)
-        self.barrier.wait()
-        return everything
-
-
-@dataclass(frozen=True)
-class ThreadRank(ProcessGroupHandle):
-    meeting: Meeting = field(default=None)
-
-    def all_reduce(self, x):
-        return x.copy_(sum(self.meeting.exchange(self.rank, x)))
-
-    def all_gather(self, x, dim=-1):
-        return torch.cat(self.meeting.exchange(self.rank, x), dim=dim)
-
-
-def rank_harness(folder, rank, size, meeting):
-    with override_tp_group(ThreadRank(rank=rank, size=size, meeting=meeting)):
-        harness = ModelHarness(folder, num_slots=512)
-    device = torch.device("cpu")
-    harness.kv_pool = make_kv_pool(harness.config, 512, 1, size, device)
-    harness.state_pool = make_state_pool(harness.config, 8, size, device)
-    context = AttentionContext(harness.config, harness.requests, harness.kv_pool, harness.state_pool, 1, device)
-    harness.backend = make_backend(context)
-    return harness
+def rank_harness(folder, rank):
+    with override_tp_group(rank):
+        return ModelHarness(folder, num_slots=512)
 
 
 class TestQwen35TensorParallel(CustomTestCase):
@@ -72,8 +36,7 @@ class TestQwen35TensorParallel(CustomTestCase):
         hf = save_tiny_checkpoint(name, folder, **overrides)
         generator = torch.Generator().manual_seed(size)
         first, second = (torch.randint(0, 512, (length,), generator=generator).tolist() for length in (70, 9))
-        meeting = Meeting(size)
-        ranks = [rank_harness(folder, rank, size, meeting) for rank in range(size)]
+        ranks = [rank_harness(folder, rank) for rank in thread_ranks(size)]
 
         def serve(harness):
             requests = [harness.new_request(), harness.new_request()]
@@ -81,8 +44,7 @@ class TestQwen35TensorParallel(CustomTestCase):
             last = harness.decode([(requests[0], first[-1]), (requests[1], second[-1])])
             return [torch.cat(parts) for parts in zip(outs, last, strict=True)]
 
-        with ThreadPoolExecutor(size) as pool:
-            results = list(pool.map(serve, ranks))
+        results = run_ranks(serve, ranks)
         for tokens, *found in zip((first, second), *results, strict=True):
             with torch.no_grad():
                 expected = hf(torch.tensor([tokens])).logits[0].log_softmax(-1)
@@ -104,7 +66,7 @@ class TestQwen35TensorParallel(CustomTestCase):
         folder = f"{self.folder}/refused"
         save_tiny_checkpoint("q35", folder)
         with self.assertRaisesRegex(ValueError, "2 linear key heads cannot be split over 4"):
-            rank_harness(folder, 0, 4, Meeting(4))
+            rank_harness(folder, thread_ranks(4)[0])
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from sglang.kernels.ops.attention.launchers import launch_extend, rows_fit
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.spec import Case, Impl, Op
 
-# (requests, new tokens of each, tokens of each) at which kernels are compiled and timed.
-SERVING_SHAPES = ((1, 1024, 1024), (8, 1024, 1024), (1, 8192, 8192), (4, 2048, 8192))
+# (requests, new tokens of each, tokens of each) at which kernels are compiled: whole contexts, and split ones.
+SERVING_SHAPES = ((4, 2048, 8192), (1, 64, 1024))
 # Query rows at once: small enough that a block skips most of the keys after it, large enough to fill a product.
 _BLOCK_ROWS = 512
 # Bound on the logits mask of one block, in elements.

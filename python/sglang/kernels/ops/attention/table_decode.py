@@ -13,8 +13,8 @@ from sglang.kernels.ops.attention.paged_decode import decode_tables, paged_decod
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.spec import Case, Impl, Op
 
-# (requests, tokens of each) at which kernels are compiled and timed.
-SERVING_SHAPES = ((1, 1152), (1, 8192), (8, 1152), (8, 8192), (32, 1152), (32, 8192), (128, 1152), (128, 8192))
+# (requests, tokens of each) at which kernels are compiled: split contexts, and whole ones.
+SERVING_SHAPES = ((8, 8192), (512, 1152))
 
 
 def table_decode_torch(
@@ -139,20 +139,20 @@ def _serving_table(batch: int, tokens: int, device: str) -> tuple[torch.Tensor, 
 
 
 def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Shapes of served models in bf16, without contents: grouped heads of 256 and 128, 16 to 128 latent heads."""
-    for batch, tokens in SERVING_SHAPES:
+    """Shapes of served models, without contents: grouped heads of 256 and 128, 16 to 128 latent heads."""
+    for batch, tokens, dtype in (*((*shape, torch.bfloat16) for shape in SERVING_SHAPES), (8, 1152, torch.float32)):
         table = _serving_table(batch, tokens, device)
         rows = batch * tokens
+        suffix = f"bs{batch} ctx{tokens}" + (" fp32" if dtype == torch.float32 else "")
         for heads, kv_heads, dim in ((16, 2, 256), (32, 8, 128)):
-            q = torch.empty(batch, heads, dim, dtype=torch.bfloat16, device=device)
-            cache = torch.empty(rows, kv_heads, dim, dtype=torch.bfloat16, device=device)
-            name = f"gqa_{heads}x{kv_heads}_d{dim} bs{batch} ctx{tokens}"
-            yield table_decode, Case(name, (q, cache, torch.empty_like(cache), *table, dim**-0.5))
+            q = torch.empty(batch, heads, dim, dtype=dtype, device=device)
+            cache = torch.empty(rows, kv_heads, dim, dtype=dtype, device=device)
+            args = (q, cache, torch.empty_like(cache), *table, dim**-0.5)
+            yield table_decode, Case(f"gqa_{heads}x{kv_heads}_d{dim} {suffix}", args)
         for heads in (16, 32, 64, 128):
-            q = torch.empty(batch, heads, 576, dtype=torch.bfloat16, device=device)
-            latent = torch.empty(rows, 576, dtype=torch.bfloat16, device=device)
-            case = Case(f"mla_h{heads} bs{batch} ctx{tokens}", (q, latent, *table, 512, 192**-0.5))
-            yield mla_table_decode, case
+            q = torch.empty(batch, heads, 576, dtype=dtype, device=device)
+            latent = torch.empty(rows, 576, dtype=dtype, device=device)
+            yield mla_table_decode, Case(f"mla_h{heads} {suffix}", (q, latent, *table, 512, 192**-0.5))
 
 
 table_decode = Op(
