@@ -242,11 +242,11 @@ class ServerArgs:
     attention_backend: Annotated[
         str | None,
         Arg(
-            "Implementation that attention prefers. This build has torch_native; triton and aiter are names for GPUs.",
+            "Implementation that attention prefers; triton and aiter need a GPU. aiter falls back to triton in this build.",
             KERNELS,
             choices=("torch_native", "triton", "aiter"),
             elsewhere=_ATTENTION_ELSEWHERE,
-            auto="torch_native",
+            auto="torch_native on CPU, else triton",
         ),
     ] = None
     sampling_backend: Annotated[
@@ -301,7 +301,7 @@ class ServerArgs:
     cuda_graph_bs: Annotated[list[int] | None, Arg("Batch sizes to capture.", GRAPHS, minimum=1)] = None
     cuda_graph_max_bs: Annotated[int | None, Arg("Greatest batch size to capture.", GRAPHS, minimum=1)] = None
     disable_overlap_schedule: Annotated[
-        bool, Arg("Prepare a step only after the one before it has ended, as this build always does.", GRAPHS)
+        bool, Arg("Prepare a step only after the one before it has ended, as on CPU always.", GRAPHS)
     ] = False
     enable_mixed_chunk: Annotated[bool, Arg("Let decoding requests join a step of prompt chunks.", GRAPHS)] = False
 

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 # Platform kinds on which an attention backend can exist, and those that this build has.
 ATTENTION_KINDS = {"torch_native": ("cpu", "cuda", "hip"), "triton": ("cuda", "hip"), "aiter": ("hip",)}
-BUILT_ATTENTION_BACKENDS = ("torch_native",)
+BUILT_ATTENTION_BACKENDS = ("torch_native", "triton")
+# Backends whose decode step can be captured.
+GRAPH_ATTENTION_BACKENDS = ("triton",)
 LOOPBACK_HOSTS = ("localhost", "::1")
 
 
@@ -177,8 +179,6 @@ def remarks(args: ServerArgs) -> list[str]:
         )
     if args.deepep_mode != "auto":
         found.append(f"--deepep-mode {args.deepep_mode} has no effect: --moe-a2a-backend is {args.moe_a2a_backend}")
-    if args.cuda_graph_bs or args.cuda_graph_max_bs:
-        found.append("--cuda-graph-bs and --cuda-graph-max-bs have no effect: this build captures no graphs")
     return found
 
 
@@ -244,14 +244,18 @@ def _schedule(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
 
 def _attention_backend(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
     asked, kind = args.attention_backend, context.platform.kind
-    fallback = BUILT_ATTENTION_BACKENDS[0]
+    on_cpu = context.platform.device_type == "cpu"
+    fallback = "torch_native" if on_cpu else "triton"
     if asked is None:
-        yield Change("attention_backend", None, fallback, "the attention backend of this build")
+        reason = "tensors live on the host" if on_cpu else "the portable GPU backend"
+        yield Change("attention_backend", None, fallback, reason)
     elif kind not in ATTENTION_KINDS[asked]:
         kinds = " or ".join(ATTENTION_KINDS[asked])
         yield Problem(f"--attention-backend {asked} needs platform {kinds}, and this is {kind}: use {fallback}")
     elif asked not in BUILT_ATTENTION_BACKENDS:
         yield Change("attention_backend", asked, fallback, f"{asked} is a preference, and this build lacks it")
+    elif asked == "triton" and on_cpu:
+        yield Change("attention_backend", asked, fallback, "Triton kernels need a GPU, and tensors live on the host")
 
 
 def _sampling(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
@@ -262,8 +266,13 @@ def _sampling(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
 
 
 def _graphs(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
-    yield Change("disable_cuda_graph", args.disable_cuda_graph, True, "this build captures no graphs")
-    yield Change("disable_overlap_schedule", args.disable_overlap_schedule, True, "this build runs step after step")
+    if context.platform.device_type == "cpu":
+        yield Change("disable_cuda_graph", args.disable_cuda_graph, True, "the host captures no graphs")
+        reason = "on the host a step ends before the next is prepared"
+        yield Change("disable_overlap_schedule", args.disable_overlap_schedule, True, reason)
+    elif args.attention_backend not in GRAPH_ATTENTION_BACKENDS:
+        reason = f"attention backend {args.attention_backend} captures no graphs"
+        yield Change("disable_cuda_graph", args.disable_cuda_graph, True, reason)
 
 
 def _collectives(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:

@@ -250,10 +250,22 @@ class TestResolve(CustomTestCase):
                 with self.subTest(backend=backend, kind=platform.kind):
                     args = ServerArgs(attention_backend=backend)
                     if platform in accepted:
-                        self.assertEqual(resolve(args, MODEL, platform).attention_backend, "torch_native")
+                        becomes = "triton" if backend == "aiter" else backend
+                        self.assertEqual(resolve(args, MODEL, platform).attention_backend, becomes)
                     else:
                         with self.assertRaisesRegex(ServerArgsError, f"--attention-backend {backend} needs platform"):
                             resolve(args, MODEL, platform)
+
+    def test_graphs_and_overlap_where_they_exist(self):
+        def switches(platform, **fields):
+            args = resolve(ServerArgs(**fields), MODEL, platform)
+            return args.attention_backend, args.disable_cuda_graph, args.disable_overlap_schedule
+
+        self.assertEqual(switches(CPU), ("torch_native", True, True))
+        for platform in (CUDA, HIP):
+            self.assertEqual(switches(platform), ("triton", False, False))
+            self.assertEqual(switches(platform, attention_backend="torch_native"), ("torch_native", True, False))
+            self.assertEqual(switches(platform, disable_overlap_schedule=True), ("triton", False, True))
 
     def test_tensor_parallel_size_that_does_not_fit_and_wrong_device(self):
         with self.assertRaises(ServerArgsError) as caught:

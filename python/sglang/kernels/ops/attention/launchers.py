@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2
-from sglang.kernels.ops.attention.tiles import RowShape, Tile, decode_tile, extend_tile, split_count
+from sglang.kernels.ops.attention.tiles import MAX_SPLITS, RowShape, Tile, decode_tile, extend_tile, split_count
 
 # Widest key row with values of its own, and widest latent row, that the kernels hold.
 MAX_HEAD_DIM = 256
 MAX_LATENT_DIM = 576
+# Partial results that the merge reads at once.
+MERGE_STEP = 16
 
 
 def rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
@@ -33,10 +35,11 @@ def merge_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> No
 
     num_rows, splits, heads, value = parts.shape
     block_v = min(128, max(16, next_power_of_2(value)))
-    block_s = next_power_of_2(splits)
+    if splits > MAX_SPLITS:
+        raise ValueError(f"{splits} splits of a context were asked for; one program merges at most {MAX_SPLITS}")
     merge_splits_kernel[(num_rows * heads, cdiv(value, block_v))](
         parts, lse, out, heads, splits,
-        BLOCK_S=block_s, STEP=min(16, block_s), VALUE=value, BLOCK_V=block_v,
+        BLOCK_S=MAX_SPLITS, STEP=MERGE_STEP, VALUE=value, BLOCK_V=block_v,
         num_warps=4,
     )  # fmt: skip
 

@@ -54,6 +54,8 @@ def decode_step_kernel(
     tile = values[:, None] * K + keys[None, :]
     in_tile = in_value[:, None] & in_key[None, :]
     state_at = state_ptr + slot * state_stride + first_head.to(tl.int64) * V * K + tile
+    # On its way while the convolution runs.
+    state = tl.load(state_at, mask=in_tile, other=0.0).to(tl.float32)
 
     x_at, columns_at = x_ptr + row * x_stride, columns_ptr + slot * columns_stride
     q_channels = key_head * K + keys
@@ -76,7 +78,8 @@ def decode_step_kernel(
 
     for i in tl.static_range(PER_KEY):
         head = first_head + i
-        state = tl.load(state_at + i * V * K, mask=in_tile, other=0.0).to(tl.float32)
+        if i > 0:
+            state = tl.load(state_at + i * V * K, mask=in_tile, other=0.0).to(tl.float32)
         v_channels = 2 * key_heads * K + head * V + values
         v_columns_at = columns_at + v_channels * (WIDTH - 1)
         v, v_window = conv_token(

@@ -2,10 +2,15 @@
 
 A *pair* is one (token, chosen expert) entry of the routing table, numbered ``token * top_k + j``. Weights are
 [E, rows, K] with K dense. Nothing is summed atomically, so equal inputs give equal bits.
+
+With FP8 rows carry a scale a group of 128 columns, x_scale [rows, K / 128], and weights one a block of 128x128,
+w_scale [E, rows / 128, K / 128]; tiles of columns then lie inside one block, and a step of K is one group.
 """
 
 import triton
 import triton.language as tl
+
+GROUP = tl.constexpr(128)
 
 
 @triton.jit
@@ -21,8 +26,8 @@ def _silu_and_mul(gate, up, dtype):
 
 @triton.jit
 def one_token_gate_up_kernel(
-    x_ptr, w_ptr, ids_ptr, out_ptr, width, k_dim, expert_stride, row_stride, tiles,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, ids_ptr, out_ptr, width, k_dim, expert_stride, row_stride, tiles,
+    FP8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [pairs, width]: BLOCK_N activated columns of one pair a program."""
     pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -36,18 +41,26 @@ def one_token_gate_up_kernel(
         for start in range(0, k_dim, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             inside = k < k_dim
-            x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+            x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)
+            x_up = x
+            if FP8:
+                groups = k_dim // GROUP
+                x *= tl.load(x_scale_ptr + k // GROUP, mask=inside, other=0.0)
+                block = w_scale_ptr + (expert * 2 * (width // GROUP) + tile * BLOCK_N // GROUP) * groups + k // GROUP
+                x_up = x * tl.load(block + width // GROUP * groups, mask=inside, other=0.0)
+                x *= tl.load(block, mask=inside, other=0.0)
             at = w_ptr + expert * expert_stride + rows + k[None, :]
-            gate += tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32) * x
-            up += tl.load(at + up_rows, mask=inside[None, :], other=0.0).to(tl.float32) * x
+            gate += tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32) * x[None, :]
+            up += tl.load(at + up_rows, mask=inside[None, :], other=0.0).to(tl.float32) * x_up[None, :]
         out = _silu_and_mul(tl.sum(gate, axis=1), tl.sum(up, axis=1), out_ptr.dtype.element_ty)
         tl.store(out_ptr + pair.to(tl.int64) * width + n, out, mask=n < width)
 
 
 @triton.jit
 def one_token_down_kernel(
-    x_ptr, w_ptr, ids_ptr, weights_ptr, out_ptr, pairs, width, k_dim, expert_stride, row_stride,
-    PAIRS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, ids_ptr, weights_ptr, out_ptr,
+    pairs, width, k_dim, expert_stride, row_stride,
+    FP8: tl.constexpr, PAIRS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [width]: all pairs of BLOCK_N columns at once, their rows [pairs, k_dim] times w2, weighted and summed."""
     pair = tl.arange(0, PAIRS)
@@ -62,6 +75,11 @@ def one_token_down_kernel(
         k = start + tl.arange(0, BLOCK_K)
         mask = taken[:, None] & (k < k_dim)[None, :]
         x = tl.load(x_ptr + pair[:, None] * k_dim + k[None, :], mask=mask, other=0.0).to(tl.float32)
+        if FP8:
+            groups = k_dim // GROUP
+            x *= tl.load(x_scale_ptr + pair[:, None] * groups + k[None, :] // GROUP, mask=mask, other=0.0)
+            row_block = tl.where(taken, expert, 0) * (width // GROUP) + tl.program_id(0) * BLOCK_N // GROUP
+            x *= tl.load(w_scale_ptr + row_block[:, None] * groups + k[None, :] // GROUP, mask=mask, other=0.0)
         w = tl.load(w_ptr + base + k[None, None, :], mask=mask[:, None, :], other=0.0)
         acc += w.to(tl.float32) * x[:, None, :]
     product = tl.sum(acc, axis=2).to(out_ptr.dtype.element_ty).to(tl.float32)
@@ -73,9 +91,10 @@ def one_token_down_kernel(
 
 
 @triton.jit
-def _expert_tile(
-    x_ptr, w_ptr, out_ptr, members, valid, expert, tile, width, k_dim, x_stride, expert_stride, row_stride,
-    TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr,
+def expert_tile(
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, members, valid, expert, tile,
+    width, k_dim, x_stride, expert_stride, row_stride,
+    TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Rows of x are tokens for GATE_UP (member // TOP_K), pairs for the down product; out rows are always pairs."""
@@ -84,8 +103,14 @@ def _expert_tile(
     # Rows and columns past the end read a real one instead of being masked: the store drops them.
     source = (members // TOP_K if GATE_UP else members).to(tl.int64)
     x_at = x_ptr + (source * x_stride)[:, None] + k[None, :]
-    w_at = w_ptr + expert.to(tl.int64) * expert_stride + (tl.minimum(n, width - 1) * row_stride)[None, :] + k[:, None]
+    column = tl.minimum(n, width - 1)
+    w_at = w_ptr + tl.cast(expert, tl.int64) * expert_stride + (column * row_stride)[None, :] + k[:, None]
     up_rows = width * row_stride
+    groups = k_dim // GROUP
+    row_blocks = width // GROUP
+    if FP8:
+        x_scale_at = x_scale_ptr + source * groups
+        w_scale_at = w_scale_ptr + (tl.cast(expert, tl.int64) * row_blocks * (1 + GATE_UP) + column // GROUP) * groups
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, k_dim, BLOCK_K):
@@ -95,13 +120,23 @@ def _expert_tile(
             inside = k < k_dim - start
             x = tl.load(x_at, mask=inside[None, :], other=0.0)
             w = tl.load(w_at, mask=inside[:, None], other=0.0)
-        acc = tl.dot(x, w, acc, input_precision="ieee")
+        if FP8:
+            x_scale = tl.load(x_scale_at)[:, None]
+            acc += tl.dot(x, w) * (x_scale * tl.load(w_scale_at)[None, :])
+        else:
+            acc = tl.dot(x, w, acc, input_precision="ieee")
         if GATE_UP:
             if EVEN_K:
                 w_up = tl.load(w_at + up_rows)
             else:
                 w_up = tl.load(w_at + up_rows, mask=(k < k_dim - start)[:, None], other=0.0)
-            acc_up = tl.dot(x, w_up, acc_up, input_precision="ieee")
+            if FP8:
+                acc_up += tl.dot(x, w_up) * (x_scale * tl.load(w_scale_at + row_blocks * groups)[None, :])
+            else:
+                acc_up = tl.dot(x, w_up, acc_up, input_precision="ieee")
+        if FP8:
+            x_scale_at += 1
+            w_scale_at += 1
         x_at += BLOCK_K
         w_at += BLOCK_K
     dtype = out_ptr.dtype.element_ty
@@ -112,8 +147,9 @@ def _expert_tile(
 
 @triton.jit
 def few_tokens_kernel(
-    x_ptr, w_ptr, ids_ptr, out_ptr, pairs, width, k_dim, x_stride, expert_stride, row_stride, tiles,
-    TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, PAIRS: tl.constexpr,
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, ids_ptr, out_ptr,
+    pairs, width, k_dim, x_stride, expert_stride, row_stride, tiles,
+    TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, FP8: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """No ordering beforehand: the first pair of each expert gathers the others (pairs <= PAIRS), the rest leave."""
@@ -129,18 +165,18 @@ def few_tokens_kernel(
         for start in range(0, count, BLOCK_M):
             here = same[:, None] & (rank[:, None] == start + slot[None, :])
             members = tl.sum(tl.where(here, pair[:, None], 0), axis=0)
-            _expert_tile(
-                x_ptr, w_ptr, out_ptr, members, start + slot < count, expert, tile,
+            expert_tile(
+                x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, members, start + slot < count, expert, tile,
                 width, k_dim, x_stride, expert_stride, row_stride,
-                TOP_K, GATE_UP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+                TOP_K, GATE_UP, EVEN_K, FP8, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
 
 @triton.jit
 def many_tokens_kernel(
-    x_ptr, w_ptr, order_ptr, block_expert_ptr, num_blocks_ptr, out_ptr,
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, order_ptr, block_expert_ptr, num_blocks_ptr, out_ptr,
     pairs, width, k_dim, x_stride, expert_stride, row_stride, max_blocks, tiles,
-    TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr,
+    TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One block of ordered pairs times one tile of columns; programs past the last block leave."""
@@ -154,10 +190,10 @@ def many_tokens_kernel(
         expert = tl.load(block_expert_ptr + block)
         order = tl.load(order_ptr + block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))
         valid = order < pairs
-        _expert_tile(
-            x_ptr, w_ptr, out_ptr, tl.where(valid, order, 0), valid, expert, tile,
+        expert_tile(
+            x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, tl.where(valid, order, 0), valid, expert, tile,
             width, k_dim, x_stride, expert_stride, row_stride,
-            TOP_K, GATE_UP, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K,
+            TOP_K, GATE_UP, EVEN_K, FP8, BLOCK_M, BLOCK_N, BLOCK_K,
         )  # fmt: skip
 
 

@@ -154,6 +154,20 @@ class HybridLinearAttnBackend(AttentionBackend):
         self.full_attn_backend.init_forward_metadata(fb)
         self.linear_attn_backend.init_forward_metadata(fb)
 
+    def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
+        """See the full-attention backend; recurrent layers keep no metadata of their own."""
+        self.full_attn_backend.init_cuda_graph_state(max_bs, max_context_len)
+
+    def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
+        """Both backends read persistent tensors only: the state slots of ``fb`` must stay where they are."""
+        self.full_attn_backend.init_forward_metadata_capture(fb)
+        self.linear_attn_backend.init_forward_metadata(fb)
+
+    def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
+        """New values lie in the captured tensors already."""
+        self.full_attn_backend.init_forward_metadata_replay(fb)
+        self.linear_attn_backend.init_forward_metadata(fb)
+
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, fb: ForwardBatch
     ) -> torch.Tensor:

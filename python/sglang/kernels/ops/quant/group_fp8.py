@@ -1,0 +1,149 @@
+"""Eight-bit floats with scales by blocks: rows quantised by groups of 128, and their product with 128x128 blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, triton_impl
+from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
+
+GROUP = 128
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+# Rows of a tile -> tile, for the product; sm_90 and gfx alike until measured.
+LINEAR_TILES = (
+    (16, {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 4}),
+    (64, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 3}),
+    (None, {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 16, "num_warps": 4, "num_stages": 3}),
+)
+
+
+def fp8_dtype(arch: str) -> torch.dtype:
+    """The eight-bit float that the matrix units of ``arch`` multiply: FNUZ on gfx942, OCP elsewhere."""
+    return torch.float8_e4m3fnuz if arch.startswith("gfx94") else torch.float8_e4m3fn
+
+
+def quantize_groups_torch(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """``scale = max(|x|, 1e-10) / largest`` over each group of 128 columns, ``q = x / scale`` rounded to ``dtype``.
+
+    x [N, K] float with K a multiple of 128, dtype an 8-bit float -> q [N, K] dtype, scale [N, K / 128] float32.
+    """
+    rows, columns = x.shape
+    if columns % GROUP:
+        raise ValueError(f"rows of {columns} columns cannot be cut into groups of {GROUP}")
+    largest = torch.finfo(dtype).max
+    groups = x.float().view(rows, columns // GROUP, GROUP)
+    scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / largest
+    q = (groups / scale).clamp(-largest, largest).to(dtype)
+    return q.view(rows, columns), scale.squeeze(-1)
+
+
+def dequantize_blocks(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """w [R, K] 8-bit, scale [ceil(R / 128), ceil(K / 128)] float32 of its 128x128 blocks -> [R, K] float32."""
+    wide = scale.repeat_interleave(GROUP, 0)[: w.shape[0]].repeat_interleave(GROUP, 1)[:, : w.shape[1]]
+    return w.float() * wide
+
+
+def block_fp8_linear_torch(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+    """``x w^T`` with x quantised by groups to w's dtype and both scaled back, summed in float32.
+
+    x [N, K] float, w [R, K] 8-bit, w_scale [ceil(R / 128), K / 128] float32 -> [N, R] in x's dtype. DeepSeek-V3 report,
+    section 3.3.2 (fine-grained quantisation).
+    """
+    q, scale = quantize_groups_torch(x, w.dtype)
+    rows = q.float() * scale.repeat_interleave(GROUP, 1)
+    return (rows @ dequantize_blocks(w, w_scale).t()).to(x.dtype)
+
+
+def quantize_groups_triton(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    from sglang.kernels.ops.quant.group_fp8_triton import quantize_groups_kernel
+
+    rows, columns = x.shape
+    q = torch.empty(rows, columns, dtype=dtype, device=x.device)
+    scale = torch.empty(rows, columns // GROUP, dtype=torch.float32, device=x.device)
+    groups = scale.numel()
+    if groups:
+        block = 1 if groups < 1024 else 8
+        quantize_groups_kernel[(cdiv(groups, block),)](
+            x, q, scale, groups, columns // GROUP, x.stride(0),
+            LARGEST=torch.finfo(dtype).max, BLOCK=block, num_warps=1 if block == 1 else 4,
+        )  # fmt: skip
+    return q, scale
+
+
+def block_fp8_linear_triton(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+    from sglang.kernels.ops.quant.group_fp8_triton import block_fp8_linear_kernel
+
+    (rows, k_dim), width = x.shape, w.shape[0]
+    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    if rows:
+        q, scale = quantize_groups_triton(x, w.dtype)
+        tile = next(tile for limit, tile in LINEAR_TILES if limit is None or rows <= limit)
+        row_tiles, tiles = cdiv(rows, tile["BLOCK_M"]), cdiv(width, tile["BLOCK_N"])
+        block_fp8_linear_kernel[(row_tiles * tiles,)](
+            q, scale, w, w_scale, out, rows, width, k_dim, row_tiles, tiles, **tile
+        )
+    return out
+
+
+def _accepts_quantize(x: torch.Tensor, dtype: torch.dtype) -> bool:
+    return x.dtype in FLOATS and x.stride(1) == 1 and x.shape[1] % GROUP == 0 and dtype in FP8_DTYPES
+
+
+def _accepts_linear(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> bool:
+    native = w.dtype == fp8_dtype(current_platform.arch)
+    return native and _accepts_quantize(x, w.dtype) and w.is_contiguous() and w_scale.is_contiguous()
+
+
+def _rows() -> Iterator[tuple[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    for rows, columns in ((1, 128), (5, 384), (0, 256), (70, 256)):
+        yield f"{rows}x{columns}", torch.randn(rows, columns, generator=generator)
+    ugly = torch.randn(4, 256, generator=generator)
+    ugly[0], ugly[1, :128], ugly[2, 7] = 0.0, 1e-20, 3e4
+    yield "zero-tiny-outlier", ugly
+
+
+def _quantize_cases() -> Iterator[Case]:
+    for name, x in _rows():
+        yield Case(name, (x, torch.float8_e4m3fn))
+
+
+def random_blocks(rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """A quantised matrix [rows, columns] of entries near N(0, 1 / columns), and the scales of its blocks."""
+    w = torch.randn(rows, columns, generator=generator).mul(16).to(torch.float8_e4m3fn)
+    scale = torch.rand(cdiv(rows, GROUP), cdiv(columns, GROUP), generator=generator) + 0.5
+    return w, scale * columns**-0.5 / 16
+
+
+def _linear_cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(1)
+    for name, x in _rows():
+        yield Case(name, (x, *random_blocks(200, x.shape[1], generator)))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Projections of DeepSeek-V3, without contents, in the platform's 8-bit float."""
+    dtype = fp8_dtype(current_platform.arch)
+    w = torch.empty(7168, 16384, dtype=dtype, device=device)
+    scale = torch.empty(56, 128, device=device)
+    for tokens in (1, 64, 8192):
+        (x,) = bfloat16s(device, (tokens, 16384))
+        yield block_fp8_linear, Case(f"v3-o_proj t{tokens}", (x, w, scale))
+    yield quantize_groups, Case("v3 t1", (*bfloat16s(device, (1, 7168)), dtype))
+
+
+quantize_groups = Op(
+    "quant.quantize_groups",
+    triton_impl(quantize_groups_triton, _accepts_quantize),
+    Impl("torch", quantize_groups_torch),
+    cases=_quantize_cases,
+)
+block_fp8_linear = Op(
+    "quant.block_fp8_linear",
+    triton_impl(block_fp8_linear_triton, _accepts_linear),
+    Impl("torch", block_fp8_linear_torch),
+    cases=_linear_cases,
+)

@@ -1,0 +1,42 @@
+"""Eight-bit floats by groups of 128: quantising rows, and a product of such rows with weights in 128x128 blocks."""
+
+import triton
+import triton.language as tl
+
+from sglang.kernels.ops.moe.fused_experts_triton import expert_tile
+
+GROUP = tl.constexpr(128)
+
+
+@triton.jit
+def quantize_groups_kernel(
+    x_ptr, q_ptr, scale_ptr, num_groups, groups_a_row, row_stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """BLOCK groups a program, each its own scale."""
+    group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    lane = tl.arange(0, GROUP)[None, :]
+    mask = (group < num_groups)[:, None]
+    start = (group // groups_a_row) * row_stride + (group % groups_a_row) * GROUP
+    x = tl.load(x_ptr + start[:, None] + lane, mask=mask, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-10) / LARGEST
+    q = tl.minimum(tl.maximum(x / scale[:, None], -LARGEST), LARGEST)
+    tl.store(q_ptr + group[:, None] * GROUP + lane, q.to(q_ptr.dtype.element_ty), mask=mask)
+    tl.store(scale_ptr + group, scale, mask=group < num_groups)
+
+
+@triton.jit
+def block_fp8_linear_kernel(
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, rows, width, k_dim, row_tiles, tiles,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """One tile of x [rows, k_dim] times w [width, k_dim] transposed; GROUP_M row tiles share weights in the cache."""
+    pid = tl.program_id(0)
+    in_group = GROUP_M * tiles
+    first = pid // in_group * GROUP_M
+    size = tl.minimum(row_tiles - first, GROUP_M)
+    row = (first + (pid % in_group) % size) * BLOCK_M + tl.arange(0, BLOCK_M)
+    expert_tile(
+        x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, tl.minimum(row, rows - 1), row < rows, 0,
+        (pid % in_group) // size, width, k_dim, k_dim, 0, k_dim,
+        1, False, True, True, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
