@@ -21,7 +21,7 @@ import torch
 from moe_cases import SHAPES, TOKENS, MoeInputs, MoeShape, describe_device, graph_time, make_inputs, make_weights
 
 from sglang.kernels.amd.driver import compile_only
-from sglang.kernels.ops.moe.fused_experts import expert_product, one_token_down, one_token_gate_up, order_pairs
+from sglang.kernels.ops.moe.fused_experts import Scaled, expert_product, one_token_down, one_token_gate_up, order_pairs
 from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.srt.platforms import current_platform
 
@@ -66,16 +66,17 @@ def candidates(path: str, block_m: int, per_expert: float) -> Iterator[Candidate
 
 def product_of(candidate: Candidate, inputs: MoeInputs, activated: torch.Tensor, routing: int) -> Callable[[], Any]:
     """The candidate's product as a call; the ordering of pairs is done here, outside it."""
-    tile, ids = dict(candidate.tile), inputs.ids[routing]
+    tile, ids, dtype = dict(candidate.tile), inputs.ids[routing], inputs.x.dtype
+    w13, w2 = Scaled(inputs.w13), Scaled(inputs.w2)
     is_gate_up = candidate.product == "gate_up"
     if candidate.path == "one":
         if is_gate_up:
-            return lambda: one_token_gate_up(inputs.x, inputs.w13, ids, tile)
-        return lambda: one_token_down(activated, inputs.w2, inputs.weights[routing], ids, tile)
+            return lambda: one_token_gate_up(Scaled(inputs.x), w13, ids, tile, dtype)
+        return lambda: one_token_down(Scaled(activated), w2, inputs.weights[routing], ids, tile, dtype)
     experts = inputs.w13.shape[0]
     order = order_pairs(ids, experts, candidate.block_m) if candidate.path == "many" else None
-    rows, weight = (inputs.x, inputs.w13) if is_gate_up else (activated, inputs.w2)
-    return lambda: expert_product(rows, weight, ids, order, tile, candidate.block_m, is_gate_up)
+    rows, weight = (inputs.x, w13) if is_gate_up else (activated, w2)
+    return lambda: expert_product(Scaled(rows), weight, ids, order, tile, candidate.block_m, is_gate_up, dtype)
 
 
 def _compile(job: tuple[str, MoeShape, int, Candidate]) -> str | None:

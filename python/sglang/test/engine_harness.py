@@ -46,7 +46,12 @@ class EngineHarness:
         self, model_path: str, with_tokenizer: bool = False, overlap: bool = False, **server_args: Any
     ) -> None:
         args = ServerArgs(model_path=model_path, **server_args)
-        self.model_config = ModelConfig.from_path(model_path, platform_kind=current_platform.kind)
+        self.model_config = ModelConfig.from_path(
+            model_path,
+            dtype=args.dtype,
+            json_model_override_args=args.model_overrides(),
+            platform_kind=current_platform.kind,
+        )
         self.args = resolve(args, self.model_config, current_platform)
         set_global_server_args_for_scheduler(self.args)
         self.runner = ModelRunner(self.args, self.model_config)

@@ -60,6 +60,21 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
+# The same control flow at the head sizes that GPU kernels meet in real models.
+KERNEL_SIZED_CONFIGS: dict[str, dict[str, Any]] = {
+    "dsv3-k": {
+        **TINY_CONFIGS["dsv3"], "hidden_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 16,
+        "num_key_value_heads": 16, "q_lora_rank": 128, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "v_head_dim": 128, "max_position_embeddings": 4096,
+    },
+    "q35moe-k": {
+        **_QWEN_MOE, "hidden_size": 256, "moe_intermediate_size": 128, "shared_expert_intermediate_size": 128,
+        "num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 256, "linear_key_head_dim": 128,
+        "linear_value_head_dim": 128, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "rope_parameters": {**_QWEN_ROPE, "mrope_section": [11, 11, 10]},
+    },
+}  # fmt: skip
+
 
 def build_hf_model(config: dict[str, Any], seed: int = 0) -> Any:
     """transformers' model of ``config`` in float32 with numbers that make parity tests see.
@@ -92,7 +107,7 @@ def build_hf_model(config: dict[str, Any], seed: int = 0) -> Any:
 
 
 def save_tiny_checkpoint(name: str, folder: str | Path, seed: int = 0, **overrides: Any) -> Any:
-    """Save the checkpoint ``name`` of TINY_CONFIGS (with config ``overrides``) in ``folder``; returns its HF model."""
-    model = build_hf_model({**TINY_CONFIGS[name], **overrides}, seed)
+    """Save the checkpoint called ``name`` (with config ``overrides``) in ``folder``; returns its HF model."""
+    model = build_hf_model({**TINY_CONFIGS, **KERNEL_SIZED_CONFIGS}[name] | overrides, seed)
     model.save_pretrained(str(folder), safe_serialization=True)
     return model

@@ -7,6 +7,8 @@ import torch
 
 from sglang.kernels.ops.gdn.causal_conv1d import causal_conv1d, causal_conv1d_update
 from sglang.kernels.ops.gdn.chunk import CHUNK_SIZE, chunk_gated_delta_rule
+from sglang.kernels.ops.gdn.decode_step import gdn_decode_step, step_inputs
+from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step
 from sglang.kernels.ops.gdn.gating import gdn_gating
 from sglang.kernels.ops.gdn.l2norm import l2_norm
 from sglang.kernels.ops.gdn.recurrent import recurrent_gated_delta_rule
@@ -45,6 +47,22 @@ def true_recurrence(q, k, v, g, beta, state, scale):
             state[head] = decayed + float(beta[t, head]) * torch.outer(error, key)
             out[t, head] = state[head] @ query
     return out, state
+
+
+def true_mixer(args, slot, rows):
+    """A sequence's rows through the whole mixer, formula by formula: outputs, columns and state of ``slot`` after."""
+    mixed, z, b, a, weight, A_log, dt_bias, norm_weight, columns, states = (x.double() for x in args[:10])
+    heads, v_dim, k_dim = states.shape[1:]
+    key_heads = (mixed.shape[1] - heads * v_dim) // (2 * k_dim)
+    convolved, last = true_conv(mixed[rows], weight, columns[slot])
+    q, k = (x.unflatten(-1, (key_heads, k_dim)) for x in convolved[:, : 2 * key_heads * k_dim].chunk(2, dim=-1))
+    q, k = (x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt() for x in (q, k))
+    v = convolved[:, 2 * key_heads * k_dim :].unflatten(-1, (heads, v_dim))
+    g = -A_log.exp() * torch.log1p((a[rows] + dt_bias).exp())
+    beta = 1 / (1 + torch.exp(-b[rows]))
+    out, state = true_recurrence(q, k, v, g, beta, states[slot], k_dim**-0.5)
+    normed = out / (out.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm_weight
+    return normed * z[rows] / (1 + torch.exp(-z[rows])), last, state
 
 
 def random_inputs(num_tokens, shape, seed, strongest=3.0):
@@ -227,10 +245,45 @@ class TestDeltaRule(CustomTestCase):
         self.assertEqual(recurrent_gated_delta_rule(q, k, v, g, beta, state[None].clone(), slots, 1.0).shape[0], 0)
 
 
+class TestSteps(CustomTestCase):
+    """The two whole-mixer ops against the formulas, on states that do not start at zero."""
+
+    def check(self, args, after, out, slots, spans):
+        for slot, rows in zip(slots, spans, strict=True):
+            expected, columns, state = true_mixer(args, slot, rows)
+            torch.testing.assert_close(out[rows].double(), expected, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(after[8][slot].double(), columns, atol=0, rtol=0)
+            torch.testing.assert_close(after[9][slot].double(), state, atol=1e-5, rtol=1e-4)
+        others = [slot for slot in range(args[8].shape[0]) if slot not in slots]
+        for pool in (8, 9):
+            self.assertTrue(torch.equal(after[pool][others], args[pool][others]))
+
+    def test_decode_step(self):
+        for seed, shape in enumerate(SHAPES):
+            args = step_inputs(3, 6, (*shape, 4), torch.Generator().manual_seed(seed))
+            after, slots = [x.clone() for x in args], [5, 2, 3]
+            out = gdn_decode_step(*after, torch.tensor(slots), 1e-6)
+            self.check(args, after, out, slots, [slice(i, i + 1) for i in range(3)])
+
+    def test_extend_step(self):
+        for seed, shape in enumerate(SHAPES):
+            lengths = [5, 130, 0, 2]
+            args = step_inputs(sum(lengths), 7, (*shape, 4), torch.Generator().manual_seed(seed))
+            after, slots = [x.clone() for x in args], [5, 2, 3, 1]
+            out = gdn_extend_step(*after, torch.tensor(slots), *chunk_table(lengths), lengths, 1e-6)
+            ends = torch.tensor(lengths).cumsum(0).tolist()
+            self.check(args, after, out, slots, [slice(e - n, e) for e, n in zip(ends, lengths, strict=True)])
+
+    def test_chunk_table_names_every_chunk_of_every_sequence(self):
+        bounds, chunks = chunk_table([1, 0, CHUNK_SIZE, CHUNK_SIZE + 1])
+        self.assertEqual(bounds.tolist(), [0, 1, 1, 1 + CHUNK_SIZE, 2 + 2 * CHUNK_SIZE])
+        self.assertEqual(chunks.tolist(), [[0, 0], [2, 0], [3, 0], [3, 1]])
+
+
 class TestCases(CustomTestCase):
     def test_every_case_runs_and_gives_finite_numbers(self):
         rules = (recurrent_gated_delta_rule, chunk_gated_delta_rule)
-        for op in (l2_norm, gdn_gating, causal_conv1d, causal_conv1d_update, *rules):
+        for op in (l2_norm, gdn_gating, causal_conv1d, causal_conv1d_update, *rules, gdn_decode_step, gdn_extend_step):
             cases = list(op.cases())
             self.assertGreaterEqual(len(cases), 3, op.name)
             for case in cases:

@@ -5,12 +5,13 @@ import os
 import subprocess
 import sys
 import unittest
+from unittest import mock
 
 import torch
 
 import sglang.kernels.ops.attention.attention_state as attention_state
 import sglang.kernels.ops.attention.kv_cache as kv_cache
-from sglang.kernels.ops.attention import mla_extend, paged_extend, ragged_extend, table_decode
+from sglang.kernels.ops.attention import launchers, mla_extend, paged_extend, ragged_extend, table_decode
 from sglang.kernels.ops.attention.launchers import launch_decode, launch_extend
 from sglang.kernels.ops.attention.tiles import RowShape, Tile, split_count
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -103,8 +104,9 @@ class TestInterpretedBodies(CustomTestCase):
             q = torch.randn(len(lens), heads, 40, generator=generator)
             shape = RowShape.of(40, 32, value_is_key=True)
             wanted = table_decode.mla_table_decode_torch(q, latent[:, 0], *table, 32, 0.2)
-            for splits in (1, 2, 5):
-                close(launch_decode(q, latent, latent, *table, 0.2, shape, Tile(16, 16, 4, 1), splits), wanted)
+            for splits, one_head_programs in ((1, 1), (2, 0), (5, 0), (5, 9999)):
+                with mock.patch.object(launchers, "MERGE_PROGRAMS", one_head_programs):
+                    close(launch_decode(q, latent, latent, *table, 0.2, shape, Tile(16, 16, 4, 1), splits), wanted)
         q = torch.randn(len(lens), 6, 24, generator=generator)
         wanted = table_decode.table_decode_torch(q, keys[0], keys[1], *table, 0.3)
         for splits in (1, 3, 8):
@@ -202,11 +204,14 @@ class TestReferences(CustomTestCase):
 
 class TestSplitCount(CustomTestCase):
     def test_it_fills_and_stays_within_bounds(self):
-        self.assertGreater(split_count(1, 8192, 64, 4), 30)
-        self.assertEqual(split_count(1000, 8192, 64, 4), 1)
-        self.assertEqual(split_count(1, 64, 64, 4), 1)
-        self.assertEqual(split_count(1, 100, 64, 4), 2)
-        self.assertEqual(split_count(1, 1 << 20, 64, 1 << 40), 1)
+        tile = Tile(16, 64, 4, 1)
+        self.assertGreater(split_count(1, 8192, tile, 4), 30)
+        self.assertGreater(split_count(4, 8192, Tile(16, 64, 4, 1, residents=2), 4), split_count(4, 8192, tile, 4))
+        self.assertEqual(split_count(1000, 8192, tile, 4), 1)
+        self.assertEqual(split_count(1, 64, tile, 4), 1)
+        self.assertEqual(split_count(1, 100, tile, 4), 2)
+        self.assertEqual(split_count(1, 512, tile, 4, min_blocks=4), 2)
+        self.assertEqual(split_count(1, 1 << 20, tile, 1 << 40), 1)
 
 
 if __name__ == "__main__":

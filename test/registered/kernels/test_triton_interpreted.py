@@ -7,16 +7,22 @@ and nothing of what a compiler or a GPU makes of them.
 import os
 import sys
 import unittest
+from unittest import mock
 
 import triton
 from test_op_parity import check_case
 
+from sglang.kernels.ops.moe import fused_experts_fp8
+from sglang.kernels.ops.quant import group_fp8
 from sglang.kernels.registry import REGISTRY
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=70, suite="stage-b-test-cpu")
 
+# The interpreter rounds to 8 bits wrongly where the mantissa carries into the exponent (127.9 becomes 64): this body is
+# left to the GPU, and the products of 8-bit rows are given rows that torch quantised.
+NOT_INTERPRETED = ("quant.quantize_groups",)
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
@@ -24,9 +30,13 @@ VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 class TestTritonInterpreted(CustomTestCase):
     def test_every_triton_body_on_every_case(self):
         REGISTRY.load_all()
+        for module in (group_fp8, fused_experts_fp8):
+            patch = mock.patch.object(module, "quantize_groups_triton", group_fp8.quantize_groups_torch)
+            patch.start()
+            self.addCleanup(patch.stop)
         count = 0
         for name, op in sorted(REGISTRY.ops.items()):
-            for impl in (impl for impl in op.impls if impl.name == "triton"):
+            for impl in (impl for impl in op.impls if impl.name == "triton" and name not in NOT_INTERPRETED):
                 for case in op.cases():
                     if impl.accepts is None or impl.accepts(*case.args, **case.kwargs):
                         with self.subTest(op=name, case=case.name):

@@ -4,7 +4,7 @@ import dataclasses
 import unittest
 
 import torch
-from test_op_parity import TRUTHS, check_case, clone, tensors
+from test_op_parity import FP8_OPS, TRUTHS, check_case, clone, tensors, widened
 
 from sglang.kernels.ops.moe.fused_experts import fused_experts, order_pairs
 from sglang.kernels.registry import REGISTRY, fresh_decisions
@@ -89,7 +89,7 @@ class TestTritonOpsOnGpu(CustomTestCase):
     def test_bfloat16_stays_near_the_truth(self):
         count = 0
         for name, truth in TRUTHS.items():
-            for impl in self.runnable[name]:
+            for impl in self.runnable[name] if name not in FP8_OPS else ():
                 for case in REGISTRY.ops[name].cases():
                     args = half(name, case, torch.bfloat16)
                     if case.name in EXTREME or (impl.accepts and not impl.accepts(*to(args, DEVICE))):
@@ -161,7 +161,7 @@ class TestTritonOpsOnGpu(CustomTestCase):
         torch.cuda.synchronize()
         for found, wanted in zip((*replayed, *graph_args), (*eager, *eager_args), strict=True):
             if isinstance(found, torch.Tensor):
-                torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
+                torch.testing.assert_close(widened(found), widened(wanted), rtol=0, atol=0, equal_nan=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 MFMA_BF16 = r"v_mfma_f32_\d+x\d+x\d+_bf16"
+MFMA_FP8 = r"v_mfma_(scale_)?f32_\d+x\d+x\d+_(fp8_fp8|f8f6f4)"
 # Past 2 GiB Triton addresses a tensor with 64 bits, not through a buffer descriptor: either kind of load is wide.
 WIDE_LOAD = r"(buffer|global)_load_dwordx4"
 WIDE_BUFFER_LOAD = r"buffer_load_dwordx4"
@@ -15,9 +16,11 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "one_token_down_kernel": (WIDE_LOAD,),
     "few_tokens_kernel": (WIDE_LOAD, MFMA_BF16),
     "many_tokens_kernel": (WIDE_LOAD, MFMA_BF16),
+    "block_fp8_linear_kernel": (WIDE_LOAD, MFMA_FP8),
 }
 
 
 def expected_instructions(kernel: str, shape: str) -> tuple[str, ...]:
     """What the kernel's code must hold at ``shape``; nothing is expected of float32, which serves proofs alone."""
-    return () if shape.endswith(" fp32") else EXPECTED.get(kernel, ())
+    expected = () if shape.endswith(" fp32") else EXPECTED.get(kernel, ())
+    return tuple(MFMA_FP8 if want == MFMA_BF16 and shape.endswith(" fp8") else want for want in expected)

@@ -121,26 +121,26 @@ def serving_cases() -> Iterator[tuple[Op, Case]]:
 
 def compile_case(op: Op, case: Case, arch: str) -> list[Launch]:
     """The launches that dispatch makes for ``case``; raises when it would not choose Triton or does not compile."""
-    with override_platform(ShapeOnlyPlatform(arch)), fresh_decisions(), compile_only(arch) as driver:
-        REGISTRY.freeze()
-        fits = (impl for impl in op.table or () if impl.accepts is None or impl.accepts(*case.args, **case.kwargs))
-        chosen = next(fits)
-        if chosen.name != "triton":
-            raise ValueError(f"{op.name} {case.name}: dispatch on {arch} chooses {chosen.name!r}, not 'triton'")
+    fits = (impl for impl in op.table or () if impl.accepts is None or impl.accepts(*case.args, **case.kwargs))
+    chosen = next(fits)
+    if chosen.name != "triton":
+        raise ValueError(f"{op.name} {case.name}: dispatch on {arch} chooses {chosen.name!r}, not 'triton'")
+    with compile_only(arch) as driver:
         chosen.fn(*case.args, **case.kwargs)
     return driver.launches
 
 
 def check(arch: str, cases: Iterable[tuple[Op, Case]] | None = None, table: Table | None = None) -> list[Row]:
     """One row for each distinct compiled kernel of the cases (default: all) on ``arch``."""
-    cases = serving_cases() if cases is None else cases
     table = (load_table() if TABLE.exists() else {}) if table is None else table
     recorded = table.get(triton.__version__, {}).get(arch)
     rows: dict[str, Row] = {}
-    for op, case in cases:
-        for launch in compile_case(op, case, arch):
-            if launch.metadata["hash"] not in rows:
-                rows[launch.metadata["hash"]] = _row(launch, f"{op.name} {case.name}", arch, recorded)
+    with override_platform(ShapeOnlyPlatform(arch)), fresh_decisions():
+        REGISTRY.freeze()
+        for op, case in serving_cases() if cases is None else cases:
+            for launch in compile_case(op, case, arch):
+                if launch.metadata["hash"] not in rows:
+                    rows[launch.metadata["hash"]] = _row(launch, f"{op.name} {case.name}", arch, recorded)
     return list(rows.values())
 
 

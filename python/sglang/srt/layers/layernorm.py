@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_gemma_rms_norm, fused_add_rms_norm
-from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, gemma_rms_norm, rms_norm
+from sglang.kernels.ops.norm.rmsnorm import gemma_rms_norm, rms_norm
 from sglang.srt.layers.weights import make_parameter
 
 
@@ -45,13 +45,9 @@ class GemmaRMSNorm(nn.Module):
 
 
 class RMSNormGated(nn.Module):
-    """``w * x / rms(x) * silu(gate)``: the norm comes before the gate."""
+    """Weight and eps of ``w * x / rms(x) * silu(gate)``, which the step ops of gated delta nets end with."""
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
         self.weight = make_parameter(dim, fill=(1.0, 0.0))
-
-    def forward(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        """x [..., D], gate [..., D] -> [..., D]."""
-        return gated_rms_norm(x, gate, self.weight, self.eps)

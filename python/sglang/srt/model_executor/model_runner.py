@@ -162,7 +162,9 @@ class ModelRunner:
     @torch.inference_mode()
     def sample(self, output: LogitsProcessorOutput, info: SamplingBatchInfo, batch: ModelWorkerBatch) -> torch.Tensor:
         """Next token ids [B]; the drawn token of request i sits at position ``seq_lens[i]`` of its sequence."""
-        positions = torch.tensor(batch.seq_lens, dtype=torch.int64, device=self.device)
+        positions = None
+        if not info.is_all_greedy:
+            positions = torch.tensor(batch.seq_lens, dtype=torch.int64).to(self.device, non_blocking=True)
         return self.sampler(
             output,
             info,

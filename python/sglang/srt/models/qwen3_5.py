@@ -143,8 +143,7 @@ class Qwen3_5GatedDeltaNet(nn.Module):
         value_width = self.num_v_heads * self.head_v_dim
         mixed_qkv, z = qkvz.split((qkvz.shape[1] - value_width, value_width), dim=-1)
         b, a = ba.chunk(2, dim=-1)
-        out = fb.attn_backend.forward_gdn(mixed_qkv, b, a, self, fb)
-        out = self.norm(out, z.unflatten(-1, (self.num_v_heads, self.head_v_dim)))
+        out = fb.attn_backend.forward_gdn(mixed_qkv, z, b, a, self, fb)
         return self.out_proj(out.flatten(1))
 
 

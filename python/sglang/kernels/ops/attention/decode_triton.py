@@ -176,34 +176,37 @@ def decode_heads_kernel(
 def merge_splits_kernel(
     parts_ptr, parts_lse_ptr, out_ptr,
     num_heads, splits,
-    BLOCK_S: tl.constexpr, STEP: tl.constexpr,
-    VALUE: tl.constexpr, BLOCK_V: tl.constexpr,
+    HEADS: tl.constexpr, STEP: tl.constexpr, VALUE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """parts [N, splits, H, V] and their lse [N, splits, H] -> out [N, H, V], always summed in the same order.
 
-    grid (rows * heads, value blocks). A part of lse -inf has not been written and is not read.
+    grid (rows, head blocks, value blocks). A part of lse -inf has not been written and is not read.
     """
-    row = (tl.program_id(0) // num_heads).to(tl.int64)
-    head = tl.program_id(0) % num_heads
-    values = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = values < VALUE
-    first = row * splits * num_heads + head
-    split = tl.arange(0, BLOCK_S)
-    lse = tl.load(parts_lse_ptr + first + split * num_heads, mask=split < splits, other=float("-inf"))
-    highest = tl.max(lse, 0)
-    # A row without tokens has no finite part; a floor keeps its weights zero instead of NaN.
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(tl.exp(lse - highest), 0)
-    acc = tl.zeros([BLOCK_V], tl.float32)
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    value = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = (head < num_heads)[:, None] & (value < VALUE)[None, :]
+    maximum = tl.full([HEADS], float("-inf"), tl.float32)
+    total = tl.zeros([HEADS], tl.float32)
+    acc = tl.zeros([HEADS, BLOCK_V], tl.float32)
     for start in range(0, splits, STEP):
-        steps = start + tl.arange(0, STEP)
-        part_lse = tl.load(parts_lse_ptr + first + steps * num_heads, mask=steps < splits, other=float("-inf"))
-        weight = tl.exp(part_lse - highest)
+        split = start + tl.arange(0, STEP)
+        at = (row * splits + split[:, None]) * num_heads + head[None, :]
+        written = (split < splits)[:, None] & (head < num_heads)[None, :]
+        lse = tl.load(parts_lse_ptr + at, mask=written, other=float("-inf"))
         part = tl.load(
-            parts_ptr + (first + steps[:, None] * num_heads) * VALUE + values[None, :],
-            mask=(part_lse > float("-inf"))[:, None] & inside[None, :],
+            parts_ptr + at[:, :, None] * VALUE + value[None, None, :],
+            mask=(lse > float("-inf"))[:, :, None] & (value < VALUE)[None, None, :],
             other=0.0,
         )
-        acc += tl.sum(part * weight[:, None], 0)
-    out = acc / tl.where(total == 0.0, 1.0, total)
-    tl.store(out_ptr + (row * num_heads + head) * VALUE + values, out.to(out_ptr.dtype.element_ty), mask=inside)
+        highest = tl.maximum(maximum, tl.max(lse, 0))
+        # A row without tokens has no finite part; zero in its place keeps its weights zero instead of NaN.
+        pivot = tl.where(highest == float("-inf"), 0.0, highest)
+        weight = tl.exp(lse - pivot[None, :])
+        keep = tl.exp(maximum - pivot)
+        total = total * keep + tl.sum(weight, 0)
+        acc = acc * keep[:, None] + tl.sum(part * weight[:, :, None], 0)
+        maximum = highest
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    out_at = out_ptr + (row * num_heads + head[:, None]) * VALUE + value[None, :]
+    tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2
-from sglang.kernels.ops.attention.tiles import MAX_SPLITS, RowShape, Tile, decode_tile, extend_tile, split_count
+from sglang.kernels.ops.attention.tiles import RowShape, Tile, decode_tile, extend_tile, split_count
 
 # Widest key row with values of its own, and widest latent row, that the kernels hold.
 MAX_HEAD_DIM = 256
 MAX_LATENT_DIM = 576
-# Partial results that the merge reads at once.
-MERGE_STEP = 16
+# Partial rows that a program of the merge reads at once, and programs up to which it takes one head.
+MERGE_WIDTH = 16
+MERGE_PROGRAMS = 2048
 
 
 def rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
@@ -35,11 +36,12 @@ def merge_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> No
 
     num_rows, splits, heads, value = parts.shape
     block_v = min(128, max(16, next_power_of_2(value)))
-    if splits > MAX_SPLITS:
-        raise ValueError(f"{splits} splits of a context were asked for; one program merges at most {MAX_SPLITS}")
-    merge_splits_kernel[(num_rows * heads, cdiv(value, block_v))](
+    blocks = cdiv(value, block_v)
+    # Few rows: a program for each head reads many parts at once. Many rows have few parts: a program takes more heads.
+    block_h = 1 if num_rows * heads * blocks <= MERGE_PROGRAMS else min(MERGE_WIDTH // 2, next_power_of_2(heads))
+    merge_splits_kernel[(num_rows, cdiv(heads, block_h), blocks)](
         parts, lse, out, heads, splits,
-        BLOCK_S=MAX_SPLITS, STEP=MERGE_STEP, VALUE=value, BLOCK_V=block_v,
+        HEADS=block_h, STEP=max(2, MERGE_WIDTH // block_h), VALUE=value, BLOCK_V=block_v,
         num_warps=4,
     )  # fmt: skip
 
@@ -73,7 +75,7 @@ def launch_decode(
     programs = kv_heads * cdiv(group, tile.rows)
     if splits is None:
         part_bytes = 4 * batch * heads * shape.value
-        splits = split_count(batch * programs, req_to_token.shape[1], tile.block_n, part_bytes)
+        splits = split_count(batch * programs, req_to_token.shape[1], tile, part_bytes)
     parts, lse = out, out
     if splits > 1:
         parts = torch.empty(batch, splits, heads, shape.value, dtype=torch.float32, device=q.device)
@@ -124,7 +126,7 @@ def launch_extend(
     if splits is None:
         tokens = k.shape[0] if slot_ids is None else slot_ids.shape[0]
         part_bytes = 4 * num_rows * heads * shape.value
-        splits = 1 if with_lse else split_count(tiles * kv_heads, tokens, 4 * tile.block_n, part_bytes)
+        splits = 1 if with_lse else split_count(tiles * kv_heads, tokens, tile, part_bytes, min_blocks=4)
     parts, parts_lse = out, lse
     if splits > 1:
         parts = torch.empty(num_rows, splits, heads, shape.value, dtype=torch.float32, device=q.device)

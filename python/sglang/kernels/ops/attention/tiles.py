@@ -12,12 +12,16 @@ from sglang.srt.platforms import current_platform
 
 @dataclass(frozen=True)
 class Tile:
-    """rows: query rows of a program (heads of one token in decode); block_n: tokens of a step of its loop."""
+    """rows: query rows of a program (heads of one token in decode); block_n: tokens of a step of its loop.
+
+    residents: programs that share a multiprocessor, for which few requests are split.
+    """
 
     rows: int
     block_n: int
     num_warps: int
     num_stages: int
+    residents: int = 1
 
 
 @dataclass(frozen=True)
@@ -67,8 +71,8 @@ def _padded(columns: int) -> int:
 MANY_HEADS = 64
 
 # (architecture prefix, kind of row, bytes of an element) -> tile. "" is any architecture: small tiles that fit 64 KiB
-# of shared memory. sm_90: chosen on one H100 80GB, see benchmark/kernels/bench_attention.py. gfx: compiled, no spill,
-# never timed.
+# of shared memory. sm_90 in 2 bytes: the best of benchmark/kernels/tune_attention.py on one H100 80GB, triton 3.6.0,
+# 2026-11-22. gfx: compiled without a spill, never timed.
 DECODE_TILES: dict[tuple[str, str, int], Tile] = {
     ("", "latent", 2): Tile(16, 32, 4, 2),
     ("", "wide", 2): Tile(16, 32, 4, 2),
@@ -76,9 +80,9 @@ DECODE_TILES: dict[tuple[str, str, int], Tile] = {
     ("", "latent", 4): Tile(16, 16, 8, 1),
     ("", "wide", 4): Tile(16, 16, 8, 1),
     ("", "narrow", 4): Tile(16, 32, 4, 1),
-    ("sm_90", "latent", 2): Tile(16, 64, 4, 2),
-    ("sm_90", "wide", 2): Tile(16, 64, 4, 3),
-    ("sm_90", "narrow", 2): Tile(16, 64, 4, 3),
+    ("sm_90", "latent", 2): Tile(16, 64, 4, 3),
+    ("sm_90", "wide", 2): Tile(16, 32, 4, 3, residents=2),
+    ("sm_90", "narrow", 2): Tile(16, 64, 4, 3, residents=2),
 }
 MANY_HEADS_TILES: dict[tuple[str, str, int], Tile] = {
     ("", "latent", 2): Tile(32, 32, 4, 2),
@@ -95,13 +99,12 @@ EXTEND_TILES: dict[tuple[str, str, int], Tile] = {
     ("gfx942", "wide", 2): Tile(64, 32, 4, 1),
     ("gfx942", "narrow", 2): Tile(128, 32, 8, 1),
     ("sm_90", "latent", 2): Tile(64, 32, 8, 2),
-    ("sm_90", "wide", 2): Tile(128, 32, 8, 3),
-    ("sm_90", "narrow", 2): Tile(128, 64, 8, 2),
+    ("sm_90", "wide", 2): Tile(128, 64, 8, 3),
+    ("sm_90", "narrow", 2): Tile(128, 64, 8, 3),
     ("sm_90", "latent", 4): Tile(16, 16, 8, 1),
 }
-# Programs that a GPU runs at once, the size to which few requests are split. sm_90: multiprocessors of an H100;
-# gfx: compute units of an MI300X and an MI355X.
-PROGRAMS = {"": 128, "sm_90": 132, "gfx942": 304, "gfx950": 256}
+# Multiprocessors of an H100; compute units of an MI300X and an MI355X.
+MULTIPROCESSORS = {"": 128, "sm_90": 132, "gfx942": 304, "gfx950": 256}
 # Bound on splits: their partial results are read again by one program.
 MAX_SPLITS = 128
 # Bound on the float32 partial results of one call, in bytes.
@@ -136,12 +139,13 @@ def extend_tile(shape: RowShape, dtype: torch.dtype) -> Tile:
     return tile
 
 
-def split_count(programs: int, max_tokens: int, block_n: int, part_bytes: int) -> int:
+def split_count(programs: int, max_tokens: int, tile: Tile, part_bytes: int, min_blocks: int = 1) -> int:
     """Splits of each context so that ``programs`` of them fill the GPU; depends on shapes alone, never on lengths.
 
-    max_tokens: the longest context there can be. part_bytes: float32 results of one split of the whole batch.
+    max_tokens: the longest context there can be, cut into no fewer than ``min_blocks`` blocks a split. part_bytes:
+    float32 results of one split of the whole batch.
     """
-    prefix = max((prefix for prefix in PROGRAMS if current_platform.arch.startswith(prefix)), key=len)
-    wanted = PROGRAMS[prefix] // max(programs, 1)
-    bound = min(wanted, cdiv(max_tokens, block_n), MAX_SPLITS, MAX_PARTS_BYTES // max(part_bytes, 1))
-    return max(1, bound)
+    prefix = max((prefix for prefix in MULTIPROCESSORS if current_platform.arch.startswith(prefix)), key=len)
+    wanted = MULTIPROCESSORS[prefix] * tile.residents // max(programs, 1)
+    blocks = cdiv(max_tokens, tile.block_n * min_blocks)
+    return max(1, min(wanted, blocks, MAX_SPLITS, MAX_PARTS_BYTES // max(part_bytes, 1)))

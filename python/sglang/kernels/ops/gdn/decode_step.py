@@ -13,6 +13,7 @@ from sglang.kernels.ops.gdn.gating import gdn_gating_torch
 from sglang.kernels.ops.gdn.l2norm import l2_norm_torch
 from sglang.kernels.ops.gdn.recurrent import recurrent_gated_delta_rule_torch
 from sglang.kernels.ops.gdn.shapes import GDNShape, shape_of, step_fits_triton
+from sglang.kernels.ops.gdn.tiles import gdn_tiles
 from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm_torch
 from sglang.kernels.spec import Case, Impl, Op
 
@@ -77,6 +78,8 @@ def gdn_decode_step_triton(
     rows = mixed_qkv.shape[0]
     out = torch.empty(rows, shape.value_heads, shape.v_dim, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
     block_k, block_v = next_power_of_2(shape.k_dim), next_power_of_2(shape.v_dim)
+    registers = gdn_tiles().decode_registers
+    limit = {} if registers is None else {"maxnreg": registers}
     if rows:
         decode_step_kernel[(shape.key_heads, rows)](
             mixed_qkv, z, b, a, conv_weight, A_log, dt_bias, norm_weight, conv_state, ssm_state, slot_ids, out,
@@ -84,7 +87,7 @@ def gdn_decode_step_triton(
             shape.key_heads, shape.k_dim**-0.5, eps,
             K=shape.k_dim, V=shape.v_dim, PER_KEY=shape.per_key, WIDTH=shape.width,
             BLOCK_K=block_k, BLOCK_V=block_v, BLOCK_W=next_power_of_2(shape.width),
-            num_warps=max(1, min(16, block_k * block_v // STATE_PER_WARP)),
+            num_warps=max(1, min(16, block_k * block_v // STATE_PER_WARP)), **limit,
         )  # fmt: skip
     return out
 

@@ -19,9 +19,9 @@ from sglang.kernels.ops.gdn.decode_step import (
 )
 from sglang.kernels.ops.gdn.gating import gdn_gating_torch
 from sglang.kernels.ops.gdn.shapes import GDNShape, shape_of, step_fits_triton
+from sglang.kernels.ops.gdn.tiles import gdn_tiles, inverse_precision
 from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, gated_rms_norm_torch
 from sglang.kernels.spec import Case, Impl, Op
-from sglang.srt.platforms import current_platform
 
 # Rows of a chunk that a program of the convolution takes.
 CONV_ROWS = 16
@@ -76,15 +76,6 @@ def gdn_extend_step_torch(
     return gated_rms_norm_torch(out, z, norm_weight, eps)
 
 
-def scan_block(shape: GDNShape, sequences: int) -> int:
-    """Rows of a state that a program of the scan carries: few while programs are few."""
-    block = max(16, next_power_of_2(shape.v_dim))
-    wanted = 2 * 132
-    while block > 16 and (block > 64 or sequences * shape.value_heads * cdiv(shape.v_dim, block) < wanted):
-        block //= 2
-    return block
-
-
 def run_conv(
     mixed_qkv: torch.Tensor,
     conv_weight: torch.Tensor,
@@ -133,20 +124,18 @@ def run_chunks(
     values, reads, scores, out = empty(shape.v_dim), empty(shape.k_dim), empty(CHUNK_SIZE), empty(shape.v_dim)
     since, until = empty(1, torch.float32), empty(1, torch.float32)
     scale = shape.k_dim**-0.5
-    # The inverse is rounded to the activations' dtype next, so TF32 is enough for 16 bits; matrix units of CDNA take
-    # float32 as it is.
-    precise = dtype == torch.float32 or current_platform.kind != "cuda"
     solve_chunks_kernel[(chunks.shape[0], heads)](
         qkv, b, a, A_log, dt_bias, bounds, chunks, values, reads, scores, since, until,
         qkv.stride(0), b.stride(0), a.stride(0), shape.key_heads, heads, shape.per_key, scale,
         K=shape.k_dim, V=shape.v_dim, BLOCK_K=block_k, BLOCK_V=block_v,
-        CHUNK=CHUNK_SIZE, TILE=SOLVE_TILE, PRECISION="ieee" if precise else "tf32", num_warps=4, num_stages=1,
+        CHUNK=CHUNK_SIZE, TILE=SOLVE_TILE, PRECISION=inverse_precision(dtype), num_warps=4, num_stages=1,
     )  # fmt: skip
-    block = scan_block(shape, slot_ids.shape[0])
-    scan_chunks_kernel[(cdiv(shape.v_dim, block), heads, slot_ids.shape[0])](
+    tile = gdn_tiles().scan_tile(shape, slot_ids.shape[0])
+    scan_chunks_kernel[(cdiv(shape.v_dim, tile.block_v), heads, slot_ids.shape[0])](
         qkv, values, reads, scores, since, until, ssm_state, slot_ids, bounds, out,
         qkv.stride(0), ssm_state.stride(0), shape.key_heads, heads, shape.per_key, scale,
-        K=shape.k_dim, V=shape.v_dim, BLOCK_K=block_k, BLOCK_V=block, CHUNK=CHUNK_SIZE, num_warps=4, num_stages=1,
+        K=shape.k_dim, V=shape.v_dim, BLOCK_K=block_k, BLOCK_V=tile.block_v, CHUNK=CHUNK_SIZE,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
 
@@ -168,7 +157,7 @@ def gdn_extend_step_triton(
     seq_lens: Sequence[int],
     eps: float,
 ) -> torch.Tensor:
-    """Four launches: convolution, chunks alone, scan over them, norm. Products of 16-bit inputs round to their dtype."""
+    """Four launches: convolution, chunks alone, scan over them, norm. Operands of products are in mixed_qkv's dtype."""
     shape = shape_of(mixed_qkv, conv_weight, ssm_state)
     if chunks.shape[0] == 0:
         return torch.empty_like(z, memory_format=torch.contiguous_format)
@@ -202,7 +191,9 @@ def _accepts(
 
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    for seq_lens, shape in product(((1,), (2, 3), (63, 64, 65), (130,), (0, 5)), STEP_SHAPES):
+    several = product(((2, 3), (0, 1, 5)), STEP_SHAPES)
+    long = (((63, 64, 65), STEP_SHAPES[0]), ((130,), STEP_SHAPES[2]), ((66,), STEP_SHAPES[4]))
+    for seq_lens, shape in (*several, *long):
         slot_ids = torch.randperm(len(seq_lens) + 2, generator=generator)[: len(seq_lens)] + 1
         inputs = step_inputs(sum(seq_lens), len(seq_lens) + 3, shape, generator)
         name = "+".join(map(str, seq_lens)) + "-" + "x".join(map(str, shape))

@@ -51,7 +51,7 @@ def step_fits_triton(
     ssm_state: torch.Tensor,
     slot_ids: torch.Tensor,
 ) -> bool:
-    """Whether the Triton steps take these: one float dtype for activations, dense rows, a state that a program holds."""
+    """Whether the Triton steps take these: one dtype for activations, dense rows, a state that a program holds."""
     shape = shape_of(mixed_qkv, conv_weight, ssm_state)
     parameters = (conv_weight, A_log, dt_bias, norm_weight)
     floats = (mixed_qkv, z, b, a, *parameters, conv_state, ssm_state)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -85,97 +86,145 @@ def order_pairs(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> PairO
     return PairOrder(order, block_experts, num_blocks, max_blocks)
 
 
-def one_token_gate_up(x: torch.Tensor, w13: torch.Tensor, ids: torch.Tensor, tile: dict[str, Any]) -> torch.Tensor:
-    """x [1, H] -> activated rows [k, I]; the row of a skipped pair is not written."""
+@dataclass(frozen=True)
+class Scaled:
+    """Rows or stacked weights, and the scales of their groups or blocks when they are 8-bit floats."""
+
+    data: torch.Tensor
+    scale: torch.Tensor | None = None
+
+    @property
+    def is_fp8(self) -> bool:
+        return self.scale is not None
+
+
+def one_token_gate_up(
+    x: Scaled, w13: Scaled, ids: torch.Tensor, tile: dict[str, Any], dtype: torch.dtype
+) -> torch.Tensor:
+    """x [1, H] -> activated rows [k, I] in ``dtype``; the row of a skipped pair is not written."""
     from sglang.kernels.ops.moe.fused_experts_triton import one_token_gate_up_kernel
 
-    pairs, hidden, width = ids.numel(), x.shape[1], w13.shape[1] // 2
-    out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
+    w = w13.data
+    pairs, hidden, width = ids.numel(), x.data.shape[1], w.shape[1] // 2
+    out = torch.empty(pairs, width, dtype=dtype, device=w.device)
     tiles = cdiv(width, tile["BLOCK_N"])
     one_token_gate_up_kernel[(pairs * tiles,)](
-        x, w13, ids, out, width, hidden, w13.stride(0), w13.stride(1), tiles, **tile
-    )
+        x.data, x.scale, w, w13.scale, ids, out, width, hidden, w.stride(0), w.stride(1), tiles,
+        FP8=w13.is_fp8, **tile,
+    )  # fmt: skip
     return out
 
 
 def one_token_down(
-    activated: torch.Tensor, w2: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, tile: dict[str, Any]
+    activated: Scaled, w2: Scaled, weights: torch.Tensor, ids: torch.Tensor, tile: dict[str, Any], dtype: torch.dtype
 ) -> torch.Tensor:
-    """activated [k, I] -> [1, H], weighted and summed."""
+    """activated [k, I] -> [1, H] in ``dtype``, weighted and summed."""
     from sglang.kernels.ops.moe.fused_experts_triton import one_token_down_kernel
 
-    pairs, hidden, width = ids.numel(), w2.shape[1], w2.shape[2]
-    out = torch.empty(1, hidden, dtype=activated.dtype, device=activated.device)
+    w = w2.data
+    pairs, hidden, width = ids.numel(), w.shape[1], w.shape[2]
+    out = torch.empty(1, hidden, dtype=dtype, device=w.device)
     one_token_down_kernel[(cdiv(hidden, tile["BLOCK_N"]),)](
-        activated, w2, ids, weights, out, pairs, hidden, width, w2.stride(0), w2.stride(1),
-        PAIRS=next_power_of_2(pairs), **tile,
+        activated.data, activated.scale, w, w2.scale, ids, weights, out,
+        pairs, hidden, width, w.stride(0), w.stride(1),
+        FP8=w2.is_fp8, PAIRS=next_power_of_2(pairs), **tile,
     )  # fmt: skip
     return out
 
 
 def expert_product(
-    x: torch.Tensor,
-    w: torch.Tensor,
+    x: Scaled,
+    w: Scaled,
     ids: torch.Tensor,
     order: PairOrder | None,
     tile: dict[str, Any],
     block_m: int,
     is_gate_up: bool,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """One of the two products for all pairs, [N * k, width]; rows of skipped pairs are not written."""
+    """One of the two products for all pairs, [N * k, width] in ``dtype``; rows of skipped pairs are not written."""
     from sglang.kernels.ops.moe.fused_experts_triton import few_tokens_kernel, many_tokens_kernel
 
-    pairs, k_dim = ids.numel(), x.shape[1]
-    width = w.shape[1] // 2 if is_gate_up else w.shape[1]
-    out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
+    pairs, k_dim = ids.numel(), x.data.shape[1]
+    width = w.data.shape[1] // 2 if is_gate_up else w.data.shape[1]
+    out = torch.empty(pairs, width, dtype=dtype, device=ids.device)
     tiles = cdiv(width, tile["BLOCK_N"])
-    shape = {"TOP_K": ids.shape[1], "GATE_UP": is_gate_up, "EVEN_K": k_dim % tile["BLOCK_K"] == 0, "BLOCK_M": block_m}
-    strides = (x.stride(0), w.stride(0), w.stride(1))
+    operands = (x.data, x.scale, w.data, w.scale)
+    strides = (x.data.stride(0), w.data.stride(0), w.data.stride(1))
+    shape = {"TOP_K": ids.shape[1], "GATE_UP": is_gate_up, "FP8": w.is_fp8, "BLOCK_M": block_m}
+    shape["EVEN_K"] = k_dim % tile["BLOCK_K"] == 0
     if order is None:
         few_tokens_kernel[(pairs * tiles,)](
-            x, w, ids, out, pairs, width, k_dim, *strides, tiles,
+            *operands, ids, out, pairs, width, k_dim, *strides, tiles,
             PAIRS=max(16, next_power_of_2(pairs)), **shape, **tile,
         )  # fmt: skip
     else:
         many_tokens_kernel[(order.max_blocks * tiles,)](
-            x, w, order.pairs, order.block_experts, order.num_blocks, out,
+            *operands, order.pairs, order.block_experts, order.num_blocks, out,
             pairs, width, k_dim, *strides, order.max_blocks, tiles, **shape, **tile,
         )  # fmt: skip
     return out
 
 
-def fused_experts_triton(
-    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-) -> torch.Tensor:
-    """One token: two launches. Up to ``few_tokens``: three. More: five. The path depends on shapes and arch alone."""
+def weighted_sum(rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """rows [N * k, H], one a pair -> [N, H]: each token's rows weighted and summed in order."""
     from sglang.kernels.ops.moe.fused_experts_triton import weighted_sum_kernel
 
-    (num_tokens, top_k), hidden, num_experts = topk_ids.shape, x.shape[1], w13.shape[0]
-    if num_tokens == 0:
-        return torch.empty_like(x)
-    tiles = choose_tiles(current_platform.arch, 8 * x.itemsize, num_tokens, top_k, num_experts)
-    if tiles.path == "one":
-        activated = one_token_gate_up(x, w13, topk_ids, tiles.gate_up)
-        return one_token_down(activated, w2, topk_weights, topk_ids, tiles.down)
-    order = order_pairs(topk_ids, num_experts, tiles.block_m) if tiles.path == "many" else None
-    activated = expert_product(x, w13, topk_ids, order, tiles.gate_up, tiles.block_m, True)
-    rows = expert_product(activated, w2, topk_ids, order, tiles.down, tiles.block_m, False)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    (num_tokens, top_k), hidden = ids.shape, rows.shape[1]
+    out = torch.empty(num_tokens, hidden, dtype=rows.dtype, device=rows.device)
     block = min(1024, next_power_of_2(hidden))
     blocks = cdiv(hidden, block)
     weighted_sum_kernel[(num_tokens * blocks,)](
-        rows, topk_ids, topk_weights, out, hidden, blocks, TOP_K=top_k, BLOCK=block, num_warps=4
+        rows, ids, weights, out, hidden, blocks, TOP_K=top_k, BLOCK=block, num_warps=4
     )
     return out
+
+
+def run_experts(
+    x: torch.Tensor,
+    w13: Scaled,
+    w2: Scaled,
+    weights: torch.Tensor,
+    ids: torch.Tensor,
+    prepare: Callable[[torch.Tensor], Scaled],
+) -> torch.Tensor:
+    """The experts by the path that shapes and arch choose; ``prepare`` makes a product's operand of its rows.
+
+    Besides ``prepare``: one token takes two launches, up to ``few_tokens`` three, more five.
+    """
+    (num_tokens, top_k), num_experts, dtype = ids.shape, w13.data.shape[0], x.dtype
+    if num_tokens == 0:
+        return torch.empty_like(x)
+    tiles = choose_tiles(current_platform.arch, 8 * w13.data.itemsize, num_tokens, top_k, num_experts)
+    rows = prepare(x)
+    if tiles.path == "one":
+        activated = prepare(one_token_gate_up(rows, w13, ids, tiles.gate_up, dtype))
+        return one_token_down(activated, w2, weights, ids, tiles.down, dtype)
+    order = order_pairs(ids, num_experts, tiles.block_m) if tiles.path == "many" else None
+    activated = prepare(expert_product(rows, w13, ids, order, tiles.gate_up, tiles.block_m, True, dtype))
+    return weighted_sum(
+        expert_product(activated, w2, ids, order, tiles.down, tiles.block_m, False, dtype), weights, ids
+    )
+
+
+def fused_experts_triton(
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> torch.Tensor:
+    return run_experts(x, Scaled(w13), Scaled(w2), topk_weights, topk_ids, Scaled)
 
 
 def _accepts(
     x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
 ) -> bool:
     dense = x.stride(1) == w13.stride(2) == w2.stride(2) == 1
-    routing = topk_weights.is_contiguous() and topk_ids.is_contiguous() and topk_weights.dtype == torch.float32
     same = x.dtype == w13.dtype == w2.dtype and x.dtype in FLOATS
-    return dense and routing and same and w13.shape[0] <= MAX_TRITON_EXPERTS and topk_ids.shape[1] > 0
+    return dense and same and routing_fits(topk_weights, topk_ids, w13.shape[0])
+
+
+def routing_fits(weights: torch.Tensor, ids: torch.Tensor, num_experts: int) -> bool:
+    """Whether the Triton kernels read this routing."""
+    dense = weights.is_contiguous() and ids.is_contiguous() and weights.dtype == torch.float32
+    return dense and num_experts <= MAX_TRITON_EXPERTS and ids.shape[1] > 0
 
 
 def _cases() -> Iterator[Case]:

@@ -45,9 +45,9 @@ def choose_tiles(arch: str, bits: int, num_tokens: int, top_k: int, num_experts:
     """The tiles for a call with ``num_tokens`` tokens of ``top_k`` experts each, weights of ``bits`` bits."""
     table = _of_arch(arch)
     pairs = num_tokens * top_k
-    if num_tokens == 1 and top_k <= table["one"]["max_top_k"]:
-        return MoeTiles("one", 1, table["one"]["gate_up"], table["one"]["down"])
     rows = table[str(bits)]
+    if num_tokens == 1 and top_k <= table["one_token_max_top_k"]:
+        return MoeTiles("one", 1, rows["one"]["gate_up"], rows["one"]["down"])
     if num_tokens <= table["few_tokens"] and pairs <= MAX_FEW_PAIRS:
         row = rows["few"]
         return MoeTiles("few", row["BLOCK_M"], row["gate_up"], row["down"])

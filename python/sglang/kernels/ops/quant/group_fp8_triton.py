@@ -18,8 +18,10 @@ def quantize_groups_kernel(
     mask = (group < num_groups)[:, None]
     start = (group // groups_a_row) * row_stride + (group % groups_a_row) * GROUP
     x = tl.load(x_ptr + start[:, None] + lane, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-10) / LARGEST
-    q = tl.minimum(tl.maximum(x / scale[:, None], -LARGEST), LARGEST)
+    # Divisions round as the reference's do: one bit decides which 8-bit value is nearest.
+    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1), 1e-10), tl.full([BLOCK], LARGEST, tl.float32))
+    q = tl.div_rn(x, tl.broadcast_to(scale[:, None], [BLOCK, GROUP]))
+    q = tl.minimum(tl.maximum(q, -LARGEST), LARGEST)
     tl.store(q_ptr + group[:, None] * GROUP + lane, q.to(q_ptr.dtype.element_ty), mask=mask)
     tl.store(scale_ptr + group, scale, mask=group < num_groups)
 

@@ -7,30 +7,39 @@ from typing import Protocol
 
 import torch
 
-from sglang.kernels.ops.gdn.causal_conv1d import causal_conv1d, causal_conv1d_update
-from sglang.kernels.ops.gdn.chunk import chunk_gated_delta_rule
-from sglang.kernels.ops.gdn.gating import gdn_gating
-from sglang.kernels.ops.gdn.l2norm import l2_norm
-from sglang.kernels.ops.gdn.recurrent import recurrent_gated_delta_rule
+from sglang.kernels.ops.gdn.decode_step import gdn_decode_step
+from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import GDNStatePool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
+class GatedNorm(Protocol):
+    """The RMS norm of a head's output, gated by z."""
+
+    weight: torch.Tensor  # [V]
+    eps: float
+
+
 class GatedDeltaNet(Protocol):
     """What the backend reads of a gated-delta-net layer; heads are those of this rank, C = 2*HK*K + HV*V."""
 
     layer_id: int
-    num_k_heads: int
     num_v_heads: int
-    head_k_dim: int
     head_v_dim: int
     A_log: torch.Tensor  # [HV] float32
     dt_bias: torch.Tensor  # [HV]
 
     @property
+    def norm(self) -> GatedNorm: ...
+
+    @property
     def conv_weight(self) -> torch.Tensor: ...  # [C, W]
+
+
+# mixed_qkv, z, b and a of some tokens
+StepRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -38,14 +47,15 @@ class GDNPlan:
     """Which requests of a step advance by one token and which by a chunk, and the state slots of each.
 
     step_rows, chunk_rows: their token rows in the batch, None when they are the whole batch in order.
-    chunk_lens: tokens of each chunked request, packed in order.
+    chunk_lens: tokens of each chunked request, packed in order; chunk_table: what the op of that name makes of them.
     """
 
     step_rows: torch.Tensor | None
     step_slots: torch.Tensor
     chunk_rows: torch.Tensor | None
     chunk_slots: torch.Tensor
-    chunk_lens: tuple[int, ...]
+    chunk_lens: tuple[int, ...] = ()
+    chunk_table: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
 class GDNBackend:
@@ -63,7 +73,7 @@ class GDNBackend:
         """Sort the step's requests into single tokens and chunks."""
         if fb.batch_size == 0:
             none = torch.empty(0, dtype=torch.int64, device=self.state_pool.device)
-            self.plan = GDNPlan(None, none, None, none, ())
+            self.plan = GDNPlan(None, none, None, none)
             return
         slots = fb.state_slot_ids
         if slots is None or slots.shape[0] != fb.batch_size:
@@ -73,7 +83,8 @@ class GDNBackend:
                 "(ForwardBatch.state_slot_ids)"
             )
         if fb.forward_mode.is_decode():
-            self.plan = GDNPlan(None, slots, None, slots[:0], ())
+            # Nothing but the batch's own tensor: a captured step reads what the next replay finds in it.
+            self.plan = GDNPlan(None, slots, None, slots[:0])
         elif fb.forward_mode.is_extend():
             self.plan = self._plan_extend(fb, slots)
         else:
@@ -87,59 +98,58 @@ class GDNBackend:
         chunk_lens = tuple(lengths[i] for i in chunks)
 
         def index(values: list[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=slots.device)
+            return _to_device(torch.tensor(values, dtype=torch.int64), slots.device)
 
         chunk_rows = step_rows = None
         if steps and chunks:
             step_rows = index([starts[i] for i in steps])
             chunk_rows = index([row for i in chunks for row in range(starts[i], starts[i] + lengths[i])])
-        return GDNPlan(step_rows, slots[index(steps)], chunk_rows, slots[index(chunks)], chunk_lens)
+        bounds, table = chunk_table(chunk_lens)
+        on_device = (_to_device(bounds, slots.device), _to_device(table, slots.device))
+        return GDNPlan(step_rows, slots[index(steps)], chunk_rows, slots[index(chunks)], chunk_lens, on_device)
 
     def forward_gdn(
-        self, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, layer: GatedDeltaNet, fb: ForwardBatch
+        self,
+        mixed_qkv: torch.Tensor,
+        z: torch.Tensor,
+        b: torch.Tensor,
+        a: torch.Tensor,
+        layer: GatedDeltaNet,
+        fb: ForwardBatch,
     ) -> torch.Tensor:
-        """Advance every request's state by its tokens. mixed_qkv [N, C] before the convolution, b, a [N, HV] ->
-        [N, HV, V] in mixed_qkv's dtype."""
+        """Advance every request's state by its tokens. mixed_qkv [N, C] before the convolution, z [N, HV*V], b, a
+        [N, HV] -> [N, HV, V] in mixed_qkv's dtype, normed and gated by z."""
         plan = self.plan
         assert plan is not None, "init_forward_metadata comes before the layers"
-        g, beta = gdn_gating(a, b, layer.A_log, layer.dt_bias)
+        rows = (mixed_qkv, z.unflatten(-1, (layer.num_v_heads, layer.head_v_dim)), b, a)
         if not plan.chunk_lens:
-            return self._step(mixed_qkv, g, beta, layer, plan)
+            return self._step(rows, layer, plan)
         if plan.step_rows is None or plan.chunk_rows is None:
-            return self._chunk(mixed_qkv, g, beta, layer, plan)
-        out = mixed_qkv.new_empty(mixed_qkv.shape[0], layer.num_v_heads, layer.head_v_dim)
-        for rows, advance in ((plan.step_rows, self._step), (plan.chunk_rows, self._chunk)):
-            out[rows] = advance(mixed_qkv[rows], g[rows], beta[rows], layer, plan)
+            return self._chunk(rows, layer, plan)
+        out = torch.empty(rows[1].shape, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
+        for some, advance in ((plan.step_rows, self._step), (plan.chunk_rows, self._chunk)):
+            out[some] = advance((mixed_qkv[some], rows[1][some], b[some], a[some]), layer, plan)
         return out
 
-    def _step(
-        self, mixed_qkv: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, layer: GatedDeltaNet, plan: GDNPlan
-    ) -> torch.Tensor:
-        columns, states = self.state_pool.conv(layer.layer_id), self.state_pool.ssm(layer.layer_id)
-        convolved = causal_conv1d_update(mixed_qkv, layer.conv_weight, columns, plan.step_slots)
-        q, k, v = _split_heads(convolved, layer)
-        return recurrent_gated_delta_rule(q, k, v, g, beta, states, plan.step_slots, layer.head_k_dim**-0.5)
+    def _arguments(self, rows: StepRows, layer: GatedDeltaNet) -> tuple[torch.Tensor, ...]:
+        """What both steps take first: rows, parameters and states."""
+        parameters = (layer.conv_weight, layer.A_log, layer.dt_bias, layer.norm.weight)
+        return (*rows, *parameters, self.state_pool.conv(layer.layer_id), self.state_pool.ssm(layer.layer_id))
 
-    def _chunk(
-        self, mixed_qkv: torch.Tensor, g: torch.Tensor, beta: torch.Tensor, layer: GatedDeltaNet, plan: GDNPlan
-    ) -> torch.Tensor:
-        columns, states = self.state_pool.conv(layer.layer_id), self.state_pool.ssm(layer.layer_id)
-        slots, lengths = plan.chunk_slots, plan.chunk_lens
-        convolved, last = causal_conv1d(mixed_qkv, layer.conv_weight, columns.index_select(0, slots), lengths)
-        columns.index_copy_(0, slots, last)
-        q, k, v = _split_heads(convolved, layer)
-        initial = states.index_select(0, slots)
-        out, final = chunk_gated_delta_rule(q, k, v, g, beta, initial, lengths, layer.head_k_dim**-0.5)
-        states.index_copy_(0, slots, final.to(states.dtype))
-        return out
+    def _step(self, rows: StepRows, layer: GatedDeltaNet, plan: GDNPlan) -> torch.Tensor:
+        return gdn_decode_step(*self._arguments(rows, layer), plan.step_slots, layer.norm.eps)
+
+    def _chunk(self, rows: StepRows, layer: GatedDeltaNet, plan: GDNPlan) -> torch.Tensor:
+        assert plan.chunk_table is not None
+        arguments = self._arguments(rows, layer)
+        return gdn_extend_step(*arguments, plan.chunk_slots, *plan.chunk_table, plan.chunk_lens, layer.norm.eps)
 
 
-def _split_heads(convolved: torch.Tensor, layer: GatedDeltaNet) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[N, C] -> unit-length q, k [N, HK, K] float32 and v [N, HV, V]."""
-    key_width = layer.num_k_heads * layer.head_k_dim
-    queries_and_keys, v = convolved.split((2 * key_width, convolved.shape[1] - 2 * key_width), dim=-1)
-    q, k = l2_norm(queries_and_keys.unflatten(-1, (2, layer.num_k_heads, layer.head_k_dim))).unbind(1)
-    return q, k, v.unflatten(-1, (layer.num_v_heads, layer.head_v_dim))
+def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """``host`` on ``device``; from pinned memory where that is not the host, so that nothing waits for the copy."""
+    if device.type == "cpu":
+        return host
+    return host.pin_memory().to(device, non_blocking=True)
 
 
 class HybridLinearAttnBackend(AttentionBackend):
@@ -175,7 +185,13 @@ class HybridLinearAttnBackend(AttentionBackend):
         return self.full_attn_backend.forward(q, k, v, layer, fb)
 
     def forward_gdn(
-        self, mixed_qkv: torch.Tensor, b: torch.Tensor, a: torch.Tensor, layer: GatedDeltaNet, fb: ForwardBatch
+        self,
+        mixed_qkv: torch.Tensor,
+        z: torch.Tensor,
+        b: torch.Tensor,
+        a: torch.Tensor,
+        layer: GatedDeltaNet,
+        fb: ForwardBatch,
     ) -> torch.Tensor:
         """Gated delta net; see ``GDNBackend.forward_gdn``."""
-        return self.linear_attn_backend.forward_gdn(mixed_qkv, b, a, layer, fb)
+        return self.linear_attn_backend.forward_gdn(mixed_qkv, z, b, a, layer, fb)

@@ -1,0 +1,121 @@
+"""Time of the gated-delta-net kernels against the bytes they cannot do without, in a replayed graph.
+
+    python benchmark/kernels/bench_gdn.py [--heads 16 32] [--runs 5] [--json]
+
+TB/s counts each state once read and once written in decode, and q, k, v and the result once in extend. ``decode`` is
+the whole step (convolution, gates, recurrence, gated norm); ``chunks`` is the chunked rule with its gates, ``extend``
+the whole step around it. The anchors are sglang 0.5.12.post1 on one H100 80GB, 2026-11-22, 16 key and 32 value heads of
+128: decode is its recurrence with gates, from packed projections and from split ones, without convolution and norm.
+Each call of a graph works on other states, so small batches read memory and not the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from moe_cases import describe_device, graph_time
+
+from sglang.kernels.ops.gdn.decode_step import gdn_decode_step, step_inputs
+from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step, run_chunks, run_conv
+from sglang.kernels.ops.gdn.shapes import GDNShape
+
+# us by name of row: decode from packed and from split projections; the chunked rule.
+ANCHORS = {
+    "decode bs1": (10.5, 11.0),
+    "decode bs8": (18.7, 21.1),
+    "decode bs32": (52.6, 55.3),
+    "decode bs128": (187.0, 189.2),
+    "chunks 1x1024": (107.4,),
+    "chunks 8x1024": (655.0,),
+    "chunks 1x8192": (778.6,),
+    "chunks 32x1024": (2664.0,),
+}
+DECODE_BATCHES = (1, 8, 32, 128)
+EXTEND_SHAPES = ((1, 1024), (8, 1024), (1, 8192), (32, 1024))
+DIM, WIDTH = 128, 4
+# More than the caches of the GPUs at hand.
+ROTATED_BYTES = 160 << 20
+
+
+class Timed(NamedTuple):
+    """A row: calls of one graph, and the bytes that one of them must move."""
+
+    name: str
+    calls: list[Callable[[], object]]
+    num_bytes: int
+
+
+def inputs(rows: int, slots: int, heads: tuple[int, int]) -> list[torch.Tensor]:
+    """Random arguments up to ``ssm_state`` on the GPU, bfloat16 with float32 decay rates and states."""
+    generator = torch.Generator().manual_seed(rows)
+    shape = (heads[0], heads[1] // heads[0], DIM, DIM, WIDTH)
+    made = step_inputs(rows, slots, shape, generator)
+    return [x.cuda() if i in (5, 9) else x.bfloat16().cuda() for i, x in enumerate(made)]
+
+
+def decode_row(batch: int, heads: tuple[int, int]) -> Timed:
+    state_bytes = batch * heads[1] * DIM * DIM * 4
+    layers = max(2, min(64, ROTATED_BYTES // state_bytes))
+    args = inputs(batch, batch + 1, heads)
+    pools = [(args[8].clone(), args[9].clone()) for _ in range(layers)]
+    slots = torch.randperm(batch).cuda() + 1
+    calls = [partial(gdn_decode_step, *args[:8], *pool, slots, 1e-6) for pool in pools]
+    return Timed(f"decode bs{batch}", calls, 2 * state_bytes)
+
+
+def extend_rows(batch: int, length: int, heads: tuple[int, int]) -> Iterator[Timed]:
+    seq_lens = [length] * batch
+    args = inputs(batch * length, batch + 1, heads)
+    slots = torch.arange(batch).cuda() + 1
+    table = [part.cuda() for part in chunk_table(seq_lens)]
+    shape = GDNShape(heads[0], heads[1], DIM, DIM, WIDTH)
+    mixed_qkv, _, b, a, weight, A_log, dt_bias, _, columns, states = args
+    qkv = run_conv(mixed_qkv, weight, columns, slots, *table, shape)
+    num_bytes = batch * length * 2 * (mixed_qkv.shape[1] + heads[1] * DIM)
+    name = f"{batch}x{length}"
+    chunks = partial(run_chunks, qkv, b, a, A_log, dt_bias, states, slots, *table, shape)
+    yield Timed(f"chunks {name}", [chunks], num_bytes)
+    yield Timed(f"extend {name}", [partial(gdn_extend_step, *args, slots, *table, seq_lens, 1e-6)], num_bytes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--heads", type=int, nargs=2, default=(16, 32), help="key and value heads")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--json", action="store_true", help="print one JSON object a row as well")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    heads = tuple(args.heads)
+    print(f"# {describe_device()}; bf16, heads {heads[0]}/{heads[1]} of {DIM}, median (min .. max) of {args.runs} runs")
+    print(f"{'case':<16}{'us':>9}{'min':>9}{'max':>9}{'TB/s':>7}{'anchors':>18}{'ratio':>7}")
+
+    def show(timed: Timed) -> None:
+        seconds = graph_time(timed.calls, runs=args.runs)
+        median = statistics.median(seconds) * 1e6
+        anchors = ANCHORS.get(timed.name, ()) if heads == (16, 32) else ()
+        rate = timed.num_bytes / median / 1e6
+        ratio = f"{median / min(anchors):.2f}" if anchors else "-"
+        known = " / ".join(map(str, anchors)) or "-"
+        low, high = min(seconds) * 1e6, max(seconds) * 1e6
+        print(f"{timed.name:<16}{median:9.1f}{low:9.1f}{high:9.1f}{rate:7.2f}{known:>18}{ratio:>7}", flush=True)
+        if args.json:
+            row = {"case": timed.name, "us": median, "us_min": low, "us_max": high, "tb_per_s": rate}
+            print(json.dumps({**row, "anchor_us": list(anchors)}), flush=True)
+
+    for batch in DECODE_BATCHES:
+        show(decode_row(batch, heads))
+        torch.cuda.empty_cache()
+    for batch, length in EXTEND_SHAPES:
+        for timed in extend_rows(batch, length, heads):
+            show(timed)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

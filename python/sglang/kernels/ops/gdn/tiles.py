@@ -1,0 +1,59 @@
+"""Launch shapes of the gated-delta-net kernels as data, by architecture and by how many programs a step has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang.kernels.launch import next_power_of_2
+from sglang.kernels.ops.gdn.shapes import GDNShape
+from sglang.srt.platforms import current_platform
+
+
+@dataclass(frozen=True)
+class ScanTile:
+    """block_v: rows of a state that a program carries over the chunks of its sequence."""
+
+    block_v: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class GDNTiles:
+    """One architecture's choices.
+
+    decode_registers: most registers a thread of the decode step may take, None for the compiler's choice;
+    inverse_precision: of products inside a chunk's inverse, which is rounded to 16 bits next; scan: pairs of the
+    largest number of state rows in the batch (sequences * HV * V) and the tile up to it, ascending.
+    """
+
+    decode_registers: int | None
+    inverse_precision: str
+    scan: tuple[tuple[int, ScanTile], ...]
+
+    def scan_tile(self, shape: GDNShape, sequences: int) -> ScanTile:
+        """The tile for a batch; the last one serves whatever is larger."""
+        state_rows = sequences * shape.value_heads * shape.v_dim
+        tile = next((tile for most, tile in self.scan if state_rows <= most), self.scan[-1][1])
+        block_v = max(16, min(tile.block_v, next_power_of_2(shape.v_dim)))
+        return ScanTile(block_v, tile.num_warps, tile.num_stages)
+
+
+# By prefix of the architecture; "" for all others, where matrix units take float32 as it is.
+TILES = {
+    "sm_": GDNTiles(128, "tf32", ((4096, ScanTile(32, 4, 2)), (1 << 62, ScanTile(64, 8, 1)))),
+    "": GDNTiles(None, "ieee", ((4096, ScanTile(16, 4, 1)), (1 << 62, ScanTile(64, 4, 1)))),
+}
+
+
+def gdn_tiles() -> GDNTiles:
+    """The choices of the platform at hand."""
+    arch = current_platform.arch
+    return next(tiles for prefix, tiles in TILES.items() if arch.startswith(prefix))
+
+
+def inverse_precision(dtype: torch.dtype) -> str:
+    """Float32 activations get float32 products throughout."""
+    return "ieee" if dtype == torch.float32 else gdn_tiles().inverse_precision

@@ -1,0 +1,118 @@
+"""The routed experts with 8-bit weights in 128x128 blocks and activations quantised by groups of 128."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from sglang.kernels.launch import FLOATS, triton_impl
+from sglang.kernels.ops.moe.fused_experts import SERVING_MODELS, Scaled, routing_fits, run_experts
+from sglang.kernels.ops.quant.group_fp8 import (
+    GROUP,
+    block_fp8_linear_torch,
+    fp8_dtype,
+    quantize_groups_triton,
+    random_blocks,
+)
+from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
+
+
+def fused_experts_fp8_torch(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> torch.Tensor:
+    """``moe.fused_experts`` with both products as ``quant.block_fp8_linear``.
+
+    x [N, H], w13 [E, 2I, H] and w2 [E, H, I] 8-bit, w13_scale [E, 2I / 128, H / 128] and w2_scale [E, H / 128, I / 128]
+    float32, H and I multiples of 128; routing as in ``moe.fused_experts``. Returns a new [N, H] in x's dtype.
+    """
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in topk_ids[topk_ids >= 0].unique().tolist():
+        tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
+        gate, up = block_fp8_linear_torch(x[tokens], w13[expert], w13_scale[expert]).chunk(2, dim=-1)
+        rows = block_fp8_linear_torch(F.silu(gate) * up, w2[expert], w2_scale[expert])
+        out.index_add_(0, tokens, topk_weights[tokens, slots].unsqueeze(1) * rows.float())
+    return out.to(x.dtype)
+
+
+def fused_experts_fp8_triton(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> torch.Tensor:
+    """The launches of ``moe.fused_experts`` and two that quantise rows."""
+
+    def quantize(rows: torch.Tensor) -> Scaled:
+        return Scaled(*quantize_groups_triton(rows, w13.dtype))
+
+    return run_experts(x, Scaled(w13, w13_scale), Scaled(w2, w2_scale), topk_weights, topk_ids, quantize)
+
+
+def _accepts(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> bool:
+    stacked = (w13, w13_scale, w2, w2_scale)
+    whole = all(size % GROUP == 0 for size in (x.shape[1], w2.shape[2]))
+    native = w13.dtype == w2.dtype == fp8_dtype(current_platform.arch) and x.dtype in FLOATS and x.stride(1) == 1
+    dense = all(tensor.is_contiguous() for tensor in stacked)
+    return whole and native and dense and routing_fits(topk_weights, topk_ids, w13.shape[0])
+
+
+def _blocks(count: int, rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    data, scales = zip(*(random_blocks(rows, columns, generator) for _ in range(count)), strict=True)
+    return torch.stack(data), torch.stack(scales)
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 256, 128, 4, 2), (7, 128, 256, 5, 3), (0, 128, 128, 4, 2), (40, 256, 128, 8, 4))
+    for rows, hidden, width, experts, top_k in shapes:
+        x = torch.randn(rows, hidden, generator=generator)
+        stacked = (*_blocks(experts, 2 * width, hidden, generator), *_blocks(experts, hidden, width, generator))
+        weights = torch.rand(rows, top_k, generator=generator)
+        ids = torch.randint(0, experts, (rows, top_k), generator=generator, dtype=torch.int32)
+        yield Case(f"{rows}x{hidden}x{width}", (x, *stacked, weights, ids))
+        if rows > 1:
+            holes = ids.masked_fill(torch.rand(rows, top_k, generator=generator) < 0.4, -1)
+            yield Case(f"{rows}x{hidden}x{width}-holes", (x, *stacked, weights, holes))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """DeepSeek-V3's experts, without contents, on every path, in the platform's 8-bit float."""
+    dtype = fp8_dtype(current_platform.arch)
+    experts, hidden, width, top_k = SERVING_MODELS["v3"]
+    w13 = torch.empty(experts, 2 * width, hidden, dtype=dtype, device=device)
+    w2 = torch.empty(experts, hidden, width, dtype=dtype, device=device)
+    w13_scale = torch.empty(experts, 2 * width // GROUP, hidden // GROUP, device=device)
+    w2_scale = torch.empty(experts, hidden // GROUP, width // GROUP, device=device)
+    for tokens in (1, 8, 128, 8192):
+        x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=device)
+        weights = torch.empty(tokens, top_k, device=device)
+        case = Case(f"v3 t{tokens} fp8", (x, w13, w13_scale, w2, w2_scale, weights, weights.to(torch.int32)))
+        yield fused_experts_fp8, case
+
+
+fused_experts_fp8 = Op(
+    "moe.fused_experts_fp8",
+    triton_impl(fused_experts_fp8_triton, _accepts),
+    Impl("torch", fused_experts_fp8_torch),
+    cases=_cases,
+)
