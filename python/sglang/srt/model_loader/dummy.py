@@ -15,14 +15,16 @@ def iterate_dummy(model: CheckpointModel, seed: int) -> Iterator[tuple[str, torc
     """Every (checkpoint name, full tensor) that ``model`` expects.
 
     A matrix is N(0, 1/sqrt(fan_in)); a vector says its own mean and deviation (norms mean 1, router bias N(0, 0.05)).
-    Numbers depend on ``seed`` and the tensor's name alone, so that every tensor-parallel size serves the same model.
+    Numbers are drawn where the model lies, and depend on ``seed``, the tensor's name and the kind of device alone: every
+    tensor-parallel size serves the same model.
     """
+    device = next(model.parameters()).device
     for name, expected in model.checkpoint_tensors().items():
-        generator = torch.Generator(device="cpu").manual_seed(_seed_of(name, seed))
+        generator = torch.Generator(device=device).manual_seed(_seed_of(name, seed))
         mean, deviation = expected.fill if expected.fill is not None else (0.0, fan_in(expected.shape) ** -0.5)
-        tensor = torch.full(expected.shape, mean, device="cpu", dtype=torch.float32)
+        tensor = torch.full(expected.shape, mean, device=device, dtype=torch.float32)
         if deviation:
-            noise = torch.randn(expected.shape, generator=generator, device="cpu", dtype=torch.float32)
+            noise = torch.randn(expected.shape, generator=generator, device=device, dtype=torch.float32)
             tensor.add_(noise, alpha=deviation)
         yield name, tensor
 
