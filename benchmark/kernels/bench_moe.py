@@ -1,10 +1,10 @@
 """Time of the routed experts against the bytes and operations they cannot do without, in a replayed graph.
 
-    python benchmark/kernels/bench_moe.py [--shapes v2lite qwen35 v3] [--tokens 1 8 32] [--impl triton]
+    python benchmark/kernels/bench_moe.py [--shapes v2lite qwen35 v3] [--tokens 1 8 32] [--fp8] [--impl triton]
 
 TB/s counts each touched expert's matrices once and the rows in and out; TFLOP/s counts the products. Each call of a
 graph has its own routing. ``anchor`` is the time of sglang 0.5.12.post1's Triton experts (no tuned table for these
-shapes) on one H100 80GB, 2026-11-22; ``ratio`` is ours over it.
+shapes) on one H100 80GB, 2026-11-22, in bf16; ``ratio`` is ours over it.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from moe_cases import SHAPES, TOKENS, describe_device, graph_time, make_inputs, make_weights
 
 from sglang.kernels.ops.moe.fused_experts import fused_experts
+from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8
 from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.srt.platforms import current_platform
 
@@ -32,30 +33,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--fp8", action="store_true", help="8-bit weights in blocks of 128x128, rows quantised")
     parser.add_argument("--impl", default="triton", help="name of the implementation of moe.fused_experts")
     parser.add_argument("--routings", type=int, default=8, help="calls a graph, each with its own routing")
     parser.add_argument("--json", action="store_true", help="print one JSON object a row as well")
     args = parser.parse_args()
-    run = next(impl.fn for impl in fused_experts.impls if impl.name == args.impl)
+    op = fused_experts_fp8 if args.fp8 else fused_experts
+    run = next(impl.fn for impl in op.impls if impl.name == args.impl)
     torch.manual_seed(0)
-    print(f"# {describe_device()}; moe.fused_experts={args.impl}, bf16, median (min .. max) of 5 runs")
+    print(f"# {describe_device()}; {op.name}={args.impl}, median, min and max of 5 runs")
     print("case           experts        us       min       max   TB/s  TFLOP/s   anchor  ratio")
     for name in args.shapes:
         shape = SHAPES[name]
-        w13, w2 = make_weights(shape, torch.bfloat16)
+        w13, w2 = make_weights(shape, args.fp8, current_platform.arch)
+        stacked = (w13.data, w13.scale, w2.data, w2.scale) if args.fp8 else (w13.data, w2.data)
         for tokens in args.tokens:
             inputs = make_inputs(shape, tokens, w13, w2, args.routings if tokens <= 128 else 1)
             calls = [
-                lambda w=weights, i=ids, d=inputs: run(d.x, d.w13, d.w2, w, i)
+                lambda w=weights, i=ids, x=inputs.x, stacked=stacked: run(x, *stacked, w, i)
                 for weights, ids in zip(inputs.weights, inputs.ids, strict=True)
             ]
             seconds = graph_time(calls)
             median = statistics.median(seconds)
-            moved = shape.bytes_of(round(inputs.touched), tokens, w13.itemsize)
-            anchor = ANCHORS[name].get(tokens)
+            moved = shape.bytes_of(inputs.touched, tokens, w13.data.itemsize)
+            anchor = None if args.fp8 else ANCHORS[name].get(tokens)
+            bits = 8 * w13.data.itemsize
             row = {
                 "case": f"{name} t{tokens}",
-                "path": choose_tiles(current_platform.arch, 16, tokens, shape.top_k, shape.experts).path,
+                "path": choose_tiles(current_platform.arch, bits, tokens, shape.top_k, shape.experts).path,
                 "experts": inputs.touched,
                 "us": median * 1e6,
                 "us_min": min(seconds) * 1e6,
@@ -72,7 +77,7 @@ def main() -> None:
             )
             if args.json:
                 print(json.dumps(row), flush=True)
-        del w13, w2
+        del w13, w2, stacked, inputs, calls
         torch.cuda.empty_cache()
 
 

@@ -21,7 +21,7 @@ from sglang.kernels.ops.attention.tiles import Tile
 # With slots to look up, 5 stages keep three blocks of rows in shared memory, 3 and 4 stages two.
 DECODE_TILES: dict[str, tuple[Tile, ...]] = {
     "mla_h16": (
-        Tile(16, 64, 4, 2), Tile(16, 64, 4, 3), Tile(16, 32, 4, 5), Tile(16, 32, 8, 5), Tile(16, 32, 4, 3, 2),
+        Tile(16, 64, 4, 2), Tile(16, 64, 4, 3), Tile(16, 32, 4, 5), Tile(16, 32, 4, 5, 2), Tile(16, 32, 8, 5, 2),
     ),
     "mla_h128": (Tile(64, 64, 8, 2), Tile(64, 64, 8, 3), Tile(64, 32, 8, 3), Tile(64, 32, 8, 5)),
     "gqa_16x2_d256": (

@@ -1,6 +1,6 @@
 """Find tile sizes of the routed experts' kernels on the GPU at hand, for ``kernels/ops/moe/tiles.json``.
 
-    python benchmark/kernels/tune_moe.py --shape v2lite --tokens 1 8 128 [--block-m 16 32]
+    python benchmark/kernels/tune_moe.py --shape v2lite --tokens 1 8 128 [--block-m 16 32] [--fp8]
 
 The two products are timed apart, in replayed graphs. Candidates are compiled beforehand in ``--jobs`` processes that
 use no GPU, and run only when they compile. Prints the best few of each product; nothing is written.
@@ -39,8 +39,8 @@ class Candidate:
     tile: tuple[tuple[str, int], ...]
 
 
-def candidates(path: str, block_m: int, per_expert: float) -> Iterator[Candidate]:
-    """The grid that is searched."""
+def candidates(path: str, block_m: int, per_expert: float, fp8: bool) -> Iterator[Candidate]:
+    """The grid that is searched; a step of an 8-bit product is one group of 128."""
     if path == "one":
         for product, widths in (("gate_up", (2, 4, 8, 16)), ("down", (1, 2, 4, 8))):
             for n, k, warps in itertools.product(widths, (256, 512, 1024), (2, 4, 8)):
@@ -48,13 +48,16 @@ def candidates(path: str, block_m: int, per_expert: float) -> Iterator[Candidate
                     yield Candidate(path, product, 0, (("BLOCK_N", n), ("BLOCK_K", k), ("num_warps", warps)))
         return
     for product, parts in (("gate_up", 2), ("down", 1)):
-        wide = block_m >= 64
+        wide = block_m >= 64 and not fp8
         for n, k, warps, stages in itertools.product(
             (64, 128, 256) if wide else (16, 32, 64, 128), (64, 128) if wide else (64, 128, 256), (4, 8), (2, 3, 4, 5)
         ):
             held = block_m * n * parts // (32 * warps)
             flight = stages * k * 2 * (n * parts + block_m)
-            if flight > MAX_STAGE_BYTES or held > 128 or (not wide and (warps == 8 or flight < 24 << 10)):
+            if fp8 and (k != 128 or n > 128):
+                continue
+            flight //= 1 + fp8
+            if flight > MAX_STAGE_BYTES or held > 128 or (not wide and (warps == 8 or flight < 16 << 10)):
                 continue
             if wide and (held < 32 or stages == 2):
                 continue
@@ -66,24 +69,23 @@ def candidates(path: str, block_m: int, per_expert: float) -> Iterator[Candidate
 
 def product_of(candidate: Candidate, inputs: MoeInputs, activated: torch.Tensor, routing: int) -> Callable[[], Any]:
     """The candidate's product as a call; the ordering of pairs is done here, outside it."""
-    tile, ids, dtype = dict(candidate.tile), inputs.ids[routing], inputs.x.dtype
-    w13, w2 = Scaled(inputs.w13), Scaled(inputs.w2)
     is_gate_up = candidate.product == "gate_up"
+    tile, ids, dtype = dict(candidate.tile), inputs.ids[routing], inputs.x.dtype
+    w13, w2 = inputs.w13, inputs.w2
+    operand = inputs.prepare(inputs.x if is_gate_up else activated)
     if candidate.path == "one":
         if is_gate_up:
-            return lambda: one_token_gate_up(Scaled(inputs.x), w13, ids, tile, dtype)
-        return lambda: one_token_down(Scaled(activated), w2, inputs.weights[routing], ids, tile, dtype)
-    experts = inputs.w13.shape[0]
-    order = order_pairs(ids, experts, candidate.block_m) if candidate.path == "many" else None
-    rows, weight = (inputs.x, w13) if is_gate_up else (activated, w2)
-    return lambda: expert_product(Scaled(rows), weight, ids, order, tile, candidate.block_m, is_gate_up, dtype)
+            return lambda: one_token_gate_up(operand, w13, ids, tile, dtype)
+        return lambda: one_token_down(operand, w2, inputs.weights[routing], ids, tile, dtype)
+    order = order_pairs(ids, w13.data.shape[0], candidate.block_m) if candidate.path == "many" else None
+    weight = w13 if is_gate_up else w2
+    return lambda: expert_product(operand, weight, ids, order, tile, candidate.block_m, is_gate_up, dtype)
 
 
-def _compile(job: tuple[str, MoeShape, int, Candidate]) -> str | None:
+def _compile(job: tuple[str, MoeShape, int, bool, Candidate]) -> str | None:
     """Compile one candidate on shape-only tensors; the error's text when it does not compile."""
-    arch, shape, tokens, candidate = job
-    w13 = torch.empty(shape.experts, 2 * shape.intermediate, shape.hidden, dtype=torch.bfloat16, device="meta")
-    w2 = torch.empty(shape.experts, shape.hidden, shape.intermediate, dtype=torch.bfloat16, device="meta")
+    arch, shape, tokens, fp8, candidate = job
+    w13, w2 = make_weights(shape, fp8, arch, "meta")
     x = torch.empty(tokens, shape.hidden, dtype=torch.bfloat16, device="meta")
     ids = torch.empty(tokens, shape.top_k, dtype=torch.int32, device="meta")
     inputs = MoeInputs(x, w13, w2, [torch.empty(tokens, shape.top_k, device="meta")], [ids])
@@ -96,13 +98,13 @@ def _compile(job: tuple[str, MoeShape, int, Candidate]) -> str | None:
     return None
 
 
-def tune(shape: MoeShape, tokens: int, block_ms: list[int], pool: Pool, weights: tuple[torch.Tensor, ...]) -> None:
-    arch = current_platform.arch
-    path = choose_tiles(arch, 16, tokens, shape.top_k, shape.experts).path
+def tune(shape: MoeShape, tokens: int, block_ms: list[int], pool: Pool, weights: tuple[Scaled, Scaled]) -> None:
+    arch, fp8 = current_platform.arch, weights[0].is_fp8
+    path = choose_tiles(arch, 8 * weights[0].data.itemsize, tokens, shape.top_k, shape.experts).path
     per_expert = tokens * shape.top_k / shape.experts
     sizes = [0] if path == "one" else [16] if path == "few" else block_ms
-    found = [candidate for size in sizes for candidate in candidates(path, size, per_expert)]
-    errors = pool.map(_compile, [(arch, shape, tokens, candidate) for candidate in found], chunksize=1)
+    found = [candidate for size in sizes for candidate in candidates(path, size, per_expert, fp8)]
+    errors = pool.map(_compile, [(arch, shape, tokens, fp8, candidate) for candidate in found], chunksize=1)
     usable = [candidate for candidate, error in zip(found, errors, strict=True) if error is None]
     print(f"## t{tokens} ({path}): {len(usable)} of {len(found)} candidates compile", flush=True)
     routings = 4 if tokens <= 128 else 1
@@ -126,11 +128,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="v2lite")
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--block-m", nargs="+", type=int, default=[16, 64, 128])
+    parser.add_argument("--fp8", action="store_true", help="8-bit weights in blocks of 128x128")
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     args = parser.parse_args()
     torch.manual_seed(0)
-    print(f"# {describe_device()}, {args.shape}")
-    weights = make_weights(SHAPES[args.shape], torch.bfloat16)
+    print(f"# {describe_device()}, {args.shape}{' fp8' if args.fp8 else ''}")
+    weights = make_weights(SHAPES[args.shape], args.fp8, current_platform.arch)
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         for tokens in args.tokens:
             tune(SHAPES[args.shape], tokens, args.block_m, pool, weights)

@@ -85,13 +85,14 @@ class StaticBatch:
         return self._step(
             ModelWorkerBatch(
                 forward_mode=ForwardMode.DECODE,
-                input_ids=ids.to(device="cpu", dtype=torch.int64),
+                input_ids=None,
                 positions=torch.tensor(positions, dtype=torch.int64),
                 req_pool_indices=torch.tensor(self.rows, dtype=torch.int64),
                 seq_lens=ends,
                 out_cache_loc=slots,
                 state_slot_ids=self._state_slots(),
-            )
+            ),
+            ids.to(torch.int64),
         )
 
     def release(self) -> None:
@@ -105,8 +106,10 @@ class StaticBatch:
             self.runner.state_pool.free(state)
         self.rows, self.states, self.seq_lens = [], [], []
 
-    def _step(self, batch: ModelWorkerBatch) -> tuple[torch.Tensor, LogitsProcessorOutput]:
-        output = self.runner.forward(batch)
+    def _step(
+        self, batch: ModelWorkerBatch, ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, LogitsProcessorOutput]:
+        output = self.runner.forward(batch, ids)
         return self.runner.sample(output, self._info, batch), output
 
     def _take(self, slots: torch.Tensor | None, needed: int) -> torch.Tensor:

@@ -14,7 +14,7 @@ from sglang.kernels.ops.attention.attention_state import extend_state, merge_sta
 from sglang.kernels.ops.attention.launchers import launch_decode, launch_extend
 from sglang.kernels.ops.attention.table_decode import mla_table_decode_torch, table_decode_torch
 from sglang.kernels.ops.attention.tiles import RowShape
-from sglang.kernels.registry import fresh_decisions
+from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
@@ -220,6 +220,8 @@ class TestBackendOnGpu(CustomTestCase):
                     with host, fresh_decisions():
                         backend.init_forward_metadata(fb)
                         outs.append(backend.forward(*inputs, self.LAYER, fb))
+                        for name, record in REGISTRY.records.items():
+                            self.assertFalse(record.disabled, name)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
             self.assertLess(error(outs[0].cpu(), outs[1]), 2e-6)

@@ -5,7 +5,7 @@ from __future__ import annotations
 MFMA_BF16 = r"v_mfma_f32_\d+x\d+x\d+_bf16"
 MFMA_FP8 = r"v_mfma_(scale_)?f32_\d+x\d+x\d+_(fp8_fp8|f8f6f4)"
 # Past 2 GiB Triton addresses a tensor with 64 bits, not through a buffer descriptor: either kind of load is wide.
-WIDE_LOAD = r"(buffer|global)_load_dwordx4"
+WIDE_LOAD = r"(buffer|global)_load_(lds_)?dwordx4"
 WIDE_BUFFER_LOAD = r"buffer_load_dwordx4"
 
 # kernel -> regular expressions over its assembly

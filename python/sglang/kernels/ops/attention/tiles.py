@@ -71,8 +71,9 @@ def _padded(columns: int) -> int:
 MANY_HEADS = 64
 
 # (architecture prefix, kind of row, bytes of an element) -> tile. "" is any architecture: small tiles that fit 64 KiB
-# of shared memory. sm_90 in 2 bytes: the best of benchmark/kernels/tune_attention.py on one H100 80GB, triton 3.6.0,
-# 2026-11-22. gfx: compiled without a spill, never timed.
+# of shared memory. sm_90 in 2 bytes: best over the shapes of attention_anchors.json on one H100 80GB, triton 3.6.0,
+# 2026-11-22, but for its extend over latent rows, which was not timed; benchmark/kernels/tune_attention.py finds them
+# anew. gfx: compiled without a spill, never timed.
 DECODE_TILES: dict[tuple[str, str, int], Tile] = {
     ("", "latent", 2): Tile(16, 32, 4, 2),
     ("", "wide", 2): Tile(16, 32, 4, 2),

@@ -17,8 +17,8 @@ from sglang.kernels.ops.gdn.tiles import gdn_tiles
 from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm_torch
 from sglang.kernels.spec import Case, Impl, Op
 
-# State elements a warp of the Triton kernel holds; registers are the limit.
-STATE_PER_WARP = 2048
+# Elements of a tile below which a warp would have several threads hold one of them and race to overwrite it.
+ELEMENTS_PER_WARP = 64
 
 
 def split_heads(convolved: torch.Tensor, shape: GDNShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -78,16 +78,16 @@ def gdn_decode_step_triton(
     rows = mixed_qkv.shape[0]
     out = torch.empty(rows, shape.value_heads, shape.v_dim, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
     block_k, block_v = next_power_of_2(shape.k_dim), next_power_of_2(shape.v_dim)
-    registers = gdn_tiles().decode_registers
-    limit = {} if registers is None else {"maxnreg": registers}
+    tile = gdn_tiles().decode_tile(shape, rows)
     if rows:
         decode_step_kernel[(shape.key_heads, rows)](
             mixed_qkv, z, b, a, conv_weight, A_log, dt_bias, norm_weight, conv_state, ssm_state, slot_ids, out,
             mixed_qkv.stride(0), z.stride(0), b.stride(0), a.stride(0), conv_state.stride(0), ssm_state.stride(0),
             shape.key_heads, shape.k_dim**-0.5, eps,
-            K=shape.k_dim, V=shape.v_dim, PER_KEY=shape.per_key, WIDTH=shape.width,
-            BLOCK_K=block_k, BLOCK_V=block_v, BLOCK_W=next_power_of_2(shape.width),
-            num_warps=max(1, min(16, block_k * block_v // STATE_PER_WARP)), **limit,
+            K=shape.k_dim, V=shape.v_dim, PER_KEY=shape.per_key, WIDTH=shape.width, ROWS=tile.rows,
+            BLOCK_K=block_k, BLOCK_V=block_v, BLOCK_H=next_power_of_2(shape.per_key),
+            BLOCK_W=next_power_of_2(shape.width), STAGES=tile.num_stages,
+            num_warps=max(1, min(tile.num_warps, tile.rows * block_k // ELEMENTS_PER_WARP)),
         )  # fmt: skip
     return out
 

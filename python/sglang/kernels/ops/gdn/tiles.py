@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from sglang.kernels.launch import next_power_of_2
 from sglang.kernels.ops.gdn.shapes import GDNShape
 from sglang.srt.platforms import current_platform
+
+
+Tile = TypeVar("Tile")
+
+
+@dataclass(frozen=True)
+class DecodeTile:
+    """rows: rows of a state that a program of the decode step holds at once."""
+
+    rows: int
+    num_warps: int
+    num_stages: int
 
 
 @dataclass(frozen=True)
@@ -24,27 +37,35 @@ class ScanTile:
 class GDNTiles:
     """One architecture's choices.
 
-    decode_registers: most registers a thread of the decode step may take, None for the compiler's choice;
-    inverse_precision: of products inside a chunk's inverse, which is rounded to 16 bits next; scan: pairs of the
-    largest number of state rows in the batch (sequences * HV * V) and the tile up to it, ascending.
+    decode, scan: pairs of the largest number of state rows in the batch (sequences * HV * V) and the tile up to it,
+    ascending; the last one serves whatever is larger. inverse_precision: of products inside a chunk's inverse, which
+    is rounded to 16 bits next.
     """
 
-    decode_registers: int | None
+    decode: tuple[tuple[int, DecodeTile], ...]
     inverse_precision: str
     scan: tuple[tuple[int, ScanTile], ...]
 
+    def decode_tile(self, shape: GDNShape, sequences: int) -> DecodeTile:
+        """The tile of a decode batch."""
+        tile = _pick(self.decode, sequences * shape.value_heads * shape.v_dim)
+        return DecodeTile(min(tile.rows, next_power_of_2(shape.v_dim)), tile.num_warps, tile.num_stages)
+
     def scan_tile(self, shape: GDNShape, sequences: int) -> ScanTile:
-        """The tile for a batch; the last one serves whatever is larger."""
-        state_rows = sequences * shape.value_heads * shape.v_dim
-        tile = next((tile for most, tile in self.scan if state_rows <= most), self.scan[-1][1])
+        """The tile of an extend batch."""
+        tile = _pick(self.scan, sequences * shape.value_heads * shape.v_dim)
         block_v = max(16, min(tile.block_v, next_power_of_2(shape.v_dim)))
         return ScanTile(block_v, tile.num_warps, tile.num_stages)
 
 
+def _pick(table: tuple[tuple[int, Tile], ...], state_rows: int) -> Tile:
+    return next((tile for most, tile in table if state_rows <= most), table[-1][1])
+
+
 # By prefix of the architecture; "" for all others, where matrix units take float32 as it is.
 TILES = {
-    "sm_": GDNTiles(128, "tf32", ((4096, ScanTile(32, 4, 2)), (1 << 62, ScanTile(64, 8, 1)))),
-    "": GDNTiles(None, "ieee", ((4096, ScanTile(16, 4, 1)), (1 << 62, ScanTile(64, 4, 1)))),
+    "sm_": GDNTiles(((1 << 62, DecodeTile(32, 4, 3)),), "tf32", ((4096, ScanTile(32, 4, 2)), (1 << 62, ScanTile(64, 8, 1)))),
+    "": GDNTiles(((1 << 62, DecodeTile(32, 4, 2)),), "ieee", ((4096, ScanTile(16, 4, 1)), (1 << 62, ScanTile(64, 4, 1)))),
 }
 
 
