@@ -242,7 +242,7 @@ class ServerArgs:
     attention_backend: Annotated[
         str | None,
         Arg(
-            "Implementation that attention prefers; triton and aiter need a GPU. aiter falls back to triton in this build.",
+            "Implementation that attention prefers; triton and aiter need a GPU. In this build aiter becomes triton.",
             KERNELS,
             choices=("torch_native", "triton", "aiter"),
             elsewhere=_ATTENTION_ELSEWHERE,
