@@ -129,9 +129,9 @@ class ModelRunner:
         )
         with tqdm(total=len(buckets), desc="Capturing decode graphs", unit="graph") as bar:
             graphs.capture(current_platform.create_graph, lambda bucket: _advance(bar, bucket))
-        self._prove_graphs(graphs, buckets[-1])
         free_after, _ = current_platform.memory_info(get_tp_group().rank)
-        logger.info("decode graphs %s hold %.2f GB", buckets, (free_before - free_after) / 1e9)
+        logger.info("decode graphs %s took %.2f GB", buckets, max(0, free_before - free_after) / 1e9)
+        self._prove_graphs(graphs, buckets[-1])
         self.decode_graphs = graphs
 
     def _prove_graphs(self, graphs: DecodeGraphs, max_bs: int) -> None:

@@ -19,7 +19,7 @@ from sglang.kernels.ops.gdn.decode_step import (
 )
 from sglang.kernels.ops.gdn.gating import gdn_gating_torch
 from sglang.kernels.ops.gdn.shapes import GDNShape, shape_of, step_fits_triton
-from sglang.kernels.ops.gdn.tiles import gdn_tiles, inverse_precision
+from sglang.kernels.ops.gdn.tiles import gdn_tiles
 from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, gated_rms_norm_torch
 from sglang.kernels.spec import Case, Impl, Op
 
@@ -122,15 +122,18 @@ def run_chunks(
         return torch.empty(tokens, heads, width, dtype=kind, device=qkv.device)
 
     values, reads, scores, out = empty(shape.v_dim), empty(shape.k_dim), empty(CHUNK_SIZE), empty(shape.v_dim)
-    since, until = empty(1, torch.float32), empty(1, torch.float32)
+    since, until, scratch = (empty(width, torch.float32) for width in (1, 1, SOLVE_TILE + 1))
+    tiles = gdn_tiles()
+    limit = {} if tiles.solve_registers is None else {"maxnreg": tiles.solve_registers}
     scale = shape.k_dim**-0.5
     solve_chunks_kernel[(chunks.shape[0], heads)](
-        qkv, b, a, A_log, dt_bias, bounds, chunks, values, reads, scores, since, until,
+        qkv, b, a, A_log, dt_bias, bounds, chunks, values, reads, scores, since, until, scratch,
         qkv.stride(0), b.stride(0), a.stride(0), shape.key_heads, heads, shape.per_key, scale,
         K=shape.k_dim, V=shape.v_dim, BLOCK_K=block_k, BLOCK_V=block_v,
-        CHUNK=CHUNK_SIZE, TILE=SOLVE_TILE, PRECISION=inverse_precision(dtype), num_warps=4, num_stages=1,
+        CHUNK=CHUNK_SIZE, TILE=SOLVE_TILE, LANES=tiles.lanes,
+        PRECISION="ieee" if dtype == torch.float32 else tiles.inverse_precision, num_warps=4, num_stages=1, **limit,
     )  # fmt: skip
-    tile = gdn_tiles().scan_tile(shape, slot_ids.shape[0])
+    tile = tiles.scan_tile(shape, slot_ids.shape[0])
     scan_chunks_kernel[(cdiv(shape.v_dim, tile.block_v), heads, slot_ids.shape[0])](
         qkv, values, reads, scores, since, until, ssm_state, slot_ids, bounds, out,
         qkv.stride(0), ssm_state.stride(0), shape.key_heads, heads, shape.per_key, scale,

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-
 from sglang.kernels.launch import next_power_of_2
 from sglang.kernels.ops.gdn.shapes import GDNShape
 from sglang.srt.platforms import current_platform
@@ -38,12 +36,15 @@ class GDNTiles:
     """One architecture's choices.
 
     decode, scan: pairs of the largest number of state rows in the batch (sequences * HV * V) and the tile up to it,
-    ascending; the last one serves whatever is larger. inverse_precision: of products inside a chunk's inverse, which
-    is rounded to 16 bits next.
+    ascending; the last one serves whatever is larger. lanes: threads of a warp. inverse_precision: of products inside a
+    chunk's inverse where it is rounded to 16 bits next. solve_registers: most registers a thread may take to solve a
+    chunk, None for the compiler's choice.
     """
 
     decode: tuple[tuple[int, DecodeTile], ...]
+    lanes: int
     inverse_precision: str
+    solve_registers: int | None
     scan: tuple[tuple[int, ScanTile], ...]
 
     def decode_tile(self, shape: GDNShape, sequences: int) -> DecodeTile:
@@ -64,8 +65,16 @@ def _pick(table: tuple[tuple[int, Tile], ...], state_rows: int) -> Tile:
 
 # By prefix of the architecture; "" for all others, where matrix units take float32 as it is.
 TILES = {
-    "sm_": GDNTiles(((1 << 62, DecodeTile(32, 4, 3)),), "tf32", ((4096, ScanTile(32, 4, 2)), (1 << 62, ScanTile(64, 8, 1)))),
-    "": GDNTiles(((1 << 62, DecodeTile(32, 4, 2)),), "ieee", ((4096, ScanTile(16, 4, 1)), (1 << 62, ScanTile(64, 4, 1)))),
+    "sm_": GDNTiles(
+        ((1 << 62, DecodeTile(32, 4, 3)),), 32, "tf32", 168, ((4096, ScanTile(32, 4, 2)), (1 << 62, ScanTile(64, 8, 1)))
+    ),
+    "": GDNTiles(
+        ((1 << 62, DecodeTile(32, 4, 2)),),
+        64,
+        "ieee",
+        None,
+        ((4096, ScanTile(16, 4, 1)), (1 << 62, ScanTile(64, 4, 1))),
+    ),
 }
 
 
@@ -73,8 +82,3 @@ def gdn_tiles() -> GDNTiles:
     """The choices of the platform at hand."""
     arch = current_platform.arch
     return next(tiles for prefix, tiles in TILES.items() if arch.startswith(prefix))
-
-
-def inverse_precision(dtype: torch.dtype) -> str:
-    """Float32 activations get float32 products throughout."""
-    return "ieee" if dtype == torch.float32 else gdn_tiles().inverse_precision
