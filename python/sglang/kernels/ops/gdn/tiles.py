@@ -9,7 +9,6 @@ from sglang.kernels.launch import next_power_of_2
 from sglang.kernels.ops.gdn.shapes import GDNShape
 from sglang.srt.platforms import current_platform
 
-
 Tile = TypeVar("Tile")
 
 
