@@ -17,6 +17,9 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "few_tokens_kernel": (WIDE_LOAD, MFMA_BF16),
     "many_tokens_kernel": (WIDE_LOAD, MFMA_BF16),
     "block_fp8_linear_kernel": (WIDE_LOAD, MFMA_FP8),
+    "decode_step_kernel": (WIDE_LOAD,),
+    "solve_chunks_kernel": (WIDE_LOAD, MFMA_BF16),
+    "scan_chunks_kernel": (WIDE_LOAD, MFMA_BF16),
 }
 
 

@@ -133,7 +133,7 @@ def run_chunks(
         CHUNK=CHUNK_SIZE, TILE=SOLVE_TILE, LANES=tiles.lanes,
         PRECISION="ieee" if dtype == torch.float32 else tiles.inverse_precision, num_warps=4, num_stages=1, **limit,
     )  # fmt: skip
-    tile = tiles.scan_tile(shape, slot_ids.shape[0])
+    tile = tiles.scan_tile(shape, slot_ids.shape[0], dtype)
     scan_chunks_kernel[(cdiv(shape.v_dim, tile.block_v), heads, slot_ids.shape[0])](
         qkv, values, reads, scores, since, until, ssm_state, slot_ids, bounds, out,
         qkv.stride(0), ssm_state.stride(0), shape.key_heads, heads, shape.per_key, scale,

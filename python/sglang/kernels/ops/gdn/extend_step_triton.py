@@ -91,9 +91,9 @@ def _unit_lower_inverse(
     """``(I + A)^-1`` for strictly lower A [CHUNK, CHUNK] float32 of which ``left`` rows count; at most 4 tiles.
 
     Forward substitution inside the diagonal tiles, all at once: one tile a warp, one column a lane of LANES, lines in
-    registers. scratch, CHUNK rows of TILE float32, takes them there and back; an odd row stride keeps the compiler
-    from widening the stores, which would spread a column over lanes and warps. With B their inverse, L the rest of A and
-    N = B L the whole inverse is ``(I + N)^-1 B = (I - N)(I + N^2) B``, since N^4 = 0.
+    registers. scratch, CHUNK rows of TILE float32, takes them there and back; its odd row stride keeps the compiler
+    from widening the stores, which would spread a column over lanes and warps. With B the tiles' inverse, L the rest
+    of A and N = B L the whole inverse is ``(I + N)^-1 B = (I - N)(I + N^2) B``, since N^4 = 0.
     """
     at = tl.arange(0, CHUNK)
     same = (at[:, None] // TILE) == (at[None, :] // TILE)

@@ -8,8 +8,8 @@ import torch
 
 from sglang.kernels.launch import FLOATS, next_power_of_2
 
-# Elements of one head's state that a program may hold.
-MAX_STATE_TILE = 1 << 15
+# Elements of one head's state up to which the kernels are known to fit registers and local memory.
+MAX_STATE_TILE = 1 << 14
 
 
 class GDNShape(NamedTuple):
@@ -51,7 +51,7 @@ def step_fits_triton(
     ssm_state: torch.Tensor,
     slot_ids: torch.Tensor,
 ) -> bool:
-    """Whether the Triton steps take these: one dtype for activations, dense rows, a state that a program holds."""
+    """Whether the Triton steps take these: one dtype for activations, dense rows, a state of a known size."""
     shape = shape_of(mixed_qkv, conv_weight, ssm_state)
     parameters = (conv_weight, A_log, dt_bias, norm_weight)
     floats = (mixed_qkv, z, b, a, *parameters, conv_state, ssm_state)

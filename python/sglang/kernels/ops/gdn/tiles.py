@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
+
 from sglang.kernels.launch import next_power_of_2
 from sglang.kernels.ops.gdn.shapes import GDNShape
 from sglang.srt.platforms import current_platform
@@ -41,38 +43,53 @@ class GDNTiles:
     """
 
     decode: tuple[tuple[int, DecodeTile], ...]
+    scan: tuple[tuple[int, ScanTile], ...]
     lanes: int
     inverse_precision: str
     solve_registers: int | None
-    scan: tuple[tuple[int, ScanTile], ...]
 
     def decode_tile(self, shape: GDNShape, sequences: int) -> DecodeTile:
         """The tile of a decode batch."""
         tile = _pick(self.decode, sequences * shape.value_heads * shape.v_dim)
         return DecodeTile(min(tile.rows, next_power_of_2(shape.v_dim)), tile.num_warps, tile.num_stages)
 
-    def scan_tile(self, shape: GDNShape, sequences: int) -> ScanTile:
-        """The tile of an extend batch."""
+    def scan_tile(self, shape: GDNShape, sequences: int, dtype: torch.dtype) -> ScanTile:
+        """The tile of an extend batch; float32 operands leave no room for a second stage."""
         tile = _pick(self.scan, sequences * shape.value_heads * shape.v_dim)
         block_v = max(16, min(tile.block_v, next_power_of_2(shape.v_dim)))
-        return ScanTile(block_v, tile.num_warps, tile.num_stages)
+        return ScanTile(block_v, tile.num_warps, tile.num_stages if dtype.itemsize == 2 else 1)
 
 
 def _pick(table: tuple[tuple[int, Tile], ...], state_rows: int) -> Tile:
     return next((tile for most, tile in table if state_rows <= most), table[-1][1])
 
 
-# By prefix of the architecture; "" for all others, where matrix units take float32 as it is.
+ANY = 1 << 62
+
+# By prefix of the architecture, the first that fits. sm_90 was measured on one H100 80GB (triton 3.6.0, 2026-11-22,
+# benchmark/kernels/bench_gdn.py); the others take little shared memory and were not. CDNA's matrix units take float32
+# as it is.
 TILES = {
+    "sm_90": GDNTiles(
+        decode=((ANY, DecodeTile(64, 8, 3)),),
+        scan=((4096, ScanTile(32, 4, 3)), (8192, ScanTile(64, 4, 2)), (ANY, ScanTile(64, 4, 1))),
+        lanes=32,
+        inverse_precision="tf32",
+        solve_registers=168,
+    ),
     "sm_": GDNTiles(
-        ((1 << 62, DecodeTile(32, 4, 3)),), 32, "tf32", 168, ((4096, ScanTile(32, 4, 2)), (1 << 62, ScanTile(64, 8, 1)))
+        decode=((ANY, DecodeTile(32, 4, 3)),),
+        scan=((4096, ScanTile(32, 4, 1)), (ANY, ScanTile(64, 4, 1))),
+        lanes=32,
+        inverse_precision="tf32",
+        solve_registers=None,
     ),
     "": GDNTiles(
-        ((1 << 62, DecodeTile(32, 4, 2)),),
-        64,
-        "ieee",
-        None,
-        ((4096, ScanTile(16, 4, 1)), (1 << 62, ScanTile(64, 4, 1))),
+        decode=((ANY, DecodeTile(32, 4, 2)),),
+        scan=((4096, ScanTile(16, 4, 1)), (ANY, ScanTile(64, 4, 1))),
+        lanes=64,
+        inverse_precision="ieee",
+        solve_registers=None,
     ),
 }
 
