@@ -102,13 +102,13 @@ def timed_round(
 
 
 def measure(sides: dict[str, Generate], args: argparse.Namespace, batch_size: int) -> tuple[list[Figures], float]:
-    """(figures of each side, share of the sequences on which the sides agree); one warm-up round is not counted."""
+    """(figures of each side, share of the sequences on which the sides agree); a short warm-up round is not counted."""
     rng = np.random.default_rng(batch_size)
 
     def prompts() -> list[list[int]]:
         return rng.integers(2, CONFIG["vocab_size"], size=(batch_size, args.input_len)).tolist()
 
-    warm, _ = timed_round(sides, prompts(), args.output_len)
+    warm, _ = timed_round(sides, prompts(), max(1, args.output_len // 4))
     ours, *theirs = sides
     fastest = max((warm[name] for name in theirs), default=0.0)
     kept = {name: sides[name] for name in sides if name == ours or warm[name] * HOPELESS >= fastest}

@@ -122,7 +122,9 @@ def run_chunks(
         return torch.empty(tokens, heads, width, dtype=kind, device=qkv.device)
 
     values, reads, scores, out = empty(shape.v_dim), empty(shape.k_dim), empty(CHUNK_SIZE), empty(shape.v_dim)
-    since, until, scratch = (empty(width, torch.float32) for width in (1, 1, SOLVE_TILE + 1))
+    since, until = empty(1, torch.float32), empty(1, torch.float32)
+    scratch_shape = (chunks.shape[0], heads, CHUNK_SIZE, SOLVE_TILE + 1)
+    scratch = torch.empty(scratch_shape, dtype=torch.float32, device=qkv.device)
     tiles = gdn_tiles()
     limit = {} if tiles.solve_registers is None else {"maxnreg": tiles.solve_registers}
     scale = shape.k_dim**-0.5

@@ -85,35 +85,33 @@ def conv_heads_kernel(
 
 @triton.jit
 def _unit_lower_inverse(
-    A, scratch_ptr, row_stride, left,
-    CHUNK: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``(I + A)^-1`` for strictly lower A [CHUNK, CHUNK] float32 of which ``left`` rows count; at most 4 tiles.
+    A, scratch_ptr, CHUNK: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, PRECISION: tl.constexpr
+):
+    """``(I + A)^-1`` for strictly lower A [CHUNK, CHUNK] float32; CHUNK is at most 4 tiles.
 
     Forward substitution inside the diagonal tiles, all at once: one tile a warp, one column a lane of LANES, lines in
-    registers. scratch, CHUNK rows of TILE float32, takes them there and back; its odd row stride keeps the compiler
-    from widening the stores, which would spread a column over lanes and warps. With B the tiles' inverse, L the rest
-    of A and N = B L the whole inverse is ``(I + N)^-1 B = (I - N)(I + N^2) B``, since N^4 = 0.
+    registers. scratch [CHUNK, TILE + 1] float32 takes them there and back; its odd row stride keeps the compiler from
+    widening the stores, which would spread a column over lanes and warps. With B the tiles' inverse, L the rest of A
+    and N = B L the whole inverse is ``(I + N)^-1 B = (I - N)(I + N^2) B``, since N^4 = 0.
     """
+    STRIDE: tl.constexpr = TILE + 1
     at = tl.arange(0, CHUNK)
     same = (at[:, None] // TILE) == (at[None, :] // TILE)
-    tile_at = scratch_ptr + at[:, None] * row_stride + (at % TILE)[None, :]
-    in_tile = same & (at < left)[:, None]
-    tl.store(tile_at, A, mask=in_tile)
+    tile_at = scratch_ptr + at[:, None] * STRIDE + (at % TILE)[None, :]
+    tl.store(tile_at, A, mask=same)
     tl.debug_barrier()
     lane = tl.arange(0, LANES)[:, None, None]
     tile = tl.arange(0, CHUNK // TILE)[None, :, None]
     line = tl.arange(0, TILE)[None, None, :]
-    rows = tile * TILE + line
+    line_at = scratch_ptr + (tile * TILE + line) * STRIDE
     inverse = tl.where((line == lane) & (tile >= 0), 1.0, 0.0)
     for step in tl.static_range(TILE - 1):
-        factor = tl.load(scratch_ptr + rows * row_stride + step, mask=(line > step) & (rows < left), other=0.0)
         solved = tl.sum(tl.where(line == step, inverse, 0.0), axis=2, keep_dims=True)
-        inverse -= factor * solved
+        inverse -= tl.load(line_at + step) * solved
     tl.debug_barrier()
-    tl.store(scratch_ptr + rows * row_stride + lane, inverse, mask=(lane < TILE) & (rows < left))
+    tl.store(line_at + lane, inverse, mask=(lane < TILE) & (line >= 0) & (tile >= 0))
     tl.debug_barrier()
-    B = tl.load(tile_at, mask=in_tile, other=0.0)
+    B = tl.load(tile_at, mask=same, other=0.0)
     N = tl.dot(B, tl.where(same, 0.0, A), input_precision=PRECISION)
     B += tl.dot(tl.dot(N, N, input_precision=PRECISION), B, input_precision=PRECISION)
     return B - tl.dot(N, B, input_precision=PRECISION)
@@ -131,14 +129,13 @@ def solve_chunks_kernel(
 
     qkv [N, C] as ``conv_heads_kernel`` writes it -> per token and value head: values [V] to write if that state were
     zero, reads [K] (keys that read it), scores [CHUNK] (decayed, scaled query-key products), and in float32 the decay
-    ``since`` the chunk's start and ``until`` its end. scratch: TILE + 1 float32 of no meaning.
+    ``since`` the chunk's start and ``until`` its end. scratch [NC, HV, CHUNK, TILE + 1] float32 holds nothing after.
     """
     _, _, _, first, end = _chunk_rows(chunks_ptr, bounds_ptr, tl.program_id(0), CHUNK)
     head = tl.program_id(1)
     key_head = head // per_key
     local = tl.arange(0, CHUNK)
-    left = (end - first).to(tl.int32)
-    live = local < left
+    live = local < (end - first).to(tl.int32)
     a = tl.load(a_ptr + first * a_stride + head + local * a_stride, mask=live, other=0.0)
     b = tl.load(b_ptr + first * b_stride + head + local * b_stride, mask=live, other=0.0).to(tl.float32)
     g = tl.where(live, decay_of(a, tl.load(A_log_ptr + head), tl.load(dt_bias_ptr + head)), 0.0)
@@ -171,8 +168,8 @@ def solve_chunks_kernel(
 
     A = tl.dot(k, tl.trans(k), input_precision="ieee") * decay * beta[:, None]
     A = tl.where(local[:, None] > local[None, :], A, 0.0)
-    scratch_at = scratch_ptr + token_head * (TILE + 1)
-    inverse = _unit_lower_inverse(A, scratch_at, value_heads * (TILE + 1), left, CHUNK, TILE, LANES, PRECISION)
+    scratch_at = scratch_ptr + (tl.program_id(0).to(tl.int64) * value_heads + head) * (CHUNK * (TILE + 1))
+    inverse = _unit_lower_inverse(A, scratch_at, CHUNK, TILE, LANES, PRECISION)
     inverse *= beta[None, :]
     reads = tl.dot((inverse * since[None, :]).to(dtype), k, input_precision="ieee")
     reads_at = reads_ptr + token_head * K + local[:, None] * (value_heads * K) + keys[None, :]

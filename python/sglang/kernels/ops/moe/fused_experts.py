@@ -255,8 +255,8 @@ SERVING_MODELS = {"v2lite": (64, 2048, 1408, 6), "qwen35": (256, 2048, 512, 8), 
 
 def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     """Shapes of served models, without contents, on every path of the Triton launcher; float32 is the proof's dtype."""
-    wanted = [(name, tokens, torch.bfloat16) for name in ("v2lite", "qwen35") for tokens in (1, 8, 128, 1024, 8192)]
-    wanted += [("v3", 1, torch.bfloat16), ("v3", 8, torch.bfloat16), ("v3", 8192, torch.bfloat16)]
+    tokens_of = {"v2lite": (1, 8, 1024), "qwen35": (1, 8, 128, 8192), "v3": (1, 8, 8192)}
+    wanted = [(name, tokens, torch.bfloat16) for name, counts in tokens_of.items() for tokens in counts]
     wanted += [("qwen35", 8, torch.float32), ("qwen35", 1024, torch.float32)]
     for name, tokens, dtype in wanted:
         experts, hidden, width, top_k = SERVING_MODELS[name]
