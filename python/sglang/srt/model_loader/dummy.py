@@ -15,7 +15,7 @@ def iterate_dummy(model: CheckpointModel, seed: int) -> Iterator[tuple[str, torc
     """Every (checkpoint name, full tensor) that ``model`` expects.
 
     A matrix is N(0, 1/sqrt(fan_in)); a vector says its own mean and deviation (norms mean 1, router bias N(0, 0.05)).
-    Numbers are drawn where the model lies and depend on ``seed``, the tensor's name and the kind of device alone, so that
+    Numbers are drawn where the model lies. They depend on ``seed``, the tensor's name and the kind of device alone, so
     every tensor-parallel size serves the same model.
     """
     device = next(model.parameters()).device
