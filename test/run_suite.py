@@ -99,7 +99,7 @@ def run_file(path: Path, registration: CIRegistration, timeout: float, failfast:
     command = [sys.executable, str(path), "-v", *(["-f"] if failfast else [])]
     env = dict(os.environ, PYTHONUNBUFFERED="1")
     # Threads that spin for long wait for one another on a shared runner; servers set the same for themselves.
-    env.setdefault("GOMP_SPINCOUNT", "10000")
+    env.setdefault("GOMP_SPINCOUNT", "1000")
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO / "python"), env.get("PYTHONPATH")]))
     began = time.monotonic()
     with tempfile.TemporaryFile() as log:

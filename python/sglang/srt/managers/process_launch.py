@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_S = 10.0
 # Rounds that an OpenMP thread spins before it sleeps. libgomp's default spins for milliseconds: on a machine that is
-# shared, threads then wait for one that was taken off its core (measured at batch 64: 870 against 11,500 tokens/s).
-SPIN_COUNT = 10_000
+# shared, threads then wait for one that was taken off its core (measured at batch 64: 870 against 10,000 tokens/s).
+SPIN_COUNT = 1_000
 
 
 class LaunchError(RuntimeError):
