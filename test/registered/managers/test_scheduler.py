@@ -333,7 +333,13 @@ class TestOverlap(CustomTestCase):
                 events.append(f"launch {number}")
                 step = launch(batch, info)
                 take = step.result
-                step.result = lambda: (events.append(f"result {number}"), take())[1]  # type: ignore[method-assign]
+
+                def result() -> StepOutput:
+                    self.assertIsNotNone(setup.scheduler.step_started, "the watchdog does not see this wait")
+                    events.append(f"result {number}")
+                    return take()
+
+                step.result = result  # type: ignore[method-assign]
                 return step
 
             setup.worker.launch = spy  # type: ignore[method-assign]

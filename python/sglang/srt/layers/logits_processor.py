@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobRequest
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 TopLogprobs = list[tuple[float, int]]
 # Bound on prompt logits held at once, in elements.
@@ -78,22 +78,25 @@ class LogitsProcessor(nn.Module):
                     logprobs = lm_head(rows).log_softmax(-1)
                     target_ids = torch.tensor(part, device=rows.device).unsqueeze(1)
                     scored += logprobs.gather(1, target_ids).squeeze(1).tolist()
-                    top += _top_logprobs(logprobs, wanted)
-                    chosen += _chosen_logprobs(logprobs, wanted)
+                    if wanted.top_k:
+                        top += top_entries(logprobs, [wanted.top_k] * len(part))
+                    if wanted.token_ids:
+                        chosen += chosen_entries(logprobs, [wanted.token_ids] * len(part))
             out.input_token_logprobs.append(scored)
             out.input_top_logprobs.append(top)
             out.input_token_ids_logprobs.append(chosen)
 
 
-def _top_logprobs(logprobs: torch.Tensor, wanted: LogprobRequest) -> list[TopLogprobs]:
-    if not wanted.top_k:
-        return []
-    values, ids = logprobs.topk(min(wanted.top_k, logprobs.shape[1]), dim=-1)
-    return [list(zip(*row, strict=True)) for row in zip(values.tolist(), ids.tolist(), strict=True)]
+def top_entries(logprobs: torch.Tensor, counts: Sequence[int]) -> list[TopLogprobs]:
+    """For row i of ``logprobs`` [R, V], its ``counts[i]`` best (logprob, id) pairs, best first."""
+    k = min(max(counts), logprobs.shape[1])
+    values, ids = logprobs.topk(k, dim=-1)
+    rows = zip(values.tolist(), ids.tolist(), counts, strict=True)
+    return [list(zip(v[:count], i[:count], strict=True)) for v, i, count in rows]
 
 
-def _chosen_logprobs(logprobs: torch.Tensor, wanted: LogprobRequest) -> list[TopLogprobs]:
-    if not wanted.token_ids:
-        return []
-    values = logprobs[:, list(wanted.token_ids)].tolist()
-    return [list(zip(row, wanted.token_ids, strict=True)) for row in values]
+def chosen_entries(logprobs: torch.Tensor, chosen: Sequence[Sequence[int]]) -> list[TopLogprobs]:
+    """For row i of ``logprobs`` [R, V], the (logprob, id) pairs of the ids ``chosen[i]``, in that order."""
+    return [
+        list(zip(logprobs[row, list(ids)].tolist(), ids, strict=True)) if ids else [] for row, ids in enumerate(chosen)
+    ]

@@ -8,7 +8,7 @@ import torch
 
 from sglang.kernels.ops.sampling.greedy import greedy_sample
 from sglang.kernels.ops.sampling.seeded import seeded_sample
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput, chosen_entries, top_entries
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 
@@ -92,18 +92,3 @@ def _fill_logprobs(
         output.next_token_top_logprobs = top_entries(logprobs, top_logprobs_nums)
     if any(len(chosen) for chosen in token_ids_logprobs):
         output.next_token_token_ids_logprobs = chosen_entries(logprobs, token_ids_logprobs)
-
-
-def top_entries(logprobs: torch.Tensor, counts: Sequence[int]) -> list[list[tuple[float, int]]]:
-    """For row i of ``logprobs`` [R, V], its ``counts[i]`` best (logprob, id) pairs, best first."""
-    k = min(max(counts), logprobs.shape[1])
-    values, ids = logprobs.topk(k, dim=-1)
-    rows = zip(values.tolist(), ids.tolist(), counts, strict=True)
-    return [list(zip(v[:count], i[:count], strict=True)) for v, i, count in rows]
-
-
-def chosen_entries(logprobs: torch.Tensor, chosen: Sequence[Sequence[int]]) -> list[list[tuple[float, int]]]:
-    """For row i of ``logprobs`` [R, V], the (logprob, id) pairs of the ids ``chosen[i]``, in that order."""
-    return [
-        list(zip(logprobs[row, list(ids)].tolist(), ids, strict=True)) if ids else [] for row, ids in enumerate(chosen)
-    ]

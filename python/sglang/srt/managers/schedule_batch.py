@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -131,7 +131,6 @@ class ScheduleBatch:
     draws: list[bool]  # whether the step reaches the request's end, so that its next token is drawn
     out_cache_loc: torch.Tensor  # [N] int64 on the host, requests one after the other
     has_state: bool = False
-    cached_lens: list[int] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:

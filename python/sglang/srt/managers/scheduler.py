@@ -143,6 +143,7 @@ class Scheduler:
         batch, launched = self._in_flight
         self._in_flight = None
         began = time.perf_counter()
+        self.step_started = time.monotonic()
         output = launched.result()
         self._waited_s += time.perf_counter() - began
         self.step_started = None

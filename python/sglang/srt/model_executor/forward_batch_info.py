@@ -103,10 +103,6 @@ class ForwardBatch:
     state_slot_ids: torch.Tensor | None = None  # [B] int64
     logprobs: list[LogprobRequest | None] = field(default_factory=list)
 
-    @property
-    def wants_logprobs(self) -> bool:
-        return any(entry is not None for entry in self.logprobs)
-
     @classmethod
     def from_worker_batch(
         cls,
