@@ -1,5 +1,25 @@
-"""Process groups of tensor parallelism; one rank by default."""
+"""Groups of ranks: see ``parallel_state``."""
 
-from sglang.srt.distributed.parallel_state import ProcessGroupHandle, get_tp_group, init_tp_group, override_tp_group
+from sglang.srt.distributed.parallel_state import (
+    ParallelState,
+    ProcessGroupHandle,
+    get_parallel_state,
+    get_tp_group,
+    get_world_group,
+    init_parallel_state,
+    is_dp_attention_enabled,
+    override_parallel_state,
+    override_tp_group,
+)
 
-__all__ = ["ProcessGroupHandle", "get_tp_group", "init_tp_group", "override_tp_group"]
+__all__ = [
+    "ParallelState",
+    "ProcessGroupHandle",
+    "get_parallel_state",
+    "get_tp_group",
+    "get_world_group",
+    "init_parallel_state",
+    "is_dp_attention_enabled",
+    "override_parallel_state",
+    "override_tp_group",
+]

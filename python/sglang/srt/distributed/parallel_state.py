@@ -1,10 +1,10 @@
-"""The tensor-parallel group of this process and the collectives that the engine uses on it."""
+"""The groups of ranks that share one model, and the collectives that the engine uses on them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -65,37 +65,115 @@ class ProcessGroupHandle:
             dist.barrier(group=self.cpu_group)
 
 
-_SINGLE = ProcessGroupHandle()
-_tp_group = _SINGLE
+@dataclass(frozen=True)
+class ParallelState:
+    """Where this process stands among the ranks of one replica.
+
+    ``world`` holds all ranks of the replica. ``tp`` holds those that share attention and dense weights: the whole world,
+    or under attention data parallelism this rank's part of it (rank ``r`` of the world is in part ``r // tp.size``).
+    Experts are split over ``ep_size`` equal runs of ranks; inside a run each expert is split by its inner width.
+    """
+
+    world: ProcessGroupHandle = field(default_factory=ProcessGroupHandle)
+    tp: ProcessGroupHandle = field(default_factory=ProcessGroupHandle)
+    ep_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.world.size % self.tp.size or self.world.size % self.ep_size:
+            raise ValueError(
+                f"{self.world.size} ranks cannot be parted into tensor-parallel groups of {self.tp.size} and expert "
+                f"parts of {self.ep_size}."
+            )
+
+    @property
+    def attn_dp_size(self) -> int:
+        """Independent attention groups; 1 without attention data parallelism."""
+        return self.world.size // self.tp.size
+
+    @property
+    def attn_dp_rank(self) -> int:
+        return self.world.rank // self.tp.size
+
+
+_state = ParallelState()
+
+
+def get_parallel_state() -> ParallelState:
+    """This process's place; a single rank until ``init_parallel_state``."""
+    return _state
 
 
 def get_tp_group() -> ProcessGroupHandle:
-    """The tensor-parallel group; a single rank until ``init_tp_group``."""
-    return _tp_group
+    """The ranks that share attention and dense weights (upstream's attention TP group)."""
+    return _state.tp
 
 
-def init_tp_group(rank: int, size: int, init_method: str, backend: str, timeout_s: float) -> ProcessGroupHandle:
-    """Join the tensor-parallel group of ``size`` ranks at ``init_method`` (e.g. ``tcp://127.0.0.1:29500``)."""
-    global _tp_group
-    if size == 1:
-        _tp_group = _SINGLE
-        return _tp_group
+def get_world_group() -> ProcessGroupHandle:
+    """All ranks of this replica."""
+    return _state.world
+
+
+def is_dp_attention_enabled() -> bool:
+    """True when groups of this replica attend to different requests."""
+    return _state.attn_dp_size > 1
+
+
+def init_parallel_state(
+    rank: int,
+    world_size: int,
+    init_method: str,
+    backend: str,
+    timeout_s: float,
+    attn_dp_size: int = 1,
+    ep_size: int = 1,
+) -> ParallelState:
+    """Join the ``world_size`` ranks of a replica at ``init_method`` (e.g. ``tcp://127.0.0.1:29500``).
+
+    Raises ValueError when ``attn_dp_size`` or ``ep_size`` does not divide ``world_size``.
+    """
+    global _state
+    if world_size == 1:
+        _state = ParallelState()
+        return _state
+    if world_size % attn_dp_size:
+        raise ValueError(f"{world_size} ranks cannot be parted into {attn_dp_size} attention groups.")
+    timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
-        backend=backend, init_method=init_method, rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
+        backend=backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout
     )
-    group = dist.group.WORLD
-    cpu_group = group if backend == "gloo" else dist.new_group(backend="gloo")
-    _tp_group = ProcessGroupHandle(rank=rank, size=size, group=group, cpu_group=cpu_group)
-    return _tp_group
+    world = _handle(list(range(world_size)), rank, backend, timeout)
+    tp_size, tp = world_size // attn_dp_size, world
+    if attn_dp_size > 1:
+        # Every rank takes part in the making of every group, its own or not.
+        parts = [list(range(first, first + tp_size)) for first in range(0, world_size, tp_size)]
+        handles = [_handle(part, rank, backend, timeout) for part in parts]
+        tp = handles[rank // tp_size]
+    _state = ParallelState(world, tp, ep_size)
+    return _state
+
+
+def _handle(ranks: list[int], rank: int, backend: str, timeout: timedelta) -> ProcessGroupHandle:
+    group = dist.new_group(ranks, backend=backend, timeout=timeout)
+    cpu_group = group if backend == "gloo" else dist.new_group(ranks, backend="gloo", timeout=timeout)
+    if rank not in ranks:
+        return ProcessGroupHandle()
+    return ProcessGroupHandle(rank=ranks.index(rank), size=len(ranks), group=group, cpu_group=cpu_group)
+
+
+@contextmanager
+def override_parallel_state(state: ParallelState) -> Iterator[ParallelState]:
+    """Use ``state`` inside the block (tests)."""
+    global _state
+    previous = _state
+    _state = state
+    try:
+        yield state
+    finally:
+        _state = previous
 
 
 @contextmanager
 def override_tp_group(handle: ProcessGroupHandle) -> Iterator[ProcessGroupHandle]:
-    """Use ``handle`` inside the block (tests)."""
-    global _tp_group
-    previous = _tp_group
-    _tp_group = handle
-    try:
+    """Use ``handle`` as the only group inside the block (tests)."""
+    with override_parallel_state(ParallelState(handle, handle)):
         yield handle
-    finally:
-        _tp_group = previous

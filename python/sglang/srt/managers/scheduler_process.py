@@ -14,7 +14,7 @@ import torch
 from sglang.kernels.registry import REGISTRY, KernelConfigError
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import init_tp_group
+from sglang.srt.distributed import init_parallel_state
 from sglang.srt.managers.process_launch import ChildContext, ended_by_sigterm, parse_child_arguments
 from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.scheduler import Scheduler
@@ -56,7 +56,7 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
     config = context.config
     backend = "nccl" if current_platform.device_type == "cuda" else "gloo"
     timeout = float(args.dist_timeout or 600)
-    group = init_tp_group(config.tp_rank, config.tp_size, config.dist_init_method, backend, timeout)
+    group = init_parallel_state(config.tp_rank, config.tp_size, config.dist_init_method, backend, timeout).tp
     model_config = ModelConfig.from_path(
         args.model_path,
         json_model_override_args=args.model_overrides(),

@@ -72,6 +72,8 @@ class ModelWorkerBatch:
     extend_prefix_lens: list[int] | None = None  # [B], extend only
     state_slot_ids: torch.Tensor | None = None  # [B] int64, recurrent-state slots of hybrid models
     logprobs: list[LogprobRequest | None] = field(default_factory=list)  # [B], or empty when nobody asks
+    # Attention data parallelism: tokens that each attention group brings to this step, agreed by all of them.
+    global_num_tokens: list[int] | None = None
 
     @property
     def batch_size(self) -> int:
@@ -102,6 +104,8 @@ class ForwardBatch:
     extend_start_loc_cpu: list[int] | None = None
     state_slot_ids: torch.Tensor | None = None  # [B] int64
     logprobs: list[LogprobRequest | None] = field(default_factory=list)
+    # Tokens that each attention group brings, padding not counted; None without attention data parallelism.
+    global_num_tokens_cpu: list[int] | None = None
 
     @classmethod
     def from_worker_batch(
@@ -145,4 +149,5 @@ class ForwardBatch:
             extend_start_loc_cpu=starts,
             state_slot_ids=None if batch.state_slot_ids is None else move(batch.state_slot_ids),
             logprobs=batch.logprobs,
+            global_num_tokens_cpu=batch.global_num_tokens,
         )

@@ -32,8 +32,9 @@ class DeepseekV2DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = DeepseekV2AttentionMLA(config, layer_id, rotary_emb)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.is_moe = config.is_moe_layer(layer_id)
         self.mlp: nn.Module
-        if config.is_moe_layer(layer_id):
+        if self.is_moe:
             self.mlp = DeepseekV2MoE(config, overlap)
         else:
             self.mlp = DeepseekV2MLP(config.hidden_size, config.intermediate_size)
@@ -49,7 +50,7 @@ class DeepseekV2DecoderLayer(nn.Module):
             hidden, residual = self.input_layernorm(hidden, residual)
         hidden = self.self_attn(hidden, positions, fb)
         hidden, residual = self.post_attention_layernorm(hidden, residual)
-        return self.mlp(hidden), residual
+        return self.mlp(hidden, fb) if self.is_moe else self.mlp(hidden), residual
 
 
 class DeepseekV2Model(nn.Module):

@@ -11,6 +11,7 @@ from sglang.srt.layers.activation import silu_and_mul
 from sglang.srt.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.topk import TopK
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
 
 
@@ -69,15 +70,15 @@ class Qwen2MoeSparseMoeBlock(nn.Module):
     def extra_repr(self) -> str:
         return f"layer_id={self.layer_id}, prefix={self.prefix!r}, is_nextn={self.is_nextn}"
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """x [N, H] -> [N, H]."""
         shared, routed = self.overlap.fork_join(
-            lambda: self._forward_shared_experts(x), lambda: self._forward_router_experts(x), num_tokens=x.shape[0]
+            lambda: self._forward_shared_experts(x), lambda: self._forward_router_experts(x, fb), num_tokens=x.shape[0]
         )
         return self._tp.all_reduce(routed + shared)
 
     def _forward_shared_experts(self, x: torch.Tensor) -> torch.Tensor:
         return self.shared_expert(x) * self.shared_expert_gate(x).sigmoid()
 
-    def _forward_router_experts(self, x: torch.Tensor) -> torch.Tensor:
-        return self.experts(x, self.topk(self.gate(x)))
+    def _forward_router_experts(self, x: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+        return self.experts(x, self.topk(self.gate(x)), fb)

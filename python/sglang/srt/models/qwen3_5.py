@@ -198,8 +198,9 @@ class Qwen3_5DecoderLayer(nn.Module):
         self.input_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.use_alt_stream = _hip_use_alt_stream
+        self.is_moe = config.is_moe
         self.mlp: nn.Module
-        if config.is_moe:
+        if self.is_moe:
             self.mlp = Qwen2MoeSparseMoeBlock(
                 layer_id,
                 config,
@@ -225,7 +226,7 @@ class Qwen3_5DecoderLayer(nn.Module):
             hidden, residual = self.input_layernorm(hidden, residual)
         hidden = self.mix(positions, hidden, fb)
         hidden, residual = self.post_attention_layernorm(hidden, residual)
-        return self.mlp(hidden), residual
+        return self.mlp(hidden, fb) if self.is_moe else self.mlp(hidden), residual
 
 
 class Qwen3_5LinearDecoderLayer(Qwen3_5DecoderLayer):

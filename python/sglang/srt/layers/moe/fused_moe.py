@@ -9,8 +9,10 @@ from torch import nn
 
 from sglang.kernels.ops.moe.fused_experts import fused_experts
 from sglang.srt.distributed import get_tp_group
+from sglang.srt.layers.moe.placement import ExpertPlacement
 from sglang.srt.layers.moe.topk import TopKOutput
 from sglang.srt.layers.weights import check_shape, make_parameter
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 # Checkpoint names of the three matrices of an expert, and of their stacked forms.
 EXPERT_LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -18,9 +20,10 @@ ExpertTensor = tuple[str, tuple[int, ...], Callable[[torch.Tensor], None]]
 
 
 class FusedMoE(nn.Module):
-    """``num_experts`` gated feed-forward experts, each split over the tensor-parallel ranks by its inner width.
+    """``num_experts`` gated feed-forward experts, of which this rank holds its placement's part.
 
-    hidden: H. intermediate: I of one expert. top_k: experts a token. reduce_results: sum over ranks at the end.
+    hidden: H. intermediate: I of one expert. top_k: experts a token. reduce_results: sum over the tensor-parallel ranks
+    at the end; otherwise the result is this rank's part of that sum.
     """
 
     def __init__(
@@ -28,27 +31,34 @@ class FusedMoE(nn.Module):
     ) -> None:
         super().__init__()
         self._tp = get_tp_group()
-        if intermediate % self._tp.size:
-            raise ValueError(f"expert width {intermediate} cannot be split over {self._tp.size} tensor-parallel ranks.")
+        self.placement = ExpertPlacement.here(num_experts)
+        parts = self.placement.parts
+        if intermediate % parts:
+            raise ValueError(f"expert width {intermediate} cannot be split over {parts} tensor-parallel ranks.")
         self.num_experts = num_experts
         self.hidden = hidden
         self.intermediate = intermediate
         self.top_k = top_k
         self.reduce_results = reduce_results
-        self.width = intermediate // self._tp.size
-        self.w13_weight = make_parameter(num_experts, 2 * self.width, hidden)
-        self.w2_weight = make_parameter(num_experts, hidden, self.width)
+        self.width = intermediate // parts
+        self.w13_weight = make_parameter(self.placement.count, 2 * self.width, hidden)
+        self.w2_weight = make_parameter(self.placement.count, hidden, self.width)
 
     def load_expert(self, name: str, expert_id: int, tensor: torch.Tensor) -> None:
-        """Take matrix ``name`` of one expert: "w1" (gate) and "w3" (up) [I, H], "w2" (down) [H, I]."""
-        start = self._tp.rank * self.width
-        if name == "w2":
-            check_shape(tensor, (self.hidden, self.intermediate))
-            self.w2_weight.data[expert_id].copy_(tensor.narrow(1, start, self.width))
+        """Take matrix ``name`` of one expert: "w1" (gate) and "w3" (up) [I, H], "w2" (down) [H, I].
+
+        A matrix of an expert that another rank holds is checked and left.
+        """
+        full = (self.hidden, self.intermediate) if name == "w2" else (self.intermediate, self.hidden)
+        check_shape(tensor, full)
+        if not self.placement.holds(expert_id):
             return
-        check_shape(tensor, (self.intermediate, self.hidden))
+        start, local = self.placement.part * self.width, expert_id - self.placement.first
+        if name == "w2":
+            self.w2_weight.data[local].copy_(tensor.narrow(1, start, self.width))
+            return
         offset = 0 if name == "w1" else self.width
-        self.w13_weight.data[expert_id].narrow(0, offset, self.width).copy_(tensor.narrow(0, start, self.width))
+        self.w13_weight.data[local].narrow(0, offset, self.width).copy_(tensor.narrow(0, start, self.width))
 
     def load_fused(self, name: str, tensor: torch.Tensor) -> None:
         """Take all experts at once: "gate_up_proj" [E, 2I, H] (gate rows first) or "down_proj" [E, H, I]."""
@@ -86,9 +96,16 @@ class FusedMoE(nn.Module):
             return self.num_experts, self.hidden, self.intermediate
         return self.num_experts, 2 * self.intermediate, self.hidden
 
-    def forward(self, x: torch.Tensor, topk: TopKOutput) -> torch.Tensor:
-        """x [N, H] (left as it is), topk with k = ``top_k`` -> new [N, H]: the weighted sum of the experts' outputs."""
+    def forward(self, x: torch.Tensor, topk: TopKOutput, fb: ForwardBatch | None = None) -> torch.Tensor:
+        """x [N, H] (left as it is), topk with k = ``top_k`` -> new [N, H]: the weighted sum of the experts' outputs.
+
+        ``fb``, the step, is for experts that exchange tokens between ranks.
+        """
         if topk.ids.shape[1] != self.top_k:
             raise ValueError(f"expected {self.top_k} experts a token, got {topk.ids.shape[1]}")
-        out = fused_experts(x, self.w13_weight, self.w2_weight, topk.weights, topk.ids)
+        out = self.run_experts(x, topk.weights, self.placement.local_ids(topk.ids))
         return self._tp.all_reduce(out) if self.reduce_results else out
+
+    def run_experts(self, x: torch.Tensor, weights: torch.Tensor, local_ids: torch.Tensor) -> torch.Tensor:
+        """Weighted sum over this rank's experts. x [N, H], weights [N, k] float32, local_ids [N, k] int32, -1: none."""
+        return fused_experts(x, self.w13_weight, self.w2_weight, weights, local_ids)

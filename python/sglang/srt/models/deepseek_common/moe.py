@@ -13,6 +13,7 @@ from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLine
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.weights import make_parameter
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
 
 
@@ -63,18 +64,18 @@ class DeepseekV2MoE(nn.Module):
         if config.n_shared_experts:
             self.shared_experts = DeepseekV2MLP(hidden, config.n_shared_experts * width, reduce_results=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """x [N, H] -> [N, H]."""
         if self.shared_experts is None:
-            return self._tp.all_reduce(self._routed(x))
+            return self._tp.all_reduce(self._routed(x, fb))
         shared_experts = self.shared_experts
         shared, routed = self.overlap.fork_join(
-            lambda: shared_experts(x), lambda: self._routed(x), num_tokens=x.shape[0]
+            lambda: shared_experts(x), lambda: self._routed(x, fb), num_tokens=x.shape[0]
         )
         return self._tp.all_reduce(routed + shared)
 
-    def _routed(self, x: torch.Tensor) -> torch.Tensor:
-        return self.experts(x, self.topk(self.gate(x)))
+    def _routed(self, x: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+        return self.experts(x, self.topk(self.gate(x)), fb)
 
 
 def make_topk(config: DeepseekConfig, correction_bias: torch.Tensor | None) -> TopK:
