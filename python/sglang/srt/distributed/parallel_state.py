@@ -69,8 +69,8 @@ class ProcessGroupHandle:
 class ParallelState:
     """Where this process stands among the ranks of one replica.
 
-    ``world`` holds all ranks of the replica. ``tp`` holds those that share attention and dense weights: the whole world,
-    or under attention data parallelism this rank's part of it (rank ``r`` of the world is in part ``r // tp.size``).
+    ``world`` holds all ranks of the replica. ``tp`` holds those that share attention and dense weights: the whole world
+    or, under attention data parallelism, this rank's part of it (rank ``r`` of the world is in part ``r // tp.size``).
     Experts are split over ``ep_size`` equal runs of ranks; inside a run each expert is split by its inner width.
     """
 
