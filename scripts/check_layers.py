@@ -34,7 +34,15 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (11, ("sglang.srt.managers",)),
     (
         12,
-        ("sglang.srt.entrypoints", "sglang.cli", "sglang.launch_server", "sglang.bench", "sglang.check_env"),
+        (
+            "sglang.srt.entrypoints",
+            "sglang.cli",
+            "sglang.launch_server",
+            "sglang.bench",
+            "sglang.check_env",
+            "sglang.plan",
+            "sglang.kernels.__main__",
+        ),
     ),
 )
 # Layer 12 is the outermost: its commands share the entrypoints.

@@ -35,7 +35,8 @@ def seconds(engine: Engine, prompts: list[list[int]], new_tokens: int) -> float:
 
 def measure(engine: Engine, size: int, vocab: int, args: argparse.Namespace, seed: int) -> tuple[float, float]:
     """(ms a token, prefill tokens/s) of one run."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng((size, seed))
+    engine.flush_cache()
 
     def prompts() -> list[list[int]]:
         return rng.integers(FIRST_ID, vocab, size=(size, args.input_len)).tolist()

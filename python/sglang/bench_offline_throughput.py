@@ -57,7 +57,7 @@ def run(args: argparse.Namespace, server_args: ServerArgs) -> dict[str, Any]:
             generate_all(engine, short, True)
             engine.flush_cache()
         replies, seconds = generate_all(engine, rows, not args.disable_ignore_eos)
-        state = engine.get_server_info()["internal_states"][0]
+        states = engine.get_server_info()["internal_states"]
     inputs = sum(row.prompt_len for row in rows)
     outputs = sum(reply["meta_info"]["completion_tokens"] for reply in replies)
     record = {
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace, server_args: ServerArgs) -> dict[str, Any]:
         "total_latency": seconds,
         "total_input_tokens": inputs,
         "total_output_tokens": outputs,
-        "last_gen_throughput": state["last_gen_throughput"],
+        "last_gen_throughput": sum(state["last_gen_throughput"] for state in states),
         "request_throughput": len(replies) / seconds,
         "input_throughput": inputs / seconds,
         "output_throughput": outputs / seconds,

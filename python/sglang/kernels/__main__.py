@@ -1,6 +1,7 @@
 """``python -m sglang.kernels``: every op, what would run here, and why the others would not.
 
-``--amd-report`` compiles every Triton kernel for AMD instead, with no GPU, and prints what each needs.
+``--amd-report`` compiles every Triton kernel for AMD instead, with no GPU, and prints what each needs and which of the
+walked models launch it.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ def _amd_report(as_json: bool, update: bool) -> int:
         print(f"error: --amd-report compiles with Triton, which does not import: {reason}", file=sys.stderr)
         return 2
     from sglang.kernels.amd.gate import report
+    from sglang.srt.model_executor.shape_walk import walk_models
 
-    return report(as_json, update)
+    return report(as_json, update, walk_models)
 
 
 def main() -> int:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sglang.kernels.spec import Impl
+from sglang.srt.environ import envs
 
 # Dtypes that the Triton kernels load, compute in float32 and store.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -59,3 +60,10 @@ def warps_for(elements: int) -> int:
 def triton_impl(fn: Callable[..., Any], accepts: Callable[..., bool]) -> Impl:
     """The Triton line of an op: runs on any GPU that Triton compiles for, where ``accepts`` says yes."""
     return Impl("triton", fn, kinds={"hip", "cuda"}, package="triton", needs_device=True, accepts=accepts)
+
+
+def aiter_impl(fn: Callable[..., Any], accepts: Callable[..., bool]) -> Impl:
+    """The AITER line of an op: on ROCm, where SGLANG_USE_AITER asks for it and ``accepts`` says yes."""
+    return Impl(
+        "aiter", fn, kinds={"hip"}, package="aiter", enabled=lambda: envs.SGLANG_USE_AITER.get(), accepts=accepts
+    )

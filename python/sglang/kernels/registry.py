@@ -105,6 +105,12 @@ class KernelRegistry:
                 self._disable(op, impl, record, error)
         raise KernelConfigError(f"op {op.name}: no implementation accepts these arguments (forced: {record.forced}).")
 
+    def chosen(self, op: Op) -> str:
+        """Name of the implementation that calls of ``op`` try first."""
+        if op.table is None:
+            self._decide(op)
+        return self.records[op.name].chosen
+
     def report(self) -> list[dict[str, Any]]:
         """One row an op for /server_info and ``python -m sglang.kernels``."""
         rows = []
@@ -169,6 +175,8 @@ class KernelRegistry:
         if impl.package is not None:
             if impl.package not in self._packages:
                 self._packages[impl.package] = probe_package(impl.package)
+                if impl.enabled is not None and self._packages[impl.package] is not None:
+                    logger.warning("%s is switched on, but does not import: its kernels do not run", impl.package)
             reason = self._packages[impl.package]
             if reason is not None:
                 return f"package {impl.package} does not import ({reason})"

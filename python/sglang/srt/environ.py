@@ -71,6 +71,18 @@ class Envs:
         doc="Run independent parts of a DeepSeek V4 layer on a second stream.",
         pending="DeepSeek V4",
     )
+    SGLANG_STREAM_SITES = EnvStr(
+        "",
+        section="Performance Tuning",
+        doc="Comma-separated `site=on` or `site=off` pairs that override which places overlap on a second stream, for "
+        "measurements, such as `qwen3_5.qk_norm=off`. `/server_info` lists the sites.",
+    )
+    SGLANG_TRACE_OVERLAP = EnvBool(
+        False,
+        section="Performance Tuning",
+        doc="Measure with events how much of each side computation ran beside the main one, by site and step size, for "
+        "the log, `/metrics` and `/server_info`.",
+    )
 
     # MORI Configuration
     SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK = EnvInt(
@@ -160,7 +172,12 @@ class Envs:
 
     # Model-Specific Options
     SGLANG_USE_AITER = EnvBool(
-        False, section=_MODEL, platform="hip", doc="Use AITER's kernels where they fit.", pending="AITER kernels"
+        False,
+        section=_MODEL,
+        platform="hip",
+        doc="Use AITER's kernels where they fit: greedy sampling (vocabularies that are multiples of 16) and routed "
+        "experts in 16 or 8 bits (loaded into AITER's weight layout). `/server_info` lists what runs.",
+        requires="the package `aiter`",
     )
     SGLANG_USE_AITER_UNIFIED_ATTN = EnvBool(
         False, section=_MODEL, platform="hip", doc="Use AITER's unified attention kernel.", pending="AITER kernels"
@@ -198,17 +215,17 @@ class Envs:
         False,
         section=_MODEL,
         platform="hip",
-        doc="DeepSeek MoE: run shared experts beside routed experts on a second stream.",
-        requires="`GPU_MAX_HW_QUEUES` of at least 5; pays best with `--deepep-mode low_latency` (MORI AsyncLL)",
-        pending="dual-stream MoE",
+        doc="DeepSeek MoE: run shared experts beside routed experts on a second stream, as CUDA does unasked.",
+        requires="`GPU_MAX_HW_QUEUES` of at least 5 (the launcher sets it unless it is set); pays best with "
+        "`--deepep-mode low_latency` (MORI AsyncLL) and `MORI_ENABLE_SDMA=1`",
     )
     SGLANG_ALT_STREAM = EnvBool(
         False,
         section=_MODEL,
         platform="hip",
-        doc="Qwen3.5: create the second stream, on which shared experts run beside routed experts.",
-        requires="`--disable-shared-experts-fusion`",
-        pending="dual-stream Qwen3.5",
+        doc="Qwen3.5: create the second stream, on which shared experts run beside routed experts, as CUDA does "
+        "unasked.",
+        requires="`--disable-shared-experts-fusion` where shared experts would be fused",
     )
     SGLANG_GDN_QKVZ_BA_ALT_STREAM = EnvBool(
         False,
@@ -216,7 +233,6 @@ class Envs:
         platform="hip",
         doc="Qwen3.5: also split the two input projections of a GDN layer over both streams.",
         requires="`SGLANG_ALT_STREAM`",
-        pending="dual-stream Qwen3.5",
     )
     SGLANG_QK_NORM_ALT_STREAM = EnvBool(
         False,
@@ -224,7 +240,6 @@ class Envs:
         platform="hip",
         doc="Qwen3.5: also split the query and key norms over both streams.",
         requires="`SGLANG_ALT_STREAM`",
-        pending="dual-stream Qwen3.5",
     )
     SGLANG_OPT_USE_TRITON_FUSED_MHC = EnvBool(
         True,
@@ -261,6 +276,12 @@ class Envs:
         section=_TEST,
         doc="Scheduler steps between retractions.",
         requires="`SGLANG_TEST_RETRACT`",
+    )
+    SGLANG_DEBUG_STREAM_OVERLAP = EnvBool(
+        False,
+        section=_TEST,
+        doc="Check at each overlap of two streams that the sides share no storage that one of them writes, and no "
+        "collective; a conflict stops the step. Kernels outside torch's dispatcher are not seen.",
     )
     SGLANG_DEBUG_POOL_CHECK = EnvBool(
         False, section=_TEST, doc="Check the accounting of all memory pools at each idle step; a leak stops the server."

@@ -23,7 +23,8 @@ FOREIGN = (
         "HIP runtime",
         "4",
         "Hardware queues that HIP creates for a process. Two streams overlap only if each gets a queue: dual-stream "
-        "MoE needs at least 5. Read once, before the first HIP call.",
+        "MoE needs at least 5. Read once, before the first HIP call; the launcher sets it for its processes when a "
+        "second stream is used and it is not set.",
     ),
     EnvForeign("HIP_VISIBLE_DEVICES", "HIP runtime", "", "Indices of the AMD GPUs that a process sees."),
     EnvForeign("ROCR_VISIBLE_DEVICES", "ROCm runtime", "", "As `HIP_VISIBLE_DEVICES`, one layer below."),

@@ -19,7 +19,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from sglang.srt.server_args_fields import Arg, FieldSpec, field_specs
 from sglang.srt.server_args_parser import add_arguments, collect_values, lacking_flag, parse_command_line
-from sglang.srt.server_args_upstream import verdicts
+from sglang.srt.server_args_upstream import (
+    A2A_ELSEWHERE,
+    ATTENTION_ELSEWHERE,
+    LOAD_FORMATS_ELSEWHERE,
+    QUANTIZATION_ELSEWHERE,
+    verdicts,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -57,16 +63,6 @@ EXPERTS = "Expert parallelism"
 LINEAR = "Mamba and linear attention"
 GRAPHS = "Graphs and overlap"
 
-_ATTENTION_ELSEWHERE = (
-    "flex_attention", "nsa", "dsv4", "compressed", "cutlass_mla", "fa3", "fa4", "flashinfer", "flashmla", "trtllm_mla",
-    "tokenspeed_mla", "trtllm_mha", "dual_chunk_flash_attn", "wave", "intel_amx", "ascend", "intel_xpu",
-)  # fmt: skip
-_LOAD_FORMATS_ELSEWHERE = (
-    "pt", "npcache", "sharded_state", "gguf", "bitsandbytes", "mistral", "layered", "flash_rl", "remote",
-    "remote_instance", "fastsafetensors", "private", "runai_streamer",
-)  # fmt: skip
-_A2A_ELSEWHERE = ("deepep", "mooncake", "nixl", "ascend_fuseep", "flashinfer", "megamoe")
-
 
 class ServerArgsError(ValueError):
     """Settings that cannot be used; ``errors`` holds each reason."""
@@ -103,7 +99,7 @@ class ServerArgs:
             "Where weights come from. auto and safetensors read the files of the folder; dummy makes random ones.",
             MODEL,
             choices=("auto", "safetensors", "dummy"),
-            elsewhere=_LOAD_FORMATS_ELSEWHERE,
+            elsewhere=LOAD_FORMATS_ELSEWHERE,
         ),
     ] = "auto"
     context_length: Annotated[
@@ -125,6 +121,20 @@ class ServerArgs:
             choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
         ),
     ] = "auto"
+    quantization: Annotated[
+        str | None,
+        Arg(
+            "fp8 turns matrices into 8-bit floats in 128x128 blocks as they load. An fp8 checkpoint needs no flag.",
+            DTYPE, choices=("fp8",), elsewhere=QUANTIZATION_ELSEWHERE, auto="the checkpoint's format",
+        ),  # fmt: skip
+    ] = None
+    kv_cache_dtype: Annotated[
+        str,
+        Arg(
+            "Type of cached keys, values and latents: auto is that of activations; fp8_e4m3 has 3 bits of fraction.",
+            DTYPE, choices=("auto", "bfloat16", "fp8_e4m3"), elsewhere=("fp8_e5m2", "fp4_e2m1"),
+        ),  # fmt: skip
+    ] = "auto"
     mem_fraction_static: Annotated[
         float | None,
         Arg(
@@ -136,7 +146,8 @@ class ServerArgs:
         ),
     ] = None
     max_running_requests: Annotated[
-        int | None, Arg("Most requests that run at once.", MEMORY, minimum=1, auto="64 on CPU, else 256")
+        int | None,
+        Arg("Most requests that run at once, on each DP rank.", MEMORY, minimum=1, auto="64 on CPU, else 256"),
     ] = None
     max_queued_requests: Annotated[
         int | None, Arg("Most requests that wait; more are answered 503.", MEMORY, minimum=1, auto="no limit")
@@ -148,7 +159,8 @@ class ServerArgs:
     chunked_prefill_size: Annotated[
         int | None,
         Arg(
-            "Most prompt tokens of a request in one step; a multiple of the page size. -1 never cuts a prompt.",
+            "Most prompt tokens in one step; a multiple of the page size. -1 never cuts a prompt. Attention groups "
+            "divide it.",
             MEMORY,
             minimum=1,
             also=(-1,),
@@ -231,8 +243,27 @@ class ServerArgs:
         Arg("Ranks that share each layer.", PARALLEL, aliases=("--tensor-parallel-size", "--tp"), minimum=1),
     ] = 1
     dp_size: Annotated[
-        int, Arg("Replicas; only 1 in this build.", PARALLEL, aliases=("--data-parallel-size", "--dp"), minimum=1)
+        int,
+        Arg(
+            "Replicas of `--tp-size` ranks each; with `--enable-dp-attention`, attention groups among those ranks.",
+            PARALLEL,
+            aliases=("--data-parallel-size", "--dp"),
+            minimum=1,
+        ),
     ] = 1
+    enable_dp_attention: Annotated[
+        bool,
+        Arg("Part the ranks into `--dp-size` groups that attend to different requests and share experts.", PARALLEL),
+    ] = False
+    load_balance_method: Annotated[
+        str,
+        Arg(
+            "Which replica or attention group a request goes to: in turn, or the one with the fewest tokens to hold.",
+            PARALLEL,
+            choices=("auto", "round_robin", "total_tokens"),
+            elsewhere=("total_requests", "follow_bootstrap_room", "shortest_queue", "minimum_tokens"),
+        ),
+    ] = "auto"
     nccl_port: Annotated[
         int | None, Arg("Local port where the ranks meet.", PARALLEL, minimum=1, maximum=65535, auto="a free one")
     ] = None
@@ -245,7 +276,7 @@ class ServerArgs:
             "Implementation that attention prefers; triton and aiter need a GPU. In this build aiter becomes triton.",
             KERNELS,
             choices=("torch_native", "triton", "aiter"),
-            elsewhere=_ATTENTION_ELSEWHERE,
+            elsewhere=ATTENTION_ELSEWHERE,
             auto="torch_native on CPU, else triton",
         ),
     ] = None
@@ -256,7 +287,7 @@ class ServerArgs:
     ep_size: Annotated[
         int,
         Arg(
-            "Ranks that share the experts; only 1 in this build.",
+            "Parts into which the experts are split; divides `--tp-size`. `--moe-a2a-backend mori` makes it that.",
             EXPERTS,
             aliases=("--expert-parallel-size", "--ep"),
             minimum=1,
@@ -265,16 +296,17 @@ class ServerArgs:
     moe_a2a_backend: Annotated[
         str,
         Arg(
-            "Token exchange between expert ranks; only none in this build.",
+            "Token exchange between expert ranks: none sums over all, mori sends each token to the ranks it needs.",
             EXPERTS,
             choices=("none", "mori"),
-            elsewhere=_A2A_ELSEWHERE,
+            elsewhere=A2A_ELSEWHERE,
         ),
     ] = "none"
     deepep_mode: Annotated[
         str,
         Arg(
-            "Mode of DeepEP or MoriEP: normal for throughput, low_latency (AsyncLL with MoriEP) for small batches.",
+            "Mode of DeepEP or MoriEP: normal for throughput, low_latency (AsyncLL with MoriEP) for small batches. "
+            "With mori, auto is normal.",
             EXPERTS,
             choices=("auto", "normal", "low_latency"),
         ),
@@ -341,6 +373,16 @@ class ServerArgs:
         """From a namespace of a parser that ``add_cli_args`` filled; raises ServerArgsError."""
         parsed = collect_values(namespace, specs())
         return _accepted(cls(**parsed.values), parsed.errors, parsed.warnings)
+
+    @property
+    def num_replicas(self) -> int:
+        """Independent copies of the model, of ``tp_size`` ranks each."""
+        return 1 if self.enable_dp_attention else self.dp_size
+
+    @property
+    def attn_dp_size(self) -> int:
+        """Attention groups of one replica."""
+        return self.dp_size if self.enable_dp_attention else 1
 
     def model_overrides(self) -> dict[str, Any]:
         """``json_model_override_args`` as a mapping."""

@@ -21,6 +21,7 @@ ATTENTION_KINDS = {"torch_native": ("cpu", "cuda", "hip"), "triton": ("cuda", "h
 BUILT_ATTENTION_BACKENDS = ("torch_native", "triton")
 # Backends whose decode step can be captured.
 GRAPH_ATTENTION_BACKENDS = ("triton",)
+DISPATCH_LIMIT = "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 LOOPBACK_HOSTS = ("localhost", "::1")
 
 
@@ -61,6 +62,9 @@ class Context:
     platform: PlatformLike
     model: ModelConfig | None
     mamba_ssm_dtype: str
+    # Tokens that a rank may dispatch in one forward, and the fields that the user set rather than left to resolution.
+    dispatch_limit: int = 0
+    given: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -79,10 +83,12 @@ Step = Callable[["ServerArgs", Context], Iterator["Change | Problem"]]
 def resolve_all(args: ServerArgs, model: ModelConfig | None, platform: PlatformLike) -> Resolution:
     """Run every step on ``args``, which stay as they are; problems are collected."""
     resolution = Resolution(args, warnings=remarks(args))
+    given = frozenset(name for name, value in vars(args).items() if value is not None)
     try:
-        context = Context(platform, model, envs.SGLANG_MAMBA_SSM_DTYPE.get() or "")
+        limit = envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.get()
+        context = Context(platform, model, envs.SGLANG_MAMBA_SSM_DTYPE.get() or "", limit, given)
     except EnvError as error:
-        context = Context(platform, model, "")
+        context = Context(platform, model, "", given=given)
         resolution.errors.append(str(error))
     for step in STEPS:
         changes: dict[str, Any] = {}
@@ -110,13 +116,20 @@ def check(args: ServerArgs, specs: Sequence[FieldSpec]) -> tuple[list[str], Serv
     return problems, usable
 
 
-def _single_replica(args: ServerArgs) -> Iterator[Problem]:
-    if args.dp_size > 1:
-        yield Problem(f"--dp-size {args.dp_size} is not implemented in this build: use --tp-size, or several servers")
-    if args.ep_size > 1:
-        yield Problem(f"--ep-size {args.ep_size} is not implemented in this build: use --tp-size alone")
-    if args.moe_a2a_backend != "none":
-        yield Problem(f"--moe-a2a-backend {args.moe_a2a_backend} is not implemented in this build: use none")
+def _parallelism(args: ServerArgs) -> Iterator[Problem]:
+    tp, dp, ep = args.tp_size, args.dp_size, args.ep_size
+    if args.enable_dp_attention and tp % dp:
+        yield Problem(f"--dp-size {dp} does not divide --tp-size {tp}: with --enable-dp-attention it parts those ranks")
+    if args.moe_a2a_backend == "none":
+        if tp % ep:
+            yield Problem(f"--ep-size {ep} does not divide --tp-size {tp}: it parts those ranks")
+        if args.deepep_mode == "low_latency":
+            yield Problem("--deepep-mode low_latency needs --moe-a2a-backend mori; this one is none")
+    elif args.chunked_prefill_size == -1:
+        yield Problem(
+            "--chunked-prefill-size -1 never cuts a prompt, and --moe-a2a-backend mori dispatches at most "
+            f"{DISPATCH_LIMIT} tokens at once: give a size"
+        )
 
 
 def _shared_experts(args: ServerArgs) -> Iterator[Problem]:
@@ -161,7 +174,7 @@ def _graph_sizes(args: ServerArgs) -> Iterator[Problem]:
 
 
 RULES: tuple[Callable[[ServerArgs], Iterator[Problem]], ...] = (
-    _single_replica,
+    _parallelism,
     _shared_experts,
     _chunks,
     _names_and_text,
@@ -177,8 +190,10 @@ def remarks(args: ServerArgs) -> list[str]:
             f"--host {args.host} without --api-key: whoever reaches port {args.port} may run inference; "
             + ("" if args.admin_api_key else "administrative endpoints are closed")
         )
-    if args.deepep_mode != "auto":
-        found.append(f"--deepep-mode {args.deepep_mode} has no effect: --moe-a2a-backend is {args.moe_a2a_backend}")
+    if args.deepep_mode == "normal" and args.moe_a2a_backend == "none":
+        found.append("--deepep-mode normal has no effect: --moe-a2a-backend is none")
+    if args.load_balance_method != "auto" and args.dp_size == 1:
+        found.append(f"--load-balance-method {args.load_balance_method} has no effect: --dp-size is 1")
     return found
 
 
@@ -217,6 +232,11 @@ def _model_limits(args: ServerArgs, context: Context) -> Iterator[Change | Probl
         yield Change("dtype", "auto", name, reason)
     else:
         yield Change("dtype", args.dtype, name, "the same type by torch's name")
+
+
+def _weight_format(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    if args.quantization is None and context.model is not None and context.model.quant_config is not None:
+        yield Change("quantization", None, "fp8", "the checkpoint's")
 
 
 def _memory(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
@@ -290,32 +310,110 @@ def _recurrent_state(args: ServerArgs, context: Context) -> Iterator[Change | Pr
         yield Change("mamba_ssm_dtype", None, named or "float32", "the checkpoint's" if named else "no such state")
 
 
-def _tensor_parallel(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
-    tp = args.tp_size
-    if context.model is None or tp == 1:
+def _parallel_modes(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    if args.enable_dp_attention and args.dp_size == 1:
+        yield Change("enable_dp_attention", True, False, "--dp-size 1 is one attention group")
+    if args.load_balance_method == "auto":
+        yield Change("load_balance_method", "auto", "round_robin", "default")
+    if args.moe_a2a_backend == "mori":
+        reason = "--moe-a2a-backend mori parts the experts over all ranks"
+        yield Change("ep_size", args.ep_size, args.tp_size, reason)
+        if args.deepep_mode == "auto":
+            yield Change("deepep_mode", "auto", "normal", "for --moe-a2a-backend mori, auto is normal")
+
+
+def _group_chunk(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    """A prefill chunk is shared by the attention groups."""
+    chunk, groups, page = args.chunked_prefill_size, args.attn_dp_size, args.page_size or 1
+    if chunk is not None and chunk > 0 and groups > 1:
+        part = max(page, chunk // groups // page * page)
+        yield Change("chunked_prefill_size", chunk, part, f"for each of {groups} attention groups")
+
+
+def _dispatch_limit(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    """No forward of a rank may hold more tokens than may be dispatched: what is automatic is lowered to the limit."""
+    limit, page = context.dispatch_limit, args.page_size or 1
+    if args.moe_a2a_backend != "mori" or not limit or args.max_running_requests is None:
+        return
+    if args.chunked_prefill_size is None or args.chunked_prefill_size == -1:
+        return
+
+    def refusal(size: str) -> Problem:
+        return Problem(f"{size} is above {DISPATCH_LIMIT}={limit}: lower the first or raise the second")
+
+    for flag, size in (("bs", max(args.cuda_graph_bs or [0])), ("max-bs", args.cuda_graph_max_bs or 0)):
+        if size > limit:
+            yield refusal(f"--cuda-graph-{flag} {size}")
+    running, chunk = args.max_running_requests, args.chunked_prefill_size
+    if "max_running_requests" in context.given:
+        if running > limit:
+            yield refusal(f"--max-running-requests {running}")
+    else:
+        # A mixed step holds a chunk and every running request.
+        most = max(1, limit // 2) if args.enable_mixed_chunk else limit
+        running = min(running, most)
+        yield Change("max_running_requests", args.max_running_requests, running, f"{DISPATCH_LIMIT}={limit}")
+    beside = running if args.enable_mixed_chunk else 0
+    largest = (limit - beside) // page * page
+    if chunk <= largest:
+        return
+    mixed = f" beside {beside} running requests (--enable-mixed-chunk)" if beside else ""
+    if largest < page:
+        yield refusal(f"--page-size {page}{mixed}")
+    elif "chunked_prefill_size" in context.given:
+        groups = f" on each of {args.attn_dp_size} attention groups" if args.attn_dp_size > 1 else ""
+        yield refusal(f"--chunked-prefill-size {chunk}{groups}{mixed}")
+    else:
+        yield Change("chunked_prefill_size", chunk, largest, f"{DISPATCH_LIMIT}={limit}")
+
+
+def _experts(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    ep = args.ep_size
+    if context.model is None or (ep == 1 and args.moe_a2a_backend == "none"):
         return
     text = context.model.text
-    names = ("num_attention_heads", "linear_num_key_heads", "linear_num_value_heads", "intermediate_size",
-             "moe_intermediate_size", "shared_expert_intermediate_size")  # fmt: skip
-    uneven = [name for name in names if getattr(text, name, 0) % tp]
+    experts = getattr(text, "n_routed_experts", None) or getattr(text, "num_experts", None)
+    if not experts:
+        yield Problem(f"the model has no experts: drop --ep-size {ep} and --moe-a2a-backend {args.moe_a2a_backend}")
+    elif experts % ep:
+        forced = " (--tp-size, by --moe-a2a-backend mori)" if args.moe_a2a_backend == "mori" else ""
+        yield Problem(f"--ep-size {ep}{forced} does not divide the model's {experts} experts: use a divisor")
+
+
+def _tensor_parallel(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    if context.model is None or args.tp_size == 1 or args.tp_size % args.attn_dp_size or args.tp_size % args.ep_size:
+        return
+    text = context.model.text
+    tp, expert_tp = args.tp_size // args.attn_dp_size, args.tp_size // args.ep_size
+    names = {"num_attention_heads": tp, "linear_num_key_heads": tp, "linear_num_value_heads": tp,
+             "intermediate_size": tp, "moe_intermediate_size": expert_tp,
+             "shared_expert_intermediate_size": tp}  # fmt: skip
+    uneven = [name for name, parts in names.items() if getattr(text, name, 0) % parts]
     kv_heads = getattr(text, "num_key_value_heads", tp)
     if kv_heads % tp and tp % kv_heads:
         uneven.append("num_key_value_heads")
     if uneven:
         sizes = ", ".join(f"{name} {getattr(text, name)}" for name in uneven)
-        yield Problem(f"--tp-size {tp} does not divide {sizes} of the model: use a smaller power of two")
+        parted = f" in {args.attn_dp_size} attention groups" if args.attn_dp_size > 1 else ""
+        ranks = f"--tp-size {args.tp_size}{parted}"
+        yield Problem(f"{ranks} does not divide {sizes} of the model: use a smaller power of two")
 
 
 STEPS: tuple[Step, ...] = (
     _paths,
     _device,
     _model_limits,
+    _weight_format,
+    _parallel_modes,
     _memory,
+    _group_chunk,
+    _dispatch_limit,
     _schedule,
     _attention_backend,
     _sampling,
     _graphs,
     _collectives,
     _recurrent_state,
+    _experts,
     _tensor_parallel,
 )

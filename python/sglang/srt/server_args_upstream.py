@@ -10,6 +10,22 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# Values of our own flags that upstream knows and this engine lacks.
+ATTENTION_ELSEWHERE = (
+    "flex_attention", "nsa", "dsv4", "compressed", "cutlass_mla", "fa3", "fa4", "flashinfer", "flashmla", "trtllm_mla",
+    "tokenspeed_mla", "trtllm_mha", "dual_chunk_flash_attn", "wave", "intel_amx", "ascend", "intel_xpu",
+)  # fmt: skip
+LOAD_FORMATS_ELSEWHERE = (
+    "pt", "npcache", "sharded_state", "gguf", "bitsandbytes", "mistral", "layered", "flash_rl", "remote",
+    "remote_instance", "fastsafetensors", "private", "runai_streamer",
+)  # fmt: skip
+QUANTIZATION_ELSEWHERE = (
+    "awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbytes", "gguf", "w8a8_int8", "w8a8_fp8", "w4afp8", "moe_wna16",
+    "qoq", "mxfp4", "mxfp8", "modelopt", "modelopt_fp8", "modelopt_fp4", "petit_nvfp4", "compressed-tensors", "quark",
+    "auto-round", "unquant",
+)  # fmt: skip
+A2A_ELSEWHERE = ("deepep", "mooncake", "nixl", "ascend_fuseep", "flashinfer", "megamoe")
+
 # One word a flag: names joined by "|"; then "=" when a value follows, "=+" or "=*" for a list, "=?" for an optional
 # one; then "~a,b" for values that ask for nothing, with which a refused flag is accepted.
 _REFUSED = (
@@ -38,17 +54,20 @@ _REFUSED = (
         "--sm-group-num=",
     ),
     (
-        "attention data parallelism is not implemented; use --tp-size alone",
-        "--enable-dp-attention --enable-dp-lm-head --enable-dp-attention-local-control-broadcast "
+        "attention groups are set by --enable-dp-attention and --dp-size alone; dense layers follow them",
         "--enable-attn-tp-input-scattered --moe-dense-tp-size= --attn-dp-size=~1",
     ),
     (
-        "expert parallelism is not implemented; use --tp-size alone",
+        "experts lie in order, once each, over --ep-size parts: copies and rebalancing are not implemented",
         "--moe-data-parallel-size|--moe-dp-size=~1 --ep-num-redundant-experts=~0 --ep-dispatch-algorithm= "
         "--init-expert-location=~trivial --enable-eplb --eplb-algorithm= --eplb-rebalance-num-iterations= "
         "--eplb-rebalance-layers-per-chunk= --eplb-min-rebalancing-utilization-threshold= "
         "--elastic-ep-backend=~none --enable-elastic-expert-backup --enable-deepep-waterfill --elastic-ep-rejoin "
         "--enable-ep-moe --enable-deepep-moe",
+    ),
+    (
+        "a step is one batch: a dispatch is always followed by its own receive",
+        "--enable-two-batch-overlap --tbo-token-distribution-threshold=",
     ),
     (
         "pipeline parallelism is not implemented",
@@ -68,14 +87,10 @@ _REFUSED = (
         "--use-ray",
     ),
     (
-        "quantised weights are not implemented; serve a bfloat16, float16 or float32 checkpoint",
-        "--quantization=~none --quantization-param-path= --modelopt-quant= --modelopt-checkpoint-restore-path= "
+        "weights are plain or fp8 in 128x128 blocks (--quantization); other formats are not implemented",
+        "--quantization-param-path= --modelopt-quant= --modelopt-checkpoint-restore-path= "
         "--modelopt-checkpoint-save-path= --modelopt-export-path= --quantize-and-serve --rl-quant-profile= "
         "--torchao-config= --flashinfer-mxfp4-moe-precision=~default --enable-quant-communications",
-    ),
-    (
-        "the KV cache has the dtype of the activations; another dtype is not implemented",
-        "--kv-cache-dtype=~auto",
     ),
     (
         "the language-model head has the dtype of the weights",
@@ -161,6 +176,10 @@ _REFUSED = (
 
 _NO_EFFECT = (
     (
+        "with --enable-dp-attention the head is always split inside an attention group",
+        "--enable-dp-lm-head --enable-dp-attention-local-control-broadcast",
+    ),
+    (
         "no remote code is ever run",
         "--trust-remote-code",
     ),
@@ -203,7 +222,7 @@ _NO_EFFECT = (
         "--disable-custom-all-reduce --enable-mscclpp --enable-torch-symm-mem --enable-symm-mem --enable-nccl-nvls "
         "--pre-warm-nccl --enable-p2p-check --enable-aiter-allreduce-fusion --enable-flashinfer-allreduce-fusion "
         "--enforce-disable-flashinfer-allreduce-fusion --deepep-config= --mooncake-ib-device= "
-        "--load-balance-method= --prefill-round-robin-balance",
+        "--prefill-round-robin-balance",
     ),
     (
         "models run eagerly, without compilation or captured graphs of this kind",
@@ -221,7 +240,7 @@ _NO_EFFECT = (
     ),
     (
         "work is not overlapped in this way",
-        "--enable-two-batch-overlap --enable-single-batch-overlap --tbo-token-distribution-threshold=",
+        "--enable-single-batch-overlap",
     ),
     (
         "the scheduler has no such knob",

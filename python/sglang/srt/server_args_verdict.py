@@ -22,7 +22,8 @@ class Verdict:
     """Accepted when ``errors`` is empty; ``args`` are then resolved and ``model_config`` is read.
 
     ``changes`` says what resolution set and why; ``variables`` are the environment variables that are set, secrets
-    redacted. Problems of the model folder come last in ``errors`` and begin with "model: ".
+    redacted. ``child_variables`` are those that the launch sets for the processes of the ranks. Problems of the model
+    folder come last in ``errors`` and begin with "model: ".
     """
 
     args: ServerArgs
@@ -32,6 +33,7 @@ class Verdict:
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     variables: dict[str, str] = field(default_factory=dict)
+    child_variables: dict[str, str] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """The verdict for people: one line on the outcome, then a line each."""
@@ -41,6 +43,7 @@ class Verdict:
             f"dry run: {outcome}, platform {self.platform}, model {self.args.model_path}",
             *(f"variable: {name}={value}" for name, value in self.variables.items()),
             *(f"resolved: {change}" for change in self.changes),
+            *(f"sets: {name}={value}" for name, value in self.child_variables.items()),
             *(f"warning: {text}" for text in self.warnings),
             *(f"error: {text}" for text in self.errors),
         ]
@@ -122,6 +125,8 @@ def _read_model(verdict: Verdict, platform: PlatformLike | None) -> list[str]:
             json_model_override_args=overrides if isinstance(overrides, dict) else {},
             context_length=args.context_length,
             dtype=args.dtype,
+            quantization=args.quantization,
+            kv_cache_dtype=args.kv_cache_dtype,
             platform_kind=platform.kind if platform else "cpu",
         )
     except ConfigError as error:

@@ -49,6 +49,8 @@ class EngineHarness:
         self.model_config = ModelConfig.from_path(
             model_path,
             dtype=args.dtype,
+            quantization=args.quantization,
+            kv_cache_dtype=args.kv_cache_dtype,
             json_model_override_args=args.model_overrides(),
             platform_kind=current_platform.kind,
         )

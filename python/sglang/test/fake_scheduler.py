@@ -51,7 +51,9 @@ class FakeScheduler:
     stops all answers.
     """
 
-    def __init__(self, names: IpcNames, tokenizer: Any, eos_token_ids: Sequence[int], script: Script = echo):
+    def __init__(
+        self, names: IpcNames, tokenizer: Any, eos_token_ids: Sequence[int], script: Script = echo, dp_rank: int = 0
+    ):
         self.script = script
         self.delay_s = 0.0
         self.max_queued = 10**6
@@ -62,7 +64,7 @@ class FakeScheduler:
         self._tokenizer = tokenizer
         self._eos = frozenset(eos_token_ids)
         self._names = names
-        self._receiver = scheduler_receiver(names)
+        self._receiver = scheduler_receiver(names, dp_rank)
         self._to_tokenizer = Sender(names.tokenizer)
         self._to_detokenizer = Sender(names.detokenizer)
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -201,13 +203,20 @@ def _output(entry: _Running, reason: FinishReason | None) -> TokenIDOutput:
 
 
 class FakeEngine:
-    """Fake scheduler and real detokenizer in threads, with the face of ``EngineProcesses``.
+    """Fake schedulers and the real detokenizer in threads, with the face of ``EngineProcesses``.
 
     Set ``dead`` to a text to play a child process that ended.
     """
 
-    def __init__(self, server_args: Any, tokenizer: Any, eos_token_ids: Sequence[int] = (1,), script: Script = echo):
-        self.ipc = IpcNames.create()
+    def __init__(
+        self,
+        server_args: Any,
+        tokenizer: Any,
+        eos_token_ids: Sequence[int] = (1,),
+        script: Script = echo,
+        dp_size: int = 1,
+    ):
+        self.ipc = IpcNames.create(dp_size)
         self.scheduler_info = {"max_total_num_tokens": 4096, "max_req_input_len": 4096}
         self.processes: list[Any] = []
         self.dead: str | None = None
@@ -216,8 +225,10 @@ class FakeEngine:
         )
         self._detokenizer = DetokenizerManager(detokenizer_args, self.ipc)  # type: ignore[arg-type]
         self._detokenizer_thread = threading.Thread(target=self._detokenizer.event_loop, daemon=True)
-        self.scheduler = FakeScheduler(self.ipc, tokenizer, eos_token_ids, script)
-        self.scheduler.start()
+        self.schedulers = [FakeScheduler(self.ipc, tokenizer, eos_token_ids, script, rank) for rank in range(dp_size)]
+        self.scheduler = self.schedulers[0]
+        for scheduler in self.schedulers:
+            scheduler.start()
         self._detokenizer_thread.start()
 
     def check_alive(self) -> str | None:
@@ -226,10 +237,11 @@ class FakeEngine:
     def shutdown(self, grace_s: float = 5.0) -> None:
         """End both threads and remove the sockets; safe to call twice."""
         if self._detokenizer_thread.is_alive():
-            sender = Sender(self.ipc.scheduler)
-            sender.send(ShutdownReq())
-            self.scheduler.join()
+            for address, scheduler in zip(self.ipc.schedulers, self.schedulers, strict=True):
+                sender = Sender(address)
+                sender.send(ShutdownReq())
+                scheduler.join()
+                sender.close()
             self._detokenizer_thread.join(grace_s)
-            sender.close()
             self._detokenizer.close()
         self.ipc.remove()

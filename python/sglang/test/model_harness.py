@@ -17,6 +17,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.server_args import override_server_args
+from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
 
 
 class _EveryRow(nn.Module):
@@ -50,10 +51,11 @@ class ModelHarness:
         page_size: int = 1,
         load_format: str = "auto",
         backend: AttentionBackend | None = None,
+        streams: StreamPlan = SERIAL_PLAN,
     ) -> None:
         self.config = ModelConfig.from_path(model_path)
         with override_server_args():
-            self.model = load_model(self.config, load_format)
+            self.model = load_model(self.config, load_format, streams=streams)
         device = torch.device("cpu")
         self.requests = ReqToTokenPool(max_requests, min(self.config.context_len, num_slots), device)
         self.allocator = TokenToKVPoolAllocator(num_slots, page_size)

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from sglang.srt.distributed import ProcessGroupHandle
+from sglang.srt.distributed import Pending, ProcessGroupHandle
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,6 +43,18 @@ class ThreadRank(ProcessGroupHandle):
 
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         return torch.cat(self.meeting.exchange(self.rank, x), dim=dim)
+
+    def gather_rows(self, x: torch.Tensor) -> Pending:
+        return Pending(self.all_gather(x, dim=0))
+
+    def exchange_rows(self, x: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> Pending:
+        splits = self.all_gather_ints(sent)
+        parts = [rows.split(sizes)[self.rank] for rows, sizes in zip(self.meeting.exchange(self.rank, x), splits)]
+        assert [part.shape[0] for part in parts] == list(received), "what is received is not what is expected"
+        return Pending(torch.cat(parts))
+
+    def all_gather_ints(self, values: Sequence[int]) -> list[list[int]]:
+        return [theirs.tolist() for theirs in self.meeting.exchange(self.rank, torch.tensor(values))]
 
 
 def thread_ranks(size: int) -> list[ThreadRank]:

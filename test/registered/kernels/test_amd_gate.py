@@ -1,27 +1,33 @@
 """The AMD gate: every Triton kernel compiles for gfx942 and gfx950 without a spill, and a planted bad one is caught."""
 
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
 import sys
+import tempfile
 import unittest
+from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
 import triton.language as tl
 
 from sglang.kernels.amd.driver import LDS_BYTES, Launch, compile_only
-from sglang.kernels.amd.expectations import MFMA_BF16, expected_instructions
-from sglang.kernels.amd.gate import ARCHS, check, load_table, uncovered_ops
+from sglang.kernels.amd.expectations import EXPECTED, MFMA_BF16, expected_instructions
+from sglang.kernels.amd.gate import ARCHS, Recorded, RowCollector, check, load_table, save_table, uncovered_ops
 from sglang.kernels.amd.resources import Resources, drift, occupancy, read_resources, violations
+from sglang.kernels.amd.walk import WalkStep, describe_error
 from sglang.kernels.launch import triton_impl
 from sglang.kernels.registry import REGISTRY
 from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.model_executor.shape_walk import WALKED_MODELS
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=75, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=40, suite="stage-b-test-cpu")
 
 KEYS = {"kernel", "arch", "triton", "shape", "vgpr", "agpr", "lds", "spills", "scratch", "occupancy"}
 
@@ -62,11 +68,16 @@ class TestBadKernelsAreCaught(CustomTestCase):
         op = Op("planted.spill", triton_impl(launch_product(256, 16, 1), accepts), Impl("torch", lambda x: x))
         try:
             case = Case("t1", (torch.empty(1 << 20, dtype=torch.bfloat16, device="meta"),))
-            (row,) = check("gfx942", [(op, case)], {})
+            (row,) = check("gfx942", [(op, case)], {}).rows
             self.assertGreater(row.resources.spills, 0)
             self.assertGreater(row.resources.scratch, 0)
             self.assertTrue(any("spills" in problem for problem in row.problems), row.problems)
             self.assertTrue(any("scratch" in problem for problem in row.problems), row.problems)
+            with tempfile.TemporaryDirectory() as folder:
+                save_table([row], Path(folder) / "table.json")
+                table = load_table(Path(folder) / "table.json")
+            recorded = table[triton.__version__]["gfx942"][row.key]
+            self.assertEqual(recorded, Recorded(row.resources, ""), "what fails is compiled again at every run")
         finally:
             del REGISTRY.ops["planted.spill"]
 
@@ -112,6 +123,94 @@ class TestBadKernelsAreCaught(CustomTestCase):
             self.assertEqual(occupancy(arch, vgpr, lds, warps), waves, (arch, vgpr, lds, warps))
 
 
+class TestKnownCode(CustomTestCase):
+    @staticmethod
+    def launch_of(size, depth, num_warps, arch="gfx942", known=False):
+        with compile_only(arch, lambda kernel, digest: known) as driver:
+            launch_product(size, depth, num_warps)(torch.empty(1 << 20, dtype=torch.bfloat16, device="meta"))
+        return driver.launches[0]
+
+    def test_known_code_is_not_compiled_and_has_the_same_digest(self):
+        skipped = self.launch_of(16, 64, 2, known=True)
+        self.assertEqual((skipped.kernel, skipped.assembly), ("product_kernel", ""))
+        compiled = self.launch_of(16, 64, 2)
+        self.assertIn("gfx942", compiled.assembly)
+        self.assertEqual(compiled.digest, skipped.digest)
+
+    def test_every_part_of_the_code_changes_the_digest(self):
+        changes = ({}, {"size": 32}, {"num_warps": 4}, {"arch": "gfx950"})
+        code = {"size": 64, "depth": 128, "num_warps": 2, "known": True}
+        digests = [self.launch_of(**{**code, **change}).digest for change in changes]
+        with mock.patch.object(product_kernel, "hash", "another source"):
+            digests.append(self.launch_of(**code).digest)
+        self.assertEqual(len(set(digests)), len(changes) + 1, digests)
+
+    def test_a_recorded_row_stands_for_its_code_until_what_is_expected_of_it_changes(self):
+        launch = self.launch_of(16, 32, 2)
+        fresh = RowCollector("gfx942", {})
+        fresh.add(launch, "t1")
+        (row,) = fresh.rows.values()
+        recorded = {row.key: Recorded(dataclasses.replace(row.resources, lds=LDS_BYTES["gfx942"] + 4), row.digest)}
+        found = RowCollector("gfx942", recorded)
+        self.assertTrue(found.known("product_kernel", launch.digest))
+        found.add(dataclasses.replace(launch, assembly=""), "another name", "some model")
+        (again,) = found.rows.values()
+        self.assertEqual((again.key, again.models, again.covered), (row.key, ["some model"], False))
+        self.assertIn("LDS", again.problems[0])
+        with mock.patch.dict(EXPECTED, {"product_kernel": (MFMA_BF16,)}):
+            self.assertFalse(found.known("product_kernel", launch.digest))
+
+    def test_rows_of_one_name_are_told_apart(self):
+        found = RowCollector("gfx942", None)
+        for size in (16, 32):
+            found.add(self.launch_of(size, 32, 2), "t1")
+        self.assertEqual([row.shape for row in found.rows.values()], ["t1 grid 1", "t1 grid 1 #2"])
+
+
+class TestWalk(CustomTestCase):
+    def test_a_fall_back_and_a_read_on_the_host_are_named(self):
+        def refuses(x):
+            return x.shape[0] > 1
+
+        fits = torch.empty(1 << 20, dtype=torch.bfloat16, device="meta")
+        op = Op("planted.walk", triton_impl(launch_product(16, 16, 1), refuses), Impl("torch", lambda x: x + 1))
+        alone = Op("planted.alone", Impl("torch", lambda x: x))
+
+        def walk():
+            op(fits)
+            alone(fits)
+            yield WalkStep("tiny", "decode 8")
+            op(fits[:1])
+            yield WalkStep("tiny", "decode 1")
+            try:
+                bool(fits.any())
+            except RuntimeError as error:
+                yield WalkStep("tiny", "sample", describe_error(error))
+
+        try:
+            found = check("gfx942", [], {}, walk)
+        finally:
+            del REGISTRY.ops["planted.walk"], REGISTRY.ops["planted.alone"]
+        self.assertEqual([(row.models, row.covered) for row in found.rows], [(["tiny"], False)])
+        self.assertEqual(found.torch_only, {"planted.alone": "tiny decode 8"})
+        fell, read = found.problems
+        self.assertEqual(fell, "gfx942 tiny decode 1 (1): planted.walk falls back to its torch reference")
+        self.assertIn("gfx942 tiny sample: RuntimeError", read)
+
+    def test_a_case_that_fails_hides_no_other(self):
+        def breaks(x):
+            raise ValueError("planted")
+
+        op = Op("planted.break", triton_impl(breaks, lambda x: True), Impl("torch", lambda x: x))
+        try:
+            x = torch.empty(4, device="meta")
+            found = check("gfx942", [(op, Case("t1", (x,))), (op, Case("t2", (x,)))], {})
+        finally:
+            del REGISTRY.ops["planted.break"]
+        (problem,) = found.problems
+        self.assertIn("planted.break t1 and 1 more: ValueError", problem)
+
+
 class TestDriver(CustomTestCase):
     def test_architectures_do_not_share_compiled_kernels(self):
         run = launch_product(32, 32, 4)
@@ -137,12 +236,17 @@ class TestTheTree(CustomTestCase):
         command = [sys.executable, "-m", "sglang.kernels", "--amd-report", "--json"]
         done = subprocess.run(command, capture_output=True, text=True)
         rows = [json.loads(line) for line in done.stdout.splitlines()]
-        bad = [f"{r['arch']} {r['kernel']} @ {r['shape']}: {p}" for r in rows for p in r["problems"]]
+        bad = [line for line in done.stderr.splitlines() if line.startswith("FAIL ")]
         self.assertEqual(bad, [], f"{len(bad)} problems")
         self.assertEqual(done.returncode, 0, done.stderr)
+        self.assertEqual([row for row in rows if row["problems"]], [])
         self.assertTrue(all(row.keys() >= KEYS for row in rows))
         self.assertEqual({row["arch"] for row in rows}, set(ARCHS))
         self.assertEqual({row["triton"] for row in rows}, {triton.__version__})
+        for arch, model in itertools.product(ARCHS, (model.name for model in WALKED_MODELS)):
+            met = {row["kernel"] for row in rows if row["arch"] == arch and model in row["models"]}
+            kinds = ("decode_", "extend_kernel", "many_tokens_", "router_", "rms_norm_", "greedy_kernel")
+            self.assertEqual([k for k in kinds if not any(name.startswith(k) for name in met)], [], (arch, model))
         compared = triton.__version__ in load_table()
         print(f"{len(rows)} kernels, triton {triton.__version__}, drift {'checked' if compared else 'NOT checked'}")
 

@@ -18,12 +18,19 @@ TRUTH_ELSEWHERE = {
     "attention_state": "kernels/test_triton_attention.py",
     "gdn": "kernels/test_gdn_ops.py",
     "kv_cache": "kernels/test_triton_attention.py",
+    "prepare": "kernels/test_prepare_ops.py",
     "sampling": "sampling/test_sampler.py",
 }
 
 
+def strided_copy(tensor, device=None):
+    """A copy with the same strides, gaps included."""
+    copy = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device or tensor.device)
+    return copy.copy_(tensor)
+
+
 def clone(args):
-    return tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
+    return tuple(strided_copy(arg) if isinstance(arg, torch.Tensor) else arg for arg in args)
 
 
 def tensors(value):
@@ -178,6 +185,22 @@ def true_mla_table_decode(q, cache, table, rows, seq_lens, rank, scale):
     return true_mla_decode(q, cache, table[rows], seq_lens, rank, scale)
 
 
+def true_sigmoid_mul(x, gate):
+    return x.double() / (1 + torch.exp(-gate.double()))
+
+
+def true_add_gated_shared(routed, shared, x, weight):
+    rows = [
+        routed[i].double() + shared[i].double() / (1 + math.exp(-float(x[i].double() @ weight[0].double())))
+        for i in range(x.shape[0])
+    ]
+    return torch.stack(rows) if rows else routed.double()
+
+
+def true_router_logits(x, weight):
+    return torch.stack([weight.double() @ row for row in x.double()]) if x.shape[0] else x.new_empty(0, len(weight)).double()
+
+
 TRUTHS = {
     "norm.rms_norm": true_rms_norm,
     "norm.gemma_rms_norm": true_gemma,
@@ -185,8 +208,11 @@ TRUTHS = {
     "norm.fused_add_rms_norm": true_fused_add,
     "norm.fused_add_gemma_rms_norm": true_fused_add_gemma,
     "activation.silu_and_mul": true_silu_and_mul,
+    "activation.sigmoid_mul": true_sigmoid_mul,
     "rope.rotary": true_rotary,
     "moe.fused_experts": true_experts,
+    "moe.router_logits": true_router_logits,
+    "moe.add_gated_shared": true_add_gated_shared,
     "moe.fused_experts_fp8": true_experts_fp8,
     "quant.quantize_groups": true_quantize,
     "quant.block_fp8_linear": true_block_linear,
@@ -199,8 +225,8 @@ TRUTHS = {
     "attention.mla_table_decode": true_mla_table_decode,
 }
 
-# Ops whose arguments or results hold 8-bit floats: they have a dtype of their own beside bfloat16.
-FP8_OPS = ("moe.fused_experts_fp8", "quant.quantize_groups", "quant.block_fp8_linear")
+# Ops whose arguments or results have a dtype of their own beside bfloat16.
+OWN_DTYPES = ("moe.fused_experts_fp8", "moe.router_logits", "quant.quantize_groups", "quant.block_fp8_linear")
 
 # --- routers: any order and any choice among equals is right, so they are judged, not compared -------------------
 
@@ -312,7 +338,7 @@ class TestOpParity(CustomTestCase):
 
     def test_bfloat16_stays_near_the_truth(self):
         for name, truth in TRUTHS.items():
-            if name in FP8_OPS:
+            if name in OWN_DTYPES:
                 continue
             for case in REGISTRY.ops[name].cases():
                 if case.name in ("saturated", "huge", "nan-row", "cancelling"):

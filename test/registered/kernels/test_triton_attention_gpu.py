@@ -14,6 +14,7 @@ from sglang.kernels.ops.attention.attention_state import extend_state, merge_sta
 from sglang.kernels.ops.attention.launchers import launch_decode, launch_extend
 from sglang.kernels.ops.attention.table_decode import mla_table_decode_torch, table_decode_torch
 from sglang.kernels.ops.attention.tiles import RowShape
+from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -21,7 +22,7 @@ from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
-from sglang.srt.platforms import override_platform
+from sglang.srt.platforms import current_platform, override_platform
 from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.test_utils import CustomTestCase
@@ -87,6 +88,15 @@ class TestDecodeOnGpu(CustomTestCase):
             for heads in LATENT_HEADS:
                 q, k, _, *table = decode_inputs(heads, 1, 576, 512, dtype)
                 self.check(q, k, k, *table, shape=RowShape.of(576, 512, value_is_key=True), dtype=dtype)
+
+    def test_eight_bit_caches(self):
+        q, *cache, table, rows, lens = decode_inputs(16, 2, 256, 256, torch.bfloat16)
+        coarse = [tensor.to(fp8_dtype(current_platform.arch)) for tensor in cache]
+        self.check(q, *coarse, table, rows, lens, shape=RowShape.of(256, 256), dtype=torch.bfloat16)
+        for heads in LATENT_HEADS:
+            q, k, _, *table = decode_inputs(heads, 1, 576, 512, torch.bfloat16)
+            k = k.to(fp8_dtype(current_platform.arch))
+            self.check(q, k, k, *table, shape=RowShape.of(576, 512, value_is_key=True), dtype=torch.bfloat16)
 
     def test_replay_follows_lengths_on_the_device(self):
         shape = RowShape.of(576, 512, value_is_key=True)

@@ -23,22 +23,29 @@ CONTEXT = 64
 
 
 class ManagerTestCase(CustomTestCase, unittest.IsolatedAsyncioTestCase):
+    dp_size = 1
+
     async def asyncSetUp(self):
         holder = tempfile.TemporaryDirectory()
         self.addCleanup(holder.cleanup)
         folder = write_tokenizer(holder.name, byte_level_tokenizer())
         self.tokenizer = Tokenizer.from_path(folder)
         self.args = types.SimpleNamespace(
-            tokenizer_path=folder, incremental_streaming_output=False, log_requests=False, allow_auto_truncate=False
+            tokenizer_path=folder,
+            incremental_streaming_output=False,
+            log_requests=False,
+            allow_auto_truncate=False,
+            load_balance_method="total_tokens",
         )
         model = types.SimpleNamespace(context_len=CONTEXT, vocab_size=self.tokenizer.vocab_size)
-        self.engine = FakeEngine(self.args, self.tokenizer)
+        self.engine = FakeEngine(self.args, self.tokenizer, dp_size=self.dp_size)
         self.scheduler = self.engine.scheduler
         self.manager = TokenizerManager(self.args, model, self.tokenizer, self.engine.ipc)
         await self.manager.start()
         # A socket that connects before its peer is bound retries after 0.1 s: let that pass before anything is timed.
-        await self.run_one(text="a", sampling_params={"max_new_tokens": 1})
-        self.scheduler.received.clear()
+        await self.run_one(text=["a"] * self.dp_size, sampling_params={"max_new_tokens": 1})
+        for scheduler in self.engine.schedulers:
+            scheduler.received.clear()
 
     async def asyncTearDown(self):
         await self.manager.close()
@@ -258,7 +265,7 @@ class TestAborts(ManagerTestCase):
     async def test_a_dead_engine_ends_everything(self):
         self.scheduler.frozen = True
         waiting = asyncio.create_task(self.run_one(text="abc"))
-        asking = asyncio.create_task(self.manager.get_internal_state())
+        asking = asyncio.create_task(self.manager.get_internal_states())
         await self.until(lambda: self.scheduler.received)
         self.manager.fail(RequestError("scheduler died", 500, "InternalServerError"))
         for task in (waiting, asking):
@@ -281,10 +288,43 @@ class TestControl(ManagerTestCase):
         await task
 
     async def test_internal_state_and_its_timeout(self):
-        self.assertEqual((await self.manager.get_internal_state())["num_running_reqs"], 0)
+        self.assertEqual((await self.manager.get_internal_states())[0]["num_running_reqs"], 0)
         self.scheduler.frozen = True
         with self.assertRaisesRegex(RequestError, "did not answer within 0.05 s"):
-            await self.manager.get_internal_state(timeout_s=0.05)
+            await self.manager.get_internal_states(timeout_s=0.05)
+
+
+class TestSeveralSchedulers(ManagerTestCase):
+    dp_size = 2
+
+    async def test_requests_go_where_the_fewest_tokens_are(self):
+        for scheduler in self.engine.schedulers:
+            scheduler.delay_s = 0.01
+        big = asyncio.create_task(self.run_one(text="long", sampling_params={"max_new_tokens": 50}))
+        await self.until(lambda: self.engine.schedulers[0].running)
+        (small,) = await self.run_one(text=["a", "b"], sampling_params={"max_new_tokens": 5})
+        self.assertEqual([result["meta_info"]["dp_rank"] for result in small], [1, 1])
+        self.assertEqual((await big)[0]["meta_info"]["dp_rank"], 0)
+        # Nothing is outstanding any more: the lowest rank again.
+        self.assertEqual((await self.run_one(text="c"))[0]["meta_info"]["dp_rank"], 0)
+
+    async def test_control_reaches_all_and_flush_needs_all(self):
+        self.assertEqual(len(await self.manager.get_internal_states()), 2)
+        self.engine.schedulers[1].delay_s = 0.01
+        first, second = self.engine.schedulers
+        tasks = [asyncio.create_task(self.run_one(text=text, rid=text, sampling_params={"max_new_tokens": n}))
+                 for text, n in (("a", 1), ("b", 50))]  # fmt: skip
+        await self.until(lambda: second.running and not first.running)
+        success, message = await self.manager.flush_cache()
+        self.assertFalse(success)
+        self.assertIn("1 running", message)
+        self.manager.abort_request("b")
+        results = await asyncio.gather(*tasks)
+        self.assertEqual(results[1][0]["meta_info"]["finish_reason"]["type"], "abort")
+        self.assertEqual((first.aborted_rids(), len(second.aborted_rids())), ([], 1))
+        self.assertEqual(await self.manager.flush_cache(), (True, ""))
+        self.manager.abort_request(abort_all=True)
+        await self.until(lambda: all(isinstance(s.received[-1], AbortReq) for s in self.engine.schedulers))
 
 
 class TestWire(CustomTestCase):

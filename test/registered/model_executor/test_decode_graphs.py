@@ -10,7 +10,8 @@ from unittest import mock
 
 import torch
 
-from sglang.srt.model_executor.decode_graphs import DecodeGraphs, decode_buckets
+from sglang.srt.managers.dp_sync import agree
+from sglang.srt.model_executor.decode_graphs import DecodeBuffers, DecodeGraphs, decode_buckets
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.graph_check import PoolBuffer, fingerprint
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -157,6 +158,30 @@ class TestDecodeGraphs(CustomTestCase):
         self.assertEqual(changed, [5])
         tensor[:, 0] = 7.0
         self.assertEqual((before != fingerprint(PoolBuffer(tensor, 1), 1)).sum().item(), 1)
+
+
+class TestAttentionGroups(CustomTestCase):
+    def test_a_group_without_rows_replays_padding(self) -> None:
+        buffers = DecodeBuffers(4, torch.device("cpu"), padding_row=9, num_groups=2)
+        buffers.packed.fill_(77)
+        batch = agree([(3, 4, 1, 0), (0, 0, 0, 0)], 1).idle_batch(has_state=True)
+        assert batch.input_ids is not None
+        buffers.fill(batch, batch.input_ids, 4)
+        fb = buffers.view(4, None, True, batch)
+        self.assertEqual((int(fb.num_token_non_padded), fb.num_token_non_padded_cpu), (0, 0))
+        self.assertEqual((fb.req_pool_indices.tolist(), fb.out_cache_loc.tolist()), ([9] * 4, [0] * 4))
+        self.assertEqual((fb.seq_lens.tolist(), fb.seq_lens_cpu), ([1] * 4, [1] * 4))
+        self.assertEqual((fb.global_num_tokens_cpu, fb.global_num_rows_cpu), ([3, 0], [4, 4]))
+        self.assertTrue(fb.forward_mode.is_decode())
+
+    def test_a_bucket_refused_by_one_rank_is_refused_by_all(self) -> None:
+        graphs = DecodeGraphs(mock.Mock(), mock.Mock(), [1, 2, 4], 8, torch.device("cpu"), 0, False)
+        graphs._steps = {bucket: mock.Mock() for bucket in (1, 2)}
+        world = mock.Mock()
+        world.all_gather_ints = lambda mine: [mine, [True, False, True]]
+        graphs.keep_agreed(world)
+        self.assertEqual([graphs.bucket_of(rows) for rows in (0, 1, 2, 3, 4, 5)], [None, 1, None, None, None, None])
+        self.assertIn("rank 1 refused it", graphs.refused[2])
 
 
 if __name__ == "__main__":

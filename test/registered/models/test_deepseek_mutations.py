@@ -6,6 +6,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+import sglang.kernels.ops.attention.prepare_mla as prepare_mla
 import sglang.srt.layers.moe.topk as topk_layer
 from sglang.kernels.ops.moe.topk import topk_plain_torch
 from sglang.srt.configs.rope import RopeConfig
@@ -197,8 +198,7 @@ def kv_halves_swapped(b):
 
 
 def latent_norm_skipped(b):
-    for attention in b.modules(DeepseekV2AttentionMLA):
-        b.set(attention, "kv_a_layernorm", torch.nn.Identity())
+    b.set(prepare_mla, "rms_norm_torch", lambda x, weight, eps: x)
 
 
 def norm_weight_taken_as_one_plus(b):

@@ -3,7 +3,9 @@
 import json
 import tempfile
 import unittest
+from contextlib import ExitStack
 from pathlib import Path
+from unittest import mock
 
 import torch
 
@@ -16,6 +18,8 @@ from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models import qwen3_5
 from sglang.srt.models.checkpoint_model import WeightLoadError
 from sglang.srt.server_args import override_server_args
+from sglang.srt.utils.multi_stream_utils import OverlapSite
+from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.model_harness import ModelHarness
 from sglang.test.test_utils import CustomTestCase
@@ -45,10 +49,10 @@ class TestQwen35(CustomTestCase):
         (folder / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
         return str(folder)
 
-    def build(self, architecture, **overrides):
+    def build(self, architecture, streams=SERIAL_PLAN, **overrides):
         config = ModelConfig.from_path(self.config_folder(architecture, **overrides))
         with override_server_args():
-            return load_model(config, "dummy")
+            return load_model(config, "dummy", streams=streams)
 
     def test_each_architecture_string_gives_a_model_with_a_head(self):
         for architecture, name in ARCHITECTURES.items():
@@ -64,6 +68,22 @@ class TestQwen35(CustomTestCase):
         logprobs = harness.extend([(harness.new_request(), tokens)])[0]
         self.assertTrue(bool(logprobs.isfinite().all()))
         self.assertGreater(float(logprobs.std()), 0.3)
+
+    def test_heads_are_prepared_alike_in_one_op_and_by_overlapping_norms(self):
+        harness = ModelHarness(self.config_folder("Qwen3_5ForCausalLM"), num_slots=256, load_format="dummy")
+        layers = [layer.self_attn for layer in harness.model.model.layers if hasattr(layer, "self_attn")]
+        found = []
+        for separate in (False, True):
+            harness.reset()
+            request = harness.new_request()
+            with ExitStack() as stack:
+                calls = [stack.enter_context(mock.patch.object(x, "_apply_qk_norm", wraps=x._apply_qk_norm)) for x in layers]
+                for layer in layers:
+                    stack.enter_context(mock.patch.object(layer, "use_alt_stream", separate))
+                rows = harness.extend([(request, list(range(3, 40)))]) + harness.decode([(request, 7)])
+            found.append(torch.cat(rows))
+            self.assertEqual([call.call_count for call in calls], [2 * separate] * len(layers))
+        self.assertTrue(layers and torch.equal(*found))
 
     def test_every_problem_of_a_checkpoint_is_named(self):
         model = self.build("Qwen3_5MoeForConditionalGeneration")
@@ -103,10 +123,12 @@ class TestQwen35(CustomTestCase):
 
     def test_layers_copy_the_stream_switches_when_they_are_built(self):
         self.assertFalse(qwen3_5._hip_use_alt_stream or qwen3_5._gdn_use_alt_stream or qwen3_5._qknorm_use_alt_stream)
-        self.addCleanup(qwen3_5.configure_streams, qwen3_5.StreamPolicy())
+        self.addCleanup(qwen3_5.configure_streams, SERIAL_PLAN)
         before = self.build("Qwen3_5ForCausalLM").model.layers
-        qwen3_5.configure_streams(qwen3_5.StreamPolicy(gdn_use_alt_stream=True))
-        after = self.build("Qwen3_5ForCausalLM").model.layers
+        site = OverlapSite(qwen3_5.GDN_QKVZ_BA, enabled=True)
+        sites = tuple(site if site.name == other.name else other for other in SERIAL_PLAN.sites)
+        after = self.build("Qwen3_5ForCausalLM", StreamPlan(sites)).model.layers
+        self.assertTrue(qwen3_5._gdn_use_alt_stream)
         self.assertFalse(before[0].linear_attn.use_alt_stream)
         self.assertTrue(after[0].linear_attn.use_alt_stream)
         self.assertFalse(after[0].use_alt_stream or after[3].self_attn.use_alt_stream)

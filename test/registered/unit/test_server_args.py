@@ -42,7 +42,7 @@ CPU = SimpleNamespace(kind="cpu", device_type="cpu")
 CUDA = SimpleNamespace(kind="cuda", device_type="cuda")
 HIP = SimpleNamespace(kind="hip", device_type="cuda")
 TEXT = SimpleNamespace(
-    num_attention_heads=4, intermediate_size=256, moe_intermediate_size=64, num_key_value_heads=2,
+    num_experts=16, num_attention_heads=4, intermediate_size=256, moe_intermediate_size=64, num_key_value_heads=2,
     linear_num_key_heads=2, linear_num_value_heads=6, mamba_ssm_dtype="bfloat16",
 )  # fmt: skip
 MODEL = SimpleNamespace(text=TEXT, dtype=torch.float32, context_len=4096)
@@ -147,12 +147,12 @@ class TestConfigFile(CustomTestCase):
 class TestProblems(CustomTestCase):
     def test_all_at_once(self):
         errors = errors_of(
-            "--tpp 3 --dtype int4 --port 99999 --max-running-requests zero --dp 2 stray --kv-cache-dtype fp8_e4m3 "
+            "--tpp 3 --dtype int4 --port 99999 --max-running-requests zero --ep 3 --tp 2 stray --kv-cache-dtype fp8_e4m3 "
             "--speculative-algorithm EAGLE --speculative-num-steps 3 --context-length"
         )
         self.assertEqual(len(errors), 9, errors)
         for part in ("unknown flag --tpp: did you mean --tp?", "--dtype must be one of auto", "--port must be",
-                     "--max-running-requests expects an integer, got 'zero'", "--dp-size 2", "'stray'",
+                     "--max-running-requests expects an integer, got 'zero'", "--ep-size 3", "'stray'",
                      "--speculative-algorithm EAGLE and --speculative-num-steps 3 are refused", "--kv-cache-dtype",
                      "--context-length: expected one argument"):  # fmt: skip
             self.assertTrue(any(part in error for error in errors), part)
@@ -169,6 +169,11 @@ class TestProblems(CustomTestCase):
             ("--json-model-override-args [1]", "must be a JSON object"),
             ("--json-model-override-args {", "not valid JSON"),
             ("--api-key=", "must not be empty"),
+            ("--tp 4 --dp 3 --enable-dp-attention", "--dp-size 3 does not divide --tp-size 4"),
+            ("--tp 4 --ep 3", "--ep-size 3 does not divide --tp-size 4"),
+            ("--tp 4 --ep 4 --deepep-mode low_latency", "low_latency needs --moe-a2a-backend mori"),
+            ("--tp 4 --moe-a2a-backend mori --chunked-prefill-size -1", "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK"),
+            ("--tp 4 --enable-two-batch-overlap", "--enable-two-batch-overlap is refused"),
         )
         for line, part in cases:
             with self.subTest(line):
@@ -176,10 +181,9 @@ class TestProblems(CustomTestCase):
                 self.assertEqual([part in error for error in errors], [True], errors)
 
     def test_not_in_this_build(self):
-        for line in ("--ep 8", "--dp 8", "--moe-a2a-backend mori", "--enforce-shared-experts-fusion"):
-            self.assertIn("not implemented in this build", errors_of(line)[0])
+        self.assertIn("not implemented in this build", errors_of("--enforce-shared-experts-fusion")[0])
         for line in ("--schedule-policy dfs-weight", "--attention-backend fa3", "--load-format gguf",
-                     "--radix-eviction-policy lfu", "--moe-a2a-backend deepep",
+                     "--radix-eviction-policy lfu", "--moe-a2a-backend deepep", "--load-balance-method total_requests",
                      "--sampling-backend flashinfer"):  # fmt: skip
             self.assertIn("is known from upstream but not implemented", errors_of(line)[0])
 
@@ -276,6 +280,61 @@ class TestResolve(CustomTestCase):
         with self.assertRaisesRegex(ServerArgsError, "set SGLANG_PLATFORM=cpu"):
             resolve(ServerArgs(device="cpu"), MODEL, HIP)
 
+    def test_expert_parallelism(self):
+        mori = {"tp_size": 2, "moe_a2a_backend": "mori"}
+        args = resolve(ServerArgs(**mori), MODEL, CUDA)
+        self.assertEqual((args.ep_size, args.deepep_mode), (2, "normal"))
+        args = resolve(ServerArgs(**mori, deepep_mode="low_latency"), MODEL, CUDA)
+        self.assertEqual(args.deepep_mode, "low_latency")
+        args = resolve(ServerArgs(tp_size=2, ep_size=2), MODEL, CUDA)
+        self.assertEqual((args.ep_size, args.deepep_mode, args.chunked_prefill_size), (2, "auto", 8192))
+        with self.assertRaisesRegex(ServerArgsError, "--ep-size 3 does not divide the model's 16 experts"):
+            resolve(ServerArgs(tp_size=3, ep_size=3), MODEL, CPU)
+        with self.assertRaisesRegex(ServerArgsError, "has no experts: drop --ep-size 2"):
+            dense = SimpleNamespace(text=SimpleNamespace(), dtype=torch.float32, context_len=64)
+            resolve(ServerArgs(tp_size=2, ep_size=2), dense, CPU)
+
+    def test_attention_groups_divide_the_chunk_and_the_heads(self):
+        groups = {"dp_size": 2, "enable_dp_attention": True}
+        args = resolve(ServerArgs(tp_size=4, page_size=48, ep_size=4, **groups), MODEL, CPU)
+        self.assertEqual((args.chunked_prefill_size, args.num_replicas, args.attn_dp_size), (1008, 1, 2))
+        with self.assertRaisesRegex(ServerArgsError, "8 in 2 attention groups does not divide linear_num_key_heads 2"):
+            resolve(ServerArgs(tp_size=8, **groups), MODEL, CPU)
+        args = resolve(ServerArgs(dp_size=2, load_balance_method="total_tokens"), MODEL, CPU)
+        self.assertEqual((args.chunked_prefill_size, args.num_replicas, args.attn_dp_size), (2048, 2, 1))
+        self.assertEqual(args.load_balance_method, "total_tokens")
+        self.assertFalse(resolve(ServerArgs(tp_size=2, enable_dp_attention=True), MODEL, CPU).enable_dp_attention)
+
+    def test_no_forward_exceeds_the_dispatch_limit(self):
+        def sizes(limit, **fields):
+            with envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.override(limit):
+                args = resolve(ServerArgs(tp_size=2, moe_a2a_backend="mori", **fields), MODEL, CUDA)
+            return args.chunked_prefill_size, args.max_running_requests
+
+        self.assertEqual(sizes(16384), (8192, 256))
+        self.assertEqual(sizes(4096), (4096, 256))
+        self.assertEqual(sizes(100, page_size=16), (96, 100))
+        self.assertEqual(sizes(4096, dp_size=2, enable_dp_attention=True), (4096, 256))
+        self.assertEqual(sizes(100, enable_mixed_chunk=True), (50, 50))
+        self.assertEqual(sizes(100, enable_mixed_chunk=True, max_running_requests=30), (70, 30))
+        name = "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK=100"
+        for size, fields in (
+            ("--chunked-prefill-size 101", {"chunked_prefill_size": 101}),
+            ("--chunked-prefill-size 101 on each of 2 attention groups",
+             {"chunked_prefill_size": 202, "dp_size": 2, "enable_dp_attention": True}),
+            ("--chunked-prefill-size 80 beside 30 running requests",
+             {"chunked_prefill_size": 80, "max_running_requests": 30, "enable_mixed_chunk": True}),
+            ("--max-running-requests 101", {"max_running_requests": 101}),
+            ("--cuda-graph-bs 128", {"cuda_graph_bs": [1, 128, 8]}),
+            ("--cuda-graph-max-bs 128", {"cuda_graph_max_bs": 128}),
+            ("--page-size 128", {"page_size": 128}),
+        ):  # fmt: skip
+            with self.assertRaises(ServerArgsError) as caught:
+                sizes(100, **fields)
+            self.assertEqual(len(caught.exception.errors), 1, caught.exception.errors)
+            self.assertTrue(caught.exception.errors[0].startswith(size), caught.exception.errors)
+            self.assertIn(name, caught.exception.errors[0])
+
     def test_order_of_the_state_dtype(self):
         with envs.SGLANG_MAMBA_SSM_DTYPE.override("float16"):
             self.assertEqual(resolve(ServerArgs(), MODEL, CPU).mamba_ssm_dtype, "float16")
@@ -345,12 +404,12 @@ class TestAsAProgram(CustomTestCase):
     def test_exit_status_and_no_traceback(self):
         code = (
             "import sys; from sglang.srt.server_args import run_dry; "
-            "sys.exit(run_dry(['--modle-path', 'x', '--dp', '2']))"
+            "sys.exit(run_dry(['--modle-path', 'x', '--ep', '2']))"
         )
         done = self.program(code, SGLANG_USE_AITR="1", SGLANG_PLATFORM="cpu")
         self.assertEqual(done.returncode, 2)
         self.assertNotIn("Traceback", done.stdout + done.stderr)
-        for part in ("unknown flag --modle-path: did you mean --model-path?", "--dp-size 2 is not implemented",
+        for part in ("unknown flag --modle-path: did you mean --model-path?", "--ep-size 2 does not divide",
                      "did you mean SGLANG_USE_AITER?"):  # fmt: skip
             self.assertIn(part, done.stdout)
 

@@ -64,7 +64,6 @@ MODELS = {
 KV_DTYPE = "--kv-cache-dtype fp8_e4m3 is refused: the KV cache has the dtype of the activations"
 SPECULATIVE = "are refused: speculative decoding is not implemented"
 QUANTISED = "quantised checkpoints are not supported yet"
-DP_ATTENTION = "refused: attention data parallelism is not implemented"
 DISAGGREGATION = "refused: prefill and decode run in one server"
 
 # name, exports, command line, beginnings or parts of every reason in order (none: accepted)
@@ -117,9 +116,7 @@ PUBLISHED = (
      "--tool-call-parser deepseekv3 --trust-remote-code --model-path MODEL[v3] --attention-backend aiter "
      "--disable-radix-cache --disable-cuda-graph --tp-size 8 --ep-size 8 --skip-server-warmup --moe-a2a-backend mori "
      "--moriep-mode low_latency --enable-dp-attention --dp-size 8 --enable-dp-lm-head",
-     ["unknown flag --moriep-mode: did you mean --deepep-mode?",
-      f"--enable-dp-attention and --enable-dp-lm-head are {DP_ATTENTION}", "--dp-size 8 is not implemented",
-      "--ep-size 8 is not implemented", "--moe-a2a-backend mori is not implemented"]),
+     ["unknown flag --moriep-mode: did you mean --deepep-mode?"]),
     ("Qwen3.5 prefill node over MORI", "SGLANG_USE_AITER=1 NCCL_IB_TC=104 NCCL_CROSS_NIC=0",
      "--model-path MODEL[qwen3.5] --disaggregation-mode prefill --disaggregation-ib-device ionic_0,ionic_1 "
      "--host 10.2.224.9 --port 30002 --trust-remote-code --tp-size 8 --decode-log-interval 1 --watchdog-timeout 3600 "
@@ -129,7 +126,8 @@ PUBLISHED = (
      [f"--disaggregation-mode prefill, *--disaggregation-transfer-backend mori are {DISAGGREGATION}"]),
     ("upstream pull request 22329", "SGLANG_ROCM_USE_MULTI_STREAM=1 GPU_MAX_HW_QUEUES=5 SGLANG_USE_AITER=1",
      "--model-path MODEL[v3] --tp 8 --trust-remote-code --disable-shared-experts-fusion --deepep-mode low_latency "
-     "--mem-fraction-static 0.9 --chunked-prefill-size 131072 --host 0.0.0.0", []),
+     "--mem-fraction-static 0.9 --chunked-prefill-size 131072 --host 0.0.0.0",
+     ["--deepep-mode low_latency needs --moe-a2a-backend mori"]),
     ("upstream pull request 25885, Qwen3.5 second stream", "SGLANG_ALT_STREAM=1 SGLANG_USE_AITER=1",
      "--model-path MODEL[qwen3.5] --tp 8 --disable-shared-experts-fusion --attention-backend aiter "
      "--disable-radix-cache --reasoning-parser qwen3 --tool-call-parser qwen3_coder", []),

@@ -7,8 +7,10 @@ aligned 0) and the size of their storage, which are all that its specialisation 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +29,17 @@ MAX_WORKGROUP_LANES = 1024
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel's name, its grid, Triton's metadata and the text of its assembly."""
+    """One launch: the kernel's name, its grid, Triton's metadata and the text of its assembly.
+
+    digest: what the code is made of: source, specialisation, options and target. A launch whose digest was known
+    beforehand was not compiled; its assembly is empty.
+    """
 
     kernel: str
     grid: tuple[int, int, int]
     metadata: dict[str, Any]
     assembly: str
+    digest: str = ""
 
 
 def target_of(arch: str) -> GPUTarget:
@@ -63,7 +70,10 @@ class CompileOnlyDriver:
         self.target = target_of(arch)
         self.utils = _Utils()
         self.launches: list[Launch] = []
+        self.known: Callable[[str, str], bool] = _nothing_known
         self._files: dict[str, dict[str, str]] = {}
+        self._digests: dict[str, str] = {}
+        self._compiling = ""
 
     def get_current_target(self) -> GPUTarget:
         return self.target
@@ -82,14 +92,39 @@ class CompileOnlyDriver:
         """What Triton calls once a compiled kernel, and whose result it calls at each launch."""
 
         def launch(grid_x: int, grid_y: int, grid_z: int, *rest: Any) -> None:
-            text = _read_assembly(self._files[metadata.hash])
-            self.launches.append(Launch(metadata.name, (grid_x, grid_y, grid_z), metadata._asdict(), text))
+            text, digest = _read_assembly(self._files[metadata.hash]), self._digests[metadata.hash]
+            self.launches.append(Launch(metadata.name, (grid_x, grid_y, grid_z), metadata._asdict(), text, digest))
 
         return launch
+
+    def before_compiling(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        """Triton's hook before it compiles or reads its cache: True, and no code is made, for a known digest."""
+        name = fn.name.rpartition(".")[2]
+        self._compiling = _digest(fn.jit_function.cache_key, compile["specialization_data"], self.target)
+        if not self.known(name, self._compiling):
+            return False
+        self.launches.append(Launch(name, (0, 0, 0), {}, "", self._compiling))
+        return True
 
     def on_compiled(self, *, metadata: dict[str, Any], metadata_group: dict[str, str], **_: Any) -> None:
         """Triton's compilation listener, called for cache hits too: remember where the files of a kernel lie."""
         self._files[metadata["hash"]] = metadata_group
+        self._digests[metadata["hash"]] = self._compiling
+
+
+def _nothing_known(kernel: str, digest: str) -> bool:
+    return False
+
+
+def _digest(source_key: str, specialization: str, target: GPUTarget) -> str:
+    """A name for the code that Triton would make, the same on every machine."""
+    described = json.loads(specialization)
+    # The paths of device libraries are this machine's, and ``key`` repeats them.
+    for place in (described, described["options"]):
+        for machine in ("key", "extern_libs"):
+            place.pop(machine, None)
+    text = json.dumps([source_key, described, target.backend, target.arch, target.warp_size], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _read_assembly(files: dict[str, str]) -> str:
@@ -104,15 +139,21 @@ def _driver_of(arch: str) -> CompileOnlyDriver:
 
 
 @contextmanager
-def compile_only(arch: str) -> Iterator[CompileOnlyDriver]:
-    """Inside the block, launches of Triton kernels compile for ``arch`` and land in ``driver.launches``."""
+def compile_only(arch: str, known: Callable[[str, str], bool] = _nothing_known) -> Iterator[CompileOnlyDriver]:
+    """Inside the block, launches of Triton kernels compile for ``arch`` and land in ``driver.launches``.
+
+    ``known(kernel, digest)`` says what need not be compiled.
+    """
     previous, listener = triton.runtime.driver._active, knobs.compilation.listener
+    hook = knobs.runtime.jit_cache_hook
     driver = _driver_of(arch)
-    driver.launches = []
+    driver.launches, driver.known = [], known
     triton.runtime.driver.set_active(driver)
     knobs.compilation.listener = driver.on_compiled
+    knobs.runtime.jit_cache_hook = driver.before_compiling
     try:
         yield driver
     finally:
         triton.runtime.driver._active = previous
         knobs.compilation.listener = listener
+        knobs.runtime.jit_cache_hook = hook

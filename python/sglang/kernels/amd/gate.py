@@ -1,91 +1,112 @@
 """Compile every Triton kernel at its serving shapes for gfx942 and gfx950 and hold it against the checked-in table.
 
-A compile gate is not a correctness test, and nothing here has run on AMD hardware. Triton caches compiled kernels by
-a hash of their source, so only what changed is compiled again.
+Shapes come from the ops' ``serving_cases`` and from a walk: models run as they are served, on tensors without contents.
+A row of the table names the code that it was read from by a digest; only code that is not in the table is compiled.
+A compile gate is not a correctness test, and nothing here has run on AMD hardware.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import multiprocessing
 import pkgutil
+import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import triton
 
 from sglang.kernels.amd.driver import Launch, compile_only
-from sglang.kernels.amd.expectations import expected_instructions
-from sglang.kernels.amd.resources import Resources, drift, read_resources, violations
+from sglang.kernels.amd.expectations import EXPECTED, MFMA_FP8, expected_instructions
+from sglang.kernels.amd.resources import Resources, drift, read_resources, unfit, violations
+from sglang.kernels.amd.walk import OpCall, ShapeOnlyPlatform, Walk, WalkStep, describe_error, watched_ops
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.kernels.spec import Case, Op
-from sglang.srt.platforms import Platform, override_platform
+from sglang.srt.platforms import override_platform
 
 ARCHS = ("gfx942", "gfx950")
 TABLE = Path(__file__).with_name("resources.json")
-COLUMNS = tuple(column.name for column in fields(Resources))
-
-
-class ShapeOnlyPlatform(Platform):
-    """A HIP platform of ``arch`` whose tensors have no storage: dispatch chooses as on the machine."""
-
-    kind = "hip"
-    device_type = "cuda"
-
-    def __init__(self, arch: str) -> None:
-        self._arch = arch
-
-    @property
-    def arch(self) -> str:
-        return self._arch
-
-    def describe(self) -> str:
-        return f"{self._arch}, shapes only"
-
-    def memory_info(self, local_rank: int) -> tuple[int, int]:
-        return 0, 0
-
-    def set_device(self, local_rank: int) -> None:
-        return None
-
-    def synchronize(self) -> None:
-        return None
+COLUMNS = (*(column.name for column in fields(Resources)), "digest")
 
 
 @dataclass(frozen=True)
+class Recorded:
+    """A row of the table. ``digest`` stands for the code and what was expected of it; "" when that is not known."""
+
+    resources: Resources
+    digest: str = ""
+
+
+Table = dict[str, dict[str, dict[str, Recorded]]]
+
+
+@dataclass
 class Row:
-    """One kernel, as compiled for one shape; ``problems`` is empty when it passes."""
+    """One kernel, as compiled for one shape; ``problems`` is empty when it passes.
+
+    models: the walked models that launch this very code. covered: a serving case launches it.
+    """
 
     kernel: str
     arch: str
     triton: str
     shape: str
     resources: Resources
-    problems: tuple[str, ...]
+    problems: list[str]
+    digest: str = ""
+    models: list[str] = field(default_factory=list)
+    covered: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         named = {"kernel": self.kernel, "arch": self.arch, "triton": self.triton, "shape": self.shape}
-        return {**named, **asdict(self.resources), "problems": list(self.problems)}
+        more = {"problems": self.problems, "models": self.models, "covered": self.covered}
+        return {**named, **asdict(self.resources), **more}
 
     @property
     def key(self) -> str:
         return f"{self.kernel} @ {self.shape}"
 
 
-Table = dict[str, dict[str, dict[str, Resources]]]
+@dataclass
+class Findings:
+    """What was found on one architecture: its rows, and what is wrong beside them with the places where it shows.
+
+    torch_only: ops that have a torch reference alone, and where one was met first.
+    """
+
+    arch: str
+    rows: list[Row] = field(default_factory=list)
+    faults: dict[str, list[str]] = field(default_factory=dict)
+    torch_only: dict[str, str] = field(default_factory=dict)
+
+    def add_fault(self, text: str, place: str) -> None:
+        self.faults.setdefault(text, []).append(place)
+
+    @property
+    def problems(self) -> list[str]:
+        """One line a fault, all rows' included."""
+        lines = [f"{self.arch} {row.key}: {problem}" for row in self.rows for problem in row.problems]
+        for text, places in self.faults.items():
+            more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+            lines.append(f"{self.arch} {places[0]}{more}: {text}")
+        return lines
 
 
 def load_table(path: Path = TABLE) -> Table:
-    """triton version -> arch -> "kernel @ shape" -> Resources."""
+    """triton version -> arch -> "kernel @ shape" -> Recorded."""
     data = json.loads(path.read_text(encoding="utf-8"))
     if tuple(data["columns"]) != COLUMNS:
         raise ValueError(f"{path}: columns are {data['columns']}, expected {list(COLUMNS)}; write the table anew")
     return {
-        version: {arch: {key: Resources(*row) for key, row in rows.items()} for arch, rows in archs.items()}
+        version: {
+            arch: {key: Recorded(Resources(*row[:-1]), row[-1]) for key, row in rows.items()}
+            for arch, rows in archs.items()
+        }
         for version, archs in data["rows"].items()
     }
 
@@ -95,13 +116,15 @@ def save_table(rows: Iterable[Row], path: Path = TABLE) -> None:
     table = load_table(path) if path.exists() else {}
     table[triton.__version__] = {arch: {} for arch in ARCHS}
     for row in rows:
-        table[row.triton][row.arch][row.key] = row.resources
+        # A row with a problem keeps no digest: its code is compiled, and refused, at each run.
+        table[row.triton][row.arch][row.key] = Recorded(row.resources, "" if row.problems else row.digest)
     lines = ["{", f' "columns": {json.dumps(COLUMNS)},', ' "rows": {']
     for version, archs in sorted(table.items()):
         lines.append(f"  {json.dumps(version)}: {{")
         for arch, found in sorted(archs.items()):
             lines.append(f"   {json.dumps(arch)}: {{")
-            lines += [f"    {json.dumps(key)}: {json.dumps(list(asdict(r).values()))}," for key, r in found.items()]
+            values = {key: json.dumps([*asdict(r.resources).values(), r.digest]) for key, r in found.items()}
+            lines += [f"    {json.dumps(key)}: {value}," for key, value in values.items()]
             lines[-1] = lines[-1].rstrip(",")
             lines.append("   },")
         lines[-1] = "   }"
@@ -119,49 +142,114 @@ def serving_cases() -> Iterator[tuple[Op, Case]]:
             yield from declared() if declared is not None else ()
 
 
-def compile_case(op: Op, case: Case, arch: str) -> list[Launch]:
+class RowCollector:
+    """The rows of one architecture, one for each distinct code; ``recorded`` is what the table has, None if nothing."""
+
+    def __init__(self, arch: str, recorded: dict[str, Recorded] | None) -> None:
+        self.rows: dict[str, Row] = {}
+        self._arch = arch
+        self._recorded = recorded
+        self._keys = {row.digest: key for key, row in (recorded or {}).items() if row.digest}
+        self._taken: set[str] = set()
+
+    def known(self, kernel: str, digest: str) -> bool:
+        """True for code whose row in the table says all there is to say."""
+        return _with_expectations(kernel, digest) in self._keys
+
+    def add(self, launch: Launch, shape: str, model: str | None = None) -> None:
+        digest = _with_expectations(launch.kernel, launch.digest)
+        row = self.rows.get(digest)
+        if row is None:
+            row = self._from_table(digest) if digest in self._keys else self._compiled(launch, shape, digest)
+            row.covered = model is None
+            self.rows[digest] = row
+            self._taken.add(row.key)
+        if model is not None and model not in row.models:
+            row.models.append(model)
+
+    def _from_table(self, digest: str) -> Row:
+        assert self._recorded is not None
+        key = self._keys[digest]
+        kernel, _, shape = key.partition(" @ ")
+        needs = self._recorded[key].resources
+        return Row(kernel, self._arch, triton.__version__, shape, needs, unfit(needs, self._arch), digest)
+
+    def _compiled(self, launch: Launch, shape: str, digest: str) -> Row:
+        needs = read_resources(launch, self._arch)
+        problems = violations(launch, self._arch, expected_instructions(launch.kernel, shape))
+        # A kernel that one case launches twice differs in what it is specialised on; its grid tells most of them apart.
+        grid = "x".join(str(n) for n in launch.grid if n > 1) or "1"
+        row = Row(launch.kernel, self._arch, triton.__version__, f"{shape} grid {grid}", needs, problems, digest)
+        first, count = row.shape, 1
+        while row.key in self._taken:
+            count += 1
+            row.shape = f"{first} #{count}"
+        if self._recorded is not None:
+            before = self._recorded.get(row.key)
+            new = ["is not in the table (--amd-update records it)"]
+            row.problems += new if before is None else drift(needs, before.resources)
+        return row
+
+
+def _with_expectations(kernel: str, digest: str) -> str:
+    return hashlib.sha256(f"{digest} {EXPECTED.get(kernel)} {MFMA_FP8}".encode()).hexdigest()[:16]
+
+
+def check(
+    arch: str, cases: Iterable[tuple[Op, Case]] | None = None, table: Table | None = None, walk: Walk | None = None
+) -> Findings:
+    """One row for each distinct compiled kernel of the cases (default: all) and of the walk (default: none)."""
+    table = (load_table() if TABLE.exists() else {}) if table is None else table
+    found = RowCollector(arch, table.get(triton.__version__, {}).get(arch))
+    findings = Findings(arch)
+    with override_platform(ShapeOnlyPlatform(arch)), fresh_decisions():
+        REGISTRY.freeze()
+        for op, case in serving_cases() if cases is None else cases:
+            try:
+                launches = _launches_of_case(op, case, arch, found)
+            except Exception as error:  # one that does not compile must not hide the others
+                findings.add_fault(describe_error(error), f"{op.name} {case.name}")
+                continue
+            for launch in launches:
+                found.add(launch, f"{op.name} {case.name}")
+        if walk is not None:
+            with compile_only(arch, found.known) as driver, watched_ops(driver) as calls:
+                for step in walk():
+                    _take_step(step, calls, found, findings)
+                    calls.clear()
+    findings.rows = list(found.rows.values())
+    return findings
+
+
+def _launches_of_case(op: Op, case: Case, arch: str, found: RowCollector) -> list[Launch]:
     """The launches that dispatch makes for ``case``; raises when it would not choose Triton or does not compile."""
     fits = (impl for impl in op.table or () if impl.accepts is None or impl.accepts(*case.args, **case.kwargs))
     chosen = next(fits)
     if chosen.name != "triton":
         raise ValueError(f"{op.name} {case.name}: dispatch on {arch} chooses {chosen.name!r}, not 'triton'")
-    with compile_only(arch) as driver:
+    with compile_only(arch, found.known) as driver:
         chosen.fn(*case.args, **case.kwargs)
     return driver.launches
 
 
-def check(arch: str, cases: Iterable[tuple[Op, Case]] | None = None, table: Table | None = None) -> list[Row]:
-    """One row for each distinct compiled kernel of the cases (default: all) on ``arch``."""
-    table = (load_table() if TABLE.exists() else {}) if table is None else table
-    recorded = table.get(triton.__version__, {}).get(arch)
-    rows: dict[str, Row] = {}
-    with override_platform(ShapeOnlyPlatform(arch)), fresh_decisions():
-        REGISTRY.freeze()
-        for op, case in serving_cases() if cases is None else cases:
-            for launch in compile_case(op, case, arch):
-                if launch.metadata["hash"] not in rows:
-                    rows[launch.metadata["hash"]] = _row(launch, f"{op.name} {case.name}", arch, recorded)
-    return list(rows.values())
+def _take_step(step: WalkStep, calls: list[OpCall], found: RowCollector, findings: Findings) -> None:
+    where = f"{step.model} {step.step}"
+    if step.error:
+        findings.add_fault(step.error, where)
+    for call in calls:
+        for launch in call.launches:
+            found.add(launch, f"{call.op} {step.model} {call.shape}", step.model)
+        if call.reference and call.alone:
+            findings.torch_only.setdefault(call.op, where)
+        elif call.reference:
+            findings.add_fault(f"{call.op} falls back to its torch reference", f"{where} ({call.shape})")
 
 
-def check_all(table: Table | None = None) -> list[Row]:
-    """``check`` of every serving case, the architectures side by side in processes of their own."""
-    with ProcessPoolExecutor(len(ARCHS), mp_context=multiprocessing.get_context("spawn")) as pool:
-        found = pool.map(check, ARCHS, [None] * len(ARCHS), [table] * len(ARCHS))
-        return [row for rows in found for row in rows]
-
-
-def _row(launch: Launch, shape: str, arch: str, recorded: dict[str, Resources] | None) -> Row:
-    needs = read_resources(launch, arch)
-    problems = violations(launch, arch, expected_instructions(launch.kernel, shape))
-    # A kernel that one case launches twice differs in what it is specialised on; its grid tells the two apart.
-    grid = "x".join(str(n) for n in launch.grid if n > 1) or "1"
-    row = Row(launch.kernel, arch, triton.__version__, f"{shape} grid {grid}", needs, tuple(problems))
-    if recorded is None:
-        return row
-    before = recorded.get(row.key)
-    drifted = ["is not in the table (--amd-update records it)"] if before is None else drift(needs, before)
-    return replace(row, problems=(*problems, *drifted))
+def check_all(table: Table | None = None, walk: Walk | None = None) -> list[Findings]:
+    """``check`` of every serving case and of the walk, the architectures side by side in processes of their own."""
+    count = len(ARCHS)
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(check, ARCHS, [None] * count, [table] * count, [walk] * count))
 
 
 def uncovered_ops() -> list[str]:
@@ -172,30 +260,38 @@ def uncovered_ops() -> list[str]:
     return sorted(name for name in with_triton if name not in covered)
 
 
-def report(as_json: bool, update: bool) -> int:
+def report(as_json: bool, update: bool, walk: Walk | None = None) -> int:
     """Print the rows and what is wrong; exit status 1 when anything is."""
     uncovered = uncovered_ops()
-    rows = check_all({} if update else None)
+    findings = check_all({} if update else None, walk)
+    rows = [row for found in findings for row in found.rows]
     if update:
         save_table(rows)
+    problems = [problem for found in findings for problem in found.problems]
+    problems += [f"{name}: has a Triton implementation and no serving_cases() in its file" for name in uncovered]
     if as_json:
         for row in rows:
             print(json.dumps(row.as_dict()))
     else:
-        _print_text(rows)
-        for name in uncovered:
-            print(f"FAIL {name}: has a Triton implementation and no serving_cases() in its file")
-    return int(bool(uncovered) or any(row.problems for row in rows))
+        _print_text(rows, findings)
+    for problem in problems:
+        print(f"FAIL {problem}", file=sys.stderr if as_json else sys.stdout)
+    return int(bool(problems))
 
 
-def _print_text(rows: list[Row]) -> None:
-    print(f"{'kernel @ shape':<84} {'arch':<7}" + "".join(f"{column:>10}" for column in COLUMNS))
+def _print_text(rows: list[Row], findings: list[Findings]) -> None:
+    print(f"{'kernel @ shape':<84} {'arch':<7}" + "".join(f"{column:>10}" for column in COLUMNS[:-1]) + "  met by")
     for row in rows:
-        print(f"{row.key:<84} {row.arch:<7}" + "".join(f"{value:>10}" for value in asdict(row.resources).values()))
-    for row in rows:
-        for problem in row.problems:
-            print(f"FAIL {row.arch} {row.key}: {problem}")
+        values = "".join(f"{value:>10}" for value in asdict(row.resources).values())
+        met_by = [*row.models, *([] if row.covered else ["(walk alone)"])]
+        print(f"{row.key:<84} {row.arch:<7}{values}  {' '.join(met_by) or '-'}")
+    for found in findings:
+        alone = sum(not row.covered for row in found.rows)
+        met = sum(bool(row.models) for row in found.rows)
+        print(f"{found.arch}: {len(found.rows)} kernels, {met} met by a model, {alone} of them by no serving case")
+        for op, where in found.torch_only.items():
+            print(f"NOTE {found.arch} {where}: {op} has no implementation but torch")
     versions = sorted(load_table()) if TABLE.exists() else []
     compared = "drift checked" if triton.__version__ in versions else "drift not checked: not a recorded version"
     print(f"triton {triton.__version__} ({compared}; recorded: {', '.join(versions) or 'none'})")
-    print(f"{len(rows)} kernels compiled, {sum(bool(row.problems) for row in rows)} fail; none has run on AMD hardware")
+    print(f"{len(rows)} kernels, {sum(bool(row.problems) for row in rows)} fail; none has run on AMD hardware")

@@ -68,10 +68,8 @@ def occupancy(arch: str, vgpr: int, lds: int, num_warps: int) -> int:
     return waves
 
 
-def violations(launch: Launch, arch: str, expect: Sequence[str]) -> list[str]:
-    """What makes the kernel unfit whatever it was before: one sentence each."""
-    found, needs = _metadata(launch), read_resources(launch, arch)
-    lanes = int(launch.metadata["num_warps"]) * WAVE_LANES
+def unfit(needs: Resources, arch: str) -> list[str]:
+    """What makes a kernel of these needs unfit for ``arch``: one sentence each."""
     problems = []
     if needs.spills:
         problems.append(f"spills {needs.spills} registers")
@@ -79,6 +77,13 @@ def violations(launch: Launch, arch: str, expect: Sequence[str]) -> list[str]:
         problems.append(f"uses {needs.scratch} bytes of scratch a lane")
     if needs.lds > LDS_BYTES[arch]:
         problems.append(f"wants {needs.lds} bytes of LDS, {arch} has {LDS_BYTES[arch]}")
+    return problems
+
+
+def violations(launch: Launch, arch: str, expect: Sequence[str]) -> list[str]:
+    """What makes the kernel unfit whatever it was before: one sentence each."""
+    found, problems = _metadata(launch), unfit(read_resources(launch, arch), arch)
+    lanes = int(launch.metadata["num_warps"]) * WAVE_LANES
     if found["wave"] != WAVE_LANES or launch.metadata["warp_size"] != WAVE_LANES:
         problems.append(f"is compiled for waves of {found['wave']} lanes, {arch} runs {WAVE_LANES}")
     if lanes > MAX_WORKGROUP_LANES:

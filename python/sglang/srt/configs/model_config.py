@@ -15,6 +15,7 @@ import torch
 
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.errors import ConfigError
+from sglang.srt.configs.quantization import QuantConfig, read_quantization
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,8 @@ class ModelConfig:
     """A model folder's configuration: ``text`` holds shapes and numerics, the rest is what serving needs.
 
     ``context_len`` and ``vocab_size`` are in tokens; ``eos_token_ids`` may be empty; ``generation_defaults`` holds the
-    sampling values of generation_config.json; ``hf_config`` is config.json after overrides.
+    sampling values of generation_config.json; ``hf_config`` is config.json after overrides. ``quant_config`` None means
+    plain weights; ``kv_cache_dtype`` is "auto" (``dtype``), "bfloat16" or "fp8_e4m3" (this machine's 8-bit float).
     """
 
     model_path: str
@@ -65,6 +67,8 @@ class ModelConfig:
     attention_arch: Literal["mla", "gqa"]
     is_hybrid: bool
     generation_defaults: dict[str, Any]
+    quant_config: QuantConfig | None = None
+    kv_cache_dtype: str = "auto"
 
     @classmethod
     def from_path(
@@ -75,11 +79,14 @@ class ModelConfig:
         context_length: int | None = None,
         dtype: str = "auto",
         platform_kind: str = "cpu",
+        quantization: str | None = None,
+        kv_cache_dtype: str = "auto",
     ) -> ModelConfig:
         """Read ``model_path``/config.json and generation_config.json.
 
-        ``dtype`` "auto" is float32 on the platform kind "cpu" and the checkpoint's dtype elsewhere. Raises ConfigError
-        that names the file and every problem found in it.
+        ``dtype`` "auto" is float32 on the platform kind "cpu" and the checkpoint's dtype elsewhere. ``quantization``
+        "fp8" quantises matrices on load; None serves them as the checkpoint has them. Raises ConfigError that names the
+        file and every problem found in it.
         """
         config_file = _existing_config(model_path)
         hf_config = _load_json(config_file)
@@ -88,7 +95,7 @@ class ModelConfig:
             hf_config = apply_overrides(hf_config, json_model_override_args or {})
             text_dict = text_part(hf_config)
             architecture = _find_architecture(hf_config)
-            _refuse_quantized(hf_config)
+            quant_config = read_quantization(hf_config, quantization)
             text = SUPPORTED_ARCHITECTURES[architecture].from_hf(text_dict)
             return cls(
                 model_path=model_path,
@@ -104,6 +111,8 @@ class ModelConfig:
                 attention_arch="mla" if isinstance(text, DeepseekConfig) else "gqa",
                 is_hybrid=isinstance(text, Qwen3_5Config) and bool(text.linear_layer_ids),
                 generation_defaults={k: generation[k] for k in GENERATION_KEYS if generation.get(k) is not None},
+                quant_config=quant_config,
+                kv_cache_dtype=kv_cache_dtype,
             )
         except ConfigError as error:
             raise ConfigError(*error.problems, source=str(config_file)) from None
@@ -227,21 +236,6 @@ def _find_architecture(hf_config: Mapping[str, Any]) -> str:
         if name in SUPPORTED_ARCHITECTURES:
             return str(name)
     raise ConfigError(f"architecture {', '.join(names)} is not supported. Supported: {supported}.")
-
-
-def _refuse_quantized(hf_config: Mapping[str, Any]) -> None:
-    nested = hf_config.get("text_config")
-    places = [hf_config, nested] if isinstance(nested, dict) else [hf_config]
-    for place in places:
-        for key in ("quantization_config", "compression_config"):
-            settings = place.get(key)
-            if settings is None:
-                continue
-            method = settings.get("quant_method", "unknown method") if isinstance(settings, dict) else settings
-            raise ConfigError(
-                f"key {key} ({method}): quantised checkpoints are not supported yet. "
-                "Use a bfloat16, float16 or float32 checkpoint of the model."
-            )
 
 
 def _context_len(text: TextConfig, context_length: int | None) -> int:

@@ -2,6 +2,7 @@
 
 from sglang.srt.distributed.parallel_state import (
     ParallelState,
+    Pending,
     ProcessGroupHandle,
     get_parallel_state,
     get_tp_group,
@@ -14,6 +15,7 @@ from sglang.srt.distributed.parallel_state import (
 
 __all__ = [
     "ParallelState",
+    "Pending",
     "ProcessGroupHandle",
     "get_parallel_state",
     "get_tp_group",

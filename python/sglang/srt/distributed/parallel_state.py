@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# The name since torch 2.13, and the one before it.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+class Pending:
+    """A collective on its way."""
+
+    def __init__(self, result: torch.Tensor, work: dist.Work | None = None) -> None:
+        self._result = result
+        self._work = work
+
+    def wait(self) -> torch.Tensor:
+        """The result, valid for what the current stream does from here on."""
+        if self._work is not None:
+            self._work.wait()
+        return self._result
 
 
 @dataclass(frozen=True)
@@ -23,7 +40,7 @@ class ProcessGroupHandle:
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """Sum over ranks, in place; returns x."""
-        if self.size > 1:
+        if self.size > 1 and x.numel():
             dist.all_reduce(x, group=self.group)
         return x
 
@@ -40,8 +57,10 @@ class ProcessGroupHandle:
         if self.size == 1:
             assert data is not None
             return data
+        assert self.cpu_group is not None
+        first = dist.get_global_rank(self.cpu_group, 0)
         length = torch.tensor([len(data) if data is not None else 0], dtype=torch.int64)
-        dist.broadcast(length, src=0, group=self.cpu_group)
+        dist.broadcast(length, src=first, group=self.cpu_group)
         if data is not None:
             payload = (
                 torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
@@ -49,8 +68,36 @@ class ProcessGroupHandle:
         else:
             payload = torch.empty(int(length), dtype=torch.uint8)
         if payload.numel():
-            dist.broadcast(payload, src=0, group=self.cpu_group)
+            dist.broadcast(payload, src=first, group=self.cpu_group)
         return payload.numpy().tobytes()
+
+    def gather_rows(self, x: torch.Tensor) -> Pending:
+        """Start to stack the ranks' x (equal shapes) along dim 0 in rank order."""
+        if self.size == 1:
+            return Pending(x)
+        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
+        if not out.numel():
+            return Pending(out)
+        return Pending(out, _all_gather(out, x.contiguous(), group=self.group, async_op=True))
+
+    def exchange_rows(self, x: torch.Tensor, sent: Sequence[int], received: Sequence[int]) -> Pending:
+        """Start to send each rank r the next ``sent[r]`` rows of x, and to receive ``received[r]`` rows from it."""
+        if self.size == 1:
+            return Pending(x)
+        out = x.new_empty(sum(received), *x.shape[1:])
+        work = dist.all_to_all_single(
+            out, x.contiguous(), list(received), list(sent), group=self.group, async_op=True
+        )
+        return Pending(out, work)
+
+    def all_gather_ints(self, values: Sequence[int]) -> list[list[int]]:
+        """Every rank's ``values`` (equally many), in rank order, over the host."""
+        if self.size == 1:
+            return [list(values)]
+        mine = torch.tensor(values, dtype=torch.int64)
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine, group=self.cpu_group)
+        return [theirs.tolist() for theirs in everyone]
 
     def smallest(self, value: int) -> int:
         """The least of the ranks' values, on every rank."""
@@ -72,11 +119,13 @@ class ParallelState:
     ``world`` holds all ranks of the replica. ``tp`` holds those that share attention and dense weights: the whole world
     or, under attention data parallelism, this rank's part of it (rank ``r`` of the world is in part ``r // tp.size``).
     Experts are split over ``ep_size`` equal runs of ranks; inside a run each expert is split by its inner width.
+    ``local_rank`` counts the processes of all replicas on this host: the index of this one's device.
     """
 
     world: ProcessGroupHandle = field(default_factory=ProcessGroupHandle)
     tp: ProcessGroupHandle = field(default_factory=ProcessGroupHandle)
     ep_size: int = 1
+    local_rank: int = 0
 
     def __post_init__(self) -> None:
         if self.world.size % self.tp.size or self.world.size % self.ep_size:
@@ -126,14 +175,17 @@ def init_parallel_state(
     timeout_s: float,
     attn_dp_size: int = 1,
     ep_size: int = 1,
+    local_rank: int | None = None,
 ) -> ParallelState:
     """Join the ``world_size`` ranks of a replica at ``init_method`` (e.g. ``tcp://127.0.0.1:29500``).
 
-    Raises ValueError when ``attn_dp_size`` or ``ep_size`` does not divide ``world_size``.
+    ``local_rank`` None means ``rank``: this replica is the only one on the host. Raises ValueError when
+    ``attn_dp_size`` or ``ep_size`` does not divide ``world_size``.
     """
     global _state
+    local_rank = rank if local_rank is None else local_rank
     if world_size == 1:
-        _state = ParallelState()
+        _state = ParallelState(local_rank=local_rank)
         return _state
     if world_size % attn_dp_size:
         raise ValueError(f"{world_size} ranks cannot be parted into {attn_dp_size} attention groups.")
@@ -148,7 +200,7 @@ def init_parallel_state(
         parts = [list(range(first, first + tp_size)) for first in range(0, world_size, tp_size)]
         handles = [_handle(part, rank, backend, timeout) for part in parts]
         tp = handles[rank // tp_size]
-    _state = ParallelState(world, tp, ep_size)
+    _state = ParallelState(world, tp, ep_size, local_rank)
     return _state
 
 

@@ -13,10 +13,10 @@ import msgspec
 from sglang.srt.entrypoints import server_info
 from sglang.srt.entrypoints.context import ServerStatus
 from sglang.srt.entrypoints.lacking import LACKING_FIELDS
-from sglang.srt.entrypoints.launch import accept, check_engine, start_engine
+from sglang.srt.entrypoints.launch import accept, check_engine, judge, start_engine
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.request_input import RequestError
-from sglang.srt.server_args import ServerArgs, evaluate
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.distribution import refuse_upstream_distribution
 from sglang.srt.utils.logging_config import configure_logging
 
@@ -34,7 +34,7 @@ class Engine:
 
     def __init__(self, **kwargs: Any):
         refuse_upstream_distribution()
-        verdict = evaluate(ServerArgs.from_kwargs(**{"log_level": "error", **kwargs}))
+        verdict = judge(ServerArgs.from_kwargs(**{"log_level": "error", **kwargs}))
         configure_logging(verdict.args.log_level)
         accept(verdict)
         self.server_args = verdict.args

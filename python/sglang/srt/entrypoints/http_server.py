@@ -16,11 +16,11 @@ from fastapi import FastAPI
 
 from sglang.srt.entrypoints.app import build_app
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
-from sglang.srt.entrypoints.launch import Processes, accept, check_engine, start_engine
+from sglang.srt.entrypoints.launch import Processes, accept, check_engine, judge, start_engine
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.process_launch import LaunchError
 from sglang.srt.managers.request_input import RequestError
-from sglang.srt.server_args import ServerArgsError, evaluate, exit_with_errors
+from sglang.srt.server_args import ServerArgsError, exit_with_errors
 from sglang.srt.utils.audit import install_unpickle_counter, log_unpickle_count, reset_unpickle_count
 from sglang.srt.utils.chat_template import ChatTemplateError
 from sglang.srt.utils.distribution import refuse_upstream_distribution
@@ -167,7 +167,7 @@ def launch_server(argv: Sequence[str]) -> int:
     """
     install_unpickle_counter()
     refuse_upstream_distribution()
-    verdict = evaluate(argv)
+    verdict = judge(argv)
     args = verdict.args
     if args.dry_run:
         print("\n".join(verdict.lines()))

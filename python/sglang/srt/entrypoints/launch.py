@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.managers.process_launch import launch_engine_processes
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
-from sglang.srt.server_args import ServerArgsError
+from sglang.srt.server_args import ServerArgs, ServerArgsError, evaluate
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -27,6 +29,24 @@ class Processes(Protocol):
     def shutdown(self, grace_s: float = 5.0) -> None: ...
 
 
+def judge(request: Sequence[str] | ServerArgs) -> Verdict:
+    """``evaluate``, and the memory of the exchange between expert ranks: what to set for it, what speaks against it."""
+    verdict = evaluate(request)
+    if verdict.args.moe_a2a_backend == "none" or verdict.errors or verdict.model_config is None:
+        return verdict
+    from sglang.srt.model_executor.memory_plan import plan_moe_exchange
+
+    try:
+        plan = plan_moe_exchange(verdict.args, verdict.model_config, verdict.platform, os.environ)
+    except ValueError as error:
+        verdict.errors.append(str(error))
+        return verdict
+    if plan is not None:
+        verdict.errors += plan.problems
+        verdict.child_variables |= plan.heap.variables if plan.heap is not None else {}
+    return verdict
+
+
 def accept(verdict: Verdict) -> None:
     """Log what resolution decided; raises ServerArgsError with every reason against the launch."""
     for warning in verdict.warnings:
@@ -37,6 +57,8 @@ def accept(verdict: Verdict) -> None:
         logger.info("%s", change)
     for name, value in verdict.variables.items():
         logger.info("variable %s=%s", name, value)
+    for name, value in verdict.child_variables.items():
+        logger.info("%s=%s for the scheduler processes", name, value)
 
 
 def start_engine(verdict: Verdict) -> tuple[ServerContext, EngineProcesses]:
@@ -49,7 +71,7 @@ def start_engine(verdict: Verdict) -> tuple[ServerContext, EngineProcesses]:
     tokenizer = None
     if not args.skip_tokenizer_init:
         tokenizer = Tokenizer.from_path(args.tokenizer_path or args.model_path, args.chat_template)
-    processes = launch_engine_processes(args)
+    processes = launch_engine_processes(args, verdict.child_variables)
     manager = TokenizerManager(args, model_config, tokenizer, processes.ipc)
     return ServerContext(manager, args, model_config, processes.scheduler_info), processes
 

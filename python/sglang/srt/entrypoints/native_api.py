@@ -145,7 +145,7 @@ class NativeApi:
         return json_response(await server_info.server_info(self._context))
 
     async def get_load(self, _: Request) -> Response:
-        return json_response([await server_info.load(self._context)])
+        return json_response(await server_info.load(self._context))
 
     async def loads(self, _: Request) -> Response:
         return json_response(await server_info.loads(self._context))

@@ -32,7 +32,8 @@ def model_info(context: ServerContext) -> dict[str, Any]:
 
 async def server_info(context: ServerContext) -> dict[str, Any]:
     """For ``/server_info``: every setting (keys redacted), the variables that are set, and the scheduler's state."""
-    state = await context.manager.get_internal_state()
+    states = await context.manager.get_internal_states()
+    state = states[0]
     settings = asdict(context.server_args)
     for name in _SECRETS:
         settings[name] = None if settings[name] is None else "<redacted>"
@@ -47,39 +48,46 @@ async def server_info(context: ServerContext) -> dict[str, Any]:
         "fakes": state.get("fakes", []),
         "kernels": state.get("kernels", {}),
         "unpickled_while_serving": unpickle_count(),
-        "internal_states": [state],
+        "internal_states": states,
     }
 
 
-async def load(context: ServerContext) -> dict[str, Any]:
-    """The load of the only replica, in the shape of ``/get_load``'s entries."""
-    state = await context.manager.get_internal_state()
-    waiting = state.get("num_queue_reqs", 0)
-    return {
-        "dp_rank": 0,
-        "num_reqs": state.get("num_running_reqs", 0) + waiting,
-        "num_waiting_reqs": waiting,
-        "num_tokens": state.get("num_used_tokens", 0),
-        "num_pending_tokens": 0,
-        "ts_tic": time.time(),
-    }
+async def load(context: ServerContext) -> list[dict[str, Any]]:
+    """For ``/get_load``: one entry a DP rank."""
+    entries = []
+    for dp_rank, state in enumerate(await context.manager.get_internal_states()):
+        waiting = state.get("num_queue_reqs", 0)
+        entries.append(
+            {
+                "dp_rank": dp_rank,
+                "num_reqs": state.get("num_running_reqs", 0) + waiting,
+                "num_waiting_reqs": waiting,
+                "num_tokens": state.get("num_used_tokens", 0),
+                "num_pending_tokens": 0,
+                "ts_tic": time.time(),
+            }
+        )
+    return entries
 
 
 async def loads(context: ServerContext) -> dict[str, Any]:
-    """For ``/v1/loads``."""
-    state = await context.manager.get_internal_state()
-    total = max(1, state.get("max_total_num_tokens", 0) or context.scheduler_info.get("max_total_num_tokens", 1))
-    used = state.get("num_used_tokens", 0)
-    entry = {
-        "dp_rank": 0,
-        "num_running_reqs": state.get("num_running_reqs", 0),
-        "num_waiting_reqs": state.get("num_queue_reqs", 0),
-        "num_used_tokens": used,
-        "max_total_num_tokens": total,
-        "token_usage": used / total,
-        "gen_throughput": state.get("last_gen_throughput", 0.0),
-    }
-    return {"timestamp": time.time(), "version": __version__, "dp_rank_count": 1, "loads": [entry]}
+    """For ``/v1/loads``: one entry a DP rank."""
+    entries = []
+    for dp_rank, state in enumerate(await context.manager.get_internal_states()):
+        total = max(1, state.get("max_total_num_tokens", 0) or context.scheduler_info.get("max_total_num_tokens", 1))
+        used = state.get("num_used_tokens", 0)
+        entries.append(
+            {
+                "dp_rank": dp_rank,
+                "num_running_reqs": state.get("num_running_reqs", 0),
+                "num_waiting_reqs": state.get("num_queue_reqs", 0),
+                "num_used_tokens": used,
+                "max_total_num_tokens": total,
+                "token_usage": used / total,
+                "gen_throughput": state.get("last_gen_throughput", 0.0),
+            }
+        )
+    return {"timestamp": time.time(), "version": __version__, "dp_rank_count": len(entries), "loads": entries}
 
 
 # Name in upstream's dashboards, type, help, and the key of the scheduler's state.
@@ -98,12 +106,30 @@ _METRICS = (
 
 
 async def metrics_text(context: ServerContext) -> str:
-    """The scheduler's counters in Prometheus' text format, under upstream's names."""
-    state = await context.manager.get_internal_state()
+    """The schedulers' counters in Prometheus' text format, under upstream's names; ``dp_rank`` tells several apart."""
+    states = await context.manager.get_internal_states()
     name = context.served_model_name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     lines = []
     for metric, kind, text, key in _METRICS:
-        if key in state:
-            lines.append(f"# HELP sglang:{metric} {text}\n# TYPE sglang:{metric} {kind}")
-            lines.append(f'sglang:{metric}{{model_name="{name}",engine_type="unified",tp_rank="0"}} {state[key]}')
-    return "\n".join(lines) + "\n"
+        if key not in states[0]:
+            continue
+        lines.append(f"# HELP sglang:{metric} {text}\n# TYPE sglang:{metric} {kind}")
+        for dp_rank, state in enumerate(states):
+            rank = f',dp_rank="{dp_rank}"' if len(states) > 1 else ""
+            labels = f'model_name="{name}",engine_type="unified",tp_rank="0"{rank}'
+            lines.append(f"sglang:{metric}{{{labels}}} {state[key]}")
+    return "\n".join(lines + _overlap_lines(states[0], name)) + "\n"
+
+
+def _overlap_lines(state: dict[str, Any], name: str) -> list[str]:
+    """What SGLANG_TRACE_OVERLAP measured on the first rank; nothing when it is off."""
+    rows = state.get("streams", {}).get("trace", [])
+    if not rows:
+        return []
+    metric = "sglang:stream_overlap_share"
+    lines = [f"# HELP {metric} Part of a side computation's time beside the main one.\n# TYPE {metric} gauge"]
+    for row in rows:
+        labels = f'model_name="{name}",site="{row["site"]}",num_tokens="{row["num_tokens"]}"'
+        captured = str(row["captured"]).lower()
+        lines.append(f'{metric}{{{labels},captured="{captured}"}} {row["beside_share"]}')
+    return lines

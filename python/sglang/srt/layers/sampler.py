@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from sglang.kernels.ops.sampling.greedy import greedy_sample
+from sglang.kernels.ops.sampling.greedy import fits_aiter, greedy_aiter, greedy_sample, greedy_torch
 from sglang.kernels.ops.sampling.seeded import seeded_sample
+from sglang.srt.distributed import get_tp_group, is_dp_attention_enabled
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput, chosen_entries, top_entries
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.server_args import get_global_server_args
+
+# The last three are not used here: AITER's registered test replaces them by these names, beside the two below.
+__all__ = ["Sampler", "filtered_probs", "get_global_server_args", "get_tp_group", "is_dp_attention_enabled"]
+
+# True and a kernel, or False, go past the op table; None leaves the choice to it (SGLANG_USE_AITER, HIP, shapes).
+_use_aiter: bool | None = None
+_aiter_greedy_sample: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 
 
 class Sampler(torch.nn.Module):
@@ -28,7 +37,7 @@ class Sampler(torch.nn.Module):
         token_ids_logprobs: Sequence[Sequence[int]] = (),
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``next_token_ids`` [B] int64 from ``logits_output.next_token_logits`` [B, V] float32.
+        """``next_token_ids`` [B] from ``logits_output.next_token_logits`` [B, V] float; int64, AITER's are int32.
 
         ``positions`` [B] int64 is the index in its sequence of the token to be drawn; needed unless all rows are
         greedy. With ``return_logprob`` the output's ``next_token_*`` fields are filled with natural-log probabilities
@@ -38,7 +47,7 @@ class Sampler(torch.nn.Module):
         logits_output.invalid_rows = ~torch.isfinite(raw.amax(dim=-1))
         logits = sampling_info.apply_edits(raw) if sampling_info.edits_logits() else raw
         if sampling_info.is_all_greedy:
-            ids = greedy_sample(logits)
+            ids = _greedy(logits)
         else:
             assert positions is not None, "random sampling needs positions"
             ids = self._sample(logits, sampling_info, positions)
@@ -52,9 +61,15 @@ class Sampler(torch.nn.Module):
         # Rows that cannot be sampled are marked invalid by the caller; give them a harmless distribution.
         probs = torch.where(torch.isfinite(probs), probs, 1.0)
         drawn = seeded_sample(probs, info.seeds, positions)
-        if bool(info.greedy_rows.any()):
-            return torch.where(info.greedy_rows, greedy_sample(logits).to(drawn.dtype), drawn)
+        if info.is_any_greedy:
+            return torch.where(info.greedy_rows, _greedy(logits).to(drawn.dtype), drawn)
         return drawn
+
+
+def _greedy(logits: torch.Tensor) -> torch.Tensor:
+    if _use_aiter is None:
+        return greedy_sample(logits)
+    return greedy_aiter(logits, _aiter_greedy_sample) if _use_aiter and fits_aiter(logits) else greedy_torch(logits)
 
 
 def filtered_probs(logits: torch.Tensor, info: SamplingBatchInfo) -> torch.Tensor:
@@ -90,5 +105,5 @@ def _fill_logprobs(
     output.next_token_logprobs = logprobs.gather(1, ids.to(torch.int64).unsqueeze(1)).squeeze(1)
     if any(top_logprobs_nums):
         output.next_token_top_logprobs = top_entries(logprobs, top_logprobs_nums)
-    if any(len(chosen) for chosen in token_ids_logprobs):
+    if any(token_ids_logprobs):
         output.next_token_token_ids_logprobs = chosen_entries(logprobs, token_ids_logprobs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,12 @@ from torch import nn
 
 # None for a parameter that is one checkpoint tensor; an index, a name or a tuple of indices for a merged one.
 ShardId = int | str | tuple[int, ...] | None
-WeightLoader = Callable[[nn.Parameter, torch.Tensor, ShardId], None]
+# (parameter, checkpoint tensor, shard id), and the scales of the tensor's blocks where the parameter takes them.
+WeightLoader = Callable[..., None]
+
+
+class WeightFormatError(ValueError):
+    """A checkpoint tensor is in another format than the model asks for."""
 
 
 class WeightShapeError(ValueError):
@@ -28,6 +34,66 @@ def check_shape(loaded: torch.Tensor, expected: tuple[int, ...]) -> None:
         raise WeightShapeError(tuple(expected), tuple(loaded.shape))
 
 
+@dataclass(frozen=True)
+class Section:
+    """A rank's part of one checkpoint matrix: ``rows`` x ``columns`` from (row, column), to land at row ``offset``."""
+
+    full_rows: int
+    full_columns: int
+    row: int
+    rows: int
+    column: int
+    columns: int
+    offset: int = 0
+
+
+class Shards:
+    """Which parts of which checkpoint matrices, by shard id, make up a rank's weight [rows, columns]."""
+
+    def __init__(self, sections: Mapping[ShardId, Section]) -> None:
+        self.sections = dict(sections)
+        *_, last = self.sections.values()
+        self.rows = last.offset + last.rows
+        self.columns = last.columns
+
+    @property
+    def full_shapes(self) -> dict[ShardId, tuple[int, ...]]:
+        """Shape of each checkpoint matrix."""
+        return {shard: (section.full_rows, section.full_columns) for shard, section in self.sections.items()}
+
+    def copy(self, target: torch.Tensor, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
+        """Copy this rank's part of ``loaded`` into ``target`` [rows, columns], or of a vector into [rows].
+
+        A tuple of ids means several matrices stacked on dim 0.
+        """
+        parts = [self.sections[part] for part in (shard_id if isinstance(shard_id, tuple) else (shard_id,))]
+        full = (sum(part.full_rows for part in parts), parts[0].full_columns)
+        check_shape(loaded, full[: target.ndim])
+        start = 0
+        for part in parts:
+            source = loaded.narrow(0, start + part.row, part.rows)
+            if target.ndim == 2:
+                source = source.narrow(1, part.column, part.columns)
+            target.narrow(0, part.offset, part.rows).copy_(source)
+            start += part.full_rows
+
+    def in_blocks(self, size: int) -> Shards | None:
+        """The same parts counted in blocks of ``size``; None unless they are cut at edges of blocks.
+
+        The last rows alone may end inside a block.
+        """
+        sections = list(self.sections.values())
+        cuts = [part.full_rows for part in sections[:-1]]
+        cuts += [cut for part in sections for cut in (part.row, part.offset, part.column, part.columns)]
+        if any(cut % size for cut in cuts):
+            return None
+
+        def count(section: Section) -> Section:
+            return Section(*(-(-number // size) for number in astuple(section)))
+
+        return Shards({shard: count(section) for shard, section in self.sections.items()})
+
+
 def load_whole(param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
     """Copy ``loaded`` into ``param`` (cast to its dtype); shapes must agree."""
     check_shape(loaded, tuple(param.shape))
@@ -37,22 +103,25 @@ def load_whole(param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = No
 def make_parameter(
     *shape: int,
     dtype: torch.dtype | None = None,
-    loader: WeightLoader = load_whole,
+    loader: WeightLoader | None = None,
     full_shapes: Mapping[ShardId, tuple[int, ...]] | None = None,
     fill: tuple[float, float] | None = None,
+    takes_scale: bool = False,
 ) -> nn.Parameter:
     """An uninitialised inference parameter of ``shape`` that knows how it is loaded.
 
     dtype: default is torch's default dtype, which the model loader sets. full_shapes: shape of each checkpoint tensor
-    by shard id, before tensor parallelism; by default the parameter's own. fill: mean and standard deviation of the
-    dummy filler; by default 0 and 1/sqrt(fan_in) for matrices. A vector must say its own.
+    by shard id, before tensor parallelism; by default the parameter's own; empty when the checkpoint holds none. fill:
+    mean and standard deviation of the dummy filler; by default 0 and 1/sqrt(fan_in) for matrices; a vector must say its
+    own. takes_scale: an 8-bit tensor may be loaded, with the scales of its blocks as the loader's last argument.
     """
     param: Any = nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
     if fill is None and len(shape) < 2:
         raise ValueError("a vector parameter must say how a dummy checkpoint fills it")
-    param.weight_loader = loader
+    param.weight_loader = loader or load_whole
     param.full_shapes = dict(full_shapes) if full_shapes is not None else {None: tuple(shape)}
     param.fill = fill
+    param.takes_scale = takes_scale
     return param
 
 

@@ -84,6 +84,10 @@ class ShutdownReq(msgspec.Struct, kw_only=True, tag=True):
     """Stop a scheduler or detokenizer process after its current step."""
 
 
+class WakeReq(msgspec.Struct, kw_only=True, tag=True):
+    """One attention group to the others: there is work again, and its steps need every group."""
+
+
 class FinishReason(msgspec.Struct, kw_only=True, omit_defaults=True):
     """Why a request ended. ``type`` is "stop", "length" or "abort"."""
 
@@ -159,7 +163,7 @@ class BatchStrOutput(msgspec.Struct, kw_only=True, tag=True):
 
 
 SchedulerMessage = (
-    TokenizedGenerateReqInput | AbortReq | FlushCacheReqInput | GetInternalStateReq | ShutdownReq
+    TokenizedGenerateReqInput | AbortReq | FlushCacheReqInput | GetInternalStateReq | ShutdownReq | WakeReq
 )
 DetokenizerMessage = BatchTokenIDOutput | ShutdownReq
 TokenizerMessage = BatchStrOutput | FlushCacheReqOutput | GetInternalStateReqOutput

@@ -17,19 +17,23 @@ T = TypeVar("T")
 
 
 class IpcNames(msgspec.Struct, frozen=True):
-    """Addresses of the three inboxes; each is bound by its reader and lives in one private directory."""
+    """Addresses of the inboxes, one scheduler's a DP rank; each is bound by its reader, in one private directory."""
 
     tokenizer: str
-    scheduler: str
+    schedulers: tuple[str, ...]
     detokenizer: str
     directory: str
 
     @classmethod
-    def create(cls) -> IpcNames:
+    def create(cls, dp_size: int = 1) -> IpcNames:
         """Make a directory readable by this user alone and name the sockets in it."""
         directory = tempfile.mkdtemp(prefix="sglang-")
-        names = {name: f"ipc://{os.path.join(directory, name)}" for name in ("tokenizer", "scheduler", "detokenizer")}
-        return cls(directory=directory, **names)
+
+        def address(name: str) -> str:
+            return f"ipc://{os.path.join(directory, name)}"
+
+        schedulers = tuple(address(f"scheduler{dp_rank}") for dp_rank in range(dp_size))
+        return cls(address("tokenizer"), schedulers, address("detokenizer"), directory)
 
     def remove(self) -> None:
         """Delete the sockets' directory."""
@@ -114,8 +118,8 @@ class AsyncReceiver(Generic[T]):
         self._socket.close()
 
 
-def scheduler_receiver(names: IpcNames) -> Receiver[io_struct.SchedulerMessage]:
-    return Receiver(names.scheduler, io_struct.SchedulerMessage)
+def scheduler_receiver(names: IpcNames, dp_rank: int = 0) -> Receiver[io_struct.SchedulerMessage]:
+    return Receiver(names.schedulers[dp_rank], io_struct.SchedulerMessage)
 
 
 def detokenizer_receiver(names: IpcNames) -> Receiver[io_struct.DetokenizerMessage]:

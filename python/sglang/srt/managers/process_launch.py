@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import select
 import signal
@@ -11,23 +12,28 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 
+from sglang.srt.environ import EnvError
 from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.common import get_free_port
 
 logger = logging.getLogger(__name__)
 
+SCHEDULER_MODULE = "sglang.srt.managers.scheduler_process"
+DETOKENIZER_MODULE = "sglang.srt.managers.detokenizer_process"
 PROGRESS_INTERVAL_S = 10.0
 # Rounds that an OpenMP thread spins before it sleeps. libgomp's default spins for milliseconds: on a machine that is
 # shared, threads then wait for one that was taken off its core (measured at batch 64: 870 against 10,000 tokens/s).
 SPIN_COUNT = 1_000
+# What a pipe takes at once, whatever the characters: a dying child must not wait for a reader.
+MAX_WORDS = 8_000
 
 
 class LaunchError(RuntimeError):
@@ -38,13 +44,37 @@ class LaunchError(RuntimeError):
         self.user_error = user_error
 
 
+class RankPlace(msgspec.Struct, frozen=True):
+    """Where a scheduler process stands.
+
+    ``rank`` counts the ranks of its replica, ``local_rank`` all ranks of the host (its device), ``dp_rank`` replicas or
+    attention groups, whichever there are several of. ``label`` is its name in logs, empty for the only rank.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    dp_rank: int = 0
+    label: str = ""
+
+
+def rank_places(args: ServerArgs) -> list[RankPlace]:
+    """Every scheduler process of a server, by local rank."""
+    places = []
+    for local_rank in range(args.num_replicas * args.tp_size):
+        replica, rank = divmod(local_rank, args.tp_size)
+        dp_rank = rank // (args.tp_size // args.dp_size) if args.enable_dp_attention else replica
+        names = [f"DP{dp_rank}"] if args.dp_size > 1 else []
+        names += [f"TP{rank}"] if args.tp_size > 1 or names else []
+        places.append(RankPlace(rank, local_rank, dp_rank, " ".join(names)))
+    return places
+
+
 class LaunchConfig(msgspec.Struct, kw_only=True):
     """What a child process is told, as JSON in a file that only this user can read."""
 
     server_args: str
     ipc: IpcNames
-    tp_rank: int = 0
-    tp_size: int = 1
+    place: RankPlace = RankPlace()
     dist_init_method: str = ""
 
     def parsed_server_args(self) -> ServerArgs:
@@ -59,6 +89,23 @@ class ChildProcess:
     popen: subprocess.Popen[bytes]
     ready_fd: int
     lifeline_fd: int
+    # The error that it reported while serving, and when (monotonic seconds).
+    last_words: dict[str, Any] | None = None
+
+    def has_failed(self) -> bool:
+        """True when it has ended, or said why it is about to."""
+        self.last_words = self.last_words or _last_words(self)
+        return self.last_words is not None or self.popen.poll() is not None
+
+    def end(self) -> str:
+        """How a failed child ended."""
+        code = self.popen.poll()
+        if code is not None and code < 0:
+            how = f"was ended by signal {-code} ({signal.strsignal(-code)})"
+        else:
+            how = "failed" if code is None else f"ended with exit code {code}"
+        words = f": {self.last_words['message']}" if self.last_words is not None else ""
+        return f"{self.name} (pid {self.popen.pid}) {how}{words}"
 
 
 @dataclass
@@ -70,12 +117,19 @@ class EngineProcesses:
     scheduler_info: dict[str, Any] = field(default_factory=dict)
 
     def check_alive(self) -> str | None:
-        """None while all children run, else which one ended and how."""
-        for child in self.processes:
-            code = child.popen.poll()
-            if code is not None:
-                return f"{child.name} (pid {child.popen.pid}) ended with exit code {code}"
-        return None
+        """None while all children run, else which one ended first and how.
+
+        A rank that loses another one fails too: whom a signal ended comes first, then who spoke first.
+        """
+        failed = [child for child in self.processes if child.has_failed()]
+        if not failed:
+            return None
+
+        def order(child: ChildProcess) -> tuple[bool, float]:
+            spoke = math.inf if child.last_words is None else child.last_words["at"]
+            return (child.popen.poll() or 0) >= 0, spoke
+
+        return min(failed, key=order).end()
 
     def shutdown(self, grace_s: float = 5.0) -> None:
         """End all children: ask first, insist after ``grace_s`` seconds. Safe to call twice."""
@@ -96,29 +150,32 @@ class EngineProcesses:
         self.ipc.remove()
 
 
-def launch_engine_processes(server_args: ServerArgs) -> EngineProcesses:
-    """Start one scheduler a TP rank and one detokenizer, and wait until all are ready.
+def launch_engine_processes(
+    server_args: ServerArgs, child_variables: Mapping[str, str] | None = None
+) -> EngineProcesses:
+    """Start one scheduler a rank, with ``child_variables`` set, and one detokenizer, and wait until all are ready.
 
     ``server_args`` must be resolved. Raises LaunchError with the child's own words when one fails; the others are
     ended first.
     """
-    engine = EngineProcesses(ipc=IpcNames.create(), processes=[])
-    tp_size = server_args.tp_size
-    init_method = f"tcp://127.0.0.1:{server_args.nccl_port or get_free_port()}" if tp_size > 1 else ""
-    threads = max(1, (os.cpu_count() or 1) // tp_size)
+    variables = {**device_variables(server_args), **(child_variables or {})}
+    engine = EngineProcesses(ipc=IpcNames.create(server_args.dp_size), processes=[])
+    places = rank_places(server_args)
+    threads = max(1, (os.cpu_count() or 1) // len(places))
+    init_method = ""
     try:
-        for rank in range(tp_size):
+        for place in places:
+            if place.rank == 0 and server_args.tp_size > 1:
+                given = server_args.nccl_port
+                port = get_free_port() if given is None else given + place.local_rank // server_args.tp_size
+                init_method = f"tcp://127.0.0.1:{port}"
             config = LaunchConfig(
-                server_args=server_args.to_json(),
-                ipc=engine.ipc,
-                tp_rank=rank,
-                tp_size=tp_size,
-                dist_init_method=init_method,
+                server_args=server_args.to_json(), ipc=engine.ipc, place=place, dist_init_method=init_method
             )
-            name = "scheduler" if tp_size == 1 else f"scheduler TP{rank}"
-            engine.processes.append(_start(name, "sglang.srt.managers.scheduler_process", config, threads))
+            name = f"scheduler {place.label}".strip()
+            engine.processes.append(_start(name, SCHEDULER_MODULE, config, threads, variables))
         config = LaunchConfig(server_args=server_args.to_json(), ipc=engine.ipc)
-        engine.processes.append(_start("detokenizer", "sglang.srt.managers.detokenizer_process", config, 1))
+        engine.processes.append(_start("detokenizer", DETOKENIZER_MODULE, config, 1, {}))
         for child in engine.processes:
             info = _wait_ready(child, engine)
             if child is engine.processes[0]:
@@ -129,14 +186,29 @@ def launch_engine_processes(server_args: ServerArgs) -> EngineProcesses:
     return engine
 
 
-def _start(name: str, module: str, config: LaunchConfig, threads: int) -> ChildProcess:
+def device_variables(args: ServerArgs) -> dict[str, str]:
+    """What must be in the environment of a scheduler process before it touches its device."""
+    from sglang.srt.utils.stream_policy import plan_streams  # imports torch, which the detokenizer does without
+
+    try:
+        variables = plan_streams(args).child_variables()
+    except EnvError as error:
+        raise LaunchError(str(error), user_error=True) from None
+    for name, value in variables.items():
+        logger.info("%s=%s for the scheduler processes: the streams in use need so many hardware queues", name, value)
+    return variables
+
+
+def _start(
+    name: str, module: str, config: LaunchConfig, threads: int, variables: Mapping[str, str]
+) -> ChildProcess:
     path = os.path.join(config.ipc.directory, f"{name.replace(' ', '-')}.json")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:
         file.write(msgspec.json.encode(config))
     ready_read, ready_write = os.pipe()
     life_read, life_write = os.pipe()
-    environment = dict(os.environ)
+    environment = {**os.environ, **variables}
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     environment.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     command = [sys.executable, "-m", module, "--config", path]
@@ -218,7 +290,8 @@ class ChildContext:
         self._report({"status": "ready", "info": info})
 
     def report_error(self, message: str, user_error: bool) -> None:
-        self._report({"status": "error", "message": message, "user_error": user_error})
+        words = message[:MAX_WORDS]
+        self._report({"status": "error", "message": words, "user_error": user_error, "at": time.monotonic()})
 
     def _report(self, document: dict[str, Any]) -> None:
         os.write(self._ready_fd, (json.dumps(document) + "\n").encode())

@@ -48,10 +48,15 @@ class RequestState:
         chosen_logprobs: bool,
         text_of: TokenText,
         weight_version: str,
+        num_tokens: int = 0,
+        show_dp_rank: bool = False,
     ):
         self.rid = rid
         self.wire_rid = wire_rid
         self.index = index
+        # Where it was sent, and how many tokens it may come to hold there.
+        self.dp_rank = 0
+        self.num_tokens = num_tokens
         self.group = group
         self.created = time.perf_counter()
         self.latency: float | None = None
@@ -66,6 +71,7 @@ class RequestState:
         self._chosen_logprobs = chosen_logprobs
         self._text_of = text_of
         self._weight_version = weight_version
+        self._show_dp_rank = show_dp_rank
         self._read_text = 0
         self._read_ids = 0
         self._read_logprobs = 0
@@ -113,6 +119,8 @@ class RequestState:
             "cached_tokens": last.cached_tokens,
             "weight_version": self._weight_version,
         }
+        if self._show_dp_rank:
+            meta["dp_rank"] = self.dp_rank
         if self.latency is not None:
             meta["e2e_latency"] = self.latency
         if self._return_logprob:

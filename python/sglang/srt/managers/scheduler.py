@@ -43,6 +43,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.dp_sync import AgreedStep, StepAgreement
     from sglang.srt.managers.scheduler_config import SchedulerConfig
     from sglang.srt.managers.scheduler_io import SchedulerChannel
 
@@ -54,7 +55,8 @@ MAX_DEEP_CHECK_TOKENS = 1 << 20
 class Scheduler:
     """Continuous batching over one model replica.
 
-    Every TP rank runs the same loop on the same messages and so takes the same decisions; rank 0 alone talks.
+    Every TP rank runs the same loop on the same messages and so takes the same decisions; rank 0 alone talks. With
+    attention data parallelism each group of ranks has requests of its own, and ``sync`` keeps the groups in step.
     """
 
     def __init__(
@@ -64,13 +66,15 @@ class Scheduler:
         memory: ReqMemory,
         channel: SchedulerChannel,
         stop_checker: StopChecker,
+        sync: StepAgreement | None = None,
     ) -> None:
         self.config = config
+        self.sync = sync
         self.worker = worker
         self.memory = memory
         self.channel = channel
         self.stop_checker = stop_checker
-        self.metrics = SchedulerMetrics(config.decode_log_interval)
+        self.metrics = SchedulerMetrics(config.decode_log_interval, config.overlap_trace)
         self.waiting: list[Req] = []
         self.partial: list[Req] = []
         self.running: list[Req] = []
@@ -82,6 +86,7 @@ class Scheduler:
         self._in_flight: tuple[ScheduleBatch, LaunchedStep] | None = None
         self._num_received = 0
         self._stopping = False
+        self._all_idle = True  # as the groups last agreed
         self._waited_s = 0.0  # of this step: in forward, sampling and waiting for them
         # Monotonic time at which the step in progress began; None between steps (read by the watchdog).
         self.step_started: float | None = None
@@ -92,7 +97,8 @@ class Scheduler:
         """Serve until a ShutdownReq arrives."""
         checked = True
         while not self._stopping:
-            for message in self.channel.receive(wait=checked and not self.has_work()):
+            may_wait = checked and not self.has_work() if self.sync is None else self._all_idle
+            for message in self.channel.receive(wait=may_wait):
                 self._handle(message)
             if self.step():
                 checked = False
@@ -113,9 +119,12 @@ class Scheduler:
         if any(req.sampling_params.counts_tokens for req in self.running):
             self._drain()  # penalties are built from the output, which must be complete
         batch = self._next_batch()
+        agreed = None if self.sync is None else self._agree(self.sync, batch)
         if batch is None:
+            if agreed is not None and agreed.runs:
+                self._take_part(agreed)
             return self._drain()
-        launched = self._launch(batch)
+        launched = self._launch(batch, agreed)
         self._drain()
         self._in_flight = batch, launched
         if not (self.config.enable_overlap and batch.forward_mode.is_decode()):
@@ -124,9 +133,28 @@ class Scheduler:
         self.metrics.step_done(batch, self.load(), self._waited_s, other_s)
         return True
 
-    def _launch(self, batch: ScheduleBatch) -> LaunchedStep:
+    def _agree(self, sync: StepAgreement, batch: ScheduleBatch | None) -> AgreedStep:
+        self.step_started = time.monotonic()  # a rank that does not come is a hang
+        agreed = sync.exchange(batch, batch is not None or self.has_work(), self._stopping)
+        if self._in_flight is None:
+            self.step_started = None
+        self._all_idle = not agreed.has_work
+        self._stopping = agreed.stops
+        return agreed
+
+    def _take_part(self, agreed: AgreedStep) -> None:
+        """Run the other groups' step without rows of our own: experts and collectives need every rank."""
+        self.step_started = time.monotonic()
+        self.worker.launch_idle(agreed.idle_batch(self.memory.state_pool is not None))
+        if self._in_flight is None:
+            self.step_started = None
+        self.metrics.num_idle_steps += 1
+
+    def _launch(self, batch: ScheduleBatch, agreed: AgreedStep | None) -> LaunchedStep:
         info = self._sampling_info_of(batch)
         worker_batch = batch.to_worker_batch()
+        if agreed is not None:
+            worker_batch = agreed.of_batch(worker_batch)
         for req, end, draws in zip(batch.reqs, batch.ends, batch.draws, strict=True):
             req.computed_len = end
             req.num_in_flight += draws
@@ -182,7 +210,8 @@ class Scheduler:
         self._num_received += 1
         seed = params.sampling_seed
         if seed is None:
-            seed = self.config.random_seed * 1_000_003 + self._num_received
+            number = self._num_received * self.config.dp_size + self.config.dp_rank
+            seed = self.config.random_seed * 1_000_003 + number
         stop_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= set(self.config.eos_token_ids)

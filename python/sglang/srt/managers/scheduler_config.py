@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from sglang.kernels.registry import REGISTRY
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.distributed import get_parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
@@ -41,9 +43,15 @@ class SchedulerConfig:
     retract_interval: int
     deep_pool_check: bool
     pool_plan: tuple[str, ...] = ()
+    dp_rank: int = 0
+    dp_size: int = 1
+    describe_model: Callable[[], dict[str, Any]] = dict
+    overlap_trace: Callable[[], list[dict[str, Any]]] = list
 
     @classmethod
-    def create(cls, args: ServerArgs, model_config: ModelConfig, runner: ModelRunner) -> SchedulerConfig:
+    def create(
+        cls, args: ServerArgs, model_config: ModelConfig, runner: ModelRunner, dp_rank: int = 0
+    ) -> SchedulerConfig:
         """From resolved arguments and the pools that the runner has made."""
         chunk = args.chunked_prefill_size
         return cls(
@@ -65,15 +73,25 @@ class SchedulerConfig:
             retract_interval=envs.SGLANG_TEST_RETRACT_INTERVAL.get() if envs.SGLANG_TEST_RETRACT.get() else 0,
             deep_pool_check=envs.SGLANG_DEBUG_POOL_CHECK.get(),
             pool_plan=runner.pool_plan_lines,
+            dp_rank=dp_rank,
+            dp_size=args.dp_size,
+            describe_model=runner.describe,
+            overlap_trace=runner.overlap_trace,
         )
 
     def describe(self) -> dict[str, Any]:
         """Platform, kernels and plan for /server_info; msgpack-able."""
+        state = get_parallel_state()
         return {
+            "dp_rank": self.dp_rank,
+            "world_size": state.world.size,
+            "attn_tp_size": state.tp.size,
+            "ep_size": state.ep_size,
             "platform": current_platform.describe(),
             "fakes": list(current_platform.fakes),
             "kernels": REGISTRY.report(),
             "memory_plan": list(self.pool_plan),
             "max_req_len": self.max_req_len,
+            **self.describe_model(),
             "unpickled_while_serving": unpickle_count(),
         }

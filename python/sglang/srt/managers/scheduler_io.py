@@ -1,7 +1,8 @@
-"""How messages reach the scheduler of each rank, and how rank 0 answers."""
+"""How messages reach the scheduler of each rank, and how the first rank of each attention group answers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import msgspec
@@ -12,6 +13,7 @@ from sglang.srt.managers.io_struct import (
     FlushCacheReqOutput,
     GetInternalStateReqOutput,
     SchedulerMessage,
+    WakeReq,
 )
 from sglang.srt.managers.ipc import IpcNames, Sender, scheduler_receiver
 
@@ -30,10 +32,14 @@ class SchedulerChannel(Protocol):
 
 
 class RankZeroChannel:
-    """Reads the inbox, shares what came with the other ranks, and sends answers."""
+    """Reads the inbox of a DP rank, shares what came with the other ranks of ``group``, and sends answers.
 
-    def __init__(self, names: IpcNames, group: ProcessGroupHandle) -> None:
-        self._receiver = scheduler_receiver(names)
+    ``peers`` are the DP ranks whose steps depend on this one's: they are woken when a message ends a wait.
+    """
+
+    def __init__(self, names: IpcNames, group: ProcessGroupHandle, dp_rank: int = 0, peers: Sequence[int] = ()) -> None:
+        self._receiver = scheduler_receiver(names, dp_rank)
+        self._peers = [Sender(names.schedulers[peer]) for peer in peers]
         self._detokenizer = Sender(names.detokenizer)
         self._tokenizer = Sender(names.tokenizer)
         self._group = group
@@ -46,7 +52,12 @@ class RankZeroChannel:
         raw = self._receiver.recv_raw_all()
         if self._group.size > 1:
             self._group.broadcast_bytes(self._encoder.encode(raw))
-        return [self._receiver.decode(data) for data in raw]
+        messages = [self._receiver.decode(data) for data in raw]
+        # A wake itself wakes nobody, or the groups would keep one another awake.
+        if wait and self._peers and not all(isinstance(message, WakeReq) for message in messages):
+            for peer in self._peers:
+                peer.send(WakeReq())
+        return messages
 
     def to_detokenizer(self, message: BatchTokenIDOutput) -> None:
         self._detokenizer.send(message)
@@ -56,7 +67,7 @@ class RankZeroChannel:
 
 
 class FollowerChannel:
-    """Ranks above 0: the same messages from rank 0, and silence towards the outside."""
+    """The other ranks of a group: the same messages from rank 0, and silence towards the outside."""
 
     def __init__(self, group: ProcessGroupHandle) -> None:
         self._group = group

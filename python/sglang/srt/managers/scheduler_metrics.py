@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -14,10 +15,14 @@ logger = logging.getLogger(__name__)
 class SchedulerMetrics:
     """Steps, tokens and seconds since start; one log line a prefill step and every ``decode_log_interval`` decodes."""
 
-    def __init__(self, decode_log_interval: int) -> None:
+    def __init__(
+        self, decode_log_interval: int, overlap_trace: Callable[[], list[dict[str, Any]]] = list
+    ) -> None:
         self._interval = decode_log_interval
+        self._overlap_trace = overlap_trace
         self.num_prefill_steps = 0
         self.num_decode_steps = 0
+        self.num_idle_steps = 0  # taken part in without rows
         self.num_retractions = 0
         self.num_aborted = 0
         self.num_prompt_tokens = 0
@@ -72,6 +77,12 @@ class SchedulerMetrics:
             self.last_gen_throughput,
             load["num_queue_reqs"],
         )
+        for row in self._overlap_trace():
+            logger.info(
+                "Overlap of %(site)s at %(num_tokens)d tokens (captured: %(captured)s): side %(side_us).1f us, main "
+                "%(main_us).1f us, share of the side beside the main one %(beside_share).3f, forks %(forks)d",
+                row,
+            )
 
     def went_idle(self) -> None:
         """Do not count idle time into the next throughput figure."""
@@ -82,6 +93,7 @@ class SchedulerMetrics:
         return {
             "num_prefill_steps": self.num_prefill_steps,
             "num_decode_steps": self.num_decode_steps,
+            "num_idle_steps": self.num_idle_steps,
             "num_retracted_reqs": self.num_retractions,
             "num_aborted_reqs": self.num_aborted,
             "num_prefilled_tokens": self.num_prompt_tokens,

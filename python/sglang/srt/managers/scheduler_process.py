@@ -15,11 +15,12 @@ from sglang.kernels.registry import REGISTRY, KernelConfigError
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import init_parallel_state
+from sglang.srt.managers.dp_sync import StepAgreement
 from sglang.srt.managers.process_launch import ChildContext, ended_by_sigterm, parse_child_arguments
 from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_config import SchedulerConfig
-from sglang.srt.managers.scheduler_io import FollowerChannel, RankZeroChannel
+from sglang.srt.managers.scheduler_io import FollowerChannel, RankZeroChannel, SchedulerChannel
 from sglang.srt.managers.step_result import StopChecker
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
@@ -54,32 +55,50 @@ def make_memory(runner: ModelRunner, args: ServerArgs) -> ReqMemory:
 def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConfig]:
     """Everything that a scheduler process is made of."""
     config = context.config
+    place = config.place
+    current_platform.set_device(place.local_rank)
     backend = "nccl" if current_platform.device_type == "cuda" else "gloo"
-    timeout = float(args.dist_timeout or 600)
-    group = init_parallel_state(config.tp_rank, config.tp_size, config.dist_init_method, backend, timeout).tp
+    state = init_parallel_state(
+        place.rank,
+        args.tp_size,
+        config.dist_init_method,
+        backend,
+        timeout_s=float(args.dist_timeout or 600),
+        attn_dp_size=args.attn_dp_size,
+        ep_size=args.ep_size,
+        local_rank=place.local_rank,
+    )
     model_config = ModelConfig.from_path(
         args.model_path,
         json_model_override_args=args.model_overrides(),
         context_length=args.context_length,
         dtype=args.dtype,
+        quantization=args.quantization,
+        kv_cache_dtype=args.kv_cache_dtype,
         platform_kind=current_platform.kind,
     )
     REGISTRY.freeze()
     runner = ModelRunner(args, model_config)
-    scheduler_config = SchedulerConfig.create(args, model_config, runner)
+    scheduler_config = SchedulerConfig.create(args, model_config, runner, place.dp_rank)
     tokenizer = None if args.skip_tokenizer_init else Tokenizer.from_path(args.tokenizer_path or args.model_path)
-    channel = RankZeroChannel(config.ipc, group) if config.tp_rank == 0 else FollowerChannel(group)
-    scheduler = Scheduler(
-        scheduler_config, TpModelWorker(runner), make_memory(runner, args), channel, StopChecker(tokenizer)
-    )
-    return scheduler, model_config
+    sync: StepAgreement | None = None
+    peers: list[int] = []
+    if state.attn_dp_size > 1:
+        sync = StepAgreement(state, runner.graph_bucket)
+        peers = [peer for peer in range(state.attn_dp_size) if peer != place.dp_rank]
+    channel: SchedulerChannel = FollowerChannel(state.tp)
+    if state.tp.rank == 0:
+        channel = RankZeroChannel(config.ipc, state.tp, place.dp_rank, peers)
+    memory, stops = make_memory(runner, args), StopChecker(tokenizer)
+    return Scheduler(scheduler_config, TpModelWorker(runner), memory, channel, stops, sync), model_config
 
 
 class Watchdog:
     """Ends the process when one step takes longer than ``timeout_s`` seconds: a hang becomes a visible failure."""
 
-    def __init__(self, scheduler: Scheduler, timeout_s: float) -> None:
+    def __init__(self, scheduler: Scheduler, timeout_s: float, context: ChildContext) -> None:
         self._scheduler = scheduler
+        self._context = context
         self._timeout_s = timeout_s
         threading.Thread(target=self._watch, daemon=True).start()
 
@@ -88,11 +107,9 @@ class Watchdog:
             time.sleep(min(1.0, self._timeout_s / 2))
             started = self._scheduler.step_started
             if started is not None and time.monotonic() - started > self._timeout_s:
-                logger.error(
-                    "a step has run for more than --watchdog-timeout %.0f s; the process ends. Load: %s",
-                    self._timeout_s,
-                    self._scheduler.load(),
-                )
+                words = f"a step has run for more than --watchdog-timeout {self._timeout_s:g} s"
+                logger.error("%s; the process ends. Load: %s", words, self._scheduler.load())
+                self._context.report_error(words, user_error=False)
                 os._exit(3)
 
 
@@ -101,7 +118,7 @@ def main() -> int:
     context = parse_child_arguments()
     config = context.config
     args = config.parsed_server_args()
-    prefix = "scheduler" if config.tp_size == 1 else f"TP{config.tp_rank}"
+    prefix = config.place.label or "scheduler"
     configure_logging(args.log_level, prefix=prefix)
     set_global_server_args_for_scheduler(args)
     torch.set_grad_enabled(False)
@@ -125,10 +142,13 @@ def main() -> int:
         }
     )
     reset_unpickle_count()
-    Watchdog(scheduler, float(args.watchdog_timeout))
+    Watchdog(scheduler, float(args.watchdog_timeout), context)
     with ended_by_sigterm():
         try:
             scheduler.event_loop()
+        except Exception as error:
+            context.report_error(f"{type(error).__name__}: {error}", user_error=False)
+            raise
         finally:
             log_unpickle_count(logger)
     return 0

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sglang.srt.managers.dp_routing import LoadBalancer
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchStrOutput,
@@ -70,7 +71,8 @@ class TokenizerManager:
         self.last_receive_time = 0.0
         self._preferred = preferred_sampling_params
         self._ipc = ipc
-        self._sender = Sender(ipc.scheduler)
+        self._senders = [Sender(address) for address in ipc.schedulers]
+        self._balancer = LoadBalancer(server_args.load_balance_method, len(self._senders))
         self._receiver: Any = None
         self._receive_task: asyncio.Task[None] | None = None
         self._states: dict[str, RequestState] = {}
@@ -89,7 +91,8 @@ class TokenizerManager:
             self._receive_task.cancel()
             await asyncio.gather(self._receive_task, return_exceptions=True)
             self._receiver.close()
-        self._sender.close()
+        for sender in self._senders:
+            sender.close()
 
     @property
     def num_in_flight(self) -> int:
@@ -123,7 +126,8 @@ class TokenizerManager:
         try:
             for state, request in zip(group.states, tokenized, strict=True):
                 self._states[state.wire_rid] = state
-                self._sender.send(request)
+                state.dp_rank = self._balancer.assign(state.num_tokens)
+                self._senders[state.dp_rank].send(request)
             if not stream:
                 await group.wait()
                 results = [state.result(incremental=False) for state in group.states]
@@ -139,43 +143,51 @@ class TokenizerManager:
             self._release(group)
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
-        """Ask the scheduler to end every request whose id starts with ``rid``, or all of them."""
+        """Ask the schedulers to end every request whose id starts with ``rid``, or all of them."""
         if abort_all:
-            self._sender.send(AbortReq(abort_all=True))
+            for sender in self._senders:
+                sender.send(AbortReq(abort_all=True))
             return
         for state in self._states.values():
             if state.rid.startswith(rid):
-                self._sender.send(AbortReq(rid=state.wire_rid, exact=True))
+                self._abort(state)
+
+    def _abort(self, state: RequestState) -> None:
+        self._senders[state.dp_rank].send(AbortReq(rid=state.wire_rid, exact=True))
 
     async def flush_cache(self, timeout_s: float = 0.0) -> tuple[bool, str]:
         """Drop the prefix cache; waits up to ``timeout_s`` for requests in flight. Returns success and why not."""
         deadline = time.monotonic() + timeout_s
         while True:
-            reply: FlushCacheReqOutput = await self._ask(FlushCacheReqInput)
-            if reply.success or time.monotonic() >= deadline:
-                return reply.success, reply.message
+            replies: list[FlushCacheReqOutput] = await self._ask(FlushCacheReqInput)
+            refusals = [reply.message for reply in replies if not reply.success]
+            if not refusals or time.monotonic() >= deadline:
+                return not refusals, " ".join(refusals)
             await asyncio.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
 
-    async def get_internal_state(self, timeout_s: float = CONTROL_TIMEOUT_S) -> dict[str, Any]:
-        """The scheduler's counters, pools, chosen kernels and fallbacks."""
-        reply: GetInternalStateReqOutput = await self._ask(GetInternalStateReq, timeout_s)
-        return reply.internal_state
+    async def get_internal_states(self, timeout_s: float = CONTROL_TIMEOUT_S) -> list[dict[str, Any]]:
+        """Each scheduler's counters, pools, chosen kernels and fallbacks, by DP rank."""
+        replies: list[GetInternalStateReqOutput] = await self._ask(GetInternalStateReq, timeout_s)
+        return [reply.internal_state for reply in replies]
 
-    async def _ask(self, message_type: Any, timeout_s: float = CONTROL_TIMEOUT_S) -> Any:
+    async def _ask(self, message_type: Any, timeout_s: float = CONTROL_TIMEOUT_S) -> list[Any]:
+        """The answer of every scheduler."""
         if self.failure is not None:
             raise self.failure
-        seq = next(self._counter)
-        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._replies[seq] = future
+        loop = asyncio.get_running_loop()
+        asked: dict[int, asyncio.Future[Any]] = {next(self._counter): loop.create_future() for _ in self._senders}
+        self._replies.update(asked)
         try:
-            self._sender.send(message_type(seq=seq))
-            return await asyncio.wait_for(future, timeout_s)
+            for seq, sender in zip(asked, self._senders, strict=True):
+                sender.send(message_type(seq=seq))
+            return await asyncio.wait_for(asyncio.gather(*asked.values()), timeout_s)
         except asyncio.TimeoutError:
             raise RequestError(
                 f"The scheduler did not answer within {timeout_s:g} s.", 503, "ServiceUnavailableError"
             ) from None
         finally:
-            del self._replies[seq]
+            for seq in asked:
+                del self._replies[seq]
 
     async def _receive_loop(self) -> None:
         try:
@@ -196,18 +208,24 @@ class TokenizerManager:
                 if state is None:
                     continue
                 if output.finish_reason is not None:
-                    del self._states[output.rid]
+                    self._forget(state)
                 state.receive(output)
             return
         future = self._replies.get(message.seq)
         if future is not None and not future.done():
             future.set_result(message)
 
+    def _forget(self, state: RequestState) -> None:
+        del self._states[state.wire_rid]
+        self._balancer.release(state.dp_rank, state.num_tokens)
+
     def _release(self, group: RequestGroup) -> None:
-        """Forget a group's requests, and abort those that the scheduler may still be running."""
+        """Forget a group's requests, and abort those that a scheduler may still be running."""
         for state in group.states:
-            if self._states.pop(state.wire_rid, None) is not None and self.failure is None:
-                self._sender.send(AbortReq(rid=state.wire_rid, exact=True))
+            if state.wire_rid in self._states:
+                self._forget(state)
+                if self.failure is None:
+                    self._abort(state)
         if self.server_args.log_requests:
             for state in group.states:
                 num_tokens = len(state.output_ids)
@@ -228,11 +246,14 @@ class TokenizerManager:
                 rid = single.rid if params.n == 1 else f"{single.rid}_{copy}"
                 # An id that the client chose may come again while the scheduler still ends its first use.
                 wire_rid = f"{rid}#{next(self._counter)}" if single.rid_given else rid
-                group.add(self._new_state(single, rid, wire_rid, group))
+                num_tokens = len(input_ids) + (params.max_new_tokens or 0)
+                group.add(self._new_state(single, rid, wire_rid, group, num_tokens))
                 tokenized.append(_tokenized(single, wire_rid, input_ids, params, group.stream))
         return tokenized, is_list
 
-    def _new_state(self, single: SingleRequest, rid: str, wire_rid: str, group: RequestGroup) -> RequestState:
+    def _new_state(
+        self, single: SingleRequest, rid: str, wire_rid: str, group: RequestGroup, num_tokens: int
+    ) -> RequestState:
         show_text = single.return_text_in_logprobs and self.tokenizer is not None
         return RequestState(
             rid,
@@ -244,6 +265,8 @@ class TokenizerManager:
             chosen_logprobs=bool(single.token_ids_logprob),
             text_of=self._token_text if show_text else _no_text,
             weight_version=self.weight_version,
+            num_tokens=num_tokens,
+            show_dp_rank=len(self._senders) > 1,
         )
 
     def _token_text(self, token_id: int) -> str | None:

@@ -83,3 +83,7 @@ class TpModelWorker:
         sampling_info.update(drawn)
         self.last_token[rows] = drawn.to(torch.int64)
         return LaunchedStep(drawn, logits_output)
+
+    def launch_idle(self, batch: ModelWorkerBatch) -> None:
+        """Queue a forward without rows of this rank, which has nothing to sample."""
+        self.runner.forward(batch, batch.input_ids)

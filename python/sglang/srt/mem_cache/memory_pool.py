@@ -7,6 +7,7 @@ from math import prod
 
 import torch
 
+from sglang.kernels.ops.attention.kv_cache import write_kv_torch, write_latent_torch
 from sglang.srt.mem_cache.allocator import SlotAccountingError
 
 
@@ -88,9 +89,7 @@ class MHATokenToKVPool(KVPool):
 
     def set_kv_buffer(self, layer_id: int, slot_ids: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write k and v [N, H, D] at ``slot_ids`` [N] int64, converted to the pool's dtype."""
-        row = self._row(layer_id)
-        self._k[row].index_copy_(0, slot_ids, k.to(self.dtype))
-        self._v[row].index_copy_(0, slot_ids, v.to(self.dtype))
+        write_kv_torch(k, v, *self.get_kv_buffer(layer_id), slot_ids)
 
     def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the layer's buffers, k and v [S, H, D]."""
@@ -125,7 +124,7 @@ class MLATokenToKVPool(KVPool):
 
     def set_latent(self, layer_id: int, slot_ids: torch.Tensor, latent: torch.Tensor) -> None:
         """Write latent [N, R + rope] at ``slot_ids`` [N] int64, converted to the pool's dtype."""
-        self._latent[self._row(layer_id)].index_copy_(0, slot_ids, latent.to(self.dtype))
+        write_latent_torch(latent, self.get_latent(layer_id), slot_ids)
 
     def get_latent(self, layer_id: int) -> torch.Tensor:
         """View of the layer's buffer [S, R + rope]; its first R columns are the values of absorbed attention."""

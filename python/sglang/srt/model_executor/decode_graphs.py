@@ -11,7 +11,9 @@ from typing import Protocol
 
 import torch
 
+from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.model_executor.capture_lint import CaptureOffence, HostOnly, capture_lint
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
 from sglang.srt.platforms.interface import DeviceGraph
 
@@ -56,7 +58,7 @@ class DecodeBuffers:
     Rows past the batch are padding: request row ``padding_row`` of one token in slot 0, state slot 0.
     """
 
-    def __init__(self, max_bs: int, device: torch.device, padding_row: int) -> None:
+    def __init__(self, max_bs: int, device: torch.device, padding_row: int, num_groups: int = 1) -> None:
         self.input_ids = torch.zeros(max_bs, dtype=torch.int64, device=device)
         self.packed = torch.zeros(NUM_FIELDS, max_bs, dtype=torch.int64, device=device)
         self.num_token_non_padded = torch.zeros(1, dtype=torch.int32, device=device)
@@ -68,6 +70,7 @@ class DecodeBuffers:
         self._events: list[torch.cuda.Event | None] = [None] * NUM_HOST_BUFFERS
         self._next = 0
         self._padding_row = padding_row
+        self._num_groups = num_groups
 
     def fill(self, batch: ModelWorkerBatch, input_ids: torch.Tensor, bucket: int) -> None:
         """Write a decode batch and its padding; ``input_ids`` [B] are on the device."""
@@ -100,6 +103,12 @@ class DecodeBuffers:
         """The captured step's batch over these buffers; host-side lengths are those of ``batch``, padding included."""
         packed = self.packed[:, :bucket]
         real = list(batch.seq_lens) if batch is not None else []
+        num_real = bucket if batch is None else batch.batch_size
+        everyone = None
+        if self._num_groups > 1:
+            # Without word from the others (capture, proof) they bring what this group brings.
+            known = None if batch is None else batch.global_num_tokens
+            everyone = [num_real] * self._num_groups if known is None else known
         return ForwardBatch(
             forward_mode=ForwardMode.DECODE,
             batch_size=bucket,
@@ -111,8 +120,10 @@ class DecodeBuffers:
             out_cache_loc=packed[SLOTS],
             attn_backend=backend,
             num_token_non_padded=self.num_token_non_padded,
-            num_token_non_padded_cpu=bucket if batch is None else batch.batch_size,
+            num_token_non_padded_cpu=num_real,
             state_slot_ids=packed[STATES] if has_state else None,
+            global_num_tokens_cpu=everyone,
+            global_num_rows_cpu=None if everyone is None else [bucket] * self._num_groups,
         )
 
 
@@ -139,12 +150,13 @@ class DecodeGraphs:
         device: torch.device,
         padding_row: int,
         has_state: bool,
+        num_groups: int = 1,
     ) -> None:
         self.buckets = list(buckets)
         self._forward = forward
         self._backend = backend
         self._has_state = has_state
-        self.buffers = DecodeBuffers(self.buckets[-1], device, padding_row)
+        self.buffers = DecodeBuffers(self.buckets[-1], device, padding_row, num_groups)
         self._steps: dict[int, CapturedStep] = {}
         self.refused: dict[int, str] = {}
         backend.init_cuda_graph_state(self.buckets[-1], max_context_len)
@@ -156,29 +168,46 @@ class DecodeGraphs:
         for bucket in reversed(self.buckets):
             fb = self.buffers.view(bucket, self._backend, self._has_state, None)
             self._backend.init_forward_metadata_capture(fb)
-            for _ in range(2):  # lazy compilation and workspaces must be done before capture
-                self._forward(fb)
-            graph = create_graph()
-            output = graph.capture(lambda fb=fb: self._forward(fb))  # type: ignore[misc]
-            self._steps[bucket] = CapturedStep(graph, output)
+            fb.seq_lens_cpu = HostOnly(fb.seq_lens_cpu)
+            self._forward(fb)  # lazy compilation and workspaces must be done before capture
+            try:
+                self._steps[bucket] = self._record(fb, create_graph())
+            except CaptureOffence as offence:
+                self.refuse(bucket, str(offence))
             progress(bucket)
-        logger.info("captured %d decode graphs in %.1f s", len(self.buckets), time.perf_counter() - started)
+        logger.info("captured %d decode graphs in %.1f s", len(self._steps), time.perf_counter() - started)
+
+    def _record(self, fb: ForwardBatch, graph: DeviceGraph) -> CapturedStep:
+        """Run the step once more, then record it; raises CaptureOffence for what no graph can replay."""
+        with capture_lint(self.buffers.packed.device):
+            self._forward(fb)
+            return CapturedStep(graph, graph.capture(lambda: self._forward(fb)))
 
     def refuse(self, bucket: int, reason: str) -> None:
         """Never replay ``bucket`` again; its batches run eagerly."""
         self.refused[bucket] = reason
-        del self._steps[bucket]
+        self._steps.pop(bucket, None)
         logger.warning("decode graph of batch size %d is refused: %s", bucket, reason)
 
-    def bucket_of(self, batch: ModelWorkerBatch) -> int | None:
-        """The bucket that replays ``batch``; None when it must run eagerly."""
-        if not batch.forward_mode.is_decode() or not 0 < batch.batch_size <= self.buckets[-1]:
+    def keep_agreed(self, world: ProcessGroupHandle) -> None:
+        """Refuse what another rank of ``world`` refused: all replay a bucket, or none."""
+        everyone = world.all_gather_ints([bucket in self._steps for bucket in self.buckets])
+        for bucket, kept in zip(self.buckets, zip(*everyone, strict=True), strict=True):
+            if bucket in self._steps and not all(kept):
+                self.refuse(bucket, f"rank {kept.index(0)} refused it")
+
+    def bucket_of(self, batch_size: int) -> int | None:
+        """The bucket that replays so many decoding requests; None when they must run eagerly."""
+        if not 0 < batch_size <= self.buckets[-1]:
             return None
-        bucket = self.buckets[bisect_left(self.buckets, batch.batch_size)]
+        bucket = self.buckets[bisect_left(self.buckets, batch_size)]
         return bucket if bucket in self._steps else None
 
     def replay(self, batch: ModelWorkerBatch, input_ids: torch.Tensor, bucket: int) -> LogitsProcessorOutput:
-        """Run ``batch`` through the graph of ``bucket``; the logits [B, V] are valid until the next replay."""
+        """Run ``batch``, which may be empty, through the graph of ``bucket``.
+
+        The logits [B, V] are valid until the next replay.
+        """
         self.buffers.fill(batch, input_ids, bucket)
         fb = self.buffers.view(bucket, self._backend, self._has_state, batch)
         self._backend.init_forward_metadata_replay(fb)

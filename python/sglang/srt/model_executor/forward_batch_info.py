@@ -74,6 +74,8 @@ class ModelWorkerBatch:
     logprobs: list[LogprobRequest | None] = field(default_factory=list)  # [B], or empty when nobody asks
     # Attention data parallelism: tokens that each attention group brings to this step, agreed by all of them.
     global_num_tokens: list[int] | None = None
+    # The decode graph that all groups agreed to replay, None when they run eagerly; read with ``global_num_tokens``.
+    graph_bucket: int | None = None
 
     @property
     def batch_size(self) -> int:
@@ -106,6 +108,8 @@ class ForwardBatch:
     logprobs: list[LogprobRequest | None] = field(default_factory=list)
     # Tokens that each attention group brings, padding not counted; None without attention data parallelism.
     global_num_tokens_cpu: list[int] | None = None
+    # Rows of each group, padding included, where steps are padded (graphs: all bring the bucket); None: the tokens.
+    global_num_rows_cpu: list[int] | None = None
 
     @classmethod
     def from_worker_batch(

@@ -120,8 +120,8 @@ class GraphCheck:
             tensor = buffer.tensor.movedim(buffer.axis, 0)
             generator = torch.Generator(device=tensor.device).manual_seed(seed)
             for row in tensor:
-                row.normal_(generator=generator)
-            tensor[0].fill_(1e3)
+                row.copy_(torch.randn(row.shape, generator=generator, device=row.device))
+            tensor[0].fill_(min(1e3, torch.finfo(tensor.dtype).max))
 
     def _fingerprints(self) -> list[torch.Tensor]:
         """For each buffer, one integer a slot past the dummies that changes when any bit of the slot does."""

@@ -6,11 +6,45 @@ from typing import Any
 
 import torch
 
+from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.memory_pool import GDNStatePool, KVPool, MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.pool_plan import PoolPlan, plan_pool_sizes
+from sglang.srt.platforms import current_platform
+from sglang.srt.server_args import ServerArgs
+
+# One live state a running request, and as many again thrice for snapshots of the prefix cache, unless memory is short.
+STATE_SLOTS_PER_REQUEST = 4
+# What all running requests can hold, and as much again for the prefix cache.
+CONTEXTS_PER_REQUEST = 2
+
+
+def plan_pools(args: ServerArgs, config: ModelConfig, tp_size: int, available_bytes: int) -> PoolPlan:
+    """The pools of one rank for ``available_bytes``, by the resolved ``args``; raises PoolPlanError."""
+    if args.max_running_requests is None or args.page_size is None:
+        raise ValueError("server arguments max_running_requests and page_size are not resolved")
+    return plan_pool_sizes(
+        available_bytes=available_bytes,
+        bytes_per_token=kv_bytes_per_token(config, tp_size),
+        max_running_requests=args.max_running_requests,
+        page_size=args.page_size,
+        bytes_per_state_slot=state_bytes_per_slot(config, tp_size, args.mamba_ssm_dtype),
+        max_total_tokens=args.max_total_tokens,
+        max_mamba_cache_size=args.max_mamba_cache_size,
+        disable_radix_cache=args.disable_radix_cache,
+        useful_tokens=CONTEXTS_PER_REQUEST * args.max_running_requests * config.context_len,
+        useful_state_slots=STATE_SLOTS_PER_REQUEST * args.max_running_requests,
+    )
+
+
+def kv_dtype(config: ModelConfig) -> torch.dtype:
+    """What keys, values and latents are kept in: ``--kv-cache-dtype``."""
+    if config.kv_cache_dtype == "fp8_e4m3":
+        return fp8_dtype(current_platform.arch)
+    return torch.bfloat16 if config.kv_cache_dtype == "bfloat16" else config.dtype
 
 
 def kv_bytes_per_token(config: ModelConfig, tp_size: int) -> int:
@@ -18,10 +52,10 @@ def kv_bytes_per_token(config: ModelConfig, tp_size: int) -> int:
     text = config.text
     if isinstance(text, DeepseekConfig):
         return MLATokenToKVPool.bytes_per_token(
-            config.dtype, text.kv_lora_rank, text.qk_rope_head_dim, text.num_hidden_layers
+            kv_dtype(config), text.kv_lora_rank, text.qk_rope_head_dim, text.num_hidden_layers
         )
     layers = len(text.full_attention_layer_ids)
-    return MHATokenToKVPool.bytes_per_token(config.dtype, _kv_heads(text, tp_size), text.head_dim, layers)
+    return MHATokenToKVPool.bytes_per_token(kv_dtype(config), _kv_heads(text, tp_size), text.head_dim, layers)
 
 
 def make_kv_pool(config: ModelConfig, num_tokens: int, page_size: int, tp_size: int, device: torch.device) -> KVPool:
@@ -30,10 +64,10 @@ def make_kv_pool(config: ModelConfig, num_tokens: int, page_size: int, tp_size: 
     if isinstance(text, DeepseekConfig):
         layers = range(text.num_hidden_layers)
         return MLATokenToKVPool(
-            num_tokens, page_size, config.dtype, text.kv_lora_rank, text.qk_rope_head_dim, layers, device
+            num_tokens, page_size, kv_dtype(config), text.kv_lora_rank, text.qk_rope_head_dim, layers, device
         )
     heads, layer_ids = _kv_heads(text, tp_size), text.full_attention_layer_ids
-    return MHATokenToKVPool(num_tokens, page_size, config.dtype, heads, text.head_dim, layer_ids, device)
+    return MHATokenToKVPool(num_tokens, page_size, kv_dtype(config), heads, text.head_dim, layer_ids, device)
 
 
 def state_bytes_per_slot(config: ModelConfig, tp_size: int, ssm_dtype: str | None = None) -> int:

@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 import logging
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm import tqdm
 
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import get_tp_group
+from sglang.srt.distributed import get_parallel_state, get_tp_group, get_world_group
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.moe.ep_moe.factory import describe_experts
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
-from sglang.srt.mem_cache.pool_plan import plan_pool_sizes
 from sglang.srt.model_executor.decode_graphs import DecodeGraphs, decode_buckets
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
 from sglang.srt.model_executor.graph_check import CHECK_LENS, GraphCheck, PoolBuffer
-from sglang.srt.model_executor.model_pools import (
-    kv_bytes_per_token,
-    make_kv_pool,
-    make_state_pool,
-    state_bytes_per_slot,
-)
+from sglang.srt.model_executor.memory_plan import check_device
+from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool, plan_pools
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.multi_stream_utils import trace_reader
+from sglang.srt.utils.stream_policy import StreamPlan, plan_streams
 
 logger = logging.getLogger(__name__)
 
 Number = TypeVar("Number", int, float)
-# One live state a running request, and as many again thrice for snapshots of the prefix cache, unless memory is short.
-STATE_SLOTS_PER_REQUEST = 4
-# What all running requests can hold, and as much again for the prefix cache.
-CONTEXTS_PER_REQUEST = 2
 
 
 class ModelRunner:
@@ -45,12 +39,17 @@ class ModelRunner:
     def __init__(self, args: ServerArgs, model_config: ModelConfig) -> None:
         self.model_config = model_config
         self.args = args
-        rank = get_tp_group().rank
-        current_platform.set_device(rank)
-        self.device: torch.device = current_platform.device(rank)
-        self.model = load_model(model_config, args.load_format, self.device, args.random_seed or 0)
+        self.local_rank = get_parallel_state().local_rank
+        current_platform.set_device(self.local_rank)
+        self.device: torch.device = current_platform.device(self.local_rank)
+        self.streams = plan_streams(args)
+        _tell(self.streams)
+        if self.device.type == "cuda":
+            check_device(args, model_config, current_platform.kind, current_platform.memory_info(self.local_rank)[0])
+        self.model = load_model(model_config, args.load_format, self.device, args.random_seed or 0, self.streams)
+        self.overlap_trace = trace_reader(self.model)
         self.max_running_requests = _required(args.max_running_requests, "max_running_requests")
-        self._make_pools(rank)
+        self._make_pools()
         context = AttentionContext(
             model_config=model_config,
             req_to_token_pool=self.req_to_token_pool,
@@ -65,26 +64,15 @@ class ModelRunner:
         if not args.disable_cuda_graph:
             self._capture_graphs()
 
-    def _make_pools(self, rank: int) -> None:
+    def _make_pools(self) -> None:
         args, config = self.args, self.model_config
         tp_size = get_tp_group().size
         self.page_size = _required(args.page_size, "page_size")
-        free, _ = current_platform.memory_info(rank)
+        free, _ = current_platform.memory_info(self.local_rank)
         # Ranks take the same decisions only with pools of one size; ranks on the host share its memory.
-        ranks_here = tp_size if self.device.type == "cpu" else 1
+        ranks_here = get_world_group().size * args.num_replicas if self.device.type == "cpu" else 1
         share = free * _required(args.mem_fraction_static, "mem_fraction_static") / ranks_here
-        plan = plan_pool_sizes(
-            available_bytes=get_tp_group().smallest(int(share)),
-            bytes_per_token=kv_bytes_per_token(config, tp_size),
-            max_running_requests=self.max_running_requests,
-            page_size=self.page_size,
-            bytes_per_state_slot=state_bytes_per_slot(config, tp_size, args.mamba_ssm_dtype),
-            max_total_tokens=args.max_total_tokens,
-            max_mamba_cache_size=args.max_mamba_cache_size,
-            disable_radix_cache=args.disable_radix_cache,
-            useful_tokens=CONTEXTS_PER_REQUEST * self.max_running_requests * config.context_len,
-            useful_state_slots=STATE_SLOTS_PER_REQUEST * self.max_running_requests,
-        )
+        plan = plan_pools(args, config, tp_size, get_world_group().smallest(int(share)))
         self.pool_plan_lines = plan.lines
         for line in plan.lines:
             logger.info("%s", line)
@@ -100,12 +88,23 @@ class ModelRunner:
         ``input_ids`` [N] int64 on the device replace ``batch.input_ids`` in decode.
         """
         if self.decode_graphs is not None and input_ids is not None:
-            bucket = self.decode_graphs.bucket_of(batch)
+            bucket = batch.graph_bucket
+            if batch.global_num_tokens is None and batch.forward_mode.is_decode():
+                bucket = self.graph_bucket(batch.batch_size)
             if bucket is not None:
                 return self.decode_graphs.replay(batch, input_ids, bucket)
         fb = ForwardBatch.from_worker_batch(batch, self.device, self.attn_backend, input_ids)
         self.attn_backend.init_forward_metadata(fb)
         return self._run_model(fb)
+
+    def graph_bucket(self, batch_size: int) -> int | None:
+        """The decode graph that takes so many requests, the same on every rank; None when they run eagerly."""
+        return None if self.decode_graphs is None else self.decode_graphs.bucket_of(batch_size)
+
+    def describe(self) -> dict[str, Any]:
+        """What a server says of its model while it runs; msgpack-able."""
+        streams = {**self.streams.describe(), "trace": self.overlap_trace()}
+        return {"experts": describe_experts(self.model), "streams": streams}
 
     def _run_model(self, fb: ForwardBatch) -> LogitsProcessorOutput:
         output: LogitsProcessorOutput = self.model(fb.input_ids, fb.positions, fb)
@@ -117,7 +116,7 @@ class ModelRunner:
         args, backend = self.args, self.attn_backend
         largest = min(args.cuda_graph_max_bs or self.max_running_requests, self.max_running_requests)
         buckets = decode_buckets(largest, args.cuda_graph_bs)
-        free_before, _ = current_platform.memory_info(get_tp_group().rank)
+        free_before, _ = current_platform.memory_info(self.local_rank)
         graphs = DecodeGraphs(
             forward=self._run_model,
             backend=backend,
@@ -126,12 +125,14 @@ class ModelRunner:
             device=self.device,
             padding_row=self.req_to_token_pool.padding_row,
             has_state=self.state_pool is not None,
+            num_groups=get_parallel_state().attn_dp_size,
         )
         with tqdm(total=len(buckets), desc="Capturing decode graphs", unit="graph") as bar:
             graphs.capture(current_platform.create_graph, lambda bucket: _advance(bar, bucket))
-        free_after, _ = current_platform.memory_info(get_tp_group().rank)
+        free_after, _ = current_platform.memory_info(self.local_rank)
         logger.info("decode graphs %s took %.2f GB", buckets, max(0, free_before - free_after) / 1e9)
         self._prove_graphs(graphs, buckets[-1])
+        graphs.keep_agreed(get_world_group())
         self.decode_graphs = graphs
 
     def _prove_graphs(self, graphs: DecodeGraphs, max_bs: int) -> None:
@@ -173,6 +174,14 @@ class ModelRunner:
             token_ids_logprobs=[entry.token_ids if entry else () for entry in batch.logprobs],
             positions=positions,
         )
+
+
+def _tell(streams: StreamPlan) -> None:
+    for line in streams.lines():
+        logger.info("%s", line)
+    if get_world_group().rank == 0:
+        for warning in streams.warnings:
+            logger.warning("%s", warning)
 
 
 def _advance(bar: tqdm, bucket: int) -> None:

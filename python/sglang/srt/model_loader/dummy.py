@@ -8,24 +8,30 @@ from collections.abc import Iterator
 
 import torch
 
-from sglang.srt.models.checkpoint_model import CheckpointModel
+from sglang.srt.models.checkpoint_model import FP8, SCALE_SUFFIX, CheckpointModel
 
 
 def iterate_dummy(model: CheckpointModel, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Every (checkpoint name, full tensor) that ``model`` expects.
 
-    A matrix is N(0, 1/sqrt(fan_in)); a vector says its own mean and deviation (norms mean 1, router bias N(0, 0.05)).
+    A matrix is N(0, 1/sqrt(fan_in)), an 8-bit one N(0, 16) with scales 1/(16 sqrt(fan_in)); a vector says its own mean
+    and deviation (norms mean 1, router bias N(0, 0.05)).
     Numbers are drawn where the model lies. They depend on ``seed``, the tensor's name and the kind of device alone, so
     every tensor-parallel size serves the same model.
     """
     device = next(model.parameters()).device
     for name, expected in model.checkpoint_tensors().items():
-        generator = torch.Generator(device=device).manual_seed(_seed_of(name, seed))
+        # Tensors of the meta device have no contents, so they have no generator either.
+        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(_seed_of(name, seed))
         mean, deviation = expected.fill if expected.fill is not None else (0.0, fan_in(expected.shape) ** -0.5)
         tensor = torch.full(expected.shape, mean, device=device, dtype=torch.float32)
         if deviation:
             noise = torch.randn(expected.shape, generator=generator, device=device, dtype=torch.float32)
             tensor.add_(noise, alpha=deviation)
+        if expected.is_fp8:
+            scale = fan_in(expected.shape) ** -0.5 / deviation
+            yield name + SCALE_SUFFIX, torch.full(expected.scale_shape, scale, device=device, dtype=torch.float32)
+            tensor = tensor.to(FP8)
         yield name, tensor
 
 

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -14,6 +15,7 @@ from sglang.srt.model_loader.dummy import iterate_dummy
 from sglang.srt.model_loader.weight_utils import iterate_safetensors
 from sglang.srt.models.checkpoint_model import CheckpointModel
 from sglang.srt.models.registry import resolve_model_class
+from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +33,35 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(previous)
 
 
+def build_model(
+    model_config: ModelConfig, device: torch.device | str, streams: StreamPlan = SERIAL_PLAN
+) -> CheckpointModel:
+    """The model of ``model_config`` in its dtype on ``device``, its weights not yet loaded."""
+    model_class = resolve_model_class(model_config.architecture)
+    if model_config.quant_config is not None:
+        merged = {name: tuple(part for part, _ in parts) for name, parts in model_class.packed_modules.items()}
+        model_config = replace(model_config, quant_config=replace(model_config.quant_config, merged=merged))
+    with default_dtype(model_config.dtype), torch.device(device):
+        return model_class(model_config, streams)
+
+
 def load_model(
-    model_config: ModelConfig, load_format: str = "auto", device: torch.device | str = "cpu", seed: int = 0
+    model_config: ModelConfig,
+    load_format: str = "auto",
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    streams: StreamPlan = SERIAL_PLAN,
 ) -> CheckpointModel:
     """The model of ``model_config`` in its dtype on ``device``, weights loaded.
 
     load_format: "auto" and "safetensors" read the folder; "dummy" draws numbers from ``seed`` and reads no weight.
+    streams: which places of the model may overlap.
     Raises WeightLoadError when the checkpoint cannot be read or does not fit.
     """
     if load_format not in LOAD_FORMATS:
         raise ValueError(f"load format {load_format!r} is unknown; known: {', '.join(LOAD_FORMATS)}")
     started = time.perf_counter()
-    model_class = resolve_model_class(model_config.architecture)
-    with default_dtype(model_config.dtype), torch.device(device):
-        model = model_class(model_config)
+    model = build_model(model_config, device, streams)
     if load_format == "dummy":
         weights = iterate_dummy(model, seed)
     else:

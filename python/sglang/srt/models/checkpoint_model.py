@@ -5,17 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from functools import partial
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from sglang.srt.configs.quantization import BLOCK
 from sglang.srt.layers.moe.fused_moe import FusedMoE
-from sglang.srt.layers.weights import ShardId, WeightShapeError, full_shape
+from sglang.srt.layers.weights import ShardId, WeightFormatError, WeightShapeError, check_shape, full_shape
 
 logger = logging.getLogger(__name__)
 
 _READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# An 8-bit matrix comes with the scales of its 128x128 blocks under its name and this suffix.
+FP8, SCALE_SUFFIX = torch.float8_e4m3fn, "_scale_inv"
+# Names of the tensors that a stacked one holds, by expert.
+Stack = list[list[str]]
 PackedModules = Mapping[str, tuple[tuple[str, ShardId], ...]]
 
 
@@ -25,23 +31,27 @@ class WeightLoadError(ValueError):
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """One tensor that the checkpoint must hold: its full shape, the dtype it is kept in, and how it is taken.
+    """One tensor that the checkpoint must hold: its full shape and how it is taken, with scales if it is 8-bit.
 
-    ``fill`` is mean and standard deviation of a dummy checkpoint, None for a matrix drawn by its fan-in.
+    fill: mean and standard deviation of a dummy checkpoint, None for a matrix drawn by its fan-in. takes_scale: it may
+    come as 8-bit floats with scales. is_fp8: it is kept as such.
     """
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
-    load: Callable[[torch.Tensor], None]
+    load: Callable[..., None]
     fill: tuple[float, float] | None = None
+    takes_scale: bool = False
+    is_fp8: bool = False
 
+    @classmethod
+    def of(cls, param: nn.Parameter, shard_id: ShardId, load: Callable[..., None]) -> CheckpointTensor:
+        """What ``param`` says of the tensor that holds ``shard_id``."""
+        says: Any = param
+        return cls(full_shape(param, shard_id), load, says.fill, says.takes_scale, param.dtype.itemsize == 1)
 
-@dataclass(frozen=True)
-class StackedTensor:
-    """Another form of the checkpoint: one tensor that stands for the tensors named ``covers``."""
-
-    covers: tuple[str, ...]
-    load: Callable[[torch.Tensor], None]
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        return tuple(-(-size // BLOCK) for size in self.shape)
 
 
 class CheckpointModel(nn.Module):
@@ -65,25 +75,26 @@ class CheckpointModel(nn.Module):
         expected: dict[str, CheckpointTensor] = {}
         for path, module in self.named_modules():
             if isinstance(module, FusedMoE):
-                for leaf, shape, load in module.expert_tensors():
-                    expected[f"{path}.{leaf}"] = CheckpointTensor(shape, module.w13_weight.dtype, load)
+                for leaf, name, expert_id, param in module.expert_tensors():
+                    load = partial(module.load_expert, name, expert_id)
+                    expected[f"{path}.{leaf}"] = CheckpointTensor.of(param, name, load)
         for path, param in self.named_parameters():
             parent, _, leaf = path.rpartition(".")
-            if isinstance(self.get_submodule(parent), FusedMoE):
+            if isinstance(self.get_submodule(parent), FusedMoE) or not param.full_shapes:  # type: ignore[attr-defined]
                 continue
             before, _, module_name = parent.rpartition(".")
             for part, shard_id in self.packed_modules.get(module_name, ((module_name, None),)):
                 name = ".".join(piece for piece in (before, part, leaf) if piece)
-                expected[name] = _checkpoint_tensor(param, shard_id)
+                expected[name] = CheckpointTensor.of(param, shard_id, _loader(param, shard_id))
         return expected
 
-    def stacked_tensors(self) -> dict[str, StackedTensor]:
-        """The stacked form of the routed experts, by checkpoint name."""
+    def stacked_tensors(self) -> dict[str, Stack]:
+        """The stacked form of the routed experts, by checkpoint name: the tensors that it holds of each expert."""
         return {
-            f"{path}.{leaf}": StackedTensor(tuple(f"{path}.{name}" for name in covers), load)
+            f"{path}.{leaf}": [[f"{path}.{name}" for name in expert] for expert in experts]
             for path, module in self.named_modules()
             if isinstance(module, FusedMoE)
-            for leaf, covers, load in module.fused_tensors()
+            for leaf, experts in module.fused_tensors().items()
         }
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -91,59 +102,116 @@ class CheckpointModel(nn.Module):
 
         Raises WeightLoadError that lists all missing, unexpected, repeated and wrongly shaped tensors.
         """
-        expected, stacked = self.checkpoint_tensors(), self.stacked_tensors()
-        missing = set(expected)
-        unexpected, repeated, misfits = [], [], []
+        loading, stacked = _Loading(self.checkpoint_tensors()), self.stacked_tensors()
         ignored = 0
         for file_name, tensor in weights:
             name = self.checkpoint_name(file_name)
             if name is None:
                 ignored += 1
-                continue
-            target: CheckpointTensor | StackedTensor | None = expected.get(name) or stacked.get(name)
-            if target is None:
-                unexpected.append(file_name)
-                continue
-            covered = {name} if isinstance(target, CheckpointTensor) else set(target.covers)
-            if not covered <= missing:
-                repeated.append(file_name)
-            missing -= covered
-            problem = _take(target, tensor)
-            if problem is not None:
-                misfits.append(f"{file_name}: {problem}")
-        if missing or unexpected or repeated or misfits:
-            raise WeightLoadError(self._describe(missing, unexpected, repeated, misfits))
+            elif name in stacked:
+                loading.take_stack(stacked[name], file_name, tensor)
+            else:
+                loading.take(name, file_name, tensor)
+        problems = loading.problems()
+        if any(problems.values()):
+            raise WeightLoadError(self._describe(problems))
         if ignored:
             logger.info("ignored %d checkpoint tensors that %s has no use for", ignored, type(self).__name__)
+        for module in self.modules():
+            if isinstance(module, FusedMoE):
+                module.quant_method.arrange_experts(module)
         self.post_load()
 
-    def _describe(self, missing: set[str], unexpected: list[str], repeated: list[str], misfits: list[str]) -> str:
+    def _describe(self, problems: Mapping[str, set[str]]) -> str:
         lines = [f"the checkpoint does not fit {type(self).__name__}; compare its config.json with its tensors:"]
-        for title, names in (
-            ("missing", sorted(missing)),
-            ("unexpected", sorted(unexpected)),
-            ("given twice", sorted(repeated)),
-            ("wrong shape or dtype", sorted(misfits)),
-        ):
+        for title, names in problems.items():
             if names:
                 lines.append(f"  {title} ({len(names)}):")
-                lines += [f"    {name}" for name in names]
+                lines += [f"    {name}" for name in sorted(names)]
         return "\n".join(lines)
 
 
-def _checkpoint_tensor(param: nn.Parameter, shard_id: ShardId) -> CheckpointTensor:
-    def load(tensor: torch.Tensor) -> None:
-        param.weight_loader(param, tensor, shard_id)  # type: ignore[attr-defined]
+def _loader(param: nn.Parameter, shard_id: ShardId) -> Callable[..., None]:
+    def load(tensor: torch.Tensor, *scale: torch.Tensor) -> None:
+        param.weight_loader(param, tensor, shard_id, *scale)  # type: ignore[attr-defined]
 
-    return CheckpointTensor(full_shape(param, shard_id), param.dtype, load, param.fill)  # type: ignore[attr-defined]
+    return load
 
 
-def _take(target: CheckpointTensor | StackedTensor, tensor: torch.Tensor) -> str | None:
-    """Load the tensor; None, or why it does not fit."""
-    if tensor.dtype not in _READABLE_DTYPES:
-        return f"dtype {str(tensor.dtype).removeprefix('torch.')} is not supported (quantised checkpoint?)"
-    try:
-        target.load(tensor)
-    except WeightShapeError as error:
-        return str(error)
-    return None
+class _Loading:
+    """One pass over a checkpoint: what was seen, what does not fit, 8-bit matrices and scales that await each other."""
+
+    def __init__(self, expected: Mapping[str, CheckpointTensor]) -> None:
+        self._expected = expected
+        self._seen: set[str] = set()
+        self._halves: dict[str, tuple[str, torch.Tensor]] = {}
+        self._unexpected: set[str] = set()
+        self._repeated: set[str] = set()
+        self._misfits: set[str] = set()
+
+    def take_stack(self, stack: Stack, file_name: str, tensor: torch.Tensor) -> None:
+        """Take a tensor [E, rows, columns] whose rows are those of the tensors that ``stack`` names for each expert."""
+        names = [name for expert in stack for name in expert]
+        rows, columns = self._expected[names[0]].shape
+        try:
+            check_shape(tensor, (len(stack), len(stack[0]) * rows, columns))
+        except WeightShapeError as error:
+            self._seen.update(names)
+            self._misfits.add(f"{file_name}: {error}")
+            return
+        for name, part in zip(names, tensor.reshape(-1, rows, columns), strict=True):
+            self.take(name, file_name, part)
+
+    def take(self, name: str, file_name: str, tensor: torch.Tensor) -> None:
+        """Load a tensor, or keep it until its other half comes."""
+        base = name.removesuffix(SCALE_SUFFIX)
+        target = self._expected.get(base)
+        if target is None or (name != base and not target.takes_scale):
+            self._unexpected.add(file_name)
+        elif name in self._seen:
+            self._repeated.add(file_name)
+        elif name == base and (tensor.dtype != FP8 or not target.takes_scale):
+            self._seen.add(name)
+            self._load(target, file_name, tensor)
+        else:
+            self._seen.add(name)
+            self._halves[name] = (file_name, tensor)
+            if {base, base + SCALE_SUFFIX} <= self._halves.keys():
+                scale_name, scale = self._halves.pop(base + SCALE_SUFFIX)
+                file_name, tensor = self._halves.pop(base)
+                if self._fits(scale_name, scale, target.scale_shape):
+                    self._load(target, file_name, tensor, scale)
+
+    def _fits(self, file_name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> bool:
+        try:
+            if tensor.dtype not in _READABLE_DTYPES:
+                raise WeightFormatError(f"dtype {str(tensor.dtype).removeprefix('torch.')} is not supported")
+            check_shape(tensor, shape)
+        except (WeightShapeError, WeightFormatError) as error:
+            self._misfits.add(f"{file_name}: {error}")
+            return False
+        return True
+
+    def _load(self, target: CheckpointTensor, file_name: str, tensor: torch.Tensor, *scale: torch.Tensor) -> None:
+        if not scale and not self._fits(file_name, tensor, target.shape):
+            return
+        try:
+            target.load(tensor, *scale)
+        except (WeightShapeError, WeightFormatError) as error:
+            self._misfits.add(f"{file_name}: {error}")
+
+    def problems(self) -> dict[str, set[str]]:
+        """What was wrong, by title; empty sets when all is loaded."""
+        missing = set(self._expected) - self._seen
+        unexpected = set(self._unexpected)
+        for name, (file_name, _) in self._halves.items():
+            if not name.endswith(SCALE_SUFFIX):
+                missing.add(name + SCALE_SUFFIX)
+            elif name.removesuffix(SCALE_SUFFIX) not in missing:
+                unexpected.add(f"{file_name} (its tensor is not 8-bit)")
+        return {
+            "missing": missing,
+            "unexpected": unexpected,
+            "given twice": self._repeated,
+            "wrong shape or dtype": self._misfits,
+        }

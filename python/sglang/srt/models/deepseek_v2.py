@@ -9,6 +9,7 @@ from torch import nn
 
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
@@ -17,7 +18,10 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.checkpoint_model import CheckpointModel
 from sglang.srt.models.deepseek_common.attention import DeepseekV2AttentionMLA
 from sglang.srt.models.deepseek_common.moe import DeepseekV2MLP, DeepseekV2MoE
-from sglang.srt.utils.multi_stream_utils import StreamOverlap
+from sglang.srt.utils.multi_stream_utils import UNPLANNED, OverlapSite, StreamOverlap
+from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
+
+SHARED_EXPERTS = "deepseek.shared_experts"
 
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 
@@ -26,18 +30,26 @@ class DeepseekV2DecoderLayer(nn.Module):
     """Attention and feed-forward with the residual carried beside the hidden state."""
 
     def __init__(
-        self, config: DeepseekConfig, layer_id: int, rotary_emb: RotaryEmbedding, overlap: StreamOverlap
+        self,
+        config: DeepseekConfig,
+        layer_id: int,
+        rotary_emb: RotaryEmbedding,
+        overlap: StreamOverlap,
+        quant_config: QuantConfig | None = None,
     ) -> None:
         super().__init__()
+        prefix = f"model.layers.{layer_id}"
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = DeepseekV2AttentionMLA(config, layer_id, rotary_emb)
+        self.self_attn = DeepseekV2AttentionMLA(config, layer_id, rotary_emb, quant_config, f"{prefix}.self_attn")
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.is_moe = config.is_moe_layer(layer_id)
         self.mlp: nn.Module
         if self.is_moe:
-            self.mlp = DeepseekV2MoE(config, overlap)
+            self.mlp = DeepseekV2MoE(config, overlap, quant_config, f"{prefix}.mlp")
         else:
-            self.mlp = DeepseekV2MLP(config.hidden_size, config.intermediate_size)
+            self.mlp = DeepseekV2MLP(
+                config.hidden_size, config.intermediate_size, quant_config=quant_config, prefix=f"{prefix}.mlp"
+            )
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, fb: ForwardBatch
@@ -54,19 +66,22 @@ class DeepseekV2DecoderLayer(nn.Module):
 
 
 class DeepseekV2Model(nn.Module):
-    """The backbone: token ids to normed hidden rows."""
+    """The backbone: token ids to normed hidden rows; on ``alt_stream`` shared experts may run beside routed ones."""
 
-    def __init__(self, config: ModelConfig, alt_stream: torch.cuda.Stream | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, alt_stream: torch.cuda.Stream | None = None, site: OverlapSite = UNPLANNED
+    ) -> None:
         super().__init__()
         text = config.text
         assert isinstance(text, DeepseekConfig)
-        overlap = StreamOverlap(alt_stream)
+        overlap = StreamOverlap(alt_stream, site)
         rotary_emb = RotaryEmbedding(
             text.qk_rope_head_dim, config.context_len, text.rope.theta, not text.rope_interleave, text.rope
         )
         self.embed_tokens = VocabParallelEmbedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(
-            DeepseekV2DecoderLayer(text, layer_id, rotary_emb, overlap) for layer_id in range(text.num_hidden_layers)
+            DeepseekV2DecoderLayer(text, layer_id, rotary_emb, overlap, config.quant_config)
+            for layer_id in range(text.num_hidden_layers)
         )
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
 
@@ -86,13 +101,13 @@ class DeepseekV2ForCausalLM(CheckpointModel):
         "fused_qkv_a_proj_with_mqa": (("q_a_proj", 0), ("kv_a_proj_with_mqa", 1)),
     }
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, streams: StreamPlan = SERIAL_PLAN) -> None:
         super().__init__()
         text = config.text
         assert isinstance(text, DeepseekConfig)
         self.num_hidden_layers = text.num_hidden_layers
         self.tied = text.tie_word_embeddings
-        self.model = DeepseekV2Model(config)
+        self.model = DeepseekV2Model(config, streams.side_stream(SHARED_EXPERTS), streams.site(SHARED_EXPERTS))
         self.lm_head = ParallelLMHead(text.vocab_size, text.hidden_size)
         if self.tied:
             self.lm_head.weight = self.model.embed_tokens.weight

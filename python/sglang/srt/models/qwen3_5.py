@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import LINEAR_ATTENTION, Qwen3_5Config
 from sglang.srt.distributed import get_tp_group
+from sglang.srt.layers.activation import sigmoid_mul
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNormGated
 from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
@@ -24,32 +25,28 @@ from sglang.srt.models.checkpoint_model import CheckpointModel
 from sglang.srt.models.qwen2_moe import Qwen2MoeMLP, Qwen2MoeSparseMoeBlock
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
+from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
 
 # Steps of this many tokens or more keep the GPU busy without a second stream.
 DUAL_STREAM_TOKEN_THRESHOLD = 1024
+# Places that may overlap.
+SHARED_EXPERTS, GDN_QKVZ_BA, QK_NORM = "qwen3_5.shared_experts", "qwen3_5.gdn_qkvz_ba", "qwen3_5.qk_norm"
 
 _hip_use_alt_stream = False
 _gdn_use_alt_stream = False
 _qknorm_use_alt_stream = False
+_streams = SERIAL_PLAN
 
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 
 
-@dataclass(frozen=True)
-class StreamPolicy:
-    """Which parts of a layer may run on the model's side stream."""
-
-    hip_use_alt_stream: bool = False
-    gdn_use_alt_stream: bool = False
-    qknorm_use_alt_stream: bool = False
-
-
-def configure_streams(policy: StreamPolicy) -> None:
+def configure_streams(policy: StreamPlan) -> None:
     """Set the module's stream switches; layers copy them when they are built."""
-    global _hip_use_alt_stream, _gdn_use_alt_stream, _qknorm_use_alt_stream
-    _hip_use_alt_stream = policy.hip_use_alt_stream
-    _gdn_use_alt_stream = policy.gdn_use_alt_stream
-    _qknorm_use_alt_stream = policy.qknorm_use_alt_stream
+    global _hip_use_alt_stream, _gdn_use_alt_stream, _qknorm_use_alt_stream, _streams
+    _hip_use_alt_stream = policy.site(SHARED_EXPERTS).enabled
+    _gdn_use_alt_stream = policy.site(GDN_QKVZ_BA).enabled
+    _qknorm_use_alt_stream = policy.site(QK_NORM).enabled
+    _streams = policy
 
 
 def _disable_shared_experts_fusion() -> bool:
@@ -93,7 +90,14 @@ class Qwen3_5GatedDeltaNet(nn.Module):
     (Gated Delta Networks).
     """
 
-    def __init__(self, config: Qwen3_5Config, layer_id: int, alt_stream: torch.cuda.Stream | None = None) -> None:
+    def __init__(
+        self,
+        config: Qwen3_5Config,
+        layer_id: int,
+        alt_stream: torch.cuda.Stream | None = None,
+        quant_config: QuantConfig | None = None,
+        prefix: str = "",
+    ) -> None:
         super().__init__()
         tp_size = get_tp_group().size
         if config.linear_num_key_heads % tp_size:
@@ -105,13 +109,18 @@ class Qwen3_5GatedDeltaNet(nn.Module):
         self.num_v_heads = config.linear_num_value_heads // tp_size
         self.head_k_dim, self.head_v_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.use_alt_stream = _gdn_use_alt_stream
-        self.overlap = StreamOverlap(alt_stream if self.use_alt_stream else None)
+        self.overlap = StreamOverlap(alt_stream if self.use_alt_stream else None, _streams.site(GDN_QKVZ_BA))
 
         hidden_size, value_heads = config.hidden_size, config.linear_num_value_heads
         key_width = config.linear_num_key_heads * self.head_k_dim
         value_width = value_heads * self.head_v_dim
-        self.in_proj_qkvz = MergedColumnParallelLinear(hidden_size, [key_width, key_width, value_width, value_width])
-        self.in_proj_ba = MergedColumnParallelLinear(hidden_size, [value_heads, value_heads])
+        self.in_proj_qkvz = MergedColumnParallelLinear(
+            hidden_size, [key_width, key_width, value_width, value_width], quant_config=quant_config,
+            prefix=f"{prefix}.in_proj_qkvz",
+        )  # fmt: skip
+        self.in_proj_ba = MergedColumnParallelLinear(
+            hidden_size, [value_heads, value_heads], quant_config=quant_config, prefix=f"{prefix}.in_proj_ba"
+        )
         self.conv1d = Qwen3_5Conv1d((key_width, key_width, value_width), config.linear_conv_kernel_dim)
         full_heads: dict[ShardId, tuple[int, ...]] = {None: (value_heads,)}
         # Float32 always: half precision overflows in exp. Dummy values spread like log of uniform(0, 16).
@@ -120,7 +129,9 @@ class Qwen3_5GatedDeltaNet(nn.Module):
         )
         self.dt_bias = make_parameter(self.num_v_heads, loader=_load_head_rows, full_shapes=full_heads, fill=(1.0, 0.0))
         self.norm = RMSNormGated(self.head_v_dim, config.rms_norm_eps)
-        self.out_proj = RowParallelLinear(value_width, hidden_size)
+        self.out_proj = RowParallelLinear(
+            value_width, hidden_size, quant_config=quant_config, prefix=f"{prefix}.out_proj"
+        )
 
     @property
     def conv_weight(self) -> torch.Tensor:
@@ -159,19 +170,26 @@ class Qwen3_5Attention(nn.Module):
         layer_id: int,
         rotary_emb: RotaryEmbedding,
         alt_stream: torch.cuda.Stream | None = None,
+        quant_config: QuantConfig | None = None,
+        prefix: str = "",
     ) -> None:
         super().__init__()
         hidden_size, self.head_dim = config.hidden_size, config.head_dim
         num_heads, num_kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.qkv_proj = QKVParallelLinear(hidden_size, self.head_dim, num_heads, num_kv_heads, q_multiplier=2)
+        self.qkv_proj = QKVParallelLinear(
+            hidden_size, self.head_dim, num_heads, num_kv_heads, q_multiplier=2, quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )  # fmt: skip
         self.num_heads, self.num_kv_heads = self.qkv_proj.num_heads, self.qkv_proj.num_kv_heads
-        self.o_proj = RowParallelLinear(num_heads * self.head_dim, hidden_size)
+        self.o_proj = RowParallelLinear(
+            num_heads * self.head_dim, hidden_size, quant_config=quant_config, prefix=f"{prefix}.o_proj"
+        )
         self.q_norm = GemmaRMSNorm(self.head_dim, config.rms_norm_eps)
         self.k_norm = GemmaRMSNorm(self.head_dim, config.rms_norm_eps)
         self.rotary_emb = rotary_emb
         self.attn = RadixAttention(self.num_heads, self.head_dim, self.head_dim**-0.5, self.num_kv_heads, layer_id)
         self.use_alt_stream = _qknorm_use_alt_stream
-        self.overlap = StreamOverlap(alt_stream if self.use_alt_stream else None)
+        self.overlap = StreamOverlap(alt_stream if self.use_alt_stream else None, _streams.site(QK_NORM))
 
     def _apply_qk_norm(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q [N, Hq, D], k [N, Hk, D], normed over D by their own weights."""
@@ -184,17 +202,30 @@ class Qwen3_5Attention(nn.Module):
             (self.qkv_proj.q_width, self.qkv_proj.kv_width, self.qkv_proj.kv_width), dim=-1
         )
         q, gate = q_gate.unflatten(-1, (self.num_heads, 2, self.head_dim)).unbind(2)
-        q, k = self._apply_qk_norm(q, k.unflatten(-1, (self.num_kv_heads, self.head_dim)))
-        q, k = self.rotary_emb(positions, q, k)
-        out = self.attn(q, k, v, fb)
-        return self.o_proj(out * gate.sigmoid().flatten(1))
+        k, v = (rows.unflatten(-1, (self.num_kv_heads, self.head_dim)) for rows in (k, v))
+        if self.use_alt_stream:
+            q, k = self._apply_qk_norm(q, k)
+            q, k = self.rotary_emb(positions, q, k)
+            out = self.attn(q, k, v, fb)
+        else:
+            backend = fb.attn_backend
+            q = backend.prepare_gqa(q, k, v, positions, self.q_norm, self.k_norm, self.rotary_emb, self.attn, fb)
+            out = backend.attend(q, self.attn, fb)
+        return self.o_proj(sigmoid_mul(out.view(gate.shape), gate).flatten(1))
 
 
 class Qwen3_5DecoderLayer(nn.Module):
     """Norms, residual and feed-forward of a layer; its two kinds add the mixer between the norms."""
 
-    def __init__(self, config: Qwen3_5Config, layer_id: int, alt_stream: torch.cuda.Stream | None = None) -> None:
+    def __init__(
+        self,
+        config: Qwen3_5Config,
+        layer_id: int,
+        alt_stream: torch.cuda.Stream | None = None,
+        quant_config: QuantConfig | None = None,
+    ) -> None:
         super().__init__()
+        self.prefix = f"model.layers.{layer_id}"
         self.input_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.use_alt_stream = _hip_use_alt_stream
@@ -204,12 +235,16 @@ class Qwen3_5DecoderLayer(nn.Module):
             self.mlp = Qwen2MoeSparseMoeBlock(
                 layer_id,
                 config,
+                quant_config,
                 alt_stream=alt_stream if self.use_alt_stream else None,
-                prefix=f"model.layers.{layer_id}.mlp",
+                prefix=f"{self.prefix}.mlp",
                 support_shared_expert_fusion=not _disable_shared_experts_fusion(),
+                site=_streams.site(SHARED_EXPERTS),
             )
         else:
-            self.mlp = Qwen2MoeMLP(config.hidden_size, config.intermediate_size)
+            self.mlp = Qwen2MoeMLP(
+                config.hidden_size, config.intermediate_size, quant_config=quant_config, prefix=f"{self.prefix}.mlp"
+            )
 
     def mix(self, positions: torch.Tensor, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """The layer's own mixer of tokens. positions [N], hidden [N, H] -> [N, H]."""
@@ -232,9 +267,17 @@ class Qwen3_5DecoderLayer(nn.Module):
 class Qwen3_5LinearDecoderLayer(Qwen3_5DecoderLayer):
     """A layer whose mixer is a gated delta net."""
 
-    def __init__(self, config: Qwen3_5Config, layer_id: int, alt_stream: torch.cuda.Stream | None = None) -> None:
-        super().__init__(config, layer_id, alt_stream)
-        self.linear_attn = Qwen3_5GatedDeltaNet(config, layer_id, alt_stream)
+    def __init__(
+        self,
+        config: Qwen3_5Config,
+        layer_id: int,
+        alt_stream: torch.cuda.Stream | None = None,
+        quant_config: QuantConfig | None = None,
+    ) -> None:
+        super().__init__(config, layer_id, alt_stream, quant_config)
+        self.linear_attn = Qwen3_5GatedDeltaNet(
+            config, layer_id, alt_stream, quant_config, f"{self.prefix}.linear_attn"
+        )
 
     def mix(self, positions: torch.Tensor, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """Order comes from the recurrence: positions are not read."""
@@ -250,9 +293,12 @@ class Qwen3_5AttentionDecoderLayer(Qwen3_5DecoderLayer):
         layer_id: int,
         rotary_emb: RotaryEmbedding,
         alt_stream: torch.cuda.Stream | None = None,
+        quant_config: QuantConfig | None = None,
     ) -> None:
-        super().__init__(config, layer_id, alt_stream)
-        self.self_attn = Qwen3_5Attention(config, layer_id, rotary_emb, alt_stream)
+        super().__init__(config, layer_id, alt_stream, quant_config)
+        self.self_attn = Qwen3_5Attention(
+            config, layer_id, rotary_emb, alt_stream, quant_config, f"{self.prefix}.self_attn"
+        )
 
     def mix(self, positions: torch.Tensor, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         return self.self_attn(positions, hidden, fb)
@@ -268,9 +314,9 @@ class Qwen3_5ForCausalLM(nn.Module):
         rotary_emb = RotaryEmbedding(text.rotary_dim, config.context_len, text.rope.theta, True, text.rope)
         self.embed_tokens = VocabParallelEmbedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(
-            Qwen3_5LinearDecoderLayer(text, layer_id, alt_stream)
+            Qwen3_5LinearDecoderLayer(text, layer_id, alt_stream, config.quant_config)
             if kind == LINEAR_ATTENTION
-            else Qwen3_5AttentionDecoderLayer(text, layer_id, rotary_emb, alt_stream)
+            else Qwen3_5AttentionDecoderLayer(text, layer_id, rotary_emb, alt_stream, config.quant_config)
             for layer_id, kind in enumerate(text.layer_types)
         )
         self.norm = GemmaRMSNorm(text.hidden_size, text.rms_norm_eps)
@@ -293,13 +339,14 @@ class Qwen3_5ForConditionalGeneration(CheckpointModel):
         "in_proj_ba": (("in_proj_b", 0), ("in_proj_a", 1)),
     }
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, streams: StreamPlan = SERIAL_PLAN) -> None:
         super().__init__()
         text = config.text
         assert isinstance(text, Qwen3_5Config)
         self.num_hidden_layers = text.num_hidden_layers
         self.tied = text.tie_word_embeddings
-        self.model = Qwen3_5ForCausalLM(config)
+        configure_streams(streams)
+        self.model = Qwen3_5ForCausalLM(config, streams.side_stream(SHARED_EXPERTS, GDN_QKVZ_BA, QK_NORM))
         self.lm_head = ParallelLMHead(text.vocab_size, text.hidden_size)
         if self.tied:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -61,3 +62,18 @@ class CudaPlatform(Platform):
 
     def create_stream(self) -> torch.cuda.Stream | None:
         return torch.cuda.Stream()
+
+    def current_stream(self) -> torch.cuda.Stream:
+        return torch.cuda.current_stream()
+
+    def use_stream(self, stream: torch.cuda.Stream) -> AbstractContextManager[object]:
+        return torch.cuda.stream(stream)
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def timing_event(self) -> torch.cuda.Event | None:
+        # Only an external event becomes a node of the graph, which each replay records anew.
+        event = torch.cuda.Event(enable_timing=True, external=self.is_capturing())
+        event.record()
+        return event

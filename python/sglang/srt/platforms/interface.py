@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol, TypeVar
 
 import torch
@@ -37,6 +38,8 @@ class Platform(ABC):
     device_type: str
     supports_graphs: bool = False
     supports_streams: bool = False
+    # The variable that bounds the hardware queues of a process, and the value that unset means; None: no such bound.
+    queue_variable: tuple[str, int] | None = None
     # Vendor packages replaced by the project's fakes; start-up and /server_info say so.
     fakes: tuple[str, ...] = ()
 
@@ -67,6 +70,25 @@ class Platform(ABC):
 
     def create_stream(self) -> torch.cuda.Stream | None:
         """A new side stream, or None where work is serial."""
+        return None
+
+    def current_stream(self) -> torch.cuda.Stream:
+        """The stream that work is queued on now. Needs ``supports_streams``, as the next three do."""
+        raise PlatformError(f"platform {self.kind} on {self.device_type} has no streams")
+
+    def use_stream(self, stream: torch.cuda.Stream) -> AbstractContextManager[object]:
+        """Queue work on ``stream`` inside the block."""
+        raise PlatformError(f"platform {self.kind} on {self.device_type} has no streams")
+
+    def is_capturing(self) -> bool:
+        """True while work is recorded into a graph instead of run."""
+        return False
+
+    def timing_event(self) -> torch.cuda.Event | None:
+        """An event just recorded on the current stream whose time can be read, under capture after each replay.
+
+        None where no such event can be recorded now.
+        """
         return None
 
     def create_graph(self) -> DeviceGraph:

@@ -17,6 +17,15 @@ class RocmPlatform(CudaPlatform):
     """torch exposes HIP as torch.cuda, so only names differ."""
 
     kind = "hip"
+    queue_variable = ("GPU_MAX_HW_QUEUES", 4)
+
+    def timing_event(self) -> torch.cuda.Event | None:
+        try:
+            return super().timing_event()
+        except RuntimeError:
+            if not self.is_capturing():
+                raise
+            return None  # torch has external events on ROCm since ROCm 7.0 only
 
     @property
     def arch(self) -> str:

@@ -39,6 +39,7 @@ class SamplingBatchInfo:
     seeds: torch.Tensor
     greedy_rows: torch.Tensor  # [B] bool
     is_all_greedy: bool
+    is_any_greedy: bool
     need_top_k: bool
     need_top_p: bool
     need_min_p: bool
@@ -72,6 +73,7 @@ class SamplingBatchInfo:
             seeds=torch.tensor([row.seed for row in rows], dtype=torch.int64, device=device),
             greedy_rows=torch.tensor(greedy, dtype=torch.bool, device=device),
             is_all_greedy=all(greedy),
+            is_any_greedy=any(greedy),
             need_top_k=any(k < vocab_size for k, g in zip(top_ks, greedy, strict=True) if not g),
             need_top_p=any(p.top_p < 1.0 for p, g in zip(params, greedy, strict=True) if not g),
             need_min_p=any(p.min_p > 0.0 for p, g in zip(params, greedy, strict=True) if not g),

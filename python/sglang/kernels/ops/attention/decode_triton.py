@@ -20,11 +20,11 @@ def _span(seq_len, split, splits, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_columns(at, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns [0, WIDTH) of the rows that ``at`` points into; ``mask`` selects them among BLOCK."""
+def load_columns(at, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
+    """Columns [0, WIDTH) of the rows that ``at`` points into, as DTYPE; ``mask`` selects them among BLOCK."""
     if WIDTH == BLOCK:
-        return tl.load(at)
-    return tl.load(at, mask=mask, other=0.0)
+        return tl.load(at).to(DTYPE)
+    return tl.load(at, mask=mask, other=0.0).to(DTYPE)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -38,13 +38,13 @@ def decode_tokens_kernel(
 ):  # fmt: skip
     """Few heads: tokens are the rows of both products, so that HEADS may be as small as 16 on a wide matrix unit.
 
-    grid (requests, key heads * head blocks, splits) -> out [B, splits, H, V] and lse [B, splits, H] float32, or with
-    WHOLE (one split) out [B, H, V] in its own dtype.
+    grid (key heads * head blocks, requests, splits), so that those who read the same rows run together
+    -> out [B, splits, H, V] and lse [B, splits, H] float32, or with WHOLE (one split) out [B, H, V] in its own dtype.
     """
-    request = tl.program_id(0)
+    request = tl.program_id(1)
     head_blocks = tl.cdiv(group, HEADS)
-    kv_head = tl.program_id(1) // head_blocks
-    in_group = (tl.program_id(1) % head_blocks) * HEADS + tl.arange(0, HEADS)
+    kv_head = tl.program_id(0) // head_blocks
+    in_group = (tl.program_id(0) % head_blocks) * HEADS + tl.arange(0, HEADS)
     heads = kv_head * group + in_group
     live = in_group < group
     split = tl.program_id(2)
@@ -79,11 +79,11 @@ def decode_tokens_kernel(
         # Past the end the last token is read again: another slot may hold NaN, which a zero probability keeps.
         tokens = first + tl.arange(0, BLOCK_N)
         slots = tl.load(table + tl.minimum(tokens, end - 1)).to(tl.int64)[:, None]
-        k = load_columns(k_base + slots * k_stride + keys[None, :], (keys < MAIN)[None, :], MAIN, KEY)
+        k = load_columns(k_base + slots * k_stride + keys[None, :], (keys < MAIN)[None, :], MAIN, KEY, q.dtype)
         logits = tl.dot(k, q, input_precision="ieee")
         if TAIL > 0:
             tail_at = k_base + slots * k_stride + MAIN + tails[None, :]
-            k_tail = load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T)
+            k_tail = load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T, q.dtype)
             logits = tl.dot(k_tail, q_tail, logits, input_precision="ieee")
         logits = tl.where((tokens < end)[:, None], logits, float("-inf"))
         highest = tl.maximum(maximum, tl.max(logits, 0))
@@ -96,7 +96,7 @@ def decode_tokens_kernel(
             v = k
         else:
             v_at = v_base + slots * v_stride + values[None, :]
-            v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V)
+            v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V, q.dtype)
         acc = tl.dot(tl.trans(v), probs.to(v.dtype), acc, input_precision="ieee")
     tl.store(out_at, (acc / total[None, :]).to(out_ptr.dtype.element_ty), mask=out_mask)
     if not WHOLE:
@@ -113,10 +113,10 @@ def decode_heads_kernel(
     HEADS: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Many heads over one key head: heads are the rows of both products; otherwise as ``decode_tokens_kernel``."""
-    request = tl.program_id(0)
+    request = tl.program_id(1)
     head_blocks = tl.cdiv(group, HEADS)
-    kv_head = tl.program_id(1) // head_blocks
-    in_group = (tl.program_id(1) % head_blocks) * HEADS + tl.arange(0, HEADS)
+    kv_head = tl.program_id(0) // head_blocks
+    in_group = (tl.program_id(0) % head_blocks) * HEADS + tl.arange(0, HEADS)
     heads = kv_head * group + in_group
     live = in_group < group
     split = tl.program_id(2)
@@ -148,11 +148,11 @@ def decode_heads_kernel(
     for first in range(start, end, BLOCK_N):
         tokens = first + tl.arange(0, BLOCK_N)
         slots = tl.load(table + tl.minimum(tokens, end - 1)).to(tl.int64)[:, None]
-        k = load_columns(k_base + slots * k_stride + keys[None, :], (keys < MAIN)[None, :], MAIN, KEY)
+        k = load_columns(k_base + slots * k_stride + keys[None, :], (keys < MAIN)[None, :], MAIN, KEY, q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if TAIL > 0:
             tail_at = k_base + slots * k_stride + MAIN + tails[None, :]
-            k_tail = load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T)
+            k_tail = load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T, q.dtype)
             logits = tl.dot(q_tail, tl.trans(k_tail), logits, input_precision="ieee")
         logits = tl.where((tokens < end)[None, :], logits, float("-inf"))
         highest = tl.maximum(maximum, tl.max(logits, 1))
@@ -165,7 +165,7 @@ def decode_heads_kernel(
             v = k
         else:
             v_at = v_base + slots * v_stride + values[None, :]
-            v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V)
+            v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V, q.dtype)
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
     tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
     if not WHOLE:

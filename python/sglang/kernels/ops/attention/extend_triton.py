@@ -34,11 +34,11 @@ def _attend(
         if PAGED:
             rows = tl.load(slots_ptr + rows)
         rows = rows.to(tl.int64)[:, None]
-        k = load_columns(k_ptr + rows * k_stride + keys[None, :], (keys < MAIN)[None, :], MAIN, KEY)
+        k = load_columns(k_ptr + rows * k_stride + keys[None, :], (keys < MAIN)[None, :], MAIN, KEY, q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if TAIL > 0:
             tail_at = k_ptr + rows * k_stride + MAIN + tails[None, :]
-            k_tail = load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T)
+            k_tail = load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T, q.dtype)
             logits = tl.dot(q_tail, tl.trans(k_tail), logits, input_precision="ieee")
         if MASKED:
             logits = tl.where(tokens[None, :] <= last_seen[:, None], logits, float("-inf"))
@@ -53,7 +53,8 @@ def _attend(
         if VALUE_IS_KEY:
             v = k
         else:
-            v = load_columns(v_ptr + rows * v_stride + values[None, :], (values < VALUE)[None, :], VALUE, BLOCK_V)
+            v_at = v_ptr + rows * v_stride + values[None, :]
+            v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V, q.dtype)
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
     return acc, maximum, total
 

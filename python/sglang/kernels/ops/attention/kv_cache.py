@@ -7,7 +7,32 @@ from collections.abc import Iterator
 import torch
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, rows_of, triton_impl, warps_for
+from sglang.kernels.ops.quant.group_fp8 import FP8_DTYPES, fp8_dtype
 from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
+
+
+def _bits(rows: torch.Tensor) -> torch.Tensor:
+    """8-bit rows as integers: torch moves those on every device."""
+    return rows.view(torch.uint8) if rows.dtype in FP8_DTYPES else rows
+
+
+def read_rows(cache: torch.Tensor, slot_ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rows of cache [S, ...] at slot_ids [M] int64, converted to ``dtype``."""
+    return _bits(cache).index_select(0, slot_ids).view(cache.dtype).to(dtype)
+
+
+def _write_rows(cache: torch.Tensor, slot_ids: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    if cache.dtype in FP8_DTYPES:
+        largest = torch.finfo(cache.dtype).max
+        rows = rows.clamp(-largest, largest)
+    _bits(cache).index_copy_(0, slot_ids, _bits(rows.to(cache.dtype)))
+    return cache
+
+
+def is_cache_dtype(cache_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels convert between rows of ``dtype`` and a cache of ``cache_dtype``, to and fro."""
+    return dtype in FLOATS and (cache_dtype in FLOATS or cache_dtype == fp8_dtype(current_platform.arch))
 
 
 def write_kv_torch(
@@ -15,17 +40,16 @@ def write_kv_torch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Write one row of keys and values a token, converted to the cache's dtype; returns the caches.
 
+    What an 8-bit float cannot hold becomes its largest number of that sign; NaN stays NaN.
     k [N, H, D], v [N, H, Dv], k_cache [S, H, D] and v_cache [S, H, Dv] with dense rows, slot_ids [N] int64 in [0, S).
     Slot 0 may repeat (padding) and holds any of its rows then; other slots differ.
     """
-    k_cache.index_copy_(0, slot_ids, k.to(k_cache.dtype))
-    v_cache.index_copy_(0, slot_ids, v.to(v_cache.dtype))
-    return k_cache, v_cache
+    return _write_rows(k_cache, slot_ids, k), _write_rows(v_cache, slot_ids, v)
 
 
 def write_latent_torch(latent: torch.Tensor, cache: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
     """Write one latent row a token: latent [N, R+P], cache [S, R+P]; otherwise as ``write_kv_torch``."""
-    return cache.index_copy_(0, slot_ids, latent.to(cache.dtype))
+    return _write_rows(cache, slot_ids, latent)
 
 
 def gather_slots_torch(
@@ -106,12 +130,13 @@ def _accepts_kv(
 ) -> bool:
     dense = all(tensor.stride(2) == 1 for tensor in (k, v))
     packed = all(cache.stride(1) == cache.shape[2] and cache.stride(2) == 1 for cache in (k_cache, v_cache))
-    return k.dtype in FLOATS and k.dtype == v.dtype == k_cache.dtype == v_cache.dtype and dense and packed
+    same = k.dtype == v.dtype and k_cache.dtype == v_cache.dtype
+    return same and is_cache_dtype(k_cache.dtype, k.dtype) and dense and packed
 
 
 def _accepts_latent(latent: torch.Tensor, cache: torch.Tensor, slot_ids: torch.Tensor) -> bool:
     dense = rows_of(latent) is not None and latent.ndim == 2 and cache.stride(1) == 1
-    return latent.dtype in FLOATS and latent.dtype == cache.dtype and dense
+    return is_cache_dtype(cache.dtype, latent.dtype) and dense
 
 
 def _accepts_table(req_to_token: torch.Tensor, *rest: object) -> bool:
@@ -125,6 +150,9 @@ def _kv_cases() -> Iterator[Case]:
         caches = torch.randn(12, heads, dim, generator=generator), torch.randn(12, heads, value, generator=generator)
         slots = torch.randperm(11, generator=generator)[:rows] + 1
         yield Case(f"{rows}x{heads}-strided", (both[..., :dim], both[..., dim:], *caches, slots))
+        both[:1, :, ::3] *= 1e4
+        coarse = [cache.to(torch.float8_e4m3fn) for cache in caches]
+        yield Case(f"{rows}x{heads}-fp8", (both[..., :dim], both[..., dim:], *coarse, slots))
 
 
 def _latent_cases() -> Iterator[Case]:
@@ -132,7 +160,9 @@ def _latent_cases() -> Iterator[Case]:
     for rows in (0, 1, 7):
         slots = torch.randperm(11, generator=generator)[:rows] + 1
         wide = torch.randn(rows, 30, generator=generator)
-        yield Case(f"{rows}-strided", (wide[:, :20], torch.randn(12, 20, generator=generator), slots))
+        cache = torch.randn(12, 20, generator=generator)
+        yield Case(f"{rows}-strided", (wide[:, :20], cache, slots))
+        yield Case(f"{rows}-fp8", (wide[:, :20] * 300, cache.to(torch.float8_e4m3fn), slots))
 
 
 def _span_cases() -> Iterator[Case]:
@@ -146,7 +176,7 @@ def _span_cases() -> Iterator[Case]:
 
 
 def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """A decode step of 128 requests and a prefill of 8192 tokens in bf16, without contents."""
+    """A decode step of 128 requests and a prefill of 8192 tokens in bf16, without contents; 8-bit caches for decode."""
     for tokens in (128, 8192):
         slots = torch.empty(tokens, dtype=torch.int64, device=device)
         for heads, dim in ((2, 256), (8, 128)):
@@ -156,6 +186,9 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
         latent = torch.empty(tokens, 576, dtype=torch.bfloat16, device=device)
         cache = torch.empty(1 << 14, 576, dtype=torch.bfloat16, device=device)
         yield write_latent, Case(f"latent {tokens}", (latent, cache, slots))
+        if tokens == 128:
+            coarse = torch.empty_like(cache, dtype=fp8_dtype(current_platform.arch))
+            yield write_latent, Case(f"latent {tokens} fp8", (latent, coarse, slots))
         bounds = torch.empty(9, dtype=torch.int64, device=device)
         table = torch.empty(64, 8192, dtype=torch.int32, device=device)
         yield gather_slots, Case(f"slots {tokens}", (table, bounds[:8], bounds[:8].clone(), bounds, tokens))

@@ -5,6 +5,18 @@ import triton.language as tl
 
 
 @triton.jit
+def to_cache(values, pointer):
+    """``values`` in the dtype that ``pointer`` points to; 8-bit floats saturate, and NaN stays NaN."""
+    dtype: tl.constexpr = pointer.dtype.element_ty
+    if dtype.is_fp8():
+        largest: tl.constexpr = 240.0 if dtype == tl.float8e4b8 else 448.0
+        # Not tl.clamp: it takes NaN for a bound.
+        wide = values.to(tl.float32)
+        values = tl.where(wide > largest, largest, tl.where(wide < -largest, -largest, wide))
+    return values.to(dtype)
+
+
+@triton.jit
 def write_rows_kernel(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
     k_stride, k_head_stride, v_stride, v_head_stride, k_cache_stride, v_cache_stride,
@@ -16,11 +28,11 @@ def write_rows_kernel(
     column = tl.arange(0, BLOCK)
     if tl.program_id(1) == 0:
         at = k_ptr + token * k_stride + (column // K_DIM) * k_head_stride + column % K_DIM
-        row = tl.load(at, mask=column < K_WIDTH)
+        row = to_cache(tl.load(at, mask=column < K_WIDTH), k_cache_ptr)
         tl.store(k_cache_ptr + slot * k_cache_stride + column, row, mask=column < K_WIDTH)
     else:
         at = v_ptr + token * v_stride + (column // V_DIM) * v_head_stride + column % V_DIM
-        row = tl.load(at, mask=column < V_WIDTH)
+        row = to_cache(tl.load(at, mask=column < V_WIDTH), v_cache_ptr)
         tl.store(v_cache_ptr + slot * v_cache_stride + column, row, mask=column < V_WIDTH)
 
 

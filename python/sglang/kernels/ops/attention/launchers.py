@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2
+from sglang.kernels.launch import cdiv, next_power_of_2
+from sglang.kernels.ops.attention.kv_cache import is_cache_dtype
 from sglang.kernels.ops.attention.tiles import RowShape, Tile, decode_tile, extend_tile, split_count
 
 # Widest key row with values of its own, and widest latent row, that the kernels hold.
@@ -16,8 +17,11 @@ MERGE_PROGRAMS = 2048
 
 
 def rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """True when the kernels take q [., Hq, D], k [., Hk, D], v [., Hk, Dv] with values of their own."""
-    same = q.dtype == k.dtype == v.dtype and q.dtype in FLOATS
+    """True when the kernels take q [., Hq, D], k [., Hk, D], v [., Hk, Dv] with values of their own.
+
+    Keys and values of another dtype than q's are converted to it as they are read.
+    """
+    same = k.dtype == v.dtype and is_cache_dtype(k.dtype, q.dtype)
     dense = all(tensor.stride(-1) == 1 for tensor in (q, k, v))
     shapes = q.shape[-1] == k.shape[-1] <= MAX_HEAD_DIM and v.shape[-1] <= MAX_HEAD_DIM
     return same and dense and shapes and q.shape[1] % k.shape[1] == 0
@@ -27,7 +31,7 @@ def latent_fits(q: torch.Tensor, latent: torch.Tensor, rank: int) -> bool:
     """True when the kernels take q [., H, R+P] over latent rows [., R+P] whose first ``rank`` columns are the value."""
     dense = q.stride(-1) == 1 and latent.stride(-1) == 1
     shapes = rank < q.shape[-1] == latent.shape[-1] <= MAX_LATENT_DIM
-    return q.dtype == latent.dtype and q.dtype in FLOATS and dense and shapes
+    return is_cache_dtype(latent.dtype, q.dtype) and dense and shapes
 
 
 def merge_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> None:
@@ -81,7 +85,7 @@ def launch_decode(
         parts = torch.empty(batch, splits, heads, shape.value, dtype=torch.float32, device=q.device)
         lse = torch.empty(batch, splits, heads, dtype=torch.float32, device=q.device)
     kernel = decode_heads_kernel if heads_are_rows else decode_tokens_kernel
-    kernel[(batch, programs, splits)](
+    kernel[(programs, batch, splits)](
         q, k, v, req_to_token, req_pool_indices, seq_lens, parts, lse,
         scale, heads, group, splits,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), req_to_token.stride(0),

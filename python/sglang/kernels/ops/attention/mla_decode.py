@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from sglang.kernels.ops.attention.kv_cache import read_rows
 from sglang.kernels.ops.attention.paged_decode import CHUNK_BYTES, decode_tables, readable_slots
 from sglang.kernels.spec import Case, Impl, Op
 
@@ -34,7 +35,7 @@ def mla_decode_torch(
     step = max(1, CHUNK_BYTES // (length * latent_cache.shape[1] * latent_cache.itemsize))
     for start in range(0, batch, step):
         part = slots[start : start + step]
-        rows = latent_cache.index_select(0, part.reshape(-1)).float().view(part.shape[0], length, -1)
+        rows = read_rows(latent_cache, part.reshape(-1), torch.float32).view(part.shape[0], length, -1)
         logits = torch.bmm(queries[start : start + step], rows.mT)
         if beyond is not None:
             logits = logits.masked_fill(beyond[start : start + step].unsqueeze(1), float("-inf"))

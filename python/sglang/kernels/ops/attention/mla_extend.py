@@ -7,10 +7,13 @@ from collections.abc import Iterator
 import torch
 
 from sglang.kernels.launch import triton_impl
+from sglang.kernels.ops.attention.kv_cache import read_rows
 from sglang.kernels.ops.attention.launchers import latent_fits, launch_extend
 from sglang.kernels.ops.attention.ragged_extend import indptr, ragged_extend_torch, ragged_shapes
 from sglang.kernels.ops.attention.tiles import RowShape
+from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
 
 
 def mla_extend_torch(
@@ -28,7 +31,7 @@ def mla_extend_torch(
     each request's tokens in order, the new ones included; qo_indptr and kv_indptr [B+1] int64 cut q and kv_slot_ids by
     request. -> [N, H, R] in q's dtype. DeepSeek-V2 report, section 2.1 and appendix C.
     """
-    rows = latent_cache.index_select(0, kv_slot_ids).to(q.dtype).unsqueeze(1)
+    rows = read_rows(latent_cache, kv_slot_ids, q.dtype).unsqueeze(1)
     return ragged_extend_torch(q, rows, rows[..., :kv_lora_rank], qo_indptr, kv_indptr, scale)
 
 
@@ -59,7 +62,9 @@ def _cases() -> Iterator[Case]:
         slots = torch.randperm(sum(kv_lens) + 3, generator=generator)[: sum(kv_lens)]
         q = torch.randn(sum(q_lens), 3, 20, generator=generator)
         cache = torch.randn(sum(kv_lens) + 3, 20, generator=generator)
-        yield Case(name, (q, cache, slots, indptr(q_lens), indptr(kv_lens), 16, 0.2))
+        args = (q, cache, slots, indptr(q_lens), indptr(kv_lens), 16, 0.2)
+        yield Case(name, args)
+        yield Case(f"{name}-fp8", (q, cache.to(torch.float8_e4m3fn), *args[2:]))
 
 
 def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
@@ -72,6 +77,8 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
             bounds = torch.empty(batch + 1, dtype=torch.int64, device=device)
             args = (q, latent, slots, bounds, bounds.clone(), 512, 192**-0.5)
             yield mla_extend, Case(f"mla_h{heads} {batch}x{new} of {total}", args)
+        coarse = torch.empty_like(latent, dtype=fp8_dtype(current_platform.arch))
+        yield mla_extend, Case(f"mla_h{heads} 512x2 of 1152 fp8", (q, coarse, *args[2:]))
 
 
 mla_extend = Op(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from sglang.kernels.ops.attention.kv_cache import read_rows
 from sglang.kernels.spec import Case, Impl, Op
 
 # Bytes of gathered rows at once: what a core's cache holds, so that rows are read from memory once.
@@ -58,8 +59,8 @@ def paged_decode_torch(
         part = rows[start : start + step]
         count = part.shape[0]
         flat = part.reshape(-1)
-        key = keys.index_select(0, flat).float().view(count * kv_heads, length, -1)
-        value = values.index_select(0, flat).float().view(count * kv_heads, length, -1)
+        key = read_rows(keys, flat, torch.float32).view(count * kv_heads, length, -1)
+        value = read_rows(values, flat, torch.float32).view(count * kv_heads, length, -1)
         logits = torch.bmm(queries[start * kv_heads : (start + count) * kv_heads], key.mT)
         logits = logits.view(count, heads, length)
         if beyond is not None:

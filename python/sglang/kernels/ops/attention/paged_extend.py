@@ -7,10 +7,13 @@ from collections.abc import Iterator
 import torch
 
 from sglang.kernels.launch import triton_impl
+from sglang.kernels.ops.attention.kv_cache import read_rows
 from sglang.kernels.ops.attention.launchers import launch_extend, rows_fit
 from sglang.kernels.ops.attention.ragged_extend import SERVING_SHAPES, indptr, ragged_extend_torch, ragged_shapes
 from sglang.kernels.ops.attention.tiles import RowShape
+from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
 
 
 def paged_extend_torch(
@@ -28,8 +31,7 @@ def paged_extend_torch(
     tokens in order, the new ones (already written) included; qo_indptr and kv_indptr [B+1] int64 cut q and
     kv_slot_ids by request. -> [N, Hq, Dv] in q's dtype.
     """
-    k = k_cache.index_select(0, kv_slot_ids).to(q.dtype)
-    v = v_cache.index_select(0, kv_slot_ids).to(q.dtype)
+    k, v = (read_rows(cache, kv_slot_ids, q.dtype) for cache in (k_cache, v_cache))
     return ragged_extend_torch(q, k, v, qo_indptr, kv_indptr, scale)
 
 
@@ -60,6 +62,8 @@ def _cases() -> Iterator[Case]:
             v_cache = torch.randn(sum(kv_lens) + 3, kv_heads, 8, generator=generator)
             args = (q, k_cache, v_cache, slots, indptr(q_lens), indptr(kv_lens), 0.35)
             yield Case(f"{name}-{heads}x{kv_heads}", args)
+        coarse = (cache.to(torch.float8_e4m3fn) for cache in (k_cache, v_cache))
+        yield Case(f"{name}-fp8", (q, *coarse, *args[3:]))
 
 
 def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
@@ -72,6 +76,9 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
             bounds = torch.empty(batch + 1, dtype=torch.int64, device=device)
             args = (q, cache, torch.empty_like(cache), slots, bounds, bounds.clone(), dim**-0.5)
             yield paged_extend, Case(f"gqa_{heads}x{kv_heads}_d{dim} {batch}x{new} of {total}", args)
+        coarse = torch.empty_like(cache, dtype=fp8_dtype(current_platform.arch))
+        name = f"gqa_{heads}x{kv_heads}_d{dim} {batch}x{new} of {total} fp8"
+        yield paged_extend, Case(name, (q, coarse, coarse.clone(), *args[3:]))
 
 
 paged_extend = Op(

@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.ops.moe.fused_experts_aiter import (
+    arrange_for_aiter,
+    fits_fused,
+    fused_experts_aiter,
+    is_arranged,
+    require_plain,
+)
 from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.platforms import current_platform
@@ -27,6 +34,7 @@ def fused_experts_torch(
     integers in [-1, E): -1 adds nothing, and an expert may stand in a row more than once. Returns a new [N, H] in
     x's dtype; x is never written. The sum over j is in float32.
     """
+    require_plain(w13)
     num_tokens, hidden = x.shape
     top_k = topk_ids.shape[1]
     experts, intermediate = w13.shape[0], w2.shape[2]
@@ -216,7 +224,7 @@ def fused_experts_triton(
 def _accepts(
     x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
 ) -> bool:
-    dense = x.stride(1) == w13.stride(2) == w2.stride(2) == 1
+    dense = x.stride(1) == w13.stride(2) == w2.stride(2) == 1 and not is_arranged(w13)
     same = x.dtype == w13.dtype == w2.dtype and x.dtype in FLOATS
     return dense and same and routing_fits(topk_weights, topk_ids, w13.shape[0])
 
@@ -269,7 +277,13 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
 
 fused_experts = Op(
     "moe.fused_experts",
+    aiter_impl(fused_experts_aiter, fits_fused),
     triton_impl(fused_experts_triton, _accepts),
     Impl("torch", fused_experts_torch),
     cases=_cases,
 )
+
+
+def arrange_experts(w13: torch.Tensor, w2: torch.Tensor) -> bool:
+    """Once weights are loaded: put them into the layout of the implementation that is to run; False: as they were."""
+    return arrange_for_aiter(fused_experts, w13, w2)

@@ -7,8 +7,15 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 
-from sglang.kernels.launch import FLOATS, triton_impl
+from sglang.kernels.launch import FLOATS, aiter_impl, triton_impl
 from sglang.kernels.ops.moe.fused_experts import SERVING_MODELS, Scaled, routing_fits, run_experts
+from sglang.kernels.ops.moe.fused_experts_aiter import (
+    arrange_for_aiter,
+    fits_fused_fp8,
+    fused_experts_fp8_aiter,
+    is_arranged,
+    require_plain,
+)
 from sglang.kernels.ops.quant.group_fp8 import (
     GROUP,
     block_fp8_linear_torch,
@@ -34,6 +41,7 @@ def fused_experts_fp8_torch(
     x [N, H], w13 [E, 2I, H] and w2 [E, H, I] 8-bit, w13_scale [E, 2I / 128, H / 128] and w2_scale [E, H / 128, I / 128]
     float32, H and I multiples of 128; routing as in ``moe.fused_experts``. Returns a new [N, H] in x's dtype.
     """
+    require_plain(w13)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in topk_ids[topk_ids >= 0].unique().tolist():
         tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
@@ -72,7 +80,7 @@ def _accepts(
     stacked = (w13, w13_scale, w2, w2_scale)
     whole = all(size % GROUP == 0 for size in (x.shape[1], w2.shape[2]))
     native = w13.dtype == w2.dtype == fp8_dtype(current_platform.arch) and x.dtype in FLOATS and x.stride(1) == 1
-    dense = all(tensor.is_contiguous() for tensor in stacked)
+    dense = all(tensor.is_contiguous() for tensor in stacked) and not is_arranged(w13)
     return whole and native and dense and routing_fits(topk_weights, topk_ids, w13.shape[0])
 
 
@@ -112,7 +120,13 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
 
 fused_experts_fp8 = Op(
     "moe.fused_experts_fp8",
+    aiter_impl(fused_experts_fp8_aiter, fits_fused_fp8),
     triton_impl(fused_experts_fp8_triton, _accepts),
     Impl("torch", fused_experts_fp8_torch),
     cases=_cases,
 )
+
+
+def arrange_experts_fp8(w13: torch.Tensor, w2: torch.Tensor) -> bool:
+    """Once weights are loaded: put them into the layout of the implementation that is to run; False: as they were."""
+    return arrange_for_aiter(fused_experts_fp8, w13, w2)

@@ -145,7 +145,7 @@ def expert_tile(
     tl.store(out_ptr + members.to(tl.int64)[:, None] * width + n[None, :], out, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def few_tokens_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, ids_ptr, out_ptr,
     pairs, width, k_dim, x_stride, expert_stride, row_stride, tiles,
@@ -172,7 +172,7 @@ def few_tokens_kernel(
             )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "max_blocks"], do_not_specialize_on_alignment=["num_blocks_ptr"])
 def many_tokens_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, order_ptr, block_expert_ptr, num_blocks_ptr, out_ptr,
     pairs, width, k_dim, x_stride, expert_stride, row_stride, max_blocks, tiles,
@@ -200,7 +200,7 @@ def many_tokens_kernel(
 # --- ordering: pairs by expert, stable, each expert's run padded to whole blocks ----------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"])
 def count_pairs_kernel(ids_ptr, counts_ptr, pairs, CHUNK: tl.constexpr):
     """counts [E]: how many pairs chose expert ``program_id``."""
     expert = tl.program_id(0)
@@ -212,7 +212,7 @@ def count_pairs_kernel(ids_ptr, counts_ptr, pairs, CHUNK: tl.constexpr):
     tl.store(counts_ptr + expert, tl.sum(hits, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs"], do_not_specialize_on_alignment=["num_blocks_ptr"])
 def place_pairs_kernel(
     ids_ptr, counts_ptr, order_ptr, block_expert_ptr, num_blocks_ptr, pairs, num_experts,
     BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,

@@ -9,7 +9,7 @@ def _row_start(row, inner, outer_stride, inner_stride):
     return (row // inner) * outer_stride + (row % inner) * inner_stride
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
     x_ptr, residual_ptr, gate_ptr, weight_ptr, out_ptr, total_ptr,
     num_rows, dim, eps,

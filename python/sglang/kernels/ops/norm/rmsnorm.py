@@ -43,6 +43,11 @@ def gated_rms_norm_torch(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tens
     return (normed.float() * torch.nn.functional.silu(gate.float())).to(x.dtype)
 
 
+def rows_per_program(dim: int) -> int:
+    """Rows of width ``dim`` that one program norms."""
+    return max(1, min(16, 1024 // next_power_of_2(dim)))
+
+
 def launch_rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -64,8 +69,7 @@ def launch_rms_norm(
     x_rows, other_rows = rows_of(x), rows_of(x if other is None else other)
     assert x_rows is not None and other_rows is not None
     if x.numel():
-        block = next_power_of_2(dim)
-        rows = max(1, min(16, 1024 // block))
+        block, rows = next_power_of_2(dim), rows_per_program(dim)
         rms_norm_kernel[(cdiv(x_rows.num_rows, rows),)](
             x, residual, gate, weight, out, total, x_rows.num_rows, dim, eps, *x_rows[1:], *other_rows[1:],
             HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None, UNIT_OFFSET=unit_offset,

@@ -8,7 +8,7 @@ from sglang.kernels.ops.moe.fused_experts_triton import expert_tile
 GROUP = tl.constexpr(128)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_groups"])
 def quantize_groups_kernel(
     x_ptr, q_ptr, scale_ptr, num_groups, groups_a_row, row_stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -26,7 +26,7 @@ def quantize_groups_kernel(
     tl.store(scale_ptr + group, scale, mask=group < num_groups)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "row_tiles"])
 def block_fp8_linear_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, rows, width, k_dim, row_tiles, tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,

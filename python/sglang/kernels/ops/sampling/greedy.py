@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
-from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 
+# AITER reads rows in vectors of this many logits: of a shorter last one it takes what lies past V for 0.
+AITER_VECTOR = 16
 # Programs that fill a GPU, and logits that one program reads at once.
 TARGET_PROGRAMS = 264
 TRITON_BLOCK = 2048
@@ -17,8 +19,9 @@ TRITON_BLOCK = 2048
 def greedy_torch(logits: torch.Tensor) -> torch.Tensor:
     """Index of the largest logit in each row.
 
-    logits [B, V] float, any strides -> [B] int64, always in [0, V); ties take the first. A row of -inf gives 0; a row
-    that holds NaN gives the index of its first NaN (the caller refuses such a row, see ``Sampler``).
+    logits [B, V] float, any strides -> [B] int64 (AITER: int32), always in [0, V); ties take the first. A row of -inf
+    gives 0; a row that holds NaN gives the index of its first NaN (AITER: any), and the caller refuses such a row, see
+    ``Sampler``.
     """
     if logits.shape[0] == 0:
         return torch.empty(0, dtype=torch.int64, device=logits.device)
@@ -26,6 +29,27 @@ def greedy_torch(logits: torch.Tensor) -> torch.Tensor:
     # torch.argmax leaves ties open; the first index of the maximum is made explicit.
     hits = (logits == best) | logits.isnan()
     return hits.to(torch.uint8).argmax(dim=-1)
+
+
+def greedy_aiter(
+    logits: torch.Tensor, kernel: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+) -> torch.Tensor:
+    """By AITER's kernel, or ``kernel`` of its signature, whose answer to a row without a winner is bounded here."""
+    if kernel is None:
+        from aiter import greedy_sample as kernel
+    out = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
+    kernel(out, logits)
+    return out.clamp_(0, logits.shape[1] - 1)
+
+
+def fits_aiter(logits: torch.Tensor) -> bool:
+    """Whether AITER's kernel reads these logits rightly: whole aligned vectors, 32-bit offsets, the default stream."""
+    rows, vocab = logits.shape
+    readable = logits.dtype in FLOATS and logits.stride(1) == 1 and vocab > 0 and vocab % AITER_VECTOR == 0
+    aligned = logits.stride(0) % AITER_VECTOR == 0 and logits.storage_offset() % AITER_VECTOR == 0
+    # AITER 0.1.7 launches on the default stream, whichever is current.
+    in_order = not logits.is_cuda or torch.cuda.current_stream() == torch.cuda.default_stream()
+    return readable and aligned and 0 < rows and rows * logits.stride(0) < 2**31 and in_order
 
 
 def greedy_triton(logits: torch.Tensor) -> torch.Tensor:
@@ -78,5 +102,9 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
 
 
 greedy_sample = Op(
-    "sampling.greedy", triton_impl(greedy_triton, _accepts), Impl("torch", greedy_torch), cases=_cases
+    "sampling.greedy",
+    aiter_impl(greedy_aiter, fits_aiter),
+    triton_impl(greedy_triton, _accepts),
+    Impl("torch", greedy_torch),
+    cases=_cases,
 )

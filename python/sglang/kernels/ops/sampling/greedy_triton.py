@@ -21,7 +21,7 @@ def key_index(key):
     return 0x7FFFFFFF - (key & 0x7FFFFFFF)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "steps"])
 def greedy_kernel(
     logits_ptr, out_ptr, vocab, row_stride, col_stride, splits, steps, IS_LAST: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -42,7 +42,7 @@ def greedy_kernel(
         tl.store(out_ptr + row * splits + split, top)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def greedy_merge_kernel(keys_ptr, out_ptr, splits, BLOCK: tl.constexpr):
     """The index of the best of a row's ``splits`` keys."""
     row = tl.program_id(0).to(tl.int64)

@@ -10,6 +10,7 @@ import torch
 from sglang.kernels.ops.gdn.decode_step import gdn_decode_step
 from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.attention.pool_backend import PoolAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.memory_pool import GDNStatePool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -155,8 +156,9 @@ def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 class HybridLinearAttnBackend(AttentionBackend):
     """Sends softmax layers to the full-attention backend and recurrent layers to the linear one."""
 
-    def __init__(self, full_attn_backend: AttentionBackend, linear_attn_backend: GDNBackend) -> None:
+    def __init__(self, full_attn_backend: PoolAttnBackend, linear_attn_backend: GDNBackend) -> None:
         self.full_attn_backend = full_attn_backend
+        self.prepare_gqa, self.attend = full_attn_backend.prepare_gqa, full_attn_backend.attend
         self.linear_attn_backend = linear_attn_backend
 
     def init_forward_metadata(self, fb: ForwardBatch) -> None:

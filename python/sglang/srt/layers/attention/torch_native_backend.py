@@ -8,19 +8,16 @@ from itertools import accumulate
 
 import torch
 
+from sglang.kernels.ops.attention.kv_cache import read_rows
 from sglang.kernels.ops.attention.mla_decode import mla_decode
 from sglang.kernels.ops.attention.mla_extend import mla_extend
 from sglang.kernels.ops.attention.paged_decode import paged_decode
 from sglang.kernels.ops.attention.paged_extend import paged_extend
 from sglang.kernels.ops.attention.ragged_extend import ragged_extend
 from sglang.srt.configs.deepseek import DeepseekConfig
-from sglang.srt.layers.attention.base_attn_backend import (
-    AttentionBackend,
-    AttentionContext,
-    register_attention_backend,
-)
+from sglang.srt.layers.attention.base_attn_backend import AttentionContext, register_attention_backend
+from sglang.srt.layers.attention.pool_backend import PoolAttnBackend
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 # Requests this much shorter (in tokens) than the longest of their group still share its padded table.
@@ -87,7 +84,7 @@ def group_by_length(seq_lens: list[int]) -> list[list[int]]:
 
 
 @register_attention_backend("torch_native")
-class TorchNativeAttnBackend(AttentionBackend):
+class TorchNativeAttnBackend(PoolAttnBackend):
     """The backend of the bare CPU; it runs wherever torch runs.
 
     Latent attention has two forms with the same result. Absorbed: queries meet the latent rows as they are stored;
@@ -157,19 +154,10 @@ class TorchNativeAttnBackend(AttentionBackend):
     def _indptr(self, lengths: list[int]) -> torch.Tensor:
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int64, device=self.device)
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, fb: ForwardBatch
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
         """Multi-head or grouped-query attention; see the base class."""
-        pool = self.kv_pool
-        assert isinstance(pool, MHATokenToKVPool)
-        num_tokens = q.shape[0]
-        q = q.view(num_tokens, layer.num_heads, layer.head_dim)
-        k = k.view(num_tokens, layer.num_kv_heads, layer.head_dim)
-        v = v.view(num_tokens, layer.num_kv_heads, layer.v_head_dim)
-        pool.set_kv_buffer(layer.layer_id, fb.out_cache_loc, k, v)
-        k_cache, v_cache = pool.get_kv_buffer(layer.layer_id)
-        out = q.new_empty(num_tokens, layer.num_heads, layer.v_head_dim)
+        k_cache, v_cache = self._kv_pool().get_kv_buffer(layer.layer_id)
+        out = q.new_empty(q.shape[0], layer.num_heads, layer.v_head_dim)
         if self.extend_plan is not None:
             plan = self.extend_plan
             out = paged_extend(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)
@@ -180,11 +168,7 @@ class TorchNativeAttnBackend(AttentionBackend):
                 out[group.rows] = paged_decode(
                     q[group.rows], k_cache, v_cache, group.slot_table, group.seq_lens, layer.scaling
                 )
-        return out.view(num_tokens, layer.num_heads * layer.v_head_dim)
-
-    def write_latent(self, latent: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> None:
-        """Store latent rows [N, R+P] of this step at ``fb.out_cache_loc``; comes before either form."""
-        self._latent_pool().set_latent(layer.layer_id, fb.out_cache_loc, latent)
+        return out.flatten(1)
 
     def forward_mla_absorbed(
         self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch, plan: ExtendPlan | None = None
@@ -194,7 +178,7 @@ class TorchNativeAttnBackend(AttentionBackend):
         q [n, H, R+P] -> [n, H, R], where n is every row of the step, or the rows of ``plan`` in an extend step.
         ``layer.v_head_dim`` is R.
         """
-        cache, rank = self._latent_pool().get_latent(layer.layer_id), layer.v_head_dim
+        cache, rank = self._latent(layer), layer.v_head_dim
         if plan is not None:
             return mla_extend(q, cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, rank, layer.scaling)
         out = q.new_empty(q.shape[0], layer.num_heads, rank)
@@ -204,9 +188,9 @@ class TorchNativeAttnBackend(AttentionBackend):
             out[group.rows] = mla_decode(q[group.rows], cache, group.slot_table, group.seq_lens, rank, layer.scaling)
         return out
 
-    def gather_latent(self, layer: RadixAttention, plan: ExtendPlan) -> torch.Tensor:
-        """Latent rows [M, R+P] of the whole contexts of ``plan``'s requests, packed by request."""
-        return self._latent_pool().get_latent(layer.layer_id).index_select(0, plan.kv_slot_ids)
+    def gather_latent(self, layer: RadixAttention, plan: ExtendPlan, dtype: torch.dtype) -> torch.Tensor:
+        """Latent rows [M, R+P] of the whole contexts of ``plan``'s requests, packed by request, in ``dtype``."""
+        return read_rows(self._latent(layer), plan.kv_slot_ids, dtype)
 
     def forward_mla_expanded(
         self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan
@@ -215,9 +199,5 @@ class TorchNativeAttnBackend(AttentionBackend):
 
         q [n, H, qk] -> [n, H*vd].
         """
-        k, v = expand(self.gather_latent(layer, plan).to(q.dtype))
+        k, v = expand(self.gather_latent(layer, plan, q.dtype))
         return ragged_extend(q, k, v, plan.qo_indptr, plan.kv_indptr, layer.scaling).flatten(1)
-
-    def _latent_pool(self) -> MLATokenToKVPool:
-        assert isinstance(self.kv_pool, MLATokenToKVPool)
-        return self.kv_pool

@@ -9,21 +9,17 @@ from itertools import accumulate
 import torch
 
 from sglang.kernels.ops.attention.attention_state import extend_state, merge_states
-from sglang.kernels.ops.attention.kv_cache import gather_slots, write_kv, write_latent
+from sglang.kernels.ops.attention.kv_cache import gather_slots, read_rows
 from sglang.kernels.ops.attention.mla_extend import mla_extend
 from sglang.kernels.ops.attention.paged_extend import paged_extend
 from sglang.kernels.ops.attention.ragged_extend import ragged_extend
 from sglang.kernels.ops.attention.table_decode import mla_table_decode, table_decode
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.distributed import get_tp_group
-from sglang.srt.layers.attention.base_attn_backend import (
-    AttentionBackend,
-    AttentionContext,
-    register_attention_backend,
-)
+from sglang.srt.layers.attention.base_attn_backend import AttentionContext, register_attention_backend
+from sglang.srt.layers.attention.pool_backend import PoolAttnBackend
 from sglang.srt.layers.attention.torch_native_backend import Expand, ExpandWhenCheaper, ExtendPlan
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 # Keys and values rebuilt from latents at once, in bytes; longer contexts are expanded part by part.
@@ -52,7 +48,7 @@ class PartedPlan:
 
 
 @register_attention_backend("triton")
-class TritonAttnBackend(AttentionBackend):
+class TritonAttnBackend(PoolAttnBackend):
     """The portable GPU backend; on a CPU the same plans run over the references of its ops.
 
     Decode reads the request table and the lengths where they lie, so a captured step needs no further metadata. An
@@ -171,19 +167,10 @@ class TritonAttnBackend(AttentionBackend):
             packed = packed.pin_memory().to(self.device, non_blocking=True)
         return packed.split([len(values) for values in lists])
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, fb: ForwardBatch
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
         """Multi-head or grouped-query attention; see the base class."""
-        pool = self.kv_pool
-        assert isinstance(pool, MHATokenToKVPool)
-        num_tokens = q.shape[0]
-        q = q.view(num_tokens, layer.num_heads, layer.head_dim)
-        k = k.view(num_tokens, layer.num_kv_heads, layer.head_dim)
-        v = v.view(num_tokens, layer.num_kv_heads, layer.v_head_dim)
-        k_cache, v_cache = pool.get_kv_buffer(layer.layer_id)
-        write_kv(k, v, k_cache, v_cache, fb.out_cache_loc)
-        out = q.new_empty(num_tokens, layer.num_heads, layer.v_head_dim)
+        k_cache, v_cache = self._kv_pool().get_kv_buffer(layer.layer_id)
+        out = q.new_empty(q.shape[0], layer.num_heads, layer.v_head_dim)
         if self.decode is not None:
             meta = self.decode
             out = table_decode(
@@ -192,11 +179,7 @@ class TritonAttnBackend(AttentionBackend):
         elif self.extend_plan is not None:
             plan = self.extend_plan
             out = paged_extend(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)
-        return out.view(num_tokens, layer.num_heads * layer.v_head_dim)
-
-    def write_latent(self, latent: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> None:
-        """Store latent rows [N, R+P] of this step at ``fb.out_cache_loc``; comes before either form."""
-        write_latent(latent, self._latent_pool().get_latent(layer.layer_id), fb.out_cache_loc)
+        return out.flatten(1)
 
     def forward_mla_absorbed(
         self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch, plan: ExtendPlan | None = None
@@ -206,7 +189,7 @@ class TritonAttnBackend(AttentionBackend):
         q [n, H, R+P] -> [n, H, R], where n is every row of the step, or the rows of ``plan`` in an extend step.
         ``layer.v_head_dim`` is R.
         """
-        cache, rank = self._latent_pool().get_latent(layer.layer_id), layer.v_head_dim
+        cache, rank = self._latent(layer), layer.v_head_dim
         if plan is not None:
             return mla_extend(q, cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, rank, layer.scaling)
         if self.decode is None:
@@ -216,16 +199,16 @@ class TritonAttnBackend(AttentionBackend):
             q, cache, self.req_to_token, meta.req_pool_indices, meta.seq_lens, rank, layer.scaling
         )
 
-    def gather_latent(self, layer: RadixAttention, plan: ExtendPlan) -> torch.Tensor:
-        """Latent rows [M, R+P] that ``plan`` names, packed by request."""
-        return self._latent_pool().get_latent(layer.layer_id).index_select(0, plan.kv_slot_ids)
+    def gather_latent(self, layer: RadixAttention, plan: ExtendPlan, dtype: torch.dtype) -> torch.Tensor:
+        """Latent rows [M, R+P] that ``plan`` names, packed by request, in ``dtype``."""
+        return read_rows(self._latent(layer), plan.kv_slot_ids, dtype)
 
     def forward_mla_expanded(
         self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | PartedPlan
     ) -> torch.Tensor:
         """Attend over keys and values that ``expand`` rebuilds from latent rows: q [n, H, qk] -> [n, H*v]."""
         if isinstance(plan, ExtendPlan):
-            k, v = expand(self.gather_latent(layer, plan).to(q.dtype))
+            k, v = expand(self.gather_latent(layer, plan, q.dtype))
             return ragged_extend(q, k, v, plan.qo_indptr, plan.kv_indptr, layer.scaling).flatten(1)
         out, lse = self._expanded_part(q, expand, layer, plan.new, causal=True)
         for part in plan.prefix:
@@ -235,9 +218,5 @@ class TritonAttnBackend(AttentionBackend):
     def _expanded_part(
         self, q: torch.Tensor, expand: Expand, layer: RadixAttention, part: ExtendPlan, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = expand(self.gather_latent(layer, part).to(q.dtype))
+        k, v = expand(self.gather_latent(layer, part, q.dtype))
         return extend_state(q, k, v, part.qo_indptr, part.kv_indptr, layer.scaling, causal)
-
-    def _latent_pool(self) -> MLATokenToKVPool:
-        assert isinstance(self.kv_pool, MLATokenToKVPool)
-        return self.kv_pool

@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-from sglang.kernels.ops.moe.fused_experts import fused_experts
+from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.moe.placement import ExpertPlacement
 from sglang.srt.layers.moe.topk import TopKOutput
-from sglang.srt.layers.weights import check_shape, make_parameter
+from sglang.srt.layers.quantization import experts_method
+from sglang.srt.layers.weights import Section, Shards, check_shape
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 # Checkpoint names of the three matrices of an expert, and of their stacked forms.
 EXPERT_LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
-ExpertTensor = tuple[str, tuple[int, ...], Callable[[torch.Tensor], None]]
 
 
 class FusedMoE(nn.Module):
     """``num_experts`` gated feed-forward experts, of which this rank holds its placement's part.
 
     hidden: H. intermediate: I of one expert. top_k: experts a token. reduce_results: sum over the tensor-parallel ranks
-    at the end; otherwise the result is this rank's part of that sum.
+    at the end; otherwise the result is this rank's part of that sum. quant_config and prefix, the module's name in the
+    model, decide the format of the weights.
     """
 
     def __init__(
-        self, num_experts: int, hidden: int, intermediate: int, top_k: int, reduce_results: bool = True
+        self,
+        num_experts: int,
+        hidden: int,
+        intermediate: int,
+        top_k: int,
+        reduce_results: bool = True,
+        quant_config: QuantConfig | None = None,
+        prefix: str = "",
     ) -> None:
         super().__init__()
         self._tp = get_tp_group()
@@ -37,64 +45,46 @@ class FusedMoE(nn.Module):
             raise ValueError(f"expert width {intermediate} cannot be split over {parts} tensor-parallel ranks.")
         self.num_experts = num_experts
         self.hidden = hidden
-        self.intermediate = intermediate
         self.top_k = top_k
         self.reduce_results = reduce_results
-        self.width = intermediate // parts
-        self.w13_weight = make_parameter(self.placement.count, 2 * self.width, hidden)
-        self.w2_weight = make_parameter(self.placement.count, hidden, self.width)
+        width = intermediate // parts
+        start = self.placement.part * width
+        rows = [Section(intermediate, hidden, start, width, 0, hidden, offset) for offset in (0, width)]
+        self._shards = {
+            "w13_weight": Shards(dict(zip(("w1", "w3"), rows, strict=True))),
+            "w2_weight": Shards({"w2": Section(hidden, intermediate, 0, hidden, start, width)}),
+        }
+        self.quant_method = experts_method(quant_config, prefix, list(self._shards.values()))
+        for name, shards in self._shards.items():
+            self.quant_method.create(self, name, shards, count=self.placement.count)
 
-    def load_expert(self, name: str, expert_id: int, tensor: torch.Tensor) -> None:
+    def load_expert(
+        self, name: str, expert_id: int, tensor: torch.Tensor, scale: torch.Tensor | None = None
+    ) -> None:
         """Take matrix ``name`` of one expert: "w1" (gate) and "w3" (up) [I, H], "w2" (down) [H, I].
 
-        A matrix of an expert that another rank holds is checked and left.
+        A matrix of an expert that another rank holds is checked and left. ``scale`` holds an 8-bit matrix's blocks'.
         """
-        full = (self.hidden, self.intermediate) if name == "w2" else (self.intermediate, self.hidden)
-        check_shape(tensor, full)
-        if not self.placement.holds(expert_id):
-            return
-        start, local = self.placement.part * self.width, expert_id - self.placement.first
-        if name == "w2":
-            self.w2_weight.data[local].copy_(tensor.narrow(1, start, self.width))
-            return
-        offset = 0 if name == "w1" else self.width
-        self.w13_weight.data[local].narrow(0, offset, self.width).copy_(tensor.narrow(0, start, self.width))
+        stack = "w2_weight" if name == "w2" else "w13_weight"
+        shards = self._shards[stack]
+        check_shape(tensor, shards.full_shapes[name])
+        if self.placement.holds(expert_id):
+            local = expert_id - self.placement.first
+            self.quant_method.store(self, stack, shards, name, tensor, scale, local)
 
-    def load_fused(self, name: str, tensor: torch.Tensor) -> None:
-        """Take all experts at once: "gate_up_proj" [E, 2I, H] (gate rows first) or "down_proj" [E, H, I]."""
-        check_shape(tensor, self._fused_shape(name))
-        for expert_id in range(self.num_experts):
-            if name == "down_proj":
-                self.load_expert("w2", expert_id, tensor[expert_id])
-            else:
-                self.load_expert("w1", expert_id, tensor[expert_id, : self.intermediate])
-                self.load_expert("w3", expert_id, tensor[expert_id, self.intermediate :])
-
-    def expert_tensors(self) -> Iterator[ExpertTensor]:
-        """Checkpoint tensors one expert at a time: name below this module, shape, and how it is loaded."""
+    def expert_tensors(self) -> Iterator[tuple[str, str, int, nn.Parameter]]:
+        """Checkpoint tensors one expert at a time: name below this module, matrix, expert, and where it goes."""
         for expert_id in range(self.num_experts):
             for name, leaf in EXPERT_LEAVES.items():
-                shape = (self.hidden, self.intermediate) if name == "w2" else (self.intermediate, self.hidden)
+                param = self.w2_weight if name == "w2" else self.w13_weight
+                yield f"{expert_id}.{leaf}.weight", name, expert_id, param
 
-                def load(tensor: torch.Tensor, name: str = name, expert_id: int = expert_id) -> None:
-                    self.load_expert(name, expert_id, tensor)
-
-                yield f"{expert_id}.{leaf}.weight", shape, load
-
-    def fused_tensors(self) -> Iterator[tuple[str, tuple[str, ...], Callable[[torch.Tensor], None]]]:
-        """Stacked checkpoint tensors: name below this module, the per-expert names it stands for, and its loader."""
-        for name, parts in (("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",))):
-            covered = tuple(f"{i}.{EXPERT_LEAVES[part]}.weight" for i in range(self.num_experts) for part in parts)
-
-            def load(tensor: torch.Tensor, name: str = name) -> None:
-                self.load_fused(name, tensor)
-
-            yield name, covered, load
-
-    def _fused_shape(self, name: str) -> tuple[int, ...]:
-        if name == "down_proj":
-            return self.num_experts, self.hidden, self.intermediate
-        return self.num_experts, 2 * self.intermediate, self.hidden
+    def fused_tensors(self) -> dict[str, list[list[str]]]:
+        """Stacked checkpoint tensors "gate_up_proj" [E, 2I, H] and "down_proj" [E, H, I]: what each holds by expert."""
+        return {
+            stacked: [[f"{i}.{EXPERT_LEAVES[part]}.weight" for part in parts] for i in range(self.num_experts)]
+            for stacked, parts in (("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",)))
+        }
 
     def forward(self, x: torch.Tensor, topk: TopKOutput, fb: ForwardBatch | None = None) -> torch.Tensor:
         """x [N, H] (left as it is), topk with k = ``top_k`` -> new [N, H]: the weighted sum of the experts' outputs.
@@ -108,4 +98,4 @@ class FusedMoE(nn.Module):
 
     def run_experts(self, x: torch.Tensor, weights: torch.Tensor, local_ids: torch.Tensor) -> torch.Tensor:
         """Weighted sum over this rank's experts. x [N, H], weights [N, k] float32, local_ids [N, k] int32, -1: none."""
-        return fused_experts(x, self.w13_weight, self.w2_weight, weights, local_ids)
+        return self.quant_method.experts(self, x, weights, local_ids)

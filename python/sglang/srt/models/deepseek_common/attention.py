@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from sglang.srt.configs.deepseek import DeepseekConfig
+from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import (
@@ -29,7 +30,14 @@ class DeepseekV2AttentionMLA(nn.Module):
     split over the tensor-parallel ranks; the latent is not. DeepSeek-V2 report, section 2.1.
     """
 
-    def __init__(self, config: DeepseekConfig, layer_id: int, rotary_emb: RotaryEmbedding) -> None:
+    def __init__(
+        self,
+        config: DeepseekConfig,
+        layer_id: int,
+        rotary_emb: RotaryEmbedding,
+        quant_config: QuantConfig | None = None,
+        prefix: str = "",
+    ) -> None:
         super().__init__()
         tp_size = get_tp_group().size
         if config.num_attention_heads % tp_size:
@@ -42,17 +50,31 @@ class DeepseekV2AttentionMLA(nn.Module):
         hidden, bias = config.hidden_size, config.attention_bias
         q_width = config.num_attention_heads * config.qk_head_dim
         if config.q_lora_rank is None:
-            self.q_proj = ColumnParallelLinear(hidden, q_width)
-            self.kv_a_proj_with_mqa = ReplicatedLinear(hidden, self.rank + self.rope, bias=bias)
+            self.q_proj = ColumnParallelLinear(
+                hidden, q_width, quant_config=quant_config, prefix=f"{prefix}.q_proj"
+            )
+            self.kv_a_proj_with_mqa = ReplicatedLinear(
+                hidden, self.rank + self.rope, bias, quant_config, f"{prefix}.kv_a_proj_with_mqa"
+            )
         else:
             self.fused_qkv_a_proj_with_mqa = MergedReplicatedLinear(
-                hidden, [config.q_lora_rank, self.rank + self.rope], bias=bias
-            )
+                hidden, [config.q_lora_rank, self.rank + self.rope], bias, quant_config,
+                f"{prefix}.fused_qkv_a_proj_with_mqa",
+            )  # fmt: skip
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, _INNER_NORM_EPS)
-            self.q_b_proj = ColumnParallelLinear(config.q_lora_rank, q_width)
+            self.q_b_proj = ColumnParallelLinear(
+                config.q_lora_rank, q_width, quant_config=quant_config, prefix=f"{prefix}.q_b_proj"
+            )
         self.kv_a_layernorm = RMSNorm(self.rank, _INNER_NORM_EPS)
-        self.kv_b_proj = ColumnParallelLinear(self.rank, config.num_attention_heads * (self.nope + self.v_dim))
-        self.o_proj = RowParallelLinear(config.num_attention_heads * self.v_dim, hidden, bias=bias)
+        # Plain whatever the checkpoint holds: its two halves are products of their own in the absorbed form.
+        self.kv_b_proj = ColumnParallelLinear(
+            self.rank, config.num_attention_heads * (self.nope + self.v_dim),
+            quant_config=quant_config, prefix=f"{prefix}.kv_b_proj", dequantize=True,
+        )  # fmt: skip
+        self.o_proj = RowParallelLinear(
+            config.num_attention_heads * self.v_dim, hidden, bias=bias, quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )  # fmt: skip
         scale = config.softmax_scale
         self.attn_mqa = RadixAttention(self.num_heads, self.rank + self.rope, scale, 1, layer_id, self.rank)
         self.attn_mha = RadixAttention(self.num_heads, config.qk_head_dim, scale, self.num_heads, layer_id, self.v_dim)
@@ -68,12 +90,15 @@ class DeepseekV2AttentionMLA(nn.Module):
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """hidden [N, H], positions [N] -> [N, H]; each request takes the form its length makes cheaper."""
         backend = fb.attn_backend
-        q, latent = self._project(hidden, positions)
-        backend.write_latent(latent, self.attn_mqa, fb)
+        q, kv_a = self._project(hidden)
+        rest = (kv_a, positions, self.kv_a_layernorm, self.rotary_emb, self.attn_mqa, fb)
         if not fb.forward_mode.is_extend():
-            return self.o_proj(self.absorbed(q, fb))
+            queries = self._new_queries(q)
+            backend.prepare_mla(q, *rest, queries)
+            return self.o_proj(self.absorbed(q, queries, fb))
+        backend.prepare_mla(q, *rest)
         out = q.new_empty(q.shape[0], self.num_heads * self.v_dim)
-        for plan, form in ((backend.absorbed_plan, self.absorbed), (backend.expanded_plan, self.expanded)):
+        for plan, form in ((backend.absorbed_plan, self._absorbed_rows), (backend.expanded_plan, self.expanded)):
             if plan is None:
                 continue
             if plan.rows is None:
@@ -82,30 +107,40 @@ class DeepseekV2AttentionMLA(nn.Module):
                 out[plan.rows] = form(q[plan.rows], fb, plan)
         return self.o_proj(out)
 
-    def _project(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [N, heads, nope + rope] and cache rows [N, R + rope], both rotated."""
+    def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries [N, heads, nope + rope] and latents beside key parts [N, R + rope], neither normed nor rotated."""
         if self.q_lora_rank is None:
             q, kv_a = self.q_proj(hidden), self.kv_a_proj_with_mqa(hidden)
         else:
             q_a, kv_a = self.fused_qkv_a_proj_with_mqa(hidden).split((self.q_lora_rank, self.rank + self.rope), dim=-1)
             q = self.q_b_proj(self.q_a_layernorm(q_a))
-        q = q.view(-1, self.num_heads, self.nope + self.rope)
-        compressed, k_pe = kv_a.split((self.rank, self.rope), dim=-1)
-        q_pe, k_pe = self.rotary_emb(positions, q[..., self.nope :], k_pe.unsqueeze(1))
-        q = torch.cat((q[..., : self.nope], q_pe), dim=-1)
-        return q, torch.cat((self.kv_a_layernorm(compressed), k_pe.squeeze(1)), dim=-1)
+        return q.view(-1, self.num_heads, self.nope + self.rope), kv_a
 
-    def absorbed(self, q: torch.Tensor, fb: ForwardBatch, plan: object | None = None) -> torch.Tensor:
+    def _new_queries(self, q: torch.Tensor) -> torch.Tensor:
+        """Room for queries of the absorbed form [n, heads, R + rope]."""
+        return q.new_empty(q.shape[0], self.num_heads, self.rank + self.rope)
+
+    def absorbed(
+        self, q: torch.Tensor, queries: torch.Tensor, fb: ForwardBatch, plan: object | None = None
+    ) -> torch.Tensor:
         """Queries taken into the latent space: (q W_UK) meets the cached rows. q [n, heads, nope+rope] -> [n, heads*v].
 
-        The context comes back in the latent space and W_UV takes it out.
+        queries [n, heads, R+rope] holds the rotated part in its last columns and is filled. The context comes back in
+        the latent space and W_UV takes it out.
         """
         assert self.w_kc is not None and self.w_vc is not None, "weights are not loaded"
-        q_nope, q_pe = q.split((self.nope, self.rope), dim=-1)
-        q_latent = torch.bmm(q_nope.transpose(0, 1), self.w_kc).transpose(0, 1)
-        queries = torch.cat((q_latent, q_pe), dim=-1)
+        by_head = queries[..., : self.rank].transpose(0, 1)
+        torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_kc, out=by_head)
         context = fb.attn_backend.forward_mla_absorbed(queries, self.attn_mqa, fb, plan)
-        return torch.bmm(context.transpose(0, 1), self.w_vc).transpose(0, 1).flatten(1)
+        out = q.new_empty(q.shape[0], self.num_heads, self.v_dim)
+        torch.bmm(context.transpose(0, 1), self.w_vc, out=out.transpose(0, 1))
+        return out.flatten(1)
+
+    def _absorbed_rows(self, q: torch.Tensor, fb: ForwardBatch, plan: object) -> torch.Tensor:
+        """The absorbed form of queries that are rotated in place."""
+        queries = self._new_queries(q)
+        queries[..., self.rank :] = q[..., self.nope :]
+        return self.absorbed(q, queries, fb, plan)
 
     def expanded(self, q: torch.Tensor, fb: ForwardBatch, plan: object) -> torch.Tensor:
         """Queries meet keys and values rebuilt for every head. q [n, heads, nope+rope] -> [n, heads*v]."""

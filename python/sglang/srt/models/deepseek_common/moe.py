@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from sglang.kernels.ops.moe.router_logits import router_logits
 from sglang.srt.configs.deepseek import DeepseekConfig
+from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.activation import silu_and_mul
 from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
-from sglang.srt.layers.moe.fused_moe import FusedMoE
+from sglang.srt.layers.moe.ep_moe.factory import make_experts
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.weights import make_parameter
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -20,10 +21,21 @@ from sglang.srt.utils.multi_stream_utils import StreamOverlap
 class DeepseekV2MLP(nn.Module):
     """``down(silu(gate x) * up x)`` of inner width ``intermediate``."""
 
-    def __init__(self, hidden: int, intermediate: int, reduce_results: bool = True) -> None:
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        reduce_results: bool = True,
+        quant_config: QuantConfig | None = None,
+        prefix: str = "",
+    ) -> None:
         super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(hidden, [intermediate, intermediate])
-        self.down_proj = RowParallelLinear(intermediate, hidden, reduce_results=reduce_results)
+        self.gate_up_proj = MergedColumnParallelLinear(
+            hidden, [intermediate, intermediate], quant_config=quant_config, prefix=f"{prefix}.gate_up_proj"
+        )
+        self.down_proj = RowParallelLinear(
+            intermediate, hidden, reduce_results, quant_config=quant_config, prefix=f"{prefix}.down_proj"
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, H] -> [N, H]."""
@@ -42,13 +54,15 @@ class MoEGate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, H] -> logits [N, E] float32."""
-        return F.linear(x.float(), self.weight.float())
+        return router_logits(x, self.weight)
 
 
 class DeepseekV2MoE(nn.Module):
     """Routed experts plus the shared experts, which are one MLP of n_shared_experts times the expert width."""
 
-    def __init__(self, config: DeepseekConfig, overlap: StreamOverlap) -> None:
+    def __init__(
+        self, config: DeepseekConfig, overlap: StreamOverlap, quant_config: QuantConfig | None = None, prefix: str = ""
+    ) -> None:
         super().__init__()
         assert config.n_routed_experts is not None
         self._tp = get_tp_group()
@@ -57,12 +71,14 @@ class DeepseekV2MoE(nn.Module):
         self.gate = MoEGate(hidden, config.n_routed_experts, with_bias=config.topk_method == "noaux_tc")
         self.topk = make_topk(config, self.gate.e_score_correction_bias)
         # Both parts stay partial sums of this rank; the block reduces once.
-        self.experts = FusedMoE(
-            config.n_routed_experts, hidden, width, config.num_experts_per_tok, reduce_results=False
+        self.experts = make_experts(
+            config.n_routed_experts, hidden, width, config.num_experts_per_tok, quant_config, f"{prefix}.experts"
         )
         self.shared_experts: DeepseekV2MLP | None = None
         if config.n_shared_experts:
-            self.shared_experts = DeepseekV2MLP(hidden, config.n_shared_experts * width, reduce_results=False)
+            self.shared_experts = DeepseekV2MLP(
+                hidden, config.n_shared_experts * width, False, quant_config, f"{prefix}.shared_experts"
+            )
 
     def forward(self, x: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """x [N, H] -> [N, H]."""

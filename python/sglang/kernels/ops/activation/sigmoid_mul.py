@@ -1,0 +1,64 @@
+"""A sigmoid gate on an output."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, rows_of, triton_impl
+from sglang.kernels.spec import Case, Impl, Op
+
+
+def sigmoid_mul_torch(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """``x * sigmoid(gate)``, the sigmoid rounded to the dtype before the product.
+
+    x and gate [..., D] of one shape and dtype -> new [..., D], contiguous.
+    """
+    return (x * gate.sigmoid()).contiguous()
+
+
+def sigmoid_mul_triton(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    from sglang.kernels.ops.activation.sigmoid_mul_triton import sigmoid_mul_kernel
+
+    width = x.shape[-1]
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    x_rows, gate_rows = rows_of(x), rows_of(gate)
+    assert x_rows is not None and gate_rows is not None
+    if out.numel():
+        block = next_power_of_2(width)
+        rows = max(1, 1024 // block)
+        sigmoid_mul_kernel[(cdiv(x_rows.num_rows, rows),)](
+            x, gate, out, x_rows.num_rows, width, *x_rows[1:], *gate_rows[1:], ROWS=rows, BLOCK=block, num_warps=4
+        )
+    return out
+
+
+def _accepts(x: torch.Tensor, gate: torch.Tensor) -> bool:
+    same = x.dtype == gate.dtype and x.shape == gate.shape and x.dtype in FLOATS and x.shape[-1] <= 8192
+    return same and rows_of(x) is not None and rows_of(gate) is not None
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for tokens, heads, dim in ((1, 1, 8), (5, 3, 12), (0, 2, 8), (9, 16, 256)):
+        both = torch.randn(tokens, heads, 2, dim, generator=generator) * 3
+        yield Case(f"{tokens}x{heads}x{dim}", (both[:, :, 0].contiguous(), both[:, :, 1]))
+    wide = torch.tensor([[-200.0, 200.0, 0.0, float("inf"), float("-inf")]])
+    yield Case("saturated", (torch.full_like(wide, 3.0), wide))
+    yield Case("nan-row", (torch.ones(2, 2), torch.tensor([[float("nan"), 1.0], [1.0, 1.0]])))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """The output gate of Qwen3.5's attention in bf16, without contents."""
+    for tokens in (1, 8192):
+        out, both = bfloat16s(device, (tokens, 16, 256), (tokens, 16, 2, 256))
+        yield sigmoid_mul, Case(f"qwen35 t{tokens}", (out, both[:, :, 1]))
+
+
+sigmoid_mul = Op(
+    "activation.sigmoid_mul",
+    triton_impl(sigmoid_mul_triton, _accepts),
+    Impl("torch", sigmoid_mul_torch),
+    cases=_cases,
+)

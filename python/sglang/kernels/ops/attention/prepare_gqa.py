@@ -1,0 +1,140 @@
+"""Normed, partly rotated attention heads from their projections to queries and cache rows, in one op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, triton_impl, warps_for
+from sglang.kernels.ops.attention.kv_cache import is_cache_dtype, write_kv_torch
+from sglang.kernels.ops.norm.rmsnorm import gemma_rms_norm_torch, rows_per_program
+from sglang.kernels.ops.rope.rotary import rotary_torch
+from sglang.kernels.spec import Case, Impl, Op
+
+# The widest head that one program holds.
+MAX_TRITON_DIM = 512
+
+
+def prepare_gqa_torch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_ids: torch.Tensor,
+    eps: float,
+    is_neox: bool,
+) -> torch.Tensor:
+    """Norm each head of q and k (gain 1 + weight), rotate its first P columns, and write k and v as cache rows.
+
+    q [N, Hq, D], k [N, Hk, D], v [N, Hk, Dv], q_weight and k_weight [D], positions [N], cos_sin_cache [max, P], k_cache
+    [S, Hk, D], v_cache [S, Hk, Dv], slot_ids [N] int64 in [0, S) -> new queries [N, Hq, D]. Rounds where
+    ``norm.gemma_rms_norm``, ``rope.rotary`` and ``kv_cache.write_kv`` do.
+    """
+    normed_q, normed_k = gemma_rms_norm_torch(q, q_weight, eps), gemma_rms_norm_torch(k, k_weight, eps)
+    queries, keys = rotary_torch(positions, normed_q, normed_k, cos_sin_cache, is_neox)
+    write_kv_torch(keys, v, k_cache, v_cache, slot_ids)
+    return queries
+
+
+def prepare_gqa_triton(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_ids: torch.Tensor,
+    eps: float,
+    is_neox: bool,
+) -> torch.Tensor:
+    from sglang.kernels.ops.attention.prepare_triton import prepare_gqa_kernel
+
+    (tokens, heads, dim), (kv_heads, value_dim) = q.shape, v.shape[1:]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if tokens:
+        half, width = cos_sin_cache.shape[1] // 2, next_power_of_2(dim)
+        # The tile and the warps of norm.gemma_rms_norm, so that both sum a row in one order.
+        rows = rows_per_program(dim)
+        q_blocks, k_blocks = cdiv(heads, rows), cdiv(kv_heads, rows)
+        prepare_gqa_kernel[(tokens, q_blocks + 2 * k_blocks)](
+            q, k, v, q_weight, k_weight, positions, cos_sin_cache, out, k_cache, v_cache, slot_ids,
+            heads, kv_heads, dim, value_dim, eps, q_blocks, k_blocks,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            k_cache.stride(0), v_cache.stride(0), cos_sin_cache.stride(0),
+            HALF=half, IS_NEOX=is_neox, HEADS=rows, PAIRS=next_power_of_2(half), DIM=width,
+            VALUE=next_power_of_2(value_dim), num_warps=warps_for(rows * width),
+        )  # fmt: skip
+    return out
+
+
+def _accepts(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slot_ids: torch.Tensor,
+    eps: float,
+    is_neox: bool,
+) -> bool:
+    dense = all(tensor.stride(-1) == 1 for tensor in (q, k, v, cos_sin_cache))
+    packed = all(cache.stride(1) == cache.shape[2] and cache.stride(2) == 1 for cache in (k_cache, v_cache))
+    flat = all(tensor.is_contiguous() for tensor in (positions, slot_ids, q_weight, k_weight))
+    same = q.dtype == k.dtype == v.dtype == q_weight.dtype == k_weight.dtype and k_cache.dtype == v_cache.dtype
+    fits = q.dtype in FLOATS and max(q.shape[2], v.shape[2]) <= MAX_TRITON_DIM
+    return dense and packed and flat and same and fits and is_cache_dtype(k_cache.dtype, q.dtype)
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 1, 1, 8, 8, 8), (5, 6, 2, 24, 8, 12), (0, 2, 1, 8, 4, 8), (7, 9, 3, 20, 20, 33), (3, 16, 2, 256, 64, 256))
+    for tokens, heads, kv_heads, dim, rope, value in shapes:
+        angles = torch.rand(32, rope // 2, generator=generator) * 6.3
+        table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        # Queries alternate with their gates, and all come out of one product.
+        both = torch.randn(tokens, heads * 2 * dim + kv_heads * (dim + value), generator=generator)
+        gated, k, v = both.split((heads * 2 * dim, kv_heads * dim, kv_heads * value), dim=-1)
+        q = gated.unflatten(-1, (heads, 2, dim))[:, :, 0]
+        k, v = k.unflatten(-1, (kv_heads, dim)), v.unflatten(-1, (kv_heads, value))
+        weights = torch.randn(2, dim, generator=generator)
+        positions = torch.randint(0, 32, (tokens,), generator=generator)
+        caches = torch.randn(16, kv_heads, dim, generator=generator), torch.randn(16, kv_heads, value, generator=generator)
+        slots = torch.randperm(15, generator=generator)[:tokens] + 1
+        for is_neox in (True, False):
+            name = f"{tokens}x{heads}x{dim}-{'neox' if is_neox else 'interleaved'}"
+            yield Case(name, (q, k, v, *weights, positions, table, *caches, slots, 1e-6, is_neox))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Qwen3.5 layers without contents: decode and prefill in bf16, and float32, which the proofs use."""
+    table = torch.empty(4096, 64, device=device)
+    for label, tokens, dtype in (("t1", 1, torch.bfloat16), ("t8192", 8192, torch.bfloat16), ("t8 fp32", 8, torch.float32)):
+        both, weight, cache = (
+            tensor.to(dtype) for tensor in bfloat16s(device, (tokens, 36 * 256), (256,), (1 << 14, 2, 256))
+        )
+        q = both[:, : 32 * 256].unflatten(-1, (16, 2, 256))[:, :, 0]
+        k, v = both[:, 32 * 256 :].unflatten(-1, (4, 256)).split(2, dim=1)
+        index = torch.empty(tokens, dtype=torch.int64, device=device)
+        args = (q, k, v, weight, weight.clone(), index, table, cache, cache.clone(), index, 1e-6, True)
+        yield prepare_gqa, Case(f"qwen35 {label}", args)
+
+
+prepare_gqa = Op(
+    "prepare.gqa",
+    triton_impl(prepare_gqa_triton, _accepts),
+    Impl("torch", prepare_gqa_torch),
+    cases=_cases,
+)

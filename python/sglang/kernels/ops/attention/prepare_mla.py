@@ -1,0 +1,135 @@
+"""Latent attention from its projections to queries and cache rows: rotation, latent norm and the write, in one op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.ops.attention.kv_cache import is_cache_dtype, write_latent_torch
+from sglang.kernels.ops.norm.rmsnorm import rms_norm_torch
+from sglang.kernels.ops.rope.rotary import rotary_torch
+from sglang.kernels.spec import Case, Impl, Op
+
+# Rotated pairs of query heads that a program turns.
+PAIRS_PER_PROGRAM = 1024
+
+
+def prepare_mla_torch(
+    q: torch.Tensor,
+    kv_a: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    norm_weight: torch.Tensor,
+    latent_cache: torch.Tensor,
+    slot_ids: torch.Tensor,
+    eps: float,
+    is_neox: bool,
+    queries: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Rotate the last P columns of q and of kv_a, norm the rest of kv_a, and write it as the tokens' cache rows.
+
+    q [N, H, nope+P], kv_a [N, R+P], positions [N], cos_sin_cache [max, P], norm_weight [R], latent_cache [S, R+P],
+    slot_ids [N] int64 in [0, S). The rotated part of q replaces q's own, or goes into the last P columns of
+    ``queries`` [N, H, R+P], whose others stay. Returns the tensor that took it. Rounds where ``rope.rotary``,
+    ``norm.rms_norm`` and ``kv_cache.write_latent`` do.
+    """
+    rope = cos_sin_cache.shape[1]
+    latent, k_pe = kv_a.split((kv_a.shape[1] - rope, rope), dim=-1)
+    q_pe, k_pe = rotary_torch(positions, q[..., -rope:], k_pe.unsqueeze(1), cos_sin_cache, is_neox)
+    row = torch.cat((rms_norm_torch(latent, norm_weight, eps), k_pe.squeeze(1)), dim=-1)
+    write_latent_torch(row, latent_cache, slot_ids)
+    out = q if queries is None else queries
+    out[..., -rope:] = q_pe
+    return out
+
+
+def prepare_mla_triton(
+    q: torch.Tensor,
+    kv_a: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    norm_weight: torch.Tensor,
+    latent_cache: torch.Tensor,
+    slot_ids: torch.Tensor,
+    eps: float,
+    is_neox: bool,
+    queries: torch.Tensor | None = None,
+) -> torch.Tensor:
+    from sglang.kernels.ops.attention.prepare_triton import prepare_mla_kernel
+
+    out = q if queries is None else queries
+    tokens, heads, _ = q.shape
+    rope = cos_sin_cache.shape[1]
+    rank, half = kv_a.shape[1] - rope, rope // 2
+    source, target = q[..., -rope:], out[..., -rope:]
+    if tokens:
+        pairs = next_power_of_2(half)
+        block = min(next_power_of_2(heads), max(1, PAIRS_PER_PROGRAM // pairs))
+        prepare_mla_kernel[(tokens, 1 + cdiv(heads, block))](
+            source, target, kv_a, positions, cos_sin_cache, norm_weight, latent_cache, slot_ids,
+            heads, rank, eps,
+            source.stride(0), source.stride(1), target.stride(0), target.stride(1),
+            kv_a.stride(0), cos_sin_cache.stride(0), latent_cache.stride(0),
+            HALF=half, IS_NEOX=is_neox, HEADS=block, PAIRS=pairs, RANK=next_power_of_2(rank),
+            num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _accepts(
+    q: torch.Tensor,
+    kv_a: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    norm_weight: torch.Tensor,
+    latent_cache: torch.Tensor,
+    slot_ids: torch.Tensor,
+    eps: float,
+    is_neox: bool,
+    queries: torch.Tensor | None = None,
+) -> bool:
+    rows = (q, kv_a, latent_cache, cos_sin_cache) + (() if queries is None else (queries,))
+    dense = all(tensor.stride(-1) == 1 for tensor in rows)
+    flat = all(tensor.is_contiguous() for tensor in (positions, slot_ids, norm_weight))
+    same = q.dtype == kv_a.dtype == norm_weight.dtype and (queries is None or queries.dtype == q.dtype)
+    return dense and flat and same and q.dtype in FLOATS and is_cache_dtype(latent_cache.dtype, q.dtype)
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for tokens, heads, nope, rope, rank in ((1, 1, 4, 8, 16), (5, 3, 12, 4, 20), (0, 2, 8, 8, 16), (9, 40, 6, 64, 33)):
+        angles = torch.rand(32, rope // 2, generator=generator) * 6.3
+        table = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        positions = torch.randint(0, 32, (tokens,), generator=generator)
+        q = torch.randn(tokens, heads, nope + rope, generator=generator)
+        wide = torch.randn(tokens, 2 * (rank + rope), generator=generator)
+        weight = torch.randn(rank, generator=generator)
+        cache = torch.randn(16, rank + rope, generator=generator)
+        slots = torch.randperm(15, generator=generator)[:tokens] + 1
+        shared = (q, wide[:, : rank + rope], positions, table, weight, cache, slots, 1e-6)
+        for is_neox in (True, False):
+            name = f"{tokens}x{heads}-{'neox' if is_neox else 'interleaved'}"
+            yield Case(f"{name}-in-place", (*shared, is_neox))
+            yield Case(name, (*shared, is_neox, torch.randn(tokens, heads, rank + rope, generator=generator)))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """DeepSeek layers in bf16, without contents: decode in the absorbed form, a prefill in place."""
+    table = torch.empty(4096, 64, device=device)
+    for name, tokens, heads in (("v2lite", 1, 16), ("v2lite", 128, 16), ("v3", 128, 128), ("v3", 8192, 128)):
+        q, kv_a, weight, cache, queries = bfloat16s(
+            device, (tokens, heads, 192), (tokens, 576), (512,), (1 << 14, 576), (tokens, heads, 576)
+        )
+        index = torch.empty(tokens, dtype=torch.int64, device=device)
+        placed = (queries,) if tokens <= 128 else ()
+        yield prepare_mla, Case(f"{name} t{tokens}", (q, kv_a, index, table, weight, cache, index, 1e-6, False, *placed))
+
+
+prepare_mla = Op(
+    "prepare.mla",
+    triton_impl(prepare_mla_triton, _accepts),
+    Impl("torch", prepare_mla_torch),
+    cases=_cases,
+)

@@ -1,0 +1,132 @@
+"""Triton bodies that make a step's queries and cache rows from its projections: norms, rotation, placement, writes."""
+
+import triton
+import triton.language as tl
+
+from sglang.kernels.ops.attention.kv_cache_triton import to_cache
+
+
+@triton.jit
+def _angles(positions_ptr, table_ptr, token, table_stride, pair, HALF: tl.constexpr):
+    """Cosines and sines of the token's position for each pair."""
+    at = table_ptr + tl.load(positions_ptr + token).to(tl.int64) * table_stride + pair
+    cos = tl.load(at, mask=pair < HALF, other=0.0).to(tl.float32)
+    sin = tl.load(at + HALF, mask=pair < HALF, other=0.0).to(tl.float32)
+    return cos, sin
+
+
+@triton.jit
+def _turn(x, y, cos, sin, dtype: tl.constexpr):
+    a, b = x.to(tl.float32), y.to(tl.float32)
+    return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+
+
+@triton.jit
+def prepare_mla_kernel(
+    q_ptr, q_out_ptr, kv_ptr, positions_ptr, table_ptr, weight_ptr, cache_ptr, slots_ptr,
+    heads, rank, eps,
+    q_stride, q_head_stride, out_stride, out_head_stride, kv_stride, table_stride, cache_stride,
+    HALF: tl.constexpr, IS_NEOX: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """grid (tokens, 1 + blocks of HEADS heads): the cache row of a token, then its rotated query parts.
+
+    q and q_out point at the rotated part of the first head and may be one; RANK >= rank, PAIRS >= HALF.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    pair = tl.arange(0, PAIRS)[None, :]
+    cos, sin = _angles(positions_ptr, table_ptr, token, table_stride, pair, HALF)
+    first = pair if IS_NEOX else 2 * pair
+    second = pair + HALF if IS_NEOX else 2 * pair + 1
+    if block == 0:
+        dtype = kv_ptr.dtype.element_ty
+        to = cache_ptr + tl.load(slots_ptr + token).to(tl.int64) * cache_stride
+        cols = tl.arange(0, RANK)
+        latent = tl.load(kv_ptr + token * kv_stride + cols, mask=cols < rank, other=0.0).to(tl.float32)
+        weight = tl.load(weight_ptr + cols, mask=cols < rank, other=0.0).to(tl.float32)
+        scale = tl.rsqrt(tl.sum(latent * latent, axis=0) / rank + eps)
+        # The norm rounds before the weight multiplies.
+        normed = ((latent * scale).to(dtype).to(tl.float32) * weight).to(dtype)
+        tl.store(to + cols, to_cache(normed, cache_ptr), mask=cols < rank)
+        at = kv_ptr + token * kv_stride + rank
+        x, y = tl.load(at + first, mask=pair < HALF), tl.load(at + second, mask=pair < HALF)
+        x, y = _turn(x, y, cos, sin, dtype)
+        tl.store(to + rank + first, to_cache(x, cache_ptr), mask=pair < HALF)
+        tl.store(to + rank + second, to_cache(y, cache_ptr), mask=pair < HALF)
+    else:
+        head = ((block - 1) * HEADS + tl.arange(0, HEADS))[:, None]
+        mask = (head < heads) & (pair < HALF)
+        at = q_ptr + token * q_stride + head * q_head_stride
+        x, y = tl.load(at + first, mask=mask, other=0.0), tl.load(at + second, mask=mask, other=0.0)
+        x, y = _turn(x, y, cos, sin, q_ptr.dtype.element_ty)
+        # In place, every warp must have read its pairs before any writes one.
+        tl.debug_barrier()
+        to = q_out_ptr + token * out_stride + head * out_head_stride
+        tl.store(to + first, x, mask=mask)
+        tl.store(to + second, y, mask=mask)
+
+
+@triton.jit
+def _norm_and_turn(
+    at, to, out_ptr, weight_ptr, cos, sin, mask, dim, eps,
+    HALF: tl.constexpr, IS_NEOX: tl.constexpr, PAIRS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
+    """Rows [R, dim] at ``at`` [R, 1], normed with gain 1 + weight, their first 2 * HALF columns turned, stored at
+    ``to`` [R, 1]."""
+    dtype = at.dtype.element_ty
+    cols, pair = tl.arange(0, DIM)[None, :], tl.arange(0, PAIRS)[None, :]
+    row = tl.load(at + cols, mask=mask & (cols < dim), other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(row * row, axis=1, keep_dims=True) / dim + eps)
+    weight = tl.load(weight_ptr + cols, mask=cols < dim, other=0.0).to(tl.float32)
+    passed = (row * scale * (1.0 + weight)).to(dtype)
+    tl.store(to + cols, to_cache(passed, out_ptr), mask=mask & (cols >= 2 * HALF) & (cols < dim))
+    first = pair if IS_NEOX else 2 * pair
+    second = pair + HALF if IS_NEOX else 2 * pair + 1
+    inside = mask & (pair < HALF)
+    x, y = tl.load(at + first, mask=inside, other=0.0), tl.load(at + second, mask=inside, other=0.0)
+    x_gain = 1.0 + tl.load(weight_ptr + first, mask=pair < HALF, other=0.0).to(tl.float32)
+    y_gain = 1.0 + tl.load(weight_ptr + second, mask=pair < HALF, other=0.0).to(tl.float32)
+    # As the separate ops do: the normed values are rounded before they are turned.
+    x, y = (x.to(tl.float32) * scale * x_gain).to(dtype), (y.to(tl.float32) * scale * y_gain).to(dtype)
+    x, y = _turn(x, y, cos, sin, dtype)
+    tl.store(to + first, to_cache(x, out_ptr), mask=inside)
+    tl.store(to + second, to_cache(y, out_ptr), mask=inside)
+
+
+@triton.jit
+def prepare_gqa_kernel(
+    q_ptr, k_ptr, v_ptr, q_weight_ptr, k_weight_ptr, positions_ptr, table_ptr,
+    q_out_ptr, k_cache_ptr, v_cache_ptr, slots_ptr,
+    heads, kv_heads, dim, value_dim, eps, q_blocks, k_blocks,
+    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
+    k_cache_stride, v_cache_stride, table_stride,
+    HALF: tl.constexpr, IS_NEOX: tl.constexpr,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr,
+):  # fmt: skip
+    """grid (tokens, q_blocks + 2 * k_blocks), HEADS heads a block: queries, then key rows, then value rows."""
+    token = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1)
+    pair = tl.arange(0, PAIRS)[None, :]
+    cos, sin = _angles(positions_ptr, table_ptr, token, table_stride, pair, HALF)
+    row = tl.arange(0, HEADS)[:, None]
+    if block < q_blocks:
+        head = block * HEADS + row
+        _norm_and_turn(
+            q_ptr + token * q_stride + head * q_head_stride, q_out_ptr + (token * heads + head) * dim, q_out_ptr,
+            q_weight_ptr, cos, sin, head < heads, dim, eps, HALF, IS_NEOX, PAIRS, DIM,
+        )  # fmt: skip
+    else:
+        slot = tl.load(slots_ptr + token).to(tl.int64)
+        if block < q_blocks + k_blocks:
+            head = (block - q_blocks) * HEADS + row
+            _norm_and_turn(
+                k_ptr + token * k_stride + head * k_head_stride, k_cache_ptr + slot * k_cache_stride + head * dim,
+                k_cache_ptr, k_weight_ptr, cos, sin, head < kv_heads, dim, eps, HALF, IS_NEOX, PAIRS, DIM,
+            )  # fmt: skip
+        else:
+            head = (block - q_blocks - k_blocks) * HEADS + row
+            cols = tl.arange(0, VALUE)[None, :]
+            mask = (head < kv_heads) & (cols < value_dim)
+            value = tl.load(v_ptr + token * v_stride + head * v_head_stride + cols, mask=mask)
+            to = v_cache_ptr + slot * v_cache_stride + head * value_dim + cols
+            tl.store(to, to_cache(value, v_cache_ptr), mask=mask)

@@ -1,0 +1,129 @@
+"""The routed experts by AITER, whose kernels read weights in a layout of their own."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from sglang.kernels.registry import REGISTRY
+from sglang.kernels.spec import Op
+
+# Rows and columns of a tile of AITER's layout, for 8 and 16 bits a weight alike.
+TILE = (16, 32)
+
+
+def is_arranged(w: torch.Tensor) -> bool:
+    """Whether ``w`` is in AITER's layout; the mark is AITER's own, which reads it too."""
+    return getattr(w, "is_shuffled", False)
+
+
+def require_plain(w: torch.Tensor) -> None:
+    """Raise ValueError for weights in AITER's layout, which only AITER reads."""
+    if is_arranged(w):
+        raise ValueError(
+            "these experts were arranged for AITER's kernel, which does not take this call or failed before (see the "
+            "log). Restart with SGLANG_USE_AITER=0, or with SGLANG_KERNELS forcing another implementation."
+        )
+
+
+def arrange_for_aiter(op: Op, w13: torch.Tensor, w2: torch.Tensor) -> bool:
+    """Put loaded experts [E, N, K] into AITER's layout, in place, if ``op`` is to run there; says whether it did.
+
+    One expert at a time, so that no second copy of the stack is needed. Matrices that are no whole tiles stay.
+    """
+    whole = all(size % tile == 0 for w in (w13, w2) for size, tile in zip(w.shape[1:], TILE, strict=True))
+    fits = whole and w13.dtype == w2.dtype and w13.dtype not in (torch.float32, torch.float64)
+    if not fits or is_arranged(w13) or REGISTRY.chosen(op) != "aiter":
+        return False
+    from aiter.ops.shuffle import shuffle_weight
+
+    for w in (w13, w2):
+        marked: Any = w
+        for expert in w.data:
+            expert.copy_(shuffle_weight(expert, layout=(16, 16)))
+        marked.is_shuffled = True
+    return True
+
+
+def fits_fused(
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> bool:
+    """Arranged weights in the dtype of the rows."""
+    return is_arranged(w13) and is_arranged(w2) and x.dtype == w13.dtype and topk_weights.dtype == torch.float32
+
+
+def fused_experts_aiter(
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+) -> torch.Tensor:
+    """``moe.fused_experts``, except that an expert may stand in a row twice only with weight 0."""
+    return _run(x, w13, w2, topk_weights, topk_ids, "No", None, None)
+
+
+def fits_fused_fp8(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> bool:
+    """Arranged 8-bit weights and rows that AITER quantises itself."""
+    rows = x.dtype in (torch.bfloat16, torch.float16) and topk_weights.dtype == torch.float32
+    return is_arranged(w13) and is_arranged(w2) and w13.dtype.itemsize == 1 and rows
+
+
+def fused_experts_fp8_aiter(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+) -> torch.Tensor:
+    """``moe.fused_experts_fp8``, except that an expert may stand in a row twice only with weight 0."""
+    return _run(x, w13, w2, topk_weights, topk_ids, "per_128x128", w13_scale, w2_scale)
+
+
+@lru_cache(maxsize=8)
+def _expert_mask(experts: int, device: torch.device) -> torch.Tensor:
+    """int32 [E + 1]: 1 for the experts of this rank, 0 for the one that stands for none."""
+    return F.pad(torch.ones(experts, dtype=torch.int32, device=device), (0, 1))
+
+
+def _run(
+    x: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    quant_type: str,
+    w13_scale: torch.Tensor | None,
+    w2_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    from aiter import ActivationType, QuantType
+    from aiter.fused_moe import fused_moe
+
+    # AITER takes no negative id: those name a masked expert. Given a mask, it looks its kernel up for one expert fewer
+    # a token, as its other callers append a masked column (ROCm/aiter#5595): so does this one.
+    experts = w13.shape[0]
+    ids = F.pad(topk_ids.to(torch.int32), (0, 1), value=-1)
+    return fused_moe(
+        x.contiguous(),
+        w13,
+        w2,
+        topk_weight=F.pad(topk_weights, (0, 1)),
+        topk_ids=torch.where(ids < 0, experts, ids),
+        expert_mask=_expert_mask(experts, x.device),
+        activation=ActivationType.Silu,
+        quant_type=getattr(QuantType, quant_type),
+        w1_scale=w13_scale,
+        w2_scale=w2_scale,
+        dtype=x.dtype,
+    )

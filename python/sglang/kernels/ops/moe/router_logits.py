@@ -1,0 +1,87 @@
+"""The product of a router whose logits are float32: 16-bit rows and weights as they are, sums in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.spec import Case, Impl, Op
+
+# Tokens up to which programs share out the experts and leave the matrix unit alone (a bound by reasoning, not measured).
+FEW_TOKENS = 16
+
+
+def router_logits_torch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``float32(x) float32(weight)^T``: x [N, H], weight [E, H] of one dtype -> [N, E] float32."""
+    return F.linear(x.float(), weight.float())
+
+
+def router_logits_mm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """One library product that reads 16 bits and writes float32."""
+    return torch.mm(x, weight.t(), out_dtype=torch.float32)
+
+
+def router_logits_triton(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    from sglang.kernels.ops.moe.router_logits_triton import few_tokens_logits_kernel, many_tokens_logits_kernel
+
+    (tokens, hidden), experts = x.shape, weight.shape[0]
+    out = torch.empty(tokens, experts, dtype=torch.float32, device=x.device)
+    operands = (x, weight, out, tokens, experts, hidden, x.stride(0), weight.stride(0))
+    if tokens > FEW_TOKENS:
+        block_t, block_e = 16 if tokens <= 512 else 64, 32
+        tiles = cdiv(experts, block_e)
+        many_tokens_logits_kernel[(cdiv(tokens, block_t) * tiles,)](
+            *operands, tiles, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=64, num_warps=4
+        )
+    elif tokens:
+        # Many experts go several to a program, so that rows are not read once for each.
+        one = tokens == 1
+        block_t, block_e = (1, 1 if experts <= 128 else 2) if one else (4, 1 if experts <= 64 else 4)
+        block_k = min(next_power_of_2(hidden), 2048 if one else 1024)
+        few_tokens_logits_kernel[(cdiv(experts, block_e), cdiv(tokens, block_t))](
+            *operands, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=block_k,
+            num_warps=8 if block_t * block_e * block_k >= 8192 else 4,
+        )  # fmt: skip
+    return out
+
+
+def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.dtype == weight.dtype and x.dtype in FLOATS and x.stride(1) == weight.stride(1) == 1
+
+
+def _accepts_mm(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return _fits(x, weight) and x.dtype != torch.float32 and x.shape[0] > FEW_TOKENS
+
+
+def _accepts(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    # A large product of float32 is one launch of the library already.
+    return _fits(x, weight) and (x.dtype != torch.float32 or x.shape[0] <= FEW_TOKENS)
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for tokens, experts, hidden in ((1, 5, 12), (1, 130, 40), (0, 4, 8), (7, 64, 33), (16, 70, 20), (17, 33, 70), (90, 8, 64)):
+        wide = torch.randn(tokens, hidden + 4, generator=generator)
+        weight = torch.randn(experts, hidden, generator=generator) / hidden**0.5
+        for dtype in (torch.float32, torch.float16):
+            yield Case(f"{tokens}x{experts}x{hidden} {dtype}", (wide[:, :hidden].to(dtype), weight.to(dtype)))
+    yield Case("nan-row", (torch.tensor([[float("nan"), 1.0], [1.0, 1.0]]), torch.ones(3, 2)))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Routers of DeepSeek in bf16, without contents, on each path of the launcher."""
+    for name, experts, hidden in (("v2lite", 64, 2048), ("v3", 256, 7168)):
+        for tokens in (1, 8, 128, 8192):
+            yield router_logits, Case(f"{name} t{tokens}", tuple(bfloat16s(device, (tokens, hidden), (experts, hidden))))
+
+
+router_logits = Op(
+    "moe.router_logits",
+    Impl("mm", router_logits_mm, kinds={"cuda"}, needs_device=True, accepts=_accepts_mm),
+    triton_impl(router_logits_triton, _accepts),
+    Impl("torch", router_logits_torch),
+    cases=_cases,
+)

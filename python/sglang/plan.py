@@ -1,0 +1,128 @@
+"""``python -m sglang.plan``: where the memory of each rank would go, and what to set, without a GPU or a launch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from sglang.srt.layers.moe.token_dispatcher.mori_memory import MIB, heap_bytes
+from sglang.srt.model_executor.memory_plan import GIB, ExchangePlan, MemoryPlan, plan_memory
+from sglang.srt.platforms import Platform
+from sglang.srt.platforms.cpu import CpuPlatform
+from sglang.srt.platforms.cuda import CudaPlatform
+from sglang.srt.platforms.rocm import RocmPlatform
+from sglang.srt.server_args import ServerArgs, evaluate, exit_with_errors
+from sglang.srt.utils.stream_policy import StreamSettings, resolve_streams
+
+# What is planned for; no device is touched.
+PLATFORMS: dict[str, type[Platform]] = {"hip": RocmPlatform, "cuda": CudaPlatform, "cpu": CpuPlatform}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sglang.plan",
+        description="Plan the memory of each rank. Takes every flag of launch_server, and resolves them as it does.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--gpu-memory-gb", type=float, default=192.0, help="memory of one device in GiB (default: 192, an MI300X)"
+    )
+    parser.add_argument("--platform", choices=PLATFORMS, default="hip", help="what it is planned for (default: hip)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object, sizes in bytes")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan; the status is 0 if it fits, 2 if a setting is wrong or memory is short."""
+    options, flags = make_parser().parse_known_args(argv)
+    platform = PLATFORMS[options.platform]()
+    verdict = evaluate(flags, platform)
+    for warning in verdict.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if verdict.errors:
+        exit_with_errors(verdict.errors)
+    args, config = verdict.args, verdict.model_config
+    assert config is not None
+    try:
+        plan = plan_memory(args, config, platform.kind, int(options.gpu_memory_gb * GIB), os.environ)
+        variables = launch_variables(args, plan, platform)
+    except ValueError as error:
+        exit_with_errors([str(error)])
+    if options.json:
+        print(json.dumps(document(plan, args, platform.kind, variables), indent=2))
+    else:
+        print("\n".join(table(plan, args, platform.kind, variables)))
+    for problem in plan.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 2 if plan.problems else 0
+
+
+def launch_variables(args: ServerArgs, plan: MemoryPlan, platform: Platform) -> dict[str, str]:
+    """What the launch would set for the processes of the ranks."""
+    settings = StreamSettings.from_env(platform)
+    streams = resolve_streams(platform, settings, args.moe_a2a_backend, args.deepep_mode, fusion=False)
+    heap = None if plan.exchange is None else plan.exchange.heap
+    return {**streams.child_variables(), **({} if heap is None else heap.variables)}
+
+
+def document(plan: MemoryPlan, args: ServerArgs, kind: str, variables: dict[str, str]) -> dict[str, Any]:
+    """The plan as JSON: the fields of MemoryPlan and what follows from them."""
+    return {
+        "platform": kind,
+        "ranks": {"tp": args.tp_size, "ep": args.ep_size, "attention_groups": args.attn_dp_size},
+        **dataclasses.asdict(plan),
+        "exchange_bytes": plan.exchange_bytes,
+        "left_for_activations": plan.left,
+        "variables": variables,
+    }
+
+
+def table(plan: MemoryPlan, args: ServerArgs, kind: str, variables: dict[str, str]) -> Iterator[str]:
+    """The plan for people, line by line."""
+    yield f"{args.model_path} on {kind}: tp {args.tp_size}, ep {args.ep_size}, attention groups {args.attn_dp_size}"
+    yield f"{'GiB of each rank':<26}{plan.memory / GIB:>10.3f}"
+    tokens, slots = (0, 0) if plan.pools is None else (plan.pools.num_tokens, plan.pools.num_state_slots)
+    kernel = "" if plan.exchange is None else f"{plan.exchange.kernel}; heap, and maps beside it"
+    rows = [
+        ("weights", sum(plan.weights.values()), ""),
+        *((f"  {name}", size, "") for name, size in plan.weights.items()),
+        ("MoE exchange", plan.exchange_bytes, kernel),
+        ("KV", plan.kv_bytes, f"{tokens} tokens x {plan.kv_bytes_per_token} B, and a dummy page"),
+        ("recurrent states", plan.state_bytes, f"{slots} slots x {plan.state_bytes_per_slot} B, and a dummy"),
+        ("decode graphs", plan.graphs_estimate, "an estimate"),
+        ("runtime", plan.runtime_estimate, "an estimate: driver, collectives, compiled kernels"),
+        ("left for activations", plan.left, ""),
+    ]
+    for name, size, note in rows:
+        if size:
+            yield f"  {name:<24}{size / GIB:>10.3f}  {note}".rstrip()
+    if plan.exchange is not None:
+        yield from exchange_table(plan.exchange, plan.weights.get("routed experts", 0))
+    yield f"the launch sets: {', '.join(f'{name}={value}' for name, value in variables.items()) or 'nothing'}"
+
+
+def exchange_table(plan: ExchangePlan, expert_bytes: int) -> Iterator[str]:
+    """Buffers and heap before and after the receive cap, and the rounds that the cap costs."""
+    yield f"{plan.kernel}: {plan.recv_rows} received rows at most, {plan.worst_recv_rows} without a cap"
+    yield f"{'MiB of each rank':<26}{'worst case':>12}{'with the cap':>14}"
+    chosen = plan.by_kernel[plan.kernel]
+    for worst, capped in zip(chosen.worst_case, chosen.with_cap, strict=True):
+        note = capped.made_of + ("" if capped.on_heap else ", not on the heap")
+        yield f"  {worst.name:<24}{worst.num_bytes / MIB:>12.1f}{capped.num_bytes / MIB:>14.1f}  {note}"
+    for kernel, buffers in plan.by_kernel.items() if plan.heap is not None else ():
+        sizes = [heap_bytes(each) // MIB for each in (buffers.worst_case, buffers.with_cap)]
+        yield f"  {'heap, ' + kernel:<24}{sizes[0]:>12}{sizes[1]:>14}{'  chosen' if kernel == plan.kernel else ''}"
+    yield "MoE rounds of a step"
+    for step in plan.rounds:
+        yield f"  {step.step:<24}{step.worst_case:>12}{step.with_cap:>14}  {step.rows} rows from each attention group"
+    if any(step.with_cap > step.worst_case for step in plan.rounds):
+        yield f"  a further round exchanges again, and may read all experts again: {expert_bytes / GIB:.2f} GiB a step"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

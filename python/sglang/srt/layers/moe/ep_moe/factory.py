@@ -1,0 +1,51 @@
+"""Which kind of routed experts a model gets, by the settings of this server."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from sglang.srt.configs.quantization import QuantConfig
+from sglang.srt.distributed import get_world_group, is_dp_attention_enabled
+from sglang.srt.layers.moe.ep_moe.gathered import GatheredMoE
+from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
+from sglang.srt.layers.moe.fused_moe import FusedMoE
+from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
+from sglang.srt.server_args import get_global_server_args
+
+
+def make_experts(
+    num_experts: int,
+    hidden: int,
+    intermediate: int,
+    top_k: int,
+    quant_config: QuantConfig | None = None,
+    prefix: str = "",
+) -> FusedMoE:
+    """Experts whose result is this rank's part of a sum over its tensor-parallel group; arguments are FusedMoE's.
+
+    Raises ValueError for settings that the exchange cannot serve.
+    """
+    sizes = (num_experts, hidden, intermediate, top_k)
+    args = get_global_server_args()
+    if args.moe_a2a_backend == "mori":
+        config = MoriConfig.from_env(get_world_group().size, low_latency=args.deepep_mode == "low_latency")
+        return MoriEPMoE(*sizes, config, quant_config, prefix)
+    if is_dp_attention_enabled():
+        return GatheredMoE(*sizes, quant_config, prefix)
+    return FusedMoE(*sizes, reduce_results=False, quant_config=quant_config, prefix=prefix)
+
+
+def describe_experts(model: nn.Module) -> dict[str, Any]:
+    """How the experts of ``model`` exchange tokens and how full their buffers got, for /server_info.
+
+    Waits for the device.
+    """
+    for module in model.modules():
+        if isinstance(module, MoriEPMoE):
+            return {**module.dispatcher.describe(), "received_rows": module.gauge.snapshot()}
+        if isinstance(module, FusedMoE):
+            kind = "gathered" if isinstance(module, GatheredMoE) else "all-reduce"
+            return {"protocol": "none", "transport": kind, "experts_here": module.placement.count}
+    return {}

@@ -1,0 +1,130 @@
+"""Routed experts of which each rank holds a part, and to whose ranks the tokens travel."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from sglang.srt.configs.quantization import QuantConfig
+from sglang.srt.distributed import get_parallel_state
+from sglang.srt.layers.moe.fused_moe import FusedMoE
+from sglang.srt.layers.moe.token_dispatcher.base import RecvBatch
+from sglang.srt.layers.moe.token_dispatcher.capacity import (
+    ROW_TIERS,
+    Round,
+    input_bound,
+    input_rows,
+    plan_rounds,
+    rows_of_ranks,
+    slice_of,
+)
+from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
+from sglang.srt.layers.moe.token_dispatcher.moriep import make_dispatcher
+from sglang.srt.layers.moe.topk import TopKOutput
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.platforms import current_platform
+
+logger = logging.getLogger(__name__)
+
+
+class MoriEPMoE(FusedMoE):
+    """Experts over all ranks of the replica, tokens exchanged by ``MoriEPDispatcher``.
+
+    Each rank dispatches its slice of its attention group's rows; the result is a part of a sum over that group.
+    full_buffer: compute all rows of the receive buffer instead of the proven bound (benchmarks).
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden: int,
+        intermediate: int,
+        top_k: int,
+        config: MoriConfig,
+        quant_config: QuantConfig | None = None,
+        prefix: str = "",
+        full_buffer: bool = False,
+    ) -> None:
+        super().__init__(num_experts, hidden, intermediate, top_k, False, quant_config, prefix)
+        state = get_parallel_state()
+        if state.ep_size != state.world.size:
+            raise ValueError(f"the MORI protocol needs --ep-size {state.world.size} (--tp-size), got {state.ep_size}")
+        self._dp_size, self._dp_rank, self._rank = state.attn_dp_size, state.attn_dp_rank, state.world.rank
+        device = self.w13_weight.device
+        self.dispatcher = make_dispatcher(
+            config, state.world, num_experts, hidden, top_k, torch.get_default_dtype(), device
+        )
+        self.mori_moe_max_input_tokens = config.moe_max_input_tokens
+        self._tiers = ROW_TIERS[current_platform.kind]
+        self._full_buffer = full_buffer
+        self.gauge = self.dispatcher.gauge
+        # 1 for each expert of this rank, by global id.
+        mask = torch.zeros(num_experts, dtype=torch.int32, device=device)
+        mask[self.placement.first : self.placement.first + self.placement.count] = 1
+        self.register_buffer("expert_mask", mask, persistent=False)
+
+    def forward(self, x: torch.Tensor, topk: TopKOutput, fb: ForwardBatch | None = None) -> torch.Tensor:
+        """x [N, H], topk with k = ``top_k`` -> new [N, H]: zero except this rank's slice of the rows."""
+        if topk.ids.shape[1] != self.top_k:
+            raise ValueError(f"expected {self.top_k} experts a token, got {topk.ids.shape[1]}")
+        rows = self._rows_of_ranks(x.shape[0], fb)
+        sizes = self.dispatcher.config
+        rounds = plan_rounds(rows, sizes.max_recv, sizes.max_num_inp_token_per_rank)
+        self.gauge.plan(sum(rows), len(rounds))
+        first, _ = slice_of(x.shape[0], self._tp.rank, self._tp.size)
+        weights, ids = self._keep_padding_here(topk, fb)
+        # Never the transport's own storage: the next layer's combine would overwrite the residual stream.
+        out = torch.zeros_like(x) if self._tp.size > 1 else torch.empty_like(x)
+        for part in rounds:
+            span = slice(first + part.first[self._rank], first + part.end[self._rank])
+            self.dispatcher.dispatch_a(x[span], weights[span], ids[span], part.rows)
+            batch = self.dispatcher.dispatch_b()
+            self.dispatcher.combine_a(self.run_moe_core(batch, self._input_rows(part)))
+            out[span] = self.dispatcher.combine_b()
+        return out
+
+    def run_moe_core(self, batch: RecvBatch, num_rows: int) -> torch.Tensor:
+        """The experts of this rank on the first ``num_rows`` received rows -> [num_rows, H].
+
+        ``num_rows`` is a proven bound of ``batch.total_recv``; rows past the latter are stale and reach no expert.
+        """
+        self.gauge.add(batch.total_recv, num_rows)
+        ids = self.placement.local_ids(batch.indices[:num_rows])
+        stale = torch.arange(num_rows, dtype=torch.int32, device=ids.device) >= batch.total_recv
+        return self.run_experts(
+            batch.hidden[:num_rows], batch.weights[:num_rows], ids.masked_fill(stale.unsqueeze(1), -1)
+        )
+
+    def _rows_of_ranks(self, num_rows: int, fb: ForwardBatch | None) -> tuple[int, ...]:
+        """The rows that each rank dispatches in this step, from metadata that all share."""
+        groups = None if fb is None else fb.global_num_rows_cpu or fb.global_num_tokens_cpu
+        if groups is None and self._dp_size == 1:
+            groups = [num_rows]
+        if groups is None or len(groups) != self._dp_size or groups[self._dp_rank] != num_rows:
+            raise RuntimeError(
+                f"attention group {self._dp_rank} of {self._dp_size} has {num_rows} rows, but the step's metadata says "
+                f"{groups}"
+            )
+        return rows_of_ranks(groups, self._tp.size)
+
+    def _input_rows(self, part: Round) -> int:
+        """Rows for the experts in one round: the proven bound, raised to a tier."""
+        capacity = self.dispatcher.config.max_recv
+        if self._full_buffer:
+            return capacity
+        bound = input_bound(part.rows, capacity)
+        manual = self.mori_moe_max_input_tokens
+        if manual and manual < bound and self.gauge.count_raised() == 1:
+            logger.warning(
+                "SGLANG_MORI_MOE_MAX_INPUT_TOKENS=%d is raised to %d, the rows that can arrive in this step, and so on "
+                "in others (said once, counted in /server_info)", manual, bound,
+            )  # fmt: skip
+        return input_rows(bound, capacity, self._tiers, manual)
+
+    def _keep_padding_here(self, topk: TopKOutput, fb: ForwardBatch | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Padding rows go to an expert of this rank with weight 0: they do not travel, and nothing must drop them."""
+        if fb is None:
+            return topk.weights, topk.ids
+        padding = (torch.arange(topk.ids.shape[0], device=topk.ids.device) >= fb.num_token_non_padded).unsqueeze(1)
+        return topk.weights.masked_fill(padding, 0.0), topk.ids.masked_fill(padding, self.placement.first)

@@ -1,0 +1,55 @@
+"""The MORI settings of one process, read once and checked against the world they are for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang.srt.environ import envs
+from sglang.srt.layers.moe.token_dispatcher.base import ExchangeConfigError
+from sglang.srt.layers.moe.token_dispatcher.capacity import recv_capacity
+from sglang.srt.utils.common import get_bool_env_var
+
+
+@dataclass(frozen=True)
+class MoriConfig:
+    """Sizes in tokens (rows); types as the variables spell them; ``low_latency`` is ``--deepep-mode low_latency``,
+    ``copy_engines`` MORI_ENABLE_SDMA."""
+
+    world_size: int
+    max_dispatch_tokens: int
+    max_recv_tokens: int = 0
+    moe_max_input_tokens: int = 0
+    dispatch_dtype: str = "auto"
+    combine_dtype: str = "auto"
+    inter_kernel_switch: int = 256
+    low_latency: bool = False
+    copy_engines: bool = False
+
+    def __post_init__(self) -> None:
+        worst = self.world_size * self.max_dispatch_tokens
+        if not 0 <= self.max_recv_tokens <= worst:
+            raise ExchangeConfigError(
+                f"SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS={self.max_recv_tokens} must be 0 (the worst case) or in "
+                f"1..{worst}: {self.world_size} ranks times SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK="
+                f"{self.max_dispatch_tokens}"
+            )
+
+    @classmethod
+    def from_env(cls, world_size: int, low_latency: bool = False) -> MoriConfig:
+        """The SGLANG_MORI_* variables for ``world_size`` expert ranks; raises ExchangeConfigError that names the wrong one."""
+        return cls(
+            world_size=world_size,
+            max_dispatch_tokens=envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.get(),
+            max_recv_tokens=envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.get(),
+            moe_max_input_tokens=envs.SGLANG_MORI_MOE_MAX_INPUT_TOKENS.get(),
+            dispatch_dtype=envs.SGLANG_MORI_DISPATCH_DTYPE.get(),
+            combine_dtype=envs.SGLANG_MORI_COMBINE_DTYPE.get(),
+            inter_kernel_switch=envs.SGLANG_MORI_DISPATCH_INTER_KERNEL_SWITCH_THRESHOLD.get(),
+            low_latency=low_latency,
+            copy_engines=get_bool_env_var("MORI_ENABLE_SDMA"),
+        )
+
+    @property
+    def max_recv(self) -> int:
+        """Rows of the receive buffer after rounding."""
+        return recv_capacity(self.world_size, self.max_dispatch_tokens, self.max_recv_tokens)

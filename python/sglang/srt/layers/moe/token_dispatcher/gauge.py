@@ -1,0 +1,57 @@
+"""How full the receive buffers of the expert ranks get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+class RecvGauge:
+    """Counts received rows on the device and reads them only when asked, so that it costs one small kernel a dispatch.
+
+    Shared by the layers of one dispatcher.
+    """
+
+    def __init__(self, capacity: int, world_size: int, device: torch.device) -> None:
+        self._capacity, self._world_size = capacity, world_size
+        self._since_read = torch.zeros(1, dtype=torch.int32, device=device)
+        self._peak = 0
+        self._bound = 0
+        self._most_step_rows = 0
+        self._most_rounds = 0
+        self._raised = 0
+
+    def plan(self, step_rows: int, rounds: int) -> None:
+        """A step brings ``step_rows`` rows over all ranks, in ``rounds`` rounds."""
+        self._most_step_rows = max(self._most_step_rows, step_rows)
+        self._most_rounds = max(self._most_rounds, rounds)
+
+    def add(self, total_recv: torch.Tensor, bound: int) -> None:
+        """A dispatch delivered ``total_recv`` [1] rows of at most ``bound``."""
+        torch.maximum(self._since_read, total_recv, out=self._since_read)
+        self._bound = bound
+
+    def count_raised(self) -> int:
+        """A manual input limit was below the bound; returns how often that was so."""
+        self._raised += 1
+        return self._raised
+
+    def snapshot(self) -> dict[str, Any]:
+        """The figures; waits for the device. ``live`` is the most rows of a dispatch since the last snapshot.
+
+        ``suggested_cap`` is the smallest SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS with which no step seen so far would have
+        needed a second round.
+        """
+        live = int(self._since_read)
+        self._since_read.zero_()
+        self._peak = max(self._peak, live)
+        return {
+            "live": live,
+            "peak": self._peak,
+            "bound": self._bound,
+            "buffer": self._capacity,
+            "most_rounds": self._most_rounds,
+            "suggested_cap": -(-self._most_step_rows // self._world_size) * self._world_size,
+            "input_limit_raised": self._raised,
+        }

@@ -1,0 +1,109 @@
+"""Weights as 8-bit floats with a scale for each 128x128 block, kept in the format that this machine multiplies."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sglang.kernels.ops.moe.fused_experts_fp8 import arrange_experts_fp8, fused_experts_fp8
+from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear, fp8_dtype
+from sglang.srt.configs.quantization import BLOCK
+from sglang.srt.layers.quantization.unquant import WeightMethod, part_of, stack_shape
+from sglang.srt.layers.weights import ShardId, Shards, WeightFormatError, WeightLoader, make_parameter
+from sglang.srt.platforms import current_platform
+
+# What checkpoints hold, on every machine.
+CHECKPOINT_DTYPE = torch.float8_e4m3fn
+# Deviation of a healthy dummy's entries before their scale.
+DUMMY_DEVIATION = 16.0
+
+
+def quantize_blocks(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """w [R, C] float -> 8-bit [R, C] and the scale largest(|w|) / 448 of each block [ceil(R / 128), ceil(C / 128)].
+
+    A block of zeros has scale 1. DeepSeek-V3 report, section 3.3.2.
+    """
+    rows, columns = w.shape
+    largest = torch.finfo(CHECKPOINT_DTYPE).max
+    padded = F.pad(w.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
+    scale = blocks.abs().amax((1, 3)) / largest
+    scale = scale.masked_fill(scale == 0, 1.0)
+    q = (blocks / scale[:, None, :, None]).clamp(-largest, largest).to(CHECKPOINT_DTYPE)
+    return q.view(padded.shape)[:rows, :columns], scale
+
+
+def to_fnuz(w: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same numbers in float8_e4m3fnuz: equal bits mean half as much there, so the scale doubles.
+
+    The bits of -0 and of NaN mean something else in FNUZ: they become 0 and NaN.
+    """
+    bits = w.view(torch.uint8)
+    nan = (bits & 0x7F) == 0x7F
+    bits = torch.where(nan, 0x80, torch.where(bits == 0x80, 0, bits)).to(torch.uint8)
+    return bits.view(torch.float8_e4m3fnuz), scale * 2.0
+
+
+class Fp8Method(WeightMethod):
+    """8-bit weights; with ``on_load`` the checkpoint's are not, and each whole matrix is quantised before it is split.
+
+    Beside each parameter lie the scales of its blocks, as ``<name>_scale_inv`` (they multiply, despite the name).
+    """
+
+    takes_scale = True
+
+    def __init__(self, on_load: bool) -> None:
+        self.on_load = on_load
+        self.dtype = fp8_dtype(current_platform.arch)
+
+    def create(
+        self, layer: nn.Module, name: str, shards: Shards, loader: WeightLoader | None = None, count: int | None = None
+    ) -> None:
+        blocks = shards.in_blocks(BLOCK)
+        assert blocks is not None, "the caller asks for this format only where blocks are whole"
+        weight = make_parameter(
+            *stack_shape(count, shards), dtype=self.dtype, loader=loader, full_shapes=shards.full_shapes,
+            fill=(0.0, DUMMY_DEVIATION), takes_scale=True,
+        )  # fmt: skip
+        layer.register_parameter(name, weight)
+        scale = make_parameter(*stack_shape(count, blocks), dtype=torch.float32, full_shapes={})
+        layer.register_parameter(f"{name}_scale_inv", scale)
+
+    def store(
+        self,
+        layer: nn.Module,
+        name: str,
+        shards: Shards,
+        shard_id: ShardId,
+        loaded: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        index: int | None = None,
+    ) -> None:
+        target, scales = (part_of(getattr(layer, each), index) for each in (name, f"{name}_scale_inv"))
+        blocks = shards.in_blocks(BLOCK)
+        assert blocks is not None
+        loaded = loaded.to(target.device)
+        if scale is None:
+            if not self.on_load:
+                raise WeightFormatError(
+                    f"dtype {str(loaded.dtype).removeprefix('torch.')}, but config.json says that it is quantised: it "
+                    "needs float8_e4m3fn and scales, or a place under modules_to_not_convert"
+                )
+            loaded, scale = quantize_blocks(loaded)
+        if self.dtype != CHECKPOINT_DTYPE:
+            loaded, scale = to_fnuz(loaded, scale)
+        shards.copy(target, loaded, shard_id)
+        blocks.copy(scales, scale, shard_id)
+
+    def linear(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        out = block_fp8_linear(x, layer.weight, layer.weight_scale_inv)
+        return out if bias is None else out + bias
+
+    def experts(self, layer: nn.Module, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return fused_experts_fp8(
+            x, layer.w13_weight, layer.w13_weight_scale_inv, layer.w2_weight, layer.w2_weight_scale_inv, weights, ids
+        )
+
+    def arrange_experts(self, layer: nn.Module) -> None:
+        arrange_experts_fp8(layer.w13_weight, layer.w2_weight)

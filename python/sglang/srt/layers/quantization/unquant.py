@@ -1,0 +1,106 @@
+"""Weights in the dtype of activations, and what every format of weights can do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from sglang.kernels.ops.moe.fused_experts import arrange_experts, fused_experts
+from sglang.kernels.ops.quant.group_fp8 import dequantize_blocks
+from sglang.srt.layers.weights import ShardId, Shards, WeightLoader, make_parameter
+
+
+class WeightMethod(ABC):
+    """A format of weights.
+
+    A linear layer keeps ``weight`` [R, C]; experts keep ``w13_weight`` [E, 2I, H] and ``w2_weight`` [E, H, I]; what
+    else a format needs lies beside them under names of its own.
+    """
+
+    takes_scale = False
+
+    @abstractmethod
+    def create(
+        self, layer: nn.Module, name: str, shards: Shards, loader: WeightLoader | None = None, count: int | None = None
+    ) -> None:
+        """Give ``layer`` the parameter ``name`` for one matrix, or for a stack of ``count``."""
+
+    @abstractmethod
+    def store(
+        self,
+        layer: nn.Module,
+        name: str,
+        shards: Shards,
+        shard_id: ShardId,
+        loaded: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        index: int | None = None,
+    ) -> None:
+        """Take this rank's part of a checkpoint matrix, ``index`` of the stack; ``scale`` belongs to an 8-bit one.
+
+        scale [ceil(rows / 128), ceil(columns / 128)] multiplies its blocks.
+        """
+
+    @abstractmethod
+    def linear(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """``x W^T + bias``: x [N, C] -> [N, R]."""
+
+    @abstractmethod
+    def experts(self, layer: nn.Module, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """As the op ``moe.fused_experts`` with the layer's weights."""
+
+    @abstractmethod
+    def arrange_experts(self, layer: nn.Module) -> None:
+        """Put loaded experts into the layout of the kernel that is to run them."""
+
+
+def part_of(param: nn.Parameter, index: int | None) -> torch.Tensor:
+    """The matrix that ``param`` is, or the one at ``index`` of its stack."""
+    return param.data if index is None else param.data[index]
+
+
+def stack_shape(count: int | None, shards: Shards) -> tuple[int, ...]:
+    """Shape of a rank's matrix, or of a stack of them."""
+    return (shards.rows, shards.columns) if count is None else (count, shards.rows, shards.columns)
+
+
+class UnquantizedMethod(WeightMethod):
+    """Weights in the dtype of activations; with ``takes_scale`` an 8-bit checkpoint matrix is scaled back on load."""
+
+    def __init__(self, takes_scale: bool = False) -> None:
+        self.takes_scale = takes_scale
+
+    def create(
+        self, layer: nn.Module, name: str, shards: Shards, loader: WeightLoader | None = None, count: int | None = None
+    ) -> None:
+        parameter = make_parameter(
+            *stack_shape(count, shards), loader=loader, full_shapes=shards.full_shapes, takes_scale=self.takes_scale
+        )
+        layer.register_parameter(name, parameter)
+
+    def store(
+        self,
+        layer: nn.Module,
+        name: str,
+        shards: Shards,
+        shard_id: ShardId,
+        loaded: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        index: int | None = None,
+    ) -> None:
+        target = part_of(getattr(layer, name), index)
+        if scale is not None:
+            loaded = dequantize_blocks(loaded.to(target.device), scale.to(target.device, torch.float32))
+        shards.copy(target, loaded, shard_id)
+
+    def linear(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(x, layer.weight, bias)
+
+    def experts(self, layer: nn.Module, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return fused_experts(x, layer.w13_weight, layer.w2_weight, weights, ids)
+
+    def arrange_experts(self, layer: nn.Module) -> None:
+        arrange_experts(layer.w13_weight, layer.w2_weight)

@@ -1,0 +1,83 @@
+"""Attention data parallelism: what the groups of a replica agree on before each step that they run together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from sglang.srt.distributed import ParallelState
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch
+
+# Buckets that groups wish for: one without rows takes any, one with prompts or more rows than any bucket takes none.
+ANY_BUCKET, NO_BUCKET = 0, -1
+
+
+@dataclass(frozen=True)
+class AgreedStep:
+    """The step as all ranks see it.
+
+    ``num_tokens`` are those of each attention group. All run the decode graph of ``bucket`` rows, or all run eagerly
+    (None). ``has_work`` is False when nobody has anything to do, now or left over. ``stops`` ends all loops.
+    """
+
+    num_tokens: list[int]
+    bucket: int | None
+    has_work: bool
+    stops: bool
+
+    @property
+    def runs(self) -> bool:
+        """True when some group brings tokens, so that every group takes part in a forward."""
+        return any(self.num_tokens)
+
+    def of_batch(self, batch: ModelWorkerBatch) -> ModelWorkerBatch:
+        """``batch`` with what was agreed on."""
+        return replace(batch, global_num_tokens=self.num_tokens, graph_bucket=self.bucket)
+
+    def idle_batch(self, has_state: bool) -> ModelWorkerBatch:
+        """The part of a group that brings nothing."""
+        none = torch.empty(0, dtype=torch.int64)
+        states = none if has_state else None
+        return self.of_batch(ModelWorkerBatch(ForwardMode.IDLE, none, none, none, [], none, state_slot_ids=states))
+
+
+def agree(wishes: Sequence[Sequence[int]], group_size: int) -> AgreedStep:
+    """The step that follows from each rank's (tokens, bucket, has work, stops), in rank order.
+
+    Every rank computes it from the same rows. Raises RuntimeError when ranks of one attention group, which decide from
+    the same messages, do not bring the same.
+    """
+    groups = [list(wish) for wish in wishes[::group_size]]
+    for rank, wish in enumerate(wishes):
+        if list(wish) != groups[rank // group_size]:
+            raise RuntimeError(
+                f"ranks {rank // group_size * group_size} and {rank} share their requests and plan different steps "
+                f"(tokens, bucket, work, stop): {groups[rank // group_size]} and {list(wish)}"
+            )
+    tokens, buckets, work, stops = (list(column) for column in zip(*groups, strict=True))
+    bucket = max(buckets) if min(buckets) != NO_BUCKET and any(tokens) else None
+    return AgreedStep(tokens, bucket, any(work), any(stops))
+
+
+class StepAgreement:
+    """One exchange a step over the host between all ranks of a replica.
+
+    ``bucket_of(rows)`` is the decode graph that takes so many rows, None without one; it is the same on every rank.
+    """
+
+    def __init__(self, state: ParallelState, bucket_of: Callable[[int], int | None]) -> None:
+        self._world = state.world
+        self._group_size = state.tp.size
+        self._bucket_of = bucket_of
+
+    def exchange(self, batch: ScheduleBatch | None, has_work: bool, stops: bool) -> AgreedStep:
+        """Tell what this rank brings, and learn what all do; waits for the slowest."""
+        tokens, bucket = 0, ANY_BUCKET
+        if batch is not None:
+            tokens = batch.num_tokens
+            bucket = (self._bucket_of(tokens) if batch.forward_mode.is_decode() else None) or NO_BUCKET
+        wish = (tokens, bucket, int(has_work), int(stops))
+        return agree(self._world.all_gather_ints(wish), self._group_size)

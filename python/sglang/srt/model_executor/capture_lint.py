@@ -1,0 +1,121 @@
+"""What must not stand in a captured step: a replay repeats kernels, and neither host values nor host decisions.
+
+Every input of a captured region is device memory that persists. The lint runs the step under torch's dispatcher and
+raises at the first operation that breaks this. Kernels that bypass the dispatcher (Triton, vendor packages) take device
+tensors alone and decide nothing on the host.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+# Methods that read a host tensor without the dispatcher; on a device they begin with a copy, which it sees.
+_HOST_READS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
+_DATA_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+_TORCH = str(Path(torch.__file__).parent)
+# On a CPU these stand in for kernels.
+_REFERENCES = str(Path("sglang", "kernels", "ops"))
+
+
+class CaptureOffence(RuntimeError):
+    """A step does what a graph cannot replay; the message names the operation and the line."""
+
+
+class HostOnly(list[int]):
+    """A list of the host's, which a captured step may not read: it holds what was true at capture."""
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise CaptureOffence(_describe("a host-side list of the batch", "is read", traceback.extract_stack()))
+
+    __getitem__ = __iter__ = __len__ = __contains__ = __eq__ = _refuse  # type: ignore[assignment]
+
+
+@contextmanager
+def capture_lint(device: torch.device) -> Iterator[None]:
+    """Inside the block, raise CaptureOffence for what a captured step on ``device`` may not do.
+
+    On a CPU, where nothing is captured, the same holds of the step around the ops, whose references may read what
+    kernels would not.
+    """
+    with _HostReads(device), _Lint(device):
+        yield
+
+
+class _HostReads(TorchFunctionMode):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _HOST_READS:
+            _offend(self._device, f"Tensor.{func.__name__}", "reads a tensor on the host")
+        return func(*args, **(kwargs or {}))
+
+
+class _Lint(TorchDispatchMode):
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._device = device
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "aten":
+            # Inference mode hands over composite operations whole: look at what they are made of.
+            with self:
+                parts = func.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+            problem = find_problem(func, args, kwargs)
+            if problem is not None:
+                _offend(self._device, str(func), problem)
+        return func(*args, **kwargs)
+
+
+def find_problem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+    """Why the operation cannot be captured; None when it can."""
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+    # A host tensor without dimensions is a number: it is baked into the launch.
+    on_host = any(_is_host(tensor.device) and tensor.ndim > 0 for tensor in tensors)
+    if func is aten.lift_fresh.default and args[0].ndim > 0:
+        return "makes a tensor of host values"
+    if func is aten._to_copy.default or func is aten.copy_.default:
+        target = kwargs.get("device", args[0].device) if func is aten._to_copy.default else args[1].device
+        return "copies between host and device" if _is_host(args[0].device) != _is_host(target) else None
+    if on_host and not all(_is_host(tensor.device) for tensor in tensors):
+        return "takes a host tensor"
+    if func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
+        masks = [index for index in args[1] if index is not None and index.dtype in (torch.bool, torch.uint8)]
+        return "is indexed by a mask, whose count the host must know (use masked_fill or where)" if masks else None
+    if func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is not None:
+        return None
+    if any(tag in func.tags for tag in _DATA_DEPENDENT):
+        return "depends on data: the host must read it"
+    return None
+
+
+def _is_host(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cpu"
+
+
+def _offend(device: torch.device, name: str, problem: str) -> None:
+    """Raise CaptureOffence for the line that is running, unless that is a reference on a CPU."""
+    stack = traceback.extract_stack()
+    if device.type == "cpu" and any(_REFERENCES in frame.filename for frame in stack):
+        return
+    raise CaptureOffence(_describe(name, problem, stack))
+
+
+def _describe(name: str, problem: str, stack: traceback.StackSummary) -> str:
+    own = [frame for frame in stack if not frame.filename.startswith(_TORCH) and frame.filename != __file__]
+    line = own[-1]
+    return f"{name} {problem}, at {line.filename}:{line.lineno} in {line.name}: {line.line}"

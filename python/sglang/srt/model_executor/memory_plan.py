@@ -1,0 +1,255 @@
+"""Where the memory of one rank goes, computed from settings and config.json alone: ``python -m sglang.plan``.
+
+Weights are counted on the model itself, built without contents; pools by the functions that size them at start-up;
+exchange buffers as their owners allocate them. Graphs and the runtime's own memory are estimates and named so.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
+from sglang.srt.layers.moe.token_dispatcher.base import EpConfig, ExchangeConfigError
+from sglang.srt.layers.moe.token_dispatcher.capacity import plan_rounds, rows_of_ranks
+from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
+from sglang.srt.layers.moe.token_dispatcher.mori_memory import (
+    KERNELS,
+    ExchangeBuffer,
+    HeapPlan,
+    exchange_buffers,
+    plan_heap,
+)
+from sglang.srt.layers.moe.token_dispatcher.moriep import choose_kernel, plan_exchange
+from sglang.srt.mem_cache.pool_plan import PoolPlan, PoolPlanError
+from sglang.srt.model_executor.decode_graphs import decode_buckets
+from sglang.srt.model_executor.model_pools import kv_bytes_per_token, plan_pools, state_bytes_per_slot
+from sglang.srt.model_loader.loader import build_model
+from sglang.srt.server_args import ServerArgs, override_server_args
+
+GIB = 1 << 30
+# Estimates, measured on no AMD device: driver, collectives and compiled kernels of a process; one layer of one graph.
+RUNTIME_BYTES, GRAPH_LAYER_BYTES = 2 * GIB, 256 << 10
+# Group of weights -> names on the path of its modules; the first that matches counts.
+WEIGHT_GROUPS = {
+    "routed experts": {"experts"},
+    "shared experts": {"shared_experts", "shared_expert"},
+    "attention": {"self_attn", "linear_attn"},
+    "router": {"gate", "shared_expert_gate"},
+    "dense MLP": {"mlp"},
+    "embedding and head": {"embed_tokens", "lm_head"},
+    "norms": {""},
+}
+
+
+def plan_weights(args: ServerArgs, config: ModelConfig, rank: int = 0) -> dict[str, int]:
+    """Bytes of the weights of ``rank`` by group, with the scales of quantised blocks and the position tables.
+
+    The model is built on torch's meta device, with experts that exchange nothing: how tokens travel changes no weight.
+    """
+    tp_size = args.tp_size // args.attn_dp_size
+    tp = ProcessGroupHandle(rank % tp_size, tp_size)
+    state = ParallelState(ProcessGroupHandle(rank, args.tp_size), tp, args.ep_size)
+    with override_parallel_state(state), override_server_args(**{**vars(args), "moe_a2a_backend": "none"}):
+        return weight_groups(build_model(config, "meta"))
+
+
+def weight_groups(model: nn.Module) -> dict[str, int]:
+    """Bytes of every storage that the modules of ``model`` hold, each once, by group."""
+    groups = dict.fromkeys(WEIGHT_GROUPS, 0)
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        parts = {"", *path.split(".")}
+        group = next(name for name, marks in WEIGHT_GROUPS.items() if parts & marks)
+        for held in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
+            if isinstance(held, torch.Tensor) and held.untyped_storage()._cdata not in seen:
+                seen.add(held.untyped_storage()._cdata)
+                groups[group] += held.untyped_storage().nbytes()
+    return {name: size for name, size in groups.items() if size}
+
+
+@dataclass(frozen=True)
+class StepRounds:
+    """MoE rounds of one kind of step when every attention group brings ``rows`` and all may go to one rank."""
+
+    step: str
+    rows: int
+    worst_case: int
+    with_cap: int
+
+
+@dataclass(frozen=True)
+class KernelBuffers:
+    """The buffers of one kernel when any number of rows may arrive, and under the receive cap."""
+
+    worst_case: tuple[ExchangeBuffer, ...]
+    with_cap: tuple[ExchangeBuffer, ...]
+
+
+@dataclass(frozen=True)
+class ExchangePlan:
+    """What the exchange of tokens between expert ranks takes on one rank.
+
+    ``kernel`` of ``by_kernel`` is the one that these settings choose, "portable" (alone) off HIP; ``recv_rows`` are
+    those of the receive buffer. ``problems`` are reasons against the settings.
+    """
+
+    kernel: str
+    recv_rows: int
+    worst_recv_rows: int
+    by_kernel: dict[str, KernelBuffers]
+    heap: HeapPlan | None
+    rounds: tuple[StepRounds, ...]
+    problems: tuple[str, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory: the whole heap, and what lies beside it."""
+        beside = sum(buffer.num_bytes for buffer in self.by_kernel[self.kernel].with_cap if not buffer.on_heap)
+        return beside + (self.heap.size if self.heap is not None else 0)
+
+
+def plan_moe_exchange(
+    args: ServerArgs, config: ModelConfig, kind: str, environ: Mapping[str, str]
+) -> ExchangePlan | None:
+    """The exchange of resolved ``args`` on platform ``kind``; None where experts exchange no tokens.
+
+    Raises ValueError for SGLANG_MORI_* and other settings with which there is nothing to plan.
+    """
+    if args.moe_a2a_backend != "mori":
+        return None
+    settings = MoriConfig.from_env(args.tp_size, low_latency=args.deepep_mode == "low_latency")
+    text = config.text
+    experts: int = getattr(text, "n_routed_experts", None) or getattr(text, "num_experts", 0)
+    shape = (0, experts, text.hidden_size, text.num_experts_per_tok, config.dtype)
+    sizes, _ = plan_exchange(settings, *shape, is_mori=False)
+    kernel, kernels, problems = "portable", ("portable",), []
+    if kind == "hip":
+        kernels = KERNELS
+        try:
+            kernel = choose_kernel(settings).name
+        except ExchangeConfigError as error:
+            problems.append(str(error))
+            kernel = choose_kernel(replace(settings, max_recv_tokens=0)).name
+    worst = replace(sizes, max_total_recv_tokens=0)
+    groups = int(environ.get("MORI_FP8_COMBINE_SCALE_DIM") or 56)
+    buffers = {k: KernelBuffers(*(exchange_buffers(each, k, groups) for each in (worst, sizes))) for k in kernels}
+    heap = plan_heap(buffers[kernel].with_cap, environ) if kind == "hip" else None
+    problems += [heap.problem] if heap is not None and heap.problem else []
+    rounds = plan_steps(args, sizes)
+    return ExchangePlan(kernel, sizes.max_recv, worst.max_recv, buffers, heap, rounds, tuple(problems))
+
+
+def plan_steps(args: ServerArgs, sizes: EpConfig) -> tuple[StepRounds, ...]:
+    """Rounds of the largest steps that these settings allow, without and with the receive cap."""
+    running, chunk = args.max_running_requests or 1, args.chunked_prefill_size or 0
+    steps = {"decode": running, "prefill chunk": chunk + (running if args.enable_mixed_chunk else 0)}
+    if not args.disable_cuda_graph:
+        steps["decode graph"] = graph_buckets(args)[-1]
+    limit, plans = sizes.max_num_inp_token_per_rank, []
+    for step, rows in steps.items():
+        brought = rows_of_ranks([rows] * args.attn_dp_size, args.tp_size // args.attn_dp_size)
+        worst, capped = (len(plan_rounds(brought, r, limit)) for r in (sizes.world_size * limit, sizes.max_recv))
+        plans.append(StepRounds(step, rows, worst, capped))
+    return tuple(plans)
+
+
+def graph_buckets(args: ServerArgs) -> list[int]:
+    """Batch sizes that decode is captured for."""
+    running = args.max_running_requests or 1
+    return decode_buckets(min(args.cuda_graph_max_bs or running, running), args.cuda_graph_bs)
+
+
+def estimate_graphs(args: ServerArgs, config: ModelConfig) -> int:
+    """Bytes that captured decode steps may take: activations and logits of the largest, and the nodes of each graph."""
+    if args.disable_cuda_graph:
+        return 0
+    buckets, text = graph_buckets(args), config.text
+    top_k, width = getattr(text, "num_experts_per_tok", 0) or 0, getattr(text, "moe_intermediate_size", 0) or 0
+    values = 8 * text.hidden_size + top_k * (text.hidden_size + 3 * width)
+    row = values * config.dtype.itemsize + 2 * 4 * config.vocab_size
+    rows = buckets[-1] * args.attn_dp_size
+    return rows * row + len(buckets) * config.num_hidden_layers * GRAPH_LAYER_BYTES
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """One rank's memory in bytes; ``pools`` is None when nothing is left for them, and ``problems`` says why."""
+
+    memory: int
+    weights: dict[str, int]
+    exchange: ExchangePlan | None
+    runtime_estimate: int
+    graphs_estimate: int
+    kv_bytes_per_token: int
+    kv_bytes: int
+    state_bytes_per_slot: int
+    state_bytes: int
+    pools: PoolPlan | None
+    problems: tuple[str, ...]
+
+    @property
+    def exchange_bytes(self) -> int:
+        return 0 if self.exchange is None else self.exchange.num_bytes
+
+    @property
+    def left(self) -> int:
+        """What remains for activations; negative when the settings do not fit."""
+        estimates, pools = self.runtime_estimate + self.graphs_estimate, self.kv_bytes + self.state_bytes
+        return self.memory - sum(self.weights.values()) - self.exchange_bytes - estimates - pools
+
+
+def plan_memory(
+    args: ServerArgs, config: ModelConfig, kind: str, memory: int, environ: Mapping[str, str]
+) -> MemoryPlan:
+    """The plan of one rank of resolved ``args`` on a device of platform ``kind`` with ``memory`` bytes."""
+    weights = plan_weights(args, config)
+    exchange = plan_moe_exchange(args, config, kind, environ)
+    problems, taken = ([], 0) if exchange is None else ([*exchange.problems], exchange.num_bytes)
+    tp_size, page = args.tp_size // args.attn_dp_size, args.page_size or 1
+    runtime = 0 if kind == "cpu" else RUNTIME_BYTES
+    token = kv_bytes_per_token(config, tp_size)
+    slot = state_bytes_per_slot(config, tp_size, args.mamba_ssm_dtype)
+    pools = None
+    try:
+        check_fit(memory - runtime, weights, taken)
+        free = memory - runtime - sum(weights.values()) - taken
+        pools = plan_pools(args, config, tp_size, int(free * (args.mem_fraction_static or 1)))
+    except PoolPlanError as error:
+        problems.append(str(error))
+    return MemoryPlan(
+        memory,
+        weights,
+        exchange,
+        runtime_estimate=runtime,
+        graphs_estimate=estimate_graphs(args, config),
+        kv_bytes_per_token=token,
+        kv_bytes=0 if pools is None else (pools.num_tokens + page) * token,
+        state_bytes_per_slot=slot,
+        state_bytes=0 if pools is None or not slot else (pools.num_state_slots + 1) * slot,
+        pools=pools,
+        problems=tuple(problems),
+    )
+
+
+def check_fit(free: int, weights: Mapping[str, int], exchange_bytes: int) -> None:
+    """Raise PoolPlanError, with the sum spelled out, unless weights and exchange buffers leave some of ``free``."""
+    parts = {**weights, "MoE exchange": exchange_bytes}
+    total = sum(parts.values())
+    if total >= free:
+        terms = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
+        raise PoolPlanError(
+            f"a rank needs {total / GIB:.2f} GiB before any KV ({terms}), and {free / GIB:.2f} GiB are there: raise "
+            "--tp-size, serve a smaller or quantised model, or lower SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
+        )
+
+
+def check_device(args: ServerArgs, config: ModelConfig, kind: str, free: int) -> None:
+    """``check_fit`` for a rank of this server, whose device has ``free`` bytes, before anything is loaded."""
+    exchange = plan_moe_exchange(args, config, kind, os.environ)
+    check_fit(free, plan_weights(args, config), 0 if exchange is None else exchange.num_bytes)

@@ -1,0 +1,182 @@
+"""Served models run on tensors without contents, so that ops choose, and kernels specialise, as they do in serving."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from sglang.kernels.amd.walk import WalkStep, describe_error
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.published_sizes import BLOCK_FP8, DEEPSEEK_V2_LITE, DEEPSEEK_V3, qwen35_like
+from sglang.srt.distributed import Pending, ProcessGroupHandle, override_tp_group
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.model_executor.decode_graphs import DecodeGraphs
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.platforms import current_platform
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import ServerArgs, override_server_args, resolve
+
+DECODE_BATCHES = (1, 8, 128)
+# Tokens after a prefix, for each request of a prefill step.
+EXTENDS = {
+    "extend 1x1024": ((1024, 0),),
+    "extend 8x1024": tuple((1024, prefix) for prefix in (0, 0, 64, 512, 1024, 4096, 30_000, 100_000)),
+    "extend ragged": ((777, 0), (1, 5000), (33, 2048)),
+}
+
+GREEDY = SamplingParams(temperature=0.0)
+RANDOM = SamplingParams(temperature=0.7, top_k=50, top_p=0.9, min_p=0.05, frequency_penalty=0.5)
+
+
+@dataclass(frozen=True)
+class WalkedModel:
+    """A config.json with one layer of each kind, the number of ranks of which one is walked, and the cache's dtype."""
+
+    name: str
+    config: dict[str, Any]
+    tp_size: int = 1
+    kv_cache_dtype: str = "auto"
+
+
+_V3 = {**DEEPSEEK_V3, "num_hidden_layers": 2}
+_V3_FP8 = {**_V3, "quantization_config": BLOCK_FP8}
+WALKED_MODELS = (
+    WalkedModel("v2lite", {**DEEPSEEK_V2_LITE, "num_hidden_layers": 2}),
+    WalkedModel("v3", _V3),
+    WalkedModel("v3-tp8", _V3, tp_size=8),
+    WalkedModel("v3-fp8", _V3_FP8),
+    WalkedModel("v3-fp8-tp8", _V3_FP8, tp_size=8),
+    WalkedModel("v3-fp8-tp8-kv8", _V3_FP8, tp_size=8, kv_cache_dtype="fp8_e4m3"),
+    WalkedModel("qwen35", qwen35_like(4)),
+    WalkedModel("qwen35-kv8", qwen35_like(4), kv_cache_dtype="fp8_e4m3"),
+)
+
+
+class ShapeOnlyGroup(ProcessGroupHandle):
+    """One rank of ``size`` that has no peers: a collective yields the shape that it would have."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
+        return torch.cat([x] * self.size, dim=dim)
+
+    def gather_rows(self, x: torch.Tensor) -> Pending:
+        return Pending(x.new_empty(self.size * x.shape[0], *x.shape[1:]))
+
+    def smallest(self, value: int) -> int:
+        return value
+
+    def all_gather_ints(self, values: Any) -> list[list[int]]:
+        return [list(values)] * self.size
+
+
+class _PinsNothing(TorchFunctionMode):
+    """Pinned host memory needs a device at hand."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        return func(*args, **{key: value for key, value in (kwargs or {}).items() if key != "pin_memory"})
+
+
+class ShapeRunner(ModelRunner):
+    """The runner of one rank whose weights, pools and steps have no contents."""
+
+    output: LogitsProcessorOutput | None = None
+
+    def decode(self, batch_size: int) -> None:
+        """The step that a graph of ``batch_size`` records, and greedy sampling from its logits."""
+        self.args = replace(self.args, cuda_graph_bs=[batch_size], disable_cuda_graph=False)
+        with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
+            self._capture_graphs()
+        self.draw([GREEDY] * batch_size)
+
+    def extend(self, requests: tuple[tuple[int, int], ...]) -> None:
+        """A prefill step of (new tokens, prefix) requests, and greedy sampling from its logits."""
+        lengths = [length for length, _ in requests]
+        prefixes = [prefix for _, prefix in requests]
+        tokens = torch.zeros(sum(lengths), dtype=torch.int64)
+        rows = torch.arange(len(requests))
+        batch = ModelWorkerBatch(
+            forward_mode=ForwardMode.EXTEND,
+            input_ids=tokens,
+            positions=tokens,
+            req_pool_indices=rows,
+            seq_lens=[length + prefix for length, prefix in requests],
+            out_cache_loc=tokens,
+            extend_seq_lens=lengths,
+            extend_prefix_lens=prefixes,
+            state_slot_ids=None if self.state_pool is None else rows,
+        )
+        self.forward(batch)
+        self.draw([GREEDY] * len(requests))
+
+    def draw(self, params: Sequence[SamplingParams]) -> None:
+        """Sample from the first rows of the last step's logits, one row for each of ``params``."""
+        rows = [SamplingRow(row, seed=0, prompt_ids=(), output_ids=()) for row in params]
+        info = SamplingBatchInfo.from_rows(rows, self.model_config.vocab_size, self.device)
+        assert self.output is not None, "a step comes first"
+        none = torch.empty(0, dtype=torch.int64)
+        batch = ModelWorkerBatch(ForwardMode.DECODE, None, none, none, [1] * len(rows), none)
+        self.sample(LogitsProcessorOutput(self.output.next_token_logits[: len(rows)]), info, batch)
+
+    def _run_model(self, fb: ForwardBatch) -> LogitsProcessorOutput:
+        self.output = super()._run_model(fb)
+        return self.output
+
+    def _prove_graphs(self, graphs: DecodeGraphs, max_bs: int) -> None:
+        """There are no numbers to compare."""
+
+
+def walk_models() -> Iterator[WalkStep]:
+    """Run every step of every walked model on the current platform; a step that fails says why, and others go on."""
+    for model in WALKED_MODELS:
+        with override_tp_group(ShapeOnlyGroup(size=model.tp_size)), _PinsNothing(), contextlib.ExitStack() as settings:
+            runners: list[ShapeRunner] = []
+            yield _step(model, "load", _load, model, settings, runners)
+            for runner in runners:
+                for size in DECODE_BATCHES:
+                    yield _step(model, f"decode {size}", runner.decode, size)
+                for name, requests in EXTENDS.items():
+                    yield _step(model, name, runner.extend, requests)
+                if runner.output is not None:
+                    yield _step(model, "sample", runner.draw, (RANDOM, GREEDY))
+
+
+def _load(model: WalkedModel, settings: contextlib.ExitStack, runners: list[ShapeRunner]) -> None:
+    """Add the runner that a server would make; its arguments are the process's until ``settings`` closes."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(model.config), encoding="utf-8")
+        config = ModelConfig.from_path(
+            folder, platform_kind=current_platform.kind, kv_cache_dtype=model.kv_cache_dtype
+        )
+        args = ServerArgs(
+            model_path=folder,
+            load_format="dummy",
+            tp_size=model.tp_size,
+            attention_backend="triton",
+            max_running_requests=max(DECODE_BATCHES),
+            disable_cuda_graph=True,
+        )
+        args = settings.enter_context(override_server_args(**vars(resolve(args, config, current_platform))))
+        runners.append(ShapeRunner(args, config))
+
+
+def _step(model: WalkedModel, name: str, run: Callable[..., None], *args: Any) -> WalkStep:
+    try:
+        run(*args)
+    except Exception as error:
+        return WalkStep(model.name, name, describe_error(error))
+    return WalkStep(model.name, name)

@@ -1,0 +1,116 @@
+"""Prompt steps run before serving, so that no request waits for a kernel to be compiled."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from sglang.srt.distributed import get_parallel_state
+from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.platforms import current_platform
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
+
+# Requests of a step, and tokens cached before it: kernels differ for one and several, without and with a prefix.
+BATCHES = (1, 3)
+PREFIXES = (0, 64)
+
+
+@dataclass(frozen=True)
+class WarmUpStep:
+    """``batch`` requests of ``tokens`` new tokens each, after ``prefix`` cached ones."""
+
+    batch: int
+    tokens: int
+    prefix: int
+
+
+def warm_up_steps(max_tokens: int, max_context: int) -> list[WarmUpStep]:
+    """Powers of two up to ``max_tokens`` a step, and one odd number of tokens, for every batch and prefix that fit."""
+    counts = [1 << bit for bit in range(max_tokens.bit_length()) if 1 << bit <= max_tokens]
+    counts += [count for count in (max_tokens, 77) if count not in counts and count <= max_tokens]
+    return [
+        WarmUpStep(batch, tokens // batch, prefix)
+        for prefix in PREFIXES
+        for batch in BATCHES
+        for tokens in sorted(counts)
+        if tokens >= batch and prefix + tokens // batch <= max_context
+    ]
+
+
+def warm_up(runner: ModelRunner, max_tokens: int) -> None:
+    """Run prompt steps of up to ``max_tokens`` tokens, and steps without a graph, over the dummy page and state."""
+    if not current_platform.supports_graphs:
+        return
+    began = time.perf_counter()
+    steps = warm_up_steps(max_tokens, runner.model_config.context_len)
+    for step in tqdm(steps, desc="Warming kernels up", unit="step"):
+        run_step(runner, _extend_batch(runner, step))
+    graphs, runner.decode_graphs = runner.decode_graphs, None
+    try:
+        for batch in (1, 2, runner.max_running_requests):
+            run_step(runner, _decode_batch(runner, batch))
+    finally:
+        runner.decode_graphs = graphs
+    current_platform.synchronize()
+    logger.info("warmed up with %d prompt steps in %.1f s", len(steps), time.perf_counter() - began)
+
+
+def run_step(runner: ModelRunner, batch: ModelWorkerBatch) -> None:
+    """Forward and greedy sampling of ``batch``, whose rows all lie in the dummy page."""
+    ids = None
+    if batch.input_ids is None:
+        ids = torch.zeros(batch.batch_size, dtype=torch.int64, device=runner.device)
+    rows = [SamplingRow(SamplingParams(temperature=0.0), 0, (), ()) for _ in range(batch.batch_size)]
+    info = SamplingBatchInfo.from_rows(rows, runner.model_config.vocab_size, runner.device)
+    runner.sample(runner.forward(batch, ids), info, batch)
+
+
+def _extend_batch(runner: ModelRunner, step: WarmUpStep) -> ModelWorkerBatch:
+    total, end = step.batch * step.tokens, step.prefix + step.tokens
+    return ModelWorkerBatch(
+        forward_mode=ForwardMode.EXTEND,
+        input_ids=torch.arange(total, dtype=torch.int64) % runner.model_config.vocab_size,
+        positions=torch.arange(step.prefix, end).repeat(step.batch),
+        req_pool_indices=_dummy_rows(runner, step.batch),
+        seq_lens=[end] * step.batch,
+        out_cache_loc=torch.zeros(total, dtype=torch.int64),
+        extend_seq_lens=[step.tokens] * step.batch,
+        extend_prefix_lens=[step.prefix] * step.batch,
+        state_slot_ids=_dummy_states(runner, step.batch),
+        global_num_tokens=_everyone(total),
+    )
+
+
+def _decode_batch(runner: ModelRunner, batch: int) -> ModelWorkerBatch:
+    return ModelWorkerBatch(
+        forward_mode=ForwardMode.DECODE,
+        input_ids=None,
+        positions=torch.zeros(batch, dtype=torch.int64),
+        req_pool_indices=_dummy_rows(runner, batch),
+        seq_lens=[1] * batch,
+        out_cache_loc=torch.zeros(batch, dtype=torch.int64),
+        state_slot_ids=_dummy_states(runner, batch),
+        global_num_tokens=_everyone(batch),
+    )
+
+
+def _dummy_rows(runner: ModelRunner, batch: int) -> torch.Tensor:
+    return torch.full((batch,), runner.req_to_token_pool.padding_row, dtype=torch.int64)
+
+
+def _dummy_states(runner: ModelRunner, batch: int) -> torch.Tensor | None:
+    return None if runner.state_pool is None else torch.zeros(batch, dtype=torch.int64)
+
+
+def _everyone(num_tokens: int) -> list[int] | None:
+    """Under attention data parallelism all groups warm up alike."""
+    groups = get_parallel_state().attn_dp_size
+    return [num_tokens] * groups if groups > 1 else None

@@ -1,0 +1,250 @@
+"""Which places of the models may overlap on a second stream, and why: decided once, from platform, variables, flags."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+
+from sglang.srt.environ import EnvBool, EnvError, envs
+from sglang.srt.platforms import Platform, current_platform
+from sglang.srt.utils.multi_stream_utils import OverlapSite
+
+# Streams of a server that each want a hardware queue of their own, beside the one that overlap adds (sglang PR 24005
+# asks for 5 in all).
+SERVER_STREAMS = ("forward", "graph capture", "collectives", "all-to-all")
+SIDE_STREAM = "side"
+
+
+@dataclass(frozen=True)
+class SiteRule:
+    """One place that can overlap: where it does unasked, which variables ask for it elsewhere, and its range of tokens.
+
+    shared_experts: the side is the shared experts, which fusion computes as routed ones. measured: device and date of
+    the measurement behind the range.
+    """
+
+    name: str
+    on_kinds: frozenset[str]
+    switches: tuple[EnvBool, ...]
+    shared_experts: bool = False
+    min_tokens: int = 1
+    max_tokens: int | None = None
+    measured: str = "range not measured"
+
+
+# The kinds on which upstream overlaps without being asked; a switch adds to them and never takes away.
+_UNASKED = frozenset({"cuda"})
+SITE_RULES = (
+    SiteRule("deepseek.shared_experts", _UNASKED, (envs.SGLANG_ROCM_USE_MULTI_STREAM,), shared_experts=True),
+    SiteRule("qwen3_5.shared_experts", _UNASKED, (envs.SGLANG_ALT_STREAM,), shared_experts=True),
+    # The model's own DUAL_STREAM_TOKEN_THRESHOLD ends the range of this one.
+    SiteRule("qwen3_5.gdn_qkvz_ba", _UNASKED, (envs.SGLANG_ALT_STREAM, envs.SGLANG_GDN_QKVZ_BA_ALT_STREAM)),
+    SiteRule("qwen3_5.qk_norm", _UNASKED, (envs.SGLANG_ALT_STREAM, envs.SGLANG_QK_NORM_ALT_STREAM)),
+)
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """What the environment says of streams.
+
+    asked: the variables that are on. forced: site -> on or off, for measurements. queues: the platform's bound on
+    hardware queues as text, "" if unset. copy_engines: MORI copies by SDMA.
+    """
+
+    asked: frozenset[str] = frozenset()
+    forced: Mapping[str, bool] = field(default_factory=dict)
+    queues: str = ""
+    copy_engines: bool = False
+
+    @classmethod
+    def from_env(cls, platform: Platform, environ: Mapping[str, str] | None = None) -> StreamSettings:
+        """Read ``environ`` (default: os.environ); raises EnvError for a value that cannot be used."""
+        environ = os.environ if environ is None else environ
+        switches = {switch for rule in SITE_RULES for switch in rule.switches}
+        variable = platform.queue_variable
+        return cls(
+            asked=frozenset(switch.name for switch in switches if switch.read(environ)),
+            forced=parse_sites(envs.SGLANG_STREAM_SITES.read(environ)),
+            queues=environ.get(variable[0], "").strip() if variable else "",
+            copy_engines=environ.get("MORI_ENABLE_SDMA", "").strip().lower() in ("1", "true", "on", "yes"),
+        )
+
+
+def parse_sites(text: str) -> dict[str, bool]:
+    """ "site=on,site=off" as a mapping; raises EnvError for a malformed entry or an unknown site."""
+    known = [rule.name for rule in SITE_RULES]
+    forced = {}
+    for entry in filter(None, (part.strip() for part in text.split(","))):
+        name, _, state = (piece.strip() for piece in entry.partition("="))
+        if name not in known or state not in ("on", "off"):
+            raise EnvError(
+                f"SGLANG_STREAM_SITES takes site=on or site=off with commas between, got {entry!r}; sites: "
+                + ", ".join(known)
+            )
+        forced[name] = state == "on"
+    return forced
+
+
+@dataclass(frozen=True)
+class QueuePlan:
+    """Hardware queues: the variable that bounds them, how many the streams need and it gives (None: not a number)."""
+
+    variable: str
+    needed: int
+    available: int | None
+    is_set: bool
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """The decision for every site, what it needs of the platform, and what a user should know of it."""
+
+    sites: tuple[OverlapSite, ...]
+    queues: QueuePlan | None = None
+    warnings: tuple[str, ...] = ()
+
+    def site(self, name: str) -> OverlapSite:
+        """The decision for site ``name``; raises KeyError for one that has no rule."""
+        return {site.name: site for site in self.sites}[name]
+
+    def side_stream(self, *names: str) -> torch.cuda.Stream | None:
+        """A stream that the sites ``names`` of one model share; None when none of them overlaps."""
+        return current_platform.create_stream() if any(self.site(name).enabled for name in names) else None
+
+    def child_variables(self) -> dict[str, str]:
+        """What must be in the environment of a process before it touches the device."""
+        if self.queues is None or self.queues.is_set:
+            return {}
+        return {self.queues.variable: str(self.queues.needed)}
+
+    def lines(self) -> list[str]:
+        """One line for each site that overlaps or was asked for."""
+        return [
+            f"overlap {site.name}: {'on' if site.enabled else 'off'} ({site.reason})"
+            for site in self.sites
+            if site.enabled or site.reason != NOT_ASKED
+        ]
+
+    def describe(self) -> dict[str, Any]:
+        """For /server_info."""
+        queues = self.queues
+        return {
+            "sites": {
+                site.name: {
+                    "enabled": site.enabled,
+                    "min_tokens": site.min_tokens,
+                    "max_tokens": site.max_tokens,
+                    "capture_only": site.capture_only,
+                    "reason": site.reason,
+                }
+                for site in self.sites
+            },
+            "hardware_queues": None
+            if queues is None
+            else {"variable": queues.variable, "needed": queues.needed, "available": queues.available},
+            "warnings": list(self.warnings),
+        }
+
+
+NOT_ASKED = "not asked for"
+# For models built without a plan.
+SERIAL_PLAN = StreamPlan(tuple(OverlapSite(rule.name, False, reason=NOT_ASKED) for rule in SITE_RULES))
+
+
+class StreamArgs(Protocol):
+    """The resolved arguments that the plan depends on."""
+
+    @property
+    def moe_a2a_backend(self) -> str: ...
+
+    @property
+    def deepep_mode(self) -> str: ...
+
+
+def plan_streams(args: StreamArgs) -> StreamPlan:
+    """The plan of this process, from its platform, its environment and resolved ``args``.
+
+    Shared experts are never computed as routed ones in this build, so fusion is off.
+    """
+    platform: Any = current_platform
+    settings = StreamSettings.from_env(platform)
+    return resolve_streams(platform, settings, args.moe_a2a_backend, args.deepep_mode, fusion=False)
+
+
+def resolve_streams(
+    platform: Platform, settings: StreamSettings, moe_a2a_backend: str, deepep_mode: str, fusion: bool
+) -> StreamPlan:
+    """Decide every site. fusion: shared experts are computed as routed ones, so there is nothing to run beside."""
+    sites, warnings = [], []
+    for rule in SITE_RULES:
+        site = _decide(rule, platform, settings, fusion)
+        # Between dispatch and combine the side has room in eager steps too (sglang PR 24005).
+        over_ranks = rule.shared_experts and moe_a2a_backend != "none"
+        sites.append(replace(site, capture_only=not over_ranks))
+        if rule.shared_experts and fusion and _asked(rule, platform, settings):
+            warnings.append(
+                f"{rule.switches[0].name} asks for overlap of {rule.name}, but shared-expert fusion is on and leaves "
+                "nothing to overlap: add --disable-shared-experts-fusion, or unset the variable"
+            )
+        if site.enabled and rule.shared_experts and moe_a2a_backend == "mori" and platform.kind == "hip":
+            warnings += _all_to_all_warnings(rule, deepep_mode, settings)
+    queues = _plan_queues(platform, settings) if any(site.enabled for site in sites) else None
+    if queues is not None and (queues.available is None or queues.available < queues.needed):
+        warnings.append(
+            f"{queues.variable}={settings.queues or f'{queues.available} (its default)'} gives overlapping streams too "
+            f"few hardware queues, so they take turns: set {queues.variable}={queues.needed} before the process starts "
+            f"(sglang.launch_server does unless it is set); streams: {', '.join((*SERVER_STREAMS, SIDE_STREAM))}"
+        )
+    return StreamPlan(tuple(sites), queues, tuple(warnings))
+
+
+def _asked(rule: SiteRule, platform: Platform, settings: StreamSettings) -> bool:
+    """True when the variables of this platform all ask for the site."""
+    return all(
+        switch.name in settings.asked and switch.platform in ("", platform.kind) for switch in rule.switches
+    )
+
+
+def _decide(rule: SiteRule, platform: Platform, settings: StreamSettings, fusion: bool) -> OverlapSite:
+    names = " and ".join(switch.name for switch in rule.switches)
+    enabled, reason = False, NOT_ASKED
+    if rule.name in settings.forced:
+        enabled, reason = settings.forced[rule.name], "SGLANG_STREAM_SITES"
+    elif platform.kind in rule.on_kinds:
+        enabled, reason = True, f"default on {platform.kind}"
+    elif _asked(rule, platform, settings):
+        enabled, reason = True, names
+    elif any(switch.name in settings.asked and switch.platform == platform.kind for switch in rule.switches[1:]):
+        reason = f"needs {names}"
+    if enabled and not platform.supports_streams:
+        enabled, reason = False, f"platform {platform.kind} on {platform.device_type} has no streams"
+    elif enabled and rule.shared_experts and fusion:
+        enabled, reason = False, "shared experts are computed as routed ones (fusion)"
+    if enabled:
+        reason += f"; {rule.measured}"
+    return OverlapSite(rule.name, enabled, rule.min_tokens, rule.max_tokens, reason=reason)
+
+
+def _all_to_all_warnings(rule: SiteRule, deepep_mode: str, settings: StreamSettings) -> list[str]:
+    if deepep_mode != "low_latency":
+        return [
+            f"overlap of {rule.name} with --moe-a2a-backend mori pays when dispatch and combine leave the compute "
+            "units, that is under AsyncLL: add --deepep-mode low_latency (auto means normal here) and set "
+            "MORI_ENABLE_SDMA=1"
+        ]
+    if not settings.copy_engines:
+        return ["--deepep-mode low_latency copies by the compute units, slowly, unless MORI_ENABLE_SDMA=1 is set"]
+    return []
+
+
+def _plan_queues(platform: Platform, settings: StreamSettings) -> QueuePlan | None:
+    if platform.queue_variable is None:
+        return None
+    variable, default = platform.queue_variable
+    text = settings.queues
+    available = default if not text else int(text) if text.isdecimal() else None
+    return QueuePlan(variable, len(SERVER_STREAMS) + 1, available, is_set=bool(text))

@@ -1,0 +1,173 @@
+"""Worlds of expert ranks for tests: random steps, what one rank with all experts makes of them, and the layers."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+
+from sglang.kernels.ops.moe.fused_experts import fused_experts_torch
+from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
+from sglang.srt.environ import envs
+from sglang.srt.layers.moe.ep_moe.factory import describe_experts, make_experts
+from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
+from sglang.srt.layers.moe.fused_moe import FusedMoE
+from sglang.srt.layers.moe.topk import TopKOutput
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.platforms import override_platform, select_platform
+from sglang.srt.platforms.rocm import RocmOverFakesPlatform
+from sglang.srt.server_args import override_server_args
+from sglang.test.thread_ranks import thread_ranks
+
+# Rows of each group, how many of them are real (None: all), and the expert that all go to (None: any).
+MORI_LOADS: tuple[tuple[list[int], list[int] | None, int | None], ...] = (
+    ([5, 3, 8, 1], None, None),
+    ([0, 7, 0, 2], None, None),
+    ([6, 6, 6, 6], None, 5),
+    ([6, 6, 6, 6], [2, 6, 0, 5], None),
+)
+NONE = torch.empty(0, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class EpStep:
+    """One step of a world: each attention group's rows x, routing, and how many of the rows are real."""
+
+    x: list[torch.Tensor]
+    topk: list[TopKOutput]
+    real: list[int]
+
+    def to(self, device: torch.device) -> EpStep:
+        topk = [TopKOutput(t.weights.to(device), t.ids.to(device)) for t in self.topk]
+        return EpStep([x.to(device) for x in self.x], topk, self.real)
+
+    def batch_of(self, group: int) -> ForwardBatch:
+        """The step as ranks of ``group`` see it; padded steps say so, as recorded ones do."""
+        rows = [x.shape[0] for x in self.x]
+        return ForwardBatch(
+            forward_mode=ForwardMode.DECODE if rows[group] else ForwardMode.IDLE,
+            batch_size=rows[group],
+            input_ids=NONE,
+            positions=NONE,
+            req_pool_indices=NONE,
+            seq_lens=NONE,
+            seq_lens_cpu=[],
+            out_cache_loc=NONE,
+            attn_backend=None,
+            num_token_non_padded=torch.tensor([self.real[group]], dtype=torch.int32, device=self.x[group].device),
+            num_token_non_padded_cpu=self.real[group],
+            global_num_tokens_cpu=self.real if len(rows) > 1 else None,
+            global_num_rows_cpu=rows if len(rows) > 1 and rows != self.real else None,
+        )
+
+
+@dataclass(frozen=True)
+class EpModel:
+    """Experts of random weights, the same in every process."""
+
+    num_experts: int = 8
+    hidden: int = 16
+    width: int = 8
+    top_k: int = 3
+    seed: int = 0
+    w13: torch.Tensor = field(init=False)
+    w2: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        generator = torch.Generator().manual_seed(self.seed)
+        w13 = torch.randn(self.num_experts, 2 * self.width, self.hidden, generator=generator) / self.hidden**0.5
+        w2 = torch.randn(self.num_experts, self.hidden, self.width, generator=generator) / self.width**0.5
+        object.__setattr__(self, "w13", w13)
+        object.__setattr__(self, "w2", w2)
+
+    def step(self, rows: list[int], real: list[int] | None = None, only: int | None = None, seed: int = 0) -> EpStep:
+        """Random rows a group; ``only``: all go to the ``top_k`` experts from that one on."""
+        generator = torch.Generator().manual_seed(seed)
+        xs, topks = [], []
+        for count in rows:
+            xs.append(torch.randn(count, self.hidden, generator=generator))
+            scores = torch.rand(count, self.num_experts, generator=generator)
+            if only is not None:
+                scores[:, only : only + self.top_k] += 1
+            weights, ids = scores.topk(self.top_k)
+            topks.append(TopKOutput(weights.contiguous(), ids.to(torch.int32).contiguous()))
+        return EpStep(xs, topks, rows if real is None else real)
+
+    def truth(self, step: EpStep, group: int) -> torch.Tensor:
+        """What one rank with all experts makes of the group's real rows."""
+        count, topk = step.real[group], step.topk[group]
+        return fused_experts_torch(step.x[group][:count], self.w13, self.w2, topk.weights[:count], topk.ids[:count])
+
+    def build(self, state: ParallelState, **args: object) -> FusedMoE:
+        """This rank's layer under the server settings ``args``."""
+        with override_server_args(**args), override_parallel_state(state):
+            layer = make_experts(self.num_experts, self.hidden, self.width, self.top_k)
+        for expert in range(self.num_experts):
+            gate, up = self.w13[expert].chunk(2)
+            for name, tensor in (("w1", gate), ("w3", up), ("w2", self.w2[expert])):
+                layer.load_expert(name, expert, tensor)
+        return layer
+
+
+MODEL = EpModel()
+
+
+def thread_world(size: int, groups: int = 1, ep_size: int = 1) -> list[ParallelState]:
+    """The places of ``size`` ranks in ``groups`` attention groups, as threads."""
+    tp_size = size // groups
+    world = thread_ranks(size)
+    tps = [handle for _ in range(groups) for handle in thread_ranks(tp_size)]
+    return [ParallelState(world[rank], tps[rank], ep_size) for rank in range(size)]
+
+
+def run_rank(layer: FusedMoE, state: ParallelState, step: EpStep) -> torch.Tensor:
+    """The rank's real rows after the sum that the MoE block ends with."""
+    group = state.attn_dp_rank
+    out = layer(step.x[group], step.topk[group], step.batch_of(group))
+    handle: ProcessGroupHandle = state.tp
+    return handle.all_reduce(out)[: step.real[group]]
+
+
+def process_state(rank: int, world: int, groups: int) -> ParallelState:
+    """The place of a process of the default group; ``groups`` attention groups."""
+    everyone = dist.group.WORLD
+    handle = ProcessGroupHandle(rank, world, everyone, everyone)
+    size = world // groups
+    parts = [dist.new_group(list(range(first, first + size))) for first in range(0, world, size)]
+    mine = parts[rank // size]
+    return ParallelState(handle, ProcessGroupHandle(rank % size, size, mine, mine), world)
+
+
+def check_mori(rank: int, world: int, fake: bool) -> None:
+    """MORI's own transport in one of ``world`` processes: identity for each mode and load, capped and not.
+
+    Raises AssertionError, or what the transport refuses.
+    """
+    platform = RocmOverFakesPlatform(("mori",)) if fake else select_platform("rocm")
+    torch.manual_seed(0)
+    with override_platform(platform):
+        platform.set_device(rank)
+        device = platform.device(rank)
+        states = [process_state(rank, world, groups) for groups in {1, world}] if fake else [
+            process_state(rank, world, world)
+        ]
+        for state, (mode, cap) in itertools.product(states, (("normal", 0), ("low_latency", 0), ("low_latency", 5))):
+            with (
+                envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.override(8),
+                envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(cap),
+                torch.device(device),
+            ):
+                layer = MODEL.build(state, moe_a2a_backend="mori", deepep_mode=mode)
+            assert isinstance(layer, MoriEPMoE)
+            said = describe_experts(layer)["transport"]
+            assert said.startswith("MORI") and ("FAKE" in said) is fake, said
+            for rows, real, only in MORI_LOADS:
+                groups = state.attn_dp_size
+                step = MODEL.step(rows[:groups], real and real[:groups], only)
+                found = run_rank(layer, state, step.to(device))
+                truth = MODEL.truth(step, state.attn_dp_rank)
+                torch.testing.assert_close(found.cpu(), truth, rtol=1e-4, atol=1e-4)
+            if world > 1:
+                assert layer.gauge.snapshot()["peak"] > 0, "no row went to this rank"

@@ -1,0 +1,46 @@
+"""Experts spread over ranks give what all experts in one place give, for every way of spreading and every load."""
+
+from __future__ import annotations
+
+import unittest
+
+import torch
+
+from sglang.srt.distributed import override_parallel_state
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.ep_checks import CHECKS, GATHERED, MORI, build, compare
+from sglang.test.ep_world import MODEL, check_mori, thread_world
+from sglang.test.process_ranks import run_processes, use_fakes
+from sglang.test.test_utils import CustomTestCase
+
+use_fakes()
+register_cpu_ci(est_time=30, suite="stage-b-test-cpu")
+
+class TestEpMoE(CustomTestCase):
+    def test_identity(self):
+        torch.set_num_threads(1)
+        for name, check in CHECKS.items():
+            with self.subTest(check=name):
+                check()
+
+    def test_all_reduce_experts(self):
+        for ep in (1, 2, 4):
+            states, layers = build(4, 1, ep=ep, **GATHERED)
+            compare(states, layers, MODEL.step([6]))
+
+    def test_what_cannot_be_served(self):
+        with self.assertRaisesRegex(ValueError, "needs --ep-size 2"):
+            build(2, 2, ep=1, **MORI)
+        with self.assertRaisesRegex(ValueError, "PREALLOC_MAX_RECV_TOKENS=33 must be 0"):
+            build(2, 2, cap=33, **MORI)
+        with override_parallel_state(thread_world(3, 1, 3)[0]):
+            with self.assertRaisesRegex(ValueError, "8 experts cannot be split over 3"):
+                MODEL.build(thread_world(3, 1, 3)[0], **MORI)
+
+    def test_over_processes_and_the_fake_of_mori(self):
+        for world in (2, 4):
+            run_processes(world, lambda rank, world=world: check_mori(rank, world, fake=True))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,333 @@
+"""What every transport promises, held against an account token by token: portable ones and MORI's fake, over gloo."""
+
+from __future__ import annotations
+
+import unittest
+from dataclasses import replace
+
+import torch
+
+from sglang.srt.distributed import ProcessGroupHandle
+from sglang.srt.layers.moe.token_dispatcher.base import DispatchError, EpConfig, ExchangeConfigError
+from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
+from sglang.srt.layers.moe.token_dispatcher.moriep import (
+    ASYNC_LL,
+    INTER_NODE,
+    INTER_NODE_LL,
+    INTRA_NODE,
+    MoriEPDispatcher,
+    MoriTransport,
+    check_mori_compatibility,
+    choose_kernel,
+    plan_exchange,
+)
+from sglang.srt.layers.moe.token_dispatcher.portable import PortableTransport
+from sglang.srt.platforms import override_platform
+from sglang.srt.platforms.rocm import RocmOverFakesPlatform
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.process_ranks import run_processes, use_fakes
+from sglang.test.test_utils import CustomTestCase
+
+use_fakes()
+register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
+
+LIMIT, HIDDEN, TOP_K, PER_RANK = 5, 8, 3, 4
+CASE = unittest.TestCase()
+FAKE_KERNELS = (INTRA_NODE, INTER_NODE, INTER_NODE_LL, ASYNC_LL)
+
+
+def world_handle(rank: int) -> ProcessGroupHandle:
+    group = torch.distributed.group.WORLD
+    return ProcessGroupHandle(rank, torch.distributed.get_world_size(), group, group)
+
+
+def sizes(rank: int, **changes) -> EpConfig:
+    config = EpConfig(
+        rank=rank, world_size=torch.distributed.get_world_size(), hidden_dim=HIDDEN, max_num_inp_token_per_rank=LIMIT,
+        num_experts_per_rank=PER_RANK, num_experts_per_token=TOP_K, data_type=torch.float32, combine_type=torch.float32,
+    )  # fmt: skip
+    return replace(config, **changes)
+
+
+def portable(gathered: bool, mode: str):
+    def make(rank, **changes):
+        return PortableTransport(sizes(rank, mode=mode, **changes), world_handle(rank), "cpu", gathered)
+
+    return make
+
+
+def mori(kernel):
+    def make(rank, **changes):
+        mode = "two_phase" if kernel.is_two_phase else "sync"
+        return MoriTransport(sizes(rank, mode=mode, **changes), kernel, world_handle(rank))
+
+    return make
+
+
+PORTABLE = {f"{way}-{mode}": portable(way == "gathered", mode)
+            for way in ("routed", "gathered") for mode in ("sync", "two_phase")}  # fmt: skip
+MORI = {kernel.name: mori(kernel) for kernel in FAKE_KERNELS}
+TRANSPORTS = {**PORTABLE, **MORI}
+
+
+class Tokens:
+    """What each rank dispatches in one step: every rank can compute everybody's."""
+
+    def __init__(self, world: int, counts: list[int], seed: int, dtype=torch.float32, negative: bool = False) -> None:
+        self.counts = counts
+        generator = torch.Generator().manual_seed(seed)
+        experts = world * PER_RANK
+        self.x = [torch.randn(n, HIDDEN, generator=generator).to(dtype) for n in counts]
+        self.weights = [torch.rand(n, TOP_K, generator=generator) for n in counts]
+        self.ids = [torch.rand(n, experts, generator=generator).topk(TOP_K).indices.int() for n in counts]
+        self.scales = [torch.rand(n, 2, generator=generator) for n in counts]
+        if negative:
+            for ids in self.ids:
+                ids[:1] = -1
+                ids[1:2, 0] = experts + 7
+
+    def destinations(self, source: int, token: int) -> list[int]:
+        world = len(self.counts)
+        return sorted({e // PER_RANK for e in self.ids[source][token].tolist() if 0 <= e < world * PER_RANK})
+
+    def arriving(self, rank: int) -> list[tuple[int, int]]:
+        return [(source, token) for source, n in enumerate(self.counts) for token in range(n)
+                if rank in self.destinations(source, token)]  # fmt: skip
+
+
+def poison(batch) -> None:
+    batch.hidden.view(torch.uint8).fill_(255)
+    batch.weights.fill_(torch.nan)
+    batch.indices.fill_(2**31 - 1)
+
+
+def round_trip(transport, tokens: Tokens, rank: int, with_scales: bool = False) -> None:
+    """One dispatch and combine; every received row and every sum against the account."""
+    two_phase = transport.config.mode == "two_phase"
+    scales = tokens.scales[rank] if with_scales else None
+    mine = (tokens.x[rank], tokens.weights[rank], scales, tokens.ids[rank], tokens.counts)
+    if two_phase:
+        batch = transport.dispatch_send(*mine)
+        if isinstance(transport, PortableTransport):
+            poison(batch)
+            CASE.assertRaisesRegex(DispatchError, "not received", transport.dispatch_send, *mine)
+        transport.dispatch_recv()
+    else:
+        batch = transport.dispatch(*mine)
+    expected, world = tokens.arriving(rank), len(tokens.counts)
+    rows = int(batch.total_recv)
+    CASE.assertEqual((batch.total_recv.shape, batch.total_recv.dtype), (torch.Size([1]), torch.int32))
+    positions = [divmod(p, world * LIMIT) for p in transport.get_dispatch_src_token_pos().tolist()]
+    CASE.assertEqual(sorted(positions), expected, "each token once on each of its ranks")
+    if isinstance(transport, PortableTransport):
+        CASE.assertEqual(positions, expected, "rank-major, ascending")
+    for row, (source, token) in enumerate(positions):
+        assert torch.equal(batch.hidden[row], tokens.x[source][token])
+        assert torch.equal(batch.weights[row], tokens.weights[source][token])
+        assert torch.equal(batch.indices[row], tokens.ids[source][token]), "ids stay global, all K of them"
+        assert batch.scales is None or torch.equal(batch.scales[row], tokens.scales[source][token])
+    CASE.assertEqual(batch.scales is None, not with_scales)
+    # Rows past the count are garbage, and may be so on the way back.
+    y = torch.full((max(sum(tokens.counts), 1), HIDDEN), torch.nan)
+    y[:rows] = batch.hidden[:rows].float() * (rank + 1)
+    if two_phase:
+        out = transport.combine_send(y, tokens.ids[rank])
+        transport.combine_recv()
+    else:
+        out = transport.combine(y, tokens.ids[rank])
+        CASE.assertEqual(int(batch.total_recv), 0, "zeroed by combine")
+    CASE.assertEqual(tuple(out.shape), (LIMIT, HIDDEN))
+    for token in range(tokens.counts[rank]):
+        factor = sum(target + 1 for target in tokens.destinations(rank, token))
+        torch.testing.assert_close(out[token], tokens.x[rank][token].float() * factor)
+
+
+def in_world(world: int, work) -> None:
+    """``work(rank)`` on each of ``world`` processes under the HIP policy over fakes."""
+
+    def child(rank: int) -> None:
+        with override_platform(RocmOverFakesPlatform(("mori",))):
+            work(rank)
+
+    run_processes(world, child)
+
+
+class TestContract(CustomTestCase):
+    def test_round_trips(self):
+        def work(rank):
+            world = torch.distributed.get_world_size()
+            loads = [[LIMIT] * world, [0] * world, [LIMIT, *[0] * (world - 1)], [r % 3 for r in range(world)]]
+            for name, make in TRANSPORTS.items():
+                transport = make(rank)
+                for seed, counts in enumerate(loads):
+                    round_trip(transport, Tokens(world, counts, seed), rank)
+                scaled = make(rank, scale_dim=2)
+                round_trip(scaled, Tokens(world, loads[0], 9), rank, with_scales=True)
+                if name in PORTABLE:
+                    round_trip(transport, Tokens(world, loads[0], 5, negative=True), rank)
+                    eight = make(rank, data_type=torch.float8_e4m3fn)
+                    round_trip(eight, Tokens(world, loads[0], 6, torch.float8_e4m3fn), rank)
+
+        for world in (1, 2, 4):
+            in_world(world, work)
+
+    def test_buffers_are_the_same_storage_each_call(self):
+        def work(rank):
+            for make in TRANSPORTS.values():
+                transport, seen = make(rank), set()
+                for seed in range(3):
+                    tokens = Tokens(2, [2, 3], seed)
+                    batch = transport.dispatch(tokens.x[rank], tokens.weights[rank], None, tokens.ids[rank], [2, 3])
+                    out = transport.combine(batch.hidden.clone(), tokens.ids[rank])
+                    views = (batch.hidden, batch.weights, batch.indices, batch.total_recv, out)
+                    seen.add(tuple(view.data_ptr() for view in views))
+                    CASE.assertEqual(batch.hidden.shape[0], transport.config.max_recv)
+                CASE.assertEqual(len(seen), 1)
+
+        in_world(2, work)
+
+    def test_misuse_is_refused(self):
+        def work(rank):
+            tokens = Tokens(2, [2, 2], 0)
+            mine = (tokens.x[rank], tokens.weights[rank], None, tokens.ids[rank], [2, 2])
+            many = Tokens(2, [LIMIT + 1] * 2, 0)
+            for name, make in TRANSPORTS.items():
+                transport = make(rank)
+                over = (many.x[rank], many.weights[rank], None, many.ids[rank], many.counts)
+                CASE.assertRaisesRegex(ValueError, "the limit is 5", transport.dispatch, *over)
+                CASE.assertRaisesRegex(
+                    ValueError, "expected torch.float32", transport.dispatch, mine[0].half(), *mine[1:]
+                )
+                CASE.assertRaises(ValueError, transport.dispatch, *mine[:3], mine[3].long(), [2, 2])
+                if transport.config.mode == "two_phase":
+                    CASE.assertRaises(AssertionError, transport.dispatch_recv)
+                    CASE.assertRaises(AssertionError, transport.combine_recv)
+                batch = transport.dispatch(*mine)
+                CASE.assertRaisesRegex(ValueError, "rows", transport.combine, batch.hidden, mine[3][:1])
+                if name in PORTABLE:
+                    calls = {"sync": (transport.dispatch_recv, transport.combine_recv)}.get(transport.config.mode, ())
+                    for call in calls:
+                        CASE.assertRaisesRegex(ValueError, "in one call", call)
+                    CASE.assertRaisesRegex(DispatchError, "rows to combine", transport.combine, batch.hidden[:0], mine[3])
+                transport.combine(batch.hidden.clone(), mine[3])
+
+        in_world(2, work)
+
+    def test_overflow_is_raised_by_every_rank_before_rows_move(self):
+        def work(rank):
+            tokens = Tokens(2, [4, 4], 0)
+            for ids in tokens.ids:
+                ids.fill_(PER_RANK)  # all to rank 1
+            mine = (tokens.x[rank], tokens.weights[rank], None, tokens.ids[rank])
+            for name in (*PORTABLE, "AsyncLL"):
+                transport = TRANSPORTS[name](rank, max_total_recv_tokens=5)
+                CASE.assertEqual(transport.config.max_recv, 6)
+                with CASE.assertRaises(DispatchError):
+                    transport.dispatch(*mine, [4, 4])
+            routed = PORTABLE["routed-sync"](rank, max_total_recv_tokens=5)
+            with CASE.assertRaisesRegex(DispatchError, "rank 1 would receive 8 rows into a buffer of 6"):
+                routed.dispatch(*mine)
+            # What is refused leaves the transport usable.
+            fewer = (mine[0][:3], mine[1][:3], None, mine[3][:3], [3, 3])
+            batch = routed.dispatch(*fewer)
+            CASE.assertEqual(int(batch.total_recv), 6 * rank)
+
+        in_world(2, work)
+
+    def test_stages_in_order(self):
+        transport = PortableTransport(
+            EpConfig(0, 1, HIDDEN, LIMIT, 8, TOP_K, torch.float32, torch.float32), ProcessGroupHandle(), "cpu", False
+        )
+        dispatcher = MoriEPDispatcher(transport, torch.device("cpu"))
+        self.assertRaisesRegex(DispatchError, "dispatch_a comes next", dispatcher.dispatch_b)
+        dispatcher.dispatch_a(torch.zeros(1, HIDDEN), torch.zeros(1, TOP_K), torch.zeros(1, TOP_K, dtype=torch.int32))
+        self.assertRaisesRegex(DispatchError, "dispatch_b comes next", dispatcher.combine_b)
+
+
+class TestMoriSettings(CustomTestCase):
+    def test_ranges(self):
+        for cap in (-1, 17, 10**9):
+            with self.assertRaisesRegex(ExchangeConfigError, "PREALLOC_MAX_RECV_TOKENS=.* must be 0"):
+                MoriConfig(4, 4, max_recv_tokens=cap)
+        self.assertEqual(MoriConfig(4, 4, max_recv_tokens=9).max_recv, 12)
+
+    def test_kernel_by_mode_and_size(self):
+        for world, low, sdma, limit, expected in (
+            (1, False, False, 4096, INTRA_NODE), (8, False, False, 4096, INTRA_NODE), (8, True, False, 4096, ASYNC_LL),
+            (2, False, True, 4096, ASYNC_LL), (16, False, False, 257, INTER_NODE), (16, False, False, 256, INTER_NODE_LL),
+            (64, True, False, 64, ASYNC_LL),
+        ):  # fmt: skip
+            config = MoriConfig(world, limit, low_latency=low, copy_engines=sdma)
+            self.assertIs(choose_kernel(config), expected)
+
+    def test_what_a_kernel_would_corrupt_is_refused(self):
+        refused = (
+            (MoriConfig(8, 64, max_recv_tokens=100), "IntraNode.*combine writes at rank"),
+            (MoriConfig(6, 64), "1, 2, 4 or whole nodes"),
+            (MoriConfig(12, 64), "1, 2, 4 or whole nodes"),
+            (MoriConfig(128, 64, low_latency=True), "at most 64 ranks"),
+            (MoriConfig(16, 64, combine_dtype="fp8"), "COMBINE_DTYPE=fp8 is not offered"),
+        )
+        for config, message in refused:
+            with self.assertRaisesRegex(ExchangeConfigError, message):
+                choose_kernel(config)
+        # The portable transport has none of these reasons.
+        plan, kernel = plan_exchange(refused[0][0], 0, 64, 16, 2, torch.float32, is_mori=False)
+        self.assertEqual((kernel, plan.max_recv), (None, 104))
+        choose_kernel(MoriConfig(8, 64, max_recv_tokens=100, low_latency=True))
+        choose_kernel(MoriConfig(8, 64, max_recv_tokens=512))  # the worst case is no cap
+
+    def test_dtypes_that_the_weights_forbid(self):
+        for dtype in ("fp8", "fp4"):
+            with self.assertRaisesRegex(ExchangeConfigError, f"DISPATCH_DTYPE={dtype} needs {dtype} expert weights"):
+                plan_exchange(MoriConfig(2, 4, dispatch_dtype=dtype), 0, 8, 16, 2, torch.bfloat16, is_mori=True)
+        with self.assertRaisesRegex(ExchangeConfigError, "unset SGLANG_MORI_COMBINE_DTYPE"):
+            config, _ = plan_exchange(MoriConfig(1, 4, combine_dtype="fp8"), 0, 8, 16, 2, torch.bfloat16, False)
+            PortableTransport(config, ProcessGroupHandle(), "cpu", False)
+
+    def test_fields_that_a_release_lacks(self):
+        class Old:
+            def __init__(self, rank, num_qp_per_pe=1):
+                pass
+
+        class Older:
+            def __init__(self, rank):
+                pass
+
+        harmless = {"rank": 0, "num_qp_per_pe": 2, "max_total_recv_tokens": 0, "quant_type": "none"}
+        with self.assertLogs(level="WARNING") as logs:
+            self.assertEqual(check_mori_compatibility(harmless, Old), {"rank": 0, "num_qp_per_pe": 2})
+        self.assertIn("max_total_recv_tokens, quant_type", logs.output[0])
+        with self.assertLogs(level="WARNING"):
+            self.assertEqual(check_mori_compatibility(harmless, Older), {"rank": 0})
+        for name, value in (
+            ("max_total_recv_tokens", 64), ("quant_type", "fp8_blockwise"), ("kernel_type", 4), ("gpu_per_node", 8),
+            ("use_external_inp_buf", False), ("rdma_block_num", 32), ("unheard_of", 0),
+        ):  # fmt: skip
+            with self.assertRaisesRegex(ExchangeConfigError, f"lacks {name}={value!r}"):
+                check_mori_compatibility({**harmless, name: value}, Old)
+
+    def test_an_old_release_cannot_be_capped(self):
+        import mori as fake
+
+        def work(rank):
+            with fake.fake_version("1.0.0"):
+                MORI["AsyncLL"](rank)
+                with CASE.assertRaisesRegex(ExchangeConfigError, "lacks max_total_recv_tokens=5.*Install MORI 1.1.0"):
+                    MORI["AsyncLL"](rank, max_total_recv_tokens=5)
+
+        in_world(2, work)
+
+    def test_mixed_releases_are_refused_on_every_rank(self):
+        import mori as fake
+
+        def work(rank):
+            with fake.fake_version(f"1.{rank + 1}.0"):
+                with CASE.assertRaisesRegex(ExchangeConfigError, r"ranks \[1\] run another MORI"):
+                    MORI["AsyncLL"](rank)
+
+        in_world(2, work)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,52 @@
+"""The cases of AITER's greedy sampling over the fake, under the ROCm policy on the CPU."""
+
+from __future__ import annotations
+
+import unittest
+
+import torch
+
+from sglang.kernels.ops.sampling.greedy import greedy_sample
+from sglang.srt.platforms import override_platform
+from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
+from sglang.test import aiter_greedy_cases
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.process_ranks import use_fakes
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+
+use_fakes()
+
+
+class TestAiterGreedySampleOverFake(aiter_greedy_cases.AiterGreedyCases, CustomTestCase):
+    def setUp(self) -> None:
+        context = override_platform(RocmOverFakesPlatform(find_fakes()))
+        context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        super().setUp()
+
+    def test_unguarded_kernel_goes_past_the_vocabulary(self) -> None:
+        """The reason for the guard: lanes past V read 0 and beat every negative logit."""
+        from aiter import greedy_sample as kernel
+
+        vocab = aiter_greedy_cases.UNSAFE_VOCABULARY
+        logits = -self.random(3, vocab).abs() - 1
+        ids = torch.empty(3, dtype=torch.int32)
+        kernel(ids, logits)
+        self.assertTrue(bool((ids >= vocab).all()))
+        self.assertLess(int(greedy_sample(logits).max()), vocab)
+
+
+class TestCpuIsLeftAlone(CustomTestCase):
+    def test_cpu_never_asks_for_aiter(self) -> None:
+        from sglang.kernels.registry import REGISTRY, fresh_decisions
+        from sglang.srt.environ import envs
+
+        with envs.SGLANG_USE_AITER.override(True), fresh_decisions():
+            self.assertEqual(greedy_sample(torch.zeros(1, 32)).dtype, torch.int64)
+            self.assertIn("not for cpu", REGISTRY.records["sampling.greedy"].verdicts["aiter"])
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,38 @@
+"""AITER's greedy sampling on an AMD GPU, behind the op table and the sampler."""
+
+from __future__ import annotations
+
+import unittest
+
+from sglang.srt.utils.common import is_hip
+from sglang.test import aiter_greedy_cases
+from sglang.test.ci.ci_register import register_amd_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_amd_ci(est_time=60, suite="stage-b-test-1-gpu-small-amd")
+
+
+@unittest.skipUnless(is_hip(), "needs an AMD GPU")
+class TestAiterGreedySample(aiter_greedy_cases.AiterGreedyCases, CustomTestCase):
+    device = "cuda"
+    batches = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        try:
+            from aiter import greedy_sample  # noqa: F401
+        except Exception as error:  # AITER fails with more than ImportError
+            raise unittest.SkipTest(f"aiter does not import: {error}") from error
+
+    def test_twice_the_same(self) -> None:
+        """The kernel reads and writes nothing else than it is given: ids repeat, call after call."""
+        from sglang.kernels.ops.sampling.greedy import greedy_sample
+
+        logits = self.random(64, 129280)
+        first = greedy_sample(logits).tolist()
+        for _ in range(20):
+            self.assertEqual(greedy_sample(logits).tolist(), first)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,424 @@
+"""The memory plan against really built models, pools and buffers, and against sums done by hand."""
+
+import contextlib
+import io
+import json
+import tempfile
+import unittest
+import unittest.mock
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from sglang import plan as cli
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.published_sizes import BLOCK_FP8, DEEPSEEK_V3, qwen35_like
+from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
+from sglang.srt.entrypoints.launch import accept, judge
+from sglang.srt.environ import envs
+from sglang.srt.layers.moe.fused_moe import FusedMoE
+from sglang.srt.layers.moe.token_dispatcher.base import EpConfig
+from sglang.srt.layers.moe.token_dispatcher.mori_memory import (
+    MIB,
+    exchange_buffers,
+    heap_bytes,
+    parse_heap_size,
+    plan_heap,
+)
+from sglang.srt.layers.moe.token_dispatcher.portable import PortableTransport
+from sglang.srt.managers import process_launch
+from sglang.srt.mem_cache.pool_plan import PoolPlanError
+from sglang.srt.model_executor.memory_plan import check_device, plan_memory, plan_weights
+from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool
+from sglang.srt.model_loader.loader import load_model
+from sglang.srt.platforms import override_platform
+from sglang.srt.platforms.rocm import RocmOverFakesPlatform
+from sglang.srt.server_args import ServerArgs, ServerArgsError, evaluate, override_server_args
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.process_ranks import run_processes, use_fakes
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
+
+CPU = SimpleNamespace(kind="cpu", device_type="cpu")
+MI300X = SimpleNamespace(kind="hip", device_type="cuda")
+V3_SMALL = {
+    **DEEPSEEK_V3, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 128, "n_routed_experts": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 512, "max_position_embeddings": 256,
+    "q_lora_rank": 128, "kv_lora_rank": 128,
+}  # fmt: skip
+QWEN = qwen35_like(4)
+QWEN_SMALL = {
+    **QWEN,
+    "text_config": {
+        **QWEN["text_config"], "hidden_size": 256, "num_experts": 16, "moe_intermediate_size": 128, "vocab_size": 512,
+        "shared_expert_intermediate_size": 128, "max_position_embeddings": 256, "num_attention_heads": 4, "head_dim": 64,
+        "linear_num_key_heads": 4, "linear_num_value_heads": 8, "linear_key_head_dim": 32, "linear_value_head_dim": 32,
+    },
+}  # fmt: skip
+MODELS = {
+    "v3": V3_SMALL,
+    "v3-fp8": {**V3_SMALL, "quantization_config": BLOCK_FP8},
+    "v3-tied": {**V3_SMALL, "tie_word_embeddings": True},
+    "qwen3.5": QWEN_SMALL,
+}
+LAYOUTS: tuple[dict[str, Any], ...] = (
+    {"tp_size": 1},
+    {"tp_size": 2},
+    {"tp_size": 4, "ep_size": 2},
+    {"tp_size": 4, "ep_size": 4, "dp_size": 2, "enable_dp_attention": True},
+    {"tp_size": 4, "dp_size": 4, "enable_dp_attention": True, "moe_a2a_backend": "mori"},
+)
+# DeepSeek-V3 over 8 ranks at the default limit, as in MORI's own examples.
+V3_EP8: dict[str, Any] = dict(
+    rank=0, world_size=8, hidden_dim=7168, max_num_inp_token_per_rank=4096, num_experts_per_rank=32,
+    num_experts_per_token=8, data_type=torch.bfloat16, combine_type=torch.bfloat16,
+)  # fmt: skip
+
+
+class PlanTestCase(CustomTestCase):
+    @classmethod
+    def setUpClass(cls):
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory()) if hasattr(cls, "enterClassContext") else None
+        cls.root = Path(folder or tempfile.mkdtemp())
+        torch.set_num_threads(1)
+
+    def folder(self, name: str, config: dict[str, Any]) -> str:
+        path = self.root / name
+        path.mkdir(exist_ok=True)
+        (path / "config.json").write_text(json.dumps(config))
+        return str(path)
+
+    def resolved(self, name: str, platform: Any = CPU, **flags: Any) -> tuple[ServerArgs, ModelConfig]:
+        path = self.folder(name, MODELS.get(name, DEEPSEEK_V3))
+        verdict = evaluate(ServerArgs(model_path=path, load_format="dummy", **flags), platform)
+        self.assertEqual(verdict.errors, [])
+        assert verdict.model_config is not None
+        return verdict.args, verdict.model_config
+
+    def run_plan(self, *flags: str) -> tuple[int, str, str]:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            try:
+                status = cli.main(flags)
+            except SystemExit as end:
+                status = int(end.code or 0)
+        return status, out.getvalue(), err.getvalue()
+
+
+class TestWeights(PlanTestCase):
+    def test_every_rank_holds_what_is_planned(self):
+        for name in MODELS:
+            for layout in LAYOUTS:
+                args, config = self.resolved(name, **layout)
+                planned = plan_weights(args, config)
+                for rank in range(args.tp_size):
+                    with self.subTest(name, layout=layout, rank=rank):
+                        self.assertEqual(plan_weights(args, config, rank), planned)
+                        self.assertEqual(sum(planned.values()), self.bytes_of_built(args, config, rank))
+
+    def bytes_of_built(self, args: ServerArgs, config: ModelConfig, rank: int) -> int:
+        """Parameters and tables of the served model, loaded: the exchange's own tensors are no weights."""
+        tp_size = args.tp_size // args.attn_dp_size
+        place = ParallelState(
+            ProcessGroupHandle(rank, args.tp_size), ProcessGroupHandle(rank % tp_size, tp_size), args.ep_size
+        )
+        with override_parallel_state(place), override_server_args(**vars(args)):
+            model = load_model(config, "dummy")
+        tensors = [*model.parameters(), *(t for n, t in model.named_buffers() if not n.endswith("expert_mask"))]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def test_experts_by_hand(self):
+        # Two MoE layers of 16 experts: 3 matrices of 256 x 128.
+        matrices = 2 * 16 * 3
+        for name, ep, bytes_each in (("v3", 1, 4), ("v3", 4, 4)):
+            args, config = self.resolved(name, tp_size=4, ep_size=ep)
+            self.assertEqual(plan_weights(args, config)["routed experts"], matrices * 256 * 128 * bytes_each // 4)
+        args, config = self.resolved("v3-fp8", tp_size=4, ep_size=4)
+        # One byte each, and a float32 scale for each block of 128 x 128.
+        self.assertEqual(plan_weights(args, config)["routed experts"], matrices * (256 * 128 + 2 * 4) // 4)
+
+    def test_groups(self):
+        args, config = self.resolved("v3")
+        planned = plan_weights(args, config)
+        self.assertEqual(planned["embedding and head"], 2 * 512 * 256 * 4)
+        self.assertEqual(planned["dense MLP"], 3 * 256 * 512 * 4)
+        self.assertEqual(planned["shared experts"], 2 * 3 * 256 * 128 * 4)
+        self.assertEqual(planned["router"], 2 * (16 * 256 + 16) * 4)
+        self.assertEqual(planned["norms"], (2 * 3 + 1) * 256 * 4)
+        args, config = self.resolved("v3-tied")
+        self.assertEqual(plan_weights(args, config)["embedding and head"], 512 * 256 * 4)
+
+    def test_published_size_without_memory(self):
+        config = {**DEEPSEEK_V3, "num_hidden_layers": 61, "first_k_dense_replace": 3}
+        args, model = self.resolved_config("v3-full", config, platform=MI300X, tp_size=8, ep_size=8)
+        planned = plan_weights(args, model)
+        self.assertEqual(planned["routed experts"], 58 * 32 * 3 * 7168 * 2048 * 2)
+
+    def resolved_config(self, name: str, config: dict[str, Any], **flags: Any) -> tuple[ServerArgs, ModelConfig]:
+        with unittest.mock.patch.dict(MODELS, {name: config}):
+            return self.resolved(name, **flags)
+
+
+class TestPools(PlanTestCase):
+    def test_pools_are_what_is_planned(self):
+        for name in MODELS:
+            for layout in LAYOUTS[:4]:
+                with self.subTest(name, layout=layout):
+                    args, config = self.resolved(name, max_running_requests=4, page_size=4, **layout)
+                    plan = plan_memory(args, config, "cpu", 24 * MIB, {})
+                    assert plan.pools is not None, plan.problems
+                    tp_size = args.tp_size // args.attn_dp_size
+                    cpu = torch.device("cpu")
+                    kv = make_kv_pool(config, plan.pools.num_tokens, args.page_size, tp_size, cpu)
+                    self.assertEqual(kv.total_bytes(), plan.kv_bytes)
+                    states = make_state_pool(config, plan.pools.num_state_slots, tp_size, cpu, args.mamba_ssm_dtype)
+                    self.assertEqual(0 if states is None else states.total_bytes(), plan.state_bytes)
+                    self.assertEqual(plan.state_bytes > 0, name == "qwen3.5")
+                    free = 24 * MIB - sum(plan.weights.values())
+                    self.assertLessEqual(plan.kv_bytes + plan.state_bytes, args.mem_fraction_static * free)
+                    self.assertEqual(plan.left, free - plan.kv_bytes - plan.state_bytes)
+
+    def test_what_does_not_fit_is_refused_with_the_sum(self):
+        args, config = self.resolved("v3", moe_a2a_backend="mori", tp_size=2)
+        weights = plan_weights(args, config)
+        plan = plan_memory(args, config, "cpu", sum(weights.values()), {})
+        self.assertIsNone(plan.pools)
+        self.assertLess(plan.left, 0)
+        for part in (*weights, "MoE exchange"):
+            self.assertIn(part, plan.problems[0])
+        with self.assertRaisesRegex(PoolPlanError, "routed experts .* MoE exchange"):
+            check_device(args, config, "cpu", sum(weights.values()) + plan.exchange_bytes)
+        check_device(args, config, "cpu", sum(weights.values()) + plan.exchange_bytes + 1)
+
+
+class TestExchangeBuffers(CustomTestCase):
+    def buffers(self, kernel: str, **changes: Any) -> dict[str, int]:
+        return {b.name: b.num_bytes for b in exchange_buffers(EpConfig(**{**V3_EP8, **changes}), kernel)}
+
+    def test_intra_node_by_hand(self):
+        found = self.buffers("IntraNode")
+        self.assertEqual(found["dispatch output"], 448 * MIB)  # 32,768 x 7168 x 2
+        self.assertEqual(found["combine output"], 56 * MIB)
+        self.assertEqual(found["combine input"], 32768 * (14336 + 8 * 4 + 8 * 4 + 4))
+        self.assertEqual(found["ids and weights"], 5 * 32768 * 8 * 4)
+        self.assertEqual(found["source map"], 4 * MIB)  # 32,768 x 32 x 4
+        self.assertEqual(found["signals"], 2 * 8 * 4 * 2 * 2 + 16 * 8 * 2 + 8 + 4 + 8 * 4 * 2 * 8 + 4096 * 8)
+        self.assertEqual(found["order maps"], 5 * 4 * MIB + 4096 * (8 * 4 + 4 + 8))
+        self.assertNotIn("scales", found)
+
+    def test_other_kernels_by_hand(self):
+        record = 14336 + 8 * 4 + 8 * 4 + 4
+        found = self.buffers("AsyncLL", max_total_recv_tokens=4096)
+        for name in ("dispatch input", "combine input", "staging"):
+            self.assertEqual(found[name], 8 * 4096 * record)
+        self.assertEqual(found["dispatch output"], 56 * MIB)
+        for kernel in ("InterNodeV1", "InterNodeV1LL"):
+            found = self.buffers(kernel, world_size=16, num_experts_per_rank=16)
+            self.assertEqual(found["dispatch output"], 896 * MIB)
+            self.assertEqual(found["combine input"], 65536 * record)
+            self.assertEqual(found["dispatch input"], 2 * 4096 * record)
+            self.assertEqual(found["staging"], 4 * 4096 * record)
+            self.assertEqual(found["dispatch staging"], 4096 * record)
+        with self.assertRaisesRegex(ValueError, "IntraNodeLL"):
+            self.buffers("IntraNodeLL")
+
+    def test_cap_is_rounded_as_mori_does(self):
+        for cap, rows in ((100, 104), (8, 8), (1, 8), (32767, 32768)):
+            self.assertEqual(self.buffers("IntraNode", max_total_recv_tokens=cap)["dispatch output"], rows * 14336)
+
+    def test_scales(self):
+        fp8 = dict(data_type=torch.float8_e4m3fn, scale_dim=56)
+        record = 14336 + 64 + 4 + 56 * 4
+        found = self.buffers("IntraNode", **fp8)
+        self.assertEqual((found["combine input"], found["scales"]), (32768 * record, 2 * 32768 * 224))
+        # The codec's scales replace the dispatch's in the staging, and stand beside them elsewhere.
+        found = self.buffers("IntraNode", combine_wire="fp8_blockwise")
+        self.assertEqual((found["combine input"], found["scales"]), (32768 * record, 32768 * 224))
+        found = self.buffers("AsyncLL", combine_wire="fp8_blockwise")
+        self.assertEqual(found["combine input"], 32768 * (record - 224))
+
+    def test_fake_mori_allocates_the_same_rows(self):
+        use_fakes()
+        run_processes(2, _compare_with_fake)
+
+    def test_portable_transport(self):
+        for changes in ({}, {"max_total_recv_tokens": 100}):
+            sizes = EpConfig(**{**V3_EP8, **changes})
+            transport = PortableTransport(sizes, ProcessGroupHandle(0, 8), "meta", gathered=True)
+            tensors = [t for t in vars(transport).values() if isinstance(t, torch.Tensor)]
+            tensors += [t for t in transport._batch if t is not None]
+            self.assertEqual(sum(self.buffers("portable", **changes).values()), sum(t.nbytes for t in tensors))
+
+
+def _compare_with_fake(rank: int) -> None:
+    import mori
+    import torch.distributed as dist
+
+    dist.distributed_c10d._register_process_group("mori", dist.group.WORLD)
+    mori.shmem.shmem_torch_process_group_init("mori")
+    for cap in (0, 5, 8):
+        sizes = EpConfig(
+            **{**V3_EP8, "rank": rank, "world_size": 2, "hidden_dim": 64, "max_num_inp_token_per_rank": 4},
+            max_total_recv_tokens=cap,
+        )
+        planned = {b.name: b.num_bytes for b in exchange_buffers(sizes, "IntraNode")}
+        op = mori.ops.EpDispatchCombineOp(
+            mori.ops.EpDispatchCombineConfig(
+                data_type=torch.bfloat16, rank=rank, world_size=2, hidden_dim=64, scale_dim=0, scale_type_size=4,
+                max_token_type_size=2, max_num_inp_token_per_rank=4, num_experts_per_rank=32, num_experts_per_token=8,
+                max_total_recv_tokens=cap, gpu_per_node=2,
+            )  # fmt: skip
+        )
+        assert planned["dispatch output"] == op._storage["out"].nbytes
+        assert planned["combine output"] == op._storage["combine_out"].nbytes
+        assert planned["ids and weights"] * 2 == 5 * (op._out_indices.nbytes + op._out_weights.nbytes)
+
+
+class TestHeap(CustomTestCase):
+    buffers = exchange_buffers(EpConfig(**V3_EP8), "IntraNode")
+
+    def test_sizes_as_mori_reads_them(self):
+        for text, size in (
+            ("6G", 6 << 30), ("512M", 512 << 20), ("512MiB", 512 << 20), ("7gb", 7 << 30), ("4096", 4096), ("1K", 1024),
+        ):  # fmt: skip
+            self.assertEqual(parse_heap_size(text), size)
+        for text in ("6.5G", "", "-1G", "6T", "six"):
+            with self.assertRaisesRegex(ValueError, "integer with K, M or G"):
+                parse_heap_size(text)
+
+    def test_heap_holds_aligned_buffers(self):
+        on_heap = sum(b.num_bytes for b in self.buffers if b.on_heap)
+        self.assertGreaterEqual(heap_bytes(self.buffers), on_heap + 256 * len(self.buffers) + 1280)
+        self.assertLess(heap_bytes(self.buffers), on_heap + 70 * MIB)
+
+    def test_unset_is_set_and_too_small_is_refused(self):
+        needed = heap_bytes(self.buffers)
+        plan = plan_heap(self.buffers, {})
+        self.assertEqual((plan.size, plan.variables), (needed, {"MORI_SHMEM_HEAP_SIZE": f"{needed // MIB}M"}))
+        self.assertEqual(parse_heap_size(plan.variables["MORI_SHMEM_HEAP_SIZE"]), needed)
+        plan = plan_heap(self.buffers, {"MORI_SHMEM_HEAP_SIZE": "4G"})
+        self.assertEqual((plan.size, plan.variables, plan.problem), (4 << 30, {}, ""))
+        plan = plan_heap(self.buffers, {"MORI_SHMEM_HEAP_SIZE": f"{needed // MIB - 1}M"})
+        for part in ("dispatch output 448.0", "combine output 56.0", "combine input 450.1", f"set {needed // MIB}M"):
+            self.assertIn(part, plan.problem)
+        self.assertIn("integer", plan_heap(self.buffers, {"MORI_SHMEM_HEAP_SIZE": "1.5G"}).problem)
+
+    def test_other_modes(self):
+        self.assertEqual(plan_heap(self.buffers, {"MORI_SHMEM_MODE": "isolation"}).variables, {})
+        vmm = plan_heap(self.buffers, {"MORI_SHMEM_MODE": "vmm_heap"})
+        self.assertGreaterEqual(vmm.size, heap_bytes(self.buffers) + 64 * MIB * len(self.buffers))
+
+
+class TestCommand(PlanTestCase):
+    def setUp(self):
+        self.model = self.folder("v3-4l", {**DEEPSEEK_V3, "num_hidden_layers": 4})
+        self.flags = ("--model-path", self.model, "--tp", "8", "--moe-a2a-backend", "mori")
+
+    def test_json_adds_up(self):
+        status, out, _ = self.run_plan(*self.flags, "--json", "--gpu-memory-gb", "288")
+        found = json.loads(out)
+        self.assertEqual((status, found["memory"], found["ranks"]["ep"]), (0, 288 << 30, 8))
+        taken = ("exchange_bytes", "kv_bytes", "state_bytes", "graphs_estimate", "runtime_estimate")
+        total = sum(found["weights"].values()) + sum(found[name] for name in taken) + found["left_for_activations"]
+        self.assertEqual(total, found["memory"])
+        self.assertEqual(found["exchange"]["kernel"], "IntraNode")
+        self.assertEqual(found["variables"], {"MORI_SHMEM_HEAP_SIZE": f"{found['exchange']['heap']['size'] // MIB}M"})
+        pools = found["pools"]
+        self.assertEqual(found["kv_bytes"], (pools["num_tokens"] + 1) * 4 * 576 * 2)
+        # The plan's experts are those of the model.
+        args, config = self.resolved("v3")
+        model = load_model(config, "dummy")
+        layer = next(module for module in model.modules() if isinstance(module, FusedMoE))
+        exchange = plan_memory(
+            self.resolved("v3", moe_a2a_backend="mori", tp_size=2)[0], config, "hip", 1 << 40, {}
+        ).exchange
+        assert exchange is not None
+        sizes = {b.name: b.num_bytes for b in exchange.by_kernel["IntraNode"].with_cap}
+        self.assertEqual(sizes["source map"], 2 * 4096 * (layer.num_experts // 2) * 4)
+        self.assertEqual(sizes["combine output"], 4096 * layer.hidden * 4)
+        self.assertEqual(sizes["ids and weights"], 5 * 2 * 4096 * layer.top_k * 4)
+
+    def test_rounds_and_buffers_under_a_cap(self):
+        dp = ("--enable-dp-attention", "--dp", "8", "--deepep-mode", "low_latency")
+        with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(2040):
+            status, out, _ = self.run_plan(*self.flags, *dp, "--json")
+            _, text, _ = self.run_plan(*self.flags, *dp)
+        exchange = json.loads(out)["exchange"]
+        self.assertEqual((status, exchange["recv_rows"], exchange["worst_recv_rows"]), (0, 2040, 32768))
+        rounds = {step["step"]: (step["rows"], step["worst_case"], step["with_cap"]) for step in exchange["rounds"]}
+        # 8 groups of 256 and of 1024 rows through 2,040: 2,048 need two rounds, 8,192 need five.
+        self.assertEqual(rounds["decode"], (256, 1, 2))
+        self.assertEqual(rounds["decode graph"], (256, 1, 2))
+        self.assertEqual(rounds["prefill chunk"], (1024, 1, 5))
+        self.assertRegex(text, r"prefill chunk +1 +5 ")
+        self.assertRegex(text, r"dispatch output +448\.0 +27\.9 ")
+        self.assertRegex(text, r"a further round")
+
+    def test_refusals_are_those_of_the_launch(self):
+        flags = ("--model-path", self.model, "--tp", "3")
+        status, _, err = self.run_plan(*flags)
+        self.assertEqual(status, 2)
+        for error in evaluate(flags, MI300X).errors:
+            self.assertIn(error, err)
+        status, _, err = self.run_plan(*self.flags, "--gpu-memory-gb", "4")
+        self.assertEqual(status, 2)
+        self.assertIn("MoE exchange", err)
+        with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(4096):
+            status, out, err = self.run_plan(*self.flags)
+        self.assertEqual(status, 2)
+        self.assertIn("IntraNode", err)
+        self.assertRegex(out, r"heap, AsyncLL +\d+ +\d+")
+
+    def test_platforms(self):
+        status, out, _ = self.run_plan(*self.flags, "--platform", "cuda", "--json")
+        found = json.loads(out)
+        self.assertEqual((status, found["exchange"]["kernel"], found["exchange"]["heap"]), (0, "portable", None))
+        self.assertEqual(found["variables"], {})
+        with envs.SGLANG_ROCM_USE_MULTI_STREAM.override(True):
+            _, out, _ = self.run_plan("--model-path", self.model, "--json")
+        self.assertEqual(json.loads(out)["variables"], {"GPU_MAX_HW_QUEUES": "5"})
+
+
+class TestLaunch(PlanTestCase):
+    def judged(self, heap: str = "", **flags: Any):
+        path = self.folder("v3", V3_SMALL)
+        args = ServerArgs(model_path=path, load_format="dummy", tp_size=2, moe_a2a_backend="mori", **flags)
+        with override_platform(RocmOverFakesPlatform(("mori",))):
+            with unittest.mock.patch.dict("os.environ", {"MORI_SHMEM_HEAP_SIZE": heap}):
+                return judge(args)
+
+    def test_heap_is_set_for_the_ranks_alone(self):
+        verdict = self.judged()
+        self.assertEqual(verdict.errors, [])
+        self.assertEqual(list(verdict.child_variables), ["MORI_SHMEM_HEAP_SIZE"])
+        self.assertTrue(any(line.startswith("sets: MORI_SHMEM_HEAP_SIZE=") for line in verdict.lines()))
+        seen = {}
+
+        def start(name, module, config, threads, variables):
+            seen[name] = dict(variables)
+            if name == "detokenizer":
+                raise RuntimeError("far enough")
+
+        with unittest.mock.patch.object(process_launch, "_start", start), self.assertRaisesRegex(RuntimeError, "far"):
+            process_launch.launch_engine_processes(verdict.args, verdict.child_variables)
+        heap = verdict.child_variables.items()
+        self.assertEqual({name: heap <= variables.items() for name, variables in seen.items()},
+                         {"scheduler TP0": True, "scheduler TP1": True, "detokenizer": False})  # fmt: skip
+
+    def test_user_value_is_kept_or_refused(self):
+        self.assertEqual(self.judged("4G").child_variables, {})
+        verdict = self.judged("64M")
+        self.assertIn("dispatch output", verdict.errors[0])
+        with self.assertRaisesRegex(ServerArgsError, "MORI_SHMEM_HEAP_SIZE=64M"):
+            accept(verdict)
+
+    def test_settings_that_cannot_be_planned_are_errors(self):
+        with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(10**6):
+            self.assertIn("SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS", self.judged().errors[0])
+
+
+if __name__ == "__main__":
+    unittest.main()

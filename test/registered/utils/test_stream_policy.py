@@ -1,0 +1,197 @@
+"""Which sites overlap, why, and what a launch is told: every platform and variable, as data in and data out."""
+
+import itertools
+import os
+import unittest
+from dataclasses import dataclass
+from unittest import mock
+
+from sglang.srt.environ import EnvError, declared_variables
+from sglang.srt.managers.process_launch import LaunchError, device_variables
+from sglang.srt.platforms import override_platform
+from sglang.srt.utils.stream_policy import (
+    NOT_ASKED,
+    SERIAL_PLAN,
+    SITE_RULES,
+    StreamSettings,
+    parse_sites,
+    plan_streams,
+    resolve_streams,
+)
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.happens_before import FakeStreamPlatform
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
+
+DEEPSEEK, QWEN = "deepseek.shared_experts", "qwen3_5.shared_experts"
+GDN, NORM = "qwen3_5.gdn_qkvz_ba", "qwen3_5.qk_norm"
+SWITCHES = (
+    "SGLANG_ROCM_USE_MULTI_STREAM",
+    "SGLANG_ALT_STREAM",
+    "SGLANG_GDN_QKVZ_BA_ALT_STREAM",
+    "SGLANG_QK_NORM_ALT_STREAM",
+)
+
+
+class HipPlatform(FakeStreamPlatform):
+    """ROCm's policy over fake streams."""
+
+    queue_variable = ("GPU_MAX_HW_QUEUES", 4)
+
+    def __init__(self):
+        super().__init__("hip")
+
+
+@dataclass(frozen=True)
+class Args:
+    moe_a2a_backend: str = "none"
+    deepep_mode: str = "auto"
+
+
+def plan(platform, environ=(), backend="none", mode="auto", fusion=False):
+    settings = StreamSettings.from_env(platform, dict(environ))
+    return resolve_streams(platform, settings, backend, mode, fusion)
+
+
+def enabled(found):
+    return {site.name for site in found.sites if site.enabled}
+
+
+class TestSites(CustomTestCase):
+    def test_hip_overlaps_what_is_asked_for_and_nothing_else(self):
+        wanted = {
+            (): set(),
+            (0,): {DEEPSEEK},
+            (1,): {QWEN},
+            (2,): set(),
+            (3,): set(),
+            (1, 2): {QWEN, GDN},
+            (1, 3): {QWEN, NORM},
+            (2, 3): set(),
+            (0, 1, 2, 3): {DEEPSEEK, QWEN, GDN, NORM},
+        }
+        for chosen, sites in wanted.items():
+            found = plan(HipPlatform(), {SWITCHES[index]: "1" for index in chosen})
+            self.assertEqual(enabled(found), sites, chosen)
+
+    def test_no_switch_takes_from_cuda_what_overlaps_there(self):
+        for values in itertools.product(("0", "1"), repeat=4):
+            found = plan(FakeStreamPlatform("cuda"), zip(SWITCHES, values))
+            self.assertEqual(enabled(found), {DEEPSEEK, QWEN, GDN, NORM})
+            self.assertEqual((found.queues, found.warnings), (None, ()))
+
+    def test_each_decision_has_its_reason(self):
+        found = plan(HipPlatform(), {"SGLANG_GDN_QKVZ_BA_ALT_STREAM": "1", "SGLANG_ROCM_USE_MULTI_STREAM": "true"})
+        self.assertEqual(found.site(GDN).reason, "needs SGLANG_ALT_STREAM and SGLANG_GDN_QKVZ_BA_ALT_STREAM")
+        self.assertEqual(found.site(QWEN).reason, NOT_ASKED)
+        self.assertEqual(found.site(DEEPSEEK).reason, "SGLANG_ROCM_USE_MULTI_STREAM; range not measured")
+        lines = [line.split(" (")[0] for line in found.lines()]
+        self.assertEqual(lines, [f"overlap {DEEPSEEK}: on", f"overlap {GDN}: off"])
+        self.assertEqual(found.describe()["sites"][GDN]["reason"], found.site(GDN).reason)
+
+    def test_a_platform_without_streams_overlaps_nothing_and_says_so(self):
+        platform = HipPlatform()
+        platform.supports_streams = False
+        found = plan(platform, dict.fromkeys(SWITCHES, "1"))
+        self.assertEqual((enabled(found), found.queues), (set(), None))
+        self.assertIn("has no streams", found.site(DEEPSEEK).reason)
+        self.assertEqual(enabled(plan(FakeStreamPlatform("cpu"))), set())
+
+    def test_eager_steps_overlap_only_where_experts_are_on_other_ranks(self):
+        for backend, capture_only in (("none", True), ("mori", False)):
+            found = plan(FakeStreamPlatform("cuda"), backend=backend)
+            self.assertEqual([found.site(name).capture_only for name in (DEEPSEEK, QWEN)], [capture_only] * 2)
+            self.assertTrue(found.site(GDN).capture_only and found.site(NORM).capture_only)
+
+    def test_a_forced_site_is_forced_either_way(self):
+        forced = {"SGLANG_STREAM_SITES": f" {DEEPSEEK}=on, {QWEN}=off,"}
+        self.assertEqual(enabled(plan(HipPlatform(), {**forced, "SGLANG_ALT_STREAM": "1"})), {DEEPSEEK})
+        self.assertEqual(enabled(plan(FakeStreamPlatform("cuda"), forced)), {DEEPSEEK, GDN, NORM})
+
+    def test_a_malformed_force_is_refused_by_name(self):
+        for text in ("qwen3_5.qknorm=on", f"{NORM}=maybe", NORM):
+            with self.assertRaisesRegex(EnvError, f"SGLANG_STREAM_SITES .*{DEEPSEEK}"):
+                parse_sites(text)
+            with mock.patch.dict("os.environ", {"SGLANG_STREAM_SITES": text}):
+                with override_platform(HipPlatform()), self.assertRaisesRegex(LaunchError, "STREAM_SITES") as caught:
+                    device_variables(Args())
+                self.assertTrue(caught.exception.user_error)
+
+    def test_a_model_makes_one_stream_for_the_sites_it_has(self):
+        platform = HipPlatform()
+        found = plan(platform, {"SGLANG_ALT_STREAM": "1"})
+        with override_platform(platform):
+            self.assertIsNone(found.side_stream(DEEPSEEK))
+            self.assertIsNone(SERIAL_PLAN.side_stream(DEEPSEEK, QWEN))
+            self.assertEqual(found.side_stream(QWEN, GDN, NORM).name, "side1")
+
+    def test_the_variables_act_now(self):
+        declared = declared_variables()
+        self.assertEqual({switch.name for rule in SITE_RULES for switch in rule.switches}, set(SWITCHES))
+        self.assertEqual([name for name in SWITCHES if not declared[name].effective], [])
+
+
+class TestWarnings(CustomTestCase):
+    def warnings(self, environ=(), **options):
+        return plan(HipPlatform(), {"GPU_MAX_HW_QUEUES": "8", **dict(environ)}, **options).warnings
+
+    def test_fusion_leaves_nothing_to_overlap_and_the_conflict_names_the_way_out(self):
+        asked = {"SGLANG_ALT_STREAM": "1", "SGLANG_GDN_QKVZ_BA_ALT_STREAM": "1"}
+        self.assertEqual(enabled(plan(HipPlatform(), asked, fusion=True)), {GDN})
+        (warning,) = self.warnings(asked, fusion=True)
+        self.assertRegex(warning, "^SGLANG_ALT_STREAM .*--disable-shared-experts-fusion")
+        self.assertNotIn("\n", warning)
+        self.assertEqual(self.warnings(asked), ())
+        # What overlaps unasked gives way to fusion in silence; another platform's variables ask for nothing.
+        cuda = plan(FakeStreamPlatform("cuda"), asked, fusion=True)
+        self.assertEqual((enabled(cuda), cuda.warnings), ({GDN, NORM}, ()))
+
+    def test_mori_without_asyncll_is_told_what_to_set(self):
+        asked = {"SGLANG_ROCM_USE_MULTI_STREAM": "1"}
+        for mode in ("auto", "normal"):
+            (warning,) = self.warnings(asked, backend="mori", mode=mode)
+            self.assertRegex(warning, r"--deepep-mode low_latency \(auto means normal here\).*MORI_ENABLE_SDMA=1")
+        (warning,) = self.warnings(asked, backend="mori", mode="low_latency")
+        self.assertIn("MORI_ENABLE_SDMA=1", warning)
+        quiet = {**asked, "MORI_ENABLE_SDMA": "1"}
+        self.assertEqual(self.warnings(quiet, backend="mori", mode="low_latency"), ())
+        self.assertEqual(self.warnings(backend="mori", mode="normal"), ())
+        self.assertEqual(self.warnings(asked), ())
+
+    def test_the_portable_transport_has_no_such_mode(self):
+        self.assertEqual(plan(FakeStreamPlatform("cuda"), backend="mori").warnings, ())
+
+
+class TestQueues(CustomTestCase):
+    asked = {"SGLANG_ROCM_USE_MULTI_STREAM": "1"}
+
+    def test_too_few_queues_are_said(self):
+        for text, available in (("4", 4), ("1", 1), ("many", None)):
+            found = plan(HipPlatform(), {**self.asked, "GPU_MAX_HW_QUEUES": text})
+            self.assertEqual(found.queues.available, available)
+            self.assertRegex(found.warnings[0], f"GPU_MAX_HW_QUEUES={text} .* set GPU_MAX_HW_QUEUES=5")
+            self.assertEqual(found.child_variables(), {})
+        for text in ("5", "8"):
+            self.assertEqual(plan(HipPlatform(), {**self.asked, "GPU_MAX_HW_QUEUES": text}).warnings, ())
+
+    def test_the_launcher_sets_the_number_for_its_children_alone(self):
+        with mock.patch.dict("os.environ", self.asked), override_platform(HipPlatform()):
+            os.environ.pop("GPU_MAX_HW_QUEUES", None)
+            self.assertRegex(plan_streams(Args()).warnings[0], r"GPU_MAX_HW_QUEUES=4 \(its default\)")
+            self.assertEqual(device_variables(Args()), {"GPU_MAX_HW_QUEUES": "5"})
+            self.assertNotIn("GPU_MAX_HW_QUEUES", os.environ)
+            os.environ.update(device_variables(Args()))
+            in_child = plan_streams(Args())
+            self.assertEqual((in_child.warnings, in_child.queues.available), ((), 5))
+            self.assertEqual(device_variables(Args()), {})
+
+    def test_nothing_is_set_where_nothing_overlaps(self):
+        for platform, environ in ((HipPlatform(), {}), (FakeStreamPlatform("cuda"), self.asked)):
+            found = plan(platform, environ)
+            self.assertEqual((found.queues, found.child_variables()), (None, {}))
+            self.assertIsNone(found.describe()["hardware_queues"])
+
+
+if __name__ == "__main__":
+    unittest.main()
