@@ -200,8 +200,9 @@ def check_fakes(source: Source, fakes: Path) -> Iterator[str]:
             yield f"{where}: {path.name}: {name}({', '.join(found)}), the vendor has ({', '.join(params)})"
         elif name not in ours and "." not in name:
             yield f"{where}: {name} is missing in the fake"
+    classes = {name.split(".")[0] for name in vendors if "." in name}
     for name, (path, _) in ours.items():
-        if name.split(".")[0] in vendors and name not in vendors:
+        if "." in name and name.split(".")[0] in classes and name not in vendors:
             yield f"{where}: {path.name}: the vendor has no {name}"
 
 
@@ -233,6 +234,7 @@ class CallFinder(ast.NodeVisitor):
         self.names: dict[str, tuple[str, str]] = {}  # local name -> (package, vendor name)
         self.modules: dict[str, str] = {}  # local name of a module -> package
         self.instances: dict[str, tuple[str, str]] = {}  # unparsed receiver -> (package, class)
+        self.factories: dict[str, tuple[str, str]] = {}  # function of the file -> what it builds and returns
         self.imported: list[tuple[str, str, int]] = []
         self.calls: list[VendorCall] = []
 
@@ -261,12 +263,22 @@ class CallFinder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        built = self._vendor_name(node.value.func) if isinstance(node.value, ast.Call) else None
-        built = built or self.instances.get(ast.unparse(node.value))
-        for target in node.targets if built is not None else ():
-            assert built is not None
-            self.instances[ast.unparse(target)] = built
+        alias = self._vendor_name(node.value)
+        built = self._built_by(node.value)
+        for target in map(ast.unparse, node.targets):
+            if alias is not None:
+                self.names[target] = alias
+            if built is not None:
+                self.instances[target] = built
         self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        self.generic_visit(node)
+        for inner in ast.walk(node):
+            if isinstance(inner, ast.Return) and inner.value is not None:
+                built = self._built_by(inner.value)
+                if built is not None:
+                    self.factories[node.name] = built
 
     def visit_Call(self, node: ast.Call) -> None:
         known = self._vendor_name(node.func)
@@ -276,6 +288,12 @@ class CallFinder(ast.NodeVisitor):
         if known is not None:
             self.calls.append(VendorCall(*known, f"{self.shown}:{node.lineno}", node))
         self.generic_visit(node)
+
+    def _built_by(self, value: ast.expr) -> tuple[str, str] | None:
+        """The vendor class of which ``value`` is an instance, as far as the file tells."""
+        if isinstance(value, ast.Call):
+            return self._vendor_name(value.func) or self.factories.get(ast.unparse(value.func))
+        return self.instances.get(ast.unparse(value))
 
     def _remember(self, name: str, annotation: ast.expr | None) -> None:
         text = ast.unparse(annotation) if annotation is not None else ""

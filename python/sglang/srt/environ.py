@@ -90,47 +90,42 @@ class Envs:
         minimum=1,
         unit="tokens",
         section=_MORI,
-        platform="hip",
         doc="Tokens that one rank may dispatch in one forward (prefill chunk, decode batch, graph bucket, draft "
-        "tokens); MORI sizes its buffers by it.",
-        pending="expert parallelism over MORI",
+        "tokens) with `--moe-a2a-backend mori`, which sizes its buffers by it. Automatic sizes are lowered to it; an "
+        "explicit one above it is refused.",
     )
     SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS = EnvInt(
         0,
         minimum=0,
         unit="tokens",
         section=_MORI,
-        platform="hip",
         doc="Received tokens for which one rank allocates memory, from 1 to world size times "
-        "`SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK`. 0 means that maximum.",
-        requires="MORI 1.1.0 or later, unless 0",
-        pending="expert parallelism over MORI",
+        "`SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK`, rounded up to a multiple of the world size. 0 means that "
+        "maximum. A step that could bring more runs its experts in rounds. Refused with MORI's IntraNode kernel.",
+        requires="MORI 1.1.0 or later where MORI carries the tokens, unless 0",
     )
     SGLANG_MORI_MOE_MAX_INPUT_TOKENS = EnvInt(
         0,
         minimum=0,
         unit="tokens",
         section=_MORI,
-        platform="hip",
-        doc="Rows of the receive buffer that the experts compute. A value below the rows that can arrive is raised to "
-        "them. 0 means no cut of its own.",
-        pending="expert parallelism over MORI",
+        doc="Most rows of the receive buffer that the experts compute. They compute the rows that can arrive, raised to "
+        "a tuned size; this cuts that size, and never below what can arrive (said once, counted). 0 means no cut.",
     )
     SGLANG_MORI_DISPATCH_DTYPE = EnvStr(
         "auto",
         choices=("auto", "bf16", "fp8", "fp4"),
         section=_MORI,
-        platform="hip",
-        doc="Type of the tokens on the way to the experts. `auto`: by the type of the expert weights.",
-        pending="expert parallelism over MORI",
+        doc="Type of the tokens on the way to the experts. `auto`: by the type of the expert weights. `bf16`: the "
+        "model's own type. A type that the weights do not have is refused.",
     )
     SGLANG_MORI_COMBINE_DTYPE = EnvStr(
         "auto",
         choices=("auto", "bf16", "fp8", "fp8_direct_cast"),
         section=_MORI,
         platform="hip",
-        doc="Type of the tokens on the way back from the experts; `fp8` is scaled by blocks.",
-        pending="expert parallelism over MORI",
+        doc="Type of the tokens on the way back from the experts; `auto` is the model's own type, `fp8` is scaled by "
+        "blocks (IntraNode and AsyncLL kernels). Refused where MORI does not carry the tokens.",
     )
     SGLANG_MORI_DISPATCH_INTER_KERNEL_SWITCH_THRESHOLD = EnvInt(
         256,
@@ -140,7 +135,6 @@ class Envs:
         platform="hip",
         doc="Between nodes, kernel InterNodeV1LL serves up to this value of "
         "`SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK`, InterNodeV1 above.",
-        pending="expert parallelism over MORI",
     )
     SGLANG_MORI_QP_PER_TRANSFER = EnvInt(
         4,
@@ -193,9 +187,8 @@ class Envs:
         False,
         section=_MODEL,
         platform="hip",
-        doc="Keep linear layers unquantised when experts are quantised on load; no quantisation on load exists here. "
-        "AMD's images set it to 0.",
-        pending="quantisation on load",
+        doc="Keep linear layers unquantised when experts are quantised on load. AMD's images set it to 0.",
+        pending="quantisation of experts alone",
     )
     SGLANG_MOE_PADDING = EnvBool(
         False,

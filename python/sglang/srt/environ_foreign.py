@@ -67,7 +67,11 @@ FOREIGN = (
         "1 copies by SDMA engines, without which AsyncLL is slow. Read once, when MORI starts.",
     ),
     EnvForeign(
-        "MORI_SHMEM_HEAP_SIZE", "MORI", "4G", "Symmetric heap of a rank; too small fails when buffers are made."
+        "MORI_SHMEM_HEAP_SIZE",
+        "MORI",
+        "4G",
+        "Symmetric heap of a rank. The launcher sets it for its processes to what the exchange needs when it is not set, "
+        "and refuses less; `python -m sglang.plan` shows the sum.",
     ),
     EnvForeign(
         "MORI_SHMEM_MODE",

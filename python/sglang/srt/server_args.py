@@ -19,13 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from sglang.srt.server_args_fields import Arg, FieldSpec, field_specs
 from sglang.srt.server_args_parser import add_arguments, collect_values, lacking_flag, parse_command_line
-from sglang.srt.server_args_upstream import (
-    A2A_ELSEWHERE,
-    ATTENTION_ELSEWHERE,
-    LOAD_FORMATS_ELSEWHERE,
-    QUANTIZATION_ELSEWHERE,
-    verdicts,
-)
+from sglang.srt.server_args_upstream import ELSEWHERE, verdicts
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -99,7 +93,7 @@ class ServerArgs:
             "Where weights come from. auto and safetensors read the files of the folder; dummy makes random ones.",
             MODEL,
             choices=("auto", "safetensors", "dummy"),
-            elsewhere=LOAD_FORMATS_ELSEWHERE,
+            elsewhere=ELSEWHERE["load_format"],
         ),
     ] = "auto"
     context_length: Annotated[
@@ -125,7 +119,7 @@ class ServerArgs:
         str | None,
         Arg(
             "fp8 turns matrices into 8-bit floats in 128x128 blocks as they load. An fp8 checkpoint needs no flag.",
-            DTYPE, choices=("fp8",), elsewhere=QUANTIZATION_ELSEWHERE, auto="the checkpoint's format",
+            DTYPE, choices=("fp8",), elsewhere=ELSEWHERE["quantization"], auto="the checkpoint's format",
         ),  # fmt: skip
     ] = None
     kv_cache_dtype: Annotated[
@@ -276,7 +270,7 @@ class ServerArgs:
             "Implementation that attention prefers; triton and aiter need a GPU. In this build aiter becomes triton.",
             KERNELS,
             choices=("torch_native", "triton", "aiter"),
-            elsewhere=ATTENTION_ELSEWHERE,
+            elsewhere=ELSEWHERE["attention_backend"],
             auto="torch_native on CPU, else triton",
         ),
     ] = None
@@ -299,7 +293,7 @@ class ServerArgs:
             "Token exchange between expert ranks: none sums over all, mori sends each token to the ranks it needs.",
             EXPERTS,
             choices=("none", "mori"),
-            elsewhere=A2A_ELSEWHERE,
+            elsewhere=ELSEWHERE["moe_a2a_backend"],
         ),
     ] = "none"
     deepep_mode: Annotated[

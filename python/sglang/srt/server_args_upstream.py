@@ -11,20 +11,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 # Values of our own flags that upstream knows and this engine lacks.
-ATTENTION_ELSEWHERE = (
-    "flex_attention", "nsa", "dsv4", "compressed", "cutlass_mla", "fa3", "fa4", "flashinfer", "flashmla", "trtllm_mla",
-    "tokenspeed_mla", "trtllm_mha", "dual_chunk_flash_attn", "wave", "intel_amx", "ascend", "intel_xpu",
-)  # fmt: skip
-LOAD_FORMATS_ELSEWHERE = (
-    "pt", "npcache", "sharded_state", "gguf", "bitsandbytes", "mistral", "layered", "flash_rl", "remote",
-    "remote_instance", "fastsafetensors", "private", "runai_streamer",
-)  # fmt: skip
-QUANTIZATION_ELSEWHERE = (
-    "awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbytes", "gguf", "w8a8_int8", "w8a8_fp8", "w4afp8", "moe_wna16",
-    "qoq", "mxfp4", "mxfp8", "modelopt", "modelopt_fp8", "modelopt_fp4", "petit_nvfp4", "compressed-tensors", "quark",
-    "auto-round", "unquant",
-)  # fmt: skip
-A2A_ELSEWHERE = ("deepep", "mooncake", "nixl", "ascend_fuseep", "flashinfer", "megamoe")
+ELSEWHERE: dict[str, tuple[str, ...]] = {
+    "attention_backend": (
+        "flex_attention", "nsa", "dsv4", "compressed", "cutlass_mla", "fa3", "fa4", "flashinfer", "flashmla",
+        "trtllm_mla", "tokenspeed_mla", "trtllm_mha", "dual_chunk_flash_attn", "wave", "intel_amx", "ascend",
+        "intel_xpu",
+    ),
+    "load_format": (
+        "pt", "npcache", "sharded_state", "gguf", "bitsandbytes", "mistral", "layered", "flash_rl", "remote",
+        "remote_instance", "fastsafetensors", "private", "runai_streamer",
+    ),
+    "quantization": (
+        "awq", "awq_marlin", "gptq", "gptq_marlin", "bitsandbytes", "gguf", "w8a8_int8", "w8a8_fp8", "w4afp8",
+        "moe_wna16", "qoq", "mxfp4", "mxfp8", "modelopt", "modelopt_fp8", "modelopt_fp4", "petit_nvfp4",
+        "compressed-tensors", "quark", "auto-round", "unquant",
+    ),
+    "moe_a2a_backend": ("deepep", "mooncake", "nixl", "ascend_fuseep", "flashinfer", "megamoe"),
+}  # fmt: skip
 
 # One word a flag: names joined by "|"; then "=" when a value follows, "=+" or "=*" for a list, "=?" for an optional
 # one; then "~a,b" for values that ask for nothing, with which a refused flag is accepted.

@@ -19,7 +19,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 from sglang.srt.platforms import override_platform, select_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform
 from sglang.srt.server_args import override_server_args
-from sglang.test.thread_ranks import thread_ranks
+from sglang.test.thread_ranks import ThreadRank, thread_ranks
 
 # Rows of each group, how many of them are real (None: all), and the expert that all go to (None: any).
 MORI_LOADS: tuple[tuple[list[int], list[int] | None, int | None], ...] = (
@@ -125,9 +125,14 @@ def thread_world(size: int, groups: int = 1, ep_size: int = 1) -> list[ParallelS
 def run_rank(layer: FusedMoE, state: ParallelState, step: EpStep) -> torch.Tensor:
     """The rank's real rows after the sum that the MoE block ends with."""
     group = state.attn_dp_rank
-    out = layer(step.x[group], step.topk[group], step.batch_of(group))
-    handle: ProcessGroupHandle = state.tp
-    return handle.all_reduce(out)[: step.real[group]]
+    try:
+        out = layer(step.x[group], step.topk[group], step.batch_of(group))
+    except BaseException:
+        for handle in (state.world, state.tp):
+            if isinstance(handle, ThreadRank):
+                handle.meeting.abort()
+        raise
+    return state.tp.all_reduce(out)[: step.real[group]]
 
 
 def process_state(rank: int, world: int, groups: int) -> ParallelState:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,6 +42,7 @@ class ModelHarness:
 
     ``extend`` takes tokens of several requests in one packed step; ``decode`` one token each. Both return one
     [tokens, V] log-probability tensor a request; with ``every_row=False`` the logits processor's own output.
+    ``formats`` are those of ModelConfig.from_path.
     """
 
     def __init__(
@@ -52,8 +54,9 @@ class ModelHarness:
         load_format: str = "auto",
         backend: AttentionBackend | None = None,
         streams: StreamPlan = SERIAL_PLAN,
+        **formats: Any,
     ) -> None:
-        self.config = ModelConfig.from_path(model_path)
+        self.config = ModelConfig.from_path(model_path, **formats)
         with override_server_args():
             self.model = load_model(self.config, load_format, streams=streams)
         device = torch.device("cpu")

@@ -26,7 +26,7 @@ def use_fakes() -> None:
 
 
 def run_processes(world_size: int, work: Callable[[int], None]) -> None:
-    """``work(rank)`` in ``world_size`` forks that share a gloo default group; raises AssertionError with their errors."""
+    """``work(rank)`` in ``world_size`` forks that share a gloo default group; AssertionError holds their errors."""
     with tempfile.TemporaryDirectory() as folder:
         children = []
         for rank in range(world_size):

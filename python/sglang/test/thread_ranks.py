@@ -31,6 +31,10 @@ class Meeting:
         self._barrier.wait()
         return everything
 
+    def abort(self) -> None:
+        """End the waiting of all ranks: one of them failed."""
+        self._barrier.abort()
+
 
 @dataclass(frozen=True)
 class ThreadRank(ProcessGroupHandle):
@@ -64,6 +68,10 @@ def thread_ranks(size: int) -> list[ThreadRank]:
 
 
 def run_ranks(work: Callable[[T], R], per_rank: Sequence[T]) -> list[R]:
-    """``work`` on each rank's own argument at the same time; results in rank order."""
+    """``work`` on each rank's own argument at the same time; results in rank order, or the first rank's own error."""
     with ThreadPoolExecutor(len(per_rank)) as pool:
-        return list(pool.map(work, per_rank))
+        results = [pool.submit(work, own) for own in per_rank]
+    errors = [error for error in (result.exception() for result in results) if error is not None]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+    return [result.result() for result in results]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
 _QWEN_ROPE = {
     "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25, "mrope_section": [3, 3, 2],
@@ -111,3 +113,41 @@ def save_tiny_checkpoint(name: str, folder: str | Path, seed: int = 0, **overrid
     model = build_hf_model({**TINY_CONFIGS, **KERNEL_SIZED_CONFIGS}[name] | overrides, seed)
     model.save_pretrained(str(folder), safe_serialization=True)
     return model
+
+
+# What published fp8 checkpoints leave in the dtype of activations.
+_NEVER_FP8 = ("embed_tokens", "lm_head", ".gate.", "shared_expert_gate", "conv1d", "in_proj_a", "in_proj_b", "eh_proj")
+
+
+def quantize_tiny_checkpoint(source: str | Path, folder: str | Path) -> dict[str, torch.Tensor]:
+    """Write ``source`` as an fp8 checkpoint in ``folder``; returns all its tensors in float32, scaled back.
+
+    Written out here, block by block, so that what the product computes has something to be held against.
+    """
+    source, folder = Path(source), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    files, plain, skipped = {}, {}, []
+    for name, tensor in load_file(source / "model.safetensors").items():
+        plain[name] = tensor.float()
+        if tensor.dim() != 2 or any(part in name for part in _NEVER_FP8):
+            files[name] = tensor
+            skipped += [name.removesuffix(".weight")] if tensor.dim() == 2 else []
+            continue
+        rows, columns = tensor.shape
+        coarse = torch.zeros(rows, columns, dtype=torch.float8_e4m3fn)
+        scales = torch.zeros(-(-rows // 128), -(-columns // 128))
+        for i in range(scales.shape[0]):
+            for j in range(scales.shape[1]):
+                block = (slice(128 * i, 128 * i + 128), slice(128 * j, 128 * j + 128))
+                scales[i, j] = plain[name][block].abs().max() / 448
+                coarse[block] = (plain[name][block] / scales[i, j]).clamp(-448, 448).to(coarse.dtype)
+                plain[name][block] = coarse[block].float() * scales[i, j]
+        files[name], files[f"{name}_scale_inv"] = coarse, scales
+    save_file(files, folder / "model.safetensors")
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+        "modules_to_not_convert": skipped,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return plain

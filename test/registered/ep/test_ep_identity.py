@@ -15,7 +15,7 @@ from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tasks import heldout_questions
 
-register_cpu_ci(est_time=120, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=130, suite="stage-b-test-cpu")
 
 TEXTS = [question.text for question in heldout_questions(16, seed=31)]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 20, "ignore_eos": True}

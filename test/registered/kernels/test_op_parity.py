@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from sglang.kernels.ops.moe.topk import SharedSlots
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.kernels.spec import Impl
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -124,7 +125,8 @@ def true_block_linear(x, w, w_scale):
     return out
 
 
-def true_experts_fp8(x, w13, w13_scale, w2, w2_scale, weights, ids):
+def true_experts_fp8(x, w13, w13_scale, w2, w2_scale, weights, ids, x_scale=None, dtype=None):
+    x = x if x_scale is None else x.float() * x_scale.repeat_interleave(128, 1)
     out = torch.zeros(x.shape, dtype=torch.float64)
     for expert in set(ids.flatten().tolist()) - {-1}:
         tokens = [row for row in range(x.shape[0]) if expert in ids[row].tolist()]
@@ -198,7 +200,8 @@ def true_add_gated_shared(routed, shared, x, weight):
 
 
 def true_router_logits(x, weight):
-    return torch.stack([weight.double() @ row for row in x.double()]) if x.shape[0] else x.new_empty(0, len(weight)).double()
+    rows = [weight.double() @ row for row in x.double()]
+    return torch.stack(rows) if rows else torch.empty(0, weight.shape[0], dtype=torch.float64)
 
 
 TRUTHS = {
@@ -239,9 +242,22 @@ def scores_of(row, scoring):
     return [value / sum(exps) for value in exps]
 
 
+def judge_shared(args, out):
+    """AssertionError unless the last columns are the shared slots; the arguments and columns of the router alone."""
+    logits, *rest, (count, weight, gated) = args
+    experts = logits.shape[1] - gated
+    for row, slot_weights, ids in zip(logits.double().tolist(), *(part[:, -count:].tolist() for part in out)):
+        assert ids == list(range(experts, experts + count)), ids
+        wanted = weight * scores_of(row[experts:], "sigmoid")[0] if gated else weight
+        assert all(abs(found - wanted) < 1e-6 or found != found and wanted != wanted for found in slot_weights)
+    return (logits[:, :experts], *rest), [part[:, :-count] for part in out]
+
+
 def judge_router(name, args, out):
     """AssertionError unless ``out`` is a right answer of router ``name``."""
     bias = None
+    if isinstance(args[-1], SharedSlots):
+        args, out = judge_shared(args, out)
     if name == "moe.topk_plain":
         logits, top_k, scoring, renormalize, scale = args
         n_group, topk_group = 1, 1

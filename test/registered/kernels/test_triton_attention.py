@@ -28,7 +28,6 @@ OPS = (
     attention_state.extend_state,
     attention_state.merge_states,
     kv_cache.write_kv,
-    kv_cache.write_latent,
     kv_cache.gather_slots,
 )
 # Triton decides at its import whether bodies are compiled or interpreted, so they are interpreted in another process.
@@ -201,10 +200,6 @@ class TestReferences(CustomTestCase):
                 for slot in range(cache.shape[0]):
                     row = [i for i, other in enumerate(slots.tolist()) if other == slot]
                     self.assertTrue(holds(cache[slot], rows[row[0]] if row else before[slot].to(rows.dtype)))
-        for case in kv_cache.write_latent.cases():
-            latent, cache, slots = clone(case.args)
-            kv_cache.write_latent_torch(latent, cache, slots)
-            self.assertTrue(holds(cache[slots], latent))
         for case in kv_cache.gather_slots.cases():
             table, rows, starts, indptr, total = case.args
             wanted = []

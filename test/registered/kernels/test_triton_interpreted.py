@@ -21,8 +21,9 @@ from sglang.test.test_utils import CustomTestCase
 register_cpu_ci(est_time=70, suite="stage-b-test-cpu")
 
 # The interpreter rounds to 8 bits wrongly where the mantissa carries into the exponent (127.9 becomes 64): this body is
-# left to the GPU, and the products of 8-bit rows are given rows that torch quantised.
+# left to the GPU, as are writes to 8-bit caches, and the products of 8-bit rows are given rows that torch quantised.
 NOT_INTERPRETED = ("quant.quantize_groups",)
+ROW_WRITERS = ("kv_cache", "prepare")
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
 
 
@@ -38,6 +39,8 @@ class TestTritonInterpreted(CustomTestCase):
         for name, op in sorted(REGISTRY.ops.items()):
             for impl in (impl for impl in op.impls if impl.name == "triton" and name not in NOT_INTERPRETED):
                 for case in op.cases():
+                    if op.group in ROW_WRITERS and case.name.endswith("-fp8"):
+                        continue
                     if impl.accepts is None or impl.accepts(*case.args, **case.kwargs):
                         with self.subTest(op=name, case=case.name):
                             check_case(op, impl, case)

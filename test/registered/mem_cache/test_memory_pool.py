@@ -4,6 +4,7 @@ import unittest
 
 import torch
 
+from sglang.kernels.ops.attention.kv_cache import write_kv_torch, write_latent_torch
 from sglang.srt.mem_cache.allocator import SlotAccountingError
 from sglang.srt.mem_cache.memory_pool import GDNStatePool, MHATokenToKVPool, MLATokenToKVPool
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -17,7 +18,7 @@ class TestKVPools(CustomTestCase):
         pool = MHATokenToKVPool(20, 4, torch.float32, 2, 8, [3, 7], "cpu")
         slot_ids = torch.tensor([4, 23, 9])
         k, v = torch.randn(3, 2, 8), torch.randn(3, 2, 8)
-        pool.set_kv_buffer(7, slot_ids, k, v)
+        write_kv_torch(k, v, *pool.get_kv_buffer(7), slot_ids)
         got_k, got_v = pool.get_kv_buffer(7)
         self.assertEqual(tuple(got_k.shape), (24, 2, 8))
         torch.testing.assert_close(got_k[slot_ids], k, rtol=0, atol=0)
@@ -30,7 +31,7 @@ class TestKVPools(CustomTestCase):
     def test_mla_round_trip_and_dtype(self) -> None:
         pool = MLATokenToKVPool(8, 1, torch.bfloat16, 12, 4, [0, 1], "cpu")
         latent = torch.randn(2, 16)
-        pool.set_latent(1, torch.tensor([1, 8]), latent)
+        write_latent_torch(latent, pool.get_latent(1), torch.tensor([1, 8]))
         got = pool.get_latent(1)
         self.assertEqual((tuple(got.shape), got.dtype), ((9, 16), torch.bfloat16))
         torch.testing.assert_close(got[[1, 8]], latent.bfloat16(), rtol=0, atol=0)

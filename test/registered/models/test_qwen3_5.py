@@ -77,9 +77,11 @@ class TestQwen35(CustomTestCase):
             harness.reset()
             request = harness.new_request()
             with ExitStack() as stack:
-                calls = [stack.enter_context(mock.patch.object(x, "_apply_qk_norm", wraps=x._apply_qk_norm)) for x in layers]
+                calls = []
                 for layer in layers:
                     stack.enter_context(mock.patch.object(layer, "use_alt_stream", separate))
+                    norm = mock.patch.object(layer, "_apply_qk_norm", wraps=layer._apply_qk_norm)
+                    calls.append(stack.enter_context(norm))
                 rows = harness.extend([(request, list(range(3, 40)))]) + harness.decode([(request, 7)])
             found.append(torch.cat(rows))
             self.assertEqual([call.call_count for call in calls], [2 * separate] * len(layers))

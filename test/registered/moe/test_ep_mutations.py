@@ -10,6 +10,7 @@ import sglang.srt.layers.moe.ep_moe.gathered as gathered
 import sglang.srt.layers.moe.ep_moe.layer as layer
 import sglang.srt.layers.moe.token_dispatcher.base as base
 import sglang.srt.layers.moe.token_dispatcher.capacity as capacity
+import sglang.srt.layers.moe.token_dispatcher.config as config
 import sglang.srt.layers.moe.token_dispatcher.moriep as moriep
 import sglang.srt.layers.moe.token_dispatcher.portable as portable
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -24,7 +25,6 @@ register_cpu_ci(est_time=60, suite="stage-b-test-cpu")
 M = Mutation
 MUTATIONS = {
     "loads": (
-        M("stale rows reach experts", layer, "ids.masked_fill(stale.unsqueeze(1), -1)", "ids"),
         M("one row too few for the experts", layer, "return input_rows(bound,", "return input_rows(bound - 1,"),
         M("other slices are not zero", layer, "torch.zeros_like(x) if self._tp.size > 1", "torch.ones_like(x) if True"),
         M("the slice of another rank", layer, "slice_of(x.shape[0], self._tp.rank,", "slice_of(x.shape[0], 0,"),
@@ -32,17 +32,17 @@ MUTATIONS = {
         M("ids stay global", layer, "self.placement.local_ids(batch.indices[:num_rows])", "batch.indices[:num_rows]"),
         M("slices overlap", capacity, "share = -(-rows // parts)", "share = rows // parts"),
         M("a row an expert", portable, "goes.t().nonzero()[:, 1]", "goes.t().nonzero()[:, 1].flip(0)"),
-        M("a sum forgets a rank", portable, "total.index_add_(0, rows, values.float())", "total[rows] = values.float()"),
+        M("a sum forgets a rank", portable, "total.index_add_(0, rows, values.float())", "total[rows] = values"),
     ),
     "capped": (
-        M("one round whatever the cap", capacity, "if all(sum(r.rows) <= capacity and max(r.rows) <= limit", "if all(1"),
+        M("one round whatever the cap", capacity, "if all(sum(r.rows) <= capacity and", "if all("),
         M("cap not rounded as MORI rounds", capacity, "world_size * (min(-(-cap // world_size)", "(min(-(-cap // 1)"),
         M("only the first round", layer, "for part in rounds:", "for part in rounds[:1]:"),
         M("rounds by this rank's own rows", layer, "plan_rounds(rows, sizes", "plan_rounds((x.shape[0],), sizes"),
     ),
     "manual cut": (
-        M("manual value not raised", capacity, "max(bound, min(rows, manual)) if manual", "min(rows, manual) if manual"),
-        M("manual value not obeyed", capacity, "max(bound, min(rows, manual)) if manual", "rows if manual"),
+        M("manual value not raised", capacity, "max(bound, min(rows, manual)) if", "min(rows, manual) if"),
+        M("manual value not obeyed", capacity, "max(bound, min(rows, manual)) if", "rows if"),
         M("said each time", layer, "self.gauge.count_raised() == 1", "self.gauge.count_raised()"),
     ),
     "padding": (
@@ -60,15 +60,42 @@ MUTATIONS = {
     "device": (
         M("results on stale rows added", portable, ".masked_fill_(~self._mine.unsqueeze(1), 0)", ""),
         M("rows of others kept", portable, "views[2][rows:].fill_(-1)", "pass"),
-        M("capacity not asked for", portable, "sum(rows_of_ranks) > config.max_recv or", "False and"),
     ),
     "gathered": (
-        M("padding is computed", gathered, "ids.new_full((share, self.top_k), -1)", "ids.new_full((share, self.top_k), 0)"),
         M("rows of another rank", gathered, "self._world.rank * share", "0 * share"),
     ),
+    "stale": (M("stale rows reach experts", layer, "ids.masked_fill(stale.unsqueeze(1), -1)", "ids"),),
     "contract": (
         M("limit not checked", base, "if rows > self.max_num_inp_token_per_rank:", "if False:"),
-        M("a send without its recv", moriep, "if self._kernel.is_two_phase:\n            self.dispatch_recv()", "if False:\n            pass"),
+        M("dtype not checked", base, "x.dtype != self.data_type or", ""),
+        M("gathered overflow", portable, "sum(rows_of_ranks) > config.max_recv or", ""),
+        M("routed overflow", portable, "if max(needed) > config.max_recv:", "if False:"),
+        M("gathered results too short", portable, "if y.shape[0] < self._most:", "if False:"),
+        M("routed results too short", portable, "if y.shape[0] < self.num_rows:", "if False:"),
+        M("two sends", portable, "if self._is_sent or self._back is not None:", "if False:"),
+        M("a send over a combine", portable, "if self._is_sent or self._back is not None:", "if self._is_sent:"),
+        M("ids of another dispatch", portable, "if indices.shape[0] != self._num_sent:", "if False:"),
+        M("recv without send", portable, "and self._is_sent, ", "or True, "),
+        M("stages in any order", moriep, "if self.STAGES[self._next] != stage:", "if False:"),
+    ),
+    "settings": (
+        M("IntraNode staging", moriep, "if kernel is INTRA_NODE and config.max_recv", "if False and config.max_recv"),
+        M("ranks of a node", moriep, "if per_node & (per_node - 1) or world % per_node:", "if False:"),
+        M("world of a wave", moriep, "if kernel is ASYNC_LL and world > WAVE:", "if False:"),
+        M("codec of a kernel", moriep, "and kernel not in (INTRA_NODE, ASYNC_LL)", "and False"),
+        M("weights of a dispatch type", moriep, 'if asked not in ("auto", "bf16"):', "if False:"),
+        M("combine codec dropped", portable, 'if config.combine_wire != "none":', "if False:"),
+        M("cap out of range", config, "if not 0 <= self.max_recv_tokens <= worst:", "if False:"),
+        M("fields dropped in silence", moriep, "    if refused:", "    if False:"),
+        M("cap droppable", moriep, '"max_total_recv_tokens": 0', '"max_total_recv_tokens": "any"'),
+        M("dropping not said", moriep, "    if missing:", "    if False:"),
+    ),
+    "fake": (
+        M("dispatch without recv", moriep, "            self.transport.dispatch_recv()\n", "            pass\n"),
+        M("combine without recv", moriep, "            self.transport.combine_recv()\n", "            pass\n"),
+        M("negative ids for padding", layer, "masked_fill(padding, self.placement.first)", "masked_fill(padding, -1)"),
+        M("overflow under MORI", layer, "for part in rounds:", "for part in plan_rounds(rows, 10**6, 10**6):"),
+        M("another cap than planned", moriep, "config.max_total_recv_tokens,\n", "0,\n"),
     ),
 }  # fmt: skip
 

@@ -15,11 +15,8 @@ from sglang.srt.layers.moe.token_dispatcher.moriep import (
     INTER_NODE,
     INTER_NODE_LL,
     INTRA_NODE,
-    MoriEPDispatcher,
     MoriTransport,
-    check_mori_compatibility,
     choose_kernel,
-    plan_exchange,
 )
 from sglang.srt.layers.moe.token_dispatcher.portable import PortableTransport
 from sglang.srt.platforms import override_platform
@@ -208,7 +205,8 @@ class TestContract(CustomTestCase):
                     calls = {"sync": (transport.dispatch_recv, transport.combine_recv)}.get(transport.config.mode, ())
                     for call in calls:
                         CASE.assertRaisesRegex(ValueError, "in one call", call)
-                    CASE.assertRaisesRegex(DispatchError, "rows to combine", transport.combine, batch.hidden[:0], mine[3])
+                    few = (batch.hidden[:0], mine[3])
+                    CASE.assertRaisesRegex(DispatchError, "rows to combine", transport.combine, *few)
                 transport.combine(batch.hidden.clone(), mine[3])
 
         in_world(2, work)
@@ -234,78 +232,20 @@ class TestContract(CustomTestCase):
 
         in_world(2, work)
 
-    def test_stages_in_order(self):
-        transport = PortableTransport(
-            EpConfig(0, 1, HIDDEN, LIMIT, 8, TOP_K, torch.float32, torch.float32), ProcessGroupHandle(), "cpu", False
-        )
-        dispatcher = MoriEPDispatcher(transport, torch.device("cpu"))
-        self.assertRaisesRegex(DispatchError, "dispatch_a comes next", dispatcher.dispatch_b)
-        dispatcher.dispatch_a(torch.zeros(1, HIDDEN), torch.zeros(1, TOP_K), torch.zeros(1, TOP_K, dtype=torch.int32))
-        self.assertRaisesRegex(DispatchError, "dispatch_b comes next", dispatcher.combine_b)
-
 
 class TestMoriSettings(CustomTestCase):
-    def test_ranges(self):
-        for cap in (-1, 17, 10**9):
-            with self.assertRaisesRegex(ExchangeConfigError, "PREALLOC_MAX_RECV_TOKENS=.* must be 0"):
-                MoriConfig(4, 4, max_recv_tokens=cap)
+    def test_rounded_cap(self):
         self.assertEqual(MoriConfig(4, 4, max_recv_tokens=9).max_recv, 12)
 
     def test_kernel_by_mode_and_size(self):
         for world, low, sdma, limit, expected in (
-            (1, False, False, 4096, INTRA_NODE), (8, False, False, 4096, INTRA_NODE), (8, True, False, 4096, ASYNC_LL),
-            (2, False, True, 4096, ASYNC_LL), (16, False, False, 257, INTER_NODE), (16, False, False, 256, INTER_NODE_LL),
+            (1, False, False, 4096, INTRA_NODE), (8, False, False, 4096, INTRA_NODE),
+            (8, True, False, 4096, ASYNC_LL), (2, False, True, 4096, ASYNC_LL),
+            (16, False, False, 257, INTER_NODE), (16, False, False, 256, INTER_NODE_LL),
             (64, True, False, 64, ASYNC_LL),
         ):  # fmt: skip
             config = MoriConfig(world, limit, low_latency=low, copy_engines=sdma)
             self.assertIs(choose_kernel(config), expected)
-
-    def test_what_a_kernel_would_corrupt_is_refused(self):
-        refused = (
-            (MoriConfig(8, 64, max_recv_tokens=100), "IntraNode.*combine writes at rank"),
-            (MoriConfig(6, 64), "1, 2, 4 or whole nodes"),
-            (MoriConfig(12, 64), "1, 2, 4 or whole nodes"),
-            (MoriConfig(128, 64, low_latency=True), "at most 64 ranks"),
-            (MoriConfig(16, 64, combine_dtype="fp8"), "COMBINE_DTYPE=fp8 is not offered"),
-        )
-        for config, message in refused:
-            with self.assertRaisesRegex(ExchangeConfigError, message):
-                choose_kernel(config)
-        # The portable transport has none of these reasons.
-        plan, kernel = plan_exchange(refused[0][0], 0, 64, 16, 2, torch.float32, is_mori=False)
-        self.assertEqual((kernel, plan.max_recv), (None, 104))
-        choose_kernel(MoriConfig(8, 64, max_recv_tokens=100, low_latency=True))
-        choose_kernel(MoriConfig(8, 64, max_recv_tokens=512))  # the worst case is no cap
-
-    def test_dtypes_that_the_weights_forbid(self):
-        for dtype in ("fp8", "fp4"):
-            with self.assertRaisesRegex(ExchangeConfigError, f"DISPATCH_DTYPE={dtype} needs {dtype} expert weights"):
-                plan_exchange(MoriConfig(2, 4, dispatch_dtype=dtype), 0, 8, 16, 2, torch.bfloat16, is_mori=True)
-        with self.assertRaisesRegex(ExchangeConfigError, "unset SGLANG_MORI_COMBINE_DTYPE"):
-            config, _ = plan_exchange(MoriConfig(1, 4, combine_dtype="fp8"), 0, 8, 16, 2, torch.bfloat16, False)
-            PortableTransport(config, ProcessGroupHandle(), "cpu", False)
-
-    def test_fields_that_a_release_lacks(self):
-        class Old:
-            def __init__(self, rank, num_qp_per_pe=1):
-                pass
-
-        class Older:
-            def __init__(self, rank):
-                pass
-
-        harmless = {"rank": 0, "num_qp_per_pe": 2, "max_total_recv_tokens": 0, "quant_type": "none"}
-        with self.assertLogs(level="WARNING") as logs:
-            self.assertEqual(check_mori_compatibility(harmless, Old), {"rank": 0, "num_qp_per_pe": 2})
-        self.assertIn("max_total_recv_tokens, quant_type", logs.output[0])
-        with self.assertLogs(level="WARNING"):
-            self.assertEqual(check_mori_compatibility(harmless, Older), {"rank": 0})
-        for name, value in (
-            ("max_total_recv_tokens", 64), ("quant_type", "fp8_blockwise"), ("kernel_type", 4), ("gpu_per_node", 8),
-            ("use_external_inp_buf", False), ("rdma_block_num", 32), ("unheard_of", 0),
-        ):  # fmt: skip
-            with self.assertRaisesRegex(ExchangeConfigError, f"lacks {name}={value!r}"):
-                check_mori_compatibility({**harmless, name: value}, Old)
 
     def test_an_old_release_cannot_be_capped(self):
         import mori as fake

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import unittest
-from collections.abc import Iterator
-from contextlib import ExitStack
 from unittest import mock
 
 import torch
@@ -12,17 +10,12 @@ import torch
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.kernels.ops.moe.fused_experts import arrange_experts, fused_experts, fused_experts_torch
 from sglang.kernels.ops.moe.fused_experts_aiter import is_arranged
-from sglang.kernels.ops.moe.fused_experts_fp8 import (
-    arrange_experts_fp8,
-    fused_experts_fp8,
-    fused_experts_fp8_torch,
-)
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.srt.environ import envs
-from sglang.srt.layers.quantization.fp8 import quantize_blocks, to_fnuz
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.test import aiter_moe_cases
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.process_ranks import use_fakes
@@ -34,77 +27,28 @@ use_fakes()
 
 # Asked of the embedded model, whose tokens are bytes.
 QUESTIONS = ("12+30=", "rev:abcd=", "sort:5213=")
-EXPERTS, HIDDEN, WIDTH, TOP_K = 6, 256, 128, 3
 
 
-def routings(generator: torch.Generator) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    for name, rows in (("one row", 1), ("batch", 19), ("none", 0)):
-        ids = torch.rand(rows, EXPERTS, generator=generator).topk(TOP_K).indices.to(torch.int32)
-        yield name, torch.rand(rows, TOP_K, generator=generator), ids
-        if rows > 1:
-            holes = torch.rand(rows, TOP_K, generator=generator) < 0.4
-            yield "holes", torch.rand(rows, TOP_K, generator=generator), ids.masked_fill(holes, -1)
-            yield "nobody's", torch.rand(rows, TOP_K, generator=generator), torch.full_like(ids, -1)
-            yield "padding", torch.zeros(rows, TOP_K), torch.full_like(ids, 2)
-
-
-class OverFake(CustomTestCase):
+class OverFake(aiter_moe_cases.AiterMoeBase, CustomTestCase):
     def setUp(self) -> None:
-        stack = ExitStack()
-        self.addCleanup(stack.close)
-        stack.enter_context(override_platform(RocmOverFakesPlatform(find_fakes())))
-        stack.enter_context(envs.SGLANG_USE_AITER.override(True))
-        stack.enter_context(fresh_decisions())
-        REGISTRY.start_serving()  # a failing kernel raises instead of being replaced
-        self.addCleanup(setattr, REGISTRY, "serving", False)
-        self.generator = torch.Generator().manual_seed(5)
-        self.w13 = self.random(EXPERTS, 2 * WIDTH, HIDDEN) / HIDDEN**0.5
-        self.w2 = self.random(EXPERTS, HIDDEN, WIDTH) / WIDTH**0.5
-
-    def random(self, *shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=self.generator)
-
-    def assert_near(self, found: torch.Tensor, wanted: torch.Tensor, bound: float, name: str) -> None:
-        self.assertEqual((found.dtype, found.shape), (wanted.dtype, wanted.shape), name)
-        if wanted.numel():
-            error = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-6)
-            self.assertLessEqual(float(error), bound, name)
+        context = override_platform(RocmOverFakesPlatform(find_fakes()))
+        context.__enter__()
+        self.addCleanup(context.__exit__, None, None, None)
+        super().setUp()
 
 
-class TestParity(OverFake):
-    def test_plain_weights(self) -> None:
-        for dtype, bound in ((torch.bfloat16, 0.02), (torch.float16, 0.003)):
-            w13, w2 = self.w13.to(dtype), self.w2.to(dtype)
-            arranged = w13.clone(), w2.clone()
-            self.assertTrue(arrange_experts(*arranged))
-            self.assertFalse(torch.equal(arranged[0], w13), "the layout must move something")
-            for name, weights, ids in routings(self.generator):
-                x = self.random(ids.shape[0], HIDDEN).to(dtype)
-                wanted = fused_experts_torch(x, w13, w2, weights, ids)
-                with mock.patch("aiter.fused_moe._check_routing") as reached:
-                    found = fused_experts(x, *arranged, weights, ids)
-                self.assertEqual(reached.call_count, int(ids.shape[0] > 0), name)
-                self.assert_near(found, wanted, bound, f"{dtype} {name}")
-
-    def test_eight_bit_weights(self) -> None:
-        stacks = []
-        for w in (self.w13, self.w2):
-            pairs = [to_fnuz(*quantize_blocks(expert)) for expert in w]
-            stacks.append((torch.stack([q for q, _ in pairs]), torch.stack([scale for _, scale in pairs])))
-        (w13, w13_scale), (w2, w2_scale) = stacks
-        arranged = w13.clone(), w2.clone()
-        self.assertTrue(arrange_experts_fp8(*arranged))
-        for name, weights, ids in routings(self.generator):
-            x = self.random(ids.shape[0], HIDDEN).bfloat16()
-            wanted = fused_experts_fp8_torch(x, w13, w13_scale, w2, w2_scale, weights, ids)
-            found = fused_experts_fp8(x, arranged[0], w13_scale, arranged[1], w2_scale, weights, ids)
-            self.assert_near(found, wanted, 0.03, name)
+class TestParityOverFake(OverFake, aiter_moe_cases.AiterMoeCases):
+    pass
 
 
 class TestLayout(OverFake):
     def routed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         ids = torch.tensor([[0, 2, 4], [1, 3, 5]], dtype=torch.int32)
-        return self.random(2, HIDDEN).bfloat16(), torch.rand(2, TOP_K, generator=self.generator), ids
+        return (
+            self.random(2, self.hidden).bfloat16(),
+            torch.rand(2, aiter_moe_cases.TOP_K, generator=self.generator),
+            ids,
+        )
 
     def test_only_aiter_reads_arranged_weights(self) -> None:
         w13, w2 = self.w13.bfloat16(), self.w2.bfloat16()
@@ -167,12 +111,12 @@ class TestFakeRefuses(OverFake):
 
         w13, w2 = (shuffle_weight(w.bfloat16()) for w in (self.w13, self.w2))
         arguments: dict[str, object] = {
-            "hidden_states": self.random(2, HIDDEN).bfloat16(),
+            "hidden_states": self.random(2, self.hidden).bfloat16(),
             "w1": w13,
             "w2": w2,
-            "topk_weight": torch.rand(2, TOP_K),
+            "topk_weight": torch.rand(2, aiter_moe_cases.TOP_K),
             "topk_ids": torch.tensor([[0, 2, 6], [1, 3, 6]], dtype=torch.int32),
-            "expert_mask": torch.tensor([1] * EXPERTS + [0], dtype=torch.int32),
+            "expert_mask": torch.tensor([1] * aiter_moe_cases.EXPERTS + [0], dtype=torch.int32),
         }
         return fused_moe(**{**arguments, **changes})
 
@@ -190,7 +134,7 @@ class TestFakeRefuses(OverFake):
             "expert twice": {"topk_ids": torch.tensor([[2, 2, 6], [1, 3, 6]], dtype=torch.int32)},
             "ids of 64 bits": {"topk_ids": torch.tensor([[0, 2, 6], [1, 3, 6]])},
             "weights not shuffled": {"w1": self.w13.bfloat16()},
-            "mask of another size": {"expert_mask": torch.ones(EXPERTS + 1, dtype=torch.int32)},
+            "mask of another size": {"expert_mask": torch.ones(aiter_moe_cases.EXPERTS + 1, dtype=torch.int32)},
             "count past the buffer": {"num_local_tokens": torch.tensor([3], dtype=torch.int32)},
             "scales of nothing": {"quant_type": QuantType.per_128x128},
         }

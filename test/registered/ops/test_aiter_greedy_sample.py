@@ -6,7 +6,7 @@ import unittest
 
 import torch
 
-from sglang.kernels.ops.sampling.greedy import greedy_sample
+from sglang.kernels.ops.sampling.greedy import greedy_aiter, greedy_sample
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.test import aiter_greedy_cases
@@ -36,6 +36,11 @@ class TestAiterGreedySampleOverFake(aiter_greedy_cases.AiterGreedyCases, CustomT
         kernel(ids, logits)
         self.assertTrue(bool((ids >= vocab).all()))
         self.assertLess(int(greedy_sample(logits).max()), vocab)
+
+    def test_ids_are_bounded_whatever_the_kernel_says(self) -> None:
+        for answer, bounded in ((64, 63), (2**31 - 1, 63), (-5, 0)):
+            ids = greedy_aiter(torch.zeros(2, 64), lambda out, given, answer=answer: out.fill_(answer))
+            self.assertEqual(ids.tolist(), [bounded] * 2)
 
 
 class TestCpuIsLeftAlone(CustomTestCase):

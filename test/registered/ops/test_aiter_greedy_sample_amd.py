@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import unittest
 
+import torch
+
 from sglang.srt.utils.common import is_hip
 from sglang.test import aiter_greedy_cases
 from sglang.test.ci.ci_register import register_amd_ci
@@ -32,6 +34,13 @@ class TestAiterGreedySample(aiter_greedy_cases.AiterGreedyCases, CustomTestCase)
         first = greedy_sample(logits).tolist()
         for _ in range(20):
             self.assertEqual(greedy_sample(logits).tolist(), first)
+
+    def test_side_stream(self) -> None:
+        """Some releases launch on the default stream: on another one the next implementation has to answer."""
+        logits = self.random(4, 32000)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            self.check(logits, by_aiter=False)
 
 
 if __name__ == "__main__":

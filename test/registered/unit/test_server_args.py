@@ -45,7 +45,7 @@ TEXT = SimpleNamespace(
     num_experts=16, num_attention_heads=4, intermediate_size=256, moe_intermediate_size=64, num_key_value_heads=2,
     linear_num_key_heads=2, linear_num_value_heads=6, mamba_ssm_dtype="bfloat16",
 )  # fmt: skip
-MODEL = SimpleNamespace(text=TEXT, dtype=torch.float32, context_len=4096)
+MODEL = SimpleNamespace(text=TEXT, dtype=torch.float32, context_len=4096, quant_config=None)
 
 
 def errors_of(line):
@@ -110,9 +110,9 @@ class TestNames(CustomTestCase):
         self.assertEqual((args.model_path, args.tp_size), ("m", 2))
         self.assertEqual(len(logs.output), 1)
         with self.assertRaises(ServerArgsError) as caught:
-            ServerArgs.from_kwargs(quantization="fp8", tp_sise=2)
+            ServerArgs.from_kwargs(torchao_config="int4wo", tp_sise=2)
         self.assertIn("unknown setting tp_sise: did you mean tp_size?", caught.exception.errors)
-        self.assertIn("--quantization fp8 is refused", caught.exception.errors[1])
+        self.assertIn("--torchao-config int4wo is refused", caught.exception.errors[1])
 
 
 class TestConfigFile(CustomTestCase):
@@ -147,8 +147,8 @@ class TestConfigFile(CustomTestCase):
 class TestProblems(CustomTestCase):
     def test_all_at_once(self):
         errors = errors_of(
-            "--tpp 3 --dtype int4 --port 99999 --max-running-requests zero --ep 3 --tp 2 stray --kv-cache-dtype fp8_e4m3 "
-            "--speculative-algorithm EAGLE --speculative-num-steps 3 --context-length"
+            "--tpp 3 --dtype int4 --port 99999 --max-running-requests zero --ep 3 --tp 2 stray "
+            "--kv-cache-dtype fp8_e5m2 --speculative-algorithm EAGLE --speculative-num-steps 3 --context-length"
         )
         self.assertEqual(len(errors), 9, errors)
         for part in ("unknown flag --tpp: did you mean --tp?", "--dtype must be one of auto", "--port must be",
@@ -183,7 +183,9 @@ class TestProblems(CustomTestCase):
     def test_not_in_this_build(self):
         self.assertIn("not implemented in this build", errors_of("--enforce-shared-experts-fusion")[0])
         for line in ("--schedule-policy dfs-weight", "--attention-backend fa3", "--load-format gguf",
-                     "--radix-eviction-policy lfu", "--moe-a2a-backend deepep", "--load-balance-method total_requests",
+                     "--radix-eviction-policy lfu", "--quantization gptq", "--quantization w8a8_fp8",
+                     "--kv-cache-dtype fp8_e5m2", "--moe-a2a-backend deepep",
+                     "--load-balance-method total_requests",
                      "--sampling-backend flashinfer"):  # fmt: skip
             self.assertIn("is known from upstream but not implemented", errors_of(line)[0])
 
@@ -208,7 +210,7 @@ class TestProblems(CustomTestCase):
         self.assertEqual(len(logs.output), 3)
 
     def test_harmless_values_of_refused_flags(self):
-        line = "--pp-size 1 --kv-cache-dtype auto --disaggregation-mode null --nnodes 1 --model-impl sglang"
+        line = "--pp-size 1 --disaggregation-mode null --nnodes 1 --model-impl sglang"
         self.assertEqual(errors_of(line), [])
         self.assertTrue(all(upstream_flags()[word].refused for word in line.split()[::2]))
 
@@ -219,7 +221,7 @@ class TestResolve(CustomTestCase):
         with self.assertLogs("sglang.srt.server_args", "INFO") as logs:
             args = resolve(given, MODEL, CPU)
         optional = {"max_queued_requests", "max_total_tokens", "api_key", "admin_api_key", "chat_template", "nccl_port",
-                    "max_mamba_cache_size", "cuda_graph_bs", "cuda_graph_max_bs"}  # fmt: skip
+                    "max_mamba_cache_size", "cuda_graph_bs", "cuda_graph_max_bs", "quantization"}  # fmt: skip
         open_fields = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None}
         self.assertEqual(open_fields - optional, set())
         self.assertEqual((args.tokenizer_path, args.served_model_name, args.dtype), ("/m", "/m", "float32"))
@@ -291,7 +293,7 @@ class TestResolve(CustomTestCase):
         with self.assertRaisesRegex(ServerArgsError, "--ep-size 3 does not divide the model's 16 experts"):
             resolve(ServerArgs(tp_size=3, ep_size=3), MODEL, CPU)
         with self.assertRaisesRegex(ServerArgsError, "has no experts: drop --ep-size 2"):
-            dense = SimpleNamespace(text=SimpleNamespace(), dtype=torch.float32, context_len=64)
+            dense = SimpleNamespace(text=SimpleNamespace(), dtype=torch.float32, context_len=64, quant_config=None)
             resolve(ServerArgs(tp_size=2, ep_size=2), dense, CPU)
 
     def test_attention_groups_divide_the_chunk_and_the_heads(self):

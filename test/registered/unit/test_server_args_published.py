@@ -61,9 +61,8 @@ MODELS = {
     "qwen3.5-quark": {**QWEN35_397B, **QUARK},
 }
 
-KV_DTYPE = "--kv-cache-dtype fp8_e4m3 is refused: the KV cache has the dtype of the activations"
 SPECULATIVE = "are refused: speculative decoding is not implemented"
-QUANTISED = "quantised checkpoints are not supported yet"
+QUANTISED = "such checkpoints are not supported"
 DISAGGREGATION = "refused: prefill and decode run in one server"
 
 # name, exports, command line, beginnings or parts of every reason in order (none: accepted)
@@ -77,8 +76,7 @@ PUBLISHED = (
      "--tokenizer-worker-num 6 --enable-aiter-allreduce-fusion --cuda-graph-max-bs 64 --context-length 9236 "
      "--disable-radix-cache --max-prefill-tokens 32768 --scheduler-recv-interval 30 --mem-fraction-static 0.8", []),
     ("InferenceX, Qwen3.5 fp8 MI300X", "", "--attention-backend triton --model-path MODEL[qwen3.5-fp8] "
-     "--host=0.0.0.0 --port 8888 --tensor-parallel-size 8 --trust-remote-code --mem-fraction-static 0.8",
-     [f"model: * (fp8): {QUANTISED}"]),
+     "--host=0.0.0.0 --port 8888 --tensor-parallel-size 8 --trust-remote-code --mem-fraction-static 0.8", []),
     ("a pull request on AITER, Qwen3.5 MXFP4 MI355X",
      "AITER_FLYDSL_FORCE=1 SGLANG_USE_AITER_UNIFIED_ATTN=1 SGLANG_USE_AITER=1",
      "--model-path MODEL[qwen3.5-quark] --tp 2 --attention-backend aiter --trust-remote-code "
@@ -92,23 +90,22 @@ PUBLISHED = (
      "--host 0.0.0.0 --port 30000", []),
     ("AMD blog, DeepSeek-R1 MI300X", "RCCL_MSCCL_ENABLE=0 CK_BLOCK_GEMM=1 SGLANG_USE_AITER=1 DEBUG_HIP_BLOCK_SYNC=1024 "
      "GPU_FORCE_BLIT_COPY_SIZE=64", "--model MODEL[v3-fp8] --tp 8 --trust-remote-code --chunked-prefill-size 131072 "
-     "--enable-torch-compile --torch-compile-max-bs 256", [f"model: * (fp8): {QUANTISED}"]),
+     "--enable-torch-compile --torch-compile-max-bs 256", []),
     ("InferenceX, DeepSeek-R1 fp8 MI300X", "SGLANG_USE_AITER=1 SGLANG_AITER_MLA_PERSIST=1 HSA_NO_SCRATCH_RECLAIM=1",
      "--model-path=MODEL[v3-fp8] --host=0.0.0.0 --port=8888 --trust-remote-code --tensor-parallel-size=8 "
      "--mem-fraction-static=0.8 --cuda-graph-max-bs=128 --chunked-prefill-size=131072 --num-continuous-decode-steps=4 "
-     "--max-prefill-tokens=131072 --kv-cache-dtype fp8_e4m3 --attention-backend aiter --disable-radix-cache",
-     [KV_DTYPE, f"model: * (fp8): {QUANTISED}"]),
+     "--max-prefill-tokens=131072 --kv-cache-dtype fp8_e4m3 --attention-backend aiter --disable-radix-cache", []),
     ("InferenceX, DeepSeek-R1 fp8 MI355X", "SGLANG_USE_AITER=1 RCCL_MSCCL_ENABLE=0 ROCM_QUICK_REDUCE_QUANTIZATION=INT4",
      "--attention-backend aiter --model-path MODEL[v3-fp8] --host=0.0.0.0 --port 8888 --tensor-parallel-size 8 "
      "--trust-remote-code --chunked-prefill-size 196608 --mem-fraction-static 0.8 --disable-radix-cache "
      "--num-continuous-decode-steps 4 --max-prefill-tokens 196608 --kv-cache-dtype fp8_e4m3 --cuda-graph-max-bs 64",
-     [KV_DTYPE, f"model: * (fp8): {QUANTISED}"]),
+     []),
     ("DeepSeek-R1 MXFP4 with MTP, MI355X", "SGLANG_AITER_FP8_PREFILL_ATTN=1",
      "--model-path MODEL[v3-quark] --tensor-parallel-size 8 --trust-remote-code --chunked-prefill-size 131072 "
      "--host 0.0.0.0 --port 9000 --log-requests --mem-fraction-static 0.8 --max-running-requests 64 "
      "--kv-cache-dtype fp8_e4m3 --attention-backend aiter --speculative-algorithm EAGLE --speculative-num-steps 3 "
      "--speculative-eagle-topk 1 --speculative-num-draft-tokens 4",
-     [KV_DTYPE, f"--speculative-algorithm EAGLE, *--speculative-num-draft-tokens 4 {SPECULATIVE}",
+     [f"--speculative-algorithm EAGLE, *--speculative-num-draft-tokens 4 {SPECULATIVE}",
       "SGLANG_AITER_FP8_PREFILL_ATTN='1' would change what is computed",
       f"model: * (quark): {QUANTISED}"]),
     ("upstream pull request 11150, MORI",

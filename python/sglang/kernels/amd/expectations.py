@@ -16,6 +16,8 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "one_token_down_kernel": (WIDE_LOAD,),
     "few_tokens_kernel": (WIDE_LOAD, MFMA_BF16),
     "many_tokens_kernel": (WIDE_LOAD, MFMA_BF16),
+    "few_tokens_logits_kernel": (WIDE_LOAD,),
+    "many_tokens_logits_kernel": (WIDE_LOAD, MFMA_BF16),
     "block_fp8_linear_kernel": (WIDE_LOAD, MFMA_FP8),
     "decode_step_kernel": (WIDE_LOAD,),
     "solve_chunks_kernel": (WIDE_LOAD, MFMA_BF16),

@@ -89,6 +89,13 @@ class DeepseekConfig:
         return self.n_routed_experts is not None and i >= self.first_k_dense_replace and i % self.moe_layer_freq == 0
 
     @property
+    def shared_experts(self) -> SharedExperts:
+        """One MLP of ``n_shared_experts`` times the expert width."""
+        layers = tuple(i for i in range(self.num_hidden_layers) if self.is_moe_layer(i))
+        width = self.moe_intermediate_size
+        return SharedExperts("shared_experts", self.n_shared_experts * width, width, layers)
+
+    @property
     def qk_head_dim(self) -> int:
         """Width of a query head: the part without and the part with rotation."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim

@@ -117,6 +117,10 @@ class ModelConfig:
         except ConfigError as error:
             raise ConfigError(*error.problems, source=str(config_file)) from None
 
+    def shared_fusion_refusal(self, moe_a2a_backend: str) -> str:
+        """Why shared experts cannot be computed as routed ones; "" if they can."""
+        return self.text.shared_experts.fusion_refusal(self.quant_config, moe_a2a_backend)
+
 
 def text_part(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     """The text model's keys: ``text_config`` of a conditional-generation config, else the config itself."""

@@ -11,6 +11,8 @@ from sglang.srt.configs.errors import ConfigError, ConfigReader
 
 # Rows and columns of weights, and columns of activations, that share a scale.
 BLOCK = 128
+# Matrices of a few rows, which published checkpoints leave alone too; routers and heads are never quantised.
+SKIPPED_ON_LOAD = ("in_proj_a", "in_proj_b")
 
 
 @dataclass(frozen=True)
@@ -74,4 +76,4 @@ def read_quantization(hf_config: Mapping[str, Any], asked: str | None) -> QuantC
                     f"[{BLOCK}, {BLOCK}], or in bfloat16, float16 or float32, with or without --quantization fp8."
                 )
             return QuantConfig.from_hf(settings)
-    return QuantConfig(on_load=True) if asked == "fp8" else None
+    return QuantConfig(on_load=True, skipped=SKIPPED_ON_LOAD) if asked == "fp8" else None

@@ -87,6 +87,14 @@ class Qwen3_5Config:
         return self.num_experts > 0
 
     @property
+    def shared_experts(self) -> SharedExperts:
+        """One expert in every layer of a MoE model."""
+        layers = tuple(range(self.num_hidden_layers)) if self.is_moe else ()
+        return SharedExperts(
+            "shared_expert", self.shared_expert_intermediate_size, self.moe_intermediate_size, layers
+        )
+
+    @property
     def rotary_dim(self) -> int:
         """How many leading dimensions of each head are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)

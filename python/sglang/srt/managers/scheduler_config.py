@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sglang.kernels.compile_watch import compiled_while_serving
 from sglang.kernels.registry import REGISTRY
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_parallel_state
@@ -90,6 +91,7 @@ class SchedulerConfig:
             "platform": current_platform.describe(),
             "fakes": list(current_platform.fakes),
             "kernels": REGISTRY.report(),
+            "compiled_while_serving": compiled_while_serving(),
             "memory_plan": list(self.pool_plan),
             "max_req_len": self.max_req_len,
             **self.describe_model(),

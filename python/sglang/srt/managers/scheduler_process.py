@@ -11,10 +11,12 @@ import traceback
 
 import torch
 
+from sglang.kernels.compile_watch import watch_compilations
 from sglang.kernels.registry import REGISTRY, KernelConfigError
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import init_parallel_state
+from sglang.srt.distributed.kernel_agreement import require_same_kernels
 from sglang.srt.managers.dp_sync import StepAgreement
 from sglang.srt.managers.process_launch import ChildContext, ended_by_sigterm, parse_child_arguments
 from sglang.srt.managers.req_memory import ReqMemory
@@ -28,6 +30,7 @@ from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
 from sglang.srt.mem_cache.pool_plan import PoolPlanError
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.warm_up import warm_up
 from sglang.srt.model_loader.weight_utils import WeightLoadError
 from sglang.srt.platforms import PlatformError, current_platform
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
@@ -78,8 +81,12 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
         platform_kind=current_platform.kind,
     )
     REGISTRY.freeze()
+    require_same_kernels(state.world)
     runner = ModelRunner(args, model_config)
     scheduler_config = SchedulerConfig.create(args, model_config, runner, place.dp_rank)
+    if not args.skip_server_warmup:
+        warm_up(runner, scheduler_config.chunked_prefill_size or scheduler_config.max_prefill_tokens)
+        require_same_kernels(state.world)  # a kernel may have failed on one rank alone
     tokenizer = None if args.skip_tokenizer_init else Tokenizer.from_path(args.tokenizer_path or args.model_path)
     sync: StepAgreement | None = None
     peers: list[int] = []
@@ -131,6 +138,7 @@ def main() -> int:
         context.report_error(f"{prefix}: {type(error).__name__}: {error}\n{traceback.format_exc()}", user_error=False)
         return 1
     REGISTRY.start_serving()
+    watch_compilations()
     context.report_ready(
         {
             "max_total_num_tokens": scheduler.memory.allocator.size,

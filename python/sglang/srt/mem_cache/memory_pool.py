@@ -7,7 +7,6 @@ from math import prod
 
 import torch
 
-from sglang.kernels.ops.attention.kv_cache import write_kv_torch, write_latent_torch
 from sglang.srt.mem_cache.allocator import SlotAccountingError
 
 
@@ -87,10 +86,6 @@ class MHATokenToKVPool(KVPool):
     def buffers(self) -> tuple[torch.Tensor, ...]:
         return self._k, self._v
 
-    def set_kv_buffer(self, layer_id: int, slot_ids: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Write k and v [N, H, D] at ``slot_ids`` [N] int64, converted to the pool's dtype."""
-        write_kv_torch(k, v, *self.get_kv_buffer(layer_id), slot_ids)
-
     def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of the layer's buffers, k and v [S, H, D]."""
         row = self._row(layer_id)
@@ -121,10 +116,6 @@ class MLATokenToKVPool(KVPool):
 
     def buffers(self) -> tuple[torch.Tensor, ...]:
         return (self._latent,)
-
-    def set_latent(self, layer_id: int, slot_ids: torch.Tensor, latent: torch.Tensor) -> None:
-        """Write latent [N, R + rope] at ``slot_ids`` [N] int64, converted to the pool's dtype."""
-        write_latent_torch(latent, self.get_latent(layer_id), slot_ids)
 
     def get_latent(self, layer_id: int) -> torch.Tensor:
         """View of the layer's buffer [S, R + rope]; its first R columns are the values of absorbed attention."""

@@ -169,7 +169,6 @@ class DecodeGraphs:
             fb = self.buffers.view(bucket, self._backend, self._has_state, None)
             self._backend.init_forward_metadata_capture(fb)
             fb.seq_lens_cpu = HostOnly(fb.seq_lens_cpu)
-            self._forward(fb)  # lazy compilation and workspaces must be done before capture
             try:
                 self._steps[bucket] = self._record(fb, create_graph())
             except CaptureOffence as offence:
@@ -178,7 +177,8 @@ class DecodeGraphs:
         logger.info("captured %d decode graphs in %.1f s", len(self._steps), time.perf_counter() - started)
 
     def _record(self, fb: ForwardBatch, graph: DeviceGraph) -> CapturedStep:
-        """Run the step once more, then record it; raises CaptureOffence for what no graph can replay."""
+        """Run the step, then record it; raises CaptureOffence for what no graph can replay."""
+        self._forward(fb)  # lazy compilation and workspaces must be done before capture
         with capture_lint(self.buffers.packed.device):
             self._forward(fb)
             return CapturedStep(graph, graph.capture(lambda: self._forward(fb)))

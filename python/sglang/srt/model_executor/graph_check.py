@@ -56,7 +56,7 @@ class GraphCheck:
     def run(self) -> None:
         """Check every captured bucket; one that differs is refused with the reason."""
         try:
-            for bucket in list(self._graphs.buckets):
+            for bucket in (size for size in self._graphs.buckets if size not in self._graphs.refused):
                 reason = self._check(bucket)
                 if reason is not None:
                     self._graphs.refuse(bucket, reason)

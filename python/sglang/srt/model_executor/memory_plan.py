@@ -7,14 +7,15 @@ exchange buffers as their owners allocate them. Graphs and the runtime's own mem
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
+from sglang.srt.distributed import ParallelState, ProcessGroupHandle, get_parallel_state, override_parallel_state
+from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher.base import EpConfig, ExchangeConfigError
 from sglang.srt.layers.moe.token_dispatcher.capacity import plan_rounds, rows_of_ranks
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
@@ -30,6 +31,8 @@ from sglang.srt.mem_cache.pool_plan import PoolPlan, PoolPlanError
 from sglang.srt.model_executor.decode_graphs import decode_buckets
 from sglang.srt.model_executor.model_pools import kv_bytes_per_token, plan_pools, state_bytes_per_slot
 from sglang.srt.model_loader.loader import build_model
+from sglang.srt.platforms import override_platform
+from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.server_args import ServerArgs, override_server_args
 
 GIB = 1 << 30
@@ -47,20 +50,22 @@ WEIGHT_GROUPS = {
 }
 
 
-def plan_weights(args: ServerArgs, config: ModelConfig, rank: int = 0) -> dict[str, int]:
-    """Bytes of the weights of ``rank`` by group, with the scales of quantised blocks and the position tables.
+def build_rank(args: ServerArgs, config: ModelConfig, rank: int) -> nn.Module:
+    """The model of ``rank`` on torch's meta device, with experts that exchange nothing: that changes no weight.
 
-    The model is built on torch's meta device, with experts that exchange nothing: how tokens travel changes no weight.
+    No device is asked: the kinds of 8-bit floats differ, not their sizes.
     """
     tp_size = args.tp_size // args.attn_dp_size
     tp = ProcessGroupHandle(rank % tp_size, tp_size)
     state = ParallelState(ProcessGroupHandle(rank, args.tp_size), tp, args.ep_size)
     with override_parallel_state(state), override_server_args(**{**vars(args), "moe_a2a_backend": "none"}):
-        return weight_groups(build_model(config, "meta"))
+        with override_platform(CpuPlatform()):
+            return build_model(config, "meta")
 
 
-def weight_groups(model: nn.Module) -> dict[str, int]:
-    """Bytes of every storage that the modules of ``model`` hold, each once, by group."""
+def plan_weights(args: ServerArgs, config: ModelConfig, rank: int) -> dict[str, int]:
+    """Bytes of the weights of ``rank`` by group, with the scales of quantised blocks and the position tables."""
+    model = build_rank(args, config, rank)
     groups = dict.fromkeys(WEIGHT_GROUPS, 0)
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -124,10 +129,10 @@ def plan_moe_exchange(
     if args.moe_a2a_backend != "mori":
         return None
     settings = MoriConfig.from_env(args.tp_size, low_latency=args.deepep_mode == "low_latency")
-    text = config.text
-    experts: int = getattr(text, "n_routed_experts", None) or getattr(text, "num_experts", 0)
-    shape = (0, experts, text.hidden_size, text.num_experts_per_tok, config.dtype)
-    sizes, _ = plan_exchange(settings, *shape, is_mori=False)
+    layers = [module for module in build_rank(args, config, 0).modules() if isinstance(module, FusedMoE)]
+    # Layers of one shape and type of rows share one exchange.
+    kinds = dict.fromkeys((e.num_experts, e.hidden, e.top_k, e.quant_method.row_dtype) for e in layers)
+    ops = [plan_exchange(settings, 0, *each[:3], config.dtype, is_mori=False, row_dtype=each[3])[0] for each in kinds]
     kernel, kernels, problems = "portable", ("portable",), []
     if kind == "hip":
         kernels = KERNELS
@@ -136,13 +141,17 @@ def plan_moe_exchange(
         except ExchangeConfigError as error:
             problems.append(str(error))
             kernel = choose_kernel(replace(settings, max_recv_tokens=0)).name
-    worst = replace(sizes, max_total_recv_tokens=0)
     groups = int(environ.get("MORI_FP8_COMBINE_SCALE_DIM") or 56)
-    buffers = {k: KernelBuffers(*(exchange_buffers(each, k, groups) for each in (worst, sizes))) for k in kernels}
+    uncapped = [replace(op, max_total_recv_tokens=0) for op in ops]
+
+    def buffers_of(exchanges: Sequence[EpConfig], name: str) -> tuple[ExchangeBuffer, ...]:
+        return tuple(buffer for each in exchanges for buffer in exchange_buffers(each, name, groups))
+
+    buffers = {name: KernelBuffers(buffers_of(uncapped, name), buffers_of(ops, name)) for name in kernels}
     heap = plan_heap(buffers[kernel].with_cap, environ) if kind == "hip" else None
     problems += [heap.problem] if heap is not None and heap.problem else []
-    rounds = plan_steps(args, sizes)
-    return ExchangePlan(kernel, sizes.max_recv, worst.max_recv, buffers, heap, rounds, tuple(problems))
+    rounds = plan_steps(args, ops[0])
+    return ExchangePlan(kernel, ops[0].max_recv, uncapped[0].max_recv, buffers, heap, rounds, tuple(problems))
 
 
 def plan_steps(args: ServerArgs, sizes: EpConfig) -> tuple[StepRounds, ...]:
@@ -207,8 +216,9 @@ class MemoryPlan:
 def plan_memory(
     args: ServerArgs, config: ModelConfig, kind: str, memory: int, environ: Mapping[str, str]
 ) -> MemoryPlan:
-    """The plan of one rank of resolved ``args`` on a device of platform ``kind`` with ``memory`` bytes."""
-    weights = plan_weights(args, config)
+    """The plan of the fullest rank of resolved ``args`` on a device of platform ``kind`` with ``memory`` bytes."""
+    # Ranks differ where only some parts of a quantised matrix are cut at blocks.
+    weights = max((plan_weights(args, config, rank) for rank in range(args.tp_size)), key=lambda w: sum(w.values()))
     exchange = plan_moe_exchange(args, config, kind, environ)
     problems, taken = ([], 0) if exchange is None else ([*exchange.problems], exchange.num_bytes)
     tp_size, page = args.tp_size // args.attn_dp_size, args.page_size or 1
@@ -250,6 +260,7 @@ def check_fit(free: int, weights: Mapping[str, int], exchange_bytes: int) -> Non
 
 
 def check_device(args: ServerArgs, config: ModelConfig, kind: str, free: int) -> None:
-    """``check_fit`` for a rank of this server, whose device has ``free`` bytes, before anything is loaded."""
+    """``check_fit`` for this process, whose device has ``free`` bytes, before anything is loaded."""
     exchange = plan_moe_exchange(args, config, kind, os.environ)
-    check_fit(free, plan_weights(args, config), 0 if exchange is None else exchange.num_bytes)
+    weights = plan_weights(args, config, get_parallel_state().world.rank)
+    check_fit(free, weights, 0 if exchange is None else exchange.num_bytes)

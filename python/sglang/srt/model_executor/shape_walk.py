@@ -7,7 +7,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from sglang.kernels.amd.walk import WalkStep, describe_error
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.published_sizes import BLOCK_FP8, DEEPSEEK_V2_LITE, DEEPSEEK_V3, qwen35_like
-from sglang.srt.distributed import Pending, ProcessGroupHandle, override_tp_group
+from sglang.srt.distributed import ProcessGroupHandle, override_tp_group
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.decode_graphs import DecodeGraphs
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
@@ -41,12 +41,11 @@ RANDOM = SamplingParams(temperature=0.7, top_k=50, top_p=0.9, min_p=0.05, freque
 
 @dataclass(frozen=True)
 class WalkedModel:
-    """A config.json with one layer of each kind, the number of ranks of which one is walked, and the cache's dtype."""
+    """A config.json with one layer of each kind, and server arguments; of ``tp_size`` ranks one is walked."""
 
     name: str
     config: dict[str, Any]
-    tp_size: int = 1
-    kv_cache_dtype: str = "auto"
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 _V3 = {**DEEPSEEK_V3, "num_hidden_layers": 2}
@@ -54,12 +53,12 @@ _V3_FP8 = {**_V3, "quantization_config": BLOCK_FP8}
 WALKED_MODELS = (
     WalkedModel("v2lite", {**DEEPSEEK_V2_LITE, "num_hidden_layers": 2}),
     WalkedModel("v3", _V3),
-    WalkedModel("v3-tp8", _V3, tp_size=8),
+    WalkedModel("v3-tp8", _V3, {"tp_size": 8}),
     WalkedModel("v3-fp8", _V3_FP8),
-    WalkedModel("v3-fp8-tp8", _V3_FP8, tp_size=8),
-    WalkedModel("v3-fp8-tp8-kv8", _V3_FP8, tp_size=8, kv_cache_dtype="fp8_e4m3"),
+    WalkedModel("v3-fp8-tp8", _V3_FP8, {"tp_size": 8}),
+    WalkedModel("v3-fp8-tp8-kv8", _V3_FP8, {"tp_size": 8, "kv_cache_dtype": "fp8_e4m3"}),
     WalkedModel("qwen35", qwen35_like(4)),
-    WalkedModel("qwen35-kv8", qwen35_like(4), kv_cache_dtype="fp8_e4m3"),
+    WalkedModel("qwen35-fp8-kv8", qwen35_like(4), {"quantization": "fp8", "kv_cache_dtype": "fp8_e4m3"}),
 )
 
 
@@ -72,13 +71,10 @@ class ShapeOnlyGroup(ProcessGroupHandle):
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         return torch.cat([x] * self.size, dim=dim)
 
-    def gather_rows(self, x: torch.Tensor) -> Pending:
-        return Pending(x.new_empty(self.size * x.shape[0], *x.shape[1:]))
-
     def smallest(self, value: int) -> int:
         return value
 
-    def all_gather_ints(self, values: Any) -> list[list[int]]:
+    def all_gather_ints(self, values: Sequence[int]) -> list[list[int]]:
         return [list(values)] * self.size
 
 
@@ -137,15 +133,21 @@ class ShapeRunner(ModelRunner):
         return self.output
 
     def _prove_graphs(self, graphs: DecodeGraphs, max_bs: int) -> None:
-        """There are no numbers to compare."""
+        """There are no numbers to compare; what the capture lint refused must show."""
+        for reason in graphs.refused.values():
+            raise ValueError(reason)
 
 
 def walk_models() -> Iterator[WalkStep]:
     """Run every step of every walked model on the current platform; a step that fails says why, and others go on."""
     for model in WALKED_MODELS:
-        with override_tp_group(ShapeOnlyGroup(size=model.tp_size)), _PinsNothing(), contextlib.ExitStack() as settings:
+        with (
+            override_tp_group(ShapeOnlyGroup(size=model.settings.get("tp_size", 1))),
+            contextlib.ExitStack() as settings,
+        ):
             runners: list[ShapeRunner] = []
             yield _step(model, "load", _load, model, settings, runners)
+            settings.enter_context(_PinsNothing())
             for runner in runners:
                 for size in DECODE_BATCHES:
                     yield _step(model, f"decode {size}", runner.decode, size)
@@ -159,17 +161,16 @@ def _load(model: WalkedModel, settings: contextlib.ExitStack, runners: list[Shap
     """Add the runner that a server would make; its arguments are the process's until ``settings`` closes."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(model.config), encoding="utf-8")
-        config = ModelConfig.from_path(
-            folder, platform_kind=current_platform.kind, kv_cache_dtype=model.kv_cache_dtype
-        )
         args = ServerArgs(
             model_path=folder,
             load_format="dummy",
-            tp_size=model.tp_size,
             attention_backend="triton",
             max_running_requests=max(DECODE_BATCHES),
             disable_cuda_graph=True,
+            **model.settings,
         )
+        kind, quantization, cache = current_platform.kind, args.quantization, args.kv_cache_dtype
+        config = ModelConfig.from_path(folder, platform_kind=kind, quantization=quantization, kv_cache_dtype=cache)
         args = settings.enter_context(override_server_args(**vars(resolve(args, config, current_platform))))
         runners.append(ShapeRunner(args, config))
 

@@ -21,11 +21,10 @@ def iterate_dummy(model: CheckpointModel, seed: int) -> Iterator[tuple[str, torc
     """
     device = next(model.parameters()).device
     for name, expected in model.checkpoint_tensors().items():
-        # Tensors of the meta device have no contents, so they have no generator either.
-        generator = None if device.type == "meta" else torch.Generator(device).manual_seed(_seed_of(name, seed))
         mean, deviation = expected.fill if expected.fill is not None else (0.0, fan_in(expected.shape) ** -0.5)
         tensor = torch.full(expected.shape, mean, device=device, dtype=torch.float32)
-        if deviation:
+        if deviation and device.type != "meta":  # tensors without contents: nothing to draw
+            generator = torch.Generator(device=device).manual_seed(_seed_of(name, seed))
             noise = torch.randn(expected.shape, generator=generator, device=device, dtype=torch.float32)
             tensor.add_(noise, alpha=deviation)
         if expected.is_fp8:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sglang.srt.configs.quantization import QuantConfig
 from sglang.kernels.ops.moe.add_gated_shared import add_gated_shared
+from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.activation import silu_and_mul

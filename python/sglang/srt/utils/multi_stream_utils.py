@@ -15,13 +15,16 @@ from sglang.srt.utils.overlap_trace import OverlapTrace, merge_rows
 
 Side = TypeVar("Side")
 Main = TypeVar("Main")
+# What a step makes of shared experts: routed ones, work beside the routed ones, or work before them.
+FUSED, OVERLAP, SERIAL = "fused", "overlap", "serial"
 
 
 @dataclass(frozen=True)
 class OverlapSite:
     """Whether one place may overlap, for steps of ``min_tokens`` to ``max_tokens`` (None: no limit), and why.
 
-    capture_only: only while a graph is recorded; eager steps stay serial.
+    capture_only: only while a graph is recorded; eager steps stay serial. modes: (most tokens, mode) ascending, None
+    without limit: what steps do where there is a choice; overlap where there is none.
     """
 
     name: str
@@ -30,11 +33,19 @@ class OverlapSite:
     max_tokens: int | None = None
     capture_only: bool = True
     reason: str = ""
+    modes: tuple[tuple[int | None, str], ...] = ()
+
+    def mode(self, num_tokens: int) -> str:
+        """What ``modes`` says of a step of so many tokens, which capture and replay know alike."""
+        return next((mode for most, mode in self.modes if most is None or num_tokens <= most), OVERLAP)
+
+    def fuses(self, num_tokens: int) -> bool:
+        return self.mode(num_tokens) == FUSED
 
     def covers(self, num_tokens: int) -> bool:
         """True for a step of a size that the site overlaps where it is enabled."""
         fits = self.max_tokens is None or num_tokens <= self.max_tokens
-        return fits and num_tokens >= max(self.min_tokens, 1)
+        return fits and num_tokens >= max(self.min_tokens, 1) and self.mode(num_tokens) == OVERLAP
 
 
 UNPLANNED = OverlapSite("unplanned", enabled=True, reason="a stream was given")

@@ -1,4 +1,7 @@
-"""Which places of the models may overlap on a second stream, and why: decided once, from platform, variables, flags."""
+"""Which places of the models may overlap on a second stream, which steps fuse shared experts instead, and why.
+
+Decided once, from platform, variables, flags and measurements.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,8 @@ import torch
 
 from sglang.srt.environ import EnvBool, EnvError, envs
 from sglang.srt.platforms import Platform, current_platform
-from sglang.srt.utils.multi_stream_utils import OverlapSite
+from sglang.srt.utils.multi_stream_utils import FUSED, OVERLAP, SERIAL, OverlapSite
+from sglang.srt.utils.shared_modes import MEASURED, ModeTimes, choose_modes
 
 # Streams of a server that each want a hardware queue of their own, beside the one that overlap adds (sglang PR 24005
 # asks for 5 in all).
@@ -100,12 +104,22 @@ class QueuePlan:
 
 
 @dataclass(frozen=True)
+class FusionChoice:
+    """Whether shared experts may be computed as routed ones, and why; ``enforced``: at every size."""
+
+    enabled: bool = False
+    reason: str = "default"
+    enforced: bool = False
+
+
+@dataclass(frozen=True)
 class StreamPlan:
     """The decision for every site, what it needs of the platform, and what a user should know of it."""
 
     sites: tuple[OverlapSite, ...]
     queues: QueuePlan | None = None
     warnings: tuple[str, ...] = ()
+    fusion: FusionChoice = FusionChoice()
 
     def site(self, name: str) -> OverlapSite:
         """The decision for site ``name``; raises KeyError for one that has no rule."""
@@ -122,8 +136,9 @@ class StreamPlan:
         return {self.queues.variable: str(self.queues.needed)}
 
     def lines(self) -> list[str]:
-        """One line for each site that overlaps or was asked for."""
-        return [
+        """One line for fusion, and for each site that overlaps or was asked for."""
+        fusion = f"shared-expert fusion: {'on' if self.fusion.enabled else 'off'} ({self.fusion.reason})"
+        return [fusion] + [
             f"overlap {site.name}: {'on' if site.enabled else 'off'} ({site.reason})"
             for site in self.sites
             if site.enabled or site.reason != NOT_ASKED
@@ -140,9 +155,11 @@ class StreamPlan:
                     "max_tokens": site.max_tokens,
                     "capture_only": site.capture_only,
                     "reason": site.reason,
+                    "modes": [{"max_tokens": most, "mode": mode} for most, mode in site.modes],
                 }
                 for site in self.sites
             },
+            "shared_expert_fusion": {"enabled": self.fusion.enabled, "reason": self.fusion.reason},
             "hardware_queues": None
             if queues is None
             else {"variable": queues.variable, "needed": queues.needed, "available": queues.available},
@@ -151,8 +168,14 @@ class StreamPlan:
 
 
 NOT_ASKED = "not asked for"
-# For models built without a plan.
-SERIAL_PLAN = StreamPlan(tuple(OverlapSite(rule.name, False, reason=NOT_ASKED) for rule in SITE_RULES))
+ALWAYS_FUSED = ((None, FUSED),)
+# For models built without a plan: they fuse where their weights allow it.
+SERIAL_PLAN = StreamPlan(
+    tuple(
+        OverlapSite(rule.name, False, reason=NOT_ASKED, modes=ALWAYS_FUSED if rule.shared_experts else ())
+        for rule in SITE_RULES
+    )
+)
 
 
 class StreamArgs(Protocol):
@@ -164,31 +187,52 @@ class StreamArgs(Protocol):
     @property
     def deepep_mode(self) -> str: ...
 
+    @property
+    def disable_shared_experts_fusion(self) -> bool: ...
 
-def plan_streams(args: StreamArgs) -> StreamPlan:
+    @property
+    def enforce_shared_experts_fusion(self) -> bool: ...
+
+
+def plan_streams(args: StreamArgs, refusal: str = "") -> StreamPlan:
     """The plan of this process, from its platform, its environment and resolved ``args``.
 
-    Shared experts are never computed as routed ones in this build, so fusion is off.
+    refusal: why this model's shared experts cannot be computed as routed ones; "" if they can.
     """
     platform: Any = current_platform
     settings = StreamSettings.from_env(platform)
-    return resolve_streams(platform, settings, args.moe_a2a_backend, args.deepep_mode, fusion=False)
+    flags = {
+        "--disable-shared-experts-fusion": args.disable_shared_experts_fusion,
+        "--enforce-shared-experts-fusion": args.enforce_shared_experts_fusion,
+    }
+    reason = refusal or next((flag for flag, is_set in flags.items() if is_set), "default")
+    enabled = not refusal and not args.disable_shared_experts_fusion
+    fusion = FusionChoice(enabled, reason, args.enforce_shared_experts_fusion)
+    return resolve_streams(platform, settings, args.moe_a2a_backend, args.deepep_mode, fusion)
 
 
 def resolve_streams(
-    platform: Platform, settings: StreamSettings, moe_a2a_backend: str, deepep_mode: str, fusion: bool
+    platform: Platform,
+    settings: StreamSettings,
+    moe_a2a_backend: str,
+    deepep_mode: str,
+    fusion: FusionChoice,
+    measured: Mapping[tuple[str, str], ModeTimes] = MEASURED,
 ) -> StreamPlan:
-    """Decide every site. fusion: shared experts are computed as routed ones, so there is nothing to run beside."""
+    """Decide every site; steps that fuse shared experts leave nothing to run beside them."""
     sites, warnings = [], []
     for rule in SITE_RULES:
-        site = _decide(rule, platform, settings, fusion)
+        site = _decide(rule, platform, settings)
+        if rule.shared_experts and fusion.enabled:
+            site = _choose(site, None if fusion.enforced else measured.get((rule.name, platform.arch)), fusion)
         # Between dispatch and combine the side has room in eager steps too (sglang PR 24005).
         over_ranks = rule.shared_experts and moe_a2a_backend != "none"
         sites.append(replace(site, capture_only=not over_ranks))
-        if rule.shared_experts and fusion and _asked(rule, platform, settings):
+        asks = "SGLANG_STREAM_SITES" if settings.forced.get(rule.name) else rule.switches[0].name
+        if site.modes and not site.enabled and (asks == "SGLANG_STREAM_SITES" or _asked(rule, platform, settings)):
             warnings.append(
-                f"{rule.switches[0].name} asks for overlap of {rule.name}, but shared-expert fusion is on and leaves "
-                "nothing to overlap: add --disable-shared-experts-fusion, or unset the variable"
+                f"{asks} asks for overlap of {rule.name}, but shared-expert fusion is on and leaves nothing to "
+                "overlap: add --disable-shared-experts-fusion, or unset the variable"
             )
         if site.enabled and rule.shared_experts and moe_a2a_backend == "mori" and platform.kind == "hip":
             warnings += _all_to_all_warnings(rule, deepep_mode, settings)
@@ -199,7 +243,7 @@ def resolve_streams(
             f"few hardware queues, so they take turns: set {queues.variable}={queues.needed} before the process starts "
             f"(sglang.launch_server does unless it is set); streams: {', '.join((*SERVER_STREAMS, SIDE_STREAM))}"
         )
-    return StreamPlan(tuple(sites), queues, tuple(warnings))
+    return StreamPlan(tuple(sites), queues, tuple(warnings), fusion)
 
 
 def _asked(rule: SiteRule, platform: Platform, settings: StreamSettings) -> bool:
@@ -209,7 +253,19 @@ def _asked(rule: SiteRule, platform: Platform, settings: StreamSettings) -> bool
     )
 
 
-def _decide(rule: SiteRule, platform: Platform, settings: StreamSettings, fusion: bool) -> OverlapSite:
+def _choose(site: OverlapSite, times: ModeTimes | None, fusion: FusionChoice) -> OverlapSite:
+    """``site`` with the mode of each size: fused, overlapping where the site may, or one after the other."""
+    available = (FUSED,) if fusion.enforced else (FUSED, OVERLAP, SERIAL) if site.enabled else (FUSED, SERIAL)
+    modes = choose_modes(available, times)
+    evidence = fusion.reason if fusion.enforced else f"measured: {times.where}" if times else "not measured here"
+    if modes == ALWAYS_FUSED:
+        return replace(site, enabled=False, modes=modes, reason=f"shared experts are fused at every size ({evidence})")
+    steps = ", ".join(f"{mode} {'beyond' if most is None else f'up to {most} tokens'}" for most, mode in modes)
+    overlaps = site.enabled and any(mode == OVERLAP for _, mode in modes)
+    return replace(site, enabled=overlaps, modes=modes, reason=f"{steps} ({evidence})")
+
+
+def _decide(rule: SiteRule, platform: Platform, settings: StreamSettings) -> OverlapSite:
     names = " and ".join(switch.name for switch in rule.switches)
     enabled, reason = False, NOT_ASKED
     if rule.name in settings.forced:
@@ -222,8 +278,6 @@ def _decide(rule: SiteRule, platform: Platform, settings: StreamSettings, fusion
         reason = f"needs {names}"
     if enabled and not platform.supports_streams:
         enabled, reason = False, f"platform {platform.kind} on {platform.device_type} has no streams"
-    elif enabled and rule.shared_experts and fusion:
-        enabled, reason = False, "shared experts are computed as routed ones (fusion)"
     if enabled:
         reason += f"; {rule.measured}"
     return OverlapSite(rule.name, enabled, rule.min_tokens, rule.max_tokens, reason=reason)

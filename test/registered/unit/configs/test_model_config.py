@@ -272,7 +272,8 @@ class TestRefusals(ConfigFolderTestCase):
         cases = (
             ({**v3, "architectures": ["LlamaForCausalLM"]}, ", ".join(SUPPORTED_ARCHITECTURES)),
             ({**v3, "architectures": None}, "architectures"),
-            ({**v3, "quantization_config": {"quant_method": "fp8"}}, "(fp8): quantised checkpoints are not supported"),
+            ({**v3, "quantization_config": {"quant_method": "fp8"}}, "weight_block_size must be [128, 128]"),
+            ({**v3, "quantization_config": {"quant_method": "awq"}}, "(awq): such checkpoints are not supported"),
             ({**v3, "topk_method": "greedy"}, "'sigmoid' with topk_method 'greedy'"),
             ({**v3, "n_group": 7}, "not a multiple of n_group"),
             ({**v3, "num_experts_per_tok": 200}, "exceeds the 128 experts"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, rows_of, triton_impl, warps_for
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.ops.quant.group_fp8 import FP8_DTYPES, fp8_dtype
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.platforms import current_platform
@@ -88,22 +88,6 @@ def write_kv_triton(
     return k_cache, v_cache
 
 
-def write_latent_triton(latent: torch.Tensor, cache: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
-    from sglang.kernels.ops.attention.kv_cache_triton import write_rows_kernel
-
-    num_tokens, dim = latent.shape
-    if num_tokens:
-        block = next_power_of_2(dim)
-        row = latent.stride(0)
-        write_rows_kernel[(num_tokens, 1)](
-            latent, latent, cache, cache, slot_ids,
-            row, row, row, row, cache.stride(0), cache.stride(0),
-            K_DIM=dim, V_DIM=dim, K_WIDTH=dim, V_WIDTH=dim, BLOCK=block,
-            num_warps=warps_for(block),
-        )  # fmt: skip
-    return cache
-
-
 def gather_slots_triton(
     req_to_token: torch.Tensor,
     req_pool_indices: torch.Tensor,
@@ -134,11 +118,6 @@ def _accepts_kv(
     return same and is_cache_dtype(k_cache.dtype, k.dtype) and dense and packed
 
 
-def _accepts_latent(latent: torch.Tensor, cache: torch.Tensor, slot_ids: torch.Tensor) -> bool:
-    dense = rows_of(latent) is not None and latent.ndim == 2 and cache.stride(1) == 1
-    return is_cache_dtype(cache.dtype, latent.dtype) and dense
-
-
 def _accepts_table(req_to_token: torch.Tensor, *rest: object) -> bool:
     return req_to_token.stride(1) == 1
 
@@ -153,16 +132,6 @@ def _kv_cases() -> Iterator[Case]:
         both[:1, :, ::3] *= 1e4
         coarse = [cache.to(torch.float8_e4m3fn) for cache in caches]
         yield Case(f"{rows}x{heads}-fp8", (both[..., :dim], both[..., dim:], *coarse, slots))
-
-
-def _latent_cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for rows in (0, 1, 7):
-        slots = torch.randperm(11, generator=generator)[:rows] + 1
-        wide = torch.randn(rows, 30, generator=generator)
-        cache = torch.randn(12, 20, generator=generator)
-        yield Case(f"{rows}-strided", (wide[:, :20], cache, slots))
-        yield Case(f"{rows}-fp8", (wide[:, :20] * 300, cache.to(torch.float8_e4m3fn), slots))
 
 
 def _span_cases() -> Iterator[Case]:
@@ -183,12 +152,9 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
             k = torch.empty(tokens, heads, dim, dtype=torch.bfloat16, device=device)
             cache = torch.empty(1 << 14, heads, dim, dtype=torch.bfloat16, device=device)
             yield write_kv, Case(f"kv {tokens}x{heads}x{dim}", (k, k.clone(), cache, cache.clone(), slots))
-        latent = torch.empty(tokens, 576, dtype=torch.bfloat16, device=device)
-        cache = torch.empty(1 << 14, 576, dtype=torch.bfloat16, device=device)
-        yield write_latent, Case(f"latent {tokens}", (latent, cache, slots))
         if tokens == 128:
             coarse = torch.empty_like(cache, dtype=fp8_dtype(current_platform.arch))
-            yield write_latent, Case(f"latent {tokens} fp8", (latent, coarse, slots))
+            yield write_kv, Case(f"kv {tokens}x8x128 fp8", (k, k.clone(), coarse, coarse.clone(), slots))
         bounds = torch.empty(9, dtype=torch.int64, device=device)
         table = torch.empty(64, 8192, dtype=torch.int32, device=device)
         yield gather_slots, Case(f"slots {tokens}", (table, bounds[:8], bounds[:8].clone(), bounds, tokens))
@@ -199,12 +165,6 @@ write_kv = Op(
     triton_impl(write_kv_triton, _accepts_kv),
     Impl("torch", write_kv_torch),
     cases=_kv_cases,
-)
-write_latent = Op(
-    "kv_cache.write_latent",
-    triton_impl(write_latent_triton, _accepts_latent),
-    Impl("torch", write_latent_torch),
-    cases=_latent_cases,
 )
 gather_slots = Op(
     "kv_cache.gather_slots",

@@ -77,19 +77,10 @@ def prepare_gqa_triton(
 
 
 def _accepts(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    q_weight: torch.Tensor,
-    k_weight: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-    slot_ids: torch.Tensor,
-    eps: float,
-    is_neox: bool,
-) -> bool:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, q_weight: torch.Tensor, k_weight: torch.Tensor,
+    positions: torch.Tensor, cos_sin_cache: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor,
+    slot_ids: torch.Tensor, *rest: object,
+) -> bool:  # fmt: skip
     dense = all(tensor.stride(-1) == 1 for tensor in (q, k, v, cos_sin_cache))
     packed = all(cache.stride(1) == cache.shape[2] and cache.stride(2) == 1 for cache in (k_cache, v_cache))
     flat = all(tensor.is_contiguous() for tensor in (positions, slot_ids, q_weight, k_weight))
@@ -100,7 +91,13 @@ def _accepts(
 
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((1, 1, 1, 8, 8, 8), (5, 6, 2, 24, 8, 12), (0, 2, 1, 8, 4, 8), (7, 9, 3, 20, 20, 33), (3, 16, 2, 256, 64, 256))
+    shapes = (
+        (1, 1, 1, 8, 8, 8),
+        (5, 6, 2, 24, 8, 12),
+        (0, 2, 1, 8, 4, 8),
+        (7, 9, 3, 20, 20, 33),
+        (3, 16, 2, 256, 64, 256),
+    )
     for tokens, heads, kv_heads, dim, rope, value in shapes:
         angles = torch.rand(32, rope // 2, generator=generator) * 6.3
         table = torch.cat((angles.cos(), angles.sin()), dim=-1)
@@ -111,20 +108,21 @@ def _cases() -> Iterator[Case]:
         k, v = k.unflatten(-1, (kv_heads, dim)), v.unflatten(-1, (kv_heads, value))
         weights = torch.randn(2, dim, generator=generator)
         positions = torch.randint(0, 32, (tokens,), generator=generator)
-        caches = torch.randn(16, kv_heads, dim, generator=generator), torch.randn(16, kv_heads, value, generator=generator)
+        caches = [torch.randn(16, kv_heads, width, generator=generator) for width in (dim, value)]
         slots = torch.randperm(15, generator=generator)[:tokens] + 1
         for is_neox in (True, False):
             name = f"{tokens}x{heads}x{dim}-{'neox' if is_neox else 'interleaved'}"
             yield Case(name, (q, k, v, *weights, positions, table, *caches, slots, 1e-6, is_neox))
+        coarse = [cache.to(torch.float8_e4m3fn) for cache in caches]
+        yield Case(f"{tokens}x{heads}x{dim}-fp8", (q, k, v, *weights, positions, table, *coarse, slots, 1e-6, True))
 
 
 def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     """Qwen3.5 layers without contents: decode and prefill in bf16, and float32, which the proofs use."""
     table = torch.empty(4096, 64, device=device)
-    for label, tokens, dtype in (("t1", 1, torch.bfloat16), ("t8192", 8192, torch.bfloat16), ("t8 fp32", 8, torch.float32)):
-        both, weight, cache = (
-            tensor.to(dtype) for tensor in bfloat16s(device, (tokens, 36 * 256), (256,), (1 << 14, 2, 256))
-        )
+    for label, tokens, dtype in (("t1", 1, None), ("t8192", 8192, None), ("t8 fp32", 8, torch.float32)):
+        shapes = bfloat16s(device, (tokens, 36 * 256), (256,), (1 << 14, 2, 256))
+        both, weight, cache = (tensor.to(dtype) if dtype else tensor for tensor in shapes)
         q = both[:, : 32 * 256].unflatten(-1, (16, 2, 256))[:, :, 0]
         k, v = both[:, 32 * 256 :].unflatten(-1, (4, 256)).split(2, dim=1)
         index = torch.empty(tokens, dtype=torch.int64, device=device)

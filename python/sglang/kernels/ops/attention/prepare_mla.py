@@ -9,8 +9,10 @@ import torch
 from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype, write_latent_torch
 from sglang.kernels.ops.norm.rmsnorm import rms_norm_torch
+from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.ops.rope.rotary import rotary_torch
 from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
 
 # Rotated pairs of query heads that a program turns.
 PAIRS_PER_PROGRAM = 1024
@@ -33,7 +35,7 @@ def prepare_mla_torch(
     q [N, H, nope+P], kv_a [N, R+P], positions [N], cos_sin_cache [max, P], norm_weight [R], latent_cache [S, R+P],
     slot_ids [N] int64 in [0, S). The rotated part of q replaces q's own, or goes into the last P columns of
     ``queries`` [N, H, R+P], whose others stay. Returns the tensor that took it. Rounds where ``rope.rotary``,
-    ``norm.rms_norm`` and ``kv_cache.write_latent`` do.
+    ``norm.rms_norm`` do; an 8-bit cache takes what it can hold, as in ``kv_cache.write_kv``.
     """
     rope = cos_sin_cache.shape[1]
     latent, k_pe = kv_a.split((kv_a.shape[1] - rope, rope), dim=-1)
@@ -79,17 +81,10 @@ def prepare_mla_triton(
 
 
 def _accepts(
-    q: torch.Tensor,
-    kv_a: torch.Tensor,
-    positions: torch.Tensor,
-    cos_sin_cache: torch.Tensor,
-    norm_weight: torch.Tensor,
-    latent_cache: torch.Tensor,
-    slot_ids: torch.Tensor,
-    eps: float,
-    is_neox: bool,
+    q: torch.Tensor, kv_a: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor,
+    norm_weight: torch.Tensor, latent_cache: torch.Tensor, slot_ids: torch.Tensor, eps: float, is_neox: bool,
     queries: torch.Tensor | None = None,
-) -> bool:
+) -> bool:  # fmt: skip
     rows = (q, kv_a, latent_cache, cos_sin_cache) + (() if queries is None else (queries,))
     dense = all(tensor.stride(-1) == 1 for tensor in rows)
     flat = all(tensor.is_contiguous() for tensor in (positions, slot_ids, norm_weight))
@@ -113,6 +108,7 @@ def _cases() -> Iterator[Case]:
             name = f"{tokens}x{heads}-{'neox' if is_neox else 'interleaved'}"
             yield Case(f"{name}-in-place", (*shared, is_neox))
             yield Case(name, (*shared, is_neox, torch.randn(tokens, heads, rank + rope, generator=generator)))
+        yield Case(f"{tokens}x{heads}-fp8", (*shared[:5], cache.to(torch.float8_e4m3fn), slots, 1e-6, False))
 
 
 def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
@@ -124,7 +120,11 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
         )
         index = torch.empty(tokens, dtype=torch.int64, device=device)
         placed = (queries,) if tokens <= 128 else ()
-        yield prepare_mla, Case(f"{name} t{tokens}", (q, kv_a, index, table, weight, cache, index, 1e-6, False, *placed))
+        last = (index, 1e-6, False, *placed)
+        yield prepare_mla, Case(f"{name} t{tokens}", (q, kv_a, index, table, weight, cache, *last))
+        if tokens == 128:
+            coarse = torch.empty_like(cache, dtype=fp8_dtype(current_platform.arch))
+            yield prepare_mla, Case(f"{name} t{tokens} fp8", (q, kv_a, index, table, weight, coarse, *last))
 
 
 prepare_mla = Op(

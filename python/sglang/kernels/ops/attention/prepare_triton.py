@@ -39,20 +39,20 @@ def prepare_mla_kernel(
     first = pair if IS_NEOX else 2 * pair
     second = pair + HALF if IS_NEOX else 2 * pair + 1
     if block == 0:
-        dtype = kv_ptr.dtype.element_ty
-        to = cache_ptr + tl.load(slots_ptr + token).to(tl.int64) * cache_stride
+        dtype: tl.constexpr = kv_ptr.dtype.element_ty
+        row = cache_ptr + tl.load(slots_ptr + token).to(tl.int64) * cache_stride
         cols = tl.arange(0, RANK)
         latent = tl.load(kv_ptr + token * kv_stride + cols, mask=cols < rank, other=0.0).to(tl.float32)
         weight = tl.load(weight_ptr + cols, mask=cols < rank, other=0.0).to(tl.float32)
         scale = tl.rsqrt(tl.sum(latent * latent, axis=0) / rank + eps)
         # The norm rounds before the weight multiplies.
         normed = ((latent * scale).to(dtype).to(tl.float32) * weight).to(dtype)
-        tl.store(to + cols, to_cache(normed, cache_ptr), mask=cols < rank)
-        at = kv_ptr + token * kv_stride + rank
-        x, y = tl.load(at + first, mask=pair < HALF), tl.load(at + second, mask=pair < HALF)
-        x, y = _turn(x, y, cos, sin, dtype)
-        tl.store(to + rank + first, to_cache(x, cache_ptr), mask=pair < HALF)
-        tl.store(to + rank + second, to_cache(y, cache_ptr), mask=pair < HALF)
+        tl.store(row + cols, to_cache(normed, cache_ptr), mask=cols < rank)
+        k_at = kv_ptr + token * kv_stride + rank
+        k_x, k_y = tl.load(k_at + first, mask=pair < HALF), tl.load(k_at + second, mask=pair < HALF)
+        k_x, k_y = _turn(k_x, k_y, cos, sin, dtype)
+        tl.store(row + rank + first, to_cache(k_x, cache_ptr), mask=pair < HALF)
+        tl.store(row + rank + second, to_cache(k_y, cache_ptr), mask=pair < HALF)
     else:
         head = ((block - 1) * HEADS + tl.arange(0, HEADS))[:, None]
         mask = (head < heads) & (pair < HALF)

@@ -195,14 +195,16 @@ def run_experts(
     weights: torch.Tensor,
     ids: torch.Tensor,
     prepare: Callable[[torch.Tensor], Scaled],
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """The experts by the path that shapes and arch choose; ``prepare`` makes a product's operand of its rows.
 
+    Results are of ``dtype``, by default x's.
     Besides ``prepare``: one token takes two launches, up to ``few_tokens`` three, more five.
     """
-    (num_tokens, top_k), num_experts, dtype = ids.shape, w13.data.shape[0], x.dtype
+    (num_tokens, top_k), num_experts, dtype = ids.shape, w13.data.shape[0], dtype or x.dtype
     if num_tokens == 0:
-        return torch.empty_like(x)
+        return torch.empty_like(x, dtype=dtype)
     tiles = choose_tiles(current_platform.arch, 8 * w13.data.itemsize, num_tokens, top_k, num_experts)
     rows = prepare(x)
     if tiles.path == "one":

@@ -70,9 +70,13 @@ def fits_fused_fp8(
     w2_scale: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    x_scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> bool:
-    """Arranged 8-bit weights and rows that AITER quantises itself."""
-    rows = x.dtype in (torch.bfloat16, torch.float16) and topk_weights.dtype == torch.float32
+    """Arranged 8-bit weights, and rows that AITER quantises itself or that are of the weights' type already."""
+    out = x.dtype if x_scale is None else dtype
+    rows = out in (torch.bfloat16, torch.float16) and topk_weights.dtype == torch.float32
+    rows = rows and (x_scale is None or x.dtype == w13.dtype)
     return is_arranged(w13) and is_arranged(w2) and w13.dtype.itemsize == 1 and rows
 
 
@@ -84,9 +88,11 @@ def fused_experts_fp8_aiter(
     w2_scale: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    x_scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """``moe.fused_experts_fp8``, except that an expert may stand in a row twice only with weight 0."""
-    return _run(x, w13, w2, topk_weights, topk_ids, "per_128x128", w13_scale, w2_scale)
+    return _run(x, w13, w2, topk_weights, topk_ids, "per_128x128", w13_scale, w2_scale, x_scale, dtype)
 
 
 @lru_cache(maxsize=8)
@@ -104,9 +110,12 @@ def _run(
     quant_type: str,
     w13_scale: torch.Tensor | None,
     w2_scale: torch.Tensor | None,
+    x_scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
+    dtype = dtype or x.dtype
     if x.shape[0] == 0:
-        return torch.empty_like(x)
+        return torch.empty_like(x, dtype=dtype)
     from aiter import ActivationType, QuantType
     from aiter.fused_moe import fused_moe
 
@@ -125,5 +134,6 @@ def _run(
         quant_type=getattr(QuantType, quant_type),
         w1_scale=w13_scale,
         w2_scale=w2_scale,
-        dtype=x.dtype,
+        a1_scale=x_scale,
+        dtype=dtype,
     )

@@ -20,8 +20,11 @@ from sglang.kernels.ops.quant.group_fp8 import (
     GROUP,
     block_fp8_linear_torch,
     fp8_dtype,
+    quantize_groups_torch,
     quantize_groups_triton,
     random_blocks,
+    scaled_product,
+    with_scales,
 )
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.platforms import current_platform
@@ -35,20 +38,26 @@ def fused_experts_fp8_torch(
     w2_scale: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    x_scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """``moe.fused_experts`` with both products as ``quant.block_fp8_linear``.
 
     x [N, H], w13 [E, 2I, H] and w2 [E, H, I] 8-bit, w13_scale [E, 2I / 128, H / 128] and w2_scale [E, H / 128, I / 128]
     float32, H and I multiples of 128; routing as in ``moe.fused_experts``. Returns a new [N, H] in x's dtype.
+    Rows that are quantised already come in w13's dtype with their x_scale [N, H / 128] and the ``dtype`` of the result.
     """
     require_plain(w13)
+    dtype = x.dtype if dtype is None else dtype
+    q, scale = with_scales(x, x_scale, w13.dtype)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in topk_ids[topk_ids >= 0].unique().tolist():
         tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
-        gate, up = block_fp8_linear_torch(x[tokens], w13[expert], w13_scale[expert]).chunk(2, dim=-1)
+        gate_up = scaled_product(q[tokens], scale[tokens], w13[expert], w13_scale[expert]).to(dtype)
+        gate, up = gate_up.chunk(2, dim=-1)
         rows = block_fp8_linear_torch(F.silu(gate) * up, w2[expert], w2_scale[expert])
         out.index_add_(0, tokens, topk_weights[tokens, slots].unsqueeze(1) * rows.float())
-    return out.to(x.dtype)
+    return out.to(dtype)
 
 
 def fused_experts_fp8_triton(
@@ -59,13 +68,17 @@ def fused_experts_fp8_triton(
     w2_scale: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    x_scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """The launches of ``moe.fused_experts`` and two that quantise rows."""
+    """The launches of ``moe.fused_experts`` and those that quantise rows."""
 
     def quantize(rows: torch.Tensor) -> Scaled:
+        if rows is x and x_scale is not None:
+            return Scaled(x, x_scale)
         return Scaled(*quantize_groups_triton(rows, w13.dtype))
 
-    return run_experts(x, Scaled(w13, w13_scale), Scaled(w2, w2_scale), topk_weights, topk_ids, quantize)
+    return run_experts(x, Scaled(w13, w13_scale), Scaled(w2, w2_scale), topk_weights, topk_ids, quantize, dtype)
 
 
 def _accepts(
@@ -76,10 +89,13 @@ def _accepts(
     w2_scale: torch.Tensor,
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
+    x_scale: torch.Tensor | None = None,
+    dtype: torch.dtype | None = None,
 ) -> bool:
-    stacked = (w13, w13_scale, w2, w2_scale)
+    stacked = (w13, w13_scale, w2, w2_scale, *([] if x_scale is None else [x_scale]))
     whole = all(size % GROUP == 0 for size in (x.shape[1], w2.shape[2]))
-    native = w13.dtype == w2.dtype == fp8_dtype(current_platform.arch) and x.dtype in FLOATS and x.stride(1) == 1
+    rows = x.dtype in FLOATS if x_scale is None else x.dtype == w13.dtype and dtype in FLOATS
+    native = w13.dtype == w2.dtype == fp8_dtype(current_platform.arch) and rows and x.stride(1) == 1
     dense = all(tensor.is_contiguous() for tensor in stacked) and not is_arranged(w13)
     return whole and native and dense and routing_fits(topk_weights, topk_ids, w13.shape[0])
 
@@ -101,6 +117,8 @@ def _cases() -> Iterator[Case]:
         if rows > 1:
             holes = ids.masked_fill(torch.rand(rows, top_k, generator=generator) < 0.4, -1)
             yield Case(f"{rows}x{hidden}x{width}-holes", (x, *stacked, weights, holes))
+            q, scale = quantize_groups_torch(x, stacked[0].dtype)
+            yield Case(f"{rows}x{hidden}x{width}-quantised", (q, *stacked, weights, holes, scale, torch.float32))
 
 
 def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 
-# Tokens up to which programs share out the experts and leave the matrix unit alone (a bound by reasoning, not measured).
+# Tokens up to which programs share out the experts and leave the matrix unit alone (by reasoning, not measured).
 FEW_TOKENS = 16
 
 
@@ -63,7 +63,8 @@ def _accepts(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    for tokens, experts, hidden in ((1, 5, 12), (1, 130, 40), (0, 4, 8), (7, 64, 33), (16, 70, 20), (17, 33, 70), (90, 8, 64)):
+    few, many = ((1, 5, 12), (1, 130, 40), (0, 4, 8), (7, 64, 33), (16, 70, 20)), ((17, 33, 70), (90, 8, 64))
+    for tokens, experts, hidden in few + many:
         wide = torch.randn(tokens, hidden + 4, generator=generator)
         weight = torch.randn(experts, hidden, generator=generator) / hidden**0.5
         for dtype in (torch.float32, torch.float16):
@@ -75,7 +76,8 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     """Routers of DeepSeek in bf16, without contents, on each path of the launcher."""
     for name, experts, hidden in (("v2lite", 64, 2048), ("v3", 256, 7168)):
         for tokens in (1, 8, 128, 8192):
-            yield router_logits, Case(f"{name} t{tokens}", tuple(bfloat16s(device, (tokens, hidden), (experts, hidden))))
+            x, weight = bfloat16s(device, (tokens, hidden), (experts, hidden))
+            yield router_logits, Case(f"{name} t{tokens}", (x, weight))
 
 
 router_logits = Op(

@@ -27,12 +27,15 @@ def _all_max(x):
 @triton.jit
 def router_kernel(
     logits_ptr, bias_ptr, weights_ptr, ids_ptr,
-    row_stride, group_size, scale,
-    TOP_K: tl.constexpr, K_BLOCK: tl.constexpr, N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr,
-    GROUPS: tl.constexpr, SIZE: tl.constexpr,
+    row_stride, group_size, scale, shared_weight,
+    TOP_K: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr, K_BLOCK: tl.constexpr,
+    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
     SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """The token's experts as a tile [GROUPS >= N_GROUP, SIZE >= group_size]; TOP_K <= experts of TOPK_GROUP groups."""
+    """The token's experts as a tile [GROUPS >= N_GROUP, SIZE >= group_size]; TOP_K <= experts of TOPK_GROUP groups.
+
+    SHARED ids after the last expert follow; with GATED the column there is their gate.
+    """
     lowest: tl.constexpr = -0x8000000000000000
     token = tl.program_id(0).to(tl.int64)
     group, member = tl.arange(0, GROUPS)[:, None], tl.arange(0, SIZE)[None, :]
@@ -70,5 +73,14 @@ def router_kernel(
         keys = tl.where(chosen, lowest, keys)
     if RENORMALIZE:
         weights = weights / (tl.sum(weights, axis=0) + 1e-20)
-    tl.store(weights_ptr + token * TOP_K + slot, weights * scale, mask=slot < TOP_K)
-    tl.store(ids_ptr + token * TOP_K + slot, ids, mask=slot < TOP_K)
+    weights *= scale
+    if SHARED:
+        experts = N_GROUP * group_size
+        if GATED:
+            gate = tl.load(logits_ptr + token * row_stride + experts).to(tl.float32)
+            shared_weight = shared_weight / (1.0 + tl.exp(-gate))
+        weights = tl.where(slot < TOP_K, weights, shared_weight)
+        ids = tl.where(slot < TOP_K, ids, experts + slot - TOP_K)
+    at = token * (TOP_K + SHARED) + slot
+    tl.store(weights_ptr + at, weights, mask=slot < TOP_K + SHARED)
+    tl.store(ids_ptr + at, ids, mask=slot < TOP_K + SHARED)

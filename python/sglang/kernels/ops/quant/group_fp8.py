@@ -52,9 +52,18 @@ def block_fp8_linear_torch(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tens
     x [N, K] float, w [R, K] 8-bit, w_scale [ceil(R / 128), K / 128] float32 -> [N, R] in x's dtype. DeepSeek-V3 report,
     section 3.3.2 (fine-grained quantisation).
     """
-    q, scale = quantize_groups_torch(x, w.dtype)
+    return scaled_product(*quantize_groups_torch(x, w.dtype), w, w_scale).to(x.dtype)
+
+
+def with_scales(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows x as they are if their ``scale`` is given, else quantised to ``dtype``."""
+    return quantize_groups_torch(x, dtype) if scale is None else (x, scale)
+
+
+def scaled_product(q: torch.Tensor, scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+    """The product of quantised rows q [N, K] with ``w``, both scaled back -> [N, R] float32."""
     rows = q.float() * scale.repeat_interleave(GROUP, 1)
-    return (rows @ dequantize_blocks(w, w_scale).t()).to(x.dtype)
+    return rows @ dequantize_blocks(w, w_scale).t()
 
 
 def quantize_groups_triton(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

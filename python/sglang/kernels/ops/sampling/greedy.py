@@ -36,7 +36,9 @@ def greedy_aiter(
 ) -> torch.Tensor:
     """By AITER's kernel, or ``kernel`` of its signature, whose answer to a row without a winner is bounded here."""
     if kernel is None:
-        from aiter import greedy_sample as kernel
+        import aiter
+
+        kernel = aiter.greedy_sample
     out = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
     kernel(out, logits)
     return out.clamp_(0, logits.shape[1] - 1)

@@ -51,7 +51,7 @@ class PoolAttnBackend(AttentionBackend):
         layer: RadixAttention,
         fb: ForwardBatch,
     ) -> torch.Tensor:
-        """Norm and rotate the heads of q [N, Hq, D] and k [N, Hk, D], store k and v [N, Hk, Dv] -> queries [N, Hq, D]."""
+        """Norm and rotate the heads of q [N, Hq, D] and k [N, Hk, D], store k and v [N, Hk, Dv] -> [N, Hq, D]."""
         assert q_norm.eps == k_norm.eps
         return prepare_gqa(
             q, k, v, q_norm.weight, k_norm.weight, positions, rotary_emb.cos_sin_cache,

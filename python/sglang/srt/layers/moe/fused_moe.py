@@ -24,7 +24,8 @@ class FusedMoE(nn.Module):
 
     hidden: H. intermediate: I of one expert. top_k: experts a token. reduce_results: sum over the tensor-parallel ranks
     at the end; otherwise the result is this rank's part of that sum. quant_config and prefix, the module's name in the
-    model, decide the format of the weights.
+    model, decide the format of the weights. num_shared: slots behind them for experts that a token may go to besides,
+    all on every rank.
     """
 
     def __init__(
@@ -36,15 +37,16 @@ class FusedMoE(nn.Module):
         reduce_results: bool = True,
         quant_config: QuantConfig | None = None,
         prefix: str = "",
+        num_shared: int = 0,
     ) -> None:
         super().__init__()
         self._tp = get_tp_group()
-        self.placement = ExpertPlacement.here(num_experts)
+        self.placement = ExpertPlacement.here(num_experts, num_shared)
         parts = self.placement.parts
         if intermediate % parts:
             raise ValueError(f"expert width {intermediate} cannot be split over {parts} tensor-parallel ranks.")
-        self.num_experts = num_experts
-        self.hidden = hidden
+        self.num_experts, self.num_shared = num_experts, num_shared
+        self.hidden, self.intermediate = hidden, intermediate
         self.top_k = top_k
         self.reduce_results = reduce_results
         width = intermediate // parts
@@ -56,7 +58,7 @@ class FusedMoE(nn.Module):
         }
         self.quant_method = experts_method(quant_config, prefix, list(self._shards.values()))
         for name, shards in self._shards.items():
-            self.quant_method.create(self, name, shards, count=self.placement.count)
+            self.quant_method.create(self, name, shards, count=self.placement.count + num_shared)
 
     def load_expert(
         self, name: str, expert_id: int, tensor: torch.Tensor, scale: torch.Tensor | None = None
@@ -68,8 +70,8 @@ class FusedMoE(nn.Module):
         stack = "w2_weight" if name == "w2" else "w13_weight"
         shards = self._shards[stack]
         check_shape(tensor, shards.full_shapes[name])
-        if self.placement.holds(expert_id):
-            local = expert_id - self.placement.first
+        local = self.placement.local_id(expert_id)
+        if local is not None:
             self.quant_method.store(self, stack, shards, name, tensor, scale, local)
 
     def expert_tensors(self) -> Iterator[tuple[str, str, int, nn.Parameter]]:
@@ -87,15 +89,27 @@ class FusedMoE(nn.Module):
         }
 
     def forward(self, x: torch.Tensor, topk: TopKOutput, fb: ForwardBatch | None = None) -> torch.Tensor:
-        """x [N, H] (left as it is), topk with k = ``top_k`` -> new [N, H]: the weighted sum of the experts' outputs.
+        """x [N, H] (left as it is), topk with k = ``top_k``, or all shared slots besides -> new [N, H]: weighted sum.
 
         ``fb``, the step, is for experts that exchange tokens between ranks.
         """
-        if topk.ids.shape[1] != self.top_k:
-            raise ValueError(f"expected {self.top_k} experts a token, got {topk.ids.shape[1]}")
+        self.check_columns(topk)
         out = self.run_experts(x, topk.weights, self.placement.local_ids(topk.ids))
         return self._tp.all_reduce(out) if self.reduce_results else out
 
-    def run_experts(self, x: torch.Tensor, weights: torch.Tensor, local_ids: torch.Tensor) -> torch.Tensor:
-        """Weighted sum over this rank's experts. x [N, H], weights [N, k] float32, local_ids [N, k] int32, -1: none."""
-        return self.quant_method.experts(self, x, weights, local_ids)
+    def check_columns(self, topk: TopKOutput) -> None:
+        """Raise ValueError for another number of experts a token than this layer takes."""
+        if topk.ids.shape[1] not in (self.top_k, self.top_k + self.num_shared):
+            raise ValueError(
+                f"expected {self.top_k} experts a token, or {self.num_shared} shared ones besides, got "
+                f"{topk.ids.shape[1]}"
+            )
+
+    def run_experts(
+        self, x: torch.Tensor, weights: torch.Tensor, local_ids: torch.Tensor, x_scale: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Weighted sum over this rank's experts. x [N, H], weights [N, k] float32, local_ids [N, k] int32, -1: none.
+
+        Rows in ``quant_method.row_dtype`` come with their scales x_scale [N, H / 128] float32.
+        """
+        return self.quant_method.experts(self, x, weights, local_ids, x_scale)

@@ -11,16 +11,20 @@ from sglang.srt.distributed import get_parallel_state
 
 @dataclass(frozen=True)
 class ExpertPlacement:
-    """Experts ``first .. first + count`` of ``num_experts``, and of each the ``part``-th of ``parts`` equal widths."""
+    """Experts ``first .. first + count`` of ``num_experts``, and of each the ``part``-th of ``parts`` equal widths.
+
+    ``num_shared`` more, with ids from ``num_experts`` on, lie behind them on every rank.
+    """
 
     num_experts: int
     first: int
     count: int
     part: int
     parts: int
+    num_shared: int = 0
 
     @classmethod
-    def here(cls, num_experts: int) -> ExpertPlacement:
+    def here(cls, num_experts: int, num_shared: int = 0) -> ExpertPlacement:
         """This rank's share: contiguous blocks of experts over runs of ranks, widths inside a run.
 
         Raises ValueError when the experts cannot be parted equally.
@@ -29,18 +33,25 @@ class ExpertPlacement:
         if num_experts % state.ep_size:
             raise ValueError(f"{num_experts} experts cannot be split over {state.ep_size} parts (--ep-size).")
         count, parts = num_experts // state.ep_size, state.world.size // state.ep_size
-        return cls(num_experts, state.world.rank // parts * count, count, state.world.rank % parts, parts)
+        rank = state.world.rank
+        return cls(num_experts, rank // parts * count, count, rank % parts, parts, num_shared)
 
     @property
     def holds_all(self) -> bool:
         return self.count == self.num_experts
 
-    def holds(self, expert_id: int) -> bool:
-        return self.first <= expert_id < self.first + self.count
+    def local_id(self, expert_id: int) -> int | None:
+        """Position of an expert in this rank's weights; None where another rank holds it."""
+        if expert_id >= self.num_experts:
+            return expert_id - self.num_experts + self.count
+        return expert_id - self.first if self.first <= expert_id < self.first + self.count else None
 
     def local_ids(self, ids: torch.Tensor) -> torch.Tensor:
         """Global expert ids -> positions in this rank's weights, -1 where another rank holds the expert."""
         if self.holds_all:
             return ids
         local = ids - self.first
-        return local.masked_fill((local < 0) | (local >= self.count), -1)
+        local = local.masked_fill((local < 0) | (local >= self.count), -1)
+        if self.num_shared:
+            local = torch.where(ids >= self.num_experts, ids - (self.num_experts - self.count), local)
+        return local

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sglang.kernels.ops.moe.topk import topk_biased_grouped, topk_grouped, topk_plain
+from sglang.kernels.ops.moe.topk import NO_SHARED, SharedSlots, topk_biased_grouped, topk_grouped, topk_plain
 
 
 @dataclass(frozen=True)
 class TopKOutput:
-    """weights [N, k] float32 (scaling factor included) and expert ids [N, k] int32, unordered within a row."""
+    """weights [N, k] float32 (scaling factor included) and expert ids [N, k] int32, unordered within a row.
+
+    Shared slots, where there are any, are the last columns.
+    """
 
     weights: torch.Tensor
     ids: torch.Tensor
@@ -24,7 +27,8 @@ class TopK(nn.Module):
     scoring: "softmax" or "sigmoid". renormalize: divide a row's weights by their sum. n_group, topk_group: experts come
     only from the best ``topk_group`` of ``n_group`` groups. group_score: a group counts as its best expert ("max") or
     as the sum of its best two ("top2sum"). correction_bias [E] float32: added for the choice alone; needs "top2sum".
-    routed_scaling_factor: multiplied into the weights here and nowhere else.
+    routed_scaling_factor: multiplied into the weights here and nowhere else, so that shared slots need no division by it.
+    shared: the slots that a fused step adds.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class TopK(nn.Module):
         group_score: str = "max",
         correction_bias: torch.Tensor | None = None,
         routed_scaling_factor: float = 1.0,
+        shared: SharedSlots = NO_SHARED,
     ) -> None:
         super().__init__()
         if scoring not in ("softmax", "sigmoid"):
@@ -51,19 +56,20 @@ class TopK(nn.Module):
         self.topk_group = topk_group
         self.correction_bias = correction_bias
         self.routed_scaling_factor = routed_scaling_factor
+        self.shared = shared
 
-    def forward(self, router_logits: torch.Tensor) -> TopKOutput:
-        """router_logits [N, E] -> TopKOutput."""
-        scale = self.routed_scaling_factor
+    def forward(self, router_logits: torch.Tensor, fused: bool = False) -> TopKOutput:
+        """router_logits [N, E], and in ``fused`` steps the shared slots' gate if they have one -> TopKOutput."""
+        scale, shared = self.routed_scaling_factor, self.shared if fused else NO_SHARED
         if self.correction_bias is not None:
             weights, ids = topk_biased_grouped(
                 router_logits, self.correction_bias, self.top_k, self.scoring, self.renormalize, self.n_group,
-                self.topk_group, scale,
+                self.topk_group, scale, shared,
             )  # fmt: skip
         elif self.n_group > 1:
             weights, ids = topk_grouped(
-                router_logits, self.top_k, self.scoring, self.renormalize, self.n_group, self.topk_group, scale
+                router_logits, self.top_k, self.scoring, self.renormalize, self.n_group, self.topk_group, scale, shared
             )
         else:
-            weights, ids = topk_plain(router_logits, self.top_k, self.scoring, self.renormalize, scale)
+            weights, ids = topk_plain(router_logits, self.top_k, self.scoring, self.renormalize, scale, shared)
         return TopKOutput(weights, ids)

@@ -55,7 +55,8 @@ class Fp8Method(WeightMethod):
 
     def __init__(self, on_load: bool) -> None:
         self.on_load = on_load
-        self.dtype = fp8_dtype(current_platform.arch)
+        self.dtype = self.row_dtype = fp8_dtype(current_platform.arch)
+        self._activation_dtype = torch.get_default_dtype()
 
     def create(
         self, layer: nn.Module, name: str, shards: Shards, loader: WeightLoader | None = None, count: int | None = None
@@ -100,10 +101,17 @@ class Fp8Method(WeightMethod):
         out = block_fp8_linear(x, layer.weight, layer.weight_scale_inv)
         return out if bias is None else out + bias
 
-    def experts(self, layer: nn.Module, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return fused_experts_fp8(
-            x, layer.w13_weight, layer.w13_weight_scale_inv, layer.w2_weight, layer.w2_weight_scale_inv, weights, ids
-        )
+    def experts(
+        self,
+        layer: nn.Module,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        x_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        stacks = layer.w13_weight, layer.w13_weight_scale_inv, layer.w2_weight, layer.w2_weight_scale_inv
+        dtype = None if x_scale is None else self._activation_dtype
+        return fused_experts_fp8(x, *stacks, weights, ids, x_scale, dtype)
 
     def arrange_experts(self, layer: nn.Module) -> None:
         arrange_experts_fp8(layer.w13_weight, layer.w2_weight)

@@ -21,6 +21,8 @@ class WeightMethod(ABC):
     """
 
     takes_scale = False
+    # The 8-bit type, with scales by groups of 128, in which experts multiply their rows; None: the model's own.
+    row_dtype: torch.dtype | None = None
 
     @abstractmethod
     def create(
@@ -49,8 +51,15 @@ class WeightMethod(ABC):
         """``x W^T + bias``: x [N, C] -> [N, R]."""
 
     @abstractmethod
-    def experts(self, layer: nn.Module, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """As the op ``moe.fused_experts`` with the layer's weights."""
+    def experts(
+        self,
+        layer: nn.Module,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        x_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As the op ``moe.fused_experts`` with the layer's weights; rows of ``row_dtype`` come with their x_scale."""
 
     @abstractmethod
     def arrange_experts(self, layer: nn.Module) -> None:
@@ -99,7 +108,15 @@ class UnquantizedMethod(WeightMethod):
     def linear(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, layer.weight, bias)
 
-    def experts(self, layer: nn.Module, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    def experts(
+        self,
+        layer: nn.Module,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        x_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert x_scale is None, "plain weights take plain rows"
         return fused_experts(x, layer.w13_weight, layer.w2_weight, weights, ids)
 
     def arrange_experts(self, layer: nn.Module) -> None:

@@ -104,7 +104,7 @@ def _local_experts(ids: torch.Tensor, mask: torch.Tensor | None, num_local: int)
 
 
 def _check_distinct(local: torch.Tensor) -> None:
-    """The vendor sorts through a table with one place for a token and an expert: the later entry replaces the earlier."""
+    """The vendor sorts through a table with one place for a token and an expert: a later entry replaces an earlier."""
     ordered = local.sort(dim=1).values
     require(not bool(((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any()), "an expert twice in a row")
 

@@ -22,6 +22,7 @@ def make_experts(
     top_k: int,
     quant_config: QuantConfig | None = None,
     prefix: str = "",
+    num_shared: int = 0,
 ) -> FusedMoE:
     """Experts whose result is this rank's part of a sum over its tensor-parallel group; arguments are FusedMoE's.
 
@@ -30,11 +31,13 @@ def make_experts(
     sizes = (num_experts, hidden, intermediate, top_k)
     args = get_global_server_args()
     if args.moe_a2a_backend == "mori":
+        if num_shared:
+            raise ValueError("experts that exchange tokens have no slots for shared ones")
         config = MoriConfig.from_env(get_world_group().size, low_latency=args.deepep_mode == "low_latency")
         return MoriEPMoE(*sizes, config, quant_config, prefix)
     if is_dp_attention_enabled():
-        return GatheredMoE(*sizes, quant_config, prefix)
-    return FusedMoE(*sizes, reduce_results=False, quant_config=quant_config, prefix=prefix)
+        return GatheredMoE(*sizes, quant_config, prefix, num_shared)
+    return FusedMoE(*sizes, reduce_results=False, quant_config=quant_config, prefix=prefix, num_shared=num_shared)
 
 
 def describe_experts(model: nn.Module) -> dict[str, Any]:

@@ -26,14 +26,14 @@ class GatheredMoE(FusedMoE):
         top_k: int,
         quant_config: QuantConfig | None = None,
         prefix: str = "",
+        num_shared: int = 0,
     ) -> None:
-        super().__init__(num_experts, hidden, intermediate, top_k, False, quant_config, prefix)
+        super().__init__(num_experts, hidden, intermediate, top_k, False, quant_config, prefix, num_shared)
         self._world = get_parallel_state().world
 
     def forward(self, x: torch.Tensor, topk: TopKOutput, fb: ForwardBatch | None = None) -> torch.Tensor:
-        """x [N, H], topk with k = ``top_k`` -> new [N, H]: zero except this rank's slice of the rows."""
-        if topk.ids.shape[1] != self.top_k:
-            raise ValueError(f"expected {self.top_k} experts a token, got {topk.ids.shape[1]}")
+        """x [N, H], topk as FusedMoE's, alike in all groups -> new [N, H]: zero except this rank's slice of the rows."""
+        self.check_columns(topk)
         groups = None if fb is None else fb.global_num_rows_cpu or fb.global_num_tokens_cpu
         if fb is None or groups is None:
             raise RuntimeError("attention groups exchange rows only in a step that says how many each brings")
@@ -45,9 +45,9 @@ class GatheredMoE(FusedMoE):
         ids = topk.ids.masked_fill(~real.unsqueeze(1), -1)
         rows = x.new_zeros(share, x.shape[1])
         rows[: end - first] = x[first:end]
-        all_ids = ids.new_full((share, self.top_k), -1)
+        all_ids = ids.new_full((share, ids.shape[1]), -1)
         all_ids[: end - first] = ids[first:end]
-        weights = topk.weights.new_zeros(share, self.top_k)
+        weights = topk.weights.new_zeros(all_ids.shape)
         weights[: end - first] = topk.weights[first:end]
         gathered = [self._world.all_gather(part, dim=0) for part in (rows, weights, all_ids)]
         sums = self._world.all_reduce(self.run_experts(gathered[0], gathered[1], self.placement.local_ids(gathered[2])))

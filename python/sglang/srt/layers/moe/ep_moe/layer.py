@@ -53,8 +53,9 @@ class MoriEPMoE(FusedMoE):
         self._dp_size, self._dp_rank, self._rank = state.attn_dp_size, state.attn_dp_rank, state.world.rank
         device = self.w13_weight.device
         self.dispatcher = make_dispatcher(
-            config, state.world, num_experts, hidden, top_k, torch.get_default_dtype(), device
-        )
+            config, state.world, num_experts, hidden, top_k, torch.get_default_dtype(), device,
+            self.quant_method.row_dtype,
+        )  # fmt: skip
         self.mori_moe_max_input_tokens = config.moe_max_input_tokens
         self._tiers = ROW_TIERS[current_platform.kind]
         self._full_buffer = full_buffer
@@ -92,9 +93,9 @@ class MoriEPMoE(FusedMoE):
         self.gauge.add(batch.total_recv, num_rows)
         ids = self.placement.local_ids(batch.indices[:num_rows])
         stale = torch.arange(num_rows, dtype=torch.int32, device=ids.device) >= batch.total_recv
-        return self.run_experts(
-            batch.hidden[:num_rows], batch.weights[:num_rows], ids.masked_fill(stale.unsqueeze(1), -1)
-        )
+        ids = ids.masked_fill(stale.unsqueeze(1), -1)
+        scales = None if batch.scales is None else batch.scales[:num_rows]
+        return self.run_experts(batch.hidden[:num_rows], batch.weights[:num_rows], ids, scales)
 
     def _rows_of_ranks(self, num_rows: int, fb: ForwardBatch | None) -> tuple[int, ...]:
         """The rows that each rank dispatches in this step, from metadata that all share."""

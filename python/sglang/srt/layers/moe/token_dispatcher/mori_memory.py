@@ -19,7 +19,9 @@ MIB = 1 << 20
 NODE, QUEUE_PAIRS = 8, 2
 # The static heap aligns what it hands out, and starts with a gap and its own synchronisation words. In virtual-memory
 # mode an allocation may instead skip to the next chunk. The spare room is for small buffers in which releases differ.
-MOST_ALLOCATIONS, ALIGNMENT, HEAP_START, VMM_CHUNK, HEAP_SPARE = 24, 256, 256 + 1024, 64 * MIB, 64 * MIB
+ALIGNMENT, HEAP_START, VMM_CHUNK, HEAP_SPARE = 256, 256 + 1024, 64 * MIB, 64 * MIB
+# At most, on average: ids and weights are five, signals seven, most others one.
+ALLOCATIONS_A_BUFFER = 3
 _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
 
 
@@ -40,14 +42,17 @@ def exchange_buffers(config: EpConfig, kernel: str, codec_groups: int = 56) -> t
     """
     world, limit, recv = config.world_size, config.max_num_inp_token_per_rank, config.max_recv
     top_k, sent, nodes = config.num_experts_per_token, world * limit, world // min(world, NODE)
-    hidden = config.hidden_dim * max(config.data_type.itemsize, config.combine_type.itemsize)
+    # MORI sizes every row for the widest type.
+    sent_type, back_type = config.data_type.itemsize, config.combine_type.itemsize
+    hidden = config.hidden_dim * max(sent_type, back_type)
     scales = config.scale_dim * config.scale_type.itemsize
     codec = codec_groups * 4 if config.combine_wire == "fp8_blockwise" else 0
     record = hidden + 8 * top_k + 4 + scales  # hidden, ids, weights, source, scales
     if kernel == "portable":
-        received = ExchangeBuffer("received rows", recv * record + 4, "R records", on_heap=False)
-        out = ExchangeBuffer("combine output", limit * (hidden + 4), "limit rows", on_heap=False)
-        return received, out
+        row = record - hidden + config.hidden_dim * sent_type
+        received = ExchangeBuffer("received rows", recv * row + 4, "R records", on_heap=False)
+        out = limit * (config.hidden_dim * back_type + 4)
+        return received, ExchangeBuffer("combine output", out, "limit rows", on_heap=False)
     # (name, rows, bytes of a row, what it is made of)
     staged = ("combine input", recv, record if not codec else record - scales + codec, "R records")
     rows = [("dispatch output", recv, hidden, "R rows"), ("combine output", limit, hidden, "limit rows")]
@@ -80,7 +85,7 @@ def exchange_buffers(config: EpConfig, kernel: str, codec_groups: int = 56) -> t
 
 def heap_bytes(buffers: Sequence[ExchangeBuffer], is_vmm: bool = False) -> int:
     """Bytes that MORI_SHMEM_HEAP_SIZE must at least say, in whole MiB: buffers, what alignment takes, spare room."""
-    lost = MOST_ALLOCATIONS * (VMM_CHUNK if is_vmm else ALIGNMENT)
+    lost = ALLOCATIONS_A_BUFFER * len(buffers) * (VMM_CHUNK if is_vmm else ALIGNMENT)
     needed = HEAP_START + lost + HEAP_SPARE + sum(buffer.num_bytes for buffer in buffers if buffer.on_heap)
     return -(-needed // MIB) * MIB
 
@@ -117,8 +122,8 @@ def plan_heap(buffers: Sequence[ExchangeBuffer], environ: Mapping[str, str]) -> 
         return HeapPlan(needed, problem=f"{error}; {fix}")
     if size >= needed:
         return HeapPlan(size)
-    on_heap = {buffer.name: buffer.num_bytes / MIB for buffer in buffers if buffer.on_heap}
-    parts = " + ".join(f"{name} {size:.1f}" for name, size in on_heap.items())
-    room = needed / MIB - sum(on_heap.values())
+    on_heap = [buffer for buffer in buffers if buffer.on_heap]
+    parts = " + ".join(f"{buffer.name} {buffer.num_bytes / MIB:.1f}" for buffer in on_heap)
+    room = (needed - sum(buffer.num_bytes for buffer in on_heap)) / MIB
     problem = f"{HEAP_VARIABLE}={text} is {size / MIB:.1f} MiB, and the exchange needs {needed // MIB} MiB a rank"
     return HeapPlan(needed, problem=f"{problem} ({parts} + room {room:.1f}): {fix}")

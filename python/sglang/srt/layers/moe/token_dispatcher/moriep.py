@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from sglang.kernels.ops.quant.group_fp8 import GROUP, quantize_groups
 from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.layers.moe.token_dispatcher.base import (
     DispatchError,
@@ -267,9 +268,13 @@ class MoriEPDispatcher:
     def dispatch_a(
         self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, rows_of_ranks: Sequence[int] | None = None
     ) -> None:
-        """Start to send rows x [T, H] with weights [T, K] float32 and global ids [T, K] int32."""
+        """Start to send rows x [T, H] with weights [T, K] float32 and global ids [T, K] int32.
+
+        They travel in the configured type: 8-bit ones are quantised here, by groups of 128 columns.
+        """
         self._enter("dispatch_a")
-        self._sent = (x, weights, None, ids, rows_of_ranks)
+        rows, scales = quantize_groups(x, self.config.data_type) if self.config.scale_dim else (x, None)
+        self._sent = (rows, weights, scales, ids, rows_of_ranks)
         if self._is_two_phase:
             self._batch = self.transport.dispatch_send(*self._sent)
 
@@ -313,22 +318,26 @@ class MoriEPDispatcher:
         }
 
 
-def check_dispatch_dtype(asked: str) -> None:
-    """Raise ExchangeConfigError unless rows may travel as SGLANG_MORI_DISPATCH_DTYPE says: by the type of the expert weights."""
-    if asked not in ("auto", "bf16"):
-        raise ExchangeConfigError(
-            f"SGLANG_MORI_DISPATCH_DTYPE={asked} needs {asked} expert weights, and these experts have none: unset it"
-        )
-
-
 def plan_exchange(
-    config: MoriConfig, rank: int, num_experts: int, hidden: int, top_k: int, dtype: torch.dtype, is_mori: bool
+    config: MoriConfig,
+    rank: int,
+    num_experts: int,
+    hidden: int,
+    top_k: int,
+    dtype: torch.dtype,
+    is_mori: bool,
+    row_dtype: torch.dtype | None = None,
 ) -> tuple[EpConfig, MoriKernel | None]:
     """Sizes of one rank's exchange, and MORI's kernel for it; None for the portable transport.
 
-    Touches no device. Raises ExchangeConfigError, which names the variable or flag, for what cannot be served.
+    row_dtype: the 8-bit type in which the expert weights take rows, if any. Touches no device. Raises ExchangeConfigError, which names the variable or flag, for what cannot be served.
     """
-    check_dispatch_dtype(config.dispatch_dtype)
+    asked = config.dispatch_dtype
+    if asked == "fp4" or (asked == "fp8" and row_dtype is None):
+        raise ExchangeConfigError(
+            f"SGLANG_MORI_DISPATCH_DTYPE={asked} needs {asked} expert weights, and these experts have none: unset it"
+        )
+    travels = row_dtype if row_dtype is not None and asked != "bf16" else dtype
     kernel = choose_kernel(config) if is_mori else None
     is_two_phase = config.low_latency if kernel is None else kernel.is_two_phase
     sizes = EpConfig(
@@ -338,8 +347,9 @@ def plan_exchange(
         max_num_inp_token_per_rank=config.max_dispatch_tokens,
         num_experts_per_rank=num_experts // config.world_size,
         num_experts_per_token=top_k,
-        data_type=dtype,
+        data_type=travels,
         combine_type=dtype,
+        scale_dim=0 if travels is dtype else hidden // GROUP,
         max_total_recv_tokens=config.max_recv_tokens,
         mode="two_phase" if is_two_phase else "sync",
         combine_wire=COMBINE_CODECS[config.combine_dtype],
@@ -356,10 +366,11 @@ def make_dispatcher(
     top_k: int,
     dtype: torch.dtype,
     device: torch.device,
+    row_dtype: torch.dtype | None = None,
 ) -> MoriEPDispatcher:
     """The dispatcher that all layers of these sizes share; the first call is collective and allocates the buffers."""
     is_mori = current_platform.kind == "hip"
-    sizes, kernel = plan_exchange(config, group.rank, num_experts, hidden, top_k, dtype, is_mori)
+    sizes, kernel = plan_exchange(config, group.rank, num_experts, hidden, top_k, dtype, is_mori, row_dtype)
     transport: EpTransport
     if kernel is not None:
         transport = MoriTransport(sizes, kernel, group)

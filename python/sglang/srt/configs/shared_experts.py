@@ -1,0 +1,40 @@
+"""The experts that every token goes to, and whether they can be computed as routed ones."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from sglang.srt.configs.quantization import BLOCK, QuantConfig
+
+
+class SharedExperts(NamedTuple):
+    """One gated MLP ``module`` of inner ``width`` beside routed experts of ``routed_width`` in each of ``layers``."""
+
+    module: str
+    width: int
+    routed_width: int
+    layers: tuple[int, ...]
+
+    @property
+    def num_slots(self) -> int:
+        """How many experts of the routed width they make up."""
+        return self.width // self.routed_width if self.routed_width else 0
+
+    def fusion_refusal(self, quant_config: QuantConfig | None, moe_a2a_backend: str) -> str:
+        """Why they cannot be slots of the routed experts' weights; "" if they can."""
+        if not self.layers or not self.width:
+            return "the model has no shared experts"
+        if self.width % self.routed_width:
+            return f"shared experts are {self.width} wide, and routed ones {self.routed_width}"
+        if moe_a2a_backend != "none":
+            return f"--moe-a2a-backend {moe_a2a_backend} would send every token to the shared experts' rank"
+        if quant_config is None:
+            return ""
+        if self.num_slots > 1 and self.routed_width % BLOCK:
+            return f"slots of width {self.routed_width} are not cut at fp8 blocks of {BLOCK}"
+        for layer in self.layers:
+            mlp = f"model.layers.{layer}.mlp"
+            matrices = [f"{mlp}.{self.module}.{name}_proj" for name in ("gate", "up", "down")]
+            if len({quant_config.skips(name) for name in (f"{mlp}.experts", *matrices)}) > 1:
+                return f"{mlp}: shared and routed experts are not quantised alike"
+        return ""

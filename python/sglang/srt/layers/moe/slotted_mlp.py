@@ -1,0 +1,104 @@
+"""Shared experts kept as the last slots of the routed experts' weights, and computed from there as a dense MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import reduce
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sglang.kernels.ops.moe.fused_experts import is_arranged
+from sglang.kernels.ops.moe.topk import NO_SHARED, SharedSlots
+from sglang.srt.distributed import get_parallel_state
+from sglang.srt.layers.activation import silu_and_mul
+from sglang.srt.layers.moe.fused_moe import FusedMoE
+from sglang.srt.layers.weights import ShardId, check_shape
+from sglang.srt.utils.multi_stream_utils import OverlapSite
+
+
+def shared_slots(count: int, gated: bool = False) -> SharedSlots:
+    """The router's columns for ``count`` slots; every expert-parallel rank adds them, so each adds its part."""
+    return SharedSlots(count, 1.0 / get_parallel_state().ep_size, gated) if count else NO_SHARED
+
+
+class SlottedMatrix(nn.Module):
+    """Checkpoint matrices of the shared experts whose rows, or columns, lie in the slots of ``stack``.
+
+    shards: checkpoint shard id -> matrix of an expert. ``weight``, and ``weight_scale_inv`` of 8-bit ones, are views:
+    [rows, K], or [slots, rows, K] where two slots are no one matrix.
+    """
+
+    def __init__(self, experts: FusedMoE, stack: str, shards: Mapping[ShardId, str], full: tuple[int, int]) -> None:
+        super().__init__()
+        self._experts, self._shards = (experts,), dict(shards)  # in a tuple: it is a module elsewhere
+        stacked: Any = getattr(experts, stack)
+        weight: Any = nn.Parameter(self._view(stacked), requires_grad=False)
+        weight.weight_loader, weight.fill, weight.takes_scale = self.weight_loader, stacked.fill, stacked.takes_scale
+        weight.full_shapes = dict.fromkeys(shards, full)
+        self.register_parameter("weight", weight)
+        scale = getattr(experts, f"{stack}_scale_inv", None)
+        if scale is not None:
+            self.register_buffer("weight_scale_inv", self._view(scale), persistent=False)
+
+    def _view(self, stacked: torch.Tensor) -> torch.Tensor:
+        slots = stacked.data[self._experts[0].placement.count :]
+        return slots if "w2" in self._shards.values() and len(slots) > 1 else slots.flatten(0, 1)
+
+    def weight_loader(
+        self,
+        param: nn.Parameter,
+        loaded: torch.Tensor,
+        shard_id: ShardId = None,
+        scale: torch.Tensor | None = None,
+    ) -> None:
+        """Take checkpoint matrix ``shard_id`` in as many parts as there are slots."""
+        (experts,), name = self._experts, self._shards[shard_id]
+        check_shape(loaded, param.full_shapes[shard_id])  # type: ignore[attr-defined]
+        dim, count = int(name == "w2"), experts.num_shared
+        scales = [None] * count if scale is None else scale.chunk(count, dim)
+        for slot, parts in enumerate(zip(loaded.chunk(count, dim), scales, strict=True)):
+            experts.load_expert(name, experts.num_experts + slot, *parts)
+
+
+class SlottedMLP(nn.Module):
+    """The shared experts' ``down(silu(gate x) * up x)`` over slots E .. E + n of ``experts``, which hold the weights.
+
+    Its parameters have the names that the MLP's have, and no storage. A step may take either form where this rank
+    holds the same part of shared and of routed experts, in a layout that both products read.
+    """
+
+    def __init__(self, experts: FusedMoE) -> None:
+        super().__init__()
+        state, count = get_parallel_state(), experts.num_shared
+        self._experts = (experts,)
+        self._same_part = state.ep_size == 1 and state.attn_dp_size == 1
+        width, hidden = count * experts.intermediate, experts.hidden
+        self.gate_up_proj = SlottedMatrix(experts, "w13_weight", {0: "w1", 1: "w3"}, (width, hidden))
+        self.down_proj = SlottedMatrix(experts, "w2_weight", {None: "w2"}, (hidden, width))
+        held = {**dict(self.down_proj.named_parameters()), **dict(self.down_proj.named_buffers())}
+        by_slot = {name: tensor.data.view(count, -1, tensor.shape[-1]) for name, tensor in held.items()}
+        self._down = [
+            SimpleNamespace(**{name: tensor[slot] for name, tensor in by_slot.items()}) for slot in range(count)
+        ]
+
+    @property
+    def fixed_reason(self) -> str:
+        """Why every step must compute it as routed experts; "" if it may also run apart."""
+        if not self._same_part:
+            return "this rank holds another part of routed than of shared experts"
+        return "weights lie as the experts' kernel alone reads them" if is_arranged(self._experts[0].w13_weight) else ""
+
+    def is_fused(self, site: OverlapSite, num_tokens: int) -> bool:
+        """Whether a step of ``num_tokens`` computes it as routed experts; depends on nothing but host-known numbers."""
+        return bool(self.fixed_reason) or site.fuses(num_tokens)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [N, H] -> [N, H], this rank's part of a sum."""
+        method = self._experts[0].quant_method
+        gate_up = method.linear(self.gate_up_proj, x, None)
+        rows = silu_and_mul(gate_up.unflatten(1, (len(self._down), -1))).unbind(1)
+        # Summed in slot order.
+        return reduce(torch.add, (method.linear(slot, row, None) for slot, row in zip(self._down, rows, strict=True)))

@@ -1,0 +1,44 @@
+"""Which mode serves shared experts fastest at which number of tokens: measurements, and the choice made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+# A mode gives way only to one that is faster by more than this share, and by more than runs of the two differ.
+MARGIN = 0.01
+
+
+@dataclass(frozen=True)
+class ModeTimes:
+    """Decode steps of one model on one device. where: device, versions, date, model, command.
+
+    rows: tokens -> (ms by mode, how far repeated runs spread, as a share of the median).
+    """
+
+    where: str
+    rows: Mapping[int, tuple[Mapping[str, float], float]]
+
+
+# (site, arch) -> times; benchmark/shared_experts/bench_shared_experts.py prints an entry. No entry: not measured.
+MEASURED: dict[tuple[str, str], ModeTimes] = {}
+
+
+def choose_modes(available: Sequence[str], times: ModeTimes | None) -> tuple[tuple[int | None, str], ...]:
+    """(most tokens, mode) ascending, the last without limit, out of ``available``, the preferred one first.
+
+    From one measured size to the next the mode stays unless another wins by more than the noise, so that neighbouring
+    graph buckets do not alternate. Sizes between two rows are padded to the larger, and take its mode.
+    """
+    if times is None or len(available) == 1:
+        return ((None, available[0]),)
+    modes: list[tuple[int | None, str]] = []
+    current = available[0]
+    for tokens, (ms, spread) in sorted(times.rows.items()):
+        best = min(available, key=lambda mode: ms[mode])
+        if ms[best] < ms[current] * (1 - max(MARGIN, spread)):
+            current = best
+        if modes and modes[-1][1] == current:
+            modes.pop()
+        modes.append((tokens, current))
+    return (*modes[:-1], (None, current))

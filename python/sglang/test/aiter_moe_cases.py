@@ -1,0 +1,92 @@
+"""What the experts by AITER must answer, on a device or over the fake."""
+
+from __future__ import annotations
+
+import unittest
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import torch
+
+from sglang.kernels.ops.moe.fused_experts import arrange_experts, fused_experts, fused_experts_torch
+from sglang.kernels.ops.moe.fused_experts_fp8 import arrange_experts_fp8, fused_experts_fp8, fused_experts_fp8_torch
+from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
+from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.srt.environ import envs
+from sglang.srt.layers.quantization.fp8 import quantize_blocks, to_fnuz
+from sglang.srt.platforms import current_platform
+
+EXPERTS, TOP_K = 6, 3
+
+
+def routings(generator: torch.Generator, device: str) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Name, weights [N, k] and ids [N, k]: distinct experts, with and without holes, and rows of padding."""
+    for name, rows in (("one row", 1), ("batch", 19), ("none", 0)):
+        ids = torch.rand(rows, EXPERTS, generator=generator).topk(TOP_K).indices.to(device, torch.int32)
+        weights = torch.rand(rows, TOP_K, generator=generator).to(device)
+        yield name, weights, ids
+        if rows > 1:
+            holes = torch.rand(rows, TOP_K, generator=generator).to(device) < 0.4
+            yield "holes", weights, ids.masked_fill(holes, -1)
+            yield "nobody's", weights, torch.full_like(ids, -1)
+            yield "padding", torch.zeros_like(weights), torch.full_like(ids, 2)
+
+
+class AiterMoeBase(unittest.TestCase):
+    """Random experts, and AITER asked for; subclasses say where and how large."""
+
+    device = "cpu"
+    hidden, width = 256, 128
+
+    def setUp(self) -> None:
+        stack = ExitStack()
+        self.addCleanup(stack.close)
+        stack.enter_context(envs.SGLANG_USE_AITER.override(True))
+        stack.enter_context(fresh_decisions())
+        REGISTRY.start_serving()  # a failing kernel raises instead of being replaced
+        self.addCleanup(setattr, REGISTRY, "serving", False)
+        self.generator = torch.Generator().manual_seed(5)
+        self.w13 = self.random(EXPERTS, 2 * self.width, self.hidden) / self.hidden**0.5
+        self.w2 = self.random(EXPERTS, self.hidden, self.width) / self.width**0.5
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device)
+
+
+class AiterMoeCases(AiterMoeBase):
+    """Parity with the torch references, which multiply the same numbers in the same formats."""
+
+    def check(self, found: torch.Tensor, wanted: torch.Tensor, bound: float, name: str) -> None:
+        self.assertEqual((found.dtype, found.shape), (wanted.dtype, wanted.shape), name)
+        if wanted.numel():
+            error = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max().clamp(min=1e-6)
+            self.assertLessEqual(float(error), bound, name)
+
+    def test_plain_weights(self) -> None:
+        for dtype, bound in ((torch.bfloat16, 0.02), (torch.float16, 0.003)):
+            w13, w2 = self.w13.to(dtype), self.w2.to(dtype)
+            arranged = w13.clone(), w2.clone()
+            self.assertTrue(arrange_experts(*arranged))
+            self.assertFalse(torch.equal(arranged[0], w13), "the layout must move something")
+            for name, weights, ids in routings(self.generator, self.device):
+                x = self.random(ids.shape[0], self.hidden).to(dtype)
+                wanted = fused_experts_torch(x, w13, w2, weights, ids)
+                self.check(fused_experts(x, *arranged, weights, ids), wanted, bound, f"{dtype} {name}")
+        self.assertEqual(REGISTRY.records["moe.fused_experts"].calls_refused, {})
+
+    def test_eight_bit_weights(self) -> None:
+        stacks = []
+        for w in (self.w13, self.w2):
+            pairs = [quantize_blocks(expert) for expert in w]
+            if fp8_dtype(current_platform.arch) == torch.float8_e4m3fnuz:
+                pairs = [to_fnuz(*pair) for pair in pairs]
+            stacks.append((torch.stack([q for q, _ in pairs]), torch.stack([scale for _, scale in pairs])))
+        (w13, w13_scale), (w2, w2_scale) = stacks
+        arranged = w13.clone(), w2.clone()
+        self.assertTrue(arrange_experts_fp8(*arranged))
+        for name, weights, ids in routings(self.generator, self.device):
+            x = self.random(ids.shape[0], self.hidden).bfloat16()
+            wanted = fused_experts_fp8_torch(x, w13, w13_scale, w2, w2_scale, weights, ids)
+            found = fused_experts_fp8(x, arranged[0], w13_scale, arranged[1], w2_scale, weights, ids)
+            self.check(found, wanted, 0.03, name)
+        self.assertEqual(REGISTRY.records["moe.fused_experts_fp8"].calls_refused, {})

@@ -1,0 +1,78 @@
+"""The AMD workflow starts suites that exist, all that have tests, in whole partitions, by scripts that run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+import unittest
+from collections import defaultdict
+from pathlib import Path
+
+import yaml
+
+from sglang.test.ci.ci_register import collect_tests, register_cpu_ci, valid_suites
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
+
+REPO = Path(__file__).resolve().parents[3]
+WORKFLOW = REPO / ".github" / "workflows" / "pr-test-amd.yml"
+
+
+class TestWorkflow(CustomTestCase):
+    def setUp(self) -> None:
+        self.job = yaml.safe_load(WORKFLOW.read_text())["jobs"]["suites"]
+        self.rows = self.job["strategy"]["matrix"]["include"]
+
+    def test_suites_exist(self) -> None:
+        suites = {row["suite"] for row in self.rows}
+        self.assertLessEqual(suites, set(valid_suites("amd", nightly=False)))
+        self.assertLessEqual({"stage-b-test-1-gpu-small-amd", "stage-b-test-2-gpu-large-amd"}, suites)
+        root = REPO / "test" / "registered"
+        registered = {r.suite for r in collect_tests(root.rglob("*.py"), root) if r.backend == "amd" and not r.nightly}
+        self.assertLessEqual(registered, suites, "a registered test that no job runs")
+
+    def test_partitions_are_whole(self) -> None:
+        partitions = defaultdict(list)
+        for row in self.rows:
+            partitions[row["suite"], row["partitions"]].append(row["partition"])
+        self.assertEqual(len(partitions), len({suite for suite, _ in partitions}), "a suite is cut in two ways")
+        for (suite, count), found in partitions.items():
+            self.assertEqual(sorted(found), list(range(count)), suite)
+
+    def test_scripts_parse(self) -> None:
+        steps = "\n".join(step.get("run", "") for step in self.job["steps"])
+        scripts = set(re.findall(r"scripts/\S+\.sh", steps))
+        self.assertGreaterEqual(len(scripts), 4)
+        for name in scripts:
+            self.assertTrue(os.access(REPO / name, os.X_OK), f"{name} is not executable")
+            subprocess.run(["bash", "-n", str(REPO / name)], check=True)
+
+
+class TestExec(CustomTestCase):
+    def run_script(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """``amd_ci_exec.sh`` with a docker that prints what it is asked."""
+        with tempfile.TemporaryDirectory() as folder:
+            docker = Path(folder) / "docker"
+            docker.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+            docker.chmod(0o755)
+            env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+            script = REPO / "scripts" / "ci" / "amd" / "amd_ci_exec.sh"
+            return subprocess.run([str(script), *arguments], env=env, capture_output=True, text=True)
+
+    def test_environment_and_command(self) -> None:
+        arguments = ["-w", "/sglang-checkout/test", "-e", "A=b c", "python3", "run_suite.py", "--hw", "amd"]
+        asked = self.run_script(*arguments).stdout.splitlines()
+        self.assertEqual(asked[:3], ["exec", "-w", "/sglang-checkout/test"])
+        for variable in ("SGLANG_IS_IN_CI=1", "SGLANG_IS_IN_CI_AMD=1", "SGLANG_USE_AITER=1", "A=b c"):
+            self.assertIn(variable, asked)
+        self.assertEqual(asked[-5:], ["ci_sglang", "python3", "run_suite.py", "--hw", "amd"])
+
+    def test_without_a_command(self) -> None:
+        self.assertEqual(self.run_script("-w", "/").returncode, 2)
+
+
+if __name__ == "__main__":
+    unittest.main()
