@@ -57,7 +57,10 @@ def candidates(path: str, block_m: int, per_expert: float, fp8: bool) -> Iterato
             if fp8 and (k != 128 or n > 128):
                 continue
             flight //= 1 + fp8
-            if flight > MAX_STAGE_BYTES or held > 128 or (not wide and (warps == 8 or flight < 16 << 10)):
+            if flight > MAX_STAGE_BYTES or held > 128 or (not wide and flight < 16 << 10):
+                continue
+            # Few rows have no work for eight warps.
+            if warps == 8 and block_m < 64:
                 continue
             if wide and (held < 32 or stages == 2):
                 continue

@@ -1,11 +1,12 @@
 """Decode steps of one static batch: time against the floor, and the launches that make it up.
 
     python benchmark/step/bench_step.py --model-path DIR/deepseek-v2-lite --load-format dummy --batch-size 1 8 32 128
-        [--input-len 1024] [--steps 32] [--runs 3] [--copy-tbps 3.02] [--kernels 12] [flags of the server]
+        [--input-len 1024] [--steps 32] [--runs 3] [--copy-tbps 3.02] [--kernels 12] [--prefill-kernels 12]
+        [flags of the server]
 
 The floor reads every active weight once (of the experts, those that the step's routing touches, counted in an eager
-step), every live KV row once, and each recurrent state in and out, at the device's copy bandwidth. The launch table is
-that of one replayed step.
+step), every live KV row once, and each recurrent state in and out, at the copy bandwidth. The launch tables are
+those of one replayed step, and of one prefill.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ def count_floor(runner: ModelRunner, batch: StaticBatch, ids: torch.Tensor) -> F
 
     def watch(module: torch.nn.Module, inputs: tuple[torch.Tensor, TopKOutput, object], _: torch.Tensor) -> None:
         assert isinstance(module, FusedMoE)
-        touched[module] = int(inputs[1].ids.unique().numel())
+        # Every token goes to shared experts: their slots count as dense, where the views of them are parameters.
+        ids = inputs[1].ids
+        touched[module] = int(ids[ids < module.num_experts].unique().numel())
 
     layers = [module for module in runner.model.modules() if isinstance(module, FusedMoE)]
     hooks = [layer.register_forward_hook(watch) for layer in layers]
@@ -97,12 +100,12 @@ def timed(action: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
     return result, time.perf_counter() - started
 
 
-def launches(batch: StaticBatch, ids: torch.Tensor) -> list[tuple[str, int, float]]:
-    """(kernel, launches, us) of one step, longest first."""
+def launches(action: Callable[[], object]) -> list[tuple[str, int, float]]:
+    """(kernel, launches, us) of ``action``, longest first."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        batch.decode(ids)
+        action()
         current_platform.synchronize()
     table: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
     for event in profiler.events():
@@ -142,14 +145,21 @@ def run_size(runner: ModelRunner, allocator: object, size: int, args: argparse.N
         f"{floor.state / 1e9:.2f}); prefill {statistics.median(prefill):,.0f} tok/s "
         f"({min(prefill):,.0f} .. {max(prefill):,.0f})"
     )
-    rows = launches(batch, fed)
     layers = runner.model_config.num_hidden_layers
-    total = sum(row[1] for row in rows)
-    busy = sum(row[2] for row in rows)
-    print(f"  launches: {total} a step, {total / layers:.1f} a layer; {busy / 1e3:.3f} ms busy")
-    for name, count, us in rows[: args.kernels]:
-        print(f"  {us:9.1f} us {count:5d} x {us / count:7.2f}  {name[:100]}")
+    print_launches("decode", launches(lambda: batch.decode(fed)), layers, args.kernels)
     batch.release()
+    if args.prefill_kernels:
+        batch = StaticBatch(runner, allocator, size)  # type: ignore[arg-type]
+        rows = launches(lambda: batch.extend(prompts.tolist()))
+        print_launches("prefill", rows, layers, args.prefill_kernels)
+        batch.release()
+
+
+def print_launches(what: str, rows: list[tuple[str, int, float]], layers: int, shown: int) -> None:
+    total, busy = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    print(f"  {what}: {total} launches, {total / layers:.1f} a layer; {busy / 1e3:.3f} ms busy")
+    for name, count, us in rows[:shown]:
+        print(f"  {us:9.1f} us {count:5d} x {us / count:8.2f}  {name[:100]}")
 
 
 def main() -> None:
@@ -160,6 +170,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--copy-tbps", type=float, default=3.02)
     parser.add_argument("--kernels", type=int, default=12)
+    parser.add_argument("--prefill-kernels", type=int, default=0)
     ServerArgs.add_cli_args(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():

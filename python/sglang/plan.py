@@ -17,7 +17,7 @@ from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.platforms.cuda import CudaPlatform
 from sglang.srt.platforms.rocm import RocmPlatform
 from sglang.srt.server_args import ServerArgs, evaluate, exit_with_errors
-from sglang.srt.utils.stream_policy import StreamSettings, resolve_streams
+from sglang.srt.utils.stream_policy import stream_variables
 
 # What is planned for; no device is touched.
 PLATFORMS: dict[str, type[Platform]] = {"hip": RocmPlatform, "cuda": CudaPlatform, "cpu": CpuPlatform}
@@ -64,10 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def launch_variables(args: ServerArgs, plan: MemoryPlan, platform: Platform) -> dict[str, str]:
     """What the launch would set for the processes of the ranks."""
-    settings = StreamSettings.from_env(platform)
-    streams = resolve_streams(platform, settings, args.moe_a2a_backend, args.deepep_mode, fusion=False)
     heap = None if plan.exchange is None else plan.exchange.heap
-    return {**streams.child_variables(), **({} if heap is None else heap.variables)}
+    return {**stream_variables(args, platform), **({} if heap is None else heap.variables)}
 
 
 def document(plan: MemoryPlan, args: ServerArgs, kind: str, variables: dict[str, str]) -> dict[str, Any]:

@@ -306,10 +306,10 @@ class ServerArgs:
         ),
     ] = "auto"
     disable_shared_experts_fusion: Annotated[
-        bool, Arg("Keep shared experts apart from the routed ones, as this build always does.", EXPERTS)
+        bool, Arg("Compute shared experts apart from the routed ones, never as slots of theirs.", EXPERTS)
     ] = False
     enforce_shared_experts_fusion: Annotated[
-        bool, Arg("Fuse shared experts into the routed ones; not in this build.", EXPERTS)
+        bool, Arg("Compute shared experts as routed ones at every size; refuse to start where they cannot.", EXPERTS)
     ] = False
     mamba_ssm_dtype: Annotated[
         str | None,

@@ -135,8 +135,6 @@ def _parallelism(args: ServerArgs) -> Iterator[Problem]:
 def _shared_experts(args: ServerArgs) -> Iterator[Problem]:
     if args.disable_shared_experts_fusion and args.enforce_shared_experts_fusion:
         yield Problem("--disable-shared-experts-fusion and --enforce-shared-experts-fusion contradict: drop one")
-    elif args.enforce_shared_experts_fusion:
-        yield Problem("--enforce-shared-experts-fusion is not implemented in this build: drop it; results are the same")
 
 
 def _chunks(args: ServerArgs) -> Iterator[Problem]:
@@ -380,6 +378,17 @@ def _experts(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
         yield Problem(f"--ep-size {ep}{forced} does not divide the model's {experts} experts: use a divisor")
 
 
+def _shared_experts_fusion(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+    """On by default where the shared experts can be slots of the routed ones' weights."""
+    if context.model is None or args.disable_shared_experts_fusion:
+        return
+    refusal = context.model.shared_fusion_refusal(args.moe_a2a_backend)
+    if refusal and args.enforce_shared_experts_fusion:
+        yield Problem(f"--enforce-shared-experts-fusion cannot be served: {refusal}. Drop it; results are the same")
+    elif refusal:
+        yield Change("disable_shared_experts_fusion", False, True, refusal)
+
+
 def _tensor_parallel(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
     if context.model is None or args.tp_size == 1 or args.tp_size % args.attn_dp_size or args.tp_size % args.ep_size:
         return
@@ -415,5 +424,6 @@ STEPS: tuple[Step, ...] = (
     _collectives,
     _recurrent_state,
     _experts,
+    _shared_experts_fusion,
     _tensor_parallel,
 )

@@ -20,7 +20,7 @@ from sglang.srt.layers.moe.token_dispatcher.moriep import (
     plan_exchange,
 )
 from sglang.srt.layers.moe.token_dispatcher.portable import PortableTransport
-from sglang.test.ep_world import MODEL, EpStep, check_mori, run_rank, thread_world
+from sglang.test.ep_world import EIGHT_BIT, MODEL, EpModel, EpStep, check_mori, run_rank, thread_world
 from sglang.test.process_ranks import run_processes
 from sglang.test.thread_ranks import run_ranks
 
@@ -33,19 +33,29 @@ GATHERED = {"moe_a2a_backend": "none"}
 def poison_what_is_stale(experts: MoriEPMoE) -> None:
     """Fill the receive buffers with what must never be read."""
     batch = experts.dispatcher.transport._batch
-    batch.hidden.fill_(torch.nan)
+    batch.hidden.copy_(torch.tensor(torch.nan))
     batch.weights.fill_(torch.nan)
     batch.indices.fill_(2**31 - 1)
 
 
-def build(world: int, groups: int, limit: int = 16, cap: int = 0, manual: int = 0, ep: int | None = None, **args):
+def build(
+    world: int,
+    groups: int,
+    limit: int = 16,
+    cap: int = 0,
+    manual: int = 0,
+    ep: int | None = None,
+    model: EpModel = MODEL,
+    **args: Any,
+) -> tuple[list[ParallelState], list[Any]]:
+    """The ranks of a world and their layers under these settings, receive buffers full of poison."""
     states = thread_world(world, groups, world if ep is None else ep)
     with (
         envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.override(limit),
         envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(cap),
         envs.SGLANG_MORI_MOE_MAX_INPUT_TOKENS.override(manual),
     ):
-        layers = [MODEL.build(state, **args) for state in states]
+        layers = [model.build(state, **args) for state in states]
     for experts in layers:
         if isinstance(experts, MoriEPMoE):
             poison_what_is_stale(experts)
@@ -193,16 +203,16 @@ def check_contract() -> None:
     for gathered in (False, True):
         transport = PortableTransport(sizes, ProcessGroupHandle(), "cpu", gathered)
         CASE.assertRaises(AssertionError, transport.dispatch_recv)
-        CASE.assertRaisesRegex(ValueError, "the limit is 4", transport.dispatch, *rows(5))
-        CASE.assertRaisesRegex(DispatchError, "PREALLOC_MAX_RECV_TOKENS", transport.dispatch, *rows(3))
+        CASE.assertRaisesRegex(ValueError, "the limit is 4", transport.dispatch_send, *rows(5))
+        CASE.assertRaisesRegex(DispatchError, "PREALLOC_MAX_RECV_TOKENS", transport.dispatch_send, *rows(3))
         halves = (rows(1)[0].half(), *rows(1)[1:])
-        CASE.assertRaisesRegex(ValueError, "expected torch.float32", transport.dispatch, *halves)
+        CASE.assertRaisesRegex(ValueError, "expected torch.float32", transport.dispatch_send, *halves)
         batch = transport.dispatch_send(*rows(2))
         CASE.assertRaisesRegex(DispatchError, "not received", transport.dispatch_send, *rows(2))
         transport.dispatch_recv()
-        CASE.assertRaisesRegex(ValueError, "1 rows of ids", transport.combine, batch.hidden, rows(1)[3])
-        CASE.assertRaisesRegex(DispatchError, "rows to combine", transport.combine, batch.hidden[:1], rows(2)[3])
-        CASE.assertRaisesRegex(ValueError, "float32 results", transport.combine, batch.hidden.half(), rows(2)[3])
+        CASE.assertRaisesRegex(ValueError, "1 rows of ids", transport.combine_send, batch.hidden, rows(1)[3])
+        CASE.assertRaisesRegex(DispatchError, "rows to combine", transport.combine_send, batch.hidden[:1], rows(2)[3])
+        CASE.assertRaisesRegex(ValueError, "float32 results", transport.combine_send, batch.hidden.half(), rows(2)[3])
         out = transport.combine_send(batch.hidden, rows(2)[3])
         CASE.assertRaisesRegex(DispatchError, "not received", transport.dispatch_send, *rows(2))
         transport.combine_recv()
@@ -221,12 +231,18 @@ def check_settings() -> None:
         (MoriConfig(12, 64), "1, 2, 4 or whole nodes"),
         (MoriConfig(128, 64, low_latency=True), "at most 64 ranks"),
         (MoriConfig(16, 64, combine_dtype="fp8"), "COMBINE_DTYPE=fp8 is not offered"),
+        (MoriConfig(2, 4, combine_dtype="fp8_direct_cast"), "packs bfloat16 alone"),
         (MoriConfig(2, 4, dispatch_dtype="fp8"), "DISPATCH_DTYPE=fp8 needs fp8 expert weights"),
         (MoriConfig(2, 4, dispatch_dtype="fp4"), "DISPATCH_DTYPE=fp4 needs fp4 expert weights"),
     )
     for config, message in refused:
         with CASE.assertRaisesRegex(ExchangeConfigError, message):
             plan_exchange(config, 0, 128, 16, 2, torch.float32, is_mori=True)
+    for hidden, groups in ((2048, 56), (7168, 16)):
+        needed = f"needs MORI_FP8_COMBINE_SCALE_DIM={hidden // 128}, found {groups}"
+        with CASE.assertRaisesRegex(ExchangeConfigError, needed):
+            config = MoriConfig(2, 4, combine_dtype="fp8", combine_groups=groups)
+            plan_exchange(config, 0, 128, hidden, 2, torch.bfloat16, is_mori=True)
     # The portable transport has none of the first reason, and the worst case is no cap.
     plan, kernel = plan_exchange(refused[0][0], 0, 64, 16, 2, torch.float32, is_mori=False)
     CASE.assertEqual((kernel, plan.max_recv), (None, 104))
@@ -266,6 +282,20 @@ def check_release() -> None:
             check_mori_compatibility({**harmless, name: value}, Old)
 
 
+def check_eight_bit() -> None:
+    """Rows that travel as 8-bit floats give, bit by bit, what rows quantised where the experts are give."""
+    step = EIGHT_BIT.step([5, 3], only=1)
+    results = []
+    for dtype, travels in (("bf16", "float32"), ("fp8", "float8_e4m3fn"), ("auto", "float8_e4m3fn")):
+        with envs.SGLANG_MORI_DISPATCH_DTYPE.override(dtype):
+            states, layers = build(2, 2, model=EIGHT_BIT, **MORI)
+        CASE.assertEqual(describe_experts(layers[0])["dispatch_dtype"], travels)
+        results.append(run_ranks(lambda rank: run_rank(layers[rank], states[rank], step), range(2)))  # noqa: B023
+    for rank, rows in enumerate(results[0]):
+        torch.testing.assert_close(rows, EIGHT_BIT.truth(step, rank), rtol=1e-4, atol=1e-4)
+        CASE.assertTrue(torch.equal(rows, results[1][rank]) and torch.equal(rows, results[2][rank]))
+
+
 def check_fake() -> None:
     """MORI's own transport over its fake, two processes."""
     run_processes(2, lambda rank: check_mori(rank, 2, fake=True))
@@ -297,5 +327,6 @@ CHECKS = {
     "stale": check_stale_rows,
     "contract": check_contract,
     "settings": check_settings,
+    "8-bit": check_eight_bit,
     "fake": check_fake,
 }

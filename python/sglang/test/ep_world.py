@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+import unittest
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 
 from sglang.kernels.ops.moe.fused_experts import fused_experts_torch
+from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.ep_moe.factory import describe_experts, make_experts
-from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.topk import TopKOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
+from sglang.srt.model_loader.loader import default_dtype
 from sglang.srt.platforms import override_platform, select_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform
 from sglang.srt.server_args import override_server_args
 from sglang.test.thread_ranks import ThreadRank, thread_ranks
 
 # Rows of each group, how many of them are real (None: all), and the expert that all go to (None: any).
-MORI_LOADS: tuple[tuple[list[int], list[int] | None, int | None], ...] = (
+LOADS: tuple[tuple[list[int], list[int] | None, int | None], ...] = (
     ([5, 3, 8, 1], None, None),
     ([0, 7, 0, 2], None, None),
     ([6, 6, 6, 6], None, 5),
@@ -72,6 +74,8 @@ class EpModel:
     width: int = 8
     top_k: int = 3
     seed: int = 0
+    quant_config: QuantConfig | None = None
+    dtype: torch.dtype = torch.float32
     w13: torch.Tensor = field(init=False)
     w2: torch.Tensor = field(init=False)
 
@@ -79,15 +83,15 @@ class EpModel:
         generator = torch.Generator().manual_seed(self.seed)
         w13 = torch.randn(self.num_experts, 2 * self.width, self.hidden, generator=generator) / self.hidden**0.5
         w2 = torch.randn(self.num_experts, self.hidden, self.width, generator=generator) / self.width**0.5
-        object.__setattr__(self, "w13", w13)
-        object.__setattr__(self, "w2", w2)
+        object.__setattr__(self, "w13", w13.to(self.dtype).float())
+        object.__setattr__(self, "w2", w2.to(self.dtype).float())
 
     def step(self, rows: list[int], real: list[int] | None = None, only: int | None = None, seed: int = 0) -> EpStep:
         """Random rows a group; ``only``: all go to the ``top_k`` experts from that one on."""
         generator = torch.Generator().manual_seed(seed)
         xs, topks = [], []
         for count in rows:
-            xs.append(torch.randn(count, self.hidden, generator=generator))
+            xs.append(torch.randn(count, self.hidden, generator=generator).to(self.dtype))
             scores = torch.rand(count, self.num_experts, generator=generator)
             if only is not None:
                 scores[:, only : only + self.top_k] += 1
@@ -97,13 +101,16 @@ class EpModel:
 
     def truth(self, step: EpStep, group: int) -> torch.Tensor:
         """What one rank with all experts makes of the group's real rows."""
-        count, topk = step.real[group], step.topk[group]
-        return fused_experts_torch(step.x[group][:count], self.w13, self.w2, topk.weights[:count], topk.ids[:count])
+        count = step.real[group]
+        x, weights, ids = (t.cpu()[:count] for t in (step.x[group], step.topk[group].weights, step.topk[group].ids))
+        if self.quant_config is None:
+            return fused_experts_torch(x.float(), self.w13, self.w2, weights, ids)
+        return self.build(ParallelState(), moe_a2a_backend="none")(x, TopKOutput(weights, ids))
 
     def build(self, state: ParallelState, **args: object) -> FusedMoE:
         """This rank's layer under the server settings ``args``."""
-        with override_server_args(**args), override_parallel_state(state):
-            layer = make_experts(self.num_experts, self.hidden, self.width, self.top_k)
+        with override_server_args(**args), override_parallel_state(state), default_dtype(self.dtype):
+            layer = make_experts(self.num_experts, self.hidden, self.width, self.top_k, self.quant_config)
         for expert in range(self.num_experts):
             gate, up = self.w13[expert].chunk(2)
             for name, tensor in (("w1", gate), ("w3", up), ("w2", self.w2[expert])):
@@ -112,6 +119,9 @@ class EpModel:
 
 
 MODEL = EpModel()
+WIDE = EpModel(num_experts=16, hidden=512, width=256, top_k=4)
+HALF = EpModel(dtype=torch.bfloat16)
+EIGHT_BIT = EpModel(hidden=256, width=128, quant_config=QuantConfig(on_load=True))
 
 
 def thread_world(size: int, groups: int = 1, ep_size: int = 1) -> list[ParallelState]:
@@ -145,34 +155,60 @@ def process_state(rank: int, world: int, groups: int) -> ParallelState:
     return ParallelState(handle, ProcessGroupHandle(rank % size, size, mine, mine), world)
 
 
+def check_state(state: ParallelState, device: torch.device, model: EpModel, cap: int, **args: object) -> FusedMoE:
+    """Build the layer of one process and hold it to the truth for each of LOADS; returns it."""
+    with (
+        envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.override(8),
+        envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(cap),
+        torch.device(device),
+    ):
+        layer = model.build(state, **args)
+    groups = state.attn_dp_size
+    tolerance = 3e-2 if model.dtype == torch.bfloat16 else 1e-4 if device.type == "cpu" else 1e-3
+    for rows, real, only in LOADS:
+        step = model.step(rows[:groups], real and real[:groups], only)
+        found = run_rank(layer, state, step.to(device))
+        truth = model.truth(step, state.attn_dp_rank)
+        torch.testing.assert_close(found.cpu().float(), truth, rtol=tolerance, atol=tolerance)
+    return layer
+
+
 def check_mori(rank: int, world: int, fake: bool) -> None:
-    """MORI's own transport in one of ``world`` processes: identity for each mode and load, capped and not.
+    """MORI's own transport in one of ``world`` processes: identity for each mode, load and type, capped and not.
 
     Raises AssertionError, or what the transport refuses.
     """
     platform = RocmOverFakesPlatform(("mori",)) if fake else select_platform("rocm")
-    torch.manual_seed(0)
     with override_platform(platform):
         platform.set_device(rank)
-        device = platform.device(rank)
-        states = [process_state(rank, world, groups) for groups in {1, world}] if fake else [
-            process_state(rank, world, world)
-        ]
-        for state, (mode, cap) in itertools.product(states, (("normal", 0), ("low_latency", 0), ("low_latency", 5))):
-            with (
-                envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.override(8),
-                envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(cap),
-                torch.device(device),
-            ):
-                layer = MODEL.build(state, moe_a2a_backend="mori", deepep_mode=mode)
-            assert isinstance(layer, MoriEPMoE)
-            said = describe_experts(layer)["transport"]
-            assert said.startswith("MORI") and ("FAKE" in said) is fake, said
-            for rows, real, only in MORI_LOADS:
-                groups = state.attn_dp_size
-                step = MODEL.step(rows[:groups], real and real[:groups], only)
-                found = run_rank(layer, state, step.to(device))
-                truth = MODEL.truth(step, state.attn_dp_rank)
-                torch.testing.assert_close(found.cpu(), truth, rtol=1e-4, atol=1e-4)
-            if world > 1:
-                assert layer.gauge.snapshot()["peak"] > 0, "no row went to this rank"
+        # Attention groups of one rank need no collective on the device.
+        states = [process_state(rank, world, groups) for groups in ({1, world} if fake else {world})]
+        models = (MODEL, HALF, EIGHT_BIT) if fake else (WIDE, replace(WIDE, dtype=torch.bfloat16))
+        settings = (("normal", 0), ("low_latency", 0), ("low_latency", 5))
+        for state, model, (mode, cap) in itertools.product(states, models, settings):
+            layer = check_state(state, platform.device(rank), model, cap, moe_a2a_backend="mori", deepep_mode=mode)
+            said = describe_experts(layer)
+            assert said["transport"].startswith("MORI") and ("FAKE" in said["transport"]) is fake, said
+            assert said["received_rows"]["peak"] > 0, "no row came to this rank"
+
+
+def check_portable(rank: int) -> None:
+    """The portable transport in one of four processes over gloo, and rows gathered to all."""
+    device = torch.device("cpu")
+    for groups, mode, cap in itertools.product((1, 2, 4), ("normal", "low_latency"), (0, 9)):
+        state = process_state(rank, 4, groups)
+        layer = check_state(state, device, MODEL, cap, moe_a2a_backend="mori", deepep_mode=mode)
+        assert describe_experts(layer)["received_rows"]["peak"] > 0, "no row came to this rank"
+    for model in (MODEL, HALF):
+        check_state(state, device, model, 0, moe_a2a_backend="none")
+        check_state(state, device, model, 0, moe_a2a_backend="mori", deepep_mode="normal")
+
+
+def require_mori(num_gpus: int) -> None:
+    """Skip the test without so many GPUs or without MORI."""
+    if torch.cuda.device_count() < num_gpus:
+        raise unittest.SkipTest(f"needs {num_gpus} GPUs, found {torch.cuda.device_count()}")
+    try:
+        import mori.ops  # noqa: F401
+    except Exception as error:  # a missing library is an OSError
+        raise unittest.SkipTest(f"mori does not import: {error!r}") from error

@@ -40,7 +40,7 @@ class TestEngine(CustomTestCase):
         folder = write_tokenizer(cls.holder.name, byte_level_tokenizer())
         with (
             mock.patch.object(engine_module, "start_engine", start_fake),
-            mock.patch.object(engine_module, "evaluate", Verdict),
+            mock.patch.object(engine_module, "judge", Verdict),
         ):
             cls.engine = sglang.Engine(model_path=folder, tokenizer_path=folder)
         cls.fake = cls.engine._processes
@@ -142,7 +142,7 @@ class TestEndOfEngine(CustomTestCase):
             write_tokenizer(folder, byte_level_tokenizer())
             with (
                 mock.patch.object(engine_module, "start_engine", start_fake),
-                mock.patch.object(engine_module, "evaluate", Verdict),
+                mock.patch.object(engine_module, "judge", Verdict),
                 sglang.Engine(model_path=folder, tokenizer_path=folder) as engine,
             ):
                 engine._processes.scheduler.frozen = True

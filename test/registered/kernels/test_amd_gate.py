@@ -27,7 +27,7 @@ from sglang.srt.model_executor.shape_walk import WALKED_MODELS
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=40, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=30, suite="stage-b-test-cpu")
 
 KEYS = {"kernel", "arch", "triton", "shape", "vgpr", "agpr", "lds", "spills", "scratch", "occupancy"}
 

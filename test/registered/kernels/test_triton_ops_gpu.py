@@ -1,12 +1,24 @@
 """Every op, every implementation that runs on the GPU at hand, every case; its CPU sibling is test_op_parity.py."""
 
 import dataclasses
+import itertools
 import unittest
 
 import torch
-from test_op_parity import OWN_DTYPES, TRUTHS, check_case, clone, strided_copy, tensors, widened
+from test_op_parity import (
+    EIGHT_BIT_ERROR,
+    OWN_DTYPES,
+    TRUTHS,
+    assert_near_by_row,
+    check_case,
+    clone,
+    strided_copy,
+    tensors,
+    widened,
+)
 
 from sglang.kernels.ops.moe.fused_experts import fused_experts, order_pairs
+from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear_torch, random_blocks
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.kernels.spec import Case
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
@@ -83,7 +95,7 @@ class TestTritonOpsOnGpu(CustomTestCase):
                 for case in op.cases():
                     if impl.accepts is None or impl.accepts(*to(case.args, DEVICE), **case.kwargs):
                         with self.subTest(op=name, impl=impl.name, case=case.name):
-                            check_case(op, on_device(impl), case)
+                            check_case(op, on_device(impl), case, on_matrix_units=True)
                             count += 1
         self.assertGreater(count, 0)
         print(f"{groups}: {count} (op, implementation, case) triples on {torch.cuda.get_device_name()}")
@@ -96,6 +108,19 @@ class TestTritonOpsOnGpu(CustomTestCase):
 
     def test_experts_and_routers(self):
         self._walk("moe", "quant")
+
+    def test_eight_bit_product_of_the_library(self):
+        generator = torch.Generator().manual_seed(4)
+        w, scale = random_blocks(272, 512, generator)
+        impls = [impl for impl in self.runnable["quant.block_fp8_linear"] if impl.name != "torch"]
+        for rows, impl in itertools.product((1, 17, 32, 100, 1000), impls):
+            x = torch.randn(rows, 512, generator=generator).bfloat16()
+            args = to((x, w, scale), DEVICE)
+            if impl.accepts(*args):
+                with self.subTest(rows=rows, impl=impl.name):
+                    wanted = block_fp8_linear_torch(x.float(), w, scale)
+                    # Half a unit of the result's bfloat16 on top.
+                    assert_near_by_row(impl.fn(*args), wanted, EIGHT_BIT_ERROR["quant.block_fp8_linear"] + 2e-3)
 
     def test_everything_else(self):
         self._walk(*({op.group for op in REGISTRY.ops.values()} - {*ATTENTION, "gdn", "moe", "quant"}))

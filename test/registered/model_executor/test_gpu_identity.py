@@ -28,6 +28,7 @@ MODES: tuple[dict[str, Any], ...] = (
     {"page_size": 64},
     {"chunked_prefill_size": 32},
     {"disable_radix_cache": True},
+    {"disable_shared_experts_fusion": True},
     {"attention_backend": "torch_native"},
     {"max_total_tokens": 200, "schedule_conservativeness": 0.01, "disable_radix_cache": True},
 )

@@ -15,6 +15,7 @@ from sglang.srt.model_loader.loader import load_model
 from sglang.srt.model_loader.weight_utils import INDEX_NAME, SINGLE_NAME
 from sglang.srt.models.checkpoint_model import CheckpointModel, WeightLoadError
 from sglang.srt.models.registry import MODEL_CLASSES, resolve_model_class
+from sglang.srt.server_args import override_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.thread_ranks import thread_ranks
@@ -46,6 +47,9 @@ class LoaderTestCase(CustomTestCase):
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = Path(folder.name)
+        arguments = override_server_args()
+        arguments.__enter__()
+        self.addCleanup(arguments.__exit__, None, None, None)
         self.write_config()
         self.tensors = dict(iterate_dummy(self.load("dummy"), seed=1))
 

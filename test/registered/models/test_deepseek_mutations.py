@@ -14,6 +14,7 @@ from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding, plain_inverse_frequencies, yarn_inverse_frequencies
 from sglang.srt.models.deepseek_common.attention import DeepseekV2AttentionMLA
 from sglang.srt.models.deepseek_common.moe import DeepseekV2MoE
+from sglang.srt.server_args import override_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.model_harness import ModelHarness
 from sglang.test.test_utils import CustomTestCase
@@ -89,7 +90,7 @@ def correction_bias_ignored(b):
 
 
 def biased_weights(b):
-    def with_bias(logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale):
+    def with_bias(logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale, shared):
         weights, ids = original(logits, bias, top_k, scoring, False, n_group, topk_group, 1.0)
         weights = weights + bias[ids.long()]
         return weights / weights.sum(-1, keepdim=True) * scale, ids
@@ -99,7 +100,7 @@ def biased_weights(b):
 
 
 def group_scored_by_its_best(b):
-    def by_max(logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale):
+    def by_max(logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale, shared):
         scores = logits.sigmoid()
         groups = (scores + bias).unflatten(1, (n_group, -1))
         kept = groups.amax(-1).topk(topk_group).indices
@@ -112,7 +113,7 @@ def group_scored_by_its_best(b):
 
 
 def group_scored_by_its_sum(b):
-    def by_sum(logits, top_k, scoring, renormalize, n_group, topk_group, scale):
+    def by_sum(logits, top_k, scoring, renormalize, n_group, topk_group, scale, shared):
         groups = logits.softmax(-1).unflatten(1, (n_group, -1))
         kept = groups.sum(-1).topk(topk_group).indices
         dropped = torch.ones(groups.shape[:2]).scatter_(1, kept, 0.0).bool().unsqueeze(-1)
@@ -123,7 +124,7 @@ def group_scored_by_its_sum(b):
 
 
 def router_takes_the_worst(b):
-    def worst(logits, top_k, scoring, renormalize, scale):
+    def worst(logits, top_k, scoring, renormalize, scale, shared):
         _, ids = topk_plain_torch(-logits, top_k, scoring, renormalize, scale)
         return logits.softmax(-1).gather(1, ids.long()) * scale, ids
 
@@ -238,7 +239,9 @@ class TestDeepseekMutations(CustomTestCase):
         for checkpoint, mutations in MUTATIONS.items():
             with tempfile.TemporaryDirectory() as folder:
                 hf_model = save_tiny_checkpoint(checkpoint, folder)
-                harness = ModelHarness(folder)
+                # test_shared_fusion.py breaks the fused form.
+                with override_server_args(disable_shared_experts_fusion=True):
+                    harness = ModelHarness(folder)
             with torch.no_grad():
                 truth = hf_model(torch.tensor([prompt])).logits[0].log_softmax(-1)
 

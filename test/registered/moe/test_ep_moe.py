@@ -9,12 +9,12 @@ import torch
 from sglang.srt.distributed import override_parallel_state
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.ep_checks import CHECKS, GATHERED, MORI, build, compare
-from sglang.test.ep_world import MODEL, check_mori, thread_world
+from sglang.test.ep_world import MODEL, check_portable, thread_world
 from sglang.test.process_ranks import run_processes, use_fakes
 from sglang.test.test_utils import CustomTestCase
 
 use_fakes()
-register_cpu_ci(est_time=30, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=8, suite="stage-b-test-cpu")
 
 class TestEpMoE(CustomTestCase):
     def test_identity(self):
@@ -37,8 +37,8 @@ class TestEpMoE(CustomTestCase):
             with self.assertRaisesRegex(ValueError, "8 experts cannot be split over 3"):
                 MODEL.build(thread_world(3, 1, 3)[0], **MORI)
 
-    def test_four_processes_over_the_fake_of_mori(self):
-        run_processes(4, lambda rank: check_mori(rank, 4, fake=True))
+    def test_the_portable_transport_between_processes(self):
+        run_processes(4, check_portable)
 
 
 if __name__ == "__main__":

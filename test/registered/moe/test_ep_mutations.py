@@ -20,7 +20,7 @@ from sglang.test.process_ranks import use_fakes
 from sglang.test.test_utils import CustomTestCase
 
 use_fakes()
-register_cpu_ci(est_time=60, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=50, suite="stage-b-test-cpu")
 
 M = Mutation
 MUTATIONS = {
@@ -82,17 +82,24 @@ MUTATIONS = {
         M("IntraNode staging", moriep, "if kernel is INTRA_NODE and config.max_recv", "if False and config.max_recv"),
         M("ranks of a node", moriep, "if per_node & (per_node - 1) or world % per_node:", "if False:"),
         M("world of a wave", moriep, "if kernel is ASYNC_LL and world > WAVE:", "if False:"),
+        M("codec of a type", moriep, "and dtype != torch.bfloat16:", "and False:"),
+        M("codec of a width", moriep, "config.combine_groups * GROUP != hidden:", "False:"),
         M("codec of a kernel", moriep, "and kernel not in (INTRA_NODE, ASYNC_LL)", "and False"),
-        M("weights of a dispatch type", moriep, 'if asked not in ("auto", "bf16"):', "if False:"),
+        M("fp8 without weights for it", moriep, '(asked == "fp8" and row_dtype is None)', "False"),
+        M("fp4 without weights for it", moriep, 'if asked == "fp4" or', "if"),
         M("combine codec dropped", portable, 'if config.combine_wire != "none":', "if False:"),
         M("cap out of range", config, "if not 0 <= self.max_recv_tokens <= worst:", "if False:"),
         M("fields dropped in silence", moriep, "    if refused:", "    if False:"),
         M("cap droppable", moriep, '"max_total_recv_tokens": 0', '"max_total_recv_tokens": "any"'),
         M("dropping not said", moriep, "    if missing:", "    if False:"),
     ),
+    "8-bit": (
+        M("scales of others", layer, "batch.scales[:num_rows]", "batch.scales[:num_rows] * 0 + 1"),
+        M("fp8 not by the weights", moriep, 'if row_dtype is not None and asked != "bf16"', 'if asked == "fp8"'),
+    ),
     "fake": (
-        M("dispatch without recv", moriep, "            self.transport.dispatch_recv()\n", "            pass\n"),
-        M("combine without recv", moriep, "            self.transport.combine_recv()\n", "            pass\n"),
+        M("dispatch without recv", moriep, "            self._op.dispatch_recv()\n", "            pass\n"),
+        M("combine without recv", moriep, "            self._op.combine_recv()\n", "            pass\n"),
         M("negative ids for padding", layer, "masked_fill(padding, self.placement.first)", "masked_fill(padding, -1)"),
         M("overflow under MORI", layer, "for part in rounds:", "for part in plan_rounds(rows, 10**6, 10**6):"),
         M("another cap than planned", moriep, "config.max_total_recv_tokens,\n", "0,\n"),

@@ -139,7 +139,8 @@ class TestWeights(PlanTestCase):
         """Parameters and tables of the served model, loaded: the exchange's own tensors are no weights."""
         model = self.built(args, config, rank)
         tensors = [*model.parameters(), *(t for n, t in model.named_buffers() if not n.endswith("expert_mask"))]
-        return sum(tensor.nbytes for tensor in tensors)
+        # Some are views of others: what counts is memory.
+        return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
     def test_exchanges_are_those_of_the_built_model(self):
         partly = {**BLOCK_FP8, "modules_to_not_convert": ["model.layers.1.mlp.experts"]}
@@ -155,17 +156,19 @@ class TestWeights(PlanTestCase):
                 self.assertEqual(plan.num_bytes, sum(bytes_of_transport(each) for each in found))
 
     def test_experts_by_hand(self):
-        # Two MoE layers of 16 experts: 3 matrices of 256 x 256.
-        matrices = 2 * 16 * 3
-        for name, ep, bytes_each in (("v3", 1, 4), ("v3", 4, 4)):
-            args, config = self.resolved(name, tp_size=4, ep_size=ep)
-            self.assertEqual(plan_weights(args, config, 0)["routed experts"], matrices * 256 * 256 * bytes_each // 4)
-        args, config = self.resolved("v3-fp8", tp_size=4, ep_size=4)
-        # One byte each, and a float32 scale for each block of 128 x 128.
-        self.assertEqual(plan_weights(args, config, 0)["routed experts"], matrices * (256 * 256 + 4 * 4) // 4)
+        # Two MoE layers of 16 experts: 3 matrices of 256 x 256. In fp8 one byte each, and a float32 scale a block.
+        plain, fp8 = 256 * 256 * 4, 256 * 256 + 4 * 4
+        for name, ep, size in (("v3", 1, plain), ("v3", 4, plain), ("v3-fp8", 4, fp8)):
+            for apart in (True, False):
+                args, config = self.resolved(name, tp_size=4, ep_size=ep, disable_shared_experts_fusion=apart)
+                # The fused shared expert is a slot beside those of a rank, and split with them.
+                slots = 16 // ep + (0 if apart else 1)
+                planned = plan_weights(args, config, 0)
+                self.assertEqual(planned["routed experts"], 2 * slots * 3 * size * ep // 4)
+                self.assertEqual("shared experts" in planned, apart)
 
     def test_groups(self):
-        args, config = self.resolved("v3")
+        args, config = self.resolved("v3", disable_shared_experts_fusion=True)
         planned = plan_weights(args, config, 0)
         self.assertEqual(planned["embedding and head"], 2 * 512 * 256 * 4)
         self.assertEqual(planned["dense MLP"], 3 * 256 * 512 * 4)
@@ -177,7 +180,7 @@ class TestWeights(PlanTestCase):
 
     def test_published_size_without_memory(self):
         config = {**DEEPSEEK_V3, "num_hidden_layers": 61, "first_k_dense_replace": 3}
-        args, model = self.resolved_config("v3-full", config, platform=MI300X, tp_size=8, ep_size=8)
+        args, model = self.resolved_config("v3-full", config, platform=MI300X, tp_size=8, moe_a2a_backend="mori")
         planned = plan_weights(args, model, 0)
         self.assertEqual(planned["routed experts"], 58 * 32 * 3 * 7168 * 2048 * 2)
 
@@ -263,6 +266,11 @@ class TestExchangeBuffers(CustomTestCase):
         self.assertEqual((found["combine input"], found["scales"]), (32768 * record, 32768 * 224))
         found = self.buffers("AsyncLL", combine_wire="fp8_blockwise")
         self.assertEqual(found["combine input"], 32768 * (record - 224))
+        # Together in one row: the staging has the codec's 60 scales alone.
+        both = {b.name: b.num_bytes for b in exchange_buffers(
+            EpConfig(**{**V3_EP8, **fp8, "combine_wire": "fp8_blockwise"}), "IntraNode", codec_groups=60)}  # fmt: skip
+        self.assertEqual(both["combine input"], 32768 * (record - 224 + 240))
+        self.assertEqual(both["scales"], 32768 * (240 + 224))
 
     def test_fake_mori_allocates_the_same_rows(self):
         use_fakes()

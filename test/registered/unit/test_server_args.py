@@ -45,7 +45,10 @@ TEXT = SimpleNamespace(
     num_experts=16, num_attention_heads=4, intermediate_size=256, moe_intermediate_size=64, num_key_value_heads=2,
     linear_num_key_heads=2, linear_num_value_heads=6, mamba_ssm_dtype="bfloat16",
 )  # fmt: skip
-MODEL = SimpleNamespace(text=TEXT, dtype=torch.float32, context_len=4096, quant_config=None)
+MODEL = SimpleNamespace(
+    text=TEXT, dtype=torch.float32, context_len=4096, quant_config=None,
+    shared_fusion_refusal=lambda backend: "" if backend == "none" else "tokens travel",
+)  # fmt: skip
 
 
 def errors_of(line):
@@ -181,7 +184,6 @@ class TestProblems(CustomTestCase):
                 self.assertEqual([part in error for error in errors], [True], errors)
 
     def test_not_in_this_build(self):
-        self.assertIn("not implemented in this build", errors_of("--enforce-shared-experts-fusion")[0])
         for line in ("--schedule-policy dfs-weight", "--attention-backend fa3", "--load-format gguf",
                      "--radix-eviction-policy lfu", "--quantization gptq", "--quantization w8a8_fp8",
                      "--kv-cache-dtype fp8_e5m2", "--moe-a2a-backend deepep",
@@ -293,8 +295,21 @@ class TestResolve(CustomTestCase):
         with self.assertRaisesRegex(ServerArgsError, "--ep-size 3 does not divide the model's 16 experts"):
             resolve(ServerArgs(tp_size=3, ep_size=3), MODEL, CPU)
         with self.assertRaisesRegex(ServerArgsError, "has no experts: drop --ep-size 2"):
-            dense = SimpleNamespace(text=SimpleNamespace(), dtype=torch.float32, context_len=64, quant_config=None)
+            dense = SimpleNamespace(**{**vars(MODEL), "text": SimpleNamespace()})
             resolve(ServerArgs(tp_size=2, ep_size=2), dense, CPU)
+
+    def test_shared_experts_are_fused_where_they_can_be(self):
+        refused = SimpleNamespace(**{**vars(MODEL), "shared_fusion_refusal": lambda backend: "96 wide"})
+        self.assertFalse(resolve(ServerArgs(), MODEL, CPU).disable_shared_experts_fusion)
+        with self.assertLogs("sglang.srt.server_args", "INFO") as logs:
+            self.assertTrue(resolve(ServerArgs(), refused, CPU).disable_shared_experts_fusion)
+        self.assertIn("disable_shared_experts_fusion: False -> True (96 wide)", str(logs.output))
+        enforced = ServerArgs(enforce_shared_experts_fusion=True)
+        self.assertFalse(resolve(enforced, MODEL, CPU).disable_shared_experts_fusion)
+        with self.assertRaisesRegex(ServerArgsError, "--enforce-shared-experts-fusion cannot be served: 96 wide"):
+            resolve(enforced, refused, CPU)
+        with self.assertRaisesRegex(ServerArgsError, "--enforce-shared-experts-fusion cannot be served: tokens travel"):
+            resolve(dataclasses.replace(enforced, tp_size=2, moe_a2a_backend="mori"), MODEL, CPU)
 
     def test_attention_groups_divide_the_chunk_and_the_heads(self):
         groups = {"dp_size": 2, "enable_dp_attention": True}

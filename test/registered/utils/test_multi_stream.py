@@ -328,7 +328,7 @@ class TestModelSites(StreamCase):
     def harness(self, name, sites):
         """A model of random weights that overlaps at ``sites`` alone."""
         forced = {rule.name: rule.name in sites for rule in SITE_RULES}
-        plan = resolve_streams(self.platform, StreamSettings(forced=forced), "none", "auto", fusion=False)
+        plan = resolve_streams(self.platform, StreamSettings(forced=forced), "none", "auto")
         self.addCleanup(qwen3_5.configure_streams, SERIAL_PLAN)
         with tempfile.TemporaryDirectory() as folder:
             config = {**TINY_CONFIGS[name], "architectures": [self.MODELS[name][0]]}

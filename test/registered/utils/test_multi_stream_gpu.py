@@ -138,15 +138,18 @@ class TestForkJoinOnGpu(CustomTestCase):
             self.assertGreater(row["beside_share"], 0.5, row)
             self.assertGreater(row["main_us"], row["side_us"] * 1.5, row)
 
+QK_NORM = "qwen3_5.qk_norm"
+
 
 @unittest.skipUnless(torch.cuda.is_available(), "needs a GPU")
 class TestModelsOnGpu(CustomTestCase):
     """Both model families, decode graphs on: all sites overlapped against none."""
 
-    def run_model(self, folder, state, **settings):
-        """(tokens and their log-probabilities by request, runner) of a few prompts, every site ``state``."""
-        sites = ",".join(f"{rule.name}={state}" for rule in SITE_RULES)
+    def run_model(self, folder, state, but=(), **settings):
+        """(tokens and log-probabilities by request, runner) of a few prompts, every site ``state`` but some off."""
+        sites = ",".join(f"{rule.name}={'off' if rule.name in but else state}" for rule in SITE_RULES)
         options = {"max_total_tokens": 4096, "max_running_requests": 8, "random_seed": 1, "load_format": "dummy"}
+        options["disable_shared_experts_fusion"] = True  # it leaves nothing to overlap
         with envs.SGLANG_STREAM_SITES.override(sites), fresh_decisions():
             engine = EngineHarness(folder, overlap=True, skip_tokenizer_init=True, **{**options, **settings})
             generator = random.Random(5)
@@ -167,9 +170,18 @@ class TestModelsOnGpu(CustomTestCase):
                     serial, _ = self.run_model(folder, "off", dtype=dtype)
                     for seed in range(3):
                         with self.subTest(model=name, dtype=dtype, seed=seed), random_delays(seed, LONG // 100):
-                            found, runner = self.run_model(folder, "on", dtype=dtype)
+                            found, runner = self.run_model(folder, "on", but=[QK_NORM], dtype=dtype)
                             self.assertEqual(runner.decode_graphs.refused, {})
                             self.assertEqual(found, serial)
+                    with self.subTest(model=name, dtype=dtype), random_delays(9, LONG // 100):
+                        found, _ = self.run_model(folder, "on", dtype=dtype)
+                        self.assert_close(found, serial)
+
+    def assert_close(self, found, wanted):
+        """Same tokens; without that site q and k are normed by the kernel that also turns and stores them."""
+        for rid, (ids, logprobs) in wanted.items():
+            self.assertEqual(found[rid][0], ids)
+            torch.testing.assert_close(torch.tensor(found[rid][1]), torch.tensor(logprobs), rtol=0, atol=1e-4)
 
     def test_the_tracer_reports_every_site_of_a_model(self):
         self.addCleanup(qwen3_5.configure_streams, SERIAL_PLAN)

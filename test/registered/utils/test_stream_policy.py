@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import random
 import unittest
 from dataclasses import dataclass
 from unittest import mock
@@ -9,10 +10,13 @@ from unittest import mock
 from sglang.srt.environ import EnvError, declared_variables
 from sglang.srt.managers.process_launch import LaunchError, device_variables
 from sglang.srt.platforms import override_platform
+from sglang.srt.utils.multi_stream_utils import FUSED, OVERLAP, SERIAL, OverlapSite
+from sglang.srt.utils.shared_modes import ModeTimes, choose_modes
 from sglang.srt.utils.stream_policy import (
     NOT_ASKED,
     SERIAL_PLAN,
     SITE_RULES,
+    FusionChoice,
     StreamSettings,
     parse_sites,
     plan_streams,
@@ -47,11 +51,19 @@ class HipPlatform(FakeStreamPlatform):
 class Args:
     moe_a2a_backend: str = "none"
     deepep_mode: str = "auto"
+    disable_shared_experts_fusion: bool = True
+    enforce_shared_experts_fusion: bool = False
 
 
-def plan(platform, environ=(), backend="none", mode="auto", fusion=False):
+def plan(platform, environ=(), backend="none", mode="auto", fusion=False, enforced=False, measured=None):
     settings = StreamSettings.from_env(platform, dict(environ))
-    return resolve_streams(platform, settings, backend, mode, fusion)
+    return resolve_streams(platform, settings, backend, mode, FusionChoice(fusion, "asked", enforced), measured or {})
+
+
+def times(**rows):
+    """Times of a fictitious device: t8=(fused, overlap, serial) in ms, spread 2 %."""
+    by_mode = {int(key[1:]): (dict(zip((FUSED, OVERLAP, SERIAL), ms)), 0.02) for key, ms in rows.items()}
+    return ModeTimes("a device, a date", by_mode)
 
 
 def enabled(found):
@@ -87,7 +99,7 @@ class TestSites(CustomTestCase):
         self.assertEqual(found.site(QWEN).reason, NOT_ASKED)
         self.assertEqual(found.site(DEEPSEEK).reason, "SGLANG_ROCM_USE_MULTI_STREAM; range not measured")
         lines = [line.split(" (")[0] for line in found.lines()]
-        self.assertEqual(lines, [f"overlap {DEEPSEEK}: on", f"overlap {GDN}: off"])
+        self.assertEqual(lines, ["shared-expert fusion: off", f"overlap {DEEPSEEK}: on", f"overlap {GDN}: off"])
         self.assertEqual(found.describe()["sites"][GDN]["reason"], found.site(GDN).reason)
 
     def test_a_platform_without_streams_overlaps_nothing_and_says_so(self):
@@ -132,6 +144,70 @@ class TestSites(CustomTestCase):
         self.assertEqual([name for name in SWITCHES if not declared[name].effective], [])
 
 
+class TestModes(CustomTestCase):
+    """Which steps fuse shared experts, overlap them or do neither."""
+
+    def test_without_measurements_the_preferred_mode_serves_all(self):
+        self.assertEqual(choose_modes((FUSED, OVERLAP, SERIAL), None), ((None, FUSED),))
+        self.assertEqual(choose_modes((SERIAL,), times(t1=(1, 1, 9))), ((None, SERIAL),))
+
+    def test_the_fastest_serves_each_size_and_noise_changes_nothing(self):
+        everything = (FUSED, OVERLAP, SERIAL)
+        for rows, modes in (
+            ({"t1": (1.0, 2.0, 3.0), "t8": (2.0, 1.0, 3.0)}, ((1, FUSED), (None, OVERLAP))),
+            ({"t1": (1.0, 0.99, 0.985), "t8": (1.0, 0.97, 1.0), "t16": (1.0, 0.99, 1.0)},
+             ((1, FUSED), (None, OVERLAP))),
+            ({"t8": (1, 2, 3), "t1": (3, 2, 1), "t16": (1, 2, 2), "t64": (1, 0, 1)},
+             ((1, SERIAL), (16, FUSED), (None, OVERLAP))),
+        ):  # fmt: skip
+            self.assertEqual(choose_modes(everything, times(**rows)), modes)
+        self.assertEqual(choose_modes((FUSED, SERIAL), times(t1=(1.0, 0.5, 0.9))), ((None, SERIAL),))
+
+    def test_every_size_gets_a_mode_within_the_noise_of_the_best(self):
+        generator = random.Random(5)
+        for _ in range(200):
+            rows = {f"t{1 << i}": [generator.choice((1, 1.01, 1.03, 1.1)) for _ in range(3)] for i in range(8)}
+            site = OverlapSite("test", True, modes=choose_modes((FUSED, OVERLAP, SERIAL), times(**rows)))
+            for tokens, (ms, spread) in times(**rows).rows.items():
+                self.assertLessEqual(ms[site.mode(tokens)] * (1 - spread), min(ms.values()), (rows, tokens))
+
+    def test_a_site_follows_its_devices_table(self):
+        table = {(QWEN, "cpu"): times(t4=(1, 2, 3), t8=(2, 1, 3), t64=(3, 2, 1))}
+        site = plan(FakeStreamPlatform("cuda"), fusion=True, measured=table).site(QWEN)
+        sizes = (0, 1, 4, 5, 8, 9, 64, 8192)
+        modes = [FUSED, FUSED, FUSED, OVERLAP, OVERLAP, SERIAL, SERIAL, SERIAL]
+        self.assertEqual([site.mode(tokens) for tokens in sizes], modes)
+        self.assertEqual([site.covers(tokens) for tokens in sizes], [mode == OVERLAP for mode in modes])
+        self.assertTrue(site.enabled)
+        self.assertRegex(site.reason, "default on cuda; .*fused up to 4 tokens, overlap up to 8 tokens, serial beyond")
+        self.assertIn("measured: a device, a date", site.reason)
+        # The other model, an unmeasured device, a platform where nothing may overlap, and an order.
+        self.assertTrue(plan(FakeStreamPlatform("cuda"), fusion=True, measured=table).site(DEEPSEEK).fuses(9))
+        unasked = plan(HipPlatform(), fusion=True, measured=table).site(QWEN)
+        self.assertEqual(unasked.modes, ((8, FUSED), (None, SERIAL)))
+        forced = plan(FakeStreamPlatform("cuda"), fusion=True, enforced=True, measured=table)
+        self.assertTrue(forced.site(QWEN).fuses(9) and not forced.site(QWEN).enabled)
+        self.assertEqual(plan(FakeStreamPlatform("cuda"), measured=table).site(QWEN).modes, ())
+
+    def test_the_decision_and_its_reason_are_shown(self):
+        shown = plan(FakeStreamPlatform("cuda"), fusion=True).describe()
+        self.assertEqual(shown["shared_expert_fusion"], {"enabled": True, "reason": "asked"})
+        self.assertEqual(shown["sites"][QWEN]["modes"], [{"max_tokens": None, "mode": FUSED}])
+        self.assertRegex(shown["sites"][QWEN]["reason"], "fused at every size .not measured on ")
+        for changes, refusal, enabled_, reason in (
+            ({}, "", True, "default"),
+            ({"disable_shared_experts_fusion": True}, "", False, "--disable-shared-experts-fusion"),
+            ({"enforce_shared_experts_fusion": True}, "", True, "--enforce-shared-experts-fusion"),
+            ({"disable_shared_experts_fusion": True}, "96 wide", False, "96 wide"),
+        ):
+            found = plan_streams(Args(**{"disable_shared_experts_fusion": False, **changes}), refusal).fusion
+            self.assertEqual((found.enabled, found.reason), (enabled_, reason))
+
+    def test_without_a_plan_weights_decide(self):
+        self.assertTrue(SERIAL_PLAN.site(QWEN).fuses(1) and SERIAL_PLAN.site(DEEPSEEK).fuses(8192))
+        self.assertFalse(SERIAL_PLAN.site(GDN).fuses(1))
+
+
 class TestWarnings(CustomTestCase):
     def warnings(self, environ=(), **options):
         return plan(HipPlatform(), {"GPU_MAX_HW_QUEUES": "8", **dict(environ)}, **options).warnings
@@ -146,6 +222,8 @@ class TestWarnings(CustomTestCase):
         # What overlaps unasked gives way to fusion in silence; another platform's variables ask for nothing.
         cuda = plan(FakeStreamPlatform("cuda"), asked, fusion=True)
         self.assertEqual((enabled(cuda), cuda.warnings), ({GDN, NORM}, ()))
+        (warning,) = self.warnings({"SGLANG_STREAM_SITES": f"{DEEPSEEK}=on"}, fusion=True)
+        self.assertRegex(warning, f"^SGLANG_STREAM_SITES asks for overlap of {DEEPSEEK}")
 
     def test_mori_without_asyncll_is_told_what_to_set(self):
         asked = {"SGLANG_ROCM_USE_MULTI_STREAM": "1"}

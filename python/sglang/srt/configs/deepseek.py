@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang.srt.configs.errors import ConfigReader
 from sglang.srt.configs.rope import RopeConfig, read_rope
+from sglang.srt.configs.shared_experts import SharedExperts
 
 # (scoring_func, topk_method) pairs that released models use and that the router implements.
 _ROUTERS = (("softmax", "greedy"), ("softmax", "group_limited_greedy"), ("sigmoid", "noaux_tc"))

@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang.srt.configs.errors import ConfigReader
 from sglang.srt.configs.rope import RopeConfig, read_rope, rope_section
+from sglang.srt.configs.shared_experts import SharedExperts
 
 LINEAR_ATTENTION = "linear_attention"
 FULL_ATTENTION = "full_attention"

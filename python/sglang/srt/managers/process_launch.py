@@ -188,10 +188,10 @@ def launch_engine_processes(
 
 def device_variables(args: ServerArgs) -> dict[str, str]:
     """What must be in the environment of a scheduler process before it touches its device."""
-    from sglang.srt.utils.stream_policy import plan_streams  # imports torch, which the detokenizer does without
+    from sglang.srt.utils.stream_policy import stream_variables  # imports torch, which the detokenizer does without
 
     try:
-        variables = plan_streams(args).child_variables()
+        variables = stream_variables(args)
     except EnvError as error:
         raise LaunchError(str(error), user_error=True) from None
     for name, value in variables.items():

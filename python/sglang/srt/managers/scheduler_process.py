@@ -17,6 +17,7 @@ from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import init_parallel_state
 from sglang.srt.distributed.kernel_agreement import require_same_kernels
+from sglang.srt.layers.moe.token_dispatcher.base import ExchangeConfigError
 from sglang.srt.managers.dp_sync import StepAgreement
 from sglang.srt.managers.process_launch import ChildContext, ended_by_sigterm, parse_child_arguments
 from sglang.srt.managers.req_memory import ReqMemory
@@ -40,7 +41,9 @@ from sglang.srt.utils.logging_config import configure_logging
 
 logger = logging.getLogger(__name__)
 
-USER_ERRORS = (ConfigError, KernelConfigError, PlatformError, PoolPlanError, TokenizerError, WeightLoadError)
+USER_ERRORS = (
+    ConfigError, ExchangeConfigError, KernelConfigError, PlatformError, PoolPlanError, TokenizerError, WeightLoadError
+)  # fmt: skip
 
 
 def make_memory(runner: ModelRunner, args: ServerArgs) -> ReqMemory:

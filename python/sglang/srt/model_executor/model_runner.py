@@ -14,6 +14,7 @@ from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.moe.ep_moe.factory import describe_experts
+from sglang.srt.layers.moe.slotted_mlp import describe_shared
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.model_executor.decode_graphs import DecodeGraphs, decode_buckets
@@ -42,7 +43,7 @@ class ModelRunner:
         self.local_rank = get_parallel_state().local_rank
         current_platform.set_device(self.local_rank)
         self.device: torch.device = current_platform.device(self.local_rank)
-        self.streams = plan_streams(args)
+        self.streams = plan_streams(args, model_config.shared_fusion_refusal(args.moe_a2a_backend))
         _tell(self.streams)
         if self.device.type == "cuda":
             check_device(args, model_config, current_platform.kind, current_platform.memory_info(self.local_rank)[0])
@@ -104,7 +105,8 @@ class ModelRunner:
     def describe(self) -> dict[str, Any]:
         """What a server says of its model while it runs; msgpack-able."""
         streams = {**self.streams.describe(), "trace": self.overlap_trace()}
-        return {"experts": describe_experts(self.model), "streams": streams}
+        experts = {**describe_experts(self.model), "shared": describe_shared(self.model)}
+        return {"experts": experts, "streams": streams}
 
     def _run_model(self, fb: ForwardBatch) -> LogitsProcessorOutput:
         output: LogitsProcessorOutput = self.model(fb.input_ids, fb.positions, fb)

@@ -67,7 +67,8 @@ def load_model(
     else:
         weights = iterate_safetensors(model_config.model_path)
     model.load_weights(weights)
-    num_bytes = sum(param.nbytes for param in model.parameters())
+    storages = {storage._cdata: storage for storage in (param.untyped_storage() for param in model.parameters())}
+    num_bytes = sum(storage.nbytes() for storage in storages.values())
     logger.info(
         "loaded %s: %.2f GB on %s in %.1f s (%s)",
         type(model).__name__, num_bytes / 1e9, device, time.perf_counter() - started, load_format,

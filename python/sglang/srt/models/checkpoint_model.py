@@ -62,6 +62,8 @@ class CheckpointModel(nn.Module):
     """
 
     packed_modules: ClassVar[PackedModules] = {}
+    # Slots of the routed experts' weights that hold shared ones, in every layer that has any.
+    num_fused_shared_experts = 0
 
     def checkpoint_name(self, name: str) -> str | None:
         """The name in ``checkpoint_tensors`` of the file's tensor ``name``; None when the model has no use for it."""
@@ -102,6 +104,8 @@ class CheckpointModel(nn.Module):
 
         Raises WeightLoadError that lists all missing, unexpected, repeated and wrongly shaped tensors.
         """
+        known, slots = self.num_fused_shared_experts, {m.num_shared for m in self.modules() if isinstance(m, FusedMoE)}
+        assert slots <= {known}, f"layers have {slots} slots for shared experts, and the loader knows of {known}"
         loading, stacked = _Loading(self.checkpoint_tensors()), self.stacked_tensors()
         ignored = 0
         for file_name, tensor in weights:

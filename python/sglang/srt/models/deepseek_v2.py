@@ -12,12 +12,14 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
+from sglang.srt.layers.moe.slotted_mlp import can_fuse
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.checkpoint_model import CheckpointModel
 from sglang.srt.models.deepseek_common.attention import DeepseekV2AttentionMLA
 from sglang.srt.models.deepseek_common.moe import DeepseekV2MLP, DeepseekV2MoE
+from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils.multi_stream_utils import UNPLANNED, OverlapSite, StreamOverlap
 from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
 
@@ -36,6 +38,7 @@ class DeepseekV2DecoderLayer(nn.Module):
         rotary_emb: RotaryEmbedding,
         overlap: StreamOverlap,
         quant_config: QuantConfig | None = None,
+        fuse_shared: bool = False,
     ) -> None:
         super().__init__()
         prefix = f"model.layers.{layer_id}"
@@ -45,7 +48,7 @@ class DeepseekV2DecoderLayer(nn.Module):
         self.is_moe = config.is_moe_layer(layer_id)
         self.mlp: nn.Module
         if self.is_moe:
-            self.mlp = DeepseekV2MoE(config, overlap, quant_config, f"{prefix}.mlp")
+            self.mlp = DeepseekV2MoE(config, overlap, quant_config, f"{prefix}.mlp", fuse_shared)
         else:
             self.mlp = DeepseekV2MLP(
                 config.hidden_size, config.intermediate_size, quant_config=quant_config, prefix=f"{prefix}.mlp"
@@ -75,12 +78,13 @@ class DeepseekV2Model(nn.Module):
         text = config.text
         assert isinstance(text, DeepseekConfig)
         overlap = StreamOverlap(alt_stream, site)
+        fuse_shared = can_fuse(config) and not get_global_server_args().disable_shared_experts_fusion
         rotary_emb = RotaryEmbedding(
             text.qk_rope_head_dim, config.context_len, text.rope.theta, not text.rope_interleave, text.rope
         )
         self.embed_tokens = VocabParallelEmbedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(
-            DeepseekV2DecoderLayer(text, layer_id, rotary_emb, overlap, config.quant_config)
+            DeepseekV2DecoderLayer(text, layer_id, rotary_emb, overlap, config.quant_config, fuse_shared)
             for layer_id in range(text.num_hidden_layers)
         )
         self.norm = RMSNorm(text.hidden_size, text.rms_norm_eps)
@@ -112,6 +116,8 @@ class DeepseekV2ForCausalLM(CheckpointModel):
         if self.tied:
             self.lm_head.weight = self.model.embed_tokens.weight
         self.logits_processor = LogitsProcessor(text.vocab_size)
+        blocks = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, DeepseekV2MoE)]
+        self.num_fused_shared_experts = blocks[0].num_fused_shared_experts if blocks else 0
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> LogitsProcessorOutput:
         """input_ids [N], positions [N] -> logits of each request's last row."""

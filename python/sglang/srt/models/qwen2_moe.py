@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sglang.kernels.ops.moe.add_gated_shared import add_gated_shared
@@ -12,6 +13,7 @@ from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.activation import silu_and_mul
 from sglang.srt.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from sglang.srt.layers.moe.ep_moe.factory import make_experts
+from sglang.srt.layers.moe.slotted_mlp import SlottedMLP, join_rows, shared_slots
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.utils.multi_stream_utils import UNPLANNED, OverlapSite, StreamOverlap
@@ -46,8 +48,9 @@ class Qwen2MoeSparseMoeBlock(nn.Module):
     """``sum_j w_j expert_j(x) + sigmoid(shared_expert_gate x) * shared_expert(x)``.
 
     Weights w are softmax over all experts, the ``num_experts_per_tok`` largest, renormalised. quant_config and prefix
-    decide the format of the experts' weights; the two gates are never quantised. The shared expert is never computed as
-    one of the routed ones, whatever ``support_shared_expert_fusion`` allows: ``num_fused_shared_experts`` is 0.
+    decide the format of the experts' weights; the two gates are never quantised. With ``support_shared_expert_fusion``
+    the shared expert lies in ``num_fused_shared_experts`` slots of the routed ones' weights, and a step whose size
+    ``site`` fuses computes it as one of them; the caller vouches that it can (``SharedExperts.fusion_refusal``).
     """
 
     def __init__(
@@ -66,27 +69,37 @@ class Qwen2MoeSparseMoeBlock(nn.Module):
         self.prefix = prefix
         self.is_nextn = is_nextn
         self.support_shared_expert_fusion = support_shared_expert_fusion
-        self.num_fused_shared_experts = 0
+        self.num_fused_shared_experts = config.shared_experts.num_slots if support_shared_expert_fusion else 0
         self._tp = get_tp_group()
         self.overlap = StreamOverlap(alt_stream, site)
         hidden_size = config.hidden_size
         self.gate = ReplicatedLinear(hidden_size, config.num_experts)
-        self.topk = TopK(config.num_experts_per_tok, "softmax", renormalize=config.norm_topk_prob)
+        slots = shared_slots(self.num_fused_shared_experts, gated=True)
+        self.topk = TopK(config.num_experts_per_tok, "softmax", renormalize=config.norm_topk_prob, shared=slots)
         # Both parts stay partial sums of this rank; the block reduces once.
         self.experts = make_experts(
             config.num_experts, hidden_size, config.moe_intermediate_size, config.num_experts_per_tok, quant_config,
-            f"{prefix}.experts",
+            f"{prefix}.experts", self.num_fused_shared_experts,
         )  # fmt: skip
-        self.shared_expert = Qwen2MoeMLP(
-            hidden_size, config.shared_expert_intermediate_size, False, quant_config, f"{prefix}.shared_expert"
-        )
         self.shared_expert_gate = ReplicatedLinear(hidden_size, 1)
+        self.shared_expert: Qwen2MoeMLP | SlottedMLP
+        if self.num_fused_shared_experts:
+            self.shared_expert = SlottedMLP(self.experts)
+            self._gates = join_rows(self.gate.weight, self.shared_expert_gate.weight)
+        else:
+            self.shared_expert = Qwen2MoeMLP(
+                hidden_size, config.shared_expert_intermediate_size, False, quant_config, f"{prefix}.shared_expert"
+            )
 
     def extra_repr(self) -> str:
         return f"layer_id={self.layer_id}, prefix={self.prefix!r}, is_nextn={self.is_nextn}"
 
     def forward(self, x: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """x [N, H] -> [N, H]."""
+        slotted = self.shared_expert
+        if isinstance(slotted, SlottedMLP) and slotted.is_fused(self.overlap.site, x.shape[0]):
+            logits = F.linear(x, self._gates)[:, : self.gate.weight.shape[0] + 1]
+            return self._tp.all_reduce(self.experts(x, self.topk(logits, fused=True), fb))
         shared, routed = self.overlap.fork_join(
             lambda: self.shared_expert(x), lambda: self._forward_router_experts(x, fb), num_tokens=x.shape[0]
         )

@@ -16,6 +16,7 @@ from sglang.srt.layers.activation import sigmoid_mul
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNormGated
 from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
+from sglang.srt.layers.moe.slotted_mlp import can_fuse
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -223,6 +224,7 @@ class Qwen3_5DecoderLayer(nn.Module):
         layer_id: int,
         alt_stream: torch.cuda.Stream | None = None,
         quant_config: QuantConfig | None = None,
+        fuse_shared: bool = False,
     ) -> None:
         super().__init__()
         self.prefix = f"model.layers.{layer_id}"
@@ -238,7 +240,7 @@ class Qwen3_5DecoderLayer(nn.Module):
                 quant_config,
                 alt_stream=alt_stream if self.use_alt_stream else None,
                 prefix=f"{self.prefix}.mlp",
-                support_shared_expert_fusion=not _disable_shared_experts_fusion(),
+                support_shared_expert_fusion=fuse_shared,
                 site=_streams.site(SHARED_EXPERTS),
             )
         else:
@@ -273,8 +275,9 @@ class Qwen3_5LinearDecoderLayer(Qwen3_5DecoderLayer):
         layer_id: int,
         alt_stream: torch.cuda.Stream | None = None,
         quant_config: QuantConfig | None = None,
+        fuse_shared: bool = False,
     ) -> None:
-        super().__init__(config, layer_id, alt_stream, quant_config)
+        super().__init__(config, layer_id, alt_stream, quant_config, fuse_shared)
         self.linear_attn = Qwen3_5GatedDeltaNet(
             config, layer_id, alt_stream, quant_config, f"{self.prefix}.linear_attn"
         )
@@ -294,8 +297,9 @@ class Qwen3_5AttentionDecoderLayer(Qwen3_5DecoderLayer):
         rotary_emb: RotaryEmbedding,
         alt_stream: torch.cuda.Stream | None = None,
         quant_config: QuantConfig | None = None,
+        fuse_shared: bool = False,
     ) -> None:
-        super().__init__(config, layer_id, alt_stream, quant_config)
+        super().__init__(config, layer_id, alt_stream, quant_config, fuse_shared)
         self.self_attn = Qwen3_5Attention(
             config, layer_id, rotary_emb, alt_stream, quant_config, f"{self.prefix}.self_attn"
         )
@@ -312,11 +316,12 @@ class Qwen3_5ForCausalLM(nn.Module):
         text = config.text
         assert isinstance(text, Qwen3_5Config)
         rotary_emb = RotaryEmbedding(text.rotary_dim, config.context_len, text.rope.theta, True, text.rope)
+        last = (config.quant_config, can_fuse(config) and not _disable_shared_experts_fusion())
         self.embed_tokens = VocabParallelEmbedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(
-            Qwen3_5LinearDecoderLayer(text, layer_id, alt_stream, config.quant_config)
+            Qwen3_5LinearDecoderLayer(text, layer_id, alt_stream, *last)
             if kind == LINEAR_ATTENTION
-            else Qwen3_5AttentionDecoderLayer(text, layer_id, rotary_emb, alt_stream, config.quant_config)
+            else Qwen3_5AttentionDecoderLayer(text, layer_id, rotary_emb, alt_stream, *last)
             for layer_id, kind in enumerate(text.layer_types)
         )
         self.norm = GemmaRMSNorm(text.hidden_size, text.rms_norm_eps)

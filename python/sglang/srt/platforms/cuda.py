@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -10,17 +11,37 @@ import torch
 from sglang.srt.platforms.interface import DeviceGraph, Platform, Result
 
 
+class GraphPool:
+    """The memory that captured graphs share. It ends with the last of them and cannot be taken up again."""
+
+    def __init__(self) -> None:
+        self._handle: tuple[int, int] | None = None
+        self._captured: weakref.WeakSet[TorchDeviceGraph] = weakref.WeakSet()
+
+    def handle(self) -> tuple[int, int]:
+        """The pool for a capture that begins now."""
+        if self._handle is None or not self._captured:
+            self._handle = torch.cuda.graph_pool_handle()
+        return self._handle
+
+    def keep(self, graph: TorchDeviceGraph) -> None:
+        """``graph`` was captured into the pool, which lives as long as it does."""
+        self._captured.add(graph)
+
+
 class TorchDeviceGraph:
     """A CUDA or HIP graph of torch; all of them share ``pool``."""
 
-    def __init__(self, pool: tuple[int, int]) -> None:
+    def __init__(self, pool: GraphPool) -> None:
         self._graph = torch.cuda.CUDAGraph()
         self._pool = pool
 
     def capture(self, body: Callable[[], Result]) -> Result:
         """Record ``body`` on a stream of its own; it must not synchronise nor read the device."""
-        with torch.cuda.graph(self._graph, pool=self._pool):
-            return body()
+        with torch.cuda.graph(self._graph, pool=self._pool.handle()):
+            result = body()
+        self._pool.keep(self)
+        return result
 
     def replay(self) -> None:
         self._graph.replay()
@@ -33,7 +54,9 @@ class CudaPlatform(Platform):
     device_type = "cuda"
     supports_graphs = True
     supports_streams = True
-    _graph_pool: tuple[int, int] | None = None
+
+    def __init__(self) -> None:
+        self._graph_pool = GraphPool()
 
     @property
     def arch(self) -> str:
@@ -56,8 +79,6 @@ class CudaPlatform(Platform):
         torch.cuda.synchronize()
 
     def create_graph(self) -> DeviceGraph:
-        if self._graph_pool is None:
-            self._graph_pool = torch.cuda.graph_pool_handle()
         return TorchDeviceGraph(self._graph_pool)
 
     def create_stream(self) -> torch.cuda.Stream | None:

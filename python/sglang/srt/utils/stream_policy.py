@@ -211,12 +211,18 @@ def plan_streams(args: StreamArgs, refusal: str = "") -> StreamPlan:
     return resolve_streams(platform, settings, args.moe_a2a_backend, args.deepep_mode, fusion)
 
 
+def stream_variables(args: StreamArgs, platform: Any = current_platform) -> dict[str, str]:
+    """``child_variables`` enough for every site that may overlap: fusion is decided by the device, not touched here."""
+    settings = StreamSettings.from_env(platform)
+    return resolve_streams(platform, settings, args.moe_a2a_backend, args.deepep_mode).child_variables()
+
+
 def resolve_streams(
     platform: Platform,
     settings: StreamSettings,
     moe_a2a_backend: str,
     deepep_mode: str,
-    fusion: FusionChoice,
+    fusion: FusionChoice = FusionChoice(),
     measured: Mapping[tuple[str, str], ModeTimes] = MEASURED,
 ) -> StreamPlan:
     """Decide every site; steps that fuse shared experts leave nothing to run beside them."""
@@ -224,7 +230,7 @@ def resolve_streams(
     for rule in SITE_RULES:
         site = _decide(rule, platform, settings)
         if rule.shared_experts and fusion.enabled:
-            site = _choose(site, None if fusion.enforced else measured.get((rule.name, platform.arch)), fusion)
+            site = _choose(site, measured.get((rule.name, platform.arch)), fusion, platform.arch)
         # Between dispatch and combine the side has room in eager steps too (sglang PR 24005).
         over_ranks = rule.shared_experts and moe_a2a_backend != "none"
         sites.append(replace(site, capture_only=not over_ranks))
@@ -253,16 +259,18 @@ def _asked(rule: SiteRule, platform: Platform, settings: StreamSettings) -> bool
     )
 
 
-def _choose(site: OverlapSite, times: ModeTimes | None, fusion: FusionChoice) -> OverlapSite:
+def _choose(site: OverlapSite, times: ModeTimes | None, fusion: FusionChoice, arch: str) -> OverlapSite:
     """``site`` with the mode of each size: fused, overlapping where the site may, or one after the other."""
     available = (FUSED,) if fusion.enforced else (FUSED, OVERLAP, SERIAL) if site.enabled else (FUSED, SERIAL)
     modes = choose_modes(available, times)
-    evidence = fusion.reason if fusion.enforced else f"measured: {times.where}" if times else "not measured here"
+    evidence = f"measured: {times.where}" if times else f"not measured on {arch}"
+    evidence = fusion.reason if fusion.enforced else evidence
     if modes == ALWAYS_FUSED:
         return replace(site, enabled=False, modes=modes, reason=f"shared experts are fused at every size ({evidence})")
     steps = ", ".join(f"{mode} {'beyond' if most is None else f'up to {most} tokens'}" for most, mode in modes)
     overlaps = site.enabled and any(mode == OVERLAP for _, mode in modes)
-    return replace(site, enabled=overlaps, modes=modes, reason=f"{steps} ({evidence})")
+    asked = f"{site.reason}; " if overlaps else ""
+    return replace(site, enabled=overlaps, modes=modes, reason=f"{asked}{steps} ({evidence})")
 
 
 def _decide(rule: SiteRule, platform: Platform, settings: StreamSettings) -> OverlapSite:

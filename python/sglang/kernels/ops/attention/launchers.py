@@ -135,13 +135,15 @@ def launch_extend(
     if splits > 1:
         parts = torch.empty(num_rows, splits, heads, shape.value, dtype=torch.float32, device=q.device)
         parts_lse = torch.empty(num_rows, splits, heads, dtype=torch.float32, device=q.device)
+    # Without slots to look up, a stage more is kept in shared memory, and three of wide rows do not fit.
+    stages = min(tile.num_stages, 2) if slot_ids is None and shape.kind == "wide" else tile.num_stages
     extend_kernel[(kv_heads, tiles, splits)](
         q, k, v, qo_indptr if slot_ids is None else slot_ids, qo_indptr, kv_indptr, parts, parts_lse,
         scale, batch, heads, group, splits,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         **shape.constants(), BLOCK_M=tile.rows, BLOCK_N=tile.block_n, BLOCK_B=128,
         PAGED=slot_ids is not None, CAUSAL=causal, WRITE_LSE=with_lse or splits > 1,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=stages,
     )  # fmt: skip
     if splits > 1:
         merge_parts(parts, parts_lse, out)

@@ -15,13 +15,13 @@ MAX_TRITON_EXPERTS = 1024
 
 
 class SharedSlots(NamedTuple):
-    """Experts that every token goes to, as columns after the chosen ones: ids E .. E + ``count``, each at ``weight``.
+    """Experts that every token goes to, as columns after the chosen ones: ids E .. E + ``num``, each at ``weight``.
 
     gated: the logits have a column more, whose sigmoid multiplies the weight. Neither scale nor renormalisation of the
     chosen ones touches it.
     """
 
-    count: int = 0
+    num: int = 0
     weight: float = 1.0
     gated: bool = False
 
@@ -45,10 +45,10 @@ def _finish(
     if scale != 1.0:
         weights = weights * scale
     ids = ids.to(torch.int32)
-    if shared.count:
-        slots = torch.arange(first, first + shared.count, dtype=torch.int32, device=ids.device)
+    if shared.num:
+        slots = torch.arange(first, first + shared.num, dtype=torch.int32, device=ids.device)
         ids = torch.cat((ids, slots.expand(len(ids), -1)), dim=1)
-        weights = torch.cat((weights, slot_weight.expand(-1, shared.count)), dim=1)
+        weights = torch.cat((weights, slot_weight.expand(-1, shared.num)), dim=1)
     return weights, ids
 
 
@@ -135,14 +135,14 @@ def _launch_router(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from sglang.kernels.ops.moe.topk_triton import router_kernel
 
-    rows, experts, columns = logits.shape[0], logits.shape[1] - shared.gated, top_k + shared.count
+    rows, experts, columns = logits.shape[0], logits.shape[1] - shared.gated, top_k + shared.num
     weights = torch.empty(rows, columns, dtype=torch.float32, device=logits.device)
     ids = torch.empty(rows, columns, dtype=torch.int32, device=logits.device)
     if rows:
         size = experts // n_group
         router_kernel[(rows,)](
             logits, bias, weights, ids, logits.stride(0), size, scale, shared.weight,
-            TOP_K=top_k, SHARED=shared.count, GATED=shared.gated, K_BLOCK=next_power_of_2(columns), N_GROUP=n_group,
+            TOP_K=top_k, SHARED=shared.num, GATED=shared.gated, K_BLOCK=next_power_of_2(columns), N_GROUP=n_group,
             TOPK_GROUP=topk_group, GROUPS=next_power_of_2(n_group), SIZE=next_power_of_2(size),
             SIGMOID=scoring == "sigmoid", RENORMALIZE=renormalize, HAS_BIAS=bias is not None,
             num_warps=1 if experts <= 512 else 4,

@@ -11,11 +11,18 @@ from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.platforms import current_platform
 
 GROUP = 128
+# Rows past which cuBLAS is ahead of the tiles below (up to 1.2 times at 32 rows, 2 times from 1024 on; measured
+# beside them), and the multiple of rows that it is given.
+LIBRARY_MIN_ROWS = 16
+LIBRARY_ROWS = 16
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-# Rows of a tile -> tile, for the product; sm_90 and gfx alike until measured.
+# Rows up to which a tile serves, and the tile; gfx takes the same, never timed. benchmark/kernels/tune_linear.py over
+# V3's projections on one H100 80GB, triton 3.6.0, 2026-11-22.
 LINEAR_TILES = (
-    (16, {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 4}),
-    (64, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 3}),
+    (1, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 5}),
+    (16, {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 5}),
+    (32, {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 5}),
+    (128, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 4}),
     (None, {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 16, "num_warps": 4, "num_stages": 3}),
 )
 
@@ -66,35 +73,73 @@ def scaled_product(q: torch.Tensor, scale: torch.Tensor, w: torch.Tensor, w_scal
     return rows @ dequantize_blocks(w, w_scale).t()
 
 
-def quantize_groups_triton(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_groups_triton(
+    x: torch.Tensor, dtype: torch.dtype, padded_rows: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``padded_rows``: make q and scale that long, the rest not written, and scale contiguous by columns."""
     from sglang.kernels.ops.quant.group_fp8_triton import quantize_groups_kernel
 
-    rows, columns = x.shape
-    q = torch.empty(rows, columns, dtype=dtype, device=x.device)
-    scale = torch.empty(rows, columns // GROUP, dtype=torch.float32, device=x.device)
-    groups = scale.numel()
+    (rows, columns), length = x.shape, padded_rows or x.shape[0]
+    q = torch.empty(length, columns, dtype=dtype, device=x.device)
+    if padded_rows is None:
+        scale = torch.empty(length, columns // GROUP, dtype=torch.float32, device=x.device)
+    else:
+        scale = torch.empty(columns // GROUP, length, dtype=torch.float32, device=x.device).t()
+    groups = rows * (columns // GROUP)
     if groups:
         block = 1 if groups < 1024 else 8
         quantize_groups_kernel[(cdiv(groups, block),)](
-            x, q, scale, groups, columns // GROUP, x.stride(0),
+            x, q, scale, groups, columns // GROUP, x.stride(0), scale.stride(0), scale.stride(1),
             LARGEST=torch.finfo(dtype).max, BLOCK=block, num_warps=1 if block == 1 else 4,
         )  # fmt: skip
     return q, scale
 
 
-def block_fp8_linear_triton(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+def block_product(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    w: torch.Tensor,
+    w_scale: torch.Tensor,
+    dtype: torch.dtype,
+    tile: dict[str, int] | None = None,
+) -> torch.Tensor:
+    """The product of quantised rows with w, one launch -> [N, R] in ``dtype``; ``tile`` None takes the table's."""
     from sglang.kernels.ops.quant.group_fp8_triton import block_fp8_linear_kernel
 
-    (rows, k_dim), width = x.shape, w.shape[0]
-    out = torch.empty(rows, width, dtype=x.dtype, device=x.device)
-    if rows:
-        q, scale = quantize_groups_triton(x, w.dtype)
+    (rows, k_dim), width = q.shape, w.shape[0]
+    out = torch.empty(rows, width, dtype=dtype, device=q.device)
+    if tile is None:
         tile = next(tile for limit, tile in LINEAR_TILES if limit is None or rows <= limit)
-        row_tiles, tiles = cdiv(rows, tile["BLOCK_M"]), cdiv(width, tile["BLOCK_N"])
-        block_fp8_linear_kernel[(row_tiles * tiles,)](
-            q, scale, w, w_scale, out, rows, width, k_dim, row_tiles, tiles, **tile
-        )
+    row_tiles, tiles = cdiv(rows, tile["BLOCK_M"]), cdiv(width, tile["BLOCK_N"])
+    block_fp8_linear_kernel[(row_tiles * tiles,)](
+        q, scale, w, w_scale, out, rows, width, k_dim, row_tiles, tiles, **tile
+    )
     return out
+
+
+def block_fp8_linear_triton(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+    if not x.shape[0]:
+        return x.new_empty(0, w.shape[0])
+    return block_product(*quantize_groups_triton(x, w.dtype), w, w_scale, x.dtype)
+
+
+def block_fp8_linear_cublas(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+    """cuBLAS' product with scales of 1x128 and 128x128 blocks; rows are padded to what it takes."""
+    from torch.nn.functional import ScalingType, scaled_mm
+
+    rows = x.shape[0]
+    q, scale = quantize_groups_triton(x, w.dtype, cdiv(rows, LIBRARY_ROWS) * LIBRARY_ROWS)
+    out = scaled_mm(
+        q, w.t(), scale, ScalingType.BlockWise1x128, w_scale.t(), ScalingType.BlockWise128x128, output_dtype=x.dtype
+    )
+    return out[:rows]
+
+
+def _accepts_library(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> bool:
+    # A row of weight scales must start at 16 bytes.
+    aligned = w.shape[0] % 16 == 0 and w_scale.shape[1] % 4 == 0
+    many = x.shape[0] > LIBRARY_MIN_ROWS and x.dtype == torch.bfloat16
+    return many and aligned and _accepts_linear(x, w, w_scale)
 
 
 def _accepts_quantize(x: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -152,6 +197,16 @@ quantize_groups = Op(
 )
 block_fp8_linear = Op(
     "quant.block_fp8_linear",
+    Impl(
+        "cublas",
+        block_fp8_linear_cublas,
+        kinds={"cuda"},
+        archs=("sm_90",),
+        package="triton",
+        needs_device=True,
+        enabled=lambda: hasattr(torch.nn.functional, "scaled_mm"),
+        accepts=_accepts_library,
+    ),
     triton_impl(block_fp8_linear_triton, _accepts_linear),
     Impl("torch", block_fp8_linear_torch),
     cases=_linear_cases,

@@ -8,10 +8,11 @@ from sglang.kernels.ops.moe.fused_experts_triton import expert_tile
 GROUP = tl.constexpr(128)
 
 
-@triton.jit(do_not_specialize=["num_groups"])
+@triton.jit(do_not_specialize=["num_groups", "scale_group_stride"])
 def quantize_groups_kernel(
-    x_ptr, q_ptr, scale_ptr, num_groups, groups_a_row, row_stride, LARGEST: tl.constexpr, BLOCK: tl.constexpr
-):
+    x_ptr, q_ptr, scale_ptr, num_groups, groups_a_row, row_stride, scale_row_stride, scale_group_stride,
+    LARGEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """BLOCK groups a program, each its own scale."""
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, GROUP)[None, :]
@@ -23,7 +24,8 @@ def quantize_groups_kernel(
     q = tl.div_rn(x, tl.broadcast_to(scale[:, None], [BLOCK, GROUP]))
     q = tl.minimum(tl.maximum(q, -LARGEST), LARGEST)
     tl.store(q_ptr + group[:, None] * GROUP + lane, q.to(q_ptr.dtype.element_ty), mask=mask)
-    tl.store(scale_ptr + group, scale, mask=group < num_groups)
+    scale_at = (group // groups_a_row) * scale_row_stride + (group % groups_a_row) * scale_group_stride
+    tl.store(scale_ptr + scale_at, scale, mask=group < num_groups)
 
 
 @triton.jit(do_not_specialize=["rows", "row_tiles"])

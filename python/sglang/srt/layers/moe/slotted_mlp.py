@@ -12,16 +12,45 @@ from torch import nn
 
 from sglang.kernels.ops.moe.fused_experts import is_arranged
 from sglang.kernels.ops.moe.topk import NO_SHARED, SharedSlots
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_parallel_state
 from sglang.srt.layers.activation import silu_and_mul
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.weights import ShardId, check_shape
+from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils.multi_stream_utils import OverlapSite
+
+
+def can_fuse(config: ModelConfig) -> bool:
+    """Whether the model's shared experts can be slots of the routed ones, under the settings of this server."""
+    has_any = bool(config.text.shared_experts.layers)
+    return has_any and not config.shared_fusion_refusal(get_global_server_args().moe_a2a_backend)
 
 
 def shared_slots(count: int, gated: bool = False) -> SharedSlots:
     """The router's columns for ``count`` slots; every expert-parallel rank adds them, so each adds its part."""
     return SharedSlots(count, 1.0 / get_parallel_state().ep_size, gated) if count else NO_SHARED
+
+
+def join_rows(*params: nn.Parameter) -> torch.Tensor:
+    """Make ``params`` [rows, K] the first rows of one new matrix [R, K], for one product; R is a multiple of 8.
+
+    Rows of zeros fill it up: libraries are slow to write rows that no 16 bytes align.
+    """
+    rows = [param.shape[0] for param in params]
+    joined = params[0].data.new_zeros(-(-sum(rows) // 8) * 8, params[0].shape[1])
+    for param, part in zip(params, joined.split([*rows, len(joined) - sum(rows)]), strict=False):
+        param.data = part
+    return joined
+
+
+def describe_shared(model: nn.Module) -> dict[str, Any]:
+    """Which form the shared experts of ``model`` have, for /server_info."""
+    for module in model.modules():
+        if isinstance(module, SlottedMLP):
+            form = "by the modes of its site" if not module.fixed_reason else f"fused: {module.fixed_reason}"
+            return {"slots": len(module._down), "form": form}
+    return {"slots": 0, "form": "apart"}
 
 
 class SlottedMatrix(nn.Module):
@@ -89,7 +118,7 @@ class SlottedMLP(nn.Module):
         """Why every step must compute it as routed experts; "" if it may also run apart."""
         if not self._same_part:
             return "this rank holds another part of routed than of shared experts"
-        return "weights lie as the experts' kernel alone reads them" if is_arranged(self._experts[0].w13_weight) else ""
+        return "weights are in the experts' kernel's own layout" if is_arranged(self._experts[0].w13_weight) else ""
 
     def is_fused(self, site: OverlapSite, num_tokens: int) -> bool:
         """Whether a step of ``num_tokens`` computes it as routed experts; depends on nothing but host-known numbers."""

@@ -27,7 +27,7 @@ class TopK(nn.Module):
     scoring: "softmax" or "sigmoid". renormalize: divide a row's weights by their sum. n_group, topk_group: experts come
     only from the best ``topk_group`` of ``n_group`` groups. group_score: a group counts as its best expert ("max") or
     as the sum of its best two ("top2sum"). correction_bias [E] float32: added for the choice alone; needs "top2sum".
-    routed_scaling_factor: multiplied into the weights here and nowhere else, so that shared slots need no division by it.
+    routed_scaling_factor: multiplied into the weights here and nowhere else, so shared slots need no division by it.
     shared: the slots that a fused step adds.
     """
 

@@ -6,12 +6,14 @@ import torch
 from torch import nn
 
 from sglang.kernels.ops.moe.router_logits import router_logits
+from sglang.kernels.ops.moe.topk import NO_SHARED, SharedSlots
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.activation import silu_and_mul
 from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
 from sglang.srt.layers.moe.ep_moe.factory import make_experts
+from sglang.srt.layers.moe.slotted_mlp import SlottedMLP, shared_slots
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.weights import make_parameter
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -58,10 +60,19 @@ class MoEGate(nn.Module):
 
 
 class DeepseekV2MoE(nn.Module):
-    """Routed experts plus the shared experts, which are one MLP of n_shared_experts times the expert width."""
+    """Routed experts plus the shared experts, which are one MLP of n_shared_experts times the expert width.
+
+    fuse_shared: they lie in slots of the routed ones' weights (the caller vouches that they can), and a step whose size
+    ``overlap.site`` fuses computes them as such.
+    """
 
     def __init__(
-        self, config: DeepseekConfig, overlap: StreamOverlap, quant_config: QuantConfig | None = None, prefix: str = ""
+        self,
+        config: DeepseekConfig,
+        overlap: StreamOverlap,
+        quant_config: QuantConfig | None = None,
+        prefix: str = "",
+        fuse_shared: bool = False,
     ) -> None:
         super().__init__()
         assert config.n_routed_experts is not None
@@ -69,32 +80,39 @@ class DeepseekV2MoE(nn.Module):
         self.overlap = overlap
         hidden, width = config.hidden_size, config.moe_intermediate_size
         self.gate = MoEGate(hidden, config.n_routed_experts, with_bias=config.topk_method == "noaux_tc")
-        self.topk = make_topk(config, self.gate.e_score_correction_bias)
+        self.num_fused_shared_experts = config.n_shared_experts if fuse_shared else 0
+        slots = shared_slots(self.num_fused_shared_experts)
+        self.topk = make_topk(config, self.gate.e_score_correction_bias, slots)
         # Both parts stay partial sums of this rank; the block reduces once.
         self.experts = make_experts(
-            config.n_routed_experts, hidden, width, config.num_experts_per_tok, quant_config, f"{prefix}.experts"
-        )
-        self.shared_experts: DeepseekV2MLP | None = None
-        if config.n_shared_experts:
+            config.n_routed_experts, hidden, width, config.num_experts_per_tok, quant_config, f"{prefix}.experts",
+            self.num_fused_shared_experts,
+        )  # fmt: skip
+        self.shared_experts: DeepseekV2MLP | SlottedMLP | None = None
+        if self.num_fused_shared_experts:
+            self.shared_experts = SlottedMLP(self.experts)
+        elif config.n_shared_experts:
             self.shared_experts = DeepseekV2MLP(
                 hidden, config.n_shared_experts * width, False, quant_config, f"{prefix}.shared_experts"
             )
 
     def forward(self, x: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """x [N, H] -> [N, H]."""
-        if self.shared_experts is None:
-            return self._tp.all_reduce(self._routed(x, fb))
         shared_experts = self.shared_experts
+        if shared_experts is None:
+            return self._tp.all_reduce(self._routed(x, fb))
+        if isinstance(shared_experts, SlottedMLP) and shared_experts.is_fused(self.overlap.site, x.shape[0]):
+            return self._tp.all_reduce(self._routed(x, fb, fused=True))
         shared, routed = self.overlap.fork_join(
             lambda: shared_experts(x), lambda: self._routed(x, fb), num_tokens=x.shape[0]
         )
         return self._tp.all_reduce(routed + shared)
 
-    def _routed(self, x: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
-        return self.experts(x, self.topk(self.gate(x)), fb)
+    def _routed(self, x: torch.Tensor, fb: ForwardBatch, fused: bool = False) -> torch.Tensor:
+        return self.experts(x, self.topk(self.gate(x), fused), fb)
 
 
-def make_topk(config: DeepseekConfig, correction_bias: torch.Tensor | None) -> TopK:
+def make_topk(config: DeepseekConfig, correction_bias: torch.Tensor | None, shared: SharedSlots = NO_SHARED) -> TopK:
     """The router of ``topk_method``: greedy (V2-Lite), group_limited_greedy (V2) or noaux_tc (V3)."""
     grouped = config.topk_method != "greedy"
     return TopK(
@@ -107,4 +125,5 @@ def make_topk(config: DeepseekConfig, correction_bias: torch.Tensor | None) -> T
         group_score="max" if correction_bias is None else "top2sum",
         correction_bias=correction_bias,
         routed_scaling_factor=config.routed_scaling_factor,
+        shared=shared,
     )

@@ -32,7 +32,7 @@ class GatheredMoE(FusedMoE):
         self._world = get_parallel_state().world
 
     def forward(self, x: torch.Tensor, topk: TopKOutput, fb: ForwardBatch | None = None) -> torch.Tensor:
-        """x [N, H], topk as FusedMoE's, alike in all groups -> new [N, H]: zero except this rank's slice of the rows."""
+        """x [N, H], topk as FusedMoE's, alike in all groups -> new [N, H]: zero except this rank's slice of rows."""
         self.check_columns(topk)
         groups = None if fb is None else fb.global_num_rows_cpu or fb.global_num_tokens_cpu
         if fb is None or groups is None:

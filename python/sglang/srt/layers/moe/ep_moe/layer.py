@@ -67,8 +67,7 @@ class MoriEPMoE(FusedMoE):
 
     def forward(self, x: torch.Tensor, topk: TopKOutput, fb: ForwardBatch | None = None) -> torch.Tensor:
         """x [N, H], topk with k = ``top_k`` -> new [N, H]: zero except this rank's slice of the rows."""
-        if topk.ids.shape[1] != self.top_k:
-            raise ValueError(f"expected {self.top_k} experts a token, got {topk.ids.shape[1]}")
+        self.check_columns(topk)
         rows = self._rows_of_ranks(x.shape[0], fb)
         sizes = self.dispatcher.config
         rounds = plan_rounds(rows, sizes.max_recv, sizes.max_num_inp_token_per_rank)

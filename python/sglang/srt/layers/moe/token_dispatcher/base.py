@@ -6,7 +6,7 @@ Rules that every transport keeps (MORI's, made checkable):
 - Received rows are ``[0, total_recv)`` of buffers that the transport owns and reuses; what lies beyond is stale.
 - Combine sums, without weights and in float32, what a token's ranks computed, in ascending rank order.
 - Each method is a collective: all ranks call the same sequence, also with no rows.
-- Between a send and its recv nothing may be read, and the caller's tensors stay alive.
+- Between a send and its recv nothing may be read, and the caller's tensors stay alive. One send at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class EpConfig:
 
     data_type: of dispatched rows; combine_type: of combined ones. scale_dim scales of scale_type go with each row.
     max_total_recv_tokens: rows allocated for what arrives, 0 for the worst case. mode: "sync", or "two_phase" where
-    sending and receiving are calls of their own. combine_wire: codec of rows on the way back.
+    rows travel while the caller computes between a send and its recv. combine_wire: codec of rows on the way back.
     """
 
     rank: int
@@ -105,20 +105,6 @@ class EpTransport(Protocol):
         """One line for the log and /server_info."""
         ...
 
-    def dispatch(
-        self,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        scales: torch.Tensor | None,
-        indices: torch.Tensor,
-        rows_of_ranks: Sequence[int] | None = None,
-    ) -> RecvBatch:
-        """Send rows x [T, H] with weights [T, K] float32, scales and ids [T, K] int32, and receive.
-
-        ``rows_of_ranks``, where all ranks know it: the rows that each brings; then no device memory is read.
-        """
-        ...
-
     def dispatch_send(
         self,
         x: torch.Tensor,
@@ -127,26 +113,22 @@ class EpTransport(Protocol):
         indices: torch.Tensor,
         rows_of_ranks: Sequence[int] | None = None,
     ) -> RecvBatch:
-        """First half of ``dispatch`` in two-phase mode."""
-        ...
+        """Send rows x [T, H] with weights [T, K] float32, scales and ids [T, K] int32; the batch is not valid yet.
 
-    def dispatch_recv(self) -> None:
-        """Second half: afterwards the batch that ``dispatch_send`` returned is valid."""
-        ...
-
-    def combine(self, y: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """Sum the results y [>= total_recv, H] of received rows into [limit, H] by the dispatched ids [T, K].
-
-        Rows from T on are undefined.
+        ``rows_of_ranks``, where all ranks know it: the rows that each brings; then no device memory is read.
         """
         ...
 
+    def dispatch_recv(self) -> None:
+        """Afterwards the batch that ``dispatch_send`` returned is valid, until the next one."""
+        ...
+
     def combine_send(self, y: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        """First half of ``combine`` in two-phase mode."""
+        """Send back the results y [>= total_recv, H] of received rows, by the dispatched ids [T, K] -> [limit, H]."""
         ...
 
     def combine_recv(self) -> None:
-        """Second half: afterwards what ``combine_send`` returned is valid."""
+        """Afterwards the first T rows that ``combine_send`` returned hold the sums."""
         ...
 
     def get_dispatch_src_token_pos(self) -> torch.Tensor:

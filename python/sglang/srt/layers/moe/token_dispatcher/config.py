@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.base import ExchangeConfigError
 from sglang.srt.layers.moe.token_dispatcher.capacity import recv_capacity
-from sglang.srt.utils.common import get_bool_env_var
+from sglang.srt.utils.common import get_bool_env_var, get_int_env_var
 
 
 @dataclass(frozen=True)
 class MoriConfig:
     """Sizes in tokens (rows); types as the variables spell them; ``low_latency`` is ``--deepep-mode low_latency``,
-    ``copy_engines`` MORI_ENABLE_SDMA."""
+    ``copy_engines`` MORI_ENABLE_SDMA, ``combine_groups`` MORI_FP8_COMBINE_SCALE_DIM."""
 
     world_size: int
     max_dispatch_tokens: int
@@ -24,6 +24,7 @@ class MoriConfig:
     inter_kernel_switch: int = 256
     low_latency: bool = False
     copy_engines: bool = False
+    combine_groups: int = 56
 
     def __post_init__(self) -> None:
         worst = self.world_size * self.max_dispatch_tokens
@@ -36,7 +37,7 @@ class MoriConfig:
 
     @classmethod
     def from_env(cls, world_size: int, low_latency: bool = False) -> MoriConfig:
-        """The SGLANG_MORI_* variables for ``world_size`` expert ranks; raises ExchangeConfigError that names the wrong one."""
+        """The SGLANG_MORI_* variables for ``world_size`` expert ranks; an ExchangeConfigError names the wrong one."""
         return cls(
             world_size=world_size,
             max_dispatch_tokens=envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.get(),
@@ -47,6 +48,7 @@ class MoriConfig:
             inter_kernel_switch=envs.SGLANG_MORI_DISPATCH_INTER_KERNEL_SWITCH_THRESHOLD.get(),
             low_latency=low_latency,
             copy_engines=get_bool_env_var("MORI_ENABLE_SDMA"),
+            combine_groups=get_int_env_var("MORI_FP8_COMBINE_SCALE_DIM", 56),
         )
 
     @property

@@ -184,7 +184,7 @@ class MoriTransport:
 
     def __init__(self, config: EpConfig, kernel: MoriKernel, group: ProcessGroupHandle) -> None:
         if config.num_experts_per_token >= WAVE:
-            raise ExchangeConfigError(f"MORI takes fewer than {WAVE} experts a token, got {config.num_experts_per_token}")
+            raise ExchangeConfigError(f"MORI takes fewer than {WAVE} experts a token: {config.num_experts_per_token}")
         self.config, self._kernel = config, kernel
         self._op = init_mori_op(config, kernel, group)
         # What a send reads must live until its recv.
@@ -194,19 +194,6 @@ class MoriTransport:
         mori = _import_mori()
         fake = " FAKE" if "mori" in current_platform.fakes else ""
         return f"MORI {getattr(mori, '__version__', 'of unknown version')}{fake} ({self._kernel.name})"
-
-    def dispatch(
-        self,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        scales: torch.Tensor | None,
-        indices: torch.Tensor,
-        rows_of_ranks: Sequence[int] | None = None,
-    ) -> RecvBatch:
-        batch = self.dispatch_send(x, weights, scales, indices, rows_of_ranks)
-        if self._kernel.is_two_phase:
-            self.dispatch_recv()
-        return batch
 
     def dispatch_send(
         self,
@@ -221,23 +208,23 @@ class MoriTransport:
         if rows_of_ranks is not None and sum(rows_of_ranks) > self.config.max_recv:
             raise DispatchError(f"ranks bring {list(rows_of_ranks)} rows to buffers of {self.config.max_recv}")
         self._held = (x.contiguous(), weights.contiguous(), scales, indices.contiguous())
-        return RecvBatch(*self._op.dispatch(*self._held))
+        batch = RecvBatch(*self._op.dispatch(*self._held))
+        types = (batch.hidden.dtype, batch.weights.dtype, batch.indices.dtype, batch.total_recv.dtype)
+        if types != (self.config.data_type, torch.float32, torch.int32, torch.int32):
+            raise DispatchError(f"MORI delivered {types}: its release has another contract than 1.1 to 1.2")
+        return batch
 
     def dispatch_recv(self) -> None:
-        self._op.dispatch_recv()
-
-    def combine(self, y: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        out = self.combine_send(y, indices)
         if self._kernel.is_two_phase:
-            self.combine_recv()
-        return out
+            self._op.dispatch_recv()
 
     def combine_send(self, y: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         self._held = (y, None, indices.contiguous())
         return self._op.combine(*self._held)[0]
 
     def combine_recv(self) -> None:
-        self._op.combine_recv()
+        if self._kernel.is_two_phase:
+            self._op.combine_recv()
 
     def get_dispatch_src_token_pos(self) -> torch.Tensor:
         return self._op.get_dispatch_src_token_pos()
@@ -254,9 +241,8 @@ class MoriEPDispatcher:
         self.transport = transport
         self.config = transport.config
         self.gauge = RecvGauge(self.config.max_recv, self.config.world_size, device)
-        self._is_two_phase = transport.config.mode == "two_phase"
         self._next = 0
-        self._sent: tuple[Any, ...] = ()
+        self._ids: torch.Tensor | None = None
         self._batch: RecvBatch | None = None
         self._out: torch.Tensor | None = None
 
@@ -274,35 +260,28 @@ class MoriEPDispatcher:
         """
         self._enter("dispatch_a")
         rows, scales = quantize_groups(x, self.config.data_type) if self.config.scale_dim else (x, None)
-        self._sent = (rows, weights, scales, ids, rows_of_ranks)
-        if self._is_two_phase:
-            self._batch = self.transport.dispatch_send(*self._sent)
+        self._ids = ids
+        self._batch = self.transport.dispatch_send(rows, weights, scales, ids, rows_of_ranks)
 
     def dispatch_b(self) -> RecvBatch:
         """What arrived; valid until the next ``dispatch_a``."""
         self._enter("dispatch_b")
-        if self._is_two_phase:
-            self.transport.dispatch_recv()
-        else:
-            self._batch = self.transport.dispatch(*self._sent)
+        self.transport.dispatch_recv()
         assert self._batch is not None
         return self._batch
 
     def combine_a(self, y: torch.Tensor) -> None:
         """Start to send back what the experts made of the received rows: y [>= total_recv, H]."""
         self._enter("combine_a")
-        ids = self._sent[3]
-        self._out = self.transport.combine_send(y, ids) if self._is_two_phase else self.transport.combine(y, ids)
+        assert self._ids is not None
+        self._out = self.transport.combine_send(y, self._ids)
 
     def combine_b(self) -> torch.Tensor:
         """The sums [T, H] of this rank's rows; a view that the next combine overwrites."""
         self._enter("combine_b")
-        if self._is_two_phase:
-            self.transport.combine_recv()
-        assert self._out is not None
-        rows = self._sent[0].shape[0]
-        self._sent = ()
-        return self._out[:rows]
+        self.transport.combine_recv()
+        assert self._out is not None and self._ids is not None
+        return self._out[: self._ids.shape[0]]
 
     def describe(self) -> dict[str, Any]:
         """What carries the tokens and how much it may carry, for the log and /server_info."""
@@ -310,7 +289,7 @@ class MoriEPDispatcher:
         return {
             "protocol": "mori",
             "transport": self.transport.describe(),
-            "mode": "low_latency" if self._is_two_phase else "normal",
+            "mode": "low_latency" if config.mode == "two_phase" else "normal",
             "world_size": config.world_size,
             "dispatch_dtype": str(config.data_type).removeprefix("torch."),
             "max_dispatch_tokens_per_rank": config.max_num_inp_token_per_rank,
@@ -330,15 +309,25 @@ def plan_exchange(
 ) -> tuple[EpConfig, MoriKernel | None]:
     """Sizes of one rank's exchange, and MORI's kernel for it; None for the portable transport.
 
-    row_dtype: the 8-bit type in which the expert weights take rows, if any. Touches no device. Raises ExchangeConfigError, which names the variable or flag, for what cannot be served.
+    row_dtype: the 8-bit type in which the expert weights take rows, if any. Touches no device. Raises
+    ExchangeConfigError, which names the variable or flag, for what cannot be served.
     """
+    kernel = choose_kernel(config) if is_mori else None
     asked = config.dispatch_dtype
     if asked == "fp4" or (asked == "fp8" and row_dtype is None):
         raise ExchangeConfigError(
             f"SGLANG_MORI_DISPATCH_DTYPE={asked} needs {asked} expert weights, and these experts have none: unset it"
         )
+    if is_mori and COMBINE_CODECS[config.combine_dtype] != "none" and dtype != torch.bfloat16:
+        raise ExchangeConfigError(
+            f"SGLANG_MORI_COMBINE_DTYPE={config.combine_dtype} packs bfloat16 alone, the model is {dtype}: unset it"
+        )
+    if is_mori and config.combine_dtype == "fp8" and config.combine_groups * GROUP != hidden:
+        raise ExchangeConfigError(
+            f"SGLANG_MORI_COMBINE_DTYPE=fp8 with hidden size {hidden} needs MORI_FP8_COMBINE_SCALE_DIM="
+            f"{hidden // GROUP}, found {config.combine_groups}"
+        )
     travels = row_dtype if row_dtype is not None and asked != "bf16" else dtype
-    kernel = choose_kernel(config) if is_mori else None
     is_two_phase = config.low_latency if kernel is None else kernel.is_two_phase
     sizes = EpConfig(
         rank=rank,

@@ -216,22 +216,6 @@ class PortableTransport:
         way = "gathered" if self._gathered else "routed"
         return f"portable ({way} over torch.distributed, {self.config.mode})"
 
-    def _two_phase(self) -> None:
-        if self.config.mode != "two_phase":
-            raise ValueError("this transport dispatches and combines in one call: its mode is sync, not two_phase")
-
-    def dispatch(
-        self,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        scales: torch.Tensor | None,
-        indices: torch.Tensor,
-        rows_of_ranks: Sequence[int] | None = None,
-    ) -> RecvBatch:
-        batch = self._send(x, weights, scales, indices, rows_of_ranks)
-        self._recv()
-        return batch
-
     def dispatch_send(
         self,
         x: torch.Tensor,
@@ -239,39 +223,6 @@ class PortableTransport:
         scales: torch.Tensor | None,
         indices: torch.Tensor,
         rows_of_ranks: Sequence[int] | None = None,
-    ) -> RecvBatch:
-        self._two_phase()
-        return self._send(x, weights, scales, indices, rows_of_ranks)
-
-    def dispatch_recv(self) -> None:
-        self._two_phase()
-        self._recv()
-
-    def combine(self, y: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        out = self._send_back(y, indices)
-        self._sum()
-        if self.config.mode == "sync":
-            self._batch.total_recv.zero_()
-        return out
-
-    def combine_send(self, y: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        self._two_phase()
-        return self._send_back(y, indices)
-
-    def combine_recv(self) -> None:
-        self._two_phase()
-        self._sum()
-
-    def get_dispatch_src_token_pos(self) -> torch.Tensor:
-        return self._positions[: int(self._batch.total_recv), 0]
-
-    def _send(
-        self,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        scales: torch.Tensor | None,
-        indices: torch.Tensor,
-        rows_of_ranks: Sequence[int] | None,
     ) -> RecvBatch:
         if self._is_sent or self._back is not None:
             raise DispatchError("a dispatch or combine was sent and not received: receive it before the next send")
@@ -284,12 +235,12 @@ class PortableTransport:
         self._num_sent, self._is_sent = x.shape[0], True
         return self._batch
 
-    def _recv(self) -> None:
+    def dispatch_recv(self) -> None:
         assert self._exchange is not None and self._is_sent, "nothing was dispatched: dispatch_send comes first"
         self._exchange.receive(self._buffers, self._batch.total_recv)
         self._is_sent = False
 
-    def _send_back(self, y: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    def combine_send(self, y: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         assert self._exchange is not None and not self._is_sent and self._back is None, "nothing to combine"
         if indices.shape[0] != self._num_sent:
             raise ValueError(f"combine by {indices.shape[0]} rows of ids, but {self._num_sent} rows were dispatched")
@@ -298,7 +249,12 @@ class PortableTransport:
         self._back = self._exchange.send_back(y)
         return self._out
 
-    def _sum(self) -> None:
+    def combine_recv(self) -> None:
         assert self._exchange is not None and self._back is not None, "nothing was combined: combine_send comes first"
         self._exchange.sum_into(self._out[: self._num_sent], self._back)
         self._exchange = self._back = None
+        if self.config.mode == "sync":
+            self._batch.total_recv.zero_()
+
+    def get_dispatch_src_token_pos(self) -> torch.Tensor:
+        return self._positions[: int(self._batch.total_recv), 0]

@@ -74,9 +74,11 @@ class EpDispatchCombineOp:
             "combine_out": torch.empty(config.max_num_inp_token_per_rank * row_bytes, dtype=torch.uint8),
         }
         self._views: dict[tuple[Any, ...], torch.Tensor] = {}
-        self._out_weights = torch.full((rows, config.num_experts_per_token), torch.nan)
+        self._out_weights = torch.full((rows, config.num_experts_per_token), torch.nan, dtype=torch.float32)
         self._out_indices = torch.empty(rows, config.num_experts_per_token, dtype=torch.int32)
-        self._combine_weights = torch.empty(config.max_num_inp_token_per_rank, config.num_experts_per_token)
+        self._combine_weights = torch.empty(
+            config.max_num_inp_token_per_rank, config.num_experts_per_token, dtype=torch.float32
+        )
         self._total_recv = torch.zeros(1, dtype=torch.int32)
         self._outputs: tuple[torch.Tensor | None, ...] = ()
         self._pending: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None] | None = None
@@ -305,7 +307,7 @@ class EpDispatchCombineOp:
         parts = [as_bytes(part.contiguous()) for part in arrived.split(layout.recv_counts)]
         counts = [len(tokens) for tokens in layout.sent_tokens]
         returned = exchange_rows(self._group, parts, counts)
-        sums = torch.zeros(layout.indices.shape[0], rows.shape[1])
+        sums = torch.zeros(layout.indices.shape[0], rows.shape[1], dtype=torch.float32)
         for tokens, part in zip(layout.sent_tokens, returned):
             sums.index_add_(0, tokens, part.reshape(-1).view(rows.dtype).view(-1, rows.shape[1]).float())
         return sums

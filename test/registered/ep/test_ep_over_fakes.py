@@ -1,0 +1,57 @@
+"""The HIP path of expert parallelism served end to end on a CPU, over the fakes of MORI and AITER."""
+
+from __future__ import annotations
+
+import os
+import unittest
+from typing import Any
+from unittest import mock
+
+from sglang.embedded_models import EMBEDDED_MODELS
+from sglang.srt.entrypoints.engine import Engine
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.process_ranks import use_fakes
+from sglang.test.test_utils import CustomTestCase
+from sglang.test.tiny_tasks import heldout_questions
+
+use_fakes()
+register_cpu_ci(est_time=45, suite="stage-b-test-cpu")
+
+TEXTS = [question.text for question in heldout_questions(6, seed=5)]
+GREEDY = {"temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True}
+VARIABLES = {"SGLANG_PLATFORM": "rocm", "SGLANG_USE_AITER": "1", "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "64"}
+MORI = {"tp_size": 2, "moe_a2a_backend": "mori"}
+GROUPS = {**MORI, "dp_size": 2, "enable_dp_attention": True}
+# Name, settings, receive cap, and MORI's kernel.
+MODES: tuple[tuple[str, dict[str, Any], int, str], ...] = (
+    ("normal", MORI, 0, "IntraNode"),
+    ("groups, low latency, capped", {**GROUPS, "deepep_mode": "low_latency"}, 6, "AsyncLL"),
+)
+
+
+def serve(model: str, cap: int = 0, **settings: Any) -> tuple[list[list[int]], dict[str, Any]]:
+    """Greedy tokens of TEXTS, and what the server says of its experts."""
+    variables = {**VARIABLES, "SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS": str(cap)}
+    with mock.patch.dict(os.environ, variables):
+        with Engine(model_path=model, dtype="float32", random_seed=1, chunked_prefill_size=16, **settings) as engine:
+            tokens = [result["output_ids"] for result in engine.generate(TEXTS, [GREEDY] * len(TEXTS))]
+            return tokens, engine.get_server_info()["internal_states"][0]["experts"]
+
+
+class TestExpertsOverFakes(CustomTestCase):
+    def test_same_tokens(self) -> None:
+        for name, folder in EMBEDDED_MODELS.items():
+            truth, _ = serve(str(folder))
+            for mode, settings, cap, kernel in MODES:
+                with self.subTest(model=name, mode=mode):
+                    tokens, experts = serve(str(folder), cap, **settings)
+                    self.assertEqual(tokens, truth)
+                    self.assertRegex(experts["transport"], rf"MORI .* FAKE \({kernel}\)")
+                    self.assertEqual(experts["world_size"], 2)
+                    received = experts["received_rows"]
+                    self.assertGreater(received["peak"], 0)
+                    self.assertEqual(received["most_rounds"] > 1, cap > 0)
+
+
+if __name__ == "__main__":
+    unittest.main()
