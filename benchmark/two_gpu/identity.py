@@ -1,6 +1,6 @@
 """Two GPUs give the tokens of one: experts over both under graphs, attention groups, streams, cuts and rounds.
 
-    python benchmark/two_gpu/identity.py [--models dsv3-k q35moe-k] [--only NAME ...] [--embedded]
+    python benchmark/two_gpu/identity.py [--models dsv3-k q35moe-k] [--only NAME ...] [--embedded NAME ...]
 
 Kernel-sized checkpoints with random weights in float32, made by transformers; greedy tokens of single prompts and of 64
 at once, through the Engine. Every mode that changes a token is named, and the exit status is 1. With ``--embedded`` the
@@ -116,15 +116,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(KERNEL_SIZED_CONFIGS), default=list(KERNEL_SIZED_CONFIGS))
     parser.add_argument("--only", nargs="+", choices=[mode.name for mode in MODES])
-    parser.add_argument("--embedded", action="store_true")
+    parser.add_argument("--embedded", nargs="+", choices=list(EMBEDDED_MODELS), default=[])
     args = parser.parse_args()
     modes = [mode for mode in MODES if args.only is None or mode.name in args.only]
     print(f"# {current_platform.describe()}, {torch.cuda.device_count()} GPUs")
     good = True
-    if args.embedded:
-        for name, folder in EMBEDDED_MODELS.items():
-            good &= check(name, str(folder), modes, score)
-    else:
+    for name in args.embedded:
+        good &= check(name, str(EMBEDDED_MODELS[name]), modes, score)
+    if not args.embedded:
         with tempfile.TemporaryDirectory() as folder:
             for name in args.models:
                 save_tiny_checkpoint(name, str(Path(folder, name)))

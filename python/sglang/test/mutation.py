@@ -38,7 +38,7 @@ def apply(mutation: Mutation) -> None:
 OUT_OF_DATE = 3
 
 
-def is_noticed(mutation: Mutation | None, check: Callable[[], object], timeout_s: int = 10) -> bool:
+def is_noticed(mutation: Mutation | None, check: Callable[[], object], timeout_s: int = 90) -> bool:
     """Whether ``check`` fails in a fork to which ``mutation`` (None: nothing) was done; waiting for ever is failing.
 
     Raises LookupError when the mutation does not fit the source.
