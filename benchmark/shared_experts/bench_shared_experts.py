@@ -122,7 +122,8 @@ def print_size(size: int, times: dict[str, list[float]]) -> tuple[dict[str, floa
 
 def print_choice(model: str, rows: dict[int, tuple[dict[str, float], float]], site: str, command: str) -> None:
     where = f"{current_platform.describe()}, {datetime.date.today()}, {model}, {command}"
-    print(f"\nfor shared_modes.py:\n    ({site!r}, {current_platform.arch!r}): ModeTimes(\n        {where!r},\n        {{")
+    print(f"\nfor MEASURED of shared_modes.py:\n    ({site!r}, {current_platform.arch!r}): ModeTimes(")
+    print(f"        {where!r},\n        {{")
     kept = {
         size: ({mode: round(ms[mode], 4) for mode in (FUSED, OVERLAP, SERIAL) if mode in ms}, round(spread, 4))
         for size, (ms, spread) in rows.items()

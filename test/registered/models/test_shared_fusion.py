@@ -45,7 +45,7 @@ from sglang.test.thread_ranks import run_ranks, thread_ranks
 from sglang.test.tiny_checkpoints import TINY_CONFIGS
 from sglang.test.tiny_tasks import heldout_questions
 
-register_cpu_ci(est_time=25, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=15, suite="stage-b-test-cpu")
 
 use_fakes()
 
