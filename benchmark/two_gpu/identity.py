@@ -68,6 +68,7 @@ def tokens(model: str, mode: Mode) -> list[list[int]]:
     """Output ids of three prompts alone, then of all at once."""
     options = {"max_total_tokens": 16384, "max_running_requests": 64, "random_seed": 1, "dtype": "float32"}
     options |= {"cuda_graph_bs": [1, 4, 16, 32, 64], "skip_server_warmup": True, "log_level": "error"}
+    options["skip_tokenizer_init"] = True
     asked = prompts()
     with mock.patch.dict(os.environ, mode.variables), Engine(model_path=model, **options, **mode.settings) as engine:
         results = [engine.generate(input_ids=ids, sampling_params=GREEDY) for ids in asked[:3]]

@@ -109,8 +109,8 @@ class Envs:
         minimum=0,
         unit="tokens",
         section=_MORI,
-        doc="Most rows of the receive buffer that the experts compute. They compute the rows that can arrive, raised to "
-        "a tuned size; this cuts that size, and never below what can arrive (said once, counted). 0 means no cut.",
+        doc="Most rows of the receive buffer that the experts compute. They compute the rows that can arrive, raised "
+        "to a tuned size; this cuts that size, and never below what can arrive (said once, counted). 0 means no cut.",
     )
     SGLANG_MORI_DISPATCH_DTYPE = EnvStr(
         "auto",

@@ -70,8 +70,8 @@ FOREIGN = (
         "MORI_SHMEM_HEAP_SIZE",
         "MORI",
         "4G",
-        "Symmetric heap of a rank. The launcher sets it for its processes to what the exchange needs when it is not set, "
-        "and refuses less; `python -m sglang.plan` shows the sum.",
+        "Symmetric heap of a rank. The launcher sets it for its processes to what the exchange needs when it is not "
+        "set, and refuses less; `python -m sglang.plan` shows the sum.",
     ),
     EnvForeign(
         "MORI_SHMEM_MODE",

@@ -18,9 +18,12 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-# Requests of a step, and tokens cached before it: kernels differ for one and several, without and with a prefix.
+# Requests of a step: kernels differ for one and for several.
 BATCHES = (1, 3)
-PREFIXES = (0, 64)
+# Cached tokens before a step, and new tokens after a long prefix: attention is split, or parted, by such lengths.
+SHORT_PREFIXES = (0, 64)
+LONG_PREFIXES = (1000, 8000)
+TOKENS_AFTER_LONG = (1, 16, 77, 1024)
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,22 @@ class WarmUpStep:
 
 
 def warm_up_steps(max_tokens: int, max_context: int) -> list[WarmUpStep]:
-    """Powers of two up to ``max_tokens`` a step, and one odd number of tokens, for every batch and prefix that fit."""
-    counts = [1 << bit for bit in range(max_tokens.bit_length()) if 1 << bit <= max_tokens]
-    counts += [count for count in (max_tokens, 77) if count not in counts and count <= max_tokens]
+    """Powers of two up to ``max_tokens`` a step, that limit and an odd number, after prefixes of several lengths."""
+    counts = sorted({*powers_of_two(max_tokens), max_tokens, min(77, max_tokens)})
+    wanted = [(prefix, counts) for prefix in SHORT_PREFIXES]
+    wanted += [(prefix, [count for count in TOKENS_AFTER_LONG if count <= max_tokens]) for prefix in LONG_PREFIXES]
     return [
         WarmUpStep(batch, tokens // batch, prefix)
-        for prefix in PREFIXES
+        for prefix, sizes in wanted
         for batch in BATCHES
-        for tokens in sorted(counts)
+        for tokens in sizes
         if tokens >= batch and prefix + tokens // batch <= max_context
     ]
+
+
+def powers_of_two(limit: int) -> list[int]:
+    """1, 2, 4, … up to ``limit``."""
+    return [1 << bit for bit in range(limit.bit_length())]
 
 
 def warm_up(runner: ModelRunner, max_tokens: int) -> None:
@@ -55,7 +64,7 @@ def warm_up(runner: ModelRunner, max_tokens: int) -> None:
         run_step(runner, _extend_batch(runner, step))
     graphs, runner.decode_graphs = runner.decode_graphs, None
     try:
-        for batch in (1, 2, runner.max_running_requests):
+        for batch in sorted({*powers_of_two(runner.max_running_requests), runner.max_running_requests}):
             run_step(runner, _decode_batch(runner, batch))
     finally:
         runner.decode_graphs = graphs

@@ -21,7 +21,18 @@ class ModeTimes:
 
 
 # (site, arch) -> times; benchmark/shared_experts/bench_shared_experts.py prints an entry. No entry: not measured.
-MEASURED: dict[tuple[str, str], ModeTimes] = {}
+MEASURED: dict[tuple[str, str], ModeTimes] = {
+    ("qwen3_5.shared_experts", "sm_90"): ModeTimes(
+        "one H200, torch 2.11.0+cu130, triton 3.6.0, 2026-11-22, qwen3.5-35b-a3b-20l, "
+        "bench_shared_experts.py --input-len 1024 --steps 24 --runs 3",
+        {
+            1: ({"fused": 2.017, "overlap": 2.2461, "serial": 2.3425}, 0.0302),
+            8: ({"fused": 3.9537, "overlap": 4.0099, "serial": 4.1505}, 0.0113),
+            32: ({"fused": 8.067, "overlap": 8.0629, "serial": 8.2651}, 0.0102),
+            128: ({"fused": 12.786, "overlap": 12.8511, "serial": 12.9438}, 0.0144),
+        },
+    ),
+}
 
 
 def choose_modes(available: Sequence[str], times: ModeTimes | None) -> tuple[tuple[int | None, str], ...]:
