@@ -17,7 +17,7 @@ from sglang.kernels.ops.attention.tiles import RowShape, Tile, split_count
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=25, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=25, suite="stage-b-test-cpu")
 
 OPS = (
     table_decode.table_decode,

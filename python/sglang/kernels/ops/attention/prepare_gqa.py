@@ -65,7 +65,7 @@ def prepare_gqa_triton(
         # The tile and the warps of norm.gemma_rms_norm, so that both sum a row in one order.
         rows = rows_per_program(dim)
         q_blocks, k_blocks = cdiv(heads, rows), cdiv(kv_heads, rows)
-        prepare_gqa_kernel[(tokens, q_blocks + 2 * k_blocks)](
+        prepare_gqa_kernel[(tokens * (q_blocks + 2 * k_blocks),)](
             q, k, v, q_weight, k_weight, positions, cos_sin_cache, out, k_cache, v_cache, slot_ids,
             heads, kv_heads, dim, value_dim, eps, q_blocks, k_blocks,
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),

@@ -69,9 +69,11 @@ def prepare_mla_triton(
     if tokens:
         pairs = next_power_of_2(half)
         block = min(next_power_of_2(heads), max(1, PAIRS_PER_PROGRAM // pairs))
-        prepare_mla_kernel[(tokens, 1 + cdiv(heads, block))](
+        # The parts of one token side by side: rows lie tens of kilobytes apart.
+        blocks = 1 + cdiv(heads, block)
+        prepare_mla_kernel[(tokens * blocks,)](
             source, target, kv_a, positions, cos_sin_cache, norm_weight, latent_cache, slot_ids,
-            heads, rank, eps,
+            heads, blocks, rank, eps,
             source.stride(0), source.stride(1), target.stride(0), target.stride(1),
             kv_a.stride(0), cos_sin_cache.stride(0), latent_cache.stride(0),
             HALF=half, IS_NEOX=is_neox, HEADS=block, PAIRS=pairs, RANK=next_power_of_2(rank),

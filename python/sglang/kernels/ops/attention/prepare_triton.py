@@ -24,16 +24,16 @@ def _turn(x, y, cos, sin, dtype: tl.constexpr):
 @triton.jit
 def prepare_mla_kernel(
     q_ptr, q_out_ptr, kv_ptr, positions_ptr, table_ptr, weight_ptr, cache_ptr, slots_ptr,
-    heads, rank, eps,
+    heads, blocks, rank, eps,
     q_stride, q_head_stride, out_stride, out_head_stride, kv_stride, table_stride, cache_stride,
     HALF: tl.constexpr, IS_NEOX: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, RANK: tl.constexpr,
 ):  # fmt: skip
-    """grid (tokens, 1 + blocks of HEADS heads): the cache row of a token, then its rotated query parts.
+    """grid (tokens * blocks), one block for a token's cache row and then one for each HEADS heads of its queries.
 
     q and q_out point at the rotated part of the first head and may be one; RANK >= rank, PAIRS >= HALF.
     """
-    token = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
     pair = tl.arange(0, PAIRS)[None, :]
     cos, sin = _angles(positions_ptr, table_ptr, token, table_stride, pair, HALF)
     first = pair if IS_NEOX else 2 * pair
@@ -103,9 +103,10 @@ def prepare_gqa_kernel(
     HALF: tl.constexpr, IS_NEOX: tl.constexpr,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
-    """grid (tokens, q_blocks + 2 * k_blocks), HEADS heads a block: queries, then key rows, then value rows."""
-    token = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1)
+    """grid (tokens * blocks), HEADS heads a block: of each token queries, then key rows, then value rows."""
+    blocks = q_blocks + 2 * k_blocks
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
     pair = tl.arange(0, PAIRS)[None, :]
     cos, sin = _angles(positions_ptr, table_ptr, token, table_stride, pair, HALF)
     row = tl.arange(0, HEADS)[:, None]
