@@ -30,7 +30,7 @@ class RecvGauge:
     def add(self, total_recv: torch.Tensor, bound: int) -> None:
         """A dispatch delivered ``total_recv`` [1] rows of at most ``bound``."""
         torch.maximum(self._since_read, total_recv, out=self._since_read)
-        self._bound = bound
+        self._bound = max(self._bound, bound)
 
     def count_raised(self) -> int:
         """A manual input limit was below the bound; returns how often that was so."""
@@ -38,18 +38,19 @@ class RecvGauge:
         return self._raised
 
     def snapshot(self) -> dict[str, Any]:
-        """The figures; waits for the device. ``live`` is the most rows of a dispatch since the last snapshot.
+        """The figures; waits for the device. ``live`` and ``bound`` are the most since the last.
 
         ``suggested_cap`` is the smallest SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS with which no step seen so far would have
         needed a second round.
         """
-        live = int(self._since_read)
+        live, bound = int(self._since_read), self._bound
         self._since_read.zero_()
+        self._bound = 0
         self._peak = max(self._peak, live)
         return {
             "live": live,
             "peak": self._peak,
-            "bound": self._bound,
+            "bound": bound,
             "buffer": self._capacity,
             "most_rounds": self._most_rounds,
             "suggested_cap": -(-self._most_step_rows // self._world_size) * self._world_size,
