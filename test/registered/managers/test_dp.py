@@ -17,7 +17,7 @@ from sglang.srt.distributed import ParallelState, ProcessGroupHandle
 from sglang.srt.managers.dp_routing import LoadBalancer
 from sglang.srt.managers.dp_sync import ANY_BUCKET, NO_BUCKET, StepAgreement, agree
 from sglang.srt.managers.io_struct import AbortReq, ShutdownReq
-from sglang.srt.managers.process_launch import rank_places
+from sglang.srt.managers.process_launch import LaunchError, _check_devices, rank_places
 from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -191,6 +191,14 @@ class TestRouting(CustomTestCase):
         balancer.release(0, 10)
         self.assertEqual(balancer.assign(9), 0)
         self.assertEqual([balancer.assign(1) for _ in range(3)], [0, 2, 0])
+
+
+class TestDevices(CustomTestCase):
+    def test_more_ranks_than_devices_are_refused(self) -> None:
+        for ranks, devices in ((1, 1), (8, 8), (4, None)):
+            _check_devices(ranks, devices)
+        with self.assertRaisesRegex(LaunchError, "4 ranks .* shows 2"):
+            _check_devices(4, 2)
 
 
 class TestPlaces(CustomTestCase):

@@ -150,6 +150,15 @@ class EngineProcesses:
         self.ipc.remove()
 
 
+def _check_devices(num_ranks: int, num_devices: int | None) -> None:
+    if num_devices is not None and num_ranks > num_devices:
+        raise LaunchError(
+            f"{num_ranks} ranks (--tp-size, times --dp-size for replicas) need a device each, and this host shows "
+            f"{num_devices}: lower them, or look at CUDA_VISIBLE_DEVICES / HIP_VISIBLE_DEVICES.",
+            user_error=True,
+        )
+
+
 def launch_engine_processes(
     server_args: ServerArgs, child_variables: Mapping[str, str] | None = None
 ) -> EngineProcesses:
@@ -158,9 +167,13 @@ def launch_engine_processes(
     ``server_args`` must be resolved. Raises LaunchError with the child's own words when one fails; the others are
     ended first.
     """
+    # Here alone: the detokenizer's process reads this module and must stay without torch.
+    from sglang.srt.platforms import current_platform
+
     variables = {**device_variables(server_args), **(child_variables or {})}
-    engine = EngineProcesses(ipc=IpcNames.create(server_args.dp_size), processes=[])
     places = rank_places(server_args)
+    _check_devices(len(places), current_platform.device_count())
+    engine = EngineProcesses(ipc=IpcNames.create(server_args.dp_size), processes=[])
     threads = max(1, (os.cpu_count() or 1) // len(places))
     init_method = ""
     try:

@@ -69,6 +69,9 @@ class CudaPlatform(Platform):
     def memory_info(self, local_rank: int) -> tuple[int, int]:
         return torch.cuda.mem_get_info(local_rank)
 
+    def device_count(self) -> int | None:
+        return torch.cuda.device_count()
+
     def device(self, local_rank: int) -> torch.device:
         return torch.device(self.device_type, local_rank)
 

@@ -52,6 +52,10 @@ class Platform(ABC):
     def describe(self) -> str:
         """One line for logs and /server_info."""
 
+    def device_count(self) -> int | None:
+        """Devices that ranks can be given, one each; None where ranks share one."""
+        return None
+
     @abstractmethod
     def memory_info(self, local_rank: int) -> tuple[int, int]:
         """Free and total bytes of the memory that pools live in."""
