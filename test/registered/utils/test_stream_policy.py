@@ -97,7 +97,12 @@ class TestSites(CustomTestCase):
         found = plan(HipPlatform(), {"SGLANG_GDN_QKVZ_BA_ALT_STREAM": "1", "SGLANG_ROCM_USE_MULTI_STREAM": "true"})
         self.assertEqual(found.site(GDN).reason, "needs SGLANG_ALT_STREAM and SGLANG_GDN_QKVZ_BA_ALT_STREAM")
         self.assertEqual(found.site(QWEN).reason, NOT_ASKED)
-        self.assertRegex(found.site(DEEPSEEK).reason, "^SGLANG_ROCM_USE_MULTI_STREAM; range measured on two H200")
+        self.assertEqual(found.site(DEEPSEEK).reason, "SGLANG_ROCM_USE_MULTI_STREAM; range not measured")
+        self.assertIsNone(found.site(DEEPSEEK).max_tokens)
+        # What was measured on NVIDIA's GPUs binds there alone.
+        cuda = plan(FakeStreamPlatform("cuda")).site(DEEPSEEK)
+        self.assertRegex(cuda.reason, "^default on cuda; range measured on two H200")
+        self.assertEqual(cuda.max_tokens, 64)
         lines = [line.split(" (")[0] for line in found.lines()]
         self.assertEqual(lines, ["shared-expert fusion: off", f"overlap {DEEPSEEK}: on", f"overlap {GDN}: off"])
         self.assertEqual(found.describe()["sites"][GDN]["reason"], found.site(GDN).reason)

@@ -21,6 +21,7 @@ from sglang.srt.utils.shared_modes import MEASURED, ModeTimes, choose_modes
 # asks for 5 in all).
 SERVER_STREAMS = ("forward", "graph capture", "collectives", "all-to-all")
 SIDE_STREAM = "side"
+NOT_MEASURED = "range not measured"
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class SiteRule:
     """One place that can overlap: where it does unasked, which variables ask for it elsewhere, and its range of tokens.
 
     shared_experts: the side is the shared experts, which fusion computes as routed ones. measured: device and date of
-    the measurement behind the range.
+    the measurement behind the range, which binds on the kind ``measured_on`` alone.
     """
 
     name: str
@@ -37,7 +38,8 @@ class SiteRule:
     shared_experts: bool = False
     min_tokens: int = 1
     max_tokens: int | None = None
-    measured: str = "range not measured"
+    measured: str = NOT_MEASURED
+    measured_on: str = "cuda"
 
 
 # The kinds on which upstream overlaps without being asked; a switch adds to them and never takes away. A site that was
@@ -299,9 +301,11 @@ def _decide(rule: SiteRule, platform: Platform, settings: StreamSettings) -> Ove
         reason = f"needs {names}"
     if enabled and not platform.supports_streams:
         enabled, reason = False, f"platform {platform.kind} on {platform.device_type} has no streams"
+    known = platform.kind == rule.measured_on
     if enabled:
-        reason += f"; {rule.measured}"
-    return OverlapSite(rule.name, enabled, rule.min_tokens, rule.max_tokens, reason=reason)
+        reason += f"; {rule.measured if known else NOT_MEASURED}"
+    least, most = (rule.min_tokens, rule.max_tokens) if known else (1, None)
+    return OverlapSite(rule.name, enabled, least, most, reason=reason)
 
 
 def _all_to_all_warnings(rule: SiteRule, deepep_mode: str, settings: StreamSettings) -> list[str]:
