@@ -9,6 +9,7 @@ import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.kernels import compile_watch
+from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
 from sglang.srt.model_executor import warm_up
 from sglang.srt.model_executor.warm_up import WarmUpStep, warm_up_steps
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -53,6 +54,37 @@ class TestOnModels(CustomTestCase):
                     self.assertTrue(bool(pool[:, 0].isfinite().all()))
                 engine.submit("after", [5, 6, 7, 8], params)
                 self.assertEqual(engine.run()["after"].output_ids, wanted)
+
+
+class TestGauges(CustomTestCase):
+    def test_warm_up_is_not_load(self) -> None:
+        gauge = RecvGauge(64, 2, torch.device("cpu"))
+
+        def dispatch(*_: object) -> None:
+            gauge.plan(32, 3)
+            gauge.add(torch.tensor([9], dtype=torch.int32), 20)
+            gauge.count_raised()
+
+        runner = mock.Mock(max_running_requests=2)
+        runner.model_config.context_len = 8
+        idle = gauge.snapshot()
+        with (
+            mock.patch.object(warm_up, "current_platform", mock.Mock(supports_graphs=True)),
+            mock.patch.object(warm_up, "expert_gauges", return_value=[gauge]),
+            mock.patch.object(warm_up, "run_step", side_effect=dispatch) as steps,
+            mock.patch.multiple(warm_up, _extend_batch=mock.Mock(), _decode_batch=mock.Mock()),
+        ):
+            warm_up.warm_up(runner, 4)
+        self.assertGreater(steps.call_count, 2)
+        self.assertEqual(gauge.snapshot(), idle)
+        dispatch()
+        found = gauge.snapshot()
+        self.assertEqual((found["live"], found["bound"], found["suggested_cap"], found["most_rounds"]), (9, 20, 32, 3))
+        self.assertEqual(found["input_limit_raised"], 1)
+        # A replayed graph adds rows on the device alone: the bound stays above them.
+        gauge._since_read.fill_(7)
+        found = gauge.snapshot()
+        self.assertLessEqual(found["live"], found["bound"])
 
 
 class TestCompileWatch(CustomTestCase):

@@ -111,6 +111,11 @@ class ForwardBatch:
     # Rows of each group, padding included, where steps are padded (graphs: all bring the bucket); None: the tokens.
     global_num_rows_cpu: list[int] | None = None
 
+    @property
+    def rows_of_groups(self) -> list[int] | None:
+        """Rows that each attention group brings, padding included; None without attention data parallelism."""
+        return self.global_num_rows_cpu or self.global_num_tokens_cpu
+
     @classmethod
     def from_worker_batch(
         cls,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
 
 from sglang.srt.distributed import get_parallel_state
+from sglang.srt.layers.moe.ep_moe.factory import expert_gauges
 from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
@@ -60,6 +62,15 @@ def warm_up(runner: ModelRunner, max_tokens: int) -> None:
         return
     began = time.perf_counter()
     steps = warm_up_steps(max_tokens, runner.model_config.context_len)
+    with ExitStack() as paused:
+        for gauge in expert_gauges(runner.model):
+            paused.enter_context(gauge.paused())
+        _run_steps(runner, steps)
+    current_platform.synchronize()
+    logger.info("warmed up with %d prompt steps in %.1f s", len(steps), time.perf_counter() - began)
+
+
+def _run_steps(runner: ModelRunner, steps: list[WarmUpStep]) -> None:
     for step in tqdm(steps, desc="Warming kernels up", unit="step"):
         run_step(runner, _extend_batch(runner, step))
     graphs, runner.decode_graphs = runner.decode_graphs, None
@@ -68,8 +79,6 @@ def warm_up(runner: ModelRunner, max_tokens: int) -> None:
             run_step(runner, _decode_batch(runner, batch))
     finally:
         runner.decode_graphs = graphs
-    current_platform.synchronize()
-    logger.info("warmed up with %d prompt steps in %.1f s", len(steps), time.perf_counter() - began)
 
 
 def run_step(runner: ModelRunner, batch: ModelWorkerBatch) -> None:

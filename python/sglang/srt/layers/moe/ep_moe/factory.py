@@ -12,6 +12,7 @@ from sglang.srt.layers.moe.ep_moe.gathered import GatheredMoE
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
+from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
 from sglang.srt.server_args import get_global_server_args
 
 
@@ -38,6 +39,11 @@ def make_experts(
     if is_dp_attention_enabled():
         return GatheredMoE(*sizes, quant_config, prefix, num_shared)
     return FusedMoE(*sizes, reduce_results=False, quant_config=quant_config, prefix=prefix, num_shared=num_shared)
+
+
+def expert_gauges(model: nn.Module) -> list[RecvGauge]:
+    """The gauges of the receive buffers that the experts of ``model`` share."""
+    return list({id(m.gauge): m.gauge for m in model.modules() if isinstance(m, MoriEPMoE)}.values())
 
 
 def describe_experts(model: nn.Module) -> dict[str, Any]:

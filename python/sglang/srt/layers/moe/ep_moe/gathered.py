@@ -34,7 +34,7 @@ class GatheredMoE(FusedMoE):
     def forward(self, x: torch.Tensor, topk: TopKOutput, fb: ForwardBatch | None = None) -> torch.Tensor:
         """x [N, H], topk as FusedMoE's, alike in all groups -> new [N, H]: zero except this rank's slice of rows."""
         self.check_columns(topk)
-        groups = None if fb is None else fb.global_num_rows_cpu or fb.global_num_tokens_cpu
+        groups = None if fb is None else fb.rows_of_groups
         if fb is None or groups is None:
             raise RuntimeError("attention groups exchange rows only in a step that says how many each brings")
         # Equal shares of the longest group: every rank brings as many rows, the missing ones without experts.

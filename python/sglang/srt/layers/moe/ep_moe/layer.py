@@ -98,7 +98,7 @@ class MoriEPMoE(FusedMoE):
 
     def _rows_of_ranks(self, num_rows: int, fb: ForwardBatch | None) -> tuple[int, ...]:
         """The rows that each rank dispatches in this step, from metadata that all share."""
-        groups = None if fb is None else fb.global_num_rows_cpu or fb.global_num_tokens_cpu
+        groups = None if fb is None else fb.rows_of_groups
         if groups is None and self._dp_size == 1:
             groups = [num_rows]
         if groups is None or len(groups) != self._dp_size or groups[self._dp_rank] != num_rows:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,36 +23,53 @@ class RecvGauge:
         self._most_step_rows = 0
         self._most_rounds = 0
         self._raised = 0
+        self._is_paused = False
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside the block nothing counts, and what the proof of decode graphs left is forgotten: it is not load."""
+        self._is_paused = True
+        try:
+            yield
+        finally:
+            self._is_paused = False
+            self._since_read.zero_()
 
     def plan(self, step_rows: int, rounds: int) -> None:
         """A step brings ``step_rows`` rows over all ranks, in ``rounds`` rounds."""
+        if self._is_paused:
+            return
         self._most_step_rows = max(self._most_step_rows, step_rows)
         self._most_rounds = max(self._most_rounds, rounds)
 
     def add(self, total_recv: torch.Tensor, bound: int) -> None:
         """A dispatch delivered ``total_recv`` [1] rows of at most ``bound``."""
+        if self._is_paused:
+            return
         torch.maximum(self._since_read, total_recv, out=self._since_read)
         self._bound = max(self._bound, bound)
 
     def count_raised(self) -> int:
-        """A manual input limit was below the bound; returns how often that was so."""
+        """A manual input limit was below the bound; returns how often that was so (0 while paused)."""
+        if self._is_paused:
+            return 0
         self._raised += 1
         return self._raised
 
     def snapshot(self) -> dict[str, Any]:
-        """The figures; waits for the device. ``live`` and ``bound`` are the most since the last.
+        """The figures; waits for the device. ``live`` is the most rows of a dispatch since the last.
 
+        ``bound`` is the most that could arrive, since the start: replayed graphs do not pass here.
         ``suggested_cap`` is the smallest SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS with which no step seen so far would have
         needed a second round.
         """
-        live, bound = int(self._since_read), self._bound
+        live = int(self._since_read)
         self._since_read.zero_()
-        self._bound = 0
         self._peak = max(self._peak, live)
         return {
             "live": live,
             "peak": self._peak,
-            "bound": bound,
+            "bound": self._bound,
             "buffer": self._capacity,
             "most_rounds": self._most_rounds,
             "suggested_cap": -(-self._most_step_rows // self._world_size) * self._world_size,
