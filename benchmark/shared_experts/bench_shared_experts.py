@@ -179,9 +179,7 @@ def main() -> None:
         graphs = {mode: capture(runner, mode) for mode in modes}
         print(f"# {current_platform.describe()}; {args.input_len} tokens in, ms a step: median of {args.runs} (range)")
         print("tokens  " + "  ".join(modes))
-        rows = {
-            size: print_size(size, time_size(runner, allocator, graphs, size, args)) for size in args.tokens
-        }
+        rows = {size: print_size(size, time_size(runner, allocator, graphs, size, args)) for size in args.tokens}
         command = f"bench_shared_experts.py --input-len {args.input_len} --steps {args.steps} --runs {args.runs}"
         model = runner.args.model_path.rstrip("/").rsplit("/", 1)[-1]
         print_choice(model, rows, next(name for name in names if name in SHARED), command)

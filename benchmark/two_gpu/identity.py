@@ -1,16 +1,18 @@
 """Two GPUs give the tokens of one: experts over both under graphs, attention groups, streams, cuts and rounds.
 
-    python benchmark/two_gpu/identity.py [--models dsv3-k q35moe-k] [--only NAME ...] [--embedded NAME ...]
+    python benchmark/two_gpu/identity.py [--models dsv3-k q35moe-k] [--only NAME ...] [--embedded NAME ...] [--kill]
 
 Kernel-sized checkpoints with random weights in float32, made by transformers; greedy tokens of single prompts and of 64
 at once, through the Engine. Every mode that changes a token is named, and the exit status is 1. With ``--embedded`` the
-trained models answer their held-out questions instead, and the scores are compared.
+trained models answer their held-out questions instead, and the scores are compared. With ``--kill`` one rank of two is
+killed in the middle of a reply, and the client must be told which.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -81,13 +83,39 @@ def score(model: str, mode: Mode) -> int:
     questions = heldout_questions(64, seed=5)
     options = {"max_total_tokens": 16384, "max_running_requests": 64, "random_seed": 1, "dtype": "float32"}
     params = {"temperature": 0.0, "max_new_tokens": MAX_NEW_TOKENS}
-    with mock.patch.dict(os.environ, mode.variables), Engine(
-        model_path=model, skip_server_warmup=True, log_level="error", **options, **mode.settings
-    ) as engine:
+    with (
+        mock.patch.dict(os.environ, mode.variables),
+        Engine(model_path=model, skip_server_warmup=True, log_level="error", **options, **mode.settings) as engine,
+    ):
         replies = [engine.generate(question.text, params) for question in questions[:8]]
         replies += engine.generate([question.text for question in questions], params)
     asked = questions[:8] + questions
     return sum(reply["text"].strip() == question.answer for question, reply in zip(asked, replies, strict=True))
+
+
+def kill_one_rank(model: str, mode: Mode) -> bool:
+    """Whether the other rank's client learns within the watchdog's time that the second rank was killed."""
+    with (
+        mock.patch.dict(os.environ, mode.variables),
+        Engine(
+            model_path=model, skip_server_warmup=True, log_level="error", max_total_tokens=16384, **mode.settings
+        ) as engine,
+    ):
+        stream = engine.generate("27+58=", {"max_new_tokens": 2000, "ignore_eos": True}, stream=True)
+        next(stream)
+        victim = next(child for child in engine._processes.processes if "TP1" in child.name)
+        os.kill(victim.popen.pid, signal.SIGKILL)
+        began = time.perf_counter()
+        try:
+            for _ in stream:
+                pass
+            told = "the reply ended as if nothing had happened"
+        except RuntimeError as error:
+            told = str(error)
+        seconds = time.perf_counter() - began
+    good = victim.name in told
+    print(f"{'named    ' if good else 'UNNAMED  '} {mode.name}: {victim.name} killed, after {seconds:.1f} s: {told}")
+    return good
 
 
 def check(name: str, model: str, modes: list[Mode], measure: Any) -> bool:
@@ -118,10 +146,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=list(KERNEL_SIZED_CONFIGS), default=list(KERNEL_SIZED_CONFIGS))
     parser.add_argument("--only", nargs="+", choices=[mode.name for mode in MODES])
     parser.add_argument("--embedded", nargs="+", choices=list(EMBEDDED_MODELS), default=[])
+    parser.add_argument("--kill", action="store_true")
     args = parser.parse_args()
     modes = [mode for mode in MODES if args.only is None or mode.name in args.only]
     print(f"# {current_platform.describe()}, {torch.cuda.device_count()} GPUs")
     good = True
+    if args.kill:
+        model = str(EMBEDDED_MODELS["deepseek-v3-tiny"])
+        sys.exit(0 if all([kill_one_rank(model, mode) for mode in modes]) else 1)
     for name in args.embedded:
         good &= check(name, str(EMBEDDED_MODELS[name]), modes, score)
     if not args.embedded:
