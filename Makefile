@@ -14,6 +14,7 @@ format: install ## Sort imports and mend what ruff can mend
 lint: install ## The static checks that CI runs
 	$(BIN)/python scripts/check_layers.py
 	$(BIN)/python scripts/size.py
+	$(BIN)/python scripts/check_vendor_contracts.py
 	$(BIN)/python scripts/gen_docs.py --check
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -24,7 +24,7 @@ def render_environment_variables() -> str:
 
 def render_server_arguments() -> str:
     """The page of command-line flags."""
-    return str(importlib.import_module("sglang.srt.server_args").render_markdown())
+    return str(importlib.import_module("server_arguments_page").render())
 
 
 PAGES: dict[str, Callable[[], str]] = {

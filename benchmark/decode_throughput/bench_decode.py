@@ -29,6 +29,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import sglang  # noqa: E402
+from sglang.bench_utils.metrics import describe_machine  # noqa: E402
 from sglang.test.bench_checkpoint import CONFIG, make_checkpoint  # noqa: E402
 
 # Attention, experts: what transformers can run this model with on a CPU.
@@ -148,10 +149,7 @@ def main() -> None:
     torch.set_num_threads(os.cpu_count() or 1)
     transformers.utils.logging.disable_progress_bar()
     folder = make_checkpoint(args.checkpoint)
-    print(
-        f"device: cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads, load {os.getloadavg()[0]:.1f}; "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, sglang-amd {sglang.__version__}"
-    )
+    print(f"{describe_machine()}, transformers {transformers.__version__}; {torch.get_num_threads()} threads")
     print(f"{args.input_len} tokens in, {args.output_len} out, float32, greedy; output tokens/s min / median / max")
     everything = []
     with sglang.Engine(model_path=str(folder), log_level="error", max_running_requests=max(args.batch_size)) as engine:

@@ -13,8 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import fields
-from typing import Any
+from dataclasses import asdict
 
 import numpy as np
 
@@ -54,10 +53,8 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     ServerArgs.add_cli_args(parser)
     args = parser.parse_args()
-    given = ServerArgs.from_cli_args(args)
-    options: dict[str, Any] = {field.name: getattr(given, field.name) for field in fields(ServerArgs)}
     began = time.perf_counter()
-    with Engine(**options) as engine:
+    with Engine(**asdict(ServerArgs.from_cli_args(args))) as engine:
         print(f"# {current_platform.describe()}; ready in {time.perf_counter() - began:.1f} s")
         vocab = engine.get_server_info()["vocab_size"]
         for size in args.batch_size:

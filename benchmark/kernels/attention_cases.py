@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
+from timing import Timed
 
 from sglang.kernels.launch import cdiv
 from sglang.kernels.ops.attention.launchers import launch_decode, launch_extend
@@ -29,16 +28,6 @@ MAX_SETS = 128
 CONTEXT = 8192
 
 
-@dataclass(frozen=True)
-class AttentionCase:
-    """``calls``: the kernel on one set of rows each; num_bytes, flops: the least that one call moves and computes."""
-
-    name: str
-    calls: list[Callable[[], torch.Tensor]]
-    num_bytes: int
-    flops: int
-
-
 def _slots(total: int, run: int, generator: torch.Generator) -> torch.Tensor:
     """0 .. total-1 in runs of ``run`` slots, the runs in a random order; int32 on the GPU."""
     starts = torch.randperm(cdiv(total, run), generator=generator).to("cuda", torch.int32) * run
@@ -48,7 +37,7 @@ def _slots(total: int, run: int, generator: torch.Generator) -> torch.Tensor:
 
 def decode_case(
     layout: str, batch: int, tokens: int, run: int = 1, tile: Tile | None = None, splits: int | None = None
-) -> AttentionCase:
+) -> Timed:
     """One decode step in bf16; slots are handed out in runs of ``run``."""
     heads, kv_heads, dim, value = DECODE_LAYOUTS[layout]
     latent = layout.startswith("mla")
@@ -71,10 +60,10 @@ def decode_case(
         partial(launch_decode, q[i], keys, values, tables[i], rows, lens, scale, shape, tile, splits)
         for i in range(sets)
     ]
-    return AttentionCase(f"{layout} bs{batch} ctx{tokens}", calls, num_bytes, flops)
+    return Timed(f"{layout} bs{batch} ctx{tokens}", calls, num_bytes, flops)
 
 
-def extend_case(layout: str, batch: int, tokens: int, tile: Tile | None = None) -> AttentionCase:
+def extend_case(layout: str, batch: int, tokens: int, tile: Tile | None = None) -> Timed:
     """Causal prefill without a prefix in bf16: expanded heads over packed rows, grouped heads over slots."""
     heads, kv_heads, dim, value = EXTEND_LAYOUTS[layout]
     total = batch * tokens
@@ -90,4 +79,4 @@ def extend_case(layout: str, batch: int, tokens: int, tile: Tile | None = None) 
 
     flops = batch * heads * (dim + value) * tokens * (tokens + 1)
     num_bytes = 2 * (q.numel() + k.numel() + v.numel() + total * heads * value)
-    return AttentionCase(f"{layout} {batch}x{tokens}", [call], num_bytes, flops)
+    return Timed(f"{layout} {batch}x{tokens}", [call], num_bytes, flops)

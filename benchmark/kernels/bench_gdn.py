@@ -11,15 +11,11 @@ Each call of a graph works on other states, so small batches read memory and not
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
 
 import torch
-from moe_cases import describe_device, graph_time
+from timing import Timed, bench, bench_parser
 
 from sglang.kernels.ops.gdn.decode_step import gdn_decode_step, step_inputs
 from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step, run_chunks, run_conv
@@ -43,20 +39,10 @@ DIM, WIDTH = 128, 4
 ROTATED_BYTES = 160 << 20
 
 
-class Timed(NamedTuple):
-    """A row: calls of one graph, and the bytes that one of them must move."""
-
-    name: str
-    calls: list[Callable[[], object]]
-    num_bytes: int
-
-
-def inputs(rows: int, slots: int, heads: tuple[int, int]) -> list[torch.Tensor]:
+def inputs(rows: int, slots: int, heads: tuple[int, int]) -> tuple[torch.Tensor, ...]:
     """Random arguments up to ``ssm_state`` on the GPU, bfloat16 with float32 decay rates and states."""
-    generator = torch.Generator().manual_seed(rows)
     shape = (heads[0], heads[1] // heads[0], DIM, DIM, WIDTH)
-    made = step_inputs(rows, slots, shape, generator)
-    return [x.cuda() if i in (5, 9) else x.bfloat16().cuda() for i, x in enumerate(made)]
+    return step_inputs(rows, slots, shape, dtype=torch.bfloat16, device="cuda")
 
 
 def decode_row(batch: int, heads: tuple[int, int]) -> Timed:
@@ -84,37 +70,20 @@ def extend_rows(batch: int, length: int, heads: tuple[int, int]) -> Iterator[Tim
     yield Timed(f"extend {name}", [partial(gdn_extend_step, *args, slots, *table, seq_lens, 1e-6)], num_bytes)
 
 
+def rows(heads: tuple[int, int]) -> Iterator[Timed]:
+    for batch in DECODE_BATCHES:
+        yield decode_row(batch, heads)
+    for batch, length in EXTEND_SHAPES:
+        yield from extend_rows(batch, length, heads)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench_parser(__doc__)
     parser.add_argument("--heads", type=int, nargs=2, default=(16, 32), help="key and value heads")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="print one JSON object a row as well")
     args = parser.parse_args()
     torch.manual_seed(0)
     heads = tuple(args.heads)
-    print(f"# {describe_device()}; bf16, heads {heads[0]}/{heads[1]} of {DIM}, median (min .. max) of {args.runs} runs")
-    print(f"{'case':<16}{'us':>9}{'min':>9}{'max':>9}{'TB/s':>7}{'anchors':>18}{'ratio':>7}")
-
-    def show(timed: Timed) -> None:
-        seconds = graph_time(timed.calls, runs=args.runs)
-        median = statistics.median(seconds) * 1e6
-        anchors = ANCHORS.get(timed.name, ()) if heads == (16, 32) else ()
-        rate = timed.num_bytes / median / 1e6
-        ratio = f"{median / min(anchors):.2f}" if anchors else "-"
-        known = " / ".join(map(str, anchors)) or "-"
-        low, high = min(seconds) * 1e6, max(seconds) * 1e6
-        print(f"{timed.name:<16}{median:9.1f}{low:9.1f}{high:9.1f}{rate:7.2f}{known:>18}{ratio:>7}", flush=True)
-        if args.json:
-            row = {"case": timed.name, "us": median, "us_min": low, "us_max": high, "tb_per_s": rate}
-            print(json.dumps({**row, "anchor_us": list(anchors)}), flush=True)
-
-    for batch in DECODE_BATCHES:
-        show(decode_row(batch, heads))
-        torch.cuda.empty_cache()
-    for batch, length in EXTEND_SHAPES:
-        for timed in extend_rows(batch, length, heads):
-            show(timed)
-        torch.cuda.empty_cache()
+    bench(f"bf16, heads {heads[0]}/{heads[1]} of {DIM}", rows(heads), ANCHORS if heads == (16, 32) else {}, args)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,13 @@
-"""Shapes, inputs and timing that the Mixture-of-Experts bench and tuner share."""
+"""Shapes and inputs that the Mixture-of-Experts bench and tuner share."""
 
 from __future__ import annotations
 
-import platform
 import statistics
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 
-from sglang.kernels.ops.moe.fused_experts import Scaled
+from sglang.kernels.ops.moe.fused_experts import SERVING_MODELS, Scaled
 from sglang.kernels.ops.quant.group_fp8 import GROUP, fp8_dtype, quantize_groups_triton
 
 
@@ -31,11 +28,7 @@ class MoeShape:
         return 6 * tokens * self.top_k * self.hidden * self.intermediate
 
 
-SHAPES = {
-    "v2lite": MoeShape(64, 2048, 1408, 6),
-    "qwen35": MoeShape(256, 2048, 512, 8),
-    "v3": MoeShape(256, 7168, 2048, 8),
-}
+SHAPES = {name: MoeShape(*sizes) for name, sizes in SERVING_MODELS.items()}
 TOKENS = (1, 8, 32, 128, 1024, 8192)
 
 
@@ -87,37 +80,3 @@ def make_inputs(
         weights.append(chosen.values.float().contiguous())
         ids.append(chosen.indices.int().contiguous())
     return MoeInputs(x, w13, w2, weights, ids)
-
-
-def graph_time(calls: Sequence[Callable[[], object]], runs: int = 5, min_seconds: float = 0.02) -> list[float]:
-    """Seconds a call, one figure a run: all ``calls`` captured in one graph, replayed for ``min_seconds`` a run."""
-    # The inputs were made on the current stream.
-    torch.cuda.synchronize()
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            kept = [call() for call in calls]
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-        def replay(times: int) -> float:
-            start.record()
-            for _ in range(times):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3
-
-        once = max(replay(2) / 2, 1e-6)
-        times = max(2, round(min_seconds / once))
-        figures = [replay(times) / times / len(calls) for _ in range(runs)]
-    del kept
-    return figures
-
-
-def describe_device() -> str:
-    name = torch.cuda.get_device_name()
-    return f"{name}, torch {torch.__version__}, triton {triton.__version__}, python {platform.python_version()}"

@@ -14,7 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from attention_cases import DECODE_LAYOUTS, DECODE_SHAPES, EXTEND_LAYOUTS, EXTEND_SHAPES, decode_case, extend_case
-from moe_cases import describe_device, graph_time
+from timing import Timed, describe_device, graph_time
 
 from sglang.kernels.ops.attention.tiles import Tile
 
@@ -49,7 +49,7 @@ def run_once(job: Job) -> str | None:
     return None
 
 
-def make(job: Job):
+def make(job: Job) -> Timed:
     kind, layout, batch, tokens, tile = job
     if kind == "decode":
         return decode_case(layout, batch, tokens, tile=tile)

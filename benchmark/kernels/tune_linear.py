@@ -16,9 +16,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from moe_cases import describe_device, graph_time
+from timing import describe_device, graph_time
 
 from sglang.kernels.amd.driver import compile_only
+from sglang.kernels.launch import cdiv
 from sglang.kernels.ops.quant.group_fp8 import GROUP, block_product, fp8_dtype, quantize_groups_triton
 from sglang.srt.platforms import current_platform
 
@@ -45,14 +46,12 @@ def candidates(rows: int) -> list[Tile]:
 def make(rows: int, width: int, k: int, device: str, arch: str) -> tuple[torch.Tensor, ...]:
     dtype = fp8_dtype(arch)
     if device == "meta":
-        return (
-            torch.empty(rows, k, dtype=dtype, device=device), torch.empty(rows, k // GROUP, device=device),
-            torch.empty(width, k, dtype=dtype, device=device),
-            torch.empty(-(-width // GROUP), k // GROUP, device=device),
-        )  # fmt: skip
+        shapes = ((rows, k), (rows, k // GROUP), (width, k), (cdiv(width, GROUP), k // GROUP))
+        dtypes = (dtype, torch.float32, dtype, torch.float32)
+        return tuple(torch.empty(shape, dtype=kind, device=device) for shape, kind in zip(shapes, dtypes))
     q, scale = quantize_groups_triton(torch.randn(rows, k, device=device, dtype=torch.bfloat16), dtype)
     w = torch.randn(width, k, device=device).mul_(16).to(dtype)
-    return q, scale, w, torch.rand(-(-width // GROUP), k // GROUP, device=device)
+    return q, scale, w, torch.rand(cdiv(width, GROUP), k // GROUP, device=device)
 
 
 def _compile(job: tuple[str, int, Tile]) -> str | None:

@@ -18,7 +18,8 @@ from multiprocessing.pool import Pool
 from typing import Any
 
 import torch
-from moe_cases import SHAPES, TOKENS, MoeInputs, MoeShape, describe_device, graph_time, make_inputs, make_weights
+from moe_cases import SHAPES, TOKENS, MoeInputs, MoeShape, make_inputs, make_weights
+from timing import describe_device, graph_time
 
 from sglang.kernels.amd.driver import compile_only
 from sglang.kernels.ops.moe.fused_experts import Scaled, expert_product, one_token_down, one_token_gate_up, order_pairs

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import gc
-import platform
 import resource
 import statistics
-import sys
 import time
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from sglang.bench_utils.metrics import describe_machine
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache
 
@@ -123,10 +121,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.length % args.page_size or args.shared % args.page_size or args.length < args.shared:
         parser.error("--length and --shared must be multiples of --page-size, and --shared at most --length")
-    print(
-        f"device: cpu ({platform.processor() or platform.machine()}), python {platform.python_version()}, "
-        f"torch {torch.__version__}, numpy {np.__version__}, {sys.platform}"
-    )
+    print(describe_machine())
     n, length, shared = args.num_seqs, args.length, args.shared
     base = Workload(n, length, shared)
     traced, resident = host_bytes(base, args.page_size)

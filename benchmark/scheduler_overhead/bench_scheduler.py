@@ -15,35 +15,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import httpx
 import numpy as np
 import psutil
-import torch
 
-import sglang
 from sglang.bench_utils.clients import Target, make_client, send_request
 from sglang.bench_utils.datasets import DatasetRow
-from sglang.srt.utils.common import get_free_port, kill_process_tree
+from sglang.bench_utils.metrics import describe_machine
+from sglang.srt.utils.common import kill_process_tree
 from sglang.test.bench_checkpoint import CONFIG, make_checkpoint
-
-TIMEOUT_S = 120.0
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-
-def get_json(url: str) -> dict[str, Any]:
-    with OPENER.open(url, timeout=30.0) as answer:
-        return json.load(answer)
+from sglang.test.test_utils import free_url, popen_launch_server
 
 
 @dataclass(frozen=True)
@@ -60,37 +46,20 @@ class Server:
     """One server process with its children."""
 
     def __init__(self, folder: Path, max_running: int) -> None:
-        port = get_free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self.log = tempfile.NamedTemporaryFile(mode="w+", suffix=".log")  # noqa: SIM115
-        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(folder), "--port", str(port)]
-        command += ["--max-running-requests", str(max_running), "--log-level", "error"]
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT)
-        deadline = time.monotonic() + TIMEOUT_S
-        while not self._is_healthy():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                kill_process_tree(self.process.pid)
-                raise RuntimeError(f"the server did not get ready:\n{Path(self.log.name).read_text()[-4000:]}")
-            time.sleep(0.1)
+        self.url = free_url()
+        flags = ["--max-running-requests", str(max_running), "--log-level", "error"]
+        self.process = popen_launch_server(str(folder), self.url, other_args=flags)
         self.main = psutil.Process(self.process.pid)
         children = {" ".join(child.cmdline()): child for child in self.main.children(recursive=True)}
         self.detokenizer = next(child for line, child in children.items() if "detokenizer_process" in line)
 
-    def _is_healthy(self) -> bool:
-        try:
-            with OPENER.open(self.url + "/health", timeout=5.0) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
-
     def snapshot(self) -> Snapshot:
-        state = get_json(self.url + "/server_info")["internal_states"][0]
+        state = httpx.get(self.url + "/server_info", timeout=30.0, trust_env=False).json()["internal_states"][0]
         cpu = [sum(process.cpu_times()[:2]) for process in (self.main, self.detokenizer)]
         return Snapshot(state["schedule_seconds"], state["forward_seconds"], *cpu)
 
     def close(self) -> None:
         kill_process_tree(self.process.pid)
-        self.log.close()
 
 
 async def _send_all(target: Target, rows: list[DatasetRow]) -> float:
@@ -144,10 +113,7 @@ def main() -> None:
     parser.add_argument("--model-path", type=Path, help="Default: the checkpoint of the decode bench.")
     args = parser.parse_args()
     folder = args.model_path or make_checkpoint()
-    print(
-        f"device: cpu, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; python {sys.version.split()[0]}, "
-        f"torch {torch.__version__}, sglang-amd {sglang.__version__}"
-    )
+    print(describe_machine())
     print(f"batch {args.batch_size}, {args.input_len} tokens in, {args.output_len} out; min / median / max")
     server = Server(folder, args.batch_size)
     try:

@@ -2,66 +2,35 @@
 
     python benchmark/startup/bench_startup.py --runs 5
 
-Ready means that /health answers 200; what follows is ended before the next run. The first run warms the disk cache and
-is not counted. Flags that this script does not know go to launch_server.
+Ready means that /health_generate answers 200; what follows is ended before the next run. The first run warms the disk
+cache and is not counted. Flags that this script does not know go to launch_server.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
-import tempfile
 import time
-import urllib.error
-import urllib.request
 
-import torch
-
-import sglang
-from sglang.srt.utils.common import get_free_port, kill_process_tree
-
-TIMEOUT_S = 120.0
-POLL_S = 0.02
-
-
-def is_healthy(opener: urllib.request.OpenerDirector, url: str) -> bool:
-    try:
-        with opener.open(url, timeout=5.0) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, OSError):
-        return False
+from sglang.bench_utils.metrics import describe_machine
+from sglang.srt.utils.common import kill_process_tree
+from sglang.test.test_utils import free_url, popen_launch_server
 
 
 def seconds_to_ready(server_flags: list[str]) -> float:
-    """Start a server, wait until it is healthy, end it; raises RuntimeError with its output when it is not."""
-    port = get_free_port()
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    command = [sys.executable, "-m", "sglang.launch_server", "--port", str(port), *server_flags]
-    with tempfile.TemporaryFile(mode="w+") as log:
-        started = time.perf_counter()
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            while not is_healthy(opener, f"http://127.0.0.1:{port}/health"):
-                if process.poll() is not None or time.perf_counter() - started > TIMEOUT_S:
-                    log.seek(0)
-                    raise RuntimeError(f"the server did not get ready: {command}\n{log.read()[-4000:]}")
-                time.sleep(POLL_S)
-            return time.perf_counter() - started
-        finally:
-            kill_process_tree(process.pid)
+    """Start a server, wait until it is ready, end it; raises RuntimeError with its output when it is not."""
+    started = time.perf_counter()
+    process = popen_launch_server(None, free_url(), other_args=server_flags)
+    seconds = time.perf_counter() - started
+    kill_process_tree(process.pid)
+    return seconds
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=5)
     args, server_flags = parser.parse_known_args()
-    print(
-        f"device: cpu, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; python {sys.version.split()[0]}, "
-        f"torch {torch.__version__}, sglang-amd {sglang.__version__}"
-    )
+    print(describe_machine())
     seconds_to_ready(server_flags)
     times = [seconds_to_ready(server_flags) for _ in range(args.runs)]
     print(

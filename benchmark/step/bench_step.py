@@ -26,6 +26,7 @@ from sglang.bench_utils.one_batch_cli import load
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.topk import TopKOutput
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs, exit_with_errors
@@ -116,13 +117,13 @@ def launches(action: Callable[[], object]) -> list[tuple[str, int, float]]:
     return sorted(rows, key=lambda row: -row[2])
 
 
-def run_size(runner: ModelRunner, allocator: object, size: int, args: argparse.Namespace) -> None:
+def run_size(runner: ModelRunner, allocator: TokenToKVPoolAllocator, size: int, args: argparse.Namespace) -> None:
     vocab = runner.model_config.vocab_size
     prompts = np.random.default_rng(size).integers(0, vocab, size=(size, args.input_len))
     prefill, decode = [], []
     for run in range(args.runs + 1):
-        batch = StaticBatch(runner, allocator, size)  # type: ignore[arg-type]
-        ids, seconds = timed(lambda batch=batch: batch.extend(prompts.tolist())[0])
+        batch = StaticBatch(runner, allocator, size)
+        _, seconds = timed(lambda batch=batch: batch.extend(prompts.tolist())[0])
         steps = []
         for _ in range(args.steps if run else 2):
             # Random tokens: a model of random weights would repeat one token, and with it one choice of experts.
@@ -149,7 +150,7 @@ def run_size(runner: ModelRunner, allocator: object, size: int, args: argparse.N
     print_launches("decode", launches(lambda: batch.decode(fed)), layers, args.kernels)
     batch.release()
     if args.prefill_kernels:
-        batch = StaticBatch(runner, allocator, size)  # type: ignore[arg-type]
+        batch = StaticBatch(runner, allocator, size)
         rows = launches(lambda: batch.extend(prompts.tolist()))
         print_launches("prefill", rows, layers, args.prefill_kernels)
         batch.release()

@@ -26,6 +26,7 @@ import torch.multiprocessing as mp
 
 from sglang.kernels.registry import REGISTRY
 from sglang.srt.configs.deepseek import DeepseekConfig
+from sglang.srt.configs.published_sizes import DEEPSEEK_V3
 from sglang.srt.distributed import get_parallel_state, init_parallel_state
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
@@ -58,25 +59,11 @@ VARIANTS = (
 )
 
 
-def v3_config() -> DeepseekConfig:
-    """The published sizes of a DeepSeek-V3 layer."""
-    return DeepseekConfig.from_hf(
-        {
-            "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 1,
-            "num_attention_heads": 128, "vocab_size": 129280, "rms_norm_eps": 1e-6, "n_routed_experts": 256,
-            "n_shared_experts": 1, "num_experts_per_tok": 8, "first_k_dense_replace": 0, "moe_layer_freq": 1,
-            "norm_topk_prob": True, "scoring_func": "sigmoid", "topk_method": "noaux_tc", "n_group": 8, "topk_group": 4,
-            "routed_scaling_factor": 2.5, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128,
-            "qk_rope_head_dim": 64, "v_head_dim": 128, "max_position_embeddings": 4096, "rope_theta": 10000,
-        }
-    )  # fmt: skip
-
-
 class Layers:
     """Some MoE blocks, switched between variants without another copy of the weights."""
 
     def __init__(self, count: int, limit: int, device: torch.device) -> None:
-        config, world = v3_config(), get_parallel_state().world
+        config, world = DeepseekConfig.from_hf(DEEPSEEK_V3), get_parallel_state().world
         self._sizes = (world, config.n_routed_experts, config.hidden_size, config.num_experts_per_tok)
         self._mori = MoriConfig(world.size, limit)
         self._device = device

@@ -60,35 +60,23 @@ def run(args: argparse.Namespace, server_args: ServerArgs) -> dict[str, Any]:
         states = engine.get_server_info()["internal_states"]
     inputs = sum(row.prompt_len for row in rows)
     outputs = sum(reply["meta_info"]["completion_tokens"] for reply in replies)
-    record = {
-        "backend": args.backend,
-        "successful_requests": len(replies),
-        "total_latency": seconds,
-        "total_input_tokens": inputs,
-        "total_output_tokens": outputs,
-        "last_gen_throughput": sum(state["last_gen_throughput"] for state in states),
-        "request_throughput": len(replies) / seconds,
-        "input_throughput": inputs / seconds,
-        "output_throughput": outputs / seconds,
-        "total_throughput": (inputs + outputs) / seconds,
-    }
-    labels = (
-        ("Backend:", "backend"),
-        ("Successful requests:", "successful_requests"),
-        ("Benchmark duration (s):", "total_latency"),
-        ("Total input tokens:", "total_input_tokens"),
-        ("Total generated tokens:", "total_output_tokens"),
-        ("Last generation throughput (tok/s):", "last_gen_throughput"),
-        ("Request throughput (req/s):", "request_throughput"),
-        ("Input token throughput (tok/s):", "input_throughput"),
-        ("Output token throughput (tok/s):", "output_throughput"),
-        ("Total token throughput (tok/s):", "total_throughput"),
+    figures = (
+        ("Backend:", "backend", args.backend),
+        ("Successful requests:", "successful_requests", len(replies)),
+        ("Benchmark duration (s):", "total_latency", seconds),
+        ("Total input tokens:", "total_input_tokens", inputs),
+        ("Total generated tokens:", "total_output_tokens", outputs),
+        ("Last generation throughput (tok/s):", "last_gen_throughput", sum(s["last_gen_throughput"] for s in states)),
+        ("Request throughput (req/s):", "request_throughput", len(replies) / seconds),
+        ("Input token throughput (tok/s):", "input_throughput", inputs / seconds),
+        ("Output token throughput (tok/s):", "output_throughput", outputs / seconds),
+        ("Total token throughput (tok/s):", "total_throughput", (inputs + outputs) / seconds),
     )
     print(f"\n{' Offline Throughput Benchmark Result ':=^{BLOCK_WIDTH}}")
-    for label, key in labels:
-        print(block_row(label, record[key]))
+    for label, _, value in figures:
+        print(block_row(label, value))
     print("=" * BLOCK_WIDTH)
-    return record
+    return {key: value for _, key, value in figures}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

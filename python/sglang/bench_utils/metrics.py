@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from typing import Any
 
 import numpy as np
+
+from sglang.version import __version__
 
 BLOCK_WIDTH = 50
 LABEL_WIDTH = 40
@@ -145,26 +150,33 @@ class RunInfo:
     accept_length: float | None = None
 
 
+def _figures(m: BenchmarkMetrics) -> list[tuple[str, str, float]]:
+    """(label in the block, key in the record, value): upstream's, in upstream's order."""
+    return [
+        ("Successful requests:", "completed", m.completed),
+        ("Benchmark duration (s):", "duration", m.duration),
+        ("Total input tokens:", "total_input_tokens", m.total_input),
+        ("Total input text tokens:", "total_input_text_tokens", m.total_input),
+        ("Total generated tokens:", "total_output_tokens", m.total_output),
+        ("Total generated tokens (retokenized):", "total_output_tokens_retokenized", m.total_output_retokenized),
+        ("Request throughput (req/s):", "request_throughput", m.per_second(m.completed)),
+        ("Input token throughput (tok/s):", "input_throughput", m.per_second(m.total_input)),
+        ("Output token throughput (tok/s):", "output_throughput", m.per_second(m.total_output)),
+        ("Peak output token throughput (tok/s):", "max_output_tokens_per_s", m.max_output_tokens_per_s),
+        ("Peak concurrent requests:", "max_concurrent_requests", m.max_concurrent_requests),
+        ("Total token throughput (tok/s):", "total_throughput", m.per_second(m.total_input + m.total_output)),
+        ("Concurrency:", "concurrency", m.concurrency),
+    ]
+
+
 def result_block(info: RunInfo, metrics: BenchmarkMetrics) -> str:
-    """The printed block: upstream's labels in upstream's order."""
+    """The printed block."""
     m = metrics
     rows: list[tuple[str, Any]] = [
         ("Backend:", info.backend),
         ("Traffic request rate:", info.request_rate),
         ("Max request concurrency:", info.max_concurrency or "not set"),
-        ("Successful requests:", m.completed),
-        ("Benchmark duration (s):", m.duration),
-        ("Total input tokens:", m.total_input),
-        ("Total input text tokens:", m.total_input),
-        ("Total generated tokens:", m.total_output),
-        ("Total generated tokens (retokenized):", m.total_output_retokenized),
-        ("Request throughput (req/s):", m.per_second(m.completed)),
-        ("Input token throughput (tok/s):", m.per_second(m.total_input)),
-        ("Output token throughput (tok/s):", m.per_second(m.total_output)),
-        ("Peak output token throughput (tok/s):", m.max_output_tokens_per_s),
-        ("Peak concurrent requests:", m.max_concurrent_requests),
-        ("Total token throughput (tok/s):", m.per_second(m.total_input + m.total_output)),
-        ("Concurrency:", m.concurrency),
+        *((label, value) for label, _, value in _figures(m)),
     ]
     if info.accept_length:
         rows.append(("Accept length:", info.accept_length))
@@ -184,6 +196,14 @@ def result_block(info: RunInfo, metrics: BenchmarkMetrics) -> str:
     return "\n".join(lines)
 
 
+def describe_machine() -> str:
+    """One line on the CPU and the versions that a figure was taken with."""
+    return (
+        f"device: cpu, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; sglang-amd {__version__}, python "
+        f"{platform.python_version()}, torch {metadata.version('torch')}, numpy {np.__version__}"
+    )
+
+
 def block_row(label: str, value: Any) -> str:
     """One line of a result block: the label in 40 columns, finite fractions with two digits."""
     number = isinstance(value, float) and np.isfinite(value)
@@ -201,16 +221,8 @@ def result_record(info: RunInfo, metrics: BenchmarkMetrics) -> dict[str, Any]:
         "max_concurrency": info.max_concurrency,
         **info.lengths,
         "server_info": info.server_info,
-        "duration": m.duration,
-        "completed": m.completed,
-        "total_input_tokens": m.total_input,
-        "total_input_text_tokens": m.total_input,
-        "total_output_tokens": m.total_output,
-        "total_output_tokens_retokenized": m.total_output_retokenized,
-        "request_throughput": m.per_second(m.completed),
-        "input_throughput": m.per_second(m.total_input),
-        "output_throughput": m.per_second(m.total_output),
-        "total_throughput": m.per_second(m.total_input + m.total_output),
+        "accept_length": info.accept_length,
+        **{key: value for _, key, value in _figures(m)},
     }
     for name, values in (("e2e_latency", m.e2e), ("ttft", m.ttft), ("tpot", m.tpot), ("itl", m.itl)):
         for figure in ("mean", "median", "std", "p99"):
@@ -218,10 +230,6 @@ def result_record(info: RunInfo, metrics: BenchmarkMetrics) -> dict[str, Any]:
     record["p90_e2e_latency_ms"] = m.e2e.p90
     record["p95_itl_ms"] = m.itl.p95
     record["max_itl_ms"] = m.itl.max
-    record["concurrency"] = m.concurrency
-    record["accept_length"] = info.accept_length
-    record["max_output_tokens_per_s"] = m.max_output_tokens_per_s
-    record["max_concurrent_requests"] = m.max_concurrent_requests
     return record
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -51,20 +52,17 @@ class StaticBatch:
             runner.device,
         )
 
-    def extend(self, prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, LogitsProcessorOutput]:
+    def extend(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[torch.Tensor, LogitsProcessorOutput]:
         """Append ``prompts[i]`` to request i and compute them in one step."""
         starts = list(self.seq_lens)
         ends = [start + len(prompt) for start, prompt in zip(starts, prompts, strict=True)]
         slots = self._take(self.allocator.alloc_extend(starts, ends, self._last_slots()), sum(map(len, prompts)))
-        offset = 0
-        for row, start, end in zip(self.rows, starts, ends, strict=True):
-            self.runner.req_to_token_pool.write(row, start, slots[offset : offset + end - start])
-            offset += end - start
+        self.runner.req_to_token_pool.write_extend(self.rows, starts, ends, slots)
         self.seq_lens = ends
         return self._step(
             ModelWorkerBatch(
                 forward_mode=ForwardMode.EXTEND,
-                input_ids=torch.tensor([token for prompt in prompts for token in prompt], dtype=torch.int64),
+                input_ids=torch.from_numpy(np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])),
                 positions=torch.cat([torch.arange(start, end) for start, end in zip(starts, ends, strict=True)]),
                 req_pool_indices=torch.tensor(self.rows, dtype=torch.int64),
                 seq_lens=ends,

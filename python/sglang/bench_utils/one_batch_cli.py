@@ -75,23 +75,23 @@ def load(args: ServerArgs, batch_sizes: Sequence[int]) -> tuple[ModelRunner, Tok
     return runner, TokenToKVPoolAllocator(runner.max_total_num_tokens, runner.page_size), verdict.args
 
 
-def make_prompts(args: argparse.Namespace, tokenizer_path: str, vocab: int, count: int, length: int) -> list[list[int]]:
-    """``count`` prompts of ``length`` tokens: random ids, or the lines of a file cut or repeated to the length."""
+def make_prompts(args: argparse.Namespace, tokenizer_path: str, vocab: int, count: int, length: int) -> np.ndarray:
+    """Prompts [count, length] int64: random ids, or the lines of a file cut or repeated to the length."""
     if not args.prompt_filename:
-        return np.random.default_rng(0).integers(0, vocab, size=(count, length)).tolist()
+        return np.random.default_rng(0).integers(0, vocab, size=(count, length))
     lines = [line for line in Path(args.prompt_filename).read_text(encoding="utf-8").splitlines() if line]
     if not lines:
         exit_with_errors([f"--prompt-filename {args.prompt_filename} holds no prompt"])
     tokenizer = Tokenizer.from_path(tokenizer_path)
     encoded = [tokenizer.encode(line) for line in lines]
     chosen = itertools.islice(itertools.cycle(encoded), count)
-    return [list(itertools.islice(itertools.cycle(ids), length)) for ids in chosen]
+    return np.array([list(itertools.islice(itertools.cycle(ids), length)) for ids in chosen])
 
 
 class Case:
     """One (batch size, input length, output length) on a loaded model."""
 
-    def __init__(self, runner: ModelRunner, allocator: TokenToKVPoolAllocator, prompts: list[list[int]]) -> None:
+    def __init__(self, runner: ModelRunner, allocator: TokenToKVPoolAllocator, prompts: np.ndarray) -> None:
         self.runner = runner
         self.allocator = allocator
         self.prompts = prompts

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.spec import Impl
 from sglang.srt.environ import envs
@@ -33,7 +34,7 @@ class Rows(NamedTuple):
     inner_stride: int
 
 
-def rows_of(x: torch.Tensor) -> Rows | None:
+def rows_of(x: Tensor) -> Rows | None:
     """Where the rows of ``x`` [..., D] lie; None when a row is not dense or two strides do not reach all rows."""
     dim = x.shape[-1] if x.ndim else 0
     if x.ndim == 0 or (dim > 1 and x.stride(-1) != 1):
@@ -47,7 +48,7 @@ def rows_of(x: torch.Tensor) -> Rows | None:
     return None
 
 
-def bfloat16s(device: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+def bfloat16s(device: str, *shapes: tuple[int, ...]) -> list[Tensor]:
     """One uninitialised bfloat16 tensor a shape, for ``serving_cases``."""
     return [torch.empty(shape, dtype=torch.bfloat16, device=device) for shape in shapes]
 

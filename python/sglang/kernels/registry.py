@@ -9,7 +9,10 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
@@ -60,12 +63,11 @@ class KernelRegistry:
             raise ValueError(f"op {op.name} is declared twice")
         self.ops[op.name] = op
 
-    def load_all(self) -> None:
-        """Import every module under ``sglang.kernels.ops``, so that each op is declared."""
+    def load_all(self) -> list[ModuleType]:
+        """The modules under ``sglang.kernels.ops``, but for Triton bodies: importing them declares each op."""
         package = importlib.import_module("sglang.kernels.ops")
-        for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-            if not module.name.endswith("_triton"):
-                importlib.import_module(module.name)
+        found = pkgutil.walk_packages(package.__path__, package.__name__ + ".")
+        return [importlib.import_module(module.name) for module in found if not module.name.endswith("_triton")]
 
     def prefer(self, group: str, impl: str) -> None:
         """Put implementation ``impl`` first for the ops of ``group`` that have it (``--attention-backend``)."""
@@ -97,13 +99,17 @@ class KernelRegistry:
             if impl.accepts is not None and not impl.accepts(*args, **kwargs):
                 self._refused(op, impl, record)
                 continue
-            if self.serving or impl is op.impls[-1]:
+            if self.serving or record.forced or impl is op.impls[-1] or current_platform.is_capturing():
                 return impl.fn(*args, **kwargs)
             try:
                 return impl.fn(*args, **kwargs)
             except Exception as error:  # warm-up only: the kernel is disabled, once, aloud
                 self._disable(op, impl, record, error)
-        raise KernelConfigError(f"op {op.name}: no implementation accepts these arguments (forced: {record.forced}).")
+        shapes = ", ".join(f"{arg.dtype} {tuple(arg.shape)}" for arg in args if isinstance(arg, torch.Tensor))
+        raise KernelConfigError(
+            f"SGLANG_KERNELS forces {op.name}={record.chosen}, which does not take these arguments: {shapes}. "
+            "Take that entry out, or force the torch reference."
+        )
 
     def chosen(self, op: Op) -> str:
         """Name of the implementation that calls of ``op`` try first."""
@@ -113,20 +119,17 @@ class KernelRegistry:
 
     def report(self) -> list[dict[str, Any]]:
         """One row an op for /server_info and ``python -m sglang.kernels``."""
-        rows = []
-        for name in sorted(self.records):
-            record = self.records[name]
-            rows.append(
-                {
-                    "op": name,
-                    "chosen": record.chosen,
-                    "forced": record.forced,
-                    "implementations": record.verdicts,
-                    "calls_refused": dict(record.calls_refused),
-                    "disabled": record.disabled,
-                }
-            )
-        return rows
+        return [
+            {
+                "op": name,
+                "chosen": record.chosen,
+                "forced": record.forced,
+                "implementations": record.verdicts,
+                "calls_refused": dict(record.calls_refused),
+                "disabled": record.disabled,
+            }
+            for name, record in sorted(self.records.items())
+        ]
 
     def _forcing(self) -> dict[str, str]:
         if self._forced is None:
@@ -172,15 +175,14 @@ class KernelRegistry:
             return "needs a GPU"
         if impl.enabled is not None and not impl.enabled():
             return "switched off"
-        if impl.package is not None:
-            if impl.package not in self._packages:
-                self._packages[impl.package] = probe_package(impl.package)
-                if impl.enabled is not None and self._packages[impl.package] is not None:
-                    logger.warning("%s is switched on, but does not import: its kernels do not run", impl.package)
-            reason = self._packages[impl.package]
-            if reason is not None:
-                return f"package {impl.package} does not import ({reason})"
-        return "ok"
+        if impl.package is None:
+            return "ok"
+        if impl.package not in self._packages:
+            self._packages[impl.package] = probe_package(impl.package)
+            if impl.enabled is not None and self._packages[impl.package] is not None:
+                logger.warning("%s is switched on, but does not import: its kernels do not run", impl.package)
+        reason = self._packages[impl.package]
+        return "ok" if reason is None else f"package {impl.package} does not import ({reason})"
 
     def _refused(self, op: Op, impl: Impl, record: OpRecord) -> None:
         record.calls_refused[impl.name] += 1

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from sglang.kernels.registry import REGISTRY
@@ -15,7 +15,6 @@ class Case:
 
     name: str
     args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,34 +39,24 @@ class Impl:
 class Op:
     """A named operation; calling it runs the first implementation that fits.
 
-    Implementations are given best first; the last is the unrestricted torch reference.
+    Implementations are given best first; the last is the unrestricted torch reference, which defines the op. ``cases``
+    makes arguments on the CPU for parity tests and benches, ugly ones included.
     """
 
-    def __init__(self, name: str, *impls: Impl, cases: Callable[[], Iterable[Case]] | None = None) -> None:
+    def __init__(self, name: str, *impls: Impl, cases: Callable[[], Iterable[Case]] = tuple) -> None:
         if not impls or _is_restricted(impls[-1]):
             raise ValueError(f"op {name}: the last implementation must be the unrestricted reference")
         names = [impl.name for impl in impls]
         if len(set(names)) != len(names):
             raise ValueError(f"op {name}: two implementations share a name: {names}")
         self.name = name
+        self.group = name.split(".")[0]
         self.impls = impls
-        self._cases = cases
-        self._table: tuple[Impl, ...] | None = None
+        self.reference = impls[-1].fn
+        self.cases = cases
+        self.table: tuple[Impl, ...] | None = None
         self._direct: Callable[..., Any] | None = None
         REGISTRY.add(self)
-
-    @property
-    def group(self) -> str:
-        return self.name.split(".")[0]
-
-    @property
-    def reference(self) -> Callable[..., Any]:
-        """The torch reference that defines the op."""
-        return self.impls[-1].fn
-
-    def cases(self) -> Iterator[Case]:
-        """Arguments on the CPU for parity tests and benches, ugly ones included."""
-        return iter(()) if self._cases is None else iter(self._cases())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._direct is not None:
@@ -76,13 +65,8 @@ class Op:
 
     def set_table(self, table: tuple[Impl, ...] | None) -> None:
         """Store the frozen candidates; a single unconditional one is called without any check."""
-        self._table = table
-        single = table is not None and len(table) == 1 and table[0].accepts is None
-        self._direct = table[0].fn if single and table is not None else None
-
-    @property
-    def table(self) -> tuple[Impl, ...] | None:
-        return self._table
+        self.table = table
+        self._direct = table[0].fn if table is not None and len(table) == 1 and table[0].accepts is None else None
 
 
 def _is_restricted(impl: Impl) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import warnings
@@ -11,9 +10,6 @@ from contextlib import contextmanager
 from typing import Any, Generic, NoReturn, TypeVar
 
 T = TypeVar("T")
-I = TypeVar("I", int, int | None)  # noqa: E741
-F = TypeVar("F", float, float | None)
-S = TypeVar("S", str, str | None)
 
 TRUE_WORDS = ("1", "true", "yes", "y", "on")
 FALSE_WORDS = ("0", "false", "no", "n", "off")
@@ -91,13 +87,10 @@ class EnvField(Generic[T]):
     def get(self) -> T:
         """The value now, or the default if unset; raises EnvError rather than fall back."""
         found = self.find(os.environ)
-        if found is None:
-            return self.default
-        name, text = found
-        if name != self.name and not self._warned:
+        if found is not None and found[0] != self.name and not self._warned:
             self._warned = True
-            warnings.warn(f"{name} is an old name; set {self.name} instead", FutureWarning, stacklevel=2)
-        return self._parse_checked(name, text)
+            warnings.warn(f"{found[0]} is an old name; set {self.name} instead", FutureWarning, stacklevel=2)
+        return self.read(os.environ)
 
     def parse(self, text: str) -> T:
         """The value that a text stands for; raises EnvError if it is not allowed."""
@@ -159,7 +152,7 @@ class EnvField(Generic[T]):
 
     def default_text(self) -> str:
         """The default as it would be written in the environment; empty if there is none."""
-        return "" if self.default is None else self._format(self.default)
+        return self._format(self.default)
 
     def _parse_checked(self, name: str, text: str) -> T:
         try:
@@ -189,8 +182,7 @@ class EnvField(Generic[T]):
     def __bool__(self) -> NoReturn:
         raise RuntimeError(f"envs.{self.name} is a declaration, not a value; call envs.{self.name}.get()")
 
-    def __len__(self) -> NoReturn:
-        raise RuntimeError(f"envs.{self.name} is a declaration, not a value; call envs.{self.name}.get()")
+    __len__ = __bool__
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.name}>"
@@ -214,26 +206,26 @@ class EnvBool(EnvField[bool]):
         return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-class EnvInt(EnvField[I], Generic[I]):
+class EnvInt(EnvField[int]):
     """A whole number in decimal digits."""
 
     kind = "int"
     expected = "a whole number"
 
-    def _parse(self, text: str) -> I:
+    def _parse(self, text: str) -> int:
         digits = text[1:] if text[0] in "+-" else text
         if not (digits.isascii() and digits.isdigit()):
             raise ValueError("not a whole number")
         return int(text)
 
 
-class EnvFloat(EnvField[F], Generic[F]):
+class EnvFloat(EnvField[float]):
     """A finite number."""
 
     kind = "float"
     expected = "a number"
 
-    def _parse(self, text: str) -> F:
+    def _parse(self, text: str) -> float:
         try:
             value = float(text)
         except ValueError:
@@ -243,13 +235,13 @@ class EnvFloat(EnvField[F], Generic[F]):
         return value
 
 
-class EnvStr(EnvField[S], Generic[S]):
+class EnvStr(EnvField[str]):
     """Text without blanks at either end."""
 
     kind = "str"
     expected = "text"
 
-    def _parse(self, text: str) -> S:
+    def _parse(self, text: str) -> str:
         return text
 
 
@@ -264,27 +256,3 @@ class EnvTuple(EnvField["tuple[str, ...]"]):
 
     def _format(self, value: Any) -> str:
         return ",".join(value)
-
-
-class EnvJSON(EnvField[Any]):
-    """JSON text, or the path of a file that holds it."""
-
-    kind = "JSON"
-    expected = "JSON text or the path of a JSON file"
-
-    def _parse(self, text: str) -> Any:
-        try:
-            return json.loads(text)
-        except ValueError as inline_error:
-            if text[0] in '{["':
-                raise ValueError(f"not JSON: {inline_error}") from None
-        try:
-            with open(os.path.expanduser(text), encoding="utf-8") as file:
-                return json.load(file)
-        except OSError as exc:
-            raise ValueError(f"neither JSON nor a readable file: {exc.strerror}") from None
-        except ValueError as exc:
-            raise ValueError(f"the file is not JSON: {exc}") from None
-
-    def _format(self, value: Any) -> str:
-        return json.dumps(value)

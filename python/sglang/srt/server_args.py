@@ -18,12 +18,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from sglang.srt.server_args_fields import Arg, FieldSpec, field_specs
-from sglang.srt.server_args_parser import add_arguments, collect_values, lacking_flag, parse_command_line
-from sglang.srt.server_args_upstream import ELSEWHERE, verdicts
+from sglang.srt.server_args_parser import add_arguments, collect_values, parse_command_line
+from sglang.srt.server_args_resolve import PlatformLike, check, resolve_all
+from sglang.srt.server_args_upstream import ELSEWHERE, upstream_flags, verdicts
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.server_args_resolve import PlatformLike
     from sglang.srt.server_args_verdict import Verdict
 
 __all__ = [
@@ -35,7 +35,6 @@ __all__ = [
     "get_global_server_args",
     "override_server_args",
     "prepare_server_args",
-    "render_markdown",
     "resolve",
     "run_dry",
     "set_global_server_args_for_scheduler",
@@ -119,14 +118,19 @@ class ServerArgs:
         str | None,
         Arg(
             "fp8 turns matrices into 8-bit floats in 128x128 blocks as they load. An fp8 checkpoint needs no flag.",
-            DTYPE, choices=("fp8",), elsewhere=ELSEWHERE["quantization"], auto="the checkpoint's format",
+            DTYPE,
+            choices=("fp8",),
+            elsewhere=ELSEWHERE["quantization"],
+            auto="the checkpoint's format",
         ),  # fmt: skip
     ] = None
     kv_cache_dtype: Annotated[
         str,
         Arg(
             "Type of cached keys, values and latents: auto is that of activations; fp8_e4m3 has 3 bits of fraction.",
-            DTYPE, choices=("auto", "bfloat16", "fp8_e4m3"), elsewhere=("fp8_e5m2", "fp4_e2m1"),
+            DTYPE,
+            choices=("auto", "bfloat16", "fp8_e4m3"),
+            elsewhere=("fp8_e5m2", "fp4_e2m1"),
         ),  # fmt: skip
     ] = "auto"
     mem_fraction_static: Annotated[
@@ -261,9 +265,9 @@ class ServerArgs:
     nccl_port: Annotated[
         int | None, Arg("Local port where the ranks meet.", PARALLEL, minimum=1, maximum=65535, auto="a free one")
     ] = None
-    dist_timeout: Annotated[
-        int | None, Arg("Seconds that a collective may take.", PARALLEL, minimum=1, auto="600")
-    ] = None
+    dist_timeout: Annotated[int | None, Arg("Seconds that a collective may take.", PARALLEL, minimum=1, auto="600")] = (
+        None
+    )
     attention_backend: Annotated[
         str | None,
         Arg(
@@ -344,7 +348,7 @@ class ServerArgs:
         for name, value in kwargs.items():
             if name in known or value is None or value is False:
                 continue
-            flag = lacking_flag(name)
+            flag = upstream_flags().get("--" + name.replace("_", "-"))
             if flag is None:
                 near = difflib.get_close_matches(name, sorted(known), n=1)
                 errors.append(f"unknown setting {name}" + (f": did you mean {near[0]}?" if near else ""))
@@ -418,8 +422,6 @@ def _accepted(args: ServerArgs, errors: Sequence[str], warnings: Sequence[str]) 
 
 def check_static(args: ServerArgs) -> list[str]:
     """Problems that need neither model nor machine: types, choices, bounds, flags that exclude each other."""
-    from sglang.srt.server_args_resolve import check
-
     return check(args, specs())[0]
 
 
@@ -428,8 +430,6 @@ def resolve(args: ServerArgs, model_config: ModelConfig, platform: PlatformLike)
 
     ``platform`` needs ``kind`` ("cpu", "cuda", "hip") and ``device_type``.
     """
-    from sglang.srt.server_args_resolve import resolve_all
-
     resolution = resolve_all(args, model_config, platform)
     for change in resolution.changes:
         logger.info("%s", change)
@@ -461,13 +461,6 @@ def exit_with_errors(errors: Sequence[str]) -> None:
     for error in errors:
         print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
-
-
-def render_markdown() -> str:
-    """The page docs/advanced_features/server_arguments.md."""
-    from sglang.srt.server_args_docs import render
-
-    return render(specs())
 
 
 _global_server_args: ServerArgs | None = None

@@ -11,6 +11,7 @@ from typing import Any
 _SI = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _IEC = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _KINDS = {bool: "bool", int: "int", float: "float", str: "str", list[int]: "ints"}
+_TYPES: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
 _EXPECTED = {"bool": "true or false", "int": "an integer", "float": "a number", "str": "text", "ints": "integers"}
 
 
@@ -89,13 +90,9 @@ class FieldSpec:
         return [f"{self.flag} must be {self.bounds()}, got {value}" for value in numbers if not self._in_bounds(value)]
 
     def _has_type(self, value: Any) -> bool:
-        if self.kind == "float":
-            return isinstance(value, (int, float)) and not isinstance(value, bool)
-        if self.kind == "int":
-            return isinstance(value, int) and not isinstance(value, bool)
         if self.kind == "ints":
-            return isinstance(value, list) and all(isinstance(v, int) and not isinstance(v, bool) for v in value)
-        return isinstance(value, bool if self.kind == "bool" else str)
+            return isinstance(value, list) and all(type(number) is int for number in value)
+        return type(value) in _TYPES[self.kind]
 
     def _in_bounds(self, value: float) -> bool:
         arg = self.arg
@@ -120,11 +117,9 @@ class FieldSpec:
 
 def human_int(word: str) -> int:
     """An integer, with the suffixes k, M, G, T (decimal) or Ki, Mi, Gi, Ti (binary); raises ValueError."""
-    match = re.fullmatch(r"(\d+)(Ki|Mi|Gi|Ti)", word)
-    if match:
+    if match := re.fullmatch(r"(\d+)(Ki|Mi|Gi|Ti)", word):
         return int(match[1]) * _IEC[match[2]]
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT])", word)
-    if match:
+    if match := re.fullmatch(r"(\d+(?:\.\d+)?)([kMGT])", word):
         return round(float(match[1]) * _SI[match[2]])
     return int(word)
 

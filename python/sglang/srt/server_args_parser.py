@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang.srt.server_args_fields import FieldSpec
-from sglang.srt.server_args_upstream import MISNAMED, UpstreamFlag, distinct_flags, upstream_flags, verdicts
+from sglang.srt.server_args_upstream import MISNAMED, distinct_flags, upstream_flags, verdicts
 
 _DEST = "_upstream_flags"
 
@@ -236,8 +236,3 @@ def _config_words(path: str) -> tuple[list[str], list[str]]:
             text = [json.dumps(item) if isinstance(item, dict) else str(item) for item in items]
             words += [f"--{key}={text[0]}"] if len(text) == 1 else [f"--{key}", *text]
     return words, errors
-
-
-def lacking_flag(name: str) -> UpstreamFlag | None:
-    """Upstream's flag for a keyword such as ``trust_remote_code``, if this engine lacks it."""
-    return upstream_flags().get("--" + name.replace("_", "-"))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -49,13 +50,6 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One reason against the settings."""
-
-    text: str
-
-
-@dataclass(frozen=True)
 class Context:
     """What steps may look at; ``model`` is None when its config cannot be read."""
 
@@ -77,24 +71,28 @@ class Resolution:
     warnings: list[str] = field(default_factory=list)
 
 
-Step = Callable[["ServerArgs", Context], Iterator["Change | Problem"]]
+# A step yields what it changes, and in words what speaks against the settings.
+Step = Callable[["ServerArgs", Context], Iterator[Change | str]]
 
 
-def resolve_all(args: ServerArgs, model: ModelConfig | None, platform: PlatformLike) -> Resolution:
-    """Run every step on ``args``, which stay as they are; problems are collected."""
+def resolve_all(
+    args: ServerArgs, model: ModelConfig | None, platform: PlatformLike, environ: Mapping[str, str] | None = None
+) -> Resolution:
+    """Run every step on ``args``, which stay as they are; problems are collected. ``environ``: default os.environ."""
+    environ = os.environ if environ is None else environ
     resolution = Resolution(args, warnings=remarks(args))
     given = frozenset(name for name, value in vars(args).items() if value is not None)
     try:
-        limit = envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.get()
-        context = Context(platform, model, envs.SGLANG_MAMBA_SSM_DTYPE.get() or "", limit, given)
+        limit = envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.read(environ)
+        context = Context(platform, model, envs.SGLANG_MAMBA_SSM_DTYPE.read(environ), limit, given)
     except EnvError as error:
         context = Context(platform, model, "", given=given)
         resolution.errors.append(str(error))
     for step in STEPS:
         changes: dict[str, Any] = {}
         for outcome in step(resolution.args, context):
-            if isinstance(outcome, Problem):
-                resolution.errors.append(outcome.text)
+            if isinstance(outcome, str):
+                resolution.errors.append(outcome)
             elif outcome.old != outcome.new:
                 changes[outcome.field] = outcome.new
                 resolution.changes.append(outcome)
@@ -112,66 +110,69 @@ def check(args: ServerArgs, specs: Sequence[FieldSpec]) -> tuple[list[str], Serv
         if found:
             defaults[spec.name] = spec.default
     usable = replace(args, **defaults)
-    problems += [problem.text for rule in RULES for problem in rule(usable)]
+    problems += [problem for rule in RULES for problem in rule(usable)]
     return problems, usable
 
 
-def _parallelism(args: ServerArgs) -> Iterator[Problem]:
+def _parallelism(args: ServerArgs) -> Iterator[str]:
     tp, dp, ep = args.tp_size, args.dp_size, args.ep_size
+    meets = args.nccl_port
+    if meets is not None and meets <= args.port < meets + args.num_replicas:
+        yield f"--port {args.port} is where ranks meet, by --nccl-port {meets}: choose another for one of the two"
     if args.enable_dp_attention and tp % dp:
-        yield Problem(f"--dp-size {dp} does not divide --tp-size {tp}: with --enable-dp-attention it parts those ranks")
+        yield f"--dp-size {dp} does not divide --tp-size {tp}: with --enable-dp-attention it parts those ranks"
     if args.moe_a2a_backend == "none":
         if tp % ep:
-            yield Problem(f"--ep-size {ep} does not divide --tp-size {tp}: it parts those ranks")
+            yield f"--ep-size {ep} does not divide --tp-size {tp}: it parts those ranks"
         if args.deepep_mode == "low_latency":
-            yield Problem("--deepep-mode low_latency needs --moe-a2a-backend mori; this one is none")
+            yield "--deepep-mode low_latency needs --moe-a2a-backend mori; this one is none"
     elif args.chunked_prefill_size == -1:
-        yield Problem(
+        yield (
             "--chunked-prefill-size -1 never cuts a prompt, and --moe-a2a-backend mori dispatches at most "
             f"{DISPATCH_LIMIT} tokens at once: give a size"
         )
 
 
-def _shared_experts(args: ServerArgs) -> Iterator[Problem]:
+def _shared_experts(args: ServerArgs) -> Iterator[str]:
     if args.disable_shared_experts_fusion and args.enforce_shared_experts_fusion:
-        yield Problem("--disable-shared-experts-fusion and --enforce-shared-experts-fusion contradict: drop one")
+        yield "--disable-shared-experts-fusion and --enforce-shared-experts-fusion contradict: drop one"
 
 
-def _chunks(args: ServerArgs) -> Iterator[Problem]:
+def _chunks(args: ServerArgs) -> Iterator[str]:
     chunk, page = args.chunked_prefill_size, args.page_size or 1
     if chunk is not None and chunk > 0 and chunk % page:
         near = max(page, chunk - chunk % page)
-        yield Problem(f"--chunked-prefill-size {chunk} is not a multiple of --page-size {page}: use {near}")
+        yield f"--chunked-prefill-size {chunk} is not a multiple of --page-size {page}: use {near}"
     if chunk == -1 and args.enable_mixed_chunk:
-        yield Problem("--enable-mixed-chunk needs chunks, and --chunked-prefill-size -1 turns them off: drop one")
+        yield "--enable-mixed-chunk needs chunks, and --chunked-prefill-size -1 turns them off: drop one"
     if args.max_total_tokens is not None and args.max_total_tokens < page:
-        yield Problem(f"--max-total-tokens {args.max_total_tokens} is less than one page: --page-size is {page}")
+        yield f"--max-total-tokens {args.max_total_tokens} is less than one page: --page-size is {page}"
 
 
-def _names_and_text(args: ServerArgs) -> Iterator[Problem]:
+def _names_and_text(args: ServerArgs) -> Iterator[str]:
     if args.served_model_name is not None and (":" in args.served_model_name or not args.served_model_name):
-        yield Problem(f"--served-model-name must be a name without a colon, got {args.served_model_name!r}")
+        yield f"--served-model-name must be a name without a colon, got {args.served_model_name!r}"
     for flag, key in (("--api-key", args.api_key), ("--admin-api-key", args.admin_api_key)):
         if key == "":
-            yield Problem(f"{flag} must not be empty: leave it out for no key")
+            yield f"{flag} must not be empty: leave it out for no key"
     try:
         overrides = json.loads(args.json_model_override_args)
     except ValueError as error:
-        yield Problem(f"--json-model-override-args is not valid JSON: {error}")
+        yield f"--json-model-override-args is not valid JSON: {error}"
         return
     if not isinstance(overrides, dict):
-        yield Problem(f"--json-model-override-args must be a JSON object, got {args.json_model_override_args}")
+        yield f"--json-model-override-args must be a JSON object, got {args.json_model_override_args}"
 
 
-def _graph_sizes(args: ServerArgs) -> Iterator[Problem]:
+def _graph_sizes(args: ServerArgs) -> Iterator[str]:
     if args.cuda_graph_bs and args.cuda_graph_max_bs and max(args.cuda_graph_bs) > args.cuda_graph_max_bs:
-        yield Problem(
+        yield (
             f"--cuda-graph-bs has {max(args.cuda_graph_bs)}, but --cuda-graph-max-bs is {args.cuda_graph_max_bs}: "
             "raise the latter or drop it"
         )
 
 
-RULES: tuple[Callable[[ServerArgs], Iterator[Problem]], ...] = (
+RULES: tuple[Callable[[ServerArgs], Iterator[str]], ...] = (
     _parallelism,
     _shared_experts,
     _chunks,
@@ -184,10 +185,9 @@ def remarks(args: ServerArgs) -> list[str]:
     """What a user should know of flags that are accepted."""
     found = []
     if args.api_key is None and not is_loopback(args.host):
-        found.append(
-            f"--host {args.host} without --api-key: whoever reaches port {args.port} may run inference; "
-            + ("" if args.admin_api_key else "administrative endpoints are closed")
-        )
+        closed = "" if args.admin_api_key else "; administrative endpoints are closed"
+        anyone = f"whoever reaches port {args.port} may run inference"
+        found.append(f"--host {args.host} without --api-key: {anyone}{closed}")
     if args.deepep_mode == "normal" and args.moe_a2a_backend == "none":
         found.append("--deepep-mode normal has no effect: --moe-a2a-backend is none")
     if args.load_balance_method != "auto" and args.dp_size == 1:
@@ -200,25 +200,16 @@ def is_loopback(host: str) -> bool:
     return host in LOOPBACK_HOSTS or re.fullmatch(r"127\.\d+\.\d+\.\d+", host) is not None
 
 
-def _paths(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
-    if args.tokenizer_path is None:
-        yield Change("tokenizer_path", None, args.model_path, "the tokenizer of the model folder")
-    if args.served_model_name is None:
-        yield Change("served_model_name", None, args.model_path, "the model path")
-
-
-def _device(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+def _device(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     present = context.platform.device_type
     if args.device == "auto":
         yield Change("device", "auto", present, f"platform {context.platform.kind}")
     elif args.device != present:
         fix = "set SGLANG_PLATFORM=cpu" if args.device == "cpu" else "drop it, or run where torch sees a GPU"
-        yield Problem(
-            f"--device {args.device} was asked for, and platform {context.platform.kind} is on {present}: {fix}"
-        )
+        yield f"--device {args.device} was asked for, and platform {context.platform.kind} is on {present}: {fix}"
 
 
-def _model_limits(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+def _model_limits(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     model = context.model
     if model is None:
         return
@@ -232,35 +223,40 @@ def _model_limits(args: ServerArgs, context: Context) -> Iterator[Change | Probl
         yield Change("dtype", args.dtype, name, "the same type by torch's name")
 
 
-def _weight_format(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+def _weight_format(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     if args.quantization is None and context.model is not None and context.model.quant_config is not None:
         yield Change("quantization", None, "fp8", "the checkpoint's")
 
 
-def _memory(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+def _defaults(args: ServerArgs, context: Context) -> Iterator[Change | str]:
+    """Every field that stays None until here and needs neither model nor other fields than the page size."""
     on_cpu = context.platform.device_type == "cpu"
-    where = "on CPU" if on_cpu else "on a GPU"
-    if args.mem_fraction_static is None:
-        reason = "on CPU, other programs need memory too" if on_cpu else "the rest is for activations"
-        yield Change("mem_fraction_static", None, 0.5 if on_cpu else 0.88, reason)
-    if args.max_running_requests is None:
-        yield Change("max_running_requests", None, 64 if on_cpu else 256, f"default {where}")
-    page = args.page_size or 1
-    if args.page_size is None:
-        yield Change("page_size", None, page, "default")
-    if args.chunked_prefill_size is None:
-        chunk = 2048 if on_cpu else 8192
-        # A page larger than the default chunk makes the chunk one page.
-        chunk = max(page, chunk - chunk % page)
-        yield Change("chunked_prefill_size", None, chunk, f"default {where}, a multiple of the page size {page}")
+    where, page = "on CPU" if on_cpu else "on a GPU", args.page_size or 1
+    # A page larger than the default chunk makes the chunk one page.
+    chunk = min(2048 if on_cpu else 8192, args.max_prefill_tokens)
+    chunk = max(page, chunk - chunk % page)
+    memory_reason = "on CPU, other programs need memory too" if on_cpu else "the rest is for activations"
+    for name, value, reason in (
+        ("tokenizer_path", args.model_path, "the tokenizer of the model folder"),
+        ("served_model_name", args.model_path, "the model path"),
+        ("mem_fraction_static", 0.5 if on_cpu else 0.88, memory_reason),
+        ("max_running_requests", 64 if on_cpu else 256, f"default {where}"),
+        ("page_size", page, "default"),
+        ("chunked_prefill_size", chunk, f"default {where} up to --max-prefill-tokens, in pages of {page}"),
+        ("sampling_backend", "pytorch", "the only sampler"),
+        ("random_seed", secrets.randbelow(2**31), "drawn, because --random-seed is not given"),
+        ("dist_timeout", 600, "default, in seconds"),
+    ):
+        if getattr(args, name) is None:
+            yield Change(name, None, value, reason)
 
 
-def _schedule(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+def _schedule(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     if args.schedule_policy == "lpm" and args.disable_radix_cache:
         yield Change("schedule_policy", "lpm", "fcfs", "--disable-radix-cache leaves no prefixes to match")
 
 
-def _attention_backend(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+def _attention_backend(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     asked, kind = args.attention_backend, context.platform.kind
     on_cpu = context.platform.device_type == "cpu"
     fallback = "torch_native" if on_cpu else "triton"
@@ -269,21 +265,14 @@ def _attention_backend(args: ServerArgs, context: Context) -> Iterator[Change | 
         yield Change("attention_backend", None, fallback, reason)
     elif kind not in ATTENTION_KINDS[asked]:
         kinds = " or ".join(ATTENTION_KINDS[asked])
-        yield Problem(f"--attention-backend {asked} needs platform {kinds}, and this is {kind}: use {fallback}")
+        yield f"--attention-backend {asked} needs platform {kinds}, and this is {kind}: use {fallback}"
     elif asked not in BUILT_ATTENTION_BACKENDS:
         yield Change("attention_backend", asked, fallback, f"{asked} is a preference, and this build lacks it")
     elif asked == "triton" and on_cpu:
         yield Change("attention_backend", asked, fallback, "Triton kernels need a GPU, and tensors live on the host")
 
 
-def _sampling(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
-    if args.sampling_backend is None:
-        yield Change("sampling_backend", None, "pytorch", "the only sampler")
-    if args.random_seed is None:
-        yield Change("random_seed", None, secrets.randbelow(2**31), "drawn, because --random-seed is not given")
-
-
-def _graphs(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+def _graphs(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     if context.platform.device_type == "cpu":
         yield Change("disable_cuda_graph", args.disable_cuda_graph, True, "the host captures no graphs")
         reason = "on the host a step ends before the next is prepared"
@@ -293,12 +282,20 @@ def _graphs(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
         yield Change("disable_cuda_graph", args.disable_cuda_graph, True, reason)
 
 
-def _collectives(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
-    if args.dist_timeout is None:
-        yield Change("dist_timeout", None, 600, "default, in seconds")
+def _state_slots(args: ServerArgs, context: Context) -> Iterator[Change | str]:
+    """Each running request holds one slot: an automatic number of requests is lowered to the slots given."""
+    slots, running = args.max_mamba_cache_size, args.max_running_requests
+    if slots is None or running is None or context.model is None:
+        return
+    if not getattr(context.model.text, "linear_layer_ids", ()):
+        yield f"--max-mamba-cache-size {slots} was given, but the model has no recurrent states: drop it"
+    elif slots < running and "max_running_requests" not in context.given:
+        yield Change("max_running_requests", running, slots, f"--max-mamba-cache-size {slots}")
+    elif slots < running:
+        yield f"--max-mamba-cache-size {slots} is below --max-running-requests {running}, each of which needs a slot"
 
 
-def _recurrent_state(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+def _recurrent_state(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     if args.mamba_ssm_dtype is not None:
         return
     if context.mamba_ssm_dtype:
@@ -308,7 +305,7 @@ def _recurrent_state(args: ServerArgs, context: Context) -> Iterator[Change | Pr
         yield Change("mamba_ssm_dtype", None, named or "float32", "the checkpoint's" if named else "no such state")
 
 
-def _parallel_modes(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+def _parallel_modes(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     if args.enable_dp_attention and args.dp_size == 1:
         yield Change("enable_dp_attention", True, False, "--dp-size 1 is one attention group")
     if args.load_balance_method == "auto":
@@ -320,7 +317,7 @@ def _parallel_modes(args: ServerArgs, context: Context) -> Iterator[Change | Pro
             yield Change("deepep_mode", "auto", "normal", "for --moe-a2a-backend mori, auto is normal")
 
 
-def _group_chunk(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+def _group_chunk(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     """A prefill chunk is shared by the attention groups."""
     chunk, groups, page = args.chunked_prefill_size, args.attn_dp_size, args.page_size or 1
     if chunk is not None and chunk > 0 and groups > 1:
@@ -328,7 +325,7 @@ def _group_chunk(args: ServerArgs, context: Context) -> Iterator[Change | Proble
         yield Change("chunked_prefill_size", chunk, part, f"for each of {groups} attention groups")
 
 
-def _dispatch_limit(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+def _dispatch_limit(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     """No forward of a rank may hold more tokens than may be dispatched: what is automatic is lowered to the limit."""
     limit, page = context.dispatch_limit, args.page_size or 1
     if args.moe_a2a_backend != "mori" or not limit or args.max_running_requests is None:
@@ -336,8 +333,8 @@ def _dispatch_limit(args: ServerArgs, context: Context) -> Iterator[Change | Pro
     if args.chunked_prefill_size is None or args.chunked_prefill_size == -1:
         return
 
-    def refusal(size: str) -> Problem:
-        return Problem(f"{size} is above {DISPATCH_LIMIT}={limit}: lower the first or raise the second")
+    def refusal(size: str) -> str:
+        return f"{size} is above {DISPATCH_LIMIT}={limit}: lower the first or raise the second"
 
     for flag, size in (("bs", max(args.cuda_graph_bs or [0])), ("max-bs", args.cuda_graph_max_bs or 0)):
         if size > limit:
@@ -365,31 +362,31 @@ def _dispatch_limit(args: ServerArgs, context: Context) -> Iterator[Change | Pro
         yield Change("chunked_prefill_size", chunk, largest, f"{DISPATCH_LIMIT}={limit}")
 
 
-def _experts(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+def _experts(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     ep = args.ep_size
     if context.model is None or (ep == 1 and args.moe_a2a_backend == "none"):
         return
     text = context.model.text
     experts = getattr(text, "n_routed_experts", None) or getattr(text, "num_experts", None)
     if not experts:
-        yield Problem(f"the model has no experts: drop --ep-size {ep} and --moe-a2a-backend {args.moe_a2a_backend}")
+        yield f"the model has no experts: drop --ep-size {ep} and --moe-a2a-backend {args.moe_a2a_backend}"
     elif experts % ep:
         forced = " (--tp-size, by --moe-a2a-backend mori)" if args.moe_a2a_backend == "mori" else ""
-        yield Problem(f"--ep-size {ep}{forced} does not divide the model's {experts} experts: use a divisor")
+        yield f"--ep-size {ep}{forced} does not divide the model's {experts} experts: use a divisor"
 
 
-def _shared_experts_fusion(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+def _shared_experts_fusion(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     """On by default where the shared experts can be slots of the routed ones' weights."""
     if context.model is None or args.disable_shared_experts_fusion:
         return
     refusal = context.model.shared_fusion_refusal(args.moe_a2a_backend)
     if refusal and args.enforce_shared_experts_fusion:
-        yield Problem(f"--enforce-shared-experts-fusion cannot be served: {refusal}. Drop it; results are the same")
+        yield f"--enforce-shared-experts-fusion cannot be served: {refusal}. Drop it; results are the same"
     elif refusal:
         yield Change("disable_shared_experts_fusion", False, True, refusal)
 
 
-def _tensor_parallel(args: ServerArgs, context: Context) -> Iterator[Change | Problem]:
+def _tensor_parallel(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     if context.model is None or args.tp_size == 1 or args.tp_size % args.attn_dp_size or args.tp_size % args.ep_size:
         return
     text = context.model.text
@@ -405,23 +402,21 @@ def _tensor_parallel(args: ServerArgs, context: Context) -> Iterator[Change | Pr
         sizes = ", ".join(f"{name} {getattr(text, name)}" for name in uneven)
         parted = f" in {args.attn_dp_size} attention groups" if args.attn_dp_size > 1 else ""
         ranks = f"--tp-size {args.tp_size}{parted}"
-        yield Problem(f"{ranks} does not divide {sizes} of the model: use a smaller power of two")
+        yield f"{ranks} does not divide {sizes} of the model: use a smaller power of two"
 
 
 STEPS: tuple[Step, ...] = (
-    _paths,
     _device,
     _model_limits,
     _weight_format,
     _parallel_modes,
-    _memory,
+    _defaults,
+    _state_slots,
     _group_chunk,
     _dispatch_limit,
     _schedule,
     _attention_backend,
-    _sampling,
     _graphs,
-    _collectives,
     _recurrent_state,
     _experts,
     _shared_experts_fusion,

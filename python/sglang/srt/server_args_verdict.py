@@ -75,7 +75,7 @@ def evaluate(
         verdict.args = _with_embedded_model(verdict)
     model_problems = _read_model(verdict, platform)
     if platform is not None:
-        resolution = resolve_all(verdict.args, verdict.model_config, platform)
+        resolution = resolve_all(verdict.args, verdict.model_config, platform, environ)
         verdict.args = resolution.args
         verdict.changes += resolution.changes
         verdict.errors += resolution.errors
@@ -139,4 +139,6 @@ def _read_model(verdict: Verdict, platform: PlatformLike | None) -> list[str]:
         verdict.warnings.append(
             f"{args.tokenizer_path or folder} holds no tokenizer.json: the launch needs it, or --skip-tokenizer-init"
         )
+    if not args.skip_tokenizer_init and args.chat_template and not Path(args.chat_template).is_file():
+        return [f"--chat-template {args.chat_template!r}: no such file"]
     return []

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from sglang.test import tiny_tokenizers
+
 SPECIAL_TOKENS = ("<s>", "</s>")  # ids 0 and 1
 CONFIG: dict[str, Any] = {
     "model_type": "deepseek_v3", "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512,
@@ -58,14 +60,7 @@ def write_tokenizer(folder: Path, size: int) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": SPECIAL_TOKENS[0],
-        "eos_token": SPECIAL_TOKENS[1],
-        "model_max_length": 131072,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    tiny_tokenizers.write_tokenizer(str(folder), tokenizer, eos_token=SPECIAL_TOKENS[1], model_max_length=131072)
 
 
 def make_checkpoint(folder: Path | None = None) -> Path:

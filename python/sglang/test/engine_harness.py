@@ -23,7 +23,7 @@ from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.server_args import ServerArgs, resolve, set_global_server_args_for_scheduler
+from sglang.srt.server_args import ServerArgs, override_server_args, resolve
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 
@@ -55,8 +55,8 @@ class EngineHarness:
             platform_kind=current_platform.kind,
         )
         self.args = resolve(args, self.model_config, current_platform)
-        set_global_server_args_for_scheduler(self.args)
-        self.runner = ModelRunner(self.args, self.model_config)
+        with override_server_args(**vars(self.args)):
+            self.runner = ModelRunner(self.args, self.model_config)
         config = SchedulerConfig.create(self.args, self.model_config, self.runner)
         # On CPU steps never overlap by themselves; the bookkeeping of overlap can still be exercised.
         config = replace(config, enable_overlap=overlap)

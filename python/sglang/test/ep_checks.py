@@ -238,20 +238,20 @@ def check_settings() -> None:
     )
     for config, message in refused:
         with CASE.assertRaisesRegex(ExchangeConfigError, message):
-            plan_exchange(config, 0, 128, 16, 2, torch.float32, is_mori=True)
+            plan_exchange(config, choose_kernel(config), 0, 128, 16, 2, torch.float32)
     for hidden, groups in ((2048, 56), (7168, 16)):
         needed = f"needs MORI_FP8_COMBINE_SCALE_DIM={hidden // 128}, found {groups}"
         with CASE.assertRaisesRegex(ExchangeConfigError, needed):
             config = MoriConfig(2, 4, combine_dtype="fp8", combine_groups=groups)
-            plan_exchange(config, 0, 128, hidden, 2, torch.bfloat16, is_mori=True)
-    # The portable transport has none of the first reason, and the worst case is no cap.
-    plan, kernel = plan_exchange(refused[0][0], 0, 64, 16, 2, torch.float32, is_mori=False)
-    CASE.assertEqual((kernel, plan.max_recv), (None, 104))
+            plan_exchange(config, choose_kernel(config), 0, 128, hidden, 2, torch.bfloat16)
+    with CASE.assertRaisesRegex(ExchangeConfigError, "float16: add --dtype bfloat16"):
+        plan_exchange(MoriConfig(2, 4), choose_kernel(MoriConfig(2, 4)), 0, 8, 16, 2, torch.float16)
+    # The portable transport has no such reasons, and knows no codec; the worst case is no cap.
+    CASE.assertEqual(plan_exchange(refused[0][0], None, 0, 64, 16, 2, torch.float16).max_recv, 104)
+    plan = plan_exchange(MoriConfig(1, 4, combine_dtype="fp8"), None, 0, 8, 16, 2, torch.float32)
+    CASE.assertEqual(plan.combine_wire, "none")
     choose_kernel(MoriConfig(8, 64, max_recv_tokens=100, low_latency=True))
     choose_kernel(MoriConfig(8, 64, max_recv_tokens=512))
-    with CASE.assertRaisesRegex(ExchangeConfigError, "unset SGLANG_MORI_COMBINE_DTYPE"):
-        plan, _ = plan_exchange(MoriConfig(1, 4, combine_dtype="fp8"), 0, 8, 16, 2, torch.bfloat16, is_mori=False)
-        PortableTransport(plan, ProcessGroupHandle(), "cpu", False)
     for cap in (-1, 17, 10**9):
         with CASE.assertRaisesRegex(ExchangeConfigError, "PREALLOC_MAX_RECV_TOKENS=.* must be 0"):
             MoriConfig(4, 4, max_recv_tokens=cap)

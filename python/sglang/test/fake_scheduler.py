@@ -194,7 +194,6 @@ def _output(entry: _Running, reason: FinishReason | None) -> TokenIDOutput:
         completion_tokens=len(entry.output_ids),
         cached_tokens=1,
         skip_special_tokens=params.skip_special_tokens,
-        spaces_between_special_tokens=params.spaces_between_special_tokens,
         no_stop_trim=params.no_stop_trim,
         stop=params.stop,
         input_logprobs=prompt,

@@ -14,6 +14,7 @@ import httpx
 
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
 from sglang.srt.entrypoints.http_server import HttpServer, bind, listen
+from sglang.srt.managers.io_struct import FinishReason
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.hf_tokenizer import Tokenizer
@@ -25,18 +26,21 @@ CONTEXT_LEN = 128
 
 
 class FakeServer:
-    """Serves until ``stop``; ``scheduler`` is the fake one. ``settings`` are fields of ServerArgs.
+    """Serves until ``stop``; ``scheduler`` is the fake one, ``error`` what it ends requests with.
 
-    The listener is always on loopback, whatever ``host`` the settings name.
+    ``settings`` are fields of ServerArgs. The listener is always on loopback, whatever ``host`` they name.
     """
 
-    def __init__(self, generation_defaults: dict[str, Any] | None = None, **settings: Any):
+    def __init__(
+        self, generation_defaults: dict[str, Any] | None = None, error: FinishReason | None = None, **settings: Any
+    ):
         self._folder = tempfile.TemporaryDirectory()
         folder = write_tokenizer(self._folder.name, byte_level_tokenizer())
         args = replace(ServerArgs(), model_path=folder, tokenizer_path=folder, log_level="error", **settings)
         self.tokenizer = None if args.skip_tokenizer_init else Tokenizer.from_path(folder)
         self.engine = FakeEngine(args, self.tokenizer)
         self.scheduler = self.engine.scheduler
+        self.scheduler.error = error
         model: Any = types.SimpleNamespace(
             architecture="FakeForCausalLM",
             context_len=CONTEXT_LEN,

@@ -9,7 +9,6 @@ The file holds one JSON object a line with "question" and "answer", the answer e
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import re
 import sys
@@ -18,15 +17,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+from sglang.test.run_eval import Client, EvalError, ask_all
 
 STOP = ("Question", "Assistant:", "<|separator|>")
-REQUEST_TIMEOUT_S = 3600.0
 _NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
-
-
-class EvalError(RuntimeError):
-    """The questions cannot be asked; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -81,28 +75,6 @@ def make_prompts(pairs: Sequence[tuple[str, str]], num_shots: int, num_questions
     return prompts
 
 
-async def _ask_all(
-    prompts: Sequence[str], url: str, parallel: int, max_new_tokens: int, temperature: float
-) -> list[tuple[str, int]]:
-    """(text, output tokens) of each reply."""
-    gate = asyncio.Semaphore(parallel)
-
-    async def ask(client: httpx.AsyncClient, prompt: str) -> tuple[str, int]:
-        sampling = {"temperature": temperature, "max_new_tokens": max_new_tokens, "stop": list(STOP)}
-        async with gate:
-            response = await client.post(f"{url}/generate", json={"text": prompt, "sampling_params": sampling})
-        if response.status_code != 200:
-            raise EvalError(f"the server answered HTTP {response.status_code}: {response.text[:300]}")
-        reply = response.json()
-        return reply["text"], reply["meta_info"]["completion_tokens"]
-
-    async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S, trust_env=False) as client:
-        try:
-            return await asyncio.gather(*(ask(client, prompt) for prompt in prompts))
-        except httpx.HTTPError as error:
-            raise EvalError(f"no answer from {url}: {error!r}") from error
-
-
 def server_url(host: str, port: int) -> str:
     """``host`` with its scheme put in front where it has none."""
     return f"{host if '://' in host else 'http://' + host}:{port}"
@@ -113,16 +85,16 @@ def run_eval(args: argparse.Namespace) -> GSM8KResult:
     prompts = make_prompts(read_questions(args.data_path), args.num_shots, args.num_questions)
     if len(prompts) < args.num_questions:
         print(f"{args.data_path} has {len(prompts)} of the {args.num_questions} questions asked for")
+    client = Client(server_url(args.host, args.port))
+    sampling = {"temperature": args.temperature, "max_new_tokens": args.max_new_tokens, "stop": list(STOP)}
+
+    def ask(prompt: str) -> tuple[str, int]:
+        """Text and output tokens of the reply."""
+        body = {"text": prompt, "sampling_params": sampling}
+        return client.post("/generate", body, lambda reply: (reply["text"], reply["meta_info"]["completion_tokens"]))
+
     started = time.perf_counter()
-    replies = asyncio.run(
-        _ask_all(
-            [prompt for prompt, _ in prompts],
-            server_url(args.host, args.port),
-            args.parallel,
-            args.max_new_tokens,
-            args.temperature,
-        )
-    )
+    replies = ask_all(ask, [prompt for prompt, _ in prompts], args.parallel)
     latency = time.perf_counter() - started
     numbers = [parse_number(text) for text, _ in replies]
     right = sum(number == expected for number, (_, expected) in zip(numbers, prompts, strict=True))

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from unittest import mock
 
-import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang.srt.platforms import current_platform
 from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.utils import multi_stream_utils
-from sglang.srt.utils.overlap_check import storage_accesses
+from sglang.srt.utils.overlap_check import storage_accesses, tensors_in
 
 Result = TypeVar("Result")
 Clock = dict[str, int]
@@ -188,7 +187,7 @@ class HappensBefore(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         stream: FakeStream = self._platform.current_stream()
         time = stream.tick()
-        arguments = {leaf.untyped_storage()._cdata for leaf in _leaves((args, kwargs))}
+        arguments = {leaf.untyped_storage()._cdata for leaf in tensors_in((args, kwargs))}
         for storage, written in storage_accesses(func, args, kwargs or {}, result):
             access = Access(str(func), stream.name, time, written)
             memory = self._memories.get(storage._cdata)
@@ -226,7 +225,3 @@ class HappensBefore(TorchDispatchMode):
                 last = pool.get(access.stream)
                 if last is None or last.time < access.time:
                     pool[access.stream] = access
-
-
-def _leaves(value: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]

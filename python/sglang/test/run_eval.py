@@ -5,74 +5,71 @@ with `--compare`, transformers answers as well within `--tolerance` questions), 
 """
 
 import argparse
-import json
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
+
+import httpx
 
 from sglang.test.tiny_tasks import ADDITION, LOOKUP, MAX_NEW_TOKENS, TASKS, Question, heldout_questions
 
 GATED_TASKS = (ADDITION, LOOKUP)
-REQUEST_TIMEOUT_S = 300.0
+REQUEST_TIMEOUT_S = 3600.0
 EVAL_NAMES = ("tiny",)
+Answer = TypeVar("Answer")
 
 
 class EvalError(RuntimeError):
     """The evaluation could not be carried out; the message says what was asked and what came back."""
 
 
-def _chat_content(reply: Any) -> str:
-    return reply["choices"][0]["message"]["content"] or ""
-
-
 class Client:
     """Asks one server; `base_url` without a trailing path, `api` is "generate" or "chat"."""
 
     def __init__(self, base_url: str, api: str = "generate", api_key: str | None = None):
-        self.base_url = base_url.rstrip("/")
         self.api = api
-        self.api_key = api_key
+        self.base_url = base_url.rstrip("/")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        # A proxy set for the outside world must not see loopback traffic.
+        self._http = httpx.Client(
+            headers=headers, timeout=REQUEST_TIMEOUT_S, trust_env=False, limits=httpx.Limits(max_connections=None)
+        )
 
     def ask(self, text: str) -> str:
         """The server's greedy completion of the question `text`; EvalError when it gives none."""
         if self.api == "chat":
             messages = [{"role": "user", "content": text}]
             body = {"model": "default", "messages": messages, "temperature": 0, "max_tokens": MAX_NEW_TOKENS}
-            return self._post("/v1/chat/completions", body, _chat_content)
+            return self.post(
+                "/v1/chat/completions", body, lambda reply: reply["choices"][0]["message"]["content"] or ""
+            )
         sampling_params = {"temperature": 0, "max_new_tokens": MAX_NEW_TOKENS}
-        return self._post("/generate", {"text": text, "sampling_params": sampling_params}, lambda reply: reply["text"])
+        return self.post("/generate", {"text": text, "sampling_params": sampling_params}, lambda reply: reply["text"])
 
-    def _post(self, path: str, body: dict[str, Any], pick: Callable[[Any], str]) -> str:
-        headers = {"Content-Type": "application/json"}
-        if self.api_key:
-            headers["Authorization"] = f"Bearer {self.api_key}"
+    def post(self, path: str, body: dict[str, Any], pick: Callable[[Any], Answer]) -> Answer:
+        """What `pick` finds in the reply; EvalError says what came back instead of one."""
         url = self.base_url + path
-        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
         try:
-            with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as response:
-                payload = response.read()
-        except urllib.error.HTTPError as error:
-            detail = error.read().decode("utf-8", "replace")[:500]
-            raise EvalError(f"POST {url} answered {error.code}: {detail}") from error
-        except OSError as error:
+            reply = self._http.post(url, json=body)
+        except httpx.HTTPError as error:
             raise EvalError(
                 f"POST {url} failed: {error}; is the server up, and are --host and --port its own?"
             ) from error
+        if reply.status_code != 200:
+            raise EvalError(f"POST {url} answered {reply.status_code}: {reply.text[:500]}")
         try:
-            return pick(json.loads(payload))
+            return pick(reply.json())
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise EvalError(f"POST {url} answered with no completion in it: {payload[:500]!r}") from error
+            raise EvalError(f"POST {url} answered with no completion in it: {reply.text[:500]!r}") from error
 
 
-def server_answers(client: Client, questions: Sequence[Question], num_threads: int) -> list[str]:
-    """The server's answers in the order of the questions, asked by `num_threads` threads at a time."""
+def ask_all(ask: Callable[[str], Answer], texts: Sequence[str], num_threads: int) -> list[Answer]:
+    """The answers in the order of the texts, asked by `num_threads` threads at a time."""
     with ThreadPoolExecutor(max_workers=num_threads) as pool:
-        futures = [pool.submit(client.ask, question.text) for question in questions]
+        futures = [pool.submit(ask, text) for text in texts]
         try:
             return [future.result() for future in futures]
         except EvalError:
@@ -157,7 +154,8 @@ def run_eval(args: argparse.Namespace) -> list[str]:
     if args.reference is None or args.compare:
         base_url = args.base_url or f"http://{args.host}:{args.port}"
         started = time.perf_counter()
-        answers["server"] = server_answers(Client(base_url, args.api, args.api_key), questions, args.num_threads)
+        client = Client(base_url, args.api, args.api_key)
+        answers["server"] = ask_all(client.ask, [question.text for question in questions], args.num_threads)
         print(f"Total latency: {time.perf_counter() - started:.3f} s")
         counts = correct_by_task(questions, answers["server"])
         right["server"] = print_report(f"server {base_url} ({args.api})", counts)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-import unittest
 from pathlib import Path
 from typing import Any
 
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.model_runner import ModelRunner
-from sglang.srt.models import qwen3_5
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.utils.stream_policy import SERIAL_PLAN, SITE_RULES
+from sglang.srt.utils.stream_policy import SITE_RULES
 from sglang.test.engine_harness import EngineHarness
+from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import KERNEL_SIZED_CONFIGS
 
 ARCHITECTURES = {"dsv3-k": "DeepseekV3ForCausalLM", "q35moe-k": "Qwen3_5MoeForCausalLM"}
@@ -27,12 +26,11 @@ MODES = ((FUSED, "off"), (FUSED, "on"), (APART, "off"), (APART, "on"))
 Answers = dict[str, tuple[list[int], list[float], list[float]]]
 
 
-class SharedFusionCases(unittest.TestCase):
+class SharedFusionCases(CustomTestCase):
     """Random weights by name, so that both forms of a model serve the same ones."""
 
     def serve(self, name: str, dtype: str, sites: str, **settings: Any) -> tuple[Answers, ModelRunner]:
         """The answers to a few prompts that decode together, and their runner."""
-        self.addCleanup(qwen3_5.configure_streams, SERIAL_PLAN)
         forced = ",".join(f"{rule.name}={sites}" for rule in SITE_RULES)
         options = {"max_total_tokens": 1024, "max_running_requests": 4, "random_seed": 1, "load_format": "dummy"}
         with tempfile.TemporaryDirectory() as folder, envs.SGLANG_STREAM_SITES.override(forced):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -12,24 +12,24 @@ import time
 import unittest
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+from unittest import mock
 from urllib.parse import urlparse
 
 from sglang.srt.environ import envs
-from sglang.srt.utils.common import kill_process_tree
+from sglang.srt.utils.common import get_free_port, kill_process_tree
 
 __all__ = [
     "DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH",
     "DEFAULT_URL_FOR_TEST",
     "CustomTestCase",
-    "find_available_port",
     "free_url",
     "kill_process_tree",
     "popen_launch_server",
 ]
-
 
 
 def _launch_timeout() -> float:
@@ -40,12 +40,38 @@ def _launch_timeout() -> float:
 
 
 DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH = _launch_timeout()
-POLL_SECONDS = 0.25
+POLL_SECONDS = 0.05
 OUTPUT_TAIL_CHARS = 6_000
+# What the product keeps for the whole process and sets while it builds a model or an engine.
+PROCESS_STATE = {
+    "sglang.srt.server_args": ("_global_server_args",),
+    "sglang.srt.distributed.parallel_state": ("_state",),
+    "sglang.srt.models.qwen3_5": ("_hip_use_alt_stream", "_gdn_use_alt_stream", "_qknorm_use_alt_stream", "_streams"),
+}
+
+
+@contextmanager
+def process_state_kept() -> Iterator[None]:
+    """Restore the environment and, where torch is imported before the block, the process state after it."""
+    owners = {name: importlib.import_module(name) for name in PROCESS_STATE if "torch" in sys.modules}
+    before = [(owner, field, getattr(owner, field)) for name, owner in owners.items() for field in PROCESS_STATE[name]]
+    with mock.patch.dict(os.environ):
+        try:
+            yield
+        finally:
+            for owner, field, value in before:
+                setattr(owner, field, value)
 
 
 class CustomTestCase(unittest.TestCase):
-    """TestCase that ends ``cls.process`` and runs ``tearDownClass`` also when ``setUpClass`` raises."""
+    """TestCase that ends ``cls.process`` and runs ``tearDownClass`` also when ``setUpClass`` raises.
+
+    Each test leaves environment and process state as it found them, so that files share a process in any order.
+    """
+
+    def run(self, result: unittest.TestResult | None = None) -> Any:
+        with process_state_kept():
+            return super().run(result)
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
@@ -70,16 +96,9 @@ class CustomTestCase(unittest.TestCase):
         cls.setUpClass = classmethod(set_up_class)  # type: ignore[assignment]
 
 
-def find_available_port() -> int:
-    """A TCP port of the loopback address that nothing listened on a moment ago."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def free_url() -> str:
     """``http://127.0.0.1:PORT`` with a free port, for the ``base_url`` of one test class."""
-    return f"http://127.0.0.1:{find_available_port()}"
+    return f"http://127.0.0.1:{get_free_port()}"
 
 
 # Chosen at import: each test file is a process of its own, so files that run at once do not meet.

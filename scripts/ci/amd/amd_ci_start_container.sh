@@ -16,10 +16,9 @@ done
 
 name="${AMD_CI_CONTAINER:-ci_sglang}"
 checkout="$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd)"
-[ -e /dev/kfd ] || { echo "error: no /dev/kfd: this runner shows no AMD GPU" >&2 && exit 1; }
-
 if [ -z "$image" ]; then
-    arch="$(rocminfo | grep -o -m1 'gfx9[0-9a-f]*')"
+    # Read to its end: a pipe that closes early would end this script without a word.
+    arch="$(rocminfo | awk '!arch && match($0, /gfx[0-9a-f]+/) { arch = substr($0, RSTART, RLENGTH) } END { print arch }' || true)"
     case "$arch" in
     gfx942) family=mi30x ;;
     gfx950) family=mi35x ;;
@@ -29,6 +28,7 @@ if [ -z "$image" ]; then
 fi
 
 echo "image: $image"
+[ -e /dev/kfd ] || { echo "error: no /dev/kfd: this runner shows no AMD GPU" >&2 && exit 1; }
 docker pull --quiet "$image"
 docker rm --force "$name" >/dev/null 2>&1 || true
 # RDMA devices are passed where the runner has them.

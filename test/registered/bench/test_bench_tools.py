@@ -37,6 +37,7 @@ class TestAgainstServer(CustomTestCase):
     @classmethod
     def tearDownClass(cls):
         kill_process_tree(cls.process.pid)
+        cls.process.wait()
 
     def bench(self, *flags: str) -> tuple[int, str, dict]:
         """(exit status, printed text, appended record)"""

@@ -35,7 +35,8 @@ BAD_PARAMS = [
     {"max_new_tokens": "ten"}, {"min_new_tokens": 9, "max_new_tokens": 3}, {"n": 0}, {"n": 10**6}, {"stop": ""},
     {"stop": [""]}, {"stop": 5}, {"stop": ["x"] * 99}, {"stop_token_ids": [10**9]}, {"stop_token_ids": ["a"]},
     {"logit_bias": {"x": 1}}, {"logit_bias": {"99999999": 1}}, {"sampling_seed": 2**70}, {"regex": "a*"},
-    {"json_schema": "{}"}, {"stream_interval": 0},
+    {"json_schema": "{}"}, {"stream_interval": 0}, {"logit_bias": {"5": 1e300}}, {"top_p": 1e-300},
+    {"temperature": 1e300}, {"repetition_penalty": 1e-300},
 ]  # fmt: skip
 BAD_COMPLETIONS = [
     {}, {"prompt": None}, {"prompt": ""}, {"prompt": []}, {"prompt": {"a": 1}}, {"prompt": ["a", 1]},

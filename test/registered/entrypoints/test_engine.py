@@ -4,6 +4,7 @@ import asyncio
 import subprocess
 import sys
 import tempfile
+import time
 import types
 import unittest
 from unittest import mock
@@ -23,6 +24,7 @@ from sglang.test.tiny_tokenizers import byte_level_tokenizer, write_tokenizer
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
 GREEDY = {"max_new_tokens": 6, "temperature": 0}
+LONG = {**GREEDY, "max_new_tokens": 4000}
 
 
 def start_fake(verdict):
@@ -52,13 +54,15 @@ class TestEngine(CustomTestCase):
 
     def setUp(self):
         self.fake.scheduler.delay_s = 0.0
+        self.fake.scheduler.received.clear()
 
-    def wait_idle(self):
-        deadline = 500
-        while self.fake.scheduler.running and deadline:
-            deadline -= 1
-            asyncio.run(asyncio.sleep(0.01))
-        self.assertEqual(self.fake.scheduler.running, {})
+    def wait_for_abort(self):
+        """The one request of the test is aborted; it is far too long to end by itself."""
+        scheduler = self.fake.scheduler
+        deadline = time.monotonic() + 10
+        while (not scheduler.aborted_rids() or scheduler.running) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertEqual((len(scheduler.aborted_rids()), scheduler.running), (1, {}))
 
     def test_sync(self):
         one = self.engine.generate("hello", GREEDY)
@@ -79,9 +83,9 @@ class TestEngine(CustomTestCase):
 
     def test_leaving_a_stream_aborts(self):
         self.fake.scheduler.delay_s = 0.02
-        for _ in self.engine.generate("hello", {"max_new_tokens": 50}, stream=True):
+        for _ in self.engine.generate("hello", LONG, stream=True):
             break
-        self.wait_idle()
+        self.wait_for_abort()
 
     def test_async(self):
         self.fake.scheduler.delay_s = 0.002
@@ -98,14 +102,14 @@ class TestEngine(CustomTestCase):
         self.fake.scheduler.delay_s = 0.02
 
         async def main():
-            task = asyncio.create_task(self.engine.async_generate("hello", {"max_new_tokens": 50}))
+            task = asyncio.create_task(self.engine.async_generate("hello", LONG))
             while not self.fake.scheduler.running:
                 await asyncio.sleep(0.01)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
         asyncio.run(main())
-        self.wait_idle()
+        self.wait_for_abort()
 
     def test_errors(self):
         for arguments, pattern in (
@@ -134,6 +138,8 @@ class TestEngine(CustomTestCase):
         next(stream)
         self.engine.abort_request("job")
         self.assertEqual(list(stream)[-1]["meta_info"]["finish_reason"]["type"], "abort")
+        with self.assertRaisesRegex(ValueError, "Give rid"):
+            self.engine.abort_request()
 
 
 class TestEndOfEngine(CustomTestCase):

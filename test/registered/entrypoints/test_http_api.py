@@ -3,7 +3,9 @@
 import asyncio
 import json
 import socket
+import threading
 import unittest
+from unittest import mock
 
 import httpx
 
@@ -26,6 +28,30 @@ def sse(text):
     assert all(line.startswith("data: ") for line in lines), text
     assert lines[-1] == "data: [DONE]", text
     return [json.loads(line[len("data: ") :]) for line in lines[:-1]]
+
+
+class TestLongTexts(FakeServerTestCase):
+    def test_every_endpoint_tokenizes_them_beside_the_loop(self):
+        tokenizer, threads = self.fake.tokenizer, []
+        encode = tokenizer.encode
+
+        def spy(*args, **kwargs):
+            threads.append(threading.current_thread())
+            return encode(*args, **kwargs)
+
+        long = "word " * 2000
+        with mock.patch.object(tokenizer, "encode", spy):
+            bodies = {
+                "/generate": {"text": long},
+                "/v1/completions": {"prompt": long},
+                "/v1/chat/completions": {"messages": [{"role": "user", "content": long}]},
+                "/tokenize": {"prompt": [long]},
+            }
+            for path, body in bodies.items():
+                reply = self.client.post(path, json=body)
+                self.assertEqual(reply.status_code, 200 if path == "/tokenize" else 400, reply.text)
+        self.assertEqual(len(threads), len(bodies))
+        self.assertNotIn(self.fake._thread, threads)
 
 
 class TestGenerate(FakeServerTestCase):
@@ -246,7 +272,7 @@ class TestEndOfServer(CustomTestCase):
         async def main():
             async with httpx.AsyncClient(base_url=fake.url, timeout=10) as client:
                 task = asyncio.create_task(client.post("/generate", json={"text": "abc"}))
-                await asyncio.sleep(0.1)
+                await asyncio.to_thread(fake.until, lambda: fake.scheduler.received)
                 fake.engine.dead = "scheduler (pid 1) ended with exit code -9"
                 return await task
 
@@ -264,7 +290,7 @@ class TestEndOfServer(CustomTestCase):
             async with httpx.AsyncClient(base_url=fake.url, timeout=10) as client:
                 body = {"text": "abc", "sampling_params": {"max_new_tokens": 40}}
                 task = asyncio.create_task(client.post("/generate", json=body))
-                await asyncio.sleep(0.1)
+                await asyncio.to_thread(fake.until, lambda: fake.scheduler.running)
                 fake.server.handle_exit(15, None)
                 return await task
 
@@ -274,10 +300,8 @@ class TestEndOfServer(CustomTestCase):
         fake.stop()
 
     def test_a_failing_warm_up_ends_the_server(self):
-        fake = FakeServer()
-        fake.engine.scheduler.error = FinishReason(type="abort", message="no", status_code=500)
-        if fake.context.status is not ServerStatus.UP:
-            self.assertEqual(fake.join(), 1)
+        fake = FakeServer(error=FinishReason(type="abort", message="no", status_code=500))
+        self.assertEqual(fake.join(), 1)
         fake.stop()
 
     def test_port_in_use(self):

@@ -16,14 +16,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sglang.embedded_models import default_model_path
+from sglang.srt.utils.common import get_free_port
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.test_utils import CustomTestCase, find_available_port
+from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=90, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=40, suite="stage-b-test-cpu")
 
 
 def launch(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "sglang.launch_server", "--port", str(find_available_port()), *arguments]
+    command = [sys.executable, "-m", "sglang.launch_server", "--port", str(get_free_port()), *arguments]
     return subprocess.run(command, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=120)
 
 
@@ -79,10 +80,21 @@ class TestLaunchErrors(CustomTestCase):
         (model / "config.json").write_text(json.dumps(config))
         self.refused(launch("--model-path", str(model)), "kv_lora_rank", "hidden_size", "config.json")
 
+    def test_a_folder_without_tokenizer(self) -> None:
+        model = self.model_copy()
+        (model / "tokenizer.json").unlink()
+        self.refused(launch("--model-path", str(model)), "tokenizer.json", "--tokenizer-path")
+
+    def test_upstream_beside_us(self) -> None:
+        info = Path(self.folder.name, "sglang-0.5.12.dist-info")
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.12\n")
+        path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), self.folder.name])
+        self.refused(launch(env={"PYTHONPATH": path}), "'sglang' 0.5.12", "pip uninstall sglang")
+
     def test_checkpoints_that_do_not_fit(self) -> None:
         for damage, words in (
-            (self.drop_tensor, ("model.norm.weight", "missing")),
-            (self.reshape_tensor, ("lm_head.weight", "shape")),
+            (self.drop_and_reshape, ("model.norm.weight", "missing", "lm_head.weight", "shape")),
             (self.truncate_file, ("model.safetensors",)),
         ):
             with self.subTest(damage=damage.__name__):
@@ -90,13 +102,9 @@ class TestLaunchErrors(CustomTestCase):
                 damage(model / "model.safetensors")
                 self.refused(launch("--model-path", str(model)), *words)
 
-    def drop_tensor(self, file: Path) -> None:
+    def drop_and_reshape(self, file: Path) -> None:
         tensors = load_file(file)
         del tensors["model.norm.weight"]
-        save_file(tensors, file, {"format": "pt"})
-
-    def reshape_tensor(self, file: Path) -> None:
-        tensors = load_file(file)
         tensors["lm_head.weight"] = torch.zeros(3, 5)
         save_file(tensors, file, {"format": "pt"})
 

@@ -177,6 +177,7 @@ class TestServer(ServerCase):
     def test_disconnect_frees_everything(self) -> None:
         reference = self.generate("rev:abcd=", LONG)["output_ids"]
         host, port = self.url.removeprefix("http://").split(":")
+        aborted = self.state()["num_aborted_reqs"]
         with ThreadPoolExecutor(1) as pool:
             healthy = pool.submit(self.generate, "rev:abcd=", LONG)
             for prompt_tokens, read in ((4, 1), (4, 400), (3000, 0), (3000, 1)):
@@ -193,6 +194,7 @@ class TestServer(ServerCase):
                 connection.close()
             self.assertEqual(healthy.result()["output_ids"], reference)
         self.wait_until_idle()
+        self.assertEqual(self.state()["num_aborted_reqs"] - aborted, 4, "some ran to their end")
 
     def test_abort_request(self) -> None:
         params = {"max_new_tokens": 3000, "ignore_eos": True, "temperature": 0}

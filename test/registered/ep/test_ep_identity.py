@@ -1,4 +1,4 @@
-"""Experts over several ranks and attention groups give the tokens of one rank, for each shape of model."""
+"""Tensor parallelism, spread experts and attention groups give the tokens of one rank, for each shape of model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ register_cpu_ci(est_time=130, suite="stage-b-test-cpu")
 
 TEXTS = [question.text for question in heldout_questions(16, seed=31)]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 20, "ignore_eos": True}
+DRAWN = {**GREEDY, "temperature": 1.0, "sampling_seed": 3}
 
 GROUPS = {"dp_size": 2, "enable_dp_attention": True}
 MORI = {"moe_a2a_backend": "mori"}
 MODES: dict[str, dict[str, Any]] = {
+    "tensor parallel": {"tp_size": 2},
     "all-reduce": {"tp_size": 2, "ep_size": 2},
     "groups, gathered": {"tp_size": 2, "ep_size": 2, **GROUPS},
     "mori normal": {"tp_size": 2, **MORI},
@@ -38,7 +40,7 @@ def answers(model: str, **settings: Any) -> tuple[list[dict[str, Any]], list[dic
         model_path=str(EMBEDDED_MODELS[model]), random_seed=1, chunked_prefill_size=chunk, **settings
     ) as engine:
         results = [engine.generate(text, GREEDY, return_logprob=True) for text in TEXTS[:2]]
-        results += engine.generate(TEXTS, GREEDY, return_logprob=True, logprob_start_len=0)
+        results += engine.generate(TEXTS, [GREEDY, DRAWN] * 8, return_logprob=True, logprob_start_len=0)
         return results, engine.get_server_info()["internal_states"]
 
 
@@ -64,12 +66,12 @@ class TestIdentity(CustomTestCase):
                     self.assertEqual(token, other)
                     if expected is not None:
                         self.assertAlmostEqual(expected, logprob, delta=1e-4)
-        dp_size = settings.get("dp_size", 1)
+        dp_size, ep_size = settings.get("dp_size", 1), settings.get("ep_size", 1)
         groups = dp_size if settings.get("enable_dp_attention") else 1
         self.assertEqual(len(states), dp_size)
         for state in states:
             self.assertEqual(state["world_size"], settings["tp_size"])
-            self.assertEqual(state["ep_size"], settings["tp_size"])
+            self.assertEqual(state["ep_size"], settings["tp_size"] if "moe_a2a_backend" in settings else ep_size)
             self.assertEqual(state["attn_tp_size"], settings["tp_size"] // groups)
             self.assertGreater(state["num_generated_tokens"], 0)
         if dp_size > 1:
@@ -87,6 +89,9 @@ class TestIdentity(CustomTestCase):
                     # More rows than a rank's own arrived somewhere: tokens travelled.
                     peaks = [state["experts"]["received_rows"]["peak"] for state in states]
                     self.assertGreater(max(peaks), 8)
+
+    def test_tensor_parallel(self) -> None:
+        self.check_mode("tensor parallel")
 
     def test_all_reduce(self) -> None:
         self.check_mode("all-reduce")

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from unittest import mock
 
 from sglang.embedded_models import default_model_path
+from sglang.srt.utils.common import get_free_port
 from sglang.test import run_eval
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.test_utils import CustomTestCase, find_available_port
+from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tasks import answer, heldout_questions
 
 register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
@@ -122,7 +123,7 @@ class TestTrouble(CustomTestCase):
         self.assertIn("/generate answered 503", printed)
 
     def test_no_server(self):
-        port = find_available_port()
+        port = get_free_port()
         code, printed = run("--port", str(port), "--num-examples", "3")
         self.assertEqual(code, 1)
         self.assertIn(f"POST http://127.0.0.1:{port}/generate failed", printed)

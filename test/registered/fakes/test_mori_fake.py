@@ -160,12 +160,13 @@ class TestRoundTrip(CustomTestCase):
                 op.combine(torch.zeros(rows, HIDDEN), None, mine["indices"])
             for quant, tolerance in (("fp8_direct_cast", 0.07), ("fp8_blockwise", 0.07), ("none", 0.01)):
                 op = mori.ops.EpDispatchCombineOp(config(rank, 2, quant_type=quant))
-                mine = batch(rank, 2, 3)
-                out, *_ = op.dispatch(mine["input"].bfloat16(), mine["weights"], None, mine["indices"])
-                summed, _ = op.combine(out, None, mine["indices"])
-                for token, chosen in enumerate(mine["indices"].tolist()):
-                    expected = mine["input"][token] * len(destinations(chosen))
-                    assert (summed[token].float() - expected).abs().max() <= tolerance * expected.abs().max()
+                for tokens in (None, 0):
+                    mine = batch(rank, 2, 3, tokens)
+                    out, *_, total = op.dispatch(mine["input"].bfloat16(), mine["weights"], None, mine["indices"])
+                    summed, _ = op.combine(out[: int(total)], None, mine["indices"])
+                    for token, chosen in enumerate(mine["indices"].tolist()):
+                        expected = mine["input"][token] * len(destinations(chosen))
+                        assert (summed[token].float() - expected).abs().max() <= tolerance * expected.abs().max()
 
         with_groups = unittest.mock.patch.dict("os.environ", MORI_FP8_COMBINE_SCALE_DIM="4")
         with with_groups:

@@ -164,7 +164,8 @@ class TestKnownCode(CustomTestCase):
         found = RowCollector("gfx942", None)
         for size in (16, 32):
             found.add(self.launch_of(size, 32, 2), "t1")
-        self.assertEqual([row.shape for row in found.rows.values()], ["t1 grid 1", "t1 grid 1 #2"])
+        keys = [row.key for row in found.rows.values()]
+        self.assertEqual(keys, ["product_kernel @ t1 grid 1", "product_kernel @ t1 grid 1 #2"])
 
 
 class TestWalk(CustomTestCase):

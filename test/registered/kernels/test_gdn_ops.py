@@ -5,13 +5,16 @@ import unittest
 
 import torch
 
-from sglang.kernels.ops.gdn.causal_conv1d import causal_conv1d, causal_conv1d_update
 from sglang.kernels.ops.gdn.chunk import CHUNK_SIZE, chunk_gated_delta_rule
 from sglang.kernels.ops.gdn.decode_step import gdn_decode_step, step_inputs
 from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step
-from sglang.kernels.ops.gdn.gating import gdn_gating
-from sglang.kernels.ops.gdn.l2norm import l2_norm
-from sglang.kernels.ops.gdn.recurrent import recurrent_gated_delta_rule
+from sglang.kernels.ops.gdn.reference import (
+    causal_conv1d,
+    causal_conv1d_update,
+    gdn_gating,
+    l2_norm,
+    recurrent_gated_delta_rule,
+)
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -282,12 +285,11 @@ class TestSteps(CustomTestCase):
 
 class TestCases(CustomTestCase):
     def test_every_case_runs_and_gives_finite_numbers(self):
-        rules = (recurrent_gated_delta_rule, chunk_gated_delta_rule)
-        for op in (l2_norm, gdn_gating, causal_conv1d, causal_conv1d_update, *rules, gdn_decode_step, gdn_extend_step):
+        for op in (gdn_decode_step, gdn_extend_step):
             cases = list(op.cases())
             self.assertGreaterEqual(len(cases), 3, op.name)
             for case in cases:
-                result = op(*case.args, **case.kwargs)
+                result = op(*case.args)
                 for tensor in result if isinstance(result, tuple) else (result,):
                     self.assertTrue(bool(tensor.isfinite().all()), f"{op.name} {case.name}")
 

@@ -1,4 +1,7 @@
-"""Triton attention bodies in Triton's interpreter against the references; truths of the cache and state ops."""
+"""Triton attention split and merged in Triton's interpreter; truths of the cache and state ops.
+
+test_triton_interpreted runs the same bodies on every case.
+"""
 
 import math
 import os
@@ -11,29 +14,16 @@ import torch
 
 import sglang.kernels.ops.attention.attention_state as attention_state
 import sglang.kernels.ops.attention.kv_cache as kv_cache
-from sglang.kernels.ops.attention import launchers, mla_extend, paged_extend, ragged_extend, table_decode
+from sglang.kernels.ops.attention import launchers, mla_extend, ragged_extend, table_decode
 from sglang.kernels.ops.attention.launchers import launch_decode, launch_extend
 from sglang.kernels.ops.attention.tiles import RowShape, Tile, split_count
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=25, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=12, suite="stage-b-test-cpu")
 
-OPS = (
-    table_decode.table_decode,
-    table_decode.mla_table_decode,
-    ragged_extend.ragged_extend,
-    paged_extend.paged_extend,
-    mla_extend.mla_extend,
-    attention_state.extend_state,
-    attention_state.merge_states,
-    kv_cache.write_kv,
-    kv_cache.gather_slots,
-)
 # Triton decides at its import whether bodies are compiled or interpreted, so they are interpreted in another process.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Too slow to interpret; the device test runs them.
-SLOW = ("many-blocks",)
 
 
 def triton_of(op):
@@ -44,13 +34,7 @@ def clone(args):
     return tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
 
 
-def tensors(value):
-    return (value,) if isinstance(value, torch.Tensor) else tuple(value)
-
-
 def close(found, wanted):
-    if found.dtype.itemsize == 1:
-        found, wanted = found.float(), wanted.float()
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
@@ -81,29 +65,12 @@ class TestInterpreter(CustomTestCase):
         command = [sys.executable, __file__, "TestInterpretedBodies"]
         result = subprocess.run(command, env=env, capture_output=True, text=True)
         self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
-        self.assertIn("Ran 4 tests", result.stderr)
+        self.assertIn("Ran 3 tests", result.stderr)
         self.assertNotIn("skipped", result.stderr)
 
 
 @unittest.skipUnless(INTERPRETED, "run by TestInterpreter in a process of its own")
 class TestInterpretedBodies(CustomTestCase):
-    def test_every_body_on_every_case(self):
-        for op in OPS:
-            for case in op.cases():
-                # The interpreter drops the carry when it rounds to 8 bits: such writes are left to the GPU.
-                if case.name.startswith(SLOW) or (op.group == "kv_cache" and case.name.endswith("-fp8")):
-                    continue
-                with self.subTest(op=op.name, case=case.name):
-                    args, expected_args = clone(case.args), clone(case.args)
-                    self.assertTrue(triton_of(op).accepts(*args))
-                    found, wanted = triton_of(op).fn(*args), op.reference(*expected_args)
-                    for left, right in zip(tensors(found), tensors(wanted), strict=True):
-                        self.assertEqual(left.dtype, right.dtype)
-                        close(left, right)
-                    for left, right in zip(args, expected_args, strict=True):
-                        if isinstance(left, torch.Tensor):
-                            close(left, right)
-
     def test_split_counts_agree_in_decode(self):
         generator = torch.Generator().manual_seed(0)
         lens = [1, 0, 70, 33]
@@ -163,8 +130,10 @@ class TestReferences(CustomTestCase):
 
     def test_extend_state(self):
         for case in attention_state.extend_state.cases():
-            q, k, v, qo, kv, scale, causal = case.args
+            q, k, v, qo, kv, scale, causal, *tail = case.args
             out, lse = attention_state.extend_state_torch(*case.args)
+            if tail:
+                k = torch.stack([torch.hstack((k[:, head], *tail)) for head in range(k.shape[1])], dim=1)
             group = q.shape[1] // k.shape[1]
             for i in range(len(qo) - 1):
                 for row in range(int(qo[i]), int(qo[i + 1])):

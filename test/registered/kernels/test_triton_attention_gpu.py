@@ -155,6 +155,19 @@ class TestExtendOnGpu(CustomTestCase):
                         found, _ = launch_extend(q, k, k, slots, *bounds, 0.06, shape, splits=splits)
                         self.assertLess(error(found, wanted), BOUNDS[dtype])
 
+    def test_a_tail_that_all_heads_share(self):
+        for dtype in BOUNDS:
+            q, k, latent, slots, bounds = self.inputs(16, 16, 192, 576, dtype)
+            kv = torch.cat((k, k[..., :64] * 2), dim=-1)[slots]
+            k, v, tail = ragged_extend.expanded_views(kv, latent[slots, 0], 128, 64)
+            joined, rest = ragged_extend.join_tail(k, tail), (v, *bounds, 0.07)
+            with self.subTest(dtype=dtype):
+                wanted = ragged_extend.ragged_extend_torch(q.float(), joined.float(), v.float(), *rest[1:])
+                self.assertLess(error(ragged_extend.ragged_extend_triton(q, k, *rest, tail), wanted), BOUNDS[dtype])
+                apart, whole = extend_state(q, k, *rest, True, tail), extend_state(q, joined, *rest, True)
+                self.assertLess(error(apart[0], whole[0]), BOUNDS[dtype])
+                torch.testing.assert_close(apart[1], whole[1], rtol=1e-3, atol=1e-3)
+
     def test_parts_merge_to_the_whole(self):
         q, k, v, slots, (qo, kv) = self.inputs(16, 16, 192, 128, torch.bfloat16)
         k, v = k[slots], v[slots]
@@ -184,9 +197,7 @@ def make_backend(kind, device, dtype):
 class TestBackendOnGpu(CustomTestCase):
     """Prefill, a second chunk with single tokens beside it, and decode: the GPU backend against torch's on the CPU."""
 
-    LAYER = SimpleNamespace(
-        num_heads=16, num_kv_heads=2, head_dim=128, v_head_dim=128, scaling=0.09, layer_id=0
-    )
+    LAYER = SimpleNamespace(num_heads=16, num_kv_heads=2, head_dim=128, v_head_dim=128, scaling=0.09, layer_id=0)
 
     def test_it_agrees_and_does_not_wait(self):
         ours, our_requests = make_backend(TritonAttnBackend, DEVICE, torch.float32)

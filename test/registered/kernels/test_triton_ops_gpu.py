@@ -39,9 +39,9 @@ def to(args, device):
 def on_device(impl):
     """The implementation run on the GPU, seen from the CPU: what it writes into its arguments comes back too."""
 
-    def run(*args, **kwargs):
+    def run(*args):
         moved = to(args, DEVICE)
-        out = impl.fn(*moved, **kwargs)
+        out = impl.fn(*moved)
         for arg, after in zip(args, moved, strict=True):
             if isinstance(arg, torch.Tensor):
                 arg.copy_(after.cpu())
@@ -93,7 +93,7 @@ class TestTritonOpsOnGpu(CustomTestCase):
             op = REGISTRY.ops[name]
             for impl in impls if op.group in groups else ():
                 for case in op.cases():
-                    if impl.accepts is None or impl.accepts(*to(case.args, DEVICE), **case.kwargs):
+                    if impl.accepts is None or impl.accepts(*to(case.args, DEVICE)):
                         with self.subTest(op=name, impl=impl.name, case=case.name):
                             check_case(op, on_device(impl), case, on_matrix_units=True)
                             count += 1
@@ -176,10 +176,10 @@ class TestTritonOpsOnGpu(CustomTestCase):
             for impl in (impl for impl in impls if impl.name == "triton" and op.group in groups):
                 for case in op.cases():
                     args = to(case.args, DEVICE)
-                    if "empty" in case.name or (impl.accepts is not None and not impl.accepts(*args, **case.kwargs)):
+                    if "empty" in case.name or (impl.accepts is not None and not impl.accepts(*args)):
                         continue
                     with self.subTest(op=name, case=case.name):
-                        self._replay(impl, args, case.kwargs)
+                        self._replay(impl, args)
 
     def test_replay_equals_eager_without_a_sync_attention(self):
         self._replay_all(*ATTENTION)
@@ -187,19 +187,19 @@ class TestTritonOpsOnGpu(CustomTestCase):
     def test_replay_equals_eager_without_a_sync(self):
         self._replay_all(*({op.group for op in REGISTRY.ops.values()} - set(ATTENTION)))
 
-    def _replay(self, impl, args, kwargs):
+    def _replay(self, impl, args):
         eager_args, graph_args = clone(args), clone(args)
         torch.cuda.synchronize()
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
-            impl.fn(*clone(args), **kwargs)
+            impl.fn(*clone(args))
             torch.cuda.synchronize()
             torch.cuda.set_sync_debug_mode("error")
             try:
-                eager = tensors(impl.fn(*eager_args, **kwargs))
+                eager = tensors(impl.fn(*eager_args))
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, stream=stream):
-                    replayed = tensors(impl.fn(*graph_args, **kwargs))
+                    replayed = tensors(impl.fn(*graph_args))
                 graph.replay()
             finally:
                 torch.cuda.set_sync_debug_mode("default")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import unittest
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,6 +13,7 @@ from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchTokenIDOutput,
     FlushCacheReqInput,
+    ShutdownReq,
     TokenizedGenerateReqInput,
 )
 from sglang.srt.managers.req_memory import PoolLeakError, ReqMemory
@@ -278,13 +279,13 @@ class TestRandomTraffic(CustomTestCase):
                     with self.subTest(hybrid=hybrid, page=page, seed=seed):
                         options = {"hybrid": hybrid, "page": page, "mixed": seed % 2 == 1, "overlap": seed % 3 > 0}
                         setup = self.traffic(seed, pool=160, conservativeness=0.05, **options)
-                        retracted += setup.scheduler.metrics.num_retractions
+                        retracted += setup.scheduler.metrics.num_retracted_reqs
         self.assertGreater(retracted, 20)
 
     def test_forced_retraction(self) -> None:
         for overlap in (False, True):
             setup = self.traffic(3, retract_interval=3, overlap=overlap)
-            self.assertGreater(setup.scheduler.metrics.num_retractions, 5)
+            self.assertGreater(setup.scheduler.metrics.num_retracted_reqs, 5)
 
 
 class TestPrefixCache(CustomTestCase):
@@ -319,6 +320,40 @@ class TestPrefixCache(CustomTestCase):
         setup.turn()
         self.assertTrue(setup.channel.answers[1].success)
         self.assertEqual(setup.memory.allocator.available_size(), setup.memory.allocator.size)
+
+    def test_flush_takes_in_the_step_in_flight(self) -> None:
+        setup = make(overlap=True)
+        setup.channel.inbox.append(request("a", [1, 2, 3], max_new=200))
+        while "a" not in setup.channel.reasons:
+            setup.turn()
+        self.assertTrue(setup.scheduler.has_work(), "a step launched before the end was known is still in flight")
+        setup.channel.inbox.append(FlushCacheReqInput(seq=1))
+        setup.turn()
+        self.assertTrue(setup.channel.answers[0].success, setup.channel.answers[0].message)
+
+
+class TestIdle(CustomTestCase):
+    def test_pools_are_recounted_only_when_nothing_has_come_for_a_while(self) -> None:
+        setup = make()
+        setup.scheduler.config = replace(setup.scheduler.config, deep_pool_check=False)
+        depths: list[bool] = []
+        setup.memory.check_idle = lambda deep: depths.append(deep)  # type: ignore[method-assign]
+        seen: list[list[bool]] = []
+        receive = setup.channel.receive
+
+        def scripted(wait: bool) -> list[object]:
+            if wait:  # idle: a request at once, another, a quiet second, another quiet second, the end
+                seen.append(list(depths))
+                step = len(seen)
+                if step in (1, 2):
+                    setup.channel.inbox.append(request(str(step), [1, 2, 3], max_new=2))
+                elif step == 5:
+                    setup.channel.inbox.append(ShutdownReq())
+            return receive(wait)
+
+        setup.channel.receive = scripted  # type: ignore[method-assign]
+        setup.scheduler.event_loop()
+        self.assertEqual(seen, [[], [False], [False, False], [False, False, True], [False, False, True]])
 
 
 class TestOverlap(CustomTestCase):
@@ -367,12 +402,43 @@ class TestEdges(CustomTestCase):
                     self.assertEqual(setup.channel.reasons[rid].type, "abort")
                 setup.memory.check_idle(deep=True)
 
+    def test_a_large_server_seed_gives_seeds_of_64_bits(self) -> None:
+        setup = make()
+        setup.scheduler.config = replace(setup.scheduler.config, random_seed=10**18)
+        setup.channel.inbox.append(request("a", [1, 2, 3]))
+        setup.run()
+        self.assertEqual(setup.channel.outputs["a"], expected_output([1, 2, 3], 8, 256))
+
+    def test_load_counts_each_token_once(self) -> None:
+        for page in (1, 4):
+            setup = make(page=page)
+            setup.channel.inbox.append(request("a", list(range(8, 20)), max_new=30))
+            for _ in range(3):
+                setup.turn()
+            held = setup.scheduler.running[0].computed_len
+            self.assertEqual(setup.scheduler.load()["num_used_tokens"], -(-held // page) * page)
+
+    def test_counters_of_tokens(self) -> None:
+        for options in ({}, {"mixed": True}, {"overlap": True}, {"mixed": True, "retract_interval": 3}):
+            with self.subTest(options):
+                setup = make(radix=False, **options)
+                prompts = {rid: [ord(rid) % 7, *range(8, 8 + 5 * i)] for i, rid in enumerate("abcd", 1)}
+                for rid, prompt in prompts.items():
+                    setup.channel.inbox.append(request(rid, prompt, max_new=len(prompt)))
+                    setup.turn()
+                setup.run()
+                metrics = setup.scheduler.metrics
+                self.assertEqual(metrics.num_generated_tokens, sum(map(len, setup.channel.outputs.values())))
+                if not metrics.num_retracted_reqs:
+                    self.assertEqual(metrics.num_prefilled_tokens, sum(map(len, prompts.values())))
+
     def test_queue_full(self) -> None:
         setup = make(max_queued=1)
         for rid in "abc":
             setup.channel.inbox.append(request(rid, [1, 2, 3]))
         setup.run()
-        self.assertEqual(setup.channel.reasons["b"].status_code, 503)
+        reason = setup.channel.reasons["b"]
+        self.assertEqual((reason.status_code, reason.err_type), (503, "ServiceUnavailableError"))
         self.assertEqual(setup.channel.outputs["a"], expected_output([1, 2, 3], 8, 256))
 
     def test_prompt_larger_than_the_pool(self) -> None:
@@ -389,7 +455,7 @@ class TestEdges(CustomTestCase):
         self.assertEqual(setup.channel.reasons["bad"].status_code, 500)
         self.assertEqual(setup.channel.outputs["bad"], [])
         self.assertEqual(setup.channel.outputs["good"], expected_output([4, 5, 6], 8, 256))
-        self.assertEqual(setup.memory.match_len([1, 2, 3, BAD]), 0)
+        self.assertEqual(setup.memory.tree.match_prefix([1, 2, 3, BAD]).slot_ids.numel(), 0)
 
     def test_zero_new_tokens(self) -> None:
         setup = make()

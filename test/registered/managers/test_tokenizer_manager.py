@@ -8,6 +8,7 @@ import unittest
 import msgspec
 
 from sglang.srt.managers.io_struct import AbortReq, FinishReason, GenerateReqInput, TokenizedGenerateReqInput
+from sglang.srt.managers.ipc import IpcNames, Sender, scheduler_receiver
 from sglang.srt.managers.request_input import RequestError, split_request
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -254,6 +255,8 @@ class TestAborts(ManagerTestCase):
 
     async def test_abort_by_prefix_and_abort_all(self):
         streams = [await self.start_stream(rid=rid) for rid in ("job_1", "job_2", "other")]
+        with self.assertRaisesRegex(RequestError, "Give rid"):
+            self.manager.abort_request("")
         self.manager.abort_request("job_")
         for stream in streams[:2]:
             self.assertEqual([r async for r in stream][-1]["meta_info"]["finish_reason"]["type"], "abort")
@@ -328,6 +331,18 @@ class TestSeveralSchedulers(ManagerTestCase):
 
 
 class TestWire(CustomTestCase):
+    def test_messages_of_one_call_arrive_together(self):
+        names = IpcNames.create()
+        self.addCleanup(names.remove)
+        receiver, sender = scheduler_receiver(names), Sender(names.schedulers[0])
+        self.addCleanup(receiver.close)
+        self.addCleanup(sender.close)
+        params = SamplingParams()
+        batch = [TokenizedGenerateReqInput(rid=str(i), input_ids=[i], sampling_params=params) for i in range(50)]
+        sender.send(*batch)
+        self.assertTrue(receiver.wait(5))
+        self.assertEqual([receiver.decode(raw) for raw in receiver.recv_raw_all()], batch)
+
     def test_the_native_body_decodes_and_unknown_keys_pass(self):
         body = b'{"input_ids": [[1, 2], [3]], "model": null, "log_metrics": true, "token_ids_logprob": [1]}'
         obj = msgspec.json.decode(body, type=GenerateReqInput)

@@ -102,14 +102,14 @@ class TestByHand(CustomTestCase):
     def test_unaligned_end_is_cached_without_state(self) -> None:
         self.make(page_size=4)
         result = self.put(list(range(10)), 10.0)
-        self.assertEqual((result.cached_len, result.state_taken, self.cache.num_states()), (8, False, 0))
+        self.assertEqual((result.cached_len, self.cache.num_states()), (8, 0))
         self.assertEqual(self.cache.match_prefix(list(range(10))).kv_len, 8)
-        self.assertTrue(self.put(list(range(8)), 8.0).state_taken)
+        self.put(list(range(8)), 8.0)
         self.assertEqual(self.cache.match_prefix(list(range(10))).slot_ids.numel(), 8)
 
     def test_second_snapshot_keeps_the_first(self) -> None:
-        self.assertTrue(self.put([1, 2], 1.0).state_taken)
-        self.assertFalse(self.put([1, 2], 2.0).state_taken)
+        self.put([1, 2], 1.0)
+        self.put([1, 2], 2.0)
         self.assertEqual(self.value(self.cache.match_prefix([1, 2]).state_slot), 1.0)
         self.assertEqual(self.states.available_size(), 3)
 
@@ -119,17 +119,6 @@ class TestByHand(CustomTestCase):
         self.cache.evict_states(1)
         self.assertIsNone(self.cache.match_prefix([2, 2]).state_slot)
         self.assertIsNotNone(self.cache.match_prefix([1, 1]).state_slot)
-
-    def test_given_state(self) -> None:
-        slots, own = self.allocator.alloc(3), self.states.alloc()
-        self.assertTrue(self.cache.insert([1, 2, 3], slots, state_slot=own).state_taken)
-        self.assertEqual(self.cache.match_prefix([1, 2, 3]).state_slot, own)
-        other = self.states.alloc()
-        self.assertFalse(self.cache.insert([1, 2, 3], slots, state_slot=other).state_taken)
-        self.cache.check_integrity(held=0, held_states=[other])
-        self.cache.evict_states(1)
-        with self.assertRaisesRegex(RadixIntegrityError, "not handed out"):
-            self.cache.insert([1, 2, 3], slots, state_slot=own)
 
     def test_live_slot_is_a_copy(self) -> None:
         self.put([1, 2], 2.0)
@@ -157,20 +146,17 @@ class TestByHand(CustomTestCase):
         self.assertIsNone(self.cache.fork_state(self.cache.match_prefix([1, 1])))
         slots = self.allocator.alloc(2)
         result = self.cache.snapshot([3, 3], slots, live[0])
-        self.assertEqual((result.state_taken, result.cached_len), (False, 2))
+        self.assertEqual((result.node.state_slot, result.cached_len), (None, 2))
         self.assertEqual(self.cache.match_prefix([3, 3]).kv_len, 2)
 
-    def test_state_lock(self) -> None:
+    def test_kept_state(self) -> None:
         self.put([1, 1], 1.0)
-        node = self.cache.match_prefix([1, 1]).node
-        self.cache.inc_state_lock(node)
-        self.assertEqual((self.cache.evict_states(9), self.cache.evict(9), self.cache.evictable_states()), (0, 0, 0))
-        self.cache.dec_state_lock(node)
-        with self.assertRaisesRegex(RadixIntegrityError, "unlocked more often"):
-            self.cache.dec_state_lock(node)
-        self.assertEqual((self.cache.evict_states(9), self.cache.evict(9)), (1, 2))
-        with self.assertRaisesRegex(RadixIntegrityError, "no state to lock"):
-            self.cache.inc_state_lock(self.cache.root)
+        self.put([2, 2], 2.0)
+        oldest = self.cache.match_prefix([1, 1]).node
+        self.cache.match_prefix([2, 2])
+        self.assertEqual(self.cache.evict_states(9, keep=oldest), 1)
+        self.assertEqual(self.value(self.cache.match_prefix([1, 1]).state_slot), 1.0)
+        self.assertIsNone(self.cache.match_prefix([2, 2]).state_slot)
 
     def test_kv_lock_lets_the_state_go(self) -> None:
         self.put([1, 1], 1.0)
@@ -217,13 +203,10 @@ class TestByHand(CustomTestCase):
         leaked = self.states.alloc()
         check("1 leaked")
         self.states.free(leaked)
-        two.state_slot, kept = one.state_slot, two.state_slot
+        two.state_slot = one.state_slot
         check("state slot 2 belongs to node")
         two.state_slot = None
         check("LRU list disagree")
-        two.state_slot = kept
-        two.state_lock = 1
-        check("1 state locks but no locked state")
 
 
 if __name__ == "__main__":

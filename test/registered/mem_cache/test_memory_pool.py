@@ -46,11 +46,10 @@ class TestKVPools(CustomTestCase):
 
     def test_bytes(self) -> None:
         mha = MHATokenToKVPool(20, 4, torch.bfloat16, 2, 8, [3, 7, 9], "cpu")
-        self.assertEqual(mha.total_bytes(), 24 * MHATokenToKVPool.bytes_per_token(torch.bfloat16, 2, 8, 3))
-        mla = MLATokenToKVPool(20, 1, torch.float32, 12, 4, [0, 1], "cpu")
-        self.assertEqual(mla.total_bytes(), 21 * MLATokenToKVPool.bytes_per_token(torch.float32, 12, 4, 2))
+        self.assertEqual(mha.row_bytes(), 2 * 2 * 8 * 3 * 2)
+        self.assertEqual(sum(buffer.nbytes for buffer in mha.buffers()), 24 * mha.row_bytes())
         # DeepSeek-V3 in bf16: 61 layers of 512 + 64.
-        self.assertEqual(MLATokenToKVPool.bytes_per_token(torch.bfloat16, 512, 64, 61), 70272)
+        self.assertEqual(MLATokenToKVPool(1, 1, torch.bfloat16, 512, 64, range(61), "meta").row_bytes(), 70272)
 
 
 class TestGDNStatePool(CustomTestCase):
@@ -112,11 +111,12 @@ class TestGDNStatePool(CustomTestCase):
         self.assertEqual(pool.available_size(), 3)
 
     def test_bytes(self) -> None:
-        one = GDNStatePool.bytes_per_slot(2, 10, 4, 3, 48, 32, torch.bfloat16, torch.float32)
-        self.assertEqual(self.make(3).total_bytes(), 4 * one)
+        pool = self.make(3)
+        self.assertEqual(pool.row_bytes(), 2 * (10 * 3 * 2 + 3 * 48 * 32 * 4))
+        self.assertEqual(sum(buffer.nbytes for buffer in pool.buffers()), 4 * pool.row_bytes())
         # Qwen3.5-35B-A3B: 30 layers of 48 KiB convolution (bf16) and 2 MiB state (fp32).
-        large = GDNStatePool.bytes_per_slot(30, 8192, 4, 32, 128, 128, torch.bfloat16, torch.float32)
-        self.assertEqual(large, 30 * (48 * 1024 + 2 * 1024 * 1024))
+        large = GDNStatePool(1, range(30), 8192, 4, 32, 128, 128, torch.bfloat16, torch.float32, "meta")
+        self.assertEqual(large.row_bytes(), 30 * (48 * 1024 + 2 * 1024 * 1024))
 
 
 if __name__ == "__main__":

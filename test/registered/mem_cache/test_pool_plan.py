@@ -17,7 +17,9 @@ class TestPlainModels(CustomTestCase):
         self.assertEqual((plan.num_tokens, plan.num_state_slots), (999, 0))
         paged = plan_pool_sizes(available_bytes=1000 * KIB, bytes_per_token=KIB, max_running_requests=8, page_size=64)
         self.assertEqual(paged.num_tokens, 896)  # 936 beside the dummy page, in whole pages
-        self.assertIn("896 tokens", paged.lines[-1])
+        self.assertIn("896 tokens + 1 dummy page of 64 x 1024 B = 983040 B of 1024000 B", paged.lines[-1])
+        least = plan_pool_sizes(available_bytes=128 * KIB, bytes_per_token=KIB, max_running_requests=8, page_size=64)
+        self.assertEqual(least.num_tokens, 64)
 
     def test_override(self) -> None:
         plan = plan_pool_sizes(
@@ -36,7 +38,6 @@ class TestPlainModels(CustomTestCase):
             ({"max_total_tokens": 100}, r"\(100 \+ 1 dummy\) x 1024 B = 103424 B, and 102400 B are left.*fit 99"),
             ({"page_size": 64}, r"2 x 64 tokens x 1024 B = 131072 B, and 102400 B"),
             ({"page_size": 16, "max_total_tokens": 15}, "less than one page of 16"),
-            ({"max_mamba_cache_size": 4}, "no recurrent states"),
             ({"available_bytes": -5}, "-5 B are left"),
             ({"bytes_per_token": 0}, "must be positive"),
         ):
@@ -60,7 +61,6 @@ class TestHybrids(CustomTestCase):
         self.assertEqual(plan.num_state_slots, 89)  # 900 KiB: 89 and the dummy
         self.assertEqual(plan.num_tokens, 999)
         self.assertIn("8 live, 81 for the prefix tree", "\n".join(plan.lines))
-        self.assertEqual(self.plan(mamba_full_memory_ratio=0.001).num_state_slots, 8)
 
     def test_without_tree_there_are_only_live_slots(self) -> None:
         plan = self.plan(disable_radix_cache=True)
@@ -87,11 +87,9 @@ class TestHybrids(CustomTestCase):
 
     def test_refusals(self) -> None:
         for change, message in (
-            ({"max_mamba_cache_size": 7}, "7 is below max_running_requests 8"),
             ({"available_bytes": 90 * KIB}, r"\(8 state slots \+ 1 dummy\) x 10240 B = 92160 B.*lower max_running"),
             ({"max_mamba_cache_size": 400}, r"\(400 state slots.*or max_mamba_cache_size"),
             ({"max_total_tokens": 1000}, "which fit 999"),
-            ({"mamba_full_memory_ratio": 0.0}, "must be positive"),
         ):
             with self.subTest(change), self.assertRaisesRegex(PoolPlanError, message):
                 self.plan(**change)

@@ -60,7 +60,7 @@ class TestMatchAndInsert(CacheCase):
         self.assertEqual((empty.slot_ids.tolist(), empty.node, empty.kv_len), ([], cache.root, 0))
         self.assertEqual(cache.insert([], torch.empty(0, dtype=torch.int64)).cached_len, 0)
         result, slots = self.put(cache, [5])
-        self.assertEqual((result.prefix_len, result.cached_len, result.state_taken), (0, 1, False))
+        self.assertEqual((result.prefix_len, result.cached_len), (0, 1))
         self.assertEqual(cache.match_prefix([5, 6]).slot_ids.tolist(), slots.tolist())
         self.assertEqual(self.hit(cache, [6]), 0)
         self.put(cache, [5, 6, 7])
@@ -102,8 +102,6 @@ class TestMatchAndInsert(CacheCase):
             cache.insert([1, 2, 3, 4], torch.tensor([4, 5, 6]))
         with self.assertRaisesRegex(ValueError, "whole pages of 4"):
             cache.insert([1, 2, 3, 4], torch.tensor([5, 6, 7, 8]))
-        with self.assertRaisesRegex(ValueError, "HybridRadixCache"):
-            cache.insert([1, 2, 3, 4], torch.tensor([4, 5, 6, 7]), state_slot=1)
         with self.assertRaisesRegex(ValueError, "lfu"):
             self.make(eviction_policy="lfu")
         with self.assertRaisesRegex(ValueError, "allocator's 4"):

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import unittest
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.dp_sync import agree
+from sglang.srt.mem_cache.allocator import ReqToTokenPool
+from sglang.srt.model_executor.capture_lint import CaptureOffence
 from sglang.srt.model_executor.decode_graphs import DecodeBuffers, DecodeGraphs, decode_buckets
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.model_executor.graph_check import PoolBuffer, fingerprint
+from sglang.srt.model_executor.graph_check import GraphCheck, PoolBuffer, fingerprint
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.test_utils import CustomTestCase
+from sglang.test.thread_ranks import run_ranks, thread_ranks
 from sglang.test.tiny_checkpoints import save_tiny_checkpoint
 
 register_cpu_ci(est_time=25, suite="stage-b-test-cpu")
 
+CPU = torch.device("cpu")
 PARAMS = SamplingParams(temperature=0.0, max_new_tokens=10, ignore_eos=True)
 
 
@@ -142,6 +149,17 @@ class TestDecodeGraphs(CustomTestCase):
         self.assertEqual(sorted(graphs.refused), [1, 2, 4, 8])
         self.assertIn("wrote", graphs.refused[1])
 
+    def test_the_proof_keeps_to_small_pools_and_contexts(self) -> None:
+        def check(num_slots: int) -> GraphCheck:
+            graphs = SimpleNamespace(buffers=SimpleNamespace(input_ids=torch.zeros(1)))
+            pool = ReqToTokenPool(8, 40 + 1)  # a context of 40 tokens, and the column past it
+            return GraphCheck(graphs, mock.Mock(), pool, [], num_slots, num_states=0, vocab_size=9, page_size=1)
+
+        self.assertIn("KV pool has 3 slots", check(3)._check(8))
+        roomy = check(1000)
+        rows = [roomy._req_pool.alloc() for _ in range(5)]
+        self.assertEqual(max(roomy._batch(rows, torch.Generator())[0].seq_lens), 40)
+
     def test_buckets(self) -> None:
         self.assertEqual(decode_buckets(3), [1, 2, 3])
         self.assertEqual(decode_buckets(20), [1, 2, 4, 8, 16, 20])
@@ -174,14 +192,76 @@ class TestAttentionGroups(CustomTestCase):
         self.assertEqual((fb.global_num_tokens_cpu, fb.global_num_rows_cpu), ([3, 0], [4, 4]))
         self.assertTrue(fb.forward_mode.is_decode())
 
-    def test_a_bucket_refused_by_one_rank_is_refused_by_all(self) -> None:
-        graphs = DecodeGraphs(mock.Mock(), mock.Mock(), [1, 2, 4], 8, torch.device("cpu"), 0, False)
-        graphs._steps = {bucket: mock.Mock() for bucket in (1, 2)}
-        world = mock.Mock()
-        world.all_gather_ints = lambda mine: [mine, [True, False, True]]
-        graphs.keep_agreed(world)
-        self.assertEqual([graphs.bucket_of(rows) for rows in (0, 1, 2, 3, 4, 5)], [None, 1, None, None, None, None])
-        self.assertIn("rank 1 refused it", graphs.refused[2])
+
+class TestRanks(CustomTestCase):
+    """Two ranks, as threads that meet in the collectives of each step."""
+
+    def capture(self, offends: Callable[[int, ForwardBatch], None], fails: tuple[int, ...] = ()) -> list[DecodeGraphs]:
+        """Each rank's graphs of 1, 2 and 4 rows; ``fails``: buckets whose capture raises on rank 1."""
+        ranks = thread_ranks(2)
+
+        def forward(rank: int, fb: ForwardBatch) -> LogitsProcessorOutput:
+            offends(rank, fb)
+            rows = fb.input_ids.unsqueeze(1).float()
+            return LogitsProcessorOutput(ranks[rank].all_reduce(rows))
+
+        def capture(rank: int) -> DecodeGraphs:
+            own = functools.partial(forward, rank)
+            graphs = DecodeGraphs(own, mock.MagicMock(), [1, 2, 4], 8, CPU, 0, False, world=ranks[rank])
+
+            class FailingGraph(RerunGraph):
+                def capture(self, body: Callable[[], Any]) -> Any:
+                    rows = super().capture(body)
+                    if rank == 1 and rows.next_token_logits.shape[0] in fails:
+                        raise CaptureOffence("planted") if 2 in fails else MemoryError("planted")
+                    return rows
+
+            with torch.inference_mode():
+                graphs.capture(FailingGraph, lambda bucket: None)
+            return graphs
+
+        with self.assertLogs("sglang.srt.model_executor.decode_graphs", "INFO") as logs:
+            try:
+                return run_ranks(capture, range(2))
+            finally:
+                self.said = "\n".join(logs.output)
+
+    def check_refused(self, found: list[DecodeGraphs], bucket: int, words: str) -> None:
+        for rank, graphs in enumerate(found):
+            self.assertEqual(list(graphs.refused), [bucket])
+            self.assertIn(words, graphs.refused[bucket])
+            self.assertEqual("rank 1 refuses it" in graphs.refused[bucket], rank == 0)
+            self.assertEqual([graphs.bucket_of(rows) is None for rows in (1, 2, 4)], [bucket == b for b in (1, 2, 4)])
+
+    def test_a_step_that_one_rank_cannot_capture_is_refused_by_both(self) -> None:
+        def reads_device(rank: int, fb: ForwardBatch) -> None:
+            if rank == 1 and fb.batch_size == 4:
+                fb.seq_lens.max().item()
+
+        def reads_host(rank: int, fb: ForwardBatch) -> None:
+            if rank == 1 and fb.batch_size == 1:
+                sum(fb.seq_lens_cpu)
+
+        self.check_refused(self.capture(reads_device), 4, "_local_scalar_dense")
+        self.check_refused(self.capture(reads_host), 1, "host-side list")
+
+    def test_a_capture_that_one_rank_refuses_is_refused_by_both(self) -> None:
+        self.check_refused(self.capture(lambda rank, fb: None, fails=(2,)), 2, "planted")
+
+    def test_a_capture_that_breaks_is_told_to_the_others_before_it_raises(self) -> None:
+        def leave(rank: int, fb: ForwardBatch) -> None:
+            if rank == 0 and fb.batch_size == 2:
+                raise InterruptedError("rank 1 has gone")
+
+        with self.assertRaises((MemoryError, InterruptedError)):
+            self.capture(leave, fails=(4,))
+        self.assertIn("batch size 4 is refused: rank 1 refuses it: MemoryError: planted", self.said)
+
+    def test_a_proof_that_fails_on_one_rank_is_refused_by_both(self) -> None:
+        found = self.capture(lambda rank, fb: None)
+        kept = run_ranks(lambda rank: found[rank].agree(2, "logits differ" if rank else ""), range(2))
+        self.assertEqual(kept, [False, False])
+        self.check_refused(found, 2, "logits differ")
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class TestGpuIdentity(CustomTestCase):
                     if not mode:
                         self.assertEqual(graphs.refused, {})
                     if "max_total_tokens" in mode:
-                        self.assertGreater(engine.scheduler.metrics.num_retractions, 0)
+                        self.assertGreater(engine.scheduler.metrics.num_retracted_reqs, 0)
 
     def test_a_decode_step_never_waits_for_the_device(self) -> None:
         with fresh_decisions():

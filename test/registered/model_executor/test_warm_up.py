@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import random
 import unittest
+from collections import Counter
+from collections.abc import Iterator
+from itertools import product
 from unittest import mock
 
 import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.kernels import compile_watch
+from sglang.kernels.amd.driver import compile_only
+from sglang.kernels.amd.walk import ShapeOnlyPlatform
+from sglang.kernels.ops.attention.kv_cache import gather_slots_triton
+from sglang.kernels.ops.attention.paged_extend import paged_extend_triton
+from sglang.kernels.ops.attention.ragged_extend import ragged_extend_triton
+from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.srt.distributed import override_tp_group
 from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
-from sglang.srt.model_executor import warm_up
+from sglang.srt.model_executor import shape_walk, warm_up
 from sglang.srt.model_executor.warm_up import WarmUpStep, warm_up_steps
+from sglang.srt.platforms import override_platform
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=16, suite="stage-a-test-cpu")
 
 
 class TestSteps(CustomTestCase):
@@ -26,13 +40,14 @@ class TestSteps(CustomTestCase):
             steps = warm_up_steps(max_tokens, context)
             self.assertEqual(len(steps), len(set(steps)))
             for step in steps:
-                self.assertLessEqual(step.batch * step.tokens, max_tokens)
-                self.assertLessEqual(step.prefix + step.tokens, context)
-                self.assertGreater(step.tokens, 0)
-            alone = {step.tokens for step in steps if step.batch == 1 and step.prefix == 0}
+                self.assertLessEqual(sum(new for new, _ in step), max_tokens)
+                self.assertLessEqual(max(new + cached for new, cached in step), context)
+                self.assertGreater(min(new for new, _ in step), 0)
+            alone = {new for ((new, cached), *others) in steps if not cached and not others}
             self.assertLessEqual({1 << i for i in range(14) if 1 << i <= min(max_tokens, context)}, alone)
-        self.assertIn(WarmUpStep(1, 8192, 0), warm_up_steps(8192, 163840))
-        self.assertIn(WarmUpStep(1, 77, 8000), warm_up_steps(8192, 163840))
+        for step in (((8192, 0),), ((77, 8000),), ((25, 64),) * 3, warm_up.MIXED):
+            self.assertIn(step, warm_up_steps(8192, 163840))
+        self.assertNotIn(warm_up.MIXED, warm_up_steps(79, 163840))
 
 
 class TestOnModels(CustomTestCase):
@@ -54,6 +69,83 @@ class TestOnModels(CustomTestCase):
                     self.assertTrue(bool(pool[:, 0].isfinite().all()))
                 engine.submit("after", [5, 6, 7, 8], params)
                 self.assertEqual(engine.run()["after"].output_ids, wanted)
+
+
+class CudaShapes(ShapeOnlyPlatform):
+    """The same of an H100."""
+
+    kind = "cuda"
+
+    def memory_info(self, local_rank: int) -> tuple[int, int]:
+        return 80 << 30, 80 << 30
+
+
+def serving_steps() -> Iterator[WarmUpStep]:
+    """Few and many requests of odd lengths, all alike or not, with and without prefixes."""
+    for batch in (1, 2, 3, 8, 9, 127):
+        for total in (batch, 131, 8191):
+            lengths = [total // batch + (i < total % batch) for i in range(batch)]
+            for prefix in (0, 4099):
+                yield tuple((new, prefix and prefix + 13 * i) for i, new in enumerate(lengths) if new)
+    draw = random.Random(0)
+    for _ in range(20):
+        batch = draw.choice((1, 2, 3, 5, 8, 9, 16, 33))
+        yield tuple((draw.choice((1, 2, 16, 17, 100)), draw.choice((0, 16, 999, 5000))) for _ in range(batch))
+
+
+class TestCompiledKernels(CustomTestCase):
+    """Kernels are specialised as on the GPU, without being compiled: serving must not meet a new specialisation."""
+
+    MAX_TOKENS = 8192
+
+    def check_model(self, model: shape_walk.WalkedModel, arch: str) -> None:
+        group = shape_walk.ShapeOnlyGroup(size=model.settings.get("tp_size", 1))
+        with (
+            override_tp_group(group),
+            contextlib.ExitStack() as settings,
+            contextlib.redirect_stderr(io.StringIO()),
+            compile_only(arch, lambda kernel, digest: True) as driver,
+        ):
+            runners: list[shape_walk.ShapeRunner] = []
+            shape_walk._load(model, settings, runners)
+            settings.enter_context(shape_walk._PinsNothing())
+            (runner,) = runners
+            warm_up._run_steps(runner, warm_up_steps(self.MAX_TOKENS, runner.model_config.context_len))
+            met = {launch.digest for launch in driver.launches}
+            self.assertGreater(len(met), 30)
+            driver.launches.clear()
+            for step in serving_steps():
+                runner.extend(step)
+                self.assertEqual({x.kernel for x in driver.launches if x.digest not in met}, set(), step[:9])
+                driver.launches.clear()
+            for batch in (1, 3, 5, 9, 100, 127):
+                warm_up.run_step(runner, warm_up._decode_batch(runner, batch))
+                self.assertEqual({x.kernel for x in driver.launches if x.digest not in met}, set(), f"decode {batch}")
+
+    def test_pieces_of_one_upload_may_start_anywhere(self) -> None:
+        upload = torch.empty(64, dtype=torch.int64, device="meta")
+        table = torch.empty(8, 4096, dtype=torch.int32, device="meta")
+        rows = torch.empty(4096, 2, 128, dtype=torch.bfloat16, device="meta")
+        with compile_only("sm_90", lambda kernel, digest: True) as driver:
+            for starts in product((0, 1), repeat=3):
+                pieces = [upload[8 * i + start :] for i, start in enumerate(starts)]
+                first, second, bounds = pieces[0][:3], pieces[1][:3], pieces[2][:4]
+                gather_slots_triton(table, first, second, bounds, 4096)
+                paged_extend_triton(rows, rows, rows, pieces[0], pieces[1][:4], bounds, 0.1)
+                ragged_extend_triton(rows, rows, rows, pieces[1][:4], bounds, 0.1)
+        met = Counter(launch.kernel for launch in {launch.digest: launch for launch in driver.launches}.values())
+        self.assertEqual(met, {"gather_slots_kernel": 1, "extend_kernel": 2})
+
+    def test_no_step_needs_a_kernel_that_warm_up_did_not_meet(self) -> None:
+        wanted = {"sm_90": ("v2lite", "qwen35"), "gfx950": ("v3-fp8-tp8-kv8",)}
+        for arch, names in wanted.items():
+            platform = CudaShapes(arch) if arch.startswith("sm") else ShapeOnlyPlatform(arch)
+            with override_platform(platform), fresh_decisions():
+                REGISTRY.freeze()
+                for model in shape_walk.WALKED_MODELS:
+                    if model.name in names:
+                        with self.subTest(model=model.name, arch=arch):
+                            self.check_model(model, arch)
 
 
 class TestGauges(CustomTestCase):

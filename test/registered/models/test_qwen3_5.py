@@ -125,7 +125,6 @@ class TestQwen35(CustomTestCase):
 
     def test_layers_copy_the_stream_switches_when_they_are_built(self):
         self.assertFalse(qwen3_5._hip_use_alt_stream or qwen3_5._gdn_use_alt_stream or qwen3_5._qknorm_use_alt_stream)
-        self.addCleanup(qwen3_5.configure_streams, SERIAL_PLAN)
         before = self.build("Qwen3_5ForCausalLM").model.layers
         site = OverlapSite(qwen3_5.GDN_QKVZ_BA, enabled=True)
         sites = tuple(site if site.name == other.name else other for other in SERIAL_PLAN.sites)

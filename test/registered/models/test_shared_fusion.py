@@ -22,7 +22,6 @@ from sglang.srt.distributed import ParallelState, override_parallel_state, overr
 from sglang.srt.layers.moe.slotted_mlp import SlottedMLP
 from sglang.srt.model_loader.dummy import iterate_dummy
 from sglang.srt.model_loader.loader import load_model
-from sglang.srt.models import qwen3_5
 from sglang.srt.models.checkpoint_model import CheckpointModel, WeightLoadError
 from sglang.srt.models.deepseek_common.moe import DeepseekV2MoE
 from sglang.srt.models.deepseek_v2 import DeepseekV2ForCausalLM
@@ -32,7 +31,7 @@ from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import override_server_args
 from sglang.srt.utils.multi_stream_utils import FUSED, OVERLAP, SERIAL, OverlapSite, StreamOverlap
-from sglang.srt.utils.stream_policy import SERIAL_PLAN, SITE_RULES, FusionChoice, StreamSettings, resolve_streams
+from sglang.srt.utils.stream_policy import SITE_RULES, FusionChoice, StreamSettings, resolve_streams
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.ep_world import MODEL, thread_world
@@ -328,7 +327,6 @@ class TestModels(CustomTestCase):
 
     def setUp(self):
         torch.set_num_threads(1)
-        self.addCleanup(qwen3_5.configure_streams, SERIAL_PLAN)
         self.platform = FakeStreamPlatform()
         override = override_platform(self.platform)
         override.__enter__()

@@ -16,6 +16,7 @@ from sglang.test.test_utils import CustomTestCase
 use_fakes()
 register_cpu_ci(est_time=8, suite="stage-b-test-cpu")
 
+
 class TestEpMoE(CustomTestCase):
     def test_identity(self):
         torch.set_num_threads(1)

@@ -26,8 +26,8 @@ M = Mutation
 MUTATIONS = {
     "loads": (
         M("one row too few for the experts", layer, "return input_rows(bound,", "return input_rows(bound - 1,"),
-        M("other slices are not zero", layer, "torch.zeros_like(x) if self._tp.size > 1", "torch.ones_like(x) if True"),
-        M("the slice of another rank", layer, "slice_of(x.shape[0], self._tp.rank,", "slice_of(x.shape[0], 0,"),
+        M("other slices are not zero", layer, "torch.zeros_like(x) if tp.size > 1", "torch.ones_like(x) if True"),
+        M("the slice of another rank", layer, "slice_of(x.shape[0], tp.rank,", "slice_of(x.shape[0], 0,"),
         M("received weights ignored", layer, "batch.weights[:num_rows], ids", "batch.weights[:num_rows] * 0 + 1, ids"),
         M("ids stay global", layer, "self.placement.local_ids(batch.indices[:num_rows])", "batch.indices[:num_rows]"),
         M("slices overlap", capacity, "share = -(-rows // parts)", "share = rows // parts"),
@@ -52,7 +52,7 @@ MUTATIONS = {
     ),
     "new result": (M("the transport's own storage", layer, "        return out\n\n    def run_moe_core",
                      "        return self.dispatcher._out[: len(x)]\n\n    def run_moe_core"),),
-    "metadata": (M("metadata believed", layer, "or groups[self._dp_rank] != num_rows", ""),),
+    "metadata": (M("metadata believed", layer, "or groups[dp_rank] != num_rows", ""),),
     "gauge": (
         M("peak not kept", layer, "self.gauge.add(batch.total_recv, num_rows)", "pass"),
         M("benchmark argument ignored", layer, "if self._full_buffer:", "if False:"),
@@ -62,7 +62,7 @@ MUTATIONS = {
         M("rows of others kept", portable, "views[2][rows:].fill_(-1)", "pass"),
     ),
     "gathered": (
-        M("rows of another rank", gathered, "self._world.rank * share", "0 * share"),
+        M("rows of another rank", gathered, "world.rank * share", "0 * share"),
     ),
     "stale": (M("stale rows reach experts", layer, "ids.masked_fill(stale.unsqueeze(1), -1)", "ids"),),
     "contract": (
@@ -83,11 +83,12 @@ MUTATIONS = {
         M("ranks of a node", moriep, "if per_node & (per_node - 1) or world % per_node:", "if False:"),
         M("world of a wave", moriep, "if kernel is ASYNC_LL and world > WAVE:", "if False:"),
         M("codec of a type", moriep, "and dtype != torch.bfloat16:", "and False:"),
+        M("a type that MORI does not carry", moriep, "dtype not in (torch.bfloat16, torch.float32):", "False:"),
         M("codec of a width", moriep, "config.combine_groups * GROUP != hidden:", "False:"),
         M("codec of a kernel", moriep, "and kernel not in (INTRA_NODE, ASYNC_LL)", "and False"),
         M("fp8 without weights for it", moriep, '(asked == "fp8" and row_dtype is None)', "False"),
         M("fp4 without weights for it", moriep, 'if asked == "fp4" or', "if"),
-        M("combine codec dropped", portable, 'if config.combine_wire != "none":', "if False:"),
+        M("a codec where there is none", moriep, '"none" if kernel is None else COMBINE', "COMBINE"),
         M("cap out of range", config, "if not 0 <= self.max_recv_tokens <= worst:", "if False:"),
         M("fields dropped in silence", moriep, "    if refused:", "    if False:"),
         M("cap droppable", moriep, '"max_total_recv_tokens": 0', '"max_total_recv_tokens": "any"'),

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from sglang.kernels.ops.attention.kv_cache import write_kv_torch, write_latent_torch
 from sglang.srt.configs.errors import ConfigError
@@ -21,6 +22,7 @@ from sglang.srt.layers.linear import (
     RowParallelLinear,
 )
 from sglang.srt.layers.moe.fused_moe import FusedMoE
+from sglang.srt.layers.quantization import warn_of_splits
 from sglang.srt.layers.quantization.fp8 import Fp8Method, quantize_blocks, to_fnuz
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.model_executor.model_pools import kv_bytes_per_token, kv_dtype
@@ -32,7 +34,7 @@ from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.server_args import override_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
-from sglang.test.thread_ranks import thread_ranks
+from sglang.test.thread_ranks import run_ranks, thread_ranks
 from sglang.test.tiny_checkpoints import quantize_tiny_checkpoint, save_tiny_checkpoint
 
 register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
@@ -180,6 +182,27 @@ class TestLayers(CustomTestCase):
         plain = ColumnParallelLinear(256, 128, quant_config=CHECKPOINT, dequantize=True)
         self.assertEqual(plain.weight.dtype, torch.float32)
 
+    def test_layers_that_only_the_split_keeps_plain_are_named_once(self):
+        # 192 rows a rank: the first rank's begin at a block's edge, the second's do not.
+        ranks = thread_ranks(2)
+        models = []
+        for handle in ranks:
+            model = nn.ModuleDict({"layers": nn.ModuleList()})
+            with override_tp_group(handle):
+                for number in range(2):
+                    options = {"quant_config": CHECKPOINT, "prefix": f"layers.{number}.o"}
+                    model["layers"].append(nn.ModuleDict({
+                        "o": RowParallelLinear(384, 128, **options), "q": ColumnParallelLinear(128, 384, **options),
+                        "whole": ColumnParallelLinear(128, 512, **options),
+                        "never": RowParallelLinear(320, 128, **options),
+                    }))  # fmt: skip
+            models.append(model)
+        with self.assertLogs("sglang.srt.layers.quantization", "WARNING") as logs:
+            found = run_ranks(lambda rank: warn_of_splits(models[rank], ranks[rank]), range(2))
+        self.assertEqual(found, [["layers.*.o", "layers.*.q"]] * 2)
+        self.assertEqual(len(logs.output), 1)
+        self.assertRegex(logs.output[0], r"layers\.\*\.o, layers\.\*\.q: .* --tp-size 1 serves them in 8 bits")
+
     def test_experts(self):
         matrices = {name: random_matrix(*shape, seed) for seed, (name, shape) in enumerate(
             {"w1": (256, 128), "w3": (256, 128), "w2": (128, 256)}.items())}  # fmt: skip
@@ -191,9 +214,7 @@ class TestLayers(CustomTestCase):
             one = SimpleNamespace(**{name: getattr(layer, name)[1] for name in dict(layer.named_parameters())})
             wanted = torch.cat([matrices[name][2].chunk(2)[rank] for name in ("w1", "w3")])
             torch.testing.assert_close(numbers(one, "w13_weight"), wanted, rtol=0, atol=0)
-            torch.testing.assert_close(
-                numbers(one, "w2_weight"), matrices["w2"][2].chunk(2, 1)[rank], rtol=0, atol=0
-            )
+            torch.testing.assert_close(numbers(one, "w2_weight"), matrices["w2"][2].chunk(2, 1)[rank], rtol=0, atol=0)
         sizes = r"\[128, 128\] and \[128, 64\] of an expert"
         with override_tp_group(thread_ranks(4)[0]), self.assertRaisesRegex(ConfigError, sizes):
             FusedMoE(2, 128, 256, 1, quant_config=CHECKPOINT, prefix="model.layers.3.mlp.experts")

@@ -149,6 +149,7 @@ class TestModels(CustomTestCase):
                     self.folders[name], max_total_tokens=512, max_running_requests=4, random_seed=1, **options
                 )
                 self.assertEqual(engine.args.quantization, "fp8")
+                self.assertEqual(engine.runner.describe()["plain_by_split"], [])
                 for rid, end in (("whole", 60), ("prefix", 30)):
                     engine.submit(rid, PROMPT[:end], params, return_logprob=True, logprob_start_len=0)
                 results = engine.run()

@@ -12,7 +12,7 @@ from sglang.kernels.ops.sampling.seeded import seeded_sample_torch, uniform_from
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.sampler import Sampler, filtered_probs
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
-from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -54,6 +54,37 @@ def filtered_by_loop(logits: list[float], p: SamplingParams) -> list[float]:
     return [probs[i] / total if i in final else 0.0 for i in range(len(probs))]
 
 
+class TestBounds(CustomTestCase):
+    """At the ends of what a request may ask for, all that the sampler computes is still finite and still right."""
+
+    def test_extremes_draw_what_they_must(self) -> None:
+        logits = torch.tensor([[1.0, 30.0, -2.0, 0.5]])
+        cases = [
+            ({"top_p": 1e-30}, {1}),
+            ({"temperature": 1.1e-6}, {1}),
+            ({"temperature": 1.1e-6, "logit_bias": {"2": 1e30}}, {2}),
+            ({"temperature": 1.1e-6, "logit_bias": {"1": -1e30}, "repetition_penalty": 1e-6}, {0}),
+            ({"temperature": 1e30, "min_new_tokens": 2, "stop_token_ids": [1, 2]}, {0, 3}),
+        ]
+        for fields, allowed in cases:
+            with self.subTest(fields):
+                params = SamplingParams.from_request(fields)
+                params.verify(4)
+                info = info_of([params], 4, prompt=[0], stop=params.stop_token_ids)
+                probs = filtered_probs(info.apply_edits(logits), info)
+                self.assertTrue(bool(probs.isfinite().all()), probs)
+                self.assertEqual({int(i) for i in probs[0].nonzero()}, allowed)
+
+    def test_past_the_bounds_is_refused(self) -> None:
+        past = [
+            {"top_p": 1e-300}, {"temperature": 1e300}, {"repetition_penalty": 1e-300}, {"logit_bias": {"1": 1e300}},
+            {"logit_bias": {"1": -1e39}}, {"logit_bias": {"1": NAN}}, {"temperature": INF},
+        ]  # fmt: skip
+        for fields in past:
+            with self.subTest(fields), self.assertRaisesRegex(SamplingParamsError, next(iter(fields))):
+                SamplingParams.from_request(fields).verify(4)
+
+
 class TestFilters(CustomTestCase):
     def test_against_the_loop(self) -> None:
         generator = torch.Generator().manual_seed(1)
@@ -73,13 +104,15 @@ class TestFilters(CustomTestCase):
             if params.top_k == 1:
                 continue  # greedy rows are not drawn from these probabilities
             wanted = filtered_by_loop(logits[row].double().tolist(), params)
-            torch.testing.assert_close(
-                probs[row].double(),
-                torch.tensor(wanted, dtype=torch.float64),
-                atol=2e-6,
-                rtol=1e-5,
-                msg=f"{params}",
-            )
+            alone = filtered_probs(logits[row : row + 1], info_of([params], 23))[0]
+            for found in (probs[row], alone / alone.sum()):
+                torch.testing.assert_close(
+                    found.double(), torch.tensor(wanted, dtype=torch.float64), atol=2e-6, rtol=1e-5, msg=f"{params}"
+                )
+
+    def test_top_p_keeps_no_more_than_it_needs(self) -> None:
+        probs = filtered_probs(torch.zeros(1, 2), info_of([SamplingParams(top_p=0.5)], 2))
+        self.assertEqual(probs.tolist(), [[0.5, 0.0]])
 
     def test_draws_follow_the_distribution(self) -> None:
         n = 40_000

@@ -18,6 +18,7 @@ from sglang.test.test_utils import CustomTestCase
 register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
+START = "amd_ci_start_container.sh"
 WORKFLOW = REPO / ".github" / "workflows" / "pr-test-amd.yml"
 
 
@@ -51,27 +52,38 @@ class TestWorkflow(CustomTestCase):
             subprocess.run(["bash", "-n", str(REPO / name)], check=True)
 
 
-class TestExec(CustomTestCase):
-    def run_script(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        """``amd_ci_exec.sh`` with a docker that prints what it is asked."""
-        with tempfile.TemporaryDirectory() as folder:
-            docker = Path(folder) / "docker"
-            docker.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-            docker.chmod(0o755)
-            env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
-            script = REPO / "scripts" / "ci" / "amd" / "amd_ci_exec.sh"
-            return subprocess.run([str(script), *arguments], env=env, capture_output=True, text=True)
+def run_script(name: str, *arguments: str, arch: str = "gfx942") -> subprocess.CompletedProcess[str]:
+    """A script of ``scripts/ci/amd``, with a docker that prints what it is asked and a long-winded rocminfo."""
+    with tempfile.TemporaryDirectory() as folder:
+        rocminfo = f"yes '  Name: {arch}' | head -n 30000\n"
+        for command, body in (("docker", 'printf "%s\\n" "$@"\n'), ("rocminfo", rocminfo)):
+            path = Path(folder, command)
+            path.write_text(f"#!/bin/sh\n{body}")
+            path.chmod(0o755)
+        env = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"}
+        script = REPO / "scripts" / "ci" / "amd" / name
+        return subprocess.run([str(script), *arguments], env=env, capture_output=True, text=True)
 
+
+class TestStartContainer(CustomTestCase):
+    def test_the_image_is_that_of_the_gpu(self) -> None:
+        for arch, image in (("gfx942", "rocm720-mi30x"), ("gfx950", "rocm720-mi35x")):
+            self.assertIn(f"image: lmsysorg/sglang:v0.5.12-{image}\n", run_script(START, arch=arch).stdout)
+        self.assertIn("no image is known for gfx1100", run_script(START, arch="gfx1100").stderr)
+        self.assertIn("image: mine\n", run_script(START, "--image", "mine", arch="gfx1100").stdout)
+
+
+class TestExec(CustomTestCase):
     def test_environment_and_command(self) -> None:
         arguments = ["-w", "/sglang-checkout/test", "-e", "A=b c", "python3", "run_suite.py", "--hw", "amd"]
-        asked = self.run_script(*arguments).stdout.splitlines()
+        asked = run_script("amd_ci_exec.sh", *arguments).stdout.splitlines()
         self.assertEqual(asked[:3], ["exec", "-w", "/sglang-checkout/test"])
         for variable in ("SGLANG_IS_IN_CI=1", "SGLANG_IS_IN_CI_AMD=1", "SGLANG_USE_AITER=1", "A=b c"):
             self.assertIn(variable, asked)
         self.assertEqual(asked[-5:], ["ci_sglang", "python3", "run_suite.py", "--hw", "amd"])
 
     def test_without_a_command(self) -> None:
-        self.assertEqual(self.run_script("-w", "/").returncode, 2)
+        self.assertEqual(run_script("amd_ci_exec.sh", "-w", "/").returncode, 2)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from sglang.srt import environ_upstream as upstream
+from sglang.srt import environ_names as upstream
 from sglang.srt.environ import declared_variables
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase

@@ -11,13 +11,12 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-from sglang.srt import environ_upstream as upstream
+from sglang.srt import environ_names as upstream
 from sglang.srt.environ import (
     EnvBool,
     EnvError,
     EnvFloat,
     EnvInt,
-    EnvJSON,
     Envs,
     EnvStr,
     EnvTuple,
@@ -25,7 +24,6 @@ from sglang.srt.environ import (
     envs,
 )
 from sglang.srt.environ_cli import render_markdown
-from sglang.srt.environ_foreign import FOREIGN
 from sglang.srt.utils.common import get_bool_env_var, get_int_env_var
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -40,11 +38,9 @@ class Sample:
 
     SGLANG_SAMPLE_BOOL = EnvBool(False, doc="A boolean.", deprecated_names=("SGLANG_SAMPLE_OLD",))
     SGLANG_SAMPLE_INT = EnvInt(4, minimum=1, maximum=8, unit="rows", doc="An integer.")
-    SGLANG_SAMPLE_OPTIONAL = EnvInt(None, doc="An integer or nothing.")
     SGLANG_SAMPLE_FLOAT = EnvFloat(0.5, minimum=0.0, doc="A number.")
     SGLANG_SAMPLE_STR = EnvStr("auto", choices=("auto", "bf16"), doc="A choice.")
     SGLANG_SAMPLE_TUPLE = EnvTuple((), doc="A list.")
-    SGLANG_SAMPLE_JSON = EnvJSON(None, doc="JSON.")
     SGLANG_SAMPLE_SECRET = EnvStr("", secret=True, choices=("", "hunter2"), doc="A secret.")
 
 
@@ -114,22 +110,6 @@ class TestFields(EnvironTestCase):
         with self.assertRaisesRegex(EnvError, "cannot be written"):
             Sample.SGLANG_SAMPLE_TUPLE.set(("a,b",))
 
-    def test_json_inline_and_file(self):
-        field = Sample.SGLANG_SAMPLE_JSON
-        os.environ[field.name] = '{"a": [1, null]}'
-        self.assertEqual(field.get(), {"a": [1, None]})
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "value.json"
-            path.write_text('{"b": 2}')
-            os.environ[field.name] = str(path)
-            self.assertEqual(field.get(), {"b": 2})
-            path.write_text("{")
-            self.assert_refused(field, str(path), "the file is not JSON")
-        self.assert_refused(field, '{"a": }', "not JSON")
-        self.assert_refused(field, "/nonexistent/file", "neither JSON nor a readable file")
-        field.set({"c": [True]})
-        self.assertEqual(field.get(), {"c": [True]})
-
     def test_set_validates_before_writing(self):
         INT.set(8)
         for value in (0, 9, "many", 2.5, True, ""):
@@ -143,13 +123,12 @@ class TestFields(EnvironTestCase):
         self.assertFalse(BOOL.is_set())
 
     def test_set_none_then_outside_write(self):
-        for field in (INT, Sample.SGLANG_SAMPLE_OPTIONAL):
-            field.set(3)
-            field.set(None)
-            self.assertNotIn(field.name, os.environ)
-            self.assertEqual(field.get(), field.default)
-            os.environ[field.name] = "5"
-            self.assertEqual(field.get(), 5)
+        INT.set(3)
+        INT.set(None)
+        self.assertNotIn(INT.name, os.environ)
+        self.assertEqual(INT.get(), 4)
+        os.environ[INT.name] = "5"
+        self.assertEqual(INT.get(), 5)
 
     def test_override_restores_on_error(self):
         os.environ[INT.name] = "2"
@@ -257,20 +236,20 @@ class TestRegistry(EnvironTestCase):
         for name, field in declared_variables().items():
             with self.subTest(name):
                 self.assertEqual(field.name, name)
-                self.assertIsNone(upstream.lookup(name), "declared here, so it leaves environ_upstream.py")
+                self.assertIsNone(upstream.lookup(name), "declared here, so it leaves environ_names.json")
                 self.assertTrue(field.doc.endswith("."))
                 self.assertIn(field.platform, ("", "cpu", "cuda", "hip"))
                 if field.default_text():
                     self.assertEqual(field.parse(field.default_text()), field.default)
 
     def test_upstream_names_are_sound(self):
-        tables = (upstream.NUMERICS_NAMES, upstream.REPLACED_NAMES, upstream.REJECTED_NAMES, upstream.IGNORED_NAMES)
+        tables = (upstream.NUMERICS, upstream.REPLACED, upstream.REJECTED, upstream.IGNORED)
         names = [name for table in tables for name in table]
         self.assertEqual(len(names), len(set(names)), "a name has two classes")
         self.assertGreater(len(names), 770)
         self.assertEqual([n for n in names if not n.startswith(("SGLANG_", "SGL_")) or n.endswith("_")], [])
-        self.assertEqual([n for n in upstream.DEFAULTS if n not in upstream.NUMERICS_NAMES], [])
-        for table in (upstream.REPLACED_NAMES, upstream.REJECTED_NAMES):
+        self.assertEqual([n for n in upstream.DEFAULTS if n not in upstream.NUMERICS], [])
+        for table in (upstream.REPLACED, upstream.REJECTED):
             self.assertEqual([n for n, advice in table.items() if not advice], [])
 
     def test_upstream_readers(self):
@@ -343,7 +322,7 @@ class TestPage(CustomTestCase):
 
     def test_one_row_a_variable(self):
         page = (ROOT / self.PAGE).read_text().splitlines()
-        for name in [*declared_variables(), *(row.name for row in FOREIGN)]:
+        for name in [*declared_variables(), *(row.name for row in upstream.FOREIGN)]:
             self.assertEqual(sum(line.startswith(f"| `{name}` |") for line in page), 1, name)
         rows = [line for line in page if line.startswith("| `")]
         self.assertEqual({line.count(" | ") for line in rows}, {2})

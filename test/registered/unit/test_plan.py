@@ -200,9 +200,9 @@ class TestPools(PlanTestCase):
                     tp_size = args.tp_size // args.attn_dp_size
                     cpu = torch.device("cpu")
                     kv = make_kv_pool(config, plan.pools.num_tokens, args.page_size, tp_size, cpu)
-                    self.assertEqual(kv.total_bytes(), plan.kv_bytes)
+                    self.assertEqual(kv.num_rows * kv.row_bytes(), plan.kv_bytes)
                     states = make_state_pool(config, plan.pools.num_state_slots, tp_size, cpu, args.mamba_ssm_dtype)
-                    self.assertEqual(0 if states is None else states.total_bytes(), plan.state_bytes)
+                    self.assertEqual(0 if states is None else (states.size + 1) * states.row_bytes(), plan.state_bytes)
                     self.assertEqual(plan.state_bytes > 0, name == "qwen3.5")
                     free = 64 * MIB - sum(plan.weights.values())
                     self.assertLessEqual(plan.kv_bytes + plan.state_bytes, args.mem_fraction_static * free)
@@ -297,9 +297,18 @@ def _compare_with_fake(rank: int) -> None:
         planned = {b.name: b.num_bytes for b in exchange_buffers(sizes, "IntraNode")}
         op = mori.ops.EpDispatchCombineOp(
             mori.ops.EpDispatchCombineConfig(
-                data_type=torch.bfloat16, rank=rank, world_size=2, hidden_dim=64, scale_dim=0, scale_type_size=4,
-                max_token_type_size=2, max_num_inp_token_per_rank=4, num_experts_per_rank=32, num_experts_per_token=8,
-                max_total_recv_tokens=cap, gpu_per_node=2,
+                data_type=torch.bfloat16,
+                rank=rank,
+                world_size=2,
+                hidden_dim=64,
+                scale_dim=0,
+                scale_type_size=4,
+                max_token_type_size=2,
+                max_num_inp_token_per_rank=4,
+                num_experts_per_rank=32,
+                num_experts_per_token=8,
+                max_total_recv_tokens=cap,
+                gpu_per_node=2,
             )  # fmt: skip
         )
         assert planned["dispatch output"] == op._storage["out"].nbytes
@@ -436,6 +445,9 @@ class TestLaunch(PlanTestCase):
     def test_settings_that_cannot_be_planned_are_errors(self):
         with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(10**6):
             self.assertIn("SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS", self.judged().errors[0])
+        self.assertRegex(self.judged(dtype="float16").errors[0], "MORI carries bfloat16 .* add --dtype bfloat16")
+        with envs.SGLANG_MORI_COMBINE_DTYPE.override("fp8"):
+            self.assertIn("MORI_FP8_COMBINE_SCALE_DIM=", self.judged(dtype="bfloat16").errors[0])
 
 
 if __name__ == "__main__":

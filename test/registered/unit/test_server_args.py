@@ -31,13 +31,14 @@ from sglang.srt.server_args import (
     set_global_server_args_for_scheduler,
 )
 from sglang.srt.server_args_fields import human_int
-from sglang.srt.server_args_resolve import STEPS, Change, Context, is_loopback
+from sglang.srt.server_args_resolve import DISPATCH_LIMIT, STEPS, Change, Context, is_loopback
 from sglang.srt.server_args_upstream import distinct_flags, upstream_flags
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
+ROOT = Path(__file__).resolve().parents[3]
 CPU = SimpleNamespace(kind="cpu", device_type="cpu")
 CUDA = SimpleNamespace(kind="cuda", device_type="cuda")
 HIP = SimpleNamespace(kind="hip", device_type="cuda")
@@ -252,6 +253,36 @@ class TestResolve(CustomTestCase):
         self.assertEqual(resolve(ServerArgs(), MODEL, CUDA).chunked_prefill_size, 8192)
         self.assertEqual(resolve(ServerArgs(chunked_prefill_size=-1), MODEL, CUDA).chunked_prefill_size, -1)
 
+    def test_a_chat_template_that_is_not_there(self):
+        errors = evaluate(ServerArgs(chat_template="/nowhere.jinja"), CPU, {}).errors
+        self.assertEqual(errors, ["model: --chat-template '/nowhere.jinja': no such file"])
+        self.assertEqual(evaluate(ServerArgs(chat_template="/x", skip_tokenizer_init=True), CPU, {}).errors, [])
+
+    def test_remark_on_an_open_host(self):
+        for admin, ending in ((None, "administrative endpoints are closed"), ("k", "may run inference")):
+            verdict = evaluate(ServerArgs(host="0.0.0.0", admin_api_key=admin), CPU, {})
+            self.assertTrue(next(text for text in verdict.warnings if "--api-key" in text).endswith(ending))
+
+    def test_state_slots_bound_the_running_requests(self):
+        hybrid = SimpleNamespace(**{**vars(MODEL), "text": SimpleNamespace(**vars(TEXT), linear_layer_ids=(0, 1))})
+        self.assertEqual(resolve(ServerArgs(max_mamba_cache_size=16), hybrid, CUDA).max_running_requests, 16)
+        self.assertEqual(resolve(ServerArgs(max_mamba_cache_size=900), hybrid, CUDA).max_running_requests, 256)
+        with self.assertRaisesRegex(ServerArgsError, "16 is below --max-running-requests 17"):
+            resolve(ServerArgs(max_mamba_cache_size=16, max_running_requests=17), hybrid, CUDA)
+        with self.assertRaisesRegex(ServerArgsError, "no recurrent states: drop it"):
+            resolve(ServerArgs(max_mamba_cache_size=16), MODEL, CUDA)
+
+    def test_the_ranks_do_not_meet_at_the_servers_port(self):
+        for meets, refused in (("9", True), ("8", False), ("8 --dp 2", True)):
+            errors = errors_of(f"--port 9 --nccl-port {meets}")
+            self.assertEqual(["ranks meet" in error for error in errors], [True] * refused, meets)
+
+    def test_automatic_chunk_keeps_to_the_prefill_limit(self):
+        args = resolve(ServerArgs(max_prefill_tokens=1000, page_size=16), MODEL, CUDA)
+        self.assertEqual(args.chunked_prefill_size, 992)
+        given = resolve(ServerArgs(max_prefill_tokens=1000, chunked_prefill_size=4096), MODEL, CUDA)
+        self.assertEqual(given.chunked_prefill_size, 4096)
+
     def test_backends_by_platform(self):
         for backend, accepted in (("torch_native", (CPU, CUDA, HIP)), ("triton", (CUDA, HIP)), ("aiter", (HIP,))):
             for platform in (CPU, CUDA, HIP):
@@ -381,7 +412,6 @@ class TestObject(CustomTestCase):
         self.assertEqual(json.loads(args.to_json())["tp_size"], 2)
 
     def test_global_and_scoped_override(self):
-        self.addCleanup(set_global_server_args_for_scheduler, None)
         self.assertRaises(RuntimeError, get_global_server_args)
         set_global_server_args_for_scheduler(ServerArgs(tp_size=2))
         with self.assertRaises(ZeroDivisionError), override_server_args(page_size=4) as args:
@@ -394,13 +424,20 @@ class TestObject(CustomTestCase):
         self.assertEqual(ServerArgs(model_path="/nowhere").model_path, "/nowhere")
         self.assertIn("unknown model path '/nowhere'", evaluate(ServerArgs(model_path="/nowhere"), CPU, {}).errors[0])
 
+    def test_the_environment_given_is_the_one_resolved(self):
+        environ = {"SGLANG_MAMBA_SSM_DTYPE": "float16", DISPATCH_LIMIT: "64"}
+        line = ["--moe-a2a-backend", "mori", "--deepep-mode", "normal"]
+        args = evaluate(line, CPU, environ).args
+        self.assertEqual((args.mamba_ssm_dtype, args.max_running_requests), ("float16", 64))
+        self.assertEqual(args.chunked_prefill_size, 64)
+
     def test_deepep_mode_names_both_dispatchers(self):
         text = next(spec.arg.help for spec in module.specs() if spec.name == "deepep_mode")
         self.assertIn("DeepEP", text)
         self.assertIn("MoriEP", text)
 
     def test_page_lists_every_flag(self):
-        page = module.render_markdown()
+        page = (ROOT / "docs/advanced_features/server_arguments.md").read_text(encoding="utf-8")
         names = [flag for spec in module.specs() for flag in spec.flags] + list(upstream_flags())
         self.assertEqual([name for name in names if f"`{name}`" not in page], [])
 

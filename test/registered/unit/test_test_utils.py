@@ -1,11 +1,20 @@
 """popen_launch_server and CustomTestCase, against a stand-in server that starts in milliseconds."""
 
+import importlib
+import os
+import sys
 import tempfile
 import unittest
 from pathlib import Path
 
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.test_utils import CustomTestCase, free_url, kill_process_tree, popen_launch_server
+from sglang.test.test_utils import (
+    PROCESS_STATE,
+    CustomTestCase,
+    free_url,
+    kill_process_tree,
+    popen_launch_server,
+)
 
 register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
@@ -83,6 +92,24 @@ class TestCustomTestCase(CustomTestCase):
         self.assertEqual(calls, ["up", "down"])
         self.assertEqual(len(result.errors), 1)
         self.assertIn("no server", result.errors[0][1])
+
+    def test_a_test_leaves_process_state_as_it_found_it(self):
+        def values():
+            owners = {name: importlib.import_module(name) for name in PROCESS_STATE}
+            return {(name, field): getattr(owners[name], field) for name in owners for field in PROCESS_STATE[name]}
+
+        class Planted(CustomTestCase):
+            def test_changes(self):
+                for name, field in values():
+                    setattr(sys.modules[name], field, "changed")
+                os.environ["SGLANG_PLANTED"] = "1"
+
+        before = values()
+        result = unittest.TestResult()
+        Planted("test_changes").run(result)
+        self.assertTrue(result.wasSuccessful(), result.errors)
+        self.assertEqual(values(), before)
+        self.assertNotIn("SGLANG_PLANTED", os.environ)
 
 
 if __name__ == "__main__":

@@ -154,6 +154,14 @@ class TestTokenizer(CustomTestCase):
         self.assertEqual(chosen.apply_chat_template(hello), "other:hello")
         with self.assertRaisesRegex(ChatTemplateError, "no such file"):
             Tokenizer.from_path(self.folder, chat_template="chatml")
+        for text, reason in (("{", "other.json is not valid JSON"), ("[]", "must hold a JSON object")):
+            other.write_text(text)
+            with self.assertRaisesRegex(ChatTemplateError, reason):
+                Tokenizer.from_path(self.folder, chat_template=str(other))
+            Path(self.folder, "chat_template.jinja").unlink(missing_ok=True)
+            Path(self.folder, "chat_template.json").write_text(text)
+            with self.assertRaisesRegex(ChatTemplateError, reason.replace("other", "chat_template")):
+                self.write()
 
     def test_template_errors_are_ours(self):
         hello = [{"role": "user", "content": "hello"}]

@@ -12,12 +12,11 @@ import torch.distributed as dist
 from sglang.srt.entrypoints.server_info import _overlap_lines
 from sglang.srt.environ import envs
 from sglang.srt.managers.scheduler_metrics import SchedulerMetrics
-from sglang.srt.models import qwen3_5
 from sglang.srt.platforms import override_platform
 from sglang.srt.utils.multi_stream_utils import OverlapSite, StreamOverlap, trace_reader
 from sglang.srt.utils.overlap_check import OverlapConflictError
 from sglang.srt.utils.overlap_trace import MAX_PENDING, merge_rows
-from sglang.srt.utils.stream_policy import SERIAL_PLAN, SITE_RULES, StreamSettings, resolve_streams
+from sglang.srt.utils.stream_policy import SITE_RULES, StreamSettings, resolve_streams
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.happens_before import FakeStreamPlatform
 from sglang.test.model_harness import ModelHarness
@@ -329,7 +328,6 @@ class TestModelSites(StreamCase):
         """A model of random weights that overlaps at ``sites`` alone."""
         forced = {rule.name: rule.name in sites for rule in SITE_RULES}
         plan = resolve_streams(self.platform, StreamSettings(forced=forced), "none", "auto")
-        self.addCleanup(qwen3_5.configure_streams, SERIAL_PLAN)
         with tempfile.TemporaryDirectory() as folder:
             config = {**TINY_CONFIGS[name], "architectures": [self.MODELS[name][0]]}
             Path(folder, "config.json").write_text(json.dumps(config))

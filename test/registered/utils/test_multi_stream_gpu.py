@@ -14,13 +14,12 @@ import torch
 
 from sglang.kernels.registry import fresh_decisions
 from sglang.srt.environ import envs
-from sglang.srt.models import qwen3_5
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils import multi_stream_utils
 from sglang.srt.utils.multi_stream_utils import OverlapSite, StreamOverlap
 from sglang.srt.utils.overlap_trace import merge_rows
-from sglang.srt.utils.stream_policy import SERIAL_PLAN, SITE_RULES
+from sglang.srt.utils.stream_policy import SITE_RULES
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.test_utils import CustomTestCase
@@ -138,6 +137,7 @@ class TestForkJoinOnGpu(CustomTestCase):
             self.assertGreater(row["beside_share"], 0.5, row)
             self.assertGreater(row["main_us"], row["side_us"] * 1.5, row)
 
+
 QK_NORM = "qwen3_5.qk_norm"
 
 
@@ -161,7 +161,6 @@ class TestModelsOnGpu(CustomTestCase):
         return {rid: (r.output_ids, r.output_logprobs.logprobs) for rid, r in results.items()}, engine.runner
 
     def test_overlap_changes_no_bit(self):
-        self.addCleanup(qwen3_5.configure_streams, SERIAL_PLAN)
         for name, architecture in ARCHITECTURES.items():
             with tempfile.TemporaryDirectory() as folder:
                 config = {**KERNEL_SIZED_CONFIGS[name], "architectures": [architecture]}
@@ -184,7 +183,6 @@ class TestModelsOnGpu(CustomTestCase):
             torch.testing.assert_close(torch.tensor(found[rid][1]), torch.tensor(logprobs), rtol=0, atol=1e-4)
 
     def test_the_tracer_reports_every_site_of_a_model(self):
-        self.addCleanup(qwen3_5.configure_streams, SERIAL_PLAN)
         with tempfile.TemporaryDirectory() as folder:
             config = {**KERNEL_SIZED_CONFIGS["q35moe-k"], "architectures": [ARCHITECTURES["q35moe-k"]]}
             Path(folder, "config.json").write_text(json.dumps(config))

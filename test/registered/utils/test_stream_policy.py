@@ -196,7 +196,7 @@ class TestModes(CustomTestCase):
 
     def test_the_decision_and_its_reason_are_shown(self):
         shown = plan(FakeStreamPlatform("cuda"), fusion=True).describe()
-        self.assertEqual(shown["shared_expert_fusion"], {"enabled": True, "reason": "asked"})
+        self.assertEqual(shown["shared_expert_fusion"], {"enabled": True, "reason": "asked", "enforced": False})
         self.assertEqual(shown["sites"][QWEN]["modes"], [{"max_tokens": None, "mode": FUSED}])
         self.assertRegex(shown["sites"][QWEN]["reason"], "fused at every size .not measured on ")
         for changes, refusal, enabled_, reason in (
@@ -234,11 +234,13 @@ class TestWarnings(CustomTestCase):
         asked = {"SGLANG_ROCM_USE_MULTI_STREAM": "1"}
         for mode in ("auto", "normal"):
             (warning,) = self.warnings(asked, backend="mori", mode=mode)
-            self.assertRegex(warning, r"--deepep-mode low_latency \(auto means normal here\).*MORI_ENABLE_SDMA=1")
+            self.assertRegex(warning, r"--deepep-mode low_latency \(not auto, .*MORI_ENABLE_SDMA=1")
         (warning,) = self.warnings(asked, backend="mori", mode="low_latency")
         self.assertIn("MORI_ENABLE_SDMA=1", warning)
         quiet = {**asked, "MORI_ENABLE_SDMA": "1"}
-        self.assertEqual(self.warnings(quiet, backend="mori", mode="low_latency"), ())
+        # Copy engines mean AsyncLL, whatever the mode says.
+        for mode in ("auto", "normal", "low_latency"):
+            self.assertEqual(self.warnings(quiet, backend="mori", mode=mode), ())
         self.assertEqual(self.warnings(backend="mori", mode="normal"), ())
         self.assertEqual(self.warnings(asked), ())
 

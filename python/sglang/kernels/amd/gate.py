@@ -8,10 +8,9 @@ A compile gate is not a correctness test, and nothing here has run on AMD hardwa
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import multiprocessing
-import pkgutil
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -47,29 +46,24 @@ Table = dict[str, dict[str, dict[str, Recorded]]]
 
 @dataclass
 class Row:
-    """One kernel, as compiled for one shape; ``problems`` is empty when it passes.
+    """One kernel, as compiled for one shape: ``key`` is "kernel @ shape"; ``problems`` is empty when it passes.
 
     models: the walked models that launch this very code. covered: a serving case launches it.
     """
 
-    kernel: str
+    key: str
     arch: str
-    triton: str
-    shape: str
     resources: Resources
     problems: list[str]
-    digest: str = ""
+    digest: str
     models: list[str] = field(default_factory=list)
     covered: bool = True
 
     def as_dict(self) -> dict[str, Any]:
-        named = {"kernel": self.kernel, "arch": self.arch, "triton": self.triton, "shape": self.shape}
+        kernel, _, shape = self.key.partition(" @ ")
+        named = {"kernel": kernel, "arch": self.arch, "triton": triton.__version__, "shape": shape}
         more = {"problems": self.problems, "models": self.models, "covered": self.covered}
         return {**named, **asdict(self.resources), **more}
-
-    @property
-    def key(self) -> str:
-        return f"{self.kernel} @ {self.shape}"
 
 
 @dataclass
@@ -117,29 +111,23 @@ def save_table(rows: Iterable[Row], path: Path = TABLE) -> None:
     table[triton.__version__] = {arch: {} for arch in ARCHS}
     for row in rows:
         # A row with a problem keeps no digest: its code is compiled, and refused, at each run.
-        table[row.triton][row.arch][row.key] = Recorded(row.resources, "" if row.problems else row.digest)
-    lines = ["{", f' "columns": {json.dumps(COLUMNS)},', ' "rows": {']
-    for version, archs in sorted(table.items()):
-        lines.append(f"  {json.dumps(version)}: {{")
-        for arch, found in sorted(archs.items()):
-            lines.append(f"   {json.dumps(arch)}: {{")
-            values = {key: json.dumps([*asdict(r.resources).values(), r.digest]) for key, r in found.items()}
-            lines += [f"    {json.dumps(key)}: {value}," for key, value in values.items()]
-            lines[-1] = lines[-1].rstrip(",")
-            lines.append("   },")
-        lines[-1] = "   }"
-        lines.append("  },")
-    lines[-1] = "  }"
-    path.write_text("\n".join([*lines, " }", "}"]) + "\n", encoding="utf-8")
+        table[triton.__version__][row.arch][row.key] = Recorded(row.resources, "" if row.problems else row.digest)
+    shown = {
+        version: {
+            arch: {key: [*asdict(row.resources).values(), row.digest] for key, row in found.items()}
+            for arch, found in sorted(archs.items())
+        }
+        for version, archs in sorted(table.items())
+    }
+    text = json.dumps({"columns": COLUMNS, "rows": shown}, indent=1)
+    one_row_a_line = re.sub(r"\[[^]]*\]", lambda row: json.dumps(json.loads(row[0])), text)
+    path.write_text(one_row_a_line + "\n", encoding="utf-8")
 
 
 def serving_cases() -> Iterator[tuple[Op, Case]]:
     """What the modules of ``sglang.kernels.ops`` declare in ``serving_cases()``: arguments without storage."""
-    package = importlib.import_module("sglang.kernels.ops")
-    for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
-        if not module.name.endswith("_triton"):
-            declared = getattr(importlib.import_module(module.name), "serving_cases", None)
-            yield from declared() if declared is not None else ()
+    for module in REGISTRY.load_all():
+        yield from module.serving_cases() if hasattr(module, "serving_cases") else ()
 
 
 class RowCollector:
@@ -170,25 +158,24 @@ class RowCollector:
     def _from_table(self, digest: str) -> Row:
         assert self._recorded is not None
         key = self._keys[digest]
-        kernel, _, shape = key.partition(" @ ")
         needs = self._recorded[key].resources
-        return Row(kernel, self._arch, triton.__version__, shape, needs, unfit(needs, self._arch), digest)
+        return Row(key, self._arch, needs, unfit(needs, self._arch), digest)
 
     def _compiled(self, launch: Launch, shape: str, digest: str) -> Row:
         needs = read_resources(launch, self._arch)
         problems = violations(launch, self._arch, expected_instructions(launch.kernel, shape))
         # A kernel that one case launches twice differs in what it is specialised on; its grid tells most of them apart.
         grid = "x".join(str(n) for n in launch.grid if n > 1) or "1"
-        row = Row(launch.kernel, self._arch, triton.__version__, f"{shape} grid {grid}", needs, problems, digest)
-        first, count = row.shape, 1
-        while row.key in self._taken:
+        first = key = f"{launch.kernel} @ {shape} grid {grid}"
+        count = 1
+        while key in self._taken:
             count += 1
-            row.shape = f"{first} #{count}"
+            key = f"{first} #{count}"
         if self._recorded is not None:
-            before = self._recorded.get(row.key)
+            before = self._recorded.get(key)
             new = ["is not in the table (--amd-update records it)"]
-            row.problems += new if before is None else drift(needs, before.resources)
-        return row
+            problems += new if before is None else drift(needs, before.resources)
+        return Row(key, self._arch, needs, problems, digest)
 
 
 def _with_expectations(kernel: str, digest: str) -> str:
@@ -199,7 +186,7 @@ def check(
     arch: str, cases: Iterable[tuple[Op, Case]] | None = None, table: Table | None = None, walk: Walk | None = None
 ) -> Findings:
     """One row for each distinct compiled kernel of the cases (default: all) and of the walk (default: none)."""
-    table = (load_table() if TABLE.exists() else {}) if table is None else table
+    table = load_table() if table is None else table
     found = RowCollector(arch, table.get(triton.__version__, {}).get(arch))
     findings = Findings(arch)
     with override_platform(ShapeOnlyPlatform(arch)), fresh_decisions():
@@ -223,12 +210,12 @@ def check(
 
 def _launches_of_case(op: Op, case: Case, arch: str, found: RowCollector) -> list[Launch]:
     """The launches that dispatch makes for ``case``; raises when it would not choose Triton or does not compile."""
-    fits = (impl for impl in op.table or () if impl.accepts is None or impl.accepts(*case.args, **case.kwargs))
+    fits = (impl for impl in op.table or () if impl.accepts is None or impl.accepts(*case.args))
     chosen = next(fits)
     if chosen.name != "triton":
         raise ValueError(f"{op.name} {case.name}: dispatch on {arch} chooses {chosen.name!r}, not 'triton'")
     with compile_only(arch, found.known) as driver:
-        chosen.fn(*case.args, **case.kwargs)
+        chosen.fn(*case.args)
     return driver.launches
 
 
@@ -254,10 +241,9 @@ def check_all(table: Table | None = None, walk: Walk | None = None) -> list[Find
 
 def uncovered_ops() -> list[str]:
     """Ops with a Triton implementation that no serving case compiles."""
-    REGISTRY.load_all()
     covered = {op.name for op, _ in serving_cases()}
-    with_triton = (op.name for op in REGISTRY.ops.values() if any(impl.name == "triton" for impl in op.impls))
-    return sorted(name for name in with_triton if name not in covered)
+    with_triton = {op.name for op in REGISTRY.ops.values() if any(impl.name == "triton" for impl in op.impls)}
+    return sorted(with_triton - covered)
 
 
 def report(as_json: bool, update: bool, walk: Walk | None = None) -> int:
@@ -291,7 +277,7 @@ def _print_text(rows: list[Row], findings: list[Findings]) -> None:
         print(f"{found.arch}: {len(found.rows)} kernels, {met} met by a model, {alone} of them by no serving case")
         for op, where in found.torch_only.items():
             print(f"NOTE {found.arch} {where}: {op} has no implementation but torch")
-    versions = sorted(load_table()) if TABLE.exists() else []
+    versions = sorted(load_table())
     compared = "drift checked" if triton.__version__ in versions else "drift not checked: not a recorded version"
     print(f"triton {triton.__version__} ({compared}; recorded: {', '.join(versions) or 'none'})")
     print(f"{len(rows)} kernels, {sum(bool(row.problems) for row in rows)} fail; none has run on AMD hardware")

@@ -47,7 +47,6 @@ class DeepseekConfig:
     max_position_embeddings: int
     rope: RopeConfig
     tie_word_embeddings: bool
-    num_nextn_predict_layers: int
     rope_interleave: bool
     attention_bias: bool
 
@@ -59,25 +58,19 @@ class DeepseekConfig:
         if reader.take_bool("mlp_bias", False):
             reader.problem("key mlp_bias = true is not supported: the feed-forward layers have no bias")
         config = cls(
-            hidden_size=reader.take_int("hidden_size"),
-            intermediate_size=reader.take_int("intermediate_size"),
-            num_hidden_layers=reader.take_int("num_hidden_layers"),
-            num_attention_heads=reader.take_int("num_attention_heads"),
-            vocab_size=reader.take_int("vocab_size"),
             rms_norm_eps=reader.take_float("rms_norm_eps"),
             q_lora_rank=reader.take_int("q_lora_rank", None),
-            kv_lora_rank=reader.take_int("kv_lora_rank"),
-            qk_nope_head_dim=reader.take_int("qk_nope_head_dim"),
             qk_rope_head_dim=reader.take_int("qk_rope_head_dim", minimum=2),
-            v_head_dim=reader.take_int("v_head_dim"),
-            max_position_embeddings=reader.take_int("max_position_embeddings"),
             rope=read_rope(reader),
             tie_word_embeddings=reader.take_bool("tie_word_embeddings", False),
-            num_nextn_predict_layers=reader.take_int("num_nextn_predict_layers", 0, minimum=0),
             rope_interleave=reader.take_bool("rope_interleave", True),
             attention_bias=reader.take_bool("attention_bias", False),
+            **reader.take_ints(
+                "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+                "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "max_position_embeddings",
+            ),
             **_read_experts(reader),
-        )
+        )  # fmt: skip
         if config.qk_rope_head_dim % 2:
             reader.problem(f"key qk_rope_head_dim must be even, found {config.qk_rope_head_dim}")
         if not reader.problems and config.n_routed_experts is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -17,16 +17,7 @@ class ConfigError(ValueError):
         super().__init__(f"{source}: {text}" if source else text)
 
 
-def _in_range(value: float, positive: bool) -> bool:
-    return math.isfinite(value) and (value > 0 or not positive)
-
-
-class _Required:
-    def __repr__(self) -> str:
-        return "REQUIRED"
-
-
-REQUIRED = _Required()
+REQUIRED: Any = object()
 
 
 class ConfigReader:
@@ -48,54 +39,35 @@ class ConfigReader:
         if self.problems:
             raise ConfigError(*self.problems)
 
-    def _value(self, key: str, default: Any, expected: str) -> tuple[bool, Any]:
-        """(present and not null, value); an absent required key is recorded as a problem."""
+    def _take(self, key: str, default: Any, expected: str, fits: Callable[[Any], bool], stand_in: Any) -> Any:
         value = self.data.get(key)
-        if value is not None:
-            return True, value
-        if default is REQUIRED:
+        if value is None and default is not REQUIRED:
+            return default
+        if value is None:
             state = "is null" if key in self.data else "is missing"
             self.problem(f"key {self.prefix}{key} {state} ({expected} expected)")
-        return False, default
-
-    def _bad(self, key: str, value: Any, expected: str) -> None:
-        self.problem(f"key {self.prefix}{key} must be {expected}, found {value!r}")
+            return stand_in
+        if not fits(value):
+            self.problem(f"key {self.prefix}{key} must be {expected}, found {value!r}")
+            return stand_in
+        return value
 
     def take_int(self, key: str, default: Any = REQUIRED, minimum: int = 1) -> Any:
         expected = f"an integer of at least {minimum}"
-        present, value = self._value(key, default, expected)
-        if not present:
-            return 1 if value is REQUIRED else value
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            self._bad(key, value, expected)
-            return max(minimum, 1)
-        return value
+        return self._take(key, default, expected, lambda v: type(v) is int and v >= minimum, max(minimum, 1))
 
-    def take_float(self, key: str, default: Any = REQUIRED, positive: bool = True) -> Any:
-        expected = "a positive number" if positive else "a number"
-        present, value = self._value(key, default, expected)
-        if not present:
-            return 1.0 if value is REQUIRED else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not _in_range(value, positive):
-            self._bad(key, value, expected)
-            return 1.0
-        return float(value)
+    def take_ints(self, *keys: str) -> dict[str, int]:
+        """Required positive integers by their keys."""
+        return {key: self.take_int(key) for key in keys}
 
-    def take_bool(self, key: str, default: Any = REQUIRED) -> Any:
-        present, value = self._value(key, default, "true or false")
-        if not present:
-            return False if value is REQUIRED else value
-        if not isinstance(value, bool):
-            self._bad(key, value, "true or false")
-            return False
-        return value
+    def take_float(self, key: str, default: Any = REQUIRED, positive: bool = True) -> float:
+        def fits(value: Any) -> bool:
+            return type(value) in (int, float) and math.isfinite(value) and (value > 0 or not positive)
+
+        return float(self._take(key, default, "a positive number" if positive else "a number", fits, 1.0))
+
+    def take_bool(self, key: str, default: Any = REQUIRED) -> bool:
+        return bool(self._take(key, default, "true or false", lambda v: isinstance(v, bool), False))
 
     def take_choice(self, key: str, choices: Sequence[str], default: Any = REQUIRED) -> Any:
-        expected = "one of " + ", ".join(choices)
-        present, value = self._value(key, default, expected)
-        if not present:
-            return choices[0] if value is REQUIRED else value
-        if value not in choices:
-            self._bad(key, value, expected)
-            return choices[0]
-        return value
+        return self._take(key, default, "one of " + ", ".join(choices), lambda v: v in choices, choices[0])

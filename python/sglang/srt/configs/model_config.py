@@ -9,7 +9,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -62,10 +62,7 @@ class ModelConfig:
     vocab_size: int
     dtype: torch.dtype
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
     num_hidden_layers: int
-    attention_arch: Literal["mla", "gqa"]
-    is_hybrid: bool
     generation_defaults: dict[str, Any]
     quant_config: QuantConfig | None = None
     kv_cache_dtype: str = "auto"
@@ -106,10 +103,7 @@ class ModelConfig:
                 vocab_size=text.vocab_size,
                 dtype=_resolve_dtype(dtype, text_dict, hf_config, platform_kind),
                 eos_token_ids=_token_ids("eos_token_id", generation, text_dict, hf_config),
-                bos_token_id=next(iter(_token_ids("bos_token_id", text_dict, hf_config)), None),
                 num_hidden_layers=text.num_hidden_layers,
-                attention_arch="mla" if isinstance(text, DeepseekConfig) else "gqa",
-                is_hybrid=isinstance(text, Qwen3_5Config) and bool(text.linear_layer_ids),
                 generation_defaults={k: generation[k] for k in GENERATION_KEYS if generation.get(k) is not None},
                 quant_config=quant_config,
                 kv_cache_dtype=kv_cache_dtype,

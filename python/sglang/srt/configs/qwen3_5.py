@@ -31,7 +31,6 @@ class Qwen3_5Config:
     rms_norm_eps: float
     tie_word_embeddings: bool
     layer_types: tuple[str, ...]
-    attn_output_gate: bool
     linear_conv_kernel_dim: int
     linear_key_head_dim: int
     linear_value_head_dim: int
@@ -56,27 +55,21 @@ class Qwen3_5Config:
         _, rope = rope_section(ConfigReader(text_dict))
         rotary = ConfigReader(rope or {})
         config = cls(
-            hidden_size=reader.take_int("hidden_size"),
             num_hidden_layers=num_layers,
-            num_attention_heads=reader.take_int("num_attention_heads"),
-            num_key_value_heads=reader.take_int("num_key_value_heads"),
-            head_dim=reader.take_int("head_dim"),
-            vocab_size=reader.take_int("vocab_size"),
             rms_norm_eps=reader.take_float("rms_norm_eps"),
             tie_word_embeddings=reader.take_bool("tie_word_embeddings", False),
             layer_types=_read_layer_types(reader, num_layers),
-            attn_output_gate=reader.take_bool("attn_output_gate", True),
             linear_conv_kernel_dim=reader.take_int("linear_conv_kernel_dim", minimum=2),
-            linear_key_head_dim=reader.take_int("linear_key_head_dim"),
-            linear_value_head_dim=reader.take_int("linear_value_head_dim"),
-            linear_num_key_heads=reader.take_int("linear_num_key_heads"),
-            linear_num_value_heads=reader.take_int("linear_num_value_heads"),
             mamba_ssm_dtype=reader.take_choice("mamba_ssm_dtype", ("float32", "bfloat16", "float16"), "float32"),
             partial_rotary_factor=rotary.take_float("partial_rotary_factor", 0.25),
             rope=read_rope(reader),
-            max_position_embeddings=reader.take_int("max_position_embeddings"),
+            **reader.take_ints(
+                "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
+                "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
+                "max_position_embeddings",
+            ),
             **_read_experts(reader),
-        )
+        )  # fmt: skip
         reader.problems += rotary.problems
         if not reader.problems:
             _check_shapes(config, reader)
@@ -91,9 +84,7 @@ class Qwen3_5Config:
     def shared_experts(self) -> SharedExperts:
         """One expert in every layer of a MoE model."""
         layers = tuple(range(self.num_hidden_layers)) if self.is_moe else ()
-        return SharedExperts(
-            "shared_expert", self.shared_expert_intermediate_size, self.moe_intermediate_size, layers
-        )
+        return SharedExperts("shared_expert", self.shared_expert_intermediate_size, self.moe_intermediate_size, layers)
 
     @property
     def rotary_dim(self) -> int:

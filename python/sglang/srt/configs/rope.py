@@ -78,6 +78,8 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
         section["rope_type"] = section["type"]
     rope_type = inner.take_choice("rope_type", _ROPE_TYPES, "default")
     theta = inner.take_float("rope_theta")
+    if rope_type != "yarn" and section.get("factor", 1) != 1 and not inner.problems:
+        inner.problem(f"key {inner.prefix}factor = {section['factor']!r} needs rope_type yarn, found {rope_type}")
     for name, harmless in _REFUSED_KEYS.items():
         if section.get(name, harmless) != harmless:
             inner.problem(f"key {inner.prefix}{name} = {section[name]!r} is not supported: it changes the angles")

@@ -9,6 +9,8 @@ from sglang.srt.distributed.parallel_state import (
     get_world_group,
     init_parallel_state,
     is_dp_attention_enabled,
+    is_lost_peer,
+    leave_groups,
     override_parallel_state,
     override_tp_group,
 )
@@ -22,6 +24,8 @@ __all__ = [
     "get_world_group",
     "init_parallel_state",
     "is_dp_attention_enabled",
+    "is_lost_peer",
+    "leave_groups",
     "override_parallel_state",
     "override_tp_group",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,9 @@ import torch.distributed as dist
 
 # The name since torch 2.13, and the one before it.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+# How gloo and NCCL say that the other side of a connection has gone.
+_LOST_PEER = re.compile(r"Connection (?:reset|closed) by peer|Broken pipe|remote process (?:has )?exited")
 
 
 class Pending:
@@ -85,9 +89,7 @@ class ProcessGroupHandle:
         if self.size == 1:
             return Pending(x)
         out = x.new_empty(sum(received), *x.shape[1:])
-        work = dist.all_to_all_single(
-            out, x.contiguous(), list(received), list(sent), group=self.group, async_op=True
-        )
+        work = dist.all_to_all_single(out, x.contiguous(), list(received), list(sent), group=self.group, async_op=True)
         return Pending(out, work)
 
     def all_gather_ints(self, values: Sequence[int]) -> list[list[int]]:
@@ -98,6 +100,13 @@ class ProcessGroupHandle:
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyone, mine, group=self.cpu_group)
         return [theirs.tolist() for theirs in everyone]
+
+    def all_gather_text(self, text: str, most: int = 1000) -> list[str]:
+        """Every rank's ``text``, cut at ``most`` bytes, in rank order, over the host."""
+        if self.size == 1:
+            return [text]
+        padded = text.encode()[:most].ljust(most, b"\0")
+        return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in self.all_gather_ints(list(padded))]
 
     def smallest(self, value: int) -> int:
         """The least of the ranks' values, on every rank."""
@@ -190,9 +199,7 @@ def init_parallel_state(
     if world_size % attn_dp_size:
         raise ValueError(f"{world_size} ranks cannot be parted into {attn_dp_size} attention groups.")
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(
-        backend=backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout
-    )
+    dist.init_process_group(backend=backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
     world = _handle(list(range(world_size)), rank, backend, timeout)
     tp_size, tp = world_size // attn_dp_size, world
     if attn_dp_size > 1:
@@ -202,6 +209,30 @@ def init_parallel_state(
         tp = handles[rank // tp_size]
     _state = ParallelState(world, tp, ep_size, local_rank)
     return _state
+
+
+def leave_groups(timeout_s: float) -> None:
+    """End the groups of all ranks of the replica, which call this together, rank 0 last: it hosts the store.
+
+    Raises RuntimeError when another rank does not come within ``timeout_s`` seconds.
+    """
+    global _state
+    world, timeout = _state.world, timedelta(seconds=timeout_s)
+    if world.size == 1:
+        return
+    store = dist.distributed_c10d._get_default_store()
+    dist.monitored_barrier(world.cpu_group, timeout)
+    dist.destroy_process_group()
+    _state = ParallelState(local_rank=_state.local_rank)
+    if world.rank:
+        store.set(f"left{world.rank}", "")
+    else:
+        store.wait([f"left{rank}" for rank in range(1, world.size)], timeout)
+
+
+def is_lost_peer(error: BaseException) -> bool:
+    """True when a collective failed because the process of another rank has ended."""
+    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
 
 
 def _handle(ranks: list[int], rank: int, backend: str, timeout: timedelta) -> ProcessGroupHandle:

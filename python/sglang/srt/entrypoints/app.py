@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from sglang.srt.entrypoints.auth import AuthMiddleware, AuthPolicy
 from sglang.srt.entrypoints.context import ServerContext
-from sglang.srt.entrypoints.errors import BodyError, body_error, http_error, openai_error
+from sglang.srt.entrypoints.errors import http_error, openai_error
 from sglang.srt.entrypoints.http_io import internal_error
 from sglang.srt.entrypoints.native_api import NativeApi
 from sglang.srt.entrypoints.openai.models_api import ModelsApi
@@ -42,7 +42,6 @@ def build_app(context: ServerContext, lifespan: Lifespan) -> FastAPI:
             app.add_api_route(path, _plain(handler), methods=[method], response_model=None, name=name)
     args = context.server_args
     app.add_middleware(AuthMiddleware, policy=AuthPolicy(args.host, args.api_key, args.admin_api_key))
-    app.add_exception_handler(BodyError, _on_body_error)
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     return app
@@ -54,7 +53,7 @@ def _plain(handler: Callable[[Request], Awaitable[Response]]) -> Callable[..., A
     async def endpoint(request: Request) -> Response:
         try:
             return await handler(request)
-        except (BodyError, RequestError, HTTPException):
+        except (RequestError, HTTPException):
             raise
         except Exception as error:
             # Past this point the connection would be closed under the client.
@@ -64,11 +63,6 @@ def _plain(handler: Callable[[Request], Awaitable[Response]]) -> Callable[..., A
     return endpoint
 
 
-async def _on_body_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, BodyError)
-    return body_error(error)
-
-
 async def _on_request_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
     return openai_error(error)
@@ -76,4 +70,4 @@ async def _on_request_error(_: Request, error: Exception) -> Response:
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return http_error(error.status_code, f"{error.detail}: {request.method} {request.url.path}")
+    return openai_error(http_error(error.status_code, f"{error.detail}: {request.method} {request.url.path}"))

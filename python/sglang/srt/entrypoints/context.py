@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
 
 
 class ServerStatus(enum.Enum):
@@ -16,29 +19,13 @@ class ServerStatus(enum.Enum):
     STOPPING = "stopping"
 
 
-class ModelDescription(Protocol):
-    """The part of ModelConfig that the API shows."""
-
-    @property
-    def architecture(self) -> str: ...
-
-    @property
-    def context_len(self) -> int: ...
-
-    @property
-    def hf_config(self) -> dict[str, Any]: ...
-
-    @property
-    def generation_defaults(self) -> dict[str, Any]: ...
-
-
 @dataclass
 class ServerContext:
     """One server. ``scheduler_info`` is what the scheduler reported when it was ready."""
 
     manager: TokenizerManager
     server_args: ServerArgs
-    model_config: ModelDescription
+    model_config: ModelConfig
     scheduler_info: dict[str, Any] = field(default_factory=dict)
     status: ServerStatus = ServerStatus.STARTING
 

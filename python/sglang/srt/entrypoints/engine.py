@@ -21,6 +21,9 @@ from sglang.srt.utils.distribution import refuse_upstream_distribution
 from sglang.srt.utils.logging_config import configure_logging
 
 T = TypeVar("T")
+Text = str | list[str] | None
+Params = dict[str, Any] | list[dict[str, Any]] | None
+Ids = list[int] | list[list[int]] | None
 _WATCH_INTERVAL_S = 0.5
 
 
@@ -50,14 +53,9 @@ class Engine:
         self._context.status = ServerStatus.UP
 
     def generate(
-        self,
-        prompt: str | list[str] | None = None,
-        sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
-        input_ids: list[int] | list[list[int]] | None = None,
-        *,
-        stream: bool = False,
+        self, prompt: Text = None, sampling_params: Params = None, input_ids: Ids = None, *, stream: bool = False,
         **options: Any,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """A dictionary, a list of them for a batch or ``n`` > 1, or, with ``stream``, an iterator over dictionaries.
 
         ``options`` are the other fields of GenerateReqInput: return_logprob, logprob_start_len, top_logprobs_num,
@@ -69,14 +67,9 @@ class Engine:
         return self._run(self._whole(request))
 
     async def async_generate(
-        self,
-        prompt: str | list[str] | None = None,
-        sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None,
-        input_ids: list[int] | list[list[int]] | None = None,
-        *,
-        stream: bool = False,
+        self, prompt: Text = None, sampling_params: Params = None, input_ids: Ids = None, *, stream: bool = False,
         **options: Any,
-    ) -> Any:
+    ) -> Any:  # fmt: skip
         """``generate`` for asyncio; with ``stream`` the result is an async iterator."""
         request = _request(prompt, sampling_params, input_ids, stream, options)
         if stream:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from sglang.srt.entrypoints.errors import BodyError
+from sglang.srt.entrypoints.errors import body_error
 from sglang.srt.managers.request_input import RequestError
 
 logger = logging.getLogger(__name__)
@@ -31,17 +31,17 @@ def event(content: Any) -> bytes:
 
 
 async def read_body(request: Request, body_type: type[T]) -> T:
-    """The JSON body as ``body_type``; unknown keys are ignored. Raises BodyError."""
+    """The JSON body as ``body_type``; unknown keys are ignored. Raises RequestError."""
     content_type = request.headers.get("content-type", "")
     if content_type.split(";")[0].strip().lower() != "application/json":
-        raise BodyError(
+        raise body_error(
             f"Unsupported media type {content_type!r}: send the body as JSON with Content-Type: application/json."
         )
     data = await request.body()
     try:
         return msgspec.json.decode(data, type=body_type)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise BodyError(f"The body is not valid: {error}") from None
+        raise body_error(f"The body is not valid: {error}") from None
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

@@ -9,16 +9,16 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import uvicorn
 from fastapi import FastAPI
 
 from sglang.srt.entrypoints.app import build_app
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
-from sglang.srt.entrypoints.launch import Processes, accept, check_engine, judge, start_engine
+from sglang.srt.entrypoints.launch import accept, check_engine, judge, start_engine
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.managers.process_launch import LaunchError
+from sglang.srt.managers.process_launch import EngineProcesses, LaunchError
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.server_args import ServerArgsError, exit_with_errors
 from sglang.srt.utils.audit import install_unpickle_counter, log_unpickle_count, reset_unpickle_count
@@ -37,11 +37,13 @@ GRACEFUL_SHUTDOWN_S = 5
 _KEEP_ALIVE_S = 65
 _BACKLOG = 2048
 _WATCH_INTERVAL_S = 0.5
-_USER_ERRORS = (ServerArgsError, ChatTemplateError, TokenizerError)
 
 
 class PortError(ValueError):
     """The address cannot be listened on."""
+
+
+_USER_ERRORS = (ChatTemplateError, PortError, TokenizerError)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -79,7 +81,7 @@ def _port_error(host: str, port: int, error: OSError) -> PortError:
 class HttpServer(uvicorn.Server):
     """uvicorn over one engine: warms it up, watches its processes, and stops when one of them ends."""
 
-    def __init__(self, context: ServerContext, processes: Processes):
+    def __init__(self, context: ServerContext, processes: EngineProcesses):
         self.context = context
         self.exit_code = 0
         self._processes = processes
@@ -147,7 +149,7 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(context: ServerContext, processes: Processes, listener: socket.socket) -> int:
+def serve(context: ServerContext, processes: EngineProcesses, listener: socket.socket) -> int:
     """Serve until a signal or the end of the engine; returns the exit status. Raises PortError."""
     listen(listener)
     server = HttpServer(context, processes)
@@ -174,14 +176,12 @@ def launch_server(argv: Sequence[str]) -> int:
         return 2 if verdict.errors else 0
     configure_logging(args.log_level)
     signal.signal(signal.SIGTERM, _exit_on_signal)
-    processes: Any = None
+    processes: EngineProcesses | None = None
     try:
         accept(verdict)
         with contextlib.closing(bind(args.host, args.port)) as listener:
             context, processes = start_engine(verdict)
             return serve(context, processes, listener)
-    except PortError as error:
-        exit_with_errors([str(error)])
     except ServerArgsError as error:
         exit_with_errors(error.errors)
     except _USER_ERRORS as error:

@@ -5,28 +5,19 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from sglang.srt.entrypoints.context import ServerContext
-from sglang.srt.managers.process_launch import launch_engine_processes
+from sglang.srt.managers.process_launch import EngineProcesses, launch_engine_processes
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs, ServerArgsError, evaluate
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.process_launch import EngineProcesses
     from sglang.srt.server_args_verdict import Verdict
 
 logger = logging.getLogger(__name__)
-
-
-class Processes(Protocol):
-    """What the front needs of the engine's children."""
-
-    def check_alive(self) -> str | None: ...
-
-    def shutdown(self, grace_s: float = 5.0) -> None: ...
 
 
 def judge(request: Sequence[str] | ServerArgs) -> Verdict:
@@ -76,7 +67,7 @@ def start_engine(verdict: Verdict) -> tuple[ServerContext, EngineProcesses]:
     return ServerContext(manager, args, model_config, processes.scheduler_info), processes
 
 
-def check_engine(context: ServerContext, processes: Processes) -> str | None:
+def check_engine(context: ServerContext, processes: EngineProcesses) -> str | None:
     """None while all children run; else what ended, after failing every request with it."""
     dead = processes.check_alive()
     if dead is not None:

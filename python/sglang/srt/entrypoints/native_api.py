@@ -167,17 +167,14 @@ class NativeApi:
 
     async def abort_request(self, request: Request) -> Response:
         body = await read_body(request, AbortBody)
-        if not body.rid and not body.abort_all:
-            raise RequestError("Give rid, the start of the ids of the requests to abort, or abort_all: true.")
         self._manager.abort_request(body.rid or "", bool(body.abort_all))
         return Response(status_code=200)
 
     async def tokenize(self, request: Request) -> Response:
         body = await read_body(request, TokenizeBody)
-        tokenizer = self._tokenizer()
         special = body.add_special_tokens is not False
         prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
-        tokens = [tokenizer.encode(prompt, add_special_tokens=special) for prompt in prompts]
+        tokens = [await self._manager.encode_text(prompt, special) for prompt in prompts]
         counts = [len(ids) for ids in tokens]
         single = isinstance(body.prompt, str)
         result = {"tokens": tokens[0] if single else tokens, "count": counts[0] if single else counts}
@@ -185,7 +182,9 @@ class NativeApi:
 
     async def detokenize(self, request: Request) -> Response:
         body = await read_body(request, DetokenizeBody)
-        tokenizer = self._tokenizer()
+        tokenizer = self._manager.tokenizer
+        if tokenizer is None:
+            raise RequestError("The server runs with --skip-tokenizer-init and has no tokenizer.")
         skip = body.skip_special_tokens is not False
         nested = [item for item in body.tokens if isinstance(item, list)]
         flat = [item for item in body.tokens if isinstance(item, int)]
@@ -198,13 +197,8 @@ class NativeApi:
             return json_response({"text": [tokenizer.decode(ids, skip) for ids in nested]})
         return json_response({"text": tokenizer.decode(flat, skip)})
 
-    def _tokenizer(self) -> Any:
-        if self._manager.tokenizer is None:
-            raise RequestError("The server runs with --skip-tokenizer-init and has no tokenizer.")
-        return self._manager.tokenizer
-
     async def lacking(self, request: Request) -> Response:
-        return http_error(501, f"{request.url.path} exists in upstream sglang and is not implemented by this server.")
+        raise http_error(501, f"{request.url.path} exists in upstream sglang and is not implemented by this server.")
 
 
 async def _events(results: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.environ import check_environment
+from sglang.srt.managers.request_state import WEIGHT_VERSION
 from sglang.srt.utils.audit import unpickle_count
 from sglang.version import __version__
 
@@ -22,7 +23,7 @@ def model_info(context: ServerContext) -> dict[str, Any]:
         "tokenizer_path": args.tokenizer_path,
         "is_generation": True,
         "preferred_sampling_params": None,
-        "weight_version": context.manager.weight_version,
+        "weight_version": WEIGHT_VERSION,
         "has_image_understanding": False,
         "has_audio_understanding": False,
         "model_type": context.model_config.hf_config.get("model_type"),

@@ -13,35 +13,28 @@ from sglang.srt.layers.weights import make_parameter
 class RMSNorm(nn.Module):
     """``w * x / rms(x)`` over the last dimension."""
 
+    unit_weight = 1.0
+    norm, add_norm = rms_norm, fused_add_rms_norm
+
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = make_parameter(hidden_size, fill=(1.0, 0.0))
+        self.weight = make_parameter(hidden_size, fill=(self.unit_weight, 0.0))
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """x [..., D] -> normed; with a residual -> (norm(x + residual), x + residual)."""
         if residual is None:
-            return rms_norm(x, self.weight, self.eps)
-        return fused_add_rms_norm(x, residual, self.weight, self.eps)
+            return self.norm(x, self.weight, self.eps)
+        return self.add_norm(x, residual, self.weight, self.eps)
 
 
-class GemmaRMSNorm(nn.Module):
+class GemmaRMSNorm(RMSNorm):
     """``(1 + w) * x / rms(x)``: a zero weight is unit gain."""
 
-    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = make_parameter(hidden_size, fill=(0.0, 0.0))
-
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """x [..., D] -> normed; with a residual -> (norm(x + residual), x + residual)."""
-        if residual is None:
-            return gemma_rms_norm(x, self.weight, self.eps)
-        return fused_add_gemma_rms_norm(x, residual, self.weight, self.eps)
+    unit_weight = 0.0
+    norm, add_norm = gemma_rms_norm, fused_add_gemma_rms_norm
 
 
 class RMSNormGated(nn.Module):

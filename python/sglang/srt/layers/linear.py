@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sglang.srt.configs.quantization import QuantConfig
-from sglang.srt.distributed import get_tp_group
+from sglang.srt.distributed import ProcessGroupHandle, get_tp_group
 from sglang.srt.layers.quantization import linear_method
 from sglang.srt.layers.weights import Section, ShardId, Shards, make_parameter
 
@@ -61,77 +61,49 @@ class _ShardedLinear(nn.Module):
         return self.quant_method.linear(self, x, self.bias)
 
 
-def _sections(
-    in_features: int, widths: Sequence[int], rank: int, size: int, single: bool = False
-) -> dict[ShardId, Section]:
-    sections: dict[ShardId, Section] = {}
-    offset = 0
-    for index, width in enumerate(widths):
-        rows = _divide(width, size, "output width")
-        part = Section(width, in_features, rank * rows, rows, 0, in_features, offset)
-        sections[None if single else index] = part
-        offset += rows
-    return sections
-
-
-class ReplicatedLinear(_ShardedLinear):
-    """Every rank holds the whole matrix."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = False,
-        quant_config: QuantConfig | None = None,
-        prefix: str = "",
-    ) -> None:
-        super().__init__(_sections(in_features, [out_features], 0, 1, single=True), bias, quant_config, prefix)
-
-
-class MergedReplicatedLinear(_ShardedLinear):
-    """Several whole matrices with one input, computed as one product; shard ids are 0, 1, …"""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: Sequence[int],
-        bias: bool = False,
-        quant_config: QuantConfig | None = None,
-        prefix: str = "",
-    ) -> None:
-        super().__init__(_sections(in_features, out_features, 0, 1), bias, quant_config, prefix)
-
-
 class ColumnParallelLinear(_ShardedLinear):
-    """Output rows are split over the tensor-parallel ranks; the output stays split."""
+    """Output rows are split over the tensor-parallel ranks; the output stays split.
+
+    out_features: rows of the checkpoint matrix or, of several with one input, of each; then shard ids are 0, 1, …
+    """
 
     def __init__(
         self,
         in_features: int,
-        out_features: int,
+        out_features: int | Sequence[int],
         bias: bool = False,
         quant_config: QuantConfig | None = None,
         prefix: str = "",
         dequantize: bool = False,
     ) -> None:
-        tp = get_tp_group()
-        sections = _sections(in_features, [out_features], tp.rank, tp.size, single=True)
+        ranks = self._ranks()
+        widths = {None: out_features} if isinstance(out_features, int) else dict(enumerate(out_features))
+        sections: dict[ShardId, Section] = {}
+        offset = 0
+        for shard, width in widths.items():
+            rows = _divide(width, ranks.size, "output width")
+            sections[shard] = Section(width, in_features, ranks.rank * rows, rows, 0, in_features, offset)
+            offset += rows
         super().__init__(sections, bias, quant_config, prefix, dequantize)
 
+    def _ranks(self) -> ProcessGroupHandle:
+        """The ranks that each hold a part."""
+        return get_tp_group()
 
-class MergedColumnParallelLinear(_ShardedLinear):
-    """Several column-parallel matrices with one input; each is split by itself. Shard ids are 0, 1, …"""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: Sequence[int],
-        bias: bool = False,
-        quant_config: QuantConfig | None = None,
-        prefix: str = "",
-    ) -> None:
-        tp = get_tp_group()
-        super().__init__(_sections(in_features, out_features, tp.rank, tp.size), bias, quant_config, prefix)
+class MergedColumnParallelLinear(ColumnParallelLinear):
+    """Several column-parallel matrices with one input, as one product; each is split by itself."""
+
+
+class ReplicatedLinear(ColumnParallelLinear):
+    """Every rank holds the whole matrix."""
+
+    def _ranks(self) -> ProcessGroupHandle:
+        return ProcessGroupHandle()
+
+
+class MergedReplicatedLinear(ReplicatedLinear):
+    """Several whole matrices with one input, as one product."""
 
 
 class QKVParallelLinear(_ShardedLinear):

@@ -61,6 +61,14 @@ class Shards:
         """Shape of each checkpoint matrix."""
         return {shard: (section.full_rows, section.full_columns) for shard, section in self.sections.items()}
 
+    def is_split_in_blocks(self, size: int) -> bool:
+        """True when blocks of ``size`` are cut by the split over ranks alone."""
+        whole = {
+            shard: Section(part.full_rows, part.full_columns, 0, part.full_rows, 0, part.full_columns)
+            for shard, part in self.sections.items()
+        }
+        return self.in_blocks(size) is None and Shards(whole).in_blocks(size) is not None
+
     def copy(self, target: torch.Tensor, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
         """Copy this rank's part of ``loaded`` into ``target`` [rows, columns], or of a vector into [rows].
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 from sglang.srt.managers.io_struct import (
     BatchStrOutput,
     BatchTokenIDOutput,
+    RequestOutput,
     ShutdownReq,
     StrOutput,
     TokenIDOutput,
@@ -204,18 +205,8 @@ class DetokenizerManager:
         return BatchStrOutput(outputs=[self._handle_one(output) for output in batch.outputs])
 
     def _handle_one(self, output: TokenIDOutput) -> StrOutput:
-        return StrOutput(
-            rid=output.rid,
-            text=self._text_of(output),
-            output_ids=output.output_ids,
-            finish_reason=output.finish_reason,
-            prompt_tokens=output.prompt_tokens,
-            completion_tokens=output.completion_tokens,
-            cached_tokens=output.cached_tokens,
-            input_logprobs=output.input_logprobs,
-            output_logprobs=output.output_logprobs,
-            num_retractions=output.num_retractions,
-        )
+        passed_on = {name: getattr(output, name) for name in RequestOutput.__struct_fields__}
+        return StrOutput(text=self._text_of(output), **passed_on)
 
     def _text_of(self, output: TokenIDOutput) -> str:
         if self.tokenizer is None:

@@ -42,7 +42,6 @@ class TokenizedGenerateReqInput(msgspec.Struct, kw_only=True, tag=True):
     logprob_start_len: int = -1
     top_logprobs_num: int = 0
     token_ids_logprob: list[int] = []
-    created: float = 0.0
 
 
 class AbortReq(msgspec.Struct, kw_only=True, tag=True):
@@ -112,11 +111,10 @@ class TokenLogprobs(msgspec.Struct, kw_only=True):
     chosen: list[list[tuple[float, int]] | None] = []
 
 
-class TokenIDOutput(msgspec.Struct, kw_only=True):
-    """New tokens of one request since its last message.
+class RequestOutput(msgspec.Struct, kw_only=True):
+    """What is new of one request since its last message.
 
-    ``output_ids`` are the new ids only. ``decode_ids`` equal them; a stop token is included in ``output_ids``.
-    ``input_logprobs`` is sent once, with the first output.
+    ``output_ids`` are the new ids only, a stop token included. ``input_logprobs`` is sent once, with the first output.
     """
 
     rid: str
@@ -125,13 +123,17 @@ class TokenIDOutput(msgspec.Struct, kw_only=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    input_logprobs: TokenLogprobs | None = None
+    output_logprobs: TokenLogprobs | None = None
+
+
+class TokenIDOutput(RequestOutput, kw_only=True):
+    """From the scheduler, with what the detokenizer must know to make text of it."""
+
     skip_special_tokens: bool = True
-    spaces_between_special_tokens: bool = True
     no_stop_trim: bool = False
     # Stop strings: the detokenizer holds back text that may be the start of one.
     stop: list[str] = []
-    input_logprobs: TokenLogprobs | None = None
-    output_logprobs: TokenLogprobs | None = None
     num_retractions: int = 0
 
 
@@ -141,19 +143,10 @@ class BatchTokenIDOutput(msgspec.Struct, kw_only=True, tag=True):
     outputs: list[TokenIDOutput]
 
 
-class StrOutput(msgspec.Struct, kw_only=True):
+class StrOutput(RequestOutput, kw_only=True):
     """New text of one request; ``text`` is the delta, never holding part of a stop string."""
 
-    rid: str
     text: str
-    output_ids: list[int]
-    finish_reason: FinishReason | None
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    input_logprobs: TokenLogprobs | None = None
-    output_logprobs: TokenLogprobs | None = None
-    num_retractions: int = 0
 
 
 class BatchStrOutput(msgspec.Struct, kw_only=True, tag=True):

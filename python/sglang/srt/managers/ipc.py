@@ -52,7 +52,7 @@ def _configure(socket: Any) -> None:
 
 
 class Sender:
-    """Writes structs to another process's inbox; never blocks."""
+    """Writes structs to another process's inbox; never blocks. Those of one call arrive together."""
 
     def __init__(self, address: str) -> None:
         self._socket = _context().socket(zmq.PUSH)
@@ -60,8 +60,8 @@ class Sender:
         self._socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
 
-    def send(self, message: msgspec.Struct) -> None:
-        self._socket.send(self._encoder.encode(message), copy=False)
+    def send(self, *messages: msgspec.Struct) -> None:
+        self._socket.send_multipart([self._encoder.encode(message) for message in messages], copy=False)
 
     def close(self) -> None:
         self._socket.close()
@@ -81,7 +81,7 @@ class Receiver(Generic[T]):
         raw: list[bytes] = []
         while True:
             try:
-                raw.append(self._socket.recv(zmq.NOBLOCK))
+                raw += self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return raw
 

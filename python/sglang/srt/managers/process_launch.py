@@ -212,9 +212,7 @@ def device_variables(args: ServerArgs) -> dict[str, str]:
     return variables
 
 
-def _start(
-    name: str, module: str, config: LaunchConfig, threads: int, variables: Mapping[str, str]
-) -> ChildProcess:
+def _start(name: str, module: str, config: LaunchConfig, threads: int, variables: Mapping[str, str]) -> ChildProcess:
     path = os.path.join(config.ipc.directory, f"{name.replace(' ', '-')}.json")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "wb") as file:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from sglang.srt.managers.schedule_batch import Req
@@ -15,19 +13,6 @@ from sglang.srt.mem_cache.radix_cache import MatchResult, RadixCache
 
 class PoolLeakError(RuntimeError):
     """Slots, rows or states are missing, or are held by nobody."""
-
-
-@dataclass(frozen=True)
-class MemoryUse:
-    """Tokens of the KV pool by owner."""
-
-    total: int
-    free: int
-    cached: int
-
-    @property
-    def used(self) -> int:
-        return self.total - self.free - self.cached
 
 
 class ReqMemory:
@@ -49,20 +34,17 @@ class ReqMemory:
     def page_size(self) -> int:
         return self.allocator.page_size
 
-    def use(self) -> MemoryUse:
-        return MemoryUse(self.allocator.size, self.allocator.available_size(), self.tree.evictable_size())
-
     def obtainable(self) -> int:
         """Tokens that can be had now, eviction included."""
         return self.allocator.available_size() + self.tree.evictable_size()
 
+    def num_used(self) -> int:
+        """Tokens that requests hold: slots of their own, and prefixes that they lock."""
+        return self.allocator.size - self.obtainable()
+
     def match(self, req: Req) -> MatchResult:
         """The usable cached prefix of a request that holds nothing yet."""
         return self.tree.match_prefix(req.token_ids[: req.max_prefix_len()])
-
-    def match_len(self, token_ids: list[int]) -> int:
-        """Tokens of the usable cached prefix of ``token_ids``."""
-        return self.tree.match_prefix(token_ids).slot_ids.numel()
 
     def admit(self, req: Req, match: MatchResult) -> None:
         """Give the request a row, a state and its cached prefix; ``match.node`` must be locked for it already."""
@@ -74,7 +56,8 @@ class ReqMemory:
         if row is None:
             raise PoolLeakError(f"no request row for {req.rid}: rows cover every running request")
         prefix = match.slot_ids.numel()
-        self.req_pool.write(row, 0, match.slot_ids)
+        if prefix:
+            self.req_pool.write(row, 0, match.slot_ids)
         req.req_pool_idx, req.node = row, match.node
         req.computed_len = req.tree_len = prefix
         req.snapshot_at = match.kv_len if match.kv_len > prefix else 0
@@ -90,10 +73,7 @@ class ReqMemory:
         slots = self.allocator.alloc_extend(starts, ends, last)
         if slots is None:
             return None
-        offset = 0
-        for req, start, end in zip(reqs, starts, ends, strict=True):
-            self.req_pool.write(self._row(req), start, slots[offset : offset + end - start])
-            offset += end - start
+        self.req_pool.write_extend([self._row(req) for req in reqs], starts, ends, slots)
         return slots
 
     def extend_by_one(self, reqs: list[Req]) -> torch.Tensor | None:
@@ -122,8 +102,9 @@ class ReqMemory:
             result = self.tree.snapshot(tokens, slots, req.state_slot)
         else:
             result = self.tree.insert(tokens, slots)
-        self.allocator.free(slots[req.tree_len : result.prefix_len])
-        self.req_pool.write(row, 0, self.tree.path_slots(result.node))
+        if result.prefix_len > req.tree_len:
+            self.allocator.free(slots[req.tree_len : result.prefix_len])
+            self.req_pool.write(row, 0, self.tree.path_slots(result.node))
         self.tree.inc_lock_ref(result.node)
         assert req.node is not None
         self.tree.dec_lock_ref(req.node)
@@ -158,11 +139,11 @@ class ReqMemory:
 
         ``deep`` also recounts the whole prefix tree.
         """
-        use = self.use()
-        if use.used or self.tree.protected_size():
+        if self.num_used():
             raise PoolLeakError(
-                f"idle, but {use.used} of {use.total} KV tokens are held by no request "
-                f"(free {use.free}, cached {use.cached}, locked {self.tree.protected_size()})"
+                f"idle, but {self.num_used()} of {self.allocator.size} KV tokens are held by no request (free "
+                f"{self.allocator.available_size()}, cached {self.tree.total_size()}, of these locked "
+                f"{self.tree.protected_size()})"
             )
         if self.req_pool.available_size() != self.req_pool.size:
             raise PoolLeakError(

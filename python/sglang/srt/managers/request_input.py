@@ -35,7 +35,6 @@ class SingleRequest(msgspec.Struct, kw_only=True):
     logprob_start_len: int
     top_logprobs_num: int
     token_ids_logprob: list[int]
-    return_text_in_logprobs: bool
 
 
 def split_request(obj: GenerateReqInput) -> tuple[list[SingleRequest], bool]:
@@ -62,7 +61,6 @@ def split_request(obj: GenerateReqInput) -> tuple[list[SingleRequest], bool]:
             logprob_start_len=start_len[i],
             top_logprobs_num=top_num[i],
             token_ids_logprob=chosen[i],
-            return_text_in_logprobs=bool(obj.return_text_in_logprobs),
         )
         for i, prompt in enumerate(prompts)
     ]

@@ -10,9 +10,12 @@ from typing import Any
 import msgspec
 
 from sglang.srt.managers.io_struct import FinishReason, LogprobEntry, StrOutput, TokenLogprobs
-from sglang.srt.managers.request_input import RequestError
+from sglang.srt.managers.request_input import RequestError, SingleRequest
 
 TokenText = Callable[[int], str | None]
+
+# Weights are those of start-up: nothing replaces them.
+WEIGHT_VERSION = "default"
 
 
 class LogprobLists:
@@ -38,22 +41,17 @@ class RequestState:
 
     def __init__(
         self,
+        single: SingleRequest,
         rid: str,
         wire_rid: str,
-        index: int,
         group: RequestGroup,
-        *,
-        return_logprob: bool,
-        top_logprobs: bool,
-        chosen_logprobs: bool,
         text_of: TokenText,
-        weight_version: str,
-        num_tokens: int = 0,
-        show_dp_rank: bool = False,
+        num_tokens: int,
+        show_dp_rank: bool,
     ):
         self.rid = rid
         self.wire_rid = wire_rid
-        self.index = index
+        self.index = len(group.states)
         # Where it was sent, and how many tokens it may come to hold there.
         self.dp_rank = 0
         self.num_tokens = num_tokens
@@ -66,15 +64,11 @@ class RequestState:
         self.last: StrOutput | None = None
         self.input_logprobs = LogprobLists()
         self.output_logprobs = LogprobLists()
-        self._return_logprob = return_logprob
-        self._top_logprobs = top_logprobs
-        self._chosen_logprobs = chosen_logprobs
+        self._single = single
         self._text_of = text_of
-        self._weight_version = weight_version
         self._show_dp_rank = show_dp_rank
-        self._read_text = 0
-        self._read_ids = 0
-        self._read_logprobs = 0
+        # Characters, ids and log-probabilities that the reader has had.
+        self._read = 0, 0, 0
 
     def receive(self, output: StrOutput) -> None:
         """Add one message; wakes the reader when it has something to read."""
@@ -100,13 +94,9 @@ class RequestState:
 
     def result(self, incremental: bool) -> dict[str, Any]:
         """The API's result: all that has arrived, or only what arrived since the last call."""
-        text, ids, start = self.text, list(self.output_ids), 0
-        if incremental:
-            text, ids, start = text[self._read_text :], ids[self._read_ids :], self._read_logprobs
-        self._read_text, self._read_ids = len(self.text), len(self.output_ids)
-        result = {"text": text, "output_ids": ids, "meta_info": self._meta_info(start)}
-        self._read_logprobs = len(self.output_logprobs.tokens)
-        return result
+        text, ids, logprobs = self._read if incremental else (0, 0, 0)
+        self._read = len(self.text), len(self.output_ids), len(self.output_logprobs.tokens)
+        return {"text": self.text[text:], "output_ids": self.output_ids[ids:], "meta_info": self._meta_info(logprobs)}
 
     def _meta_info(self, logprob_start: int) -> dict[str, Any]:
         last = self.last
@@ -117,20 +107,20 @@ class RequestState:
             "prompt_tokens": last.prompt_tokens,
             "completion_tokens": last.completion_tokens,
             "cached_tokens": last.cached_tokens,
-            "weight_version": self._weight_version,
+            "weight_version": WEIGHT_VERSION,
         }
         if self._show_dp_rank:
             meta["dp_rank"] = self.dp_rank
         if self.latency is not None:
             meta["e2e_latency"] = self.latency
-        if self._return_logprob:
+        if self._single.return_logprob:
             output, prompt = self.output_logprobs, self.input_logprobs
             meta["input_token_logprobs"] = prompt.tokens
             meta["output_token_logprobs"] = output.tokens[logprob_start:]
-            if self._top_logprobs:
+            if self._single.top_logprobs_num:
                 meta["input_top_logprobs"] = prompt.top
                 meta["output_top_logprobs"] = output.top[logprob_start:]
-            if self._chosen_logprobs:
+            if self._single.token_ids_logprob:
                 meta["input_token_ids_logprobs"] = prompt.chosen
                 meta["output_token_ids_logprobs"] = output.chosen[logprob_start:]
         return meta
@@ -143,21 +133,17 @@ class RequestGroup:
         self.stream = stream
         self.states: list[RequestState] = []
         self.error: RequestError | None = None
-        self._unfinished = 0
+        self._num_finished = 0
         self._changed: dict[int, RequestState] = {}
         self._event = asyncio.Event()
 
-    def add(self, state: RequestState) -> None:
-        self.states.append(state)
-        self._unfinished += 1
-
     def on_output(self, state: RequestState) -> None:
         if state.finish_reason is not None:
-            self._unfinished -= 1
+            self._num_finished += 1
             self.error = self.error or state.error()
         if self.stream:
             self._changed[state.index] = state
-        if self.stream or self._unfinished == 0 or self.error is not None:
+        if self.stream or self._num_finished == len(self.states) or self.error is not None:
             self._event.set()
 
     def fail(self, error: RequestError) -> None:
@@ -167,7 +153,7 @@ class RequestGroup:
     @property
     def all_read(self) -> bool:
         """Whether every request is finished and ``wait`` has returned its last change."""
-        return self._unfinished == 0 and not self._changed and self.error is None
+        return self._num_finished == len(self.states) and not self._changed and self.error is None
 
     async def wait(self) -> list[RequestState]:
         """The states that changed since the last call. Raises the error in which any of them ended."""

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from sglang.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput, TokenLogprobs
@@ -25,6 +26,7 @@ class Req:
     def __init__(self, message: TokenizedGenerateReqInput, seed: int, stop_ids: frozenset[int]) -> None:
         self.rid = message.rid
         self.origin_input_ids = message.input_ids
+        self._prompt: np.ndarray = np.array(message.input_ids, dtype=np.int64)
         self.output_ids: list[int] = []
         self.sampling_params = message.sampling_params
         self.stream = message.stream
@@ -70,9 +72,9 @@ class Req:
         return len(self.origin_input_ids) + len(self.output_ids)
 
     @property
-    def token_ids(self) -> list[int]:
-        """Prompt and output, a new list."""
-        return self.origin_input_ids + self.output_ids
+    def token_ids(self) -> np.ndarray:
+        """Prompt and output: [seq_len] int64, a new array."""
+        return np.concatenate([self._prompt, np.array(self.output_ids, dtype=np.int64)])
 
     @property
     def new_tokens_left(self) -> int:
@@ -143,15 +145,13 @@ class ScheduleBatch:
         if decode:
             positions = torch.tensor(self.starts, dtype=torch.int64)
         else:
-            ids = []
-            for req, start, end in zip(self.reqs, self.starts, self.ends, strict=True):
-                ids += req.token_ids[start:end]
-            spans = [torch.arange(start, end) for start, end in zip(self.starts, self.ends, strict=True)]
-            positions = torch.cat(spans) if spans else torch.empty(0, dtype=torch.int64)
+            spans = list(zip(self.reqs, self.starts, self.ends, strict=True))
+            ids = torch.from_numpy(np.concatenate([req.token_ids[start:end] for req, start, end in spans]))
+            positions = torch.cat([torch.arange(start, end) for _, start, end in spans])
         logprobs = [req.logprob_request(s, e) for req, s, e in zip(self.reqs, self.starts, self.ends, strict=True)]
         return ModelWorkerBatch(
             forward_mode=self.forward_mode,
-            input_ids=None if ids is None else torch.tensor(ids, dtype=torch.int64),
+            input_ids=ids,
             positions=positions,
             req_pool_indices=_column([req.req_pool_idx for req in self.reqs]),
             seq_lens=list(self.ends),

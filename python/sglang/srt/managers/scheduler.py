@@ -95,18 +95,24 @@ class Scheduler:
 
     def event_loop(self) -> None:
         """Serve until a ShutdownReq arrives."""
-        checked = True
+        checked = quiet = True
         while not self._stopping:
             may_wait = checked and not self.has_work() if self.sync is None else self._all_idle
-            for message in self.channel.receive(wait=may_wait):
+            messages = self.channel.receive(wait=may_wait)
+            for message in messages:
                 self._handle(message)
             if self.step():
-                checked = False
+                checked = quiet = False
             elif self.has_work():
                 raise RuntimeError(f"the scheduler is stuck: {self.load()} and no step can be made of it")
             elif not checked:
-                self._on_idle()
+                self.memory.check_idle(self.config.deep_pool_check)
+                self.metrics.went_idle()
                 checked = True
+            elif not quiet and not messages:
+                # A recount takes milliseconds for each million slots: not while the next request may be on its way.
+                self.memory.check_idle(deep=self.memory.tree.total_size() <= MAX_DEEP_CHECK_TOKENS)
+                quiet = True
 
     def step(self) -> bool:
         """Launch one prefill or decode step and take in the one before it; False when there was nothing to do.
@@ -186,7 +192,7 @@ class Scheduler:
         return {
             "num_running_reqs": len(self.running) + len(self.partial),
             "num_queue_reqs": len(self.waiting),
-            "num_used_tokens": self.memory.use().used + self.memory.tree.protected_size(),
+            "num_used_tokens": self.memory.num_used(),
             "max_total_num_tokens": self.memory.allocator.size,
         }
 
@@ -211,7 +217,7 @@ class Scheduler:
         seed = params.sampling_seed
         if seed is None:
             number = self._num_received * self.config.dp_size + self.config.dp_rank
-            seed = self.config.random_seed * 1_000_003 + number
+            seed = (self.config.random_seed * 1_000_003 + number) % 2**63
         stop_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= set(self.config.eos_token_ids)
@@ -234,8 +240,9 @@ class Scheduler:
             self.waiting.append(req)
 
     def _refuse(self, req: Req, message: str, status_code: int) -> None:
-        req.finish_reason = abort_reason(message, status_code, "BadRequestError" if status_code == 400 else None)
-        self.metrics.num_aborted += 1
+        err_type = "BadRequestError" if status_code == 400 else "ServiceUnavailableError"
+        req.finish_reason = abort_reason(message, status_code, err_type)
+        self.metrics.num_aborted_reqs += 1
         self._emit([req])
 
     def _abort(self, message: AbortReq) -> None:
@@ -247,10 +254,11 @@ class Scheduler:
                 queue.remove(req)
                 req.finish_reason = abort_reason("The request was aborted.")
                 self.memory.release(req, cache=True)
-            self.metrics.num_aborted += len(hit)
+            self.metrics.num_aborted_reqs += len(hit)
             self._emit(hit)
 
     def _flush(self, seq: int) -> FlushCacheReqOutput:
+        self._drain()  # the step in flight may be all that is left
         if self.has_work():
             counts = f"{len(self.running) + len(self.partial)} running, {len(self.waiting)} queued"
             return FlushCacheReqOutput(seq=seq, success=False, message=f"The server is busy: {counts}.")
@@ -349,7 +357,7 @@ class Scheduler:
         self.memory.release(req, cache=True)
         req.num_retractions += 1
         self.waiting.insert(0, req)
-        self.metrics.num_retractions += 1
+        self.metrics.num_retracted_reqs += 1
 
     def _retract_until_decode_fits(self, other_tokens: int) -> None:
         """Retract running requests until each survivor can have one more token beside ``other_tokens``."""
@@ -418,6 +426,7 @@ class Scheduler:
             return True
         token = output.next_token_ids[index]
         req.output_ids.append(token)
+        self.metrics.num_generated_tokens += 1
         if req.return_logprob:
             assert output.next_token_logprobs is not None
             record_output_logprobs(req, output.logits_output, index, output.next_token_logprobs[index], token)
@@ -438,11 +447,6 @@ class Scheduler:
         outputs: list[TokenIDOutput] = [make_output(req, is_first=req.num_sent == 0) for req in reqs]
         if outputs:
             self.channel.to_detokenizer(BatchTokenIDOutput(outputs=outputs))
-
-    def _on_idle(self) -> None:
-        deep = self.config.deep_pool_check or self.memory.tree.total_size() <= MAX_DEEP_CHECK_TOKENS
-        self.memory.check_idle(deep)
-        self.metrics.went_idle()
 
 
 def _is_meant(message: AbortReq, rid: str) -> bool:

@@ -13,34 +13,34 @@ logger = logging.getLogger(__name__)
 
 
 class SchedulerMetrics:
-    """Steps, tokens and seconds since start; one log line a prefill step and every ``decode_log_interval`` decodes."""
+    """Steps, tokens and seconds since start, under the names of /server_info.
 
-    def __init__(
-        self, decode_log_interval: int, overlap_trace: Callable[[], list[dict[str, Any]]] = list
-    ) -> None:
+    Logs one line a prefill step, and one every ``decode_log_interval`` decode steps.
+    """
+
+    def __init__(self, decode_log_interval: int, overlap_trace: Callable[[], list[dict[str, Any]]] = list) -> None:
         self._interval = decode_log_interval
         self._overlap_trace = overlap_trace
         self.num_prefill_steps = 0
         self.num_decode_steps = 0
         self.num_idle_steps = 0  # taken part in without rows
-        self.num_retractions = 0
-        self.num_aborted = 0
-        self.num_prompt_tokens = 0
+        self.num_retracted_reqs = 0
+        self.num_aborted_reqs = 0
+        self.num_prefilled_tokens = 0
         self.num_cached_tokens = 0
         self.num_generated_tokens = 0
         # Seconds in forward and sampling, and in all else of a step.
-        self.forward_s = 0.0
-        self.schedule_s = 0.0
+        self.forward_seconds = 0.0
+        self.schedule_seconds = 0.0
         self.last_gen_throughput = 0.0
         self._log_started = time.perf_counter()
         self._log_tokens = 0
 
     def step_done(self, batch: ScheduleBatch, load: dict[str, int], forward_s: float, schedule_s: float) -> None:
-        self.forward_s += forward_s
-        self.schedule_s += schedule_s
+        self.forward_seconds += forward_s
+        self.schedule_seconds += schedule_s
         if batch.forward_mode.is_decode():
             self.num_decode_steps += 1
-            self.num_generated_tokens += len(batch.reqs)
             self._log_tokens += len(batch.reqs)
             if self.num_decode_steps % self._interval == 0:
                 self._log_decode(load)
@@ -51,7 +51,9 @@ class SchedulerMetrics:
         fresh = [start for req, start in zip(batch.reqs, batch.starts, strict=True) if start == req.cached_tokens]
         cached = sum(fresh)
         self.num_prefill_steps += 1
-        self.num_prompt_tokens += batch.num_tokens
+        for req, start, end in zip(batch.reqs, batch.starts, batch.ends, strict=True):
+            # Decoding requests of a mixed step bring output tokens, and retracted ones compute theirs again.
+            self.num_prefilled_tokens += max(0, min(end, len(req.origin_input_ids)) - start)
         self.num_cached_tokens += cached
         logger.info(
             "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: %d, token usage: %.2f, #running-req: %d, "
@@ -69,8 +71,8 @@ class SchedulerMetrics:
         self.last_gen_throughput = self._log_tokens / max(now - self._log_started, 1e-9)
         self._log_started, self._log_tokens = now, 0
         logger.info(
-            "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, cuda graph: False, "
-            "gen throughput (token/s): %.2f, #queue-req: %d",
+            "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, gen throughput (token/s): %.2f, "
+            "#queue-req: %d",
             load["num_running_reqs"],
             load["num_used_tokens"],
             _usage(load),
@@ -89,20 +91,8 @@ class SchedulerMetrics:
         self._log_started, self._log_tokens = time.perf_counter(), 0
 
     def snapshot(self) -> dict[str, Any]:
-        """For /server_info."""
-        return {
-            "num_prefill_steps": self.num_prefill_steps,
-            "num_decode_steps": self.num_decode_steps,
-            "num_idle_steps": self.num_idle_steps,
-            "num_retracted_reqs": self.num_retractions,
-            "num_aborted_reqs": self.num_aborted,
-            "num_prefilled_tokens": self.num_prompt_tokens,
-            "num_cached_tokens": self.num_cached_tokens,
-            "num_generated_tokens": self.num_generated_tokens,
-            "forward_seconds": self.forward_s,
-            "schedule_seconds": self.schedule_s,
-            "last_gen_throughput": self.last_gen_throughput,
-        }
+        """For /server_info: every public attribute."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
 
 def _usage(load: dict[str, int]) -> float:

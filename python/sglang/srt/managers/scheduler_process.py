@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 import traceback
+from typing import Any, NoReturn
 
 import torch
 
@@ -15,10 +17,12 @@ from sglang.kernels.compile_watch import watch_compilations
 from sglang.kernels.registry import REGISTRY, KernelConfigError
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import init_parallel_state
+from sglang.srt.distributed import get_parallel_state, init_parallel_state, is_lost_peer, leave_groups
 from sglang.srt.distributed.kernel_agreement import require_same_kernels
 from sglang.srt.layers.moe.token_dispatcher.base import ExchangeConfigError
 from sglang.srt.managers.dp_sync import StepAgreement
+from sglang.srt.managers.io_struct import ShutdownReq
+from sglang.srt.managers.ipc import Sender
 from sglang.srt.managers.process_launch import ChildContext, ended_by_sigterm, parse_child_arguments
 from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.scheduler import Scheduler
@@ -45,6 +49,12 @@ USER_ERRORS = (
     ConfigError, ExchangeConfigError, KernelConfigError, PlatformError, PoolPlanError, TokenizerError, WeightLoadError
 )  # fmt: skip
 
+# Seconds that ranks which end together may take; the launcher insists a little later.
+END_S = 4.0
+# Seconds in which the launcher sees that another rank ended before this one says what it lacks.
+LAUNCHER_LOOKS_S = 2.0
+LOST_PEER = "another rank of this replica has gone; this one ends too, and the launcher names the one that failed first"
+
 
 def make_memory(runner: ModelRunner, args: ServerArgs) -> ReqMemory:
     """Allocator and prefix tree over the runner's pools."""
@@ -63,6 +73,7 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
     config = context.config
     place = config.place
     current_platform.set_device(place.local_rank)
+    logger.info("platform: %s", current_platform.describe())
     backend = "nccl" if current_platform.device_type == "cuda" else "gloo"
     state = init_parallel_state(
         place.rank,
@@ -123,6 +134,71 @@ class Watchdog:
                 os._exit(3)
 
 
+def _insist() -> None:
+    logger.warning("the ranks have not ended together within %g s; this one ends by itself", END_S)
+    os._exit(1)
+
+
+def _end_within_bound() -> None:
+    timer = threading.Timer(END_S, _insist)
+    timer.daemon = True
+    timer.start()
+
+
+def end_together_by_sigterm(context: ChildContext) -> None:
+    """From here on SIGTERM asks the loops of all ranks to end behind one and the same step."""
+    state, config = get_parallel_state(), context.config
+    inbox = Sender(config.ipc.schedulers[config.place.dp_rank])
+
+    def ask(*_: Any) -> None:
+        _end_within_bound()
+        if state.tp.rank == 0:  # the others hear of it from there
+            inbox.send(ShutdownReq())
+
+    signal.signal(signal.SIGTERM, ask)
+
+
+def leave(scheduler: Scheduler) -> None:
+    """End this rank's groups along with the other ranks, or the process when they do not come."""
+    _end_within_bound()
+    scheduler.worker.runner.decode_graphs = None  # a graph holds the communicators that it uses
+    current_platform.synchronize()
+    try:
+        leave_groups(END_S / 2)
+    except RuntimeError as error:
+        logger.warning("the groups of ranks end out of order: %s", str(error).partition("\n")[0])
+        os._exit(1)
+    logger.info("left the groups of ranks")
+
+
+def end_after_lost_peer(context: ChildContext, error: Exception) -> NoReturn:
+    """Say so in one line, and end without the destructors of the groups, which would say it at length or wait."""
+    logger.error(LOST_PEER)
+    logger.debug("what the collective said", exc_info=error)
+    context.report_error(LOST_PEER, user_error=False)
+    os._exit(1)
+
+
+def serve(scheduler: Scheduler, context: ChildContext) -> int:
+    """Run the loop until it is asked to end; the exit status."""
+    several = get_parallel_state().world.size > 1
+    with ended_by_sigterm():
+        try:
+            if several:
+                end_together_by_sigterm(context)
+            scheduler.event_loop()
+            if several:
+                leave(scheduler)
+        except Exception as error:
+            if several and is_lost_peer(error):
+                end_after_lost_peer(context, error)
+            context.report_error(f"{type(error).__name__}: {error}", user_error=False)
+            raise
+        finally:
+            log_unpickle_count(logger)
+    return 0
+
+
 def main() -> int:
     install_unpickle_counter()
     context = parse_child_arguments()
@@ -138,6 +214,9 @@ def main() -> int:
         context.report_error(str(error), user_error=True)
         return 2
     except Exception as error:
+        if is_lost_peer(error):
+            time.sleep(LAUNCHER_LOOKS_S)
+            end_after_lost_peer(context, error)
         context.report_error(f"{prefix}: {type(error).__name__}: {error}\n{traceback.format_exc()}", user_error=False)
         return 1
     REGISTRY.start_serving()
@@ -154,15 +233,7 @@ def main() -> int:
     )
     reset_unpickle_count()
     Watchdog(scheduler, float(args.watchdog_timeout), context)
-    with ended_by_sigterm():
-        try:
-            scheduler.event_loop()
-        except Exception as error:
-            context.report_error(f"{type(error).__name__}: {error}", user_error=False)
-            raise
-        finally:
-            log_unpickle_count(logger)
-    return 0
+    return serve(scheduler, context)
 
 
 if __name__ == "__main__":

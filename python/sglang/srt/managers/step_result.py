@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.io_struct import FinishReason, TokenIDOutput, TokenLogprobs
 from sglang.srt.managers.schedule_batch import Req
@@ -90,7 +92,6 @@ def make_output(req: Req, is_first: bool) -> TokenIDOutput:
         completion_tokens=len(req.output_ids),
         cached_tokens=req.cached_tokens,
         skip_special_tokens=params.skip_special_tokens,
-        spaces_between_special_tokens=params.spaces_between_special_tokens,
         no_stop_trim=params.no_stop_trim,
         stop=params.stop,
         input_logprobs=req.input_logprobs if is_first else None,
@@ -100,12 +101,7 @@ def make_output(req: Req, is_first: bool) -> TokenIDOutput:
 
 
 def _tail(logprobs: TokenLogprobs, start: int) -> TokenLogprobs:
-    return TokenLogprobs(
-        logprobs=logprobs.logprobs[start:],
-        ids=logprobs.ids[start:],
-        top=logprobs.top[start:],
-        chosen=logprobs.chosen[start:],
-    )
+    return TokenLogprobs(**{name: rows[start:] for name, rows in msgspec.structs.asdict(logprobs).items()})
 
 
 def abort_reason(message: str, status_code: int | None = None, err_type: str | None = None) -> FinishReason:

@@ -7,7 +7,7 @@ import itertools
 import logging
 import time
 from collections.abc import AsyncGenerator
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.dp_routing import LoadBalancer
 from sglang.srt.managers.io_struct import (
@@ -28,6 +28,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsEr
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
@@ -35,16 +36,6 @@ logger = logging.getLogger(__name__)
 # Longer texts are tokenized in a thread, so that other requests go on meanwhile.
 _LONG_TEXT_CHARS = 8192
 CONTROL_TIMEOUT_S = 60.0
-
-
-class ModelLimits(Protocol):
-    """What request checks need to know of the model."""
-
-    @property
-    def context_len(self) -> int: ...
-
-    @property
-    def vocab_size(self) -> int: ...
 
 
 class TokenizerManager:
@@ -57,19 +48,16 @@ class TokenizerManager:
     def __init__(
         self,
         server_args: ServerArgs,
-        model_config: ModelLimits,
+        model_config: ModelConfig,
         tokenizer: Tokenizer | None,
         ipc: IpcNames,
-        preferred_sampling_params: dict[str, Any] | None = None,
     ):
         self.server_args = server_args
         self.tokenizer = tokenizer
         self.context_len = model_config.context_len
         self.vocab_size = model_config.vocab_size
-        self.weight_version = getattr(server_args, "weight_version", None) or "default"
         self.failure: RequestError | None = None
         self.last_receive_time = 0.0
-        self._preferred = preferred_sampling_params
         self._ipc = ipc
         self._senders = [Sender(address) for address in ipc.schedulers]
         self._balancer = LoadBalancer(server_args.load_balance_method, len(self._senders))
@@ -124,10 +112,15 @@ class TokenizerManager:
             raise self.failure
         self._log_received(obj, group)
         try:
+            # Sent together, the requests of one batch share their first step.
+            by_rank: list[list[TokenizedGenerateReqInput]] = [[] for _ in self._senders]
             for state, request in zip(group.states, tokenized, strict=True):
                 self._states[state.wire_rid] = state
                 state.dp_rank = self._balancer.assign(state.num_tokens)
-                self._senders[state.dp_rank].send(request)
+                by_rank[state.dp_rank].append(request)
+            for sender, requests in zip(self._senders, by_rank, strict=True):
+                if requests:
+                    sender.send(*requests)
             if not stream:
                 await group.wait()
                 results = [state.result(incremental=False) for state in group.states]
@@ -143,7 +136,12 @@ class TokenizerManager:
             self._release(group)
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
-        """Ask the schedulers to end every request whose id starts with ``rid``, or all of them."""
+        """Ask the schedulers to end every request whose id starts with ``rid``, or all of them.
+
+        Raises RequestError when neither is given.
+        """
+        if not rid and not abort_all:
+            raise RequestError("Give rid, the start of the ids of the requests to abort, or abort_all: true.")
         if abort_all:
             for sender in self._senders:
                 sender.send(AbortReq(abort_all=True))
@@ -237,6 +235,8 @@ class TokenizerManager:
         """Check and tokenize every prompt of ``obj``, fill ``group``, and say whether the result is a list."""
         singles, is_list = split_request(obj)
         tokenized: list[TokenizedGenerateReqInput] = []
+        show_text = bool(obj.return_text_in_logprobs) and self.tokenizer is not None
+        text_of = self._token_text if show_text else _no_text
         for single in singles:
             params = self._sampling_params(single)
             input_ids = self._fit_context(await self._encode(single), params)
@@ -247,27 +247,21 @@ class TokenizerManager:
                 # An id that the client chose may come again while the scheduler still ends its first use.
                 wire_rid = f"{rid}#{next(self._counter)}" if single.rid_given else rid
                 num_tokens = len(input_ids) + (params.max_new_tokens or 0)
-                group.add(self._new_state(single, rid, wire_rid, group, num_tokens))
-                tokenized.append(_tokenized(single, wire_rid, input_ids, params, group.stream))
+                show_dp_rank = len(self._senders) > 1
+                group.states.append(RequestState(single, rid, wire_rid, group, text_of, num_tokens, show_dp_rank))
+                tokenized.append(
+                    TokenizedGenerateReqInput(
+                        rid=wire_rid,
+                        input_ids=input_ids,
+                        sampling_params=params,
+                        stream=group.stream,
+                        return_logprob=single.return_logprob,
+                        logprob_start_len=single.logprob_start_len,
+                        top_logprobs_num=single.top_logprobs_num,
+                        token_ids_logprob=single.token_ids_logprob,
+                    )
+                )
         return tokenized, is_list
-
-    def _new_state(
-        self, single: SingleRequest, rid: str, wire_rid: str, group: RequestGroup, num_tokens: int
-    ) -> RequestState:
-        show_text = single.return_text_in_logprobs and self.tokenizer is not None
-        return RequestState(
-            rid,
-            wire_rid,
-            len(group.states),
-            group,
-            return_logprob=single.return_logprob,
-            top_logprobs=single.top_logprobs_num > 0,
-            chosen_logprobs=bool(single.token_ids_logprob),
-            text_of=self._token_text if show_text else _no_text,
-            weight_version=self.weight_version,
-            num_tokens=num_tokens,
-            show_dp_rank=len(self._senders) > 1,
-        )
 
     def _token_text(self, token_id: int) -> str | None:
         assert self.tokenizer is not None
@@ -275,7 +269,7 @@ class TokenizerManager:
 
     def _sampling_params(self, single: SingleRequest) -> SamplingParams:
         try:
-            params = SamplingParams.from_request(single.sampling_params, self._preferred)
+            params = SamplingParams.from_request(single.sampling_params)
             params.verify(self.vocab_size)
         except SamplingParamsError as error:
             raise RequestError(str(error)) from None
@@ -295,20 +289,25 @@ class TokenizerManager:
         elif not single.text:
             raise RequestError("The prompt is empty: text has no characters.")
         else:
-            ids = await self._encode_text(single.text, self.tokenizer)
+            ids = await self.encode_text(single.text)
         if not ids:
             raise RequestError("The prompt is empty: it has no tokens.")
         return ids
 
-    async def _encode_text(self, text: str, tokenizer: Tokenizer) -> list[int]:
+    async def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of ``text``. Raises RequestError where it has none or they are not the model's."""
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            raise RequestError("The server runs with --skip-tokenizer-init and has no tokenizer.")
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise RequestError(f"The prompt is not valid Unicode: {error.reason} at position {error.start}.") from None
         if len(text) < _LONG_TEXT_CHARS:
-            ids = tokenizer.encode(text)
+            ids = tokenizer.encode(text, add_special_tokens)
+            await asyncio.sleep(0)  # a batch of many must not hold up the other requests
         else:
-            ids = await asyncio.to_thread(tokenizer.encode, text)
+            ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
         if ids and max(ids) >= self.vocab_size:
             raise RequestError(
                 f"The tokenizer gives id {max(ids)}, and the model has a vocabulary of {self.vocab_size}: the "
@@ -339,9 +338,7 @@ class TokenizerManager:
                 f"got {single.logprob_start_len}."
             )
         if not 0 <= single.top_logprobs_num <= self.vocab_size:
-            raise RequestError(
-                f"top_logprobs_num must be in [0, {self.vocab_size}], got {single.top_logprobs_num}."
-            )
+            raise RequestError(f"top_logprobs_num must be in [0, {self.vocab_size}], got {single.top_logprobs_num}.")
         for token_id in single.token_ids_logprob:
             if not 0 <= token_id < self.vocab_size:
                 raise RequestError(f"token_ids_logprob must lie in [0, {self.vocab_size}), got {token_id}.")
@@ -354,20 +351,3 @@ class TokenizerManager:
 
 def _no_text(_: int) -> str | None:
     return None
-
-
-def _tokenized(
-    single: SingleRequest, rid: str, input_ids: list[int], params: SamplingParams, stream: bool
-) -> TokenizedGenerateReqInput:
-    return TokenizedGenerateReqInput(
-        rid=rid,
-        input_ids=input_ids,
-        sampling_params=params,
-        stream=stream,
-        return_logprob=single.return_logprob,
-        logprob_start_len=single.logprob_start_len if single.return_logprob else -1,
-        top_logprobs_num=single.top_logprobs_num if single.return_logprob else 0,
-        token_ids_logprob=single.token_ids_logprob if single.return_logprob else [],
-        created=time.time(),
-    )
-

@@ -47,10 +47,6 @@ class TokenToKVPoolAllocator:
         """Tokens that whole free pages can still take."""
         return self._top * self.page_size
 
-    def allocated_size(self) -> int:
-        """Tokens of all pages handed out, the unused rest of partial pages included."""
-        return self.size - self.available_size()
-
     def free_slots(self) -> torch.Tensor:
         """Every slot of every free page, ascending."""
         pages = np.sort(self._stack[: self._top])
@@ -239,10 +235,23 @@ class ReqToTokenPool:
 
     def write(self, idx: int, start: int, slot_ids: torch.Tensor) -> None:
         """Set positions ``start ..`` of row ``idx`` to ``slot_ids [N]`` (host int64)."""
-        self._check_span(idx, start, start + slot_ids.numel())
-        self._host[idx, start : start + slot_ids.numel()] = slot_ids.numpy()
-        if self.device.type != "cpu":
-            self.req_to_token[idx, start : start + slot_ids.numel()] = slot_ids.to(self.device, torch.int32)
+        self.write_extend([idx], [start], [start + slot_ids.numel()], slot_ids)
+
+    def write_extend(
+        self, rows: Sequence[int], starts: Sequence[int], ends: Sequence[int], slot_ids: torch.Tensor
+    ) -> None:
+        """Set positions ``starts[i] .. ends[i]`` of each row, which takes its part of ``slot_ids [N]`` (host int64)."""
+        slots = slot_ids.numpy()
+        # One copy for all rows: a copy from the host waits for the stream.
+        on_device = None if self.device.type == "cpu" else slot_ids.to(torch.int32).to(self.device)
+        offset = 0
+        for idx, start, end in zip(rows, starts, ends, strict=True):
+            self._check_span(idx, start, end)
+            stop = offset + end - start
+            self._host[idx, start:end] = slots[offset:stop]
+            if on_device is not None:
+                self.req_to_token[idx, start:end] = on_device[offset:stop]
+            offset = stop
 
     def write_decode(self, rows: Sequence[int], positions: Sequence[int], slot_ids: torch.Tensor) -> None:
         """Set one position of each row: ``table[rows[i], positions[i]] = slot_ids[i]``."""

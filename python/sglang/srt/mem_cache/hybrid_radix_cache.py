@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
+from itertools import islice
 
 import numpy as np
 import torch
@@ -40,10 +40,6 @@ class HybridRadixCache(RadixCache):
         """State slots that the tree owns."""
         return len(self._state_lru)
 
-    def evictable_states(self) -> int:
-        """State slots that ``evict_states`` could free now."""
-        return sum(1 for node in self._state_lru if not node.state_lock)
-
     # Lookup and insertion
 
     def match_prefix(self, token_ids: Sequence[int] | np.ndarray) -> MatchResult:
@@ -63,109 +59,57 @@ class HybridRadixCache(RadixCache):
         self._state_lru.move_to_end(path[-1])
         return MatchResult(self._join([node.value for node in path]), path[-1], path[-1].state_slot, kv_len)
 
-    def insert(
-        self,
-        token_ids: Sequence[int] | np.ndarray,
-        slot_ids: torch.Tensor | np.ndarray,
-        state_slot: int | None = None,
-    ) -> InsertResult:
-        """As ``RadixCache.insert``; ``state_slot`` holds the state after exactly ``token_ids``.
-
-        The tree takes the state slot when the tokens are whole pages and their node has no state yet; otherwise it
-        stays the caller's.
-        """
-        result = self._insert_kv(token_ids, slot_ids)
-        if state_slot is None or not self._wants_state(result, len(token_ids)):
-            return result
-        if not self.state_pool.is_allocated(state_slot):
-            raise RadixIntegrityError(f"state slot {state_slot} was offered to the prefix cache but is not handed out")
-        self._attach(result.node, state_slot)
-        return replace(result, state_taken=True)
-
     def snapshot(
         self, token_ids: Sequence[int] | np.ndarray, slot_ids: torch.Tensor | np.ndarray, live_state_slot: int
     ) -> InsertResult:
         """Cache a prefill chunk's end: its KV, and a copy of the live state in a slot of the tree's own.
 
         ``live_state_slot`` holds the state after exactly ``token_ids`` and stays the caller's. The KV is cached without
-        a state (``state_taken`` False) when the tokens are not whole pages, when the node has a state already, or when
-        no state slot can be had even by evicting.
+        a new state when the tokens are not whole pages, when the node has a state already (which then counts as used),
+        or when no state slot can be had even by evicting.
         """
-        result = self._insert_kv(token_ids, slot_ids)
-        if not self._wants_state(result, len(token_ids)):
+        result = self.insert(token_ids, slot_ids)
+        node = result.node
+        if result.cached_len != len(token_ids) or node is self.root:
+            return result
+        if node.state_slot is not None:
+            self._state_lru.move_to_end(node)
             return result
         state_slot = self._alloc_state(zero=False)
-        if state_slot is None:
-            return result
-        self.state_pool.copy(live_state_slot, state_slot)
-        self._attach(result.node, state_slot)
-        return replace(result, state_taken=True)
+        if state_slot is not None:
+            self.state_pool.copy(live_state_slot, state_slot)
+            node.state_slot = state_slot
+            self._state_lru[node] = None
+        return result
 
     def fork_state(self, match: MatchResult) -> int | None:
         """A live state slot that starts from a match: a copy of its state, or zero where nothing matched.
 
         Evicts states of the tree when the pool is dry, the one matched last of all: it is then handed over uncopied.
-        So None means that requests and locked states hold every slot.
+        So None means that requests hold every slot.
         """
         node = match.node
         if match.state_slot is None:
             return self._alloc_state(zero=True)
         if node.state_slot != match.state_slot:
             raise RadixIntegrityError(f"the state of node {node.id} was evicted between match and copy")
-        self.inc_state_lock(node)
-        slot = self._alloc_state(zero=False)
-        self.dec_state_lock(node)
-        if slot is not None:
-            self.state_pool.copy(match.state_slot, slot)
-        elif not node.state_lock:
-            slot = self._detach(node)
+        slot = self._alloc_state(zero=False, keep=node)
+        if slot is None:
+            return self._detach(node)
+        self.state_pool.copy(match.state_slot, slot)
         return slot
 
-    def _wants_state(self, result: InsertResult, num_tokens: int) -> bool:
-        """Marks the state of the result's node as used if it has one."""
-        if result.cached_len != num_tokens or result.node is self.root:
-            return False
-        if result.node.state_slot is None:
-            return True
-        self._state_lru.move_to_end(result.node)
-        return False
-
-    def _alloc_state(self, zero: bool) -> int | None:
+    def _alloc_state(self, zero: bool, keep: TreeNode | None = None) -> int | None:
         if not self.state_pool.available_size():
-            self.evict_states(1)
+            self.evict_states(1, keep)
         return self.state_pool.alloc(zero=zero)
 
-    def _attach(self, node: TreeNode, state_slot: int) -> None:
-        node.state_slot = state_slot
-        self._state_lru[node] = None
+    def evict_states(self, num_states: int, keep: TreeNode | None = None) -> int:
+        """Free up to ``num_states`` states, least recently used first, and not that of ``keep``; returns how many.
 
-    # Locks and eviction
-
-    def inc_state_lock(self, node: TreeNode) -> None:
-        """Protect the state of ``node``, and the KV up to it, from eviction."""
-        if node.state_slot is None:
-            raise RadixIntegrityError(f"node {node.id} has no state to lock")
-        self.inc_lock_ref(node)
-        node.state_lock += 1
-
-    def dec_state_lock(self, node: TreeNode) -> None:
-        """Undo one ``inc_state_lock`` of the same node."""
-        if node.state_lock == 0:
-            raise RadixIntegrityError(f"the state of node {node.id} is unlocked more often than it was locked")
-        node.state_lock -= 1
-        self.dec_lock_ref(node)
-
-    def evict_states(self, num_states: int) -> int:
-        """Free up to ``num_states`` states that are not locked, least recently used first; returns how many.
-
-        The KV stays, also under a lock: only ``inc_state_lock`` keeps a state.
+        The KV stays, and a lock keeps the KV alone.
         """
-        victims: list[TreeNode] = []
-        for node in self._state_lru:
-            if len(victims) >= num_states:
-                break
-            if not node.state_lock:
-                victims.append(node)
+        victims = list(islice((node for node in self._state_lru if node is not keep), num_states))
         for node in victims:
             self.state_pool.free(self._detach(node))
         return len(victims)
@@ -204,8 +148,6 @@ class HybridRadixCache(RadixCache):
         super().check_integrity(free_slots, held)
         owner: dict[int, str] = {}
         for node in self._nodes():
-            if node.state_lock and (node.state_slot is None or node.lock_ref < node.state_lock):
-                raise RadixIntegrityError(f"node {node.id} has {node.state_lock} state locks but no locked state")
             if (node.state_slot is not None) != (node in self._state_lru):
                 raise RadixIntegrityError(
                     f"node {node.id} with state {node.state_slot} and the state LRU list disagree"

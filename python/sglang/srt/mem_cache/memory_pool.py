@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
 
 import torch
 
@@ -26,6 +25,17 @@ class _LayeredPool:
         except KeyError:
             raise KeyError(f"{type(self).__name__} holds layers {self.layer_ids}, not layer {layer_id}") from None
 
+    def _zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(len(self.layer_ids), *shape, dtype=dtype, device=self.device)
+
+    def buffers(self) -> tuple[torch.Tensor, ...]:
+        """The whole buffers, each [layers, rows, ...]."""
+        raise NotImplementedError
+
+    def row_bytes(self) -> int:
+        """Bytes of one row (a token, or a state slot) in all layers and buffers; the dummies are rows too."""
+        return sum(buffer.nbytes // buffer.shape[1] for buffer in self.buffers())
+
 
 class KVPool(_LayeredPool):
     """Base of pools with one row a token: ``size`` usable rows behind the dummy page 0.
@@ -43,21 +53,11 @@ class KVPool(_LayeredPool):
     ):
         super().__init__(layer_ids, device)
         self.size = size
-        self.page_size = page_size
         self.dtype = dtype
         self.num_rows = size + page_size
 
     def _new_buffer(self, *row_shape: int) -> torch.Tensor:
-        shape = (len(self.layer_ids), self.num_rows, *row_shape)
-        return torch.zeros(shape, dtype=self.dtype, device=self.device)
-
-    def buffers(self) -> tuple[torch.Tensor, ...]:
-        """The whole buffers, each [layers, S, ...]."""
-        raise NotImplementedError
-
-    def total_bytes(self) -> int:
-        """Bytes of all buffers, the dummy page included."""
-        return sum(buffer.nbytes for buffer in self.buffers())
+        return self._zeros(self.num_rows, *row_shape, dtype=self.dtype)
 
 
 class MHATokenToKVPool(KVPool):
@@ -74,14 +74,8 @@ class MHATokenToKVPool(KVPool):
         device: torch.device | str,
     ):
         super().__init__(size, page_size, dtype, layer_ids, device)
-        self.head_num = head_num
-        self.head_dim = head_dim
         self._k = self._new_buffer(head_num, head_dim)
         self._v = self._new_buffer(head_num, head_dim)
-
-    @staticmethod
-    def bytes_per_token(dtype: torch.dtype, head_num: int, head_dim: int, num_layers: int) -> int:
-        return 2 * head_num * head_dim * num_layers * dtype.itemsize
 
     def buffers(self) -> tuple[torch.Tensor, ...]:
         return self._k, self._v
@@ -106,13 +100,7 @@ class MLATokenToKVPool(KVPool):
         device: torch.device | str,
     ):
         super().__init__(size, page_size, dtype, layer_ids, device)
-        self.kv_lora_rank = kv_lora_rank
-        self.qk_rope_head_dim = qk_rope_head_dim
         self._latent = self._new_buffer(kv_lora_rank + qk_rope_head_dim)
-
-    @staticmethod
-    def bytes_per_token(dtype: torch.dtype, kv_lora_rank: int, qk_rope_head_dim: int, num_layers: int) -> int:
-        return (kv_lora_rank + qk_rope_head_dim) * num_layers * dtype.itemsize
 
     def buffers(self) -> tuple[torch.Tensor, ...]:
         return (self._latent,)
@@ -146,33 +134,12 @@ class GDNStatePool(_LayeredPool):
         if num_slots < 1 or conv_width < 2:
             raise ValueError(f"need num_slots >= 1 and conv_width >= 2, got {num_slots=} and {conv_width=}")
         self.size = num_slots
-        rows = (len(self.layer_ids), num_slots + 1)
-        self._conv = torch.zeros(*rows, conv_dim, conv_width - 1, dtype=conv_dtype, device=self.device)
-        self._ssm = torch.zeros(*rows, num_v_heads, v_head_dim, k_head_dim, dtype=ssm_dtype, device=self.device)
+        self._conv = self._zeros(num_slots + 1, conv_dim, conv_width - 1, dtype=conv_dtype)
+        self._ssm = self._zeros(num_slots + 1, num_v_heads, v_head_dim, k_head_dim, dtype=ssm_dtype)
         self.clear()
 
-    @staticmethod
-    def bytes_per_slot(
-        num_layers: int,
-        conv_dim: int,
-        conv_width: int,
-        num_v_heads: int,
-        v_head_dim: int,
-        k_head_dim: int,
-        conv_dtype: torch.dtype,
-        ssm_dtype: torch.dtype,
-    ) -> int:
-        conv = conv_dim * (conv_width - 1) * conv_dtype.itemsize
-        ssm = prod((num_v_heads, v_head_dim, k_head_dim)) * ssm_dtype.itemsize
-        return num_layers * (conv + ssm)
-
     def buffers(self) -> tuple[torch.Tensor, ...]:
-        """The whole buffers, each [layers, num_slots + 1, ...]."""
         return self._conv, self._ssm
-
-    def total_bytes(self) -> int:
-        """Bytes of all buffers, the dummy slot included."""
-        return sum(buffer.nbytes for buffer in self.buffers())
 
     def conv(self, layer_id: int) -> torch.Tensor:
         """View of the layer's convolution columns [num_slots + 1, C, W - 1]."""

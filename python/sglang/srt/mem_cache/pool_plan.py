@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _MAX_ROWS = 2**31 - 1  # slot ids are kept as int32
+# Memory of recurrent states over that of KV, where a prefix tree holds both.
+STATES_TO_KV = 0.9
 
 
 class PoolPlanError(ValueError):
@@ -29,7 +31,6 @@ def plan_pool_sizes(
     bytes_per_state_slot: int = 0,
     max_total_tokens: int | None = None,
     max_mamba_cache_size: int | None = None,
-    mamba_full_memory_ratio: float = 0.9,
     disable_radix_cache: bool = False,
     useful_tokens: int | None = None,
     useful_state_slots: int | None = None,
@@ -37,15 +38,16 @@ def plan_pool_sizes(
     """Size the pools of one rank for ``available_bytes``.
 
     A model without recurrent states (``bytes_per_state_slot`` 0) gives everything to KV. A hybrid splits the memory
-    states : KV = ``mamba_full_memory_ratio`` : 1; its slots are one live slot for each running request, and the rest
-    the prefix tree's. Without a prefix tree there are only live slots. The overrides fix a number instead; the useful
-    numbers are where more memory would never be used, and bound what is chosen here. Each pool also holds one dummy: a
-    page of tokens, a state slot. Raises PoolPlanError when it does not fit.
+    states : KV = ``STATES_TO_KV`` : 1; its slots are one live slot for each running request, and the rest the prefix
+    tree's. Without a prefix tree there are only live slots. The overrides fix a number instead (the settings'
+    resolution gives each running request a state slot); the useful numbers are where more memory would never be used,
+    and bound what is chosen here. Each pool also holds one dummy: a page of tokens, a state slot. Raises PoolPlanError
+    when it does not fit.
     """
-    if min(bytes_per_token, page_size, max_running_requests) < 1 or mamba_full_memory_ratio <= 0:
+    if min(bytes_per_token, page_size, max_running_requests) < 1:
         raise PoolPlanError(
-            f"bytes_per_token {bytes_per_token}, page_size {page_size}, max_running_requests {max_running_requests} "
-            f"and mamba_full_memory_ratio {mamba_full_memory_ratio} must be positive"
+            f"bytes_per_token {bytes_per_token}, page_size {page_size} and max_running_requests "
+            f"{max_running_requests} must be positive"
         )
     lines = [f"memory for pools: {_size(available_bytes)}"]
     num_state_slots = 0
@@ -56,7 +58,6 @@ def plan_pool_sizes(
             bytes_per_state_slot,
             max_running_requests,
             max_mamba_cache_size,
-            mamba_full_memory_ratio,
             disable_radix_cache,
             useful_state_slots,
         )
@@ -64,10 +65,6 @@ def plan_pool_sizes(
         lines.append(
             f"states: {num_state_slots} slots ({max_running_requests} live, {num_state_slots - max_running_requests} "
             f"for the prefix tree) + 1 dummy x {_size(bytes_per_state_slot)} = {_size(state_bytes)}"
-        )
-    elif max_mamba_cache_size is not None:
-        raise PoolPlanError(
-            f"max_mamba_cache_size {max_mamba_cache_size} was given, but this model has no recurrent states: drop it"
         )
     left = available_bytes - state_bytes
     num_tokens = _plan_tokens(left, bytes_per_token, page_size, max_total_tokens, useful_tokens, lines)
@@ -83,21 +80,15 @@ def _plan_states(
     bytes_per_state_slot: int,
     max_running_requests: int,
     max_mamba_cache_size: int | None,
-    ratio: float,
     disable_radix_cache: bool,
     useful: int | None,
 ) -> int:
     if max_mamba_cache_size is not None:
         slots = max_mamba_cache_size
-        if slots < max_running_requests:
-            raise PoolPlanError(
-                f"max_mamba_cache_size {slots} is below max_running_requests {max_running_requests}, and each running "
-                "request needs a state slot: raise the first or lower the second"
-            )
     elif disable_radix_cache:
         slots = max_running_requests
     else:
-        share = int(available_bytes * ratio / (1.0 + ratio))
+        share = int(available_bytes * STATES_TO_KV / (1 + STATES_TO_KV))
         slots = max(share // bytes_per_state_slot - 1, max_running_requests)
         slots = slots if useful is None else min(slots, max(useful, max_running_requests))
     needed = (slots + 1) * bytes_per_state_slot

@@ -24,21 +24,10 @@ class TreeNode:
     """One edge of the tree: ``key`` and ``value`` [n] int64 are its tokens and their slots; n is 0 at the root only.
 
     ``lock_ref`` counts the locks on this node and below it. ``state_slot`` is a recurrent state valid exactly at the
-    node's end, and ``state_lock`` counts those who are about to copy it (hybrid models only).
+    node's end (hybrid models only).
     """
 
-    __slots__ = (
-        "children",
-        "heap_key",
-        "id",
-        "key",
-        "last_access",
-        "lock_ref",
-        "parent",
-        "state_lock",
-        "state_slot",
-        "value",
-    )
+    __slots__ = ("children", "heap_key", "id", "key", "last_access", "lock_ref", "parent", "state_slot", "value")
 
     def __init__(self, node_id: int, parent: TreeNode | None, key: np.ndarray, value: np.ndarray):
         self.id = node_id
@@ -50,7 +39,6 @@ class TreeNode:
         self.last_access = 0
         self.heap_key: HeapKey | None = None
         self.state_slot: int | None = None
-        self.state_lock = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,12 +61,10 @@ class InsertResult:
 
     The first ``prefix_len`` tokens were in the tree already, with the tree's slots: the caller frees its duplicates.
     The first ``cached_len`` tokens are in the tree now, ending at ``node``; the slots past it stay the caller's.
-    ``state_taken`` says that the offered state slot belongs to the tree now.
     """
 
     prefix_len: int
     node: TreeNode
-    state_taken: bool
     cached_len: int
 
 
@@ -152,26 +138,16 @@ class RadixCache:
         slots = self._join([node.value for node in path])
         return MatchResult(slots, path[-1] if path else self.root, None, matched)
 
-    def insert(
-        self,
-        token_ids: Sequence[int] | np.ndarray,
-        slot_ids: torch.Tensor | np.ndarray,
-        state_slot: int | None = None,
-    ) -> InsertResult:
+    def insert(self, token_ids: Sequence[int] | np.ndarray, slot_ids: torch.Tensor | np.ndarray) -> InsertResult:
         """Cache the whole pages of ``token_ids`` [n] with their ``slot_ids`` [n] int64; slots already cached stay.
 
         Raises ValueError for unequal lengths and for slots that do not sit in whole pages.
         """
-        if state_slot is not None:
-            raise ValueError("this prefix cache keeps no recurrent states: use HybridRadixCache")
-        return self._insert_kv(token_ids, slot_ids)
-
-    def _insert_kv(self, token_ids: Sequence[int] | np.ndarray, slot_ids: torch.Tensor | np.ndarray) -> InsertResult:
         slots = slot_ids.numpy() if isinstance(slot_ids, torch.Tensor) else slot_ids
         if len(token_ids) != slots.size:
             raise ValueError(f"insert needs a slot for each token, got {len(token_ids)} tokens and {slots.size} slots")
         if self.disable:
-            return InsertResult(0, self.root, False, 0)
+            return InsertResult(0, self.root, 0)
         tokens = self._as_key(token_ids)
         path, matched, inside = self._walk(tokens)
         if inside:
@@ -181,7 +157,7 @@ class RadixCache:
             node = self._add_leaf(node, tokens[matched:].copy(), self._whole_pages(slots[matched : tokens.size]))
             path.append(node)
         self._touch(path)
-        return InsertResult(matched, node, False, tokens.size)
+        return InsertResult(matched, node, tokens.size)
 
     def path_slots(self, node: TreeNode) -> torch.Tensor:
         """Slots [n] int64 (host) of all tokens from the root to the end of ``node``."""

@@ -54,8 +54,8 @@ def _check_link(cache: RadixCache, parent: TreeNode, child_key: int | bytes, chi
         raise RadixIntegrityError(f"{where} has {child.key.size} tokens and {child.value.size} slots")
     if cache._child_key(child.key) != child_key:
         raise RadixIntegrityError(f"{where} is filed under {child_key!r} but starts with {child.key[:4].tolist()}")
-    if child.lock_ref < 0 or child.state_lock < 0:
-        raise RadixIntegrityError(f"{where} has {child.lock_ref} locks and {child.state_lock} state locks")
+    if child.lock_ref < 0:
+        raise RadixIntegrityError(f"{where} has {child.lock_ref} locks")
     if parent is not cache.root and parent.last_access < child.last_access:
         raise RadixIntegrityError(f"{where} was used at {child.last_access}, after its parent {parent.last_access}")
     if parent is not cache.root and child is next(iter(parent.children.values())):

@@ -8,10 +8,11 @@ tensors alone and decide nothing on the host.
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -31,13 +32,47 @@ class CaptureOffence(RuntimeError):
     """A step does what a graph cannot replay; the message names the operation and the line."""
 
 
+# What a step that runs to its end has done wrong; None: the first offence raises.
+_noted: ContextVar[list[CaptureOffence] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def to_the_end() -> Iterator[None]:
+    """Inside the block offences do not raise; behind it the first one does.
+
+    A rank that stopped in the middle of a step would leave the others waiting in its collectives.
+    """
+    offences: list[CaptureOffence] = []
+    token = _noted.set(offences)
+    try:
+        yield
+    finally:
+        _noted.reset(token)
+        if offences:
+            raise offences[0]
+
+
+def _report(name: str, problem: str, stack: traceback.StackSummary) -> None:
+    offence, noted = CaptureOffence(_describe(name, problem, stack)), _noted.get()
+    if noted is None:
+        raise offence
+    noted.append(offence)
+
+
 class HostOnly(list[int]):
     """A list of the host's, which a captured step may not read: it holds what was true at capture."""
 
-    def _refuse(self, *_: Any) -> NoReturn:
-        raise CaptureOffence(_describe("a host-side list of the batch", "is read", traceback.extract_stack()))
 
-    __getitem__ = __iter__ = __len__ = __contains__ = __eq__ = _refuse  # type: ignore[assignment]
+def _watched(name: str) -> Callable[..., Any]:
+    def read(self: HostOnly, *args: Any) -> Any:
+        _report("a host-side list of the batch", "is read", traceback.extract_stack())
+        return getattr(list, name)(self, *args)
+
+    return read
+
+
+for _name in ("__getitem__", "__iter__", "__len__", "__contains__", "__eq__"):
+    setattr(HostOnly, _name, _watched(_name))
 
 
 @contextmanager
@@ -108,11 +143,11 @@ def _is_host(device: torch.device | str) -> bool:
 
 
 def _offend(device: torch.device, name: str, problem: str) -> None:
-    """Raise CaptureOffence for the line that is running, unless that is a reference on a CPU."""
+    """Report the line that is running, unless that is a reference on a CPU."""
     stack = traceback.extract_stack()
     if device.type == "cpu" and any(_REFERENCES in frame.filename for frame in stack):
         return
-    raise CaptureOffence(_describe(name, problem, stack))
+    _report(name, problem, stack)
 
 
 def _describe(name: str, problem: str, stack: traceback.StackSummary) -> str:

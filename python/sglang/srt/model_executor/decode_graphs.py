@@ -13,7 +13,7 @@ import torch
 
 from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-from sglang.srt.model_executor.capture_lint import CaptureOffence, HostOnly, capture_lint
+from sglang.srt.model_executor.capture_lint import CaptureOffence, HostOnly, capture_lint, to_the_end
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
 from sglang.srt.platforms.interface import DeviceGraph
 
@@ -136,7 +136,7 @@ class CapturedStep:
 
 
 class DecodeGraphs:
-    """Captures and replays the decode step of one model.
+    """Captures and replays the decode step of one model, in step with the other ranks of ``world``.
 
     ``forward(fb)`` runs the model eagerly on a batch whose metadata is in place.
     """
@@ -151,7 +151,9 @@ class DecodeGraphs:
         padding_row: int,
         has_state: bool,
         num_groups: int = 1,
+        world: ProcessGroupHandle | None = None,
     ) -> None:
+        self._world = world or ProcessGroupHandle()
         self.buckets = list(buckets)
         self._forward = forward
         self._backend = backend
@@ -169,32 +171,48 @@ class DecodeGraphs:
             fb = self.buffers.view(bucket, self._backend, self._has_state, None)
             self._backend.init_forward_metadata_capture(fb)
             fb.seq_lens_cpu = HostOnly(fb.seq_lens_cpu)
-            try:
-                self._steps[bucket] = self._record(fb, create_graph())
-            except CaptureOffence as offence:
-                self.refuse(bucket, str(offence))
+            # Ranks capture together: collectives may make their connections then.
+            if self.agree(bucket, self._offence(fb)):
+                self.agree(bucket, self._record(bucket, fb, create_graph()))
             progress(bucket)
         logger.info("captured %d decode graphs in %.1f s", len(self._steps), time.perf_counter() - started)
 
-    def _record(self, fb: ForwardBatch, graph: DeviceGraph) -> CapturedStep:
-        """Run the step, then record it; raises CaptureOffence for what no graph can replay."""
-        self._forward(fb)  # lazy compilation and workspaces must be done before capture
-        with capture_lint(self.buffers.packed.device):
-            self._forward(fb)
-            return CapturedStep(graph, graph.capture(lambda: self._forward(fb)))
+    def _offence(self, fb: ForwardBatch) -> str:
+        """Run the step twice; what it does that no graph can replay, or ""."""
+        try:
+            with to_the_end():
+                self._forward(fb)  # lazy compilation and workspaces must be done before capture
+                with capture_lint(self.buffers.packed.device):
+                    self._forward(fb)
+        except CaptureOffence as offence:
+            return str(offence)
+        return ""
 
-    def refuse(self, bucket: int, reason: str) -> None:
+    def _record(self, bucket: int, fb: ForwardBatch, graph: DeviceGraph) -> str:
+        """Record the step; why that is refused, or "". Other errors raise, once the other ranks know of them."""
+        try:
+            with capture_lint(self.buffers.packed.device):
+                self._steps[bucket] = CapturedStep(graph, graph.capture(lambda: self._forward(fb)))
+        except CaptureOffence as offence:
+            return str(offence)
+        except Exception as error:
+            self.agree(bucket, f"{type(error).__name__}: {error}")
+            raise
+        return ""
+
+    def agree(self, bucket: int, reason: str) -> bool:
+        """Refuse ``bucket`` on all ranks when one has a ``reason``; True when none has. Waits for all of them."""
+        for rank, theirs in enumerate(self._world.all_gather_text(reason)):
+            if theirs:
+                self._refuse(bucket, theirs if rank == self._world.rank else f"rank {rank} refuses it: {theirs}")
+                return False
+        return True
+
+    def _refuse(self, bucket: int, reason: str) -> None:
         """Never replay ``bucket`` again; its batches run eagerly."""
         self.refused[bucket] = reason
         self._steps.pop(bucket, None)
         logger.warning("decode graph of batch size %d is refused: %s", bucket, reason)
-
-    def keep_agreed(self, world: ProcessGroupHandle) -> None:
-        """Refuse what another rank of ``world`` refused: all replay a bucket, or none."""
-        everyone = world.all_gather_ints([bucket in self._steps for bucket in self.buckets])
-        for bucket, kept in zip(self.buckets, zip(*everyone, strict=True), strict=True):
-            if bucket in self._steps and not all(kept):
-                self.refuse(bucket, f"rank {kept.index(0)} refused it")
 
     def bucket_of(self, batch_size: int) -> int | None:
         """The bucket that replays so many decoding requests; None when they must run eagerly."""

@@ -54,12 +54,10 @@ class GraphCheck:
         self._page_size = page_size
 
     def run(self) -> None:
-        """Check every captured bucket; one that differs is refused with the reason."""
+        """Check every captured bucket; one that differs on any rank is refused with the reason."""
         try:
             for bucket in (size for size in self._graphs.buckets if size not in self._graphs.refused):
-                reason = self._check(bucket)
-                if reason is not None:
-                    self._graphs.refuse(bucket, reason)
+                self._graphs.agree(bucket, self._check(bucket) or "")
         finally:
             for buffer in self._buffers:
                 buffer.tensor.zero_()
@@ -71,6 +69,8 @@ class GraphCheck:
         try:
             if len(rows) < size:
                 return f"the request table has fewer than {size} rows"
+            if self._num_slots < size:
+                return f"the KV pool has {self._num_slots} slots, and the step needs one for each of {size} requests"
             batch, ids = self._batch(rows, torch.Generator().manual_seed(bucket))
             self._fill(bucket)
             wanted = self._eager(batch, ids, bucket)[:size].clone()
@@ -90,7 +90,8 @@ class GraphCheck:
 
     def _batch(self, rows: list[int], generator: torch.Generator) -> tuple[ModelWorkerBatch, torch.Tensor]:
         """A decode batch over scattered slots, with contexts of several lengths."""
-        longest = min(max(CHECK_LENS), self._req_pool.max_context_len, self._num_slots // len(rows))
+        # The table has a column past the context: no position there has an angle.
+        longest = min(max(CHECK_LENS), self._req_pool.max_context_len - 1, self._num_slots // len(rows))
         lens = [min(CHECK_LENS[i % len(CHECK_LENS)], longest) for i in range(len(rows))]
         order = torch.randperm(self._num_slots, generator=generator) + self._page_size
         slots, used = [], 0

@@ -130,22 +130,22 @@ def plan_moe_exchange(
         return None
     settings = MoriConfig.from_env(args.tp_size, low_latency=args.deepep_mode == "low_latency")
     layers = [module for module in build_rank(args, config, 0).modules() if isinstance(module, FusedMoE)]
-    # Layers of one shape and type of rows share one exchange.
-    kinds = dict.fromkeys((e.num_experts, e.hidden, e.top_k, e.quant_method.row_dtype) for e in layers)
-    ops = [plan_exchange(settings, 0, *each[:3], config.dtype, is_mori=False, row_dtype=each[3])[0] for each in kinds]
-    kernel, kernels, problems = "portable", ("portable",), []
+    chosen, kernel, kernels, problems = None, "portable", ("portable",), []
     if kind == "hip":
         kernels = KERNELS
         try:
-            kernel = choose_kernel(settings).name
+            chosen = choose_kernel(settings)
         except ExchangeConfigError as error:
             problems.append(str(error))
-            kernel = choose_kernel(replace(settings, max_recv_tokens=0)).name
-    groups = int(environ.get("MORI_FP8_COMBINE_SCALE_DIM") or 56)
+            chosen = choose_kernel(replace(settings, max_recv_tokens=0))
+        kernel = chosen.name
+    # Layers of one shape and type of rows share one exchange.
+    kinds = dict.fromkeys((e.num_experts, e.hidden, e.top_k, config.dtype, e.quant_method.row_dtype) for e in layers)
+    ops = [plan_exchange(settings, chosen, 0, *each) for each in kinds]
     uncapped = [replace(op, max_total_recv_tokens=0) for op in ops]
 
     def buffers_of(exchanges: Sequence[EpConfig], name: str) -> tuple[ExchangeBuffer, ...]:
-        return tuple(buffer for each in exchanges for buffer in exchange_buffers(each, name, groups))
+        return tuple(buffer for each in exchanges for buffer in exchange_buffers(each, name, settings.combine_groups))
 
     buffers = {name: KernelBuffers(buffers_of(uncapped, name), buffers_of(ops, name)) for name in kernels}
     heap = plan_heap(buffers[kernel].with_cap, environ) if kind == "hip" else None

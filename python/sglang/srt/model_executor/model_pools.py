@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
@@ -49,13 +47,7 @@ def kv_dtype(config: ModelConfig) -> torch.dtype:
 
 def kv_bytes_per_token(config: ModelConfig, tp_size: int) -> int:
     """Bytes of one token in all layers of one rank; a latent is held whole by every rank."""
-    text = config.text
-    if isinstance(text, DeepseekConfig):
-        return MLATokenToKVPool.bytes_per_token(
-            kv_dtype(config), text.kv_lora_rank, text.qk_rope_head_dim, text.num_hidden_layers
-        )
-    layers = len(text.full_attention_layer_ids)
-    return MHATokenToKVPool.bytes_per_token(kv_dtype(config), _kv_heads(text, tp_size), text.head_dim, layers)
+    return make_kv_pool(config, 1, 1, tp_size, torch.device("meta")).row_bytes()
 
 
 def make_kv_pool(config: ModelConfig, num_tokens: int, page_size: int, tp_size: int, device: torch.device) -> KVPool:
@@ -66,17 +58,15 @@ def make_kv_pool(config: ModelConfig, num_tokens: int, page_size: int, tp_size: 
         return MLATokenToKVPool(
             num_tokens, page_size, kv_dtype(config), text.kv_lora_rank, text.qk_rope_head_dim, layers, device
         )
-    heads, layer_ids = _kv_heads(text, tp_size), text.full_attention_layer_ids
+    # Each rank holds at least one KV head, repeated where ranks outnumber heads.
+    heads, layer_ids = max(1, text.num_key_value_heads // tp_size), text.full_attention_layer_ids
     return MHATokenToKVPool(num_tokens, page_size, kv_dtype(config), heads, text.head_dim, layer_ids, device)
 
 
 def state_bytes_per_slot(config: ModelConfig, tp_size: int, ssm_dtype: str | None = None) -> int:
     """Bytes of one recurrent-state slot of one rank; 0 for a model without recurrent layers."""
-    shape = _state_shape(config, tp_size, ssm_dtype)
-    if shape is None:
-        return 0
-    layer_ids = shape.pop("layer_ids")
-    return GDNStatePool.bytes_per_slot(num_layers=len(layer_ids), **shape)
+    pool = make_state_pool(config, 1, tp_size, torch.device("meta"), ssm_dtype)
+    return 0 if pool is None else pool.row_bytes()
 
 
 def make_state_pool(
@@ -86,29 +76,21 @@ def make_state_pool(
 
     ``ssm_dtype`` names the type of the recurrent state; None takes the checkpoint's.
     """
-    shape = _state_shape(config, tp_size, ssm_dtype)
-    return None if shape is None else GDNStatePool(num_slots, device=device, **shape)
-
-
-def _kv_heads(text: Qwen3_5Config, tp_size: int) -> int:
-    """KV heads of one rank; each rank holds at least one, repeated where ranks outnumber heads."""
-    return max(1, text.num_key_value_heads // tp_size)
-
-
-def _state_shape(config: ModelConfig, tp_size: int, ssm_dtype: str | None) -> dict[str, Any] | None:
     text = config.text
     if not isinstance(text, Qwen3_5Config) or not text.linear_layer_ids:
         return None
     key_dim = text.linear_num_key_heads * text.linear_key_head_dim
     value_dim = text.linear_num_value_heads * text.linear_value_head_dim
     conv_dtype = envs.SGLANG_MAMBA_CONV_DTYPE.get()
-    return {
-        "layer_ids": text.linear_layer_ids,
-        "conv_dim": (2 * key_dim + value_dim) // tp_size,
-        "conv_width": text.linear_conv_kernel_dim,
-        "num_v_heads": text.linear_num_value_heads // tp_size,
-        "v_head_dim": text.linear_value_head_dim,
-        "k_head_dim": text.linear_key_head_dim,
-        "conv_dtype": getattr(torch, conv_dtype) if conv_dtype else config.dtype,
-        "ssm_dtype": getattr(torch, ssm_dtype or text.mamba_ssm_dtype),
-    }
+    return GDNStatePool(
+        num_slots,
+        text.linear_layer_ids,
+        conv_dim=(2 * key_dim + value_dim) // tp_size,
+        conv_width=text.linear_conv_kernel_dim,
+        num_v_heads=text.linear_num_value_heads // tp_size,
+        v_head_dim=text.linear_value_head_dim,
+        k_head_dim=text.linear_key_head_dim,
+        conv_dtype=getattr(torch, conv_dtype) if conv_dtype else config.dtype,
+        ssm_dtype=getattr(torch, ssm_dtype or text.mamba_ssm_dtype),
+        device=device,
+    )

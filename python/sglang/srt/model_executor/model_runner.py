@@ -15,6 +15,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.moe.ep_moe.factory import describe_experts
 from sglang.srt.layers.moe.slotted_mlp import describe_shared
+from sglang.srt.layers.quantization import warn_of_splits
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.model_executor.decode_graphs import DecodeGraphs, decode_buckets
@@ -48,6 +49,7 @@ class ModelRunner:
         if self.device.type == "cuda":
             check_device(args, model_config, current_platform.kind, current_platform.memory_info(self.local_rank)[0])
         self.model = load_model(model_config, args.load_format, self.device, args.random_seed or 0, self.streams)
+        self.plain_by_split = warn_of_splits(self.model, get_world_group())
         self.overlap_trace = trace_reader(self.model)
         self.max_running_requests = _required(args.max_running_requests, "max_running_requests")
         self._make_pools()
@@ -106,7 +108,7 @@ class ModelRunner:
         """What a server says of its model while it runs; msgpack-able."""
         streams = {**self.streams.describe(), "trace": self.overlap_trace()}
         experts = {**describe_experts(self.model), "shared": describe_shared(self.model)}
-        return {"experts": experts, "streams": streams}
+        return {"experts": experts, "streams": streams, "plain_by_split": self.plain_by_split}
 
     def _run_model(self, fb: ForwardBatch) -> LogitsProcessorOutput:
         output: LogitsProcessorOutput = self.model(fb.input_ids, fb.positions, fb)
@@ -128,13 +130,13 @@ class ModelRunner:
             padding_row=self.req_to_token_pool.padding_row,
             has_state=self.state_pool is not None,
             num_groups=get_parallel_state().attn_dp_size,
+            world=get_world_group(),
         )
         with tqdm(total=len(buckets), desc="Capturing decode graphs", unit="graph") as bar:
             graphs.capture(current_platform.create_graph, lambda bucket: _advance(bar, bucket))
         free_after, _ = current_platform.memory_info(self.local_rank)
         logger.info("decode graphs %s took %.2f GB", buckets, max(0, free_before - free_after) / 1e9)
         self._prove_graphs(graphs, buckets[-1])
-        graphs.keep_agreed(get_world_group())
         self.decode_graphs = graphs
 
     def _prove_graphs(self, graphs: DecodeGraphs, max_bs: int) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -26,29 +25,34 @@ BATCHES = (1, 3)
 SHORT_PREFIXES = (0, 64)
 LONG_PREFIXES = (1000, 8000)
 TOKENS_AFTER_LONG = (1, 16, 77, 1024)
+# Requests of two tokens each: a state's rows are split over programs by how many requests a step has.
+SHORT_REQUESTS = (2, 4, 8, 16)
+# A request of one token beside longer ones: layers take the two apart and read gathered rows.
+MIXED = ((1, 64), (77, 0), (2, 64))
 
-
-@dataclass(frozen=True)
-class WarmUpStep:
-    """``batch`` requests of ``tokens`` new tokens each, after ``prefix`` cached ones."""
-
-    batch: int
-    tokens: int
-    prefix: int
+# A step: new and cached tokens of each of its requests.
+WarmUpStep = tuple[tuple[int, int], ...]
 
 
 def warm_up_steps(max_tokens: int, max_context: int) -> list[WarmUpStep]:
-    """Powers of two up to ``max_tokens`` a step, that limit and an odd number, after prefixes of several lengths."""
+    """Powers of two up to ``max_tokens`` a step, that limit and an odd number, after prefixes of several lengths; then
+    many requests, and unequal ones."""
     counts = sorted({*powers_of_two(max_tokens), max_tokens, min(77, max_tokens)})
     wanted = [(prefix, counts) for prefix in SHORT_PREFIXES]
     wanted += [(prefix, [count for count in TOKENS_AFTER_LONG if count <= max_tokens]) for prefix in LONG_PREFIXES]
-    return [
-        WarmUpStep(batch, tokens // batch, prefix)
+    steps = [
+        ((tokens // batch, prefix),) * batch
         for prefix, sizes in wanted
         for batch in BATCHES
         for tokens in sizes
-        if tokens >= batch and prefix + tokens // batch <= max_context
+        if tokens >= batch
     ]
+    steps += [*(((2, 0),) * batch for batch in SHORT_REQUESTS), MIXED]
+    return [step for step in steps if _fits(step, max_tokens, max_context)]
+
+
+def _fits(step: WarmUpStep, max_tokens: int, max_context: int) -> bool:
+    return sum(new for new, _ in step) <= max_tokens and all(new + cached <= max_context for new, cached in step)
 
 
 def powers_of_two(limit: int) -> list[int]:
@@ -92,17 +96,17 @@ def run_step(runner: ModelRunner, batch: ModelWorkerBatch) -> None:
 
 
 def _extend_batch(runner: ModelRunner, step: WarmUpStep) -> ModelWorkerBatch:
-    total, end = step.batch * step.tokens, step.prefix + step.tokens
+    total = sum(new for new, _ in step)
     return ModelWorkerBatch(
         forward_mode=ForwardMode.EXTEND,
         input_ids=torch.arange(total, dtype=torch.int64) % runner.model_config.vocab_size,
-        positions=torch.arange(step.prefix, end).repeat(step.batch),
-        req_pool_indices=_dummy_rows(runner, step.batch),
-        seq_lens=[end] * step.batch,
+        positions=torch.cat([torch.arange(cached, cached + new) for new, cached in step]),
+        req_pool_indices=_dummy_rows(runner, len(step)),
+        seq_lens=[cached + new for new, cached in step],
         out_cache_loc=torch.zeros(total, dtype=torch.int64),
-        extend_seq_lens=[step.tokens] * step.batch,
-        extend_prefix_lens=[step.prefix] * step.batch,
-        state_slot_ids=_dummy_states(runner, step.batch),
+        extend_seq_lens=[new for new, _ in step],
+        extend_prefix_lens=[cached for _, cached in step],
+        state_slot_ids=_dummy_states(runner, len(step)),
         global_num_tokens=_everyone(total),
     )
 

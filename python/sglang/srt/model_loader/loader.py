@@ -62,11 +62,8 @@ def load_model(
         raise ValueError(f"load format {load_format!r} is unknown; known: {', '.join(LOAD_FORMATS)}")
     started = time.perf_counter()
     model = build_model(model_config, device, streams)
-    if load_format == "dummy":
-        weights = iterate_dummy(model, seed)
-    else:
-        weights = iterate_safetensors(model_config.model_path)
-    model.load_weights(weights)
+    dummy = load_format == "dummy"
+    model.load_weights(iterate_dummy(model, seed) if dummy else iterate_safetensors(model_config.model_path))
     storages = {storage._cdata: storage for storage in (param.untyped_storage() for param in model.parameters())}
     num_bytes = sum(storage.nbytes() for storage in storages.values())
     logger.info(

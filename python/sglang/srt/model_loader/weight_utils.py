@@ -62,11 +62,8 @@ def iterate_safetensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]
 
     Raises WeightLoadError that names a truncated or corrupt file, and tensors that the index promises in vain.
     """
-    files = find_weight_files(Path(folder))
-    with _Progress(len(files)) as progress:
-        for path, promised in files.items():
-            yield from _read_file(path, promised)
-            progress.step(path.name)
+    for path, promised in _with_progress(find_weight_files(Path(folder))):
+        yield from _read_file(path, promised)
 
 
 def _read_file(path: Path, promised: list[str] | None) -> Iterator[tuple[str, torch.Tensor]]:
@@ -86,26 +83,12 @@ def _read_file(path: Path, promised: list[str] | None) -> Iterator[tuple[str, to
         raise WeightLoadError(f"{path} cannot be read: {error}.") from error
 
 
-class _Progress:
-    """A bar where stderr is a terminal; elsewhere a log line now and then."""
-
-    def __init__(self, total: int) -> None:
-        self._total = total
-        self._done = 0
-        self._last = time.monotonic()
-        self._bar = tqdm(total=total, desc="Loading safetensors", unit="file") if sys.stderr.isatty() else None
-
-    def step(self, name: str) -> None:
-        self._done += 1
-        if self._bar is not None:
-            self._bar.update()
-        elif self._done == self._total or time.monotonic() - self._last >= _LOG_INTERVAL_S:
-            self._last = time.monotonic()
-            logger.info("loaded %d of %d safetensors files (%s)", self._done, self._total, name)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+def _with_progress(files: dict[Path, list[str] | None]) -> Iterator[tuple[Path, list[str] | None]]:
+    """The items of ``files``, behind a bar where stderr is a terminal; elsewhere with a log line now and then."""
+    on_terminal, last = sys.stderr.isatty(), time.monotonic()
+    bar = tqdm(files.items(), desc="Loading safetensors", unit="file", disable=not on_terminal)
+    for done, item in enumerate(bar, 1):
+        yield item
+        if not on_terminal and (done == len(files) or time.monotonic() - last >= _LOG_INTERVAL_S):
+            last = time.monotonic()
+            logger.info("loaded %d of %d safetensors files (%s)", done, len(files), item[0].name)

@@ -1,4 +1,4 @@
-"""The feed-forward blocks that the Qwen MoE models share: gated MLP, and routed experts beside a gated shared one."""
+"""The MoE block of the Qwen models: routed experts beside a gated shared one."""
 
 from __future__ import annotations
 
@@ -10,38 +10,13 @@ from sglang.kernels.ops.moe.add_gated_shared import add_gated_shared
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.distributed import get_tp_group
-from sglang.srt.layers.activation import silu_and_mul
-from sglang.srt.layers.linear import MergedColumnParallelLinear, ReplicatedLinear, RowParallelLinear
+from sglang.srt.layers.gated_mlp import GatedMLP
+from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.moe.ep_moe.factory import make_experts
 from sglang.srt.layers.moe.slotted_mlp import SlottedMLP, join_rows, shared_slots
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.utils.multi_stream_utils import UNPLANNED, OverlapSite, StreamOverlap
-
-
-class Qwen2MoeMLP(nn.Module):
-    """``down(silu(gate x) * up x)`` of inner width ``intermediate_size``."""
-
-    def __init__(
-        self,
-        hidden_size: int,
-        intermediate_size: int,
-        reduce_results: bool = True,
-        quant_config: QuantConfig | None = None,
-        prefix: str = "",
-    ) -> None:
-        super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(
-            hidden_size, [intermediate_size, intermediate_size], quant_config=quant_config,
-            prefix=f"{prefix}.gate_up_proj",
-        )  # fmt: skip
-        self.down_proj = RowParallelLinear(
-            intermediate_size, hidden_size, reduce_results, quant_config=quant_config, prefix=f"{prefix}.down_proj"
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [N, H] -> [N, H], a partial sum of this rank unless reduced."""
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
 
 
 class Qwen2MoeSparseMoeBlock(nn.Module):
@@ -82,12 +57,12 @@ class Qwen2MoeSparseMoeBlock(nn.Module):
             f"{prefix}.experts", self.num_fused_shared_experts,
         )  # fmt: skip
         self.shared_expert_gate = ReplicatedLinear(hidden_size, 1)
-        self.shared_expert: Qwen2MoeMLP | SlottedMLP
+        self.shared_expert: GatedMLP | SlottedMLP
         if self.num_fused_shared_experts:
             self.shared_expert = SlottedMLP(self.experts)
             self._gates = join_rows(self.gate.weight, self.shared_expert_gate.weight)
         else:
-            self.shared_expert = Qwen2MoeMLP(
+            self.shared_expert = GatedMLP(
                 hidden_size, config.shared_expert_intermediate_size, False, quant_config, f"{prefix}.shared_expert"
             )
 

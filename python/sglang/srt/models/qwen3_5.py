@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 
 import torch
 from torch import nn
 
+from sglang.kernels.ops.activation.sigmoid_mul import sigmoid_mul
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import LINEAR_ATTENTION, Qwen3_5Config
 from sglang.srt.distributed import get_tp_group
-from sglang.srt.layers.activation import sigmoid_mul
+from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNormGated
 from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
 from sglang.srt.layers.moe.slotted_mlp import can_fuse
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
-from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.layers.weights import ShardId, check_shape, make_parameter
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.models.checkpoint_model import CheckpointModel
-from sglang.srt.models.qwen2_moe import Qwen2MoeMLP, Qwen2MoeSparseMoeBlock
+from sglang.srt.models.causal_lm import Backbone, CausalLM, DecoderLayer
+from sglang.srt.models.qwen2_moe import Qwen2MoeSparseMoeBlock
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
 from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
@@ -37,8 +35,6 @@ _hip_use_alt_stream = False
 _gdn_use_alt_stream = False
 _qknorm_use_alt_stream = False
 _streams = SERIAL_PLAN
-
-_LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def configure_streams(policy: StreamPlan) -> None:
@@ -215,8 +211,8 @@ class Qwen3_5Attention(nn.Module):
         return self.o_proj(sigmoid_mul(out.view(gate.shape), gate).flatten(1))
 
 
-class Qwen3_5DecoderLayer(nn.Module):
-    """Norms, residual and feed-forward of a layer; its two kinds add the mixer between the norms."""
+class Qwen3_5DecoderLayer(DecoderLayer):
+    """The feed-forward of a layer; its two kinds add the mixer."""
 
     def __init__(
         self,
@@ -226,13 +222,10 @@ class Qwen3_5DecoderLayer(nn.Module):
         quant_config: QuantConfig | None = None,
         fuse_shared: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(config, GemmaRMSNorm)
         self.prefix = f"model.layers.{layer_id}"
-        self.input_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = GemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.use_alt_stream = _hip_use_alt_stream
         self.is_moe = config.is_moe
-        self.mlp: nn.Module
         if self.is_moe:
             self.mlp = Qwen2MoeSparseMoeBlock(
                 layer_id,
@@ -244,26 +237,9 @@ class Qwen3_5DecoderLayer(nn.Module):
                 site=_streams.site(SHARED_EXPERTS),
             )
         else:
-            self.mlp = Qwen2MoeMLP(
+            self.mlp = GatedMLP(
                 config.hidden_size, config.intermediate_size, quant_config=quant_config, prefix=f"{self.prefix}.mlp"
             )
-
-    def mix(self, positions: torch.Tensor, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
-        """The layer's own mixer of tokens. positions [N], hidden [N, H] -> [N, H]."""
-        raise NotImplementedError
-
-    def forward(
-        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, fb: ForwardBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """hidden [N, H] is what the layer before added, residual [N, H] the sum before it (None at the first layer)."""
-        if residual is None:
-            residual = hidden
-            hidden = self.input_layernorm(hidden)
-        else:
-            hidden, residual = self.input_layernorm(hidden, residual)
-        hidden = self.mix(positions, hidden, fb)
-        hidden, residual = self.post_attention_layernorm(hidden, residual)
-        return self.mlp(hidden, fb) if self.is_moe else self.mlp(hidden), residual
 
 
 class Qwen3_5LinearDecoderLayer(Qwen3_5DecoderLayer):
@@ -308,33 +284,24 @@ class Qwen3_5AttentionDecoderLayer(Qwen3_5DecoderLayer):
         return self.self_attn(positions, hidden, fb)
 
 
-class Qwen3_5ForCausalLM(nn.Module):
-    """The backbone: token ids to normed hidden rows. The name is upstream's; the full models below add the head."""
+class Qwen3_5ForCausalLM(Backbone):
+    """The backbone. The name is upstream's; the full models below add the head."""
 
     def __init__(self, config: ModelConfig, alt_stream: torch.cuda.Stream | None = None) -> None:
-        super().__init__()
         text = config.text
         assert isinstance(text, Qwen3_5Config)
         rotary_emb = RotaryEmbedding(text.rotary_dim, config.context_len, text.rope.theta, True, text.rope)
         last = (config.quant_config, can_fuse(config) and not _disable_shared_experts_fusion())
-        self.embed_tokens = VocabParallelEmbedding(text.vocab_size, text.hidden_size)
-        self.layers = nn.ModuleList(
+        layers = (
             Qwen3_5LinearDecoderLayer(text, layer_id, alt_stream, *last)
             if kind == LINEAR_ATTENTION
             else Qwen3_5AttentionDecoderLayer(text, layer_id, rotary_emb, alt_stream, *last)
             for layer_id, kind in enumerate(text.layer_types)
         )
-        self.norm = GemmaRMSNorm(text.hidden_size, text.rms_norm_eps)
-
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
-        """input_ids [N], positions [N] -> [N, H]."""
-        hidden, residual = self.embed_tokens(input_ids), None
-        for layer in self.layers:
-            hidden, residual = layer(positions, hidden, residual, fb)
-        return self.norm(hidden, residual)[0]
+        super().__init__(text, GemmaRMSNorm, layers)
 
 
-class Qwen3_5ForConditionalGeneration(CheckpointModel):
+class Qwen3_5ForConditionalGeneration(CausalLM):
     """Backbone and output head of a text-only folder, or of the text part of a conditional-generation folder."""
 
     packed_modules = {
@@ -345,36 +312,17 @@ class Qwen3_5ForConditionalGeneration(CheckpointModel):
     }
 
     def __init__(self, config: ModelConfig, streams: StreamPlan = SERIAL_PLAN) -> None:
-        super().__init__()
-        text = config.text
-        assert isinstance(text, Qwen3_5Config)
-        self.num_hidden_layers = text.num_hidden_layers
-        self.tied = text.tie_word_embeddings
         configure_streams(streams)
-        self.model = Qwen3_5ForCausalLM(config, streams.side_stream(SHARED_EXPERTS, GDN_QKVZ_BA, QK_NORM))
-        self.lm_head = ParallelLMHead(text.vocab_size, text.hidden_size)
-        if self.tied:
-            self.lm_head.weight = self.model.embed_tokens.weight
-        self.logits_processor = LogitsProcessor(text.vocab_size)
-        blocks = [layer.mlp for layer in self.model.layers if isinstance(layer.mlp, Qwen2MoeSparseMoeBlock)]
-        self.num_fused_shared_experts = blocks[0].num_fused_shared_experts if blocks else 0
-
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> LogitsProcessorOutput:
-        """input_ids [N], positions [N] -> logits of each request's last row."""
-        hidden = self.model(input_ids, positions, fb)
-        return self.logits_processor(hidden, self.lm_head, fb)
+        backbone = Qwen3_5ForCausalLM(config, streams.side_stream(SHARED_EXPERTS, GDN_QKVZ_BA, QK_NORM))
+        super().__init__(config.text, backbone)
 
     def checkpoint_name(self, name: str) -> str | None:
-        """Text names with either prefix; the draft head, the vision tower and layers cut off by an override are not
-        taken."""
-        if name.startswith(("mtp.", "model.visual.")) or (self.tied and name == "lm_head.weight"):
+        """Text names with either prefix; the draft head and the vision tower are not taken."""
+        if name.startswith(("mtp.", "model.visual.")):
             return None
         if name.startswith("model.language_model."):
             name = "model." + name.removeprefix("model.language_model.")
-        layer = _LAYER_NAME.match(name)
-        if layer is not None and int(layer.group(1)) >= self.num_hidden_layers:
-            return None
-        return name
+        return super().checkpoint_name(name)
 
 
 class Qwen3_5MoeForConditionalGeneration(Qwen3_5ForConditionalGeneration):

@@ -3,11 +3,32 @@
 from __future__ import annotations
 
 import platform as host
+from pathlib import Path
 
 import psutil
 import torch
 
 from sglang.srt.platforms.interface import Platform
+
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+
+
+def container_memory(root: Path) -> tuple[int, int] | None:
+    """(limit, use without the file cache that can be dropped) of the control group at ``root``; None without a limit.
+
+    Versions 2 and 1 of control groups; a process that passes the limit is killed, whatever the machine has free.
+    """
+    for folder, limit_file, use_file, cache in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        try:
+            limit, use = int((folder / limit_file).read_text()), int((folder / use_file).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            return limit, use - int(stat.get(cache, 0))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return None
 
 
 class CpuPlatform(Platform):
@@ -25,7 +46,8 @@ class CpuPlatform(Platform):
 
     def memory_info(self, local_rank: int) -> tuple[int, int]:
         memory = psutil.virtual_memory()
-        return memory.available, memory.total
+        limit, use = container_memory(CONTROL_GROUP) or (memory.total, 0)
+        return max(0, min(memory.available, limit - use)), min(memory.total, limit)
 
     def set_device(self, local_rank: int) -> None:
         """There is one."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -59,8 +60,12 @@ class SamplingBatchInfo:
         params = [row.params for row in rows]
         greedy = [p.is_greedy for p in params]
 
+        def move(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
+            # Built on the host and copied without a wait: a step may be running.
+            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
         def column(values: list[float]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device).unsqueeze(1)
+            return move(values, torch.float32).unsqueeze(1)
 
         top_ks = [vocab_size if p.top_k == -1 else min(p.top_k, vocab_size) for p in params]
         left = [max(0, p.min_new_tokens - len(row.output_ids)) for p, row in zip(params, rows, strict=True)]
@@ -68,10 +73,10 @@ class SamplingBatchInfo:
             vocab_size=vocab_size,
             temperatures=column([1.0 if p.temperature < GREEDY_TEMPERATURE else p.temperature for p in params]),
             top_ps=column([p.top_p for p in params]),
-            top_ks=torch.tensor(top_ks, dtype=torch.int64, device=device).unsqueeze(1),
+            top_ks=move(top_ks, torch.int64).unsqueeze(1),
             min_ps=column([p.min_p for p in params]),
-            seeds=torch.tensor([row.seed for row in rows], dtype=torch.int64, device=device),
-            greedy_rows=torch.tensor(greedy, dtype=torch.bool, device=device),
+            seeds=move([row.seed for row in rows], torch.int64),
+            greedy_rows=move(greedy, torch.bool),
             is_all_greedy=all(greedy),
             is_any_greedy=any(greedy),
             need_top_k=any(k < vocab_size for k, g in zip(top_ks, greedy, strict=True) if not g),

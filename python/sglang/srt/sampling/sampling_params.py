@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import msgspec
@@ -11,6 +10,7 @@ import msgspec
 GREEDY_TEMPERATURE = 1e-6
 MAX_STOP_STRINGS = 32
 MAX_N = 1024
+MAX_LOGIT_BIAS = 1e30
 _INT64 = 2**63
 # Fields of the field's API that need a grammar engine, which this server lacks.
 UNSUPPORTED_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "custom_logit_processor")
@@ -58,7 +58,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         return any(penalties) or self.min_new_tokens > 0
 
     @classmethod
-    def from_request(cls, raw: dict[str, Any], defaults: dict[str, Any] | None = None) -> SamplingParams:
+    def from_request(cls, raw: dict[str, Any]) -> SamplingParams:
         """Build from a request body; unknown keys are ignored as upstream's API does, unsupported ones are refused.
 
         Raises SamplingParamsError with the field, the value and the allowed range.
@@ -71,8 +71,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
                     f"{name} is not supported by this server: constrained decoding would change the output, "
                     "so the request is refused. Remove the field."
                 )
-        merged = {**(defaults or {}), **raw}
-        known = {k: v for k, v in merged.items() if k in cls.__struct_fields__ and (v is not None or k in _NULLABLE)}
+        known = {k: v for k, v in raw.items() if k in cls.__struct_fields__ and (v is not None or k in _NULLABLE)}
         if isinstance(known.get("stop"), str):
             known["stop"] = [known["stop"]]
         if isinstance(known.get("stop_token_ids"), int):
@@ -93,31 +92,28 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         for key, bias in self.logit_bias.items():
             if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < vocab_size):
                 raise SamplingParamsError(f"logit_bias keys must be token ids in [0, {vocab_size}), got {key!r}.")
-            if not math.isfinite(bias):
-                raise SamplingParamsError(f"logit_bias[{key}] must be finite, got {bias}.")
+            if not abs(bias) <= MAX_LOGIT_BIAS:
+                raise SamplingParamsError(f"logit_bias[{key}] must be within {MAX_LOGIT_BIAS:g} of 0, got {bias}.")
 
 
 _NULLABLE = ("max_new_tokens", "sampling_seed", "stream_interval")
 
-# field, low, high, low is allowed
+# Field, low, high, both allowed: within them all that the sampler computes stays finite in its float32.
 _RANGES = (
-    ("temperature", 0.0, math.inf, True),
-    ("top_p", 0.0, 1.0, False),
-    ("min_p", 0.0, 1.0, True),
-    ("frequency_penalty", -2.0, 2.0, True),
-    ("presence_penalty", -2.0, 2.0, True),
-    ("repetition_penalty", 0.0, 2.0, False),
+    ("temperature", 0.0, 1e30),
+    ("top_p", 1e-30, 1.0),
+    ("min_p", 0.0, 1.0),
+    ("frequency_penalty", -2.0, 2.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("repetition_penalty", 1e-6, 2.0),
 )
 
 
 def _check_ranges(params: SamplingParams) -> None:
-    for name, low, high, closed in _RANGES:
+    for name, low, high in _RANGES:
         value = getattr(params, name)
-        above = value >= low if closed else value > low
-        if not (math.isfinite(value) and above and value <= high):
-            left = "[" if closed else "("
-            right = f"{high}]" if math.isfinite(high) else "inf)"
-            raise SamplingParamsError(f"{name} must be in {left}{low}, {right}, got {value}.")
+        if not low <= value <= high:
+            raise SamplingParamsError(f"{name} must be in [{low:g}, {high:g}], got {value}.")
     if params.top_k != -1 and params.top_k < 1:
         raise SamplingParamsError(f"top_k must be -1 (all) or at least 1, got {params.top_k}.")
 

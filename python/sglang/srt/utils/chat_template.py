@@ -126,8 +126,18 @@ def find_chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | 
         return jinja_file.read_text(encoding="utf-8")
     json_file = folder / "chat_template.json"
     if json_file.is_file():
-        return _pick_default(json.loads(json_file.read_text(encoding="utf-8")).get("chat_template"))
+        return _pick_default(_read_object(json_file).get("chat_template"))
     return _pick_default(tokenizer_config.get("chat_template"))
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ChatTemplateError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ChatTemplateError(f"{path} must hold a JSON object with a 'chat_template' key.")
+    return value
 
 
 def _pick_default(value: Any) -> str | None:
@@ -150,10 +160,9 @@ def load_chat_template_file(argument: str) -> str:
             f"--chat-template {argument!r}: no such file. Named built-in templates do not exist here; "
             "give the path of a .jinja file."
         )
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        template = _pick_default(json.loads(text).get("chat_template"))
-        if template is None:
-            raise ChatTemplateError(f"--chat-template {argument!r}: the JSON has no 'chat_template' key.")
-        return template
-    return text
+    if path.suffix != ".json":
+        return path.read_text(encoding="utf-8")
+    template = _pick_default(_read_object(path).get("chat_template"))
+    if template is None:
+        raise ChatTemplateError(f"--chat-template {argument!r}: the JSON has no 'chat_template' key.")
+    return template

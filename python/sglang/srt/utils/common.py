@@ -22,13 +22,6 @@ def is_hip() -> bool:
     return bool(current_platform.kind == "hip")
 
 
-def is_cuda() -> bool:
-    """True under the CUDA policy, so False on ROCm. Product code asks `current_platform` instead."""
-    from sglang.srt.platforms import current_platform
-
-    return bool(current_platform.kind == "cuda")
-
-
 def get_bool_env_var(name: str, default: str = "false") -> bool:
     """A variable as a boolean, `default` if unset; raises EnvError if it is not one or a SGLANG_ name is undeclared."""
     field = _field(name, EnvBool(False, doc="A variable of other software."))
@@ -53,20 +46,6 @@ def _field(name: str, foreign: EnvField[Any]) -> EnvField[Any]:
     if not isinstance(field, type(foreign)):
         raise EnvError(f"{name} is declared as {field.kind}, but is read as {foreign.kind}; read envs.{name}.get()")
     return field
-
-
-def is_port_available(port: int) -> bool:
-    """True if a server could listen on the TCP port on every IPv4 interface now."""
-    if not 0 < port < 65536:
-        return False
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            sock.bind(("", port))
-            sock.listen(1)
-        except OSError:
-            return False
-    return True
 
 
 def get_free_port() -> int:

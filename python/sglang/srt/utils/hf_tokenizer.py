@@ -95,13 +95,10 @@ class Tokenizer:
             ids.insert(0, self.bos_token_id)
         return ids
 
-    def decode(
-        self, ids: list[int], skip_special_tokens: bool = True, spaces_between_special_tokens: bool = True
-    ) -> str:
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; ids outside the vocabulary give nothing.
 
-        ``spaces_between_special_tokens`` is accepted and has no effect, as with every fast tokenizer; spaces before
-        punctuation are never cleaned up, since text that was streamed cannot be taken back.
+        Spaces before punctuation are never cleaned up, since text that was streamed cannot be taken back.
         """
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 

@@ -28,17 +28,18 @@ def storage_accesses(
     for position, argument in enumerate(func._schema.arguments):
         value = args[position] if position < len(args) else kwargs.get(argument.name)
         written = argument.alias_info is not None and argument.alias_info.is_write
-        for tensor in _tensors(value):
+        for tensor in tensors_in(value):
             storage = tensor.untyped_storage()
             known.add(storage._cdata)
             yield storage, written
-    for tensor in _tensors(result):
+    for tensor in tensors_in(result):
         storage = tensor.untyped_storage()
         if storage._cdata not in known:
             yield storage, True
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Every tensor in nested arguments or results."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 

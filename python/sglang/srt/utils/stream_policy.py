@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -161,23 +161,11 @@ class StreamPlan:
 
     def describe(self) -> dict[str, Any]:
         """For /server_info."""
-        queues = self.queues
+        modes = {site.name: [{"max_tokens": most, "mode": mode} for most, mode in site.modes] for site in self.sites}
         return {
-            "sites": {
-                site.name: {
-                    "enabled": site.enabled,
-                    "min_tokens": site.min_tokens,
-                    "max_tokens": site.max_tokens,
-                    "capture_only": site.capture_only,
-                    "reason": site.reason,
-                    "modes": [{"max_tokens": most, "mode": mode} for most, mode in site.modes],
-                }
-                for site in self.sites
-            },
-            "shared_expert_fusion": {"enabled": self.fusion.enabled, "reason": self.fusion.reason},
-            "hardware_queues": None
-            if queues is None
-            else {"variable": queues.variable, "needed": queues.needed, "available": queues.available},
+            "sites": {site.name: {**asdict(site), "modes": modes[site.name]} for site in self.sites},
+            "shared_expert_fusion": asdict(self.fusion),
+            "hardware_queues": None if self.queues is None else asdict(self.queues),
             "warnings": list(self.warnings),
         }
 
@@ -269,9 +257,7 @@ def resolve_streams(
 
 def _asked(rule: SiteRule, platform: Platform, settings: StreamSettings) -> bool:
     """True when the variables of this platform all ask for the site."""
-    return all(
-        switch.name in settings.asked and switch.platform in ("", platform.kind) for switch in rule.switches
-    )
+    return all(switch.name in settings.asked and switch.platform in ("", platform.kind) for switch in rule.switches)
 
 
 def _choose(site: OverlapSite, times: ModeTimes | None, fusion: FusionChoice, arch: str) -> OverlapSite:
@@ -309,15 +295,15 @@ def _decide(rule: SiteRule, platform: Platform, settings: StreamSettings) -> Ove
 
 
 def _all_to_all_warnings(rule: SiteRule, deepep_mode: str, settings: StreamSettings) -> list[str]:
-    if deepep_mode != "low_latency":
-        return [
-            f"overlap of {rule.name} with --moe-a2a-backend mori pays when dispatch and combine leave the compute "
-            "units, that is under AsyncLL: add --deepep-mode low_latency (auto means normal here) and set "
-            "MORI_ENABLE_SDMA=1"
-        ]
-    if not settings.copy_engines:
+    if settings.copy_engines:  # which MORI's AsyncLL alone uses, whatever the mode
+        return []
+    if deepep_mode == "low_latency":
         return ["--deepep-mode low_latency copies by the compute units, slowly, unless MORI_ENABLE_SDMA=1 is set"]
-    return []
+    return [
+        f"overlap of {rule.name} with --moe-a2a-backend mori pays when dispatch and combine leave the compute units, "
+        "that is under AsyncLL: add --deepep-mode low_latency (not auto, which means normal here) and set "
+        "MORI_ENABLE_SDMA=1"
+    ]
 
 
 def _plan_queues(platform: Platform, settings: StreamSettings) -> QueuePlan | None:

@@ -182,7 +182,6 @@ class TestAgainstTransformers(ConfigFolderTestCase):
             config.save_pretrained(path)
             model = ModelConfig.from_path(str(path))
             self.assertEqual(model.text, Qwen3_5Config.from_hf(keys))
-            self.assertEqual((model.attention_arch, model.is_hybrid), ("gqa", True))
 
 
 class TestReleasedShapes(ConfigFolderTestCase):
@@ -200,9 +199,9 @@ class TestReleasedShapes(ConfigFolderTestCase):
         path = self.folder(V3_HUB, {"eos_token_id": [7, 9], "temperature": 0.6, "top_p": 0.95, "do_sample": True})
         with self.assertLogs("sglang.srt.configs.model_config", "INFO") as logs:
             model = ModelConfig.from_path(path, context_length=4096)
-        self.assertEqual((model.eos_token_ids, model.bos_token_id), ((7, 9), 0))
+        self.assertEqual(model.eos_token_ids, (7, 9))
         self.assertEqual(model.generation_defaults, {"temperature": 0.6, "top_p": 0.95})
-        self.assertEqual((model.context_len, model.dtype, model.attention_arch), (4096, torch.float32, "mla"))
+        self.assertEqual((model.context_len, model.dtype), (4096, torch.float32))
         self.assertIn("bfloat16", logs.output[0])
         on_gpu = ModelConfig.from_path(path, platform_kind="hip")
         self.assertEqual((on_gpu.dtype, on_gpu.context_len), (torch.bfloat16, 163840))
@@ -280,6 +279,7 @@ class TestRefusals(ConfigFolderTestCase):
             ({**v3, "rope_scaling": {**rope, "type": "longrope"}}, "rope_scaling.rope_type"),
             ({**v3, "rope_scaling": {**rope, "attention_factor": 1.2}}, "attention_factor"),
             ({**v3, "rope_scaling": {k: x for k, x in rope.items() if k != "mscale"}}, "given together"),
+            ({**v3, "rope_scaling": {k: x for k, x in rope.items() if k != "type"}}, "needs rope_type yarn"),
             ({**v3, "rope_theta": None}, "rope_theta is missing"),
             ({**v3, "hidden_act": "gelu"}, "hidden_act"),
             ({**v3, "torch_dtype": "float8"}, "pass --dtype"),

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, rows_of, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 
 
-def sigmoid_mul_torch(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def sigmoid_mul_torch(x: Tensor, gate: Tensor) -> Tensor:
     """``x * sigmoid(gate)``, the sigmoid rounded to the dtype before the product.
 
     x and gate [..., D] of one shape and dtype -> new [..., D], contiguous.
@@ -18,7 +19,7 @@ def sigmoid_mul_torch(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     return (x * gate.sigmoid()).contiguous()
 
 
-def sigmoid_mul_triton(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+def sigmoid_mul_triton(x: Tensor, gate: Tensor) -> Tensor:
     from sglang.kernels.ops.activation.sigmoid_mul_triton import sigmoid_mul_kernel
 
     width = x.shape[-1]
@@ -34,7 +35,7 @@ def sigmoid_mul_triton(x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _accepts(x: torch.Tensor, gate: torch.Tensor) -> bool:
+def _accepts(x: Tensor, gate: Tensor) -> bool:
     same = x.dtype == gate.dtype and x.shape == gate.shape and x.dtype in FLOATS and x.shape[-1] <= 8192
     return same and rows_of(x) is not None and rows_of(gate) is not None
 
@@ -57,8 +58,5 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
 
 
 sigmoid_mul = Op(
-    "activation.sigmoid_mul",
-    triton_impl(sigmoid_mul_triton, _accepts),
-    Impl("torch", sigmoid_mul_torch),
-    cases=_cases,
+    "activation.sigmoid_mul", triton_impl(sigmoid_mul_triton, _accepts), Impl("torch", sigmoid_mul_torch), cases=_cases
 )

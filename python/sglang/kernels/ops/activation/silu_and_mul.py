@@ -6,12 +6,13 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, rows_of, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 
 
-def silu_and_mul_torch(x: torch.Tensor) -> torch.Tensor:
+def silu_and_mul_torch(x: Tensor) -> Tensor:
     """``silu(x[..., :I]) * x[..., I:]``.
 
     x [..., 2I] float -> [..., I] in x's dtype. Shazeer 2020 (SwiGLU), without the projections.
@@ -20,7 +21,7 @@ def silu_and_mul_torch(x: torch.Tensor) -> torch.Tensor:
     return F.silu(gate) * up
 
 
-def silu_and_mul_triton(x: torch.Tensor) -> torch.Tensor:
+def silu_and_mul_triton(x: Tensor) -> Tensor:
     from sglang.kernels.ops.activation.silu_and_mul_triton import silu_and_mul_kernel
 
     width = x.shape[-1] // 2
@@ -34,7 +35,7 @@ def silu_and_mul_triton(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _accepts(x: torch.Tensor) -> bool:
+def _accepts(x: Tensor) -> bool:
     return x.dtype in FLOATS and x.shape[-1] % 2 == 0 and rows_of(x) is not None
 
 

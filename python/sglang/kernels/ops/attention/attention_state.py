@@ -8,7 +8,7 @@ import torch
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.attention.launchers import launch_extend, rows_fit
-from sglang.kernels.ops.attention.ragged_extend import indptr, ragged_shapes
+from sglang.kernels.ops.attention.ragged_extend import expanded_views, indptr, join_tail, ragged_shapes
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.spec import Case, Impl, Op
 
@@ -23,14 +23,16 @@ def extend_state_torch(
     kv_indptr: torch.Tensor,
     scale: float,
     causal: bool,
+    k_tail: torch.Tensor | None = None,
 ) -> State:
     """Softmax attention over packed rows, request by request, and its log-sum-exp.
 
     q [N, Hq, D], k [M, Hk, D], v [M, Hk, Dv]; request i owns query rows qo_indptr[i]:qo_indptr[i+1] and key rows
-    kv_indptr[i]:kv_indptr[i+1] (int64 [B+1]), possibly none. With ``causal`` its queries are its last tokens. -> out
-    [N, Hq, Dv] in q's dtype and lse [N, Hq] float32, natural log of the sum of exp(scale * q.k); a row that sees no key
-    has zeros and -inf.
+    kv_indptr[i]:kv_indptr[i+1] (int64 [B+1]), possibly none. With ``causal`` its queries are its last tokens. k_tail
+    as ``attention.ragged_extend`` takes it. -> out [N, Hq, Dv] in q's dtype and lse [N, Hq] float32, natural log of the
+    sum of exp(scale * q.k); a row that sees no key has zeros and -inf.
     """
+    k = join_tail(k, k_tail)
     queries, keys = qo_indptr.tolist(), kv_indptr.tolist()
     group = q.shape[1] // k.shape[1]
     out = q.new_zeros(q.shape[0], q.shape[1], v.shape[2])
@@ -70,9 +72,10 @@ def extend_state_triton(
     kv_indptr: torch.Tensor,
     scale: float,
     causal: bool,
+    k_tail: torch.Tensor | None = None,
 ) -> State:
-    shape = RowShape.of(q.shape[2], v.shape[2])
-    return launch_extend(q, k, v, None, qo_indptr, kv_indptr, scale, shape, causal=causal, with_lse=True)
+    shape = RowShape.of(q.shape[2], v.shape[2], k_tail=k_tail)
+    return launch_extend(q, k, v, None, qo_indptr, kv_indptr, scale, shape, causal, with_lse=True, k_tail=k_tail)
 
 
 def merge_states_triton(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> State:
@@ -90,8 +93,11 @@ def merge_states_triton(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.T
     return out, lse
 
 
-def _accepts_extend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object) -> bool:
-    return rows_fit(q, k, v)
+def _accepts_extend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, qo: torch.Tensor, kv: torch.Tensor, scale: float, causal: bool,
+    k_tail: torch.Tensor | None = None,
+) -> bool:  # fmt: skip
+    return rows_fit(q, k, v, k_tail)
 
 
 def _accepts_merge(out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor) -> bool:
@@ -109,6 +115,10 @@ def _extend_cases() -> Iterator[Case]:
             k = torch.randn(sum(kv_lens), kv_heads, dim, generator=generator)
             v = torch.randn(sum(kv_lens), kv_heads, v_dim, generator=generator)
             yield Case(f"{name}-{heads}x{kv_heads}", (q, k, v, indptr(q_lens), indptr(kv_lens), 0.3, causal))
+        q = torch.randn(sum(q_lens), 4, 20, generator=generator)
+        kv, rows = (torch.randn(sum(kv_lens), *shape, generator=generator) for shape in ((2, 24), (32,)))
+        k, v, tail = expanded_views(kv, rows, 12, 8)
+        yield Case(f"{name}-tail", (q, k, v, indptr(q_lens), indptr(kv_lens), 0.3, causal, tail))
 
 
 def _merge_cases() -> Iterator[Case]:
@@ -126,11 +136,12 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     """One part of a long prefix and its merge, 16 and 128 heads in bf16, without contents."""
     for heads in (16, 128):
         q = torch.empty(2048, heads, 192, dtype=torch.bfloat16, device=device)
-        v = torch.empty(8192, heads, 128, dtype=torch.bfloat16, device=device)
-        k = torch.empty(8192, heads, 192, dtype=torch.bfloat16, device=device)
+        kv = torch.empty(8192, heads, 256, dtype=torch.bfloat16, device=device)
+        rows = torch.empty(8192, 576, dtype=torch.bfloat16, device=device)
+        k, v, tail = expanded_views(kv, rows, 128, 64)
         bounds = torch.empty(5, dtype=torch.int64, device=device)
         for causal in (False, True):
-            case = Case(f"h{heads} causal={causal}", (q, k, v, bounds, bounds.clone(), 192**-0.5, causal))
+            case = Case(f"h{heads} causal={causal}", (q, k, v, bounds, bounds.clone(), 192**-0.5, causal, tail))
             yield extend_state, case
         out = torch.empty(2048, heads, 128, dtype=torch.bfloat16, device=device)
         lse = torch.empty(2048, heads, dtype=torch.float32, device=device)

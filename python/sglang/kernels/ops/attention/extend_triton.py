@@ -20,8 +20,8 @@ def _find_request(tile, qo_indptr_ptr, batch, group, BLOCK_M: tl.constexpr, BLOC
 
 @triton.jit
 def _attend(
-    q, q_tail, k_ptr, v_ptr, slots_ptr, acc, maximum, total, start, end, last_seen, scale2,
-    k_stride, v_stride, keys, tails, values,
+    q, q_tail, k_ptr, tail_ptr, v_ptr, slots_ptr, acc, maximum, total, start, end, last_seen, scale2,
+    k_stride, tail_stride, v_stride, keys, tails, values,
     MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, VALUE_IS_KEY: tl.constexpr,
     KEY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_N: tl.constexpr,
     PAGED: tl.constexpr, MASKED: tl.constexpr,
@@ -37,7 +37,7 @@ def _attend(
         k = load_columns(k_ptr + rows * k_stride + keys[None, :], (keys < MAIN)[None, :], MAIN, KEY, q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee")
         if TAIL > 0:
-            tail_at = k_ptr + rows * k_stride + MAIN + tails[None, :]
+            tail_at = tail_ptr + rows * tail_stride + tails[None, :]
             k_tail = load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T, q.dtype)
             logits = tl.dot(q_tail, tl.trans(k_tail), logits, input_precision="ieee")
         if MASKED:
@@ -59,11 +59,15 @@ def _attend(
     return acc, maximum, total
 
 
-@triton.jit(do_not_specialize=["batch", "splits"])
+# Slots and bounds are pieces of one upload, which start at any multiple of 8 bytes.
+@triton.jit(
+    do_not_specialize=["batch", "splits"],
+    do_not_specialize_on_alignment=["slots_ptr", "qo_indptr_ptr", "kv_indptr_ptr"],
+)
 def extend_kernel(
-    q_ptr, k_ptr, v_ptr, slots_ptr, qo_indptr_ptr, kv_indptr_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, tail_ptr, v_ptr, slots_ptr, qo_indptr_ptr, kv_indptr_ptr, out_ptr, lse_ptr,
     scale, batch, num_heads, group, splits,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride,
+    q_stride, q_head_stride, k_stride, k_head_stride, tail_stride, tail_head_stride, v_stride, v_head_stride,
     MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, VALUE_IS_KEY: tl.constexpr,
     KEY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -71,8 +75,8 @@ def extend_kernel(
 ):  # fmt: skip
     """A tile is BLOCK_M rows (token, head of the group) of one request and key head; its tokens share the key blocks.
 
-    grid (key heads, tiles, splits) -> out [N, splits, H, V] and lse [N, splits, H] float32. With CAUSAL a request's
-    queries are its last tokens.
+    grid (key heads, tiles, splits) -> out [N, splits, H, V] and lse [N, splits, H] float32. The last TAIL columns of a
+    key row lie at ``tail_ptr``, with strides of their own. With CAUSAL a request's queries are its last tokens.
     """
     kv_head = tl.program_id(0)
     # Late tiles of a causal request have the most keys: they start first.
@@ -111,22 +115,24 @@ def extend_kernel(
         q_tail = tl.load(q_at + MAIN + tails[None, :], mask=live[:, None] & (tails < TAIL)[None, :], other=0.0)
     slots_ptr += kv_first
     k_ptr += kv_head * k_head_stride
+    tail_ptr += kv_head * tail_head_stride
     v_ptr += kv_head * v_head_stride
     if not PAGED:
         k_ptr += kv_first * k_stride
+        tail_ptr += kv_first * tail_stride
         v_ptr += kv_first * v_stride
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     scale2 = scale * LOG2E
     acc, maximum, total = _attend(
-        q, q_tail, k_ptr, v_ptr, slots_ptr, acc, maximum, total, start, middle, last_seen, scale2,
-        k_stride, v_stride, keys, tails, values,
+        q, q_tail, k_ptr, tail_ptr, v_ptr, slots_ptr, acc, maximum, total, start, middle, last_seen, scale2,
+        k_stride, tail_stride, v_stride, keys, tails, values,
         MAIN, TAIL, VALUE, VALUE_IS_KEY, KEY, BLOCK_T, BLOCK_V, BLOCK_N, PAGED, False,
     )  # fmt: skip
     acc, maximum, total = _attend(
-        q, q_tail, k_ptr, v_ptr, slots_ptr, acc, maximum, total, middle, end, last_seen, scale2,
-        k_stride, v_stride, keys, tails, values,
+        q, q_tail, k_ptr, tail_ptr, v_ptr, slots_ptr, acc, maximum, total, middle, end, last_seen, scale2,
+        k_stride, tail_stride, v_stride, keys, tails, values,
         MAIN, TAIL, VALUE, VALUE_IS_KEY, KEY, BLOCK_T, BLOCK_V, BLOCK_N, PAGED, True,
     )  # fmt: skip
     out_row = ((q_first + token) * splits + split) * num_heads + heads

@@ -36,7 +36,8 @@ def write_rows_kernel(
         tl.store(v_cache_ptr + slot * v_cache_stride + column, row, mask=column < V_WIDTH)
 
 
-@triton.jit
+# The host sends rows, starts and bounds in one piece: each starts at any multiple of 8 bytes.
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr", "starts_ptr", "indptr_ptr"])
 def gather_slots_kernel(
     table_ptr, rows_ptr, starts_ptr, indptr_ptr, out_ptr, table_stride,
     BLOCK: tl.constexpr,

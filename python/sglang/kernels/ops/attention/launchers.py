@@ -16,14 +16,15 @@ MERGE_WIDTH = 16
 MERGE_PROGRAMS = 2048
 
 
-def rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
-    """True when the kernels take q [., Hq, D], k [., Hk, D], v [., Hk, Dv] with values of their own.
+def rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_tail: torch.Tensor | None = None) -> bool:
+    """True when the kernels take q [., Hq, D], k [., Hk, D - P], k_tail [., P], v [., Hk, Dv] with values of their own.
 
     Keys and values of another dtype than q's are converted to it as they are read.
     """
-    same = k.dtype == v.dtype and is_cache_dtype(k.dtype, q.dtype)
-    dense = all(tensor.stride(-1) == 1 for tensor in (q, k, v))
-    shapes = q.shape[-1] == k.shape[-1] <= MAX_HEAD_DIM and v.shape[-1] <= MAX_HEAD_DIM
+    keys = (k,) if k_tail is None else (k, k_tail)
+    same = all(key.dtype == v.dtype for key in keys) and is_cache_dtype(v.dtype, q.dtype)
+    dense = all(tensor.stride(-1) == 1 for tensor in (q, *keys, v))
+    shapes = q.shape[-1] == sum(key.shape[-1] for key in keys) <= MAX_HEAD_DIM and v.shape[-1] <= MAX_HEAD_DIM
     return same and dense and shapes and q.shape[1] % k.shape[1] == 0
 
 
@@ -108,12 +109,14 @@ def launch_extend(
     shape: RowShape,
     causal: bool = True,
     with_lse: bool = False,
+    k_tail: torch.Tensor | None = None,
     tile: Tile | None = None,
     splits: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed queries over slots, or over packed rows when ``slot_ids`` is None -> out [N, Hq, Dv], lse [N, Hq] float32.
 
-    lse is written when asked for. Few queries over long contexts are split, unless the lse is wanted.
+    k_tail [., P] holds the last columns of every head's keys where k lacks them. lse is written when asked for. Few
+    queries over long contexts are split, unless the lse is wanted.
     """
     from sglang.kernels.ops.attention.extend_triton import extend_kernel
 
@@ -137,10 +140,11 @@ def launch_extend(
         parts_lse = torch.empty(num_rows, splits, heads, dtype=torch.float32, device=q.device)
     # Without slots to look up, a stage more is kept in shared memory, and three of wide rows do not fit.
     stages = min(tile.num_stages, 2) if slot_ids is None and shape.kind == "wide" else tile.num_stages
+    tail = k[..., shape.main :] if k_tail is None else k_tail.unsqueeze(1).expand(-1, kv_heads, -1)
     extend_kernel[(kv_heads, tiles, splits)](
-        q, k, v, qo_indptr if slot_ids is None else slot_ids, qo_indptr, kv_indptr, parts, parts_lse,
+        q, k, tail, v, qo_indptr if slot_ids is None else slot_ids, qo_indptr, kv_indptr, parts, parts_lse,
         scale, batch, heads, group, splits,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), tail.stride(0), tail.stride(1), v.stride(0), v.stride(1),
         **shape.constants(), BLOCK_M=tile.rows, BLOCK_N=tile.block_n, BLOCK_B=128,
         PAGED=slot_ids is not None, CAUSAL=causal, WRITE_LSE=with_lse or splits > 1,
         num_warps=tile.num_warps, num_stages=stages,

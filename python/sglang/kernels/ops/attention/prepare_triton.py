@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from sglang.kernels.ops.attention.kv_cache_triton import to_cache
+from sglang.kernels.ops.rope.rotary_triton import load_pairs, store_pairs, turn
 
 
 @triton.jit
@@ -13,12 +14,6 @@ def _angles(positions_ptr, table_ptr, token, table_stride, pair, HALF: tl.conste
     cos = tl.load(at, mask=pair < HALF, other=0.0).to(tl.float32)
     sin = tl.load(at + HALF, mask=pair < HALF, other=0.0).to(tl.float32)
     return cos, sin
-
-
-@triton.jit
-def _turn(x, y, cos, sin, dtype: tl.constexpr):
-    a, b = x.to(tl.float32), y.to(tl.float32)
-    return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
 
 
 @triton.jit
@@ -36,8 +31,6 @@ def prepare_mla_kernel(
     block = tl.program_id(0) % blocks
     pair = tl.arange(0, PAIRS)[None, :]
     cos, sin = _angles(positions_ptr, table_ptr, token, table_stride, pair, HALF)
-    first = pair if IS_NEOX else 2 * pair
-    second = pair + HALF if IS_NEOX else 2 * pair + 1
     if block == 0:
         dtype: tl.constexpr = kv_ptr.dtype.element_ty
         row = cache_ptr + tl.load(slots_ptr + token).to(tl.int64) * cache_stride
@@ -48,22 +41,17 @@ def prepare_mla_kernel(
         # The norm rounds before the weight multiplies.
         normed = ((latent * scale).to(dtype).to(tl.float32) * weight).to(dtype)
         tl.store(row + cols, to_cache(normed, cache_ptr), mask=cols < rank)
-        k_at = kv_ptr + token * kv_stride + rank
-        k_x, k_y = tl.load(k_at + first, mask=pair < HALF), tl.load(k_at + second, mask=pair < HALF)
-        k_x, k_y = _turn(k_x, k_y, cos, sin, dtype)
-        tl.store(row + rank + first, to_cache(k_x, cache_ptr), mask=pair < HALF)
-        tl.store(row + rank + second, to_cache(k_y, cache_ptr), mask=pair < HALF)
+        k_x, k_y = load_pairs(kv_ptr + token * kv_stride + rank, True, HALF, IS_NEOX, PAIRS)
+        k_x, k_y = turn(k_x, k_y, cos, sin, dtype)
+        store_pairs(row + rank, to_cache(k_x, cache_ptr), to_cache(k_y, cache_ptr), True, HALF, IS_NEOX, PAIRS)
     else:
         head = ((block - 1) * HEADS + tl.arange(0, HEADS))[:, None]
-        mask = (head < heads) & (pair < HALF)
-        at = q_ptr + token * q_stride + head * q_head_stride
-        x, y = tl.load(at + first, mask=mask, other=0.0), tl.load(at + second, mask=mask, other=0.0)
-        x, y = _turn(x, y, cos, sin, q_ptr.dtype.element_ty)
+        x, y = load_pairs(q_ptr + token * q_stride + head * q_head_stride, head < heads, HALF, IS_NEOX, PAIRS)
+        x, y = turn(x, y, cos, sin, q_ptr.dtype.element_ty)
         # In place, every warp must have read its pairs before any writes one.
         tl.debug_barrier()
         to = q_out_ptr + token * out_stride + head * out_head_stride
-        tl.store(to + first, x, mask=mask)
-        tl.store(to + second, y, mask=mask)
+        store_pairs(to, x, y, head < heads, HALF, IS_NEOX, PAIRS)
 
 
 @triton.jit
@@ -74,23 +62,19 @@ def _norm_and_turn(
     """Rows [R, dim] at ``at`` [R, 1], normed with gain 1 + weight, their first 2 * HALF columns turned, stored at
     ``to`` [R, 1]."""
     dtype = at.dtype.element_ty
-    cols, pair = tl.arange(0, DIM)[None, :], tl.arange(0, PAIRS)[None, :]
+    cols = tl.arange(0, DIM)[None, :]
     row = tl.load(at + cols, mask=mask & (cols < dim), other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(row * row, axis=1, keep_dims=True) / dim + eps)
     weight = tl.load(weight_ptr + cols, mask=cols < dim, other=0.0).to(tl.float32)
     passed = (row * scale * (1.0 + weight)).to(dtype)
     tl.store(to + cols, to_cache(passed, out_ptr), mask=mask & (cols >= 2 * HALF) & (cols < dim))
-    first = pair if IS_NEOX else 2 * pair
-    second = pair + HALF if IS_NEOX else 2 * pair + 1
-    inside = mask & (pair < HALF)
-    x, y = tl.load(at + first, mask=inside, other=0.0), tl.load(at + second, mask=inside, other=0.0)
-    x_gain = 1.0 + tl.load(weight_ptr + first, mask=pair < HALF, other=0.0).to(tl.float32)
-    y_gain = 1.0 + tl.load(weight_ptr + second, mask=pair < HALF, other=0.0).to(tl.float32)
+    x, y = load_pairs(at, mask, HALF, IS_NEOX, PAIRS)
+    x_weight, y_weight = load_pairs(weight_ptr, True, HALF, IS_NEOX, PAIRS)
     # As the separate ops do: the normed values are rounded before they are turned.
-    x, y = (x.to(tl.float32) * scale * x_gain).to(dtype), (y.to(tl.float32) * scale * y_gain).to(dtype)
-    x, y = _turn(x, y, cos, sin, dtype)
-    tl.store(to + first, to_cache(x, out_ptr), mask=inside)
-    tl.store(to + second, to_cache(y, out_ptr), mask=inside)
+    x = (x.to(tl.float32) * scale * (1.0 + x_weight.to(tl.float32))).to(dtype)
+    y = (y.to(tl.float32) * scale * (1.0 + y_weight.to(tl.float32))).to(dtype)
+    x, y = turn(x, y, cos, sin, dtype)
+    store_pairs(to, to_cache(x, out_ptr), to_cache(y, out_ptr), mask, HALF, IS_NEOX, PAIRS)
 
 
 @triton.jit

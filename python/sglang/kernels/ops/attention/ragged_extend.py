@@ -53,6 +53,11 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: f
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+def join_tail(k: torch.Tensor, k_tail: torch.Tensor | None) -> torch.Tensor:
+    """Whole keys [M, H, D] of k [M, H, D - P] and k_tail [M, P], which all heads share; k itself without a tail."""
+    return k if k_tail is None else torch.cat((k, k_tail.unsqueeze(1).expand(-1, k.shape[1], -1)), dim=-1)
+
+
 def ragged_extend_torch(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -60,13 +65,15 @@ def ragged_extend_torch(
     qo_indptr: torch.Tensor,
     kv_indptr: torch.Tensor,
     scale: float,
+    k_tail: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal softmax attention, request by request, over packed rows.
 
     q [N, Hq, D], k [M, Hk, D], v [M, Hk, Dv]; request i owns query rows qo_indptr[i]:qo_indptr[i+1] and key rows
-    kv_indptr[i]:kv_indptr[i+1] (int64 [B+1]); its queries are its last tokens, at most as many as its keys.
-    -> [N, Hq, Dv] in q's dtype.
+    kv_indptr[i]:kv_indptr[i+1] (int64 [B+1]); its queries are its last tokens, at most as many as its keys. With k_tail
+    [M, P] all heads share the last P columns of the keys, and k is [M, Hk, D - P]. -> [N, Hq, Dv] in q's dtype.
     """
+    k = join_tail(k, k_tail)
     queries, keys = qo_indptr.tolist(), kv_indptr.tolist()
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     for i in range(len(queries) - 1):
@@ -84,12 +91,17 @@ def ragged_extend_triton(
     qo_indptr: torch.Tensor,
     kv_indptr: torch.Tensor,
     scale: float,
+    k_tail: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    return launch_extend(q, k, v, None, qo_indptr, kv_indptr, scale, RowShape.of(q.shape[2], v.shape[2]))[0]
+    shape = RowShape.of(q.shape[2], v.shape[2], k_tail=k_tail)
+    return launch_extend(q, k, v, None, qo_indptr, kv_indptr, scale, shape, k_tail=k_tail)[0]
 
 
-def _accepts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *rest: object) -> bool:
-    return rows_fit(q, k, v)
+def _accepts(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, qo: torch.Tensor, kv: torch.Tensor, scale: float,
+    k_tail: torch.Tensor | None = None,
+) -> bool:  # fmt: skip
+    return rows_fit(q, k, v, k_tail)
 
 
 def ragged_shapes() -> Iterator[tuple[str, list[int], list[int]]]:
@@ -108,6 +120,11 @@ def indptr(lengths: list[int]) -> torch.Tensor:
     return F.pad(torch.tensor(lengths, dtype=torch.int64).cumsum(0), (1, 0))
 
 
+def expanded_views(kv: torch.Tensor, rows: torch.Tensor, nope: int, rope: int) -> tuple[torch.Tensor, ...]:
+    """k, v and k_tail as expanded latent attention makes them: views of kv [M, H, nope + Dv] and of rows [M, R + P]."""
+    return kv[..., :nope], kv[..., nope:], rows[:, -rope:]
+
+
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     for name, q_lens, kv_lens in ragged_shapes():
@@ -116,18 +133,25 @@ def _cases() -> Iterator[Case]:
             k = torch.randn(sum(kv_lens), kv_heads, dim, generator=generator)
             v = torch.randn(sum(kv_lens), kv_heads, v_dim, generator=generator)
             yield Case(f"{name}-{heads}x{kv_heads}", (q, k, v, indptr(q_lens), indptr(kv_lens), 0.3))
+        for heads, kv_heads, nope, rope in ((3, 3, 16, 4), (4, 2, 5, 11)):
+            q = torch.randn(sum(q_lens), heads, nope + rope, generator=generator)
+            kv = torch.randn(sum(kv_lens), kv_heads, nope + 8, generator=generator)
+            rows = torch.randn(sum(kv_lens), 32, generator=generator)
+            k, v, tail = expanded_views(kv, rows, nope, rope)
+            yield Case(f"{name}-tail-{heads}x{kv_heads}", (q, k, v, indptr(q_lens), indptr(kv_lens), 0.3, tail))
 
 
 def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Expanded latent attention in bf16, without contents: keys of 192, values of 128, 16 to 128 heads."""
+    """Expanded latent attention in bf16, without contents: keys of 128 + 64, values of 128, 16 to 128 heads."""
     for heads in (16, 128):
         for batch, new, total in SERVING_SHAPES:
             q = torch.empty(batch * new, heads, 192, dtype=torch.bfloat16, device=device)
-            k = torch.empty(batch * total, heads, 192, dtype=torch.bfloat16, device=device)
-            v = torch.empty(batch * total, heads, 128, dtype=torch.bfloat16, device=device)
+            kv = torch.empty(batch * total, heads, 256, dtype=torch.bfloat16, device=device)
+            rows = torch.empty(batch * total, 576, dtype=torch.bfloat16, device=device)
+            k, v, tail = expanded_views(kv, rows, 128, 64)
             bounds = torch.empty(batch + 1, dtype=torch.int64, device=device)
             name = f"mha_h{heads}_192_128 {batch}x{new} of {total}"
-            yield ragged_extend, Case(name, (q, k, v, bounds, bounds.clone(), 192**-0.5))
+            yield ragged_extend, Case(name, (q, k, v, bounds, bounds.clone(), 192**-0.5, tail))
 
 
 ragged_extend = Op(

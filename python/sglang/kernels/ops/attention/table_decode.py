@@ -56,9 +56,7 @@ def mla_table_decode_torch(
     return mla_decode_torch(q, latent_cache, table, seq_lens, kv_lora_rank, scale)
 
 
-def slots_of(
-    req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor
-) -> torch.Tensor:
+def slots_of(req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
     """Slots of the requests, [B, longest] int64."""
     longest = int(seq_lens.max()) if seq_lens.numel() else 0
     return req_to_token[:, :longest].index_select(0, req_pool_indices).long()
@@ -91,9 +89,7 @@ def mla_table_decode_triton(
     return launch_decode(q, rows, rows, req_to_token, req_pool_indices, seq_lens, scale, shape)
 
 
-def _accepts(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table: torch.Tensor, *rest: object
-) -> bool:
+def _accepts(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table: torch.Tensor, *rest: object) -> bool:
     return rows_fit(q, k_cache, v_cache) and table.stride(1) == 1
 
 

@@ -37,9 +37,12 @@ class RowShape:
     value_is_key: bool
 
     @classmethod
-    def of(cls, dim: int, value_dim: int, value_is_key: bool = False) -> RowShape:
+    def of(cls, dim: int, value_dim: int, value_is_key: bool = False, k_tail: torch.Tensor | None = None) -> RowShape:
+        """Key rows of ``dim`` columns, those of ``k_tail`` [., P] included where the last ones lie apart."""
         if value_is_key:
             return cls(value_dim, dim - value_dim, value_dim, True)
+        if k_tail is not None:
+            return cls(dim - k_tail.shape[-1], k_tail.shape[-1], value_dim, False)
         main = dim if dim == next_power_of_2(dim) else next_power_of_2(dim) // 2
         return cls(main, dim - main, value_dim, False)
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-
-from sglang.kernels.spec import Case, Impl, Op
+from torch import Tensor
 
 CHUNK_SIZE = 64
+
+
+def chunk_table(seq_lens: Sequence[int], size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor]:
+    """Where packed sequences and their chunks lie, on the host.
+
+    bounds [B + 1] int64, and chunks [NC, 2] int32: the sequence and the index in it of each chunk of ``size`` rows.
+    """
+    lengths = torch.tensor(seq_lens, dtype=torch.int64)
+    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    counts = (lengths + size - 1) // size
+    sequence = torch.repeat_interleave(torch.arange(len(seq_lens)), counts)
+    index = torch.arange(sequence.shape[0]) - (counts.cumsum(0) - counts)[sequence]
+    return bounds, torch.stack((sequence, index), dim=1).int()
 
 
 @dataclass(frozen=True)
@@ -17,54 +29,41 @@ class _ChunkPlan:
     """How packed rows map to chunks: NC chunks of ``size`` rows, each inside one sequence."""
 
     size: int
-    first: tuple[int, ...]  # [B] first chunk of each sequence
-    counts: tuple[int, ...]  # [B] chunks of each sequence
-    source: torch.Tensor  # [NC * size] packed row of each chunk row; a tail repeats its sequence's last row
-    padding: torch.Tensor  # [NC * size] bool, True for the rows of a tail
-    target: torch.Tensor  # [N] chunk row of each packed row
+    sequence: Tensor  # [NC] on the host, as is index
+    index: Tensor  # [NC] of the chunk in its sequence
+    source: Tensor  # [NC * size] packed row of each chunk row; a tail repeats its sequence's last row
+    padding: Tensor  # [NC * size] bool, True for the rows of a tail
+    target: Tensor  # [N] chunk row of each packed row
 
 
 def _plan(seq_lens: Sequence[int], device: torch.device) -> _ChunkPlan:
     size = min(CHUNK_SIZE, max(seq_lens))
-    counts = tuple(-(-length // size) for length in seq_lens)
-    first, sources, paddings, targets = [], [], [], []
-    start = chunks = 0
-    for length, count in zip(seq_lens, counts, strict=True):
-        local = torch.arange(count * size)
-        sources.append(start + local.clamp(max=length - 1))
-        paddings.append(local >= length)
-        targets.append(torch.arange(chunks * size, chunks * size + length))
-        first.append(chunks)
-        start += length
-        chunks += count
-    source, padding, target = (torch.cat(parts).to(device) for parts in (sources, paddings, targets))
-    return _ChunkPlan(size, tuple(first), counts, source, padding, target)
+    bounds, chunks = chunk_table(seq_lens, size)
+    sequence, index = chunks.long().unbind(1)
+    first, length = bounds[sequence, None], (bounds[1:] - bounds[:-1])[sequence, None]
+    local = index.unsqueeze(1) * size + torch.arange(size)
+    padding = (local >= length).flatten()
+    source = (first + local.minimum(length - 1)).flatten()
+    target = (~padding).nonzero().squeeze(1)
+    return _ChunkPlan(size, sequence, index, source.to(device), padding.to(device), target.to(device))
 
 
 @dataclass(frozen=True)
 class _Solved:
     """What the chunks know without the state that enters them; all [NC, HV, size, ...] float32."""
 
-    new_values: torch.Tensor  # [.., V] values to write if the incoming state were zero
-    state_reads: torch.Tensor  # [.., K] keys that read the incoming state
-    queries: torch.Tensor  # [.., K] decayed, scaled queries on the incoming state
-    scores: torch.Tensor  # [.., size] decayed, scaled query-key products, causal
-    writes: torch.Tensor  # [.., K] keys decayed to the chunk's end
-    decay: torch.Tensor  # [NC, HV] decay over the whole chunk
+    new_values: Tensor  # [.., V] values to write if the incoming state were zero
+    state_reads: Tensor  # [.., K] keys that read the incoming state
+    queries: Tensor  # [.., K] decayed, scaled queries on the incoming state
+    scores: Tensor  # [.., size] decayed, scaled query-key products, causal
+    writes: Tensor  # [.., K] keys decayed to the chunk's end
+    decay: Tensor  # [NC, HV] decay over the whole chunk
 
 
-def _solve_chunks(
-    plan: _ChunkPlan,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    scale: float,
-) -> _Solved:
+def _solve_chunks(plan: _ChunkPlan, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float) -> _Solved:
     key_heads, value_heads = k.shape[1], v.shape[1]
 
-    def by_chunk(x: torch.Tensor, heads: int) -> torch.Tensor:
+    def by_chunk(x: Tensor, heads: int) -> Tensor:
         rows = x.float().index_select(0, plan.source)
         return rows.view(-1, plan.size, key_heads, heads // key_heads, *x.shape[2:]).movedim(1, 3)
 
@@ -99,17 +98,11 @@ def _solve_chunks(
     )
 
 
-def chunk_gated_delta_rule_torch(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    g: torch.Tensor,
-    beta: torch.Tensor,
-    initial_state: torch.Tensor,
-    seq_lens: Sequence[int],
+def chunk_gated_delta_rule(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor, seq_lens: Sequence[int],
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The recurrence of ``gdn.recurrent_gated_delta_rule`` over whole sequences.
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The recurrence of ``recurrent_gated_delta_rule`` over whole sequences.
 
     q, k [N, HK, K] (unit length), v [N, HV, V], g, beta [N, HV] float32 hold B sequences one after the other,
     ``seq_lens`` their lengths on the host (zero is allowed), initial_state [B, HV, V, K] -> o [N, HV, V] in v's dtype
@@ -121,10 +114,9 @@ def chunk_gated_delta_rule_torch(
     plan = _plan(seq_lens, v.device)
     solved = _solve_chunks(plan, q, k, v, g, beta, scale)
     out = torch.empty_like(solved.new_values)
-    for step in range(max(plan.counts)):
-        active = [i for i, count in enumerate(plan.counts) if count > step]
-        rows = torch.tensor(active, device=v.device)
-        chunks = torch.tensor([plan.first[i] + step for i in active], device=v.device)
+    for step in range(int(plan.index.max()) + 1):
+        at_step = plan.index == step
+        chunks, rows = at_step.nonzero().squeeze(1).to(v.device), plan.sequence[at_step].to(v.device)
         state = states[rows]
         written = solved.new_values[chunks] - solved.state_reads[chunks] @ state.transpose(-1, -2)
         out[chunks] = solved.queries[chunks] @ state.transpose(-1, -2) + solved.scores[chunks] @ written
@@ -132,22 +124,3 @@ def chunk_gated_delta_rule_torch(
         states[rows] = kept + written.transpose(-1, -2) @ solved.writes[chunks]
     packed = out.transpose(1, 2).reshape(-1, *v.shape[1:]).index_select(0, plan.target)
     return packed.to(v.dtype), states
-
-
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((1, 1, 8, 8), (2, 2, 32, 32), (2, 3, 32, 48))
-    for seq_lens in ((1,), (2, 3), (63, 64, 65), (130,), (0, 5), ()):
-        for key_heads, per_key, k_dim, v_dim in shapes:
-            num_tokens, heads = sum(seq_lens), key_heads * per_key
-            q, k = torch.randn(2, num_tokens, key_heads, k_dim, generator=generator)
-            q, k = torch.nn.functional.normalize(q, dim=-1), torch.nn.functional.normalize(k, dim=-1)
-            v = torch.randn(num_tokens, heads, v_dim, generator=generator)
-            g = -torch.rand(num_tokens, heads, generator=generator) * 4
-            beta = torch.rand(num_tokens, heads, generator=generator)
-            state = torch.randn(len(seq_lens), heads, v_dim, k_dim, generator=generator)
-            name = f"{'+'.join(map(str, seq_lens)) or 'empty'}-{heads}x{v_dim}x{k_dim}"
-            yield Case(name, (q, k, v, g, beta, state, list(seq_lens), k_dim**-0.5))
-
-
-chunk_gated_delta_rule = Op("gdn.chunk_gated_delta_rule", Impl("torch", chunk_gated_delta_rule_torch), cases=_cases)

@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from itertools import product
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import next_power_of_2, triton_impl
-from sglang.kernels.ops.gdn.causal_conv1d import causal_conv1d_update_torch
-from sglang.kernels.ops.gdn.gating import gdn_gating_torch
-from sglang.kernels.ops.gdn.l2norm import l2_norm_torch
-from sglang.kernels.ops.gdn.recurrent import recurrent_gated_delta_rule_torch
+from sglang.kernels.ops.gdn.reference import causal_conv1d_update, gdn_gating, l2_norm, recurrent_gated_delta_rule
 from sglang.kernels.ops.gdn.shapes import GDNShape, shape_of, step_fits_triton
 from sglang.kernels.ops.gdn.tiles import gdn_tiles
 from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm_torch
@@ -21,56 +19,36 @@ from sglang.kernels.spec import Case, Impl, Op
 ELEMENTS_PER_WARP = 64
 
 
-def split_heads(convolved: torch.Tensor, shape: GDNShape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def split_heads(convolved: Tensor, shape: GDNShape) -> tuple[Tensor, Tensor, Tensor]:
     """[N, C] -> unit-length q, k [N, HK, K] float32 and v [N, HV, V]."""
     queries_and_keys, v = convolved.split((2 * shape.key_width, convolved.shape[1] - 2 * shape.key_width), dim=-1)
-    q, k = l2_norm_torch(queries_and_keys.unflatten(-1, (2, shape.key_heads, shape.k_dim))).unbind(1)
+    q, k = l2_norm(queries_and_keys.unflatten(-1, (2, shape.key_heads, shape.k_dim))).unbind(1)
     return q, k, v.unflatten(-1, (shape.value_heads, shape.v_dim))
 
 
 def gdn_decode_step_torch(
-    mixed_qkv: torch.Tensor,
-    z: torch.Tensor,
-    b: torch.Tensor,
-    a: torch.Tensor,
-    conv_weight: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    norm_weight: torch.Tensor,
-    conv_state: torch.Tensor,
-    ssm_state: torch.Tensor,
-    slot_ids: torch.Tensor,
-    eps: float,
-) -> torch.Tensor:
+    mixed_qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor,
+    norm_weight: Tensor, conv_state: Tensor, ssm_state: Tensor, slot_ids: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
     """The mixer's rows for one more token of each of B sequences, from its projections; their slots move on.
 
     mixed_qkv [B, C] with C = 2*HK*K + HV*V (q | k | v), z [B, HV, V], b, a [B, HV], conv_weight [C, W], A_log, dt_bias
     [HV], norm_weight [V], conv_state [S, C, W-1], ssm_state [S, HV, V, K], slot_ids [B] int64 -> [B, HV, V] in
-    mixed_qkv's dtype, normed and gated by z. Composed of ``gdn.causal_conv1d_update``, ``gdn.l2_norm``,
-    ``gdn.gating``, ``gdn.recurrent_gated_delta_rule`` (scale K^-0.5) and ``norm.gated_rms_norm``. A row of slot 0 is
-    padding: its output and what slot 0 holds afterwards mean nothing. Yang et al. 2024 (Gated Delta Networks).
+    mixed_qkv's dtype, normed and gated by z. Composed of ``causal_conv1d_update``, ``l2_norm``, ``gdn_gating``,
+    ``recurrent_gated_delta_rule`` (scale K^-0.5) and ``norm.gated_rms_norm``. A row of slot 0 is padding: its output
+    and what slot 0 holds afterwards mean nothing. Yang et al. 2024 (Gated Delta Networks).
     """
     shape = shape_of(mixed_qkv, conv_weight, ssm_state)
-    g, beta = gdn_gating_torch(a, b, A_log, dt_bias)
-    q, k, v = split_heads(causal_conv1d_update_torch(mixed_qkv, conv_weight, conv_state, slot_ids), shape)
-    out = recurrent_gated_delta_rule_torch(q, k, v, g, beta, ssm_state, slot_ids, shape.k_dim**-0.5)
+    g, beta = gdn_gating(a, b, A_log, dt_bias)
+    q, k, v = split_heads(causal_conv1d_update(mixed_qkv, conv_weight, conv_state, slot_ids), shape)
+    out = recurrent_gated_delta_rule(q, k, v, g, beta, ssm_state, slot_ids, shape.k_dim**-0.5)
     return gated_rms_norm_torch(out, z, norm_weight, eps)
 
 
 def gdn_decode_step_triton(
-    mixed_qkv: torch.Tensor,
-    z: torch.Tensor,
-    b: torch.Tensor,
-    a: torch.Tensor,
-    conv_weight: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    norm_weight: torch.Tensor,
-    conv_state: torch.Tensor,
-    ssm_state: torch.Tensor,
-    slot_ids: torch.Tensor,
-    eps: float,
-) -> torch.Tensor:
+    mixed_qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor,
+    norm_weight: Tensor, conv_state: Tensor, ssm_state: Tensor, slot_ids: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
     """One launch. Padding rows give zeros and leave slot 0 as it is."""
     from sglang.kernels.ops.gdn.decode_step_triton import decode_step_kernel
 
@@ -78,7 +56,7 @@ def gdn_decode_step_triton(
     rows = mixed_qkv.shape[0]
     out = torch.empty(rows, shape.value_heads, shape.v_dim, dtype=mixed_qkv.dtype, device=mixed_qkv.device)
     block_k, block_v = next_power_of_2(shape.k_dim), next_power_of_2(shape.v_dim)
-    tile = gdn_tiles().decode_tile(shape, rows)
+    tile = gdn_tiles().decode_tile(shape)
     if rows:
         decode_step_kernel[(shape.key_heads, rows)](
             mixed_qkv, z, b, a, conv_weight, A_log, dt_bias, norm_weight, conv_state, ssm_state, slot_ids, out,
@@ -92,45 +70,30 @@ def gdn_decode_step_triton(
     return out
 
 
-def _accepts(
-    mixed_qkv: torch.Tensor,
-    z: torch.Tensor,
-    b: torch.Tensor,
-    a: torch.Tensor,
-    conv_weight: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    norm_weight: torch.Tensor,
-    conv_state: torch.Tensor,
-    ssm_state: torch.Tensor,
-    slot_ids: torch.Tensor,
-    eps: float,
-) -> bool:
-    return step_fits_triton(
-        mixed_qkv, z, b, a, conv_weight, A_log, dt_bias, norm_weight, conv_state, ssm_state, slot_ids
-    )
-
-
 # key heads, value heads a key head, K, V, W
 STEP_SHAPES = ((1, 1, 8, 8, 4), (2, 2, 32, 32, 4), (2, 3, 32, 48, 4), (1, 4, 16, 24, 2), (3, 1, 24, 16, 3))
 
 
 def step_inputs(
-    rows: int, slots: int, shape: tuple[int, int, int, int, int], generator: torch.Generator
-) -> tuple[torch.Tensor, ...]:
-    """Random arguments up to ``ssm_state`` of either step, with z, b and a as the strided views that a layer has."""
+    rows: int, slots: int, shape: tuple[int, int, int, int, int], generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32, device: str = "cpu",
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Random arguments up to ``ssm_state`` of either step, with z, b and a as the strided views that a layer has.
+
+    Of ``dtype``, but for decay rates and states, which serving keeps in float32 too.
+    """
     key_heads, per_key, k_dim, v_dim, width = shape
     heads = key_heads * per_key
     channels = 2 * key_heads * k_dim + heads * v_dim
 
-    def normal(*size: int) -> torch.Tensor:
-        return torch.randn(*size, generator=generator)
+    def normal(*size: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device).normal_(generator=generator)
 
     mixed_qkv, z = normal(rows, channels + heads * v_dim).split((channels, heads * v_dim), dim=-1)
     b, a = normal(rows, 2 * heads).chunk(2, dim=-1)
-    A_log = torch.rand(heads, generator=generator).mul(16).log()
+    A_log = torch.empty(heads, device=device).uniform_(generator=generator).mul(16).log()
     parameters = (normal(channels, width), A_log, normal(heads), normal(v_dim))
-    states = (normal(slots, channels, width - 1), normal(slots, heads, v_dim, k_dim))
+    states = (normal(slots, channels, width - 1), normal(slots, heads, v_dim, k_dim, dtype=torch.float32))
     return (mixed_qkv, z.unflatten(-1, (heads, v_dim)), b, a, *parameters, *states)
 
 
@@ -144,37 +107,21 @@ def _cases() -> Iterator[Case]:
     yield Case("empty", (*step_inputs(0, 2, STEP_SHAPES[0], generator), nobody, 1e-6))
 
 
-# Qwen3.5 35B, 27B and 397B: key heads, value heads, K, V
-SERVING_SHAPES = ((16, 32, 128, 128), (16, 48, 128, 128), (16, 64, 128, 128))
-
-
-def serving_inputs(rows: int, heads: tuple[int, int, int, int], slots: int, device: str) -> tuple[torch.Tensor, ...]:
-    """Arguments up to ``ssm_state`` as serving has them, bfloat16 with float32 states, without contents."""
-    key_heads, value_heads, k_dim, v_dim = heads
-    channels = 2 * key_heads * k_dim + value_heads * v_dim
-
-    def empty(*size: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-    mixed_qkv, z = empty(rows, channels + value_heads * v_dim).split((channels, value_heads * v_dim), dim=-1)
-    b, a = empty(rows, 2 * value_heads).chunk(2, dim=-1)
-    parameters = (empty(channels, 4), empty(value_heads, dtype=torch.float32), empty(value_heads), empty(v_dim))
-    states = (empty(slots, channels, 3), empty(slots, value_heads, v_dim, k_dim, dtype=torch.float32))
-    return (mixed_qkv, z.unflatten(-1, (value_heads, v_dim)), b, a, *parameters, *states)
+# Qwen3.5 35B, 27B and 397B, as above.
+SERVING_SHAPES = tuple((16, per_key, 128, 128, 4) for per_key in (2, 3, 4))
 
 
 def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     """Decode batches of Qwen3.5."""
-    for heads in SERVING_SHAPES:
-        for rows in (1, 32, 128):
-            slot_ids = torch.empty(rows, dtype=torch.int64, device=device)
-            inputs = serving_inputs(rows, heads, rows + 1, device)
-            yield gdn_decode_step, Case(f"{heads[0]}x{heads[1]} bs{rows}", (*inputs, slot_ids, 1e-6))
+    for shape, rows in product(SERVING_SHAPES, (1, 32, 128)):
+        inputs = step_inputs(rows, rows + 1, shape, dtype=torch.bfloat16, device=device)
+        slot_ids = torch.empty(rows, dtype=torch.int64, device=device)
+        yield gdn_decode_step, Case(f"{shape[0]}x{shape[0] * shape[1]} bs{rows}", (*inputs, slot_ids, 1e-6))
 
 
 gdn_decode_step = Op(
     "gdn.decode_step",
-    triton_impl(gdn_decode_step_triton, _accepts),
+    triton_impl(gdn_decode_step_triton, step_fits_triton),
     Impl("torch", gdn_decode_step_torch),
     cases=_cases,
 )

@@ -6,18 +6,12 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
-from sglang.kernels.ops.gdn.causal_conv1d import causal_conv1d_torch
-from sglang.kernels.ops.gdn.chunk import CHUNK_SIZE, chunk_gated_delta_rule_torch
-from sglang.kernels.ops.gdn.decode_step import (
-    SERVING_SHAPES,
-    STEP_SHAPES,
-    serving_inputs,
-    split_heads,
-    step_inputs,
-)
-from sglang.kernels.ops.gdn.gating import gdn_gating_torch
+from sglang.kernels.ops.gdn.chunk import CHUNK_SIZE, chunk_gated_delta_rule, chunk_table
+from sglang.kernels.ops.gdn.decode_step import SERVING_SHAPES, STEP_SHAPES, split_heads, step_inputs
+from sglang.kernels.ops.gdn.reference import causal_conv1d, gdn_gating
 from sglang.kernels.ops.gdn.shapes import GDNShape, shape_of, step_fits_triton
 from sglang.kernels.ops.gdn.tiles import gdn_tiles
 from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, gated_rms_norm_torch
@@ -29,62 +23,34 @@ CONV_ROWS = 16
 SOLVE_TILE = 16
 
 
-def chunk_table(seq_lens: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where packed sequences and their chunks lie, on the host: bounds [B + 1] int64 and chunks [NC, 2] int32, the
-    sequence and the index in it of each."""
-    lengths = torch.tensor(seq_lens, dtype=torch.int64)
-    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    counts = (lengths + CHUNK_SIZE - 1) // CHUNK_SIZE
-    sequence = torch.repeat_interleave(torch.arange(len(seq_lens)), counts)
-    index = torch.arange(sequence.shape[0]) - (counts.cumsum(0) - counts)[sequence]
-    return bounds, torch.stack((sequence, index), dim=1).int()
-
-
 def gdn_extend_step_torch(
-    mixed_qkv: torch.Tensor,
-    z: torch.Tensor,
-    b: torch.Tensor,
-    a: torch.Tensor,
-    conv_weight: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    norm_weight: torch.Tensor,
-    conv_state: torch.Tensor,
-    ssm_state: torch.Tensor,
-    slot_ids: torch.Tensor,
-    bounds: torch.Tensor,
-    chunks: torch.Tensor,
-    seq_lens: Sequence[int],
-    eps: float,
-) -> torch.Tensor:
+    mixed_qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor,
+    norm_weight: Tensor, conv_state: Tensor, ssm_state: Tensor, slot_ids: Tensor, bounds: Tensor, chunks: Tensor,
+    seq_lens: Sequence[int], eps: float,
+) -> Tensor:  # fmt: skip
     """The mixer's rows for the packed tokens of B sequences, from their projections; their slots move on.
 
     Arguments as ``gdn.decode_step`` with N packed rows, slot_ids [B] all different and not 0, ``seq_lens`` the lengths
     on the host (zero is allowed), ``bounds`` and ``chunks`` what ``chunk_table`` makes of them, beside the other
-    tensors -> [N, HV, V] in mixed_qkv's dtype. Composed of ``gdn.causal_conv1d``, ``gdn.l2_norm``, ``gdn.gating``,
-    ``gdn.chunk_gated_delta_rule`` (scale K^-0.5) and ``norm.gated_rms_norm``.
+    tensors -> [N, HV, V] in mixed_qkv's dtype. Composed of ``causal_conv1d``, ``l2_norm``, ``gdn_gating``,
+    ``chunk_gated_delta_rule`` (scale K^-0.5) and ``norm.gated_rms_norm``.
     """
     shape = shape_of(mixed_qkv, conv_weight, ssm_state)
-    g, beta = gdn_gating_torch(a, b, A_log, dt_bias)
+    g, beta = gdn_gating(a, b, A_log, dt_bias)
     history = conv_state.index_select(0, slot_ids)
-    convolved, last = causal_conv1d_torch(mixed_qkv, conv_weight, history, seq_lens)
+    convolved, last = causal_conv1d(mixed_qkv, conv_weight, history, seq_lens)
     conv_state.index_copy_(0, slot_ids, last)
     q, k, v = split_heads(convolved, shape)
     initial = ssm_state.index_select(0, slot_ids)
-    out, final = chunk_gated_delta_rule_torch(q, k, v, g, beta, initial, seq_lens, shape.k_dim**-0.5)
+    out, final = chunk_gated_delta_rule(q, k, v, g, beta, initial, seq_lens, shape.k_dim**-0.5)
     ssm_state.index_copy_(0, slot_ids, final.to(ssm_state.dtype))
     return gated_rms_norm_torch(out, z, norm_weight, eps)
 
 
 def run_conv(
-    mixed_qkv: torch.Tensor,
-    conv_weight: torch.Tensor,
-    conv_state: torch.Tensor,
-    slot_ids: torch.Tensor,
-    bounds: torch.Tensor,
-    chunks: torch.Tensor,
+    mixed_qkv: Tensor, conv_weight: Tensor, conv_state: Tensor, slot_ids: Tensor, bounds: Tensor, chunks: Tensor,
     shape: GDNShape,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     """q | k | v [N, C] after the convolution, queries and keys at unit length, in mixed_qkv's dtype."""
     from sglang.kernels.ops.gdn.extend_step_triton import conv_heads_kernel
 
@@ -101,24 +67,16 @@ def run_conv(
 
 
 def run_chunks(
-    qkv: torch.Tensor,
-    b: torch.Tensor,
-    a: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    ssm_state: torch.Tensor,
-    slot_ids: torch.Tensor,
-    bounds: torch.Tensor,
-    chunks: torch.Tensor,
-    shape: GDNShape,
-) -> torch.Tensor:
+    qkv: Tensor, b: Tensor, a: Tensor, A_log: Tensor, dt_bias: Tensor, ssm_state: Tensor, slot_ids: Tensor,
+    bounds: Tensor, chunks: Tensor, shape: GDNShape,
+) -> Tensor:  # fmt: skip
     """The chunked rule on what ``run_conv`` gives: [N, HV, V] before the norm."""
     from sglang.kernels.ops.gdn.extend_step_triton import scan_chunks_kernel, solve_chunks_kernel
 
     tokens, heads, dtype = qkv.shape[0], shape.value_heads, qkv.dtype
     block_k, block_v = max(16, next_power_of_2(shape.k_dim)), max(16, next_power_of_2(shape.v_dim))
 
-    def empty(width: int, kind: torch.dtype = dtype) -> torch.Tensor:
+    def empty(width: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(tokens, heads, width, dtype=kind, device=qkv.device)
 
     values, reads, scores, out = empty(shape.v_dim), empty(shape.k_dim), empty(CHUNK_SIZE), empty(shape.v_dim)
@@ -136,32 +94,20 @@ def run_chunks(
         PRECISION="ieee" if dtype == torch.float32 else tiles.inverse_precision, num_warps=4, num_stages=1, **limit,
     )  # fmt: skip
     tile = tiles.scan_tile(shape, slot_ids.shape[0], dtype)
-    scan_chunks_kernel[(cdiv(shape.v_dim, tile.block_v), heads, slot_ids.shape[0])](
+    scan_chunks_kernel[(cdiv(shape.v_dim, tile.rows), heads, slot_ids.shape[0])](
         qkv, values, reads, scores, since, until, ssm_state, slot_ids, bounds, out,
         qkv.stride(0), ssm_state.stride(0), shape.key_heads, heads, shape.per_key, scale,
-        K=shape.k_dim, V=shape.v_dim, BLOCK_K=block_k, BLOCK_V=tile.block_v, CHUNK=CHUNK_SIZE,
+        K=shape.k_dim, V=shape.v_dim, BLOCK_K=block_k, BLOCK_V=tile.rows, CHUNK=CHUNK_SIZE,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return out
 
 
 def gdn_extend_step_triton(
-    mixed_qkv: torch.Tensor,
-    z: torch.Tensor,
-    b: torch.Tensor,
-    a: torch.Tensor,
-    conv_weight: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    norm_weight: torch.Tensor,
-    conv_state: torch.Tensor,
-    ssm_state: torch.Tensor,
-    slot_ids: torch.Tensor,
-    bounds: torch.Tensor,
-    chunks: torch.Tensor,
-    seq_lens: Sequence[int],
-    eps: float,
-) -> torch.Tensor:
+    mixed_qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor,
+    norm_weight: Tensor, conv_state: Tensor, ssm_state: Tensor, slot_ids: Tensor, bounds: Tensor, chunks: Tensor,
+    seq_lens: Sequence[int], eps: float,
+) -> Tensor:  # fmt: skip
     """Four launches: convolution, chunks alone, scan over them, norm. Operands of products are in mixed_qkv's dtype."""
     shape = shape_of(mixed_qkv, conv_weight, ssm_state)
     if chunks.shape[0] == 0:
@@ -169,29 +115,6 @@ def gdn_extend_step_triton(
     qkv = run_conv(mixed_qkv, conv_weight, conv_state, slot_ids, bounds, chunks, shape)
     out = run_chunks(qkv, b, a, A_log, dt_bias, ssm_state, slot_ids, bounds, chunks, shape)
     return gated_rms_norm(out, z, norm_weight, eps)
-
-
-def _accepts(
-    mixed_qkv: torch.Tensor,
-    z: torch.Tensor,
-    b: torch.Tensor,
-    a: torch.Tensor,
-    conv_weight: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    norm_weight: torch.Tensor,
-    conv_state: torch.Tensor,
-    ssm_state: torch.Tensor,
-    slot_ids: torch.Tensor,
-    bounds: torch.Tensor,
-    chunks: torch.Tensor,
-    seq_lens: Sequence[int],
-    eps: float,
-) -> bool:
-    fits = step_fits_triton(
-        mixed_qkv, z, b, a, conv_weight, A_log, dt_bias, norm_weight, conv_state, ssm_state, slot_ids
-    )
-    return fits and bounds.is_contiguous() and chunks.is_contiguous()
 
 
 def _cases() -> Iterator[Case]:
@@ -211,19 +134,17 @@ def _cases() -> Iterator[Case]:
 
 def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     """Prefill batches of Qwen3.5."""
-    for heads in SERVING_SHAPES:
-        for batch, length in ((1, 1024), (8, 1024), (1, 8192), (3, 100)):
-            seq_lens = [length] * batch
-            slot_ids = torch.empty(batch, dtype=torch.int64, device=device)
-            table = (part.to(device) for part in chunk_table(seq_lens))
-            inputs = serving_inputs(batch * length, heads, batch + 1, device)
-            name = f"{heads[0]}x{heads[1]} {batch}x{length}"
-            yield gdn_extend_step, Case(name, (*inputs, slot_ids, *table, seq_lens, 1e-6))
+    for shape, (batch, length) in product(SERVING_SHAPES, ((1, 1024), (8, 1024), (1, 8192), (3, 100))):
+        inputs = step_inputs(batch * length, batch + 1, shape, dtype=torch.bfloat16, device=device)
+        slot_ids, seq_lens = torch.empty(batch, dtype=torch.int64, device=device), [length] * batch
+        table = (part.to(device) for part in chunk_table(seq_lens))
+        name = f"{shape[0]}x{shape[0] * shape[1]} {batch}x{length}"
+        yield gdn_extend_step, Case(name, (*inputs, slot_ids, *table, seq_lens, 1e-6))
 
 
 gdn_extend_step = Op(
     "gdn.extend_step",
-    triton_impl(gdn_extend_step_triton, _accepts),
+    triton_impl(gdn_extend_step_triton, step_fits_triton),
     Impl("torch", gdn_extend_step_torch),
     cases=_cases,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, next_power_of_2
 
@@ -31,7 +31,7 @@ class GDNShape(NamedTuple):
         return self.key_heads * self.k_dim
 
 
-def shape_of(mixed_qkv: torch.Tensor, conv_weight: torch.Tensor, ssm_state: torch.Tensor) -> GDNShape:
+def shape_of(mixed_qkv: Tensor, conv_weight: Tensor, ssm_state: Tensor) -> GDNShape:
     """Sizes from mixed_qkv [N, C], conv_weight [C, W] and ssm_state [S, HV, V, K], where C = 2*HK*K + HV*V."""
     _, value_heads, v_dim, k_dim = ssm_state.shape
     key_heads = (mixed_qkv.shape[1] - value_heads * v_dim) // (2 * k_dim)
@@ -39,19 +39,13 @@ def shape_of(mixed_qkv: torch.Tensor, conv_weight: torch.Tensor, ssm_state: torc
 
 
 def step_fits_triton(
-    mixed_qkv: torch.Tensor,
-    z: torch.Tensor,
-    b: torch.Tensor,
-    a: torch.Tensor,
-    conv_weight: torch.Tensor,
-    A_log: torch.Tensor,
-    dt_bias: torch.Tensor,
-    norm_weight: torch.Tensor,
-    conv_state: torch.Tensor,
-    ssm_state: torch.Tensor,
-    slot_ids: torch.Tensor,
-) -> bool:
-    """Whether the Triton steps take these: one dtype for activations, dense rows, a state of a known size."""
+    mixed_qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor,
+    norm_weight: Tensor, conv_state: Tensor, ssm_state: Tensor, *rest: object,
+) -> bool:  # fmt: skip
+    """Whether the Triton steps take these: one dtype for activations, dense rows, a state of a known size.
+
+    ``rest``: the step's other arguments, whose tensors say where rows and states lie and must be contiguous.
+    """
     shape = shape_of(mixed_qkv, conv_weight, ssm_state)
     parameters = (conv_weight, A_log, dt_bias, norm_weight)
     floats = (mixed_qkv, z, b, a, *parameters, conv_state, ssm_state)
@@ -62,6 +56,6 @@ def step_fits_triton(
         and z.dtype == norm_weight.dtype == mixed_qkv.dtype
         and dense_rows
         and dense_state
-        and all(x.is_contiguous() for x in (*parameters, slot_ids))
+        and all(x.is_contiguous() for x in (*parameters, *rest) if isinstance(x, Tensor))
         and next_power_of_2(shape.k_dim) * next_power_of_2(shape.v_dim) <= MAX_STATE_TILE
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
@@ -11,23 +10,12 @@ from sglang.kernels.launch import next_power_of_2
 from sglang.kernels.ops.gdn.shapes import GDNShape
 from sglang.srt.platforms import current_platform
 
-Tile = TypeVar("Tile")
-
 
 @dataclass(frozen=True)
-class DecodeTile:
-    """rows: rows of a state that a program of the decode step holds at once."""
+class Tile:
+    """rows: of a state, those that a program of the decode step holds at once, or that one of the scan carries on."""
 
     rows: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True)
-class ScanTile:
-    """block_v: rows of a state that a program carries over the chunks of its sequence."""
-
-    block_v: int
     num_warps: int
     num_stages: int
 
@@ -36,32 +24,27 @@ class ScanTile:
 class GDNTiles:
     """One architecture's choices.
 
-    decode, scan: pairs of the largest number of state rows in the batch (sequences * HV * V) and the tile up to it,
-    ascending; the last one serves whatever is larger. lanes: threads of a warp. inverse_precision: of products inside a
-    chunk's inverse where it is rounded to 16 bits next. solve_registers: most registers a thread may take to solve a
-    chunk, None for the compiler's choice.
+    scan: pairs of the largest number of state rows in the batch (sequences * HV * V) and the tile up to it, ascending.
+    lanes: threads of a warp. inverse_precision: of products inside a chunk's inverse where it is rounded to 16 bits
+    next. solve_registers: most registers a thread may take to solve a chunk, None for the compiler's choice.
     """
 
-    decode: tuple[tuple[int, DecodeTile], ...]
-    scan: tuple[tuple[int, ScanTile], ...]
+    decode: Tile
+    scan: tuple[tuple[int, Tile], ...]
     lanes: int
     inverse_precision: str
     solve_registers: int | None
 
-    def decode_tile(self, shape: GDNShape, sequences: int) -> DecodeTile:
+    def decode_tile(self, shape: GDNShape) -> Tile:
         """The tile of a decode batch."""
-        tile = _pick(self.decode, sequences * shape.value_heads * shape.v_dim)
-        return DecodeTile(min(tile.rows, next_power_of_2(shape.v_dim)), tile.num_warps, tile.num_stages)
+        return Tile(min(self.decode.rows, next_power_of_2(shape.v_dim)), self.decode.num_warps, self.decode.num_stages)
 
-    def scan_tile(self, shape: GDNShape, sequences: int, dtype: torch.dtype) -> ScanTile:
+    def scan_tile(self, shape: GDNShape, sequences: int, dtype: torch.dtype) -> Tile:
         """The tile of an extend batch; float32 operands leave no room for a second stage."""
-        tile = _pick(self.scan, sequences * shape.value_heads * shape.v_dim)
-        block_v = max(16, min(tile.block_v, next_power_of_2(shape.v_dim)))
-        return ScanTile(block_v, tile.num_warps, tile.num_stages if dtype.itemsize == 2 else 1)
-
-
-def _pick(table: tuple[tuple[int, Tile], ...], state_rows: int) -> Tile:
-    return next((tile for most, tile in table if state_rows <= most), table[-1][1])
+        state_rows = sequences * shape.value_heads * shape.v_dim
+        tile = next(tile for most, tile in self.scan if state_rows <= most)
+        rows = max(16, min(tile.rows, next_power_of_2(shape.v_dim)))
+        return Tile(rows, tile.num_warps, tile.num_stages if dtype.itemsize == 2 else 1)
 
 
 ANY = 1 << 62
@@ -71,22 +54,22 @@ ANY = 1 << 62
 # as it is.
 TILES = {
     "sm_90": GDNTiles(
-        decode=((ANY, DecodeTile(64, 8, 3)),),
-        scan=((4096, ScanTile(32, 4, 3)), (8192, ScanTile(64, 4, 2)), (ANY, ScanTile(64, 4, 1))),
+        decode=Tile(64, 8, 3),
+        scan=((4096, Tile(32, 4, 3)), (8192, Tile(64, 4, 2)), (ANY, Tile(64, 4, 1))),
         lanes=32,
         inverse_precision="tf32",
         solve_registers=168,
     ),
     "sm_": GDNTiles(
-        decode=((ANY, DecodeTile(32, 4, 3)),),
-        scan=((4096, ScanTile(32, 4, 1)), (ANY, ScanTile(64, 4, 1))),
+        decode=Tile(32, 4, 3),
+        scan=((4096, Tile(32, 4, 1)), (ANY, Tile(64, 4, 1))),
         lanes=32,
         inverse_precision="tf32",
         solve_registers=None,
     ),
     "": GDNTiles(
-        decode=((ANY, DecodeTile(32, 4, 2)),),
-        scan=((4096, ScanTile(16, 4, 1)), (ANY, ScanTile(64, 4, 1))),
+        decode=Tile(32, 4, 2),
+        scan=((4096, Tile(16, 4, 1)), (ANY, Tile(64, 4, 1))),
         lanes=64,
         inverse_precision="ieee",
         solve_registers=None,

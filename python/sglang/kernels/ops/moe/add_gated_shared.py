@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, bfloat16s, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.spec import Case, Impl, Op
@@ -14,9 +15,7 @@ from sglang.kernels.spec import Case, Impl, Op
 MAX_TRITON_DIM = 16384
 
 
-def add_gated_shared_torch(
-    routed: torch.Tensor, shared: torch.Tensor, x: torch.Tensor, gate_weight: torch.Tensor
-) -> torch.Tensor:
+def add_gated_shared_torch(routed: Tensor, shared: Tensor, x: Tensor, gate_weight: Tensor) -> Tensor:
     """``routed + shared * sigmoid(gate_weight x)``.
 
     routed, shared and x [N, H], gate_weight [1, H], all of one dtype -> new [N, H]. The gate's product is summed in
@@ -25,9 +24,7 @@ def add_gated_shared_torch(
     return routed + shared * F.linear(x, gate_weight).sigmoid()
 
 
-def add_gated_shared_triton(
-    routed: torch.Tensor, shared: torch.Tensor, x: torch.Tensor, gate_weight: torch.Tensor
-) -> torch.Tensor:
+def add_gated_shared_triton(routed: Tensor, shared: Tensor, x: Tensor, gate_weight: Tensor) -> Tensor:
     from sglang.kernels.ops.moe.add_gated_shared_triton import add_gated_shared_kernel
 
     tokens, hidden = x.shape
@@ -41,7 +38,7 @@ def add_gated_shared_triton(
     return out
 
 
-def _accepts(routed: torch.Tensor, shared: torch.Tensor, x: torch.Tensor, gate_weight: torch.Tensor) -> bool:
+def _accepts(routed: Tensor, shared: Tensor, x: Tensor, gate_weight: Tensor) -> bool:
     dense = all(tensor.stride(1) == 1 for tensor in (routed, shared, x, gate_weight))
     same = routed.dtype == shared.dtype == x.dtype == gate_weight.dtype
     return dense and same and x.dtype in FLOATS and x.shape[1] <= MAX_TRITON_DIM

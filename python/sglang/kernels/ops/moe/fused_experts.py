@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.moe.fused_experts_aiter import (
@@ -25,9 +26,7 @@ from sglang.srt.platforms import current_platform
 MAX_TRITON_EXPERTS = 4096
 
 
-def fused_experts_torch(
-    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-) -> torch.Tensor:
+def fused_experts_torch(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
     """``y[n] = sum_j weights[n, j] * w2[e] (silu(w1[e] x[n]) * (w3[e] x[n]))`` with ``e = ids[n, j]``.
 
     x [N, H], w13 [E, 2I, H] (gate rows, then up rows), w2 [E, H, I], topk_weights [N, k] float32, topk_ids [N, k]
@@ -66,13 +65,13 @@ def fused_experts_torch(
 class PairOrder(NamedTuple):
     """Pairs by expert: blocks of pair numbers, each block's expert, how many blocks there are (on the device)."""
 
-    pairs: torch.Tensor
-    block_experts: torch.Tensor
-    num_blocks: torch.Tensor
+    pairs: Tensor
+    block_experts: Tensor
+    num_blocks: Tensor
     max_blocks: int
 
 
-def order_pairs(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> PairOrder:
+def order_pairs(topk_ids: Tensor, num_experts: int, block_m: int) -> PairOrder:
     """Sort the pairs of ``topk_ids`` [N, k] by expert, stably, each expert's run padded to blocks of ``block_m``.
 
     Padding holds N * k; pairs of id -1 are left out; entries past ``num_blocks`` are not written. Nothing is read back.
@@ -98,17 +97,15 @@ def order_pairs(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> PairO
 class Scaled:
     """Rows or stacked weights, and the scales of their groups or blocks when they are 8-bit floats."""
 
-    data: torch.Tensor
-    scale: torch.Tensor | None = None
+    data: Tensor
+    scale: Tensor | None = None
 
     @property
     def is_fp8(self) -> bool:
         return self.scale is not None
 
 
-def one_token_gate_up(
-    x: Scaled, w13: Scaled, ids: torch.Tensor, tile: dict[str, Any], dtype: torch.dtype
-) -> torch.Tensor:
+def one_token_gate_up(x: Scaled, w13: Scaled, ids: Tensor, tile: dict[str, Any], dtype: torch.dtype) -> Tensor:
     """x [1, H] -> activated rows [k, I] in ``dtype``; the row of a skipped pair is not written."""
     from sglang.kernels.ops.moe.fused_experts_triton import one_token_gate_up_kernel
 
@@ -124,8 +121,8 @@ def one_token_gate_up(
 
 
 def one_token_down(
-    activated: Scaled, w2: Scaled, weights: torch.Tensor, ids: torch.Tensor, tile: dict[str, Any], dtype: torch.dtype
-) -> torch.Tensor:
+    activated: Scaled, w2: Scaled, weights: Tensor, ids: Tensor, tile: dict[str, Any], dtype: torch.dtype
+) -> Tensor:
     """activated [k, I] -> [1, H] in ``dtype``, weighted and summed."""
     from sglang.kernels.ops.moe.fused_experts_triton import one_token_down_kernel
 
@@ -141,15 +138,9 @@ def one_token_down(
 
 
 def expert_product(
-    x: Scaled,
-    w: Scaled,
-    ids: torch.Tensor,
-    order: PairOrder | None,
-    tile: dict[str, Any],
-    block_m: int,
-    is_gate_up: bool,
+    x: Scaled, w: Scaled, ids: Tensor, order: PairOrder | None, tile: dict[str, Any], block_m: int, is_gate_up: bool,
     dtype: torch.dtype,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     """One of the two products for all pairs, [N * k, width] in ``dtype``; rows of skipped pairs are not written."""
     from sglang.kernels.ops.moe.fused_experts_triton import few_tokens_kernel, many_tokens_kernel
 
@@ -174,7 +165,7 @@ def expert_product(
     return out
 
 
-def weighted_sum(rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+def weighted_sum(rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     """rows [N * k, H], one a pair -> [N, H]: each token's rows weighted and summed in order."""
     from sglang.kernels.ops.moe.fused_experts_triton import weighted_sum_kernel
 
@@ -189,14 +180,9 @@ def weighted_sum(rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -
 
 
 def run_experts(
-    x: torch.Tensor,
-    w13: Scaled,
-    w2: Scaled,
-    weights: torch.Tensor,
-    ids: torch.Tensor,
-    prepare: Callable[[torch.Tensor], Scaled],
+    x: Tensor, w13: Scaled, w2: Scaled, weights: Tensor, ids: Tensor, prepare: Callable[[Tensor], Scaled],
     dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     """The experts by the path that shapes and arch choose; ``prepare`` makes a product's operand of its rows.
 
     Results are of ``dtype``, by default x's.
@@ -217,21 +203,17 @@ def run_experts(
     )
 
 
-def fused_experts_triton(
-    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-) -> torch.Tensor:
+def fused_experts_triton(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
     return run_experts(x, Scaled(w13), Scaled(w2), topk_weights, topk_ids, Scaled)
 
 
-def _accepts(
-    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-) -> bool:
+def _accepts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> bool:
     dense = x.stride(1) == w13.stride(2) == w2.stride(2) == 1 and not is_arranged(w13)
     same = x.dtype == w13.dtype == w2.dtype and x.dtype in FLOATS
     return dense and same and routing_fits(topk_weights, topk_ids, w13.shape[0])
 
 
-def routing_fits(weights: torch.Tensor, ids: torch.Tensor, num_experts: int) -> bool:
+def routing_fits(weights: Tensor, ids: Tensor, num_experts: int) -> bool:
     """Whether the Triton kernels read this routing."""
     dense = weights.is_contiguous() and ids.is_contiguous() and weights.dtype == torch.float32
     return dense and num_experts <= MAX_TRITON_EXPERTS and ids.shape[1] > 0
@@ -286,6 +268,6 @@ fused_experts = Op(
 )
 
 
-def arrange_experts(w13: torch.Tensor, w2: torch.Tensor) -> bool:
+def arrange_experts(w13: Tensor, w2: Tensor) -> bool:
     """Once weights are loaded: put them into the layout of the implementation that is to run; False: as they were."""
     return arrange_for_aiter(fused_experts, w13, w2)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sglang.kernels.registry import REGISTRY
 from sglang.kernels.spec import Op
@@ -15,12 +16,12 @@ from sglang.kernels.spec import Op
 TILE = (16, 32)
 
 
-def is_arranged(w: torch.Tensor) -> bool:
+def is_arranged(w: Tensor) -> bool:
     """Whether ``w`` is in AITER's layout; the mark is AITER's own, which reads it too."""
     return getattr(w, "is_shuffled", False)
 
 
-def require_plain(w: torch.Tensor) -> None:
+def require_plain(w: Tensor) -> None:
     """Raise ValueError for weights in AITER's layout, which only AITER reads."""
     if is_arranged(w):
         raise ValueError(
@@ -29,7 +30,7 @@ def require_plain(w: torch.Tensor) -> None:
         )
 
 
-def arrange_for_aiter(op: Op, w13: torch.Tensor, w2: torch.Tensor) -> bool:
+def arrange_for_aiter(op: Op, w13: Tensor, w2: Tensor) -> bool:
     """Put loaded experts [E, N, K] into AITER's layout, in place, if ``op`` is to run there; says whether it did.
 
     One expert at a time, so that no second copy of the stack is needed. Matrices that are no whole tiles stay.
@@ -48,31 +49,15 @@ def arrange_for_aiter(op: Op, w13: torch.Tensor, w2: torch.Tensor) -> bool:
     return True
 
 
-def fits_fused(
-    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-) -> bool:
+def fits_fused(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> bool:
     """Arranged weights in the dtype of the rows."""
     return is_arranged(w13) and is_arranged(w2) and x.dtype == w13.dtype and topk_weights.dtype == torch.float32
 
 
-def fused_experts_aiter(
-    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-) -> torch.Tensor:
-    """``moe.fused_experts``, except that an expert may stand in a row twice only with weight 0."""
-    return _run(x, w13, w2, topk_weights, topk_ids, "No", None, None)
-
-
 def fits_fused_fp8(
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    x_scale: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> bool:
+    x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    x_scale: Tensor | None = None, dtype: torch.dtype | None = None,
+) -> bool:  # fmt: skip
     """Arranged 8-bit weights, and rows that AITER quantises itself or that are of the weights' type already."""
     out = x.dtype if x_scale is None else dtype
     rows = out in (torch.bfloat16, torch.float16) and topk_weights.dtype == torch.float32
@@ -80,39 +65,20 @@ def fits_fused_fp8(
     return is_arranged(w13) and is_arranged(w2) and w13.dtype.itemsize == 1 and rows
 
 
-def fused_experts_fp8_aiter(
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    x_scale: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
-    """``moe.fused_experts_fp8``, except that an expert may stand in a row twice only with weight 0."""
-    return _run(x, w13, w2, topk_weights, topk_ids, "per_128x128", w13_scale, w2_scale, x_scale, dtype)
-
-
 @lru_cache(maxsize=8)
-def _expert_mask(experts: int, device: torch.device) -> torch.Tensor:
+def _expert_mask(experts: int, device: torch.device) -> Tensor:
     """int32 [E + 1]: 1 for the experts of this rank, 0 for the one that stands for none."""
     return F.pad(torch.ones(experts, dtype=torch.int32, device=device), (0, 1))
 
 
-def _run(
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    quant_type: str,
-    w13_scale: torch.Tensor | None,
-    w2_scale: torch.Tensor | None,
-    x_scale: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+def fused_experts_fp8_aiter(
+    x: Tensor, w13: Tensor, w13_scale: Tensor | None, w2: Tensor, w2_scale: Tensor | None, topk_weights: Tensor,
+    topk_ids: Tensor, x_scale: Tensor | None = None, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
+    """``moe.fused_experts_fp8``, except that an expert may stand in a row twice only with weight 0.
+
+    Without scales of the weights, which are of the rows' dtype then, ``moe.fused_experts`` with the same exception.
+    """
     dtype = dtype or x.dtype
     if x.shape[0] == 0:
         return torch.empty_like(x, dtype=dtype)
@@ -131,9 +97,14 @@ def _run(
         topk_ids=torch.where(ids < 0, experts, ids),
         expert_mask=_expert_mask(experts, x.device),
         activation=ActivationType.Silu,
-        quant_type=getattr(QuantType, quant_type),
+        quant_type=QuantType.No if w13_scale is None else QuantType.per_128x128,
         w1_scale=w13_scale,
         w2_scale=w2_scale,
         a1_scale=x_scale,
         dtype=dtype,
     )
+
+
+def fused_experts_aiter(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    """``moe.fused_experts``, except that an expert may stand in a row twice only with weight 0."""
+    return fused_experts_fp8_aiter(x, w13, None, w2, None, topk_weights, topk_ids)

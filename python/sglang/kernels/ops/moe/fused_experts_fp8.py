@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, aiter_impl, triton_impl
 from sglang.kernels.ops.moe.fused_experts import SERVING_MODELS, Scaled, routing_fits, run_experts
@@ -31,16 +32,9 @@ from sglang.srt.platforms import current_platform
 
 
 def fused_experts_fp8_torch(
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    x_scale: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+    x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    x_scale: Tensor | None = None, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """``moe.fused_experts`` with both products as ``quant.block_fp8_linear``.
 
     x [N, H], w13 [E, 2I, H] and w2 [E, H, I] 8-bit, w13_scale [E, 2I / 128, H / 128] and w2_scale [E, H / 128, I / 128]
@@ -61,19 +55,12 @@ def fused_experts_fp8_torch(
 
 
 def fused_experts_fp8_triton(
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    x_scale: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> torch.Tensor:
+    x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    x_scale: Tensor | None = None, dtype: torch.dtype | None = None,
+) -> Tensor:  # fmt: skip
     """The launches of ``moe.fused_experts`` and those that quantise rows."""
 
-    def quantize(rows: torch.Tensor) -> Scaled:
+    def quantize(rows: Tensor) -> Scaled:
         if rows is x and x_scale is not None:
             return Scaled(x, x_scale)
         return Scaled(*quantize_groups_triton(rows, w13.dtype))
@@ -82,16 +69,9 @@ def fused_experts_fp8_triton(
 
 
 def _accepts(
-    x: torch.Tensor,
-    w13: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2: torch.Tensor,
-    w2_scale: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    x_scale: torch.Tensor | None = None,
-    dtype: torch.dtype | None = None,
-) -> bool:
+    x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    x_scale: Tensor | None = None, dtype: torch.dtype | None = None,
+) -> bool:  # fmt: skip
     stacked = (w13, w13_scale, w2, w2_scale, *([] if x_scale is None else [x_scale]))
     whole = all(size % GROUP == 0 for size in (x.shape[1], w2.shape[2]))
     rows = x.dtype in FLOATS if x_scale is None else x.dtype == w13.dtype and dtype in FLOATS
@@ -100,7 +80,7 @@ def _accepts(
     return whole and native and dense and routing_fits(topk_weights, topk_ids, w13.shape[0])
 
 
-def _blocks(count: int, rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def _blocks(count: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     data, scales = zip(*(random_blocks(rows, columns, generator) for _ in range(count)), strict=True)
     return torch.stack(data), torch.stack(scales)
 
@@ -145,6 +125,6 @@ fused_experts_fp8 = Op(
 )
 
 
-def arrange_experts_fp8(w13: torch.Tensor, w2: torch.Tensor) -> bool:
+def arrange_experts_fp8(w13: Tensor, w2: Tensor) -> bool:
     """Once weights are loaded: put them into the layout of the implementation that is to run; False: as they were."""
     return arrange_for_aiter(fused_experts_fp8, w13, w2)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
@@ -14,17 +15,17 @@ from sglang.kernels.spec import Case, Impl, Op
 FEW_TOKENS = 16
 
 
-def router_logits_torch(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def router_logits_torch(x: Tensor, weight: Tensor) -> Tensor:
     """``float32(x) float32(weight)^T``: x [N, H], weight [E, H] of one dtype -> [N, E] float32."""
     return F.linear(x.float(), weight.float())
 
 
-def router_logits_mm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def router_logits_mm(x: Tensor, weight: Tensor) -> Tensor:
     """One library product that reads 16 bits and writes float32."""
     return torch.mm(x, weight.t(), out_dtype=torch.float32)
 
 
-def router_logits_triton(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def router_logits_triton(x: Tensor, weight: Tensor) -> Tensor:
     from sglang.kernels.ops.moe.router_logits_triton import few_tokens_logits_kernel, many_tokens_logits_kernel
 
     (tokens, hidden), experts = x.shape, weight.shape[0]
@@ -48,15 +49,15 @@ def router_logits_triton(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _fits(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _fits(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype and x.dtype in FLOATS and x.stride(1) == weight.stride(1) == 1
 
 
-def _accepts_mm(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _accepts_mm(x: Tensor, weight: Tensor) -> bool:
     return _fits(x, weight) and x.dtype != torch.float32 and x.shape[0] > FEW_TOKENS
 
 
-def _accepts(x: torch.Tensor, weight: torch.Tensor) -> bool:
+def _accepts(x: Tensor, weight: Tensor) -> bool:
     # A large product of float32 is one launch of the library already.
     return _fits(x, weight) and (x.dtype != torch.float32 or x.shape[0] <= FEW_TOKENS)
 

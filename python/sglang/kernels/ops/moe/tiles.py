@@ -27,20 +27,15 @@ class MoeTiles:
 
 
 @functools.cache
-def load_table(path: Path = TABLE) -> dict[str, Any]:
-    """The checked-in table: per arch the limits of the paths, and rows by bits of a weight and rows an expert."""
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-@functools.cache
 def _of_arch(arch: str) -> dict[str, Any]:
-    table = load_table()
+    """The checked-in limits of the paths, and rows by bits of a weight and rows an expert."""
+    table = json.loads(TABLE.read_text(encoding="utf-8"))
     if arch not in table:
         logger.warning("no expert tiles for %s in %s: its default is used (benchmark/kernels/tune_moe.py)", arch, TABLE)
     return table.get(arch, table["default"])
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def choose_tiles(arch: str, bits: int, num_tokens: int, top_k: int, num_experts: int) -> MoeTiles:
     """The tiles for a call with ``num_tokens`` tokens of ``top_k`` experts each, weights of ``bits`` bits."""
     table = _of_arch(arch)

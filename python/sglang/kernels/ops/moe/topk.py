@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, next_power_of_2, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
@@ -29,38 +30,7 @@ class SharedSlots(NamedTuple):
 NO_SHARED = SharedSlots()
 
 
-def _split(logits: torch.Tensor, shared: SharedSlots) -> tuple[torch.Tensor, torch.Tensor]:
-    """The experts' columns, and what every shared slot of a row weighs [N, 1] float32."""
-    experts = logits.shape[1] - shared.gated
-    gate = logits[:, experts:].float().sigmoid() if shared.gated else logits.new_ones(len(logits), 1).float()
-    return logits[:, :experts], gate * shared.weight
-
-
-def _finish(
-    weights: torch.Tensor, ids: torch.Tensor, renormalize: bool, scale: float, first: int, slot_weight: torch.Tensor,
-    shared: SharedSlots,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    if renormalize:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    if scale != 1.0:
-        weights = weights * scale
-    ids = ids.to(torch.int32)
-    if shared.num:
-        slots = torch.arange(first, first + shared.num, dtype=torch.int32, device=ids.device)
-        ids = torch.cat((ids, slots.expand(len(ids), -1)), dim=1)
-        weights = torch.cat((weights, slot_weight.expand(-1, shared.num)), dim=1)
-    return weights, ids
-
-
-def _keep_groups(choice: torch.Tensor, group_scores: torch.Tensor, topk_group: int) -> torch.Tensor:
-    """Set the scores of all experts outside the best ``topk_group`` groups to -inf."""
-    kept = group_scores.topk(topk_group, dim=-1, sorted=False).indices
-    dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter_(1, kept, False)
-    grouped = choice.unflatten(1, (group_scores.shape[1], -1))
-    return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
-
-
-def _score(logits: torch.Tensor, scoring: str) -> torch.Tensor:
+def _score(logits: Tensor, scoring: str) -> Tensor:
     if scoring == "softmax":
         return logits.float().softmax(-1)
     if scoring == "sigmoid":
@@ -68,71 +38,77 @@ def _score(logits: torch.Tensor, scoring: str) -> torch.Tensor:
     raise ValueError(f"scoring must be softmax or sigmoid, got {scoring!r}")
 
 
+def _keep_groups(choice: Tensor, n_group: int, topk_group: int, by_best_two: bool) -> Tensor:
+    """Set all experts outside the best groups to -inf; a group is worth its best expert, or its best two together."""
+    grouped = choice.unflatten(1, (n_group, -1))
+    worth = grouped.topk(2, dim=-1, sorted=False).values.sum(-1) if by_best_two else grouped.amax(-1)
+    kept = worth.topk(topk_group, dim=-1, sorted=False).indices
+    dropped = torch.ones_like(worth, dtype=torch.bool).scatter_(1, kept, False)
+    return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
+
+
+def _route(
+    logits: Tensor, bias: Tensor | None, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int,
+    scale: float, shared: SharedSlots,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    experts = logits.shape[1] - shared.gated
+    scores = _score(logits[:, :experts], scoring)
+    choice = scores if bias is None else scores + bias
+    if topk_group < n_group:
+        choice = _keep_groups(choice, n_group, topk_group, by_best_two=bias is not None)
+    ids = choice.topk(top_k, dim=-1, sorted=False).indices
+    weights = scores.gather(1, ids)
+    if renormalize:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    weights, ids = weights * scale, ids.to(torch.int32)
+    if shared.num:
+        gate = logits[:, experts:].float().sigmoid() if shared.gated else weights.new_ones(len(ids), 1)
+        slots = torch.arange(experts, experts + shared.num, dtype=torch.int32, device=ids.device)
+        ids = torch.cat((ids, slots.expand(len(ids), -1)), dim=1)
+        weights = torch.cat((weights, (gate * shared.weight).expand(-1, shared.num)), dim=1)
+    return weights, ids
+
+
 def topk_plain_torch(
-    logits: torch.Tensor, top_k: int, scoring: str, renormalize: bool, scale: float, shared: SharedSlots = NO_SHARED
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: Tensor, top_k: int, scoring: str, renormalize: bool, scale: float, shared: SharedSlots = NO_SHARED
+) -> tuple[Tensor, Tensor]:
     """The k best experts by score, and the shared slots.
 
     logits [N, E] float, scoring "softmax" or "sigmoid" -> weights [N, k] float32, ids [N, k] int32 in [0, E), distinct
     in a row, in no particular order; ties may take any. A weight is the score, divided by the row's sum when
     ``renormalize``, times ``scale``. A row with NaN still gets valid ids. ``shared`` adds columns at the end.
     """
-    logits, slot_weight = _split(logits, shared)
-    weights, ids = _score(logits, scoring).topk(top_k, dim=-1, sorted=False)
-    return _finish(weights, ids, renormalize, scale, logits.shape[1], slot_weight, shared)
+    return _route(logits, None, top_k, scoring, renormalize, 1, 1, scale, shared)
 
 
 def topk_grouped_torch(
-    logits: torch.Tensor, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int, scale: float,
+    logits: Tensor, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int, scale: float,
     shared: SharedSlots = NO_SHARED,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The k best experts inside the ``topk_group`` groups with the largest single score.
 
     logits [N, E] with E = n_group * group size, experts of a group side by side; topk_group * group size >= k.
     Returns as ``topk_plain_torch``. DeepSeek-V2 report, section 2.2.2 (device-limited routing).
     """
-    logits, slot_weight = _split(logits, shared)
-    scores = _score(logits, scoring)
-    group_scores = scores.unflatten(1, (n_group, -1)).amax(-1)
-    ids = _keep_groups(scores, group_scores, topk_group).topk(top_k, dim=-1, sorted=False).indices
-    return _finish(scores.gather(1, ids), ids, renormalize, scale, logits.shape[1], slot_weight, shared)
+    return _route(logits, None, top_k, scoring, renormalize, n_group, topk_group, scale, shared)
 
 
 def topk_biased_grouped_torch(
-    logits: torch.Tensor,
-    bias: torch.Tensor,
-    top_k: int,
-    scoring: str,
-    renormalize: bool,
-    n_group: int,
-    topk_group: int,
-    scale: float,
-    shared: SharedSlots = NO_SHARED,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: Tensor, bias: Tensor, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int,
+    scale: float, shared: SharedSlots = NO_SHARED,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The k best experts by score + bias inside the ``topk_group`` groups with the largest sum of their best two.
 
     logits [N, E] with E = n_group * group size and group size >= 2, bias [E] float32 (steers the choice and never
     enters a weight). Returns as ``topk_plain_torch``. DeepSeek-V3 report, eqs. 13-16.
     """
-    logits, slot_weight = _split(logits, shared)
-    scores = _score(logits, scoring)
-    choice = scores + bias
-    group_scores = choice.unflatten(1, (n_group, -1)).topk(2, dim=-1, sorted=False).values.sum(-1)
-    ids = _keep_groups(choice, group_scores, topk_group).topk(top_k, dim=-1, sorted=False).indices
-    return _finish(scores.gather(1, ids), ids, renormalize, scale, logits.shape[1], slot_weight, shared)
+    return _route(logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale, shared)
 
 
 def _launch_router(
-    logits: torch.Tensor,
-    bias: torch.Tensor | None,
-    top_k: int,
-    scoring: str,
-    renormalize: bool,
-    n_group: int,
-    topk_group: int,
-    scale: float,
-    shared: SharedSlots = NO_SHARED,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    logits: Tensor, bias: Tensor | None, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int,
+    scale: float, shared: SharedSlots = NO_SHARED,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     from sglang.kernels.ops.moe.topk_triton import router_kernel
 
     rows, experts, columns = logits.shape[0], logits.shape[1] - shared.gated, top_k + shared.num
@@ -150,58 +126,31 @@ def _launch_router(
     return weights, ids
 
 
-def topk_plain_triton(
-    logits: torch.Tensor, top_k: int, scoring: str, renormalize: bool, scale: float, shared: SharedSlots = NO_SHARED
-) -> tuple[torch.Tensor, torch.Tensor]:
-    return _launch_router(logits, None, top_k, scoring, renormalize, 1, 1, scale, shared)
-
-
-def topk_grouped_triton(
-    logits: torch.Tensor, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int, scale: float,
-    shared: SharedSlots = NO_SHARED,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    return _launch_router(logits, None, top_k, scoring, renormalize, n_group, topk_group, scale, shared)
-
-
 def _fits_router(
-    logits: torch.Tensor, top_k: int, scoring: str, n_group: int, topk_group: int, shared: SharedSlots
-) -> bool:
+    logits: Tensor, bias: Tensor | None, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int,
+    scale: float, shared: SharedSlots = NO_SHARED,
+) -> bool:  # fmt: skip
     experts = logits.shape[1] - shared.gated
     size = experts // n_group
     readable = logits.dtype in FLOATS and logits.stride(1) == 1 and scoring in ("softmax", "sigmoid")
+    biased = bias is None or (bias.is_contiguous() and bias.dtype in FLOATS and size >= 2)
     held = experts == size * n_group and next_power_of_2(n_group) * next_power_of_2(size) <= MAX_TRITON_EXPERTS
-    return readable and held and 0 < top_k <= min(topk_group, n_group) * size
+    return readable and biased and held and 0 < top_k <= min(topk_group, n_group) * size
 
 
-def _accepts_plain(
-    logits: torch.Tensor, top_k: int, scoring: str, renormalize: bool, scale: float, shared: SharedSlots = NO_SHARED
-) -> bool:
-    return _fits_router(logits, top_k, scoring, 1, 1, shared)
+def _grouped(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run``, which takes a bias after the logits, by the arguments of ``topk_grouped``."""
+    return lambda logits, *others: run(logits, None, *others)
 
 
-def _accepts_grouped(
-    logits: torch.Tensor, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int, scale: float,
-    shared: SharedSlots = NO_SHARED,
-) -> bool:  # fmt: skip
-    return _fits_router(logits, top_k, scoring, n_group, topk_group, shared)
+def _plain(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The same by the arguments of ``topk_plain``."""
+    return lambda logits, top_k, scoring, renormalize, scale, shared=NO_SHARED: run(
+        logits, None, top_k, scoring, renormalize, 1, 1, scale, shared
+    )
 
 
-def _accepts_biased(
-    logits: torch.Tensor,
-    bias: torch.Tensor,
-    top_k: int,
-    scoring: str,
-    renormalize: bool,
-    n_group: int,
-    topk_group: int,
-    scale: float,
-    shared: SharedSlots = NO_SHARED,
-) -> bool:
-    readable = bias.is_contiguous() and bias.dtype in FLOATS and logits.shape[1] >= 2 * n_group
-    return readable and _fits_router(logits, top_k, scoring, n_group, topk_group, shared)
-
-
-def _logits() -> Iterator[tuple[str, torch.Tensor]]:
+def _logits() -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     for rows in (1, 7, 0, 64):
         yield f"{rows}-rows", torch.randn(rows, 16, generator=generator) * 2
@@ -256,19 +205,19 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
 
 topk_plain = Op(
     "moe.topk_plain",
-    triton_impl(topk_plain_triton, _accepts_plain),
+    triton_impl(_plain(_launch_router), _plain(_fits_router)),
     Impl("torch", topk_plain_torch),
     cases=_plain_cases,
 )
 topk_grouped = Op(
     "moe.topk_grouped",
-    triton_impl(topk_grouped_triton, _accepts_grouped),
+    triton_impl(_grouped(_launch_router), _grouped(_fits_router)),
     Impl("torch", topk_grouped_torch),
     cases=_grouped_cases,
 )
 topk_biased_grouped = Op(
     "moe.topk_biased_grouped",
-    triton_impl(_launch_router, _accepts_biased),
+    triton_impl(_launch_router, _fits_router),
     Impl("torch", topk_biased_grouped_torch),
     cases=_biased_cases,
 )

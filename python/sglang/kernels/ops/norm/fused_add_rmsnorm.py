@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import bfloat16s, triton_impl
-from sglang.kernels.ops.norm.rmsnorm import fits_triton, gemma_rms_norm_torch, launch_rms_norm, rms_norm_torch
+from sglang.kernels.ops.norm.rmsnorm import fits_triton, gemma_rms_norm_torch, rms_norm_torch, rms_norm_triton
 from sglang.kernels.spec import Case, Impl, Op
 
 
-def fused_add_rms_norm_torch(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fused_add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``s = x + residual``; returns ``(rms_norm(s, weight), s)``.
 
     x, residual [..., D] of one dtype, weight [D] -> two new tensors [..., D] in that dtype.
@@ -22,9 +21,7 @@ def fused_add_rms_norm_torch(
     return rms_norm_torch(total, weight, eps), total
 
 
-def fused_add_gemma_rms_norm_torch(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def fused_add_gemma_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``s = x + residual``; returns ``(gemma_rms_norm(s, weight), s)``: gain ``1 + weight``.
 
     x, residual [..., D] of one dtype, weight [D] -> two new tensors [..., D] in that dtype.
@@ -34,22 +31,17 @@ def fused_add_gemma_rms_norm_torch(
 
 
 def fused_add_rms_norm_triton(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    normed, total = launch_rms_norm(x, weight, eps, residual)
-    assert total is not None
-    return normed, total
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool = False
+) -> tuple[Tensor, Tensor]:
+    total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return rms_norm_triton(x, weight, eps, residual, total, unit_offset=unit_offset), total
 
 
-def fused_add_gemma_rms_norm_triton(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    normed, total = launch_rms_norm(x, weight, eps, residual, unit_offset=True)
-    assert total is not None
-    return normed, total
+def fused_add_gemma_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return fused_add_rms_norm_triton(x, residual, weight, eps, unit_offset=True)
 
 
-def _accepts(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> bool:
+def _accepts(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> bool:
     return x.dtype == residual.dtype and fits_triton(x, weight, residual)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, rows_of, triton_impl, warps_for
 from sglang.kernels.spec import Case, Impl, Op
@@ -13,7 +14,7 @@ from sglang.kernels.spec import Case, Impl, Op
 MAX_TRITON_DIM = 16384
 
 
-def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * cast(x * rsqrt(mean(x^2) + eps))``.
 
     x [..., D] float, weight [D] -> [..., D] in x's dtype. The product with the weight comes after the cast, as in
@@ -24,7 +25,7 @@ def rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.T
     return weight * normed.to(x.dtype)
 
 
-def gemma_rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def gemma_rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x * rsqrt(mean(x^2) + eps) * (1 + weight)``, all in float32, cast last.
 
     x [..., D] float, weight [D] (zero means unit gain) -> [..., D] in x's dtype.
@@ -34,7 +35,7 @@ def gemma_rms_norm_torch(x: torch.Tensor, weight: torch.Tensor, eps: float) -> t
     return (normed * (1.0 + weight.float())).to(x.dtype)
 
 
-def gated_rms_norm_torch(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+def gated_rms_norm_torch(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMS norm, then a SiLU gate: ``weight * cast(norm(x)) * silu(gate)``.
 
     x [..., D], gate [..., D], weight [D] -> [..., D] in x's dtype; the gate is applied in float32.
@@ -48,23 +49,18 @@ def rows_per_program(dim: int) -> int:
     return max(1, min(16, 1024 // next_power_of_2(dim)))
 
 
-def launch_rms_norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    eps: float,
-    residual: torch.Tensor | None = None,
-    gate: torch.Tensor | None = None,
-    unit_offset: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run the one Triton body of the norms: (normed, x + residual or None), both new and contiguous.
+def rms_norm_triton(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, total: Tensor | None = None,
+    gate: Tensor | None = None, unit_offset: bool = False,
+) -> Tensor:  # fmt: skip
+    """The one Triton body of the norms: new and contiguous; ``total``, contiguous too, receives x + residual.
 
-    Arguments as the references take them, where ``fits_triton`` says yes.
+    Arguments as the references take them, where ``fits_triton`` says yes; residual and gate exclude each other.
     """
     from sglang.kernels.ops.norm.norm_triton import rms_norm_kernel
 
     dim = x.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = torch.empty_like(out) if residual is not None else None
     other = residual if residual is not None else gate
     x_rows, other_rows = rows_of(x), rows_of(x if other is None else other)
     assert x_rows is not None and other_rows is not None
@@ -75,10 +71,18 @@ def launch_rms_norm(
             HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None, UNIT_OFFSET=unit_offset,
             ROWS=rows, BLOCK=block, num_warps=warps_for(rows * block),
         )  # fmt: skip
-    return out, total
+    return out
 
 
-def fits_triton(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | None = None) -> bool:
+def gemma_rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms_norm_triton(x, weight, eps, unit_offset=True)
+
+
+def gated_rms_norm_triton(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return rms_norm_triton(x, weight, eps, gate=gate)
+
+
+def fits_triton(x: Tensor, weight: Tensor, other: Tensor | None = None) -> bool:
     """Whether the Triton norm takes these: one dtype for x and weight, dense rows, a width that one program holds."""
     tensors = (x, weight) if other is None else (x, weight, other)
     laid_out = rows_of(x) is not None and (other is None or rows_of(other) is not None)
@@ -86,34 +90,18 @@ def fits_triton(x: torch.Tensor, weight: torch.Tensor, other: torch.Tensor | Non
     return laid_out and same and x.shape[-1] <= MAX_TRITON_DIM and all(t.dtype in FLOATS for t in tensors)
 
 
-def rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return launch_rms_norm(x, weight, eps)[0]
-
-
-def gemma_rms_norm_triton(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return launch_rms_norm(x, weight, eps, unit_offset=True)[0]
-
-
-def gated_rms_norm_triton(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    return launch_rms_norm(x, weight, eps, gate=gate)[0]
-
-
-def _accepts_plain(x: torch.Tensor, weight: torch.Tensor, eps: float) -> bool:
+def _accepts_plain(x: Tensor, weight: Tensor, eps: float) -> bool:
     return fits_triton(x, weight)
 
 
-def _accepts_gated(x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, eps: float) -> bool:
+def _accepts_gated(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> bool:
     return fits_triton(x, weight, gate)
 
 
-def _inputs() -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+def _inputs() -> Iterator[tuple[str, Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     for rows, dim in ((1, 8), (3, 129), (0, 16), (64, 512)):
-        yield (
-            f"{rows}x{dim}",
-            torch.randn(rows, dim, generator=generator),
-            torch.randn(dim, generator=generator),
-        )
+        yield f"{rows}x{dim}", torch.randn(rows, dim, generator=generator), torch.randn(dim, generator=generator)
     yield "zero-row", torch.zeros(2, 16), torch.ones(16)
     yield "huge", torch.full((1, 16), 1e18), torch.ones(16)
 

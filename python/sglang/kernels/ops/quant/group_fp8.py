@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
@@ -32,7 +33,7 @@ def fp8_dtype(arch: str) -> torch.dtype:
     return torch.float8_e4m3fnuz if arch.startswith("gfx94") else torch.float8_e4m3fn
 
 
-def quantize_groups_torch(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_groups_torch(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``scale = max(|x|, 1e-10) / largest`` over each group of 128 columns, ``q = x / scale`` rounded to ``dtype``.
 
     x [N, K] float with K a multiple of 128, dtype an 8-bit float -> q [N, K] dtype, scale [N, K / 128] float32.
@@ -47,13 +48,13 @@ def quantize_groups_torch(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Te
     return q.view(rows, columns), scale.squeeze(-1)
 
 
-def dequantize_blocks(w: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+def dequantize_blocks(w: Tensor, scale: Tensor) -> Tensor:
     """w [R, K] 8-bit, scale [ceil(R / 128), ceil(K / 128)] float32 of its 128x128 blocks -> [R, K] float32."""
     wide = scale.repeat_interleave(GROUP, 0)[: w.shape[0]].repeat_interleave(GROUP, 1)[:, : w.shape[1]]
     return w.float() * wide
 
 
-def block_fp8_linear_torch(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+def block_fp8_linear_torch(x: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
     """``x w^T`` with x quantised by groups to w's dtype and both scaled back, summed in float32.
 
     x [N, K] float, w [R, K] 8-bit, w_scale [ceil(R / 128), K / 128] float32 -> [N, R] in x's dtype. DeepSeek-V3 report,
@@ -62,20 +63,18 @@ def block_fp8_linear_torch(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tens
     return scaled_product(*quantize_groups_torch(x, w.dtype), w, w_scale).to(x.dtype)
 
 
-def with_scales(x: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def with_scales(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Rows x as they are if their ``scale`` is given, else quantised to ``dtype``."""
     return quantize_groups_torch(x, dtype) if scale is None else (x, scale)
 
 
-def scaled_product(q: torch.Tensor, scale: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+def scaled_product(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
     """The product of quantised rows q [N, K] with ``w``, both scaled back -> [N, R] float32."""
     rows = q.float() * scale.repeat_interleave(GROUP, 1)
     return rows @ dequantize_blocks(w, w_scale).t()
 
 
-def quantize_groups_triton(
-    x: torch.Tensor, dtype: torch.dtype, padded_rows: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_groups_triton(x: Tensor, dtype: torch.dtype, padded_rows: int | None = None) -> tuple[Tensor, Tensor]:
     """``padded_rows``: make q and scale that long, the rest not written, and scale contiguous by columns."""
     from sglang.kernels.ops.quant.group_fp8_triton import quantize_groups_kernel
 
@@ -96,13 +95,8 @@ def quantize_groups_triton(
 
 
 def block_product(
-    q: torch.Tensor,
-    scale: torch.Tensor,
-    w: torch.Tensor,
-    w_scale: torch.Tensor,
-    dtype: torch.dtype,
-    tile: dict[str, int] | None = None,
-) -> torch.Tensor:
+    q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype, tile: dict[str, int] | None = None
+) -> Tensor:
     """The product of quantised rows with w, one launch -> [N, R] in ``dtype``; ``tile`` None takes the table's."""
     from sglang.kernels.ops.quant.group_fp8_triton import block_fp8_linear_kernel
 
@@ -117,13 +111,13 @@ def block_product(
     return out
 
 
-def block_fp8_linear_triton(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+def block_fp8_linear_triton(x: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
     if not x.shape[0]:
         return x.new_empty(0, w.shape[0])
     return block_product(*quantize_groups_triton(x, w.dtype), w, w_scale, x.dtype)
 
 
-def block_fp8_linear_cublas(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> torch.Tensor:
+def block_fp8_linear_cublas(x: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
     """cuBLAS' product with scales of 1x128 and 128x128 blocks; rows are padded to what it takes."""
     from torch.nn.functional import ScalingType, scaled_mm
 
@@ -135,23 +129,23 @@ def block_fp8_linear_cublas(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Ten
     return out[:rows]
 
 
-def _accepts_library(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> bool:
+def _accepts_library(x: Tensor, w: Tensor, w_scale: Tensor) -> bool:
     # A row of weight scales must start at 16 bytes.
     aligned = w.shape[0] % 16 == 0 and w_scale.shape[1] % 4 == 0
     many = x.shape[0] > LIBRARY_MIN_ROWS and x.dtype == torch.bfloat16
     return many and aligned and _accepts_linear(x, w, w_scale)
 
 
-def _accepts_quantize(x: torch.Tensor, dtype: torch.dtype) -> bool:
+def _accepts_quantize(x: Tensor, dtype: torch.dtype) -> bool:
     return x.dtype in FLOATS and x.stride(1) == 1 and x.shape[1] % GROUP == 0 and dtype in FP8_DTYPES
 
 
-def _accepts_linear(x: torch.Tensor, w: torch.Tensor, w_scale: torch.Tensor) -> bool:
+def _accepts_linear(x: Tensor, w: Tensor, w_scale: Tensor) -> bool:
     native = w.dtype == fp8_dtype(current_platform.arch)
     return native and _accepts_quantize(x, w.dtype) and w.is_contiguous() and w_scale.is_contiguous()
 
 
-def _rows() -> Iterator[tuple[str, torch.Tensor]]:
+def _rows() -> Iterator[tuple[str, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     for rows, columns in ((1, 128), (5, 384), (0, 256), (70, 256)):
         yield f"{rows}x{columns}", torch.randn(rows, columns, generator=generator)
@@ -165,7 +159,7 @@ def _quantize_cases() -> Iterator[Case]:
         yield Case(name, (x, torch.float8_e4m3fn))
 
 
-def random_blocks(rows: int, columns: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def random_blocks(rows: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A quantised matrix [rows, columns] of entries near N(0, 1 / columns), and the scales of its blocks."""
     w = torch.randn(rows, columns, generator=generator).mul(16).to(torch.float8_e4m3fn)
     scale = torch.rand(cdiv(rows, GROUP), cdiv(columns, GROUP), generator=generator) + 0.5

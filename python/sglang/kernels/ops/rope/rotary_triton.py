@@ -5,6 +5,43 @@ import triton.language as tl
 
 
 @triton.jit
+def load_pairs(at, mask, HALF: tl.constexpr, IS_NEOX: tl.constexpr, BLOCK: tl.constexpr):
+    """Both halves of the HALF pairs of each row at ``at`` [R, 1]: two [R, BLOCK >= HALF], zero where not in ``mask``.
+
+    Interleaved pairs are read as they lie: alone, every second element would touch each sector of memory twice.
+    """
+    if IS_NEOX:
+        pair = tl.arange(0, BLOCK)[None, :]
+        inside = mask & (pair < HALF)
+        x, y = tl.load(at + pair, mask=inside, other=0.0), tl.load(at + HALF + pair, mask=inside, other=0.0)
+    else:
+        col = tl.arange(0, 2 * BLOCK)[None, :]
+        row = tl.load(at + col, mask=mask & (col < 2 * HALF), other=0.0)
+        x, y = tl.split(tl.reshape(row, (row.shape[0], BLOCK, 2)))
+    return x, y
+
+
+@triton.jit
+def store_pairs(to, x, y, mask, HALF: tl.constexpr, IS_NEOX: tl.constexpr, BLOCK: tl.constexpr):
+    """Pairs [R, BLOCK] back into the rows at ``to`` [R, 1], as ``load_pairs`` reads them."""
+    if IS_NEOX:
+        pair = tl.arange(0, BLOCK)[None, :]
+        inside = mask & (pair < HALF)
+        tl.store(to + pair, x, mask=inside)
+        tl.store(to + HALF + pair, y, mask=inside)
+    else:
+        col = tl.arange(0, 2 * BLOCK)[None, :]
+        tl.store(to + col, tl.interleave(x, y), mask=mask & (col < 2 * HALF))
+
+
+@triton.jit
+def turn(x, y, cos, sin, dtype: tl.constexpr):
+    """Pairs turned by their angles in float32, as ``dtype``."""
+    a, b = x.to(tl.float32), y.to(tl.float32)
+    return (a * cos - b * sin).to(dtype), (b * cos + a * sin).to(dtype)
+
+
+@triton.jit
 def _copy_head_block(q_ptr, k_ptr, q_out_ptr, k_out_ptr, q_at, k_at, q_to, k_to, cols, q_mask, k_mask):
     tl.store(q_out_ptr + q_to + cols, tl.load(q_ptr + q_at + cols, mask=q_mask, other=0.0), mask=q_mask)
     tl.store(k_out_ptr + k_to + cols, tl.load(k_ptr + k_at + cols, mask=k_mask, other=0.0), mask=k_mask)
@@ -31,18 +68,12 @@ def rotary_kernel(
     position = tl.load(positions_ptr + token).to(tl.int64)
     cos = tl.load(cache_ptr + position * cache_stride + pair, mask=inside, other=0.0).to(tl.float32)
     sin = tl.load(cache_ptr + position * cache_stride + HALF + pair, mask=inside, other=0.0).to(tl.float32)
-    first = pair if IS_NEOX else 2 * pair
-    second = pair + HALF if IS_NEOX else 2 * pair + 1
-    q_mask, k_mask = is_q & inside, is_k & inside
     # A head is of q or of k: of the two masked loads one gives the values and the other zeros.
-    a = tl.load(q_ptr + q_at + first, mask=q_mask, other=0.0) + tl.load(k_ptr + k_at + first, mask=k_mask, other=0.0)
-    b = tl.load(q_ptr + q_at + second, mask=q_mask, other=0.0) + tl.load(k_ptr + k_at + second, mask=k_mask, other=0.0)
-    x, y = a.to(tl.float32), b.to(tl.float32)
-    turned_x, turned_y = (x * cos - y * sin).to(a.dtype), (y * cos + x * sin).to(a.dtype)
-    tl.store(q_out_ptr + q_to + first, turned_x, mask=q_mask)
-    tl.store(q_out_ptr + q_to + second, turned_y, mask=q_mask)
-    tl.store(k_out_ptr + k_to + first, turned_x, mask=k_mask)
-    tl.store(k_out_ptr + k_to + second, turned_y, mask=k_mask)
+    q_x, q_y = load_pairs(q_ptr + q_at, is_q, HALF, IS_NEOX, BLOCK)
+    k_x, k_y = load_pairs(k_ptr + k_at, is_k, HALF, IS_NEOX, BLOCK)
+    x, y = turn(q_x + k_x, q_y + k_y, cos, sin, q_ptr.dtype.element_ty)
+    store_pairs(q_out_ptr + q_to, x, y, is_q, HALF, IS_NEOX, BLOCK)
+    store_pairs(k_out_ptr + k_to, x, y, is_k, HALF, IS_NEOX, BLOCK)
     if REST > 0:
         cols = 2 * HALF + tl.arange(0, REST)[None, :]
         left = cols < head_dim

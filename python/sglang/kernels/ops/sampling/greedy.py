@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
@@ -16,7 +17,7 @@ TARGET_PROGRAMS = 264
 TRITON_BLOCK = 2048
 
 
-def greedy_torch(logits: torch.Tensor) -> torch.Tensor:
+def greedy_torch(logits: Tensor) -> Tensor:
     """Index of the largest logit in each row.
 
     logits [B, V] float, any strides -> [B] int64 (AITER: int32), always in [0, V); ties take the first. A row of -inf
@@ -31,9 +32,7 @@ def greedy_torch(logits: torch.Tensor) -> torch.Tensor:
     return hits.to(torch.uint8).argmax(dim=-1)
 
 
-def greedy_aiter(
-    logits: torch.Tensor, kernel: Callable[[torch.Tensor, torch.Tensor], None] | None = None
-) -> torch.Tensor:
+def greedy_aiter(logits: Tensor, kernel: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
     """By AITER's kernel, or ``kernel`` of its signature, whose answer to a row without a winner is bounded here."""
     if kernel is None:
         import aiter
@@ -44,7 +43,7 @@ def greedy_aiter(
     return out.clamp_(0, logits.shape[1] - 1)
 
 
-def fits_aiter(logits: torch.Tensor) -> bool:
+def fits_aiter(logits: Tensor) -> bool:
     """Whether AITER's kernel reads these logits rightly: whole aligned vectors, 32-bit offsets, the default stream."""
     rows, vocab = logits.shape
     readable = logits.dtype in FLOATS and logits.stride(1) == 1 and vocab > 0 and vocab % AITER_VECTOR == 0
@@ -54,7 +53,7 @@ def fits_aiter(logits: torch.Tensor) -> bool:
     return readable and aligned and 0 < rows and rows * logits.stride(0) < 2**31 and in_order
 
 
-def greedy_triton(logits: torch.Tensor) -> torch.Tensor:
+def greedy_triton(logits: Tensor) -> Tensor:
     from sglang.kernels.ops.sampling.greedy_triton import greedy_kernel, greedy_merge_kernel
 
     rows, vocab = logits.shape
@@ -75,7 +74,7 @@ def greedy_triton(logits: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _accepts(logits: torch.Tensor) -> bool:
+def _accepts(logits: Tensor) -> bool:
     return logits.dtype in FLOATS and logits.shape[1] > 0
 
 

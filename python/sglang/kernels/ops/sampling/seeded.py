@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from sglang.kernels.spec import Case, Impl, Op
 
 
-def _mix(x: torch.Tensor) -> torch.Tensor:
+def _mix(x: Tensor) -> Tensor:
     """One round of a 32-bit integer hash kept in int64 (the lowbias32 constants of C. Wellons' hash prospector)."""
     mask = 0xFFFFFFFF
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & mask
@@ -17,7 +18,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ (x >> 16)
 
 
-def uniform_from_seed_torch(seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def uniform_from_seed_torch(seeds: Tensor, positions: Tensor) -> Tensor:
     """A number in [0, 1) for each (seed, position).
 
     seeds [B] int64, positions [B] int64 (index of the token to be drawn) -> [B] float64 with 32 random bits.
@@ -28,7 +29,7 @@ def uniform_from_seed_torch(seeds: torch.Tensor, positions: torch.Tensor) -> tor
     return word.to(torch.float64) / 2.0**32
 
 
-def seeded_sample_torch(probs: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def seeded_sample_torch(probs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
     """Draw one id a row by inverting the cumulative distribution in id order.
 
     probs [B, V] float, non-negative, rows need not sum to 1 but must hold a positive entry; seeds, positions [B] int64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -111,27 +111,13 @@ class CompletionChoice(msgspec.Struct):
     matched_stop: int | str | None = None
 
 
-class CompletionResponse(msgspec.Struct):
-    """A whole completion, and, with partial choices, one chunk of a stream."""
-
-    id: str
-    model: str
-    choices: list[CompletionChoice]
-    object: str = "text_completion"
-    created: int = msgspec.field(default_factory=lambda: int(time.time()))
-    usage: Usage | None = None
-
-
 class TopLogprob(msgspec.Struct):
     token: str
     bytes: list[int]
     logprob: float | None
 
 
-class ChatLogprob(msgspec.Struct):
-    token: str
-    bytes: list[int]
-    logprob: float | None
+class ChatLogprob(TopLogprob):
     top_logprobs: list[TopLogprob] = []
 
 
@@ -154,15 +140,6 @@ class ChatChoice(msgspec.Struct):
     matched_stop: int | str | None = None
 
 
-class ChatResponse(msgspec.Struct):
-    id: str
-    model: str
-    choices: list[ChatChoice]
-    object: str = "chat.completion"
-    created: int = msgspec.field(default_factory=lambda: int(time.time()))
-    usage: Usage | None = None
-
-
 class ChatDelta(msgspec.Struct, omit_defaults=True):
     role: str | None = None
     content: str | None = None
@@ -176,12 +153,14 @@ class ChatStreamChoice(msgspec.Struct):
     matched_stop: int | str | None = None
 
 
-class ChatChunk(msgspec.Struct):
+class GenerationResponse(msgspec.Struct):
+    """A whole response, or one chunk of a stream; ``object`` names which, and of which endpoint."""
+
     id: str
-    model: str
-    choices: list[ChatStreamChoice]
+    object: str
     created: int
-    object: str = "chat.completion.chunk"
+    model: str
+    choices: Sequence[CompletionChoice | ChatChoice | ChatStreamChoice]
     usage: Usage | None = None
 
 

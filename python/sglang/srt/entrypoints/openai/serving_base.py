@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
 from starlette.requests import Request
@@ -11,43 +13,29 @@ from starlette.responses import Response
 
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.entrypoints.errors import error_body, json_response, openai_error
-from sglang.srt.entrypoints.http_io import EventStream, answer, read_body
+from sglang.srt.entrypoints.http_io import EventStream, answer, event, read_body
 from sglang.srt.entrypoints.lacking import refuse_lacking_fields
 from sglang.srt.entrypoints.openai.protocol import (
     DEFAULT_MODEL_NAME,
     GenerationRequest,
+    GenerationResponse,
     PromptTokensDetails,
+    StreamOptions,
     Usage,
 )
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.managers.request_input import RequestError
+from sglang.srt.sampling.sampling_params import UNSUPPORTED_FIELDS, SamplingParams
 
-# OpenAI field -> SamplingParams field, where the value passes unchanged; null takes the default.
-_SAMPLING_FIELDS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "min_tokens": "min_new_tokens",
-    "frequency_penalty": "frequency_penalty",
-    "presence_penalty": "presence_penalty",
-    "repetition_penalty": "repetition_penalty",
-    "logit_bias": "logit_bias",
-    "n": "n",
-    "seed": "sampling_seed",
-    "stop": "stop",
-    "stop_token_ids": "stop_token_ids",
-    "ignore_eos": "ignore_eos",
-    "skip_special_tokens": "skip_special_tokens",
-    "no_stop_trim": "no_stop_trim",
-    "regex": "regex",
-    "ebnf": "ebnf",
-    "json_schema": "json_schema",
-    "structural_tag": "structural_tag",
-    "stop_regex": "stop_regex",
-    "custom_logit_processor": "custom_logit_processor",
+# Body field -> sampling parameter, where the value passes unchanged; null takes the default.
+_SAMPLING_FIELDS = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"} | {
+    name: name
+    for name in GenerationRequest.__struct_fields__
+    if name in SamplingParams.__struct_fields__ or name in UNSUPPORTED_FIELDS
 }
 
+# One result of the tokenizer manager, and what is kept of each choice of a response that has spoken.
+Result = dict[str, Any]
+Offsets = dict[int, int]
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 
@@ -77,6 +65,9 @@ class OpenAIServing(Generic[RequestT]):
     """Base of both endpoints; a subclass says how to make a prompt of a body and a body of results."""
 
     request_type: type[RequestT]
+    # The ``object`` of whole responses and of chunks.
+    response_object: str
+    chunk_object: str
 
     def __init__(self, context: ServerContext):
         self.context = context
@@ -86,41 +77,70 @@ class OpenAIServing(Generic[RequestT]):
 
     async def handle(self, request: Request) -> Response:
         body = await read_body(request, self.request_type)
-        try:
-            self.check(body)
-            native = self.convert(body)
-        except RequestError as error:
-            return openai_error(error)
+        self.check(body)
+        native = await self.convert(body)
         # Samples and prompts of one response share its id as the start of theirs, so that aborting it ends them all.
         native.rid = body.rid or uuid.uuid4().hex
         native.return_text_in_logprobs = True
         native.stream = bool(body.stream)
         results = self.manager.generate_request(native, incremental=True)
         if body.stream:
-            chunks = self.stream(body, native, results)
+            chunks = self._stream(body, native, results)
             return EventStream(chunks, openai_error, lambda error: {"error": error_body(error)})
         result = await answer(request, results, openai_error)
         if isinstance(result, Response):
             return result
-        return json_response(self.whole(body, native, result if isinstance(result, list) else [result]))
+        return json_response(self._whole(body, native, result if isinstance(result, list) else [result]))
 
     def check(self, body: RequestT) -> None:
         """Raise RequestError for what cannot be honoured."""
         refuse_lacking_fields(body)
 
-    def convert(self, body: RequestT) -> GenerateReqInput:
+    async def convert(self, body: RequestT) -> GenerateReqInput:
         """The native request of a body. Raises RequestError."""
         raise NotImplementedError
 
-    def whole(self, body: RequestT, native: GenerateReqInput, results: list[dict[str, Any]]) -> Any:
-        """The response of all results, in order of their indices."""
+    def choice(self, body: RequestT, native: GenerateReqInput, index: int, result: Result, offsets: Offsets) -> Any:
+        """Choice ``index`` of a response."""
         raise NotImplementedError
 
-    def stream(
+    def deltas(
+        self, body: RequestT, native: GenerateReqInput, index: int, result: Result, offsets: Offsets
+    ) -> Iterator[Any]:
+        """The streamed choices, one a chunk, of what is new of choice ``index``."""
+        raise NotImplementedError
+
+    def _whole(self, body: RequestT, native: GenerateReqInput, results: list[Result]) -> GenerationResponse:
+        counter = self._usage_counter(body)
+        for index, result in enumerate(results):
+            counter.see(index, result["meta_info"])
+        choices = [self.choice(body, native, index, result, {}) for index, result in enumerate(results)]
+        model = body.model or DEFAULT_MODEL_NAME
+        return GenerationResponse(
+            str(native.rid), self.response_object, int(time.time()), model, choices, counter.usage()
+        )
+
+    async def _stream(
         self, body: RequestT, native: GenerateReqInput, results: AsyncGenerator[Any, None]
     ) -> AsyncGenerator[bytes, None]:
         """The events of incremental results."""
-        raise NotImplementedError
+        counter = self._usage_counter(body)
+        options = body.stream_options or StreamOptions()
+        created, model = int(time.time()), body.model or DEFAULT_MODEL_NAME
+        offsets: Offsets = {}
+
+        def chunk(choices: list[Any], usage: Usage | None) -> bytes:
+            return event(GenerationResponse(str(native.rid), self.chunk_object, created, model, choices, usage))
+
+        async with aclosing(results):
+            async for result in results:
+                index = result.get("index", 0)
+                counter.see(index, result["meta_info"])
+                usage = counter.usage(only=index) if options.continuous_usage_stats else None
+                for choice in self.deltas(body, native, index, result, offsets):
+                    yield chunk([choice], usage)
+        if options.include_usage:
+            yield chunk([], counter.usage())
 
     def sampling_params(self, body: RequestT, max_new_tokens: int | None) -> dict[str, Any]:
         """Raw sampling parameters: the server's defaults under what the body says."""
@@ -131,17 +151,8 @@ class OpenAIServing(Generic[RequestT]):
                 params[target] = value
         return params
 
-    def usage_counter(self, body: RequestT) -> UsageCounter:
+    def _usage_counter(self, body: RequestT) -> UsageCounter:
         return UsageCounter(body.n or 1, self.context.server_args.enable_cache_report)
-
-    def model_name(self, body: RequestT) -> str:
-        return body.model or DEFAULT_MODEL_NAME
-
-
-def wants_usage(body: GenerationRequest) -> tuple[bool, bool]:
-    """Whether a stream ends with a usage chunk, and whether each chunk carries usage."""
-    options = body.stream_options
-    return (False, False) if options is None else (bool(options.include_usage), bool(options.continuous_usage_stats))
 
 
 def finish(meta_info: dict[str, Any]) -> tuple[str | None, int | str | None]:

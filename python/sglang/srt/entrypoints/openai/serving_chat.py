@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Iterator
 from typing import Any
 
-from sglang.srt.entrypoints.http_io import event
 from sglang.srt.entrypoints.openai.protocol import (
     ChatChoice,
-    ChatChunk,
     ChatCompletionRequest,
     ChatDelta,
     ChatLogprob,
     ChatLogprobs,
     ChatMessage,
-    ChatResponse,
     ChatStreamChoice,
     TopLogprob,
 )
-from sglang.srt.entrypoints.openai.serving_base import OpenAIServing, finish, wants_usage
+from sglang.srt.entrypoints.openai.serving_base import Offsets, OpenAIServing, Result, finish
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.utils.chat_template import RESERVED_VARIABLES, ChatTemplateError
@@ -30,6 +25,8 @@ MAX_TOP_LOGPROBS = 20
 
 class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
     request_type = ChatCompletionRequest
+    response_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
 
     def check(self, body: ChatCompletionRequest) -> None:
         super().check(body)
@@ -47,56 +44,36 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
         if not 0 <= (body.top_logprobs or 0) <= MAX_TOP_LOGPROBS:
             raise RequestError(f"top_logprobs must be in [0, {MAX_TOP_LOGPROBS}], got {body.top_logprobs}.")
 
-    def convert(self, body: ChatCompletionRequest) -> GenerateReqInput:
+    async def convert(self, body: ChatCompletionRequest) -> GenerateReqInput:
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
         return GenerateReqInput(
-            input_ids=list(body.input_ids) if body.input_ids is not None else self._prompt_ids(body),
+            input_ids=list(body.input_ids) if body.input_ids is not None else await self._prompt_ids(body),
             sampling_params=self.sampling_params(body, limit),
             return_logprob=bool(body.logprobs),
             top_logprobs_num=body.top_logprobs or 0,
         )
 
-    def whole(
-        self, body: ChatCompletionRequest, native: GenerateReqInput, results: list[dict[str, Any]]
-    ) -> ChatResponse:
-        counter = self.usage_counter(body)
-        choices = []
-        for index, result in enumerate(results):
-            meta = result["meta_info"]
-            counter.see(index, meta)
-            message = ChatMessage("assistant", result["text"])
-            choices.append(ChatChoice(index, message, self._logprobs(body, meta), *finish(meta)))
-        return ChatResponse(str(native.rid), self.model_name(body), choices, usage=counter.usage())
+    def choice(
+        self, body: ChatCompletionRequest, native: GenerateReqInput, index: int, result: Result, offsets: Offsets
+    ) -> ChatChoice:
+        meta = result["meta_info"]
+        return ChatChoice(index, ChatMessage("assistant", result["text"]), self._logprobs(body, meta), *finish(meta))
 
-    async def stream(
-        self, body: ChatCompletionRequest, native: GenerateReqInput, results: AsyncGenerator[Any, None]
-    ) -> AsyncGenerator[bytes, None]:
-        counter = self.usage_counter(body)
-        last_usage, each_usage = wants_usage(body)
-        response_id, model, created = str(native.rid), self.model_name(body), int(time.time())
-        started: set[int] = set()
+    def deltas(
+        self, body: ChatCompletionRequest, native: GenerateReqInput, index: int, result: Result, offsets: Offsets
+    ) -> Iterator[ChatStreamChoice]:
+        meta, text = result["meta_info"], result["text"]
+        if index not in offsets:
+            offsets[index] = 0
+            yield ChatStreamChoice(index, ChatDelta("assistant", ""))
+        logprobs = self._logprobs(body, meta)
+        if text or (logprobs and logprobs.content):
+            yield ChatStreamChoice(index, ChatDelta(content=text), logprobs)
+        reason, matched = finish(meta)
+        if reason is not None:
+            yield ChatStreamChoice(index, ChatDelta(), None, reason, matched)
 
-        def chunk(choice: ChatStreamChoice) -> bytes:
-            usage = counter.usage(only=choice.index) if each_usage else None
-            return event(ChatChunk(response_id, model, [choice], created, usage=usage))
-
-        async with aclosing(results):
-            async for result in results:
-                index, meta, text = result.get("index", 0), result["meta_info"], result["text"]
-                counter.see(index, meta)
-                if index not in started:
-                    started.add(index)
-                    yield chunk(ChatStreamChoice(index, ChatDelta("assistant", "")))
-                logprobs = self._logprobs(body, meta)
-                if text or (logprobs and logprobs.content):
-                    yield chunk(ChatStreamChoice(index, ChatDelta(content=text), logprobs))
-                reason, matched = finish(meta)
-                if reason is not None:
-                    yield chunk(ChatStreamChoice(index, ChatDelta(), None, reason, matched))
-        if last_usage:
-            yield event(ChatChunk(response_id, model, [], created, usage=counter.usage()))
-
-    def _prompt_ids(self, body: ChatCompletionRequest) -> list[Any]:
+    async def _prompt_ids(self, body: ChatCompletionRequest) -> list[Any]:
         tokenizer = self.manager.tokenizer
         if tokenizer is None:
             raise RequestError("Chat needs a tokenizer, and the server runs with --skip-tokenizer-init.")
@@ -114,7 +91,7 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
             )
         except ChatTemplateError as error:
             raise RequestError(str(error)) from None
-        return list(tokenizer.encode(text, add_special_tokens=False))
+        return list(await self.manager.encode_text(text, add_special_tokens=False))
 
     def _logprobs(self, body: ChatCompletionRequest, meta: dict[str, Any]) -> ChatLogprobs | None:
         if not body.logprobs:

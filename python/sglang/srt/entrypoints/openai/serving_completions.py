@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import Iterator
 from typing import Any
 
-from sglang.srt.entrypoints.http_io import event
 from sglang.srt.entrypoints.openai.protocol import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
-    CompletionResponse,
 )
-from sglang.srt.entrypoints.openai.serving_base import OpenAIServing, finish, wants_usage
+from sglang.srt.entrypoints.openai.serving_base import Offsets, OpenAIServing, Result, finish
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.request_input import RequestError
 
@@ -23,6 +19,7 @@ DEFAULT_MAX_TOKENS = 16
 
 class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
     request_type = CompletionRequest
+    response_object = chunk_object = "text_completion"
 
     def check(self, body: CompletionRequest) -> None:
         super().check(body)
@@ -33,72 +30,44 @@ class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
         if body.echo and self.manager.tokenizer is None:
             raise RequestError("echo needs a tokenizer, and the server runs with --skip-tokenizer-init.")
 
-    def convert(self, body: CompletionRequest) -> GenerateReqInput:
-        prompt = body.prompt
-        if isinstance(prompt, str):
-            text, ids = prompt, None
-        elif all(isinstance(item, str) for item in prompt) and prompt:
-            text, ids = prompt, None
-        elif any(isinstance(item, str) for item in prompt):
+    async def convert(self, body: CompletionRequest) -> GenerateReqInput:
+        prompt: Any = body.prompt
+        is_text = isinstance(prompt, str) or bool(prompt) and all(isinstance(item, str) for item in prompt)
+        if not is_text and any(isinstance(item, str) for item in prompt):
             raise RequestError("prompt must be text, a list of texts, token ids, or lists of token ids, not a mixture.")
-        else:
-            text, ids = None, prompt
         max_tokens = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
         return GenerateReqInput(
-            text=text,  # type: ignore[arg-type]
-            input_ids=ids,  # type: ignore[arg-type]
+            text=prompt if is_text else None,
+            input_ids=None if is_text else prompt,
             sampling_params=self.sampling_params(body, max_tokens),
             return_logprob=body.logprobs is not None,
             top_logprobs_num=body.logprobs or 0,
             logprob_start_len=0 if body.echo else -1,
         )
 
-    def whole(
-        self, body: CompletionRequest, native: GenerateReqInput, results: list[dict[str, Any]]
-    ) -> CompletionResponse:
-        counter = self.usage_counter(body)
-        choices = []
-        for index, result in enumerate(results):
-            meta = result["meta_info"]
-            counter.see(index, meta)
-            prompt = self._echoed(body, native, index)
-            logprobs = None
-            if body.logprobs is not None:
-                logprobs = CompletionLogprobs(top_logprobs=[] if body.logprobs else None)
-                self._extend(body, logprobs, meta, bool(body.echo), 0)
-            choices.append(CompletionChoice(index, prompt + result["text"], logprobs, *finish(meta)))
-        return CompletionResponse(str(native.rid), self.model_name(body), choices, usage=counter.usage())
+    def choice(
+        self, body: CompletionRequest, native: GenerateReqInput, index: int, result: Result, offsets: Offsets
+    ) -> CompletionChoice:
+        """What is new of choice ``index``, at first behind its prompt if the client wants that back.
 
-    async def stream(
-        self, body: CompletionRequest, native: GenerateReqInput, results: AsyncGenerator[Any, None]
-    ) -> AsyncGenerator[bytes, None]:
-        counter = self.usage_counter(body)
-        last_usage, each_usage = wants_usage(body)
-        response_id, model, created = str(native.rid), self.model_name(body), int(time.time())
-        offsets: dict[int, int] = {}
-        async with aclosing(results):
-            async for result in results:
-                index, meta, text = result.get("index", 0), result["meta_info"], result["text"]
-                counter.see(index, meta)
-                first = index not in offsets
-                logprobs = None
-                if body.logprobs is not None:
-                    logprobs = CompletionLogprobs(top_logprobs=[] if body.logprobs else None)
-                    with_prompt = bool(first and body.echo)
-                    offsets[index] = self._extend(body, logprobs, meta, with_prompt, offsets.get(index, 0))
-                if first:
-                    offsets.setdefault(index, 0)
-                    text = self._echoed(body, native, index) + text
-                reason, matched = finish(meta)
-                if not (text or reason or logprobs):
-                    continue
-                chunk = CompletionResponse(
-                    response_id, model, [CompletionChoice(index, text, logprobs, reason, matched)], created=created
-                )
-                chunk.usage = counter.usage(only=index) if each_usage else None
-                yield event(chunk)
-        if last_usage:
-            yield event(CompletionResponse(response_id, model, [], created=created, usage=counter.usage()))
+        ``offsets`` are the characters, prompt included, of the tokens whose log-probabilities each choice has had.
+        """
+        meta, text, logprobs = result["meta_info"], result["text"], None
+        first = index not in offsets
+        offset = offsets.setdefault(index, 0)
+        if first:
+            text = self._echoed(body, native, index) + text
+        if body.logprobs is not None:
+            logprobs = CompletionLogprobs(top_logprobs=[] if body.logprobs else None)
+            offsets[index] = self._extend(body, logprobs, meta, bool(first and body.echo), offset)
+        return CompletionChoice(index, text, logprobs, *finish(meta))
+
+    def deltas(
+        self, body: CompletionRequest, native: GenerateReqInput, index: int, result: Result, offsets: Offsets
+    ) -> Iterator[CompletionChoice]:
+        choice = self.choice(body, native, index, result, offsets)
+        if choice.text or choice.finish_reason or choice.logprobs:
+            yield choice
 
     def _echoed(self, body: CompletionRequest, native: GenerateReqInput, index: int) -> str:
         """The prompt's text of choice ``index`` if the client wants it back."""

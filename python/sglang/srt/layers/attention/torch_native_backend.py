@@ -23,8 +23,8 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 # Requests this much shorter (in tokens) than the longest of their group still share its padded table.
 _GROUP_SLACK = 64
 
-# Latent rows [m, R+P] -> keys [m, H, qk] and values [m, H, v].
-Expand = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# Latent rows [m, R+P] -> keys [m, H, nope], values [m, H, v] and the last columns of every head's keys [m, P].
+Expand = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -199,5 +199,5 @@ class TorchNativeAttnBackend(PoolAttnBackend):
 
         q [n, H, qk] -> [n, H*vd].
         """
-        k, v = expand(self.gather_latent(layer, plan, q.dtype))
-        return ragged_extend(q, k, v, plan.qo_indptr, plan.kv_indptr, layer.scaling).flatten(1)
+        k, v, k_pe = expand(self.gather_latent(layer, plan, q.dtype))
+        return ragged_extend(q, k, v, plan.qo_indptr, plan.kv_indptr, layer.scaling, k_pe).flatten(1)

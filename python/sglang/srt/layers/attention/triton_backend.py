@@ -22,7 +22,7 @@ from sglang.srt.layers.attention.torch_native_backend import Expand, ExpandWhenC
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-# Keys and values rebuilt from latents at once, in bytes; longer contexts are expanded part by part.
+# Latent rows read at once, and keys and values rebuilt from them, in bytes; longer contexts go part by part.
 EXPANDED_BYTES = 1 << 30
 
 
@@ -69,8 +69,10 @@ class TritonAttnBackend(PoolAttnBackend):
         if isinstance(text, DeepseekConfig):
             self.expands = ExpandWhenCheaper(text)
             heads = text.num_attention_heads // get_tp_group().size
-            columns = 2 * text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim
-            self.max_expanded_rows = max(1, EXPANDED_BYTES // (heads * columns * ctx.model_config.dtype.itemsize))
+            # A gathered row, whose last part all heads share, and what it expands to.
+            latent = text.kv_lora_rank + text.qk_rope_head_dim
+            columns = latent + heads * (text.qk_nope_head_dim + text.v_head_dim)
+            self.max_expanded_rows = max(1, EXPANDED_BYTES // (columns * ctx.model_config.dtype.itemsize))
 
     def init_forward_metadata(self, fb: ForwardBatch) -> None:
         """Which tensors a decode step reads; or the plans of an extend step."""
@@ -195,9 +197,7 @@ class TritonAttnBackend(PoolAttnBackend):
         if self.decode is None:
             return q.new_empty(q.shape[0], layer.num_heads, rank)
         meta = self.decode
-        return mla_table_decode(
-            q, cache, self.req_to_token, meta.req_pool_indices, meta.seq_lens, rank, layer.scaling
-        )
+        return mla_table_decode(q, cache, self.req_to_token, meta.req_pool_indices, meta.seq_lens, rank, layer.scaling)
 
     def gather_latent(self, layer: RadixAttention, plan: ExtendPlan, dtype: torch.dtype) -> torch.Tensor:
         """Latent rows [M, R+P] that ``plan`` names, packed by request, in ``dtype``."""
@@ -208,8 +208,8 @@ class TritonAttnBackend(PoolAttnBackend):
     ) -> torch.Tensor:
         """Attend over keys and values that ``expand`` rebuilds from latent rows: q [n, H, qk] -> [n, H*v]."""
         if isinstance(plan, ExtendPlan):
-            k, v = expand(self.gather_latent(layer, plan, q.dtype))
-            return ragged_extend(q, k, v, plan.qo_indptr, plan.kv_indptr, layer.scaling).flatten(1)
+            k, v, k_pe = expand(self.gather_latent(layer, plan, q.dtype))
+            return ragged_extend(q, k, v, plan.qo_indptr, plan.kv_indptr, layer.scaling, k_pe).flatten(1)
         out, lse = self._expanded_part(q, expand, layer, plan.new, causal=True)
         for part in plan.prefix:
             out, lse = merge_states(out, lse, *self._expanded_part(q, expand, layer, part, causal=False))
@@ -218,5 +218,5 @@ class TritonAttnBackend(PoolAttnBackend):
     def _expanded_part(
         self, q: torch.Tensor, expand: Expand, layer: RadixAttention, part: ExtendPlan, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        k, v = expand(self.gather_latent(layer, part, q.dtype))
-        return extend_state(q, k, v, part.qo_indptr, part.kv_indptr, layer.scaling, causal)
+        k, v, k_pe = expand(self.gather_latent(layer, part, q.dtype))
+        return extend_state(q, k, v, part.qo_indptr, part.kv_indptr, layer.scaling, causal, k_pe)

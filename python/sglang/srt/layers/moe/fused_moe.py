@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sglang.srt.configs.quantization import QuantConfig
-from sglang.srt.distributed import get_tp_group
+from sglang.srt.distributed import get_parallel_state
 from sglang.srt.layers.moe.placement import ExpertPlacement
 from sglang.srt.layers.moe.topk import TopKOutput
 from sglang.srt.layers.quantization import experts_method
@@ -22,10 +22,9 @@ EXPERT_LEAVES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 class FusedMoE(nn.Module):
     """``num_experts`` gated feed-forward experts, of which this rank holds its placement's part.
 
-    hidden: H. intermediate: I of one expert. top_k: experts a token. reduce_results: sum over the tensor-parallel ranks
-    at the end; otherwise the result is this rank's part of that sum. quant_config and prefix, the module's name in the
-    model, decide the format of the weights. num_shared: slots behind them for experts that a token may go to besides,
-    all on every rank.
+    The result is this rank's part of a sum over its tensor-parallel group. hidden: H. intermediate: I of one expert.
+    top_k: experts a token. quant_config and prefix, the module's name in the model, decide the format of the weights.
+    num_shared: slots behind them for experts that a token may go to besides, all on every rank.
     """
 
     def __init__(
@@ -34,13 +33,12 @@ class FusedMoE(nn.Module):
         hidden: int,
         intermediate: int,
         top_k: int,
-        reduce_results: bool = True,
         quant_config: QuantConfig | None = None,
         prefix: str = "",
         num_shared: int = 0,
     ) -> None:
         super().__init__()
-        self._tp = get_tp_group()
+        self.ranks = get_parallel_state()
         self.placement = ExpertPlacement.here(num_experts, num_shared)
         parts = self.placement.parts
         if intermediate % parts:
@@ -48,7 +46,6 @@ class FusedMoE(nn.Module):
         self.num_experts, self.num_shared = num_experts, num_shared
         self.hidden, self.intermediate = hidden, intermediate
         self.top_k = top_k
-        self.reduce_results = reduce_results
         width = intermediate // parts
         start = self.placement.part * width
         rows = [Section(intermediate, hidden, start, width, 0, hidden, offset) for offset in (0, width)]
@@ -60,9 +57,7 @@ class FusedMoE(nn.Module):
         for name, shards in self._shards.items():
             self.quant_method.create(self, name, shards, count=self.placement.count + num_shared)
 
-    def load_expert(
-        self, name: str, expert_id: int, tensor: torch.Tensor, scale: torch.Tensor | None = None
-    ) -> None:
+    def load_expert(self, name: str, expert_id: int, tensor: torch.Tensor, scale: torch.Tensor | None = None) -> None:
         """Take matrix ``name`` of one expert: "w1" (gate) and "w3" (up) [I, H], "w2" (down) [H, I].
 
         A matrix of an expert that another rank holds is checked and left. ``scale`` holds an 8-bit matrix's blocks'.
@@ -94,8 +89,7 @@ class FusedMoE(nn.Module):
         ``fb``, the step, is for experts that exchange tokens between ranks.
         """
         self.check_columns(topk)
-        out = self.run_experts(x, topk.weights, self.placement.local_ids(topk.ids))
-        return self._tp.all_reduce(out) if self.reduce_results else out
+        return self.run_experts(x, topk.weights, self.placement.local_ids(topk.ids))
 
     def check_columns(self, topk: TopKOutput) -> None:
         """Raise ValueError for another number of experts a token than this layer takes."""

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul
 from sglang.kernels.ops.moe.fused_experts import is_arranged
 from sglang.kernels.ops.moe.topk import NO_SHARED, SharedSlots
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_parallel_state
-from sglang.srt.layers.activation import silu_and_mul
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.weights import ShardId, check_shape
 from sglang.srt.server_args import get_global_server_args

@@ -25,8 +25,8 @@ class TopK(nn.Module):
     """Chooses ``top_k`` experts a token from router logits.
 
     scoring: "softmax" or "sigmoid". renormalize: divide a row's weights by their sum. n_group, topk_group: experts come
-    only from the best ``topk_group`` of ``n_group`` groups. group_score: a group counts as its best expert ("max") or
-    as the sum of its best two ("top2sum"). correction_bias [E] float32: added for the choice alone; needs "top2sum".
+    only from the best ``topk_group`` of ``n_group`` groups; a group counts as its best expert or, under a bias, as the
+    sum of its best two. correction_bias [E] float32: added for the choice alone.
     routed_scaling_factor: multiplied into the weights here and nowhere else, so shared slots need no division by it.
     shared: the slots that a fused step adds.
     """
@@ -38,7 +38,6 @@ class TopK(nn.Module):
         renormalize: bool,
         n_group: int = 1,
         topk_group: int = 1,
-        group_score: str = "max",
         correction_bias: torch.Tensor | None = None,
         routed_scaling_factor: float = 1.0,
         shared: SharedSlots = NO_SHARED,
@@ -46,9 +45,6 @@ class TopK(nn.Module):
         super().__init__()
         if scoring not in ("softmax", "sigmoid"):
             raise ValueError(f"scoring must be softmax or sigmoid, got {scoring!r}")
-        expected = "max" if correction_bias is None else "top2sum"
-        if n_group > 1 and group_score != expected:
-            raise ValueError(f"group_score {group_score!r} is not supported here: {expected!r} goes with this router")
         self.top_k = top_k
         self.scoring = scoring
         self.renormalize = renormalize

@@ -7,13 +7,16 @@ import logging
 import re
 from collections.abc import Sequence
 
+from torch import nn
+
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.quantization import BLOCK, QuantConfig
+from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.layers.quantization.fp8 import Fp8Method
 from sglang.srt.layers.quantization.unquant import UnquantizedMethod, WeightMethod
 from sglang.srt.layers.weights import Shards
 
-__all__ = ["WeightMethod", "experts_method", "linear_method"]
+__all__ = ["WeightMethod", "experts_method", "linear_method", "warn_of_splits"]
 
 logger = logging.getLogger(__name__)
 
@@ -23,15 +26,18 @@ def linear_method(
 ) -> WeightMethod:
     """The format of the linear layer ``prefix``; ``dequantize`` asks for plain weights whatever the checkpoint holds.
 
-    A matrix whose part on this rank is not cut at blocks is kept plain, and the log says so.
+    A matrix whose part on this rank is not cut at blocks is kept plain, and the log says so; where that is due to the
+    split alone, ``warn_of_splits`` does.
     """
     if quant_config is None:
         return UnquantizedMethod()
     if dequantize or quant_config.skips(prefix):
         return UnquantizedMethod(takes_scale=True)
     if shards.in_blocks(BLOCK) is None:
-        _say_once(re.sub(r"\.\d+\.", ".*.", prefix), shards.rows, shards.columns)
-        return UnquantizedMethod(takes_scale=True)
+        by_split = shards.is_split_in_blocks(BLOCK)
+        if not by_split:
+            _say_once(_all_layers(prefix), shards.rows, shards.columns)
+        return UnquantizedMethod(takes_scale=True, by_split=by_split)
     return Fp8Method(quant_config.on_load)
 
 
@@ -48,6 +54,25 @@ def experts_method(quant_config: QuantConfig | None, prefix: str, matrices: Sequ
             "whole with --ep-size, lower --tp-size, or serve without quantisation."
         )
     return Fp8Method(quant_config.on_load)
+
+
+def warn_of_splits(model: nn.Module, ranks: ProcessGroupHandle) -> list[str]:
+    """Layers that some of ``ranks`` keep plain although a single rank would not; the first rank warns of them."""
+    methods = ((name, getattr(module, "quant_method", None)) for name, module in model.named_modules())
+    mine = {_all_layers(name) for name, method in methods if getattr(method, "by_split", False)}
+    everyone = ranks.all_gather_text(",".join(sorted(mine)), most=4096)
+    found = sorted({name for names in everyone for name in names.split(",") if name})
+    if found and ranks.rank == 0:
+        logger.warning(
+            "%s: the split over ranks cuts fp8 blocks of %d, so these are kept in the dtype of activations, where "
+            "--tp-size 1 serves them in 8 bits: answers may differ from those of one rank",
+            ", ".join(found), BLOCK,
+        )  # fmt: skip
+    return found
+
+
+def _all_layers(name: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", name)
 
 
 @functools.cache

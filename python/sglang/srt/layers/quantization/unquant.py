@@ -77,10 +77,14 @@ def stack_shape(count: int | None, shards: Shards) -> tuple[int, ...]:
 
 
 class UnquantizedMethod(WeightMethod):
-    """Weights in the dtype of activations; with ``takes_scale`` an 8-bit checkpoint matrix is scaled back on load."""
+    """Weights in the dtype of activations; with ``takes_scale`` an 8-bit checkpoint matrix is scaled back on load.
 
-    def __init__(self, takes_scale: bool = False) -> None:
+    by_split: a single rank would keep the layer in 8 bits.
+    """
+
+    def __init__(self, takes_scale: bool = False, by_split: bool = False) -> None:
         self.takes_scale = takes_scale
+        self.by_split = by_split
 
     def create(
         self, layer: nn.Module, name: str, shards: Shards, loader: WeightLoader | None = None, count: int | None = None

@@ -50,9 +50,7 @@ class DeepseekV2AttentionMLA(nn.Module):
         hidden, bias = config.hidden_size, config.attention_bias
         q_width = config.num_attention_heads * config.qk_head_dim
         if config.q_lora_rank is None:
-            self.q_proj = ColumnParallelLinear(
-                hidden, q_width, quant_config=quant_config, prefix=f"{prefix}.q_proj"
-            )
+            self.q_proj = ColumnParallelLinear(hidden, q_width, quant_config=quant_config, prefix=f"{prefix}.q_proj")
             self.kv_a_proj_with_mqa = ReplicatedLinear(
                 hidden, self.rank + self.rope, bias, quant_config, f"{prefix}.kv_a_proj_with_mqa"
             )
@@ -146,9 +144,10 @@ class DeepseekV2AttentionMLA(nn.Module):
         """Queries meet keys and values rebuilt for every head. q [n, heads, nope+rope] -> [n, heads*v]."""
         return fb.attn_backend.forward_mla_expanded(q, self.keys_and_values, self.attn_mha, plan)
 
-    def keys_and_values(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cache rows [m, R + rope] -> keys [m, heads, nope + rope] and values [m, heads, v]."""
+    def keys_and_values(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cache rows [m, R + rope] -> keys [m, heads, nope], values [m, heads, v] and the rotated part of every head's
+        keys [m, rope], all views."""
         latent, k_pe = rows.split((self.rank, self.rope), dim=-1)
         kv = self.kv_b_proj(latent).view(-1, self.num_heads, self.nope + self.v_dim)
         k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
-        return torch.cat((k_nope, k_pe.unsqueeze(1).expand(-1, self.num_heads, -1)), dim=-1), v
+        return k_nope, v, k_pe

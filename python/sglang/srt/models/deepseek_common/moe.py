@@ -1,4 +1,4 @@
-"""Feed-forward blocks of DeepSeek: the gated MLP, the router, and routed experts beside a shared one."""
+"""The MoE block of DeepSeek: the router, and routed experts beside shared ones."""
 
 from __future__ import annotations
 
@@ -10,38 +10,13 @@ from sglang.kernels.ops.moe.topk import NO_SHARED, SharedSlots
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed import get_tp_group
-from sglang.srt.layers.activation import silu_and_mul
-from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLinear
+from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.moe.ep_moe.factory import make_experts
 from sglang.srt.layers.moe.slotted_mlp import SlottedMLP, shared_slots
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.weights import make_parameter
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
-
-
-class DeepseekV2MLP(nn.Module):
-    """``down(silu(gate x) * up x)`` of inner width ``intermediate``."""
-
-    def __init__(
-        self,
-        hidden: int,
-        intermediate: int,
-        reduce_results: bool = True,
-        quant_config: QuantConfig | None = None,
-        prefix: str = "",
-    ) -> None:
-        super().__init__()
-        self.gate_up_proj = MergedColumnParallelLinear(
-            hidden, [intermediate, intermediate], quant_config=quant_config, prefix=f"{prefix}.gate_up_proj"
-        )
-        self.down_proj = RowParallelLinear(
-            intermediate, hidden, reduce_results, quant_config=quant_config, prefix=f"{prefix}.down_proj"
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [N, H] -> [N, H]."""
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
 
 
 class MoEGate(nn.Module):
@@ -88,11 +63,11 @@ class DeepseekV2MoE(nn.Module):
             config.n_routed_experts, hidden, width, config.num_experts_per_tok, quant_config, f"{prefix}.experts",
             self.num_fused_shared_experts,
         )  # fmt: skip
-        self.shared_experts: DeepseekV2MLP | SlottedMLP | None = None
+        self.shared_experts: GatedMLP | SlottedMLP | None = None
         if self.num_fused_shared_experts:
             self.shared_experts = SlottedMLP(self.experts)
         elif config.n_shared_experts:
-            self.shared_experts = DeepseekV2MLP(
+            self.shared_experts = GatedMLP(
                 hidden, config.n_shared_experts * width, False, quant_config, f"{prefix}.shared_experts"
             )
 
@@ -122,7 +97,6 @@ def make_topk(config: DeepseekConfig, correction_bias: torch.Tensor | None, shar
         config.norm_topk_prob,
         n_group=config.n_group if grouped else 1,
         topk_group=config.topk_group if grouped else 1,
-        group_score="max" if correction_bias is None else "top2sum",
         correction_bias=correction_bias,
         routed_scaling_factor=config.routed_scaling_factor,
         shared=shared,

@@ -38,7 +38,7 @@ def make_experts(
         return MoriEPMoE(*sizes, config, quant_config, prefix)
     if is_dp_attention_enabled():
         return GatheredMoE(*sizes, quant_config, prefix, num_shared)
-    return FusedMoE(*sizes, reduce_results=False, quant_config=quant_config, prefix=prefix, num_shared=num_shared)
+    return FusedMoE(*sizes, quant_config, prefix, num_shared)
 
 
 def expert_gauges(model: nn.Module) -> list[RecvGauge]:

@@ -7,7 +7,6 @@ import logging
 import torch
 
 from sglang.srt.configs.quantization import QuantConfig
-from sglang.srt.distributed import get_parallel_state
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher.base import RecvBatch
 from sglang.srt.layers.moe.token_dispatcher.capacity import (
@@ -46,14 +45,13 @@ class MoriEPMoE(FusedMoE):
         prefix: str = "",
         full_buffer: bool = False,
     ) -> None:
-        super().__init__(num_experts, hidden, intermediate, top_k, False, quant_config, prefix)
-        state = get_parallel_state()
-        if state.ep_size != state.world.size:
-            raise ValueError(f"the MORI protocol needs --ep-size {state.world.size} (--tp-size), got {state.ep_size}")
-        self._dp_size, self._dp_rank, self._rank = state.attn_dp_size, state.attn_dp_rank, state.world.rank
+        super().__init__(num_experts, hidden, intermediate, top_k, quant_config, prefix)
+        ranks = self.ranks
+        if ranks.ep_size != ranks.world.size:
+            raise ValueError(f"the MORI protocol needs --ep-size {ranks.world.size} (--tp-size), got {ranks.ep_size}")
         device = self.w13_weight.device
         self.dispatcher = make_dispatcher(
-            config, state.world, num_experts, hidden, top_k, torch.get_default_dtype(), device,
+            config, ranks.world, num_experts, hidden, top_k, torch.get_default_dtype(), device,
             self.quant_method.row_dtype,
         )  # fmt: skip
         self.mori_moe_max_input_tokens = config.moe_max_input_tokens
@@ -72,12 +70,13 @@ class MoriEPMoE(FusedMoE):
         sizes = self.dispatcher.config
         rounds = plan_rounds(rows, sizes.max_recv, sizes.max_num_inp_token_per_rank)
         self.gauge.plan(sum(rows), len(rounds))
-        first, _ = slice_of(x.shape[0], self._tp.rank, self._tp.size)
+        tp, rank = self.ranks.tp, self.ranks.world.rank
+        first, _ = slice_of(x.shape[0], tp.rank, tp.size)
         weights, ids = self._keep_padding_here(topk, fb)
         # Never the transport's own storage: the next layer's combine would overwrite the residual stream.
-        out = torch.zeros_like(x) if self._tp.size > 1 else torch.empty_like(x)
+        out = torch.zeros_like(x) if tp.size > 1 else torch.empty_like(x)
         for part in rounds:
-            span = slice(first + part.first[self._rank], first + part.end[self._rank])
+            span = slice(first + part.first[rank], first + part.end[rank])
             self.dispatcher.dispatch_a(x[span], weights[span], ids[span], part.rows)
             batch = self.dispatcher.dispatch_b()
             self.dispatcher.combine_a(self.run_moe_core(batch, self._input_rows(part)))
@@ -98,15 +97,15 @@ class MoriEPMoE(FusedMoE):
 
     def _rows_of_ranks(self, num_rows: int, fb: ForwardBatch | None) -> tuple[int, ...]:
         """The rows that each rank dispatches in this step, from metadata that all share."""
+        dp_size, dp_rank = self.ranks.attn_dp_size, self.ranks.attn_dp_rank
         groups = None if fb is None else fb.rows_of_groups
-        if groups is None and self._dp_size == 1:
+        if groups is None and dp_size == 1:
             groups = [num_rows]
-        if groups is None or len(groups) != self._dp_size or groups[self._dp_rank] != num_rows:
+        if groups is None or len(groups) != dp_size or groups[dp_rank] != num_rows:
             raise RuntimeError(
-                f"attention group {self._dp_rank} of {self._dp_size} has {num_rows} rows, but the step's metadata says "
-                f"{groups}"
+                f"attention group {dp_rank} of {dp_size} has {num_rows} rows, but the step's metadata says {groups}"
             )
-        return rows_of_ranks(groups, self._tp.size)
+        return rows_of_ranks(groups, self.ranks.tp.size)
 
     def _input_rows(self, part: Round) -> int:
         """Rows for the experts in one round: the proven bound, raised to a tier."""

@@ -36,7 +36,8 @@ class EpConfig:
 
     data_type: of dispatched rows; combine_type: of combined ones. scale_dim scales of scale_type go with each row.
     max_total_recv_tokens: rows allocated for what arrives, 0 for the worst case. mode: "sync", or "two_phase" where
-    rows travel while the caller computes between a send and its recv. combine_wire: codec of rows on the way back.
+    rows travel while the caller computes between a send and its recv. combine_wire: MORI's codec of rows on the way
+    back.
     """
 
     rank: int

@@ -299,37 +299,40 @@ class MoriEPDispatcher:
 
 def plan_exchange(
     config: MoriConfig,
+    kernel: MoriKernel | None,
     rank: int,
     num_experts: int,
     hidden: int,
     top_k: int,
     dtype: torch.dtype,
-    is_mori: bool,
     row_dtype: torch.dtype | None = None,
-) -> tuple[EpConfig, MoriKernel | None]:
-    """Sizes of one rank's exchange, and MORI's kernel for it; None for the portable transport.
+) -> EpConfig:
+    """Sizes of one rank's exchange by MORI's ``kernel``, or by the portable transport (None).
 
     row_dtype: the 8-bit type in which the expert weights take rows, if any. Touches no device. Raises
     ExchangeConfigError, which names the variable or flag, for what cannot be served.
     """
-    kernel = choose_kernel(config) if is_mori else None
     asked = config.dispatch_dtype
     if asked == "fp4" or (asked == "fp8" and row_dtype is None):
         raise ExchangeConfigError(
             f"SGLANG_MORI_DISPATCH_DTYPE={asked} needs {asked} expert weights, and these experts have none: unset it"
         )
-    if is_mori and COMBINE_CODECS[config.combine_dtype] != "none" and dtype != torch.bfloat16:
+    if kernel is not None and dtype not in (torch.bfloat16, torch.float32):
+        raise ExchangeConfigError(f"MORI carries bfloat16 and float32, not the model's {dtype}: add --dtype bfloat16")
+    # The variable is AMD's alone, and has no effect elsewhere.
+    codec = "none" if kernel is None else COMBINE_CODECS[config.combine_dtype]
+    if codec != "none" and dtype != torch.bfloat16:
         raise ExchangeConfigError(
             f"SGLANG_MORI_COMBINE_DTYPE={config.combine_dtype} packs bfloat16 alone, the model is {dtype}: unset it"
         )
-    if is_mori and config.combine_dtype == "fp8" and config.combine_groups * GROUP != hidden:
+    if codec == "fp8_blockwise" and config.combine_groups * GROUP != hidden:
         raise ExchangeConfigError(
             f"SGLANG_MORI_COMBINE_DTYPE=fp8 with hidden size {hidden} needs MORI_FP8_COMBINE_SCALE_DIM="
             f"{hidden // GROUP}, found {config.combine_groups}"
         )
     travels = row_dtype if row_dtype is not None and asked != "bf16" else dtype
     is_two_phase = config.low_latency if kernel is None else kernel.is_two_phase
-    sizes = EpConfig(
+    return EpConfig(
         rank=rank,
         world_size=config.world_size,
         hidden_dim=hidden,
@@ -341,9 +344,8 @@ def plan_exchange(
         scale_dim=0 if travels is dtype else hidden // GROUP,
         max_total_recv_tokens=config.max_recv_tokens,
         mode="two_phase" if is_two_phase else "sync",
-        combine_wire=COMBINE_CODECS[config.combine_dtype],
+        combine_wire=codec,
     )
-    return sizes, kernel
 
 
 @lru_cache(maxsize=4)
@@ -358,8 +360,8 @@ def make_dispatcher(
     row_dtype: torch.dtype | None = None,
 ) -> MoriEPDispatcher:
     """The dispatcher that all layers of these sizes share; the first call is collective and allocates the buffers."""
-    is_mori = current_platform.kind == "hip"
-    sizes, kernel = plan_exchange(config, group.rank, num_experts, hidden, top_k, dtype, is_mori, row_dtype)
+    kernel = choose_kernel(config) if current_platform.kind == "hip" else None
+    sizes = plan_exchange(config, kernel, group.rank, num_experts, hidden, top_k, dtype, row_dtype)
     transport: EpTransport
     if kernel is not None:
         transport = MoriTransport(sizes, kernel, group)

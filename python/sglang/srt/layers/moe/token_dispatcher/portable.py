@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 
 from sglang.srt.distributed import Pending, ProcessGroupHandle
-from sglang.srt.layers.moe.token_dispatcher.base import DispatchError, EpConfig, ExchangeConfigError, RecvBatch
+from sglang.srt.layers.moe.token_dispatcher.base import DispatchError, EpConfig, RecvBatch
 
 # Columns of a record start at multiples of this many bytes, so that they can be viewed in their own types.
 ALIGNMENT = 16
@@ -70,14 +70,15 @@ class RoutedExchange:
     def __init__(
         self, config: EpConfig, group: ProcessGroupHandle, layout: RecordLayout, fields: Sequence[torch.Tensor]
     ) -> None:
-        self._group, self._layout, self._rank = group, layout, config.rank
+        self._group, self._layout = group, layout
         ids = fields[2]
         inside = (ids >= 0) & (ids < config.num_experts)
         owners = torch.where(inside, ids // config.num_experts_per_rank, config.world_size)
         ranks = torch.arange(config.world_size, dtype=owners.dtype, device=ids.device)
         goes = (owners.unsqueeze(-1) == ranks).any(1)
-        self._counts = group.all_gather_ints(goes.sum(0).tolist())
-        needed = [sum(column) for column in zip(*self._counts)]
+        counts = group.all_gather_ints(goes.sum(0).tolist())
+        self._sent, self._received = counts[config.rank], [row[config.rank] for row in counts]
+        needed = [sum(column) for column in zip(*counts)]
         self.num_rows = needed[config.rank]
         if max(needed) > config.max_recv:
             raise DispatchError(
@@ -88,10 +89,7 @@ class RoutedExchange:
         self._sent_rows = goes.t().nonzero()[:, 1]
         records = torch.empty(ids.shape[0], layout.num_bytes, dtype=torch.uint8, device=ids.device)
         layout.write(records, fields)
-        self._pending = group.exchange_rows(records[self._sent_rows], self._counts[self._rank], self._received())
-
-    def _received(self) -> list[int]:
-        return [row[self._rank] for row in self._counts]
+        self._pending = group.exchange_rows(records[self._sent_rows], self._sent, self._received)
 
     def receive(self, buffers: Sequence[torch.Tensor], total_recv: torch.Tensor) -> None:
         for buffer, values in zip(buffers, self._layout.views(self._pending.wait()), strict=True):
@@ -101,12 +99,12 @@ class RoutedExchange:
     def send_back(self, y: torch.Tensor) -> Pending:
         if y.shape[0] < self.num_rows:
             raise DispatchError(f"{y.shape[0]} rows to combine, but {self.num_rows} arrived")
-        return self._group.exchange_rows(y[: self.num_rows], self._received(), self._counts[self._rank])
+        return self._group.exchange_rows(y[: self.num_rows], self._received, self._sent)
 
     def sum_into(self, out: torch.Tensor, pending: Pending) -> None:
         total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
-        counts = self._counts[self._rank]
-        for rows, values in zip(self._sent_rows.split(counts), pending.wait().split(counts), strict=True):
+        parts = pending.wait().split(self._sent)
+        for rows, values in zip(self._sent_rows.split(self._sent), parts, strict=True):
             total.index_add_(0, rows, values.float())
         out.copy_(total)
 
@@ -175,16 +173,9 @@ class GatheredExchange:
 class PortableTransport:
     """``EpTransport`` over a group's collectives; ``gathered`` exchanges wherever the caller knows all row counts."""
 
-    def __init__(
-        self, config: EpConfig, group: ProcessGroupHandle, device: torch.device | str, gathered: bool
-    ) -> None:
+    def __init__(self, config: EpConfig, group: ProcessGroupHandle, device: torch.device | str, gathered: bool) -> None:
         if (config.rank, config.world_size) != (group.rank, group.size):
             raise ValueError(f"rank {config.rank} of {config.world_size} does not stand in {group}")
-        if config.combine_wire != "none":
-            raise ExchangeConfigError(
-                f"combining with {config.combine_wire} is not offered by the portable transport: "
-                "unset SGLANG_MORI_COMBINE_DTYPE"
-            )
         self.config = config
         self._group, self._gathered = group, gathered
         self._layout = RecordLayout(config)

@@ -60,6 +60,6 @@ def through_the_wire(x: torch.Tensor, quant_type: str, scale_dim: int) -> torch.
     limit = torch.finfo(torch.float8_e4m3fn).max
     if quant_type == "fp8_direct_cast":
         return x.float().clamp(-limit, limit).to(torch.float8_e4m3fn).to(x.dtype)
-    groups = x.float().view(x.shape[0], scale_dim, -1)
+    groups = x.float().unflatten(1, (scale_dim, -1))
     scale = groups.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10) / limit
     return ((groups / scale).to(torch.float8_e4m3fn).float() * scale).to(x.dtype).view_as(x)

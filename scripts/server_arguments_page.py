@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
+from sglang.srt.server_args import specs
 from sglang.srt.server_args_fields import FieldSpec
 from sglang.srt.server_args_upstream import UpstreamFlag, distinct_flags
 
@@ -59,12 +60,12 @@ They are accepted, so that published command lines start, and named once at star
 | --- | --- |"""
 
 
-def render(specs: Sequence[FieldSpec]) -> str:
+def render() -> str:
     """The whole page."""
     parts = [_HEAD]
-    for group in dict.fromkeys(spec.arg.group for spec in specs):
+    for group in dict.fromkeys(spec.arg.group for spec in specs()):
         parts.append(f"## {group}\n\n| Argument | Description | Defaults | Options |\n| --- | --- | --- | --- |")
-        parts[-1] += "".join("\n" + _row(spec) for spec in specs if spec.arg.group == group) + "\n"
+        parts[-1] += "".join("\n" + _row(spec) for spec in specs() if spec.arg.group == group) + "\n"
     for head, refused in ((_REFUSED, True), (_NO_EFFECT, False)):
         rows = _reasons(flag for flag in distinct_flags() if flag.refused == refused)
         parts.append(head + "".join(f"\n| {names} | {reason} |" for reason, names in rows.items()) + "\n")

@@ -1,0 +1,62 @@
+"""What the planner of prefill steps keeps free for requests that have begun, and what they are expected to use."""
+
+import unittest
+from types import SimpleNamespace
+
+from sglang.srt.managers.schedule_policy import CLIP_NEW_TOKENS, NewTokenRatio, PrefillLimits, PrefillPlanner
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
+
+
+def request(seq_len: int, computed: int = 0, left: int = 10) -> SimpleNamespace:
+    return SimpleNamespace(seq_len=seq_len, computed_len=computed, new_tokens_left=left, snapshot_at=0)
+
+
+class TestNewTokenRatio(CustomTestCase):
+    def test_it_decays_to_a_floor_and_starts_anew(self) -> None:
+        for conservativeness, start, floor in ((1.0, 0.7, 0.1), (0.5, 0.35, 0.05), (2.0, 1.0, 0.2), (0.0, 0.0, 0.0)):
+            ratio = NewTokenRatio(conservativeness)
+            self.assertAlmostEqual(ratio.value, start)
+            for _ in range(2 * NewTokenRatio.DECAY_STEPS):
+                ratio.decay()
+            self.assertAlmostEqual(ratio.value, floor)
+            ratio.reset()
+            self.assertAlmostEqual(ratio.value, start)
+
+    def test_after_retraction(self) -> None:
+        ratio = NewTokenRatio(0.5)
+        ratio.after_retraction([SimpleNamespace(output_ids=[0] * 60, max_new_tokens=99)])
+        self.assertAlmostEqual(ratio.value, 0.8)
+        ratio.after_retraction([SimpleNamespace(output_ids=[0] * 60, max_new_tokens=50)])
+        self.assertEqual(ratio.value, 1.0)
+
+
+class TestPrefillPlanner(CustomTestCase):
+    def planner(self, free: int, running: list[SimpleNamespace], chunk: int | None = 16) -> PrefillPlanner:
+        memory = SimpleNamespace(obtainable=lambda: free, page_size=4, extend=lambda *_: True)
+        return PrefillPlanner(memory, PrefillLimits(1000, chunk, 8), running, ratio=0.5)
+
+    def test_running_requests_keep_room_to_grow(self) -> None:
+        planner = self.planner(100_000, [request(8, 8, left=20), request(8, 8, left=10**6)])
+        self.assertEqual(planner._room, 100_000 - (10 + 4) - (CLIP_NEW_TOKENS // 2 + 4))
+
+    def test_a_begun_prompt_keeps_room_for_its_rest_and_its_output(self) -> None:
+        planner = self.planner(1000, [])
+        self.assertTrue(planner.add_partial(request(50, computed=8, left=30)))
+        self.assertEqual(planner.ends, [24], "one chunk of 16")
+        self.assertEqual(planner._room, 1000 - (42 + 30 + 4))
+        self.assertEqual(planner.taken(), 16)
+
+    def test_it_takes_what_no_other_begun_prompt_took(self) -> None:
+        planner = self.planner(24, [], chunk=40)
+        self.assertTrue(planner.add_partial(request(16)))
+        self.assertTrue(planner.add_partial(request(30, computed=2)))
+        self.assertEqual(planner.ends, [16, 12], "8 of 24 slots, and the rest of its own page")
+        self.assertEqual(planner.taken(), 24)
+        self.assertFalse(planner.add_partial(request(30, computed=4)))
+
+
+if __name__ == "__main__":
+    unittest.main()
