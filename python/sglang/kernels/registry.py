@@ -6,7 +6,7 @@ import importlib
 import logging
 import pkgutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -55,7 +55,7 @@ class KernelRegistry:
         self.records: dict[str, OpRecord] = {}
         self.serving = False
         self._packages: dict[str, str | None] = {}
-        self._preferred: dict[str, str] = {}
+        self._preferred: dict[str, str | None] = {}
         self._forced: dict[str, str] | None = None
 
     def add(self, op: Op) -> None:
@@ -69,10 +69,15 @@ class KernelRegistry:
         found = pkgutil.walk_packages(package.__path__, package.__name__ + ".")
         return [importlib.import_module(module.name) for module in found if not module.name.endswith("_triton")]
 
-    def prefer(self, group: str, impl: str) -> None:
-        """Put implementation ``impl`` first for the ops of ``group`` that have it (``--attention-backend``)."""
-        self._preferred[group] = impl
-        self._unfreeze()
+    def prefer(self, groups: Collection[str], impl: str | None) -> None:
+        """Put implementation ``impl`` first for the ops of ``groups`` that have it (``--attention-backend``).
+
+        None takes the declared order again.
+        """
+        self._preferred |= dict.fromkeys(groups, impl)
+        for op in self.ops.values():
+            if op.group in groups:
+                self._undecide(op)
 
     def freeze(self) -> None:
         """Decide every op now; raises KernelConfigError when SGLANG_KERNELS cannot be honoured."""
@@ -136,11 +141,16 @@ class KernelRegistry:
             self._forced = parse_forcing(envs.SGLANG_KERNELS.get())
         return self._forced
 
-    def _unfreeze(self) -> None:
-        self.records.clear()
+    def reset(self) -> None:
+        """Forget preferences and what was forced; every op is decided anew at its next call."""
+        self._preferred.clear()
         self._forced = None
         for op in self.ops.values():
-            op.set_table(None)
+            self._undecide(op)
+
+    def _undecide(self, op: Op) -> None:
+        self.records.pop(op.name, None)
+        op.set_table(None)
 
     def _decide(self, op: Op) -> None:
         verdicts = {impl.name: self._verdict(impl) for impl in op.impls}
@@ -222,8 +232,8 @@ REGISTRY = KernelRegistry()
 @contextmanager
 def fresh_decisions() -> Iterator[None]:
     """Decide anew inside the block, and again after it (tests that change switches or the platform)."""
-    REGISTRY._unfreeze()
+    REGISTRY.reset()
     try:
         yield
     finally:
-        REGISTRY._unfreeze()
+        REGISTRY.reset()

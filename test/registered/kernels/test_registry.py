@@ -66,13 +66,14 @@ class TestRegistry(CustomTestCase):
 
     def test_preference_and_forcing(self):
         op = self.declare()
-        self.addCleanup(REGISTRY._preferred.pop, "planted")
-        REGISTRY.prefer("planted", "torch")
+        REGISTRY.prefer({"planted"}, "torch")
         self.assertEqual(op(1), "torch")
-        with envs.SGLANG_KERNELS.override("planted.op=fast"), self.assertRaises(KernelConfigError) as error:
-            REGISTRY.prefer("planted", "torch")
-            op(1)
-        self.assertIn("planted.op", str(error.exception))
+        REGISTRY.prefer({"planted"}, None)
+        self.assertEqual(op(1), "fast")
+        with envs.SGLANG_KERNELS.override("planted.op=fast"), fresh_decisions():
+            REGISTRY.prefer({"planted"}, "torch")
+            with self.assertRaisesRegex(KernelConfigError, "planted.op=fast, but the backend flag prefers torch"):
+                op(1)
 
     def test_a_forced_one_that_cannot_run_or_does_not_exist_is_an_error(self):
         for text, restrictions, words in (

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.kernels.spec import Impl, Op
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.attention.triton_backend import PartedPlan, TritonAttnBackend
@@ -20,6 +22,7 @@ from sglang.test.tiny_checkpoints import TINY_CONFIGS
 register_cpu_ci(est_time=15, suite="stage-b-test-cpu")
 
 ARCHITECTURES = {"dsv2": "DeepseekV2ForCausalLM", "dsv3": "DeepseekV3ForCausalLM", "q35": "Qwen3_5ForCausalLM"}
+PLANTED = ("attention", "attention_state", "kv_cache", "prepare", "moe")
 LENGTHS = (90, 33, 2, 1, 40)
 
 
@@ -167,6 +170,21 @@ class TestGraphHooks(CustomTestCase):
             backend.init_forward_metadata_replay(self.batch(harness, backend, [request.row] * 2, [20, 20]))
         with self.assertRaisesRegex(ValueError, "request table as wide"):
             backend.init_cuda_graph_state(4, 1 << 20)
+
+
+class TestPreference(CustomTestCase):
+    def test_the_torch_backend_prefers_torch_for_its_ops_and_no_other(self):
+        ops = [Op(f"{group}.planted", *(Impl(n, lambda n=n: n) for n in ("fast", "torch"))) for group in PLANTED]
+        for op in ops:
+            self.addCleanup(REGISTRY.ops.pop, op.name)
+        with fresh_decisions():
+            harness, _ = make_harness(self, "dsv3")
+            context = AttentionContext(
+                harness.config, harness.requests, harness.kv_pool, None, 1, torch.device("cpu")
+            )  # fmt: skip
+            for name, chosen in (("torch_native", "torch"), ("triton", "fast")):
+                make_attention_backend(name, context)
+                self.assertEqual([op() for op in ops], [chosen] * 4 + ["fast"], name)
 
 
 if __name__ == "__main__":

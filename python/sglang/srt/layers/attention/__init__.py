@@ -6,8 +6,13 @@ import importlib
 import pkgutil
 from typing import TYPE_CHECKING
 
+from sglang.kernels.registry import REGISTRY
+
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
+
+# Groups of the ops that backends call.
+OP_GROUPS = frozenset({"attention", "attention_state", "kv_cache", "prepare"})
 
 
 def load_attention_backends() -> None:
@@ -24,6 +29,7 @@ def make_attention_backend(name: str, context: AttentionContext) -> AttentionBac
 
     load_attention_backends()
     backend = create_attention_backend(name, context)
+    REGISTRY.prefer(OP_GROUPS, backend.prefers)
     if context.state_pool is None:
         return backend
     return HybridLinearAttnBackend(backend, GDNBackend(context.state_pool))

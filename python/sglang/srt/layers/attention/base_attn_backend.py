@@ -28,7 +28,12 @@ class AttentionContext:
 
 
 class AttentionBackend(ABC):
-    """Owns metadata, layouts and pool access of attention; the kernels that it calls are ops."""
+    """Owns metadata, layouts and pool access of attention; the kernels that it calls are ops.
+
+    ``prefers`` names the implementation that those ops take where they have it, None the first that fits.
+    """
+
+    prefers: str | None = None
 
     @abstractmethod
     def init_forward_metadata(self, fb: ForwardBatch) -> None:

@@ -92,6 +92,8 @@ class TorchNativeAttnBackend(PoolAttnBackend):
     Decode is always absorbed.
     """
 
+    prefers = "torch"
+
     def __init__(self, ctx: AttentionContext) -> None:
         self.req_to_token = ctx.req_to_token_pool.req_to_token
         self.kv_pool = ctx.kv_pool
