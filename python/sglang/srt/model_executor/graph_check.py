@@ -21,7 +21,7 @@ _CHUNK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class PoolBuffer:
-    """One buffer that a step writes: ``tensor``, zero before the check and after it, and the axis that slots index."""
+    """One buffer that a step writes: ``tensor`` [layers, ...], zero before and after the check, and the axis of slots."""
 
     tensor: torch.Tensor
     axis: int
@@ -118,11 +118,10 @@ class GraphCheck:
     def _fill(self, seed: int) -> None:
         """The same numbers for the same seed: about unit normal, large where only padding reads."""
         for buffer in self._buffers:
-            tensor = buffer.tensor.movedim(buffer.axis, 0)
-            generator = torch.Generator(device=tensor.device).manual_seed(seed)
-            for row in tensor:
-                row.copy_(torch.randn(row.shape, generator=generator, device=row.device))
-            tensor[0].fill_(min(1e3, torch.finfo(tensor.dtype).max))
+            generator = torch.Generator(device=buffer.tensor.device).manual_seed(seed)
+            for layer in buffer.tensor:  # one at a time: the numbers are drawn in float32
+                layer.copy_(torch.randn(layer.shape, generator=generator, device=layer.device))
+            buffer.tensor.select(buffer.axis, 0).fill_(min(1e3, torch.finfo(buffer.tensor.dtype).max))
 
     def _fingerprints(self) -> list[torch.Tensor]:
         """For each buffer, one integer a slot past the dummies that changes when any bit of the slot does."""
