@@ -21,7 +21,7 @@ _CHUNK_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class PoolBuffer:
-    """One buffer that a step writes: ``tensor`` [layers, ...], zero before and after the check, and the axis of slots."""
+    """One buffer that a step writes: ``tensor`` [layers, ...], zero before and after, and the axis of slots."""
 
     tensor: torch.Tensor
     axis: int
