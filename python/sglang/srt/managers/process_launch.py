@@ -32,6 +32,8 @@ PROGRESS_INTERVAL_S = 10.0
 # Rounds that an OpenMP thread spins before it sleeps. libgomp's default spins for milliseconds: on a machine that is
 # shared, threads then wait for one that was taken off its core (measured at batch 64: 870 against 10,000 tokens/s).
 SPIN_COUNT = 1_000
+# How long a rank that lost another may wait to be blamed: a killed process takes a while to give its device back.
+PEER_GRACE_S = 5.0
 # What a pipe takes at once, whatever the characters: a dying child must not wait for a reader.
 MAX_WORDS = 8_000
 
@@ -119,17 +121,21 @@ class EngineProcesses:
     def check_alive(self) -> str | None:
         """None while all children run, else which one ended first and how.
 
-        A rank that loses another one fails too: whom a signal ended comes first, then who spoke first.
+        A rank that loses another one fails too: whom a signal ended comes first, then who spoke first of those that did
+        not lose another. When there is none yet, the one that was lost has ``PEER_GRACE_S`` to end.
         """
         failed = [child for child in self.processes if child.has_failed()]
         if not failed:
             return None
 
-        def order(child: ChildProcess) -> tuple[bool, float]:
-            spoke = math.inf if child.last_words is None else child.last_words["at"]
-            return (child.popen.poll() or 0) >= 0, spoke
+        def order(child: ChildProcess) -> tuple[bool, bool, float]:
+            words = child.last_words or {"lost_peer": False, "at": math.inf}
+            return (child.popen.poll() or 0) >= 0, words["lost_peer"], words["at"]
 
-        return min(failed, key=order).end()
+        signalled_none, lost_peer, spoke = order(first := min(failed, key=order))
+        if signalled_none and lost_peer and time.monotonic() < spoke + PEER_GRACE_S:
+            return None
+        return first.end()
 
     def shutdown(self, grace_s: float = 5.0) -> None:
         """End all children: ask first, insist after ``grace_s`` seconds. Safe to call twice."""
@@ -300,9 +306,10 @@ class ChildContext:
     def report_ready(self, info: dict[str, Any]) -> None:
         self._report({"status": "ready", "info": info})
 
-    def report_error(self, message: str, user_error: bool) -> None:
-        words = message[:MAX_WORDS]
-        self._report({"status": "error", "message": words, "user_error": user_error, "at": time.monotonic()})
+    def report_error(self, message: str, user_error: bool, lost_peer: bool = False) -> None:
+        """Tell the parent why this process is about to end; ``lost_peer`` when another rank ended before."""
+        report = {"status": "error", "message": message[:MAX_WORDS], "user_error": user_error, "lost_peer": lost_peer}
+        self._report({**report, "at": time.monotonic()})
 
     def _report(self, document: dict[str, Any]) -> None:
         os.write(self._ready_fd, (json.dumps(document) + "\n").encode())

@@ -175,7 +175,7 @@ def end_after_lost_peer(context: ChildContext, error: Exception) -> NoReturn:
     """Say so in one line, and end without the destructors of the groups, which would say it at length or wait."""
     logger.error(LOST_PEER)
     logger.debug("what the collective said", exc_info=error)
-    context.report_error(LOST_PEER, user_error=False)
+    context.report_error(LOST_PEER, user_error=False, lost_peer=True)
     os._exit(1)
 
 

@@ -47,11 +47,12 @@ class SiteRule:
 _UNASKED = frozenset({"cuda"})
 _H200 = "range measured on one H200, torch 2.11.0, triton 3.6.0, 2026-11-22, bench_shared_experts.py, Qwen3.5"
 SITE_RULES = (
-    # Time of the MoE block with it over without: 1.003 at 1 and 8 tokens (runs differ by as much), 0.992 at 64, 1.010
-    # at 256.
+    # TPOT of V2-Lite with it over without: 0.92 at 1 token, 0.94 at 8, 0.96 at 32 and 64, 1.00 at 128. V3's MoE block
+    # over two GPUs, which both sides fill with reads: 1.003 at 1 and 8 tokens, 0.992 at 64, 1.010 at 256.
     SiteRule(
         "deepseek.shared_experts", _UNASKED, (envs.SGLANG_ROCM_USE_MULTI_STREAM,), shared_experts=True,
-        max_tokens=64, measured="range measured on two H200, torch 2.11.0, triton 3.6.0, 2026-11-22, two_gpu/speed.py",
+        max_tokens=64,
+        measured="range measured on H200, torch 2.11.0, triton 3.6.0, 2026-11-22 (bench_shared_experts, two_gpu/speed)",
     ),
     SiteRule("qwen3_5.shared_experts", _UNASKED, (envs.SGLANG_ALT_STREAM,), shared_experts=True),
     # TPOT with it over without: 0.975 at 1 token, 0.983 at 8, 0.993 at 32, 1.008 at 128.
