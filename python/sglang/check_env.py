@@ -15,10 +15,10 @@ from importlib import metadata
 from sglang.version import __version__
 
 PACKAGES = (
-    "sglang-amd", "torch", "triton", "aiter", "mori", "transformers", "tokenizers", "safetensors", "numpy", "fastapi",
+    "torch", "triton", "aiter", "mori", "transformers", "tokenizers", "safetensors", "numpy", "fastapi",
     "uvicorn", "msgspec", "pyzmq", "jinja2", "httpx", "openai", "sglang-router",
 )  # fmt: skip
-VARIABLES = ("GPU_MAX_HW_QUEUES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES", "ROCM_HOME")
+VARIABLES = ("GPU_MAX_HW_QUEUES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")
 
 
 def command_output(*command: str) -> str:

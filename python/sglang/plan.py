@@ -90,6 +90,7 @@ def table(plan: MemoryPlan, args: ServerArgs, kind: str, variables: dict[str, st
         ("weights", sum(plan.weights.values()), ""),
         *((f"  {name}", size, "") for name, size in plan.weights.items()),
         ("MoE exchange", plan.exchange_bytes, kernel),
+        ("request table", plan.request_table_bytes, f"{args.max_running_requests} requests x context x 4 B"),
         ("KV", plan.kv_bytes, f"{tokens} tokens x {plan.kv_bytes_per_token} B, and a dummy page"),
         ("recurrent states", plan.state_bytes, f"{slots} slots x {plan.state_bytes_per_slot} B, and a dummy"),
         ("decode graphs", plan.graphs_estimate, "an estimate"),

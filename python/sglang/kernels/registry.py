@@ -72,12 +72,13 @@ class KernelRegistry:
     def prefer(self, groups: Collection[str], impl: str | None) -> None:
         """Put implementation ``impl`` first for the ops of ``groups`` that have it (``--attention-backend``).
 
-        None takes the declared order again.
+        None takes the declared order again. What was decided is decided anew; raises KernelConfigError as ``freeze``.
         """
-        self._preferred |= dict.fromkeys(groups, impl)
+        changed = {group for group in groups if self._preferred.get(group) != impl}
+        self._preferred |= dict.fromkeys(changed, impl)
         for op in self.ops.values():
-            if op.group in groups:
-                self._undecide(op)
+            if op.group in changed and op.table is not None:
+                self._decide(op)
 
     def freeze(self) -> None:
         """Decide every op now; raises KernelConfigError when SGLANG_KERNELS cannot be honoured."""

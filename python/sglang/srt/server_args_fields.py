@@ -92,7 +92,8 @@ class FieldSpec:
     def _has_type(self, value: Any) -> bool:
         if self.kind == "ints":
             return isinstance(value, list) and all(type(number) is int for number in value)
-        return type(value) in _TYPES[self.kind]
+        # Also numpy's numbers and texts, which derive from Python's; a bool is no number.
+        return isinstance(value, _TYPES[self.kind]) and (self.kind == "bool" or not isinstance(value, bool))
 
     def _in_bounds(self, value: float) -> bool:
         arg = self.arg

@@ -59,6 +59,7 @@ class FakeScheduler:
         self.max_queued = 10**6
         self.error: FinishReason | None = None
         self.frozen = False
+        self.experts: dict[str, Any] = {}
         self.received: list[Any] = []
         self.running: dict[str, _Running] = {}
         self._tokenizer = tokenizer
@@ -113,7 +114,8 @@ class FakeScheduler:
             text = "" if idle else f"The server is busy: {len(self.running)} running."
             self._to_tokenizer.send(FlushCacheReqOutput(seq=message.seq, success=idle, message=text))
         elif isinstance(message, GetInternalStateReq):
-            state = {"num_running_reqs": len(self.running), "num_queue_reqs": 0, "num_used_tokens": 0}
+            load = {"num_running_reqs": len(self.running), "num_queue_reqs": 0, "num_used_tokens": 0}
+            state = {**load, "experts": self.experts}
             self._to_tokenizer.send(GetInternalStateReqOutput(seq=message.seq, internal_state=state))
 
     def _enqueue(self, request: TokenizedGenerateReqInput) -> None:

@@ -6,7 +6,8 @@ import inspect
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from types import ModuleType
 from typing import NamedTuple
 
@@ -18,6 +19,9 @@ class Mutation(NamedTuple):
     module: ModuleType
     old: str
     new: str
+
+
+Case = tuple["Mutation | None", Callable[[], object]]
 
 
 def apply(mutation: Mutation) -> None:
@@ -43,9 +47,24 @@ def is_noticed(mutation: Mutation | None, check: Callable[[], object], timeout_s
 
     Raises LookupError when the mutation does not fit the source.
     """
-    pid = os.fork()
-    if pid == 0:
-        _child(mutation, check, timeout_s)
+    return next(each_noticed([(mutation, check)], timeout_s))
+
+
+def each_noticed(cases: Iterable[Case], timeout_s: int = 90) -> Iterator[bool]:
+    """``is_noticed`` of each case in turn; two forks run at a time."""
+    running: deque[tuple[Mutation | None, int]] = deque()
+    for mutation, check in cases:
+        pid = os.fork()
+        if pid == 0:
+            _child(mutation, check, timeout_s)
+        running.append((mutation, pid))
+        if len(running) == 2:
+            yield _verdict(*running.popleft())
+    while running:
+        yield _verdict(*running.popleft())
+
+
+def _verdict(mutation: Mutation | None, pid: int) -> bool:
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     if status == OUT_OF_DATE:
         raise LookupError(f"{mutation and mutation.name}: its text does not stand once in the source")

@@ -32,7 +32,7 @@ from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tokenizers import byte_level_tokenizer
 from sglang.test.tiny_tokenizers import write_tokenizer as save_tokenizer
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 
 BLOCK_LABELS = """Backend:|Traffic request rate:|Max request concurrency:|Successful requests:|Benchmark duration (s):|
 Total input tokens:|Total input text tokens:|Total generated tokens:|Total generated tokens (retokenized):|

@@ -9,7 +9,7 @@ from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import FakeServer
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 
 class TestKeys(CustomTestCase):
@@ -55,6 +55,11 @@ class TestKeys(CustomTestCase):
             self.assertEqual(policy.refusal("POST", "/generate", header).status_code, 401, header)
         self.assertIsNone(policy.refusal("POST", "/generate", "bearer k"))
         self.assertEqual(self.status(policy, "/flush_cache/", "k"), 401)
+
+    def test_what_the_server_lacks_is_said_whatever_the_key(self):
+        for policy in (AuthPolicy("0.0.0.0", "k", "a"), AuthPolicy("0.0.0.0", None, None)):
+            for path in ("/start_profile", "/update_weights_from_disk", "/v1/embeddings"):
+                self.assertEqual([self.status(policy, path, key) for key in (None, "k", "a")], [None] * 3, path)
 
     def test_over_http(self):
         fake = FakeServer(host="0.0.0.0").wait_ready()

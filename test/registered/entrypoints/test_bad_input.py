@@ -11,7 +11,7 @@ from sglang.srt.entrypoints.lacking import LACKING_PATHS
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import CONTEXT_LEN, FakeServerTestCase
 
-register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
 JSON = {"content-type": "application/json"}
 BAD_JSON = [

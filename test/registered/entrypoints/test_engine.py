@@ -21,7 +21,7 @@ from sglang.test.fake_scheduler import FakeEngine
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tokenizers import byte_level_tokenizer, write_tokenizer
 
-register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 GREEDY = {"max_new_tokens": 6, "temperature": 0}
 LONG = {**GREEDY, "max_new_tokens": 4000}

@@ -8,16 +8,18 @@ import unittest
 from unittest import mock
 
 import httpx
+import torch
 
 from sglang.srt.entrypoints.context import ServerStatus
 from sglang.srt.entrypoints.http_server import PortError, bind, listen
 from sglang.srt.environ import envs
+from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
 from sglang.srt.managers.io_struct import AbortReq, FinishReason
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import CONTEXT_LEN, FakeServer, FakeServerTestCase
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
 HI = [{"role": "user", "content": "hi"}]
 
@@ -181,6 +183,27 @@ class TestInformation(FakeServerTestCase):
         self.assertEqual(self.client.get("/v1/loads").json()["loads"][0]["token_usage"], 0)
         text = httpx.get(f"{self.fake.url}/metrics").text
         self.assertIn('sglang:num_running_reqs{model_name="tiny"', text)
+        self.assertNotIn("sglang:moe_", text)
+
+    def test_metrics_of_the_receive_buffers(self):
+        gauge = RecvGauge(capacity=64, world_size=4, device=torch.device("cpu"))
+        gauge.plan(30, 2)
+        gauge.add(torch.tensor([20], dtype=torch.int32), 40)
+        gauge.count_raised()
+        with mock.patch.object(self.fake.scheduler, "experts", {"received_rows": gauge.snapshot()}):
+            text = httpx.get(f"{self.fake.url}/metrics").text
+        found = {line.split("{")[0]: line.split()[-1] for line in text.splitlines() if line.startswith("sglang:moe_")}
+        wanted = {
+            "recv_rows": 20,
+            "recv_rows_peak": 20,
+            "recv_rows_bound": 40,
+            "recv_buffer_rows": 64,
+            "recv_suggested_cap": 32,
+            "rounds_max": 2,
+            "input_limit_raised_total": 1,
+        }
+        self.assertEqual(found, {f"sglang:moe_{name}": str(value) for name, value in wanted.items()})
+        self.assertIn("# TYPE sglang:moe_input_limit_raised_total counter", text)
 
     def test_tokenize_round_trip(self):
         reply = self.client.post("/tokenize", json={"prompt": "héllo 😀"}).json()

@@ -11,7 +11,7 @@ from sglang.test.fake_scheduler import fake_logprob
 from sglang.test.fake_server import CONTEXT_LEN, FakeServer
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
 MESSAGES = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "naïve 😀?"}]
 

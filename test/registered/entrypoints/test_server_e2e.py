@@ -128,6 +128,23 @@ class TestServer(ServerCase):
         self.assertEqual(result["text"], full[: full.index(stop)])
         self.assertEqual(result["meta_info"]["finish_reason"], {"type": "stop", "matched": stop})
 
+    def test_stop_strings_before_min_new_tokens_are_text(self) -> None:
+        ids = self.generate("rev:abcdef=", LONG)["output_ids"]
+        for least in (3, 6, 40):
+            params = {**LONG, "max_new_tokens": 60, "min_new_tokens": least, "stop": ["cb", "f", "a"]}
+            whole = self.generate("rev:abcdef=", params)
+            body = {"text": "rev:abcdef=", "sampling_params": params, "stream": True}
+            with self.client.stream("POST", "/generate", json=body) as answer:
+                *_, last, done = (line for line in answer.iter_lines() if line)
+            self.assertEqual(done, "data: [DONE]")
+            streamed = json.loads(last.removeprefix("data: "))
+            self.assertEqual(streamed["text"], whole["text"])
+            self.assertEqual(streamed["meta_info"]["finish_reason"], whole["meta_info"]["finish_reason"])
+            number = whole["meta_info"]["completion_tokens"]
+            self.assertGreaterEqual(number, least)
+            before = self.client.post("/detokenize", json={"tokens": ids[: number - 1]}).json()["text"]
+            self.assertTrue(whole["text"].startswith(before[:-1]), (whole, before))
+
     def test_prefix_cache_is_reported(self) -> None:
         text = "".join(q.text + q.answer for q in heldout_questions(30, seed=9))
         first = self.generate(text)

@@ -20,7 +20,7 @@ import mori.ops  # noqa: E402
 import mori.shmem  # noqa: E402
 from mori.errors import VendorWouldCorrupt  # noqa: E402
 
-register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 HIDDEN, TOP_K, PER_RANK, MAX_TOKENS = 16, 3, 4, 6
 INT32_MAX = 2**31 - 1

@@ -75,6 +75,19 @@ class TestRegistry(CustomTestCase):
             with self.assertRaisesRegex(KernelConfigError, "planted.op=fast, but the backend flag prefers torch"):
                 op(1)
 
+    def test_a_preference_after_the_freeze_is_decided_at_once(self):
+        op = self.declare()
+        REGISTRY.freeze()
+        REGISTRY.prefer({"planted"}, "torch")
+        self.assertEqual(REGISTRY.records[op.name].chosen, "torch")
+        before = op.table
+        REGISTRY.prefer({"planted"}, "torch")  # nothing new: what watches the calls of an op stays in its table
+        self.assertIs(op.table, before)
+        with envs.SGLANG_KERNELS.override("planted.op=fast"), fresh_decisions():
+            REGISTRY.freeze()
+            with self.assertRaisesRegex(KernelConfigError, "planted.op=fast, but the backend flag prefers torch"):
+                REGISTRY.prefer({"planted"}, "torch")
+
     def test_a_forced_one_that_cannot_run_or_does_not_exist_is_an_error(self):
         for text, restrictions, words in (
             ("planted.op=fast", {"kinds": {"hip"}}, "not for cpu"),

@@ -21,6 +21,8 @@ from sglang.srt.managers.io_struct import (
     TokenLogprobs,
 )
 from sglang.srt.managers.ipc import IpcNames, Receiver, Sender
+from sglang.srt.managers.step_result import StopChecker
+from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -32,7 +34,7 @@ from sglang.test.tiny_tokenizers import (
     write_tokenizer,
 )
 
-register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 STOP = FinishReason(type="stop", matched="x")
 
@@ -165,6 +167,36 @@ class TestRequestText(CustomTestCase):
                     got += state.push(message)
                     self.assertTrue(full[: full.index(stop)].startswith(got), (stop, got))
                 self.assertEqual(got, full[: full.index(stop)])
+
+    def test_text_is_that_of_the_tokens_however_messages_group_them(self):
+        """Random ids under ``min_new_tokens``: what ends the request was completed last, what came before is text."""
+        rng = random.Random(4)
+        letters = [BYTE_LEVEL.encode(letter, False)[0] for letter in "ab"]
+        emoji = BYTE_LEVEL.encode("😀", False)
+        checker = StopChecker(BYTE_LEVEL)
+        ended = 0
+        for _ in range(1500):
+            stops = ["".join(rng.choices("ab", k=rng.randrange(1, 5))) for _ in range(rng.randrange(1, 4))]
+            params = SamplingParams(max_new_tokens=16, min_new_tokens=rng.randrange(0, 12), stop=stops)
+            req = types.SimpleNamespace(sampling_params=params, output_ids=[], stop_ids=(), max_new_tokens=16)
+            reason = None
+            while reason is None:
+                req.output_ids.append(rng.choice(letters * 2 + emoji))
+                reason = checker.check(req)
+            self.assertGreaterEqual(len(req.output_ids), params.min_new_tokens)
+            whole = self.push_all(output(req.output_ids, reason, stop=stops))
+            full = BYTE_LEVEL.decode(req.output_ids)
+            if reason.type == "stop":
+                ended += 1
+                old = BYTE_LEVEL.decode(req.output_ids[:-1])
+                new = [p for p in range(len(full)) for s in stops if full.startswith(s, p) and not old.startswith(s, p)]
+                self.assertEqual(whole, full[: min(new)], (stops, full))
+            else:
+                self.assertEqual(whole, full)
+            parts = list(pieces(rng, req.output_ids))
+            streamed = self.push_all(*(output(p, reason if final else None, stop=stops) for p, final in parts))
+            self.assertEqual(streamed, whole, (stops, full))
+        self.assertGreater(ended, 300)
 
     def push_all(self, *messages):
         state = RequestText(messages[0], BYTE_LEVEL)

@@ -24,7 +24,7 @@ from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.thread_ranks import Meeting
 
-register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
 
 def _scheduler_test() -> Any:
@@ -83,12 +83,21 @@ class Group:
     """One attention group: the scheduler of ``test_scheduler`` in a thread, and what its worker was given."""
 
     def __init__(self, rank: int, meeting: Meeting, options: dict[str, Any]) -> None:
+        options = dict(options)
+        deep = options.pop("deep_pool_check", True)
         self.setup = fakes.make(**options)
         self.rng = random.Random(rank)
         world = ThreadWorld(rank, 2)
         object.__setattr__(world, "meeting", meeting)
         self.scheduler = self.setup.scheduler
-        self.scheduler.config = replace(self.scheduler.config, dp_rank=rank, dp_size=2)
+        self.scheduler.config = replace(self.scheduler.config, dp_rank=rank, dp_size=2, deep_pool_check=deep)
+        # For each check of the idle pools: whether all was recounted, and whether the other group had work.
+        self.checks: list[tuple[bool, bool]] = []
+        check = self.setup.memory.check_idle
+        self.setup.memory.check_idle = lambda deep: (
+            self.checks.append((deep, not self.scheduler._all_idle)),
+            check(deep),
+        )[1]
         buckets = {rows: 4 if rows <= 4 else 8 for rows in range(1, 9) if rows != 5}
         self.scheduler.sync = StepAgreement(ParallelState(world, ProcessGroupHandle()), buckets.get)
         self.rank = rank
@@ -174,6 +183,12 @@ class TestGroupsStepTogether(CustomTestCase):
                     self.check_steps(*groups)
                     idle = sum(group.scheduler.metrics.num_idle_steps for group in groups)
                     self.assertGreater(idle, 5 if 0 in counts else 0)
+
+    def test_a_group_recounts_its_pools_only_when_no_other_waits_for_it(self) -> None:
+        groups = self.traffic(7, (12, 2), deep_pool_check=False)
+        checks = [check for group in groups for check in group.checks]
+        self.assertIn((False, True), checks, "a group went idle while the other worked")
+        self.assertNotIn((True, True), checks)
 
     def test_one_shutdown_ends_both(self) -> None:
         first, second = self.traffic(5, (0, 0))

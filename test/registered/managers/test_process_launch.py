@@ -3,12 +3,13 @@
 import json
 import os
 import subprocess
+import threading
 import time
 import unittest
 from unittest import mock
 
 from sglang.srt.managers import process_launch
-from sglang.srt.managers.process_launch import ChildProcess, EngineProcesses
+from sglang.srt.managers.process_launch import ChildProcess, EngineProcesses, LaunchError
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -50,6 +51,36 @@ class TestCheckAlive(CustomTestCase):
         self.report(0, "another rank has gone", lost_peer=True, ago=1.0)
         self.report(1, "out of memory", lost_peer=False)
         self.assertRegex(self.engine.check_alive(), r"^second .*out of memory")
+
+    def test_a_child_that_fails_right_after_it_was_ready_is_quoted(self):
+        for child, words in enumerate(("out of memory", "out of disk")):
+            os.write(self.reports[child], b'{"status": "ready", "info": {}}\n')
+            self.report(child, words, lost_peer=False)
+        with self.assertRaisesRegex(LaunchError, "out of memory"):
+            process_launch._wait_ready(self.engine.processes[0], self.engine)
+        self.assertRegex(self.engine.check_alive(), r"^second .*out of disk")
+
+    def test_at_start_the_one_that_was_lost_is_named_though_it_ends_late(self):
+        witness, lost = self.engine.processes
+        self.report(0, "another rank has gone", lost_peer=True)
+        threading.Timer(0.5, lost.popen.kill).start()
+        with self.assertRaisesRegex(LaunchError, "^second ended with exit code -9"):
+            process_launch._wait_ready(witness, self.engine)
+
+    def test_at_start_an_ended_witness_does_not_speak_for_the_cause(self):
+        self.report(1, "another rank has gone", lost_peer=True)
+        self.kill(1)
+        threading.Timer(0.5, self.report, (0, "out of memory", False)).start()
+        with self.assertRaisesRegex(LaunchError, "out of memory"):
+            process_launch._wait_ready(self.engine.processes[0], self.engine)
+
+    def test_at_start_a_witness_alone_is_named_in_the_end(self):
+        for late in (0, 1):
+            self.report(late, f"rank {late} is alone", lost_peer=True, ago=process_launch.PEER_GRACE_S)
+            if late:
+                self.kill(late)
+            with self.assertRaisesRegex(LaunchError, f"rank {late} is alone"):
+                process_launch._wait_ready(self.engine.processes[0], self.engine)
 
     def test_a_witness_alone_is_named_in_the_end(self):
         self.report(0, "another rank has gone", lost_peer=True, ago=process_launch.PEER_GRACE_S)

@@ -4,6 +4,7 @@ import random
 import unittest
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, SlotAccountingError, TokenToKVPoolAllocator
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -232,6 +233,24 @@ class TestReqToTokenPool(CustomTestCase):
         pool.write_extend([c, a, b], [0, 0, 1], [2, 0, 4], slots(1, 2, 21, 22, 23))
         self.assertEqual([pool.read(c, 0, 3).tolist(), pool.read(a, 0, 1).tolist()], [[1, 2, 0], [0]])
         self.assertEqual(pool.req_to_token[b, :5].tolist(), [20, 21, 22, 23, 0])
+
+    def test_no_write_waits_for_the_step_that_runs(self) -> None:
+        waits: list[bool] = []
+
+        class Copies(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+                kwargs = kwargs or {}
+                if func is torch.Tensor.to and any(isinstance(arg, torch.device) for arg in args):
+                    waits.append(not kwargs.get("non_blocking", False))
+                return func(*args, **kwargs)
+
+        pool = ReqToTokenPool(2, 10, "meta")
+        rows = [pool.alloc(), pool.alloc()]
+        with Copies():
+            pool.write_extend(rows, [0, 0], [2, 1], slots(7, 8, 9))
+            pool.write_decode(rows, [2, 1], slots(11, 12))
+        self.assertEqual(waits, [False, False], "one copy for each call, and none that waits")
+        self.assertEqual(pool.read(rows[0], 0, 3).tolist(), [7, 8, 11])
 
     def test_leaving_the_context(self) -> None:
         pool = ReqToTokenPool(1, 4)

@@ -6,7 +6,7 @@ from sglang.srt.mem_cache.pool_plan import PoolPlanError, plan_pool_sizes
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 KIB = 1024
 
@@ -20,6 +20,16 @@ class TestPlainModels(CustomTestCase):
         self.assertIn("896 tokens + 1 dummy page of 64 x 1024 B = 983040 B of 1024000 B", paged.lines[-1])
         least = plan_pool_sizes(available_bytes=128 * KIB, bytes_per_token=KIB, max_running_requests=8, page_size=64)
         self.assertEqual(least.num_tokens, 64)
+
+    def test_the_request_table_is_taken_first(self) -> None:
+        base = {"available_bytes": 1000 * KIB, "bytes_per_token": KIB, "max_running_requests": 8}
+        plan = plan_pool_sizes(**base, request_table_bytes=400 * KIB)
+        self.assertEqual(plan.num_tokens, 599)
+        self.assertIn("request table: 409600 B, which leaves 614400 B", plan.lines)
+        self.assertEqual(plan_pool_sizes(**base, request_table_bytes=998 * KIB).num_tokens, 1)
+        message = "table of 8 requests .* takes 1022976 B of the 1024000 B.* --max-running-requests or --context-length"
+        with self.assertRaisesRegex(PoolPlanError, message):
+            plan_pool_sizes(**base, request_table_bytes=999 * KIB)
 
     def test_override(self) -> None:
         plan = plan_pool_sizes(

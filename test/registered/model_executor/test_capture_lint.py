@@ -12,7 +12,7 @@ import torch
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-from sglang.srt.model_executor.capture_lint import CaptureOffence, HostOnly, capture_lint, find_problem
+from sglang.srt.model_executor.capture_lint import CaptureOffence, HostOnly, capture_lint, find_problem, to_the_end
 from sglang.srt.model_executor.decode_graphs import DecodeGraphs
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.model_harness import ModelHarness
@@ -57,6 +57,13 @@ def offences():
 
 
 class TestLint(CustomTestCase):
+    def test_an_error_behind_an_offence_is_not_taken_for_it(self):
+        with self.assertRaisesRegex(MemoryError, "planted"), to_the_end(), capture_lint(CPU):
+            torch.ones(1).item()
+            raise MemoryError("planted")
+        with self.assertRaisesRegex(CaptureOffence, "_local_scalar_dense"), to_the_end(), capture_lint(CPU):
+            torch.ones(1).item()
+
     def test_every_offence_is_named_with_its_line(self):
         for name, (body, wanted) in offences().items():
             with self.subTest(name), torch.inference_mode():

@@ -21,7 +21,7 @@ from sglang.test.test_utils import CustomTestCase
 from sglang.test.thread_ranks import thread_ranks
 from sglang.test.tiny_checkpoints import TINY_CONFIGS
 
-register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
 # The vocabulary is odd so that two ranks hold unequal shares of it.
 CONFIG = {

@@ -19,7 +19,7 @@ from sglang.srt.layers.moe.token_dispatcher.capacity import (
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 
 def mori_capacity(world, limit, cap):

@@ -21,7 +21,7 @@ from sglang.test.engine_harness import EngineHarness
 from sglang.test.process_ranks import use_fakes
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
 use_fakes()
 

@@ -16,7 +16,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsEr
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=15, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")

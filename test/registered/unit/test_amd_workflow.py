@@ -15,7 +15,7 @@ import yaml
 from sglang.test.ci.ci_register import collect_tests, register_cpu_ci, valid_suites
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 START = "amd_ci_start_container.sh"

@@ -12,7 +12,7 @@ from sglang.srt.environ import declared_variables
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 ROOT = Path(__file__).resolve().parents[3]
 PRODUCT = ROOT / "python"

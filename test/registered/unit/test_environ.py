@@ -28,7 +28,7 @@ from sglang.srt.utils.common import get_bool_env_var, get_int_env_var
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -259,6 +259,9 @@ class TestRegistry(EnvironTestCase):
         self.assertEqual(get_int_env_var("SGLANG_MORI_NUM_WORKERS", 9), 9)
         os.environ["OTHER_SWITCH"] = "2"
         self.assertEqual(get_int_env_var("OTHER_SWITCH"), 2)
+        os.environ["OTHER_NUMBER"] = "abc"
+        with self.assertRaisesRegex(EnvError, "OTHER_NUMBER='abc'.* the default 56"):
+            get_int_env_var("OTHER_NUMBER", 56)
         with self.assertRaisesRegex(EnvError, "OTHER_SWITCH='2'"):
             get_bool_env_var("OTHER_SWITCH")
         with self.assertRaisesRegex(EnvError, "not declared"):

@@ -10,7 +10,7 @@ from sglang.srt.environ_check import check
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 
 # What AMD's images export (docker/rocm.Dockerfile of upstream).
 AMD_IMAGE = {

@@ -29,9 +29,10 @@ from sglang.srt.layers.moe.token_dispatcher.mori_memory import (
 )
 from sglang.srt.layers.moe.token_dispatcher.portable import PortableTransport
 from sglang.srt.managers import process_launch
+from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.pool_plan import PoolPlanError
 from sglang.srt.model_executor.memory_plan import check_device, plan_memory, plan_moe_exchange, plan_weights
-from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool
+from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool, table_width
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform
@@ -204,9 +205,12 @@ class TestPools(PlanTestCase):
                     states = make_state_pool(config, plan.pools.num_state_slots, tp_size, cpu, args.mamba_ssm_dtype)
                     self.assertEqual(0 if states is None else (states.size + 1) * states.row_bytes(), plan.state_bytes)
                     self.assertEqual(plan.state_bytes > 0, name == "qwen3.5")
+                    table = ReqToTokenPool(4, table_width(config)).req_to_token
+                    self.assertEqual(table.numel() * table.itemsize, plan.request_table_bytes)
                     free = 64 * MIB - sum(plan.weights.values())
-                    self.assertLessEqual(plan.kv_bytes + plan.state_bytes, args.mem_fraction_static * free)
-                    self.assertEqual(plan.left, free - plan.kv_bytes - plan.state_bytes)
+                    pools = plan.request_table_bytes + plan.kv_bytes + plan.state_bytes
+                    self.assertLessEqual(pools, args.mem_fraction_static * free)
+                    self.assertEqual(plan.left, free - pools)
 
     def test_what_does_not_fit_is_refused_with_the_sum(self):
         args, config = self.resolved("v3", moe_a2a_backend="mori", tp_size=2)
@@ -360,7 +364,8 @@ class TestCommand(PlanTestCase):
         status, out, _ = self.run_plan(*self.flags, "--json", "--gpu-memory-gb", "288")
         found = json.loads(out)
         self.assertEqual((status, found["memory"], found["ranks"]["ep"]), (0, 288 << 30, 8))
-        taken = ("exchange_bytes", "kv_bytes", "state_bytes", "graphs_estimate", "runtime_estimate")
+        parts = ("exchange", "request_table", "kv", "state")
+        taken = (*(f"{part}_bytes" for part in parts), "graphs_estimate", "runtime_estimate")
         total = sum(found["weights"].values()) + sum(found[name] for name in taken) + found["left_for_activations"]
         self.assertEqual(total, found["memory"])
         self.assertEqual(found["exchange"]["kernel"], "IntraNode")
@@ -398,6 +403,12 @@ class TestCommand(PlanTestCase):
         self.assertEqual(status, 2)
         self.assertIn("IntraNode", err)
         self.assertRegex(out, r"heap, AsyncLL +\d+ +\d+")
+
+    def test_a_request_table_past_the_memory_is_refused_by_name(self):
+        status, out, err = self.run_plan("--model-path", self.model, "--tp", "8", "--max-running-requests", "400000")
+        self.assertEqual(status, 2)
+        self.assertRegex(out, r"request table +\d+\.\d+  400000 requests x")
+        self.assertRegex(err, "request table of 400000 requests .*--max-running-requests or --context-length")
 
     def test_platforms(self):
         status, out, _ = self.run_plan(*self.flags, "--platform", "cuda", "--json")

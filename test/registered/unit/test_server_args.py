@@ -14,6 +14,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 
 from sglang.srt import server_args as module
@@ -203,6 +204,8 @@ class TestProblems(CustomTestCase):
         bad = ServerArgs(tp_size="2", port=True, cuda_graph_bs=[1, "2"], dtype="int4", log_requests=1, host=None)
         self.assertEqual(len(check_static(bad)), 6)
         self.assertEqual(check_static(ServerArgs(mem_fraction_static=0.5, watchdog_timeout=3)), [])
+        own = ServerArgs(mem_fraction_static=np.float64(0.5), watchdog_timeout=np.float64(3), dtype=np.str_("float32"))
+        self.assertEqual(check_static(own), [])
 
     def test_flags_without_effect_are_said_once(self):
         with self.assertLogs("sglang.srt.server_args", "WARNING") as logs:

@@ -18,7 +18,7 @@ from sglang.test.tiny_tokenizers import (
     write_tokenizer,
 )
 
-register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
 TEXTS = [
     "",

@@ -346,6 +346,13 @@ class TestModelSites(StreamCase):
         tested = {site for _, sites in self.MODELS.values() for site in sites}
         self.assertEqual({rule.name for rule in SITE_RULES}, tested)
 
+    def test_configs_name_the_sites_that_models_have(self):
+        for name in self.MODELS:
+            harness = self.harness(name, ())
+            modules = [module for module in harness.model.modules() if hasattr(module, "overlap")]
+            sites = {module.overlap.site.name for module in modules}
+            self.assertEqual(set(harness.config.text.overlap_sites), sites)
+
     def test_overlap_changes_no_bit_in_either_order_and_has_no_race(self):
         for name, (_, sites) in self.MODELS.items():
             serial = self.steps(self.harness(name, ()))

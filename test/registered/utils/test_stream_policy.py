@@ -107,6 +107,21 @@ class TestSites(CustomTestCase):
         self.assertEqual(lines, ["shared-expert fusion: off", f"overlap {DEEPSEEK}: on", f"overlap {GDN}: off"])
         self.assertEqual(found.describe()["sites"][GDN]["reason"], found.site(GDN).reason)
 
+    def test_a_model_is_told_of_its_own_sites_alone(self):
+        asked = dict.fromkeys(SWITCHES, "1")
+        with mock.patch.dict("os.environ", {**asked, "GPU_MAX_HW_QUEUES": "8"}), override_platform(HipPlatform()):
+            found = plan_streams(Args(disable_shared_experts_fusion=False), names=(DEEPSEEK,))
+            self.assertEqual(list(found.describe()["sites"]), [DEEPSEEK])
+            self.assertFalse([line for line in (*found.lines(), *found.warnings) if "qwen3_5" in line])
+            self.assertEqual((found.site(GDN).enabled, found.side_stream(QWEN, GDN)), (False, None))
+            self.assertEqual(plan_streams(Args(), names=()).sites, ())
+            with mock.patch.dict("os.environ", {"SGLANG_STREAM_SITES": f"{QWEN}=on,{DEEPSEEK}=off"}):
+                (warning,) = plan_streams(Args(), names=(DEEPSEEK,)).warnings
+            self.assertIn(f"names {QWEN}, a site that this model lacks", warning)
+            self.assertEqual(len(plan_streams(Args()).sites), len(SITE_RULES))
+        with self.assertRaises(KeyError):
+            found.site("other")
+
     def test_a_platform_without_streams_overlaps_nothing_and_says_so(self):
         platform = HipPlatform()
         platform.supports_streams = False

@@ -83,6 +83,11 @@ class DeepseekConfig:
         return self.n_routed_experts is not None and i >= self.first_k_dense_replace and i % self.moe_layer_freq == 0
 
     @property
+    def overlap_sites(self) -> tuple[str, ...]:
+        """The places of the model that may overlap on a second stream."""
+        return ("deepseek.shared_experts",) if self.shared_experts.layers and self.n_shared_experts else ()
+
+    @property
     def shared_experts(self) -> SharedExperts:
         """One MLP of ``n_shared_experts`` times the expert width."""
         layers = tuple(i for i in range(self.num_hidden_layers) if self.is_moe_layer(i))

@@ -81,6 +81,16 @@ class Qwen3_5Config:
         return self.num_experts > 0
 
     @property
+    def overlap_sites(self) -> tuple[str, ...]:
+        """The places of the model that may overlap on a second stream."""
+        there = {
+            "qwen3_5.shared_experts": self.is_moe,
+            "qwen3_5.gdn_qkvz_ba": self.linear_layer_ids,
+            "qwen3_5.qk_norm": self.full_attention_layer_ids,
+        }
+        return tuple(name for name, has in there.items() if has)
+
+    @property
     def shared_experts(self) -> SharedExperts:
         """One expert in every layer of a MoE model."""
         layers = tuple(range(self.num_hidden_layers)) if self.is_moe else ()

@@ -8,6 +8,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sglang.srt.entrypoints.errors import json_response
+from sglang.srt.entrypoints.lacking import LACKING_PATHS
 from sglang.srt.server_args_resolve import is_loopback
 
 OPEN_PREFIXES = ("/health", "/ready", "/metrics")
@@ -31,7 +32,8 @@ class AuthPolicy:
     def refusal(self, method: str, path: str, authorization: str) -> Response | None:
         """None if the request may pass, else its answer: 401 for a missing or wrong key, 403 where no key would do."""
         path = "/" + path.strip("/")
-        if method == "OPTIONS" or path.startswith(OPEN_PREFIXES):
+        # What the server lacks does nothing: its 501 says more than a 401 for a key that may be right upstream.
+        if method == "OPTIONS" or path.startswith(OPEN_PREFIXES) or path in LACKING_PATHS:
             return None
         is_admin = path in ADMIN_PATHS
         if is_admin and self.admin_closed:

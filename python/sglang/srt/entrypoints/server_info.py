@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -105,13 +106,31 @@ _METRICS = (
     ("generation_tokens_total", "counter", "Tokens generated since start.", "num_generated_tokens"),
 )
 
+# The same of the exchange of tokens between experts; keys of RecvGauge.snapshot.
+_RECV_METRICS = (
+    ("moe_recv_rows", "gauge", "Most rows of a dispatch since the last look at this rank's state.", "live"),
+    ("moe_recv_rows_peak", "gauge", "Most rows of a dispatch since start.", "peak"),
+    ("moe_recv_rows_bound", "gauge", "Most rows that could arrive in a dispatch since start.", "bound"),
+    ("moe_recv_buffer_rows", "gauge", "Rows of the receive buffer.", "buffer"),
+    ("moe_recv_suggested_cap", "gauge", "Least receive cap that needs no second round so far.", "suggested_cap"),
+    ("moe_rounds_max", "gauge", "Most rounds of a step since start.", "most_rounds"),
+    ("moe_input_limit_raised_total", "counter", "Input limits raised to what can arrive.", "input_limit_raised"),
+)
+
 
 async def metrics_text(context: ServerContext) -> str:
     """The schedulers' counters in Prometheus' text format, under upstream's names; ``dp_rank`` tells several apart."""
     states = await context.manager.get_internal_states()
     name = context.served_model_name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    received = [state.get("experts", {}).get("received_rows", {}) for state in states]
+    lines = _metric_lines(_METRICS, states, name) + _metric_lines(_RECV_METRICS, received, name)
+    return "\n".join(lines + _overlap_lines(states[0], name)) + "\n"
+
+
+def _metric_lines(metrics: Sequence[tuple[str, ...]], states: Sequence[dict[str, Any]], name: str) -> list[str]:
+    """Every metric whose key the first DP rank has, one value a rank."""
     lines = []
-    for metric, kind, text, key in _METRICS:
+    for metric, kind, text, key in metrics:
         if key not in states[0]:
             continue
         lines.append(f"# HELP sglang:{metric} {text}\n# TYPE sglang:{metric} {kind}")
@@ -119,7 +138,7 @@ async def metrics_text(context: ServerContext) -> str:
             rank = f',dp_rank="{dp_rank}"' if len(states) > 1 else ""
             labels = f'model_name="{name}",engine_type="unified",tp_rank="0"{rank}'
             lines.append(f"sglang:{metric}{{{labels}}} {state[key]}")
-    return "\n".join(lines + _overlap_lines(states[0], name)) + "\n"
+    return lines
 
 
 def _overlap_lines(state: dict[str, Any], name: str) -> list[str]:

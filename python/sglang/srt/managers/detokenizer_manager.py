@@ -109,40 +109,46 @@ def _without_unstable_end(text: str) -> str:
 class StopTrimmer:
     """Holds back text from which a stop string may still grow, and cuts at the stop that ended the request.
 
-    The scheduler decides what ends a request. A whole stop string that it did not act upon within one more message
-    (``min_new_tokens`` forbids it) is ordinary text and is released.
+    The scheduler decides what ends a request. A whole stop string that it did not act upon within one more token
+    (``min_new_tokens`` forbids it) is ordinary text and is released. Fed token by token, it sends the same text however
+    tokens are grouped into messages.
     """
 
     def __init__(self, stops: list[str]):
         self._stops = stops
         self._held = ""
-        self._starts_with_stop = False
+        # Stop strings that begin before this position of the held text ended nothing.
+        self._passed = 0
 
     def push(self, delta: str) -> str:
         """Text that is now safe to send."""
         text = self._held + delta
-        start = 1 if self._starts_with_stop else 0
-        stop = self._first_stop(text, start)
-        safe = self._first_partial(text, start) if stop is None else stop
-        self._starts_with_stop = stop is not None
+        stop = self._first_stop(text, self._passed)
+        safe = self._first_partial(text)
+        if stop is not None:
+            safe, self._passed = min(safe, stop), stop + 1
+        self._passed = max(0, self._passed - safe)
         self._held = text[safe:]
         return text[:safe]
 
     def finish(self, delta: str, matched: bool) -> str:
-        """The rest of the text, cut at the first stop string if one ended the request."""
+        """The rest of the text, cut at the first stop string that ``delta`` completes if one ended the request."""
         text = self._held + delta
-        cut = self._first_stop(text, 0) if matched else None
-        return text if cut is None else text[:cut]
+        if not matched:
+            return text
+        cuts = [text.find(stop, max(0, len(self._held) - len(stop) + 1)) for stop in self._stops]
+        cut = min((position for position in cuts if position >= 0), default=self._first_stop(text, 0))
+        return text[:cut]
 
     def _first_stop(self, text: str, start: int) -> int | None:
         found = [p for p in (text.find(stop, start) for stop in self._stops) if p >= 0]
         return min(found, default=None)
 
-    def _first_partial(self, text: str, start: int) -> int:
+    def _first_partial(self, text: str) -> int:
         """Start of the longest end of ``text`` that begins some stop string."""
         first = len(text)
         for stop in self._stops:
-            for position in range(max(start, len(text) - len(stop) + 1), first):
+            for position in range(max(0, len(text) - len(stop) + 1), first):
                 if stop.startswith(text[position:]):
                     first = position
                     break
@@ -161,16 +167,17 @@ class RequestText:
     def push(self, output: TokenIDOutput) -> str:
         reason = output.finish_reason
         ids = output.output_ids
-        if reason is None:
-            delta = self._stream.push(ids, final=False)
-            return delta if self._trimmer is None else self._trimmer.push(delta)
-        stopped = reason.type == "stop"
-        if stopped and not output.no_stop_trim and ids and ids[-1] == reason.matched:
+        stopped = reason is not None and reason.type == "stop"
+        if reason is not None and stopped and not output.no_stop_trim and ids and ids[-1] == reason.matched:
             ids = ids[:-1]
-        delta = self._stream.push(ids, final=True)
         if self._trimmer is None:
-            return delta
-        return self._trimmer.finish(delta, matched=stopped and isinstance(reason.matched, str))
+            return self._stream.push(ids, final=reason is not None)
+        before = ids if reason is None else ids[:-1]
+        text = "".join([self._trimmer.push(self._stream.push([token_id], final=False)) for token_id in before])
+        if reason is None:
+            return text
+        last = self._stream.push(ids[-1:], final=True)
+        return text + self._trimmer.finish(last, matched=stopped and isinstance(reason.matched, str))
 
 
 class DetokenizerManager:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import tempfile
+from contextlib import suppress
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -14,6 +17,10 @@ import zmq.asyncio
 from sglang.srt.managers import io_struct
 
 T = TypeVar("T")
+
+PREFIX, OWNER = "sglang-", "owner.lock"
+# Directory -> the open lock that says its server lives; the kernel drops it with the process, however that ends.
+_locks: dict[str, int] = {}
 
 
 class IpcNames(msgspec.Struct, frozen=True):
@@ -26,8 +33,14 @@ class IpcNames(msgspec.Struct, frozen=True):
 
     @classmethod
     def create(cls, dp_size: int = 1) -> IpcNames:
-        """Make a directory readable by this user alone and name the sockets in it."""
-        directory = tempfile.mkdtemp(prefix="sglang-")
+        """Make a directory readable by this user alone and name the sockets in it; remove those of killed servers."""
+        _remove_ownerless()
+        directory = tempfile.mkdtemp(prefix=PREFIX)
+        lock = _locks[directory] = os.open(os.path.join(directory, "lock.new"), os.O_RDWR | os.O_CREAT, 0o600)
+        with suppress(OSError):  # a file system without locks: never removed by others
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Named once it is held, so that nobody finds it free.
+            os.rename(os.path.join(directory, "lock.new"), os.path.join(directory, OWNER))
 
         def address(name: str) -> str:
             return f"ipc://{os.path.join(directory, name)}"
@@ -38,6 +51,16 @@ class IpcNames(msgspec.Struct, frozen=True):
     def remove(self) -> None:
         """Delete the sockets' directory."""
         shutil.rmtree(self.directory, ignore_errors=True)
+        if self.directory in _locks:
+            os.close(_locks.pop(self.directory))
+
+
+def _remove_ownerless() -> None:
+    """Delete the directories that killed servers left: those whose lock nobody holds."""
+    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{OWNER}"):
+        with suppress(OSError), path.open("rb+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 def _context() -> zmq.Context[Any]:

@@ -257,8 +257,11 @@ def _wait_ready(child: ChildProcess, engine: EngineProcesses) -> dict[str, Any]:
             last_word = time.monotonic()
             logger.info("waiting for %s (%.0f s)", child.name, last_word - started)
         _check_siblings(child, engine)
-    report = json.loads(received)
+    report = _last_report(received)
     if report["status"] != "ready":
+        while not _has_cause(report):
+            _check_siblings(child, engine)
+            time.sleep(0.1)
         raise LaunchError(report["message"], user_error=report["user_error"])
     info: dict[str, Any] = report["info"]
     return info
@@ -266,19 +269,32 @@ def _wait_ready(child: ChildProcess, engine: EngineProcesses) -> dict[str, Any]:
 
 def _check_siblings(child: ChildProcess, engine: EngineProcesses) -> None:
     for sibling in engine.processes:
-        if sibling is not child and sibling.popen.poll() is not None:
-            words = _last_words(sibling)
-            if words is not None:
-                raise LaunchError(words["message"], user_error=words["user_error"])
+        if sibling is child or sibling.popen.poll() is None or not sibling.has_failed():
+            continue
+        words = sibling.last_words
+        if words is None:
             raise LaunchError(f"{sibling.name} ended with exit code {sibling.popen.returncode}.", user_error=False)
+        if _has_cause(words):
+            raise LaunchError(words["message"], user_error=words["user_error"])
+
+
+def _has_cause(words: dict[str, Any]) -> bool:
+    """False for the words of a rank that lost another, while that one may still end and be blamed."""
+    return not words["lost_peer"] or time.monotonic() > words["at"] + PEER_GRACE_S
 
 
 def _last_words(child: ChildProcess) -> dict[str, Any] | None:
     """The error that an ended child reported, if it did."""
     readable, _, _ = select.select([child.ready_fd], [], [], 0)
     data = os.read(child.ready_fd, 1 << 16) if readable else b""
-    report: dict[str, Any] | None = json.loads(data) if data.endswith(b"\n") else None
+    report = _last_report(data) if data.endswith(b"\n") else None
     return report if report is not None and report["status"] == "error" else None
+
+
+def _last_report(lines: bytes) -> dict[str, Any]:
+    """What counts of a child's reports: it may fail right after it was ready."""
+    report: dict[str, Any] = json.loads(lines.splitlines()[-1])
+    return report
 
 
 @contextmanager

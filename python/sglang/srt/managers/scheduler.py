@@ -109,8 +109,9 @@ class Scheduler:
                 self.memory.check_idle(self.config.deep_pool_check)
                 self.metrics.went_idle()
                 checked = True
-            elif not quiet and not messages:
-                # A recount takes milliseconds for each million slots: not while the next request may be on its way.
+            elif not quiet and may_wait and not messages and self._all_idle:
+                # A recount takes tenths of a second at a million slots: not while the next request may be on its way,
+                # or while other groups wait for this one.
                 self.memory.check_idle(deep=self.memory.tree.total_size() <= MAX_DEEP_CHECK_TOKENS)
                 quiet = True
 

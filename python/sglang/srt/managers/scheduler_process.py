@@ -51,8 +51,6 @@ USER_ERRORS = (
 
 # Seconds that ranks which end together may take; the launcher insists a little later.
 END_S = 4.0
-# Seconds in which the launcher sees that another rank ended before this one says what it lacks.
-LAUNCHER_LOOKS_S = 2.0
 LOST_PEER = "another rank of this replica has gone; this one ends too, and the launcher names the one that failed first"
 
 
@@ -215,7 +213,6 @@ def main() -> int:
         return 2
     except Exception as error:
         if is_lost_peer(error):
-            time.sleep(LAUNCHER_LOOKS_S)
             end_after_lost_peer(context, error)
         context.report_error(f"{prefix}: {type(error).__name__}: {error}\n{traceback.format_exc()}", user_error=False)
         return 1

@@ -60,23 +60,28 @@ class StopChecker:
             token = req.output_ids[-1]
             if token in req.stop_ids:
                 return FinishReason(type="stop", matched=token)
-            matched = self._matched_stop_string(req.output_ids, params.stop)
+            matched = self._matched_stop_string(req.output_ids, params.stop, params.min_new_tokens > 1)
             if matched is not None:
                 return FinishReason(type="stop", matched=matched)
         if len(req.output_ids) >= req.max_new_tokens:
             return FinishReason(type="length", length=len(req.output_ids))
         return None
 
-    def _matched_stop_string(self, output_ids: Sequence[int], stops: Sequence[str]) -> str | None:
-        """The stop string that occurs first in the tail of the output, the longest of those that start there."""
+    def _matched_stop_string(self, output_ids: Sequence[int], stops: Sequence[str], passed_over: bool) -> str | None:
+        """The stop string that occurs first in the tail of the output, the longest of those that start there.
+
+        passed_over: tokens before the newest may have completed stop strings that ended nothing; they are text.
+        """
         if not stops or self._tokenizer is None:
             return None
         # A token adds at least no characters: a window in tokens of the longest stop's UTF-8 length, doubled for
         # tokens that yield nothing visible, reaches back beyond the start of any match the newest token completes.
         window = 2 * max(len(stop.encode()) for stop in stops) + 8
-        tail = self._tokenizer.decode(list(output_ids[-window:]), skip_special_tokens=False)
-        found = [(tail.find(stop), -len(stop), stop) for stop in stops if stop in tail]
-        return min(found)[2] if found else None
+        ids = list(output_ids[-window:])
+        tail = self._tokenizer.decode(ids, skip_special_tokens=False)
+        earlier = self._tokenizer.decode(ids[:-1], skip_special_tokens=False) if passed_over else ""
+        found = [(tail.find(stop, earlier.rfind(stop) + 1), -len(stop), stop) for stop in stops]
+        return min((match for match in found if match[0] >= 0), default=(0, 0, None))[2]
 
 
 def make_output(req: Req, is_first: bool) -> TokenIDOutput:

@@ -212,6 +212,11 @@ class ReqToTokenPool:
         self.req_to_token = table if self.device.type == "cpu" else table.to(self.device)
         self.clear()
 
+    @staticmethod
+    def num_bytes(size: int, max_context_len: int) -> int:
+        """Bytes of the device table of a pool of these sizes."""
+        return (size + 1) * max_context_len * np.dtype(np.int32).itemsize
+
     def clear(self) -> None:
         """Take every row back."""
         self._free = list(range(self.size - 1, -1, -1))
@@ -242,8 +247,7 @@ class ReqToTokenPool:
     ) -> None:
         """Set positions ``starts[i] .. ends[i]`` of each row, which takes its part of ``slot_ids [N]`` (host int64)."""
         slots = slot_ids.numpy()
-        # One copy for all rows: a copy from the host waits for the stream.
-        on_device = None if self.device.type == "cpu" else slot_ids.to(torch.int32).to(self.device)
+        on_device = None if self.device.type == "cpu" else self._copied(slots.astype(np.int32))
         offset = 0
         for idx, start, end in zip(rows, starts, ends, strict=True):
             self._check_span(idx, start, end)
@@ -259,8 +263,12 @@ class ReqToTokenPool:
             self._check_span(idx, position, position + 1)
         self._host[rows, positions] = slot_ids.numpy()
         if self.device.type != "cpu":
-            index = torch.tensor([list(rows), list(positions)], dtype=torch.int64).to(self.device)
-            self.req_to_token[index[0], index[1]] = slot_ids.to(self.device, torch.int32)
+            at_row, at_position, slots = self._copied(np.array([rows, positions, slot_ids.numpy()], np.int64))
+            self.req_to_token[at_row, at_position] = slots.to(torch.int32)
+
+    def _copied(self, values: np.ndarray) -> torch.Tensor:
+        """``values`` on the device, without a wait: a step may be running, and the host does not change them again."""
+        return torch.from_numpy(values).to(self.device, non_blocking=True)
 
     def read(self, idx: int, start: int, end: int) -> torch.Tensor:
         """Slots of positions ``start .. end`` of row ``idx``: a host int64 copy [end - start]."""

@@ -28,6 +28,7 @@ def plan_pool_sizes(
     bytes_per_token: int,
     max_running_requests: int,
     page_size: int = 1,
+    request_table_bytes: int = 0,
     bytes_per_state_slot: int = 0,
     max_total_tokens: int | None = None,
     max_mamba_cache_size: int | None = None,
@@ -35,7 +36,7 @@ def plan_pool_sizes(
     useful_tokens: int | None = None,
     useful_state_slots: int | None = None,
 ) -> PoolPlan:
-    """Size the pools of one rank for ``available_bytes``.
+    """Size the pools of one rank for ``available_bytes``, of which the table of requests' slots takes its part first.
 
     A model without recurrent states (``bytes_per_state_slot`` 0) gives everything to KV. A hybrid splits the memory
     states : KV = ``STATES_TO_KV`` : 1; its slots are one live slot for each running request, and the rest the prefix
@@ -50,6 +51,11 @@ def plan_pool_sizes(
             f"{max_running_requests} must be positive"
         )
     lines = [f"memory for pools: {_size(available_bytes)}"]
+    if request_table_bytes:
+        least = 2 * page_size * bytes_per_token
+        _check_table(available_bytes, request_table_bytes, max_running_requests, least)
+        available_bytes -= request_table_bytes
+        lines.append(f"request table: {_size(request_table_bytes)}, which leaves {_size(available_bytes)}")
     num_state_slots = 0
     state_bytes = 0
     if bytes_per_state_slot:
@@ -73,6 +79,16 @@ def plan_pool_sizes(
         f"{_size((num_tokens + page_size) * bytes_per_token)} of {_size(left)}"
     )
     return PoolPlan(num_tokens, num_state_slots, tuple(lines))
+
+
+def _check_table(available_bytes: int, table_bytes: int, max_running_requests: int, least: int) -> None:
+    """Refuse a request table that leaves KV less than ``least`` bytes."""
+    if available_bytes - table_bytes < least:
+        raise PoolPlanError(
+            f"the request table of {max_running_requests} requests (4 bytes for each position of the context of each) "
+            f"takes {_size(table_bytes)} of the {_size(available_bytes)} there are for pools, and KV needs at least "
+            f"{_size(least)}: lower --max-running-requests or --context-length, or free memory"
+        )
 
 
 def _plan_states(

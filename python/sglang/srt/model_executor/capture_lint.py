@@ -38,7 +38,7 @@ _noted: ContextVar[list[CaptureOffence] | None] = ContextVar("noted", default=No
 
 @contextmanager
 def to_the_end() -> Iterator[None]:
-    """Inside the block offences do not raise; behind it the first one does.
+    """Inside the block offences do not raise; behind it the first one does, unless another error ended the block.
 
     A rank that stopped in the middle of a step would leave the others waiting in its collectives.
     """
@@ -48,8 +48,8 @@ def to_the_end() -> Iterator[None]:
         yield
     finally:
         _noted.reset(token)
-        if offences:
-            raise offences[0]
+    if offences:
+        raise offences[0]
 
 
 def _report(name: str, problem: str, stack: traceback.StackSummary) -> None:

@@ -29,7 +29,12 @@ from sglang.srt.layers.moe.token_dispatcher.mori_memory import (
 from sglang.srt.layers.moe.token_dispatcher.moriep import choose_kernel, plan_exchange
 from sglang.srt.mem_cache.pool_plan import PoolPlan, PoolPlanError
 from sglang.srt.model_executor.decode_graphs import decode_buckets
-from sglang.srt.model_executor.model_pools import kv_bytes_per_token, plan_pools, state_bytes_per_slot
+from sglang.srt.model_executor.model_pools import (
+    kv_bytes_per_token,
+    plan_pools,
+    request_table_bytes,
+    state_bytes_per_slot,
+)
 from sglang.srt.model_loader.loader import build_model
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.cpu import CpuPlatform
@@ -195,6 +200,7 @@ class MemoryPlan:
     exchange: ExchangePlan | None
     runtime_estimate: int
     graphs_estimate: int
+    request_table_bytes: int
     kv_bytes_per_token: int
     kv_bytes: int
     state_bytes_per_slot: int
@@ -209,7 +215,8 @@ class MemoryPlan:
     @property
     def left(self) -> int:
         """What remains for activations; negative when the settings do not fit."""
-        estimates, pools = self.runtime_estimate + self.graphs_estimate, self.kv_bytes + self.state_bytes
+        pools = self.request_table_bytes + self.kv_bytes + self.state_bytes
+        estimates = self.runtime_estimate + self.graphs_estimate
         return self.memory - sum(self.weights.values()) - self.exchange_bytes - estimates - pools
 
 
@@ -238,6 +245,7 @@ def plan_memory(
         exchange,
         runtime_estimate=runtime,
         graphs_estimate=estimate_graphs(args, config),
+        request_table_bytes=request_table_bytes(args, config),
         kv_bytes_per_token=token,
         kv_bytes=0 if pools is None else (pools.num_tokens + page) * token,
         state_bytes_per_slot=slot,

@@ -9,6 +9,7 @@ from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.environ import envs
+from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import GDNStatePool, KVPool, MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.pool_plan import PoolPlan, plan_pool_sizes
 from sglang.srt.platforms import current_platform
@@ -29,6 +30,7 @@ def plan_pools(args: ServerArgs, config: ModelConfig, tp_size: int, available_by
         bytes_per_token=kv_bytes_per_token(config, tp_size),
         max_running_requests=args.max_running_requests,
         page_size=args.page_size,
+        request_table_bytes=request_table_bytes(args, config),
         bytes_per_state_slot=state_bytes_per_slot(config, tp_size, args.mamba_ssm_dtype),
         max_total_tokens=args.max_total_tokens,
         max_mamba_cache_size=args.max_mamba_cache_size,
@@ -36,6 +38,16 @@ def plan_pools(args: ServerArgs, config: ModelConfig, tp_size: int, available_by
         useful_tokens=CONTEXTS_PER_REQUEST * args.max_running_requests * config.context_len,
         useful_state_slots=STATE_SLOTS_PER_REQUEST * args.max_running_requests,
     )
+
+
+def table_width(config: ModelConfig) -> int:
+    """Positions of a row of the request table: the context, and a column past it."""
+    return config.context_len + 1
+
+
+def request_table_bytes(args: ServerArgs, config: ModelConfig) -> int:
+    """Bytes of the device's table from requests' positions to KV slots."""
+    return ReqToTokenPool.num_bytes(args.max_running_requests or 1, table_width(config))
 
 
 def kv_dtype(config: ModelConfig) -> torch.dtype:

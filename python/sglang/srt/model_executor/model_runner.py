@@ -22,7 +22,7 @@ from sglang.srt.model_executor.decode_graphs import DecodeGraphs, decode_buckets
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
 from sglang.srt.model_executor.graph_check import CHECK_LENS, GraphCheck, PoolBuffer
 from sglang.srt.model_executor.memory_plan import check_device
-from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool, plan_pools
+from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool, plan_pools, table_width
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -44,7 +44,8 @@ class ModelRunner:
         self.local_rank = get_parallel_state().local_rank
         current_platform.set_device(self.local_rank)
         self.device: torch.device = current_platform.device(self.local_rank)
-        self.streams = plan_streams(args, model_config.shared_fusion_refusal(args.moe_a2a_backend))
+        refusal = model_config.shared_fusion_refusal(args.moe_a2a_backend)
+        self.streams = plan_streams(args, refusal, model_config.text.overlap_sites)
         _tell(self.streams)
         if self.device.type == "cuda":
             check_device(args, model_config, current_platform.kind, current_platform.memory_info(self.local_rank)[0])
@@ -80,7 +81,7 @@ class ModelRunner:
         for line in plan.lines:
             logger.info("%s", line)
         self.max_total_num_tokens = plan.num_tokens
-        self.req_to_token_pool = ReqToTokenPool(self.max_running_requests, config.context_len + 1, self.device)
+        self.req_to_token_pool = ReqToTokenPool(self.max_running_requests, table_width(config), self.device)
         self.kv_pool = make_kv_pool(config, plan.num_tokens, self.page_size, tp_size, self.device)
         self.state_pool = make_state_pool(config, plan.num_state_slots, tp_size, self.device, args.mamba_ssm_dtype)
 

@@ -31,7 +31,7 @@ def get_bool_env_var(name: str, default: str = "false") -> bool:
 
 def get_int_env_var(name: str, default: int = 0) -> int:
     """A variable as a whole number, `default` if unset; raises EnvError as `get_bool_env_var` does."""
-    field = _field(name, EnvInt(0, doc="A variable of other software."))
+    field = _field(name, EnvInt(default, doc="A variable of other software."))
     return int(field.get()) if field.is_set() else default
 
 

@@ -6,7 +6,7 @@ Decided once, from platform, variables, flags and measurements.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -138,8 +138,8 @@ class StreamPlan:
     fusion: FusionChoice = FusionChoice()
 
     def site(self, name: str) -> OverlapSite:
-        """The decision for site ``name``; raises KeyError for one that has no rule."""
-        return {site.name: site for site in self.sites}[name]
+        """The decision for site ``name``, off if not planned for; raises KeyError for one that has no rule."""
+        return {site.name: site for site in (*SERIAL_PLAN.sites, *self.sites)}[name]
 
     def side_stream(self, *names: str) -> torch.cuda.Stream | None:
         """A stream that the sites ``names`` of one model share; None when none of them overlaps."""
@@ -198,10 +198,11 @@ class StreamArgs(Protocol):
     def enforce_shared_experts_fusion(self) -> bool: ...
 
 
-def plan_streams(args: StreamArgs, refusal: str = "") -> StreamPlan:
+def plan_streams(args: StreamArgs, refusal: str = "", names: Collection[str] | None = None) -> StreamPlan:
     """The plan of this process, from its platform, its environment and resolved ``args``.
 
-    refusal: why this model's shared experts cannot be computed as routed ones; "" if they can.
+    refusal: why this model's shared experts cannot be computed as routed ones; "" if they can. names: the sites that
+    the model has; None means all.
     """
     platform: Any = current_platform
     settings = StreamSettings.from_env(platform)
@@ -212,7 +213,7 @@ def plan_streams(args: StreamArgs, refusal: str = "") -> StreamPlan:
     reason = refusal or next((flag for flag, is_set in flags.items() if is_set), "default")
     enabled = not refusal and not args.disable_shared_experts_fusion
     fusion = FusionChoice(enabled, reason, args.enforce_shared_experts_fusion)
-    return resolve_streams(platform, settings, args.moe_a2a_backend, args.deepep_mode, fusion)
+    return resolve_streams(platform, settings, args.moe_a2a_backend, args.deepep_mode, fusion, names=names)
 
 
 def stream_variables(args: StreamArgs, platform: Any = current_platform) -> dict[str, str]:
@@ -228,10 +229,11 @@ def resolve_streams(
     deepep_mode: str,
     fusion: FusionChoice = FusionChoice(),
     measured: Mapping[tuple[str, str], ModeTimes] = MEASURED,
+    names: Collection[str] | None = None,
 ) -> StreamPlan:
-    """Decide every site; steps that fuse shared experts leave nothing to run beside them."""
+    """Decide the sites ``names`` (None: all); steps that fuse shared experts leave nothing to run beside them."""
     sites, warnings = [], []
-    for rule in SITE_RULES:
+    for rule in SITE_RULES if names is None else [rule for rule in SITE_RULES if rule.name in names]:
         site = _decide(rule, platform, settings)
         if rule.shared_experts and fusion.enabled:
             site = _choose(site, measured.get((rule.name, platform.arch)), fusion, platform.arch)
@@ -246,6 +248,8 @@ def resolve_streams(
             )
         if site.enabled and rule.shared_experts and moe_a2a_backend == "mori" and platform.kind == "hip":
             warnings += _all_to_all_warnings(rule, deepep_mode, settings)
+    for name in [] if names is None else sorted(settings.forced.keys() - set(names)):
+        warnings.append(f"SGLANG_STREAM_SITES names {name}, a site that this model lacks: the entry has no effect")
     queues = _plan_queues(platform, settings) if any(site.enabled for site in sites) else None
     if queues is not None and (queues.available is None or queues.available < queues.needed):
         warnings.append(
