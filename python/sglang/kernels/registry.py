@@ -147,11 +147,8 @@ class KernelRegistry:
         self._preferred.clear()
         self._forced = None
         for op in self.ops.values():
-            self._undecide(op)
-
-    def _undecide(self, op: Op) -> None:
-        self.records.pop(op.name, None)
-        op.set_table(None)
+            op.set_table(None)
+        self.records.clear()
 
     def _decide(self, op: Op) -> None:
         verdicts = {impl.name: self._verdict(impl) for impl in op.impls}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Generic, NoReturn, TypeVar
@@ -19,7 +20,7 @@ class EnvError(ValueError):
     """An environment variable has a value that its declaration does not allow."""
 
 
-class EnvField(Generic[T]):
+class EnvField(ABC, Generic[T]):
     """One declared variable; the attribute it is assigned to is its name.
 
     `minimum`/`maximum` bound a number inclusively; `choices` lists all allowed values; `platform` is the only platform
@@ -173,8 +174,9 @@ class EnvField(Generic[T]):
         hint = f"unset it for the default {default}" if default else "unset it for the default"
         return EnvError(f"{name}={self.show(text)!r} is not allowed{reason}; expected {self.describe()}, or {hint}")
 
+    @abstractmethod
     def _parse(self, text: str) -> T:
-        raise NotImplementedError
+        """The value that ``text`` stands for. Raises ValueError."""
 
     def _format(self, value: Any) -> str:
         return str(value)

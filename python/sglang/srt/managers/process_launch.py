@@ -34,6 +34,8 @@ PROGRESS_INTERVAL_S = 10.0
 SPIN_COUNT = 1_000
 # How long a rank that lost another may wait to be blamed: a killed process takes a while to give its device back.
 PEER_GRACE_S = 5.0
+# The words of a child that ended without any.
+_SILENT: dict[str, Any] = {"lost_peer": False, "at": math.inf}
 # What a pipe takes at once, whatever the characters: a dying child must not wait for a reader.
 MAX_WORDS = 8_000
 
@@ -94,6 +96,11 @@ class ChildProcess:
     # The error that it reported while serving, and when (monotonic seconds).
     last_words: dict[str, Any] | None = None
 
+    @property
+    def is_signalled(self) -> bool:
+        """True when a signal ended it."""
+        return (self.popen.poll() or 0) < 0
+
     def has_failed(self) -> bool:
         """True when it has ended, or said why it is about to."""
         self.last_words = self.last_words or _last_words(self)
@@ -129,13 +136,11 @@ class EngineProcesses:
             return None
 
         def order(child: ChildProcess) -> tuple[bool, bool, float]:
-            words = child.last_words or {"lost_peer": False, "at": math.inf}
-            return (child.popen.poll() or 0) >= 0, words["lost_peer"], words["at"]
+            words = child.last_words or _SILENT
+            return not child.is_signalled, words["lost_peer"], words["at"]
 
-        signalled_none, lost_peer, spoke = order(first := min(failed, key=order))
-        if signalled_none and lost_peer and time.monotonic() < spoke + PEER_GRACE_S:
-            return None
-        return first.end()
+        first = min(failed, key=order)
+        return first.end() if first.is_signalled or _has_cause(first.last_words or _SILENT) else None
 
     def shutdown(self, grace_s: float = 5.0) -> None:
         """End all children: ask first, insist after ``grace_s`` seconds. Safe to call twice."""

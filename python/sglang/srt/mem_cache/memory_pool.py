@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from sglang.srt.mem_cache.allocator import SlotAccountingError
 
 
-class _LayeredPool:
+class _LayeredPool(ABC):
     """Buffers of some layers of a model, found by the layer's own id."""
 
     def __init__(self, layer_ids: Sequence[int], device: torch.device | str):
@@ -28,9 +29,9 @@ class _LayeredPool:
     def _zeros(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(len(self.layer_ids), *shape, dtype=dtype, device=self.device)
 
+    @abstractmethod
     def buffers(self) -> tuple[torch.Tensor, ...]:
         """The whole buffers, each [layers, rows, ...]."""
-        raise NotImplementedError
 
     def row_bytes(self) -> int:
         """Bytes of one row (a token, or a state slot) in all layers and buffers; the dummies are rows too."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -19,17 +18,10 @@ CHECK_LENS = (1, 17, 64, 129, 3)
 _CHUNK_BYTES = 1 << 24
 
 
-@dataclass(frozen=True)
-class PoolBuffer:
-    """One buffer that a step writes: ``tensor`` [layers, ...], zero before and after, and the axis of slots."""
-
-    tensor: torch.Tensor
-    axis: int
-
-
 class GraphCheck:
     """Compares eager and replayed steps on fixed inputs; it runs while the pools are empty, and leaves them zeroed.
 
+    buffers: what a step writes, each [layers, slots, ...].
     ``eager(batch, input_ids, bucket)`` runs the padded step without the graph and returns logits [bucket, V].
     """
 
@@ -38,7 +30,7 @@ class GraphCheck:
         graphs: DecodeGraphs,
         eager: Callable[[ModelWorkerBatch, torch.Tensor, int], torch.Tensor],
         req_pool: ReqToTokenPool,
-        buffers: Sequence[PoolBuffer],
+        buffers: Sequence[torch.Tensor],
         num_slots: int,
         num_states: int,
         vocab_size: int,
@@ -60,7 +52,7 @@ class GraphCheck:
                 self._graphs.agree(bucket, self._check(bucket) or "")
         finally:
             for buffer in self._buffers:
-                buffer.tensor.zero_()
+                buffer.zero_()
 
     def _check(self, bucket: int) -> str | None:
         """None when replay equals eager for a batch one short of the bucket (bucket 1: full)."""
@@ -118,19 +110,19 @@ class GraphCheck:
     def _fill(self, seed: int) -> None:
         """The same numbers for the same seed: about unit normal, large where only padding reads."""
         for buffer in self._buffers:
-            generator = torch.Generator(device=buffer.tensor.device).manual_seed(seed)
-            for layer in buffer.tensor:  # one at a time: the numbers are drawn in float32
+            generator = torch.Generator(device=buffer.device).manual_seed(seed)
+            for layer in buffer:  # one at a time: the numbers are drawn in float32
                 layer.copy_(torch.randn(layer.shape, generator=generator, device=layer.device))
-            buffer.tensor.select(buffer.axis, 0).fill_(min(1e3, torch.finfo(buffer.tensor.dtype).max))
+            buffer[:, 0].fill_(min(1e3, torch.finfo(buffer.dtype).max))
 
     def _fingerprints(self) -> list[torch.Tensor]:
         """For each buffer, one integer a slot past the dummies that changes when any bit of the slot does."""
         return [fingerprint(buffer, self._page_size) for buffer in self._buffers]
 
 
-def fingerprint(buffer: PoolBuffer, first: int) -> torch.Tensor:
-    """[slots - first] int64: a weighted sum of each slot's bits, as integers modulo 2**64."""
-    slots = buffer.tensor.movedim(buffer.axis, 0)[first:]
+def fingerprint(buffer: torch.Tensor, first: int) -> torch.Tensor:
+    """buffer [layers, slots, ...] -> [slots - first] int64: a weighted sum of each slot's bits, modulo 2**64."""
+    slots = buffer.transpose(0, 1)[first:]
     step = max(1, _CHUNK_BYTES // max(1, slots[0].nbytes)) if slots.shape[0] else 1
     sums = []
     for start in range(0, slots.shape[0], step):

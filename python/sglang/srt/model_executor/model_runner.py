@@ -20,7 +20,7 @@ from sglang.srt.layers.sampler import Sampler
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.model_executor.decode_graphs import DecodeGraphs, decode_buckets
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
-from sglang.srt.model_executor.graph_check import CHECK_LENS, GraphCheck, PoolBuffer
+from sglang.srt.model_executor.graph_check import CHECK_LENS, GraphCheck
 from sglang.srt.model_executor.memory_plan import check_device
 from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool, plan_pools, table_width
 from sglang.srt.model_loader.loader import load_model
@@ -142,11 +142,11 @@ class ModelRunner:
 
     def _prove_graphs(self, graphs: DecodeGraphs, max_bs: int) -> None:
         limit = min(self.kv_pool.size, max_bs * max(CHECK_LENS))
-        buffers = [PoolBuffer(t.narrow(1, 0, limit + self.page_size), 1) for t in self.kv_pool.buffers()]
+        buffers = [t.narrow(1, 0, limit + self.page_size) for t in self.kv_pool.buffers()]
         states = 0
         if self.state_pool is not None:
             states = min(self.state_pool.size, max_bs)
-            buffers += [PoolBuffer(t.narrow(1, 0, states + 1), 1) for t in self.state_pool.buffers()]
+            buffers += [t.narrow(1, 0, states + 1) for t in self.state_pool.buffers()]
 
         def eager(batch: ModelWorkerBatch, input_ids: torch.Tensor, bucket: int) -> torch.Tensor:
             graphs.buffers.fill(batch, input_ids, bucket)

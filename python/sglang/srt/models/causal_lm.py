@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 
 import torch
@@ -18,7 +19,7 @@ from sglang.srt.models.checkpoint_model import CheckpointModel
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 
 
-class DecoderLayer(nn.Module):
+class DecoderLayer(nn.Module, ABC):
     """A mixer of tokens and a feed-forward, each behind a norm of the residual; subclasses add ``mix`` and ``mlp``."""
 
     is_moe: bool
@@ -29,9 +30,9 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = norm(text.hidden_size, text.rms_norm_eps)
         self.post_attention_layernorm = norm(text.hidden_size, text.rms_norm_eps)
 
+    @abstractmethod
     def mix(self, positions: torch.Tensor, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """The layer's own mixer of tokens. positions [N], hidden [N, H] -> [N, H]."""
-        raise NotImplementedError
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, fb: ForwardBatch

@@ -12,6 +12,8 @@ import jinja2.ext
 import jinja2.nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from sglang.srt.utils.common import read_json_object
+
 # Names that the server sets itself; a client may not replace them through chat_template_kwargs.
 RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _CONTINUE_MARK = "\ue000continue\ue001"
@@ -126,18 +128,8 @@ def find_chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | 
         return jinja_file.read_text(encoding="utf-8")
     json_file = folder / "chat_template.json"
     if json_file.is_file():
-        return _pick_default(_read_object(json_file).get("chat_template"))
+        return _pick_default(read_json_object(json_file, ChatTemplateError).get("chat_template"))
     return _pick_default(tokenizer_config.get("chat_template"))
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ChatTemplateError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ChatTemplateError(f"{path} must hold a JSON object with a 'chat_template' key.")
-    return value
 
 
 def _pick_default(value: Any) -> str | None:
@@ -162,7 +154,7 @@ def load_chat_template_file(argument: str) -> str:
         )
     if path.suffix != ".json":
         return path.read_text(encoding="utf-8")
-    template = _pick_default(_read_object(path).get("chat_template"))
+    template = _pick_default(read_json_object(path, ChatTemplateError).get("chat_template"))
     if template is None:
         raise ChatTemplateError(f"--chat-template {argument!r}: the JSON has no 'chat_template' key.")
     return template

@@ -1,10 +1,12 @@
-"""Small helpers under upstream's names: platform questions, environment readers, ports and process trees."""
+"""Small helpers, many under upstream's names: platform questions, environment readers, ports, processes, JSON files."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.environ import EnvBool, EnvError, EnvField, EnvInt, declared_variables
@@ -46,6 +48,17 @@ def _field(name: str, foreign: EnvField[Any]) -> EnvField[Any]:
     if not isinstance(field, type(foreign)):
         raise EnvError(f"{name} is declared as {field.kind}, but is read as {foreign.kind}; read envs.{name}.get()")
     return field
+
+
+def read_json_object(path: Path, refusal: type[ValueError]) -> dict[str, Any]:
+    """What the file holds; raises ``refusal`` with the file's name when that is no JSON object."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise refusal(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise refusal(f"{path} must hold a JSON object, got {type(value).__name__}.")
+    return value
 
 
 def get_free_port() -> int:

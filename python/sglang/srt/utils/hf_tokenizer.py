@@ -14,6 +14,7 @@ from sglang.srt.utils.chat_template import (
     find_chat_template,
     load_chat_template_file,
 )
+from sglang.srt.utils.common import read_json_object
 
 
 class TokenizerError(ValueError):
@@ -28,15 +29,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} must hold a JSON object, got {type(value).__name__}.")
-    return value
+    return read_json_object(path, TokenizerError) if path.is_file() else {}
 
 
 def _token_text(value: Any) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any, Generic, TypeVar
@@ -61,7 +62,7 @@ class UsageCounter:
         return Usage(prompt, completion, prompt + completion, details)
 
 
-class OpenAIServing(Generic[RequestT]):
+class OpenAIServing(ABC, Generic[RequestT]):
     """Base of both endpoints; a subclass says how to make a prompt of a body and a body of results."""
 
     request_type: type[RequestT]
@@ -96,19 +97,19 @@ class OpenAIServing(Generic[RequestT]):
         """Raise RequestError for what cannot be honoured."""
         refuse_lacking_fields(body)
 
+    @abstractmethod
     async def convert(self, body: RequestT) -> GenerateReqInput:
         """The native request of a body. Raises RequestError."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choice(self, body: RequestT, native: GenerateReqInput, index: int, result: Result, offsets: Offsets) -> Any:
         """Choice ``index`` of a response."""
-        raise NotImplementedError
 
+    @abstractmethod
     def deltas(
         self, body: RequestT, native: GenerateReqInput, index: int, result: Result, offsets: Offsets
     ) -> Iterator[Any]:
         """The streamed choices, one a chunk, of what is new of choice ``index``."""
-        raise NotImplementedError
 
     def _whole(self, body: RequestT, native: GenerateReqInput, results: list[Result]) -> GenerationResponse:
         counter = self._usage_counter(body)
