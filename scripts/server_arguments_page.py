@@ -10,7 +10,7 @@ from sglang.srt.server_args_upstream import UpstreamFlag, distinct_flags
 
 _HEAD = """# Server Arguments
 
-This page is generated from `python/sglang/srt/server_args.py` by `scripts/gen_docs.py`. The flags are those of
+This page is generated from `python/sglang/srt/server_args*.py` by `scripts/gen_docs.py`. The flags are those of
 `python -m sglang.launch_server` and `sglang serve`; their names and meanings are upstream sglang's.
 
 ## Common launch commands

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from sglang.srt.server_args_fields import Arg, FieldSpec, field_specs
+from sglang.srt.server_args_http import ADMISSION, API, HTTP, LOGGING, HttpArgs
 from sglang.srt.server_args_parser import add_arguments, collect_values, parse_command_line
 from sglang.srt.server_args_resolve import PlatformLike, check, resolve_all
 from sglang.srt.server_args_upstream import ELSEWHERE, upstream_flags, verdicts
@@ -44,17 +45,16 @@ logger = logging.getLogger(__name__)
 
 DESCRIPTION = "Serve a Mixture-of-Experts model over HTTP. Flags have upstream sglang's names; see also --dry-run."
 MODEL = "Model and tokenizer"
-HTTP = "HTTP server"
 DTYPE = "Quantization and data type"
 MEMORY = "Memory and scheduling"
 RUNTIME = "Runtime options"
-LOGGING = "Logging"
-API = "API related"
 PARALLEL = "Parallelism and multi-node"
 KERNELS = "Kernel backend"
 EXPERTS = "Expert parallelism"
 LINEAR = "Mamba and linear attention"
 GRAPHS = "Graphs and overlap"
+# The order of groups in --help and in the documentation.
+GROUPS = (MODEL, HTTP, ADMISSION, DTYPE, MEMORY, RUNTIME, LOGGING, API, PARALLEL, KERNELS, EXPERTS, LINEAR, GRAPHS)
 
 
 class ServerArgsError(ValueError):
@@ -66,7 +66,7 @@ class ServerArgsError(ValueError):
 
 
 @dataclass(frozen=True)
-class ServerArgs:
+class ServerArgs(HttpArgs):
     """All settings of a server. None means that ``resolve`` chooses; what stays None afterwards is optional."""
 
     model_path: Annotated[
@@ -102,9 +102,6 @@ class ServerArgs:
     json_model_override_args: Annotated[
         str, Arg("JSON object laid over the model's config.json, such as '{\"num_hidden_layers\": 4}'.", MODEL)
     ] = "{}"
-    host: Annotated[str, Arg("Address to listen on.", HTTP)] = "127.0.0.1"
-    port: Annotated[int, Arg("Port to listen on.", HTTP, minimum=1, maximum=65535)] = 30000
-    skip_server_warmup: Annotated[bool, Arg("Send no request to the server itself after start.", HTTP)] = False
     dtype: Annotated[
         str,
         Arg(
@@ -146,9 +143,6 @@ class ServerArgs:
     max_running_requests: Annotated[
         int | None,
         Arg("Most requests that run at once, on each DP rank.", MEMORY, minimum=1, auto="64 on CPU, else 256"),
-    ] = None
-    max_queued_requests: Annotated[
-        int | None, Arg("Most requests that wait; more are answered 503.", MEMORY, minimum=1, auto="no limit")
     ] = None
     max_total_tokens: Annotated[
         int | None,
@@ -210,32 +204,6 @@ class ServerArgs:
     dry_run: Annotated[
         bool, Arg("Print what would be served and why, or every reason against it, and exit 0 or 2.", RUNTIME)
     ] = False
-    log_level: Annotated[
-        str, Arg("What is logged.", LOGGING, choices=("debug", "info", "warning", "error", "critical"))
-    ] = "info"
-    log_requests: Annotated[bool, Arg("Log each request and its outcome.", LOGGING)] = False
-    enable_metrics: Annotated[bool, Arg("Serve Prometheus metrics at `/metrics`.", LOGGING)] = False
-    decode_log_interval: Annotated[int, Arg("Decode steps between two log lines.", LOGGING, minimum=1)] = 40
-    api_key: Annotated[str | None, Arg("Bearer token that every request must bring.", API, auto="none needed")] = None
-    admin_api_key: Annotated[
-        str | None,
-        Arg("Bearer token of the administrative endpoints.", API, auto="the API key; without any, only loopback may"),
-    ] = None
-    served_model_name: Annotated[
-        str | None, Arg("Model name in replies; it holds no colon.", API, auto="the model path")
-    ] = None
-    chat_template: Annotated[
-        str | None, Arg("File of a Jinja chat template.", API, auto="the tokenizer's", metavar="FILE")
-    ] = None
-    enable_cache_report: Annotated[bool, Arg("Report cached prompt tokens in `usage`.", API)] = False
-    sampling_defaults: Annotated[
-        str,
-        Arg(
-            "Where sampling defaults come from: the model's generation_config.json, or OpenAI's values.",
-            API,
-            choices=("model", "openai"),
-        ),
-    ] = "model"
     tp_size: Annotated[
         int,
         Arg("Ranks that share each layer.", PARALLEL, aliases=("--tensor-parallel-size", "--tp"), minimum=1),
@@ -399,8 +367,8 @@ class ServerArgs:
 
 @functools.cache
 def specs() -> tuple[FieldSpec, ...]:
-    """The flags, in order of declaration."""
-    return field_specs(ServerArgs)
+    """The flags, by group, and within a group in order of declaration."""
+    return tuple(sorted(field_specs(ServerArgs), key=lambda spec: GROUPS.index(spec.arg.group)))
 
 
 def prepare_server_args(argv: Sequence[str]) -> ServerArgs:

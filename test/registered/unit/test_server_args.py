@@ -84,7 +84,7 @@ class TestNames(CustomTestCase):
         self.assertEqual(errors_of("--pp 2"), ["--pp 2 is refused: pipeline parallelism is not implemented"])
 
     def test_ambiguous_abbreviation_lists_candidates(self):
-        (error,) = errors_of("--max-r 3 --enable-d")
+        (error,) = errors_of("--max-ru 3 --enable-d")
         self.assertTrue(error.startswith("--enable-d is ambiguous: it could be --enable-d"), error)
 
     def test_no_name_is_declared_twice(self):
@@ -226,8 +226,8 @@ class TestResolve(CustomTestCase):
         given = ServerArgs(model_path="/m")
         with self.assertLogs("sglang.srt.server_args", "INFO") as logs:
             args = resolve(given, MODEL, CPU)
-        optional = {"max_queued_requests", "max_total_tokens", "api_key", "admin_api_key", "chat_template", "nccl_port",
-                    "max_mamba_cache_size", "cuda_graph_bs", "cuda_graph_max_bs", "quantization"}  # fmt: skip
+        optional = {"max_total_tokens", "nccl_port", "max_mamba_cache_size", "cuda_graph_bs", "cuda_graph_max_bs"}
+        optional |= {"quantization"} | {field.name for field in dataclasses.fields(module.HttpArgs)}
         open_fields = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None}
         self.assertEqual(open_fields - optional, set())
         self.assertEqual((args.tokenizer_path, args.served_model_name, args.dtype), ("/m", "/m", "float32"))

@@ -10,6 +10,7 @@ from typing import Any
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.environ import check_environment
 from sglang.srt.managers.request_state import WEIGHT_VERSION
+from sglang.srt.utils import limits
 from sglang.srt.utils.audit import unpickle_count
 from sglang.version import __version__
 
@@ -45,6 +46,7 @@ async def server_info(context: ServerContext) -> dict[str, Any]:
         **context.scheduler_info,
         "status": context.status.value,
         "version": __version__,
+        "limits": limits.shown(),
         "env": dict(check_environment().set_variables),
         "platform": state.get("platform"),
         "fakes": state.get("fakes", []),

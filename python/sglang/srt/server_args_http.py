@@ -1,0 +1,105 @@
+"""The settings of the HTTP server: address, admission, time limits, keys, and what is logged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from sglang.srt.server_args_fields import Arg
+
+HTTP = "HTTP server"
+ADMISSION = "Admission and time limits"
+LOGGING = "Logging"
+API = "API related"
+
+
+@dataclass(frozen=True)
+class HttpArgs:
+    """The part of ``ServerArgs`` that the HTTP process reads. None means that a default is chosen at start."""
+
+    host: Annotated[str, Arg("Address to listen on.", HTTP)] = "127.0.0.1"
+    port: Annotated[int, Arg("Port to listen on.", HTTP, minimum=1, maximum=65535)] = 30000
+    skip_server_warmup: Annotated[bool, Arg("Send no request to the server itself after start.", HTTP)] = False
+    max_connections: Annotated[int, Arg("Most connections at once; more are answered 503.", ADMISSION, minimum=1)] = (
+        4096
+    )
+    max_request_bytes: Annotated[
+        int, Arg("Most bytes of a request body; a larger one is answered 413.", ADMISSION, minimum=1, human=True)
+    ] = 16 << 20
+    max_queued_requests: Annotated[
+        int | None,
+        Arg("Most requests that wait; more are answered 503.", ADMISSION, minimum=1, auto="2048; none for the Engine"),
+    ] = None
+    max_queued_tokens: Annotated[
+        int | None,
+        Arg(
+            "Most tokens, of prompts and of asked-for output, of the requests that wait; more are answered 503.",
+            ADMISSION,
+            minimum=1,
+            human=True,
+            auto="no limit",
+        ),
+    ] = None
+    request_timeout: Annotated[
+        float | None,
+        Arg(
+            "Seconds after which an unfinished request ends with an error. A request may ask for less.",
+            ADMISSION,
+            above=0,
+            auto="no limit",
+        ),
+    ] = None
+    drain_timeout: Annotated[
+        float,
+        Arg(
+            "Seconds that running requests have to finish after SIGTERM; then they end with an error.",
+            ADMISSION,
+            minimum=0,
+        ),
+    ] = 20.0
+    log_level: Annotated[
+        str, Arg("What is logged.", LOGGING, choices=("debug", "info", "warning", "error", "critical"))
+    ] = "info"
+    log_requests: Annotated[bool, Arg("Log each request and its outcome.", LOGGING)] = False
+    enable_metrics: Annotated[bool, Arg("Serve Prometheus metrics at `/metrics`.", LOGGING)] = False
+    decode_log_interval: Annotated[int, Arg("Decode steps between two log lines.", LOGGING, minimum=1)] = 40
+    api_key: Annotated[str | None, Arg("Bearer token that every request must bring.", API, auto="none needed")] = None
+    api_key_file: Annotated[
+        str | None, Arg("File that holds the API key, which `ps` then does not show.", API, metavar="FILE")
+    ] = None
+    admin_api_key: Annotated[
+        str | None,
+        Arg("Bearer token of the administrative endpoints.", API, auto="the API key; without any, only loopback may"),
+    ] = None
+    admin_api_key_file: Annotated[str | None, Arg("File that holds the admin API key.", API, metavar="FILE")] = None
+    allowed_hosts: Annotated[
+        str | None,
+        Arg(
+            "Names, separated by commas, by which clients may address the server; `*` allows every name.",
+            API,
+            auto="loopback names if bound to loopback without a key, else every name",
+        ),
+    ] = None
+    allowed_origins: Annotated[
+        str | None,
+        Arg(
+            "Origins, separated by commas, of web pages that may call the API (CORS); `*` allows every page.",
+            API,
+            auto="no page of another origin",
+        ),
+    ] = None
+    served_model_name: Annotated[
+        str | None, Arg("Model name in replies; it holds no colon.", API, auto="the model path")
+    ] = None
+    chat_template: Annotated[
+        str | None, Arg("File of a Jinja chat template.", API, auto="the tokenizer's", metavar="FILE")
+    ] = None
+    enable_cache_report: Annotated[bool, Arg("Report cached prompt tokens in `usage`.", API)] = False
+    sampling_defaults: Annotated[
+        str,
+        Arg(
+            "Where sampling defaults come from: the model's generation_config.json, or OpenAI's values.",
+            API,
+            choices=("model", "openai"),
+        ),
+    ] = "model"
