@@ -1,41 +1,61 @@
-"""Every file that the product reads beside its modules is in the distribution."""
+"""The wheel holds every file of the package and the licence."""
 
-import ast
-import re
+import shutil
 import subprocess
+import sys
+import tempfile
 import unittest
-from pathlib import Path, PurePosixPath
+import zipfile
+from pathlib import Path
 
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
-PACKAGE = REPO / "python" / "sglang"
+BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
 
 
-def declared_patterns() -> list[str]:
-    """``package-data`` of pyproject.toml, which Python 3.10 cannot read by itself."""
-    table = re.search(r"package-data\]\nsglang = (\[.*?\n\])", (REPO / "pyproject.toml").read_text(), re.S)
-    assert table is not None
-    patterns: list[str] = ast.literal_eval(table[1])
-    return patterns
+def files_below(root: Path) -> set[str]:
+    """Names relative to ``root`` of all files, compiled ones left out."""
+    found = (path for path in root.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    return {str(path.relative_to(root)) for path in found}
 
 
-class TestPackageData(CustomTestCase):
-    def test_every_data_file_matches_a_pattern(self) -> None:
-        packaged = {path for pattern in declared_patterns() for path in PACKAGE.glob(pattern) if path.is_file()}
-        listed = subprocess.run(
-            ["git", "ls-files", "--cached", "--others", "--exclude-standard", "."],
-            cwd=PACKAGE, capture_output=True, text=True,
-        )  # fmt: skip
-        if listed.returncode != 0:
-            self.skipTest("not a git checkout")
-        files = [PurePosixPath(line) for line in listed.stdout.splitlines()]
-        data = [path for path in files if path.suffix != ".py" and (PACKAGE / path).is_file()]
-        self.assertGreater(len(data), 10)
-        self.assertEqual([str(path) for path in data if PACKAGE / path not in packaged], [])
+class TestWheel(CustomTestCase):
+    @classmethod
+    def setUpClass(cls) -> None:
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        # A build writes beside its sources: it gets a copy.
+        source = Path(folder.name, "source")
+        package = source / "python" / "sglang"
+        shutil.copytree(REPO / "python" / "sglang", package, ignore=shutil.ignore_patterns("__pycache__"))
+        for name in ("pyproject.toml", "README.md", "LICENSE"):
+            shutil.copy(REPO / name, source)
+        cls.expected = {f"sglang/{name}" for name in files_below(package)}
+        done = subprocess.run([sys.executable, "-c", BUILD, folder.name], cwd=source, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        (wheel,) = Path(folder.name).glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            cls.content = {name: archive.read(name) for name in archive.namelist()}
+
+    def one(self, ending: str) -> str:
+        (name,) = (name for name in self.content if name.endswith(ending))
+        return self.content[name].decode()
+
+    def test_holds_every_file_of_the_package_and_no_other(self) -> None:
+        found = {name for name in self.content if ".dist-info/" not in name}
+        self.assertGreater(len(found), 200)
+        self.assertEqual(sorted(found ^ self.expected), [])
+
+    def test_holds_the_licence(self) -> None:
+        text = (REPO / "LICENSE").read_text(encoding="utf-8")
+        self.assertEqual(self.one(".dist-info/licenses/LICENSE"), text)
+        for part in ("Apache License", "Version 2.0, January 2004", "9. Accepting Warranty", "APPENDIX: How to apply"):
+            self.assertIn(part, text)
+        self.assertIn("\nLicense-Expression: Apache-2.0\n", self.one(".dist-info/METADATA"))
 
 
 if __name__ == "__main__":
