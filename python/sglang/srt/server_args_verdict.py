@@ -128,6 +128,7 @@ def _read_model(verdict: Verdict, platform: PlatformLike | None) -> list[str]:
             quantization=args.quantization,
             kv_cache_dtype=args.kv_cache_dtype,
             platform_kind=platform.kind if platform else "cpu",
+            use_generation_defaults=args.sampling_defaults == "model",
         )
     except ConfigError as error:
         where = f"{error.source}: " if error.source else ""

@@ -54,6 +54,9 @@ class EngineHarness:
             json_model_override_args=args.model_overrides(),
             platform_kind=current_platform.kind,
         )
+        tokenizer = Tokenizer.from_path(model_path) if with_tokenizer else None
+        if tokenizer is not None:
+            self.model_config = self.model_config.with_tokenizer_end(tokenizer.eos_token_ids, model_path)
         self.args = resolve(args, self.model_config, current_platform)
         with override_server_args(**vars(self.args)):
             self.runner = ModelRunner(self.args, self.model_config)
@@ -61,7 +64,6 @@ class EngineHarness:
         # On CPU steps never overlap by themselves; the bookkeeping of overlap can still be exercised.
         config = replace(config, enable_overlap=overlap)
         self.memory = make_memory(self.runner, self.args)
-        tokenizer = Tokenizer.from_path(model_path) if with_tokenizer else None
         self.scheduler = Scheduler(config, TpModelWorker(self.runner), self.memory, self, StopChecker(tokenizer))
         self.inbox: list[SchedulerMessage] = []
         self.results: dict[str, Finished] = {}

@@ -136,11 +136,6 @@ class TestTokenizer(CustomTestCase):
         without = Tokenizer.from_path(write_tokenizer(f"{self.folder}/without", backend, add_bos_token=False))
         self.assertNotIn(without.bos_token_id, without.encode("hi"))
 
-    def test_eos_ids_come_from_all_files(self):
-        Path(self.folder, "config.json").write_text('{"text_config": {"eos_token_id": [5, 6]}}')
-        Path(self.folder, "generation_config.json").write_text('{"eos_token_id": 7}')
-        self.assertEqual(self.write().eos_token_ids, (1, 5, 6, 7))
-
     def test_places_of_the_template(self):
         template = "{{ messages[0].content }}!"
         named = [{"name": "default", "template": template}, {"name": "rag", "template": "x"}]

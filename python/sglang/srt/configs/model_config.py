@@ -6,8 +6,8 @@ import copy
 import difflib
 import json
 import logging
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.errors import ConfigError
+from sglang.srt.configs.generation import end_token_ids, sampling_defaults
 from sglang.srt.configs.quantization import QuantConfig, read_quantization
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 
@@ -37,7 +38,6 @@ DTYPES = {
     "float": torch.float32,
     "float32": torch.float32,
 }
-GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 # Keys that an override may add although the folder's config.json lacks them.
 _EXTRA_OVERRIDE_KEYS = (
     "architectures", "model_type", "text_config", "quantization_config", "rope_scaling", "rope_parameters",
@@ -49,9 +49,10 @@ _EXTRA_OVERRIDE_KEYS = (
 class ModelConfig:
     """A model folder's configuration: ``text`` holds shapes and numerics, the rest is what serving needs.
 
-    ``context_len`` and ``vocab_size`` are in tokens; ``eos_token_ids`` may be empty; ``generation_defaults`` holds the
-    sampling values of generation_config.json; ``hf_config`` is config.json after overrides. ``quant_config`` None means
-    plain weights; ``kv_cache_dtype`` is "auto" (``dtype``), "bfloat16" or "fp8_e4m3" (this machine's 8-bit float).
+    ``context_len`` and ``vocab_size`` are in tokens; ``eos_token_ids`` is the union of what the folder's files say and
+    may be empty; ``generation_defaults`` are sampling parameters from generation_config.json; ``hf_config`` is
+    config.json after overrides. ``quant_config`` None means plain weights; ``kv_cache_dtype`` is "auto" (``dtype``),
+    "bfloat16" or "fp8_e4m3" (this machine's 8-bit float).
     """
 
     model_path: str
@@ -78,22 +79,26 @@ class ModelConfig:
         platform_kind: str = "cpu",
         quantization: str | None = None,
         kv_cache_dtype: str = "auto",
+        use_generation_defaults: bool = True,
     ) -> ModelConfig:
         """Read ``model_path``/config.json and generation_config.json.
 
         ``dtype`` "auto" is float32 on the platform kind "cpu" and the checkpoint's dtype elsewhere. ``quantization``
-        "fp8" quantises matrices on load; None serves them as the checkpoint has them. Raises ConfigError that names the
-        file and every problem found in it.
+        "fp8" quantises matrices on load; None serves them as the checkpoint has them. The sampling values of
+        generation_config.json are read only with ``use_generation_defaults``. The tokenizer's end tokens are not
+        known here (``with_tokenizer_end``). Raises ConfigError that names the file and every problem found in it.
         """
         config_file = _existing_config(model_path)
         hf_config = _load_json(config_file)
-        generation = _load_generation_config(config_file.parent)
         try:
             hf_config = apply_overrides(hf_config, json_model_override_args or {})
             text_dict = text_part(hf_config)
             architecture = _find_architecture(hf_config)
             quant_config = read_quantization(hf_config, quantization)
             text = SUPPORTED_ARCHITECTURES[architecture].from_hf(text_dict)
+            ends, defaults = _read_generation_config(config_file.parent, text.vocab_size, use_generation_defaults)
+            nested = "text_config." if hf_config.get("text_config") is not None else ""
+            ends += end_token_ids(text_dict, text.vocab_size, nested) + end_token_ids(hf_config, text.vocab_size)
             return cls(
                 model_path=model_path,
                 architecture=architecture,
@@ -102,14 +107,28 @@ class ModelConfig:
                 context_len=_context_len(text, context_length),
                 vocab_size=text.vocab_size,
                 dtype=_resolve_dtype(dtype, text_dict, hf_config, platform_kind),
-                eos_token_ids=_token_ids("eos_token_id", generation, text_dict, hf_config),
+                eos_token_ids=tuple(dict.fromkeys(ends)),
                 num_hidden_layers=text.num_hidden_layers,
-                generation_defaults={k: generation[k] for k in GENERATION_KEYS if generation.get(k) is not None},
+                generation_defaults=defaults,
                 quant_config=quant_config,
                 kv_cache_dtype=kv_cache_dtype,
             )
         except ConfigError as error:
-            raise ConfigError(*error.problems, source=str(config_file)) from None
+            raise ConfigError(*error.problems, source=error.source or str(config_file)) from None
+
+    def with_tokenizer_end(self, ids: Sequence[int], source: str) -> ModelConfig:
+        """This config with the end tokens of the tokenizer folder ``source`` in ``eos_token_ids`` too.
+
+        Raises ConfigError when an id is not in the model's vocabulary.
+        """
+        outside = [token_id for token_id in ids if not 0 <= token_id < self.vocab_size]
+        if outside:
+            raise ConfigError(
+                f"the tokenizer's end token has the id {outside[0]}, and the model has a vocabulary of "
+                f"{self.vocab_size} tokens: the tokenizer does not belong to this model",
+                source=source,
+            )
+        return replace(self, eos_token_ids=tuple(dict.fromkeys([*self.eos_token_ids, *ids])))
 
     def shared_fusion_refusal(self, moe_a2a_backend: str) -> str:
         """Why shared experts cannot be computed as routed ones; "" if they can."""
@@ -203,24 +222,22 @@ def _load_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _load_generation_config(folder: Path) -> dict[str, Any]:
+def _read_generation_config(
+    folder: Path, vocab_size: int, use_defaults: bool
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    """End token ids and sampling parameters of generation_config.json; nothing of either where it is absent."""
     path = folder / "generation_config.json"
     if not path.is_file():
-        return {}
+        return (), {}
     generation = _load_json(path)
-    problems = [
-        f"key {key} must be a number, found {generation[key]!r}"
-        for key in GENERATION_KEYS
-        if generation.get(key) is not None
-        and (isinstance(generation[key], bool) or not isinstance(generation[key], (int, float)))
-    ]
     try:
-        _token_ids("eos_token_id", generation)
+        ends = end_token_ids(generation, vocab_size)
+        defaults, notes = sampling_defaults(generation) if use_defaults else ({}, [])
     except ConfigError as error:
-        problems += error.problems
-    if problems:
-        raise ConfigError(*problems, source=str(path))
-    return generation
+        raise ConfigError(*error.problems, source=str(path)) from None
+    for note in notes:
+        logger.info("generation_config.json: %s", note)
+    return ends, defaults
 
 
 def _find_architecture(hf_config: Mapping[str, Any]) -> str:
@@ -264,16 +281,3 @@ def _resolve_dtype(
     if named not in DTYPES:
         raise ConfigError(f"key dtype must be one of {', '.join(DTYPES)}, found {named!r}: set it, or pass --dtype.")
     return DTYPES[named]
-
-
-def _token_ids(key: str, *sources: Mapping[str, Any]) -> tuple[int, ...]:
-    """The ids under ``key`` in the first source that has any: an integer or a list of integers."""
-    for source in sources:
-        value = source.get(key)
-        if value is None:
-            continue
-        ids = value if isinstance(value, list) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in ids):
-            raise ConfigError(f"key {key} must be a token id or a list of token ids, found {value!r}")
-        return tuple(dict.fromkeys(ids))
-    return ()

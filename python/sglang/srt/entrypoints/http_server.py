@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NoReturn
 import uvicorn
 from fastapi import FastAPI
 
+from sglang.srt.configs.errors import ConfigError
 from sglang.srt.entrypoints.app import build_app
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
 from sglang.srt.entrypoints.launch import accept, check_engine, judge, start_engine
@@ -43,7 +44,7 @@ class PortError(ValueError):
     """The address cannot be listened on."""
 
 
-_USER_ERRORS = (ChatTemplateError, PortError, TokenizerError)
+_USER_ERRORS = (ChatTemplateError, ConfigError, PortError, TokenizerError)
 
 
 def bind(host: str, port: int) -> socket.socket:

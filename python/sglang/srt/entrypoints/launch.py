@@ -55,13 +55,15 @@ def accept(verdict: Verdict) -> None:
 def start_engine(verdict: Verdict) -> tuple[ServerContext, EngineProcesses]:
     """Read the tokenizer, start the processes, and wait until they are ready.
 
-    ``verdict`` must be accepted. Raises TokenizerError, ChatTemplateError or LaunchError.
+    ``verdict`` must be accepted. Raises TokenizerError, ChatTemplateError, ConfigError or LaunchError.
     """
     args, model_config = verdict.args, verdict.model_config
     assert model_config is not None
     tokenizer = None
     if not args.skip_tokenizer_init:
-        tokenizer = Tokenizer.from_path(args.tokenizer_path or args.model_path, args.chat_template)
+        source = args.tokenizer_path or args.model_path
+        tokenizer = Tokenizer.from_path(source, args.chat_template)
+        model_config = model_config.with_tokenizer_end(tokenizer.eos_token_ids, source)
     processes = launch_engine_processes(args, verdict.child_variables)
     manager = TokenizerManager(args, model_config, tokenizer, processes.ipc)
     return ServerContext(manager, args, model_config, processes.scheduler_info), processes

@@ -91,7 +91,13 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
         quantization=args.quantization,
         kv_cache_dtype=args.kv_cache_dtype,
         platform_kind=current_platform.kind,
+        use_generation_defaults=False,
     )
+    tokenizer = None
+    if not args.skip_tokenizer_init:
+        source = args.tokenizer_path or args.model_path
+        tokenizer = Tokenizer.from_path(source)
+        model_config = model_config.with_tokenizer_end(tokenizer.eos_token_ids, source)
     REGISTRY.freeze()
     require_same_kernels(state.world)
     runner = ModelRunner(args, model_config)
@@ -99,7 +105,6 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
     if not args.skip_server_warmup:
         warm_up(runner, scheduler_config.chunked_prefill_size or scheduler_config.max_prefill_tokens)
         require_same_kernels(state.world)  # a kernel may have failed on one rank alone
-    tokenizer = None if args.skip_tokenizer_init else Tokenizer.from_path(args.tokenizer_path or args.model_path)
     sync: StepAgreement | None = None
     peers: list[int] = []
     if state.attn_dp_size > 1:

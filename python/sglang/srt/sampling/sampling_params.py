@@ -23,7 +23,8 @@ class SamplingParamsError(ValueError):
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     """How the next tokens of a request are chosen.
 
-    ``top_k`` -1 means the whole vocabulary. ``max_new_tokens`` None means up to the context length.
+    ``top_k`` -1 means the whole vocabulary, and so does 0 in a request. ``max_new_tokens`` None means up to the context
+    length.
     ``stop`` and ``stop_token_ids`` end generation; ``sampling_seed`` makes the draw depend on seed and position only.
     """
 
@@ -76,6 +77,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
             known["stop"] = [known["stop"]]
         if isinstance(known.get("stop_token_ids"), int):
             known["stop_token_ids"] = [known["stop_token_ids"]]
+        if type(known.get("top_k")) is int and known["top_k"] == 0:
+            known["top_k"] = -1
         try:
             params = msgspec.convert(known, cls, strict=True)
         except msgspec.ValidationError as error:
@@ -115,7 +118,7 @@ def _check_ranges(params: SamplingParams) -> None:
         if not low <= value <= high:
             raise SamplingParamsError(f"{name} must be in [{low:g}, {high:g}], got {value}.")
     if params.top_k != -1 and params.top_k < 1:
-        raise SamplingParamsError(f"top_k must be -1 (all) or at least 1, got {params.top_k}.")
+        raise SamplingParamsError(f"top_k must be -1 or 0 (all) or at least 1, got {params.top_k}.")
 
 
 def _check_lengths(params: SamplingParams) -> None:

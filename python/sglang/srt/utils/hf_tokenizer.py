@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,11 @@ from sglang.srt.utils.chat_template import (
     load_chat_template_file,
 )
 from sglang.srt.utils.common import read_json_object
+
+logger = logging.getLogger(__name__)
+
+# The end of the text, of a chat turn, and of a message that waits for a tool.
+_END_TOKENS = ("eos_token", "eot_token", "eom_token")
 
 
 class TokenizerError(ValueError):
@@ -42,7 +48,7 @@ def _token_text(value: Any) -> str | None:
 class Tokenizer:
     """Text to ids and back, plus the chat template of the checkpoint.
 
-    ``eos_token_ids`` joins the tokenizer's end token with those of config.json and generation_config.json.
+    ``eos_token_ids`` are the tokens that tokenizer_config.json or special_tokens_map.json name as an end of a turn.
     """
 
     def __init__(self, backend: tokenizers.Tokenizer, folder: Path, chat_template: str | None = None):
@@ -57,7 +63,11 @@ class Tokenizer:
         self.all_special_ids = frozenset(i for i, token in added.items() if token.special)
         self.bos_token_id = self._special_id("bos_token")
         self.eos_token_id = self._special_id("eos_token")
-        self.eos_token_ids = self._read_eos_ids(folder)
+        ends = [self._special_id(name) for name in _END_TOKENS]
+        if self.eos_token_id is None and "eos_token" in self.special_tokens:
+            text = self.special_tokens["eos_token"]
+            logger.warning("eos_token %r of %s is not in the vocabulary: it cannot end a turn", text[:100], folder)
+        self.eos_token_ids = tuple(dict.fromkeys(token_id for token_id in ends if token_id is not None))
         self._prepend_bos = self._needs_bos()
         self.is_byte_level = _is_byte_level(backend)
         self._bytes_of_char = _byte_alphabet()
@@ -123,6 +133,11 @@ class Tokenizer:
                 text = _token_text(value)
                 if key.endswith("_token") and text is not None:
                     merged[key] = text
+            named = source.get("extra_special_tokens")
+            for key, value in named.items() if isinstance(named, dict) else ():
+                text = _token_text(value)
+                if text is not None:
+                    merged.setdefault(key, text)
             for key in ("additional_special_tokens", "extra_special_tokens"):
                 if isinstance(source.get(key), list):
                     merged[key] = [text for text in map(_token_text, source[key]) if text is not None]
@@ -145,14 +160,6 @@ class Tokenizer:
     def _special_id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
         return None if text is None else self._backend.token_to_id(text)
-
-    def _read_eos_ids(self, folder: Path) -> tuple[int, ...]:
-        ids = set() if self.eos_token_id is None else {self.eos_token_id}
-        config = _read_json(folder / "config.json")
-        for source in (config, config.get("text_config") or {}, _read_json(folder / "generation_config.json")):
-            value = source.get("eos_token_id")
-            ids.update(value if isinstance(value, list) else [] if value is None else [value])
-        return tuple(sorted(ids))
 
     def _needs_bos(self) -> bool:
         """Whether ``add_bos_token`` asks for a BOS that the post-processor does not add by itself."""

@@ -199,7 +199,7 @@ class TestReleasedShapes(ConfigFolderTestCase):
         path = self.folder(V3_HUB, {"eos_token_id": [7, 9], "temperature": 0.6, "top_p": 0.95, "do_sample": True})
         with self.assertLogs("sglang.srt.configs.model_config", "INFO") as logs:
             model = ModelConfig.from_path(path, context_length=4096)
-        self.assertEqual(model.eos_token_ids, (7, 9))
+        self.assertEqual(model.eos_token_ids, (7, 9, 1))
         self.assertEqual(model.generation_defaults, {"temperature": 0.6, "top_p": 0.95})
         self.assertEqual((model.context_len, model.dtype), (4096, torch.float32))
         self.assertIn("bfloat16", logs.output[0])
