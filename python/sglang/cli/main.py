@@ -2,28 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from sglang.version import __version__
+from sglang.version import version_line
 
 USAGE = """usage: sglang serve [MODEL] [flags]   serve a model; the flags are those of python -m sglang.launch_server
        sglang version                 print the version
 """
-
-
-def git_revision() -> str | None:
-    """First seven characters of the checkout's revision, None outside of a checkout."""
-    here = Path(__file__).resolve().parent
-    try:
-        result = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None if result.returncode == 0 else None
 
 
 def serve_arguments(argv: Sequence[str]) -> list[str]:
@@ -38,12 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     command = words[0] if words else ""
     if command == "serve":
-        from sglang.srt.entrypoints.http_server import launch_server
+        from sglang.launch_server import serve
 
-        return launch_server(serve_arguments(words[1:]))
-    if command == "version":
-        revision = git_revision()
-        print(f"sglang-amd {__version__}" + (f" ({revision})" if revision else ""))
+        return serve(serve_arguments(words[1:]))
+    if command in ("version", "--version", "-V"):
+        print(version_line())
         return 0
     if command in ("-h", "--help"):
         print(USAGE, end="")

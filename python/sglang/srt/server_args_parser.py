@@ -12,6 +12,7 @@ from typing import Any
 
 from sglang.srt.server_args_fields import FieldSpec
 from sglang.srt.server_args_upstream import MISNAMED, distinct_flags, upstream_flags, verdicts
+from sglang.version import version_line
 
 _DEST = "_upstream_flags"
 
@@ -32,6 +33,11 @@ class _ParseFailure(Exception):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise _ParseFailure(message)
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        parser.exit(message=f"{version_line()}\n")
 
 
 class _Upstream(argparse.Action):
@@ -74,19 +80,20 @@ def _help(spec: FieldSpec) -> str:
 
 
 def build_parser(specs: Sequence[FieldSpec], description: str) -> argparse.ArgumentParser:
-    """The stand-alone parser of the server, with --config."""
+    """The stand-alone parser of the server, with --config and --version."""
     parser = _Parser(
         prog="sglang.launch_server", description=description, argument_default=argparse.SUPPRESS, exit_on_error=False
     )
     parser.add_argument(
         "--config", metavar="FILE", default=argparse.SUPPRESS, help="YAML file of flags; the command line wins over it."
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     add_arguments(parser, specs)
     return parser
 
 
 def parse_command_line(argv: Sequence[str], specs: Sequence[FieldSpec], description: str) -> Parsed:
-    """Read ``argv`` and the file it names with --config; never raises or exits, except for --help."""
+    """Read ``argv`` and the file it names with --config; never raises or exits, except for --help and --version."""
     parser = build_parser(specs, description)
     names = _flag_names(specs)
     namespace, errors = _read_words(parser, names, argv)
@@ -128,7 +135,7 @@ def collect_values(namespace: argparse.Namespace, specs: Sequence[FieldSpec]) ->
 
 def _flag_names(specs: Sequence[FieldSpec]) -> dict[str, tuple[str, ...]]:
     """Every option string, with all names of its flag."""
-    flags = [("-h", "--help"), ("--config",), *(spec.flags for spec in specs)]
+    flags = [("-h", "--help"), ("--config",), ("--version",), *(spec.flags for spec in specs)]
     flags += [flag.names for flag in distinct_flags()]
     return {name: names for names in flags for name in names}
 

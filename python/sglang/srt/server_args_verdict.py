@@ -11,6 +11,7 @@ from sglang.srt import server_args as flags
 from sglang.srt.environ import EnvError, check_environment
 from sglang.srt.server_args_parser import parse_command_line
 from sglang.srt.server_args_resolve import Change, PlatformLike, check, resolve_all
+from sglang.srt.utils.network import PortError, bind
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -57,15 +58,8 @@ def evaluate(
     A model folder that cannot be used is one of the reasons; flags and variables are judged all the same. Of the
     folder only config.json and generation_config.json are read, so a folder with them alone is enough.
     """
-    errors: list[str] = []
-    warnings: list[str] = []
-    if isinstance(argv, flags.ServerArgs):
-        args = argv
-    else:
-        parsed = parse_command_line(argv, flags.specs(), flags.DESCRIPTION)
-        args, errors, warnings = flags.ServerArgs(**parsed.values), parsed.errors, parsed.warnings
-    problems, args = check(args, flags.specs())
-    verdict = Verdict(args, errors=[*errors, *problems], warnings=warnings)
+    verdict = _read_flags(argv)
+    args = verdict.args
     platform = _choose_platform(platform, verdict)
     report = check_environment(environ, platform.kind if platform else None)
     verdict.errors += report.errors
@@ -83,6 +77,33 @@ def evaluate(
     verdict.errors += [f"model: {problem}" for problem in model_problems]
     verdict.errors = list(dict.fromkeys(verdict.errors))
     return verdict
+
+
+def early_errors(argv: Sequence[str]) -> list[str]:
+    """What is wrong with flags and variables, or else with the port; loads no torch.
+
+    A dry run has none: its own verdict is whole. ``--help`` and ``--version`` print and exit.
+    """
+    verdict = _read_flags(argv)
+    if verdict.args.dry_run:
+        return []
+    if errors := [*verdict.errors, *check_environment().errors]:
+        return errors
+    try:
+        bind(verdict.args.host, verdict.args.port).close()
+    except PortError as error:
+        return [str(error)]
+    return []
+
+
+def _read_flags(argv: Sequence[str] | ServerArgs) -> Verdict:
+    """The settings as given, unusable ones back at their defaults, and what can be said of them alone."""
+    if isinstance(argv, flags.ServerArgs):
+        problems, args = check(argv, flags.specs())
+        return Verdict(args, errors=problems)
+    parsed = parse_command_line(argv, flags.specs(), flags.DESCRIPTION)
+    problems, args = check(flags.ServerArgs(**parsed.values), flags.specs())
+    return Verdict(args, errors=[*parsed.errors, *problems], warnings=parsed.warnings)
 
 
 def _choose_platform(platform: PlatformLike | None, verdict: Verdict) -> PlatformLike | None:

@@ -98,8 +98,9 @@ class TestCli(CustomTestCase):
         with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
             for words in ([], ["serv"], ["generate"]):
                 self.assertEqual(cli_main(words), 2)
-            self.assertEqual(cli_main(["version"]), 0)
-        self.assertIn(__version__, out.getvalue())
+            for words in (["version"], ["--version"]):
+                self.assertEqual(cli_main(words), 0)
+        self.assertEqual(out.getvalue().count(f"sglang-amd {__version__}"), 2)
         self.assertIn("unknown subcommand 'serv'", err.getvalue())
 
     def test_which_processes_killall_ends(self):

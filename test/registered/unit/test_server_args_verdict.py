@@ -1,0 +1,66 @@
+"""What is wrong with flags, variables or the port is said before torch and the HTTP packages are loaded."""
+
+import os
+import socket
+import subprocess
+import sys
+import unittest
+from pathlib import Path
+
+from sglang.srt import server_args
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+from sglang.version import __version__
+
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+
+PROGRAM = """
+import atexit, sys
+slow = {"torch", "numpy", "fastapi", "uvicorn"}
+atexit.register(lambda: print("loaded", sorted(slow & set(sys.modules))))
+"""
+
+
+def program(code: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    path = str(Path(server_args.__file__).parents[2])
+    env = {**os.environ, "PYTHONPATH": path, **environ}
+    return subprocess.run([sys.executable, "-c", PROGRAM + code], env=env, capture_output=True, text=True, timeout=60)
+
+
+class TestEarlyErrors(CustomTestCase):
+    def check(self, words: list[str], status: int, beginning: str, **environ: str) -> None:
+        for command, argv in (("launch_server", words), ("cli.main", ["serve", *words])):
+            with self.subTest(command, words=words):
+                done = program(
+                    f"from sglang.{command} import main; sys.argv[1:] = {argv!r}; sys.exit(main())", **environ
+                )
+                self.assertEqual(done.returncode, status, done.stderr)
+                self.assertTrue((done.stderr or done.stdout).startswith(beginning), done.stderr + done.stdout)
+                self.assertTrue(done.stdout.endswith("loaded []\n"), done.stdout)
+
+    def test_flags(self) -> None:
+        self.check(["--prot", "1"], 2, "error: unknown flag --prot: did you mean --port?\n")
+
+    def test_port_in_use(self) -> None:
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = str(taken.getsockname()[1])
+            self.check(["--port", port], 2, f"error: Cannot listen on 127.0.0.1 port {port}")
+            # A port that stands beside a wrong flag may be a mistake too.
+            self.check(["--port", port, "--tp", "0"], 2, "error: --tp-size must be at least 1, got 0\n")
+
+    def test_variables(self) -> None:
+        self.check([], 2, "error: unknown environment variable SGLANG_USE_AITR", SGLANG_USE_AITR="1")
+
+    def test_help_and_version(self) -> None:
+        self.check(["--help"], 0, "usage: sglang.launch_server")
+        self.check(["--vers"], 0, f"sglang-amd {__version__}")
+
+    def test_a_dry_run_says_all_at_once(self) -> None:
+        done = program("from sglang.srt.server_args_verdict import early_errors as e; print(e(['--dry-run', '--tpp']))")
+        self.assertEqual(done.stdout, "[]\nloaded []\n")
+
+
+if __name__ == "__main__":
+    unittest.main()
