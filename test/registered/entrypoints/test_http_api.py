@@ -14,6 +14,7 @@ from sglang.srt.entrypoints.context import ServerStatus
 from sglang.srt.entrypoints.http_server import PortError, bind, listen
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
+from sglang.srt.managers import prompt_text
 from sglang.srt.managers.io_struct import AbortReq, FinishReason
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import CONTEXT_LEN, FakeServer, FakeServerTestCase
@@ -41,8 +42,8 @@ class TestLongTexts(FakeServerTestCase):
             threads.append(threading.current_thread())
             return encode(*args, **kwargs)
 
-        long = "word " * 2000
-        with mock.patch.object(tokenizer, "encode", spy):
+        long = "word " * 90
+        with mock.patch.object(tokenizer, "encode", spy), mock.patch.object(prompt_text, "_LONG_TEXT_CHARS", 400):
             bodies = {
                 "/generate": {"text": long},
                 "/v1/completions": {"prompt": long},

@@ -156,9 +156,10 @@ class TestResults(ManagerTestCase):
         self.assertEqual(message.input_ids, ids[: CONTEXT - 1])
         self.assertEqual(message.sampling_params.max_new_tokens, 1)
 
-    async def test_long_text_is_tokenized_beside_other_work(self):
-        error = await self.refused("longer than the model's context length \\(64 tokens\\)", text="word " * 9000)
-        self.assertEqual(error.status_code, 400)
+    async def test_long_text_says_which_bound_it_passes(self):
+        await self.refused("longer than the model's context length \\(64 tokens\\)", text="word " * 50)
+        await self.refused("more than 128 tokens. The model's context length is 64 tokens", text="word " * 100)
+        await self.refused("has 45000 characters.* at most 768 characters", text="word " * 9000)
 
 
 class TestRefusals(ManagerTestCase):

@@ -182,9 +182,7 @@ class NativeApi:
 
     async def detokenize(self, request: Request) -> Response:
         body = await read_body(request, DetokenizeBody)
-        tokenizer = self._manager.tokenizer
-        if tokenizer is None:
-            raise RequestError("The server runs with --skip-tokenizer-init and has no tokenizer.")
+        decode = self._manager.decode_ids
         skip = body.skip_special_tokens is not False
         nested = [item for item in body.tokens if isinstance(item, list)]
         flat = [item for item in body.tokens if isinstance(item, int)]
@@ -194,8 +192,8 @@ class NativeApi:
             if not 0 <= token_id < self._manager.vocab_size:
                 raise RequestError(f"tokens holds {token_id}, outside [0, {self._manager.vocab_size}).")
         if nested:
-            return json_response({"text": [tokenizer.decode(ids, skip) for ids in nested]})
-        return json_response({"text": tokenizer.decode(flat, skip)})
+            return json_response({"text": [await decode(ids, skip) for ids in nested]})
+        return json_response({"text": await decode(flat, skip)})
 
     async def lacking(self, request: Request) -> Response:
         raise http_error(501, f"{request.url.path} exists in upstream sglang and is not implemented by this server.")

@@ -13,13 +13,25 @@ T = TypeVar("T")
 
 
 class RequestError(Exception):
-    """A request that ends in an error: HTTP status, message, and the error type of the OpenAI body."""
+    """A request that ends in an error: HTTP status, message, the error type of the OpenAI body, and HTTP headers."""
 
-    def __init__(self, message: str, status_code: int = 400, err_type: str = "BadRequestError"):
+    def __init__(
+        self,
+        message: str,
+        status_code: int = 400,
+        err_type: str = "BadRequestError",
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
         self.message = message
         self.status_code = status_code
         self.err_type = err_type
+        self.headers = headers or {}
+
+
+def overloaded(message: str, retry_after_s: int) -> RequestError:
+    """503 for a request that may be sent again after ``retry_after_s`` seconds."""
+    return RequestError(message, 503, "ServiceUnavailableError", {"Retry-After": str(retry_after_s)})
 
 
 class SingleRequest(msgspec.Struct, kw_only=True):

@@ -22,6 +22,7 @@ from sglang.srt.managers.io_struct import (
     TokenizerMessage,
 )
 from sglang.srt.managers.ipc import IpcNames, Sender, tokenizer_receiver
+from sglang.srt.managers.prompt_text import PromptEncoder
 from sglang.srt.managers.request_input import RequestError, SingleRequest, split_request
 from sglang.srt.managers.request_state import RequestGroup, RequestState
 from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Longer texts are tokenized in a thread, so that other requests go on meanwhile.
-_LONG_TEXT_CHARS = 8192
 CONTROL_TIMEOUT_S = 60.0
 
 
@@ -56,6 +55,7 @@ class TokenizerManager:
         self.tokenizer = tokenizer
         self.context_len = model_config.context_len
         self.vocab_size = model_config.vocab_size
+        self._encoder = None if tokenizer is None else PromptEncoder(tokenizer, self.context_len, self.vocab_size)
         self.failure: RequestError | None = None
         self.last_receive_time = 0.0
         self._ipc = ipc
@@ -81,6 +81,8 @@ class TokenizerManager:
             self._receiver.close()
         for sender in self._senders:
             sender.close()
+        if self._encoder is not None:
+            self._encoder.close()
 
     @property
     def num_in_flight(self) -> int:
@@ -295,25 +297,17 @@ class TokenizerManager:
         return ids
 
     async def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``. Raises RequestError where it has none or they are not the model's."""
-        tokenizer = self.tokenizer
-        if tokenizer is None:
+        """Token ids of ``text``; see ``PromptEncoder.encode``."""
+        return await self._text().encode(text, add_special_tokens)
+
+    async def decode_ids(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        """Text of ``ids``, which lie inside the vocabulary."""
+        return await self._text().decode(ids, skip_special_tokens)
+
+    def _text(self) -> PromptEncoder:
+        if self._encoder is None:
             raise RequestError("The server runs with --skip-tokenizer-init and has no tokenizer.")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise RequestError(f"The prompt is not valid Unicode: {error.reason} at position {error.start}.") from None
-        if len(text) < _LONG_TEXT_CHARS:
-            ids = tokenizer.encode(text, add_special_tokens)
-            await asyncio.sleep(0)  # a batch of many must not hold up the other requests
-        else:
-            ids = await asyncio.to_thread(tokenizer.encode, text, add_special_tokens)
-        if ids and max(ids) >= self.vocab_size:
-            raise RequestError(
-                f"The tokenizer gives id {max(ids)}, and the model has a vocabulary of {self.vocab_size}: the "
-                "tokenizer does not belong to this model."
-            )
-        return ids
+        return self._encoder
 
     def _fit_context(self, input_ids: list[int], params: SamplingParams) -> list[int]:
         """The prompt as it fits, with ``params`` clamped in place to the room that is left after it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from pathlib import Path
@@ -21,6 +22,9 @@ logger = logging.getLogger(__name__)
 
 # The end of the text, of a chat turn, and of a message that waits for a tool.
 _END_TOKENS = ("eos_token", "eot_token", "eom_token")
+
+# From here on it is worth letting other threads run, which only the batch call does.
+_LONG_DECODE = 4096
 
 
 class TokenizerError(ValueError):
@@ -92,17 +96,31 @@ class Tokenizer:
         return cls(backend, file.parent, chat_template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``; special tokens are added as the post-processor and ``add_bos_token`` say."""
-        ids = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of ``text``; special tokens are added as the post-processor and ``add_bos_token`` say.
+
+        The batch call is the one that lets other threads run meanwhile.
+        """
+        ids = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         if add_special_tokens and self._prepend_bos and self.bos_token_id is not None:
             ids.insert(0, self.bos_token_id)
         return ids
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of ``text`` without special tokens around it; other threads run meanwhile."""
+        return len(self._backend.encode_batch_fast([text], add_special_tokens=False)[0])
+
+    @functools.cached_property
+    def max_token_chars(self) -> int:
+        """Characters of the longest token: a text of more than k times as many has more than k tokens."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``; ids outside the vocabulary give nothing.
 
         Spaces before punctuation are never cleaned up, since text that was streamed cannot be taken back.
         """
+        if len(ids) > _LONG_DECODE:
+            return self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
