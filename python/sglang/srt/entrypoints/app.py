@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from sglang.srt.entrypoints.auth import AuthMiddleware, AuthPolicy
+from sglang.srt.entrypoints.body_limit import BodyLimit
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.entrypoints.errors import http_error, openai_error
 from sglang.srt.entrypoints.http_io import internal_error
@@ -41,6 +42,8 @@ def build_app(context: ServerContext, lifespan: Lifespan) -> FastAPI:
             name = f"{method.lower()}{path}"
             app.add_api_route(path, _plain(handler), methods=[method], response_model=None, name=name)
     args = context.server_args
+    # The last one added is asked first: who has no key gets no body read.
+    app.add_middleware(BodyLimit, max_bytes=args.max_request_bytes)
     app.add_middleware(AuthMiddleware, policy=AuthPolicy(args.host, args.api_key, args.admin_api_key))
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -10,9 +11,9 @@ from starlette.responses import Response
 from sglang.srt.managers.request_input import RequestError
 
 
-def json_response(content: Any, status_code: int = 200) -> Response:
+def json_response(content: Any, status_code: int = 200, headers: Mapping[str, str] | None = None) -> Response:
     """``content`` (structs, dictionaries, lists) as JSON; numbers that JSON lacks become null."""
-    return Response(msgspec.json.encode(content), status_code, media_type="application/json")
+    return Response(msgspec.json.encode(content), status_code, headers, media_type="application/json")
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
@@ -22,12 +23,12 @@ def error_body(error: RequestError) -> dict[str, Any]:
 
 def openai_error(error: RequestError) -> Response:
     """The flat body, with the error's status."""
-    return json_response(error_body(error), error.status_code)
+    return json_response(error_body(error), error.status_code, error.headers)
 
 
 def native_error(error: RequestError) -> Response:
     """``{"error": {...}}`` with the flat body inside, as ``/generate`` answers."""
-    return json_response({"error": error_body(error)}, error.status_code)
+    return json_response({"error": error_body(error)}, error.status_code, error.headers)
 
 
 def body_error(message: str) -> RequestError:

@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar
 
 import msgspec
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -37,7 +37,12 @@ async def read_body(request: Request, body_type: type[T]) -> T:
         raise body_error(
             f"Unsupported media type {content_type!r}: send the body as JSON with Content-Type: application/json."
         )
-    data = await request.body()
+    data = bytearray()
+    try:
+        async for chunk in request.stream():
+            data += chunk
+    except ClientDisconnect:
+        raise RequestError("The client left while it sent the body.", CLIENT_CLOSED_REQUEST) from None
     try:
         return msgspec.json.decode(data, type=body_type)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

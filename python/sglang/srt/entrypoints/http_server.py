@@ -16,6 +16,7 @@ from fastapi import FastAPI
 
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.entrypoints.app import build_app
+from sglang.srt.entrypoints.connections import Connection
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
 from sglang.srt.entrypoints.launch import accept, check_engine, judge, start_engine
 from sglang.srt.managers.io_struct import GenerateReqInput
@@ -55,6 +56,8 @@ class HttpServer(uvicorn.Server):
         quiet = args.log_level not in ("debug", "info")
         config = uvicorn.Config(
             build_app(context, self._lifespan),
+            http=Connection,
+            ws="none",
             log_config=None,
             log_level=args.log_level,
             access_log=not quiet,
