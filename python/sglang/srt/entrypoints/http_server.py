@@ -7,9 +7,8 @@ import contextlib
 import logging
 import signal
 import socket
-import sys
-from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING, NoReturn
+import threading
+from collections.abc import AsyncGenerator, Generator, Sequence
 
 import uvicorn
 from fastapi import FastAPI
@@ -19,6 +18,7 @@ from sglang.srt.entrypoints.app import build_app
 from sglang.srt.entrypoints.connections import Connection
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
 from sglang.srt.entrypoints.launch import accept, check_engine, judge, start_engine
+from sglang.srt.entrypoints.shutdown import EXIT_CUT, Drain, exit_during_start, handle_stop_signals
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.process_launch import EngineProcesses, LaunchError
 from sglang.srt.managers.request_input import RequestError
@@ -27,16 +27,12 @@ from sglang.srt.utils.audit import install_unpickle_counter, log_unpickle_count,
 from sglang.srt.utils.chat_template import ChatTemplateError
 from sglang.srt.utils.distribution import refuse_upstream_distribution
 from sglang.srt.utils.hf_tokenizer import TokenizerError
+from sglang.srt.utils.limits import DRAIN_WRITE_S
 from sglang.srt.utils.logging_config import configure_logging
 from sglang.srt.utils.network import PortError, bind, listen
 
-if TYPE_CHECKING:
-    from types import FrameType
-
 logger = logging.getLogger(__name__)
 
-# What requests in flight are given to finish when the server is told to stop.
-GRACEFUL_SHUTDOWN_S = 5
 _KEEP_ALIVE_S = 65
 _WATCH_INTERVAL_S = 0.5
 
@@ -50,6 +46,7 @@ class HttpServer(uvicorn.Server):
     def __init__(self, context: ServerContext, processes: EngineProcesses):
         self.context = context
         self.exit_code = 0
+        self.drain = Drain(context.manager, context.server_args.drain_timeout)
         self._processes = processes
         self._background: list[asyncio.Task[None]] = []
         args = context.server_args
@@ -62,7 +59,7 @@ class HttpServer(uvicorn.Server):
             log_level=args.log_level,
             access_log=not quiet,
             timeout_keep_alive=_KEEP_ALIVE_S,
-            timeout_graceful_shutdown=GRACEFUL_SHUTDOWN_S,
+            timeout_graceful_shutdown=DRAIN_WRITE_S,
         )
         super().__init__(config)
 
@@ -70,9 +67,20 @@ class HttpServer(uvicorn.Server):
         await super().startup(sockets)
         self._background = [asyncio.create_task(self._watch()), asyncio.create_task(self._warm_up())]
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self.context.status = ServerStatus.STOPPING
-        super().handle_exit(sig, frame)
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """In place of uvicorn's: a signal starts the drain, while the listener still answers."""
+        if threading.current_thread() is threading.main_thread():
+            handle_stop_signals(self.drain.ask)
+        yield
+
+    async def on_tick(self, counter: int) -> bool:
+        if self.drain.is_asked and not self.should_exit:
+            self.context.status = ServerStatus.STOPPING
+            if not await self.drain.run(lambda: len(self.server_state.tasks)):
+                self.exit_code = self.exit_code or EXIT_CUT
+            self.should_exit = True
+        return await super().on_tick(counter)
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncGenerator[None, None]:
@@ -121,11 +129,9 @@ def serve(context: ServerContext, processes: EngineProcesses, listener: socket.s
     """Serve until a signal or the end of the engine; returns the exit status. Raises PortError."""
     listen(listener)
     server = HttpServer(context, processes)
-    # uvicorn raises the signal that stopped it once more when all is closed.
-    with contextlib.suppress(KeyboardInterrupt, SystemExit):
-        host, port = listener.getsockname()[:2]
-        logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-        server.run(sockets=[listener])
+    host, port = listener.getsockname()[:2]
+    logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    server.run(sockets=[listener])
     log_unpickle_count(logger)
     return server.exit_code
 
@@ -133,7 +139,8 @@ def serve(context: ServerContext, processes: EngineProcesses, listener: socket.s
 def launch_server(argv: Sequence[str]) -> int:
     """Everything from a command line (without the program's name) to the exit status.
 
-    Status 2 means that a setting is wrong (said on stderr, without a traceback), 1 that something failed.
+    Status 2 means that a setting is wrong (said on stderr, without a traceback), 1 that something failed, ``EXIT_CUT``
+    that requests were cut when the server was told to stop, 128 + N that signal N came during start-up.
     """
     install_unpickle_counter()
     refuse_upstream_distribution()
@@ -143,7 +150,7 @@ def launch_server(argv: Sequence[str]) -> int:
         print("\n".join(verdict.lines()))
         return 2 if verdict.errors else 0
     configure_logging(args.log_level)
-    signal.signal(signal.SIGTERM, _exit_on_signal)
+    handle_stop_signals(exit_during_start)
     processes: EngineProcesses | None = None
     try:
         accept(verdict)
@@ -158,14 +165,8 @@ def launch_server(argv: Sequence[str]) -> int:
         if error.user_error:
             exit_with_errors([str(error)])
         logger.error("The engine did not start: %s", error)
-    except KeyboardInterrupt:
-        logger.info("Interrupted during start-up.")
-        return 130
     finally:
+        handle_stop_signals(signal.SIG_IGN)
         if processes is not None:
             processes.shutdown()
     return 1
-
-
-def _exit_on_signal(signum: int, _: FrameType | None) -> NoReturn:
-    sys.exit(128 + signum)

@@ -108,8 +108,11 @@ class NativeApi:
         return await self.ping(request)
 
     async def ping(self, _: Request) -> Response:
-        up = self._context.status is ServerStatus.UP and self._manager.failure is None
-        return Response(status_code=200 if up else 503)
+        """200 while requests are taken; else 503 with "starting", "stopping" or "failed"."""
+        status = self._context.status
+        if status is not ServerStatus.UP:
+            return Response(status.value, 503)
+        return Response("failed", 503) if self._manager.failure is not None else Response()
 
     async def health_generate(self, request: Request) -> Response:
         """200 once the engine says anything within the window: a busy server is a healthy one."""

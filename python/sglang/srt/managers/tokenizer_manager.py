@@ -27,6 +27,7 @@ from sglang.srt.managers.request_input import RequestError, SingleRequest, split
 from sglang.srt.managers.request_state import RequestGroup, RequestState
 from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError
 from sglang.srt.utils.hf_tokenizer import Tokenizer
+from sglang.srt.utils.limits import SHUTDOWN_RETRY_AFTER_S
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -57,6 +58,7 @@ class TokenizerManager:
         self.vocab_size = model_config.vocab_size
         self._encoder = None if tokenizer is None else PromptEncoder(tokenizer, self.context_len, self.vocab_size)
         self.failure: RequestError | None = None
+        self._admits = True
         self.last_receive_time = 0.0
         self._ipc = ipc
         self._senders = [Sender(address) for address in ipc.schedulers]
@@ -72,9 +74,21 @@ class TokenizerManager:
         self._receiver = tokenizer_receiver(self._ipc)
         self._receive_task = asyncio.create_task(self._receive_loop())
 
+    def stop_admission(self) -> None:
+        """Refuse requests from now on; those in flight go on."""
+        self._admits = False
+
+    @staticmethod
+    def shutdown_error(what: str) -> RequestError:
+        """503: another server may take the request."""
+        message = f"The server is shutting down: {what}."
+        return RequestError(
+            message, 503, "ServiceUnavailableError", headers={"Retry-After": str(SHUTDOWN_RETRY_AFTER_S)}
+        )
+
     async def close(self) -> None:
         """Fail what is in flight and close the sockets."""
-        self.fail(RequestError("The server is shutting down.", 503, "ServiceUnavailableError"))
+        self.fail(self.shutdown_error("the request was ended"))
         if self._receive_task is not None:
             self._receive_task.cancel()
             await asyncio.gather(self._receive_task, return_exceptions=True)
@@ -107,6 +121,8 @@ class TokenizerManager:
         """
         if incremental is None:
             incremental = self.server_args.incremental_streaming_output
+        if not self._admits:
+            raise self.shutdown_error("it takes no new requests")
         stream = bool(obj.stream)
         group = RequestGroup(stream)
         tokenized, is_list = await self._prepare(obj, group)

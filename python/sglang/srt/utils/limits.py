@@ -16,6 +16,12 @@ LINGER_S = 5
 
 # Long texts that are tokenized at once; others wait. Each may take some 130 bytes per token for a moment.
 MAX_LONG_TEXTS_AT_ONCE = 4
+# What requests in flight are given to finish after Ctrl-C (after SIGTERM: --drain-timeout).
+DRAIN_INTERRUPT_S = 5.0
+# What clients of requests that end with the server are given to read the error.
+DRAIN_WRITE_S = 3
+# What a client that is refused by an ending server is told to wait; another server, or the next one, may take it.
+SHUTDOWN_RETRY_AFTER_S = 5
 
 
 def shown() -> dict[str, float]:
