@@ -8,7 +8,7 @@ import pkgutil
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -105,7 +105,7 @@ class KernelRegistry:
             if impl.accepts is not None and not impl.accepts(*args, **kwargs):
                 self._refused(op, impl, record)
                 continue
-            if self.serving or record.forced or impl is op.impls[-1] or current_platform.is_capturing():
+            if self.serving or record.forced or impl.name == op.impls[-1].name or current_platform.is_capturing():
                 return impl.fn(*args, **kwargs)
             try:
                 return impl.fn(*args, **kwargs)
@@ -161,7 +161,7 @@ class KernelRegistry:
             usable = [impl for impl in op.impls if verdicts[impl.name] == "ok"]
             table = tuple(sorted(usable, key=lambda impl: impl.name != preferred))
         self.records[op.name] = OpRecord(chosen=table[0].name, verdicts=verdicts, forced=wanted is not None)
-        op.set_table(table)
+        op.set_table(tuple(replace(impl, fn=current_platform.kernel(impl.fn)) for impl in table))
 
     def _check_forced(self, op: Op, wanted: str, preferred: str | None, verdicts: dict[str, str]) -> None:
         if wanted not in verdicts:

@@ -268,6 +268,21 @@ class Envs:
     # Testing & Debugging (Internal/CI)
     SGLANG_IS_IN_CI = EnvBool(False, section=_TEST, doc="The process runs in CI: tests retry and wait longer.")
     SGLANG_IS_IN_CI_AMD = EnvBool(False, section=_TEST, doc="The process runs in CI on AMD runners.")
+    SGLANG_FAKE_ROCM_ARCH = EnvStr(
+        "gfx942",
+        choices=("gfx942", "gfx950"),
+        section=_TEST,
+        platform="hip",
+        doc="Architecture whose policy and 8-bit types are used when HIP's paths run over the vendor fakes on a CPU. "
+        "No effect on a GPU.",
+    )
+    SGLANG_ALLOW_VENDOR_FAKES = EnvBool(
+        False,
+        section=_TEST,
+        platform="hip",
+        doc="Run on the CPU over fakes of AITER and MORI that are on `PYTHONPATH` although torch is a ROCm build. "
+        "False: that combination is refused, since a fake would answer in place of AMD's kernels.",
+    )
     SGLANG_TEST_RETRACT = EnvBool(
         False,
         section=_TEST,

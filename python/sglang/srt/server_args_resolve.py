@@ -35,6 +35,9 @@ class PlatformLike(Protocol):
     @property
     def device_type(self) -> str: ...
 
+    @property
+    def supports_graphs(self) -> bool: ...
+
 
 @dataclass(frozen=True)
 class Change:
@@ -268,18 +271,18 @@ def _attention_backend(args: ServerArgs, context: Context) -> Iterator[Change | 
         yield f"--attention-backend {asked} needs platform {kinds}, and this is {kind}: use {fallback}"
     elif asked not in BUILT_ATTENTION_BACKENDS:
         yield Change("attention_backend", asked, fallback, f"{asked} is a preference, and this build lacks it")
-    elif asked == "triton" and on_cpu:
-        yield Change("attention_backend", asked, fallback, "Triton kernels need a GPU, and tensors live on the host")
 
 
 def _graphs(args: ServerArgs, context: Context) -> Iterator[Change | str]:
-    if context.platform.device_type == "cpu":
+    platform, backend = context.platform, args.attention_backend
+    if not platform.supports_graphs:
         yield Change("disable_cuda_graph", args.disable_cuda_graph, True, "the host captures no graphs")
+    elif backend not in GRAPH_ATTENTION_BACKENDS:
+        reason = f"attention backend {backend} captures no graphs"
+        yield Change("disable_cuda_graph", args.disable_cuda_graph, True, reason)
+    if platform.device_type == "cpu":
         reason = "on the host a step ends before the next is prepared"
         yield Change("disable_overlap_schedule", args.disable_overlap_schedule, True, reason)
-    elif args.attention_backend not in GRAPH_ATTENTION_BACKENDS:
-        reason = f"attention backend {args.attention_backend} captures no graphs"
-        yield Change("disable_cuda_graph", args.disable_cuda_graph, True, reason)
 
 
 def _state_slots(args: ServerArgs, context: Context) -> Iterator[Change | str]:

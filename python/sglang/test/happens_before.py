@@ -6,8 +6,7 @@ once, so what is found does not depend on timing. Lamport 1978 (clocks); Flanaga
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 from unittest import mock
@@ -16,7 +15,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang.srt.platforms import current_platform
-from sglang.srt.platforms.cpu import CpuPlatform
+from sglang.srt.platforms.host_device import HostStreamsPlatform
 from sglang.srt.utils import multi_stream_utils
 from sglang.srt.utils.overlap_check import storage_accesses, tensors_in
 
@@ -92,34 +91,26 @@ class FakeStream:
             self.wait_event(stream.record_event())
 
 
-class FakeStreamPlatform(CpuPlatform):
-    """The CPU with streams, policy of platform ``kind``; ``capturing`` stands for a graph being recorded."""
+class FakeStreamPlatform(HostStreamsPlatform):
+    """The CPU with clocked streams, policy of platform ``kind``; ``capturing`` stands for a graph being recorded.
 
-    supports_streams = True
+    fakes: vendor packages that are the project's.
+    """
 
-    def __init__(self, kind: str = "cuda", capturing: bool = True) -> None:
+    supports_graphs = False
+
+    def __init__(self, kind: str = "cuda", capturing: bool = True, fakes: tuple[str, ...] = ()) -> None:
         self.kind = kind
         self.capturing = capturing
-        self.main = FakeStream(self, "main")
-        self.streams = [self.main]
-        self._current = [self.main]
+        self.fakes = fakes
+        self.streams: list[FakeStream] = []
         self._waits: list[str] = []
         self._left_out: int | None = None
+        super().__init__()
 
-    def create_stream(self) -> Any:
-        self.streams.append(FakeStream(self, f"side{len(self.streams)}"))
+    def new_stream(self, name: str) -> Any:
+        self.streams.append(FakeStream(self, name))
         return self.streams[-1]
-
-    def current_stream(self) -> Any:
-        return self._current[-1]
-
-    @contextmanager
-    def use_stream(self, stream: Any) -> Iterator[None]:
-        self._current.append(stream)
-        try:
-            yield
-        finally:
-            self._current.pop()
 
     def is_capturing(self) -> bool:
         return self.capturing

@@ -12,6 +12,7 @@ from unittest import mock
 
 import torch
 
+from sglang.kernels.registry import fresh_decisions
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.dp_sync import agree
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
@@ -19,16 +20,22 @@ from sglang.srt.model_executor.capture_lint import CaptureOffence
 from sglang.srt.model_executor.decode_graphs import DecodeBuffers, DecodeGraphs, decode_buckets
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.graph_check import GraphCheck, fingerprint
+from sglang.srt.platforms import override_platform
+from sglang.srt.platforms.host_device import HostGraph
+from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
+from sglang.test.process_ranks import use_fakes
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.thread_ranks import run_ranks, thread_ranks
 from sglang.test.tiny_checkpoints import save_tiny_checkpoint
 
-register_cpu_ci(est_time=25, suite="stage-b-test-cpu")
+use_fakes()
+register_cpu_ci(est_time=35, suite="stage-b-test-cpu")
 
 CPU = torch.device("cpu")
+REPLAY = HostGraph.replay
 PARAMS = SamplingParams(temperature=0.0, max_new_tokens=10, ignore_eos=True)
 
 
@@ -176,6 +183,66 @@ class TestDecodeGraphs(CustomTestCase):
         self.assertEqual(changed, [5])
         tensor[:, 0] = 7.0
         self.assertEqual((before != fingerprint(tensor, 1)).sum().item(), 1)
+
+
+class TestOverFakes(CustomTestCase):
+    """HIP's policy on a CPU: the backend of GPUs, whose graphs are recorded and repeat the same storages."""
+
+    def engine(self, model: str, **settings: Any) -> EngineHarness:
+        settings = {"attention_backend": "triton", "cuda_graph_bs": [1, 2, 8], "random_seed": 1, **settings}
+        return EngineHarness(model, max_total_tokens=1024, max_running_requests=8, **settings)
+
+    def check(self, model: str, streams: int, **settings: Any) -> None:
+        """Graphs of every bucket are proven and give the tokens of eager steps; the model has so many side streams."""
+        tokens = TestDecodeGraphs.tokens
+        wanted = tokens(self, self.engine(model, disable_cuda_graph=True, **settings))
+        platform = RocmOverFakesPlatform(find_fakes())
+        with override_platform(platform), mock.patch.object(HostGraph, "replay", autospec=True) as replay:
+            replay.side_effect = REPLAY
+            engine = self.engine(model, **settings)
+            self.assertEqual(platform.create_stream().name, f"side{streams + 1}")
+            graphs = engine.runner.decode_graphs
+            assert graphs is not None
+            self.assertEqual((graphs.refused, sorted(graphs._steps)), ({}, [1, 2, 8]))
+            proofs = replay.call_count
+            self.assertEqual(tokens(self, engine), wanted)
+            self.assertGreater(replay.call_count, proofs)
+
+    def test_replay_gives_the_tokens_of_eager(self) -> None:
+        variables = {"SGLANG_ALT_STREAM": "1", "SGLANG_GDN_QKVZ_BA_ALT_STREAM": "1", "SGLANG_QK_NORM_ALT_STREAM": "1"}
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("dsv3", "q35moe-ns"):
+                save_tiny_checkpoint(name, f"{folder}/{name}")
+            for name, streams, environ in (
+                ("dsv3", 0, {}),
+                ("dsv3", 1, {"SGLANG_ROCM_USE_MULTI_STREAM": "1"}),
+                ("q35moe-ns", 1, variables),
+                ("q35moe-ns", 0, {"SGLANG_USE_AITER": "1"}),
+            ):
+                settings = {"disable_shared_experts_fusion": bool(streams)}
+                settings |= {"dtype": "bfloat16"} if "SGLANG_USE_AITER" in environ else {}
+                environ = {**environ, "GPU_MAX_HW_QUEUES": "8"}
+                with self.subTest(name, environ=environ), mock.patch.dict("os.environ", environ), fresh_decisions():
+                    with override_platform(RocmOverFakesPlatform(find_fakes())):
+                        self.check(f"{folder}/{name}", streams, **settings)
+
+    @torch.inference_mode()
+    def test_a_replay_that_leaves_one_call_out_is_refused(self) -> None:
+        with tempfile.TemporaryDirectory() as folder, override_platform(RocmOverFakesPlatform(find_fakes())):
+            save_tiny_checkpoint("q35moe-ns", folder)
+            engine = self.engine(folder, cuda_graph_bs=[2])
+            graphs = engine.runner.decode_graphs
+            assert graphs is not None
+            calls = graphs._steps[2].graph._calls
+            for index in range(0, len(calls), len(calls) // 8):
+                graphs.refused.clear()
+                step, left_out = graphs._steps[2], calls.pop(index)
+                for result in left_out.results:  # which hold what the proof of the last turn left
+                    _ = None if result is None else result.zero_()
+                engine.runner._prove_graphs(graphs, 2)
+                self.assertIn(2, graphs.refused, left_out.name)
+                graphs._steps[2] = step
+                calls.insert(index, left_out)
 
 
 class TestAttentionGroups(CustomTestCase):

@@ -43,8 +43,8 @@ from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
-CPU = SimpleNamespace(kind="cpu", device_type="cpu")
-MI300X = SimpleNamespace(kind="hip", device_type="cuda")
+CPU = SimpleNamespace(kind="cpu", device_type="cpu", supports_graphs=False)
+MI300X = SimpleNamespace(kind="hip", device_type="cuda", supports_graphs=True)
 V3_SMALL = {
     **DEEPSEEK_V3, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "n_routed_experts": 16,
     "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 512, "max_position_embeddings": 256,

@@ -40,9 +40,9 @@ from sglang.test.test_utils import CustomTestCase
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
 ROOT = Path(__file__).resolve().parents[3]
-CPU = SimpleNamespace(kind="cpu", device_type="cpu")
-CUDA = SimpleNamespace(kind="cuda", device_type="cuda")
-HIP = SimpleNamespace(kind="hip", device_type="cuda")
+CPU = SimpleNamespace(kind="cpu", device_type="cpu", supports_graphs=False)
+CUDA = SimpleNamespace(kind="cuda", device_type="cuda", supports_graphs=True)
+HIP = SimpleNamespace(kind="hip", device_type="cuda", supports_graphs=True)
 TEXT = SimpleNamespace(
     num_experts=16, num_attention_heads=4, intermediate_size=256, moe_intermediate_size=64, num_key_value_heads=2,
     linear_num_key_heads=2, linear_num_value_heads=6, mamba_ssm_dtype="bfloat16",

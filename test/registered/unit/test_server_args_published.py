@@ -17,7 +17,7 @@ from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 
-MI300X = SimpleNamespace(kind="hip", device_type="cuda")
+MI300X = SimpleNamespace(kind="hip", device_type="cuda", supports_graphs=True)
 
 DEEPSEEK_V3 = {
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 7168,
@@ -179,7 +179,7 @@ class TestPublishedCommandLines(CustomTestCase):
             self.assertEqual(said.count(part), 1, part)
 
     def test_the_same_lines_on_a_cpu_name_the_backend(self):
-        cpu = SimpleNamespace(kind="cpu", device_type="cpu")
+        cpu = SimpleNamespace(kind="cpu", device_type="cpu", supports_graphs=False)
         errors = self.verdict("", "--model-path MODEL[v3] --tp 8 --attention-backend aiter", cpu).errors
         self.assertEqual(errors, ["--attention-backend aiter needs platform hip, and this is cpu: use torch_native"])
 

@@ -93,6 +93,9 @@ class CudaPlatform(Platform):
     def use_stream(self, stream: torch.cuda.Stream) -> AbstractContextManager[object]:
         return torch.cuda.stream(stream)
 
+    def is_default_stream(self) -> bool:
+        return bool(torch.cuda.current_stream() == torch.cuda.default_stream())
+
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Protocol, TypeVar
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 
@@ -15,6 +15,8 @@ class PlatformError(RuntimeError):
 
 
 Result = TypeVar("Result")
+Params = ParamSpec("Params")
+Returned = TypeVar("Returned")
 
 
 class DeviceGraph(Protocol):
@@ -84,6 +86,10 @@ class Platform(ABC):
         """Queue work on ``stream`` inside the block."""
         raise PlatformError(f"platform {self.kind} on {self.device_type} has no streams")
 
+    def is_default_stream(self) -> bool:
+        """True where work is queued on the stream that a library uses which asks for none."""
+        return True
+
     def is_capturing(self) -> bool:
         """True while work is recorded into a graph instead of run."""
         return False
@@ -98,6 +104,10 @@ class Platform(ABC):
     def create_graph(self) -> DeviceGraph:
         """An empty graph; all graphs of a process share one memory pool. Needs ``supports_graphs``."""
         raise PlatformError(f"platform {self.kind} on {self.device_type} captures no graphs")
+
+    def kernel(self, fn: Callable[Params, Returned]) -> Callable[Params, Returned]:
+        """``fn``, an implementation of an op, as graphs record it."""
+        return fn
 
     def auto_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
         """The dtype that ``--dtype auto`` means here."""

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 import torch
 
-from sglang.srt.platforms.cpu import CpuPlatform
+from sglang.srt.environ import envs
 from sglang.srt.platforms.cuda import CudaPlatform
+from sglang.srt.platforms.host_device import HostStreamsPlatform
 from sglang.srt.platforms.interface import PlatformError
 
 VENDOR_PACKAGES = ("aiter", "mori")
+# The HIP runtime's bound on the hardware queues of a process, and what it is when unset.
+QUEUE_VARIABLE = ("GPU_MAX_HW_QUEUES", 4)
 
 
 class RocmPlatform(CudaPlatform):
     """torch exposes HIP as torch.cuda, so only names differ."""
 
     kind = "hip"
-    queue_variable = ("GPU_MAX_HW_QUEUES", 4)
+    queue_variable = QUEUE_VARIABLE
 
     def timing_event(self) -> torch.cuda.Event | None:
         try:
@@ -32,20 +36,26 @@ class RocmPlatform(CudaPlatform):
         return torch.cuda.get_device_properties(0).gcnArchName.split(":")[0]
 
 
-class RocmOverFakesPlatform(CpuPlatform):
-    """HIP policy with tensors on the CPU: serial streams, no graphs, vendor calls answered by fakes."""
+class RocmOverFakesPlatform(HostStreamsPlatform):
+    """HIP policy with tensors on the CPU: streams that run in order, recorded graphs, vendor calls answered by fakes.
+
+    arch: "gfx942" or "gfx950"; None takes SGLANG_FAKE_ROCM_ARCH.
+    """
 
     kind = "hip"
+    queue_variable = QUEUE_VARIABLE
 
-    def __init__(self, fakes: tuple[str, ...]) -> None:
+    def __init__(self, fakes: tuple[str, ...], arch: str | None = None) -> None:
+        super().__init__()
         self.fakes = fakes
+        self._arch = arch or envs.SGLANG_FAKE_ROCM_ARCH.get()
 
     @property
     def arch(self) -> str:
-        return "gfx942"
+        return self._arch
 
     def describe(self) -> str:
-        return f"hip over FAKE {', '.join(self.fakes)} on cpu (no AMD GPU is used)"
+        return f"hip ({self.arch}) over FAKE {', '.join(self.fakes)} on cpu (no AMD GPU is used)"
 
 
 def find_fakes() -> tuple[str, ...]:
@@ -53,18 +63,29 @@ def find_fakes() -> tuple[str, ...]:
     found = []
     for name in VENDOR_PACKAGES:
         spec = importlib.util.find_spec(name)
-        if spec is not None and spec.origin and "sglang/test/fakes" in spec.origin.replace("\\", "/"):
+        if spec is not None and spec.origin and "sglang/test/fakes" in os.path.realpath(spec.origin):
             found.append(name)
     return tuple(found)
 
 
 def create_rocm_platform() -> RocmPlatform | RocmOverFakesPlatform:
-    """The ROCm platform of this machine; raises PlatformError when there is neither HIP nor a fake."""
-    if torch.version.hip is not None and torch.cuda.is_available():
-        return RocmPlatform()
+    """The ROCm platform of this machine: HIP's, or the CPU's where vendor packages are the project's fakes.
+
+    Raises PlatformError when there is neither, and when fakes would take the place of vendors that a ROCm build of
+    torch could call, unless SGLANG_ALLOW_VENDOR_FAKES asks for that.
+    """
     fakes = find_fakes()
+    if fakes and torch.version.hip is not None and not envs.SGLANG_ALLOW_VENDOR_FAKES.get():
+        raise PlatformError(
+            f"this torch is for ROCm {torch.version.hip}, and {', '.join(fakes)} on its path "
+            f"{'is the FAKE' if len(fakes) == 1 else 'are the FAKES'} of this project, which would answer in place of "
+            "AMD's kernels. Take python/sglang/test/fakes out of PYTHONPATH, or set SGLANG_ALLOW_VENDOR_FAKES=1 to "
+            "run on the CPU over them."
+        )
     if fakes:
         return RocmOverFakesPlatform(fakes)
+    if torch.version.hip is not None and torch.cuda.is_available():
+        return RocmPlatform()
     raise PlatformError(
         "SGLANG_PLATFORM=rocm was asked for, but this torch has no HIP "
         f"(torch {torch.__version__}, torch.version.hip={torch.version.hip}, "

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
 
 # AITER reads rows in vectors of this many logits: of a shorter last one it takes what lies past V for 0.
 AITER_VECTOR = 16
@@ -49,7 +50,7 @@ def fits_aiter(logits: Tensor) -> bool:
     readable = logits.dtype in FLOATS and logits.stride(1) == 1 and vocab > 0 and vocab % AITER_VECTOR == 0
     aligned = logits.stride(0) % AITER_VECTOR == 0 and logits.storage_offset() % AITER_VECTOR == 0
     # AITER 0.1.7 launches on the default stream, whichever is current.
-    in_order = not logits.is_cuda or torch.cuda.current_stream() == torch.cuda.default_stream()
+    in_order = logits.is_meta or current_platform.is_default_stream()
     return readable and aligned and 0 < rows and rows * logits.stride(0) < 2**31 and in_order
 
 

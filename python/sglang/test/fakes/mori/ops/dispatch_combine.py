@@ -17,6 +17,7 @@ from mori.ops.config import (
     recv_rows_per_source,
 )
 from mori.ops.transport import agree, as_bytes, exchange_rows, poison, through_the_wire
+from sglang.srt.platforms.host_device import kernel
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz)
 _DISPATCH_DTYPES = (torch.bfloat16, torch.float32, *_FP8, torch.float4_e2m1fn_x2)
@@ -114,6 +115,7 @@ class EpDispatchCombineOp:
 
     # To the experts
 
+    @kernel
     def dispatch(
         self,
         input: torch.Tensor,
@@ -173,6 +175,7 @@ class EpDispatchCombineOp:
     ) -> tuple[torch.Tensor | None, ...]:
         return self.dispatch(input, weights, scales, indices, block_num=block_num, warp_per_block=warp_per_block)
 
+    @kernel
     def dispatch_recv(
         self, block_num: int = -1, warp_per_block: int = -1, call_local_expert_count: bool = False
     ) -> None:
@@ -182,6 +185,7 @@ class EpDispatchCombineOp:
             raise VendorWouldCorrupt(f"dispatch_recv without an outstanding dispatch_send (state: {self._state})")
         self._deliver(call_local_expert_count)
 
+    @kernel
     def get_dispatch_src_token_pos(self) -> torch.Tensor:
         """int32 [total_recv]: source rank times stride plus the token's index there, of each received row."""
         if self._state != "received" or self._layout is None:
@@ -196,6 +200,7 @@ class EpDispatchCombineOp:
 
     # And back
 
+    @kernel
     def combine(
         self,
         input: torch.Tensor,
@@ -239,6 +244,7 @@ class EpDispatchCombineOp:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return self.combine(input, weights, indices, block_num=block_num, warp_per_block=warp_per_block)
 
+    @kernel
     def combine_recv(self, block_num: int = -1, warp_per_block: int = -1) -> None:
         assert self._pending is not None, "combine_recv requires a prior combine/combine_send call"
         self._require_two_phase("combine_recv")
