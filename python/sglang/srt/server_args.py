@@ -7,7 +7,6 @@ all of it and collects every problem. Importing this module loads no torch, and 
 from __future__ import annotations
 
 import argparse
-import difflib
 import functools
 import json
 import logging
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from sglang.srt.server_args_fields import Arg, FieldSpec, field_specs
 from sglang.srt.server_args_http import ADMISSION, API, HTTP, LOGGING, HttpArgs
-from sglang.srt.server_args_parser import add_arguments, collect_values, parse_command_line
+from sglang.srt.server_args_parser import add_arguments, collect_values, parse_command_line, unknown_setting
 from sglang.srt.server_args_resolve import PlatformLike, check, resolve_all
 from sglang.srt.server_args_upstream import ELSEWHERE, upstream_flags, verdicts
 
@@ -318,8 +317,7 @@ class ServerArgs(HttpArgs):
                 continue
             flag = upstream_flags().get("--" + name.replace("_", "-"))
             if flag is None:
-                near = difflib.get_close_matches(name, sorted(known), n=1)
-                errors.append(f"unknown setting {name}" + (f": did you mean {near[0]}?" if near else ""))
+                errors.append(unknown_setting(name, specs()))
             else:
                 given.append((flag.names[0], [] if value is True else [str(value)]))
         refused, warnings = verdicts(given)

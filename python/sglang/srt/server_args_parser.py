@@ -170,12 +170,14 @@ def _expand(names: dict[str, tuple[str, ...]], words: Sequence[str]) -> tuple[li
                 result.append(word)
             continue
         name, equals, value = word.partition("=")
-        matches = [name] if name in names else [flag for flag in names if name[:2] == "--" and flag.startswith(name)]
+        exact = name in names or name in MISNAMED or name[:2] != "--"
+        matches = [flag for flag in names if (flag == name if exact else flag.startswith(name))]
         dropping = len({names[flag] for flag in matches}) != 1
         if not dropping:
             result.append(matches[0] + equals + value)
         elif matches:
-            some = ", ".join(sorted(matches)[:6]) + (", ..." if len(matches) > 6 else "")
+            ours = [flag for flag in matches if flag not in upstream_flags()] or matches
+            some = ", ".join(sorted(ours)[:6]) + (", ..." if len(ours) > 6 else "")
             errors.append(f"{name} is ambiguous: it could be {some}")
         else:
             errors.append(unknown_flag(name, names))
@@ -183,16 +185,31 @@ def _expand(names: dict[str, tuple[str, ...]], words: Sequence[str]) -> tuple[li
 
 
 def unknown_flag(name: str, known: Iterable[str]) -> str:
-    """What to say of a flag that nobody knows: the nearest name, an implemented one if it is near enough."""
-    if name in MISNAMED:
-        return f"unknown flag {name}: did you mean {MISNAMED[name]}?"
+    """What to say of a flag that nobody knows: the one that is meant, or of a misspelt lacking one what it gets."""
+    asked = name.replace("_", "-")
+    if meant := MISNAMED.get(asked):
+        return f"unknown flag {name}: " + (f"did you mean {meant}?" if meant.startswith("-") else meant)
     lacking = upstream_flags()
-    flags = list(known)
-    for candidates, cutoff in (([flag for flag in flags if flag not in lacking], 0.75), (flags, 0.6)):
-        near = difflib.get_close_matches(name, candidates, n=1, cutoff=cutoff)
-        if near:
-            return f"unknown flag {name}: did you mean {near[0]}?"
+    for near in difflib.get_close_matches(asked, known, n=5, cutoff=0.8):
+        if near not in lacking:
+            return f"unknown flag {name}: did you mean {near}?"
+        if difflib.SequenceMatcher(None, asked, near).ratio() > 0.9:
+            return f"unknown flag {name}: {near} {'is refused' if lacking[near].refused else 'has no effect'}: " + (
+                lacking[near].reason
+            )
     return f"unknown flag {name}: --help lists all flags"
+
+
+def unknown_setting(name: str, specs: Sequence[FieldSpec]) -> str:
+    """What to say of a keyword that is no setting, as ``unknown_flag`` does of a flag."""
+    meant = MISNAMED.get("--" + name.replace("_", "-"), "")
+    if meant and not meant.startswith("-"):
+        return f"unknown setting {name}: {meant}"
+    flag = meant.partition(" ")[0]
+    near = [spec.name for spec in specs if flag in spec.flags] or difflib.get_close_matches(
+        name, [spec.name for spec in specs], n=1, cutoff=0.8
+    )
+    return f"unknown setting {name}" + (f": did you mean {near[0]}?" if near else "")
 
 
 def _without(words: list[str], names: Sequence[str]) -> list[str]:

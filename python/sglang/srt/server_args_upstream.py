@@ -17,7 +17,7 @@ from pathlib import Path
 _KNOWN = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 # Values of our own flags, by field, that upstream knows and this engine lacks.
 ELSEWHERE: dict[str, tuple[str, ...]] = {field: tuple(values) for field, values in _KNOWN["elsewhere"].items()}
-# Names that reports and unmerged changes use for a flag that is called otherwise.
+# Names that vLLM, reports and users give to a setting: the flag that is meant here, or why none is needed.
 MISNAMED: dict[str, str] = _KNOWN["misnamed"]
 
 
