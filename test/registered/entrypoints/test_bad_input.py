@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import unittest
+from unittest import mock
 
 import httpx
 import msgspec
@@ -38,6 +39,18 @@ BAD_PARAMS = [
     {"json_schema": "{}"}, {"stream_interval": 0}, {"logit_bias": {"5": 1e300}}, {"top_p": 1e-300},
     {"temperature": 1e300}, {"repetition_penalty": 1e-300},
 ]  # fmt: skip
+# Each of these is small, or cheap to send, and would cost much for each token or each answer.
+AMPLIFIERS = [
+    {"sampling_params": {"stop": ["x" * 1025]}}, {"sampling_params": {"stop": ["x" * 1000] * 9}},
+    {"sampling_params": {"stop_token_ids": list(range(1025))}},
+    {"sampling_params": {"logit_bias": {str(i): 1 for i in range(1025)}}},
+    {"return_logprob": True, "token_ids_logprob": list(range(1025))},
+    {"return_logprob": True, "top_logprobs_num": 129}, {"rid": "x" * 257}, {"text": ["a"], "rid": ["x" * 257]},
+    {"sampling_params": {"n": 1025}}, {"text": ["a"] * 9, "sampling_params": {"n": 1000}},
+    {"text": ["a"] * 3, "sampling_params": [{"n": 1000}] * 3}, {"text": ["a"] * 8193},
+    {"text": ["a"] * 2, "sampling_params": {"n": 1024.0}, "return_logprob": True, "logprob_start_len": -1,
+     "top_logprobs_num": 4, "token_ids_logprob": [1] * 4000, "regex": "x"},
+]  # fmt: skip
 BAD_COMPLETIONS = [
     {}, {"prompt": None}, {"prompt": ""}, {"prompt": []}, {"prompt": {"a": 1}}, {"prompt": ["a", 1]},
     {"prompt": [10**9]}, {"prompt": [[1], []]}, {"prompt": "a", "max_tokens": -1}, {"prompt": "a", "max_tokens": "x"},
@@ -67,7 +80,7 @@ class TestBadInput(FakeServerTestCase):
 
     HEALTHY = {"text": "healthy request", "sampling_params": {"max_new_tokens": 12}}
 
-    def check_all(self, path, bodies, flat):
+    def check_all(self, path, bodies):
         alone = self.client.post("/generate", json=self.HEALTHY).json()
         self.fake.scheduler.delay_s = 0.001
 
@@ -79,29 +92,77 @@ class TestBadInput(FakeServerTestCase):
                     healthy, refused = await asyncio.gather(client.post("/generate", json=self.HEALTHY), bad)
                     label = f"{path} {content[:120]!r}"
                     self.assertEqual(refused.status_code, 400, f"{label}: {refused.text[:300]}")
-                    error = refused.json() if flat(refused) else refused.json()["error"]
-                    self.assertEqual((error["object"], error["code"], error["param"]), ("error", 400, None), label)
-                    self.assertIn(error["type"], ("BadRequestError", "Bad Request"), label)
-                    self.assertGreater(len(error["message"]), 15, label)
+                    self.check_error(refused)
+                    self.assertIn(refused.json()["type"], ("BadRequestError", "Bad Request"), label)
+                    self.assertGreater(len(refused.json()["message"]), 15, label)
                     for key in ("text", "output_ids"):
                         self.assertEqual(healthy.json()[key], alone[key], label)
 
         asyncio.run(main())
         self.assertEqual(self.fake.context.manager.num_in_flight, 0)
 
+    def check_error(self, reply):
+        """Upstream's flat keys, and OpenAI's nested ones beside them."""
+        body = reply.json()
+        nested = {key: body[key] for key in ("message", "type", "param", "code")}
+        self.assertEqual((body["object"], body["code"], body["error"]), ("error", reply.status_code, nested))
+
     def test_malformed_json(self):
         for path in ("/generate", "/v1/completions", "/v1/chat/completions"):
-            self.check_all(path, BAD_JSON, flat=lambda _: True)
+            self.check_all(path, BAD_JSON)
 
     def test_generate(self):
         bodies = BAD_GENERATE + [{"text": "a", "sampling_params": params} for params in BAD_PARAMS]
-        self.check_all("/generate", bodies, flat=lambda reply: reply.json().get("type") == "Bad Request")
+        self.check_all("/generate", bodies)
+
+    def test_amplifiers(self):
+        """Refused before any text is made into tokens."""
+        manager, encoded = self.fake.context.manager, []
+        encode = manager.encode_text
+
+        async def watched(text, *args):
+            if text != self.HEALTHY["text"]:
+                encoded.append(text)
+            return await encode(text, *args)
+
+        with mock.patch.object(manager, "encode_text", watched):
+            self.check_all("/generate", [{"text": "a", **body} for body in AMPLIFIERS])
+            chat = {"messages": HI, "stop": ["x"] * 33}
+            self.check_all("/v1/chat/completions", [chat, {"messages": HI, "rid": "x" * 257}])
+            bodies = [{"prompt": "a", "logprobs": 129}, {"prompt": ["a"] * 3, "n": 1000}]
+            self.check_all("/v1/completions", bodies)
+            self.check_all("/abort_request", [{"rid": "x" * 257}])
+            self.check_all("/tokenize", [{"prompt": ["a"] * 4097}])
+            self.check_all("/detokenize", [{"tokens": [5] * ((1 << 20) + 99)}, {"tokens": [[5]] * ((1 << 20) + 99)}])
+        self.assertEqual(encoded, [])
+
+    def test_a_call_larger_than_the_queue_says_both_numbers(self):
+        manager = self.fake.context.manager
+        with mock.patch.object(manager, "max_requests_per_call", 5):
+            for path, body in (
+                ("/generate", {"text": ["a"] * 3, "sampling_params": {"n": 2}}),
+                ("/generate", {"text": ["a"] * 3, "sampling_params": [{"n": 2}, {"n": 3}, {}]}),
+                ("/generate", {"input_ids": [[5]] * 6}),
+                ("/v1/completions", {"prompt": "a", "n": 6}),
+                ("/v1/chat/completions", {"messages": HI, "n": 6, "stream": True}),
+            ):
+                reply = self.client.post(path, json=body)
+                self.assertEqual(reply.status_code, 400, reply.text)
+                self.assertRegex(reply.json()["message"], r"\b6 answers.*\b5 at most")
+            self.assertEqual(self.client.post("/v1/completions", json={"prompt": "a", "n": 5}).status_code, 200)
+
+    def test_log_probabilities_of_prompts_are_bounded(self):
+        body = {"input_ids": [[5] * 100] * 42, "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 124}
+        reply = self.client.post("/generate", json=body)
+        self.assertEqual(reply.status_code, 400)
+        self.assertRegex(reply.json()["message"], "525000 log-probabilities .* 524288 at most")
+        self.assertEqual(self.client.post("/generate", json={**body, "logprob_start_len": 60}).status_code, 200)
 
     def test_completions(self):
-        self.check_all("/v1/completions", BAD_COMPLETIONS, flat=lambda _: True)
+        self.check_all("/v1/completions", BAD_COMPLETIONS)
 
     def test_chat(self):
-        self.check_all("/v1/chat/completions", BAD_CHAT, flat=lambda _: True)
+        self.check_all("/v1/chat/completions", BAD_CHAT)
 
     def test_a_streaming_request_that_is_bad_gets_a_status_too(self):
         for path, body in (("/generate", {"text": ""}), ("/v1/completions", {"prompt": "a", "top_p": 2})):
@@ -127,8 +188,13 @@ class TestBadInput(FakeServerTestCase):
             reply = self.client.request(method, path)
             body = reply.json()
             self.assertEqual((reply.status_code, body["code"], body["type"]), (status, status, str(status)))
+            self.check_error(reply)
+            if status == 405:
+                self.assertTrue(reply.headers["allow"])
         for path in LACKING_PATHS:
-            self.assertEqual(self.client.post(path).status_code, 501, path)
+            reply = self.client.post(path)
+            self.assertEqual((reply.status_code, reply.headers["x-should-retry"]), (501, "false"), path)
+            self.check_error(reply)
 
     def test_a_defect_of_ours_is_a_500_without_details(self):
         manager = self.fake.context.manager
@@ -138,8 +204,8 @@ class TestBadInput(FakeServerTestCase):
         self.addCleanup(logging.disable, logging.NOTSET)
         for path, body in (("/generate", {"text": "a"}), ("/v1/completions", {"prompt": "a", "stream": True})):
             reply = self.client.post(path, json=body)
-            error = reply.json().get("error", reply.json())
-            self.assertEqual((reply.status_code, error["type"]), (500, "InternalServerError"))
+            self.check_error(reply)
+            self.assertEqual((reply.status_code, reply.json()["type"]), (500, "InternalServerError"))
             self.assertNotIn("NoneType' object", reply.text)
 
 

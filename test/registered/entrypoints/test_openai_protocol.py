@@ -57,9 +57,9 @@ class OpenAITestCase(CustomTestCase):
 class TestChat(OpenAITestCase):
     def test_whole(self):
         self.answer_with("hello 😀")
-        reply = self.client.chat.completions.create(model="any", messages=MESSAGES)
+        reply = self.client.chat.completions.create(model="default", messages=MESSAGES)
         choice = reply.choices[0]
-        self.assertEqual((reply.object, reply.model), ("chat.completion", "any"))
+        self.assertEqual((reply.object, reply.model), ("chat.completion", "default"))
         self.assertEqual((choice.message.role, choice.message.content), ("assistant", "hello 😀"))
         self.assertEqual((choice.finish_reason, choice.matched_stop), ("stop", 1))
         prompt = self.tokenizer.apply_chat_template(MESSAGES)
@@ -72,7 +72,7 @@ class TestChat(OpenAITestCase):
     def test_stream_with_the_client(self):
         self.answer_with("streamed naïve 你好")
         stream = self.client.chat.completions.create(
-            model="m", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
+            model="default", messages=MESSAGES, stream=True, stream_options={"include_usage": True}
         )
         chunks = list(stream)
         self.assertEqual("".join(c.choices[0].delta.content or "" for c in chunks[:-1]), "streamed naïve 你好")
@@ -103,7 +103,9 @@ class TestChat(OpenAITestCase):
     def test_stop_string(self):
         self.answer_with("tell me STOP no")
         for stream in (False, True):
-            reply = self.client.chat.completions.create(model="m", messages=MESSAGES, stop=["STOP"], stream=stream)
+            reply = self.client.chat.completions.create(
+                model="default", messages=MESSAGES, stop=["STOP"], stream=stream
+            )
             if stream:
                 text = "".join(chunk.choices[0].delta.content or "" for chunk in reply)
             else:
@@ -114,7 +116,13 @@ class TestChat(OpenAITestCase):
     def test_n_and_logprobs(self):
         ids = self.answer_with("😀a")
         reply = self.client.chat.completions.create(
-            model="m", messages=MESSAGES, n=2, logprobs=True, top_logprobs=2, seed=5, max_completion_tokens=len(ids)
+            model="default",
+            messages=MESSAGES,
+            n=2,
+            logprobs=True,
+            top_logprobs=2,
+            seed=5,
+            max_completion_tokens=len(ids),
         )
         self.assertEqual([choice.index for choice in reply.choices], [0, 1])
         content = reply.choices[1].logprobs.content
@@ -133,13 +141,13 @@ class TestChat(OpenAITestCase):
             self.assertEqual([entry["logprob"] for entry in entries], [fake_logprob(i) for i in ids])
 
     def test_parameters_and_defaults(self):
-        self.client.chat.completions.create(model="m", messages=MESSAGES)
+        self.client.chat.completions.create(model="default", messages=MESSAGES)
         params = self.sent_params()
         self.assertEqual((params.temperature, params.top_k), (0.6, 20))
         self.assertEqual(params.max_new_tokens, CONTEXT_LEN - len(self.scheduler.received[-1].input_ids))
         extra = {"top_k": 3, "min_p": 0.1, "min_tokens": 2, "repetition_penalty": 1.1, "ignore_eos": True}
         self.client.chat.completions.create(
-            model="m", messages=MESSAGES, temperature=0, top_p=0.5, max_tokens=4, max_completion_tokens=3,
+            model="default", messages=MESSAGES, temperature=0, top_p=0.5, max_tokens=4, max_completion_tokens=3,
             presence_penalty=0.1, frequency_penalty=-0.2, logit_bias={"7": -5}, stop="x", user="u", extra_body=extra,
             parallel_tool_calls=True, tool_choice="none", response_format={"type": "text"},
         )  # fmt: skip
@@ -151,23 +159,23 @@ class TestChat(OpenAITestCase):
 
     def test_messages_as_parts_and_continuation(self):
         parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-        self.client.chat.completions.create(model="m", messages=[{"role": "user", "content": parts}])
+        self.client.chat.completions.create(model="default", messages=[{"role": "user", "content": parts}])
         text = self.tokenizer.decode(self.scheduler.received[-1].input_ids, skip_special_tokens=False)
         self.assertIn("one two", text)
         self.client.chat.completions.create(
-            model="m",
+            model="default",
             messages=[*MESSAGES, {"role": "assistant", "content": "It is"}],
             extra_body={"continue_final_message": True},
         )
         text = self.tokenizer.decode(self.scheduler.received[-1].input_ids, skip_special_tokens=False)
         self.assertTrue(text.endswith("<|assistant|>It is"), text)
-        self.client.chat.completions.create(model="m", messages=MESSAGES, extra_body={"input_ids": [5, 6]})
+        self.client.chat.completions.create(model="default", messages=MESSAGES, extra_body={"input_ids": [5, 6]})
         self.assertEqual(self.scheduler.received[-1].input_ids, [5, 6])
 
     def test_abort_by_response_id_ends_all_samples(self):
         self.scheduler.delay_s = 0.02
         self.addCleanup(setattr, self.scheduler, "delay_s", 0.001)
-        stream = self.client.chat.completions.create(model="m", messages=MESSAGES, n=2, stream=True)
+        stream = self.client.chat.completions.create(model="default", messages=MESSAGES, n=2, stream=True)
         chunks = iter(stream)
         first = next(chunks)
         self.raw.post("/abort_request", json={"rid": first.id})
@@ -176,7 +184,7 @@ class TestChat(OpenAITestCase):
 
     def test_errors_through_the_client(self):
         with self.assertRaises(openai.BadRequestError) as caught:
-            self.client.chat.completions.create(model="m", messages=MESSAGES, temperature=-1)
+            self.client.chat.completions.create(model="default", messages=MESSAGES, temperature=-1)
         self.assertIn("temperature", caught.exception.message)
         wrong = openai.OpenAI(base_url=f"{self.fake.url}/v1", api_key="wrong", max_retries=0)
         with self.assertRaises(openai.AuthenticationError):
@@ -191,16 +199,16 @@ class TestCompletions(OpenAITestCase):
         ids = self.tokenizer.encode("ab")
         texts = []
         for prompt, count in (("ab", 1), (["ab", "cd"], 2), (ids, 1), ([ids, ids], 2)):
-            reply = self.client.completions.create(model="m", prompt=prompt, max_tokens=3)
+            reply = self.client.completions.create(model="default", prompt=prompt, max_tokens=3)
             self.assertEqual([choice.index for choice in reply.choices], list(range(count)))
             self.assertEqual((reply.object, reply.choices[0].finish_reason), ("text_completion", "length"))
             texts.append(reply.choices[0].text)
         self.assertEqual(len(set(texts)), 1)
-        self.client.completions.create(model="m", prompt="ab")
+        self.client.completions.create(model="default", prompt="ab")
         self.assertEqual(self.sent_params().max_new_tokens, 16)
 
     def test_usage_counts_a_prompt_once(self):
-        reply = self.client.completions.create(model="m", prompt=["ab", "abcd"], n=2, max_tokens=3)
+        reply = self.client.completions.create(model="default", prompt=["ab", "abcd"], n=2, max_tokens=3)
         prompts = len(self.tokenizer.encode("ab")) + len(self.tokenizer.encode("abcd"))
         self.assertEqual((reply.usage.prompt_tokens, reply.usage.completion_tokens), (prompts, 12))
         self.assertEqual(reply.usage.prompt_tokens_details.cached_tokens, 2)
@@ -208,7 +216,7 @@ class TestCompletions(OpenAITestCase):
     def test_echo_and_logprobs(self):
         for stream in (False, True):
             reply = self.client.completions.create(
-                model="m", prompt="hello", max_tokens=4, echo=True, logprobs=2, stream=stream
+                model="default", prompt="hello", max_tokens=4, echo=True, logprobs=2, stream=stream
             )
             choices = [chunk.choices[0] for chunk in reply] if stream else [reply.choices[0]]
             text = "".join(choice.text for choice in choices)
@@ -228,11 +236,11 @@ class TestCompletions(OpenAITestCase):
                     self.assertEqual(text[offset : offset + len(token)], token)
 
     def test_echo_alone_scores_a_prompt(self):
-        reply = self.client.completions.create(model="m", prompt="hello", max_tokens=0, echo=True)
+        reply = self.client.completions.create(model="default", prompt="hello", max_tokens=0, echo=True)
         self.assertEqual(reply.choices[0].text, "hello")
         self.assertEqual(self.sent_params().max_new_tokens, 0)
         ids = self.tokenizer.encode("hello", add_special_tokens=False)
-        reply = self.client.completions.create(model="m", prompt=[ids, ids[:2]], max_tokens=0, echo=True)
+        reply = self.client.completions.create(model="default", prompt=[ids, ids[:2]], max_tokens=0, echo=True)
         self.assertEqual([c.text for c in reply.choices], ["hello", self.tokenizer.decode(ids[:2])])
 
     def test_stream(self):

@@ -13,22 +13,26 @@ from starlette.responses import Response
 from sglang.srt.entrypoints.auth import AuthMiddleware, AuthPolicy
 from sglang.srt.entrypoints.body_limit import BodyLimit
 from sglang.srt.entrypoints.context import ServerContext
-from sglang.srt.entrypoints.errors import http_error, openai_error
+from sglang.srt.entrypoints.errors import error_response, http_error
 from sglang.srt.entrypoints.http_io import internal_error
 from sglang.srt.entrypoints.native_api import NativeApi
 from sglang.srt.entrypoints.openai.models_api import ModelsApi
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
-from sglang.srt.managers.request_input import RequestError
+from sglang.srt.managers.request_input import RequestError, request_limit
+from sglang.srt.utils.limits import MAX_QUEUED_REQUESTS
 from sglang.version import __version__
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+_MAX_SHOWN_PATH = 256
 Route = tuple[str, list[str], Callable[[Request], Awaitable[Response]]]
 
 
 def build_app(context: ServerContext, lifespan: Lifespan) -> FastAPI:
     """All endpoints over ``context``."""
     app = FastAPI(title="sglang", version=__version__, lifespan=lifespan)
+    args = context.server_args
+    context.manager.max_requests_per_call = request_limit(args.max_queued_requests or MAX_QUEUED_REQUESTS)
     models = ModelsApi(context)
     routes: list[Route] = [
         *NativeApi(context).routes(),
@@ -41,7 +45,6 @@ def build_app(context: ServerContext, lifespan: Lifespan) -> FastAPI:
         for method in methods:
             name = f"{method.lower()}{path}"
             app.add_api_route(path, _plain(handler), methods=[method], response_model=None, name=name)
-    args = context.server_args
     # The last one added is asked first: who has no key gets no body read.
     app.add_middleware(BodyLimit, max_bytes=args.max_request_bytes)
     app.add_middleware(AuthMiddleware, policy=AuthPolicy(args.host, args.api_key, args.admin_api_key))
@@ -60,7 +63,7 @@ def _plain(handler: Callable[[Request], Awaitable[Response]]) -> Callable[..., A
             raise
         except Exception as error:
             # Past this point the connection would be closed under the client.
-            return openai_error(internal_error(error))
+            return error_response(internal_error(error))
 
     endpoint.__doc__ = handler.__doc__
     return endpoint
@@ -68,9 +71,10 @@ def _plain(handler: Callable[[Request], Awaitable[Response]]) -> Callable[..., A
 
 async def _on_request_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return openai_error(error)
+    return error_response(error)
 
 
 async def _on_http_exception(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return openai_error(http_error(error.status_code, f"{error.detail}: {request.method} {request.url.path}"))
+    where = f"{request.method} {request.url.path[:_MAX_SHOWN_PATH]}"
+    return error_response(http_error(error.status_code, f"{error.detail}: {where}", error.headers))

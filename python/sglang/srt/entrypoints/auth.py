@@ -7,8 +7,9 @@ import hmac
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sglang.srt.entrypoints.errors import json_response
+from sglang.srt.entrypoints.errors import error_response
 from sglang.srt.entrypoints.lacking import LACKING_PATHS
+from sglang.srt.managers.request_input import RequestError
 from sglang.srt.server_args_resolve import is_loopback
 
 OPEN_PREFIXES = ("/health", "/ready", "/metrics")
@@ -41,11 +42,12 @@ class AuthPolicy:
                 f"{path} is closed: the server listens on {self._host} without a key. Start it with --api-key or "
                 "--admin-api-key, or bind it to 127.0.0.1."
             )
-            return json_response({"error": f"Forbidden: {reason}"}, 403)
+            return error_response(RequestError(f"Forbidden: {reason}", 403, "PermissionDeniedError"))
         key = self._admin_api_key or self._api_key if is_admin else self._api_key
         if not key or _has_bearer(authorization, key):
             return None
-        return json_response({"error": "Unauthorized"}, 401)
+        message = "Unauthorized: send the server's key as Authorization: Bearer KEY."
+        return error_response(RequestError(message, 401, "AuthenticationError", {"WWW-Authenticate": "Bearer"}))
 
 
 def _has_bearer(authorization: str, key: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from sglang.srt.entrypoints.errors import openai_error
+from sglang.srt.entrypoints.errors import error_response
 from sglang.srt.managers.request_input import RequestError, overloaded
 from sglang.srt.utils.limits import MAX_BODY_BYTES_IN_FLIGHT
 
@@ -26,7 +26,7 @@ class BodyLimit:
             return
         declared = dict(scope["headers"]).get(b"content-length", b"")
         if declared.isdigit() and int(declared[:19]) > self._max_bytes:
-            await openai_error(self._too_large())(scope, receive, send)
+            await error_response(self._too_large())(scope, receive, send)
             return
         received = 0
 

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.managers.request_input import RequestError
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
+
+# What a client may call the served model, whatever its name is.
+DEFAULT_MODEL_NAME = "default"
+_MAX_SHOWN_NAME = 100
 
 
 class ServerStatus(enum.Enum):
@@ -32,3 +38,23 @@ class ServerContext:
     @property
     def served_model_name(self) -> str:
         return self.server_args.served_model_name or self.server_args.model_path
+
+    def check_model(self, name: str | None) -> None:
+        """Raise RequestError (404) for a model that is not served.
+
+        Accepted are no name, "", "default", the served name and, where that is a path, the path's last part.
+        """
+        served = self.served_model_name
+        if not name or name in (DEFAULT_MODEL_NAME, served):
+            return
+        if not self.server_args.served_model_name and name.rstrip("/") in (served.rstrip("/"), Path(served).name):
+            return
+        adapter = " Adapters cannot be loaded." if name.startswith(f"{served}:") else ""
+        shown = name if len(name) <= _MAX_SHOWN_NAME else f"{name[:_MAX_SHOWN_NAME]}..."
+        raise RequestError(
+            f"The model {shown!r} does not exist; this server serves {served!r}.{adapter}",
+            404,
+            "NotFoundError",
+            param="model",
+            code="model_not_found",
+        )

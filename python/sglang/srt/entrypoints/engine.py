@@ -12,9 +12,9 @@ import msgspec
 
 from sglang.srt.entrypoints import server_info
 from sglang.srt.entrypoints.context import ServerStatus
-from sglang.srt.entrypoints.lacking import LACKING_FIELDS
 from sglang.srt.entrypoints.launch import accept, check_engine, judge, start_engine
 from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.request_fields import REFUSED_FIELDS
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.distribution import refuse_upstream_distribution
@@ -187,12 +187,12 @@ def _request(
     given = {name: value for name, value in options.items() if value is not None}
     fields = {"text": prompt, "sampling_params": sampling_params, "input_ids": input_ids, "stream": stream, **given}
     for name in given:
-        if name in LACKING_FIELDS:
-            raise ValueError(f"{name} is not supported: {LACKING_FIELDS[name]}.")
+        if name in REFUSED_FIELDS:
+            raise ValueError(f"{name} is not supported: {REFUSED_FIELDS[name]}.")
         if name not in GenerateReqInput.__struct_fields__:
             raise TypeError(f"generate has no option {name!r}.")
     try:
-        return msgspec.convert(fields, GenerateReqInput)
+        return msgspec.convert(fields, GenerateReqInput, strict=False)
     except msgspec.ValidationError as error:
         raise ValueError(f"The request is not valid: {error}") from None
 

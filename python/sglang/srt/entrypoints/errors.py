@@ -1,4 +1,4 @@
-"""Error bodies of the API: flat as upstream's OpenAI endpoints give them, wrapped for ``/generate``."""
+"""Error bodies of the API: upstream's flat keys, and the same under ``error``, where OpenAI's clients look."""
 
 from __future__ import annotations
 
@@ -17,18 +17,15 @@ def json_response(content: Any, status_code: int = 200, headers: Mapping[str, st
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
-    body = {"message": error.message, "type": error.err_type, "param": None, "code": error.status_code}
-    return {"object": "error", **body}
+    """Of whole responses and of stream events alike; the flat ``code`` is the status, the nested one may be a name."""
+    body = {"message": error.message, "type": error.err_type, "param": error.param, "code": error.status_code}
+    return {"object": "error", **body, "error": {**body, "code": error.code or error.status_code}}
 
 
-def openai_error(error: RequestError) -> Response:
-    """The flat body, with the error's status."""
-    return json_response(error_body(error), error.status_code, error.headers)
-
-
-def native_error(error: RequestError) -> Response:
-    """``{"error": {...}}`` with the flat body inside, as ``/generate`` answers."""
-    return json_response({"error": error_body(error)}, error.status_code, error.headers)
+def error_response(error: RequestError) -> Response:
+    """The body with the error's status. What the server lacks is not worth a second try: OpenAI's clients are told."""
+    headers = {"x-should-retry": "false", **error.headers} if error.status_code == 501 else error.headers
+    return json_response(error_body(error), error.status_code, headers)
 
 
 def body_error(message: str) -> RequestError:
@@ -36,6 +33,6 @@ def body_error(message: str) -> RequestError:
     return RequestError(message, 400, "Bad Request")
 
 
-def http_error(status_code: int, message: str) -> RequestError:
+def http_error(status_code: int, message: str, headers: Mapping[str, str] | None = None) -> RequestError:
     """For errors of HTTP itself (no such path, no such method); the type is the status as text."""
-    return RequestError(message, status_code, str(status_code))
+    return RequestError(message, status_code, str(status_code), dict(headers or {}))

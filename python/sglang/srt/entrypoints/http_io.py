@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -13,16 +13,18 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from sglang.srt.entrypoints.errors import body_error
+from sglang.srt.entrypoints.body import decode_body
+from sglang.srt.entrypoints.errors import body_error, error_body, error_response
+from sglang.srt.managers.request_fields import UnknownFields
 from sglang.srt.managers.request_input import RequestError
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-ErrorResponse = Callable[[RequestError], Response]
 DONE_EVENT = b"data: [DONE]\n\n"
 # nginx's status for a client that closed its request; nobody reads it but the access log.
 CLIENT_CLOSED_REQUEST = 499
+_MAX_OTHER_COMMAS = 64
 
 
 def event(content: Any) -> bytes:
@@ -30,8 +32,13 @@ def event(content: Any) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
-async def read_body(request: Request, body_type: type[T]) -> T:
-    """The JSON body as ``body_type``; unknown keys are ignored. Raises RequestError."""
+async def read_body(
+    request: Request, body_type: type[T], unknown_fields: UnknownFields, max_items: int | None = None
+) -> tuple[T, list[str]]:
+    """The JSON body as ``body_type``, and the warnings of ``decode_body``; ``max_items`` bounds its lists together.
+
+    Raises RequestError.
+    """
     content_type = request.headers.get("content-type", "")
     if content_type.split(";")[0].strip().lower() != "application/json":
         raise body_error(
@@ -43,10 +50,10 @@ async def read_body(request: Request, body_type: type[T]) -> T:
             data += chunk
     except ClientDisconnect:
         raise RequestError("The client left while it sent the body.", CLIENT_CLOSED_REQUEST) from None
-    try:
-        return msgspec.json.decode(data, type=body_type)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise body_error(f"The body is not valid: {error}") from None
+    # Each item of a list but its first follows a comma: what is refused is not decoded.
+    if max_items is not None and len(data) > max_items and data.count(b",") > max_items + _MAX_OTHER_COMMAS:
+        raise body_error(f"The lists of the body hold more than {max_items} items, the most that one call may send.")
+    return decode_body(data, body_type, unknown_fields)
 
 
 async def wait_for_disconnect(receive: Receive) -> None:
@@ -71,7 +78,7 @@ async def run_while_connected(receive: Receive, work: Awaitable[T]) -> tuple[boo
         await asyncio.gather(task, watcher, return_exceptions=True)
 
 
-async def answer(request: Request, results: AsyncGenerator[Any, None], on_error: ErrorResponse) -> Any:
+async def answer(request: Request, results: AsyncGenerator[Any, None]) -> Any:
     """The only item of ``results``, or the Response to send instead of it."""
 
     async def first() -> Any:
@@ -81,30 +88,23 @@ async def answer(request: Request, results: AsyncGenerator[Any, None], on_error:
     try:
         done, result = await run_while_connected(request.receive, first())
     except RequestError as error:
-        return on_error(error)
+        return error_response(error)
     except Exception as error:
-        return on_error(internal_error(error))
+        return error_response(internal_error(error))
     return result if done else Response(status_code=CLIENT_CLOSED_REQUEST)
 
 
 class EventStream(Response):
     """Server-sent events from ``chunks``, with ``[DONE]`` at the end.
 
-    The headers wait for the first event, so that a request that fails at once still gets a proper status through
-    ``on_error``. A later error becomes an event. When the client leaves, ``chunks`` is closed.
+    The headers wait for the first event, so that a request that fails at once still gets a proper status. A later
+    error becomes an event. When the client leaves, ``chunks`` is closed.
     """
 
-    def __init__(
-        self,
-        chunks: AsyncGenerator[bytes, None],
-        on_error: ErrorResponse,
-        error_event: Callable[[RequestError], Any],
-    ):
+    def __init__(self, chunks: AsyncGenerator[bytes, None]):
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self._chunks = chunks
-        self._on_error = on_error
-        self._error_event = error_event
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await run_while_connected(receive, self._pump(scope, receive, send))
@@ -126,9 +126,9 @@ class EventStream(Response):
         except Exception as error:
             failure = error if isinstance(error, RequestError) else internal_error(error)
             if not started:
-                await self._on_error(failure)(scope, receive, send)
+                await error_response(failure)(scope, receive, send)
                 return
-            await write(event(self._error_event(failure)))
+            await write(event(error_body(failure)))
         await write(DONE_EVENT)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 

@@ -7,7 +7,7 @@ import contextlib
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -15,45 +15,32 @@ from starlette.responses import Response
 
 from sglang.srt.entrypoints import server_info
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
-from sglang.srt.entrypoints.errors import error_body, http_error, json_response, native_error
+from sglang.srt.entrypoints.errors import http_error, json_response
 from sglang.srt.entrypoints.http_io import EventStream, answer, event, read_body
-from sglang.srt.entrypoints.lacking import LACKING_PATHS, refuse_lacking_fields
+from sglang.srt.entrypoints.lacking import LACKING_PATHS
 from sglang.srt.environ import envs
-from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.io_struct import GenerateReqInput, RequestId
 from sglang.srt.managers.request_input import RequestError
+from sglang.srt.utils.limits import MAX_DETOKENIZE_IDS, MAX_TOKENIZE_TEXTS
 
+T = TypeVar("T")
 Handler = Callable[[Request], Awaitable[Response]]
 
 _POLL_S = 0.02
 _MAX_FLUSH_WAIT_S = 3600
 
 
-class GenerateBody(GenerateReqInput, kw_only=True):
-    """``/generate``'s body: the request, and fields that ask for what this server lacks."""
-
-    input_embeds: Any = None
-    image_data: Any = None
-    audio_data: Any = None
-    video_data: Any = None
-    lora_path: Any = None
-    session_params: Any = None
-    custom_logit_processor: Any = None
-    extra_key: Any = None
-    return_hidden_states: Any = None
-    return_routed_experts: Any = None
-
-
-class AbortBody(msgspec.Struct):
-    rid: str | None = None
+class AbortBody(msgspec.Struct, forbid_unknown_fields=True):
+    rid: RequestId | None = None
     abort_all: bool | None = None
 
 
-class TokenizeBody(msgspec.Struct):
-    prompt: str | list[str]
+class TokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
+    prompt: str | Annotated[list[str], msgspec.Meta(max_length=MAX_TOKENIZE_TEXTS)]
     add_special_tokens: bool | None = None
 
 
-class DetokenizeBody(msgspec.Struct):
+class DetokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
     tokens: list[int | list[int]]
     skip_special_tokens: bool | None = None
 
@@ -91,16 +78,15 @@ class NativeApi:
         return table + [(path, ["GET", "POST", "PUT", "DELETE"], self.lacking) for path in LACKING_PATHS]
 
     async def generate(self, request: Request) -> Response:
-        body = await read_body(request, GenerateBody)
-        try:
-            refuse_lacking_fields(body)
-        except RequestError as error:
-            return native_error(error)
-        results = self._manager.generate_request(body)
+        body, warnings = await self._read(request, GenerateReqInput)
+        results = self._manager.generate_request(body, warnings=warnings)
         if body.stream:
-            return EventStream(_events(results), native_error, lambda error: {"error": error_body(error)})
-        result = await answer(request, results, native_error)
+            return EventStream(_events(results))
+        result = await answer(request, results)
         return result if isinstance(result, Response) else json_response(result)
+
+    async def _read(self, request: Request, body_type: type[T]) -> tuple[T, list[str]]:
+        return await read_body(request, body_type, self._manager.unknown_fields)
 
     async def health(self, request: Request) -> Response:
         if envs.SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION.get():
@@ -169,12 +155,12 @@ class NativeApi:
         return Response(f"The cache was not flushed. {message}\n", 400, media_type="text/plain")
 
     async def abort_request(self, request: Request) -> Response:
-        body = await read_body(request, AbortBody)
+        body, _ = await self._read(request, AbortBody)
         self._manager.abort_request(body.rid or "", bool(body.abort_all))
         return Response(status_code=200)
 
     async def tokenize(self, request: Request) -> Response:
-        body = await read_body(request, TokenizeBody)
+        body, _ = await self._read(request, TokenizeBody)
         special = body.add_special_tokens is not False
         prompts = body.prompt if isinstance(body.prompt, list) else [body.prompt]
         tokens = [await self._manager.encode_text(prompt, special) for prompt in prompts]
@@ -184,16 +170,18 @@ class NativeApi:
         return json_response({**result, "max_model_len": self._context.model_config.context_len})
 
     async def detokenize(self, request: Request) -> Response:
-        body = await read_body(request, DetokenizeBody)
+        unknown = self._manager.unknown_fields
+        body, _ = await read_body(request, DetokenizeBody, unknown, max_items=MAX_DETOKENIZE_IDS)
         decode = self._manager.decode_ids
         skip = body.skip_special_tokens is not False
         nested = [item for item in body.tokens if isinstance(item, list)]
         flat = [item for item in body.tokens if isinstance(item, int)]
         if nested and flat:
             raise RequestError("tokens must be a list of token ids or a list of such lists, not a mixture.")
-        for token_id in [*flat, *(i for ids in nested for i in ids)]:
-            if not 0 <= token_id < self._manager.vocab_size:
-                raise RequestError(f"tokens holds {token_id}, outside [0, {self._manager.vocab_size}).")
+        for ids in nested or [flat]:
+            if ids and not 0 <= min(ids) <= max(ids) < self._manager.vocab_size:
+                bad = next(i for i in ids if not 0 <= i < self._manager.vocab_size)
+                raise RequestError(f"tokens holds {bad}, outside [0, {self._manager.vocab_size}).")
         if nested:
             return json_response({"text": [await decode(ids, skip) for ids in nested]})
         return json_response({"text": await decode(flat, skip)})

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.limits import MAX_RID_CHARS
 
 # One log-probability entry: (logprob or None, token id, token text or None).
 LogprobEntry = tuple[float | None, int, str | None]
 
 
-class GenerateReqInput(msgspec.Struct, kw_only=True):
-    """One native generation request after the HTTP layer, before tokenization; lists mean a batch."""
+# An id that the client chooses comes back with every message about its request.
+RequestId = Annotated[str, msgspec.Meta(max_length=MAX_RID_CHARS)]
+
+
+class GenerateReqInput(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """One native generation request after the HTTP layer, before tokenization; lists mean a batch.
+
+    ``return_warnings`` lists the unknown fields, which are ignored, in the result.
+    """
 
     text: str | list[str] | None = None
     # msgspec allows one array type in a union: read both as int lists or lists of int lists.
     input_ids: list[int | list[int]] | None = None
     sampling_params: dict[str, Any] | list[dict[str, Any]] | None = None
-    rid: str | list[str] | None = None
+    rid: RequestId | list[RequestId] | None = None
     return_logprob: bool | list[bool] | None = None
     logprob_start_len: int | list[int] | None = None
     top_logprobs_num: int | list[int] | None = None
     token_ids_logprob: list[int | list[int]] | None = None
     return_text_in_logprobs: bool | None = None
+    return_warnings: bool | None = None
     stream: bool | None = None
 
 

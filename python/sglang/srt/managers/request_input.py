@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
 
 from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.utils.limits import MAX_REQUESTS_PER_CALL
 
 T = TypeVar("T")
 
 
 class RequestError(Exception):
-    """A request that ends in an error: HTTP status, message, the error type of the OpenAI body, and HTTP headers."""
+    """A request that ends in an error: HTTP status and headers; message, type, field and code of the OpenAI body.
+
+    ``code`` None means the status.
+    """
 
     def __init__(
         self,
@@ -21,12 +26,17 @@ class RequestError(Exception):
         status_code: int = 400,
         err_type: str = "BadRequestError",
         headers: dict[str, str] | None = None,
+        *,
+        param: str | None = None,
+        code: str | None = None,
     ):
         super().__init__(message)
         self.message = message
         self.status_code = status_code
         self.err_type = err_type
         self.headers = headers or {}
+        self.param = param
+        self.code = code
 
 
 def overloaded(message: str, retry_after_s: int) -> RequestError:
@@ -49,14 +59,22 @@ class SingleRequest(msgspec.Struct, kw_only=True):
     token_ids_logprob: list[int]
 
 
-def split_request(obj: GenerateReqInput) -> tuple[list[SingleRequest], bool]:
+def request_limit(max_queued_requests: int) -> int:
+    """Most requests of one call over HTTP: more could never wait together, however idle the server is."""
+    return min(MAX_REQUESTS_PER_CALL, max_queued_requests)
+
+
+def split_request(obj: GenerateReqInput, max_requests: int | None = None) -> tuple[list[SingleRequest], bool]:
     """The single requests of ``obj`` in order, and whether its result is a list.
 
-    Raises RequestError (400) for a missing prompt and for lists of unequal length.
+    Raises RequestError (400) for a missing prompt, for lists of unequal length, and for more than ``max_requests``
+    prompts times samples.
     """
     prompts, is_batch = _prompts(obj)
     count = len(prompts)
     params: list[dict[str, Any]] = _per_request("sampling_params", obj.sampling_params, count, is_batch, {})
+    if max_requests is not None:
+        _check_num_requests(obj.sampling_params, params, max_requests)
     rids = _rids(obj.rid, count, is_batch)
     return_logprob = _per_request("return_logprob", obj.return_logprob, count, is_batch, False)
     start_len = _per_request("logprob_start_len", obj.logprob_start_len, count, is_batch, -1)
@@ -95,6 +113,23 @@ def _prompts(obj: GenerateReqInput) -> tuple[list[Any], bool]:
     return [ids], False
 
 
+def _check_num_requests(given: Any, params: list[dict[str, Any]], limit: int) -> None:
+    """Refuse a call of too many requests before anything is built of it."""
+    total = sum(map(_num_samples, params)) if isinstance(given, list) else len(params) * _num_samples(given)
+    if total > limit:
+        raise RequestError(
+            f"The call asks for {total} answers (prompts times n), and one call may ask for {limit} at most: more "
+            "could never wait together. Send several calls, or start the server with a larger --max-queued-requests "
+            f"(up to {MAX_REQUESTS_PER_CALL})."
+        )
+
+
+def _num_samples(params: Any) -> int:
+    """``n`` of raw sampling parameters; what is no number is refused later, by name."""
+    n = params.get("n") if isinstance(params, Mapping) else None
+    return int(n) if isinstance(n, int | float) and n == n and 1 <= n < 2**63 else 1
+
+
 def _non_empty(name: str, value: list[T]) -> list[T]:
     if not value:
         raise RequestError(f"The prompt is empty: {name} is an empty list.")
@@ -130,5 +165,10 @@ def _chosen_ids(value: list[Any] | None, count: int, is_batch: bool) -> list[lis
     if any(nested) and not all(nested):
         raise RequestError("token_ids_logprob must be a list of token ids or a list of such lists, not a mixture.")
     if not nested[0]:
-        return [list(value) for _ in range(count)]
-    return _per_request("token_ids_logprob", value, count, is_batch, [])
+        return [_distinct(value)] * count
+    per_request: list[list[int]] = _per_request("token_ids_logprob", value, count, is_batch, [])
+    return [_distinct(ids) for ids in per_request]
+
+
+def _distinct(ids: list[int]) -> list[int]:
+    return list(dict.fromkeys(ids))

@@ -111,6 +111,8 @@ class RequestState:
         }
         if self._show_dp_rank:
             meta["dp_rank"] = self.dp_rank
+        if self.group.warnings is not None:
+            meta["warnings"] = self.group.warnings
         if self.latency is not None:
             meta["e2e_latency"] = self.latency
         if self._single.return_logprob:
@@ -133,6 +135,8 @@ class RequestGroup:
         self.stream = stream
         self.states: list[RequestState] = []
         self.error: RequestError | None = None
+        # Shown in each result; None if the client did not ask for them.
+        self.warnings: list[str] | None = None
         self._num_finished = 0
         self._changed: dict[int, RequestState] = {}
         self._event = asyncio.Event()

@@ -6,7 +6,8 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.managers.dp_routing import LoadBalancer
@@ -23,11 +24,17 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.managers.ipc import IpcNames, Sender, tokenizer_receiver
 from sglang.srt.managers.prompt_text import PromptEncoder
+from sglang.srt.managers.request_fields import UnknownFields
 from sglang.srt.managers.request_input import RequestError, SingleRequest, split_request
 from sglang.srt.managers.request_state import RequestGroup, RequestState
 from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError
 from sglang.srt.utils.hf_tokenizer import Tokenizer
-from sglang.srt.utils.limits import SHUTDOWN_RETRY_AFTER_S
+from sglang.srt.utils.limits import (
+    MAX_PROMPT_LOGPROBS,
+    MAX_TOKEN_IDS_LOGPROB,
+    MAX_TOP_LOGPROBS,
+    SHUTDOWN_RETRY_AFTER_S,
+)
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -36,6 +43,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 60.0
+_SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 
 
 class TokenizerManager:
@@ -60,6 +68,9 @@ class TokenizerManager:
         self.failure: RequestError | None = None
         self._admits = True
         self.last_receive_time = 0.0
+        # Most prompts times samples of one call; None for the offline engine.
+        self.max_requests_per_call: int | None = None
+        self.unknown_fields = UnknownFields()
         self._ipc = ipc
         self._senders = [Sender(address) for address in ipc.schedulers]
         self._balancer = LoadBalancer(server_args.load_balance_method, len(self._senders))
@@ -68,6 +79,8 @@ class TokenizerManager:
         self._states: dict[str, RequestState] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._counter = itertools.count()
+        # Grows to the vocabulary at most.
+        self._token_texts: dict[int, str] = {}
 
     async def start(self) -> None:
         """Open the inbox in the running loop."""
@@ -112,12 +125,13 @@ class TokenizerManager:
                 future.set_exception(error)
 
     async def generate_request(
-        self, obj: GenerateReqInput, incremental: bool | None = None
+        self, obj: GenerateReqInput, incremental: bool | None = None, warnings: Sequence[str] = ()
     ) -> AsyncGenerator[Any, None]:
         """Results of ``obj``: one item (a list for a batch), or, streaming, one dictionary each time a request grows.
 
-        ``incremental`` makes streamed dictionaries hold only what is new; None follows the server's setting. Closing
-        the iterator aborts what is unfinished. Raises RequestError.
+        ``incremental`` makes streamed dictionaries hold only what is new; None follows the server's setting.
+        ``warnings`` are shown if ``obj`` asks for warnings. Closing the iterator aborts what is unfinished. Raises
+        RequestError.
         """
         if incremental is None:
             incremental = self.server_args.incremental_streaming_output
@@ -125,6 +139,8 @@ class TokenizerManager:
             raise self.shutdown_error("it takes no new requests")
         stream = bool(obj.stream)
         group = RequestGroup(stream)
+        if obj.return_warnings:
+            group.warnings = list(warnings)
         tokenized, is_list = await self._prepare(obj, group)
         if self.failure is not None:
             raise self.failure
@@ -251,17 +267,28 @@ class TokenizerManager:
         self, obj: GenerateReqInput, group: RequestGroup
     ) -> tuple[list[TokenizedGenerateReqInput], bool]:
         """Check and tokenize every prompt of ``obj``, fill ``group``, and say whether the result is a list."""
-        singles, is_list = split_request(obj)
+        singles, is_list = split_request(obj, self.max_requests_per_call)
+        # Everything that needs no tokens is refused before any are made.
+        all_params: list[SamplingParams] = []
+        for i, single in enumerate(singles):
+            self._check_logprobs(single)
+            shared = i > 0 and single.sampling_params is singles[i - 1].sampling_params
+            all_params.append(copy(all_params[-1]) if shared else self._sampling_params(single, group))
         tokenized: list[TokenizedGenerateReqInput] = []
         show_text = bool(obj.return_text_in_logprobs) and self.tokenizer is not None
         text_of = self._token_text if show_text else _no_text
-        for single in singles:
-            params = self._sampling_params(single)
+        num_prompt_logprobs = 0
+        for single, params in zip(singles, all_params, strict=True):
             input_ids = self._fit_context(await self._encode(single), params)
-            self._check_logprobs(single, len(input_ids))
+            num_prompt_logprobs += params.n * _num_prompt_logprobs(single, len(input_ids))
+            if num_prompt_logprobs > MAX_PROMPT_LOGPROBS:
+                raise RequestError(
+                    f"The call asks for {num_prompt_logprobs} log-probabilities of its prompts, and one call gives "
+                    f"{MAX_PROMPT_LOGPROBS} at most. Ask for fewer best tokens, or send fewer prompts in a call."
+                )
             is_list = is_list or params.n > 1
-            for copy in range(params.n):
-                rid = single.rid if params.n == 1 else f"{single.rid}_{copy}"
+            for sample in range(params.n):
+                rid = single.rid if params.n == 1 else f"{single.rid}_{sample}"
                 # An id that the client chose may come again while the scheduler still ends its first use.
                 wire_rid = f"{rid}#{next(self._counter)}" if single.rid_given else rid
                 num_tokens = len(input_ids) + (params.max_new_tokens or 0)
@@ -282,12 +309,24 @@ class TokenizerManager:
         return tokenized, is_list
 
     def _token_text(self, token_id: int) -> str | None:
-        assert self.tokenizer is not None
-        return self.tokenizer.decode([token_id], skip_special_tokens=False)
+        text = self._token_texts.get(token_id)
+        if text is None:
+            assert self.tokenizer is not None
+            text = self._token_texts[token_id] = self.tokenizer.decode([token_id], skip_special_tokens=False)
+        return text
 
-    def _sampling_params(self, single: SingleRequest) -> SamplingParams:
+    def _sampling_params(self, single: SingleRequest, group: RequestGroup) -> SamplingParams:
+        """The checked parameters; unknown ones become warnings of ``group``."""
+        raw = single.sampling_params
+        if raw.keys() - _SAMPLING_FIELDS:
+            fields = {name: value for name, value in raw.items() if name not in _SAMPLING_FIELDS}
+            self.unknown_fields.judge(fields, _SAMPLING_FIELDS, "sampling_params.", group.warnings)
+        return self.verified_params(raw)
+
+    def verified_params(self, raw: dict[str, Any]) -> SamplingParams:
+        """Sampling parameters of a request. Raises RequestError for what cannot be honoured."""
         try:
-            params = SamplingParams.from_request(single.sampling_params)
+            params = SamplingParams.from_request(raw)
             params.verify(self.vocab_size)
         except SamplingParamsError as error:
             raise RequestError(str(error)) from None
@@ -341,14 +380,15 @@ class TokenizerManager:
         params.top_k = min(params.top_k, self.vocab_size)
         return input_ids
 
-    def _check_logprobs(self, single: SingleRequest, num_tokens: int) -> None:
-        if single.logprob_start_len < -1 or single.logprob_start_len >= num_tokens:
+    def _check_logprobs(self, single: SingleRequest) -> None:
+        most = min(MAX_TOP_LOGPROBS, self.vocab_size)
+        if not 0 <= single.top_logprobs_num <= most:
+            raise RequestError(f"top_logprobs_num must be in [0, {most}], got {single.top_logprobs_num}.")
+        if len(single.token_ids_logprob) > MAX_TOKEN_IDS_LOGPROB:
             raise RequestError(
-                f"logprob_start_len must be -1 (outputs only) or in [0, {num_tokens}), the prompt's length, "
-                f"got {single.logprob_start_len}."
+                f"token_ids_logprob takes at most {MAX_TOKEN_IDS_LOGPROB} different ids, "
+                f"got {len(single.token_ids_logprob)}."
             )
-        if not 0 <= single.top_logprobs_num <= self.vocab_size:
-            raise RequestError(f"top_logprobs_num must be in [0, {self.vocab_size}], got {single.top_logprobs_num}.")
         for token_id in single.token_ids_logprob:
             if not 0 <= token_id < self.vocab_size:
                 raise RequestError(f"token_ids_logprob must lie in [0, {self.vocab_size}), got {token_id}.")
@@ -357,6 +397,18 @@ class TokenizerManager:
         if self.server_args.log_requests:
             rids = [state.rid for state in group.states]
             logger.info("Receive: rids=%s, sampling_params=%s, stream=%s", rids, obj.sampling_params, group.stream)
+
+
+def _num_prompt_logprobs(single: SingleRequest, num_tokens: int) -> int:
+    """How many log-probabilities of its prompt a request asks for. Raises RequestError for a start outside it."""
+    start = single.logprob_start_len
+    if start < -1 or start >= num_tokens:
+        raise RequestError(
+            f"logprob_start_len must be -1 (outputs only) or in [0, {num_tokens}), the prompt's length, got {start}."
+        )
+    if start < 0 or not single.return_logprob:
+        return 0
+    return (num_tokens - start) * (1 + single.top_logprobs_num + len(single.token_ids_logprob))
 
 
 def _no_text(_: int) -> str | None:

@@ -6,14 +6,19 @@ from typing import Any
 
 import msgspec
 
+from sglang.srt.utils.limits import (
+    MAX_LOGIT_BIAS_ENTRIES,
+    MAX_STOP_CHARS,
+    MAX_STOP_STRING_CHARS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKEN_IDS,
+)
+
 # Below this temperature a request is greedy.
 GREEDY_TEMPERATURE = 1e-6
-MAX_STOP_STRINGS = 32
 MAX_N = 1024
 MAX_LOGIT_BIAS = 1e30
 _INT64 = 2**63
-# Fields of the field's API that need a grammar engine, which this server lacks.
-UNSUPPORTED_FIELDS = ("json_schema", "regex", "ebnf", "structural_tag", "stop_regex", "custom_logit_processor")
 
 
 class SamplingParamsError(ValueError):
@@ -60,18 +65,12 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     @classmethod
     def from_request(cls, raw: dict[str, Any]) -> SamplingParams:
-        """Build from a request body; unknown keys are ignored as upstream's API does, unsupported ones are refused.
+        """Build from a request body; unknown keys are ignored. A number of the other kind is taken if it is whole.
 
         Raises SamplingParamsError with the field, the value and the allowed range.
         """
         if not isinstance(raw, dict):
             raise SamplingParamsError(f"sampling_params must be an object, got {type(raw).__name__}.")
-        for name in UNSUPPORTED_FIELDS:
-            if raw.get(name) not in (None, "", []):
-                raise SamplingParamsError(
-                    f"{name} is not supported by this server: constrained decoding would change the output, "
-                    "so the request is refused. Remove the field."
-                )
         known = {k: v for k, v in raw.items() if k in cls.__struct_fields__ and (v is not None or k in _NULLABLE)}
         if isinstance(known.get("stop"), str):
             known["stop"] = [known["stop"]]
@@ -80,15 +79,17 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         if type(known.get("top_k")) is int and known["top_k"] == 0:
             known["top_k"] = -1
         try:
-            params = msgspec.convert(known, cls, strict=True)
+            params = msgspec.convert(known, cls, strict=False)
         except msgspec.ValidationError as error:
             raise SamplingParamsError(f"sampling_params: {error}") from None
+        params.stop_token_ids = list(dict.fromkeys(params.stop_token_ids))
         return params
 
     def verify(self, vocab_size: int) -> None:
         """Raise SamplingParamsError for the first value outside its range."""
         _check_ranges(self)
         _check_lengths(self)
+        _check_sizes(self)
         for token_id in self.stop_token_ids:
             if not 0 <= token_id < vocab_size:
                 raise SamplingParamsError(f"stop_token_ids must lie in [0, {vocab_size}), got {token_id}.")
@@ -135,7 +136,20 @@ def _check_lengths(params: SamplingParams) -> None:
         raise SamplingParamsError(f"stream_interval must be at least 1, got {params.stream_interval}.")
     if params.sampling_seed is not None and not -_INT64 <= params.sampling_seed < _INT64:
         raise SamplingParamsError(f"sampling_seed must fit in 64 bits, got {params.sampling_seed}.")
+
+
+def _check_sizes(params: SamplingParams) -> None:
+    """What travels with a request, or with each of its tokens, is bounded."""
     if len(params.stop) > MAX_STOP_STRINGS:
         raise SamplingParamsError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(params.stop)}.")
-    if any(not text for text in params.stop):
+    lengths = [len(text) for text in params.stop]
+    if 0 in lengths:
         raise SamplingParamsError("stop strings must not be empty.")
+    if lengths and (max(lengths) > MAX_STOP_STRING_CHARS or sum(lengths) > MAX_STOP_CHARS):
+        raise SamplingParamsError(
+            f"stop strings have at most {MAX_STOP_STRING_CHARS} characters each and {MAX_STOP_CHARS} together, "
+            f"got {max(lengths)} and {sum(lengths)}."
+        )
+    for name, limit in (("stop_token_ids", MAX_STOP_TOKEN_IDS), ("logit_bias", MAX_LOGIT_BIAS_ENTRIES)):
+        if len(getattr(params, name)) > limit:
+            raise SamplingParamsError(f"{name} takes at most {limit} entries, got {len(getattr(params, name))}.")

@@ -23,6 +23,29 @@ DRAIN_WRITE_S = 3
 # What a client that is refused by an ending server is told to wait; another server, or the next one, may take it.
 SHUTDOWN_RETRY_AFTER_S = 5
 
+# Prompts times samples of one call over HTTP, whatever the queue holds.
+MAX_REQUESTS_PER_CALL = 8192
+MAX_RID_CHARS = 256
+MAX_STOP_STRINGS = 32
+MAX_STOP_STRING_CHARS = 1024
+MAX_STOP_CHARS = 8192
+MAX_STOP_TOKEN_IDS = 1024
+MAX_LOGIT_BIAS_ENTRIES = 1024
+# Named ids, without duplicates, whose log-probabilities come with each token.
+MAX_TOKEN_IDS_LOGPROB = 1024
+# Best tokens beside each token: of OpenAI's chat endpoint, and of all others.
+MAX_CHAT_TOP_LOGPROBS = 20
+MAX_TOP_LOGPROBS = 128
+# Log-probabilities of the prompts of one call, best and named ones included.
+MAX_PROMPT_LOGPROBS = 1 << 19
+MAX_TOKENIZE_TEXTS = 4096
+MAX_DETOKENIZE_IDS = 1 << 20
+
+# Unknown fields of request bodies: how much of a name is kept, how many are logged, how many one answer lists.
+MAX_UNKNOWN_FIELD_CHARS = 64
+MAX_UNKNOWN_FIELDS_LOGGED = 256
+MAX_WARNINGS = 16
+
 
 def shown() -> dict[str, float]:
     """All limits by name, in lower case."""

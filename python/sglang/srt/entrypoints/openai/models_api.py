@@ -16,6 +16,7 @@ class ModelsApi:
     """The one model that is served, as a list and as a card."""
 
     def __init__(self, context: ServerContext):
+        self._context = context
         name = context.served_model_name
         self._card = ModelCard(name, name, context.model_config.context_len, int(time.time()))
 
@@ -23,13 +24,5 @@ class ModelsApi:
         return json_response(ModelList([self._card]))
 
     async def show_model(self, request: Request) -> Response:
-        asked = request.path_params["model"]
-        if asked == self._card.id:
-            return json_response(self._card)
-        error = {
-            "message": f"The model {asked!r} does not exist; this server serves {self._card.id!r}.",
-            "type": "invalid_request_error",
-            "param": "model",
-            "code": "model_not_found",
-        }
-        return json_response({"error": error}, 404)
+        self._context.check_model(request.path_params["model"])
+        return json_response(self._card)

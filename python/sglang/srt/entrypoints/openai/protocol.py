@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI endpoints. Keys that are not listed are ignored."""
+"""Bodies of the OpenAI endpoints. Other keys are judged by ``request_fields``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,19 @@ from typing import Any
 
 import msgspec
 
-DEFAULT_MODEL_NAME = "default"
+from sglang.srt.managers.io_struct import RequestId
 
 
-class StreamOptions(msgspec.Struct):
+class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
 
 
-class GenerationRequest(msgspec.Struct, kw_only=True):
-    """What both endpoints share: OpenAI's fields, then upstream's extensions, then fields that get refused."""
+class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """What both endpoints share: OpenAI's fields, then upstream's extensions.
+
+    ``return_warnings`` lists the unknown fields, which are ignored, in the response.
+    """
 
     model: str | None = None
     frequency_penalty: float | None = None
@@ -39,26 +42,16 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     no_stop_trim: bool | None = None
-    rid: str | None = None
-
-    regex: Any = None
-    ebnf: Any = None
-    json_schema: Any = None
-    structural_tag: Any = None
-    stop_regex: Any = None
-    custom_logit_processor: Any = None
-    lora_path: Any = None
-    session_params: Any = None
-    extra_key: Any = None
-    cache_salt: Any = None
-    return_hidden_states: Any = None
-    return_routed_experts: Any = None
+    rid: RequestId | None = None
+    return_warnings: bool | None = None
+    response_format: dict[str, Any] | None = None
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):
-    """``/v1/completions``. ``best_of`` and ``user`` are ignored."""
+    """``/v1/completions``. All samples are returned: ``best_of`` may not differ from ``n``."""
 
     prompt: str | list[str | int | list[int]]
+    best_of: int | None = None
     echo: bool | None = None
     logprobs: int | None = None
     suffix: str | None = None
@@ -71,10 +64,8 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    functions: Any = None
     modalities: list[str] | None = None
     reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -162,6 +153,7 @@ class GenerationResponse(msgspec.Struct):
     model: str
     choices: Sequence[CompletionChoice | ChatChoice | ChatStreamChoice]
     usage: Usage | None = None
+    warnings: list[str] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ModelCard(msgspec.Struct):

@@ -9,15 +9,14 @@ from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 from typing import Any, Generic, TypeVar
 
+import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sglang.srt.entrypoints.context import ServerContext
-from sglang.srt.entrypoints.errors import error_body, json_response, openai_error
+from sglang.srt.entrypoints.context import DEFAULT_MODEL_NAME, ServerContext
+from sglang.srt.entrypoints.errors import json_response
 from sglang.srt.entrypoints.http_io import EventStream, answer, event, read_body
-from sglang.srt.entrypoints.lacking import refuse_lacking_fields
 from sglang.srt.entrypoints.openai.protocol import (
-    DEFAULT_MODEL_NAME,
     GenerationRequest,
     GenerationResponse,
     PromptTokensDetails,
@@ -25,13 +24,12 @@ from sglang.srt.entrypoints.openai.protocol import (
     Usage,
 )
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.sampling.sampling_params import UNSUPPORTED_FIELDS, SamplingParams
+from sglang.srt.managers.request_input import RequestError
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 # Body field -> sampling parameter, where the value passes unchanged; null takes the default.
 _SAMPLING_FIELDS = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"} | {
-    name: name
-    for name in GenerationRequest.__struct_fields__
-    if name in SamplingParams.__struct_fields__ or name in UNSUPPORTED_FIELDS
+    name: name for name in GenerationRequest.__struct_fields__ if name in SamplingParams.__struct_fields__
 }
 
 # One result of the tokenizer manager, and what is kept of each choice of a response that has spoken.
@@ -77,8 +75,9 @@ class OpenAIServing(ABC, Generic[RequestT]):
         self._defaults = dict(context.model_config.generation_defaults) if from_model else {}
 
     async def handle(self, request: Request) -> Response:
-        body = await read_body(request, self.request_type)
+        body, warnings = await read_body(request, self.request_type, self.manager.unknown_fields)
         self.check(body)
+        self.judge_content(body, warnings if body.return_warnings else None)
         native = await self.convert(body)
         # Samples and prompts of one response share its id as the start of theirs, so that aborting it ends them all.
         native.rid = body.rid or uuid.uuid4().hex
@@ -86,16 +85,24 @@ class OpenAIServing(ABC, Generic[RequestT]):
         native.stream = bool(body.stream)
         results = self.manager.generate_request(native, incremental=True)
         if body.stream:
-            chunks = self._stream(body, native, results)
-            return EventStream(chunks, openai_error, lambda error: {"error": error_body(error)})
-        result = await answer(request, results, openai_error)
+            return EventStream(self._stream(body, native, results, warnings))
+        result = await answer(request, results)
         if isinstance(result, Response):
             return result
-        return json_response(self._whole(body, native, result if isinstance(result, list) else [result]))
+        whole = self._whole(body, native, result if isinstance(result, list) else [result])
+        if body.return_warnings:
+            whole.warnings = warnings
+        return json_response(whole)
 
     def check(self, body: RequestT) -> None:
         """Raise RequestError for what cannot be honoured."""
-        refuse_lacking_fields(body)
+        self.context.check_model(body.model)
+        kind = (body.response_format or {}).get("type", "text")
+        if kind != "text":
+            raise RequestError(f"response_format {kind!r} is not supported: the output cannot be constrained to it.")
+
+    def judge_content(self, body: RequestT, warnings: list[str] | None) -> None:
+        """Judge unknown keys in what the body's type leaves open; ``warnings`` is extended."""
 
     @abstractmethod
     async def convert(self, body: RequestT) -> GenerateReqInput:
@@ -122,16 +129,21 @@ class OpenAIServing(ABC, Generic[RequestT]):
         )
 
     async def _stream(
-        self, body: RequestT, native: GenerateReqInput, results: AsyncGenerator[Any, None]
+        self, body: RequestT, native: GenerateReqInput, results: AsyncGenerator[Any, None], warnings: list[str]
     ) -> AsyncGenerator[bytes, None]:
-        """The events of incremental results."""
+        """The events of incremental results; the first one shows ``warnings`` if the body asks for them."""
         counter = self._usage_counter(body)
         options = body.stream_options or StreamOptions()
         created, model = int(time.time()), body.model or DEFAULT_MODEL_NAME
         offsets: Offsets = {}
 
+        show_once: list[str] | msgspec.UnsetType = warnings if body.return_warnings else msgspec.UNSET
+
         def chunk(choices: list[Any], usage: Usage | None) -> bytes:
-            return event(GenerationResponse(str(native.rid), self.chunk_object, created, model, choices, usage))
+            nonlocal show_once
+            head = str(native.rid), self.chunk_object, created, model
+            content, show_once = GenerationResponse(*head, choices, usage, show_once), msgspec.UNSET
+            return event(content)
 
         async with aclosing(results):
             async for result in results:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from sglang.srt.entrypoints.openai.message_fields import judge_messages
 from sglang.srt.entrypoints.openai.protocol import (
     ChatChoice,
     ChatCompletionRequest,
@@ -19,8 +20,7 @@ from sglang.srt.entrypoints.openai.serving_base import Offsets, OpenAIServing, R
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.utils.chat_template import RESERVED_VARIABLES, ChatTemplateError
-
-MAX_TOP_LOGPROBS = 20
+from sglang.srt.utils.limits import MAX_CHAT_TOP_LOGPROBS
 
 
 class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
@@ -30,25 +30,30 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
 
     def check(self, body: ChatCompletionRequest) -> None:
         super().check(body)
-        if (body.tools and body.tool_choice != "none") or body.functions:
+        if body.tools and body.tool_choice != "none":
             raise RequestError("tools are not supported by this server: no tool call would be recognised.")
         if isinstance(body.tool_choice, dict) or body.tool_choice == "required":
             raise RequestError("tool_choice asks for a tool call, which this server does not support.")
-        kind = (body.response_format or {}).get("type", "text")
-        if kind != "text":
-            raise RequestError(f"response_format {kind!r} is not supported: the output cannot be constrained to it.")
         if body.modalities and body.modalities != ["text"]:
             raise RequestError(f"modalities {body.modalities} are not supported: the server answers with text.")
         if body.top_logprobs is not None and not body.logprobs:
             raise RequestError("top_logprobs needs logprobs: true.")
-        if not 0 <= (body.top_logprobs or 0) <= MAX_TOP_LOGPROBS:
-            raise RequestError(f"top_logprobs must be in [0, {MAX_TOP_LOGPROBS}], got {body.top_logprobs}.")
+        if not 0 <= (body.top_logprobs or 0) <= MAX_CHAT_TOP_LOGPROBS:
+            raise RequestError(f"top_logprobs must be in [0, {MAX_CHAT_TOP_LOGPROBS}], got {body.top_logprobs}.")
+
+    def judge_content(self, body: ChatCompletionRequest, warnings: list[str] | None) -> None:
+        template = self.manager.tokenizer.chat_template if self.manager.tokenizer is not None else None
+        source = "" if template is None else template.source
+        judge_messages(body.messages, source, self.manager.unknown_fields, warnings)
 
     async def convert(self, body: ChatCompletionRequest) -> GenerateReqInput:
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+        params = self.sampling_params(body, limit)
+        # A request that will be refused is not worth rendering and tokenizing.
+        self.manager.verified_params(params)
         return GenerateReqInput(
             input_ids=list(body.input_ids) if body.input_ids is not None else await self._prompt_ids(body),
-            sampling_params=self.sampling_params(body, limit),
+            sampling_params=params,
             return_logprob=bool(body.logprobs),
             top_logprobs_num=body.top_logprobs or 0,
         )

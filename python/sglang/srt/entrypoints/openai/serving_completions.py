@@ -13,6 +13,7 @@ from sglang.srt.entrypoints.openai.protocol import (
 from sglang.srt.entrypoints.openai.serving_base import Offsets, OpenAIServing, Result, finish
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.request_input import RequestError
+from sglang.srt.utils.limits import MAX_TOP_LOGPROBS
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -25,8 +26,10 @@ class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
         super().check(body)
         if body.suffix:
             raise RequestError("suffix is not supported: the model completes text, it does not fill a middle.")
-        if body.logprobs is not None and body.logprobs < 0:
-            raise RequestError(f"logprobs must be at least 0, got {body.logprobs}.")
+        if not 0 <= (body.logprobs or 0) <= MAX_TOP_LOGPROBS:
+            raise RequestError(f"logprobs must be in [0, {MAX_TOP_LOGPROBS}], got {body.logprobs}.")
+        if body.best_of not in (None, body.n or 1):
+            raise RequestError(f"best_of {body.best_of} is not supported: every sample is returned. Use n.")
         if body.echo and self.manager.tokenizer is None:
             raise RequestError("echo needs a tokenizer, and the server runs with --skip-tokenizer-init.")
 

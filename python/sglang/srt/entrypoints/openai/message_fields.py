@@ -1,0 +1,45 @@
+"""Keys of chat messages that reach neither the server nor the template."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.managers.request_fields import UnknownFields
+
+# What OpenAI's clients put into a message, or get back in one and send again.
+_MESSAGE_KEYS = frozenset(
+    (
+        "annotations", "content", "function_call", "name", "reasoning", "reasoning_content", "refusal", "role",
+        "tool_call_id", "tool_calls",
+    )
+)  # fmt: skip
+_PART_KEYS = frozenset(("text", "type"))
+
+
+def judge_messages(
+    messages: list[dict[str, Any]], template: str, unknown_fields: UnknownFields, warnings: list[str] | None
+) -> None:
+    """Judge the keys that are not of the API and that ``template``, the source of the chat template, does not name.
+
+    Raises RequestError for a key that is refused.
+    """
+    for message in messages:
+        _judge(message, _MESSAGE_KEYS, "messages.", template, unknown_fields, warnings)
+        content = message.get("content")
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict) and part.get("type") == "text":
+                _judge(part, _PART_KEYS, "messages.content.", template, unknown_fields, warnings)
+
+
+def _judge(
+    item: dict[str, Any],
+    known: frozenset[str],
+    where: str,
+    template: str,
+    unknown_fields: UnknownFields,
+    warnings: list[str] | None,
+) -> None:
+    if item.keys() <= known:
+        return
+    unknown = {key: value for key, value in item.items() if key not in known and key not in template}
+    unknown_fields.judge(unknown, known, where, warnings)
