@@ -31,7 +31,7 @@ BAD_GENERATE = [
     {"text": "a", "image_data": "x.png"}, {"text": "a", "lora_path": "x"}, {"text": "a", "return_hidden_states": True},
 ]  # fmt: skip
 BAD_PARAMS = [
-    {"temperature": -0.5}, {"temperature": "hot"}, {"top_p": 0}, {"top_p": 2}, {"top_p": -1}, {"top_k": 0},
+    {"temperature": -0.5}, {"temperature": "hot"}, {"top_p": 0}, {"top_p": 2}, {"top_p": -1}, {"top_k": -2},
     {"top_k": 1.5}, {"min_p": 1.5}, {"frequency_penalty": 3}, {"repetition_penalty": 0}, {"max_new_tokens": -1},
     {"max_new_tokens": "ten"}, {"min_new_tokens": 9, "max_new_tokens": 3}, {"n": 0}, {"n": 10**6}, {"stop": ""},
     {"stop": [""]}, {"stop": 5}, {"stop": ["x"] * 99}, {"stop_token_ids": [10**9]}, {"stop_token_ids": ["a"]},
