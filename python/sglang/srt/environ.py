@@ -102,9 +102,10 @@ class Envs:
         doc="Received tokens for which one rank allocates memory, from 1 to world size times "
         "`SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK`, rounded up to a multiple of the world size. 0 means that "
         "maximum, which hardly ever arrives: a cap saves its memory. A step that could bring more runs its experts in "
-        "rounds, each of which exchanges again and may read every expert again (F). Refused with MORI's IntraNode "
-        "kernel (S).",
-        requires="MORI 1.1.0 or later where MORI carries the tokens, unless 0",
+        "rounds, each of which exchanges again and may read every expert again (F). With MORI's IntraNode kernel the "
+        "cap is rounded down, holds at least one row of each rank, and a rank sends at most cap / world size rows in "
+        "a round (S).",
+        requires="MORI 1.1.0 or later where MORI carries the tokens by another kernel than IntraNode, unless 0",
     )
     SGLANG_MORI_MOE_MAX_INPUT_TOKENS = EnvInt(
         0,

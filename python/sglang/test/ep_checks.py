@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import unittest
 from typing import Any
 
@@ -227,7 +228,7 @@ def check_contract() -> None:
 def check_settings() -> None:
     """Settings that a kernel of MORI, the portable transport or the weights cannot serve."""
     refused = (
-        (MoriConfig(8, 64, max_recv_tokens=100), "IntraNode.*combine writes at rank"),
+        (MoriConfig(8, 64, max_recv_tokens=7), "PREALLOC_MAX_RECV_TOKENS=7 is below 8, one row of each rank"),
         (MoriConfig(6, 64), "1, 2, 4 or whole nodes"),
         (MoriConfig(12, 64), "1, 2, 4 or whole nodes"),
         (MoriConfig(128, 64, low_latency=True), "at most 64 ranks"),
@@ -247,11 +248,18 @@ def check_settings() -> None:
     with CASE.assertRaisesRegex(ExchangeConfigError, "float16: add --dtype bfloat16"):
         plan_exchange(MoriConfig(2, 4), choose_kernel(MoriConfig(2, 4)), 0, 8, 16, 2, torch.float16)
     # The portable transport has no such reasons, and knows no codec; the worst case is no cap.
-    CASE.assertEqual(plan_exchange(refused[0][0], None, 0, 64, 16, 2, torch.float16).max_recv, 104)
+    CASE.assertEqual(
+        plan_exchange(MoriConfig(8, 64, max_recv_tokens=100), None, 0, 64, 16, 2, torch.float16).max_recv, 104
+    )
     plan = plan_exchange(MoriConfig(1, 4, combine_dtype="fp8"), None, 0, 8, 16, 2, torch.float32)
     CASE.assertEqual(plan.combine_wire, "none")
     choose_kernel(MoriConfig(8, 64, max_recv_tokens=100, low_latency=True))
-    choose_kernel(MoriConfig(8, 64, max_recv_tokens=512))
+    for cap, limit in ((8, 1), (100, 12), (512, 64)):
+        config = MoriConfig(8, 64, max_recv_tokens=cap)
+        plan = plan_exchange(config, choose_kernel(config), 0, 64, 16, 2, torch.float32)
+        CASE.assertEqual((plan.max_num_inp_token_per_rank, plan.max_total_recv_tokens), (limit, 0))
+    with CASE.assertRaisesRegex(ExchangeConfigError, "combine by source needs 512 rows"):
+        dataclasses.replace(plan, max_total_recv_tokens=100)
     for cap in (-1, 17, 10**9):
         with CASE.assertRaisesRegex(ExchangeConfigError, "PREALLOC_MAX_RECV_TOKENS=.* must be 0"):
             MoriConfig(4, 4, max_recv_tokens=cap)

@@ -187,8 +187,8 @@ class TestInformation(FakeServerTestCase):
         self.assertNotIn("sglang:moe_", text)
 
     def test_metrics_of_the_receive_buffers(self):
-        gauge = RecvGauge(capacity=64, world_size=4, device=torch.device("cpu"))
-        gauge.plan(30, 2)
+        gauge = RecvGauge(capacity=64, device=torch.device("cpu"))
+        gauge.plan(32, 2)
         gauge.add(torch.tensor([20], dtype=torch.int32), 40)
         gauge.count_raised()
         with mock.patch.object(self.fake.scheduler, "experts", {"received_rows": gauge.snapshot()}):

@@ -25,6 +25,7 @@ GROUPS = {**MORI, "dp_size": 2, "enable_dp_attention": True}
 # Name, settings, receive cap, and MORI's kernel.
 MODES: tuple[tuple[str, dict[str, Any], int, str], ...] = (
     ("normal", MORI, 0, "IntraNode"),
+    ("normal, capped", MORI, 7, "IntraNode"),
     ("groups, low latency, capped", {**GROUPS, "deepep_mode": "low_latency"}, 6, "AsyncLL"),
 )
 

@@ -192,6 +192,43 @@ class TestRefusals(CustomTestCase):
 
         run_processes(2, work)
 
+    def test_combine_addresses(self) -> None:
+        """IntraNode writes back at rank * limit + token of its source's buffer, which a receive cap shortens."""
+
+        def work(rank: int) -> None:
+            init_shmem(rank)
+            # A buffer of 8 rows for 2 ranks of 6: rank 1 writes token t at row 6 + t.
+            capped = config(rank, 2, max_total_recv_tokens=8)
+            for kernel in (Kernel.IntraNode, Kernel.IntraNodeLL, Kernel.AsyncLL):
+                for tokens, target, fits in ((4, 0, True), (2, 1, True), (3, 1, kernel is Kernel.AsyncLL)):
+                    op = mori.ops.EpDispatchCombineOp(dataclasses.replace(capped, kernel_type=kernel))
+                    mine = batch(rank, 2, 1, tokens=tokens if rank == 0 else 0)
+                    mine["indices"].fill_(target * PER_RANK)
+                    out, *_, total = op.dispatch(**mine)
+                    if kernel is Kernel.AsyncLL:
+                        op.dispatch_recv()
+                    self.assertEqual(int(total), tokens if rank == target else 0)
+                    if fits:
+                        summed, _ = op.combine(out.clone(), None, mine["indices"])
+                        if kernel is Kernel.AsyncLL:
+                            op.combine_recv()
+                        assert torch.equal(summed[: len(mine["input"])], mine["input"])
+                    else:
+                        said = r"row 8 \(.*\) of 8 is written" if rank == 0 else "rank 0 made a call"
+                        with self.assertRaisesRegex(VendorWouldCorrupt, said):
+                            op.combine(out, None, mine["indices"])
+            # From the registered buffer each rank reads its own received rows, wherever they came from.
+            op = mori.ops.EpDispatchCombineOp(dataclasses.replace(capped, use_external_inp_buf=False))
+            mine = batch(rank, 2, 1, tokens=3 if rank == 0 else 0)
+            mine["indices"].fill_(PER_RANK)
+            out, *_, total = op.dispatch(**mine)
+            registered = op.get_registered_combine_input_buffer(torch.float32)
+            registered[: int(total)] = out[: int(total)]
+            summed, _ = op.combine(registered, None, mine["indices"])
+            assert torch.equal(summed[: len(mine["input"])], mine["input"])
+
+        run_processes(2, work)
+
     def test_one_rank_at_fault_stops_all(self) -> None:
         def work(rank: int) -> None:
             init_shmem(rank)

@@ -150,7 +150,7 @@ class TestCompiledKernels(CustomTestCase):
 
 class TestGauges(CustomTestCase):
     def test_warm_up_is_not_load(self) -> None:
-        gauge = RecvGauge(64, 2, torch.device("cpu"))
+        gauge = RecvGauge(64, torch.device("cpu"))
 
         def dispatch(*_: object) -> None:
             gauge.plan(32, 3)

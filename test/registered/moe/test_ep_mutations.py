@@ -79,7 +79,9 @@ MUTATIONS = {
         M("stages in any order", moriep, "if self.STAGES[self._next] != stage:", "if False:"),
     ),
     "settings": (
-        M("IntraNode staging", moriep, "if kernel is INTRA_NODE and config.max_recv", "if False and config.max_recv"),
+        M("IntraNode cap of no row", moriep, "if kernel is INTRA_NODE and 0 < config", "if False and 0 < config"),
+        M("cap ignored under IntraNode", capacity, "min(limit, cap // world_size) if cap", "limit if cap"),
+        M("capped IntraNode buffer", base, "if self.rows_by_source and self.max_recv < worst:", "if False:"),
         M("ranks of a node", moriep, "if per_node & (per_node - 1) or world % per_node:", "if False:"),
         M("world of a wave", moriep, "if kernel is ASYNC_LL and world > WAVE:", "if False:"),
         M("codec of a type", moriep, "and dtype != torch.bfloat16:", "and False:"),
@@ -104,6 +106,8 @@ MUTATIONS = {
         M("negative ids for padding", layer, "masked_fill(padding, self.placement.first)", "masked_fill(padding, -1)"),
         M("overflow under MORI", layer, "for part in rounds:", "for part in plan_rounds(rows, 10**6, 10**6):"),
         M("another cap than planned", moriep, "config.max_total_recv_tokens,\n", "0,\n"),
+        M("IntraNode given a cap", moriep, "by_source, limit, cap = kernel is INTRA_NODE,",
+          "by_source, limit, cap = False,"),
     ),
 }  # fmt: skip
 

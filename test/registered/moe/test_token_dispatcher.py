@@ -232,9 +232,6 @@ class TestContract(CustomTestCase):
 
 
 class TestMoriSettings(CustomTestCase):
-    def test_rounded_cap(self):
-        self.assertEqual(MoriConfig(4, 4, max_recv_tokens=9).max_recv, 12)
-
     def test_kernel_by_mode_and_size(self):
         for world, low, sdma, limit, expected in (
             (1, False, False, 4096, INTRA_NODE), (8, False, False, 4096, INTRA_NODE),

@@ -389,6 +389,29 @@ class TestCommand(PlanTestCase):
         self.assertRegex(text, r"dispatch output +448\.0 +27\.9 ")
         self.assertRegex(text, r"a further round")
 
+    def test_a_cap_under_intra_node_shrinks_every_buffer(self):
+        dp = ("--enable-dp-attention", "--dp", "8")
+        with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(4096):
+            status, out, _ = self.run_plan(*self.flags, *dp, "--json")
+            _, text, _ = self.run_plan(*self.flags, *dp)
+        exchange = json.loads(out)["exchange"]
+        self.assertEqual((status, exchange["kernel"]), (0, "IntraNode"))
+        self.assertEqual((exchange["recv_rows"], exchange["worst_recv_rows"]), (4096, 32768))
+        buffers = exchange["by_kernel"]["IntraNode"]
+        for worst, capped in zip(buffers["worst_case"], buffers["with_cap"], strict=True):
+            if worst["name"] != "signals":
+                self.assertEqual(worst["num_bytes"], 8 * capped["num_bytes"], worst["name"])
+        rounds = {step["step"]: (step["rows"], step["worst_case"], step["with_cap"]) for step in exchange["rounds"]}
+        # 512 rows of a rank at once.
+        self.assertEqual(rounds, {"decode": (256, 1, 1), "decode graph": (256, 1, 1), "prefill chunk": (1024, 1, 2)})
+        self.assertRegex(text, r"heap, AsyncLL +1928 +1532")
+        # The row of a kernel that is only compared takes the least cap that it serves.
+        with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(3):
+            status, out, _ = self.run_plan(*self.flags, "--deepep-mode", "low_latency", "--json")
+        found = {name: {b["name"]: b["num_bytes"] for b in kernel["with_cap"]}["dispatch output"]
+                 for name, kernel in json.loads(out)["exchange"]["by_kernel"].items()}  # fmt: skip
+        self.assertEqual((status, set(found.values())), (0, {8 * 14336}))
+
     def test_refusals_are_those_of_the_launch(self):
         flags = ("--model-path", self.model, "--tp", "3")
         status, _, err = self.run_plan(*flags)
@@ -398,11 +421,10 @@ class TestCommand(PlanTestCase):
         status, _, err = self.run_plan(*self.flags, "--gpu-memory-gb", "4")
         self.assertEqual(status, 2)
         self.assertIn("MoE exchange", err)
-        with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(4096):
-            status, out, err = self.run_plan(*self.flags)
+        with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(7):
+            status, _, err = self.run_plan(*self.flags)
         self.assertEqual(status, 2)
-        self.assertIn("IntraNode", err)
-        self.assertRegex(out, r"heap, AsyncLL +\d+ +\d+")
+        self.assertIn("MORI_PREALLOC_MAX_RECV_TOKENS=7 is below 8", err)
 
     def test_a_request_table_past_the_memory_is_refused_by_name(self):
         status, out, err = self.run_plan("--model-path", self.model, "--tp", "8", "--max-running-requests", "400000")

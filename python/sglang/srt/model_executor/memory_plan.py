@@ -7,7 +7,7 @@ exchange buffers as their owners allocate them. Graphs and the runtime's own mem
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,17 +16,22 @@ from torch import nn
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import ParallelState, ProcessGroupHandle, get_parallel_state, override_parallel_state
 from sglang.srt.layers.moe.fused_moe import FusedMoE
-from sglang.srt.layers.moe.token_dispatcher.base import EpConfig, ExchangeConfigError
+from sglang.srt.layers.moe.token_dispatcher.base import EpConfig
 from sglang.srt.layers.moe.token_dispatcher.capacity import plan_rounds, rows_of_ranks
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
 from sglang.srt.layers.moe.token_dispatcher.mori_memory import (
-    KERNELS,
     ExchangeBuffer,
     HeapPlan,
     exchange_buffers,
     plan_heap,
 )
-from sglang.srt.layers.moe.token_dispatcher.moriep import choose_kernel, plan_exchange
+from sglang.srt.layers.moe.token_dispatcher.moriep import (
+    INTRA_NODE,
+    MORI_KERNELS,
+    MoriKernel,
+    choose_kernel,
+    plan_exchange,
+)
 from sglang.srt.mem_cache.pool_plan import PoolPlan, PoolPlanError
 from sglang.srt.model_executor.decode_graphs import decode_buckets
 from sglang.srt.model_executor.model_pools import (
@@ -135,40 +140,43 @@ def plan_moe_exchange(
         return None
     settings = MoriConfig.from_env(args.tp_size, low_latency=args.deepep_mode == "low_latency")
     layers = [module for module in build_rank(args, config, 0).modules() if isinstance(module, FusedMoE)]
-    chosen, kernel, kernels, problems = None, "portable", ("portable",), []
-    if kind == "hip":
-        kernels = KERNELS
-        try:
-            chosen = choose_kernel(settings)
-        except ExchangeConfigError as error:
-            problems.append(str(error))
-            chosen = choose_kernel(replace(settings, max_recv_tokens=0))
-        kernel = chosen.name
+    chosen = choose_kernel(settings) if kind == "hip" else None
     # Layers of one shape and type of rows share one exchange.
     kinds = dict.fromkeys((e.num_experts, e.hidden, e.top_k, config.dtype, e.quant_method.row_dtype) for e in layers)
-    ops = [plan_exchange(settings, chosen, 0, *each) for each in kinds]
-    uncapped = [replace(op, max_total_recv_tokens=0) for op in ops]
 
-    def buffers_of(exchanges: Sequence[EpConfig], name: str) -> tuple[ExchangeBuffer, ...]:
-        return tuple(buffer for each in exchanges for buffer in exchange_buffers(each, name, settings.combine_groups))
+    def sizes_of(kernel: MoriKernel | None, cap: int) -> list[EpConfig]:
+        return [plan_exchange(replace(settings, max_recv_tokens=cap), kernel, 0, *each) for each in kinds]
 
-    buffers = {name: KernelBuffers(buffers_of(uncapped, name), buffers_of(ops, name)) for name in kernels}
-    heap = plan_heap(buffers[kernel].with_cap, environ) if kind == "hip" else None
-    problems += [heap.problem] if heap is not None and heap.problem else []
-    rounds = plan_steps(args, ops[0])
-    return ExchangePlan(kernel, ops[0].max_recv, uncapped[0].max_recv, buffers, heap, rounds, tuple(problems))
+    def buffers_of(kernel: MoriKernel | None, cap: int) -> tuple[ExchangeBuffer, ...]:
+        name = "portable" if kernel is None else kernel.name
+        sizes = sizes_of(kernel, cap)
+        return tuple(buffer for each in sizes for buffer in exchange_buffers(each, name, settings.combine_groups))
+
+    cap = settings.max_recv_tokens
+    buffers = {}
+    for each in MORI_KERNELS if kind == "hip" else (None,):
+        # A kernel that is listed for comparison alone may need a larger cap than the one chosen.
+        least = settings.world_size if cap and each is INTRA_NODE else 0
+        buffers["portable" if each is None else each.name] = KernelBuffers(
+            buffers_of(each, 0), buffers_of(each, max(cap, least))
+        )
+    name = "portable" if chosen is None else chosen.name
+    heap = plan_heap(buffers[name].with_cap, environ) if kind == "hip" else None
+    problems = (heap.problem,) if heap is not None and heap.problem else ()
+    worst, capped = sizes_of(chosen, 0)[0], sizes_of(chosen, cap)[0]
+    return ExchangePlan(name, capped.max_recv, worst.max_recv, buffers, heap, plan_steps(args, worst, capped), problems)
 
 
-def plan_steps(args: ServerArgs, sizes: EpConfig) -> tuple[StepRounds, ...]:
-    """Rounds of the largest steps that these settings allow, without and with the receive cap."""
+def plan_steps(args: ServerArgs, *exchanges: EpConfig) -> tuple[StepRounds, ...]:
+    """Rounds of the largest steps that these settings allow, by an exchange without and by one with the receive cap."""
     running, chunk = args.max_running_requests or 1, args.chunked_prefill_size or 0
     steps = {"decode": running, "prefill chunk": chunk + (running if args.enable_mixed_chunk else 0)}
     if not args.disable_cuda_graph:
         steps["decode graph"] = graph_buckets(args)[-1]
-    limit, plans = sizes.max_num_inp_token_per_rank, []
+    plans = []
     for step, rows in steps.items():
         brought = rows_of_ranks([rows] * args.attn_dp_size, args.tp_size // args.attn_dp_size)
-        worst, capped = (len(plan_rounds(brought, r, limit)) for r in (sizes.world_size * limit, sizes.max_recv))
+        worst, capped = (len(plan_rounds(brought, e.max_recv, e.max_num_inp_token_per_rank)) for e in exchanges)
         plans.append(StepRounds(step, rows, worst, capped))
     return tuple(plans)
 

@@ -69,7 +69,7 @@ class MoriEPMoE(FusedMoE):
         rows = self._rows_of_ranks(x.shape[0], fb)
         sizes = self.dispatcher.config
         rounds = plan_rounds(rows, sizes.max_recv, sizes.max_num_inp_token_per_rank)
-        self.gauge.plan(sum(rows), len(rounds))
+        self.gauge.plan(sizes.least_cap(rows), len(rounds))
         tp, rank = self.ranks.tp, self.ranks.world.rank
         first, _ = slice_of(x.shape[0], tp.rank, tp.size)
         weights, ids = self._keep_padding_here(topk, fb)

@@ -37,7 +37,8 @@ class EpConfig:
     data_type: of dispatched rows; combine_type: of combined ones. scale_dim scales of scale_type go with each row.
     max_total_recv_tokens: rows allocated for what arrives, 0 for the worst case. mode: "sync", or "two_phase" where
     rows travel while the caller computes between a send and its recv. combine_wire: MORI's codec of rows on the way
-    back.
+    back. rows_by_source: combine writes by source, at ``rank * max_num_inp_token_per_rank + row`` of the buffers that a
+    cap would shorten, so that none may be set (capacity.source_limit).
     """
 
     rank: int
@@ -53,6 +54,7 @@ class EpConfig:
     max_total_recv_tokens: int = 0
     mode: str = "sync"
     combine_wire: str = "none"
+    rows_by_source: bool = False
 
     def __post_init__(self) -> None:
         sizes = (self.world_size, self.hidden_dim, self.max_num_inp_token_per_rank, self.num_experts_per_rank)
@@ -61,6 +63,11 @@ class EpConfig:
         worst = self.world_size * self.max_num_inp_token_per_rank
         if not 0 <= self.max_total_recv_tokens <= worst:
             raise ExchangeConfigError(f"max_total_recv_tokens={self.max_total_recv_tokens} must be 0 or in 1..{worst}")
+        if self.rows_by_source and self.max_recv < worst:
+            raise ExchangeConfigError(
+                f"combine by source needs {worst} rows of buffer, max_total_recv_tokens={self.max_total_recv_tokens} "
+                f"leaves {self.max_recv}: lower max_num_inp_token_per_rank instead"
+            )
         if self.mode not in MODES:
             raise ExchangeConfigError(f"mode {self.mode!r} is unknown; known: {', '.join(MODES)}")
 
@@ -68,6 +75,12 @@ class EpConfig:
     def max_recv(self) -> int:
         """Rows of the receive buffers."""
         return recv_capacity(self.world_size, self.max_num_inp_token_per_rank, self.max_total_recv_tokens)
+
+    def least_cap(self, rows_of_ranks: Sequence[int]) -> int:
+        """The smallest receive cap, a multiple of W, under which ranks that bring these rows need one round."""
+        if self.rows_by_source:
+            return self.world_size * max(rows_of_ranks)
+        return -(-sum(rows_of_ranks) // self.world_size) * self.world_size
 
     @property
     def num_experts(self) -> int:
@@ -79,7 +92,7 @@ class EpConfig:
         if rows > self.max_num_inp_token_per_rank:
             raise ValueError(
                 f"{rows} rows to dispatch, but the limit is {self.max_num_inp_token_per_rank}: raise "
-                "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK or send fewer tokens a forward"
+                "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK (or the receive cap, if one is set), or send fewer rows"
             )
         if x.dtype != self.data_type or (scales is None) != (self.scale_dim == 0):
             raise ValueError(f"expected {self.data_type} rows with {self.scale_dim} scales, got {x.dtype}")

@@ -25,6 +25,17 @@ def recv_capacity(world_size: int, limit: int, cap: int = 0) -> int:
     return world_size * (min(-(-cap // world_size), limit) if cap else limit)
 
 
+def source_limit(world_size: int, limit: int, cap: int) -> int:
+    """The most rows m that a rank may send at once where combine addresses rows by source: ``cap // W`` under a cap.
+
+    MORI's IntraNode kernel allocates W * m rows and writes, in dispatch, the n-th row that reaches a rank to row n and,
+    in combine, what rank r made of a source's row t to row ``r * m + t`` there. Both stay inside where no rank sends
+    more than m rows: a token reaches a rank once, so n < W * m; r < W and t < m, so r * m + t < W * m <= cap. A cap on
+    the received rows alone proves only the first. The least cap is W: one row of each rank.
+    """
+    return min(limit, cap // world_size) if cap else limit
+
+
 def slice_of(rows: int, part: int, parts: int) -> tuple[int, int]:
     """First and end row of the ``part``-th of ``parts`` slices of ``rows``; the last ones may be short or empty."""
     share = -(-rows // parts)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.base import ExchangeConfigError
-from sglang.srt.layers.moe.token_dispatcher.capacity import recv_capacity
 from sglang.srt.utils.common import get_bool_env_var, get_int_env_var
 
 
@@ -50,8 +49,3 @@ class MoriConfig:
             copy_engines=get_bool_env_var("MORI_ENABLE_SDMA"),
             combine_groups=get_int_env_var("MORI_FP8_COMBINE_SCALE_DIM", 56),
         )
-
-    @property
-    def max_recv(self) -> int:
-        """Rows of the receive buffer after rounding."""
-        return recv_capacity(self.world_size, self.max_dispatch_tokens, self.max_recv_tokens)

@@ -15,12 +15,12 @@ class RecvGauge:
     Shared by the layers of one dispatcher.
     """
 
-    def __init__(self, capacity: int, world_size: int, device: torch.device) -> None:
-        self._capacity, self._world_size = capacity, world_size
+    def __init__(self, capacity: int, device: torch.device) -> None:
+        self._capacity = capacity
         self._since_read = torch.zeros(1, dtype=torch.int32, device=device)
         self._peak = 0
         self._bound = 0
-        self._most_step_rows = 0
+        self._least_cap = 0
         self._most_rounds = 0
         self._raised = 0
         self._is_paused = False
@@ -35,11 +35,11 @@ class RecvGauge:
             self._is_paused = False
             self._since_read.zero_()
 
-    def plan(self, step_rows: int, rounds: int) -> None:
-        """A step brings ``step_rows`` rows over all ranks, in ``rounds`` rounds."""
+    def plan(self, least_cap: int, rounds: int) -> None:
+        """A step is done in ``rounds`` rounds, and would be done in one under a receive cap of ``least_cap`` rows."""
         if self._is_paused:
             return
-        self._most_step_rows = max(self._most_step_rows, step_rows)
+        self._least_cap = max(self._least_cap, least_cap)
         self._most_rounds = max(self._most_rounds, rounds)
 
     def add(self, total_recv: torch.Tensor, bound: int) -> None:
@@ -72,6 +72,6 @@ class RecvGauge:
             "bound": self._bound,
             "buffer": self._capacity,
             "most_rounds": self._most_rounds,
-            "suggested_cap": -(-self._most_step_rows // self._world_size) * self._world_size,
+            "suggested_cap": self._least_cap,
             "input_limit_raised": self._raised,
         }

@@ -25,6 +25,7 @@ from sglang.srt.layers.moe.token_dispatcher.base import (
     ExchangeConfigError,
     RecvBatch,
 )
+from sglang.srt.layers.moe.token_dispatcher.capacity import source_limit
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
 from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
 from sglang.srt.layers.moe.token_dispatcher.portable import PortableTransport
@@ -67,6 +68,7 @@ INTRA_NODE = MoriKernel("IntraNode", 80, 16)
 INTER_NODE = MoriKernel("InterNodeV1", 64, 8, 32)
 INTER_NODE_LL = MoriKernel("InterNodeV1LL", 64, 8, 32)
 ASYNC_LL = MoriKernel("AsyncLL", 64, 8, 32)
+MORI_KERNELS = (INTRA_NODE, INTER_NODE, INTER_NODE_LL, ASYNC_LL)
 
 
 def choose_kernel(config: MoriConfig) -> MoriKernel:
@@ -86,11 +88,10 @@ def choose_kernel(config: MoriConfig) -> MoriKernel:
         raise ExchangeConfigError(f"MORI needs 1, 2, 4 or whole nodes of 8 ranks, got --tp-size {world}")
     if kernel is ASYNC_LL and world > WAVE:
         raise ExchangeConfigError(f"MORI's AsyncLL serves at most {WAVE} ranks, got {world}: use --deepep-mode normal")
-    if kernel is INTRA_NODE and config.max_recv < world * config.max_dispatch_tokens:
+    if kernel is INTRA_NODE and 0 < config.max_recv_tokens < world:
         raise ExchangeConfigError(
-            f"SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS={config.max_recv_tokens} cannot be used with MORI's IntraNode "
-            "kernel: its combine writes at rank * limit + row into a buffer of the capped size. Unset it, or use "
-            "--deepep-mode low_latency"
+            f"SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS={config.max_recv_tokens} is below {world}, one row of each rank, "
+            f"which MORI's IntraNode kernel needs: set at least {world}, or use --deepep-mode low_latency"
         )
     if config.combine_dtype == "fp8" and kernel not in (INTRA_NODE, ASYNC_LL):
         raise ExchangeConfigError(f"SGLANG_MORI_COMBINE_DTYPE=fp8 is not offered by MORI's {kernel.name}: use bf16")
@@ -240,7 +241,7 @@ class MoriEPDispatcher:
     def __init__(self, transport: EpTransport, device: torch.device) -> None:
         self.transport = transport
         self.config = transport.config
-        self.gauge = RecvGauge(self.config.max_recv, self.config.world_size, device)
+        self.gauge = RecvGauge(self.config.max_recv, device)
         self._next = 0
         self._ids: torch.Tensor | None = None
         self._batch: RecvBatch | None = None
@@ -332,19 +333,24 @@ def plan_exchange(
         )
     travels = row_dtype if row_dtype is not None and asked != "bf16" else dtype
     is_two_phase = config.low_latency if kernel is None else kernel.is_two_phase
+    # Under IntraNode the cap shortens what each rank sends at once, and the op is given none: see source_limit.
+    by_source, limit, cap = kernel is INTRA_NODE, config.max_dispatch_tokens, config.max_recv_tokens
+    if by_source:
+        limit, cap = source_limit(config.world_size, limit, cap), 0
     return EpConfig(
         rank=rank,
         world_size=config.world_size,
         hidden_dim=hidden,
-        max_num_inp_token_per_rank=config.max_dispatch_tokens,
+        max_num_inp_token_per_rank=limit,
         num_experts_per_rank=num_experts // config.world_size,
         num_experts_per_token=top_k,
         data_type=travels,
         combine_type=dtype,
         scale_dim=0 if travels is dtype else hidden // GROUP,
-        max_total_recv_tokens=config.max_recv_tokens,
+        max_total_recv_tokens=cap,
         mode="two_phase" if is_two_phase else "sync",
         combine_wire=codec,
+        rows_by_source=by_source,
     )
 
 

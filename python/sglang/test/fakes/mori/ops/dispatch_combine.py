@@ -10,6 +10,7 @@ import torch
 
 from mori import shmem
 from mori.errors import VendorWouldCorrupt
+from mori.ops.addresses import last_combine_rows
 from mori.ops.config import (
     EpDispatchCombineConfig,
     EpDispatchCombineKernelType,
@@ -24,6 +25,7 @@ _DISPATCH_DTYPES = (torch.bfloat16, torch.float32, *_FP8, torch.float4_e2m1fn_x2
 _COMBINE_DTYPES = (torch.bfloat16, torch.float32)
 _TWO_PHASE = EpDispatchCombineKernelType.AsyncLL
 _KEEPS_NEGATIVE_IDS = (EpDispatchCombineKernelType.AsyncLL, EpDispatchCombineKernelType.InterNodeV1LL)
+_SINGLE_NODE = (EpDispatchCombineKernelType.IntraNode, EpDispatchCombineKernelType.IntraNodeLL)
 _BLOCKWISE_KERNELS = (
     EpDispatchCombineKernelType.IntraNode,
     EpDispatchCombineKernelType.IntraNodeLL,
@@ -36,6 +38,8 @@ class _Layout:
     """Where the rows of one dispatch went and came from."""
 
     indices: torch.Tensor
+    # Which of this rank's tokens went to which rank, [T, W], and the tokens of each.
+    goes: torch.Tensor
     sent_tokens: list[torch.Tensor]
     recv_counts: list[int]
     # Row i of the receive buffer is row order[i] of what arrived, rank after rank.
@@ -148,7 +152,8 @@ class EpDispatchCombineOp:
         arrived = exchange_rows(self._group, [packed[tokens] for tokens in sent_tokens], recv_counts)
         self._calls += 1
         order = self._row_order(recv_counts)
-        self._layout = _Layout(indices.clone(), sent_tokens, recv_counts, order, torch.cat(arrived)[order])
+        goes = torch.stack(masks, dim=1)
+        self._layout = _Layout(indices.clone(), goes, sent_tokens, recv_counts, order, torch.cat(arrived)[order])
         rows = self.max_num_tokens_to_recv()
         out_scales = self._view("scales", scales.dtype, rows, self.config.scale_dim) if has_scales else None
         out = self._view("out", input.dtype, rows, input.shape[1])
@@ -221,7 +226,9 @@ class EpDispatchCombineOp:
         layout = self._layout
         assert layout is not None
         total, width = layout.total, input.shape[1]
-        sums = self._send_back(through_the_wire(input[:total], self.config.quant_type, _codec_groups()))
+        by_source = external and self.config.kernel_type in _SINGLE_NODE
+        sent = through_the_wire(input[:total], self.config.quant_type, _codec_groups())
+        sums = self._send_back(sent, by_source)
         weight_sums = None if weights is None else self._send_back(weights[:total])
         out = self._view("combine_out", input.dtype, self.config.max_num_inp_token_per_rank, width)
         poison(out)
@@ -304,8 +311,11 @@ class EpDispatchCombineOp:
             counts = torch.bincount(mine, minlength=self.config.num_experts_per_rank)
             self.local_expert_count.copy_(counts)
 
-    def _send_back(self, rows: torch.Tensor) -> torch.Tensor:
-        """Sum [T, width] over destination ranks in ascending order, in float32, of rows [total, width]."""
+    def _send_back(self, rows: torch.Tensor, by_source: bool = False) -> torch.Tensor:
+        """Sum [T, width] over destination ranks in ascending order, in float32, of rows [total, width].
+
+        by_source: through the rows of the combine input that the destination ranks write at their sources.
+        """
         layout = self._layout
         assert layout is not None
         arrived = torch.empty_like(rows)
@@ -314,8 +324,15 @@ class EpDispatchCombineOp:
         counts = [len(tokens) for tokens in layout.sent_tokens]
         returned = exchange_rows(self._group, parts, counts)
         sums = torch.zeros(layout.indices.shape[0], rows.shape[1], dtype=torch.float32)
-        for tokens, part in zip(layout.sent_tokens, returned):
-            sums.index_add_(0, tokens, part.reshape(-1).view(rows.dtype).view(-1, rows.shape[1]).float())
+        width, limit = rows.shape[1], self.config.max_num_inp_token_per_rank
+        values = [part.reshape(-1).view(rows.dtype).view(-1, width) for part in returned]
+        if by_source:
+            staging = self._view("combine_in", rows.dtype, self.max_num_tokens_to_recv(), width)
+            for rank, (tokens, part) in enumerate(zip(layout.sent_tokens, values)):
+                staging[rank * limit + tokens] = part
+            values = [staging[rank * limit + tokens] for rank, tokens in enumerate(layout.sent_tokens)]
+        for tokens, part in zip(layout.sent_tokens, values):
+            sums.index_add_(0, tokens, part.float())
         return sums
 
     def _finish(self) -> None:
@@ -380,6 +397,9 @@ class EpDispatchCombineOp:
             )
         if blockwise and (x.dtype != torch.bfloat16 or config.kernel_type not in _BLOCKWISE_KERNELS or not external):
             return ValueError("fp8_blockwise combine takes bf16 from an external buffer, IntraNode or AsyncLL")
+        room, last = self.max_num_tokens_to_recv(), -1
+        if external and config.kernel_type in _SINGLE_NODE and dispatched:
+            last = int(last_combine_rows(layout.goes, config.max_num_inp_token_per_rank))
         registered = self._storage["combine_in"].data_ptr()
         if not torch.equal(indices, layout.indices):
             text = "indices are not the ids that this rank dispatched"
@@ -387,6 +407,11 @@ class EpDispatchCombineOp:
             text = f"no kernel for {x.dtype}"
         elif x.shape[0] < layout.total or x.shape[1] > config.hidden_dim:
             text = f"{layout.total} rows are read, the input is {_shown(x)}"
+        elif last >= room:
+            text = (
+                f"row {last} (rank * max_num_inp_token_per_rank + token) of {room} is written here: the vendor writes "
+                "past the end of its combine input"
+            )
         elif weights is not None and (weights.dtype != torch.float32 or weights.shape[0] < layout.total):
             text = f"weights must be float32 of at least {layout.total} rows, got {_shown(weights)}"
         elif not x.is_contiguous():
