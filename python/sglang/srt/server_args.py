@@ -196,7 +196,9 @@ class ServerArgs(HttpArgs):
         bool,
         Arg("Chunks of `/generate` carry only the new text, not all so far.", RUNTIME, aliases=("--stream-output",)),
     ] = False
-    watchdog_timeout: Annotated[float, Arg("Seconds until a hung step ends the server.", RUNTIME, above=0)] = 300.0
+    watchdog_timeout: Annotated[
+        float, Arg("Seconds without progress of any process, hung or stopped, that end the server.", RUNTIME, minimum=3)
+    ] = 300.0
     allow_auto_truncate: Annotated[
         bool, Arg("Cut prompts that exceed the context instead of refusing them.", RUNTIME)
     ] = False

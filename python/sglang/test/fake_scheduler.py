@@ -206,7 +206,7 @@ def _output(entry: _Running, reason: FinishReason | None) -> TokenIDOutput:
 class FakeEngine:
     """Fake schedulers and the real detokenizer in threads, with the face of ``EngineProcesses``.
 
-    Set ``dead`` to a text to play a child process that ended.
+    Set ``dead`` to a text to play a child process that ended, ``asked`` to True for one that got a SIGTERM.
     """
 
     def __init__(
@@ -221,6 +221,7 @@ class FakeEngine:
         self.scheduler_info = {"max_total_num_tokens": 4096, "max_req_input_len": 4096}
         self.processes: list[Any] = []
         self.dead: str | None = None
+        self.asked = False
         detokenizer_args = types.SimpleNamespace(
             skip_tokenizer_init=tokenizer is None, tokenizer_path=server_args.tokenizer_path, model_path=""
         )
@@ -234,6 +235,9 @@ class FakeEngine:
 
     def check_alive(self) -> str | None:
         return self.dead
+
+    def is_asked_to_end(self) -> bool:
+        return self.asked
 
     def shutdown(self, grace_s: float = 5.0) -> None:
         """End both threads and remove the sockets; safe to call twice."""

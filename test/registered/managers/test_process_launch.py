@@ -1,19 +1,27 @@
-"""Which of several failed processes the launcher names."""
+"""Which of several failed or silent processes the launcher names, and how a child follows its parent."""
 
 import json
 import os
+import signal
 import subprocess
+import tempfile
 import threading
 import time
 import unittest
+from dataclasses import replace
 from unittest import mock
 
-from sglang.srt.managers import process_launch
+from sglang.srt.managers import process_launch, pulse
+from sglang.srt.managers.child_context import STACKS_SIGNAL, LaunchConfig
+from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.managers.process_launch import ChildProcess, EngineProcesses, LaunchError
+from sglang.srt.managers.pulse import Pulse, PulseReader
+from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
+from sglang.test.tiny_tokenizers import byte_level_tokenizer, write_tokenizer
 
-register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
 
 
 class TestCheckAlive(CustomTestCase):
@@ -27,7 +35,9 @@ class TestCheckAlive(CustomTestCase):
             child = subprocess.Popen(["sleep", "60"])
             self.addCleanup(child.wait)
             self.addCleanup(child.kill)
-            self.engine.processes.append(ChildProcess(name, child, read, -1))
+            pulse = PulseReader()
+            self.addCleanup(pulse.close)
+            self.engine.processes.append(ChildProcess(name, child, read, pulse))
             self.reports.append(write)
 
     def report(self, child, message, lost_peer, ago=0.0):
@@ -85,6 +95,108 @@ class TestCheckAlive(CustomTestCase):
     def test_a_witness_alone_is_named_in_the_end(self):
         self.report(0, "another rank has gone", lost_peer=True, ago=process_launch.PEER_GRACE_S)
         self.assertRegex(self.engine.check_alive(), r"^first .*another rank has gone")
+
+    def test_those_that_make_no_progress_are_named_and_print_their_stacks(self):
+        self.engine.watchdog_timeout_s = 5.0
+        for silent, named in (((0, 4), None), ((0, 6), "second"), ((6, 6), "first.*, second")):
+            for child, seconds in zip(self.engine.processes, silent, strict=True):
+                child.pulse.silent_s = lambda seconds=seconds: seconds
+            with mock.patch.object(subprocess.Popen, "send_signal") as send:
+                found = self.engine.check_alive()
+            self.assertEqual(send.call_args_list, [mock.call(STACKS_SIGNAL)] * sum(s > 5 for s in silent))
+            if named is None:
+                self.assertIsNone(found)
+            else:
+                self.assertRegex(found, rf"^{named} \(pid \d+\): no progress for more than --watchdog-timeout 5 s")
+
+    def test_a_stopped_one_holds_up_the_rest_and_is_named_alone(self):
+        self.engine.watchdog_timeout_s = 5.0
+        witness, stopped = self.engine.processes
+        witness.pulse.silent_s = lambda: 6.0
+        stopped.popen.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, stopped.popen.pid, os.WSTOPPED)
+        self.assertRegex(self.engine.check_alive(), r"^second \(pid \d+\): stopped by a signal")
+
+
+class TestPulse(CustomTestCase):
+    def test_silence_is_counted_from_look_to_look(self):
+        with mock.patch.object(pulse.time, "monotonic", return_value=100.0) as clock:
+            reader = PulseReader()
+            child = Pulse(reader.descriptor)
+
+            def silent_after(seconds):
+                clock.return_value += seconds
+                return reader.silent_s()
+
+            self.assertEqual(silent_after(1), 0)  # has not begun
+            child.beat()
+            self.assertEqual([silent_after(1) for _ in range(3)], [0, 1, 2])
+            # A parent that was stopped itself counts no such time, or its first look would end a healthy server.
+            self.assertEqual(silent_after(1000), 2 + pulse.MAX_GAP_S)
+            child.beat()
+            self.assertEqual(silent_after(1), 0)
+            reader.close()
+            reader.close()
+
+
+class TestRealChild(CustomTestCase):
+    """The detokenizer under the launcher."""
+
+    def setUp(self):
+        holder = tempfile.TemporaryDirectory()
+        self.addCleanup(holder.cleanup)
+        folder = write_tokenizer(holder.name, byte_level_tokenizer())
+        args = ServerArgs(model_path=folder, tokenizer_path=folder, log_level="error")
+        self.engine = EngineProcesses(IpcNames.create(), [], watchdog_timeout_s=2.5)
+        self.addCleanup(self.engine.shutdown)
+        config = LaunchConfig(server_args=args.to_json(), ipc=self.engine.ipc)
+        self.child = process_launch._start("detokenizer", process_launch.DETOKENIZER_MODULE, config, 1, {})
+        self.engine.processes.append(self.child)
+        process_launch._wait_ready(self.child, self.engine)
+
+    def until(self, condition):
+        deadline = time.monotonic() + 60
+        while not (found := condition()):
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.1)
+        return found
+
+    def test_idle_is_no_silence_but_a_stop_is(self):
+        for _ in range(40):
+            self.assertIsNone(self.engine.check_alive())
+            time.sleep(0.1)
+        self.child.popen.send_signal(signal.SIGSTOP)
+        self.assertRegex(self.until(self.engine.check_alive), r"^detokenizer \(pid \d+\): stopped by a signal")
+        self.engine.shutdown(grace_s=60.0)
+        self.assertEqual(self.child.popen.returncode, -signal.SIGKILL)
+
+    def test_signals_from_others_are_passed_on_and_the_order_is_obeyed(self):
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            self.child.popen.send_signal(signum)
+            self.until(lambda signum=signum: not self.engine.check_alive() and self.child.asked_by == signum)
+            self.assertTrue(self.engine.is_asked_to_end())
+        self.engine.shutdown(grace_s=60.0)
+        self.assertEqual(self.child.popen.returncode, 0)
+
+    def test_the_end_of_the_parent_ends_the_child_and_removes_the_folder(self):
+        self.child.popen.stdin.close()
+        self.assertEqual(self.child.popen.wait(60), 1)
+        self.assertFalse(os.path.exists(self.engine.ipc.directory))
+
+
+class TestSecrets(CustomTestCase):
+    def test_children_are_told_no_key(self):
+        args = ServerArgs(api_key="sesame", admin_api_key="sesame2", device="cpu")
+        with (
+            mock.patch.object(process_launch, "_start") as start,
+            mock.patch.object(process_launch, "_wait_ready", return_value={}),
+        ):
+            engine = process_launch.launch_engine_processes(args)
+        self.addCleanup(engine.ipc.remove)
+        configs = [call.args[2] for call in start.call_args_list]
+        self.assertEqual(len(configs), 2)
+        self.assertFalse(any("sesame" in config.server_args for config in configs))
+        self.assertEqual(configs[0].parsed_server_args(), replace(args, api_key=None, admin_api_key=None))
 
 
 if __name__ == "__main__":

@@ -101,6 +101,8 @@ class HttpServer(uvicorn.Server):
                 logger.error("%s: the server stops.", dead)
                 self._stop_with_error()
                 return
+            if self._processes.is_asked_to_end() and not self.drain.is_asked:
+                self.drain.ask(signal.SIGTERM)
 
     async def _warm_up(self) -> None:
         """One small request, so that the first client does not pay for first-use costs."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from sglang.srt.managers.io_struct import (
@@ -14,7 +15,7 @@ from sglang.srt.managers.io_struct import (
     StrOutput,
     TokenIDOutput,
 )
-from sglang.srt.managers.ipc import IpcNames, Sender, detokenizer_receiver
+from sglang.srt.managers.ipc import IDLE_WAKE_S, IpcNames, Sender, detokenizer_receiver
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -195,10 +196,13 @@ class DetokenizerManager:
         self._sender = Sender(ipc.tokenizer)
         self._requests: dict[str, RequestText] = {}
 
-    def event_loop(self) -> None:
-        """Serve until a ShutdownReq arrives."""
+    def event_loop(self, on_turn: Callable[[], None] = lambda: None) -> None:
+        """Serve until a ShutdownReq arrives; ``on_turn`` is called with each message, and each second without one."""
         while True:
-            message = self._receiver.recv()
+            message = self._receiver.recv(IDLE_WAKE_S)
+            on_turn()
+            if message is None:
+                continue
             if isinstance(message, ShutdownReq):
                 return
             self._sender.send(self.handle(message))

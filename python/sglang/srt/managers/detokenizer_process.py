@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 
+from sglang.srt.managers.child_context import parse_child_arguments
 from sglang.srt.managers.detokenizer_manager import DetokenizerManager
-from sglang.srt.managers.process_launch import ended_by_sigterm, parse_child_arguments
 from sglang.srt.utils.audit import install_unpickle_counter, log_unpickle_count, reset_unpickle_count
 from sglang.srt.utils.logging_config import configure_logging
 
@@ -25,9 +25,9 @@ def main() -> int:
         raise
     context.report_ready({})
     reset_unpickle_count()
-    with ended_by_sigterm():
+    with context.serving():
         try:
-            manager.event_loop()
+            manager.event_loop(context.pulse.beat)
         finally:
             log_unpickle_count(logger)
     return 0

@@ -22,6 +22,9 @@ PREFIX, OWNER = "sglang-", "owner.lock"
 # Directory -> the open lock that says its server lives; the kernel drops it with the process, however that ends.
 _locks: dict[str, int] = {}
 
+# A process that waits for messages wakes this often without one, to show its parent and its peers that it lives.
+IDLE_WAKE_S = 1.0
+
 
 class IpcNames(msgspec.Struct, frozen=True):
     """Addresses of the inboxes, one scheduler's a DP rank; each is bound by its reader, in one private directory."""
@@ -112,9 +115,13 @@ class Receiver(Generic[T]):
         message: T = self._decoder.decode(raw)
         return message
 
-    def recv(self) -> T:
-        """The next message; waits."""
-        return self.decode(self._socket.recv())
+    def recv(self, timeout_s: float | None = None) -> T | None:
+        """The next message; waits, but returns None when ``timeout_s`` seconds pass without one."""
+        self._socket.rcvtimeo = -1 if timeout_s is None else int(timeout_s * 1000)
+        try:
+            return self.decode(self._socket.recv())
+        except zmq.Again:
+            return None
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until a message has arrived; False after ``timeout_s`` seconds."""

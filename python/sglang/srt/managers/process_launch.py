@@ -10,17 +10,18 @@ import select
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import msgspec
 
 from sglang.srt.environ import EnvError
+from sglang.srt.managers.child_context import STACKS_SIGNAL, LaunchConfig, RankPlace
 from sglang.srt.managers.ipc import IpcNames
+from sglang.srt.managers.pulse import PulseReader, is_stopped
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.common import get_free_port
 
@@ -36,8 +37,6 @@ SPIN_COUNT = 1_000
 PEER_GRACE_S = 5.0
 # The words of a child that ended without any.
 _SILENT: dict[str, Any] = {"lost_peer": False, "at": math.inf}
-# What a pipe takes at once, whatever the characters: a dying child must not wait for a reader.
-MAX_WORDS = 8_000
 
 
 class LaunchError(RuntimeError):
@@ -46,19 +45,6 @@ class LaunchError(RuntimeError):
     def __init__(self, message: str, user_error: bool) -> None:
         super().__init__(message)
         self.user_error = user_error
-
-
-class RankPlace(msgspec.Struct, frozen=True):
-    """Where a scheduler process stands.
-
-    ``rank`` counts the ranks of its replica, ``local_rank`` all ranks of the host (its device), ``dp_rank`` replicas or
-    attention groups, whichever there are several of. ``label`` is its name in logs, empty for the only rank.
-    """
-
-    rank: int = 0
-    local_rank: int = 0
-    dp_rank: int = 0
-    label: str = ""
 
 
 def rank_places(args: ServerArgs) -> list[RankPlace]:
@@ -73,28 +59,18 @@ def rank_places(args: ServerArgs) -> list[RankPlace]:
     return places
 
 
-class LaunchConfig(msgspec.Struct, kw_only=True):
-    """What a child process is told, as JSON in a file that only this user can read."""
-
-    server_args: str
-    ipc: IpcNames
-    place: RankPlace = RankPlace()
-    dist_init_method: str = ""
-
-    def parsed_server_args(self) -> ServerArgs:
-        return ServerArgs.from_json(self.server_args)
-
-
 @dataclass
 class ChildProcess:
-    """One child, the pipe on which it reports ready, and the pipe whose end tells it that the parent died."""
+    """One child: its stdin takes orders, ``ready_fd`` brings its reports, ``pulse`` counts the turns of its loop."""
 
     name: str
     popen: subprocess.Popen[bytes]
     ready_fd: int
-    lifeline_fd: int
+    pulse: PulseReader
     # The error that it reported while serving, and when (monotonic seconds).
     last_words: dict[str, Any] | None = None
+    # The signal that somebody else than its parent sent it, to end it.
+    asked_by: int | None = None
 
     @property
     def is_signalled(self) -> bool:
@@ -103,8 +79,41 @@ class ChildProcess:
 
     def has_failed(self) -> bool:
         """True when it has ended, or said why it is about to."""
-        self.last_words = self.last_words or _last_words(self)
+        self._read_reports()
         return self.last_words is not None or self.popen.poll() is not None
+
+    def _read_reports(self) -> None:
+        """Take in what an unready or serving child has said since the last call."""
+        readable, _, _ = select.select([self.ready_fd], [], [], 0)
+        data = os.read(self.ready_fd, 1 << 16) if readable else b""
+        for line in data.splitlines() if data.endswith(b"\n") else ():
+            report = json.loads(line)
+            if report["status"] == "error":
+                self.last_words = self.last_words or report
+            elif report["status"] == "asked":
+                self.asked_by = report["signal"]
+
+    @property
+    def title(self) -> str:
+        return f"{self.name} (pid {self.popen.pid})"
+
+    def order_end(self) -> None:
+        """Ask it to end in order; one that is stopped cannot hear that and is killed."""
+        if is_stopped(self.popen.pid):
+            self.popen.kill()
+        elif self.popen.stdin is not None:
+            with suppress(OSError):
+                os.write(self.popen.stdin.fileno(), b"e")
+
+    def close(self) -> None:
+        """Give back descriptors; safe to call twice."""
+        if self.ready_fd >= 0:
+            os.close(self.ready_fd)
+            self.ready_fd = -1
+        if self.popen.stdin is not None:
+            with suppress(OSError):
+                self.popen.stdin.close()
+        self.pulse.close()
 
     def end(self) -> str:
         """How a failed child ended."""
@@ -114,7 +123,7 @@ class ChildProcess:
         else:
             how = "failed" if code is None else f"ended with exit code {code}"
         words = f": {self.last_words['message']}" if self.last_words is not None else ""
-        return f"{self.name} (pid {self.popen.pid}) {how}{words}"
+        return f"{self.title} {how}{words}"
 
 
 @dataclass
@@ -123,17 +132,18 @@ class EngineProcesses:
 
     ipc: IpcNames
     processes: list[ChildProcess]
+    watchdog_timeout_s: float = math.inf
     scheduler_info: dict[str, Any] = field(default_factory=dict)
 
     def check_alive(self) -> str | None:
-        """None while all children run, else which one ended first and how.
+        """None while all children run and turn, else which one ended first and how, or which make no progress.
 
         A rank that loses another one fails too: whom a signal ended comes first, then who spoke first of those that did
         not lose another. When there is none yet, the one that was lost has ``PEER_GRACE_S`` to end.
         """
         failed = [child for child in self.processes if child.has_failed()]
         if not failed:
-            return None
+            return self._check_progress()
 
         def order(child: ChildProcess) -> tuple[bool, bool, float]:
             words = child.last_words or _SILENT
@@ -142,11 +152,27 @@ class EngineProcesses:
         first = min(failed, key=order)
         return first.end() if first.is_signalled or _has_cause(first.last_words or _SILENT) else None
 
+    def _check_progress(self) -> str | None:
+        """Whom a signal has stopped, else all that are silent: ranks wait for one another."""
+        silent = [child for child in self.processes if child.pulse.silent_s() > self.watchdog_timeout_s]
+        if not silent:
+            return None
+        stopped = [child for child in self.processes if is_stopped(child.popen.pid)]
+        for child in () if stopped else silent:
+            child.popen.send_signal(STACKS_SIGNAL)
+        names = ", ".join(child.title for child in stopped or silent)
+        what = "stopped by a signal: no" if stopped else "no"
+        return f"{names}: {what} progress for more than --watchdog-timeout {self.watchdog_timeout_s:g} s"
+
+    def is_asked_to_end(self) -> bool:
+        """True when somebody sent a child a signal that is meant for the server as a whole; ``check_alive`` sees it."""
+        return any(child.asked_by is not None for child in self.processes)
+
     def shutdown(self, grace_s: float = 5.0) -> None:
         """End all children: ask first, insist after ``grace_s`` seconds. Safe to call twice."""
         for child in self.processes:
             if child.popen.poll() is None:
-                child.popen.send_signal(signal.SIGTERM)
+                child.order_end()
         deadline = time.monotonic() + grace_s
         for child in self.processes:
             try:
@@ -154,10 +180,7 @@ class EngineProcesses:
             except subprocess.TimeoutExpired:
                 child.popen.kill()
                 child.popen.wait()
-            for descriptor in (child.ready_fd, child.lifeline_fd):
-                if descriptor >= 0:
-                    os.close(descriptor)
-            child.ready_fd = child.lifeline_fd = -1
+            child.close()
         self.ipc.remove()
 
 
@@ -184,7 +207,9 @@ def launch_engine_processes(
     variables = {**device_variables(server_args), **(child_variables or {})}
     places = rank_places(server_args)
     _check_devices(len(places), current_platform.device_count())
-    engine = EngineProcesses(ipc=IpcNames.create(server_args.dp_size), processes=[])
+    engine = EngineProcesses(IpcNames.create(server_args.dp_size), [], server_args.watchdog_timeout)
+    # Children have no use for the keys.
+    told = replace(server_args, api_key=None, admin_api_key=None).to_json()
     threads = max(1, (os.cpu_count() or 1) // len(places))
     init_method = ""
     try:
@@ -193,12 +218,10 @@ def launch_engine_processes(
                 given = server_args.nccl_port
                 port = get_free_port() if given is None else given + place.local_rank // server_args.tp_size
                 init_method = f"tcp://127.0.0.1:{port}"
-            config = LaunchConfig(
-                server_args=server_args.to_json(), ipc=engine.ipc, place=place, dist_init_method=init_method
-            )
+            config = LaunchConfig(server_args=told, ipc=engine.ipc, place=place, dist_init_method=init_method)
             name = f"scheduler {place.label}".strip()
             engine.processes.append(_start(name, SCHEDULER_MODULE, config, threads, variables))
-        config = LaunchConfig(server_args=server_args.to_json(), ipc=engine.ipc)
+        config = LaunchConfig(server_args=told, ipc=engine.ipc)
         engine.processes.append(_start("detokenizer", DETOKENIZER_MODULE, config, 1, {}))
         for child in engine.processes:
             info = _wait_ready(child, engine)
@@ -224,24 +247,26 @@ def device_variables(args: ServerArgs) -> dict[str, str]:
 
 
 def _start(name: str, module: str, config: LaunchConfig, threads: int, variables: Mapping[str, str]) -> ChildProcess:
-    path = os.path.join(config.ipc.directory, f"{name.replace(' ', '-')}.json")
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(msgspec.json.encode(config))
     ready_read, ready_write = os.pipe()
-    life_read, life_write = os.pipe()
+    pulse = PulseReader()
     environment = {**os.environ, **variables}
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     environment.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
-    command = [sys.executable, "-m", module, "--config", path]
-    command += ["--ready-fd", str(ready_write), "--lifeline-fd", str(life_read)]
+    command = [sys.executable, "-m", module, "--ready-fd", str(ready_write), "--pulse-fd", str(pulse.descriptor)]
     # A session of its own: Ctrl-C reaches the parent alone, which then ends its children in order.
     popen = subprocess.Popen(
-        command, pass_fds=(ready_write, life_read), env=environment, start_new_session=True, stdin=subprocess.DEVNULL
+        command,
+        pass_fds=(ready_write, pulse.descriptor),
+        env=environment,
+        start_new_session=True,
+        stdin=subprocess.PIPE,
     )
     os.close(ready_write)
-    os.close(life_read)
-    return ChildProcess(name=name, popen=popen, ready_fd=ready_read, lifeline_fd=life_write)
+    assert popen.stdin is not None
+    with suppress(BrokenPipeError):  # it has ended already: its report pipe says so
+        popen.stdin.write(msgspec.json.encode(config) + b"\n")
+        popen.stdin.flush()
+    return ChildProcess(name, popen, ready_read, pulse)
 
 
 def _wait_ready(child: ChildProcess, engine: EngineProcesses) -> dict[str, Any]:
@@ -253,7 +278,8 @@ def _wait_ready(child: ChildProcess, engine: EngineProcesses) -> dict[str, Any]:
         if readable:
             data = os.read(child.ready_fd, 1 << 16)
             received += data
-            if received.endswith(b"\n"):
+            report = _last_report(received) if received.endswith(b"\n") else None
+            if report is not None:
                 break
             if not data:
                 code = child.popen.wait()
@@ -262,7 +288,6 @@ def _wait_ready(child: ChildProcess, engine: EngineProcesses) -> dict[str, Any]:
             last_word = time.monotonic()
             logger.info("waiting for %s (%.0f s)", child.name, last_word - started)
         _check_siblings(child, engine)
-    report = _last_report(received)
     if report["status"] != "ready":
         while not _has_cause(report):
             _check_siblings(child, engine)
@@ -288,65 +313,7 @@ def _has_cause(words: dict[str, Any]) -> bool:
     return not words["lost_peer"] or time.monotonic() > words["at"] + PEER_GRACE_S
 
 
-def _last_words(child: ChildProcess) -> dict[str, Any] | None:
-    """The error that an ended child reported, if it did."""
-    readable, _, _ = select.select([child.ready_fd], [], [], 0)
-    data = os.read(child.ready_fd, 1 << 16) if readable else b""
-    report = _last_report(data) if data.endswith(b"\n") else None
-    return report if report is not None and report["status"] == "error" else None
-
-
-def _last_report(lines: bytes) -> dict[str, Any]:
-    """What counts of a child's reports: it may fail right after it was ready."""
-    report: dict[str, Any] = json.loads(lines.splitlines()[-1])
-    return report
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Inside the block SIGTERM ends the process by way of its ``finally`` clauses; after it, SIGTERM is ignored.
-
-    Before the block, SIGTERM's default action ends the process at once.
-    """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-class ChildContext:
-    """The child's side: its configuration, the readiness report, and an end when the parent is gone."""
-
-    def __init__(self, arguments: Any) -> None:
-        with open(arguments.config, "rb") as file:
-            self.config = msgspec.json.decode(file.read(), type=LaunchConfig)
-        self._ready_fd: int = arguments.ready_fd
-        threading.Thread(target=_exit_with_parent, args=(arguments.lifeline_fd,), daemon=True).start()
-
-    def report_ready(self, info: dict[str, Any]) -> None:
-        self._report({"status": "ready", "info": info})
-
-    def report_error(self, message: str, user_error: bool, lost_peer: bool = False) -> None:
-        """Tell the parent why this process is about to end; ``lost_peer`` when another rank ended before."""
-        report = {"status": "error", "message": message[:MAX_WORDS], "user_error": user_error, "lost_peer": lost_peer}
-        self._report({**report, "at": time.monotonic()})
-
-    def _report(self, document: dict[str, Any]) -> None:
-        os.write(self._ready_fd, (json.dumps(document) + "\n").encode())
-
-
-def _exit_with_parent(lifeline_fd: int) -> None:
-    os.read(lifeline_fd, 1)
-    os._exit(1)
-
-
-def parse_child_arguments() -> ChildContext:
-    """Read ``--config FILE --ready-fd N --lifeline-fd N`` from the command line."""
-    import argparse
-
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--ready-fd", type=int, required=True)
-    parser.add_argument("--lifeline-fd", type=int, required=True)
-    return ChildContext(parser.parse_args())
+def _last_report(lines: bytes) -> dict[str, Any] | None:
+    """What counts of a child's reports: it may fail right after it was ready, and signals concern those who serve."""
+    reports = [json.loads(line) for line in lines.splitlines()]
+    return next((report for report in reversed(reports) if report["status"] != "asked"), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,15 +89,14 @@ class Scheduler:
         self._stopping = False
         self._all_idle = True  # as the groups last agreed
         self._waited_s = 0.0  # of this step: in forward, sampling and waiting for them
-        # Monotonic time at which the step in progress began; None between steps (read by the watchdog).
-        self.step_started: float | None = None
 
     # The loop
 
-    def event_loop(self) -> None:
-        """Serve until a ShutdownReq arrives."""
+    def event_loop(self, on_turn: Callable[[], None] = lambda: None) -> None:
+        """Serve until a ShutdownReq arrives; ``on_turn`` is called in each turn, when idle at least once per second."""
         checked = quiet = True
         while not self._stopping:
+            on_turn()
             may_wait = checked and not self.has_work() if self.sync is None else self._all_idle
             messages = self.channel.receive(wait=may_wait)
             for message in messages:
@@ -141,20 +141,14 @@ class Scheduler:
         return True
 
     def _agree(self, sync: StepAgreement, batch: ScheduleBatch | None) -> AgreedStep:
-        self.step_started = time.monotonic()  # a rank that does not come is a hang
         agreed = sync.exchange(batch, batch is not None or self.has_work(), self._stopping)
-        if self._in_flight is None:
-            self.step_started = None
         self._all_idle = not agreed.has_work
         self._stopping = agreed.stops
         return agreed
 
     def _take_part(self, agreed: AgreedStep) -> None:
         """Run the other groups' step without rows of our own: experts and collectives need every rank."""
-        self.step_started = time.monotonic()
         self.worker.launch_idle(agreed.idle_batch(self.memory.state_pool is not None))
-        if self._in_flight is None:
-            self.step_started = None
         self.metrics.num_idle_steps += 1
 
     def _launch(self, batch: ScheduleBatch, agreed: AgreedStep | None) -> LaunchedStep:
@@ -166,7 +160,6 @@ class Scheduler:
             req.computed_len = end
             req.num_in_flight += draws
         began = time.perf_counter()
-        self.step_started = time.monotonic()
         launched = self.worker.launch(worker_batch, info)
         self._waited_s += time.perf_counter() - began
         return launched
@@ -178,10 +171,8 @@ class Scheduler:
         batch, launched = self._in_flight
         self._in_flight = None
         began = time.perf_counter()
-        self.step_started = time.monotonic()
         output = launched.result()
         self._waited_s += time.perf_counter() - began
-        self.step_started = None
         self._process(batch, output)
         return True
 

@@ -15,10 +15,7 @@ from sglang.srt.managers.io_struct import (
     SchedulerMessage,
     WakeReq,
 )
-from sglang.srt.managers.ipc import IpcNames, Sender, scheduler_receiver
-
-# Rank 0 wakes the others at least this often, well inside the collective's time-out.
-IDLE_WAKE_S = 1.0
+from sglang.srt.managers.ipc import IDLE_WAKE_S, IpcNames, Sender, scheduler_receiver
 
 
 class SchedulerChannel(Protocol):

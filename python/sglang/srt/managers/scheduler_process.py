@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import threading
-import time
 import traceback
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 
@@ -20,10 +19,10 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_parallel_state, init_parallel_state, is_lost_peer, leave_groups
 from sglang.srt.distributed.kernel_agreement import require_same_kernels
 from sglang.srt.layers.moe.token_dispatcher.base import ExchangeConfigError
+from sglang.srt.managers.child_context import ChildContext, parse_child_arguments
 from sglang.srt.managers.dp_sync import StepAgreement
 from sglang.srt.managers.io_struct import ShutdownReq
 from sglang.srt.managers.ipc import Sender
-from sglang.srt.managers.process_launch import ChildContext, ended_by_sigterm, parse_child_arguments
 from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_config import SchedulerConfig
@@ -117,26 +116,6 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
     return Scheduler(scheduler_config, TpModelWorker(runner), memory, channel, stops, sync), model_config
 
 
-class Watchdog:
-    """Ends the process when one step takes longer than ``timeout_s`` seconds: a hang becomes a visible failure."""
-
-    def __init__(self, scheduler: Scheduler, timeout_s: float, context: ChildContext) -> None:
-        self._scheduler = scheduler
-        self._context = context
-        self._timeout_s = timeout_s
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        while True:
-            time.sleep(min(1.0, self._timeout_s / 2))
-            started = self._scheduler.step_started
-            if started is not None and time.monotonic() - started > self._timeout_s:
-                words = f"a step has run for more than --watchdog-timeout {self._timeout_s:g} s"
-                logger.error("%s; the process ends. Load: %s", words, self._scheduler.load())
-                self._context.report_error(words, user_error=False)
-                os._exit(3)
-
-
 def _insist() -> None:
     logger.warning("the ranks have not ended together within %g s; this one ends by itself", END_S)
     os._exit(1)
@@ -148,17 +127,17 @@ def _end_within_bound() -> None:
     timer.start()
 
 
-def end_together_by_sigterm(context: ChildContext) -> None:
-    """From here on SIGTERM asks the loops of all ranks to end behind one and the same step."""
+def end_together(context: ChildContext) -> Callable[[], None]:
+    """What asks the loops of all ranks to end behind one and the same step."""
     state, config = get_parallel_state(), context.config
     inbox = Sender(config.ipc.schedulers[config.place.dp_rank])
 
-    def ask(*_: Any) -> None:
+    def ask() -> None:
         _end_within_bound()
         if state.tp.rank == 0:  # the others hear of it from there
             inbox.send(ShutdownReq())
 
-    signal.signal(signal.SIGTERM, ask)
+    return ask
 
 
 def leave(scheduler: Scheduler) -> None:
@@ -185,11 +164,9 @@ def end_after_lost_peer(context: ChildContext, error: Exception) -> NoReturn:
 def serve(scheduler: Scheduler, context: ChildContext) -> int:
     """Run the loop until it is asked to end; the exit status."""
     several = get_parallel_state().world.size > 1
-    with ended_by_sigterm():
+    with context.serving(end_together(context)) if several else context.serving():
         try:
-            if several:
-                end_together_by_sigterm(context)
-            scheduler.event_loop()
+            scheduler.event_loop(context.pulse.beat)
             if several:
                 leave(scheduler)
         except Exception as error:
@@ -234,7 +211,6 @@ def main() -> int:
         }
     )
     reset_unpickle_count()
-    Watchdog(scheduler, float(args.watchdog_timeout), context)
     return serve(scheduler, context)
 
 

@@ -1,0 +1,135 @@
+"""A child process's side of its launch: what it is told, what it reports, and how it ends with its parent."""
+
+from __future__ import annotations
+
+import argparse
+import faulthandler
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, BinaryIO
+
+import msgspec
+
+from sglang.srt.managers.ipc import IpcNames
+from sglang.srt.managers.pulse import Pulse
+from sglang.srt.server_args import ServerArgs
+
+# What a pipe takes at once, whatever the characters: a dying child must not wait for a reader.
+MAX_WORDS = 8_000
+# On this signal a child prints the stacks of its threads.
+STACKS_SIGNAL = signal.SIGUSR1
+
+
+class RankPlace(msgspec.Struct, frozen=True):
+    """Where a scheduler process stands.
+
+    ``rank`` counts the ranks of its replica, ``local_rank`` all ranks of the host (its device), ``dp_rank`` replicas or
+    attention groups, whichever there are several of. ``label`` is its name in logs, empty for the only rank.
+    """
+
+    rank: int = 0
+    local_rank: int = 0
+    dp_rank: int = 0
+    label: str = ""
+
+
+class LaunchConfig(msgspec.Struct, kw_only=True):
+    """What a child process is told, as JSON on its stdin: nothing of it lies on disk."""
+
+    server_args: str
+    ipc: IpcNames
+    place: RankPlace = RankPlace()
+    dist_init_method: str = ""
+
+    def parsed_server_args(self) -> ServerArgs:
+        return ServerArgs.from_json(self.server_args)
+
+
+class ChildContext:
+    """What the parent says on stdin and hears on ``ready_fd``.
+
+    The first line on stdin is the LaunchConfig. A byte after it is the order to end; the end of stdin is that of the
+    parent.
+    """
+
+    def __init__(self, ready_fd: int, pulse_fd: int) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        faulthandler.register(STACKS_SIGNAL, all_threads=True)
+        orders = os.fdopen(os.dup(0), "rb")
+        with open(os.devnull, "rb") as nothing:  # what this process starts has no word with the parent
+            os.dup2(nothing.fileno(), 0)
+        line = orders.readline()
+        if not line:
+            os._exit(1)
+        self.config = msgspec.json.decode(line, type=LaunchConfig)
+        self.pulse = Pulse(pulse_fd)
+        self._ready_fd = ready_fd
+        self._is_ordered = False
+        # Until the process serves there is nothing to put in order.
+        self._obey: Callable[[], None] = lambda: os._exit(0)
+        threading.Thread(target=self._follow_parent, args=(orders,), daemon=True).start()
+
+    def report_ready(self, info: dict[str, Any]) -> None:
+        self._report({"status": "ready", "info": info})
+
+    def report_error(self, message: str, user_error: bool, lost_peer: bool = False) -> None:
+        """Tell the parent why this process is about to end; ``lost_peer`` when another rank ended before."""
+        report = {"status": "error", "message": message[:MAX_WORDS], "user_error": user_error, "lost_peer": lost_peer}
+        self._report({**report, "at": time.monotonic()})
+
+    def _report(self, document: dict[str, Any]) -> None:
+        os.write(self._ready_fd, (json.dumps(document) + "\n").encode())
+
+    def _follow_parent(self, orders: BinaryIO) -> None:
+        if orders.read(1):
+            self._obey()
+        else:
+            shutil.rmtree(self.config.ipc.directory, ignore_errors=True)
+            os._exit(1)
+
+    @contextmanager
+    def serving(self, end: Callable[[], None] = lambda: sys.exit(0)) -> Iterator[None]:
+        """Inside the block the parent's order calls ``end`` in the main thread; after it, there are no signals.
+
+        SIGTERM, SIGINT and SIGHUP from anyone else are passed on to the parent, which ends all processes in order: a
+        supervisor may signal all of them at once.
+        """
+
+        def handle(signum: int, _: FrameType | None) -> None:
+            if self._is_ordered:
+                end()
+            else:
+                self._report({"status": "asked", "signal": signum})
+
+        def obey() -> None:
+            self._is_ordered = True
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
+
+        _handle_stop_signals(handle)
+        self._obey = obey
+        try:
+            yield
+        finally:
+            _handle_stop_signals(signal.SIG_IGN)
+
+
+def _handle_stop_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, handler)
+
+
+def parse_child_arguments() -> ChildContext:
+    """Read ``--ready-fd N --pulse-fd N`` from the command line, and the configuration from stdin."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ready-fd", type=int, required=True)
+    parser.add_argument("--pulse-fd", type=int, required=True)
+    arguments = parser.parse_args()
+    return ChildContext(arguments.ready_fd, arguments.pulse_fd)
