@@ -65,6 +65,12 @@ class AbortReq(msgspec.Struct, kw_only=True, tag=True):
     abort_all: bool = False
 
 
+class StartedReqs(msgspec.Struct, kw_only=True, tag=True):
+    """Requests that a scheduler took from its queue; one that was retracted is named again."""
+
+    rids: list[str]
+
+
 class FlushCacheReqInput(msgspec.Struct, kw_only=True, tag=True):
     """Drop the prefix cache; refused while requests are in flight."""
 
@@ -168,4 +174,4 @@ SchedulerMessage = (
     TokenizedGenerateReqInput | AbortReq | FlushCacheReqInput | GetInternalStateReq | ShutdownReq | WakeReq
 )
 DetokenizerMessage = BatchTokenIDOutput | ShutdownReq
-TokenizerMessage = BatchStrOutput | FlushCacheReqOutput | GetInternalStateReqOutput
+TokenizerMessage = BatchStrOutput | StartedReqs | FlushCacheReqOutput | GetInternalStateReqOutput
