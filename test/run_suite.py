@@ -2,8 +2,9 @@
 
     python test/run_suite.py --hw cpu --suite stage-a-test-cpu
 
-A file that crashes, times out or runs no test counts as a failure; a skipped case is never counted as passed.
-The last line printed is ``N passed, N failed, N skipped``; the exit status is 0 only if nothing failed.
+A file that crashes, times out or runs no test counts as a failure; a skipped case is never counted as passed, and a
+file that is skipped whole fails the run. The last line printed is ``N passed, N failed, N skipped``; the exit status
+is 0 only if nothing failed.
 """
 
 from __future__ import annotations
@@ -180,8 +181,14 @@ def select(registrations: Sequence[CIRegistration], args: argparse.Namespace, su
     return sorted(enabled, key=lambda r: r.filename)
 
 
+def write_timings(results: Sequence[FileResult], path: str) -> None:
+    """One JSON line a file, which ``--partition-model-file`` reads."""
+    rows = ({"file": r.filename, "suite": r.suite, "seconds": round(r.seconds, 2), "failed": r.failed} for r in results)
+    Path(path).write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+
+
 def _read_timings(path: str | None) -> dict[str, float]:
-    """Seconds by file name, from the JSON lines that an earlier run printed between the TIMINGS marks."""
+    """Seconds by file name, from the JSON lines of an earlier run's ``--timings-file``."""
     if path is None:
         return {}
     rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.startswith("{")]
@@ -211,7 +218,7 @@ def run_suite(registrations: Sequence[CIRegistration], args: argparse.Namespace,
 
 
 def summarize(registrations: Sequence[CIRegistration], results: Sequence[FileResult], hw: str) -> None:
-    """Print the table of files, the lists by outcome, timings as JSON lines, and registered against executed."""
+    """Print the table of files, the lists by outcome, and registered against executed."""
     width = max([4, *(len(r.filename) for r in results)])
     print(f"\n {'file':<{width}} | passed | failed | skipped | seconds | estimate")
     print(f"-{'-' * width}-+--------+--------+---------+---------+---------")
@@ -231,12 +238,8 @@ def summarize(registrations: Sequence[CIRegistration], results: Sequence[FileRes
     for r in results:
         for reason in r.skip_reasons:
             print(f"skipped in {r.filename}: {reason}")
-    print("TIMINGS BEGIN")
-    for r in results:
-        print(json.dumps({"file": r.filename, "suite": r.suite, "seconds": round(r.seconds, 2), "failed": r.failed}))
-    print("TIMINGS END")
     for backend in sorted({r.backend for r in registrations} | {hw}):
-        registered = sum(r.backend == backend for r in registrations)
+        registered = len({r.filename for r in registrations if r.backend == backend})
         executed = sum(r.executed for r in results) if backend == hw else 0
         print(f"registered {backend} {registered}, executed on {DEVICE_KIND.get(backend, backend)} {executed}")
 
@@ -250,7 +253,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--continue-on-error", action="store_true", help="do not stop at the first failing file")
     parser.add_argument("--auto-partition-id", type=int)
     parser.add_argument("--auto-partition-size", type=int)
-    parser.add_argument("--partition-model-file", help="JSON lines of an earlier run's TIMINGS block")
+    parser.add_argument("--partition-model-file", metavar="FILE", help="the --timings-file of an earlier run")
+    parser.add_argument("--timings-file", metavar="FILE", help="write the seconds of each file there, as JSON lines")
     parser.add_argument("--enable-retry", action="store_true", help="one more run unless the failure is a code error")
     parser.add_argument("--max-attempts", type=int, default=2)
     parser.add_argument("--retry-wait-seconds", type=float, default=60)
@@ -285,11 +289,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             break
     summarize(registrations, results, args.hw)
     passed, failed, skipped = (sum(getattr(r, key) for r in results) for key in ("passed", "failed", "skipped"))
-    nothing_ran = bool(results) and not any(r.executed for r in results)
-    if nothing_ran:
-        print(f"error: every test was skipped on {DEVICE_KIND.get(args.hw, args.hw)}; that is not a pass")
+    if args.timings_file is not None:
+        write_timings(results, args.timings_file)
+    idle = sum(not r.executed for r in results)
+    if idle:
+        files = "1 file ran no test" if idle == 1 else f"{idle} files ran no test"
+        print(f"error: {files} on {DEVICE_KIND.get(args.hw, args.hw)}, all were skipped; that is not a pass")
     print(f"{passed} passed, {failed} failed, {skipped} skipped", flush=True)
-    return 1 if failed or nothing_ran else 0
+    return 1 if failed or idle else 0
 
 
 if __name__ == "__main__":

@@ -267,8 +267,12 @@ class Envs:
     )
 
     # Testing & Debugging (Internal/CI)
-    SGLANG_IS_IN_CI = EnvBool(False, section=_TEST, doc="The process runs in CI: tests retry and wait longer.")
-    SGLANG_IS_IN_CI_AMD = EnvBool(False, section=_TEST, doc="The process runs in CI on AMD runners.")
+    SGLANG_IS_IN_CI = EnvBool(
+        False, section=_TEST, doc="The process runs in CI: tests give a server ten minutes to start."
+    )
+    SGLANG_IS_IN_CI_AMD = EnvBool(
+        False, section=_TEST, doc="The process runs in CI on AMD runners: tests give a server an hour to start."
+    )
     SGLANG_FAKE_ROCM_ARCH = EnvStr(
         "gfx942",
         choices=("gfx942", "gfx950"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import unittest
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -205,13 +204,3 @@ def check_portable(rank: int) -> None:
     for model in (MODEL, HALF):
         check_state(state, device, model, 0, moe_a2a_backend="none")
         check_state(state, device, model, 0, moe_a2a_backend="mori", deepep_mode="normal")
-
-
-def require_mori(num_gpus: int) -> None:
-    """Skip the test without so many GPUs or without MORI."""
-    if torch.cuda.device_count() < num_gpus:
-        raise unittest.SkipTest(f"needs {num_gpus} GPUs, found {torch.cuda.device_count()}")
-    try:
-        import mori.ops  # noqa: F401
-    except Exception as error:  # a missing library is an OSError
-        raise unittest.SkipTest(f"mori does not import: {error!r}") from error

@@ -32,14 +32,14 @@ __all__ = [
 ]
 
 
-def _launch_timeout() -> float:
+def launch_timeout() -> float:
     """Seconds a server may take to get ready: runners load large checkpoints cold, AMD's from slow disks."""
     if envs.SGLANG_IS_IN_CI_AMD.get():
         return 3600.0
     return 600.0 if envs.SGLANG_IS_IN_CI.get() else 120.0
 
 
-DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH = _launch_timeout()
+DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH = launch_timeout()
 POLL_SECONDS = 0.05
 OUTPUT_TAIL_CHARS = 6_000
 # What the product keeps for the whole process and sets while it builds a model or an engine.

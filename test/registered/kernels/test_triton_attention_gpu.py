@@ -29,6 +29,7 @@ from sglang.test.test_utils import CustomTestCase
 
 register_cuda_ci(est_time=90, suite="stage-b-test-1-gpu-small")
 register_amd_ci(est_time=180, suite="stage-b-test-1-gpu-small-amd")
+register_amd_ci(est_time=180, suite="stage-b-test-1-gpu-small-amd-mi35x")
 
 DEVICE = "cuda"
 BOUNDS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}

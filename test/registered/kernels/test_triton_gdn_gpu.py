@@ -11,6 +11,7 @@ from sglang.test.test_utils import CustomTestCase
 
 register_cuda_ci(est_time=90, suite="stage-b-test-1-gpu-small")
 register_amd_ci(est_time=180, suite="stage-b-test-1-gpu-small-amd")
+register_amd_ci(est_time=180, suite="stage-b-test-1-gpu-small-amd-mi35x")
 
 # key heads, value heads a key head, K, V, W
 SHAPES = ((2, 2, 128, 128, 4), (1, 1, 128, 128, 4), (1, 4, 128, 128, 4), (2, 3, 32, 48, 4))

@@ -26,6 +26,7 @@ from sglang.test.test_utils import CustomTestCase
 
 register_cuda_ci(est_time=240, suite="stage-b-test-1-gpu-small")
 register_amd_ci(est_time=400, suite="stage-b-test-1-gpu-small-amd")
+register_amd_ci(est_time=400, suite="stage-b-test-1-gpu-small-amd-mi35x")
 
 DEVICE = "cuda"
 ATTENTION = ("attention", "attention_state", "kv_cache")

@@ -17,6 +17,7 @@ from sglang.test.tiny_checkpoints import KERNEL_SIZED_CONFIGS, save_tiny_checkpo
 
 register_cuda_ci(est_time=120, suite="stage-b-test-1-gpu-small")
 register_amd_ci(est_time=240, suite="stage-b-test-1-gpu-small-amd")
+register_amd_ci(est_time=240, suite="stage-b-test-1-gpu-small-amd-mi35x")
 
 PARAMS = SamplingParams(temperature=0.0, max_new_tokens=24, ignore_eos=True)
 # Each is one deviation from the first: graphs and overlap, page 1, no cut prompts.

@@ -10,9 +10,11 @@ import torch
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.shared_fusion_cases import SharedFusionCases
 from sglang.test.test_utils import CustomTestCase
+from sglang.test.vendors import real_vendor
 
 register_cuda_ci(est_time=90, suite="stage-b-test-1-gpu-small")
 register_amd_ci(est_time=180, suite="stage-b-test-1-gpu-small-amd")
+register_amd_ci(est_time=180, suite="stage-b-test-1-gpu-small-amd-mi35x")
 
 
 @unittest.skipUnless(torch.cuda.is_available(), "needs a GPU")
@@ -24,10 +26,7 @@ class TestSharedFusionOnGpu(SharedFusionCases, CustomTestCase):
 
     @unittest.skipUnless(torch.version.hip, "needs an AMD GPU")
     def test_by_aiter(self):
-        try:
-            import aiter.fused_moe  # noqa: F401
-        except Exception as error:  # it fails with more than ImportError
-            self.skipTest(f"aiter does not import: {error}")
+        real_vendor("aiter.fused_moe")
         self.check_aiter()
 
 

@@ -6,25 +6,23 @@ import unittest
 
 import torch
 
-from sglang.srt.utils.common import is_hip
 from sglang.test import aiter_greedy_cases
 from sglang.test.ci.ci_register import register_amd_ci
 from sglang.test.test_utils import CustomTestCase
+from sglang.test.vendors import real_vendor
 
 register_amd_ci(est_time=60, suite="stage-b-test-1-gpu-small-amd")
+register_amd_ci(est_time=60, suite="stage-b-test-1-gpu-small-amd-mi35x")
 
 
-@unittest.skipUnless(is_hip(), "needs an AMD GPU")
+@unittest.skipUnless(torch.version.hip and torch.cuda.is_available(), "needs an AMD GPU")
 class TestAiterGreedySample(aiter_greedy_cases.AiterGreedyCases, CustomTestCase):
     device = "cuda"
     batches = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
     @classmethod
     def setUpClass(cls) -> None:
-        try:
-            from aiter import greedy_sample  # noqa: F401
-        except Exception as error:  # AITER fails with more than ImportError
-            raise unittest.SkipTest(f"aiter does not import: {error}") from error
+        real_vendor("aiter")
 
     def test_twice_the_same(self) -> None:
         """The kernel reads and writes nothing else than it is given: ids repeat, call after call."""

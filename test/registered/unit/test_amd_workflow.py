@@ -5,21 +5,29 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+import sys
 import tempfile
 import unittest
 from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import yaml
 
-from sglang.test.ci.ci_register import collect_tests, register_cpu_ci, valid_suites
+from sglang.test.ci.ci_register import CIRegistration, collect_tests, register_cpu_ci, valid_suites
 from sglang.test.test_utils import CustomTestCase
+from sglang.test.vendors import real_vendor
 
-register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
+ROOT = REPO / "test" / "registered"
 START = "amd_ci_start_container.sh"
 WORKFLOW = REPO / ".github" / "workflows" / "pr-test-amd.yml"
+
+
+def amd_registrations() -> list[CIRegistration]:
+    return [r for r in collect_tests(ROOT.rglob("*.py"), ROOT) if r.backend == "amd" and not r.nightly]
 
 
 class TestWorkflow(CustomTestCase):
@@ -31,9 +39,34 @@ class TestWorkflow(CustomTestCase):
         suites = {row["suite"] for row in self.rows}
         self.assertLessEqual(suites, set(valid_suites("amd", nightly=False)))
         self.assertLessEqual({"stage-b-test-1-gpu-small-amd", "stage-b-test-2-gpu-large-amd"}, suites)
-        root = REPO / "test" / "registered"
-        registered = {r.suite for r in collect_tests(root.rglob("*.py"), root) if r.backend == "amd" and not r.nightly}
-        self.assertLessEqual(registered, suites, "a registered test that no job runs")
+        self.assertLessEqual({r.suite for r in amd_registrations()}, suites, "a registered test that no job runs")
+
+    def test_both_architectures_run_the_same_files(self) -> None:
+        """gfx942 and gfx950 have jobs of their own; two ranks of MORI run on the machines that have two GPUs."""
+        files = defaultdict(set)
+        for registration in amd_registrations():
+            files[registration.suite].add(registration.filename)
+        for gfx942, gfx950 in (
+            ("stage-b-test-1-gpu-small-amd", "stage-b-test-1-gpu-small-amd-mi35x"),
+            ("stage-b-test-2-gpu-large-amd", "stage-c-test-large-8-gpu-amd-mi35x"),
+        ):
+            self.assertEqual(files.pop(gfx942), files.pop(gfx950), gfx950)
+        self.assertEqual(files, {}, "a suite of one architecture alone")
+        for row in self.rows:
+            family = "mi35x" if row["suite"].endswith("mi35x") else "mi325"
+            self.assertIn(family, row["label"])
+
+    def test_a_vendor_that_does_not_import_is_never_a_skip(self) -> None:
+        """On AMD's machines AITER and MORI must be there: their absence fails the test, and so does a fake."""
+        helpers = sorted((REPO / "python" / "sglang" / "test").glob("*.py"))
+        for path in [*helpers, *(ROOT / registration.filename for registration in amd_registrations())]:
+            text = path.read_text(encoding="utf-8")
+            for word in ("SkipTest", "self.skipTest"):
+                self.assertNotIn(word, text, f"{path} skips while it runs")
+        fakes = REPO / "python" / "sglang" / "test" / "fakes"
+        self.assertRaises(ModuleNotFoundError, real_vendor, "aiter")
+        with mock.patch.object(sys, "path", [str(fakes), *sys.path]):
+            self.assertRaisesRegex(AssertionError, "is the project's fake", real_vendor, "aiter")
 
     def test_partitions_are_whole(self) -> None:
         partitions = defaultdict(list)

@@ -65,7 +65,8 @@ class TestRunSuite(CustomTestCase):
         self.plant("e_empty", "pass")
         self.plant("f_silent_exit", "def test_exit(self): os._exit(0)")
         self.plant("g_setup", f"@classmethod\ndef setUpClass(cls): raise OSError('x')\n{PASSING}")
-        done = self.run_suite("--continue-on-error")
+        timings = self.root / "timings.jsonl"
+        done = self.run_suite("--continue-on-error", "--timings-file", str(timings))
         # a: 2 passed; b: 1 passed, 2 failed, 1 skipped; d: 2 passed, 1 failed; c, e, f, g: 1 failed each.
         self.assert_closing(done, "5 passed, 7 failed, 1 skipped", 1)
         self.assertIn("c_crash.py: FAILED (no unittest summary (killed by signal 11))", done.stdout)
@@ -74,8 +75,7 @@ class TestRunSuite(CustomTestCase):
         self.assertIn("f_silent_exit.py: FAILED (no unittest summary (exit status 0))", done.stdout)
         self.assertIn("AssertionError: 1 != 2", done.stdout)
         self.assertIn("skipped in test_b_mixed.py: no such device", done.stdout)
-        block = done.stdout.split("TIMINGS BEGIN\n")[1].split("TIMINGS END")[0]
-        rows = [json.loads(line) for line in block.splitlines()]
+        rows = [json.loads(line) for line in timings.read_text().splitlines()]
         self.assertEqual([row["failed"] for row in rows], [0, 2, 1, 1, 1, 1, 1])
         self.assertGreater(rows[0]["seconds"], 0)
         self.assertIn("registered cpu 7, executed on cpu 7", done.stdout)
@@ -85,6 +85,7 @@ class TestRunSuite(CustomTestCase):
         self.plant("other_suite", PASSING, 'register_cpu_ci(est_time=2, suite="stage-b-test-cpu")')
         done = self.run_suite()
         self.assert_closing(done, "2 passed, 0 failed, 0 skipped", 0)
+        self.assertNotIn("{", done.stdout, "timings go to a file")
         self.assertIn("registered cpu 2, executed on cpu 1", done.stdout)
         done = self.run_suite("--suite", "stage-b-test-cpu")
         self.assert_closing(done, "4 passed, 0 failed, 0 skipped", 0)
@@ -124,10 +125,19 @@ class TestRunSuite(CustomTestCase):
         self.assertIn("that is not a pass", done.stdout)
         self.assertIn("registered amd 1, executed on hip 0", self.run_suite().stdout)
 
-    def test_a_class_skipped_whole_counts_as_skipped(self):
+    def test_a_file_skipped_whole_fails_the_run_whatever_else_ran(self):
         self.plant("a", '@classmethod\ndef setUpClass(cls): raise unittest.SkipTest("why")\n' + PASSING)
         self.plant("b", PASSING)
-        self.assert_closing(self.run_suite(), "2 passed, 0 failed, 1 skipped", 0)
+        done = self.run_suite()
+        self.assert_closing(done, "2 passed, 0 failed, 1 skipped", 1)
+        self.assertIn("error: 1 file ran no test on cpu, all were skipped; that is not a pass", done.stdout)
+        self.assertIn("SKIPPED (not a pass):\n  test_a.py", done.stdout)
+
+    def test_a_file_counts_once_however_many_suites_it_is_in(self):
+        amd = "".join(f'register_amd_ci(est_time=6, suite="stage-b-test-1-gpu-small-amd{s}")\n' for s in ("", "-mi35x"))
+        self.plant("a", PASSING, amd)
+        self.plant("b", PASSING)
+        self.assertIn("registered amd 1, executed on hip 0", self.run_suite().stdout)
 
     def test_listed_suite_without_registrations_says_so(self):
         self.plant("a", PASSING)

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import (
@@ -13,6 +14,7 @@ from sglang.test.test_utils import (
     CustomTestCase,
     free_url,
     kill_process_tree,
+    launch_timeout,
     popen_launch_server,
 )
 
@@ -38,6 +40,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
+
+
+class TestLaunchTimeout(CustomTestCase):
+    def test_ci_waits_longer(self):
+        for variables, seconds in (
+            ({}, 120), ({"SGLANG_IS_IN_CI": "1"}, 600), ({"SGLANG_IS_IN_CI": "1", "SGLANG_IS_IN_CI_AMD": "1"}, 3600)
+        ):  # fmt: skip
+            with mock.patch.dict(os.environ, {"SGLANG_IS_IN_CI": "", "SGLANG_IS_IN_CI_AMD": "", **variables}):
+                self.assertEqual(launch_timeout(), seconds, variables)
 
 
 class TestLaunch(CustomTestCase):

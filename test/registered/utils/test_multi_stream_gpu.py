@@ -27,6 +27,7 @@ from sglang.test.tiny_checkpoints import KERNEL_SIZED_CONFIGS
 
 register_cuda_ci(est_time=90, suite="stage-b-test-1-gpu-small")
 register_amd_ci(est_time=180, suite="stage-b-test-1-gpu-small-amd")
+register_amd_ci(est_time=180, suite="stage-b-test-1-gpu-small-amd-mi35x")
 
 ARCHITECTURES = {"dsv3-k": "DeepseekV3ForCausalLM", "q35moe-k": "Qwen3_5MoeForCausalLM"}
 EAGER = OverlapSite("test", enabled=True, capture_only=False)
