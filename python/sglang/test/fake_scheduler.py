@@ -19,7 +19,6 @@ from sglang.srt.managers.io_struct import (
     GetInternalStateReq,
     GetInternalStateReqOutput,
     ShutdownReq,
-    StartedReqs,
     TokenIDOutput,
     TokenizedGenerateReqInput,
     TokenLogprobs,
@@ -47,8 +46,9 @@ class _Running:
 class FakeScheduler:
     """Answers on the real sockets from a thread.
 
-    ``received`` holds every message. ``delay_s`` passes before each token, ``error`` ends every request with that
-    reason after its first token. ``frozen`` stops all answers: requests wait and never start.
+    ``received`` holds every message. ``delay_s`` passes before each token, ``max_queued`` bounds the requests in
+    flight (beyond it: abort 503), ``error`` ends every request with that reason after its first token, ``frozen``
+    stops all answers.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class FakeScheduler:
     ):
         self.script = script
         self.delay_s = 0.0
+        self.max_queued = 10**6
         self.error: FinishReason | None = None
         self.frozen = False
         self.experts: dict[str, Any] = {}
@@ -119,7 +120,10 @@ class FakeScheduler:
 
     def _enqueue(self, request: TokenizedGenerateReqInput) -> None:
         entry = _Running(request, [])
-        self._to_tokenizer.send(StartedReqs(rids=[request.rid]))
+        if len(self.running) >= self.max_queued:
+            full = FinishReason(type="abort", message="The request queue is full.", status_code=503)
+            self._emit([(entry, full)])
+            return
         entry.script = list(self.script(request))
         if request.sampling_params.max_new_tokens == 0:
             self._emit([(entry, FinishReason(type="length", length=0))])

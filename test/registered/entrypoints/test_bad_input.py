@@ -72,6 +72,10 @@ BAD_CHAT = [
     {"messages": HI, "modalities": ["audio"]}, {"messages": HI, "chat_template_kwargs": {"messages": []}},
     {"messages": HI, "regex": "x"}, {"messages": HI, "temperature": -1}, {"messages": HI, "functions": [{}]},
     {"messages": [{"role": "user", "content": "word " * 500}]},
+    {"messages": HI, "chat_template_kwargs": {"self": 1}}, {"messages": HI, "chat_template_kwargs": {"range": 1}},
+    {"messages": HI, "chat_template_kwargs": {"continue_final_message": 1}},
+    {"messages": [{"role": "System", "content": "hi"}, *HI]}, {"messages": [{"role": "", "content": "hi"}, *HI]},
+    {"messages": [*HI, {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}]},
 ]  # fmt: skip
 
 

@@ -12,7 +12,6 @@ from unittest import mock
 import sglang
 from sglang.srt.entrypoints import engine as engine_module
 from sglang.srt.entrypoints.context import ServerContext
-from sglang.srt.managers.io_struct import FinishReason
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs, ServerArgsError
 from sglang.srt.server_args_verdict import Verdict
@@ -125,9 +124,9 @@ class TestEngine(CustomTestCase):
             self.engine.generate("a", temprature=1)
         with self.assertRaises(NotImplementedError):
             self.engine.encode("a")
-        self.fake.scheduler.error = FinishReason(type="abort", message="boom", status_code=503)
-        self.addCleanup(setattr, self.fake.scheduler, "error", None)
-        with self.assertRaisesRegex(RuntimeError, "boom"):
+        self.fake.scheduler.max_queued = 0
+        self.addCleanup(setattr, self.fake.scheduler, "max_queued", 10**6)
+        with self.assertRaisesRegex(RuntimeError, "queue is full"):
             self.engine.generate("a")
 
     def test_control(self):

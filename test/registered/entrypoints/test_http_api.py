@@ -5,7 +5,6 @@ import json
 import socket
 import threading
 import unittest
-from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import httpx
@@ -16,8 +15,7 @@ from sglang.srt.entrypoints.http_server import PortError, bind, listen
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
 from sglang.srt.managers import prompt_text
-from sglang.srt.managers.io_struct import AbortReq, FinishReason, TokenizedGenerateReqInput
-from sglang.srt.utils.limits import MAX_RETRY_AFTER_S
+from sglang.srt.managers.io_struct import AbortReq, FinishReason
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import CONTEXT_LEN, FakeServer, FakeServerTestCase
 from sglang.test.test_utils import CustomTestCase
@@ -118,96 +116,15 @@ class TestGenerate(FakeServerTestCase):
         self.assertEqual((error["message"], error["code"]), ("boom", 500))
         self.assertEqual(rest[-1], "data: [DONE]")
 
-
-class TestFullQueue(FakeServerTestCase):
-    settings = {"max_queued_requests": 3, "max_queued_tokens": 200}
-    BODIES = (
-        ("/generate", {"text": "abc", "sampling_params": {"max_new_tokens": 2}}),
-        ("/v1/completions", {"prompt": "a", "max_tokens": 2}),
-        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2}),
-    )
-
-    def waiting(self, **body):
-        """One call of ``body`` that waits until the scheduler is let go."""
-        self.fake.scheduler.frozen = True
-        pool = self.enterContext(ThreadPoolExecutor(1))
-        before = self.fake.context.manager.num_in_flight
-        future = pool.submit(self.generate, **body)
-        self.fake.until(lambda: self.fake.context.manager.num_in_flight > before)
-        return future
-
-    def test_503_says_when_to_come_again_and_tokenizes_nothing(self):
-        held = self.waiting(text=["a", "b", "c"], sampling_params={"max_new_tokens": 1})
-        with mock.patch.object(self.fake.tokenizer, "encode") as encode:
-            for path, body in self.BODIES:
-                for stream in (False, True):
-                    reply = self.client.post(path, json={**body, "stream": stream})
-                    self.assertEqual(reply.status_code, 503, reply.text)
-                    self.assertIn("3 sequences (prompts x n) wait", reply.text)
-                    self.assertTrue(1 <= int(reply.headers["retry-after"]) <= MAX_RETRY_AFTER_S)
-            encode.assert_not_called()
-        with envs.SGLANG_HEALTH_CHECK_TIMEOUT.override(1):  # let in, and not answered
-            self.assertEqual(self.client.get("/health_generate").status_code, 503)
-        self.assertTrue(self.fake.scheduler.received[3].rid.startswith("HEALTH_CHECK"))
-        self.thaw()
-        self.assertEqual(held.result().status_code, 200)
-        for path, body in self.BODIES:
-            self.assertEqual(self.client.post(path, json=body).status_code, 200)
-
-    def thaw(self):
-        scheduler, received = self.fake.scheduler, list(self.fake.scheduler.received)
-        scheduler.frozen = False
-        for message in received:
-            if isinstance(message, TokenizedGenerateReqInput):
-                scheduler._enqueue(message)
-
-    def test_what_runs_or_left_counts_no_more(self):
-        self.fake.scheduler.delay_s = 0.05
-        running = [{"text": ["a", "b", "c"], "sampling_params": {"max_new_tokens": 40}} for _ in range(3)]
-        with ThreadPoolExecutor(3) as pool:
-            replies = []
-            for count, body in enumerate(running, 1):
-                replies.append(pool.submit(self.generate, **body))
-                self.fake.until(lambda: len(self.fake.scheduler.running) == 3 * count)  # noqa: B023
-                self.fake.until(lambda: self.fake.context.manager.admission.num_requests == 0)
-                self.assertEqual(len(self.fake.scheduler.running), 3 * count)
-            self.fake.scheduler.delay_s = 0
-            self.assertEqual([reply.result().status_code for reply in replies], [200] * 3)
-        self.fake.scheduler.frozen = True
-        for _ in range(3):
-            with self.assertRaises(httpx.ReadTimeout):
-                httpx.post(
-                    f"{self.fake.url}/generate",
-                    json={"text": ["a"] * 3, "sampling_params": {"max_new_tokens": 9}},
-                    timeout=0.3,
-                )
-            self.fake.until(lambda: self.fake.context.manager.num_in_flight == 0)
-        admission = self.fake.context.manager.admission
-        self.assertEqual((admission.num_requests, admission.num_tokens), (0, 0))
-
-    def test_what_can_never_be_taken_is_400_with_both_numbers(self):
-        for body, numbers in (
-            ({"text": ["a", "b"], "sampling_params": {"n": 2}}, ("4 answers", "3 at most")),
-            ({"text": ["a", "b"], "sampling_params": {"max_new_tokens": 110}}, ("224 tokens", "at most 200 may wait")),
-        ):
-            reply = self.generate(**body)
-            self.assertEqual(reply.status_code, 400)
-            for number in numbers:
-                self.assertIn(number, reply.text)
-        self.assertEqual(self.fake.context.manager.admission.num_requests, 0)
-
-    def test_tokens_are_bounded_too(self):
-        held = self.waiting(text="a", sampling_params={"max_new_tokens": 120})
-        reply = self.generate(text="a", sampling_params={"max_new_tokens": 120})
-        self.assertEqual(reply.status_code, 503, reply.text)
-        self.assertIn("--max-queued-tokens", reply.text)
-        self.thaw()
-        self.assertEqual(held.result().status_code, 200)
-
-    def test_bounded_by_default(self):
-        fake = FakeServer().wait_ready()
-        self.addCleanup(fake.stop)
-        self.assertGreaterEqual(fake.context.manager.admission.max_requests, 1024)
+    def test_a_full_queue_is_503_also_for_a_stream(self):
+        self.fake.scheduler.max_queued = 0
+        for stream in (False, True):
+            reply = self.generate(text="abc", stream=stream)
+            self.assertEqual(reply.status_code, 503)
+            self.assertEqual(reply.json()["error"]["message"], "The request queue is full.")
+        for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": [{"role": "user"}]})):
+            reply = self.client.post(f"/v1/{path}", json=body)
+            self.assertEqual((reply.status_code, reply.json()["code"]), (503, 503), reply.text)
 
 
 class TestInformation(FakeServerTestCase):

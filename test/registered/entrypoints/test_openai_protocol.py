@@ -1,7 +1,10 @@
 """The OpenAI endpoints over a fake engine: with OpenAI's own client, and by the shape of each chunk."""
 
 import json
+import threading
 import unittest
+from concurrent.futures import ThreadPoolExecutor
+from unittest import mock
 
 import httpx
 import openai
@@ -157,11 +160,28 @@ class TestChat(OpenAITestCase):
         self.assertEqual((params.presence_penalty, params.frequency_penalty), (0.1, -0.2))
         self.assertEqual((params.logit_bias, params.ignore_eos, params.repetition_penalty), ({"7": -5}, True, 1.1))
 
+    def test_a_slow_template_holds_up_nobody(self):
+        entered, go = threading.Event(), threading.Event()
+
+        def slow(*_, **__):
+            entered.set()
+            go.wait(10)
+            return "hi"
+
+        with mock.patch.object(self.tokenizer, "apply_chat_template", slow), ThreadPoolExecutor(1) as pool:
+            self.addCleanup(go.set)
+            chat = pool.submit(self.raw.post, "/v1/chat/completions", json={"messages": MESSAGES})
+            self.assertTrue(entered.wait(10))
+            other = self.raw.post("/v1/completions", json={"prompt": "hi", "max_tokens": 2})
+            self.assertEqual((other.status_code, chat.done()), (200, False))
+            go.set()
+            self.assertEqual(chat.result().status_code, 200)
+
     def test_messages_as_parts_and_continuation(self):
         parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
         self.client.chat.completions.create(model="default", messages=[{"role": "user", "content": parts}])
         text = self.tokenizer.decode(self.scheduler.received[-1].input_ids, skip_special_tokens=False)
-        self.assertIn("one two", text)
+        self.assertIn("onetwo", text)
         self.client.chat.completions.create(
             model="default",
             messages=[*MESSAGES, {"role": "assistant", "content": "It is"}],

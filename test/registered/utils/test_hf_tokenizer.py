@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenizers import processors
 
-from sglang.srt.utils.chat_template import ChatTemplateError
+from sglang.srt.utils.chat_messages import ChatTemplateError
 from sglang.srt.utils.hf_tokenizer import Tokenizer, TokenizerError
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -38,16 +38,17 @@ MESSAGES = [
 ]
 TEMPLATES = {
     "plain": "{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}",
-    "blocks": "{%- for m in messages %}\n    {%- if m.role == 'system' %}{% continue %}{% endif %}\n"
+    "blocks": "{{ messages[0].content }}{%- for m in messages %}\n    {%- if m.role == 'system' %}{% continue %}"
+    "{% endif %}\n"
     "    {{- '<' + m['role'] + '>' + (m['content'] | trim) }}\n{% endfor %}\n"
     "{% if add_generation_prompt %}\nGO\n{% endif %}",
     "json": "{% for m in messages %}{{ m | tojson }}{{ m | tojson(indent=2) }}{% endfor %}{{ bos_token }}",
     "generation": "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
-    "{% if ns.n > 2 %}{% break %}{% endif %}{{ ns.n }}{{ m.get('missing', 'none') }}{% endfor %}",
+    "{% if ns.n > 9 %}{% break %}{% endif %}{{ ns.n }}{{ m.get('missing', m.content) }}{% endfor %}",
     "kwargs": "{% if enable_thinking is defined and enable_thinking %}<think>{% endif %}"
-    "{{ tools }}{{ messages[0].content }}",
-    "time": "{{ strftime_now('%Y') }}",
+    "{{ tools }}{{ messages | map(attribute='content') | join('|') }}",
+    "time": "{{ strftime_now('%Y') }}{{ messages }}",
 }
 
 
@@ -97,7 +98,9 @@ class TestAgainstTransformers(CustomTestCase):
                     expected = theirs.apply_chat_template(
                         MESSAGES, tokenize=False, add_generation_prompt=prompt, enable_thinking=prompt
                     )
-                    got = ours.apply_chat_template(MESSAGES, add_generation_prompt=prompt, enable_thinking=prompt)
+                    got = ours.apply_chat_template(
+                        MESSAGES, add_generation_prompt=prompt, variables={"enable_thinking": prompt}
+                    )
                     self.assertEqual(got, expected)
 
     def test_continue_final_message(self):
@@ -171,7 +174,7 @@ class TestTokenizer(CustomTestCase):
             self.write(chat_template="\n{% for %}")
         with self.assertRaisesRegex(ChatTemplateError, "--chat-template"):
             self.write(chat_template=None).apply_chat_template(hello)
-        with self.assertRaisesRegex(ChatTemplateError, "drops the last"):
+        with self.assertRaisesRegex(ChatTemplateError, r"leaves messages\[0\].content"):
             self.write(chat_template="x").apply_chat_template(hello, continue_final_message=True)
 
     def test_unreadable_folders(self):

@@ -113,8 +113,9 @@ class NativeApi:
         probe = GenerateReqInput(input_ids=[0], sampling_params=params, rid=f"HEALTH_CHECK_{uuid.uuid4().hex}")
 
         async def run() -> None:
+            # A refusal (a full queue) is an answer too.
             with contextlib.suppress(RequestError):
-                async for _ in self._manager.generate_request(probe, is_bounded=False):
+                async for _ in self._manager.generate_request(probe):
                     pass
 
         task = asyncio.create_task(run())

@@ -65,12 +65,6 @@ class AbortReq(msgspec.Struct, kw_only=True, tag=True):
     abort_all: bool = False
 
 
-class StartedReqs(msgspec.Struct, kw_only=True, tag=True):
-    """Requests that a scheduler took from its queue; one that was retracted is named again."""
-
-    rids: list[str]
-
-
 class FlushCacheReqInput(msgspec.Struct, kw_only=True, tag=True):
     """Drop the prefix cache; refused while requests are in flight."""
 
@@ -174,4 +168,4 @@ SchedulerMessage = (
     TokenizedGenerateReqInput | AbortReq | FlushCacheReqInput | GetInternalStateReq | ShutdownReq | WakeReq
 )
 DetokenizerMessage = BatchTokenIDOutput | ShutdownReq
-TokenizerMessage = BatchStrOutput | StartedReqs | FlushCacheReqOutput | GetInternalStateReqOutput
+TokenizerMessage = BatchStrOutput | FlushCacheReqOutput | GetInternalStateReqOutput

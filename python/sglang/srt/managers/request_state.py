@@ -55,8 +55,6 @@ class RequestState:
         # Where it was sent, and how many tokens it may come to hold there.
         self.dp_rank = 0
         self.num_tokens = num_tokens
-        # No scheduler has started it yet.
-        self.waits = True
         self.group = group
         self.created = time.perf_counter()
         self.latency: float | None = None

@@ -10,8 +10,9 @@ import msgspec
 from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.managers.io_struct import (
     BatchTokenIDOutput,
+    FlushCacheReqOutput,
+    GetInternalStateReqOutput,
     SchedulerMessage,
-    TokenizerMessage,
     WakeReq,
 )
 from sglang.srt.managers.ipc import IDLE_WAKE_S, IpcNames, Sender, scheduler_receiver
@@ -24,7 +25,7 @@ class SchedulerChannel(Protocol):
 
     def to_detokenizer(self, message: BatchTokenIDOutput) -> None: ...
 
-    def to_tokenizer(self, message: TokenizerMessage) -> None: ...
+    def to_tokenizer(self, message: FlushCacheReqOutput | GetInternalStateReqOutput) -> None: ...
 
 
 class RankZeroChannel:
@@ -58,7 +59,7 @@ class RankZeroChannel:
     def to_detokenizer(self, message: BatchTokenIDOutput) -> None:
         self._detokenizer.send(message)
 
-    def to_tokenizer(self, message: TokenizerMessage) -> None:
+    def to_tokenizer(self, message: FlushCacheReqOutput | GetInternalStateReqOutput) -> None:
         self._tokenizer.send(message)
 
 
@@ -77,5 +78,5 @@ class FollowerChannel:
     def to_detokenizer(self, message: BatchTokenIDOutput) -> None:
         """Rank 0 speaks for all."""
 
-    def to_tokenizer(self, message: TokenizerMessage) -> None:
+    def to_tokenizer(self, message: FlushCacheReqOutput | GetInternalStateReqOutput) -> None:
         """Rank 0 speaks for all."""

@@ -10,7 +10,6 @@ from collections.abc import AsyncGenerator, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.managers.admission import Admission
 from sglang.srt.managers.dp_routing import LoadBalancer
 from sglang.srt.managers.io_struct import (
     AbortReq,
@@ -20,7 +19,6 @@ from sglang.srt.managers.io_struct import (
     GenerateReqInput,
     GetInternalStateReq,
     GetInternalStateReqOutput,
-    StartedReqs,
     TokenizedGenerateReqInput,
     TokenizerMessage,
 )
@@ -73,7 +71,6 @@ class TokenizerManager:
         # Most prompts times samples of one call; None for the offline engine.
         self.max_requests_per_call: int | None = None
         self.unknown_fields = UnknownFields()
-        self.admission = Admission(server_args.max_queued_requests, server_args.max_queued_tokens)
         self._ipc = ipc
         self._senders = [Sender(address) for address in ipc.schedulers]
         self._balancer = LoadBalancer(server_args.load_balance_method, len(self._senders))
@@ -128,17 +125,13 @@ class TokenizerManager:
                 future.set_exception(error)
 
     async def generate_request(
-        self,
-        obj: GenerateReqInput,
-        incremental: bool | None = None,
-        warnings: Sequence[str] = (),
-        is_bounded: bool = True,
+        self, obj: GenerateReqInput, incremental: bool | None = None, warnings: Sequence[str] = ()
     ) -> AsyncGenerator[Any, None]:
         """Results of ``obj``: one item (a list for a batch), or, streaming, one dictionary each time a request grows.
 
         ``incremental`` makes streamed dictionaries hold only what is new; None follows the server's setting.
-        ``warnings`` are shown if ``obj`` asks for warnings. ``is_bounded`` False passes a full queue by. Closing the
-        iterator aborts what is unfinished. Raises RequestError.
+        ``warnings`` are shown if ``obj`` asks for warnings. Closing the iterator aborts what is unfinished. Raises
+        RequestError.
         """
         if incremental is None:
             incremental = self.server_args.incremental_streaming_output
@@ -148,11 +141,11 @@ class TokenizerManager:
         group = RequestGroup(stream)
         if obj.return_warnings:
             group.warnings = list(warnings)
-        tokenized, is_list = await self._prepare(obj, group, is_bounded)
+        tokenized, is_list = await self._prepare(obj, group)
+        if self.failure is not None:
+            raise self.failure
+        self._log_received(obj, group)
         try:
-            if self.failure is not None:
-                raise self.failure
-            self._log_received(obj, group)
             # Sent together, the requests of one batch share their first step.
             by_rank: list[list[TokenizedGenerateReqInput]] = [[] for _ in self._senders]
             for state, request in zip(group.states, tokenized, strict=True):
@@ -250,21 +243,9 @@ class TokenizerManager:
                     self._forget(state)
                 state.receive(output)
             return
-        if isinstance(message, StartedReqs):
-            states = [state for rid in message.rids if (state := self._states.get(rid)) is not None]
-            self.admission.started(sum(map(self._leave_queue, states)))
-            return
         future = self._replies.get(message.seq)
         if future is not None and not future.done():
             future.set_result(message)
-
-    def _leave_queue(self, state: RequestState) -> bool:
-        """False when it has left before."""
-        if not state.waits:
-            return False
-        state.waits = False
-        self.admission.remove(1, state.num_tokens)
-        return True
 
     def _forget(self, state: RequestState) -> None:
         del self._states[state.wire_rid]
@@ -273,7 +254,6 @@ class TokenizerManager:
     def _release(self, group: RequestGroup) -> None:
         """Forget a group's requests, and abort those that a scheduler may still be running."""
         for state in group.states:
-            self._leave_queue(state)
             if state.wire_rid in self._states:
                 self._forget(state)
                 if self.failure is None:
@@ -284,12 +264,9 @@ class TokenizerManager:
                 logger.info("Finish: rid=%s, reason=%s, tokens=%d", state.rid, state.finish_reason, num_tokens)
 
     async def _prepare(
-        self, obj: GenerateReqInput, group: RequestGroup, is_bounded: bool
+        self, obj: GenerateReqInput, group: RequestGroup
     ) -> tuple[list[TokenizedGenerateReqInput], bool]:
-        """Take places in the queue, check and tokenize every prompt of ``obj``, and fill ``group``.
-
-        Returns the messages, and whether the result is a list. On an error the places are free again.
-        """
+        """Check and tokenize every prompt of ``obj``, fill ``group``, and say whether the result is a list."""
         singles, is_list = split_request(obj, self.max_requests_per_call)
         # Everything that needs no tokens is refused before any are made.
         all_params: list[SamplingParams] = []
@@ -297,29 +274,6 @@ class TokenizerManager:
             self._check_logprobs(single)
             shared = i > 0 and single.sampling_params is singles[i - 1].sampling_params
             all_params.append(copy(all_params[-1]) if shared else self._sampling_params(single, group))
-        places = sum(params.n for params in all_params)
-        if is_bounded:
-            self.admission.check(places)
-        self.admission.add(places, 0)
-        try:
-            tokenized = await self._tokenize(singles, all_params, obj, group)
-            num_tokens = sum(state.num_tokens for state in group.states)
-            if is_bounded:
-                self.admission.check(0, num_tokens)
-        except BaseException:
-            self.admission.remove(places, 0)
-            raise
-        self.admission.add(0, num_tokens)
-        return tokenized, is_list or places > len(singles)
-
-    async def _tokenize(
-        self,
-        singles: list[SingleRequest],
-        all_params: list[SamplingParams],
-        obj: GenerateReqInput,
-        group: RequestGroup,
-    ) -> list[TokenizedGenerateReqInput]:
-        """The messages of all sequences, with a state in ``group`` for each."""
         tokenized: list[TokenizedGenerateReqInput] = []
         show_text = bool(obj.return_text_in_logprobs) and self.tokenizer is not None
         text_of = self._token_text if show_text else _no_text
@@ -332,6 +286,7 @@ class TokenizerManager:
                     f"The call asks for {num_prompt_logprobs} log-probabilities of its prompts, and one call gives "
                     f"{MAX_PROMPT_LOGPROBS} at most. Ask for fewer best tokens, or send fewer prompts in a call."
                 )
+            is_list = is_list or params.n > 1
             for sample in range(params.n):
                 rid = single.rid if params.n == 1 else f"{single.rid}_{sample}"
                 # An id that the client chose may come again while the scheduler still ends its first use.
@@ -351,7 +306,7 @@ class TokenizerManager:
                         token_ids_logprob=single.token_ids_logprob,
                     )
                 )
-        return tokenized
+        return tokenized, is_list
 
     def _token_text(self, token_id: int) -> str | None:
         text = self._token_texts.get(token_id)

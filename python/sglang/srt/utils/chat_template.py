@@ -1,121 +1,197 @@
-"""Chat templates: where a checkpoint keeps them, and rendering them in jinja2's immutable sandbox."""
+"""Chat templates: where a checkpoint keeps them, what they can render, and rendering them within limits."""
 
 from __future__ import annotations
 
-import json
-from datetime import datetime
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import jinja2.ext
-import jinja2.nodes
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from sglang.srt.utils.common import read_json_object
+from sglang.srt.utils.chat_messages import (
+    ROLES,
+    ChatTemplateError,
+    EmptyContent,
+    Message,
+    TemplateTraits,
+    lost,
+    mark_of,
+    marked,
+    template_messages,
+)
+from sglang.srt.utils.common import read_json_object, read_text
+from sglang.srt.utils.limits import MAX_CHAT_TEMPLATE_CHARS
+from sglang.srt.utils.template_sandbox import BoundedEnvironment, TemplateLimitError
 
-# Names that the server sets itself; a client may not replace them through chat_template_kwargs.
-RESERVED_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
-_CONTINUE_MARK = "\ue000continue\ue001"
-
-
-class ChatTemplateError(ValueError):
-    """The template is missing, malformed, or refused the messages."""
-
-
-class _GenerationTag(jinja2.ext.Extension):
-    """``{% generation %}`` marks assistant text for training; here its body is rendered as it stands."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Any) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    env = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, jinja2.ext.loopcontrols]
-    )
-    env.filters["tojson"] = _tojson
-    env.globals["raise_exception"] = _raise_exception
-    env.globals["strftime_now"] = lambda fmt: datetime.now().strftime(fmt)
-    return env
+# Names that the server or jinja sets; a client may not replace them through chat_template_kwargs.
+_SERVER_VARIABLES = frozenset(
+    {"messages", "tools", "documents", "add_generation_prompt", "continue_final_message", "self", "loop", "caller",
+     "varargs", "kwargs"}
+)  # fmt: skip
+# The blank at the end tells whether the template trims the text, as in transformers.
+_CONTINUE_MARK = "\ue000continue\ue001 "
+_MAX_LOSSLESS = 4096
+_EMPTY_CONTENTS: tuple[EmptyContent, ...] = ("absent", "null", "text")
+_LIMIT_REFUSAL = "The chat template asks for more than a rendering may use"
 
 
 class ChatTemplate:
-    """One compiled chat template.
+    """One compiled chat template and the ``traits`` that it was seen to have.
 
-    ``special_tokens`` (bos_token, eos_token, ...) are variables of every rendering.
+    ``special_tokens`` (bos_token, eos_token, ...) are variables of every rendering. Raises ChatTemplateError for a
+    template that cannot be compiled, or that cannot render a small conversation within the limits.
     """
 
     def __init__(self, source: str, special_tokens: dict[str, Any]):
+        if len(source) > MAX_CHAT_TEMPLATE_CHARS:
+            raise ChatTemplateError(
+                f"The chat template has {len(source)} characters; at most {MAX_CHAT_TEMPLATE_CHARS} are allowed."
+            )
         self.source = source
         self.special_tokens = special_tokens
+        self._environment = BoundedEnvironment()
+        self.reserved_variables = _SERVER_VARIABLES | special_tokens.keys() | self._environment.globals.keys()
         try:
-            self._template = _environment().from_string(source)
+            self._template = self._environment.load(source)
         except jinja2.TemplateSyntaxError as error:
             raise ChatTemplateError(
                 f"The chat template has a syntax error in line {error.lineno}: {error.message}"
             ) from None
+        except Exception as error:  # parsers and compilers give up on hostile text in many ways
+            raise ChatTemplateError(f"The chat template cannot be compiled: {type(error).__name__}: {error}") from None
+        # Digests of conversations without their contents: of each, every message was seen to reach the prompt.
+        self._lossless: set[bytes] = set()
+        self.traits = _find_traits(self)
 
     def render(
         self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
+        messages: Sequence[Message],
+        tools: Sequence[Message] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
-        **variables: Any,
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
-        """Prompt text of a conversation.
+        """Prompt text of a conversation in OpenAI's form.
 
         ``continue_final_message`` ends the text right after the last message's content instead of opening a new
-        assistant turn. Raises ChatTemplateError with the template's own message if it refuses the conversation.
+        assistant turn. ``variables`` are further variables of the template. Raises ChatTemplateError with the
+        template's own message if it refuses the conversation, with the field's name for a message that is malformed
+        or that the template leaves out of the prompt.
         """
-        if not messages:
-            raise ChatTemplateError("messages is empty: give at least one message.")
-        clean = [{k: v for k, v in message.items() if v is not None} for message in messages]
+        reserved = sorted(self.reserved_variables & (variables or {}).keys())
+        if reserved:
+            raise ChatTemplateError(f"chat_template_kwargs may not set {', '.join(reserved)}.")
+        clean = template_messages(messages, self.traits)
         if continue_final_message:
             add_generation_prompt = False
-            clean[-1] = _mark_end(clean[-1])
+        values = {**(variables or {}), "tools": tools, "add_generation_prompt": add_generation_prompt}
+        text = self.render_clean([*clean[:-1], _mark_end(clean[-1])] if continue_final_message else clean, values)
+        self._refuse_losses(text, clean, values)
+        return _cut_at_mark(text) if continue_final_message else text
+
+    def render_clean(self, messages: Sequence[Message], values: Mapping[str, Any]) -> str:
+        """The template's text for messages that are already in its form."""
+        variables = {**self.special_tokens, "documents": None, **values, "messages": messages}
         try:
-            text = self._template.render(
-                **{
-                    **self.special_tokens,
-                    **variables,
-                    "messages": clean,
-                    "tools": tools,
-                    "documents": None,
-                    "add_generation_prompt": add_generation_prompt,
-                }
-            )
+            with self._environment.budget():
+                return self._template.render(variables)
+        except TemplateLimitError as error:
+            raise ChatTemplateError(f"{_LIMIT_REFUSAL}: {error}.") from None
         except Exception as error:  # a template runs arbitrary expressions over client data
             raise ChatTemplateError(f"The chat template refused these messages: {error}") from error
-        if continue_final_message:
-            text, mark, _ = text.rpartition(_CONTINUE_MARK)
-            if not mark:
-                raise ChatTemplateError("continue_final_message: the chat template drops the last message's content.")
-        return text
+
+    def _refuse_losses(self, text: str, messages: Sequence[Message], values: Mapping[str, Any]) -> None:
+        """Raise ChatTemplateError for a message that does not reach the prompt.
+
+        Templates may leave out a part of a content, as of thoughts, but not a message: each is replaced by a mark
+        that must come out. Where the template cannot render the marks, the contents themselves are looked for.
+        """
+        marks, fields = marked(messages)
+        key = hashlib.blake2b(repr((marks, values)).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if key in self._lossless:
+            return
+        try:
+            missing = lost(self.render_clean(marks, values), fields)
+        except ChatTemplateError:
+            contents = ((i, m["content"]) for i, m in enumerate(messages) if isinstance(m.get("content"), str))
+            missing = [f"messages[{i}].content" for i, content in contents if content.strip() not in text]
+        else:
+            if len(self._lossless) >= _MAX_LOSSLESS:
+                self._lossless.clear()
+            if not missing:
+                self._lossless.add(key)
+        if missing:
+            number = int(missing[0].partition("[")[2].partition("]")[0])
+            raise ChatTemplateError(
+                f"The chat template of this model leaves {missing[0]} (role {messages[number]['role']!r}) out of the "
+                "prompt. Remove it, or put its text into a message of another role."
+            )
 
 
-def _mark_end(message: dict[str, Any]) -> dict[str, Any]:
+def _find_traits(template: ChatTemplate) -> TemplateTraits:
+    """What the template does with small conversations. Raises ChatTemplateError where one exceeds the limits."""
+    traits = TemplateTraits(empty_content="text")
+    user = {"role": "user", "content": mark_of(9)}
+    name, key, value, answer = (mark_of(i) for i in range(4))
+    arguments = f'{{"{key}": "{value}"}}'
+    function = {"name": name, "arguments": arguments}
+    call = {"role": "assistant", "tool_calls": [{"id": "call00001", "type": "function", "function": function}]}
+    turns = [user, call, {"role": "tool", "tool_call_id": "call00001", "content": answer}]
+    forms = [TemplateTraits(mapping_arguments=m, empty_content=e) for m in (False, True) for e in _EMPTY_CONTENTS]
+    for form in forms:
+        text = _try(template, turns, form)
+        words = (name, answer, *((key, value) if form.mapping_arguments else (arguments,)))
+        if all(word in text for word in words) and "None" not in text:
+            traits = form
+            break
+    developer = _try(template, [{"role": "developer", "content": name}, user], traits)
+    traits = replace(traits, renders_developer=name in developer)
+    one, two = mark_of(4), mark_of(5)
+    parts = [{"type": "text", "text": one}, {"type": "text", "text": two}]
+    part_roles = set()
+    for role in ROLES:
+        before = {"user": [], "assistant": [user], "tool": [user, call]}.get(role, [])
+        message = {"role": role, "content": parts, "tool_call_id": "call00001", "name": name}
+        as_parts = replace(traits, part_roles=frozenset({role}), renders_developer=True)
+        text = _try(template, [*before, message, *([] if before or role == "user" else [user])], as_parts)
+        _, first, rest = text.partition(one)
+        between, second, _ = rest.partition(two)
+        # A list that was printed as it stands shows its keys.
+        if first and second and "text" not in between:
+            part_roles.add(role)
+    return replace(traits, part_roles=frozenset(part_roles))
+
+
+def _try(template: ChatTemplate, messages: list[Message], traits: TemplateTraits) -> str:
+    """The rendering, or "" where the template refuses."""
+    try:
+        return template.render_clean(
+            template_messages(messages, traits), {"tools": None, "add_generation_prompt": True}
+        )
+    except ChatTemplateError as error:
+        if str(error).startswith(_LIMIT_REFUSAL):
+            raise
+        return ""
+
+
+def _mark_end(message: Message) -> Message:
     content = message.get("content")
     if isinstance(content, str):
         return {**message, "content": content + _CONTINUE_MARK}
-    if isinstance(content, list) and content and isinstance(content[-1].get("text"), str):
+    if isinstance(content, list):
         last = {**content[-1], "text": content[-1]["text"] + _CONTINUE_MARK}
         return {**message, "content": [*content[:-1], last]}
     raise ChatTemplateError("continue_final_message needs a last message that ends in text.")
+
+
+def _cut_at_mark(text: str) -> str:
+    """``text`` up to the end of the last message's content; a template that trims content trims this too."""
+    before, mark, after = text.rpartition(_CONTINUE_MARK.strip())
+    if not mark:
+        raise ChatTemplateError("continue_final_message: the chat template drops the last message's content.")
+    return before if after.startswith(" ") else before.rstrip()
 
 
 def find_chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
@@ -125,22 +201,24 @@ def find_chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | 
     """
     jinja_file = folder / "chat_template.jinja"
     if jinja_file.is_file():
-        return jinja_file.read_text(encoding="utf-8")
+        return read_text(jinja_file, ChatTemplateError)
     json_file = folder / "chat_template.json"
     if json_file.is_file():
-        return _pick_default(read_json_object(json_file, ChatTemplateError).get("chat_template"))
-    return _pick_default(tokenizer_config.get("chat_template"))
+        return _pick_default(read_json_object(json_file, ChatTemplateError).get("chat_template"), str(json_file))
+    return _pick_default(tokenizer_config.get("chat_template"), str(folder / "tokenizer_config.json"))
 
 
-def _pick_default(value: Any) -> str | None:
-    if isinstance(value, list):
-        value = {entry["name"]: entry["template"] for entry in value}
+def _pick_default(value: Any, file: str) -> str | None:
+    if isinstance(value, list) and all(isinstance(entry, dict) for entry in value):
+        value = {str(entry.get("name")): entry.get("template") for entry in value}
     if isinstance(value, dict):
         if "default" not in value:
             raise ChatTemplateError(
-                f"The checkpoint has chat templates {sorted(value)} and none named 'default'; pass --chat-template."
+                f"{file} has chat templates {sorted(value)} and none named 'default'; pass --chat-template."
             )
         value = value["default"]
+    if value is not None and not isinstance(value, str):
+        raise ChatTemplateError(f"{file}: key chat_template must be text, found {value!r:.100}.")
     return value
 
 
@@ -153,8 +231,8 @@ def load_chat_template_file(argument: str) -> str:
             "give the path of a .jinja file."
         )
     if path.suffix != ".json":
-        return path.read_text(encoding="utf-8")
-    template = _pick_default(read_json_object(path, ChatTemplateError).get("chat_template"))
+        return read_text(path, ChatTemplateError)
+    template = _pick_default(read_json_object(path, ChatTemplateError).get("chat_template"), argument)
     if template is None:
         raise ChatTemplateError(f"--chat-template {argument!r}: the JSON has no 'chat_template' key.")
     return template

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.environ import EnvBool, EnvError, EnvField, EnvInt, declared_variables
+from sglang.srt.utils.limits import MAX_CHECKPOINT_JSON_BYTES, MAX_CHECKPOINT_JSON_DEPTH
 
 if TYPE_CHECKING:
     import psutil
@@ -50,14 +51,40 @@ def _field(name: str, foreign: EnvField[Any]) -> EnvField[Any]:
     return field
 
 
-def read_json_object(path: Path, refusal: type[ValueError]) -> dict[str, Any]:
-    """What the file holds; raises ``refusal`` with the file's name when that is no JSON object."""
+def read_text(path: Path, refusal: type[ValueError]) -> str:
+    """The text of a checkpoint's file; raises ``refusal`` with the file's name where it is too large or not UTF-8."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if size > MAX_CHECKPOINT_JSON_BYTES:
+            raise refusal(f"{path} has {size} bytes; at most {MAX_CHECKPOINT_JSON_BYTES} are read.")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise refusal(f"{path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise refusal(f"{path} is not valid UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def read_json_object(path: Path, refusal: type[ValueError]) -> dict[str, Any]:
+    """What the file holds; raises ``refusal`` with the file's name when that is no JSON object within the limits."""
+    text = read_text(path, refusal)
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise refusal(f"{path} nests deeper than {MAX_CHECKPOINT_JSON_DEPTH} levels.") from None
     except ValueError as error:
         raise refusal(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise refusal(f"{path} must hold a JSON object, got {type(value).__name__}.")
+    level: list[Any] = [value]
+    for _ in range(MAX_CHECKPOINT_JSON_DEPTH):
+        level = [
+            child
+            for item in level
+            for child in (item.values() if isinstance(item, dict) else item)
+            if isinstance(child, (dict, list))
+        ]
+    if level:
+        raise refusal(f"{path} nests deeper than {MAX_CHECKPOINT_JSON_DEPTH} levels.")
     return value
 
 

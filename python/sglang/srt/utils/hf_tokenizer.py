@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,14 +136,14 @@ class Tokenizer:
             self._token_bytes[token_id] = found
         return found
 
-    def apply_chat_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> str:
-        """Prompt text of a conversation; see ``ChatTemplate.render``."""
+    def apply_chat_template(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+        """Prompt text of a conversation; ``options`` are those of ``ChatTemplate.render``."""
         if self.chat_template is None:
             raise ChatTemplateError(
                 "This checkpoint has no chat template, so chat requests cannot be turned into a prompt. Start the "
                 "server with --chat-template FILE, or use /v1/completions."
             )
-        return self.chat_template.render(messages, **kwargs)
+        return self.chat_template.render(messages, **options)
 
     def _read_special_tokens(self, folder: Path) -> dict[str, Any]:
         merged: dict[str, Any] = {}

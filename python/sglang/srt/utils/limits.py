@@ -9,9 +9,6 @@ from __future__ import annotations
 # Requests that wait for a place, over HTTP, where --max-queued-requests is not given.
 MAX_QUEUED_REQUESTS = 2048
 
-# Longest Retry-After of a full queue, in seconds.
-MAX_RETRY_AFTER_S = 60
-
 # Bytes that the bodies of all unfinished requests may come to; more than --max-request-bytes in any case.
 MAX_BODY_BYTES_IN_FLIGHT = 512 << 20
 # Seconds for which the rest of a refused body is read and dropped, so that the client gets to read the refusal.
@@ -48,6 +45,15 @@ MAX_DETOKENIZE_IDS = 1 << 20
 MAX_UNKNOWN_FIELD_CHARS = 64
 MAX_UNKNOWN_FIELDS_LOGGED = 256
 MAX_WARNINGS = 16
+
+# JSON and template files of a checkpoint (tokenizer.json apart): bytes of a file, objects and lists within each other.
+MAX_CHECKPOINT_JSON_BYTES = 33_554_432
+MAX_CHECKPOINT_JSON_DEPTH = 64
+# Chat templates. Text that a rendering makes counts as often as it is made: copies and joins, not the prompt alone.
+MAX_CHAT_TEMPLATE_CHARS = 262_144
+MAX_TEMPLATE_STEPS = 2_000_000
+MAX_TEMPLATE_TEXT_CHARS = 67_108_864
+MAX_TEMPLATE_CPU_S = 5.0
 
 
 def shown() -> dict[str, float]:

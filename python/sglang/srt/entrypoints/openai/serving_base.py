@@ -77,7 +77,6 @@ class OpenAIServing(ABC, Generic[RequestT]):
     async def handle(self, request: Request) -> Response:
         body, warnings = await read_body(request, self.request_type, self.manager.unknown_fields)
         self.check(body)
-        self.manager.admission.check()  # before a prompt is rendered and tokenized
         self.judge_content(body, warnings if body.return_warnings else None)
         native = await self.convert(body)
         # Samples and prompts of one response share its id as the start of theirs, so that aborting it ends them all.
