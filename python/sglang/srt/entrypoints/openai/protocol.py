@@ -86,11 +86,15 @@ class Usage(msgspec.Struct):
 
 
 class CompletionLogprobs(msgspec.Struct):
-    """Four lists of one entry a token; ``text_offset`` counts characters from the start of the choice's text."""
+    """Four lists of one entry per token.
+
+    ``text_offset`` is where the token begins, in characters from the start of the choice's text; a token that is part
+    of a character begins where the character does. Rows of ``top_logprobs`` hold the drawn token besides the best.
+    """
 
     tokens: list[str] = []
     token_logprobs: list[float | None] = []
-    top_logprobs: list[dict[str, float] | None] | None = None
+    top_logprobs: list[dict[str, float | None] | None] | None = None
     text_offset: list[int] = []
 
 

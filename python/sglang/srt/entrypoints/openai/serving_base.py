@@ -34,7 +34,7 @@ _SAMPLING_FIELDS = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"} | {
 
 # One result of the tokenizer manager, and what is kept of each choice of a response that has spoken.
 Result = dict[str, Any]
-Offsets = dict[int, int]
+States = dict[int, Any]
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
 
 
@@ -109,12 +109,12 @@ class OpenAIServing(ABC, Generic[RequestT]):
         """The native request of a body. Raises RequestError."""
 
     @abstractmethod
-    def choice(self, body: RequestT, native: GenerateReqInput, index: int, result: Result, offsets: Offsets) -> Any:
+    def choice(self, body: RequestT, native: GenerateReqInput, index: int, result: Result, states: States) -> Any:
         """Choice ``index`` of a response."""
 
     @abstractmethod
     def deltas(
-        self, body: RequestT, native: GenerateReqInput, index: int, result: Result, offsets: Offsets
+        self, body: RequestT, native: GenerateReqInput, index: int, result: Result, states: States
     ) -> Iterator[Any]:
         """The streamed choices, one a chunk, of what is new of choice ``index``."""
 
@@ -135,7 +135,7 @@ class OpenAIServing(ABC, Generic[RequestT]):
         counter = self._usage_counter(body)
         options = body.stream_options or StreamOptions()
         created, model = int(time.time()), body.model or DEFAULT_MODEL_NAME
-        offsets: Offsets = {}
+        states: States = {}
 
         show_once: list[str] | msgspec.UnsetType = warnings if body.return_warnings else msgspec.UNSET
 
@@ -150,7 +150,7 @@ class OpenAIServing(ABC, Generic[RequestT]):
                 index = result.get("index", 0)
                 counter.see(index, result["meta_info"])
                 usage = counter.usage(only=index) if options.continuous_usage_stats else None
-                for choice in self.deltas(body, native, index, result, offsets):
+                for choice in self.deltas(body, native, index, result, states):
                     yield chunk([choice], usage)
         if options.include_usage:
             yield chunk([], counter.usage())

@@ -17,7 +17,7 @@ from sglang.srt.entrypoints.openai.protocol import (
     ChatStreamChoice,
     TopLogprob,
 )
-from sglang.srt.entrypoints.openai.serving_base import Offsets, OpenAIServing, Result, finish
+from sglang.srt.entrypoints.openai.serving_base import OpenAIServing, Result, States, finish
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.utils.chat_messages import ChatTemplateError
@@ -60,17 +60,17 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
         )
 
     def choice(
-        self, body: ChatCompletionRequest, native: GenerateReqInput, index: int, result: Result, offsets: Offsets
+        self, body: ChatCompletionRequest, native: GenerateReqInput, index: int, result: Result, states: States
     ) -> ChatChoice:
         meta = result["meta_info"]
         return ChatChoice(index, ChatMessage("assistant", result["text"]), self._logprobs(body, meta), *finish(meta))
 
     def deltas(
-        self, body: ChatCompletionRequest, native: GenerateReqInput, index: int, result: Result, offsets: Offsets
+        self, body: ChatCompletionRequest, native: GenerateReqInput, index: int, result: Result, states: States
     ) -> Iterator[ChatStreamChoice]:
         meta, text = result["meta_info"], result["text"]
-        if index not in offsets:
-            offsets[index] = 0
+        if index not in states:
+            states[index] = 0
             yield ChatStreamChoice(index, ChatDelta("assistant", ""))
         logprobs = self._logprobs(body, meta)
         if text or (logprobs and logprobs.content):

@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sglang.srt.entrypoints.openai.protocol import (
-    CompletionChoice,
-    CompletionLogprobs,
-    CompletionRequest,
-)
-from sglang.srt.entrypoints.openai.serving_base import Offsets, OpenAIServing, Result, finish
+from sglang.srt.entrypoints.openai.completion_logprobs import ChoiceLogprobs
+from sglang.srt.entrypoints.openai.protocol import CompletionChoice, CompletionRequest
+from sglang.srt.entrypoints.openai.serving_base import OpenAIServing, Result, States, finish
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.utils.limits import MAX_TOP_LOGPROBS
@@ -49,61 +46,38 @@ class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
         )
 
     def choice(
-        self, body: CompletionRequest, native: GenerateReqInput, index: int, result: Result, offsets: Offsets
+        self, body: CompletionRequest, native: GenerateReqInput, index: int, result: Result, states: States
     ) -> CompletionChoice:
-        """What is new of choice ``index``, at first behind its prompt if the client wants that back.
-
-        ``offsets`` are the characters, prompt included, of the tokens whose log-probabilities each choice has had.
-        """
-        meta, text, logprobs = result["meta_info"], result["text"], None
-        first = index not in offsets
-        offset = offsets.setdefault(index, 0)
-        if first:
-            text = self._echoed(body, native, index) + text
+        """What is new of choice ``index``, at first behind its prompt if the client wants that back."""
+        meta, text, prompt = result["meta_info"], result["text"], None
+        if index not in states:
+            skip_special = body.skip_special_tokens is not False
+            states[index] = ChoiceLogprobs(self.manager.tokenizer, skip_special, bool(body.logprobs))
+            prompt = self._echoed(body, native, index) if body.echo else None
+        text = (prompt or "") + text
+        reason, matched = finish(meta)
+        logprobs = None
         if body.logprobs is not None:
-            logprobs = CompletionLogprobs(top_logprobs=[] if body.logprobs else None)
-            offsets[index] = self._extend(body, logprobs, meta, bool(first and body.echo), offset)
-        return CompletionChoice(index, text, logprobs, *finish(meta))
+            if prompt is not None:
+                states[index].add_prompt(prompt, native.text is not None, meta)
+            states[index].add_output(meta)
+            logprobs = states[index].release(len(text), final=reason is not None)
+        return CompletionChoice(index, text, logprobs, reason, matched)
 
     def deltas(
-        self, body: CompletionRequest, native: GenerateReqInput, index: int, result: Result, offsets: Offsets
+        self, body: CompletionRequest, native: GenerateReqInput, index: int, result: Result, states: States
     ) -> Iterator[CompletionChoice]:
-        choice = self.choice(body, native, index, result, offsets)
-        if choice.text or choice.finish_reason or choice.logprobs:
+        choice = self.choice(body, native, index, result, states)
+        if choice.text or choice.finish_reason or (choice.logprobs and choice.logprobs.tokens):
             yield choice
 
     def _echoed(self, body: CompletionRequest, native: GenerateReqInput, index: int) -> str:
-        """The prompt's text of choice ``index`` if the client wants it back."""
-        if not body.echo:
-            return ""
+        """The prompt's text of choice ``index``; token ids are read as the output is."""
         number = index // (body.n or 1)
         if native.text is not None:
             return native.text if isinstance(native.text, str) else native.text[number]
         ids: Any = native.input_ids
         assert self.manager.tokenizer is not None
-        return self.manager.tokenizer.decode(ids[number] if isinstance(ids[0], list) else ids)
-
-    def _extend(
-        self,
-        body: CompletionRequest,
-        logprobs: CompletionLogprobs,
-        meta: dict[str, Any],
-        with_prompt: bool,
-        text_offset: int,
-    ) -> int:
-        """Append a result's log-probabilities; ``text_offset`` is the first token's. Returns the next token's."""
-        tokenizer = self.manager.tokenizer
-        hidden = tokenizer.all_special_ids if tokenizer and body.skip_special_tokens is not False else frozenset()
-        for logprob, token_id, text in [
-            *(meta["input_token_logprobs"] if with_prompt else []),
-            *meta["output_token_logprobs"],
-        ]:
-            logprobs.tokens.append(text or "")
-            logprobs.token_logprobs.append(logprob)
-            logprobs.text_offset.append(text_offset)
-            text_offset += 0 if token_id in hidden else len(text or "")
-        if logprobs.top_logprobs is not None:
-            for row in [*(meta["input_top_logprobs"] if with_prompt else []), *meta["output_top_logprobs"]]:
-                entry = None if row is None else {text or "": logprob for logprob, _, text in row}
-                logprobs.top_logprobs.append(entry)
-        return text_offset
+        return self.manager.tokenizer.decode(
+            ids[number] if isinstance(ids[0], list) else ids, body.skip_special_tokens is not False
+        )
