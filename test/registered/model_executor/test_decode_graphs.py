@@ -55,25 +55,20 @@ class RerunGraph:
             RerunGraph.spoil(self._output)
 
 
-class HookedBackend:
-    """The CPU backend with the hooks that capture needs; metadata is simply made anew."""
+def hook(backend: Any) -> None:
+    """Give the CPU backend the hooks that capture needs; a step is simply planned anew."""
 
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
-
-    def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
-        self.limits = max_bs, max_context_len
-
-    def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
+    def init_forward_metadata_capture(fb: ForwardBatch) -> None:
         fb.seq_lens_cpu = fb.seq_lens.tolist()
-        self._backend.init_forward_metadata(fb)
+        backend.init_forward_metadata(fb)
 
-    def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
+    def init_forward_metadata_replay(fb: ForwardBatch) -> None:
         assert fb.seq_lens_cpu == fb.seq_lens.tolist()
-        self._backend.init_forward_metadata(fb)
+        backend.init_forward_metadata(fb)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._backend, name)
+    backend.init_cuda_graph_state = lambda max_bs, max_context_len: None
+    backend.init_forward_metadata_capture = init_forward_metadata_capture
+    backend.init_forward_metadata_replay = init_forward_metadata_replay
 
 
 class TestDecodeGraphs(CustomTestCase):
@@ -96,7 +91,7 @@ class TestDecodeGraphs(CustomTestCase):
         engine = EngineHarness(
             self.models[name], max_total_tokens=2048, max_running_requests=8, page_size=page_size, random_seed=1
         )
-        engine.runner.attn_backend = HookedBackend(engine.runner.attn_backend)
+        hook(engine.runner.attn_backend)
         return engine, self.captured(engine)
 
     @torch.inference_mode()

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sglang.srt.configs.attention_backends import MLA
 from sglang.srt.configs.errors import ConfigReader
 from sglang.srt.configs.rope import RopeConfig, read_rope
 from sglang.srt.configs.shared_experts import SharedExperts
@@ -81,6 +82,11 @@ class DeepseekConfig:
     def is_moe_layer(self, i: int) -> bool:
         """True when layer ``i`` routes to experts; the others are dense."""
         return self.n_routed_experts is not None and i >= self.first_k_dense_replace and i % self.moe_layer_freq == 0
+
+    @property
+    def attention_family(self) -> str:
+        """Which kind of softmax attention the model needs; see ``attention_backends``."""
+        return MLA
 
     @property
     def overlap_sites(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from sglang.srt.configs.attention_backends import GQA
 from sglang.srt.configs.errors import ConfigReader
 from sglang.srt.configs.rope import RopeConfig, read_rope, rope_section
 from sglang.srt.configs.shared_experts import SharedExperts
@@ -79,6 +80,11 @@ class Qwen3_5Config:
     @property
     def is_moe(self) -> bool:
         return self.num_experts > 0
+
+    @property
+    def attention_family(self) -> str:
+        """Which kind of softmax attention the model needs; see ``attention_backends``."""
+        return GQA
 
     @property
     def overlap_sites(self) -> tuple[str, ...]:

@@ -1,11 +1,8 @@
-"""The attention layer as models see it: shapes and scale; the backend does the work."""
+"""The attention layer as models see it: shapes and scale; the attention backend computes."""
 
 from __future__ import annotations
 
-import torch
 from torch import nn
-
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
 class RadixAttention(nn.Module):
@@ -31,7 +28,3 @@ class RadixAttention(nn.Module):
         self.num_kv_heads = num_kv_heads
         self.layer_id = layer_id
         self.v_head_dim = head_dim if v_head_dim is None else v_head_dim
-
-    def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
-        """q [N, Hq*D], k [N, Hk*D], v [N, Hk*Dv] (or split by heads) -> [N, Hq*Dv]."""
-        return fb.attn_backend.forward(q, k, v, self, fb)

@@ -7,14 +7,18 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
 from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.capture_lint import CaptureOffence, HostOnly, capture_lint, to_the_end
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import (
+    AttentionBackendLike,
+    ForwardBatch,
+    ForwardMode,
+    ModelWorkerBatch,
+)
 from sglang.srt.platforms.interface import DeviceGraph
 
 logger = logging.getLogger(__name__)
@@ -24,19 +28,6 @@ POSITIONS, REQ_ROWS, SEQ_LENS, SLOTS, STATES = range(5)
 NUM_FIELDS = 5
 # A host buffer may be written again only after its copy has run: overlap prepares one step ahead.
 NUM_HOST_BUFFERS = 3
-
-
-class GraphAttentionBackend(Protocol):
-    """What capture needs of an attention backend beside the step itself.
-
-    In a captured step the metadata tensors stay where they are; ``replay`` writes new values into them.
-    """
-
-    def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None: ...
-
-    def init_forward_metadata_capture(self, fb: ForwardBatch) -> None: ...
-
-    def init_forward_metadata_replay(self, fb: ForwardBatch) -> None: ...
 
 
 def decode_buckets(max_bs: int, sizes: Sequence[int] | None = None) -> list[int]:
@@ -99,7 +90,9 @@ class DecodeBuffers:
         self.input_ids[:size].copy_(input_ids)
         self.input_ids[size:bucket].zero_()
 
-    def view(self, bucket: int, backend: object, has_state: bool, batch: ModelWorkerBatch | None) -> ForwardBatch:
+    def view(
+        self, bucket: int, backend: AttentionBackendLike, has_state: bool, batch: ModelWorkerBatch | None
+    ) -> ForwardBatch:
         """The captured step's batch over these buffers; host-side lengths are those of ``batch``, padding included."""
         packed = self.packed[:, :bucket]
         real = list(batch.seq_lens) if batch is not None else []
@@ -144,7 +137,7 @@ class DecodeGraphs:
     def __init__(
         self,
         forward: Callable[[ForwardBatch], LogitsProcessorOutput],
-        backend: GraphAttentionBackend,
+        backend: AttentionBackendLike,
         buckets: Sequence[int],
         max_context_len: int,
         device: torch.device,

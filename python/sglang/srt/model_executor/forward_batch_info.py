@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum, auto
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
@@ -28,13 +28,26 @@ class ForwardMode(IntEnum):
 
 
 class AttentionBackendLike(Protocol):
-    """What a layer needs of an attention backend; the backends live in ``srt/layers/attention``."""
+    """What running a step needs of an attention backend; ``layers/attention`` has what layers need of it."""
 
     def init_forward_metadata(self, fb: ForwardBatch) -> None: ...
 
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, fb: ForwardBatch
-    ) -> torch.Tensor: ...
+    def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None: ...
+
+    def init_forward_metadata_capture(self, fb: ForwardBatch) -> None: ...
+
+    def init_forward_metadata_replay(self, fb: ForwardBatch) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What the layers of a step share, as its attention backend planned it: for attention, and for recurrent states.
+
+    Only the backend that made a plan knows its type.
+    """
+
+    attention: object = None
+    states: object = None
 
 
 @dataclass(frozen=True)
@@ -98,9 +111,10 @@ class ForwardBatch:
     seq_lens: torch.Tensor  # [B] int64
     seq_lens_cpu: list[int]  # [B]
     out_cache_loc: torch.Tensor  # [N] int64
-    attn_backend: Any
+    attn_backend: AttentionBackendLike | None
     num_token_non_padded: torch.Tensor  # [1] int32, device
     num_token_non_padded_cpu: int
+    attn_plan: StepPlan = StepPlan()
     extend_seq_lens_cpu: list[int] | None = None
     extend_prefix_lens_cpu: list[int] | None = None
     extend_start_loc_cpu: list[int] | None = None

@@ -12,6 +12,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import LINEAR_ATTENTION, Qwen3_5Config
 from sglang.srt.distributed import get_tp_group
+from sglang.srt.layers.attention.base_attn_backend import GqaBackend, RecurrentBackend, backend_of
 from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNormGated
 from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -151,7 +152,7 @@ class Qwen3_5GatedDeltaNet(nn.Module):
         value_width = self.num_v_heads * self.head_v_dim
         mixed_qkv, z = qkvz.split((qkvz.shape[1] - value_width, value_width), dim=-1)
         b, a = ba.chunk(2, dim=-1)
-        out = fb.attn_backend.forward_gdn(mixed_qkv, z, b, a, self, fb)
+        out = backend_of(fb, RecurrentBackend).forward_gdn(mixed_qkv, z, b, a, self, fb)
         return self.out_proj(out.flatten(1))
 
 
@@ -200,12 +201,12 @@ class Qwen3_5Attention(nn.Module):
         )
         q, gate = q_gate.unflatten(-1, (self.num_heads, 2, self.head_dim)).unbind(2)
         k, v = (rows.unflatten(-1, (self.num_kv_heads, self.head_dim)) for rows in (k, v))
+        backend = backend_of(fb, GqaBackend)
         if self.use_alt_stream:
             q, k = self._apply_qk_norm(q, k)
             q, k = self.rotary_emb(positions, q, k)
-            out = self.attn(q, k, v, fb)
+            out = backend.forward(q, k, v, self.attn, fb)
         else:
-            backend = fb.attn_backend
             q = backend.prepare_gqa(q, k, v, positions, self.q_norm, self.k_norm, self.rotary_emb, self.attn, fb)
             out = backend.attend(q, self.attn, fb)
         return self.o_proj(sigmoid_mul(out.view(gate.shape), gate).flatten(1))

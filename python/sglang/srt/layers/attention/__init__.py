@@ -24,7 +24,7 @@ def load_attention_backends() -> None:
 
 def make_attention_backend(name: str, context: AttentionContext) -> AttentionBackend:
     """The backend ``name`` over the pools of ``context``; hybrid models get the recurrent backend around it."""
-    from sglang.srt.layers.attention.base_attn_backend import create_attention_backend
+    from sglang.srt.layers.attention.base_attn_backend import GqaBackend, create_attention_backend
     from sglang.srt.layers.attention.hybrid_linear_attn_backend import GDNBackend, HybridLinearAttnBackend
 
     load_attention_backends()
@@ -32,4 +32,5 @@ def make_attention_backend(name: str, context: AttentionContext) -> AttentionBac
     REGISTRY.prefer(OP_GROUPS, backend.prefers)
     if context.state_pool is None:
         return backend
+    assert isinstance(backend, GqaBackend), "recurrent layers stand among layers of grouped-query attention"
     return HybridLinearAttnBackend(backend, GDNBackend(context.state_pool))

@@ -1,18 +1,26 @@
-"""What an attention backend is, and how one is found by name."""
+"""What an attention backend is: one interface per family of attention, and how a backend is found by name."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 import torch
 
+from sglang.srt.configs.attention_backends import BackendDeclaration, declare
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.attention.plans import ExtendPlan, MlaExtendPlan, NoRows, PartedPlan
+from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import GDNStatePool, KVPool
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
+
+# Latent rows [m, R+P] -> keys [m, H, nope], values [m, H, v] and the last columns of every head's keys [m, P].
+Expand = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -27,17 +35,78 @@ class AttentionContext:
     device: torch.device
 
 
+class UnplannedStepError(NotImplementedError):
+    """A backend was given a kind of step that it has no plan for."""
+
+
 class AttentionBackend(ABC):
     """Owns metadata, layouts and pool access of attention; the kernels that it calls are ops.
 
+    The plan of a step lies on the step (``fb.attn_plan``), so that several steps can be in flight on one backend.
     ``prefers`` names the implementation that those ops take where they have it, None the first that fits.
     """
 
     prefers: str | None = None
 
+    def plan(self, fb: ForwardBatch) -> object:
+        """What the layers of the step share. Raises UnplannedStepError for a kind of step without a plan."""
+        if fb.batch_size == 0:
+            return NoRows()
+        if fb.forward_mode.is_decode():
+            return self.plan_decode(fb)
+        if fb.forward_mode.is_extend():
+            return self.plan_extend(fb)
+        raise UnplannedStepError(
+            f"{type(self).__name__} has no plan for a step of mode {fb.forward_mode.name} with {fb.batch_size} requests"
+        )
+
     @abstractmethod
+    def plan_decode(self, fb: ForwardBatch) -> object:
+        """The plan of one token per request."""
+
+    @abstractmethod
+    def plan_extend(self, fb: ForwardBatch) -> object:
+        """The plan of packed rows, any number per request."""
+
     def init_forward_metadata(self, fb: ForwardBatch) -> None:
-        """Prepare what every layer of this step shares; called once before the layers."""
+        """Plan the step; called once before the layers."""
+        fb.attn_plan = StepPlan(attention=self.plan(fb))
+
+    # In a captured step the tensors of the plan stay where they are; a replay reads what lies in them then.
+    def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
+        """Forget earlier captures, and make room for steps of up to ``max_bs`` requests."""
+        raise UnplannedStepError(f"{type(self).__name__} captures no graphs")
+
+    def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
+        """Plan a step that is about to be captured; its tensors must persist."""
+        raise UnplannedStepError(f"{type(self).__name__} captures no graphs")
+
+    def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
+        """Bring the captured plan of this size up to date, and put it on ``fb``."""
+        raise UnplannedStepError(f"{type(self).__name__} captures no graphs")
+
+
+class GqaBackend(AttentionBackend):
+    """Multi-head and grouped-query attention over stored keys and values."""
+
+    @abstractmethod
+    def prepare_gqa(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        q_norm: GemmaRMSNorm,
+        k_norm: GemmaRMSNorm,
+        rotary_emb: RotaryEmbedding,
+        layer: RadixAttention,
+        fb: ForwardBatch,
+    ) -> torch.Tensor:
+        """Norm and rotate the heads of q [N, Hq, D] and k [N, Hk, D], store k and v [N, Hk, Dv] -> [N, Hq, D]."""
+
+    @abstractmethod
+    def attend(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
+        """Attend over stored keys and values, this step's included. q [N, Hq, D] -> [N, Hq*Dv]."""
 
     @abstractmethod
     def forward(
@@ -46,24 +115,137 @@ class AttentionBackend(ABC):
         """Write k and v at ``fb.out_cache_loc``, attend. q [N, Hq*D], k [N, Hk*D], v [N, Hk*Dv] -> [N, Hq*Dv]."""
 
 
+class MlaBackend(AttentionBackend):
+    """Multi-head latent attention over stored latent rows, in its absorbed and its expanded form."""
+
+    @abstractmethod
+    def prepare_mla(
+        self,
+        q: torch.Tensor,
+        kv_a: torch.Tensor,
+        positions: torch.Tensor,
+        norm: RMSNorm,
+        rotary_emb: RotaryEmbedding,
+        layer: RadixAttention,
+        fb: ForwardBatch,
+        queries: torch.Tensor | None = None,
+    ) -> None:
+        """Store the rows kv_a [N, R+P], normed and rotated, and rotate the last P columns of q [N, H, nope+P].
+
+        The rotated part stays in q, or goes into the last P columns of ``queries`` [N, H, R+P].
+        """
+
+    @abstractmethod
+    def extend_forms(self, fb: ForwardBatch) -> MlaExtendPlan:
+        """Which requests of an extend step take which form."""
+
+    @abstractmethod
+    def forward_mla_absorbed(
+        self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch, plan: ExtendPlan | None = None
+    ) -> torch.Tensor:
+        """Attend over stored latent rows, this step's included.
+
+        q [n, H, R+P] -> [n, H, R], where n is every row of the step, or the rows of ``plan`` in an extend step.
+        ``layer.v_head_dim`` is R.
+        """
+
+    @abstractmethod
+    def forward_mla_expanded(
+        self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | PartedPlan
+    ) -> torch.Tensor:
+        """Attend over keys and values that ``expand`` rebuilds from latent rows: q [n, H, qk] -> [n, H*v]."""
+
+
+class GatedNorm(Protocol):
+    """The RMS norm of a head's output, gated by z."""
+
+    weight: torch.Tensor  # [V]
+    eps: float
+
+
+class GatedDeltaNet(Protocol):
+    """What a backend reads of a gated-delta-net layer; heads are those of this rank, C = 2*HK*K + HV*V."""
+
+    layer_id: int
+    num_v_heads: int
+    head_v_dim: int
+    A_log: torch.Tensor  # [HV] float32
+    dt_bias: torch.Tensor  # [HV]
+
+    @property
+    def norm(self) -> GatedNorm: ...
+
+    @property
+    def conv_weight(self) -> torch.Tensor: ...  # [C, W]
+
+
+class RecurrentBackend(ABC):
+    """Gated delta nets over recurrent states. Their plan of a step lies in ``fb.attn_plan.states``."""
+
+    @abstractmethod
+    def plan_states(self, fb: ForwardBatch) -> object:
+        """What the recurrent layers of the step share. Raises UnplannedStepError for a kind of step without a plan."""
+
+    @abstractmethod
+    def forward_gdn(
+        self,
+        mixed_qkv: torch.Tensor,
+        z: torch.Tensor,
+        b: torch.Tensor,
+        a: torch.Tensor,
+        layer: GatedDeltaNet,
+        fb: ForwardBatch,
+    ) -> torch.Tensor:
+        """Advance every request's state by its tokens. mixed_qkv [N, C] before the convolution, z [N, HV*V], b, a
+        [N, HV] -> [N, HV, V] in mixed_qkv's dtype, normed and gated by z."""
+
+
+Family = TypeVar("Family")
+
+
+def backend_of(fb: ForwardBatch, family: type[Family]) -> Family:
+    """The backend of the step, as the interface that a layer needs; raises TypeError when it is of another family."""
+    backend = fb.attn_backend
+    if not isinstance(backend, family):
+        raise TypeError(f"the layer needs a {family.__name__}, and the step has {type(backend).__name__}")
+    return backend
+
+
 BackendFactory = Callable[[AttentionContext], AttentionBackend]
-_BACKENDS: dict[str, BackendFactory] = {}
+_FACTORIES: dict[tuple[str, str], BackendFactory] = {}
 
 
-def register_attention_backend(name: str) -> Callable[[BackendFactory], BackendFactory]:
-    """Class decorator: make a backend known as ``name`` (``--attention-backend``)."""
+def register_attention_backend(
+    name: str,
+    family: str,
+    *,
+    platforms: tuple[str, ...],
+    graphs: bool = False,
+    needs_device: bool = False,
+    page_sizes: tuple[int, ...] = (),
+    cache_dtypes: tuple[str, ...] = (),
+) -> Callable[[BackendFactory], BackendFactory]:
+    """Class decorator: a backend that ``--attention-backend`` calls ``name``, for models of one family.
+
+    The rest is what the settings must know of it; see ``BackendDeclaration``. They read it from the source of the
+    ``*_backend.py`` files of this package, so the arguments are literals.
+    """
+    declaration = BackendDeclaration(name, family, platforms, graphs, needs_device, page_sizes, cache_dtypes)
 
     def register(factory: BackendFactory) -> BackendFactory:
-        if name in _BACKENDS:
-            raise ValueError(f"attention backend {name!r} is registered twice")
-        _BACKENDS[name] = factory
+        if (name, family) in _FACTORIES:
+            raise ValueError(f"attention backend {name!r} is registered twice for {family}")
+        declare(declaration)
+        _FACTORIES[name, family] = factory
         return factory
 
     return register
 
 
 def create_attention_backend(name: str, ctx: AttentionContext) -> AttentionBackend:
-    """The backend called ``name``, over the pools of ``ctx``; raises ValueError that names the known ones."""
-    if name not in _BACKENDS:
-        raise ValueError(f"unknown attention backend {name!r}; known: {', '.join(sorted(_BACKENDS))}")
-    return _BACKENDS[name](ctx)
+    """The backend called ``name`` for the family of the model; raises ValueError that names the known ones."""
+    family = ctx.model_config.text.attention_family
+    if (name, family) not in _FACTORIES:
+        known = sorted(known for known, of_family in _FACTORIES if of_family == family)
+        raise ValueError(f"unknown attention backend {name!r} for a {family} model; known: {', '.join(known)}")
+    return _FACTORIES[name, family](ctx)

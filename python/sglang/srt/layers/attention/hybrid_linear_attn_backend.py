@@ -3,41 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from sglang.kernels.ops.gdn.decode_step import gdn_decode_step
 from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
-from sglang.srt.layers.attention.pool_backend import PoolAttnBackend
+from sglang.srt.layers.attention.base_attn_backend import (
+    GatedDeltaNet,
+    GqaBackend,
+    RecurrentBackend,
+    UnplannedStepError,
+)
+from sglang.srt.layers.layernorm import GemmaRMSNorm
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import GDNStatePool
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-
-
-class GatedNorm(Protocol):
-    """The RMS norm of a head's output, gated by z."""
-
-    weight: torch.Tensor  # [V]
-    eps: float
-
-
-class GatedDeltaNet(Protocol):
-    """What the backend reads of a gated-delta-net layer; heads are those of this rank, C = 2*HK*K + HV*V."""
-
-    layer_id: int
-    num_v_heads: int
-    head_v_dim: int
-    A_log: torch.Tensor  # [HV] float32
-    dt_bias: torch.Tensor  # [HV]
-
-    @property
-    def norm(self) -> GatedNorm: ...
-
-    @property
-    def conv_weight(self) -> torch.Tensor: ...  # [C, W]
-
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
 
 # mixed_qkv, z, b and a of some tokens
 StepRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -59,7 +40,7 @@ class GDNPlan:
     chunk_table: tuple[torch.Tensor, torch.Tensor] | None = None
 
 
-class GDNBackend:
+class GDNBackend(RecurrentBackend):
     """Convolution and recurrence of gated delta nets on the slots of a state pool.
 
     Every request continues from what its slot holds; the slot of a new sequence has been zeroed by its owner. A
@@ -68,28 +49,26 @@ class GDNBackend:
 
     def __init__(self, state_pool: GDNStatePool) -> None:
         self.state_pool = state_pool
-        self.plan: GDNPlan | None = None
 
-    def init_forward_metadata(self, fb: ForwardBatch) -> None:
-        """Sort the step's requests into single tokens and chunks."""
+    def plan_states(self, fb: ForwardBatch) -> GDNPlan:
+        """Sort the step's requests into single tokens and chunks. Raises UnplannedStepError, or ValueError without a
+        state slot per request."""
         if fb.batch_size == 0:
             none = torch.empty(0, dtype=torch.int64, device=self.state_pool.device)
-            self.plan = GDNPlan(None, none, None, none)
-            return
+            return GDNPlan(None, none, None, none)
         slots = fb.state_slot_ids
         if slots is None or slots.shape[0] != fb.batch_size:
             found = "none" if slots is None else str(slots.shape[0])
             raise ValueError(
-                f"a hybrid model needs one state slot a request: {fb.batch_size} requests, {found} given "
+                f"a hybrid model needs one state slot per request: {fb.batch_size} requests, {found} given "
                 "(ForwardBatch.state_slot_ids)"
             )
         if fb.forward_mode.is_decode():
             # Nothing but the batch's own tensor: a captured step reads what the next replay finds in it.
-            self.plan = GDNPlan(None, slots, None, slots[:0])
-        elif fb.forward_mode.is_extend():
-            self.plan = self._plan_extend(fb, slots)
-        else:
-            raise NotImplementedError(f"gated delta nets have no forward mode {fb.forward_mode.name}")
+            return GDNPlan(None, slots, None, slots[:0])
+        if fb.forward_mode.is_extend():
+            return self._plan_extend(fb, slots)
+        raise UnplannedStepError(f"gated delta nets have no plan for a step of mode {fb.forward_mode.name}")
 
     def _plan_extend(self, fb: ForwardBatch, slots: torch.Tensor) -> GDNPlan:
         lengths, starts = fb.extend_seq_lens_cpu, fb.extend_start_loc_cpu
@@ -118,10 +97,9 @@ class GDNBackend:
         layer: GatedDeltaNet,
         fb: ForwardBatch,
     ) -> torch.Tensor:
-        """Advance every request's state by its tokens. mixed_qkv [N, C] before the convolution, z [N, HV*V], b, a
-        [N, HV] -> [N, HV, V] in mixed_qkv's dtype, normed and gated by z."""
-        plan = self.plan
-        assert plan is not None, "init_forward_metadata comes before the layers"
+        """See the base class."""
+        plan = fb.attn_plan.states
+        assert isinstance(plan, GDNPlan), "a step is planned before the layers run"
         rows = (mixed_qkv, z.unflatten(-1, (layer.num_v_heads, layer.head_v_dim)), b, a)
         if not plan.chunk_lens:
             return self._step(rows, layer, plan)
@@ -153,18 +131,25 @@ def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-class HybridLinearAttnBackend(AttentionBackend):
+class HybridLinearAttnBackend(GqaBackend, RecurrentBackend):
     """Sends softmax layers to the full-attention backend and recurrent layers to the linear one."""
 
-    def __init__(self, full_attn_backend: PoolAttnBackend, linear_attn_backend: GDNBackend) -> None:
+    def __init__(self, full_attn_backend: GqaBackend, linear_attn_backend: RecurrentBackend) -> None:
         self.full_attn_backend = full_attn_backend
-        self.prepare_gqa, self.attend = full_attn_backend.prepare_gqa, full_attn_backend.attend
         self.linear_attn_backend = linear_attn_backend
 
+    def plan_decode(self, fb: ForwardBatch) -> object:
+        """The plan of the softmax layers; see the base class."""
+        return self.full_attn_backend.plan_decode(fb)
+
+    def plan_extend(self, fb: ForwardBatch) -> object:
+        """The plan of the softmax layers; see the base class."""
+        return self.full_attn_backend.plan_extend(fb)
+
     def init_forward_metadata(self, fb: ForwardBatch) -> None:
-        """Prepare both backends for the step."""
+        """Plan the step for both backends."""
         self.full_attn_backend.init_forward_metadata(fb)
-        self.linear_attn_backend.init_forward_metadata(fb)
+        self._add_states(fb)
 
     def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
         """See the full-attention backend; recurrent layers keep no metadata of their own."""
@@ -173,17 +158,43 @@ class HybridLinearAttnBackend(AttentionBackend):
     def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
         """Both backends read persistent tensors only: the state slots of ``fb`` must stay where they are."""
         self.full_attn_backend.init_forward_metadata_capture(fb)
-        self.linear_attn_backend.init_forward_metadata(fb)
+        self._add_states(fb)
 
     def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
         """New values lie in the captured tensors already."""
         self.full_attn_backend.init_forward_metadata_replay(fb)
-        self.linear_attn_backend.init_forward_metadata(fb)
+        self._add_states(fb)
+
+    def plan_states(self, fb: ForwardBatch) -> object:
+        """The plan of the recurrent layers; see the base class."""
+        return self.linear_attn_backend.plan_states(fb)
+
+    def _add_states(self, fb: ForwardBatch) -> None:
+        fb.attn_plan = StepPlan(fb.attn_plan.attention, self.plan_states(fb))
+
+    def prepare_gqa(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor,
+        q_norm: GemmaRMSNorm,
+        k_norm: GemmaRMSNorm,
+        rotary_emb: RotaryEmbedding,
+        layer: RadixAttention,
+        fb: ForwardBatch,
+    ) -> torch.Tensor:
+        """Softmax layers; see the base class."""
+        return self.full_attn_backend.prepare_gqa(q, k, v, positions, q_norm, k_norm, rotary_emb, layer, fb)
+
+    def attend(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
+        """Softmax layers; see the base class."""
+        return self.full_attn_backend.attend(q, layer, fb)
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, fb: ForwardBatch
     ) -> torch.Tensor:
-        """Softmax attention; see the base class."""
+        """Softmax layers; see the base class."""
         return self.full_attn_backend.forward(q, k, v, layer, fb)
 
     def forward_gdn(
@@ -195,5 +206,5 @@ class HybridLinearAttnBackend(AttentionBackend):
         layer: GatedDeltaNet,
         fb: ForwardBatch,
     ) -> torch.Tensor:
-        """Gated delta net; see ``GDNBackend.forward_gdn``."""
+        """Recurrent layers; see the base class."""
         return self.linear_attn_backend.forward_gdn(mixed_qkv, z, b, a, layer, fb)

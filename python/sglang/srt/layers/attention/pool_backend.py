@@ -6,37 +6,54 @@ from abc import abstractmethod
 
 import torch
 
-from sglang.kernels.ops.attention.kv_cache import write_kv
+from sglang.kernels.ops.attention.kv_cache import read_rows, write_kv
+from sglang.kernels.ops.attention.mla_extend import mla_extend
 from sglang.kernels.ops.attention.prepare_gqa import prepare_gqa
 from sglang.kernels.ops.attention.prepare_mla import prepare_mla
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.kernels.ops.attention.ragged_extend import ragged_extend
+from sglang.srt.configs.deepseek import DeepseekConfig
+from sglang.srt.layers.attention.base_attn_backend import (
+    AttentionBackend,
+    AttentionContext,
+    Expand,
+    GqaBackend,
+    MlaBackend,
+)
+from sglang.srt.layers.attention.plans import ExpandWhenCheaper, ExtendPlan, MlaExtendPlan, NoRows, PartedPlan
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
-from sglang.srt.mem_cache.memory_pool import KVPool, MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
-class PoolAttnBackend(AttentionBackend):
-    """A backend that keeps one row a token in ``kv_pool``, at ``fb.out_cache_loc``.
+class PoolBackend(AttentionBackend):
+    """What every backend over paged pools reads: the request table [rows, positions] int32, and where it lies."""
+
+    def __init__(self, ctx: AttentionContext) -> None:
+        self.req_to_token = ctx.req_to_token_pool.req_to_token
+        self.device = ctx.device
+
+
+class PoolGqaBackend(PoolBackend, GqaBackend):
+    """Keeps one row of keys and values per token in ``kv_pool``, at ``fb.out_cache_loc``.
 
     A layer either prepares its rows here and then attends, or gives finished keys and values to ``forward``.
     """
 
-    kv_pool: KVPool
-
-    @abstractmethod
-    def attend(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
-        """Attend over stored keys and values, this step's included. q [N, Hq, D] -> [N, Hq*Dv]."""
+    def __init__(self, ctx: AttentionContext) -> None:
+        super().__init__(ctx)
+        assert isinstance(ctx.kv_pool, MHATokenToKVPool)
+        self.kv_pool = ctx.kv_pool
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, fb: ForwardBatch
     ) -> torch.Tensor:
-        """Multi-head or grouped-query attention; see the base class."""
+        """See the base class."""
         num_tokens = q.shape[0]
         k = k.view(num_tokens, layer.num_kv_heads, layer.head_dim)
         v = v.view(num_tokens, layer.num_kv_heads, layer.v_head_dim)
-        write_kv(k, v, *self._kv_pool().get_kv_buffer(layer.layer_id), fb.out_cache_loc)
+        write_kv(k, v, *self.kv_pool.get_kv_buffer(layer.layer_id), fb.out_cache_loc)
         return self.attend(q.view(num_tokens, layer.num_heads, layer.head_dim), layer, fb)
 
     def prepare_gqa(
@@ -51,12 +68,28 @@ class PoolAttnBackend(AttentionBackend):
         layer: RadixAttention,
         fb: ForwardBatch,
     ) -> torch.Tensor:
-        """Norm and rotate the heads of q [N, Hq, D] and k [N, Hk, D], store k and v [N, Hk, Dv] -> [N, Hq, D]."""
+        """See the base class."""
         assert q_norm.eps == k_norm.eps
         return prepare_gqa(
             q, k, v, q_norm.weight, k_norm.weight, positions, rotary_emb.cos_sin_cache,
-            *self._kv_pool().get_kv_buffer(layer.layer_id), fb.out_cache_loc, q_norm.eps, rotary_emb.is_neox,
+            *self.kv_pool.get_kv_buffer(layer.layer_id), fb.out_cache_loc, q_norm.eps, rotary_emb.is_neox,
         )  # fmt: skip
+
+
+class PoolMlaBackend(PoolBackend, MlaBackend):
+    """Keeps one latent row per token in ``kv_pool``, at ``fb.out_cache_loc``.
+
+    Latent attention has two forms with the same result. Absorbed: queries meet the latent rows as they are stored;
+    cheap for few queries. Expanded: keys and values are rebuilt from the latents of the whole context; cheap for many.
+    Decode is always absorbed.
+    """
+
+    def __init__(self, ctx: AttentionContext) -> None:
+        super().__init__(ctx)
+        assert isinstance(ctx.kv_pool, MLATokenToKVPool) and isinstance(ctx.model_config.text, DeepseekConfig)
+        self.kv_pool = ctx.kv_pool
+        # Which form a request of an extend step takes, by its new and its total tokens.
+        self.expands = ExpandWhenCheaper(ctx.model_config.text)
 
     def prepare_mla(
         self,
@@ -69,20 +102,51 @@ class PoolAttnBackend(AttentionBackend):
         fb: ForwardBatch,
         queries: torch.Tensor | None = None,
     ) -> None:
-        """Store the rows kv_a [N, R+P], normed and rotated, and rotate the last P columns of q [N, H, nope+P].
-
-        The rotated part stays in q, or goes into the last P columns of ``queries`` [N, H, R+P].
-        """
+        """See the base class."""
         prepare_mla(
             q, kv_a, positions, rotary_emb.cos_sin_cache, norm.weight, self._latent(layer), fb.out_cache_loc,
             norm.eps, rotary_emb.is_neox, queries,
         )  # fmt: skip
 
-    def _kv_pool(self) -> MHATokenToKVPool:
-        assert isinstance(self.kv_pool, MHATokenToKVPool)
-        return self.kv_pool
+    def extend_forms(self, fb: ForwardBatch) -> MlaExtendPlan:
+        """See the base class."""
+        plan = fb.attn_plan.attention
+        if isinstance(plan, MlaExtendPlan):
+            return plan
+        raise TypeError(f"the step was planned as {type(plan).__name__}, not as an extend step of latent attention")
+
+    def forward_mla_absorbed(
+        self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch, plan: ExtendPlan | None = None
+    ) -> torch.Tensor:
+        """See the base class."""
+        if plan is None:
+            return self.decode_absorbed(q, layer, fb)
+        cache, rank = self._latent(layer), layer.v_head_dim
+        return mla_extend(q, cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, rank, layer.scaling)
+
+    @abstractmethod
+    def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
+        """The absorbed form of a step with one token per request: q [N, H, R+P] -> [N, H, R]."""
+
+    def gather_latent(self, layer: RadixAttention, plan: ExtendPlan, dtype: torch.dtype) -> torch.Tensor:
+        """Latent rows [M, R+P] that ``plan`` names, packed by request, in ``dtype``."""
+        return read_rows(self._latent(layer), plan.kv_slot_ids, dtype)
+
+    def forward_mla_expanded(
+        self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | PartedPlan
+    ) -> torch.Tensor:
+        """See the base class."""
+        assert isinstance(plan, ExtendPlan), "this backend never plans an expanded step in parts"
+        k, v, k_pe = expand(self.gather_latent(layer, plan, q.dtype))
+        return ragged_extend(q, k, v, plan.qo_indptr, plan.kv_indptr, layer.scaling, k_pe).flatten(1)
 
     def _latent(self, layer: RadixAttention) -> torch.Tensor:
         """Latent rows [S, R+P] of the layer."""
-        assert isinstance(self.kv_pool, MLATokenToKVPool)
         return self.kv_pool.get_latent(layer.layer_id)
+
+
+def no_output(q: torch.Tensor, plan: object, *shape: int) -> torch.Tensor:
+    """The output [0, *shape] of a step without rows; raises TypeError where ``plan`` should have covered rows."""
+    if not isinstance(plan, NoRows) or q.shape[0]:
+        raise TypeError(f"{q.shape[0]} rows to attend, and the step was planned as {type(plan).__name__}")
+    return q.new_empty(0, *shape)

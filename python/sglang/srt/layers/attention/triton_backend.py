@@ -9,78 +9,47 @@ from itertools import accumulate
 import torch
 
 from sglang.kernels.ops.attention.attention_state import extend_state, merge_states
-from sglang.kernels.ops.attention.kv_cache import gather_slots, read_rows
-from sglang.kernels.ops.attention.mla_extend import mla_extend
+from sglang.kernels.ops.attention.kv_cache import gather_slots
 from sglang.kernels.ops.attention.paged_extend import paged_extend
-from sglang.kernels.ops.attention.ragged_extend import ragged_extend
 from sglang.kernels.ops.attention.table_decode import mla_table_decode, table_decode
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.distributed import get_tp_group
-from sglang.srt.layers.attention.base_attn_backend import AttentionContext, register_attention_backend
-from sglang.srt.layers.attention.pool_backend import PoolAttnBackend
-from sglang.srt.layers.attention.torch_native_backend import Expand, ExpandWhenCheaper, ExtendPlan
+from sglang.srt.layers.attention.base_attn_backend import (
+    AttentionContext,
+    Expand,
+    register_attention_backend,
+)
+from sglang.srt.layers.attention.plans import ExtendPlan, MlaExtendPlan, PartedPlan
+from sglang.srt.layers.attention.pool_backend import PoolBackend, PoolGqaBackend, PoolMlaBackend, no_output
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
 
 # Latent rows read at once, and keys and values rebuilt from them, in bytes; longer contexts go part by part.
 EXPANDED_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class DecodeMetadata:
+class TableDecodePlan:
     """What a decode step reads on the device: rows of the request table [B] int64 and lengths [B] int64."""
 
     req_pool_indices: torch.Tensor
     seq_lens: torch.Tensor
 
 
-@dataclass(frozen=True)
-class PartedPlan:
-    """Expanded requests whose keys and values are too many at once: the new tokens, then spans of the prefixes.
-
-    rows: their token rows in the batch, None when they are all rows in order. ``new`` is causal, ``prefix`` is seen
-    whole by every query of its request.
-    """
-
-    rows: torch.Tensor | None
-    new: ExtendPlan
-    prefix: tuple[ExtendPlan, ...]
-
-
-@register_attention_backend("triton")
-class TritonAttnBackend(PoolAttnBackend):
-    """The portable GPU backend; on a CPU the same plans run over the references of its ops.
+class TritonAttnBackend(PoolBackend):
+    """What both families share on the portable GPU backend: plans. On a CPU they run over the references of the ops.
 
     Decode reads the request table and the lengths where they lie, so a captured step needs no further metadata. An
-    extend step is planned from host-known lengths and costs one small copy and one gather of slots a plan.
+    extend step is planned from host-known lengths and costs one small copy and one gather of slots per plan.
     """
 
     def __init__(self, ctx: AttentionContext) -> None:
-        self.req_to_token = ctx.req_to_token_pool.req_to_token
-        self.kv_pool = ctx.kv_pool
-        self.device = ctx.device
-        self.decode: DecodeMetadata | None = None
-        self.extend_plan: ExtendPlan | None = None
-        self.absorbed_plan: ExtendPlan | None = None
-        self.expanded_plan: ExtendPlan | PartedPlan | None = None
-        self._captured: dict[int, DecodeMetadata] = {}
-        text = ctx.model_config.text
-        self.expands: ExpandWhenCheaper | None = None
-        if isinstance(text, DeepseekConfig):
-            self.expands = ExpandWhenCheaper(text)
-            heads = text.num_attention_heads // get_tp_group().size
-            # A gathered row, whose last part all heads share, and what it expands to.
-            latent = text.kv_lora_rank + text.qk_rope_head_dim
-            columns = latent + heads * (text.qk_nope_head_dim + text.v_head_dim)
-            self.max_expanded_rows = max(1, EXPANDED_BYTES // (columns * ctx.model_config.dtype.itemsize))
+        super().__init__(ctx)
+        self._captured: dict[int, TableDecodePlan] = {}
 
-    def init_forward_metadata(self, fb: ForwardBatch) -> None:
-        """Which tensors a decode step reads; or the plans of an extend step."""
-        self.decode = self.extend_plan = self.absorbed_plan = self.expanded_plan = None
-        if fb.forward_mode.is_decode():
-            self.decode = DecodeMetadata(fb.req_pool_indices, fb.seq_lens)
-        elif fb.forward_mode.is_extend():
-            self._plan_extend(fb)
+    def plan_decode(self, fb: ForwardBatch) -> TableDecodePlan:
+        """See the base class."""
+        return TableDecodePlan(fb.req_pool_indices, fb.seq_lens)
 
     def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
         """Forget earlier captures; raises ValueError when a context would not fit the request table."""
@@ -93,51 +62,20 @@ class TritonAttnBackend(PoolAttnBackend):
 
     def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
         """Record that graphs of ``fb.batch_size`` read these very tensors, which therefore must persist."""
-        self.init_forward_metadata(fb)
-        assert self.decode is not None, "only decode steps are captured"
-        self._captured[fb.batch_size] = self.decode
+        plan = self.plan(fb)
+        assert isinstance(plan, TableDecodePlan), "only decode steps are captured"
+        self._captured[fb.batch_size] = plan
+        fb.attn_plan = StepPlan(attention=plan)
 
     def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
-        """Take the captured metadata of this size; raises ValueError when ``fb`` lives in other tensors."""
+        """Take the captured plan of this size; raises ValueError when ``fb`` lives in other tensors."""
         captured = self._captured.get(fb.batch_size)
         if captured is None:
             raise ValueError(f"no decode step of {fb.batch_size} requests was captured")
         pairs = ((captured.req_pool_indices, fb.req_pool_indices), (captured.seq_lens, fb.seq_lens))
         if any(ours.data_ptr() != theirs.data_ptr() for ours, theirs in pairs):
             raise ValueError(f"the graph of {fb.batch_size} requests reads other tensors than those of this batch")
-        self.extend_plan = self.absorbed_plan = self.expanded_plan = None
-        self.decode = captured
-
-    def _plan_extend(self, fb: ForwardBatch) -> None:
-        lengths = fb.extend_seq_lens_cpu
-        assert lengths is not None
-        everyone = list(range(len(lengths)))
-        if self.expands is None:
-            self.extend_plan = self._plan(fb, everyone, [0] * len(lengths), fb.seq_lens_cpu, self._rows(fb, everyone))
-            return
-        expanded = [i for i in everyone if self.expands(lengths[i], fb.seq_lens_cpu[i])]
-        absorbed = sorted(set(everyone) - set(expanded))
-        if absorbed:
-            ends = [fb.seq_lens_cpu[i] for i in absorbed]
-            self.absorbed_plan = self._plan(fb, absorbed, [0] * len(ends), ends, self._rows(fb, absorbed))
-        if expanded:
-            self.expanded_plan = self._plan_expanded(fb, expanded)
-
-    def _plan_expanded(self, fb: ForwardBatch, members: list[int]) -> ExtendPlan | PartedPlan:
-        lengths = fb.extend_seq_lens_cpu
-        assert lengths is not None
-        rows = self._rows(fb, members)
-        ends = [fb.seq_lens_cpu[i] for i in members]
-        if sum(ends) <= self.max_expanded_rows:
-            return self._plan(fb, members, [0] * len(ends), ends, rows)
-        prefixes = [fb.seq_lens_cpu[i] - lengths[i] for i in members]
-        step = max(1, self.max_expanded_rows // max(1, sum(prefix > 0 for prefix in prefixes)))
-        parts = []
-        for start in range(0, max(prefixes), step):
-            starts = [min(start, prefix) for prefix in prefixes]
-            stops = [min(start + step, prefix) for prefix in prefixes]
-            parts.append(self._plan(fb, members, starts, stops, rows))
-        return PartedPlan(rows, self._plan(fb, members, prefixes, ends, rows), tuple(parts))
+        fb.attn_plan = StepPlan(attention=captured)
 
     def _plan(
         self, fb: ForwardBatch, members: list[int], starts: list[int], ends: list[int], rows: torch.Tensor | None
@@ -169,47 +107,86 @@ class TritonAttnBackend(PoolAttnBackend):
             packed = packed.pin_memory().to(self.device, non_blocking=True)
         return packed.split([len(values) for values in lists])
 
+
+@register_attention_backend("triton", "gqa", platforms=("cuda", "hip"), graphs=True, needs_device=True)
+class TritonGqaBackend(TritonAttnBackend, PoolGqaBackend):
+    """Multi-head and grouped-query attention."""
+
+    def plan_extend(self, fb: ForwardBatch) -> ExtendPlan:
+        """See the base class."""
+        everyone = list(range(fb.batch_size))
+        return self._plan(fb, everyone, [0] * len(everyone), fb.seq_lens_cpu, None)
+
     def attend(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
-        """Multi-head or grouped-query attention; see the base class."""
-        k_cache, v_cache = self._kv_pool().get_kv_buffer(layer.layer_id)
-        out = q.new_empty(q.shape[0], layer.num_heads, layer.v_head_dim)
-        if self.decode is not None:
-            meta = self.decode
+        """See the base class."""
+        k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
+        plan = fb.attn_plan.attention
+        if isinstance(plan, TableDecodePlan):
             out = table_decode(
-                q, k_cache, v_cache, self.req_to_token, meta.req_pool_indices, meta.seq_lens, layer.scaling
+                q, k_cache, v_cache, self.req_to_token, plan.req_pool_indices, plan.seq_lens, layer.scaling
             )
-        elif self.extend_plan is not None:
-            plan = self.extend_plan
+        elif isinstance(plan, ExtendPlan):
             out = paged_extend(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)
+        else:
+            out = no_output(q, plan, layer.num_heads, layer.v_head_dim)
         return out.flatten(1)
 
-    def forward_mla_absorbed(
-        self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch, plan: ExtendPlan | None = None
-    ) -> torch.Tensor:
-        """Attend over stored latent rows, this step's included.
 
-        q [n, H, R+P] -> [n, H, R], where n is every row of the step, or the rows of ``plan`` in an extend step.
-        ``layer.v_head_dim`` is R.
-        """
+@register_attention_backend("triton", "mla", platforms=("cuda", "hip"), graphs=True, needs_device=True)
+class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
+    """Latent attention."""
+
+    def __init__(self, ctx: AttentionContext) -> None:
+        super().__init__(ctx)
+        text = ctx.model_config.text
+        assert isinstance(text, DeepseekConfig)
+        heads = text.num_attention_heads // get_tp_group().size
+        # A gathered row, whose last part all heads share, and what it expands to.
+        latent = text.kv_lora_rank + text.qk_rope_head_dim
+        columns = latent + heads * (text.qk_nope_head_dim + text.v_head_dim)
+        self.max_expanded_rows = max(1, EXPANDED_BYTES // (columns * ctx.model_config.dtype.itemsize))
+
+    def plan_extend(self, fb: ForwardBatch) -> MlaExtendPlan:
+        """See the base class."""
+        lengths = fb.extend_seq_lens_cpu
+        assert lengths is not None
+        absorbed, expanded = self.expands.split(lengths, fb.seq_lens_cpu)
+        absorbed_plan = None
+        if absorbed:
+            ends = [fb.seq_lens_cpu[i] for i in absorbed]
+            absorbed_plan = self._plan(fb, absorbed, [0] * len(ends), ends, self._rows(fb, absorbed))
+        return MlaExtendPlan(absorbed_plan, self._plan_expanded(fb, expanded) if expanded else None)
+
+    def _plan_expanded(self, fb: ForwardBatch, members: list[int]) -> ExtendPlan | PartedPlan:
+        lengths = fb.extend_seq_lens_cpu
+        assert lengths is not None
+        rows = self._rows(fb, members)
+        ends = [fb.seq_lens_cpu[i] for i in members]
+        if sum(ends) <= self.max_expanded_rows:
+            return self._plan(fb, members, [0] * len(ends), ends, rows)
+        prefixes = [fb.seq_lens_cpu[i] - lengths[i] for i in members]
+        step = max(1, self.max_expanded_rows // max(1, sum(prefix > 0 for prefix in prefixes)))
+        parts = []
+        for start in range(0, max(prefixes), step):
+            starts = [min(start, prefix) for prefix in prefixes]
+            stops = [min(start + step, prefix) for prefix in prefixes]
+            parts.append(self._plan(fb, members, starts, stops, rows))
+        return PartedPlan(rows, self._plan(fb, members, prefixes, ends, rows), tuple(parts))
+
+    def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
+        """See the base class."""
         cache, rank = self._latent(layer), layer.v_head_dim
-        if plan is not None:
-            return mla_extend(q, cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, rank, layer.scaling)
-        if self.decode is None:
-            return q.new_empty(q.shape[0], layer.num_heads, rank)
-        meta = self.decode
-        return mla_table_decode(q, cache, self.req_to_token, meta.req_pool_indices, meta.seq_lens, rank, layer.scaling)
-
-    def gather_latent(self, layer: RadixAttention, plan: ExtendPlan, dtype: torch.dtype) -> torch.Tensor:
-        """Latent rows [M, R+P] that ``plan`` names, packed by request, in ``dtype``."""
-        return read_rows(self._latent(layer), plan.kv_slot_ids, dtype)
+        plan = fb.attn_plan.attention
+        if not isinstance(plan, TableDecodePlan):
+            return no_output(q, plan, layer.num_heads, rank)
+        return mla_table_decode(q, cache, self.req_to_token, plan.req_pool_indices, plan.seq_lens, rank, layer.scaling)
 
     def forward_mla_expanded(
         self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | PartedPlan
     ) -> torch.Tensor:
-        """Attend over keys and values that ``expand`` rebuilds from latent rows: q [n, H, qk] -> [n, H*v]."""
+        """See the base class; contexts that are too long to be rebuilt at once are attended to part by part."""
         if isinstance(plan, ExtendPlan):
-            k, v, k_pe = expand(self.gather_latent(layer, plan, q.dtype))
-            return ragged_extend(q, k, v, plan.qo_indptr, plan.kv_indptr, layer.scaling, k_pe).flatten(1)
+            return super().forward_mla_expanded(q, expand, layer, plan)
         out, lse = self._expanded_part(q, expand, layer, plan.new, causal=True)
         for part in plan.prefix:
             out, lse = merge_states(out, lse, *self._expanded_part(q, expand, layer, part, causal=False))

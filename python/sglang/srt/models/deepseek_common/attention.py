@@ -8,6 +8,8 @@ from torch import nn
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed import get_tp_group
+from sglang.srt.layers.attention.base_attn_backend import MlaBackend, backend_of
+from sglang.srt.layers.attention.plans import ExtendPlan, PartedPlan
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
@@ -87,7 +89,7 @@ class DeepseekV2AttentionMLA(nn.Module):
 
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """hidden [N, H], positions [N] -> [N, H]; each request takes the form its length makes cheaper."""
-        backend = fb.attn_backend
+        backend = backend_of(fb, MlaBackend)
         q, kv_a = self._project(hidden)
         rest = (kv_a, positions, self.kv_a_layernorm, self.rotary_emb, self.attn_mqa, fb)
         if not fb.forward_mode.is_extend():
@@ -96,13 +98,13 @@ class DeepseekV2AttentionMLA(nn.Module):
             return self.o_proj(self.absorbed(q, queries, fb))
         backend.prepare_mla(q, *rest)
         out = q.new_empty(q.shape[0], self.num_heads * self.v_dim)
-        for plan, form in ((backend.absorbed_plan, self._absorbed_rows), (backend.expanded_plan, self.expanded)):
-            if plan is None:
-                continue
-            if plan.rows is None:
-                out = form(q, fb, plan)
-            else:
-                out[plan.rows] = form(q[plan.rows], fb, plan)
+        forms = backend.extend_forms(fb)
+        if forms.absorbed is not None:
+            part = forms.absorbed
+            out = _placed(out, part.rows, self._absorbed_rows(_rows(q, part.rows), fb, part))
+        if forms.expanded is not None:
+            part_expanded = forms.expanded
+            out = _placed(out, part_expanded.rows, self.expanded(_rows(q, part_expanded.rows), fb, part_expanded))
         return self.o_proj(out)
 
     def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,7 +121,7 @@ class DeepseekV2AttentionMLA(nn.Module):
         return q.new_empty(q.shape[0], self.num_heads, self.rank + self.rope)
 
     def absorbed(
-        self, q: torch.Tensor, queries: torch.Tensor, fb: ForwardBatch, plan: object | None = None
+        self, q: torch.Tensor, queries: torch.Tensor, fb: ForwardBatch, plan: ExtendPlan | None = None
     ) -> torch.Tensor:
         """Queries taken into the latent space: (q W_UK) meets the cached rows. q [n, heads, nope+rope] -> [n, heads*v].
 
@@ -129,20 +131,20 @@ class DeepseekV2AttentionMLA(nn.Module):
         assert self.w_kc is not None and self.w_vc is not None, "weights are not loaded"
         by_head = queries[..., : self.rank].transpose(0, 1)
         torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_kc, out=by_head)
-        context = fb.attn_backend.forward_mla_absorbed(queries, self.attn_mqa, fb, plan)
+        context = backend_of(fb, MlaBackend).forward_mla_absorbed(queries, self.attn_mqa, fb, plan)
         out = q.new_empty(q.shape[0], self.num_heads, self.v_dim)
         torch.bmm(context.transpose(0, 1), self.w_vc, out=out.transpose(0, 1))
         return out.flatten(1)
 
-    def _absorbed_rows(self, q: torch.Tensor, fb: ForwardBatch, plan: object) -> torch.Tensor:
+    def _absorbed_rows(self, q: torch.Tensor, fb: ForwardBatch, plan: ExtendPlan) -> torch.Tensor:
         """The absorbed form of queries that are rotated in place."""
         queries = self._new_queries(q)
         queries[..., self.rank :] = q[..., self.nope :]
         return self.absorbed(q, queries, fb, plan)
 
-    def expanded(self, q: torch.Tensor, fb: ForwardBatch, plan: object) -> torch.Tensor:
+    def expanded(self, q: torch.Tensor, fb: ForwardBatch, plan: ExtendPlan | PartedPlan) -> torch.Tensor:
         """Queries meet keys and values rebuilt for every head. q [n, heads, nope+rope] -> [n, heads*v]."""
-        return fb.attn_backend.forward_mla_expanded(q, self.keys_and_values, self.attn_mha, plan)
+        return backend_of(fb, MlaBackend).forward_mla_expanded(q, self.keys_and_values, self.attn_mha, plan)
 
     def keys_and_values(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Cache rows [m, R + rope] -> keys [m, heads, nope], values [m, heads, v] and the rotated part of every head's
@@ -151,3 +153,16 @@ class DeepseekV2AttentionMLA(nn.Module):
         kv = self.kv_b_proj(latent).view(-1, self.num_heads, self.nope + self.v_dim)
         k_nope, v = kv.split((self.nope, self.v_dim), dim=-1)
         return k_nope, v, k_pe
+
+
+def _rows(q: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The rows of ``q`` that a part of a step takes; None is all of them."""
+    return q if rows is None else q[rows]
+
+
+def _placed(out: torch.Tensor, rows: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
+    """``out`` with ``part`` at its rows; ``part`` itself where that is every row."""
+    if rows is None:
+        return part
+    out[rows] = part
+    return out
