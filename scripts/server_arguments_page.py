@@ -89,8 +89,8 @@ def _default(spec: FieldSpec) -> str:
 def _options(spec: FieldSpec) -> str:
     if spec.kind == "bool":
         return "bool flag (set to enable)"
-    if spec.arg.choices:
-        return ", ".join(f"`{choice}`" for choice in spec.arg.choices)
+    if spec.choices:
+        return ", ".join(f"`{choice}`" for choice in spec.choices)
     kind = "List[int]" if spec.kind == "ints" else spec.kind
     return f"Type: {kind}" + (f"; {spec.bounds()}" if spec.bounds() else "")
 

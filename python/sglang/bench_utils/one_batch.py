@@ -9,7 +9,7 @@ import torch
 
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -60,16 +60,13 @@ class StaticBatch:
         self.runner.req_to_token_pool.write_extend(self.rows, starts, ends, slots)
         self.seq_lens = ends
         return self._step(
-            ModelWorkerBatch(
-                forward_mode=ForwardMode.EXTEND,
-                input_ids=torch.from_numpy(np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])),
-                positions=torch.cat([torch.arange(start, end) for start, end in zip(starts, ends, strict=True)]),
-                req_pool_indices=torch.tensor(self.rows, dtype=torch.int64),
-                seq_lens=ends,
-                out_cache_loc=slots,
-                extend_seq_lens=[end - start for start, end in zip(starts, ends, strict=True)],
-                extend_prefix_lens=starts,
-                state_slot_ids=self._state_slots(),
+            ModelWorkerBatch.extend(
+                self.rows,
+                starts,
+                ends,
+                torch.from_numpy(np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])),
+                slots,
+                self.states or None,
             )
         )
 
@@ -80,18 +77,7 @@ class StaticBatch:
         slots = self._take(self.allocator.alloc_decode(ends, self._last_slots()), len(ends))
         self.runner.req_to_token_pool.write_decode(self.rows, positions, slots)
         self.seq_lens = ends
-        return self._step(
-            ModelWorkerBatch(
-                forward_mode=ForwardMode.DECODE,
-                input_ids=None,
-                positions=torch.tensor(positions, dtype=torch.int64),
-                req_pool_indices=torch.tensor(self.rows, dtype=torch.int64),
-                seq_lens=ends,
-                out_cache_loc=slots,
-                state_slot_ids=self._state_slots(),
-            ),
-            ids.to(torch.int64),
-        )
+        return self._step(ModelWorkerBatch.decode(self.rows, ends, slots, self.states or None), ids.to(torch.int64))
 
     def release(self) -> None:
         """Give slots, rows and states back."""
@@ -126,6 +112,3 @@ class StaticBatch:
             int(pool.read(row, length - 1, length)[0]) if length else -1
             for row, length in zip(self.rows, self.seq_lens, strict=True)
         ]
-
-    def _state_slots(self) -> torch.Tensor | None:
-        return torch.tensor(self.states, dtype=torch.int64) if self.states else None

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
+from sglang.srt.configs.attention_backends import attention_backend_names
 from sglang.srt.server_args_fields import Arg, FieldSpec, field_specs
 from sglang.srt.server_args_http import ADMISSION, API, HTTP, LOGGING, HttpArgs
 from sglang.srt.server_args_parser import add_arguments, collect_values, parse_command_line, unknown_setting
@@ -242,7 +243,7 @@ class ServerArgs(HttpArgs):
         Arg(
             "Implementation that attention prefers; triton and aiter need a GPU. In this build aiter becomes triton.",
             KERNELS,
-            choices=("torch_native", "triton", "aiter"),
+            choices=attention_backend_names,
             elsewhere=ELSEWHERE["attention_backend"],
             auto="torch_native on CPU, else triton",
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import types
 import typing
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -19,15 +20,16 @@ _EXPECTED = {"bool": "true or false", "int": "an integer", "float": "a number", 
 class Arg:
     """What a field of ServerArgs says of its flag.
 
-    ``elsewhere`` lists values that upstream knows and this engine lacks, so that the refusal can say so. ``minimum``
-    and ``maximum`` are inclusive; ``above`` and ``below`` are not. ``also`` holds values allowed outside the bounds.
+    ``choices`` may be a function, where other files declare them. ``elsewhere`` lists values that upstream knows and
+    this engine lacks, so that the refusal can say so. ``minimum`` and ``maximum`` are inclusive; ``above`` and
+    ``below`` are not. ``also`` holds values allowed outside the bounds.
     ``auto`` says what None resolves to. ``human`` accepts 128k or 1Mi.
     """
 
     help: str
     group: str
     aliases: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
+    choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = ()
     elsewhere: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
@@ -53,6 +55,11 @@ class FieldSpec:
     @property
     def flag(self) -> str:
         return self.flags[0]
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values that are taken; empty for any."""
+        return self.arg.choices() if callable(self.arg.choices) else self.arg.choices
 
     def parse(self, values: list[str]) -> Any:
         """The typed value of the words after the flag; raises ValueError with flag, value and what is expected."""
@@ -81,8 +88,8 @@ class FieldSpec:
         if not self._has_type(value):
             return [f"{self.flag} expects {_EXPECTED[self.kind]}, got {value!r}"]
         arg = self.arg
-        if arg.choices and value not in arg.choices:
-            known = ", ".join(arg.choices)
+        if self.choices and value not in self.choices:
+            known = ", ".join(self.choices)
             if value in arg.elsewhere:
                 return [f"{self.flag} {value} is known from upstream but not implemented in this build: use {known}"]
             return [f"{self.flag} must be one of {known}, got {value!r}"]

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser, specs: Sequence[FieldSpec]) -
         if spec.kind == "bool":
             group.add_argument(*spec.flags, action="store_true", **options)
             continue
-        options["metavar"] = spec.arg.metavar or (spec.kind.rstrip("s").upper() if not spec.arg.choices else "NAME")
+        options["metavar"] = spec.arg.metavar or (spec.kind.rstrip("s").upper() if not spec.choices else "NAME")
         group.add_argument(*spec.flags, nargs="+" if spec.kind == "ints" else None, **options)
     for flag in distinct_flags():
         nargs = None if flag.nargs == 1 else flag.nargs
@@ -68,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser, specs: Sequence[FieldSpec]) -
 
 def _help(spec: FieldSpec) -> str:
     parts = [spec.arg.help]
-    if spec.arg.choices:
-        parts.append(f"One of {', '.join(spec.arg.choices)}.")
+    if spec.choices:
+        parts.append(f"One of {', '.join(spec.choices)}.")
     elif spec.kind != "bool" and spec.bounds():
         parts.append(f"Must be {spec.bounds()}.")
     if spec.default in (None, "") and spec.arg.auto:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sglang.srt.configs.attention_backends import UNBUILT_ATTENTION_BACKENDS, BackendDeclaration, attention_backends
 from sglang.srt.environ import EnvError, envs
 from sglang.srt.server_args_fields import FieldSpec
 
@@ -17,11 +18,6 @@ if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
 
-# Platform kinds on which an attention backend can exist, and those that this build has.
-ATTENTION_KINDS = {"torch_native": ("cpu", "cuda", "hip"), "triton": ("cuda", "hip"), "aiter": ("hip",)}
-BUILT_ATTENTION_BACKENDS = ("torch_native", "triton")
-# Backends whose decode step can be captured.
-GRAPH_ATTENTION_BACKENDS = ("triton",)
 DISPATCH_LIMIT = "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 LOOPBACK_HOSTS = ("localhost", "::1")
 
@@ -266,18 +262,37 @@ def _attention_backend(args: ServerArgs, context: Context) -> Iterator[Change | 
     if asked is None:
         reason = "tensors live on the host" if on_cpu else "the portable GPU backend"
         yield Change("attention_backend", None, fallback, reason)
-    elif kind not in ATTENTION_KINDS[asked]:
-        kinds = " or ".join(ATTENTION_KINDS[asked])
-        yield f"--attention-backend {asked} needs platform {kinds}, and this is {kind}: use {fallback}"
-    elif asked not in BUILT_ATTENTION_BACKENDS:
+        return
+    family = None if context.model is None else context.model.text.attention_family
+    declared = attention_backends(family).get(asked)
+    platforms = declared.platforms if declared else UNBUILT_ATTENTION_BACKENDS.get(asked, ())
+    if not platforms:
+        known = ", ".join(sorted(attention_backends(family)))
+        yield f"--attention-backend {asked} has no {family} attention, which the model needs: use {known}"
+    elif kind not in platforms:
+        yield f"--attention-backend {asked} needs platform {' or '.join(platforms)}, and this is {kind}: use {fallback}"
+    elif declared is None:
         yield Change("attention_backend", asked, fallback, f"{asked} is a preference, and this build lacks it")
+    else:
+        yield from _backend_limits(args, declared)
+
+
+def _backend_limits(args: ServerArgs, declared: BackendDeclaration) -> Iterator[str]:
+    """What the backend declares that it does not take."""
+    for flag, value, taken in (
+        ("--page-size", args.page_size, declared.page_sizes),
+        ("--kv-cache-dtype", args.kv_cache_dtype, declared.cache_dtypes),
+    ):
+        if taken and value not in taken:
+            sizes = ", ".join(str(one) for one in taken)
+            yield f"{flag} {value} does not go with --attention-backend {declared.name}, which takes {sizes}"
 
 
 def _graphs(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     platform, backend = context.platform, args.attention_backend
     if not platform.supports_graphs:
         yield Change("disable_cuda_graph", args.disable_cuda_graph, True, "the host captures no graphs")
-    elif backend not in GRAPH_ATTENTION_BACKENDS:
+    elif backend in (declared := attention_backends()) and not declared[backend].graphs:
         reason = f"attention backend {backend} captures no graphs"
         yield Change("disable_cuda_graph", args.disable_cuda_graph, True, reason)
     if platform.device_type == "cpu":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,13 @@ from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, LogprobRequest, ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import (
+    ForwardBatch,
+    ForwardMode,
+    LogprobRequest,
+    ModelWorkerBatch,
+    StepPlan,
+)
 from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.server_args import override_server_args
@@ -69,6 +76,8 @@ class ModelHarness:
         context = AttentionContext(self.config, self.requests, self.kv_pool, self.state_pool, page_size, device)
         self.backend = backend or make_attention_backend("torch_native", context)
         self._processor = self.model.logits_processor
+        # How the last step was planned.
+        self.plan = StepPlan()
 
     def _scramble(self, num_slots: int, page_size: int) -> None:
         slots = self.allocator.alloc(num_slots)
@@ -109,16 +118,14 @@ class ModelHarness:
             self.requests.write(request.row, request.num_tokens, slots[start : start + length])
             request.num_tokens += length
             start += length
-        batch = ModelWorkerBatch(
-            forward_mode=mode,
-            input_ids=torch.tensor([token for _, tokens in chunks for token in tokens], dtype=torch.int64),
-            positions=torch.cat([torch.arange(p, s) for p, s in zip(prefixes, seq_lens, strict=True)]),
-            req_pool_indices=torch.tensor([request.row for request in requests]),
-            seq_lens=seq_lens,
-            out_cache_loc=slots,
-            extend_seq_lens=lengths,
-            extend_prefix_lens=prefixes,
-            state_slot_ids=self._state_slots(requests),
+        batch = ModelWorkerBatch.extend(
+            [request.row for request in requests],
+            prefixes,
+            seq_lens,
+            torch.tensor([token for _, tokens in chunks for token in tokens], dtype=torch.int64),
+            slots,
+            self._state_slots(requests),
+            mode,
             logprobs=logprobs or [],
         )
         out = self.run(batch, every_row)
@@ -137,8 +144,7 @@ class ModelHarness:
 
     def idle(self) -> LogitsProcessorOutput:
         """A step without requests, as a rank with no work runs it."""
-        none = torch.empty(0, dtype=torch.int64)
-        return self.run(ModelWorkerBatch(ForwardMode.IDLE, none, none, none, [], none), every_row=False)
+        return self.run(ModelWorkerBatch.idle(), every_row=False)
 
     def decode(self, steps: Sequence[tuple[HarnessRequest, int]]) -> list[torch.Tensor]:
         """Run one token of each request; [1, V] log-probabilities a request."""
@@ -150,15 +156,8 @@ class ModelHarness:
         self.requests.write_decode([request.row for request in requests], positions, slots)
         for request in requests:
             request.num_tokens += 1
-        batch = ModelWorkerBatch(
-            forward_mode=ForwardMode.DECODE,
-            input_ids=torch.tensor([token for _, token in steps], dtype=torch.int64),
-            positions=torch.tensor(positions, dtype=torch.int64),
-            req_pool_indices=torch.tensor([request.row for request in requests]),
-            seq_lens=seq_lens,
-            out_cache_loc=slots,
-            state_slot_ids=self._state_slots(requests),
-        )
+        batch = ModelWorkerBatch.decode([r.row for r in requests], seq_lens, slots, self._state_slots(requests))
+        batch = replace(batch, input_ids=torch.tensor([token for _, token in steps], dtype=torch.int64))
         return list(self.run(batch, every_row=True).next_token_logits.log_softmax(-1).split(1))
 
     def run(self, batch: ModelWorkerBatch, every_row: bool) -> LogitsProcessorOutput:
@@ -167,6 +166,7 @@ class ModelHarness:
         with torch.inference_mode():
             fb = ForwardBatch.from_worker_batch(batch, torch.device("cpu"), self.backend)
             self.backend.init_forward_metadata(fb)
+            self.plan = fb.attn_plan
             out: LogitsProcessorOutput = self.model(fb.input_ids, fb.positions, fb)
         return out
 
@@ -178,7 +178,6 @@ class ModelHarness:
             for request in requests
         ]
 
-    def _state_slots(self, requests: Sequence[HarnessRequest]) -> torch.Tensor | None:
-        if self.state_pool is None:
-            return None
-        return torch.tensor([request.state_slot for request in requests], dtype=torch.int64)
+    def _state_slots(self, requests: Sequence[HarnessRequest]) -> list[int] | None:
+        slots = [request.state_slot for request in requests if request.state_slot is not None]
+        return None if self.state_pool is None else slots

@@ -17,8 +17,8 @@ from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
-from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
-from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeGqaBackend
+from sglang.srt.layers.attention.triton_backend import TritonGqaBackend
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
@@ -201,8 +201,8 @@ class TestBackendOnGpu(CustomTestCase):
     LAYER = SimpleNamespace(num_heads=16, num_kv_heads=2, head_dim=128, v_head_dim=128, scaling=0.09, layer_id=0)
 
     def test_it_agrees_and_does_not_wait(self):
-        ours, our_requests = make_backend(TritonAttnBackend, DEVICE, torch.float32)
-        theirs, their_requests = make_backend(TorchNativeAttnBackend, "cpu", torch.float32)
+        ours, our_requests = make_backend(TritonGqaBackend, DEVICE, torch.float32)
+        theirs, their_requests = make_backend(TorchNativeGqaBackend, "cpu", torch.float32)
         generator = torch.Generator().manual_seed(0)
         free = (torch.randperm(8000, generator=generator) + 1).tolist()
         rows = [our_requests.alloc() for _ in range(4)]

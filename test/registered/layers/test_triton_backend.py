@@ -12,7 +12,8 @@ from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.kernels.spec import Impl, Op
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
-from sglang.srt.layers.attention.triton_backend import PartedPlan, TritonAttnBackend
+from sglang.srt.layers.attention.plans import PartedPlan
+from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.model_harness import ModelHarness

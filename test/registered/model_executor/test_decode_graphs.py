@@ -56,15 +56,18 @@ class RerunGraph:
 
 
 def hook(backend: Any) -> None:
-    """Give the CPU backend the hooks that capture needs; a step is simply planned anew."""
+    """Give the CPU backend the hooks that capture needs; each step is planned anew, the captured one too."""
+    captured: dict[int, ForwardBatch] = {}
 
     def init_forward_metadata_capture(fb: ForwardBatch) -> None:
         fb.seq_lens_cpu = fb.seq_lens.tolist()
         backend.init_forward_metadata(fb)
+        captured[fb.batch_size] = fb
 
     def init_forward_metadata_replay(fb: ForwardBatch) -> None:
         assert fb.seq_lens_cpu == fb.seq_lens.tolist()
         backend.init_forward_metadata(fb)
+        captured[fb.batch_size].attn_plan = fb.attn_plan
 
     backend.init_cuda_graph_state = lambda max_bs, max_context_len: None
     backend.init_forward_metadata_capture = init_forward_metadata_capture
@@ -244,7 +247,7 @@ class TestAttentionGroups(CustomTestCase):
     def test_a_group_without_rows_replays_padding(self) -> None:
         buffers = DecodeBuffers(4, torch.device("cpu"), padding_row=9, num_groups=2)
         buffers.packed.fill_(77)
-        batch = agree([(3, 4, 1, 0), (0, 0, 0, 0)], 1).idle_batch(has_state=True)
+        batch = agree([(3, 4, 1, 0), (0, 0, 0, 0)], 1).idle_batch()
         assert batch.input_ids is not None
         buffers.fill(batch, batch.input_ids, 4)
         fb = buffers.view(4, None, True, batch)

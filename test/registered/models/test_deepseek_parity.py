@@ -100,8 +100,8 @@ class DeepseekParity:
             for i, part in zip(heads, self.harness.extend(chunks, mode=ForwardMode.MIXED)):
                 rows[i].append(part)
             if self.harness.backend.expands is self.auto:
-                self.assertIsNotNone(self.harness.backend.absorbed_plan)
-                self.assertIsNotNone(self.harness.backend.expanded_plan)
+                self.assertIsNotNone(self.harness.plan.attention.absorbed)
+                self.assertIsNotNone(self.harness.plan.attention.expanded)
             self.assert_close([torch.cat(rows[i]) for i in heads])
 
     def test_very_unequal_decode_batch(self):
@@ -110,7 +110,7 @@ class DeepseekParity:
         picks = (0, 3, 0, 3)
         self.harness.extend([(r, self.prompts[i][:-1]) for r, i in zip(requests, picks)])
         found = self.harness.decode([(r, self.prompts[i][-1]) for r, i in zip(requests, picks)])
-        self.assertGreater(len(self.harness.backend.decode_groups), 1)
+        self.assertGreater(len(self.harness.plan.attention.groups), 1)
         for rows, i in zip(found, picks):
             self.assertLess((rows[0] - self.truth[i][-1]).abs().max().item(), TOLERANCE)
 

@@ -161,11 +161,11 @@ class TestGDNBackendRefusals(CustomTestCase):
         pool = GDNStatePool(2, (0,), 6, 4, 1, 2, 2, torch.float32, torch.float32, "cpu")
         backend = GDNBackend(pool)
         with self.assertRaisesRegex(ValueError, "1 requests, none given"):
-            backend.init_forward_metadata(self.batch(ForwardMode.DECODE, None))
+            backend.plan_states(self.batch(ForwardMode.DECODE, None))
         with self.assertRaisesRegex(ValueError, "1 requests, 2 given"):
-            backend.init_forward_metadata(self.batch(ForwardMode.DECODE, torch.tensor([1, 2])))
+            backend.plan_states(self.batch(ForwardMode.DECODE, torch.tensor([1, 2])))
         with self.assertRaisesRegex(NotImplementedError, "TARGET_VERIFY"):
-            backend.init_forward_metadata(self.batch(ForwardMode.TARGET_VERIFY, torch.tensor([1])))
+            backend.plan_states(self.batch(ForwardMode.TARGET_VERIFY, torch.tensor([1])))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ CUDA = SimpleNamespace(kind="cuda", device_type="cuda", supports_graphs=True)
 HIP = SimpleNamespace(kind="hip", device_type="cuda", supports_graphs=True)
 TEXT = SimpleNamespace(
     num_experts=16, num_attention_heads=4, intermediate_size=256, moe_intermediate_size=64, num_key_value_heads=2,
-    linear_num_key_heads=2, linear_num_value_heads=6, mamba_ssm_dtype="bfloat16",
+    linear_num_key_heads=2, linear_num_value_heads=6, mamba_ssm_dtype="bfloat16", attention_family="gqa",
 )  # fmt: skip
 MODEL = SimpleNamespace(
     text=TEXT, dtype=torch.float32, context_len=4096, quant_config=None,

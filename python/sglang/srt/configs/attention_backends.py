@@ -15,6 +15,8 @@ from typing import Any
 
 # Families of softmax attention: keys and values per head, or one latent row that all heads share.
 GQA, MLA = "gqa", "mla"
+# Backends of upstream that are taken as a preference, with the platforms where they exist.
+UNBUILT_ATTENTION_BACKENDS = {"aiter": ("hip",)}
 _FOLDER = Path(__file__).parents[1] / "layers" / "attention"
 _DECORATOR = "register_attention_backend"
 
@@ -23,15 +25,14 @@ _DECORATOR = "register_attention_backend"
 class BackendDeclaration:
     """One backend for one family.
 
-    platforms: the kinds (cpu, cuda, hip) on which it runs. graphs: its decode step can be captured. needs_device: it
-    does not run where tensors live on the host. page_sizes and cache_dtypes: the only ones that it takes; empty: all.
+    platforms: the kinds (cpu, cuda, hip) on which it runs. graphs: its decode step can be captured. page_sizes and
+    cache_dtypes: the only ones that it takes; empty: all.
     """
 
     name: str
     family: str
     platforms: tuple[str, ...]
     graphs: bool = False
-    needs_device: bool = False
     page_sizes: tuple[int, ...] = ()
     cache_dtypes: tuple[str, ...] = ()
 
@@ -51,6 +52,11 @@ def attention_backends(family: str | None = None) -> dict[str, BackendDeclaratio
         if family in (None, of_family):
             found.setdefault(name, declaration)
     return found
+
+
+def attention_backend_names() -> tuple[str, ...]:
+    """What ``--attention-backend`` takes."""
+    return (*attention_backends(), *UNBUILT_ATTENTION_BACKENDS)
 
 
 @functools.cache

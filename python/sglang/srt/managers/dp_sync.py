@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from sglang.srt.distributed import ParallelState
 from sglang.srt.managers.schedule_batch import ScheduleBatch
-from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
 
 # Buckets that groups wish for: one without rows takes any, one with prompts or more rows than any bucket takes none.
 ANY_BUCKET, NO_BUCKET = 0, -1
@@ -37,11 +35,9 @@ class AgreedStep:
         """``batch`` with what was agreed on."""
         return replace(batch, global_num_tokens=self.num_tokens, graph_bucket=self.bucket)
 
-    def idle_batch(self, has_state: bool) -> ModelWorkerBatch:
+    def idle_batch(self) -> ModelWorkerBatch:
         """The part of a group that brings nothing."""
-        none = torch.empty(0, dtype=torch.int64)
-        states = none if has_state else None
-        return self.of_batch(ModelWorkerBatch(ForwardMode.IDLE, none, none, none, [], none, state_slot_ids=states))
+        return self.of_batch(ModelWorkerBatch.idle())
 
 
 def agree(wishes: Sequence[Sequence[int]], group_size: int) -> AgreedStep:

@@ -148,7 +148,7 @@ class Scheduler:
 
     def _take_part(self, agreed: AgreedStep) -> None:
         """Run the other groups' step without rows of our own: experts and collectives need every rank."""
-        self.worker.launch_idle(agreed.idle_batch(self.memory.state_pool is not None))
+        self.worker.launch_idle(agreed.idle_batch())
         self.metrics.num_idle_steps += 1
 
     def _launch(self, batch: ScheduleBatch, agreed: AgreedStep | None) -> LaunchedStep:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, auto
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -93,6 +94,60 @@ class ModelWorkerBatch:
     @property
     def batch_size(self) -> int:
         return len(self.seq_lens)
+
+    @classmethod
+    def decode(
+        cls,
+        req_pool_indices: Sequence[int],
+        seq_lens: Sequence[int],
+        out_cache_loc: torch.Tensor,
+        state_slot_ids: Sequence[int] | None = None,
+        **rest: Any,
+    ) -> ModelWorkerBatch:
+        """One token of each request, at position ``seq_lens - 1``; its id is on the device."""
+        return cls(
+            forward_mode=ForwardMode.DECODE,
+            input_ids=None,
+            positions=torch.tensor(seq_lens, dtype=torch.int64) - 1,
+            req_pool_indices=torch.tensor(req_pool_indices, dtype=torch.int64),
+            seq_lens=list(seq_lens),
+            out_cache_loc=out_cache_loc,
+            state_slot_ids=None if state_slot_ids is None else torch.tensor(state_slot_ids, dtype=torch.int64),
+            **rest,
+        )
+
+    @classmethod
+    def extend(
+        cls,
+        req_pool_indices: Sequence[int],
+        prefix_lens: Sequence[int],
+        seq_lens: Sequence[int],
+        input_ids: torch.Tensor,
+        out_cache_loc: torch.Tensor,
+        state_slot_ids: Sequence[int] | None = None,
+        forward_mode: ForwardMode = ForwardMode.EXTEND,
+        **rest: Any,
+    ) -> ModelWorkerBatch:
+        """The tokens ``prefix_lens[i] .. seq_lens[i]`` of each request; ``input_ids`` [N] packed by request."""
+        spans = list(zip(prefix_lens, seq_lens, strict=True))
+        return cls(
+            forward_mode=forward_mode,
+            input_ids=input_ids,
+            positions=torch.cat([torch.arange(start, end) for start, end in spans]),
+            req_pool_indices=torch.tensor(req_pool_indices, dtype=torch.int64),
+            seq_lens=list(seq_lens),
+            out_cache_loc=out_cache_loc,
+            extend_seq_lens=[end - start for start, end in spans],
+            extend_prefix_lens=list(prefix_lens),
+            state_slot_ids=None if state_slot_ids is None else torch.tensor(state_slot_ids, dtype=torch.int64),
+            **rest,
+        )
+
+    @classmethod
+    def idle(cls) -> ModelWorkerBatch:
+        """A step without requests, with which an attention group takes part in the others' step."""
+        none = torch.empty(0, dtype=torch.int64)
+        return cls(ForwardMode.IDLE, none, none, none, [], none)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import torch
 
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.model_executor.decode_graphs import DecodeGraphs
-from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
 
 # Context lengths of the check, repeated over the batch: odd, one page, more than one split.
 CHECK_LENS = (1, 17, 64, 129, 3)
@@ -95,16 +95,8 @@ class GraphCheck:
         ids = torch.randint(0, self._vocab_size, (len(rows),), generator=generator)
         states = None
         if self._num_states:
-            states = torch.randperm(self._num_states, generator=generator)[: len(rows)] + 1
-        batch = ModelWorkerBatch(
-            forward_mode=ForwardMode.DECODE,
-            input_ids=None,
-            positions=torch.tensor(lens, dtype=torch.int64) - 1,
-            req_pool_indices=torch.tensor(rows, dtype=torch.int64),
-            seq_lens=lens,
-            out_cache_loc=torch.tensor(slots, dtype=torch.int64),
-            state_slot_ids=states,
-        )
+            states = (torch.randperm(self._num_states, generator=generator)[: len(rows)] + 1).tolist()
+        batch = ModelWorkerBatch.decode(rows, lens, torch.tensor(slots, dtype=torch.int64), states)
         return batch, ids.to(self._graphs.buffers.input_ids.device)
 
     def _fill(self, seed: int) -> None:

@@ -20,7 +20,7 @@ from sglang.srt.configs.published_sizes import BLOCK_FP8, DEEPSEEK_V2_LITE, DEEP
 from sglang.srt.distributed import ProcessGroupHandle, override_tp_group
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.decode_graphs import DecodeGraphs
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
@@ -101,20 +101,15 @@ class ShapeRunner(ModelRunner):
 
     def extend(self, requests: tuple[tuple[int, int], ...]) -> None:
         """A prefill step of (new tokens, prefix) requests, and greedy sampling from its logits."""
-        lengths = [length for length, _ in requests]
-        prefixes = [prefix for _, prefix in requests]
-        tokens = torch.zeros(sum(lengths), dtype=torch.int64)
-        rows = torch.arange(len(requests))
-        batch = ModelWorkerBatch(
-            forward_mode=ForwardMode.EXTEND,
-            input_ids=tokens,
-            positions=tokens,
-            req_pool_indices=rows,
-            seq_lens=[length + prefix for length, prefix in requests],
-            out_cache_loc=tokens,
-            extend_seq_lens=lengths,
-            extend_prefix_lens=prefixes,
-            state_slot_ids=None if self.state_pool is None else rows,
+        total = sum(length for length, _ in requests)
+        rows = list(range(len(requests)))
+        batch = ModelWorkerBatch.extend(
+            rows,
+            [prefix for _, prefix in requests],
+            [length + prefix for length, prefix in requests],
+            torch.zeros(total, dtype=torch.int64),
+            torch.zeros(total, dtype=torch.int64),
+            None if self.state_pool is None else rows,
         )
         self.forward(batch)
         self.draw([GREEDY] * len(requests))
@@ -124,8 +119,7 @@ class ShapeRunner(ModelRunner):
         rows = [SamplingRow(row, seed=0, prompt_ids=(), output_ids=()) for row in params]
         info = SamplingBatchInfo.from_rows(rows, self.model_config.vocab_size, self.device)
         assert self.output is not None, "a step comes first"
-        none = torch.empty(0, dtype=torch.int64)
-        batch = ModelWorkerBatch(ForwardMode.DECODE, None, none, none, [1] * len(rows), none)
+        batch = ModelWorkerBatch.decode([0] * len(rows), [1] * len(rows), torch.zeros(len(rows), dtype=torch.int64))
         self.sample(LogitsProcessorOutput(self.output.next_token_logits[: len(rows)]), info, batch)
 
     def _run_model(self, fb: ForwardBatch) -> LogitsProcessorOutput:

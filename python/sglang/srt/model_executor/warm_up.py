@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from sglang.srt.distributed import get_parallel_state
 from sglang.srt.layers.moe.ep_moe.factory import expert_gauges
-from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
@@ -97,39 +97,29 @@ def run_step(runner: ModelRunner, batch: ModelWorkerBatch) -> None:
 
 def _extend_batch(runner: ModelRunner, step: WarmUpStep) -> ModelWorkerBatch:
     total = sum(new for new, _ in step)
-    return ModelWorkerBatch(
-        forward_mode=ForwardMode.EXTEND,
-        input_ids=torch.arange(total, dtype=torch.int64) % runner.model_config.vocab_size,
-        positions=torch.cat([torch.arange(cached, cached + new) for new, cached in step]),
-        req_pool_indices=_dummy_rows(runner, len(step)),
-        seq_lens=[cached + new for new, cached in step],
-        out_cache_loc=torch.zeros(total, dtype=torch.int64),
-        extend_seq_lens=[new for new, _ in step],
-        extend_prefix_lens=[cached for _, cached in step],
-        state_slot_ids=_dummy_states(runner, len(step)),
+    return ModelWorkerBatch.extend(
+        _dummy_rows(runner, len(step)),
+        [cached for _, cached in step],
+        [cached + new for new, cached in step],
+        torch.arange(total, dtype=torch.int64) % runner.model_config.vocab_size,
+        torch.zeros(total, dtype=torch.int64),
+        _dummy_states(runner, len(step)),
         global_num_tokens=_everyone(total),
     )
 
 
 def _decode_batch(runner: ModelRunner, batch: int) -> ModelWorkerBatch:
-    return ModelWorkerBatch(
-        forward_mode=ForwardMode.DECODE,
-        input_ids=None,
-        positions=torch.zeros(batch, dtype=torch.int64),
-        req_pool_indices=_dummy_rows(runner, batch),
-        seq_lens=[1] * batch,
-        out_cache_loc=torch.zeros(batch, dtype=torch.int64),
-        state_slot_ids=_dummy_states(runner, batch),
-        global_num_tokens=_everyone(batch),
-    )
+    rows, states = _dummy_rows(runner, batch), _dummy_states(runner, batch)
+    slots = torch.zeros(batch, dtype=torch.int64)
+    return ModelWorkerBatch.decode(rows, [1] * batch, slots, states, global_num_tokens=_everyone(batch))
 
 
-def _dummy_rows(runner: ModelRunner, batch: int) -> torch.Tensor:
-    return torch.full((batch,), runner.req_to_token_pool.padding_row, dtype=torch.int64)
+def _dummy_rows(runner: ModelRunner, batch: int) -> list[int]:
+    return [runner.req_to_token_pool.padding_row] * batch
 
 
-def _dummy_states(runner: ModelRunner, batch: int) -> torch.Tensor | None:
-    return None if runner.state_pool is None else torch.zeros(batch, dtype=torch.int64)
+def _dummy_states(runner: ModelRunner, batch: int) -> list[int] | None:
+    return None if runner.state_pool is None else [0] * batch
 
 
 def _everyone(num_tokens: int) -> list[int] | None:

@@ -221,7 +221,6 @@ def register_attention_backend(
     *,
     platforms: tuple[str, ...],
     graphs: bool = False,
-    needs_device: bool = False,
     page_sizes: tuple[int, ...] = (),
     cache_dtypes: tuple[str, ...] = (),
 ) -> Callable[[BackendFactory], BackendFactory]:
@@ -230,7 +229,7 @@ def register_attention_backend(
     The rest is what the settings must know of it; see ``BackendDeclaration``. They read it from the source of the
     ``*_backend.py`` files of this package, so the arguments are literals.
     """
-    declaration = BackendDeclaration(name, family, platforms, graphs, needs_device, page_sizes, cache_dtypes)
+    declaration = BackendDeclaration(name, family, platforms, graphs, page_sizes, cache_dtypes)
 
     def register(factory: BackendFactory) -> BackendFactory:
         if (name, family) in _FACTORIES:

@@ -64,11 +64,3 @@ class ExpandWhenCheaper:
         pairs = new_tokens * total_tokens
         absorbed = new_tokens * self._transform + pairs * self._absorbed_row
         return total_tokens * self._transform + pairs * self._expanded_row < absorbed
-
-    def split(self, new_tokens: list[int], total_tokens: list[int]) -> tuple[list[int], list[int]]:
-        """(requests that take the absorbed form, requests that take the expanded form), each in order."""
-        absorbed: list[int] = []
-        expanded: list[int] = []
-        for index, (new, total) in enumerate(zip(new_tokens, total_tokens, strict=True)):
-            (expanded if self(new, total) else absorbed).append(index)
-        return absorbed, expanded

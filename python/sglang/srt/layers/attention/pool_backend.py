@@ -108,6 +108,13 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
             norm.eps, rotary_emb.is_neox, queries,
         )  # fmt: skip
 
+    def split_by_form(self, fb: ForwardBatch) -> tuple[list[int], list[int]]:
+        """The requests of an extend step that take the absorbed form, and those that take the expanded form."""
+        lengths = fb.extend_seq_lens_cpu
+        assert lengths is not None
+        expanded = [i for i, new in enumerate(lengths) if self.expands(new, fb.seq_lens_cpu[i])]
+        return sorted(set(range(len(lengths))) - set(expanded)), expanded
+
     def extend_forms(self, fb: ForwardBatch) -> MlaExtendPlan:
         """See the base class."""
         plan = fb.attn_plan.attention

@@ -124,9 +124,7 @@ class TorchNativeMlaBackend(TorchNativeAttnBackend, PoolMlaBackend):
 
     def plan_extend(self, fb: ForwardBatch) -> MlaExtendPlan:
         """See the base class."""
-        lengths = fb.extend_seq_lens_cpu
-        assert lengths is not None
-        absorbed, expanded = self.expands.split(lengths, fb.seq_lens_cpu)
+        absorbed, expanded = self.split_by_form(fb)
         return MlaExtendPlan(
             self._extend_plan(fb, absorbed) if absorbed else None, self._extend_plan(fb, expanded) if expanded else None
         )

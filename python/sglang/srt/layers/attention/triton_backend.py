@@ -108,7 +108,7 @@ class TritonAttnBackend(PoolBackend):
         return packed.split([len(values) for values in lists])
 
 
-@register_attention_backend("triton", "gqa", platforms=("cuda", "hip"), graphs=True, needs_device=True)
+@register_attention_backend("triton", "gqa", platforms=("cuda", "hip"), graphs=True)
 class TritonGqaBackend(TritonAttnBackend, PoolGqaBackend):
     """Multi-head and grouped-query attention."""
 
@@ -132,7 +132,7 @@ class TritonGqaBackend(TritonAttnBackend, PoolGqaBackend):
         return out.flatten(1)
 
 
-@register_attention_backend("triton", "mla", platforms=("cuda", "hip"), graphs=True, needs_device=True)
+@register_attention_backend("triton", "mla", platforms=("cuda", "hip"), graphs=True)
 class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
     """Latent attention."""
 
@@ -148,9 +148,7 @@ class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
 
     def plan_extend(self, fb: ForwardBatch) -> MlaExtendPlan:
         """See the base class."""
-        lengths = fb.extend_seq_lens_cpu
-        assert lengths is not None
-        absorbed, expanded = self.expands.split(lengths, fb.seq_lens_cpu)
+        absorbed, expanded = self.split_by_form(fb)
         absorbed_plan = None
         if absorbed:
             ends = [fb.seq_lens_cpu[i] for i in absorbed]

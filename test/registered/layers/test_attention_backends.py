@@ -1,0 +1,215 @@
+"""Attention backends as the settings and the models see them: declarations, plans per step, kinds of step, families."""
+
+import importlib.util
+import sys
+import tempfile
+import textwrap
+import unittest
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+
+from sglang.srt.configs.attention_backends import _declared, attention_backends, read_source
+from sglang.srt.layers.attention import make_attention_backend
+from sglang.srt.layers.attention.base_attn_backend import (
+    _FACTORIES,
+    AttentionContext,
+    MlaBackend,
+    UnplannedStepError,
+    backend_of,
+)
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch, StepPlan
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import ServerArgs, ServerArgsError, resolve
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.engine_harness import EngineHarness
+from sglang.test.model_harness import ModelHarness
+from sglang.test.test_utils import CustomTestCase
+from sglang.test.tiny_checkpoints import save_tiny_checkpoint
+
+register_cpu_ci(est_time=12, suite="stage-b-test-cpu")
+
+CPU = torch.device("cpu")
+MODELS = ("dsv3", "q35")
+PLANTED = '''
+from sglang.srt.layers.attention.base_attn_backend import register_attention_backend
+from sglang.srt.layers.attention.torch_native_backend import TorchNativeGqaBackend
+
+
+@register_attention_backend("planted", "gqa", platforms=("cpu",), page_sizes=(16, 64))
+class PlantedBackend(TorchNativeGqaBackend):
+    """Counts the steps that it plans."""
+
+    planned = 0
+
+    def init_forward_metadata(self, fb):
+        PlantedBackend.planned += 1
+        super().init_forward_metadata(fb)
+'''
+
+
+class BackendCase(CustomTestCase):
+    @classmethod
+    def setUpClass(cls):
+        cls.folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(cls.folder.cleanup)
+        for name in MODELS:
+            save_tiny_checkpoint(name, f"{cls.folder.name}/{name}")
+
+    def harness(self, name):
+        return ModelHarness(f"{self.folder.name}/{name}", num_slots=512, max_requests=8)
+
+    def backends(self, harness):
+        """Every backend of the tree over the pools of ``harness``; Triton's runs on the references of its ops."""
+        context = AttentionContext(harness.config, harness.requests, harness.kv_pool, harness.state_pool, 1, CPU)
+        return {name: make_attention_backend(name, context) for name in ("torch_native", "triton")}
+
+
+class TestPlans(BackendCase):
+    def test_a_kind_of_step_without_a_plan_raises(self):
+        one = torch.ones(1, dtype=torch.int64)
+        for name in MODELS:
+            harness = self.harness(name)
+            for kind, backend in self.backends(harness).items():
+                with self.subTest(model=name, backend=kind):
+                    batch = ModelWorkerBatch(ForwardMode.TARGET_VERIFY, one, one, one, [1], one, state_slot_ids=one)
+                    fb = ForwardBatch.from_worker_batch(batch, CPU, backend)
+                    with self.assertRaisesRegex(UnplannedStepError, "TARGET_VERIFY"):
+                        backend.init_forward_metadata(fb)
+
+    def test_rows_that_nobody_planned_are_not_attended(self):
+        """The layers of a step that was not planned, or planned as empty, must not return memory that nobody wrote."""
+        for name in MODELS:
+            harness = self.harness(name)
+            for kind, backend in self.backends(harness).items():
+                request = harness.new_request()
+                batch = ModelWorkerBatch.decode([request.row], [1], torch.ones(1, dtype=torch.int64), [1])
+                batch = replace(batch, input_ids=torch.ones(1, dtype=torch.int64))
+                fb = ForwardBatch.from_worker_batch(batch, CPU, backend)
+                idle = ForwardBatch.from_worker_batch(ModelWorkerBatch.idle(), CPU, backend)
+                backend.init_forward_metadata(idle)
+                states = getattr(backend, "linear_attn_backend", None)
+                for plan in (StepPlan(), idle.attn_plan):
+                    fb.attn_plan = StepPlan(plan.attention, states.plan_states(fb) if states else None)
+                    with self.subTest(model=name, backend=kind, plan=plan), torch.inference_mode():
+                        with self.assertRaisesRegex(TypeError, "1 rows to attend"):
+                            harness.model(fb.input_ids, fb.positions, fb)
+
+    def test_two_steps_are_in_flight_on_one_backend(self):
+        for name in MODELS:
+            harness = self.harness(name)
+            for kind, backend in self.backends(harness).items():
+                harness.reset()
+                harness.backend = backend
+                first, second = harness.new_request(), harness.new_request()
+                harness.extend([(first, [5, 6, 7]), (second, [9, 8, 7, 6, 5])])
+                steps = []
+                for request, tokens in ((first, [11]), (second, [12, 13, 14])):
+                    start = request.num_tokens
+                    slots = harness.allocator.alloc(len(tokens))
+                    harness.requests.write(request.row, start, slots)
+                    states = None if request.state_slot is None else [request.state_slot]
+                    ids = torch.tensor(tokens)
+                    if len(tokens) == 1:
+                        batch = replace(
+                            ModelWorkerBatch.decode([request.row], [start + 1], slots, states), input_ids=ids
+                        )
+                    else:
+                        ends = [start + len(tokens)]
+                        batch = ModelWorkerBatch.extend([request.row], [start], ends, ids, slots, states)
+                    steps.append(ForwardBatch.from_worker_batch(batch, CPU, backend))
+                wanted = [self.run_step(harness, fb, plan_first=True) for fb in steps]
+                for fb in steps:
+                    backend.init_forward_metadata(fb)
+                found = [self.run_step(harness, fb, plan_first=False) for fb in steps]
+                with self.subTest(model=name, backend=kind):
+                    for ours, theirs in zip(found, wanted, strict=True):
+                        self.assertTrue(torch.equal(ours, theirs))
+
+    @torch.inference_mode()
+    def run_step(self, harness, fb, plan_first):
+        """The logits of a step; recurrent states are as before afterwards."""
+        buffers = () if harness.state_pool is None else harness.state_pool.buffers()
+        before = [buffer.clone() for buffer in buffers]
+        if plan_first:
+            fb.attn_backend.init_forward_metadata(fb)
+        logits = harness.model(fb.input_ids, fb.positions, fb).next_token_logits.clone()
+        for buffer, old in zip(buffers, before, strict=True):
+            buffer.copy_(old)
+        return logits
+
+    def test_a_layer_refuses_a_backend_of_another_family(self):
+        harness = self.harness("q35")
+        fb = ForwardBatch.from_worker_batch(ModelWorkerBatch.idle(), CPU, harness.backend)
+        with self.assertRaisesRegex(TypeError, "needs a MlaBackend, and the step has HybridLinearAttnBackend"):
+            backend_of(fb, MlaBackend)
+
+
+class TestDeclarations(BackendCase):
+    def plant(self):
+        """Import a backend from a file of its own, as a package beside ours would bring it."""
+        path = Path(self.folder.name, "planted_backend.py")
+        path.write_text(PLANTED, encoding="utf-8")
+        spec = importlib.util.spec_from_file_location("planted_backend", path)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["planted_backend"] = module
+        self.addCleanup(sys.modules.pop, "planted_backend")
+        self.addCleanup(_declared.pop, ("planted", "gqa"), None)
+        self.addCleanup(_FACTORIES.pop, ("planted", "gqa"), None)
+        spec.loader.exec_module(module)
+        return module.PlantedBackend, path
+
+    def test_one_file_adds_a_backend_that_serves(self):
+        planted, path = self.plant()
+        self.assertEqual(read_source(path), [_declared["planted", "gqa"]])
+        outputs = []
+        for backend in ("torch_native", "planted"):
+            engine = EngineHarness(
+                f"{self.folder.name}/q35", attention_backend=backend, page_size=16, max_total_tokens=512,
+                max_running_requests=4,
+            )  # fmt: skip
+            engine.submit("r", [5, 6, 7, 8], SamplingParams(temperature=0.0, max_new_tokens=6, ignore_eos=True))
+            outputs.append(engine.run()["r"].output_ids)
+        self.assertEqual(outputs[0], outputs[1])
+        self.assertGreaterEqual(planted.planned, 6)
+
+    def test_the_settings_hold_a_backend_to_what_it_declares(self):
+        self.plant()
+        model = SimpleNamespace(
+            text=SimpleNamespace(attention_family="gqa"), dtype=torch.float32, context_len=4096, quant_config=None,
+            shared_fusion_refusal=lambda backend: "",
+        )  # fmt: skip
+        mla = SimpleNamespace(**{**vars(model), "text": SimpleNamespace(attention_family="mla")})
+        cpu = SimpleNamespace(kind="cpu", device_type="cpu", supports_graphs=False)
+        cuda = SimpleNamespace(kind="cuda", device_type="cuda", supports_graphs=True)
+        good = resolve(ServerArgs(attention_backend="planted", page_size=16), model, cpu)
+        self.assertEqual(good.attention_backend, "planted")
+        for config, platform, page, said in (
+            (model, cpu, 1, "--page-size 1 does not go with --attention-backend planted, which takes 16, 64"),
+            (model, cuda, 16, "--attention-backend planted needs platform cpu, and this is cuda"),
+            (mla, cpu, 16, "--attention-backend planted has no mla attention, which the model needs: use torch_native"),
+        ):
+            with self.subTest(said), self.assertRaisesRegex(ServerArgsError, said):
+                resolve(ServerArgs(attention_backend="planted", page_size=page), config, platform)
+
+    def test_declarations_are_read_from_the_source(self):
+        for family in ("gqa", "mla"):
+            self.assertEqual({name: one.graphs for name, one in attention_backends(family).items()},
+                             {"torch_native": False, "triton": True})  # fmt: skip
+        path = Path(self.folder.name, "computed_backend.py")
+        path.write_text(
+            textwrap.dedent("""
+                NAME = "computed"
+
+                @register_attention_backend(NAME, "gqa", platforms=("cpu",))
+                class Computed: ...
+            """)
+        )
+        with self.assertRaisesRegex(ValueError, "computed_backend.py, line 4: .* needs literal arguments"):
+            read_source(path)
+
+
+if __name__ == "__main__":
+    unittest.main()
