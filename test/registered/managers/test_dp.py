@@ -125,9 +125,11 @@ class Group:
 
 
 class TestGroupsStepTogether(CustomTestCase):
-    def traffic(self, seed: int, counts: tuple[int, int], **options: Any) -> tuple[Group, Group]:
+    def traffic(self, seed: int, counts: tuple[int, int], first: Any = (), **options: Any) -> tuple[Group, Group]:
+        """``counts`` random requests of each group; ``first`` come before those of group 0."""
         meeting, rng = Meeting(2), random.Random(seed)
         groups = [Group(rank, meeting, options) for rank in range(2)]
+        groups[0].script += first
         wanted: list[dict[str, list[int]]] = [{}, {}]
         for rank, count in enumerate(counts):
             groups[rank].peer = groups[1 - rank]
@@ -189,6 +191,15 @@ class TestGroupsStepTogether(CustomTestCase):
         checks = [check for group in groups for check in group.checks]
         self.assertIn((False, True), checks, "a group went idle while the other worked")
         self.assertNotIn((True, True), checks)
+
+    def test_nan_in_a_chunk_ends_its_request_and_no_group(self) -> None:
+        """A chunk of 16 ends in the id that makes NaN; the prompt's own end would be sound."""
+        bad = [*range(8, 23), fakes.BAD, *range(8, 18)]
+        for hybrid in (False, True):
+            with self.subTest(hybrid=hybrid):
+                first, _ = self.traffic(2, (4, 4), first=[fakes.request("bad", bad, 5)], pool=160, hybrid=hybrid)
+                self.assertEqual(first.setup.channel.reasons["bad"].status_code, 500)
+                self.assertEqual(first.setup.memory.tree.match_prefix(bad).kv_len, 0)
 
     def test_one_shutdown_ends_both(self) -> None:
         first, second = self.traffic(5, (0, 0))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import tempfile
 import unittest
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -77,6 +80,26 @@ class ParityCase:
                 test.assertAlmostEqual(scored.logprobs[position], wanted, delta=TOLERANCE, msg=f"{rid} at {position}")
 
 
+@contextmanager
+def nan_in_step(engine: EngineHarness, step: int) -> Iterator[None]:
+    """The first row of the ``step``-th forward is NaN where it enters the model."""
+    embed = engine.runner.model.model.embed_tokens
+    forward, calls = embed.forward, count(1)
+
+    def faulty(ids: torch.Tensor) -> torch.Tensor:
+        rows = forward(ids)
+        if next(calls) == step:
+            rows = rows.clone()
+            rows[0] = float("nan")
+        return rows
+
+    embed.forward = faulty
+    try:
+        yield
+    finally:
+        embed.forward = forward
+
+
 PARAMS = SamplingParams(temperature=0.0, max_new_tokens=NEW_TOKENS, ignore_eos=True)
 
 
@@ -147,6 +170,30 @@ class TestSchedulerParity(CustomTestCase):
                     case.check(self, rid, result, 40)
                 retracted = sum(result.num_retractions for result in results.values())
                 self.assertGreater(retracted, 0, "nothing was retracted: the pool is too large for this test")
+
+    def test_a_nan_leaves_nothing_behind(self) -> None:
+        """One NaN in one row of one step: at most one request ends, the others and all retries are right."""
+        ended = 0
+        for name in ("dsv3", "q35moe"):
+            case = self.cases[name]
+            for options in (
+                {"chunked_prefill_size": 32, "page_size": 4, "overlap": True},
+                {"chunked_prefill_size": 64, "enable_mixed_chunk": True},
+            ):
+                for step in (1, 2, 9):
+                    with self.subTest(model=name, step=step, **options):
+                        engine = self.engine(case, **options)
+                        with nan_in_step(engine, step):
+                            self.submit_all(engine, case)
+                            engine.run()
+                        aborted = {rid for rid, r in engine.results.items() if r.finish_reason.type == "abort"}
+                        self.assertLessEqual(len(aborted), 1)
+                        ended += len(aborted)
+                        self.submit_all(engine, case, suffix="@1")
+                        for rid, result in engine.run().items():
+                            if rid not in aborted:
+                                case.check(self, rid, result)
+        self.assertGreater(ended, 6)
 
     def test_zz_ties_are_rare(self) -> None:
         tokens = sum(case.num_tokens for case in self.cases.values())

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import unittest
+from unittest import mock
 
 import torch
 
 from sglang.kernels.ops.sampling.greedy import greedy_aiter, greedy_sample
+from sglang.srt.layers.logits_processor import RowFault
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.test import aiter_greedy_cases
@@ -37,10 +39,21 @@ class TestAiterGreedySampleOverFake(aiter_greedy_cases.AiterGreedyCases, CustomT
         self.assertTrue(bool((ids >= vocab).all()))
         self.assertLess(int(greedy_sample(logits).max()), vocab)
 
-    def test_ids_are_bounded_whatever_the_kernel_says(self) -> None:
-        for answer, bounded in ((64, 63), (2**31 - 1, 63), (-5, 0)):
-            ids = greedy_aiter(torch.zeros(2, 64), lambda out, given, answer=answer: out.fill_(answer))
-            self.assertEqual(ids.tolist(), [bounded] * 2)
+    def test_ids_outside_the_vocabulary_end_their_rows(self) -> None:
+        """Whatever the kernel says, no id is made up in its place, and the device gets one that it can use."""
+        import aiter
+
+        for answer in (64, 77777, 2**31 - 1, -5):
+
+            def broken(out: torch.Tensor, logits: torch.Tensor, answer: int = answer) -> None:
+                out.copy_(torch.tensor([3, answer], dtype=torch.int32))
+
+            with mock.patch.object(aiter, "greedy_sample", broken):
+                self.assertEqual(greedy_aiter(torch.zeros(2, 64)).tolist(), [3, answer])
+                ids, output = self.sample(torch.zeros(2, 64))
+            self.assertEqual(output.row_faults.tolist(), [0, RowFault.TOKEN_ID])
+            self.assertEqual((int(ids[0]), ids.dtype), (3, torch.int32))
+            self.assertIn(int(ids[1]), range(64))
 
 
 class TestCpuIsLeftAlone(CustomTestCase):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import unittest
+from unittest import mock
 
 import torch
 
 from sglang.kernels.ops.sampling.greedy import greedy_sample
 from sglang.kernels.ops.sampling.seeded import seeded_sample_torch, uniform_from_seed_torch
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers import sampler as sampler_module
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput, RowFault
 from sglang.srt.layers.sampler import Sampler, filtered_probs
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError
@@ -189,6 +191,93 @@ class TestGreedy(CustomTestCase):
             LogitsProcessorOutput(torch.empty(0, 9)), info_of([], 9), positions=torch.empty(0, dtype=torch.int64)
         )
         self.assertEqual(ids.tolist(), [])
+
+
+class TestFaults(CustomTestCase):
+    """A row from which nothing can be sampled is marked with the reason; no id is made up for it, nor for others."""
+
+    def sample(
+        self, logits: torch.Tensor, params: list[SamplingParams], **row: object
+    ) -> tuple[list[int], list[int], LogitsProcessorOutput]:
+        output = LogitsProcessorOutput(logits)
+        info = info_of(params, logits.shape[1], **row)
+        ids = Sampler()(output, info, True, [1] * len(params), positions=torch.arange(len(params)))
+        self.assertTrue(bool(((ids >= 0) & (ids < logits.shape[1])).all()), "an id that the device cannot use")
+        return ids.tolist(), output.row_faults.tolist(), output
+
+    def test_ids_outside_the_vocabulary(self) -> None:
+        answers = [1, 77777, -3, 31, 32, 2**31 - 1, 0]
+        wanted = [0, *[RowFault.TOKEN_ID] * 2, 0, *[RowFault.TOKEN_ID] * 2, 0]
+        logits = torch.randn(7, 32, generator=torch.Generator().manual_seed(5))
+        healthy = [0, 3, 6]
+
+        def kernel(out: torch.Tensor, given: torch.Tensor) -> None:
+            out.copy_(torch.tensor(answers))
+
+        def op(*given: torch.Tensor) -> torch.Tensor:
+            return torch.tensor(answers)
+
+        greedy, drawn = SamplingParams(temperature=0.0), SamplingParams()
+        paths = {
+            "AITER, by the sampler's names": ({"_use_aiter": True, "_aiter_greedy_sample": kernel}, [greedy] * 7),
+            "op table, all greedy": ({"greedy_sample": op}, [greedy] * 7),
+            "torch": ({"_use_aiter": False, "greedy_torch": op}, [greedy] * 7),
+            "seeded": ({"seeded_sample": op}, [drawn] * 7),
+            "greedy rows beside drawn ones": (
+                {"greedy_sample": op, "seeded_sample": op},
+                [greedy, drawn] * 3 + [drawn],
+            ),
+        }
+        for path, (names, params) in paths.items():
+            with self.subTest(path), mock.patch.multiple(sampler_module, **names):
+                ids, faults, output = self.sample(logits, params)
+                self.assertEqual(faults, wanted)
+                self.assertEqual(output.invalid_rows.tolist(), [bool(fault) for fault in wanted])
+                self.assertEqual([ids[row] for row in healthy], [answers[row] for row in healthy])
+
+    def test_the_models_fault_comes_first(self) -> None:
+        logits = torch.zeros(2, 32)
+        logits[0, 3] = NAN
+        with mock.patch.multiple(sampler_module, greedy_sample=lambda given: torch.tensor([77, 78])):
+            _, faults, _ = self.sample(logits, [SamplingParams(temperature=0.0)] * 2)
+        self.assertEqual(faults, [RowFault.LOGITS, RowFault.TOKEN_ID])
+
+    def test_edited_logits_that_are_not_finite(self) -> None:
+        """The model's logits are sound, but what is drawn from is not; the row beside it never notices."""
+        cases = [
+            ({"min_new_tokens": 1}, [0, 1, 2, 3], [1.0, 2.0, 3.0, 4.0]),  # every id is forbidden
+            ({"temperature": 2e-6}, [], [1.0, 2.0, 3e33, 4.0]),  # past float32 once scaled
+            ({"temperature": 2e-6}, [], [-3e33, -2e33, -1e33, -3e33]),
+            ({"logit_bias": {"2": 3e38}}, [], [1.0, 2.0, 3e38, 4.0]),
+            ({"repetition_penalty": 1e-6}, [], [1.0, 2.0, 3e33, 4.0]),
+        ]
+        for fields, stop, row in cases:
+            for greedy in (False, True):
+                if greedy and "temperature" in fields:
+                    continue
+                with self.subTest(fields, greedy=greedy):
+                    edited = SamplingParams(**fields)
+                    edited.top_k = 1 if greedy else -1
+                    other = SamplingParams(temperature=0.0) if greedy else SamplingParams(top_p=0.9)
+                    neighbour = [0.5, -1.0, 2.0, 0.0]
+                    logits = torch.tensor([row, neighbour])
+                    info = info_of([edited, other], 4, prompt=[2], stop=stop)
+                    output = LogitsProcessorOutput(logits)
+                    ids = Sampler()(output, info, positions=torch.arange(2))
+                    self.assertEqual(output.row_faults.tolist(), [RowFault.EDITED, 0])
+                    alone = Sampler()(
+                        LogitsProcessorOutput(logits[1:]),
+                        info_of([other], 4, [1], prompt=[2]),
+                        positions=torch.tensor([1]),
+                    )
+                    self.assertEqual(int(ids[1]), int(alone))
+
+    def test_a_greedy_row_is_judged_as_such_whoever_is_beside_it(self) -> None:
+        logits = torch.tensor([[1.0, 3e33, 2.0], [1.0, 2.0, 3.0]])
+        cold = SamplingParams(temperature=2e-6, top_k=1)
+        for params in ([cold, cold], [cold, SamplingParams()]):
+            ids, faults, _ = self.sample(logits, params)
+            self.assertEqual((ids[0], faults), (1, [0, 0]))
 
 
 class TestEdits(CustomTestCase):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import nn
@@ -13,6 +14,17 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 TopLogprobs = list[tuple[float, int]]
 # Bound on prompt logits held at once, in elements.
 _BLOCK_LOGITS = 1 << 25
+
+
+class RowFault(IntEnum):
+    """Why nothing can be sampled from a row; the first that applies. 0 is a sound row."""
+
+    # The model's logits hold NaN, +inf or nothing finite: what the step computed for the request is not sound.
+    LOGITS = 1
+    # The model's logits are sound, but not with the request's own penalties, bias, forbidden ids and temperature.
+    EDITED = 2
+    # A kernel answered an id outside the vocabulary.
+    TOKEN_ID = 3
 
 
 @dataclass
@@ -28,11 +40,16 @@ class LogitsProcessorOutput:
     input_token_logprobs: list[list[float]] | None = None
     input_top_logprobs: list[list[TopLogprobs]] | None = None
     input_token_ids_logprobs: list[list[TopLogprobs]] | None = None
-    # Filled by the sampler: rows that could not be sampled [B] bool, and what was asked about the drawn tokens [B].
-    invalid_rows: torch.Tensor | None = None
+    # Filled by the sampler: a RowFault or 0 for each row [B] int8, and what was asked about the drawn tokens [B].
+    row_faults: torch.Tensor | None = None
     next_token_logprobs: torch.Tensor | None = None
     next_token_top_logprobs: list[TopLogprobs] | None = None
     next_token_token_ids_logprobs: list[TopLogprobs] | None = None
+
+    @property
+    def invalid_rows(self) -> torch.Tensor | None:
+        """Rows from which nothing was sampled: [B] bool, None before sampling."""
+        return None if self.row_faults is None else self.row_faults != 0
 
 
 class LogitsProcessor(nn.Module):

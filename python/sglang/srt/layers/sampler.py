@@ -9,7 +9,7 @@ import torch
 from sglang.kernels.ops.sampling.greedy import fits_aiter, greedy_aiter, greedy_sample, greedy_torch
 from sglang.kernels.ops.sampling.seeded import seeded_sample
 from sglang.srt.distributed import get_tp_group, is_dp_attention_enabled
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput, chosen_entries, top_entries
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput, RowFault, chosen_entries, top_entries
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.server_args import get_global_server_args
 
@@ -24,8 +24,9 @@ _aiter_greedy_sample: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 class Sampler(torch.nn.Module):
     """Chooses the next token of each row.
 
-    A row whose logits hold NaN, +inf or nothing finite cannot be sampled: ``logits_output.invalid_rows`` marks it, an
-    id in range stands in its place, and the scheduler ends that request with an error.
+    A row from which nothing can be sampled gets a ``RowFault`` in ``logits_output.row_faults``: its logits, or those
+    that it is drawn from, hold NaN, +inf or nothing finite, or the kernel's answer is no token id. An id in range then
+    stands in its place for the device's sake, and the scheduler ends that request with an error.
     """
 
     def forward(
@@ -44,26 +45,37 @@ class Sampler(torch.nn.Module):
         under the model's own distribution (before penalties and temperature).
         """
         raw = logits_output.next_token_logits
-        logits_output.invalid_rows = ~torch.isfinite(raw.amax(dim=-1))
         logits = sampling_info.apply_edits(raw) if sampling_info.edits_logits() else raw
         if sampling_info.is_all_greedy:
-            ids = _greedy(logits)
+            ids, drawn_from = _greedy(logits), logits
         else:
             assert positions is not None, "random sampling needs positions"
-            ids = self._sample(logits, sampling_info, positions)
+            ids, drawn_from = self._sample(logits, sampling_info, positions)
+        bounded = ids.clamp(0, raw.shape[-1] - 1)
+        logits_output.row_faults = _row_faults(raw, drawn_from, ids != bounded)
+        ids = bounded
         if return_logprob:
             _fill_logprobs(logits_output, raw, ids, top_logprobs_nums, token_ids_logprobs)
         return ids
 
     @staticmethod
-    def _sample(logits: torch.Tensor, info: SamplingBatchInfo, positions: torch.Tensor) -> torch.Tensor:
-        probs = filtered_probs(logits, info)
-        # Rows that cannot be sampled are marked invalid by the caller; give them a harmless distribution.
-        probs = torch.where(torch.isfinite(probs), probs, 1.0)
-        drawn = seeded_sample(probs, info.seeds, positions)
+    def _sample(
+        logits: torch.Tensor, info: SamplingBatchInfo, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids [B] int64, not bounded, and the scaled logits [B, V] that they are drawn from (greedy rows: scale 1)."""
+        scaled = logits / info.temperatures
+        drawn = seeded_sample(_filter(torch.softmax(scaled, dim=-1), info), info.seeds, positions)
         if info.is_any_greedy:
-            return torch.where(info.greedy_rows, _greedy(logits).to(drawn.dtype), drawn)
-        return drawn
+            drawn = torch.where(info.greedy_rows, _greedy(logits).to(drawn.dtype), drawn)
+        return drawn, scaled
+
+
+def _row_faults(raw: torch.Tensor, drawn_from: torch.Tensor, bad_ids: torch.Tensor) -> torch.Tensor:
+    """A RowFault or 0 for each row: [B] int8."""
+    faults = bad_ids.to(torch.int8) * int(RowFault.TOKEN_ID)
+    if drawn_from is not raw:
+        faults.masked_fill_(~torch.isfinite(drawn_from.amax(dim=-1)), int(RowFault.EDITED))
+    return faults.masked_fill_(~torch.isfinite(raw.amax(dim=-1)), int(RowFault.LOGITS))
 
 
 def _greedy(logits: torch.Tensor) -> torch.Tensor:
@@ -78,7 +90,10 @@ def filtered_probs(logits: torch.Tensor, info: SamplingBatchInfo) -> torch.Tenso
     Top-k and top-p keep the most probable ids, ties in id order; top-p keeps the shortest such list whose sum reaches
     p (after top-k and renormalised); min-p drops ids below ``min_p * max``. Rows are not renormalised at the end.
     """
-    probs = torch.softmax(logits / info.temperatures, dim=-1)
+    return _filter(torch.softmax(logits / info.temperatures, dim=-1), info)
+
+
+def _filter(probs: torch.Tensor, info: SamplingBatchInfo) -> torch.Tensor:
     if info.need_top_k or info.need_top_p:
         ordered, order = torch.sort(probs, dim=-1, descending=True, stable=True)
         if info.need_top_k:

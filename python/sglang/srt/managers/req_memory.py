@@ -60,6 +60,8 @@ class ReqMemory:
             self.req_pool.write(row, 0, match.slot_ids)
         req.req_pool_idx, req.node = row, match.node
         req.computed_len = req.tree_len = prefix
+        # What a retracted request finds again may be its own.
+        req.own_start = min(req.own_start, prefix) if req.num_retractions else prefix
         req.snapshot_at = match.kv_len if match.kv_len > prefix else 0
         req.cached_tokens = max(req.cached_tokens, prefix) if req.num_retractions == 0 else req.cached_tokens
 
@@ -93,7 +95,8 @@ class ReqMemory:
         Slots that were cached by someone else in the meantime replace the request's own.
         """
         num_tokens = self.tree.aligned(req.computed_len)
-        if self.tree.disable or num_tokens <= req.tree_len:
+        assert req.node is not None
+        if self.tree.disable or num_tokens <= req.tree_len or req.node.withdrawn:
             return
         row = self._row(req)
         tokens, slots = req.token_ids[:num_tokens], self.req_pool.read(row, 0, num_tokens)
@@ -106,26 +109,34 @@ class ReqMemory:
             self.allocator.free(slots[req.tree_len : result.prefix_len])
             self.req_pool.write(row, 0, self.tree.path_slots(result.node))
         self.tree.inc_lock_ref(result.node)
-        assert req.node is not None
         self.tree.dec_lock_ref(req.node)
         req.node, req.tree_len = result.node, num_tokens
+
+    def withdraw(self, req: Req) -> None:
+        """Take out of the prefix cache what was computed for a request whose step turned out not to be sound.
+
+        Requests that stand on it already go on, each judged by its own steps, and cache nothing.
+        """
+        assert req.node is not None
+        self.tree.withdraw(req.node, req.own_start)
 
     def release(self, req: Req, cache: bool) -> None:
         """Take back all that the request holds; with ``cache`` its computed tokens stay in the prefix cache.
 
-        A token whose step may still be in flight is not cached: nobody has seen yet that the step was sound.
+        A token whose step may still be in flight is not cached: nobody has seen yet that the step was sound. Nor is
+        anything cached that was computed on what has been withdrawn.
         """
         if req.req_pool_idx is None:
             return
+        assert req.node is not None
         slots = self.req_pool.read(req.req_pool_idx, 0, req.computed_len)
-        if cache:
+        if cache and not req.node.withdrawn:
             num_tokens = self.tree.aligned(min(req.computed_len, req.seq_len - 1))
             result = self.tree.insert(req.token_ids[:num_tokens], slots[:num_tokens])
             surplus = [slots[req.tree_len : max(req.tree_len, result.prefix_len)], slots[result.cached_len :]]
             self.allocator.free(torch.cat(surplus))
         else:
             self.allocator.free(slots[req.tree_len :])
-        assert req.node is not None
         self.tree.dec_lock_ref(req.node)
         self.req_pool.free(req.req_pool_idx)
         if req.state_slot is not None:

@@ -20,7 +20,8 @@ class Req:
 
     Lengths, all in tokens: ``seq_len`` of prompt and output so far; ``computed_len`` of them have KV (and state) in the
     pools, or will have once the steps that are launched have run; the first ``tree_len`` of those lie in slots that
-    the prefix cache owns and this request locks. ``num_in_flight`` tokens are being drawn and not known yet.
+    the prefix cache owns and this request locks. All past ``own_start`` was computed for this request, not found in
+    the cache. ``num_in_flight`` tokens are being drawn and not known yet.
     """
 
     def __init__(self, message: TokenizedGenerateReqInput, seed: int, stop_ids: frozenset[int]) -> None:
@@ -46,6 +47,7 @@ class Req:
         self.node: TreeNode | None = None
         self.computed_len = 0
         self.tree_len = 0
+        self.own_start = 0
         self.num_in_flight = 0
         # Hybrid models: end a prefill chunk here, where KV is known but no state snapshot is.
         self.snapshot_at = 0

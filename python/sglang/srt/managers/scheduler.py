@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglang.srt.layers.logits_processor import RowFault
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchTokenIDOutput,
@@ -35,6 +36,7 @@ from sglang.srt.managers.scheduler_metrics import SchedulerMetrics
 from sglang.srt.managers.step_result import (
     StopChecker,
     abort_reason,
+    fault_reason,
     make_output,
     record_input_logprobs,
     record_output_logprobs,
@@ -119,7 +121,7 @@ class Scheduler:
         """Launch one prefill or decode step and take in the one before it; False when there was nothing to do.
 
         With overlap, the result of a decode step is taken in after the next step is launched. A prefill step is taken
-        in at once: what it computed is shared with others only when it is known to be sound.
+        in at once: each chunk is shared with others only when its own row is known to be sound.
         """
         started = time.perf_counter()
         self._waited_s = 0.0
@@ -385,15 +387,13 @@ class Scheduler:
             req.num_in_flight -= draws
             if req.finish_reason is not None:
                 continue
-            if prefill and req.return_logprob:
-                record_input_logprobs(req, output.logits_output, index)
+            if self._accept(req, index, draws, output):
+                self._finish(req, output.row_faults[index])
+                talk.append(req)
+                continue
             if not draws:
                 self.memory.share_prefix(req)
                 self.partial.append(req)
-                continue
-            if self._accept(req, index, output):
-                self._finish(req, output.invalid_rows[index])
-                talk.append(req)
                 continue
             if prefill and id(req) not in was_running:
                 self.memory.share_prefix(req)
@@ -402,17 +402,22 @@ class Scheduler:
                 talk.append(req)
         self._emit(talk)
 
-    def _accept(self, req: Req, index: int, output: StepOutput) -> bool:
-        """Add the drawn token to the request; True when it is finished."""
-        if output.invalid_rows[index]:
-            req.finish_reason = abort_reason(
-                "The model produced logits that are not numbers for this request; nothing was sampled from them. "
-                "Please report the prompt.",
-                500,
-                "InternalServerError",
-            )
-            logger.error("request %s: logits hold NaN or nothing finite; the request is ended", req.rid)
+    def _accept(self, req: Req, index: int, draws: bool, output: StepOutput) -> bool:
+        """Judge the request's row, and add the token drawn from it if it ``draws``; True when the request is over.
+
+        The row of a prompt that is not at its end tells whether the chunk was sound: its last token has attended to
+        all before it.
+        """
+        fault = output.row_faults[index]
+        if fault == RowFault.LOGITS or (fault and draws and req.max_new_tokens):
+            req.finish_reason = fault_reason(RowFault(fault))
+            self.metrics.num_aborted_reqs += 1
+            logger.error("request %s is ended: %s", req.rid, req.finish_reason.message)
             return True
+        if req.return_logprob:
+            record_input_logprobs(req, output.logits_output, index)
+        if not draws:
+            return False
         if req.max_new_tokens == 0:
             req.finish_reason = FinishReason(type="length", length=0)
             return True
@@ -425,9 +430,13 @@ class Scheduler:
         req.finish_reason = self.stop_checker.check(req)
         return req.finish_reason is not None
 
-    def _finish(self, req: Req, poisoned: bool) -> None:
-        """Release a finished request; what a broken step computed never enters the prefix cache."""
-        self.memory.release(req, cache=not poisoned)
+    def _finish(self, req: Req, fault: int) -> None:
+        """Release a finished request. What a broken step computed never enters the prefix cache, and what was computed
+        for the request before, and shared, is withdrawn."""
+        unsound = fault in (RowFault.LOGITS, RowFault.TOKEN_ID)
+        if unsound:
+            self.memory.withdraw(req)
+        self.memory.release(req, cache=not unsound)
         if req in self.running:
             self.running.remove(req)
 

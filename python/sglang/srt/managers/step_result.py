@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput, RowFault
 from sglang.srt.managers.io_struct import FinishReason, TokenIDOutput, TokenLogprobs
 from sglang.srt.managers.schedule_batch import Req
 
@@ -107,6 +107,32 @@ def make_output(req: Req, is_first: bool) -> TokenIDOutput:
 
 def _tail(logprobs: TokenLogprobs, start: int) -> TokenLogprobs:
     return TokenLogprobs(**{name: rows[start:] for name, rows in msgspec.structs.asdict(logprobs).items()})
+
+
+_FAULTS = {
+    RowFault.LOGITS: (
+        "The model produced logits that are not numbers for this request; nothing was sampled from them. Please report "
+        "the prompt.",
+        500,
+    ),
+    RowFault.EDITED: (
+        "After this request's own penalties, logit_bias, forbidden stop ids (min_new_tokens) and temperature no logit "
+        "is finite, so nothing can be sampled. Use a higher temperature, smaller penalties and biases, or fewer "
+        "stop_token_ids.",
+        400,
+    ),
+    RowFault.TOKEN_ID: (
+        "The sampling kernel answered a token id outside the vocabulary; the id was not used. Please report it with "
+        'the "kernels" part of /server_info; SGLANG_KERNELS="sampling.greedy=torch" avoids the kernel.',
+        500,
+    ),
+}
+
+
+def fault_reason(fault: RowFault) -> FinishReason:
+    """Why a request ends from whose row nothing could be sampled."""
+    message, status_code = _FAULTS[fault]
+    return abort_reason(message, status_code, "BadRequestError" if status_code == 400 else "InternalServerError")
 
 
 def abort_reason(message: str, status_code: int | None = None, err_type: str | None = None) -> FinishReason:

@@ -14,14 +14,14 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Ids on the host, rows whose logits could not be sampled, and the log-probabilities that were asked for.
+    """Ids on the host, faults of rows, and the log-probabilities that were asked for.
 
-    ``next_token_ids`` and ``invalid_rows`` have one entry a request; for a request whose prompt is not at its end the
-    entry has no meaning.
+    ``next_token_ids`` and ``row_faults`` (a RowFault, 0 where all is sound) have one entry per request. For a request
+    whose prompt is not at its end the id has no meaning, and of the faults RowFault.LOGITS alone has one.
     """
 
     next_token_ids: list[int]
-    invalid_rows: list[bool]
+    row_faults: list[int]
     next_token_logprobs: list[float] | None
     logits_output: LogitsProcessorOutput
 
@@ -30,11 +30,11 @@ class LaunchedStep:
     """A step on its way; ``result`` waits for it."""
 
     def __init__(self, ids: torch.Tensor, logits_output: LogitsProcessorOutput) -> None:
-        invalid = logits_output.invalid_rows
-        assert invalid is not None
+        faults = logits_output.row_faults
+        assert faults is not None
         logprobs = logits_output.next_token_logprobs
-        # One copy for ids and flags: a token id fits exactly into float64 beside a log-probability.
-        rows = [ids.to(torch.float64), invalid.to(torch.float64)]
+        # One copy for ids and faults: a token id fits exactly into float64 beside a log-probability.
+        rows = [ids.to(torch.float64), faults.to(torch.float64)]
         if logprobs is not None:
             rows.append(logprobs.to(torch.float64))
         packed = torch.stack(rows)
@@ -52,10 +52,10 @@ class LaunchedStep:
         """Wait for the one device-to-host copy of the step."""
         if self._event is not None:
             self._event.synchronize()
-        ids, invalid, *logprobs = self._host.unbind(0)
+        ids, faults, *logprobs = self._host.unbind(0)
         return StepOutput(
             next_token_ids=ids.long().tolist(),
-            invalid_rows=invalid.bool().tolist(),
+            row_faults=faults.int().tolist(),
             next_token_logprobs=logprobs[0].tolist() if logprobs else None,
             logits_output=self._logits_output,
         )

@@ -123,6 +123,11 @@ class HybridRadixCache(RadixCache):
         self._offer(node)
         return slot
 
+    def _withdraw_one(self, node: TreeNode) -> None:
+        if node.state_slot is not None:
+            self.state_pool.free(self._detach(node))
+        super()._withdraw_one(node)
+
     def _eviction_key(self, node: TreeNode) -> HeapKey:
         """Leaves without a state match nothing, so they go first."""
         return (0 if node.state_slot is None else 1, node.last_access, node.id)

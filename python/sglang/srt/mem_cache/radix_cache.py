@@ -24,10 +24,12 @@ class TreeNode:
     """One edge of the tree: ``key`` and ``value`` [n] int64 are its tokens and their slots; n is 0 at the root only.
 
     ``lock_ref`` counts the locks on this node and below it. ``state_slot`` is a recurrent state valid exactly at the
-    node's end (hybrid models only).
+    node's end (hybrid models only). A ``withdrawn`` node is out of the tree for good: only locks keep its slots.
     """
 
-    __slots__ = ("children", "heap_key", "id", "key", "last_access", "lock_ref", "parent", "state_slot", "value")
+    __slots__ = (
+        "children", "heap_key", "id", "key", "last_access", "lock_ref", "parent", "state_slot", "value", "withdrawn",
+    )  # fmt: skip
 
     def __init__(self, node_id: int, parent: TreeNode | None, key: np.ndarray, value: np.ndarray):
         self.id = node_id
@@ -39,6 +41,7 @@ class TreeNode:
         self.last_access = 0
         self.heap_key: HeapKey | None = None
         self.state_slot: int | None = None
+        self.withdrawn = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +103,7 @@ class RadixCache:
         self._heap: list[tuple[HeapKey, TreeNode]] = []
         self._evictable = 0
         self._protected = 0
+        self._withdrawn: set[TreeNode] = set()
 
     def evictable_size(self) -> int:
         """Cached tokens that no lock protects."""
@@ -118,8 +122,9 @@ class RadixCache:
 
     def reset(self) -> None:
         """Drop every node and return its slots to the allocator; refused while any node is locked."""
-        if self._protected:
-            raise RadixIntegrityError(f"reset of a prefix cache with {self._protected} locked tokens")
+        locked = self._protected + sum(node.value.size for node in self._withdrawn)
+        if locked:
+            raise RadixIntegrityError(f"reset of a prefix cache with {locked} locked tokens")
         self._release(list(self._nodes()))
         self._start_empty()
 
@@ -265,10 +270,52 @@ class RadixCache:
             if step.lock_ref == 0:
                 raise RadixIntegrityError(f"node {step.id} is unlocked more often than it was locked")
             step.lock_ref -= 1
-            if step.lock_ref == 0:
+            if step.lock_ref:
+                continue
+            if step.withdrawn:
+                self._withdrawn.remove(step)
+                self._release([step])
+            else:
                 self._evictable += step.value.size
                 self._protected -= step.value.size
                 self._offer(step)
+
+    # Withdrawal
+
+    def withdraw(self, node: TreeNode, keep: int) -> None:
+        """Take the path to ``node``, past its first ``keep`` tokens, out of the cache, and all that hangs below it.
+
+        Nothing matches it from now on. Slots under a lock go back with the last lock, the others at once; requests
+        that hold such a lock go on, and must not insert what they compute on it (``TreeNode.withdrawn``).
+        """
+        start, top = 0, None
+        for top in list(self._path_up(node))[::-1]:
+            start += top.key.size
+            if start > keep:
+                break
+        if top is None or start <= keep or top.withdrawn:
+            return
+        parent = top.parent
+        assert parent is not None
+        del parent.children[self._child_key(top.key)]
+        branch = [top]
+        for step in branch:
+            branch += step.children.values()
+        for step in branch:
+            self._withdraw_one(step)
+        self._release([step for step in branch if not step.lock_ref])
+        self._offer(parent)
+
+    def _withdraw_one(self, node: TreeNode) -> None:
+        node.children = {}
+        node.withdrawn = True
+        node.heap_key = None
+        self._num_nodes -= 1
+        if node.lock_ref:
+            self._protected -= node.value.size
+            self._withdrawn.add(node)
+        else:
+            self._evictable -= node.value.size
 
     # Eviction. Each evictable leaf has a live entry on the heap, keyed as the leaf was when offered. Use makes a key
     # larger: an entry that comes up stale is put back under its present key, so the order stays exact.

@@ -35,6 +35,10 @@ def check_tree(cache: RadixCache, free_slots: torch.Tensor | None, held: torch.T
                 evictable += child.value.size
                 _check_offered(cache, child)
             stack.append(child)
+    for node in cache._withdrawn:
+        if not node.withdrawn or node.lock_ref < 1:
+            raise RadixIntegrityError(f"node {node.id} is kept as withdrawn, with {node.lock_ref} locks")
+        values.append(node.value)
     if num_nodes != cache._num_nodes:
         raise RadixIntegrityError(f"the tree has {num_nodes} nodes, its counter says {cache._num_nodes}")
     for name, counted, kept in (

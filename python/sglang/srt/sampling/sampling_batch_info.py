@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sglang.srt.sampling.sampling_params import GREEDY_TEMPERATURE, SamplingParams
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class SamplingBatchInfo:
         left = [max(0, p.min_new_tokens - len(row.output_ids)) for p, row in zip(params, rows, strict=True)]
         info = cls(
             vocab_size=vocab_size,
-            temperatures=column([1.0 if p.temperature < GREEDY_TEMPERATURE else p.temperature for p in params]),
+            temperatures=column([1.0 if p.is_greedy else p.temperature for p in params]),
             top_ps=column([p.top_p for p in params]),
             top_ks=move(top_ks, torch.int64).unsqueeze(1),
             min_ps=column([p.min_p for p in params]),

@@ -21,9 +21,9 @@ TRITON_BLOCK = 2048
 def greedy_torch(logits: Tensor) -> Tensor:
     """Index of the largest logit in each row.
 
-    logits [B, V] float, any strides -> [B] int64 (AITER: int32), always in [0, V); ties take the first. A row of -inf
-    gives 0; a row that holds NaN gives the index of its first NaN (AITER: any), and the caller refuses such a row, see
-    ``Sampler``.
+    logits [B, V] float, any strides -> [B] int64 (AITER: int32), in [0, V); ties take the first. A row of -inf gives 0;
+    a row that holds NaN gives the index of its first NaN (AITER: any integer for either). The caller refuses such rows
+    and every id outside [0, V), see ``Sampler``.
     """
     if logits.shape[0] == 0:
         return torch.empty(0, dtype=torch.int64, device=logits.device)
@@ -34,14 +34,14 @@ def greedy_torch(logits: Tensor) -> Tensor:
 
 
 def greedy_aiter(logits: Tensor, kernel: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
-    """By AITER's kernel, or ``kernel`` of its signature, whose answer to a row without a winner is bounded here."""
+    """By AITER's kernel, or ``kernel`` of its signature; the caller judges its ids."""
     if kernel is None:
         import aiter
 
         kernel = aiter.greedy_sample
     out = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
     kernel(out, logits)
-    return out.clamp_(0, logits.shape[1] - 1)
+    return out
 
 
 def fits_aiter(logits: Tensor) -> bool:
