@@ -45,6 +45,12 @@ class Envs:
         doc="Platform whose policy is used. Not set: ROCm, CUDA or CPU, by what torch reports. `rocm` without a GPU "
         "needs the vendor fakes on `PYTHONPATH`.",
     )
+    SGLANG_API_KEY = EnvStr(
+        "", secret=True, doc="The API key, where neither `--api-key` nor `--api-key-file` gives one."
+    )
+    SGLANG_ADMIN_API_KEY = EnvStr(
+        "", secret=True, doc="The admin API key, where neither `--admin-api-key` nor its file gives one."
+    )
     SGLANG_KERNELS = EnvStr(
         "",
         doc="Comma-separated `op=implementation` pairs that force an implementation, for bisection, such as "

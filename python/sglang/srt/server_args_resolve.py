@@ -187,6 +187,8 @@ def remarks(args: ServerArgs) -> list[str]:
         closed = "" if args.admin_api_key else "; administrative endpoints are closed"
         anyone = f"whoever reaches port {args.port} may run inference"
         found.append(f"--host {args.host} without --api-key: {anyone}{closed}")
+    elif args.api_key is None and args.admin_api_key:
+        found.append("--admin-api-key guards administrative endpoints alone: set --api-key too to guard inference")
     if args.deepep_mode == "normal" and args.moe_a2a_backend == "none":
         found.append("--deepep-mode normal has no effect: --moe-a2a-backend is none")
     if args.load_balance_method != "auto" and args.dp_size == 1:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sglang.srt import server_args as flags
 from sglang.srt.environ import EnvError, check_environment
+from sglang.srt.server_args_keys import with_keys
 from sglang.srt.server_args_parser import parse_command_line
 from sglang.srt.server_args_resolve import Change, PlatformLike, check, resolve_all
 from sglang.srt.utils.network import PortError, bind
@@ -59,7 +60,10 @@ def evaluate(
     folder only config.json and generation_config.json are read, so a folder with them alone is enough.
     """
     verdict = _read_flags(argv)
-    args = verdict.args
+    keys = with_keys(verdict.args, environ)
+    args = verdict.args = keys.args
+    verdict.errors += keys.errors
+    verdict.warnings += keys.warnings
     platform = _choose_platform(platform, verdict)
     report = check_environment(environ, platform.kind if platform else None)
     verdict.errors += report.errors

@@ -36,7 +36,7 @@ class TestKeys(CustomTestCase):
     ]
 
     def status(self, policy, path, key, method="POST"):
-        refusal = policy.refusal(method, path, f"Bearer {key}" if key else "")
+        refusal = policy.refusal(method, path, f"Bearer {key}".encode() if key else b"")
         return refusal and refusal.status_code
 
     def test_table(self):
@@ -51,10 +51,19 @@ class TestKeys(CustomTestCase):
         for path in ("/health", "/health_generate", "/ready", "/metrics"):
             self.assertIsNone(self.status(policy, path, None, "GET"))
         self.assertIsNone(self.status(policy, "/generate", None, "OPTIONS"))
-        for header in ("k", "Bearer", "Bearer kk", "Basic k", "Bearer \u00e9", "bearer  "):
+        for path in ("/healthz", "/metrics2", "/health/x", "/readyness"):
+            self.assertEqual(self.status(policy, path, None, "GET"), 401, path)
+        for header in (b"k", b"Bearer", b"Bearer kk", b"Basic k", b"Bearer \xe9", b"bearer  ", b"Bearer k\xff"):
             self.assertEqual(policy.refusal("POST", "/generate", header).status_code, 401, header)
-        self.assertIsNone(policy.refusal("POST", "/generate", "bearer k"))
+        self.assertIsNone(policy.refusal("POST", "/generate", b"bearer k"))
         self.assertEqual(self.status(policy, "/flush_cache/", "k"), 401)
+
+    def test_keys_beyond_ascii(self):
+        policy = AuthPolicy("0.0.0.0", "schlüssel", "ключ")
+        for key in ("schlüssel".encode(), "schlüssel".encode("latin-1")):
+            self.assertIsNone(policy.refusal("POST", "/generate", b"Bearer " + key))
+        self.assertIsNone(policy.refusal("POST", "/flush_cache", "Bearer ключ".encode()))
+        self.assertEqual(policy.refusal("POST", "/generate", b"Bearer schl?ssel").status_code, 401)
 
     def test_what_the_server_lacks_is_said_whatever_the_key(self):
         for policy in (AuthPolicy("0.0.0.0", "k", "a"), AuthPolicy("0.0.0.0", None, None)):

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from sglang.srt.entrypoints.auth import AuthMiddleware, AuthPolicy
@@ -19,6 +20,7 @@ from sglang.srt.entrypoints.native_api import NativeApi
 from sglang.srt.entrypoints.openai.models_api import ModelsApi
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
+from sglang.srt.entrypoints.sites import SitePolicy, split_list
 from sglang.srt.managers.request_input import RequestError, request_limit
 from sglang.srt.utils.limits import MAX_QUEUED_REQUESTS
 from sglang.version import __version__
@@ -47,7 +49,13 @@ def build_app(context: ServerContext, lifespan: Lifespan) -> FastAPI:
             app.add_api_route(path, _plain(handler), methods=[method], response_model=None, name=name)
     # The last one added is asked first: who has no key gets no body read.
     app.add_middleware(BodyLimit, max_bytes=args.max_request_bytes)
-    app.add_middleware(AuthMiddleware, policy=AuthPolicy(args.host, args.api_key, args.admin_api_key))
+    policy = AuthPolicy(args.host, args.api_key, args.admin_api_key)
+    sites = SitePolicy(args.host, args.api_key is not None, args.allowed_hosts, args.allowed_origins)
+    app.add_middleware(AuthMiddleware, policy=policy, sites=sites)
+    if origins := split_list(args.allowed_origins):
+        # Outside the check of keys, which a pre-flight does not bring.
+        cors = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"]}
+        app.add_middleware(CORSMiddleware, **cors, expose_headers=["Retry-After"])
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
     return app

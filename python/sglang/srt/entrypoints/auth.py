@@ -1,7 +1,8 @@
-"""Who may call what: bearer keys, and administrative endpoints closed to the network where no key guards them."""
+"""Who may call what: bearer keys, administrative endpoints closed to the network without one, names and web pages."""
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 
 from starlette.responses import Response
@@ -9,10 +10,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sglang.srt.entrypoints.errors import error_response
 from sglang.srt.entrypoints.lacking import LACKING_PATHS
+from sglang.srt.entrypoints.sites import SitePolicy
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.server_args_resolve import is_loopback
 
-OPEN_PREFIXES = ("/health", "/ready", "/metrics")
+# Without a key: probes, and metrics, as upstream's monitoring expects.
+OPEN_PATHS = frozenset({"/health", "/health_generate", "/ready", "/metrics"})
 # Endpoints with which one client can disturb the others.
 ADMIN_PATHS = frozenset({"/abort_request", "/flush_cache"})
 
@@ -30,11 +33,11 @@ class AuthPolicy:
         self._admin_api_key = admin_api_key
         self.admin_closed = not (api_key or admin_api_key or is_loopback(host))
 
-    def refusal(self, method: str, path: str, authorization: str) -> Response | None:
+    def refusal(self, method: str, path: str, authorization: bytes) -> Response | None:
         """None if the request may pass, else its answer: 401 for a missing or wrong key, 403 where no key would do."""
         path = "/" + path.strip("/")
         # What the server lacks does nothing: its 501 says more than a 401 for a key that may be right upstream.
-        if method == "OPTIONS" or path.startswith(OPEN_PREFIXES) or path in LACKING_PATHS:
+        if method == "OPTIONS" or path in OPEN_PATHS or path in LACKING_PATHS:
             return None
         is_admin = path in ADMIN_PATHS
         if is_admin and self.admin_closed:
@@ -50,23 +53,32 @@ class AuthPolicy:
         return error_response(RequestError(message, 401, "AuthenticationError", {"WWW-Authenticate": "Bearer"}))
 
 
-def _has_bearer(authorization: str, key: str) -> bool:
-    scheme, _, token = authorization.partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(token.strip().encode(), key.encode())
+def _has_bearer(authorization: bytes, key: str) -> bool:
+    """Whether the header brings ``key``, as UTF-8 or, as older clients write it, as Latin-1."""
+    scheme, _, token = authorization.partition(b" ")
+    if scheme.lower() != b"bearer":
+        return False
+    forms = [key.encode()]
+    with contextlib.suppress(UnicodeEncodeError):
+        forms.append(key.encode("latin-1"))
+    return any([hmac.compare_digest(token.strip(), form) for form in forms])
 
 
 class AuthMiddleware:
-    """Asks the policy before any handler runs."""
+    """Asks both policies before any handler runs."""
 
-    def __init__(self, app: ASGIApp, policy: AuthPolicy):
+    def __init__(self, app: ASGIApp, policy: AuthPolicy, sites: SitePolicy):
         self._app = app
         self._policy = policy
+        self._sites = sites
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        authorization = headers.get(b"authorization", b"").decode("latin-1")
-        refusal = self._policy.refusal(scope["method"], scope["path"], authorization)
+        method, path = scope["method"], scope["path"]
+        refusal = self._sites.refusal(method, path, headers)
+        if refusal is None:
+            refusal = self._policy.refusal(method, path, headers.get(b"authorization", b""))
         await (self._app if refusal is None else refusal)(scope, receive, send)
