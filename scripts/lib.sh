@@ -44,32 +44,61 @@ sys.exit(not Requirement(sys.argv[1]).specifier.contains(version("torch").split(
 EOF
 }
 
+# pip_install ARGUMENT...: with pip's own progress on a terminal; in a log, the phases that `say` names are enough.
+pip_install() {
+    local quiet=()
+    [ -t 1 ] || quiet=(--quiet --progress-bar off)
+    "$VENV/bin/python" -m pip install --no-compile "${quiet[@]}" "$@"
+}
+
+say() {
+    echo "[$((SECONDS - BEGAN)) s] $*"
+}
+
+# True if the host of a URL answers, in whatever way: pip would try for a minute before it says that none does.
+answers() {
+    "$VENV/bin/python" - "$1" <<'EOF'
+import sys, urllib.error, urllib.request
+try:
+    urllib.request.urlopen(sys.argv[1], timeout=10)
+except urllib.error.HTTPError as error:
+    sys.exit(error.code in (502, 503, 504))
+except OSError as error:
+    sys.exit("certificate" not in str(error).lower())
+EOF
+}
+
 # Where no GPU is seen, torch's CPU build: PyPI's own is several GB of CUDA on x86-64. What torch needs is left to
 # the install of the package, so that one index alone decides which build it is.
 install_torch() {
-    local pip="$VENV/bin/python -m pip install --quiet --no-compile" gpu
+    local gpu
     gpu="$(gpu_kind)"
     if torch_fits "$VENV/bin/python"; then
         return
     elif [ -n "${SGLANG_TORCH_INDEX_URL:-}" ]; then
-        $pip --no-deps --index-url "$SGLANG_TORCH_INDEX_URL" "$TORCH_RANGE"
+        say "installing torch from SGLANG_TORCH_INDEX_URL"
+        pip_install --no-deps --index-url "$SGLANG_TORCH_INDEX_URL" "$TORCH_RANGE"
     elif [ "$gpu" = amd ]; then
         die "an AMD GPU, but no ROCm build of torch in reach: run inside an image that has one, or set" \
             "SGLANG_TORCH_INDEX_URL to the index of your ROCm version (https://download.pytorch.org/whl/rocmX.Y)"
     elif [ "$gpu" = nvidia ] || [ "$(uname -s)-$(uname -m)" != Linux-x86_64 ]; then
-        $pip "$TORCH_RANGE"
-    elif $pip --no-index --no-deps "$TORCH_RANGE" >/dev/null 2>&1; then
-        echo "torch: taken from the local wheels that pip is set up with"
+        say "installing torch from the package index that pip is set up with"
+        pip_install "$TORCH_RANGE"
+    elif pip_install --quiet --dry-run --no-index --no-deps "$TORCH_RANGE" >/dev/null 2>&1; then
+        say "installing torch from the local wheels that pip is set up with"
+        pip_install --no-index --no-deps "$TORCH_RANGE"
     else
-        $pip --no-deps --index-url "$TORCH_CPU_INDEX" "$TORCH_RANGE" ||
+        say "installing torch's CPU build from $TORCH_CPU_INDEX"
+        { answers "$TORCH_CPU_INDEX/torch/" && pip_install --no-deps --index-url "$TORCH_CPU_INDEX" "$TORCH_RANGE"; } ||
             die "torch's CPU build cannot be had from $TORCH_CPU_INDEX; set SGLANG_TORCH_INDEX_URL to an index that" \
-                "has it, or to https://pypi.org/simple for the much larger CUDA build"
+                "has it, or to https://pypi.org/simple for the CUDA build, which runs on CPUs too and is much larger"
     fi
 }
 
 # ensure_venv EXTRA: idempotent; a stamp of pyproject.toml and the interpreter says that nothing is left to do.
 ensure_venv() {
-    local extra="${1:-}" python stamp began=$SECONDS
+    local extra="${1:-}" python stamp
+    BEGAN=$SECONDS
     if [ -x "$VENV/bin/python" ]; then
         stamp="$({ cat "$REPO/pyproject.toml"; echo "$REPO"; "$VENV/bin/python" -V; } | cksum)"
         if [ "$(cat "$VENV/.stamp-${extra:-base}" 2>/dev/null)" = "$stamp" ] ||
@@ -77,8 +106,10 @@ ensure_venv() {
             return
         fi
     fi
+    echo "installing into $VENV, once; SGLANG_TORCH_INDEX_URL can name the package index that torch comes from"
     if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         python="$(find_python)"
+        say "making the environment with $python"
         # In ROCm images torch belongs to the system's Python: see it instead of replacing it.
         if [ "$(gpu_kind)" = amd ] && [ -z "${SGLANG_TORCH_INDEX_URL:-}" ] && torch_fits "$python"; then
             "$python" -m venv --clear --system-site-packages "$VENV"
@@ -86,10 +117,10 @@ ensure_venv() {
             "$python" -m venv --clear "$VENV"
         fi
     fi
-    echo "installing into $VENV ..."
     install_torch
-    "$VENV/bin/python" -m pip install --quiet --no-compile -e "$REPO${extra:+[$extra]}"
+    say "installing sglang-amd${extra:+[$extra]} and what it needs"
+    pip_install -e "$REPO${extra:+[$extra]}"
     stamp="$({ cat "$REPO/pyproject.toml"; echo "$REPO"; "$VENV/bin/python" -V; } | cksum)"
     echo "$stamp" >"$VENV/.stamp-${extra:-base}"
-    echo "installed in $((SECONDS - began)) s, $(du -sm "$VENV" | cut -f1) MiB"
+    say "installed, $(du -sm "$VENV" | cut -f1) MiB"
 }
