@@ -7,10 +7,12 @@ import subprocess
 import tempfile
 import threading
 import time
+import types
 import unittest
 from dataclasses import replace
 from unittest import mock
 
+from sglang.srt.entrypoints import launch
 from sglang.srt.managers import process_launch, pulse
 from sglang.srt.managers.child_context import STACKS_SIGNAL, LaunchConfig
 from sglang.srt.managers.ipc import IpcNames
@@ -184,6 +186,29 @@ class TestRealChild(CustomTestCase):
         self.assertFalse(os.path.exists(self.engine.ipc.directory))
 
 
+class TestOrder(CustomTestCase):
+    """The inbox is bound before there is anybody to connect, and a launch that fails leaves nothing."""
+
+    def test_inbox_then_children(self):
+        counts = []
+
+        def fail(args, ipc, variables):
+            self.assertIn("tokenizer", os.listdir(ipc.directory))
+            ipc.remove()
+            raise LaunchError("planted", user_error=False)
+
+        model = types.SimpleNamespace(context_len=64, vocab_size=8)
+        args = ServerArgs(skip_tokenizer_init=True)
+        verdict = types.SimpleNamespace(args=args, model_config=model, child_variables={})
+        with mock.patch.object(launch, "launch_engine_processes", fail):
+            for _ in range(3):
+                with self.assertRaisesRegex(LaunchError, "planted"):
+                    launch.start_engine(verdict)
+                time.sleep(0.2)  # the library closes in the background
+                counts.append(len(os.listdir("/proc/self/fd")))
+        self.assertEqual(len(set(counts)), 1, counts)
+
+
 class TestSecrets(CustomTestCase):
     def test_children_are_told_no_key(self):
         args = ServerArgs(api_key="sesame", admin_api_key="sesame2", device="cpu")
@@ -191,8 +216,9 @@ class TestSecrets(CustomTestCase):
             mock.patch.object(process_launch, "_start") as start,
             mock.patch.object(process_launch, "_wait_ready", return_value={}),
         ):
-            engine = process_launch.launch_engine_processes(args)
-        self.addCleanup(engine.ipc.remove)
+            ipc = IpcNames.create()
+            self.addCleanup(ipc.remove)
+            process_launch.launch_engine_processes(args, ipc)
         configs = [call.args[2] for call in start.call_args_list]
         self.assertEqual(len(configs), 2)
         self.assertFalse(any("sesame" in config.server_args for config in configs))

@@ -29,6 +29,7 @@ from sglang.srt.layers.moe.token_dispatcher.mori_memory import (
 )
 from sglang.srt.layers.moe.token_dispatcher.portable import PortableTransport
 from sglang.srt.managers import process_launch
+from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.pool_plan import PoolPlanError
 from sglang.srt.model_executor.memory_plan import check_device, plan_memory, plan_moe_exchange, plan_weights
@@ -463,7 +464,9 @@ class TestLaunch(PlanTestCase):
 
         with unittest.mock.patch.object(process_launch, "_start", start):
             with unittest.mock.patch.object(process_launch, "_wait_ready", lambda child, engine: {}):
-                process_launch.launch_engine_processes(verdict.args, verdict.child_variables).ipc.remove()
+                ipc = IpcNames.create()
+                process_launch.launch_engine_processes(verdict.args, ipc, verdict.child_variables)
+                ipc.remove()
         heap = verdict.child_variables.items()
         self.assertEqual({name: heap <= variables.items() for name, variables in seen.items()},
                          {"scheduler TP0": True, "scheduler TP1": True, "detokenizer": False})  # fmt: skip

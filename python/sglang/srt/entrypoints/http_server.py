@@ -46,6 +46,7 @@ class HttpServer(uvicorn.Server):
     def __init__(self, context: ServerContext, processes: EngineProcesses):
         self.context = context
         self.exit_code = 0
+        self._address = ""
         self.drain = Drain(context.manager, context.server_args.drain_timeout)
         self._processes = processes
         self._background: list[asyncio.Task[None]] = []
@@ -65,6 +66,9 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listener in sockets or ():
+            host, port = listener.getsockname()[:2]
+            self._address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._background = [asyncio.create_task(self._watch()), asyncio.create_task(self._warm_up())]
 
     @contextlib.contextmanager
@@ -119,6 +123,7 @@ class HttpServer(uvicorn.Server):
         if self.context.status is ServerStatus.STARTING:
             self.context.status = ServerStatus.UP
             reset_unpickle_count()
+            logger.info("Listening on %s", self._address)
             logger.info("The server is fired up and ready to roll!")
 
     def _stop_with_error(self) -> None:
@@ -131,8 +136,6 @@ def serve(context: ServerContext, processes: EngineProcesses, listener: socket.s
     """Serve until a signal or the end of the engine; returns the exit status. Raises PortError."""
     listen(listener)
     server = HttpServer(context, processes)
-    host, port = listener.getsockname()[:2]
-    logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     server.run(sockets=[listener])
     log_unpickle_count(logger)
     return server.exit_code

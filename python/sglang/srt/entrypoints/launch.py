@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sglang.srt.entrypoints.context import ServerContext
+from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.managers.process_launch import EngineProcesses, launch_engine_processes
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -64,8 +65,13 @@ def start_engine(verdict: Verdict) -> tuple[ServerContext, EngineProcesses]:
         source = args.tokenizer_path or args.model_path
         tokenizer = Tokenizer.from_path(source, args.chat_template)
         model_config = model_config.with_tokenizer_end(tokenizer.eos_token_ids, source)
-    processes = launch_engine_processes(args, verdict.child_variables)
-    manager = TokenizerManager(args, model_config, tokenizer, processes.ipc)
+    ipc = IpcNames.create(args.dp_size)
+    manager = TokenizerManager(args, model_config, tokenizer, ipc)
+    try:
+        processes = launch_engine_processes(args, ipc, verdict.child_variables)
+    except BaseException:
+        manager.close_sockets()
+        raise
     return ServerContext(manager, args, model_config, processes.scheduler_info), processes
 
 

@@ -23,9 +23,9 @@ def main() -> int:
     except Exception as error:
         context.report_error(f"detokenizer: {type(error).__name__}: {error}", user_error=False)
         raise
-    context.report_ready({})
-    reset_unpickle_count()
     with context.serving():
+        context.report_ready({})
+        reset_unpickle_count()
         try:
             manager.event_loop(context.pulse.beat)
         finally:

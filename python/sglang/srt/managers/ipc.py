@@ -132,20 +132,28 @@ class Receiver(Generic[T]):
 
 
 class AsyncReceiver(Generic[T]):
-    """``Receiver`` for an asyncio loop."""
+    """``Receiver`` for an asyncio loop: bound at once, read after ``start``."""
 
     def __init__(self, address: str, message_type: Any) -> None:
-        self._socket = zmq.asyncio.Context.instance().socket(zmq.PULL)
-        _configure(self._socket)
-        self._socket.bind(address)
+        self._bound = _context().socket(zmq.PULL)
+        _configure(self._bound)
+        self._bound.bind(address)
+        self._socket: zmq.asyncio.Socket | None = None
         self._decoder = msgspec.msgpack.Decoder(message_type)
 
+    def start(self) -> None:
+        """Read in the running loop."""
+        self._socket = zmq.asyncio.Socket.from_socket(self._bound)
+
     async def recv(self) -> T:
+        assert self._socket is not None
         message: T = self._decoder.decode(await self._socket.recv())
         return message
 
     def close(self) -> None:
-        self._socket.close()
+        if self._socket is not None:
+            self._socket.close()
+        self._bound.close()
 
 
 def scheduler_receiver(names: IpcNames, dp_rank: int = 0) -> Receiver[io_struct.SchedulerMessage]:

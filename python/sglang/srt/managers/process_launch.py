@@ -86,12 +86,20 @@ class ChildProcess:
         """Take in what an unready or serving child has said since the last call."""
         readable, _, _ = select.select([self.ready_fd], [], [], 0)
         data = os.read(self.ready_fd, 1 << 16) if readable else b""
-        for line in data.splitlines() if data.endswith(b"\n") else ():
-            report = json.loads(line)
-            if report["status"] == "error":
-                self.last_words = self.last_words or report
-            elif report["status"] == "asked":
+        report = self.last_report(data) if data.endswith(b"\n") else None
+        if report is not None and report["status"] == "error":
+            self.last_words = self.last_words or report
+
+    def last_report(self, lines: bytes) -> dict[str, Any] | None:
+        """What counts of its reports: it may fail right after it was ready. Signals that it got are noted."""
+        last = None
+        for line in lines.splitlines():
+            report: dict[str, Any] = json.loads(line)
+            if report["status"] == "asked":
                 self.asked_by = report["signal"]
+            else:
+                last = report
+        return last
 
     @property
     def title(self) -> str:
@@ -194,25 +202,25 @@ def _check_devices(num_ranks: int, num_devices: int | None) -> None:
 
 
 def launch_engine_processes(
-    server_args: ServerArgs, child_variables: Mapping[str, str] | None = None
+    server_args: ServerArgs, ipc: IpcNames, child_variables: Mapping[str, str] | None = None
 ) -> EngineProcesses:
     """Start one scheduler a rank, with ``child_variables`` set, and one detokenizer, and wait until all are ready.
 
     ``server_args`` must be resolved. Raises LaunchError with the child's own words when one fails; the others are
-    ended first.
+    ended first. ``ipc`` is removed when this fails, else by the end of the processes.
     """
     # Here alone: the detokenizer's process reads this module and must stay without torch.
     from sglang.srt.platforms import current_platform
 
-    variables = {**device_variables(server_args), **(child_variables or {})}
-    places = rank_places(server_args)
-    _check_devices(len(places), current_platform.device_count())
-    engine = EngineProcesses(IpcNames.create(server_args.dp_size), [], server_args.watchdog_timeout)
+    engine = EngineProcesses(ipc, [], server_args.watchdog_timeout)
     # Children have no use for the keys.
     told = replace(server_args, api_key=None, admin_api_key=None).to_json()
-    threads = max(1, (os.cpu_count() or 1) // len(places))
     init_method = ""
     try:
+        variables = {**device_variables(server_args), **(child_variables or {})}
+        places = rank_places(server_args)
+        _check_devices(len(places), current_platform.device_count())
+        threads = max(1, (os.cpu_count() or 1) // len(places))
         for place in places:
             if place.rank == 0 and server_args.tp_size > 1:
                 given = server_args.nccl_port
@@ -278,7 +286,7 @@ def _wait_ready(child: ChildProcess, engine: EngineProcesses) -> dict[str, Any]:
         if readable:
             data = os.read(child.ready_fd, 1 << 16)
             received += data
-            report = _last_report(received) if received.endswith(b"\n") else None
+            report = child.last_report(received) if received.endswith(b"\n") else None
             if report is not None:
                 break
             if not data:
@@ -311,9 +319,3 @@ def _check_siblings(child: ChildProcess, engine: EngineProcesses) -> None:
 def _has_cause(words: dict[str, Any]) -> bool:
     """False for the words of a rank that lost another, while that one may still end and be blamed."""
     return not words["lost_peer"] or time.monotonic() > words["at"] + PEER_GRACE_S
-
-
-def _last_report(lines: bytes) -> dict[str, Any] | None:
-    """What counts of a child's reports: it may fail right after it was ready, and signals concern those who serve."""
-    reports = [json.loads(line) for line in lines.splitlines()]
-    return next((report for report in reversed(reports) if report["status"] != "asked"), None)

@@ -8,7 +8,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 
@@ -161,10 +161,12 @@ def end_after_lost_peer(context: ChildContext, error: Exception) -> NoReturn:
     os._exit(1)
 
 
-def serve(scheduler: Scheduler, context: ChildContext) -> int:
-    """Run the loop until it is asked to end; the exit status."""
+def serve(scheduler: Scheduler, context: ChildContext, info: dict[str, Any]) -> int:
+    """Report ready with ``info``, and run the loop until it is asked to end; the exit status."""
     several = get_parallel_state().world.size > 1
     with context.serving(end_together(context)) if several else context.serving():
+        context.report_ready(info)
+        reset_unpickle_count()
         try:
             scheduler.event_loop(context.pulse.beat)
             if several:
@@ -200,18 +202,15 @@ def main() -> int:
         return 1
     REGISTRY.start_serving()
     watch_compilations()
-    context.report_ready(
-        {
-            "max_total_num_tokens": scheduler.memory.allocator.size,
-            "max_req_len": scheduler.config.max_req_len,
-            "context_len": model_config.context_len,
-            "vocab_size": model_config.vocab_size,
-            "platform": current_platform.describe(),
-            "fakes": list(current_platform.fakes),
-        }
-    )
-    reset_unpickle_count()
-    return serve(scheduler, context)
+    info = {
+        "max_total_num_tokens": scheduler.memory.allocator.size,
+        "max_req_len": scheduler.config.max_req_len,
+        "context_len": model_config.context_len,
+        "vocab_size": model_config.vocab_size,
+        "platform": current_platform.describe(),
+        "fakes": list(current_platform.fakes),
+    }
+    return serve(scheduler, context, info)
 
 
 if __name__ == "__main__":

@@ -71,10 +71,10 @@ class TokenizerManager:
         # Most prompts times samples of one call; None for the offline engine.
         self.max_requests_per_call: int | None = None
         self.unknown_fields = UnknownFields()
-        self._ipc = ipc
+        # Bound before anybody connects: a process that runs out of descriptors meanwhile could not accept them.
+        self._receiver = tokenizer_receiver(ipc)
         self._senders = [Sender(address) for address in ipc.schedulers]
         self._balancer = LoadBalancer(server_args.load_balance_method, len(self._senders))
-        self._receiver: Any = None
         self._receive_task: asyncio.Task[None] | None = None
         self._states: dict[str, RequestState] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
@@ -83,8 +83,8 @@ class TokenizerManager:
         self._token_texts: dict[int, str] = {}
 
     async def start(self) -> None:
-        """Open the inbox in the running loop."""
-        self._receiver = tokenizer_receiver(self._ipc)
+        """Read the inbox in the running loop."""
+        self._receiver.start()
         self._receive_task = asyncio.create_task(self._receive_loop())
 
     def stop_admission(self) -> None:
@@ -105,7 +105,11 @@ class TokenizerManager:
         if self._receive_task is not None:
             self._receive_task.cancel()
             await asyncio.gather(self._receive_task, return_exceptions=True)
-            self._receiver.close()
+        self.close_sockets()
+
+    def close_sockets(self) -> None:
+        """For a manager that was never started."""
+        self._receiver.close()
         for sender in self._senders:
             sender.close()
         if self._encoder is not None:
