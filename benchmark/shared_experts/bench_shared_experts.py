@@ -167,7 +167,7 @@ def main() -> None:
     ServerArgs.add_cli_args(parser)
     args = parser.parse_args()
     server_args = replace(ServerArgs.from_cli_args(args), cuda_graph_bs=args.tokens)
-    configure_logging(server_args.log_level)
+    configure_logging(server_args.log_level, "main")
     runner, allocator, _ = load(server_args, args.tokens)
     if not runner.model.num_fused_shared_experts:
         exit_with_errors([f"shared experts are not fused: {runner.streams.fusion.reason}"])

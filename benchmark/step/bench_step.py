@@ -177,7 +177,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         exit_with_errors(["this bench counts the launches of a GPU, and there is none"])
     server_args = ServerArgs.from_cli_args(args)
-    configure_logging(server_args.log_level)
+    configure_logging(server_args.log_level, "main")
     runner, allocator, _ = load(server_args, args.batch_size)
     print(f"# {current_platform.describe()}; {args.input_len} tokens in")
     with torch.inference_mode():

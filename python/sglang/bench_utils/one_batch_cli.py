@@ -234,7 +234,7 @@ def run(description: str | None, argv: Sequence[str] | None) -> int:
     check_arguments(parser, args)
     try:
         server_args = ServerArgs.from_cli_args(args)
-        configure_logging(server_args.log_level)
+        configure_logging(server_args.log_level, "main")
         print(f"device: {current_platform.describe()}")
         if args.correctness_test:
             return correctness_test(args, server_args)

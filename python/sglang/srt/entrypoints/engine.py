@@ -38,7 +38,7 @@ class Engine:
     def __init__(self, **kwargs: Any):
         refuse_upstream_distribution()
         verdict = judge(ServerArgs.from_kwargs(**{"log_level": "error", **kwargs}))
-        configure_logging(verdict.args.log_level)
+        configure_logging(verdict.args.log_level, "engine")
         accept(verdict)
         self.server_args = verdict.args
         self._context, self._processes = start_engine(verdict)

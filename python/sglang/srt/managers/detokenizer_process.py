@@ -17,7 +17,7 @@ def main() -> int:
     install_unpickle_counter()
     context = parse_child_arguments()
     server_args = context.config.parsed_server_args()
-    configure_logging(server_args.log_level, prefix="detokenizer")
+    configure_logging(server_args.log_level, "detokenizer")
     try:
         manager = DetokenizerManager(server_args, context.config.ipc)
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -178,6 +179,7 @@ def serve(scheduler: Scheduler, context: ChildContext, info: dict[str, Any]) -> 
             raise
         finally:
             log_unpickle_count(logger)
+            gc.freeze()  # the interpreter would search all objects for garbage at its end: a second of work
     return 0
 
 
@@ -186,8 +188,8 @@ def main() -> int:
     context = parse_child_arguments()
     config = context.config
     args = config.parsed_server_args()
-    prefix = config.place.label or "scheduler"
-    configure_logging(args.log_level, prefix=prefix)
+    prefix = f"scheduler {config.place.label}".strip()
+    configure_logging(args.log_level, prefix)
     set_global_server_args_for_scheduler(args)
     torch.set_grad_enabled(False)
     try:

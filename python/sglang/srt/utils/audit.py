@@ -37,5 +37,5 @@ def unpickle_count() -> int:
 
 def log_unpickle_count(logger: logging.Logger) -> None:
     """The count as a log line, when the process ends."""
-    level = logging.WARNING if _count else logging.INFO
+    level = logging.WARNING if _count else logging.DEBUG
     logger.log(level, "classes unpickled while serving: %d", _count)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 
 
-def configure_logging(level: str, prefix: str = "") -> None:
-    """Log to stderr as ``[time prefix] message`` at ``level`` ("info", "debug", …)."""
-    label = f" {prefix}" if prefix else ""
+def configure_logging(level: str, process: str) -> None:
+    """Log to stderr as ``[time LEVEL process] message`` at ``level`` ("info", "debug", …)."""
     logging.basicConfig(
         level=getattr(logging, level.upper()),
-        format=f"[%(asctime)s{label}] %(message)s",
+        format=f"[%(asctime)s %(levelname)s {process}] %(message)s",
         datefmt="%Y-%m-%d %H:%M:%S",
         force=True,
     )
