@@ -24,9 +24,9 @@ from timing import describe_device, graph_time  # noqa: E402
 
 from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state  # noqa: E402
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE  # noqa: E402
-from sglang.srt.layers.moe.token_dispatcher.base import RecvBatch  # noqa: E402
 from sglang.srt.layers.moe.token_dispatcher.capacity import ROW_TIERS, input_rows  # noqa: E402
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig  # noqa: E402
+from sglang.srt.layers.moe.token_dispatcher.moriep import MoriEPNormalDispatchOutput  # noqa: E402
 from sglang.srt.platforms import current_platform  # noqa: E402
 
 WORLD = 8
@@ -47,7 +47,7 @@ def make_layer(shape: MoeShape, limit: int, device: str) -> MoriEPMoE:
     return layer
 
 
-def make_batch(layer: MoriEPMoE, shape: MoeShape, live: int, device: str) -> RecvBatch:
+def make_batch(layer: MoriEPMoE, shape: MoeShape, live: int, device: str) -> MoriEPNormalDispatchOutput:
     """A full buffer of which ``live`` rows arrived; the rest is stale, with routing as good as theirs."""
     rows, local = layer.dispatcher.config.max_recv, shape.experts // WORLD
     scores = torch.rand(rows, shape.experts, device=device)
@@ -55,7 +55,8 @@ def make_batch(layer: MoriEPMoE, shape: MoeShape, live: int, device: str) -> Rec
     weights, ids = scores.topk(shape.top_k)
     hidden = torch.randn(rows, shape.hidden, device=device).bfloat16()
     total = torch.tensor([live], dtype=torch.int32, device=device)
-    return RecvBatch(hidden, weights.float().contiguous(), None, ids.int().contiguous(), total)
+    weights, ids = weights.float().contiguous(), ids.int().contiguous()
+    return MoriEPNormalDispatchOutput(hidden, None, ids, weights, total, ids, weights, hidden.dtype)
 
 
 def main() -> None:
@@ -85,13 +86,14 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
 
 
-def call_of(layer: MoriEPMoE, part: str, batch: RecvBatch, rows: int) -> Callable[[], torch.Tensor]:
+def call_of(layer: MoriEPMoE, part: str, batch: MoriEPNormalDispatchOutput, rows: int) -> Callable[[], torch.Tensor]:
     """A call of the whole step, or of the experts alone on ids that are masked beforehand."""
     if part == "step":
-        return lambda: layer.run_moe_core(batch, rows)
-    stale = torch.arange(rows, device=batch.indices.device).unsqueeze(1) >= batch.total_recv
-    ids = layer.placement.local_ids(batch.indices[:rows]).masked_fill(stale, -1)
-    return lambda: layer.run_experts(batch.hidden[:rows], batch.weights[:rows], ids)
+        arrived = batch._replace(recv_cap=rows)
+        return lambda: layer.run_moe_core(arrived).hidden_states
+    stale = torch.arange(rows, device=batch.topk_ids.device).unsqueeze(1) >= batch.num_recv_tokens_per_expert
+    ids = layer.placement.local_ids(batch.topk_ids[:rows]).masked_fill(stale, -1)
+    return lambda: layer.run_experts(batch.hidden_states[:rows], batch.topk_weights[:rows], ids)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,15 @@ from sglang.srt.layers.moe.ep_moe.factory import describe_experts
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
 from sglang.srt.layers.moe.token_dispatcher.base import DispatchError, EpConfig, ExchangeConfigError
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
+from sglang.srt.layers.moe.token_dispatcher.mori_plan import choose_kernel, plan_exchange
 from sglang.srt.layers.moe.token_dispatcher.moriep import (
     MoriEPDispatcher,
     check_mori_compatibility,
-    choose_kernel,
-    plan_exchange,
 )
 from sglang.srt.layers.moe.token_dispatcher.portable import PortableTransport
+from sglang.srt.layers.moe.topk import TopKOutput
 from sglang.test.ep_world import EIGHT_BIT, MODEL, EpModel, EpStep, check_mori, run_rank, thread_world
+from sglang.test.mori_checks import MORI_CHECKS
 from sglang.test.process_ranks import run_processes
 from sglang.test.thread_ranks import run_ranks
 
@@ -113,7 +114,7 @@ def check_manual_cut() -> None:
     for experts in layers:
         experts._tiers = (16, 32)  # as where kernels are tuned for such sizes
         original = experts.run_moe_core
-        experts.run_moe_core = lambda batch, rows, original=original: (seen.append(rows), original(batch, rows))[1]
+        experts.run_moe_core = lambda arrived, original=original: (seen.append(arrived.recv_cap), original(arrived))[1]
     with CASE.assertLogs(level="WARNING") as logs:
         for rows, expected in (([1, 1], 3), ([5, 4], 9), ([6, 6], 12)):
             seen.clear()
@@ -221,7 +222,8 @@ def check_contract() -> None:
         CASE.assertTrue(torch.equal(out[:2], torch.ones(2, 8)))
     dispatcher = MoriEPDispatcher(transport, torch.device("cpu"))
     CASE.assertRaisesRegex(DispatchError, "dispatch_a comes next", dispatcher.dispatch_b)
-    dispatcher.dispatch_a(*rows(1)[:2], rows(1)[3], [1])
+    x, weights, _, ids, _ = rows(1)
+    dispatcher.dispatch_a(x, TopKOutput(weights, ids), [1])
     CASE.assertRaisesRegex(DispatchError, "dispatch_b comes next", dispatcher.combine_b)
 
 
@@ -278,11 +280,13 @@ def check_release() -> None:
             pass
 
     harmless = {"rank": 0, "num_qp_per_pe": 2, "max_total_recv_tokens": 0, "quant_type": "none"}
-    with CASE.assertLogs(level="WARNING") as logs:
-        CASE.assertEqual(check_mori_compatibility(harmless, Old), {"rank": 0, "num_qp_per_pe": 2})
-    CASE.assertIn("max_total_recv_tokens, quant_type", logs.output[0])
-    with CASE.assertLogs(level="WARNING"):
-        CASE.assertEqual(check_mori_compatibility(harmless, Older), {"rank": 0})
+    for release, kept in ((Old, {"rank": 0, "num_qp_per_pe": 2}), (Older, {"rank": 0})):
+        kwargs = dict(harmless)
+        with CASE.assertLogs(level="WARNING") as logs:
+            check_mori_compatibility(kwargs, release)
+        CASE.assertEqual(kwargs, kept)
+        for name in harmless.keys() - kept.keys():
+            CASE.assertIn(name, logs.output[0])
     for name, value in (
         ("max_total_recv_tokens", 64), ("quant_type", "fp8_blockwise"), ("kernel_type", 4), ("gpu_per_node", 8),
         ("use_external_inp_buf", False), ("rdma_block_num", 32), ("unheard_of", 0),
@@ -338,4 +342,5 @@ CHECKS = {
     "settings": check_settings,
     "8-bit": check_eight_bit,
     "fake": check_fake,
+    **MORI_CHECKS,
 }

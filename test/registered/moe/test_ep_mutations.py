@@ -11,8 +11,10 @@ import sglang.srt.layers.moe.ep_moe.layer as layer
 import sglang.srt.layers.moe.token_dispatcher.base as base
 import sglang.srt.layers.moe.token_dispatcher.capacity as capacity
 import sglang.srt.layers.moe.token_dispatcher.config as config
+import sglang.srt.layers.moe.token_dispatcher.mori_plan as mori_plan
 import sglang.srt.layers.moe.token_dispatcher.moriep as moriep
 import sglang.srt.layers.moe.token_dispatcher.portable as portable
+import sglang.srt.utils.stream_policy as stream_policy
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.ep_checks import CHECKS
 from sglang.test.mutation import Mutation, each_noticed
@@ -28,8 +30,10 @@ MUTATIONS = {
         M("one row too few for the experts", layer, "return input_rows(bound,", "return input_rows(bound - 1,"),
         M("other slices are not zero", layer, "torch.zeros_like(x) if tp.size > 1", "torch.ones_like(x) if True"),
         M("the slice of another rank", layer, "slice_of(x.shape[0], tp.rank,", "slice_of(x.shape[0], 0,"),
-        M("received weights ignored", layer, "batch.weights[:num_rows], ids", "batch.weights[:num_rows] * 0 + 1, ids"),
-        M("ids stay global", layer, "self.placement.local_ids(batch.indices[:num_rows])", "batch.indices[:num_rows]"),
+        M("received weights ignored", layer, "arrived.topk_weights[:num_rows], ids",
+          "arrived.topk_weights[:num_rows] * 0 + 1, ids"),
+        M("ids stay global", layer, "self.placement.local_ids(arrived.topk_ids[:num_rows])",
+          "arrived.topk_ids[:num_rows]"),
         M("slices overlap", capacity, "share = -(-rows // parts)", "share = rows // parts"),
         M("a row an expert", portable, "goes.t().nonzero()[:, 1]", "goes.t().nonzero()[:, 1].flip(0)"),
         M("a sum forgets a rank", portable, "total.index_add_(0, rows, values.float())", "total[rows] = values"),
@@ -54,7 +58,7 @@ MUTATIONS = {
                      "        return self.dispatcher._out[: len(x)]\n\n    def run_moe_core"),),
     "metadata": (M("metadata believed", layer, "or groups[dp_rank] != num_rows", ""),),
     "gauge": (
-        M("peak not kept", layer, "self.gauge.add(batch.total_recv, num_rows)", "pass"),
+        M("peak not kept", layer, "self.gauge.add(total, num_rows)", "pass"),
         M("benchmark argument ignored", layer, "if self._full_buffer:", "if False:"),
     ),
     "device": (
@@ -79,26 +83,27 @@ MUTATIONS = {
         M("stages in any order", moriep, "if self.STAGES[self._next] != stage:", "if False:"),
     ),
     "settings": (
-        M("IntraNode cap of no row", moriep, "if kernel is INTRA_NODE and 0 < config", "if False and 0 < config"),
+        M("IntraNode cap of no row", mori_plan, "if kernel is INTRA_NODE and 0 < config", "if False and 0 < config"),
         M("cap ignored under IntraNode", capacity, "min(limit, cap // world_size) if cap", "limit if cap"),
         M("capped IntraNode buffer", base, "if self.rows_by_source and self.max_recv < worst:", "if False:"),
-        M("ranks of a node", moriep, "if per_node & (per_node - 1) or world % per_node:", "if False:"),
-        M("world of a wave", moriep, "if kernel is ASYNC_LL and world > WAVE:", "if False:"),
-        M("codec of a type", moriep, "and dtype != torch.bfloat16:", "and False:"),
-        M("a type that MORI does not carry", moriep, "dtype not in (torch.bfloat16, torch.float32):", "False:"),
-        M("codec of a width", moriep, "config.combine_groups * GROUP != hidden:", "False:"),
-        M("codec of a kernel", moriep, "and kernel not in (INTRA_NODE, ASYNC_LL)", "and False"),
-        M("fp8 without weights for it", moriep, '(asked == "fp8" and row_dtype is None)', "False"),
-        M("fp4 without weights for it", moriep, 'if asked == "fp4" or', "if"),
-        M("a codec where there is none", moriep, '"none" if kernel is None else COMBINE', "COMBINE"),
+        M("ranks of a node", mori_plan, "if per_node & (per_node - 1) or world % per_node:", "if False:"),
+        M("world of a wave", mori_plan, "if kernel is ASYNC_LL and world > WAVE:", "if False:"),
+        M("codec of a type", mori_plan, "and dtype != torch.bfloat16:", "and False:"),
+        M("a type that MORI does not carry", mori_plan, "dtype not in (torch.bfloat16, torch.float32):", "False:"),
+        M("codec of a width", mori_plan, "config.combine_groups * GROUP != hidden:", "False:"),
+        M("codec of a kernel", mori_plan, "and kernel not in (INTRA_NODE, ASYNC_LL)", "and False"),
+        M("fp8 without weights for it", mori_plan, '(asked == "fp8" and row_dtype is None)', "False"),
+        M("fp4 without weights for it", mori_plan, 'if asked == "fp4" or', "if"),
+        M("a codec where there is none", mori_plan, '"none" if kernel is None else COMBINE', "COMBINE"),
         M("cap out of range", config, "if not 0 <= self.max_recv_tokens <= worst:", "if False:"),
         M("fields dropped in silence", moriep, "    if refused:", "    if False:"),
         M("cap droppable", moriep, '"max_total_recv_tokens": 0', '"max_total_recv_tokens": "any"'),
         M("dropping not said", moriep, "    if missing:", "    if False:"),
     ),
     "8-bit": (
-        M("scales of others", layer, "batch.scales[:num_rows]", "batch.scales[:num_rows] * 0 + 1"),
-        M("fp8 not by the weights", moriep, 'if row_dtype is not None and asked != "bf16"', 'if asked == "fp8"'),
+        M("scales of others", layer, "arrived.hidden_states_scale[:num_rows]",
+          "arrived.hidden_states_scale[:num_rows] * 0 + 1"),
+        M("fp8 not by the weights", mori_plan, 'if row_dtype is not None and asked != "bf16"', 'if asked == "fp8"'),
     ),
     "fake": (
         M("dispatch without recv", moriep, "            self._op.dispatch_recv()\n", "            pass\n"),
@@ -106,8 +111,38 @@ MUTATIONS = {
         M("negative ids for padding", layer, "masked_fill(padding, self.placement.first)", "masked_fill(padding, -1)"),
         M("overflow under MORI", layer, "for part in rounds:", "for part in plan_rounds(rows, 10**6, 10**6):"),
         M("another cap than planned", moriep, "config.max_total_recv_tokens,\n", "0,\n"),
-        M("IntraNode given a cap", moriep, "by_source, limit, cap = kernel is INTRA_NODE,",
+        M("IntraNode given a cap", mori_plan, "by_source, limit, cap = kernel is INTRA_NODE,",
           "by_source, limit, cap = False,"),
+    ),
+    "delivery": (
+        M("other rows allocated", moriep, "if op.max_num_tokens_to_recv() != config.max_recv:", "if False:"),
+        M("other forms delivered", moriep, "    if found != planned:", "    if False:"),
+        M("batch not held to the plan", moriep, "_check_delivery(tuple(_form(each) for each in batch), self._planned)",
+          "pass"),
+        M("sums not held to the plan", moriep, "_check_delivery(_form(sums), self._planned_sums)", "pass"),
+        M("types not held to the plan", moriep, "(tuple(tensor.shape), tensor.dtype)", "(tuple(tensor.shape), 0)"),
+        M("rows not held to the plan", moriep, "(tuple(tensor.shape), tensor.dtype)", "(0, tensor.dtype)"),
+    ),
+    "own bound": (
+        M("MORI's bound not checked", moriep, "if most > self.config.max_recv:", "if False:"),
+        M("rows unknown under a cap", moriep, "worst if rows_of_ranks is None", "0 if rows_of_ranks is None"),
+        M("too few results", moriep, "y.shape[0] < self._most", "False"),
+        M("results of another type", moriep, "y.dtype != self.config.combine_type or y.shape[0]", "y.shape[0]"),
+        M("results of another width", moriep, "or y.shape[1] != self.config.hidden_dim:", ":"),
+    ),
+    "releases": (M("ranks that differ", moriep, "if any(theirs != versions[0] for theirs in versions):", "if False:"),),
+    "callers": (
+        M("ids that were not dispatched", moriep, "if combine_input.topk_ids is not self._topk.ids:", "if False:"),
+        M("fields left in", moriep, "        del kwargs[name]", "        pass"),
+        M("experts of another world", moriep, "if num_local_experts * group.size != num_experts:", "if False:"),
+        M("one op for all instances", moriep, "@lru_cache(maxsize=4)\ndef init_mori_op", "def init_mori_op"),
+    ),
+    "warning": (
+        M("nothing said", moriep, 'logger.warning("%s", warning)', "pass"),
+        M("said by every rank", moriep, "if self.config.rank == 0 else ()", ""),
+        M("said whatever is asked", stream_policy, "settings.forced.get(r.name, _asked(r, platform, settings))",
+          "True"),
+        M("said on any platform", stream_policy, '    if platform.kind != "hip":', "    if False:"),
     ),
 }  # fmt: skip
 

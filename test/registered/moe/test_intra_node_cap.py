@@ -10,7 +10,7 @@ import torch
 from sglang.srt.layers.moe.token_dispatcher.base import EpConfig, ExchangeConfigError
 from sglang.srt.layers.moe.token_dispatcher.capacity import plan_rounds, recv_capacity, source_limit
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
-from sglang.srt.layers.moe.token_dispatcher.moriep import choose_kernel, plan_exchange
+from sglang.srt.layers.moe.token_dispatcher.mori_plan import choose_kernel, plan_exchange
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.process_ranks import use_fakes
 from sglang.test.test_utils import CustomTestCase

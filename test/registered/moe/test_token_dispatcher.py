@@ -10,14 +10,14 @@ import torch
 from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.layers.moe.token_dispatcher.base import DispatchError, EpConfig, ExchangeConfigError
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
-from sglang.srt.layers.moe.token_dispatcher.moriep import (
+from sglang.srt.layers.moe.token_dispatcher.mori_plan import (
     ASYNC_LL,
     INTER_NODE,
     INTER_NODE_LL,
     INTRA_NODE,
-    MoriTransport,
     choose_kernel,
 )
+from sglang.srt.layers.moe.token_dispatcher.moriep import MoriTransport
 from sglang.srt.layers.moe.token_dispatcher.portable import PortableTransport
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform

@@ -25,7 +25,7 @@ from sglang.srt.layers.moe.token_dispatcher.mori_memory import (
     exchange_buffers,
     plan_heap,
 )
-from sglang.srt.layers.moe.token_dispatcher.moriep import (
+from sglang.srt.layers.moe.token_dispatcher.mori_plan import (
     INTRA_NODE,
     MORI_KERNELS,
     MoriKernel,

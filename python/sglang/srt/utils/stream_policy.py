@@ -247,7 +247,7 @@ def resolve_streams(
                 "overlap: add --disable-shared-experts-fusion, or unset the variable"
             )
         if site.enabled and rule.shared_experts and moe_a2a_backend == "mori" and platform.kind == "hip":
-            warnings += _all_to_all_warnings(rule, deepep_mode, settings)
+            warnings += all_to_all_warnings(rule.name, deepep_mode, settings)
     for name in [] if names is None else sorted(settings.forced.keys() - set(names)):
         warnings.append(f"SGLANG_STREAM_SITES names {name}, a site that this model lacks: the entry has no effect")
     queues = _plan_queues(platform, settings) if any(site.enabled for site in sites) else None
@@ -299,13 +299,23 @@ def _decide(rule: SiteRule, platform: Platform, settings: StreamSettings) -> Ove
     return OverlapSite(rule.name, enabled, least, most, reason=reason)
 
 
-def _all_to_all_warnings(rule: SiteRule, deepep_mode: str, settings: StreamSettings) -> list[str]:
+def exchange_warnings(platform: Platform, deepep_mode: str) -> list[str]:
+    """What MORI's dispatcher says when it is made and the variables ask for shared experts beside its exchange."""
+    if platform.kind != "hip":
+        return []
+    settings = StreamSettings.from_env(platform)
+    asked = [r for r in SITE_RULES if r.shared_experts and settings.forced.get(r.name, _asked(r, platform, settings))]
+    return [warning for rule in asked for warning in all_to_all_warnings(rule.name, deepep_mode, settings)]
+
+
+def all_to_all_warnings(site: str, deepep_mode: str, settings: StreamSettings) -> list[str]:
+    """Why overlap of ``site`` with MORI's exchange would gain nothing in ``deepep_mode``, and what to set."""
     if settings.copy_engines:  # which MORI's AsyncLL alone uses, whatever the mode
         return []
     if deepep_mode == "low_latency":
         return ["--deepep-mode low_latency copies by the compute units, slowly, unless MORI_ENABLE_SDMA=1 is set"]
     return [
-        f"overlap of {rule.name} with --moe-a2a-backend mori pays when dispatch and combine leave the compute units, "
+        f"overlap of {site} with --moe-a2a-backend mori pays when dispatch and combine leave the compute units, "
         "that is under AsyncLL: add --deepep-mode low_latency (not auto, which means normal here) and set "
         "MORI_ENABLE_SDMA=1"
     ]

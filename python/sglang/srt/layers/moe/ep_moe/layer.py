@@ -8,7 +8,6 @@ import torch
 
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.layers.moe.fused_moe import FusedMoE
-from sglang.srt.layers.moe.token_dispatcher.base import RecvBatch
 from sglang.srt.layers.moe.token_dispatcher.capacity import (
     ROW_TIERS,
     Round,
@@ -19,7 +18,11 @@ from sglang.srt.layers.moe.token_dispatcher.capacity import (
     slice_of,
 )
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
-from sglang.srt.layers.moe.token_dispatcher.moriep import make_dispatcher
+from sglang.srt.layers.moe.token_dispatcher.moriep import (
+    MoriEPNormalCombineInput,
+    MoriEPNormalDispatchOutput,
+    make_dispatcher,
+)
 from sglang.srt.layers.moe.topk import TopKOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.platforms import current_platform
@@ -77,23 +80,26 @@ class MoriEPMoE(FusedMoE):
         out = torch.zeros_like(x) if tp.size > 1 else torch.empty_like(x)
         for part in rounds:
             span = slice(first + part.first[rank], first + part.end[rank])
-            self.dispatcher.dispatch_a(x[span], weights[span], ids[span], part.rows)
-            batch = self.dispatcher.dispatch_b()
-            self.dispatcher.combine_a(self.run_moe_core(batch, self._input_rows(part)))
+            self.dispatcher.dispatch_a(x[span], TopKOutput(weights[span], ids[span]), part.rows)
+            arrived = self.dispatcher.dispatch_b(self._input_rows(part))
+            self.dispatcher.combine_a(self.run_moe_core(arrived))
             out[span] = self.dispatcher.combine_b()
         return out
 
-    def run_moe_core(self, batch: RecvBatch, num_rows: int) -> torch.Tensor:
-        """The experts of this rank on the first ``num_rows`` received rows -> [num_rows, H].
+    def run_moe_core(self, dispatch_output: MoriEPNormalDispatchOutput) -> MoriEPNormalCombineInput:
+        """The experts of this rank on the first ``recv_cap`` received rows (0: the whole buffer) -> their results.
 
-        ``num_rows`` is a proven bound of ``batch.total_recv``; rows past the latter are stale and reach no expert.
+        ``recv_cap`` is a proven bound of the received rows; rows past these are stale and reach no expert.
         """
-        self.gauge.add(batch.total_recv, num_rows)
-        ids = self.placement.local_ids(batch.indices[:num_rows])
-        stale = torch.arange(num_rows, dtype=torch.int32, device=ids.device) >= batch.total_recv
+        arrived = dispatch_output
+        num_rows, total = arrived.recv_cap or arrived.hidden_states.shape[0], arrived.num_recv_tokens_per_expert
+        self.gauge.add(total, num_rows)
+        ids = self.placement.local_ids(arrived.topk_ids[:num_rows])
+        stale = torch.arange(num_rows, dtype=torch.int32, device=ids.device) >= total
         ids = ids.masked_fill(stale.unsqueeze(1), -1)
-        scales = None if batch.scales is None else batch.scales[:num_rows]
-        return self.run_experts(batch.hidden[:num_rows], batch.weights[:num_rows], ids, scales)
+        scales = None if arrived.hidden_states_scale is None else arrived.hidden_states_scale[:num_rows]
+        results = self.run_experts(arrived.hidden_states[:num_rows], arrived.topk_weights[:num_rows], ids, scales)
+        return MoriEPNormalCombineInput(results, arrived.origin_topk_ids, arrived.origin_topk_weights)
 
     def _rows_of_ranks(self, num_rows: int, fb: ForwardBatch | None) -> tuple[int, ...]:
         """The rows that each rank dispatches in this step, from metadata that all share."""

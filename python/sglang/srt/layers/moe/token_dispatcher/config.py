@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.base import ExchangeConfigError
@@ -35,17 +36,19 @@ class MoriConfig:
             )
 
     @classmethod
-    def from_env(cls, world_size: int, low_latency: bool = False) -> MoriConfig:
-        """The SGLANG_MORI_* variables for ``world_size`` expert ranks; an ExchangeConfigError names the wrong one."""
-        return cls(
-            world_size=world_size,
+    def from_env(cls, world_size: int, low_latency: bool = False, **known: Any) -> MoriConfig:
+        """The SGLANG_MORI_* variables for ``world_size`` expert ranks, but the fields that are ``known``.
+
+        An ExchangeConfigError names the wrong one.
+        """
+        values: dict[str, Any] = dict(
             max_dispatch_tokens=envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.get(),
             max_recv_tokens=envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.get(),
             moe_max_input_tokens=envs.SGLANG_MORI_MOE_MAX_INPUT_TOKENS.get(),
             dispatch_dtype=envs.SGLANG_MORI_DISPATCH_DTYPE.get(),
             combine_dtype=envs.SGLANG_MORI_COMBINE_DTYPE.get(),
             inter_kernel_switch=envs.SGLANG_MORI_DISPATCH_INTER_KERNEL_SWITCH_THRESHOLD.get(),
-            low_latency=low_latency,
             copy_engines=get_bool_env_var("MORI_ENABLE_SDMA"),
             combine_groups=get_int_env_var("MORI_FP8_COMBINE_SCALE_DIM", 56),
         )
+        return cls(world_size=world_size, low_latency=low_latency, **{**values, **known})

@@ -10,13 +10,13 @@ import inspect
 import logging
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from enum import Enum
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from sglang.kernels.ops.quant.group_fp8 import GROUP, quantize_groups
+from sglang.kernels.ops.quant.group_fp8 import fp8_dtype, quantize_groups
 from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.layers.moe.token_dispatcher.base import (
     DispatchError,
@@ -25,18 +25,17 @@ from sglang.srt.layers.moe.token_dispatcher.base import (
     ExchangeConfigError,
     RecvBatch,
 )
-from sglang.srt.layers.moe.token_dispatcher.capacity import source_limit
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
 from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
+from sglang.srt.layers.moe.token_dispatcher.mori_plan import NODE, WAVE, MoriKernel, choose_kernel, plan_exchange
 from sglang.srt.layers.moe.token_dispatcher.portable import PortableTransport
+from sglang.srt.layers.moe.topk import TopKOutput
 from sglang.srt.platforms import current_platform
+from sglang.srt.utils.stream_policy import exchange_warnings
 
 logger = logging.getLogger(__name__)
 
 GROUP_NAME = "mori"
-# Ranks of one node, and of one domain that the single-node kernel spans.
-NODE = 8
-WAVE = 64
 # Fields of MORI's configuration that a release may lack, and the value at which their absence changes nothing.
 # "any": a matter of speed alone.
 DROPPABLE: dict[str, Any] = {
@@ -46,65 +45,17 @@ DROPPABLE: dict[str, Any] = {
     "max_total_recv_tokens": 0,
     "quant_type": "none",
 }
-# SGLANG_MORI_COMBINE_DTYPE -> MORI's codec of combined rows.
-COMBINE_CODECS = {"auto": "none", "bf16": "none", "fp8": "fp8_blockwise", "fp8_direct_cast": "fp8_direct_cast"}
 
 
-@dataclass(frozen=True)
-class MoriKernel:
-    """One of MORI's kernels and its launch geometry."""
+def check_mori_compatibility(kwargs: dict[str, Any], config_class: type | None = None) -> None:
+    """Take out of ``kwargs`` what ``config_class`` (default: the installed MORI's) lacks, where that changes nothing.
 
-    name: str
-    block_num: int
-    warp_num_per_block: int
-    rdma_block_num: int = 0
-
-    @property
-    def is_two_phase(self) -> bool:
-        return self.name == "AsyncLL"
-
-
-INTRA_NODE = MoriKernel("IntraNode", 80, 16)
-INTER_NODE = MoriKernel("InterNodeV1", 64, 8, 32)
-INTER_NODE_LL = MoriKernel("InterNodeV1LL", 64, 8, 32)
-ASYNC_LL = MoriKernel("AsyncLL", 64, 8, 32)
-MORI_KERNELS = (INTRA_NODE, INTER_NODE, INTER_NODE_LL, ASYNC_LL)
-
-
-def choose_kernel(config: MoriConfig) -> MoriKernel:
-    """AsyncLL for low latency or copy engines (MORI_ENABLE_SDMA), else by the size of the world and of the limit.
-
-    Raises ExchangeConfigError for what the kernel cannot serve, or would answer by writing past its buffers.
+    What is taken out is named in the log. Raises ExchangeConfigError that names every field whose absence would change
+    memory, results or the kernel; ``kwargs`` then stay as they are.
     """
-    world = config.world_size
-    if config.low_latency or config.copy_engines:
-        kernel = ASYNC_LL
-    elif world <= NODE:
-        kernel = INTRA_NODE
-    else:
-        kernel = INTER_NODE_LL if config.max_dispatch_tokens <= config.inter_kernel_switch else INTER_NODE
-    per_node = min(world, NODE)
-    if per_node & (per_node - 1) or world % per_node:
-        raise ExchangeConfigError(f"MORI needs 1, 2, 4 or whole nodes of 8 ranks, got --tp-size {world}")
-    if kernel is ASYNC_LL and world > WAVE:
-        raise ExchangeConfigError(f"MORI's AsyncLL serves at most {WAVE} ranks, got {world}: use --deepep-mode normal")
-    if kernel is INTRA_NODE and 0 < config.max_recv_tokens < world:
-        raise ExchangeConfigError(
-            f"SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS={config.max_recv_tokens} is below {world}, one row of each rank, "
-            f"which MORI's IntraNode kernel needs: set at least {world}, or use --deepep-mode low_latency"
-        )
-    if config.combine_dtype == "fp8" and kernel not in (INTRA_NODE, ASYNC_LL):
-        raise ExchangeConfigError(f"SGLANG_MORI_COMBINE_DTYPE=fp8 is not offered by MORI's {kernel.name}: use bf16")
-    return kernel
-
-
-def check_mori_compatibility(config_kwargs: dict[str, Any], config_class: type) -> dict[str, Any]:
-    """The arguments that ``config_class`` takes; a field it lacks is left out where that changes nothing, and named.
-
-    Raises ExchangeConfigError that names every field whose absence would change memory, results or the kernel.
-    """
+    config_class = _import_mori().ops.EpDispatchCombineConfig if config_class is None else config_class
     known = inspect.signature(config_class).parameters
-    missing = {name: value for name, value in config_kwargs.items() if name not in known}
+    missing = {name: value for name, value in kwargs.items() if name not in known}
     refused = [name for name, value in missing.items() if DROPPABLE.get(name, missing) not in ("any", value)]
     if refused:
         asked = ", ".join(f"{name}={missing[name]!r}" for name in refused)
@@ -115,7 +66,8 @@ def check_mori_compatibility(config_kwargs: dict[str, Any], config_class: type) 
         )
     if missing:
         logger.warning("this MORI does not know %s, which changes no result: left out", ", ".join(sorted(missing)))
-    return {name: value for name, value in config_kwargs.items() if name in known}
+    for name in missing:
+        del kwargs[name]
 
 
 def _import_mori() -> Any:
@@ -142,14 +94,12 @@ def _join_shmem(group: ProcessGroupHandle) -> None:
     mori.shmem.shmem_torch_process_group_init(GROUP_NAME)
 
 
-def init_mori_op(config: EpConfig, kernel: MoriKernel, group: ProcessGroupHandle) -> Any:
-    """MORI's dispatch and combine op for ``config``; all ranks of ``group`` call it."""
-    mori = _import_mori()
-    _join_shmem(group)
-    kernel_types = mori.ops.EpDispatchCombineKernelType
+def op_arguments(config: EpConfig, kernel: MoriKernel) -> dict[str, Any]:
+    """What the installed MORI's configuration is given for ``config``; raises ExchangeConfigError if it is too old."""
+    kernel_types = _import_mori().ops.EpDispatchCombineKernelType
     if not hasattr(kernel_types, kernel.name):
         raise ExchangeConfigError(f"this MORI has no kernel {kernel.name}: install MORI 1.1.0 or later")
-    asked = {
+    arguments = {
         "data_type": config.data_type,
         "rank": config.rank,
         "world_size": config.world_size,
@@ -170,14 +120,63 @@ def init_mori_op(config: EpConfig, kernel: MoriKernel, group: ProcessGroupHandle
         "num_qp_per_pe": 2,
         "quant_type": config.combine_wire,
     }
-    config_class = mori.ops.EpDispatchCombineConfig
-    op = mori.ops.EpDispatchCombineOp(config_class(**check_mori_compatibility(asked, config_class)))
+    check_mori_compatibility(arguments)
+    return arguments
+
+
+def make_mori_op(config: EpConfig, kernel: MoriKernel, group: ProcessGroupHandle) -> Any:
+    """MORI's dispatch and combine op for ``config``; all ranks of ``group`` call it."""
+    mori = _import_mori()
+    _join_shmem(group)
+    op = mori.ops.EpDispatchCombineOp(mori.ops.EpDispatchCombineConfig(**op_arguments(config, kernel)))
     if op.max_num_tokens_to_recv() != config.max_recv:
         raise ExchangeConfigError(
             f"MORI allocated {op.max_num_tokens_to_recv()} received rows where {config.max_recv} are planned "
             f"(max_total_recv_tokens={config.max_total_recv_tokens}): this release rounds otherwise"
         )
     return op
+
+
+@lru_cache(maxsize=4)
+def init_mori_op(
+    group: ProcessGroupHandle,
+    router_topk: int,
+    num_experts: int,
+    num_local_experts: int,
+    hidden_size: int,
+    params_dtype: torch.dtype,
+    num_max_dispatch_tokens_per_rank: int,
+    deepep_mode: str | Enum = "normal",
+    instance_id: int = 0,
+    dispatch_dtype: str | Enum = "bf16",
+    combine_dtype: str | Enum = "bf16",
+    enable_sdma: bool = False,
+) -> Any:
+    """MORI's op by the arguments of sglang's function of this name, one for each set of them; collective.
+
+    ``instance_id`` tells apart ops of equal sizes. SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS caps the buffers: see
+    ``plan_exchange`` for what that makes of the limit. Raises ExchangeConfigError.
+    """
+    if num_local_experts * group.size != num_experts:
+        raise ExchangeConfigError(f"{num_experts} experts are not {group.size} x {num_local_experts}")
+    mode, sent, back = (_spelled(each) for each in (deepep_mode, dispatch_dtype, combine_dtype))
+    config = MoriConfig.from_env(
+        group.size,
+        low_latency=mode == "low_latency",
+        max_dispatch_tokens=num_max_dispatch_tokens_per_rank,
+        dispatch_dtype=sent,
+        combine_dtype=back,
+        copy_engines=enable_sdma,
+    )
+    kernel = choose_kernel(config)
+    row_dtype = fp8_dtype(current_platform.arch) if sent == "fp8" else None
+    sizes = (num_experts, hidden_size, router_topk, params_dtype, row_dtype)
+    return make_mori_op(plan_exchange(config, kernel, group.rank, *sizes), kernel, group)
+
+
+def _spelled(choice: str | Enum) -> str:
+    """A choice as the variables spell it; sglang's callers give members of enumerations."""
+    return choice.name.lower() if isinstance(choice, Enum) else choice
 
 
 class MoriTransport:
@@ -187,9 +186,15 @@ class MoriTransport:
         if config.num_experts_per_token >= WAVE:
             raise ExchangeConfigError(f"MORI takes fewer than {WAVE} experts a token: {config.num_experts_per_token}")
         self.config, self._kernel = config, kernel
-        self._op = init_mori_op(config, kernel, group)
+        self._op = make_mori_op(config, kernel, group)
         # What a send reads must live until its recv.
         self._held: tuple[object, ...] = ()
+        self._most = config.max_recv
+        rows, k = config.max_recv, config.num_experts_per_token
+        scales = ((rows, config.scale_dim), config.scale_type) if config.scale_dim else None
+        hidden, weights = ((rows, config.hidden_dim), config.data_type), ((rows, k), torch.float32)
+        self._planned = (hidden, weights, scales, ((rows, k), torch.int32), ((1,), torch.int32))
+        self._planned_sums = ((config.max_num_inp_token_per_rank, config.hidden_dim), config.combine_type)
 
     def describe(self) -> str:
         mori = _import_mori()
@@ -206,13 +211,15 @@ class MoriTransport:
     ) -> RecvBatch:
         self.config.check_input(x, weights, scales, indices)
         # MORI counts on the device and does not ask whether the rows fit, so the most that can arrive is checked here.
-        if rows_of_ranks is not None and sum(rows_of_ranks) > self.config.max_recv:
-            raise DispatchError(f"ranks bring {list(rows_of_ranks)} rows to buffers of {self.config.max_recv}")
+        worst = self.config.world_size * self.config.max_num_inp_token_per_rank
+        most = worst if rows_of_ranks is None else sum(rows_of_ranks)
+        if most > self.config.max_recv:
+            brought = f"{list(rows_of_ranks)} rows" if rows_of_ranks is not None else f"up to {worst} rows, none said,"
+            raise DispatchError(f"ranks bring {brought} to buffers of {self.config.max_recv}")
+        self._most = most
         self._held = (x.contiguous(), weights.contiguous(), scales, indices.contiguous())
         batch = RecvBatch(*self._op.dispatch(*self._held))
-        types = (batch.hidden.dtype, batch.weights.dtype, batch.indices.dtype, batch.total_recv.dtype)
-        if types != (self.config.data_type, torch.float32, torch.int32, torch.int32):
-            raise DispatchError(f"MORI delivered {types}: its release has another contract than 1.1 to 1.2")
+        _check_delivery(tuple(_form(each) for each in batch), self._planned)
         return batch
 
     def dispatch_recv(self) -> None:
@@ -220,8 +227,13 @@ class MoriTransport:
             self._op.dispatch_recv()
 
     def combine_send(self, y: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-        self._held = (y, None, indices.contiguous())
-        return self._op.combine(*self._held)[0]
+        # MORI reads as many rows as arrived and does not ask whether the experts made them.
+        if y.dtype != self.config.combine_type or y.shape[0] < self._most or y.shape[1] != self.config.hidden_dim:
+            raise DispatchError(f"{y.dtype} {list(y.shape)} to combine, but {self._most} rows may have arrived")
+        self._held = (y.contiguous(), None, indices.contiguous())
+        sums: torch.Tensor = self._op.combine(*self._held)[0]
+        _check_delivery(_form(sums), self._planned_sums)
+        return sums
 
     def combine_recv(self) -> None:
         if self._kernel.is_two_phase:
@@ -229,6 +241,46 @@ class MoriTransport:
 
     def get_dispatch_src_token_pos(self) -> torch.Tensor:
         return self._op.get_dispatch_src_token_pos()
+
+
+def _form(tensor: torch.Tensor | None) -> object:
+    return None if tensor is None else (tuple(tensor.shape), tensor.dtype)
+
+
+def _check_delivery(found: object, planned: object) -> None:
+    """Hold rows and types that MORI delivered to those that were planned."""
+    if found != planned:
+        raise DispatchError(f"MORI delivered {found} where {planned} is planned: another contract than 1.1 to 1.2")
+
+
+class MoriEPNormalDispatchOutput(NamedTuple):
+    """What arrived, and what was sent for it: the names of sglang's record, for both modes.
+
+    hidden_states [R, H], hidden_states_scale [R, S] or None, topk_ids [R, K] global, topk_weights [R, K] are views that
+    the next dispatch overwrites; the first num_recv_tokens_per_expert [1] int32 rows are valid (a total, whatever its
+    name says). recv_cap: rows that are proven to hold them, 0 for all.
+    """
+
+    hidden_states: torch.Tensor
+    hidden_states_scale: torch.Tensor | None
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+    num_recv_tokens_per_expert: torch.Tensor
+    origin_topk_ids: torch.Tensor
+    origin_topk_weights: torch.Tensor
+    out_dtype: torch.dtype
+    recv_cap: int = 0
+
+
+class MoriEPNormalCombineInput(NamedTuple):
+    """Results [>= received rows, H] of the experts, with the ids and weights that were dispatched."""
+
+    hidden_states: torch.Tensor
+    topk_ids: torch.Tensor
+    topk_weights: torch.Tensor
+
+
+MoriEPLLDispatchOutput, MoriEPLLCombineInput = MoriEPNormalDispatchOutput, MoriEPNormalCombineInput
 
 
 class MoriEPDispatcher:
@@ -243,46 +295,72 @@ class MoriEPDispatcher:
         self.config = transport.config
         self.gauge = RecvGauge(self.config.max_recv, device)
         self._next = 0
-        self._ids: torch.Tensor | None = None
+        self._topk: TopKOutput | None = None
         self._batch: RecvBatch | None = None
         self._out: torch.Tensor | None = None
+        for warning in exchange_warnings(current_platform, self.mode) if self.config.rank == 0 else ():
+            logger.warning("%s", warning)
+
+    @property
+    def mode(self) -> str:
+        """The mode in which the exchange runs, as --deepep-mode spells it; MORI_ENABLE_SDMA alone makes it low."""
+        return "low_latency" if self.config.mode == "two_phase" else "normal"
 
     def _enter(self, stage: str) -> None:
         if self.STAGES[self._next] != stage:
             raise DispatchError(f"{stage} was called where {self.STAGES[self._next]} comes next")
         self._next = (self._next + 1) % len(self.STAGES)
 
-    def dispatch_a(
-        self, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, rows_of_ranks: Sequence[int] | None = None
-    ) -> None:
-        """Start to send rows x [T, H] with weights [T, K] float32 and global ids [T, K] int32.
+    def dispatch(
+        self, hidden_states: torch.Tensor, topk_output: TopKOutput, rows_of_ranks: Sequence[int] | None = None
+    ) -> MoriEPNormalDispatchOutput:
+        """``dispatch_a`` and ``dispatch_b``."""
+        self.dispatch_a(hidden_states, topk_output, rows_of_ranks)
+        return self.dispatch_b()
 
-        They travel in the configured type: 8-bit ones are quantised here, by groups of 128 columns.
+    def combine(self, combine_input: MoriEPNormalCombineInput) -> torch.Tensor:
+        """``combine_a`` and ``combine_b``."""
+        self.combine_a(combine_input)
+        return self.combine_b()
+
+    def dispatch_a(
+        self, hidden_states: torch.Tensor, topk_output: TopKOutput, rows_of_ranks: Sequence[int] | None = None
+    ) -> None:
+        """Start to send rows hidden_states [T, H] with weights [T, K] float32 and global ids [T, K] int32.
+
+        They travel in the configured type: 8-bit ones are quantised here, by groups of 128 columns. ``rows_of_ranks``:
+        the rows that each rank brings, where all know it; buffers under a receive cap take no others.
         """
         self._enter("dispatch_a")
-        rows, scales = quantize_groups(x, self.config.data_type) if self.config.scale_dim else (x, None)
-        self._ids = ids
-        self._batch = self.transport.dispatch_send(rows, weights, scales, ids, rows_of_ranks)
+        rows, scales = hidden_states, None
+        if self.config.scale_dim:
+            rows, scales = quantize_groups(hidden_states, self.config.data_type)
+        self._topk = topk_output
+        self._batch = self.transport.dispatch_send(rows, topk_output.weights, scales, topk_output.ids, rows_of_ranks)
 
-    def dispatch_b(self) -> RecvBatch:
-        """What arrived; valid until the next ``dispatch_a``."""
+    def dispatch_b(self, recv_cap: int = 0) -> MoriEPNormalDispatchOutput:
+        """What arrived, at most ``recv_cap`` rows of it (0: unknown); valid until the next ``dispatch_a``."""
         self._enter("dispatch_b")
         self.transport.dispatch_recv()
-        assert self._batch is not None
-        return self._batch
+        assert self._batch is not None and self._topk is not None
+        hidden, weights, scales, ids, total = self._batch
+        sent = (self._topk.ids, self._topk.weights, self.config.combine_type)
+        return MoriEPNormalDispatchOutput(hidden, scales, ids, weights, total, *sent, recv_cap)
 
-    def combine_a(self, y: torch.Tensor) -> None:
-        """Start to send back what the experts made of the received rows: y [>= total_recv, H]."""
+    def combine_a(self, combine_input: MoriEPNormalCombineInput) -> None:
+        """Start to send back what the experts made of the received rows; raises DispatchError for other rows' ids."""
         self._enter("combine_a")
-        assert self._ids is not None
-        self._out = self.transport.combine_send(y, self._ids)
+        assert self._topk is not None
+        if combine_input.topk_ids is not self._topk.ids:
+            raise DispatchError("combine takes the ids that this rank dispatched (origin_topk_ids), not received ones")
+        self._out = self.transport.combine_send(combine_input.hidden_states, combine_input.topk_ids)
 
     def combine_b(self) -> torch.Tensor:
         """The sums [T, H] of this rank's rows; a view that the next combine overwrites."""
         self._enter("combine_b")
         self.transport.combine_recv()
-        assert self._out is not None and self._ids is not None
-        return self._out[: self._ids.shape[0]]
+        assert self._out is not None and self._topk is not None
+        return self._out[: self._topk.ids.shape[0]]
 
     def describe(self) -> dict[str, Any]:
         """What carries the tokens and how much it may carry, for the log and /server_info."""
@@ -290,68 +368,12 @@ class MoriEPDispatcher:
         return {
             "protocol": "mori",
             "transport": self.transport.describe(),
-            "mode": "low_latency" if config.mode == "two_phase" else "normal",
+            "mode": self.mode,
             "world_size": config.world_size,
             "dispatch_dtype": str(config.data_type).removeprefix("torch."),
             "max_dispatch_tokens_per_rank": config.max_num_inp_token_per_rank,
             "recv_buffer_rows": config.max_recv,
         }
-
-
-def plan_exchange(
-    config: MoriConfig,
-    kernel: MoriKernel | None,
-    rank: int,
-    num_experts: int,
-    hidden: int,
-    top_k: int,
-    dtype: torch.dtype,
-    row_dtype: torch.dtype | None = None,
-) -> EpConfig:
-    """Sizes of one rank's exchange by MORI's ``kernel``, or by the portable transport (None).
-
-    row_dtype: the 8-bit type in which the expert weights take rows, if any. Touches no device. Raises
-    ExchangeConfigError, which names the variable or flag, for what cannot be served.
-    """
-    asked = config.dispatch_dtype
-    if asked == "fp4" or (asked == "fp8" and row_dtype is None):
-        raise ExchangeConfigError(
-            f"SGLANG_MORI_DISPATCH_DTYPE={asked} needs {asked} expert weights, and these experts have none: unset it"
-        )
-    if kernel is not None and dtype not in (torch.bfloat16, torch.float32):
-        raise ExchangeConfigError(f"MORI carries bfloat16 and float32, not the model's {dtype}: add --dtype bfloat16")
-    # The variable is AMD's alone, and has no effect elsewhere.
-    codec = "none" if kernel is None else COMBINE_CODECS[config.combine_dtype]
-    if codec != "none" and dtype != torch.bfloat16:
-        raise ExchangeConfigError(
-            f"SGLANG_MORI_COMBINE_DTYPE={config.combine_dtype} packs bfloat16 alone, the model is {dtype}: unset it"
-        )
-    if codec == "fp8_blockwise" and config.combine_groups * GROUP != hidden:
-        raise ExchangeConfigError(
-            f"SGLANG_MORI_COMBINE_DTYPE=fp8 with hidden size {hidden} needs MORI_FP8_COMBINE_SCALE_DIM="
-            f"{hidden // GROUP}, found {config.combine_groups}"
-        )
-    travels = row_dtype if row_dtype is not None and asked != "bf16" else dtype
-    is_two_phase = config.low_latency if kernel is None else kernel.is_two_phase
-    # Under IntraNode the cap shortens what each rank sends at once, and the op is given none: see source_limit.
-    by_source, limit, cap = kernel is INTRA_NODE, config.max_dispatch_tokens, config.max_recv_tokens
-    if by_source:
-        limit, cap = source_limit(config.world_size, limit, cap), 0
-    return EpConfig(
-        rank=rank,
-        world_size=config.world_size,
-        hidden_dim=hidden,
-        max_num_inp_token_per_rank=limit,
-        num_experts_per_rank=num_experts // config.world_size,
-        num_experts_per_token=top_k,
-        data_type=travels,
-        combine_type=dtype,
-        scale_dim=0 if travels is dtype else hidden // GROUP,
-        max_total_recv_tokens=cap,
-        mode="two_phase" if is_two_phase else "sync",
-        combine_wire=codec,
-        rows_by_source=by_source,
-    )
 
 
 @lru_cache(maxsize=4)
