@@ -265,6 +265,9 @@ def check_settings() -> None:
     for cap in (-1, 17, 10**9):
         with CASE.assertRaisesRegex(ExchangeConfigError, "PREALLOC_MAX_RECV_TOKENS=.* must be 0"):
             MoriConfig(4, 4, max_recv_tokens=cap)
+    three = thread_world(3, 1, 3)[0]
+    with CASE.assertRaisesRegex(ValueError, "8 experts cannot be split over 3"):
+        MODEL.build(three, **MORI)
     check_release()
 
 

@@ -28,6 +28,7 @@ from sglang.srt.layers.moe.token_dispatcher.moriep import (
     MoriTransport,
     check_mori_compatibility,
     init_mori_op,
+    op_arguments,
 )
 from sglang.srt.layers.moe.token_dispatcher.portable import PortableTransport
 from sglang.srt.platforms import override_platform
@@ -144,11 +145,14 @@ def check_own_bound() -> None:
 
 
 def check_releases() -> None:
-    """Ranks that run different releases of MORI stop, all of them."""
+    """Ranks that run different releases of MORI stop, all of them, and so do those whose release lacks the kernel."""
 
     def work(rank: int, group: ProcessGroupHandle) -> None:
         import mori
 
+        with mock.patch.object(mori.ops, "EpDispatchCombineKernelType", Enum("Kernels", ["IntraNode"])):
+            with CASE.assertRaisesRegex(ExchangeConfigError, "no kernel AsyncLL: install MORI 1.1.0"):
+                op_arguments(sizes(rank, ASYNC_LL), ASYNC_LL)
         with mori.fake_version(f"1.{rank + 1}.0"):
             with CASE.assertRaisesRegex(ExchangeConfigError, r"ranks \[1\] run another MORI"):
                 MoriTransport(sizes(rank, ASYNC_LL), ASYNC_LL, group)

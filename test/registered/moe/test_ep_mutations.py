@@ -8,6 +8,7 @@ import torch
 
 import sglang.srt.layers.moe.ep_moe.gathered as gathered
 import sglang.srt.layers.moe.ep_moe.layer as layer
+import sglang.srt.layers.moe.placement as placement
 import sglang.srt.layers.moe.token_dispatcher.base as base
 import sglang.srt.layers.moe.token_dispatcher.capacity as capacity
 import sglang.srt.layers.moe.token_dispatcher.config as config
@@ -95,6 +96,7 @@ MUTATIONS = {
         M("fp8 without weights for it", mori_plan, '(asked == "fp8" and row_dtype is None)', "False"),
         M("fp4 without weights for it", mori_plan, 'if asked == "fp4" or', "if"),
         M("a codec where there is none", mori_plan, '"none" if kernel is None else COMBINE', "COMBINE"),
+        M("experts that no rank holds whole", placement, "if num_experts % state.ep_size:", "if False:"),
         M("cap out of range", config, "if not 0 <= self.max_recv_tokens <= worst:", "if False:"),
         M("fields dropped in silence", moriep, "    if refused:", "    if False:"),
         M("cap droppable", moriep, '"max_total_recv_tokens": 0', '"max_total_recv_tokens": "any"'),
@@ -130,7 +132,10 @@ MUTATIONS = {
         M("results of another type", moriep, "y.dtype != self.config.combine_type or y.shape[0]", "y.shape[0]"),
         M("results of another width", moriep, "or y.shape[1] != self.config.hidden_dim:", ":"),
     ),
-    "releases": (M("ranks that differ", moriep, "if any(theirs != versions[0] for theirs in versions):", "if False:"),),
+    "releases": (
+        M("ranks that differ", moriep, "if any(theirs != versions[0] for theirs in versions):", "if False:"),
+        M("a kernel that a release lacks", moriep, "if not hasattr(kernel_types, kernel.name):", "if False:"),
+    ),
     "callers": (
         M("ids that were not dispatched", moriep, "if combine_input.topk_ids is not self._topk.ids:", "if False:"),
         M("fields left in", moriep, "        del kwargs[name]", "        pass"),
