@@ -110,6 +110,58 @@ class TestServer(ServerCase):
         self.assertEqual(crowd[2]["output_ids"], alone)
         self.assertNotEqual(crowd[1]["output_ids"], alone)
 
+    def test_samples_with_a_seed(self) -> None:
+        """Each of n samples draws by itself, the first as with n = 1, on every endpoint; twice is the same."""
+        native = {"temperature": 2.0, "max_new_tokens": 12, "sampling_seed": 3, "ignore_eos": True}
+        body = {"temperature": 2.0, "max_tokens": 12, "seed": 3, "ignore_eos": True, "model": "default"}
+        chat = {**body, "messages": [{"role": "user", "content": "hello"}]}
+        single = self.generate("hello", native)["text"]
+        wanted = [answer["text"] for answer in self.generate("hello", {**native, "n": 5})]
+        self.assertEqual((wanted[0], len(set(wanted))), (single, 5))
+        mixed = self.generate(["hello", "27+", "hello"], [{**native, "n": 5}, native, {**native, "n": 2}])
+        self.assertEqual([answer["text"] for answer in mixed[:5] + mixed[6:]], wanted + wanted[:2])
+        for path, fields in (("/v1/completions", {**body, "prompt": ["hello", "27+"]}), ("/v1/chat/completions", chat)):
+            with self.subTest(path):
+                alone = self.client.post(path, json=fields).json()["choices"]
+                answer = self.client.post(path, json={**fields, "n": 5}).json()["choices"]
+                texts = [choice["text"] if "text" in choice else choice["message"]["content"] for choice in answer]
+                first = [choice["text"] if "text" in choice else choice["message"]["content"] for choice in alone]
+                self.assertEqual(texts[::5], first)
+                self.assertEqual(len(set(texts)), len(texts))
+                if path == "/v1/completions":
+                    self.assertEqual(texts[:5], wanted)
+                streamed = [""] * len(texts)
+                with self.client.stream("POST", path, json={**fields, "n": 5, "stream": True}) as stream:
+                    for line in stream.iter_lines():
+                        if line.startswith("data: {"):
+                            for choice in json.loads(line[6:])["choices"]:
+                                part = choice["text"] if "text" in choice else choice["delta"].get("content")
+                                streamed[choice["index"]] += part or ""
+                self.assertEqual(streamed, texts)
+
+    def test_prompt_tokens_are_counted_whole(self) -> None:
+        before = self.state()["num_prompt_tokens"]
+        for _ in range(3):
+            self.generate("a=3,c=7;c?")
+        single = self.generate("a=3,c=7;c?")["meta_info"]["prompt_tokens"]
+        self.assertEqual(self.state()["num_prompt_tokens"] - before, 4 * single)
+
+    def test_requests_that_nothing_can_be_drawn_for(self) -> None:
+        """Every id of the vocabulary forbidden: an error, not a made-up answer; the request beside it never notices."""
+        vocab = self.client.get("/server_info").json()["vocab_size"]
+        params = {"max_new_tokens": 4, "min_new_tokens": 2, "stop_token_ids": list(range(vocab))}
+        with ThreadPoolExecutor(2) as pool:
+            good = pool.submit(self.generate, "27+58=")
+            answer = self.client.post("/generate", json={"text": "27+58=", "sampling_params": params})
+        self.assertEqual(answer.status_code, 400, answer.text)
+        self.assertIn("no logit is finite", answer.text)
+        self.assertEqual(good.result()["text"], "85")
+
+    def test_a_stop_string_in_the_visible_text(self) -> None:
+        params = {"temperature": 0, "max_new_tokens": 12, "ignore_eos": True, "stop": ["51"]}
+        answer = self.generate("27+58=", params)
+        self.assertEqual((answer["text"], answer["meta_info"]["finish_reason"]["matched"]), ("8", "51"))
+
     def test_logprobs(self) -> None:
         result = self.generate(
             "27+58=", return_logprob=True, logprob_start_len=0, top_logprobs_num=2, token_ids_logprob=[5]

@@ -106,6 +106,65 @@ class TestTextStreams(CustomTestCase):
             self.assertGreaterEqual(len(stream.push(ids, False)), 16)
 
 
+class TestHiddenTokens(CustomTestCase):
+    """A stop string ends a request where the client sees it, whatever hidden tokens lie in it, and in the raw text."""
+
+    def oracle(self, tokenizer, ids, stops, skip):
+        """The number of tokens until some stop string stands in either text, and the text before it."""
+        for count in range(1, len(ids) + 1):
+            raw = tokenizer.decode(ids[:count], skip_special_tokens=False)
+            seen = tokenizer.decode(ids[:count], skip_special_tokens=True) if skip else raw
+            if any(stop in raw or stop in seen for stop in stops):
+                cut = min((seen.find(stop) for stop in stops if stop in seen), default=len(seen))
+                return count, seen[:cut]
+        return len(ids), tokenizer.decode(ids, skip_special_tokens=skip)
+
+    def test_random(self):
+        rng = random.Random(11)
+        by_hidden = 0
+        for round_ in range(1500):
+            skip = round_ % 4 != 0
+            special = sorted(BYTE_LEVEL.all_special_ids)
+            letters = [BYTE_LEVEL.encode(letter, add_special_tokens=False)[0] for letter in "ab"]
+            weights = [5, 5] + [6 / len(special)] * len(special)
+            ids = rng.choices(letters + special, weights, k=rng.randrange(1, 40))
+            stops = ["".join(rng.choices("ab", k=rng.randrange(2, 7))) for _ in range(rng.randrange(1, 4))]
+            if round_ % 10 == 0:
+                stops.append(BYTE_LEVEL.decode([special[0]], skip_special_tokens=False) + "a")
+            count, text = self.oracle(BYTE_LEVEL, ids, stops, skip)
+            params = SamplingParams(max_new_tokens=len(ids), stop=stops, skip_special_tokens=skip)
+            checker, reason, sent = StopChecker(BYTE_LEVEL), None, ""
+            state = None
+            for length in range(1, len(ids) + 1):
+                req = types.SimpleNamespace(
+                    output_ids=ids[:length], sampling_params=params, stop_ids=frozenset(), max_new_tokens=len(ids)
+                )
+                reason = checker.check(req)
+                message = output(
+                    ids[length - 1 : length], reason, stop=stops if length == 1 else [], skip_special_tokens=skip
+                )
+                state = state or RequestText(message, BYTE_LEVEL)
+                sent += state.push(message)
+                self.assertTrue(text.startswith(sent), f"{sent!r} was sent, {text!r} is right")
+                if reason is not None:
+                    break
+            self.assertEqual((length, sent), (count, text), f"{stops} in {ids}")
+            raw = BYTE_LEVEL.decode(ids[:count], skip_special_tokens=False)
+            by_hidden += reason.type == "stop" and not any(stop in raw for stop in stops)
+        self.assertGreater(by_hidden, 100)
+
+    def test_many_hidden_tokens_within_a_stop_string(self):
+        a, b = (BYTE_LEVEL.encode(letter, add_special_tokens=False)[0] for letter in "ab")
+        hidden = min(BYTE_LEVEL.all_special_ids)
+        req = types.SimpleNamespace(
+            output_ids=[a] + [hidden] * 500 + [b], stop_ids=frozenset(), max_new_tokens=10**6,
+            sampling_params=SamplingParams(stop=["ab"]),
+        )  # fmt: skip
+        self.assertEqual(StopChecker(BYTE_LEVEL).check(req).matched, "ab")
+        req.sampling_params.skip_special_tokens = False
+        self.assertIsNone(StopChecker(BYTE_LEVEL).check(req))
+
+
 class TestStopTrimmer(CustomTestCase):
     def run_trimmer(self, stops, deltas, matched):
         """All text sent, after checking that no stop string, nor the start of one, was sent before the end."""
@@ -250,6 +309,23 @@ class TestManagerOnTheWire(CustomTestCase):
         self.assertEqual(second.finish_reason.message, "gone")
         self.assertEqual(manager._requests, {})
         manager.close()
+
+    def test_a_request_that_cannot_be_decoded_ends_alone(self):
+        args = types.SimpleNamespace(skip_tokenizer_init=True)
+        names = IpcNames.create()
+        manager = DetokenizerManager(args, names)
+        self.addCleanup(names.remove)
+        self.addCleanup(manager.close)
+        manager.tokenizer = BYTE_LEVEL
+        letter = BYTE_LEVEL.encode("a", add_special_tokens=False)[0]
+        messages = [output([letter]), output([-7]), output([letter])]
+        for rid, message in zip("abc", messages, strict=True):
+            message.rid = rid
+        outputs = manager.handle(BatchTokenIDOutput(outputs=messages)).outputs
+        self.assertEqual([one.text for one in outputs], ["a", "", "a"])
+        reasons = [one.finish_reason for one in outputs]
+        self.assertEqual((reasons[0], reasons[2], reasons[1].type, reasons[1].status_code), (None, None, "abort", 500))
+        self.assertEqual(set(manager._requests), {"a", "c"})
 
     def test_without_a_tokenizer_ids_pass_through(self):
         names = IpcNames.create()

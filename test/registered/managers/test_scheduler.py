@@ -428,8 +428,21 @@ class TestEdges(CustomTestCase):
                 setup.run()
                 metrics = setup.scheduler.metrics
                 self.assertEqual(metrics.num_generated_tokens, sum(map(len, setup.channel.outputs.values())))
+                self.assertEqual(metrics.num_prompt_tokens, sum(map(len, prompts.values())))
                 if not metrics.num_retracted_reqs:
                     self.assertEqual(metrics.num_prefilled_tokens, sum(map(len, prompts.values())))
+
+    def test_prompt_tokens_count_whole_prompts(self) -> None:
+        for options in ({}, {"chunk": 8}, {"page": 4}, {"hybrid": True}, {"pool": 64, "conservativeness": 0.05}):
+            with self.subTest(options):
+                setup = make(**options)
+                for number in range(5):
+                    setup.channel.inbox.append(request(f"r{number}", list(range(8, 21)), max_new=20))
+                    setup.turn()
+                setup.run()
+                metrics = setup.scheduler.metrics
+                self.assertEqual(metrics.num_prompt_tokens, 5 * 13)
+                self.assertEqual(metrics.num_cached_tokens, sum(setup.channel.cached.values()))
 
     def test_queue_full(self) -> None:
         setup = make(max_queued=1)

@@ -7,6 +7,7 @@ import random
 import sys
 import unittest
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +271,119 @@ class TestKindsOfFault(CustomTestCase):
             with self.subTest(fault):
                 setup = self.run_with(fault, 8, 2)
                 self.assertEqual(setup.channel.reasons["a"].type == "abort", ends)
+
+
+class TestFences(CustomTestCase):
+    """A request that no step could serve, and one that fails while its token is taken in, end alone."""
+
+    PROMPT = [8, 9, 10]
+
+    def ask(self, setup: Any, rid: str, params: dict[str, Any] | None = None, **fields: Any) -> None:
+        message = fakes.request(rid, fields.pop("prompt", self.PROMPT), 8)
+        for name, value in (params or {}).items():
+            setattr(message.sampling_params, name, value)
+        for name, value in fields.items():
+            setattr(message, name, value)
+        setup.channel.inbox.append(message)
+
+    def check_neighbours(self, setup: Any, *rids: str) -> None:
+        for rid in rids:
+            self.assertEqual(setup.channel.outputs[rid], fakes.expected_output(self.PROMPT, 8, LIMIT))
+
+    def test_values_outside_the_vocabulary(self) -> None:
+        cases: list[dict[str, Any]] = [
+            {"params": {"stop_token_ids": [fakes.VOCAB], "min_new_tokens": 2}},
+            {"params": {"stop_token_ids": [-5], "min_new_tokens": 2}},
+            {"params": {"logit_bias": {str(fakes.VOCAB): 1.0}}},
+            {"params": {"logit_bias": {"-1": 1.0}}},
+            {"params": {"logit_bias": {"x": 1.0}}},
+            {"params": {"sampling_seed": 2**63, "temperature": 1.0}},
+            {"prompt": [8, fakes.VOCAB]},
+            {"prompt": [8, fakes.VOCAB], "params": {"repetition_penalty": 1.5}},
+            {"prompt": [-1, 8]},
+            {"prompt": [2**63]},
+            {"return_logprob": True, "token_ids_logprob": [fakes.VOCAB]},
+            {"return_logprob": True, "top_logprobs_num": -1},
+        ]
+        for case in cases:
+            with self.subTest(case):
+                setup = fakes.make()
+                self.ask(setup, "first")
+                self.ask(setup, "bad", **case)
+                self.ask(setup, "last")
+                setup.run()
+                self.check_neighbours(setup, "first", "last")
+                reason = setup.channel.reasons["bad"]
+                self.assertEqual((reason.type, reason.status_code, setup.channel.outputs["bad"]), ("abort", 500, []))
+                self.assertIn("cannot be served", reason.message)
+
+    def test_an_end_token_outside_the_vocabulary(self) -> None:
+        """It ends nothing, and where min_new_tokens would forbid it the request alone is refused."""
+        for end in (fakes.VOCAB, -5, 10**12):
+            with self.subTest(end):
+                setup = fakes.make()
+                setup.scheduler.config = replace(setup.scheduler.config, eos_token_ids=(fakes.EOS, end))
+                self.ask(setup, "first")
+                self.ask(setup, "bad", {"min_new_tokens": 2})
+                self.ask(setup, "deaf", {"min_new_tokens": 2, "ignore_eos": True})
+                setup.run()
+                self.check_neighbours(setup, "first", "deaf")
+                self.assertIn(str(end), setup.channel.reasons["bad"].message)
+
+    def test_a_stop_check_that_fails(self) -> None:
+        for overlap in (False, True):
+            setup = fakes.make(overlap=overlap)
+            check = setup.scheduler.stop_checker.check
+
+            def broken(req: Req, check: Any = check) -> Any:
+                if req.rid == "bad" and len(req.output_ids) == 3:
+                    raise IndexError("a tokenizer that does not know the id")
+                return check(req)
+
+            setup.scheduler.stop_checker.check = broken
+            for rid in ("first", "bad", "last"):
+                self.ask(setup, rid)
+            setup.run()
+            self.check_neighbours(setup, "first", "last")
+            reason = setup.channel.reasons["bad"]
+            self.assertEqual((reason.type, reason.status_code), ("abort", 500))
+            self.assertIn("does not know the id", reason.message)
+
+    def test_min_new_tokens_forbids_every_end_id_that_ends(self) -> None:
+        setup = fakes.make()
+        setup.scheduler.config = replace(setup.scheduler.config, eos_token_ids=(3, 7, 11))
+        rows = []
+        for params in ({}, {"ignore_eos": True}, {"stop_token_ids": [5]}, {"ignore_eos": True, "stop_token_ids": [5]}):
+            self.ask(setup, f"r{len(rows)}", params)
+            rows.append(params)
+        for message in setup.channel.receive(wait=False):
+            setup.scheduler._handle(message)
+        forbidden = [req.sampling_row().stop_ids for req in setup.scheduler.waiting]
+        self.assertEqual(forbidden, [[3, 7, 11], [], [3, 5, 7, 11], [5]])
+
+
+class TestWire(CustomTestCase):
+    def test_stop_strings_and_prompt_logprobs_travel_once(self) -> None:
+        setup = fakes.make()
+        seen: list[Any] = []
+        send = setup.channel.to_detokenizer
+        setup.channel.to_detokenizer = lambda message: (seen.extend(message.outputs), send(message))
+        message = fakes.request("a", [1, 2, 3], 8, stream=True)
+        message.sampling_params.stop = ["x" * 100, "y"]
+        message.return_logprob, message.logprob_start_len = True, 2
+        launch = setup.worker.launch
+
+        def scored(batch: ModelWorkerBatch, info: object) -> Any:
+            step = launch(batch, info)
+            step.output = replace(step.output, next_token_logprobs=[-1.0] * batch.batch_size)
+            return step
+
+        setup.worker.launch = scored
+        setup.channel.inbox.append(message)
+        setup.run()
+        self.assertEqual(len(seen), 8)
+        self.assertEqual([output.stop for output in seen], [["x" * 100, "y"]] + [[]] * 7)
+        self.assertEqual([output.input_logprobs is not None for output in seen], [True] + [False] * 7)
 
 
 class TestRandomFaults(CustomTestCase):

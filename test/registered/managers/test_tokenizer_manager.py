@@ -11,7 +11,7 @@ from sglang.srt.managers.io_struct import AbortReq, FinishReason, GenerateReqInp
 from sglang.srt.managers.ipc import IpcNames, Sender, scheduler_receiver
 from sglang.srt.managers.request_input import RequestError, split_request
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
-from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.sampling.sampling_params import SamplingParams, sample_seed
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_scheduler import FakeEngine, fake_logprob
@@ -115,6 +115,17 @@ class TestResults(ManagerTestCase):
         streamed = await self.run_one(text=["ab", "cd"], sampling_params=params, stream=True)
         last = {r["index"]: r for r in streamed}
         self.assertEqual([last[i]["output_ids"] for i in range(3)], [r["output_ids"] for r in results])
+
+    async def test_each_sample_draws_from_its_own_seed(self):
+        """Sample 0 as with n = 1; every prompt of a batch counts anew, with its own seed and n."""
+        for stream in (False, True):
+            self.scheduler.received.clear()
+            params = [{"n": 3, "sampling_seed": 5}, {"n": 2, "sampling_seed": 5}, {"sampling_seed": 5}, {"n": 2}]
+            params = [{"max_new_tokens": 1, **one} for one in params]
+            await self.run_one(text=["ab", "cd", "ef", "gh"], sampling_params=params, stream=stream)
+            sent = [message.sampling_params.sampling_seed for message in self.scheduler.received]
+            derived = [sample_seed(5, 1), sample_seed(5, 2)]
+            self.assertEqual(sent, [5, *derived, 5, derived[0], 5, None, None])
 
     async def test_logprobs(self):
         ids = self.tokenizer.encode("abc", add_special_tokens=False)

@@ -14,7 +14,7 @@ from sglang.srt.layers import sampler as sampler_module
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput, RowFault
 from sglang.srt.layers.sampler import Sampler, filtered_probs
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
-from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError
+from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError, sample_seed
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -138,6 +138,24 @@ class TestSeeds(CustomTestCase):
                 positions=positions[row : row + 1],
             )
             self.assertEqual(int(alone), int(together[row]))
+
+    def test_samples_of_one_request_have_seeds_of_their_own(self) -> None:
+        seeds = [0, 1, 2, 3, -1, -2, 5, 2**32 - 1, 2**32, 2**63 - 1, -(2**63), -(2**63) + 1]
+        derived = {(seed, index): sample_seed(seed, index) for seed in seeds for index in range(1, 1024)}
+        self.assertTrue(all(-(2**63) <= value < 2**63 for value in derived.values()))
+        self.assertEqual(len({*derived.values(), *seeds}), len(derived) + len(seeds), "two samples share a seed")
+        # The draw keeps 32 bits of a seed: no two samples of a request may meet there either.
+        for seed in seeds:
+            values = torch.tensor([derived[seed, index] for index in range(1, 1024)])
+            draws = uniform_from_seed_torch(values, torch.full((1023,), 7))
+            self.assertEqual(draws.unique().numel(), 1023)
+            self.assertLess(abs(float(draws.mean()) - 0.5), 0.05)
+        params = SamplingParams(sampling_seed=7, stop=["x"])
+        self.assertIs(params.for_sample(0), params)
+        self.assertEqual(params.for_sample(3), SamplingParams(sampling_seed=sample_seed(7, 3), stop=["x"]))
+        self.assertEqual(params.sampling_seed, 7)
+        unseeded = SamplingParams()
+        self.assertIs(unseeded.for_sample(3), unseeded)
 
     def test_uniforms_look_uniform_and_differ(self) -> None:
         seeds, positions = torch.arange(200).repeat_interleave(200), torch.arange(200).repeat(200)
@@ -278,6 +296,42 @@ class TestFaults(CustomTestCase):
         for params in ([cold, cold], [cold, SamplingParams()]):
             ids, faults, _ = self.sample(logits, params)
             self.assertEqual((ids[0], faults), (1, [0, 0]))
+
+
+class TestUpstreamsCallers(CustomTestCase):
+    """``SamplingBatchInfo`` by upstream's keywords and shapes gives what ``from_rows`` gives."""
+
+    def info(self, rows: int, vocab: int, greedy: bool = False, **fields: object) -> SamplingBatchInfo:
+        values = {
+            "temperatures": torch.ones(rows, 1), "top_ps": torch.ones(rows), "min_ps": torch.zeros(rows),
+            "top_ks": torch.zeros(rows, dtype=torch.int32), "is_all_greedy": greedy, "need_top_p_sampling": False,
+            "need_top_k_sampling": False, "need_min_p_sampling": False, "vocab_size": vocab, "device": "cpu",
+        }  # fmt: skip
+        return SamplingBatchInfo(**{**values, **fields})
+
+    def test_filters(self) -> None:
+        logits = torch.randn(4, 40, generator=torch.Generator().manual_seed(8)) * 2
+        params = [SamplingParams(top_k=k, top_p=0.8, min_p=0.1, temperature=0.7) for k in (-1, 1, 3, 40)]
+        for top_ks in ([0, 1, 3, 40], [1 << 30, 1, 3, 40], [-1, 1, 3, 1 << 30]):
+            given = self.info(
+                4, 40, temperatures=torch.full((4, 1), 0.7), top_ps=torch.full((4,), 0.8), min_ps=torch.full((4,), 0.1),
+                top_ks=torch.tensor(top_ks, dtype=torch.int32), need_top_p_sampling=True, need_top_k_sampling=True,
+                need_min_p_sampling=True, is_any_greedy=True, sampling_seed=torch.arange(4),
+            )  # fmt: skip
+            ids = Sampler()(LogitsProcessorOutput(logits), given, positions=torch.arange(4))
+            wanted = Sampler()(LogitsProcessorOutput(logits), info_of(params, 40), positions=torch.arange(4))
+            self.assertEqual(ids.tolist(), wanted.tolist())
+
+    def test_without_seeds_draws_differ(self) -> None:
+        logits, positions = torch.zeros(64, 1000), torch.zeros(64, dtype=torch.int64)
+        drawn = {tuple(Sampler()(LogitsProcessorOutput(logits), self.info(64, 1000), positions=positions).tolist())
+                 for _ in range(2)}  # fmt: skip
+        self.assertEqual(len(drawn), 2)
+        self.assertGreater(len(set(drawn.pop())), 32)
+
+    def test_what_is_not_known_here_is_refused(self) -> None:
+        with self.assertRaisesRegex(TypeError, "xtc_thresholds"):
+            self.info(1, 4, xtc_thresholds=torch.ones(1))
 
 
 class TestEdits(CustomTestCase):

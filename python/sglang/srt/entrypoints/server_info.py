@@ -103,7 +103,12 @@ _METRICS = (
     ("gen_throughput", "gauge", "Generated tokens a second, as last logged.", "last_gen_throughput"),
     ("num_retracted_reqs", "gauge", "Requests retracted since start.", "num_retracted_reqs"),
     ("num_aborted_requests_total", "counter", "Requests aborted since start.", "num_aborted_reqs"),
-    ("prompt_tokens_total", "counter", "Prompt tokens computed since start.", "num_prefilled_tokens"),
+    (
+        "prompt_tokens_total",
+        "counter",
+        "Prompt tokens of requests begun since start, cached ones too.",
+        "num_prompt_tokens",
+    ),
     ("cached_tokens_total", "counter", "Prompt tokens found in the prefix cache since start.", "num_cached_tokens"),
     ("generation_tokens_total", "counter", "Tokens generated since start.", "num_generated_tokens"),
 )

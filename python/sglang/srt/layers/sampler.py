@@ -63,9 +63,11 @@ class Sampler(torch.nn.Module):
         logits: torch.Tensor, info: SamplingBatchInfo, positions: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids [B] int64, not bounded, and the scaled logits [B, V] that they are drawn from (greedy rows: scale 1)."""
+        assert info.sampling_seed is not None
         scaled = logits / info.temperatures
-        drawn = seeded_sample(_filter(torch.softmax(scaled, dim=-1), info), info.seeds, positions)
+        drawn = seeded_sample(_filter(torch.softmax(scaled, dim=-1), info), info.sampling_seed, positions)
         if info.is_any_greedy:
+            assert info.greedy_rows is not None
             drawn = torch.where(info.greedy_rows, _greedy(logits).to(drawn.dtype), drawn)
         return drawn, scaled
 
@@ -94,17 +96,17 @@ def filtered_probs(logits: torch.Tensor, info: SamplingBatchInfo) -> torch.Tenso
 
 
 def _filter(probs: torch.Tensor, info: SamplingBatchInfo) -> torch.Tensor:
-    if info.need_top_k or info.need_top_p:
+    if info.need_top_k_sampling or info.need_top_p_sampling:
         ordered, order = torch.sort(probs, dim=-1, descending=True, stable=True)
-        if info.need_top_k:
+        if info.need_top_k_sampling:
             ranks = torch.arange(ordered.shape[1], device=ordered.device)
             ordered = ordered.masked_fill(ranks >= info.top_ks, 0.0)
-        if info.need_top_p:
+        if info.need_top_p_sampling:
             share = ordered / ordered.sum(dim=-1, keepdim=True)
             before = share.cumsum(dim=-1) - share
             ordered = ordered.masked_fill((before >= info.top_ps) & (info.top_ps < 1.0), 0.0)
         probs = torch.zeros_like(probs).scatter_(1, order, ordered)
-    if info.need_min_p:
+    if info.need_min_p_sampling:
         probs = probs.masked_fill(probs < info.min_ps * probs.amax(dim=-1, keepdim=True), 0.0)
     return probs
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol
 from sglang.srt.managers.io_struct import (
     BatchStrOutput,
     BatchTokenIDOutput,
+    FinishReason,
     RequestOutput,
     ShutdownReq,
     StrOutput,
@@ -216,8 +217,18 @@ class DetokenizerManager:
         return BatchStrOutput(outputs=[self._handle_one(output) for output in batch.outputs])
 
     def _handle_one(self, output: TokenIDOutput) -> StrOutput:
+        text = ""
+        try:
+            text = self._text_of(output)
+        except Exception as error:  # of this request: the others of the message go on
+            logger.exception("request %.64r is ended", output.rid)
+            words = f"Turning tokens into text failed: {error}."
+            output.finish_reason = FinishReason(
+                type="abort", message=words, status_code=500, err_type="InternalServerError"
+            )
+            self._requests.pop(output.rid, None)
         passed_on = {name: getattr(output, name) for name in RequestOutput.__struct_fields__}
-        return StrOutput(text=self._text_of(output), **passed_on)
+        return StrOutput(text=text, **passed_on)
 
     def _text_of(self, output: TokenIDOutput) -> str:
         if self.tokenizer is None:

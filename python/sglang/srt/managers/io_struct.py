@@ -141,7 +141,7 @@ class TokenIDOutput(RequestOutput, kw_only=True):
 
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
-    # Stop strings: the detokenizer holds back text that may be the start of one.
+    # Stop strings, with the first output: the detokenizer holds back text that may be the start of one.
     stop: list[str] = []
     num_retractions: int = 0
 

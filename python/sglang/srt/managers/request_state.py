@@ -67,8 +67,8 @@ class RequestState:
         self._single = single
         self._text_of = text_of
         self._show_dp_rank = show_dp_rank
-        # Characters, ids and log-probabilities that the reader has had.
-        self._read = 0, 0, 0
+        # Characters, ids and log-probabilities (of output and prompt) that the reader has had.
+        self._read = 0, 0, 0, 0
 
     def receive(self, output: StrOutput) -> None:
         """Add one message; wakes the reader when it has something to read."""
@@ -94,11 +94,17 @@ class RequestState:
 
     def result(self, incremental: bool) -> dict[str, Any]:
         """The API's result: all that has arrived, or only what arrived since the last call."""
-        text, ids, logprobs = self._read if incremental else (0, 0, 0)
-        self._read = len(self.text), len(self.output_ids), len(self.output_logprobs.tokens)
-        return {"text": self.text[text:], "output_ids": self.output_ids[ids:], "meta_info": self._meta_info(logprobs)}
+        text, ids, output, prompt = self._read if incremental else (0, 0, 0, 0)
+        self._read = (
+            len(self.text),
+            len(self.output_ids),
+            len(self.output_logprobs.tokens),
+            len(self.input_logprobs.tokens),
+        )
+        meta = self._meta_info(output, prompt)
+        return {"text": self.text[text:], "output_ids": self.output_ids[ids:], "meta_info": meta}
 
-    def _meta_info(self, logprob_start: int) -> dict[str, Any]:
+    def _meta_info(self, logprob_start: int, prompt_start: int) -> dict[str, Any]:
         last = self.last
         assert last is not None
         meta: dict[str, Any] = {
@@ -117,13 +123,13 @@ class RequestState:
             meta["e2e_latency"] = self.latency
         if self._single.return_logprob:
             output, prompt = self.output_logprobs, self.input_logprobs
-            meta["input_token_logprobs"] = prompt.tokens
+            meta["input_token_logprobs"] = prompt.tokens[prompt_start:]
             meta["output_token_logprobs"] = output.tokens[logprob_start:]
             if self._single.top_logprobs_num:
-                meta["input_top_logprobs"] = prompt.top
+                meta["input_top_logprobs"] = prompt.top[prompt_start:]
                 meta["output_top_logprobs"] = output.top[logprob_start:]
             if self._single.token_ids_logprob:
-                meta["input_token_ids_logprobs"] = prompt.chosen
+                meta["input_token_ids_logprobs"] = prompt.chosen[prompt_start:]
                 meta["output_token_ids_logprobs"] = output.chosen[logprob_start:]
         return meta
 

@@ -12,7 +12,7 @@ import torch
 from sglang.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput, TokenLogprobs
 from sglang.srt.mem_cache.radix_cache import TreeNode
 from sglang.srt.model_executor.forward_batch_info import ForwardMode, LogprobRequest, ModelWorkerBatch
-from sglang.srt.sampling.sampling_batch_info import SamplingRow
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 
 
 class Req:
@@ -59,6 +59,20 @@ class Req:
         self.output_logprobs = TokenLogprobs()
         self._new_input_logprobs()
 
+    def check(self, vocab_size: int) -> None:
+        """Raise for whatever would stop a step that this request shares with others.
+
+        Its sampling tensors are built, and its edits applied, once for it alone.
+        """
+        ids = self._prompt
+        if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+            raise ValueError(f"input_ids must lie in [0, {vocab_size}), got {ids.min()} to {ids.max()}")
+        if any(not 0 <= token_id < vocab_size for token_id in self.token_ids_logprob) or self.top_logprobs_num < 0:
+            raise ValueError(f"token_ids_logprob must lie in [0, {vocab_size}) and top_logprobs_num be at least 0")
+        info = SamplingBatchInfo.from_rows([self.sampling_row()], vocab_size, torch.device("cpu"))
+        if info.edits_logits():
+            info.apply_edits(torch.zeros(1, vocab_size))
+
     def _new_input_logprobs(self) -> None:
         """Start the prompt's log-probabilities with the first wanted token, which has no predecessor scored."""
         if 0 <= self.logprob_start_len < len(self.origin_input_ids):
@@ -68,6 +82,11 @@ class Req:
                 self.input_logprobs.top.append(None)
             if self.token_ids_logprob:
                 self.input_logprobs.chosen.append(None)
+
+    def end_without_logprobs(self, reason: FinishReason) -> None:
+        """End the request where its log-probabilities may be half recorded."""
+        self.finish_reason = reason
+        self.return_logprob, self.input_logprobs = False, None
 
     @property
     def seq_len(self) -> int:

@@ -40,6 +40,7 @@ from sglang.srt.managers.step_result import (
     make_output,
     record_input_logprobs,
     record_output_logprobs,
+    refusal,
 )
 from sglang.srt.managers.tp_worker import LaunchedStep, StepOutput, TpModelWorker
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -215,7 +216,15 @@ class Scheduler:
         stop_ids = set(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= set(self.config.eos_token_ids)
-        req = Req(message, seed, frozenset(stop_ids))
+        try:
+            req = Req(message, seed, frozenset(stop_ids))
+            req.check(self.config.vocab_size)
+        except Exception as error:  # whatever it is, it must not reach a step that others share
+            logger.exception("request %.64r cannot be served", message.rid)
+            reason = abort_reason(f"This request cannot be served: {error}.", 500, "InternalServerError")
+            self.metrics.num_aborted_reqs += 1
+            self.channel.to_detokenizer(BatchTokenIDOutput(outputs=[refusal(message, reason)]))
+            return
         room = self.config.max_req_len - req.seq_len
         req.max_new_tokens = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
         if self.config.max_queued_requests is not None and len(self.waiting) >= self.config.max_queued_requests:
@@ -412,8 +421,18 @@ class Scheduler:
         if fault == RowFault.LOGITS or (fault and draws and req.max_new_tokens):
             req.finish_reason = fault_reason(RowFault(fault))
             self.metrics.num_aborted_reqs += 1
-            logger.error("request %s is ended: %s", req.rid, req.finish_reason.message)
+            logger.error("request %.64r is ended: %s", req.rid, req.finish_reason.message)
             return True
+        try:
+            return self._take_in(req, index, draws, output)
+        except Exception as error:  # of this request: the others of the step go on
+            logger.exception("request %.64r is ended", req.rid)
+            req.end_without_logprobs(abort_reason(f"Taking in a token failed: {error}.", 500, "InternalServerError"))
+            self.metrics.num_aborted_reqs += 1
+            return True
+
+    def _take_in(self, req: Req, index: int, draws: bool, output: StepOutput) -> bool:
+        """What a sound row gives the request; True when the request is over."""
         if req.return_logprob:
             record_input_logprobs(req, output.logits_output, index)
         if not draws:

@@ -26,6 +26,7 @@ class SchedulerMetrics:
         self.num_idle_steps = 0  # taken part in without rows
         self.num_retracted_reqs = 0
         self.num_aborted_reqs = 0
+        self.num_prompt_tokens = 0  # of requests that have begun: computed, cached and yet to come
         self.num_prefilled_tokens = 0
         self.num_cached_tokens = 0
         self.num_generated_tokens = 0
@@ -48,8 +49,11 @@ class SchedulerMetrics:
             self._prefill_done(batch, load)
 
     def _prefill_done(self, batch: ScheduleBatch, load: dict[str, int]) -> None:
-        fresh = [start for req, start in zip(batch.reqs, batch.starts, strict=True) if start == req.cached_tokens]
-        cached = sum(fresh)
+        # What a retracted request computes, or finds in the cache, for the second time does not count again.
+        spans = zip(batch.reqs, batch.starts, strict=True)
+        fresh = [req for req, start in spans if start == req.cached_tokens and req.num_retractions == 0]
+        cached = sum(req.cached_tokens for req in fresh)
+        self.num_prompt_tokens += sum(len(req.origin_input_ids) for req in fresh)
         self.num_prefill_steps += 1
         for req, start, end in zip(batch.reqs, batch.starts, batch.ends, strict=True):
             # Decoding requests of a mixed step bring output tokens, and retracted ones compute theirs again.

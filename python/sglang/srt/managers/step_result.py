@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput, RowFault
-from sglang.srt.managers.io_struct import FinishReason, TokenIDOutput, TokenLogprobs
+from sglang.srt.managers.io_struct import FinishReason, TokenIDOutput, TokenizedGenerateReqInput, TokenLogprobs
 from sglang.srt.managers.schedule_batch import Req
 
 if TYPE_CHECKING:
+    from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 
@@ -60,27 +62,37 @@ class StopChecker:
             token = req.output_ids[-1]
             if token in req.stop_ids:
                 return FinishReason(type="stop", matched=token)
-            matched = self._matched_stop_string(req.output_ids, params.stop, params.min_new_tokens > 1)
+            matched = self._matched_stop_string(req.output_ids, params)
             if matched is not None:
                 return FinishReason(type="stop", matched=matched)
         if len(req.output_ids) >= req.max_new_tokens:
             return FinishReason(type="length", length=len(req.output_ids))
         return None
 
-    def _matched_stop_string(self, output_ids: Sequence[int], stops: Sequence[str], passed_over: bool) -> str | None:
-        """The stop string that occurs first in the tail of the output, the longest of those that start there.
-
-        passed_over: tokens before the newest may have completed stop strings that ended nothing; they are text.
-        """
-        if not stops or self._tokenizer is None:
+    def _matched_stop_string(self, output_ids: Sequence[int], params: SamplingParams) -> str | None:
+        """The stop string that the newest token completes in the raw text, or in the text that the client sees."""
+        if not params.stop or self._tokenizer is None:
             return None
         # A token adds at least no characters: a window in tokens of the longest stop's UTF-8 length, doubled for
         # tokens that yield nothing visible, reaches back beyond the start of any match the newest token completes.
-        window = 2 * max(len(stop.encode()) for stop in stops) + 8
-        ids = list(output_ids[-window:])
-        tail = self._tokenizer.decode(ids, skip_special_tokens=False)
-        earlier = self._tokenizer.decode(ids[:-1], skip_special_tokens=False) if passed_over else ""
-        found = [(tail.find(stop, earlier.rfind(stop) + 1), -len(stop), stop) for stop in stops]
+        window = 2 * max(len(stop.encode()) for stop in params.stop) + 8
+        tail = list(output_ids[-window:])
+        matched = self._first_match(tail, params)
+        hidden = self._tokenizer.all_special_ids
+        if matched is None and params.skip_special_tokens and tail[-1] not in hidden and not hidden.isdisjoint(tail):
+            shown = islice((i for i in reversed(output_ids) if i not in hidden), window)
+            matched = self._first_match(list(shown)[::-1], params)
+        return matched
+
+    def _first_match(self, ids: list[int], params: SamplingParams) -> str | None:
+        """The stop string that occurs first in the text of ``ids``, the longest of those that start there."""
+        assert self._tokenizer is not None
+        text = self._tokenizer.decode(ids, skip_special_tokens=False)
+        earlier = ""
+        if params.min_new_tokens > 1:
+            # Tokens before the newest may have completed stop strings that ended nothing; they are text.
+            earlier = self._tokenizer.decode(ids[:-1], skip_special_tokens=False)
+        found = [(text.find(stop, earlier.rfind(stop) + 1), -len(stop), stop) for stop in params.stop]
         return min((match for match in found if match[0] >= 0), default=(0, 0, None))[2]
 
 
@@ -98,10 +110,22 @@ def make_output(req: Req, is_first: bool) -> TokenIDOutput:
         cached_tokens=req.cached_tokens,
         skip_special_tokens=params.skip_special_tokens,
         no_stop_trim=params.no_stop_trim,
-        stop=params.stop,
+        stop=params.stop if is_first else [],
         input_logprobs=req.input_logprobs if is_first else None,
         output_logprobs=_tail(req.output_logprobs, start) if req.return_logprob else None,
         num_retractions=req.num_retractions,
+    )
+
+
+def refusal(message: TokenizedGenerateReqInput, reason: FinishReason) -> TokenIDOutput:
+    """The only output of a request that never became one."""
+    return TokenIDOutput(
+        rid=message.rid,
+        output_ids=[],
+        finish_reason=reason,
+        prompt_tokens=len(message.input_ids),
+        completion_tokens=0,
+        cached_tokens=0,
     )
 
 

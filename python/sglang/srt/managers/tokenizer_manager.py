@@ -302,7 +302,7 @@ class TokenizerManager:
                     TokenizedGenerateReqInput(
                         rid=wire_rid,
                         input_ids=input_ids,
-                        sampling_params=params,
+                        sampling_params=params.for_sample(sample),
                         stream=group.stream,
                         return_logprob=single.return_logprob,
                         logprob_start_len=single.logprob_start_len,

@@ -63,6 +63,12 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         penalties = (self.frequency_penalty, self.presence_penalty, self.repetition_penalty - 1.0)
         return any(penalties) or self.min_new_tokens > 0
 
+    def for_sample(self, index: int) -> SamplingParams:
+        """The parameters of sample ``index`` of ``n``: the first as with n = 1, each other with a seed of its own."""
+        if index == 0 or self.sampling_seed is None:
+            return self
+        return msgspec.structs.replace(self, sampling_seed=sample_seed(self.sampling_seed, index))
+
     @classmethod
     def from_request(cls, raw: dict[str, Any]) -> SamplingParams:
         """Build from a request body; unknown keys are ignored. A number of the other kind is taken if it is whole.
@@ -98,6 +104,20 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
                 raise SamplingParamsError(f"logit_bias keys must be token ids in [0, {vocab_size}), got {key!r}.")
             if not abs(bias) <= MAX_LOGIT_BIAS:
                 raise SamplingParamsError(f"logit_bias[{key}] must be within {MAX_LOGIT_BIAS:g} of 0, got {bias}.")
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of sample ``index`` of a request with ``seed``, both in 64 bits, signed.
+
+    The seed is mixed (the finalizer of splitmix64, Steele et al. 2014), so that seeds side by side have nothing in
+    common. The index changes the lower half alone, which the draw mixes one to one: no two samples draw alike.
+    """
+    x = (seed + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    x ^= x >> 31
+    low = (x + index) % 2**32
+    return (x - x % 2**32 + low + _INT64) % 2**64 - _INT64
 
 
 _NULLABLE = ("max_new_tokens", "sampling_seed", "stream_interval")
