@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.moe.token_dispatcher.mori_memory import MIB, heap_bytes
 from sglang.srt.model_executor.memory_plan import GIB, ExchangePlan, MemoryPlan, plan_memory
 from sglang.srt.platforms import Platform
@@ -17,10 +18,11 @@ from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.platforms.cuda import CudaPlatform
 from sglang.srt.platforms.rocm import RocmPlatform
 from sglang.srt.server_args import ServerArgs, evaluate, exit_with_errors
-from sglang.srt.utils.stream_policy import stream_variables
+from sglang.srt.utils.stream_policy import plan_streams, stream_variables
 
 # What is planned for; no device is touched.
 PLATFORMS: dict[str, type[Platform]] = {"hip": RocmPlatform, "cuda": CudaPlatform, "cpu": CpuPlatform}
+ARCHITECTURES = {"hip": "gfx942", "cuda": "sm_90", "cpu": "cpu"}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -50,22 +52,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     assert config is not None
     try:
         plan = plan_memory(args, config, platform.kind, int(options.gpu_memory_gb * GIB), os.environ)
-        variables = launch_variables(args, plan, platform)
+        variables = launch_variables(args, config, plan, platform)
+        refusal, sites = config.shared_fusion_refusal(args.moe_a2a_backend), config.text.overlap_sites
+        arch = ARCHITECTURES[options.platform]
+        streams = plan_streams(args, refusal, sites, platform=platform, arch=arch, variables=variables)
     except ValueError as error:
         exit_with_errors([str(error)])
+    for warning in streams.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
     if options.json:
-        print(json.dumps(document(plan, args, platform.kind, variables), indent=2))
+        shown = {**document(plan, args, platform.kind, variables), "arch": arch, "streams": streams.describe()}
+        print(json.dumps(shown, indent=2))
     else:
         print("\n".join(table(plan, args, platform.kind, variables)))
+        print("\n".join(f"{line}, on {arch}" for line in streams.lines()))
     for problem in plan.problems:
         print(f"error: {problem}", file=sys.stderr)
     return 2 if plan.problems else 0
 
 
-def launch_variables(args: ServerArgs, plan: MemoryPlan, platform: Platform) -> dict[str, str]:
+def launch_variables(args: ServerArgs, config: ModelConfig, plan: MemoryPlan, platform: Platform) -> dict[str, str]:
     """What the launch would set for the processes of the ranks."""
     heap = None if plan.exchange is None else plan.exchange.heap
-    return {**stream_variables(args, platform), **({} if heap is None else heap.variables)}
+    streams = stream_variables(args, config.text.overlap_sites, platform)
+    return {**streams, **({} if heap is None else heap.variables)}
 
 
 def document(plan: MemoryPlan, args: ServerArgs, kind: str, variables: dict[str, str]) -> dict[str, Any]:

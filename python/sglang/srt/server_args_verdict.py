@@ -36,6 +36,8 @@ class Verdict:
     warnings: list[str] = field(default_factory=list)
     variables: dict[str, str] = field(default_factory=dict)
     child_variables: dict[str, str] = field(default_factory=dict)
+    # What a dry run says of shared experts and of places that may overlap.
+    streams: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """The verdict for people: one line on the outcome, then a line each."""
@@ -45,6 +47,7 @@ class Verdict:
             f"dry run: {outcome}, platform {self.platform}, model {self.args.model_path}",
             *(f"variable: {name}={value}" for name, value in self.variables.items()),
             *(f"resolved: {change}" for change in self.changes),
+            *(f"streams: {line}" for line in self.streams),
             *(f"sets: {name}={value}" for name, value in self.child_variables.items()),
             *(f"warning: {text}" for text in self.warnings),
             *(f"error: {text}" for text in self.errors),

@@ -86,6 +86,11 @@ class SharedFusionCases(CustomTestCase):
                 self.assertEqual(REGISTRY.records["moe.fused_experts"].calls_refused, {})
             shown = runner.describe()["experts"]["shared"]
             self.assertEqual((shown["slots"], "layout" in shown["form"]), (1, True))
+            streams = runner.describe()["streams"]
+            self.assertTrue(streams["shared_expert_fusion"]["enforced"])
+            (site,) = [site for site in streams["sites"].values() if site["modes"]]
+            self.assertEqual((site["modes"], site["enabled"]), ([{"max_tokens": None, "mode": "fused"}], False))
+            self.assertIn("layout", site["reason"])
             # Random weights leave the choice of a token to the last bits: the prompt is what both were fed.
             for rid, (_, _, logprobs) in wanted.items():
                 self.assert_near(found[rid][2], logprobs, 0.05)

@@ -15,38 +15,54 @@ from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tasks import heldout_questions
 
 use_fakes()
-register_cpu_ci(est_time=45, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=60, suite="stage-b-test-cpu")
 
 TEXTS = [question.text for question in heldout_questions(6, seed=5)]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True}
-VARIABLES = {"SGLANG_PLATFORM": "rocm", "SGLANG_USE_AITER": "1", "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "64"}
+VARIABLES = {
+    "SGLANG_PLATFORM": "rocm",
+    "SGLANG_USE_AITER": "1",
+    "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK": "64",
+    "SGLANG_ALT_STREAM": "1",
+    "SGLANG_ROCM_USE_MULTI_STREAM": "1",
+}
 MORI = {"tp_size": 2, "moe_a2a_backend": "mori"}
 GROUPS = {**MORI, "dp_size": 2, "enable_dp_attention": True}
-# Name, settings, receive cap, and MORI's kernel.
-MODES: tuple[tuple[str, dict[str, Any], int, str], ...] = (
-    ("normal", MORI, 0, "IntraNode"),
-    ("normal, capped", MORI, 7, "IntraNode"),
-    ("groups, low latency, capped", {**GROUPS, "deepep_mode": "low_latency"}, 6, "AsyncLL"),
+GRAPHED = "deepseek-v2-tiny"
+GRAPHS = {"attention_backend": "triton", "cuda_graph_bs": [2, 6], "max_running_requests": 6}
+# Name, settings, receive cap, MORI's kernel, and the hardware queues that the launcher gives the ranks (0: none).
+# Graphs of a fake's exchange take long to record: one model has them.
+MODES: tuple[tuple[str, dict[str, Any], int, str, int], ...] = (
+    ("normal, graphs", {**MORI, **GRAPHS}, 0, "IntraNode", 5),
+    ("normal, capped", MORI, 7, "IntraNode", 0),
+    ("groups, low latency, capped", {**GROUPS, "deepep_mode": "low_latency"}, 6, "AsyncLL", 0),
 )
 
 
 def serve(model: str, cap: int = 0, **settings: Any) -> tuple[list[list[int]], dict[str, Any]]:
-    """Greedy tokens of TEXTS, and what the server says of its experts."""
+    """Greedy tokens of TEXTS, and what the server says of its first rank."""
     variables = {**VARIABLES, "SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS": str(cap)}
     with mock.patch.dict(os.environ, variables):
         with Engine(model_path=model, dtype="float32", random_seed=1, chunked_prefill_size=16, **settings) as engine:
             tokens = [result["output_ids"] for result in engine.generate(TEXTS, [GREEDY] * len(TEXTS))]
-            return tokens, engine.get_server_info()["internal_states"][0]["experts"]
+            return tokens, engine.get_server_info()["internal_states"][0]
 
 
 class TestExpertsOverFakes(CustomTestCase):
     def test_same_tokens(self) -> None:
         for name, folder in EMBEDDED_MODELS.items():
             truth, _ = serve(str(folder))
-            for mode, settings, cap, kernel in MODES:
+            for mode, settings, cap, kernel, queues in MODES if name == GRAPHED else MODES[1:]:
                 with self.subTest(model=name, mode=mode):
-                    tokens, experts = serve(str(folder), cap, **settings)
+                    tokens, state = serve(str(folder), cap, **settings)
                     self.assertEqual(tokens, truth)
+                    # Shared experts run beside the exchange, on a stream of their own, eager steps included.
+                    sites = state["streams"]["sites"].values()
+                    beside = [site for site in sites if site["enabled"] and not site["capture_only"]]
+                    self.assertEqual(len(beside), 1)
+                    plan = state["streams"]["hardware_queues"]
+                    self.assertEqual((plan["available"], plan["is_set"]), (queues or 4, queues > 0))
+                    experts = state["experts"]
                     self.assertRegex(experts["transport"], rf"MORI .* FAKE \({kernel}\)")
                     self.assertEqual(experts["world_size"], 2)
                     received = experts["received_rows"]

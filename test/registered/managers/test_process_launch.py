@@ -218,7 +218,7 @@ class TestSecrets(CustomTestCase):
         ):
             ipc = IpcNames.create()
             self.addCleanup(ipc.remove)
-            process_launch.launch_engine_processes(args, ipc)
+            process_launch.launch_engine_processes(args, ipc, {})
         configs = [call.args[2] for call in start.call_args_list]
         self.assertEqual(len(configs), 2)
         self.assertFalse(any("sesame" in config.server_args for config in configs))

@@ -20,6 +20,7 @@ from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.distributed import ParallelState, override_parallel_state, override_tp_group
 from sglang.srt.layers.moe.slotted_mlp import SlottedMLP
+from sglang.srt.model_executor.model_runner import _tell
 from sglang.srt.model_loader.dummy import iterate_dummy
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.checkpoint_model import CheckpointModel, WeightLoadError
@@ -29,9 +30,9 @@ from sglang.srt.models.qwen2_moe import Qwen2MoeSparseMoeBlock
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.server_args import override_server_args
+from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.srt.utils.multi_stream_utils import FUSED, OVERLAP, SERIAL, OverlapSite, StreamOverlap
-from sglang.srt.utils.stream_policy import SITE_RULES, FusionChoice, StreamSettings, resolve_streams
+from sglang.srt.utils.stream_policy import SITE_RULES, FusionChoice, StreamSettings, plan_streams, resolve_streams
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.ep_world import MODEL, thread_world
@@ -336,7 +337,7 @@ class TestModels(CustomTestCase):
 
     def logprobs(self, name, fused, sites, ranks=1):
         forced = {rule.name: rule.name in sites for rule in SITE_RULES}
-        plan = resolve_streams(self.platform, StreamSettings(forced=forced), "none", "auto", FusionChoice(fused))
+        plan = resolve_streams(self.platform, StreamSettings(forced=forced), ServerArgs(), FusionChoice(fused))
         harnesses = []
         for rank in thread_ranks(ranks):
             with override_tp_group(rank), override_server_args(disable_shared_experts_fusion=not fused):
@@ -396,6 +397,28 @@ class TestOverFakes(SharedFusionCases, CustomTestCase):
         context = override_platform(RocmOverFakesPlatform(find_fakes()))
         context.__enter__()
         self.addCleanup(context.__exit__, None, None, None)
+
+    def test_the_log_of_the_first_rank_says_what_speaks_against_the_settings(self):
+        """Before anything is loaded, and once; other ranks leave it to that one."""
+        runner, name = "sglang.srt.model_executor.model_runner", str(EMBEDDED_MODELS["qwen3.5-moe-tiny"])
+        asked = {"SGLANG_ALT_STREAM": "1", "SGLANG_ROCM_USE_MULTI_STREAM": "1", "SGLANG_QK_NORM_ALT_STREAM": "1"}
+        wanted = (
+            "SGLANG_ALT_STREAM asks for overlap .* shared-expert fusion is on .*--disable-shared-experts-fusion",
+            "SGLANG_ROCM_USE_MULTI_STREAM has no effect: this model",
+            "GPU_MAX_HW_QUEUES=1 gives overlapping streams too few hardware queues",
+        )
+        with mock.patch.dict("os.environ", {**asked, "GPU_MAX_HW_QUEUES": "1"}):
+            with self.assertLogs(runner, "INFO") as log:
+                EngineHarness(name, max_total_tokens=64, random_seed=1)
+            said = [line for line in log.output if line.startswith("WARNING")]
+            self.assertEqual(len(said), len(wanted), said)
+            for line, words in zip(said, wanted):
+                self.assertRegex(line, words)
+            self.assertRegex("\n".join(log.output), "INFO.*overlap qwen3_5.qk_norm: on")
+            self.assertLess(log.output.index(said[-1]), next(i for i, line in enumerate(log.output) if "KV" in line))
+            with override_parallel_state(ParallelState(world=thread_ranks(2)[1])):
+                with self.assertNoLogs(runner, "WARNING"):
+                    _tell(plan_streams(ServerArgs()))
 
     def test_by_aiter(self):
         REGISTRY.start_serving()  # a failing kernel raises instead of being replaced

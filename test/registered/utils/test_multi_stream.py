@@ -13,6 +13,7 @@ from sglang.srt.entrypoints.server_info import _overlap_lines
 from sglang.srt.environ import envs
 from sglang.srt.managers.scheduler_metrics import SchedulerMetrics
 from sglang.srt.platforms import override_platform
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.multi_stream_utils import OverlapSite, StreamOverlap, trace_reader
 from sglang.srt.utils.overlap_check import OverlapConflictError
 from sglang.srt.utils.overlap_trace import MAX_PENDING, merge_rows
@@ -327,7 +328,7 @@ class TestModelSites(StreamCase):
     def harness(self, name, sites):
         """A model of random weights that overlaps at ``sites`` alone."""
         forced = {rule.name: rule.name in sites for rule in SITE_RULES}
-        plan = resolve_streams(self.platform, StreamSettings(forced=forced), "none", "auto")
+        plan = resolve_streams(self.platform, StreamSettings(forced=forced), ServerArgs())
         with tempfile.TemporaryDirectory() as folder:
             config = {**TINY_CONFIGS[name], "architectures": [self.MODELS[name][0]]}
             Path(folder, "config.json").write_text(json.dumps(config))

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from unittest import mock
 
 from sglang.srt.environ import EnvError, declared_variables
-from sglang.srt.managers.process_launch import LaunchError, device_variables
 from sglang.srt.platforms import override_platform
+from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.utils.multi_stream_utils import FUSED, OVERLAP, SERIAL, OverlapSite
 from sglang.srt.utils.shared_modes import ModeTimes, choose_modes
 from sglang.srt.utils.stream_policy import (
@@ -21,6 +21,7 @@ from sglang.srt.utils.stream_policy import (
     parse_sites,
     plan_streams,
     resolve_streams,
+    stream_variables,
 )
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.happens_before import FakeStreamPlatform
@@ -49,15 +50,23 @@ class HipPlatform(FakeStreamPlatform):
 
 @dataclass(frozen=True)
 class Args:
+    tp_size: int = 1
+    ep_size: int = 1
+    attn_dp_size: int = 1
+    disable_cuda_graph: bool = False
     moe_a2a_backend: str = "none"
     deepep_mode: str = "auto"
     disable_shared_experts_fusion: bool = True
     enforce_shared_experts_fusion: bool = False
 
 
-def plan(platform, environ=(), backend="none", mode="auto", fusion=False, enforced=False, measured=None):
+def plan(
+    platform, environ=(), backend="none", mode="auto", fusion=False, enforced=False, measured=None, names=None, **sizes
+):
     settings = StreamSettings.from_env(platform, dict(environ))
-    return resolve_streams(platform, settings, backend, mode, FusionChoice(fusion, "asked", enforced), measured or {})
+    args = Args(moe_a2a_backend=backend, deepep_mode=mode, **sizes)
+    fusion = FusionChoice(fusion, "asked", enforced)
+    return resolve_streams(platform, settings, args, fusion, measured or {}, names)
 
 
 def times(**rows):
@@ -99,6 +108,8 @@ class TestSites(CustomTestCase):
         self.assertEqual(found.site(QWEN).reason, NOT_ASKED)
         self.assertEqual(found.site(DEEPSEEK).reason, "SGLANG_ROCM_USE_MULTI_STREAM; range not measured")
         self.assertIsNone(found.site(DEEPSEEK).max_tokens)
+        # Where upstream overlaps and this does not, the plan says why.
+        self.assertRegex(plan(FakeStreamPlatform("cuda")).site(NORM).reason, "upstream has it on for CUDA; on one H200")
         # What was measured on NVIDIA's GPUs binds there alone.
         cuda = plan(FakeStreamPlatform("cuda")).site(DEEPSEEK)
         self.assertRegex(cuda.reason, "^default on cuda; range measured on H200")
@@ -116,8 +127,8 @@ class TestSites(CustomTestCase):
             self.assertEqual((found.site(GDN).enabled, found.side_stream(QWEN, GDN)), (False, None))
             self.assertEqual(plan_streams(Args(), names=()).sites, ())
             with mock.patch.dict("os.environ", {"SGLANG_STREAM_SITES": f"{QWEN}=on,{DEEPSEEK}=off"}):
-                (warning,) = plan_streams(Args(), names=(DEEPSEEK,)).warnings
-            self.assertIn(f"names {QWEN}, a site that this model lacks", warning)
+                warnings = plan_streams(Args(), names=(DEEPSEEK,)).warnings
+            self.assertIn(f"names {QWEN}, a site that this model lacks", warnings[0])
             self.assertEqual(len(plan_streams(Args()).sites), len(SITE_RULES))
         with self.assertRaises(KeyError):
             found.site("other")
@@ -146,9 +157,8 @@ class TestSites(CustomTestCase):
             with self.assertRaisesRegex(EnvError, f"SGLANG_STREAM_SITES .*{DEEPSEEK}"):
                 parse_sites(text)
             with mock.patch.dict("os.environ", {"SGLANG_STREAM_SITES": text}):
-                with override_platform(HipPlatform()), self.assertRaisesRegex(LaunchError, "STREAM_SITES") as caught:
-                    device_variables(Args())
-                self.assertTrue(caught.exception.user_error)
+                with override_platform(HipPlatform()), self.assertRaisesRegex(EnvError, "STREAM_SITES"):
+                    stream_variables(Args())
 
     def test_a_model_makes_one_stream_for_the_sites_it_has(self):
         platform = HipPlatform()
@@ -223,6 +233,22 @@ class TestModes(CustomTestCase):
             found = plan_streams(Args(**{"disable_shared_experts_fusion": False, **changes}), refusal).fusion
             self.assertEqual((found.enabled, found.reason), (enabled_, reason))
 
+    def test_ranks_that_can_do_nothing_else_are_said_to_fuse_every_step(self):
+        platform = FakeStreamPlatform("cuda")
+        for sizes, must in (({}, ""), ({"tp_size": 2, "ep_size": 2}, ""), ({"attn_dp_size": 2}, ""), ({}, "a layout")):
+            args = Args(disable_shared_experts_fusion=False, **sizes)
+            found = plan_streams(args, must_fuse=must, platform=platform, arch="sm_90")
+            for name in (DEEPSEEK, QWEN):
+                site = found.site(name)
+                fixed = bool(sizes or must)
+                self.assertEqual(site.modes == ((None, FUSED),) and not site.enabled, fixed or name == QWEN)
+                self.assertEqual(all(site.fuses(tokens) for tokens in (1, 128, 8192)), fixed or name == QWEN)
+            self.assertEqual(found.fusion.enforced, fixed)
+            if fixed:
+                self.assertIn(must or "another part of routed than of shared", found.site(DEEPSEEK).reason)
+        # What is not fused at all is not said to be, whatever the ranks hold.
+        self.assertFalse(plan_streams(Args(ep_size=2, tp_size=2), platform=platform, arch="sm_90").fusion.enabled)
+
     def test_without_a_plan_weights_decide(self):
         self.assertTrue(SERIAL_PLAN.site(QWEN).fuses(1) and SERIAL_PLAN.site(DEEPSEEK).fuses(8192))
         self.assertFalse(SERIAL_PLAN.site(GDN).fuses(1))
@@ -259,6 +285,33 @@ class TestWarnings(CustomTestCase):
         self.assertEqual(self.warnings(backend="mori", mode="normal"), ())
         self.assertEqual(self.warnings(asked), ())
 
+    def test_what_changes_nothing_for_the_model_is_said(self):
+        deepseek, dense, moe = (DEEPSEEK,), (GDN, NORM), (QWEN, GDN, NORM)
+        multi, alt, gdn, norm = SWITCHES
+        for names, asked, wanted in (
+            (deepseek, (alt,), [f"{alt} has no effect: this model has none"]),
+            (deepseek, (multi, gdn), [f"{gdn} has no effect: this model has none"]),
+            (moe, (multi,), [f"{multi} has no effect: this model has none"]),
+            (moe, (gdn,), [f"{gdn} has no effect without {alt}: set that too"]),
+            (moe, (gdn, norm), [f"{gdn} has no effect without {alt}:", f"{norm} has no effect without {alt}:"]),
+            (moe, (alt,), []),
+            (dense, (alt,), [f"{alt} has no effect without {gdn} or {norm}: set that too"]),
+            (dense, (alt, norm), []),
+            (moe, SWITCHES[1:], []),
+            ((), (alt, multi), [f"{multi} has no effect: this", f"{alt} has no effect: this"]),
+        ):
+            with self.subTest(names=names, asked=asked):
+                found = self.warnings(dict.fromkeys(asked, "1"), names=names)
+                self.assertEqual(len(found), len(wanted), found)
+                for warning, begin in zip(found, wanted):
+                    self.assertEqual(warning[: len(begin)], begin)
+        # On another platform the launch check says it of all HIP variables, once.
+        cuda = plan(FakeStreamPlatform("cuda"), dict.fromkeys(SWITCHES, "1"), names=deepseek)
+        self.assertEqual(cuda.warnings, ())
+        cpu = CpuPlatform()
+        (warning,) = plan(cpu, {"SGLANG_STREAM_SITES": f"{DEEPSEEK}=on"}).warnings
+        self.assertEqual(warning, "SGLANG_STREAM_SITES has no effect: platform cpu on cpu has no streams")
+
     def test_the_portable_transport_has_no_such_mode(self):
         self.assertEqual(plan(FakeStreamPlatform("cuda"), backend="mori").warnings, ())
 
@@ -266,25 +319,62 @@ class TestWarnings(CustomTestCase):
 class TestQueues(CustomTestCase):
     asked = {"SGLANG_ROCM_USE_MULTI_STREAM": "1"}
 
+    # What the plan of PR 24005 counts: experts over ranks, with graphs.
+    spread = {"tp_size": 8, "backend": "mori", "mode": "low_latency"}
+
+    def test_each_stream_of_the_plan_wants_a_queue(self):
+        for sizes, extra in (
+            ({"disable_cuda_graph": True}, ()),
+            ({}, ("graph capture",)),
+            ({"tp_size": 8}, ("graph capture", "collectives")),
+            ({"tp_size": 8, "ep_size": 8}, ("graph capture", "collectives")),
+            (self.spread, ("graph capture", "collectives", "all-to-all")),
+            ({"tp_size": 8, "attn_dp_size": 8}, ("graph capture", "collectives between attention groups")),
+            ({"tp_size": 8, "attn_dp_size": 2},
+             ("graph capture", "collectives", "collectives between attention groups")),
+            ({**self.spread, "attn_dp_size": 8}, ("graph capture", "all-to-all")),
+        ):  # fmt: skip
+            queues = plan(HipPlatform(), dict.fromkeys(SWITCHES, "1"), **sizes).queues
+            # All sites of a model share one side stream.
+            self.assertEqual(queues.streams, ("default", *extra, "side"), sizes)
+            self.assertEqual(queues.needed, 2 + len(extra))
+
     def test_too_few_queues_are_said(self):
+        quiet = {**self.asked, "MORI_ENABLE_SDMA": "1"}
         for text, available in (("4", 4), ("1", 1), ("many", None)):
-            found = plan(HipPlatform(), {**self.asked, "GPU_MAX_HW_QUEUES": text})
+            found = plan(HipPlatform(), {**quiet, "GPU_MAX_HW_QUEUES": text}, **self.spread)
             self.assertEqual(found.queues.available, available)
-            self.assertRegex(found.warnings[0], f"GPU_MAX_HW_QUEUES={text} .* set GPU_MAX_HW_QUEUES=5")
+            (warning,) = found.warnings
+            self.assertRegex(warning, f"GPU_MAX_HW_QUEUES={text} .* set GPU_MAX_HW_QUEUES=5 .*collectives, all-to-all")
             self.assertEqual(found.child_variables(), {})
         for text in ("5", "8"):
-            self.assertEqual(plan(HipPlatform(), {**self.asked, "GPU_MAX_HW_QUEUES": text}).warnings, ())
+            self.assertEqual(plan(HipPlatform(), {**quiet, "GPU_MAX_HW_QUEUES": text}, **self.spread).warnings, ())
+        # One rank needs fewer than the default gives.
+        self.assertEqual(plan(HipPlatform(), {**self.asked, "GPU_MAX_HW_QUEUES": "3"}).warnings, ())
+        self.assertRegex(plan(HipPlatform(), {**self.asked, "GPU_MAX_HW_QUEUES": "2"}).warnings[0], "QUEUES=3 before")
 
     def test_the_launcher_sets_the_number_for_its_children_alone(self):
+        args = Args(tp_size=8, moe_a2a_backend="mori", deepep_mode="low_latency")
+        environ = {**self.asked, "MORI_ENABLE_SDMA": "1"}
+        with mock.patch.dict("os.environ", environ), override_platform(HipPlatform()):
+            os.environ.pop("GPU_MAX_HW_QUEUES", None)
+            self.assertRegex(plan_streams(args).warnings[0], r"GPU_MAX_HW_QUEUES=4 \(its default\)")
+            variables = stream_variables(args)
+            self.assertEqual(variables, {"GPU_MAX_HW_QUEUES": "5"})
+            self.assertEqual(plan_streams(args, variables=variables).warnings, ())
+            self.assertNotIn("GPU_MAX_HW_QUEUES", os.environ)
+            os.environ.update(variables)
+            in_child = plan_streams(args)
+            self.assertEqual((in_child.warnings, in_child.queues.available), ((), 5))
+            self.assertEqual(in_child.describe()["hardware_queues"]["needed"], 5)
+            self.assertEqual(stream_variables(args), {})
+
+    def test_what_the_default_gives_is_not_set(self):
         with mock.patch.dict("os.environ", self.asked), override_platform(HipPlatform()):
             os.environ.pop("GPU_MAX_HW_QUEUES", None)
-            self.assertRegex(plan_streams(Args()).warnings[0], r"GPU_MAX_HW_QUEUES=4 \(its default\)")
-            self.assertEqual(device_variables(Args()), {"GPU_MAX_HW_QUEUES": "5"})
-            self.assertNotIn("GPU_MAX_HW_QUEUES", os.environ)
-            os.environ.update(device_variables(Args()))
-            in_child = plan_streams(Args())
-            self.assertEqual((in_child.warnings, in_child.queues.available), ((), 5))
-            self.assertEqual(device_variables(Args()), {})
+            self.assertEqual((stream_variables(Args()), stream_variables(Args(tp_size=8))), ({}, {}))
+            mori = Args(tp_size=8, moe_a2a_backend="mori")
+            self.assertEqual(stream_variables(mori, (QWEN, GDN)), {})  # another model's variable
 
     def test_nothing_is_set_where_nothing_overlaps(self):
         for platform, environ in ((HipPlatform(), {}), (FakeStreamPlatform("cuda"), self.asked)):

@@ -22,21 +22,42 @@ logger = logging.getLogger(__name__)
 
 
 def judge(request: Sequence[str] | ServerArgs) -> Verdict:
-    """``evaluate``, and the memory of the exchange between expert ranks: what to set for it, what speaks against it."""
+    """``evaluate``, and what follows for the ranks: streams, and the memory of the exchange between expert ranks."""
     verdict = evaluate(request)
-    if verdict.args.moe_a2a_backend == "none" or verdict.errors or verdict.model_config is None:
+    if verdict.errors or verdict.model_config is None:
         return verdict
-    from sglang.srt.model_executor.memory_plan import plan_moe_exchange
-
     try:
-        plan = plan_moe_exchange(verdict.args, verdict.model_config, verdict.platform, os.environ)
+        _plan_streams(verdict)
+        _plan_exchange(verdict)
     except ValueError as error:
         verdict.errors.append(str(error))
-        return verdict
+    return verdict
+
+
+def _plan_streams(verdict: Verdict) -> None:
+    """The variables that second streams need; a dry run also asks the device, and says what the ranks would say."""
+    from sglang.srt.utils.stream_policy import plan_streams, stream_variables
+
+    args, config = verdict.args, verdict.model_config
+    assert config is not None
+    verdict.child_variables |= stream_variables(args, config.text.overlap_sites)
+    if args.dry_run:
+        refusal = config.shared_fusion_refusal(args.moe_a2a_backend)
+        plan = plan_streams(args, refusal, config.text.overlap_sites, variables=verdict.child_variables)
+        verdict.streams += plan.lines()
+        verdict.warnings += plan.warnings
+
+
+def _plan_exchange(verdict: Verdict) -> None:
+    if verdict.args.moe_a2a_backend == "none":
+        return
+    from sglang.srt.model_executor.memory_plan import plan_moe_exchange
+
+    assert verdict.model_config is not None
+    plan = plan_moe_exchange(verdict.args, verdict.model_config, verdict.platform, os.environ)
     if plan is not None:
         verdict.errors += plan.problems
         verdict.child_variables |= plan.heap.variables if plan.heap is not None else {}
-    return verdict
 
 
 def accept(verdict: Verdict) -> None:

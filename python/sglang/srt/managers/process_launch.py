@@ -18,7 +18,6 @@ from typing import Any
 
 import msgspec
 
-from sglang.srt.environ import EnvError
 from sglang.srt.managers.child_context import STACKS_SIGNAL, LaunchConfig, RankPlace
 from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.managers.pulse import PulseReader, is_stopped
@@ -202,7 +201,7 @@ def _check_devices(num_ranks: int, num_devices: int | None) -> None:
 
 
 def launch_engine_processes(
-    server_args: ServerArgs, ipc: IpcNames, child_variables: Mapping[str, str] | None = None
+    server_args: ServerArgs, ipc: IpcNames, child_variables: Mapping[str, str]
 ) -> EngineProcesses:
     """Start one scheduler a rank, with ``child_variables`` set, and one detokenizer, and wait until all are ready.
 
@@ -217,7 +216,6 @@ def launch_engine_processes(
     told = replace(server_args, api_key=None, admin_api_key=None).to_json()
     init_method = ""
     try:
-        variables = {**device_variables(server_args), **(child_variables or {})}
         places = rank_places(server_args)
         _check_devices(len(places), current_platform.device_count())
         threads = max(1, (os.cpu_count() or 1) // len(places))
@@ -228,7 +226,7 @@ def launch_engine_processes(
                 init_method = f"tcp://127.0.0.1:{port}"
             config = LaunchConfig(server_args=told, ipc=engine.ipc, place=place, dist_init_method=init_method)
             name = f"scheduler {place.label}".strip()
-            engine.processes.append(_start(name, SCHEDULER_MODULE, config, threads, variables))
+            engine.processes.append(_start(name, SCHEDULER_MODULE, config, threads, child_variables))
         config = LaunchConfig(server_args=told, ipc=engine.ipc)
         engine.processes.append(_start("detokenizer", DETOKENIZER_MODULE, config, 1, {}))
         for child in engine.processes:
@@ -239,19 +237,6 @@ def launch_engine_processes(
         engine.shutdown(grace_s=1.0)
         raise
     return engine
-
-
-def device_variables(args: ServerArgs) -> dict[str, str]:
-    """What must be in the environment of a scheduler process before it touches its device."""
-    from sglang.srt.utils.stream_policy import stream_variables  # imports torch, which the detokenizer does without
-
-    try:
-        variables = stream_variables(args)
-    except EnvError as error:
-        raise LaunchError(str(error), user_error=True) from None
-    for name, value in variables.items():
-        logger.info("%s=%s for the scheduler processes: the streams in use need so many hardware queues", name, value)
-    return variables
 
 
 def _start(name: str, module: str, config: LaunchConfig, threads: int, variables: Mapping[str, str]) -> ChildProcess:

@@ -144,10 +144,14 @@ def _is_host(device: torch.device | str) -> bool:
 
 def _offend(device: torch.device, name: str, problem: str) -> None:
     """Report the line that is running, unless that is a reference, or the fake of a kernel, on a CPU."""
-    stack = traceback.extract_stack()
-    if device.type == "cpu" and any(home in frame.filename for frame in stack for home in _REFERENCES):
+    if device.type == "cpu" and _in_reference():
         return
-    _report(name, problem, stack)
+    _report(name, problem, traceback.extract_stack())
+
+
+def _in_reference() -> bool:
+    """Whether one of the calling frames stands in for a kernel; the stack's text is not read, which takes long."""
+    return any(home in frame.f_code.co_filename for frame, _ in traceback.walk_stack(None) for home in _REFERENCES)
 
 
 def _describe(name: str, problem: str, stack: traceback.StackSummary) -> str:

@@ -14,7 +14,7 @@ from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.moe.ep_moe.factory import describe_experts
-from sglang.srt.layers.moe.slotted_mlp import describe_shared
+from sglang.srt.layers.moe.slotted_mlp import describe_shared, fixed_form
 from sglang.srt.layers.quantization import warn_of_splits
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
@@ -44,12 +44,12 @@ class ModelRunner:
         self.local_rank = get_parallel_state().local_rank
         current_platform.set_device(self.local_rank)
         self.device: torch.device = current_platform.device(self.local_rank)
-        refusal = model_config.shared_fusion_refusal(args.moe_a2a_backend)
-        self.streams = plan_streams(args, refusal, model_config.text.overlap_sites)
+        self.streams = plan_streams(args, *stream_needs(model_config, args))
         _tell(self.streams)
         if self.device.type == "cuda":
             check_device(args, model_config, current_platform.kind, current_platform.memory_info(self.local_rank)[0])
         self.model = load_model(model_config, args.load_format, self.device, args.random_seed or 0, self.streams)
+        self._settle_streams()
         self.plain_by_split = warn_of_splits(self.model, get_world_group())
         self.overlap_trace = trace_reader(self.model)
         self.max_running_requests = _required(args.max_running_requests, "max_running_requests")
@@ -67,6 +67,14 @@ class ModelRunner:
         self.decode_graphs: DecodeGraphs | None = None
         if not args.disable_cuda_graph:
             self._capture_graphs()
+
+    def _settle_streams(self) -> None:
+        """What the loaded weights leave of the plan: a layout may leave the fused form only."""
+        reason = fixed_form(self.model)
+        if reason and not self.streams.fusion.enforced:
+            told = self.streams
+            self.streams = plan_streams(self.args, *stream_needs(self.model_config, self.args), must_fuse=reason)
+            _tell(self.streams, told)
 
     def _make_pools(self) -> None:
         args, config = self.args, self.model_config
@@ -181,12 +189,21 @@ class ModelRunner:
         )
 
 
-def _tell(streams: StreamPlan) -> None:
+def stream_needs(config: ModelConfig, args: ServerArgs) -> tuple[str, tuple[str, ...]]:
+    """What ``plan_streams`` asks of a model: what speaks against fusion, and the places that may overlap."""
+    return config.shared_fusion_refusal(args.moe_a2a_backend), config.text.overlap_sites
+
+
+def _tell(streams: StreamPlan, told: StreamPlan | None = None) -> None:
+    """Log what differs from the plan that was ``told`` before; warnings on rank 0 alone."""
+    lines, warnings = (told.lines(), told.warnings) if told is not None else ([], ())
     for line in streams.lines():
-        logger.info("%s", line)
+        if line not in lines:
+            logger.info("%s", line)
     if get_world_group().rank == 0:
         for warning in streams.warnings:
-            logger.warning("%s", warning)
+            if warning not in warnings:
+                logger.warning("%s", warning)
 
 
 def _advance(bar: tqdm, bucket: int) -> None:

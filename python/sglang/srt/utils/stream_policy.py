@@ -6,7 +6,7 @@ Decided once, from platform, variables, flags and measurements.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -17,9 +17,7 @@ from sglang.srt.platforms import Platform, current_platform
 from sglang.srt.utils.multi_stream_utils import FUSED, OVERLAP, SERIAL, OverlapSite
 from sglang.srt.utils.shared_modes import MEASURED, ModeTimes, choose_modes
 
-# Streams of a server that each want a hardware queue of their own, beside the one that overlap adds (sglang PR 24005
-# asks for 5 in all).
-SERVER_STREAMS = ("forward", "graph capture", "collectives", "all-to-all")
+# The sites of a model share one stream, and no fork stands within another: of all sites one side runs at once.
 SIDE_STREAM = "side"
 NOT_MEASURED = "range not measured"
 
@@ -40,10 +38,11 @@ class SiteRule:
     max_tokens: int | None = None
     measured: str = NOT_MEASURED
     measured_on: str = "cuda"
+    # Why the site is off unasked on a kind where upstream has it on.
+    off_because: str = ""
 
 
-# The kinds on which upstream overlaps without being asked; a switch adds to them and never takes away. A site that was
-# measured to lose there is off unasked.
+# The kinds on which upstream overlaps without being asked; a switch adds to them and never takes away.
 _UNASKED = frozenset({"cuda"})
 _H200 = "range measured on one H200, torch 2.11.0, triton 3.6.0, 2026-11-22, bench_shared_experts.py, Qwen3.5"
 SITE_RULES = (
@@ -60,9 +59,11 @@ SITE_RULES = (
         "qwen3_5.gdn_qkvz_ba", _UNASKED, (envs.SGLANG_ALT_STREAM, envs.SGLANG_GDN_QKVZ_BA_ALT_STREAM),
         max_tokens=32, measured=_H200,
     ),
-    # 1.016, 1.004, 1.000, 1.008 at the same sizes: it loses to the launch that norms, turns and stores q and k at once.
+    # 1.016, 1.004, 1.000, 1.008 at the same sizes. benchmark/shared_experts/bench_qk_norm.py measures it anew.
     SiteRule(
         "qwen3_5.qk_norm", frozenset(), (envs.SGLANG_ALT_STREAM, envs.SGLANG_QK_NORM_ALT_STREAM), measured=_H200,
+        off_because="upstream has it on for CUDA; on one H200 it loses up to 1.6 % of a decode step to the one launch "
+        "that norms, rotates and stores q and k",
     ),
 )  # fmt: skip
 
@@ -111,12 +112,23 @@ def parse_sites(text: str) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class QueuePlan:
-    """Hardware queues: the variable that bounds them, how many the streams need and it gives (None: not a number)."""
+    """Hardware queues: the variable that bounds them, the streams that each want one, and how many it gives.
+
+    available None: the variable is set to what is no number.
+    """
 
     variable: str
-    needed: int
+    streams: tuple[str, ...]
     available: int | None
     is_set: bool
+
+    @property
+    def needed(self) -> int:
+        return len(self.streams)
+
+    @property
+    def is_short(self) -> bool:
+        return self.available is None or self.available < self.needed
 
 
 @dataclass(frozen=True)
@@ -147,7 +159,7 @@ class StreamPlan:
 
     def child_variables(self) -> dict[str, str]:
         """What must be in the environment of a process before it touches the device."""
-        if self.queues is None or self.queues.is_set:
+        if self.queues is None or self.queues.is_set or not self.queues.is_short:
             return {}
         return {self.queues.variable: str(self.queues.needed)}
 
@@ -166,7 +178,7 @@ class StreamPlan:
         return {
             "sites": {site.name: {**asdict(site), "modes": modes[site.name]} for site in self.sites},
             "shared_expert_fusion": asdict(self.fusion),
-            "hardware_queues": None if self.queues is None else asdict(self.queues),
+            "hardware_queues": None if self.queues is None else {**asdict(self.queues), "needed": self.queues.needed},
             "warnings": list(self.warnings),
         }
 
@@ -186,6 +198,18 @@ class StreamArgs(Protocol):
     """The resolved arguments that the plan depends on."""
 
     @property
+    def tp_size(self) -> int: ...
+
+    @property
+    def ep_size(self) -> int: ...
+
+    @property
+    def attn_dp_size(self) -> int: ...
+
+    @property
+    def disable_cuda_graph(self) -> bool: ...
+
+    @property
     def moe_a2a_backend(self) -> str: ...
 
     @property
@@ -198,66 +222,122 @@ class StreamArgs(Protocol):
     def enforce_shared_experts_fusion(self) -> bool: ...
 
 
-def plan_streams(args: StreamArgs, refusal: str = "", names: Collection[str] | None = None) -> StreamPlan:
+def server_streams(args: StreamArgs) -> tuple[str, ...]:
+    """The streams of a rank that may be busy at once, beside those of overlapping sites (sglang PR 24005 counts 5 with
+    a side stream, over several ranks with an all-to-all).
+    """
+    spread = args.moe_a2a_backend != "none"
+    found = {
+        "default": True,
+        "graph capture": not args.disable_cuda_graph,
+        "collectives": args.tp_size > args.attn_dp_size,
+        "collectives between attention groups": args.attn_dp_size > 1 and not spread,
+        "all-to-all": spread,
+    }
+    return tuple(name for name, is_there in found.items() if is_there)
+
+
+def choose_fusion(args: StreamArgs, refusal: str = "", must_fuse: str = "") -> FusionChoice:
+    """Whether steps may fuse, for a model with ``refusal`` against it; ``must_fuse``: why no step may do otherwise."""
+    if refusal or args.disable_shared_experts_fusion:
+        return FusionChoice(False, refusal or "--disable-shared-experts-fusion")
+    if args.ep_size > 1 or args.attn_dp_size > 1:
+        must_fuse = must_fuse or "each rank holds another part of routed than of shared experts"
+    if args.enforce_shared_experts_fusion:
+        must_fuse = must_fuse or "--enforce-shared-experts-fusion"
+    return FusionChoice(True, must_fuse or "default", bool(must_fuse))
+
+
+def plan_streams(
+    args: StreamArgs,
+    refusal: str = "",
+    names: Collection[str] | None = None,
+    must_fuse: str = "",
+    platform: Any = current_platform,
+    arch: str | None = None,
+    variables: Mapping[str, str] | None = None,
+) -> StreamPlan:
     """The plan of this process, from its platform, its environment and resolved ``args``.
 
-    refusal: why this model's shared experts cannot be computed as routed ones; "" if they can. names: the sites that
-    the model has; None means all.
+    refusal: why this model's shared experts cannot be computed as routed ones; "" if they can. must_fuse: why they
+    cannot be computed otherwise. names: the sites that the model has; None means all. arch None asks the device.
+    variables: what a launch will add to the environment.
     """
-    platform: Any = current_platform
-    settings = StreamSettings.from_env(platform)
-    flags = {
-        "--disable-shared-experts-fusion": args.disable_shared_experts_fusion,
-        "--enforce-shared-experts-fusion": args.enforce_shared_experts_fusion,
-    }
-    reason = refusal or next((flag for flag, is_set in flags.items() if is_set), "default")
-    enabled = not refusal and not args.disable_shared_experts_fusion
-    fusion = FusionChoice(enabled, reason, args.enforce_shared_experts_fusion)
-    return resolve_streams(platform, settings, args.moe_a2a_backend, args.deepep_mode, fusion, names=names)
+    settings = StreamSettings.from_env(platform, {**os.environ, **(variables or {})})
+    fusion = choose_fusion(args, refusal, must_fuse)
+    return resolve_streams(platform, settings, args, fusion, names=names, arch=arch)
 
 
-def stream_variables(args: StreamArgs, platform: Any = current_platform) -> dict[str, str]:
+def stream_variables(
+    args: StreamArgs, names: Collection[str] | None = None, platform: Any = current_platform
+) -> dict[str, str]:
     """``child_variables`` enough for every site that may overlap: fusion is decided by the device, not touched here."""
-    settings = StreamSettings.from_env(platform)
-    return resolve_streams(platform, settings, args.moe_a2a_backend, args.deepep_mode).child_variables()
+    return resolve_streams(platform, StreamSettings.from_env(platform), args, names=names, arch="").child_variables()
 
 
 def resolve_streams(
     platform: Platform,
     settings: StreamSettings,
-    moe_a2a_backend: str,
-    deepep_mode: str,
+    args: StreamArgs,
     fusion: FusionChoice = FusionChoice(),
     measured: Mapping[tuple[str, str], ModeTimes] = MEASURED,
     names: Collection[str] | None = None,
+    arch: str | None = None,
 ) -> StreamPlan:
     """Decide the sites ``names`` (None: all); steps that fuse shared experts leave nothing to run beside them."""
     sites, warnings = [], []
-    for rule in SITE_RULES if names is None else [rule for rule in SITE_RULES if rule.name in names]:
+    rules = SITE_RULES if names is None else tuple(rule for rule in SITE_RULES if rule.name in names)
+    for rule in rules:
         site = _decide(rule, platform, settings)
         if rule.shared_experts and fusion.enabled:
-            site = _choose(site, measured.get((rule.name, platform.arch)), fusion, platform.arch)
+            device = platform.arch if arch is None else arch
+            site = _choose(site, measured.get((rule.name, device)), fusion, device)
         # Between dispatch and combine the side has room in eager steps too (sglang PR 24005).
-        over_ranks = rule.shared_experts and moe_a2a_backend != "none"
+        over_ranks = rule.shared_experts and args.moe_a2a_backend != "none"
         sites.append(replace(site, capture_only=not over_ranks))
         asks = "SGLANG_STREAM_SITES" if settings.forced.get(rule.name) else rule.switches[0].name
         if site.modes and not site.enabled and (asks == "SGLANG_STREAM_SITES" or _asked(rule, platform, settings)):
-            warnings.append(
-                f"{asks} asks for overlap of {rule.name}, but shared-expert fusion is on and leaves nothing to "
-                "overlap: add --disable-shared-experts-fusion, or unset the variable"
-            )
-        if site.enabled and rule.shared_experts and moe_a2a_backend == "mori" and platform.kind == "hip":
-            warnings += all_to_all_warnings(rule.name, deepep_mode, settings)
-    for name in [] if names is None else sorted(settings.forced.keys() - set(names)):
-        warnings.append(f"SGLANG_STREAM_SITES names {name}, a site that this model lacks: the entry has no effect")
-    queues = _plan_queues(platform, settings) if any(site.enabled for site in sites) else None
-    if queues is not None and (queues.available is None or queues.available < queues.needed):
-        warnings.append(
-            f"{queues.variable}={settings.queues or f'{queues.available} (its default)'} gives overlapping streams too "
-            f"few hardware queues, so they take turns: set {queues.variable}={queues.needed} before the process starts "
-            f"(sglang.launch_server does unless it is set); streams: {', '.join((*SERVER_STREAMS, SIDE_STREAM))}"
-        )
+            warnings.append(_fusion_warning(asks, rule, fusion))
+        if site.enabled and rule.shared_experts and args.moe_a2a_backend == "mori" and platform.kind == "hip":
+            warnings += all_to_all_warnings(rule.name, args.deepep_mode, settings)
+    warnings += _without_effect(rules, platform, settings)
+    queues = None
+    if platform.queue_variable is not None and any(site.enabled for site in sites):
+        queues = _plan_queues(*platform.queue_variable, (*server_streams(args), SIDE_STREAM), settings)
+        warnings += _queue_warnings(queues, settings)
     return StreamPlan(tuple(sites), queues, tuple(warnings), fusion)
+
+
+def _fusion_warning(asks: str, rule: SiteRule, fusion: FusionChoice) -> str:
+    because = f" for every step ({fusion.reason})" if fusion.enforced else ""
+    return (
+        f"{asks} asks for overlap of {rule.name}, but shared-expert fusion is on{because} and leaves nothing to "
+        "overlap: add --disable-shared-experts-fusion, or unset the variable"
+    )
+
+
+def _without_effect(rules: Sequence[SiteRule], platform: Platform, settings: StreamSettings) -> list[str]:
+    """What is asked of streams and changes nothing for a model with ``rules``, each in one line."""
+    found = []
+    for name in sorted(settings.forced.keys() - {rule.name for rule in rules}):
+        found.append(f"SGLANG_STREAM_SITES names {name}, a site that this model lacks: the entry has no effect")
+    if any(settings.forced.values()) and not platform.supports_streams:
+        found.append(f"SGLANG_STREAM_SITES has no effect: {_no_streams(platform)}")
+    for switch in {switch.name: switch for rule in SITE_RULES for switch in rule.switches}.values():
+        # The launch check says so of another platform's variables.
+        if switch.name not in settings.asked or switch.platform not in ("", platform.kind):
+            continue
+        served = [rule for rule in rules if switch in rule.switches]
+        if not served:
+            found.append(f"{switch.name} has no effect: this model has none of the places that it overlaps")
+        elif not any(_asked(rule, platform, settings) for rule in served):
+            missing = [_missing(rule, settings) for rule in served]
+            found.append(f"{switch.name} has no effect without {' or '.join(dict.fromkeys(missing))}: set that too")
+    return found
+
+
+def _missing(rule: SiteRule, settings: StreamSettings) -> str:
+    return " and ".join(switch.name for switch in rule.switches if switch.name not in settings.asked)
 
 
 def _asked(rule: SiteRule, platform: Platform, settings: StreamSettings) -> bool:
@@ -290,8 +370,10 @@ def _decide(rule: SiteRule, platform: Platform, settings: StreamSettings) -> Ove
         enabled, reason = True, names
     elif any(switch.name in settings.asked and switch.platform == platform.kind for switch in rule.switches[1:]):
         reason = f"needs {names}"
+    elif rule.off_because and platform.kind == rule.measured_on:
+        reason = rule.off_because
     if enabled and not platform.supports_streams:
-        enabled, reason = False, f"platform {platform.kind} on {platform.device_type} has no streams"
+        enabled, reason = False, _no_streams(platform)
     known = platform.kind == rule.measured_on
     if enabled:
         reason += f"; {rule.measured if known else NOT_MEASURED}"
@@ -321,10 +403,21 @@ def all_to_all_warnings(site: str, deepep_mode: str, settings: StreamSettings) -
     ]
 
 
-def _plan_queues(platform: Platform, settings: StreamSettings) -> QueuePlan | None:
-    if platform.queue_variable is None:
-        return None
-    variable, default = platform.queue_variable
+def _no_streams(platform: Platform) -> str:
+    return f"platform {platform.kind} on {platform.device_type} has no streams"
+
+
+def _plan_queues(variable: str, default: int, streams: tuple[str, ...], settings: StreamSettings) -> QueuePlan:
     text = settings.queues
     available = default if not text else int(text) if text.isdecimal() else None
-    return QueuePlan(variable, len(SERVER_STREAMS) + 1, available, is_set=bool(text))
+    return QueuePlan(variable, streams, available, is_set=bool(text))
+
+
+def _queue_warnings(queues: QueuePlan, settings: StreamSettings) -> list[str]:
+    if not queues.is_short:
+        return []
+    return [
+        f"{queues.variable}={settings.queues or f'{queues.available} (its default)'} gives overlapping streams too "
+        f"few hardware queues, so they take turns: set {queues.variable}={queues.needed} before the process starts "
+        f"(sglang.launch_server does unless it is set); streams: {', '.join(queues.streams)}"
+    ]

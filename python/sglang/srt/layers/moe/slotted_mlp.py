@@ -53,6 +53,11 @@ def describe_shared(model: nn.Module) -> dict[str, Any]:
     return {"slots": 0, "form": "apart"}
 
 
+def fixed_form(model: nn.Module) -> str:
+    """Why every step of ``model`` computes its shared experts as routed ones; "" where a step has a choice."""
+    return next((module.fixed_reason for module in model.modules() if isinstance(module, SlottedMLP)), "")
+
+
 class SlottedMatrix(nn.Module):
     """Checkpoint matrices of the shared experts whose rows, or columns, lie in the slots of ``stack``.
 
