@@ -95,7 +95,6 @@ EXTERNAL_HOMES: dict[str, tuple[str, ...]] = {
     "aiter": ("sglang.kernels", "*pinned*"),
     "mori": ("sglang.kernels", "*pinned*"),
     "torch.distributed": ("sglang.srt.distributed", "*pinned*"),
-    "fastapi": ("sglang.srt.entrypoints",),
     "starlette": ("sglang.srt.entrypoints",),
     "uvicorn": ("sglang.srt.entrypoints", "sglang.launch_server"),
     "transformers": (),

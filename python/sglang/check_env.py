@@ -15,7 +15,7 @@ from importlib import metadata
 from sglang.version import __version__
 
 PACKAGES = (
-    "torch", "triton", "aiter", "mori", "transformers", "tokenizers", "safetensors", "numpy", "fastapi",
+    "torch", "triton", "aiter", "mori", "transformers", "tokenizers", "safetensors", "numpy", "starlette",
     "uvicorn", "msgspec", "pyzmq", "jinja2", "httpx", "openai", "sglang-router",
 )  # fmt: skip
 VARIABLES = ("GPU_MAX_HW_QUEUES", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "CUDA_VISIBLE_DEVICES")

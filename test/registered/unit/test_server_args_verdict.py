@@ -16,7 +16,7 @@ register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
 PROGRAM = """
 import atexit, sys
-slow = {"torch", "numpy", "fastapi", "uvicorn"}
+slow = {"torch", "numpy", "starlette", "uvicorn"}
 atexit.register(lambda: print("loaded", sorted(slow & set(sys.modules))))
 """
 

@@ -1,52 +1,48 @@
-"""The FastAPI application: which handler answers which path, and the form of errors outside handlers."""
+"""The application: which handler answers which path, and the form of errors outside handlers."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from typing import Any
 
-from fastapi import FastAPI, Request
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from sglang.srt.entrypoints.auth import AuthMiddleware, AuthPolicy
 from sglang.srt.entrypoints.body_limit import BodyLimit
 from sglang.srt.entrypoints.context import ServerContext
+from sglang.srt.entrypoints.endpoint import Endpoint, Handler
 from sglang.srt.entrypoints.errors import error_response, http_error
 from sglang.srt.entrypoints.http_io import internal_error
 from sglang.srt.entrypoints.native_api import NativeApi
 from sglang.srt.entrypoints.openai.models_api import ModelsApi
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
+from sglang.srt.entrypoints.root_api import RootApi
 from sglang.srt.entrypoints.sites import SitePolicy, split_list
 from sglang.srt.managers.request_input import RequestError, request_limit
 from sglang.srt.utils.limits import MAX_QUEUED_REQUESTS
-from sglang.version import __version__
 
-Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 _MAX_SHOWN_PATH = 256
-Route = tuple[str, list[str], Callable[[Request], Awaitable[Response]]]
 
 
-def build_app(context: ServerContext, lifespan: Lifespan) -> FastAPI:
+def build_app(context: ServerContext, lifespan: Lifespan) -> Starlette:
     """All endpoints over ``context``."""
-    app = FastAPI(title="sglang", version=__version__, lifespan=lifespan)
     args = context.server_args
     context.manager.max_requests_per_call = request_limit(args.max_queued_requests or MAX_QUEUED_REQUESTS)
-    models = ModelsApi(context)
-    routes: list[Route] = [
-        *NativeApi(context).routes(),
-        ("/v1/completions", ["POST"], OpenAIServingCompletion(context).handle),
-        ("/v1/chat/completions", ["POST"], OpenAIServingChat(context).handle),
-        ("/v1/models", ["GET"], models.list_models),
-        ("/v1/models/{model:path}", ["GET"], models.show_model),
+    endpoints = [
+        OpenAIServingChat(context).endpoint(),
+        OpenAIServingCompletion(context).endpoint(),
+        *ModelsApi(context).endpoints(),
+        *NativeApi(context).endpoints(),
     ]
-    for path, methods, handler in routes:
-        for method in methods:
-            name = f"{method.lower()}{path}"
-            app.add_api_route(path, _plain(handler), methods=[method], response_model=None, name=name)
+    endpoints += RootApi(context, endpoints).endpoints()
+    app = Starlette(routes=[route for endpoint in endpoints for route in _routes(endpoint)], lifespan=lifespan)
     # The last one added is asked first: who has no key gets no body read.
     app.add_middleware(BodyLimit, max_bytes=args.max_request_bytes)
     policy = AuthPolicy(args.host, args.api_key, args.admin_api_key)
@@ -61,8 +57,17 @@ def build_app(context: ServerContext, lifespan: Lifespan) -> FastAPI:
     return app
 
 
-def _plain(handler: Callable[[Request], Awaitable[Response]]) -> Callable[..., Any]:
-    """A function with the one parameter that FastAPI knows how to fill; a defect of ours becomes a 500."""
+def _routes(endpoint: Endpoint) -> list[Route]:
+    """One route per name of the endpoint; a HEAD is answered where a GET is, unless the GET changes something."""
+    routes = [Route(path, _guarded(endpoint.handler), methods=list(endpoint.methods)) for path in endpoint.paths]
+    for route in routes:
+        if not endpoint.safe and route.methods is not None:
+            route.methods.discard("HEAD")
+    return routes
+
+
+def _guarded(handler: Handler) -> Handler:
+    """``handler``, with a defect of ours as a 500."""
 
     async def endpoint(request: Request) -> Response:
         try:
@@ -73,7 +78,6 @@ def _plain(handler: Callable[[Request], Awaitable[Response]]) -> Callable[..., A
             # Past this point the connection would be closed under the client.
             return error_response(internal_error(error))
 
-    endpoint.__doc__ = handler.__doc__
     return endpoint
 
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import AsyncGenerator, Generator, Sequence
 
 import uvicorn
-from fastapi import FastAPI
+from starlette.applications import Starlette
 
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.entrypoints.app import build_app
@@ -88,7 +88,7 @@ class HttpServer(uvicorn.Server):
         return await super().on_tick(counter)
 
     @contextlib.asynccontextmanager
-    async def _lifespan(self, _: FastAPI) -> AsyncGenerator[None, None]:
+    async def _lifespan(self, _: Starlette) -> AsyncGenerator[None, None]:
         await self.context.manager.start()
         try:
             yield

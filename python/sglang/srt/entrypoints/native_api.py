@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Annotated, Any, TypeVar
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, TypedDict, TypeVar
 
 import msgspec
 from starlette.requests import Request
@@ -15,6 +15,7 @@ from starlette.responses import Response
 
 from sglang.srt.entrypoints import server_info
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
+from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.errors import http_error, json_response
 from sglang.srt.entrypoints.http_io import EventStream, answer, event, read_body
 from sglang.srt.entrypoints.lacking import LACKING_PATHS
@@ -24,7 +25,7 @@ from sglang.srt.managers.request_input import RequestError
 from sglang.srt.utils.limits import MAX_DETOKENIZE_IDS, MAX_TOKENIZE_TEXTS
 
 T = TypeVar("T")
-Handler = Callable[[Request], Awaitable[Response]]
+JsonObject = dict[str, Any]
 
 _POLL_S = 0.02
 _MAX_FLUSH_WAIT_S = 3600
@@ -45,6 +46,24 @@ class DetokenizeBody(msgspec.Struct, forbid_unknown_fields=True):
     skip_special_tokens: bool | None = None
 
 
+class GenerateResult(TypedDict):
+    """One answer; ``meta_info`` holds why it ended, token counts, latency and log-probabilities."""
+
+    text: str
+    output_ids: list[int]
+    meta_info: JsonObject
+
+
+class TokenizeResult(TypedDict):
+    tokens: list[int | list[int]]
+    count: int | list[int]
+    max_model_len: int
+
+
+class DetokenizeResult(TypedDict):
+    text: str | list[str]
+
+
 class NativeApi:
     """Handlers over one server context."""
 
@@ -52,30 +71,49 @@ class NativeApi:
         self._context = context
         self._manager = context.manager
 
-    def routes(self) -> list[tuple[str, list[str], Handler]]:
-        """Path, methods and handler of every endpoint."""
-        table: list[tuple[str, list[str], Handler]] = [
-            ("/generate", ["POST", "PUT"], self.generate),
-            ("/health", ["GET"], self.health),
-            ("/health_generate", ["GET"], self.health_generate),
-            ("/ping", ["GET"], self.ping),
-            ("/ready", ["GET"], self.ping),
-            ("/model_info", ["GET"], self.model_info),
-            ("/get_model_info", ["GET"], self.model_info),
-            ("/server_info", ["GET"], self.server_info),
-            ("/get_server_info", ["GET"], self.server_info),
-            ("/get_load", ["GET"], self.get_load),
-            ("/v1/loads", ["GET"], self.loads),
-            ("/flush_cache", ["GET", "POST"], self.flush_cache),
-            ("/abort_request", ["POST"], self.abort_request),
-            ("/tokenize", ["POST"], self.tokenize),
-            ("/v1/tokenize", ["POST"], self.tokenize),
-            ("/detokenize", ["POST"], self.detokenize),
-            ("/v1/detokenize", ["POST"], self.detokenize),
-        ]
+    def endpoints(self) -> list[Endpoint]:
+        """All of them, those that the server lacks last."""
+        generation, state, admin = "Generation", "State of the server", "Administration"
+        get, post = ("GET",), ("POST",)
+        table = [
+            Endpoint(
+                "/generate", ("POST", "PUT"), self.generate, generation, "Continue texts or token ids.",
+                body=GenerateReqInput, result=GenerateResult | list[GenerateResult], chunk=GenerateResult,
+            ),
+            Endpoint(
+                "/tokenize", post, self.tokenize, generation, "Token ids of texts.", body=TokenizeBody,
+                result=TokenizeResult, aliases=("/v1/tokenize",),
+            ),
+            Endpoint(
+                "/detokenize", post, self.detokenize, generation, "Text of token ids.", body=DetokenizeBody,
+                result=DetokenizeResult, aliases=("/v1/detokenize",),
+            ),
+            Endpoint("/health", get, self.health, state, "200 while requests are answered, else 503."),
+            Endpoint("/health_generate", get, self.health_generate, state, "200 if a request gets an answer now."),
+            Endpoint("/ready", get, self.ping, state, "200 while requests are taken.", aliases=("/ping",)),
+            Endpoint(
+                "/model_info", get, self.model_info, state, "The model that is served.", result=JsonObject,
+                aliases=("/get_model_info",),
+            ),
+            Endpoint(
+                "/server_info", get, self.server_info, state, "Settings, limits, kernels and counters.",
+                result=JsonObject, aliases=("/get_server_info",),
+            ),
+            Endpoint("/v1/loads", get, self.loads, state, "Load of each scheduler.", result=JsonObject),
+            Endpoint("/get_load", get, self.get_load, state, "Load, in the old form.", result=list[JsonObject]),
+            Endpoint(
+                "/flush_cache", ("GET", "POST"), self.flush_cache, admin, "Drop the prefix cache; 400 while busy.",
+                query=(("timeout", "Seconds to wait for the end of running requests."),), safe=False,
+            ),
+            Endpoint(
+                "/abort_request", post, self.abort_request, admin, "End requests by the start of their id, or all.",
+                body=AbortBody,
+            ),
+        ]  # fmt: skip
         if self._context.server_args.enable_metrics:
-            table.append(("/metrics", ["GET"], self.metrics))
-        return table + [(path, ["GET", "POST", "PUT", "DELETE"], self.lacking) for path in LACKING_PATHS]
+            table.append(Endpoint("/metrics", get, self.metrics, state, "Counters in Prometheus' format."))
+        everything = ("GET", "POST", "PUT", "DELETE")
+        return table + [Endpoint(path, everything, self.lacking) for path in LACKING_PATHS]
 
     async def generate(self, request: Request) -> Response:
         body, warnings = await self._read(request, GenerateReqInput)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import msgspec
 
@@ -148,14 +147,17 @@ class ChatStreamChoice(msgspec.Struct):
     matched_stop: int | str | None = None
 
 
-class GenerationResponse(msgspec.Struct):
+ChoiceT = TypeVar("ChoiceT")
+
+
+class GenerationResponse(msgspec.Struct, Generic[ChoiceT]):
     """A whole response, or one chunk of a stream; ``object`` names which, and of which endpoint."""
 
     id: str
     object: str
     created: int
     model: str
-    choices: Sequence[CompletionChoice | ChatChoice | ChatStreamChoice]
+    choices: list[ChoiceT]
     usage: Usage | None = None
     warnings: list[str] | msgspec.UnsetType = msgspec.UNSET
 

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from sglang.srt.entrypoints.context import DEFAULT_MODEL_NAME, ServerContext
+from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.errors import json_response
 from sglang.srt.entrypoints.http_io import EventStream, answer, event, read_body
 from sglang.srt.entrypoints.openai.protocol import (
@@ -73,6 +74,10 @@ class OpenAIServing(ABC, Generic[RequestT]):
         self.manager = context.manager
         from_model = context.server_args.sampling_defaults == "model"
         self._defaults = dict(context.model_config.generation_defaults) if from_model else {}
+
+    @abstractmethod
+    def endpoint(self) -> Endpoint:
+        """Path and types."""
 
     async def handle(self, request: Request) -> Response:
         body, warnings = await read_body(request, self.request_type, self.manager.unknown_fields)

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
+from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.openai.message_fields import judge_messages
 from sglang.srt.entrypoints.openai.protocol import (
     ChatChoice,
@@ -15,6 +16,7 @@ from sglang.srt.entrypoints.openai.protocol import (
     ChatLogprobs,
     ChatMessage,
     ChatStreamChoice,
+    GenerationResponse,
     TopLogprob,
 )
 from sglang.srt.entrypoints.openai.serving_base import OpenAIServing, Result, States, finish
@@ -28,6 +30,13 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
     request_type = ChatCompletionRequest
     response_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+
+    def endpoint(self) -> Endpoint:
+        result, chunk = GenerationResponse[ChatChoice], GenerationResponse[ChatStreamChoice]
+        about = "OpenAI", "The next turn of a conversation."
+        return Endpoint(
+            "/v1/chat/completions", ("POST",), self.handle, *about, self.request_type, result=result, chunk=chunk
+        )
 
     def check(self, body: ChatCompletionRequest) -> None:
         super().check(body)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.openai.completion_logprobs import ChoiceLogprobs
-from sglang.srt.entrypoints.openai.protocol import CompletionChoice, CompletionRequest
+from sglang.srt.entrypoints.openai.protocol import CompletionChoice, CompletionRequest, GenerationResponse
 from sglang.srt.entrypoints.openai.serving_base import OpenAIServing, Result, States, finish
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.request_input import RequestError
@@ -18,6 +19,13 @@ DEFAULT_MAX_TOKENS = 16
 class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
     request_type = CompletionRequest
     response_object = chunk_object = "text_completion"
+
+    def endpoint(self) -> Endpoint:
+        result = GenerationResponse[CompletionChoice]
+        about = "OpenAI", "Continue texts or token ids."
+        return Endpoint(
+            "/v1/completions", ("POST",), self.handle, *about, self.request_type, result=result, chunk=result
+        )
 
     def check(self, body: CompletionRequest) -> None:
         super().check(body)
