@@ -122,7 +122,7 @@ class TestGenerate(FakeServerTestCase):
             reply = self.generate(text="abc", stream=stream)
             self.assertEqual(reply.status_code, 503)
             self.assertEqual(reply.json()["error"]["message"], "The request queue is full.")
-        for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": [{"role": "user"}]})):
+        for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": [{"role": "user", "content": "a"}]})):
             reply = self.client.post(f"/v1/{path}", json=body)
             self.assertEqual((reply.status_code, reply.json()["code"]), (503, 503), reply.text)
 
