@@ -122,7 +122,7 @@ class TestGenerate(FakeServerTestCase):
             reply = self.generate(text="abc", stream=stream)
             self.assertEqual(reply.status_code, 503)
             self.assertEqual(reply.json()["error"]["message"], "The request queue is full.")
-        for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": [{"role": "user", "content": "a"}]})):
+        for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": HI})):
             reply = self.client.post(f"/v1/{path}", json=body)
             self.assertEqual((reply.status_code, reply.json()["code"]), (503, 503), reply.text)
 
@@ -266,7 +266,7 @@ class TestDisconnect(FakeServerTestCase):
                         scheduler.delay_s = 0.02
                         scheduler.script = (lambda _: [9] * 100) if not queued else scheduler.script
                         content = json.dumps({**body, "stream": stream}).encode()
-                        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
                         connection = socket.create_connection(("127.0.0.1", int(self.fake.url.rsplit(":")[-1])))
                         if queued:
                             scheduler.frozen = True
