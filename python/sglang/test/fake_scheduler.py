@@ -75,7 +75,7 @@ class FakeScheduler:
 
     def join(self) -> None:
         """Wait for the end of the loop, which a ShutdownReq brings."""
-        self._thread.join(10)
+        self._thread.join(60)
 
     def aborted_rids(self) -> list[str]:
         """Request ids named by the AbortReq messages that have arrived."""

@@ -63,14 +63,14 @@ class FakeServer:
         self.scheduler.received.clear()
         return self
 
-    def until(self, condition: Any, timeout_s: float = 5.0) -> None:
+    def until(self, condition: Any, timeout_s: float = 60.0) -> None:
         """Wait until ``condition()`` holds; AssertionError after ``timeout_s``."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, "the condition did not come true in time"
             time.sleep(0.01)
 
-    def join(self, timeout_s: float = 10.0) -> int:
+    def join(self, timeout_s: float = 60.0) -> int:
         """Wait for the end of the server; returns its exit status."""
         self._thread.join(timeout_s)
         assert not self._thread.is_alive(), "the server did not stop"
@@ -92,7 +92,7 @@ class FakeServerTestCase(CustomTestCase):
     @classmethod
     def setUpClass(cls) -> None:
         cls.fake = FakeServer(**cls.settings).wait_ready()
-        cls.client = httpx.Client(base_url=cls.fake.url, timeout=10)
+        cls.client = httpx.Client(base_url=cls.fake.url, timeout=60)
 
     @classmethod
     def tearDownClass(cls) -> None:

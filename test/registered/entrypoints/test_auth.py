@@ -73,20 +73,22 @@ class TestKeys(CustomTestCase):
     def test_over_http(self):
         fake = FakeServer(host="0.0.0.0").wait_ready()
         self.addCleanup(fake.stop)
-        self.assertEqual(httpx.post(f"{fake.url}/generate", json={"text": "a"}).status_code, 200)
-        closed = httpx.post(f"{fake.url}/flush_cache")
+        self.assertEqual(httpx.post(f"{fake.url}/generate", json={"text": "a"}, timeout=60).status_code, 200)
+        closed = httpx.post(f"{fake.url}/flush_cache", timeout=60)
         self.assertEqual(closed.status_code, 403)
         self.assertIn("--api-key", closed.json()["error"]["message"])
-        self.assertEqual(httpx.get(f"{fake.url}/health").status_code, 200)
+        self.assertEqual(httpx.get(f"{fake.url}/health", timeout=60).status_code, 200)
 
     def test_401_over_http(self):
         fake = FakeServer(api_key="k").wait_ready()
         self.addCleanup(fake.stop)
-        refused = httpx.post(f"{fake.url}/generate", json={"text": "a"})
+        refused = httpx.post(f"{fake.url}/generate", json={"text": "a"}, timeout=60)
         self.assertEqual((refused.status_code, refused.json()["code"]), (401, 401))
         self.assertIn("Authorization: Bearer", refused.json()["error"]["message"])
         headers = {"authorization": "Bearer k"}
-        self.assertEqual(httpx.post(f"{fake.url}/generate", json={"text": "a"}, headers=headers).status_code, 200)
+        self.assertEqual(
+            httpx.post(f"{fake.url}/generate", json={"text": "a"}, headers=headers, timeout=60).status_code, 200
+        )
 
 
 if __name__ == "__main__":

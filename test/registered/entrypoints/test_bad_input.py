@@ -89,7 +89,7 @@ class TestBadInput(FakeServerTestCase):
         self.fake.scheduler.delay_s = 0.001
 
         async def main():
-            async with httpx.AsyncClient(base_url=self.fake.url, timeout=10) as client:
+            async with httpx.AsyncClient(base_url=self.fake.url, timeout=60) as client:
                 for body in bodies:
                     content = body if isinstance(body, bytes) else msgspec.json.encode(body)
                     bad = client.post(path, content=content, headers=JSON)

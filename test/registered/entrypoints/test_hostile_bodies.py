@@ -112,7 +112,7 @@ class TestBodiesTogether(CustomTestCase):
         body = msgspec.json.encode({"text": "a", "pad": "x" * 70_000})
 
         async def main():
-            async with httpx.AsyncClient(base_url=fake.url, timeout=20, headers=JSON) as client:
+            async with httpx.AsyncClient(base_url=fake.url, timeout=60, headers=JSON) as client:
                 held = [asyncio.create_task(client.post("/generate", content=body)) for _ in range(2)]
                 while fake.context.manager.num_in_flight < 2:
                     await asyncio.sleep(0.01)

@@ -47,24 +47,24 @@ class TestRunningServer(CustomTestCase):
     def post_in_background(self, body):
         replies = []
         thread = threading.Thread(
-            target=lambda: replies.append(httpx.post(f"{self.url}/generate", json=body, timeout=30))
+            target=lambda: replies.append(httpx.post(f"{self.url}/generate", json=body, timeout=60))
         )
         thread.start()
-        deadline = time.monotonic() + 10
-        while httpx.get(f"{self.url}/get_load").json()[0]["num_reqs"] == 0:
+        deadline = time.monotonic() + 60
+        while httpx.get(f"{self.url}/get_load", timeout=60).json()[0]["num_reqs"] == 0:
             self.assertLess(time.monotonic(), deadline)
         return thread, replies
 
     def check_children_are_gone(self):
-        _, alive = psutil.wait_procs(self.children, timeout=10)
+        _, alive = psutil.wait_procs(self.children, timeout=60)
         self.assertEqual(alive, [])
 
     def test_serves_and_stops_on_sigterm_after_what_is_in_flight(self):
         body = {"text": "hello", "sampling_params": {"max_new_tokens": 5, "temperature": 0}}
-        first, second = (httpx.post(f"{self.url}/generate", json=body).json() for _ in range(2))
+        first, second = (httpx.post(f"{self.url}/generate", json=body, timeout=60).json() for _ in range(2))
         self.assertEqual(first["output_ids"], second["output_ids"])
         self.assertGreater(second["meta_info"]["cached_tokens"], 0)
-        info = httpx.get(f"{self.url}/server_info").json()
+        info = httpx.get(f"{self.url}/server_info", timeout=60).json()
         self.assertEqual(info["unpickled_while_serving"], 0)
         self.assertEqual(info["internal_states"][0]["unpickled_while_serving"], 0)
         self.assertEqual((info["max_total_num_tokens"], info["page_size"]), (4096, 1))
@@ -74,9 +74,9 @@ class TestRunningServer(CustomTestCase):
         short = {**LONG, "sampling_params": {**LONG["sampling_params"], "max_new_tokens": 100}}
         thread, replies = self.post_in_background(short)
         self.process.send_signal(signal.SIGTERM)
-        thread.join(20)
+        thread.join(60)
         self.assertEqual(len(replies[0].json()["output_ids"]), 100)
-        self.assertEqual(self.process.wait(20), 0)
+        self.assertEqual(self.process.wait(60), 0)
         self.check_children_are_gone()
         log = self.process.log_path.read_text()
         self.assertIn("The server is fired up and ready to roll!", log)
@@ -85,7 +85,7 @@ class TestRunningServer(CustomTestCase):
 
     def test_a_killed_server_takes_its_children_along(self):
         self.process.kill()
-        self.process.wait(10)
+        self.process.wait(60)
         self.check_children_are_gone()
 
 

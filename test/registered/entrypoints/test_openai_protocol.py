@@ -27,7 +27,7 @@ class OpenAITestCase(CustomTestCase):
         cls.scheduler, cls.tokenizer = cls.fake.scheduler, cls.fake.tokenizer
         cls.scheduler.delay_s = 0.001
         cls.client = openai.OpenAI(base_url=f"{cls.fake.url}/v1", api_key="k", max_retries=0)
-        cls.raw = httpx.Client(base_url=cls.fake.url, headers={"authorization": "Bearer k"}, timeout=10)
+        cls.raw = httpx.Client(base_url=cls.fake.url, headers={"authorization": "Bearer k"}, timeout=60)
 
     @classmethod
     def tearDownClass(cls):
@@ -165,13 +165,13 @@ class TestChat(OpenAITestCase):
 
         def slow(*_, **__):
             entered.set()
-            go.wait(10)
+            go.wait(60)
             return "hi"
 
         with mock.patch.object(self.tokenizer, "apply_chat_template", slow), ThreadPoolExecutor(1) as pool:
             self.addCleanup(go.set)
             chat = pool.submit(self.raw.post, "/v1/chat/completions", json={"messages": MESSAGES})
-            self.assertTrue(entered.wait(10))
+            self.assertTrue(entered.wait(60))
             other = self.raw.post("/v1/completions", json={"prompt": "hi", "max_tokens": 2})
             self.assertEqual((other.status_code, chat.done()), (200, False))
             go.set()
@@ -291,7 +291,7 @@ class TestWithoutTokenizer(CustomTestCase):
     def test_only_ids(self):
         fake = FakeServer(skip_tokenizer_init=True).wait_ready()
         self.addCleanup(fake.stop)
-        with httpx.Client(base_url=fake.url, timeout=10) as client:
+        with httpx.Client(base_url=fake.url, timeout=60) as client:
             result = client.post(
                 "/generate", json={"input_ids": [5, 6], "sampling_params": {"max_new_tokens": 3}}
             ).json()

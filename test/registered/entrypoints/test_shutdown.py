@@ -32,7 +32,7 @@ class TestDrainOfAServer(CustomTestCase):
     def post(self, path, stream):
         def call():
             body = {**BODIES[path], "model": self.fake.context.served_model_name, "stream": stream}
-            self.replies[path, stream] = httpx.post(self.fake.url + path, json=body, timeout=30)
+            self.replies[path, stream] = httpx.post(self.fake.url + path, json=body, timeout=60)
 
         self.threads.append(threading.Thread(target=call))
         self.threads[-1].start()
@@ -45,18 +45,18 @@ class TestDrainOfAServer(CustomTestCase):
 
     def ended(self):
         for thread in self.threads:
-            thread.join(30)
+            thread.join(60)
         return self.fake.join()
 
     def test_requests_in_flight_finish_and_others_are_refused_meanwhile(self):
         self.start(drain_timeout=30.0, delay_s=0.05)
         self.post_all_kinds()
-        self.assertEqual(httpx.get(f"{self.fake.url}/health").status_code, 200)
+        self.assertEqual(httpx.get(f"{self.fake.url}/health", timeout=60).status_code, 200)
         self.fake.server.drain.ask(signal.SIGTERM)
-        self.fake.until(lambda: httpx.get(f"{self.fake.url}/ready").status_code == 503)
-        self.assertEqual(httpx.get(f"{self.fake.url}/health").text, "stopping")
+        self.fake.until(lambda: httpx.get(f"{self.fake.url}/ready", timeout=60).status_code == 503)
+        self.assertEqual(httpx.get(f"{self.fake.url}/health", timeout=60).text, "stopping")
         for path in BODIES:
-            refused = httpx.post(self.fake.url + path, json={**BODIES[path], "model": "default"})
+            refused = httpx.post(self.fake.url + path, json={**BODIES[path], "model": "default"}, timeout=60)
             self.assertEqual((refused.status_code, refused.headers["retry-after"]), (503, "5"), refused.text)
             self.assertIn("shutting down", refused.text)
         self.assertEqual(self.ended(), 0)

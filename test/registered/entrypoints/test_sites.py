@@ -91,31 +91,33 @@ class TestOverHttp(CustomTestCase):
     def test_rebinding_and_cross_site_requests(self):
         fake = self.serve()
         for path in ("/model_info", "/flush_cache", "/v1/models", "/no/such"):
-            reply = httpx.get(fake.url + path, headers={"host": "evil.example"})
+            reply = httpx.get(fake.url + path, headers={"host": "evil.example"}, timeout=60)
             self.assertEqual((reply.status_code, reply.json()["error"]["type"]), (403, "PermissionDeniedError"), path)
-        self.assertEqual(httpx.get(f"{fake.url}/health", headers={"host": "evil.example"}).status_code, 200)
+        self.assertEqual(httpx.get(f"{fake.url}/health", headers={"host": "evil.example"}, timeout=60).status_code, 200)
         page = {"origin": "http://evil.example"}
-        self.assertEqual(httpx.get(f"{fake.url}/flush_cache", headers=page).status_code, 403)
-        self.assertEqual(httpx.get(f"{fake.url}/flush_cache").status_code, 200)
+        self.assertEqual(httpx.get(f"{fake.url}/flush_cache", headers=page, timeout=60).status_code, 403)
+        self.assertEqual(httpx.get(f"{fake.url}/flush_cache", timeout=60).status_code, 200)
 
     def test_cors_also_with_a_key(self):
         fake = self.serve(api_key="k", allowed_origins="https://ui.example")
         asks = {"origin": "https://ui.example", "access-control-request-method": "POST",
                 "access-control-request-headers": "authorization,content-type"}  # fmt: skip
-        reply = httpx.options(f"{fake.url}/v1/chat/completions", headers=asks)
+        reply = httpx.options(f"{fake.url}/v1/chat/completions", headers=asks, timeout=60)
         self.assertEqual(reply.status_code, 200, reply.text)
         self.assertEqual(reply.headers["access-control-allow-origin"], "https://ui.example")
         self.assertIn("authorization", reply.headers["access-control-allow-headers"].lower())
-        self.assertEqual(httpx.options(f"{fake.url}/generate", headers={**asks, "origin": "http://x"}).status_code, 400)
+        self.assertEqual(
+            httpx.options(f"{fake.url}/generate", headers={**asks, "origin": "http://x"}, timeout=60).status_code, 400
+        )
         call = {"origin": "https://ui.example"}
         for headers, status in ((call, 401), ({**call, "authorization": "Bearer k"}, 200)):
-            reply = httpx.post(f"{fake.url}/generate", json={"text": "a"}, headers=headers)
+            reply = httpx.post(f"{fake.url}/generate", json={"text": "a"}, headers=headers, timeout=60)
             self.assertEqual(reply.status_code, status)
             self.assertEqual(reply.headers["access-control-allow-origin"], "https://ui.example")
 
     def test_no_cors_unasked(self):
         fake = self.serve()
-        reply = httpx.get(f"{fake.url}/v1/models", headers={"origin": "https://ui.example"})
+        reply = httpx.get(f"{fake.url}/v1/models", headers={"origin": "https://ui.example"}, timeout=60)
         self.assertNotIn("access-control-allow-origin", reply.headers)
 
 

@@ -61,11 +61,11 @@ class ManagerTestCase(CustomTestCase, unittest.IsolatedAsyncioTestCase):
         return caught.exception
 
     async def until(self, condition):
-        for _ in range(500):
+        for _ in range(6000):
             if condition():
                 return
             await asyncio.sleep(0.01)
-        self.fail("the condition did not come true within 5 s")
+        self.fail("the condition did not come true within a minute")
 
 
 class TestResults(ManagerTestCase):
@@ -299,7 +299,7 @@ class TestControl(ManagerTestCase):
         success, message = await self.manager.flush_cache()
         self.assertFalse(success)
         self.assertIn("busy", message)
-        self.assertEqual(await self.manager.flush_cache(timeout_s=5), (True, ""))
+        self.assertEqual(await self.manager.flush_cache(timeout_s=60), (True, ""))
         await task
 
     async def test_internal_state_and_its_timeout(self):
@@ -352,7 +352,7 @@ class TestWire(CustomTestCase):
         params = SamplingParams()
         batch = [TokenizedGenerateReqInput(rid=str(i), input_ids=[i], sampling_params=params) for i in range(50)]
         sender.send(*batch)
-        self.assertTrue(receiver.wait(5))
+        self.assertTrue(receiver.wait(60))
         self.assertEqual([receiver.decode(raw) for raw in receiver.recv_raw_all()], batch)
 
     def test_the_native_body_decodes(self):

@@ -70,7 +70,7 @@ class TestLaunch(CustomTestCase):
         self.assertIsNone(process.poll())
         self.assertIn("stand-in serve yes", process.log_path.read_text())
         kill_process_tree(process.pid)
-        self.assertIsNotNone(process.wait(5))
+        self.assertIsNotNone(process.wait(60))
 
     def test_early_exit_is_reported_at_once_with_the_output(self):
         with self.assertRaisesRegex(RuntimeError, r"(?s)exited with status 3.*stand-in die yes"):
