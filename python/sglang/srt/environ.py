@@ -222,34 +222,40 @@ class Envs:
         False,
         section=_MODEL,
         platform="hip",
-        doc="DeepSeek MoE: run shared experts beside routed experts on a second stream, as CUDA does unasked. "
-        "One H200 gains 4 to 8 % of V2-Lite's unfused step up to 64 tokens, and nothing where both sides wait for "
-        "memory, as in V3's experts over two GPUs (N).",
-        requires="`GPU_MAX_HW_QUEUES` of at least 5 (the launcher sets it unless it is set); pays best with "
-        "`--deepep-mode low_latency` (MORI AsyncLL) and `MORI_ENABLE_SDMA=1`",
+        doc="DeepSeek MoE: run shared experts beside routed experts on a second stream. ROCm: off unless set. CUDA: "
+        "on unasked, `SGLANG_STREAM_SITES` turns it off. CPU: there are no streams. One H200 gains 4 to 8 % of "
+        "V2-Lite's unfused step up to 64 tokens, and nothing where both sides wait for memory, as in V3's experts "
+        "over two GPUs (N).",
+        requires="a hardware queue for each stream, so `GPU_MAX_HW_QUEUES` of at least 5 over several ranks with an "
+        "all-to-all (the launcher sets what the streams need unless it is set; a smaller value is warned of); pays "
+        "best with `--deepep-mode low_latency` (MORI AsyncLL) and `MORI_ENABLE_SDMA=1`",
     )
     SGLANG_ALT_STREAM = EnvBool(
         False,
         section=_MODEL,
         platform="hip",
-        doc="Qwen3.5: create the second stream, on which shared experts run beside routed experts, as CUDA does "
-        "unasked. Where fusion is impossible upstream reports 1.4 to 3.1 % of TPOT on MI355X from concurrency 8 on, "
-        "and a loss of 0.5 % at 4 (sglang PR 25885).",
+        doc="Qwen3.5: create the second stream, on which shared experts run beside routed experts. ROCm: off unless "
+        "set. CUDA: on unasked, `SGLANG_STREAM_SITES` turns it off. CPU: there are no streams. Where fusion is "
+        "impossible upstream reports 1.4 to 3.1 % of TPOT on MI355X from concurrency 8 on, and a loss of 0.5 % at 4 "
+        "(sglang PR 25885).",
         requires="`--disable-shared-experts-fusion` where shared experts would be fused",
     )
     SGLANG_GDN_QKVZ_BA_ALT_STREAM = EnvBool(
         False,
         section=_MODEL,
         platform="hip",
-        doc="Qwen3.5: also split the two input projections of a GDN layer over both streams. One H200 gains up to "
-        "2.5 % of a step up to 32 tokens and loses 0.8 % at 128 (N).",
+        doc="Qwen3.5: also split the two input projections of a GDN layer over both streams, in decode graphs. ROCm: "
+        "off unless set. CUDA: on unasked, `SGLANG_STREAM_SITES` turns it off. One H200 gains up to 2.5 % of a step "
+        "up to 32 tokens and loses 0.8 % at 128 (N).",
         requires="`SGLANG_ALT_STREAM`",
     )
     SGLANG_QK_NORM_ALT_STREAM = EnvBool(
         False,
         section=_MODEL,
         platform="hip",
-        doc="Qwen3.5: also split the query and key norms over both streams. One H200 loses up to 1.6 % of a step (N).",
+        doc="Qwen3.5: also split the query and key norms over both streams, in decode graphs; other steps keep the "
+        "one launch that norms, rotates and stores. ROCm: off unless set. CUDA: off (upstream: on), since one H200 "
+        "loses up to 1.6 % of a step (N); `SGLANG_STREAM_SITES` turns it on.",
         requires="`SGLANG_ALT_STREAM`",
     )
     SGLANG_OPT_USE_TRITON_FUSED_MHC = EnvBool(

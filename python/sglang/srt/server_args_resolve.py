@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.srt.configs.attention_backends import UNBUILT_ATTENTION_BACKENDS, BackendDeclaration, attention_backends
 from sglang.srt.environ import EnvError, envs
+from sglang.srt.server_args_effect import Situation, without_effect
 from sglang.srt.server_args_fields import FieldSpec
 
 if TYPE_CHECKING:
@@ -96,6 +97,10 @@ def resolve_all(
                 changes[outcome.field] = outcome.new
                 resolution.changes.append(outcome)
         resolution.args = replace(resolution.args, **changes)
+    try:
+        resolution.warnings += without_effect(Situation(args, resolution.args, model, platform, environ))
+    except EnvError as error:
+        resolution.errors.append(str(error))
     return resolution
 
 
@@ -189,10 +194,6 @@ def remarks(args: ServerArgs) -> list[str]:
         found.append(f"--host {args.host} without --api-key: {anyone}{closed}")
     elif args.api_key is None and args.admin_api_key:
         found.append("--admin-api-key guards administrative endpoints alone: set --api-key too to guard inference")
-    if args.deepep_mode == "normal" and args.moe_a2a_backend == "none":
-        found.append("--deepep-mode normal has no effect: --moe-a2a-backend is none")
-    if args.load_balance_method != "auto" and args.dp_size == 1:
-        found.append(f"--load-balance-method {args.load_balance_method} has no effect: --dp-size is 1")
     return found
 
 

@@ -46,7 +46,13 @@ OUTPUT_TAIL_CHARS = 6_000
 PROCESS_STATE = {
     "sglang.srt.server_args": ("_global_server_args",),
     "sglang.srt.distributed.parallel_state": ("_state",),
-    "sglang.srt.models.qwen3_5": ("_hip_use_alt_stream", "_gdn_use_alt_stream", "_qknorm_use_alt_stream", "_streams"),
+    "sglang.srt.models.qwen3_5": (
+        "_hip_use_alt_stream",
+        "_cuda_use_alt_stream",
+        "_gdn_use_alt_stream",
+        "_qknorm_use_alt_stream",
+        "_streams",
+    ),
 }
 
 

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.environ import envs
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import GDNBackend
 from sglang.srt.mem_cache.memory_pool import GDNStatePool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
@@ -17,10 +18,12 @@ from sglang.srt.model_loader.dummy import iterate_dummy
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models import qwen3_5
 from sglang.srt.models.checkpoint_model import WeightLoadError
-from sglang.srt.server_args import override_server_args
+from sglang.srt.platforms import override_platform
+from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.srt.utils.multi_stream_utils import OverlapSite
-from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
+from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan, plan_streams
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.happens_before import FakeStreamPlatform
 from sglang.test.model_harness import ModelHarness
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import TINY_CONFIGS
@@ -79,13 +82,46 @@ class TestQwen35(CustomTestCase):
             with ExitStack() as stack:
                 calls = []
                 for layer in layers:
-                    stack.enter_context(mock.patch.object(layer, "use_alt_stream", separate))
+                    stack.enter_context(mock.patch.object(layer.overlap, "forks", return_value=separate))
+                    stack.enter_context(mock.patch.object(layer.overlap, "_alt_stream", None))
                     norm = mock.patch.object(layer, "_apply_qk_norm", wraps=layer._apply_qk_norm)
                     calls.append(stack.enter_context(norm))
                 rows = harness.extend([(request, list(range(3, 40)))]) + harness.decode([(request, 7)])
             found.append(torch.cat(rows))
             self.assertEqual([call.call_count for call in calls], [2 * separate] * len(layers))
         self.assertTrue(layers and torch.equal(*found))
+
+    def test_norms_leave_the_one_launch_only_where_they_overlap(self):
+        """Eager and prefill steps, and sizes outside of the site's range, keep it with the variable set."""
+        platform = FakeStreamPlatform("hip", capturing=False)
+        site = OverlapSite(qwen3_5.QK_NORM, enabled=True, max_tokens=2)
+        streams = StreamPlan((site,))
+        with override_platform(platform):
+            folder = self.config_folder("Qwen3_5ForCausalLM")
+            harness = ModelHarness(folder, num_slots=256, load_format="dummy", streams=streams)
+            layer = harness.model.model.layers[3].self_attn
+            self.assertTrue(layer.use_alt_stream)
+            requests = [harness.new_request() for _ in range(3)]
+            with mock.patch.object(layer, "_apply_qk_norm", wraps=layer._apply_qk_norm) as norms:
+                harness.extend([(request, [3, 4, 5]) for request in requests])
+                harness.decode([(requests[0], 7)])
+                self.assertEqual(norms.call_count, 0)
+                platform.capturing = True
+                harness.decode([(requests[0], 7)])
+                self.assertEqual(norms.call_count, 1)
+                harness.decode([(request, 7) for request in requests])
+                self.assertEqual(norms.call_count, 1)
+
+    def test_the_names_of_switches_say_the_platform(self):
+        for kind, sites in (("hip", "qwen3_5.shared_experts=on"), ("cuda", ""), ("cuda", "qwen3_5.shared_experts=off")):
+            with override_platform(FakeStreamPlatform(kind)), envs.SGLANG_STREAM_SITES.override(sites):
+                args = ServerArgs(disable_shared_experts_fusion=True)
+                qwen3_5.configure_streams(plan_streams(args))
+                layer = self.build("Qwen3_5MoeForCausalLM", plan_streams(args)).model.layers[0]
+            enabled = not sites.endswith("off")
+            self.assertEqual(qwen3_5._hip_use_alt_stream, kind == "hip")
+            self.assertEqual(qwen3_5._cuda_use_alt_stream, kind == "cuda" and enabled)
+            self.assertEqual(layer.use_alt_stream, enabled)
 
     def test_every_problem_of_a_checkpoint_is_named(self):
         model = self.build("Qwen3_5MoeForConditionalGeneration")

@@ -23,6 +23,7 @@ from sglang.srt.layers.weights import ShardId, check_shape, make_parameter
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.causal_lm import Backbone, CausalLM, DecoderLayer
 from sglang.srt.models.qwen2_moe import Qwen2MoeSparseMoeBlock
+from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
 from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
@@ -32,7 +33,9 @@ DUAL_STREAM_TOKEN_THRESHOLD = 1024
 # Places that may overlap.
 SHARED_EXPERTS, GDN_QKVZ_BA, QK_NORM = "qwen3_5.shared_experts", "qwen3_5.gdn_qkvz_ba", "qwen3_5.qk_norm"
 
+# Shared experts beside routed ones: on HIP, and elsewhere. The others hold for every platform.
 _hip_use_alt_stream = False
+_cuda_use_alt_stream = False
 _gdn_use_alt_stream = False
 _qknorm_use_alt_stream = False
 _streams = SERIAL_PLAN
@@ -40,8 +43,10 @@ _streams = SERIAL_PLAN
 
 def configure_streams(policy: StreamPlan) -> None:
     """Set the module's stream switches; layers copy them when they are built."""
-    global _hip_use_alt_stream, _gdn_use_alt_stream, _qknorm_use_alt_stream, _streams
-    _hip_use_alt_stream = policy.site(SHARED_EXPERTS).enabled
+    global _hip_use_alt_stream, _cuda_use_alt_stream, _gdn_use_alt_stream, _qknorm_use_alt_stream, _streams
+    is_hip = current_platform.kind == "hip"
+    _hip_use_alt_stream = is_hip and policy.site(SHARED_EXPERTS).enabled
+    _cuda_use_alt_stream = not is_hip and policy.site(SHARED_EXPERTS).enabled
     _gdn_use_alt_stream = policy.site(GDN_QKVZ_BA).enabled
     _qknorm_use_alt_stream = policy.site(QK_NORM).enabled
     _streams = policy
@@ -202,7 +207,8 @@ class Qwen3_5Attention(nn.Module):
         q, gate = q_gate.unflatten(-1, (self.num_heads, 2, self.head_dim)).unbind(2)
         k, v = (rows.unflatten(-1, (self.num_kv_heads, self.head_dim)) for rows in (k, v))
         backend = backend_of(fb, GqaBackend)
-        if self.use_alt_stream:
+        # Where the norms do not overlap, one launch norms, rotates and stores.
+        if self.overlap.forks(q.shape[0]):
             q, k = self._apply_qk_norm(q, k)
             q, k = self.rotary_emb(positions, q, k)
             out = backend.forward(q, k, v, self.attn, fb)
@@ -225,7 +231,7 @@ class Qwen3_5DecoderLayer(DecoderLayer):
     ) -> None:
         super().__init__(config, GemmaRMSNorm)
         self.prefix = f"model.layers.{layer_id}"
-        self.use_alt_stream = _hip_use_alt_stream
+        self.use_alt_stream = _cuda_use_alt_stream or _hip_use_alt_stream
         self.is_moe = config.is_moe
         if self.is_moe:
             self.mlp = Qwen2MoeSparseMoeBlock(

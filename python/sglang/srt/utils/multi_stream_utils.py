@@ -68,6 +68,12 @@ class StreamOverlap:
         traced = self._alt_stream is not None and envs.SGLANG_TRACE_OVERLAP.get()
         self.trace = OverlapTrace(site.name) if traced else None
 
+    def forks(self, num_tokens: int) -> bool:
+        """Whether ``fork_join`` of a step of ``num_tokens`` rows, now, runs the side on its own stream."""
+        if self._alt_stream is None or not self.site.covers(num_tokens):
+            return False
+        return not self.site.capture_only or current_platform.is_capturing()
+
     def fork_join(self, side: Callable[[], Side], main: Callable[[], Main], num_tokens: int) -> tuple[Side, Main]:
         """Run both for a step of ``num_tokens`` rows and return (side's result, main's result).
 
@@ -83,8 +89,8 @@ class StreamOverlap:
         return results
 
     def _run(self, side: Callable[[], Side], main: Callable[[], Main], num_tokens: int) -> tuple[Side, Main]:
-        alt, site = self._alt_stream, self.site
-        if alt is None or not site.covers(num_tokens) or (site.capture_only and not current_platform.is_capturing()):
+        alt = self._alt_stream
+        if alt is None or not self.forks(num_tokens):
             return side(), main()
         if self.trace is not None:
             side, main = self.trace.timed(side, main, num_tokens)

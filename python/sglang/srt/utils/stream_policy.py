@@ -59,7 +59,7 @@ SITE_RULES = (
         "qwen3_5.gdn_qkvz_ba", _UNASKED, (envs.SGLANG_ALT_STREAM, envs.SGLANG_GDN_QKVZ_BA_ALT_STREAM),
         max_tokens=32, measured=_H200,
     ),
-    # 1.016, 1.004, 1.000, 1.008 at the same sizes. benchmark/shared_experts/bench_qk_norm.py measures it anew.
+    # 1.016, 1.004, 1.000, 1.008 at the same sizes. bench_shared_experts.py --modes fused fused+qk_norm measures it.
     SiteRule(
         "qwen3_5.qk_norm", frozenset(), (envs.SGLANG_ALT_STREAM, envs.SGLANG_QK_NORM_ALT_STREAM), measured=_H200,
         off_because="upstream has it on for CUDA; on one H200 it loses up to 1.6 % of a decode step to the one launch "

@@ -1,0 +1,113 @@
+"""Settings that are accepted and change nothing here: for this model, platform or other settings. Each is said once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.environ import EnvField, envs
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.server_args_resolve import PlatformLike
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What decides whether a setting acts: ``asked`` as given, ``args`` as resolved; ``model`` None: not readable."""
+
+    asked: ServerArgs
+    args: ServerArgs
+    model: ModelConfig | None
+    platform: PlatformLike
+    environ: Mapping[str, str]
+
+    def model_has(self, name: str) -> bool:
+        """True where the model has ``name``, or nobody knows."""
+        return self.model is None or bool(getattr(self.model.text, name, ()))
+
+
+# Why a setting changes nothing; "" where it acts.
+Reason = Callable[[Situation], str]
+
+
+def _no_exchange(here: Situation) -> str:
+    refused = here.asked.deepep_mode == "low_latency"
+    return "--moe-a2a-backend is none" if here.args.moe_a2a_backend == "none" and not refused else ""
+
+
+def _no_replicas(here: Situation) -> str:
+    return "--dp-size is 1" if here.args.dp_size == 1 else ""
+
+
+def _one_rank(here: Situation) -> str:
+    return "one rank meets no other" if here.args.tp_size == 1 else ""
+
+
+def _no_graphs(here: Situation) -> str:
+    return "no decode graphs are captured" if here.args.disable_cuda_graph else ""
+
+
+def _no_states(here: Situation) -> str:
+    return "" if here.model_has("linear_layer_ids") else "the model has no recurrent states"
+
+
+def _state_dtype(here: Situation) -> str:
+    if here.asked.mamba_ssm_dtype is not None:
+        return f"--mamba-ssm-dtype {here.asked.mamba_ssm_dtype} goes before it"
+    return _no_states(here)
+
+
+def _no_shared_experts(here: Situation) -> str:
+    shared = None if here.model is None else getattr(here.model.text, "shared_experts", None)
+    return "the model has no shared experts" if shared is not None and not shared.layers else ""
+
+
+def _no_retraction(here: Situation) -> str:
+    return "" if envs.SGLANG_TEST_RETRACT.read(here.environ) else "SGLANG_TEST_RETRACT is off"
+
+
+def _own_architecture(here: Situation) -> str:
+    return "" if here.platform.device_type == "cpu" else "the GPU has an architecture of its own"
+
+
+FLAGS: dict[str, Reason] = {
+    "deepep_mode": _no_exchange,
+    "load_balance_method": _no_replicas,
+    "nccl_port": _one_rank,
+    "dist_timeout": _one_rank,
+    "cuda_graph_bs": _no_graphs,
+    "cuda_graph_max_bs": _no_graphs,
+    "mamba_ssm_dtype": _no_states,
+    "disable_shared_experts_fusion": _no_shared_experts,
+}
+VARIABLES: tuple[tuple[EnvField[Any], Reason], ...] = (
+    (envs.SGLANG_MAMBA_SSM_DTYPE, _state_dtype),
+    (envs.SGLANG_MAMBA_CONV_DTYPE, _no_states),
+    (envs.SGLANG_TEST_RETRACT_INTERVAL, _no_retraction),
+    (envs.SGLANG_FAKE_ROCM_ARCH, _own_architecture),
+)
+
+
+def without_effect(here: Situation) -> list[str]:
+    """One line for each setting that was given and changes nothing.
+
+    Values are checked elsewhere, with an effect or not. Variables of another platform are the launch check's, those of
+    second streams ``stream_policy``'s. Raises EnvError for a variable that a reason reads.
+    """
+    found = []
+    defaults = {field.name: field.default for field in fields(here.asked)}
+    for name, reason in FLAGS.items():
+        value = getattr(here.asked, name)
+        because = reason(here) if value != defaults[name] else ""
+        if because:
+            shown = "" if value is True else f" {' '.join(map(str, value)) if isinstance(value, list) else value}"
+            found.append(f"--{name.replace('_', '-')}{shown} has no effect: {because}")
+    for variable, reason in VARIABLES:
+        acts_here = variable.platform in ("", here.platform.kind)
+        because = reason(here) if acts_here and variable.find(here.environ) is not None else ""
+        if because:
+            found.append(f"{variable.name} has no effect: {because}")
+    return found

@@ -1,0 +1,89 @@
+"""Settings that change nothing are said, each once and with the reason; where they act, nothing is said."""
+
+import json
+import tempfile
+import unittest
+from pathlib import Path
+from types import SimpleNamespace
+
+from sglang.srt.server_args import ServerArgs, evaluate
+from sglang.srt.server_args_effect import FLAGS, VARIABLES
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+from sglang.test.tiny_checkpoints import TINY_CONFIGS
+
+register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
+
+CPU = SimpleNamespace(kind="cpu", device_type="cpu", supports_graphs=False)
+MI300X = SimpleNamespace(kind="hip", device_type="cuda", supports_graphs=True)
+FAKES = SimpleNamespace(kind="hip", device_type="cpu", supports_graphs=True)
+MODELS = {
+    "dense": ("q35", "Qwen3_5ForCausalLM"),
+    "qwen": ("q35moe", "Qwen3_5MoeForCausalLM"),
+    "deepseek": ("dsv3", "DeepseekV3ForCausalLM"),
+}
+# Setting, where it acts (model, platform, flags, variables beside it), where not, and why.
+ROWS = (
+    ("--mamba-ssm-dtype bfloat16", ("qwen",), ("deepseek",), "no recurrent states"),
+    ("--disable-shared-experts-fusion", ("qwen",), ("dense",), "no shared experts"),
+    ("--cuda-graph-bs 1 2", ("qwen", MI300X), ("qwen", CPU), "no decode graphs"),
+    ("--cuda-graph-max-bs 4", ("qwen", MI300X), ("qwen", MI300X, "--disable-cuda-graph"), "no decode graphs"),
+    ("--load-balance-method round_robin", ("qwen", CPU, "--dp 2"), ("qwen",), "--dp-size is 1"),
+    ("--nccl-port 9999", ("deepseek", CPU, "--tp 2"), ("deepseek",), "one rank"),
+    ("--dist-timeout 60", ("deepseek", CPU, "--tp 2"), ("deepseek",), "one rank"),
+    ("--deepep-mode normal", ("deepseek", CPU, "--tp 2 --moe-a2a-backend mori"), ("deepseek",), "backend is none"),
+    ("SGLANG_MAMBA_SSM_DTYPE=bfloat16", ("qwen",), ("deepseek",), "no recurrent states"),
+    ("SGLANG_MAMBA_SSM_DTYPE=float32", ("qwen",), ("qwen", CPU, "--mamba-ssm-dtype bfloat16"), "goes before it"),
+    ("SGLANG_MAMBA_CONV_DTYPE=float32", ("dense",), ("deepseek",), "no recurrent states"),
+    ("SGLANG_TEST_RETRACT_INTERVAL=5", ("qwen", CPU, "", "SGLANG_TEST_RETRACT=1"), ("qwen",), "RETRACT is off"),
+    ("SGLANG_FAKE_ROCM_ARCH=gfx950", ("qwen", FAKES), ("qwen", MI300X), "architecture of its own"),
+)
+
+
+class TestWithoutEffect(CustomTestCase):
+    def setUp(self):
+        self.folder = tempfile.TemporaryDirectory()
+        self.addCleanup(self.folder.cleanup)
+        for name, (sizes, architecture) in MODELS.items():
+            Path(self.folder.name, name).mkdir()
+            config = {**TINY_CONFIGS[sizes], "architectures": [architecture], "dtype": "bfloat16"}
+            Path(self.folder.name, name, "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+    def verdict(self, setting, model, platform=CPU, flags="", variables=""):
+        is_variable = setting.startswith("SGLANG_")
+        argv = ["--model-path", f"{self.folder.name}/{model}", "--load-format", "dummy", "--skip-tokenizer-init"]
+        argv += flags.split() + ([] if is_variable else setting.split())
+        environ = dict(entry.split("=") for entry in (variables.split() + [setting] * is_variable))
+        return evaluate(argv, platform, environ)
+
+    def test_each_setting_where_it_acts_and_where_it_does_not(self):
+        for setting, acts, idle, reason in ROWS:
+            with self.subTest(setting):
+                found = self.verdict(setting, *acts)
+                self.assertEqual((found.errors, self.idle(found)), ([], []))
+                found = self.verdict(setting, *idle)
+                (line,) = self.idle(found)
+                self.assertEqual(found.errors, [])
+                self.assertRegex(line, f"^{setting.partition('=')[0]} has no effect: .*{reason}")
+
+    def idle(self, verdict):
+        return [line for line in verdict.warnings if "has no effect:" in line]
+
+    def test_a_default_is_no_setting(self):
+        for model in MODELS:
+            for platform in (CPU, MI300X, FAKES):
+                self.assertEqual(self.idle(self.verdict("--mem-fraction-static 0.5", model, platform)), [])
+
+    def test_what_has_no_effect_is_checked_all_the_same(self):
+        for setting in ("SGLANG_MAMBA_SSM_DTYPE=int8", "SGLANG_FAKE_ROCM_ARCH=gfx90a", "--cuda-graph-max-bs -1"):
+            self.assertTrue(self.verdict(setting, "deepseek", CPU).errors, setting)
+
+    def test_every_row_of_the_table_is_here(self):
+        names = {row[0].split()[0].partition("=")[0] for row in ROWS}
+        flags = {f"--{name.replace('_', '-')}" for name in FLAGS}
+        self.assertEqual(names, flags | {variable.name for variable, _ in VARIABLES})
+        self.assertLessEqual(set(FLAGS), set(vars(ServerArgs())))
+
+
+if __name__ == "__main__":
+    unittest.main()
