@@ -28,8 +28,8 @@ from sglang.bench_utils.one_batch_cli import load
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
-from sglang.srt.model_executor.decode_graphs import DecodeGraphs
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.step_graphs import StepGraphs
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs, exit_with_errors
 from sglang.srt.utils.logging_config import configure_logging
@@ -59,7 +59,7 @@ def set_mode(runner: ModelRunner, mode: str, traced: bool = False) -> None:
             module.use_alt_stream = site.enabled
 
 
-def capture(runner: ModelRunner, mode: str, traced: bool = False) -> DecodeGraphs | None:
+def capture(runner: ModelRunner, mode: str, traced: bool = False) -> StepGraphs | None:
     """The decode graphs of ``mode``, with an attention backend of their own; None where there are none."""
     set_mode(runner, mode, traced)
     if not runner.args.disable_cuda_graph:
@@ -83,7 +83,7 @@ def run_steps(runner: ModelRunner, batch: StaticBatch, tokens: list[torch.Tensor
 
 
 def time_size(
-    runner: ModelRunner, allocator: Any, graphs: dict[str, DecodeGraphs | None], size: int, args: argparse.Namespace
+    runner: ModelRunner, allocator: Any, graphs: dict[str, StepGraphs | None], size: int, args: argparse.Namespace
 ) -> dict[str, list[float]]:
     """ms of each run by mode."""
     vocab, times = runner.model_config.vocab_size, {mode: [] for mode in graphs}

@@ -45,6 +45,7 @@ class StaticBatch:
                 state = runner.state_pool.alloc()
                 assert state is not None, "there is a live state for each running request"
                 self.states.append(state)
+        self._device_rows = torch.tensor(self.rows, dtype=torch.int64).to(runner.device)
         greedy = SamplingParams(temperature=0.0)
         self._info = SamplingBatchInfo.from_rows(
             [SamplingRow(greedy, 0, (), ()) for _ in range(batch_size)],
@@ -77,7 +78,8 @@ class StaticBatch:
         slots = self._take(self.allocator.alloc_decode(ends, self._last_slots()), len(ends))
         self.runner.req_to_token_pool.write_decode(self.rows, positions, slots)
         self.seq_lens = ends
-        return self._step(ModelWorkerBatch.decode(self.rows, ends, slots, self.states or None), ids.to(torch.int64))
+        self.runner.last_token.index_copy_(0, self._device_rows, ids.to(torch.int64))
+        return self._step(ModelWorkerBatch.decode(self.rows, ends, slots, self.states or None))
 
     def release(self) -> None:
         """Give slots, rows and states back."""
@@ -90,11 +92,9 @@ class StaticBatch:
             self.runner.state_pool.free(state)
         self.rows, self.states, self.seq_lens = [], [], []
 
-    def _step(
-        self, batch: ModelWorkerBatch, ids: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, LogitsProcessorOutput]:
-        output = self.runner.forward(batch, ids)
-        return self.runner.sample(output, self._info, batch), output
+    def _step(self, batch: ModelWorkerBatch) -> tuple[torch.Tensor, LogitsProcessorOutput]:
+        step = self.runner.forward(batch)
+        return self.runner.sample(step, self._info, batch), step.output
 
     def _take(self, slots: torch.Tensor | None, needed: int) -> torch.Tensor:
         if slots is None:

@@ -218,16 +218,11 @@ class TestBackendOnGpu(CustomTestCase):
                 parts = slots.split(lengths)
                 for row, prefix, part in zip(rows, prefixes, parts):
                     requests.write(row, prefix, part)
-            batch = ModelWorkerBatch(
-                forward_mode=ForwardMode.DECODE if decode else ForwardMode.MIXED,
-                input_ids=torch.zeros(sum(lengths), dtype=torch.int64),
-                positions=torch.zeros(sum(lengths), dtype=torch.int64),
-                req_pool_indices=torch.tensor(rows),
-                seq_lens=lens,
-                out_cache_loc=slots,
-                extend_seq_lens=None if decode else lengths,
-                extend_prefix_lens=None if decode else prefixes,
-            )
+            if decode:
+                batch = ModelWorkerBatch.decode(rows, lens, slots)
+            else:
+                ids = torch.zeros(sum(lengths), dtype=torch.int64)
+                batch = ModelWorkerBatch.extend(rows, prefixes, lens, ids, slots, forward_mode=ForwardMode.MIXED)
             q = torch.randn(sum(lengths), 16 * 128, generator=generator)
             k, v = torch.randn(2, sum(lengths), 2 * 128, generator=generator)
             outs = []

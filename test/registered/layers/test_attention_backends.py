@@ -20,7 +20,7 @@ from sglang.srt.layers.attention.base_attn_backend import (
     UnplannedStepError,
     backend_of,
 )
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch, StepPlan
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch, StepKind, StepPlan
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, ServerArgsError, resolve
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -69,14 +69,13 @@ class BackendCase(CustomTestCase):
 
 class TestPlans(BackendCase):
     def test_a_kind_of_step_without_a_plan_raises(self):
-        one = torch.ones(1, dtype=torch.int64)
         for name in MODELS:
             harness = self.harness(name)
             for kind, backend in self.backends(harness).items():
                 with self.subTest(model=name, backend=kind):
-                    batch = ModelWorkerBatch(ForwardMode.TARGET_VERIFY, one, one, one, [1], one, state_slot_ids=one)
+                    batch = ModelWorkerBatch.uniform(StepKind("verify", 3), [0], [3], torch.arange(1, 4), [1])
                     fb = ForwardBatch.from_worker_batch(batch, CPU, backend)
-                    with self.assertRaisesRegex(UnplannedStepError, "TARGET_VERIFY"):
+                    with self.assertRaisesRegex(UnplannedStepError, "no plan for a verify step of 3 rows per request"):
                         backend.init_forward_metadata(fb)
 
     def test_rows_that_nobody_planned_are_not_attended(self):

@@ -126,14 +126,8 @@ class TestAgainstTorchNative(CustomTestCase):
 class TestGraphHooks(CustomTestCase):
     def batch(self, harness, backend, rows, lens):
         slots = [int(harness.requests.read(row, length - 1, length)[0]) for row, length in zip(rows, lens)]
-        host = ModelWorkerBatch(
-            forward_mode=ForwardMode.DECODE,
-            input_ids=torch.arange(len(rows)) + 7,
-            positions=torch.tensor(lens) - 1,
-            req_pool_indices=torch.tensor(rows),
-            seq_lens=lens,
-            out_cache_loc=torch.tensor(slots),
-        )
+        host = ModelWorkerBatch.decode(rows, lens, torch.tensor(slots))
+        host = dataclasses.replace(host, input_ids=torch.arange(len(rows)) + 7)
         return ForwardBatch.from_worker_batch(host, torch.device("cpu"), backend)
 
     def test_a_replayed_step_reads_the_captured_tensors(self):

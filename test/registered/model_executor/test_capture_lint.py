@@ -13,7 +13,8 @@ from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.capture_lint import CaptureOffence, HostOnly, capture_lint, find_problem, to_the_end
-from sglang.srt.model_executor.decode_graphs import DecodeGraphs
+from sglang.srt.model_executor.forward_batch_info import DECODE
+from sglang.srt.model_executor.step_graphs import StepGraphs
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.model_harness import ModelHarness
 from sglang.test.test_utils import CustomTestCase
@@ -160,11 +161,11 @@ class TestDecodeSteps(CustomTestCase):
                 fb.seq_lens.max().item()
             if fb.batch_size == 8:
                 sum(fb.seq_lens_cpu)
-            return LogitsProcessorOutput(fb.input_ids.unsqueeze(1).float())
+            return LogitsProcessorOutput(fb.positions.unsqueeze(1).float())
 
         backend = mock.MagicMock()
-        graphs = DecodeGraphs(forward, backend, [1, 2, 4, 8], 16, CPU, padding_row=0, has_state=False)
-        with self.assertLogs("sglang.srt.model_executor.decode_graphs", "WARNING"), torch.inference_mode():
+        graphs = StepGraphs(DECODE, forward, backend, [1, 2, 4, 8], 16, CPU, padding_row=0, has_state=False)
+        with self.assertLogs("sglang.srt.model_executor.step_graphs", "WARNING"), torch.inference_mode():
             graphs.capture(lambda: SimpleNamespace(capture=lambda body: body()), lambda bucket: None)
         self.assertEqual(sorted(graphs.refused), [4, 8])
         self.assertRegex(graphs.refused[4], r"_local_scalar_dense.*test_capture_lint\.py:\d+ in forward: fb\.seq_lens")

@@ -17,9 +17,9 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.dp_sync import agree
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.model_executor.capture_lint import CaptureOffence
-from sglang.srt.model_executor.decode_graphs import DecodeBuffers, DecodeGraphs, decode_buckets
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.graph_check import GraphCheck, fingerprint
+from sglang.srt.model_executor.step_graphs import StepBuffers, StepGraphs, decode_buckets
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.host_device import HostGraph
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
@@ -90,7 +90,7 @@ class TestDecodeGraphs(CustomTestCase):
     def tearDown(self) -> None:
         RerunGraph.spoil = None
 
-    def engine(self, name: str, page_size: int) -> tuple[EngineHarness, DecodeGraphs]:
+    def engine(self, name: str, page_size: int) -> tuple[EngineHarness, StepGraphs]:
         engine = EngineHarness(
             self.models[name], max_total_tokens=2048, max_running_requests=8, page_size=page_size, random_seed=1
         )
@@ -98,10 +98,11 @@ class TestDecodeGraphs(CustomTestCase):
         return engine, self.captured(engine)
 
     @torch.inference_mode()
-    def captured(self, engine: EngineHarness) -> DecodeGraphs:
+    def captured(self, engine: EngineHarness) -> StepGraphs:
         runner = engine.runner
-        graphs = DecodeGraphs(
-            forward=runner._run_model,
+        graphs = StepGraphs(
+            kind=DECODE,
+            forward=lambda fb: runner._run_model(runner._complete(fb)),
             backend=runner.attn_backend,
             buckets=[1, 2, 4, 8],
             max_context_len=2048,
@@ -128,7 +129,18 @@ class TestDecodeGraphs(CustomTestCase):
                 replayed.runner.decode_graphs = graphs
                 with mock.patch.object(graphs, "replay", wraps=graphs.replay) as replay:
                     self.assertEqual(self.tokens(replayed), wanted)
-                self.assertIn(8, [call.args[2] for call in replay.call_args_list])
+                self.assertIn(8, [call.args[1] for call in replay.call_args_list])
+
+    def test_decode_steps_write_the_table_of_the_device(self) -> None:
+        """With a table of the device's own, as on a GPU: what the host wrote for decode steps is not in it."""
+        for name in self.models:
+            wanted = self.tokens(self.engine(name, 1)[0])
+            engine, _ = self.engine(name, 1)
+            pool, backend = engine.runner.req_to_token_pool, engine.runner.attn_backend
+            pool.req_to_token = pool.req_to_token.clone()
+            getattr(backend, "full_attn_backend", backend).req_to_token = pool.req_to_token
+            pool.device, pool._copied = torch.device("meta"), torch.from_numpy
+            self.assertEqual(self.tokens(engine), wanted)
 
     def test_pools_are_empty_after_the_proof(self) -> None:
         engine, _ = self.engine("q35moe-ns", 1)
@@ -156,14 +168,15 @@ class TestDecodeGraphs(CustomTestCase):
 
     def test_the_proof_keeps_to_small_pools_and_contexts(self) -> None:
         def check(num_slots: int) -> GraphCheck:
-            graphs = SimpleNamespace(buffers=SimpleNamespace(input_ids=torch.zeros(1)))
+            graphs = SimpleNamespace(kind=DECODE)
             pool = ReqToTokenPool(8, 40 + 1)  # a context of 40 tokens, and the column past it
-            return GraphCheck(graphs, mock.Mock(), pool, [], num_slots, num_states=0, vocab_size=9, page_size=1)
+            last = torch.zeros(9, dtype=torch.int64)
+            return GraphCheck(graphs, mock.Mock(), last, pool, [], num_slots, num_states=0, vocab_size=9, page_size=1)
 
         self.assertIn("KV pool has 3 slots", check(3)._check(8))
         roomy = check(1000)
         rows = [roomy._req_pool.alloc() for _ in range(5)]
-        self.assertEqual(max(roomy._batch(rows, torch.Generator())[0].seq_lens), 40)
+        self.assertEqual(max(roomy._batch(rows, torch.Generator()).seq_lens), 40)
 
     def test_buckets(self) -> None:
         self.assertEqual(decode_buckets(3), [1, 2, 3])
@@ -226,7 +239,8 @@ class TestOverFakes(CustomTestCase):
 
     @torch.inference_mode()
     def test_a_replay_that_leaves_one_call_out_is_refused(self) -> None:
-        with tempfile.TemporaryDirectory() as folder, override_platform(RocmOverFakesPlatform(find_fakes())):
+        platform = override_platform(RocmOverFakesPlatform(find_fakes()))
+        with tempfile.TemporaryDirectory() as folder, platform, fresh_decisions():
             save_tiny_checkpoint("q35moe-ns", folder)
             engine = self.engine(folder, cuda_graph_bs=[2])
             graphs = engine.runner.decode_graphs
@@ -243,13 +257,64 @@ class TestOverFakes(CustomTestCase):
                 calls.insert(index, left_out)
 
 
+class TestKindsOfStep(CustomTestCase):
+    """Steps of several tokens per request lie in the same buffers, and are proven by the same check."""
+
+    VERIFY = StepKind("verify", 3)
+
+    def test_rows_and_padding(self) -> None:
+        buffers = StepBuffers(self.VERIFY, 4, CPU, padding_row=9)
+        buffers.packed.fill_(77)
+        batch = ModelWorkerBatch.uniform(self.VERIFY, [5, 2], [8, 3], torch.arange(10, 16), [1, 4])
+        self.assertEqual(batch.positions.tolist(), [5, 6, 7, 0, 1, 2])
+        buffers.fill(batch, 3)
+        fb = buffers.view(3, mock.Mock(), True, batch)
+        self.assertEqual(fb.positions.tolist(), [5, 6, 7, 0, 1, 2, 0, 1, 2])
+        self.assertEqual(fb.out_cache_loc.tolist(), [10, 11, 12, 13, 14, 15, 0, 0, 0])
+        self.assertEqual((fb.req_pool_indices.tolist(), fb.state_slot_ids.tolist()), ([5, 2, 9], [1, 4, 0]))
+        self.assertEqual((fb.seq_lens.tolist(), fb.seq_lens_cpu), ([8, 3, 3], [8, 3, 3]))
+        self.assertEqual((int(fb.num_token_non_padded), fb.num_token_non_padded_cpu), (6, 6))
+
+    def test_the_proof_compares_every_row_and_every_output(self) -> None:
+        """A step that writes its cache rows and reads those before them, with hidden rows beside the logits."""
+        pool, factors = torch.zeros(1, 600, 2), torch.tensor([1.0, 2.0])
+        requests, last = ReqToTokenPool(8, 200), torch.zeros(9, dtype=torch.int64)
+
+        def forward(fb: ForwardBatch) -> LogitsProcessorOutput:
+            pool[0, fb.out_cache_loc] = fb.positions.float().unsqueeze(1) * factors
+            rows = fb.req_pool_indices.repeat_interleave(3)
+            hidden = pool[0, fb.out_cache_loc] + pool[0, requests.req_to_token[rows, 0].long()]
+            return LogitsProcessorOutput(hidden * 3, hidden_states=hidden)
+
+        def check(spoilt: int | None) -> dict[int, str]:
+            class SpoiltGraph(RerunGraph):
+                def replay(self) -> None:
+                    for ours, theirs in zip(self._output.tensors(), self._body().tensors(), strict=True):
+                        ours.copy_(theirs)
+                    if spoilt is not None:
+                        self._output.hidden_states[spoilt] += 1
+
+            def eager(batch: ModelWorkerBatch, bucket: int) -> LogitsProcessorOutput:
+                graphs.buffers.fill(batch, bucket)
+                return forward(graphs.buffers.view(bucket, mock.Mock(), False, batch))
+
+            graphs = StepGraphs(self.VERIFY, forward, mock.MagicMock(), [4], 100, CPU, requests.padding_row, False)
+            with torch.inference_mode():
+                graphs.capture(SpoiltGraph, lambda bucket: None)
+                GraphCheck(graphs, eager, last, requests, [pool], 500, num_states=0, vocab_size=9, page_size=1).run()
+            return graphs.refused
+
+        self.assertEqual(check(None), {})
+        for row in (0, 8):
+            self.assertIn("differ", check(row)[4])
+
+
 class TestAttentionGroups(CustomTestCase):
     def test_a_group_without_rows_replays_padding(self) -> None:
-        buffers = DecodeBuffers(4, torch.device("cpu"), padding_row=9, num_groups=2)
+        buffers = StepBuffers(DECODE, 4, torch.device("cpu"), padding_row=9, num_groups=2)
         buffers.packed.fill_(77)
         batch = agree([(3, 4, 1, 0), (0, 0, 0, 0)], 1).idle_batch()
-        assert batch.input_ids is not None
-        buffers.fill(batch, batch.input_ids, 4)
+        buffers.fill(batch, 4)
         fb = buffers.view(4, None, True, batch)
         self.assertEqual((int(fb.num_token_non_padded), fb.num_token_non_padded_cpu), (0, 0))
         self.assertEqual((fb.req_pool_indices.tolist(), fb.out_cache_loc.tolist()), ([9] * 4, [0] * 4))
@@ -261,18 +326,18 @@ class TestAttentionGroups(CustomTestCase):
 class TestRanks(CustomTestCase):
     """Two ranks, as threads that meet in the collectives of each step."""
 
-    def capture(self, offends: Callable[[int, ForwardBatch], None], fails: tuple[int, ...] = ()) -> list[DecodeGraphs]:
+    def capture(self, offends: Callable[[int, ForwardBatch], None], fails: tuple[int, ...] = ()) -> list[StepGraphs]:
         """Each rank's graphs of 1, 2 and 4 rows; ``fails``: buckets whose capture raises on rank 1."""
         ranks = thread_ranks(2)
 
         def forward(rank: int, fb: ForwardBatch) -> LogitsProcessorOutput:
             offends(rank, fb)
-            rows = fb.input_ids.unsqueeze(1).float()
+            rows = fb.positions.unsqueeze(1).float()
             return LogitsProcessorOutput(ranks[rank].all_reduce(rows))
 
-        def capture(rank: int) -> DecodeGraphs:
+        def capture(rank: int) -> StepGraphs:
             own = functools.partial(forward, rank)
-            graphs = DecodeGraphs(own, mock.MagicMock(), [1, 2, 4], 8, CPU, 0, False, world=ranks[rank])
+            graphs = StepGraphs(DECODE, own, mock.MagicMock(), [1, 2, 4], 8, CPU, 0, False, world=ranks[rank])
 
             class FailingGraph(RerunGraph):
                 def capture(self, body: Callable[[], Any]) -> Any:
@@ -285,13 +350,13 @@ class TestRanks(CustomTestCase):
                 graphs.capture(FailingGraph, lambda bucket: None)
             return graphs
 
-        with self.assertLogs("sglang.srt.model_executor.decode_graphs", "INFO") as logs:
+        with self.assertLogs("sglang.srt.model_executor.step_graphs", "INFO") as logs:
             try:
                 return run_ranks(capture, range(2))
             finally:
                 self.said = "\n".join(logs.output)
 
-    def check_refused(self, found: list[DecodeGraphs], bucket: int, words: str) -> None:
+    def check_refused(self, found: list[StepGraphs], bucket: int, words: str) -> None:
         for rank, graphs in enumerate(found):
             self.assertEqual(list(graphs.refused), [bucket])
             self.assertIn(words, graphs.refused[bucket])

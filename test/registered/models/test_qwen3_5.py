@@ -13,7 +13,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import GDNBackend
 from sglang.srt.mem_cache.memory_pool import GDNStatePool
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind
 from sglang.srt.model_loader.dummy import iterate_dummy
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models import qwen3_5
@@ -188,20 +188,20 @@ class TestQwen35(CustomTestCase):
 
 
 class TestGDNBackendRefusals(CustomTestCase):
-    def batch(self, mode, slots):
-        one = torch.zeros(1, dtype=torch.int64)
-        batch = ModelWorkerBatch(mode, one, one, one, [1], one, state_slot_ids=slots)
+    def batch(self, kind, slots):
+        places = torch.arange(1, 1 + kind.rows_per_request)
+        batch = ModelWorkerBatch.uniform(kind, [0], [kind.rows_per_request], places, slots)
         return ForwardBatch.from_worker_batch(batch, torch.device("cpu"), None)
 
     def test_a_batch_without_state_slots_is_refused(self):
         pool = GDNStatePool(2, (0,), 6, 4, 1, 2, 2, torch.float32, torch.float32, "cpu")
         backend = GDNBackend(pool)
         with self.assertRaisesRegex(ValueError, "1 requests, none given"):
-            backend.plan_states(self.batch(ForwardMode.DECODE, None))
+            backend.plan_states(self.batch(DECODE, None))
         with self.assertRaisesRegex(ValueError, "1 requests, 2 given"):
-            backend.plan_states(self.batch(ForwardMode.DECODE, torch.tensor([1, 2])))
-        with self.assertRaisesRegex(NotImplementedError, "TARGET_VERIFY"):
-            backend.plan_states(self.batch(ForwardMode.TARGET_VERIFY, torch.tensor([1])))
+            backend.plan_states(self.batch(DECODE, [1, 2]))
+        with self.assertRaisesRegex(NotImplementedError, "no plan for a verify step of 2 rows"):
+            backend.plan_states(self.batch(StepKind("verify", 2), [1]))
 
 
 if __name__ == "__main__":

@@ -201,9 +201,7 @@ def _first(states):
 
 
 def empty_batch(backend):
-    none = torch.empty(0, dtype=torch.int64)
-    batch = ModelWorkerBatch(ForwardMode.IDLE, none, none, none, [], none, state_slot_ids=none)
-    return ForwardBatch.from_worker_batch(batch, torch.device("cpu"), backend)
+    return ForwardBatch.from_worker_batch(ModelWorkerBatch.idle(), torch.device("cpu"), backend)
 
 
 def stack_experts(tensors):

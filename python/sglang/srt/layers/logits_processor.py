@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -46,6 +46,18 @@ class LogitsProcessorOutput:
     next_token_top_logprobs: list[TopLogprobs] | None = None
     next_token_token_ids_logprobs: list[TopLogprobs] | None = None
 
+    # The rows that the head got, [N, H], where the step wants them.
+    hidden_states: torch.Tensor | None = None
+
+    def first(self, num_rows: int) -> LogitsProcessorOutput:
+        """The output of the first rows of a step whose every row has logits."""
+        hidden = None if self.hidden_states is None else self.hidden_states[:num_rows]
+        return replace(self, next_token_logits=self.next_token_logits[:num_rows], hidden_states=hidden)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """What the forward computed, before sampling."""
+        return tuple(t for t in (self.next_token_logits, self.hidden_states) if t is not None)
+
     @property
     def invalid_rows(self) -> torch.Tensor | None:
         """Rows from which nothing was sampled: [B] bool, None before sampling."""
@@ -62,14 +74,11 @@ class LogitsProcessor(nn.Module):
     def forward(
         self, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor], fb: ForwardBatch
     ) -> LogitsProcessorOutput:
-        """hidden [N, H] after the final norm, lm_head [n, H] -> [n, V] float32; returns logits of each last row."""
-        if not fb.forward_mode.is_extend():
-            return LogitsProcessorOutput(lm_head(hidden))
-        starts, lengths = fb.extend_start_loc_cpu, fb.extend_seq_lens_cpu
-        assert starts is not None and lengths is not None
-        last = torch.tensor([start + length - 1 for start, length in zip(starts, lengths, strict=True)])
-        out = LogitsProcessorOutput(lm_head(hidden.index_select(0, last.to(hidden.device))))
-        if any(entry is not None and entry.input_start is not None for entry in fb.logprobs):
+        """hidden [N, H] after the final norm, lm_head [n, H] -> [n, V] float32; returns logits of the wanted rows."""
+        wanted = hidden if fb.logits_rows is None else hidden.index_select(0, fb.logits_rows)
+        out = LogitsProcessorOutput(lm_head(wanted), hidden_states=hidden if fb.wants_hidden else None)
+        starts = fb.extend_start_loc_cpu
+        if starts is not None and any(entry is not None and entry.input_start is not None for entry in fb.logprobs):
             self._score_prompts(out, hidden, lm_head, fb, starts)
         return out
 

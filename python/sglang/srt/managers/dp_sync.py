@@ -74,6 +74,6 @@ class StepAgreement:
         tokens, bucket = 0, ANY_BUCKET
         if batch is not None:
             tokens = batch.num_tokens
-            bucket = (self._bucket_of(tokens) if batch.forward_mode.is_decode() else None) or NO_BUCKET
+            bucket = (self._bucket_of(len(batch.reqs)) if batch.forward_mode.is_decode() else None) or NO_BUCKET
         wish = (tokens, bucket, int(has_work), int(stops))
         return agree(self._world.all_gather_ints(wish), self._group_size)

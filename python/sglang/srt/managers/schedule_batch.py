@@ -161,29 +161,21 @@ class ScheduleBatch:
 
     def to_worker_batch(self) -> ModelWorkerBatch:
         """The frozen host view; nothing below sees a request. Decode ids stay on the device, where they were drawn."""
-        decode = self.forward_mode.is_decode()
-        ids = None
-        if decode:
-            positions = torch.tensor(self.starts, dtype=torch.int64)
-        else:
-            spans = list(zip(self.reqs, self.starts, self.ends, strict=True))
-            ids = torch.from_numpy(np.concatenate([req.token_ids[start:end] for req, start, end in spans]))
-            positions = torch.cat([torch.arange(start, end) for _, start, end in spans])
+        rows, states = _held([req.req_pool_idx for req in self.reqs]), None
+        if self.has_state:
+            states = _held([req.state_slot for req in self.reqs])
         logprobs = [req.logprob_request(s, e) for req, s, e in zip(self.reqs, self.starts, self.ends, strict=True)]
-        return ModelWorkerBatch(
-            forward_mode=self.forward_mode,
-            input_ids=ids,
-            positions=positions,
-            req_pool_indices=_column([req.req_pool_idx for req in self.reqs]),
-            seq_lens=list(self.ends),
-            out_cache_loc=self.out_cache_loc,
-            extend_seq_lens=None if decode else [e - s for s, e in zip(self.starts, self.ends, strict=True)],
-            extend_prefix_lens=None if decode else list(self.starts),
-            state_slot_ids=_column([req.state_slot for req in self.reqs]) if self.has_state else None,
-            logprobs=logprobs if any(entry is not None for entry in logprobs) else [],
-        )
+        asked = logprobs if any(entry is not None for entry in logprobs) else []
+        if self.forward_mode.is_decode():
+            return ModelWorkerBatch.decode(rows, self.ends, self.out_cache_loc, states, asked)
+        spans = zip(self.reqs, self.starts, self.ends, strict=True)
+        ids = torch.from_numpy(np.concatenate([req.token_ids[start:end] for req, start, end in spans]))
+        mode = self.forward_mode
+        return ModelWorkerBatch.extend(rows, self.starts, self.ends, ids, self.out_cache_loc, states, mode, asked)
 
 
-def _column(values: Sequence[int | None]) -> torch.Tensor:
-    assert None not in values
-    return torch.tensor(values, dtype=torch.int64)
+def _held(places: Sequence[int | None]) -> list[int]:
+    """Rows or slots that all requests of a batch hold."""
+    held = [place for place in places if place is not None]
+    assert len(held) == len(places)
+    return held

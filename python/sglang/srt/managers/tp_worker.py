@@ -62,28 +62,20 @@ class LaunchedStep:
 
 
 class TpModelWorker:
-    """Runs steps on this rank's model.
-
-    The token that each request drew last stays on the device, at the request's row of ``last_token``: a decode step
-    takes its input from there, so it can be launched before the host knows it.
-    """
+    """Runs steps on this rank's model."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
-        num_rows = runner.req_to_token_pool.size
-        self.last_token = torch.zeros(num_rows, dtype=torch.int64, device=runner.device)
 
     @torch.inference_mode()
     def launch(self, batch: ModelWorkerBatch, sampling_info: SamplingBatchInfo) -> LaunchedStep:
         """Queue forward and sampling of ``batch``, without waiting for the device."""
-        rows = batch.req_pool_indices.to(self.runner.device, non_blocking=True)
-        ids = self.last_token[rows] if batch.input_ids is None else None
-        logits_output = self.runner.forward(batch, ids)
-        drawn = self.runner.sample(logits_output, sampling_info, batch)
+        step = self.runner.forward(batch)
+        drawn = self.runner.sample(step, sampling_info, batch)
         sampling_info.update(drawn)
-        self.last_token[rows] = drawn.to(torch.int64)
-        return LaunchedStep(drawn, logits_output)
+        self.runner.last_token.index_copy_(0, step.req_rows, drawn.to(torch.int64))
+        return LaunchedStep(drawn, step.output)
 
     def launch_idle(self, batch: ModelWorkerBatch) -> None:
         """Queue a forward without rows of this rank, which has nothing to sample."""
-        self.runner.forward(batch, batch.input_ids)
+        self.runner.forward(batch)

@@ -258,13 +258,20 @@ class ReqToTokenPool:
             offset = stop
 
     def write_decode(self, rows: Sequence[int], positions: Sequence[int], slot_ids: torch.Tensor) -> None:
-        """Set one position of each row: ``table[rows[i], positions[i]] = slot_ids[i]``."""
+        """Set one position of each row: ``table[rows[i], positions[i]] = slot_ids[i]``, on the host.
+
+        The step that computes these tokens writes the device's table, see ``write_step``.
+        """
         for idx, position in zip(rows, positions):
             self._check_span(idx, position, position + 1)
         self._host[rows, positions] = slot_ids.numpy()
-        if self.device.type != "cpu":
-            at_row, at_position, slots = self._copied(np.array([rows, positions, slot_ids.numpy()], np.int64))
-            self.req_to_token[at_row, at_position] = slots.to(torch.int32)
+
+    def write_step(self, rows: torch.Tensor, positions: torch.Tensor, slot_ids: torch.Tensor) -> None:
+        """Set one position of each row of the device's table; rows, positions and slot_ids [B] int64 lie there.
+
+        Part of a step, captured or not; rows of padding write slot 0 into the padding row.
+        """
+        self.req_to_token.index_put_((rows, positions), slot_ids.to(torch.int32))
 
     def _copied(self, values: np.ndarray) -> torch.Tensor:
         """``values`` on the device, without a wait: a step may be running, and the host does not change them again."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum, auto
-from typing import Any, Protocol
+from itertools import accumulate
+from typing import Protocol
 
 import torch
 
@@ -20,12 +21,22 @@ class ForwardMode(IntEnum):
     TARGET_VERIFY = auto()
     DRAFT_EXTEND = auto()
 
-    def is_extend(self) -> bool:
-        """True when requests may bring more than one token: rows are packed by request."""
-        return self in (ForwardMode.EXTEND, ForwardMode.MIXED, ForwardMode.DRAFT_EXTEND)
-
     def is_decode(self) -> bool:
         return self is ForwardMode.DECODE
+
+
+@dataclass(frozen=True)
+class StepKind:
+    """A step to which every request brings the same number of tokens; such steps can be captured.
+
+    ``rows_per_request`` tokens, the last of them at position ``seq_lens - 1``.
+    """
+
+    name: str
+    rows_per_request: int
+
+
+DECODE = StepKind("decode", 1)
 
 
 class AttentionBackendLike(Protocol):
@@ -71,9 +82,9 @@ class LogprobRequest:
 class ModelWorkerBatch:
     """Host view of one step; nothing below the scheduler sees a request object.
 
-    Shapes: B requests, N tokens (N == B in decode). All tensors live on the host.
-    ``seq_lens`` include the tokens of this step. ``input_ids`` is None in decode: the ids are those that the last
-    step of each request drew, and they are on the device (see ``TpModelWorker``).
+    Shapes: B requests, N tokens. All tensors live on the host. ``seq_lens`` include the tokens of this step.
+    ``kind`` is None where requests bring different numbers of tokens, packed by request; else N is B times its rows.
+    ``input_ids`` is None where the ids were made by earlier steps and lie on the device (``ModelRunner.last_token``).
     """
 
     forward_mode: ForwardMode
@@ -88,6 +99,7 @@ class ModelWorkerBatch:
     logprobs: list[LogprobRequest | None] = field(default_factory=list)  # [B], or empty when nobody asks
     # Attention data parallelism: tokens that each attention group brings to this step, agreed by all of them.
     global_num_tokens: list[int] | None = None
+    kind: StepKind | None = None
     # The decode graph that all groups agreed to replay, None when they run eagerly; read with ``global_num_tokens``.
     graph_bucket: int | None = None
 
@@ -96,24 +108,44 @@ class ModelWorkerBatch:
         return len(self.seq_lens)
 
     @classmethod
+    def uniform(
+        cls,
+        kind: StepKind,
+        req_pool_indices: Sequence[int],
+        seq_lens: Sequence[int],
+        out_cache_loc: torch.Tensor,
+        state_slot_ids: Sequence[int] | None = None,
+        logprobs: Sequence[LogprobRequest | None] = (),
+        global_num_tokens: list[int] | None = None,
+    ) -> ModelWorkerBatch:
+        """The last tokens of each request, as many as ``kind`` says; their ids are on the device."""
+        back = torch.arange(-kind.rows_per_request, 0)
+        return cls(
+            forward_mode=ForwardMode.DECODE if kind is DECODE else ForwardMode.TARGET_VERIFY,
+            input_ids=None,
+            positions=(torch.tensor(seq_lens, dtype=torch.int64).unsqueeze(1) + back).flatten(),
+            req_pool_indices=torch.tensor(req_pool_indices, dtype=torch.int64),
+            seq_lens=list(seq_lens),
+            out_cache_loc=out_cache_loc,
+            state_slot_ids=None if state_slot_ids is None else torch.tensor(state_slot_ids, dtype=torch.int64),
+            kind=kind,
+            logprobs=list(logprobs),
+            global_num_tokens=global_num_tokens,
+        )
+
+    @classmethod
     def decode(
         cls,
         req_pool_indices: Sequence[int],
         seq_lens: Sequence[int],
         out_cache_loc: torch.Tensor,
         state_slot_ids: Sequence[int] | None = None,
-        **rest: Any,
+        logprobs: Sequence[LogprobRequest | None] = (),
+        global_num_tokens: list[int] | None = None,
     ) -> ModelWorkerBatch:
         """One token of each request, at position ``seq_lens - 1``; its id is on the device."""
-        return cls(
-            forward_mode=ForwardMode.DECODE,
-            input_ids=None,
-            positions=torch.tensor(seq_lens, dtype=torch.int64) - 1,
-            req_pool_indices=torch.tensor(req_pool_indices, dtype=torch.int64),
-            seq_lens=list(seq_lens),
-            out_cache_loc=out_cache_loc,
-            state_slot_ids=None if state_slot_ids is None else torch.tensor(state_slot_ids, dtype=torch.int64),
-            **rest,
+        return cls.uniform(
+            DECODE, req_pool_indices, seq_lens, out_cache_loc, state_slot_ids, logprobs, global_num_tokens
         )
 
     @classmethod
@@ -126,7 +158,8 @@ class ModelWorkerBatch:
         out_cache_loc: torch.Tensor,
         state_slot_ids: Sequence[int] | None = None,
         forward_mode: ForwardMode = ForwardMode.EXTEND,
-        **rest: Any,
+        logprobs: Sequence[LogprobRequest | None] = (),
+        global_num_tokens: list[int] | None = None,
     ) -> ModelWorkerBatch:
         """The tokens ``prefix_lens[i] .. seq_lens[i]`` of each request; ``input_ids`` [N] packed by request."""
         spans = list(zip(prefix_lens, seq_lens, strict=True))
@@ -140,27 +173,29 @@ class ModelWorkerBatch:
             extend_seq_lens=[end - start for start, end in spans],
             extend_prefix_lens=list(prefix_lens),
             state_slot_ids=None if state_slot_ids is None else torch.tensor(state_slot_ids, dtype=torch.int64),
-            **rest,
+            logprobs=list(logprobs),
+            global_num_tokens=global_num_tokens,
         )
 
     @classmethod
     def idle(cls) -> ModelWorkerBatch:
         """A step without requests, with which an attention group takes part in the others' step."""
         none = torch.empty(0, dtype=torch.int64)
-        return cls(ForwardMode.IDLE, none, none, none, [], none)
+        return cls(ForwardMode.IDLE, none, none, none, [], none, kind=DECODE)
 
 
 @dataclass
 class ForwardBatch:
     """Device view of one step.
 
-    Extend rows are packed: request ``i`` owns rows ``extend_start_loc_cpu[i]`` up to
-    ``extend_start_loc_cpu[i] + extend_seq_lens_cpu[i]``. Decode has one row a request.
+    ``kind`` says how many rows each request has. Where it is None, rows are packed: request ``i`` owns rows
+    ``extend_start_loc_cpu[i]`` up to ``extend_start_loc_cpu[i] + extend_seq_lens_cpu[i]``. ``logits_rows`` [n] int64
+    are the rows whose logits are wanted; None is every row.
     """
 
     forward_mode: ForwardMode
     batch_size: int
-    input_ids: torch.Tensor  # [N] int64
+    input_ids: torch.Tensor | None  # [N] int64; None: what the last steps of the requests drew
     positions: torch.Tensor  # [N] int64
     req_pool_indices: torch.Tensor  # [B] int64
     seq_lens: torch.Tensor  # [B] int64
@@ -169,6 +204,10 @@ class ForwardBatch:
     attn_backend: AttentionBackendLike | None
     num_token_non_padded: torch.Tensor  # [1] int32, device
     num_token_non_padded_cpu: int
+    kind: StepKind | None = None
+    logits_rows: torch.Tensor | None = None
+    # The step's output carries the rows that the head gets, for a model that drafts from them.
+    wants_hidden: bool = False
     attn_plan: StepPlan = StepPlan()
     extend_seq_lens_cpu: list[int] | None = None
     extend_prefix_lens_cpu: list[int] | None = None
@@ -187,45 +226,54 @@ class ForwardBatch:
 
     @classmethod
     def from_worker_batch(
-        cls,
-        batch: ModelWorkerBatch,
-        device: torch.device,
-        attn_backend: AttentionBackendLike,
-        input_ids: torch.Tensor | None = None,
+        cls, batch: ModelWorkerBatch, device: torch.device, attn_backend: AttentionBackendLike | None
     ) -> ForwardBatch:
-        """Copy the host view to ``device`` (the only host-to-device hop of a step).
-
-        ``input_ids`` [N] int64 on the device stand in for ``batch.input_ids`` where that is None.
-        """
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(device, non_blocking=True)
-
+        """Copy the host view to ``device`` by one copy, for which nothing waits."""
         starts: list[int] | None = None
+        last: list[int] = []
         if batch.extend_seq_lens is not None:
-            starts, total = [], 0
-            for length in batch.extend_seq_lens:
-                starts.append(total)
-                total += length
-        ids = batch.input_ids if input_ids is None else input_ids
-        assert ids is not None, "a batch without input ids needs them from the device"
-        num_tokens = int(ids.shape[0])
+            ends = list(accumulate(batch.extend_seq_lens))
+            starts = [end - length for end, length in zip(ends, batch.extend_seq_lens, strict=True)]
+            last = [end - 1 for end in ends]
+        num_tokens = int(batch.positions.shape[0])
+        columns = {
+            "req_pool_indices": batch.req_pool_indices,
+            "seq_lens": torch.tensor(batch.seq_lens, dtype=torch.int64),
+            "positions": batch.positions,
+            "out_cache_loc": batch.out_cache_loc,
+            "input_ids": batch.input_ids,
+            "state_slot_ids": batch.state_slot_ids,
+            "logits_rows": None if starts is None else torch.tensor(last, dtype=torch.int64),
+            "num_token_non_padded": torch.tensor([num_tokens], dtype=torch.int64),
+        }
+        given = {name: column for name, column in columns.items() if column is not None}
+        packed = torch.cat(list(given.values()))
+        if device.type != "cpu":
+            packed = packed.pin_memory().to(device, non_blocking=True)
+        parts = dict(zip(given, packed.split([len(column) for column in given.values()]), strict=True))
         return cls(
             forward_mode=batch.forward_mode,
             batch_size=batch.batch_size,
-            input_ids=move(ids),
-            positions=move(batch.positions),
-            req_pool_indices=move(batch.req_pool_indices),
-            seq_lens=move(torch.tensor(batch.seq_lens, dtype=torch.int64)),
+            input_ids=parts.get("input_ids"),
+            positions=parts["positions"],
+            req_pool_indices=parts["req_pool_indices"],
+            seq_lens=parts["seq_lens"],
             seq_lens_cpu=batch.seq_lens,
-            out_cache_loc=move(batch.out_cache_loc),
+            out_cache_loc=parts["out_cache_loc"],
             attn_backend=attn_backend,
-            num_token_non_padded=move(torch.tensor([num_tokens], dtype=torch.int32)),
+            num_token_non_padded=low_words(parts["num_token_non_padded"]),
             num_token_non_padded_cpu=num_tokens,
+            kind=batch.kind,
+            logits_rows=parts.get("logits_rows"),
             extend_seq_lens_cpu=batch.extend_seq_lens,
             extend_prefix_lens_cpu=batch.extend_prefix_lens,
             extend_start_loc_cpu=starts,
-            state_slot_ids=None if batch.state_slot_ids is None else move(batch.state_slot_ids),
+            state_slot_ids=parts.get("state_slot_ids"),
             logprobs=batch.logprobs,
             global_num_tokens_cpu=batch.global_num_tokens,
         )
+
+
+def low_words(column: torch.Tensor) -> torch.Tensor:
+    """The low 32 bits of one int64 [1], as int32 [1] over the same memory."""
+    return column.view(torch.int32)[:1]

@@ -1,4 +1,4 @@
-"""Start-up proof that replaying a decode graph equals running it eagerly, bucket by bucket, bit by bit."""
+"""Start-up proof that replaying a graph equals running its step eagerly, bucket by bucket, bit by bit."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
-from sglang.srt.model_executor.decode_graphs import DecodeGraphs
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
+from sglang.srt.model_executor.step_graphs import GraphOutput, StepGraphs
 
 # Context lengths of the check, repeated over the batch: odd, one page, more than one split.
 CHECK_LENS = (1, 17, 64, 129, 3)
@@ -22,13 +22,15 @@ class GraphCheck:
     """Compares eager and replayed steps on fixed inputs; it runs while the pools are empty, and leaves them zeroed.
 
     buffers: what a step writes, each [layers, slots, ...].
-    ``eager(batch, input_ids, bucket)`` runs the padded step without the graph and returns logits [bucket, V].
+    ``eager(batch, bucket)`` runs the padded step without the graph. last_token: where a step finds the ids that its
+    requests drew last, by request row.
     """
 
     def __init__(
         self,
-        graphs: DecodeGraphs,
-        eager: Callable[[ModelWorkerBatch, torch.Tensor, int], torch.Tensor],
+        graphs: StepGraphs,
+        eager: Callable[[ModelWorkerBatch, int], GraphOutput],
+        last_token: torch.Tensor,
         req_pool: ReqToTokenPool,
         buffers: Sequence[torch.Tensor],
         num_slots: int,
@@ -38,6 +40,8 @@ class GraphCheck:
     ) -> None:
         self._graphs = graphs
         self._eager = eager
+        self._last_token = last_token
+        self._width = graphs.kind.rows_per_request
         self._req_pool = req_pool
         self._buffers = buffers
         self._num_slots = num_slots
@@ -61,18 +65,20 @@ class GraphCheck:
         try:
             if len(rows) < size:
                 return f"the request table has fewer than {size} rows"
-            if self._num_slots < size:
-                return f"the KV pool has {self._num_slots} slots, and the step needs one for each of {size} requests"
-            batch, ids = self._batch(rows, torch.Generator().manual_seed(bucket))
+            needed = size * self._width
+            if self._num_slots < needed:
+                return f"the KV pool has {self._num_slots} slots, and the step of {size} requests needs {needed}"
+            batch = self._batch(rows, torch.Generator().manual_seed(bucket))
             self._fill(bucket)
-            wanted = self._eager(batch, ids, bucket)[:size].clone()
+            wanted = [tensor.clone() for tensor in self._eager(batch, bucket).first(needed).tensors()]
             written = self._fingerprints()
             self._fill(bucket)
-            found = self._graphs.replay(batch, ids, bucket).next_token_logits
-            if not torch.equal(wanted, found):
-                return f"replayed logits differ from eager ones by {float((wanted - found).abs().max()):.3g}"
-            if not bool(wanted.isfinite().all()):
-                return "the step's logits are not finite"
+            _, output = self._graphs.replay(batch, bucket)
+            for ours, theirs in zip(wanted, output.tensors(), strict=True):
+                if not torch.equal(ours, theirs):
+                    return f"replayed logits differ from eager ones by {float((ours - theirs).abs().max()):.3g}"
+                if not bool(ours.isfinite().all()):
+                    return "the step's logits are not finite"
             if any(not torch.equal(a, b) for a, b in zip(written, self._fingerprints(), strict=True)):
                 return "the replayed step wrote other keys, values or states than the eager one"
             return None
@@ -80,24 +86,24 @@ class GraphCheck:
             for row in rows:
                 self._req_pool.free(row)
 
-    def _batch(self, rows: list[int], generator: torch.Generator) -> tuple[ModelWorkerBatch, torch.Tensor]:
-        """A decode batch over scattered slots, with contexts of several lengths."""
-        # The table has a column past the context: no position there has an angle.
+    def _batch(self, rows: list[int], generator: torch.Generator) -> ModelWorkerBatch:
+        """A batch over scattered slots, with contexts of several lengths."""
+        # The request table has a column past the context; the RoPE table has no row for it.
         longest = min(max(CHECK_LENS), self._req_pool.max_context_len - 1, self._num_slots // len(rows))
-        lens = [min(CHECK_LENS[i % len(CHECK_LENS)], longest) for i in range(len(rows))]
+        lens = [max(self._width, min(CHECK_LENS[i % len(CHECK_LENS)], longest)) for i in range(len(rows))]
         order = torch.randperm(self._num_slots, generator=generator) + self._page_size
         slots, used = [], 0
         for row, length in zip(rows, lens, strict=True):
             mine = order[used : used + length]
             used += length
             self._req_pool.write(row, 0, mine)
-            slots.append(int(mine[-1]))
+            slots.append(mine[-self._width :])
         ids = torch.randint(0, self._vocab_size, (len(rows),), generator=generator)
+        self._last_token[rows] = ids.to(self._last_token.device)
         states = None
         if self._num_states:
             states = (torch.randperm(self._num_states, generator=generator)[: len(rows)] + 1).tolist()
-        batch = ModelWorkerBatch.decode(rows, lens, torch.tensor(slots, dtype=torch.int64), states)
-        return batch, ids.to(self._graphs.buffers.input_ids.device)
+        return ModelWorkerBatch.uniform(self._graphs.kind, rows, lens, torch.cat(slots), states)
 
     def _fill(self, seed: int) -> None:
         """The same numbers for the same seed: about unit normal, large where only padding reads."""

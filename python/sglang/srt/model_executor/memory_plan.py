@@ -33,13 +33,13 @@ from sglang.srt.layers.moe.token_dispatcher.mori_plan import (
     plan_exchange,
 )
 from sglang.srt.mem_cache.pool_plan import PoolPlan, PoolPlanError
-from sglang.srt.model_executor.decode_graphs import decode_buckets
 from sglang.srt.model_executor.model_pools import (
     kv_bytes_per_token,
     plan_pools,
     request_table_bytes,
     state_bytes_per_slot,
 )
+from sglang.srt.model_executor.step_graphs import decode_buckets
 from sglang.srt.model_loader.loader import build_model
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.cpu import CpuPlatform

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -18,11 +19,11 @@ from sglang.srt.layers.moe.slotted_mlp import describe_shared, fixed_form
 from sglang.srt.layers.quantization import warn_of_splits
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
-from sglang.srt.model_executor.decode_graphs import DecodeGraphs, decode_buckets
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch
 from sglang.srt.model_executor.graph_check import CHECK_LENS, GraphCheck
 from sglang.srt.model_executor.memory_plan import check_device
 from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool, plan_pools, table_width
+from sglang.srt.model_executor.step_graphs import StepGraphs, decode_buckets
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -35,8 +36,24 @@ logger = logging.getLogger(__name__)
 Number = TypeVar("Number", int, float)
 
 
+@dataclass(frozen=True)
+class StepForward:
+    """A forward that was queued: its output, and on the device the request rows [B] and lengths [B] of its batch.
+
+    After a replayed graph they are valid until the next replay.
+    """
+
+    output: LogitsProcessorOutput
+    req_rows: torch.Tensor
+    seq_lens: torch.Tensor
+
+
 class ModelRunner:
-    """Loads the model of this rank, sizes its pools from what is left, and runs steps."""
+    """Loads the model of this rank, sizes its pools from what is left, and runs steps.
+
+    ``last_token`` [rows] int64 holds, by request row, the id that each request drew last: a decode step takes its input
+    from there, so it can be queued before the host knows it.
+    """
 
     def __init__(self, args: ServerArgs, model_config: ModelConfig) -> None:
         self.model_config = model_config
@@ -64,7 +81,8 @@ class ModelRunner:
         )
         self.attn_backend = make_attention_backend(args.attention_backend, context)
         self.sampler = Sampler()
-        self.decode_graphs: DecodeGraphs | None = None
+        self.last_token = torch.zeros(self.req_to_token_pool.padding_row + 1, dtype=torch.int64, device=self.device)
+        self.decode_graphs: StepGraphs | None = None
         if not args.disable_cuda_graph:
             self._capture_graphs()
 
@@ -94,20 +112,25 @@ class ModelRunner:
         self.state_pool = make_state_pool(config, plan.num_state_slots, tp_size, self.device, args.mamba_ssm_dtype)
 
     @torch.inference_mode()
-    def forward(self, batch: ModelWorkerBatch, input_ids: torch.Tensor | None = None) -> LogitsProcessorOutput:
-        """Logits of the last row of each request, and the prompt log-probabilities asked for.
-
-        ``input_ids`` [N] int64 on the device replace ``batch.input_ids`` in decode.
-        """
-        if self.decode_graphs is not None and input_ids is not None:
-            bucket = batch.graph_bucket
-            if batch.global_num_tokens is None and batch.forward_mode.is_decode():
-                bucket = self.graph_bucket(batch.batch_size)
+    def forward(self, batch: ModelWorkerBatch) -> StepForward:
+        """Queue a step: logits of its rows, and the prompt log-probabilities asked for."""
+        graphs = self.decode_graphs
+        if graphs is not None and batch.kind == graphs.kind:
+            # Under attention data parallelism the groups have agreed on it.
+            agreed = batch.global_num_tokens is not None
+            bucket = batch.graph_bucket if agreed else self.graph_bucket(batch.batch_size)
             if bucket is not None:
-                return self.decode_graphs.replay(batch, input_ids, bucket)
-        fb = ForwardBatch.from_worker_batch(batch, self.device, self.attn_backend, input_ids)
+                return self._replay(batch, bucket)
+        # A backend may plan from the request table, so that is complete first.
+        fb = self._complete(ForwardBatch.from_worker_batch(batch, self.device, self.attn_backend))
         self.attn_backend.init_forward_metadata(fb)
-        return self._run_model(fb)
+        return StepForward(self._run_model(fb), fb.req_pool_indices, fb.seq_lens)
+
+    def _replay(self, batch: ModelWorkerBatch, bucket: int) -> StepForward:
+        assert self.decode_graphs is not None
+        fb, output = self.decode_graphs.replay(batch, bucket)
+        assert isinstance(output, LogitsProcessorOutput)
+        return StepForward(output, fb.req_pool_indices[: batch.batch_size], fb.seq_lens[: batch.batch_size])
 
     def graph_bucket(self, batch_size: int) -> int | None:
         """The decode graph that takes so many requests, the same on every rank; None when they run eagerly."""
@@ -123,6 +146,13 @@ class ModelRunner:
         output: LogitsProcessorOutput = self.model(fb.input_ids, fb.positions, fb)
         return output
 
+    def _complete(self, fb: ForwardBatch) -> ForwardBatch:
+        """``fb`` with the ids that only the device knows; the request table gets the slots of these tokens."""
+        if fb.input_ids is not None:
+            return fb
+        self.req_to_token_pool.write_step(fb.req_pool_indices, fb.positions, fb.out_cache_loc)
+        return replace(fb, input_ids=self.last_token.index_select(0, fb.req_pool_indices))
+
     @torch.inference_mode()
     def _capture_graphs(self) -> None:
         """Record decode for every bucket, and prove each against the eager step."""
@@ -130,8 +160,9 @@ class ModelRunner:
         largest = min(args.cuda_graph_max_bs or self.max_running_requests, self.max_running_requests)
         buckets = decode_buckets(largest, args.cuda_graph_bs)
         free_before, _ = current_platform.memory_info(self.local_rank)
-        graphs = DecodeGraphs(
-            forward=self._run_model,
+        graphs = StepGraphs(
+            kind=DECODE,
+            forward=lambda fb: self._run_model(self._complete(fb)),
             backend=backend,
             buckets=buckets,
             max_context_len=self.model_config.context_len,
@@ -148,7 +179,7 @@ class ModelRunner:
         self._prove_graphs(graphs, buckets[-1])
         self.decode_graphs = graphs
 
-    def _prove_graphs(self, graphs: DecodeGraphs, max_bs: int) -> None:
+    def _prove_graphs(self, graphs: StepGraphs, max_bs: int) -> None:
         limit = min(self.kv_pool.size, max_bs * max(CHECK_LENS))
         buffers = [t.narrow(1, 0, limit + self.page_size) for t in self.kv_pool.buffers()]
         states = 0
@@ -156,15 +187,16 @@ class ModelRunner:
             states = min(self.state_pool.size, max_bs)
             buffers += [t.narrow(1, 0, states + 1) for t in self.state_pool.buffers()]
 
-        def eager(batch: ModelWorkerBatch, input_ids: torch.Tensor, bucket: int) -> torch.Tensor:
-            graphs.buffers.fill(batch, input_ids, bucket)
+        def eager(batch: ModelWorkerBatch, bucket: int) -> LogitsProcessorOutput:
+            graphs.buffers.fill(batch, bucket)
             fb = graphs.buffers.view(bucket, self.attn_backend, self.state_pool is not None, batch)
             self.attn_backend.init_forward_metadata_replay(fb)
-            return self._run_model(fb).next_token_logits
+            return self._run_model(self._complete(fb))
 
         GraphCheck(
             graphs,
             eager,
+            self.last_token,
             self.req_to_token_pool,
             buffers,
             num_slots=limit,
@@ -174,18 +206,15 @@ class ModelRunner:
         ).run()
 
     @torch.inference_mode()
-    def sample(self, output: LogitsProcessorOutput, info: SamplingBatchInfo, batch: ModelWorkerBatch) -> torch.Tensor:
+    def sample(self, step: StepForward, info: SamplingBatchInfo, batch: ModelWorkerBatch) -> torch.Tensor:
         """Next token ids [B]; the drawn token of request i sits at position ``seq_lens[i]`` of its sequence."""
-        positions = None
-        if not info.is_all_greedy:
-            positions = torch.tensor(batch.seq_lens, dtype=torch.int64).to(self.device, non_blocking=True)
         return self.sampler(
-            output,
+            step.output,
             info,
             return_logprob=bool(batch.logprobs),
             top_logprobs_nums=[entry.top_k if entry else 0 for entry in batch.logprobs],
             token_ids_logprobs=[entry.token_ids if entry else () for entry in batch.logprobs],
-            positions=positions,
+            positions=step.seq_lens,
         )
 
 

@@ -19,9 +19,9 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.published_sizes import BLOCK_FP8, DEEPSEEK_V2_LITE, DEEPSEEK_V3, qwen35_like
 from sglang.srt.distributed import ProcessGroupHandle, override_tp_group
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-from sglang.srt.model_executor.decode_graphs import DecodeGraphs
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
-from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.model_runner import ModelRunner, StepForward
+from sglang.srt.model_executor.step_graphs import StepGraphs
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -120,13 +120,14 @@ class ShapeRunner(ModelRunner):
         info = SamplingBatchInfo.from_rows(rows, self.model_config.vocab_size, self.device)
         assert self.output is not None, "a step comes first"
         batch = ModelWorkerBatch.decode([0] * len(rows), [1] * len(rows), torch.zeros(len(rows), dtype=torch.int64))
-        self.sample(LogitsProcessorOutput(self.output.next_token_logits[: len(rows)]), info, batch)
+        lengths = torch.ones(len(rows), dtype=torch.int64, device=self.device)
+        self.sample(StepForward(self.output.first(len(rows)), lengths, lengths), info, batch)
 
     def _run_model(self, fb: ForwardBatch) -> LogitsProcessorOutput:
         self.output = super()._run_model(fb)
         return self.output
 
-    def _prove_graphs(self, graphs: DecodeGraphs, max_bs: int) -> None:
+    def _prove_graphs(self, graphs: StepGraphs, max_bs: int) -> None:
         """There are no numbers to compare; what the capture lint refused must show."""
         for reason in graphs.refused.values():
             raise ValueError(reason)

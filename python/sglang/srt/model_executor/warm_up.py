@@ -87,12 +87,9 @@ def _run_steps(runner: ModelRunner, steps: list[WarmUpStep]) -> None:
 
 def run_step(runner: ModelRunner, batch: ModelWorkerBatch) -> None:
     """Forward and greedy sampling of ``batch``, whose rows all lie in the dummy page."""
-    ids = None
-    if batch.input_ids is None:
-        ids = torch.zeros(batch.batch_size, dtype=torch.int64, device=runner.device)
     rows = [SamplingRow(SamplingParams(temperature=0.0), 0, (), ()) for _ in range(batch.batch_size)]
     info = SamplingBatchInfo.from_rows(rows, runner.model_config.vocab_size, runner.device)
-    runner.sample(runner.forward(batch, ids), info, batch)
+    runner.sample(runner.forward(batch), info, batch)
 
 
 def _extend_batch(runner: ModelRunner, step: WarmUpStep) -> ModelWorkerBatch:

@@ -17,7 +17,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import GDNStatePool, KVPool
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepKind, StepPlan
 
 # Latent rows [m, R+P] -> keys [m, H, nope], values [m, H, v] and the last columns of every head's keys [m, P].
 Expand = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -52,13 +52,9 @@ class AttentionBackend(ABC):
         """What the layers of the step share. Raises UnplannedStepError for a kind of step without a plan."""
         if fb.batch_size == 0:
             return NoRows()
-        if fb.forward_mode.is_decode():
-            return self.plan_decode(fb)
-        if fb.forward_mode.is_extend():
+        if fb.kind is None:
             return self.plan_extend(fb)
-        raise UnplannedStepError(
-            f"{type(self).__name__} has no plan for a step of mode {fb.forward_mode.name} with {fb.batch_size} requests"
-        )
+        return self.plan_decode(fb) if fb.kind.rows_per_request == 1 else self.plan_uniform(fb, fb.kind)
 
     @abstractmethod
     def plan_decode(self, fb: ForwardBatch) -> object:
@@ -67,6 +63,12 @@ class AttentionBackend(ABC):
     @abstractmethod
     def plan_extend(self, fb: ForwardBatch) -> object:
         """The plan of packed rows, any number per request."""
+
+    def plan_uniform(self, fb: ForwardBatch, kind: StepKind) -> object:
+        """The plan of several tokens per request, the same number for each; raises where the backend has none."""
+        raise UnplannedStepError(
+            f"{type(self).__name__} has no plan for a {kind.name} step of {kind.rows_per_request} rows per request"
+        )
 
     def init_forward_metadata(self, fb: ForwardBatch) -> None:
         """Plan the step; called once before the layers."""

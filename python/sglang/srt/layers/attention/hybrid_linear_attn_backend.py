@@ -63,12 +63,14 @@ class GDNBackend(RecurrentBackend):
                 f"a hybrid model needs one state slot per request: {fb.batch_size} requests, {found} given "
                 "(ForwardBatch.state_slot_ids)"
             )
-        if fb.forward_mode.is_decode():
+        if fb.kind is None:
+            return self._plan_extend(fb, slots)
+        if fb.kind.rows_per_request == 1:
             # Nothing but the batch's own tensor: a captured step reads what the next replay finds in it.
             return GDNPlan(None, slots, None, slots[:0])
-        if fb.forward_mode.is_extend():
-            return self._plan_extend(fb, slots)
-        raise UnplannedStepError(f"gated delta nets have no plan for a step of mode {fb.forward_mode.name}")
+        raise UnplannedStepError(
+            f"gated delta nets have no plan for a {fb.kind.name} step of {fb.kind.rows_per_request} rows per request"
+        )
 
     def _plan_extend(self, fb: ForwardBatch, slots: torch.Tensor) -> GDNPlan:
         lengths, starts = fb.extend_seq_lens_cpu, fb.extend_start_loc_cpu

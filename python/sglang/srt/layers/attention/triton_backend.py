@@ -45,7 +45,7 @@ class TritonAttnBackend(PoolBackend):
 
     def __init__(self, ctx: AttentionContext) -> None:
         super().__init__(ctx)
-        self._captured: dict[int, TableDecodePlan] = {}
+        self._captured: dict[tuple[str, int], TableDecodePlan] = {}
 
     def plan_decode(self, fb: ForwardBatch) -> TableDecodePlan:
         """See the base class."""
@@ -61,17 +61,18 @@ class TritonAttnBackend(PoolBackend):
         self._captured = {}
 
     def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
-        """Record that graphs of ``fb.batch_size`` read these very tensors, which therefore must persist."""
+        """Record that graphs of this kind and batch size read these very tensors, which therefore must persist."""
         plan = self.plan(fb)
-        assert isinstance(plan, TableDecodePlan), "only decode steps are captured"
-        self._captured[fb.batch_size] = plan
+        assert fb.kind is not None and isinstance(plan, TableDecodePlan), "only steps that read the table are captured"
+        self._captured[fb.kind.name, fb.batch_size] = plan
         fb.attn_plan = StepPlan(attention=plan)
 
     def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
-        """Take the captured plan of this size; raises ValueError when ``fb`` lives in other tensors."""
-        captured = self._captured.get(fb.batch_size)
+        """Take the captured plan of this kind and size; raises ValueError when ``fb`` lives in other tensors."""
+        assert fb.kind is not None
+        captured = self._captured.get((fb.kind.name, fb.batch_size))
         if captured is None:
-            raise ValueError(f"no decode step of {fb.batch_size} requests was captured")
+            raise ValueError(f"no {fb.kind.name} step of {fb.batch_size} requests was captured")
         pairs = ((captured.req_pool_indices, fb.req_pool_indices), (captured.seq_lens, fb.seq_lens))
         if any(ours.data_ptr() != theirs.data_ptr() for ours, theirs in pairs):
             raise ValueError(f"the graph of {fb.batch_size} requests reads other tensors than those of this batch")

@@ -92,7 +92,7 @@ class DeepseekV2AttentionMLA(nn.Module):
         backend = backend_of(fb, MlaBackend)
         q, kv_a = self._project(hidden)
         rest = (kv_a, positions, self.kv_a_layernorm, self.rotary_emb, self.attn_mqa, fb)
-        if not fb.forward_mode.is_extend():
+        if fb.kind is not None:
             queries = self._new_queries(q)
             backend.prepare_mla(q, *rest, queries)
             return self.o_proj(self.absorbed(q, queries, fb))

@@ -1,4 +1,4 @@
-"""Decode steps recorded once for each batch bucket and replayed on persistent buffers."""
+"""Steps of one kind, recorded once for each batch bucket and replayed on persistent buffers."""
 
 from __future__ import annotations
 
@@ -6,26 +6,29 @@ import logging
 import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from sglang.srt.distributed import ProcessGroupHandle
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.capture_lint import CaptureOffence, HostOnly, capture_lint, to_the_end
 from sglang.srt.model_executor.forward_batch_info import (
+    DECODE,
     AttentionBackendLike,
     ForwardBatch,
     ForwardMode,
     ModelWorkerBatch,
+    StepKind,
+    low_words,
 )
 from sglang.srt.platforms.interface import DeviceGraph
 
 logger = logging.getLogger(__name__)
 
-# Rows of the one packed host-to-device copy of a decode step.
-POSITIONS, REQ_ROWS, SEQ_LENS, SLOTS, STATES = range(5)
-NUM_FIELDS = 5
+# Rows of the part of the buffer that has one entry per request, and of the part that has one per token.
+REQ_ROWS, STATES, SEQ_LENS = range(3)
+POSITIONS, SLOTS = range(2)
 # A host buffer may be written again only after its copy has run: overlap prepares one step ahead.
 NUM_HOST_BUFFERS = 3
 
@@ -43,81 +46,102 @@ def decode_buckets(max_bs: int, sizes: Sequence[int] | None = None) -> list[int]
     return buckets
 
 
-class DecodeBuffers:
-    """Persistent inputs of captured steps: one packed integer tensor on the device, filled by one copy a step.
+class StepBuffers:
+    """Persistent inputs of captured steps: one packed integer tensor on the device, filled by one copy per step.
 
-    Rows past the batch are padding: request row ``padding_row`` of one token in slot 0, state slot 0.
+    What only the host knows (request rows, state slots) lies first, then lengths, positions and slots, which the device
+    could make of them. Rows past the batch are padding: tokens of request row ``padding_row`` in slot 0, state slot 0.
     """
 
-    def __init__(self, max_bs: int, device: torch.device, padding_row: int, num_groups: int = 1) -> None:
-        self.input_ids = torch.zeros(max_bs, dtype=torch.int64, device=device)
-        self.packed = torch.zeros(NUM_FIELDS, max_bs, dtype=torch.int64, device=device)
-        self.num_token_non_padded = torch.zeros(1, dtype=torch.int32, device=device)
+    def __init__(
+        self, kind: StepKind, max_bs: int, device: torch.device, padding_row: int, num_groups: int = 1
+    ) -> None:
+        self.kind = kind
+        self._max_bs = max_bs
+        self.packed = self._new(device)
+        self.requests, self.tokens, self._count = self._parts(self.packed)
         pinned = device.type != "cpu"
-        self._hosts = [
-            torch.zeros(NUM_FIELDS, max_bs, dtype=torch.int64, pin_memory=pinned) for _ in range(NUM_HOST_BUFFERS)
-        ]
-        self._counts = [torch.zeros(1, dtype=torch.int32, pin_memory=pinned) for _ in range(NUM_HOST_BUFFERS)]
+        self._hosts = [self._new(torch.device("cpu"), pin_memory=pinned) for _ in range(NUM_HOST_BUFFERS)]
         self._events: list[torch.cuda.Event | None] = [None] * NUM_HOST_BUFFERS
         self._next = 0
         self._padding_row = padding_row
         self._num_groups = num_groups
 
-    def fill(self, batch: ModelWorkerBatch, input_ids: torch.Tensor, bucket: int) -> None:
-        """Write a decode batch and its padding; ``input_ids`` [B] are on the device."""
+    def _new(self, device: torch.device, pin_memory: bool = False) -> torch.Tensor:
+        size = self._max_bs * (3 + 2 * self.kind.rows_per_request) + 1
+        return torch.zeros(size, dtype=torch.int64, device=device, pin_memory=pin_memory)
+
+    def _parts(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Views: by request [3, max_bs], by token [2, max_bs * rows], and the number of tokens [1]."""
+        requests, tokens, count = packed.split([3 * self._max_bs, packed.shape[0] - 3 * self._max_bs - 1, 1])
+        return requests.view(3, -1), tokens.view(2, -1), count
+
+    def fill(self, batch: ModelWorkerBatch, bucket: int) -> None:
+        """Write a batch and its padding."""
         index = self._next
         self._next = (index + 1) % NUM_HOST_BUFFERS
         event = self._events[index]
         if event is not None:
             event.synchronize()
-        host, size = self._hosts[index], batch.batch_size
-        host[:, size:bucket] = 0
-        host[REQ_ROWS, size:bucket] = self._padding_row
-        host[SEQ_LENS, size:bucket] = 1
-        host[POSITIONS, :size] = batch.positions
-        host[REQ_ROWS, :size] = batch.req_pool_indices
-        host[SEQ_LENS, :size] = torch.tensor(batch.seq_lens, dtype=torch.int64)
-        host[SLOTS, :size] = batch.out_cache_loc
+        width, size = self.kind.rows_per_request, batch.batch_size
+        requests, tokens, count = self._parts(self._hosts[index])
+        requests[REQ_ROWS, size:bucket] = self._padding_row
+        requests[STATES, size:bucket] = 0
+        requests[SEQ_LENS, size:bucket] = width
+        tokens[POSITIONS, size * width : bucket * width] = torch.arange(width).repeat(bucket - size)
+        tokens[SLOTS, size * width : bucket * width] = 0
+        requests[REQ_ROWS, :size] = batch.req_pool_indices
+        requests[SEQ_LENS, :size] = torch.tensor(batch.seq_lens, dtype=torch.int64)
+        tokens[POSITIONS, : size * width] = batch.positions
+        tokens[SLOTS, : size * width] = batch.out_cache_loc
         if batch.state_slot_ids is not None:
-            host[STATES, :size] = batch.state_slot_ids
-        self._counts[index][0] = size
-        self.packed.copy_(host, non_blocking=True)
-        self.num_token_non_padded.copy_(self._counts[index], non_blocking=True)
+            requests[STATES, :size] = batch.state_slot_ids
+        count[0] = size * width
+        self.packed.copy_(self._hosts[index], non_blocking=True)
         if self.packed.device.type != "cpu":
             event = event or torch.cuda.Event()
             event.record()
             self._events[index] = event
-        self.input_ids[:size].copy_(input_ids)
-        self.input_ids[size:bucket].zero_()
 
     def view(
         self, bucket: int, backend: AttentionBackendLike, has_state: bool, batch: ModelWorkerBatch | None
     ) -> ForwardBatch:
         """The captured step's batch over these buffers; host-side lengths are those of ``batch``, padding included."""
-        packed = self.packed[:, :bucket]
+        width = self.kind.rows_per_request
         real = list(batch.seq_lens) if batch is not None else []
-        num_real = bucket if batch is None else batch.batch_size
+        num_real = (bucket if batch is None else batch.batch_size) * width
         everyone = None
         if self._num_groups > 1:
-            # Without word from the others (capture, proof) they bring what this group brings.
+            # In capture and self-check nothing is exchanged: every group is taken to bring what this one brings.
             known = None if batch is None else batch.global_num_tokens
             everyone = [num_real] * self._num_groups if known is None else known
         return ForwardBatch(
-            forward_mode=ForwardMode.DECODE,
+            forward_mode=ForwardMode.DECODE if self.kind is DECODE else ForwardMode.TARGET_VERIFY,
             batch_size=bucket,
-            input_ids=self.input_ids[:bucket],
-            positions=packed[POSITIONS],
-            req_pool_indices=packed[REQ_ROWS],
-            seq_lens=packed[SEQ_LENS],
-            seq_lens_cpu=real + [1] * (bucket - len(real)),
-            out_cache_loc=packed[SLOTS],
+            input_ids=None,
+            positions=self.tokens[POSITIONS, : bucket * width],
+            req_pool_indices=self.requests[REQ_ROWS, :bucket],
+            seq_lens=self.requests[SEQ_LENS, :bucket],
+            seq_lens_cpu=real + [width] * (bucket - len(real)),
+            out_cache_loc=self.tokens[SLOTS, : bucket * width],
             attn_backend=backend,
-            num_token_non_padded=self.num_token_non_padded,
+            num_token_non_padded=low_words(self._count),
             num_token_non_padded_cpu=num_real,
-            state_slot_ids=packed[STATES] if has_state else None,
+            kind=self.kind,
+            state_slot_ids=self.requests[STATES, :bucket] if has_state else None,
             global_num_tokens_cpu=everyone,
-            global_num_rows_cpu=None if everyone is None else [bucket] * self._num_groups,
+            global_num_rows_cpu=None if everyone is None else [bucket * width] * self._num_groups,
         )
+
+
+class GraphOutput(Protocol):
+    """What a captured step gives: tensors with one row per token of the step."""
+
+    def first(self, num_rows: int) -> GraphOutput:
+        """The output of the first rows."""
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that a replay must reproduce bit by bit."""
 
 
 @dataclass(frozen=True)
@@ -125,18 +149,19 @@ class CapturedStep:
     """One bucket: its graph, and the output that each replay overwrites."""
 
     graph: DeviceGraph
-    output: LogitsProcessorOutput
+    output: GraphOutput
 
 
-class DecodeGraphs:
-    """Captures and replays the decode step of one model, in step with the other ranks of ``world``.
+class StepGraphs:
+    """Captures and replays the steps of one kind of one model, in step with the other ranks of ``world``.
 
-    ``forward(fb)`` runs the model eagerly on a batch whose metadata is in place.
+    ``forward(fb)`` runs the step eagerly on a batch whose metadata is in place.
     """
 
     def __init__(
         self,
-        forward: Callable[[ForwardBatch], LogitsProcessorOutput],
+        kind: StepKind,
+        forward: Callable[[ForwardBatch], GraphOutput],
         backend: AttentionBackendLike,
         buckets: Sequence[int],
         max_context_len: int,
@@ -151,7 +176,8 @@ class DecodeGraphs:
         self._forward = forward
         self._backend = backend
         self._has_state = has_state
-        self.buffers = DecodeBuffers(self.buckets[-1], device, padding_row, num_groups)
+        self.kind = kind
+        self.buffers = StepBuffers(kind, self.buckets[-1], device, padding_row, num_groups)
         self._steps: dict[int, CapturedStep] = {}
         self.refused: dict[int, str] = {}
         backend.init_cuda_graph_state(self.buckets[-1], max_context_len)
@@ -159,7 +185,7 @@ class DecodeGraphs:
     def capture(self, create_graph: Callable[[], DeviceGraph], progress: Callable[[int], None]) -> None:
         """Record every bucket, largest first: smaller ones fit into its memory. ``progress(bucket)`` follows each."""
         started = time.perf_counter()
-        self.buffers.packed[SEQ_LENS].fill_(1)
+        self.buffers.requests[SEQ_LENS].fill_(self.kind.rows_per_request)
         for bucket in reversed(self.buckets):
             fb = self.buffers.view(bucket, self._backend, self._has_state, None)
             self._backend.init_forward_metadata_capture(fb)
@@ -168,7 +194,7 @@ class DecodeGraphs:
             if self.agree(bucket, self._offence(fb)):
                 self.agree(bucket, self._record(bucket, fb, create_graph()))
             progress(bucket)
-        logger.info("captured %d decode graphs in %.1f s", len(self._steps), time.perf_counter() - started)
+        logger.info("captured %d %s graphs in %.1f s", len(self._steps), self.kind.name, time.perf_counter() - started)
 
     def _offence(self, fb: ForwardBatch) -> str:
         """Run the step twice; what it does that no graph can replay, or ""."""
@@ -205,23 +231,23 @@ class DecodeGraphs:
         """Never replay ``bucket`` again; its batches run eagerly."""
         self.refused[bucket] = reason
         self._steps.pop(bucket, None)
-        logger.warning("decode graph of batch size %d is refused: %s", bucket, reason)
+        logger.warning("%s graph of batch size %d is refused: %s", self.kind.name, bucket, reason)
 
     def bucket_of(self, batch_size: int) -> int | None:
-        """The bucket that replays so many decoding requests; None when they must run eagerly."""
+        """The bucket that replays so many requests; None when they must run eagerly."""
         if not 0 < batch_size <= self.buckets[-1]:
             return None
         bucket = self.buckets[bisect_left(self.buckets, batch_size)]
         return bucket if bucket in self._steps else None
 
-    def replay(self, batch: ModelWorkerBatch, input_ids: torch.Tensor, bucket: int) -> LogitsProcessorOutput:
+    def replay(self, batch: ModelWorkerBatch, bucket: int) -> tuple[ForwardBatch, GraphOutput]:
         """Run ``batch``, which may be empty, through the graph of ``bucket``.
 
-        The logits [B, V] are valid until the next replay.
+        Returns the step, padding included, and its output for the batch's own rows, valid until the next replay.
         """
-        self.buffers.fill(batch, input_ids, bucket)
+        self.buffers.fill(batch, bucket)
         fb = self.buffers.view(bucket, self._backend, self._has_state, batch)
         self._backend.init_forward_metadata_replay(fb)
         step = self._steps[bucket]
         step.graph.replay()
-        return replace(step.output, next_token_logits=step.output.next_token_logits[: batch.batch_size])
+        return fb, step.output.first(batch.batch_size * self.kind.rows_per_request)
