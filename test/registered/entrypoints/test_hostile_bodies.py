@@ -3,6 +3,7 @@
 import asyncio
 import resource
 import socket
+import time
 import unittest
 from unittest import mock
 from urllib.parse import urlsplit
@@ -15,7 +16,7 @@ from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import FakeServer, FakeServerTestCase
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=20, suite="stage-a-test-cpu")
 
 JSON = {"content-type": "application/json"}
 # What a refusal may add to the memory of this process, in which client and server both run.
@@ -68,6 +69,75 @@ class TestHostileBodies(HostileBodies):
             self.assertIn("send at most 1536 characters", reply.text)
             self.assertLess(peak_mb() - before, MAX_GROWTH_MB, path)
         self.assertEqual(self.fake.context.manager.num_in_flight, 0)
+
+
+class TestAmplifiers(HostileBodies):
+    """Bodies of modest size that ask for much: refused by name, on little CPU time, in flat memory."""
+
+    settings = {"max_request_bytes": 64 << 20}
+
+    # Path, body, what the refusal names. The third row is 15 MB, the stops 32 MB, the rest below 5 MB.
+    ROWS = (
+        ("/v1/completions", {"prompt": [[1]] * 20_000, "n": 1024}, "20480000 answers"),
+        ("/generate", {"input_ids": [[1]] * 200, "sampling_params": {"n": 1024}}, "204800 answers"),
+        ("/detokenize", {"tokens": [12] * 5_000_000}, "more than 1048576 items"),
+        ("/generate", {"text": "a", "sampling_params": {"stop": ["x" * (1 << 20)] * 32}}, "stop strings have at most"),
+        ("/v1/completions", {"prompt": "a", "stop": "x" * (4 << 20)}, "stop strings have at most"),
+        ("/generate", {"text": "a", "return_logprob": True, "top_logprobs_num": 288}, "top_logprobs_num must be"),
+        ("/v1/chat/completions", {"messages": [], "logprobs": True, "top_logprobs": 288}, "top_logprobs must be"),
+        ("/generate", {"text": "a", "token_ids_logprob": list(range(1_000_000))}, "token_ids_logprob takes at most"),
+        ("/generate", {"text": "a", "sampling_params": {"stop_token_ids": list(range(10**6))}}, "stop_token_ids takes"),
+        ("/generate", {"text": "a", "rid": "x" * (5 << 20)}, "length <= 256"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {str(i): 1 for i in range(300_000)}}, "logit_bias takes"),
+        ("/v1/completions", {"prompt": "a", "regex": "x" * (5 << 20)}, "regex is not supported"),
+    )
+
+    def test_rows(self):
+        for path, body, pattern in self.ROWS:
+            content = msgspec.json.encode(body)
+            for stream in (b"", b'"stream":true,') if path != "/detokenize" else (b"",):
+                self.check_refused(path, content[:1] + stream + content[1:], 400, pattern)
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            body = {"model": "m" * (5 << 20), "prompt": "a"} if "chat" not in path else {"model": "m" * (5 << 20)}
+            body |= {"messages": []} if "chat" in path else {}
+            self.check_refused(path, msgspec.json.encode(body), 404, "does not exist")
+        self.assertEqual(self.fake.context.manager.num_in_flight, 0)
+
+    def check_refused(self, path, content, status, pattern):
+        before, spent = peak_mb(), 0.0
+
+        async def send(client):
+            nonlocal spent
+            began = time.process_time()
+            reply = await client.post(path, content=content, headers=JSON)
+            spent = time.process_time() - began
+            return reply
+
+        reply = self.beside_a_stream(send)
+        label = f"{path} {pattern}"
+        self.assertEqual((reply.status_code, pattern in reply.text), (status, True), f"{label}: {reply.text[:200]}")
+        self.assertLess(len(reply.content), 2000, label)
+        # Client, server and the stream beside it together.
+        self.assertLess(spent, 1.0, label)
+        self.assertLess(peak_mb() - before, MAX_GROWTH_MB, label)
+
+    def test_equal_ids_count_once(self):
+        body = {"text": "a", "return_logprob": True, "token_ids_logprob": [5] * 1_000_000}
+        content = msgspec.json.encode({**body, "sampling_params": {"max_new_tokens": 5}})
+        before = peak_mb()
+        reply = self.beside_a_stream(lambda client: client.post("/generate", content=content, headers=JSON))
+        self.assertEqual(reply.status_code, 200)
+        self.assertEqual(len(reply.json()["meta_info"]["output_token_ids_logprobs"][0]), 1)
+        self.assertLess(peak_mb() - before, MAX_GROWTH_MB)
+
+    def test_many_unknown_fields(self):
+        fields = msgspec.json.encode({f"field{i}": i for i in range(300_000)})
+        content = b'{"prompt":"a","max_tokens":1,"return_warnings":true,' + fields[1:]
+        before = peak_mb()
+        with self.assertLogs("sglang.srt.managers.request_fields", "WARNING"):
+            reply = self.beside_a_stream(lambda client: client.post("/v1/completions", content=content, headers=JSON))
+        self.assertEqual((reply.status_code, len(reply.json()["warnings"])), (200, 16))
+        self.assertLess(peak_mb() - before, MAX_GROWTH_MB)
 
 
 class TestLargeBodies(HostileBodies):
