@@ -12,7 +12,9 @@ from sglang.srt.managers.io_struct import (
     FlushCacheReqOutput,
     GetInternalStateReqOutput,
     SchedulerMessage,
+    StartedReqs,
     TokenizedGenerateReqInput,
+    TokenizerMessage,
     TokenLogprobs,
 )
 from sglang.srt.managers.scheduler import Scheduler
@@ -107,5 +109,6 @@ class EngineHarness:
                 for name in ("logprobs", "ids", "top", "chosen"):
                     getattr(result.output_logprobs, name).extend(getattr(output.output_logprobs, name))
 
-    def to_tokenizer(self, message: FlushCacheReqOutput | GetInternalStateReqOutput) -> None:
-        self.answers.append(message)
+    def to_tokenizer(self, message: TokenizerMessage) -> None:
+        if not isinstance(message, StartedReqs):
+            self.answers.append(message)

@@ -19,6 +19,7 @@ from sglang.srt.managers.io_struct import (
     GetInternalStateReq,
     GetInternalStateReqOutput,
     ShutdownReq,
+    StartedReqs,
     TokenIDOutput,
     TokenizedGenerateReqInput,
     TokenLogprobs,
@@ -46,9 +47,8 @@ class _Running:
 class FakeScheduler:
     """Answers on the real sockets from a thread.
 
-    ``received`` holds every message. ``delay_s`` passes before each token, ``max_queued`` bounds the requests in
-    flight (beyond it: abort 503), ``error`` ends every request with that reason after its first token, ``frozen``
-    stops all answers.
+    ``received`` holds every message. ``delay_s`` passes before each token, ``error`` ends every request with that
+    reason after its first token. ``frozen`` stops all answers: requests wait and never start.
     """
 
     def __init__(
@@ -56,7 +56,6 @@ class FakeScheduler:
     ):
         self.script = script
         self.delay_s = 0.0
-        self.max_queued = 10**6
         self.error: FinishReason | None = None
         self.frozen = False
         self.experts: dict[str, Any] = {}
@@ -120,10 +119,7 @@ class FakeScheduler:
 
     def _enqueue(self, request: TokenizedGenerateReqInput) -> None:
         entry = _Running(request, [])
-        if len(self.running) >= self.max_queued:
-            full = FinishReason(type="abort", message="The request queue is full.", status_code=503)
-            self._emit([(entry, full)])
-            return
+        self._to_tokenizer.send(StartedReqs(rids=[request.rid]))
         entry.script = list(self.script(request))
         if request.sampling_params.max_new_tokens == 0:
             self._emit([(entry, FinishReason(type="length", length=0))])

@@ -101,7 +101,7 @@ class FakeServerTestCase(CustomTestCase):
 
     def setUp(self) -> None:
         scheduler = self.fake.scheduler
-        scheduler.delay_s, scheduler.frozen, scheduler.error, scheduler.max_queued = 0.0, False, None, 10**6
+        scheduler.delay_s, scheduler.frozen, scheduler.error = 0.0, False, None
         scheduler.received.clear()
 
     def generate(self, **body: Any) -> httpx.Response:

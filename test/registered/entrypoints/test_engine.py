@@ -12,6 +12,7 @@ from unittest import mock
 import sglang
 from sglang.srt.entrypoints import engine as engine_module
 from sglang.srt.entrypoints.context import ServerContext
+from sglang.srt.managers.io_struct import FinishReason
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs, ServerArgsError
 from sglang.srt.server_args_verdict import Verdict
@@ -124,9 +125,13 @@ class TestEngine(CustomTestCase):
             self.engine.generate("a", temprature=1)
         with self.assertRaises(NotImplementedError):
             self.engine.encode("a")
-        self.fake.scheduler.max_queued = 0
-        self.addCleanup(setattr, self.fake.scheduler, "max_queued", 10**6)
-        with self.assertRaisesRegex(RuntimeError, "queue is full"):
+        self.fake.scheduler.error = FinishReason(type="abort", message="boom", status_code=503)
+        self.addCleanup(setattr, self.fake.scheduler, "error", None)
+        self.fake.scheduler.frozen = True
+        with self.assertRaisesRegex(TimeoutError, "within 0.1 s"):
+            self.engine.generate("a", request_timeout=0.1)
+        self.fake.scheduler.frozen = False
+        with self.assertRaisesRegex(RuntimeError, "boom"):
             self.engine.generate("a")
 
     def test_control(self):

@@ -116,16 +116,6 @@ class TestGenerate(FakeServerTestCase):
         self.assertEqual((error["message"], error["code"]), ("boom", 500))
         self.assertEqual(rest[-1], "data: [DONE]")
 
-    def test_a_full_queue_is_503_also_for_a_stream(self):
-        self.fake.scheduler.max_queued = 0
-        for stream in (False, True):
-            reply = self.generate(text="abc", stream=stream)
-            self.assertEqual(reply.status_code, 503)
-            self.assertEqual(reply.json()["error"]["message"], "The request queue is full.")
-        for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": HI})):
-            reply = self.client.post(f"/v1/{path}", json=body)
-            self.assertEqual((reply.status_code, reply.json()["code"]), (503, 503), reply.text)
-
 
 class TestInformation(FakeServerTestCase):
     settings = {"api_key": "secret", "served_model_name": "tiny", "enable_metrics": True}

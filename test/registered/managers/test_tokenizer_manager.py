@@ -37,6 +37,9 @@ class ManagerTestCase(CustomTestCase, unittest.IsolatedAsyncioTestCase):
             log_requests=False,
             allow_auto_truncate=False,
             load_balance_method="total_tokens",
+            max_queued_requests=None,
+            max_queued_tokens=None,
+            request_timeout=None,
         )
         model = types.SimpleNamespace(context_len=CONTEXT, vocab_size=self.tokenizer.vocab_size)
         self.engine = FakeEngine(self.args, self.tokenizer, dp_size=self.dp_size)
@@ -215,10 +218,10 @@ class TestRefusals(ManagerTestCase):
         await self.refused("stop strings need", input_ids=[5], sampling_params={"stop": "x"})
 
     async def test_an_abort_with_a_status_is_an_error(self):
-        self.scheduler.max_queued = 0
-        error = await self.refused("queue is full", text="a")
+        self.scheduler.error = FinishReason(type="abort", message="boom", status_code=503)
+        error = await self.refused("boom", text="a")
         self.assertEqual(error.status_code, 503)
-        await self.refused("queue is full", text=["a", "b"], stream=True)
+        await self.refused("boom", text=["a", "b"])
         self.assertEqual(self.manager.num_in_flight, 0)
 
     async def test_an_error_in_mid_stream_comes_after_what_was_sent(self):

@@ -32,7 +32,7 @@ class Engine:
 
     Takes the fields of ServerArgs as keywords. Results equal those of ``/generate``. Requests may come from any
     thread or asyncio loop; a loop of the engine's own runs them. Wrong settings raise ServerArgsError, wrong requests
-    ValueError, and a failed engine RuntimeError.
+    ValueError, one that passes its ``request_timeout`` TimeoutError, and a failed engine RuntimeError.
     """
 
     def __init__(self, **kwargs: Any):
@@ -59,7 +59,8 @@ class Engine:
         """A dictionary, a list of them for a batch or ``n`` > 1, or, with ``stream``, an iterator over dictionaries.
 
         ``options`` are the other fields of GenerateReqInput: return_logprob, logprob_start_len, top_logprobs_num,
-        token_ids_logprob, return_text_in_logprobs, rid. Leaving the iterator ends its requests.
+        token_ids_logprob, return_text_in_logprobs, rid, request_timeout (seconds). Leaving the iterator
+        ends its requests.
         """
         request = _request(prompt, sampling_params, input_ids, stream, options)
         if stream:
@@ -198,4 +199,5 @@ def _request(
 
 
 def _python_error(error: RequestError) -> Exception:
-    return ValueError(error.message) if error.status_code == 400 else RuntimeError(error.message)
+    kinds: dict[int, type[Exception]] = {400: ValueError, 504: TimeoutError}
+    return kinds.get(error.status_code, RuntimeError)(error.message)

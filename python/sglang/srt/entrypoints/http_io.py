@@ -24,6 +24,7 @@ T = TypeVar("T")
 DONE_EVENT = b"data: [DONE]\n\n"
 # nginx's status for a client that closed its request; nobody reads it but the access log.
 CLIENT_CLOSED_REQUEST = 499
+TIMEOUT_HEADER = "x-request-timeout"
 _MAX_OTHER_COMMAS = 64
 
 
@@ -54,6 +55,18 @@ async def read_body(
     if max_items is not None and len(data) > max_items and data.count(b",") > max_items + _MAX_OTHER_COMMAS:
         raise body_error(f"The lists of the body hold more than {max_items} items, the most that one call may send.")
     return decode_body(data, body_type, unknown_fields)
+
+
+def asked_timeout(request: Request, in_body: float | None) -> float | None:
+    """Seconds that a request gives itself, by its header or its body field, whichever is less; None if by neither."""
+    text = request.headers.get(TIMEOUT_HEADER)
+    if text is None:
+        return in_body
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise RequestError(f"The header {TIMEOUT_HEADER} must be a number of seconds, got {text[:40]!a}.") from None
+    return seconds if in_body is None else min(seconds, in_body)
 
 
 async def wait_for_disconnect(receive: Receive) -> None:

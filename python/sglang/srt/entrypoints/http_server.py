@@ -28,7 +28,7 @@ from sglang.srt.utils.audit import install_unpickle_counter, log_unpickle_count,
 from sglang.srt.utils.chat_template import ChatTemplateError
 from sglang.srt.utils.distribution import refuse_upstream_distribution
 from sglang.srt.utils.hf_tokenizer import TokenizerError
-from sglang.srt.utils.limits import DRAIN_WRITE_S
+from sglang.srt.utils.limits import DRAIN_WRITE_S, MAX_QUEUED_REQUESTS
 from sglang.srt.utils.logging_config import configure_logging
 from sglang.srt.utils.network import PortError, bind, listen
 
@@ -52,6 +52,8 @@ class HttpServer(uvicorn.Server):
         self._processes = processes
         self._background: list[asyncio.Task[None]] = []
         args = context.server_args
+        admission = context.manager.admission
+        admission.max_requests = admission.max_requests or MAX_QUEUED_REQUESTS
         quiet = args.log_level not in ("debug", "info")
         config = uvicorn.Config(
             build_app(context, self._lifespan),
@@ -115,7 +117,7 @@ class HttpServer(uvicorn.Server):
             params = {"max_new_tokens": 8, "temperature": 0, "ignore_eos": True}
             probe = GenerateReqInput(input_ids=[0], sampling_params=params)
             try:
-                async for _ in self.context.manager.generate_request(probe):
+                async for _ in self.context.manager.generate_request(probe, is_bounded=False):
                     pass
             except RequestError as error:
                 logger.error("The warm-up request failed: %s", error)

@@ -17,7 +17,7 @@ from sglang.srt.entrypoints import server_info
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
 from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.errors import http_error, json_response
-from sglang.srt.entrypoints.http_io import EventStream, answer, event, read_body
+from sglang.srt.entrypoints.http_io import EventStream, answer, asked_timeout, event, read_body
 from sglang.srt.entrypoints.lacking import LACKING_PATHS
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import GenerateReqInput, RequestId
@@ -117,6 +117,7 @@ class NativeApi:
 
     async def generate(self, request: Request) -> Response:
         body, warnings = await self._read(request, GenerateReqInput)
+        body.request_timeout = asked_timeout(request, body.request_timeout)
         results = self._manager.generate_request(body, warnings=warnings)
         if body.stream:
             return EventStream(_events(results))
@@ -151,9 +152,8 @@ class NativeApi:
         probe = GenerateReqInput(input_ids=[0], sampling_params=params, rid=f"HEALTH_CHECK_{uuid.uuid4().hex}")
 
         async def run() -> None:
-            # A refusal (a full queue) is an answer too.
             with contextlib.suppress(RequestError):
-                async for _ in self._manager.generate_request(probe):
+                async for _ in self._manager.generate_request(probe, is_bounded=False):
                     pass
 
         task = asyncio.create_task(run())

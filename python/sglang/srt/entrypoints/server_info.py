@@ -47,6 +47,7 @@ async def server_info(context: ServerContext) -> dict[str, Any]:
         "status": context.status.value,
         "version": __version__,
         "limits": limits.shown(),
+        "admission": _front(context),
         "env": dict(check_environment().set_variables),
         "platform": state.get("platform"),
         "fakes": state.get("fakes", []),
@@ -113,6 +114,12 @@ _METRICS = (
     ("generation_tokens_total", "counter", "Tokens generated since start.", "num_generated_tokens"),
 )
 
+# The same of the HTTP process; keys of ``_front``.
+_FRONT_METRICS = (
+    ("num_refused_requests_total", "counter", "Calls refused since start because the queue is full.", "num_refused"),
+    ("num_timed_out_requests_total", "counter", "Calls ended at their time limit since start.", "num_timed_out"),
+)
+
 # The same of the exchange of tokens between experts; keys of RecvGauge.snapshot.
 _RECV_METRICS = (
     ("moe_recv_rows", "gauge", "Most rows of a dispatch since the last look at this rank's state.", "live"),
@@ -130,8 +137,19 @@ async def metrics_text(context: ServerContext) -> str:
     states = await context.manager.get_internal_states()
     name = context.served_model_name.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
     received = [state.get("experts", {}).get("received_rows", {}) for state in states]
-    lines = _metric_lines(_METRICS, states, name) + _metric_lines(_RECV_METRICS, received, name)
+    lines = _metric_lines(_METRICS, states, name) + _metric_lines(_FRONT_METRICS, [_front(context)], name)
+    lines += _metric_lines(_RECV_METRICS, received, name)
     return "\n".join(lines + _overlap_lines(states[0], name)) + "\n"
+
+
+def _front(context: ServerContext) -> dict[str, int]:
+    """What the HTTP process counts by itself."""
+    manager = context.manager
+    return {
+        "num_waiting": manager.admission.num_requests,
+        "num_refused": manager.admission.num_refused,
+        "num_timed_out": manager.num_timed_out,
+    }
 
 
 def _metric_lines(metrics: Sequence[tuple[str, ...]], states: Sequence[dict[str, Any]], name: str) -> list[str]:

@@ -34,6 +34,8 @@ class GenerateReqInput(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     token_ids_logprob: list[int | list[int]] | None = None
     return_text_in_logprobs: bool | None = None
     return_warnings: bool | None = None
+    # Seconds; the server's --request-timeout bounds it.
+    request_timeout: float | None = None
     stream: bool | None = None
 
 
@@ -63,6 +65,12 @@ class AbortReq(msgspec.Struct, kw_only=True, tag=True):
     rid: str = ""
     exact: bool = False
     abort_all: bool = False
+
+
+class StartedReqs(msgspec.Struct, kw_only=True, tag=True):
+    """Requests that a scheduler took from its queue; one that was retracted is named again."""
+
+    rids: list[str]
 
 
 class FlushCacheReqInput(msgspec.Struct, kw_only=True, tag=True):
@@ -168,4 +176,4 @@ SchedulerMessage = (
     TokenizedGenerateReqInput | AbortReq | FlushCacheReqInput | GetInternalStateReq | ShutdownReq | WakeReq
 )
 DetokenizerMessage = BatchTokenIDOutput | ShutdownReq
-TokenizerMessage = BatchStrOutput | FlushCacheReqOutput | GetInternalStateReqOutput
+TokenizerMessage = BatchStrOutput | StartedReqs | FlushCacheReqOutput | GetInternalStateReqOutput

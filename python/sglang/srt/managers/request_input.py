@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.utils.limits import MAX_REQUESTS_PER_CALL
+from sglang.srt.utils.limits import MAX_REQUESTS_PER_CALL, MAX_TOKEN_IDS_LOGPROB, MAX_TOP_LOGPROBS
 
 T = TypeVar("T")
 
@@ -172,3 +172,35 @@ def _chosen_ids(value: list[Any] | None, count: int, is_batch: bool) -> list[lis
 
 def _distinct(ids: list[int]) -> list[int]:
     return list(dict.fromkeys(ids))
+
+
+def check_logprobs(single: SingleRequest, vocab_size: int) -> None:
+    """Raise RequestError for more log-probabilities per token than are given, or of ids outside the vocabulary."""
+    most = min(MAX_TOP_LOGPROBS, vocab_size)
+    if not 0 <= single.top_logprobs_num <= most:
+        raise RequestError(f"top_logprobs_num must be in [0, {most}], got {single.top_logprobs_num}.")
+    if len(single.token_ids_logprob) > MAX_TOKEN_IDS_LOGPROB:
+        raise RequestError(
+            f"token_ids_logprob takes at most {MAX_TOKEN_IDS_LOGPROB} different ids, "
+            f"got {len(single.token_ids_logprob)}."
+        )
+    for token_id in single.token_ids_logprob:
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(f"token_ids_logprob must lie in [0, {vocab_size}), got {token_id}.")
+
+
+def num_prompt_logprobs(single: SingleRequest, num_tokens: int) -> int:
+    """How many log-probabilities of its prompt a request asks for. Raises RequestError for a start outside it."""
+    start = single.logprob_start_len
+    if start < -1 or start >= num_tokens:
+        raise RequestError(
+            f"logprob_start_len must be -1 (outputs only) or in [0, {num_tokens}), the prompt's length, got {start}."
+        )
+    if start < 0 or not single.return_logprob:
+        return 0
+    return (num_tokens - start) * (1 + single.top_logprobs_num + len(single.token_ids_logprob))
+
+
+def out_of_time(limit_s: float | None) -> RequestError:
+    """504 for a request that took longer than it may."""
+    return RequestError(f"The request did not finish within {limit_s:g} s, its time limit.", 504, "TimeoutError")

@@ -55,6 +55,8 @@ class RequestState:
         # Where it was sent, and how many tokens it may come to hold there.
         self.dp_rank = 0
         self.num_tokens = num_tokens
+        # No scheduler has started it yet.
+        self.waits = True
         self.group = group
         self.created = time.perf_counter()
         self.latency: float | None = None
@@ -159,6 +161,11 @@ class RequestGroup:
     def fail(self, error: RequestError) -> None:
         self.error = self.error or error
         self._event.set()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more can come."""
+        return self.error is not None or 0 < len(self.states) == self._num_finished
 
     @property
     def all_read(self) -> bool:

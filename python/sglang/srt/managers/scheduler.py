@@ -20,6 +20,7 @@ from sglang.srt.managers.io_struct import (
     GetInternalStateReqOutput,
     SchedulerMessage,
     ShutdownReq,
+    StartedReqs,
     TokenIDOutput,
     TokenizedGenerateReqInput,
 )
@@ -227,9 +228,7 @@ class Scheduler:
             return
         room = self.config.max_req_len - req.seq_len
         req.max_new_tokens = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
-        if self.config.max_queued_requests is not None and len(self.waiting) >= self.config.max_queued_requests:
-            self._refuse(req, "The request queue is full.", 503)
-        elif room < 1:
+        if room < 1:
             self._refuse(
                 req,
                 f"The prompt has {req.seq_len} tokens; this server holds at most {self.config.max_req_len} tokens of "
@@ -298,6 +297,8 @@ class Scheduler:
                 if planner.is_full or not planner.add_waiting(req):
                     break
                 admitted += 1
+            if admitted:
+                self.channel.to_tokenizer(StartedReqs(rids=[req.rid for req in self.waiting[:admitted]]))
             del self.waiting[:admitted]
         if not planner.reqs:
             return None

@@ -30,7 +30,6 @@ class SchedulerConfig:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     max_running_requests: int
-    max_queued_requests: int | None
     max_prefill_tokens: int
     chunked_prefill_size: int | None
     max_req_len: int
@@ -60,7 +59,6 @@ class SchedulerConfig:
             vocab_size=model_config.vocab_size,
             eos_token_ids=model_config.eos_token_ids,
             max_running_requests=runner.max_running_requests,
-            max_queued_requests=args.max_queued_requests,
             max_prefill_tokens=args.max_prefill_tokens,
             chunked_prefill_size=chunk if chunk is not None and chunk > 0 else None,
             max_req_len=min(model_config.context_len, runner.max_total_num_tokens),

@@ -10,9 +10,8 @@ import msgspec
 from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.managers.io_struct import (
     BatchTokenIDOutput,
-    FlushCacheReqOutput,
-    GetInternalStateReqOutput,
     SchedulerMessage,
+    TokenizerMessage,
     WakeReq,
 )
 from sglang.srt.managers.ipc import IDLE_WAKE_S, IpcNames, Sender, scheduler_receiver
@@ -25,7 +24,7 @@ class SchedulerChannel(Protocol):
 
     def to_detokenizer(self, message: BatchTokenIDOutput) -> None: ...
 
-    def to_tokenizer(self, message: FlushCacheReqOutput | GetInternalStateReqOutput) -> None: ...
+    def to_tokenizer(self, message: TokenizerMessage) -> None: ...
 
 
 class RankZeroChannel:
@@ -59,7 +58,7 @@ class RankZeroChannel:
     def to_detokenizer(self, message: BatchTokenIDOutput) -> None:
         self._detokenizer.send(message)
 
-    def to_tokenizer(self, message: FlushCacheReqOutput | GetInternalStateReqOutput) -> None:
+    def to_tokenizer(self, message: TokenizerMessage) -> None:
         self._tokenizer.send(message)
 
 
@@ -78,5 +77,5 @@ class FollowerChannel:
     def to_detokenizer(self, message: BatchTokenIDOutput) -> None:
         """Rank 0 speaks for all."""
 
-    def to_tokenizer(self, message: FlushCacheReqOutput | GetInternalStateReqOutput) -> None:
+    def to_tokenizer(self, message: TokenizerMessage) -> None:
         """Rank 0 speaks for all."""

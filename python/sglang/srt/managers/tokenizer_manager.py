@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.managers.admission import Admission
 from sglang.srt.managers.dp_routing import LoadBalancer
 from sglang.srt.managers.io_struct import (
     AbortReq,
@@ -19,20 +21,26 @@ from sglang.srt.managers.io_struct import (
     GenerateReqInput,
     GetInternalStateReq,
     GetInternalStateReqOutput,
+    StartedReqs,
     TokenizedGenerateReqInput,
     TokenizerMessage,
 )
 from sglang.srt.managers.ipc import IpcNames, Sender, tokenizer_receiver
 from sglang.srt.managers.prompt_text import PromptEncoder
 from sglang.srt.managers.request_fields import UnknownFields
-from sglang.srt.managers.request_input import RequestError, SingleRequest, split_request
+from sglang.srt.managers.request_input import (
+    RequestError,
+    SingleRequest,
+    check_logprobs,
+    num_prompt_logprobs,
+    out_of_time,
+    split_request,
+)
 from sglang.srt.managers.request_state import RequestGroup, RequestState
 from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.srt.utils.limits import (
     MAX_PROMPT_LOGPROBS,
-    MAX_TOKEN_IDS_LOGPROB,
-    MAX_TOP_LOGPROBS,
     SHUTDOWN_RETRY_AFTER_S,
 )
 
@@ -71,6 +79,9 @@ class TokenizerManager:
         # Most prompts times samples of one call; None for the offline engine.
         self.max_requests_per_call: int | None = None
         self.unknown_fields = UnknownFields()
+        # Calls that ended at their time limit.
+        self.num_timed_out = 0
+        self.admission = Admission(server_args.max_queued_requests, server_args.max_queued_tokens)
         # Bound before anybody connects: a process that runs out of descriptors meanwhile could not accept them.
         self._receiver = tokenizer_receiver(ipc)
         self._senders = [Sender(address) for address in ipc.schedulers]
@@ -129,13 +140,17 @@ class TokenizerManager:
                 future.set_exception(error)
 
     async def generate_request(
-        self, obj: GenerateReqInput, incremental: bool | None = None, warnings: Sequence[str] = ()
+        self,
+        obj: GenerateReqInput,
+        incremental: bool | None = None,
+        warnings: Sequence[str] = (),
+        is_bounded: bool = True,
     ) -> AsyncGenerator[Any, None]:
         """Results of ``obj``: one item (a list for a batch), or, streaming, one dictionary each time a request grows.
 
         ``incremental`` makes streamed dictionaries hold only what is new; None follows the server's setting.
-        ``warnings`` are shown if ``obj`` asks for warnings. Closing the iterator aborts what is unfinished. Raises
-        RequestError.
+        ``warnings`` are shown if ``obj`` asks for warnings. ``is_bounded`` False passes a full queue by and has no time
+        limit. Closing the iterator aborts what is unfinished. Raises RequestError.
         """
         if incremental is None:
             incremental = self.server_args.incremental_streaming_output
@@ -145,11 +160,21 @@ class TokenizerManager:
         group = RequestGroup(stream)
         if obj.return_warnings:
             group.warnings = list(warnings)
-        tokenized, is_list = await self._prepare(obj, group)
-        if self.failure is not None:
-            raise self.failure
-        self._log_received(obj, group)
+        timeout_s = self._time_limit(obj) if is_bounded else None
+        began = time.monotonic()
         try:
+            tokenized, is_list = await asyncio.wait_for(self._prepare(obj, group, is_bounded), timeout_s)
+        except asyncio.TimeoutError:
+            self.num_timed_out += 1
+            raise out_of_time(timeout_s) from None
+        timer = None
+        try:
+            if timeout_s is not None:
+                left_s = timeout_s - (time.monotonic() - began)
+                timer = asyncio.get_running_loop().call_later(left_s, self._expire, group, timeout_s)
+            if self.failure is not None:
+                raise self.failure
+            self._log_received(obj, group)
             # Sent together, the requests of one batch share their first step.
             by_rank: list[list[TokenizedGenerateReqInput]] = [[] for _ in self._senders]
             for state, request in zip(group.states, tokenized, strict=True):
@@ -171,7 +196,24 @@ class TokenizerManager:
                         result["index"] = state.index
                     yield result
         finally:
+            if timer is not None:
+                timer.cancel()
             self._release(group)
+
+    def _time_limit(self, obj: GenerateReqInput) -> float | None:
+        """Seconds after which a request ends; None for no limit."""
+        asked, most = obj.request_timeout, self.server_args.request_timeout
+        if asked is not None and not 0 < asked < math.inf:
+            raise RequestError(f"request_timeout must be a number of seconds above 0, got {asked:g}.")
+        return min((limit for limit in (asked, most) if limit is not None), default=None)
+
+    def _expire(self, group: RequestGroup, timeout_s: float | None) -> None:
+        """End a group whose time is up, also where nobody reads its results."""
+        if group.is_finished:
+            return
+        self.num_timed_out += 1
+        group.fail(out_of_time(timeout_s))
+        self._abandon(group)
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         """Ask the schedulers to end every request whose id starts with ``rid``, or all of them.
@@ -247,50 +289,91 @@ class TokenizerManager:
                     self._forget(state)
                 state.receive(output)
             return
+        if isinstance(message, StartedReqs):
+            states = [state for rid in message.rids if (state := self._states.get(rid)) is not None]
+            self.admission.started(sum(map(self._leave_queue, states)))
+            return
         future = self._replies.get(message.seq)
         if future is not None and not future.done():
             future.set_result(message)
+
+    def _leave_queue(self, state: RequestState) -> bool:
+        """False when it has left before."""
+        if not state.waits:
+            return False
+        state.waits = False
+        self.admission.remove(1, state.num_tokens)
+        return True
 
     def _forget(self, state: RequestState) -> None:
         del self._states[state.wire_rid]
         self._balancer.release(state.dp_rank, state.num_tokens)
 
     def _release(self, group: RequestGroup) -> None:
-        """Forget a group's requests, and abort those that a scheduler may still be running."""
-        for state in group.states:
-            if state.wire_rid in self._states:
-                self._forget(state)
-                if self.failure is None:
-                    self._abort(state)
+        self._abandon(group)
         if self.server_args.log_requests:
             for state in group.states:
                 num_tokens = len(state.output_ids)
                 logger.info("Finish: rid=%s, reason=%s, tokens=%d", state.rid, state.finish_reason, num_tokens)
 
+    def _abandon(self, group: RequestGroup) -> None:
+        """Forget a group's requests, and abort those that a scheduler may still be running."""
+        for state in group.states:
+            self._leave_queue(state)
+            if state.wire_rid in self._states:
+                self._forget(state)
+                if self.failure is None:
+                    self._abort(state)
+
     async def _prepare(
-        self, obj: GenerateReqInput, group: RequestGroup
+        self, obj: GenerateReqInput, group: RequestGroup, is_bounded: bool
     ) -> tuple[list[TokenizedGenerateReqInput], bool]:
-        """Check and tokenize every prompt of ``obj``, fill ``group``, and say whether the result is a list."""
+        """Take places in the queue, check and tokenize every prompt of ``obj``, and fill ``group``.
+
+        Returns the messages, and whether the result is a list. On an error the places are free again.
+        """
         singles, is_list = split_request(obj, self.max_requests_per_call)
         # Everything that needs no tokens is refused before any are made.
         all_params: list[SamplingParams] = []
         for i, single in enumerate(singles):
-            self._check_logprobs(single)
+            check_logprobs(single, self.vocab_size)
             shared = i > 0 and single.sampling_params is singles[i - 1].sampling_params
             all_params.append(copy(all_params[-1]) if shared else self._sampling_params(single, group))
+        places = sum(params.n for params in all_params)
+        if is_bounded:
+            self.admission.check(places)
+        self.admission.add(places, 0)
+        try:
+            tokenized = await self._tokenize(singles, all_params, obj, group)
+            num_tokens = sum(state.num_tokens for state in group.states)
+            if is_bounded:
+                self.admission.check(0, num_tokens)
+        except BaseException:
+            self.admission.remove(places, 0)
+            raise
+        self.admission.add(0, num_tokens)
+        return tokenized, is_list or places > len(singles)
+
+    async def _tokenize(
+        self,
+        singles: list[SingleRequest],
+        all_params: list[SamplingParams],
+        obj: GenerateReqInput,
+        group: RequestGroup,
+    ) -> list[TokenizedGenerateReqInput]:
+        """The messages of all sequences, with a state in ``group`` for each."""
         tokenized: list[TokenizedGenerateReqInput] = []
         show_text = bool(obj.return_text_in_logprobs) and self.tokenizer is not None
         text_of = self._token_text if show_text else _no_text
-        num_prompt_logprobs = 0
+        num_asked = 0
         for single, params in zip(singles, all_params, strict=True):
             input_ids = self._fit_context(await self._encode(single), params)
-            num_prompt_logprobs += params.n * _num_prompt_logprobs(single, len(input_ids))
-            if num_prompt_logprobs > MAX_PROMPT_LOGPROBS:
+            num_asked += params.n * num_prompt_logprobs(single, len(input_ids))
+            if num_asked > MAX_PROMPT_LOGPROBS:
                 raise RequestError(
-                    f"The call asks for {num_prompt_logprobs} log-probabilities of its prompts, and one call gives "
+                    f"The call asks for {num_asked} log-probabilities of its prompts, and one call gives "
                     f"{MAX_PROMPT_LOGPROBS} at most. Ask for fewer best tokens, or send fewer prompts in a call."
                 )
-            is_list = is_list or params.n > 1
             for sample in range(params.n):
                 rid = single.rid if params.n == 1 else f"{single.rid}_{sample}"
                 # An id that the client chose may come again while the scheduler still ends its first use.
@@ -310,7 +393,7 @@ class TokenizerManager:
                         token_ids_logprob=single.token_ids_logprob,
                     )
                 )
-        return tokenized, is_list
+        return tokenized
 
     def _token_text(self, token_id: int) -> str | None:
         text = self._token_texts.get(token_id)
@@ -384,35 +467,10 @@ class TokenizerManager:
         params.top_k = min(params.top_k, self.vocab_size)
         return input_ids
 
-    def _check_logprobs(self, single: SingleRequest) -> None:
-        most = min(MAX_TOP_LOGPROBS, self.vocab_size)
-        if not 0 <= single.top_logprobs_num <= most:
-            raise RequestError(f"top_logprobs_num must be in [0, {most}], got {single.top_logprobs_num}.")
-        if len(single.token_ids_logprob) > MAX_TOKEN_IDS_LOGPROB:
-            raise RequestError(
-                f"token_ids_logprob takes at most {MAX_TOKEN_IDS_LOGPROB} different ids, "
-                f"got {len(single.token_ids_logprob)}."
-            )
-        for token_id in single.token_ids_logprob:
-            if not 0 <= token_id < self.vocab_size:
-                raise RequestError(f"token_ids_logprob must lie in [0, {self.vocab_size}), got {token_id}.")
-
     def _log_received(self, obj: GenerateReqInput, group: RequestGroup) -> None:
         if self.server_args.log_requests:
             rids = [state.rid for state in group.states]
             logger.info("Receive: rids=%s, sampling_params=%s, stream=%s", rids, obj.sampling_params, group.stream)
-
-
-def _num_prompt_logprobs(single: SingleRequest, num_tokens: int) -> int:
-    """How many log-probabilities of its prompt a request asks for. Raises RequestError for a start outside it."""
-    start = single.logprob_start_len
-    if start < -1 or start >= num_tokens:
-        raise RequestError(
-            f"logprob_start_len must be -1 (outputs only) or in [0, {num_tokens}), the prompt's length, got {start}."
-        )
-    if start < 0 or not single.return_logprob:
-        return 0
-    return (num_tokens - start) * (1 + single.top_logprobs_num + len(single.token_ids_logprob))
 
 
 def _no_text(_: int) -> str | None:

@@ -9,6 +9,9 @@ from __future__ import annotations
 # Requests that wait for a place, over HTTP, where --max-queued-requests is not given.
 MAX_QUEUED_REQUESTS = 2048
 
+# Longest Retry-After of a full queue, in seconds.
+MAX_RETRY_AFTER_S = 60
+
 # Bytes that the bodies of all unfinished requests may come to; more than --max-request-bytes in any case.
 MAX_BODY_BYTES_IN_FLIGHT = 512 << 20
 # Seconds for which the rest of a refused body is read and dropped, so that the client gets to read the refusal.

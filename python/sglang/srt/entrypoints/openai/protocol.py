@@ -17,7 +17,8 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
 class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """What both endpoints share: OpenAI's fields, then upstream's extensions.
 
-    ``return_warnings`` lists the unknown fields, which are ignored, in the response.
+    ``return_warnings`` lists the unknown fields, which are ignored, in the response. ``request_timeout`` (seconds) ends
+    an unfinished request with an error.
     """
 
     model: str | None = None
@@ -43,6 +44,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     no_stop_trim: bool | None = None
     rid: RequestId | None = None
     return_warnings: bool | None = None
+    request_timeout: float | None = None
     response_format: dict[str, Any] | None = None
 
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from sglang.srt.entrypoints.context import DEFAULT_MODEL_NAME, ServerContext
 from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.errors import json_response
-from sglang.srt.entrypoints.http_io import EventStream, answer, event, read_body
+from sglang.srt.entrypoints.http_io import EventStream, answer, asked_timeout, event, read_body
 from sglang.srt.entrypoints.openai.protocol import (
     GenerationRequest,
     GenerationResponse,
@@ -82,12 +82,14 @@ class OpenAIServing(ABC, Generic[RequestT]):
     async def handle(self, request: Request) -> Response:
         body, warnings = await read_body(request, self.request_type, self.manager.unknown_fields)
         self.check(body)
+        self.manager.admission.check()  # before a prompt is rendered and tokenized
         self.judge_content(body, warnings if body.return_warnings else None)
         native = await self.convert(body)
         # Samples and prompts of one response share its id as the start of theirs, so that aborting it ends them all.
         native.rid = body.rid or uuid.uuid4().hex
         native.return_text_in_logprobs = True
         native.stream = bool(body.stream)
+        native.request_timeout = asked_timeout(request, body.request_timeout)
         results = self.manager.generate_request(native, incremental=True)
         if body.stream:
             return EventStream(self._stream(body, native, results, warnings))

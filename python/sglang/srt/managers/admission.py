@@ -1,0 +1,81 @@
+"""How much may wait: the bound of the queue, judged where requests arrive, before any work is done for them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+
+from sglang.srt.managers.request_input import RequestError, overloaded
+from sglang.srt.utils.limits import MAX_RETRY_AFTER_S
+
+_RATE_WINDOW_S = 30.0
+_RETRY_AFTER_UNKNOWN_S = 5
+
+
+class Admission:
+    """Sequences that have not started yet, over all schedulers, and the tokens that they may come to hold.
+
+    A sequence counts from before its prompt is tokenized until a scheduler says that it has started, or until it is
+    gone. None as a bound means none.
+    """
+
+    def __init__(
+        self, max_requests: int | None, max_tokens: int | None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.max_requests = max_requests
+        self.max_tokens = max_tokens
+        self.num_requests = 0
+        self.num_tokens = 0
+        self.num_refused = 0
+        self._clock = clock
+        # When sequences started, and how many, in the window.
+        self._starts: deque[tuple[float, int]] = deque()
+
+    def check(self, requests: int = 1, tokens: int = 0) -> None:
+        """Raise RequestError unless so many more may wait: 503 for now, 400 where it could never be."""
+        for count, asked, most, what, flag in (
+            (self.num_requests, requests, self.max_requests, "sequences (prompts x n)", "--max-queued-requests"),
+            (self.num_tokens, tokens, self.max_tokens, "tokens (prompts and max_new_tokens)", "--max-queued-tokens"),
+        ):
+            if most is None or not asked or count + asked <= most:
+                continue
+            self.num_refused += 1
+            if asked > most:
+                raise RequestError(
+                    f"The call asks for {asked} {what}, and at most {most} may wait ({flag}): it can never be taken. "
+                    "Ask for fewer."
+                )
+            wait_s = self.retry_after_s()
+            raise overloaded(
+                f"The queue is full: {count} {what} wait, {asked} more are asked for, and at most {most} may wait "
+                f"({flag}). Try again in {wait_s} s.",
+                wait_s,
+            )
+
+    def add(self, requests: int, tokens: int) -> None:
+        self.num_requests += requests
+        self.num_tokens += tokens
+
+    def remove(self, requests: int, tokens: int) -> None:
+        self.num_requests -= requests
+        self.num_tokens -= tokens
+
+    def started(self, requests: int) -> None:
+        """So many sequences have left the queue for a scheduler's batch."""
+        self._starts.append((self._clock(), requests))
+        self._forget_old()
+
+    def retry_after_s(self) -> int:
+        """Seconds in which, at the rate of late, all that waits will have started."""
+        self._forget_old()
+        count = sum(requests for _, requests in self._starts)
+        if not count:
+            return _RETRY_AFTER_UNKNOWN_S
+        rate = count / max(1.0, self._clock() - self._starts[0][0])
+        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(self.num_requests / rate)))
+
+    def _forget_old(self) -> None:
+        while self._starts and self._starts[0][0] < self._clock() - _RATE_WINDOW_S:
+            self._starts.popleft()
