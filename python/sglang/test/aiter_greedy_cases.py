@@ -14,8 +14,8 @@ from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.srt.environ import envs
 from sglang.srt.layers import sampler as sampler_module
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
-from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.server_args import ServerArgs, override_server_args, set_global_server_args_for_scheduler
 
 VOCABULARIES = (32000, 128256, 129280, 151936, 151666)
 UNSAFE_VOCABULARY = 151666
@@ -23,9 +23,35 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 NAN, INF = float("nan"), float("inf")
 
 
-def greedy_info(rows: int, vocab: int, device: str) -> SamplingBatchInfo:
-    params = SamplingParams(temperature=0.0)
-    return SamplingBatchInfo.from_rows([SamplingRow(params, 0, (), ())] * rows, vocab, torch.device(device))
+class _DummyTPGroup:
+    device_group = None
+
+
+def _mock_global_server_args(backend: str = "pytorch") -> None:
+    """Make up what a sampler of upstream looks up: arguments of the process, and a tensor-parallel group.
+
+    Undo it with ``mock.patch``: it writes into the sampler's module.
+    """
+    set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", sampling_backend=backend))
+    sampler_module.get_tp_group = _DummyTPGroup  # type: ignore[assignment]
+    sampler_module.is_dp_attention_enabled = lambda: False
+
+
+def _make_sampling_info(batch_size: int, vocab_size: int, device: str = "cuda") -> SamplingBatchInfo:
+    """A greedy batch by the keywords and shapes that upstream's callers use."""
+    return SamplingBatchInfo(
+        temperatures=torch.ones(batch_size, 1, device=device),
+        top_ps=torch.ones(batch_size, device=device),
+        top_ks=torch.zeros(batch_size, device=device, dtype=torch.int32),
+        min_ps=torch.zeros(batch_size, device=device),
+        is_all_greedy=True,
+        is_any_greedy=True,
+        need_top_p_sampling=False,
+        need_top_k_sampling=False,
+        need_min_p_sampling=False,
+        vocab_size=vocab_size,
+        device=device,
+    )
 
 
 class AiterGreedyCases(unittest.TestCase):
@@ -54,7 +80,8 @@ class AiterGreedyCases(unittest.TestCase):
 
     def sample(self, logits: torch.Tensor, **arguments: object) -> tuple[torch.Tensor, LogitsProcessorOutput]:
         output = LogitsProcessorOutput(next_token_logits=logits)
-        ids = sampler_module.Sampler()(output, greedy_info(*logits.shape, self.device), **arguments)
+        rows, vocab = logits.shape
+        ids = sampler_module.Sampler()(output, _make_sampling_info(rows, vocab, self.device), **arguments)
         return ids, output
 
     def test_batches_and_vocabularies(self) -> None:
@@ -160,6 +187,37 @@ class AiterGreedyCases(unittest.TestCase):
         for name in ("get_global_server_args", "get_tp_group", "is_dp_attention_enabled"):
             with mock.patch.object(sampler_module, name):
                 self.sample(logits)
+
+    def test_a_caller_written_for_upstream(self) -> None:
+        """Arguments, group and batch as upstream's own test makes them; ids by AITER and by torch are the same."""
+        from aiter import greedy_sample as kernel
+
+        names = ("get_global_server_args", "get_tp_group", "is_dp_attention_enabled")
+        stack = self.enterContext(ExitStack())
+        stack.enter_context(override_server_args())
+        for name in names:
+            stack.enter_context(mock.patch.object(sampler_module, name, getattr(sampler_module, name)))
+        _mock_global_server_args()
+        for rows in self.batches:
+            for vocab in (32000, 129280):
+                logits = self.random(rows, vocab, torch.bfloat16)
+                for return_logprob in (False, True):
+                    ids = {}
+                    for use_aiter, dtype in ((True, torch.int32), (False, torch.int64)):
+                        patches: dict[str, object] = {"_use_aiter": use_aiter}
+                        if use_aiter:
+                            patches["_aiter_greedy_sample"] = kernel
+                        with mock.patch.multiple(sampler_module, **patches):
+                            ids[use_aiter] = sampler_module.Sampler().forward(
+                                logits_output=LogitsProcessorOutput(next_token_logits=logits.clone()),
+                                sampling_info=_make_sampling_info(rows, vocab, self.device),
+                                return_logprob=return_logprob,
+                                top_logprobs_nums=[0] * rows,
+                                token_ids_logprobs=[None] * rows,
+                                positions=torch.arange(rows, device=self.device, dtype=torch.int32),
+                            )
+                        self.assertEqual(ids[use_aiter].dtype, dtype)
+                        self.assertEqual(ids[use_aiter].tolist(), logits.float().argmax(-1).tolist())
 
 
 # Runners collect what they find in a test file, and there only the subclasses are meant.
