@@ -6,6 +6,7 @@
     deepseek-v3-4l-fp8     V3's sizes, 1 dense + 3 MoE layers, fp8   39 GB (needs block-scaled fp8)
     deepseek-v3-3l-bf16    V3's sizes, 1 dense + 2 MoE layers, bf16  51 GB
     qwen3.5-35b-a3b-20l    20 of 40 layers (15 GDN, 5 full), bf16    36 GB
+    qwen3.5-35b-a3b-8l     8 of 40 layers (6 GDN, 2 full), bf16      15 GB
     deepseek-v2-tiny, qwen3.5-tiny: few layers at the same sizes, for smoke tests
 
 The Qwen3.5 sizes are put together from public material: call what is measured with them "Qwen3.5-35B-like".
@@ -28,6 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "deepseek-v3-4l-fp8": {**DEEPSEEK_V3, "num_hidden_layers": 4, "quantization_config": BLOCK_FP8},
     "deepseek-v3-3l-bf16": DEEPSEEK_V3,
     "qwen3.5-35b-a3b-20l": qwen35_like(20),
+    "qwen3.5-35b-a3b-8l": qwen35_like(8),
     "deepseek-v2-tiny": {**DEEPSEEK_V2_LITE, "num_hidden_layers": 2},
     "qwen3.5-tiny": qwen35_like(4),
 }

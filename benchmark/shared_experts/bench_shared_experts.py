@@ -55,8 +55,6 @@ def set_mode(runner: ModelRunner, mode: str, traced: bool = False) -> None:
             site = replace(old, enabled=old.name.split(".")[1] in beside)
         with envs.SGLANG_TRACE_OVERLAP.override(traced):
             module.overlap = StreamOverlap(stream, site)
-        if hasattr(module, "use_alt_stream"):
-            module.use_alt_stream = site.enabled
 
 
 def capture(runner: ModelRunner, mode: str, traced: bool = False) -> StepGraphs | None:
@@ -138,6 +136,15 @@ def print_choice(model: str, rows: dict[int, tuple[dict[str, float], float]], si
             print(f"chosen of {', '.join(available)}: {choose_modes(available, ModeTimes(where, kept))}")
 
 
+def print_ratios(rows: dict[int, tuple[dict[str, float], float]]) -> None:
+    """What each further site makes of a step: the fastest run with it over the fastest without, at each size."""
+    for mode in next(iter(rows.values()))[0]:
+        base = mode.partition("+")[0]
+        if base != mode:
+            ratios = ", ".join(f"{ms[mode] / ms[base]:.3f} at {size}" for size, (ms, _) in rows.items() if base in ms)
+            print(f"{mode} over {base}: {ratios}")
+
+
 def print_traces(runner: ModelRunner, allocator: Any, modes: list[str], args: argparse.Namespace) -> None:
     """Shares of the sides that ran beside the main work, as captured; the events cost time, so it is no timing."""
     for mode in modes:
@@ -182,6 +189,7 @@ def main() -> None:
         print(f"# {current_platform.describe()}; {args.input_len} tokens in, ms a step: median of {args.runs} (range)")
         print("tokens  " + "  ".join(modes))
         rows = {size: print_size(size, time_size(runner, allocator, graphs, size, args)) for size in args.tokens}
+        print_ratios(rows)
         command = f"bench_shared_experts.py --input-len {args.input_len} --steps {args.steps} --runs {args.runs}"
         model = runner.args.model_path.rstrip("/").rsplit("/", 1)[-1]
         print_choice(model, rows, next(name for name in names if name in SHARED), command)

@@ -32,7 +32,18 @@ def command_output(*command: str) -> str:
     return result.stdout.strip() or "Not Available"
 
 
+def vendor_fakes() -> tuple[str, ...]:
+    """Packages that Python would take from this project's fakes."""
+    try:
+        from sglang.srt.platforms.rocm import find_fakes
+    except Exception:  # a broken torch, of which its own line says more
+        return ()
+    return find_fakes()
+
+
 def package_version(name: str) -> str:
+    if name in vendor_fakes():
+        return "FAKE of this project, on PYTHONPATH"
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
