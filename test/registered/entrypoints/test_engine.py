@@ -1,9 +1,13 @@
 """The offline Engine over a fake engine: sync, async, streams, errors, and its end; and what importing sglang costs."""
 
 import asyncio
+import gc
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 import unittest
@@ -163,6 +167,68 @@ class TestEndOfEngine(CustomTestCase):
             engine.shutdown()
             with self.assertRaisesRegex(RuntimeError, "shut down"):
                 engine.generate("hello")
+
+    def start(self):
+        holder = tempfile.TemporaryDirectory()
+        self.addCleanup(holder.cleanup)
+        write_tokenizer(holder.name, byte_level_tokenizer())
+        with (
+            mock.patch.object(engine_module, "start_engine", start_fake),
+            mock.patch.object(engine_module, "judge", Verdict),
+        ):
+            return sglang.Engine(model_path=holder.name, tokenizer_path=holder.name)
+
+    def check_ended(self, fake, thread):
+        deadline = time.monotonic() + 30
+        while os.path.exists(fake.ipc.directory) or thread.is_alive():
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.01)
+
+    def test_an_engine_that_is_dropped_ends_its_processes(self):
+        engine = self.start()
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "sglang-engine")
+        fake = engine._processes
+        self.assertEqual(len(engine.generate("hello", GREEDY)["output_ids"]), 6)
+        del engine
+        gc.collect()
+        self.check_ended(fake, thread)
+
+    def test_the_last_reference_may_go_in_the_engines_own_thread(self):
+        holder = [self.start()]
+        (thread,) = (thread for thread in threading.enumerate() if thread.name == "sglang-engine")
+        fake, loop = holder[0]._processes, holder[0]._loop
+        loop.call_soon_threadsafe(holder.clear)
+        self.check_ended(fake, thread)
+
+    def test_a_fork_of_the_callers_process_ends_nothing(self):
+        engine = self.start()
+        self.addCleanup(engine.shutdown)
+        with mock.patch.object(engine_module.os, "getpid", return_value=1):
+            engine._end.peek()[1]()
+        self.assertEqual(len(engine.generate("hello", GREEDY)["output_ids"]), 6)
+
+    def test_an_interrupt_ends_the_request_and_not_the_engine(self):
+        engine = self.start()
+        self.addCleanup(engine.shutdown)
+        scheduler = engine._processes.scheduler
+        scheduler.delay_s = 0.02
+        handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.addCleanup(signal.signal, signal.SIGINT, handler)
+
+        def interrupt():
+            while not scheduler.running:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
+        with self.assertRaises(KeyboardInterrupt):
+            engine.generate("hello", LONG)
+        deadline = time.monotonic() + 30
+        while scheduler.running:
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.01)
+        self.assertEqual(len(scheduler.aborted_rids()), 1)
+        self.assertEqual(len(engine.generate("hello", GREEDY)["output_ids"]), 6)
 
     def test_wrong_settings(self):
         with self.assertRaisesRegex(ServerArgsError, "did you mean tp_size"):

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
+import os
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator
 from typing import Any, TypeVar
 
 import msgspec
 
 from sglang.srt.entrypoints import server_info
-from sglang.srt.entrypoints.context import ServerStatus
+from sglang.srt.entrypoints.context import ServerContext, ServerStatus
 from sglang.srt.entrypoints.launch import accept, check_engine, judge, start_engine
 from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.process_launch import EngineProcesses
 from sglang.srt.managers.request_fields import REFUSED_FIELDS
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.server_args import ServerArgs
@@ -43,12 +45,9 @@ class Engine:
         self.server_args = verdict.args
         self._context, self._processes = start_engine(verdict)
         self.tokenizer_manager = self._context.manager
-        self._closed = False
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="sglang-engine", daemon=True)
-        self._thread.start()
-        atexit.register(self.shutdown)
-        self._watcher = asyncio.run_coroutine_threadsafe(self._watch(), self._loop)
+        # Nothing in there refers to this object: it ends the processes when it is collected, or when Python exits.
+        self._end = weakref.finalize(self, _EngineLoop(self._context, self._processes, self._loop).end)
         self._run(self.tokenizer_manager.start())
         self._context.status = ServerStatus.UP
 
@@ -99,16 +98,7 @@ class Engine:
 
     def shutdown(self) -> None:
         """End what is in flight, then the processes. Safe to call twice."""
-        if self._closed:
-            return
-        self._closed = True
-        atexit.unregister(self.shutdown)
-        self._watcher.cancel()
-        asyncio.run_coroutine_threadsafe(self.tokenizer_manager.close(), self._loop).result()
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
-        self._processes.shutdown()
+        self._end()
 
     def __enter__(self) -> Engine:
         return self
@@ -143,7 +133,7 @@ class Engine:
             raise _python_error(error) from None
 
     def _check_open(self, work: Coroutine[Any, Any, Any]) -> None:
-        if self._closed:
+        if not self._end.alive:
             work.close()
             raise RuntimeError("The engine has been shut down.")
 
@@ -156,7 +146,7 @@ class Engine:
                     return
                 yield result
         finally:
-            if not self._closed:
+            if self._end.alive:
                 self._run(results.aclose())
 
     async def _aiterate(self, request: GenerateReqInput) -> AsyncGenerator[dict[str, Any], None]:
@@ -168,12 +158,37 @@ class Engine:
                     return
                 yield result
         finally:
-            if not self._closed:
+            if self._end.alive:
                 await self._arun(results.aclose())
+
+
+class _EngineLoop:
+    """The engine's thread: runs the loop and watches the processes until ``end``."""
+
+    def __init__(self, context: ServerContext, processes: EngineProcesses, loop: asyncio.AbstractEventLoop) -> None:
+        self._context, self._processes, self._loop = context, processes, loop
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=loop.run_forever, name="sglang-engine", daemon=True)
+        self._thread.start()
+        self._watcher = asyncio.run_coroutine_threadsafe(self._watch(), loop)
 
     async def _watch(self) -> None:
         while check_engine(self._context, self._processes) is None:
             await asyncio.sleep(_WATCH_INTERVAL_S)
+
+    def end(self) -> None:
+        """Fail what is in flight, end the thread, then the processes; nothing in a fork of the caller's process."""
+        if os.getpid() != self._pid:
+            return
+        if threading.current_thread() is self._thread:  # collected there: a thread cannot wait for itself
+            threading.Thread(target=self.end).start()
+            return
+        self._watcher.cancel()
+        asyncio.run_coroutine_threadsafe(self._context.manager.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+        self._processes.shutdown()
 
 
 async def _next(results: AsyncGenerator[Any, None]) -> Any:
