@@ -17,12 +17,13 @@ from sglang.cli.killall import is_server
 from sglang.cli.main import main as cli_main
 from sglang.cli.main import serve_arguments
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.kill_matrix import Cell
 from sglang.test.test_utils import CustomTestCase, free_url, kill_process_tree, popen_launch_server
 from sglang.test.tiny_checkpoints import TINY_CONFIGS
 from sglang.test.tiny_tokenizers import byte_level_tokenizer, write_tokenizer
 from sglang.version import __version__
 
-register_cpu_ci(est_time=20, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=50, suite="stage-b-test-cpu")
 
 DUMMY = ["--load-format", "dummy", "--max-total-tokens", "4096", "--random-seed", "1"]
 LONG = {"text": "hello", "sampling_params": {"max_new_tokens": 2000, "temperature": 0, "ignore_eos": True}}
@@ -55,10 +56,6 @@ class TestRunningServer(CustomTestCase):
             self.assertLess(time.monotonic(), deadline)
         return thread, replies
 
-    def check_children_are_gone(self):
-        _, alive = psutil.wait_procs(self.children, timeout=60)
-        self.assertEqual(alive, [])
-
     def test_serves_and_stops_on_sigterm_after_what_is_in_flight(self):
         body = {"text": "hello", "sampling_params": {"max_new_tokens": 5, "temperature": 0}}
         first, second = (httpx.post(f"{self.url}/generate", json=body, timeout=60).json() for _ in range(2))
@@ -77,16 +74,25 @@ class TestRunningServer(CustomTestCase):
         thread.join(60)
         self.assertEqual(len(replies[0].json()["output_ids"]), 100)
         self.assertEqual(self.process.wait(60), 0)
-        self.check_children_are_gone()
+        _, alive = psutil.wait_procs(self.children, timeout=60)
+        self.assertEqual(alive, [])
         log = self.process.log_path.read_text()
         self.assertIn("The server is fired up and ready to roll!", log)
         self.assertRegex(log, r"scheduler\] platform: \w+")
         self.assertNotIn("Traceback", log)
 
-    def test_a_killed_server_takes_its_children_along(self):
-        self.process.kill()
-        self.process.wait(60)
-        self.check_children_are_gone()
+
+class TestSignals(CustomTestCase):
+    """A few cells of the matrix that test_kill_matrix.py runs whole."""
+
+    def test_cells(self):
+        for cell in (
+            Cell("main", signal.SIGKILL, "streaming"),
+            Cell("scheduler", signal.SIGSTOP, "queued"),
+            Cell("detokenizer", signal.SIGINT, "decode"),
+        ):
+            with self.subTest(cell.name):
+                print(cell.run())
 
 
 class TestCli(CustomTestCase):
