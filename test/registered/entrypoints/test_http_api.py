@@ -15,7 +15,7 @@ from sglang.srt.entrypoints.http_server import PortError, bind, listen
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
 from sglang.srt.managers import prompt_text
-from sglang.srt.managers.io_struct import AbortReq, FinishReason
+from sglang.srt.managers.io_struct import AbortReq, FinishReason, FlushCacheReqInput
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import CONTEXT_LEN, FakeServer, FakeServerTestCase
 from sglang.test.test_utils import CustomTestCase
@@ -223,6 +223,36 @@ class TestAdministration(FakeServerTestCase):
         self.assertEqual(httpx.get(f"{self.fake.url}/flush_cache?timeout=60").status_code, 200)
         for bad in ("x", "nan", "-1"):
             self.assertEqual(httpx.get(f"{self.fake.url}/flush_cache?timeout={bad}").status_code, 400)
+
+    def test_waiting_for_a_flush_asks_nothing_and_ends_with_its_client(self):
+        manager, scheduler = self.fake.context.manager, self.fake.scheduler
+        scheduler.frozen = True
+        self.addCleanup(setattr, scheduler, "frozen", False)
+        waiting = []
+        flush = manager.flush_cache
+
+        async def counted(timeout_s):
+            waiting.append(timeout_s)
+            try:
+                return await flush(timeout_s)
+            finally:
+                waiting.remove(timeout_s)
+
+        async def main():
+            async with httpx.AsyncClient(base_url=self.fake.url, timeout=10) as client:
+                busy = asyncio.create_task(client.post("/generate", json={"text": "abc"}))
+                await asyncio.to_thread(self.fake.until, lambda: manager.num_in_flight)
+                flushes = [asyncio.create_task(client.post("/flush_cache?timeout=60")) for _ in range(20)]
+                await asyncio.to_thread(self.fake.until, lambda: len(waiting) == 20)
+                await asyncio.sleep(0.3)
+                for task in flushes:
+                    task.cancel()
+                await asyncio.to_thread(self.fake.until, lambda: not waiting)
+                busy.cancel()
+
+        with mock.patch.object(manager, "flush_cache", counted):
+            asyncio.run(main())
+        self.assertFalse([m for m in scheduler.received if isinstance(m, FlushCacheReqInput)])
 
     def test_abort_request(self):
         self.fake.scheduler.delay_s = 0.02

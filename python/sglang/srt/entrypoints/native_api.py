@@ -17,7 +17,15 @@ from sglang.srt.entrypoints import server_info
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
 from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.errors import http_error, json_response
-from sglang.srt.entrypoints.http_io import EventStream, answer, asked_timeout, event, read_body
+from sglang.srt.entrypoints.http_io import (
+    CLIENT_CLOSED_REQUEST,
+    EventStream,
+    answer,
+    asked_timeout,
+    event,
+    read_body,
+    run_while_connected,
+)
 from sglang.srt.entrypoints.lacking import LACKING_PATHS
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import GenerateReqInput, RequestId
@@ -187,7 +195,10 @@ class NativeApi:
             timeout_s = -1.0
         if not 0 <= timeout_s <= _MAX_FLUSH_WAIT_S:
             raise RequestError(f"timeout must be a number of seconds in [0, {_MAX_FLUSH_WAIT_S}].")
-        success, message = await self._manager.flush_cache(timeout_s)
+        done, outcome = await run_while_connected(request.receive, self._manager.flush_cache(timeout_s))
+        if not done or outcome is None:
+            return Response(status_code=CLIENT_CLOSED_REQUEST)
+        success, message = outcome
         if success:
             return Response("Cache flushed.\n", media_type="text/plain")
         return Response(f"The cache was not flushed. {message}\n", 400, media_type="text/plain")

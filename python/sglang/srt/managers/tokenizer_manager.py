@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 60.0
+_FLUSH_POLL_S = 0.1
 _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 
 
@@ -236,12 +237,15 @@ class TokenizerManager:
     async def flush_cache(self, timeout_s: float = 0.0) -> tuple[bool, str]:
         """Drop the prefix cache; waits up to ``timeout_s`` for requests in flight. Returns success and why not."""
         deadline = time.monotonic() + timeout_s
+        # While this process has requests in flight the answer is known, and many may wait for it.
+        while self._states and time.monotonic() < deadline:
+            await asyncio.sleep(min(_FLUSH_POLL_S, max(0.0, deadline - time.monotonic())))
         while True:
             replies: list[FlushCacheReqOutput] = await self._ask(FlushCacheReqInput)
             refusals = [reply.message for reply in replies if not reply.success]
             if not refusals or time.monotonic() >= deadline:
                 return not refusals, " ".join(refusals)
-            await asyncio.sleep(min(0.1, max(0.0, deadline - time.monotonic())))
+            await asyncio.sleep(min(_FLUSH_POLL_S, max(0.0, deadline - time.monotonic())))
 
     async def get_internal_states(self, timeout_s: float = CONTROL_TIMEOUT_S) -> list[dict[str, Any]]:
         """Each scheduler's counters, pools, chosen kernels and fallbacks, by DP rank."""
