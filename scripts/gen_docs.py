@@ -27,9 +27,15 @@ def render_server_arguments() -> str:
     return str(importlib.import_module("server_arguments_page").render())
 
 
+def render_limits() -> str:
+    """The page of fixed limits."""
+    return str(importlib.import_module("limits_page").render())
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "docs/references/environment_variables.md": render_environment_variables,
     "docs/advanced_features/server_arguments.md": render_server_arguments,
+    "docs/references/limits.md": render_limits,
 }
 
 

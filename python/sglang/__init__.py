@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 __all__ = ["Engine", "ServerArgs", "__version__"]
+_FRONTEND = frozenset(
+    "Anthropic LiteLLM OpenAI Runtime RuntimeEndpoint VertexAI assistant assistant_begin assistant_end function gen "
+    "gen_int gen_string image select separate_reasoning set_default_backend system system_begin system_end user "
+    "user_begin user_end video".split()
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +27,9 @@ def __getattr__(name: str) -> Any:
         from sglang.srt.server_args import ServerArgs
 
         return ServerArgs
+    if name in _FRONTEND:
+        raise AttributeError(
+            f"sglang.{name} is part of upstream's frontend language, which this engine lacks: call a model with "
+            "sglang.Engine, or start the server and use any OpenAI client"
+        )
     raise AttributeError(f"module 'sglang' has no attribute {name!r}")

@@ -16,6 +16,8 @@ def serve(argv: Sequence[str]) -> int:
 
     if errors := early_errors(argv):
         exit_with_errors(errors)
+    if sys.stderr.isatty():
+        print("starting: loading torch ...", file=sys.stderr, flush=True)
     from sglang.srt.entrypoints.http_server import launch_server
 
     return launch_server(argv)

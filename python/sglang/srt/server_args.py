@@ -72,12 +72,12 @@ class ServerArgs(HttpArgs):
     model_path: Annotated[
         str,
         Arg(
-            "Folder of a model in Hugging Face format; nothing is fetched from a hub. Without it, the small model that "
-            "ships with the package is served.",
+            "Folder of a model in Hugging Face format; nothing is fetched from a hub. Or one of the small models that "
+            "ship with the package: deepseek-v3-tiny, deepseek-v2-tiny, qwen3.5-moe-tiny.",
             MODEL,
             aliases=("--model",),
             metavar="FOLDER",
-            auto="the embedded model",
+            auto="deepseek-v3-tiny",
         ),
     ] = ""
     tokenizer_path: Annotated[

@@ -64,7 +64,7 @@ def evaluate(
     """
     verdict = _read_flags(argv)
     keys = with_keys(verdict.args, environ)
-    args = verdict.args = keys.args
+    verdict.args = keys.args
     verdict.errors += keys.errors
     verdict.warnings += keys.warnings
     platform = _choose_platform(platform, verdict)
@@ -72,8 +72,7 @@ def evaluate(
     verdict.errors += report.errors
     verdict.warnings += report.warnings
     verdict.variables = dict(report.set_variables)
-    if not args.model_path:
-        verdict.args = _with_embedded_model(verdict)
+    verdict.args = _with_embedded_model(verdict)
     model_problems = _read_model(verdict, platform)
     if platform is not None:
         resolution = resolve_all(verdict.args, verdict.model_config, platform, environ)
@@ -130,11 +129,19 @@ def _choose_platform(platform: PlatformLike | None, verdict: Verdict) -> Platfor
 
 
 def _with_embedded_model(verdict: Verdict) -> ServerArgs:
-    from sglang.embedded_models import default_model_path
+    """The arguments with the folder of a model that ships with the package, if it is named or no other is."""
+    from sglang.embedded_models import EMBEDDED_MODELS, default_model_path
 
-    path = str(default_model_path())
-    verdict.changes.append(Change("model_path", "", path, "no --model-path: the model that ships with the package"))
-    return replace(verdict.args, model_path=path)
+    args, asked = verdict.args, verdict.args.model_path
+    if asked and (asked not in EMBEDDED_MODELS or Path(asked).exists()):
+        return args
+    path = EMBEDDED_MODELS.get(asked, default_model_path())
+    reason = "the model of this name" if asked else "no --model-path: the model"
+    changes = [Change("model_path", asked, str(path), f"{reason} that ships with the package")]
+    if args.served_model_name is None:
+        changes.append(Change("served_model_name", None, path.name, "its name"))
+    verdict.changes += changes
+    return replace(args, **{change.field: change.new for change in changes})
 
 
 def _read_model(verdict: Verdict, platform: PlatformLike | None) -> list[str]:

@@ -250,6 +250,9 @@ class TestImport(CustomTestCase):
         self.assertIs(sglang.ServerArgs, ServerArgs)
         with self.assertRaisesRegex(AttributeError, "no attribute 'Nothing'"):
             _ = sglang.Nothing
+        for name in ("function", "gen", "RuntimeEndpoint"):
+            with self.assertRaisesRegex(AttributeError, f"sglang.{name} .* frontend language.*sglang.Engine"):
+                getattr(sglang, name)
 
 
 if __name__ == "__main__":

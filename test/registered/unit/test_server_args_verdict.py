@@ -1,19 +1,25 @@
-"""What is wrong with flags, variables or the port is said before torch and the HTTP packages are loaded."""
+"""What a launch comes to: mistakes that are told before torch is loaded, models by name, what the log says."""
 
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import unittest
 from pathlib import Path
 
+from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt import server_args
+from sglang.srt.entrypoints.launch import accept
+from sglang.srt.platforms.cpu import CpuPlatform
+from sglang.srt.server_args import evaluate
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 from sglang.version import __version__
 
-register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
+CPU = CpuPlatform()
 PROGRAM = """
 import atexit, sys
 slow = {"torch", "numpy", "starlette", "uvicorn"}
@@ -60,6 +66,44 @@ class TestEarlyErrors(CustomTestCase):
     def test_a_dry_run_says_all_at_once(self) -> None:
         done = program("from sglang.srt.server_args_verdict import early_errors as e; print(e(['--dry-run', '--tpp']))")
         self.assertEqual(done.stdout, "[]\nloaded []\n")
+
+
+class TestEmbeddedModels(CustomTestCase):
+    def test_names(self) -> None:
+        for name in EMBEDDED_MODELS:
+            verdict = evaluate(["--model-path", name], CPU, {})
+            self.assertEqual(verdict.errors, [])
+            self.assertEqual(verdict.args.model_path, verdict.args.tokenizer_path)
+            self.assertEqual(Path(verdict.args.model_path), EMBEDDED_MODELS[name])
+            self.assertEqual(verdict.args.served_model_name, name)
+        self.assertEqual(evaluate([], CPU, {}).args.served_model_name, "deepseek-v3-tiny")
+        given = evaluate(["--model-path", "deepseek-v2-tiny", "--served-model-name", "mine"], CPU, {})
+        self.assertEqual(given.args.served_model_name, "mine")
+        text = next(spec.arg.help for spec in server_args.specs() if spec.name == "model_path")
+        self.assertIn(", ".join(EMBEDDED_MODELS), text)
+
+    def test_a_folder_of_that_name_comes_first(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.addCleanup(os.chdir, os.getcwd())
+            os.chdir(folder)
+            Path("deepseek-v2-tiny").mkdir()
+            verdict = evaluate(["--model-path", "deepseek-v2-tiny"], CPU, {})
+        self.assertEqual(verdict.args.model_path, "deepseek-v2-tiny")
+        self.assertIn("config.json", verdict.errors[0])
+
+
+class TestLog(CustomTestCase):
+    def lines(self, *words: str) -> list[str]:
+        with self.assertLogs("sglang.srt.entrypoints.launch", "INFO") as logs:
+            accept(evaluate(words, CPU, {}))
+        return [record.getMessage() for record in logs.records]
+
+    def test_one_line_for_what_was_chosen_and_one_for_each_given_setting_that_changed(self) -> None:
+        (line,) = self.lines("--random-seed", "7")
+        for part in ("serving", "deepseek-v3-tiny on cpu: float32", "4096 tokens", "random seed 7", "--dry-run shows"):
+            self.assertIn(part, line)
+        changed, _ = self.lines("--schedule-policy", "lpm", "--disable-radix-cache")
+        self.assertTrue(changed.startswith("schedule_policy: lpm -> fcfs ("), changed)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.managers.process_launch import EngineProcesses, launch_engine_processes
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
-from sglang.srt.server_args import ServerArgs, ServerArgsError, evaluate
+from sglang.srt.server_args import ServerArgs, ServerArgsError, evaluate, specs
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -61,13 +61,20 @@ def _plan_exchange(verdict: Verdict) -> None:
 
 
 def accept(verdict: Verdict) -> None:
-    """Log what resolution decided; raises ServerArgsError with every reason against the launch."""
+    """Log what resolution decided, in full at level debug; raises ServerArgsError with every reason against it."""
     for warning in verdict.warnings:
         logger.warning("%s", warning)
     if verdict.errors:
         raise ServerArgsError(verdict.errors)
+    args, defaults = verdict.args, {spec.name: spec.default for spec in specs()}
     for change in verdict.changes:
-        logger.info("%s", change)
+        logger.log(logging.DEBUG if change.old == defaults[change.field] else logging.INFO, "%s", change)
+    logger.info(
+        "serving %s on %s: %s, context of %s tokens, up to %s requests at once, random seed %s. "
+        "%d settings were chosen: --dry-run shows each with its reason",
+        args.model_path, verdict.platform, args.dtype, args.context_length, args.max_running_requests,
+        args.random_seed, len({change.field for change in verdict.changes}),
+    )  # fmt: skip
     for name, value in verdict.variables.items():
         logger.info("variable %s=%s", name, value)
     for name, value in verdict.child_variables.items():
