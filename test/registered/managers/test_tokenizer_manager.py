@@ -143,9 +143,13 @@ class TestResults(ManagerTestCase):
         self.assertEqual([len(row) for row in meta["output_top_logprobs"]], [2, 2])
         self.assertIsNone(meta["input_top_logprobs"][0])
         self.assertEqual(meta["output_token_ids_logprobs"][0], [(fake_logprob(9), 9, text([9]))])
-        deltas = GenerateReqInput(input_ids=ids, sampling_params=params, stream=True, return_logprob=True)
+        deltas = GenerateReqInput(
+            input_ids=ids, sampling_params=params, stream=True, return_logprob=True, logprob_start_len=0
+        )
         chunks = [r async for r in self.manager.generate_request(deltas, incremental=True)]
         entries = sum((c["meta_info"]["output_token_logprobs"] for c in chunks), [])
+        prompts = [len(c["meta_info"]["input_token_logprobs"]) for c in chunks]
+        self.assertEqual(prompts, [len(ids)] + [0] * (len(chunks) - 1), "those of the prompt come once")
         self.assertEqual([(e[0], e[1], None) for e in meta["output_token_logprobs"]], entries)
 
     async def test_stop_string_ends_and_is_trimmed(self):

@@ -40,7 +40,7 @@ class LogitsProcessorOutput:
     input_token_logprobs: list[list[float]] | None = None
     input_top_logprobs: list[list[TopLogprobs]] | None = None
     input_token_ids_logprobs: list[list[TopLogprobs]] | None = None
-    # Filled by the sampler: a RowFault or 0 for each row [B] int8, and what was asked about the drawn tokens [B].
+    # Filled by the sampler: a RowFault or 0 for each row [B] int64, and what was asked about the drawn tokens [B].
     row_faults: torch.Tensor | None = None
     next_token_logprobs: torch.Tensor | None = None
     next_token_top_logprobs: list[TopLogprobs] | None = None

@@ -55,7 +55,7 @@ class LaunchedStep:
         ids, faults, *logprobs = self._host.unbind(0)
         return StepOutput(
             next_token_ids=ids.long().tolist(),
-            row_faults=faults.int().tolist(),
+            row_faults=faults.long().tolist(),
             next_token_logprobs=logprobs[0].tolist() if logprobs else None,
             logits_output=self._logits_output,
         )
