@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.moe.token_dispatcher.config import mori_setting_problems
 from sglang.srt.layers.moe.token_dispatcher.mori_memory import MIB, heap_bytes
 from sglang.srt.model_executor.memory_plan import GIB, ExchangePlan, MemoryPlan, plan_memory
 from sglang.srt.platforms import Platform
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         exit_with_errors(verdict.errors)
     args, config = verdict.args, verdict.model_config
     assert config is not None
+    if problems := mori_setting_problems(args):
+        exit_with_errors(problems)
     try:
         plan = plan_memory(args, config, platform.kind, int(options.gpu_memory_gb * GIB), os.environ)
         variables = launch_variables(args, config, plan, platform)

@@ -38,6 +38,14 @@ def _no_exchange(here: Situation) -> str:
     return "--moe-a2a-backend is none" if here.args.moe_a2a_backend == "none" and not refused else ""
 
 
+def _no_mori(here: Situation) -> str:
+    return f"--moe-a2a-backend is {here.args.moe_a2a_backend}" if here.args.moe_a2a_backend != "mori" else ""
+
+
+def _one_node(here: Situation) -> str:
+    return _no_mori(here) or ("all ranks are of one node" if here.args.tp_size <= 8 else "")
+
+
 def _no_replicas(here: Situation) -> str:
     return "--dp-size is 1" if here.args.dp_size == 1 else ""
 
@@ -88,6 +96,12 @@ VARIABLES: tuple[tuple[EnvField[Any], Reason], ...] = (
     (envs.SGLANG_MAMBA_CONV_DTYPE, _no_states),
     (envs.SGLANG_TEST_RETRACT_INTERVAL, _no_retraction),
     (envs.SGLANG_FAKE_ROCM_ARCH, _own_architecture),
+    (envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK, _no_mori),
+    (envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS, _no_mori),
+    (envs.SGLANG_MORI_MOE_MAX_INPUT_TOKENS, _no_mori),
+    (envs.SGLANG_MORI_DISPATCH_DTYPE, _no_mori),
+    (envs.SGLANG_MORI_COMBINE_DTYPE, _no_mori),
+    (envs.SGLANG_MORI_DISPATCH_INTER_KERNEL_SWITCH_THRESHOLD, _one_node),
 )
 
 

@@ -1,18 +1,24 @@
 """Settings that change nothing are said, each once and with the reason; where they act, nothing is said."""
 
+import io
 import json
 import tempfile
 import unittest
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
+from sglang import plan
+from sglang.srt.entrypoints.launch import judge
+from sglang.srt.environ import envs
+from sglang.srt.layers.moe.token_dispatcher.config import mori_setting_problems
 from sglang.srt.server_args import ServerArgs, evaluate
 from sglang.srt.server_args_effect import FLAGS, VARIABLES
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import TINY_CONFIGS
 
-register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
 CPU = SimpleNamespace(kind="cpu", device_type="cpu", supports_graphs=False)
 MI300X = SimpleNamespace(kind="hip", device_type="cuda", supports_graphs=True)
@@ -22,6 +28,7 @@ MODELS = {
     "qwen": ("q35moe", "Qwen3_5MoeForCausalLM"),
     "deepseek": ("dsv3", "DeepseekV3ForCausalLM"),
 }
+MORI = "--tp 2 --moe-a2a-backend mori"
 # Setting, where it acts (model, platform, flags, variables beside it), where not, and why.
 ROWS = (
     ("--mamba-ssm-dtype bfloat16", ("qwen",), ("deepseek",), "no recurrent states"),
@@ -37,7 +44,13 @@ ROWS = (
     ("SGLANG_MAMBA_CONV_DTYPE=float32", ("dense",), ("deepseek",), "no recurrent states"),
     ("SGLANG_TEST_RETRACT_INTERVAL=5", ("qwen", CPU, "", "SGLANG_TEST_RETRACT=1"), ("qwen",), "RETRACT is off"),
     ("SGLANG_FAKE_ROCM_ARCH=gfx950", ("qwen", FAKES), ("qwen", MI300X), "architecture of its own"),
+    ("SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK=4096", ("deepseek", CPU, MORI), ("deepseek",), "backend is none"),
+    ("SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS=64", ("deepseek", CPU, MORI), ("deepseek",), "backend is none"),
+    ("SGLANG_MORI_MOE_MAX_INPUT_TOKENS=64", ("deepseek", CPU, MORI), ("deepseek",), "backend is none"),
+    ("SGLANG_MORI_DISPATCH_DTYPE=bf16", ("deepseek", CPU, MORI), ("deepseek",), "backend is none"),
+    ("SGLANG_MORI_COMBINE_DTYPE=bf16", ("deepseek", MI300X, MORI), ("deepseek", MI300X), "backend is none"),
 )
+SWITCH = "SGLANG_MORI_DISPATCH_INTER_KERNEL_SWITCH_THRESHOLD"
 
 
 class TestWithoutEffect(CustomTestCase):
@@ -78,8 +91,27 @@ class TestWithoutEffect(CustomTestCase):
         for setting in ("SGLANG_MAMBA_SSM_DTYPE=int8", "SGLANG_FAKE_ROCM_ARCH=gfx90a", "--cuda-graph-max-bs -1"):
             self.assertTrue(self.verdict(setting, "deepseek", CPU).errors, setting)
 
+    def test_variables_of_an_exchange_that_is_not_used_are_in_the_range_of_one_node(self):
+        args = ServerArgs(tp_size=2)
+        for cap, worst in ((32_768, ""), (9_999_999, "1..32768")):
+            with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(cap):
+                for problems in (mori_setting_problems(args), judge(args).errors):
+                    self.assertIn(worst, "".join(line for line in problems if "PREALLOC" in line))
+                    self.assertEqual(any("PREALLOC" in line for line in problems), bool(worst))
+                with self.assertRaises(SystemExit) if worst else nullcontext(), redirect_stderr(io.StringIO()) as err:
+                    with redirect_stdout(io.StringIO()):
+                        plan.main(["--model-path", f"{self.folder.name}/deepseek", "--skip-tokenizer-init"])
+                self.assertIn(worst, err.getvalue())
+
+    def test_a_switch_between_kernels_of_several_nodes(self):
+        for flags, reason in (("", "--moe-a2a-backend is none"), (MORI, "all ranks are of one node")):
+            found = self.verdict(f"{SWITCH}=64", "deepseek", MI300X, flags)
+            self.assertEqual(self.idle(found), [f"{SWITCH} has no effect: {reason}"])
+        found = self.verdict(f"{SWITCH}=64", "deepseek", MI300X, "--tp 16 --moe-a2a-backend mori")
+        self.assertEqual(self.idle(found), [])
+
     def test_every_row_of_the_table_is_here(self):
-        names = {row[0].split()[0].partition("=")[0] for row in ROWS}
+        names = {row[0].split()[0].partition("=")[0] for row in ROWS} | {SWITCH}
         flags = {f"--{name.replace('_', '-')}" for name in FLAGS}
         self.assertEqual(names, flags | {variable.name for variable, _ in VARIABLES})
         self.assertLessEqual(set(FLAGS), set(vars(ServerArgs())))

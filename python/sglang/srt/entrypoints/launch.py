@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sglang.srt.entrypoints.context import ServerContext
+from sglang.srt.layers.moe.token_dispatcher.config import mori_setting_problems
 from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.managers.process_launch import EngineProcesses, launch_engine_processes
 from sglang.srt.managers.request_input import RequestError
@@ -49,7 +50,8 @@ def _plan_streams(verdict: Verdict) -> None:
 
 
 def _plan_exchange(verdict: Verdict) -> None:
-    if verdict.args.moe_a2a_backend == "none":
+    verdict.errors += mori_setting_problems(verdict.args)
+    if verdict.args.moe_a2a_backend == "none" or verdict.errors:
         return
     from sglang.srt.model_executor.memory_plan import plan_moe_exchange
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.base import ExchangeConfigError
 from sglang.srt.utils.common import get_bool_env_var, get_int_env_var
+
+# Ranks of one node.
+NODE = 8
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,26 @@ class MoriConfig:
             combine_groups=get_int_env_var("MORI_FP8_COMBINE_SCALE_DIM", 56),
         )
         return cls(world_size=world_size, low_latency=low_latency, **{**values, **known})
+
+
+class ExchangeArgs(Protocol):
+    """The resolved arguments that decide whether, and between how many ranks, MORI's protocol carries tokens."""
+
+    @property
+    def moe_a2a_backend(self) -> str: ...
+
+    @property
+    def tp_size(self) -> int: ...
+
+
+def mori_setting_problems(args: ExchangeArgs) -> list[str]:
+    """What is wrong with the SGLANG_MORI_* variables, also where no exchange uses them.
+
+    There, a value may be what any world of one node takes.
+    """
+    world = args.tp_size if args.moe_a2a_backend == "mori" else max(args.tp_size, NODE)
+    try:
+        MoriConfig.from_env(world)
+    except ExchangeConfigError as error:
+        return [str(error)]
+    return []

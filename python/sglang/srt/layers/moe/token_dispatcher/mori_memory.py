@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sglang.srt.layers.moe.token_dispatcher.base import EpConfig
+from sglang.srt.layers.moe.token_dispatcher.config import NODE
 
 HEAP_VARIABLE = "MORI_SHMEM_HEAP_SIZE"
 KERNELS = ("IntraNode", "InterNodeV1", "InterNodeV1LL", "AsyncLL")
 MIB = 1 << 20
-# Ranks of a node, and queue pairs to a peer, as the op is configured here.
-NODE, QUEUE_PAIRS = 8, 2
+# To a peer, as the op is configured here.
+QUEUE_PAIRS = 2
 # The static heap aligns what it hands out, and starts with a gap and its own synchronisation words. In virtual-memory
 # mode an allocation may instead skip to the next chunk. The spare room is for small buffers in which releases differ.
 ALIGNMENT, HEAP_START, VMM_CHUNK, HEAP_SPARE = 256, 256 + 1024, 64 * MIB, 64 * MIB

@@ -9,10 +9,9 @@ import torch
 from sglang.kernels.ops.quant.group_fp8 import GROUP
 from sglang.srt.layers.moe.token_dispatcher.base import EpConfig, ExchangeConfigError
 from sglang.srt.layers.moe.token_dispatcher.capacity import source_limit
-from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
+from sglang.srt.layers.moe.token_dispatcher.config import NODE, MoriConfig
 
-# Ranks of one node, and of one domain that the single-node kernel spans.
-NODE = 8
+# A node is one domain, which the single-node kernel spans.
 WAVE = 64
 # SGLANG_MORI_COMBINE_DTYPE -> MORI's codec of combined rows.
 COMBINE_CODECS = {"auto": "none", "bf16": "none", "fp8": "fp8_blockwise", "fp8_direct_cast": "fp8_direct_cast"}

@@ -25,9 +25,9 @@ from sglang.srt.layers.moe.token_dispatcher.base import (
     ExchangeConfigError,
     RecvBatch,
 )
-from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
+from sglang.srt.layers.moe.token_dispatcher.config import NODE, MoriConfig
 from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
-from sglang.srt.layers.moe.token_dispatcher.mori_plan import NODE, WAVE, MoriKernel, choose_kernel, plan_exchange
+from sglang.srt.layers.moe.token_dispatcher.mori_plan import WAVE, MoriKernel, choose_kernel, plan_exchange
 from sglang.srt.layers.moe.token_dispatcher.portable import PortableTransport
 from sglang.srt.layers.moe.topk import TopKOutput
 from sglang.srt.platforms import current_platform
