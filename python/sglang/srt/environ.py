@@ -57,7 +57,8 @@ class Envs:
         "`sampling.greedy=torch`. One that cannot run is an error. `python -m sglang.kernels` lists ops.",
     )
     SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION = EnvBool(
-        True, doc="`/health` generates one token, as `/health_generate` always does. False: it only looks at the state."
+        False,
+        doc="`/health` generates one token, as `/health_generate` always does. False: it only looks at the state.",
     )
     SGLANG_HEALTH_CHECK_TIMEOUT = EnvInt(
         20, minimum=1, unit="seconds", doc="Time that a health check waits for the scheduler before it answers 503."

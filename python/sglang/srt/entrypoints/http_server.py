@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import logging
 import signal
@@ -16,8 +17,9 @@ from starlette.applications import Starlette
 
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.entrypoints.app import build_app
-from sglang.srt.entrypoints.connections import Connection
+from sglang.srt.entrypoints.connections import Connection, fit_connections
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
+from sglang.srt.entrypoints.http_logs import bound_http_logs, on_loop_error
 from sglang.srt.entrypoints.launch import accept, check_engine, judge, start_engine
 from sglang.srt.entrypoints.shutdown import EXIT_CUT, Drain, exit_during_start, handle_stop_signals
 from sglang.srt.managers.io_struct import GenerateReqInput
@@ -36,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 65
 _WATCH_INTERVAL_S = 0.5
+# Of uvicorn's main loop.
+_TICKS_PER_S = 10
 
 
 _USER_ERRORS = (ChatTemplateError, ConfigError, PortError, TokenizerError)
@@ -54,10 +58,11 @@ class HttpServer(uvicorn.Server):
         args = context.server_args
         admission = context.manager.admission
         admission.max_requests = admission.max_requests or MAX_QUEUED_REQUESTS
+        bound_http_logs()
         quiet = args.log_level not in ("debug", "info")
         config = uvicorn.Config(
             build_app(context, self._lifespan),
-            http=Connection,
+            http=functools.partial(Connection, max_connections=fit_connections(args.max_connections)),
             ws="none",
             log_config=None,
             log_level=args.log_level,
@@ -68,6 +73,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(config)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(on_loop_error)
         await super().startup(sockets)
         for listener in sockets or ():
             host, port = listener.getsockname()[:2]
@@ -82,6 +88,9 @@ class HttpServer(uvicorn.Server):
         yield
 
     async def on_tick(self, counter: int) -> bool:
+        if counter % _TICKS_PER_S == 0:
+            for connection in list(self.server_state.connections):
+                connection.check_time()
         if self.drain.is_asked and not self.should_exit:
             self.context.status = ServerStatus.STOPPING
             if not await self.drain.run(lambda: len(self.server_state.tasks)):

@@ -43,6 +43,7 @@ from sglang.srt.utils.limits import (
     MAX_PROMPT_LOGPROBS,
     SHUTDOWN_RETRY_AFTER_S,
 )
+from sglang.srt.utils.logging_config import shown
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -318,7 +319,8 @@ class TokenizerManager:
         if self.server_args.log_requests:
             for state in group.states:
                 num_tokens = len(state.output_ids)
-                logger.info("Finish: rid=%s, reason=%s, tokens=%d", state.rid, state.finish_reason, num_tokens)
+                reason = shown(state.finish_reason)
+                logger.info("Finish: rid=%s, reason=%s, tokens=%d", shown(state.rid), reason, num_tokens)
 
     def _abandon(self, group: RequestGroup) -> None:
         """Forget a group's requests, and abort those that a scheduler may still be running."""
@@ -474,7 +476,8 @@ class TokenizerManager:
     def _log_received(self, obj: GenerateReqInput, group: RequestGroup) -> None:
         if self.server_args.log_requests:
             rids = [state.rid for state in group.states]
-            logger.info("Receive: rids=%s, sampling_params=%s, stream=%s", rids, obj.sampling_params, group.stream)
+            params = shown(obj.sampling_params)
+            logger.info("Receive: rids=%s, sampling_params=%s, stream=%s", shown(rids), params, group.stream)
 
 
 def _no_text(_: int) -> str | None:

@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 import logging
+import reprlib
+from typing import Any
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 200
+_SHORT.maxlist = _SHORT.maxtuple = 8
+_SHORT.maxdict = 32
+
+
+def shown(value: Any) -> str:
+    """A value that came from a client, for a log line: escaped, and cut to a length that a log can bear."""
+    return _SHORT.repr(value)
 
 
 def configure_logging(level: str, process: str) -> None:

@@ -1,0 +1,71 @@
+"""What the HTTP libraries log: lines that a client may not forge, fill, or repeat at will."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+# Probes come every few seconds; one that fails is logged.
+QUIET_PATHS = frozenset({"/health", "/health_generate", "/metrics", "/ping", "/ready"})
+_MAX_PATH_CHARS = 256
+
+logger = logging.getLogger(__name__)
+
+
+class AccessFilter(logging.Filter):
+    """Drops successful probes, and cuts long methods and paths; uvicorn escapes them."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if not isinstance(record.args, tuple) or len(record.args) != 5:
+            return True
+        client, method, path, version, status = record.args
+        if str(path).partition("?")[0] in QUIET_PATHS and status == 200:
+            return False
+        record.args = client, _cut(str(method)), _cut(str(path)), version, status
+        return True
+
+
+class OncePerSecond(logging.Filter):
+    """Lets each warning of a library pass once per second, with the number of those held back before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[str, float] = {}
+        self._held: dict[str, int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.levelno != logging.WARNING or record.args:
+            return True
+        key, now = str(record.msg), time.monotonic()
+        if now - self._last.get(key, -1.0) < 1.0:
+            self._held[key] = self._held.get(key, 0) + 1
+            return False
+        self._last[key] = now
+        if held := self._held.pop(key, 0):
+            record.msg = f"{key} ({held} more before this one)"
+        return True
+
+
+_ACCESS_FILTER = AccessFilter()
+_ONCE_PER_SECOND = OncePerSecond()
+
+
+def bound_http_logs() -> None:
+    """Put the filters on uvicorn's loggers; a second call does nothing."""
+    logging.getLogger("uvicorn.access").addFilter(_ACCESS_FILTER)
+    logging.getLogger("uvicorn.error").addFilter(_ONCE_PER_SECOND)
+    logger.addFilter(_ONCE_PER_SECOND)
+
+
+def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """asyncio reports every connection that it could not accept, thousands at a time: say it once per second."""
+    if "socket.accept()" in context.get("message", ""):
+        logger.warning("No file descriptor is left for a new connection; it waits until others close.")
+    else:
+        loop.default_exception_handler(context)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_PATH_CHARS else f"{text[:_MAX_PATH_CHARS]}... ({len(text)} characters)"

@@ -1,0 +1,204 @@
+"""Connections: slow and silent clients are cut, healthy ones are not, numbers are bounded, logs stay short."""
+
+import asyncio
+import json
+import logging
+import resource
+import socket
+import time
+import unittest
+from unittest import mock
+
+import httpx
+
+from sglang.srt.entrypoints import connections, http_logs
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.fake_server import FakeServer, FakeServerTestCase
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=14, suite="stage-a-test-cpu")
+
+HEAD = b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+def request(**body):
+    content = json.dumps(body).encode()
+    return HEAD + b"Content-Length: %d\r\n\r\n" % len(content) + content
+
+
+class Connections(FakeServerTestCase):
+    def connect(self, data=b""):
+        connection = socket.create_connection(("127.0.0.1", int(self.fake.url.rpartition(":")[2])), 10)
+        self.addCleanup(connection.close)
+        connection.sendall(data)
+        return connection
+
+    def rest(self, connection):
+        """All that comes until the server closes."""
+        received = b""
+        try:
+            while data := connection.recv(65536):
+                received += data
+        except ConnectionResetError:
+            pass
+        return received
+
+    @property
+    def num_open(self):
+        return len(self.fake.server.server_state.connections)
+
+
+class TestSlowClients(Connections):
+    def test_half_headers_are_closed_next_to_a_healthy_stream(self):
+        self.fake.scheduler.delay_s = 0.04
+        with mock.patch.object(connections, "HEADER_TIMEOUT_S", 0.3):
+            with self.client.stream("POST", "/generate", json={"text": "abc", "stream": True}) as stream:
+                lines = stream.iter_lines()
+                next(lines)
+                slow = [self.connect(data) for data in (b"", b"POST", HEAD) for _ in range(100)]
+                for connection in slow:
+                    self.assertEqual(self.rest(connection), b"")
+                self.assertEqual(list(lines)[-2:], ["data: [DONE]", ""])
+
+    def test_a_body_that_trickles_in_is_cut_and_a_slow_one_is_not(self):
+        with mock.patch.multiple(connections, BODY_TIMEOUT_S=0.3, MIN_BODY_BYTES_PER_S=100):
+            body = json.dumps({"text": "abc", "pad": "x" * 400, "sampling_params": {"max_new_tokens": 2}}).encode()
+            head = HEAD + b"Content-Length: %d\r\n\r\n" % len(body)
+            self.assertEqual(self.rest(self.connect(head + body[:5])), b"")
+            slow = self.connect(head + body[:300])
+            time.sleep(1.5)
+            slow.sendall(body[300:])
+            self.assertTrue(slow.recv(100).startswith(b"HTTP/1.1 200"))
+        self.assertEqual(self.fake.context.manager.num_in_flight, 0)
+
+    def test_an_idle_engine_and_a_kept_connection_are_not_the_clients_fault(self):
+        with mock.patch.multiple(connections, HEADER_TIMEOUT_S=0.2, BODY_TIMEOUT_S=0.2, WRITE_TIMEOUT_S=0.2):
+            self.fake.scheduler.delay_s = 0.5
+            connection = self.connect(request(text="abc", stream=True, sampling_params={"max_new_tokens": 5}))
+            received = b""
+            while not received.endswith(b"\r\n0\r\n\r\n"):
+                received += connection.recv(65536)
+            self.fake.scheduler.delay_s = 0
+            time.sleep(1.5)
+            connection.sendall(request(text="abc"))
+            self.assertTrue(connection.recv(100).startswith(b"HTTP/1.1 200"))
+
+    def test_who_never_reads_is_cut_and_its_request_aborted(self):
+        with mock.patch.object(connections, "WRITE_TIMEOUT_S", 0.5):
+            connection = socket.socket()
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            self.addCleanup(connection.close)
+            connection.connect(("127.0.0.1", int(self.fake.url.rpartition(":")[2])))
+            # Answers of some 15 MB: no kernel takes so much for a reader that does not read.
+            prompts = [[5] * 100] * 200
+            options = {"return_logprob": True, "top_logprobs_num": 100, "logprob_start_len": 99}
+            connection.sendall(
+                request(input_ids=prompts, stream=True, sampling_params={"max_new_tokens": 20}, **options)
+            )
+            self.fake.until(lambda: self.fake.context.manager.num_in_flight > 0, 20)
+            open_before = self.num_open
+            self.fake.until(lambda: self.num_open < open_before, 30)
+            self.fake.until(lambda: self.fake.context.manager.num_in_flight == 0)
+
+    def test_half_closed_sockets_get_quick_answers_and_lose_slow_ones(self):
+        quick = self.connect(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        quick.shutdown(socket.SHUT_WR)
+        self.assertTrue(self.rest(quick).startswith(b"HTTP/1.1 200"))
+        self.fake.scheduler.frozen = True
+        slow = self.connect(request(text="abc"))
+        self.fake.until(lambda: self.fake.context.manager.num_in_flight == 1)
+        slow.shutdown(socket.SHUT_WR)
+        self.rest(slow)
+        self.fake.until(lambda: self.fake.context.manager.num_in_flight == 0)
+        half_body = self.connect(HEAD + b"Content-Length: 100\r\n\r\n{")
+        half_body.shutdown(socket.SHUT_WR)
+        self.assertEqual(self.rest(half_body), b"")
+
+    def test_who_leaves_while_sending_is_no_error_of_ours(self):
+        with self.assertNoLogs("sglang", "WARNING"):
+            for _ in range(3):
+                self.connect(HEAD + b"Content-Length: 100\r\n\r\n{").close()
+            self.assertEqual(self.client.get("/v1/models").status_code, 200)  # they were accepted before it
+            self.fake.until(lambda: self.num_open == 1 and not self.fake.server.server_state.tasks)
+
+
+class TestNumbers(Connections):
+    settings = {"max_connections": 3}
+
+    def test_more_connections_get_503_then_nothing(self):
+        self.client.close()
+        type(self).client = httpx.Client(base_url=self.fake.url, timeout=10)
+        self.fake.until(lambda: self.num_open == 0)
+        held = [self.connect() for _ in range(3)]
+        self.fake.until(lambda: self.num_open == 3)
+        reply = httpx.get(f"{self.fake.url}/v1/models")
+        self.assertEqual((reply.status_code, reply.headers["retry-after"]), (503, "1"))
+        self.assertIn("--max-connections", reply.json()["error"]["message"])
+        self.fake.until(lambda: self.num_open == 3)
+        with mock.patch.object(connections, "MAX_REFUSED_CONNECTIONS", 0):
+            self.assertEqual(self.rest(self.connect(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")), b"")
+        held[0].close()
+        self.fake.until(lambda: self.num_open == 2)
+        self.assertEqual(httpx.get(f"{self.fake.url}/v1/models").status_code, 200)
+
+    def test_descriptors_are_raised_or_fewer_connections_served(self):
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with mock.patch.object(resource, "setrlimit") as raised:
+            with mock.patch.object(resource, "getrlimit", return_value=(64, 100_000)):
+                self.assertEqual(connections.fit_connections(1000), 1000)
+            (_, (soft, hard)), _ = raised.call_args
+            self.assertGreater(soft, 1000)
+            self.assertEqual(hard, 100_000)
+            with (
+                mock.patch.object(resource, "getrlimit", return_value=(64, 300)),
+                self.assertLogs(connections.logger, "WARNING") as logs,
+            ):
+                room = connections.fit_connections(1000)
+            self.assertTrue(0 < room < 300 - connections.MAX_REFUSED_CONNECTIONS - connections.SPARE_DESCRIPTORS)
+            self.assertIn("ulimit -n", str(logs.output))
+        self.assertEqual(limits, resource.getrlimit(resource.RLIMIT_NOFILE))
+
+
+class TestLogs(CustomTestCase):
+    def test_probes_write_no_line_and_long_paths_are_cut(self):
+        fake = FakeServer(enable_metrics=True).wait_ready()
+        self.addCleanup(fake.stop)
+        fake.scheduler.received.clear()
+        with self.assertLogs("uvicorn.access", "INFO") as logs:
+            for path in ("/health", "/ready", "/metrics", "/health?x=1", "/nope/" + "y" * 9000):
+                httpx.get(fake.url + path)
+        self.assertEqual(len(logs.output), 1, logs.output)
+        self.assertLess(len(logs.output[0]), 500)
+        self.assertFalse([m for m in fake.scheduler.received if hasattr(m, "sampling_params")])
+
+    def test_ids_are_escaped_and_cut(self):
+        fake = FakeServer(log_requests=True).wait_ready()
+        self.addCleanup(fake.stop)
+        for rid in ("a\n[2026-01-01 INFO] forged \x1b[31m", "x" * 256):
+            with self.assertLogs("sglang", "INFO") as logs:
+                httpx.post(
+                    f"{fake.url}/generate", json={"text": "a", "rid": rid, "sampling_params": {"stop": ["s" * 900]}}
+                )
+            self.assertEqual(len(logs.records), 2)
+            for record in logs.records:
+                message = record.getMessage()
+                self.assertTrue(message.isprintable(), message)
+                self.assertLess(len(message), 700)
+
+    def test_running_out_of_descriptors_is_said_once_per_second(self):
+        loop = asyncio.new_event_loop()
+        self.addCleanup(loop.close)
+        http_logs.bound_http_logs()
+        with self.assertLogs("sglang", "WARNING") as logs, self.assertNoLogs("asyncio", "WARNING"):
+            for _ in range(20_000):
+                http_logs.on_loop_error(loop, {"message": "socket.accept() out of system resource"})
+        self.assertLess(len(logs.output), 10)
+        logging.disable(logging.CRITICAL)
+        self.addCleanup(logging.disable, logging.NOTSET)
+        with mock.patch.object(loop, "default_exception_handler") as usual:
+            http_logs.on_loop_error(loop, {"message": "Task exception was never retrieved"})
+        usual.assert_called_once()
+
+
+if __name__ == "__main__":
+    unittest.main()
