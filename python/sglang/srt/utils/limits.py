@@ -16,16 +16,19 @@ MAX_RETRY_AFTER_S = 60
 MAX_BODY_BYTES_IN_FLIGHT = 512 << 20
 # Seconds for which the rest of a refused body is read and dropped, so that the client gets to read the refusal.
 LINGER_S = 5
-# Seconds for the headers of a request, from their first byte; for its body, and at which rate more of it must come; and
-# for a client to take any of the output that waits for it.
+# Seconds for the headers of a request, from their first byte.
 HEADER_TIMEOUT_S = 15
+# Seconds for a body, besides those that its size takes at the least rate.
 BODY_TIMEOUT_S = 30
+# Least rate at which a body must come, in bytes per second.
 MIN_BODY_BYTES_PER_S = 16384
+# Seconds for a client to take any of the output that waits for it.
 WRITE_TIMEOUT_S = 60
-# What is left to answer a client that has closed its sending side, as one that is gone has.
+# Seconds in which a client that has closed its sending side, as one that is gone has, may still be answered.
 HALF_CLOSED_S = 0.5
-# Connections past --max-connections that get an answer at all, and descriptors kept for everything but connections.
+# Connections past --max-connections that get an answer at all.
 MAX_REFUSED_CONNECTIONS = 64
+# Descriptors kept for everything but connections.
 SPARE_DESCRIPTORS = 32
 
 # Long texts that are tokenized at once; others wait. Each may take some 130 bytes per token for a moment.
