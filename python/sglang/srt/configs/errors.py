@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+from sglang.srt.utils import limits
 
 
 class ConfigError(ValueError):
@@ -18,6 +19,12 @@ class ConfigError(ValueError):
 
 
 REQUIRED: Any = object()
+_LARGEST = {
+    "num_hidden_layers": limits.MAX_CONFIG_LAYERS,
+    "vocab_size": limits.MAX_CONFIG_VOCAB,
+    "max_position_embeddings": limits.MAX_CONFIG_POSITIONS,
+    "original_max_position_embeddings": limits.MAX_CONFIG_POSITIONS,
+}
 
 
 class ConfigReader:
@@ -48,13 +55,14 @@ class ConfigReader:
             self.problem(f"key {self.prefix}{key} {state} ({expected} expected)")
             return stand_in
         if not fits(value):
-            self.problem(f"key {self.prefix}{key} must be {expected}, found {value!r}")
+            self.problem(f"key {self.prefix}{key} must be {expected}, found {value!r:.200}")
             return stand_in
         return value
 
     def take_int(self, key: str, default: Any = REQUIRED, minimum: int = 1) -> Any:
-        expected = f"an integer of at least {minimum}"
-        return self._take(key, default, expected, lambda v: type(v) is int and v >= minimum, max(minimum, 1))
+        maximum = _LARGEST.get(key, limits.MAX_CONFIG_SIZE)
+        expected = f"an integer of at least {minimum} and at most {maximum}"
+        return self._take(key, default, expected, lambda v: type(v) is int and minimum <= v <= maximum, max(minimum, 1))
 
     def take_ints(self, *keys: str) -> dict[str, int]:
         """Required positive integers by their keys."""
@@ -62,9 +70,13 @@ class ConfigReader:
 
     def take_float(self, key: str, default: Any = REQUIRED, positive: bool = True) -> float:
         def fits(value: Any) -> bool:
-            return type(value) in (int, float) and math.isfinite(value) and (value > 0 or not positive)
+            # Compared before it becomes a float: an integer of JSON may have any size.
+            if type(value) not in (int, float) or not -limits.MAX_CONFIG_REAL <= value <= limits.MAX_CONFIG_REAL:
+                return False
+            return bool(value >= 1 / limits.MAX_CONFIG_REAL) or not positive
 
-        return float(self._take(key, default, "a positive number" if positive else "a number", fits, 1.0))
+        kind = "a positive number" if positive else "a number"
+        return float(self._take(key, default, f"{kind} of at most {limits.MAX_CONFIG_REAL:g}", fits, 1.0))
 
     def take_bool(self, key: str, default: Any = REQUIRED) -> bool:
         return bool(self._take(key, default, "true or false", lambda v: isinstance(v, bool), False))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -13,11 +12,13 @@ from typing import Any
 
 import torch
 
+from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.generation import end_token_ids, sampling_defaults
 from sglang.srt.configs.quantization import QuantConfig, read_quantization
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
+from sglang.srt.utils.common import read_json_object
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def text_part(hf_config: Mapping[str, Any]) -> dict[str, Any]:
     if nested is None:
         return dict(hf_config)
     if not isinstance(nested, dict):
-        raise ConfigError(f"key text_config must be an object, found {nested!r}")
+        raise ConfigError(f"key text_config must be an object, found {nested!r:.200}")
     text = dict(nested)
     outer = hf_config.get("tie_word_embeddings")
     if outer is not None and text.setdefault("tie_word_embeddings", outer) != outer:
@@ -196,6 +197,11 @@ def _override_section(section: dict[str, Any], overrides: Mapping[str, Any]) -> 
 def _existing_config(model_path: str) -> Path:
     folder = Path(model_path)
     if not folder.is_dir():
+        if not folder.exists() and "/" not in model_path:
+            raise ConfigError(
+                f"unknown model {model_path!r}: it is no folder here, and none of the models that ship with the "
+                f"package ({', '.join(EMBEDDED_MODELS)}). Nothing is fetched from a hub."
+            )
         what = "a file, not a folder" if folder.exists() else "not a folder on this machine"
         raise ConfigError(
             f"unknown model path {model_path!r}: it is {what}. Nothing is fetched from a hub: download the model and "
@@ -212,14 +218,9 @@ def _existing_config(model_path: str) -> Path:
 
 def _load_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"not valid JSON: {error}", source=str(path)) from None
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", source=str(path)) from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"must hold a JSON object, found {type(value).__name__}", source=str(path))
-    return value
+        return read_json_object(path, ConfigError)
+    except ConfigError as error:
+        raise ConfigError(error.problems[0].removeprefix(f"{path} "), source=str(path)) from None
 
 
 def _read_generation_config(
@@ -245,12 +246,12 @@ def _find_architecture(hf_config: Mapping[str, Any]) -> str:
     supported = ", ".join(SUPPORTED_ARCHITECTURES)
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
         raise ConfigError(
-            f"key architectures must list the model's class name, found {names!r}. Supported: {supported}."
+            f"key architectures must list the model's class name, found {names!r:.200}. Supported: {supported}."
         )
     for name in names:
         if name in SUPPORTED_ARCHITECTURES:
             return str(name)
-    raise ConfigError(f"architecture {', '.join(names)} is not supported. Supported: {supported}.")
+    raise ConfigError(f"architecture {', '.join(names):.200} is not supported. Supported: {supported}.")
 
 
 def _context_len(text: TextConfig, context_length: int | None) -> int:
@@ -278,6 +279,8 @@ def _resolve_dtype(
     if platform_kind == "cpu":
         logger.info("dtype: auto -> float32 (the checkpoint says %s; on CPU, auto means float32)", named or "nothing")
         return torch.float32
-    if named not in DTYPES:
-        raise ConfigError(f"key dtype must be one of {', '.join(DTYPES)}, found {named!r}: set it, or pass --dtype.")
+    if not isinstance(named, str) or named not in DTYPES:
+        raise ConfigError(
+            f"key dtype must be one of {', '.join(DTYPES)}, found {named!r:.200}: set it, or pass --dtype."
+        )
     return DTYPES[named]

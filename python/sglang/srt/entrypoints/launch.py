@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang.srt.entrypoints.context import ServerContext
@@ -30,6 +31,8 @@ def judge(request: Sequence[str] | ServerArgs) -> Verdict:
     try:
         _plan_streams(verdict)
         _plan_exchange(verdict)
+        if verdict.args.dry_run:
+            _try_tokenizer(verdict)
     except ValueError as error:
         verdict.errors.append(str(error))
     return verdict
@@ -60,6 +63,16 @@ def _plan_exchange(verdict: Verdict) -> None:
     if plan is not None:
         verdict.errors += plan.problems
         verdict.child_variables |= plan.heap.variables if plan.heap is not None else {}
+
+
+def _try_tokenizer(verdict: Verdict) -> None:
+    """Read the tokenizer as the launch would, where there is one. Raises ValueError for one that cannot be used."""
+    args, config = verdict.args, verdict.model_config
+    assert config is not None
+    source = args.tokenizer_path or args.model_path
+    if not args.skip_tokenizer_init and (Path(source) / "tokenizer.json").is_file():
+        tokenizer = Tokenizer.from_path(source, args.chat_template)
+        config.with_tokenizer_end(tokenizer.eos_token_ids, source)
 
 
 def accept(verdict: Verdict) -> None:

@@ -192,7 +192,9 @@ class DetokenizerManager:
     def __init__(self, server_args: ServerArgs, ipc: IpcNames):
         self.tokenizer: Tokenizer | None = None
         if not server_args.skip_tokenizer_init:
-            self.tokenizer = Tokenizer.from_path(server_args.tokenizer_path or server_args.model_path)
+            self.tokenizer = Tokenizer.from_path(
+                server_args.tokenizer_path or server_args.model_path, with_template=False
+            )
         self._receiver = detokenizer_receiver(ipc)
         self._sender = Sender(ipc.tokenizer)
         self._requests: dict[str, RequestText] = {}

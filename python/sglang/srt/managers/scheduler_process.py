@@ -96,7 +96,7 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
     tokenizer = None
     if not args.skip_tokenizer_init:
         source = args.tokenizer_path or args.model_path
-        tokenizer = Tokenizer.from_path(source)
+        tokenizer = Tokenizer.from_path(source, with_template=False)
         model_config = model_config.with_tokenizer_end(tokenizer.eos_token_ids, source)
     REGISTRY.freeze()
     require_same_kernels(state.world)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,13 @@ from sglang.srt.utils.chat_template import (
     load_chat_template_file,
 )
 from sglang.srt.utils.common import read_json_object
+from sglang.srt.utils.limits import MAX_TOKENIZER_GROWTH, MAX_TOKENIZER_JSON_BYTES
 
 logger = logging.getLogger(__name__)
 
+_ADDED_TOKEN_FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+# Long runs, which expressions that never end take worst.
+_TRIAL_TEXT = " ".join(char * 512 for char in "x1 \n-") + " Ab'c, d."
 # The end of the text, of a chat turn, and of a message that waits for a tool.
 _END_TOKENS = ("eos_token", "eot_token", "eom_token")
 
@@ -56,7 +62,13 @@ class Tokenizer:
     ``eos_token_ids`` are the tokens that tokenizer_config.json or special_tokens_map.json name as an end of a turn.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, folder: Path, chat_template: str | None = None):
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        folder: Path,
+        chat_template: str | None = None,
+        with_template: bool = True,
+    ):
         self._backend = backend
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -74,15 +86,24 @@ class Tokenizer:
             logger.warning("eos_token %r of %s is not in the vocabulary: it cannot end a turn", text[:100], folder)
         self.eos_token_ids = tuple(dict.fromkeys(token_id for token_id in ends if token_id is not None))
         self._prepend_bos = self._needs_bos()
-        self.is_byte_level = _is_byte_level(backend)
+        document = json.loads(backend.to_str())
+        _refuse_growth(document)
+        self.is_byte_level = _is_byte_level(document)
+        self.encode(_TRIAL_TEXT)
         self._bytes_of_char = _byte_alphabet()
         self._token_bytes: dict[int, bytes] = {}
-        source = load_chat_template_file(chat_template) if chat_template else find_chat_template(folder, self.config)
-        self.chat_template = ChatTemplate(source, self.special_tokens) if source else None
+        self.chat_template: ChatTemplate | None = None
+        if with_template:
+            given = load_chat_template_file(chat_template) if chat_template else None
+            source = given or find_chat_template(folder, self.config)
+            self.chat_template = ChatTemplate(source, self.special_tokens) if source else None
 
     @classmethod
-    def from_path(cls, path: str, chat_template: str | None = None) -> Tokenizer:
-        """Read ``path``, a folder or its tokenizer.json. Raises TokenizerError naming the file and the remedy."""
+    def from_path(cls, path: str, chat_template: str | None = None, with_template: bool = True) -> Tokenizer:
+        """Read ``path``, a folder or its tokenizer.json. Raises TokenizerError naming the file and the remedy.
+
+        ``with_template`` False leaves chat templates unread, for processes that only need tokens.
+        """
         given = Path(path)
         file = given / "tokenizer.json" if given.is_dir() else given
         if not file.is_file():
@@ -90,25 +111,33 @@ class Tokenizer:
                 f"No tokenizer.json at {path!r}. Give a local folder that holds one with --tokenizer-path, or "
                 "--skip-tokenizer-init to serve token ids only."
             )
+        size = file.stat().st_size
+        if size > MAX_TOKENIZER_JSON_BYTES:
+            raise TokenizerError(f"{file} has {size} bytes; at most {MAX_TOKENIZER_JSON_BYTES} are read.")
         try:
-            backend = tokenizers.Tokenizer.from_file(str(file))
+            with _panics_as_errors():
+                backend = tokenizers.Tokenizer.from_file(str(file))
+                return cls(backend, file.parent, chat_template, with_template)
+        except (TokenizerError, ChatTemplateError):
+            raise
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(f"{file} cannot be read as a tokenizer: {error}") from error
-        return cls(backend, file.parent, chat_template)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``; special tokens are added as the post-processor and ``add_bos_token`` say.
 
         The batch call is the one that lets other threads run meanwhile.
         """
-        ids = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        with _panics_as_errors():
+            ids = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         if add_special_tokens and self._prepend_bos and self.bos_token_id is not None:
             ids.insert(0, self.bos_token_id)
         return ids
 
     def count_tokens(self, text: str) -> int:
         """Tokens of ``text`` without special tokens around it; other threads run meanwhile."""
-        return len(self._backend.encode_batch_fast([text], add_special_tokens=False)[0])
+        with _panics_as_errors():
+            return len(self._backend.encode_batch_fast([text], add_special_tokens=False)[0])
 
     @functools.cached_property
     def max_token_chars(self) -> int:
@@ -165,10 +194,22 @@ class Tokenizer:
     def _add_configured_tokens(self) -> None:
         """Add tokens that only tokenizer_config.json declares, at the ids that it gives."""
         declared = self.config.get("added_tokens_decoder") or {}
+        if not isinstance(declared, dict):
+            raise TokenizerError(
+                f"tokenizer_config.json: key added_tokens_decoder must be an object, {declared!r:.100}"
+            )
+        for token_id, fields in declared.items():
+            named = token_id.isascii() and token_id.isdigit() and len(token_id) < 10
+            if not named or not isinstance(fields, dict) or not isinstance(fields.get("content"), str):
+                raise TokenizerError(
+                    f"tokenizer_config.json: added_tokens_decoder[{token_id!r:.20}] must map a token id to an object "
+                    f"with a content, found {fields!r:.100}"
+                )
         for token_id, fields in sorted(declared.items(), key=lambda item: int(item[0])):
             if self._backend.token_to_id(fields["content"]) is not None:
                 continue
-            self._backend.add_tokens([tokenizers.AddedToken(**fields)])
+            options = {key: fields[key] for key in _ADDED_TOKEN_FLAGS if isinstance(fields.get(key), bool)}
+            self._backend.add_tokens([tokenizers.AddedToken(fields["content"], **options)])
             got = self._backend.token_to_id(fields["content"])
             if got != int(token_id):
                 raise TokenizerError(
@@ -187,8 +228,44 @@ class Tokenizer:
         return self._backend.encode("", add_special_tokens=True).ids[:1] != [self.bos_token_id]
 
 
-def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+def _is_byte_level(document: dict[str, Any]) -> bool:
     """Whether decoding is the concatenation of each token's bytes, read as UTF-8."""
-    decoder = json.loads(backend.to_str()).get("decoder") or {}
+    decoder = document.get("decoder") or {}
     chain = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
     return len(chain) == 1 and chain[0].get("type") == "ByteLevel"
+
+
+@contextmanager
+def _panics_as_errors() -> Iterator[None]:
+    """The library's panics, which are no Exception (a regular expression without end, say), become TokenizerError."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"The tokenizer failed on a text: {error}") from None
+
+
+def _refuse_growth(document: dict[str, Any]) -> None:
+    """Raise TokenizerError for rules that could make a text thousands of times longer."""
+    for key in ("normalizer", "decoder"):
+        growth = _growth(document.get(key) or {})
+        if growth > MAX_TOKENIZER_GROWTH:
+            raise TokenizerError(
+                f"tokenizer.json: the {key} may make a text {growth:.3g} times as long; at most "
+                f"{MAX_TOKENIZER_GROWTH} times is allowed."
+            )
+
+
+def _growth(rule: dict[str, Any]) -> float:
+    """How many times as long a rule may make a text."""
+    steps = [*rule.get("normalizers", ()), *rule.get("decoders", ())]
+    if steps:
+        return math.prod(map(_growth, steps))
+    pattern = rule.get("pattern") or {}
+    content = rule.get("content") or rule.get("prepend") or rule.get("replacement") or ""
+    if pattern.get("String"):
+        return max(1.0, len(content) / len(pattern["String"]))
+    if rule.get("type") in ("NFKC", "NFKD"):
+        return 18.0  # Unicode's longest compatibility decomposition
+    return 1.0 + len(content)  # an expression may match each character, or between all

@@ -66,6 +66,15 @@ MAX_WARNINGS = 16
 # JSON and template files of a checkpoint (tokenizer.json apart): bytes of a file, objects and lists within each other.
 MAX_CHECKPOINT_JSON_BYTES = 33_554_432
 MAX_CHECKPOINT_JSON_DEPTH = 64
+MAX_TOKENIZER_JSON_BYTES = 268_435_456
+# Characters that a tokenizer's rules may make of one character, and of one token on the way back.
+MAX_TOKENIZER_GROWTH = 4096
+# Sizes in config.json: layers, tokens of the vocabulary, positions, widths and counts of any other kind, real numbers.
+MAX_CONFIG_LAYERS = 1024
+MAX_CONFIG_VOCAB = 1 << 24
+MAX_CONFIG_POSITIONS = 1 << 30
+MAX_CONFIG_SIZE = 1 << 18
+MAX_CONFIG_REAL = 1e15
 # Chat templates. Text that a rendering makes counts as often as it is made: copies and joins, not the prompt alone.
 MAX_CHAT_TEMPLATE_CHARS = 262_144
 MAX_TEMPLATE_STEPS = 2_000_000
