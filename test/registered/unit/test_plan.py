@@ -476,6 +476,15 @@ class TestLaunch(PlanTestCase):
         with self.assertRaisesRegex(ServerArgsError, "MORI_SHMEM_HEAP_SIZE=64M"):
             accept(verdict)
 
+    def test_a_dry_run_judges_the_release_that_is_installed(self):
+        use_fakes()
+        import mori
+
+        with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(64), mori.fake_version("1.0.0"):
+            verdict = self.judged(dry_run=True, deepep_mode="low_latency")
+            self.assertRegex("".join(verdict.errors), "lacks max_total_recv_tokens=64.*Install MORI 1.1.0")
+            self.assertEqual(self.judged(dry_run=True).errors, [], "IntraNode is given no cap")
+
     def test_settings_that_cannot_be_planned_are_errors(self):
         with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(10**6):
             self.assertIn("SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS", self.judged().errors[0])

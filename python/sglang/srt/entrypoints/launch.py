@@ -59,7 +59,9 @@ def _plan_exchange(verdict: Verdict) -> None:
     from sglang.srt.model_executor.memory_plan import plan_moe_exchange
 
     assert verdict.model_config is not None
-    plan = plan_moe_exchange(verdict.args, verdict.model_config, verdict.platform, os.environ)
+    args = verdict.args
+    # The ranks of a launch judge the release themselves; a dry run has none.
+    plan = plan_moe_exchange(args, verdict.model_config, verdict.platform, os.environ, judge_release=args.dry_run)
     if plan is not None:
         verdict.errors += plan.problems
         verdict.child_variables |= plan.heap.variables if plan.heap is not None else {}

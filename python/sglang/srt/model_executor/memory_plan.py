@@ -32,6 +32,7 @@ from sglang.srt.layers.moe.token_dispatcher.mori_plan import (
     choose_kernel,
     plan_exchange,
 )
+from sglang.srt.layers.moe.token_dispatcher.moriep import release_problem
 from sglang.srt.mem_cache.pool_plan import PoolPlan, PoolPlanError
 from sglang.srt.model_executor.model_pools import (
     kv_bytes_per_token,
@@ -130,11 +131,12 @@ class ExchangePlan:
 
 
 def plan_moe_exchange(
-    args: ServerArgs, config: ModelConfig, kind: str, environ: Mapping[str, str]
+    args: ServerArgs, config: ModelConfig, kind: str, environ: Mapping[str, str], judge_release: bool = False
 ) -> ExchangePlan | None:
     """The exchange of resolved ``args`` on platform ``kind``; None where experts exchange no tokens.
 
-    Raises ValueError for SGLANG_MORI_* and other settings with which there is nothing to plan.
+    judge_release: the MORI that can be imported here, if any, is one of the reasons. Raises ValueError for
+    SGLANG_MORI_* and other settings with which there is nothing to plan.
     """
     if args.moe_a2a_backend != "mori":
         return None
@@ -164,6 +166,8 @@ def plan_moe_exchange(
     heap = plan_heap(buffers[name].with_cap, environ) if kind == "hip" else None
     problems = (heap.problem,) if heap is not None and heap.problem else ()
     worst, capped = sizes_of(chosen, 0)[0], sizes_of(chosen, cap)[0]
+    if judge_release and chosen is not None and (problem := release_problem(capped, chosen)):
+        problems = (*problems, problem)
     return ExchangePlan(name, capped.max_recv, worst.max_recv, buffers, heap, plan_steps(args, worst, capped), problems)
 
 
@@ -234,7 +238,7 @@ def plan_memory(
     """The plan of the fullest rank of resolved ``args`` on a device of platform ``kind`` with ``memory`` bytes."""
     # Ranks differ where only some parts of a quantised matrix are cut at blocks.
     weights = max((plan_weights(args, config, rank) for rank in range(args.tp_size)), key=lambda w: sum(w.values()))
-    exchange = plan_moe_exchange(args, config, kind, environ)
+    exchange = plan_moe_exchange(args, config, kind, environ, judge_release=True)
     problems, taken = ([], 0) if exchange is None else ([*exchange.problems], exchange.num_bytes)
     tp_size, page = args.tp_size // args.attn_dp_size, args.page_size or 1
     runtime = 0 if kind == "cpu" else RUNTIME_BYTES

@@ -124,6 +124,19 @@ def op_arguments(config: EpConfig, kernel: MoriKernel) -> dict[str, Any]:
     return arguments
 
 
+def release_problem(config: EpConfig, kernel: MoriKernel) -> str:
+    """Why the MORI that is installed here cannot serve ``config``; "" if it can, or if none can be imported here."""
+    try:
+        _import_mori()
+    except ExchangeConfigError:
+        return ""  # a plan for another machine; a rank without MORI refuses to start
+    try:
+        op_arguments(config, kernel)
+    except ExchangeConfigError as error:
+        return str(error)
+    return ""
+
+
 def make_mori_op(config: EpConfig, kernel: MoriKernel, group: ProcessGroupHandle) -> Any:
     """MORI's dispatch and combine op for ``config``; all ranks of ``group`` call it."""
     mori = _import_mori()
