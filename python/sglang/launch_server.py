@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 
-def serve(argv: Sequence[str]) -> int:
-    """Serve a command line (without the program's name); returns the exit status.
+def serve(argv: Sequence[str]) -> NoReturn:
+    """Serve a command line (without the program's name); ends the process, with the exit status, once torch is loaded.
 
     Loading torch takes seconds: what is wrong with flags, variables or the port is said before.
     """
@@ -19,13 +20,14 @@ def serve(argv: Sequence[str]) -> int:
     if sys.stderr.isatty():
         print("starting: loading torch ...", file=sys.stderr, flush=True)
     from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.utils.common import end_process
 
-    return launch_server(argv)
+    end_process(launch_server(argv))
 
 
-def main() -> int:
-    return serve(sys.argv[1:])
+def main() -> NoReturn:
+    serve(sys.argv[1:])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command == "serve":
         from sglang.launch_server import serve
 
-        return serve(serve_arguments(words[1:]))
+        serve(serve_arguments(words[1:]))
     if command in ("version", "--version", "-V"):
         print(version_line())
         return 0

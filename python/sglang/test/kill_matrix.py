@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import tempfile
@@ -29,11 +30,19 @@ DRAIN_S = 2
 WATCHDOG_S = 6
 # Against hangs alone: machines of tests are shared.
 PATIENCE_S = 120.0
+# What an idle server may compute to end, all processes together; interpreters that end in their own way take two.
+MAX_END_CPU_S = 1.0
 FLAGS = (
     "--max-running-requests", "2", "--chunked-prefill-size", "16", "--skip-server-warmup", "--disable-radix-cache",
     "--drain-timeout", str(DRAIN_S), "--watchdog-timeout", str(WATCHDOG_S),
 )  # fmt: skip
 LONG_OUTPUT = {"max_new_tokens": 4000, "ignore_eos": True, "temperature": 0}
+
+
+def _reaped_cpu_s() -> float:
+    """CPU seconds of all processes that have been waited for, their own children included."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 @dataclass
@@ -111,6 +120,8 @@ class Cell:
 
     def _run(self) -> str:
         clients = self._reach_stage()
+        used_s = sum(sum(p.cpu_times()[:2]) for p in (psutil.Process(self.server.pid), *self.children))
+        before_s = _reaped_cpu_s()
         began = time.monotonic()
         os.kill(self._pid(), self.signum)
         if (self.process, self.signum) == ("main", signal.SIGSTOP):
@@ -128,6 +139,9 @@ class Cell:
         except subprocess.TimeoutExpired:
             raise AssertionError("the server does not end") from None
         ended_s = time.monotonic() - began
+        if self.stage == "idle" and self.signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            cpu_s = _reaped_cpu_s() - before_s - used_s
+            assert cpu_s < MAX_END_CPU_S, f"the end takes {cpu_s:.1f} CPU seconds"
         _, alive = psutil.wait_procs(self.children, timeout=PATIENCE_S)
         assert not alive, f"orphans: {alive}"
         self._until(lambda: not os.listdir(self.folder), "the temporary folder is not empty")

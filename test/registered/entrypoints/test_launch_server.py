@@ -89,7 +89,7 @@ class TestSignals(CustomTestCase):
         for cell in (
             Cell("main", signal.SIGKILL, "streaming"),
             Cell("scheduler", signal.SIGSTOP, "queued"),
-            Cell("detokenizer", signal.SIGINT, "decode"),
+            Cell("detokenizer", signal.SIGINT, "idle"),
         ):
             with self.subTest(cell.name):
                 print(cell.run())

@@ -18,6 +18,7 @@ from sglang.srt.managers.child_context import STACKS_SIGNAL, LaunchConfig
 from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.managers.process_launch import ChildProcess, EngineProcesses, LaunchError
 from sglang.srt.managers.pulse import Pulse, PulseReader
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -190,7 +191,11 @@ class TestOrder(CustomTestCase):
     """The inbox is bound before there is anybody to connect, and a launch that fails leaves nothing."""
 
     def test_inbox_then_children(self):
-        counts = []
+        counts, kept = [], []
+
+        def keep(*arguments):
+            kept.append(TokenizerManager(*arguments))  # its sockets are not to be closed by a garbage collection
+            return kept[-1]
 
         def fail(args, ipc, variables):
             self.assertIn("tokenizer", os.listdir(ipc.directory))
@@ -200,7 +205,10 @@ class TestOrder(CustomTestCase):
         model = types.SimpleNamespace(context_len=64, vocab_size=8)
         args = ServerArgs(skip_tokenizer_init=True)
         verdict = types.SimpleNamespace(args=args, model_config=model, child_variables={})
-        with mock.patch.object(launch, "launch_engine_processes", fail):
+        with (
+            mock.patch.object(launch, "launch_engine_processes", fail),
+            mock.patch.object(launch, "TokenizerManager", keep),
+        ):
             for _ in range(3):
                 with self.assertRaisesRegex(LaunchError, "planted"):
                     launch.start_engine(verdict)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import gc
 import logging
 import signal
 import socket
@@ -186,5 +185,4 @@ def launch_server(argv: Sequence[str]) -> int:
         handle_stop_signals(signal.SIG_IGN)
         if processes is not None:
             processes.shutdown()
-        gc.freeze()  # the interpreter would search all objects for garbage at its end: a second of work
     return 1

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +50,14 @@ class LaunchConfig(msgspec.Struct, kw_only=True):
 
     def parsed_server_args(self) -> ServerArgs:
         return ServerArgs.from_json(self.server_args)
+
+
+class _Ordered(BaseException):
+    """The parent's order to end."""
+
+
+def _leave_block() -> None:
+    raise _Ordered
 
 
 class ChildContext:
@@ -96,8 +103,9 @@ class ChildContext:
             os._exit(1)
 
     @contextmanager
-    def serving(self, end: Callable[[], None] = lambda: sys.exit(0)) -> Iterator[None]:
-        """Inside the block the parent's order calls ``end`` in the main thread; after it, there are no signals.
+    def serving(self, end: Callable[[], None] = _leave_block) -> Iterator[None]:
+        """Inside the block the parent's order calls ``end`` in the main thread, which leaves the block where none is
+        given; after it, there are no signals.
 
         SIGTERM, SIGINT and SIGHUP from anyone else are passed on to the parent, which ends all processes in order: a
         supervisor may signal all of them at once.
@@ -117,6 +125,8 @@ class ChildContext:
         self._obey = obey
         try:
             yield
+        except _Ordered:
+            pass
         finally:
             _handle_stop_signals(signal.SIG_IGN)
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
-import sys
 import threading
 import traceback
 from collections.abc import Callable
@@ -40,6 +38,7 @@ from sglang.srt.model_loader.weight_utils import WeightLoadError
 from sglang.srt.platforms import PlatformError, current_platform
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 from sglang.srt.utils.audit import install_unpickle_counter, log_unpickle_count, reset_unpickle_count
+from sglang.srt.utils.common import end_process
 from sglang.srt.utils.hf_tokenizer import Tokenizer, TokenizerError
 from sglang.srt.utils.logging_config import configure_logging
 
@@ -179,7 +178,6 @@ def serve(scheduler: Scheduler, context: ChildContext, info: dict[str, Any]) -> 
             raise
         finally:
             log_unpickle_count(logger)
-            gc.freeze()  # the interpreter would search all objects for garbage at its end: a second of work
     return 0
 
 
@@ -216,4 +214,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())
