@@ -9,6 +9,7 @@ import httpx
 import msgspec
 
 from sglang.srt.entrypoints.lacking import LACKING_PATHS
+from sglang.srt.managers import request_input
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import CONTEXT_LEN, FakeServerTestCase
 
@@ -159,7 +160,12 @@ class TestBadInput(FakeServerTestCase):
         body = {"input_ids": [[5] * 100] * 42, "return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 124}
         reply = self.client.post("/generate", json=body)
         self.assertEqual(reply.status_code, 400)
-        self.assertRegex(reply.json()["message"], "525000 log-probabilities .* 524288 at most")
+        self.assertRegex(reply.json()["message"], "525000 log-probabilities .* one call gives 524288 at most")
+        with mock.patch.object(request_input, "MAX_PROMPT_LOGPROBS", 12_000):
+            reply = self.client.post("/generate", json={**body, "input_ids": [5] * 100})
+            self.assertRegex(reply.json()["message"], "12500 log-probabilities .* one prompt gives 12000 at most")
+            reply = self.client.post("/generate", json={**body, "input_ids": [5] * 96})
+            self.assertEqual(reply.status_code, 200)
         self.assertEqual(self.client.post("/generate", json={**body, "logprob_start_len": 60}).status_code, 200)
 
     def test_completions(self):

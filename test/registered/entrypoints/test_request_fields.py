@@ -55,7 +55,9 @@ class TestModelNames(FakeServerTestCase):
         last = context.server_args.model_path.rpartition("/")[2]
         reply = self.client.post("/v1/completions", json={"prompt": "a", "model": last})
         self.assertEqual(reply.status_code, 404)
-        with mock.patch.object(context, "server_args", replace(context.server_args, served_model_name=None)):
+        with mock.patch.object(
+            context, "server_args", replace(context.server_args, served_model_name=context.server_args.model_path)
+        ):
             for name in (last, context.server_args.model_path, context.server_args.model_path + "/"):
                 reply = self.client.post("/v1/completions", json={"prompt": "a", "model": name})
                 self.assertEqual(reply.status_code, 200, name)

@@ -47,7 +47,7 @@ class ServerContext:
         served = self.served_model_name
         if not name or name in (DEFAULT_MODEL_NAME, served):
             return
-        if not self.server_args.served_model_name and name.rstrip("/") in (served.rstrip("/"), Path(served).name):
+        if served == self.server_args.model_path and name.rstrip("/") in (served.rstrip("/"), Path(served).name):
             return
         adapter = " Adapters cannot be loaded." if name.startswith(f"{served}:") else ""
         shown = name if len(name) <= _MAX_SHOWN_NAME else f"{name[:_MAX_SHOWN_NAME]}..."

@@ -198,7 +198,17 @@ def num_prompt_logprobs(single: SingleRequest, num_tokens: int) -> int:
         )
     if start < 0 or not single.return_logprob:
         return 0
-    return (num_tokens - start) * (1 + single.top_logprobs_num + len(single.token_ids_logprob))
+    count = (num_tokens - start) * (1 + single.top_logprobs_num + len(single.token_ids_logprob))
+    if count > MAX_PROMPT_LOGPROBS:
+        raise too_many_logprobs("prompt", count, MAX_PROMPT_LOGPROBS)
+    return count
+
+
+def too_many_logprobs(what: str, asked: int, limit: int) -> RequestError:
+    return RequestError(
+        f"{asked} log-probabilities of prompt tokens are asked for, and one {what} gives {limit} at most. Ask for fewer "
+        "best tokens, start later in the prompt (logprob_start_len), or send several calls."
+    )
 
 
 def out_of_time(limit_s: float | None) -> RequestError:

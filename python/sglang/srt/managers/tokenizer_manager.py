@@ -35,12 +35,13 @@ from sglang.srt.managers.request_input import (
     num_prompt_logprobs,
     out_of_time,
     split_request,
+    too_many_logprobs,
 )
 from sglang.srt.managers.request_state import RequestGroup, RequestState
 from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.srt.utils.limits import (
-    MAX_PROMPT_LOGPROBS,
+    MAX_PROMPT_LOGPROBS_PER_CALL,
     SHUTDOWN_RETRY_AFTER_S,
 )
 from sglang.srt.utils.logging_config import shown
@@ -375,11 +376,8 @@ class TokenizerManager:
         for single, params in zip(singles, all_params, strict=True):
             input_ids = self._fit_context(await self._encode(single), params)
             num_asked += params.n * num_prompt_logprobs(single, len(input_ids))
-            if num_asked > MAX_PROMPT_LOGPROBS:
-                raise RequestError(
-                    f"The call asks for {num_asked} log-probabilities of its prompts, and one call gives "
-                    f"{MAX_PROMPT_LOGPROBS} at most. Ask for fewer best tokens, or send fewer prompts in a call."
-                )
+            if num_asked > MAX_PROMPT_LOGPROBS_PER_CALL:
+                raise too_many_logprobs("call", num_asked, MAX_PROMPT_LOGPROBS_PER_CALL)
             for sample in range(params.n):
                 rid = single.rid if params.n == 1 else f"{single.rid}_{sample}"
                 # An id that the client chose may come again while the scheduler still ends its first use.
