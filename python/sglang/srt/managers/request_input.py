@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.utils.limits import MAX_REQUESTS_PER_CALL, MAX_TOKEN_IDS_LOGPROB, MAX_TOP_LOGPROBS
+from sglang.srt.utils.limits import MAX_PROMPT_LOGPROBS, MAX_REQUESTS_PER_CALL, MAX_TOKEN_IDS_LOGPROB, MAX_TOP_LOGPROBS
 
 T = TypeVar("T")
 
@@ -206,8 +206,8 @@ def num_prompt_logprobs(single: SingleRequest, num_tokens: int) -> int:
 
 def too_many_logprobs(what: str, asked: int, limit: int) -> RequestError:
     return RequestError(
-        f"{asked} log-probabilities of prompt tokens are asked for, and one {what} gives {limit} at most. Ask for fewer "
-        "best tokens, start later in the prompt (logprob_start_len), or send several calls."
+        f"{asked} log-probabilities of prompt tokens are asked for, and one {what} gives {limit} at most. Ask for "
+        "fewer best tokens, start later in the prompt (logprob_start_len), or send several calls."
     )
 
 
