@@ -53,8 +53,9 @@ MAX_TOKEN_IDS_LOGPROB = 1024
 # Best tokens beside each token: of OpenAI's chat endpoint, and of all others.
 MAX_CHAT_TOP_LOGPROBS = 20
 MAX_TOP_LOGPROBS = 128
-# Log-probabilities of one prompt, and of all prompts of one call, best and named ones included.
+# Log-probabilities of one prompt, best and named ones included.
 MAX_PROMPT_LOGPROBS = 1 << 17
+# The same of all prompts of one call.
 MAX_PROMPT_LOGPROBS_PER_CALL = 1 << 19
 MAX_TOKENIZE_TEXTS = 4096
 MAX_DETOKENIZE_IDS = 1 << 20
