@@ -369,7 +369,8 @@ class TestModelSites(StreamCase):
             for site in sites:
                 harness = self.harness(name, (site,))
                 request = harness.new_request()
-                step = lambda: harness.extend([(request, [5, 7])])  # noqa: B023, E731
+                harness.extend([(request, [5, 7])])
+                step = lambda: harness.decode([(request, 3)])  # noqa: B023, E731
                 waits = self.platform.observe(step).waits
                 self.assertGreater(len(waits), 1)
                 for index, wait in enumerate(waits):

@@ -191,7 +191,8 @@ class Qwen3_5Attention(nn.Module):
         self.k_norm = GemmaRMSNorm(self.head_dim, config.rms_norm_eps)
         self.rotary_emb = rotary_emb
         self.attn = RadixAttention(self.num_heads, self.head_dim, self.head_dim**-0.5, self.num_kv_heads, layer_id)
-        self.use_alt_stream = _qknorm_use_alt_stream
+        # Only captured steps overlap.
+        self.use_alt_stream = _qknorm_use_alt_stream and not get_global_server_args().disable_cuda_graph
         self.overlap = StreamOverlap(alt_stream if self.use_alt_stream else None, _streams.site(QK_NORM))
 
     def _apply_qk_norm(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -207,8 +208,9 @@ class Qwen3_5Attention(nn.Module):
         q, gate = q_gate.unflatten(-1, (self.num_heads, 2, self.head_dim)).unbind(2)
         k, v = (rows.unflatten(-1, (self.num_kv_heads, self.head_dim)) for rows in (k, v))
         backend = backend_of(fb, GqaBackend)
-        # Where the norms do not overlap, one launch norms, rotates and stores.
-        if self.overlap.forks(q.shape[0]):
+        # One launch norms, rotates and stores, except in the steps whose captured form overlaps the norms: it rounds
+        # otherwise, and an eager step must equal its replay.
+        if fb.kind is not None and self.overlap.covers(q.shape[0]):
             q, k = self._apply_qk_norm(q, k)
             q, k = self.rotary_emb(positions, q, k)
             out = backend.forward(q, k, v, self.attn, fb)

@@ -68,11 +68,13 @@ class StreamOverlap:
         traced = self._alt_stream is not None and envs.SGLANG_TRACE_OVERLAP.get()
         self.trace = OverlapTrace(site.name) if traced else None
 
+    def covers(self, num_tokens: int) -> bool:
+        """Whether a step of ``num_tokens`` rows, captured or not, is one that overlaps where it may."""
+        return self._alt_stream is not None and self.site.covers(num_tokens)
+
     def forks(self, num_tokens: int) -> bool:
         """Whether ``fork_join`` of a step of ``num_tokens`` rows, now, runs the side on its own stream."""
-        if self._alt_stream is None or not self.site.covers(num_tokens):
-            return False
-        return not self.site.capture_only or current_platform.is_capturing()
+        return self.covers(num_tokens) and (not self.site.capture_only or current_platform.is_capturing())
 
     def fork_join(self, side: Callable[[], Side], main: Callable[[], Main], num_tokens: int) -> tuple[Side, Main]:
         """Run both for a step of ``num_tokens`` rows and return (side's result, main's result).
