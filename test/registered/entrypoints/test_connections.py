@@ -197,7 +197,13 @@ class TestLogs(CustomTestCase):
         self.addCleanup(logging.disable, logging.NOTSET)
         with mock.patch.object(loop, "default_exception_handler") as usual:
             http_logs.on_loop_error(loop, {"message": "Task exception was never retrieved"})
-        usual.assert_called_once()
+            usual.assert_called_once()
+            # The timer that a failed accept left behind, after the listener has closed.
+            late = {"message": "Exception in callback BaseSelectorEventLoop._start_serving()"}
+            http_logs.on_loop_error(loop, {**late, "exception": ValueError("Invalid file descriptor: -1")})
+            usual.assert_called_once()
+            http_logs.on_loop_error(loop, {**late, "exception": OSError("other")})
+            self.assertEqual(usual.call_count, 2)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,13 @@ class TestAgainstTransformers(CustomTestCase):
         tool[3]["content"] = parts("a is", " 3")
         self.assertIn("<tool_response>\na is 3\n", TEMPLATES["qwen3.5"].render(tool))
 
+    def test_parts_stay_parts_where_the_template_tells_them_apart(self):
+        ours = template(
+            "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% else %}"
+            "{% for p in m.content %}[{{ p.text }}]{% endfor %}{% endif %}{% endfor %}"
+        )
+        self.assertEqual(ours.render([text("user", parts("27", "+58="))]), "[27][+58=]")
+
     def test_continuing_the_last_message(self):
         for style in ("deepseek-v3.1", "qwen3", "qwen3-coder", "qwen3.5"):
             for content in ("It is", "It is ", "  It\nis\n", parts("It ", "is ")):
@@ -262,6 +269,8 @@ class TestLimits(CustomTestCase):
         "captured": doubling("{% set ns.a %}{{ ns.a }}{{ ns.a }}{% endset %}"),
         "lists of lists": doubling("{% set ns.a = [ns.a, ns.a] %}") + "{{ ns.a }}",
         "lists of lists to json": doubling("{% set ns.a = {'a': ns.a, 'b': ns.a} %}") + "{{ ns.a|tojson }}",
+        "lists of lists compared": "{% set ns = namespace(a=[1], b=[1]) %}{% for i in range(64) %}"
+        "{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}{% endfor %}{% if ns.a == ns.b %}x{% endif %}",
         "percent": "{{ '%1000000000d' % 3 }}",
         "percent star": "{{ '%*d' % (10**9, 3) }}",
         "format filter": "{{ '%1000000000d'|format(3) }}",

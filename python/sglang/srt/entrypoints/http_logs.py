@@ -53,17 +53,24 @@ _ONCE_PER_SECOND = OncePerSecond()
 
 
 def bound_http_logs() -> None:
-    """Put the filters on uvicorn's loggers; a second call does nothing."""
+    """Put the filters on uvicorn's loggers, once its configuration is made; a second call does nothing."""
     logging.getLogger("uvicorn.access").addFilter(_ACCESS_FILTER)
-    logging.getLogger("uvicorn.error").addFilter(_ONCE_PER_SECOND)
+    errors = logging.getLogger("uvicorn.error")
+    errors.addFilter(_ONCE_PER_SECOND)
+    if errors.getEffectiveLevel() == logging.INFO:
+        errors.setLevel(logging.WARNING)  # the server itself says when it listens and when it ends
     logger.addFilter(_ONCE_PER_SECOND)
 
 
 def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """asyncio reports every connection that it could not accept, thousands at a time: say it once per second."""
-    if "socket.accept()" in context.get("message", ""):
+    """asyncio reports every connection that it could not accept, thousands at a time: say it once per second.
+
+    Each of them also leaves a timer that would listen again, and finds the listener closed where the server ends.
+    """
+    message = context.get("message", "")
+    if "socket.accept()" in message:
         logger.warning("No file descriptor is left for a new connection; it waits until others close.")
-    else:
+    elif "_start_serving" not in message or not isinstance(context.get("exception"), ValueError):
         loop.default_exception_handler(context)
 
 

@@ -57,7 +57,6 @@ class HttpServer(uvicorn.Server):
         args = context.server_args
         admission = context.manager.admission
         admission.max_requests = admission.max_requests or MAX_QUEUED_REQUESTS
-        bound_http_logs()
         quiet = args.log_level not in ("debug", "info")
         config = uvicorn.Config(
             build_app(context, self._lifespan),
@@ -70,6 +69,7 @@ class HttpServer(uvicorn.Server):
             timeout_graceful_shutdown=DRAIN_WRITE_S,
         )
         super().__init__(config)
+        bound_http_logs()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(on_loop_error)
