@@ -17,8 +17,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -93,7 +95,7 @@ def count_cases(output: str, returncode: int) -> tuple[int, int, int, str]:
 
 
 def run_file(path: Path, registration: CIRegistration, timeout: float, failfast: bool, verbose: bool) -> FileResult:
-    """Run one file as ``python FILE -v`` in a process group of its own; ``timeout`` in seconds.
+    """Run one file as ``python FILE -v`` in a process group and a temporary folder of its own; ``timeout`` in seconds.
 
     Whatever the file started and left running is ended with it.
     """
@@ -103,10 +105,13 @@ def run_file(path: Path, registration: CIRegistration, timeout: float, failfast:
     env.setdefault("GOMP_SPINCOUNT", "1000")
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO / "python"), env.get("PYTHONPATH")]))
     began = time.monotonic()
-    with tempfile.TemporaryFile() as log:
+    folder = tempfile.TemporaryDirectory(prefix="t", ignore_cleanup_errors=True)
+    with folder, tempfile.TemporaryFile() as log:
+        env["TMPDIR"] = folder.name
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
         )
+        _running.add(process)
         timed_out = False
         try:
             returncode = process.wait(timeout)
@@ -115,6 +120,7 @@ def run_file(path: Path, registration: CIRegistration, timeout: float, failfast:
             returncode = -signal.SIGKILL
         finally:
             _kill_group(process)
+            _running.discard(process)
         seconds = time.monotonic() - began
         log.seek(0)
         output = log.read().decode(errors="replace")
@@ -137,6 +143,9 @@ def run_file(path: Path, registration: CIRegistration, timeout: float, failfast:
         reason=reason,
         skip_reasons=skip_reasons,
     )
+
+
+_running: set[subprocess.Popen] = set()
 
 
 def _kill_group(process: subprocess.Popen) -> None:
@@ -196,14 +205,17 @@ def _read_timings(path: str | None) -> dict[str, float]:
 
 
 def run_suite(registrations: Sequence[CIRegistration], args: argparse.Namespace, suite: str) -> list[FileResult]:
-    """Run one suite's files in turn, printing begin and end lines; stops at the first failing file unless told."""
+    """Run one suite's files, ``--jobs`` at once, printing begin and end lines; after a failing file no other begins,
+    unless told."""
     chosen = select(registrations, args, suite)
-    results: list[FileResult] = []
     began = time.monotonic()
-    for number, registration in enumerate(chosen, start=1):
+    stops = threading.Event()
+
+    def run(number: int, registration: CIRegistration) -> FileResult | None:
+        if stops.is_set():
+            return None
         print(f"Begin ({number}/{len(chosen)}) {registration.filename}", flush=True)
         result = run_with_retry(Path(args.root) / registration.filename, registration, args)
-        results.append(result)
         verdict = f"FAILED ({result.reason})" if result.failed else "ok" if result.executed else "skipped"
         print(
             f"End   ({number}/{len(chosen)}) {registration.filename}: {verdict}, "
@@ -211,8 +223,20 @@ def run_suite(registrations: Sequence[CIRegistration], args: argparse.Namespace,
             flush=True,
         )
         if result.failed and not args.continue_on_error:
-            print(f"stopped at the first failing file, {len(chosen) - number} not run (see --continue-on-error)")
-            break
+            stops.set()
+        return result
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            found = list(pool.map(run, range(1, len(chosen) + 1), chosen))
+        except BaseException:
+            stops.set()
+            for process in list(_running):
+                _kill_group(process)
+            raise
+    results = [result for result in found if result is not None]
+    if len(results) < len(chosen):
+        print(f"stopped at the first failing file, {len(chosen) - len(results)} not run (see --continue-on-error)")
     print(f"suite {suite}: {len(results)} of {len(chosen)} files, {time.monotonic() - began:.1f} s", flush=True)
     return results
 
@@ -250,6 +274,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--suite", required=True, action="append", help="may be given several times")
     parser.add_argument("--nightly", action="store_true", help="select the nightly registrations")
     parser.add_argument("--timeout-per-file", type=float, default=1200, metavar="SECONDS")
+    parser.add_argument("--jobs", type=int, default=1, help="files that run at once")
     parser.add_argument("--continue-on-error", action="store_true", help="do not stop at the first failing file")
     parser.add_argument("--auto-partition-id", type=int)
     parser.add_argument("--auto-partition-size", type=int)
@@ -266,8 +291,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--auto-partition-id and --auto-partition-size come together")
     if args.auto_partition_size is not None and not 0 <= args.auto_partition_id < args.auto_partition_size:
         parser.error(f"--auto-partition-id {args.auto_partition_id} is not in [0, {args.auto_partition_size})")
-    if args.max_attempts < 1:
-        parser.error(f"--max-attempts must be at least 1, got {args.max_attempts}")
+    for flag in ("max_attempts", "jobs"):
+        if getattr(args, flag) < 1:
+            parser.error(f"--{flag.replace('_', '-')} must be at least 1, got {getattr(args, flag)}")
     allowed = valid_suites(args.hw, args.nightly)
     for suite in args.suite:
         if suite not in allowed:

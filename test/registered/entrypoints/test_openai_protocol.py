@@ -134,7 +134,9 @@ class TestChat(OpenAITestCase):
         self.assertEqual(len(content[0].top_logprobs), 2)
         self.assertEqual(reply.usage.completion_tokens, 2 * len(ids))
         self.assertEqual(reply.usage.prompt_tokens, len(self.scheduler.received[-1].input_ids))
-        self.assertEqual(self.sent_params().sampling_seed, 5)
+        first, second = (message.sampling_params.sampling_seed for message in self.scheduler.received)
+        self.assertEqual(first, 5)
+        self.assertNotEqual(second, 5)
         self.assertEqual({m.rid.split("#")[0].rsplit("_", 1)[0] for m in self.scheduler.received}, {reply.id})
         body = {"messages": MESSAGES, "n": 2, "logprobs": True, "max_tokens": len(ids)}
         chunks = self.chunks("/v1/chat/completions", body)

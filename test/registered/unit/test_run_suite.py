@@ -158,12 +158,28 @@ class TestRunSuite(CustomTestCase):
         self.assert_closing(done, "0 passed, 1 failed, 0 skipped", 1)
         self.assertIn("unknown suite 'stage-z-test-cpu'", done.stdout)
 
+    def test_two_files_at_once_have_temporary_folders_of_their_own(self):
+        """Each file waits until the other has begun, and finds its temporary folder empty."""
+        for name, other in (("a", "b"), ("b", "a")):
+            mine, theirs = (str(self.root / f"begun_{one}") for one in (name, other))
+            self.plant(
+                name,
+                "def test_meet(self):\n    import tempfile, time\n"
+                f"    open({mine!r}, 'w').close()\n    tempfile.mkstemp()\n"
+                f"    until = time.monotonic() + 50\n    while not os.path.exists({theirs!r}):\n"
+                "        self.assertLess(time.monotonic(), until)\n        time.sleep(0.05)\n"
+                "    self.assertEqual(len(os.listdir(tempfile.gettempdir())), 1)",
+            )
+        done = self.run_suite("--jobs", "2", "--continue-on-error")
+        self.assert_closing(done, "2 passed, 0 failed, 0 skipped", 0)
+
     def test_bad_arguments(self):
         for suite, args, expected in (
             ("stage-a-test-cpus", [], "unknown suite 'stage-a-test-cpus'"),
             ("stage-a-test-cpu", ["--auto-partition-id", "0"], "come together"),
             ("stage-a-test-cpu", ["--auto-partition-id", "2", "--auto-partition-size", "2"], "is not in [0, 2)"),
             ("stage-a-test-cpu", ["--max-attempts", "0"], "at least 1"),
+            ("stage-a-test-cpu", ["--jobs", "0"], "--jobs must be at least 1"),
         ):
             with self.subTest(suite=suite, args=args):
                 done = self.run_suite(*args, suite=suite)
