@@ -226,7 +226,7 @@ class TestRegistry(EnvironTestCase):
             "SGLANG_MORI_NUM_WORKERS": 4,
             "SGLANG_OPT_USE_TRITON_FUSED_MHC": True,
             "SGLANG_HEALTH_CHECK_TIMEOUT": 20,
-            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": True,
+            "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": False,
         }
         self.assertEqual({name: getattr(envs, name).get() for name in expected}, expected)
         for name in ("SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS", "SGLANG_MORI_MOE_MAX_INPUT_TOKENS"):

@@ -246,11 +246,7 @@ class ForwardBatch:
             "logits_rows": None if starts is None else torch.tensor(last, dtype=torch.int64),
             "num_token_non_padded": torch.tensor([num_tokens], dtype=torch.int64),
         }
-        given = {name: column for name, column in columns.items() if column is not None}
-        packed = torch.cat(list(given.values()))
-        if device.type != "cpu":
-            packed = packed.pin_memory().to(device, non_blocking=True)
-        parts = dict(zip(given, packed.split([len(column) for column in given.values()]), strict=True))
+        parts = _to_device({name: column for name, column in columns.items() if column is not None}, device)
         return cls(
             forward_mode=batch.forward_mode,
             batch_size=batch.batch_size,
@@ -272,6 +268,20 @@ class ForwardBatch:
             logprobs=batch.logprobs,
             global_num_tokens_cpu=batch.global_num_tokens,
         )
+
+
+def _to_device(columns: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """Host columns int64 on ``device``, by one copy. Each begins at a multiple of 16 bytes, for which kernels are
+    compiled whatever the number of requests."""
+    starts = [0, *accumulate(len(column) + len(column) % 2 for column in columns.values())]
+    host = torch.zeros(starts[-1], dtype=torch.int64, pin_memory=device.type != "cpu")
+    for start, column in zip(starts, columns.values(), strict=False):
+        host[start : start + len(column)] = column
+    packed = host if device.type == "cpu" else host.to(device, non_blocking=True)
+    return {
+        name: packed[start : start + len(column)]
+        for start, (name, column) in zip(starts, columns.items(), strict=False)
+    }
 
 
 def low_words(column: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,8 @@ class StepBuffers:
         self, kind: StepKind, max_bs: int, device: torch.device, padding_row: int, num_groups: int = 1
     ) -> None:
         self.kind = kind
-        self._max_bs = max_bs
+        # Even, so that every row begins at a multiple of 16 bytes, for which kernels are compiled.
+        self._max_bs = max_bs + max_bs % 2
         self.packed = self._new(device)
         self.requests, self.tokens, self._count = self._parts(self.packed)
         pinned = device.type != "cpu"

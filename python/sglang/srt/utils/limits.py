@@ -58,7 +58,7 @@ MAX_PROMPT_LOGPROBS = 1 << 17
 # The same of all prompts of one call.
 MAX_PROMPT_LOGPROBS_PER_CALL = 1 << 19
 MAX_TOKENIZE_TEXTS = 4096
-MAX_DETOKENIZE_IDS = 1 << 20
+MAX_DETOKENIZE_IDS = 1 << 18
 
 # Unknown fields of request bodies: how much of a name is kept, how many are logged, how many one answer lists.
 MAX_UNKNOWN_FIELD_CHARS = 64
