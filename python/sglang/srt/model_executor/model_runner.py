@@ -150,6 +150,7 @@ class ModelRunner:
         """``fb`` with the ids that only the device knows; the request table gets the slots of these tokens."""
         if fb.input_ids is not None:
             return fb
+        assert fb.kind == DECODE, "one id per request lies on the device; other steps bring theirs"
         self.req_to_token_pool.write_step(fb.req_pool_indices, fb.positions, fb.out_cache_loc)
         return replace(fb, input_ids=self.last_token.index_select(0, fb.req_pool_indices))
 
