@@ -3,7 +3,10 @@
 import unittest
 from types import SimpleNamespace
 
+from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.schedule_policy import CLIP_NEW_TOKENS, NewTokenRatio, PrefillLimits, PrefillPlanner
+from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
+from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -11,7 +14,13 @@ register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 
 
 def request(seq_len: int, computed: int = 0, left: int = 10) -> SimpleNamespace:
-    return SimpleNamespace(seq_len=seq_len, computed_len=computed, new_tokens_left=left, snapshot_at=0)
+    return SimpleNamespace(
+        seq_len=seq_len,
+        kv_committed_len=computed,
+        kv_allocated_len=computed,
+        new_tokens_left=left,
+        snapshot_at=0,
+    )
 
 
 class TestNewTokenRatio(CustomTestCase):
@@ -34,13 +43,21 @@ class TestNewTokenRatio(CustomTestCase):
 
 
 class TestPrefillPlanner(CustomTestCase):
-    def planner(self, free: int, running: list[SimpleNamespace], chunk: int | None = 16) -> PrefillPlanner:
-        memory = SimpleNamespace(obtainable=lambda: free, page_size=4, extend=lambda *_: True)
+    def planner(
+        self, free: int, running: list[SimpleNamespace], chunk: int | None = 16, step_width: int = 1
+    ) -> PrefillPlanner:
+        allocator = TokenToKVPoolAllocator(free, page_size=4)
+        memory = ReqMemory(allocator, ReqToTokenPool(8, 64), RadixCache(allocator, 4), None, step_width)
         return PrefillPlanner(memory, PrefillLimits(1000, chunk, 8), running, ratio=0.5)
 
     def test_running_requests_keep_room_to_grow(self) -> None:
         planner = self.planner(100_000, [request(8, 8, left=20), request(8, 8, left=10**6)])
         self.assertEqual(planner._room, 100_000 - (10 + 4) - (CLIP_NEW_TOKENS // 2 + 4))
+
+    def test_room_to_grow_counts_the_tokens_of_a_step(self) -> None:
+        for width, room in ((1, 4), (2, 8), (5, 8), (6, 12)):
+            planner = self.planner(100_000, [request(8, 8, left=20)], step_width=width)
+            self.assertEqual(planner._room, 100_000 - (10 + room), f"a step of {width} tokens")
 
     def test_a_begun_prompt_keeps_room_for_its_rest_and_its_output(self) -> None:
         planner = self.planner(1000, [])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from sglang.srt.managers.schedule_batch import Req
@@ -24,11 +26,16 @@ class ReqMemory:
         req_pool: ReqToTokenPool,
         tree: RadixCache,
         state_pool: GDNStatePool | None,
+        step_width: int = 1,
     ) -> None:
+        """``step_width`` is the number of tokens that a decode step computes for each request."""
+        if step_width < 1:
+            raise ValueError(f"step_width must be at least 1, got {step_width}")
         self.allocator = allocator
         self.req_pool = req_pool
         self.tree = tree
         self.state_pool = state_pool
+        self.step_width = step_width
 
     @property
     def page_size(self) -> int:
@@ -59,48 +66,89 @@ class ReqMemory:
         if prefix:
             self.req_pool.write(row, 0, match.slot_ids)
         req.req_pool_idx, req.node = row, match.node
-        req.computed_len = req.tree_len = prefix
+        req.kv_committed_len = req.kv_allocated_len = req.tree_len = prefix
         # What a retracted request finds again may be its own.
         req.own_start = min(req.own_start, prefix) if req.num_retractions else prefix
         req.snapshot_at = match.kv_len if match.kv_len > prefix else 0
         req.cached_tokens = max(req.cached_tokens, prefix) if req.num_retractions == 0 else req.cached_tokens
 
     def extend(self, reqs: list[Req], ends: list[int]) -> torch.Tensor | None:
-        """Slots for tokens ``computed_len .. end`` of each request, written to its row; None when they do not fit."""
-        starts = [req.computed_len for req in reqs]
-        last = [self._last_slot(req) for req in reqs]
-        pages = self.page_size
-        needed = sum(-(-end // pages) - -(-start // pages) for start, end in zip(starts, ends, strict=True)) * pages
-        self._make_room(needed)
-        slots = self.allocator.alloc_extend(starts, ends, last)
+        """Slots for tokens ``kv_committed_len .. end`` of each request, in its row (prefill); None if they do not fit.
+
+        [N] int64, requests one after the other.
+        """
+        starts = [req.kv_allocated_len for req in reqs]
+        assert starts == [req.kv_committed_len for req in reqs], "a prefill step starts where the slots end"
+        self._make_room(self.missing_for(reqs, ends))
+        slots = self.allocator.alloc_extend(starts, ends, [self._last_slot(req) for req in reqs])
         if slots is None:
             return None
         self.req_pool.write_extend([self._row(req) for req in reqs], starts, ends, slots)
+        for req, end in zip(reqs, ends, strict=True):
+            req.kv_allocated_len = end
         return slots
 
-    def extend_by_one(self, reqs: list[Req]) -> torch.Tensor | None:
-        """One slot for the newest token of each request (decode), written to its row; None when they do not fit."""
-        positions = [req.computed_len for req in reqs]
-        needed = sum(1 for position in positions if position % self.page_size == 0) * self.page_size
-        self._make_room(needed)
-        last = [self._last_slot(req) for req in reqs] if self.page_size > 1 else [-1] * len(reqs)
-        slots = self.allocator.alloc_decode([position + 1 for position in positions], last)
+    def extend_step(self, reqs: list[Req]) -> torch.Tensor | None:
+        """Slots for the ``step_width`` tokens behind the committed ones of each request; None when they do not fit.
+
+        [B * step_width] int64, requests one after the other. Slots that earlier steps left are used first. They are in
+        the host's table alone: the step writes them into the device's.
+        """
+        width = self.step_width
+        self._make_room(self.missing_for_step(reqs))
+        rows = [self._row(req) for req in reqs]
+        if width == 1 and all(req.kv_allocated_len == req.kv_committed_len for req in reqs):
+            positions = [req.kv_committed_len for req in reqs]
+            last = [self._last_slot(req) for req in reqs] if self.page_size > 1 else [-1] * len(reqs)
+            slots = self.allocator.alloc_decode([position + 1 for position in positions], last)
+            if slots is not None:
+                self.req_pool.write_decode(rows, positions, slots)
+        else:
+            slots = self._extend_wide(reqs, rows, width)
         if slots is not None:
-            self.req_pool.write_decode([self._row(req) for req in reqs], positions, slots)
+            for req in reqs:
+                req.kv_allocated_len = max(req.kv_allocated_len, req.kv_committed_len + width)
         return slots
+
+    def _extend_wide(self, reqs: list[Req], rows: list[int], width: int) -> torch.Tensor | None:
+        starts = [req.kv_allocated_len for req in reqs]
+        ends = [max(req.kv_allocated_len, req.kv_committed_len + width) for req in reqs]
+        new = self.allocator.alloc_extend(starts, ends, [self._last_slot(req) for req in reqs])
+        if new is None:
+            return None
+        spans = list(zip(rows, starts, ends, strict=True))
+        owners = [row for row, start, end in spans for _ in range(start, end)]
+        self.req_pool.write_decode(owners, [position for _, start, end in spans for position in range(start, end)], new)
+        first = [req.kv_committed_len for req in reqs]
+        return torch.cat([self.req_pool.read(row, at, at + width) for row, at in zip(rows, first, strict=True)])
+
+    def missing_for(self, reqs: Sequence[Req], ends: Sequence[int]) -> int:
+        """Tokens, whole pages, that must be allocated so that each request has slots up to its end."""
+        page = self.page_size
+        spans = zip((req.kv_allocated_len for req in reqs), ends, strict=True)
+        return sum(max(0, -(-end // page) - -(-start // page)) for start, end in spans) * page
+
+    def missing_for_step(self, reqs: Sequence[Req]) -> int:
+        """Tokens, whole pages, that a decode step of these requests must allocate."""
+        return self.missing_for(reqs, [req.kv_committed_len + self.step_width for req in reqs])
+
+    @property
+    def step_room(self) -> int:
+        """Tokens, whole pages, that a decode step of one request may allocate at most."""
+        return (-(-(self.step_width - 1) // self.page_size) + 1) * self.page_size
 
     def share_prefix(self, req: Req) -> None:
         """Cache what a running request has computed, so that others can use it, and lock it for this one.
 
         Slots that were cached by someone else in the meantime replace the request's own.
         """
-        num_tokens = self.tree.aligned(req.computed_len)
+        num_tokens = self.tree.aligned(req.kv_committed_len)
         assert req.node is not None
         if self.tree.disable or num_tokens <= req.tree_len or req.node.withdrawn:
             return
         row = self._row(req)
         tokens, slots = req.token_ids[:num_tokens], self.req_pool.read(row, 0, num_tokens)
-        if isinstance(self.tree, HybridRadixCache) and num_tokens == req.computed_len:
+        if isinstance(self.tree, HybridRadixCache) and num_tokens == req.kv_committed_len:
             assert req.state_slot is not None
             result = self.tree.snapshot(tokens, slots, req.state_slot)
         else:
@@ -124,14 +172,14 @@ class ReqMemory:
         """Take back all that the request holds; with ``cache`` its computed tokens stay in the prefix cache.
 
         A token whose step may still be in flight is not cached: nobody has seen yet that the step was sound. Nor is
-        anything cached that was computed on what has been withdrawn.
+        anything cached that was computed on what has been withdrawn, or a slot past the committed tokens.
         """
         if req.req_pool_idx is None:
             return
         assert req.node is not None
-        slots = self.req_pool.read(req.req_pool_idx, 0, req.computed_len)
+        slots = self.req_pool.read(req.req_pool_idx, 0, req.kv_allocated_len)
         if cache and not req.node.withdrawn:
-            num_tokens = self.tree.aligned(min(req.computed_len, req.seq_len - 1))
+            num_tokens = self.tree.aligned(min(req.kv_committed_len, req.seq_len - 1))
             result = self.tree.insert(req.token_ids[:num_tokens], slots[:num_tokens])
             surplus = [slots[req.tree_len : max(req.tree_len, result.prefix_len)], slots[result.cached_len :]]
             self.allocator.free(torch.cat(surplus))
@@ -143,7 +191,7 @@ class ReqMemory:
             assert self.state_pool is not None
             self.state_pool.free(req.state_slot)
         req.req_pool_idx = req.state_slot = req.node = None
-        req.computed_len = req.tree_len = req.snapshot_at = 0
+        req.kv_committed_len = req.kv_allocated_len = req.tree_len = req.snapshot_at = 0
 
     def check_idle(self, deep: bool) -> None:
         """Raise PoolLeakError (or RadixIntegrityError) unless every slot is free or cached and nothing is locked.
@@ -173,9 +221,8 @@ class ReqMemory:
         return req.req_pool_idx
 
     def _last_slot(self, req: Req) -> int:
-        if req.computed_len == 0:
-            return -1
-        return int(self.req_pool.read(self._row(req), req.computed_len - 1, req.computed_len)[0])
+        end = req.kv_allocated_len
+        return int(self.req_pool.read(self._row(req), end - 1, end)[0]) if end else -1
 
     def _make_room(self, num_tokens: int) -> None:
         missing = num_tokens - self.allocator.available_size()

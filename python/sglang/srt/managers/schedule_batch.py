@@ -18,10 +18,11 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingR
 class Req:
     """One request, owned and changed by the scheduler alone.
 
-    Lengths, all in tokens: ``seq_len`` of prompt and output so far; ``computed_len`` of them have KV (and state) in the
-    pools, or will have once the steps that are launched have run; the first ``tree_len`` of those lie in slots that
-    the prefix cache owns and this request locks. All past ``own_start`` was computed for this request, not found in
-    the cache. ``num_in_flight`` tokens are being drawn and not known yet.
+    Lengths, all in tokens: ``seq_len`` of prompt and output so far; ``kv_committed_len`` of them have KV (and state) in
+    the pools, or will have once the steps that are launched have run; the request has slots for the first
+    ``kv_allocated_len``, of which those past the committed ones hold nothing of use; the first ``tree_len`` lie in
+    slots that the prefix cache owns and this request locks. All past ``own_start`` was computed for this request, not
+    found in the cache. At most ``num_in_flight`` tokens are being drawn and not known yet.
     """
 
     def __init__(self, message: TokenizedGenerateReqInput, seed: int, stop_ids: frozenset[int]) -> None:
@@ -45,7 +46,8 @@ class Req:
         self.req_pool_idx: int | None = None
         self.state_slot: int | None = None
         self.node: TreeNode | None = None
-        self.computed_len = 0
+        self.kv_committed_len = 0
+        self.kv_allocated_len = 0
         self.tree_len = 0
         self.own_start = 0
         self.num_in_flight = 0

@@ -79,14 +79,14 @@ class PrefillPlanner:
         self.ends: list[int] = []
 
     def _expected_growth(self, req: Req, ratio: float) -> int:
-        return int(min(req.new_tokens_left, CLIP_NEW_TOKENS) * ratio) + self._memory.page_size
+        return int(min(req.new_tokens_left, CLIP_NEW_TOKENS) * ratio) + self._memory.step_room
 
     def add_partial(self, req: Req) -> bool:
         """Continue a request that is part-way through its prompt; False when nothing of it fits now."""
         # It must come to its end, so it may use the room that running requests have not claimed yet.
         room = self._memory.obtainable() - self.taken()
         growth = min(req.new_tokens_left, CLIP_NEW_TOKENS)
-        self._room -= req.seq_len - req.computed_len + growth + self._memory.page_size
+        self._room -= req.seq_len - req.kv_committed_len + growth + self._memory.step_room
         return self._add(req, room)
 
     def add_waiting(self, req: Req) -> bool:
@@ -103,24 +103,22 @@ class PrefillPlanner:
         alone = self._num_running == 0 and not self.reqs
         growth = 0 if alone else min(req.new_tokens_left, CLIP_NEW_TOKENS)
         whole = self._limits.chunk_tokens is None and missing > self._tokens and bool(self.reqs)
-        if missing + growth + memory.page_size > room + (memory.page_size if alone else 0) or whole:
+        if missing + growth + memory.step_room > room + (memory.step_room if alone else 0) or whole:
             memory.tree.dec_lock_ref(match.node)
             return False
         memory.admit(req, match)
         if not self._add(req, room):
             memory.release(req, cache=False)
             return False
-        self._room = room - missing - growth - memory.page_size
+        self._room = room - missing - growth - memory.step_room
         return True
 
     def taken(self) -> int:
         """Tokens promised to the requests picked so far, whole pages."""
-        page = self._memory.page_size
-        spans = zip(self.reqs, self.ends, strict=True)
-        return sum((-(-end // page) - -(-req.computed_len // page)) * page for req, end in spans)
+        return self._memory.missing_for(self.reqs, self.ends)
 
     def _add(self, req: Req, room: int) -> bool:
-        start, page = req.computed_len, self._memory.page_size
+        start, page = req.kv_committed_len, self._memory.page_size
         end = req.seq_len
         if self._limits.chunk_tokens is not None:
             end = min(end, start + self._tokens)

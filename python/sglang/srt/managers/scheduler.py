@@ -161,7 +161,7 @@ class Scheduler:
         if agreed is not None:
             worker_batch = agreed.of_batch(worker_batch)
         for req, end, draws in zip(batch.reqs, batch.ends, batch.draws, strict=True):
-            req.computed_len = end
+            req.kv_committed_len = end
             req.num_in_flight += draws
         began = time.perf_counter()
         launched = self.worker.launch(worker_batch, info)
@@ -317,7 +317,7 @@ class Scheduler:
         if self.config.retract_interval and (self.metrics.num_decode_steps + 1) % self.config.retract_interval == 0:
             self._retract_one_for_test()
         reqs = [req for req in self.running if not req.is_drawn_out]
-        slots = self.memory.extend_by_one(reqs) if reqs else None
+        slots = self.memory.extend_step(reqs) if reqs else None
         if reqs and slots is None:
             # Whom to retract depends on who has finished: that must be known first.
             self._drain()
@@ -325,18 +325,19 @@ class Scheduler:
             if not self.running:
                 return self._plan_prefill()
             reqs = list(self.running)
-            slots = self.memory.extend_by_one(reqs)
+            slots = self.memory.extend_step(reqs)
             assert slots is not None
         if slots is None:
             return None
         self.new_token_ratio.decay()
-        return self._batch(ForwardMode.DECODE, reqs, [req.computed_len + 1 for req in reqs], slots)
+        ends = [req.kv_committed_len + self.memory.step_width for req in reqs]
+        return self._batch(ForwardMode.DECODE, reqs, ends, slots)
 
     def _batch(self, mode: ForwardMode, reqs: list[Req], ends: list[int], slots: torch.Tensor) -> ScheduleBatch:
         return ScheduleBatch(
             forward_mode=mode,
             reqs=reqs,
-            starts=[req.computed_len for req in reqs],
+            starts=[req.kv_committed_len for req in reqs],
             ends=ends,
             draws=[end == req.planned_len for req, end in zip(reqs, ends, strict=True)],
             out_cache_loc=slots,
@@ -364,11 +365,10 @@ class Scheduler:
         self.metrics.num_retracted_reqs += 1
 
     def _retract_until_decode_fits(self, other_tokens: int) -> None:
-        """Retract running requests until each survivor can have one more token beside ``other_tokens``."""
+        """Retract running requests until the survivors can make a decode step beside ``other_tokens``."""
         before = len(self.running)
         while self.running:
-            pages = sum(1 for req in self.running if req.computed_len % self.memory.page_size == 0)
-            if pages * self.memory.page_size + other_tokens <= self.memory.obtainable():
+            if self.memory.missing_for_step(self.running) + other_tokens <= self.memory.obtainable():
                 break
             self._retract(retraction_order(self.running)[0], self.running)
         if len(self.running) < before:

@@ -1,0 +1,142 @@
+"""Slots of requests whose steps compute several tokens and keep some of them."""
+
+import random
+import unittest
+
+import torch
+
+from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
+from sglang.srt.managers.req_memory import PoolLeakError, ReqMemory
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+
+NUM_ROWS, CONTEXT = 6, 96
+
+
+def make_memory(size: int, page_size: int, step_width: int) -> ReqMemory:
+    allocator = TokenToKVPoolAllocator(size, page_size)
+    return ReqMemory(allocator, ReqToTokenPool(NUM_ROWS, CONTEXT), RadixCache(allocator, page_size), None, step_width)
+
+
+def admitted(memory: ReqMemory, rid: str, prompt: list[int]) -> Req:
+    """A request that decodes: its prompt is computed and shared, and one token is drawn."""
+    params = SamplingParams(max_new_tokens=CONTEXT)
+    req = Req(TokenizedGenerateReqInput(rid=rid, input_ids=prompt, sampling_params=params), 0, frozenset())
+    match = memory.match(req)
+    memory.tree.inc_lock_ref(match.node)
+    memory.admit(req, match)
+    assert memory.extend([req], [req.seq_len]) is not None
+    req.kv_committed_len = req.seq_len
+    req.output_ids.append(0)
+    memory.share_prefix(req)
+    return req
+
+
+class TestStepsOfManyTokens(CustomTestCase):
+    def test_the_slots_of_a_step_are_those_behind_the_committed_tokens(self) -> None:
+        for page_size in (1, 4, 16):
+            for width in (1, 2, 4):
+                with self.subTest(page_size=page_size, width=width):
+                    self.simulate(page_size, width, random.Random(page_size * 10 + width))
+
+    def simulate(self, page_size: int, width: int, rng: random.Random) -> None:
+        """Random requests, steps, acceptances and releases, beside a table of who owns which slot."""
+        memory = make_memory(320, page_size, width)
+        running: list[Req] = []
+        refused = kept = 0
+        for number in range(300):
+            if len(running) < NUM_ROWS and rng.random() < 0.3:
+                prompt = [rng.randrange(3) for _ in range(rng.randint(1, 20))]
+                if memory.obtainable() >= 20 + page_size:
+                    running.append(admitted(memory, str(number), prompt))
+            ready = [req for req in running if req.kv_committed_len + width <= CONTEXT and rng.random() < 0.8]
+            if ready:
+                needed, before = memory.missing_for_step(ready), memory.obtainable()
+                slots = memory.extend_step(ready)
+                self.assertEqual(slots is None, needed > before)
+                refused += slots is None
+                if slots is not None:
+                    self.check_step(memory, ready, slots, width)
+                    self.assertEqual(before - memory.obtainable(), needed)
+                    for req in ready:
+                        accepted = rng.randint(1, width)
+                        kept += width - accepted
+                        req.kv_committed_len += accepted
+                        req.output_ids += [rng.randrange(3) for _ in range(accepted)]
+            self.check_owners(memory, running)
+            for req in [req for req in running if slots_run_out(req, width) or rng.random() < 0.1]:
+                running.remove(req)
+                memory.release(req, cache=rng.random() < 0.7)
+        for req in running:
+            memory.release(req, cache=True)
+        memory.check_idle(deep=True)
+        self.assertGreater(memory.tree.total_size(), 0)
+        self.assertEqual(kept > 0, width > 1, "steps whose tokens were not all accepted")
+
+    def check_step(self, memory: ReqMemory, reqs: list[Req], slots: torch.Tensor, width: int) -> None:
+        table = torch.cat([memory.req_pool.read(req.req_pool_idx, 0, req.kv_allocated_len) for req in reqs])
+        self.assertEqual(len(slots), len(reqs) * width)
+        self.assertTrue(set(slots.tolist()) <= set(table.tolist()))
+        for req, row in zip(reqs, slots.view(len(reqs), width), strict=True):
+            first = req.kv_committed_len
+            self.assertEqual(row.tolist(), memory.req_pool.read(req.req_pool_idx, first, first + width).tolist())
+            offsets = [(first + j) % memory.page_size for j in range(width)]
+            self.assertEqual((row % memory.page_size).tolist(), offsets)
+
+    def check_owners(self, memory: ReqMemory, running: list[Req]) -> None:
+        own = [
+            memory.req_pool.read(req.req_pool_idx, req.tree_len, req.kv_allocated_len)
+            for req in running
+            if req.req_pool_idx is not None
+        ]
+        held = torch.cat(own) if own else torch.empty(0, dtype=torch.int64)
+        self.assertEqual(len(set(held.tolist())), len(held), "two requests own one slot")
+        memory.tree.check_integrity(memory.allocator.free_slots(), held)
+
+    def test_slots_that_a_step_left_are_used_by_the_next(self) -> None:
+        memory = make_memory(64, 1, 4)
+        req = admitted(memory, "a", [1, 2, 3])
+        first = memory.extend_step([req])
+        self.assertEqual((req.kv_committed_len, req.kv_allocated_len), (3, 7))
+        req.kv_committed_len += 1
+        self.assertEqual(memory.missing_for_step([req]), 1)
+        second = memory.extend_step([req])
+        self.assertEqual(second[:3].tolist(), first[1:].tolist())
+        self.assertEqual(req.kv_allocated_len, 8)
+
+    def test_what_was_never_committed_is_not_cached(self) -> None:
+        memory = make_memory(64, 1, 4)
+        req = admitted(memory, "a", [1, 2, 3])
+        memory.extend_step([req])
+        req.kv_committed_len += 2
+        req.output_ids += [4, 5]
+        memory.release(req, cache=True)
+        self.assertEqual(memory.tree.total_size(), 5)
+        memory.check_idle(deep=True)
+
+    def test_a_slot_that_is_lost_is_noticed(self) -> None:
+        memory = make_memory(64, 1, 4)
+        req = admitted(memory, "a", [1, 2, 3])
+        memory.extend_step([req])
+        req.kv_allocated_len -= 1
+        memory.release(req, cache=True)
+        with self.assertRaisesRegex(PoolLeakError, "1 of 64"):
+            memory.check_idle(deep=False)
+
+    def test_a_width_below_one_is_refused(self) -> None:
+        with self.assertRaisesRegex(ValueError, "step_width"):
+            make_memory(64, 1, 0)
+
+
+def slots_run_out(req: Req, width: int) -> bool:
+    return req.kv_committed_len + width > CONTEXT
+
+
+if __name__ == "__main__":
+    unittest.main()
