@@ -33,6 +33,7 @@ register_cpu_ci(est_time=12, suite="stage-b-test-cpu")
 
 CPU = torch.device("cpu")
 MODELS = ("dsv3", "q35")
+HYBRID_MODELS = ("q35",)
 PLANTED = '''
 from sglang.srt.layers.attention.base_attn_backend import register_attention_backend
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeGqaBackend
@@ -69,7 +70,7 @@ class BackendCase(CustomTestCase):
 
 class TestPlans(BackendCase):
     def test_a_kind_of_step_without_a_plan_raises(self):
-        for name in MODELS:
+        for name in HYBRID_MODELS:
             harness = self.harness(name)
             for kind, backend in self.backends(harness).items():
                 with self.subTest(model=name, backend=kind):
@@ -77,6 +78,36 @@ class TestPlans(BackendCase):
                     fb = ForwardBatch.from_worker_batch(batch, CPU, backend)
                     with self.assertRaisesRegex(UnplannedStepError, "no plan for a verify step of 3 rows per request"):
                         backend.init_forward_metadata(fb)
+
+    def test_rows_of_a_step_of_several_per_request_see_what_a_prompt_row_sees(self):
+        for name in set(MODELS) - set(HYBRID_MODELS):
+            for width in (2, 3):
+                for kind in ("torch_native", "triton"):
+                    with self.subTest(model=name, backend=kind, width=width):
+                        self.check_wide_step(name, kind, width)
+
+    def check_wide_step(self, name, kind, width):
+        prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [1]]
+        news = [[11 + 3 * i + j for j in range(width)] for i in range(len(prompts))]
+        results = []
+        for wide in (False, True):
+            harness = self.harness(name)
+            harness.backend = self.backends(harness)[kind]
+            requests = [harness.new_request() for _ in prompts]
+            harness.extend(list(zip(requests, prompts, strict=True)))
+            if not wide:
+                results.append(torch.cat(harness.extend(list(zip(requests, news, strict=True)))))
+                continue
+            slots = harness.allocator.alloc(width * len(prompts)).view(-1, width)
+            for request, mine in zip(requests, slots, strict=True):
+                harness.requests.write(request.row, request.num_tokens, mine)
+            ends = [request.num_tokens + width for request in requests]
+            batch = ModelWorkerBatch.uniform(
+                StepKind("verify", width), [request.row for request in requests], ends, slots.flatten()
+            )
+            out = harness.run(replace(batch, input_ids=torch.tensor(news).flatten()), every_row=True)
+            results.append(out.next_token_logits.log_softmax(-1))
+        torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
 
     def test_rows_that_nobody_planned_are_not_attended(self):
         """The layers of a step that was not planned, or planned as empty, must not return memory that nobody wrote."""

@@ -267,10 +267,14 @@ class ReqToTokenPool:
         self._host[rows, positions] = slot_ids.numpy()
 
     def write_step(self, rows: torch.Tensor, positions: torch.Tensor, slot_ids: torch.Tensor) -> None:
-        """Set one position of each row of the device's table; rows, positions and slot_ids [B] int64 lie there.
+        """Set positions of each row of the device's table: rows, positions [B], slot_ids [B] or [B, R], int64, there.
 
-        Part of a step, captured or not; rows of padding write slot 0 into the padding row.
+        Row i gets its slots at ``positions[i]`` and behind. Part of a step, captured or not; rows of padding write slot
+        0 into the padding row.
         """
+        if slot_ids.dim() == 2:
+            ahead = torch.arange(slot_ids.shape[1], device=slot_ids.device)
+            rows, positions = rows.unsqueeze(1), positions.unsqueeze(1) + ahead
         self.req_to_token.index_put_((rows, positions), slot_ids.to(torch.int32))
 
     def _copied(self, values: np.ndarray) -> torch.Tensor:

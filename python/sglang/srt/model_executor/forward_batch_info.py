@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum, auto
 from itertools import accumulate
 from typing import Protocol
@@ -100,6 +100,10 @@ class ModelWorkerBatch:
     # Attention data parallelism: tokens that each attention group brings to this step, agreed by all of them.
     global_num_tokens: list[int] | None = None
     kind: StepKind | None = None
+    # Slots of the positions from the step's first one on, where a request has more than the step's rows: [B, R].
+    table_loc: torch.Tensor | None = None
+    # Extend, for a model that drafts: the prompt's next token where a request's chunk ends before its prompt, else -1.
+    successors: list[int] | None = None
     # The decode graph that all groups agreed to replay, None when they run eagerly; read with ``global_num_tokens``.
     graph_bucket: int | None = None
 
@@ -118,8 +122,14 @@ class ModelWorkerBatch:
         logprobs: Sequence[LogprobRequest | None] = (),
         global_num_tokens: list[int] | None = None,
     ) -> ModelWorkerBatch:
-        """The last tokens of each request, as many as ``kind`` says; their ids are on the device."""
-        back = torch.arange(-kind.rows_per_request, 0)
+        """The last tokens of each request, as many as ``kind`` says; their ids are on the device.
+
+        out_cache_loc [B * R] int64: slots of the positions from the step's first one on, at least one for each row.
+        """
+        back, table = torch.arange(-kind.rows_per_request, 0), None
+        if out_cache_loc.numel() > len(seq_lens) * kind.rows_per_request:
+            table = out_cache_loc.view(len(seq_lens), -1)
+            out_cache_loc = table[:, : kind.rows_per_request].flatten()
         return cls(
             forward_mode=ForwardMode.DECODE if kind is DECODE else ForwardMode.TARGET_VERIFY,
             input_ids=None,
@@ -129,6 +139,7 @@ class ModelWorkerBatch:
             out_cache_loc=out_cache_loc,
             state_slot_ids=None if state_slot_ids is None else torch.tensor(state_slot_ids, dtype=torch.int64),
             kind=kind,
+            table_loc=table,
             logprobs=list(logprobs),
             global_num_tokens=global_num_tokens,
         )
@@ -160,6 +171,7 @@ class ModelWorkerBatch:
         forward_mode: ForwardMode = ForwardMode.EXTEND,
         logprobs: Sequence[LogprobRequest | None] = (),
         global_num_tokens: list[int] | None = None,
+        successors: list[int] | None = None,
     ) -> ModelWorkerBatch:
         """The tokens ``prefix_lens[i] .. seq_lens[i]`` of each request; ``input_ids`` [N] packed by request."""
         spans = list(zip(prefix_lens, seq_lens, strict=True))
@@ -175,6 +187,7 @@ class ModelWorkerBatch:
             state_slot_ids=None if state_slot_ids is None else torch.tensor(state_slot_ids, dtype=torch.int64),
             logprobs=list(logprobs),
             global_num_tokens=global_num_tokens,
+            successors=successors,
         )
 
     @classmethod
@@ -213,6 +226,8 @@ class ForwardBatch:
     extend_prefix_lens_cpu: list[int] | None = None
     extend_start_loc_cpu: list[int] | None = None
     state_slot_ids: torch.Tensor | None = None  # [B] int64
+    table_loc: torch.Tensor | None = None  # [B, R] int64; see ModelWorkerBatch
+    successors: torch.Tensor | None = None  # [B] int64; see ModelWorkerBatch
     logprobs: list[LogprobRequest | None] = field(default_factory=list)
     # Tokens that each attention group brings, padding not counted; None without attention data parallelism.
     global_num_tokens_cpu: list[int] | None = None
@@ -223,6 +238,20 @@ class ForwardBatch:
     def rows_of_groups(self) -> list[int] | None:
         """Rows that each attention group brings, padding included; None without attention data parallelism."""
         return self.global_num_rows_cpu or self.global_num_tokens_cpu
+
+    def single_rows(self) -> ForwardBatch:
+        """The rows of a step of several per request as a decode step: each row a request that ends with it."""
+        assert self.kind is not None
+        width = self.kind.rows_per_request
+        back = torch.arange(1 - width, 1, device=self.seq_lens.device)
+        return replace(
+            self,
+            kind=DECODE,
+            batch_size=self.batch_size * width,
+            req_pool_indices=self.req_pool_indices.repeat_interleave(width),
+            seq_lens=(self.seq_lens.unsqueeze(1) + back).flatten(),
+            seq_lens_cpu=[length + j for length in self.seq_lens_cpu for j in range(1 - width, 1)],
+        )
 
     @classmethod
     def from_worker_batch(
@@ -243,6 +272,8 @@ class ForwardBatch:
             "out_cache_loc": batch.out_cache_loc,
             "input_ids": batch.input_ids,
             "state_slot_ids": batch.state_slot_ids,
+            "table_loc": None if batch.table_loc is None else batch.table_loc.flatten(),
+            "successors": None if batch.successors is None else torch.tensor(batch.successors, dtype=torch.int64),
             "logits_rows": None if starts is None else torch.tensor(last, dtype=torch.int64),
             "num_token_non_padded": torch.tensor([num_tokens], dtype=torch.int64),
         }
@@ -265,6 +296,8 @@ class ForwardBatch:
             extend_prefix_lens_cpu=batch.extend_prefix_lens,
             extend_start_loc_cpu=starts,
             state_slot_ids=parts.get("state_slot_ids"),
+            table_loc=parts["table_loc"].view(batch.batch_size, -1) if "table_loc" in parts else None,
+            successors=parts.get("successors"),
             logprobs=batch.logprobs,
             global_num_tokens_cpu=batch.global_num_tokens,
         )

@@ -38,21 +38,34 @@ Number = TypeVar("Number", int, float)
 
 @dataclass(frozen=True)
 class StepForward:
-    """A forward that was queued: its output, and on the device the request rows [B] and lengths [B] of its batch.
+    """A forward that was queued: its output, and the step that ran, with the padding of a replayed graph.
 
-    After a replayed graph they are valid until the next replay.
+    After a replayed graph both are valid until the next replay.
     """
 
     output: LogitsProcessorOutput
-    req_rows: torch.Tensor
-    seq_lens: torch.Tensor
+    fb: ForwardBatch
+    batch_size: int
+
+    @property
+    def req_rows(self) -> torch.Tensor:
+        """Request rows of the batch, [B]."""
+        return self.fb.req_pool_indices[: self.batch_size]
+
+    @property
+    def drawn_positions(self) -> torch.Tensor:
+        """Where in its sequence the token stands that is drawn from each row of logits, [rows]."""
+        if self.fb.kind is None:
+            return self.fb.seq_lens
+        return self.fb.positions[: self.batch_size * self.fb.kind.rows_per_request] + 1
 
 
 class ModelRunner:
     """Loads the model of this rank, sizes its pools from what is left, and runs steps.
 
-    ``last_token`` [rows] int64 holds, by request row, the id that each request drew last: a decode step takes its input
-    from there, so it can be queued before the host knows it.
+    ``last_token`` [rows] int64 holds, by request row, the id that each request drew last, and ``drafts`` [rows, n] the
+    guesses that follow it, where there are some: a step takes its input from there, so it can be queued before the host
+    knows it.
     """
 
     def __init__(self, args: ServerArgs, model_config: ModelConfig) -> None:
@@ -82,6 +95,8 @@ class ModelRunner:
         self.attn_backend = make_attention_backend(args.attention_backend, context)
         self.sampler = Sampler()
         self.last_token = torch.zeros(self.req_to_token_pool.padding_row + 1, dtype=torch.int64, device=self.device)
+        self.drafts: torch.Tensor | None = None
+        self.wants_hidden = False
         self.decode_graphs: StepGraphs | None = None
         if not args.disable_cuda_graph:
             self._capture_graphs()
@@ -123,14 +138,15 @@ class ModelRunner:
                 return self._replay(batch, bucket)
         # A backend may plan from the request table, so that is complete first.
         fb = self._complete(ForwardBatch.from_worker_batch(batch, self.device, self.attn_backend))
+        fb.wants_hidden = self.wants_hidden
         self.attn_backend.init_forward_metadata(fb)
-        return StepForward(self._run_model(fb), fb.req_pool_indices, fb.seq_lens)
+        return StepForward(self._run_model(fb), fb, batch.batch_size)
 
     def _replay(self, batch: ModelWorkerBatch, bucket: int) -> StepForward:
         assert self.decode_graphs is not None
         fb, output = self.decode_graphs.replay(batch, bucket)
         assert isinstance(output, LogitsProcessorOutput)
-        return StepForward(output, fb.req_pool_indices[: batch.batch_size], fb.seq_lens[: batch.batch_size])
+        return StepForward(output, fb, batch.batch_size)
 
     def graph_bucket(self, batch_size: int) -> int | None:
         """The decode graph that takes so many requests, the same on every rank; None when they run eagerly."""
@@ -150,9 +166,16 @@ class ModelRunner:
         """``fb`` with the ids that only the device knows; the request table gets the slots of these tokens."""
         if fb.input_ids is not None:
             return fb
-        assert fb.kind == DECODE, "one id per request lies on the device; other steps bring theirs"
-        self.req_to_token_pool.write_step(fb.req_pool_indices, fb.positions, fb.out_cache_loc)
-        return replace(fb, input_ids=self.last_token.index_select(0, fb.req_pool_indices))
+        assert fb.kind is not None, "only a step of one number of tokens per request finds its ids on the device"
+        rows, width = fb.req_pool_indices, fb.kind.rows_per_request
+        first = fb.positions if width == 1 else fb.positions.view(-1, width)[:, 0]
+        slots = fb.out_cache_loc if width == 1 else fb.out_cache_loc.view(-1, width)
+        self.req_to_token_pool.write_step(rows, first, slots if fb.table_loc is None else fb.table_loc)
+        ids = self.last_token.index_select(0, rows)
+        if width > 1:
+            assert self.drafts is not None, f"a {fb.kind.name} step needs drafts on the device"
+            ids = torch.cat([ids.unsqueeze(1), self.drafts.index_select(0, rows)], dim=1).flatten()
+        return replace(fb, input_ids=ids)
 
     @torch.inference_mode()
     def _capture_graphs(self) -> None:
@@ -208,14 +231,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def sample(self, step: StepForward, info: SamplingBatchInfo, batch: ModelWorkerBatch) -> torch.Tensor:
-        """Next token ids [B]; the drawn token of request i sits at position ``seq_lens[i]`` of its sequence."""
+        """A token id for each row of logits, [rows]."""
         return self.sampler(
             step.output,
             info,
             return_logprob=bool(batch.logprobs),
             top_logprobs_nums=[entry.top_k if entry else 0 for entry in batch.logprobs],
             token_ids_logprobs=[entry.token_ids if entry else () for entry in batch.logprobs],
-            positions=step.seq_lens,
+            positions=step.drawn_positions,
         )
 
 

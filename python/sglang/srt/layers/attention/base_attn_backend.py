@@ -17,7 +17,7 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import GDNStatePool, KVPool
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepKind, StepPlan
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
 
 # Latent rows [m, R+P] -> keys [m, H, nope], values [m, H, v] and the last columns of every head's keys [m, P].
 Expand = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
@@ -54,7 +54,7 @@ class AttentionBackend(ABC):
             return NoRows()
         if fb.kind is None:
             return self.plan_extend(fb)
-        return self.plan_decode(fb) if fb.kind.rows_per_request == 1 else self.plan_uniform(fb, fb.kind)
+        return self.plan_decode(fb) if fb.kind.rows_per_request == 1 else self.plan_uniform(fb)
 
     @abstractmethod
     def plan_decode(self, fb: ForwardBatch) -> object:
@@ -64,11 +64,10 @@ class AttentionBackend(ABC):
     def plan_extend(self, fb: ForwardBatch) -> object:
         """The plan of packed rows, any number per request."""
 
-    def plan_uniform(self, fb: ForwardBatch, kind: StepKind) -> object:
-        """The plan of several tokens per request, the same number for each; raises where the backend has none."""
-        raise UnplannedStepError(
-            f"{type(self).__name__} has no plan for a {kind.name} step of {kind.rows_per_request} rows per request"
-        )
+    def plan_uniform(self, fb: ForwardBatch) -> object:
+        """The plan of several tokens per request, the same number for each: each row attends as a request would that
+        ends with it."""
+        return self.plan_decode(fb.single_rows())
 
     def init_forward_metadata(self, fb: ForwardBatch) -> None:
         """Plan the step; called once before the layers."""

@@ -68,13 +68,20 @@ class TritonAttnBackend(PoolBackend):
         fb.attn_plan = StepPlan(attention=plan)
 
     def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
-        """Take the captured plan of this kind and size; raises ValueError when ``fb`` lives in other tensors."""
+        """Take the captured plan of this kind and size; raises ValueError when ``fb`` lives in other tensors.
+
+        A step of several rows per request has a plan of its own tensors, which get the values of ``fb``.
+        """
         assert fb.kind is not None
         captured = self._captured.get((fb.kind.name, fb.batch_size))
         if captured is None:
             raise ValueError(f"no {fb.kind.name} step of {fb.batch_size} requests was captured")
         pairs = ((captured.req_pool_indices, fb.req_pool_indices), (captured.seq_lens, fb.seq_lens))
-        if any(ours.data_ptr() != theirs.data_ptr() for ours, theirs in pairs):
+        if fb.kind.rows_per_request > 1:
+            rows = fb.single_rows()
+            captured.req_pool_indices.copy_(rows.req_pool_indices)
+            captured.seq_lens.copy_(rows.seq_lens)
+        elif any(ours.data_ptr() != theirs.data_ptr() for ours, theirs in pairs):
             raise ValueError(f"the graph of {fb.batch_size} requests reads other tensors than those of this batch")
         fb.attn_plan = StepPlan(attention=captured)
 
