@@ -147,8 +147,11 @@ class AiterGreedyCases(unittest.TestCase):
         with envs.SGLANG_USE_AITER.override(False), fresh_decisions():
             plain_ids, plain = self.sample(logits, **arguments)
         self.assertEqual(ids.tolist(), plain_ids.tolist())
-        for field in ("next_token_logprobs", "next_token_top_logprobs", "next_token_token_ids_logprobs"):
-            self.assertEqual(str(getattr(output, field)), str(getattr(plain, field)))
+        found = [out.row_logprobs.read(out.row_logprobs.tensors()) for out in (output, plain) if out.row_logprobs]
+        self.assertEqual(found[0], found[1])
+        self.assertEqual(
+            ([len(row) for row in found[0].top], [len(row) for row in found[0].chosen]), ([2, 0, 1], [0, 1, 0])
+        )
 
     def test_flag_off(self) -> None:
         with envs.SGLANG_USE_AITER.override(False), fresh_decisions():

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchTokenIDOutput,
@@ -107,7 +106,7 @@ class FakeWorker:
             invalid.append(sequence[-1] == BAD)
         self.num_extend_rows += offset if batch.extend_seq_lens else 0
         self.last_token.update(zip(rows, ids, strict=True))
-        return FakeStep(StepOutput(ids, invalid, None, LogitsProcessorOutput(torch.empty(0))))
+        return FakeStep(StepOutput(ids, invalid))
 
 
 class FakeChannel:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sglang.srt.layers.logits_processor import RowFault
+from sglang.srt.layers.logprobs import HostLogprobs
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -375,7 +376,7 @@ class TestWire(CustomTestCase):
 
         def scored(batch: ModelWorkerBatch, info: object) -> Any:
             step = launch(batch, info)
-            step.output = replace(step.output, next_token_logprobs=[-1.0] * batch.batch_size)
+            step.output = replace(step.output, logprobs=HostLogprobs([-1.0] * batch.batch_size, [], []))
             return step
 
         setup.worker.launch = scored

@@ -126,16 +126,17 @@ class DeepseekParity:
             self.assertLess((row - self.truth[i][-1]).abs().max().item(), TOLERANCE)
         truth = self.truth[0][3:-1]
         scored = truth.gather(1, torch.tensor(first[4:]).unsqueeze(1)).squeeze(1)
-        self.assertLess((torch.tensor(out.input_token_logprobs[0]) - scored).abs().max().item(), TOLERANCE)
+        self.assertEqual([index for index, _ in out.prompt_logprobs], [0])
+        block = out.prompt_logprobs[0][1]
+        found = block.read(block.tensors())
+        self.assertLess((torch.tensor(found.token) - scored).abs().max().item(), TOLERANCE)
         best = truth.topk(2)
-        top = out.input_top_logprobs[0]
-        for row, values, ids in zip(top, best.values.tolist(), best.indices.tolist(), strict=True):
+        for row, values, ids in zip(found.top, best.values.tolist(), best.indices.tolist(), strict=True):
             self.assertEqual([i for _, i in row], ids)
             self.assertTrue(all(abs(a - b) < TOLERANCE for (a, _), b in zip(row, values)))
-        for row, values in zip(out.input_token_ids_logprobs[0], truth[:, [5, 9]].tolist(), strict=True):
+        for row, values in zip(found.chosen, truth[:, [5, 9]].tolist(), strict=True):
             self.assertEqual([i for _, i in row], [5, 9])
             self.assertTrue(all(abs(a - b) < TOLERANCE for (a, _), b in zip(row, values)))
-        self.assertEqual(out.input_token_logprobs[1:], [[], []])
 
     def test_idle_step(self):
         out = self.harness.idle()

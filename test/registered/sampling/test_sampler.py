@@ -374,10 +374,11 @@ class TestEdits(CustomTestCase):
         wanted = torch.log_softmax(logits.double(), -1)
         torch.testing.assert_close(output.next_token_logprobs.double(), wanted[:, 7])
         best = wanted[0].topk(2)
-        self.assertEqual([i for _, i in output.next_token_top_logprobs[0]], best.indices.tolist())
-        self.assertEqual([len(row) for row in output.next_token_top_logprobs], [2, 0, 1])
-        self.assertEqual([i for _, i in output.next_token_token_ids_logprobs[1]], [5, 3])
-        self.assertAlmostEqual(output.next_token_token_ids_logprobs[1][0][0], float(wanted[1, 5]), places=5)
+        found = output.row_logprobs.read(output.row_logprobs.tensors())
+        self.assertEqual([i for _, i in found.top[0]], best.indices.tolist())
+        self.assertEqual([len(row) for row in found.top], [2, 0, 1])
+        self.assertEqual([i for _, i in found.chosen[1]], [5, 3])
+        self.assertAlmostEqual(found.chosen[1][0][0], float(wanted[1, 5]), places=5)
 
 
 if __name__ == "__main__":

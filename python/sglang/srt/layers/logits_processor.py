@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import torch
 from torch import nn
 
+from sglang.srt.layers.logprobs import RowLogprobs, best_entries
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-TopLogprobs = list[tuple[float, int]]
 # Bound on prompt logits held at once, in elements.
 _BLOCK_LOGITS = 1 << 25
 
@@ -31,20 +31,15 @@ class RowFault(IntEnum):
 class LogitsProcessorOutput:
     """Logits of the step, and what was asked about prompt tokens.
 
-    next_token_logits [B, V] float32. The lists hold one entry a request (empty when it asked nothing), each with one
-    entry a scored prompt row: its token's log-probability, its most likely (log-probability, id) pairs, and the pairs
-    of the chosen ids. They are None when no request asked.
+    next_token_logits [B, V] float32. ``prompt_logprobs`` are blocks of scored prompt rows, each with the index of its
+    request, in the order of the rows.
     """
 
     next_token_logits: torch.Tensor
-    input_token_logprobs: list[list[float]] | None = None
-    input_top_logprobs: list[list[TopLogprobs]] | None = None
-    input_token_ids_logprobs: list[list[TopLogprobs]] | None = None
-    # Filled by the sampler: a RowFault or 0 for each row [B] int64, and what was asked about the drawn tokens [B].
+    prompt_logprobs: list[tuple[int, RowLogprobs]] = field(default_factory=list)
+    # Filled by the sampler: a RowFault or 0 for each row [B] int64, and what was asked about the drawn tokens.
     row_faults: torch.Tensor | None = None
-    next_token_logprobs: torch.Tensor | None = None
-    next_token_top_logprobs: list[TopLogprobs] | None = None
-    next_token_token_ids_logprobs: list[TopLogprobs] | None = None
+    row_logprobs: RowLogprobs | None = None
 
     # The rows that the head got, [N, H], where the step wants them.
     hidden_states: torch.Tensor | None = None
@@ -57,6 +52,11 @@ class LogitsProcessorOutput:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """What the forward computed, before sampling."""
         return tuple(t for t in (self.next_token_logits, self.hidden_states) if t is not None)
+
+    @property
+    def next_token_logprobs(self) -> torch.Tensor | None:
+        """Log-probabilities of the drawn tokens: [B] float32, None where no row asked."""
+        return None if self.row_logprobs is None else self.row_logprobs.token
 
     @property
     def invalid_rows(self) -> torch.Tensor | None:
@@ -90,39 +90,27 @@ class LogitsProcessor(nn.Module):
         fb: ForwardBatch,
         starts: list[int],
     ) -> None:
-        out.input_token_logprobs, out.input_top_logprobs, out.input_token_ids_logprobs = [], [], []
+        assert fb.prompt_targets is not None
+        targets, chosen = fb.prompt_targets, fb.prompt_chosen
         block = max(1, _BLOCK_LOGITS // self.vocab_size)
-        for start, wanted in zip(starts, fb.logprobs, strict=True):
-            scored: list[float] = []
-            top: list[TopLogprobs] = []
-            chosen: list[TopLogprobs] = []
-            if wanted is not None and wanted.input_start is not None:
-                first, targets = start + wanted.input_start, wanted.input_target_ids
-                for begin in range(0, len(targets), block):
-                    part = targets[begin : begin + block]
-                    rows = hidden[first + begin : first + begin + len(part)]
-                    logprobs = lm_head(rows).log_softmax(-1)
-                    target_ids = torch.tensor(part, device=rows.device).unsqueeze(1)
-                    scored += logprobs.gather(1, target_ids).squeeze(1).tolist()
-                    if wanted.top_k:
-                        top += top_entries(logprobs, [wanted.top_k] * len(part))
-                    if wanted.token_ids:
-                        chosen += chosen_entries(logprobs, [wanted.token_ids] * len(part))
-            out.input_token_logprobs.append(scored)
-            out.input_top_logprobs.append(top)
-            out.input_token_ids_logprobs.append(chosen)
-
-
-def top_entries(logprobs: torch.Tensor, counts: Sequence[int]) -> list[TopLogprobs]:
-    """For row i of ``logprobs`` [R, V], its ``counts[i]`` best (logprob, id) pairs, best first."""
-    k = min(max(counts), logprobs.shape[1])
-    values, ids = logprobs.topk(k, dim=-1)
-    rows = zip(values.tolist(), ids.tolist(), counts, strict=True)
-    return [list(zip(v[:count], i[:count], strict=True)) for v, i, count in rows]
-
-
-def chosen_entries(logprobs: torch.Tensor, chosen: Sequence[Sequence[int]]) -> list[TopLogprobs]:
-    """For row i of ``logprobs`` [R, V], the (logprob, id) pairs of the ids ``chosen[i]``, in that order."""
-    return [
-        list(zip(logprobs[row, list(ids)].tolist(), ids, strict=True)) if ids else [] for row, ids in enumerate(chosen)
-    ]
+        for index, (start, wanted) in enumerate(zip(starts, fb.logprobs, strict=True)):
+            if wanted is None or wanted.input_start is None:
+                continue
+            first, num_rows = start + wanted.input_start, len(wanted.input_target_ids)
+            own, targets = targets[:num_rows], targets[num_rows:]
+            picked: torch.Tensor | None = None
+            if wanted.token_ids:
+                assert chosen is not None
+                picked, chosen = chosen[: len(wanted.token_ids)], chosen[len(wanted.token_ids) :]
+            for begin in range(0, num_rows, block):
+                part = own[begin : begin + block]
+                size = part.shape[0]
+                logprobs = lm_head(hidden[first + begin : first + begin + size]).log_softmax(-1)
+                scored = RowLogprobs(
+                    token=logprobs.gather(1, part.unsqueeze(1)).squeeze(1),
+                    top=best_entries(logprobs, [wanted.top_k] * size),
+                    top_counts=[wanted.top_k] * size,
+                    chosen=None if picked is None else logprobs.index_select(1, picked),
+                    chosen_ids=[wanted.token_ids] * size,
+                )
+                out.prompt_logprobs.append((index, scored))

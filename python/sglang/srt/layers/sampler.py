@@ -10,7 +10,8 @@ import torch
 from sglang.kernels.ops.sampling.greedy import fits_aiter, greedy_aiter, greedy_sample, greedy_torch
 from sglang.kernels.ops.sampling.seeded import seeded_sample
 from sglang.srt.distributed import get_tp_group, is_dp_attention_enabled
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput, RowFault, chosen_entries, top_entries
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput, RowFault
+from sglang.srt.layers.logprobs import ChosenIds, RowLogprobs, best_entries
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.server_args import get_global_server_args
 
@@ -30,20 +31,24 @@ class Sampler(torch.nn.Module):
     stands in its place for the device's sake, and the scheduler ends that request with an error.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._chosen = ChosenIds()
+
     def forward(
         self,
         logits_output: LogitsProcessorOutput,
         sampling_info: SamplingBatchInfo,
         return_logprob: bool = False,
         top_logprobs_nums: Sequence[int] = (),
-        token_ids_logprobs: Sequence[Sequence[int]] = (),
+        token_ids_logprobs: Sequence[Sequence[int] | None] = (),
         positions: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``next_token_ids`` [B] from ``logits_output.next_token_logits`` [B, V] float; int64, AITER's are int32.
 
         ``positions`` [B] int64 is the index in its sequence of the token to be drawn; needed unless all rows are
-        greedy. With ``return_logprob`` the output's ``next_token_*`` fields are filled with natural-log probabilities
-        under the model's own distribution (before penalties and temperature).
+        greedy. With ``return_logprob`` the output's ``row_logprobs`` are natural-log probabilities under the model's
+        own distribution (before penalties and temperature). Nothing here waits for the device.
         """
         raw = logits_output.next_token_logits
         logits = sampling_info.apply_edits(raw) if sampling_info.edits_logits() else raw
@@ -56,7 +61,14 @@ class Sampler(torch.nn.Module):
         logits_output.row_faults = _row_faults(raw, drawn_from, ids != bounded)
         ids = bounded
         if return_logprob:
-            _fill_logprobs(logits_output, raw, ids, top_logprobs_nums, token_ids_logprobs)
+            logprobs = torch.log_softmax(raw.float(), dim=-1)
+            logits_output.row_logprobs = RowLogprobs(
+                token=logprobs.gather(1, ids.to(torch.int64).unsqueeze(1)).squeeze(1),
+                top=best_entries(logprobs, top_logprobs_nums),
+                top_counts=top_logprobs_nums,
+                chosen=self._chosen.entries(logprobs, token_ids_logprobs),
+                chosen_ids=[row or () for row in token_ids_logprobs],
+            )
         return ids
 
     @staticmethod
@@ -111,18 +123,3 @@ def _filter(probs: torch.Tensor, info: SamplingBatchInfo) -> torch.Tensor:
     if info.need_min_p_sampling:
         probs = probs.masked_fill(probs < info.min_ps * probs.amax(dim=-1, keepdim=True), 0.0)
     return probs
-
-
-def _fill_logprobs(
-    output: LogitsProcessorOutput,
-    logits: torch.Tensor,
-    ids: torch.Tensor,
-    top_logprobs_nums: Sequence[int],
-    token_ids_logprobs: Sequence[Sequence[int]],
-) -> None:
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    output.next_token_logprobs = logprobs.gather(1, ids.to(torch.int64).unsqueeze(1)).squeeze(1)
-    if any(top_logprobs_nums):
-        output.next_token_top_logprobs = top_entries(logprobs, top_logprobs_nums)
-    if any(token_ids_logprobs):
-        output.next_token_token_ids_logprobs = chosen_entries(logprobs, token_ids_logprobs)

@@ -435,7 +435,7 @@ class Scheduler:
     def _take_in(self, req: Req, index: int, draws: bool, output: StepOutput) -> bool:
         """What a sound row gives the request; True when the request is over."""
         if req.return_logprob:
-            record_input_logprobs(req, output.logits_output, index)
+            record_input_logprobs(req, output.prompt_logprobs.get(index, ()))
         if not draws:
             return False
         if req.max_new_tokens == 0:
@@ -445,8 +445,8 @@ class Scheduler:
         req.output_ids.append(token)
         self.metrics.num_generated_tokens += 1
         if req.return_logprob:
-            assert output.next_token_logprobs is not None
-            record_output_logprobs(req, output.logits_output, index, output.next_token_logprobs[index], token)
+            assert output.logprobs is not None
+            record_output_logprobs(req, output.logprobs, index, token)
         req.finish_reason = self.stop_checker.check(req)
         return req.finish_reason is not None
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput, RowFault
+from sglang.srt.layers.logits_processor import RowFault
+from sglang.srt.layers.logprobs import HostLogprobs
 from sglang.srt.managers.io_struct import FinishReason, TokenIDOutput, TokenizedGenerateReqInput, TokenLogprobs
 from sglang.srt.managers.schedule_batch import Req
 
@@ -17,33 +18,29 @@ if TYPE_CHECKING:
     from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 
-def record_input_logprobs(req: Req, output: LogitsProcessorOutput, index: int) -> None:
-    """Append the prompt log-probabilities that request ``index`` of the step got."""
-    values = output.input_token_logprobs[index] if output.input_token_logprobs is not None else None
-    if not values:
-        return
+def record_input_logprobs(req: Req, blocks: Sequence[HostLogprobs]) -> None:
+    """Append the prompt log-probabilities that the request got from a step."""
     target = req.input_logprobs
-    assert target is not None
-    first = req.logprob_start_len + len(target.ids)
-    target.logprobs.extend(values)
-    target.ids.extend(req.origin_input_ids[first : first + len(values)])
-    if output.input_top_logprobs is not None and req.top_logprobs_num:
-        target.top.extend(output.input_top_logprobs[index])
-    if output.input_token_ids_logprobs is not None and req.token_ids_logprob:
-        target.chosen.extend(output.input_token_ids_logprobs[index])
+    for block in blocks:
+        assert target is not None
+        first = req.logprob_start_len + len(target.ids)
+        target.logprobs.extend(block.token)
+        target.ids.extend(req.origin_input_ids[first : first + len(block.token)])
+        if req.top_logprobs_num:
+            target.top.extend(block.top)
+        if req.token_ids_logprob:
+            target.chosen.extend(block.chosen)
 
 
-def record_output_logprobs(req: Req, output: LogitsProcessorOutput, index: int, logprob: float, token_id: int) -> None:
-    """Append the log-probability of the token that request ``index`` of the step drew."""
+def record_output_logprobs(req: Req, step: HostLogprobs, row: int, token_id: int) -> None:
+    """Append the log-probability of the token that was drawn from ``row`` of the step."""
     target = req.output_logprobs
-    target.logprobs.append(logprob)
+    target.logprobs.append(step.token[row])
     target.ids.append(token_id)
     if req.top_logprobs_num:
-        assert output.next_token_top_logprobs is not None
-        target.top.append(output.next_token_top_logprobs[index])
+        target.top.append(step.top[row])
     if req.token_ids_logprob:
-        assert output.next_token_token_ids_logprobs is not None
-        target.chosen.append(output.next_token_token_ids_logprobs[index])
+        target.chosen.append(step.chosen[row])
 
 
 class StopChecker:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.logprobs import HostLogprobs
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -17,28 +18,27 @@ class StepOutput:
     """Ids on the host, faults of rows, and the log-probabilities that were asked for.
 
     ``next_token_ids`` and ``row_faults`` (a RowFault, 0 where all is sound) have one entry per request. For a request
-    whose prompt is not at its end the id has no meaning, and of the faults RowFault.LOGITS alone has one.
+    whose prompt is not at its end the id has no meaning, and of the faults RowFault.LOGITS alone has one. ``logprobs``
+    are those of the drawn tokens, ``prompt_logprobs`` blocks of prompt rows by the index of their request.
     """
 
     next_token_ids: list[int]
     row_faults: list[int]
-    next_token_logprobs: list[float] | None
-    logits_output: LogitsProcessorOutput
+    logprobs: HostLogprobs | None = None
+    prompt_logprobs: dict[int, list[HostLogprobs]] = field(default_factory=dict)
 
 
 class LaunchedStep:
-    """A step on its way; ``result`` waits for it."""
+    """A step on its way: all that it tells the host comes by one copy, for which ``result`` waits."""
 
-    def __init__(self, ids: torch.Tensor, logits_output: LogitsProcessorOutput) -> None:
-        faults = logits_output.row_faults
-        assert faults is not None
-        logprobs = logits_output.next_token_logprobs
-        # One copy for ids and faults: a token id fits exactly into float64 beside a log-probability.
-        rows = [ids.to(torch.float64), faults.to(torch.float64)]
-        if logprobs is not None:
-            rows.append(logprobs.to(torch.float64))
-        packed = torch.stack(rows)
-        self._logits_output = logits_output
+    def __init__(self, ids: torch.Tensor, output: LogitsProcessorOutput) -> None:
+        assert output.row_faults is not None
+        self._drawn, self._prompts = output.row_logprobs, output.prompt_logprobs
+        blocks = [block for _, block in self._prompts] + ([] if self._drawn is None else [self._drawn])
+        tensors = [ids, output.row_faults, *(tensor for block in blocks for tensor in block.tensors())]
+        self._sizes = [tensor.numel() for tensor in tensors]
+        # A token id fits exactly into float64, beside a log-probability.
+        packed = torch.cat([tensor.flatten().to(torch.float64) for tensor in tensors])
         self._event: torch.cuda.Event | None = None
         if packed.device.type == "cpu":
             self._host = packed
@@ -52,12 +52,17 @@ class LaunchedStep:
         """Wait for the one device-to-host copy of the step."""
         if self._event is not None:
             self._event.synchronize()
-        ids, faults, *logprobs = self._host.unbind(0)
+        ids, faults, *rest = self._host.split(self._sizes)
+        prompts: dict[int, list[HostLogprobs]] = {}
+        for index, block in self._prompts:
+            size = len(block.tensors())
+            prompts.setdefault(index, []).append(block.read(rest[:size]))
+            rest = rest[size:]
         return StepOutput(
             next_token_ids=ids.long().tolist(),
             row_faults=faults.long().tolist(),
-            next_token_logprobs=logprobs[0].tolist() if logprobs else None,
-            logits_output=self._logits_output,
+            logprobs=None if self._drawn is None else self._drawn.read(rest),
+            prompt_logprobs=prompts,
         )
 
 

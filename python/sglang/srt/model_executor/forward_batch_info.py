@@ -229,6 +229,10 @@ class ForwardBatch:
     table_loc: torch.Tensor | None = None  # [B, R] int64; see ModelWorkerBatch
     successors: torch.Tensor | None = None  # [B] int64; see ModelWorkerBatch
     logprobs: list[LogprobRequest | None] = field(default_factory=list)
+    # For prompt log-probabilities, requests one after the other: the ids that scored rows are scored against (those of
+    # ``logprobs``), and the ids chosen by each request that has such rows. [P], [M] int64; None for none.
+    prompt_targets: torch.Tensor | None = None
+    prompt_chosen: torch.Tensor | None = None
     # Tokens that each attention group brings, padding not counted; None without attention data parallelism.
     global_num_tokens_cpu: list[int] | None = None
     # Rows of each group, padding included, where steps are padded (graphs: all bring the bucket); None: the tokens.
@@ -265,6 +269,7 @@ class ForwardBatch:
             starts = [end - length for end, length in zip(ends, batch.extend_seq_lens, strict=True)]
             last = [end - 1 for end in ends]
         num_tokens = int(batch.positions.shape[0])
+        scored = [entry for entry in batch.logprobs if entry is not None and entry.input_start is not None]
         columns = {
             "req_pool_indices": batch.req_pool_indices,
             "seq_lens": torch.tensor(batch.seq_lens, dtype=torch.int64),
@@ -275,6 +280,8 @@ class ForwardBatch:
             "table_loc": None if batch.table_loc is None else batch.table_loc.flatten(),
             "successors": None if batch.successors is None else torch.tensor(batch.successors, dtype=torch.int64),
             "logits_rows": None if starts is None else torch.tensor(last, dtype=torch.int64),
+            "prompt_targets": _joined([entry.input_target_ids for entry in scored]),
+            "prompt_chosen": _joined([entry.token_ids for entry in scored]),
             "num_token_non_padded": torch.tensor([num_tokens], dtype=torch.int64),
         }
         parts = _to_device({name: column for name, column in columns.items() if column is not None}, device)
@@ -299,8 +306,16 @@ class ForwardBatch:
             table_loc=parts["table_loc"].view(batch.batch_size, -1) if "table_loc" in parts else None,
             successors=parts.get("successors"),
             logprobs=batch.logprobs,
+            prompt_targets=parts.get("prompt_targets"),
+            prompt_chosen=parts.get("prompt_chosen"),
             global_num_tokens_cpu=batch.global_num_tokens,
         )
+
+
+def _joined(ids: Sequence[tuple[int, ...]]) -> torch.Tensor | None:
+    """All ids one after the other: [sum] int64, None for none."""
+    joined = [token_id for part in ids for token_id in part]
+    return torch.tensor(joined, dtype=torch.int64) if joined else None
 
 
 def _to_device(columns: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
