@@ -26,12 +26,12 @@ import torch
 from sglang.bench_utils.one_batch import StaticBatch
 from sglang.bench_utils.one_batch_cli import load
 from sglang.srt.environ import envs
-from sglang.srt.layers.attention import make_attention_backend
-from sglang.srt.layers.attention.base_attn_backend import AttentionContext
+from sglang.srt.model_executor.memory_plan import graph_buckets
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.runner_build import capture_graphs, make_backend, prove_graphs
 from sglang.srt.model_executor.step_graphs import StepGraphs
 from sglang.srt.platforms import current_platform
-from sglang.srt.server_args import ServerArgs, exit_with_errors
+from sglang.srt.server_args import ServerArgs, exit_with_errors, get_global_server_args
 from sglang.srt.utils.logging_config import configure_logging
 from sglang.srt.utils.multi_stream_utils import FUSED, OVERLAP, SERIAL, StreamOverlap, trace_reader
 from sglang.srt.utils.shared_modes import ModeTimes, choose_modes
@@ -60,14 +60,13 @@ def set_mode(runner: ModelRunner, mode: str, traced: bool = False) -> None:
 def capture(runner: ModelRunner, mode: str, traced: bool = False) -> StepGraphs | None:
     """The decode graphs of ``mode``, with an attention backend of their own; None where there are none."""
     set_mode(runner, mode, traced)
-    if not runner.args.disable_cuda_graph:
-        context = AttentionContext(
-            runner.model_config, runner.req_to_token_pool, runner.kv_pool, runner.state_pool, runner.page_size,
-            runner.device,
-        )  # fmt: skip
-        runner.attn_backend = make_attention_backend(runner.args.attention_backend, context)
-        runner._capture_graphs()
-    return runner.decode_graphs
+    args = get_global_server_args()
+    if args.disable_cuda_graph:
+        return None
+    runner.attn_backend = make_backend(args, runner.loaded, runner.memory, runner.pools)
+    graphs = capture_graphs(runner, graph_buckets(args))
+    prove_graphs(runner, graphs)
+    return graphs
 
 
 def run_steps(runner: ModelRunner, batch: StaticBatch, tokens: list[torch.Tensor]) -> float:
@@ -177,7 +176,7 @@ def main() -> None:
     configure_logging(server_args.log_level, "main")
     runner, allocator, _ = load(server_args, args.tokens)
     if not runner.model.num_fused_shared_experts:
-        exit_with_errors([f"shared experts are not fused: {runner.streams.fusion.reason}"])
+        exit_with_errors([f"shared experts are not fused: {runner.loaded.streams.fusion.reason}"])
     names = {module.overlap.site.name for module in runner.model.modules() if hasattr(module, "overlap")}
     there = {name.split(".")[1] for name in names}
     modes = args.modes or [mode for mode in MODES if set(mode.split("+")[1:]) <= there]
@@ -191,7 +190,7 @@ def main() -> None:
         rows = {size: print_size(size, time_size(runner, allocator, graphs, size, args)) for size in args.tokens}
         print_ratios(rows)
         command = f"bench_shared_experts.py --input-len {args.input_len} --steps {args.steps} --runs {args.runs}"
-        model = runner.args.model_path.rstrip("/").rsplit("/", 1)[-1]
+        model = server_args.model_path.rstrip("/").rsplit("/", 1)[-1]
         print_choice(model, rows, next(name for name in names if name in SHARED), command)
         if any(captured is not None for captured in graphs.values()):
             print_traces(runner, allocator, [mode for mode in modes if mode == OVERLAP or "+" in mode], args)

@@ -22,6 +22,7 @@ from sglang.srt.configs.errors import ConfigError
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.pool_plan import PoolPlanError
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.runner_build import make_runner
 from sglang.srt.model_loader.weight_utils import WeightLoadError
 from sglang.srt.platforms import PlatformError, current_platform
 from sglang.srt.server_args import (
@@ -71,8 +72,8 @@ def load(args: ServerArgs, batch_sizes: Sequence[int]) -> tuple[ModelRunner, Tok
     assert verdict.model_config is not None
     set_global_server_args_for_scheduler(verdict.args)
     REGISTRY.freeze()
-    runner = ModelRunner(verdict.args, verdict.model_config)
-    return runner, TokenToKVPoolAllocator(runner.max_total_num_tokens, runner.page_size), verdict.args
+    runner = make_runner(verdict.args, verdict.model_config)
+    return runner, TokenToKVPoolAllocator(runner.kv_pool.size, runner.memory.page_size), verdict.args
 
 
 def make_prompts(args: argparse.Namespace, tokenizer_path: str, vocab: int, count: int, length: int) -> np.ndarray:

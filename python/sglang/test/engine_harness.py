@@ -22,7 +22,7 @@ from sglang.srt.managers.scheduler_config import SchedulerConfig
 from sglang.srt.managers.scheduler_process import make_memory
 from sglang.srt.managers.step_result import StopChecker
 from sglang.srt.managers.tp_worker import TpModelWorker
-from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.runner_build import make_runner
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, override_server_args, resolve
@@ -61,7 +61,7 @@ class EngineHarness:
             self.model_config = self.model_config.with_tokenizer_end(tokenizer.eos_token_ids, model_path)
         self.args = resolve(args, self.model_config, current_platform)
         with override_server_args(**vars(self.args)):
-            self.runner = ModelRunner(self.args, self.model_config)
+            self.runner = make_runner(self.args, self.model_config)
         config = SchedulerConfig.create(self.args, self.model_config, self.runner)
         # On CPU steps never overlap by themselves; the bookkeeping of overlap can still be exercised.
         config = replace(config, enable_overlap=overlap)

@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.model_executor.capture_lint import CaptureOffence
 from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.graph_check import GraphCheck, fingerprint
+from sglang.srt.model_executor.runner_build import prove_graphs
 from sglang.srt.model_executor.step_graphs import StepBuffers, StepGraphs, decode_buckets
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.host_device import HostGraph
@@ -102,7 +103,7 @@ class TestDecodeGraphs(CustomTestCase):
         runner = engine.runner
         graphs = StepGraphs(
             kind=DECODE,
-            forward=lambda fb: runner._run_model(runner._complete(fb)),
+            forward=runner.run_planned,
             backend=runner.attn_backend,
             buckets=[1, 2, 4, 8],
             max_context_len=2048,
@@ -111,7 +112,7 @@ class TestDecodeGraphs(CustomTestCase):
             has_state=runner.state_pool is not None,
         )
         graphs.capture(RerunGraph, lambda bucket: None)
-        runner._prove_graphs(graphs, 8)
+        prove_graphs(runner, graphs)
         return graphs
 
     def tokens(self, engine: EngineHarness) -> dict[str, list[int]]:
@@ -251,7 +252,7 @@ class TestOverFakes(CustomTestCase):
                 step, left_out = graphs._steps[2], calls.pop(index)
                 for result in left_out.results:  # which hold what the proof of the last turn left
                     _ = None if result is None else result.zero_()
-                engine.runner._prove_graphs(graphs, 2)
+                prove_graphs(engine.runner, graphs)
                 self.assertIn(2, graphs.refused, left_out.name)
                 graphs._steps[2] = step
                 calls.insert(index, left_out)

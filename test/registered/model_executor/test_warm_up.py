@@ -157,7 +157,8 @@ class TestGauges(CustomTestCase):
             gauge.add(torch.tensor([9], dtype=torch.int32), 20)
             gauge.count_raised()
 
-        runner = mock.Mock(max_running_requests=2)
+        runner = mock.Mock()
+        runner.req_to_token_pool.size = 2
         runner.model_config.context_len = 8
         idle = gauge.snapshot()
         with (

@@ -20,7 +20,7 @@ from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.distributed import ParallelState, override_parallel_state, override_tp_group
 from sglang.srt.layers.moe.slotted_mlp import SlottedMLP
-from sglang.srt.model_executor.model_runner import _tell
+from sglang.srt.model_executor.runner_build import _tell
 from sglang.srt.model_loader.dummy import iterate_dummy
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.checkpoint_model import CheckpointModel, WeightLoadError
@@ -400,7 +400,7 @@ class TestOverFakes(SharedFusionCases, CustomTestCase):
 
     def test_the_log_of_the_first_rank_says_what_speaks_against_the_settings(self):
         """Before anything is loaded, and once; other ranks leave it to that one."""
-        runner, name = "sglang.srt.model_executor.model_runner", str(EMBEDDED_MODELS["qwen3.5-moe-tiny"])
+        runner, name = "sglang.srt.model_executor.runner_build", str(EMBEDDED_MODELS["qwen3.5-moe-tiny"])
         asked = {"SGLANG_ALT_STREAM": "1", "SGLANG_ROCM_USE_MULTI_STREAM": "1", "SGLANG_QK_NORM_ALT_STREAM": "1"}
         wanted = (
             "SGLANG_ALT_STREAM asks for overlap .* shared-expert fusion is on .*--disable-shared-experts-fusion",

@@ -206,7 +206,7 @@ class TestPools(PlanTestCase):
                     states = make_state_pool(config, plan.pools.num_state_slots, tp_size, cpu, args.mamba_ssm_dtype)
                     self.assertEqual(0 if states is None else (states.size + 1) * states.row_bytes(), plan.state_bytes)
                     self.assertEqual(plan.state_bytes > 0, name == "qwen3.5")
-                    table = ReqToTokenPool(4, table_width(config)).req_to_token
+                    table = ReqToTokenPool(4, table_width([config])).req_to_token
                     self.assertEqual(table.numel() * table.itemsize, plan.request_table_bytes)
                     free = 64 * MIB - sum(plan.weights.values())
                     pools = plan.request_table_bytes + plan.kv_bytes + plan.state_bytes

@@ -33,6 +33,7 @@ from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
 from sglang.srt.mem_cache.pool_plan import PoolPlanError
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.runner_build import make_runner
 from sglang.srt.model_executor.warm_up import warm_up
 from sglang.srt.model_loader.weight_utils import WeightLoadError
 from sglang.srt.platforms import PlatformError, current_platform
@@ -55,13 +56,14 @@ LOST_PEER = "another rank of this replica has gone; this one ends too, and the l
 
 def make_memory(runner: ModelRunner, args: ServerArgs) -> ReqMemory:
     """Allocator and prefix tree over the runner's pools."""
-    allocator = TokenToKVPoolAllocator(runner.max_total_num_tokens, runner.page_size)
+    page_size = runner.memory.page_size
+    allocator = TokenToKVPoolAllocator(runner.kv_pool.size, page_size)
     policy, disable = args.radix_eviction_policy, args.disable_radix_cache
     tree: RadixCache
     if runner.state_pool is not None:
-        tree = HybridRadixCache(allocator, runner.page_size, runner.state_pool, policy, disable)
+        tree = HybridRadixCache(allocator, page_size, runner.state_pool, policy, disable)
     else:
-        tree = RadixCache(allocator, runner.page_size, policy, disable)
+        tree = RadixCache(allocator, page_size, policy, disable)
     return ReqMemory(allocator, runner.req_to_token_pool, tree, runner.state_pool)
 
 
@@ -99,7 +101,7 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
         model_config = model_config.with_tokenizer_end(tokenizer.eos_token_ids, source)
     REGISTRY.freeze()
     require_same_kernels(state.world)
-    runner = ModelRunner(args, model_config)
+    runner = make_runner(args, model_config)
     scheduler_config = SchedulerConfig.create(args, model_config, runner, place.dp_rank)
     if not args.skip_server_warmup:
         warm_up(runner, scheduler_config.chunked_prefill_size or scheduler_config.max_prefill_tokens)

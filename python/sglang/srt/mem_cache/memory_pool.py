@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -187,3 +188,14 @@ class GDNStatePool(_LayeredPool):
     def _check(self, slot: int) -> None:
         if not self.is_allocated(slot):
             raise SlotAccountingError(f"state slot {slot} is not handed out (slots 1..{self.size})")
+
+
+@dataclass(frozen=True)
+class ModelPools:
+    """What the layers of one model keep; ``state_pool`` is None for a model without recurrent layers.
+
+    Models that share a request table have pools of the same sizes: row i of each belongs to slot i.
+    """
+
+    kv_pool: KVPool
+    state_pool: GDNStatePool | None

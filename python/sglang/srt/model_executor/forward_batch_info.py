@@ -84,7 +84,7 @@ class ModelWorkerBatch:
 
     Shapes: B requests, N tokens. All tensors live on the host. ``seq_lens`` include the tokens of this step.
     ``kind`` is None where requests bring different numbers of tokens, packed by request; else N is B times its rows.
-    ``input_ids`` is None where the ids were made by earlier steps and lie on the device (``ModelRunner.last_token``).
+    ``input_ids`` is None where the ids were made by earlier steps and lie on the device (``RankMemory.last_token``).
     """
 
     forward_mode: ForwardMode

@@ -248,7 +248,7 @@ def plan_memory(
     try:
         check_fit(memory - runtime, weights, taken)
         free = memory - runtime - sum(weights.values()) - taken
-        pools = plan_pools(args, config, tp_size, int(free * (args.mem_fraction_static or 1)))
+        pools = plan_pools(args, [config], tp_size, int(free * (args.mem_fraction_static or 1)))
     except PoolPlanError as error:
         problems.append(str(error))
     return MemoryPlan(
@@ -257,7 +257,7 @@ def plan_memory(
         exchange,
         runtime_estimate=runtime,
         graphs_estimate=estimate_graphs(args, config),
-        request_table_bytes=request_table_bytes(args, config),
+        request_table_bytes=request_table_bytes(args, [config]),
         kv_bytes_per_token=token,
         kv_bytes=0 if pools is None else (pools.num_tokens + page) * token,
         state_bytes_per_slot=slot,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
@@ -10,7 +13,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
-from sglang.srt.mem_cache.memory_pool import GDNStatePool, KVPool, MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.memory_pool import GDNStatePool, KVPool, MHATokenToKVPool, MLATokenToKVPool, ModelPools
 from sglang.srt.mem_cache.pool_plan import PoolPlan, plan_pool_sizes
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
@@ -21,33 +24,69 @@ STATE_SLOTS_PER_REQUEST = 4
 CONTEXTS_PER_REQUEST = 2
 
 
-def plan_pools(args: ServerArgs, config: ModelConfig, tp_size: int, available_bytes: int) -> PoolPlan:
-    """The pools of one rank for ``available_bytes``, by the resolved ``args``; raises PoolPlanError."""
+@dataclass(frozen=True)
+class RankMemory:
+    """What all runners of a rank share: the sizes of their pools, the request table, and what belongs to its rows.
+
+    ``last_token`` [rows] int64 holds, by request row, the id that each request drew last.
+    """
+
+    sizes: PoolPlan
+    page_size: int
+    req_to_token_pool: ReqToTokenPool
+    last_token: torch.Tensor
+
+
+def plan_pools(args: ServerArgs, configs: Sequence[ModelConfig], tp_size: int, available_bytes: int) -> PoolPlan:
+    """The pools of one rank, which serves all ``configs`` at once, for ``available_bytes``, by the resolved ``args``.
+
+    A token takes a row in the pools of every model, and so does a state slot. Raises PoolPlanError.
+    """
     if args.max_running_requests is None or args.page_size is None:
         raise ValueError("server arguments max_running_requests and page_size are not resolved")
+    longest = max(config.context_len for config in configs)
     return plan_pool_sizes(
         available_bytes=available_bytes,
-        bytes_per_token=kv_bytes_per_token(config, tp_size),
+        bytes_per_token=sum(kv_bytes_per_token(config, tp_size) for config in configs),
         max_running_requests=args.max_running_requests,
         page_size=args.page_size,
-        request_table_bytes=request_table_bytes(args, config),
-        bytes_per_state_slot=state_bytes_per_slot(config, tp_size, args.mamba_ssm_dtype),
+        request_table_bytes=request_table_bytes(args, configs),
+        bytes_per_state_slot=sum(state_bytes_per_slot(config, tp_size, args.mamba_ssm_dtype) for config in configs),
         max_total_tokens=args.max_total_tokens,
         max_mamba_cache_size=args.max_mamba_cache_size,
         disable_radix_cache=args.disable_radix_cache,
-        useful_tokens=CONTEXTS_PER_REQUEST * args.max_running_requests * config.context_len,
+        useful_tokens=CONTEXTS_PER_REQUEST * args.max_running_requests * longest,
         useful_state_slots=STATE_SLOTS_PER_REQUEST * args.max_running_requests,
     )
 
 
-def table_width(config: ModelConfig) -> int:
-    """Positions of a row of the request table: the context, and a column past it."""
-    return config.context_len + 1
+def make_rank_memory(
+    args: ServerArgs, configs: Sequence[ModelConfig], sizes: PoolPlan, device: torch.device
+) -> RankMemory:
+    """The request table of the models of ``configs``, whose pools get ``sizes``."""
+    table = ReqToTokenPool(args.max_running_requests or 1, table_width(configs), device)
+    last_token = torch.zeros(table.padding_row + 1, dtype=torch.int64, device=device)
+    return RankMemory(sizes, args.page_size or 1, table, last_token)
 
 
-def request_table_bytes(args: ServerArgs, config: ModelConfig) -> int:
+def make_pools(
+    args: ServerArgs, config: ModelConfig, sizes: PoolPlan, tp_size: int, device: torch.device
+) -> ModelPools:
+    """The pools of one model on one rank."""
+    return ModelPools(
+        make_kv_pool(config, sizes.num_tokens, args.page_size or 1, tp_size, device),
+        make_state_pool(config, sizes.num_state_slots, tp_size, device, args.mamba_ssm_dtype),
+    )
+
+
+def table_width(configs: Sequence[ModelConfig]) -> int:
+    """Positions of a row of the request table: the longest context, and a column past it."""
+    return max(config.context_len for config in configs) + 1
+
+
+def request_table_bytes(args: ServerArgs, configs: Sequence[ModelConfig]) -> int:
     """Bytes of the device's table from requests' positions to KV slots."""
-    return ReqToTokenPool.num_bytes(args.max_running_requests or 1, table_width(config))
+    return ReqToTokenPool.num_bytes(args.max_running_requests or 1, table_width(configs))
 
 
 def kv_dtype(config: ModelConfig) -> torch.dtype:

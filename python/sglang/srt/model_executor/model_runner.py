@@ -1,39 +1,24 @@
-"""One rank's model: weights, pools, attention backend, and the forward and sampling of a step."""
+"""One model of this rank: the forward and the sampling of a step, eager or replayed."""
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import get_parallel_state, get_tp_group, get_world_group
-from sglang.srt.layers.attention import make_attention_backend
-from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.moe.ep_moe.factory import describe_experts
-from sglang.srt.layers.moe.slotted_mlp import describe_shared, fixed_form
-from sglang.srt.layers.quantization import warn_of_splits
+from sglang.srt.layers.moe.slotted_mlp import describe_shared
 from sglang.srt.layers.sampler import Sampler
-from sglang.srt.mem_cache.allocator import ReqToTokenPool
-from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch
-from sglang.srt.model_executor.graph_check import CHECK_LENS, GraphCheck
-from sglang.srt.model_executor.memory_plan import check_device
-from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool, plan_pools, table_width
-from sglang.srt.model_executor.step_graphs import StepGraphs, decode_buckets
-from sglang.srt.model_loader.loader import load_model
-from sglang.srt.platforms import current_platform
+from sglang.srt.mem_cache.memory_pool import ModelPools
+from sglang.srt.model_executor.forward_batch_info import AttentionBackendLike, ForwardBatch, ModelWorkerBatch
+from sglang.srt.model_executor.model_pools import RankMemory
+from sglang.srt.model_executor.step_graphs import StepGraphs
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.multi_stream_utils import trace_reader
-from sglang.srt.utils.stream_policy import StreamPlan, plan_streams
-
-logger = logging.getLogger(__name__)
-
-Number = TypeVar("Number", int, float)
+from sglang.srt.utils.stream_policy import StreamPlan
 
 
 @dataclass(frozen=True)
@@ -60,71 +45,43 @@ class StepForward:
         return self.fb.positions[: self.batch_size * self.fb.kind.rows_per_request] + 1
 
 
-class ModelRunner:
-    """Loads the model of this rank, sizes its pools from what is left, and runs steps.
+@dataclass(frozen=True)
+class LoadedModel:
+    """One model of this rank with its weights, and what was settled while it was loaded."""
 
-    ``last_token`` [rows] int64 holds, by request row, the id that each request drew last, and ``drafts`` [rows, n] the
-    guesses that follow it, where there are some: a step takes its input from there, so it can be queued before the host
-    knows it.
+    config: ModelConfig
+    module: torch.nn.Module
+    device: torch.device
+    streams: StreamPlan
+    plain_by_split: list[str]
+
+
+class ModelRunner:
+    """Runs steps of one model on the memory of this rank; ``runner_build`` makes it.
+
+    Runners of one rank may share ``memory``. A step takes its input from ``memory.last_token`` and from ``drafts``
+    [rows, n], by request row the guesses that follow it, so it can be queued before the host knows it.
     """
 
-    def __init__(self, args: ServerArgs, model_config: ModelConfig) -> None:
-        self.model_config = model_config
-        self.args = args
-        self.local_rank = get_parallel_state().local_rank
-        current_platform.set_device(self.local_rank)
-        self.device: torch.device = current_platform.device(self.local_rank)
-        self.streams = plan_streams(args, *stream_needs(model_config, args))
-        _tell(self.streams)
-        if self.device.type == "cuda":
-            check_device(args, model_config, current_platform.kind, current_platform.memory_info(self.local_rank)[0])
-        self.model = load_model(model_config, args.load_format, self.device, args.random_seed or 0, self.streams)
-        self._settle_streams()
-        self.plain_by_split = warn_of_splits(self.model, get_world_group())
-        self.overlap_trace = trace_reader(self.model)
-        self.max_running_requests = _required(args.max_running_requests, "max_running_requests")
-        self._make_pools()
-        context = AttentionContext(
-            model_config=model_config,
-            req_to_token_pool=self.req_to_token_pool,
-            kv_pool=self.kv_pool,
-            state_pool=self.state_pool,
-            page_size=self.page_size,
-            device=self.device,
-        )
-        self.attn_backend = make_attention_backend(args.attention_backend, context)
+    def __init__(
+        self, loaded: LoadedModel, memory: RankMemory, pools: ModelPools, attn_backend: AttentionBackendLike
+    ) -> None:
+        self.loaded = loaded
+        self.model = loaded.module
+        self.model_config = loaded.config
+        self.device = loaded.device
+        self.memory = memory
+        self.req_to_token_pool = memory.req_to_token_pool
+        self.last_token = memory.last_token
+        self.pools = pools
+        self.kv_pool = pools.kv_pool
+        self.state_pool = pools.state_pool
+        self.attn_backend = attn_backend
         self.sampler = Sampler()
-        self.last_token = torch.zeros(self.req_to_token_pool.padding_row + 1, dtype=torch.int64, device=self.device)
+        self.overlap_trace = trace_reader(self.model)
         self.drafts: torch.Tensor | None = None
         self.wants_hidden = False
         self.decode_graphs: StepGraphs | None = None
-        if not args.disable_cuda_graph:
-            self._capture_graphs()
-
-    def _settle_streams(self) -> None:
-        """What the loaded weights leave of the plan: a layout may leave the fused form only."""
-        reason = fixed_form(self.model)
-        if reason and not self.streams.fusion.enforced:
-            told = self.streams
-            self.streams = plan_streams(self.args, *stream_needs(self.model_config, self.args), must_fuse=reason)
-            _tell(self.streams, told)
-
-    def _make_pools(self) -> None:
-        args, config = self.args, self.model_config
-        tp_size = get_tp_group().size
-        self.page_size = _required(args.page_size, "page_size")
-        free, _ = current_platform.memory_info(self.local_rank)
-        # Ranks take the same decisions only with pools of one size; ranks on the host share its memory.
-        ranks_here = get_world_group().size * args.num_replicas if self.device.type == "cpu" else 1
-        share = free * _required(args.mem_fraction_static, "mem_fraction_static") / ranks_here
-        plan = plan_pools(args, config, tp_size, get_world_group().smallest(int(share)))
-        self.pool_plan_lines = plan.lines
-        for line in plan.lines:
-            logger.info("%s", line)
-        self.max_total_num_tokens = plan.num_tokens
-        self.req_to_token_pool = ReqToTokenPool(self.max_running_requests, table_width(config), self.device)
-        self.kv_pool = make_kv_pool(config, plan.num_tokens, self.page_size, tp_size, self.device)
-        self.state_pool = make_state_pool(config, plan.num_state_slots, tp_size, self.device, args.mamba_ssm_dtype)
 
     @torch.inference_mode()
     def forward(self, batch: ModelWorkerBatch) -> StepForward:
@@ -154,9 +111,13 @@ class ModelRunner:
 
     def describe(self) -> dict[str, Any]:
         """What a server says of its model while it runs; msgpack-able."""
-        streams = {**self.streams.describe(), "trace": self.overlap_trace()}
+        streams = {**self.loaded.streams.describe(), "trace": self.overlap_trace()}
         experts = {**describe_experts(self.model), "shared": describe_shared(self.model)}
-        return {"experts": experts, "streams": streams, "plain_by_split": self.plain_by_split}
+        return {"experts": experts, "streams": streams, "plain_by_split": self.loaded.plain_by_split}
+
+    def run_planned(self, fb: ForwardBatch) -> LogitsProcessorOutput:
+        """The part of a step that a graph records; its attention metadata is in place."""
+        return self._run_model(self._complete(fb))
 
     def _run_model(self, fb: ForwardBatch) -> LogitsProcessorOutput:
         output: LogitsProcessorOutput = self.model(fb.input_ids, fb.positions, fb)
@@ -178,58 +139,6 @@ class ModelRunner:
         return replace(fb, input_ids=ids)
 
     @torch.inference_mode()
-    def _capture_graphs(self) -> None:
-        """Record decode for every bucket, and prove each against the eager step."""
-        args, backend = self.args, self.attn_backend
-        largest = min(args.cuda_graph_max_bs or self.max_running_requests, self.max_running_requests)
-        buckets = decode_buckets(largest, args.cuda_graph_bs)
-        free_before, _ = current_platform.memory_info(self.local_rank)
-        graphs = StepGraphs(
-            kind=DECODE,
-            forward=lambda fb: self._run_model(self._complete(fb)),
-            backend=backend,
-            buckets=buckets,
-            max_context_len=self.model_config.context_len,
-            device=self.device,
-            padding_row=self.req_to_token_pool.padding_row,
-            has_state=self.state_pool is not None,
-            num_groups=get_parallel_state().attn_dp_size,
-            world=get_world_group(),
-        )
-        with tqdm(total=len(buckets), desc="Capturing decode graphs", unit="graph") as bar:
-            graphs.capture(current_platform.create_graph, lambda bucket: _advance(bar, bucket))
-        free_after, _ = current_platform.memory_info(self.local_rank)
-        logger.info("decode graphs %s took %.2f GB", buckets, max(0, free_before - free_after) / 1e9)
-        self._prove_graphs(graphs, buckets[-1])
-        self.decode_graphs = graphs
-
-    def _prove_graphs(self, graphs: StepGraphs, max_bs: int) -> None:
-        limit = min(self.kv_pool.size, max_bs * max(CHECK_LENS))
-        buffers = [t.narrow(1, 0, limit + self.page_size) for t in self.kv_pool.buffers()]
-        states = 0
-        if self.state_pool is not None:
-            states = min(self.state_pool.size, max_bs)
-            buffers += [t.narrow(1, 0, states + 1) for t in self.state_pool.buffers()]
-
-        def eager(batch: ModelWorkerBatch, bucket: int) -> LogitsProcessorOutput:
-            graphs.buffers.fill(batch, bucket)
-            fb = graphs.buffers.view(bucket, self.attn_backend, self.state_pool is not None, batch)
-            self.attn_backend.init_forward_metadata_replay(fb)
-            return self._run_model(self._complete(fb))
-
-        GraphCheck(
-            graphs,
-            eager,
-            self.last_token,
-            self.req_to_token_pool,
-            buffers,
-            num_slots=limit,
-            num_states=states,
-            vocab_size=self.model_config.vocab_size,
-            page_size=self.page_size,
-        ).run()
-
-    @torch.inference_mode()
     def sample(self, step: StepForward, info: SamplingBatchInfo, batch: ModelWorkerBatch) -> torch.Tensor:
         """A token id for each row of logits, [rows]."""
         return self.sampler(
@@ -240,31 +149,3 @@ class ModelRunner:
             token_ids_logprobs=[entry.token_ids if entry else () for entry in batch.logprobs],
             positions=step.drawn_positions,
         )
-
-
-def stream_needs(config: ModelConfig, args: ServerArgs) -> tuple[str, tuple[str, ...]]:
-    """What ``plan_streams`` asks of a model: what speaks against fusion, and the places that may overlap."""
-    return config.shared_fusion_refusal(args.moe_a2a_backend), config.text.overlap_sites
-
-
-def _tell(streams: StreamPlan, told: StreamPlan | None = None) -> None:
-    """Log what differs from the plan that was ``told`` before; warnings on rank 0 alone."""
-    lines, warnings = (told.lines(), told.warnings) if told is not None else ([], ())
-    for line in streams.lines():
-        if line not in lines:
-            logger.info("%s", line)
-    if get_world_group().rank == 0:
-        for warning in streams.warnings:
-            if warning not in warnings:
-                logger.warning("%s", warning)
-
-
-def _advance(bar: tqdm, bucket: int) -> None:
-    bar.set_postfix(batch_size=bucket)
-    bar.update()
-
-
-def _required(value: Number | None, name: str) -> Number:
-    if value is None:
-        raise ValueError(f"server argument {name} is not resolved")
-    return value

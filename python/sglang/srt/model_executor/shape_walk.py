@@ -7,7 +7,7 @@ import io
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from sglang.srt.configs.published_sizes import BLOCK_FP8, DEEPSEEK_V2_LITE, DEEP
 from sglang.srt.distributed import ProcessGroupHandle, override_tp_group
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
-from sglang.srt.model_executor.model_runner import ModelRunner, StepForward
-from sglang.srt.model_executor.step_graphs import StepGraphs
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.runner_build import capture_graphs, make_runner
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -94,9 +94,10 @@ class ShapeRunner(ModelRunner):
 
     def decode(self, batch_size: int) -> None:
         """The step that a graph of ``batch_size`` records, and greedy sampling from its logits."""
-        self.args = replace(self.args, cuda_graph_bs=[batch_size], disable_cuda_graph=False)
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
-            self._capture_graphs()
+            graphs = capture_graphs(self, [batch_size])
+        for reason in graphs.refused.values():  # there are no numbers that a proof could compare
+            raise ValueError(reason)
         self.draw([GREEDY] * batch_size)
 
     def extend(self, requests: tuple[tuple[int, int], ...]) -> None:
@@ -119,18 +120,12 @@ class ShapeRunner(ModelRunner):
         rows = [SamplingRow(row, seed=0, prompt_ids=(), output_ids=()) for row in params]
         info = SamplingBatchInfo.from_rows(rows, self.model_config.vocab_size, self.device)
         assert self.output is not None, "a step comes first"
-        batch = ModelWorkerBatch.decode([0] * len(rows), [1] * len(rows), torch.zeros(len(rows), dtype=torch.int64))
-        lengths = torch.ones(len(rows), dtype=torch.int64, device=self.device)
-        self.sample(StepForward(self.output.first(len(rows)), lengths, lengths), info, batch)
+        positions = torch.ones(len(rows), dtype=torch.int64, device=self.device)
+        self.sampler(self.output.first(len(rows)), info, positions=positions)
 
     def _run_model(self, fb: ForwardBatch) -> LogitsProcessorOutput:
         self.output = super()._run_model(fb)
         return self.output
-
-    def _prove_graphs(self, graphs: StepGraphs, max_bs: int) -> None:
-        """There are no numbers to compare; what the capture lint refused must show."""
-        for reason in graphs.refused.values():
-            raise ValueError(reason)
 
 
 def walk_models() -> Iterator[WalkStep]:
@@ -167,7 +162,8 @@ def _load(model: WalkedModel, settings: contextlib.ExitStack, runners: list[Shap
         kind, quantization, cache = current_platform.kind, args.quantization, args.kv_cache_dtype
         config = ModelConfig.from_path(folder, platform_kind=kind, quantization=quantization, kv_cache_dtype=cache)
         args = settings.enter_context(override_server_args(**vars(resolve(args, config, current_platform))))
-        runners.append(ShapeRunner(args, config))
+        made = make_runner(args, config)
+        runners.append(ShapeRunner(made.loaded, made.memory, made.pools, made.attn_backend))
 
 
 def _step(model: WalkedModel, name: str, run: Callable[..., None], *args: Any) -> WalkStep:

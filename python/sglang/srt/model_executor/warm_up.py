@@ -79,7 +79,7 @@ def _run_steps(runner: ModelRunner, steps: list[WarmUpStep]) -> None:
         run_step(runner, _extend_batch(runner, step))
     graphs, runner.decode_graphs = runner.decode_graphs, None
     try:
-        for batch in sorted({*powers_of_two(runner.max_running_requests), runner.max_running_requests}):
+        for batch in sorted({*powers_of_two(runner.req_to_token_pool.size), runner.req_to_token_pool.size}):
             run_step(runner, _decode_batch(runner, batch))
     finally:
         runner.decode_graphs = graphs

@@ -1,0 +1,179 @@
+"""How the runners of one rank are made: ``load`` each model, ``plan`` the memory that they share, ``build`` them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.distributed import get_parallel_state, get_tp_group, get_world_group
+from sglang.srt.layers.attention import make_attention_backend
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.moe.slotted_mlp import fixed_form
+from sglang.srt.layers.quantization import warn_of_splits
+from sglang.srt.mem_cache.memory_pool import ModelPools
+from sglang.srt.mem_cache.pool_plan import PoolPlan
+from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
+from sglang.srt.model_executor.graph_check import CHECK_LENS, GraphCheck
+from sglang.srt.model_executor.memory_plan import check_device, graph_buckets
+from sglang.srt.model_executor.model_pools import RankMemory, make_pools, make_rank_memory, plan_pools
+from sglang.srt.model_executor.model_runner import LoadedModel, ModelRunner
+from sglang.srt.model_executor.step_graphs import StepGraphs
+from sglang.srt.model_loader.loader import load_model
+from sglang.srt.platforms import current_platform
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.stream_policy import StreamPlan, plan_streams
+
+logger = logging.getLogger(__name__)
+
+
+def make_runner(args: ServerArgs, config: ModelConfig) -> ModelRunner:
+    """The runner of this rank's only model, by the resolved ``args``. Raises PoolPlanError or WeightLoadError."""
+    models = [load(args, config)]
+    return build(args, models, plan(args, models))[0]
+
+
+def load(args: ServerArgs, config: ModelConfig) -> LoadedModel:
+    """This rank's part of a model with its weights on its device, where it is checked first that they fit."""
+    local_rank = get_parallel_state().local_rank
+    current_platform.set_device(local_rank)
+    device: torch.device = current_platform.device(local_rank)
+    streams = plan_streams(args, *stream_needs(config, args))
+    _tell(streams)
+    if device.type == "cuda":
+        check_device(args, config, current_platform.kind, current_platform.memory_info(local_rank)[0])
+    module = load_model(config, args.load_format, device, args.random_seed or 0, streams)
+    # A layout of the loaded weights may leave the fused form of shared experts only.
+    reason = fixed_form(module)
+    if reason and not streams.fusion.enforced:
+        told = streams
+        streams = plan_streams(args, *stream_needs(config, args), must_fuse=reason)
+        _tell(streams, told)
+    return LoadedModel(config, module, device, streams, warn_of_splits(module, get_world_group()))
+
+
+def plan(args: ServerArgs, models: Sequence[LoadedModel]) -> PoolPlan:
+    """Sizes of the pools of all ``models``, which share what they leave of this rank's memory; the same on each rank.
+
+    Raises PoolPlanError.
+    """
+    device, world = models[0].device, get_world_group()
+    free, _ = current_platform.memory_info(get_parallel_state().local_rank)
+    # Ranks take the same decisions only with pools of one size; ranks on the host share its memory.
+    ranks_here = world.size * args.num_replicas if device.type == "cpu" else 1
+    if args.mem_fraction_static is None:
+        raise ValueError("server argument mem_fraction_static is not resolved")
+    share = free * args.mem_fraction_static / ranks_here
+    sizes = plan_pools(args, [model.config for model in models], get_tp_group().size, world.smallest(int(share)))
+    for line in sizes.lines:
+        logger.info("%s", line)
+    return sizes
+
+
+def build(args: ServerArgs, models: Sequence[LoadedModel], sizes: PoolPlan) -> list[ModelRunner]:
+    """One runner per model, over pools of ``sizes`` and one request table; decode steps are captured and proved."""
+    memory = make_rank_memory(args, [model.config for model in models], sizes, models[0].device)
+    runners = []
+    for model in models:
+        pools = make_pools(args, model.config, sizes, get_tp_group().size, model.device)
+        runners.append(ModelRunner(model, memory, pools, make_backend(args, model, memory, pools)))
+    if not args.disable_cuda_graph:
+        for runner in runners:
+            runner.decode_graphs = capture_graphs(runner, graph_buckets(args))
+            prove_graphs(runner, runner.decode_graphs)
+    return runners
+
+
+def make_backend(args: ServerArgs, model: LoadedModel, memory: RankMemory, pools: ModelPools) -> AttentionBackend:
+    """The attention backend for the layers of ``model``, over its own ``pools``."""
+    context = AttentionContext(
+        model_config=model.config,
+        req_to_token_pool=memory.req_to_token_pool,
+        kv_pool=pools.kv_pool,
+        state_pool=pools.state_pool,
+        page_size=memory.page_size,
+        device=model.device,
+    )
+    if args.attention_backend is None:
+        raise ValueError("server argument attention_backend is not resolved")
+    return make_attention_backend(args.attention_backend, context)
+
+
+@torch.inference_mode()
+def capture_graphs(runner: ModelRunner, buckets: Sequence[int], kind: StepKind = DECODE) -> StepGraphs:
+    """The steps of ``kind`` recorded for every batch bucket; not yet proved, and not yet used by the runner."""
+    local_rank = get_parallel_state().local_rank
+    free_before, _ = current_platform.memory_info(local_rank)
+    graphs = StepGraphs(
+        kind=kind,
+        forward=runner.run_planned,
+        backend=runner.attn_backend,
+        buckets=buckets,
+        max_context_len=runner.model_config.context_len,
+        device=runner.device,
+        padding_row=runner.req_to_token_pool.padding_row,
+        has_state=runner.state_pool is not None,
+        num_groups=get_parallel_state().attn_dp_size,
+        world=get_world_group(),
+    )
+    with tqdm(total=len(buckets), desc=f"Capturing {kind.name} graphs", unit="graph") as bar:
+        graphs.capture(current_platform.create_graph, lambda bucket: _advance(bar, bucket))
+    free_after, _ = current_platform.memory_info(local_rank)
+    logger.info("%s graphs %s took %.2f GB", kind.name, list(buckets), max(0, free_before - free_after) / 1e9)
+    return graphs
+
+
+@torch.inference_mode()
+def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
+    """Refuse each captured bucket whose replay is not the eager step; the pools must be empty, and stay so."""
+    max_bs, page_size, backend = graphs.buckets[-1], runner.memory.page_size, runner.attn_backend
+    limit = min(runner.kv_pool.size, max_bs * max(CHECK_LENS))
+    buffers = [t.narrow(1, 0, limit + page_size) for t in runner.kv_pool.buffers()]
+    states = 0
+    if runner.state_pool is not None:
+        states = min(runner.state_pool.size, max_bs)
+        buffers += [t.narrow(1, 0, states + 1) for t in runner.state_pool.buffers()]
+
+    def eager(batch: ModelWorkerBatch, bucket: int) -> LogitsProcessorOutput:
+        graphs.buffers.fill(batch, bucket)
+        fb = graphs.buffers.view(bucket, backend, runner.state_pool is not None, batch)
+        backend.init_forward_metadata_replay(fb)
+        return runner.run_planned(fb)
+
+    GraphCheck(
+        graphs,
+        eager,
+        runner.last_token,
+        runner.req_to_token_pool,
+        buffers,
+        num_slots=limit,
+        num_states=states,
+        vocab_size=runner.model_config.vocab_size,
+        page_size=page_size,
+    ).run()
+
+
+def stream_needs(config: ModelConfig, args: ServerArgs) -> tuple[str, tuple[str, ...]]:
+    """What ``plan_streams`` asks of a model: what speaks against fusion, and the places that may overlap."""
+    return config.shared_fusion_refusal(args.moe_a2a_backend), config.text.overlap_sites
+
+
+def _tell(streams: StreamPlan, told: StreamPlan | None = None) -> None:
+    """Log what differs from the plan that was ``told`` before; warnings on rank 0 alone."""
+    lines, warnings = (told.lines(), told.warnings) if told is not None else ([], ())
+    for line in streams.lines():
+        if line not in lines:
+            logger.info("%s", line)
+    if get_world_group().rank == 0:
+        for warning in streams.warnings:
+            if warning not in warnings:
+                logger.warning("%s", warning)
+
+
+def _advance(bar: tqdm, bucket: int) -> None:
+    bar.set_postfix(batch_size=bucket)
+    bar.update()
