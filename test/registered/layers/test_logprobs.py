@@ -97,7 +97,7 @@ class TestLogprobs(CustomTestCase):
             self.assertEqual([i for _, i in top], best.indices.flatten().tolist())
             self.compare([value for value, _ in top], best.values.flatten().tolist())
         last = truth[[end - 1 for end in ends]]
-        self.assertEqual(found.next_token_ids, last.argmax(-1).tolist())
+        self.assertEqual(found.next_token_ids, last.argmax(-1, keepdim=True).tolist())
         assert found.logprobs is not None
         self.compare(found.logprobs.token, last.amax(-1).tolist())
         self.assertEqual([[i for _, i in row] for row in found.logprobs.chosen], [[2, 9], [], [11]])
@@ -121,8 +121,22 @@ class TestLogprobs(CustomTestCase):
         output = LogitsProcessorOutput(logits)
         ids = Sampler()(output, Step("cpu").info)
         found = LaunchedStep(ids, output).result()
-        self.assertEqual((found.next_token_ids, found.row_faults), ([0, 1, 2], [0, 0, 0]))
+        self.assertEqual((found.next_token_ids, found.row_faults), ([[0], [1], [2]], [[0], [0], [0]]))
         self.assertEqual((found.logprobs, found.prompt_logprobs), (None, {}))
+
+    def test_several_tokens_per_request(self) -> None:
+        """Ids [B, W] and their counts: each request gets its first tokens, and every row has its log-probability."""
+        logits = torch.eye(6, VOCAB)
+        logits[4, 2] = float("nan")
+        output = LogitsProcessorOutput(logits)
+        row = SamplingRow(SamplingParams(temperature=0.0), 0, (), ())
+        info = SamplingBatchInfo.from_rows([row] * 6, VOCAB, torch.device("cpu"))
+        ids = Sampler()(output, info, True, [1] * 6, [(3,)] * 6).view(2, 3)
+        found = LaunchedStep(ids, output, torch.tensor([1, 2])).result()
+        self.assertEqual((found.next_token_ids[0], found.next_token_ids[1][0]), ([0], 3))
+        self.assertEqual((found.row_faults, found.width), ([[0], [0, 1]], 3))
+        assert found.logprobs is not None
+        self.assertEqual([len(found.logprobs.token), len(found.logprobs.chosen)], [6, 6])
 
     def test_a_step_neither_reads_the_device_nor_copies_to_it(self) -> None:
         """On a device that has no values: what waits for one, or brings host values along, is an offence."""

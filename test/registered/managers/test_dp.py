@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 import threading
 import unittest
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,24 +17,12 @@ from sglang.srt.managers.io_struct import AbortReq, ShutdownReq
 from sglang.srt.managers.process_launch import LaunchError, _check_devices, rank_places
 from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch
 from sglang.srt.server_args import ServerArgs
+from sglang.test import scheduler_fakes as fakes
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.thread_ranks import Meeting
 
 register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
-
-
-def _scheduler_test() -> Any:
-    """The module beside this one, with its fake worker and its expected outputs."""
-    spec = importlib.util.spec_from_file_location("scheduler_test", Path(__file__).with_name("test_scheduler.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["scheduler_test"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-fakes = _scheduler_test()
 
 
 class TestAgree(CustomTestCase):

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
 import unittest
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,23 +14,13 @@ from sglang.srt.layers.logits_processor import RowFault
 from sglang.srt.layers.logprobs import HostLogprobs
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
+from sglang.test import scheduler_fakes as fakes
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
 
-def _scheduler_test() -> Any:
-    """The module beside this one, with its fake worker and its expected outputs."""
-    spec = importlib.util.spec_from_file_location("scheduler_test", Path(__file__).with_name("test_scheduler.py"))
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["scheduler_test"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-fakes = _scheduler_test()
 LIMIT = 256
 
 
@@ -90,7 +77,7 @@ class NanWorker:
             if bad or held & self.bad_slots or states[index] in self.bad_states:
                 self.bad_slots |= places
                 self.bad_states |= {state for state in states[index : index + 1] if state > 0}
-                step.output.row_faults[index] = RowFault.LOGITS
+                step.output.row_faults[index][0] = RowFault.LOGITS
         return step
 
 
@@ -243,7 +230,7 @@ class TestKindsOfFault(CustomTestCase):
         def faulty(batch: ModelWorkerBatch, info: object) -> Any:
             step = launch(batch, info)
             if setup.worker.num_steps == step_of_fault:
-                step.output.row_faults[0] = fault
+                step.output.row_faults[0][0] = fault
             return step
 
         setup.worker.launch = faulty

@@ -11,7 +11,7 @@ import torch
 
 from sglang.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput, TokenLogprobs
 from sglang.srt.mem_cache.radix_cache import TreeNode
-from sglang.srt.model_executor.forward_batch_info import ForwardMode, LogprobRequest, ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardMode, LogprobRequest, ModelWorkerBatch, StepKind
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 
 
@@ -153,9 +153,10 @@ class ScheduleBatch:
     reqs: list[Req]
     starts: list[int]  # first token of this step, per request
     ends: list[int]  # one past the last
-    draws: list[bool]  # whether the step reaches the request's end, so that its next token is drawn
+    max_new: list[int]  # tokens that the step can give each request: 0 where it does not reach the request's end
     out_cache_loc: torch.Tensor  # [N] int64 on the host, requests one after the other
     has_state: bool = False
+    kind: StepKind = DECODE  # of a decode step
 
     @property
     def num_tokens(self) -> int:
@@ -169,7 +170,7 @@ class ScheduleBatch:
         logprobs = [req.logprob_request(s, e) for req, s, e in zip(self.reqs, self.starts, self.ends, strict=True)]
         asked = logprobs if any(entry is not None for entry in logprobs) else []
         if self.forward_mode.is_decode():
-            return ModelWorkerBatch.decode(rows, self.ends, self.out_cache_loc, states, asked)
+            return ModelWorkerBatch.uniform(self.kind, rows, self.ends, self.out_cache_loc, states, asked)
         spans = zip(self.reqs, self.starts, self.ends, strict=True)
         ids = torch.from_numpy(np.concatenate([req.token_ids[start:end] for req, start, end in spans]))
         mode = self.forward_mode

@@ -129,6 +129,8 @@ class Scheduler:
         self._waited_s = 0.0
         if any(req.sampling_params.counts_tokens for req in self.running):
             self._drain()  # penalties are built from the output, which must be complete
+        if self.worker.decode_kind.rows_per_request > 1:
+            self._drain()  # where the next step begins is known with the number of tokens of this one
         batch = self._next_batch()
         agreed = None if self.sync is None else self._agree(self.sync, batch)
         if batch is None:
@@ -160,9 +162,9 @@ class Scheduler:
         worker_batch = batch.to_worker_batch()
         if agreed is not None:
             worker_batch = agreed.of_batch(worker_batch)
-        for req, end, draws in zip(batch.reqs, batch.ends, batch.draws, strict=True):
+        for req, end, max_new in zip(batch.reqs, batch.ends, batch.max_new, strict=True):
             req.kv_committed_len = end
-            req.num_in_flight += draws
+            req.num_in_flight += max_new
         began = time.perf_counter()
         launched = self.worker.launch(worker_batch, info)
         self._waited_s += time.perf_counter() - began
@@ -334,14 +336,19 @@ class Scheduler:
         return self._batch(ForwardMode.DECODE, reqs, ends, slots)
 
     def _batch(self, mode: ForwardMode, reqs: list[Req], ends: list[int], slots: torch.Tensor) -> ScheduleBatch:
+        if mode.is_decode():
+            max_new = [self.worker.decode_kind.rows_per_request] * len(reqs)
+        else:
+            max_new = [int(end == req.planned_len) for req, end in zip(reqs, ends, strict=True)]
         return ScheduleBatch(
             forward_mode=mode,
             reqs=reqs,
             starts=[req.kv_committed_len for req in reqs],
             ends=ends,
-            draws=[end == req.planned_len for req, end in zip(reqs, ends, strict=True)],
+            max_new=max_new,
             out_cache_loc=slots,
             has_state=self.memory.state_pool is not None,
+            kind=self.worker.decode_kind,
         )
 
     def _sampling_info_of(self, batch: ScheduleBatch) -> SamplingBatchInfo:
@@ -393,62 +400,67 @@ class Scheduler:
         prefill = not batch.forward_mode.is_decode()
         was_running = set(map(id, self.running)) if prefill else set()
         talk: list[Req] = []
-        for index, (req, draws) in enumerate(zip(batch.reqs, batch.draws, strict=True)):
-            req.num_in_flight -= draws
+        for index, (req, max_new) in enumerate(zip(batch.reqs, batch.max_new, strict=True)):
+            req.num_in_flight -= max_new
             if req.finish_reason is not None:
                 continue
-            if self._accept(req, index, draws, output):
-                self._finish(req, output.row_faults[index])
+            num_before = len(req.output_ids)
+            fault = self._accept(req, index, max_new, output)
+            if fault is not None:
+                self._finish(req, fault)
                 talk.append(req)
                 continue
-            if not draws:
+            if not max_new:
                 self.memory.share_prefix(req)
                 self.partial.append(req)
                 continue
+            # Rows behind the new tokens computed nothing that is right.
+            req.kv_committed_len -= max_new - (len(req.output_ids) - num_before)
             if prefill and id(req) not in was_running:
                 self.memory.share_prefix(req)
                 self.running.append(req)
-            if req.stream and self._is_due(req):
+            if req.stream and self._is_due(req, num_before):
                 talk.append(req)
         self._emit(talk)
 
-    def _accept(self, req: Req, index: int, draws: bool, output: StepOutput) -> bool:
-        """Judge the request's row, and add the token drawn from it if it ``draws``; True when the request is over.
+    def _accept(self, req: Req, index: int, max_new: int, output: StepOutput) -> int | None:
+        """Judge the request's rows in order, and add the token of each, up to the one with which the request ends.
 
         The row of a prompt that is not at its end tells whether the chunk was sound: its last token has attended to
-        all before it.
+        all before it. Returns None while the request goes on, else the RowFault that ended it, or 0.
         """
-        fault = output.row_faults[index]
-        if fault == RowFault.LOGITS or (fault and draws and req.max_new_tokens):
-            req.finish_reason = fault_reason(RowFault(fault))
-            self.metrics.num_aborted_reqs += 1
-            logger.error("request %.64r is ended: %s", req.rid, req.finish_reason.message)
-            return True
         try:
-            return self._take_in(req, index, draws, output)
+            for number, fault in enumerate(output.row_faults[index]):
+                if fault == RowFault.LOGITS or (fault and max_new and req.max_new_tokens):
+                    req.finish_reason = fault_reason(RowFault(fault))
+                    self.metrics.num_aborted_reqs += 1
+                    logger.error("request %.64r is ended: %s", req.rid, req.finish_reason.message)
+                    return fault
+                if req.return_logprob and number == 0:
+                    record_input_logprobs(req, output.prompt_logprobs.get(index, ()))
+                if max_new:
+                    self._take_in(req, index, number, output)
+                if req.finish_reason is not None:
+                    return 0
+            return None
         except Exception as error:  # of this request: the others of the step go on
             logger.exception("request %.64r is ended", req.rid)
             req.end_without_logprobs(abort_reason(f"Taking in a token failed: {error}.", 500, "InternalServerError"))
             self.metrics.num_aborted_reqs += 1
-            return True
+            return 0
 
-    def _take_in(self, req: Req, index: int, draws: bool, output: StepOutput) -> bool:
-        """What a sound row gives the request; True when the request is over."""
-        if req.return_logprob:
-            record_input_logprobs(req, output.prompt_logprobs.get(index, ()))
-        if not draws:
-            return False
+    def _take_in(self, req: Req, index: int, number: int, output: StepOutput) -> None:
+        """Add token ``number`` of the step's to the request, which may end with it."""
         if req.max_new_tokens == 0:
             req.finish_reason = FinishReason(type="length", length=0)
-            return True
-        token = output.next_token_ids[index]
+            return
+        token = output.next_token_ids[index][number]
         req.output_ids.append(token)
         self.metrics.num_generated_tokens += 1
         if req.return_logprob:
             assert output.logprobs is not None
-            record_output_logprobs(req, output.logprobs, index, token)
+            record_output_logprobs(req, output.logprobs, index * output.width + number, token)
         req.finish_reason = self.stop_checker.check(req)
-        return req.finish_reason is not None
 
     def _finish(self, req: Req, fault: int) -> None:
         """Release a finished request. What a broken step computed never enters the prefix cache, and what was computed
@@ -460,9 +472,10 @@ class Scheduler:
         if req in self.running:
             self.running.remove(req)
 
-    def _is_due(self, req: Req) -> bool:
+    def _is_due(self, req: Req, num_before: int) -> bool:
+        """Whether tokens past the first ``num_before`` are the first ones, or complete an interval."""
         interval = req.sampling_params.stream_interval or self.config.stream_interval
-        return len(req.output_ids) % interval == 0 or len(req.output_ids) == 1
+        return num_before == 0 or len(req.output_ids) // interval > num_before // interval
 
     def _emit(self, reqs: list[Req]) -> None:
         outputs: list[TokenIDOutput] = [make_output(req, is_first=req.num_sent == 0) for req in reqs]

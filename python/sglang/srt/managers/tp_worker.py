@@ -8,34 +8,43 @@ import torch
 
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.logprobs import HostLogprobs
-from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """Ids on the host, faults of rows, and the log-probabilities that were asked for.
+    """What a step gave its requests, on the host: tokens, faults, and the log-probabilities that were asked for.
 
-    ``next_token_ids`` and ``row_faults`` (a RowFault, 0 where all is sound) have one entry per request. For a request
-    whose prompt is not at its end the id has no meaning, and of the faults RowFault.LOGITS alone has one. ``logprobs``
-    are those of the drawn tokens, ``prompt_logprobs`` blocks of prompt rows by the index of their request.
+    ``next_token_ids[i]`` are the new tokens of request i in order, usually one, and ``row_faults[i]`` a RowFault of
+    each, 0 where all is sound. For a request whose prompt is not at its end the id has no meaning, and of the faults
+    RowFault.LOGITS alone has one. Token j of request i was drawn from row ``i * width + j``, of which ``logprobs`` has
+    one entry per row; ``prompt_logprobs`` are blocks of prompt rows by the index of their request.
     """
 
-    next_token_ids: list[int]
-    row_faults: list[int]
+    next_token_ids: list[list[int]]
+    row_faults: list[list[int]]
+    width: int = 1
     logprobs: HostLogprobs | None = None
     prompt_logprobs: dict[int, list[HostLogprobs]] = field(default_factory=dict)
 
 
 class LaunchedStep:
-    """A step on its way: all that it tells the host comes by one copy, for which ``result`` waits."""
+    """A step on its way: all that it tells the host comes by one copy, for which ``result`` waits.
 
-    def __init__(self, ids: torch.Tensor, output: LogitsProcessorOutput) -> None:
+    ids [B] or [B, W] integer are drawn from the rows of ``output``; of each request the first ``num_new`` [B] are its
+    new tokens, None for all.
+    """
+
+    def __init__(self, ids: torch.Tensor, output: LogitsProcessorOutput, num_new: torch.Tensor | None = None) -> None:
         assert output.row_faults is not None
+        self._width = 1 if ids.dim() == 1 else ids.shape[1]
+        self._counted = num_new is not None
         self._drawn, self._prompts = output.row_logprobs, output.prompt_logprobs
         blocks = [block for _, block in self._prompts] + ([] if self._drawn is None else [self._drawn])
-        tensors = [ids, output.row_faults, *(tensor for block in blocks for tensor in block.tensors())]
+        tensors = [ids, output.row_faults, *([] if num_new is None else [num_new])]
+        tensors += [tensor for block in blocks for tensor in block.tensors()]
         self._sizes = [tensor.numel() for tensor in tensors]
         # A token id fits exactly into float64, beside a log-probability.
         packed = torch.cat([tensor.flatten().to(torch.float64) for tensor in tensors])
@@ -53,17 +62,24 @@ class LaunchedStep:
         if self._event is not None:
             self._event.synchronize()
         ids, faults, *rest = self._host.split(self._sizes)
+        counts = rest.pop(0).long().tolist() if self._counted else None
         prompts: dict[int, list[HostLogprobs]] = {}
         for index, block in self._prompts:
             size = len(block.tensors())
             prompts.setdefault(index, []).append(block.read(rest[:size]))
             rest = rest[size:]
         return StepOutput(
-            next_token_ids=ids.long().tolist(),
-            row_faults=faults.long().tolist(),
+            next_token_ids=self._of_requests(ids, counts),
+            row_faults=self._of_requests(faults, counts),
+            width=self._width,
             logprobs=None if self._drawn is None else self._drawn.read(rest),
             prompt_logprobs=prompts,
         )
+
+    def _of_requests(self, rows: torch.Tensor, counts: list[int] | None) -> list[list[int]]:
+        """``rows`` [B * W] of the host by request, each cut to its count."""
+        values: list[list[int]] = rows.long().view(-1, self._width).tolist()
+        return values if counts is None else [row[:count] for row, count in zip(values, counts, strict=True)]
 
 
 class TpModelWorker:
@@ -71,6 +87,8 @@ class TpModelWorker:
 
     def __init__(self, runner: ModelRunner) -> None:
         self.runner = runner
+        # The step by which requests go on: as many of its rows as each request brings can give it a token.
+        self.decode_kind: StepKind = DECODE
 
     @torch.inference_mode()
     def launch(self, batch: ModelWorkerBatch, sampling_info: SamplingBatchInfo) -> LaunchedStep:

@@ -141,11 +141,13 @@ class ModelRunner:
     @torch.inference_mode()
     def sample(self, step: StepForward, info: SamplingBatchInfo, batch: ModelWorkerBatch) -> torch.Tensor:
         """A token id for each row of logits, [rows]."""
+        width = 1 if batch.kind is None else batch.kind.rows_per_request
+        asked = [entry for entry in batch.logprobs for _ in range(width)]
         return self.sampler(
             step.output,
             info,
-            return_logprob=bool(batch.logprobs),
-            top_logprobs_nums=[entry.top_k if entry else 0 for entry in batch.logprobs],
-            token_ids_logprobs=[entry.token_ids if entry else () for entry in batch.logprobs],
+            return_logprob=bool(asked),
+            top_logprobs_nums=[entry.top_k if entry else 0 for entry in asked],
+            token_ids_logprobs=[entry.token_ids if entry else () for entry in asked],
             positions=step.drawn_positions,
         )

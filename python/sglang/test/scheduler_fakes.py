@@ -1,0 +1,233 @@
+"""A scheduler over a model whose "KV" is the token itself, so that every wrong slot, state or order shows."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+
+from sglang.srt.managers.io_struct import BatchTokenIDOutput, StartedReqs, TokenizedGenerateReqInput
+from sglang.srt.managers.req_memory import ReqMemory
+from sglang.srt.managers.scheduler import Scheduler
+from sglang.srt.managers.scheduler_config import SchedulerConfig
+from sglang.srt.managers.step_result import StopChecker
+from sglang.srt.managers.tp_worker import StepOutput
+from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
+from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
+from sglang.srt.mem_cache.memory_pool import GDNStatePool
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+VOCAB = 50
+EOS = 7
+BAD = 49  # a prompt that ends in this id makes the model emit NaN
+
+
+def mix(tokens: list[int]) -> int:
+    """A rolling hash of a token sequence: what the fake model's state is."""
+    state = 0
+    for token in tokens:
+        state = (state * 31 + token + 1) % 1_000_003
+    return state
+
+
+def next_token(tokens: list[int]) -> int:
+    return mix(tokens) % (VOCAB - 2)
+
+
+def expected_output(prompt: list[int], max_new: int, max_req_len: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(min(max_new, max_req_len - len(prompt))):
+        tokens.append(next_token(tokens))
+        if tokens[-1] == EOS:
+            break
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class FakeStep:
+    output: StepOutput
+
+    def result(self) -> StepOutput:
+        return self.output
+
+
+class FakeWorker:
+    """Checks at each step that slots and states hold exactly what the sequence says, then emits the next token.
+
+    With ``width`` above 1 a decode step brings drafts behind each newest token, of which a share is wrong, and emits
+    what follows those that are right, up to ``width`` tokens.
+    """
+
+    def __init__(self, memory: ReqMemory, width: int = 1) -> None:
+        self.memory = memory
+        self.decode_kind = DECODE if width == 1 else StepKind("verify", width)
+        self.slots: dict[int, tuple[int, int]] = {}
+        self.last_token: dict[int, int] = {}
+        self.num_steps = 0
+        self.num_extend_rows = 0
+        self.num_of_counts: Counter[int] = Counter()  # steps of requests by the number of tokens that they gave
+        self._drafts = random.Random(0)
+
+    def launch(self, batch: ModelWorkerBatch, info: object) -> FakeStep:
+        self.num_steps += 1
+        width = 1 if batch.kind is None else batch.kind.rows_per_request
+        lengths = batch.extend_seq_lens or [width] * batch.batch_size
+        offset, ids, faults = 0, [], []
+        rows = batch.req_pool_indices.tolist()
+        states = batch.state_slot_ids.tolist() if batch.state_slot_ids is not None else []
+        assert len(set(rows)) == len(rows), "two requests share a row"
+        assert len(set(batch.out_cache_loc.tolist())) == batch.out_cache_loc.numel(), "two tokens share a slot"
+        for index, (row, length, end) in enumerate(zip(rows, lengths, batch.seq_lens, strict=True)):
+            places = batch.out_cache_loc[offset : offset + length].tolist()
+            positions = batch.positions[offset : offset + length].tolist()
+            assert positions == list(range(end - length, end)), positions
+            before = self._held(row, end - length)
+            if batch.input_ids is not None:
+                new = batch.input_ids[offset : offset + length].tolist()
+            else:
+                new = self._with_drafts(before, self.last_token.get(row, -1), length)
+            offset += length
+            for token, slot, position in zip(new, places, positions, strict=True):
+                self.slots[slot] = (token, position)
+            sequence = self._held(row, end)
+            if states:
+                state = self.memory.state_pool.ssm(0)[states[index]]
+                assert int(state.item()) == mix(before), "the state is not that of the prefix"
+                state.fill_(mix(sequence))
+            drawn, first = [], end - length if batch.input_ids is None else end - 1
+            for stop in range(first + 1, end + 1):
+                drawn.append(next_token(sequence[:stop]))
+                if stop < end and drawn[-1] != sequence[stop]:
+                    break
+            ids.append(drawn)
+            faults.append([int(sequence[first + j] == BAD) for j in range(len(drawn))])
+            if batch.input_ids is None:
+                self.num_of_counts[len(drawn)] += 1
+        self.num_extend_rows += offset if batch.extend_seq_lens else 0
+        self.last_token.update((row, drawn[-1]) for row, drawn in zip(rows, ids, strict=True))
+        return FakeStep(StepOutput(ids, faults, width))
+
+    def _held(self, row: int, end: int) -> list[int]:
+        """The tokens that the slots of a request hold."""
+        held = [self.slots[slot] for slot in self.memory.req_pool.req_to_token[row, :end].tolist()]
+        assert [position for _, position in held] == list(range(end)), "a slot holds another position"
+        return [token for token, _ in held]
+
+    def _with_drafts(self, before: list[int], newest: int, length: int) -> list[int]:
+        tokens = [newest]
+        while len(tokens) < length:
+            right = next_token(before + tokens)
+            tokens.append(right if self._drafts.random() < 0.7 else (right + 1) % (VOCAB - 2))
+        return tokens
+
+
+class FakeChannel:
+    def __init__(self) -> None:
+        self.inbox: list[object] = []
+        self.outputs: dict[str, list[int]] = {}
+        self.reasons: dict[str, object] = {}
+        self.started: list[list[str]] = []
+        self.answers: list[object] = []
+        self.retractions: dict[str, int] = {}
+        self.cached: dict[str, int] = {}
+
+    def receive(self, wait: bool) -> list[object]:
+        messages, self.inbox = self.inbox, []
+        return messages
+
+    def to_detokenizer(self, message: BatchTokenIDOutput) -> None:
+        for output in message.outputs:
+            assert output.rid not in self.reasons, "a finished request spoke again"
+            self.outputs.setdefault(output.rid, []).extend(output.output_ids)
+            self.retractions[output.rid] = output.num_retractions
+            self.cached[output.rid] = output.cached_tokens
+            if output.finish_reason is not None:
+                self.reasons[output.rid] = output.finish_reason
+
+    def to_tokenizer(self, message: object) -> None:
+        if isinstance(message, StartedReqs):
+            self.started.append(message.rids)
+        else:
+            self.answers.append(message)
+
+
+@dataclass
+class Setup:
+    scheduler: Scheduler
+    worker: FakeWorker
+    channel: FakeChannel
+    memory: ReqMemory
+
+    def run(self, limit: int = 20_000) -> None:
+        """Step until nothing is left, then check that nothing is held."""
+        for _ in range(limit):
+            self.turn()
+            if not self.scheduler.has_work() and not self.channel.inbox:
+                self.memory.check_idle(deep=True)
+                return
+        raise AssertionError(f"still busy after {limit} turns: {self.scheduler.load()}")
+
+    def turn(self) -> None:
+        for message in self.channel.receive(wait=False):
+            self.scheduler._handle(message)
+        if not self.scheduler.step():
+            assert not self.scheduler.has_work(), "work, but no step"
+
+
+def make(
+    pool: int = 400,
+    page: int = 1,
+    rows: int = 8,
+    chunk: int | None = 16,
+    hybrid: bool = False,
+    radix: bool = True,
+    policy: str = "fcfs",
+    mixed: bool = False,
+    retract_interval: int = 0,
+    state_slots: int = 12,
+    conservativeness: float = 1.0,
+    overlap: bool = False,
+    width: int = 1,
+) -> Setup:
+    allocator = TokenToKVPoolAllocator(pool, page)
+    state_pool = None
+    tree: RadixCache
+    if hybrid:
+        state_pool = GDNStatePool(max(state_slots, rows), [0], 1, 2, 1, 1, 1, torch.int64, torch.int64, "cpu")
+        tree = HybridRadixCache(allocator, page, state_pool, disable=not radix)
+    else:
+        tree = RadixCache(allocator, page, disable=not radix)
+    memory = ReqMemory(allocator, ReqToTokenPool(rows, 256 + width), tree, state_pool, width)
+    config = SchedulerConfig(
+        device=torch.device("cpu"),
+        vocab_size=VOCAB,
+        eos_token_ids=(EOS,),
+        max_running_requests=rows,
+        max_prefill_tokens=64,
+        chunked_prefill_size=chunk,
+        max_req_len=min(256, pool - width + 1),
+        schedule_policy=policy,
+        schedule_conservativeness=conservativeness,
+        enable_mixed_chunk=mixed,
+        enable_overlap=overlap,
+        stream_interval=1,
+        decode_log_interval=1000,
+        random_seed=0,
+        retract_interval=retract_interval,
+        deep_pool_check=True,
+    )
+    worker, channel = FakeWorker(memory, width), FakeChannel()
+    return Setup(Scheduler(config, worker, memory, channel, StopChecker(None)), worker, channel, memory)
+
+
+def request(rid: str, prompt: list[int], max_new: int = 8, stream: bool = False) -> TokenizedGenerateReqInput:
+    return TokenizedGenerateReqInput(
+        rid=rid,
+        input_ids=prompt,
+        stream=stream,
+        sampling_params=SamplingParams(max_new_tokens=max_new, temperature=0.0),
+    )
