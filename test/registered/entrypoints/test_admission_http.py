@@ -1,6 +1,9 @@
 """What the server admits, over HTTP: a full queue, requests that can never run, and time limits."""
 
+import contextlib
 import json
+import socket
+import threading
 import time
 import unittest
 from concurrent.futures import ThreadPoolExecutor
@@ -63,6 +66,86 @@ class TestFullQueue(FakeServerTestCase):
         for path, body in self.BODIES:
             self.assertEqual(self.client.post(path, json=body).status_code, 200)
 
+    def connect(self, head, body=b""):
+        connection = socket.create_connection(("127.0.0.1", int(self.fake.url.rpartition(":")[2])), 30)
+        self.addCleanup(connection.close)
+        lines = ["POST /generate HTTP/1.1", "Host: localhost", "Content-Type: application/json", *head]
+        connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+        return connection
+
+    def test_a_body_is_neither_waited_for_nor_parsed(self):
+        held = self.waiting(text=["a", "b", "c"], sampling_params={"max_new_tokens": 1})
+        refused = self.fake.context.manager.admission.num_refused
+        for path, _ in self.BODIES:
+            reply = self.client.post(path, content=b"{", headers={"content-type": "application/json"})
+            self.assertEqual((reply.status_code, reply.json()["error"]["type"]), (503, "ServiceUnavailableError"))
+            self.assertNotIn("connection", reply.headers)
+        self.assertEqual(self.fake.context.manager.admission.num_refused, refused + len(self.BODIES))
+        # The answer comes first; the connection then takes a short body, and the next request.
+        connection = self.connect(["Content-Length: 8"])
+        for rest in (b"{" * 8, b""):
+            self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 503"))
+            connection.sendall(rest + b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            self.assertTrue(connection.recv(65536).startswith(b"HTTP/1.1 200"))
+            if rest:
+                connection.sendall(b"POST /generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n")
+        # Who sends much may do so to its end, and reads the answer, not a reset.
+        for head in (["Content-Length: 8000000"], ["Transfer-Encoding: chunked"], ["Content-Length: 9", "Expect: x"]):
+            with contextlib.suppress(BrokenPipeError):
+                connection = self.connect(head, b"x" * 8_000_000 if "8000000" in head[0] else b"")
+            answer = b""
+            while data := connection.recv(65536):
+                answer += data
+            self.assertIn(b"\r\nconnection: close\r\n", answer.lower())
+            self.assertIn(b"The queue is full", answer)
+        self.assertEqual(self.client.get("/generate").status_code, 405)
+        self.thaw()
+        self.assertEqual(held.result().status_code, 200)
+
+    def test_a_body_on_its_way_holds_no_place_and_one_that_came_does(self):
+        admission = self.fake.context.manager.admission
+        body = json.dumps({"text": "a", "sampling_params": {"max_new_tokens": 1}}).encode()
+        slow = [self.connect([f"Content-Length: {len(body)}"], body[:5]) for _ in range(5)]
+        self.assertEqual((self.generate(text="abc").status_code, admission.num_requests), (200, 0))
+        # While each of them waits for its prompt's rendering, its place is taken.
+        entered, go_on = threading.Event(), threading.Event()
+
+        def render(*_, **__):
+            entered.set()
+            go_on.wait(60)
+            return "a"
+
+        chat = {"messages": HI, "max_tokens": 1}
+        with (
+            mock.patch.object(self.fake.tokenizer, "apply_chat_template", render),
+            ThreadPoolExecutor(3) as pool,
+        ):
+            calls = [pool.submit(self.client.post, "/v1/chat/completions", json=chat) for _ in range(3)]
+            self.fake.until(lambda: admission.num_requests == 3)
+            self.assertTrue(entered.wait(60))
+            slow[0].sendall(body[5:])  # past the first check, and refused where it comes to its end
+            self.assertTrue(slow[0].recv(65536).startswith(b"HTTP/1.1 503"))
+            self.assertEqual(self.client.post("/v1/chat/completions", json=chat).status_code, 503)
+            go_on.set()
+            self.assertEqual([call.result().status_code for call in calls], [200] * 3)
+        slow[1].sendall(body[5:])
+        self.assertTrue(slow[1].recv(65536).startswith(b"HTTP/1.1 200"))
+        for content in (b"{", b"[1]", json.dumps({"text": ""}).encode()):
+            reply = self.client.post("/generate", content=content, headers={"content-type": "application/json"})
+            self.assertEqual(reply.status_code, 400)
+            self.fake.until(lambda: admission.num_requests == 0)
+
+    def test_many_at_once_find_the_room_that_there_is(self):
+        self.fake.scheduler.frozen = True
+        body = {"text": "a", "sampling_params": {"max_new_tokens": 1}}
+        with ThreadPoolExecutor(20) as pool:
+            calls = [pool.submit(httpx.post, f"{self.fake.url}/generate", json=body, timeout=60) for _ in range(20)]
+            self.fake.until(lambda: sum(call.done() for call in calls) == 17)
+            self.fake.until(lambda: len(self.fake.scheduler.received) >= 3)
+            self.thaw()
+            statuses = sorted(call.result().status_code for call in calls)
+        self.assertEqual(statuses, [200] * 3 + [503] * 17)
+
     def thaw(self):
         scheduler, received = self.fake.scheduler, list(self.fake.scheduler.received)
         scheduler.frozen = False
@@ -110,6 +193,13 @@ class TestFullQueue(FakeServerTestCase):
         reply = self.generate(text="a", sampling_params={"max_new_tokens": 120})
         self.assertEqual(reply.status_code, 503, reply.text)
         self.assertIn("--max-queued-tokens", reply.text)
+        admission = self.fake.context.manager.admission
+        missing = 200 - admission.num_tokens
+        admission.add(0, missing)  # full to the last token
+        with mock.patch.object(self.fake.tokenizer, "encode") as encode:
+            self.assertEqual(self.generate(text="a", sampling_params={"max_new_tokens": 1}).status_code, 503)
+            encode.assert_not_called()
+        admission.remove(0, missing)
         self.thaw()
         self.assertEqual(held.result().status_code, 200)
 
@@ -117,6 +207,19 @@ class TestFullQueue(FakeServerTestCase):
         fake = FakeServer().wait_ready()
         self.addCleanup(fake.stop)
         self.assertGreaterEqual(fake.context.manager.admission.max_requests, 1024)
+
+
+class TestFullQueueWithKey(FakeServerTestCase):
+    settings = {"max_queued_requests": 1, "api_key": "k"}
+
+    def test_who_has_no_key_learns_nothing_of_the_queue(self):
+        admission = self.fake.context.manager.admission
+        admission.add(1, 0)
+        for headers, status in (({}, 401), ({"authorization": "Bearer no"}, 401), ({"authorization": "Bearer k"}, 503)):
+            reply = self.client.post("/generate", content=b"{", headers=headers)
+            self.assertEqual((reply.status_code, "retry-after" in reply.headers), (status, status == 503))
+        self.assertEqual(admission.num_refused, 1)
+        admission.remove(1, 0)
 
 
 class TestTimeLimits(FakeServerTestCase):

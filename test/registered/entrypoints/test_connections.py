@@ -5,7 +5,9 @@ import json
 import logging
 import resource
 import socket
+import sys
 import time
+import types
 import unittest
 from unittest import mock
 
@@ -122,6 +124,42 @@ class TestSlowClients(Connections):
             self.fake.until(lambda: self.num_open == 1 and not self.fake.server.server_state.tasks)
 
 
+class TestPackets(Connections):
+    def test_a_head_goes_with_its_body_or_with_its_turn(self):
+        sent, turn = [], []
+        transport = types.SimpleNamespace(write=sent.append, close=lambda: sent.append("closed"))
+        connection = types.SimpleNamespace(
+            loop=types.SimpleNamespace(call_soon=turn.append), close=lambda transport: transport.close()
+        )
+        wrapped = connections._Transport(transport, connection)
+        head, body = b"HTTP/1.1 200 OK\r\n\r\n", b"{}"
+        wrapped.write(head)
+        wrapped.write(body)
+        wrapped.write(body)
+        turn.pop()()
+        self.assertEqual(sent, [head + body, body])
+        sent.clear()
+        wrapped.write(head)
+        self.assertEqual(sent, [])
+        turn.pop()()
+        wrapped.write(head)
+        wrapped.close()
+        self.assertEqual(sent, [head, head, "closed"])
+
+    def test_connections_find_out_that_a_machine_is_gone(self):
+        self.client.get("/v1/models")
+        for connection in self.fake.server.server_state.connections:
+            accepted = connection.transport.get_extra_info("socket")
+            self.assertEqual(accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE), 1)
+            self.assertEqual(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE), 60)
+
+    def test_the_kernel_queues_more_than_one_turn_accepts(self):
+        listener = self.fake.server.servers[0].sockets[0]
+        # Linux tells a listener's backlog as tcpi_sacked, the byte order being the machine's.
+        info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        self.assertGreaterEqual(int.from_bytes(info[28:32], sys.byteorder), 1024)
+
+
 class TestNumbers(Connections):
     settings = {"max_connections": 3}
 
@@ -170,6 +208,27 @@ class TestLogs(CustomTestCase):
         self.assertEqual(len(logs.output), 1, logs.output)
         self.assertLess(len(logs.output[0]), 500)
         self.assertFalse([m for m in fake.scheduler.received if hasattr(m, "sampling_params")])
+
+    def test_a_crowd_of_refusals_is_logged_in_part_and_counted(self):
+        access = http_logs.AccessFilter()
+
+        def passes(status):
+            args = ("1.2.3.4:5", "POST", "/generate", "1.1", status)
+            return access.filter(logging.LogRecord("uvicorn.access", logging.INFO, "", 0, "", args, None))
+
+        with mock.patch.object(http_logs.time, "monotonic", return_value=5.5):
+            self.assertEqual(sum(passes(503) for _ in range(100)), 10)
+            self.assertTrue(passes(200))
+        with mock.patch.object(http_logs.time, "monotonic", return_value=6.5):
+            self.assertTrue(passes(503))
+        fake = FakeServer(max_queued_requests=1).wait_ready()
+        self.addCleanup(fake.stop)
+        fake.context.manager.admission.add(1, 0)
+        with self.assertLogs("sglang", "WARNING") as logs:
+            for _ in range(20):
+                self.assertEqual(httpx.post(f"{fake.url}/generate").status_code, 503)
+        self.assertLess(len(logs.output), 20)
+        self.assertIn("The queue is full: 1 sequences", logs.output[0])
 
     def test_ids_are_escaped_and_cut(self):
         fake = FakeServer(log_requests=True).wait_ready()

@@ -32,9 +32,29 @@ class TestAdmission(CustomTestCase):
         self.assertEqual(self.status(10, 100), None)
         self.assertEqual(self.admission.num_refused, 5)
 
+    def test_room_for_any_request_and_places(self):
+        for requests, tokens in ((10, 0), (0, 100)):
+            self.assertIsNone(self.status_of_room())
+            self.admission.add(requests, tokens)
+            self.assertEqual(self.status_of_room(), 503)
+            self.admission.remove(requests, tokens)
+        places = [self.admission.take_place() for _ in range(10)]
+        self.assertEqual((self.status_of_room(), self.admission.num_refused), (503, 3))
+        for _ in range(2):
+            places[0].leave()
+        self.assertEqual((self.status_of_room(), self.admission.num_requests), (None, 9))
+
+    def status_of_room(self):
+        try:
+            self.admission.check_room()
+        except RequestError as error:
+            return error.status_code
+        return None
+
     def test_no_bounds(self):
         self.admission = Admission(None, None)
         self.admission.add(10**6, 10**9)
+        self.assertIsNone(self.status_of_room())
         self.assertIsNone(self.status(10**6, 10**9))
 
     def test_retry_after_is_the_time_in_which_the_queue_starts(self):

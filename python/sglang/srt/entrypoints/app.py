@@ -17,6 +17,7 @@ from sglang.srt.entrypoints.body_limit import BodyLimit
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.entrypoints.endpoint import Endpoint, Handler
 from sglang.srt.entrypoints.errors import error_response, http_error
+from sglang.srt.entrypoints.full_queue import FullQueue
 from sglang.srt.entrypoints.http_io import internal_error
 from sglang.srt.entrypoints.native_api import NativeApi
 from sglang.srt.entrypoints.openai.models_api import ModelsApi
@@ -43,8 +44,9 @@ def build_app(context: ServerContext, lifespan: Lifespan) -> Starlette:
     ]
     endpoints += RootApi(context, endpoints).endpoints()
     app = Starlette(routes=[route for endpoint in endpoints for route in _routes(endpoint)], lifespan=lifespan)
-    # The last one added is asked first: who has no key gets no body read.
+    # The last one added is asked first: who has no key gets no body read, and learns nothing of the queue.
     app.add_middleware(BodyLimit, max_bytes=args.max_request_bytes)
+    app.add_middleware(FullQueue, manager=context.manager, endpoints=endpoints)
     policy = AuthPolicy(args.host, args.api_key, args.admin_api_key)
     sites = SitePolicy(args.host, args.api_key is not None, args.allowed_hosts, args.allowed_origins)
     app.add_middleware(AuthMiddleware, policy=policy, sites=sites)

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import resource
-import socket
 from typing import Any
 
 import h11
@@ -27,8 +26,6 @@ from sglang.srt.utils.limits import (
 )
 
 logger = logging.getLogger(__name__)
-
-_KEEP_ALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
 
 
 def fit_connections(wanted: int) -> int:
@@ -71,7 +68,6 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         self._head_since = self.loop.time()
-        _keep_alive(transport)
         over = len(self.connections) - self._max_connections
         if over > MAX_REFUSED_CONNECTIONS:
             transport.abort()
@@ -147,26 +143,36 @@ class Connection(H11Protocol):
 
 
 class _Transport:
-    """A transport whose ``close`` its connection decides on."""
+    """A transport whose ``close`` its connection decides on, and that sends a head together with what follows it."""
 
     def __init__(self, transport: asyncio.Transport, connection: Connection):
         self._transport = transport
         self._connection = connection
+        self._head = b""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._transport, name)
+
+    def write(self, data: bytes) -> None:
+        if data.startswith(b"HTTP/1.1 "):
+            # Nearly always, the body follows at once; in any case it goes with this turn of the loop.
+            self._send_head()
+            self._head = data
+            self._connection.loop.call_soon(self._send_head)
+        elif self._head:
+            data, self._head = self._head + data, b""
+            self._transport.write(data)
+        else:
+            self._transport.write(data)
+
+    def _send_head(self) -> None:
+        if self._head:
+            self._transport.write(self._head)
+            self._head = b""
 
     def is_closing(self) -> bool:
         return self._connection.is_closing or self._transport.is_closing()
 
     def close(self) -> None:
+        self._send_head()
         self._connection.close(self._transport)
-
-
-def _keep_alive(transport: asyncio.Transport) -> None:
-    """Let the kernel find out that a silent client's machine is gone."""
-    connection = transport.get_extra_info("socket")
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEP_ALIVE:
-        if hasattr(socket, name) and connection.family != socket.AF_UNIX:
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

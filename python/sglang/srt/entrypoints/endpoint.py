@@ -33,6 +33,8 @@ class Endpoint:
     aliases: tuple[str, ...] = ()
     # Whether a GET changes nothing, so that a HEAD may be answered like it.
     safe: bool = True
+    # Whether its requests wait in the queue, so that a full one refuses them unread.
+    is_queued: bool = False
 
     @property
     def paths(self) -> tuple[str, ...]:

@@ -10,12 +10,18 @@ from typing import Any
 # Probes come every few seconds; one that fails is logged.
 QUIET_PATHS = frozenset({"/health", "/health_generate", "/metrics", "/ping", "/ready"})
 _MAX_PATH_CHARS = 256
+_MAX_REFUSALS_PER_S = 10
 
 logger = logging.getLogger(__name__)
 
 
 class AccessFilter(logging.Filter):
-    """Drops successful probes, and cuts long methods and paths; uvicorn escapes them."""
+    """Drops successful probes and most of a crowd of 503s, and cuts long methods and paths; uvicorn escapes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._second = 0
+        self._num_refused = 0
 
     def filter(self, record: logging.LogRecord) -> bool:
         if not isinstance(record.args, tuple) or len(record.args) != 5:
@@ -23,8 +29,18 @@ class AccessFilter(logging.Filter):
         client, method, path, version, status = record.args
         if str(path).partition("?")[0] in QUIET_PATHS and status == 200:
             return False
+        if status == 503 and self._is_crowd():
+            return False
         record.args = client, _cut(str(method)), _cut(str(path)), version, status
         return True
+
+    def _is_crowd(self) -> bool:
+        """Whether as many 503s have been logged this second as are let through; admission counts and tells of them."""
+        now = int(time.monotonic())
+        if now != self._second:
+            self._second, self._num_refused = now, 0
+        self._num_refused += 1
+        return self._num_refused > _MAX_REFUSALS_PER_S
 
 
 class OncePerSecond(logging.Filter):

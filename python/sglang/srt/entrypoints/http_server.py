@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 65
 _WATCH_INTERVAL_S = 0.5
+# Connections that one turn of the event loop accepts: the first of a crowd are answered before the last are accepted.
+_ACCEPTS_PER_TURN = 32
 # Of uvicorn's main loop.
 _TICKS_PER_S = 10
 
@@ -65,6 +67,7 @@ class HttpServer(uvicorn.Server):
             log_config=None,
             log_level=args.log_level,
             access_log=not quiet,
+            backlog=_ACCEPTS_PER_TURN,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=DRAIN_WRITE_S,
         )
@@ -75,6 +78,7 @@ class HttpServer(uvicorn.Server):
         asyncio.get_running_loop().set_exception_handler(on_loop_error)
         await super().startup(sockets)
         for listener in sockets or ():
+            listen(listener)  # asyncio shortened the kernel's queue to what it accepts at once
             host, port = listener.getsockname()[:2]
             self._address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         self._background = [asyncio.create_task(self._watch()), asyncio.create_task(self._warm_up())]

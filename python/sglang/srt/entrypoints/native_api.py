@@ -17,6 +17,7 @@ from sglang.srt.entrypoints import server_info
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
 from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.errors import http_error, json_response
+from sglang.srt.entrypoints.full_queue import place_of
 from sglang.srt.entrypoints.http_io import (
     CLIENT_CLOSED_REQUEST,
     EventStream,
@@ -87,6 +88,7 @@ class NativeApi:
             Endpoint(
                 "/generate", ("POST", "PUT"), self.generate, generation, "Continue texts or token ids.",
                 body=GenerateReqInput, result=GenerateResult | list[GenerateResult], chunk=GenerateResult,
+                is_queued=True,
             ),
             Endpoint(
                 "/tokenize", post, self.tokenize, generation, "Token ids of texts.", body=TokenizeBody,
@@ -126,7 +128,7 @@ class NativeApi:
     async def generate(self, request: Request) -> Response:
         body, warnings = await self._read(request, GenerateReqInput)
         body.request_timeout = asked_timeout(request, body.request_timeout)
-        results = self._manager.generate_request(body, warnings=warnings)
+        results = self._manager.generate_request(body, warnings=warnings, place=place_of(request))
         if body.stream:
             return EventStream(_events(results))
         result = await answer(request, results)

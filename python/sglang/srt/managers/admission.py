@@ -12,6 +12,8 @@ from sglang.srt.utils.limits import MAX_RETRY_AFTER_S
 
 _RATE_WINDOW_S = 30.0
 _RETRY_AFTER_UNKNOWN_S = 5
+_SEQUENCES = ("sequences (prompts x n)", "--max-queued-requests")
+_TOKENS = ("tokens (prompts and max_new_tokens)", "--max-queued-tokens")
 
 
 class Admission:
@@ -32,12 +34,13 @@ class Admission:
         self._clock = clock
         # When sequences started, and how many, in the window.
         self._starts: deque[tuple[float, int]] = deque()
+        self._num_started = 0
 
     def check(self, requests: int = 1, tokens: int = 0) -> None:
         """Raise RequestError unless so many more may wait: 503 for now, 400 where it could never be."""
         for count, asked, most, what, flag in (
-            (self.num_requests, requests, self.max_requests, "sequences (prompts x n)", "--max-queued-requests"),
-            (self.num_tokens, tokens, self.max_tokens, "tokens (prompts and max_new_tokens)", "--max-queued-tokens"),
+            (self.num_requests, requests, self.max_requests, *_SEQUENCES),
+            (self.num_tokens, tokens, self.max_tokens, *_TOKENS),
         ):
             if most is None or not asked or count + asked <= most:
                 continue
@@ -47,12 +50,21 @@ class Admission:
                     f"The call asks for {asked} {what}, and at most {most} may wait ({flag}): it can never be taken. "
                     "Ask for fewer."
                 )
-            wait_s = self.retry_after_s()
-            raise overloaded(
-                f"The queue is full: {count} {what} wait, {asked} more are asked for, and at most {most} may wait "
-                f"({flag}). Try again in {wait_s} s.",
-                wait_s,
-            )
+            raise self._full(f"{count} {what} wait, {asked} more are asked for, and at most {most} may wait ({flag})")
+
+    def check_room(self) -> None:
+        """Raise RequestError (503) where no request may wait, however small it is."""
+        for count, most, what, flag in (
+            (self.num_requests, self.max_requests, *_SEQUENCES),
+            (self.num_tokens, self.max_tokens, *_TOKENS),
+        ):
+            if most is not None and count >= most:
+                self.num_refused += 1
+                raise self._full(f"{count} {what} wait, and at most {most} may ({flag})")
+
+    def take_place(self) -> Place:
+        """One place, for a request whose prompts are not known yet."""
+        return Place(self)
 
     def add(self, requests: int, tokens: int) -> None:
         self.num_requests += requests
@@ -65,17 +77,34 @@ class Admission:
     def started(self, requests: int) -> None:
         """So many sequences have left the queue for a scheduler's batch."""
         self._starts.append((self._clock(), requests))
+        self._num_started += requests
         self._forget_old()
 
     def retry_after_s(self) -> int:
         """Seconds in which, at the rate of late, all that waits will have started."""
         self._forget_old()
-        count = sum(requests for _, requests in self._starts)
-        if not count:
+        if not self._num_started:
             return _RETRY_AFTER_UNKNOWN_S
-        rate = count / max(1.0, self._clock() - self._starts[0][0])
+        rate = self._num_started / max(1.0, self._clock() - self._starts[0][0])
         return min(MAX_RETRY_AFTER_S, max(1, math.ceil(self.num_requests / rate)))
 
     def _forget_old(self) -> None:
         while self._starts and self._starts[0][0] < self._clock() - _RATE_WINDOW_S:
-            self._starts.popleft()
+            self._num_started -= self._starts.popleft()[1]
+
+    def _full(self, found: str) -> RequestError:
+        wait_s = self.retry_after_s()
+        return overloaded(f"The queue is full: {found}. Try again in {wait_s} s.", wait_s)
+
+
+class Place:
+    """One place in the queue, until ``leave``; a second call does nothing."""
+
+    def __init__(self, admission: Admission) -> None:
+        self._admission: Admission | None = admission
+        admission.add(1, 0)
+
+    def leave(self) -> None:
+        if self._admission is not None:
+            self._admission.remove(1, 0)
+            self._admission = None

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.managers.admission import Admission
+from sglang.srt.managers.admission import Admission, Place
 from sglang.srt.managers.dp_routing import LoadBalancer
 from sglang.srt.managers.io_struct import (
     AbortReq,
@@ -105,6 +105,12 @@ class TokenizerManager:
         """Refuse requests from now on; those in flight go on."""
         self._admits = False
 
+    def check_room(self) -> None:
+        """Raise RequestError (503) where every request would be refused, whatever it asks for."""
+        if not self._admits:
+            raise self.shutdown_error("it takes no new requests")
+        self.admission.check_room()
+
     @staticmethod
     def shutdown_error(what: str) -> RequestError:
         """503: another server may take the request."""
@@ -148,12 +154,14 @@ class TokenizerManager:
         incremental: bool | None = None,
         warnings: Sequence[str] = (),
         is_bounded: bool = True,
+        place: Place | None = None,
     ) -> AsyncGenerator[Any, None]:
         """Results of ``obj``: one item (a list for a batch), or, streaming, one dictionary each time a request grows.
 
         ``incremental`` makes streamed dictionaries hold only what is new; None follows the server's setting.
         ``warnings`` are shown if ``obj`` asks for warnings. ``is_bounded`` False passes a full queue by and has no time
-        limit. Closing the iterator aborts what is unfinished. Raises RequestError.
+        limit; ``place`` is given back for those that the request needs. Closing the iterator aborts what is unfinished.
+        Raises RequestError.
         """
         if incremental is None:
             incremental = self.server_args.incremental_streaming_output
@@ -166,7 +174,7 @@ class TokenizerManager:
         timeout_s = self._time_limit(obj) if is_bounded else None
         began = time.monotonic()
         try:
-            tokenized, is_list = await asyncio.wait_for(self._prepare(obj, group, is_bounded), timeout_s)
+            tokenized, is_list = await asyncio.wait_for(self._prepare(obj, group, is_bounded, place), timeout_s)
         except asyncio.TimeoutError:
             self.num_timed_out += 1
             raise out_of_time(timeout_s) from None
@@ -333,7 +341,7 @@ class TokenizerManager:
                     self._abort(state)
 
     async def _prepare(
-        self, obj: GenerateReqInput, group: RequestGroup, is_bounded: bool
+        self, obj: GenerateReqInput, group: RequestGroup, is_bounded: bool, place: Place | None
     ) -> tuple[list[TokenizedGenerateReqInput], bool]:
         """Take places in the queue, check and tokenize every prompt of ``obj``, and fill ``group``.
 
@@ -347,6 +355,8 @@ class TokenizerManager:
             shared = i > 0 and single.sampling_params is singles[i - 1].sampling_params
             all_params.append(copy(all_params[-1]) if shared else self._sampling_params(single, group))
         places = sum(params.n for params in all_params)
+        if place is not None:
+            place.leave()
         if is_bounded:
             self.admission.check(places)
         self.admission.add(places, 0)

@@ -14,6 +14,8 @@ MAX_RETRY_AFTER_S = 60
 
 # Bytes that the bodies of all unfinished requests may come to; more than --max-request-bytes in any case.
 MAX_BODY_BYTES_IN_FLIGHT = 512 << 20
+# Bytes of a body that is refused unread and that a connection is kept for; with a longer one it closes.
+MAX_DRAINED_BODY_BYTES = 65536
 # Seconds for which the rest of a refused body is read and dropped, so that the client gets to read the refusal.
 LINGER_S = 5
 # Seconds for the headers of a request, from their first byte.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 
 _BACKLOG = 2048
+_KEEP_ALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
 
 
 class PortError(ValueError):
@@ -20,11 +21,20 @@ def bind(host: str, port: int) -> socket.socket:
         raise _port_error(host, port, error) from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _keep_alive(listener)
         listener.bind(address)
     except OSError as error:
         listener.close()
         raise _port_error(host, port, error) from None
     return listener
+
+
+def _keep_alive(listener: socket.socket) -> None:
+    """Let the kernel find out that a silent client's machine is gone; connections inherit it."""
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEP_ALIVE:
+        if hasattr(socket, name):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def listen(listener: socket.socket) -> None:

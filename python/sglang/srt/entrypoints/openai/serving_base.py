@@ -16,6 +16,7 @@ from starlette.responses import Response
 from sglang.srt.entrypoints.context import DEFAULT_MODEL_NAME, ServerContext
 from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.errors import json_response
+from sglang.srt.entrypoints.full_queue import place_of
 from sglang.srt.entrypoints.http_io import EventStream, answer, asked_timeout, event, read_body
 from sglang.srt.entrypoints.openai.protocol import (
     GenerationRequest,
@@ -82,7 +83,6 @@ class OpenAIServing(ABC, Generic[RequestT]):
     async def handle(self, request: Request) -> Response:
         body, warnings = await read_body(request, self.request_type, self.manager.unknown_fields)
         self.check(body)
-        self.manager.admission.check()  # before a prompt is rendered and tokenized
         self.judge_content(body, warnings if body.return_warnings else None)
         native = await self.convert(body)
         # Samples and prompts of one response share its id as the start of theirs, so that aborting it ends them all.
@@ -90,7 +90,7 @@ class OpenAIServing(ABC, Generic[RequestT]):
         native.return_text_in_logprobs = True
         native.stream = bool(body.stream)
         native.request_timeout = asked_timeout(request, body.request_timeout)
-        results = self.manager.generate_request(native, incremental=True)
+        results = self.manager.generate_request(native, incremental=True, place=place_of(request))
         if body.stream:
             return EventStream(self._stream(body, native, results, warnings))
         result = await answer(request, results)

@@ -35,7 +35,14 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
         result, chunk = GenerationResponse[ChatChoice], GenerationResponse[ChatStreamChoice]
         about = "OpenAI", "The next turn of a conversation."
         return Endpoint(
-            "/v1/chat/completions", ("POST",), self.handle, *about, self.request_type, result=result, chunk=chunk
+            "/v1/chat/completions",
+            ("POST",),
+            self.handle,
+            *about,
+            self.request_type,
+            result=result,
+            chunk=chunk,
+            is_queued=True,
         )
 
     def check(self, body: ChatCompletionRequest) -> None:

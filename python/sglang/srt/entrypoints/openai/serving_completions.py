@@ -24,7 +24,14 @@ class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
         result = GenerationResponse[CompletionChoice]
         about = "OpenAI", "Continue texts or token ids."
         return Endpoint(
-            "/v1/completions", ("POST",), self.handle, *about, self.request_type, result=result, chunk=result
+            "/v1/completions",
+            ("POST",),
+            self.handle,
+            *about,
+            self.request_type,
+            result=result,
+            chunk=result,
+            is_queued=True,
         )
 
     def check(self, body: CompletionRequest) -> None:
