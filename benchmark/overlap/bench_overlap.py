@@ -42,11 +42,11 @@ def run(overlap: bool, steps: int, ms: float, cycles: float) -> float:
     """Seconds of ``steps`` decode steps."""
     engine = EngineHarness(str(EMBEDDED_MODELS["deepseek-v2-tiny"]), overlap=overlap, max_total_tokens=4096)
     worker, scheduler = engine.scheduler.worker, engine.scheduler
-    launch, process = worker.launch, scheduler._process
+    forward, process = worker.forward, scheduler._process
 
-    def slow_launch(*args: Any) -> Any:
+    def slow_forward(*args: Any) -> Any:
         torch.cuda._sleep(int(ms * cycles))
-        return launch(*args)
+        return forward(*args)
 
     def slow_process(*args: Any) -> None:
         spin(ms)
@@ -56,7 +56,7 @@ def run(overlap: bool, steps: int, ms: float, cycles: float) -> float:
     engine.submit("r", [5, 6, 7], params)
     for _ in range(4):
         engine.step()
-    worker.launch, scheduler._process = slow_launch, slow_process  # type: ignore[method-assign]
+    worker.forward, scheduler._process = slow_forward, slow_process  # type: ignore[method-assign]
     current_platform.synchronize()
     began = time.perf_counter()
     for _ in range(steps):

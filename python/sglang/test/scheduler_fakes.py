@@ -19,6 +19,7 @@ from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
 from sglang.srt.mem_cache.memory_pool import GDNStatePool
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 VOCAB = 50
@@ -55,6 +56,28 @@ class FakeStep:
         return self.output
 
 
+@dataclass
+class FakeForward:
+    """A computed step; its tokens reach the device's relay when they are sampled."""
+
+    worker: FakeWorker
+    rows: list[int]
+    output: StepOutput
+    sequences: list[list[int]]
+    is_decode: bool
+
+    def sample(self, info: SamplingBatchInfo) -> FakeStep:
+        """Checks that penalties know all tokens so far."""
+        if info.seen is not None and self.is_decode:
+            for seen, sequence in zip(info.seen, self.sequences, strict=True):
+                assert set(seen.nonzero().flatten().tolist()) == set(sequence), "penalties of other tokens"
+            self.worker.num_penalised_steps += 1
+        newest = [drawn[-1] for drawn in self.output.next_token_ids]
+        info.update(torch.tensor(newest))
+        self.worker.last_token.update(zip(self.rows, newest, strict=True))
+        return FakeStep(self.output)
+
+
 class FakeWorker:
     """Checks at each step that slots and states hold exactly what the sequence says, then emits the next token.
 
@@ -69,14 +92,15 @@ class FakeWorker:
         self.last_token: dict[int, int] = {}
         self.num_steps = 0
         self.num_extend_rows = 0
+        self.num_penalised_steps = 0
         self.num_of_counts: Counter[int] = Counter()  # steps of requests by the number of tokens that they gave
         self._drafts = random.Random(0)
 
-    def launch(self, batch: ModelWorkerBatch, info: object) -> FakeStep:
+    def forward(self, batch: ModelWorkerBatch) -> FakeForward:
         self.num_steps += 1
         width = 1 if batch.kind is None else batch.kind.rows_per_request
         lengths = batch.extend_seq_lens or [width] * batch.batch_size
-        offset, ids, faults = 0, [], []
+        offset, ids, faults, sequences = 0, [], [], []
         rows = batch.req_pool_indices.tolist()
         states = batch.state_slot_ids.tolist() if batch.state_slot_ids is not None else []
         assert len(set(rows)) == len(rows), "two requests share a row"
@@ -94,6 +118,7 @@ class FakeWorker:
             for token, slot, position in zip(new, places, positions, strict=True):
                 self.slots[slot] = (token, position)
             sequence = self._held(row, end)
+            sequences.append(sequence)
             if states:
                 state = self.memory.state_pool.ssm(0)[states[index]]
                 assert int(state.item()) == mix(before), "the state is not that of the prefix"
@@ -108,8 +133,8 @@ class FakeWorker:
             if batch.input_ids is None:
                 self.num_of_counts[len(drawn)] += 1
         self.num_extend_rows += offset if batch.extend_seq_lens else 0
-        self.last_token.update((row, drawn[-1]) for row, drawn in zip(rows, ids, strict=True))
-        return FakeStep(StepOutput(ids, faults, width))
+        is_decode = batch.input_ids is None and width == 1
+        return FakeForward(self, rows, StepOutput(ids, faults, width), sequences, is_decode)
 
     def _held(self, row: int, end: int) -> list[int]:
         """The tokens that the slots of a request hold."""

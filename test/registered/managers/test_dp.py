@@ -91,9 +91,8 @@ class Group:
         self.peer: Group
         self.setup.channel.receive = self.receive
         worker = self.setup.worker
-        launch = worker.launch
-        worker.launch = lambda batch, info: (self.note(batch), launch(batch, info))[1]
-        worker.launch_idle = self.note
+        forward = worker.forward
+        worker.forward = lambda batch: (self.note(batch), forward(batch))[1]
 
     def note(self, batch: ModelWorkerBatch) -> None:
         self.seen.append((batch.global_num_tokens, batch.graph_bucket))

@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, ShutdownReq
 from sglang.srt.managers.req_memory import PoolLeakError
-from sglang.srt.managers.tp_worker import StepOutput
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.scheduler_fakes import BAD, VOCAB, FakeStep, Setup, expected_output, make, request
+from sglang.test.scheduler_fakes import BAD, VOCAB, FakeForward, FakeStep, Setup, expected_output, make, request
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
@@ -171,31 +171,80 @@ class TestIdle(CustomTestCase):
 
 
 class TestOverlap(CustomTestCase):
-    def test_the_next_step_is_launched_before_the_last_is_awaited(self) -> None:
-        for overlap in (False, True):
-            setup = make(overlap=overlap)
-            events: list[str] = []
-            launch = setup.worker.launch
+    def watch(self, setup: Setup) -> list[str]:
+        """What happens to each step, in order: its forward, its sampling, and that its result is awaited."""
+        events: list[str] = []
+        forward = setup.worker.forward
 
-            def spy(batch: ModelWorkerBatch, info: object, launch=launch, events=events, setup=setup) -> FakeStep:
-                number = setup.worker.num_steps
-                events.append(f"launch {number}")
-                step = launch(batch, info)
+        def spy(batch: ModelWorkerBatch) -> FakeForward:
+            number = setup.worker.num_steps
+            events.append(f"forward {number}")
+            launched = forward(batch)
+            sample = launched.sample
+
+            def noted(info: SamplingBatchInfo) -> FakeStep:
+                events.append(f"sample {number}")
+                step = sample(info)
                 take = step.result
-
-                def result() -> StepOutput:
-                    events.append(f"result {number}")
-                    return take()
-
-                step.result = result  # type: ignore[method-assign]
+                step.result = lambda: (events.append(f"result {number}"), take())[1]  # type: ignore[method-assign]
                 return step
 
-            setup.worker.launch = spy  # type: ignore[method-assign]
+            launched.sample = noted  # type: ignore[method-assign]
+            return launched
+
+        setup.worker.forward = spy  # type: ignore[method-assign]
+        return events
+
+    def test_each_step_is_sampled_when_the_last_is_known(self) -> None:
+        for overlap in (False, True):
+            setup = make(overlap=overlap)
+            events = self.watch(setup)
             setup.channel.inbox.append(request("a", [1, 2, 3], max_new=4))
             setup.run()
             self.assertEqual(setup.channel.outputs["a"], expected_output([1, 2, 3], 4, 256))
-            late = events.index("result 1") > events.index("launch 2")
-            self.assertEqual(late, overlap, events)
+            prompt, turns = ["forward 0", "sample 0", "result 0"], []
+            if overlap:
+                turns = ["forward 1", "sample 1", "forward 2", "result 1", "sample 2", "forward 3", "result 2"]
+                turns += ["sample 3", "result 3"]
+            else:
+                turns = [f"{what} {number}" for number in (1, 2, 3) for what in ("forward", "sample", "result")]
+            self.assertEqual(events, prompt + turns)
+
+    def test_penalties_keep_the_steps_in_flight(self) -> None:
+        """One penalised request among others: as many steps are launched before the last is awaited as without."""
+        ahead: list[int] = []
+        for penalty in (1.0, 1.5):
+            setup = make(overlap=True)
+            events = self.watch(setup)
+            for number in range(4):
+                message = request(f"r{number}", [8 + number] * 5, max_new=20)
+                message.sampling_params.repetition_penalty = penalty if number == 2 else 1.0
+                message.sampling_params.min_new_tokens = 0 if penalty == 1.0 else 3
+                setup.channel.inbox.append(message)
+            setup.run()
+            ahead.append(sum(a.startswith("forward") and b.startswith("result") for a, b in zip(events, events[1:])))
+            self.assertEqual(setup.worker.num_penalised_steps > 0, penalty > 1.0)
+        self.assertEqual(ahead[0], ahead[1])
+        self.assertGreater(ahead[0], 15)
+
+    def test_penalties_under_random_traffic(self) -> None:
+        """Every sampled step knows all tokens before it, whoever joins, ends or is retracted; FakeForward looks."""
+        for options in ({}, {"mixed": True}, {"retract_interval": 3}, {"pool": 160, "conservativeness": 0.05}):
+            with self.subTest(options):
+                setup = make(overlap=True, **options)
+                rng = random.Random(4)
+                for number in range(30):
+                    message = request(
+                        f"r{number}", [rng.randrange(VOCAB - 2) for _ in range(rng.choice([2, 9, 30]))], 15
+                    )
+                    message.sampling_params.repetition_penalty = rng.choice([1.0, 1.5])
+                    setup.channel.inbox.append(message)
+                    for _ in range(rng.randrange(4)):
+                        setup.turn()
+                    if number % 7 == 6:
+                        setup.channel.inbox.append(AbortReq(rid=f"r{number - 1}"))
+                setup.run()
+                self.assertGreater(setup.worker.num_penalised_steps, 20)
 
 
 class TestEdges(CustomTestCase):

@@ -36,9 +36,9 @@ class NanWorker:
         self.bad_slots: set[int] = set()
         self.bad_states: set[int] = set()
         self._memory = setup.memory
-        self._launch = setup.worker.launch
+        self._forward = setup.worker.forward
         self._batch: Any = None
-        setup.worker.launch = self.launch
+        setup.worker.forward = self.forward
         launch = setup.scheduler._launch
         setup.scheduler._launch = lambda batch, agreed: (setattr(self, "_batch", batch), launch(batch, agreed))[1]
         if self._memory.state_pool is not None:
@@ -58,8 +58,8 @@ class NanWorker:
 
         pool.alloc, pool.copy = alloc_clean, copy_along
 
-    def launch(self, batch: ModelWorkerBatch, info: object) -> Any:
-        step = self._launch(batch, info)
+    def forward(self, batch: ModelWorkerBatch) -> Any:
+        step = self._forward(batch)
         lengths = batch.extend_seq_lens or [1] * batch.batch_size
         states = (
             [-1 - i for i in range(batch.batch_size)] if batch.state_slot_ids is None else batch.state_slot_ids.tolist()
@@ -225,15 +225,15 @@ class TestOneFault(CustomTestCase):
 class TestKindsOfFault(CustomTestCase):
     def run_with(self, fault: RowFault, chunk: int | None, step_of_fault: int) -> Any:
         setup = fakes.make(chunk=chunk)
-        launch = setup.worker.launch
+        forward = setup.worker.forward
 
-        def faulty(batch: ModelWorkerBatch, info: object) -> Any:
-            step = launch(batch, info)
+        def faulty(batch: ModelWorkerBatch) -> Any:
+            step = forward(batch)
             if setup.worker.num_steps == step_of_fault:
                 step.output.row_faults[0][0] = fault
             return step
 
-        setup.worker.launch = faulty
+        setup.worker.forward = faulty
         setup.channel.inbox.append(fakes.request("a", list(range(8, 28)), 6))
         setup.run()
         return setup
@@ -359,14 +359,14 @@ class TestWire(CustomTestCase):
         message = fakes.request("a", [1, 2, 3], 8, stream=True)
         message.sampling_params.stop = ["x" * 100, "y"]
         message.return_logprob, message.logprob_start_len = True, 2
-        launch = setup.worker.launch
+        forward = setup.worker.forward
 
-        def scored(batch: ModelWorkerBatch, info: object) -> Any:
-            step = launch(batch, info)
+        def scored(batch: ModelWorkerBatch) -> Any:
+            step = forward(batch)
             step.output = replace(step.output, logprobs=HostLogprobs([-1.0] * batch.batch_size, [], []))
             return step
 
-        setup.worker.launch = scored
+        setup.worker.forward = scored
         setup.channel.inbox.append(message)
         setup.run()
         self.assertEqual(len(seen), 8)

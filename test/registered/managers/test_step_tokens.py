@@ -9,7 +9,7 @@ from sglang.srt.layers.logprobs import HostLogprobs
 from sglang.srt.managers.tp_worker import StepOutput
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.scheduler_fakes import FakeStep, Setup, expected_output, make, request
+from sglang.test.scheduler_fakes import FakeForward, Setup, expected_output, make, request
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
@@ -28,16 +28,15 @@ class TestSeveralTokens(CustomTestCase):
             setattr(message if hasattr(message, name) else message.sampling_params, name, value)
         setup.channel.inbox.append(message)
         setup.turn()
-        launch = setup.worker.launch
+        forward = setup.worker.forward
 
-        def scripted(batch: ModelWorkerBatch, info: object) -> FakeStep:
-            step = launch(batch, info)
+        def scripted(batch: ModelWorkerBatch) -> FakeForward:
+            step = forward(batch)
             scores = HostLogprobs([-1.0 - row for row in range(4)], [], [])
             step.output = StepOutput(output, faults, 4, scores)
-            setup.worker.last_token[int(batch.req_pool_indices[0])] = output[0][-1]
             return step
 
-        setup.worker.launch = scripted  # type: ignore[method-assign]
+        setup.worker.forward = scripted  # type: ignore[method-assign]
         return setup
 
     def test_every_count_comes(self) -> None:

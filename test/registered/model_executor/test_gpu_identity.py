@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import unittest
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -88,16 +89,22 @@ class TestGpuIdentity(CustomTestCase):
             engine.submit("again", self.prompts[2], PARAMS)
             engine.step()
             worker = engine.scheduler.worker
-            launch = worker.launch
+            forward = worker.forward
 
-            def strict(batch: Any, info: Any) -> Any:
+            def strict(run: Callable[[Any], Any], argument: Any) -> Any:
                 torch.cuda.set_sync_debug_mode("error")
                 try:
-                    return launch(batch, info)
+                    return run(argument)
                 finally:
                     torch.cuda.set_sync_debug_mode("default")
 
-            worker.launch = strict
+            def strict_forward(batch: Any) -> Any:
+                launched = strict(forward, batch)
+                sample = launched.sample
+                launched.sample = lambda info: strict(sample, info)
+                return launched
+
+            worker.forward = strict_forward
             engine.run()
 
 

@@ -171,6 +171,31 @@ class TestSchedulerParity(CustomTestCase):
                 retracted = sum(result.num_retractions for result in results.values())
                 self.assertGreater(retracted, 0, "nothing was retracted: the pool is too large for this test")
 
+    def test_penalties_with_and_without_overlap(self) -> None:
+        """The same tokens, for penalised requests and their neighbours, however steps follow one another."""
+        edited = {
+            "one": {"frequency_penalty": 1.5, "presence_penalty": 0.5},
+            "short": {"repetition_penalty": 1.8, "temperature": 0.9, "sampling_seed": 4},
+            "stem": {},
+            "stem-cut": {"min_new_tokens": 6, "stop_token_ids": list(range(3, 400)), "temperature": 1.2},
+            "stem-fork": {"temperature": 0.8, "top_p": 0.9, "sampling_seed": 9},
+            "long": {"frequency_penalty": -0.8, "logit_bias": {"7": 4.0}},
+        }
+        for name in ("dsv3", "q35"):
+            case = self.cases[name]
+            found: list[dict[str, list[int]]] = []
+            for options in ({}, {"overlap": True}, {"overlap": True, "max_running_requests": 3, "page_size": 16}):
+                engine = self.engine(case, **options)
+                for number, (rid, prompt) in enumerate(case.prompts.items()):
+                    fields = {"temperature": 0.0, "max_new_tokens": 14 + number, "ignore_eos": True, **edited[rid]}
+                    engine.submit(rid, prompt, SamplingParams(**fields))
+                found.append({rid: result.output_ids for rid, result in engine.run().items()})
+            with self.subTest(model=name):
+                self.assertEqual(found[1:], found[:1] * 2)
+                ended = found[0]["stem-cut"]
+                self.assertTrue(set(ended[:5]).isdisjoint(range(3, 400)) and 6 <= len(ended) < 17, ended)
+                self.assertGreater(len(set(found[0]["one"])), len(found[0]["one"]) // 2)
+
     def test_a_nan_leaves_nothing_behind(self) -> None:
         """One NaN in one row of one step: at most one request ends, the others and all retries are right."""
         ended = 0

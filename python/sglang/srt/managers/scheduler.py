@@ -43,7 +43,7 @@ from sglang.srt.managers.step_result import (
     record_output_logprobs,
     refusal,
 )
-from sglang.srt.managers.tp_worker import LaunchedStep, StepOutput, TpModelWorker
+from sglang.srt.managers.tp_worker import LaunchedForward, LaunchedStep, StepOutput, TpModelWorker
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -122,13 +122,12 @@ class Scheduler:
     def step(self) -> bool:
         """Launch one prefill or decode step and take in the one before it; False when there was nothing to do.
 
-        With overlap, the result of a decode step is taken in after the next step is launched. A prefill step is taken
-        in at once: each chunk is shared with others only when its own row is known to be sound.
+        With overlap, the result of a decode step is taken in while the forward of the next step runs, which is sampled
+        behind that: penalties and masks are made of tokens that are all known. A prefill step is taken in at once: each
+        chunk is shared with others only when its own row is known to be sound.
         """
         started = time.perf_counter()
         self._waited_s = 0.0
-        if any(req.sampling_params.counts_tokens for req in self.running):
-            self._drain()  # penalties are built from the output, which must be complete
         if self.worker.decode_kind.rows_per_request > 1:
             self._drain()  # where the next step begins is known with the number of tokens of this one
         batch = self._next_batch()
@@ -137,9 +136,9 @@ class Scheduler:
             if agreed is not None and agreed.runs:
                 self._take_part(agreed)
             return self._drain()
-        launched = self._launch(batch, agreed)
+        forward = self._launch(batch, agreed)
         self._drain()
-        self._in_flight = batch, launched
+        self._in_flight = batch, self._sample(batch, forward)
         if not (self.config.enable_overlap and batch.forward_mode.is_decode()):
             self._drain()
         other_s = time.perf_counter() - started - self._waited_s
@@ -154,11 +153,10 @@ class Scheduler:
 
     def _take_part(self, agreed: AgreedStep) -> None:
         """Run the other groups' step without rows of our own: experts and collectives need every rank."""
-        self.worker.launch_idle(agreed.idle_batch())
+        self.worker.forward(agreed.idle_batch())
         self.metrics.num_idle_steps += 1
 
-    def _launch(self, batch: ScheduleBatch, agreed: AgreedStep | None) -> LaunchedStep:
-        info = self._sampling_info_of(batch)
+    def _launch(self, batch: ScheduleBatch, agreed: AgreedStep | None) -> LaunchedForward:
         worker_batch = batch.to_worker_batch()
         if agreed is not None:
             worker_batch = agreed.of_batch(worker_batch)
@@ -166,7 +164,15 @@ class Scheduler:
             req.kv_committed_len = end
             req.num_in_flight += max_new
         began = time.perf_counter()
-        launched = self.worker.launch(worker_batch, info)
+        forward = self.worker.forward(worker_batch)
+        self._waited_s += time.perf_counter() - began
+        return forward
+
+    def _sample(self, batch: ScheduleBatch, forward: LaunchedForward) -> LaunchedStep:
+        """Sample a step of which nothing but its own tokens is unknown; who has ended meanwhile is sampled too."""
+        info = self._sampling_info_of(batch)
+        began = time.perf_counter()
+        launched = forward.sample(info)
         self._waited_s += time.perf_counter() - began
         return launched
 

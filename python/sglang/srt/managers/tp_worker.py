@@ -1,4 +1,4 @@
-"""The scheduler's door to the model: a step is launched, and its tokens are fetched when they are needed."""
+"""The scheduler's door to the model: a forward is launched, then sampled, and its tokens are fetched when needed."""
 
 from __future__ import annotations
 
@@ -82,6 +82,27 @@ class LaunchedStep:
         return values if counts is None else [row[:count] for row, count in zip(values, counts, strict=True)]
 
 
+class LaunchedForward:
+    """A forward on its way, whose tokens are not sampled yet.
+
+    What sampling depends on (penalties, masks) may be made while it runs. ``sample`` must come before the next forward
+    of requests of this batch, which takes their tokens from the device.
+    """
+
+    def __init__(self, runner: ModelRunner, batch: ModelWorkerBatch) -> None:
+        self._runner = runner
+        self._batch = batch
+        self._step = runner.forward(batch)
+
+    @torch.inference_mode()
+    def sample(self, info: SamplingBatchInfo) -> LaunchedStep:
+        """Queue the choice of tokens, without waiting for the device."""
+        drawn = self._runner.sample(self._step, info, self._batch)
+        info.update(drawn)
+        self._runner.last_token.index_copy_(0, self._step.req_rows, drawn.to(torch.int64))
+        return LaunchedStep(drawn, self._step.output)
+
+
 class TpModelWorker:
     """Runs steps on this rank's model."""
 
@@ -90,15 +111,6 @@ class TpModelWorker:
         # The step by which requests go on: as many of its rows as each request brings can give it a token.
         self.decode_kind: StepKind = DECODE
 
-    @torch.inference_mode()
-    def launch(self, batch: ModelWorkerBatch, sampling_info: SamplingBatchInfo) -> LaunchedStep:
-        """Queue forward and sampling of ``batch``, without waiting for the device."""
-        step = self.runner.forward(batch)
-        drawn = self.runner.sample(step, sampling_info, batch)
-        sampling_info.update(drawn)
-        self.runner.last_token.index_copy_(0, step.req_rows, drawn.to(torch.int64))
-        return LaunchedStep(drawn, step.output)
-
-    def launch_idle(self, batch: ModelWorkerBatch) -> None:
-        """Queue a forward without rows of this rank, which has nothing to sample."""
-        self.runner.forward(batch)
+    def forward(self, batch: ModelWorkerBatch) -> LaunchedForward:
+        """Queue the forward of ``batch``, without waiting for the device; one without requests is never sampled."""
+        return LaunchedForward(self.runner, batch)

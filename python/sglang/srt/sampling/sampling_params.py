@@ -57,12 +57,6 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
 
-    @property
-    def counts_tokens(self) -> bool:
-        """True when the next draw depends on the tokens drawn so far by more than the model."""
-        penalties = (self.frequency_penalty, self.presence_penalty, self.repetition_penalty - 1.0)
-        return any(penalties) or self.min_new_tokens > 0
-
     def for_sample(self, index: int) -> SamplingParams:
         """The parameters of sample ``index`` of ``n``: the first as with n = 1, each other with a seed of its own."""
         if index == 0 or self.sampling_seed is None:
