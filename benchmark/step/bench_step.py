@@ -23,6 +23,7 @@ import torch
 
 from sglang.bench_utils.one_batch import StaticBatch
 from sglang.bench_utils.one_batch_cli import load
+from sglang.srt.configs.cache_layout import FULL, STATE
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.topk import TopKOutput
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
@@ -79,17 +80,13 @@ def count_floor(runner: ModelRunner, batch: StaticBatch, ids: torch.Tensor) -> F
         if isinstance(module, VocabParallelEmbedding) and id(module.weight) not in heads:
             skipped.add(id(module.weight))
     tokens = sum(batch.seq_lens)
-    kv_row = sum(buffer.nbytes for buffer in runner.kv_pool.buffers()) // runner.kv_pool.num_rows
-    state = 0
-    if runner.state_pool is not None:
-        slots = runner.state_pool.size + 1
-        state = 2 * len(batch.seq_lens) * sum(buffer.nbytes for buffer in runner.state_pool.buffers()) // slots
+    layout = runner.pools.layout
     return Floor(
         dense=sum(size for key, size in params.items() if key not in skipped),
         experts=sum(expert_bytes(layer) * count for layer, count in touched.items()),
         touched=statistics.fmean(touched.values()) if touched else 0.0,
-        kv=tokens * kv_row,
-        state=state,
+        kv=layout.num_bytes(FULL, tokens),
+        state=2 * layout.num_bytes(STATE, len(batch.seq_lens)),
     )
 
 

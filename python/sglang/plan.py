@@ -10,10 +10,11 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from sglang.srt.configs.cache_layout import FULL, STATE
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.moe.token_dispatcher.config import mori_setting_problems
 from sglang.srt.layers.moe.token_dispatcher.mori_memory import MIB, heap_bytes
-from sglang.srt.model_executor.memory_plan import GIB, ExchangePlan, MemoryPlan, plan_memory
+from sglang.srt.model_executor.memory_plan import GIB, ExchangePlan, MemoryPlan, UnitPlan, plan_memory
 from sglang.srt.platforms import Platform
 from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.platforms.cuda import CudaPlatform
@@ -24,6 +25,12 @@ from sglang.srt.utils.stream_policy import plan_streams, stream_variables
 # What is planned for; no device is touched.
 PLATFORMS: dict[str, type[Platform]] = {"hip": RocmPlatform, "cuda": CudaPlatform, "cpu": CpuPlatform}
 ARCHITECTURES = {"hip": "gfx942", "cuda": "sm_90", "cpu": "cpu"}
+
+# Name and note of the row of each unit: how many, and bytes of one.
+UNIT_ROWS = {
+    FULL: ("KV", "{} tokens x {} B, and a dummy page"),
+    STATE: ("recurrent states", "{} slots x {} B, and a dummy"),
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -97,15 +104,13 @@ def table(plan: MemoryPlan, args: ServerArgs, kind: str, variables: dict[str, st
     """The plan for people, line by line."""
     yield f"{args.model_path} on {kind}: tp {args.tp_size}, ep {args.ep_size}, attention groups {args.attn_dp_size}"
     yield f"{'GiB of each rank':<26}{plan.memory / GIB:>10.3f}"
-    tokens, slots = (0, 0) if plan.pools is None else (plan.pools.num_tokens, plan.pools.num_state_slots)
     kernel = "" if plan.exchange is None else f"{plan.exchange.kernel}; heap, and maps beside it"
     rows = [
         ("weights", sum(plan.weights.values()), ""),
         *((f"  {name}", size, "") for name, size in plan.weights.items()),
         ("MoE exchange", plan.exchange_bytes, kernel),
         ("request table", plan.request_table_bytes, f"{args.max_running_requests} requests x context x 4 B"),
-        ("KV", plan.kv_bytes, f"{tokens} tokens x {plan.kv_bytes_per_token} B, and a dummy page"),
-        ("recurrent states", plan.state_bytes, f"{slots} slots x {plan.state_bytes_per_slot} B, and a dummy"),
+        *(unit_row(name, unit) for name, unit in plan.units.items()),
         ("decode graphs", plan.graphs_estimate, "an estimate"),
         ("runtime", plan.runtime_estimate, "an estimate: driver, collectives, compiled kernels"),
         ("left for activations", plan.left, ""),
@@ -116,6 +121,12 @@ def table(plan: MemoryPlan, args: ServerArgs, kind: str, variables: dict[str, st
     if plan.exchange is not None:
         yield from exchange_table(plan.exchange, plan.weights.get("routed experts", 0))
     yield f"the launch sets: {', '.join(f'{name}={value}' for name, value in variables.items()) or 'nothing'}"
+
+
+def unit_row(name: str, unit: UnitPlan) -> tuple[str, int, str]:
+    """Name, bytes and note of what is kept by one kind of unit."""
+    title, note = UNIT_ROWS[name]
+    return title, unit.num_bytes, note.format(unit.size, unit.page_bytes // unit.page_size)
 
 
 def exchange_table(plan: ExchangePlan, expert_bytes: int) -> Iterator[str]:

@@ -41,8 +41,8 @@ class StaticBatch:
             row = runner.req_to_token_pool.alloc()
             assert row is not None
             self.rows.append(row)
-            if runner.state_pool is not None:
-                state = runner.state_pool.alloc()
+            if runner.memory.state_slots is not None:
+                state = runner.memory.state_slots.alloc()
                 assert state is not None, "there is a live state for each running request"
                 self.states.append(state)
         self._device_rows = torch.tensor(self.rows, dtype=torch.int64).to(runner.device)
@@ -88,8 +88,8 @@ class StaticBatch:
             self.allocator.free(pool.read(row, 0, length))
             pool.free(row)
         for state in self.states:
-            assert self.runner.state_pool is not None
-            self.runner.state_pool.free(state)
+            assert self.runner.memory.state_slots is not None
+            self.runner.memory.state_slots.free(state)
         self.rows, self.states, self.seq_lens = [], [], []
 
     def _step(self, batch: ModelWorkerBatch) -> tuple[torch.Tensor, LogitsProcessorOutput]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.environ import EnvField, envs
 
 if TYPE_CHECKING:
@@ -24,9 +25,10 @@ class Situation:
     platform: PlatformLike
     environ: Mapping[str, str]
 
-    def model_has(self, name: str) -> bool:
-        """True where the model has ``name``, or nobody knows."""
-        return self.model is None or bool(getattr(self.model.text, name, ()))
+    @property
+    def keeps_states(self) -> bool:
+        """True where the model has recurrent states, or nobody knows."""
+        return self.model is None or self.model.text.cache_layout().has(STATE)
 
 
 # Why a setting changes nothing; "" where it acts.
@@ -59,7 +61,7 @@ def _no_graphs(here: Situation) -> str:
 
 
 def _no_states(here: Situation) -> str:
-    return "" if here.model_has("linear_layer_ids") else "the model has no recurrent states"
+    return "" if here.keeps_states else "the model has no recurrent states"
 
 
 def _state_dtype(here: Situation) -> str:
@@ -69,8 +71,8 @@ def _state_dtype(here: Situation) -> str:
 
 
 def _no_shared_experts(here: Situation) -> str:
-    shared = None if here.model is None else getattr(here.model.text, "shared_experts", None)
-    return "the model has no shared experts" if shared is not None and not shared.layers else ""
+    none = here.model is not None and not here.model.text.shared_experts.layers
+    return "the model has no shared experts" if none else ""
 
 
 def _no_retraction(here: Situation) -> str:

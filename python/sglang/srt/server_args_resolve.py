@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sglang.srt.configs.attention_backends import UNBUILT_ATTENTION_BACKENDS, BackendDeclaration, attention_backends
+from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.environ import EnvError, envs
 from sglang.srt.server_args_effect import Situation, without_effect
 from sglang.srt.server_args_fields import FieldSpec
@@ -308,7 +309,7 @@ def _state_slots(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     slots, running = args.max_mamba_cache_size, args.max_running_requests
     if slots is None or running is None or context.model is None:
         return
-    if not getattr(context.model.text, "linear_layer_ids", ()):
+    if not context.model.text.cache_layout().has(STATE):
         yield f"--max-mamba-cache-size {slots} was given, but the model has no recurrent states: drop it"
     elif slots < running and "max_running_requests" not in context.given:
         yield Change("max_running_requests", running, slots, f"--max-mamba-cache-size {slots}")
@@ -322,7 +323,7 @@ def _recurrent_state(args: ServerArgs, context: Context) -> Iterator[Change | st
     if context.mamba_ssm_dtype:
         yield Change("mamba_ssm_dtype", None, context.mamba_ssm_dtype, "SGLANG_MAMBA_SSM_DTYPE")
     elif context.model is not None:
-        named = getattr(context.model.text, "mamba_ssm_dtype", None)
+        named = context.model.text.state_dtype
         yield Change("mamba_ssm_dtype", None, named or "float32", "the checkpoint's" if named else "no such state")
 
 
@@ -387,8 +388,7 @@ def _experts(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     ep = args.ep_size
     if context.model is None or (ep == 1 and args.moe_a2a_backend == "none"):
         return
-    text = context.model.text
-    experts = getattr(text, "n_routed_experts", None) or getattr(text, "num_experts", None)
+    experts = context.model.text.num_routed_experts
     if not experts:
         yield f"the model has no experts: drop --ep-size {ep} and --moe-a2a-backend {args.moe_a2a_backend}"
     elif experts % ep:
@@ -410,17 +410,9 @@ def _shared_experts_fusion(args: ServerArgs, context: Context) -> Iterator[Chang
 def _tensor_parallel(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     if context.model is None or args.tp_size == 1 or args.tp_size % args.attn_dp_size or args.tp_size % args.ep_size:
         return
-    text = context.model.text
-    tp, expert_tp = args.tp_size // args.attn_dp_size, args.tp_size // args.ep_size
-    names = {"num_attention_heads": tp, "linear_num_key_heads": tp, "linear_num_value_heads": tp,
-             "intermediate_size": tp, "moe_intermediate_size": expert_tp,
-             "shared_expert_intermediate_size": tp}  # fmt: skip
-    uneven = [name for name, parts in names.items() if getattr(text, name, 0) % parts]
-    kv_heads = getattr(text, "num_key_value_heads", tp)
-    if kv_heads % tp and tp % kv_heads:
-        uneven.append("num_key_value_heads")
+    uneven = context.model.text.uneven_parts(args.tp_size // args.attn_dp_size, args.tp_size // args.ep_size)
     if uneven:
-        sizes = ", ".join(f"{name} {getattr(text, name)}" for name in uneven)
+        sizes = ", ".join(f"{name} {size}" for name, size in uneven.items())
         parted = f" in {args.attn_dp_size} attention groups" if args.attn_dp_size > 1 else ""
         ranks = f"--tp-size {args.tp_size}{parted}"
         yield f"{ranks} does not divide {sizes} of the model: use a smaller power of two"

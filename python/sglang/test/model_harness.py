@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from sglang.srt.configs.cache_layout import FULL, STATE
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
+from sglang.srt.mem_cache.memory_pool import ModelPools, StateSlots
 from sglang.srt.model_executor.forward_batch_info import (
     ForwardBatch,
     ForwardMode,
@@ -22,7 +24,7 @@ from sglang.srt.model_executor.forward_batch_info import (
     ModelWorkerBatch,
     StepPlan,
 )
-from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool
+from sglang.srt.model_executor.model_pools import cache_layout
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.server_args import override_server_args
 from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
@@ -71,9 +73,10 @@ class ModelHarness:
         self.allocator = TokenToKVPoolAllocator(num_slots, page_size)
         self._scramble(num_slots, page_size)
         tp_size = get_tp_group().size
-        self.kv_pool = make_kv_pool(self.config, num_slots, page_size, tp_size, device)
-        self.state_pool = make_state_pool(self.config, max_requests, tp_size, device)
-        context = AttentionContext(self.config, self.requests, self.kv_pool, self.state_pool, page_size, device)
+        sizes = {FULL: num_slots, STATE: max_requests}
+        self.pools = ModelPools(cache_layout(self.config, tp_size), sizes, page_size, device)
+        self.state_slots = StateSlots(self.pools) if self.pools.layout.has(STATE) else None
+        context = AttentionContext(self.config, self.requests, self.pools, device)
         self.backend = backend or make_attention_backend("torch_native", context)
         self._processor = self.model.logits_processor
         # How the last step was planned.
@@ -91,13 +94,13 @@ class ModelHarness:
         self.requests.clear()
         self.allocator.clear()
         self._scramble(self.allocator.size, self.allocator.page_size)
-        if self.state_pool is not None:
-            self.state_pool.clear()
+        if self.state_slots is not None:
+            self.state_slots.clear()
 
     def new_request(self) -> HarnessRequest:
         row = self.requests.alloc()
         assert row is not None
-        return HarnessRequest(row, self.state_pool.alloc() if self.state_pool is not None else None)
+        return HarnessRequest(row, self.state_slots.alloc() if self.state_slots is not None else None)
 
     def extend(
         self,
@@ -180,4 +183,4 @@ class ModelHarness:
 
     def _state_slots(self, requests: Sequence[HarnessRequest]) -> list[int] | None:
         slots = [request.state_slot for request in requests if request.state_slot is not None]
-        return None if self.state_pool is None else slots
+        return None if self.state_slots is None else slots

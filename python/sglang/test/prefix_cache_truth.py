@@ -10,8 +10,9 @@ import torch
 
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
-from sglang.srt.mem_cache.memory_pool import GDNStatePool
+from sglang.srt.mem_cache.memory_pool import StateSlots
 from sglang.srt.mem_cache.radix_cache import MatchResult, RadixCache, TreeNode
+from sglang.test.cache_pools import state_slots
 
 Prefix = tuple[int, ...]
 
@@ -146,10 +147,11 @@ class RandomServer:
         self.page_size = page_size
         self.max_tokens = max_tokens
         self.allocator = TokenToKVPoolAllocator(num_pages * page_size, page_size)
-        self.states: GDNStatePool | None = None
+        self.states: StateSlots | None = None
         self.cache: RadixCache
         if num_states:
-            self.states = GDNStatePool(num_states, [0, 3], 2, 3, 1, 3, 2, torch.float64, torch.float64, "cpu")
+            self.states, pool = state_slots(num_states, [0, 3], (2, 2), (1, 3, 2), torch.float64, torch.float64)
+            self.state_tensors = [tensor for layer in (0, 3) for tensor in pool.layer(layer)]
             self.cache = HybridRadixCache(self.allocator, page_size, self.states)
         else:
             self.cache = RadixCache(self.allocator, page_size)
@@ -201,9 +203,8 @@ class RandomServer:
 
     def _expect_state(self, slot: int, prefix: Prefix) -> None:
         assert self.states is not None
-        for layer in (0, 3):
-            for tensor in (self.states.conv(layer)[slot], self.states.ssm(layer)[slot]):
-                self.case.assertTrue(bool((tensor == state_of(prefix)).all()), f"state of {prefix} is wrong")
+        for tensor in self.state_tensors:
+            self.case.assertTrue(bool((tensor[slot] == state_of(prefix)).all()), f"state of {prefix} is wrong")
 
     def probe(self) -> None:
         self._match(self._random_tokens())
@@ -271,9 +272,8 @@ class RandomServer:
         req.slots += new.tolist()
         if self.states:
             assert req.live_state is not None
-            for layer in (0, 3):
-                self.states.conv(layer)[req.live_state] = state_of(tuple(req.tokens[:end]))
-                self.states.ssm(layer)[req.live_state] = state_of(tuple(req.tokens[:end]))
+            for tensor in self.state_tensors:
+                tensor[req.live_state] = state_of(tuple(req.tokens[:end]))
         if self.rng.random() < 0.7:
             self._cache_unfinished(req)
 

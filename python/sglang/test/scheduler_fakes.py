@@ -16,11 +16,11 @@ from sglang.srt.managers.step_result import StopChecker
 from sglang.srt.managers.tp_worker import StepOutput
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
-from sglang.srt.mem_cache.memory_pool import GDNStatePool
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.test.cache_pools import state_slots as make_state_slots
 
 VOCAB = 50
 EOS = 7
@@ -85,8 +85,9 @@ class FakeWorker:
     what follows those that are right, up to ``width`` tokens.
     """
 
-    def __init__(self, memory: ReqMemory, width: int = 1) -> None:
+    def __init__(self, memory: ReqMemory, states: torch.Tensor | None, width: int = 1) -> None:
         self.memory = memory
+        self.states = states  # what each state slot holds, one number
         self.decode_kind = DECODE if width == 1 else StepKind("verify", width)
         self.slots: dict[int, tuple[int, int]] = {}
         self.last_token: dict[int, int] = {}
@@ -120,7 +121,8 @@ class FakeWorker:
             sequence = self._held(row, end)
             sequences.append(sequence)
             if states:
-                state = self.memory.state_pool.ssm(0)[states[index]]
+                assert self.states is not None
+                state = self.states[states[index]]
                 assert int(state.item()) == mix(before), "the state is not that of the prefix"
                 state.fill_(mix(sequence))
             drawn, first = [], end - length if batch.input_ids is None else end - 1
@@ -219,10 +221,12 @@ def make(
     width: int = 1,
 ) -> Setup:
     allocator = TokenToKVPoolAllocator(pool, page)
-    state_pool = None
+    state_pool = states = None
     tree: RadixCache
     if hybrid:
-        state_pool = GDNStatePool(max(state_slots, rows), [0], 1, 2, 1, 1, 1, torch.int64, torch.int64, "cpu")
+        num_slots = max(state_slots, rows)
+        state_pool, state_memory = make_state_slots(num_slots, [0], (1, 1), (1, 1, 1), torch.int64, torch.int64)
+        states = state_memory.layer(0)[1]
         tree = HybridRadixCache(allocator, page, state_pool, disable=not radix)
     else:
         tree = RadixCache(allocator, page, disable=not radix)
@@ -245,7 +249,7 @@ def make(
         retract_interval=retract_interval,
         deep_pool_check=True,
     )
-    worker, channel = FakeWorker(memory, width), FakeChannel()
+    worker, channel = FakeWorker(memory, states, width), FakeChannel()
     return Setup(Scheduler(config, worker, memory, channel, StopChecker(None)), worker, channel, memory)
 
 

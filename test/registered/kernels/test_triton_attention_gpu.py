@@ -20,10 +20,10 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeGqaBackend
 from sglang.srt.layers.attention.triton_backend import TritonGqaBackend
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
 from sglang.srt.platforms import current_platform, override_platform
 from sglang.srt.platforms.cpu import CpuPlatform
+from sglang.test.cache_pools import kv_pools
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -189,9 +189,9 @@ class TestExtendOnGpu(CustomTestCase):
 
 def make_backend(kind, device, dtype):
     requests = ReqToTokenPool(8, 4096, device)
-    pool = MHATokenToKVPool(8192, 1, dtype, 2, 128, [0], device)
+    pools = kv_pools(8192, 1, dtype, 2, 128, [0], device)
     config = SimpleNamespace(text=None, dtype=dtype)
-    return kind(AttentionContext(config, requests, pool, None, 1, torch.device(device))), requests
+    return kind(AttentionContext(config, requests, pools, torch.device(device))), requests
 
 
 @unittest.skipUnless(torch.cuda.is_available(), "needs a GPU")

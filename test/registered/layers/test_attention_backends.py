@@ -12,6 +12,10 @@ from types import SimpleNamespace
 import torch
 
 from sglang.srt.configs.attention_backends import _declared, attention_backends, read_source
+from sglang.srt.configs.cache_layout import STATE
+from sglang.srt.configs.deepseek import DeepseekConfig
+from sglang.srt.configs.published_sizes import DEEPSEEK_V2_LITE, qwen35_like
+from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import (
     _FACTORIES,
@@ -64,7 +68,7 @@ class BackendCase(CustomTestCase):
 
     def backends(self, harness):
         """Every backend of the tree over the pools of ``harness``; Triton's runs on the references of its ops."""
-        context = AttentionContext(harness.config, harness.requests, harness.kv_pool, harness.state_pool, 1, CPU)
+        context = AttentionContext(harness.config, harness.requests, harness.pools, CPU)
         return {name: make_attention_backend(name, context) for name in ("torch_native", "triton")}
 
 
@@ -161,7 +165,7 @@ class TestPlans(BackendCase):
     @torch.inference_mode()
     def run_step(self, harness, fb, plan_first):
         """The logits of a step; recurrent states are as before afterwards."""
-        buffers = () if harness.state_pool is None else harness.state_pool.buffers()
+        buffers = harness.pools.buffers(STATE)
         before = [buffer.clone() for buffer in buffers]
         if plan_first:
             fb.attn_backend.init_forward_metadata(fb)
@@ -208,10 +212,10 @@ class TestDeclarations(BackendCase):
     def test_the_settings_hold_a_backend_to_what_it_declares(self):
         self.plant()
         model = SimpleNamespace(
-            text=SimpleNamespace(attention_family="gqa"), dtype=torch.float32, context_len=4096, quant_config=None,
-            shared_fusion_refusal=lambda backend: "",
+            text=Qwen3_5Config.from_hf(qwen35_like(4)["text_config"]), dtype=torch.float32, context_len=4096,
+            quant_config=None, shared_fusion_refusal=lambda backend: "",
         )  # fmt: skip
-        mla = SimpleNamespace(**{**vars(model), "text": SimpleNamespace(attention_family="mla")})
+        mla = SimpleNamespace(**{**vars(model), "text": DeepseekConfig.from_hf(DEEPSEEK_V2_LITE)})
         cpu = SimpleNamespace(kind="cpu", device_type="cpu", supports_graphs=False)
         cuda = SimpleNamespace(kind="cuda", device_type="cuda", supports_graphs=True)
         good = resolve(ServerArgs(attention_backend="planted", page_size=16), model, cpu)

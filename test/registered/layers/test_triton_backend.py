@@ -10,6 +10,7 @@ import torch
 
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.kernels.spec import Impl, Op
+from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.attention.plans import PartedPlan
@@ -42,16 +43,14 @@ def make_harness(test, name, page_size=1):
     config = {**TINY_CONFIGS[name], "architectures": [ARCHITECTURES[name]]}
     Path(folder.name, "config.json").write_text(json.dumps(config), encoding="utf-8")
     harness = ModelHarness(folder.name, num_slots=1024, max_requests=16, page_size=page_size, load_format="dummy")
-    context = AttentionContext(
-        harness.config, harness.requests, harness.kv_pool, harness.state_pool, page_size, torch.device("cpu")
-    )
+    context = AttentionContext(harness.config, harness.requests, harness.pools, torch.device("cpu"))
     return harness, make_attention_backend("triton", context)
 
 
 def steps(harness, backend):
     """Fresh prompts, a mixed step with prefixes, then decode; the log-probabilities of every row of every step."""
     harness.reset()
-    for buffer in harness.kv_pool.buffers():
+    for buffer in harness.pools.buffers(FULL):
         buffer.fill_(float("nan"))
     harness.backend = backend
     generator = torch.Generator().manual_seed(3)
@@ -174,9 +173,7 @@ class TestPreference(CustomTestCase):
             self.addCleanup(REGISTRY.ops.pop, op.name)
         with fresh_decisions():
             harness, _ = make_harness(self, "dsv3")
-            context = AttentionContext(
-                harness.config, harness.requests, harness.kv_pool, None, 1, torch.device("cpu")
-            )  # fmt: skip
+            context = AttentionContext(harness.config, harness.requests, harness.pools, torch.device("cpu"))
             for name, chosen in (("torch_native", "torch"), ("triton", "fast")):
                 make_attention_backend(name, context)
                 self.assertEqual([op() for op in ops], [chosen] * 4 + ["fast"], name)

@@ -6,8 +6,8 @@ import torch
 
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
-from sglang.srt.mem_cache.memory_pool import GDNStatePool
 from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError
+from sglang.test.cache_pools import state_slots
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.prefix_cache_truth import RandomServer
 from sglang.test.test_utils import CustomTestCase
@@ -58,7 +58,8 @@ class TestByHand(CustomTestCase):
 
     def make(self, page_size: int = 1, num_states: int = 4, disable: bool = False) -> None:
         self.allocator = TokenToKVPoolAllocator(64 * page_size, page_size)
-        self.states = GDNStatePool(num_states, [0], 2, 3, 1, 3, 2, torch.float32, torch.float32, "cpu")
+        self.states, pool = state_slots(num_states, [0], (2, 2), (1, 3, 2), torch.float32, torch.float32)
+        self.ssm = pool.layer(0)[1]
         self.cache = HybridRadixCache(self.allocator, page_size, self.states, disable=disable)
 
     def put(self, tokens: list[int], value: float | None = None):
@@ -68,7 +69,7 @@ class TestByHand(CustomTestCase):
             result = self.cache.insert(tokens, slots)
         else:
             live = self.states.alloc()
-            self.states.ssm(0)[live] = value
+            self.ssm[live] = value
             result = self.cache.snapshot(tokens, slots, live)
             self.states.free(live)
         self.allocator.free(slots[: result.prefix_len])
@@ -77,7 +78,7 @@ class TestByHand(CustomTestCase):
         return result
 
     def value(self, slot: int) -> float:
-        return float(self.states.ssm(0)[slot].mean())
+        return float(self.ssm[slot].mean())
 
     def test_match_stops_at_the_deepest_state(self) -> None:
         self.put([1, 2, 3], 3.0)
@@ -125,7 +126,7 @@ class TestByHand(CustomTestCase):
         match = self.cache.match_prefix([1, 2, 3])
         live = self.cache.fork_state(match)
         self.assertNotEqual(live, match.state_slot)
-        self.states.ssm(0)[live] += 5
+        self.ssm[live] += 5
         self.assertEqual(self.value(self.cache.match_prefix([1, 2, 3]).state_slot), 2.0)
         self.assertEqual(self.value(self.cache.fork_state(self.cache.match_prefix([8]))), 0.0)
 

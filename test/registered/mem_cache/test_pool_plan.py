@@ -2,6 +2,7 @@
 
 import unittest
 
+from sglang.srt.configs.cache_layout import FULL, STATE, BufferSpec, CacheLayout, PoolSpec
 from sglang.srt.mem_cache.pool_plan import PoolPlanError, plan_pool_sizes
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -11,45 +12,51 @@ register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
 KIB = 1024
 
 
+def layout(bytes_per_token: int, bytes_per_state_slot: int = 0) -> CacheLayout:
+    sizes = {FULL: bytes_per_token, STATE: bytes_per_state_slot}
+    pools = [PoolSpec(unit, unit, (0,), (BufferSpec("b", (n,), "uint8"),)) for unit, n in sizes.items()]
+    return CacheLayout(tuple(pools if bytes_per_state_slot else pools[:1]))
+
+
 class TestPlainModels(CustomTestCase):
     def test_everything_goes_to_kv(self) -> None:
-        plan = plan_pool_sizes(available_bytes=1000 * KIB, bytes_per_token=KIB, max_running_requests=8)
-        self.assertEqual((plan.num_tokens, plan.num_state_slots), (999, 0))
-        paged = plan_pool_sizes(available_bytes=1000 * KIB, bytes_per_token=KIB, max_running_requests=8, page_size=64)
-        self.assertEqual(paged.num_tokens, 896)  # 936 beside the dummy page, in whole pages
+        plan = plan_pool_sizes(available_bytes=1000 * KIB, layout=layout(KIB), max_running_requests=8)
+        self.assertEqual(plan.sizes, {FULL: 999})
+        paged = plan_pool_sizes(available_bytes=1000 * KIB, layout=layout(KIB), max_running_requests=8, page_size=64)
+        self.assertEqual(paged.sizes[FULL], 896)  # 936 beside the dummy page, in whole pages
         self.assertIn("896 tokens + 1 dummy page of 64 x 1024 B = 983040 B of 1024000 B", paged.lines[-1])
-        least = plan_pool_sizes(available_bytes=128 * KIB, bytes_per_token=KIB, max_running_requests=8, page_size=64)
-        self.assertEqual(least.num_tokens, 64)
+        least = plan_pool_sizes(available_bytes=128 * KIB, layout=layout(KIB), max_running_requests=8, page_size=64)
+        self.assertEqual(least.sizes[FULL], 64)
 
     def test_the_request_table_is_taken_first(self) -> None:
-        base = {"available_bytes": 1000 * KIB, "bytes_per_token": KIB, "max_running_requests": 8}
+        base = {"available_bytes": 1000 * KIB, "layout": layout(KIB), "max_running_requests": 8}
         plan = plan_pool_sizes(**base, request_table_bytes=400 * KIB)
-        self.assertEqual(plan.num_tokens, 599)
+        self.assertEqual(plan.sizes[FULL], 599)
         self.assertIn("request table: 409600 B, which leaves 614400 B", plan.lines)
-        self.assertEqual(plan_pool_sizes(**base, request_table_bytes=998 * KIB).num_tokens, 1)
+        self.assertEqual(plan_pool_sizes(**base, request_table_bytes=998 * KIB).sizes[FULL], 1)
         message = "table of 8 requests .* takes 1022976 B of the 1024000 B.* --max-running-requests or --context-length"
         with self.assertRaisesRegex(PoolPlanError, message):
             plan_pool_sizes(**base, request_table_bytes=999 * KIB)
 
     def test_override(self) -> None:
         plan = plan_pool_sizes(
-            available_bytes=1000 * KIB, bytes_per_token=KIB, max_running_requests=8, page_size=16, max_total_tokens=100
+            available_bytes=1000 * KIB, layout=layout(KIB), max_running_requests=8, page_size=16, max_total_tokens=100
         )
-        self.assertEqual(plan.num_tokens, 96)
+        self.assertEqual(plan.sizes[FULL], 96)
         self.assertIn("100 -> 96", "\n".join(plan.lines))
 
     def test_slots_stay_int32(self) -> None:
-        plan = plan_pool_sizes(available_bytes=1 << 60, bytes_per_token=1, max_running_requests=8, page_size=64)
-        self.assertLess(plan.num_tokens + 64, 2**31)
+        plan = plan_pool_sizes(available_bytes=1 << 60, layout=layout(1), max_running_requests=8, page_size=64)
+        self.assertLess(plan.sizes[FULL] + 64, 2**31)
 
     def test_refusals(self) -> None:
-        base = {"available_bytes": 100 * KIB, "bytes_per_token": KIB, "max_running_requests": 8}
+        base = {"available_bytes": 100 * KIB, "layout": layout(KIB), "max_running_requests": 8}
         for change, message in (
             ({"max_total_tokens": 100}, r"\(100 \+ 1 dummy\) x 1024 B = 103424 B, and 102400 B are left.*fit 99"),
             ({"page_size": 64}, r"2 x 64 tokens x 1024 B = 131072 B, and 102400 B"),
             ({"page_size": 16, "max_total_tokens": 15}, "less than one page of 16"),
             ({"available_bytes": -5}, "-5 B are left"),
-            ({"bytes_per_token": 0}, "must be positive"),
+            ({"layout": layout(0)}, "must be positive"),
         ):
             with self.subTest(change), self.assertRaisesRegex(PoolPlanError, message):
                 plan_pool_sizes(**{**base, **change})
@@ -58,9 +65,8 @@ class TestPlainModels(CustomTestCase):
 class TestHybrids(CustomTestCase):
     base = {
         "available_bytes": 1900 * KIB,
-        "bytes_per_token": KIB,
+        "layout": layout(KIB, 10 * KIB),
         "max_running_requests": 8,
-        "bytes_per_state_slot": 10 * KIB,
     }
 
     def plan(self, **change):
@@ -68,32 +74,32 @@ class TestHybrids(CustomTestCase):
 
     def test_split_by_ratio(self) -> None:
         plan = self.plan()
-        self.assertEqual(plan.num_state_slots, 89)  # 900 KiB: 89 and the dummy
-        self.assertEqual(plan.num_tokens, 999)
+        self.assertEqual(plan.sizes[STATE], 89)  # 900 KiB: 89 and the dummy
+        self.assertEqual(plan.sizes[FULL], 999)
         self.assertIn("8 live, 81 for the prefix tree", "\n".join(plan.lines))
 
     def test_without_tree_there_are_only_live_slots(self) -> None:
         plan = self.plan(disable_radix_cache=True)
-        self.assertEqual((plan.num_state_slots, plan.num_tokens), (8, 1900 - 90 - 1))
+        self.assertEqual(plan.sizes, {STATE: 8, FULL: 1900 - 90 - 1})
 
     def test_overrides(self) -> None:
         plan = self.plan(max_mamba_cache_size=20, max_total_tokens=640, page_size=64)
-        self.assertEqual((plan.num_state_slots, plan.num_tokens), (20, 640))
+        self.assertEqual(plan.sizes, {STATE: 20, FULL: 640})
 
     def test_useful_numbers_bound_what_is_chosen_but_not_overrides(self) -> None:
         plan = self.plan(useful_tokens=100, useful_state_slots=12, page_size=64)
-        self.assertEqual((plan.num_state_slots, plan.num_tokens), (12, 128))
+        self.assertEqual(plan.sizes, {STATE: 12, FULL: 128})
         self.assertIn("KV: 128 tokens", plan.lines[-1])
-        self.assertEqual(self.plan(useful_state_slots=2).num_state_slots, 8)
-        self.assertEqual(self.plan(useful_tokens=100, max_total_tokens=640).num_tokens, 640)
+        self.assertEqual(self.plan(useful_state_slots=2).sizes[STATE], 8)
+        self.assertEqual(self.plan(useful_tokens=100, max_total_tokens=640).sizes[FULL], 640)
 
     def test_all_fits_what_was_given(self) -> None:
         for available in range(200 * KIB, 2000 * KIB, 77_777):
             for page in (1, 16):
                 plan = self.plan(available_bytes=available, page_size=page)
-                used = (plan.num_state_slots + 1) * 10 * KIB + (plan.num_tokens + page) * KIB
+                used = (plan.sizes[STATE] + 1) * 10 * KIB + (plan.sizes[FULL] + page) * KIB
                 self.assertLessEqual(used, available)
-                self.assertGreaterEqual(plan.num_state_slots, 8)
+                self.assertGreaterEqual(plan.sizes[STATE], 8)
 
     def test_refusals(self) -> None:
         for change, message in (

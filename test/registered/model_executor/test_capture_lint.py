@@ -133,7 +133,7 @@ class TestDecodeSteps(CustomTestCase):
             config = {**TINY_CONFIGS[name], "architectures": [ARCHITECTURES[name]]}
             Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
             harness = ModelHarness(folder, num_slots=256, max_requests=8, load_format="dummy")
-        context = AttentionContext(harness.config, harness.requests, harness.kv_pool, harness.state_pool, 1, CPU)
+        context = AttentionContext(harness.config, harness.requests, harness.pools, CPU)
         harness.backend = make_attention_backend("triton", context)
         return harness
 

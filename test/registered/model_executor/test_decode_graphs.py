@@ -16,15 +16,17 @@ from sglang.kernels.registry import fresh_decisions
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.dp_sync import agree
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
+from sglang.srt.mem_cache.written_rows import fingerprint
 from sglang.srt.model_executor.capture_lint import CaptureOffence
 from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind
-from sglang.srt.model_executor.graph_check import GraphCheck, fingerprint
+from sglang.srt.model_executor.graph_check import GraphCheck
 from sglang.srt.model_executor.runner_build import prove_graphs
 from sglang.srt.model_executor.step_graphs import StepBuffers, StepGraphs, decode_buckets
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.host_device import HostGraph
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.test.cache_pools import kv_pools, latent_pools
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.process_ranks import use_fakes
@@ -109,7 +111,7 @@ class TestDecodeGraphs(CustomTestCase):
             max_context_len=2048,
             device=runner.device,
             padding_row=runner.req_to_token_pool.padding_row,
-            has_state=runner.state_pool is not None,
+            has_state=runner.has_state,
         )
         graphs.capture(RerunGraph, lambda bucket: None)
         prove_graphs(runner, graphs)
@@ -145,7 +147,7 @@ class TestDecodeGraphs(CustomTestCase):
 
     def test_pools_are_empty_after_the_proof(self) -> None:
         engine, _ = self.engine("q35moe-ns", 1)
-        for buffer in (*engine.runner.kv_pool.buffers(), *engine.runner.state_pool.buffers()):
+        for buffer in engine.runner.pools.buffers():
             self.assertFalse(bool(buffer.any()))
         engine.memory.check_idle(deep=True)
 
@@ -161,7 +163,7 @@ class TestDecodeGraphs(CustomTestCase):
 
     def test_a_graph_that_writes_elsewhere_is_refused(self) -> None:
         engine, _ = self.engine("dsv3", 1)
-        pool = engine.runner.kv_pool.buffers()[0]
+        pool = engine.runner.pools.buffers()[0]
         RerunGraph.spoil = lambda output: pool[0, 40].add_(1.0)
         graphs = self.captured(engine)
         self.assertEqual(sorted(graphs.refused), [1, 2, 4, 8])
@@ -169,10 +171,10 @@ class TestDecodeGraphs(CustomTestCase):
 
     def test_the_proof_keeps_to_small_pools_and_contexts(self) -> None:
         def check(num_slots: int) -> GraphCheck:
-            graphs = SimpleNamespace(kind=DECODE)
+            graphs = SimpleNamespace(kind=DECODE, buckets=[8])
             pool = ReqToTokenPool(8, 40 + 1)  # a context of 40 tokens, and the column past it
             last = torch.zeros(9, dtype=torch.int64)
-            return GraphCheck(graphs, mock.Mock(), last, pool, [], num_slots, num_states=0, vocab_size=9, page_size=1)
+            return GraphCheck(graphs, mock.Mock(), last, pool, kv_pools(num_slots, 1, torch.float32, 1, 1, [0]), 9)
 
         self.assertIn("KV pool has 3 slots", check(3)._check(8))
         roomy = check(1000)
@@ -278,7 +280,8 @@ class TestKindsOfStep(CustomTestCase):
 
     def test_the_proof_compares_every_row_and_every_output(self) -> None:
         """A step that writes its cache rows and reads those before them, with hidden rows beside the logits."""
-        pool, factors = torch.zeros(1, 600, 2), torch.tensor([1.0, 2.0])
+        pools, factors = latent_pools(599, 1, torch.float32, 2, [0]), torch.tensor([1.0, 2.0])
+        (pool,) = pools.buffers()
         requests, last = ReqToTokenPool(8, 200), torch.zeros(9, dtype=torch.int64)
 
         def forward(fb: ForwardBatch) -> LogitsProcessorOutput:
@@ -302,7 +305,7 @@ class TestKindsOfStep(CustomTestCase):
             graphs = StepGraphs(self.VERIFY, forward, mock.MagicMock(), [4], 100, CPU, requests.padding_row, False)
             with torch.inference_mode():
                 graphs.capture(SpoiltGraph, lambda bucket: None)
-                GraphCheck(graphs, eager, last, requests, [pool], 500, num_states=0, vocab_size=9, page_size=1).run()
+                GraphCheck(graphs, eager, last, requests, pools, 9).run()
             return graphs.refused
 
         self.assertEqual(check(None), {})

@@ -60,7 +60,7 @@ class TestOnModels(CustomTestCase):
                 engine.submit("before", [5, 6, 7, 8], params)
                 wanted = engine.run()["before"].output_ids
                 runner = engine.runner
-                pools = [*runner.kv_pool.buffers(), *(runner.state_pool.buffers() if runner.state_pool else ())]
+                pools = runner.pools.buffers()
                 rows = [pool.clone() for pool in pools]
                 with mock.patch.object(warm_up, "current_platform", mock.Mock(supports_graphs=True)):
                     warm_up.warm_up(runner, 32)

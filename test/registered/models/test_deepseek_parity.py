@@ -44,8 +44,8 @@ class DeepseekParity:
     def fresh(self, rule):
         """An empty pool whose rows are poison until a step writes them."""
         self.harness.reset()
-        for layer_id in self.harness.kv_pool.layer_ids:
-            self.harness.kv_pool.get_latent(layer_id).fill_(float("nan"))
+        for buffer in self.harness.pools.buffers():
+            buffer.fill_(float("nan"))
         self.harness.backend.expands = rule
 
     def each_form(self):

@@ -12,7 +12,6 @@ import torch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import GDNBackend
-from sglang.srt.mem_cache.memory_pool import GDNStatePool
 from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind
 from sglang.srt.model_loader.dummy import iterate_dummy
 from sglang.srt.model_loader.loader import load_model
@@ -22,6 +21,7 @@ from sglang.srt.platforms import override_platform
 from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.srt.utils.multi_stream_utils import OverlapSite
 from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan, plan_streams
+from sglang.test.cache_pools import state_slots
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.happens_before import FakeStreamPlatform
 from sglang.test.model_harness import ModelHarness
@@ -200,8 +200,8 @@ class TestGDNBackendRefusals(CustomTestCase):
         return ForwardBatch.from_worker_batch(batch, torch.device("cpu"), None)
 
     def test_a_batch_without_state_slots_is_refused(self):
-        pool = GDNStatePool(2, (0,), 6, 4, 1, 2, 2, torch.float32, torch.float32, "cpu")
-        backend = GDNBackend(pool)
+        _, pool = state_slots(2, (0,), (6, 3), (1, 2, 2), torch.float32, torch.float32)
+        backend = GDNBackend(pool, torch.device("cpu"))
         with self.assertRaisesRegex(ValueError, "1 requests, none given"):
             backend.plan_states(self.batch(DECODE, None))
         with self.assertRaisesRegex(ValueError, "1 requests, 2 given"):

@@ -105,13 +105,14 @@ class TestQwen35Parity(CustomTestCase):
             cache = truth.hf(ids[:, :-count], use_cache=True).past_key_values
             for step in range(-count, 0):
                 cache = truth.hf(ids[:, step : step + 1 or None], past_key_values=cache).past_key_values
-        pool = truth.harness.state_pool
-        for layer_id in pool.layer_ids:
+        pool = truth.harness.pools["gdn"]
+        for layer_id in pool.spec.layer_ids:
+            conv, ssm = pool.layer(layer_id)
             layer = cache.layers[layer_id]
             state, columns = _first(layer.recurrent_states), _first(layer.conv_states)
-            found = pool.ssm(layer_id)[request.state_slot]
+            found = ssm[request.state_slot]
             torch.testing.assert_close(found, state[0].transpose(-1, -2), atol=2e-5, rtol=1e-4)
-            found = pool.conv(layer_id)[request.state_slot]
+            found = conv[request.state_slot]
             torch.testing.assert_close(found, columns[0][:, -found.shape[1] :], atol=2e-5, rtol=1e-4)
 
     def test_mixed_batch(self):
@@ -138,13 +139,13 @@ class TestQwen35Parity(CustomTestCase):
             harness, tokens = truth.harness, truth.sequences[0]
             donor = harness.new_request()
             harness.extend([(donor, tokens[:64])])
-            snapshot = harness.state_pool.alloc(zero=False)
-            harness.state_pool.copy(donor.state_slot, snapshot)
+            snapshot = harness.state_slots.alloc(zero=False)
+            harness.state_slots.copy(donor.state_slot, snapshot)
             other = [(token + 1) % 512 for token in tokens[64:70]]
             strayed = harness.extend([(donor, other)])[0]
             heir = harness.new_request()
             harness.requests.write(heir.row, 0, harness.requests.read(donor.row, 0, 64))
-            harness.state_pool.copy(snapshot, heir.state_slot)
+            harness.state_slots.copy(snapshot, heir.state_slot)
             heir.num_tokens = 64
             self.check(harness.extend([(heir, tokens[64:])])[0], truth.logprobs[0][64:], "from the snapshot")
             expected = truth.score(tokens[:64] + other)[64:]

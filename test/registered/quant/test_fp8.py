@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sglang.kernels.ops.attention.kv_cache import write_kv_torch, write_latent_torch
+from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig, read_quantization
@@ -24,14 +25,14 @@ from sglang.srt.layers.linear import (
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.quantization import warn_of_splits
 from sglang.srt.layers.quantization.fp8 import Fp8Method, quantize_blocks, to_fnuz
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
-from sglang.srt.model_executor.model_pools import kv_bytes_per_token, kv_dtype
+from sglang.srt.model_executor.model_pools import cache_layout, kv_dtype
 from sglang.srt.model_loader.dummy import iterate_dummy
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.checkpoint_model import WeightLoadError
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.server_args import override_server_args
+from sglang.test.cache_pools import kv_pools, latent_pools
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.thread_ranks import run_ranks, thread_ranks
@@ -301,17 +302,16 @@ class TestCache(CustomTestCase):
         rows = torch.tensor([[1e9, -1e9, 449.0, -0.3], [float("inf"), 0.0, 1e-9, float("nan")]])
         for dtype in (FP8, torch.float8_e4m3fnuz):
             most = torch.finfo(dtype).max
-            pool = MLATokenToKVPool(6, 2, dtype, 2, 2, [0], "cpu")
-            write_latent_torch(rows, pool.get_latent(0), torch.tensor([3, 5]))
-            found = pool.get_latent(0).float()
+            (latent,) = latent_pools(6, 2, dtype, 4, [0])["latent"].layer(0)
+            write_latent_torch(rows, latent, torch.tensor([3, 5]))
+            found = latent.float()
             self.assertEqual(found[3, :3].tolist(), [most, -most, most])
             self.assertAlmostEqual(found[3, 3].item(), -0.3, delta=0.3 / 16)
             self.assertEqual(found[5, :3].tolist(), [most, 0.0, 0.0])
             self.assertTrue(bool(found[5, 3].isnan()), "a NaN that was computed must not be hidden")
             self.assertTrue(bool(found[[0, 1, 2, 4, 6, 7]].eq(0).all()))
-            heads = MHATokenToKVPool(6, 2, dtype, 1, 4, [0], "cpu")
-            write_kv_torch(rows[:, None], -rows[:, None], *heads.get_kv_buffer(0), torch.tensor([3, 5]))
-            k, v = heads.get_kv_buffer(0)
+            k, v = kv_pools(6, 2, dtype, 1, 4, [0])["kv"].layer(0)
+            write_kv_torch(rows[:, None], -rows[:, None], k, v, torch.tensor([3, 5]))
             self.assertEqual((k[3, 0, 0].item(), v[3, 0, 0].item()), (most, -most))
 
     def test_dtype_of_the_pools(self):
@@ -320,7 +320,7 @@ class TestCache(CustomTestCase):
             for name, dtype in (("auto", torch.float32), ("bfloat16", torch.bfloat16), ("fp8_e4m3", FP8)):
                 config = ModelConfig.from_path(folder, kv_cache_dtype=name)
                 self.assertEqual(kv_dtype(config), dtype)
-                self.assertEqual(kv_bytes_per_token(config, 1), 3 * (64 + 16) * dtype.itemsize)
+                self.assertEqual(cache_layout(config, 1).num_bytes(FULL, 1), 3 * (64 + 16) * dtype.itemsize)
             with override_platform(Gfx942()):
                 self.assertEqual(kv_dtype(config), torch.float8_e4m3fnuz)
 

@@ -33,7 +33,7 @@ from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.pool_plan import PoolPlanError
 from sglang.srt.model_executor.memory_plan import check_device, plan_memory, plan_moe_exchange, plan_weights
-from sglang.srt.model_executor.model_pools import make_kv_pool, make_state_pool, table_width
+from sglang.srt.model_executor.model_pools import make_pools, table_width
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform
@@ -201,15 +201,14 @@ class TestPools(PlanTestCase):
                     assert plan.pools is not None, plan.problems
                     tp_size = args.tp_size // args.attn_dp_size
                     cpu = torch.device("cpu")
-                    kv = make_kv_pool(config, plan.pools.num_tokens, args.page_size, tp_size, cpu)
-                    self.assertEqual(kv.num_rows * kv.row_bytes(), plan.kv_bytes)
-                    states = make_state_pool(config, plan.pools.num_state_slots, tp_size, cpu, args.mamba_ssm_dtype)
-                    self.assertEqual(0 if states is None else (states.size + 1) * states.row_bytes(), plan.state_bytes)
-                    self.assertEqual(plan.state_bytes > 0, name == "qwen3.5")
+                    made = make_pools(args, config, plan.pools, tp_size, cpu)
+                    self.assertEqual(list(plan.units), ["full", "state"] if name == "qwen3.5" else ["full"])
+                    for unit, planned in plan.units.items():
+                        self.assertEqual(sum(buffer.nbytes for buffer in made.buffers(unit)), planned.num_bytes)
                     table = ReqToTokenPool(4, table_width([config])).req_to_token
                     self.assertEqual(table.numel() * table.itemsize, plan.request_table_bytes)
                     free = 64 * MIB - sum(plan.weights.values())
-                    pools = plan.request_table_bytes + plan.kv_bytes + plan.state_bytes
+                    pools = plan.request_table_bytes + sum(unit.num_bytes for unit in plan.units.values())
                     self.assertLessEqual(pools, args.mem_fraction_static * free)
                     self.assertEqual(plan.left, free - pools)
 
@@ -365,14 +364,15 @@ class TestCommand(PlanTestCase):
         status, out, _ = self.run_plan(*self.flags, "--json", "--gpu-memory-gb", "288")
         found = json.loads(out)
         self.assertEqual((status, found["memory"], found["ranks"]["ep"]), (0, 288 << 30, 8))
-        parts = ("exchange", "request_table", "kv", "state")
+        parts = ("exchange", "request_table")
         taken = (*(f"{part}_bytes" for part in parts), "graphs_estimate", "runtime_estimate")
         total = sum(found["weights"].values()) + sum(found[name] for name in taken) + found["left_for_activations"]
+        total += sum(unit["num_bytes"] for unit in found["units"].values())
         self.assertEqual(total, found["memory"])
         self.assertEqual(found["exchange"]["kernel"], "IntraNode")
         self.assertEqual(found["variables"], {"MORI_SHMEM_HEAP_SIZE": f"{found['exchange']['heap']['size'] // MIB}M"})
         pools = found["pools"]
-        self.assertEqual(found["kv_bytes"], (pools["num_tokens"] + 1) * 4 * 576 * 2)
+        self.assertEqual(found["units"]["full"]["num_bytes"], (pools["sizes"]["full"] + 1) * 4 * 576 * 2)
 
     def test_rounds_and_buffers_under_a_cap(self):
         dp = ("--enable-dp-attention", "--dp", "8", "--deepep-mode", "low_latency")

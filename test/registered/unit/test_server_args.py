@@ -17,6 +17,8 @@ import numpy as np
 import torch
 
 from sglang.srt import server_args as module
+from sglang.srt.configs.published_sizes import qwen35_like
+from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.environ import envs
 from sglang.srt.server_args import (
     ServerArgs,
@@ -41,10 +43,10 @@ ROOT = Path(__file__).resolve().parents[3]
 CPU = SimpleNamespace(kind="cpu", device_type="cpu", supports_graphs=False)
 CUDA = SimpleNamespace(kind="cuda", device_type="cuda", supports_graphs=True)
 HIP = SimpleNamespace(kind="hip", device_type="cuda", supports_graphs=True)
-TEXT = SimpleNamespace(
-    num_experts=16, num_attention_heads=4, intermediate_size=256, moe_intermediate_size=64, num_key_value_heads=2,
-    linear_num_key_heads=2, linear_num_value_heads=6, mamba_ssm_dtype="bfloat16", attention_family="gqa",
-)  # fmt: skip
+TEXT = Qwen3_5Config.from_hf({
+    **qwen35_like(4)["text_config"], "num_experts": 16, "num_attention_heads": 4, "moe_intermediate_size": 64,
+    "num_key_value_heads": 2, "linear_num_key_heads": 2, "linear_num_value_heads": 6, "mamba_ssm_dtype": "bfloat16",
+})  # fmt: skip
 MODEL = SimpleNamespace(
     text=TEXT, dtype=torch.float32, context_len=4096, quant_config=None,
     shared_fusion_refusal=lambda backend: "" if backend == "none" else "tokens travel",
@@ -178,13 +180,14 @@ class TestResolve(CustomTestCase):
             self.assertTrue(next(text for text in verdict.warnings if "--api-key" in text).endswith(ending))
 
     def test_state_slots_bound_the_running_requests(self):
-        hybrid = SimpleNamespace(**{**vars(MODEL), "text": SimpleNamespace(**vars(TEXT), linear_layer_ids=(0, 1))})
-        self.assertEqual(resolve(ServerArgs(max_mamba_cache_size=16), hybrid, CUDA).max_running_requests, 16)
-        self.assertEqual(resolve(ServerArgs(max_mamba_cache_size=900), hybrid, CUDA).max_running_requests, 256)
+        text = dataclasses.replace(TEXT, layer_types=("full_attention",) * 4)
+        plain = SimpleNamespace(**{**vars(MODEL), "text": text})
+        self.assertEqual(resolve(ServerArgs(max_mamba_cache_size=16), MODEL, CUDA).max_running_requests, 16)
+        self.assertEqual(resolve(ServerArgs(max_mamba_cache_size=900), MODEL, CUDA).max_running_requests, 256)
         with self.assertRaisesRegex(ServerArgsError, "16 is below --max-running-requests 17"):
-            resolve(ServerArgs(max_mamba_cache_size=16, max_running_requests=17), hybrid, CUDA)
+            resolve(ServerArgs(max_mamba_cache_size=16, max_running_requests=17), MODEL, CUDA)
         with self.assertRaisesRegex(ServerArgsError, "no recurrent states: drop it"):
-            resolve(ServerArgs(max_mamba_cache_size=16), MODEL, CUDA)
+            resolve(ServerArgs(max_mamba_cache_size=16), plain, CUDA)
 
     def test_the_ranks_do_not_meet_at_the_servers_port(self):
         for meets, refused in (("9", True), ("8", False), ("8 --dp 2", True)):
@@ -240,7 +243,7 @@ class TestResolve(CustomTestCase):
         with self.assertRaisesRegex(ServerArgsError, "--ep-size 3 does not divide the model's 16 experts"):
             resolve(ServerArgs(tp_size=3, ep_size=3), MODEL, CPU)
         with self.assertRaisesRegex(ServerArgsError, "has no experts: drop --ep-size 2"):
-            dense = SimpleNamespace(**{**vars(MODEL), "text": SimpleNamespace()})
+            dense = SimpleNamespace(**{**vars(MODEL), "text": dataclasses.replace(TEXT, num_experts=0)})
             resolve(ServerArgs(tp_size=2, ep_size=2), dense, CPU)
 
     def test_shared_experts_are_fused_where_they_can_be(self):

@@ -22,6 +22,16 @@ _DECORATOR = "register_attention_backend"
 
 
 @dataclass(frozen=True)
+class LatentShapes:
+    """Widths of latent attention: the latent row, a head's part without and with rotation, and a head's value."""
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+
+
+@dataclass(frozen=True)
 class BackendDeclaration:
     """One backend for one family.
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sglang.srt.configs.attention_backends import MLA
+from sglang.srt.configs.attention_backends import MLA, LatentShapes
+from sglang.srt.configs.cache_layout import FULL, PLAIN_TYPES, BufferSpec, CacheLayout, CacheTypes, PoolSpec
 from sglang.srt.configs.errors import ConfigReader
 from sglang.srt.configs.rope import RopeConfig, read_rope
 from sglang.srt.configs.shared_experts import SharedExperts
@@ -87,6 +88,32 @@ class DeepseekConfig:
     def attention_family(self) -> str:
         """Which kind of softmax attention the model needs; see ``attention_backends``."""
         return MLA
+
+    @property
+    def state_dtype(self) -> str | None:
+        """None: the model has no recurrent states."""
+        return None
+
+    @property
+    def num_routed_experts(self) -> int:
+        """Experts of each MoE layer; 0 where every layer is dense."""
+        return self.n_routed_experts or 0
+
+    def uneven_parts(self, tp_size: int, expert_tp_size: int) -> dict[str, int]:
+        """The sizes, by key, that do not part over ``tp_size`` ranks; an expert's width over ``expert_tp_size``."""
+        parts = {"num_attention_heads": tp_size, "intermediate_size": tp_size, "moe_intermediate_size": expert_tp_size}
+        return {name: getattr(self, name) for name, ranks in parts.items() if getattr(self, name) % ranks}
+
+    @property
+    def latent_shapes(self) -> LatentShapes:
+        """What backends of latent attention need to know."""
+        return LatentShapes(self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim)
+
+    def cache_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES, num_draft_layers: int = 0) -> CacheLayout:
+        """One latent row per token and layer, draft layers included; the rotated part of the key comes last."""
+        row = BufferSpec("latent", (self.kv_lora_rank + self.qk_rope_head_dim,), types.kv)
+        layers = range(self.num_hidden_layers + num_draft_layers)
+        return CacheLayout((PoolSpec("latent", FULL, tuple(layers), (row,)),))
 
     @property
     def overlap_sites(self) -> tuple[str, ...]:

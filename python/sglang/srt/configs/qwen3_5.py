@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from sglang.srt.configs.attention_backends import GQA
+from sglang.srt.configs.attention_backends import GQA, LatentShapes
+from sglang.srt.configs.cache_layout import FULL, PLAIN_TYPES, STATE, BufferSpec, CacheLayout, CacheTypes, PoolSpec
 from sglang.srt.configs.errors import ConfigReader
 from sglang.srt.configs.rope import RopeConfig, read_rope, rope_section
 from sglang.srt.configs.shared_experts import SharedExperts
@@ -85,6 +86,49 @@ class Qwen3_5Config:
     def attention_family(self) -> str:
         """Which kind of softmax attention the model needs; see ``attention_backends``."""
         return GQA
+
+    @property
+    def state_dtype(self) -> str | None:
+        """The type of recurrent states that the checkpoint names; None where no layer has any."""
+        return self.mamba_ssm_dtype if self.linear_layer_ids else None
+
+    @property
+    def num_routed_experts(self) -> int:
+        """Experts of each layer; 0 for a dense model."""
+        return self.num_experts
+
+    def uneven_parts(self, tp_size: int, expert_tp_size: int) -> dict[str, int]:
+        """The sizes, by key, that do not part over ``tp_size`` ranks; an expert's width over ``expert_tp_size``."""
+        names = ("num_attention_heads", "linear_num_key_heads", "linear_num_value_heads", "intermediate_size",
+                 "shared_expert_intermediate_size")  # fmt: skip
+        parts = {**dict.fromkeys(names, tp_size), "moe_intermediate_size": expert_tp_size}
+        uneven = {name: getattr(self, name) for name, ranks in parts.items() if getattr(self, name) % ranks}
+        kv_heads = self.num_key_value_heads
+        if kv_heads % tp_size and tp_size % kv_heads:
+            uneven["num_key_value_heads"] = kv_heads
+        return uneven
+
+    @property
+    def latent_shapes(self) -> LatentShapes | None:
+        """None: no layer has latent attention."""
+        return None
+
+    def cache_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES, num_draft_layers: int = 0) -> CacheLayout:
+        """Keys and values per token, also of draft layers behind the model's own, and recurrent states per sequence."""
+        # Each rank holds at least one KV head, repeated where ranks outnumber heads.
+        kv_row = (max(1, self.num_key_value_heads // tp_size), self.head_dim)
+        drafts = range(self.num_hidden_layers, self.num_hidden_layers + num_draft_layers)
+        keys, values = BufferSpec("k", kv_row, types.kv), BufferSpec("v", kv_row, types.kv)
+        pools = [PoolSpec("kv", FULL, (*self.full_attention_layer_ids, *drafts), (keys, values))]
+        if self.linear_layer_ids:
+            heads, dim = self.linear_num_value_heads // tp_size, self.linear_value_head_dim
+            key_dim = self.linear_num_key_heads * self.linear_key_head_dim
+            channels = (2 * key_dim + self.linear_num_value_heads * dim) // tp_size
+            # The convolution's last inputs [C, W - 1], and the state [HV, V, K], K fastest.
+            conv = BufferSpec("conv", (channels, self.linear_conv_kernel_dim - 1), types.conv)
+            ssm = BufferSpec("ssm", (heads, dim, self.linear_key_head_dim), types.state or self.mamba_ssm_dtype)
+            pools.append(PoolSpec("gdn", STATE, self.linear_layer_ids, (conv, ssm)))
+        return CacheLayout(tuple(pools))
 
     @property
     def overlap_sites(self) -> tuple[str, ...]:

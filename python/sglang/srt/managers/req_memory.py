@@ -9,7 +9,7 @@ import torch
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
-from sglang.srt.mem_cache.memory_pool import GDNStatePool
+from sglang.srt.mem_cache.memory_pool import StateSlots
 from sglang.srt.mem_cache.radix_cache import MatchResult, RadixCache
 
 
@@ -25,7 +25,7 @@ class ReqMemory:
         allocator: TokenToKVPoolAllocator,
         req_pool: ReqToTokenPool,
         tree: RadixCache,
-        state_pool: GDNStatePool | None,
+        state_pool: StateSlots | None,
         step_width: int = 1,
     ) -> None:
         """``step_width`` is the number of tokens that a decode step computes for each request."""

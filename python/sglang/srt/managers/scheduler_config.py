@@ -10,6 +10,7 @@ import torch
 
 from sglang.kernels.compile_watch import compiled_while_serving
 from sglang.kernels.registry import REGISTRY
+from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_parallel_state
 from sglang.srt.environ import envs
@@ -61,7 +62,7 @@ class SchedulerConfig:
             max_running_requests=runner.req_to_token_pool.size,
             max_prefill_tokens=args.max_prefill_tokens,
             chunked_prefill_size=chunk if chunk is not None and chunk > 0 else None,
-            max_req_len=min(model_config.context_len, runner.kv_pool.size),
+            max_req_len=min(model_config.context_len, runner.pools.size(FULL)),
             schedule_policy=args.schedule_policy,
             schedule_conservativeness=args.schedule_conservativeness,
             enable_mixed_chunk=args.enable_mixed_chunk,

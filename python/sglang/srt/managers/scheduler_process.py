@@ -13,6 +13,7 @@ import torch
 
 from sglang.kernels.compile_watch import watch_compilations
 from sglang.kernels.registry import REGISTRY, KernelConfigError
+from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_parallel_state, init_parallel_state, is_lost_peer, leave_groups
@@ -57,14 +58,15 @@ LOST_PEER = "another rank of this replica has gone; this one ends too, and the l
 def make_memory(runner: ModelRunner, args: ServerArgs) -> ReqMemory:
     """Allocator and prefix tree over the runner's pools."""
     page_size = runner.memory.page_size
-    allocator = TokenToKVPoolAllocator(runner.kv_pool.size, page_size)
+    allocator = TokenToKVPoolAllocator(runner.pools.size(FULL), page_size)
     policy, disable = args.radix_eviction_policy, args.disable_radix_cache
     tree: RadixCache
-    if runner.state_pool is not None:
-        tree = HybridRadixCache(allocator, page_size, runner.state_pool, policy, disable)
+    states = runner.memory.state_slots
+    if states is not None:
+        tree = HybridRadixCache(allocator, page_size, states, policy, disable)
     else:
         tree = RadixCache(allocator, page_size, policy, disable)
-    return ReqMemory(allocator, runner.req_to_token_pool, tree, runner.state_pool)
+    return ReqMemory(allocator, runner.req_to_token_pool, tree, states)
 
 
 def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConfig]:

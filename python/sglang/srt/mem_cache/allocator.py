@@ -195,7 +195,47 @@ class TokenToKVPoolAllocator:
             )
 
 
-class ReqToTokenPool:
+class SlotList:
+    """Numbers ``first .. first + size - 1`` that are handed out one by one: lowest first, then last-in first-out."""
+
+    def __init__(self, name: str, first: int, size: int):
+        self.size = size
+        self._name, self._first = name, first
+        self.clear()
+
+    def clear(self) -> None:
+        """Take every number back, whoever holds it."""
+        self._free = list(range(self._first + self.size - 1, self._first - 1, -1))
+        self._in_use = bytearray(self._first + self.size)
+
+    def available_size(self) -> int:
+        return len(self._free)
+
+    def is_allocated(self, slot: int) -> bool:
+        return self._first <= slot < self._first + self.size and bool(self._in_use[slot])
+
+    def alloc(self) -> int | None:
+        """A number, or None when all are taken."""
+        if not self._free:
+            return None
+        slot = self._free.pop()
+        self._in_use[slot] = 1
+        return slot
+
+    def free(self, slot: int) -> None:
+        """Take a number back; raises SlotAccountingError unless it is handed out."""
+        self.check(slot)
+        self._in_use[slot] = 0
+        self._free.append(slot)
+
+    def check(self, slot: int) -> None:
+        """Raise SlotAccountingError unless ``slot`` is handed out."""
+        if not self.is_allocated(slot):
+            last = self._first + self.size - 1
+            raise SlotAccountingError(f"{self._name} {slot} is not handed out ({self._name}s {self._first}..{last})")
+
+
+class ReqToTokenPool(SlotList):
     """Table from (request row, position) to KV slot: ``req_to_token [size + 1, max_context_len] int32``.
 
     The host table is the truth; on CPU the device table is the same memory. One row past the last, ``padding_row``, is
@@ -203,40 +243,18 @@ class ReqToTokenPool:
     """
 
     def __init__(self, size: int, max_context_len: int, device: torch.device | str = "cpu"):
-        self.size = size
+        super().__init__("request row", 0, size)
         self.max_context_len = max_context_len
         self.device = torch.device(device)
         self.padding_row = size
         self._host: np.ndarray = np.zeros((size + 1, max_context_len), dtype=np.int32)
         table = torch.from_numpy(self._host)
         self.req_to_token = table if self.device.type == "cpu" else table.to(self.device)
-        self.clear()
 
     @staticmethod
     def num_bytes(size: int, max_context_len: int) -> int:
         """Bytes of the device table of a pool of these sizes."""
         return (size + 1) * max_context_len * np.dtype(np.int32).itemsize
-
-    def clear(self) -> None:
-        """Take every row back."""
-        self._free = list(range(self.size - 1, -1, -1))
-        self._in_use = bytearray(self.size)
-
-    def available_size(self) -> int:
-        return len(self._free)
-
-    def alloc(self) -> int | None:
-        """A row, or None when all are taken."""
-        if not self._free:
-            return None
-        idx = self._free.pop()
-        self._in_use[idx] = 1
-        return idx
-
-    def free(self, idx: int) -> None:
-        self._check_row(idx)
-        self._in_use[idx] = 0
-        self._free.append(idx)
 
     def write(self, idx: int, start: int, slot_ids: torch.Tensor) -> None:
         """Set positions ``start ..`` of row ``idx`` to ``slot_ids [N]`` (host int64)."""
@@ -286,11 +304,7 @@ class ReqToTokenPool:
         self._check_span(idx, start, end)
         return torch.from_numpy(self._host[idx, start:end].astype(np.int64))
 
-    def _check_row(self, idx: int) -> None:
-        if not (0 <= idx < self.size and self._in_use[idx]):
-            raise SlotAccountingError(f"request row {idx} is not handed out (rows 0..{self.size - 1})")
-
     def _check_span(self, idx: int, start: int, end: int) -> None:
-        self._check_row(idx)
+        self.check(idx)
         if not 0 <= start <= end <= self.max_context_len:
             raise ValueError(f"positions {start}..{end} of row {idx} leave the context of {self.max_context_len}")

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.memory_pool import GDNStatePool
+from sglang.srt.mem_cache.memory_pool import StateSlots
 from sglang.srt.mem_cache.radix_cache import HeapKey, InsertResult, MatchResult, RadixCache, TreeNode
 from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError
 
@@ -28,7 +28,7 @@ class HybridRadixCache(RadixCache):
         self,
         allocator: TokenToKVPoolAllocator,
         page_size: int,
-        state_pool: GDNStatePool,
+        state_pool: StateSlots,
         eviction_policy: str = "lru",
         disable: bool = False,
     ):

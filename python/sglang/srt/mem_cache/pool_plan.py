@@ -1,8 +1,10 @@
-"""Divides the memory left after the weights into KV tokens and recurrent-state slots, with the arithmetic shown."""
+"""Divides the memory left after the weights between the units of a cache layout, with the arithmetic shown."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+
+from sglang.srt.configs.cache_layout import FULL, STATE, CacheLayout
 
 _MAX_ROWS = 2**31 - 1  # slot ids are kept as int32
 # Memory of recurrent states over that of KV, where a prefix tree holds both.
@@ -15,21 +17,19 @@ class PoolPlanError(ValueError):
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """Sizes of the pools: usable tokens (whole pages), usable state slots, and the plan in words for the log."""
+    """Usable units of each kind (tokens in whole pages), and the plan in words for the log."""
 
-    num_tokens: int
-    num_state_slots: int
+    sizes: dict[str, int]
     lines: tuple[str, ...]
 
 
 def plan_pool_sizes(
     *,
     available_bytes: int,
-    bytes_per_token: int,
+    layout: CacheLayout,
     max_running_requests: int,
     page_size: int = 1,
     request_table_bytes: int = 0,
-    bytes_per_state_slot: int = 0,
     max_total_tokens: int | None = None,
     max_mamba_cache_size: int | None = None,
     disable_radix_cache: bool = False,
@@ -38,47 +38,49 @@ def plan_pool_sizes(
 ) -> PoolPlan:
     """Size the pools of one rank for ``available_bytes``, of which the table of requests' slots takes its part first.
 
-    A model without recurrent states (``bytes_per_state_slot`` 0) gives everything to KV. A hybrid splits the memory
+    A model without recurrent states gives everything to KV. A hybrid splits the memory
     states : KV = ``STATES_TO_KV`` : 1; its slots are one live slot for each running request, and the rest the prefix
     tree's. Without a prefix tree there are only live slots. The overrides fix a number instead (the settings'
     resolution gives each running request a state slot); the useful numbers are where more memory would never be used,
     and bound what is chosen here. Each pool also holds one dummy: a page of tokens, a state slot. Raises PoolPlanError
     when it does not fit.
     """
-    if min(bytes_per_token, page_size, max_running_requests) < 1:
+    page_bytes = layout.num_bytes(FULL, page_size)
+    if min(page_bytes, page_size, max_running_requests) < 1:
         raise PoolPlanError(
-            f"bytes_per_token {bytes_per_token}, page_size {page_size} and max_running_requests "
-            f"{max_running_requests} must be positive"
+            f"bytes of a page {page_bytes}, page_size {page_size} and max_running_requests {max_running_requests} must "
+            "be positive"
         )
     lines = [f"memory for pools: {_size(available_bytes)}"]
     if request_table_bytes:
-        least = 2 * page_size * bytes_per_token
-        _check_table(available_bytes, request_table_bytes, max_running_requests, least)
+        _check_table(available_bytes, request_table_bytes, max_running_requests, 2 * page_bytes)
         available_bytes -= request_table_bytes
         lines.append(f"request table: {_size(request_table_bytes)}, which leaves {_size(available_bytes)}")
-    num_state_slots = 0
-    state_bytes = 0
-    if bytes_per_state_slot:
-        num_state_slots = _plan_states(
+    sizes = {}
+    left = available_bytes
+    if layout.has(STATE):
+        slot_bytes = layout.num_bytes(STATE, 1)
+        num_slots = _plan_states(
             available_bytes,
-            bytes_per_state_slot,
+            slot_bytes,
             max_running_requests,
             max_mamba_cache_size,
             disable_radix_cache,
             useful_state_slots,
         )
-        state_bytes = (num_state_slots + 1) * bytes_per_state_slot
+        sizes[STATE] = num_slots
+        left -= (num_slots + 1) * slot_bytes
         lines.append(
-            f"states: {num_state_slots} slots ({max_running_requests} live, {num_state_slots - max_running_requests} "
-            f"for the prefix tree) + 1 dummy x {_size(bytes_per_state_slot)} = {_size(state_bytes)}"
+            f"states: {num_slots} slots ({max_running_requests} live, {num_slots - max_running_requests} "
+            f"for the prefix tree) + 1 dummy x {_size(slot_bytes)} = {_size((num_slots + 1) * slot_bytes)}"
         )
-    left = available_bytes - state_bytes
-    num_tokens = _plan_tokens(left, bytes_per_token, page_size, max_total_tokens, useful_tokens, lines)
+    num_tokens = _plan_tokens(left, page_bytes, page_size, max_total_tokens, useful_tokens, lines)
+    sizes[FULL] = num_tokens
     lines.append(
-        f"KV: {num_tokens} tokens + 1 dummy page of {page_size} x {_size(bytes_per_token)} = "
-        f"{_size((num_tokens + page_size) * bytes_per_token)} of {_size(left)}"
+        f"KV: {num_tokens} tokens + 1 dummy page of {page_size} x {_size(page_bytes // page_size)} = "
+        f"{_size((num_tokens // page_size + 1) * page_bytes)} of {_size(left)}"
     )
-    return PoolPlan(num_tokens, num_state_slots, tuple(lines))
+    return PoolPlan(sizes, tuple(lines))
 
 
 def _check_table(available_bytes: int, table_bytes: int, max_running_requests: int, least: int) -> None:
@@ -119,18 +121,18 @@ def _plan_states(
 
 def _plan_tokens(
     left: int,
-    bytes_per_token: int,
+    page_bytes: int,
     page_size: int,
     max_total_tokens: int | None,
     useful: int | None,
     lines: list[str],
 ) -> int:
-    fitting = min(max(left, 0) // bytes_per_token, _MAX_ROWS) - page_size
-    fitting -= fitting % page_size
+    fitting = (min(max(left, 0) // page_bytes, _MAX_ROWS // page_size) - 1) * page_size
+    token = _size(page_bytes // page_size)
     if fitting < page_size:
         raise PoolPlanError(
-            f"KV needs at least a page and the dummy page: 2 x {page_size} tokens x {_size(bytes_per_token)} = "
-            f"{_size(2 * page_size * bytes_per_token)}, and {_size(left)} are left: free memory"
+            f"KV needs at least a page and the dummy page: 2 x {page_size} tokens x {token} = "
+            f"{_size(2 * page_bytes)}, and {_size(left)} are left: free memory"
         )
     if max_total_tokens is None:
         return fitting if useful is None else min(fitting, max(useful + -useful % page_size, page_size))
@@ -139,8 +141,8 @@ def _plan_tokens(
         raise PoolPlanError(f"max_total_tokens {max_total_tokens} is less than one page of {page_size} tokens")
     if num_tokens > fitting:
         raise PoolPlanError(
-            f"max_total_tokens {max_total_tokens}: ({num_tokens} + {page_size} dummy) x {_size(bytes_per_token)} = "
-            f"{_size((num_tokens + page_size) * bytes_per_token)}, and {_size(left)} are left, which fit {fitting} "
+            f"max_total_tokens {max_total_tokens}: ({num_tokens} + {page_size} dummy) x {token} = "
+            f"{_size((num_tokens // page_size + 1) * page_bytes)}, and {_size(left)} are left, which fit {fitting} "
             "tokens: lower it or free memory"
         )
     if num_tokens != max_total_tokens:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
+from sglang.srt.configs.cache_layout import FULL, STATE
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
+from sglang.srt.mem_cache.memory_pool import ModelPools
+from sglang.srt.mem_cache.written_rows import WrittenRows
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
 from sglang.srt.model_executor.step_graphs import GraphOutput, StepGraphs
 
@@ -14,14 +17,9 @@ from sglang.srt.model_executor.step_graphs import GraphOutput, StepGraphs
 CHECK_LENS = (1, 17, 64, 129, 3)
 
 
-# Bytes of pool memory that are fingerprinted at once.
-_CHUNK_BYTES = 1 << 24
-
-
 class GraphCheck:
     """Compares eager and replayed steps on fixed inputs; it runs while the pools are empty, and leaves them zeroed.
 
-    buffers: what a step writes, each [layers, slots, ...].
     ``eager(batch, bucket)`` runs the padded step without the graph. last_token: where a step finds the ids that its
     requests drew last, by request row.
     """
@@ -32,22 +30,21 @@ class GraphCheck:
         eager: Callable[[ModelWorkerBatch, int], GraphOutput],
         last_token: torch.Tensor,
         req_pool: ReqToTokenPool,
-        buffers: Sequence[torch.Tensor],
-        num_slots: int,
-        num_states: int,
+        pools: ModelPools,
         vocab_size: int,
-        page_size: int,
     ) -> None:
         self._graphs = graphs
         self._eager = eager
         self._last_token = last_token
         self._width = graphs.kind.rows_per_request
         self._req_pool = req_pool
-        self._buffers = buffers
-        self._num_slots = num_slots
-        self._num_states = num_states
+        self._page_size = pools.page_size
         self._vocab_size = vocab_size
-        self._page_size = page_size
+        largest = graphs.buckets[-1]
+        pages = -(-largest * max(CHECK_LENS) // pools.page_size)
+        self._num_slots = min(pools.size(FULL), pages * pools.page_size)
+        self._num_states = min(pools.size(STATE), largest)
+        self._written = WrittenRows(pools, {FULL: self._num_slots, STATE: self._num_states})
 
     def run(self) -> None:
         """Check every captured bucket; one that differs on any rank is refused with the reason."""
@@ -55,8 +52,7 @@ class GraphCheck:
             for bucket in (size for size in self._graphs.buckets if size not in self._graphs.refused):
                 self._graphs.agree(bucket, self._check(bucket) or "")
         finally:
-            for buffer in self._buffers:
-                buffer.zero_()
+            self._written.clear()
 
     def _check(self, bucket: int) -> str | None:
         """None when replay equals eager for a batch one short of the bucket (bucket 1: full)."""
@@ -69,17 +65,17 @@ class GraphCheck:
             if self._num_slots < needed:
                 return f"the KV pool has {self._num_slots} slots, and the step of {size} requests needs {needed}"
             batch = self._batch(rows, torch.Generator().manual_seed(bucket))
-            self._fill(bucket)
+            self._written.poison(bucket)
             wanted = [tensor.clone() for tensor in self._eager(batch, bucket).first(needed).tensors()]
-            written = self._fingerprints()
-            self._fill(bucket)
+            written = self._written.fingerprints()
+            self._written.poison(bucket)
             _, output = self._graphs.replay(batch, bucket)
             for ours, theirs in zip(wanted, output.tensors(), strict=True):
                 if not torch.equal(ours, theirs):
                     return f"replayed logits differ from eager ones by {float((ours - theirs).abs().max()):.3g}"
                 if not bool(ours.isfinite().all()):
                     return "the step's logits are not finite"
-            if any(not torch.equal(a, b) for a, b in zip(written, self._fingerprints(), strict=True)):
+            if any(not torch.equal(a, b) for a, b in zip(written, self._written.fingerprints(), strict=True)):
                 return "the replayed step wrote other keys, values or states than the eager one"
             return None
         finally:
@@ -104,28 +100,3 @@ class GraphCheck:
         if self._num_states:
             states = (torch.randperm(self._num_states, generator=generator)[: len(rows)] + 1).tolist()
         return ModelWorkerBatch.uniform(self._graphs.kind, rows, lens, torch.cat(slots), states)
-
-    def _fill(self, seed: int) -> None:
-        """The same numbers for the same seed: about unit normal, large where only padding reads."""
-        for buffer in self._buffers:
-            generator = torch.Generator(device=buffer.device).manual_seed(seed)
-            for layer in buffer:  # one at a time: the numbers are drawn in float32
-                layer.copy_(torch.randn(layer.shape, generator=generator, device=layer.device))
-            buffer[:, 0].fill_(min(1e3, torch.finfo(buffer.dtype).max))
-
-    def _fingerprints(self) -> list[torch.Tensor]:
-        """For each buffer, one integer a slot past the dummies that changes when any bit of the slot does."""
-        return [fingerprint(buffer, self._page_size) for buffer in self._buffers]
-
-
-def fingerprint(buffer: torch.Tensor, first: int) -> torch.Tensor:
-    """buffer [layers, slots, ...] -> [slots - first] int64: a weighted sum of each slot's bits, modulo 2**64."""
-    slots = buffer.transpose(0, 1)[first:]
-    step = max(1, _CHUNK_BYTES // max(1, slots[0].nbytes)) if slots.shape[0] else 1
-    sums = []
-    for start in range(0, slots.shape[0], step):
-        rows = slots[start : start + step]
-        bits = rows.reshape(rows.shape[0], -1).contiguous().view(torch.uint8).to(torch.int64)
-        weights = torch.arange(1, bits.shape[1] + 1, device=bits.device) * 2_654_435_761
-        sums.append((bits * weights).sum(dim=1))
-    return torch.cat(sums) if sums else torch.empty(0, dtype=torch.int64, device=slots.device)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from sglang.srt.configs.cache_layout import CacheLayout, dummy_units
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import ParallelState, ProcessGroupHandle, get_parallel_state, override_parallel_state
 from sglang.srt.layers.moe.fused_moe import FusedMoE
@@ -34,12 +35,7 @@ from sglang.srt.layers.moe.token_dispatcher.mori_plan import (
 )
 from sglang.srt.layers.moe.token_dispatcher.moriep import release_problem
 from sglang.srt.mem_cache.pool_plan import PoolPlan, PoolPlanError
-from sglang.srt.model_executor.model_pools import (
-    kv_bytes_per_token,
-    plan_pools,
-    request_table_bytes,
-    state_bytes_per_slot,
-)
+from sglang.srt.model_executor.model_pools import cache_layout, plan_pools, request_table_bytes
 from sglang.srt.model_executor.step_graphs import decode_buckets
 from sglang.srt.model_loader.loader import build_model
 from sglang.srt.platforms import override_platform
@@ -196,16 +192,31 @@ def estimate_graphs(args: ServerArgs, config: ModelConfig) -> int:
     if args.disable_cuda_graph:
         return 0
     buckets, text = graph_buckets(args), config.text
-    top_k, width = getattr(text, "num_experts_per_tok", 0) or 0, getattr(text, "moe_intermediate_size", 0) or 0
-    values = 8 * text.hidden_size + top_k * (text.hidden_size + 3 * width)
+    values = 8 * text.hidden_size + text.num_experts_per_tok * (text.hidden_size + 3 * text.moe_intermediate_size)
     row = values * config.dtype.itemsize + 2 * 4 * config.vocab_size
     rows = buckets[-1] * args.attn_dp_size
     return rows * row + len(buckets) * config.num_hidden_layers * GRAPH_LAYER_BYTES
 
 
 @dataclass(frozen=True)
+class UnitPlan:
+    """What is kept by one kind of unit: how many can be handed out, bytes of each page, and of all with the dummies.
+
+    A page of ``page_size`` units is handed out at a time.
+    """
+
+    size: int
+    page_size: int
+    page_bytes: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
-    """One rank's memory in bytes; ``pools`` is None when nothing is left for them, and ``problems`` says why."""
+    """One rank's memory in bytes; ``pools`` is None when nothing is left for them, and ``problems`` says why.
+
+    ``units`` has an entry for each unit that the model's pools follow.
+    """
 
     memory: int
     weights: dict[str, int]
@@ -213,10 +224,7 @@ class MemoryPlan:
     runtime_estimate: int
     graphs_estimate: int
     request_table_bytes: int
-    kv_bytes_per_token: int
-    kv_bytes: int
-    state_bytes_per_slot: int
-    state_bytes: int
+    units: dict[str, UnitPlan]
     pools: PoolPlan | None
     problems: tuple[str, ...]
 
@@ -227,7 +235,7 @@ class MemoryPlan:
     @property
     def left(self) -> int:
         """What remains for activations; negative when the settings do not fit."""
-        pools = self.request_table_bytes + self.kv_bytes + self.state_bytes
+        pools = self.request_table_bytes + sum(unit.num_bytes for unit in self.units.values())
         estimates = self.runtime_estimate + self.graphs_estimate
         return self.memory - sum(self.weights.values()) - self.exchange_bytes - estimates - pools
 
@@ -240,10 +248,8 @@ def plan_memory(
     weights = max((plan_weights(args, config, rank) for rank in range(args.tp_size)), key=lambda w: sum(w.values()))
     exchange = plan_moe_exchange(args, config, kind, environ, judge_release=True)
     problems, taken = ([], 0) if exchange is None else ([*exchange.problems], exchange.num_bytes)
-    tp_size, page = args.tp_size // args.attn_dp_size, args.page_size or 1
+    tp_size = args.tp_size // args.attn_dp_size
     runtime = 0 if kind == "cpu" else RUNTIME_BYTES
-    token = kv_bytes_per_token(config, tp_size)
-    slot = state_bytes_per_slot(config, tp_size, args.mamba_ssm_dtype)
     pools = None
     try:
         check_fit(memory - runtime, weights, taken)
@@ -258,13 +264,21 @@ def plan_memory(
         runtime_estimate=runtime,
         graphs_estimate=estimate_graphs(args, config),
         request_table_bytes=request_table_bytes(args, [config]),
-        kv_bytes_per_token=token,
-        kv_bytes=0 if pools is None else (pools.num_tokens + page) * token,
-        state_bytes_per_slot=slot,
-        state_bytes=0 if pools is None or not slot else (pools.num_state_slots + 1) * slot,
+        units=plan_units(args, cache_layout(config, tp_size, args.mamba_ssm_dtype), pools),
         pools=pools,
         problems=tuple(problems),
     )
+
+
+def plan_units(args: ServerArgs, layout: CacheLayout, pools: PoolPlan | None) -> dict[str, UnitPlan]:
+    """What the pools that follow each unit take; nothing where ``pools`` could not be sized."""
+    units = {}
+    for unit in layout.units:
+        page = dummy_units(unit, args.page_size or 1)
+        size = 0 if pools is None else pools.sizes[unit]
+        num_bytes = 0 if pools is None else layout.num_bytes(unit, size + page)
+        units[unit] = UnitPlan(size, page, layout.num_bytes(unit, page), num_bytes)
+    return units
 
 
 def check_fit(free: int, weights: Mapping[str, int], exchange_bytes: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.moe.ep_moe.factory import describe_experts
@@ -74,8 +75,7 @@ class ModelRunner:
         self.req_to_token_pool = memory.req_to_token_pool
         self.last_token = memory.last_token
         self.pools = pools
-        self.kv_pool = pools.kv_pool
-        self.state_pool = pools.state_pool
+        self.has_state = pools.layout.has(STATE)
         self.attn_backend = attn_backend
         self.sampler = Sampler()
         self.overlap_trace = trace_reader(self.model)

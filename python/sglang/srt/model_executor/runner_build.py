@@ -18,7 +18,7 @@ from sglang.srt.layers.quantization import warn_of_splits
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.mem_cache.pool_plan import PoolPlan
 from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
-from sglang.srt.model_executor.graph_check import CHECK_LENS, GraphCheck
+from sglang.srt.model_executor.graph_check import GraphCheck
 from sglang.srt.model_executor.memory_plan import check_device, graph_buckets
 from sglang.srt.model_executor.model_pools import RankMemory, make_pools, make_rank_memory, plan_pools
 from sglang.srt.model_executor.model_runner import LoadedModel, ModelRunner
@@ -76,11 +76,11 @@ def plan(args: ServerArgs, models: Sequence[LoadedModel]) -> PoolPlan:
 
 def build(args: ServerArgs, models: Sequence[LoadedModel], sizes: PoolPlan) -> list[ModelRunner]:
     """One runner per model, over pools of ``sizes`` and one request table; decode steps are captured and proved."""
-    memory = make_rank_memory(args, [model.config for model in models], sizes, models[0].device)
+    pools = [make_pools(args, model.config, sizes, get_tp_group().size, model.device) for model in models]
+    memory = make_rank_memory(args, [model.config for model in models], sizes, pools, models[0].device)
     runners = []
-    for model in models:
-        pools = make_pools(args, model.config, sizes, get_tp_group().size, model.device)
-        runners.append(ModelRunner(model, memory, pools, make_backend(args, model, memory, pools)))
+    for model, each in zip(models, pools, strict=True):
+        runners.append(ModelRunner(model, memory, each, make_backend(args, model, memory, each)))
     if not args.disable_cuda_graph:
         for runner in runners:
             runner.decode_graphs = capture_graphs(runner, graph_buckets(args))
@@ -93,9 +93,7 @@ def make_backend(args: ServerArgs, model: LoadedModel, memory: RankMemory, pools
     context = AttentionContext(
         model_config=model.config,
         req_to_token_pool=memory.req_to_token_pool,
-        kv_pool=pools.kv_pool,
-        state_pool=pools.state_pool,
-        page_size=memory.page_size,
+        pools=pools,
         device=model.device,
     )
     if args.attention_backend is None:
@@ -116,7 +114,7 @@ def capture_graphs(runner: ModelRunner, buckets: Sequence[int], kind: StepKind =
         max_context_len=runner.model_config.context_len,
         device=runner.device,
         padding_row=runner.req_to_token_pool.padding_row,
-        has_state=runner.state_pool is not None,
+        has_state=runner.has_state,
         num_groups=get_parallel_state().attn_dp_size,
         world=get_world_group(),
     )
@@ -130,17 +128,11 @@ def capture_graphs(runner: ModelRunner, buckets: Sequence[int], kind: StepKind =
 @torch.inference_mode()
 def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
     """Refuse each captured bucket whose replay is not the eager step; the pools must be empty, and stay so."""
-    max_bs, page_size, backend = graphs.buckets[-1], runner.memory.page_size, runner.attn_backend
-    limit = min(runner.kv_pool.size, max_bs * max(CHECK_LENS))
-    buffers = [t.narrow(1, 0, limit + page_size) for t in runner.kv_pool.buffers()]
-    states = 0
-    if runner.state_pool is not None:
-        states = min(runner.state_pool.size, max_bs)
-        buffers += [t.narrow(1, 0, states + 1) for t in runner.state_pool.buffers()]
+    backend = runner.attn_backend
 
     def eager(batch: ModelWorkerBatch, bucket: int) -> LogitsProcessorOutput:
         graphs.buffers.fill(batch, bucket)
-        fb = graphs.buffers.view(bucket, backend, runner.state_pool is not None, batch)
+        fb = graphs.buffers.view(bucket, backend, runner.has_state, batch)
         backend.init_forward_metadata_replay(fb)
         return runner.run_planned(fb)
 
@@ -149,11 +141,8 @@ def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
         eager,
         runner.last_token,
         runner.req_to_token_pool,
-        buffers,
-        num_slots=limit,
-        num_states=states,
-        vocab_size=runner.model_config.vocab_size,
-        page_size=page_size,
+        runner.pools,
+        runner.model_config.vocab_size,
     ).run()
 
 

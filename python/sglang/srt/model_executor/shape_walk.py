@@ -110,7 +110,7 @@ class ShapeRunner(ModelRunner):
             [length + prefix for length, prefix in requests],
             torch.zeros(total, dtype=torch.int64),
             torch.zeros(total, dtype=torch.int64),
-            None if self.state_pool is None else rows,
+            rows if self.has_state else None,
         )
         self.forward(batch)
         self.draw([GREEDY] * len(requests))

@@ -116,7 +116,7 @@ def _dummy_rows(runner: ModelRunner, batch: int) -> list[int]:
 
 
 def _dummy_states(runner: ModelRunner, batch: int) -> list[int] | None:
-    return None if runner.state_pool is None else [0] * batch
+    return [0] * batch if runner.has_state else None
 
 
 def _everyone(num_tokens: int) -> list[int] | None:

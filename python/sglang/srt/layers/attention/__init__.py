@@ -7,6 +7,7 @@ import pkgutil
 from typing import TYPE_CHECKING
 
 from sglang.kernels.registry import REGISTRY
+from sglang.srt.configs.cache_layout import STATE
 
 if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
@@ -30,7 +31,7 @@ def make_attention_backend(name: str, context: AttentionContext) -> AttentionBac
     load_attention_backends()
     backend = create_attention_backend(name, context)
     REGISTRY.prefer(OP_GROUPS, backend.prefers)
-    if context.state_pool is None:
+    if not context.pools.layout.has(STATE):
         return backend
     assert isinstance(backend, GqaBackend), "recurrent layers stand among layers of grouped-query attention"
-    return HybridLinearAttnBackend(backend, GDNBackend(context.state_pool))
+    return HybridLinearAttnBackend(backend, GDNBackend(context.pools["gdn"], context.device))

@@ -16,7 +16,7 @@ from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
-from sglang.srt.mem_cache.memory_pool import GDNStatePool, KVPool
+from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
 
 # Latent rows [m, R+P] -> keys [m, H, nope], values [m, H, v] and the last columns of every head's keys [m, P].
@@ -29,9 +29,7 @@ class AttentionContext:
 
     model_config: ModelConfig
     req_to_token_pool: ReqToTokenPool
-    kv_pool: KVPool
-    state_pool: GDNStatePool | None
-    page_size: int
+    pools: ModelPools
     device: torch.device
 
 

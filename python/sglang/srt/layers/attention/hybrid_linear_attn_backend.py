@@ -17,7 +17,7 @@ from sglang.srt.layers.attention.base_attn_backend import (
 from sglang.srt.layers.layernorm import GemmaRMSNorm
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
-from sglang.srt.mem_cache.memory_pool import GDNStatePool
+from sglang.srt.mem_cache.memory_pool import CachePool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
 
 # mixed_qkv, z, b and a of some tokens
@@ -47,14 +47,15 @@ class GDNBackend(RecurrentBackend):
     request that brings one token takes the recurrent form whatever the mode of the step, others the chunked form.
     """
 
-    def __init__(self, state_pool: GDNStatePool) -> None:
+    def __init__(self, state_pool: CachePool, device: torch.device) -> None:
         self.state_pool = state_pool
+        self.device = device
 
     def plan_states(self, fb: ForwardBatch) -> GDNPlan:
         """Sort the step's requests into single tokens and chunks. Raises UnplannedStepError, or ValueError without a
         state slot per request."""
         if fb.batch_size == 0:
-            none = torch.empty(0, dtype=torch.int64, device=self.state_pool.device)
+            none = torch.empty(0, dtype=torch.int64, device=self.device)
             return GDNPlan(None, none, None, none)
         slots = fb.state_slot_ids
         if slots is None or slots.shape[0] != fb.batch_size:
@@ -115,7 +116,7 @@ class GDNBackend(RecurrentBackend):
     def _arguments(self, rows: StepRows, layer: GatedDeltaNet) -> tuple[torch.Tensor, ...]:
         """What both steps take first: rows, parameters and states."""
         parameters = (layer.conv_weight, layer.A_log, layer.dt_bias, layer.norm.weight)
-        return (*rows, *parameters, self.state_pool.conv(layer.layer_id), self.state_pool.ssm(layer.layer_id))
+        return (*rows, *parameters, *self.state_pool.layer(layer.layer_id))
 
     def _step(self, rows: StepRows, layer: GatedDeltaNet, plan: GDNPlan) -> torch.Tensor:
         return gdn_decode_step(*self._arguments(rows, layer), plan.step_slots, layer.norm.eps)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang.srt.configs.deepseek import DeepseekConfig
+from sglang.srt.configs.attention_backends import LatentShapes
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class ExpandWhenCheaper:
     becomes a key and a value, and each query meets rows of width nope + P + v.
     """
 
-    def __init__(self, text: DeepseekConfig) -> None:
-        self._transform = text.kv_lora_rank * (text.qk_nope_head_dim + text.v_head_dim)
-        self._absorbed_row = 2 * text.kv_lora_rank + text.qk_rope_head_dim
-        self._expanded_row = text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim
+    def __init__(self, shapes: LatentShapes) -> None:
+        self._transform = shapes.kv_lora_rank * (shapes.qk_nope_head_dim + shapes.v_head_dim)
+        self._absorbed_row = 2 * shapes.kv_lora_rank + shapes.qk_rope_head_dim
+        self._expanded_row = shapes.qk_nope_head_dim + shapes.qk_rope_head_dim + shapes.v_head_dim
 
     def __call__(self, new_tokens: int, total_tokens: int) -> bool:
         pairs = new_tokens * total_tokens

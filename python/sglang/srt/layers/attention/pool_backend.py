@@ -11,7 +11,6 @@ from sglang.kernels.ops.attention.mla_extend import mla_extend
 from sglang.kernels.ops.attention.prepare_gqa import prepare_gqa
 from sglang.kernels.ops.attention.prepare_mla import prepare_mla
 from sglang.kernels.ops.attention.ragged_extend import ragged_extend
-from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.layers.attention.base_attn_backend import (
     AttentionBackend,
     AttentionContext,
@@ -23,7 +22,6 @@ from sglang.srt.layers.attention.plans import ExpandWhenCheaper, ExtendPlan, Mla
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
@@ -43,8 +41,7 @@ class PoolGqaBackend(PoolBackend, GqaBackend):
 
     def __init__(self, ctx: AttentionContext) -> None:
         super().__init__(ctx)
-        assert isinstance(ctx.kv_pool, MHATokenToKVPool)
-        self.kv_pool = ctx.kv_pool
+        self.kv_pool = ctx.pools["kv"]
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, fb: ForwardBatch
@@ -53,7 +50,7 @@ class PoolGqaBackend(PoolBackend, GqaBackend):
         num_tokens = q.shape[0]
         k = k.view(num_tokens, layer.num_kv_heads, layer.head_dim)
         v = v.view(num_tokens, layer.num_kv_heads, layer.v_head_dim)
-        write_kv(k, v, *self.kv_pool.get_kv_buffer(layer.layer_id), fb.out_cache_loc)
+        write_kv(k, v, *self.kv_pool.layer(layer.layer_id), fb.out_cache_loc)
         return self.attend(q.view(num_tokens, layer.num_heads, layer.head_dim), layer, fb)
 
     def prepare_gqa(
@@ -72,7 +69,7 @@ class PoolGqaBackend(PoolBackend, GqaBackend):
         assert q_norm.eps == k_norm.eps
         return prepare_gqa(
             q, k, v, q_norm.weight, k_norm.weight, positions, rotary_emb.cos_sin_cache,
-            *self.kv_pool.get_kv_buffer(layer.layer_id), fb.out_cache_loc, q_norm.eps, rotary_emb.is_neox,
+            *self.kv_pool.layer(layer.layer_id), fb.out_cache_loc, q_norm.eps, rotary_emb.is_neox,
         )  # fmt: skip
 
 
@@ -86,10 +83,12 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
 
     def __init__(self, ctx: AttentionContext) -> None:
         super().__init__(ctx)
-        assert isinstance(ctx.kv_pool, MLATokenToKVPool) and isinstance(ctx.model_config.text, DeepseekConfig)
-        self.kv_pool = ctx.kv_pool
+        self.kv_pool = ctx.pools["latent"]
+        shapes = ctx.model_config.text.latent_shapes
+        assert shapes is not None, "the settings give this backend to models with latent attention alone"
+        self.shapes = shapes
         # Which form a request of an extend step takes, by its new and its total tokens.
-        self.expands = ExpandWhenCheaper(ctx.model_config.text)
+        self.expands = ExpandWhenCheaper(shapes)
 
     def prepare_mla(
         self,
@@ -149,7 +148,7 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
 
     def _latent(self, layer: RadixAttention) -> torch.Tensor:
         """Latent rows [S, R+P] of the layer."""
-        return self.kv_pool.get_latent(layer.layer_id)
+        return self.kv_pool.layer(layer.layer_id)[0]
 
 
 def no_output(q: torch.Tensor, plan: object, *shape: int) -> torch.Tensor:

@@ -101,7 +101,7 @@ class TorchNativeGqaBackend(TorchNativeAttnBackend, PoolGqaBackend):
 
     def attend(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
         """See the base class."""
-        k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
+        k_cache, v_cache = self.kv_pool.layer(layer.layer_id)
         plan = fb.attn_plan.attention
         if isinstance(plan, ExtendPlan):
             out = paged_extend(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)

@@ -12,7 +12,6 @@ from sglang.kernels.ops.attention.attention_state import extend_state, merge_sta
 from sglang.kernels.ops.attention.kv_cache import gather_slots
 from sglang.kernels.ops.attention.paged_extend import paged_extend
 from sglang.kernels.ops.attention.table_decode import mla_table_decode, table_decode
-from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import (
     AttentionContext,
@@ -127,7 +126,7 @@ class TritonGqaBackend(TritonAttnBackend, PoolGqaBackend):
 
     def attend(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
         """See the base class."""
-        k_cache, v_cache = self.kv_pool.get_kv_buffer(layer.layer_id)
+        k_cache, v_cache = self.kv_pool.layer(layer.layer_id)
         plan = fb.attn_plan.attention
         if isinstance(plan, TableDecodePlan):
             out = table_decode(
@@ -146,12 +145,10 @@ class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
 
     def __init__(self, ctx: AttentionContext) -> None:
         super().__init__(ctx)
-        text = ctx.model_config.text
-        assert isinstance(text, DeepseekConfig)
-        heads = text.num_attention_heads // get_tp_group().size
+        heads, shapes = ctx.model_config.text.num_attention_heads // get_tp_group().size, self.shapes
         # A gathered row, whose last part all heads share, and what it expands to.
-        latent = text.kv_lora_rank + text.qk_rope_head_dim
-        columns = latent + heads * (text.qk_nope_head_dim + text.v_head_dim)
+        latent = shapes.kv_lora_rank + shapes.qk_rope_head_dim
+        columns = latent + heads * (shapes.qk_nope_head_dim + shapes.v_head_dim)
         self.max_expanded_rows = max(1, EXPANDED_BYTES // (columns * ctx.model_config.dtype.itemsize))
 
     def plan_extend(self, fb: ForwardBatch) -> MlaExtendPlan:

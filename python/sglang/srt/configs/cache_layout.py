@@ -1,0 +1,98 @@
+"""What a model keeps of the sequences that it serves: pools of rows, each following one allocated unit by a ratio.
+
+Plain data, made by a model's config. The sizes of pools, the memory plan, the making of the pools and the proof of
+captured steps derive from it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+# The units that are ever allocated: a token of a sequence, a token within a sliding window, and a slot of a sequence.
+FULL, SWA, STATE = "full", "swa", "state"
+
+_ITEM_BYTES = {
+    "float64": 8, "int64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1,
+    "uint8": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CacheTypes:
+    """Element types of what is kept, by torch's names.
+
+    kv: keys, values and latents. conv: inputs that a convolution looks back on. state: recurrent states; None takes
+    what the checkpoint names.
+    """
+
+    kv: str = "float32"
+    conv: str = "float32"
+    state: str | None = None
+
+
+PLAIN_TYPES = CacheTypes()
+
+
+@dataclass(frozen=True)
+class BufferSpec:
+    """One buffer of a pool: the shape of a row of one layer, and its element type by torch's name."""
+
+    name: str
+    row_shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """Buffers of some layers whose rows follow ``unit``: slot s of the unit has its row at s // units_per_row.
+
+    Plain keys and values have one row per token. A cache that keeps one row for each m tokens, or whole pages of m
+    tokens as bytes, has ``units_per_row`` m, and needs no allocator of its own.
+    """
+
+    name: str
+    unit: str
+    layer_ids: tuple[int, ...]
+    buffers: tuple[BufferSpec, ...]
+    units_per_row: int = 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in all layers and buffers."""
+        one_layer = sum(math.prod(buffer.row_shape) * _ITEM_BYTES[buffer.dtype] for buffer in self.buffers)
+        return len(self.layer_ids) * one_layer
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """All pools of a model on one rank."""
+
+    pools: tuple[PoolSpec, ...]
+
+    def has(self, unit: str) -> bool:
+        """True when some pool follows ``unit``."""
+        return any(pool.unit == unit for pool in self.pools)
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """The units that the pools follow, each once."""
+        return tuple(dict.fromkeys(pool.unit for pool in self.pools))
+
+    def num_bytes(self, unit: str, num_units: int) -> int:
+        """Bytes that ``num_units`` of a unit take in all pools that follow it; whole rows of each of them."""
+        uneven = [pool.name for pool in self.pools if pool.unit == unit and num_units % pool.units_per_row]
+        if uneven:
+            raise ValueError(f"{num_units} units {unit!r} are no whole rows of {', '.join(uneven)}")
+        return sum(num_units // pool.units_per_row * pool.row_bytes for pool in self.pools if pool.unit == unit)
+
+
+def join(layouts: Iterable[CacheLayout]) -> CacheLayout:
+    """What several models on one rank keep together, whose pools follow the same units."""
+    return CacheLayout(tuple(pool for layout in layouts for pool in layout.pools))
+
+
+def dummy_units(unit: str, page_size: int) -> int:
+    """How many of a unit lie before the first that is handed out, for padded rows: a page of tokens, a state slot."""
+    return 1 if unit == STATE else page_size

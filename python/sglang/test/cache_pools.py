@@ -1,0 +1,50 @@
+"""Small pools for tests, without a model's config."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sglang.srt.configs.cache_layout import FULL, STATE, BufferSpec, CacheLayout, PoolSpec
+from sglang.srt.mem_cache.memory_pool import CachePool, ModelPools, StateSlots
+
+
+def pool_spec(
+    name: str, unit: str, layers: Sequence[int], rows: dict[str, tuple[int, ...]], *dtypes: torch.dtype
+) -> PoolSpec:
+    """A pool whose buffers have the row shapes of ``rows``; one type for all of them, or one each."""
+    names = [str(dtype).removeprefix("torch.") for dtype in dtypes] * (len(rows) if len(dtypes) == 1 else 1)
+    buffers = [BufferSpec(name, shape, dtype) for (name, shape), dtype in zip(rows.items(), names, strict=True)]
+    return PoolSpec(name, unit, tuple(layers), tuple(buffers))
+
+
+def kv_pools(
+    size: int, page: int, dtype: torch.dtype, heads: int, dim: int, layers: Sequence[int], device: str = "cpu"
+) -> ModelPools:
+    """Keys and values of ``size`` tokens."""
+    spec = pool_spec("kv", FULL, layers, {"k": (heads, dim), "v": (heads, dim)}, dtype)
+    return ModelPools(CacheLayout((spec,)), {FULL: size}, page, device)
+
+
+def latent_pools(
+    size: int, page: int, dtype: torch.dtype, width: int, layers: Sequence[int], device: str = "cpu"
+) -> ModelPools:
+    """Latent rows of ``size`` tokens."""
+    spec = pool_spec("latent", FULL, layers, {"latent": (width,)}, dtype)
+    return ModelPools(CacheLayout((spec,)), {FULL: size}, page, device)
+
+
+def state_slots(
+    num_slots: int,
+    layers: Sequence[int],
+    conv: tuple[int, ...],
+    ssm: tuple[int, ...],
+    conv_dtype: torch.dtype,
+    ssm_dtype: torch.dtype,
+    device: str = "cpu",
+) -> tuple[StateSlots, CachePool]:
+    """Recurrent states of ``num_slots`` sequences, and the slots' owner."""
+    spec = pool_spec("gdn", STATE, layers, {"conv": conv, "ssm": ssm}, conv_dtype, ssm_dtype)
+    pools = ModelPools(CacheLayout((spec,)), {STATE: num_slots}, 1, device)
+    return StateSlots(pools), pools["gdn"]
