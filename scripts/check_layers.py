@@ -22,7 +22,7 @@ REPO = Path(__file__).resolve().parent.parent
 LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (0, ("sglang.version", "sglang.srt.environ")),
     (1, ("sglang.srt.platforms",)),
-    (2, ("sglang.srt.utils",)),
+    (2, ("sglang.srt.utils", "sglang.srt.parser")),
     (3, ("sglang.kernels", "sglang.srt.configs", "sglang.srt.server_args")),
     (4, ("sglang.srt.distributed",)),
     (5, ("sglang.srt.mem_cache", "sglang.srt.sampling")),

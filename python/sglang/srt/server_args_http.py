@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from sglang.srt.parser.reasoning_parser import REASONING_PARSERS
 from sglang.srt.server_args_fields import Arg
 
 HTTP = "HTTP server"
@@ -93,6 +94,15 @@ class HttpArgs:
     ] = None
     chat_template: Annotated[
         str | None, Arg("File of a Jinja chat template.", API, auto="the tokenizer's", metavar="FILE")
+    ] = None
+    reasoning_parser: Annotated[
+        str | None,
+        Arg(
+            "Form in which the model thinks: the thought then stands in `reasoning_content`, not in `content`.",
+            API,
+            choices=tuple(REASONING_PARSERS),
+            auto="thoughts stay in the content",
+        ),
     ] = None
     enable_cache_report: Annotated[bool, Arg("Report cached prompt tokens in `usage`.", API)] = False
     sampling_defaults: Annotated[

@@ -6,11 +6,13 @@ import tempfile
 import threading
 import time
 import types
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 import httpx
+from tokenizers import AddedToken
 
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
 from sglang.srt.entrypoints.http_server import HttpServer, bind, listen
@@ -28,14 +30,22 @@ CONTEXT_LEN = 128
 class FakeServer:
     """Serves until ``stop``; ``scheduler`` is the fake one, ``error`` what it ends requests with.
 
+    ``added_tokens`` are further tokens of the vocabulary, ``tokenizer_config`` keys of tokenizer_config.json.
     ``settings`` are fields of ServerArgs. The listener is always on loopback, whatever ``host`` they name.
     """
 
     def __init__(
-        self, generation_defaults: dict[str, Any] | None = None, error: FinishReason | None = None, **settings: Any
+        self,
+        generation_defaults: dict[str, Any] | None = None,
+        error: FinishReason | None = None,
+        added_tokens: Sequence[str] = (),
+        tokenizer_config: dict[str, Any] | None = None,
+        **settings: Any,
     ):
         self._folder = tempfile.TemporaryDirectory()
-        folder = write_tokenizer(self._folder.name, byte_level_tokenizer())
+        backend = byte_level_tokenizer()
+        backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in added_tokens])
+        folder = write_tokenizer(self._folder.name, backend, **(tokenizer_config or {}))
         args = replace(ServerArgs(), model_path=folder, tokenizer_path=folder, log_level="error", **settings)
         self.tokenizer = None if args.skip_tokenizer_init else Tokenizer.from_path(folder)
         self.engine = FakeEngine(args, self.tokenizer)

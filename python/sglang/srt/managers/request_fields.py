@@ -66,8 +66,8 @@ REFUSED_FIELDS: dict[str, str] = {
     "echo": "only /v1/completions gives the prompt back",
     "best_of": "every sample is returned: use n",
     "verbosity": "the model knows no verbosity",
-    "separate_reasoning": "no parser tells thought from answer",
-    "include_reasoning": "no parser tells thought from answer",
+    "separate_reasoning": "only /v1/chat/completions tells thought from answer",
+    "include_reasoning": "use separate_reasoning of /v1/chat/completions",
     # Other forms of the answer.
     "prompt_logprobs": "use echo and logprobs of /v1/completions, or logprob_start_len of /generate",
     "include_stop_str_in_output": "use no_stop_trim",

@@ -134,6 +134,10 @@ class Tokenizer:
             ids.insert(0, self.bos_token_id)
         return ids
 
+    def token_id(self, text: str) -> int | None:
+        """The token whose text is ``text``, or None."""
+        return self._backend.token_to_id(text)
+
     def count_tokens(self, text: str) -> int:
         """Tokens of ``text`` without special tokens around it; other threads run meanwhile."""
         with _panics_as_errors():

@@ -59,7 +59,10 @@ class CompletionRequest(GenerationRequest, kw_only=True):
 
 
 class ChatCompletionRequest(GenerationRequest, kw_only=True):
-    """``/v1/chat/completions``. ``max_completion_tokens`` wins over ``max_tokens``; neither means the whole context."""
+    """``/v1/chat/completions``. ``max_completion_tokens`` wins over ``max_tokens``; neither means the whole context.
+
+    ``separate_reasoning`` False leaves the thought in the content; ``stream_reasoning`` False shows it at its end.
+    """
 
     messages: list[dict[str, Any]]
     max_completion_tokens: int | None = None
@@ -72,6 +75,8 @@ class ChatCompletionRequest(GenerationRequest, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     continue_final_message: bool | None = None
     input_ids: list[int] | None = None
+    separate_reasoning: bool | None = None
+    stream_reasoning: bool | None = None
 
 
 class PromptTokensDetails(msgspec.Struct):
@@ -139,6 +144,7 @@ class ChatChoice(msgspec.Struct):
 class ChatDelta(msgspec.Struct, omit_defaults=True):
     role: str | None = None
     content: str | None = None
+    reasoning_content: str | None = None
 
 
 class ChatStreamChoice(msgspec.Struct):

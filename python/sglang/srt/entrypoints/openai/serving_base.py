@@ -34,6 +34,9 @@ _SAMPLING_FIELDS = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"} | {
     name: name for name in GenerationRequest.__struct_fields__ if name in SamplingParams.__struct_fields__
 }
 
+# Key of a result's ``meta_info`` under which an endpoint that tells thought from answer leaves its count.
+REASONING_TOKENS = "reasoning_tokens"
+
 # One result of the tokenizer manager, and what is kept of each choice of a response that has spoken.
 Result = dict[str, Any]
 States = dict[int, Any]
@@ -59,7 +62,8 @@ class UsageCounter:
         completion = sum(meta["completion_tokens"] for meta in metas.values())
         cached = sum(meta["cached_tokens"] for meta in prompts)
         details = PromptTokensDetails(cached) if self._report_cached else None
-        return Usage(prompt, completion, prompt + completion, details)
+        reasoning = sum(meta.get(REASONING_TOKENS, 0) for meta in metas.values())
+        return Usage(prompt, completion, prompt + completion, details, reasoning)
 
 
 class OpenAIServing(ABC, Generic[RequestT]):
@@ -156,8 +160,9 @@ class OpenAIServing(ABC, Generic[RequestT]):
             async for result in results:
                 index = result.get("index", 0)
                 counter.see(index, result["meta_info"])
+                choices = list(self.deltas(body, native, index, result, states))
                 usage = counter.usage(only=index) if options.continuous_usage_stats else None
-                for choice in self.deltas(body, native, index, result, states):
+                for choice in choices:
                     yield chunk([choice], usage)
         if options.include_usage:
             yield chunk([], counter.usage())

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterator
 from typing import Any
 
+from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.openai.message_fields import judge_messages
 from sglang.srt.entrypoints.openai.protocol import (
@@ -19,7 +20,8 @@ from sglang.srt.entrypoints.openai.protocol import (
     GenerationResponse,
     TopLogprob,
 )
-from sglang.srt.entrypoints.openai.serving_base import OpenAIServing, Result, States, finish
+from sglang.srt.entrypoints.openai.reply_reader import ReplyParsers, ReplyReader
+from sglang.srt.entrypoints.openai.serving_base import REASONING_TOKENS, OpenAIServing, Result, States, finish
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.utils.chat_messages import ChatTemplateError
@@ -30,6 +32,10 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
     request_type = ChatCompletionRequest
     response_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
+
+    def __init__(self, context: ServerContext):
+        super().__init__(context)
+        self._parsers = ReplyParsers(context)
 
     def endpoint(self) -> Endpoint:
         result, chunk = GenerationResponse[ChatChoice], GenerationResponse[ChatStreamChoice]
@@ -47,6 +53,7 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
 
     def check(self, body: ChatCompletionRequest) -> None:
         super().check(body)
+        self._parsers.check(body)
         if body.tools and body.tool_choice != "none":
             raise RequestError("tools are not supported by this server: no tool call would be recognised.")
         if isinstance(body.tool_choice, dict) or body.tool_choice == "required":
@@ -79,19 +86,31 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
         self, body: ChatCompletionRequest, native: GenerateReqInput, index: int, result: Result, states: States
     ) -> ChatChoice:
         meta = result["meta_info"]
-        return ChatChoice(index, ChatMessage("assistant", result["text"]), self._logprobs(body, meta), *finish(meta))
+        reader = self._parsers.reader(body, native)
+        deltas = reader.read(result["text"], result["output_ids"], is_last=True)
+        meta[REASONING_TOKENS] = reader.reasoning_tokens
+        content = "".join(delta.content or "" for delta in deltas)
+        thought = "".join(delta.reasoning_content or "" for delta in deltas) or None
+        message = ChatMessage("assistant", content or (None if thought else ""), thought)
+        return ChatChoice(index, message, self._logprobs(body, meta), *finish(meta))
 
     def deltas(
         self, body: ChatCompletionRequest, native: GenerateReqInput, index: int, result: Result, states: States
     ) -> Iterator[ChatStreamChoice]:
-        meta, text = result["meta_info"], result["text"]
+        meta = result["meta_info"]
         if index not in states:
-            states[index] = 0
+            states[index] = self._parsers.reader(body, native)
             yield ChatStreamChoice(index, ChatDelta("assistant", ""))
         logprobs = self._logprobs(body, meta)
-        if text or (logprobs and logprobs.content):
-            yield ChatStreamChoice(index, ChatDelta(content=text), logprobs)
         reason, matched = finish(meta)
+        reader: ReplyReader = states[index]
+        deltas = reader.read(result["text"], result["output_ids"], is_last=reason is not None)
+        meta[REASONING_TOKENS] = reader.reasoning_tokens
+        if not deltas and logprobs and logprobs.content:
+            deltas = [ChatDelta(content="")]
+        for delta in deltas:
+            yield ChatStreamChoice(index, delta, logprobs)
+            logprobs = None
         if reason is not None:
             yield ChatStreamChoice(index, ChatDelta(), None, reason, matched)
 
