@@ -24,7 +24,8 @@ class Verdict:
     """Accepted when ``errors`` is empty; ``args`` are then resolved and ``model_config`` is read.
 
     ``changes`` says what resolution set and why; ``variables`` are the environment variables that are set, secrets
-    redacted. ``child_variables`` are those that the launch sets for the processes of the ranks. Problems of the model
+    redacted. ``child_variables`` are those that the launch sets for the processes of the ranks; ``needed`` is
+    what each of them is told of its memory (bytes by purpose), empty where the ranks do not ask. Problems of the model
     folder come last in ``errors`` and begin with "model: ".
     """
 
@@ -36,6 +37,7 @@ class Verdict:
     warnings: list[str] = field(default_factory=list)
     variables: dict[str, str] = field(default_factory=dict)
     child_variables: dict[str, str] = field(default_factory=dict)
+    needed: dict[str, int] = field(default_factory=dict)
     # What a dry run says of shared experts and of places that may overlap.
     streams: list[str] = field(default_factory=list)
 

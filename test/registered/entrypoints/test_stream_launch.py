@@ -90,7 +90,7 @@ class TestLaunch(StreamPlanCase):
         self.addCleanup(ipc.remove)
         with mock.patch.object(process_launch.subprocess, "Popen", start):
             with self.assertRaises(process_launch.LaunchError):  # nobody reports ready
-                process_launch.launch_engine_processes(verdict.args, ipc, verdict.child_variables)
+                process_launch.launch_engine_processes(verdict.args, ipc, verdict.child_variables, verdict.needed)
         self.assertEqual(started, [("scheduler_process", "5")] * 2 + [("detokenizer_process", None)])
 
     def test_a_dry_run_says_what_the_ranks_would(self):

@@ -197,14 +197,14 @@ class TestOrder(CustomTestCase):
             kept.append(TokenizerManager(*arguments))  # its sockets are not to be closed by a garbage collection
             return kept[-1]
 
-        def fail(args, ipc, variables):
+        def fail(args, ipc, variables, needed):
             self.assertIn("tokenizer", os.listdir(ipc.directory))
             ipc.remove()
             raise LaunchError("planted", user_error=False)
 
         model = types.SimpleNamespace(context_len=64, vocab_size=8)
         args = ServerArgs(skip_tokenizer_init=True)
-        verdict = types.SimpleNamespace(args=args, model_config=model, child_variables={})
+        verdict = types.SimpleNamespace(args=args, model_config=model, child_variables={}, needed={})
         with (
             mock.patch.object(launch, "launch_engine_processes", fail),
             mock.patch.object(launch, "TokenizerManager", keep),
@@ -226,7 +226,7 @@ class TestSecrets(CustomTestCase):
         ):
             ipc = IpcNames.create()
             self.addCleanup(ipc.remove)
-            process_launch.launch_engine_processes(args, ipc, {})
+            process_launch.launch_engine_processes(args, ipc, {}, {})
         configs = [call.args[2] for call in start.call_args_list]
         self.assertEqual(len(configs), 2)
         self.assertFalse(any("sesame" in config.server_args for config in configs))

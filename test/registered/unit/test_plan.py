@@ -32,7 +32,7 @@ from sglang.srt.managers import process_launch
 from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.pool_plan import PoolPlanError
-from sglang.srt.model_executor.memory_plan import check_device, plan_memory, plan_moe_exchange, plan_weights
+from sglang.srt.model_executor.memory_plan import build_rank, check_fit, count_weights, plan_memory, plan_needs
 from sglang.srt.model_executor.model_pools import make_pools, table_width
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.platforms import override_platform
@@ -86,6 +86,10 @@ def bytes_of_transport(transport: PortableTransport) -> int:
     return sum(tensor.nbytes for tensor in [*tensors, *transport._batch] if tensor is not None)
 
 
+def planned_weights(args: ServerArgs, config: ModelConfig, rank: int) -> dict[str, int]:
+    return count_weights(build_rank(args, config, rank))
+
+
 class PlanTestCase(CustomTestCase):
     @classmethod
     def setUpClass(cls):
@@ -131,10 +135,10 @@ class TestWeights(PlanTestCase):
         for name in MODELS:
             for layout in LAYOUTS:
                 args, config = self.resolved(name, **layout)
-                built = [self.bytes_of_built(args, config, rank) for rank in range(args.tp_size)]
+                ranks = range(args.tp_size)
+                built = [self.bytes_of_built(args, config, rank) for rank in ranks]
                 with self.subTest(name, layout=layout):
-                    ranks = range(args.tp_size)
-                    self.assertEqual([sum(plan_weights(args, config, rank).values()) for rank in ranks], built)
+                    self.assertEqual([sum(planned_weights(args, config, rank).values()) for rank in ranks], built)
                     self.assertEqual(sum(plan_memory(args, config, "cpu", 1 << 40, {}).weights.values()), max(built))
 
     def bytes_of_built(self, args: ServerArgs, config: ModelConfig, rank: int) -> int:
@@ -153,7 +157,7 @@ class TestWeights(PlanTestCase):
                 layers = [module for module in model.modules() if isinstance(module, MoriEPMoE)]
                 found = {id(layer.dispatcher): layer.dispatcher.transport for layer in layers}.values()
                 self.assertEqual(len(found), transports)
-                plan = plan_moe_exchange(args, config, "cpu", {})
+                plan = plan_needs(args, config, "cpu", {}).exchange
                 assert plan is not None
                 self.assertEqual(plan.num_bytes, sum(bytes_of_transport(each) for each in found))
 
@@ -165,25 +169,25 @@ class TestWeights(PlanTestCase):
                 args, config = self.resolved(name, tp_size=4, ep_size=ep, disable_shared_experts_fusion=apart)
                 # The fused shared expert is a slot beside those of a rank, and split with them.
                 slots = 16 // ep + (0 if apart else 1)
-                planned = plan_weights(args, config, 0)
+                planned = planned_weights(args, config, 0)
                 self.assertEqual(planned["routed experts"], 2 * slots * 3 * size * ep // 4)
                 self.assertEqual("shared experts" in planned, apart)
 
     def test_groups(self):
         args, config = self.resolved("v3", disable_shared_experts_fusion=True)
-        planned = plan_weights(args, config, 0)
+        planned = planned_weights(args, config, 0)
         self.assertEqual(planned["embedding and head"], 2 * 512 * 256 * 4)
         self.assertEqual(planned["dense MLP"], 3 * 256 * 512 * 4)
         self.assertEqual(planned["shared experts"], 2 * 3 * 256 * 256 * 4)
         self.assertEqual(planned["router"], 2 * (16 * 256 + 16) * 4)
         self.assertEqual(planned["norms"], (2 * 3 + 1) * 256 * 4)
         args, config = self.resolved("v3-tied")
-        self.assertEqual(plan_weights(args, config, 0)["embedding and head"], 512 * 256 * 4)
+        self.assertEqual(planned_weights(args, config, 0)["embedding and head"], 512 * 256 * 4)
 
     def test_published_size_without_memory(self):
         config = {**DEEPSEEK_V3, "num_hidden_layers": 61, "first_k_dense_replace": 3}
         args, model = self.resolved_config("v3-full", config, platform=MI300X, tp_size=8, moe_a2a_backend="mori")
-        planned = plan_weights(args, model, 0)
+        planned = planned_weights(args, model, 0)
         self.assertEqual(planned["routed experts"], 58 * 32 * 3 * 7168 * 2048 * 2)
 
     def resolved_config(self, name: str, config: dict[str, Any], **flags: Any) -> tuple[ServerArgs, ModelConfig]:
@@ -214,15 +218,14 @@ class TestPools(PlanTestCase):
 
     def test_what_does_not_fit_is_refused_with_the_sum(self):
         args, config = self.resolved("v3", moe_a2a_backend="mori", tp_size=2)
-        weights = plan_weights(args, config, 0)
-        plan = plan_memory(args, config, "cpu", sum(weights.values()), {})
-        self.assertIsNone(plan.pools)
-        self.assertLess(plan.left, 0)
-        for part in (*weights, "MoE exchange"):
+        needed = plan_needs(args, config, "cpu", {}).num_bytes
+        plan = plan_memory(args, config, "cpu", sum(needed.values()), {})
+        self.assertEqual((plan.pools, plan.left < 0), (None, True))
+        for part in needed:
             self.assertIn(part, plan.problems[0])
         with self.assertRaisesRegex(PoolPlanError, "routed experts .* MoE exchange"):
-            check_device(args, config, "cpu", sum(weights.values()) + plan.exchange_bytes)
-        check_device(args, config, "cpu", sum(weights.values()) + plan.exchange_bytes + 1)
+            check_fit(sum(needed.values()), needed)
+        check_fit(sum(needed.values()) + 1, needed)
 
 
 class TestExchangeBuffers(CustomTestCase):
@@ -463,7 +466,7 @@ class TestLaunch(PlanTestCase):
         with unittest.mock.patch.object(process_launch, "_start", start):
             with unittest.mock.patch.object(process_launch, "_wait_ready", lambda child, engine: {}):
                 ipc = IpcNames.create()
-                process_launch.launch_engine_processes(verdict.args, ipc, verdict.child_variables)
+                process_launch.launch_engine_processes(verdict.args, ipc, verdict.child_variables, verdict.needed)
                 ipc.remove()
         heap = verdict.child_variables.items()
         self.assertEqual({name: heap <= variables.items() for name, variables in seen.items()},

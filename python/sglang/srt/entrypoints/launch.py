@@ -30,7 +30,7 @@ def judge(request: Sequence[str] | ServerArgs) -> Verdict:
         return verdict
     try:
         _plan_streams(verdict)
-        _plan_exchange(verdict)
+        _plan_needs(verdict)
         if verdict.args.dry_run:
             _try_tokenizer(verdict)
     except ValueError as error:
@@ -52,19 +52,21 @@ def _plan_streams(verdict: Verdict) -> None:
         verdict.warnings += plan.warnings
 
 
-def _plan_exchange(verdict: Verdict) -> None:
+def _plan_needs(verdict: Verdict) -> None:
+    """Count what a rank holds, once for all ranks; on a CPU nobody asks for it unless experts exchange tokens."""
     verdict.errors += mori_setting_problems(verdict.args)
-    if verdict.args.moe_a2a_backend == "none" or verdict.errors:
+    if verdict.errors or (verdict.args.moe_a2a_backend == "none" and verdict.platform == "cpu"):
         return
-    from sglang.srt.model_executor.memory_plan import plan_moe_exchange
+    from sglang.srt.model_executor.memory_plan import plan_needs
 
     assert verdict.model_config is not None
     args = verdict.args
     # The ranks of a launch judge the release themselves; a dry run has none.
-    plan = plan_moe_exchange(args, verdict.model_config, verdict.platform, os.environ, judge_release=args.dry_run)
-    if plan is not None:
-        verdict.errors += plan.problems
-        verdict.child_variables |= plan.heap.variables if plan.heap is not None else {}
+    needs = plan_needs(args, verdict.model_config, verdict.platform, os.environ, judge_release=args.dry_run)
+    verdict.needed = needs.num_bytes
+    if needs.exchange is not None:
+        verdict.errors += needs.exchange.problems
+        verdict.child_variables |= needs.exchange.heap.variables if needs.exchange.heap is not None else {}
 
 
 def _try_tokenizer(verdict: Verdict) -> None:
@@ -113,7 +115,7 @@ def start_engine(verdict: Verdict) -> tuple[ServerContext, EngineProcesses]:
     ipc = IpcNames.create(args.dp_size)
     manager = TokenizerManager(args, model_config, tokenizer, ipc)
     try:
-        processes = launch_engine_processes(args, ipc, verdict.child_variables)
+        processes = launch_engine_processes(args, ipc, verdict.child_variables, verdict.needed)
     except BaseException:
         manager.close_sockets()
         raise

@@ -35,6 +35,21 @@ def yarn_inverse_frequencies(rotary_dim: int, base: float, rope: RopeConfig) -> 
     return ramp * plain / rope.factor + (1 - ramp) * plain
 
 
+def cos_sin_table(rotary_dim: int, max_position: int, base: float, rope: RopeConfig) -> torch.Tensor:
+    """Cosines and sines of every position's angles, float32 [max_position, R]; raises ValueError for unknown ropes."""
+    if rope.rope_type not in ("default", "yarn"):
+        raise ValueError(f"rotary embedding type {rope.rope_type!r} is not supported (known: default, yarn)")
+    if torch.get_default_device().type == "meta":
+        # Only the size is asked for. On meta tensors torch imports its compiler for the ops below, which takes seconds.
+        return torch.empty(max_position, rotary_dim, dtype=torch.float32)
+    yarn = rope.rope_type == "yarn"
+    frequencies = (
+        yarn_inverse_frequencies(rotary_dim, base, rope) if yarn else plain_inverse_frequencies(rotary_dim, base)
+    )
+    angles = torch.outer(torch.arange(max_position, dtype=torch.float32), frequencies)
+    return torch.cat((angles.cos(), angles.sin()), dim=-1) * rope.cos_sin_scale
+
+
 class RotaryEmbedding(nn.Module):
     """Rotates the first ``rotary_dim`` dimensions of queries and keys by their positions.
 
@@ -47,16 +62,8 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, rotary_dim: int, max_position: int, base: float, is_neox: bool, rope: RopeConfig) -> None:
         super().__init__()
         self.is_neox = is_neox
-        if rope.rope_type == "yarn":
-            frequencies = yarn_inverse_frequencies(rotary_dim, base, rope)
-        elif rope.rope_type == "default":
-            frequencies = plain_inverse_frequencies(rotary_dim, base)
-        else:
-            raise ValueError(f"rotary embedding type {rope.rope_type!r} is not supported (known: default, yarn)")
-        positions = torch.arange(max_position, dtype=torch.float32)
-        angles = torch.outer(positions, frequencies)
-        cache = torch.cat((angles.cos(), angles.sin()), dim=-1) * rope.cos_sin_scale
-        self.register_buffer("cos_sin_cache", cache, persistent=False)
+        table = cos_sin_table(rotary_dim, max_position, base, rope)
+        self.register_buffer("cos_sin_cache", table, persistent=False)
 
     def forward(self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """positions [N] int64, q [N, Hq, D], k [N, Hk, D] -> rotated (q, k), new tensors."""

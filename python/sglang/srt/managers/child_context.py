@@ -41,12 +41,16 @@ class RankPlace(msgspec.Struct, frozen=True):
 
 
 class LaunchConfig(msgspec.Struct, kw_only=True):
-    """What a child process is told, as JSON on its stdin: nothing of it lies on disk."""
+    """What a child process is told, as JSON on its stdin: nothing of it lies on disk.
+
+    ``needed`` is what the launch has counted for a scheduler: see ``launch_engine_processes``.
+    """
 
     server_args: str
     ipc: IpcNames
     place: RankPlace = RankPlace()
     dist_init_method: str = ""
+    needed: dict[str, int] = {}
 
     def parsed_server_args(self) -> ServerArgs:
         return ServerArgs.from_json(self.server_args)

@@ -201,10 +201,11 @@ def _check_devices(num_ranks: int, num_devices: int | None) -> None:
 
 
 def launch_engine_processes(
-    server_args: ServerArgs, ipc: IpcNames, child_variables: Mapping[str, str]
+    server_args: ServerArgs, ipc: IpcNames, child_variables: Mapping[str, str], needed: Mapping[str, int]
 ) -> EngineProcesses:
     """Start one scheduler a rank, with ``child_variables`` set, and one detokenizer, and wait until all are ready.
 
+    needed: bytes that a rank holds beside its pools, by purpose; empty where the ranks do not ask.
     ``server_args`` must be resolved. Raises LaunchError with the child's own words when one fails; the others are
     ended first. ``ipc`` is removed when this fails, else by the end of the processes.
     """
@@ -224,7 +225,9 @@ def launch_engine_processes(
                 given = server_args.nccl_port
                 port = get_free_port() if given is None else given + place.local_rank // server_args.tp_size
                 init_method = f"tcp://127.0.0.1:{port}"
-            config = LaunchConfig(server_args=told, ipc=engine.ipc, place=place, dist_init_method=init_method)
+            config = LaunchConfig(
+                server_args=told, ipc=engine.ipc, place=place, dist_init_method=init_method, needed=dict(needed)
+            )
             name = f"scheduler {place.label}".strip()
             engine.processes.append(_start(name, SCHEDULER_MODULE, config, threads, child_variables))
         config = LaunchConfig(server_args=told, ipc=engine.ipc)

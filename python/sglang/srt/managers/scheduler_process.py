@@ -103,7 +103,7 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
         model_config = model_config.with_tokenizer_end(tokenizer.eos_token_ids, source)
     REGISTRY.freeze()
     require_same_kernels(state.world)
-    runner = make_runner(args, model_config)
+    runner = make_runner(args, model_config, config.needed)
     scheduler_config = SchedulerConfig.create(args, model_config, runner, place.dp_rank)
     if not args.skip_server_warmup:
         warm_up(runner, scheduler_config.chunked_prefill_size or scheduler_config.max_prefill_tokens)

@@ -6,7 +6,6 @@ exchange buffers as their owners allocate them. Graphs and the runtime's own mem
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -15,7 +14,7 @@ from torch import nn
 
 from sglang.srt.configs.cache_layout import CacheLayout, dummy_units
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import ParallelState, ProcessGroupHandle, get_parallel_state, override_parallel_state
+from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher.base import EpConfig
 from sglang.srt.layers.moe.token_dispatcher.capacity import plan_rounds, rows_of_ranks
@@ -70,9 +69,8 @@ def build_rank(args: ServerArgs, config: ModelConfig, rank: int) -> nn.Module:
             return build_model(config, "meta")
 
 
-def plan_weights(args: ServerArgs, config: ModelConfig, rank: int) -> dict[str, int]:
-    """Bytes of the weights of ``rank`` by group, with the scales of quantised blocks and the position tables."""
-    model = build_rank(args, config, rank)
+def count_weights(model: nn.Module) -> dict[str, int]:
+    """Bytes of the weights of ``model`` by group, with the scales of quantised blocks and the position tables."""
     groups = dict.fromkeys(WEIGHT_GROUPS, 0)
     seen: set[int] = set()
     for path, module in model.named_modules():
@@ -126,18 +124,49 @@ class ExchangePlan:
         return beside + (self.heap.size if self.heap is not None else 0)
 
 
-def plan_moe_exchange(
+@dataclass(frozen=True)
+class RankNeeds:
+    """What the fullest rank holds beside its pools: weights in bytes by group, and the exchange between experts."""
+
+    weights: dict[str, int]
+    exchange: ExchangePlan | None
+
+    @property
+    def num_bytes(self) -> dict[str, int]:
+        """All of it, by what it is for."""
+        return {**self.weights, "MoE exchange": 0 if self.exchange is None else self.exchange.num_bytes}
+
+
+def plan_needs(
     args: ServerArgs, config: ModelConfig, kind: str, environ: Mapping[str, str], judge_release: bool = False
+) -> RankNeeds:
+    """The needs of resolved ``args`` on platform ``kind``; parameters and errors are those of ``plan_moe_exchange``."""
+    model = build_rank(args, config, 0)
+    weights = [count_weights(model)]
+    if config.quant_config is not None:
+        # Ranks differ where only some parts of a quantised matrix are cut at blocks.
+        weights += [count_weights(build_rank(args, config, rank)) for rank in range(1, args.tp_size)]
+    fullest = max(weights, key=lambda groups: sum(groups.values()))
+    return RankNeeds(fullest, plan_moe_exchange(args, config, model, kind, environ, judge_release))
+
+
+def plan_moe_exchange(
+    args: ServerArgs,
+    config: ModelConfig,
+    model: nn.Module,
+    kind: str,
+    environ: Mapping[str, str],
+    judge_release: bool = False,
 ) -> ExchangePlan | None:
     """The exchange of resolved ``args`` on platform ``kind``; None where experts exchange no tokens.
 
-    judge_release: the MORI that can be imported here, if any, is one of the reasons. Raises ValueError for
-    SGLANG_MORI_* and other settings with which there is nothing to plan.
+    model: a rank as ``build_rank`` makes it. judge_release: the MORI that can be imported here, if any, is one of the
+    reasons. Raises ValueError for SGLANG_MORI_* and other settings with which there is nothing to plan.
     """
     if args.moe_a2a_backend != "mori":
         return None
     settings = MoriConfig.from_env(args.tp_size, low_latency=args.deepep_mode == "low_latency")
-    layers = [module for module in build_rank(args, config, 0).modules() if isinstance(module, FusedMoE)]
+    layers = [module for module in model.modules() if isinstance(module, FusedMoE)]
     chosen = choose_kernel(settings) if kind == "hip" else None
     # Layers of one shape and type of rows share one exchange.
     kinds = dict.fromkeys((e.num_experts, e.hidden, e.top_k, config.dtype, e.quant_method.row_dtype) for e in layers)
@@ -244,16 +273,15 @@ def plan_memory(
     args: ServerArgs, config: ModelConfig, kind: str, memory: int, environ: Mapping[str, str]
 ) -> MemoryPlan:
     """The plan of the fullest rank of resolved ``args`` on a device of platform ``kind`` with ``memory`` bytes."""
-    # Ranks differ where only some parts of a quantised matrix are cut at blocks.
-    weights = max((plan_weights(args, config, rank) for rank in range(args.tp_size)), key=lambda w: sum(w.values()))
-    exchange = plan_moe_exchange(args, config, kind, environ, judge_release=True)
-    problems, taken = ([], 0) if exchange is None else ([*exchange.problems], exchange.num_bytes)
+    needs = plan_needs(args, config, kind, environ, judge_release=True)
+    weights, exchange, needed = needs.weights, needs.exchange, needs.num_bytes
+    problems = [] if exchange is None else [*exchange.problems]
     tp_size = args.tp_size // args.attn_dp_size
     runtime = 0 if kind == "cpu" else RUNTIME_BYTES
     pools = None
     try:
-        check_fit(memory - runtime, weights, taken)
-        free = memory - runtime - sum(weights.values()) - taken
+        check_fit(memory - runtime, needed)
+        free = memory - runtime - sum(needed.values())
         pools = plan_pools(args, [config], tp_size, int(free * (args.mem_fraction_static or 1)))
     except PoolPlanError as error:
         problems.append(str(error))
@@ -281,9 +309,8 @@ def plan_units(args: ServerArgs, layout: CacheLayout, pools: PoolPlan | None) ->
     return units
 
 
-def check_fit(free: int, weights: Mapping[str, int], exchange_bytes: int) -> None:
-    """Raise PoolPlanError, with the sum spelled out, unless weights and exchange buffers leave some of ``free``."""
-    parts = {**weights, "MoE exchange": exchange_bytes}
+def check_fit(free: int, parts: Mapping[str, int]) -> None:
+    """Raise PoolPlanError, with the sum spelled out, unless ``parts`` (RankNeeds.num_bytes) leave some of ``free``."""
     total = sum(parts.values())
     if total >= free:
         terms = " + ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size)
@@ -291,10 +318,3 @@ def check_fit(free: int, weights: Mapping[str, int], exchange_bytes: int) -> Non
             f"a rank needs {total / GIB:.2f} GiB before any KV ({terms}), and {free / GIB:.2f} GiB are there: raise "
             "--tp-size, serve a smaller or quantised model, or lower SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
         )
-
-
-def check_device(args: ServerArgs, config: ModelConfig, kind: str, free: int) -> None:
-    """``check_fit`` for this process, whose device has ``free`` bytes, before anything is loaded."""
-    exchange = plan_moe_exchange(args, config, kind, os.environ)
-    weights = plan_weights(args, config, get_parallel_state().world.rank)
-    check_fit(free, weights, 0 if exchange is None else exchange.num_bytes)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 
 import torch
 from tqdm import tqdm
@@ -19,7 +20,7 @@ from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.mem_cache.pool_plan import PoolPlan
 from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.graph_check import GraphCheck
-from sglang.srt.model_executor.memory_plan import check_device, graph_buckets
+from sglang.srt.model_executor.memory_plan import check_fit, graph_buckets, plan_needs
 from sglang.srt.model_executor.model_pools import RankMemory, make_pools, make_rank_memory, plan_pools
 from sglang.srt.model_executor.model_runner import LoadedModel, ModelRunner
 from sglang.srt.model_executor.step_graphs import StepGraphs
@@ -31,21 +32,28 @@ from sglang.srt.utils.stream_policy import StreamPlan, plan_streams
 logger = logging.getLogger(__name__)
 
 
-def make_runner(args: ServerArgs, config: ModelConfig) -> ModelRunner:
-    """The runner of this rank's only model, by the resolved ``args``. Raises PoolPlanError or WeightLoadError."""
-    models = [load(args, config)]
+def make_runner(args: ServerArgs, config: ModelConfig, needed: Mapping[str, int] | None = None) -> ModelRunner:
+    """The runner of this rank's only model, by the resolved ``args``. Raises PoolPlanError or WeightLoadError.
+
+    needed: see ``load``.
+    """
+    models = [load(args, config, needed)]
     return build(args, models, plan(args, models))[0]
 
 
-def load(args: ServerArgs, config: ModelConfig) -> LoadedModel:
-    """This rank's part of a model with its weights on its device, where it is checked first that they fit."""
+def load(args: ServerArgs, config: ModelConfig, needed: Mapping[str, int] | None = None) -> LoadedModel:
+    """This rank's part of a model with its weights on its device, where it is checked first that they fit.
+
+    needed: what the launch has counted (``RankNeeds.num_bytes``); counted here where nothing is given.
+    """
     local_rank = get_parallel_state().local_rank
     current_platform.set_device(local_rank)
     device: torch.device = current_platform.device(local_rank)
     streams = plan_streams(args, *stream_needs(config, args))
     _tell(streams)
     if device.type == "cuda":
-        check_device(args, config, current_platform.kind, current_platform.memory_info(local_rank)[0])
+        needed = needed or plan_needs(args, config, current_platform.kind, os.environ).num_bytes
+        check_fit(current_platform.memory_info(local_rank)[0], needed)
     module = load_model(config, args.load_format, device, args.random_seed or 0, streams)
     # A layout of the loaded weights may leave the fused form of shared experts only.
     reason = fixed_form(module)
