@@ -1,0 +1,53 @@
+"""transformers' MtpModel for tiny models: what its configs lack, and its tensors under the checkpoint's names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+# transformers' names in an MTP layer -> the names that Qwen3.5 checkpoints give them; DeepSeek's differ in one.
+_QWEN_NAMES = {
+    "enorm.": "pre_fc_norm_embedding.",
+    "hnorm.": "pre_fc_norm_hidden.",
+    "eh_proj.": "fc.",
+    "post_norm.": "norm.",
+    "mtp_block.": "layers.0.",
+}
+_DEEPSEEK_NAMES = {"post_norm.": "shared_head.norm.", "mtp_block.": ""}
+
+
+def offer_mtp(model: Any) -> None:
+    """Let ``MtpModel(model, 1)`` be built and read, whatever the model's depth and family."""
+    config = model.config
+    if is_qwen(config):
+        config.num_mtp_layers, config.mtp_layer_types, config.mtp_mlp_layer_types = 1, ["full_attention"], None
+    else:
+        config.num_nextn_predict_layers = 1
+        model._keys_to_ignore_on_load_unexpected = [rf"model\.layers\.{config.num_hidden_layers}\."]
+
+
+def is_qwen(config: Any) -> bool:
+    """Whether a transformers config is of the Qwen3.5 family."""
+    return str(config.model_type).startswith("qwen3_5")
+
+
+def layer_tensors(config: Any, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of an ``MtpLayer`` by the names that a checkpoint of ``config`` gives them, experts one by one."""
+    names = _QWEN_NAMES if is_qwen(config) else _DEEPSEEK_NAMES
+    prefix = "mtp." if is_qwen(config) else f"model.layers.{config.num_hidden_layers}."
+    tensors: dict[str, torch.Tensor] = {}
+    for path, tensor in layer.state_dict().items():
+        old = next((old for old in names if path.startswith(old)), None)
+        name = prefix + (path if old is None else names[old] + path.removeprefix(old))
+        if path.endswith("experts.gate_up_proj"):
+            for i, expert in enumerate(tensor):
+                gate, up = expert.chunk(2)
+                stem = f"{name.removesuffix('gate_up_proj')}{i}."
+                tensors |= {f"{stem}gate_proj.weight": gate.clone(), f"{stem}up_proj.weight": up.clone()}
+        elif path.endswith("experts.down_proj"):
+            stem = name.removesuffix("down_proj")
+            tensors |= {f"{stem}{i}.down_proj.weight": expert.clone() for i, expert in enumerate(tensor)}
+        else:
+            tensors[name] = tensor.clone()
+    return tensors
