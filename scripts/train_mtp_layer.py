@@ -32,7 +32,7 @@ from tiny_model_files import EOS, PAD, encode  # noqa: E402
 from train_tiny_models import FP32_SUFFIXES, IGNORE, ROOT, build_pool, pack_rows  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from sglang.test.mtp_reference import layer_tensors  # noqa: E402
+from sglang.test.mtp_reference import is_qwen, layer_tensors  # noqa: E402
 from sglang.test.tiny_tasks import MAX_NEW_TOKENS, heldout_questions  # noqa: E402
 
 # Drafts of a chain, and what each weighs in the loss.
@@ -122,11 +122,15 @@ class DraftTrainer:
                 embedded,
                 hidden[:, : starts[-1]],
                 cache,
-                position_embeddings=self.model.model.rotary_emb(embedded, position_ids=positions),
+                position_embeddings=self.model.model.rotary_emb(embedded, position_ids=self.by_axis(positions)),
                 attention_mask=chain_mask(starts[-1], starts).to(self.device),
                 position_ids=positions,
             )
             yield self.model.lm_head(hidden)
+
+    def by_axis(self, positions: Tensor) -> Tensor:
+        """Positions [1, rows] as the model's rotation wants them: Qwen3.5's once for each of its three axes."""
+        return positions.expand(3, 1, -1) if is_qwen(self.model.config) else positions
 
     def loss(self, ids: Tensor, labels: Tensor, hidden: Tensor) -> Tensor:
         """Cross-entropy of each draft against the model's own distribution, over the rows of answers."""

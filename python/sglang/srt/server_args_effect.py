@@ -71,7 +71,7 @@ def _state_dtype(here: Situation) -> str:
 
 
 def _no_shared_experts(here: Situation) -> str:
-    none = here.model is not None and not here.model.text.shared_experts.layers
+    none = here.model is not None and not here.model.text.shared_experts.blocks
     return "the model has no shared experts" if none else ""
 
 

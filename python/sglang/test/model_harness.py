@@ -30,11 +30,11 @@ from sglang.srt.server_args import override_server_args
 from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
 
 
-class _EveryRow(nn.Module):
+class EveryRow(nn.Module):
     """Stands in for the logits processor: logits of all rows, not only of each request's last."""
 
     def forward(self, hidden: torch.Tensor, lm_head: nn.Module, fb: ForwardBatch) -> LogitsProcessorOutput:
-        return LogitsProcessorOutput(lm_head(hidden))
+        return LogitsProcessorOutput(lm_head(hidden), hidden_states=hidden)
 
 
 class HarnessRequest:
@@ -63,6 +63,7 @@ class ModelHarness:
         load_format: str = "auto",
         backend: AttentionBackend | None = None,
         streams: StreamPlan = SERIAL_PLAN,
+        num_draft_layers: int = 0,
         **formats: Any,
     ) -> None:
         self.config = ModelConfig.from_path(model_path, **formats)
@@ -74,7 +75,9 @@ class ModelHarness:
         self._scramble(num_slots, page_size)
         tp_size = get_tp_group().size
         sizes = {FULL: num_slots, STATE: max_requests}
-        self.pools = ModelPools(cache_layout(self.config, tp_size), sizes, page_size, device)
+        self.pools = ModelPools(
+            cache_layout(self.config, tp_size, num_draft_layers=num_draft_layers), sizes, page_size, device
+        )
         self.state_slots = StateSlots(self.pools) if self.pools.layout.has(STATE) else None
         context = AttentionContext(self.config, self.requests, self.pools, device)
         self.backend = backend or make_attention_backend("torch_native", context)
@@ -165,7 +168,7 @@ class ModelHarness:
 
     def run(self, batch: ModelWorkerBatch, every_row: bool) -> LogitsProcessorOutput:
         """One forward step of ``batch``."""
-        self.model.logits_processor = _EveryRow() if every_row else self._processor
+        self.model.logits_processor = EveryRow() if every_row else self._processor
         with torch.inference_mode():
             fb = ForwardBatch.from_worker_batch(batch, torch.device("cpu"), self.backend)
             self.backend.init_forward_metadata(fb)

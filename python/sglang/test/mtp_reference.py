@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+
+from sglang.test.tiny_checkpoints import KERNEL_SIZED_CONFIGS, TINY_CONFIGS, build_hf_model, fill_with_noise
 
 # transformers' names in an MTP layer -> the names that Qwen3.5 checkpoints give them; DeepSeek's differ in one.
 _QWEN_NAMES = {
@@ -51,3 +56,24 @@ def layer_tensors(config: Any, layer: torch.nn.Module) -> dict[str, torch.Tensor
         else:
             tensors[name] = tensor.clone()
     return tensors
+
+
+def save_tiny_mtp_checkpoint(name: str, folder: str | Path, seed: int = 0, **overrides: Any) -> tuple[Any, Any]:
+    """Save the tiny checkpoint ``name`` with an MTP layer in ``folder``; returns its HF model and ``MtpModel``."""
+    from transformers.modeling_layers import MtpModel
+
+    folder = Path(folder)
+    model = build_hf_model({**TINY_CONFIGS, **KERNEL_SIZED_CONFIGS}[name] | overrides, seed)
+    model.save_pretrained(str(folder))
+    offer_mtp(model)
+    mtp = MtpModel(model, 1).float().eval()
+    mtp.config._attn_implementation = "eager"
+    fill_with_noise(mtp.layers, seed + 2)
+    weights = folder / "model.safetensors"
+    tensors = load_file(weights) | layer_tensors(model.config, mtp.layers[0])
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["mtp_num_hidden_layers" if is_qwen(model.config) else "num_nextn_predict_layers"] = 1
+    path.write_text(json.dumps(config))
+    return model, mtp

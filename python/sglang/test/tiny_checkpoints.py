@@ -91,7 +91,13 @@ def build_hf_model(config: dict[str, Any], seed: int = 0) -> Any:
     hf_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="eager", dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(seed + 1)
+    fill_with_noise(model, seed + 1)
+    return model
+
+
+def fill_with_noise(model: torch.nn.Module, seed: int) -> None:
+    """Give the parameters and the router biases of ``model`` the numbers that ``build_hf_model`` promises."""
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, param in model.named_parameters():
             noise = torch.randn(param.shape, generator=generator)
@@ -105,7 +111,6 @@ def build_hf_model(config: dict[str, Any], seed: int = 0) -> Any:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
-    return model
 
 
 def save_tiny_checkpoint(name: str, folder: str | Path, seed: int = 0, **overrides: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.configs.attention_backends import MLA, LatentShapes
 from sglang.srt.configs.cache_layout import FULL, PLAIN_TYPES, BufferSpec, CacheLayout, CacheTypes, PoolSpec
 from sglang.srt.configs.errors import ConfigReader
+from sglang.srt.configs.mtp import mtp_count_refusal
 from sglang.srt.configs.rope import RopeConfig, read_rope
 from sglang.srt.configs.shared_experts import SharedExperts
 
@@ -51,6 +52,7 @@ class DeepseekConfig:
     tie_word_embeddings: bool
     rope_interleave: bool
     attention_bias: bool
+    num_nextn_predict_layers: int
 
     @classmethod
     def from_hf(cls, d: Mapping[str, Any]) -> DeepseekConfig:
@@ -67,6 +69,7 @@ class DeepseekConfig:
             tie_word_embeddings=reader.take_bool("tie_word_embeddings", False),
             rope_interleave=reader.take_bool("rope_interleave", True),
             attention_bias=reader.take_bool("attention_bias", False),
+            num_nextn_predict_layers=reader.take_int("num_nextn_predict_layers", 0, minimum=0),
             **reader.take_ints(
                 "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
                 "kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "max_position_embeddings",
@@ -118,14 +121,27 @@ class DeepseekConfig:
     @property
     def overlap_sites(self) -> tuple[str, ...]:
         """The places of the model that may overlap on a second stream."""
-        return ("deepseek.shared_experts",) if self.shared_experts.layers and self.n_shared_experts else ()
+        return ("deepseek.shared_experts",) if self.shared_experts.blocks and self.n_shared_experts else ()
 
     @property
     def shared_experts(self) -> SharedExperts:
         """One MLP of ``n_shared_experts`` times the expert width."""
-        layers = tuple(i for i in range(self.num_hidden_layers) if self.is_moe_layer(i))
+        return self._shared_experts(i for i in range(self.num_hidden_layers) if self.is_moe_layer(i))
+
+    @property
+    def mtp_shared_experts(self) -> SharedExperts:
+        """The same of the MTP layer, which has experts wherever the model's dense layers stand."""
+        return self._shared_experts((self.num_hidden_layers,) if self.n_routed_experts is not None else ())
+
+    def _shared_experts(self, layers: Iterable[int]) -> SharedExperts:
         width = self.moe_intermediate_size
-        return SharedExperts("shared_experts", self.n_shared_experts * width, width, layers)
+        blocks = tuple(f"model.layers.{layer}.mlp" for layer in layers)
+        return SharedExperts("shared_experts", self.n_shared_experts * width, width, blocks)
+
+    @property
+    def mtp_refusal(self) -> str:
+        """Why the checkpoint has no MTP layer that can draft; "" if it has."""
+        return mtp_count_refusal("num_nextn_predict_layers", self.num_nextn_predict_layers)
 
     @property
     def qk_head_dim(self) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.configs.attention_backends import GQA, LatentShapes
 from sglang.srt.configs.cache_layout import FULL, PLAIN_TYPES, STATE, BufferSpec, CacheLayout, CacheTypes, PoolSpec
 from sglang.srt.configs.errors import ConfigReader
+from sglang.srt.configs.mtp import mtp_count_refusal
 from sglang.srt.configs.rope import RopeConfig, read_rope, rope_section
 from sglang.srt.configs.shared_experts import SharedExperts
 
@@ -47,6 +48,8 @@ class Qwen3_5Config:
     partial_rotary_factor: float
     rope: RopeConfig
     max_position_embeddings: int
+    mtp_num_hidden_layers: int
+    mtp_use_dedicated_embeddings: bool
 
     @classmethod
     def from_hf(cls, text_dict: Mapping[str, Any]) -> Qwen3_5Config:
@@ -65,6 +68,8 @@ class Qwen3_5Config:
             mamba_ssm_dtype=reader.take_choice("mamba_ssm_dtype", ("float32", "bfloat16", "float16"), "float32"),
             partial_rotary_factor=rotary.take_float("partial_rotary_factor", 0.25),
             rope=read_rope(reader),
+            mtp_num_hidden_layers=reader.take_int("mtp_num_hidden_layers", 0, minimum=0),
+            mtp_use_dedicated_embeddings=reader.take_bool("mtp_use_dedicated_embeddings", False),
             **reader.take_ints(
                 "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size",
                 "linear_key_head_dim", "linear_value_head_dim", "linear_num_key_heads", "linear_num_value_heads",
@@ -143,8 +148,23 @@ class Qwen3_5Config:
     @property
     def shared_experts(self) -> SharedExperts:
         """One expert in every layer of a MoE model."""
-        layers = tuple(range(self.num_hidden_layers)) if self.is_moe else ()
-        return SharedExperts("shared_expert", self.shared_expert_intermediate_size, self.moe_intermediate_size, layers)
+        return self._shared_experts(f"model.layers.{layer}" for layer in range(self.num_hidden_layers))
+
+    @property
+    def mtp_shared_experts(self) -> SharedExperts:
+        """The same of the MTP layer."""
+        return self._shared_experts(("mtp.layers.0",))
+
+    def _shared_experts(self, layers: Iterable[str]) -> SharedExperts:
+        blocks = tuple(f"{layer}.mlp" for layer in layers) if self.is_moe else ()
+        return SharedExperts("shared_expert", self.shared_expert_intermediate_size, self.moe_intermediate_size, blocks)
+
+    @property
+    def mtp_refusal(self) -> str:
+        """Why the checkpoint has no MTP layer that can draft; "" if it has."""
+        if self.mtp_use_dedicated_embeddings:
+            return "key mtp_use_dedicated_embeddings is true: drafts share the embedding of the model"
+        return mtp_count_refusal("mtp_num_hidden_layers", self.mtp_num_hidden_layers)
 
     @property
     def rotary_dim(self) -> int:

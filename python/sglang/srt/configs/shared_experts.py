@@ -8,12 +8,13 @@ from sglang.srt.configs.quantization import BLOCK, QuantConfig
 
 
 class SharedExperts(NamedTuple):
-    """One gated MLP ``module`` of inner ``width`` beside routed experts of ``routed_width`` in each of ``layers``."""
+    """One gated MLP ``module`` of inner ``width`` beside routed experts of ``routed_width`` in each of ``blocks``, the
+    names of MoE blocks."""
 
     module: str
     width: int
     routed_width: int
-    layers: tuple[int, ...]
+    blocks: tuple[str, ...]
 
     @property
     def num_slots(self) -> int:
@@ -22,7 +23,7 @@ class SharedExperts(NamedTuple):
 
     def fusion_refusal(self, quant_config: QuantConfig | None, moe_a2a_backend: str) -> str:
         """Why they cannot be slots of the routed experts' weights; "" if they can."""
-        if not self.layers or not self.width:
+        if not self.blocks or not self.width:
             return "the model has no shared experts"
         if self.width % self.routed_width:
             return f"shared experts are {self.width} wide, and routed ones {self.routed_width}"
@@ -32,8 +33,7 @@ class SharedExperts(NamedTuple):
             return ""
         if self.num_slots > 1 and self.routed_width % BLOCK:
             return f"slots of width {self.routed_width} are not cut at fp8 blocks of {BLOCK}"
-        for layer in self.layers:
-            mlp = f"model.layers.{layer}.mlp"
+        for mlp in self.blocks:
             matrices = [f"{mlp}.{self.module}.{name}_proj" for name in ("gate", "up", "down")]
             if len({quant_config.skips(name) for name in (f"{mlp}.experts", *matrices)}) > 1:
                 return f"{mlp}: shared and routed experts are not quantised alike"

@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
+from torch import nn
 
+from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.model_loader.dummy import iterate_dummy
-from sglang.srt.model_loader.weight_utils import iterate_safetensors
-from sglang.srt.models.checkpoint_model import CheckpointModel
-from sglang.srt.models.registry import resolve_model_class
+from sglang.srt.model_loader.weight_utils import iterate_safetensors, tensor_dtypes
+from sglang.srt.models.causal_lm import CausalLM
+from sglang.srt.models.checkpoint_model import SCALE_SUFFIX, CheckpointModel, WeightLoadError
+from sglang.srt.models.draft_model import DraftModel
+from sglang.srt.models.registry import resolve_draft_class, resolve_model_class
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
 
 logger = logging.getLogger(__name__)
 
+# What a draft layer has in common with its target: the rows between them, and the cached rows of a layer.
+_SHARED_KEYS = (
+    "hidden_size", "vocab_size", "kv_lora_rank", "qk_rope_head_dim", "num_key_value_heads", "head_dim"
+)  # fmt: skip
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 
@@ -38,11 +48,17 @@ def build_model(
 ) -> CheckpointModel:
     """The model of ``model_config`` in its dtype on ``device``, its weights not yet loaded."""
     model_class = resolve_model_class(model_config.architecture)
-    if model_config.quant_config is not None:
-        merged = {name: tuple(part for part, _ in parts) for name, parts in model_class.packed_modules.items()}
-        model_config = replace(model_config, quant_config=replace(model_config.quant_config, merged=merged))
+    model_config = _with_merged_names(model_config, model_class)
     with default_dtype(model_config.dtype), torch.device(device):
         return model_class(model_config, streams)
+
+
+def _with_merged_names(config: ModelConfig, model_class: type[CheckpointModel]) -> ModelConfig:
+    """``config`` whose quantisation knows which checkpoint modules ``model_class`` joins."""
+    if config.quant_config is None:
+        return config
+    merged = {name: tuple(part for part, _ in parts) for name, parts in model_class.packed_modules.items()}
+    return replace(config, quant_config=replace(config.quant_config, merged=merged))
 
 
 def load_model(
@@ -64,10 +80,72 @@ def load_model(
     model = build_model(model_config, device, streams)
     dummy = load_format == "dummy"
     model.load_weights(iterate_dummy(model, seed) if dummy else iterate_safetensors(model_config.model_path))
+    _tell(model, device, started, load_format)
+    return model.eval()
+
+
+def load_draft_model(
+    config: ModelConfig,
+    args: ServerArgs,
+    target: CausalLM,
+    device: torch.device | str = "cpu",
+    streams: StreamPlan = SERIAL_PLAN,
+) -> DraftModel:
+    """The MTP layer of the folder of ``config`` as the draft model of ``target``, whose embedding and head it shares.
+
+    Its dtype is the target's, and its KV belongs to layer ``target.num_hidden_layers`` of the target's pool. Matrices
+    that a quantised checkpoint holds plain stay plain. Raises ConfigError when the folder has no MTP layer that fits
+    the target, WeightLoadError when its tensors do not fit.
+    """
+    draft_class = resolve_draft_class(config.architecture)
+    _check_draft(config, target)
+    config = replace(_with_merged_names(config, draft_class), dtype=target.model.embed_tokens.weight.dtype)
+    started, dummy = time.perf_counter(), args.load_format == "dummy"
+    if not dummy:
+        config = _as_stored(config, draft_class.checkpoint_prefix(config))
+    with default_dtype(config.dtype), torch.device(device):
+        draft = draft_class(config, target, target.num_hidden_layers, streams)
+    if dummy:
+        draft.load_weights(iterate_dummy(draft, args.random_seed or 0))
+    else:
+        draft.load_weights(iterate_safetensors(config.model_path, lambda name: draft.checkpoint_name(name) is not None))
+    _tell(draft, device, started, args.load_format)
+    return draft.eval()
+
+
+def _check_draft(config: ModelConfig, target: CausalLM) -> None:
+    refusal = config.text.mtp_refusal
+    if refusal:
+        raise ConfigError(refusal, source=config.model_path)
+    pairs = ((key, getattr(target.text, key, None), getattr(config.text, key, None)) for key in _SHARED_KEYS)
+    problems = [f"key {key} is {own}, and that of the model {its}" for key, its, own in pairs if its != own]
+    if problems:
+        raise ConfigError(*problems, "the MTP layer belongs to another model", source=config.model_path)
+
+
+def _as_stored(config: ModelConfig, prefix: str) -> ModelConfig:
+    """``config`` with every matrix named ``prefix`` that a quantised checkpoint holds plain among those to skip."""
+    dtypes = tensor_dtypes(config.model_path, lambda name: name.startswith(prefix))
+    if not dtypes:
+        raise WeightLoadError(
+            f"{config.model_path} holds no tensor {prefix}*, though its config.json names an MTP layer."
+        )
+    quant_config = config.quant_config
+    if quant_config is None or quant_config.on_load:
+        return config
+    matrices = (
+        (name.removesuffix(".weight"), dtype) for name, dtype in dtypes.items() if not name.endswith(SCALE_SUFFIX)
+    )
+    plain = {name for name, dtype in matrices if dtype != "F8_E4M3"}
+    modules = {re.sub(r"(\.experts)\.\d+\..*|(\.experts)\.\w+_proj", r"\1\2", name) for name in plain}
+    skipped = (*quant_config.skipped, *map(re.escape, sorted(modules)))
+    return replace(config, quant_config=replace(quant_config, skipped=skipped))
+
+
+def _tell(model: nn.Module, device: torch.device | str, started: float, load_format: str) -> None:
     storages = {storage._cdata: storage for storage in (param.untyped_storage() for param in model.parameters())}
     num_bytes = sum(storage.nbytes() for storage in storages.values())
     logger.info(
         "loaded %s: %.2f GB on %s in %.1f s (%s)",
         type(model).__name__, num_bytes / 1e9, device, time.perf_counter() - started, load_format,
     )  # fmt: skip
-    return model.eval()

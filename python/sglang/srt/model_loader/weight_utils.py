@@ -6,8 +6,10 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -57,24 +59,43 @@ def _read_index(index: Path) -> dict[Path, list[str] | None]:
     return dict(sorted(files.items()))
 
 
-def iterate_safetensors(folder: str | Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every (name, tensor on the host) of a checkpoint folder, file by file.
+def iterate_safetensors(
+    folder: str | Path, wanted: Callable[[str], bool] = lambda name: True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every (name, tensor on the host) of a checkpoint folder, file by file, whose name is ``wanted``.
 
     Raises WeightLoadError that names a truncated or corrupt file, and tensors that the index promises in vain.
     """
-    for path, promised in _with_progress(find_weight_files(Path(folder))):
-        yield from _read_file(path, promised)
+    for path, promised in _with_progress(_wanted_files(folder, wanted)):
+        with _reading(path, promised) as (file, names):
+            yield from ((name, file.get_tensor(name)) for name in names if wanted(name))
 
 
-def _read_file(path: Path, promised: list[str] | None) -> Iterator[tuple[str, torch.Tensor]]:
+def tensor_dtypes(folder: str | Path, wanted: Callable[[str], bool]) -> dict[str, str]:
+    """The safetensors dtype ("BF16", "F8_E4M3", ...) of each tensor with a ``wanted`` name; no tensor is read."""
+    dtypes: dict[str, str] = {}
+    for path, promised in _wanted_files(folder, wanted).items():
+        with _reading(path, promised) as (file, names):
+            dtypes |= {name: file.get_slice(name).get_dtype() for name in names if wanted(name)}
+    return dtypes
+
+
+def _wanted_files(folder: str | Path, wanted: Callable[[str], bool]) -> dict[Path, list[str] | None]:
+    """The files that hold tensors with ``wanted`` names, as far as an index says so."""
+    files = find_weight_files(Path(folder))
+    return {path: names for path, names in files.items() if names is None or any(map(wanted, names))}
+
+
+@contextmanager
+def _reading(path: Path, promised: list[str] | None) -> Iterator[tuple[Any, list[str]]]:
+    """An open file and the tensors to take from it; what it or its reader raises is told by the file's name."""
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             held = list(file.keys())
             absent = sorted(set(promised or ()) - set(held))
             if absent:
                 raise WeightLoadError(f"{path} lacks tensors that {INDEX_NAME} places there: {', '.join(absent)}.")
-            for name in held if promised is None else promised:
-                yield name, file.get_tensor(name)
+            yield file, held if promised is None else promised
     except SafetensorError as error:
         raise WeightLoadError(
             f"{path} ({path.stat().st_size} bytes) is truncated or corrupt: {error}. Fetch the file again."

@@ -68,8 +68,10 @@ class Backbone(nn.Module):
 class CausalLM(CheckpointModel):
     """A backbone and its output head."""
 
-    def __init__(self, text: TextConfig, backbone: Backbone) -> None:
+    def __init__(self, text: TextConfig, backbone: Backbone, side_stream: torch.cuda.Stream | None = None) -> None:
+        """side_stream: what the places of ``backbone`` that overlap share; a draft model uses it too."""
         super().__init__()
+        self.text, self.side_stream = text, side_stream
         self.num_hidden_layers = text.num_hidden_layers
         self.tied = text.tie_word_embeddings
         self.model = backbone

@@ -33,9 +33,10 @@ class DeepseekV2DecoderLayer(DecoderLayer):
         overlap: StreamOverlap,
         quant_config: QuantConfig | None = None,
         fuse_shared: bool = False,
+        prefix: str = "",
     ) -> None:
         super().__init__(config, RMSNorm)
-        prefix = f"model.layers.{layer_id}"
+        prefix = prefix or f"model.layers.{layer_id}"
         self.self_attn = DeepseekV2AttentionMLA(config, layer_id, rotary_emb, quant_config, f"{prefix}.self_attn")
         self.is_moe = config.is_moe_layer(layer_id)
         if self.is_moe:
@@ -49,6 +50,15 @@ class DeepseekV2DecoderLayer(DecoderLayer):
         return self.self_attn(hidden, positions, fb)
 
 
+def make_rotary_embedding(config: ModelConfig) -> RotaryEmbedding:
+    """The rotation of the rope part of queries and keys, for every position of the context."""
+    text = config.text
+    assert isinstance(text, DeepseekConfig)
+    return RotaryEmbedding(
+        text.qk_rope_head_dim, config.context_len, text.rope.theta, not text.rope_interleave, text.rope
+    )
+
+
 class DeepseekV2Model(Backbone):
     """The backbone; on ``alt_stream`` shared experts may run beside routed ones."""
 
@@ -58,10 +68,11 @@ class DeepseekV2Model(Backbone):
         text = config.text
         assert isinstance(text, DeepseekConfig)
         overlap = StreamOverlap(alt_stream, site)
-        fuse_shared = can_fuse(config) and not get_global_server_args().disable_shared_experts_fusion
-        rotary_emb = RotaryEmbedding(
-            text.qk_rope_head_dim, config.context_len, text.rope.theta, not text.rope_interleave, text.rope
+        fuse_shared = (
+            can_fuse(text.shared_experts, config.quant_config)
+            and not get_global_server_args().disable_shared_experts_fusion
         )
+        rotary_emb = make_rotary_embedding(config)
         layers = (
             DeepseekV2DecoderLayer(text, layer_id, rotary_emb, overlap, config.quant_config, fuse_shared)
             for layer_id in range(text.num_hidden_layers)
@@ -78,8 +89,8 @@ class DeepseekV2ForCausalLM(CausalLM):
     }
 
     def __init__(self, config: ModelConfig, streams: StreamPlan = SERIAL_PLAN) -> None:
-        backbone = DeepseekV2Model(config, streams.side_stream(SHARED_EXPERTS), streams.site(SHARED_EXPERTS))
-        super().__init__(config.text, backbone)
+        side_stream = streams.side_stream(SHARED_EXPERTS)
+        super().__init__(config.text, DeepseekV2Model(config, side_stream, streams.site(SHARED_EXPERTS)), side_stream)
 
     def checkpoint_name(self, name: str) -> str | None:
         """Derived tensors are not taken either."""

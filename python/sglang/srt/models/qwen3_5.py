@@ -230,9 +230,10 @@ class Qwen3_5DecoderLayer(DecoderLayer):
         alt_stream: torch.cuda.Stream | None = None,
         quant_config: QuantConfig | None = None,
         fuse_shared: bool = False,
+        prefix: str = "",
     ) -> None:
         super().__init__(config, GemmaRMSNorm)
-        self.prefix = f"model.layers.{layer_id}"
+        self.prefix = prefix or f"model.layers.{layer_id}"
         self.use_alt_stream = _cuda_use_alt_stream or _hip_use_alt_stream
         self.is_moe = config.is_moe
         if self.is_moe:
@@ -283,8 +284,9 @@ class Qwen3_5AttentionDecoderLayer(Qwen3_5DecoderLayer):
         alt_stream: torch.cuda.Stream | None = None,
         quant_config: QuantConfig | None = None,
         fuse_shared: bool = False,
+        prefix: str = "",
     ) -> None:
-        super().__init__(config, layer_id, alt_stream, quant_config, fuse_shared)
+        super().__init__(config, layer_id, alt_stream, quant_config, fuse_shared, prefix)
         self.self_attn = Qwen3_5Attention(
             config, layer_id, rotary_emb, alt_stream, quant_config, f"{self.prefix}.self_attn"
         )
@@ -293,14 +295,22 @@ class Qwen3_5AttentionDecoderLayer(Qwen3_5DecoderLayer):
         return self.self_attn(positions, hidden, fb)
 
 
+def make_rotary_embedding(config: ModelConfig) -> RotaryEmbedding:
+    """The rotation of the leading dimensions of query and key heads, for every position of the context."""
+    text = config.text
+    assert isinstance(text, Qwen3_5Config)
+    return RotaryEmbedding(text.rotary_dim, config.context_len, text.rope.theta, True, text.rope)
+
+
 class Qwen3_5ForCausalLM(Backbone):
     """The backbone. The name is upstream's; the full models below add the head."""
 
     def __init__(self, config: ModelConfig, alt_stream: torch.cuda.Stream | None = None) -> None:
         text = config.text
         assert isinstance(text, Qwen3_5Config)
-        rotary_emb = RotaryEmbedding(text.rotary_dim, config.context_len, text.rope.theta, True, text.rope)
-        last = (config.quant_config, can_fuse(config) and not _disable_shared_experts_fusion())
+        rotary_emb = make_rotary_embedding(config)
+        can = can_fuse(text.shared_experts, config.quant_config)
+        last = (config.quant_config, can and not _disable_shared_experts_fusion())
         layers = (
             Qwen3_5LinearDecoderLayer(text, layer_id, alt_stream, *last)
             if kind == LINEAR_ATTENTION
@@ -322,8 +332,8 @@ class Qwen3_5ForConditionalGeneration(CausalLM):
 
     def __init__(self, config: ModelConfig, streams: StreamPlan = SERIAL_PLAN) -> None:
         configure_streams(streams)
-        backbone = Qwen3_5ForCausalLM(config, streams.side_stream(SHARED_EXPERTS, GDN_QKVZ_BA, QK_NORM))
-        super().__init__(config.text, backbone)
+        side_stream = streams.side_stream(SHARED_EXPERTS, GDN_QKVZ_BA, QK_NORM)
+        super().__init__(config.text, Qwen3_5ForCausalLM(config, side_stream), side_stream)
 
     def checkpoint_name(self, name: str) -> str | None:
         """Text names with either prefix; the draft head and the vision tower are not taken."""

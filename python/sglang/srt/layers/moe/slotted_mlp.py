@@ -13,7 +13,8 @@ from torch import nn
 from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul
 from sglang.kernels.ops.moe.fused_experts import is_arranged
 from sglang.kernels.ops.moe.topk import NO_SHARED, SharedSlots
-from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.quantization import QuantConfig
+from sglang.srt.configs.shared_experts import SharedExperts
 from sglang.srt.distributed import get_parallel_state
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.weights import ShardId, check_shape
@@ -21,10 +22,9 @@ from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils.multi_stream_utils import OverlapSite
 
 
-def can_fuse(config: ModelConfig) -> bool:
-    """Whether the model's shared experts can be slots of the routed ones, under the settings of this server."""
-    has_any = bool(config.text.shared_experts.layers)
-    return has_any and not config.shared_fusion_refusal(get_global_server_args().moe_a2a_backend)
+def can_fuse(shared: SharedExperts, quant_config: QuantConfig | None) -> bool:
+    """Whether a model's shared experts can be slots of the routed ones, under the settings of this server."""
+    return not shared.fusion_refusal(quant_config, get_global_server_args().moe_a2a_backend)
 
 
 def shared_slots(count: int, gated: bool = False) -> SharedSlots:
