@@ -104,8 +104,7 @@ class FakeScheduler:
             self._enqueue(message)
         elif isinstance(message, AbortReq):
             for rid in list(self.running):
-                hit = rid == message.rid if message.exact else rid.startswith(message.rid)
-                if message.abort_all or hit:
+                if message.abort_all or rid == message.rid:
                     reason = FinishReason(type="abort", message="The request was aborted.")
                     self._emit([(self.running.pop(rid), reason)])
         elif isinstance(message, FlushCacheReqInput):

@@ -1,15 +1,19 @@
 """Fields of bodies: model names, numbers in the other spelling, refused fields, unknown ones that are named once."""
 
+import ast
 import logging
 import re
 import typing
 import unittest
 from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
-from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest
-from sglang.srt.managers.io_struct import GenerateReqInput
+import sglang
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, CompletionRequest, StreamOptions
+from sglang.srt.managers.io_struct import AbortReq, GenerateReqInput, TokenizedGenerateReqInput
 from sglang.srt.managers.request_fields import REFUSED_FIELDS, TOLERATED_FIELDS, UnknownFields
+from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.limits import MAX_UNKNOWN_FIELDS_LOGGED, MAX_WARNINGS
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import FakeServerTestCase
@@ -208,6 +212,21 @@ class TestTable(CustomTestCase):
         # The chat endpoint alone has a meaning for it, and judges it itself.
         self.assertEqual(own & REFUSED_FIELDS.keys(), {"separate_reasoning"})
         self.assertEqual(TOLERATED_FIELDS & REFUSED_FIELDS.keys(), set())
+
+    def test_every_field_that_is_accepted_is_read(self):
+        """Somewhere the product reads an attribute of this name; a field that nobody reads changes no answer."""
+        product = Path(sglang.__file__).parent
+        trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (product / "srt").rglob("*.py")]
+        read = {node.attr for tree in trees for node in ast.walk(tree) if _is_read(node)}
+        for schema in (
+            GenerateReqInput, TokenizedGenerateReqInput, AbortReq, SamplingParams, StreamOptions, CompletionRequest,
+            ChatCompletionRequest,
+        ):  # fmt: skip
+            self.assertEqual(set(schema.__struct_fields__) - read, set(), schema.__name__)
+
+
+def _is_read(node):
+    return isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
 
 
 if __name__ == "__main__":

@@ -121,7 +121,7 @@ class TestGroupsStepTogether(CustomTestCase):
                 wanted[rank][f"r{number}"] = fakes.expected_output(prompt, max_new, 160)
                 groups[rank].script.append(fakes.request(f"r{number}", prompt, max_new))
                 if rng.random() < 0.2:
-                    groups[rank].script.append(AbortReq(rid=f"r{number}", exact=True))
+                    groups[rank].script.append(AbortReq(rid=f"r{number}"))
         errors: list[BaseException] = []
 
         def loop(group: Group) -> None:

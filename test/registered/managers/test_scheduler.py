@@ -264,6 +264,15 @@ class TestEdges(CustomTestCase):
                     self.assertEqual(setup.channel.reasons[rid].type, "abort")
                 setup.memory.check_idle(deep=True)
 
+    def test_an_abort_means_the_whole_id(self) -> None:
+        setup = make()
+        setup.channel.inbox += [request(rid, [1, 2, 3], max_new=6) for rid in ("job", "job_2")]
+        setup.turn()
+        setup.channel.inbox.append(AbortReq(rid="job"))
+        setup.run()
+        self.assertEqual(setup.channel.reasons["job"].type, "abort")
+        self.assertEqual(setup.channel.outputs["job_2"], expected_output([1, 2, 3], 6, 256))
+
     def test_a_large_server_seed_gives_seeds_of_64_bits(self) -> None:
         setup = make()
         setup.scheduler.config = replace(setup.scheduler.config, random_seed=10**18)

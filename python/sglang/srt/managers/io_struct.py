@@ -58,12 +58,11 @@ class TokenizedGenerateReqInput(msgspec.Struct, kw_only=True, tag=True):
 class AbortReq(msgspec.Struct, kw_only=True, tag=True):
     """End a request wherever it is: queued, mid-chunk or decoding.
 
-    ``rid`` is a prefix unless ``exact``; ``abort_all`` ignores it. ``exact`` keeps one client's disconnect from
-    ending another's request whose id merely starts alike.
+    ``rid`` is the whole id, so that one client's disconnect never ends another's request whose id merely starts alike;
+    ``abort_all`` ignores it.
     """
 
     rid: str = ""
-    exact: bool = False
     abort_all: bool = False
 
 

@@ -259,7 +259,7 @@ class Scheduler:
         """End matching requests wherever they are; their memory is free at once."""
         self._drain()
         for queue in (self.waiting, self.partial, self.running):
-            hit = [req for req in queue if _is_meant(message, req.rid)]
+            hit = [req for req in queue if message.abort_all or req.rid == message.rid]
             for req in hit:
                 queue.remove(req)
                 req.finish_reason = abort_reason("The request was aborted.")
@@ -487,9 +487,3 @@ class Scheduler:
         outputs: list[TokenIDOutput] = [make_output(req, is_first=req.num_sent == 0) for req in reqs]
         if outputs:
             self.channel.to_detokenizer(BatchTokenIDOutput(outputs=outputs))
-
-
-def _is_meant(message: AbortReq, rid: str) -> bool:
-    if message.abort_all:
-        return True
-    return rid == message.rid if message.exact else rid.startswith(message.rid)

@@ -242,7 +242,7 @@ class TokenizerManager:
                 self._abort(state)
 
     def _abort(self, state: RequestState) -> None:
-        self._senders[state.dp_rank].send(AbortReq(rid=state.wire_rid, exact=True))
+        self._senders[state.dp_rank].send(AbortReq(rid=state.wire_rid))
 
     async def flush_cache(self, timeout_s: float = 0.0) -> tuple[bool, str]:
         """Drop the prefix cache; waits up to ``timeout_s`` for requests in flight. Returns success and why not."""
