@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from sglang.srt.parser.reasoning_parser import REASONING_PARSERS
+from sglang.srt.parser.tool_calls import TOOL_CALL_PARSERS
 from sglang.srt.server_args_fields import Arg
 
 HTTP = "HTTP server"
@@ -102,6 +103,15 @@ class HttpArgs:
             API,
             choices=tuple(REASONING_PARSERS),
             auto="thoughts stay in the content",
+        ),
+    ] = None
+    tool_call_parser: Annotated[
+        str | None,
+        Arg(
+            "Form in which the model calls tools: calls then stand in `tool_calls`. Without it, tools are refused.",
+            API,
+            choices=tuple(TOOL_CALL_PARSERS),
+            auto="tools are refused",
         ),
     ] = None
     enable_cache_report: Annotated[bool, Arg("Report cached prompt tokens in `usage`.", API)] = False

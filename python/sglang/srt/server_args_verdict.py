@@ -177,8 +177,8 @@ def _read_model(verdict: Verdict, platform: PlatformLike | None) -> list[str]:
         verdict.warnings.append(
             f"{args.tokenizer_path or folder} holds no tokenizer.json: the launch needs it, or --skip-tokenizer-init"
         )
-    if args.skip_tokenizer_init and args.reasoning_parser:
-        return [f"--reasoning-parser {args.reasoning_parser} reads text, and --skip-tokenizer-init makes none"]
+    if args.skip_tokenizer_init and (args.reasoning_parser or args.tool_call_parser):
+        return ["--reasoning-parser and --tool-call-parser read text, and --skip-tokenizer-init makes none"]
     if not args.skip_tokenizer_init and args.chat_template and not Path(args.chat_template).is_file():
         return [f"--chat-template {args.chat_template!r}: no such file"]
     return []

@@ -40,6 +40,7 @@ class FakeServer:
         error: FinishReason | None = None,
         added_tokens: Sequence[str] = (),
         tokenizer_config: dict[str, Any] | None = None,
+        context_len: int = CONTEXT_LEN,
         **settings: Any,
     ):
         self._folder = tempfile.TemporaryDirectory()
@@ -53,7 +54,7 @@ class FakeServer:
         self.scheduler.error = error
         model: Any = types.SimpleNamespace(
             architecture="FakeForCausalLM",
-            context_len=CONTEXT_LEN,
+            context_len=context_len,
             vocab_size=Tokenizer.from_path(folder).vocab_size,
             hf_config={"model_type": "fake"},
             generation_defaults=generation_defaults or {},

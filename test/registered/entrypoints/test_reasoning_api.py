@@ -155,7 +155,10 @@ class TestR1(ReasoningTestCase):
 class TestLaunch(CustomTestCase):
     def test_hidden_marks_are_refused_and_other_templates_warned_of(self):
         hides = types.SimpleNamespace(token_id=lambda _: 5, decode=lambda _: "", chat_template=None)
-        args, manager = types.SimpleNamespace(reasoning_parser="qwen3"), types.SimpleNamespace(tokenizer=hides)
+        args, manager = (
+            types.SimpleNamespace(reasoning_parser="qwen3", tool_call_parser=None),
+            types.SimpleNamespace(tokenizer=hides),
+        )
         with self.assertRaises(ConfigError) as caught:
             reply_reader.ReplyParsers(types.SimpleNamespace(server_args=args, manager=manager))
         self.assertIn("special token", str(caught.exception))

@@ -1,22 +1,27 @@
-"""From the text of one choice to what the chat endpoint shows of it: thought and answer."""
+"""From the text of one choice to what the chat endpoint shows of it: thought, answer and tool calls."""
 
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Sequence
 
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.entrypoints.context import ServerContext
-from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest, ChatDelta
+from sglang.srt.entrypoints.openai.offered_tools import offered_tools
+from sglang.srt.entrypoints.openai.protocol import CalledFunction, ChatCompletionRequest, ChatDelta, DeltaToolCall
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.parser.reasoning_parser import (
     REASONING_PARSERS,
     THINK_END,
+    THINK_START,
     ReasoningParser,
     continues_thought,
     opens_thought,
 )
+from sglang.srt.parser.tool_call_parser import Event, ToolCallParser
+from sglang.srt.parser.tool_calls import TOOL_CALL_PARSERS
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -26,7 +31,7 @@ _PROMPT_END_TOKENS = 32
 
 
 class ReplyReader:
-    """Eats the results of one choice; ``reasoning`` None leaves all text in the answer.
+    """Eats the results of one choice; ``reasoning`` None leaves all text in the answer, ``tools`` None all calls.
 
     ``shows_thought_late`` gives the thought as a whole, at its end. ``reasoning_tokens`` counts the tokens of a thought
     and its marks; where the end mark is no token of its own (``end_id`` None), those of its text.
@@ -35,11 +40,14 @@ class ReplyReader:
     def __init__(
         self,
         reasoning: ReasoningParser | None,
+        tools: ToolCallParser | None,
         shows_thought_late: bool,
         tokenizer: Tokenizer | None,
         end_id: int | None,
     ):
         self._reasoning = reasoning
+        self._tools = tools
+        self._num_calls = 0
         self._late = shows_thought_late
         self._tokenizer = tokenizer
         self._end_id = end_id
@@ -51,7 +59,7 @@ class ReplyReader:
     def read(self, text: str, ids: Sequence[int], is_last: bool) -> list[ChatDelta]:
         """What is new to show, in order, after ``text`` and its tokens ``ids``."""
         if self._reasoning is None:
-            return [ChatDelta(content=text)] if text else []
+            return self._spoken(text, is_last)
         pieces = [self._reasoning.feed(text)]
         if is_last:
             pieces.append(self._reasoning.finish())
@@ -63,7 +71,28 @@ class ReplyReader:
             if is_last or not self._reasoning.is_thinking:
                 thought, self._kept = self._kept, ""
         deltas = [ChatDelta(reasoning_content=thought)] if thought else []
-        return [*deltas, ChatDelta(content=answer)] if answer else deltas
+        return deltas + self._spoken(answer, is_last)
+
+    def _spoken(self, answer: str, is_last: bool) -> list[ChatDelta]:
+        if self._tools is None:
+            return [ChatDelta(content=answer)] if answer else []
+        events = self._tools.feed(answer)
+        if is_last:
+            events += self._tools.finish()
+        return [self._delta(event) for event in events]
+
+    def _delta(self, event: Event) -> ChatDelta:
+        if isinstance(event, str):
+            return ChatDelta(content=event)
+        call = DeltaToolCall(
+            self._num_calls, f"call_{uuid.uuid4().hex[:24]}", CalledFunction(event.name, event.arguments)
+        )
+        self._num_calls += 1
+        return ChatDelta(tool_calls=[call])
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """``reason``, or "tool_calls" where the reply ends with calls that are to be made."""
+        return "tool_calls" if reason == "stop" and self._num_calls else reason
 
     @property
     def reasoning_tokens(self) -> int:
@@ -88,26 +117,44 @@ class ReplyParsers:
     """The parsers that the server was started with. Raises ConfigError where the tokenizer hides their marks."""
 
     def __init__(self, context: ServerContext):
-        self._reasoning = context.server_args.reasoning_parser
+        args = context.server_args
+        self._reasoning = args.reasoning_parser
+        self._tool_calls = None if args.tool_call_parser is None else TOOL_CALL_PARSERS[args.tool_call_parser]
         self._tokenizer = context.manager.tokenizer
-        self._end_id = None
-        if self._reasoning is None or self._tokenizer is None:
+        self._end_id: int | None = None
+        if self._tokenizer is None:
             return
         self._end_id = self._tokenizer.token_id(THINK_END)
-        if self._end_id is not None and self._tokenizer.decode([self._end_id]) != THINK_END:
-            raise ConfigError(
-                f"--reasoning-parser {self._reasoning} looks for {THINK_END}, which this tokenizer leaves out of its "
-                "text as a special token. Serve without the flag."
-            )
-        template = self._tokenizer.chat_template
-        if template is not None and THINK_END not in template.source:
+        if self._reasoning is not None:
+            self._check_marks(f"--reasoning-parser {self._reasoning}", (THINK_START, THINK_END))
+        if self._tool_calls is not None:
+            self._check_marks(f"--tool-call-parser {args.tool_call_parser}", self._tool_calls.all_marks())
+
+    def _check_marks(self, flag: str, marks: Sequence[str]) -> None:
+        tokenizer = self._tokenizer
+        assert tokenizer is not None
+        for mark in marks:
+            token_id = tokenizer.token_id(mark)
+            if token_id is not None and tokenizer.decode([token_id]) != mark:
+                raise ConfigError(
+                    f"{flag} looks for {mark}, which this tokenizer leaves out of its text as a special token. Serve "
+                    "without the flag."
+                )
+        template = tokenizer.chat_template
+        if template is not None and not any(mark in template.source for mark in marks):
             logger.warning(
-                "--reasoning-parser %s looks for %s, which the chat template does not know: is the model one that "
-                "thinks, and of this kind?", self._reasoning, THINK_END,
+                "%s looks for %s, which the chat template does not know: is the model of this kind?",
+                flag, " ".join(marks),
             )  # fmt: skip
 
     def check(self, body: ChatCompletionRequest) -> None:
-        """Raise RequestError for what needs a parser that is not there."""
+        """Raise RequestError for what needs a parser that is not there, and for tools that are malformed."""
+        if offered_tools(body) and self._tool_calls is None:
+            raise RequestError(
+                "tools are not supported by this server: it was started without --tool-call-parser, so that no call "
+                "would be recognised.",
+                param="tools",
+            )
         if body.separate_reasoning and self._reasoning is None:
             raise RequestError(
                 "separate_reasoning is not supported by this server: it was started without --reasoning-parser. "
@@ -120,7 +167,11 @@ class ReplyParsers:
         reasoning = None
         if self._reasoning is not None and body.separate_reasoning is not False:
             reasoning = ReasoningParser(self._begins_in_thought(body, native))
-        return ReplyReader(reasoning, body.stream_reasoning is False, self._tokenizer, self._end_id)
+        tools = offered_tools(body)
+        calls = None
+        if tools and self._tool_calls is not None:
+            calls = self._tool_calls(tools, max_calls=1 if body.parallel_tool_calls is False else None)
+        return ReplyReader(reasoning, calls, body.stream_reasoning is False, self._tokenizer, self._end_id)
 
     def _begins_in_thought(self, body: ChatCompletionRequest, native: GenerateReqInput) -> bool | None:
         assert self._tokenizer is not None and self._reasoning is not None

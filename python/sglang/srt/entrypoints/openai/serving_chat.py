@@ -9,6 +9,7 @@ from typing import Any
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.openai.message_fields import judge_messages
+from sglang.srt.entrypoints.openai.offered_tools import check_shown, offered_tools, strict_tools
 from sglang.srt.entrypoints.openai.protocol import (
     ChatChoice,
     ChatCompletionRequest,
@@ -18,6 +19,7 @@ from sglang.srt.entrypoints.openai.protocol import (
     ChatMessage,
     ChatStreamChoice,
     GenerationResponse,
+    MessageToolCall,
     TopLogprob,
 )
 from sglang.srt.entrypoints.openai.reply_reader import ReplyParsers, ReplyReader
@@ -54,10 +56,6 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
     def check(self, body: ChatCompletionRequest) -> None:
         super().check(body)
         self._parsers.check(body)
-        if body.tools and body.tool_choice != "none":
-            raise RequestError("tools are not supported by this server: no tool call would be recognised.")
-        if isinstance(body.tool_choice, dict) or body.tool_choice == "required":
-            raise RequestError("tool_choice asks for a tool call, which this server does not support.")
         if body.modalities and body.modalities != ["text"]:
             raise RequestError(f"modalities {body.modalities} are not supported: the server answers with text.")
         if body.top_logprobs is not None and not body.logprobs:
@@ -69,6 +67,8 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
         template = self.manager.tokenizer.chat_template if self.manager.tokenizer is not None else None
         source = "" if template is None else template.source
         judge_messages(body.messages, source, self.manager.unknown_fields, warnings)
+        if warnings is not None and (strict := strict_tools(body)):
+            warnings.append(f"strict is not enforced: arguments of {', '.join(strict):.200} may not follow the schema.")
 
     async def convert(self, body: ChatCompletionRequest) -> GenerateReqInput:
         limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
@@ -91,8 +91,10 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
         meta[REASONING_TOKENS] = reader.reasoning_tokens
         content = "".join(delta.content or "" for delta in deltas)
         thought = "".join(delta.reasoning_content or "" for delta in deltas) or None
-        message = ChatMessage("assistant", content or (None if thought else ""), thought)
-        return ChatChoice(index, message, self._logprobs(body, meta), *finish(meta))
+        calls = [MessageToolCall(call.id, call.function) for delta in deltas for call in delta.tool_calls or []] or None
+        message = ChatMessage("assistant", content or (None if thought or calls else ""), thought, calls)
+        reason, matched = finish(meta)
+        return ChatChoice(index, message, self._logprobs(body, meta), reader.finish_reason(reason), matched)
 
     def deltas(
         self, body: ChatCompletionRequest, native: GenerateReqInput, index: int, result: Result, states: States
@@ -112,7 +114,7 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
             yield ChatStreamChoice(index, delta, logprobs)
             logprobs = None
         if reason is not None:
-            yield ChatStreamChoice(index, ChatDelta(), None, reason, matched)
+            yield ChatStreamChoice(index, ChatDelta(), None, reader.finish_reason(reason), matched)
 
     async def _prompt_ids(self, body: ChatCompletionRequest) -> list[Any]:
         tokenizer = self.manager.tokenizer
@@ -121,16 +123,19 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
         variables = dict(body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
             variables.setdefault("reasoning_effort", body.reasoning_effort)
+        tools = offered_tools(body)
         try:
             # In a thread: how long a template takes is the checkpoint's affair, within limits of seconds.
             text = await asyncio.to_thread(
                 tokenizer.apply_chat_template,
                 body.messages,
+                tools=body.tools if tools else None,
                 continue_final_message=bool(body.continue_final_message),
                 variables=variables,
             )
         except ChatTemplateError as error:
             raise RequestError(str(error)) from None
+        check_shown(tools, text)
         return list(await self.manager.encode_text(text, add_special_tokens=False))
 
     def _logprobs(self, body: ChatCompletionRequest, meta: dict[str, Any]) -> ChatLogprobs | None:

@@ -1,0 +1,152 @@
+"""Finds tool calls in an answer that comes piece by piece; what is no whole, valid call stays text."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from sglang.srt.parser.text_marks import partial_mark
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One call; ``arguments`` is the text of a JSON object."""
+
+    name: str
+    arguments: str
+
+
+# Text of the answer, or a call, in the order of the reply.
+Event = str | ToolCall
+
+
+class ToolCallParser(ABC):
+    """Eats the text of one answer. A subclass names the marks around a call and reads what stands between them.
+
+    A call is given when it is complete, so that one that turns out to be malformed, cut off, or of a tool that is not
+    offered comes back as text, marks included. ``tools`` maps the names of the offered tools to the JSON schema of
+    their parameters. ``max_calls`` is how many calls are wanted; later ones stay text. White space beside a call is
+    dropped. The events are the same in sum however the text was cut.
+    """
+
+    start: ClassVar[str]
+    end: ClassVar[str]
+    # Marks around all calls together, where the form has them; they go with a valid call.
+    block_start: ClassVar[str] = ""
+    block_end: ClassVar[str] = ""
+
+    def __init__(self, tools: Mapping[str, Mapping[str, Any]], max_calls: int | None = None):
+        self._tools = tools
+        self._max_calls = max_calls
+        self.num_calls = 0
+        self._text = ""
+        # Characters of a call that hold no end mark.
+        self._searched = 0
+        # White space and a mark of a block that are text unless a call follows.
+        self._before = ""
+        # In a block that has had a valid call: its end mark is no text.
+        self._in_block = False
+        self._marks = tuple(mark for mark in (self.start, self.block_start, self.block_end) if mark)
+
+    @classmethod
+    def all_marks(cls) -> tuple[str, ...]:
+        """The marks of the form, in the order of a reply."""
+        return tuple(mark for mark in (cls.block_start, cls.start, cls.end, cls.block_end) if mark)
+
+    @abstractmethod
+    def read_call(self, body: str) -> ToolCall | None:
+        """The call whose marks enclose ``body``; None where it is malformed."""
+
+    def feed(self, text: str) -> list[Event]:
+        """What is known after ``text``."""
+        self._text += text
+        events: list[Event] = []
+        while self._text:
+            if self._text.startswith(self.start):
+                if not self._take_call(events):
+                    break
+            elif not self._take_text(events):
+                break
+        return events
+
+    def finish(self) -> list[Event]:
+        """What is left at the end of the reply."""
+        rest, self._text, self._before = self._before + self._text, "", ""
+        return [rest] if rest.strip() or rest and not self.num_calls else []
+
+    def _take_call(self, events: list[Event]) -> bool:
+        """Take the call at the beginning of the text; False while it is not complete."""
+        length = self._text.find(self.end, self._searched)
+        if length < 0:
+            self._searched = max(0, len(self._text) - len(self.end))
+            return False
+        self._searched = 0
+        length += len(self.end)
+        raw, self._text = self._text[:length], self._text[length:]
+        call = self.read_call(raw[len(self.start) : -len(self.end)])
+        inner = raw.rfind(self.start, 1)
+        if call is None and inner > 0:  # one that was broken off, and another
+            events.append(self._before + raw[:inner])
+            self._text = raw[inner:] + self._text
+        elif call is None or call.name not in self._tools or self.num_calls == self._max_calls:
+            events.append(self._before + raw)
+        else:
+            self.num_calls += 1
+            self._in_block = bool(self.block_start)
+            events.append(call)
+        self._before = ""
+        return True
+
+    def _take_text(self, events: list[Event]) -> bool:
+        """Take text up to the next mark; False where only a mark's beginning, or less, is left."""
+        found = [place for mark in self._marks if (place := self._text.find(mark)) >= 0]
+        kept = min(found, default=len(self._text) - partial_mark(self._text, self._marks))
+        text, self._text = self._text[:kept], self._text[kept:]
+        spoken = text.rstrip()
+        if spoken:
+            events.append(self._before + spoken)
+            self._before = ""
+        self._before += text[len(spoken) :]
+        if not found or self._text.startswith(self.start):
+            return bool(found)
+        mark = self.block_start if self._text.startswith(self.block_start) else self.block_end
+        self._text = self._text[len(mark) :]
+        if mark == self.block_end and self._in_block:
+            self._in_block, self._before = False, ""
+        else:
+            self._before += mark
+        return True
+
+
+def json_value(text: str) -> Any:
+    """The value of strict JSON. Raises ValueError, for numbers that JSON lacks too."""
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def json_object(text: str) -> dict[str, Any] | None:
+    """The JSON object that ``text`` is, or None."""
+    try:
+        found = json_value(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def json_text(value: Any) -> str:
+    """JSON of a value that ``json_value`` may have given."""
+    text = json.dumps(value, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold as an escape alone
+        return json.dumps(value)
+    return text
+
+
+def _refuse(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")

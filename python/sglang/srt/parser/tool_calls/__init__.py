@@ -1,0 +1,14 @@
+"""One file and one class per form of tool calls; ``TOOL_CALL_PARSERS`` holds them by value of --tool-call-parser."""
+
+from sglang.srt.parser.tool_call_parser import ToolCallParser
+from sglang.srt.parser.tool_calls.deepseekv3 import DeepSeekV3Parser
+from sglang.srt.parser.tool_calls.deepseekv31 import DeepSeekV31Parser
+from sglang.srt.parser.tool_calls.qwen3_coder import Qwen3CoderParser
+from sglang.srt.parser.tool_calls.qwen25 import Qwen25Parser
+
+TOOL_CALL_PARSERS: dict[str, type[ToolCallParser]] = {
+    "deepseekv3": DeepSeekV3Parser,
+    "deepseekv31": DeepSeekV31Parser,
+    "qwen25": Qwen25Parser,
+    "qwen3_coder": Qwen3CoderParser,
+}

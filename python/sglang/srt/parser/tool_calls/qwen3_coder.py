@@ -1,0 +1,73 @@
+"""Tool calls of Qwen3-Coder and Qwen3.5: a tag for the function, and one for each argument around its bare value."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser, json_text, json_value
+
+_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
+# A value ends where the next argument, or the end of the function, follows: it may hold the tag itself.
+_ARGUMENT = re.compile(r"\s*<parameter=([^>\n]+)>(.*?)</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL)
+_PYTHON_WORDS = {"True": True, "False": False, "None": None}
+_TYPES: dict[str, tuple[type, ...]] = {
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "object": (dict,),
+    "array": (list,),
+    "null": (type(None),),
+}
+
+
+class Qwen3CoderParser(ToolCallParser):
+    start, end = "<tool_call>", "</tool_call>"
+
+    def read_call(self, body: str) -> ToolCall | None:
+        function = _FUNCTION.fullmatch(body)
+        if function is None:
+            return None
+        name, rest = function[1].strip(), function[2]
+        properties = self._tools.get(name, {}).get("properties")
+        properties = properties if isinstance(properties, Mapping) else {}
+        arguments: dict[str, Any] = {}
+        place = 0
+        while found := _ARGUMENT.match(rest, place):
+            key = found[1].strip()
+            arguments[key] = _value(_bare(found[2]), properties.get(key))
+            place = found.end()
+        return ToolCall(name, json_text(arguments)) if not rest[place:].strip() else None
+
+
+def _bare(text: str) -> str:
+    """``text`` without the line breaks that the form puts around a value."""
+    return text.removeprefix("\n").removesuffix("\n")
+
+
+def _value(text: str, schema: Any) -> Any:
+    """``text`` as the type that its schema names; what does not fit, and what has no schema, is a string."""
+    types = _types(schema)
+    if not types or "string" in types:
+        return None if text == "null" and "null" in types else text
+    try:
+        value = _PYTHON_WORDS[text.strip()] if text.strip() in _PYTHON_WORDS else json_value(text)
+    except ValueError:
+        return text
+    wanted = tuple(kind for name in types for kind in _TYPES.get(name, ()))
+    fits = isinstance(value, wanted) and not (isinstance(value, bool) and bool not in wanted)
+    return value if fits else text
+
+
+def _types(schema: Any) -> set[str]:
+    """The types that a schema allows; empty where it names none."""
+    if not isinstance(schema, Mapping):
+        return set()
+    named = schema.get("type", [])
+    types = {name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)}
+    for key in ("anyOf", "oneOf"):
+        options = schema.get(key)
+        for option in options if isinstance(options, list) else []:
+            types |= _types(option)
+    return types
