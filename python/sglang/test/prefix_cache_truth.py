@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
 from sglang.srt.mem_cache.memory_pool import StateSlots
-from sglang.srt.mem_cache.radix_cache import MatchResult, RadixCache, TreeNode
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.state_companion import StateCompanion
+from sglang.srt.mem_cache.tree_node import MatchResult, TreeNode
 from sglang.test.cache_pools import state_slots
 
 Prefix = tuple[int, ...]
@@ -148,13 +150,14 @@ class RandomServer:
         self.max_tokens = max_tokens
         self.allocator = TokenToKVPoolAllocator(num_pages * page_size, page_size)
         self.states: StateSlots | None = None
-        self.cache: RadixCache
+        self.kept: StateCompanion | None = None
+        companions: list[StateCompanion] = []
         if num_states:
             self.states, pool = state_slots(num_states, [0, 3], (2, 2), (1, 3, 2), torch.float64, torch.float64)
             self.state_tensors = [tensor for layer in (0, 3) for tensor in pool.layer(layer)]
-            self.cache = HybridRadixCache(self.allocator, page_size, self.states)
-        else:
-            self.cache = RadixCache(self.allocator, page_size)
+            self.kept = StateCompanion(self.states)
+            companions = [self.kept]
+        self.cache = RadixCache(self.allocator, page_size, companions=companions)
         self.truth = PrefixTruth(page_size, hybrid=bool(num_states))
         self.running: list[FakeRequest] = []
         self.history: list[list[int]] = [[]]
@@ -191,10 +194,11 @@ class RandomServer:
         self.case.assertEqual(got.slot_ids.tolist(), slots)
         self.case.assertEqual(got.kv_len, kv_len)
         self.case.assertEqual(got.slot_ids.dtype, torch.int64)
-        if self.states:
-            self.case.assertEqual(got.state_slot is None, not prefix)
-            if got.state_slot is not None:
-                self._expect_state(got.state_slot, prefix)
+        if self.kept:
+            slot = self.kept.slot_of(got.node)
+            self.case.assertEqual(slot is None, not prefix)
+            if slot is not None:
+                self._expect_state(slot, prefix)
         if slots:
             self._count("hit")
         if kv_len > len(slots):
@@ -223,7 +227,7 @@ class RandomServer:
         self.history.append(tokens)
 
     def _fork(self, req: FakeRequest) -> bool:
-        assert self.states is not None and isinstance(self.cache, HybridRadixCache)
+        assert self.states is not None and self.kept is not None
         live = sum(r.live_state is not None for r in self.running)
         handed_over = False
         if self.states.size - live - len(self.truth.states) == 0:
@@ -232,7 +236,7 @@ class RandomServer:
             if others:
                 self.truth.states.remove(others[0])
                 self._count("state evicted for a request")
-        slot = self.cache.fork_state(req.match)
+        slot = self.kept.fork(req.match.node)
         if live == self.states.size:
             self.case.assertIsNone(slot)
             return False
@@ -284,11 +288,11 @@ class RandomServer:
         whole = tuple(tokens[: self.cache.aligned(done)])
         expected = self.truth.insert(tokens, req.slots)
         if with_state and self.states:
-            assert isinstance(self.cache, HybridRadixCache) and req.live_state is not None
             self._expect_snapshot(whole, done)
-            result = self.cache.snapshot(tokens, torch.tensor(req.slots), req.live_state)
-        else:
-            result = self.cache.insert(tokens, torch.tensor(req.slots, dtype=torch.int64))
+        result = self.cache.insert(tokens, torch.tensor(req.slots, dtype=torch.int64))
+        if with_state and self.kept:
+            assert req.live_state is not None
+            self.kept.on_insert(result, done, req.live_state)
         self.case.assertEqual((result.prefix_len, result.cached_len), (expected, len(whole)))
         if expected > req.owned:
             self._count("duplicates")
@@ -351,24 +355,25 @@ class RandomServer:
         self.case.assertEqual(self.cache.evict(want), self.truth.evict(want))
 
     def evict_states(self) -> None:
-        assert isinstance(self.cache, HybridRadixCache)
+        assert self.kept is not None
         want = self.rng.randint(0, 2)
         expected = min(want, len(self.truth.states))
-        self.case.assertEqual(self.cache.evict_states(want), expected)
+        self.case.assertEqual(self.kept.evict(want), expected)
         del self.truth.states[:expected]
 
     def hold_state(self) -> None:
         """While one state is kept and its KV locked, all others can go."""
-        assert isinstance(self.cache, HybridRadixCache)
+        assert self.kept is not None
         match, prefix = self._match(self._random_tokens())
-        if match.state_slot is None:
+        slot = self.kept.slot_of(match.node)
+        if slot is None:
             return
         self.cache.inc_lock_ref(match.node)
         self.truth.lock(prefix, +1)
-        self.case.assertEqual(self.cache.evict_states(99, keep=match.node), len(self.truth.states) - 1)
+        self.case.assertEqual(self.kept.evict(99, keep=match.node), len(self.truth.states) - 1)
         self.truth.states = [prefix]
         self.case.assertEqual(self.cache.evict(2 * self.page_size), self.truth.evict(2 * self.page_size))
-        self._expect_state(match.state_slot, prefix)
+        self._expect_state(slot, prefix)
         self.cache.dec_lock_ref(match.node)
         self.truth.lock(prefix, -1)
         self._count("state held")
@@ -377,12 +382,10 @@ class RandomServer:
         """The tree, page by page, and all books."""
         held = [slot for req in self.running for slot in req.slots[req.owned :]]
         held_slots = torch.tensor(held, dtype=torch.int64)
-        if isinstance(self.cache, HybridRadixCache):
-            live = [req.live_state for req in self.running if req.live_state is not None]
-            self.cache.check_integrity(held=held_slots, held_states=live)
-            self.case.assertEqual(self.cache.num_states(), len(self.truth.states))
-        else:
-            self.cache.check_integrity(held=held_slots)
+        live = [req.live_state for req in self.running if req.live_state is not None]
+        self.cache.check_integrity(held=held_slots, held_units={STATE: live})
+        if self.kept:
+            self.case.assertEqual(self.kept.num_kept(), len(self.truth.states))
         self.case.assertEqual(self.cache.evictable_size(), self.truth.evictable())
         self.case.assertEqual(self.cache.total_size(), len(self.truth.pages) * self.page_size)
         seen: dict[Prefix, tuple[list[int], int, bool]] = {}
@@ -396,7 +399,7 @@ class RandomServer:
         size = self.page_size
         for child in node.children.values():
             for end in range(size, child.key.size + 1, size):
-                state = child.state_slot is not None and end == child.key.size
+                state = self.kept is not None and self.kept.is_alive(child) and end == child.key.size
                 prefix = above + tuple(child.key[:end].tolist())
                 seen[prefix] = (np.asarray(child.value[end - size : end]).tolist(), child.lock_ref, state)
             self._dump(child, above + tuple(child.key.tolist()), seen)

@@ -15,8 +15,8 @@ from sglang.srt.managers.scheduler_config import SchedulerConfig
 from sglang.srt.managers.step_result import StopChecker
 from sglang.srt.managers.tp_worker import StepOutput
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
-from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
 from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.state_companion import StateCompanion
 from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -221,16 +221,14 @@ def make(
     width: int = 1,
 ) -> Setup:
     allocator = TokenToKVPoolAllocator(pool, page)
-    state_pool = states = None
-    tree: RadixCache
+    states, companions = None, []
     if hybrid:
         num_slots = max(state_slots, rows)
-        state_pool, state_memory = make_state_slots(num_slots, [0], (1, 1), (1, 1, 1), torch.int64, torch.int64)
+        slots, state_memory = make_state_slots(num_slots, [0], (1, 1), (1, 1, 1), torch.int64, torch.int64)
         states = state_memory.layer(0)[1]
-        tree = HybridRadixCache(allocator, page, state_pool, disable=not radix)
-    else:
-        tree = RadixCache(allocator, page, disable=not radix)
-    memory = ReqMemory(allocator, ReqToTokenPool(rows, 256 + width), tree, state_pool, width)
+        companions = [StateCompanion(slots)]
+    tree = RadixCache(allocator, page, disable=not radix, companions=companions)
+    memory = ReqMemory(allocator, ReqToTokenPool(rows, 256 + width), tree, width)
     config = SchedulerConfig(
         device=torch.device("cpu"),
         vocab_size=VOCAB,

@@ -21,7 +21,7 @@ NUM_ROWS, CONTEXT = 6, 96
 
 def make_memory(size: int, page_size: int, step_width: int) -> ReqMemory:
     allocator = TokenToKVPoolAllocator(size, page_size)
-    return ReqMemory(allocator, ReqToTokenPool(NUM_ROWS, CONTEXT), RadixCache(allocator, page_size), None, step_width)
+    return ReqMemory(allocator, ReqToTokenPool(NUM_ROWS, CONTEXT), RadixCache(allocator, page_size), step_width)
 
 
 def admitted(memory: ReqMemory, rid: str, prompt: list[int]) -> Req:

@@ -47,7 +47,7 @@ class TestPrefillPlanner(CustomTestCase):
         self, free: int, running: list[SimpleNamespace], chunk: int | None = 16, step_width: int = 1
     ) -> PrefillPlanner:
         allocator = TokenToKVPoolAllocator(free, page_size=4)
-        memory = ReqMemory(allocator, ReqToTokenPool(8, 64), RadixCache(allocator, 4), None, step_width)
+        memory = ReqMemory(allocator, ReqToTokenPool(8, 64), RadixCache(allocator, 4), step_width)
         return PrefillPlanner(memory, PrefillLimits(1000, chunk, 8), running, ratio=0.5)
 
     def test_running_requests_keep_room_to_grow(self) -> None:

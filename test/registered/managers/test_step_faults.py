@@ -41,8 +41,8 @@ class NanWorker:
         setup.worker.forward = self.forward
         launch = setup.scheduler._launch
         setup.scheduler._launch = lambda batch, agreed: (setattr(self, "_batch", batch), launch(batch, agreed))[1]
-        if self._memory.state_pool is not None:
-            self._follow_states(self._memory.state_pool)
+        for companion in self._memory.tree.companions:
+            self._follow_states(companion.slots)
 
     def _follow_states(self, pool: Any) -> None:
         alloc, copy = pool.alloc, pool.copy

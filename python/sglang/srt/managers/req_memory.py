@@ -8,9 +8,8 @@ import torch
 
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
-from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
-from sglang.srt.mem_cache.memory_pool import StateSlots
-from sglang.srt.mem_cache.radix_cache import MatchResult, RadixCache
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.tree_node import MatchResult
 
 
 class PoolLeakError(RuntimeError):
@@ -25,7 +24,6 @@ class ReqMemory:
         allocator: TokenToKVPoolAllocator,
         req_pool: ReqToTokenPool,
         tree: RadixCache,
-        state_pool: StateSlots | None,
         step_width: int = 1,
     ) -> None:
         """``step_width`` is the number of tokens that a decode step computes for each request."""
@@ -34,7 +32,6 @@ class ReqMemory:
         self.allocator = allocator
         self.req_pool = req_pool
         self.tree = tree
-        self.state_pool = state_pool
         self.step_width = step_width
 
     @property
@@ -54,11 +51,12 @@ class ReqMemory:
         return self.tree.match_prefix(req.token_ids[: req.max_prefix_len()])
 
     def admit(self, req: Req, match: MatchResult) -> None:
-        """Give the request a row, a state and its cached prefix; ``match.node`` must be locked for it already."""
-        if isinstance(self.tree, HybridRadixCache):
-            req.state_slot = self.tree.fork_state(match)
-            if req.state_slot is None:
-                raise PoolLeakError(f"no recurrent-state slot for request {req.rid}: live slots cover every request")
+        """Give the request a row, its cached prefix and what companions keep; ``match.node`` must be locked for it."""
+        for companion in self.tree.companions:
+            held = companion.fork(match.node)
+            if held is None:
+                raise PoolLeakError(f"no {companion.unit} slot for request {req.rid}: live slots cover every request")
+            req.held[companion.unit] = held
         row = self.req_pool.alloc()
         if row is None:
             raise PoolLeakError(f"no request row for {req.rid}: rows cover every running request")
@@ -148,11 +146,9 @@ class ReqMemory:
             return
         row = self._row(req)
         tokens, slots = req.token_ids[:num_tokens], self.req_pool.read(row, 0, num_tokens)
-        if isinstance(self.tree, HybridRadixCache) and num_tokens == req.kv_committed_len:
-            assert req.state_slot is not None
-            result = self.tree.snapshot(tokens, slots, req.state_slot)
-        else:
-            result = self.tree.insert(tokens, slots)
+        result = self.tree.insert(tokens, slots)
+        for companion in self.tree.companions:
+            companion.on_insert(result, req.kv_committed_len, req.held[companion.unit])
         if result.prefix_len > req.tree_len:
             self.allocator.free(slots[req.tree_len : result.prefix_len])
             self.req_pool.write(row, 0, self.tree.path_slots(result.node))
@@ -187,10 +183,9 @@ class ReqMemory:
             self.allocator.free(slots[req.tree_len :])
         self.tree.dec_lock_ref(req.node)
         self.req_pool.free(req.req_pool_idx)
-        if req.state_slot is not None:
-            assert self.state_pool is not None
-            self.state_pool.free(req.state_slot)
-        req.req_pool_idx = req.state_slot = req.node = None
+        for companion in self.tree.companions:
+            companion.release(req.held.pop(companion.unit))
+        req.req_pool_idx = req.node = None
         req.kv_committed_len = req.kv_allocated_len = req.tree_len = req.snapshot_at = 0
 
     def check_idle(self, deep: bool) -> None:
@@ -208,13 +203,11 @@ class ReqMemory:
             raise PoolLeakError(
                 f"idle, but {self.req_pool.size - self.req_pool.available_size()} request rows are held"
             )
-        if isinstance(self.tree, HybridRadixCache):
-            assert self.state_pool is not None
-            held = self.state_pool.size - self.state_pool.available_size() - self.tree.num_states()
-            if held:
-                raise PoolLeakError(f"idle, but {held} recurrent-state slots are held by no request")
+        for companion in self.tree.companions:
+            if held := companion.num_held():
+                raise PoolLeakError(f"idle, but {held} {companion.unit} slots are held by no request")
         if deep:
-            self.tree.check_integrity(held=0)
+            self.tree.check_integrity(held=0, held_units={})
 
     def _row(self, req: Req) -> int:
         assert req.req_pool_idx is not None, f"request {req.rid} holds no row"

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
+from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput, TokenLogprobs
-from sglang.srt.mem_cache.radix_cache import TreeNode
+from sglang.srt.mem_cache.tree_node import TreeNode
 from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardMode, LogprobRequest, ModelWorkerBatch, StepKind
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 
@@ -44,7 +46,8 @@ class Req:
         self.arrived = time.perf_counter()
         # Memory, held from admission to release.
         self.req_pool_idx: int | None = None
-        self.state_slot: int | None = None
+        # By unit, what it holds of what the companions of the prefix cache hand out.
+        self.held: dict[str, Any] = {}
         self.node: TreeNode | None = None
         self.kv_committed_len = 0
         self.kv_allocated_len = 0
@@ -155,7 +158,6 @@ class ScheduleBatch:
     ends: list[int]  # one past the last
     max_new: list[int]  # tokens that the step can give each request: 0 where it does not reach the request's end
     out_cache_loc: torch.Tensor  # [N] int64 on the host, requests one after the other
-    has_state: bool = False
     kind: StepKind = DECODE  # of a decode step
 
     @property
@@ -165,8 +167,8 @@ class ScheduleBatch:
     def to_worker_batch(self) -> ModelWorkerBatch:
         """The frozen host view; nothing below sees a request. Decode ids stay on the device, where they were drawn."""
         rows, states = _held([req.req_pool_idx for req in self.reqs]), None
-        if self.has_state:
-            states = _held([req.state_slot for req in self.reqs])
+        if STATE in self.reqs[0].held:
+            states = [req.held[STATE] for req in self.reqs]
         logprobs = [req.logprob_request(s, e) for req, s, e in zip(self.reqs, self.starts, self.ends, strict=True)]
         asked = logprobs if any(entry is not None for entry in logprobs) else []
         if self.forward_mode.is_decode():

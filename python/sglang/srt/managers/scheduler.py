@@ -353,7 +353,6 @@ class Scheduler:
             ends=ends,
             max_new=max_new,
             out_cache_loc=slots,
-            has_state=self.memory.state_pool is not None,
             kind=self.worker.decode_kind,
         )
 

@@ -30,9 +30,9 @@ from sglang.srt.managers.scheduler_io import FollowerChannel, RankZeroChannel, S
 from sglang.srt.managers.step_result import StopChecker
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
 from sglang.srt.mem_cache.pool_plan import PoolPlanError
 from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.state_companion import StateCompanion
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_executor.runner_build import make_runner
 from sglang.srt.model_executor.warm_up import warm_up
@@ -60,13 +60,10 @@ def make_memory(runner: ModelRunner, args: ServerArgs) -> ReqMemory:
     page_size = runner.memory.page_size
     allocator = TokenToKVPoolAllocator(runner.pools.size(FULL), page_size)
     policy, disable = args.radix_eviction_policy, args.disable_radix_cache
-    tree: RadixCache
     states = runner.memory.state_slots
-    if states is not None:
-        tree = HybridRadixCache(allocator, page_size, states, policy, disable)
-    else:
-        tree = RadixCache(allocator, page_size, policy, disable)
-    return ReqMemory(allocator, runner.req_to_token_pool, tree, states)
+    companions = [] if states is None else [StateCompanion(states)]
+    tree = RadixCache(allocator, page_size, policy, disable, companions)
+    return ReqMemory(allocator, runner.req_to_token_pool, tree)
 
 
 def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConfig]:

@@ -3,72 +3,20 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.prefix_companion import PrefixCompanion
 from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError, check_tree
+from sglang.srt.mem_cache.tree_node import ChildKey, HeapKey, InsertResult, MatchResult, TreeNode
 
 EVICTION_POLICIES = ("lru",)
 
-ChildKey = int | bytes
-HeapKey = tuple[int, int, int]
-
 _EMPTY: np.ndarray = np.empty(0, dtype=np.int64)
-
-
-class TreeNode:
-    """One edge of the tree: ``key`` and ``value`` [n] int64 are its tokens and their slots; n is 0 at the root only.
-
-    ``lock_ref`` counts the locks on this node and below it. ``state_slot`` is a recurrent state valid exactly at the
-    node's end (hybrid models only). A ``withdrawn`` node is out of the tree for good: only locks keep its slots.
-    """
-
-    __slots__ = (
-        "children", "heap_key", "id", "key", "last_access", "lock_ref", "parent", "state_slot", "value", "withdrawn",
-    )  # fmt: skip
-
-    def __init__(self, node_id: int, parent: TreeNode | None, key: np.ndarray, value: np.ndarray):
-        self.id = node_id
-        self.parent = parent
-        self.children: dict[ChildKey, TreeNode] = {}
-        self.key = key
-        self.value = value
-        self.lock_ref = 0
-        self.last_access = 0
-        self.heap_key: HeapKey | None = None
-        self.state_slot: int | None = None
-        self.withdrawn = False
-
-
-@dataclass(frozen=True, eq=False)
-class MatchResult:
-    """The longest cached prefix: its slots [n] int64 (host), the node where it ends, and what else is known.
-
-    ``state_slot`` is the tree's state at the end of the prefix (hybrid models). ``kv_len >= n`` tokens are cached as
-    KV; the part past n cannot be used for lack of a state.
-    """
-
-    slot_ids: torch.Tensor
-    node: TreeNode
-    state_slot: int | None
-    kv_len: int
-
-
-@dataclass(frozen=True, eq=False)
-class InsertResult:
-    """What an insertion found and took.
-
-    The first ``prefix_len`` tokens were in the tree already, with the tree's slots: the caller frees its duplicates.
-    The first ``cached_len`` tokens are in the tree now, ending at ``node``; the slots past it stay the caller's.
-    """
-
-    prefix_len: int
-    node: TreeNode
-    cached_len: int
 
 
 class RadixCache:
@@ -76,7 +24,7 @@ class RadixCache:
 
     A slot in the tree belongs to the tree: it goes back to ``allocator`` on eviction. Keys are token ids, values slot
     ids; both are compared and copied in bulk, so a match or an insertion is linear in its tokens. With ``disable`` the
-    tree stays empty: nothing matches and an insertion takes nothing.
+    tree stays empty: nothing matches and an insertion takes nothing. ``companions`` keep what a prefix needs besides.
     """
 
     def __init__(
@@ -85,6 +33,7 @@ class RadixCache:
         page_size: int,
         eviction_policy: str = "lru",
         disable: bool = False,
+        companions: Sequence[PrefixCompanion[Any]] = (),
     ):
         if eviction_policy not in EVICTION_POLICIES:
             raise ValueError(f"radix eviction policy {eviction_policy!r} is not one of {EVICTION_POLICIES}")
@@ -93,6 +42,10 @@ class RadixCache:
         self.allocator = allocator
         self.page_size = page_size
         self.disable = disable
+        self.companions = tuple(companions)
+        self._cuttable = all(companion.cuttable for companion in companions)
+        for companion in companions:
+            companion.bind(self._offer)
         self._next_id = 0
         self._clock = 0
         self._start_empty()
@@ -131,17 +84,24 @@ class RadixCache:
     # Lookup and insertion
 
     def match_prefix(self, token_ids: Sequence[int] | np.ndarray) -> MatchResult:
-        """The longest cached whole-page prefix of ``token_ids``; marks it as used.
+        """The longest whole-page prefix of ``token_ids`` that is cached and can be used; marks it as used.
 
-        An edge that matches in part is split, so that ``node`` ends exactly at the match.
+        An edge that matches in part is split, so that ``node`` ends exactly at the match, unless that is of no use.
         """
         tokens = self._as_key(token_ids)
         path, matched, inside = self._walk(tokens)
-        if inside:
+        if inside and self._cuttable:
             path[-1] = self._split(path[-1], inside)
+        elif inside:
+            path.pop()
+        while path and not self._is_alive(path[-1]):
+            path.pop()
         self._touch(path)
+        if path:
+            for companion in self.companions:
+                companion.on_match(path)
         slots = self._join([node.value for node in path])
-        return MatchResult(slots, path[-1] if path else self.root, None, matched)
+        return MatchResult(slots, path[-1] if path else self.root, matched)
 
     def insert(self, token_ids: Sequence[int] | np.ndarray, slot_ids: torch.Tensor | np.ndarray) -> InsertResult:
         """Cache the whole pages of ``token_ids`` [n] with their ``slot_ids`` [n] int64; slots already cached stay.
@@ -222,7 +182,7 @@ class RadixCache:
     def _split(self, node: TreeNode, length: int) -> TreeNode:
         """Cut ``node`` after ``length`` tokens and return the new upper part, which the caller marks as used.
 
-        The lower part stays the same object, so locks and states that name it stay true.
+        The lower part stays the same object, so locks and companions that name it stay true.
         """
         parent = node.parent
         assert parent is not None
@@ -233,6 +193,8 @@ class RadixCache:
         node.parent = upper
         upper.children[self._child_key(node.key)] = node
         self._num_nodes += 1
+        for companion in self.companions:
+            companion.on_split(upper, node)
         return upper
 
     def _path_up(self, node: TreeNode) -> Iterator[TreeNode]:
@@ -248,6 +210,10 @@ class RadixCache:
             node = stack.pop()
             yield node
             stack.extend(node.children.values())
+
+    def _is_alive(self, node: TreeNode) -> bool:
+        """Whether a prefix that ends with ``node`` has all that it needs."""
+        return all(companion.is_alive(node) for companion in self.companions)
 
     def _touch(self, path: list[TreeNode]) -> None:
         self._clock += 1
@@ -311,6 +277,8 @@ class RadixCache:
         node.withdrawn = True
         node.heap_key = None
         self._num_nodes -= 1
+        for companion in self.companions:
+            companion.on_drop(node)
         if node.lock_ref:
             self._protected -= node.value.size
             self._withdrawn.add(node)
@@ -321,8 +289,8 @@ class RadixCache:
     # larger: an entry that comes up stale is put back under its present key, so the order stays exact.
 
     def _eviction_key(self, node: TreeNode) -> HeapKey:
-        """Smallest goes first."""
-        return (0, node.last_access, node.id)
+        """Smallest goes first: leaves at which no prefix can end, then the least recently used."""
+        return (int(self._is_alive(node)), node.last_access, node.id)
 
     def _is_evictable(self, node: TreeNode) -> bool:
         return not node.children and node.lock_ref == 0 and node is not self.root
@@ -378,14 +346,25 @@ class RadixCache:
         """Give back what dropped nodes owned."""
         if nodes:
             self.allocator.free(self._join([node.value for node in nodes]))
+        for companion in self.companions:
+            for node in nodes:
+                companion.on_drop(node)
 
-    def check_integrity(self, free_slots: torch.Tensor | None = None, held: torch.Tensor | int | None = None) -> None:
+    def check_integrity(
+        self,
+        free_slots: torch.Tensor | None = None,
+        held: torch.Tensor | int | None = None,
+        held_units: Mapping[str, Sequence[Any]] | None = None,
+    ) -> None:
         """Recount the whole tree and raise RadixIntegrityError at the first thing that is wrong.
 
         ``free_slots`` [n] are the allocator's (asked of it when None). ``held`` are the slots [n] that requests own
         beside the tree, or their count in tokens of whole pages; with it, free + tree + held must be the whole pool.
+        ``held_units``, by unit, are what requests hold of the companions' units, and as exact.
         """
         check_tree(self, free_slots, held)
+        for companion in self.companions:
+            companion.check(self._nodes(), None if held_units is None else held_units.get(companion.unit, ()))
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from sglang.srt.mem_cache.radix_cache import RadixCache, TreeNode
+    from sglang.srt.mem_cache.radix_cache import RadixCache
+    from sglang.srt.mem_cache.tree_node import TreeNode
 
 
 class RadixIntegrityError(RuntimeError):

@@ -1,12 +1,16 @@
 """The prefix cache with recurrent states against a dictionary of prefixes, and at its corners by hand."""
 
 import unittest
+from collections.abc import Sequence
 
 import torch
 
+from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.hybrid_radix_cache import HybridRadixCache
+from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError
+from sglang.srt.mem_cache.state_companion import StateCompanion
+from sglang.srt.mem_cache.tree_node import MatchResult, TreeNode
 from sglang.test.cache_pools import state_slots
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.prefix_cache_truth import RandomServer
@@ -60,7 +64,8 @@ class TestByHand(CustomTestCase):
         self.allocator = TokenToKVPoolAllocator(64 * page_size, page_size)
         self.states, pool = state_slots(num_states, [0], (2, 2), (1, 3, 2), torch.float32, torch.float32)
         self.ssm = pool.layer(0)[1]
-        self.cache = HybridRadixCache(self.allocator, page_size, self.states, disable=disable)
+        self.kept = StateCompanion(self.states)
+        self.cache = RadixCache(self.allocator, page_size, disable=disable, companions=[self.kept])
 
     def put(self, tokens: list[int], value: float | None = None):
         """Insert with new slots; with a value, snapshot a live state filled with it."""
@@ -70,12 +75,16 @@ class TestByHand(CustomTestCase):
         else:
             live = self.states.alloc()
             self.ssm[live] = value
-            result = self.cache.snapshot(tokens, slots, live)
+            result = self.cache.insert(tokens, slots)
+            self.kept.on_insert(result, len(tokens), live)
             self.states.free(live)
         self.allocator.free(slots[: result.prefix_len])
         self.allocator.free(slots[result.cached_len :])
-        self.cache.check_integrity(held=0, held_states=[])
+        self.cache.check_integrity(held=0, held_units={})
         return result
+
+    def state_of(self, match: MatchResult) -> int | None:
+        return self.kept.slot_of(match.node)
 
     def value(self, slot: int) -> float:
         return float(self.ssm[slot].mean())
@@ -84,26 +93,26 @@ class TestByHand(CustomTestCase):
         self.put([1, 2, 3], 3.0)
         self.put([1, 2, 3, 4, 5, 6], None)
         match = self.cache.match_prefix([1, 2, 3, 4, 5, 9])
-        self.assertEqual((match.slot_ids.numel(), match.kv_len, self.value(match.state_slot)), (3, 5, 3.0))
+        self.assertEqual((match.slot_ids.numel(), match.kv_len, self.value(self.state_of(match))), (3, 5, 3.0))
         nothing = self.cache.match_prefix([1, 2])
-        self.assertEqual((nothing.slot_ids.numel(), nothing.kv_len, nothing.state_slot), (0, 2, None))
+        self.assertEqual((nothing.slot_ids.numel(), nothing.kv_len, self.state_of(nothing)), (0, 2, None))
         self.assertIs(nothing.node, self.cache.root)
         # The hint: a snapshot where the KV match ended makes the next request hit there.
         self.put([1, 2, 3, 4, 5], 5.0)
         match = self.cache.match_prefix([1, 2, 3, 4, 5, 9])
-        self.assertEqual((match.slot_ids.numel(), self.value(match.state_slot)), (5, 5.0))
+        self.assertEqual((match.slot_ids.numel(), self.value(self.state_of(match))), (5, 5.0))
 
     def test_split_leaves_the_state_below(self) -> None:
         self.put([1, 2, 3, 4], 4.0)
         self.put([1, 2, 9, 9], 9.0)
         self.assertEqual(self.cache.match_prefix([1, 2, 7]).slot_ids.numel(), 0)
-        self.assertEqual(self.value(self.cache.match_prefix([1, 2, 3, 4]).state_slot), 4.0)
-        self.assertEqual(self.value(self.cache.match_prefix([1, 2, 9, 9]).state_slot), 9.0)
+        self.assertEqual(self.value(self.state_of(self.cache.match_prefix([1, 2, 3, 4]))), 4.0)
+        self.assertEqual(self.value(self.state_of(self.cache.match_prefix([1, 2, 9, 9]))), 9.0)
 
     def test_unaligned_end_is_cached_without_state(self) -> None:
         self.make(page_size=4)
         result = self.put(list(range(10)), 10.0)
-        self.assertEqual((result.cached_len, self.cache.num_states()), (8, 0))
+        self.assertEqual((result.cached_len, self.kept.num_kept()), (8, 0))
         self.assertEqual(self.cache.match_prefix(list(range(10))).kv_len, 8)
         self.put(list(range(8)), 8.0)
         self.assertEqual(self.cache.match_prefix(list(range(10))).slot_ids.numel(), 8)
@@ -111,43 +120,44 @@ class TestByHand(CustomTestCase):
     def test_second_snapshot_keeps_the_first(self) -> None:
         self.put([1, 2], 1.0)
         self.put([1, 2], 2.0)
-        self.assertEqual(self.value(self.cache.match_prefix([1, 2]).state_slot), 1.0)
+        self.assertEqual(self.value(self.state_of(self.cache.match_prefix([1, 2]))), 1.0)
         self.assertEqual(self.states.available_size(), 3)
 
     def test_second_snapshot_counts_as_use(self) -> None:
         for tokens in ([1, 1], [2, 2], [1, 1]):
             self.put(tokens, 1.0)
-        self.cache.evict_states(1)
-        self.assertIsNone(self.cache.match_prefix([2, 2]).state_slot)
-        self.assertIsNotNone(self.cache.match_prefix([1, 1]).state_slot)
+        self.kept.evict(1)
+        self.assertIsNone(self.state_of(self.cache.match_prefix([2, 2])))
+        self.assertIsNotNone(self.state_of(self.cache.match_prefix([1, 1])))
 
     def test_live_slot_is_a_copy(self) -> None:
         self.put([1, 2], 2.0)
         match = self.cache.match_prefix([1, 2, 3])
-        live = self.cache.fork_state(match)
-        self.assertNotEqual(live, match.state_slot)
+        live = self.kept.fork(match.node)
+        self.assertNotEqual(live, self.state_of(match))
         self.ssm[live] += 5
-        self.assertEqual(self.value(self.cache.match_prefix([1, 2, 3]).state_slot), 2.0)
-        self.assertEqual(self.value(self.cache.fork_state(self.cache.match_prefix([8]))), 0.0)
+        self.assertEqual(self.value(self.state_of(self.cache.match_prefix([1, 2, 3]))), 2.0)
+        self.assertEqual(self.value(self.kept.fork(self.cache.match_prefix([8]).node)), 0.0)
 
     def test_dry_pool(self) -> None:
         self.make(num_states=3)
         self.put([1, 1], 1.0)
         self.put([2, 2], 2.0)
         match = self.cache.match_prefix([1, 1])
-        live = [self.cache.fork_state(match), self.cache.fork_state(match)]  # the second evicts [2, 2]
+        live = [self.kept.fork(match.node), self.kept.fork(match.node)]  # the second evicts [2, 2]
         self.assertEqual(self.cache.match_prefix([2, 2]).kv_len, 2)
-        self.assertIsNone(self.cache.match_prefix([2, 2]).state_slot)
-        live.append(self.cache.fork_state(match))  # the last slot is the tree's own: handed over
+        self.assertIsNone(self.state_of(self.cache.match_prefix([2, 2])))
+        live.append(self.kept.fork(match.node))  # the last slot is the tree's own: handed over
         self.assertEqual([self.value(slot) for slot in live], [1.0, 1.0, 1.0])
         self.assertEqual(sorted(live), [1, 2, 3])
-        self.cache.check_integrity(held=0, held_states=live)
+        self.cache.check_integrity(held=0, held_units={STATE: live})
         with self.assertRaisesRegex(RadixIntegrityError, "evicted between match and copy"):
-            self.cache.fork_state(match)
-        self.assertIsNone(self.cache.fork_state(self.cache.match_prefix([1, 1])))
+            self.kept.fork(match.node)
+        self.assertIsNone(self.kept.fork(self.cache.match_prefix([1, 1]).node))
         slots = self.allocator.alloc(2)
-        result = self.cache.snapshot([3, 3], slots, live[0])
-        self.assertEqual((result.node.state_slot, result.cached_len), (None, 2))
+        result = self.cache.insert([3, 3], slots)
+        self.kept.on_insert(result, 2, live[0])
+        self.assertEqual((self.kept.slot_of(result.node), result.cached_len), (None, 2))
         self.assertEqual(self.cache.match_prefix([3, 3]).kv_len, 2)
 
     def test_kept_state(self) -> None:
@@ -155,18 +165,18 @@ class TestByHand(CustomTestCase):
         self.put([2, 2], 2.0)
         oldest = self.cache.match_prefix([1, 1]).node
         self.cache.match_prefix([2, 2])
-        self.assertEqual(self.cache.evict_states(9, keep=oldest), 1)
-        self.assertEqual(self.value(self.cache.match_prefix([1, 1]).state_slot), 1.0)
-        self.assertIsNone(self.cache.match_prefix([2, 2]).state_slot)
+        self.assertEqual(self.kept.evict(9, keep=oldest), 1)
+        self.assertEqual(self.value(self.state_of(self.cache.match_prefix([1, 1]))), 1.0)
+        self.assertIsNone(self.state_of(self.cache.match_prefix([2, 2])))
 
     def test_kv_lock_lets_the_state_go(self) -> None:
         self.put([1, 1], 1.0)
         node = self.cache.match_prefix([1, 1]).node
         self.cache.inc_lock_ref(node)
-        self.assertEqual((self.cache.evict(9), self.cache.evict_states(9)), (0, 1))
+        self.assertEqual((self.cache.evict(9), self.kept.evict(9)), (0, 1))
         self.assertEqual(self.cache.match_prefix([1, 1]).kv_len, 2)
         self.cache.dec_lock_ref(node)
-        self.cache.check_integrity(held=0, held_states=[])
+        self.cache.check_integrity(held=0, held_units={})
 
     def test_leaves_without_state_go_first(self) -> None:
         self.put([1, 1], 1.0)
@@ -175,7 +185,7 @@ class TestByHand(CustomTestCase):
         self.assertEqual(self.cache.evict(1), 2)
         self.assertEqual([self.cache.match_prefix([t, t]).kv_len for t in (1, 2, 3)], [2, 2, 0])
         self.cache.match_prefix([1, 1])
-        self.cache.evict_states(1)  # [2, 2] becomes a tombstone, though used after nothing else
+        self.kept.evict(1)  # [2, 2] becomes a tombstone, though used after nothing else
         self.assertEqual(self.cache.evict(1), 2)
         self.assertEqual([self.cache.match_prefix([t, t]).kv_len for t in (1, 2)], [2, 0])
         self.assertEqual(self.cache.evict(1), 2)
@@ -188,26 +198,26 @@ class TestByHand(CustomTestCase):
         self.make(disable=True)
         self.assertEqual(self.put([1, 1], 1.0).cached_len, 0)
         self.assertEqual(self.cache.match_prefix([1, 1]).kv_len, 0)
-        self.assertIsNotNone(self.cache.fork_state(self.cache.match_prefix([1, 1])))
+        self.assertIsNotNone(self.kept.fork(self.cache.match_prefix([1, 1]).node))
 
     def test_integrity_check_finds_damage(self) -> None:
-        def check(message: str, held_states=()) -> None:
+        def check(message: str, held: Sequence[int] = ()) -> None:
             with self.assertRaisesRegex(RadixIntegrityError, message):
-                self.cache.check_integrity(held=0, held_states=held_states)
+                self.cache.check_integrity(held=0, held_units={STATE: held})
 
         self.put([1, 1], 1.0)
         self.put([2, 2], 2.0)
         one = self.cache.match_prefix([1, 1]).node
         two = self.cache.match_prefix([2, 2]).node
-        check("belongs to node .* and to a request", [one.state_slot])
+        check("belongs to node .* and to a request", [self.kept.slot_of(one)])
         check("a request owns state slot 4, which is free", [4])
         leaked = self.states.alloc()
         check("1 leaked")
         self.states.free(leaked)
-        two.state_slot = one.state_slot
+        self.kept._kept[two] = self.kept._kept[one]
         check("state slot 2 belongs to node")
-        two.state_slot = None
-        check("LRU list disagree")
+        self.kept._kept[TreeNode(99, two, two.key, two.value)] = self.kept._kept.pop(two)
+        check("2 states are kept, 1 of them by nodes of the tree")
 
 
 if __name__ == "__main__":
