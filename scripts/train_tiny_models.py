@@ -6,6 +6,7 @@
 The models are transformers' own classes; only the expert products are computed densely while training: the same
 mathematics without data-dependent shapes, so that a whole step can be replayed as one CUDA graph. Needs torch,
 transformers and safetensors; uses a GPU where there is one. Questions of the held-out split never enter training.
+`train_mtp_layer.py` adds draft layers afterwards.
 """
 
 import argparse

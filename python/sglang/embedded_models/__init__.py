@@ -1,4 +1,5 @@
-"""The trained checkpoints that ship inside the package, by name; `scripts/train_tiny_models.py` made them."""
+"""The trained checkpoints that ship inside the package, by name: `scripts/train_tiny_models.py` made them, and
+`scripts/train_mtp_layer.py` the draft layers of two."""
 
 from pathlib import Path
 

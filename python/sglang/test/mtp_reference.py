@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,48 @@ def save_tiny_mtp_checkpoint(name: str, folder: str | Path, seed: int = 0, **ove
     config["mtp_num_hidden_layers" if is_qwen(model.config) else "num_nextn_predict_layers"] = 1
     path.write_text(json.dumps(config))
     return model, mtp
+
+
+def load_mtp(folder: str | Path) -> tuple[Any, Any]:
+    """A folder's model and its ``MtpModel`` in float32, as transformers reads them; a tensor that is missing raises."""
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_layers import MtpModel
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    offer_mtp(model)
+    wanted = set(layer_tensors(model.config, MtpModel(model, 1).layers[0]))
+    missing = wanted - load_file(Path(folder) / "model.safetensors").keys()
+    if missing:
+        raise ValueError(f"{folder} lacks {', '.join(sorted(missing))}")
+    return model, MtpModel.from_pretrained(model).float().eval()
+
+
+@torch.inference_mode()
+def share_accepted(
+    model: Any, mtp: Any, prompts: Sequence[Sequence[int]], end: int, max_new_tokens: int, steps: int = 3
+) -> tuple[list[float], float]:
+    """How many greedy drafts at each place of a chain are accepted, by transformers alone; and tokens per cycle.
+
+    Drafts behind the end of an answer do not count. The first token of an answer is the prefill's.
+    """
+    from transformers.cache_utils import MtpCache
+
+    accepted, drafted, cycles, made = [0] * steps, [0] * steps, 0, 0
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        tokens = model.generate(ids, do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=0)[
+            0
+        ]
+        hidden, root = model.model(tokens[None]).last_hidden_state, len(prompt)
+        while root < len(tokens) - 1:
+            cache, last, hits = MtpCache(config=model.config.get_mtp_config()), hidden[:, :root], 0
+            given, positions = tokens[None, 1 : root + 1], torch.arange(1, root + 1)[None]
+            for place in range(min(steps, len(tokens) - 1 - root)):
+                last = mtp.forward_layer(0, last, positions, cache, input_ids=given)[:, -1:]
+                given, positions = mtp._project_to_logits(last).argmax(-1), positions[:, -1:] + 1
+                hits += hits == place and int(given) == int(tokens[root + 1 + place])
+                drafted[place] += 1
+                accepted[place] += hits > place
+            step = min(hits + 1, len(tokens) - 1 - root)
+            cycles, made, root = cycles + 1, made + step, root + step
+    return [a / max(d, 1) for a, d in zip(accepted, drafted, strict=True)], made / max(cycles, 1)

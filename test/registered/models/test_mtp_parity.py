@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.quantization.fp8 import Fp8Method
@@ -17,11 +18,12 @@ from sglang.srt.models.checkpoint_model import WeightLoadError
 from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mtp_harness import MtpHarness
-from sglang.test.mtp_reference import save_tiny_mtp_checkpoint
+from sglang.test.mtp_reference import load_mtp, save_tiny_mtp_checkpoint, share_accepted
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import quantize_tiny_checkpoint
+from sglang.test.tiny_tasks import MAX_NEW_TOKENS, heldout_questions
 
-register_cpu_ci(est_time=15, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=40, suite="stage-b-test-cpu")
 
 TOLERANCE = 1e-4
 # Where the truth's two best drafts are closer than this, either may be chosen.
@@ -157,6 +159,34 @@ class TestMtpParity(CustomTestCase):
             for rows in harness.cached_rows(layer_id):
                 written = ~rows.flatten(1).isnan().any(1)
                 self.assertEqual(int(written.sum()), LENGTHS[1])
+
+
+class TestEmbeddedDrafts(CustomTestCase):
+    """The trained layers, by transformers and by ours."""
+
+    def test_drafts_are_accepted(self):
+        torch.set_num_threads(1)
+        prompts = [list(question.text.encode()) for question in heldout_questions(20)]
+        for name in ("deepseek-v3-tiny", "qwen3.5-moe-tiny"):
+            with self.subTest(name):
+                model, mtp = load_mtp(EMBEDDED_MODELS[name])
+                shares, length = share_accepted(model, mtp, prompts, 257, MAX_NEW_TOKENS)
+                print(
+                    f"{name}: accepted {', '.join(f'{share:.3f}' for share in shares)}, {length:.3f} tokens per cycle"
+                )
+                for share, wanted in zip(shares, (0.85, 0.7, 0.5), strict=True):
+                    self.assertGreaterEqual(share, wanted)
+
+    def test_ours_drafts_the_same(self):
+        question = heldout_questions(8)[1]  # an answer of several characters
+        text = list((question.text + question.answer).encode())
+        for name in ("deepseek-v3-tiny", "qwen3.5-moe-tiny"):
+            with self.subTest(name):
+                harness = MtpHarness(str(EMBEDDED_MODELS[name]))
+                harness.extend([(harness.new_request(), text)])
+                drafts = harness.draft_extend([*text[1:], 257])[0].argmax(-1).tolist()
+                first = len(question.text)
+                self.assertEqual(drafts[first - 1 : -1], [*text[first + 1 :], 257])
 
 
 class TestMtpLoading(CustomTestCase):
