@@ -1,0 +1,179 @@
+"""Decode throughput of one tree of this engine against another one, on a bare CPU, in paired turns.
+
+    git archive e9a0e68 | tar x -C /tmp/old
+    python benchmark/decode_throughput/compare_trees.py /tmp/old . [--batch-size 1 8 32 64] [--minutes 7] [--bar 1.03]
+
+Both engines are up at the same time, each in processes of its own tree, and take turns: within a pair both get the
+same new prompts, and the side that begins changes from pair to pair. A turn is as many batches as take about a second.
+Prints for each batch size the time of the new tree over that of the old one: the geometric mean of the pairs with its
+95 % interval, and the median. Exit status 1 when the upper end of an interval is above the bar, or when tokens differ.
+The first pair warms up. With the same tree twice it shows what the machine's noise alone gives. On a busy machine
+``--measure cpu`` takes the CPU time of all processes of a side instead.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+INPUT_LEN = OUTPUT_LEN = 64
+TURN_S = 1.0
+FIRST_ID = 2  # below stand special tokens
+
+
+def serve(folder: str, max_batch: int) -> None:
+    """One side: a line on stdin is a list of batches of prompts; the answer has seconds, CPU seconds and output ids."""
+    import psutil
+
+    import sglang
+
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what the engine prints is no answer
+    limits: dict[str, Any] = {"max_running_requests": max_batch, "max_total_tokens": 4 * max_batch * 128}
+    sampling = {"temperature": 0.0, "max_new_tokens": OUTPUT_LEN, "ignore_eos": True}
+
+    def cpu_seconds() -> float:
+        me = psutil.Process()
+        return sum(each.cpu_times().user + each.cpu_times().system for each in (me, *me.children(recursive=True)))
+
+    with sglang.Engine(model_path=folder, log_level="error", **limits) as engine:
+        print(json.dumps(sglang.__file__), file=answers, flush=True)
+        for line in sys.stdin:
+            batches, ids = json.loads(line), []
+            engine.flush_cache()
+            started, used = time.perf_counter(), cpu_seconds()
+            for prompts in batches:
+                ids.append([r["output_ids"] for r in engine.generate(input_ids=prompts, sampling_params=sampling)])
+            answer = [time.perf_counter() - started, cpu_seconds() - used, ids]
+            print(json.dumps(answer), file=answers, flush=True)
+
+
+class Side:
+    """The engine of one tree."""
+
+    def __init__(self, tree: Path, folder: Path, max_batch: int) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(tree.resolve() / "python")}
+        command = [sys.executable, __file__, "--serve", str(folder), str(max_batch)]
+        self.process = subprocess.Popen(
+            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        found = Path(self._answer())
+        if tree.resolve() not in found.parents:
+            raise RuntimeError(f"the engine of {tree} was imported from {found}")
+
+    def run(self, batches: list[list[list[int]]]) -> tuple[float, float, list[list[list[int]]]]:
+        """(seconds, CPU seconds, output ids)"""
+        assert self.process.stdin is not None
+        print(json.dumps(batches), file=self.process.stdin, flush=True)
+        seconds, cpu_seconds, ids = self._answer()
+        return seconds, cpu_seconds, ids
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the side ended with status {self.process.wait()}")
+        return json.loads(line)
+
+
+class Size:
+    """The pairs of one batch size."""
+
+    def __init__(self, batch_size: int, measure: str) -> None:
+        self.batch_size = batch_size
+        self.measured = ("wall", "cpu").index(measure)
+        self.batches_per_turn = 1
+        self.pairs: list[tuple[float, float]] = []  # seconds of a batch: old, new
+        self.num_differing = 0
+
+    def pair(self, sides: list[Side], vocab: int, number: int) -> None:
+        """One turn of each side; pair 0 warms up and tells how many batches a turn has."""
+        import numpy as np
+
+        rng = np.random.default_rng((self.batch_size, number))
+        shape = (self.batches_per_turn, self.batch_size, INPUT_LEN)
+        batches = rng.integers(FIRST_ID, vocab, size=shape).tolist()
+        order = (0, 1) if number % 2 else (1, 0)
+        found = {index: sides[index].run(batches) for index in order}
+        self.num_differing += found[0][2] != found[1][2]
+        old, new = (found[index][self.measured] / len(batches) for index in (0, 1))
+        if number:
+            self.pairs.append((old, new))
+        else:
+            self.batches_per_turn = max(1, round(TURN_S / min(old, new)))
+
+    def upper_end(self) -> float:
+        return self.interval()[2]
+
+    def interval(self) -> tuple[float, float, float]:
+        """Geometric mean of new over old, and its 95 % interval."""
+        logs = [math.log(new / old) for old, new in self.pairs]
+        mean, free = statistics.fmean(logs), len(logs) - 1
+        z = statistics.NormalDist().inv_cdf(0.975)
+        t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # Student's, expanded
+        half = t * statistics.stdev(logs) / math.sqrt(len(logs))
+        return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+    def line(self, bar: float) -> str:
+        mean, low, high = self.interval()
+        rates = [self.batch_size * OUTPUT_LEN / statistics.median(times) for times in zip(*self.pairs, strict=True)]
+        median = statistics.median(new / old for old, new in self.pairs)
+        tokens = f"{self.num_differing} pairs WITH OTHER TOKENS" if self.num_differing else "same tokens"
+        return (
+            f"batch {self.batch_size:3d}: time new/old {mean:.4f} (95 % {low:.4f} .. {high:.4f}, median {median:.4f}), "
+            f"{len(self.pairs)} pairs; old {rates[0]:,.0f}, new {rates[1]:,.0f} tokens/s; {tokens}; "
+            f"bar {bar}: {'met' if high <= bar else 'MISSED'}"
+        )
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--serve"]:
+        serve(sys.argv[2], int(sys.argv[3]))
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", type=Path, help="Folder of a tree, with python/sglang in it.")
+    parser.add_argument("new", type=Path)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--minutes", type=float, default=7.0, help="Start-up included. Default: 7.")
+    parser.add_argument("--bar", type=float, default=1.03, help="For the upper end of new/old. Default: 1.03.")
+    parser.add_argument("--measure", choices=("wall", "cpu"), default="wall", help="Default: wall.")
+    parser.add_argument("--checkpoint", type=Path, help="Folder for the model. Default: a temporary folder.")
+    args = parser.parse_args()
+    end = time.monotonic() + 60 * args.minutes
+    from sglang.bench_utils.metrics import describe_machine
+    from sglang.test.bench_checkpoint import CONFIG, make_checkpoint
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = make_checkpoint(args.checkpoint or Path(temporary))
+        print(f"{describe_machine()}; {INPUT_LEN} tokens in, {OUTPUT_LEN} out; {args.measure} time", flush=True)
+        sides = [Side(tree, folder, max(args.batch_size)) for tree in (args.old, args.new)]
+        sizes = [Size(batch_size, args.measure) for batch_size in args.batch_size]
+        number, longest = 0, 0.0
+        while number < 6 or time.monotonic() + longest < end:
+            started = time.monotonic()
+            for size in sizes:
+                size.pair(sides, CONFIG["vocab_size"], number)
+            number, longest = number + 1, max(longest, time.monotonic() - started)
+        for side in sides:
+            side.close()
+    for size in sizes:
+        print(size.line(args.bar))
+    return int(any(size.upper_end() > args.bar or size.num_differing for size in sizes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
