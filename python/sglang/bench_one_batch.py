@@ -13,15 +13,18 @@ import os
 import sys
 from collections.abc import Sequence
 
+from sglang.bench_utils.one_batch_flags import read_arguments
 from sglang.srt.managers.process_launch import SPIN_COUNT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     # As in a server's scheduler process; read when torch is loaded, so it is set before that.
     os.environ.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
+    args = read_arguments(__doc__, argv)
+    # Loading torch takes seconds: the command line has been read before.
     from sglang.bench_utils.one_batch_cli import run
 
-    return run(__doc__, argv)
+    return run(args)
 
 
 if __name__ == "__main__":

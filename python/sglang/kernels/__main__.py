@@ -10,12 +10,10 @@ import argparse
 import json
 import sys
 
-from sglang.kernels.registry import REGISTRY, KernelConfigError, probe_package
-from sglang.srt.environ import EnvError
-from sglang.srt.platforms import PlatformError, current_platform
-
 
 def _amd_report(as_json: bool, update: bool) -> int:
+    from sglang.kernels.registry import probe_package
+
     reason = probe_package("triton")
     if reason is not None:
         print(f"error: --amd-report compiles with Triton, which does not import: {reason}", file=sys.stderr)
@@ -34,6 +32,15 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.amd_report or arguments.amd_update:
         return _amd_report(arguments.json, arguments.amd_update)
+    return _table(arguments.json)
+
+
+def _table(as_json: bool) -> int:
+    # Loading torch takes seconds: the command line has been read before.
+    from sglang.kernels.registry import REGISTRY, KernelConfigError
+    from sglang.srt.environ import EnvError
+    from sglang.srt.platforms import PlatformError, current_platform
+
     try:
         REGISTRY.freeze()
         platform = current_platform.describe()
@@ -41,7 +48,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     rows = REGISTRY.report()
-    if arguments.json:
+    if as_json:
         print(json.dumps({"platform": platform, "ops": rows}, indent=1))
         return 0
     print(f"platform: {platform}")

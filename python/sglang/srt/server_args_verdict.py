@@ -104,6 +104,11 @@ def early_errors(argv: Sequence[str]) -> list[str]:
     return []
 
 
+def flag_errors(argv: Sequence[str]) -> list[str]:
+    """What is wrong with the flags alone; loads no torch."""
+    return _read_flags(argv).errors
+
+
 def _read_flags(argv: Sequence[str] | ServerArgs) -> Verdict:
     """The settings as given, unusable ones back at their defaults, and what can be said of them alone."""
     if isinstance(argv, flags.ServerArgs):

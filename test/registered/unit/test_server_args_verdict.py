@@ -68,6 +68,31 @@ class TestEarlyErrors(CustomTestCase):
         self.assertEqual(done.stdout, "[]\nloaded []\n")
 
 
+class TestOtherCommands(CustomTestCase):
+    def test_what_is_wrong_with_a_command_line_is_said_before_torch_is_loaded(self) -> None:
+        code = (
+            "import runpy, sys; sys.argv = sys.argv[1:]\n"
+            "try: runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)\n"
+            "finally: print('torch' in sys.modules)"
+        )
+        for module, flags, said in (
+            ("sglang.plan", ["--tp", "0", "--nope"], "unknown flag --nope"),
+            ("sglang.plan", ["--platform", "abacus"], "abacus"),
+            ("sglang.bench_one_batch", ["--nope"], "--nope"),
+            ("sglang.bench_one_batch", ["--batch-size", "0"], "--batch-size must be at least 1"),
+            ("sglang.kernels", ["--nope"], "--nope"),
+            *(
+                (module, ["--help"], "usage: ")
+                for module in ("sglang.plan", "sglang.bench_one_batch", "sglang.kernels")
+            ),
+        ):
+            command = [sys.executable, "-c", code, module, *flags]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            self.assertIn(said, done.stdout + done.stderr)
+            self.assertEqual(done.stdout.splitlines()[-1], "False", (module, flags))
+            self.assertEqual(done.returncode, 0 if flags == ["--help"] else 2)
+
+
 class TestEmbeddedModels(CustomTestCase):
     def test_names(self) -> None:
         for name in EMBEDDED_MODELS:
