@@ -5,6 +5,7 @@ import unittest
 
 import torch
 
+from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 from sglang.srt.managers.req_memory import PoolLeakError, ReqMemory
 from sglang.srt.managers.schedule_batch import Req
@@ -53,17 +54,17 @@ class TestStepsOfManyTokens(CustomTestCase):
         for number in range(300):
             if len(running) < NUM_ROWS and rng.random() < 0.3:
                 prompt = [rng.randrange(3) for _ in range(rng.randint(1, 20))]
-                if memory.obtainable() >= 20 + page_size:
+                if memory.room()[FULL] >= 20 + page_size:
                     running.append(admitted(memory, str(number), prompt))
             ready = [req for req in running if req.kv_committed_len + width <= CONTEXT and rng.random() < 0.8]
             if ready:
-                needed, before = memory.missing_for_step(ready), memory.obtainable()
+                needed, before = memory.missing_for_step(ready), memory.room()[FULL]
                 slots = memory.extend_step(ready)
                 self.assertEqual(slots is None, needed > before)
                 refused += slots is None
                 if slots is not None:
                     self.check_step(memory, ready, slots, width)
-                    self.assertEqual(before - memory.obtainable(), needed)
+                    self.assertEqual(before - memory.room()[FULL], needed)
                     for req in ready:
                         accepted = rng.randint(1, width)
                         kept += width - accepted

@@ -1,11 +1,14 @@
 """What the planner of prefill steps keeps free for requests that have begun, and what they are expected to use."""
 
 import unittest
+from collections.abc import Sequence
 from types import SimpleNamespace
 
+from sglang.srt.configs.cache_layout import FULL, SWA
 from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.schedule_policy import CLIP_NEW_TOKENS, NewTokenRatio, PrefillLimits, PrefillPlanner
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
+from sglang.srt.mem_cache.prefix_companion import PrefixCompanion
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -42,28 +45,63 @@ class TestNewTokenRatio(CustomTestCase):
         self.assertEqual(ratio.value, 1.0)
 
 
+class ScarceWindow(PrefixCompanion[int]):
+    """A second unit that can run out, of which a request needs no more than 8 at one time."""
+
+    unit, cuttable, is_limit = SWA, True, True
+
+    def __init__(self, free: int) -> None:
+        self.free = free
+
+    def room(self) -> int:
+        return self.free
+
+    def needs(self, num_tokens: int) -> int:
+        return min(num_tokens, 8)
+
+    def is_alive(self, node: object) -> bool:
+        return True
+
+    def fork(self, node: object) -> int:
+        return 0
+
+    def num_held(self) -> int:
+        return 0
+
+    def _nothing(self, *args: object) -> None:
+        pass
+
+    on_match = on_split = on_insert = on_drop = release = check = _nothing
+
+
 class TestPrefillPlanner(CustomTestCase):
     def planner(
-        self, free: int, running: list[SimpleNamespace], chunk: int | None = 16, step_width: int = 1
+        self,
+        free: int,
+        running: list[SimpleNamespace],
+        chunk: int | None = 16,
+        step_width: int = 1,
+        companions: Sequence[ScarceWindow] = (),
     ) -> PrefillPlanner:
         allocator = TokenToKVPoolAllocator(free, page_size=4)
-        memory = ReqMemory(allocator, ReqToTokenPool(8, 64), RadixCache(allocator, 4), step_width)
+        tree = RadixCache(allocator, 4, companions=companions)
+        memory = ReqMemory(allocator, ReqToTokenPool(8, 64), tree, step_width)
         return PrefillPlanner(memory, PrefillLimits(1000, chunk, 8), running, ratio=0.5)
 
     def test_running_requests_keep_room_to_grow(self) -> None:
         planner = self.planner(100_000, [request(8, 8, left=20), request(8, 8, left=10**6)])
-        self.assertEqual(planner._room, 100_000 - (10 + 4) - (CLIP_NEW_TOKENS // 2 + 4))
+        self.assertEqual(planner._room[FULL], 100_000 - (10 + 4) - (CLIP_NEW_TOKENS // 2 + 4))
 
     def test_room_to_grow_counts_the_tokens_of_a_step(self) -> None:
         for width, room in ((1, 4), (2, 8), (5, 8), (6, 12)):
             planner = self.planner(100_000, [request(8, 8, left=20)], step_width=width)
-            self.assertEqual(planner._room, 100_000 - (10 + room), f"a step of {width} tokens")
+            self.assertEqual(planner._room[FULL], 100_000 - (10 + room), f"a step of {width} tokens")
 
     def test_a_begun_prompt_keeps_room_for_its_rest_and_its_output(self) -> None:
         planner = self.planner(1000, [])
         self.assertTrue(planner.add_partial(request(50, computed=8, left=30)))
         self.assertEqual(planner.ends, [24], "one chunk of 16")
-        self.assertEqual(planner._room, 1000 - (42 + 30 + 4))
+        self.assertEqual(planner._room[FULL], 1000 - (42 + 30 + 4))
         self.assertEqual(planner.taken(), 16)
 
     def test_it_takes_what_no_other_begun_prompt_took(self) -> None:
@@ -73,6 +111,17 @@ class TestPrefillPlanner(CustomTestCase):
         self.assertEqual(planner.ends, [16, 12], "8 of 24 slots, and the rest of its own page")
         self.assertEqual(planner.taken(), 24)
         self.assertFalse(planner.add_partial(request(30, computed=4)))
+
+    def test_the_scarcest_unit_limits_a_step_and_its_own_need_a_request(self) -> None:
+        planner = self.planner(1000, [], companions=[ScarceWindow(14)])
+        self.assertTrue(planner.add_partial(request(50, computed=8, left=30)))
+        self.assertEqual(planner.ends, [20], "three pages of window tokens, not a chunk of 16")
+        self.assertEqual(planner._room, {FULL: 1000 - (42 + 30 + 4), SWA: 14 - 8})
+        running = [request(8, 8, left=20), request(8, 8, left=0)]
+        planner = self.planner(1000, running, companions=[ScarceWindow(14)])
+        self.assertEqual(planner._room, {FULL: 1000 - (10 + 4) - 4, SWA: 14 - 8 - 4})
+        self.assertFalse(planner._room.holds({FULL: 1, SWA: 3}))
+        self.assertTrue(planner._room.holds({FULL: 982, SWA: 2, "state": 9}))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
+from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.room import Room
 from sglang.srt.mem_cache.tree_node import MatchResult
 
 
@@ -33,18 +35,27 @@ class ReqMemory:
         self.req_pool = req_pool
         self.tree = tree
         self.step_width = step_width
+        self._limits = [companion for companion in tree.companions if companion.is_limit]
 
     @property
     def page_size(self) -> int:
         return self.allocator.page_size
 
-    def obtainable(self) -> int:
-        """Tokens that can be had now, eviction included."""
-        return self.allocator.available_size() + self.tree.evictable_size()
+    def room(self) -> Room:
+        """What can be had now of each unit that can run out, eviction included."""
+        room = Room({FULL: self.allocator.available_size() + self.tree.evictable_size()})
+        room.update((companion.unit, companion.room()) for companion in self._limits)
+        return room
+
+    def needs(self, new_tokens: Sequence[int]) -> Room:
+        """What requests that are to have so many more tokens, one number each, need of each unit at one time."""
+        needed = Room({FULL: sum(new_tokens)})
+        needed.update((companion.unit, sum(map(companion.needs, new_tokens))) for companion in self._limits)
+        return needed
 
     def num_used(self) -> int:
         """Tokens that requests hold: slots of their own, and prefixes that they lock."""
-        return self.allocator.size - self.obtainable()
+        return self.allocator.size - self.room()[FULL]
 
     def match(self, req: Req) -> MatchResult:
         """The usable cached prefix of a request that holds nothing yet."""

@@ -72,8 +72,7 @@ class PrefillPlanner:
         self._memory = memory
         self._limits = limits
         self._num_running = len(running)
-        reserved = sum(self._expected_growth(req, ratio) for req in running)
-        self._room = memory.obtainable() - reserved
+        self._room = memory.room() - memory.needs([self._expected_growth(req, ratio) for req in running])
         self._tokens = limits.max_prefill_tokens if limits.chunk_tokens is None else limits.chunk_tokens
         self.reqs: list[Req] = []
         self.ends: list[int] = []
@@ -84,9 +83,10 @@ class PrefillPlanner:
     def add_partial(self, req: Req) -> bool:
         """Continue a request that is part-way through its prompt; False when nothing of it fits now."""
         # It must come to its end, so it may use the room that running requests have not claimed yet.
-        room = self._memory.obtainable() - self.taken()
+        memory = self._memory
+        room = memory.room().step_tokens() - self.taken()
         growth = min(req.new_tokens_left, CLIP_NEW_TOKENS)
-        self._room -= req.seq_len - req.kv_committed_len + growth + self._memory.step_room
+        self._room -= memory.needs([req.seq_len - req.kv_committed_len + growth + memory.step_room])
         return self._add(req, room)
 
     def add_waiting(self, req: Req) -> bool:
@@ -95,26 +95,25 @@ class PrefillPlanner:
             return False
         memory = self._memory
         match = memory.match(req)
-        before = memory.tree.evictable_size()
+        before = memory.room()
         memory.tree.inc_lock_ref(match.node)
-        locked = before - memory.tree.evictable_size()
-        room = self._room - locked
+        room = self._room - (before - memory.room())
         missing = req.seq_len - match.slot_ids.numel()
         alone = self._num_running == 0 and not self.reqs
         growth = 0 if alone else min(req.new_tokens_left, CLIP_NEW_TOKENS)
         whole = self._limits.chunk_tokens is None and missing > self._tokens and bool(self.reqs)
-        if missing + growth + memory.step_room > room + (memory.step_room if alone else 0) or whole:
+        if whole or not room.holds(memory.needs([missing + growth + (0 if alone else memory.step_room)])):
             memory.tree.dec_lock_ref(match.node)
             return False
         memory.admit(req, match)
-        if not self._add(req, room):
+        if not self._add(req, room.step_tokens()):
             memory.release(req, cache=False)
             return False
-        self._room = room - missing - growth - memory.step_room
+        self._room = room - memory.needs([missing + growth + memory.step_room])
         return True
 
     def taken(self) -> int:
-        """Tokens promised to the requests picked so far, whole pages."""
+        """Tokens promised to the requests picked so far, whole pages; of each unit as many."""
         return self._memory.missing_for(self.reqs, self.ends)
 
     def _add(self, req: Req, room: int) -> bool:

@@ -380,7 +380,7 @@ class Scheduler:
         """Retract running requests until the survivors can make a decode step beside ``other_tokens``."""
         before = len(self.running)
         while self.running:
-            if self.memory.missing_for_step(self.running) + other_tokens <= self.memory.obtainable():
+            if self.memory.missing_for_step(self.running) + other_tokens <= self.memory.room().step_tokens():
                 break
             self._retract(retraction_order(self.running)[0], self.running)
         if len(self.running) < before:

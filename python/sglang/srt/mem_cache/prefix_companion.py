@@ -17,11 +17,13 @@ class PrefixCompanion(ABC, Generic[Held]):
 
     A prefix can be used up to the deepest node at which every companion is alive. A companion may let go of what it
     keeps while the KV stays; it owns what it keeps, and requests own what they hold. ``unit`` names the unit that it
-    hands out, ``cuttable`` says whether the upper part of a node that is cut can be alive.
+    hands out, ``cuttable`` says whether the upper part of a node that is cut can be alive. Where requests can run short
+    of the unit, ``is_limit`` is set, and each token of a step takes one.
     """
 
     unit: str
     cuttable: bool
+    is_limit = False
 
     def bind(self, offer: Callable[[TreeNode], None]) -> None:
         """Called by the tree; ``offer`` takes a node whose rank in eviction has become lower."""
@@ -54,6 +56,14 @@ class PrefixCompanion(ABC, Generic[Held]):
     @abstractmethod
     def release(self, held: Held) -> None:
         """Take back what a request holds."""
+
+    def room(self) -> int:
+        """Units that can be had now, eviction included; asked only of a limit."""
+        raise NotImplementedError(f"requests cannot run short of {self.unit} slots")
+
+    def needs(self, num_tokens: int) -> int:
+        """Units that a request needs at one time until it has ``num_tokens`` more tokens; asked only of a limit."""
+        return num_tokens
 
     @abstractmethod
     def num_held(self) -> int:
