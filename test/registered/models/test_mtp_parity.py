@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.distributed import override_tp_group
 from sglang.srt.layers.quantization.fp8 import Fp8Method
 from sglang.srt.model_loader.loader import load_draft_model, load_model
 from sglang.srt.model_loader.weight_utils import iterate_safetensors
@@ -20,6 +21,7 @@ from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mtp_harness import MtpHarness
 from sglang.test.mtp_reference import load_mtp, save_tiny_mtp_checkpoint, share_accepted
 from sglang.test.test_utils import CustomTestCase
+from sglang.test.thread_ranks import run_ranks, thread_ranks
 from sglang.test.tiny_checkpoints import quantize_tiny_checkpoint
 from sglang.test.tiny_tasks import MAX_NEW_TOKENS, heldout_questions
 
@@ -124,6 +126,25 @@ class TestMtpParity(CustomTestCase):
                     parts.append(harness.draft_extend(successors[start : start + size])[0])
                 self.check(torch.cat(parts), first, f"chunks of {size}")
 
+    def test_two_tensor_parallel_ranks(self):
+        for truth in self.each():
+            ranks = []
+            for handle in thread_ranks(2):
+                with override_tp_group(handle):
+                    ranks.append(MtpHarness(str(truth.folder), num_slots=128))
+            prompt = truth.prompts[1]
+            successors, first, later = truth.drafts(prompt)
+
+            def serve(harness, prompt=prompt, successors=successors, first=first):
+                request = harness.new_request()
+                harness.extend([(request, prompt)])
+                found, rows = harness.draft_extend(successors)
+                next_found, _ = harness.draft_decode(request, int(first[-1].argmax()), rows[-1:])
+                return torch.cat((found, next_found))
+
+            for found in run_ranks(serve, ranks):
+                self.check(found, torch.cat((first, later[0][None])), "two ranks")
+
     def test_each_rule_shows(self):
         """Hidden rows before the norm, the other order of the two inputs, ids that are not shifted: all far off."""
         for truth in self.each():
@@ -226,6 +247,15 @@ class TestMtpLoading(CustomTestCase):
                 target, draft = self.load(self.saved(name), disable_shared_experts_fusion=disabled)
                 self.assertEqual(draft.num_fused_shared_experts, target.num_fused_shared_experts)
                 self.assertEqual(draft.num_fused_shared_experts, 0 if disabled else 1)
+
+    def test_it_has_experts_wherever_the_dense_layers_stand(self):
+        folder = self.saved("dsv3")
+        config = ModelConfig.from_path(str(folder))
+        with override_server_args():
+            target = load_model(config)
+            for keys in ({"moe_layer_freq": 2}, {"first_k_dense_replace": 9}):
+                other = replace(config, text=replace(config.text, **keys))
+                self.assertTrue(load_draft_model(other, ServerArgs(model_path=str(folder)), target)._parts.layer.is_moe)
 
     def test_copies_of_embedding_and_head_are_not_read(self):
         folder = self.saved("dsv3")
