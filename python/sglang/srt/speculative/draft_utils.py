@@ -1,0 +1,54 @@
+"""The attention backends of a draft model: of its own family, over the pools of its own layer, for this platform."""
+
+from __future__ import annotations
+
+from sglang.srt.configs.attention_backends import attention_backends
+from sglang.srt.configs.cache_layout import FULL
+from sglang.srt.configs.errors import ConfigError
+from sglang.srt.layers.attention import load_attention_backends
+from sglang.srt.layers.attention.base_attn_backend import (
+    AttentionBackend,
+    AttentionContext,
+    create_attention_backend,
+)
+from sglang.srt.platforms import current_platform
+
+
+class DraftBackendFactory:
+    """Makes the backends of a draft model whose KV is that of layer ``layer_id`` in the pools of ``context``.
+
+    asked: the name of the target's backend, taken where it is declared for the draft's family and this platform; else
+    the first that is. Nothing else of the target is looked at: a draft has no recurrent layers, and its family may
+    differ. Raises ValueError where the pools do not hold the layer, ConfigError where no backend is declared.
+    """
+
+    def __init__(self, asked: str, context: AttentionContext, layer_id: int) -> None:
+        held = [pool.spec.layer_ids for pool in context.pools if pool.spec.unit == FULL]
+        if not any(layer_id in layers for layers in held):
+            raise ValueError(f"the draft's KV is that of layer {layer_id}, and its pools hold the layers {held}")
+        self._context = context
+        self._name = _declared_name(asked, context.model_config.text.attention_family)
+
+    def create_decode_backend(self) -> AttentionBackend:
+        """For the chain of drafts: steps of one row per request."""
+        return self._create()
+
+    def create_prefill_backend(self) -> AttentionBackend:
+        """For the rows that the target has computed: prompts, and the rows of a verify step.
+
+        A backend of its own: captured steps of the two kinds keep different buffers in it.
+        """
+        return self._create()
+
+    def _create(self) -> AttentionBackend:
+        load_attention_backends()
+        return create_attention_backend(self._name, self._context)
+
+
+def _declared_name(asked: str, family: str) -> str:
+    declared, kind = attention_backends(family), current_platform.kind
+    fitting = [name for name, declaration in declared.items() if kind in declaration.platforms]
+    if not fitting:
+        there = ", ".join(f"{name} ({', '.join(d.platforms)})" for name, d in declared.items()) or "none"
+        raise ConfigError(f"no attention backend for drafts of the family {family} runs on {kind}; declared: {there}")
+    return asked if asked in fitting else fitting[0]

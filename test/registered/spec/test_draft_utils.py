@@ -1,0 +1,96 @@
+"""The backends of a draft model: by its own family, pools and layer, and never one of another platform."""
+
+import unittest
+from unittest import mock
+
+import torch
+
+from sglang.embedded_models import EMBEDDED_MODELS
+from sglang.srt.configs import attention_backends as declarations
+from sglang.srt.configs.attention_backends import BackendDeclaration, attention_backends
+from sglang.srt.configs.cache_layout import FULL, STATE
+from sglang.srt.configs.errors import ConfigError
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.layers.attention import base_attn_backend
+from sglang.srt.layers.attention.base_attn_backend import AttentionContext, GqaBackend, MlaBackend
+from sglang.srt.mem_cache.allocator import ReqToTokenPool
+from sglang.srt.mem_cache.memory_pool import ModelPools
+from sglang.srt.model_executor.model_pools import cache_layout
+from sglang.srt.platforms import current_platform, override_platform
+from sglang.srt.platforms.rocm import RocmOverFakesPlatform
+from sglang.srt.speculative.draft_utils import DraftBackendFactory
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+
+FAMILIES = {"deepseek-v3-tiny": ("mla", MlaBackend), "qwen3.5-moe-tiny": ("gqa", GqaBackend)}
+
+
+class CudaOnly:
+    """Stands for a backend that is declared for CUDA alone."""
+
+    def __init__(self, context):
+        pass
+
+
+def context_of(name, num_draft_layers=1):
+    config, device = ModelConfig.from_path(str(EMBEDDED_MODELS[name])), torch.device("cpu")
+    layout = cache_layout(config, 1, num_draft_layers=num_draft_layers)
+    pools = ModelPools(layout, {FULL: 64, STATE: 2}, 1, device)
+    return AttentionContext(config, ReqToTokenPool(2, 64, device), pools, device)
+
+
+class TestDraftBackendFactory(CustomTestCase):
+    def setUp(self):
+        # What SGLANG_PLATFORM=rocm selects on a machine without a GPU.
+        self.enterContext(override_platform(RocmOverFakesPlatform(("aiter", "mori"))))
+        self.assertEqual(current_platform.kind, "hip")
+
+    def declare_for_cuda(self, family, *, alone):
+        """A backend of CUDA, declared before those of the tree (or instead of them) and there to be created."""
+        known = {("cuda_only", family): BackendDeclaration("cuda_only", family, ("cuda",))}
+        known |= {} if alone else declarations._in_tree()
+        self.enterContext(mock.patch.object(declarations, "_in_tree", lambda: known))
+        self.enterContext(mock.patch.dict(declarations._declared, {}, clear=True))
+        self.enterContext(mock.patch.dict(base_attn_backend._FACTORIES, {("cuda_only", family): CudaOnly}))
+
+    def made(self, name, asked, context=None):
+        context = context or context_of(name)
+        factory = DraftBackendFactory(asked, context, context.model_config.num_hidden_layers)
+        return factory.create_decode_backend(), factory.create_prefill_backend()
+
+    def test_every_entry_on_hip_is_declared_for_hip(self):
+        for name, (family, interface) in FAMILIES.items():
+            self.declare_for_cuda(family, alone=False)
+            for asked in (*attention_backends(family), "aiter", "no_such_backend"):
+                with self.subTest(model=name, asked=asked):
+                    for backend in self.made(name, asked):
+                        # Nor is it the wrapper of the target's recurrent layers.
+                        self.assertIsInstance(backend, interface)
+                        self.assertRegex(type(backend).__module__, r"\.(torch_native|triton)_backend$")
+
+    def test_a_name_that_is_declared_is_taken(self):
+        for name, (family, _) in FAMILIES.items():
+            for asked in ("torch_native", "triton"):
+                self.assertIn("hip", attention_backends(family)[asked].platforms)
+                for backend in self.made(name, asked):
+                    self.assertTrue(type(backend).__module__.endswith(f".{asked}_backend"))
+
+    def test_without_a_backend_of_the_platform_it_is_refused(self):
+        self.declare_for_cuda("mla", alone=True)
+        with self.assertRaisesRegex(ConfigError, r"family mla runs on hip; declared: cuda_only \(cuda\)"):
+            self.made("deepseek-v3-tiny", "cuda_only")
+
+    def test_pools_without_the_layer_of_the_draft_are_refused(self):
+        for name in FAMILIES:
+            with self.assertRaisesRegex(ValueError, "the draft's KV is that of layer"):
+                self.made(name, "torch_native", context_of(name, num_draft_layers=0))
+
+    def test_the_two_kinds_of_step_have_backends_of_their_own(self):
+        decode, prefill = self.made("deepseek-v3-tiny", "torch_native")
+        self.assertIsNot(decode, prefill)
+
+
+if __name__ == "__main__":
+    unittest.main()
