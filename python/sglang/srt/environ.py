@@ -61,7 +61,11 @@ class Envs:
         doc="`/health` generates one token, as `/health_generate` always does. False: it only looks at the state.",
     )
     SGLANG_HEALTH_CHECK_TIMEOUT = EnvInt(
-        20, minimum=1, unit="seconds", doc="Time that a health check waits for the scheduler before it answers 503."
+        20,
+        minimum=1,
+        unit="seconds",
+        doc="Time that a health check waits for the scheduler, or that a process of the engine may be silent, before "
+        "it answers 503.",
     )
     SGLANG_TORCH_INDEX_URL = EnvStr(
         "",

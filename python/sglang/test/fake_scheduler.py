@@ -201,7 +201,8 @@ def _output(entry: _Running, reason: FinishReason | None) -> TokenIDOutput:
 class FakeEngine:
     """Fake schedulers and the real detokenizer in threads, with the face of ``EngineProcesses``.
 
-    Set ``dead`` to a text to play a child process that ended, ``asked`` to True for one that got a SIGTERM.
+    Set ``dead`` to a text to play a child process that ended, ``asked`` to True for one that got a SIGTERM,
+    ``stall`` to a text for one that makes no progress.
     """
 
     def __init__(
@@ -217,6 +218,7 @@ class FakeEngine:
         self.processes: list[Any] = []
         self.dead: str | None = None
         self.asked = False
+        self.stall: str | None = None
         detokenizer_args = types.SimpleNamespace(
             skip_tokenizer_init=tokenizer is None, tokenizer_path=server_args.tokenizer_path, model_path=""
         )
@@ -230,6 +232,9 @@ class FakeEngine:
 
     def check_alive(self) -> str | None:
         return self.dead
+
+    def stalled(self, most_s: float) -> str | None:
+        return self.stall
 
     def is_asked_to_end(self) -> bool:
         return self.asked

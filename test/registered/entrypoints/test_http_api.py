@@ -4,6 +4,7 @@ import asyncio
 import json
 import socket
 import threading
+import time
 import unittest
 from unittest import mock
 
@@ -130,6 +131,20 @@ class TestInformation(FakeServerTestCase):
             reply = self.client.get(path)
             self.assertEqual((reply.status_code, reply.content), (200, b""), path)
         self.assertTrue(any(getattr(m, "rid", "").startswith("HEALTH_CHECK") for m in self.fake.scheduler.received))
+
+    def test_health_tells_of_a_process_that_makes_no_progress(self):
+        self.fake.engine.stall = "scheduler (pid 5) has made no progress for 7 s"
+        self.addCleanup(setattr, self.fake.engine, "stall", None)
+        with self.assertLogs("sglang.srt.entrypoints.http_server", "WARNING") as logs:
+            self.fake.until(lambda: self.client.get("/health").status_code == 503)
+            for path in ("/health", "/ready", "/health_generate"):
+                reply = self.client.get(path)
+                self.assertEqual((reply.status_code, reply.text), (503, "stalled"))
+            time.sleep(1.2)
+        self.assertEqual(len(logs.output), 1)
+        self.assertEqual(self.generate(text="a").status_code, 200)  # it may go on
+        self.fake.engine.stall = None
+        self.fake.until(lambda: self.client.get("/health").status_code == 200)
 
     def test_health_is_503_when_the_engine_is_silent_or_the_server_not_up(self):
         self.fake.scheduler.frozen = True

@@ -120,6 +120,23 @@ class TestCheckAlive(CustomTestCase):
         os.waitid(os.P_PID, stopped.popen.pid, os.WSTOPPED)
         self.assertRegex(self.engine.check_alive(), r"^second \(pid \d+\): stopped by a signal")
 
+    def test_who_stalls_is_known_before_the_watchdog_ends_the_server(self):
+        self.engine.watchdog_timeout_s = 300.0
+        first, second = self.engine.processes
+        for child, silent in ((first, 0.0), (second, 19.0)):
+            child.pulse._silent_s = silent
+        self.assertIsNone(self.engine.stalled(20.0))
+        self.assertRegex(self.engine.stalled(18.0), r"^second \(pid \d+\) has made no progress for 19 s")
+        second.pulse._silent_s = 1.5
+        self.assertIsNone(self.engine.stalled(20.0))
+        for child in (first, second):
+            child.popen.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, child.popen.pid, os.WSTOPPED)
+        self.assertRegex(self.engine.stalled(20.0), "^second")  # the first has turned since the last look
+        second.popen.send_signal(signal.SIGCONT)
+        os.waitid(os.P_PID, second.popen.pid, os.WCONTINUED)
+        self.assertIsNone(self.engine.stalled(20.0))
+
 
 class TestPulse(CustomTestCase):
     def test_silence_is_counted_from_look_to_look(self):

@@ -34,6 +34,8 @@ class ServerContext:
     model_config: ModelConfig
     scheduler_info: dict[str, Any] = field(default_factory=dict)
     status: ServerStatus = ServerStatus.STARTING
+    # Which process of the engine makes no progress now, if any does.
+    stalled: str | None = None
 
     @property
     def served_model_name(self) -> str:

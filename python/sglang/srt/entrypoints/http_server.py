@@ -21,6 +21,7 @@ from sglang.srt.entrypoints.context import ServerContext, ServerStatus
 from sglang.srt.entrypoints.http_logs import bound_http_logs, on_loop_error
 from sglang.srt.entrypoints.launch import accept, check_engine, judge, start_engine
 from sglang.srt.entrypoints.shutdown import EXIT_CUT, Drain, exit_during_start, handle_stop_signals
+from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.process_launch import EngineProcesses, LaunchError
 from sglang.srt.managers.request_input import RequestError
@@ -55,6 +56,7 @@ class HttpServer(uvicorn.Server):
         self._address = ""
         self.drain = Drain(context.manager, context.server_args.drain_timeout)
         self._processes = processes
+        self._stalled_after_s = envs.SGLANG_HEALTH_CHECK_TIMEOUT.get()
         self._background: list[asyncio.Task[None]] = []
         args = context.server_args
         admission = context.manager.admission
@@ -120,6 +122,10 @@ class HttpServer(uvicorn.Server):
                 logger.error("%s: the server stops.", dead)
                 self._stop_with_error()
                 return
+            stalled = self._processes.stalled(self._stalled_after_s)
+            if stalled is not None and self.context.stalled is None:
+                logger.warning("%s: /health and /ready answer 503 until it goes on.", stalled)
+            self.context.stalled = stalled
             if self._processes.is_asked_to_end() and not self.drain.is_asked:
                 self.drain.ask(signal.SIGTERM)
 

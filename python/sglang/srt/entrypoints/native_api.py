@@ -143,10 +143,12 @@ class NativeApi:
         return await self.ping(request)
 
     async def ping(self, _: Request) -> Response:
-        """200 while requests are taken; else 503 with "starting", "stopping" or "failed"."""
+        """200 while requests are taken and answered; else 503 with "starting", "stopping", "stalled" or "failed"."""
         status = self._context.status
         if status is not ServerStatus.UP:
             return Response(status.value, 503)
+        if self._context.stalled is not None:
+            return Response("stalled", 503)
         return Response("failed", 503) if self._manager.failure is not None else Response()
 
     async def health_generate(self, request: Request) -> Response:

@@ -34,6 +34,8 @@ PROGRESS_INTERVAL_S = 10.0
 SPIN_COUNT = 1_000
 # How long a rank that lost another may wait to be blamed: a killed process takes a while to give its device back.
 PEER_GRACE_S = 5.0
+# Silence of a child that is looked at for being stopped: one that turns is not.
+STOPPED_AFTER_S = 1.0
 # The words of a child that ended without any.
 _SILENT: dict[str, Any] = {"lost_peer": False, "at": math.inf}
 
@@ -170,6 +172,17 @@ class EngineProcesses:
         names = ", ".join(child.title for child in stopped or silent)
         what = "stopped by a signal: no" if stopped else "no"
         return f"{names}: {what} progress for more than --watchdog-timeout {self.watchdog_timeout_s:g} s"
+
+    def stalled(self, most_s: float) -> str | None:
+        """Which child a signal has stopped, or is silent for more than ``most_s``, as of the last ``check_alive``.
+
+        It may go on, and until --watchdog-timeout the server waits for that.
+        """
+        for child in self.processes:
+            silent_s = child.pulse.last_silent_s
+            if silent_s > most_s or silent_s > STOPPED_AFTER_S and is_stopped(child.popen.pid):
+                return f"{child.title} has made no progress for {silent_s:.0f} s"
+        return None
 
     def is_asked_to_end(self) -> bool:
         """True when somebody sent a child a signal that is meant for the server as a whole; ``check_alive`` sees it."""

@@ -46,6 +46,11 @@ class PulseReader:
         self._count, self._looked = count, now
         return self._silent_s
 
+    @property
+    def last_silent_s(self) -> float:
+        """What ``silent_s`` said last."""
+        return self._silent_s
+
     def close(self) -> None:
         """Safe to call twice."""
         if self.descriptor >= 0:
