@@ -21,6 +21,7 @@ from sglang.srt.server_args_fields import Arg, FieldSpec, field_specs
 from sglang.srt.server_args_http import ADMISSION, API, HTTP, LOGGING, HttpArgs
 from sglang.srt.server_args_parser import add_arguments, collect_values, parse_command_line, unknown_setting
 from sglang.srt.server_args_resolve import PlatformLike, check, resolve_all
+from sglang.srt.server_args_spec import SPECULATIVE, SpecArgs
 from sglang.srt.server_args_upstream import ELSEWHERE, upstream_flags, verdicts
 
 if TYPE_CHECKING:
@@ -54,7 +55,22 @@ EXPERTS = "Expert parallelism"
 LINEAR = "Mamba and linear attention"
 GRAPHS = "Graphs and overlap"
 # The order of groups in --help and in the documentation.
-GROUPS = (MODEL, HTTP, ADMISSION, DTYPE, MEMORY, RUNTIME, LOGGING, API, PARALLEL, KERNELS, EXPERTS, LINEAR, GRAPHS)
+GROUPS = (
+    MODEL,
+    HTTP,
+    ADMISSION,
+    DTYPE,
+    MEMORY,
+    RUNTIME,
+    LOGGING,
+    API,
+    PARALLEL,
+    KERNELS,
+    EXPERTS,
+    SPECULATIVE,
+    LINEAR,
+    GRAPHS,
+)
 
 
 class ServerArgsError(ValueError):
@@ -66,7 +82,7 @@ class ServerArgsError(ValueError):
 
 
 @dataclass(frozen=True)
-class ServerArgs(HttpArgs):
+class ServerArgs(SpecArgs, HttpArgs):
     """All settings of a server. None means that ``resolve`` chooses; what stays None afterwards is optional."""
 
     model_path: Annotated[

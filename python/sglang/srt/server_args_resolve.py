@@ -15,6 +15,7 @@ from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.environ import EnvError, envs
 from sglang.srt.server_args_effect import Situation, without_effect
 from sglang.srt.server_args_fields import FieldSpec
+from sglang.srt.server_args_spec import DEFAULT_STEPS
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -177,12 +178,34 @@ def _graph_sizes(args: ServerArgs) -> Iterator[str]:
         )
 
 
+def _speculative(args: ServerArgs) -> Iterator[str]:
+    steps, tokens = args.speculative_num_steps, args.speculative_num_draft_tokens
+    given = {
+        "--speculative-draft-model-path": args.speculative_draft_model_path,
+        "--speculative-num-steps": steps,
+        "--speculative-eagle-topk": args.speculative_eagle_topk,
+        "--speculative-num-draft-tokens": tokens,
+    }
+    named = [flag for flag, value in given.items() if value is not None]
+    if args.speculative_algorithm is None:
+        if named:
+            yield f"{named[0]} was given without --speculative-algorithm: add --speculative-algorithm NEXTN"
+        return
+    if args.speculative_eagle_topk not in (None, 1):
+        yield f"--speculative-eagle-topk {args.speculative_eagle_topk} asks for a tree of guesses: use 1, a chain"
+    if steps is not None and tokens is not None and tokens != steps + 1:
+        yield f"--speculative-num-draft-tokens {tokens} must be --speculative-num-steps {steps} + 1: use {steps + 1}"
+    if args.enable_mixed_chunk:
+        yield "--enable-mixed-chunk and --speculative-algorithm do not go together: drop one"
+
+
 RULES: tuple[Callable[[ServerArgs], Iterator[str]], ...] = (
     _parallelism,
     _shared_experts,
     _chunks,
     _names_and_text,
     _graph_sizes,
+    _speculative,
 )
 
 
@@ -302,6 +325,33 @@ def _graphs(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     if platform.device_type == "cpu":
         reason = "on the host a step ends before the next is prepared"
         yield Change("disable_overlap_schedule", args.disable_overlap_schedule, True, reason)
+
+
+def _speculation(args: ServerArgs, context: Context) -> Iterator[Change | str]:
+    """What is guessed, and what speculation does not do yet."""
+    name = args.speculative_algorithm
+    if name is None:
+        return
+    tokens = args.speculative_num_draft_tokens
+    steps = args.speculative_num_steps or (tokens - 1 if tokens else DEFAULT_STEPS)
+    for field_name, value, reason in (
+        ("speculative_num_steps", steps, "--speculative-num-draft-tokens - 1" if tokens else "default"),
+        ("speculative_eagle_topk", 1, "a chain"),
+        ("speculative_num_draft_tokens", steps + 1, "--speculative-num-steps + 1"),
+        ("speculative_draft_model_path", args.model_path, "the model's own MTP layer"),
+    ):
+        if getattr(args, field_name) is None:
+            yield Change(field_name, None, value, reason)
+    flag = f"--speculative-algorithm {name}"
+    if args.tp_size > 1 or args.dp_size > 1:
+        yield f"{flag} runs on one rank in this build: drop it, or --tp-size and --dp-size"
+    model = context.model
+    if model is not None and model.text.mtp_refusal and args.speculative_draft_model_path in (None, args.model_path):
+        yield f"{flag} needs an MTP layer: {model.text.mtp_refusal}. Drop it, or name a folder that has one"
+    if model is not None and getattr(model.text, "linear_layer_ids", ()):
+        yield f"{flag} does not serve models with recurrent states in this build: drop it"
+    yield Change("disable_overlap_schedule", args.disable_overlap_schedule, True, "a step waits for what was accepted")
+    yield Change("disable_cuda_graph", args.disable_cuda_graph, True, "verify steps are not captured in this build")
 
 
 def _state_slots(args: ServerArgs, context: Context) -> Iterator[Change | str]:
@@ -430,6 +480,7 @@ STEPS: tuple[Step, ...] = (
     _schedule,
     _attention_backend,
     _graphs,
+    _speculation,
     _recurrent_state,
     _experts,
     _shared_experts_fusion,

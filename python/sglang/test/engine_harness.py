@@ -26,6 +26,7 @@ from sglang.srt.model_executor.runner_build import make_runner
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, override_server_args, resolve
+from sglang.srt.speculative.draft_utils import make_speculator
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 
@@ -50,6 +51,7 @@ class EngineHarness:
         args = ServerArgs(model_path=model_path, **server_args)
         self.model_config = ModelConfig.from_path(
             model_path,
+            context_length=args.context_length,
             dtype=args.dtype,
             quantization=args.quantization,
             kv_cache_dtype=args.kv_cache_dtype,
@@ -66,7 +68,8 @@ class EngineHarness:
         # On CPU steps never overlap by themselves; the bookkeeping of overlap can still be exercised.
         config = replace(config, enable_overlap=overlap)
         self.memory = make_memory(self.runner, self.args)
-        self.scheduler = Scheduler(config, TpModelWorker(self.runner), self.memory, self, StopChecker(tokenizer))
+        self.worker = TpModelWorker(self.runner, make_speculator(self.args, self.runner))
+        self.scheduler = Scheduler(config, self.worker, self.memory, self, StopChecker(tokenizer))
         self.inbox: list[SchedulerMessage] = []
         self.results: dict[str, Finished] = {}
         self.answers: list[FlushCacheReqOutput | GetInternalStateReqOutput] = []

@@ -15,6 +15,7 @@ from sglang.kernels.ops.gdn.reference import (
     l2_norm,
     recurrent_gated_delta_rule,
 )
+from sglang.kernels.ops.gdn.verify_step import gdn_verify_step
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -283,9 +284,47 @@ class TestSteps(CustomTestCase):
         self.assertEqual(chunks.tolist(), [[0, 0], [2, 0], [3, 0], [3, 1]])
 
 
+class TestVerifyStep(CustomTestCase):
+    """Steps of several tokens, any of which may not count, against the tokens that counted, one by one."""
+
+    def check(self, rows, num_sequences, num_steps, seed):
+        generator = torch.Generator().manual_seed(seed)
+        shape = (2, 2, 16, 16, 4)
+        slots = torch.randperm(num_sequences + 2, generator=generator)[:num_sequences] + 1
+        *_, conv_weight, A_log, dt_bias, norm, conv, ssm = step_inputs(1, num_sequences + 3, shape, generator)
+        parameters = (conv_weight, A_log, dt_bias, norm)
+        plain_conv, plain_ssm = conv.clone(), ssm.clone()
+        # What an earlier owner of a slot left there must not count.
+        tail_qkv = torch.full((num_sequences + 3, rows, conv.shape[1]), 1e3)
+        tail_gates = torch.full((num_sequences + 3, rows, 2 * ssm.shape[1]), 1e3)
+        tail_len = torch.zeros(num_sequences + 3, dtype=torch.int64)
+        for _ in range(num_steps):
+            inputs = step_inputs(num_sequences * rows, 1, shape, generator)[:4]
+            states = (conv, ssm, tail_qkv, tail_gates, tail_len)
+            found = gdn_verify_step(*inputs, *parameters, *states, slots, 1e-6).unflatten(0, (num_sequences, rows))
+            counts = torch.randint(1, rows + 1, (num_sequences,), generator=generator)
+            for i in range(num_sequences):
+                for j in range(int(counts[i])):
+                    one = [part[i * rows + j : i * rows + j + 1] for part in inputs]
+                    wanted = gdn_decode_step(*one, *parameters, plain_conv, plain_ssm, slots[i : i + 1], 1e-6)
+                    torch.testing.assert_close(found[i, j], wanted[0], atol=1e-6, rtol=1e-6)
+            tail_len[slots] = counts
+        return conv, ssm, plain_conv, plain_ssm, slots
+
+    def test_tokens_that_count_come_out_as_one_by_one(self):
+        for rows, num_sequences in ((2, 1), (3, 4), (5, 2)):
+            with self.subTest(rows=rows, num_sequences=num_sequences):
+                self.check(rows, num_sequences, num_steps=6, seed=rows)
+
+    def test_slots_of_others_stay_as_they_are(self):
+        conv, ssm, plain_conv, plain_ssm, slots = self.check(3, 2, num_steps=2, seed=9)
+        others = [slot for slot in range(1, len(conv)) if slot not in slots.tolist()]
+        self.assertTrue(torch.equal(conv[others], plain_conv[others]) and torch.equal(ssm[others], plain_ssm[others]))
+
+
 class TestCases(CustomTestCase):
     def test_every_case_runs_and_gives_finite_numbers(self):
-        for op in (gdn_decode_step, gdn_extend_step):
+        for op in (gdn_decode_step, gdn_extend_step, gdn_verify_step):
             cases = list(op.cases())
             self.assertGreaterEqual(len(cases), 3, op.name)
             for case in cases:

@@ -20,9 +20,10 @@ register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 NUM_ROWS, CONTEXT = 6, 96
 
 
-def make_memory(size: int, page_size: int, step_width: int) -> ReqMemory:
+def make_memory(size: int, page_size: int, step_width: int, step_ahead: int = 0) -> ReqMemory:
     allocator = TokenToKVPoolAllocator(size, page_size)
-    return ReqMemory(allocator, ReqToTokenPool(NUM_ROWS, CONTEXT), RadixCache(allocator, page_size), step_width)
+    tree = RadixCache(allocator, page_size)
+    return ReqMemory(allocator, ReqToTokenPool(NUM_ROWS, CONTEXT), tree, step_width, step_ahead)
 
 
 def admitted(memory: ReqMemory, rid: str, prompt: list[int]) -> Req:
@@ -42,28 +43,29 @@ def admitted(memory: ReqMemory, rid: str, prompt: list[int]) -> Req:
 class TestStepsOfManyTokens(CustomTestCase):
     def test_the_slots_of_a_step_are_those_behind_the_committed_tokens(self) -> None:
         for page_size in (1, 4, 16):
-            for width in (1, 2, 4):
-                with self.subTest(page_size=page_size, width=width):
-                    self.simulate(page_size, width, random.Random(page_size * 10 + width))
+            for width, ahead in ((1, 0), (2, 0), (4, 0), (3, 1), (4, 2)):
+                with self.subTest(page_size=page_size, width=width, ahead=ahead):
+                    self.simulate(page_size, width, ahead, random.Random(page_size * 10 + width))
 
-    def simulate(self, page_size: int, width: int, rng: random.Random) -> None:
+    def simulate(self, page_size: int, width: int, ahead: int, rng: random.Random) -> None:
         """Random requests, steps, acceptances and releases, beside a table of who owns which slot."""
-        memory = make_memory(320, page_size, width)
+        memory = make_memory(320, page_size, width, ahead)
+        reach = width + ahead
         running: list[Req] = []
         refused = kept = 0
         for number in range(300):
             if len(running) < NUM_ROWS and rng.random() < 0.3:
                 prompt = [rng.randrange(3) for _ in range(rng.randint(1, 20))]
-                if memory.room()[FULL] >= 20 + page_size:
+                if memory.room()[FULL] >= 20 + ahead + page_size:
                     running.append(admitted(memory, str(number), prompt))
-            ready = [req for req in running if req.kv_committed_len + width <= CONTEXT and rng.random() < 0.8]
+            ready = [req for req in running if req.kv_committed_len + reach <= CONTEXT and rng.random() < 0.8]
             if ready:
                 needed, before = memory.missing_for_step(ready), memory.room()[FULL]
                 slots = memory.extend_step(ready)
                 self.assertEqual(slots is None, needed > before)
                 refused += slots is None
                 if slots is not None:
-                    self.check_step(memory, ready, slots, width)
+                    self.check_step(memory, ready, slots, reach)
                     self.assertEqual(before - memory.room()[FULL], needed)
                     for req in ready:
                         accepted = rng.randint(1, width)
@@ -71,7 +73,7 @@ class TestStepsOfManyTokens(CustomTestCase):
                         req.kv_committed_len += accepted
                         req.output_ids += [rng.randrange(3) for _ in range(accepted)]
             self.check_owners(memory, running)
-            for req in [req for req in running if slots_run_out(req, width) or rng.random() < 0.1]:
+            for req in [req for req in running if req.kv_committed_len + reach > CONTEXT or rng.random() < 0.1]:
                 running.remove(req)
                 memory.release(req, cache=rng.random() < 0.7)
         for req in running:
@@ -111,6 +113,21 @@ class TestStepsOfManyTokens(CustomTestCase):
         self.assertEqual(second[:3].tolist(), first[1:].tolist())
         self.assertEqual(req.kv_allocated_len, 8)
 
+    def test_the_end_of_a_prompt_has_slots_ahead_and_a_chunk_has_none(self) -> None:
+        memory = make_memory(64, 4, 4, 2)
+        params = SamplingParams(max_new_tokens=CONTEXT)
+        req = Req(TokenizedGenerateReqInput(rid="a", input_ids=[1] * 10, sampling_params=params), 0, frozenset())
+        match = memory.match(req)
+        memory.tree.inc_lock_ref(match.node)
+        memory.admit(req, match)
+        self.assertEqual(len(memory.extend([req], [8])), 8)
+        self.assertEqual(req.kv_allocated_len, 8)
+        req.kv_committed_len = 8
+        self.assertEqual(memory.missing_for_extend([req], [10]), 4)
+        slots = memory.extend([req], [10])
+        self.assertEqual(slots.tolist(), memory.req_pool.read(req.req_pool_idx, 8, 10).tolist())
+        self.assertEqual(req.kv_allocated_len, 12)
+
     def test_what_was_never_committed_is_not_cached(self) -> None:
         memory = make_memory(64, 1, 4)
         req = admitted(memory, "a", [1, 2, 3])
@@ -133,10 +150,6 @@ class TestStepsOfManyTokens(CustomTestCase):
     def test_a_width_below_one_is_refused(self) -> None:
         with self.assertRaisesRegex(ValueError, "step_width"):
             make_memory(64, 1, 0)
-
-
-def slots_run_out(req: Req, width: int) -> bool:
-    return req.kv_committed_len + width > CONTEXT
 
 
 if __name__ == "__main__":

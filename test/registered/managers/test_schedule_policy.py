@@ -81,11 +81,12 @@ class TestPrefillPlanner(CustomTestCase):
         running: list[SimpleNamespace],
         chunk: int | None = 16,
         step_width: int = 1,
+        step_ahead: int = 0,
         companions: Sequence[ScarceWindow] = (),
     ) -> PrefillPlanner:
         allocator = TokenToKVPoolAllocator(free, page_size=4)
         tree = RadixCache(allocator, 4, companions=companions)
-        memory = ReqMemory(allocator, ReqToTokenPool(8, 64), tree, step_width)
+        memory = ReqMemory(allocator, ReqToTokenPool(8, 64), tree, step_width, step_ahead)
         return PrefillPlanner(memory, PrefillLimits(1000, chunk, 8), running, ratio=0.5)
 
     def test_running_requests_keep_room_to_grow(self) -> None:
@@ -96,6 +97,13 @@ class TestPrefillPlanner(CustomTestCase):
         for width, room in ((1, 4), (2, 8), (5, 8), (6, 12)):
             planner = self.planner(100_000, [request(8, 8, left=20)], step_width=width)
             self.assertEqual(planner._room[FULL], 100_000 - (10 + room), f"a step of {width} tokens")
+
+    def test_a_prompt_that_ends_leaves_slots_for_the_drafts_behind_it(self) -> None:
+        for free, ends in ((20, [16]), (24, [20]), (28, [22])):
+            planner = self.planner(free, [], chunk=40, step_width=4, step_ahead=2)
+            self.assertTrue(planner.add_partial(request(22)))
+            self.assertEqual(planner.ends, ends, f"{free} slots")
+            self.assertLessEqual(planner.taken(), free)
 
     def test_a_begun_prompt_keeps_room_for_its_rest_and_its_output(self) -> None:
         planner = self.planner(1000, [])

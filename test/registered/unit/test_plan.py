@@ -209,7 +209,7 @@ class TestPools(PlanTestCase):
                     self.assertEqual(list(plan.units), ["full", "state"] if name == "qwen3.5" else ["full"])
                     for unit, planned in plan.units.items():
                         self.assertEqual(sum(buffer.nbytes for buffer in made.buffers(unit)), planned.num_bytes)
-                    table = ReqToTokenPool(4, table_width([config])).req_to_token
+                    table = ReqToTokenPool(4, table_width(ServerArgs(), [config])).req_to_token
                     self.assertEqual(table.numel() * table.itemsize, plan.request_table_bytes)
                     free = 64 * MIB - sum(plan.weights.values())
                     pools = plan.request_table_bytes + sum(unit.num_bytes for unit in plan.units.values())

@@ -66,12 +66,13 @@ class TestProblems(CustomTestCase):
     def test_all_at_once(self):
         errors = errors_of(
             "--tpp 3 --dtype int4 --port 99999 --max-running-requests zero --ep 3 --tp 2 stray "
-            "--kv-cache-dtype fp8_e5m2 --speculative-algorithm EAGLE --speculative-num-steps 3 --context-length"
+            "--kv-cache-dtype fp8_e5m2 --speculative-algorithm EAGLE3 --speculative-num-steps 9 --context-length"
         )
-        self.assertEqual(len(errors), 9, errors)
+        self.assertEqual(len(errors), 10, errors)
         for part in ("unknown flag --tpp: did you mean --tp?", "--dtype must be one of auto", "--port must be",
                      "--max-running-requests expects an integer, got 'zero'", "--ep-size 3", "'stray'",
-                     "--speculative-algorithm EAGLE and --speculative-num-steps 3 are refused", "--kv-cache-dtype",
+                     "--speculative-algorithm", "--speculative-num-steps must be",
+                     "--kv-cache-dtype",
                      "--context-length: expected one argument"):  # fmt: skip
             self.assertTrue(any(part in error for error in errors), part)
 
@@ -81,6 +82,13 @@ class TestProblems(CustomTestCase):
             ("--chunked-prefill-size 100 --page-size 16", "not a multiple of --page-size 16: use 96"),
             ("--chunked-prefill-size 8 --page-size 16", "not a multiple of --page-size 16: use 16"),
             ("--chunked-prefill-size -1 --enable-mixed-chunk", "--enable-mixed-chunk needs chunks"),
+            ("--speculative-num-steps 3", "without --speculative-algorithm: add --speculative-algorithm NEXTN"),
+            ("--speculative-algorithm EAGLE --speculative-eagle-topk 4", "asks for a tree of guesses: use 1, a chain"),
+            (
+                "--speculative-algorithm EAGLE --speculative-num-steps 3 --speculative-num-draft-tokens 8",
+                "must be --speculative-num-steps 3 + 1: use 4",
+            ),
+            ("--speculative-algorithm NEXTN --enable-mixed-chunk", "do not go together: drop one"),
             ("--max-total-tokens 8 --page-size 16", "less than one page: --page-size is 16"),
             ("--cuda-graph-bs 1 64 --cuda-graph-max-bs 32", "--cuda-graph-max-bs is 32: raise"),
             ("--served-model-name a:b", "without a colon"),
@@ -140,7 +148,8 @@ class TestResolve(CustomTestCase):
         with self.assertLogs("sglang.srt.server_args", "INFO") as logs:
             args = resolve(given, MODEL, CPU)
         optional = {"max_total_tokens", "nccl_port", "max_mamba_cache_size", "cuda_graph_bs", "cuda_graph_max_bs"}
-        optional |= {"quantization"} | {field.name for field in dataclasses.fields(module.HttpArgs)}
+        optional |= {"quantization"}
+        optional |= {field.name for part in (module.HttpArgs, module.SpecArgs) for field in dataclasses.fields(part)}
         open_fields = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None}
         self.assertEqual(open_fields - optional, set())
         self.assertEqual((args.tokenizer_path, args.served_model_name, args.dtype), ("/m", "/m", "float32"))

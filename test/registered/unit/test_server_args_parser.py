@@ -85,8 +85,8 @@ class TestNames(CustomTestCase):
                 for wrong in (name[:-2] + name[-1] + name[-2], name[:4] + name[5:], name + "x"):
                     hint = unknown_flag(wrong, known).partition("did you mean ")[2].partition("?")[0]
                     self.assertTrue(not hint or hint in ours, f"{wrong}: {hint}")
-        (error,) = errors_of("--speculative-algoritm EAGLE")
-        self.assertTrue(error.endswith("--speculative-algorithm is refused: speculative decoding is not implemented"))
+        (error,) = errors_of("--enable-multi-layer-eagel")
+        self.assertIn("--enable-multi-layer-eagle is refused: of speculative decoding, this engine has a chain", error)
         self.assertEqual(errors_of("--quant"), ["--quant is ambiguous: it could be --quantization"])
         self.assertEqual(errors_of("--wholly-unknown"), ["unknown flag --wholly-unknown: --help lists all flags"])
 

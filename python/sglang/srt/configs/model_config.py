@@ -46,6 +46,10 @@ _EXTRA_OVERRIDE_KEYS = (
 )  # fmt: skip
 
 
+# Rows of a request that a speculative step may compute past the last token of a context.
+ROWS_PAST_CONTEXT = 16
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """A model folder's configuration: ``text`` holds shapes and numerics, the rest is what serving needs.
@@ -68,6 +72,11 @@ class ModelConfig:
     generation_defaults: dict[str, Any]
     quant_config: QuantConfig | None = None
     kv_cache_dtype: str = "auto"
+
+    @property
+    def num_positions(self) -> int:
+        """Positions that a step may compute; those past the context hold drafts that are never accepted."""
+        return self.context_len + ROWS_PAST_CONTEXT
 
     @classmethod
     def from_path(

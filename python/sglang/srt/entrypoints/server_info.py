@@ -112,6 +112,10 @@ _METRICS = (
     ),
     ("cached_tokens_total", "counter", "Prompt tokens found in the prefix cache since start.", "num_cached_tokens"),
     ("generation_tokens_total", "counter", "Tokens generated since start.", "num_generated_tokens"),
+    ("spec_accept_length", "gauge", "Tokens per verify step of a request, as last logged.", "spec_accept_length"),
+    ("spec_accept_rate", "gauge", "Part of the drafts that became output, as last logged.", "spec_accept_rate"),
+    ("spec_draft_tokens_total", "counter", "Tokens guessed by speculation since start.", "num_drafts"),
+    ("spec_accepted_tokens_total", "counter", "Guesses that became output since start.", "num_accepted_drafts"),
 )
 
 # The same of the HTTP process; keys of ``_front``.

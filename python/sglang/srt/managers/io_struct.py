@@ -141,6 +141,9 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     cached_tokens: int
     input_logprobs: TokenLogprobs | None = None
     output_logprobs: TokenLogprobs | None = None
+    # Speculation: verify steps so far, and drafts that became output.
+    spec_verify_ct: int = 0
+    spec_accepted: int = 0
 
 
 class TokenIDOutput(RequestOutput, kw_only=True):

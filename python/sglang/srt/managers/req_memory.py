@@ -27,14 +27,19 @@ class ReqMemory:
         req_pool: ReqToTokenPool,
         tree: RadixCache,
         step_width: int = 1,
+        step_ahead: int = 0,
     ) -> None:
-        """``step_width`` is the number of tokens that a decode step computes for each request."""
-        if step_width < 1:
-            raise ValueError(f"step_width must be at least 1, got {step_width}")
+        """A decode step computes ``step_width`` tokens for each request, and needs ``step_ahead`` slots behind them.
+
+        A prefill step that reaches the end of a prompt needs those behind it.
+        """
+        if step_width < 1 or step_ahead < 0:
+            raise ValueError(f"step_width >= 1 and step_ahead >= 0 must hold, got {step_width} and {step_ahead}")
         self.allocator = allocator
         self.req_pool = req_pool
         self.tree = tree
         self.step_width = step_width
+        self.step_ahead = step_ahead
         self._limits = [companion for companion in tree.companions if companion.is_limit]
 
     @property
@@ -88,22 +93,30 @@ class ReqMemory:
         """
         starts = [req.kv_allocated_len for req in reqs]
         assert starts == [req.kv_committed_len for req in reqs], "a prefill step starts where the slots end"
-        self._make_room(self.missing_for(reqs, ends))
-        slots = self.allocator.alloc_extend(starts, ends, [self._last_slot(req) for req in reqs])
+        self._make_room(self.missing_for_extend(reqs, ends))
+        upto = self._with_ahead(reqs, ends)
+        slots = self.allocator.alloc_extend(starts, upto, [self._last_slot(req) for req in reqs])
         if slots is None:
             return None
-        self.req_pool.write_extend([self._row(req) for req in reqs], starts, ends, slots)
-        for req, end in zip(reqs, ends, strict=True):
-            req.kv_allocated_len = end
-        return slots
+        self.req_pool.write_extend([self._row(req) for req in reqs], starts, upto, slots)
+        for req, last in zip(reqs, upto, strict=True):
+            req.kv_allocated_len = last
+        if upto == ends:
+            return slots
+        spans = zip(slots.split([last - start for start, last in zip(starts, upto, strict=True)]), starts, ends)
+        return torch.cat([mine[: end - start] for mine, start, end in spans])
+
+    def _with_ahead(self, reqs: Sequence[Req], ends: Sequence[int]) -> list[int]:
+        """Where the slots of a prefill step must reach."""
+        return [end + self.step_ahead * (end == req.seq_len) for req, end in zip(reqs, ends, strict=True)]
 
     def extend_step(self, reqs: list[Req]) -> torch.Tensor | None:
-        """Slots for the ``step_width`` tokens behind the committed ones of each request; None when they do not fit.
+        """Slots for a decode step, from the first position behind the committed tokens on; None when they do not fit.
 
-        [B * step_width] int64, requests one after the other. Slots that earlier steps left are used first. They are in
-        the host's table alone: the step writes them into the device's.
+        [B * (step_width + step_ahead)] int64, requests one after the other. Slots that earlier steps left are used
+        first. They are in the host's table alone: the step writes them into the device's.
         """
-        width = self.step_width
+        width = self.step_width + self.step_ahead
         self._make_room(self.missing_for_step(reqs))
         rows = [self._row(req) for req in reqs]
         if width == 1 and all(req.kv_allocated_len == req.kv_committed_len for req in reqs):
@@ -137,14 +150,18 @@ class ReqMemory:
         spans = zip((req.kv_allocated_len for req in reqs), ends, strict=True)
         return sum(max(0, -(-end // page) - -(-start // page)) for start, end in spans) * page
 
+    def missing_for_extend(self, reqs: Sequence[Req], ends: Sequence[int]) -> int:
+        """Tokens, whole pages, that a prefill step of these requests must allocate."""
+        return self.missing_for(reqs, self._with_ahead(reqs, ends))
+
     def missing_for_step(self, reqs: Sequence[Req]) -> int:
         """Tokens, whole pages, that a decode step of these requests must allocate."""
-        return self.missing_for(reqs, [req.kv_committed_len + self.step_width for req in reqs])
+        return self.missing_for(reqs, [req.kv_committed_len + self.step_width + self.step_ahead for req in reqs])
 
     @property
     def step_room(self) -> int:
         """Tokens, whole pages, that a decode step of one request may allocate at most."""
-        return (-(-(self.step_width - 1) // self.page_size) + 1) * self.page_size
+        return (-(-(self.step_width + self.step_ahead - 1) // self.page_size) + 1) * self.page_size
 
     def share_prefix(self, req: Req) -> None:
         """Cache what a running request has computed, so that others can use it, and lock it for this one.

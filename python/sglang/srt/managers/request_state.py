@@ -117,6 +117,10 @@ class RequestState:
             "cached_tokens": last.cached_tokens,
             "weight_version": WEIGHT_VERSION,
         }
+        if last.spec_verify_ct:
+            meta["spec_verify_ct"] = last.spec_verify_ct
+            meta["spec_accept_token_num"] = last.spec_accepted
+            meta["spec_accept_length"] = 1 + last.spec_accepted / last.spec_verify_ct
         if self._show_dp_rank:
             meta["dp_rank"] = self.dp_rank
         if self.group.warnings is not None:

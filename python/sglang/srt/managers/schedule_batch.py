@@ -59,6 +59,8 @@ class Req:
         # Reported to the client.
         self.cached_tokens = 0
         self.num_retractions = 0
+        self.spec_verify_ct = 0  # verify steps, and drafts of them that became output
+        self.spec_accepted = 0
         self.num_sent = 0
         self.input_logprobs: TokenLogprobs | None = None
         self.output_logprobs = TokenLogprobs()
@@ -101,6 +103,12 @@ class Req:
     def token_ids(self) -> np.ndarray:
         """Prompt and output: [seq_len] int64, a new array."""
         return np.concatenate([self._prompt, np.array(self.output_ids, dtype=np.int64)])
+
+    def token_after(self, end: int) -> int:
+        """The known token at position ``end``; -1 where that is still to be drawn."""
+        if end < len(self.origin_input_ids):
+            return self.origin_input_ids[end]
+        return self.output_ids[end - len(self.origin_input_ids)] if end < self.seq_len else -1
 
     @property
     def new_tokens_left(self) -> int:
@@ -158,7 +166,7 @@ class ScheduleBatch:
     ends: list[int]  # one past the last
     max_new: list[int]  # tokens that the step can give each request: 0 where it does not reach the request's end
     out_cache_loc: torch.Tensor  # [N] int64 on the host, requests one after the other
-    kind: StepKind = DECODE  # of a decode step
+    kind: StepKind = DECODE  # of the steps by which requests go on
 
     @property
     def num_tokens(self) -> int:
@@ -175,8 +183,13 @@ class ScheduleBatch:
             return ModelWorkerBatch.uniform(self.kind, rows, self.ends, self.out_cache_loc, states, asked)
         spans = zip(self.reqs, self.starts, self.ends, strict=True)
         ids = torch.from_numpy(np.concatenate([req.token_ids[start:end] for req, start, end in spans]))
-        mode = self.forward_mode
-        return ModelWorkerBatch.extend(rows, self.starts, self.ends, ids, self.out_cache_loc, states, mode, asked)
+        successors = None
+        if self.kind != DECODE:
+            successors = [req.token_after(end) for req, end in zip(self.reqs, self.ends, strict=True)]
+        return ModelWorkerBatch.extend(
+            rows, self.starts, self.ends, ids, self.out_cache_loc, states, self.forward_mode, asked,
+            successors=successors,
+        )  # fmt: skip
 
 
 def _held(places: Sequence[int | None]) -> list[int]:

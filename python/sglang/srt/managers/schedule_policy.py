@@ -114,7 +114,7 @@ class PrefillPlanner:
 
     def taken(self) -> int:
         """Tokens promised to the requests picked so far, whole pages; of each unit as many."""
-        return self._memory.missing_for(self.reqs, self.ends)
+        return self._memory.missing_for_extend(self.reqs, self.ends)
 
     def _add(self, req: Req, room: int) -> bool:
         start, page = req.kv_committed_len, self._memory.page_size
@@ -124,7 +124,8 @@ class PrefillPlanner:
         if start < req.snapshot_at < end:
             end = req.snapshot_at
         # The free rest of the request's last page comes on top of whole pages.
-        end = min(end, start + room // page * page + -start % page)
+        pages = (room // page * page - self._memory.step_ahead) // page
+        end = min(end, start + pages * page + -start % page)
         if end < req.seq_len:
             end -= end % page
         if end <= start:

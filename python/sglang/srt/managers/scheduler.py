@@ -363,7 +363,9 @@ class Scheduler:
             return self._sampling_info
         rows = [req.sampling_row() for req in batch.reqs]
         info = SamplingBatchInfo.from_rows(rows, self.config.vocab_size, self.config.device)
-        self._sampling_info, self._sampled_reqs = (info, batch.reqs) if decode else (None, [])
+        # Where a step gives several tokens, edits are built of those that the host has taken in.
+        kept = decode and not (batch.kind.rows_per_request > 1 and info.edits_logits())
+        self._sampling_info, self._sampled_reqs = (info, batch.reqs) if kept else (None, [])
         return info
 
     # Retraction
@@ -411,6 +413,10 @@ class Scheduler:
                 continue
             num_before = len(req.output_ids)
             fault = self._accept(req, index, max_new, output)
+            if max_new > 1 and (num_new := len(req.output_ids) - num_before):
+                req.spec_verify_ct += 1
+                req.spec_accepted += num_new - 1
+                self.metrics.verified(max_new - 1, num_new)
             if fault is not None:
                 self._finish(req, fault)
                 talk.append(req)

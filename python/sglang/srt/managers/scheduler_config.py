@@ -54,7 +54,8 @@ class SchedulerConfig:
         cls, args: ServerArgs, model_config: ModelConfig, runner: ModelRunner, dp_rank: int = 0
     ) -> SchedulerConfig:
         """From resolved arguments and the pools that the runner has made."""
-        chunk = args.chunked_prefill_size
+        chunk, page = args.chunked_prefill_size, args.page_size or 1
+        slots_for_drafts = -(-2 * (args.speculative_num_steps or 0) // page) * page
         return cls(
             device=runner.device,
             vocab_size=model_config.vocab_size,
@@ -62,7 +63,8 @@ class SchedulerConfig:
             max_running_requests=runner.req_to_token_pool.size,
             max_prefill_tokens=args.max_prefill_tokens,
             chunked_prefill_size=chunk if chunk is not None and chunk > 0 else None,
-            max_req_len=min(model_config.context_len, runner.pools.size(FULL)),
+            # Drafts take slots, and never those of a token that a request may still have.
+            max_req_len=min(model_config.context_len, runner.pools.size(FULL) - slots_for_drafts),
             schedule_policy=args.schedule_policy,
             schedule_conservativeness=args.schedule_conservativeness,
             enable_mixed_chunk=args.enable_mixed_chunk,

@@ -30,19 +30,36 @@ class SchedulerMetrics:
         self.num_prefilled_tokens = 0
         self.num_cached_tokens = 0
         self.num_generated_tokens = 0
+        # Speculation: verify steps of requests, drafts that they brought, and drafts that became output, the latter
+        # also by their place in the chain. Drafts behind the end of an answer are not accepted ones.
+        self.spec_verify_ct = 0
+        self.num_drafts = 0
+        self.num_accepted_drafts = 0
+        self.accepted_by_position: list[int] = []
+        self.spec_accept_length = 0.0  # tokens per verify step of a request, as last logged; so is the rate of drafts
+        self.spec_accept_rate = 0.0
         # Seconds in forward and sampling, and in all else of a step.
         self.forward_seconds = 0.0
         self.schedule_seconds = 0.0
         self.last_gen_throughput = 0.0
         self._log_started = time.perf_counter()
-        self._log_tokens = 0
+        self._log_tokens = 0  # of these counts, what was logged
+        self._log_spec = (0, 0, 0)
+
+    def verified(self, num_drafts: int, num_new: int) -> None:
+        """A verify step gave a request ``num_new`` tokens, of which all but the last were drafts."""
+        self.spec_verify_ct += 1
+        self.num_drafts += num_drafts
+        self.num_accepted_drafts += num_new - 1
+        self.accepted_by_position += [0] * (num_drafts - len(self.accepted_by_position))
+        for place in range(num_new - 1):
+            self.accepted_by_position[place] += 1
 
     def step_done(self, batch: ScheduleBatch, load: dict[str, int], forward_s: float, schedule_s: float) -> None:
         self.forward_seconds += forward_s
         self.schedule_seconds += schedule_s
         if batch.forward_mode.is_decode():
             self.num_decode_steps += 1
-            self._log_tokens += len(batch.reqs)
             if self.num_decode_steps % self._interval == 0:
                 self._log_decode(load)
         else:
@@ -72,14 +89,16 @@ class SchedulerMetrics:
 
     def _log_decode(self, load: dict[str, int]) -> None:
         now = time.perf_counter()
-        self.last_gen_throughput = self._log_tokens / max(now - self._log_started, 1e-9)
-        self._log_started, self._log_tokens = now, 0
+        new = self.num_generated_tokens - self._log_tokens
+        self.last_gen_throughput = new / max(now - self._log_started, 1e-9)
+        self._log_started, self._log_tokens = now, self.num_generated_tokens
         logger.info(
-            "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, gen throughput (token/s): %.2f, "
+            "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, %sgen throughput (token/s): %.2f, "
             "#queue-req: %d",
             load["num_running_reqs"],
             load["num_used_tokens"],
             _usage(load),
+            self._log_acceptance(),
             self.last_gen_throughput,
             load["num_queue_reqs"],
         )
@@ -90,9 +109,19 @@ class SchedulerMetrics:
                 row,
             )
 
+    def _log_acceptance(self) -> str:
+        """What speculation gave since the last line; nothing without it."""
+        now = (self.spec_verify_ct, self.num_drafts, self.num_accepted_drafts)
+        steps, drafts, accepted = (count - before for count, before in zip(now, self._log_spec, strict=True))
+        if not steps:
+            return ""
+        self._log_spec = now
+        self.spec_accept_length, self.spec_accept_rate = 1 + accepted / steps, accepted / drafts
+        return f"accept len: {self.spec_accept_length:.2f}, accept rate: {self.spec_accept_rate:.2f}, "
+
     def went_idle(self) -> None:
         """Do not count idle time into the next throughput figure."""
-        self._log_started, self._log_tokens = time.perf_counter(), 0
+        self._log_started, self._log_tokens = time.perf_counter(), self.num_generated_tokens
 
     def snapshot(self) -> dict[str, Any]:
         """For /server_info: every public attribute."""

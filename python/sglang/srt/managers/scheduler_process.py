@@ -39,6 +39,8 @@ from sglang.srt.model_executor.warm_up import warm_up
 from sglang.srt.model_loader.weight_utils import WeightLoadError
 from sglang.srt.platforms import PlatformError, current_platform
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+from sglang.srt.speculative.draft_utils import make_speculator
+from sglang.srt.speculative.spec_info import SpecInfo
 from sglang.srt.utils.audit import install_unpickle_counter, log_unpickle_count, reset_unpickle_count
 from sglang.srt.utils.common import end_process
 from sglang.srt.utils.hf_tokenizer import Tokenizer, TokenizerError
@@ -63,7 +65,9 @@ def make_memory(runner: ModelRunner, args: ServerArgs) -> ReqMemory:
     states = runner.memory.state_slots
     companions = [] if states is None else [StateCompanion(states)]
     tree = RadixCache(allocator, page_size, policy, disable, companions)
-    return ReqMemory(allocator, runner.req_to_token_pool, tree)
+    spec = SpecInfo(args.speculative_num_steps) if args.speculative_num_steps else None
+    width, ahead = (1, 0) if spec is None else (spec.num_draft_tokens, spec.slots_ahead)
+    return ReqMemory(allocator, runner.req_to_token_pool, tree, width, ahead)
 
 
 def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConfig]:
@@ -113,8 +117,9 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
     channel: SchedulerChannel = FollowerChannel(state.tp)
     if state.tp.rank == 0:
         channel = RankZeroChannel(config.ipc, state.tp, place.dp_rank, peers)
+    worker = TpModelWorker(runner, make_speculator(args, runner))
     memory, stops = make_memory(runner, args), StopChecker(tokenizer)
-    return Scheduler(scheduler_config, TpModelWorker(runner), memory, channel, stops, sync), model_config
+    return Scheduler(scheduler_config, worker, memory, channel, stops, sync), model_config
 
 
 def _insist() -> None:

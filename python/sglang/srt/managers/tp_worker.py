@@ -11,6 +11,7 @@ from sglang.srt.layers.logprobs import HostLogprobs
 from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.speculative.eagle_worker import EagleWorker
 
 
 @dataclass(frozen=True)
@@ -89,14 +90,21 @@ class LaunchedForward:
     of requests of this batch, which takes their tokens from the device.
     """
 
-    def __init__(self, runner: ModelRunner, batch: ModelWorkerBatch) -> None:
+    def __init__(self, runner: ModelRunner, batch: ModelWorkerBatch, speculator: EagleWorker | None = None) -> None:
         self._runner = runner
+        self._speculator = speculator
         self._batch = batch
         self._step = runner.forward(batch)
 
     @torch.inference_mode()
     def sample(self, info: SamplingBatchInfo) -> LaunchedStep:
-        """Queue the choice of tokens, without waiting for the device."""
+        """Queue the choice of tokens, and of drafts for the next step, without waiting for the device."""
+        speculator, step = self._speculator, self._step
+        if speculator is not None:
+            drawn = self._runner.sample(step, speculator.sampling_info(step, info), self._batch)
+            accepted = speculator.accept(step, drawn, info)
+            self._runner.last_token.index_copy_(0, step.req_rows, accepted.newest)
+            return LaunchedStep(accepted.drawn, step.output, accepted.num_new)
         drawn = self._runner.sample(self._step, info, self._batch)
         info.update(drawn)
         self._runner.last_token.index_copy_(0, self._step.req_rows, drawn.to(torch.int64))
@@ -106,11 +114,12 @@ class LaunchedForward:
 class TpModelWorker:
     """Runs steps on this rank's model."""
 
-    def __init__(self, runner: ModelRunner) -> None:
+    def __init__(self, runner: ModelRunner, speculator: EagleWorker | None = None) -> None:
         self.runner = runner
+        self.speculator = speculator
         # The step by which requests go on: as many of its rows as each request brings can give it a token.
-        self.decode_kind: StepKind = DECODE
+        self.decode_kind: StepKind = DECODE if speculator is None else speculator.spec.verify
 
     def forward(self, batch: ModelWorkerBatch) -> LaunchedForward:
         """Queue the forward of ``batch``, without waiting for the device; one without requests is never sampled."""
-        return LaunchedForward(self.runner, batch)
+        return LaunchedForward(self.runner, batch, self.speculator)

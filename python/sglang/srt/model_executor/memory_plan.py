@@ -34,7 +34,7 @@ from sglang.srt.layers.moe.token_dispatcher.mori_plan import (
 )
 from sglang.srt.layers.moe.token_dispatcher.moriep import release_problem
 from sglang.srt.mem_cache.pool_plan import PoolPlan, PoolPlanError
-from sglang.srt.model_executor.model_pools import cache_layout, plan_pools, request_table_bytes
+from sglang.srt.model_executor.model_pools import plan_pools, request_table_bytes, served_layout
 from sglang.srt.model_executor.step_graphs import decode_buckets
 from sglang.srt.model_loader.loader import build_model
 from sglang.srt.platforms import override_platform
@@ -292,7 +292,7 @@ def plan_memory(
         runtime_estimate=runtime,
         graphs_estimate=estimate_graphs(args, config),
         request_table_bytes=request_table_bytes(args, [config]),
-        units=plan_units(args, cache_layout(config, tp_size, args.mamba_ssm_dtype), pools),
+        units=plan_units(args, served_layout(args, config, tp_size), pools),
         pools=pools,
         problems=tuple(problems),
     )

@@ -47,6 +47,11 @@ def cache_layout(
     return config.text.cache_layout(tp_size, types, num_draft_layers)
 
 
+def served_layout(args: ServerArgs, config: ModelConfig, tp_size: int) -> CacheLayout:
+    """What one of ``tp_size`` ranks keeps of a model by the resolved ``args``; a layer that drafts is one more."""
+    return cache_layout(config, tp_size, args.mamba_ssm_dtype, 1 if args.speculative_algorithm else 0)
+
+
 def plan_pools(args: ServerArgs, configs: Sequence[ModelConfig], tp_size: int, available_bytes: int) -> PoolPlan:
     """The pools of one rank, which serves all ``configs`` at once, for ``available_bytes``, by the resolved ``args``.
 
@@ -57,7 +62,7 @@ def plan_pools(args: ServerArgs, configs: Sequence[ModelConfig], tp_size: int, a
     longest = max(config.context_len for config in configs)
     return plan_pool_sizes(
         available_bytes=available_bytes,
-        layout=join(cache_layout(config, tp_size, args.mamba_ssm_dtype) for config in configs),
+        layout=join(served_layout(args, config, tp_size) for config in configs),
         max_running_requests=args.max_running_requests,
         page_size=args.page_size,
         request_table_bytes=request_table_bytes(args, configs),
@@ -77,7 +82,7 @@ def make_rank_memory(
     device: torch.device,
 ) -> RankMemory:
     """The request table of the models of ``configs``, and the state slots of their ``pools``, which have ``sizes``."""
-    table = ReqToTokenPool(args.max_running_requests or 1, table_width(configs), device)
+    table = ReqToTokenPool(args.max_running_requests or 1, table_width(args, configs), device)
     last_token = torch.zeros(table.padding_row + 1, dtype=torch.int64, device=device)
     state_slots = StateSlots(*pools) if any(each.layout.has(STATE) for each in pools) else None
     return RankMemory(sizes, args.page_size or 1, table, last_token, state_slots)
@@ -87,17 +92,19 @@ def make_pools(
     args: ServerArgs, config: ModelConfig, sizes: PoolPlan, tp_size: int, device: torch.device
 ) -> ModelPools:
     """The pools of one model on one rank."""
-    return ModelPools(cache_layout(config, tp_size, args.mamba_ssm_dtype), sizes.sizes, args.page_size or 1, device)
+    return ModelPools(served_layout(args, config, tp_size), sizes.sizes, args.page_size or 1, device)
 
 
-def table_width(configs: Sequence[ModelConfig]) -> int:
-    """Positions of a row of the request table: the longest context, and a column past it."""
-    return max(config.context_len for config in configs) + 1
+def table_width(args: ServerArgs, configs: Sequence[ModelConfig]) -> int:
+    """Positions of a row of the request table: the longest context, and those that a step may reach past it."""
+    # A chain of n drafts is verified in n + 1 rows, and the drafts behind them take n - 1 rows more.
+    past = max(1, 2 * (args.speculative_num_steps or 0))
+    return max(config.context_len for config in configs) + past
 
 
 def request_table_bytes(args: ServerArgs, configs: Sequence[ModelConfig]) -> int:
     """Bytes of the device's table from requests' positions to KV slots."""
-    return ReqToTokenPool.num_bytes(args.max_running_requests or 1, table_width(configs))
+    return ReqToTokenPool.num_bytes(args.max_running_requests or 1, table_width(args, configs))
 
 
 def kv_dtype(config: ModelConfig) -> torch.dtype:

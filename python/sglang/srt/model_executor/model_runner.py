@@ -55,6 +55,8 @@ class LoadedModel:
     device: torch.device
     streams: StreamPlan
     plain_by_split: list[str]
+    # The model that drafts for it, whose KV is one more layer of its pools.
+    draft: torch.nn.Module | None = None
 
 
 class ModelRunner:

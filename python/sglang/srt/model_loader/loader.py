@@ -87,7 +87,7 @@ def load_model(
 def load_draft_model(
     config: ModelConfig,
     args: ServerArgs,
-    target: CausalLM,
+    target: nn.Module,
     device: torch.device | str = "cpu",
     streams: StreamPlan = SERIAL_PLAN,
 ) -> DraftModel:
@@ -97,6 +97,7 @@ def load_draft_model(
     that a quantised checkpoint holds plain stay plain. Raises ConfigError when the folder has no MTP layer that fits
     the target, WeightLoadError when its tensors do not fit.
     """
+    assert isinstance(target, CausalLM), "every served model is one"
     draft_class = resolve_draft_class(config.architecture)
     _check_draft(config, target)
     config = replace(_with_merged_names(config, draft_class), dtype=target.model.embed_tokens.weight.dtype)

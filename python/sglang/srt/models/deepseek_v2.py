@@ -55,7 +55,7 @@ def make_rotary_embedding(config: ModelConfig) -> RotaryEmbedding:
     text = config.text
     assert isinstance(text, DeepseekConfig)
     return RotaryEmbedding(
-        text.qk_rope_head_dim, config.context_len, text.rope.theta, not text.rope_interleave, text.rope
+        text.qk_rope_head_dim, config.num_positions, text.rope.theta, not text.rope_interleave, text.rope
     )
 
 

@@ -299,7 +299,7 @@ def make_rotary_embedding(config: ModelConfig) -> RotaryEmbedding:
     """The rotation of the leading dimensions of query and key heads, for every position of the context."""
     text = config.text
     assert isinstance(text, Qwen3_5Config)
-    return RotaryEmbedding(text.rotary_dim, config.context_len, text.rope.theta, True, text.rope)
+    return RotaryEmbedding(text.rotary_dim, config.num_positions, text.rope.theta, True, text.rope)
 
 
 class Qwen3_5ForCausalLM(Backbone):

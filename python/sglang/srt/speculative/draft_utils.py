@@ -1,4 +1,5 @@
-"""The attention backends of a draft model: of its own family, over the pools of its own layer, for this platform."""
+"""What drafts for a target: the attention backends of a draft model, of its own family and over the pools of its own
+layer, and the worker that is made of them."""
 
 from __future__ import annotations
 
@@ -11,7 +12,11 @@ from sglang.srt.layers.attention.base_attn_backend import (
     AttentionContext,
     create_attention_backend,
 )
+from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative.eagle_worker import EagleWorker, MtpDrafter
+from sglang.srt.speculative.spec_info import SpecInfo
 
 
 class DraftBackendFactory:
@@ -52,3 +57,21 @@ def _declared_name(asked: str, family: str) -> str:
         there = ", ".join(f"{name} ({', '.join(d.platforms)})" for name, d in declared.items()) or "none"
         raise ConfigError(f"no attention backend for drafts of the family {family} runs on {kind}; declared: {there}")
     return asked if asked in fitting else fitting[0]
+
+
+def make_speculator(args: ServerArgs, runner: ModelRunner) -> EagleWorker | None:
+    """The speculation that the resolved ``args`` ask for beside ``runner``; None for none."""
+    if args.speculative_algorithm is None:
+        return None
+    assert args.speculative_num_steps is not None and args.attention_backend is not None
+    assert runner.loaded.draft is not None
+    config = runner.model_config
+    context = AttentionContext(
+        model_config=config, req_to_token_pool=runner.req_to_token_pool, pools=runner.pools, device=runner.device
+    )
+    backends = DraftBackendFactory(args.attention_backend, context, config.num_hidden_layers)
+    spec = SpecInfo(args.speculative_num_steps)
+    drafter = MtpDrafter(
+        runner.loaded.draft, runner, backends.create_prefill_backend(), backends.create_decode_backend(), spec
+    )
+    return EagleWorker(runner, spec, drafter)

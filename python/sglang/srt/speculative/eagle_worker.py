@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.model_executor.forward_batch_info import AttentionBackendLike, ForwardBatch, ForwardMode
 from sglang.srt.model_executor.model_runner import ModelRunner, StepForward
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-from sglang.srt.speculative.spec_info import SpecInfo
+from sglang.srt.speculative.spec_info import DRAFT, SpecInfo
 from sglang.srt.speculative.verify import along_path, num_new_tokens
 
 
@@ -73,3 +76,97 @@ class EagleWorker:
         """The drafts [B, num_steps] that ``step`` ran."""
         assert self.target.drafts is not None
         return self.target.drafts.index_select(0, step.req_rows)
+
+
+class DraftForward(Protocol):
+    """The MTP layer as a model: ``models/draft_model.py``."""
+
+    def __call__(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch, hidden: torch.Tensor
+    ) -> LogitsProcessorOutput: ...
+
+
+class MtpDrafter(Drafter):
+    """Drafts by the checkpoint's MTP layer, whose row of a position pairs the hidden row there with the next token.
+
+    First the layer runs on the step's own rows, which gives it keys and values for every token that is computed; then
+    on its own drafts, one after the other. ``extend_backend`` plans the first, ``decode_backend`` the rest.
+    """
+
+    def __init__(
+        self,
+        model: DraftForward,
+        target: ModelRunner,
+        extend_backend: AttentionBackendLike,
+        decode_backend: AttentionBackendLike,
+        spec: SpecInfo,
+    ) -> None:
+        self.model = model
+        self.extend_backend = extend_backend
+        self.decode_backend = decode_backend
+        self._sampler = target.sampler
+        self._req_to_token = target.req_to_token_pool.req_to_token
+        self._num_steps = spec.num_steps
+
+    def propose(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> torch.Tensor:
+        """See the base class."""
+        fb, last = self._extend_batch(step, accepted)
+        assert fb.input_ids is not None and step.output.hidden_states is not None
+        self.extend_backend.init_forward_metadata(fb)
+        output = self.model(fb.input_ids, fb.positions, fb, step.output.hidden_states)
+        assert output.hidden_states is not None
+        hidden = output.hidden_states.index_select(0, last)
+        at = fb.positions.index_select(0, last)
+        # The row at position p guesses the token at p + 2: its own token is the one at p + 1.
+        drafts = [self._draw(output, info, at + 2)]
+        for number in range(1, self._num_steps):
+            fb = self._draft_batch(step, drafts[-1], at + number, number)
+            self.decode_backend.init_forward_metadata(fb)
+            output = self.model(drafts[-1], fb.positions, fb, hidden)
+            assert output.hidden_states is not None
+            hidden = output.hidden_states
+            drafts.append(self._draw(output, info, at + number + 2))
+        return torch.stack(drafts, dim=1)
+
+    def _extend_batch(self, step: StepForward, accepted: Accepted) -> tuple[ForwardBatch, torch.Tensor]:
+        """The step's rows again, each with the token behind it, and the row of each request's last token."""
+        fb = step.fb
+        if fb.kind is not None:
+            last = accepted.last_rows
+            ids = accepted.drawn.flatten()
+        else:
+            assert fb.input_ids is not None and fb.logits_rows is not None and fb.successors is not None
+            last = fb.logits_rows
+            ids = fb.input_ids.roll(-1)
+            ids[last] = torch.where(fb.successors >= 0, fb.successors, accepted.newest)
+        backend = self.extend_backend
+        return replace(fb, input_ids=ids, logits_rows=last, wants_hidden=True, logprobs=[], attn_backend=backend), last
+
+    def _draft_batch(self, step: StepForward, ids: torch.Tensor, positions: torch.Tensor, number: int) -> ForwardBatch:
+        """One row per request, at ``positions`` [B]; slots come from the request table."""
+        rows = step.req_rows
+        return replace(
+            step.fb,
+            forward_mode=ForwardMode.DECODE,
+            kind=DRAFT,
+            batch_size=step.batch_size,
+            input_ids=ids,
+            positions=positions,
+            req_pool_indices=rows,
+            seq_lens=positions + 1,
+            # Bounds: how many drafts were accepted is known on the device alone.
+            seq_lens_cpu=[length + number for length in step.fb.seq_lens_cpu[: step.batch_size]],
+            out_cache_loc=self._req_to_token[rows, positions].to(torch.int64),
+            logits_rows=None,
+            wants_hidden=True,
+            attn_backend=self.decode_backend,
+            extend_seq_lens_cpu=None,
+            extend_prefix_lens_cpu=None,
+            extend_start_loc_cpu=None,
+            logprobs=[],
+        )
+
+    def _draw(self, output: LogitsProcessorOutput, info: SamplingBatchInfo, positions: torch.Tensor) -> torch.Tensor:
+        """One id per row [B] int64, by the coins with which the target draws at ``positions`` [B]."""
+        ids: torch.Tensor = self._sampler(output, info, positions=positions)
+        return ids.to(torch.int64)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from sglang.srt.model_executor.forward_batch_info import StepKind
 
-MAX_STEPS = 8
+# The draft's step over one draft per request.
+DRAFT = StepKind("draft", 1)
 
 
 @dataclass(frozen=True)
@@ -16,8 +17,8 @@ class SpecInfo:
     num_steps: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.num_steps <= MAX_STEPS:
-            raise ValueError(f"num_steps must lie in 1..{MAX_STEPS}, got {self.num_steps}")
+        if self.num_steps < 1:
+            raise ValueError(f"num_steps must be at least 1, got {self.num_steps}")
 
     @property
     def num_draft_tokens(self) -> int:
@@ -30,9 +31,6 @@ class SpecInfo:
         return StepKind("verify", self.num_draft_tokens)
 
     @property
-    def slots_per_step(self) -> int:
-        """Slots behind the committed tokens that a step needs.
-
-        Drafts are made behind what the step accepts, up to ``num_draft_tokens`` tokens: the last draft is never run.
-        """
-        return max(self.num_draft_tokens, 2 * self.num_draft_tokens - 2)
+    def slots_ahead(self) -> int:
+        """Slots behind a step's rows that the step needs: those of its drafts, the last of which is never run."""
+        return self.num_steps - 1

@@ -1,0 +1,68 @@
+"""Several tokens per sequence through a gated delta net, of which only some will count: the slots do not see them yet.
+
+A state cannot be cut back, so a slot keeps the state before a step and, as its tail, what the step's tokens brought.
+The next step first runs the tail's tokens that counted, on the slot, and then its own on a copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sglang.kernels.ops.gdn.decode_step import STEP_SHAPES, gdn_decode_step, step_inputs
+from sglang.kernels.spec import Case, Impl, Op
+
+
+def gdn_verify_step_torch(
+    mixed_qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor,
+    norm_weight: Tensor, conv_state: Tensor, ssm_state: Tensor, tail_qkv: Tensor, tail_gates: Tensor, tail_len: Tensor,
+    slot_ids: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
+    """The mixer's rows for R more tokens of each of B sequences, packed by sequence, from their projections.
+
+    mixed_qkv [B*R, C], z [B*R, HV, V], b, a [B*R, HV]; parameters, states and slot_ids [B] int64 as ``gdn.decode_step``
+    takes them; tail_qkv [S, R, C], tail_gates [S, R, 2*HV] (b | a) in mixed_qkv's dtype, tail_len [S] int64 in 0..R ->
+    [B*R, HV, V]. Each slot moves on by the first tail_len rows of its tail, which then holds this step's rows; the
+    caller writes tail_len, and 0 for a new sequence. The same rows as R single steps give. A sequence of slot 0 is
+    padding: its output and what slot 0 holds afterwards mean nothing.
+    """
+    size, rows = slot_ids.shape[0], tail_qkv.shape[1]
+    parameters = (conv_weight, A_log, dt_bias, norm_weight)
+    by_row = [part.unflatten(0, (size, rows)) for part in (mixed_qkv, z, b, a)]
+    lengths = tail_len[slot_ids]
+    for j in range(rows):
+        # A row that does not count goes to the dummy slot.
+        slots = torch.where(j < lengths, slot_ids, 0)
+        old_b, old_a = tail_gates[slot_ids, j].chunk(2, dim=-1)
+        old = (tail_qkv[slot_ids, j], by_row[1][:, j], old_b, old_a)
+        gdn_decode_step(*old, *parameters, conv_state, ssm_state, slots, eps)
+    # Slot 0 of the copies is the dummy.
+    padded = torch.nn.functional.pad(slot_ids, (1, 0))
+    copies, own = (conv_state[padded], ssm_state[padded]), torch.arange(1, size + 1, device=slot_ids.device)
+    new = [gdn_decode_step(*(part[:, j] for part in by_row), *parameters, *copies, own, eps) for j in range(rows)]
+    tail_qkv[slot_ids] = by_row[0]
+    tail_gates[slot_ids] = torch.cat([by_row[2], by_row[3]], dim=-1)
+    return torch.stack(new, dim=1).flatten(0, 1)
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for size, rows, shape in (
+        (1, 2, STEP_SHAPES[0]),
+        (3, 4, STEP_SHAPES[1]),
+        (5, 3, STEP_SHAPES[2]),
+        (2, 2, STEP_SHAPES[3]),
+    ):
+        *inputs, conv, ssm = step_inputs(size * rows, size + 3, shape, generator)
+        old = step_inputs((size + 3) * rows, 1, shape, generator)
+        tail_qkv = old[0].unflatten(0, (size + 3, rows)).contiguous()
+        tail_gates = torch.cat(old[2:4], dim=-1).unflatten(0, (size + 3, rows)).contiguous()
+        lengths = torch.randint(0, rows + 1, (size + 3,), generator=generator)
+        slots = torch.randperm(size + 2, generator=generator)[:size] + 1
+        name = f"{size}x{rows} " + "x".join(map(str, shape))
+        yield Case(name, (*inputs, conv, ssm, tail_qkv, tail_gates, lengths, slots, 1e-6))
+
+
+gdn_verify_step = Op("gdn.verify_step", Impl("torch", gdn_verify_step_torch), cases=_cases)

@@ -1,0 +1,57 @@
+"""The settings of speculative decoding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from sglang.srt.server_args_fields import Arg
+
+SPECULATIVE = "Speculative decoding"
+# Most drafts of a chain; the rows of a request in a verify step are one more.
+MAX_STEPS = 8
+DEFAULT_STEPS = 3
+
+
+@dataclass(frozen=True)
+class SpecArgs:
+    """The part of ``ServerArgs`` that says who guesses tokens, and how many."""
+
+    speculative_algorithm: Annotated[
+        str | None,
+        Arg(
+            "Guess tokens by the checkpoint's MTP layer and verify them in one step; the tokens stay the same. Both "
+            "names mean this.",
+            SPECULATIVE,
+            choices=("EAGLE", "NEXTN"),
+            elsewhere=("EAGLE3", "STANDALONE", "NGRAM", "DFLASH", "DSPARK"),
+            auto="none",
+        ),
+    ] = None
+    speculative_draft_model_path: Annotated[
+        str | None,
+        Arg(
+            "Folder whose MTP layer guesses.",
+            SPECULATIVE,
+            aliases=("--speculative-draft-model",),
+            metavar="FOLDER",
+            auto="the model's own",
+        ),
+    ] = None
+    speculative_num_steps: Annotated[
+        int | None,
+        Arg("Tokens guessed per step.", SPECULATIVE, minimum=1, maximum=MAX_STEPS, auto=str(DEFAULT_STEPS)),
+    ] = None
+    speculative_eagle_topk: Annotated[
+        int | None, Arg("Guesses per position. 1, a chain, is what there is.", SPECULATIVE, minimum=1, auto="1")
+    ] = None
+    speculative_num_draft_tokens: Annotated[
+        int | None,
+        Arg(
+            "Rows of a request in a verify step: one more than the steps.",
+            SPECULATIVE,
+            minimum=2,
+            maximum=MAX_STEPS + 1,
+            auto="--speculative-num-steps + 1",
+        ),
+    ] = None
