@@ -1,5 +1,6 @@
 """The MTP layers of DeepSeek V3 and Qwen3.5 against transformers' MtpModel: single steps, chains, and their loading."""
 
+import shutil
 import tempfile
 import unittest
 from dataclasses import replace
@@ -13,7 +14,7 @@ from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import override_tp_group
 from sglang.srt.layers.quantization.fp8 import Fp8Method
-from sglang.srt.model_loader.loader import load_draft_model, load_model
+from sglang.srt.model_loader.loader import build_draft_model, load_draft_model, load_model
 from sglang.srt.model_loader.weight_utils import iterate_safetensors
 from sglang.srt.models.checkpoint_model import WeightLoadError
 from sglang.srt.server_args import ServerArgs, override_server_args
@@ -256,6 +257,35 @@ class TestMtpLoading(CustomTestCase):
             for keys in ({"moe_layer_freq": 2}, {"first_k_dense_replace": 9}):
                 other = replace(config, text=replace(config.text, **keys))
                 self.assertTrue(load_draft_model(other, ServerArgs(model_path=str(folder)), target)._parts.layer.is_moe)
+
+    def test_a_folder_with_the_layer_alone(self):
+        for name in ("dsv3", "q35moe"):
+            folder, alone = self.saved(name), self.root / f"{name}-alone"
+            shutil.copytree(folder, alone)
+
+            own = ("mtp.", "model.layers.3.")[name == "dsv3"]
+            self.rewrite(
+                alone, lambda tensors, own=own: [tensors.pop(key) for key in [*tensors] if not key.startswith(own)]
+            )
+            whole, part = (self.load(source, folder)[1] for source in (folder, alone))
+            for (path, param), (_, other) in zip(whole.named_parameters(), part.named_parameters(), strict=True):
+                self.assertTrue(torch.equal(param, other), path)
+
+    def test_dummy_weights_need_no_tensors(self):
+        for name in ("dsv3", "q35moe"):
+            folder = self.saved(name)
+            (folder / "model.safetensors").unlink()
+            config = ModelConfig.from_path(str(folder))
+            with override_server_args():
+                target = load_model(config, "dummy")
+                before = target.lm_head.weight.clone()
+                draft = load_draft_model(config, ServerArgs(model_path=str(folder), load_format="dummy"), target)
+                on_meta = build_draft_model(config, load_model(config, "dummy", "meta"), "meta", load_format="dummy")
+            self.assertTrue(torch.equal(target.lm_head.weight, before))
+            self.assertTrue(all(bool(param.isfinite().all()) for param in draft.parameters()))
+            self.assertEqual(float(draft._parts.embed_norm.weight.mean()), 1.0 if name == "dsv3" else 0.0)
+            sizes = [sum(param.numel() for param in model.parameters()) for model in (draft, on_meta)]
+            self.assertEqual(*sizes)
 
     def test_copies_of_embedding_and_head_are_not_read(self):
         folder = self.saved("dsv3")

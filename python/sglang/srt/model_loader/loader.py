@@ -84,6 +84,29 @@ def load_model(
     return model.eval()
 
 
+def build_draft_model(
+    config: ModelConfig,
+    target: nn.Module,
+    device: torch.device | str,
+    streams: StreamPlan = SERIAL_PLAN,
+    load_format: str = "auto",
+) -> DraftModel:
+    """The MTP layer of the folder of ``config`` as the draft model of ``target``, its weights not yet loaded.
+
+    Its dtype is the target's, and its KV belongs to layer ``target.num_hidden_layers``. Matrices that a quantised
+    checkpoint holds plain stay plain; "dummy" looks into no checkpoint. Raises ConfigError when the folder has no MTP
+    layer that fits the target.
+    """
+    assert isinstance(target, CausalLM), "every served model is one"
+    draft_class = resolve_draft_class(config.architecture)
+    _check_draft(config, target)
+    config = replace(_with_merged_names(config, draft_class), dtype=target.model.embed_tokens.weight.dtype)
+    if load_format != "dummy":
+        config = _as_stored(config, draft_class.checkpoint_prefix(config))
+    with default_dtype(config.dtype), torch.device(device):
+        return draft_class(config, target, target.num_hidden_layers, streams)
+
+
 def load_draft_model(
     config: ModelConfig,
     args: ServerArgs,
@@ -91,22 +114,13 @@ def load_draft_model(
     device: torch.device | str = "cpu",
     streams: StreamPlan = SERIAL_PLAN,
 ) -> DraftModel:
-    """The MTP layer of the folder of ``config`` as the draft model of ``target``, whose embedding and head it shares.
+    """``build_draft_model`` with the weights of its folder, or with dummies by ``args``; only its tensors are read.
 
-    Its dtype is the target's, and its KV belongs to layer ``target.num_hidden_layers`` of the target's pool. Matrices
-    that a quantised checkpoint holds plain stay plain. Raises ConfigError when the folder has no MTP layer that fits
-    the target, WeightLoadError when its tensors do not fit.
+    Raises ConfigError, and WeightLoadError when its tensors do not fit.
     """
-    assert isinstance(target, CausalLM), "every served model is one"
-    draft_class = resolve_draft_class(config.architecture)
-    _check_draft(config, target)
-    config = replace(_with_merged_names(config, draft_class), dtype=target.model.embed_tokens.weight.dtype)
-    started, dummy = time.perf_counter(), args.load_format == "dummy"
-    if not dummy:
-        config = _as_stored(config, draft_class.checkpoint_prefix(config))
-    with default_dtype(config.dtype), torch.device(device):
-        draft = draft_class(config, target, target.num_hidden_layers, streams)
-    if dummy:
+    started = time.perf_counter()
+    draft = build_draft_model(config, target, device, streams, args.load_format)
+    if args.load_format == "dummy":
         draft.load_weights(iterate_dummy(draft, args.random_seed or 0))
     else:
         draft.load_weights(iterate_safetensors(config.model_path, lambda name: draft.checkpoint_name(name) is not None))
