@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 import unittest
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import httpx
@@ -131,6 +132,24 @@ class TestInformation(FakeServerTestCase):
             reply = self.client.get(path)
             self.assertEqual((reply.status_code, reply.content), (200, b""), path)
         self.assertTrue(any(getattr(m, "rid", "").startswith("HEALTH_CHECK") for m in self.fake.scheduler.received))
+
+    def test_many_short_lists_to_detokenize_let_others_in(self):
+        decoded = threading.Event()
+
+        def slow(ids, _):
+            decoded.set()
+            time.sleep(0.001)
+            return "a"
+
+        with mock.patch.object(self.fake.tokenizer, "decode", slow), ThreadPoolExecutor(1) as pool:
+            call = pool.submit(self.client.post, "/detokenize", json={"tokens": [[5]] * 4096})
+            self.assertTrue(decoded.wait(60))
+            self.assertEqual(self.client.get("/v1/models").status_code, 200)
+            self.assertFalse(call.done())
+            self.assertEqual(call.result().json()["text"], ["a"] * 4096)
+        reply = self.client.post("/detokenize", json={"tokens": [[5]] * 4097})
+        self.assertEqual(reply.status_code, 400)
+        self.assertIn("more than 4096 lists", reply.text)
 
     def test_health_tells_of_a_process_that_makes_no_progress(self):
         self.fake.engine.stall = "scheduler (pid 5) has made no progress for 7 s"

@@ -34,9 +34,14 @@ def event(content: Any) -> bytes:
 
 
 async def read_body(
-    request: Request, body_type: type[T], unknown_fields: UnknownFields, max_items: int | None = None
+    request: Request,
+    body_type: type[T],
+    unknown_fields: UnknownFields,
+    max_items: int | None = None,
+    max_lists: int | None = None,
 ) -> tuple[T, list[str]]:
-    """The JSON body as ``body_type``, and the warnings of ``decode_body``; ``max_items`` bounds its lists together.
+    """The JSON body as ``body_type``, and the warnings of ``decode_body``; ``max_items`` bounds its lists together,
+    and ``max_lists`` how many there are in one.
 
     Raises RequestError.
     """
@@ -54,6 +59,8 @@ async def read_body(
     # Each item of a list but its first follows a comma: what is refused is not decoded.
     if max_items is not None and len(data) > max_items and data.count(b",") > max_items + _MAX_OTHER_COMMAS:
         raise body_error(f"The lists of the body hold more than {max_items} items, the most that one call may send.")
+    if max_lists is not None and data.count(b"[") > 1 + max_lists:
+        raise body_error(f"The body holds more than {max_lists} lists in one, the most that one call may send.")
     return decode_body(data, body_type, unknown_fields)
 
 

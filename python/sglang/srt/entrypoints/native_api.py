@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import time
 import uuid
 from collections.abc import AsyncGenerator
@@ -224,17 +225,19 @@ class NativeApi:
 
     async def detokenize(self, request: Request) -> Response:
         unknown = self._manager.unknown_fields
-        body, _ = await read_body(request, DetokenizeBody, unknown, max_items=MAX_DETOKENIZE_IDS)
+        limits = {"max_items": MAX_DETOKENIZE_IDS, "max_lists": MAX_TOKENIZE_TEXTS}
+        body, _ = await read_body(request, DetokenizeBody, unknown, **limits)
         decode = self._manager.decode_ids
         skip = body.skip_special_tokens is not False
-        nested = [item for item in body.tokens if isinstance(item, list)]
-        flat = [item for item in body.tokens if isinstance(item, int)]
-        if nested and flat:
+        kinds = set(map(type, body.tokens))
+        if len(kinds) > 1:
             raise RequestError("tokens must be a list of token ids or a list of such lists, not a mixture.")
-        for ids in nested or [flat]:
-            if ids and not 0 <= min(ids) <= max(ids) < self._manager.vocab_size:
-                bad = next(i for i in ids if not 0 <= i < self._manager.vocab_size)
-                raise RequestError(f"tokens holds {bad}, outside [0, {self._manager.vocab_size}).")
+        nested: list[list[int]] = body.tokens if kinds == {list} else []  # type: ignore[assignment]
+        flat: list[int] = [] if nested else body.tokens  # type: ignore[assignment]
+        ids = flat or list(itertools.chain.from_iterable(nested))
+        if ids and not 0 <= min(ids) <= max(ids) < self._manager.vocab_size:
+            bad = next(i for i in ids if not 0 <= i < self._manager.vocab_size)
+            raise RequestError(f"tokens holds {bad}, outside [0, {self._manager.vocab_size}).")
         if nested:
             return json_response({"text": [await decode(ids, skip) for ids in nested]})
         return json_response({"text": await decode(flat, skip)})

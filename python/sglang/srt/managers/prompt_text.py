@@ -56,7 +56,9 @@ class PromptEncoder:
     async def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Text of ``ids``, which lie inside the vocabulary."""
         if len(ids) < _LONG_TEXT_CHARS:
-            return self._tokenizer.decode(ids, skip_special_tokens)
+            text = self._tokenizer.decode(ids, skip_special_tokens)
+            await asyncio.sleep(0)  # as above
+            return text
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, self._tokenizer.decode, ids, skip_special_tokens)
 
