@@ -89,6 +89,9 @@ class TestWrittenRows(CustomTestCase):
             self.assertTrue(bool(buffer[:, :rows].float().isfinite().all()))
             self.assertGreater(int(buffer[:, 1:rows].unique().numel()), 10)
             self.assertEqual(int(buffer[:, rows:].count_nonzero()), 0)
+        for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.bfloat16, torch.float32):
+            packed = before[1].view(dtype).float()
+            self.assertTrue(bool(packed.isfinite().all()) and float(packed.abs().max()) <= 4, dtype)
         self.rows.poison(2)
         self.assertFalse(any(torch.equal(a, b) for a, b in zip(before, self.pools.buffers(), strict=True)))
         self.rows.poison(1)
