@@ -86,6 +86,7 @@ class TestQwen(ReasoningTestCase):
         self.assertEqual(self.both(extra_body={"stream_reasoning": False})[:2], (THOUGHT, ANSWER))
         thoughts = [delta.reasoning_content for delta in self.deltas if getattr(delta, "reasoning_content", None)]
         self.assertEqual(thoughts, [THOUGHT])
+        self.assertEqual(getattr(self.deltas[1], "reasoning_content", None), THOUGHT)  # before the answer
         ids = self.fake.tokenizer.encode("x<think>\n", add_special_tokens=False)
         self.assertEqual(self.both(extra_body={"input_ids": ids})[:2], (THOUGHT, ANSWER))
 
