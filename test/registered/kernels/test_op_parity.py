@@ -10,6 +10,7 @@ from sglang.kernels.ops.moe.topk import SharedSlots
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.kernels.spec import Impl
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.draw_truth import judge_draw
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
@@ -319,6 +320,9 @@ def check_case(op, impl, case, on_matrix_units=False):
     out = impl.fn(*args)
     if op.name.startswith("moe.topk"):
         judge_router(op.name, case.args, out)
+        return
+    if op.name == "sampling.draw":
+        judge_draw(case.args, *out, op.reference(*case.args)[1])
         return
     expected_args = clone(case.args)
     expected = tensors(op.reference(*expected_args))

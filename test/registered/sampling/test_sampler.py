@@ -8,17 +8,19 @@ from unittest import mock
 
 import torch
 
+from sglang.kernels.ops.sampling.draw import RowOf, draw, draw_args, draw_torch, filter_torch
 from sglang.kernels.ops.sampling.greedy import greedy_sample
 from sglang.kernels.ops.sampling.seeded import seeded_sample_torch, uniform_from_seed_torch
 from sglang.srt.layers import sampler as sampler_module
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput, RowFault
-from sglang.srt.layers.sampler import Sampler, filtered_probs
+from sglang.srt.layers.sampler import Sampler
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError, sample_seed
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.draw_truth import judge_draw
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
@@ -33,6 +35,12 @@ def info_of(
         for p, seed in zip(params, seeds)
     ]
     return SamplingBatchInfo.from_rows(rows, vocab, CPU)
+
+
+def filtered_probs(logits: torch.Tensor, info: SamplingBatchInfo) -> torch.Tensor:
+    """What the reference draws from."""
+    columns = (column.view(-1) for column in (info.top_ks, info.top_ps, info.min_ps))
+    return filter_torch(logits / info.temperatures, *columns, info.wanted)
 
 
 def filtered_by_loop(logits: list[float], p: SamplingParams) -> list[float]:
@@ -73,7 +81,7 @@ class TestBounds(CustomTestCase):
                 params = SamplingParams.from_request(fields)
                 params.verify(4)
                 info = info_of([params], 4, prompt=[0], stop=params.stop_token_ids)
-                probs = filtered_probs(info.apply_edits(logits), info)
+                probs = filtered_probs(info.apply_edits(logits) if info.edits_logits() else logits, info)
                 self.assertTrue(bool(probs.isfinite().all()), probs)
                 self.assertEqual({int(i) for i in probs[0].nonzero()}, allowed)
 
@@ -211,6 +219,35 @@ class TestGreedy(CustomTestCase):
         self.assertEqual(ids.tolist(), [])
 
 
+class TestDraw(CustomTestCase):
+    """The reference of the draw against one row after the other in float64."""
+
+    def test_every_case(self) -> None:
+        for case in draw.cases():
+            with self.subTest(case.name):
+                ids, faults = draw_torch(*case.args)
+                self.assertEqual(judge_draw(case.args, ids, faults, faults), 0)
+
+    def test_where_a_sort_is_spared_and_where_not(self) -> None:
+        """Past 4096 ids a host sorts the best 1024 alone, unless a row's filter reaches further."""
+        rows = [RowOf(top_p=0.9), RowOf(top_k=1024), RowOf(), RowOf(0.3, top_p=0.999), RowOf(greedy=True)]
+        logits = torch.randn(5, 6001, generator=torch.Generator().manual_seed(6)) * 4
+        tied = (logits * 2).round() / 2
+        for given in (logits, tied, logits / 10):
+            for chosen in (rows, [*rows[:4], RowOf(top_k=1025)], [*rows[:4], RowOf(top_p=0.9999999)]):
+                args = draw_args(given, chosen, 11)
+                ids, faults = draw_torch(*args)
+                self.assertLess(judge_draw(args, ids, faults, torch.zeros_like(faults)), 2)
+
+    def test_a_row_with_no_allowed_id_is_the_requests_own_fault(self) -> None:
+        info = info_of([SamplingParams(temperature=0.0), SamplingParams(top_p=0.9), SamplingParams()], 40)
+        info.vocab_mask = torch.tensor([[0, 0], [1 << 30, 0], [0, 1]], dtype=torch.int32)
+        output = LogitsProcessorOutput(torch.randn(3, 40, generator=torch.Generator().manual_seed(3)))
+        ids = Sampler()(output, info, positions=torch.arange(3))
+        self.assertEqual(output.row_faults.tolist(), [RowFault.EDITED, 0, 0])
+        self.assertEqual(ids.tolist()[1:], [30, 32])
+
+
 class TestFaults(CustomTestCase):
     """A row from which nothing can be sampled is marked with the reason; no id is made up for it, nor for others."""
 
@@ -235,16 +272,16 @@ class TestFaults(CustomTestCase):
         def op(*given: torch.Tensor) -> torch.Tensor:
             return torch.tensor(answers)
 
+        def draw(*given: object) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.tensor(answers), torch.zeros(7, dtype=torch.int64)
+
         greedy, drawn = SamplingParams(temperature=0.0), SamplingParams()
         paths = {
             "AITER, by the sampler's names": ({"_use_aiter": True, "_aiter_greedy_sample": kernel}, [greedy] * 7),
             "op table, all greedy": ({"greedy_sample": op}, [greedy] * 7),
             "torch": ({"_use_aiter": False, "greedy_torch": op}, [greedy] * 7),
-            "seeded": ({"seeded_sample": op}, [drawn] * 7),
-            "greedy rows beside drawn ones": (
-                {"greedy_sample": op, "seeded_sample": op},
-                [greedy, drawn] * 3 + [drawn],
-            ),
+            "drawn": ({"draw": draw}, [drawn] * 7),
+            "greedy rows beside drawn ones": ({"draw": draw}, [greedy, drawn] * 3 + [drawn]),
         }
         for path, (names, params) in paths.items():
             with self.subTest(path), mock.patch.multiple(sampler_module, **names):

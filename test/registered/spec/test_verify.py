@@ -8,7 +8,7 @@ import torch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpecInfo
-from sglang.srt.speculative.verify import along_path, num_new_tokens
+from sglang.srt.speculative.verify import num_new_tokens
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -61,7 +61,7 @@ class TestAlongPath(CustomTestCase):
             rows = [SamplingRow(params[i], i, [0, 5], outputs[i], [5, 6]) for i in chosen]
             info = SamplingBatchInfo.from_rows(rows, VOCAB, torch.device("cpu"))
             logits = torch.randn(len(chosen) * 4, VOCAB, generator=generator)
-            found = along_path(info, drafts[chosen]).apply_edits(logits)
+            found = info.along_path(drafts[chosen]).apply_edits(logits)
             wanted = []
             for place, i in enumerate(chosen):
                 for j in range(4):
@@ -77,7 +77,7 @@ class TestAlongPath(CustomTestCase):
     def test_parameters_follow_their_request(self) -> None:
         rows = [SamplingRow(params, seed, (), ()) for seed, params in enumerate(self.params())]
         info = SamplingBatchInfo.from_rows(rows, VOCAB, torch.device("cpu"))
-        wide = along_path(info, torch.zeros(4, 2, dtype=torch.int64))
+        wide = info.along_path(torch.zeros(4, 2, dtype=torch.int64))
         self.assertEqual(wide.sampling_seed.tolist(), [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3])
         for name in ("temperatures", "top_ps", "top_ks", "min_ps"):
             self.assertEqual(getattr(wide, name)[::3].tolist(), getattr(info, name).tolist(), name)
@@ -89,9 +89,9 @@ class TestAlongPath(CustomTestCase):
             VOCAB,
             torch.device("cpu"),
         )
-        counts, seen = info.counts.clone(), info.seen.clone()
-        along_path(info, torch.tensor([[3, 4]]))
-        self.assertTrue(torch.equal(info.counts, counts) and torch.equal(info.seen, seen))
+        marks, left = info.edits.marks.clone(), info.edits.left.clone()
+        info.along_path(torch.tensor([[3, 4]]))
+        self.assertTrue(torch.equal(info.edits.marks, marks) and torch.equal(info.edits.left, left))
 
 
 class TestSpecInfo(CustomTestCase):

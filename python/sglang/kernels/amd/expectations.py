@@ -12,6 +12,8 @@ WIDE_BUFFER_LOAD = r"buffer_load_dwordx4"
 EXPECTED: dict[str, tuple[str, ...]] = {
     "rms_norm_kernel": (WIDE_BUFFER_LOAD,),
     "greedy_kernel": (WIDE_BUFFER_LOAD,),
+    "scan_kernel": (WIDE_LOAD,),
+    "sift_kernel": (WIDE_LOAD,),
     "one_token_gate_up_kernel": (WIDE_LOAD,),
     "one_token_down_kernel": (WIDE_LOAD,),
     "few_tokens_kernel": (WIDE_LOAD, MFMA_BF16),

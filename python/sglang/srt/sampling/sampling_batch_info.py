@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
+import numpy as np
 import torch
 
-from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.kernels.ops.sampling.draw import Wanted
+from sglang.srt.sampling.logit_edits import EditColumns, LogitEdits, SamplingRow
 
-
-@dataclass(frozen=True)
-class SamplingRow:
-    """What one request contributes: its parameters, its seed, and the tokens that penalties count."""
-
-    params: SamplingParams
-    seed: int
-    prompt_ids: Sequence[int]
-    output_ids: Sequence[int]
-    # Ids that end this request; they are not drawn before ``min_new_tokens`` tokens exist.
-    stop_ids: Sequence[int] = ()
+__all__ = ["SamplingBatchInfo", "SamplingRow"]
 
 
 @dataclass
 class SamplingBatchInfo:
-    """Per-row parameters of B requests; ``None`` for an edit that no row wants.
+    """Per-row parameters of B requests.
 
     temperatures [B, 1], top_ps, min_ps [B] or [B, 1] float32; top_ks [B] or [B, 1] integer, all ids where it is below
     1 or above the vocabulary size; sampling_seed [B] int64, random when None; greedy_rows [B] bool, those of top_ks 1
-    when None; counts [B, V] float32, occurrences of each id in the output; seen [B, V] bool, ids in prompt or output;
-    logit_bias [B, V] float32. The names are upstream's, whose callers build it by keywords; ``from_rows`` is ours.
+    when None; vocab_mask [B, ceil(V / 32)] int32, the ids that may be drawn (bit i % 32 of word i // 32), None for all.
+    The names are upstream's, whose callers build it by keywords; ``from_rows`` and ``edits`` are ours.
     """
 
     temperatures: torch.Tensor
@@ -42,19 +34,12 @@ class SamplingBatchInfo:
     need_top_k_sampling: bool
     need_min_p_sampling: bool
     vocab_size: int
-    device: torch.device | str | None = None  # of the tensors; where penalties are moved to
+    device: torch.device | str | None = None  # of the tensors
     is_any_greedy: bool | None = None  # None: no row but where all are
     sampling_seed: torch.Tensor | None = None
     greedy_rows: torch.Tensor | None = None
-    frequency_penalties: torch.Tensor | None = None  # [B, 1]
-    presence_penalties: torch.Tensor | None = None  # [B, 1]
-    repetition_penalties: torch.Tensor | None = None  # [B, 1]
-    counts: torch.Tensor | None = None
-    seen: torch.Tensor | None = None
-    logit_bias: torch.Tensor | None = None
-    # Host-side: tokens still missing to min_new_tokens, and the ids forbidden until then.
-    min_tokens_left: list[int] = field(default_factory=list)
-    stop_ids: list[Sequence[int]] = field(default_factory=list)
+    vocab_mask: torch.Tensor | None = None
+    edits: LogitEdits | None = None
 
     def __post_init__(self) -> None:
         self.device = torch.device(self.device or self.temperatures.device)
@@ -70,111 +55,96 @@ class SamplingBatchInfo:
         if self.sampling_seed is None:
             shape = (self.temperatures.shape[0],)
             self.sampling_seed = torch.randint(2**62, shape, device=self.device)
-        if self.is_any_greedy and self.greedy_rows is None:
-            self.greedy_rows = self.top_ks.squeeze(1) == 1
+        if self.greedy_rows is None:
+            self.greedy_rows = (self.top_ks.squeeze(1) == 1) & self.is_any_greedy
+            self.temperatures = self.temperatures.masked_fill(self.greedy_rows.unsqueeze(1), 1.0)
 
     @classmethod
     def from_rows(cls, rows: Sequence[SamplingRow], vocab_size: int, device: torch.device) -> SamplingBatchInfo:
-        """Gather ``rows`` into tensors on ``device``; rebuilt whenever the batch's composition changes."""
+        """Gather ``rows`` into tensors on ``device`` by one copy; rebuilt whenever the batch's composition changes."""
         params = [row.params for row in rows]
         greedy = [p.is_greedy for p in params]
-
-        def move(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
-            # Built on the host and copied without a wait: a step may be running.
-            return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
-
-        def column(values: list[float]) -> torch.Tensor:
-            return move(values, torch.float32).unsqueeze(1)
-
-        for row in rows:
-            if row.params.min_new_tokens:
-                _require_ids("end-of-sequence ids and stop_token_ids", row.stop_ids, vocab_size)
-            _require_ids("logit_bias", [int(key) for key in row.params.logit_bias], vocab_size)
+        drawn = [p for p in params if not p.is_greedy]
         top_ks = [vocab_size if p.top_k == -1 else min(p.top_k, vocab_size) for p in params]
-        left = [max(0, p.min_new_tokens - len(row.output_ids)) for p, row in zip(params, rows, strict=True)]
-        info = cls(
+        edits = EditColumns(rows, vocab_size)
+        columns = {
+            "temperatures": np.array([1.0 if p.is_greedy else p.temperature for p in params], np.float32),
+            "top_ps": np.array([p.top_p for p in params], np.float32),
+            "min_ps": np.array([p.min_p for p in params], np.float32),
+            "top_ks": np.array(top_ks, np.int64),
+            "seeds": np.array([row.seed for row in rows], np.int64),
+            "greedy": np.array(greedy, np.bool_),
+        }
+        parts = _to_device(columns | (edits.columns() if edits.edited else {}), device)
+        return cls(
             vocab_size=vocab_size,
-            temperatures=column([1.0 if p.is_greedy else p.temperature for p in params]),
-            top_ps=column([p.top_p for p in params]),
-            top_ks=move(top_ks, torch.int64).unsqueeze(1),
-            min_ps=column([p.min_p for p in params]),
+            temperatures=parts["temperatures"].unsqueeze(1),
+            top_ps=parts["top_ps"].unsqueeze(1),
+            top_ks=parts["top_ks"].unsqueeze(1),
+            min_ps=parts["min_ps"].unsqueeze(1),
             device=device,
-            sampling_seed=move([row.seed for row in rows], torch.int64),
-            greedy_rows=move(greedy, torch.bool),
+            sampling_seed=parts["seeds"],
+            greedy_rows=parts["greedy"],
             is_all_greedy=all(greedy),
             is_any_greedy=any(greedy),
-            need_top_k_sampling=any(k < vocab_size for k, g in zip(top_ks, greedy, strict=True) if not g),
-            need_top_p_sampling=any(p.top_p < 1.0 for p, g in zip(params, greedy, strict=True) if not g),
-            need_min_p_sampling=any(p.min_p > 0.0 for p, g in zip(params, greedy, strict=True) if not g),
-            min_tokens_left=left if any(left) else [],
-            stop_ids=[row.stop_ids for row in rows] if any(left) else [],
+            need_top_k_sampling=any(p.top_k != -1 and p.top_k < vocab_size for p in drawn),
+            need_top_p_sampling=any(p.top_p < 1.0 for p in drawn),
+            need_min_p_sampling=any(p.min_p > 0.0 for p in drawn),
+            edits=edits.build(parts) if edits.edited else None,
         )
-        if any(p.logit_bias for p in params):
-            info.logit_bias = _bias_matrix(params, vocab_size, device)
-        info._set_penalties(rows, column)
-        return info
 
-    def _set_penalties(self, rows: Sequence[SamplingRow], column: Callable[[list[float]], torch.Tensor]) -> None:
-        params = [row.params for row in rows]
-        if any(p.frequency_penalty or p.presence_penalty for p in params):
-            self.frequency_penalties = column([p.frequency_penalty for p in params])
-            self.presence_penalties = column([p.presence_penalty for p in params])
-            self.counts = torch.stack([_count(row.output_ids, self.vocab_size) for row in rows]).to(self.device)
-        if any(p.repetition_penalty != 1.0 for p in params):
-            self.repetition_penalties = column([p.repetition_penalty for p in params])
-            seen = [_count([*row.prompt_ids, *row.output_ids], self.vocab_size) > 0 for row in rows]
-            self.seen = torch.stack(seen).to(self.device)
+    @property
+    def wanted(self) -> Wanted:
+        """What the draw computes for this batch."""
+        return Wanted(
+            draws=not self.is_all_greedy,
+            greedy=bool(self.is_any_greedy),
+            top_k=self.need_top_k_sampling,
+            top_p=self.need_top_p_sampling,
+            min_p=self.need_min_p_sampling,
+        )
 
     def edits_logits(self) -> bool:
         """True when ``apply_edits`` would change anything."""
-        edits = (self.counts, self.seen, self.logit_bias)
-        return any(edit is not None for edit in edits) or any(self.min_tokens_left)
+        return self.edits is not None
 
     def apply_edits(self, logits: torch.Tensor) -> torch.Tensor:
-        """Penalties, bias and minimum length on a copy of ``logits`` [B, V] float32.
-
-        Repetition: divide positive, multiply negative logits of seen ids (Keskar et al. 2019, CTRL). Frequency and
-        presence: subtract ``frequency * count + presence * (count > 0)`` over the output (OpenAI's definition).
-        """
-        logits = logits.clone()
-        if self.seen is not None:
-            assert self.repetition_penalties is not None
-            scaled = torch.where(logits > 0, logits / self.repetition_penalties, logits * self.repetition_penalties)
-            logits = torch.where(self.seen, scaled, logits)
-        if self.counts is not None:
-            assert self.frequency_penalties is not None and self.presence_penalties is not None
-            logits -= self.frequency_penalties * self.counts + self.presence_penalties * (self.counts > 0)
-        if self.logit_bias is not None:
-            logits += self.logit_bias
-        for row, left in enumerate(self.min_tokens_left):
-            if left > 0:
-                logits[row, list(self.stop_ids[row])] = float("-inf")
-        return logits
+        """Penalties, bias and minimum length on a copy of ``logits`` [B, V] float32."""
+        assert self.edits is not None, "no row asks for an edit"
+        return self.edits.apply(logits)
 
     def update(self, next_token_ids: torch.Tensor) -> None:
         """Count the tokens just drawn ([B] integer), in place."""
-        ids = next_token_ids.to(torch.int64).unsqueeze(1)
-        if self.counts is not None:
-            self.counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=torch.float32))
-        if self.seen is not None:
-            self.seen.scatter_(1, ids, True)
-        if self.min_tokens_left:
-            self.min_tokens_left = [max(0, left - 1) for left in self.min_tokens_left]
+        if self.edits is not None:
+            self.edits.count(next_token_ids.to(torch.int64))
+
+    def along_path(self, drafts: torch.Tensor) -> SamplingBatchInfo:
+        """The same for B * W rows with ``drafts`` [B, W - 1]: row j is edited as if its first j drafts were output."""
+        width = drafts.shape[1] + 1
+
+        def rows(column: torch.Tensor | None) -> torch.Tensor | None:
+            return None if column is None else column.repeat_interleave(width, dim=0)
+
+        assert self.vocab_mask is None, "which ids a grammar allows behind a draft is for its owner to say"
+        names = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed", "greedy_rows")
+        edits = None if self.edits is None else self.edits.along_path(drafts)
+        return replace(self, **{name: rows(getattr(self, name)) for name in names}, edits=edits)
 
 
-def _require_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:
-    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-        raise ValueError(f"{name} must lie in [0, {vocab_size}), got {min(ids)} to {max(ids)}")
+def _to_device(columns: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:
+    """Host columns of any dtype on ``device``, by one copy for which nothing waits.
+
+    Each begins at a multiple of 16 bytes, for which kernels are compiled whatever the number of requests.
+    """
+    starts = [0, *accumulate(-(-column.nbytes // 16) * 16 for column in columns.values())]
+    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type != "cpu")
+    for start, column in zip(starts, columns.values(), strict=False):
+        host.numpy()[start : start + column.nbytes] = np.ascontiguousarray(column).view(np.uint8)
+    packed = host if device.type == "cpu" else host.to(device, non_blocking=True)
+    return {
+        name: packed[start : start + column.nbytes].view(_DTYPES[column.dtype.name])
+        for start, (name, column) in zip(starts, columns.items(), strict=False)
+    }
 
 
-def _count(ids: Sequence[int], vocab_size: int) -> torch.Tensor:
-    """Occurrences of each id: [V] float32."""
-    return torch.bincount(torch.tensor(list(ids), dtype=torch.int64), minlength=vocab_size).to(torch.float32)
-
-
-def _bias_matrix(params: Sequence[SamplingParams], vocab_size: int, device: torch.device) -> torch.Tensor:
-    bias = torch.zeros(len(params), vocab_size)
-    for row, p in enumerate(params):
-        for key, value in p.logit_bias.items():
-            bias[row, int(key)] = value
-    return bias.to(device)
+_DTYPES = {"float32": torch.float32, "int32": torch.int32, "int64": torch.int64, "bool": torch.bool}

@@ -13,7 +13,7 @@ from sglang.srt.model_executor.forward_batch_info import AttentionBackendLike, F
 from sglang.srt.model_executor.model_runner import ModelRunner, StepForward
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.speculative.spec_info import DRAFT, SpecInfo
-from sglang.srt.speculative.verify import along_path, num_new_tokens
+from sglang.srt.speculative.verify import num_new_tokens
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class EagleWorker:
 
     def sampling_info(self, step: StepForward, info: SamplingBatchInfo) -> SamplingBatchInfo:
         """``info`` [B] for the rows of ``step``."""
-        return info if step.fb.kind != self.spec.verify else along_path(info, self._drafts(step))
+        return info if step.fb.kind != self.spec.verify else info.along_path(self._drafts(step))
 
     def accept(self, step: StepForward, drawn: torch.Tensor, info: SamplingBatchInfo) -> Accepted:
         """Judge ids [rows] drawn from a step, and make the drafts of the next one."""

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
-
-from sglang.kernels.spec import Case, Impl, Op
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -35,24 +31,9 @@ def seeded_sample_torch(probs: Tensor, seeds: Tensor, positions: Tensor) -> Tens
     probs [B, V] float, non-negative, rows need not sum to 1 but must hold a positive entry; seeds, positions [B] int64
     -> [B] int64 in [0, V), always of positive probability.
     """
-    cumulative = probs.to(torch.float64).cumsum(dim=-1)
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     target = uniform_from_seed_torch(seeds, positions).unsqueeze(1) * cumulative[:, -1:]
-    ids = torch.searchsorted(cumulative, target, right=True).squeeze(1)
-    # A target that rounds up to the total would fall off the end: take the last id of positive probability.
-    positive = (probs > 0).to(torch.uint8)
-    last = probs.shape[1] - 1 - positive.flip(-1).argmax(dim=-1)
-    return torch.minimum(ids, last)
-
-
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for rows, vocab in ((1, 1), (1, 7), (16, 512), (5, 129)):
-        probs = torch.rand(rows, vocab, generator=generator)
-        seeds = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
-        yield Case(f"{rows}x{vocab}", (probs, seeds, torch.arange(rows)))
-    one_hot = torch.zeros(3, 9)
-    one_hot[0, 0] = one_hot[1, 8] = one_hot[2, 4] = 1.0
-    yield Case("one-hot", (one_hot, torch.tensor([0, -1, 2**63 - 1]), torch.tensor([0, 2**31, 2**33])))
-
-
-seeded_sample = Op("sampling.seeded", Impl("torch", seeded_sample_torch), cases=_cases)
+    ids = torch.searchsorted(cumulative, target, right=True)
+    # A target that rounds up to the total would fall off the end: take the id that completes the total.
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.minimum(ids, last).squeeze(1)

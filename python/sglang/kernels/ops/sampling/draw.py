@@ -1,0 +1,356 @@
+"""The next token of each row: edits, allowed ids, temperature, filters and the draw, over whole vocabularies."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.ops.sampling.greedy import greedy_torch
+from sglang.kernels.ops.sampling.seeded import seeded_sample_torch
+from sglang.kernels.spec import Case, Impl, Op
+
+# A mark of an id: how often it is in the output, whether it is in prompt or output, whether it ends the request.
+COUNT, SEEN, STOP = (1 << 29) - 1, 1 << 29, 1 << 30
+# Why nothing can be drawn from a row: its logits, or what edits, mask and temperature make of them.
+LOGITS_FAULT, EDITED_FAULT = 1, 2
+
+# Scores that one program of the Triton form reads, room for those of a row that lie in a bracket, one in how many is
+# sampled, and programs a row.
+BLOCK, FOUND, STRIDE, MAX_CHUNKS = 4096, 16384, 16, 128
+# Scores that are sorted before it is known that a filter reaches further.
+FEW = 1024
+
+
+class Wanted(NamedTuple):
+    """What some row of the batch asks for, known on the host: what none asks for is not computed."""
+
+    draws: bool = True
+    greedy: bool = False
+    top_k: bool = False
+    top_p: bool = False
+    min_p: bool = False
+
+    @property
+    def filters(self) -> bool:
+        """Whether any id may be left out."""
+        return self.draws and (self.top_k or self.top_p or self.min_p)
+
+
+def edit_logits_torch(
+    logits: Tensor, edit_rows: Tensor, marks: Tensor, penalties: Tensor, left: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Penalties, bias and forbidden stop ids, on a copy of the rows that have any.
+
+    logits [B, V] float; edit_rows [B] int32: the row of the other tensors, -1 for none; marks [P, V] int32 (``COUNT``,
+    ``SEEN``, ``STOP``); penalties [P, 3] float32: frequency, presence, repetition; left [P] int32: while positive, ids
+    marked ``STOP`` get -inf; bias [P, V] float32 -> [B, V] float32. Repetition: divide positive, multiply negative
+    logits of seen ids (Keskar et al. 2019, CTRL). Frequency and presence: subtract ``frequency * count + presence``
+    where the count is not 0 (OpenAI's definition).
+    """
+    if logits.device.type == "cpu":
+        return _edit_marked(logits, edit_rows, marks, penalties, left, bias)
+    edit = edit_rows.clamp(min=0).long()
+    x, mark = logits.float(), marks[edit]
+    if bias is not None:
+        bias = bias[edit]
+    x = _edited(x, mark, penalties[edit].unsqueeze(-1), left[edit].unsqueeze(1), bias)
+    return torch.where((edit_rows >= 0).unsqueeze(1), x, logits)
+
+
+def _edited(x: Tensor, mark: Tensor, penalties: Tensor, left: Tensor, bias: Tensor | None) -> Tensor:
+    """Edited logits; everything [..., n] or to be broadcast to it, penalties with the three in dimension 1."""
+    frequency, presence, repetition = penalties.unbind(1)
+    x = torch.where((mark & SEEN) != 0, torch.where(x > 0, x / repetition, x * repetition), x)
+    count = mark & COUNT
+    x = torch.where(count > 0, x - (frequency * count + presence), x)
+    if bias is not None:
+        x = x + bias
+    return x.masked_fill(((mark & STOP) != 0) & (left > 0), -math.inf)
+
+
+def _edit_marked(
+    logits: Tensor, edit_rows: Tensor, marks: Tensor, penalties: Tensor, left: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``edit_logits_torch`` where a host can look which ids are marked: few are."""
+    x = logits.float() if logits.dtype != torch.float32 else logits.clone()
+    for row, edit in enumerate(edit_rows.tolist()):
+        if edit >= 0:
+            ids = (marks[edit] if bias is None else (marks[edit] != 0) | (bias[edit] != 0)).nonzero().squeeze(1)
+            biases = None if bias is None else bias[edit, ids]
+            x[row, ids] = _edited(x[row, ids], marks[edit, ids], penalties[edit : edit + 1], left[edit], biases)
+    return x
+
+
+def allow_torch(logits: Tensor, allowed: Tensor) -> Tensor:
+    """-inf for ids that are not allowed; allowed [B, ceil(V / 32)] int32: bit i % 32 of word i // 32 is id i."""
+    ids = torch.arange(logits.shape[1], device=logits.device)
+    bits = (allowed[:, ids >> 5] >> (ids & 31).to(torch.int32)) & 1
+    return logits.masked_fill(bits == 0, -math.inf)
+
+
+def _best_scores(scores: Tensor, probs_top: Tensor, top_ks: Tensor, top_ps: Tensor) -> Tensor:
+    """The largest scores of each row, descending: as many as any row's filter may keep."""
+    vocab = scores.shape[1]
+    if scores.device.type == "cpu" and vocab > 4 * FEW:
+        best = scores.topk(FEW, dim=-1).values
+        mass = torch.exp(best - best[:, :1]).double().sum(-1, keepdim=True) * probs_top
+        enough = torch.where(top_ks < vocab, top_ks <= FEW, (top_ps >= 1.0) | (mass >= top_ps + 1e-6))
+        if bool(enough.all()):
+            return best
+    return scores.sort(dim=-1, descending=True).values
+
+
+def filter_torch(scores: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor, wanted: Wanted) -> Tensor:
+    """Probabilities [B, V] float32 of ``scores`` [B, V] after top-k, then top-p, then min-p; removed ids get 0.
+
+    top_ks [B] integer (below 1 or above V: all), top_ps, min_ps [B] float32. Top-k and top-p keep the largest scores,
+    ties in id order; top-p keeps the shortest such list whose sum reaches p (after top-k and renormalised), at least
+    one id, and all from p = 1 on; min-p drops ids below ``min_p * max``. Rows are not renormalised at the end.
+    """
+    probs = torch.softmax(scores, dim=-1)
+    if not wanted.filters:
+        return probs
+    top = probs.amax(dim=-1, keepdim=True)
+    filtered = probs.masked_fill(probs < min_ps.unsqueeze(1) * top, 0.0) if wanted.min_p else probs
+    if not (wanted.top_k or wanted.top_p):
+        return filtered
+    vocab, top_ks, top_ps = scores.shape[1], top_ks.long().unsqueeze(1), top_ps.unsqueeze(1)
+    top_ks = torch.where((top_ks < 1) | (top_ks > vocab), vocab, top_ks)
+    ordered = _best_scores(scores, top, top_ks, top_ps)
+    ends = torch.exp(ordered - ordered[:, :1]).cumsum(-1, dtype=torch.float64)
+    most = top_ks.clamp(max=ordered.shape[1])
+    total = torch.where(top_ks < vocab, ends.gather(1, most - 1), 1.0 / top.double())
+    # As many as have less than p before them.
+    number = torch.searchsorted(ends, top_ps * total) + 1
+    number = torch.where(top_ps < 1.0, number.clamp(max=most), most)
+    cut = torch.where((top_ks >= vocab) & (top_ps >= 1.0), -math.inf, ordered.gather(1, number - 1))
+    inside = scores >= cut
+    filtered = filtered.masked_fill(~inside, 0.0)
+    # Ties of the lowest kept score, the last of which may not be kept. A host can look; on a device that is a wait.
+    if scores.device.type != "cpu" or bool((inside.sum(-1, keepdim=True) > number).any()):
+        above = (scores > cut).sum(-1, keepdim=True)
+        tied = scores == cut
+        past = tied & (tied.cumsum(-1, dtype=torch.int32) + above > number) & (cut > -math.inf)
+        filtered = filtered.masked_fill(past, 0.0)
+    return filtered
+
+
+def draw_torch(
+    logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor, greedy: Tensor | None,
+    seeds: Tensor | None, positions: Tensor | None, wanted: Wanted, allowed: Tensor | None = None,
+    edit_rows: Tensor | None = None, marks: Tensor | None = None, penalties: Tensor | None = None,
+    left: Tensor | None = None, bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The next id of each row, and why it has none.
+
+    logits [B, V] float; temperatures, top_ps, min_ps [B] float32; top_ks [B] integer; greedy [B] bool: rows that take
+    the first of their largest scores, to be given temperature 1; seeds, positions [B] integer (index of the token to be
+    drawn), these three None where no row draws; allowed as ``allow_torch`` says, the last five as ``edit_logits_torch``
+    does.
+    Edits come first, then the mask, the temperature, the filters and ``seeded_sample_torch``. Returns ids [B] int64 in
+    [0, V) and faults [B] int64: ``LOGITS_FAULT`` where the row holds NaN, +inf or nothing finite, ``EDITED_FAULT``
+    where what it is drawn from does, else 0. The id of a row with a fault has no meaning. Another implementation may
+    answer another id where draw or cut lies within 1e-6 of the row's mass from where the id would change.
+    """
+    edited = logits.float()
+    if edit_rows is not None:
+        assert marks is not None and penalties is not None and left is not None
+        edited = edit_logits_torch(logits, edit_rows, marks, penalties, left, bias)
+    if allowed is not None:
+        edited = allow_torch(edited, allowed)
+    scores = edited / temperatures.unsqueeze(1) if wanted.draws else edited
+    raw = logits.amax(dim=-1)
+    # Division keeps the order, so that the largest quotient is that of the largest logit.
+    best = raw / temperatures if edit_rows is None and allowed is None else scores.amax(dim=-1)
+    # NaN and infinities alike are not below infinity.
+    faults = torch.where(best.abs() < math.inf, 0, EDITED_FAULT)
+    faults = torch.where(raw.abs() < math.inf, faults, LOGITS_FAULT)
+    if not wanted.draws:
+        return greedy_torch(scores), faults
+    assert greedy is not None and seeds is not None and positions is not None
+    ids = seeded_sample_torch(filter_torch(scores, top_ks, top_ps, min_ps, wanted), seeds, positions)
+    ids = ids.clamp(max=logits.shape[1] - 1)  # a row of NaN has no last id
+    return torch.where(greedy, greedy_torch(scores), ids) if wanted.greedy else ids, faults
+
+
+def draw_triton(
+    logits: Tensor, temperatures: Tensor, top_ks: Tensor, top_ps: Tensor, min_ps: Tensor, greedy: Tensor | None,
+    seeds: Tensor | None, positions: Tensor | None, wanted: Wanted, allowed: Tensor | None = None,
+    edit_rows: Tensor | None = None, marks: Tensor | None = None, penalties: Tensor | None = None,
+    left: Tensor | None = None, bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    from sglang.kernels.ops.sampling import draw_triton as body
+
+    rows, vocab = logits.shape
+    ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    faults = torch.empty_like(ids)
+    if rows == 0:
+        return ids, faults
+    sizes = _sizes(vocab)
+    chunks, slots = cdiv(vocab, sizes["BLOCK"]), (rows, sizes["CHUNKS"])
+    source = (logits, temperatures, allowed, edit_rows, marks, penalties, left, bias)
+    shape = (vocab, logits.stride(0), cdiv(vocab, 32), chunks)
+    edits = {"MASKED": allowed is not None, "EDITED": edit_rows is not None, "BIASED": bias is not None}
+    filters = {"TOP_K": wanted.draws and wanted.top_k, "TOP_P": wanted.draws and wanted.top_p,
+               "MIN_P": wanted.draws and wanted.min_p}  # fmt: skip
+    # Each part at a multiple of 16 bytes, for which kernels are compiled whatever the number of rows.
+    scratch = torch.empty(4, rows * max(4, sizes["CHUNKS"]), dtype=torch.int32, device=logits.device)
+    firsts, (tops, raws, sums) = scratch[0], scratch[1:].view(torch.float32)
+    samples = state = found = counts = above = floored = None
+    cap = sizes.pop("CAP")
+    if wanted.filters:
+        samples = logits.new_empty(*slots, sizes["BLOCK"] // sizes["STRIDE"], dtype=torch.float32)
+        found = logits.new_empty(*slots, cap, dtype=torch.float32)
+        per_chunk = torch.empty(3, scratch.shape[1], dtype=torch.float32, device=logits.device)
+        counts, above, floored = per_chunk[0].view(torch.int32), per_chunk[1], per_chunk[2]
+        state = logits.new_empty(rows, 4, dtype=torch.float32)
+    grid = (rows * chunks,)
+    body.scan_kernel[grid](
+        *source, *shape, tops, firsts, raws, sums, samples, **edits, FILTER=wanted.filters, **sizes, num_warps=8
+    )
+    stride = sizes.pop("STRIDE")
+    if wanted.filters:
+        body.bracket_kernel[(rows,)](
+            temperatures, tops, sums, samples, top_ks, top_ps, min_ps, greedy, state, vocab, chunks,
+            **filters, **sizes, STRIDE=stride, WHOLE=cap == sizes["BLOCK"], num_warps=16,
+        )  # fmt: skip
+        body.sift_kernel[grid](
+            *source, *shape, state, found, counts, above, floored, **edits, **sizes, CAP=cap, num_warps=8
+        )
+    body.pick_kernel[(rows,)](
+        *source, *shape, top_ks, top_ps, min_ps, greedy, seeds, positions,
+        tops, firsts, raws, sums, state, found, counts, above, floored, ids, faults,
+        **edits, **filters, **sizes, DRAWS=wanted.draws, CAP=cap, num_warps=16 if wanted.filters else 8,
+    )  # fmt: skip
+    return ids, faults
+
+
+def _sizes(vocab: int) -> dict[str, int]:
+    """Scores of a chunk, chunks of a row (rounded up), one score in how many is sampled, scores kept of a chunk."""
+    block = min(BLOCK, next_power_of_2(vocab))
+    chunks = next_power_of_2(cdiv(vocab, block))
+    return {"CHUNKS": chunks, "BLOCK": block, "STRIDE": min(STRIDE, block), "CAP": min(block, max(16, FOUND // chunks))}
+
+
+def _accepts(logits: Tensor, *others: Tensor | Wanted | None) -> bool:
+    tensors = [other for other in others if isinstance(other, Tensor)]
+    readable = logits.dtype in FLOATS and logits.stride(1) == 1 and all(other.is_contiguous() for other in tensors)
+    return readable and 0 < logits.shape[1] <= BLOCK * MAX_CHUNKS
+
+
+def marks_of(rows: list[list[tuple[int, int]]], vocab: int) -> Tensor:
+    """Marks [P, V] int32 of (id, mark) pairs, for cases and tests."""
+    marks = torch.zeros(len(rows), vocab, dtype=torch.int32)
+    for row, pairs in zip(marks, rows, strict=True):
+        for token_id, mark in pairs:
+            row[token_id] = mark
+    return marks
+
+
+class RowOf(NamedTuple):
+    """Rows of a case: one value for all, or one each."""
+
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    min_p: float = 0.0
+    greedy: bool = False
+
+
+def draw_args(logits: Tensor, rows: list[RowOf] | RowOf, seed: int = 0, **edits: Tensor) -> tuple[object, ...]:
+    """Arguments of the op on the device of ``logits`` for the rows' parameters, for cases, tests and benches."""
+    rows = [rows] * logits.shape[0] if isinstance(rows, RowOf) else rows
+    dtypes = (torch.float32, torch.int64, torch.float32, torch.float32, torch.bool)
+    names = ("temperature", "top_k", "top_p", "min_p", "greedy")
+    columns = [
+        torch.tensor([getattr(row, name) for row in rows], dtype=dtype, device=logits.device)
+        for name, dtype in zip(names, dtypes, strict=True)
+    ]
+    index = torch.arange(len(rows), device=logits.device)
+    wanted = Wanted(
+        any(not row.greedy for row in rows), any(row.greedy for row in rows), any(row.top_k > 0 for row in rows),
+        any(row.top_p < 1.0 for row in rows), any(row.min_p > 0.0 for row in rows),
+    )  # fmt: skip
+    others = ("allowed", "edit_rows", "marks", "penalties", "left", "bias")
+    return (logits, *columns, index * 7919 + seed, index + 17, wanted, *(edits.get(name) for name in others))
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    plain, both = RowOf(), RowOf(0.8, 40, 0.9, 0.01)
+    rows = [plain, both, RowOf(greedy=True), RowOf(1.0, 1), RowOf(1.3, top_p=0.5), RowOf(2.0, min_p=0.2),
+            RowOf(0.7, 3, 0.35), RowOf(top_p=1e-6), RowOf(top_p=0.0), RowOf(1.0, 10**6, 1.0, 1.0)]  # fmt: skip
+    for vocab, few in ((1, rows[:2]), (7, rows[3:6]), (151, rows), (4097, rows[1:3]), (20_001, rows)):
+        logits = torch.randn(len(few), vocab, generator=generator) * 3
+        yield Case(f"{vocab}-mixed", draw_args(logits, few))
+        yield Case(f"{vocab}-one-row", draw_args(logits[:1], plain, 3))
+    # More scores beside each other than a chunk's room: the row itself is searched.
+    logits[0, :2500] += 20.0
+    yield Case("20001-crowded", draw_args(logits[:2], [RowOf(top_k=2300), RowOf(top_p=0.5)]))
+    yield Case("empty", draw_args(torch.empty(0, 9), both))
+    yield Case("all-greedy", draw_args(torch.randn(3, 65, generator=generator), RowOf(greedy=True)))
+    ties = torch.zeros(4, 300)
+    ties[1, ::3] = 2.0
+    ties[2, 7] = ties[2, 299] = 9.0
+    ties[3, 100:] = -math.inf
+    yield Case("ties-top-k", draw_args(ties, RowOf(top_k=5)))
+    yield Case("ties-top-p", draw_args(ties, RowOf(top_p=0.302)))
+    yield Case("ties-min-p", draw_args(ties, RowOf(min_p=1.0)))
+    yield Case("ties-both", draw_args(ties, RowOf(top_k=50, top_p=0.71)))
+    ugly = torch.randn(5, 65, generator=generator)
+    ugly[0], ugly[2], ugly[3, 5:] = -math.inf, math.nan, -math.inf
+    ugly[1, 3], ugly[4, 1] = math.nan, math.inf
+    for name, row in (("plain", plain), ("filtered", both), ("greedy", RowOf(greedy=True))):
+        yield Case(f"inf-nan-{name}", draw_args(ugly, row))
+    yield from _edited_cases(rows, generator)
+
+
+def _edited_cases(rows: list[RowOf], generator: torch.Generator) -> Iterator[Case]:
+    logits = torch.randn(len(rows), 151, generator=generator) * 2
+    edits = {
+        "edit_rows": torch.tensor([0, -1, 1, 2, -1, 1, 0, 2, -1, 0], dtype=torch.int32),
+        "marks": marks_of([[(3, SEEN | 2), (150, SEEN), (9, STOP)], [(0, STOP)], [(7, SEEN | 1)]], 151),
+        "penalties": torch.tensor([[0.4, -0.7, 1.5], [0.0, 0.0, 1.0], [1.0, 2.0, 1e-6]]),
+        "left": torch.tensor([1, 0, 0], dtype=torch.int32),
+    }
+    yield Case("edits", draw_args(logits, rows, **edits))
+    bias = torch.zeros(3, 151)
+    bias[0, 5], bias[2, 7] = 4.0, -1e30
+    allowed = torch.randint(-(2**31), 2**31, (len(rows), 5), generator=generator).to(torch.int32)
+    # Row 0 may draw nothing, row 1 the last id alone.
+    allowed[0], allowed[1] = 0, torch.tensor([0, 0, 0, 0, 1 << 22])
+    yield Case("edits-bias-mask", draw_args(logits, rows, **edits, bias=bias, allowed=allowed))
+    yield Case("edits-greedy", draw_args(logits, RowOf(greedy=True), **edits, bias=bias))
+    yield Case("mask", draw_args(logits, RowOf(1.2, top_p=0.9), allowed=allowed))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Batches of float32 logits over served models' vocabularies, without contents."""
+    top_p, all_three = RowOf(top_p=0.9), RowOf(0.7, 50, 0.9, 0.05)
+    for rows, vocab in ((1, 102400), (128, 129280), (128, 248320)):
+        logits = torch.empty(rows, vocab, device=device)
+        for name, row in (("plain", RowOf()), ("top-p", top_p), ("all", all_three)):
+            yield draw, Case(f"{rows}x{vocab} {name}", draw_args(logits, row))
+    logits = torch.empty(128, 248320, device=device)
+    edits = {
+        "edit_rows": torch.empty(128, dtype=torch.int32, device=device),
+        "marks": torch.empty(4, 248320, dtype=torch.int32, device=device),
+        "penalties": torch.empty(4, 3, device=device),
+        "left": torch.empty(4, dtype=torch.int32, device=device),
+        "bias": torch.empty(4, 248320, device=device),
+        "allowed": torch.empty(128, 7760, dtype=torch.int32, device=device),
+    }
+    yield draw, Case("128x248320 edited", draw_args(logits, all_three, **edits))
+    penalised = {name: edits[name] for name in ("edit_rows", "marks", "penalties", "left")}
+    for vocab in (129280, 248320):
+        penalised["marks"] = torch.empty(4, vocab, dtype=torch.int32, device=device)
+        args = draw_args(torch.empty(128, vocab, device=device), all_three, **penalised)
+        yield draw, Case(f"128x{vocab} penalised", args)
+
+
+draw = Op("sampling.draw", triton_impl(draw_triton, _accepts), Impl("torch", draw_torch), cases=_cases)
