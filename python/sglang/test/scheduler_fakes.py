@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang.kernels.ops.sampling.draw import SEEN
 from sglang.srt.managers.io_struct import BatchTokenIDOutput, StartedReqs, TokenizedGenerateReqInput
 from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.scheduler import Scheduler
@@ -68,10 +69,15 @@ class FakeForward:
 
     def sample(self, info: SamplingBatchInfo) -> FakeStep:
         """Checks that penalties know all tokens so far."""
-        if info.seen is not None and self.is_decode:
-            for seen, sequence in zip(info.seen, self.sequences, strict=True):
-                assert set(seen.nonzero().flatten().tolist()) == set(sequence), "penalties of other tokens"
-            self.worker.num_penalised_steps += 1
+        edits = info.edits
+        if edits is not None and self.is_decode:
+            penalised = False
+            for request, marks, penalties in zip(edits.requests.tolist(), edits.marks, edits.penalties, strict=True):
+                if float(penalties[2]) != 1.0:
+                    seen = ((marks & SEEN) != 0).nonzero().flatten().tolist()
+                    assert set(seen) == set(self.sequences[request]), "penalties of other tokens"
+                    penalised = True
+            self.worker.num_penalised_steps += penalised
         newest = [drawn[-1] for drawn in self.output.next_token_ids]
         info.update(torch.tensor(newest))
         self.worker.last_token.update(zip(self.rows, newest, strict=True))
