@@ -19,6 +19,7 @@ from sglang.test.tiny_checkpoints import save_tiny_checkpoint
 
 register_cuda_ci(est_time=60, suite="stage-b-test-1-gpu-small")
 register_amd_ci(est_time=90, suite="stage-b-test-1-gpu-small-amd")
+register_amd_ci(est_time=90, suite="stage-b-test-1-gpu-small-amd-mi35x")
 
 NUM_STEPS = 8
 GREEDY = {"temperature": 0.0}

@@ -75,7 +75,7 @@ class SamplingBatchInfo:
             "seeds": np.array([row.seed for row in rows], np.int64),
             "greedy": np.array(greedy, np.bool_),
         }
-        parts = _to_device(columns | (edits.columns() if edits.edited else {}), device)
+        parts = _to_device(columns | (edits.columns() if edits.edited else {}), torch.device(device))
         return cls(
             vocab_size=vocab_size,
             temperatures=parts["temperatures"].unsqueeze(1),
@@ -137,7 +137,7 @@ def _to_device(columns: Mapping[str, np.ndarray], device: torch.device) -> dict[
     Each begins at a multiple of 16 bytes, for which kernels are compiled whatever the number of requests.
     """
     starts = [0, *accumulate(-(-column.nbytes // 16) * 16 for column in columns.values())]
-    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type != "cpu")
+    host = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
     for start, column in zip(starts, columns.values(), strict=False):
         host.numpy()[start : start + column.nbytes] = np.ascontiguousarray(column).view(np.uint8)
     packed = host if device.type == "cpu" else host.to(device, non_blocking=True)

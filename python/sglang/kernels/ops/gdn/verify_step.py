@@ -32,15 +32,15 @@ def gdn_verify_step_torch(
     parameters = (conv_weight, A_log, dt_bias, norm_weight)
     by_row = [part.unflatten(0, (size, rows)) for part in (mixed_qkv, z, b, a)]
     lengths = tail_len[slot_ids]
-    for j in range(rows):
-        # A row that does not count goes to the dummy slot.
-        slots = torch.where(j < lengths, slot_ids, 0)
-        old_b, old_a = tail_gates[slot_ids, j].chunk(2, dim=-1)
-        old = (tail_qkv[slot_ids, j], by_row[1][:, j], old_b, old_a)
-        gdn_decode_step(*old, *parameters, conv_state, ssm_state, slots, eps)
-    # Slot 0 of the copies is the dummy.
+    # Copies of the slots, behind a dummy to which a row goes that does not count.
     padded = torch.nn.functional.pad(slot_ids, (1, 0))
     copies, own = (conv_state[padded], ssm_state[padded]), torch.arange(1, size + 1, device=slot_ids.device)
+    for j in range(rows):
+        old_b, old_a = tail_gates[slot_ids, j].chunk(2, dim=-1)
+        old = (tail_qkv[slot_ids, j], by_row[1][:, j], old_b, old_a)
+        gdn_decode_step(*old, *parameters, *copies, torch.where(j < lengths, own, 0), eps)
+    for state, copy in zip((conv_state, ssm_state), copies, strict=True):
+        state[slot_ids] = copy[1:]
     new = [gdn_decode_step(*(part[:, j] for part in by_row), *parameters, *copies, own, eps) for j in range(rows)]
     tail_qkv[slot_ids] = by_row[0]
     tail_gates[slot_ids] = torch.cat([by_row[2], by_row[3]], dim=-1)
