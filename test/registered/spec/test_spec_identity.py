@@ -99,6 +99,28 @@ class TestIdentity(CustomTestCase):
                 self.assertEqual(metrics.num_accepted_drafts, sum(metrics.accepted_by_position))
                 self.assertGreater(metrics.accepted_by_position[0], 0.4 * metrics.spec_verify_ct)
 
+    def test_a_draft_writes_to_slots_of_its_own_request(self):
+        harness = self.make(3, chunked_prefill_size=7)
+        drafter, memory, owners, places = harness.worker.speculator.drafter, harness.memory, {}, {True: 0, False: 0}
+        admit, draft_batch = memory.admit, drafter._draft_batch
+
+        def watched_admit(req, match):
+            admit(req, match)
+            owners[req.req_pool_idx] = req
+
+        def watched_batch(*args):
+            fb = draft_batch(*args)
+            for row, slot in zip(fb.req_pool_indices.tolist(), fb.out_cache_loc.tolist(), strict=True):
+                places[slot == 0] += 1
+                mine = memory.req_pool.read(row, 0, owners[row].kv_allocated_len).tolist()
+                self.assertTrue(slot == 0 or slot in mine, f"slot {slot} is not one of {mine}")
+            return fb
+
+        memory.admit, drafter._draft_batch = watched_admit, watched_batch
+        self.serve(harness)
+        self.assertGreater(places[True], 0, "no chunk ended before its prompt")
+        self.assertGreater(places[False], places[True])
+
     def test_every_rule_and_number_of_drafts(self):
         pairs = [
             ("right", 2),

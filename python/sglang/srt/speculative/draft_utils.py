@@ -3,6 +3,8 @@ layer, and the worker that is made of them."""
 
 from __future__ import annotations
 
+import logging
+
 from sglang.srt.configs.attention_backends import attention_backends
 from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.configs.errors import ConfigError
@@ -17,6 +19,8 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.eagle_worker import EagleWorker, MtpDrafter
 from sglang.srt.speculative.spec_info import SpecInfo
+
+logger = logging.getLogger(__name__)
 
 
 class DraftBackendFactory:
@@ -56,7 +60,10 @@ def _declared_name(asked: str, family: str) -> str:
     if not fitting:
         there = ", ".join(f"{name} ({', '.join(d.platforms)})" for name, d in declared.items()) or "none"
         raise ConfigError(f"no attention backend for drafts of the family {family} runs on {kind}; declared: {there}")
-    return asked if asked in fitting else fitting[0]
+    if asked in fitting:
+        return asked
+    logger.warning("drafts attend by %s: %s has no %s attention on %s", fitting[0], asked, family, kind)
+    return fitting[0]
 
 
 def make_speculator(args: ServerArgs, runner: ModelRunner) -> EagleWorker | None:

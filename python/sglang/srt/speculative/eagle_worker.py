@@ -145,6 +145,10 @@ class MtpDrafter(Drafter):
     def _draft_batch(self, step: StepForward, ids: torch.Tensor, positions: torch.Tensor, number: int) -> ForwardBatch:
         """One row per request, at ``positions`` [B]; slots come from the request table."""
         rows = step.req_rows
+        slots = self._req_to_token[rows, positions].to(torch.int64)
+        if step.fb.successors is not None:
+            # A chunk before the end of a prompt has no slots behind it: the table has those of a request before.
+            slots = torch.where(step.fb.successors < 0, slots, 0)
         return replace(
             step.fb,
             forward_mode=ForwardMode.DECODE,
@@ -156,7 +160,7 @@ class MtpDrafter(Drafter):
             seq_lens=positions + 1,
             # Bounds: how many drafts were accepted is known on the device alone.
             seq_lens_cpu=[length + number for length in step.fb.seq_lens_cpu[: step.batch_size]],
-            out_cache_loc=self._req_to_token[rows, positions].to(torch.int64),
+            out_cache_loc=slots,
             logits_rows=None,
             wants_hidden=True,
             attn_backend=self.decode_backend,
