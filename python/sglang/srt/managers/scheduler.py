@@ -73,6 +73,9 @@ class Scheduler:
         stop_checker: StopChecker,
         sync: StepAgreement | None = None,
     ) -> None:
+        if memory.step_width != worker.decode_kind.rows_per_request:
+            rows = worker.decode_kind.rows_per_request
+            raise ValueError(f"a decode step has {rows} rows per request, and its slots are for {memory.step_width}")
         self.config = config
         self.sync = sync
         self.worker = worker

@@ -17,6 +17,7 @@ from sglang.srt.environ import envs
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative.spec_info import SpecInfo
 from sglang.srt.utils.audit import unpickle_count
 
 
@@ -55,7 +56,8 @@ class SchedulerConfig:
     ) -> SchedulerConfig:
         """From resolved arguments and the pools that the runner has made."""
         chunk, page = args.chunked_prefill_size, args.page_size or 1
-        slots_for_drafts = -(-2 * (args.speculative_num_steps or 0) // page) * page
+        per_step = SpecInfo(args.speculative_num_steps).slots_per_step if args.speculative_num_steps else 0
+        slots_for_drafts = -(-per_step // page) * page
         return cls(
             device=runner.device,
             vocab_size=model_config.vocab_size,

@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.memory_pool import ModelPools, StateSlots
 from sglang.srt.mem_cache.pool_plan import PoolPlan, plan_pool_sizes
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative.spec_info import SpecInfo
 
 # One live state a running request, and as many again thrice for snapshots of the prefix cache, unless memory is short.
 STATE_SLOTS_PER_REQUEST = 4
@@ -97,8 +98,7 @@ def make_pools(
 
 def table_width(args: ServerArgs, configs: Sequence[ModelConfig]) -> int:
     """Positions of a row of the request table: the longest context, and those that a step may reach past it."""
-    # A chain of n drafts is verified in n + 1 rows, and the drafts behind them take n - 1 rows more.
-    past = max(1, 2 * (args.speculative_num_steps or 0))
+    past = SpecInfo(args.speculative_num_steps).slots_per_step if args.speculative_num_steps else 1
     return max(config.context_len for config in configs) + past
 
 

@@ -34,3 +34,8 @@ class SpecInfo:
     def slots_ahead(self) -> int:
         """Slots behind a step's rows that the step needs: those of its drafts, the last of which is never run."""
         return self.num_steps - 1
+
+    @property
+    def slots_per_step(self) -> int:
+        """Slots of a request that a step needs, from its first row on."""
+        return self.num_draft_tokens + self.slots_ahead
