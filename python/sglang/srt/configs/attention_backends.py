@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Families of softmax attention: keys and values per head, or one latent row that all heads share.
-GQA, MLA = "gqa", "mla"
+# Families of softmax attention: keys and values per head, one latent row that all heads share, or one row beside
+# compressed entries (DeepSeek V4).
+GQA, MLA, COMPRESSED = "gqa", "mla", "compressed"
 # Backends of upstream that are taken as a preference, with the platforms where they exist.
 UNBUILT_ATTENTION_BACKENDS = {"aiter": ("hip",)}
 _FOLDER = Path(__file__).parents[1] / "layers" / "attention"

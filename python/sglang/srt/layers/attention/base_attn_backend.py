@@ -155,6 +155,68 @@ class MlaBackend(AttentionBackend):
         """Attend over keys and values that ``expand`` rebuilds from latent rows: q [n, H, qk] -> [n, H*v]."""
 
 
+class CompressedLayer(Protocol):
+    """What a backend reads of an attention layer over a window and, where ``ratio`` is not 0, compressed entries.
+
+    ``sinks`` [H] float32 is one logit per head that adds to the softmax's denominator alone.
+    """
+
+    layer_id: int
+    ratio: int  # 0, 4 or 128 tokens per entry
+    scale: float
+    sinks: torch.Tensor
+
+
+class Compressor(Protocol):
+    """What a backend reads of a compressor: it pools ``ratio`` tokens to one entry of width ``head_dim``.
+
+    Rows of its two products have one part of head_dim columns, or two where windows overlap (ratio 4): the first part
+    of the window before and the second part of the window itself make an entry.
+    """
+
+    layer_id: int
+    ratio: int
+    head_dim: int
+    pool: str  # the pool of its entries; its states lie in the pool of this name and "_state"
+    position_bias: torch.Tensor  # [ratio, parts * head_dim] float32
+    norm: RMSNorm
+    rotary_emb: RotaryEmbedding  # turns the last columns of an entry by the position of its first token
+
+
+class CompressedBackend(AttentionBackend):
+    """Attention of DeepSeek V4: one softmax over a window of stored rows and over compressed entries.
+
+    One row per token is key and value of all heads. In a layer the calls come in the order below; each sees what the
+    calls before it stored. DeepSeek-V4 report; transformers' ``deepseek_v4`` is the truth.
+    """
+
+    @abstractmethod
+    def store_rows(self, rows: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch) -> None:
+        """Store the rows [N, D] of this step's tokens, normed and rotated."""
+
+    @abstractmethod
+    def compress(self, kv: torch.Tensor, gate: torch.Tensor, compressor: Compressor, fb: ForwardBatch) -> None:
+        """Store the entry of each window that a token of this step closes, and what later entries need.
+
+        kv, gate [N, parts * head_dim]: the two products of this step's rows.
+        """
+
+    @abstractmethod
+    def select_entries(
+        self, q: torch.Tensor, weights: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch
+    ) -> torch.Tensor:
+        """The entries of the layer that each row attends to, the lowest first among equal scores.
+
+        q [N, Hi, Di] rotated, weights [N, Hi] scaled -> entry numbers [N, K] int32, -1 past the last one that is seen.
+        """
+
+    @abstractmethod
+    def attend_compressed(
+        self, q: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch, entries: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attend over the window and over ``entries``, None for all that the row sees. q [N, H, D] -> [N, H, D]."""
+
+
 class GatedNorm(Protocol):
     """The RMS norm of a head's output, gated by z."""
 
