@@ -67,9 +67,13 @@ class PoolSpec:
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """All pools of a model on one rank."""
+    """All pools of a model on one rank.
+
+    ``page_size``, in tokens, is the only one whose ends are ends of whole rows in all pools; None: any will do.
+    """
 
     pools: tuple[PoolSpec, ...]
+    page_size: int | None = None
 
     def has(self, unit: str) -> bool:
         """True when some pool follows ``unit``."""
@@ -90,7 +94,11 @@ class CacheLayout:
 
 def join(layouts: Iterable[CacheLayout]) -> CacheLayout:
     """What several models on one rank keep together, whose pools follow the same units."""
-    return CacheLayout(tuple(pool for layout in layouts for pool in layout.pools))
+    parts = list(layouts)
+    sizes = {layout.page_size for layout in parts} - {None}
+    if len(sizes) > 1:
+        raise ValueError(f"models that need pages of {sorted(sizes)} tokens cannot share pools")
+    return CacheLayout(tuple(pool for layout in parts for pool in layout.pools), *sizes)
 
 
 def dummy_units(unit: str, page_size: int) -> int:

@@ -14,6 +14,7 @@ import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.configs.deepseek import DeepseekConfig
+from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.generation import end_token_ids, sampling_defaults
 from sglang.srt.configs.quantization import QuantConfig, read_quantization
@@ -22,9 +23,9 @@ from sglang.srt.utils.common import read_json_object
 
 logger = logging.getLogger(__name__)
 
-TextConfig = DeepseekConfig | Qwen3_5Config
+TextConfig = DeepseekConfig | DeepseekV4Config | Qwen3_5Config
 # architectures string -> class of its text config
-SUPPORTED_ARCHITECTURES: dict[str, type[DeepseekConfig] | type[Qwen3_5Config]] = {
+SUPPORTED_ARCHITECTURES: dict[str, type[DeepseekConfig] | type[DeepseekV4Config] | type[Qwen3_5Config]] = {
     "DeepseekV2ForCausalLM": DeepseekConfig,
     "DeepseekV3ForCausalLM": DeepseekConfig,
     "Qwen3_5ForCausalLM": Qwen3_5Config,
@@ -42,9 +43,11 @@ DTYPES = {
 # Keys that an override may add although the folder's config.json lacks them.
 _EXTRA_OVERRIDE_KEYS = (
     "architectures", "model_type", "text_config", "quantization_config", "rope_scaling", "rope_parameters",
-    "rope_theta", "full_attention_interval", "eos_token_id", "bos_token_id", "dtype", "torch_dtype", "hidden_act",
+    "rope_theta", "compress_rope_theta", "full_attention_interval", "eos_token_id", "bos_token_id", "dtype",
+    "torch_dtype", "hidden_act",
 )  # fmt: skip
-
+# One entry per layer.
+_LAYER_LISTS = ("layer_types", "mlp_layer_types", "compress_ratios")
 
 # Rows of a request that a speculative step may compute past the last token of a context.
 ROWS_PAST_CONTEXT = 16
@@ -165,7 +168,7 @@ def text_part(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 def apply_overrides(hf_config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """``hf_config`` with ``--json-model-override-args`` applied.
 
-    A key that only ``text_config`` has goes there. Fewer layers cut ``layer_types`` too. An unknown key is an error.
+    A key that only ``text_config`` has goes there. Fewer layers cut lists of layers too. An unknown key is an error.
     """
     result = copy.deepcopy(hf_config)
     nested = result.get("text_config") if isinstance(result.get("text_config"), dict) else None
@@ -197,9 +200,10 @@ def _override_section(section: dict[str, Any], overrides: Mapping[str, Any]) -> 
             for key in ("rope_theta", "partial_rotary_factor"):
                 if previous.get(key) is not None:
                     result.setdefault(key, previous[key])
-    kinds, layers = result.get("layer_types"), overrides.get("num_hidden_layers")
-    if isinstance(kinds, list) and isinstance(layers, int) and "layer_types" not in overrides:
-        result["layer_types"] = kinds[:layers]
+    layers = overrides.get("num_hidden_layers")
+    for key in _LAYER_LISTS:
+        if isinstance(result.get(key), list) and isinstance(layers, int) and key not in overrides:
+            result[key] = result[key][:layers]
     return result
 
 

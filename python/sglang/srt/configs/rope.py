@@ -74,19 +74,24 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
     if section is None:
         return RopeConfig()
     inner = ConfigReader(section, f"{reader.prefix}{key}." if key else reader.prefix)
-    if "rope_type" not in section and "type" in section:
-        section["rope_type"] = section["type"]
-    rope_type = inner.take_choice("rope_type", _ROPE_TYPES, "default")
-    theta = inner.take_float("rope_theta")
-    if rope_type != "yarn" and section.get("factor", 1) != 1 and not inner.problems:
-        inner.problem(f"key {inner.prefix}factor = {section['factor']!r} needs rope_type yarn, found {rope_type}")
+    rope = read_rope_section(inner, reader.data)
+    reader.problems += inner.problems
+    return rope
+
+
+def read_rope_section(inner: ConfigReader, config: Mapping[str, Any]) -> RopeConfig:
+    """The RopeConfig of one object of rotary parameters in ``config``; problems go to ``inner``."""
+    section = {"rope_type": inner.data["type"], **inner.data} if "type" in inner.data else inner.data
+    typed = ConfigReader(section, inner.prefix)
+    rope_type = typed.take_choice("rope_type", _ROPE_TYPES, "default")
+    theta = typed.take_float("rope_theta")
+    if rope_type != "yarn" and section.get("factor", 1) != 1 and not typed.problems:
+        typed.problem(f"key {inner.prefix}factor = {section['factor']!r} needs rope_type yarn, found {rope_type}")
     for name, harmless in _REFUSED_KEYS.items():
         if section.get(name, harmless) != harmless:
-            inner.problem(f"key {inner.prefix}{name} = {section[name]!r} is not supported: it changes the angles")
-    rope = RopeConfig(theta=theta)
-    if rope_type == "yarn":
-        rope = _read_yarn(inner, theta, reader.data)
-    reader.problems += inner.problems
+            typed.problem(f"key {inner.prefix}{name} = {section[name]!r} is not supported: it changes the angles")
+    rope = _read_yarn(typed, theta, config) if rope_type == "yarn" else RopeConfig(theta=theta)
+    inner.problems += typed.problems
     return rope
 
 
