@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import unittest
 
+import torch
+
 from sglang.srt.layers.logits_processor import RowFault
 from sglang.srt.layers.logprobs import HostLogprobs
 from sglang.srt.managers.tp_worker import StepOutput
-from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch, pack, unpacked
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.scheduler_fakes import FakeForward, Setup, expected_output, make, request
 from sglang.test.test_utils import CustomTestCase
@@ -95,6 +97,16 @@ class TestSeveralTokens(CustomTestCase):
             self.assertEqual(len(setup.channel.outputs["a"]), 1)
             setup.turn()
             self.assertEqual(len(setup.channel.outputs["a"]), 4 if told else 1, interval)
+
+
+class TestPackedColumns(CustomTestCase):
+    def test_every_column_comes_back_and_begins_at_16_bytes(self) -> None:
+        lengths = {"a": 3, "none": 0, "one": 1, "even": 4, "last": 5}
+        columns = {name: torch.randint(1, 99, (length,)) for name, length in lengths.items()}
+        packed = pack(columns)
+        for name, part in unpacked(packed, columns).items():
+            self.assertEqual(part.tolist(), columns[name].tolist(), name)
+            self.assertEqual(part.data_ptr() % 16, packed.data_ptr() % 16, name)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 
+_ODD = torch.zeros(1, dtype=torch.int64)  # follows a column of odd length
+
 
 class ForwardMode(IntEnum):
     """What a forward step does with each request of the batch."""
@@ -126,14 +128,17 @@ class ModelWorkerBatch:
 
         out_cache_loc [B * R] int64: slots of the positions from the step's first one on, at least one for each row.
         """
-        back, table = torch.arange(-kind.rows_per_request, 0), None
-        if out_cache_loc.numel() > len(seq_lens) * kind.rows_per_request:
+        width, table = kind.rows_per_request, None
+        if out_cache_loc.numel() > len(seq_lens) * width:
             table = out_cache_loc.view(len(seq_lens), -1)
-            out_cache_loc = table[:, : kind.rows_per_request].flatten()
+            out_cache_loc = table[:, :width].flatten()
+        positions = torch.tensor(seq_lens, dtype=torch.int64) - width
+        if width > 1:
+            positions = (positions.unsqueeze(1) + torch.arange(width)).flatten()
         return cls(
             forward_mode=ForwardMode.DECODE if kind is DECODE else ForwardMode.TARGET_VERIFY,
             input_ids=None,
-            positions=(torch.tensor(seq_lens, dtype=torch.int64).unsqueeze(1) + back).flatten(),
+            positions=positions,
             req_pool_indices=torch.tensor(req_pool_indices, dtype=torch.int64),
             seq_lens=list(seq_lens),
             out_cache_loc=out_cache_loc,
@@ -319,17 +324,24 @@ def _joined(ids: Sequence[tuple[int, ...]]) -> torch.Tensor | None:
 
 
 def _to_device(columns: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    """Host columns int64 on ``device``, by one copy. Each begins at a multiple of 16 bytes, for which kernels are
-    compiled whatever the number of requests."""
-    starts = [0, *accumulate(len(column) + len(column) % 2 for column in columns.values())]
-    host = torch.zeros(starts[-1], dtype=torch.int64, pin_memory=device.type != "cpu")
-    for start, column in zip(starts, columns.values(), strict=False):
-        host[start : start + len(column)] = column
-    packed = host if device.type == "cpu" else host.to(device, non_blocking=True)
-    return {
-        name: packed[start : start + len(column)]
-        for start, (name, column) in zip(starts, columns.items(), strict=False)
-    }
+    """Host columns int64 on ``device``, by one copy."""
+    if device.type == "cpu":
+        return columns
+    return unpacked(pack(columns, pin_memory=True).to(device, non_blocking=True), columns)
+
+
+def pack(columns: dict[str, torch.Tensor], pin_memory: bool = False) -> torch.Tensor:
+    """Columns int64 one after the other. Each begins at a multiple of 16 bytes, for which kernels are compiled whatever
+    the number of requests."""
+    parts = [part for column in columns.values() for part in (column, _ODD[: column.shape[0] % 2])]
+    room = torch.empty(sum(part.shape[0] for part in parts), dtype=torch.int64, pin_memory=pin_memory)
+    return torch.cat(parts, out=room)
+
+
+def unpacked(packed: torch.Tensor, columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Views of what ``pack(columns)`` gave, by name."""
+    sizes = [size for column in columns.values() for size in (column.shape[0], column.shape[0] % 2)]
+    return dict(zip(columns, packed.split(sizes)[::2], strict=True))
 
 
 def low_words(column: torch.Tensor) -> torch.Tensor:

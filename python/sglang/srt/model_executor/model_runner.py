@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -138,7 +139,9 @@ class ModelRunner:
         if width > 1:
             assert self.drafts is not None, f"a {fb.kind.name} step needs drafts on the device"
             ids = torch.cat([ids.unsqueeze(1), self.drafts.index_select(0, rows)], dim=1).flatten()
-        return replace(fb, input_ids=ids)
+        completed = copy.copy(fb)
+        completed.input_ids = ids
+        return completed
 
     @torch.inference_mode()
     def sample(self, step: StepForward, info: SamplingBatchInfo, batch: ModelWorkerBatch) -> torch.Tensor:
@@ -151,5 +154,5 @@ class ModelRunner:
             return_logprob=bool(asked),
             top_logprobs_nums=[entry.top_k if entry else 0 for entry in asked],
             token_ids_logprobs=[entry.token_ids if entry else () for entry in asked],
-            positions=step.drawn_positions,
+            positions=None if info.is_all_greedy else step.drawn_positions,
         )
