@@ -49,7 +49,8 @@ class PoolSpec:
     """Buffers of some layers whose rows follow ``unit``: slot s of the unit has its row at s // units_per_row.
 
     Plain keys and values have one row per token. A cache that keeps one row for each m tokens, or whole pages of m
-    tokens as bytes, has ``units_per_row`` m, and needs no allocator of its own.
+    tokens as bytes, has ``units_per_row`` m, and needs no allocator of its own. Where a page of slots shares a ring of
+    rows, the page has the rows that this says; which of them a slot takes is the pool's own matter.
     """
 
     name: str

@@ -230,6 +230,7 @@ class ForwardBatch:
     extend_seq_lens_cpu: list[int] | None = None
     extend_prefix_lens_cpu: list[int] | None = None
     extend_start_loc_cpu: list[int] | None = None
+    extend_seq_lens: torch.Tensor | None = None  # [B] int64
     state_slot_ids: torch.Tensor | None = None  # [B] int64
     table_loc: torch.Tensor | None = None  # [B, R] int64; see ModelWorkerBatch
     successors: torch.Tensor | None = None  # [B] int64; see ModelWorkerBatch
@@ -281,6 +282,7 @@ class ForwardBatch:
             "positions": batch.positions,
             "out_cache_loc": batch.out_cache_loc,
             "input_ids": batch.input_ids,
+            "extend_seq_lens": None if starts is None else torch.tensor(batch.extend_seq_lens, dtype=torch.int64),
             "state_slot_ids": batch.state_slot_ids,
             "table_loc": None if batch.table_loc is None else batch.table_loc.flatten(),
             "successors": None if batch.successors is None else torch.tensor(batch.successors, dtype=torch.int64),
@@ -307,6 +309,7 @@ class ForwardBatch:
             extend_seq_lens_cpu=batch.extend_seq_lens,
             extend_prefix_lens_cpu=batch.extend_prefix_lens,
             extend_start_loc_cpu=starts,
+            extend_seq_lens=parts.get("extend_seq_lens"),
             state_slot_ids=parts.get("state_slot_ids"),
             table_loc=parts["table_loc"].view(batch.batch_size, -1) if "table_loc" in parts else None,
             successors=parts.get("successors"),

@@ -1,0 +1,156 @@
+"""The device's plan of a step of compressed attention against a loop over tokens, and what a ring of states keeps."""
+
+import random
+import unittest
+from types import SimpleNamespace
+
+import torch
+
+from sglang.srt.configs.cache_layout import PLAIN_TYPES
+from sglang.srt.configs.deepseek_v4_cache import (
+    MAX_VERIFY_ROWS,
+    PAGE_SIZE,
+    RINGS,
+    deepseek_v4_layout,
+    max_step_rows,
+)
+from sglang.srt.layers.attention.deepseek_v4_planner import StepRows, plan_step, rows_of_entries
+from sglang.test.ci.ci_register import register_amd_ci, register_cpu_ci, register_cuda_ci
+from sglang.test.deepseek_v4_plan_truth import DEVICE, PlanBatch, check_plan, random_batch
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
+register_cuda_ci(est_time=30, suite="stage-b-test-1-gpu-small")
+register_amd_ci(est_time=30, suite="stage-b-test-1-gpu-small-amd")
+
+
+class TestPlan(CustomTestCase):
+    def test_random_batches(self):
+        rng = random.Random(1)
+        for _ in range(120):
+            check_plan(random_batch(rng))
+
+    def test_edges(self):
+        """Lengths around the window, both ratios and a page; each as one request, in pieces, and beside padding."""
+        edges = (1, 3, 4, 5, 8, 127, 128, 129, 255, 256, 257, 260, 511, 513)
+        for end in edges:
+            for start in {0, end - 1, max(0, end - 2), max(0, end - 129)}:
+                check_plan(PlanBatch([(start, end)], 0, 0, 1))
+                check_plan(PlanBatch([(start, end), (start, end), (0, 1)], 3, 2, 1))
+
+    def test_a_batch_of_padding_reads_and_writes_the_dummy_page_alone(self):
+        plan = check_plan(PlanBatch([], 5, 2, 1))
+        self.assertTrue(bool((plan.window_slots == -1).all()))
+        for entries in plan.entries.values():
+            self.assertFalse(bool(entries.state_rows.any() or entries.entry_rows.any() or entries.visible.any()))
+            self.assertTrue(bool((entries.sources == -1).all()))
+
+    def test_layers_of_a_window_alone_plan_no_entries(self):
+        self.assertEqual(check_plan(PlanBatch([(3, 9)], 0, 0, 1), ratios=()).entries, {})
+
+    def test_rows_of_entries(self):
+        pages = torch.tensor([[7, 3], [2, 9]], dtype=torch.int32)
+        found = rows_of_entries(pages, torch.tensor([1, 0]), torch.tensor([[0, 2, -1], [1, 3, 2]]), 128)
+        self.assertEqual(found.tolist(), [[4, 18, -1], [15, 7, 6]])
+
+
+class TestRings(CustomTestCase):
+    """What the states of a page hold, told by replaying steps with every accepted length."""
+
+    def advance(self, held, start, end, ring, ratio):
+        """Write positions start..end as the plan says into ``held`` {row: position}; no row may be written twice."""
+        slots = torch.arange(start, end) + PAGE_SIZE
+        table = (torch.arange(1024) + PAGE_SIZE).to(torch.int32).unsqueeze(0)
+        lens = torch.tensor([end])
+        step = StepRows(slots, torch.zeros(1, dtype=torch.int64), lens, torch.tensor([end - start]))
+        plan = plan_step(step, table, 1024, 1, {ratio: ring}).entries[ratio]
+        for sources in plan.sources.tolist():
+            for source, position in zip(sources, self.tokens(plan, sources, slots, ratio), strict=True):
+                if source <= -2:
+                    self.assertEqual(held.get(-2 - source), position)
+        written = [row for row in plan.state_rows.tolist() if row]
+        self.assertEqual(len(written), len(set(written)))
+        held.update({row: start + i for i, row in enumerate(plan.state_rows.tolist()) if row})
+
+    @staticmethod
+    def tokens(plan, sources, slots, ratio):
+        last = int(slots[sources[-1]]) - PAGE_SIZE if sources[-1] >= 0 else -1
+        return [last + 1 - len(sources) + j for j in range(len(sources))]
+
+    def test_every_accepted_length_finds_its_tokens(self):
+        """Steps of the widest width over page and entry ends, each accepted in part, then decode past two entries."""
+        for ratio, rings in RINGS.items():
+            for ring, width in ((rings[0], max_step_rows(ratio, rings[0])), (rings[1], MAX_VERIFY_ROWS)):
+                for start in (*range(120, 133, 1 + ratio // 64), *range(246, 260, 1 + ratio // 64), 509, 511):
+                    verified = {}
+                    self.advance(verified, 0, start, ring, ratio)
+                    self.advance(verified, start, start + width, ring, ratio)
+                    for end in range(start + 1, start + width + 1):
+                        held = dict(verified)
+                        self.advance(held, end, end + width, ring, ratio)
+                        self.advance(held, end + 1, end + 1 + width, ring, ratio)
+
+    def test_a_wider_step_loses_some(self):
+        for ratio, ring in ((4, 8), (4, 16), (128, 128)):
+            with self.assertRaises(AssertionError):
+                self.wide(ratio, ring, max_step_rows(ratio, ring) + 1)
+            self.wide(ratio, ring, max_step_rows(ratio, ring))
+
+    def wide(self, ratio, ring, width):
+        for start in range(384 - 9, 384):
+            held = {}
+            self.advance(held, 0, start, ring, ratio)
+            self.advance(held, start, start + width, ring, ratio)
+            self.advance(held, start + 1, 400, ring, ratio)
+
+    def test_a_page_keeps_what_a_prefix_that_ends_with_it_needs(self):
+        for ratio, rings in RINGS.items():
+            for ring in rings:
+                for chunk in (7, 64, 256, 300):
+                    held = {}
+                    for start in range(0, 600, chunk):
+                        self.advance(held, start, min(600, start + chunk), ring, ratio)
+                    for end in (256, 512):
+                        self.advance(dict(held), end, end + 300, ring, ratio)
+
+
+class TestLayout(CustomTestCase):
+    def test_rows_and_bytes(self):
+        layout = self.layout((0, 4, 128, 4), 512, 128, 1)
+        pools = {pool.name: pool for pool in layout.pools}
+        rows = {name: (pool.layer_ids, PAGE_SIZE // pool.units_per_row) for name, pool in pools.items()}
+        self.assertEqual(
+            rows,
+            {
+                "swa": ((0, 1, 2, 3, 4), 256),
+                "c4": ((1, 3), 64),
+                "c4_state": ((1, 3), 16),
+                "c4_index": ((1, 3), 64),
+                "c4_index_state": ((1, 3), 16),
+                "c128": ((2,), 2),
+                "c128_state": ((2,), 256),
+            },
+        )
+        # 8 KiB, 2 KiB and 4 KiB per row of states and layer.
+        self.assertEqual([pools[f"{n}_state"].row_bytes for n in ("c4", "c4_index", "c128")], [16384, 4096, 4096])
+        plain = self.layout((0, 128), 8, 4, 0)
+        self.assertEqual([pool.name for pool in plain.pools], ["swa", "c128", "c128_state"])
+        self.assertEqual(plain.pools[2].units_per_row, 2)
+
+    @staticmethod
+    def layout(ratios, head_dim, index_head_dim, num_draft_layers):
+        config = SimpleNamespace(
+            num_hidden_layers=len(ratios), head_dim=head_dim, index_head_dim=index_head_dim, compress_ratios=ratios
+        )
+        return deepseek_v4_layout(config, PLAIN_TYPES, num_draft_layers)
+
+    def test_pages_rings_and_ratios_divide(self):
+        for ratio, rings in RINGS.items():
+            for ring in rings:
+                self.assertEqual((PAGE_SIZE % ring, ring % ratio), (0, 0))
+        self.assertEqual(MAX_VERIFY_ROWS, 10)
+
+
+if __name__ == "__main__":
+    print(f"on {DEVICE}")
+    unittest.main()
