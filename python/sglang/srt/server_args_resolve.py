@@ -348,8 +348,6 @@ def _speculation(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     model = context.model
     if model is not None and model.text.mtp_refusal and args.speculative_draft_model_path in (None, args.model_path):
         yield f"{flag} needs an MTP layer: {model.text.mtp_refusal}. Drop it, or name a folder that has one"
-    if model is not None and getattr(model.text, "linear_layer_ids", ()):
-        yield f"{flag} does not serve models with recurrent states in this build: drop it"
     yield Change("disable_overlap_schedule", args.disable_overlap_schedule, True, "a step waits for what was accepted")
     yield Change("disable_cuda_graph", args.disable_cuda_graph, True, "verify steps are not captured in this build")
 

@@ -77,6 +77,10 @@ class TestHybrids(CustomTestCase):
         self.assertEqual(plan.sizes[STATE], 89)  # 900 KiB: 89 and the dummy
         self.assertEqual(plan.sizes[FULL], 999)
         self.assertIn("8 live, 81 for the prefix tree", "\n".join(plan.lines))
+        pools = [PoolSpec(name, STATE, (0, 1), (BufferSpec("b", (n,), "uint8"),)) for name, n in (("a", 9), ("b", 3))]
+        several = CacheLayout((*layout(KIB).pools, *pools))
+        plan = plan_pool_sizes(available_bytes=100 * KIB, layout=several, max_running_requests=8)
+        self.assertIn("1 dummy x 24 B (a 18 B + b 6 B) = ", "\n".join(plan.lines))
 
     def test_without_tree_there_are_only_live_slots(self) -> None:
         plan = self.plan(disable_radix_cache=True)

@@ -24,12 +24,13 @@ class CacheTypes:
     """Element types of what is kept, by torch's names.
 
     kv: keys, values and latents. conv: inputs that a convolution looks back on. state: recurrent states; None takes
-    what the checkpoint names.
+    what the checkpoint names. inputs: rows that a recurrent layer is to run again, in the type of activations.
     """
 
     kv: str = "float32"
     conv: str = "float32"
     state: str | None = None
+    inputs: str = "float32"
 
 
 PLAIN_TYPES = CacheTypes()

@@ -123,7 +123,13 @@ class DeepseekV4Config:
         parts = {"o_groups": tp_size, "moe_intermediate_size": max(tp_size, expert_tp_size)}
         return {name: getattr(self, name) for name, ranks in parts.items() if getattr(self, name) % ranks}
 
-    def cache_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES, num_draft_layers: int = 0) -> CacheLayout:
+    def cache_layout(
+        self,
+        tp_size: int = 1,
+        types: CacheTypes = PLAIN_TYPES,
+        num_draft_layers: int = 0,
+        num_draft_tokens: int = 0,
+    ) -> CacheLayout:
         """Rows per token of the window, compressed entries, and what open windows need; every rank keeps all."""
         return deepseek_v4_layout(self, types, num_draft_layers)
 

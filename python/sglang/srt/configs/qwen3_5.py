@@ -118,8 +118,17 @@ class Qwen3_5Config:
         """None: no layer has latent attention."""
         return None
 
-    def cache_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES, num_draft_layers: int = 0) -> CacheLayout:
-        """Keys and values per token, also of draft layers behind the model's own, and recurrent states per sequence."""
+    def cache_layout(
+        self,
+        tp_size: int = 1,
+        types: CacheTypes = PLAIN_TYPES,
+        num_draft_layers: int = 0,
+        num_draft_tokens: int = 0,
+    ) -> CacheLayout:
+        """Keys and values per token, also of draft layers behind the model's own, and recurrent states per sequence.
+
+        Where a verify step brings ``num_draft_tokens`` rows, each state has a tail: their inputs, and how many count.
+        """
         # Each rank holds at least one KV head, repeated where ranks outnumber heads.
         kv_row = (max(1, self.num_key_value_heads // tp_size), self.head_dim)
         drafts = range(self.num_hidden_layers, self.num_hidden_layers + num_draft_layers)
@@ -133,6 +142,13 @@ class Qwen3_5Config:
             conv = BufferSpec("conv", (channels, self.linear_conv_kernel_dim - 1), types.conv)
             ssm = BufferSpec("ssm", (heads, dim, self.linear_key_head_dim), types.state or self.mamba_ssm_dtype)
             pools.append(PoolSpec("gdn", STATE, self.linear_layer_ids, (conv, ssm)))
+            if num_draft_tokens:
+                # For each row a state more would be a hundred times as much at the released sizes.
+                qkv = BufferSpec("qkv", (num_draft_tokens, channels), types.inputs)
+                gates = BufferSpec("gates", (num_draft_tokens, 2 * heads), types.inputs)
+                pools.append(
+                    PoolSpec("gdn_tail", STATE, self.linear_layer_ids, (qkv, gates, BufferSpec("len", (), "int64")))
+                )
         return CacheLayout(tuple(pools))
 
     @property

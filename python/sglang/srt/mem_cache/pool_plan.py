@@ -72,7 +72,8 @@ def plan_pool_sizes(
         left -= (num_slots + 1) * slot_bytes
         lines.append(
             f"states: {num_slots} slots ({max_running_requests} live, {num_slots - max_running_requests} "
-            f"for the prefix tree) + 1 dummy x {_size(slot_bytes)} = {_size((num_slots + 1) * slot_bytes)}"
+            f"for the prefix tree) + 1 dummy x {_size(slot_bytes)}{_parts(layout)} = "
+            f"{_size((num_slots + 1) * slot_bytes)}"
         )
     num_tokens = _plan_tokens(left, page_bytes, page_size, max_total_tokens, useful_tokens, lines)
     sizes[FULL] = num_tokens
@@ -81,6 +82,12 @@ def plan_pool_sizes(
         f"{_size((num_tokens // page_size + 1) * page_bytes)} of {_size(left)}"
     )
     return PoolPlan(sizes, tuple(lines))
+
+
+def _parts(layout: CacheLayout) -> str:
+    """What a state slot is made of, where that is several pools."""
+    pools = [pool for pool in layout.pools if pool.unit == STATE]
+    return f" ({' + '.join(f'{pool.name} {_size(pool.row_bytes)}' for pool in pools)})" if len(pools) > 1 else ""
 
 
 def _check_table(available_bytes: int, table_bytes: int, max_running_requests: int, least: int) -> None:

@@ -40,17 +40,23 @@ class RankMemory:
 
 
 def cache_layout(
-    config: ModelConfig, tp_size: int, ssm_dtype: str | None = None, num_draft_layers: int = 0
+    config: ModelConfig,
+    tp_size: int,
+    ssm_dtype: str | None = None,
+    num_draft_layers: int = 0,
+    num_draft_tokens: int = 0,
 ) -> CacheLayout:
     """What one of ``tp_size`` ranks keeps; ``ssm_dtype`` names the type of recurrent states, None the checkpoint's."""
-    conv = envs.SGLANG_MAMBA_CONV_DTYPE.get() or _name(config.dtype)
-    types = CacheTypes(kv=_name(kv_dtype(config)), conv=conv, state=ssm_dtype)
-    return config.text.cache_layout(tp_size, types, num_draft_layers)
+    activations = _name(config.dtype)
+    conv = envs.SGLANG_MAMBA_CONV_DTYPE.get() or activations
+    types = CacheTypes(kv=_name(kv_dtype(config)), conv=conv, state=ssm_dtype, inputs=activations)
+    return config.text.cache_layout(tp_size, types, num_draft_layers, num_draft_tokens)
 
 
 def served_layout(args: ServerArgs, config: ModelConfig, tp_size: int) -> CacheLayout:
     """What one of ``tp_size`` ranks keeps of a model by the resolved ``args``; a layer that drafts is one more."""
-    return cache_layout(config, tp_size, args.mamba_ssm_dtype, 1 if args.speculative_algorithm else 0)
+    drafts = 1 if args.speculative_algorithm else 0
+    return cache_layout(config, tp_size, args.mamba_ssm_dtype, drafts, args.speculative_num_draft_tokens or 0)
 
 
 def plan_pools(args: ServerArgs, configs: Sequence[ModelConfig], tp_size: int, available_bytes: int) -> PoolPlan:

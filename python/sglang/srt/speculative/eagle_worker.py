@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from sglang.srt.layers.attention.base_attn_backend import RecurrentBackend, backend_of
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import AttentionBackendLike, ForwardBatch, ForwardMode
 from sglang.srt.model_executor.model_runner import ModelRunner, StepForward
@@ -66,6 +67,9 @@ class EagleWorker:
         num_new = torch.ones_like(drawn[:, 0])
         if step.fb.kind == self.spec.verify:
             num_new = num_new_tokens(drawn, self._drafts(step))
+            if step.fb.state_slot_ids is not None:
+                slots = step.fb.state_slot_ids[: step.batch_size]
+                backend_of(step.fb, RecurrentBackend).update_mamba_state_after_mtp_verify(slots, num_new)
         accepted = Accepted(drawn, num_new)
         assert self.target.drafts is not None
         drafts = self.drafter.propose(step, accepted, info)

@@ -41,6 +41,20 @@ class TestServedModels(CustomTestCase):
             self.assertEqual(drafted[0].layer_ids, (*plain[0].layer_ids, text.num_hidden_layers))
             self.assertEqual(drafted[1:], plain[1:])
 
+    def test_rows_of_a_verify_step_are_kept_as_inputs(self) -> None:
+        """Qwen3.5-35B-like, 4 rows: 32 channels of 256 and 2 gates of 32 heads each, where states would be 129 times
+        as much."""
+        text = Qwen3_5Config.from_hf(qwen35_like(40)["text_config"])
+        types = CacheTypes(kv="bfloat16", conv="bfloat16", inputs="bfloat16")
+        for tp_size in (1, 2):
+            plain, drafted = (text.cache_layout(tp_size, types, 1, tokens) for tokens in (0, 4))
+            tail = drafted.num_bytes(STATE, 1) - plain.num_bytes(STATE, 1)
+            self.assertEqual(tail, 30 * (4 * 2 * (8192 + 64) // tp_size + 8))
+            self.assertGreater(4 * plain.num_bytes(STATE, 1), 120 * tail)
+            self.assertEqual(drafted.pools[:-1], plain.pools)
+        dense = DeepseekConfig.from_hf(DEEPSEEK_V3)
+        self.assertEqual(dense.cache_layout(1, types, 1, 4), dense.cache_layout(1, types, 1))
+
 
 class TestThreeUnits(CustomTestCase):
     def test_pages_of_bytes_and_rings_follow_two_allocators(self) -> None:

@@ -34,4 +34,5 @@ def make_attention_backend(name: str, context: AttentionContext) -> AttentionBac
     if not context.pools.layout.has(STATE):
         return backend
     assert isinstance(backend, GqaBackend), "recurrent layers stand among layers of grouped-query attention"
-    return HybridLinearAttnBackend(backend, GDNBackend(context.pools["gdn"], context.device))
+    tails = next((pool for pool in context.pools if pool.spec.name == "gdn_tail"), None)
+    return HybridLinearAttnBackend(backend, GDNBackend(context.pools["gdn"], context.device, tails))

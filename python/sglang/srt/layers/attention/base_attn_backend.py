@@ -248,6 +248,10 @@ class RecurrentBackend(ABC):
         """What the recurrent layers of the step share. Raises UnplannedStepError for a kind of step without a plan."""
 
     @abstractmethod
+    def update_mamba_state_after_mtp_verify(self, slots: torch.Tensor, num_new: torch.Tensor) -> None:
+        """Of the rows of a verify step the first ``num_new`` [B] int64 count for the states in ``slots`` [B] int64."""
+
+    @abstractmethod
     def forward_gdn(
         self,
         mixed_qkv: torch.Tensor,

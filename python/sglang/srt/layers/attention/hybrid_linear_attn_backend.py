@@ -8,6 +8,7 @@ import torch
 
 from sglang.kernels.ops.gdn.decode_step import gdn_decode_step
 from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step
+from sglang.kernels.ops.gdn.verify_step import gdn_verify_step
 from sglang.srt.layers.attention.base_attn_backend import (
     GatedDeltaNet,
     GqaBackend,
@@ -30,6 +31,7 @@ class GDNPlan:
 
     step_rows, chunk_rows: their token rows in the batch, None when they are the whole batch in order.
     chunk_lens: tokens of each chunked request, packed in order; chunk_table: what the op of that name makes of them.
+    verifies: the step's requests all bring the rows of a verify step, and the slots do not see them yet.
     """
 
     step_rows: torch.Tensor | None
@@ -38,6 +40,7 @@ class GDNPlan:
     chunk_slots: torch.Tensor
     chunk_lens: tuple[int, ...] = ()
     chunk_table: tuple[torch.Tensor, torch.Tensor] | None = None
+    verifies: bool = False
 
 
 class GDNBackend(RecurrentBackend):
@@ -45,11 +48,20 @@ class GDNBackend(RecurrentBackend):
 
     Every request continues from what its slot holds; the slot of a new sequence has been zeroed by its owner. A
     request that brings one token takes the recurrent form whatever the mode of the step, others the chunked form.
+
+    With speculation a slot has a tail in ``tail_pool``: the rows of its last verify step, and how many of them count.
+    The next verify step runs these first. A slot is handed out with an empty tail, copied with its tail, and given back
+    with it; so a tail is empty until the first verify step of a request, and no prefill step meets another.
     """
 
-    def __init__(self, state_pool: CachePool, device: torch.device) -> None:
+    def __init__(self, state_pool: CachePool, device: torch.device, tail_pool: CachePool | None = None) -> None:
         self.state_pool = state_pool
         self.device = device
+        self.tail_pool = tail_pool
+        # Rows of a verify step; [L, S], the rows of each slot's tail that count.
+        self.num_tail_rows, self._tail_len = 1, None
+        if tail_pool is not None:
+            self.num_tail_rows, self._tail_len = tail_pool.spec.buffers[0].row_shape[0], tail_pool.buffers()[2]
 
     def plan_states(self, fb: ForwardBatch) -> GDNPlan:
         """Sort the step's requests into single tokens and chunks. Raises UnplannedStepError, or ValueError without a
@@ -69,13 +81,18 @@ class GDNBackend(RecurrentBackend):
         if fb.kind.rows_per_request == 1:
             # Nothing but the batch's own tensor: a captured step reads what the next replay finds in it.
             return GDNPlan(None, slots, None, slots[:0])
+        if fb.kind.rows_per_request == self.num_tail_rows:
+            return GDNPlan(None, slots, None, slots[:0], verifies=True)
         raise UnplannedStepError(
             f"gated delta nets have no plan for a {fb.kind.name} step of {fb.kind.rows_per_request} rows per request"
+            f", for tails of {self.num_tail_rows}"
         )
 
     def _plan_extend(self, fb: ForwardBatch, slots: torch.Tensor) -> GDNPlan:
         lengths, starts = fb.extend_seq_lens_cpu, fb.extend_start_loc_cpu
         assert lengths is not None and starts is not None
+        if self._tail_len is not None and self.device.type == "cpu":  # elsewhere the host would wait
+            assert not self._tail_len[:, slots].any(), "a prefill step would skip rows of a verify step before it"
         steps = [i for i, length in enumerate(lengths) if length == 1]
         chunks = [i for i, length in enumerate(lengths) if length > 1]
         chunk_lens = tuple(lengths[i] for i in chunks)
@@ -104,6 +121,8 @@ class GDNBackend(RecurrentBackend):
         plan = fb.attn_plan.states
         assert isinstance(plan, GDNPlan), "a step is planned before the layers run"
         rows = (mixed_qkv, z.unflatten(-1, (layer.num_v_heads, layer.head_v_dim)), b, a)
+        if plan.verifies:
+            return self._verify(rows, layer, plan)
         if not plan.chunk_lens:
             return self._step(rows, layer, plan)
         if plan.step_rows is None or plan.chunk_rows is None:
@@ -120,6 +139,16 @@ class GDNBackend(RecurrentBackend):
 
     def _step(self, rows: StepRows, layer: GatedDeltaNet, plan: GDNPlan) -> torch.Tensor:
         return gdn_decode_step(*self._arguments(rows, layer), plan.step_slots, layer.norm.eps)
+
+    def _verify(self, rows: StepRows, layer: GatedDeltaNet, plan: GDNPlan) -> torch.Tensor:
+        assert self.tail_pool is not None
+        tails = self.tail_pool.layer(layer.layer_id)
+        return gdn_verify_step(*self._arguments(rows, layer), *tails, plan.step_slots, layer.norm.eps)
+
+    def update_mamba_state_after_mtp_verify(self, slots: torch.Tensor, num_new: torch.Tensor) -> None:
+        """See the base class."""
+        assert self._tail_len is not None, "only verify steps leave rows behind a state"
+        self._tail_len[:, slots] = num_new
 
     def _chunk(self, rows: StepRows, layer: GatedDeltaNet, plan: GDNPlan) -> torch.Tensor:
         assert plan.chunk_table is not None
@@ -171,6 +200,10 @@ class HybridLinearAttnBackend(GqaBackend, RecurrentBackend):
     def plan_states(self, fb: ForwardBatch) -> object:
         """The plan of the recurrent layers; see the base class."""
         return self.linear_attn_backend.plan_states(fb)
+
+    def update_mamba_state_after_mtp_verify(self, slots: torch.Tensor, num_new: torch.Tensor) -> None:
+        """See the base class."""
+        self.linear_attn_backend.update_mamba_state_after_mtp_verify(slots, num_new)
 
     def _add_states(self, fb: ForwardBatch) -> None:
         fb.attn_plan = StepPlan(fb.attn_plan.attention, self.plan_states(fb))
