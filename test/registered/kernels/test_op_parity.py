@@ -66,9 +66,11 @@ def true_fused_add_gemma(x, residual, weight, eps):
     return true_gemma(total, weight, eps), total
 
 
-def true_silu_and_mul(x):
+def true_silu_and_mul(x, limit=None):
     half = x.shape[-1] // 2
     gate, up = x[..., :half].double(), x[..., half:].double()
+    if limit is not None:
+        gate, up = gate.minimum(torch.tensor(limit)), up.minimum(torch.tensor(limit)).maximum(torch.tensor(-limit))
     return gate / (1 + torch.exp(-gate)) * up
 
 
@@ -89,15 +91,13 @@ def true_rotary(positions, q, k, cache, is_neox):
     return rotate(q), rotate(k)
 
 
-def true_experts(x, w13, w2, weights, ids):
+def true_experts(x, w13, w2, weights, ids, limit=None):
     out = torch.zeros(x.shape, dtype=torch.float64)
-    half = w13.shape[1] // 2
     for row in range(x.shape[0]):
         for weight, expert in zip(weights[row].tolist(), ids[row].tolist()):
             if expert >= 0:
                 hidden = w13[expert].double() @ x[row].double()
-                gate, up = hidden[:half], hidden[half:]
-                out[row] += weight * (w2[expert].double() @ (gate / (1 + torch.exp(-gate)) * up))
+                out[row] += weight * (w2[expert].double() @ true_silu_and_mul(hidden, limit))
     return out
 
 
@@ -126,13 +126,13 @@ def true_block_linear(x, w, w_scale):
     return out
 
 
-def true_experts_fp8(x, w13, w13_scale, w2, w2_scale, weights, ids, x_scale=None, dtype=None):
+def true_experts_fp8(x, w13, w13_scale, w2, w2_scale, weights, ids, x_scale=None, dtype=None, limit=None):
     x = x if x_scale is None else x.float() * x_scale.repeat_interleave(128, 1)
     out = torch.zeros(x.shape, dtype=torch.float64)
     for expert in set(ids.flatten().tolist()) - {-1}:
         tokens = [row for row in range(x.shape[0]) if expert in ids[row].tolist()]
-        gate, up = true_block_linear(x[tokens], w13[expert], w13_scale[expert]).chunk(2, dim=1)
-        rows = true_block_linear((gate / (1 + torch.exp(-gate)) * up).float(), w2[expert], w2_scale[expert])
+        gate_up = true_block_linear(x[tokens], w13[expert], w13_scale[expert])
+        rows = true_block_linear(true_silu_and_mul(gate_up, limit).float(), w2[expert], w2_scale[expert])
         for row, token in zip(rows, tokens):
             out[token] += row * sum(w for w, i in zip(weights[token].tolist(), ids[token].tolist()) if i == expert)
     return out
@@ -375,6 +375,19 @@ class TestOpParity(CustomTestCase):
             self.assertIsNotNone(elsewhere, f"op {name} is held against nothing independent")
             text = (registered / elsewhere).read_text(encoding="utf-8")
             self.assertIn(op.reference.__module__, text, f"{elsewhere} does not test {name}")
+
+    def test_only_implementations_that_clamp_take_a_limit(self):
+        for name in ("activation.silu_and_mul", "moe.fused_experts", "moe.fused_experts_fp8"):
+            op = REGISTRY.ops[name]
+            clamped = [case for case in op.cases() if "clamped" in case.name]
+            self.assertGreater(len(clamped), 2)
+            for case in clamped:
+                for impl in op.impls[:-1]:
+                    for arg in case.args:
+                        if isinstance(arg, torch.Tensor):
+                            arg.is_shuffled = impl.name == "aiter"
+                    with self.subTest(op=name, impl=impl.name, case=case.name):
+                        self.assertFalse(impl.accepts(*case.args))
 
     def test_bfloat16_stays_near_the_truth(self):
         for name, truth in TRUTHS.items():

@@ -11,7 +11,10 @@ from sglang.srt.layers.linear import MergedColumnParallelLinear, RowParallelLine
 
 
 class GatedMLP(nn.Module):
-    """``down(silu(gate x) * up x)`` of inner width ``intermediate``, a partial sum of this rank unless reduced."""
+    """``down(silu(gate x) * up x)`` of inner width ``intermediate``, a partial sum of this rank unless reduced.
+
+    ``swiglu_limit`` clamps as in ``activation.silu_and_mul``.
+    """
 
     def __init__(
         self,
@@ -20,8 +23,10 @@ class GatedMLP(nn.Module):
         reduce_results: bool = True,
         quant_config: QuantConfig | None = None,
         prefix: str = "",
+        swiglu_limit: float | None = None,
     ) -> None:
         super().__init__()
+        self.swiglu_limit = swiglu_limit
         self.gate_up_proj = MergedColumnParallelLinear(
             hidden, [intermediate, intermediate], quant_config=quant_config, prefix=f"{prefix}.gate_up_proj"
         )
@@ -31,4 +36,4 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, H] -> [N, H]."""
-        return self.down_proj(silu_and_mul(self.gate_up_proj(x)))
+        return self.down_proj(silu_and_mul(self.gate_up_proj(x), self.swiglu_limit))

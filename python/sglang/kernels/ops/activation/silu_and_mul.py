@@ -12,16 +12,19 @@ from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, rows
 from sglang.kernels.spec import Case, Impl, Op
 
 
-def silu_and_mul_torch(x: Tensor) -> Tensor:
-    """``silu(x[..., :I]) * x[..., I:]``.
+def silu_and_mul_torch(x: Tensor, limit: float | None = None) -> Tensor:
+    """``silu(x[..., :I]) * x[..., I:]``; with a ``limit``, of the gate up to it and of the rest within +-limit.
 
-    x [..., 2I] float -> [..., I] in x's dtype. Shazeer 2020 (SwiGLU), without the projections.
+    x [..., 2I] float -> [..., I] in x's dtype. Shazeer 2020 (SwiGLU), without the projections; the limit as in
+    DeepSeek V4.
     """
     gate, up = x.chunk(2, dim=-1)
+    if limit is not None:
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
     return F.silu(gate) * up
 
 
-def silu_and_mul_triton(x: Tensor) -> Tensor:
+def silu_and_mul_triton(x: Tensor, limit: float | None = None) -> Tensor:
     from sglang.kernels.ops.activation.silu_and_mul_triton import silu_and_mul_kernel
 
     width = x.shape[-1] // 2
@@ -35,15 +38,18 @@ def silu_and_mul_triton(x: Tensor) -> Tensor:
     return out
 
 
-def _accepts(x: Tensor) -> bool:
-    return x.dtype in FLOATS and x.shape[-1] % 2 == 0 and rows_of(x) is not None
+def _accepts(x: Tensor, limit: float | None = None) -> bool:
+    return limit is None and x.dtype in FLOATS and x.shape[-1] % 2 == 0 and rows_of(x) is not None
 
 
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     for rows, width in ((1, 2), (5, 6), (0, 8), (17, 258)):
-        yield Case(f"{rows}x{width}", (torch.randn(rows, width, generator=generator),))
+        x = torch.randn(rows, width, generator=generator)
+        yield Case(f"{rows}x{width}", (x,))
+        yield Case(f"{rows}x{width}-clamped", (x, 0.5))
     yield Case("saturated", (torch.tensor([[-200.0, 200.0, 3.0, 3.0], [0.0, -0.0, 1e30, -1e30]]),))
+    yield Case("clamped-far", (torch.tensor([[-9.0, 9.0, -9.0, 9.0, 9.0, 9.0, -9.0, -9.0]]), 2.0))
     yield Case("nan-row", (torch.tensor([[float("nan"), 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]),))
 
 

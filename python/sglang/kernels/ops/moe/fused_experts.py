@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul_torch
 from sglang.kernels.ops.moe.fused_experts_aiter import (
     arrange_for_aiter,
     fits_fused,
@@ -26,12 +26,14 @@ from sglang.srt.platforms import current_platform
 MAX_TRITON_EXPERTS = 4096
 
 
-def fused_experts_torch(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+def fused_experts_torch(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float | None = None
+) -> Tensor:
     """``y[n] = sum_j weights[n, j] * w2[e] (silu(w1[e] x[n]) * (w3[e] x[n]))`` with ``e = ids[n, j]``.
 
     x [N, H], w13 [E, 2I, H] (gate rows, then up rows), w2 [E, H, I], topk_weights [N, k] float32, topk_ids [N, k]
     integers in [-1, E): -1 adds nothing, and an expert may stand in a row more than once. Returns a new [N, H] in
-    x's dtype; x is never written. The sum over j is in float32.
+    x's dtype; x is never written. The sum over j is in float32. ``limit`` clamps as in ``activation.silu_and_mul``.
     """
     require_plain(w13)
     num_tokens, hidden = x.shape
@@ -51,8 +53,7 @@ def fused_experts_torch(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor
             active.append((expert, start, start + count))
             torch.mm(rows[start : start + count], w13[expert].t(), out=gate_up[start : start + count])
             start += count
-    gate, up = gate_up.chunk(2, dim=-1)
-    activated = F.silu(gate) * up
+    activated = silu_and_mul_torch(gate_up, limit)
     for expert, start, end in active:
         torch.mm(activated[start:end], w2[expert].t(), out=rows[start:end])
     if skipped:
@@ -203,11 +204,17 @@ def run_experts(
     )
 
 
-def fused_experts_triton(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+def fused_experts_triton(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float | None = None
+) -> Tensor:
     return run_experts(x, Scaled(w13), Scaled(w2), topk_weights, topk_ids, Scaled)
 
 
-def _accepts(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> bool:
+def _accepts(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float | None = None
+) -> bool:
+    if limit is not None:
+        return False
     dense = x.stride(1) == w13.stride(2) == w2.stride(2) == 1 and not is_arranged(w13)
     same = x.dtype == w13.dtype == w2.dtype and x.dtype in FLOATS
     return dense and same and routing_fits(topk_weights, topk_ids, w13.shape[0])
@@ -234,6 +241,7 @@ def _cases() -> Iterator[Case]:
         weights = torch.rand(rows, top_k, generator=generator)
         ids = torch.randint(0, experts, (rows, top_k), generator=generator, dtype=torch.int32)
         yield Case(name, (x, w13, w2, weights, ids))
+        yield Case(f"{name}-clamped", (x, w13, w2, weights, ids, 0.5))
         if rows > 1:
             yield Case(f"{name}-one-expert", (x, w13, w2, weights, torch.full_like(ids, experts - 1)))
             holes = ids.masked_fill(torch.rand(rows, top_k, generator=generator) < 0.4, -1)

@@ -49,16 +49,26 @@ def arrange_for_aiter(op: Op, w13: Tensor, w2: Tensor) -> bool:
     return True
 
 
-def fits_fused(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> bool:
-    """Arranged weights in the dtype of the rows."""
-    return is_arranged(w13) and is_arranged(w2) and x.dtype == w13.dtype and topk_weights.dtype == torch.float32
+def fits_fused(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float | None = None
+) -> bool:
+    """Arranged weights in the dtype of the rows, and no clamp."""
+    return (
+        limit is None
+        and is_arranged(w13)
+        and is_arranged(w2)
+        and x.dtype == w13.dtype
+        and topk_weights.dtype == torch.float32
+    )
 
 
 def fits_fused_fp8(
     x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
-    x_scale: Tensor | None = None, dtype: torch.dtype | None = None,
+    x_scale: Tensor | None = None, dtype: torch.dtype | None = None, limit: float | None = None,
 ) -> bool:  # fmt: skip
-    """Arranged 8-bit weights, and rows that AITER quantises itself or that are of the weights' type already."""
+    """Arranged 8-bit weights, rows that AITER quantises itself or that are of the weights' type already, no clamp."""
+    if limit is not None:
+        return False
     out = x.dtype if x_scale is None else dtype
     rows = out in (torch.bfloat16, torch.float16) and topk_weights.dtype == torch.float32
     rows = rows and (x_scale is None or x.dtype == w13.dtype)
@@ -73,7 +83,7 @@ def _expert_mask(experts: int, device: torch.device) -> Tensor:
 
 def fused_experts_fp8_aiter(
     x: Tensor, w13: Tensor, w13_scale: Tensor | None, w2: Tensor, w2_scale: Tensor | None, topk_weights: Tensor,
-    topk_ids: Tensor, x_scale: Tensor | None = None, dtype: torch.dtype | None = None,
+    topk_ids: Tensor, x_scale: Tensor | None = None, dtype: torch.dtype | None = None, limit: float | None = None,
 ) -> Tensor:  # fmt: skip
     """``moe.fused_experts_fp8``, except that an expert may stand in a row twice only with weight 0.
 
@@ -105,6 +115,8 @@ def fused_experts_fp8_aiter(
     )
 
 
-def fused_experts_aiter(x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+def fused_experts_aiter(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float | None = None
+) -> Tensor:
     """``moe.fused_experts``, except that an expert may stand in a row twice only with weight 0."""
     return fused_experts_fp8_aiter(x, w13, None, w2, None, topk_weights, topk_ids)

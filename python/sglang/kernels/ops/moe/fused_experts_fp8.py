@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, aiter_impl, triton_impl
+from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul_torch
 from sglang.kernels.ops.moe.fused_experts import SERVING_MODELS, Scaled, routing_fits, run_experts
 from sglang.kernels.ops.moe.fused_experts_aiter import (
     arrange_for_aiter,
@@ -33,7 +33,7 @@ from sglang.srt.platforms import current_platform
 
 def fused_experts_fp8_torch(
     x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
-    x_scale: Tensor | None = None, dtype: torch.dtype | None = None,
+    x_scale: Tensor | None = None, dtype: torch.dtype | None = None, limit: float | None = None,
 ) -> Tensor:  # fmt: skip
     """``moe.fused_experts`` with both products as ``quant.block_fp8_linear``.
 
@@ -48,15 +48,14 @@ def fused_experts_fp8_torch(
     for expert in topk_ids[topk_ids >= 0].unique().tolist():
         tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
         gate_up = scaled_product(q[tokens], scale[tokens], w13[expert], w13_scale[expert]).to(dtype)
-        gate, up = gate_up.chunk(2, dim=-1)
-        rows = block_fp8_linear_torch(F.silu(gate) * up, w2[expert], w2_scale[expert])
+        rows = block_fp8_linear_torch(silu_and_mul_torch(gate_up, limit), w2[expert], w2_scale[expert])
         out.index_add_(0, tokens, topk_weights[tokens, slots].unsqueeze(1) * rows.float())
     return out.to(dtype)
 
 
 def fused_experts_fp8_triton(
     x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
-    x_scale: Tensor | None = None, dtype: torch.dtype | None = None,
+    x_scale: Tensor | None = None, dtype: torch.dtype | None = None, limit: float | None = None,
 ) -> Tensor:  # fmt: skip
     """The launches of ``moe.fused_experts`` and those that quantise rows."""
 
@@ -70,8 +69,10 @@ def fused_experts_fp8_triton(
 
 def _accepts(
     x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
-    x_scale: Tensor | None = None, dtype: torch.dtype | None = None,
+    x_scale: Tensor | None = None, dtype: torch.dtype | None = None, limit: float | None = None,
 ) -> bool:  # fmt: skip
+    if limit is not None:
+        return False
     stacked = (w13, w13_scale, w2, w2_scale, *([] if x_scale is None else [x_scale]))
     whole = all(size % GROUP == 0 for size in (x.shape[1], w2.shape[2]))
     rows = x.dtype in FLOATS if x_scale is None else x.dtype == w13.dtype and dtype in FLOATS
@@ -94,6 +95,7 @@ def _cases() -> Iterator[Case]:
         weights = torch.rand(rows, top_k, generator=generator)
         ids = torch.randint(0, experts, (rows, top_k), generator=generator, dtype=torch.int32)
         yield Case(f"{rows}x{hidden}x{width}", (x, *stacked, weights, ids))
+        yield Case(f"{rows}x{hidden}x{width}-clamped", (x, *stacked, weights, ids, None, None, 0.5))
         if rows > 1:
             holes = ids.masked_fill(torch.rand(rows, top_k, generator=generator) < 0.4, -1)
             yield Case(f"{rows}x{hidden}x{width}-holes", (x, *stacked, weights, holes))

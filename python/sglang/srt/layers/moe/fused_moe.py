@@ -27,6 +27,9 @@ class FusedMoE(nn.Module):
     num_shared: slots behind them for experts that a token may go to besides, all on every rank.
     """
 
+    # Bound of the activation's gate and up parts; None: they are not clamped.
+    swiglu_limit: float | None = None
+
     def __init__(
         self,
         num_experts: int,

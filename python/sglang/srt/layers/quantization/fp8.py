@@ -111,7 +111,8 @@ class Fp8Method(WeightMethod):
     ) -> torch.Tensor:
         stacks = layer.w13_weight, layer.w13_weight_scale_inv, layer.w2_weight, layer.w2_weight_scale_inv
         dtype = None if x_scale is None else self._activation_dtype
-        return fused_experts_fp8(x, *stacks, weights, ids, x_scale, dtype)
+        return fused_experts_fp8(x, *stacks, weights, ids, x_scale, dtype, layer.swiglu_limit)
 
     def arrange_experts(self, layer: nn.Module) -> None:
-        arrange_experts_fp8(layer.w13_weight, layer.w2_weight)
+        if layer.swiglu_limit is None:
+            arrange_experts_fp8(layer.w13_weight, layer.w2_weight)

@@ -59,11 +59,12 @@ class WeightMethod(ABC):
         ids: torch.Tensor,
         x_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As the op ``moe.fused_experts`` with the layer's weights; rows of ``row_dtype`` come with their x_scale."""
+        """As the op ``moe.fused_experts`` with the layer's weights and ``swiglu_limit``; rows of ``row_dtype`` come
+        with their x_scale."""
 
     @abstractmethod
     def arrange_experts(self, layer: nn.Module) -> None:
-        """Put loaded experts into the layout of the kernel that is to run them."""
+        """Put loaded experts into the layout of the kernel that is to run them; clamped ones have none of their own."""
 
 
 def part_of(param: nn.Parameter, index: int | None) -> torch.Tensor:
@@ -121,7 +122,8 @@ class UnquantizedMethod(WeightMethod):
         x_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert x_scale is None, "plain weights take plain rows"
-        return fused_experts(x, layer.w13_weight, layer.w2_weight, weights, ids)
+        return fused_experts(x, layer.w13_weight, layer.w2_weight, weights, ids, layer.swiglu_limit)
 
     def arrange_experts(self, layer: nn.Module) -> None:
-        arrange_experts(layer.w13_weight, layer.w2_weight)
+        if layer.swiglu_limit is None:
+            arrange_experts(layer.w13_weight, layer.w2_weight)

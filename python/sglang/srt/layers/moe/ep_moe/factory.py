@@ -24,11 +24,26 @@ def make_experts(
     quant_config: QuantConfig | None = None,
     prefix: str = "",
     num_shared: int = 0,
+    swiglu_limit: float | None = None,
 ) -> FusedMoE:
     """Experts whose result is this rank's part of a sum over its tensor-parallel group; arguments are FusedMoE's.
 
     Raises ValueError for settings that the exchange cannot serve.
     """
+    experts = _make(num_experts, hidden, intermediate, top_k, quant_config, prefix, num_shared)
+    experts.swiglu_limit = swiglu_limit
+    return experts
+
+
+def _make(
+    num_experts: int,
+    hidden: int,
+    intermediate: int,
+    top_k: int,
+    quant_config: QuantConfig | None,
+    prefix: str,
+    num_shared: int,
+) -> FusedMoE:
     sizes = (num_experts, hidden, intermediate, top_k)
     args = get_global_server_args()
     if args.moe_a2a_backend == "mori":
