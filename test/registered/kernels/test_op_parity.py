@@ -207,6 +207,15 @@ def true_router_logits(x, weight):
     return torch.stack(rows) if rows else torch.empty(0, weight.shape[0], dtype=torch.float64)
 
 
+def true_route_by_id(logits, token_ids, table, scoring, renormalize, scale):
+    ids = [table[token].tolist() for token in token_ids.tolist()]
+    scores = [scores_of(row, scoring) for row in logits.double().tolist()]
+    weights = [[row[i] for i in chosen] for row, chosen in zip(scores, ids)]
+    weights = [[w * scale / (sum(row) if renormalize else 1.0) for w in row] for row in weights]
+    shape = (len(ids), table.shape[1])
+    return torch.tensor(weights).double().view(shape), torch.tensor(ids).double().view(shape)
+
+
 TRUTHS = {
     "norm.rms_norm": true_rms_norm,
     "norm.gemma_rms_norm": true_gemma,
@@ -217,6 +226,7 @@ TRUTHS = {
     "activation.sigmoid_mul": true_sigmoid_mul,
     "rope.rotary": true_rotary,
     "moe.fused_experts": true_experts,
+    "moe.route_by_id": true_route_by_id,
     "moe.router_logits": true_router_logits,
     "moe.add_gated_shared": true_add_gated_shared,
     "moe.fused_experts_fp8": true_experts_fp8,
@@ -232,7 +242,9 @@ TRUTHS = {
 }
 
 # Ops whose arguments or results have a dtype of their own beside bfloat16.
-OWN_DTYPES = ("moe.fused_experts_fp8", "moe.router_logits", "quant.quantize_groups", "quant.block_fp8_linear")
+OWN_DTYPES = (
+    "moe.fused_experts_fp8", "moe.route_by_id", "moe.router_logits", "quant.quantize_groups", "quant.block_fp8_linear",
+)  # fmt: skip
 
 # --- routers: any order and any choice among equals is right, so they are judged, not compared -------------------
 
@@ -240,6 +252,11 @@ OWN_DTYPES = ("moe.fused_experts_fp8", "moe.router_logits", "quant.quantize_grou
 def scores_of(row, scoring):
     if scoring == "sigmoid":
         return [1 / (1 + math.exp(-value)) if value > -700 else 0.0 for value in row]
+    if scoring == "sqrtsoftplus":
+        return [
+            math.sqrt(value + math.log1p(math.exp(-value)) if value > 0 else math.log1p(math.exp(value)))
+            for value in row
+        ]
     top = max(row)
     exps = [math.exp(value - top) for value in row]
     return [value / sum(exps) for value in exps]

@@ -115,6 +115,7 @@ def make_parameter(
     full_shapes: Mapping[ShardId, tuple[int, ...]] | None = None,
     fill: tuple[float, float] | None = None,
     takes_scale: bool = False,
+    ids_below: int | None = None,
 ) -> nn.Parameter:
     """An uninitialised inference parameter of ``shape`` that knows how it is loaded.
 
@@ -122,6 +123,7 @@ def make_parameter(
     by shard id, before tensor parallelism; by default the parameter's own; empty when the checkpoint holds none. fill:
     mean and standard deviation of the dummy filler; by default 0 and 1/sqrt(fan_in) for matrices; a vector must say its
     own. takes_scale: an 8-bit tensor may be loaded, with the scales of its blocks as the loader's last argument.
+    ids_below: the tensor holds integers in [0, ids_below).
     """
     param: Any = nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
     if fill is None and len(shape) < 2:
@@ -130,6 +132,7 @@ def make_parameter(
     param.full_shapes = dict(full_shapes) if full_shapes is not None else {None: tuple(shape)}
     param.fill = fill
     param.takes_scale = takes_scale
+    param.ids_below = ids_below
     return param
 
 

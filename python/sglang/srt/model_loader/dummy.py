@@ -15,12 +15,16 @@ def iterate_dummy(model: CheckpointModel, seed: int) -> Iterator[tuple[str, torc
     """Every (checkpoint name, full tensor) that ``model`` expects.
 
     A matrix is N(0, 1/sqrt(fan_in)), an 8-bit one N(0, 16) with scales 1/(16 sqrt(fan_in)); a vector says its own mean
-    and deviation (norms mean 1, router bias N(0, 0.05)).
+    and deviation (norms mean 1, router bias N(0, 0.05)). A table of ids counts up from row to row.
     Numbers are drawn where the model lies. They depend on ``seed``, the tensor's name and the kind of device alone, so
     every tensor-parallel size serves the same model.
     """
     device = next(model.parameters()).device
     for name, expected in model.checkpoint_tensors().items():
+        if expected.ids_below is not None:
+            count = math.prod(expected.shape)
+            yield name, (torch.arange(count, device=device) % expected.ids_below).view(expected.shape)
+            continue
         mean, deviation = expected.fill if expected.fill is not None else (0.0, fan_in(expected.shape) ** -0.5)
         tensor = torch.full(expected.shape, mean, device=device, dtype=torch.float32)
         if deviation and device.type != "meta":  # tensors without contents: nothing to draw

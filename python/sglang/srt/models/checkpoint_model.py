@@ -18,6 +18,7 @@ from sglang.srt.layers.weights import ShardId, WeightFormatError, WeightShapeErr
 logger = logging.getLogger(__name__)
 
 _READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_ID_DTYPES = (torch.int64, torch.int32)
 # An 8-bit matrix comes with the scales of its 128x128 blocks under its name and this suffix.
 FP8, SCALE_SUFFIX = torch.float8_e4m3fn, "_scale_inv"
 # Names of the tensors that a stacked one holds, by expert.
@@ -34,7 +35,7 @@ class CheckpointTensor:
     """One tensor that the checkpoint must hold: its full shape and how it is taken, with scales if it is 8-bit.
 
     fill: mean and standard deviation of a dummy checkpoint, None for a matrix drawn by its fan-in. takes_scale: it may
-    come as 8-bit floats with scales. is_fp8: it is kept as such.
+    come as 8-bit floats with scales. is_fp8: it is kept as such. ids_below: it holds integers in [0, ids_below).
     """
 
     shape: tuple[int, ...]
@@ -42,12 +43,14 @@ class CheckpointTensor:
     fill: tuple[float, float] | None = None
     takes_scale: bool = False
     is_fp8: bool = False
+    ids_below: int | None = None
 
     @classmethod
     def of(cls, param: nn.Parameter, shard_id: ShardId, load: Callable[..., None]) -> CheckpointTensor:
         """What ``param`` says of the tensor that holds ``shard_id``."""
         says: Any = param
-        return cls(full_shape(param, shard_id), load, says.fill, says.takes_scale, param.dtype.itemsize == 1)
+        ids_below = getattr(says, "ids_below", None)
+        return cls(full_shape(param, shard_id), load, says.fill, says.takes_scale, param.dtype.itemsize == 1, ids_below)
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
@@ -186,18 +189,20 @@ class _Loading:
                 if self._fits(scale_name, scale, target.scale_shape):
                     self._load(target, file_name, tensor, scale)
 
-    def _fits(self, file_name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> bool:
+    def _fits(self, file_name: str, tensor: torch.Tensor, shape: tuple[int, ...], ids_below: int | None = None) -> bool:
         try:
-            if tensor.dtype not in _READABLE_DTYPES:
+            if tensor.dtype not in (_READABLE_DTYPES if ids_below is None else _ID_DTYPES):
                 raise WeightFormatError(f"dtype {str(tensor.dtype).removeprefix('torch.')} is not supported")
             check_shape(tensor, shape)
+            if ids_below is not None and not (0 <= int(tensor.min()) and int(tensor.max()) < ids_below):
+                raise WeightFormatError(f"it holds numbers outside [0, {ids_below})")
         except (WeightShapeError, WeightFormatError) as error:
             self._misfits.add(f"{file_name}: {error}")
             return False
         return True
 
     def _load(self, target: CheckpointTensor, file_name: str, tensor: torch.Tensor, *scale: torch.Tensor) -> None:
-        if not scale and not self._fits(file_name, tensor, target.shape):
+        if not scale and not self._fits(file_name, tensor, target.shape, target.ids_below):
             return
         try:
             target.load(tensor, *scale)

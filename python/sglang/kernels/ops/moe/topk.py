@@ -1,4 +1,4 @@
-"""Expert choice of the three router families: softmax, softmax limited to groups, biased sigmoid limited to groups."""
+"""Expert choice by score: softmax, softmax limited to groups, and biased scores, limited to groups or not."""
 
 from __future__ import annotations
 
@@ -30,12 +30,19 @@ class SharedSlots(NamedTuple):
 NO_SHARED = SharedSlots()
 
 
-def _score(logits: Tensor, scoring: str) -> Tensor:
+# What turns a router's logits into scores; "sqrtsoftplus" is DeepSeek V4's.
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
+
+
+def score_experts(logits: Tensor, scoring: str) -> Tensor:
+    """Scores float32 of logits [N, E] by a name of ``SCORINGS``; raises ValueError for another."""
     if scoring == "softmax":
         return logits.float().softmax(-1)
     if scoring == "sigmoid":
         return logits.float().sigmoid()
-    raise ValueError(f"scoring must be softmax or sigmoid, got {scoring!r}")
+    if scoring == "sqrtsoftplus":
+        return torch.nn.functional.softplus(logits.float()).sqrt()
+    raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
 
 
 def _keep_groups(choice: Tensor, n_group: int, topk_group: int, by_best_two: bool) -> Tensor:
@@ -52,7 +59,7 @@ def _route(
     scale: float, shared: SharedSlots,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     experts = logits.shape[1] - shared.gated
-    scores = _score(logits[:, :experts], scoring)
+    scores = score_experts(logits[:, :experts], scoring)
     choice = scores if bias is None else scores + bias
     if topk_group < n_group:
         choice = _keep_groups(choice, n_group, topk_group, by_best_two=bias is not None)
@@ -74,7 +81,7 @@ def topk_plain_torch(
 ) -> tuple[Tensor, Tensor]:
     """The k best experts by score, and the shared slots.
 
-    logits [N, E] float, scoring "softmax" or "sigmoid" -> weights [N, k] float32, ids [N, k] int32 in [0, E), distinct
+    logits [N, E] float, scoring of ``SCORINGS`` -> weights [N, k] float32, ids [N, k] int32 in [0, E), distinct
     in a row, in no particular order; ties may take any. A weight is the score, divided by the row's sum when
     ``renormalize``, times ``scale``. A row with NaN still gets valid ids. ``shared`` adds columns at the end.
     """
@@ -165,7 +172,8 @@ def _logits() -> Iterator[tuple[str, Tensor]]:
 
 def _plain_cases() -> Iterator[Case]:
     for name, logits in _logits():
-        for scoring, renormalize, scale in (("softmax", False, 1.0), ("softmax", True, 1.0), ("sigmoid", True, 2.5)):
+        kinds = (("softmax", False, 1.0), ("softmax", True, 1.0), ("sigmoid", True, 2.5), ("sqrtsoftplus", True, 1.5))
+        for scoring, renormalize, scale in kinds:
             yield Case(f"{name}-{scoring}-{renormalize}", (logits, 4, scoring, renormalize, scale))
         for shared in (SharedSlots(1, gated=True), SharedSlots(2, 0.5), SharedSlots(3, 0.25, gated=True)):
             # A gate beside 16 experts, in rows that are longer than they need to be.
@@ -187,6 +195,7 @@ def _biased_cases() -> Iterator[Case]:
         for n_group, topk_group in ((4, 2), (8, 3), (1, 1)):
             yield Case(f"{name}-{n_group}-{topk_group}", (logits, bias, 4, "sigmoid", True, n_group, topk_group, 2.5))
         yield Case(f"{name}-shared", (logits, bias, 4, "sigmoid", True, 4, 2, 2.5, SharedSlots(1, 0.25)))
+        yield Case(f"{name}-sqrtsoftplus", (logits, bias, 4, "sqrtsoftplus", True, 1, 1, 1.5))
 
 
 def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:

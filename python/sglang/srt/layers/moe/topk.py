@@ -7,7 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from sglang.kernels.ops.moe.topk import NO_SHARED, SharedSlots, topk_biased_grouped, topk_grouped, topk_plain
+from sglang.kernels.ops.moe.route_by_id import route_by_id
+from sglang.kernels.ops.moe.topk import (
+    NO_SHARED,
+    SCORINGS,
+    SharedSlots,
+    topk_biased_grouped,
+    topk_grouped,
+    topk_plain,
+)
+from sglang.srt.layers.weights import make_parameter
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,7 @@ class TopKOutput:
 class TopK(nn.Module):
     """Chooses ``top_k`` experts a token from router logits.
 
-    scoring: "softmax" or "sigmoid". renormalize: divide a row's weights by their sum. n_group, topk_group: experts come
+    scoring: one of ``SCORINGS``. renormalize: divide a row's weights by their sum. n_group, topk_group: experts come
     only from the best ``topk_group`` of ``n_group`` groups; a group counts as its best expert or, under a bias, as the
     sum of its best two. correction_bias [E] float32: added for the choice alone.
     routed_scaling_factor: multiplied into the weights here and nowhere else, so shared slots need no division by it.
@@ -43,8 +52,8 @@ class TopK(nn.Module):
         shared: SharedSlots = NO_SHARED,
     ) -> None:
         super().__init__()
-        if scoring not in ("softmax", "sigmoid"):
-            raise ValueError(f"scoring must be softmax or sigmoid, got {scoring!r}")
+        if scoring not in SCORINGS:
+            raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
         self.top_k = top_k
         self.scoring = scoring
         self.renormalize = renormalize
@@ -68,4 +77,25 @@ class TopK(nn.Module):
             )
         else:
             weights, ids = topk_plain(router_logits, self.top_k, self.scoring, self.renormalize, scale, shared)
+        return TopKOutput(weights, ids)
+
+
+class HashTopK(nn.Module):
+    """The experts that the checkpoint's table ``tid2eid`` [V, k] int32 gives to a token's id, at the router's scores.
+
+    scoring and scaling as in ``TopK``; weights are divided by their sum.
+    """
+
+    def __init__(
+        self, vocab_size: int, num_experts: int, top_k: int, scoring: str, routed_scaling_factor: float = 1.0
+    ) -> None:
+        super().__init__()
+        self.scoring = scoring
+        self.routed_scaling_factor = routed_scaling_factor
+        self.tid2eid = make_parameter(vocab_size, top_k, dtype=torch.int32, ids_below=num_experts)
+
+    def forward(self, router_logits: torch.Tensor, token_ids: torch.Tensor) -> TopKOutput:
+        """router_logits [N, E], token_ids [N] int64 in the vocabulary, those of padded rows too -> TopKOutput."""
+        scale = self.routed_scaling_factor
+        weights, ids = route_by_id(router_logits, token_ids, self.tid2eid, self.scoring, True, scale)
         return TopKOutput(weights, ids)
