@@ -19,6 +19,7 @@ register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 TRUTH_ELSEWHERE = {
     "attention_state": "kernels/test_triton_attention.py",
     "gdn": "kernels/test_gdn_ops.py",
+    "mhc": "kernels/test_mhc_ops.py",
     "kv_cache": "kernels/test_triton_attention.py",
     "prepare": "kernels/test_prepare_ops.py",
     "sampling": "sampling/test_sampler.py",
@@ -46,6 +47,10 @@ def true_rms_norm(x, weight, eps, unit=0.0):
     rows = x.double().reshape(-1, x.shape[-1])
     out = [row / math.sqrt(float(row @ row) / len(row) + eps) * (weight.double() + unit) for row in rows]
     return torch.stack(out).view(x.shape) if out else x.double()
+
+
+def true_unit_norm(x, eps):
+    return true_rms_norm(x, torch.ones(x.shape[-1]), eps)
 
 
 def true_gemma(x, weight, eps):
@@ -89,6 +94,13 @@ def true_rotary(positions, q, k, cache, is_neox):
         return out
 
     return rotate(q), rotate(k)
+
+
+def true_rotary_tail(x, positions, cache, inverse=False):
+    first, half = x.shape[-1] - cache.shape[1], cache.shape[1] // 2
+    table = torch.hstack((cache[:, :half], -cache[:, half:])) if inverse else cache
+    turned = true_rotary(positions, x[..., first:], x[:, :0, first:], table, False)[0]
+    return torch.cat((x[..., :first].double(), turned), dim=-1)
 
 
 def true_experts(x, w13, w2, weights, ids, limit=None):
@@ -218,6 +230,7 @@ def true_route_by_id(logits, token_ids, table, scoring, renormalize, scale):
 
 TRUTHS = {
     "norm.rms_norm": true_rms_norm,
+    "norm.unit_rms_norm": true_unit_norm,
     "norm.gemma_rms_norm": true_gemma,
     "norm.gated_rms_norm": true_gated_norm,
     "norm.fused_add_rms_norm": true_fused_add,
@@ -225,6 +238,7 @@ TRUTHS = {
     "activation.silu_and_mul": true_silu_and_mul,
     "activation.sigmoid_mul": true_sigmoid_mul,
     "rope.rotary": true_rotary,
+    "rope.rotary_tail": true_rotary_tail,
     "moe.fused_experts": true_experts,
     "moe.route_by_id": true_route_by_id,
     "moe.router_logits": true_router_logits,
@@ -417,8 +431,9 @@ class TestOpParity(CustomTestCase):
                     arg.bfloat16() if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg
                     for arg in case.args
                 ]
-                if name == "rope.rotary":
-                    args[3] = case.args[3]
+                if name.startswith("rope."):
+                    table = {"rope.rotary": 3, "rope.rotary_tail": 2}[name]
+                    args[table] = case.args[table]
                 with self.subTest(op=name, case=case.name):
                     out = tensors(REGISTRY.ops[name].reference(*clone(args)))
                     for found, wanted in zip(out, tensors(truth(*args)), strict=True):

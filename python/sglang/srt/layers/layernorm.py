@@ -15,11 +15,12 @@ class RMSNorm(nn.Module):
 
     unit_weight = 1.0
     norm, add_norm = rms_norm, fused_add_rms_norm
+    weight_dtype: torch.dtype | None = None  # the model's
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = make_parameter(hidden_size, fill=(self.unit_weight, 0.0))
+        self.weight = make_parameter(hidden_size, dtype=self.weight_dtype, fill=(self.unit_weight, 0.0))
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
@@ -28,6 +29,12 @@ class RMSNorm(nn.Module):
         if residual is None:
             return self.norm(x, self.weight, self.eps)
         return self.add_norm(x, residual, self.weight, self.eps)
+
+
+class Float32RMSNorm(RMSNorm):
+    """The same with a weight in float32 whatever the rows are in, rounded once."""
+
+    weight_dtype = torch.float32
 
 
 class GemmaRMSNorm(RMSNorm):

@@ -18,11 +18,17 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * cast(x * rsqrt(mean(x^2) + eps))``.
 
     x [..., D] float, weight [D] -> [..., D] in x's dtype. The product with the weight comes after the cast, as in
-    DeepSeek's reference code (it matters in bf16 only). Zhang & Sennrich 2019, eq. 4.
+    DeepSeek's reference code (it matters in bf16 only); beside 16-bit rows a float32 weight is multiplied before it.
+    Zhang & Sennrich 2019, eq. 4.
     """
+    normed = unit_rms_norm_torch(x.float(), eps)
+    return (weight * normed.to(torch.promote_types(x.dtype, weight.dtype))).to(x.dtype)
+
+
+def unit_rms_norm_torch(x: Tensor, eps: float) -> Tensor:
+    """``x * rsqrt(mean(x^2) + eps)``: x [..., D] float -> [..., D] in x's dtype, computed in float32."""
     wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return weight * normed.to(x.dtype)
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def gemma_rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -111,6 +117,12 @@ def _plain_cases() -> Iterator[Case]:
         yield Case(name, (x, weight, 1e-6))
 
 
+def _unit_cases() -> Iterator[Case]:
+    for name, x, _ in _inputs():
+        yield Case(name, (x, 1e-6))
+    yield Case("heads", (torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(2)), 1e-6))
+
+
 def _gated_cases() -> Iterator[Case]:
     for name, x, weight in _inputs():
         yield Case(name, (x, x.flip(-1).clone(), weight, 1e-6))
@@ -129,6 +141,7 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
 rms_norm = Op(
     "norm.rms_norm", triton_impl(rms_norm_triton, _accepts_plain), Impl("torch", rms_norm_torch), cases=_plain_cases
 )
+unit_rms_norm = Op("norm.unit_rms_norm", Impl("torch", unit_rms_norm_torch), cases=_unit_cases)
 gemma_rms_norm = Op(
     "norm.gemma_rms_norm",
     triton_impl(gemma_rms_norm_triton, _accepts_plain),

@@ -1,0 +1,41 @@
+"""Rotary position embedding of the last columns of heads, forth or back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sglang.kernels.spec import Case, Impl, Op
+
+
+def rotary_tail_torch(x: Tensor, positions: Tensor, cos_sin_cache: Tensor, inverse: bool = False) -> Tensor:
+    """Turn the last R columns of each head by its position's angles, or by minus them; the others pass unchanged.
+
+    x [N, H, D], positions [N] int64 in [0, P), cos_sin_cache [P, R] float32 (R/2 cosines, then R/2 sines) -> a new
+    [N, H, D] in x's dtype. Pair i is columns 2i and 2i + 1 of the R; the product is in float32. Su et al. 2021, eq. 34.
+    """
+    width = cos_sin_cache.shape[1]
+    cos, sin = cos_sin_cache.index_select(0, positions).unsqueeze(1).chunk(2, dim=-1)
+    if inverse:
+        sin = -sin
+    even, odd = x[..., -width:].float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
+    return torch.cat((x[..., :-width], turned.to(x.dtype)), dim=-1)
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for name, rows, heads, width, rotary in (
+        ("one-row", 1, 1, 8, 8), ("partial", 5, 4, 24, 8), ("empty", 0, 2, 8, 4), ("wide", 9, 3, 64, 16),
+    ):  # fmt: skip
+        angles = torch.rand(32, rotary // 2, generator=generator) * 6.3
+        cache = torch.cat((angles.cos(), angles.sin()), dim=-1)
+        positions = torch.randint(0, 32, (rows,), generator=generator)
+        x = torch.randn(rows, heads, width, generator=generator)
+        for inverse in (False, True):
+            yield Case(f"{name}-{'back' if inverse else 'forth'}", (x, positions, cache, inverse))
+
+
+rotary_tail = Op("rope.rotary_tail", Impl("torch", rotary_tail_torch), cases=_cases)
