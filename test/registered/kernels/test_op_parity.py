@@ -18,6 +18,7 @@ register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 # Groups whose references are held against their own truth in another file of test/registered.
 TRUTH_ELSEWHERE = {
     "attention_state": "kernels/test_triton_attention.py",
+    "compressed": "kernels/test_compressed_ops.py",
     "gdn": "kernels/test_gdn_ops.py",
     "mhc": "kernels/test_mhc_ops.py",
     "kv_cache": "kernels/test_triton_attention.py",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
 
 # Groups of the ops that backends call.
-OP_GROUPS = frozenset({"attention", "attention_state", "kv_cache", "prepare"})
+OP_GROUPS = frozenset({"attention", "compressed", "attention_state", "kv_cache", "prepare"})
 
 
 def load_attention_backends() -> None:

@@ -1,0 +1,119 @@
+"""Entries of compressed attention: tokens pooled to one row, normed and rotated; and what later entries need."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang.kernels.ops.attention.kv_cache import write_latent_torch
+from sglang.kernels.spec import Case, Impl, Op
+
+# Bytes of float32 that a reference gathers at once.
+GATHER_BYTES = 1 << 26
+
+
+def compress_torch(
+    kv: torch.Tensor,
+    gate: torch.Tensor,
+    kv_states: torch.Tensor,
+    gate_states: torch.Tensor,
+    state_rows: torch.Tensor,
+    sources: torch.Tensor,
+    position_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    cos_sin_cache: torch.Tensor,
+    first_positions: torch.Tensor,
+    entry_rows: torch.Tensor,
+    cache: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Store an entry for each row of ``sources``, then this step's rows as states: (cache, kv_states, gate_states).
+
+    kv, gate [N, parts*D] of this step's rows; kv_states, gate_states [S, parts*D] float32. sources [C, W] int64 with
+    W = parts*m: j >= 0 row j of the step, -2 - s row s of the states as they are before the step, -1 none. Of W tokens
+    the first m give their first D columns and the last m their last D. position_bias [m, parts*D] float32 adds to a
+    token's gate by its place in its window; softmax over the W tokens per channel weights them (DeepSeek-V4 report,
+    section 2.3). Then RMS norm by norm_weight [D], and the last R columns are turned in pairs (2i, 2i+1) by the row
+    first_positions [C] of cos_sin_cache [P, R]; all in float32. Entries go to rows entry_rows [C] int64 of cache
+    [E, D], states to state_rows [N] int64. Row 0 may repeat and holds any of its rows; an entry of no tokens is 0.
+    """
+    dim = cache.shape[1]
+    step = max(1, GATHER_BYTES // (4 * sources.shape[1] * dim))
+    for start in range(0, sources.shape[0], step):
+        part = slice(start, start + step)
+        pooled = _pool(kv, gate, kv_states, gate_states, sources[part], position_bias, dim)
+        entries = _norm_and_turn(pooled, norm_weight, eps, cos_sin_cache[first_positions[part]])
+        write_latent_torch(entries, cache, entry_rows[part])
+    kv_states.index_copy_(0, state_rows, kv.float())
+    gate_states.index_copy_(0, state_rows, gate.float())
+    return cache, kv_states, gate_states
+
+
+def _pool(
+    kv: torch.Tensor, gate: torch.Tensor, kv_states: torch.Tensor, gate_states: torch.Tensor, sources: torch.Tensor,
+    position_bias: torch.Tensor, dim: int,
+) -> torch.Tensor:  # fmt: skip
+    """The weighted sums [C, D] float32."""
+    ratio, parts = position_bias.shape[0], position_bias.shape[1] // dim
+    values, gates = [], []
+    for number in range(parts):
+        columns = slice(number * dim, (number + 1) * dim)
+        tokens = sources[:, number * ratio : (number + 1) * ratio]
+        there = (tokens != -1).unsqueeze(2)
+        bias = position_bias[:, columns].float()
+        values.append(torch.where(there, _gather(kv[:, columns], kv_states[:, columns], tokens), 0.0))
+        found = _gather(gate[:, columns], gate_states[:, columns], tokens) + bias
+        gates.append(torch.where(there, found, -torch.inf))
+    nothing = (sources == -1).all(dim=1)[:, None, None]
+    weights = torch.where(nothing, 0.0, torch.cat(gates, dim=1)).softmax(dim=1)
+    return (weights * torch.cat(values, dim=1)).sum(dim=1)
+
+
+def _gather(rows: torch.Tensor, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Rows [C, W, D] float32 of the step or of the states; any where a token is -1."""
+    of_step = rows[tokens.clamp(min=0)].float()
+    return torch.where((tokens >= 0).unsqueeze(2), of_step, states[(-2 - tokens).clamp(min=0)])
+
+
+def _norm_and_turn(x: torch.Tensor, weight: torch.Tensor, eps: float, cos_sin: torch.Tensor) -> torch.Tensor:
+    """x [C, D] float32 -> the same."""
+    x = weight.float() * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
+    plain, turned = x.split([x.shape[1] - cos_sin.shape[1], cos_sin.shape[1]], dim=1)
+    cos, sin = cos_sin.float().chunk(2, dim=1)
+    first, second = turned[:, ::2], turned[:, 1::2]
+    pairs = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=2)
+    return torch.cat((plain, pairs.flatten(1)), dim=1)
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    # By name: tokens per entry, parts, rows of the step, and what each entry is made of.
+    from_states = [-2 - j for j in range(5, 12)]
+    plans = {
+        "first-window": (4, 2, 5, [[-1, -1, -1, -1, 0, 1, 2, 3]]),
+        "across": (4, 2, 9, [[*from_states, 0], [-9, -10, -11, -12, 1, 2, 3, 4], [1, 2, 3, 4, 5, 6, 7, 8]]),
+        "none-closed": (4, 2, 1, [[-1] * 8]),
+        "plain": (6, 1, 7, [[-5, -6, -7, 0, 1, 2], [-1] * 6]),
+        "empty": (4, 2, 0, []),
+    }
+    for name, (ratio, parts, num_rows, made_of) in plans.items():
+        dim, count = 10, len(made_of)
+        sources = torch.tensor(made_of, dtype=torch.int64).view(count, parts * ratio)
+        states = random(14, parts * dim), random(14, parts * dim)
+        rows = torch.randperm(13, generator=generator)[:num_rows] + 1
+        entry_rows = torch.tensor([i + 3 if entry[-1] >= 0 else 0 for i, entry in enumerate(made_of)]).long()
+        first = torch.arange(count) * ratio
+        table = torch.cat((random(16, 2).cos(), random(16, 2).sin()), dim=1)
+        args = (
+            random(num_rows, parts * dim), 3 * random(num_rows, parts * dim), *states, rows, sources,
+            random(ratio, parts * dim), random(dim), 1e-6, table, first, entry_rows, random(8, dim),
+        )  # fmt: skip
+        yield Case(name, args)
+
+
+compress = Op("compressed.compress", Impl("torch", compress_torch), cases=_cases)

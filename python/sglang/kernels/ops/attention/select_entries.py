@@ -1,0 +1,75 @@
+"""The entries of compressed attention that a row attends to, by the scores of the indexer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang.kernels.ops.attention.compress import GATHER_BYTES
+from sglang.kernels.ops.attention.kv_cache import read_rows
+from sglang.kernels.spec import Case, Impl, Op
+
+
+def select_entries_torch(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    keys: torch.Tensor,
+    page_table: torch.Tensor,
+    requests: torch.Tensor,
+    visible: torch.Tensor,
+    per_page: int,
+    top_k: int,
+) -> torch.Tensor:
+    """The ``top_k`` entries of the highest score that each row sees, all where it sees no more.
+
+    The score of entry e is the sum over heads of ``weights * relu(q . key_e)``, in float32; of equal scores the lowest
+    entry is taken. q [N, H, D], weights [N, H], keys [E, D]; entry e of request b has row
+    ``page_table[b, e // per_page] * per_page + e % per_page`` of keys, page_table [B, P] int32; requests [N] int64 are
+    the rows' requests, visible [N] int32: a row sees the entries below it. -> ascending entry numbers
+    [N, min(top_k, P * per_page)] int32, -1 behind the last. DeepSeek-V4 report, section 2.3.1.
+    """
+    num_entries = page_table.shape[1] * per_page
+    entries = torch.arange(num_entries, device=q.device)
+    if num_entries <= top_k:
+        return torch.where(entries < visible.unsqueeze(1), entries, -1).to(torch.int32)
+    chosen = torch.empty(q.shape[0], top_k, dtype=torch.int32, device=q.device)
+    step = max(1, GATHER_BYTES // (4 * num_entries * (q.shape[1] + q.shape[2])))
+    for start in range(0, q.shape[0], step):
+        part = slice(start, start + step)
+        seen = entries < visible[part].unsqueeze(1)
+        pages = page_table[requests[part]].long()
+        rows = (pages.unsqueeze(2) * per_page + entries[:per_page]).flatten(1)
+        found = read_rows(keys, rows.flatten(), torch.float32).view(*rows.shape, keys.shape[1])
+        found = torch.where(seen.unsqueeze(2), found, 0.0)
+        per_head = torch.einsum("nhd,ned->nhe", q[part].float(), found).relu()
+        scores = torch.einsum("nh,nhe->ne", weights[part].float(), per_head).masked_fill(~seen, -torch.inf)
+        best = scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
+        unseen = best >= visible[part].unsqueeze(1)
+        ascending = best.masked_fill(unseen, num_entries).sort(dim=1).values
+        chosen[part] = ascending.masked_fill(ascending == num_entries, -1).to(torch.int32)
+    return chosen
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    # By name: rows, entries per page, pages, top-k.
+    shapes = {"scored": (7, 4, 5, 6), "one": (1, 1, 3, 1), "all-fit": (4, 4, 2, 8), "ties": (5, 2, 6, 5)}
+    for name, (num_rows, per_page, pages, top_k) in (shapes | {"empty": (0, 4, 3, 2)}).items():
+        table = (torch.randperm(3 * pages, generator=generator) + 1).view(3, pages).to(torch.int32)
+        q = torch.randn(num_rows, 3, 8, generator=generator)
+        keys = torch.randn((3 * pages + 1) * per_page, 8, generator=generator)
+        if name == "ties":
+            # Integers, and heads that all see less than nothing: many scores are equal, or 0.
+            q, keys = q.round(), keys.round()
+            q[0] = 0
+        keys[:per_page] = torch.nan
+        requests = torch.randint(0, 3, (num_rows,), generator=generator)
+        visible = torch.randint(0, pages * per_page + 1, (num_rows,), generator=generator).to(torch.int32)
+        visible[:2] = torch.tensor([pages * per_page, 0])[: visible[:2].shape[0]]
+        weights = torch.randn(num_rows, 3, generator=generator)
+        weights = weights.round() if name == "ties" else weights
+        yield Case(name, (q, weights, keys, table, requests, visible, per_page, top_k))
+
+
+select_entries = Op("compressed.select_entries", Impl("torch", select_entries_torch), cases=_cases)
