@@ -9,4 +9,6 @@ case " $* " in
 *" --suite"*) suites=() ;;
 *) suites=(--suite stage-a-test-cpu --suite stage-b-test-cpu) ;;
 esac
-exec "$VENV/bin/python" "$REPO/test/run_suite.py" --hw cpu --continue-on-error "${suites[@]}" "$@"
+# Imports are most of the start of a file: its process is forked with them done.
+imports=torch,transformers.models.deepseek_v3.modeling_deepseek_v3,transformers.models.qwen3_5_moe.modeling_qwen3_5_moe
+exec "$VENV/bin/python" "$REPO/test/run_suite.py" --hw cpu --continue-on-error --preload "$imports" "${suites[@]}" "$@"

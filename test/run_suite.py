@@ -27,6 +27,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "python"))
 
+from preloaded import ForkedFile, Preloaded  # noqa: E402
 from sglang.test.ci.ci_register import (  # noqa: E402
     BACKENDS,
     FOREIGN_BACKENDS,
@@ -94,23 +95,32 @@ def count_cases(output: str, returncode: int) -> tuple[int, int, int, str]:
     return passed, failed, skipped, f"{failed} failing" if failed else ""
 
 
-def run_file(path: Path, registration: CIRegistration, timeout: float, failfast: bool, verbose: bool) -> FileResult:
+def run_file(
+    path: Path,
+    registration: CIRegistration,
+    timeout: float,
+    failfast: bool,
+    verbose: bool,
+    preloaded: Preloaded | None = None,
+) -> FileResult:
     """Run one file as ``python FILE -v`` in a process group and a temporary folder of its own; ``timeout`` in seconds.
 
     Whatever the file started and left running is ended with it.
     """
-    command = [sys.executable, str(path), "-v", *(["-f"] if failfast else [])]
+    argv = [str(path), "-v", *(["-f"] if failfast else [])]
     env = dict(os.environ, PYTHONUNBUFFERED="1")
-    # Threads that spin for long wait for one another on a shared runner; servers set the same for themselves.
-    env.setdefault("GOMP_SPINCOUNT", "1000")
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPO / "python"), env.get("PYTHONPATH")]))
     began = time.monotonic()
     folder = tempfile.TemporaryDirectory(prefix="t", ignore_cleanup_errors=True)
-    with folder, tempfile.TemporaryFile() as log:
+    with folder, tempfile.NamedTemporaryFile() as log:
         env["TMPDIR"] = folder.name
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )
+        if preloaded is not None:
+            process = preloaded.start(argv, env, log.name)
+        else:
+            process = subprocess.Popen(
+                [sys.executable, *argv], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env,
+                start_new_session=True,
+            )  # fmt: skip
         _running.add(process)
         timed_out = False
         try:
@@ -145,10 +155,10 @@ def run_file(path: Path, registration: CIRegistration, timeout: float, failfast:
     )
 
 
-_running: set[subprocess.Popen] = set()
+_running: set[subprocess.Popen | ForkedFile] = set()
 
 
-def _kill_group(process: subprocess.Popen) -> None:
+def _kill_group(process: subprocess.Popen | ForkedFile) -> None:
     """End what is left of the file's process group; the leader's id names the group, even after it has exited."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
@@ -157,12 +167,14 @@ def _kill_group(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def run_with_retry(path: Path, registration: CIRegistration, args: argparse.Namespace) -> FileResult:
+def run_with_retry(
+    path: Path, registration: CIRegistration, args: argparse.Namespace, preloaded: Preloaded | None
+) -> FileResult:
     """One file, run again after a failure that a second run may mend, if ``--enable-retry`` says so."""
     attempts = args.max_attempts if args.enable_retry else 1
     timeout = args.timeout_per_file
     for attempt in range(1, attempts + 1):
-        result = run_file(path, registration, timeout, not args.continue_on_error, args.verbose)
+        result = run_file(path, registration, timeout, not args.continue_on_error, args.verbose, preloaded)
         result = replace(result, attempts=attempt)
         if not result.failed or result.reason.endswith("(code error)") or attempt == attempts:
             return result
@@ -210,12 +222,13 @@ def run_suite(registrations: Sequence[CIRegistration], args: argparse.Namespace,
     chosen = select(registrations, args, suite)
     began = time.monotonic()
     stops = threading.Event()
+    preloaded = Preloaded(args.preload.split(",")) if args.preload else None
 
     def run(number: int, registration: CIRegistration) -> FileResult | None:
         if stops.is_set():
             return None
         print(f"Begin ({number}/{len(chosen)}) {registration.filename}", flush=True)
-        result = run_with_retry(Path(args.root) / registration.filename, registration, args)
+        result = run_with_retry(Path(args.root) / registration.filename, registration, args, preloaded)
         verdict = f"FAILED ({result.reason})" if result.failed else "ok" if result.executed else "skipped"
         print(
             f"End   ({number}/{len(chosen)}) {registration.filename}: {verdict}, "
@@ -275,6 +288,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--nightly", action="store_true", help="select the nightly registrations")
     parser.add_argument("--timeout-per-file", type=float, default=1200, metavar="SECONDS")
     parser.add_argument("--jobs", type=int, default=1, help="files that run at once")
+    parser.add_argument(
+        "--preload", metavar="MODULES", help="comma-separated; each file runs in a process forked with them imported"
+    )
     parser.add_argument("--continue-on-error", action="store_true", help="do not stop at the first failing file")
     parser.add_argument("--auto-partition-id", type=int)
     parser.add_argument("--auto-partition-size", type=int)
@@ -303,6 +319,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
+    # Threads that spin for long wait for one another on a shared runner; servers set the same for themselves.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         registrations = collect_tests(Path(args.root).rglob("*.py"), root=args.root)
     except ValueError as error:

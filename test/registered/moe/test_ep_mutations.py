@@ -23,7 +23,7 @@ from sglang.test.process_ranks import use_fakes
 from sglang.test.test_utils import CustomTestCase
 
 use_fakes()
-register_cpu_ci(est_time=150, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=150, suite="nightly-cpu", nightly=True)
 
 M = Mutation
 MUTATIONS = {

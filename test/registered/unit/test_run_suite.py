@@ -54,6 +54,13 @@ class TestRunSuite(CustomTestCase):
         )
 
     def test_counts_over_all_kinds_of_files(self):
+        self.check_counts()
+
+    def test_counts_are_the_same_with_imports_done_before(self):
+        self.plant("h_forked", "def test_imported(self): self.assertIn('tabnanny', sys.modules)")
+        self.check_counts("--preload", "tabnanny", passed=6)
+
+    def check_counts(self, *flags: str, passed: int = 5):
         self.plant("a_pass", PASSING)
         self.plant(
             "b_mixed",
@@ -66,9 +73,9 @@ class TestRunSuite(CustomTestCase):
         self.plant("f_silent_exit", "def test_exit(self): os._exit(0)")
         self.plant("g_setup", f"@classmethod\ndef setUpClass(cls): raise OSError('x')\n{PASSING}")
         timings = self.root / "timings.jsonl"
-        done = self.run_suite("--continue-on-error", "--timings-file", str(timings))
+        done = self.run_suite("--continue-on-error", "--timings-file", str(timings), *flags)
         # a: 2 passed; b: 1 passed, 2 failed, 1 skipped; d: 2 passed, 1 failed; c, e, f, g: 1 failed each.
-        self.assert_closing(done, "5 passed, 7 failed, 1 skipped", 1)
+        self.assert_closing(done, f"{passed} passed, 7 failed, 1 skipped", 1)
         self.assertIn("c_crash.py: FAILED (no unittest summary (killed by signal 11))", done.stdout)
         self.assertIn("d_exit.py: FAILED (exit status 7 after its tests: OK)", done.stdout)
         self.assertIn("e_empty.py: FAILED (", done.stdout)
@@ -76,9 +83,9 @@ class TestRunSuite(CustomTestCase):
         self.assertIn("AssertionError: 1 != 2", done.stdout)
         self.assertIn("skipped in test_b_mixed.py: no such device", done.stdout)
         rows = [json.loads(line) for line in timings.read_text().splitlines()]
-        self.assertEqual([row["failed"] for row in rows], [0, 2, 1, 1, 1, 1, 1])
+        self.assertEqual([row["failed"] for row in rows][:7], [0, 2, 1, 1, 1, 1, 1])
         self.assertGreater(rows[0]["seconds"], 0)
-        self.assertIn("registered cpu 7, executed on cpu 7", done.stdout)
+        self.assertIn(f"registered cpu {len(rows)}, executed on cpu {len(rows)}", done.stdout)
 
     def test_all_passing(self):
         self.plant("a", PASSING)
