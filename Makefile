@@ -1,6 +1,7 @@
 .DEFAULT_GOAL := help
 BIN := .venv/bin
-.PHONY: help install format lint docs test
+FILE ?=
+.PHONY: help install format lint docs quick test
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "%-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -8,8 +9,9 @@ help: ## List the targets
 install: ## Create .venv with the test extra
 	scripts/test.sh --install-only
 
-format: install ## Sort imports and mend what ruff can mend
+format: install ## Sort imports, mend what ruff can mend, and format
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 lint: install ## The static checks that CI runs
 	$(BIN)/python scripts/check_layers.py
@@ -17,10 +19,14 @@ lint: install ## The static checks that CI runs
 	$(BIN)/python scripts/check_vendor_contracts.py
 	$(BIN)/python scripts/gen_docs.py --check
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 docs: install ## Write the generated pages anew
 	$(BIN)/python scripts/gen_docs.py
 
-test: ## Run the CPU suites
-	scripts/test.sh
+quick: lint ## The static checks and the unit tests
+	scripts/test.sh --suite stage-a-test-cpu --jobs 2 --root test/registered/unit
+
+test: ## Run the CPU suites, or FILE=test/registered/... alone
+	$(if $(FILE),$(BIN)/python $(FILE) -v,scripts/test.sh)

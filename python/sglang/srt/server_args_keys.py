@@ -6,7 +6,7 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.environ import EnvStr, envs
 
@@ -53,7 +53,8 @@ def with_keys(args: ServerArgs, environ: Mapping[str, str] | None = None) -> Key
                 continue
             if stat.S_IMODE(os.stat(path).st_mode) & 0o077:
                 keys.warnings.append(f"{flag}-file {path} can be read by other users: chmod 600 {path}")
-        keys.args = replace(keys.args, **{name: key})
+        read: dict[str, Any] = {name: key}
+        keys.args = replace(keys.args, **read)
     return keys
 
 

@@ -97,7 +97,7 @@ class CacheLayout:
 def join(layouts: Iterable[CacheLayout]) -> CacheLayout:
     """What several models on one rank keep together, whose pools follow the same units."""
     parts = list(layouts)
-    sizes = {layout.page_size for layout in parts} - {None}
+    sizes = {layout.page_size for layout in parts if layout.page_size is not None}
     if len(sizes) > 1:
         raise ValueError(f"models that need pages of {sorted(sizes)} tokens cannot share pools")
     return CacheLayout(tuple(pool for layout in parts for pool in layout.pools), *sizes)

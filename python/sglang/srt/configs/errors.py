@@ -64,7 +64,7 @@ class ConfigReader:
         expected = f"an integer of at least {minimum} and at most {maximum}"
         return self._take(key, default, expected, lambda v: type(v) is int and minimum <= v <= maximum, max(minimum, 1))
 
-    def take_ints(self, *keys: str) -> dict[str, int]:
+    def take_ints(self, *keys: str) -> dict[str, Any]:
         """Required positive integers by their keys."""
         return {key: self.take_int(key) for key in keys}
 

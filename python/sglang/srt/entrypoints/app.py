@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -52,7 +53,7 @@ def build_app(context: ServerContext, lifespan: Lifespan) -> Starlette:
     app.add_middleware(AuthMiddleware, policy=policy, sites=sites)
     if origins := split_list(args.allowed_origins):
         # Outside the check of keys, which a pre-flight does not bring.
-        cors = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"]}
+        cors: dict[str, Any] = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"]}
         app.add_middleware(CORSMiddleware, **cors, expose_headers=["Retry-After"])
     app.add_exception_handler(RequestError, _on_request_error)
     app.add_exception_handler(HTTPException, _on_http_exception)

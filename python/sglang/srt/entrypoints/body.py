@@ -35,9 +35,7 @@ def decode_body(data: bytes | bytearray, body_type: type[T], unknown_fields: Unk
         raise body_error(f"The body is not valid: {error}") from None
 
 
-def _take_known(
-    raw: Any, struct: type[Any], where: str, unknown_fields: UnknownFields, warnings: list[str] | None
-) -> Any:
+def _take_known(raw: Any, struct: Any, where: str, unknown_fields: UnknownFields, warnings: list[str] | None) -> Any:
     """``raw`` without the fields that ``struct``, or a struct in it, does not have; those are judged."""
     if not isinstance(raw, dict):
         return raw

@@ -94,7 +94,7 @@ class Connection(H11Protocol):
             self._body_since, self._body_bytes = self.loop.time(), 0
         self._body_bytes += len(data)
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio takes True for "stay open"
         """A client that sends no more is given a moment to be answered; it has left, or it waits in vain."""
         answers = self.cycle is not None and not self.cycle.response_complete
         if not answers or self._lingers or self.conn.their_state not in (h11.DONE, h11.MUST_CLOSE):

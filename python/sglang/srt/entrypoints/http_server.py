@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import AsyncGenerator, Generator, Sequence
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -62,9 +63,10 @@ class HttpServer(uvicorn.Server):
         admission = context.manager.admission
         admission.max_requests = admission.max_requests or MAX_QUEUED_REQUESTS
         quiet = args.log_level not in ("debug", "info")
+        connection: Any = functools.partial(Connection, max_connections=fit_connections(args.max_connections))
         config = uvicorn.Config(
             build_app(context, self._lifespan),
-            http=functools.partial(Connection, max_connections=fit_connections(args.max_connections)),
+            http=connection,
             ws="none",
             log_config=None,
             log_level=args.log_level,
@@ -94,7 +96,8 @@ class HttpServer(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         if counter % _TICKS_PER_S == 0:
-            for connection in list(self.server_state.connections):
+            connections: list[Any] = list(self.server_state.connections)
+            for connection in connections:
                 connection.check_time()
         if self.drain.is_asked and not self.should_exit:
             self.context.status = ServerStatus.STOPPING

@@ -37,7 +37,7 @@ def openapi_document(endpoints: Sequence[Endpoint], needs_key: bool) -> dict[str
             item = paths.setdefault(re.sub(r"{(\w+):path}", r"{\1}", path), {})
             for method in endpoint.methods:
                 item[method.lower()] = _operation(endpoint, path, method, schema_of)
-    document = {
+    document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "sglang", "version": __version__, "description": _ABOUT},
         "paths": paths,

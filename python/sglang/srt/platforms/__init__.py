@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -55,15 +55,16 @@ class _CurrentPlatform:
         return getattr(self._resolve(), name)
 
 
-current_platform = _CurrentPlatform()
+_current = _CurrentPlatform()
+current_platform = cast(Platform, _current)
 
 
 @contextmanager
 def override_platform(platform: Platform) -> Iterator[Platform]:
     """Use ``platform`` inside the block (tests)."""
-    previous = current_platform._selected
-    current_platform._selected = platform
+    previous = _current._selected
+    _current._selected = platform
     try:
         yield platform
     finally:
-        current_platform._selected = previous
+        _current._selected = previous

@@ -103,7 +103,7 @@ class EditColumns:
     def columns(self) -> dict[str, np.ndarray]:
         """int32, float32 and int64 columns; where ids are marked as offsets into [P * V]."""
         params = [row.params for row in self.rows]
-        numbers = np.full(self.batch_size, -1, np.int32)
+        numbers: np.ndarray = np.full(self.batch_size, -1, np.int32)
         numbers[self.edited] = np.arange(len(self.edited))
         penalties = [(p.frequency_penalty, p.presence_penalty, p.repetition_penalty) for p in params]
         found = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import torch
@@ -128,7 +129,8 @@ class SamplingBatchInfo:
         assert self.vocab_mask is None, "which ids a grammar allows behind a draft is for its owner to say"
         names = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed", "greedy_rows")
         edits = None if self.edits is None else self.edits.along_path(drafts)
-        return replace(self, **{name: rows(getattr(self, name)) for name in names}, edits=edits)
+        repeated: dict[str, Any] = {name: rows(getattr(self, name)) for name in names}
+        return replace(self, **repeated, edits=edits)
 
 
 def _to_device(columns: Mapping[str, np.ndarray], device: torch.device) -> dict[str, torch.Tensor]:

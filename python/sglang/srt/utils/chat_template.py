@@ -138,7 +138,7 @@ def _find_traits(template: ChatTemplate) -> TemplateTraits:
     arguments = f'{{"{key}": "{value}"}}'
     function = {"name": name, "arguments": arguments}
     call = {"role": "assistant", "tool_calls": [{"id": "call00001", "type": "function", "function": function}]}
-    turns = [user, call, {"role": "tool", "tool_call_id": "call00001", "content": answer}]
+    turns: list[Message] = [user, call, {"role": "tool", "tool_call_id": "call00001", "content": answer}]
     forms = [TemplateTraits(mapping_arguments=m, empty_content=e) for m in (False, True) for e in _EMPTY_CONTENTS]
     for form in forms:
         text = _try(template, turns, form)
@@ -152,7 +152,8 @@ def _find_traits(template: ChatTemplate) -> TemplateTraits:
     parts = [{"type": "text", "text": one}, {"type": "text", "text": two}]
     part_roles = set()
     for role in ROLES:
-        before = {"user": [], "assistant": [user], "tool": [user, call]}.get(role, [])
+        befores: dict[str, list[Message]] = {"assistant": [user], "tool": [user, call]}
+        before = befores.get(role, [])
         message = {"role": role, "content": parts, "tool_call_id": "call00001", "name": name}
         as_parts = replace(traits, part_roles=frozenset({role}), renders_developer=True)
         text = _try(template, [*before, message, *([] if before or role == "user" else [user])], as_parts)

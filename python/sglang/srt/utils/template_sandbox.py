@@ -35,7 +35,7 @@ _MAX_INDENT = 100
 # Widths of five digits, widths taken from arguments, and widths that are themselves formatted.
 _WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*(?:\*|\d{5})")
 _WIDE_BRACES = re.compile(r"\d{5}|\{[^}]*\{")
-_CONTAINERS = (list, tuple, dict, set, frozenset)
+_CONTAINERS: tuple[Any, ...] = (list, tuple, dict, set, frozenset)
 # Names that no template can spell.
 _TICK, _CONCAT, _WEIGH = " tick", " concat", " weigh"
 
@@ -196,7 +196,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             self.filters.pop(name)
         for name, function in list(self.filters.items()):
             self.filters[name] = self._bounded_filter(name, function)
-        self.filters[_TICK] = jinja2.pass_context(lambda _, num_chars: self._charge(num_chars) or True)
+        self.filters[_TICK] = jinja2.pass_context(lambda _, num_chars: self._tick(num_chars))
         self.filters[_CONCAT] = jinja2.pass_context(lambda _, parts: self._join(parts, ""))
         self.filters[_WEIGH] = jinja2.pass_context(lambda _, value: self._local.budget.made(value))
 
@@ -215,6 +215,10 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             yield
         finally:
             del self._local.budget
+
+    def _tick(self, num_chars: int) -> bool:
+        self._charge(num_chars)
+        return True
 
     def _charge(self, num_chars: int) -> None:
         self._local.budget.charge(num_chars)

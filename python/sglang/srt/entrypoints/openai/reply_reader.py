@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections.abc import Sequence
+from typing import Any
 
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.entrypoints.context import ServerContext
@@ -179,6 +180,6 @@ class ReplyParsers:
             content = body.messages[-1].get("content") or ""
             text = content if isinstance(content, str) else "".join(part["text"] for part in content)
             return continues_thought(text) or False
-        ids = native.input_ids or []
+        ids: list[Any] = native.input_ids or []
         opens = opens_thought(self._tokenizer.decode(ids[-_PROMPT_END_TOKENS:], skip_special_tokens=False))
         return opens if opens is not None else REASONING_PARSERS[self._reasoning] or None
