@@ -45,6 +45,26 @@ _DEEPSEEK_V2_GROUPS: dict[str, Any] = {
     "routed_scaling_factor": 16.0, "q_lora_rank": 48,
 }  # fmt: skip
 
+# Every mechanism is at work in 700 tokens: two pages, five windows of 128, more entries than top-k, clamps that bite.
+# With fewer index heads scores would tie at zero, among which transformers chooses by the row's length.
+_DEEPSEEK_V4: dict[str, Any] = {
+    "model_type": "deepseek_v4", "vocab_size": 512, "hidden_size": 128, "num_hidden_layers": 6,
+    "num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 64, "partial_rotary_factor": 0.25,
+    "q_lora_rank": 64, "o_groups": 4, "o_lora_rank": 32, "sliding_window": 128,
+    "layer_types": [
+        "sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention",
+        "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention",
+    ],
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
+    "index_n_heads": 32, "index_head_dim": 32, "index_topk": 16, "moe_intermediate_size": 64, "n_routed_experts": 16,
+    "num_experts_per_tok": 4, "n_shared_experts": 1, "mlp_layer_types": ["hash_moe"] * 2 + ["moe"] * 4,
+    "swiglu_limit": 0.5, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6, "routed_scaling_factor": 1.5,
+    "max_position_embeddings": 4096, "rope_theta": 10000.0, "compress_rope_theta": 160000.0,
+    "rope_parameters": {"rope_type": "yarn", "factor": 16, "beta_fast": 32, "beta_slow": 1,
+                        "original_max_position_embeddings": 256},
+    "num_nextn_predict_layers": 1,
+}  # fmt: skip
+
 # The square heads of the other Qwen configs cannot tell a [V, K] state from a [K, V] one; "q35moe-ns" can.
 # With as many experts as groups a token, the best experts lie in the best groups anyway; "dsv2g-k3" sees the limit.
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
@@ -54,6 +74,7 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "dsv2": _DEEPSEEK_V2,
     "dsv2g": _DEEPSEEK_V2_GROUPS,
     "dsv2g-k3": {**_DEEPSEEK_V2_GROUPS, "num_experts_per_tok": 3},
+    "dsv4": _DEEPSEEK_V4,
     "dsv3": {
         **_DEEPSEEK_V2, "model_type": "deepseek_v3", "n_shared_experts": 1, "n_routed_experts": 16,
         "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
@@ -99,6 +120,8 @@ def fill_with_noise(model: torch.nn.Module, seed: int) -> None:
     """Give the parameters and the router biases of ``model`` the numbers that ``build_hf_model`` promises."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
+        if type(model).__name__.startswith("DeepseekV4"):
+            return _fill_deepseek_v4(model, generator)
         for name, param in model.named_parameters():
             noise = torch.randn(param.shape, generator=generator)
             if name.endswith(("A_log", "dt_bias")):
@@ -111,6 +134,25 @@ def fill_with_noise(model: torch.nn.Module, seed: int) -> None:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(0.1 * torch.randn(buffer.shape, generator=generator))
+
+
+def _fill_deepseek_v4(model: torch.nn.Module, generator: torch.Generator) -> None:
+    """Norms near 1, scales of hyper-connections near 1, sinks and biases of slots N(0, 1), the rest N(0, 0.08^2);
+    the tables of experts by token are random, and the router's correction bias is N(0, 0.3^2)."""
+    for name, param in model.named_parameters():
+        noise = torch.randn(param.shape, generator=generator)
+        if "norm" in name:
+            param.copy_(1 + 0.1 * noise)
+        elif name.endswith("scale"):
+            param.copy_(1 + 0.2 * noise)
+        else:
+            param.copy_(noise * (1.0 if name.endswith(("sinks", "position_bias")) else 0.08))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
+        elif name.endswith("tid2eid"):
+            experts = model.config.n_routed_experts
+            buffer.copy_(torch.rand(len(buffer), experts, generator=generator).argsort(-1)[:, : buffer.shape[1]])
 
 
 def save_tiny_checkpoint(name: str, folder: str | Path, seed: int = 0, **overrides: Any) -> Any:

@@ -28,6 +28,7 @@ TextConfig = DeepseekConfig | DeepseekV4Config | Qwen3_5Config
 SUPPORTED_ARCHITECTURES: dict[str, type[DeepseekConfig] | type[DeepseekV4Config] | type[Qwen3_5Config]] = {
     "DeepseekV2ForCausalLM": DeepseekConfig,
     "DeepseekV3ForCausalLM": DeepseekConfig,
+    "DeepseekV4ForCausalLM": DeepseekV4Config,
     "Qwen3_5ForCausalLM": Qwen3_5Config,
     "Qwen3_5ForConditionalGeneration": Qwen3_5Config,
     "Qwen3_5MoeForCausalLM": Qwen3_5Config,

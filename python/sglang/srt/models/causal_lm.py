@@ -51,7 +51,7 @@ class DecoderLayer(nn.Module, ABC):
 class Backbone(nn.Module):
     """Token ids to normed hidden rows."""
 
-    def __init__(self, text: TextConfig, norm: type[RMSNorm], layers: Iterable[DecoderLayer]) -> None:
+    def __init__(self, text: TextConfig, norm: type[RMSNorm], layers: Iterable[nn.Module]) -> None:
         super().__init__()
         self.embed_tokens = VocabParallelEmbedding(text.vocab_size, text.hidden_size)
         self.layers = nn.ModuleList(layers)

@@ -1,0 +1,57 @@
+"""The MoE block of DeepSeek V4: experts by score or by token id, beside one shared expert, all clamped."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
+from sglang.srt.configs.quantization import QuantConfig
+from sglang.srt.distributed import get_tp_group
+from sglang.srt.layers.gated_mlp import GatedMLP
+from sglang.srt.layers.moe.ep_moe.factory import make_experts
+from sglang.srt.layers.moe.topk import HashTopK, TopK, TopKOutput
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.models.deepseek_common.moe import MoEGate
+
+SCORING = "sqrtsoftplus"
+
+
+class DeepseekV4MoE(nn.Module):
+    """Routed experts plus the shared one; ``hashed`` layers take the experts that a table gives to each token id."""
+
+    num_fused_shared_experts = 0
+
+    def __init__(
+        self, config: DeepseekV4Config, hashed: bool, quant_config: QuantConfig | None = None, prefix: str = ""
+    ) -> None:
+        super().__init__()
+        self._tp = get_tp_group()
+        hidden, width, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
+        top_k, scale, limit = config.num_experts_per_tok, config.routed_scaling_factor, config.swiglu_limit
+        self.gate = MoEGate(hidden, experts, with_bias=not hashed)
+        self.topk: TopK | HashTopK
+        if hashed:
+            self.topk = HashTopK(config.vocab_size, experts, top_k, SCORING, scale)
+        else:
+            bias = self.gate.e_score_correction_bias
+            self.topk = TopK(top_k, SCORING, True, correction_bias=bias, routed_scaling_factor=scale)
+        # Both parts stay partial sums of this rank; the block reduces once.
+        self.experts = make_experts(
+            experts, hidden, width, top_k, quant_config, f"{prefix}.experts", swiglu_limit=limit
+        )  # fmt: skip
+        self.shared_experts = GatedMLP(
+            hidden, config.n_shared_experts * width, False, quant_config, f"{prefix}.shared_experts",
+            limit if config.shared_expert_swiglu_limit else None,
+        )  # fmt: skip
+
+    def forward(self, x: torch.Tensor, input_ids: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+        """x [N, H], input_ids [N] -> [N, H]."""
+        routed = self.experts(x, self._route(x, input_ids), fb)
+        return self._tp.all_reduce(routed + self.shared_experts(x))
+
+    def _route(self, x: torch.Tensor, input_ids: torch.Tensor) -> TopKOutput:
+        logits = self.gate(x)
+        if isinstance(self.topk, HashTopK):
+            return self.topk(logits, input_ids)
+        return self.topk(logits)

@@ -1,0 +1,144 @@
+"""DeepSeek V4: hyper-connected residual streams over window and compressed attention, and clamped experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sglang.kernels.ops.mhc.hc_head import hc_head
+from sglang.kernels.ops.mhc.hc_post import hc_post
+from sglang.kernels.ops.mhc.hc_pre import hc_pre
+from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
+from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.configs.quantization import QuantConfig
+from sglang.srt.configs.rope import RopeConfig
+from sglang.srt.layers.layernorm import Float32RMSNorm
+from sglang.srt.layers.rotary_embedding import RotaryEmbedding
+from sglang.srt.layers.weights import make_parameter
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.models.causal_lm import Backbone, CausalLM
+from sglang.srt.models.deepseek_common.v4_attention import DeepseekV4Attention
+from sglang.srt.models.deepseek_common.v4_moe import DeepseekV4MoE
+from sglang.srt.models.deepseek_common.v4_names import deepseek_v4_name
+from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
+
+
+class HyperMix(nn.Module):
+    """fn [m, n * D], base [m] and scale [s] in float32: how ``m`` coefficients follow from a token's n streams."""
+
+    def __init__(self, config: DeepseekV4Config, num_coefficients: int, num_scales: int) -> None:
+        super().__init__()
+        self.rms_eps, self.hc_eps, self.iterations = config.rms_norm_eps, config.hc_eps, config.hc_sinkhorn_iters
+        self.fn = make_parameter(num_coefficients, config.hc_mult * config.hidden_size, dtype=torch.float32)
+        self.base = make_parameter(num_coefficients, dtype=torch.float32, fill=(0.0, 0.1))
+        self.scale = make_parameter(num_scales, dtype=torch.float32, fill=(1.0, 0.1))
+
+
+class HyperConnection(HyperMix):
+    """What leads from the streams into a sub-block and out again. mHC (Xie et al. 2026)."""
+
+    def __init__(self, config: DeepseekV4Config) -> None:
+        n = config.hc_mult
+        super().__init__(config, (2 + n) * n, 3)
+
+    def forward(self, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """streams [N, n, D] -> the sub-block's input [N, D], and post and comb for ``hc_post``."""
+        return hc_pre(streams, self.fn, self.base, self.scale, self.rms_eps, self.hc_eps, self.iterations)
+
+
+class HyperHead(HyperMix):
+    """The row of a token's streams that the output head reads."""
+
+    def __init__(self, config: DeepseekV4Config) -> None:
+        super().__init__(config, config.hc_mult, 1)
+
+    def forward(self, streams: torch.Tensor) -> torch.Tensor:
+        """streams [N, n, D] -> [N, D]."""
+        return hc_head(streams, self.fn, self.base, self.scale, self.rms_eps, self.hc_eps)
+
+
+class DeepseekV4DecoderLayer(nn.Module):
+    """Attention and experts, each between the two ways of its hyper-connection."""
+
+    is_moe = True
+
+    def __init__(
+        self,
+        config: DeepseekV4Config,
+        layer_id: int,
+        rotary_emb: RotaryEmbedding,
+        quant_config: QuantConfig | None = None,
+    ) -> None:
+        super().__init__()
+        prefix = f"model.layers.{layer_id}"
+        self.hc_attn, self.hc_ffn = HyperConnection(config), HyperConnection(config)
+        self.input_layernorm = Float32RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = Float32RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = DeepseekV4Attention(config, layer_id, rotary_emb, quant_config, f"{prefix}.self_attn")
+        self.mlp = DeepseekV4MoE(config, config.hash_layers[layer_id], quant_config, f"{prefix}.mlp")
+
+    def forward(
+        self, positions: torch.Tensor, streams: torch.Tensor, input_ids: torch.Tensor, fb: ForwardBatch
+    ) -> torch.Tensor:
+        """positions [N], streams [N, n, D], input_ids [N] -> streams [N, n, D]."""
+        row, post, comb = self.hc_attn(streams)
+        streams = hc_post(self.self_attn(self.input_layernorm(row), positions, fb), streams, post, comb)
+        row, post, comb = self.hc_ffn(streams)
+        return hc_post(self.mlp(self.post_attention_layernorm(row), input_ids, fb), streams, post, comb)
+
+
+class DeepseekV4Model(Backbone):
+    """The backbone: every token as ``hc_mult`` streams between the layers.
+
+    Its two tables of angles, ``rotary_emb`` for layers without compression and ``compress_rotary_emb`` for those with
+    it, are buffers of modules that it owns; layers hold them by reference.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        text = config.text
+        assert isinstance(text, DeepseekV4Config)
+        ropes = [
+            _freqs_cis_to_cos_sin(rope, text.qk_rope_head_dim, config.num_positions)
+            for rope in (text.rope, text.compress_rope)
+        ]
+        layers = (
+            DeepseekV4DecoderLayer(text, layer_id, ropes[ratio > 0], config.quant_config)
+            for layer_id, ratio in enumerate(text.compress_ratios)
+        )
+        super().__init__(text, Float32RMSNorm, layers)
+        self.rotary_emb, self.compress_rotary_emb = ropes
+        self.hc_mult = text.hc_mult
+        self.hc_head = HyperHead(text)
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+        """input_ids [N], positions [N] -> [N, H]."""
+        streams = self.embed_tokens(input_ids).unsqueeze(1).expand(-1, self.hc_mult, -1)
+        for layer in self.layers:
+            streams = layer(positions, streams, input_ids, fb)
+        return self.norm(self.hc_head(streams))
+
+
+def _freqs_cis_to_cos_sin(rope: RopeConfig, width: int, num_positions: int) -> RotaryEmbedding:
+    """Cosines and sines of every position's angles, derived once: a buffer of the module, with which it goes."""
+    return RotaryEmbedding(width, num_positions, rope.theta, False, rope)
+
+
+class DeepseekV4ForCausalLM(CausalLM):
+    """Backbone and output head; loads the published layout, and what transformers saves."""
+
+    packed_modules = {
+        "gate_up_proj": (("gate_proj", 0), ("up_proj", 1)),
+        "fused_wqa_wkv": (("wq_a", 0), ("wkv", 1)),
+        "wkv_gate": (("wkv", 0), ("wgate", 1)),
+    }
+
+    def __init__(self, config: ModelConfig, streams: StreamPlan = SERIAL_PLAN) -> None:
+        super().__init__(config.text, DeepseekV4Model(config))
+
+    def checkpoint_name(self, name: str) -> str | None:
+        """Tensors of layers that draft are not taken either."""
+        own = deepseek_v4_name(name)
+        return None if own is None else super().checkpoint_name(own)
+
+
+EntryClass = DeepseekV4ForCausalLM
