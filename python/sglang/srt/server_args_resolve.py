@@ -8,14 +8,16 @@ import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from sglang.srt.configs.attention_backends import UNBUILT_ATTENTION_BACKENDS, BackendDeclaration, attention_backends
+from sglang.srt.configs.attention_backends import attention_backends
 from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.environ import EnvError, envs
+from sglang.srt.server_args_attention import choose_attention_backend, choose_page_size
 from sglang.srt.server_args_effect import Situation, without_effect
 from sglang.srt.server_args_fields import FieldSpec
 from sglang.srt.server_args_spec import DEFAULT_STEPS
+from sglang.srt.server_args_steps import Change, Context, PlatformLike, Step
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -23,44 +25,6 @@ if TYPE_CHECKING:
 
 DISPATCH_LIMIT = "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
 LOOPBACK_HOSTS = ("localhost", "::1")
-
-
-class PlatformLike(Protocol):
-    """What resolution asks of a platform."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def device_type(self) -> str: ...
-
-    @property
-    def supports_graphs(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Change:
-    """One field that resolution set, and why."""
-
-    field: str
-    old: Any
-    new: Any
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.field}: {self.old} -> {self.new} ({self.reason})"
-
-
-@dataclass(frozen=True)
-class Context:
-    """What steps may look at; ``model`` is None when its config cannot be read."""
-
-    platform: PlatformLike
-    model: ModelConfig | None
-    mamba_ssm_dtype: str
-    # Tokens that a rank may dispatch in one forward, and the fields that the user set rather than left to resolution.
-    dispatch_limit: int = 0
-    given: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -71,10 +35,6 @@ class Resolution:
     changes: list[Change] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-
-
-# A step yields what it changes, and in words what speaks against the settings.
-Step = Callable[["ServerArgs", Context], Iterator[Change | str]]
 
 
 def resolve_all(
@@ -282,39 +242,6 @@ def _schedule(args: ServerArgs, context: Context) -> Iterator[Change | str]:
         yield Change("schedule_policy", "lpm", "fcfs", "--disable-radix-cache leaves no prefixes to match")
 
 
-def _attention_backend(args: ServerArgs, context: Context) -> Iterator[Change | str]:
-    asked, kind = args.attention_backend, context.platform.kind
-    on_cpu = context.platform.device_type == "cpu"
-    fallback = "torch_native" if on_cpu else "triton"
-    if asked is None:
-        reason = "tensors live on the host" if on_cpu else "the portable GPU backend"
-        yield Change("attention_backend", None, fallback, reason)
-        return
-    family = None if context.model is None else context.model.text.attention_family
-    declared = attention_backends(family).get(asked)
-    platforms = declared.platforms if declared else UNBUILT_ATTENTION_BACKENDS.get(asked, ())
-    if not platforms:
-        known = ", ".join(sorted(attention_backends(family)))
-        yield f"--attention-backend {asked} has no {family} attention, which the model needs: use {known}"
-    elif kind not in platforms:
-        yield f"--attention-backend {asked} needs platform {' or '.join(platforms)}, and this is {kind}: use {fallback}"
-    elif declared is None:
-        yield Change("attention_backend", asked, fallback, f"{asked} is a preference, and this build lacks it")
-    else:
-        yield from _backend_limits(args, declared)
-
-
-def _backend_limits(args: ServerArgs, declared: BackendDeclaration) -> Iterator[str]:
-    """What the backend declares that it does not take."""
-    for flag, value, taken in (
-        ("--page-size", args.page_size, declared.page_sizes),
-        ("--kv-cache-dtype", args.kv_cache_dtype, declared.cache_dtypes),
-    ):
-        if taken and value not in taken:
-            sizes = ", ".join(str(one) for one in taken)
-            yield f"{flag} {value} does not go with --attention-backend {declared.name}, which takes {sizes}"
-
-
 def _graphs(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     platform, backend = context.platform, args.attention_backend
     if not platform.supports_graphs:
@@ -471,12 +398,13 @@ STEPS: tuple[Step, ...] = (
     _model_limits,
     _weight_format,
     _parallel_modes,
+    choose_page_size,
     _defaults,
     _state_slots,
     _group_chunk,
     _dispatch_limit,
     _schedule,
-    _attention_backend,
+    choose_attention_backend,
     _graphs,
     _speculation,
     _recurrent_state,

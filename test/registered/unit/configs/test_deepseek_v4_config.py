@@ -5,10 +5,13 @@ import json
 import tempfile
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.errors import ConfigError
-from sglang.srt.configs.model_config import apply_overrides
+from sglang.srt.configs.model_config import ModelConfig, apply_overrides
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.server_args_resolve import resolve_all
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -29,6 +32,7 @@ FLASH = {
     "rms_norm_eps": 1e-6, "num_nextn_predict_layers": 1, "tie_word_embeddings": False, "bos_token_id": 0,
     "eos_token_id": 1, "hidden_act": "silu", "attention_bias": False, "torch_dtype": "bfloat16",
 }  # fmt: skip
+HOST = SimpleNamespace(kind="cpu", device_type="cpu", supports_graphs=False)
 OPTIONAL = {
     "architectures", "num_key_value_heads", "n_shared_experts", "scoring_func", "topk_method", "norm_topk_prob",
     "num_nextn_predict_layers", "tie_word_embeddings", "bos_token_id", "eos_token_id", "hidden_act", "attention_bias",
@@ -134,6 +138,38 @@ class TestRefusals(CustomTestCase):
         config = DeepseekV4Config.from_hf(FLASH)
         self.assertEqual(config.uneven_parts(8, 8), {})
         self.assertEqual(set(config.uneven_parts(16, 1)), {"o_groups"})
+
+
+class TestSettings(CustomTestCase):
+    @classmethod
+    def setUpClass(cls):
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        (Path(folder.name) / "config.json").write_text(json.dumps(FLASH))
+        cls.model = ModelConfig.from_path(folder.name)
+
+    def resolved(self, **args):
+        return resolve_all(ServerArgs(model_path=self.model.model_path, random_seed=1, **args), self.model, HOST)
+
+    def test_pages_have_the_one_size(self):
+        found = self.resolved()
+        self.assertEqual(found.args.page_size, 256)
+        self.assertIn("page_size: None -> 256 (compressed entries", "\n".join(map(str, found.changes)))
+        self.assertEqual(self.resolved(page_size=256).args.page_size, 256)
+        self.assertEqual(found.args.chunked_prefill_size % 256, 0)
+
+    def test_settings_that_are_refused(self):
+        for word, args in (
+            ("--page-size 16 cannot be served: compressed entries and states of the model follow pages of 256", {
+                "page_size": 16}),
+            ("--chunked-prefill-size 300 is no number of pages", {"chunked_prefill_size": 300}),
+            ("--max-total-tokens 100 is less than one page", {"max_total_tokens": 100}),
+            ("DeepSeek V4 drafts", {"speculative_algorithm": "EAGLE"}),
+            ("--attention-backend torch_native has no compressed attention", {"attention_backend": "torch_native"}),
+            ("does not divide o_groups 8", {"tp_size": 16}),
+        ):  # fmt: skip
+            with self.subTest(word=word):
+                self.assertIn(word, "\n".join(self.resolved(**args).errors))
 
 
 if __name__ == "__main__":

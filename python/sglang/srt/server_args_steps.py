@@ -1,0 +1,53 @@
+"""What a step of resolution is given, and what it yields."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.server_args import ServerArgs
+
+
+class PlatformLike(Protocol):
+    """What resolution asks of a platform."""
+
+    @property
+    def kind(self) -> str: ...
+
+    @property
+    def device_type(self) -> str: ...
+
+    @property
+    def supports_graphs(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Change:
+    """One field that resolution set, and why."""
+
+    field: str
+    old: Any
+    new: Any
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.old} -> {self.new} ({self.reason})"
+
+
+@dataclass(frozen=True)
+class Context:
+    """What steps may look at; ``model`` is None when its config cannot be read."""
+
+    platform: PlatformLike
+    model: ModelConfig | None
+    mamba_ssm_dtype: str
+    # Tokens that a rank may dispatch in one forward, and the fields that the user set rather than left to resolution.
+    dispatch_limit: int = 0
+    given: frozenset[str] = frozenset()
+
+
+# A step yields what it changes, and in words what speaks against the settings.
+Step = Callable[["ServerArgs", Context], Iterator[Change | str]]
