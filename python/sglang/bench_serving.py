@@ -41,6 +41,7 @@ from sglang.bench_utils.datasets import (
 from sglang.bench_utils.metrics import (
     RequestOutput,
     RunInfo,
+    accept_length,
     calculate_metrics,
     result_block,
     result_details,
@@ -235,9 +236,11 @@ async def benchmark(args: argparse.Namespace) -> dict[str, Any]:
         await _warm_up(send, rows[0], args.warmup_requests)
         if args.flush_cache:
             await control.flush_cache()
+        before = await control.try_get("/server_info")
         outputs, duration = await _measure(args, send, rows)
         server_info = await control.try_get("/server_info")
-    return _report(args, outputs, duration, tokenizer, server_info)
+    length = accept_length(before.get("internal_states") or (), server_info.get("internal_states") or ())
+    return _report(args, outputs, duration, tokenizer, server_info, length)
 
 
 def _report(
@@ -246,13 +249,13 @@ def _report(
     duration: float,
     tokenizer: Tokenizer,
     server_info: dict[str, Any],
+    accepted: float | None,
 ) -> dict[str, Any]:
     retokenized = [len(tokenizer.encode(output.text, add_special_tokens=False)) for output in outputs]
     metrics = calculate_metrics(outputs, duration, retokenized)
-    states = server_info.get("internal_states") or [{}]
     info = RunInfo(
         args.backend, args.dataset_name, args.request_rate, args.max_concurrency, args.tag, length_settings(args),
-        server_info or None, states[0].get("avg_spec_accept_length"),
+        server_info or None, accepted,
     )  # fmt: skip
     print(result_block(info, metrics))
     failed = [output.error for output in outputs if not output.success]

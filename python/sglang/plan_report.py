@@ -108,7 +108,10 @@ def table(plan: MemoryPlan, args: ServerArgs, kind: str, variables: dict[str, st
 def unit_row(name: str, unit: UnitPlan) -> tuple[str, int, str]:
     """Name, bytes and note of what is kept by one kind of unit."""
     title, note = UNIT_ROWS[name]
-    return title, unit.num_bytes, note.format(unit.size, unit.page_bytes // unit.page_size)
+    note = note.format(unit.size, unit.page_bytes // unit.page_size)
+    if name == STATE and len(unit.parts) > 1:
+        note += f": {' + '.join(f'{pool} {size} B' for pool, size in unit.parts.items())}"
+    return title, unit.num_bytes, note
 
 
 def exchange_table(plan: ExchangePlan, expert_bytes: int) -> Iterator[str]:

@@ -150,6 +150,20 @@ class RunInfo:
     accept_length: float | None = None
 
 
+def accept_length(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> float | None:
+    """Tokens per verify step of a request between two looks at a server's internal states; None without speculation.
+
+    A server that counts no steps is taken at its word for its whole life (``avg_spec_accept_length``).
+    """
+
+    def since(key: str) -> int:
+        return sum(state.get(key, 0) for state in after) - sum(state.get(key, 0) for state in before)
+
+    if steps := since("spec_verify_ct"):
+        return 1 + since("num_accepted_drafts") / steps
+    return next((state["avg_spec_accept_length"] for state in after if "avg_spec_accept_length" in state), None)
+
+
 def _figures(m: BenchmarkMetrics) -> list[tuple[str, str, float]]:
     """(label in the block, key in the record, value): upstream's, in upstream's order."""
     return [

@@ -20,6 +20,7 @@ from sglang.bench_utils.datasets import DatasetError, DatasetRow, get_dataset, r
 from sglang.bench_utils.metrics import (
     RequestOutput,
     RunInfo,
+    accept_length,
     calculate_metrics,
     result_block,
     result_details,
@@ -62,6 +63,18 @@ LENGTHS = {
     "random_output_len": 4,
     "random_range_ratio": 0.0,
 }
+
+
+class TestAcceptLength(CustomTestCase):
+    def test_the_steps_of_the_run_alone_count(self):
+        def states(*counts):
+            return [{"spec_verify_ct": steps, "num_accepted_drafts": accepted} for steps, accepted in counts]
+
+        self.assertEqual(accept_length(states((10, 0), (0, 0)), states((14, 6), (4, 4))), 2.25)
+        self.assertEqual(accept_length([], states((4, 6))), 2.5)
+        self.assertIsNone(accept_length(states((3, 1)), states((3, 1))))  # nothing was verified
+        self.assertIsNone(accept_length([{}], [{}]))
+        self.assertEqual(accept_length([{}], [{"avg_spec_accept_length": 2.1}]), 2.1)  # another server
 
 
 def percentile(values: list[float], percent: float) -> float:

@@ -80,7 +80,7 @@ class TestNeeds(CustomTestCase):
         for name in NAMES:
             args, config = resolved(name)
             with mock.patch.dict(sys.modules, {"torch.fx.experimental.symbolic_shapes": None}):
-                self.assertGreater(sum(memory_plan.count_weights(memory_plan.build_rank(args, config, 0)).values()), 0)
+                self.assertGreater(sum(memory_plan.count_weights(*memory_plan.build_rank(args, config, 0)).values()), 0)
 
 
 class TestSeveralModels(CustomTestCase):

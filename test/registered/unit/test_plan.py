@@ -87,7 +87,7 @@ def bytes_of_transport(transport: PortableTransport) -> int:
 
 
 def planned_weights(args: ServerArgs, config: ModelConfig, rank: int) -> dict[str, int]:
-    return count_weights(build_rank(args, config, rank))
+    return count_weights(*build_rank(args, config, rank))
 
 
 class PlanTestCase(CustomTestCase):

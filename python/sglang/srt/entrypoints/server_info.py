@@ -143,7 +143,7 @@ async def metrics_text(context: ServerContext) -> str:
     received = [state.get("experts", {}).get("received_rows", {}) for state in states]
     lines = _metric_lines(_METRICS, states, name) + _metric_lines(_FRONT_METRICS, [_front(context)], name)
     lines += _metric_lines(_RECV_METRICS, received, name)
-    return "\n".join(lines + _overlap_lines(states[0], name)) + "\n"
+    return "\n".join(lines + _position_lines(states, name) + _overlap_lines(states[0], name)) + "\n"
 
 
 def _front(context: ServerContext) -> dict[str, int]:
@@ -164,10 +164,24 @@ def _metric_lines(metrics: Sequence[tuple[str, ...]], states: Sequence[dict[str,
             continue
         lines.append(f"# HELP sglang:{metric} {text}\n# TYPE sglang:{metric} {kind}")
         for dp_rank, state in enumerate(states):
-            rank = f',dp_rank="{dp_rank}"' if len(states) > 1 else ""
-            labels = f'model_name="{name}",engine_type="unified",tp_rank="0"{rank}'
-            lines.append(f"sglang:{metric}{{{labels}}} {state[key]}")
+            lines.append(f"sglang:{metric}{{{_labels(states, dp_rank, name)}}} {state[key]}")
     return lines
+
+
+def _labels(states: Sequence[dict[str, Any]], dp_rank: int, name: str) -> str:
+    rank = f',dp_rank="{dp_rank}"' if len(states) > 1 else ""
+    return f'model_name="{name}",engine_type="unified",tp_rank="0"{rank}'
+
+
+def _position_lines(states: Sequence[dict[str, Any]], name: str) -> list[str]:
+    """The part of the verify steps in which the first, second, ... draft became output; nothing without speculation."""
+    metric = "sglang:spec_accept_rate_by_position"
+    text = "Part of the verify steps in which the draft at this position became output, as last logged."
+    rows = []
+    for dp_rank, state in enumerate(states):
+        for position, rate in enumerate(state.get("spec_accept_rate_by_position", ()), start=1):
+            rows.append(f'{metric}{{{_labels(states, dp_rank, name)},position="{position}"}} {rate}')
+    return [f"# HELP {metric} {text}\n# TYPE {metric} gauge", *rows] if rows else []
 
 
 def _overlap_lines(state: dict[str, Any], name: str) -> list[str]:

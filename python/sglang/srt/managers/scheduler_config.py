@@ -14,10 +14,10 @@ from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_parallel_state
 from sglang.srt.environ import envs
+from sglang.srt.model_executor.model_pools import slots_for_drafts
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
-from sglang.srt.speculative.spec_info import SpecInfo
 from sglang.srt.utils.audit import unpickle_count
 
 
@@ -55,9 +55,7 @@ class SchedulerConfig:
         cls, args: ServerArgs, model_config: ModelConfig, runner: ModelRunner, dp_rank: int = 0
     ) -> SchedulerConfig:
         """From resolved arguments and the pools that the runner has made."""
-        chunk, page = args.chunked_prefill_size, args.page_size or 1
-        per_step = SpecInfo(args.speculative_num_steps).slots_per_step if args.speculative_num_steps else 0
-        slots_for_drafts = -(-per_step // page) * page
+        chunk = args.chunked_prefill_size
         return cls(
             device=runner.device,
             vocab_size=model_config.vocab_size,
@@ -66,7 +64,7 @@ class SchedulerConfig:
             max_prefill_tokens=args.max_prefill_tokens,
             chunked_prefill_size=chunk if chunk is not None and chunk > 0 else None,
             # Drafts take slots, and never those of a token that a request may still have.
-            max_req_len=min(model_config.context_len, runner.pools.size(FULL) - slots_for_drafts),
+            max_req_len=min(model_config.context_len, runner.pools.size(FULL) - slots_for_drafts(args)),
             schedule_policy=args.schedule_policy,
             schedule_conservativeness=args.schedule_conservativeness,
             enable_mixed_chunk=args.enable_mixed_chunk,

@@ -38,6 +38,7 @@ class SchedulerMetrics:
         self.accepted_by_position: list[int] = []
         self.spec_accept_length = 0.0  # tokens per verify step of a request, as last logged; so is the rate of drafts
         self.spec_accept_rate = 0.0
+        self.spec_accept_rate_by_position: list[float] = []  # of the steps, how many gave so many drafts or more
         # Seconds in forward and sampling, and in all else of a step.
         self.forward_seconds = 0.0
         self.schedule_seconds = 0.0
@@ -45,6 +46,7 @@ class SchedulerMetrics:
         self._log_started = time.perf_counter()
         self._log_tokens = 0  # of these counts, what was logged
         self._log_spec = (0, 0, 0)
+        self._log_positions: list[int] = []
 
     def verified(self, num_drafts: int, num_new: int) -> None:
         """A verify step gave a request ``num_new`` tokens, of which all but the last were drafts."""
@@ -111,16 +113,26 @@ class SchedulerMetrics:
 
     def _log_acceptance(self) -> str:
         """What speculation gave since the last line; nothing without it."""
+        if not self._take_acceptance():
+            return ""
+        return f"accept len: {self.spec_accept_length:.2f}, accept rate: {self.spec_accept_rate:.2f}, "
+
+    def _take_acceptance(self) -> bool:
+        """Bring the figures of speculation up to date; False when it gave nothing since they were taken last."""
         now = (self.spec_verify_ct, self.num_drafts, self.num_accepted_drafts)
         steps, drafts, accepted = (count - before for count, before in zip(now, self._log_spec, strict=True))
         if not steps:
-            return ""
-        self._log_spec = now
+            return False
+        before = self._log_positions + [0] * (len(self.accepted_by_position) - len(self._log_positions))
+        counts = [count - was for count, was in zip(self.accepted_by_position, before, strict=True)]
+        self._log_spec, self._log_positions = now, list(self.accepted_by_position)
         self.spec_accept_length, self.spec_accept_rate = 1 + accepted / steps, accepted / drafts
-        return f"accept len: {self.spec_accept_length:.2f}, accept rate: {self.spec_accept_rate:.2f}, "
+        self.spec_accept_rate_by_position = [count / steps for count in counts]
+        return True
 
     def went_idle(self) -> None:
-        """Do not count idle time into the next throughput figure."""
+        """Do not count idle time into the next throughput figure; show what speculation gave to the last requests."""
+        self._take_acceptance()
         self._log_started, self._log_tokens = time.perf_counter(), self.num_generated_tokens
 
     def snapshot(self) -> dict[str, Any]:

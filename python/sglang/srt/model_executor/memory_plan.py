@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -36,7 +37,7 @@ from sglang.srt.layers.moe.token_dispatcher.moriep import release_problem
 from sglang.srt.mem_cache.pool_plan import PoolPlan, PoolPlanError
 from sglang.srt.model_executor.model_pools import plan_pools, request_table_bytes, served_layout
 from sglang.srt.model_executor.step_graphs import decode_buckets
-from sglang.srt.model_loader.loader import build_model
+from sglang.srt.model_loader.loader import build_draft_model, build_model, draft_config
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.server_args import ServerArgs, override_server_args
@@ -54,28 +55,40 @@ WEIGHT_GROUPS = {
     "embedding and head": {"embed_tokens", "lm_head"},
     "norms": {""},
 }
+# One more group: what the model that drafts has of its own.
+DRAFT_LAYER = "draft layer"
 
 
-def build_rank(args: ServerArgs, config: ModelConfig, rank: int) -> nn.Module:
+def build_rank(args: ServerArgs, config: ModelConfig, rank: int) -> tuple[nn.Module, nn.Module | None]:
     """The model of ``rank`` on torch's meta device, with experts that exchange nothing: that changes no weight.
 
-    No device is asked: the kinds of 8-bit floats differ, not their sizes.
+    With it the model that drafts, if any. No device is asked: the kinds of 8-bit floats differ, not their sizes.
     """
     tp_size = args.tp_size // args.attn_dp_size
     tp = ProcessGroupHandle(rank % tp_size, tp_size)
     state = ParallelState(ProcessGroupHandle(rank, args.tp_size), tp, args.ep_size)
     with override_parallel_state(state), override_server_args(**{**vars(args), "moe_a2a_backend": "none"}):
         with override_platform(CpuPlatform()):
-            return build_model(config, "meta")
+            model = build_model(config, "meta")
+            if args.speculative_algorithm is None:
+                return model, None
+            config = draft_config(args, config)
+            # Which matrices are 8-bit stands in the tensors alone; without them the config is believed.
+            there = any(Path(config.model_path).glob("*.safetensors"))
+            return model, build_draft_model(config, model, "meta", load_format=args.load_format if there else "dummy")
 
 
-def count_weights(model: nn.Module) -> dict[str, int]:
-    """Bytes of the weights of ``model`` by group, with the scales of quantised blocks and the position tables."""
-    groups = dict.fromkeys(WEIGHT_GROUPS, 0)
+def count_weights(model: nn.Module, draft: nn.Module | None = None) -> dict[str, int]:
+    """Bytes of the weights of ``model`` by group, with the scales of quantised blocks and the position tables.
+
+    What ``draft`` has beside them is one more group.
+    """
+    groups = dict.fromkeys((*WEIGHT_GROUPS, DRAFT_LAYER), 0)
     seen: set[int] = set()
-    for path, module in model.named_modules():
+    modules = [*model.named_modules(), *((DRAFT_LAYER, module) for module in (draft.modules() if draft else ()))]
+    for path, module in modules:
         parts = {"", *path.split(".")}
-        group = next(name for name, marks in WEIGHT_GROUPS.items() if parts & marks)
+        group = path if path == DRAFT_LAYER else next(name for name, marks in WEIGHT_GROUPS.items() if parts & marks)
         for held in (*module._parameters.values(), *module._buffers.values(), *vars(module).values()):
             if isinstance(held, torch.Tensor) and held.untyped_storage()._cdata not in seen:
                 seen.add(held.untyped_storage()._cdata)
@@ -141,11 +154,11 @@ def plan_needs(
     args: ServerArgs, config: ModelConfig, kind: str, environ: Mapping[str, str], judge_release: bool = False
 ) -> RankNeeds:
     """The needs of resolved ``args`` on platform ``kind``; parameters and errors are those of ``plan_moe_exchange``."""
-    model = build_rank(args, config, 0)
-    weights = [count_weights(model)]
+    model, draft = build_rank(args, config, 0)
+    weights = [count_weights(model, draft)]
     if config.quant_config is not None:
         # Ranks differ where only some parts of a quantised matrix are cut at blocks.
-        weights += [count_weights(build_rank(args, config, rank)) for rank in range(1, args.tp_size)]
+        weights += [count_weights(*build_rank(args, config, rank)) for rank in range(1, args.tp_size)]
     fullest = max(weights, key=lambda groups: sum(groups.values()))
     return RankNeeds(fullest, plan_moe_exchange(args, config, model, kind, environ, judge_release))
 
@@ -160,7 +173,7 @@ def plan_moe_exchange(
 ) -> ExchangePlan | None:
     """The exchange of resolved ``args`` on platform ``kind``; None where experts exchange no tokens.
 
-    model: a rank as ``build_rank`` makes it. judge_release: the MORI that can be imported here, if any, is one of the
+    model: that of a rank by ``build_rank``. judge_release: the MORI that can be imported here, if any, is one of the
     reasons. Raises ValueError for SGLANG_MORI_* and other settings with which there is nothing to plan.
     """
     if args.moe_a2a_backend != "mori":
@@ -231,13 +244,14 @@ def estimate_graphs(args: ServerArgs, config: ModelConfig) -> int:
 class UnitPlan:
     """What is kept by one kind of unit: how many can be handed out, bytes of each page, and of all with the dummies.
 
-    A page of ``page_size`` units is handed out at a time.
+    A page of ``page_size`` units is handed out at a time; ``parts`` are its bytes by pool.
     """
 
     size: int
     page_size: int
     page_bytes: int
     num_bytes: int
+    parts: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -305,7 +319,8 @@ def plan_units(args: ServerArgs, layout: CacheLayout, pools: PoolPlan | None) ->
         page = dummy_units(unit, args.page_size or 1)
         size = 0 if pools is None else pools.sizes[unit]
         num_bytes = 0 if pools is None else layout.num_bytes(unit, size + page)
-        units[unit] = UnitPlan(size, page, layout.num_bytes(unit, page), num_bytes)
+        parts = {pool.name: page // pool.units_per_row * pool.row_bytes for pool in layout.pools if pool.unit == unit}
+        units[unit] = UnitPlan(size, page, layout.num_bytes(unit, page), num_bytes, parts)
     return units
 
 

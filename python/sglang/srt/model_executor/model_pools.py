@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
-from sglang.srt.configs.cache_layout import STATE, CacheLayout, CacheTypes, join
+from sglang.srt.configs.cache_layout import FULL, STATE, CacheLayout, CacheTypes, join
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import ModelPools, StateSlots
-from sglang.srt.mem_cache.pool_plan import PoolPlan, plan_pool_sizes
+from sglang.srt.mem_cache.pool_plan import PoolPlan, PoolPlanError, plan_pool_sizes
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.spec_info import SpecInfo
@@ -67,7 +67,7 @@ def plan_pools(args: ServerArgs, configs: Sequence[ModelConfig], tp_size: int, a
     if args.max_running_requests is None or args.page_size is None:
         raise ValueError("server arguments max_running_requests and page_size are not resolved")
     longest = max(config.context_len for config in configs)
-    return plan_pool_sizes(
+    sizes = plan_pool_sizes(
         available_bytes=available_bytes,
         layout=join(served_layout(args, config, tp_size) for config in configs),
         max_running_requests=args.max_running_requests,
@@ -79,6 +79,21 @@ def plan_pools(args: ServerArgs, configs: Sequence[ModelConfig], tp_size: int, a
         useful_tokens=CONTEXTS_PER_REQUEST * args.max_running_requests * longest,
         useful_state_slots=STATE_SLOTS_PER_REQUEST * args.max_running_requests,
     )
+    least = 2 + slots_for_drafts(args)
+    if sizes.sizes[FULL] < least:
+        raise PoolPlanError(
+            f"there is KV for {sizes.sizes[FULL]} tokens, and a request of one prompt token and one new one needs "
+            f"{least} with --speculative-num-steps {args.speculative_num_steps}: raise --max-total-tokens, lower "
+            "--speculative-num-steps or --page-size, or free memory"
+        )
+    return sizes
+
+
+def slots_for_drafts(args: ServerArgs) -> int:
+    """Tokens, whole pages, that a verify step of a request may take past the tokens that the request may have."""
+    page = args.page_size or 1
+    per_step = SpecInfo(args.speculative_num_steps).slots_per_step if args.speculative_num_steps else 0
+    return -(-per_step // page) * page
 
 
 def make_rank_memory(

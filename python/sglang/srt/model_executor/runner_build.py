@@ -24,7 +24,7 @@ from sglang.srt.model_executor.memory_plan import check_fit, graph_buckets, plan
 from sglang.srt.model_executor.model_pools import RankMemory, make_pools, make_rank_memory, plan_pools
 from sglang.srt.model_executor.model_runner import LoadedModel, ModelRunner
 from sglang.srt.model_executor.step_graphs import StepGraphs
-from sglang.srt.model_loader.loader import load_draft_model, load_model
+from sglang.srt.model_loader.loader import draft_config, load_draft_model, load_model
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.stream_policy import StreamPlan, plan_streams
@@ -69,12 +69,7 @@ def load_draft(
     args: ServerArgs, config: ModelConfig, target: torch.nn.Module, device: torch.device, streams: StreamPlan
 ) -> torch.nn.Module:
     """The MTP layer that drafts for ``target``, from its own folder or another. Raises ConfigError, WeightLoadError."""
-    folder = args.speculative_draft_model_path
-    if folder is not None and folder != args.model_path:
-        config = ModelConfig.from_path(
-            folder, dtype=str(config.dtype).removeprefix("torch."), context_length=config.context_len
-        )
-    return load_draft_model(config, args, target, device, streams)
+    return load_draft_model(draft_config(args, config), args, target, device, streams)
 
 
 def plan(args: ServerArgs, models: Sequence[LoadedModel]) -> PoolPlan:

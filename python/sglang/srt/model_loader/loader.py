@@ -128,6 +128,15 @@ def load_draft_model(
     return draft.eval()
 
 
+def draft_config(args: ServerArgs, config: ModelConfig) -> ModelConfig:
+    """The config of the folder whose MTP layer drafts for the model of ``config``: its own, or another."""
+    folder = args.speculative_draft_model_path
+    if folder is None or folder == args.model_path:
+        return config
+    dtype = str(config.dtype).removeprefix("torch.")
+    return ModelConfig.from_path(folder, dtype=dtype, context_length=config.context_len)
+
+
 def _check_draft(config: ModelConfig, target: CausalLM) -> None:
     refusal = config.text.mtp_refusal
     if refusal:

@@ -1,0 +1,51 @@
+"""What speculation gave, as counted, logged and shown, against counting by hand."""
+
+import random
+import unittest
+
+from sglang.srt.entrypoints.server_info import _position_lines
+from sglang.srt.managers.scheduler_metrics import SchedulerMetrics
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
+
+LOAD = {"num_running_reqs": 1, "num_queue_reqs": 0, "num_used_tokens": 5, "max_total_num_tokens": 10}
+
+
+class TestAcceptance(CustomTestCase):
+    def test_figures_are_those_since_the_last_line(self):
+        coins, metrics = random.Random(0), SchedulerMetrics(1)
+        everything: list[int] = []
+        for number, end_of_turn in enumerate([metrics._log_decode, lambda load: metrics.went_idle()] * 3):
+            # Later turns reach positions that the first did not.
+            lengths = [coins.randint(1, 2 if number == 0 else 4) for _ in range(10)]
+            for length in lengths:
+                metrics.verified(3, length)
+            end_of_turn(LOAD)
+            everything += lengths
+            self.assertAlmostEqual(metrics.spec_accept_length, sum(lengths) / 10)
+            self.assertAlmostEqual(metrics.spec_accept_rate, sum(length - 1 for length in lengths) / 30)
+            by_hand = [sum(length > place for length in lengths) / 10 for place in (1, 2, 3)]
+            self.assertEqual(metrics.spec_accept_rate_by_position, by_hand)
+        self.assertEqual(metrics.accepted_by_position, [sum(n > place for n in everything) for place in (1, 2, 3)])
+        shown = metrics.spec_accept_length
+        metrics.went_idle()  # nothing new: the last figures stay
+        self.assertEqual(metrics.spec_accept_length, shown)
+
+    def test_metric_by_position(self):
+        def labels(rank):
+            return f'model_name="m",engine_type="unified",tp_rank="0"{rank}'
+
+        one = _position_lines([{"spec_accept_rate_by_position": [0.5, 0.25]}], "m")
+        self.assertIn("# TYPE sglang:spec_accept_rate_by_position gauge", one[0])
+        self.assertEqual(one[1], f'sglang:spec_accept_rate_by_position{{{labels("")},position="1"}} 0.5')
+        self.assertEqual(one[2], f'sglang:spec_accept_rate_by_position{{{labels("")},position="2"}} 0.25')
+        two = _position_lines([{}, {"spec_accept_rate_by_position": [1.0]}], "m")
+        where = labels(',dp_rank="1"')
+        self.assertEqual(two[1:], [f'sglang:spec_accept_rate_by_position{{{where},position="1"}} 1.0'])
+        self.assertEqual(_position_lines([{}, {"spec_accept_rate_by_position": []}], "m"), [])
+
+
+if __name__ == "__main__":
+    unittest.main()
