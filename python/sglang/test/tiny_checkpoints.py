@@ -74,7 +74,6 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "dsv2": _DEEPSEEK_V2,
     "dsv2g": _DEEPSEEK_V2_GROUPS,
     "dsv2g-k3": {**_DEEPSEEK_V2_GROUPS, "num_experts_per_tok": 3},
-    "dsv4": _DEEPSEEK_V4,
     "dsv3": {
         **_DEEPSEEK_V2, "model_type": "deepseek_v3", "n_shared_experts": 1, "n_routed_experts": 16,
         "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
@@ -82,6 +81,9 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": {**_YARN, "mscale": 1.0, "mscale_all_dim": 1.0},
     },
 }  # fmt: skip
+
+# Served in pages of one size, and not by the backends of the others.
+COMPRESSED_CONFIGS = {"dsv4": _DEEPSEEK_V4}
 
 # The same control flow at the head sizes that GPU kernels meet in real models.
 KERNEL_SIZED_CONFIGS: dict[str, dict[str, Any]] = {
@@ -157,7 +159,7 @@ def _fill_deepseek_v4(model: torch.nn.Module, generator: torch.Generator) -> Non
 
 def save_tiny_checkpoint(name: str, folder: str | Path, seed: int = 0, **overrides: Any) -> Any:
     """Save the checkpoint called ``name`` (with config ``overrides``) in ``folder``; returns its HF model."""
-    model = build_hf_model({**TINY_CONFIGS, **KERNEL_SIZED_CONFIGS}[name] | overrides, seed)
+    model = build_hf_model({**TINY_CONFIGS, **COMPRESSED_CONFIGS, **KERNEL_SIZED_CONFIGS}[name] | overrides, seed)
     model.save_pretrained(str(folder), safe_serialization=True)
     return model
 
