@@ -354,7 +354,7 @@ class TestRanks(CustomTestCase):
                 graphs.capture(FailingGraph, lambda bucket: None)
             return graphs
 
-        with self.assertLogs("sglang.srt.model_executor.step_graphs", "INFO") as logs:
+        with self.assertLogs("sglang.srt.model_executor.bucket_graphs", "INFO") as logs:
             try:
                 return run_ranks(capture, range(2))
             finally:

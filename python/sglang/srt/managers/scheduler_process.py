@@ -65,7 +65,7 @@ def make_memory(runner: ModelRunner, args: ServerArgs) -> ReqMemory:
     states = runner.memory.state_slots
     companions = [] if states is None else [StateCompanion(states)]
     tree = RadixCache(allocator, page_size, policy, disable, companions)
-    spec = SpecInfo(args.speculative_num_steps) if args.speculative_num_steps else None
+    spec = SpecInfo.of(args.speculative_num_steps)
     width, ahead = (1, 0) if spec is None else (spec.num_draft_tokens, spec.slots_ahead)
     return ReqMemory(allocator, runner.req_to_token_pool, tree, width, ahead)
 
@@ -149,7 +149,7 @@ def end_together(context: ChildContext) -> Callable[[], None]:
 def leave(scheduler: Scheduler) -> None:
     """End this rank's groups along with the other ranks, or the process when they do not come."""
     _end_within_bound()
-    scheduler.worker.runner.decode_graphs = None  # a graph holds the communicators that it uses
+    scheduler.worker.runner.drop_graphs()  # a graph holds the communicators that it uses
     current_platform.synchronize()
     try:
         leave_groups(END_S / 2)

@@ -102,9 +102,11 @@ class LaunchedForward:
         speculator, step = self._speculator, self._step
         if speculator is not None:
             drawn = self._runner.sample(step, speculator.sampling_info(step, info), self._batch)
-            accepted = speculator.accept(step, drawn, info)
-            self._runner.last_token.index_copy_(0, step.req_rows, accepted.newest)
-            return LaunchedStep(accepted.drawn, step.output, accepted.num_new)
+            accepted = speculator.accept(step, drawn)
+            # On its way before the drafts are made, which the host does not wait for.
+            launched = LaunchedStep(accepted.drawn, step.output, accepted.num_new)
+            speculator.draft(step, accepted, info)
+            return launched
         drawn = self._runner.sample(self._step, info, self._batch)
         info.update(drawn)
         self._runner.last_token.index_copy_(0, self._step.req_rows, drawn.to(torch.int64))

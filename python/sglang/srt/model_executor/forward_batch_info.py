@@ -31,11 +31,14 @@ class ForwardMode(IntEnum):
 class StepKind:
     """A step to which every request brings the same number of tokens; such steps can be captured.
 
-    ``rows_per_request`` tokens, the last of them at position ``seq_lens - 1``.
+    ``rows_per_request`` tokens, the last of them at position ``seq_lens - 1``. A step of several finds its lengths on
+    the device (``StepRelay.committed``): those of the host are bounds. ``slots_ahead`` slots behind the rows go into
+    the request table with theirs.
     """
 
     name: str
     rows_per_request: int
+    slots_ahead: int = 0
 
 
 DECODE = StepKind("decode", 1)
@@ -248,6 +251,24 @@ class ForwardBatch:
     def rows_of_groups(self) -> list[int] | None:
         """Rows that each attention group brings, padding included; None without attention data parallelism."""
         return self.global_num_rows_cpu or self.global_num_tokens_cpu
+
+    def first(self, size: int) -> ForwardBatch:
+        """The first ``size`` requests of a step of one number of rows per request: without its padding."""
+        assert self.kind is not None
+        if size == self.batch_size:
+            return self
+        rows = size * self.kind.rows_per_request
+        return replace(
+            self,
+            batch_size=size,
+            positions=self.positions[:rows],
+            req_pool_indices=self.req_pool_indices[:size],
+            seq_lens=self.seq_lens[:size],
+            seq_lens_cpu=self.seq_lens_cpu[:size],
+            out_cache_loc=self.out_cache_loc[:rows],
+            table_loc=None if self.table_loc is None else self.table_loc[:size],
+            state_slot_ids=None if self.state_slot_ids is None else self.state_slot_ids[:size],
+        )
 
     def single_rows(self) -> ForwardBatch:
         """The rows of a step of several per request as a decode step: each row a request that ends with it."""

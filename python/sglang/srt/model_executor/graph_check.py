@@ -11,37 +11,40 @@ from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.mem_cache.written_rows import WrittenRows
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
-from sglang.srt.model_executor.step_graphs import GraphOutput, StepGraphs
+from sglang.srt.model_executor.model_pools import StepRelay
+from sglang.srt.model_executor.step_graphs import StepGraphs, StepOutput
 
 # Context lengths of the check, repeated over the batch: odd, one page, more than one split.
-CHECK_LENS = (1, 17, 64, 129, 3)
+CHECK_LENS = (17, 1, 64, 129, 3)
 
 
 class GraphCheck:
     """Compares eager and replayed steps on fixed inputs; it runs while the pools are empty, and leaves them zeroed.
 
-    ``eager(batch, bucket)`` runs the padded step without the graph. last_token: where a step finds the ids that its
-    requests drew last, by request row.
+    ``eager(batch, bucket)`` runs the padded step without the graph. last_token, relay: where a step finds, by request
+    row, the ids that its requests drew last, and lengths and drafts.
     """
 
     def __init__(
         self,
         graphs: StepGraphs,
-        eager: Callable[[ModelWorkerBatch, int], GraphOutput],
+        eager: Callable[[ModelWorkerBatch, int], StepOutput],
         last_token: torch.Tensor,
         req_pool: ReqToTokenPool,
         pools: ModelPools,
         vocab_size: int,
+        relay: StepRelay | None = None,
     ) -> None:
         self._graphs = graphs
         self._eager = eager
         self._last_token = last_token
-        self._width = graphs.kind.rows_per_request
+        self._relay = relay
+        self._width, self._ahead = graphs.kind.rows_per_request, graphs.kind.slots_ahead
         self._req_pool = req_pool
         self._page_size = pools.page_size
         self._vocab_size = vocab_size
         largest = graphs.buckets[-1]
-        pages = -(-largest * max(CHECK_LENS) // pools.page_size)
+        pages = -(-largest * (max(CHECK_LENS) + self._ahead) // pools.page_size)
         self._num_slots = min(pools.size(FULL), pages * pools.page_size)
         self._num_states = min(pools.size(STATE), largest)
         self._written = WrittenRows(pools, {FULL: self._num_slots, STATE: self._num_states})
@@ -61,13 +64,15 @@ class GraphCheck:
         try:
             if len(rows) < size:
                 return f"the request table has fewer than {size} rows"
-            needed = size * self._width
+            needed = size * (self._width + self._ahead)
             if self._num_slots < needed:
                 return f"the KV pool has {self._num_slots} slots, and the step of {size} requests needs {needed}"
             batch = self._batch(rows, torch.Generator().manual_seed(bucket))
+            self._forget_slots(batch)
             self._written.poison(bucket)
-            wanted = [tensor.clone() for tensor in self._eager(batch, bucket).first(needed).tensors()]
+            wanted = [tensor.clone() for tensor in self._eager(batch, bucket).first(size * self._width).tensors()]
             written = self._written.fingerprints()
+            self._forget_slots(batch)
             self._written.poison(bucket)
             _, output = self._graphs.replay(batch, bucket)
             for ours, theirs in zip(wanted, output.tensors(), strict=True):
@@ -82,21 +87,36 @@ class GraphCheck:
             for row in rows:
                 self._req_pool.free(row)
 
+    def _forget_slots(self, batch: ModelWorkerBatch) -> None:
+        """Take the slots of the step out of the request table, into which the step is to write them."""
+        none = torch.zeros(self._width + self._ahead, dtype=torch.int64)
+        for row, end in zip(batch.req_pool_indices.tolist(), batch.seq_lens, strict=True):
+            self._req_pool.write(row, end - self._width, none)
+
     def _batch(self, rows: list[int], generator: torch.Generator) -> ModelWorkerBatch:
         """A batch over scattered slots, with contexts of several lengths."""
         # The request table has a column past the context; the RoPE table has no row for it.
-        longest = min(max(CHECK_LENS), self._req_pool.max_context_len - 1, self._num_slots // len(rows))
+        longest = min(max(CHECK_LENS), self._req_pool.max_context_len - 1, self._num_slots // len(rows)) - self._ahead
         lens = [max(self._width, min(CHECK_LENS[i % len(CHECK_LENS)], longest)) for i in range(len(rows))]
         order = torch.randperm(self._num_slots, generator=generator) + self._page_size
         slots, used = [], 0
         for row, length in zip(rows, lens, strict=True):
-            mine = order[used : used + length]
-            used += length
+            mine = order[used : used + length + self._ahead]
+            used += length + self._ahead
             self._req_pool.write(row, 0, mine)
-            slots.append(mine[-self._width :])
+            slots.append(mine[length - self._width :])
         ids = torch.randint(0, self._vocab_size, (len(rows),), generator=generator)
         self._last_token[rows] = ids.to(self._last_token.device)
+        if self._relay is not None:
+            self._fill_relay(self._relay, rows, lens, generator)
         states = None
         if self._num_states:
             states = (torch.randperm(self._num_states, generator=generator)[: len(rows)] + 1).tolist()
         return ModelWorkerBatch.uniform(self._graphs.kind, rows, lens, torch.cat(slots), states)
+
+    def _fill_relay(self, relay: StepRelay, rows: list[int], lens: list[int], generator: torch.Generator) -> None:
+        """Random drafts, and lengths, of which those of every other request are one below the host's bound."""
+        committed = [max(0, length - self._width - (i + 1) % 2) for i, length in enumerate(lens)]
+        relay.committed[rows] = torch.tensor(committed, device=relay.committed.device)
+        drafts = torch.randint(0, self._vocab_size, (len(rows), relay.drafts.shape[1]), generator=generator)
+        relay.drafts[rows] = drafts.to(relay.drafts.device)

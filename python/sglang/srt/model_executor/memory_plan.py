@@ -236,7 +236,7 @@ def estimate_graphs(args: ServerArgs, config: ModelConfig) -> int:
     buckets, text = graph_buckets(args), config.text
     values = 8 * text.hidden_size + text.num_experts_per_tok * (text.hidden_size + 3 * text.moe_intermediate_size)
     row = values * config.dtype.itemsize + 2 * 4 * config.vocab_size
-    rows = buckets[-1] * args.attn_dp_size
+    rows = buckets[-1] * args.attn_dp_size * (args.speculative_num_draft_tokens or 1)
     return rows * row + len(buckets) * config.num_hidden_layers * GRAPH_LAYER_BYTES
 
 

@@ -25,11 +25,23 @@ CONTEXTS_PER_REQUEST = 2
 
 
 @dataclass(frozen=True)
+class StepRelay:
+    """What a step of several tokens per request leaves on the device for the next one, by request row.
+
+    ``committed`` [rows] int64 are the tokens that have KV, ``drafts`` [rows, n] int64 the guesses behind the newest
+    token. Both are 0 in the row of padding.
+    """
+
+    committed: torch.Tensor
+    drafts: torch.Tensor
+
+
+@dataclass(frozen=True)
 class RankMemory:
     """What all runners of a rank share: the sizes of their pools, the request table, and what belongs to its rows.
 
     ``last_token`` [rows] int64 holds, by request row, the id that each request drew last. ``state_slots`` is None where
-    no model has recurrent states.
+    no model has recurrent states, ``relay`` where nobody drafts.
     """
 
     sizes: PoolPlan
@@ -37,6 +49,7 @@ class RankMemory:
     req_to_token_pool: ReqToTokenPool
     last_token: torch.Tensor
     state_slots: StateSlots | None
+    relay: StepRelay | None = None
 
 
 def cache_layout(
@@ -107,7 +120,11 @@ def make_rank_memory(
     table = ReqToTokenPool(args.max_running_requests or 1, table_width(args, configs), device)
     last_token = torch.zeros(table.padding_row + 1, dtype=torch.int64, device=device)
     state_slots = StateSlots(*pools) if any(each.layout.has(STATE) for each in pools) else None
-    return RankMemory(sizes, args.page_size or 1, table, last_token, state_slots)
+    relay = None
+    if args.speculative_num_steps is not None:
+        drafts = last_token.new_zeros(len(last_token), args.speculative_num_steps)
+        relay = StepRelay(torch.zeros_like(last_token), drafts)
+    return RankMemory(sizes, args.page_size or 1, table, last_token, state_slots, relay)
 
 
 def make_pools(
@@ -119,7 +136,8 @@ def make_pools(
 
 def table_width(args: ServerArgs, configs: Sequence[ModelConfig]) -> int:
     """Positions of a row of the request table: the longest context, and those that a step may reach past it."""
-    past = SpecInfo(args.speculative_num_steps).slots_per_step if args.speculative_num_steps else 1
+    spec = SpecInfo.of(args.speculative_num_steps)
+    past = 1 if spec is None else spec.slots_per_step
     return max(config.context_len for config in configs) + past
 
 

@@ -14,7 +14,9 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.moe.ep_moe.factory import describe_experts
 from sglang.srt.layers.moe.slotted_mlp import describe_shared
 from sglang.srt.layers.sampler import Sampler
+from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import ModelPools
+from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.model_executor.forward_batch_info import AttentionBackendLike, ForwardBatch, ModelWorkerBatch
 from sglang.srt.model_executor.model_pools import RankMemory
 from sglang.srt.model_executor.step_graphs import StepGraphs
@@ -60,11 +62,24 @@ class LoadedModel:
     draft: torch.nn.Module | None = None
 
 
+def place_rows(fb: ForwardBatch, committed: torch.Tensor, table: ReqToTokenPool) -> None:
+    """Put the rows of a step of several per request behind the tokens that each has committed.
+
+    committed [rows] int64 by request row; ``fb`` gets tensors of positions, lengths and slots for the host's bounds.
+    """
+    assert fb.kind is not None
+    rows, width = fb.req_pool_indices, fb.kind.rows_per_request
+    ahead = torch.arange(width, device=committed.device)
+    positions = committed.index_select(0, rows).unsqueeze(1) + ahead
+    fb.positions, fb.seq_lens = positions.flatten(), positions[:, -1] + 1
+    fb.out_cache_loc = table.req_to_token[rows.unsqueeze(1), positions].flatten().to(torch.int64)
+
+
 class ModelRunner:
     """Runs steps of one model on the memory of this rank; ``runner_build`` makes it.
 
-    Runners of one rank may share ``memory``. A step takes its input from ``memory.last_token`` and from ``drafts``
-    [rows, n], by request row the guesses that follow it, so it can be queued before the host knows it.
+    Runners of one rank may share ``memory``. A step takes its input from ``memory.last_token``, and one of several rows
+    per request its lengths and drafts from ``memory.relay``, so it can be queued before the host knows them.
     """
 
     def __init__(
@@ -82,9 +97,10 @@ class ModelRunner:
         self.attn_backend = attn_backend
         self.sampler = Sampler()
         self.overlap_trace = trace_reader(self.model)
-        self.drafts: torch.Tensor | None = None
-        self.wants_hidden = False
+        self.relay = memory.relay
         self.decode_graphs: StepGraphs | None = None
+        # Those of a draft's steps, by kind.
+        self.draft_graphs: dict[str, BucketGraphs] = {}
 
     @torch.inference_mode()
     def forward(self, batch: ModelWorkerBatch) -> StepForward:
@@ -98,7 +114,6 @@ class ModelRunner:
                 return self._replay(batch, bucket)
         # A backend may plan from the request table, so that is complete first.
         fb = self._complete(ForwardBatch.from_worker_batch(batch, self.device, self.attn_backend))
-        fb.wants_hidden = self.wants_hidden
         self.attn_backend.init_forward_metadata(fb)
         return StepForward(self._run_model(fb), fb, batch.batch_size)
 
@@ -116,13 +131,34 @@ class ModelRunner:
         """What a server says of its model while it runs; msgpack-able."""
         streams = {**self.loaded.streams.describe(), "trace": self.overlap_trace()}
         experts = {**describe_experts(self.model), "shared": describe_shared(self.model)}
-        return {"experts": experts, "streams": streams, "plain_by_split": self.loaded.plain_by_split}
+        all_graphs = [*([] if self.decode_graphs is None else [self.decode_graphs]), *self.draft_graphs.values()]
+        graphs = {each.name: each.describe() for each in all_graphs}
+        return {
+            "experts": experts,
+            "streams": streams,
+            "graphs": graphs,
+            "plain_by_split": self.loaded.plain_by_split,
+        }
+
+    def drop_graphs(self) -> None:
+        """Run every later step eagerly."""
+        self.decode_graphs = None
+        self.draft_graphs.clear()
 
     def run_planned(self, fb: ForwardBatch) -> LogitsProcessorOutput:
-        """The part of a step that a graph records; its attention metadata is in place."""
-        return self._run_model(self._complete(fb))
+        """The part of a step that a graph records; its attention metadata is in place.
+
+        A step that finds its lengths on the device is planned here, of them, and leaves them in the tensors of ``fb``.
+        """
+        completed = self._complete(fb)
+        if fb.kind is not None and fb.kind.rows_per_request > 1:
+            self.attn_backend.init_forward_metadata(completed)
+            for name in ("positions", "seq_lens", "out_cache_loc"):
+                getattr(fb, name).copy_(getattr(completed, name))
+        return self._run_model(completed)
 
     def _run_model(self, fb: ForwardBatch) -> LogitsProcessorOutput:
+        fb.wants_hidden = self.relay is not None
         output: LogitsProcessorOutput = self.model(fb.input_ids, fb.positions, fb)
         return output
 
@@ -132,15 +168,19 @@ class ModelRunner:
             return fb
         assert fb.kind is not None, "only a step of one number of tokens per request finds its ids on the device"
         rows, width = fb.req_pool_indices, fb.kind.rows_per_request
-        first = fb.positions if width == 1 else fb.positions.view(-1, width)[:, 0]
-        slots = fb.out_cache_loc if width == 1 else fb.out_cache_loc.view(-1, width)
-        self.req_to_token_pool.write_step(rows, first, slots if fb.table_loc is None else fb.table_loc)
         ids = self.last_token.index_select(0, rows)
-        if width > 1:
-            assert self.drafts is not None, f"a {fb.kind.name} step needs drafts on the device"
-            ids = torch.cat([ids.unsqueeze(1), self.drafts.index_select(0, rows)], dim=1).flatten()
         completed = copy.copy(fb)
-        completed.input_ids = ids
+        if width == 1:
+            self.req_to_token_pool.write_step(rows, fb.positions, fb.out_cache_loc)
+            completed.input_ids = ids
+            return completed
+        assert self.relay is not None, f"a {fb.kind.name} step needs lengths and drafts on the device"
+        # From where on the host gives slots: it knows of no later position that is sure to be committed.
+        first = fb.positions.view(-1, width)[:, 0]
+        slots = fb.out_cache_loc.view(-1, width) if fb.table_loc is None else fb.table_loc
+        self.req_to_token_pool.write_step(rows, first, slots)
+        place_rows(completed, self.relay.committed, self.req_to_token_pool)
+        completed.input_ids = torch.cat([ids.unsqueeze(1), self.relay.drafts.index_select(0, rows)], dim=1).flatten()
         return completed
 
     @torch.inference_mode()

@@ -27,6 +27,7 @@ from sglang.srt.model_executor.step_graphs import StepGraphs
 from sglang.srt.model_loader.loader import draft_config, load_draft_model, load_model
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative.spec_info import SpecInfo
 from sglang.srt.utils.stream_policy import StreamPlan, plan_streams
 
 logger = logging.getLogger(__name__)
@@ -98,8 +99,11 @@ def build(args: ServerArgs, models: Sequence[LoadedModel], sizes: PoolPlan) -> l
     for model, each in zip(models, pools, strict=True):
         runners.append(ModelRunner(model, memory, each, make_backend(args, model, memory, each)))
     if not args.disable_cuda_graph:
+        spec = SpecInfo.of(args.speculative_num_steps)
         for runner in runners:
-            runner.decode_graphs = capture_graphs(runner, graph_buckets(args))
+            # With drafts requests go on by verify steps alone.
+            kind = DECODE if spec is None else spec.verify
+            runner.decode_graphs = capture_graphs(runner, graph_buckets(args), kind)
             prove_graphs(runner, runner.decode_graphs)
     return runners
 
@@ -144,13 +148,9 @@ def capture_graphs(runner: ModelRunner, buckets: Sequence[int], kind: StepKind =
 @torch.inference_mode()
 def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
     """Refuse each captured bucket whose replay is not the eager step; the pools must be empty, and stay so."""
-    backend = runner.attn_backend
 
     def eager(batch: ModelWorkerBatch, bucket: int) -> LogitsProcessorOutput:
-        graphs.buffers.fill(batch, bucket)
-        fb = graphs.buffers.view(bucket, backend, runner.has_state, batch)
-        backend.init_forward_metadata_replay(fb)
-        return runner.run_planned(fb)
+        return runner.run_planned(graphs.fill(batch, bucket))
 
     GraphCheck(
         graphs,
@@ -159,6 +159,7 @@ def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
         runner.req_to_token_pool,
         runner.pools,
         runner.model_config.vocab_size,
+        runner.relay,
     ).run()
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-import time
-from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from sglang.srt.distributed import ProcessGroupHandle
-from sglang.srt.model_executor.capture_lint import CaptureOffence, HostOnly, capture_lint, to_the_end
+from sglang.srt.model_executor.bucket_graphs import BucketGraphs, GraphOutput
+from sglang.srt.model_executor.capture_lint import HostOnly
 from sglang.srt.model_executor.forward_batch_info import (
     DECODE,
     AttentionBackendLike,
@@ -23,8 +20,6 @@ from sglang.srt.model_executor.forward_batch_info import (
     low_words,
 )
 from sglang.srt.platforms.interface import DeviceGraph
-
-logger = logging.getLogger(__name__)
 
 # Rows of the part of the buffer that has one entry per request, and of the part that has one per token.
 REQ_ROWS, STATES, SEQ_LENS = range(3)
@@ -50,7 +45,8 @@ class StepBuffers:
     """Persistent inputs of captured steps: one packed integer tensor on the device, filled by one copy per step.
 
     What only the host knows (request rows, state slots) lies first, then lengths, positions and slots, which the device
-    could make of them. Rows past the batch are padding: tokens of request row ``padding_row`` in slot 0, state slot 0.
+    could make of them, then the slots of the request table where a step puts more there than its rows'. Rows past the
+    batch are padding: tokens of request row ``padding_row`` in slot 0, state slot 0.
     """
 
     def __init__(
@@ -59,8 +55,9 @@ class StepBuffers:
         self.kind = kind
         # Even, so that every row begins at a multiple of 16 bytes, for which kernels are compiled.
         self._max_bs = max_bs + max_bs % 2
+        self._table_width = kind.rows_per_request + kind.slots_ahead if kind.slots_ahead else 0
         self.packed = self._new(device)
-        self.requests, self.tokens, self._count = self._parts(self.packed)
+        self.requests, self.tokens, self._table, self._count = self._parts(self.packed)
         pinned = device.type != "cpu"
         self._hosts = [self._new(torch.device("cpu"), pin_memory=pinned) for _ in range(NUM_HOST_BUFFERS)]
         self._events: list[torch.cuda.Event | None] = [None] * NUM_HOST_BUFFERS
@@ -69,13 +66,23 @@ class StepBuffers:
         self._num_groups = num_groups
 
     def _new(self, device: torch.device, pin_memory: bool = False) -> torch.Tensor:
-        size = self._max_bs * (3 + 2 * self.kind.rows_per_request) + 1
+        size = self._max_bs * (3 + 2 * self.kind.rows_per_request + self._table_width) + 1
         return torch.zeros(size, dtype=torch.int64, device=device, pin_memory=pin_memory)
 
-    def _parts(self, packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Views: by request [3, max_bs], by token [2, max_bs * rows], and the number of tokens [1]."""
-        requests, tokens, count = packed.split([3 * self._max_bs, packed.shape[0] - 3 * self._max_bs - 1, 1])
-        return requests.view(3, -1), tokens.view(2, -1), count
+    def _parts(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Views: by request [3, max_bs], by token [2, max_bs * rows], slots of the table [max_bs, those of a request],
+        and the number of tokens [1]."""
+        per_request = (3, 2 * self.kind.rows_per_request, self._table_width)
+        requests, tokens, table, count = packed.split([*(self._max_bs * each for each in per_request), 1])
+        return requests.view(3, -1), tokens.view(2, -1), table.view(self._max_bs, self._table_width), count
+
+    def pad(self) -> None:
+        """Fill all with padding, before anything is recorded."""
+        width = self.kind.rows_per_request
+        self.packed.zero_()
+        self.requests[REQ_ROWS].fill_(self._padding_row)
+        self.requests[SEQ_LENS].fill_(width)
+        self.tokens[POSITIONS].copy_(torch.arange(width).repeat(self._max_bs))
 
     def fill(self, batch: ModelWorkerBatch, bucket: int) -> None:
         """Write a batch and its padding."""
@@ -85,16 +92,20 @@ class StepBuffers:
         if event is not None:
             event.synchronize()
         width, size = self.kind.rows_per_request, batch.batch_size
-        requests, tokens, count = self._parts(self._hosts[index])
+        requests, tokens, table, count = self._parts(self._hosts[index])
         requests[REQ_ROWS, size:bucket] = self._padding_row
         requests[STATES, size:bucket] = 0
         requests[SEQ_LENS, size:bucket] = width
         tokens[POSITIONS, size * width : bucket * width] = torch.arange(width).repeat(bucket - size)
         tokens[SLOTS, size * width : bucket * width] = 0
+        table[size:bucket] = 0
         requests[REQ_ROWS, :size] = batch.req_pool_indices
         requests[SEQ_LENS, :size] = torch.tensor(batch.seq_lens, dtype=torch.int64)
         tokens[POSITIONS, : size * width] = batch.positions
         tokens[SLOTS, : size * width] = batch.out_cache_loc
+        if self._table_width:
+            assert batch.table_loc is not None, f"a {self.kind.name} step puts slots ahead into the table"
+            table[:size] = batch.table_loc
         if batch.state_slot_ids is not None:
             requests[STATES, :size] = batch.state_slot_ids
         count[0] = size * width
@@ -129,40 +140,31 @@ class StepBuffers:
             num_token_non_padded=low_words(self._count),
             num_token_non_padded_cpu=num_real,
             kind=self.kind,
+            table_loc=self._table[:bucket] if self._table_width else None,
             state_slot_ids=self.requests[STATES, :bucket] if has_state else None,
             global_num_tokens_cpu=everyone,
             global_num_rows_cpu=None if everyone is None else [bucket * width] * self._num_groups,
         )
 
 
-class GraphOutput(Protocol):
-    """What a captured step gives: tensors with one row per token of the step."""
+class StepOutput(GraphOutput, Protocol):
+    """What a captured step of a model gives: tensors with one row per token of the step."""
 
-    def first(self, num_rows: int) -> GraphOutput:
+    def first(self, num_rows: int) -> StepOutput:
         """The output of the first rows."""
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All that a replay must reproduce bit by bit."""
 
+class StepGraphs(BucketGraphs[StepOutput]):
+    """The steps of one kind of one model. ``forward(fb)`` runs such a step eagerly.
 
-@dataclass(frozen=True)
-class CapturedStep:
-    """One bucket: its graph, and the output that each replay overwrites."""
-
-    graph: DeviceGraph
-    output: GraphOutput
-
-
-class StepGraphs:
-    """Captures and replays the steps of one kind of one model, in step with the other ranks of ``world``.
-
-    ``forward(fb)`` runs the step eagerly on a batch whose metadata is in place.
+    A step of one row per request is planned outside its graph, by the three hooks of ``backend``; one of several rows
+    finds its lengths on the device, and is planned in ``forward``.
     """
 
     def __init__(
         self,
         kind: StepKind,
-        forward: Callable[[ForwardBatch], GraphOutput],
+        forward: Callable[[ForwardBatch], StepOutput],
         backend: AttentionBackendLike,
         buckets: Sequence[int],
         max_context_len: int,
@@ -172,83 +174,40 @@ class StepGraphs:
         num_groups: int = 1,
         world: ProcessGroupHandle | None = None,
     ) -> None:
-        self._world = world or ProcessGroupHandle()
-        self.buckets = list(buckets)
+        super().__init__(kind.name, buckets, device, world)
         self._forward = forward
         self._backend = backend
         self._has_state = has_state
         self.kind = kind
+        self._planned_outside = kind.rows_per_request == 1
         self.buffers = StepBuffers(kind, self.buckets[-1], device, padding_row, num_groups)
-        self._steps: dict[int, CapturedStep] = {}
-        self.refused: dict[int, str] = {}
-        backend.init_cuda_graph_state(self.buckets[-1], max_context_len)
+        if self._planned_outside:
+            backend.init_cuda_graph_state(self.buckets[-1], max_context_len)
 
     def capture(self, create_graph: Callable[[], DeviceGraph], progress: Callable[[int], None]) -> None:
-        """Record every bucket, largest first: smaller ones fit into its memory. ``progress(bucket)`` follows each."""
-        started = time.perf_counter()
-        self.buffers.requests[SEQ_LENS].fill_(self.kind.rows_per_request)
-        for bucket in reversed(self.buckets):
-            fb = self.buffers.view(bucket, self._backend, self._has_state, None)
+        """Record every bucket; see ``capture_all``."""
+        self.buffers.pad()
+        self.capture_all(self._body, create_graph, progress)
+
+    def _body(self, bucket: int) -> Callable[[], StepOutput]:
+        fb = self.buffers.view(bucket, self._backend, self._has_state, None)
+        if self._planned_outside:
             self._backend.init_forward_metadata_capture(fb)
-            fb.seq_lens_cpu = HostOnly(fb.seq_lens_cpu)
-            # Ranks capture together: collectives may make their connections then.
-            if self.agree(bucket, self._offence(fb)):
-                self.agree(bucket, self._record(bucket, fb, create_graph()))
-            progress(bucket)
-        logger.info("captured %d %s graphs in %.1f s", len(self._steps), self.kind.name, time.perf_counter() - started)
+        fb.seq_lens_cpu = HostOnly(fb.seq_lens_cpu)
+        return lambda: self._forward(fb)
 
-    def _offence(self, fb: ForwardBatch) -> str:
-        """Run the step twice; what it does that no graph can replay, or ""."""
-        try:
-            with to_the_end():
-                self._forward(fb)  # lazy compilation and workspaces must be done before capture
-                with capture_lint(self.buffers.packed.device):
-                    self._forward(fb)
-        except CaptureOffence as offence:
-            return str(offence)
-        return ""
+    def fill(self, batch: ModelWorkerBatch, bucket: int) -> ForwardBatch:
+        """Write ``batch``, which may be empty, and its padding; the step over it."""
+        self.buffers.fill(batch, bucket)
+        fb = self.buffers.view(bucket, self._backend, self._has_state, batch)
+        if self._planned_outside:
+            self._backend.init_forward_metadata_replay(fb)
+        return fb
 
-    def _record(self, bucket: int, fb: ForwardBatch, graph: DeviceGraph) -> str:
-        """Record the step; why that is refused, or "". Other errors raise, once the other ranks know of them."""
-        try:
-            with capture_lint(self.buffers.packed.device):
-                self._steps[bucket] = CapturedStep(graph, graph.capture(lambda: self._forward(fb)))
-        except CaptureOffence as offence:
-            return str(offence)
-        except Exception as error:
-            self.agree(bucket, f"{type(error).__name__}: {error}")
-            raise
-        return ""
-
-    def agree(self, bucket: int, reason: str) -> bool:
-        """Refuse ``bucket`` on all ranks when one has a ``reason``; True when none has. Waits for all of them."""
-        for rank, theirs in enumerate(self._world.all_gather_text(reason)):
-            if theirs:
-                self._refuse(bucket, theirs if rank == self._world.rank else f"rank {rank} refuses it: {theirs}")
-                return False
-        return True
-
-    def _refuse(self, bucket: int, reason: str) -> None:
-        """Never replay ``bucket`` again; its batches run eagerly."""
-        self.refused[bucket] = reason
-        self._steps.pop(bucket, None)
-        logger.warning("%s graph of batch size %d is refused: %s", self.kind.name, bucket, reason)
-
-    def bucket_of(self, batch_size: int) -> int | None:
-        """The bucket that replays so many requests; None when they must run eagerly."""
-        if not 0 < batch_size <= self.buckets[-1]:
-            return None
-        bucket = self.buckets[bisect_left(self.buckets, batch_size)]
-        return bucket if bucket in self._steps else None
-
-    def replay(self, batch: ModelWorkerBatch, bucket: int) -> tuple[ForwardBatch, GraphOutput]:
+    def replay(self, batch: ModelWorkerBatch, bucket: int) -> tuple[ForwardBatch, StepOutput]:
         """Run ``batch``, which may be empty, through the graph of ``bucket``.
 
         Returns the step, padding included, and its output for the batch's own rows, valid until the next replay.
         """
-        self.buffers.fill(batch, bucket)
-        fb = self.buffers.view(bucket, self._backend, self._has_state, batch)
-        self._backend.init_forward_metadata_replay(fb)
-        step = self._steps[bucket]
-        step.graph.replay()
-        return fb, step.output.first(batch.batch_size * self.kind.rows_per_request)
+        fb = self.fill(batch, bucket)
+        return fb, self.run(bucket).first(batch.batch_size * self.kind.rows_per_request)

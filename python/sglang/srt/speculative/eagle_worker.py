@@ -51,35 +51,41 @@ class EagleWorker:
     """Checks the drafts of a step, and asks ``drafter`` for those of the next."""
 
     def __init__(self, target: ModelRunner, spec: SpecInfo, drafter: Drafter) -> None:
+        assert target.relay is not None, "a rank that drafts has memory for lengths and drafts"
         self.target = target
         self.spec = spec
         self.drafter = drafter
-        target.wants_hidden = True
-        target.drafts = torch.zeros(len(target.last_token), spec.num_steps, dtype=torch.int64, device=target.device)
+        self._relay = target.relay
 
     def sampling_info(self, step: StepForward, info: SamplingBatchInfo) -> SamplingBatchInfo:
         """``info`` [B] for the rows of ``step``."""
         return info if step.fb.kind != self.spec.verify else info.along_path(self._drafts(step))
 
-    def accept(self, step: StepForward, drawn: torch.Tensor, info: SamplingBatchInfo) -> Accepted:
-        """Judge ids [rows] drawn from a step, and make the drafts of the next one."""
+    def accept(self, step: StepForward, drawn: torch.Tensor) -> Accepted:
+        """Judge ids [rows] drawn from a step."""
         drawn = drawn.to(torch.int64).view(step.batch_size, -1)
-        num_new = torch.ones_like(drawn[:, 0])
-        if step.fb.kind == self.spec.verify:
-            num_new = num_new_tokens(drawn, self._drafts(step))
-            if step.fb.state_slot_ids is not None:
-                slots = step.fb.state_slot_ids[: step.batch_size]
-                backend_of(step.fb, RecurrentBackend).update_mamba_state_after_mtp_verify(slots, num_new)
-        accepted = Accepted(drawn, num_new)
-        assert self.target.drafts is not None
+        if step.fb.kind != self.spec.verify:
+            return Accepted(drawn, torch.ones_like(drawn[:, 0]))
+        num_new = num_new_tokens(drawn, self._drafts(step))
+        if step.fb.state_slot_ids is not None:
+            slots = step.fb.state_slot_ids[: step.batch_size]
+            backend_of(step.fb, RecurrentBackend).update_mamba_state_after_mtp_verify(slots, num_new)
+        return Accepted(drawn, num_new)
+
+    def draft(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> None:
+        """Make the drafts of the next step, and leave what it begins with on the device."""
         drafts = self.drafter.propose(step, accepted, info)
-        self.target.drafts.index_copy_(0, step.req_rows, drafts)
-        return accepted
+        rows, fb = step.req_rows, step.fb
+        committed = fb.seq_lens[: step.batch_size]
+        if fb.kind == self.spec.verify:
+            committed = committed - self.spec.num_draft_tokens + accepted.num_new
+        self.target.last_token.index_copy_(0, rows, accepted.newest)
+        self._relay.committed.index_copy_(0, rows, committed)
+        self._relay.drafts.index_copy_(0, rows, drafts)
 
     def _drafts(self, step: StepForward) -> torch.Tensor:
         """The drafts [B, num_steps] that ``step`` ran."""
-        assert self.target.drafts is not None
-        return self.target.drafts.index_select(0, step.req_rows)
+        return self._relay.drafts.index_select(0, step.req_rows)
 
 
 class DraftForward(Protocol):
@@ -136,6 +142,7 @@ class MtpDrafter(Drafter):
         """The step's rows again, each with the token behind it, and the row of each request's last token."""
         fb = step.fb
         if fb.kind is not None:
+            fb = fb.first(step.batch_size)
             last = accepted.last_rows
             ids = accepted.drawn.flatten()
         else:

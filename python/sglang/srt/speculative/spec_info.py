@@ -28,7 +28,12 @@ class SpecInfo:
     @property
     def verify(self) -> StepKind:
         """The target's step over the newest token and its drafts."""
-        return StepKind("verify", self.num_draft_tokens)
+        return StepKind("verify", self.num_draft_tokens, self.slots_ahead)
+
+    @classmethod
+    def of(cls, num_steps: int | None) -> SpecInfo | None:
+        """Of the resolved ``speculative_num_steps``; None without speculation."""
+        return None if num_steps is None else cls(num_steps)
 
     @property
     def slots_ahead(self) -> int:

@@ -38,8 +38,9 @@ class TableDecodePlan:
 class TritonAttnBackend(PoolBackend):
     """What both families share on the portable GPU backend: plans. On a CPU they run over the references of the ops.
 
-    Decode reads the request table and the lengths where they lie, so a captured step needs no further metadata. An
-    extend step is planned from host-known lengths and costs one small copy and one gather of slots per plan.
+    Decode reads the request table and the lengths where they lie, so a captured step needs no further metadata. A step
+    of several rows per request is planned on the device, within the captured step. An extend step is planned from
+    host-known lengths and costs one small copy and one gather of slots per plan.
     """
 
     def __init__(self, ctx: AttentionContext) -> None:
@@ -49,6 +50,14 @@ class TritonAttnBackend(PoolBackend):
     def plan_decode(self, fb: ForwardBatch) -> TableDecodePlan:
         """See the base class."""
         return TableDecodePlan(fb.req_pool_indices, fb.seq_lens)
+
+    def plan_uniform(self, fb: ForwardBatch) -> TableDecodePlan:
+        """See the base class; made on the device, of tensors alone."""
+        assert fb.kind is not None
+        width = fb.kind.rows_per_request
+        back = torch.arange(1 - width, 1, device=fb.seq_lens.device)
+        requests = fb.req_pool_indices.unsqueeze(1).expand(-1, width)
+        return TableDecodePlan(requests.flatten(), (fb.seq_lens.unsqueeze(1) + back).flatten())
 
     def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
         """Forget earlier captures; raises ValueError when a context would not fit the request table."""
@@ -67,20 +76,13 @@ class TritonAttnBackend(PoolBackend):
         fb.attn_plan = StepPlan(attention=plan)
 
     def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
-        """Take the captured plan of this kind and size; raises ValueError when ``fb`` lives in other tensors.
-
-        A step of several rows per request has a plan of its own tensors, which get the values of ``fb``.
-        """
+        """Take the captured plan of this kind and size; raises ValueError when ``fb`` lives in other tensors."""
         assert fb.kind is not None
         captured = self._captured.get((fb.kind.name, fb.batch_size))
         if captured is None:
             raise ValueError(f"no {fb.kind.name} step of {fb.batch_size} requests was captured")
         pairs = ((captured.req_pool_indices, fb.req_pool_indices), (captured.seq_lens, fb.seq_lens))
-        if fb.kind.rows_per_request > 1:
-            rows = fb.single_rows()
-            captured.req_pool_indices.copy_(rows.req_pool_indices)
-            captured.seq_lens.copy_(rows.seq_lens)
-        elif any(ours.data_ptr() != theirs.data_ptr() for ours, theirs in pairs):
+        if any(ours.data_ptr() != theirs.data_ptr() for ours, theirs in pairs):
             raise ValueError(f"the graph of {fb.batch_size} requests reads other tensors than those of this batch")
         fb.attn_plan = StepPlan(attention=captured)
 

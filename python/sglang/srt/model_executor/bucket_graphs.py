@@ -1,0 +1,126 @@
+"""Work over persistent tensors, recorded once for each batch bucket, in step with the other ranks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from sglang.srt.distributed import ProcessGroupHandle
+from sglang.srt.model_executor.capture_lint import CaptureOffence, capture_lint, to_the_end
+from sglang.srt.platforms.interface import DeviceGraph
+
+logger = logging.getLogger(__name__)
+
+
+class GraphOutput(Protocol):
+    """What a captured step gives."""
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All that a replay must reproduce bit by bit."""
+
+
+Output = TypeVar("Output", bound=GraphOutput)
+# Runs the work of one bucket, on what lies in its tensors now.
+Body = Callable[[], Output]
+
+
+@dataclass(frozen=True)
+class CapturedStep(Generic[Output]):
+    """One bucket: its graph, and the output that each replay overwrites."""
+
+    graph: DeviceGraph
+    output: Output
+
+
+class BucketGraphs(Generic[Output]):
+    """Captures and replays ``name`` for batches of up to each of ``buckets`` requests, ascending.
+
+    A bucket that cannot be captured, or whose proof fails, is refused on all ranks of ``world``, and runs eagerly.
+    """
+
+    def __init__(
+        self, name: str, buckets: Sequence[int], device: torch.device, world: ProcessGroupHandle | None = None
+    ) -> None:
+        self.name = name
+        self.buckets = list(buckets)
+        self.refused: dict[int, str] = {}
+        self._device = device
+        self._world = world or ProcessGroupHandle()
+        self._steps: dict[int, CapturedStep[Output]] = {}
+
+    def capture_all(
+        self,
+        body_of: Callable[[int], Body[Output]],
+        create_graph: Callable[[], DeviceGraph],
+        progress: Callable[[int], None],
+    ) -> None:
+        """Record every bucket, largest first: smaller ones fit into its memory. ``progress(bucket)`` follows each."""
+        started = time.perf_counter()
+        for bucket in reversed(self.buckets):
+            body = body_of(bucket)
+            # Ranks capture together: collectives may make their connections then.
+            if self.agree(bucket, self._offence(body)):
+                self.agree(bucket, self._record(bucket, body, create_graph()))
+            progress(bucket)
+        logger.info("captured %d %s graphs in %.1f s", len(self._steps), self.name, time.perf_counter() - started)
+
+    def _offence(self, body: Body[Output]) -> str:
+        """Run the step twice; what it does that no graph can replay, or ""."""
+        try:
+            with to_the_end():
+                body()  # lazy compilation and workspaces must be done before capture
+                with capture_lint(self._device):
+                    body()
+        except CaptureOffence as offence:
+            return str(offence)
+        return ""
+
+    def _record(self, bucket: int, body: Body[Output], graph: DeviceGraph) -> str:
+        """Record the step; why that is refused, or "". Other errors raise, once the other ranks know of them."""
+        try:
+            with capture_lint(self._device):
+                self._steps[bucket] = CapturedStep(graph, graph.capture(body))
+        except CaptureOffence as offence:
+            return str(offence)
+        except Exception as error:
+            self.agree(bucket, f"{type(error).__name__}: {error}")
+            raise
+        return ""
+
+    def agree(self, bucket: int, reason: str) -> bool:
+        """Refuse ``bucket`` on all ranks when one has a ``reason``; True when none has. Waits for all of them."""
+        for rank, theirs in enumerate(self._world.all_gather_text(reason)):
+            if theirs:
+                self._refuse(bucket, theirs if rank == self._world.rank else f"rank {rank} refuses it: {theirs}")
+                return False
+        return True
+
+    def _refuse(self, bucket: int, reason: str) -> None:
+        """Never replay ``bucket`` again; its batches run eagerly."""
+        self.refused[bucket] = reason
+        self._steps.pop(bucket, None)
+        logger.warning("%s graph of batch size %d is refused: %s", self.name, bucket, reason)
+
+    def bucket_of(self, batch_size: int) -> int | None:
+        """The bucket that replays so many requests; None when they must run eagerly."""
+        if not 0 < batch_size <= self.buckets[-1]:
+            return None
+        bucket = self.buckets[bisect_left(self.buckets, batch_size)]
+        return bucket if bucket in self._steps else None
+
+    def run(self, bucket: int) -> Output:
+        """Replay ``bucket`` on what lies in its tensors now; the output is valid until the next replay."""
+        step = self._steps[bucket]
+        step.graph.replay()
+        return step.output
+
+    def describe(self) -> dict[str, Any]:
+        """Batch sizes that are replayed, and why others are not; msgpack-able."""
+        refused = {str(bucket): reason for bucket, reason in sorted(self.refused.items())}
+        return {"captured": sorted(self._steps), "refused": refused}
