@@ -275,7 +275,6 @@ def _speculation(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     model = context.model
     if model is not None and model.text.mtp_refusal and args.speculative_draft_model_path in (None, args.model_path):
         yield f"{flag} needs an MTP layer: {model.text.mtp_refusal}. Drop it, or name a folder that has one"
-    yield Change("disable_overlap_schedule", args.disable_overlap_schedule, True, "a step waits for what was accepted")
 
 
 def _state_slots(args: ServerArgs, context: Context) -> Iterator[Change | str]:

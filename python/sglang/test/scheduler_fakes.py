@@ -66,6 +66,8 @@ class FakeForward:
     output: StepOutput
     sequences: list[list[int]]
     is_decode: bool
+    # Tokens of each request that have KV, but for as many of the last as the step gives it.
+    committed: list[int]
 
     def sample(self, info: SamplingBatchInfo) -> FakeStep:
         """Checks that penalties know all tokens so far."""
@@ -78,7 +80,10 @@ class FakeForward:
                     assert set(seen) == set(self.sequences[request]), "penalties of other tokens"
                     penalised = True
             self.worker.num_penalised_steps += penalised
-        newest = [drawn[-1] for drawn in self.output.next_token_ids]
+        drawn_ids = self.output.next_token_ids
+        lengths = [start + len(drawn) for start, drawn in zip(self.committed, drawn_ids, strict=True)]
+        self.worker.lengths.update(zip(self.rows, lengths, strict=True))
+        newest = [drawn[-1] for drawn in drawn_ids]
         info.update(torch.tensor(newest))
         self.worker.last_token.update(zip(self.rows, newest, strict=True))
         return FakeStep(self.output)
@@ -97,6 +102,8 @@ class FakeWorker:
         self.decode_kind = DECODE if width == 1 else StepKind("verify", width)
         self.slots: dict[int, tuple[int, int]] = {}
         self.last_token: dict[int, int] = {}
+        self.lengths: dict[int, int] = {}  # by row, as a device knows them
+        self.num_behind = 0  # rows of steps for which the host knew a bound of the length alone
         self.num_steps = 0
         self.num_extend_rows = 0
         self.num_penalised_steps = 0
@@ -107,7 +114,7 @@ class FakeWorker:
         self.num_steps += 1
         width = 1 if batch.kind is None else batch.kind.rows_per_request
         lengths = batch.extend_seq_lens or [width] * batch.batch_size
-        offset, ids, faults, sequences = 0, [], [], []
+        offset, ids, faults, sequences, committed = 0, [], [], [], []
         rows = batch.req_pool_indices.tolist()
         states = batch.state_slot_ids.tolist() if batch.state_slot_ids is not None else []
         assert len(set(rows)) == len(rows), "two requests share a row"
@@ -116,6 +123,13 @@ class FakeWorker:
             places = batch.out_cache_loc[offset : offset + length].tolist()
             positions = batch.positions[offset : offset + length].tolist()
             assert positions == list(range(end - length, end)), positions
+            if batch.input_ids is None and width > 1:
+                known = self.lengths[row]
+                assert known <= end - length, "the host's length is no bound"
+                self.num_behind += known < end - length
+                end, positions = known + length, list(range(known, known + length))
+                places = self.memory.req_pool.req_to_token[row, known:end].tolist()
+            committed.append(end - length if batch.input_ids is None else end - 1)
             before = self._held(row, end - length)
             if batch.input_ids is not None:
                 new = batch.input_ids[offset : offset + length].tolist()
@@ -142,7 +156,7 @@ class FakeWorker:
                 self.num_of_counts[len(drawn)] += 1
         self.num_extend_rows += offset if batch.extend_seq_lens else 0
         is_decode = batch.input_ids is None and width == 1
-        return FakeForward(self, rows, StepOutput(ids, faults, width), sequences, is_decode)
+        return FakeForward(self, rows, StepOutput(ids, faults, width), sequences, is_decode, committed)
 
     def _held(self, row: int, end: int) -> list[int]:
         """The tokens that the slots of a request hold."""

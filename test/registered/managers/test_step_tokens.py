@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 import unittest
 
 import torch
 
 from sglang.srt.layers.logits_processor import RowFault
 from sglang.srt.layers.logprobs import HostLogprobs
+from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.tp_worker import StepOutput
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch, pack, unpacked
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.scheduler_fakes import FakeForward, Setup, expected_output, make, request
+from sglang.test.scheduler_fakes import VOCAB, FakeForward, Setup, expected_output, make, request
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
@@ -42,15 +44,52 @@ class TestSeveralTokens(CustomTestCase):
         return setup
 
     def test_every_count_comes(self) -> None:
-        setup = make(width=4, chunk=None)
+        for overlap in (False, True):
+            with self.subTest(overlap=overlap):
+                self.check_every_count(overlap)
+
+    def check_every_count(self, overlap: bool) -> None:
+        setup = make(width=4, chunk=None, overlap=overlap)
         for number in range(4):
             setup.channel.inbox.append(request(f"r{number}", [8 + number] * 5, 60))
         setup.run()
         for number in range(4):
             self.assertEqual(setup.channel.outputs[f"r{number}"], expected_output([8 + number] * 5, 60, 253))
         self.assertEqual(sorted(setup.worker.num_of_counts), [1, 2, 3, 4])
+        self.assertEqual(setup.worker.num_behind > 0, overlap)
         tokens = sum(count * number for count, number in setup.worker.num_of_counts.items())
         self.assertLess(setup.worker.num_steps, tokens)
+
+    def test_overlap_under_random_traffic(self) -> None:
+        """Requests that end inside a step, are aborted, or are retracted while the next step is on its way."""
+        for options in (
+            {},
+            {"retract_interval": 3},
+            {"pool": 64, "conservativeness": 0.01, "radix": False},
+            {"page": 4},
+        ):
+            with self.subTest(options):
+                setup = make(width=4, overlap=True, **options)
+                rng, prompts = random.Random(4), {}
+                for number in range(30):
+                    prompt = [rng.randrange(VOCAB - 2) for _ in range(rng.choice([2, 9, 30]))]
+                    prompts[f"r{number}"] = prompt
+                    setup.channel.inbox.append(request(f"r{number}", prompt, rng.choice([1, 2, 15, 40])))
+                    for _ in range(rng.randrange(4)):
+                        setup.turn()
+                    if number % 7 == 6:
+                        setup.channel.inbox.append(AbortReq(rid=f"r{number - 1}"))
+                setup.run()
+                for rid, prompt in prompts.items():
+                    found = setup.channel.outputs[rid]
+                    wanted = expected_output(prompt, 40, 253)
+                    self.assertEqual(found, wanted[: len(found)], rid)
+                reasons = [reason.type for reason in setup.channel.reasons.values()]
+                self.assertTrue({"abort", "stop", "length"} <= set(reasons), reasons)
+                self.assertGreater(setup.worker.num_behind, 5)
+                self.assertEqual(
+                    setup.scheduler.metrics.num_retracted_reqs > 0, bool({"pool", "retract_interval"} & {*options})
+                )
 
     def test_a_stop_inside_cuts_the_rest(self) -> None:
         for fields, wanted, kind in (

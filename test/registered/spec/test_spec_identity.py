@@ -3,6 +3,8 @@
 import itertools
 import unittest
 
+import torch
+
 from sglang.embedded_models import default_model_path
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import AbortReq
@@ -14,7 +16,7 @@ from sglang.test.engine_harness import EngineHarness
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tasks import heldout_questions
 
-register_cpu_ci(est_time=25, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=35, suite="stage-b-test-cpu")
 
 SHARED = "12+34=46 and 7+8=15 and "
 
@@ -73,6 +75,7 @@ class TestIdentity(CustomTestCase):
 
     def check(self, rule, num_steps, concurrency=7, abort_at=0, retract=False, **server_args):
         harness = self.make(num_steps, concurrency, **server_args)
+        self.watch_overlap(harness)
         drafter = None
         if rule != "model":
             known = rules(self.answers, harness.model_config.vocab_size, harness.model_config.eos_token_ids[0])
@@ -86,9 +89,36 @@ class TestIdentity(CustomTestCase):
                 self.assertEqual(found.output_ids, ids[: len(found.output_ids)], rid)
                 continue
             self.assertEqual(found.output_ids, ids, f"{rid} with {rule} drafts of {num_steps}")
+        self.assertEqual(self.num_unknown > 5, server_args.get("overlap", False), self.num_unknown)
         if retract is not None:
             self.assertEqual(any(result.num_retractions for result in results.values()), retract)
         return harness, drafter, results
+
+    def watch_overlap(self, harness):
+        """Count the requests of steps launched before the host knew what the last step had given them."""
+        self.num_unknown, forward, relay = 0, harness.worker.forward, harness.runner.relay
+
+        def watched(batch):
+            if batch.input_ids is None:
+                width = batch.kind.rows_per_request
+                bounds = torch.tensor(batch.seq_lens) - width
+                known = relay.committed[batch.req_pool_indices]
+                self.assertTrue(bool((known <= bounds).all()))
+                self.num_unknown += int((known < bounds).sum())
+            return forward(batch)
+
+        harness.worker.forward = watched
+
+    def test_overlap(self):
+        """Steps launched before the last one's tokens are known: stops within accepted tokens, retraction, aborts."""
+        for rule, num_steps, options in (
+            ("model", 3, {}),
+            ("errant", 2, {"abort_at": 5, "page_size": 16}),
+        ):
+            with self.subTest(rule=rule, num_steps=num_steps, **options):
+                self.check(rule, num_steps, overlap=True, **options)
+        with envs.SGLANG_TEST_RETRACT.override(True), envs.SGLANG_TEST_RETRACT_INTERVAL.override(3):
+            self.check("errant", 3, retract=True, overlap=True)
 
     def test_drafts_of_the_model_itself(self):
         for num_steps in (1, 3):

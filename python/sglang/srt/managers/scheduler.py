@@ -131,8 +131,6 @@ class Scheduler:
         """
         started = time.perf_counter()
         self._waited_s = 0.0
-        if self.worker.decode_kind.rows_per_request > 1:
-            self._drain()  # where the next step begins is known with the number of tokens of this one
         batch = self._next_batch()
         agreed = None if self.sync is None else self._agree(self.sync, batch)
         if batch is None:
