@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (0, ("sglang.version", "sglang.srt.environ")),
     (1, ("sglang.srt.platforms",)),
     (2, ("sglang.srt.utils", "sglang.srt.parser")),
-    (3, ("sglang.kernels", "sglang.srt.configs", "sglang.srt.server_args")),
+    (3, ("sglang.srt.constrained", "sglang.kernels", "sglang.srt.configs", "sglang.srt.server_args")),
     (4, ("sglang.srt.distributed",)),
     (5, ("sglang.srt.mem_cache", "sglang.srt.sampling")),
     (6, ("sglang.srt.layers",)),

@@ -114,6 +114,26 @@ class HttpArgs:
             auto="tools are refused",
         ),
     ] = None
+    grammar_backend: Annotated[
+        str,
+        Arg(
+            "What holds output to a JSON schema, a regular expression or a grammar; `none` refuses such requests.",
+            API,
+            choices=("llguidance", "none"),
+            elsewhere=("xgrammar", "outlines"),
+        ),
+    ] = "llguidance"
+    constrained_json_whitespace_pattern: Annotated[
+        str | None,
+        Arg(
+            "Regular expression of the white space between the parts of JSON that follows a schema.",
+            API,
+            auto="any white space",
+        ),
+    ] = None
+    constrained_json_disable_any_whitespace: Annotated[
+        bool, Arg("Allow no white space between the parts of JSON that follows a schema.", API)
+    ] = False
     enable_cache_report: Annotated[bool, Arg("Report cached prompt tokens in `usage`.", API)] = False
     sampling_defaults: Annotated[
         str,

@@ -19,7 +19,7 @@ from sglang.srt.managers.io_struct import (
 )
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_config import SchedulerConfig
-from sglang.srt.managers.scheduler_process import make_memory
+from sglang.srt.managers.scheduler_process import make_grammars, make_memory
 from sglang.srt.managers.step_result import StopChecker
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.runner_build import make_runner
@@ -69,7 +69,9 @@ class EngineHarness:
         config = replace(config, enable_overlap=overlap)
         self.memory = make_memory(self.runner, self.args)
         self.worker = TpModelWorker(self.runner, make_speculator(self.args, self.runner))
-        self.scheduler = Scheduler(config, self.worker, self.memory, self, StopChecker(tokenizer))
+        grammars = make_grammars(self.args, self.model_config, tokenizer, None)
+        stops = StopChecker(tokenizer)
+        self.scheduler = Scheduler(config, self.worker, self.memory, self, stops, grammars=grammars)
         self.inbox: list[SchedulerMessage] = []
         self.results: dict[str, Finished] = {}
         self.answers: list[FlushCacheReqOutput | GetInternalStateReqOutput] = []

@@ -138,10 +138,10 @@ class TestFields(FakeServerTestCase):
                 harmless |= {name: 3 for name in TOLERATED_FIELDS - set(known[path])} | {"model": None}
                 reply = self.client.post(path, json={**harmless, **body})
             self.assertEqual(reply.status_code, 200, reply.text)
-        for name in ("regex", "json_schema", "allowed_token_ids", "bad_words", "custom_logit_processor"):
+        for name in ("allowed_token_ids", "bad_words", "custom_logit_processor"):
             reply = self.generate(text="a", sampling_params={name: ["x"]})
             self.assertEqual((reply.status_code, reply.json()["param"]), (400, name))
-        for body in ({"best_of": 2}, {"best_of": 1, "n": 2}, {"response_format": {"type": "json_object"}}):
+        for body in ({"best_of": 2}, {"best_of": 1, "n": 2}, {"response_format": {"type": "xml"}}):
             reply = self.client.post("/v1/completions", json={**PATHS["/v1/completions"], **body})
             self.assertEqual(reply.status_code, 400, body)
         reply = self.client.post("/v1/completions", json={"prompt": "a", "best_of": 2, "n": 2})
@@ -209,8 +209,10 @@ class TestFields(FakeServerTestCase):
 class TestTable(CustomTestCase):
     def test_no_field_is_in_two_tables(self):
         own = set(GenerateReqInput.__struct_fields__) | set(ChatCompletionRequest.__struct_fields__)
-        # The chat endpoint alone has a meaning for it, and judges it itself.
-        self.assertEqual(own & REFUSED_FIELDS.keys(), {"separate_reasoning"})
+        # The chat endpoint has a meaning for them, and judges them itself.
+        forms = {"json_schema", "regex", "ebnf", "structural_tag", "structured_outputs"}
+        guided = {f"guided_{name}" for name in ("json", "regex", "choice", "grammar")}
+        self.assertEqual(own & REFUSED_FIELDS.keys(), {"separate_reasoning", *forms, *guided})
         self.assertEqual(TOLERATED_FIELDS & REFUSED_FIELDS.keys(), set())
 
     def test_every_field_that_is_accepted_is_read(self):

@@ -121,8 +121,10 @@ class TestCalls(ToolsTestCase):
             ({"tools": [{"type": "web_search"}]}, "web_search"),
             ({"tools": [ADD, ADD]}, "second time"),
             ({"tools": [{"type": "function", "function": {**function, "parameters": [1]}}]}, "parameters"),
-            ({"tools": [ADD], "tool_choice": "required"}, "tool_choice 'required'"),
-            ({"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "add"}}}, "of a named function"),
+            ({"tool_choice": "required"}, "needs tools"),
+            ({"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "zip"}}}, "none of the tools"),
+            ({"tools": [ADD], "tool_choice": {"type": "function", "name": "add"}}, "function: {name: ...}"),
+            ({"tools": [ADD], "tool_choice": {"type": "allowed_tools"}}, "as an object"),
             ({"tools": [ADD], "tool_choice": "x"}, "tool_choice"),
         ):
             with self.assertRaises(openai.BadRequestError) as caught:

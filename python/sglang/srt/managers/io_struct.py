@@ -36,6 +36,8 @@ class GenerateReqInput(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     return_warnings: bool | None = None
     # Seconds; the server's --request-timeout bounds it.
     request_timeout: float | None = None
+    # The prompt ends within a thought: the form that the sampling parameters ask for is that of what follows it.
+    require_reasoning: bool | None = None
     stream: bool | None = None
 
 
@@ -43,6 +45,8 @@ class TokenizedGenerateReqInput(msgspec.Struct, kw_only=True, tag=True):
     """One request on its way to the scheduler.
 
     ``logprob_start_len`` is the first prompt position whose log-probability is wanted; -1 means outputs only.
+    ``grammar`` is what output follows, from behind the token ``grammar_after`` if that is given; its source in the
+    sampling parameters is not read any more.
     """
 
     rid: str
@@ -53,6 +57,14 @@ class TokenizedGenerateReqInput(msgspec.Struct, kw_only=True, tag=True):
     logprob_start_len: int = -1
     top_logprobs_num: int = 0
     token_ids_logprob: list[int] = []
+    grammar: str | None = None
+    grammar_after: int | None = None
+
+
+class GrammarReady(msgspec.Struct, kw_only=True, tag=True):
+    """The scheduler's first rank to all ranks of its group: it has compiled the grammar of a request, or failed to."""
+
+    rid: str
 
 
 class AbortReq(msgspec.Struct, kw_only=True, tag=True):
@@ -175,7 +187,13 @@ class BatchStrOutput(msgspec.Struct, kw_only=True, tag=True):
 
 
 SchedulerMessage = (
-    TokenizedGenerateReqInput | AbortReq | FlushCacheReqInput | GetInternalStateReq | ShutdownReq | WakeReq
+    TokenizedGenerateReqInput
+    | GrammarReady
+    | AbortReq
+    | FlushCacheReqInput
+    | GetInternalStateReq
+    | ShutdownReq
+    | WakeReq
 )
 DetokenizerMessage = BatchTokenIDOutput | ShutdownReq
 TokenizerMessage = BatchStrOutput | StartedReqs | FlushCacheReqOutput | GetInternalStateReqOutput

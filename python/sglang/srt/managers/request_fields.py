@@ -12,7 +12,8 @@ from sglang.srt.utils.limits import MAX_UNKNOWN_FIELD_CHARS, MAX_UNKNOWN_FIELDS_
 
 logger = logging.getLogger(__name__)
 
-_CONSTRAINED = "the output cannot be constrained"
+_BANNED = "tokens can be kept from the output by logit_bias alone"
+_FORM = "the form of the output is one of json_schema, regex, ebnf and structural_tag in sampling_params"
 _TEXT_ALONE = "the model is served for text alone"
 _ONE_CACHE = "it separates prefix caches, and there is one"
 _SPLIT = "prefill and decode are not split between servers"
@@ -20,14 +21,17 @@ _EXTRA_OUTPUT = "the answer would lack what it asks for"
 
 # Field of upstream's, of OpenAI's or of vLLM's API, and why a request that uses it is refused.
 REFUSED_FIELDS: dict[str, str] = {
-    # The output would have to follow a form.
+    # The form of the output, where another endpoint reads the field.
     **dict.fromkeys(
         (
             "regex", "ebnf", "json_schema", "structural_tag", "guided_json", "guided_regex", "guided_choice",
-            "guided_grammar", "guided_whitespace_pattern", "structured_outputs", "allowed_token_ids", "bad_words",
+            "guided_grammar", "structured_outputs",
         ),
-        _CONSTRAINED,
+        _FORM,
     ),
+    "guided_whitespace_pattern": "it is the server's: --constrained-json-whitespace-pattern",
+    "allowed_token_ids": _BANNED,
+    "bad_words": _BANNED,
     # Parts of the prompt that would be missing.
     **dict.fromkeys(
         ("image_data", "audio_data", "video_data", "images_config", "mm_processor_kwargs", "media_io_kwargs"),
@@ -87,6 +91,8 @@ _HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
     # What each kind of prompt gets anyway differs between the endpoints.
     "add_special_tokens": (),
     "function_call": ("none", "auto"),
+    "guided_json": (),
+    "json_schema": (),
     "include_reasoning": (True,),
     "length_penalty": (1,),
     "prompt_logprobs": (),

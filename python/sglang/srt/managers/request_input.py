@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Mapping
 from typing import Any, TypeVar
@@ -209,6 +210,13 @@ def too_many_logprobs(what: str, asked: int, limit: int) -> RequestError:
         f"{asked} log-probabilities of prompt tokens are asked for, and one {what} gives {limit} at most. Ask for "
         "fewer best tokens, start later in the prompt (logprob_start_len), or send several calls."
     )
+
+
+def time_limit(asked: float | None, most: float | None) -> float | None:
+    """Seconds after which a request ends, None for no limit. Raises RequestError for a limit that is none."""
+    if asked is not None and not 0 < asked < math.inf:
+        raise RequestError(f"request_timeout must be a number of seconds above 0, got {asked:g}.")
+    return min((limit for limit in (asked, most) if limit is not None), default=None)
 
 
 def out_of_time(limit_s: float | None) -> RequestError:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sglang.srt.configs.cache_layout import STATE
+from sglang.srt.constrained.llguidance_backend import GuidanceGrammar
 from sglang.srt.managers.io_struct import FinishReason, TokenizedGenerateReqInput, TokenLogprobs
 from sglang.srt.mem_cache.tree_node import TreeNode
 from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardMode, LogprobRequest, ModelWorkerBatch, StepKind
@@ -43,6 +44,11 @@ class Req:
         self.token_ids_logprob = tuple(message.token_ids_logprob)
         self.max_new_tokens = message.sampling_params.max_new_tokens or 0
         self.finish_reason: FinishReason | None = None
+        # The form that output follows: its text, the token behind which it begins, and how far the output is in it.
+        self.grammar_text = message.grammar
+        self.grammar_after = message.grammar_after
+        self.grammar: GuidanceGrammar | None = None
+        self.grammar_error = ""
         self.arrived = time.perf_counter()
         # Memory, held from admission to release.
         self.req_pool_idx: int | None = None
@@ -123,6 +129,11 @@ class Req:
     def is_drawn_out(self) -> bool:
         """True when the tokens in flight reach the request's limit: nothing is left to launch."""
         return self.new_tokens_left <= self.num_in_flight
+
+    def is_due(self, num_before: int, interval: int) -> bool:
+        """Whether tokens past the first ``num_before`` are to be streamed: the first ones, or they end an interval."""
+        interval = self.sampling_params.stream_interval or interval
+        return self.stream and (num_before == 0 or len(self.output_ids) // interval > num_before // interval)
 
     def next_input_row(self) -> int | None:
         """The first prompt row whose log-probability is wanted and not there yet; None when there is none."""

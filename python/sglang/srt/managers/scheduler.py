@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang.srt.layers.logits_processor import RowFault
+from sglang.srt.managers.grammar_manager import GrammarManager
 from sglang.srt.managers.io_struct import (
     AbortReq,
     BatchTokenIDOutput,
@@ -18,6 +19,7 @@ from sglang.srt.managers.io_struct import (
     FlushCacheReqOutput,
     GetInternalStateReq,
     GetInternalStateReqOutput,
+    GrammarReady,
     SchedulerMessage,
     ShutdownReq,
     StartedReqs,
@@ -72,6 +74,7 @@ class Scheduler:
         channel: SchedulerChannel,
         stop_checker: StopChecker,
         sync: StepAgreement | None = None,
+        grammars: GrammarManager | None = None,
     ) -> None:
         if memory.step_width != worker.decode_kind.rows_per_request:
             rows = worker.decode_kind.rows_per_request
@@ -82,6 +85,7 @@ class Scheduler:
         self.memory = memory
         self.channel = channel
         self.stop_checker = stop_checker
+        self.grammars = grammars or GrammarManager()
         self.metrics = SchedulerMetrics(config.decode_log_interval, config.overlap_trace)
         self.waiting: list[Req] = []
         self.partial: list[Req] = []
@@ -172,6 +176,7 @@ class Scheduler:
     def _sample(self, batch: ScheduleBatch, forward: LaunchedForward) -> LaunchedStep:
         """Sample a step of which nothing but its own tokens is unknown; who has ended meanwhile is sampled too."""
         info = self._sampling_info_of(batch)
+        info.vocab_mask = self.grammars.mask(batch, self.config.device)
         began = time.perf_counter()
         launched = forward.sample(info)
         self._waited_s += time.perf_counter() - began
@@ -196,7 +201,7 @@ class Scheduler:
         """Requests by stage, and tokens held."""
         return {
             "num_running_reqs": len(self.running) + len(self.partial),
-            "num_queue_reqs": len(self.waiting),
+            "num_queue_reqs": len(self.waiting) + len(self.grammars.pending),
             "num_used_tokens": self.memory.num_used(),
             "max_total_num_tokens": self.memory.allocator.size,
         }
@@ -206,6 +211,8 @@ class Scheduler:
     def _handle(self, message: SchedulerMessage) -> None:
         if isinstance(message, TokenizedGenerateReqInput):
             self._enqueue(message)
+        elif isinstance(message, GrammarReady):
+            self._queue(self.grammars.take(message.rid))
         elif isinstance(message, AbortReq):
             self._abort(message)
         elif isinstance(message, FlushCacheReqInput):
@@ -219,15 +226,8 @@ class Scheduler:
     def _enqueue(self, message: TokenizedGenerateReqInput) -> None:
         params = message.sampling_params
         self._num_received += 1
-        seed = params.sampling_seed
-        if seed is None:
-            number = self._num_received * self.config.dp_size + self.config.dp_rank
-            seed = (self.config.random_seed * 1_000_003 + number) % 2**63
-        stop_ids = set(params.stop_token_ids)
-        if not params.ignore_eos:
-            stop_ids |= set(self.config.eos_token_ids)
         try:
-            req = Req(message, seed, frozenset(stop_ids))
+            req = Req(message, self.config.seed_of(params, self._num_received), self.config.stop_ids_of(params))
             req.check(self.config.vocab_size)
         except Exception as error:  # whatever it is, it must not reach a step that others share
             logger.exception("request %.64r cannot be served", message.rid)
@@ -238,16 +238,19 @@ class Scheduler:
         room = self.config.max_req_len - req.seq_len
         req.max_new_tokens = room if params.max_new_tokens is None else min(params.max_new_tokens, room)
         if room < 1:
-            self._refuse(
-                req,
-                f"The prompt has {req.seq_len} tokens; this server holds at most {self.config.max_req_len} tokens of "
-                "one request, its output included.",
-                400,
-            )
+            most = f"this server holds at most {self.config.max_req_len} tokens of one request, its output included."
+            self._refuse(req, f"The prompt has {req.seq_len} tokens; {most}", 400)
         elif params.max_new_tokens == 0 and not message.return_logprob:
             req.finish_reason = FinishReason(type="length", length=0)
             self._emit([req])
-        else:
+        elif not self.grammars.hold(req):
+            self._queue(req)
+
+    def _queue(self, req: Req | None) -> None:
+        """Let a request, if it has not been aborted meanwhile, wait for its turn."""
+        if req is not None and req.grammar_error:
+            self._refuse(req, f"The form that output must have cannot be used: {req.grammar_error}.", 400)
+        elif req is not None:
             self.waiting.append(req)
 
     def _refuse(self, req: Req, message: str, status_code: int) -> None:
@@ -259,7 +262,7 @@ class Scheduler:
     def _abort(self, message: AbortReq) -> None:
         """End matching requests wherever they are; their memory is free at once."""
         self._drain()
-        for queue in (self.waiting, self.partial, self.running):
+        for queue in (self.waiting, self.partial, self.running, self.grammars.pending):
             hit = [req for req in queue if message.abort_all or req.rid == message.rid]
             for req in hit:
                 queue.remove(req)
@@ -431,7 +434,7 @@ class Scheduler:
             if prefill and id(req) not in was_running:
                 self.memory.share_prefix(req)
                 self.running.append(req)
-            if req.stream and self._is_due(req, num_before):
+            if req.is_due(num_before, self.config.stream_interval):
                 talk.append(req)
         self._emit(talk)
 
@@ -483,11 +486,6 @@ class Scheduler:
         self.memory.release(req, cache=not unsound)
         if req in self.running:
             self.running.remove(req)
-
-    def _is_due(self, req: Req, num_before: int) -> bool:
-        """Whether tokens past the first ``num_before`` are the first ones, or complete an interval."""
-        interval = req.sampling_params.stream_interval or self.config.stream_interval
-        return num_before == 0 or len(req.output_ids) // interval > num_before // interval
 
     def _emit(self, reqs: list[Req]) -> None:
         outputs: list[TokenIDOutput] = [make_output(req, is_first=req.num_sent == 0) for req in reqs]

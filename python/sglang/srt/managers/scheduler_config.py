@@ -17,6 +17,7 @@ from sglang.srt.environ import envs
 from sglang.srt.model_executor.model_pools import slots_for_drafts
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
+from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.audit import unpickle_count
 
@@ -80,6 +81,16 @@ class SchedulerConfig:
             describe_model=runner.describe,
             overlap_trace=runner.overlap_trace,
         )
+
+    def seed_of(self, params: SamplingParams, number: int) -> int:
+        """The request's own seed, or one for request ``number`` of this scheduler."""
+        if params.sampling_seed is not None:
+            return params.sampling_seed
+        return (self.random_seed * 1_000_003 + number * self.dp_size + self.dp_rank) % 2**63
+
+    def stop_ids_of(self, params: SamplingParams) -> frozenset[int]:
+        """Ids that end a request: its own, and the model's unless it ignores them."""
+        return frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_token_ids)
 
     def describe(self) -> dict[str, Any]:
         """Platform, kernels and plan for /server_info; msgpack-able."""

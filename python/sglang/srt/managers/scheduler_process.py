@@ -16,12 +16,14 @@ from sglang.kernels.registry import REGISTRY, KernelConfigError
 from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.constrained.llguidance_backend import GrammarError, GuidanceBackend
 from sglang.srt.distributed import get_parallel_state, init_parallel_state, is_lost_peer, leave_groups
 from sglang.srt.distributed.kernel_agreement import require_same_kernels
 from sglang.srt.layers.moe.token_dispatcher.base import ExchangeConfigError
 from sglang.srt.managers.child_context import ChildContext, parse_child_arguments
 from sglang.srt.managers.dp_sync import StepAgreement
-from sglang.srt.managers.io_struct import ShutdownReq
+from sglang.srt.managers.grammar_manager import GrammarManager
+from sglang.srt.managers.io_struct import GrammarReady, ShutdownReq
 from sglang.srt.managers.ipc import Sender
 from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.scheduler import Scheduler
@@ -70,6 +72,21 @@ def make_memory(runner: ModelRunner, args: ServerArgs) -> ReqMemory:
     return ReqMemory(allocator, runner.req_to_token_pool, tree, width, ahead)
 
 
+def make_grammars(
+    args: ServerArgs, model_config: ModelConfig, tokenizer: Tokenizer | None, announce: Callable[[str], None] | None
+) -> GrammarManager:
+    """Reads the vocabulary a second time, for a server that may be asked to hold output to a form."""
+    if tokenizer is None or args.grammar_backend == "none":
+        return GrammarManager("this server was started without a grammar backend")
+    try:
+        return GrammarManager(
+            GuidanceBackend(tokenizer.to_json(), model_config.vocab_size, model_config.eos_token_ids), announce
+        )
+    except GrammarError as error:
+        logger.warning("requests for output of a given form will be refused: %s", error)
+        return GrammarManager(str(error))
+
+
 def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConfig]:
     """Everything that a scheduler process is made of."""
     config = context.config
@@ -115,11 +132,15 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
         sync = StepAgreement(state, runner.graph_bucket)
         peers = [peer for peer in range(state.attn_dp_size) if peer != place.dp_rank]
     channel: SchedulerChannel = FollowerChannel(state.tp)
+    announce: Callable[[str], None] = lambda _: None  # noqa: E731
     if state.tp.rank == 0:
         channel = RankZeroChannel(config.ipc, state.tp, place.dp_rank, peers)
+        inbox = Sender(config.ipc.schedulers[place.dp_rank])
+        announce = lambda rid: inbox.send(GrammarReady(rid=rid))  # noqa: E731
     worker = TpModelWorker(runner, make_speculator(args, runner))
     memory, stops = make_memory(runner, args), StopChecker(tokenizer)
-    return Scheduler(scheduler_config, worker, memory, channel, stops, sync), model_config
+    grammars = make_grammars(args, model_config, tokenizer, announce)
+    return Scheduler(scheduler_config, worker, memory, channel, stops, sync, grammars), model_config
 
 
 def _insist() -> None:

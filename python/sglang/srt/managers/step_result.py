@@ -53,8 +53,16 @@ class StopChecker:
         self._tokenizer = tokenizer
 
     def check(self, req: Req) -> FinishReason | None:
-        """Why ``req`` ends with its newest token, or None."""
+        """Why ``req`` ends with its newest token, or None.
+
+        Output that has its form ends there, however many tokens were asked for.
+        """
         params = req.sampling_params
+        grammar = req.grammar
+        if grammar is not None:
+            grammar.follow(req.output_ids)
+            if grammar.error:
+                return abort_reason(f"The form that output must have cannot be followed: {grammar.error}.", 400, _BAD)
         if len(req.output_ids) >= params.min_new_tokens:
             token = req.output_ids[-1]
             if token in req.stop_ids:
@@ -62,6 +70,8 @@ class StopChecker:
             matched = self._matched_stop_string(req.output_ids, params)
             if matched is not None:
                 return FinishReason(type="stop", matched=matched)
+        if grammar is not None and grammar.is_complete:
+            return FinishReason(type="stop")
         if len(req.output_ids) >= req.max_new_tokens:
             return FinishReason(type="length", length=len(req.output_ids))
         return None
@@ -132,6 +142,7 @@ def _tail(logprobs: TokenLogprobs, start: int) -> TokenLogprobs:
     return TokenLogprobs(**{name: rows[start:] for name, rows in msgspec.structs.asdict(logprobs).items()})
 
 
+_BAD = "BadRequestError"
 _FAULTS = {
     RowFault.LOGITS: (
         "The model produced logits that are not numbers for this request; nothing was sampled from them. Please report "
@@ -139,9 +150,9 @@ _FAULTS = {
         500,
     ),
     RowFault.EDITED: (
-        "After this request's own penalties, logit_bias, forbidden stop ids (min_new_tokens) and temperature no logit "
-        "is finite, so nothing can be sampled. Use a higher temperature, smaller penalties and biases, or fewer "
-        "stop_token_ids.",
+        "After this request's own penalties, logit_bias, forbidden stop ids (min_new_tokens), form of the output and "
+        "temperature no logit is finite, so nothing can be sampled. Use a higher temperature, smaller penalties and "
+        "biases, fewer stop_token_ids, or a form that the vocabulary can spell.",
         400,
     ),
     RowFault.TOKEN_ID: (
@@ -155,7 +166,7 @@ _FAULTS = {
 def fault_reason(fault: RowFault) -> FinishReason:
     """Why a request ends from whose row nothing could be sampled."""
     message, status_code = _FAULTS[fault]
-    return abort_reason(message, status_code, "BadRequestError" if status_code == 400 else "InternalServerError")
+    return abort_reason(message, status_code, _BAD if status_code == 400 else "InternalServerError")
 
 
 def abort_reason(message: str, status_code: int | None = None, err_type: str | None = None) -> FinishReason:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
 import time
 from collections.abc import AsyncGenerator, Sequence
 from copy import copy
@@ -28,6 +27,7 @@ from sglang.srt.managers.io_struct import (
 from sglang.srt.managers.ipc import IpcNames, Sender, tokenizer_receiver
 from sglang.srt.managers.prompt_text import PromptEncoder
 from sglang.srt.managers.request_fields import UnknownFields
+from sglang.srt.managers.request_grammar import RequestGrammars
 from sglang.srt.managers.request_input import (
     RequestError,
     SingleRequest,
@@ -35,6 +35,7 @@ from sglang.srt.managers.request_input import (
     num_prompt_logprobs,
     out_of_time,
     split_request,
+    time_limit,
     too_many_logprobs,
 )
 from sglang.srt.managers.request_state import RequestGroup, RequestState
@@ -76,6 +77,7 @@ class TokenizerManager:
         self.context_len = model_config.context_len
         self.vocab_size = model_config.vocab_size
         self._encoder = None if tokenizer is None else PromptEncoder(tokenizer, self.context_len, self.vocab_size)
+        self._grammars = RequestGrammars(server_args, tokenizer, self.vocab_size)
         self.failure: RequestError | None = None
         self._admits = True
         self.last_receive_time = 0.0
@@ -134,6 +136,7 @@ class TokenizerManager:
             sender.close()
         if self._encoder is not None:
             self._encoder.close()
+        self._grammars.close()
 
     @property
     def num_in_flight(self) -> int:
@@ -171,7 +174,7 @@ class TokenizerManager:
         group = RequestGroup(stream)
         if obj.return_warnings:
             group.warnings = list(warnings)
-        timeout_s = self._time_limit(obj) if is_bounded else None
+        timeout_s = time_limit(obj.request_timeout, self.server_args.request_timeout) if is_bounded else None
         began = time.monotonic()
         try:
             tokenized, is_list = await asyncio.wait_for(self._prepare(obj, group, is_bounded, place), timeout_s)
@@ -210,13 +213,6 @@ class TokenizerManager:
             if timer is not None:
                 timer.cancel()
             self._release(group)
-
-    def _time_limit(self, obj: GenerateReqInput) -> float | None:
-        """Seconds after which a request ends; None for no limit."""
-        asked, most = obj.request_timeout, self.server_args.request_timeout
-        if asked is not None and not 0 < asked < math.inf:
-            raise RequestError(f"request_timeout must be a number of seconds above 0, got {asked:g}.")
-        return min((limit for limit in (asked, most) if limit is not None), default=None)
 
     def _expire(self, group: RequestGroup, timeout_s: float | None) -> None:
         """End a group whose time is up, also where nobody reads its results."""
@@ -383,11 +379,13 @@ class TokenizerManager:
         show_text = bool(obj.return_text_in_logprobs) and self.tokenizer is not None
         text_of = self._token_text if show_text else _no_text
         num_asked = 0
+        grammar_after = self._grammars.think_end_id() if obj.require_reasoning else None
         for single, params in zip(singles, all_params, strict=True):
             input_ids = self._fit_context(await self._encode(single), params)
             num_asked += params.n * num_prompt_logprobs(single, len(input_ids))
             if num_asked > MAX_PROMPT_LOGPROBS_PER_CALL:
                 raise too_many_logprobs("call", num_asked, MAX_PROMPT_LOGPROBS_PER_CALL)
+            grammar = await self._grammars.grammar(params)
             for sample in range(params.n):
                 rid = single.rid if params.n == 1 else f"{single.rid}_{sample}"
                 # An id that the client chose may come again while the scheduler still ends its first use.
@@ -405,6 +403,8 @@ class TokenizerManager:
                         logprob_start_len=single.logprob_start_len,
                         top_logprobs_num=single.top_logprobs_num,
                         token_ids_logprob=single.token_ids_logprob,
+                        grammar=grammar,
+                        grammar_after=grammar_after,
                     )
                 )
         return tokenized
@@ -433,6 +433,7 @@ class TokenizerManager:
             raise RequestError(str(error)) from None
         if self.tokenizer is None and params.stop:
             raise RequestError("stop strings need a tokenizer, and the server runs with --skip-tokenizer-init.")
+        self._grammars.check_served(params)
         return params
 
     async def _encode(self, single: SingleRequest) -> list[int]:

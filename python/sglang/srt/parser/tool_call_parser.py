@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from sglang.srt.parser.text_marks import partial_mark
+
+# What may be one token.
+_MARK = re.compile("(<[^<>\\s]+>)")
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,12 @@ class ToolCallParser(ABC):
 
     start: ClassVar[str]
     end: ClassVar[str]
-    # Marks around all calls together, where the form has them; they go with a valid call.
+    # Marks around all calls together and text between calls, where the form has them; they go with a valid call.
     block_start: ClassVar[str] = ""
     block_end: ClassVar[str] = ""
+    between: ClassVar[str] = ""
+    # Lines of Lark that ``call_form`` needs.
+    terminals: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, tools: Mapping[str, Mapping[str, Any]], max_calls: int | None = None):
         self._tools = tools
@@ -55,6 +62,45 @@ class ToolCallParser(ABC):
     def all_marks(cls) -> tuple[str, ...]:
         """The marks of the form, in the order of a reply."""
         return tuple(mark for mark in (cls.block_start, cls.start, cls.end, cls.block_end) if mark)
+
+    @classmethod
+    def grammar(
+        cls,
+        tools: Mapping[str, Mapping[str, Any]],
+        max_calls: int | None,
+        token_id: Callable[[str], int | None],
+        answer: Any = None,
+    ) -> str:
+        """A grammar in llguidance's Lark of replies that are calls of ``tools``, at most ``max_calls``, and no text.
+
+        ``token_id`` gives the token whose text is a mark, None where there is none. With ``answer``, a JSON schema, a
+        reply may also be JSON that follows it.
+        """
+
+        def spell(text: str) -> str:
+            parts = [(part, token_id(part) if part.startswith("<") else None) for part in _MARK.split(text) if part]
+            return " ".join(quoted(part) if number is None else f"<[{number}]>" for part, number in parts)
+
+        forms = [
+            f"{spell(cls.start)} {cls.call_form(name, schema, spell)} {spell(cls.end)}"
+            for name, schema in tools.items()
+        ]
+        more = "" if max_calls == 1 else f"({quoted(cls.between)} call)*"
+        lines = [
+            "start: calls" if answer is None else f"start: calls | %json {json.dumps(answer)}",
+            f"calls: {spell(cls.block_start)} call {more} {spell(cls.block_end)}",
+            "call: " + " | ".join(f"call_{number}" for number in range(len(forms))),
+        ]
+        lines += [f"call_{number}: {form}" for number, form in enumerate(forms)]
+        return "\n".join([*lines, *cls.terminals])
+
+    @classmethod
+    @abstractmethod
+    def call_form(cls, name: str, schema: Mapping[str, Any], spell: Callable[[str], str]) -> str:
+        """What stands between the marks of a call of tool ``name``, in Lark; ``schema`` is that of its parameters.
+
+        ``spell`` gives the Lark of text that holds further marks.
+        """
 
     @abstractmethod
     def read_call(self, body: str) -> ToolCall | None:
@@ -119,6 +165,16 @@ class ToolCallParser(ABC):
         else:
             self._before += mark
         return True
+
+
+def quoted(text: str) -> str:
+    """``text`` as a literal of Lark."""
+    return json.dumps(text, ensure_ascii=False) if text else ""
+
+
+def json_form(schema: Mapping[str, Any]) -> str:
+    """Lark for an object, the arguments of a tool, that follows ``schema``."""
+    return f"%json {json.dumps({'type': 'object', **schema})}"
 
 
 def json_value(text: str) -> Any:

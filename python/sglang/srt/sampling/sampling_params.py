@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
 
 from sglang.srt.utils.limits import (
+    MAX_GRAMMAR_CHARS,
     MAX_LOGIT_BIAS_ENTRIES,
     MAX_STOP_CHARS,
     MAX_STOP_STRING_CHARS,
@@ -17,6 +19,7 @@ from sglang.srt.utils.limits import (
 # Below this temperature a request is greedy.
 GREEDY_TEMPERATURE = 1e-6
 MAX_N = 1024
+GRAMMAR_KINDS = ("json_schema", "regex", "ebnf", "structural_tag")
 MAX_LOGIT_BIAS = 1e30
 _INT64 = 2**63
 
@@ -31,6 +34,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     ``top_k`` -1 means the whole vocabulary, and so does 0 in a request. ``max_new_tokens`` None means up to the context
     length.
     ``stop`` and ``stop_token_ids`` end generation; ``sampling_seed`` makes the draw depend on seed and position only.
+    At most one of the last four is set: the form that the output has.
     """
 
     max_new_tokens: int | None = 128
@@ -51,10 +55,24 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
     logit_bias: dict[str, float] = {}
     sampling_seed: int | None = None
     stream_interval: int | None = None
+    json_schema: str | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | None = None
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
+
+    @property
+    def grammar_source(self) -> tuple[str, str] | None:
+        """Name and value of the parameter that gives the output a form."""
+        return next(iter(self.forms()), None)
+
+    def forms(self) -> list[tuple[str, str]]:
+        """Names and values of the parameters that give the output a form."""
+        named = zip(GRAMMAR_KINDS, (self.json_schema, self.regex, self.ebnf, self.structural_tag), strict=True)
+        return [(name, source) for name, source in named if source is not None]
 
     def for_sample(self, index: int) -> SamplingParams:
         """The parameters of sample ``index`` of ``n``: the first as with n = 1, each other with a seed of its own."""
@@ -75,6 +93,9 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
             known["stop"] = [known["stop"]]
         if isinstance(known.get("stop_token_ids"), int):
             known["stop_token_ids"] = [known["stop_token_ids"]]
+        for name in GRAMMAR_KINDS:
+            if isinstance(known.get(name), dict | bool) and name != "regex":
+                known[name] = json.dumps(known[name])
         if type(known.get("top_k")) is int and known["top_k"] == 0:
             known["top_k"] = -1
         try:
@@ -153,6 +174,14 @@ def _check_lengths(params: SamplingParams) -> None:
 
 def _check_sizes(params: SamplingParams) -> None:
     """What travels with a request, or with each of its tokens, is bounded."""
+    forms = params.forms()
+    if len(forms) > 1:
+        raise SamplingParamsError(
+            f"{' and '.join(name for name, _ in forms)} exclude one another: output has one form."
+        )
+    for name, source in forms:
+        if len(source) > MAX_GRAMMAR_CHARS:
+            raise SamplingParamsError(f"{name} has at most {MAX_GRAMMAR_CHARS} characters, got {len(source)}.")
     if len(params.stop) > MAX_STOP_STRINGS:
         raise SamplingParamsError(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(params.stop)}.")
     lengths = [len(text) for text in params.stop]

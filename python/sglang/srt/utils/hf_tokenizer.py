@@ -134,6 +134,10 @@ class Tokenizer:
             ids.insert(0, self.bos_token_id)
         return ids
 
+    def to_json(self) -> str:
+        """The text of a tokenizer.json of this tokenizer, tokens of tokenizer_config.json included."""
+        return self._backend.to_str()
+
     def token_id(self, text: str) -> int | None:
         """The token whose text is ``text``, or None."""
         return self._backend.token_to_id(text)

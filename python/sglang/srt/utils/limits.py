@@ -59,6 +59,11 @@ MAX_TOP_LOGPROBS = 128
 MAX_PROMPT_LOGPROBS = 1 << 17
 # The same of all prompts of one call.
 MAX_PROMPT_LOGPROBS_PER_CALL = 1 << 19
+# Grammars (json_schema, regex, ebnf, structural_tag): length, what compiling one may take, and verdicts remembered.
+MAX_GRAMMAR_CHARS = 1 << 18
+MAX_GRAMMAR_CPU_S = 2.0
+MAX_GRAMMAR_BYTES = 1 << 30
+MAX_GRAMMARS_CACHED = 64
 MAX_TOKENIZE_TEXTS = 4096
 MAX_DETOKENIZE_IDS = 1 << 18
 

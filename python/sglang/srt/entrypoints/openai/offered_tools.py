@@ -15,11 +15,6 @@ def offered_tools(body: ChatCompletionRequest) -> dict[str, Mapping[str, Any]]:
     Raises RequestError that names the field which is malformed or asks for what cannot be done.
     """
     choice = body.tool_choice
-    if isinstance(choice, dict) or choice == "required":
-        shown = "of a named function" if isinstance(choice, dict) else "'required'"
-        raise _refusal("tool_choice", f"tool_choice {shown} is not supported: a call cannot be enforced. Use 'auto'.")
-    if choice not in (None, "auto", "none"):
-        raise _refusal("tool_choice", f"tool_choice must be 'auto' or 'none', got {choice!r:.100}.")
     tools: dict[str, Mapping[str, Any]] = {}
     for number, tool in enumerate(body.tools or []):
         where = f"tools[{number}]"
@@ -27,7 +22,39 @@ def offered_tools(body: ChatCompletionRequest) -> dict[str, Mapping[str, Any]]:
         if name in tools:
             raise _refusal("tools", f"{where}.function.name is {name!r:.100} a second time.")
         tools[name] = parameters
+    if isinstance(choice, dict):
+        _named(choice, tools)
+    elif choice not in (None, "auto", "none", "required"):
+        raise _refusal("tool_choice", f"tool_choice must be 'auto', 'none' or 'required', got {choice!r:.100}.")
+    elif choice == "required" and not tools:
+        raise _refusal("tool_choice", "tool_choice 'required' needs tools that can be called.")
     return {} if choice == "none" else tools
+
+
+def forced_tools(body: ChatCompletionRequest) -> dict[str, Mapping[str, Any]]:
+    """The tools of which one must be called, as of ``offered_tools``; empty where text may be answered."""
+    choice = body.tool_choice
+    if isinstance(choice, dict):
+        tools = offered_tools(body)
+        name = _named(choice, tools)
+        return {name: tools[name]}
+    return offered_tools(body) if choice == "required" else {}
+
+
+def max_calls(body: ChatCompletionRequest) -> int | None:
+    """How many calls the reply may have, None for any number: one where a function is named."""
+    return 1 if body.parallel_tool_calls is False or isinstance(body.tool_choice, dict) else None
+
+
+def _named(choice: Mapping[str, Any], tools: Mapping[str, Any]) -> str:
+    """The tool that ``choice`` names."""
+    function = choice.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    if choice.get("type") != "function" or not isinstance(name, str):
+        raise _refusal("tool_choice", "tool_choice as an object must be {type: 'function', function: {name: ...}}.")
+    if name not in tools:
+        raise _refusal("tool_choice", f"tool_choice names {name!r:.100}, which is none of the tools.")
+    return name
 
 
 def _function(tool: Any, where: str) -> tuple[str, Mapping[str, Any]]:

@@ -45,7 +45,17 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     rid: RequestId | None = None
     return_warnings: bool | None = None
     request_timeout: float | None = None
+    # The form of the output: at most one of these; the last five are vLLM's words.
     response_format: dict[str, Any] | None = None
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
+    structural_tag: str | dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):

@@ -9,7 +9,7 @@ from typing import Any
 
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.entrypoints.context import ServerContext
-from sglang.srt.entrypoints.openai.offered_tools import offered_tools
+from sglang.srt.entrypoints.openai.offered_tools import forced_tools, max_calls, offered_tools
 from sglang.srt.entrypoints.openai.protocol import CalledFunction, ChatCompletionRequest, ChatDelta, DeltaToolCall
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.request_input import RequestError
@@ -167,15 +167,30 @@ class ReplyParsers:
         """The reader of one choice of the reply to ``body``, whose prompt is ``native``'s."""
         reasoning = None
         if self._reasoning is not None and body.separate_reasoning is not False:
-            reasoning = ReasoningParser(self._begins_in_thought(body, native))
+            reasoning = ReasoningParser(self.begins_in_thought(body, native))
         tools = offered_tools(body)
         calls = None
         if tools and self._tool_calls is not None:
-            calls = self._tool_calls(tools, max_calls=1 if body.parallel_tool_calls is False else None)
+            calls = self._tool_calls(tools, max_calls=max_calls(body))
         return ReplyReader(reasoning, calls, body.stream_reasoning is False, self._tokenizer, self._end_id)
 
-    def _begins_in_thought(self, body: ChatCompletionRequest, native: GenerateReqInput) -> bool | None:
-        assert self._tokenizer is not None and self._reasoning is not None
+    def form(self, body: ChatCompletionRequest, form: dict[str, Any]) -> dict[str, Any]:
+        """The sampling parameter that gives the reply its form, which is ``form`` unless a tool may be called.
+
+        A reply that must be a call is one; else one that may be a call is that, or follows the JSON schema of ``form``.
+        """
+        tools, schema = offered_tools(body), form.get("json_schema")
+        if self._tool_calls is None or self._tokenizer is None or not tools:
+            return form
+        forced, token_id = forced_tools(body), self._tokenizer.token_id
+        if forced:
+            return {"ebnf": self._tool_calls.grammar(forced, max_calls(body), token_id)}
+        return form if schema is None else {"ebnf": self._tool_calls.grammar(tools, max_calls(body), token_id, schema)}
+
+    def begins_in_thought(self, body: ChatCompletionRequest, native: GenerateReqInput) -> bool | None:
+        """Whether the reply goes on with a thought; None where it may begin one, and for all where no parser is."""
+        if self._tokenizer is None or self._reasoning is None:
+            return None
         if body.continue_final_message and body.input_ids is None:
             content = body.messages[-1].get("content") or ""
             text = content if isinstance(content, str) else "".join(part["text"] for part in content)

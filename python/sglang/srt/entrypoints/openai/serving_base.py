@@ -18,6 +18,7 @@ from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.errors import json_response
 from sglang.srt.entrypoints.full_queue import place_of
 from sglang.srt.entrypoints.http_io import EventStream, answer, asked_timeout, event, read_body
+from sglang.srt.entrypoints.openai.output_form import output_form
 from sglang.srt.entrypoints.openai.protocol import (
     GenerationRequest,
     GenerationResponse,
@@ -26,12 +27,13 @@ from sglang.srt.entrypoints.openai.protocol import (
     Usage,
 )
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.managers.request_input import RequestError
-from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.sampling.sampling_params import GRAMMAR_KINDS, SamplingParams
 
 # Body field -> sampling parameter, where the value passes unchanged; null takes the default.
 _SAMPLING_FIELDS = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"} | {
-    name: name for name in GenerationRequest.__struct_fields__ if name in SamplingParams.__struct_fields__
+    name: name
+    for name in GenerationRequest.__struct_fields__
+    if name in SamplingParams.__struct_fields__ and name not in GRAMMAR_KINDS
 }
 
 # Key of a result's ``meta_info`` under which an endpoint that tells thought from answer leaves its count.
@@ -108,9 +110,6 @@ class OpenAIServing(ABC, Generic[RequestT]):
     def check(self, body: RequestT) -> None:
         """Raise RequestError for what cannot be honoured."""
         self.context.check_model(body.model)
-        kind = (body.response_format or {}).get("type", "text")
-        if kind != "text":
-            raise RequestError(f"response_format {kind!r} is not supported: the output cannot be constrained to it.")
 
     def judge_content(self, body: RequestT, warnings: list[str] | None) -> None:
         """Judge unknown keys in what the body's type leaves open; ``warnings`` is extended."""
@@ -169,12 +168,16 @@ class OpenAIServing(ABC, Generic[RequestT]):
 
     def sampling_params(self, body: RequestT, max_new_tokens: int | None) -> dict[str, Any]:
         """Raw sampling parameters: the server's defaults under what the body says."""
-        params = {**self._defaults, "max_new_tokens": max_new_tokens}
+        params = {**self._defaults, "max_new_tokens": max_new_tokens, **self.output_form(body)}
         for source, target in _SAMPLING_FIELDS.items():
             value = getattr(body, source)
             if value is not None:
                 params[target] = value
         return params
+
+    def output_form(self, body: RequestT) -> dict[str, Any]:
+        """The sampling parameter that gives the output a form; none where it has none."""
+        return output_form(body)
 
     def _usage_counter(self, body: RequestT) -> UsageCounter:
         return UsageCounter(body.n or 1, self.context.server_args.enable_cache_report)

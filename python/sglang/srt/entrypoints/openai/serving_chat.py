@@ -26,6 +26,7 @@ from sglang.srt.entrypoints.openai.reply_reader import ReplyParsers, ReplyReader
 from sglang.srt.entrypoints.openai.serving_base import REASONING_TOKENS, OpenAIServing, Result, States, finish
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.request_input import RequestError
+from sglang.srt.sampling.sampling_params import GRAMMAR_KINDS
 from sglang.srt.utils.chat_messages import ChatTemplateError
 from sglang.srt.utils.limits import MAX_CHAT_TOP_LOGPROBS
 
@@ -75,12 +76,18 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
         params = self.sampling_params(body, limit)
         # A request that will be refused is not worth rendering and tokenizing.
         self.manager.verified_params(params)
-        return GenerateReqInput(
+        native = GenerateReqInput(
             input_ids=list(body.input_ids) if body.input_ids is not None else await self._prompt_ids(body),
             sampling_params=params,
             return_logprob=bool(body.logprobs),
             top_logprobs_num=body.top_logprobs or 0,
         )
+        if any(name in params for name in GRAMMAR_KINDS):
+            native.require_reasoning = self._parsers.begins_in_thought(body, native) or False
+        return native
+
+    def output_form(self, body: ChatCompletionRequest) -> dict[str, Any]:
+        return self._parsers.form(body, super().output_form(body))
 
     def choice(
         self, body: ChatCompletionRequest, native: GenerateReqInput, index: int, result: Result, states: States

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser, json_object
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser, json_form, json_object, quoted
 
 _SEPARATOR = "<｜tool▁sep｜>"
 
@@ -10,6 +13,10 @@ _SEPARATOR = "<｜tool▁sep｜>"
 class DeepSeekV31Parser(ToolCallParser):
     start, end = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
     block_start, block_end = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
+
+    @classmethod
+    def call_form(cls, name: str, schema: Mapping[str, Any], spell: Callable[[str], str]) -> str:
+        return f"{quoted(name)} {spell(_SEPARATOR)} {json_form(schema)}"
 
     def read_call(self, body: str) -> ToolCall | None:
         name, separator, arguments = body.partition(_SEPARATOR)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser, json_text, json_value
+from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser, json_text, json_value, quoted
 
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
 # A value ends where the next argument, or the end of the function, follows: it may hold the tag itself.
@@ -20,10 +21,23 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "array": (list,),
     "null": (type(None),),
 }
+_ALL_TYPES = {**_TYPES, "string": (str,)}
 
 
 class Qwen3CoderParser(ToolCallParser):
-    start, end = "<tool_call>", "</tool_call>"
+    start, end, between = "<tool_call>", "</tool_call>", "\n"
+
+    terminals = (r"text[lazy]: /(.|\n)*\n<\/parameter>\n/",)
+
+    @classmethod
+    def call_form(cls, name: str, schema: Mapping[str, Any], spell: Callable[[str], str]) -> str:
+        properties, required = schema.get("properties"), schema.get("required")
+        defined = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        parts = [quoted(f"\n<function={name}>\n")]
+        for key, value in properties.items() if isinstance(properties, Mapping) else ():
+            form = f"{quoted(f'<parameter={key}>' + chr(10))} {_value_form(value, defined)}"
+            parts.append(form if isinstance(required, list) and key in required else f"({form})?")
+        return " ".join((*parts, quoted("</function>\n")))
 
     def read_call(self, body: str) -> ToolCall | None:
         function = _FUNCTION.fullmatch(body)
@@ -39,6 +53,19 @@ class Qwen3CoderParser(ToolCallParser):
             arguments[key] = _value(_bare(found[2]), properties.get(key))
             place = found.end()
         return ToolCall(name, json_text(arguments)) if not rest[place:].strip() else None
+
+
+def _value_form(schema: Any, defined: Mapping[str, Any]) -> str:
+    """Lark for a bare value and the tag behind it: strings are any text but that tag, unless the schema lists them."""
+    tag = quoted("\n</parameter>\n")
+    types = _types(schema)
+    if types and "string" not in types:
+        return f"%json {json.dumps({**schema, **defined})} {tag}"
+    listed = _listed(schema) if isinstance(schema, Mapping) else []
+    if not listed:
+        return "text"
+    texts = [value if isinstance(value, str) else "null" for value in listed if value is None or isinstance(value, str)]
+    return f"({' | '.join(quoted(text) for text in texts)}) {tag}"
 
 
 def _bare(text: str) -> str:
@@ -60,12 +87,20 @@ def _value(text: str, schema: Any) -> Any:
     return value if fits else text
 
 
+def _listed(schema: Mapping[str, Any]) -> list[Any]:
+    """The values that a schema lists; empty where it lists none."""
+    listed = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return listed if isinstance(listed, list) else []
+
+
 def _types(schema: Any) -> set[str]:
-    """The types that a schema allows; empty where it names none."""
+    """The types that a schema allows, by name or by its values; empty where it says neither."""
     if not isinstance(schema, Mapping):
         return set()
     named = schema.get("type", [])
     types = {name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)}
+    if not types:
+        types = {name for value in _listed(schema) for name, kinds in _ALL_TYPES.items() if type(value) in kinds}
     for key in ("anyOf", "oneOf"):
         options = schema.get(key)
         for option in options if isinstance(options, list) else []:

@@ -1,0 +1,147 @@
+"""Grammars by llguidance: what a client writes becomes a grammar, and a grammar says which tokens may come next."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import llguidance
+from llguidance.gbnf_to_lark import gbnf_to_lark
+
+if TYPE_CHECKING:  # the process that tries grammars has no use for it
+    import torch
+
+# A rule of GBNF; Lark has a colon there.
+_GBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+
+# States of a lexer, of one or two kilobytes each, that a compiled grammar may grow to while it is used.
+_MAX_LEXER_STATES = 50_000
+
+
+class GrammarError(ValueError):
+    """A grammar that cannot be read, is too large, or has no form that output could take."""
+
+
+def grammar_of(kind: str, source: str, json_options: dict[str, Any]) -> str:
+    """The grammar, as text for ``GuidanceBackend.compile``, of a sampling parameter ``kind`` with value ``source``.
+
+    ``json_options`` are llguidance's, for JSON schemas that do not set them. Raises GrammarError.
+    """
+    try:
+        return _MAKERS[kind](source, json_options)
+    except RecursionError:
+        raise GrammarError("it is nested too deep") from None
+    except Exception as error:  # the library's errors have no common class
+        raise GrammarError(str(error)) from None
+
+
+def _of_json_schema(source: str, json_options: dict[str, Any]) -> str:
+    return llguidance.LLMatcher.grammar_from_json_schema(source, defaults=cast(Any, json_options))
+
+
+def _of_regex(source: str, _: dict[str, Any]) -> str:
+    return llguidance.LLMatcher.grammar_from_regex(source)
+
+
+def _of_ebnf(source: str, _: dict[str, Any]) -> str:
+    return llguidance.LLMatcher.grammar_from_lark(gbnf_to_lark(source) if _GBNF.search(source) else source)
+
+
+def _of_structural_tag(source: str, _: dict[str, Any]) -> str:
+    tag = json.loads(source)
+    triggers = tag["triggers"]
+    tags = []
+    for number, structure in enumerate(tag["structures"]):
+        begin = structure["begin"]
+        trigger = next((text for text in triggers if text and begin.startswith(text)), None)
+        if trigger is None:
+            raise GrammarError(f"structures[{number}].begin starts with none of the triggers")
+        schema = structure.get("schema") or {}
+        tags.append(llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=structure["end"]))
+    if not tags:
+        raise GrammarError("structures is empty")
+    return llguidance.StructTag.to_grammar(tags, assume_special=False)
+
+
+# By the sampling parameter that holds the source.
+_MAKERS: dict[str, Callable[[str, dict[str, Any]], str]] = {
+    "json_schema": _of_json_schema,
+    "regex": _of_regex,
+    "ebnf": _of_ebnf,
+    "structural_tag": _of_structural_tag,
+}
+
+
+class GuidanceBackend:
+    """Compiles grammars for one tokenizer.
+
+    ``tokenizer_json`` is the text of its tokenizer.json, ``vocab_size`` the model's, whose ids past the tokenizer's are
+    never allowed; ``eos_token_ids`` are allowed where the output may end. Raises GrammarError.
+    """
+
+    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        try:
+            self._tokenizer = llguidance.LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=[*eos_token_ids])
+        except Exception as error:
+            raise GrammarError(f"llguidance cannot use this tokenizer: {error}") from None
+        self._limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+        self._executor = llguidance.LLExecutor()
+        self.num_words = -(-vocab_size // 32)
+
+    def compile(self, grammar: str) -> GuidanceGrammar:
+        """The grammar at its beginning. Raises GrammarError. Other threads run meanwhile."""
+        try:
+            matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+        except BaseException as error:  # a panic in the library is no Exception
+            raise GrammarError(f"{type(error).__name__}: {error}") from None
+        if not matcher.is_error():
+            matcher.compute_bitmask()
+        if matcher.is_error():
+            raise GrammarError(matcher.get_error().partition("\n<state>")[0])
+        return GuidanceGrammar(matcher)
+
+    def fill(self, rows: Sequence[tuple[GuidanceGrammar, int]], mask: torch.Tensor) -> None:
+        """Write the tokens that each grammar allows next into its row of ``mask`` [B, ``num_words``] int32 on the host.
+
+        Bit i % 32 of word i // 32 is token i.
+        """
+        asked = [(grammar.matcher, row) for grammar, row in rows if not grammar.is_waiting]
+        if asked:
+            self._executor.unsafe_compute_mask_ptr(asked, mask.data_ptr(), mask.shape[1] * 4, mask.shape[0])
+
+
+class GuidanceGrammar:
+    """A compiled grammar and how far the output of one request has come in it; ``copy`` is one at the beginning.
+
+    With ``after``, a token id, it holds from behind that token on, and what stands before is free.
+    """
+
+    def __init__(self, matcher: llguidance.LLMatcher, after: int | None = None) -> None:
+        self.matcher = matcher
+        self._after = after
+        self._num_seen = 0
+        self.is_waiting = after is not None
+
+    def copy(self, after: int | None) -> GuidanceGrammar:
+        return GuidanceGrammar(self.matcher.deep_copy(), after)
+
+    def follow(self, output_ids: Sequence[int]) -> None:
+        """Take in what is new of the output, of which a former call had a beginning."""
+        for token_id in output_ids[self._num_seen :]:
+            if self.is_waiting:
+                self.is_waiting = token_id != self._after
+            else:
+                self.matcher.consume_token(token_id)
+        self._num_seen = len(output_ids)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing but the end may follow."""
+        return not self.is_waiting and self.matcher.is_stopped()
+
+    @property
+    def error(self) -> str:
+        """Why it cannot go on; empty while it can."""
+        return self.matcher.get_error().partition("\n")[0]

@@ -1,0 +1,101 @@
+"""The form that a request asks its output to have, as a grammar that the scheduler compiles without harm."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from sglang.srt.constrained.grammar_checker import GrammarChecker
+from sglang.srt.constrained.llguidance_backend import GrammarError
+from sglang.srt.managers.request_input import RequestError
+from sglang.srt.parser.reasoning_parser import THINK_END
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.utils.hf_tokenizer import Tokenizer
+from sglang.srt.utils.limits import MAX_GRAMMARS_CACHED
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+# A grammar, or why there is none.
+Verdict = tuple[str, None] | tuple[None, str]
+
+
+class RequestGrammars:
+    """Has grammars tried, one at a time and beside the event loop, and remembers the verdicts on the last ones."""
+
+    def __init__(self, args: ServerArgs, tokenizer: Tokenizer | None, vocab_size: int) -> None:
+        self._refusal = _refusal(args)
+        self._tokenizer = tokenizer
+        self._thread = ThreadPoolExecutor(1, "grammar")
+        self._checker: GrammarChecker | None = None
+        if tokenizer is not None and self._refusal is None:
+            self._checker = GrammarChecker(tokenizer.to_json, vocab_size, _json_options(args))
+        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
+
+    def check_served(self, params: SamplingParams) -> None:
+        """Raise RequestError where ``params`` ask for a form, and this server gives none."""
+        if params.grammar_source is not None and self._refusal is not None:
+            raise RequestError(f"{params.grammar_source[0]} is not supported by this server: {self._refusal}")
+
+    async def grammar(self, params: SamplingParams) -> str | None:
+        """The grammar that ``params``, which have passed ``check_served``, ask for. Raises RequestError."""
+        if params.grammar_source is None:
+            return None
+        kind, source = params.grammar_source
+        loop = asyncio.get_running_loop()
+        grammar, error = await loop.run_in_executor(self._thread, self._verdict, kind, source)
+        if grammar is None:
+            raise RequestError(f"{kind} cannot be used: {error}", param=kind)
+        return grammar
+
+    def think_end_id(self) -> int:
+        """The token behind which an answer follows a thought. Raises RequestError where it is no token of its own."""
+        token_id = None if self._tokenizer is None else self._tokenizer.token_id(THINK_END)
+        if token_id is None:
+            raise RequestError(
+                f"A form for the answer behind a thought needs {THINK_END} to be a token of this model. Switch "
+                "thinking off in this request."
+            )
+        return token_id
+
+    def close(self) -> None:
+        """End the process that tries grammars."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._checker is not None:
+            self._checker.close()
+
+    def _verdict(self, kind: str, source: str) -> Verdict:
+        key = hashlib.sha256(f"{kind}:{source}".encode(errors="surrogatepass")).digest()
+        verdict = self._verdicts.get(key)
+        if verdict is None:
+            assert self._checker is not None
+            try:
+                verdict = self._checker.check(kind, source), None
+            except GrammarError as error:
+                verdict = None, str(error)
+            if len(self._verdicts) == MAX_GRAMMARS_CACHED:
+                self._verdicts.popitem(last=False)
+            self._verdicts[key] = verdict
+        self._verdicts.move_to_end(key)
+        return verdict
+
+
+def _refusal(args: ServerArgs) -> str | None:
+    if args.grammar_backend == "none":
+        return "it was started with --grammar-backend none. Remove the field."
+    if args.skip_tokenizer_init:
+        return "it runs with --skip-tokenizer-init, and grammars are about text. Remove the field."
+    if args.speculative_algorithm is not None:
+        return "it runs with --speculative-algorithm, whose drafts follow no grammar. Remove the field."
+    return None
+
+
+def _json_options(args: ServerArgs) -> dict[str, Any]:
+    """llguidance's options for white space in JSON."""
+    if args.constrained_json_disable_any_whitespace:
+        return {"whitespace_flexible": False}
+    pattern = args.constrained_json_whitespace_pattern
+    return {} if pattern is None else {"whitespace_pattern": pattern}

@@ -1,0 +1,262 @@
+"""What grammars allow: random outputs against jsonschema and re, masks against lists of all members, tool calls."""
+
+import json
+import random
+import re
+import tempfile
+import unittest
+
+import jsonschema
+from tokenizers import AddedToken
+
+from sglang.srt.constrained.llguidance_backend import GrammarError, GuidanceBackend, grammar_of
+from sglang.srt.parser.tool_call_parser import ToolCall
+from sglang.srt.parser.tool_calls import TOOL_CALL_PARSERS
+from sglang.srt.utils.hf_tokenizer import Tokenizer
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.grammar_walks import allowed_ids, walk
+from sglang.test.test_utils import CustomTestCase
+from sglang.test.tiny_tokenizers import byte_level_tokenizer, write_tokenizer
+
+register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
+
+PADDING = 45
+
+
+class GrammarCase(CustomTestCase):
+    marked = ()  # tool call forms whose marks are tokens
+
+    @classmethod
+    def setUpClass(cls):
+        holder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(holder.cleanup)
+        tokenizer = byte_level_tokenizer()
+        marks = [mark for form in cls.marked for mark in TOOL_CALL_PARSERS[form].all_marks()]
+        tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks])
+        cls.tokenizer = Tokenizer.from_path(write_tokenizer(holder.name, tokenizer))
+        cls.eos = [cls.tokenizer.token_id("</s>"), cls.tokenizer.token_id("<|pad|>")]
+        cls.vocab_size = cls.tokenizer.vocab_size + PADDING
+        cls.backend = GuidanceBackend(cls.tokenizer.to_json(), cls.vocab_size, cls.eos)
+        closing = ('"', "}", "]", ",", ":", "\n", "1")
+        cls.liked = frozenset(cls.tokenizer.encode(text, add_special_tokens=False)[0] for text in closing)
+
+    def compiled(self, kind, source, **options):
+        return self.backend.compile(grammar_of(kind, source, options))
+
+    def walk(self, grammar, chance):
+        self.ids = ids = walk(self.backend, grammar.copy(None), self.eos, chance, self.liked)
+        return None if ids is None else self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def random_schema(chance, depth=0):
+    """A schema of what clients use, with a bound on what follows it."""
+    leaves = (
+        lambda: {"type": "integer", "minimum": chance.randint(-50, 5), "maximum": chance.randint(6, 3000)},
+        lambda: {"type": "number", "exclusiveMinimum": 0, "maximum": chance.choice((1, 2.5, 99))},
+        lambda: {"type": "string", "maxLength": chance.randint(0, 6)},
+        lambda: {"type": "string", "minLength": 2, "maxLength": 4},
+        lambda: {"type": "string", "pattern": chance.choice(("^[a-c]{2,3}$", "^\\d{4}-\\d\\d$", "^(é|€)+x$"))},
+        lambda: {"type": "string", "format": chance.choice(("date", "uuid", "ipv4"))},
+        lambda: {"enum": chance.sample(["a", "é€😀", 'q"\\\n', 7, None, True, {"x": [1]}, 1.5], 3)},
+        lambda: {"const": chance.choice(["kind", 0, False, [], {}])},
+        lambda: {"type": ["boolean", "null"]},
+    )
+    if depth >= 3 or chance.random() < 0.3 and depth:
+        return chance.choice(leaves)()
+    kind = chance.randrange(4)
+    if kind == 0:
+        few = chance.randint(0, 2)
+        return {"type": "array", "items": random_schema(chance, depth + 1), "minItems": few, "maxItems": few + 2}
+    if kind == 1:
+        return {"anyOf": [random_schema(chance, depth + 1) for _ in range(2)]}
+    if kind == 2 and depth == 0:
+        node = {
+            "type": "object",
+            "properties": {"v": random_schema(chance, 3), "next": {"anyOf": [{"$ref": "#/$defs/n"}, {"type": "null"}]}},
+            "required": ["v", "next"],
+            "additionalProperties": False,
+        }
+        return {"$ref": "#/$defs/n", "$defs": {"n": node}}
+    names = chance.sample(["a", "bé", "c d", 'q"', "€", "\\"], chance.randint(1, 4))
+    required = chance.sample(names, chance.randint(0, len(names)))
+    properties = {name: random_schema(chance, depth + 1) for name in names}
+    return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+
+class TestJsonSchema(GrammarCase):
+    def test_every_output_follows_its_schema(self):
+        chance = random.Random(5)
+        finished = 0
+        for number in range(60):
+            schema = random_schema(chance)
+            grammar = self.compiled("json_schema", json.dumps(schema), whitespace_flexible=number % 4 == 0)
+            for _ in range(3):
+                text = self.walk(grammar, chance)
+                if text is not None:
+                    finished += 1
+                    jsonschema.validate(json.loads(text), schema)
+        self.assertGreater(finished, 150)
+
+    def test_white_space(self):
+        grammar = self.compiled("json_schema", '{"const": [1, 2]}', whitespace_flexible=False)
+        self.assertEqual(self.walk(grammar, random.Random(0)), "[1,2]")
+        grammar = self.compiled("json_schema", '{"const": [1, 2]}', whitespace_pattern="[ ]{3}")
+        self.assertEqual(re.sub("   ", "", self.walk(grammar, random.Random(0))), "[1,2]")
+
+    def test_what_cannot_be_held_is_refused(self):
+        for kind, source, reason in (
+            ("json_schema", "{", "line 1"),
+            ("json_schema", "[1]", "object"),
+            ("json_schema", '{"type": "objekt"}', "objekt"),
+            ("json_schema", '{"uniqueItems": true, "type": "array"}', "uniqueItems"),
+            ("json_schema", '{"$ref": "http://x.y/z"}', "x.y"),
+            ("json_schema", '{"minimum": 5, "maximum": 1, "type": "integer"}', "minimum"),
+            ("json_schema", '{"$ref": "#"}', ""),
+            ("json_schema", '{"properties": {"a": ' * 300 + "{}" + "}}" * 300, "recursion"),
+            ("json_schema", '"\ud800"', ""),
+            ("regex", "(a", "regex"),
+            ("regex", "(?=a)b", "look"),
+            ("ebnf", "root ::= (", ""),
+            ("ebnf", "start: nothing", "nothing"),
+            ("ebnf", "", ""),
+            ("structural_tag", '{"structures": [], "triggers": []}', "empty"),
+            ("structural_tag", '{"structures": [{"begin": "b", "end": ""}], "triggers": ["<a"]}', "none of the"),
+            ("structural_tag", "{}", ""),
+        ):
+            with self.assertRaisesRegex(GrammarError, reason, msg=source[:80]):
+                self.compiled(kind, source)
+
+
+class TestMasks(GrammarCase):
+    LANGUAGES = (
+        ("regex", "(foo|fo|é€|😀)(!{1,2})?", [a + b for a in ("foo", "fo", "é€", "😀") for b in ("", "!", "!!")]),
+        ("ebnf", 'root ::= "The" [ ]? ("quick" | "q")', ["Thequick", "The quick", "Theq", "The q"]),
+        ("ebnf", 'start: "a" b?\nb: "<tool call>" | /[01]/', ["a", "a<tool call>", "a0", "a1"]),
+        ("regex", "", [""]),
+    )
+
+    def test_exactly_what_leads_to_a_member_is_allowed(self):
+        """At every prefix that tokens can spell, over all tokens, by comparison with all members."""
+        spelled = [self.tokenizer.token_bytes(i) for i in range(self.tokenizer.vocab_size)]
+        added = {*self.tokenizer.all_special_ids, self.tokenizer.token_id("<tool call>")}
+        for kind, source, members in self.LANGUAGES:
+            grammar = self.compiled(kind, source)
+            wanted = [member.encode() for member in members]
+            paths, seen = [[]], {b""}
+            while paths:
+                path = paths.pop()
+                prefix = b"".join(spelled[i] for i in path)
+                state = grammar.copy(None)
+                state.follow(path)
+                leads = {
+                    i
+                    for i, text in enumerate(spelled)
+                    if text and i not in added and any(member.startswith(prefix + text) for member in wanted)
+                }
+                ends = set(self.eos) if prefix in wanted else set()
+                allowed = set(allowed_ids(self.backend, state))
+                left = [member[len(prefix) :] for member in wanted if member.startswith(prefix)]
+                if not ends and len({member[:1] for member in left}) == 1:  # the tokenizer's own spelling of it
+                    self.assertTrue(allowed and allowed <= leads, (source, prefix))
+                else:
+                    self.assertEqual(allowed, leads | ends, (source, prefix))
+                if path:
+                    self.assertEqual(state.is_complete, not leads, (source, prefix))
+                for i in leads:
+                    if prefix + spelled[i] not in seen:
+                        seen.add(prefix + spelled[i])
+                        paths.append([*path, i])
+            self.assertGreaterEqual(len(seen), len(members))
+
+    def test_regular_expressions(self):
+        chance = random.Random(1)
+        for source in (
+            r"[a-z]+@[a-z]{2,5}\.(org|com)",
+            r"\d{1,3}(,\d{3})*",
+            "(?i)yes|no",
+            r"[^\x00-\x7f]{2}x",
+            "a|ab|abc",
+        ):
+            for _ in range(5):
+                text = self.walk(self.compiled("regex", source), chance)
+                self.assertTrue(text is None or re.fullmatch(source, text), (source, text))
+
+    def test_it_holds_behind_a_token(self):
+        mark = self.tokenizer.token_id("<tool call>")
+        grammar = self.compiled("regex", "ab").copy(mark)
+        output = self.tokenizer.encode("no form yet", add_special_tokens=False)
+        grammar.follow(output)
+        self.assertTrue(grammar.is_waiting and not grammar.is_complete and not grammar.error)
+        grammar.follow([*output, mark, *self.tokenizer.encode("a", add_special_tokens=False)])
+        allowed = {self.tokenizer.decode([i], skip_special_tokens=False) for i in allowed_ids(self.backend, grammar)}
+        self.assertEqual(allowed, {"b"})
+
+    def test_a_structural_tag_holds_between_its_marks(self):
+        schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+        tag = {"structures": [{"begin": "<f=x>", "schema": schema, "end": "</f>"}], "triggers": ["<f"]}
+        grammar = self.compiled("structural_tag", json.dumps(tag))
+        for text, good in (("free < text", True), ('t <f=x>{"a":5}</f> t', True), ("<f=y", False), ("<f=x>5", False)):
+            state = grammar.copy(None)
+            state.follow(self.tokenizer.encode(text, add_special_tokens=False))
+            self.assertEqual(not state.error, good, text)
+
+
+class TestToolCalls(GrammarCase):
+    PARAMETERS = {
+        "type": "object",
+        "properties": {
+            "count": {"type": "integer", "minimum": 0, "maximum": 99},
+            "kind": {"enum": ["x", 'é" y'], "type": "string"},
+            "note": {"type": "string", "maxLength": 3},
+            "flags": {"type": "array", "items": {"$ref": "#/$defs/flag"}, "maxItems": 2},
+        },
+        "$defs": {"flag": {"type": "boolean"}},
+        "required": ["count", "kind"],
+        "additionalProperties": False,
+    }
+    TOOLS = {"add": PARAMETERS, 'odd "name"': {"properties": {"a": {"const": 1}}, "additionalProperties": False}}
+
+    def test_every_reply_is_calls_that_the_parser_reads(self):
+        chance = random.Random(2)
+        for name, parser in TOOL_CALL_PARSERS.items():
+            many = self.compiled("ebnf", parser.grammar(self.TOOLS, None, self.tokenizer.token_id))
+            one = self.compiled("ebnf", parser.grammar({"add": self.PARAMETERS}, 1, self.tokenizer.token_id))
+            finished = 0
+            for number in range(24):
+                text = self.walk(one if number % 2 else many, chance)
+                if text is None:
+                    continue
+                finished += 1
+                reader = parser(self.TOOLS)
+                events = reader.feed(text) + reader.finish()
+                self.assertTrue(events and all(isinstance(event, ToolCall) for event in events), (name, text, events))
+                self.assertTrue(len(events) == 1 or number % 2 == 0, (name, text))
+                for call in events:
+                    arguments = json.loads(call.arguments)
+                    if name == "qwen3_coder":
+                        arguments.pop("note", None)  # strings stand bare, and their schema is not held
+                    jsonschema.validate(arguments, self.TOOLS[call.name])
+                for mark in parser.all_marks() if name in self.marked else ():
+                    self.assertIn(self.tokenizer.token_id(mark), self.ids)
+            self.assertGreater(finished, 12, name)
+
+    def test_a_call_or_an_answer(self):
+        chance = random.Random(3)
+        answer = {"type": "object", "properties": {"v": {"const": 1}}, "required": ["v"], "additionalProperties": False}
+        for name, parser in TOOL_CALL_PARSERS.items():
+            grammar = self.compiled(
+                "ebnf", parser.grammar({"add": self.PARAMETERS}, None, self.tokenizer.token_id, answer)
+            )
+            texts = [self.walk(grammar, chance) for _ in range(30)]
+            kinds = {text.lstrip().startswith("{") for text in texts if text is not None}
+            self.assertEqual(kinds, {True, False}, name)
+
+
+class TestToolCallsWithTokens(TestToolCalls):
+    """The same where marks are tokens, which are then said as such."""
+
+    marked = ("qwen25", "deepseekv31", "qwen3_coder")
+
+
+if __name__ == "__main__":
+    unittest.main()
