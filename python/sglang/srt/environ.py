@@ -270,6 +270,12 @@ class Envs:
         doc="DeepSeek V4 on gfx95x: one kernel for the mHC step after and the one before a layer, up to 64 tokens.",
         pending="DeepSeek V4",
     )
+    SGLANG_PREP_IN_CUDA_GRAPH = EnvBool(
+        True,
+        section=_MODEL,
+        doc="DeepSeek V4: a decode graph plans its own step, from lengths on the device; else each replay is planned "
+        "before it. Both give the same plan. Verify steps are planned before the replay in either case.",
+    )
     SGLANG_MAMBA_SSM_DTYPE = EnvStr(
         "",
         choices=("", "float32", "bfloat16", "float16"),

@@ -72,7 +72,7 @@ def attention_backend_names() -> tuple[str, ...]:
 
 @functools.cache
 def _in_tree() -> dict[tuple[str, str], BackendDeclaration]:
-    declarations = [declaration for path in sorted(_FOLDER.glob("*_backend.py")) for declaration in read_source(path)]
+    declarations = [declaration for path in sorted(_FOLDER.glob("*_backend*.py")) for declaration in read_source(path)]
     return {(declaration.name, declaration.family): declaration for declaration in declarations}
 
 

@@ -41,7 +41,6 @@ def select_entries_torch(
         pages = page_table[requests[part]].long()
         rows = (pages.unsqueeze(2) * per_page + entries[:per_page]).flatten(1)
         found = read_rows(keys, rows.flatten(), torch.float32).view(*rows.shape, keys.shape[1])
-        found = torch.where(seen.unsqueeze(2), found, 0.0)
         per_head = torch.einsum("nhd,ned->nhe", q[part].float(), found).relu()
         scores = torch.einsum("nh,nhe->ne", weights[part].float(), per_head).masked_fill(~seen, -torch.inf)
         best = scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k]

@@ -17,9 +17,9 @@ OP_GROUPS = frozenset({"attention", "compressed", "attention_state", "kv_cache",
 
 
 def load_attention_backends() -> None:
-    """Import every ``*_backend`` module of this package, so that each backend is registered."""
+    """Import every module of this package with ``_backend`` in its name, so that each backend is registered."""
     for module in pkgutil.iter_modules(__path__, __name__ + "."):
-        if module.name.endswith("_backend"):
+        if "_backend" in module.name.rpartition(".")[2]:
             importlib.import_module(module.name)
 
 

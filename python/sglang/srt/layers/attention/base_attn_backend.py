@@ -292,7 +292,7 @@ def register_attention_backend(
     """Class decorator: a backend that ``--attention-backend`` calls ``name``, for models of one family.
 
     The rest is what the settings must know of it; see ``BackendDeclaration``. They read it from the source of the
-    ``*_backend.py`` files of this package, so the arguments are literals.
+    ``*_backend*.py`` files of this package, so the arguments are literals.
     """
     declaration = BackendDeclaration(name, family, platforms, graphs, page_sizes, cache_dtypes)
 

@@ -1,0 +1,216 @@
+"""Attention of DeepSeek V4 over paged pools: a window of stored rows and compressed entries, with prefix cache.
+
+One planner and one set of ops for HIP, CUDA and CPU, of the names that HIP's backend has upstream.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang.kernels.ops.attention.compress import compress
+from sglang.kernels.ops.attention.kv_cache import write_latent_torch
+from sglang.kernels.ops.attention.select_entries import select_entries
+from sglang.kernels.ops.attention.sparse_attention import sparse_attention
+from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
+from sglang.srt.configs.deepseek_v4_cache import PAGE_SIZE, max_step_rows
+from sglang.srt.environ import envs
+from sglang.srt.layers.attention.base_attn_backend import (
+    AttentionContext,
+    CompressedBackend,
+    CompressedLayer,
+    Compressor,
+    UnplannedStepError,
+    register_attention_backend,
+)
+from sglang.srt.layers.attention.deepseek_v4_planner import CompressedPlan, StepRows, plan_step, rows_of_entries
+from sglang.srt.layers.attention.plans import NoRows
+from sglang.srt.layers.attention.pool_backend import PoolBackend
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
+
+
+@dataclass(frozen=True)
+class PlanInGraph:
+    """The plan of a captured step that is made by its first layer, and so by every replay."""
+
+
+@register_attention_backend(
+    "dsv4", "compressed", platforms=("cpu", "cuda", "hip"), graphs=True, page_sizes=(256,),
+    cache_dtypes=("auto", "bfloat16"),
+)  # fmt: skip
+@register_attention_backend(
+    "compressed", "compressed", platforms=("cpu", "cuda", "hip"), graphs=True, page_sizes=(256,),
+    cache_dtypes=("auto", "bfloat16"),
+)  # fmt: skip
+class DeepseekV4HipRadixBackend(PoolBackend, CompressedBackend):
+    """Plans on the device alone, so a step is captured with its plan, or planned before each replay.
+
+    windows_only: the layers that it serves have no compressed entries, as those of a draft; nothing is planned for any.
+    Raises ValueError for pools of another page size.
+    """
+
+    def __init__(self, ctx: AttentionContext, windows_only: bool = False) -> None:
+        super().__init__(ctx)
+        if ctx.pools.page_size != PAGE_SIZE:
+            raise ValueError(
+                f"DeepSeek V4 needs pages of {PAGE_SIZE} tokens, at whose ends its entries and states end; the pools "
+                f"have pages of {ctx.pools.page_size}: use --page-size {PAGE_SIZE}"
+            )
+        text = ctx.model_config.text
+        assert isinstance(text, DeepseekV4Config), "the settings give this backend to DeepSeek V4 alone"
+        self.pools = ctx.pools
+        self.window = text.sliding_window
+        self.top_k = text.index_topk
+        # Rows of states for each page, by ratio.
+        self.rings: dict[int, int] = {}
+        for ratio in () if windows_only else (4, 128):
+            if any(pool.spec.name == f"c{ratio}" for pool in ctx.pools):
+                self.rings[ratio] = PAGE_SIZE // ctx.pools[f"c{ratio}_state"].spec.units_per_row
+        self.plans_in_graph = envs.SGLANG_PREP_IN_CUDA_GRAPH.get()
+        self._captured: dict[tuple[str, int], CompressedPlan | PlanInGraph] = {}
+
+    # --- plans ---------------------------------------------------------------------------------------------------
+
+    def plan_decode(self, fb: ForwardBatch) -> CompressedPlan:
+        """See the base class."""
+        return self._plan(fb, torch.ones_like(fb.seq_lens), max(fb.seq_lens_cpu))
+
+    def plan_extend(self, fb: ForwardBatch) -> CompressedPlan:
+        """See the base class."""
+        assert fb.extend_seq_lens is not None
+        return self._plan(fb, fb.extend_seq_lens, max(fb.seq_lens_cpu))
+
+    def plan_uniform(self, fb: ForwardBatch) -> CompressedPlan:
+        """See the base class; rows may be rejected later, so what any number of accepted ones needs is kept."""
+        assert fb.kind is not None
+        width = fb.kind.rows_per_request
+        return self._plan_verify(fb, torch.full_like(fb.seq_lens, width), width, max(fb.seq_lens_cpu))
+
+    def init_forward_metadata_target_verify(self, fb: ForwardBatch, extend_seq_lens: torch.Tensor, widest: int) -> None:
+        """Plan a step of which any number of rows may be rejected later, but the first of each request.
+
+        extend_seq_lens [B] int64 on the device: rows of each request, packed, at most ``widest``. ``fb.seq_lens`` count
+        them. Raises UnplannedStepError where more rows per request are asked for than the states bear.
+        """
+        fb.attn_plan = StepPlan(attention=self._plan_verify(fb, extend_seq_lens, widest, max(fb.seq_lens_cpu)))
+
+    def _plan_verify(self, fb: ForwardBatch, extend_lens: torch.Tensor, widest: int, max_len: int) -> CompressedPlan:
+        for ratio, ring in self.rings.items():
+            if widest > max_step_rows(ratio, ring):
+                raise UnplannedStepError(
+                    f"a step of {widest} rows per request, of which some may be rejected, overwrites states of "
+                    f"compressed attention that are needed then: {ring} rows for each page and ratio {ratio} bear "
+                    f"{max_step_rows(ratio, ring)}; lower --speculative-num-steps"
+                )
+        return self._plan(fb, extend_lens, max_len)
+
+    def _plan(self, fb: ForwardBatch, extend_lens: torch.Tensor, max_len: int) -> CompressedPlan:
+        step = StepRows(fb.out_cache_loc, fb.req_pool_indices, fb.seq_lens, extend_lens)
+        return plan_step(step, self.req_to_token, max_len, self.window, self.rings)
+
+    # --- captured steps ------------------------------------------------------------------------------------------
+
+    def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
+        """Forget earlier captures. Raises ValueError when a context would not fit the request table."""
+        if max_context_len > self.req_to_token.shape[1]:
+            raise ValueError(
+                f"graphs for contexts of {max_context_len} tokens need a request table as wide; it has "
+                f"{self.req_to_token.shape[1]} columns"
+            )
+        self._captured = {}
+
+    def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
+        """Plan inside the captured step, or into tensors that every replay fills first.
+
+        Verify steps take the second way whatever SGLANG_PREP_IN_CUDA_GRAPH says, as upstream.
+        """
+        assert fb.kind is not None and fb.input_ids is None, "a captured step is of one kind, and finds its ids itself"
+        in_graph = self.plans_in_graph and fb.kind.rows_per_request == 1
+        plan = PlanInGraph() if in_graph else self._plan_captured(fb)
+        self._captured[fb.kind.name, fb.batch_size] = plan
+        fb.attn_plan = StepPlan(attention=plan)
+
+    def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
+        """See the base class. Raises ValueError for a kind and size that was not captured."""
+        assert fb.kind is not None
+        captured = self._captured.get((fb.kind.name, fb.batch_size))
+        if captured is None:
+            raise ValueError(f"no {fb.kind.name} step of {fb.batch_size} requests was captured")
+        if isinstance(captured, CompressedPlan):
+            for ours, fresh in zip(captured.tensors(), self._plan_captured(fb).tensors(), strict=True):
+                ours.copy_(fresh)
+        fb.attn_plan = StepPlan(attention=captured)
+
+    def _plan_captured(self, fb: ForwardBatch) -> CompressedPlan:
+        """A plan whose shapes and work do not depend on lengths."""
+        assert fb.kind is not None
+        width, longest = fb.kind.rows_per_request, self.req_to_token.shape[1]
+        return self._plan_verify(fb, torch.full_like(fb.seq_lens, width), width, longest)
+
+    # --- layers --------------------------------------------------------------------------------------------------
+
+    def store_rows(self, rows: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch) -> None:
+        """See the base class."""
+        write_latent_torch(rows, self.pools["swa"].layer(layer.layer_id)[0], fb.out_cache_loc)
+
+    def compress(self, kv: torch.Tensor, gate: torch.Tensor, compressor: Compressor, fb: ForwardBatch) -> None:
+        """See the base class."""
+        plan = self._plan_of(fb, kv.shape[0])
+        if plan is None:
+            return
+        entries = plan.entries[compressor.ratio]
+        compress(
+            kv, gate, *self.pools[f"{compressor.pool}_state"].layer(compressor.layer_id), entries.state_rows,
+            entries.sources, compressor.position_bias, compressor.norm.weight, compressor.norm.eps,
+            compressor.rotary_emb.cos_sin_cache, entries.first_positions, entries.entry_rows,
+            self.pools[compressor.pool].layer(compressor.layer_id)[0],
+        )  # fmt: skip
+
+    def select_entries(
+        self, q: torch.Tensor, weights: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch
+    ) -> torch.Tensor:
+        """See the base class."""
+        plan = self._plan_of(fb, q.shape[0])
+        if plan is None:
+            return torch.empty(0, self.top_k, dtype=torch.int32, device=q.device)
+        chosen: torch.Tensor = select_entries(
+            q, weights, self.pools["c4_index"].layer(layer.layer_id)[0], plan.page_table, plan.requests,
+            plan.entries[layer.ratio].visible, PAGE_SIZE // layer.ratio, self.top_k,
+        )  # fmt: skip
+        return chosen
+
+    def attend_compressed(
+        self, q: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch, entries: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """See the base class."""
+        plan = self._plan_of(fb, q.shape[0])
+        if plan is None:
+            return torch.empty_like(q)
+        rows = self.pools["swa"].layer(layer.layer_id)[0]
+        cache = entry_rows = None
+        if layer.ratio:
+            if entries is None:
+                numbers = torch.arange(plan.page_table.shape[1] * (PAGE_SIZE // layer.ratio), device=q.device)
+                visible = plan.entries[layer.ratio].visible.unsqueeze(1)
+                entries = torch.where(numbers < visible, numbers, -1)
+            cache = self.pools[f"c{layer.ratio}"].layer(layer.layer_id)[0]
+            entry_rows = rows_of_entries(plan.page_table, plan.requests, entries, layer.ratio)
+        out: torch.Tensor = sparse_attention(q, rows, plan.window_slots, cache, entry_rows, layer.sinks, layer.scale)
+        return out
+
+    def _plan_of(self, fb: ForwardBatch, num_rows: int) -> CompressedPlan | None:
+        """The plan of the step, made now where a captured step makes its own; None for a step without rows.
+
+        Raises TypeError for rows that nobody planned.
+        """
+        plan = fb.attn_plan.attention
+        if isinstance(plan, PlanInGraph):
+            plan = self._plan_captured(fb)
+            # Each run of a captured step has a batch object of its own, so the next run plans again.
+            fb.attn_plan = StepPlan(attention=plan)
+        if isinstance(plan, CompressedPlan):
+            return plan
+        if num_rows or not isinstance(plan, NoRows):
+            raise TypeError(f"{num_rows} rows to attend, and the step was planned as {type(plan).__name__}")
+        return None
