@@ -7,7 +7,7 @@ from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.deepseek_v4_plan_truth import check_plan, random_batch
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=500, suite="nightly-test-cpu")
+register_cpu_ci(est_time=500, suite="nightly-cpu", nightly=True)
 
 
 class TestPlanSweep(CustomTestCase):
