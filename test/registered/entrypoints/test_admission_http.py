@@ -252,7 +252,7 @@ class TestTimeLimits(FakeServerTestCase):
         self.fake.scheduler.frozen = False
         count = self.fake.context.manager.num_timed_out
         self.assertEqual(count - before, 2 * len(self.BODIES))
-        self.assertRegex(self.client.get("/metrics").text, f"num_timed_out_requests_total{{.*}} {count}\n")
+        self.assertRegex(self.client.get("/metrics").text, f"num_timed_out_requests_total{{.*}} {count}.0\n")
 
     def test_a_stream_under_way_gets_an_error_and_its_end(self):
         self.fake.scheduler.delay_s = 0.02

@@ -137,7 +137,11 @@ class TestHiddenTokens(CustomTestCase):
             state = None
             for length in range(1, len(ids) + 1):
                 req = types.SimpleNamespace(
-                    output_ids=ids[:length], sampling_params=params, stop_ids=frozenset(), max_new_tokens=len(ids)
+                    grammar=None,
+                    output_ids=ids[:length],
+                    sampling_params=params,
+                    stop_ids=frozenset(),
+                    max_new_tokens=len(ids),
                 )
                 reason = checker.check(req)
                 message = output(
@@ -157,6 +161,7 @@ class TestHiddenTokens(CustomTestCase):
         a, b = (BYTE_LEVEL.encode(letter, add_special_tokens=False)[0] for letter in "ab")
         hidden = min(BYTE_LEVEL.all_special_ids)
         req = types.SimpleNamespace(
+            grammar=None,
             output_ids=[a] + [hidden] * 500 + [b], stop_ids=frozenset(), max_new_tokens=10**6,
             sampling_params=SamplingParams(stop=["ab"]),
         )  # fmt: skip
@@ -237,7 +242,9 @@ class TestRequestText(CustomTestCase):
         for _ in range(1500):
             stops = ["".join(rng.choices("ab", k=rng.randrange(1, 5))) for _ in range(rng.randrange(1, 4))]
             params = SamplingParams(max_new_tokens=16, min_new_tokens=rng.randrange(0, 12), stop=stops)
-            req = types.SimpleNamespace(sampling_params=params, output_ids=[], stop_ids=(), max_new_tokens=16)
+            req = types.SimpleNamespace(
+                sampling_params=params, output_ids=[], stop_ids=(), max_new_tokens=16, grammar=None
+            )
             reason = None
             while reason is None:
                 req.output_ids.append(rng.choice(letters * 2 + emoji))

@@ -29,6 +29,7 @@ from sglang.srt.entrypoints.http_io import (
     run_while_connected,
 )
 from sglang.srt.entrypoints.lacking import LACKING_PATHS
+from sglang.srt.entrypoints.metrics import metrics_page
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import GenerateReqInput, RequestId
 from sglang.srt.managers.request_input import RequestError
@@ -191,7 +192,8 @@ class NativeApi:
         return json_response(await server_info.loads(self._context))
 
     async def metrics(self, _: Request) -> Response:
-        return Response(await server_info.metrics_text(self._context), media_type="text/plain; version=0.0.4")
+        page = await metrics_page(self._context)
+        return Response(page, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def flush_cache(self, request: Request) -> Response:
         try:

@@ -153,6 +153,8 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     cached_tokens: int
     input_logprobs: TokenLogprobs | None = None
     output_logprobs: TokenLogprobs | None = None
+    # When the scheduler had the first token, with the first output; seconds of the machine's monotonic clock.
+    first_token_at: float | None = None
     # Speculation: verify steps so far, and drafts that became output.
     spec_verify_ct: int = 0
     spec_accepted: int = 0

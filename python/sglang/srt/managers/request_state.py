@@ -11,6 +11,7 @@ import msgspec
 
 from sglang.srt.managers.io_struct import FinishReason, LogprobEntry, StrOutput, TokenLogprobs
 from sglang.srt.managers.request_input import RequestError, SingleRequest
+from sglang.srt.managers.request_metrics import RequestMetrics, RequestTimer
 
 TokenText = Callable[[int], str | None]
 
@@ -59,6 +60,7 @@ class RequestState:
         self.waits = True
         self.group = group
         self.created = time.perf_counter()
+        self.timer: RequestTimer | None = None
         self.latency: float | None = None
         self.finish_reason: FinishReason | None = None
         self.text = ""
@@ -72,8 +74,20 @@ class RequestState:
         # Characters, ids and log-probabilities (of output and prompt) that the reader has had.
         self._read = 0, 0, 0, 0
 
+    def sent_to(self, dp_rank: int, metrics: RequestMetrics) -> None:
+        """Count its times among those of the scheduler that it goes to."""
+        self.dp_rank = dp_rank
+        self.timer = RequestTimer(metrics, self.created)
+
+    def started(self) -> None:
+        """A scheduler took it from its queue."""
+        if self.timer is not None:
+            self.timer.started()
+
     def receive(self, output: StrOutput) -> None:
         """Add one message; wakes the reader when it has something to read."""
+        if self.timer is not None:
+            self.timer.received(output)
         self.last = output
         self.text += output.text
         self.output_ids += output.output_ids

@@ -50,6 +50,7 @@ class Req:
         self.grammar: GuidanceGrammar | None = None
         self.grammar_error = ""
         self.arrived = time.perf_counter()
+        self.first_token_at: float | None = None  # in the same clock
         # Memory, held from admission to release.
         self.req_pool_idx: int | None = None
         # By unit, what it holds of what the companions of the prefix cache hand out.

@@ -202,6 +202,7 @@ class Scheduler:
         return {
             "num_running_reqs": len(self.running) + len(self.partial),
             "num_queue_reqs": len(self.waiting) + len(self.grammars.pending),
+            "num_grammar_queue_reqs": len(self.grammars.pending),
             "num_used_tokens": self.memory.num_used(),
             "max_total_num_tokens": self.memory.allocator.size,
         }
@@ -470,6 +471,7 @@ class Scheduler:
             req.finish_reason = FinishReason(type="length", length=0)
             return
         token = output.next_token_ids[index][number]
+        req.first_token_at = req.first_token_at or time.perf_counter()
         req.output_ids.append(token)
         self.metrics.num_generated_tokens += 1
         if req.return_logprob:

@@ -43,6 +43,7 @@ class SchedulerMetrics:
         self.forward_seconds = 0.0
         self.schedule_seconds = 0.0
         self.last_gen_throughput = 0.0
+        self.cache_hit_rate = 0.0  # of the last prefill step
         self._log_started = time.perf_counter()
         self._log_tokens = 0  # of these counts, what was logged
         self._log_spec = (0, 0, 0)
@@ -78,6 +79,7 @@ class SchedulerMetrics:
             # Decoding requests of a mixed step bring output tokens, and retracted ones compute theirs again.
             self.num_prefilled_tokens += max(0, min(end, len(req.origin_input_ids)) - start)
         self.num_cached_tokens += cached
+        self.cache_hit_rate = cached / max(1, cached + batch.num_tokens)
         logger.info(
             "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: %d, token usage: %.2f, #running-req: %d, "
             "#queue-req: %d",

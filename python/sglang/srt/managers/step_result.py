@@ -120,6 +120,7 @@ def make_output(req: Req, is_first: bool) -> TokenIDOutput:
         stop=params.stop if is_first else [],
         input_logprobs=req.input_logprobs if is_first else None,
         output_logprobs=_tail(req.output_logprobs, start) if req.return_logprob else None,
+        first_token_at=req.first_token_at if is_first else None,
         num_retractions=req.num_retractions,
         spec_verify_ct=req.spec_verify_ct,
         spec_accepted=req.spec_accepted,

@@ -38,6 +38,7 @@ from sglang.srt.managers.request_input import (
     time_limit,
     too_many_logprobs,
 )
+from sglang.srt.managers.request_metrics import RequestMetrics
 from sglang.srt.managers.request_state import RequestGroup, RequestState
 from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError
 from sglang.srt.utils.hf_tokenizer import Tokenizer
@@ -90,6 +91,8 @@ class TokenizerManager:
         # Bound before anybody connects: a process that runs out of descriptors meanwhile could not accept them.
         self._receiver = tokenizer_receiver(ipc)
         self._senders = [Sender(address) for address in ipc.schedulers]
+        # By DP rank.
+        self.request_metrics = [RequestMetrics() for _ in self._senders]
         self._balancer = LoadBalancer(server_args.load_balance_method, len(self._senders))
         self._receive_task: asyncio.Task[None] | None = None
         self._states: dict[str, RequestState] = {}
@@ -193,7 +196,8 @@ class TokenizerManager:
             by_rank: list[list[TokenizedGenerateReqInput]] = [[] for _ in self._senders]
             for state, request in zip(group.states, tokenized, strict=True):
                 self._states[state.wire_rid] = state
-                state.dp_rank = self._balancer.assign(state.num_tokens)
+                dp_rank = self._balancer.assign(state.num_tokens)
+                state.sent_to(dp_rank, self.request_metrics[dp_rank])
                 by_rank[state.dp_rank].append(request)
             for sender, requests in zip(self._senders, by_rank, strict=True):
                 if requests:
@@ -301,7 +305,10 @@ class TokenizerManager:
             return
         if isinstance(message, StartedReqs):
             states = [state for rid in message.rids if (state := self._states.get(rid)) is not None]
-            self.admission.started(sum(map(self._leave_queue, states)))
+            fresh = [state for state in states if self._leave_queue(state)]
+            for state in fresh:
+                state.started()
+            self.admission.started(len(fresh))
             return
         future = self._replies.get(message.seq)
         if future is not None and not future.done():

@@ -1,0 +1,74 @@
+"""How long requests took, as the process that answers them sees it."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+from sglang.srt.managers.io_struct import StrOutput
+
+# Seconds, from a millisecond on, three to a power of ten.
+_BOUNDS = tuple(float(f"{step}e{power}") for power in range(-3, 3) for step in (1, 2.5, 5))
+
+
+class Histogram:
+    """Counts of values by upper bound, inclusive, and their sum."""
+
+    def __init__(self, bounds: Sequence[float] = _BOUNDS) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self.sum += value * times
+
+    def cumulative(self) -> list[tuple[str, int]]:
+        """Bounds as text, the last one infinite, and how many values lie at or below each."""
+        return list(zip([*map(str, self._bounds), "+Inf"], accumulate(self._counts), strict=True))
+
+
+@dataclass
+class RequestMetrics:
+    """Of the requests of one scheduler. All times begin when the prompt has become tokens.
+
+    Requests that are aborted have no end-to-end time.
+    """
+
+    num_requests: int = 0
+    queue: Histogram = field(default_factory=Histogram)
+    first_token: Histogram = field(default_factory=Histogram)
+    inter_token: Histogram = field(default_factory=Histogram)
+    end_to_end: Histogram = field(default_factory=Histogram)
+
+
+class RequestTimer:
+    """Measures one request, for the metrics of the scheduler that it was sent to."""
+
+    def __init__(self, metrics: RequestMetrics, created: float) -> None:
+        self._metrics = metrics
+        self._created = created
+        self._last: float | None = None
+
+    def started(self) -> None:
+        """A scheduler took it from its queue."""
+        self._metrics.queue.add(time.perf_counter() - self._created)
+
+    def received(self, output: StrOutput) -> None:
+        """Tokens came, one after the other or, without a stream, all at once, and with the last ones the end."""
+        now, num_new = time.perf_counter(), len(output.output_ids)
+        if num_new and self._last is None:
+            # With one token alone, what it took to get here counts.
+            self._last = now if num_new == 1 else output.first_token_at or now
+            self._metrics.first_token.add(self._last - self._created)
+            num_new -= 1
+        if num_new and self._last is not None:
+            self._metrics.inter_token.add((now - self._last) / num_new, num_new)
+            self._last = now
+        if output.finish_reason is not None:
+            self._metrics.num_requests += 1
+            if output.finish_reason.type != "abort":
+                self._metrics.end_to_end.add(now - self._created)
