@@ -270,8 +270,10 @@ def _speculation(args: ServerArgs, context: Context) -> Iterator[Change | str]:
         if getattr(args, field_name) is None:
             yield Change(field_name, None, value, reason)
     flag = f"--speculative-algorithm {name}"
-    if args.tp_size > 1 or args.dp_size > 1:
-        yield f"{flag} runs on one rank in this build: drop it, or --tp-size and --dp-size"
+    if args.dp_size > 1:
+        yield f"{flag} serves one replica in this build: drop it, or --dp-size"
+    if args.moe_a2a_backend != "none":
+        yield f"{flag} does not go with --moe-a2a-backend {args.moe_a2a_backend} in this build: drop one"
     model = context.model
     if model is not None and model.text.mtp_refusal and args.speculative_draft_model_path in (None, args.model_path):
         yield f"{flag} needs an MTP layer: {model.text.mtp_refusal}. Drop it, or name a folder that has one"

@@ -45,6 +45,9 @@ class ThreadRank(ProcessGroupHandle):
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x.copy_(torch.stack(self.meeting.exchange(self.rank, x)).sum(0))
 
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        return x.copy_(self.meeting.exchange(self.rank, x)[0])
+
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         return torch.cat(self.meeting.exchange(self.rank, x), dim=dim)
 

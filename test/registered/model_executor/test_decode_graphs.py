@@ -171,10 +171,11 @@ class TestDecodeGraphs(CustomTestCase):
 
     def test_the_proof_keeps_to_small_pools_and_contexts(self) -> None:
         def check(num_slots: int) -> GraphCheck:
-            graphs = SimpleNamespace(kind=DECODE, buckets=[8])
+            graphs = SimpleNamespace(buckets=[8])
             pool = ReqToTokenPool(8, 40 + 1)  # a context of 40 tokens, and the column past it
             last = torch.zeros(9, dtype=torch.int64)
-            return GraphCheck(graphs, mock.Mock(), last, pool, kv_pools(num_slots, 1, torch.float32, 1, 1, [0]), 9)
+            pools = kv_pools(num_slots, 1, torch.float32, 1, 1, [0])
+            return GraphCheck(graphs, DECODE, mock.Mock(), mock.Mock(), last, pool, pools, 9)
 
         self.assertIn("KV pool has 3 slots", check(3)._check(8))
         roomy = check(1000)
@@ -298,14 +299,16 @@ class TestKindsOfStep(CustomTestCase):
                     if spoilt is not None:
                         self._output.hidden_states[spoilt] += 1
 
-            def eager(batch: ModelWorkerBatch, bucket: int) -> LogitsProcessorOutput:
-                graphs.buffers.fill(batch, bucket)
-                return forward(graphs.buffers.view(bucket, mock.Mock(), False, batch))
+            def eager(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
+                return forward(graphs.fill(batch, bucket)).first(3 * batch.batch_size).tensors()
+
+            def replay(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
+                return graphs.replay(batch, bucket)[1].tensors()
 
             graphs = StepGraphs(self.VERIFY, forward, mock.MagicMock(), [4], 100, CPU, requests.padding_row, False)
             with torch.inference_mode():
                 graphs.capture(SpoiltGraph, lambda bucket: None)
-                GraphCheck(graphs, eager, last, requests, pools, 9).run()
+                GraphCheck(graphs, self.VERIFY, eager, replay, last, requests, pools, 9).run()
             return graphs.refused
 
         self.assertEqual(check(None), {})

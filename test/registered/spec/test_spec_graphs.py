@@ -1,113 +1,73 @@
-"""Captured steps of speculation under HIP's policy on a CPU: proven at start-up, replayed, with the same tokens."""
+"""Captured steps of speculation under HIP's policy on a CPU; other models and lengths run nightly."""
 
 from __future__ import annotations
 
 import unittest
-from typing import Any
+from functools import partial
 from unittest import mock
 
 import torch
 
-from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.kernels.registry import fresh_decisions
+from sglang.srt.layers.attention.triton_backend import TritonMlaBackend
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner_build import prove_graphs
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
-from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.utils.hf_tokenizer import Tokenizer
+from sglang.srt.speculative.draft_graphs import DRAWN, EXTEND, GREEDY
+from sglang.srt.speculative.spec_info import DRAFT
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.engine_harness import EngineHarness
 from sglang.test.process_ranks import use_fakes
+from sglang.test.spec_graph_cases import SpecGraphs, VerifyCases, no_call_left_out
 from sglang.test.test_utils import CustomTestCase
-from sglang.test.tiny_tasks import heldout_questions
 
 use_fakes()
-register_cpu_ci(est_time=25, suite="stage-b-test-cpu")
-
-BUCKETS = [1, 2, 4]
-KINDS = (
-    {"temperature": 0.0},
-    {"temperature": 0.7, "top_p": 0.9, "top_k": 7, "min_p": 0.02},
-    {"temperature": 0.0, "frequency_penalty": 0.6},
-)
+register_cpu_ci(est_time=45, suite="stage-b-test-cpu")
 
 
-class SpecGraphs(CustomTestCase):
-    folder = str(EMBEDDED_MODELS["deepseek-v3-tiny"])
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.tokenizer = Tokenizer.from_path(cls.folder)
-        cls.prompts = [cls.tokenizer.encode(question.text) for question in heldout_questions()[:7]]
-
+class OverFakes(SpecGraphs, CustomTestCase):
     def setUp(self) -> None:
         self.enterContext(override_platform(RocmOverFakesPlatform(find_fakes())))
         self.enterContext(fresh_decisions())
 
-    def engine(self, num_steps: int = 3, **settings: Any) -> EngineHarness:
-        spec = {"speculative_algorithm": "NEXTN", "speculative_num_steps": num_steps} if num_steps else {}
-        options = {"max_total_tokens": 1024, "max_running_requests": 4, "cuda_graph_bs": BUCKETS, "random_seed": 1}
-        return EngineHarness(
-            self.folder, with_tokenizer=True, **{**options, "attention_backend": "triton", **spec, **settings}
-        )
 
-    def tokens(self, engine: EngineHarness, kinds: tuple[dict[str, Any], ...] = KINDS) -> dict[str, list[int]]:
-        for number, prompt in enumerate(self.prompts):
-            kind = kinds[number % len(kinds)]
-            params = SamplingParams(
-                **{"max_new_tokens": 5 + number, "ignore_eos": True, "sampling_seed": number, **kind}
-            )
-            engine.submit(f"r{number}", prompt, params)
-        return {rid: result.output_ids for rid, result in engine.run().items()}
+class TestVerify(OverFakes, VerifyCases):
+    STEPS = (3,)
 
 
-class TestVerify(SpecGraphs):
-    STEPS: tuple[int, ...] = (1, 3)
-
-    def test_replayed_steps_give_the_tokens_of_eager_ones(self) -> None:
+class TestRefusal(OverFakes):
+    def test_a_kind_that_cannot_be_captured_runs_eagerly_alone(self) -> None:
+        """By its name, and with the same tokens."""
         wanted = self.tokens(self.engine(0, disable_cuda_graph=True))
-        for num_steps in self.STEPS:
-            with self.subTest(num_steps=num_steps):
-                engine = self.engine(num_steps)
-                graphs = engine.runner.decode_graphs
-                assert graphs is not None
-                self.assertEqual((graphs.name, graphs.kind.rows_per_request), ("verify", num_steps + 1))
-                self.assertEqual(graphs.describe(), {"captured": BUCKETS, "refused": {}})
-                with mock.patch.object(graphs, "replay", wraps=graphs.replay) as replay:
-                    self.assertEqual(self.tokens(engine), wanted)
-                sizes = [(call.args[0].batch_size, call.args[1]) for call in replay.call_args_list]
-                self.assertTrue({(4, 4), (3, 4)} <= set(sizes), sizes)
-                metrics = engine.scheduler.metrics
-                self.assertEqual(len(sizes), metrics.num_decode_steps)
-                self.assertGreater(metrics.num_accepted_drafts, 0)
-                self.assertLess(metrics.num_accepted_drafts, metrics.num_drafts)
+        plan = TritonMlaBackend.plan_decode
+
+        def reads_the_host(backend: TritonMlaBackend, fb: ForwardBatch) -> object:
+            _ = len(fb.seq_lens_cpu) if fb.kind == DRAFT else None
+            return plan(backend, fb)
+
+        with mock.patch.object(TritonMlaBackend, "plan_decode", reads_the_host):
+            engine = self.engine(3, cuda_graph_bs=[4])
+            graphs = engine.runner.describe()["graphs"]
+            self.assertEqual([kind for kind, told in graphs.items() if told["captured"]], ["verify", EXTEND])
+            for name in (GREEDY, DRAWN):
+                self.assertIn("a host-side list of the batch is read", graphs[name]["refused"]["4"])
+            self.assertEqual(self.tokens(engine), wanted)
+        self.assertGreater(engine.scheduler.metrics.num_accepted_drafts, 0)
 
 
-class TestVerifyWithStates(TestVerify):
-    """Of Qwen3.5, whose verify steps run on copies of recurrent states."""
-
-    folder = str(EMBEDDED_MODELS["qwen3.5-moe-tiny"])
-    STEPS = (2,)
-
-
-class TestProof(SpecGraphs):
+class TestProof(OverFakes):
     @torch.inference_mode()
     def test_a_replay_that_leaves_one_call_out_is_refused(self) -> None:
         engine = self.engine(2, cuda_graph_bs=[2])
         graphs = engine.runner.decode_graphs
         assert graphs is not None
-        step = graphs._steps[2]
-        calls = step.graph._calls
-        acting = [index for index, call in enumerate(calls) if "empty" not in call.name]
-        for index in [*acting[:9], *acting[9 :: len(acting) // 3]]:
-            graphs.refused.clear()
-            left_out = calls.pop(index)
-            for result in left_out.results:  # which hold what the proof of the last turn left
-                _ = None if result is None else result.zero_()
-            prove_graphs(engine.runner, graphs)
-            self.assertIn(2, graphs.refused, (index, left_out.name))
-            graphs._steps[2] = step
-            calls.insert(index, left_out)
+        no_call_left_out(self, graphs, lambda: prove_graphs(engine.runner, graphs), 15)
+        drafts = engine.worker.speculator.drafter.graphs
+        extend = drafts.extend_graphs
+        no_call_left_out(self, extend, lambda: drafts.prove(extend, drafts.extend_body), 12)
+        # A drawn id says little of the position that it is drawn for, so the chain of greedy ones.
+        chain = drafts.chains[GREEDY]
+        no_call_left_out(self, chain, partial(drafts.prove, chain, partial(drafts.chain_body, True)), 16)
 
 
 if __name__ == "__main__":

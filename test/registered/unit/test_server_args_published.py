@@ -61,7 +61,6 @@ MODELS = {
     "qwen3.5-quark": {**QWEN35_397B, **QUARK},
 }
 
-SPECULATIVE = "--speculative-algorithm EAGLE runs on one rank in this build"
 QUANTISED = "such checkpoints are not supported"
 DISAGGREGATION = "refused: prefill and decode run in one server"
 
@@ -105,7 +104,7 @@ PUBLISHED = (
      "--host 0.0.0.0 --port 9000 --log-requests --mem-fraction-static 0.8 --max-running-requests 64 "
      "--kv-cache-dtype fp8_e4m3 --attention-backend aiter --speculative-algorithm EAGLE --speculative-num-steps 3 "
      "--speculative-eagle-topk 1 --speculative-num-draft-tokens 4",
-     ["SGLANG_AITER_FP8_PREFILL_ATTN='1' would change what is computed", SPECULATIVE,
+     ["SGLANG_AITER_FP8_PREFILL_ATTN='1' would change what is computed",
       f"model: * (quark): {QUANTISED}"]),
     ("upstream pull request 11150, MORI",
      "SGLANG_USE_AITER=1 SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK=256",

@@ -48,6 +48,13 @@ class ProcessGroupHandle:
             dist.all_reduce(x, group=self.group)
         return x
 
+    def broadcast(self, x: torch.Tensor) -> torch.Tensor:
+        """Rank 0's x on every rank, in place; returns x."""
+        if self.size > 1 and x.numel():
+            assert self.group is not None
+            dist.broadcast(x, src=dist.get_global_rank(self.group, 0), group=self.group)
+        return x
+
     def all_gather(self, x: torch.Tensor, dim: int = -1) -> torch.Tensor:
         """Concatenate the ranks' tensors (equal shapes) along ``dim`` in rank order."""
         if self.size == 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -10,36 +11,47 @@ from sglang.srt.configs.cache_layout import FULL, STATE
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.mem_cache.written_rows import WrittenRows
-from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
+from sglang.srt.model_executor.bucket_graphs import BucketGraphs
+from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.model_pools import StepRelay
-from sglang.srt.model_executor.step_graphs import StepGraphs, StepOutput
 
 # Context lengths of the check, repeated over the batch: odd, one page, more than one split.
 CHECK_LENS = (17, 1, 64, 129, 3)
 
 
+# From a batch and its bucket to what the step computed.
+Run = Callable[[ModelWorkerBatch, int], Sequence[torch.Tensor]]
+
+
 class GraphCheck:
     """Compares eager and replayed steps on fixed inputs; it runs while the pools are empty, and leaves them zeroed.
 
-    ``eager(batch, bucket)`` runs the padded step without the graph. last_token, relay: where a step finds, by request
-    row, the ids that its requests drew last, and lengths and drafts.
+    ``eager(batch, bucket)`` and ``replay`` run the padded step of ``kind``, and give what it computed for the requests
+    of the batch. last_token, relay: where a step finds, by request row, the ids that its requests drew last, lengths
+    and drafts. writes_table: the step puts its slots into the request table; else they are there.
     """
 
     def __init__(
         self,
-        graphs: StepGraphs,
-        eager: Callable[[ModelWorkerBatch, int], StepOutput],
+        graphs: BucketGraphs[Any],
+        kind: StepKind,
+        eager: Run,
+        replay: Run,
         last_token: torch.Tensor,
         req_pool: ReqToTokenPool,
         pools: ModelPools,
         vocab_size: int,
         relay: StepRelay | None = None,
+        writes_table: bool = True,
     ) -> None:
         self._graphs = graphs
+        self._kind = kind
         self._eager = eager
+        self._replay = replay
+        self._writes_table = writes_table
         self._last_token = last_token
         self._relay = relay
-        self._width, self._ahead = graphs.kind.rows_per_request, graphs.kind.slots_ahead
+        self._width, self._ahead = kind.rows_per_request, kind.slots_ahead
         self._req_pool = req_pool
         self._page_size = pools.page_size
         self._vocab_size = vocab_size
@@ -70,16 +82,15 @@ class GraphCheck:
             batch = self._batch(rows, torch.Generator().manual_seed(bucket))
             self._forget_slots(batch)
             self._written.poison(bucket)
-            wanted = [tensor.clone() for tensor in self._eager(batch, bucket).first(size * self._width).tensors()]
+            wanted = [tensor.clone() for tensor in self._eager(batch, bucket)]
             written = self._written.fingerprints()
             self._forget_slots(batch)
             self._written.poison(bucket)
-            _, output = self._graphs.replay(batch, bucket)
-            for ours, theirs in zip(wanted, output.tensors(), strict=True):
+            for ours, theirs in zip(wanted, self._replay(batch, bucket), strict=True):
                 if not torch.equal(ours, theirs):
-                    return f"replayed logits differ from eager ones by {float((ours - theirs).abs().max()):.3g}"
+                    return f"replayed results differ from eager ones by {float((ours - theirs).abs().max()):.3g}"
                 if not bool(ours.isfinite().all()):
-                    return "the step's logits are not finite"
+                    return "the step's results are not finite"
             if any(not torch.equal(a, b) for a, b in zip(written, self._written.fingerprints(), strict=True)):
                 return "the replayed step wrote other keys, values or states than the eager one"
             return None
@@ -89,6 +100,8 @@ class GraphCheck:
 
     def _forget_slots(self, batch: ModelWorkerBatch) -> None:
         """Take the slots of the step out of the request table, into which the step is to write them."""
+        if not self._writes_table:
+            return
         none = torch.zeros(self._width + self._ahead, dtype=torch.int64)
         for row, end in zip(batch.req_pool_indices.tolist(), batch.seq_lens, strict=True):
             self._req_pool.write(row, end - self._width, none)
@@ -112,7 +125,7 @@ class GraphCheck:
         states = None
         if self._num_states:
             states = (torch.randperm(self._num_states, generator=generator)[: len(rows)] + 1).tolist()
-        return ModelWorkerBatch.uniform(self._graphs.kind, rows, lens, torch.cat(slots), states)
+        return ModelWorkerBatch.uniform(self._kind, rows, lens, torch.cat(slots), states)
 
     def _fill_relay(self, relay: StepRelay, rows: list[int], lens: list[int], generator: torch.Generator) -> None:
         """Random drafts, and lengths, of which those of every other request are one below the host's bound."""

@@ -237,7 +237,10 @@ def estimate_graphs(args: ServerArgs, config: ModelConfig) -> int:
     values = 8 * text.hidden_size + text.num_experts_per_tok * (text.hidden_size + 3 * text.moe_intermediate_size)
     row = values * config.dtype.itemsize + 2 * 4 * config.vocab_size
     rows = buckets[-1] * args.attn_dp_size * (args.speculative_num_draft_tokens or 1)
-    return rows * row + len(buckets) * config.num_hidden_layers * GRAPH_LAYER_BYTES
+    # Beside the model's step the draft layer's own, and the chain behind it once for greedy and once for drawn drafts.
+    steps = args.speculative_num_steps
+    layers = config.num_hidden_layers + (0 if steps is None else 1 + 2 * (steps - 1))
+    return rows * row + len(buckets) * layers * GRAPH_LAYER_BYTES
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_parallel_state, get_tp_group, get_world_group
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.moe.slotted_mlp import fixed_form
 from sglang.srt.layers.quantization import warn_of_splits
 from sglang.srt.mem_cache.memory_pool import ModelPools
@@ -139,7 +138,7 @@ def capture_graphs(runner: ModelRunner, buckets: Sequence[int], kind: StepKind =
         world=get_world_group(),
     )
     with tqdm(total=len(buckets), desc=f"Capturing {kind.name} graphs", unit="graph") as bar:
-        graphs.capture(current_platform.create_graph, lambda bucket: _advance(bar, bucket))
+        graphs.capture(current_platform.create_graph, lambda bucket: advance(bar, bucket))
     free_after, _ = current_platform.memory_info(local_rank)
     logger.info("%s graphs %s took %.2f GB", kind.name, list(buckets), max(0, free_before - free_after) / 1e9)
     return graphs
@@ -148,13 +147,19 @@ def capture_graphs(runner: ModelRunner, buckets: Sequence[int], kind: StepKind =
 @torch.inference_mode()
 def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
     """Refuse each captured bucket whose replay is not the eager step; the pools must be empty, and stay so."""
+    width = graphs.kind.rows_per_request
 
-    def eager(batch: ModelWorkerBatch, bucket: int) -> LogitsProcessorOutput:
-        return runner.run_planned(graphs.fill(batch, bucket))
+    def eager(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
+        return runner.run_planned(graphs.fill(batch, bucket)).first(batch.batch_size * width).tensors()
+
+    def replay(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
+        return graphs.replay(batch, bucket)[1].tensors()
 
     GraphCheck(
         graphs,
+        graphs.kind,
         eager,
+        replay,
         runner.last_token,
         runner.req_to_token_pool,
         runner.pools,
@@ -180,6 +185,7 @@ def _tell(streams: StreamPlan, told: StreamPlan | None = None) -> None:
                 logger.warning("%s", warning)
 
 
-def _advance(bar: tqdm, bucket: int) -> None:
+def advance(bar: tqdm, bucket: int) -> None:
+    """One more graph of a bar of progress."""
     bar.set_postfix(batch_size=bucket)
     bar.update()

@@ -14,10 +14,13 @@ from sglang.srt.layers.attention.base_attn_backend import (
     AttentionContext,
     create_attention_backend,
 )
+from sglang.srt.model_executor.memory_plan import graph_buckets
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
-from sglang.srt.speculative.eagle_worker import EagleWorker, MtpDrafter
+from sglang.srt.speculative.draft_graphs import DraftGraphs
+from sglang.srt.speculative.eagle_worker import EagleWorker
+from sglang.srt.speculative.mtp_drafter import MtpDrafter
 from sglang.srt.speculative.spec_info import SpecInfo
 
 logger = logging.getLogger(__name__)
@@ -81,4 +84,7 @@ def make_speculator(args: ServerArgs, runner: ModelRunner) -> EagleWorker | None
     drafter = MtpDrafter(
         runner.loaded.draft, runner, backends.create_prefill_backend(), backends.create_decode_backend(), spec
     )
+    if not args.disable_cuda_graph:
+        drafter.graphs = DraftGraphs(drafter, runner, spec, graph_buckets(args))
+        drafter.graphs.capture()
     return EagleWorker(runner, spec, drafter)

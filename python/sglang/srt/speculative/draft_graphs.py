@@ -1,0 +1,257 @@
+"""The draft's captured steps: the layer over a verify step's rows, and the chain of drafts behind them as one graph.
+
+Both find lengths and slots in device memory: how many tokens a step gave is known there first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from sglang.srt.distributed import get_world_group
+from sglang.srt.model_executor.bucket_graphs import Body, BucketGraphs
+from sglang.srt.model_executor.capture_lint import HostOnly
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
+from sglang.srt.model_executor.graph_check import GraphCheck
+from sglang.srt.model_executor.model_runner import ModelRunner, StepForward, place_rows
+from sglang.srt.model_executor.runner_build import advance
+from sglang.srt.platforms import current_platform
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.speculative.eagle_worker import Accepted
+from sglang.srt.speculative.mtp_drafter import ChainStart, Drafts, MtpDrafter
+from sglang.srt.speculative.spec_info import SpecInfo
+
+EXTEND, GREEDY, DRAWN = "draft extend", "greedy draft", "drawn draft"
+
+
+class DraftBuffers:
+    """Persistent inputs of the captured steps, for up to ``max_bs`` requests; those past a batch are padding."""
+
+    def __init__(self, max_bs: int, spec: SpecInfo, runner: ModelRunner) -> None:
+        width, device = spec.num_draft_tokens, runner.device
+        text, dtype = runner.model_config.text, runner.model_config.dtype
+        self.padding_row = runner.req_to_token_pool.padding_row
+        self.vocab_size = runner.model_config.vocab_size
+        self.rows = torch.full((max_bs,), self.padding_row, dtype=torch.int64, device=device)
+        self.num_tokens = torch.zeros(1, dtype=torch.int32, device=device)
+        # The verify step: ids drawn, how many count, and the target's rows.
+        self.drawn = torch.zeros(max_bs, width, dtype=torch.int64, device=device)
+        self.num_new = torch.ones(max_bs, dtype=torch.int64, device=device)
+        self.step_hidden = torch.zeros(max_bs * width, text.hidden_size, dtype=dtype, device=device)
+        # The chain: where it starts, with which draft.
+        self.at, self.draft = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
+        self.hidden = torch.zeros(max_bs, text.hidden_size, dtype=dtype, device=device)
+        floats = torch.ones(3, max_bs, 1, device=device)
+        self.temperatures, self.top_ps, self.min_ps = floats
+        self.top_ks = torch.full((max_bs, 1), self.vocab_size, dtype=torch.int64, device=device)
+        self.seeds = torch.zeros_like(self.rows)
+        self.greedy = torch.ones(max_bs, dtype=torch.bool, device=device)
+
+    def fill_rows(self, rows: torch.Tensor, bucket: int, tokens_per_request: int) -> None:
+        """Whose the step is: request rows [B], and padding."""
+        size = rows.shape[0]
+        self.rows[:size] = rows
+        self.rows[size:bucket] = self.padding_row
+        self.num_tokens.fill_(size * tokens_per_request)
+
+    def fill_step(self, accepted: Accepted, hidden: torch.Tensor, bucket: int) -> None:
+        """A verify step's result; padding takes no part of an older one that might not be finite."""
+        size, width = accepted.drawn.shape
+        self.drawn[:size] = accepted.drawn
+        self.num_new[:size] = accepted.num_new
+        self.step_hidden[: size * width] = hidden
+        self.step_hidden[size * width : bucket * width] = 0
+
+    def fill_chain(self, start: ChainStart, draft: torch.Tensor, bucket: int) -> None:
+        """Where chains start."""
+        size = draft.shape[0]
+        self.at[:size] = start.at
+        self.at[size:bucket] = 0
+        self.draft[:size] = draft
+        self.hidden[:size] = start.hidden
+        self.hidden[size:bucket] = 0
+
+    def fill_sampling(self, info: SamplingBatchInfo) -> None:
+        """By which parameters drafts are drawn."""
+        size = info.temperatures.shape[0]
+        assert info.sampling_seed is not None and info.greedy_rows is not None
+        pairs = (
+            (self.temperatures, info.temperatures),
+            (self.top_ps, info.top_ps),
+            (self.top_ks, info.top_ks),
+            (self.min_ps, info.min_ps),
+            (self.seeds, info.sampling_seed),
+            (self.greedy, info.greedy_rows),
+        )
+        for ours, theirs in pairs:
+            ours[:size] = theirs
+
+    def sampling_info(self, size: int, greedy: bool) -> SamplingBatchInfo:
+        """Over these tensors: all rows greedy, or each by its parameters, whatever they are."""
+        return SamplingBatchInfo(
+            temperatures=self.temperatures[:size],
+            top_ps=self.top_ps[:size],
+            top_ks=self.top_ks[:size],
+            min_ps=self.min_ps[:size],
+            is_all_greedy=greedy,
+            need_top_p_sampling=not greedy,
+            need_top_k_sampling=not greedy,
+            need_min_p_sampling=not greedy,
+            vocab_size=self.vocab_size,
+            is_any_greedy=True,
+            sampling_seed=self.seeds[:size],
+            greedy_rows=self.greedy[:size],
+        )
+
+
+class DraftGraphs:
+    """Captures, proves and replays the steps of ``drafter`` beside ``runner``, its target.
+
+    A chain is captured once for batches whose rows are all greedy, and once for the others. A batch with penalties,
+    biases or a mask drafts eagerly: what they are made of has no fixed size.
+    """
+
+    def __init__(self, drafter: MtpDrafter, runner: ModelRunner, spec: SpecInfo, buckets: Sequence[int]) -> None:
+        assert runner.relay is not None
+        self._drafter = drafter
+        self._runner = runner
+        self._spec = spec
+        self._committed = runner.relay.committed
+        self._buffers = DraftBuffers(buckets[-1], spec, runner)
+        world = get_world_group()
+        self.extend_graphs: BucketGraphs[ChainStart] = BucketGraphs(EXTEND, buckets, runner.device, world)
+        names = (GREEDY, DRAWN) if spec.num_steps > 1 else ()
+        self.chains: dict[str, BucketGraphs[Drafts]] = {
+            name: BucketGraphs(name, buckets, runner.device, world) for name in names
+        }
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record and prove every bucket; the pools must be empty, and stay so."""
+        self._capture(self.extend_graphs, self.extend_body)
+        for name, graphs in self.chains.items():
+            self._capture(graphs, partial(self.chain_body, name == GREEDY))
+
+    def _capture(self, graphs: BucketGraphs[Any], body_of: Callable[[int], Body[Any]]) -> None:
+        with tqdm(total=len(graphs.buckets), desc=f"Capturing {graphs.name} graphs", unit="graph") as bar:
+            graphs.capture_all(body_of, current_platform.create_graph, lambda bucket: advance(bar, bucket))
+        self.prove(graphs, body_of)
+        self._runner.draft_graphs[graphs.name] = graphs
+
+    def prove(self, graphs: BucketGraphs[Any], body_of: Callable[[int], Body[Any]]) -> None:
+        """Refuse each bucket whose replay is not what its body does, on scattered slots with poisoned padding."""
+
+        def proved(run: Callable[[int], Any]) -> Callable[[ModelWorkerBatch, int], tuple[torch.Tensor, ...]]:
+            def outputs(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
+                self._fill_at_random(batch, bucket)
+                given: tuple[torch.Tensor, ...] = run(bucket).first(batch.batch_size).tensors()
+                return given
+
+            return outputs
+
+        runner = self._runner
+        GraphCheck(
+            graphs,
+            self._spec.verify,
+            proved(lambda bucket: body_of(bucket)()),
+            proved(graphs.run),
+            runner.last_token,
+            runner.req_to_token_pool,
+            runner.pools,
+            runner.model_config.vocab_size,
+            runner.relay,
+            writes_table=False,
+        ).run()
+
+    def extend_body(self, bucket: int) -> Body[ChainStart]:
+        """The layer over all rows of a verify step; a chain starts at the last that counts."""
+        buffers, drafter, kind = self._buffers, self._drafter, self._spec.verify
+        width = kind.rows_per_request
+
+        def body() -> ChainStart:
+            rows = buffers.rows[:bucket]
+            fb = ForwardBatch(
+                forward_mode=ForwardMode.DRAFT_EXTEND,
+                batch_size=bucket,
+                input_ids=buffers.drawn[:bucket].flatten(),
+                positions=rows,
+                req_pool_indices=rows,
+                seq_lens=rows,
+                seq_lens_cpu=HostOnly(),
+                out_cache_loc=rows,
+                attn_backend=drafter.extend_backend,
+                num_token_non_padded=buffers.num_tokens,
+                num_token_non_padded_cpu=bucket * width,
+                kind=kind,
+                wants_hidden=True,
+            )
+            place_rows(fb, self._committed, self._runner.req_to_token_pool)
+            firsts = torch.arange(bucket, device=rows.device) * width
+            fb.logits_rows = firsts + buffers.num_new[:bucket] - 1
+            return drafter.begin(fb, buffers.step_hidden[: bucket * width])
+
+        return body
+
+    def chain_body(self, greedy: bool, bucket: int) -> Body[Drafts]:
+        """The drafts behind the first one."""
+        buffers = self._buffers
+        info = buffers.sampling_info(bucket, greedy)
+        # The draft that it begins with is drawn already.
+        start = ChainStart(buffers.hidden[:0], buffers.hidden[:bucket], buffers.at[:bucket])
+        rows, draft = buffers.rows[:bucket], buffers.draft[:bucket]
+        return lambda: self._drafter.go_on(rows, start, draft, info, buffers.num_tokens, None)
+
+    def extend(self, step: StepForward, accepted: Accepted) -> ChainStart | None:
+        """Where chains start behind a verify step, by a graph; None where that is to be run eagerly."""
+        bucket = self.extend_graphs.bucket_of(step.batch_size)
+        if bucket is None:
+            return None
+        assert step.output.hidden_states is not None
+        self._buffers.fill_rows(step.req_rows, bucket, self._spec.num_draft_tokens)
+        self._buffers.fill_step(accepted, step.output.hidden_states, bucket)
+        return self.extend_graphs.run(bucket).first(step.batch_size)
+
+    def go_on(
+        self, rows: torch.Tensor, start: ChainStart, draft: torch.Tensor, info: SamplingBatchInfo
+    ) -> torch.Tensor | None:
+        """The drafts [B, n] of request rows ``rows`` [B], by a graph; None where they are to be made eagerly."""
+        size = rows.shape[0]
+        graphs = self.chains[GREEDY if info.is_all_greedy else DRAWN]
+        bucket = graphs.bucket_of(size)
+        if bucket is None or info.edits is not None or info.vocab_mask is not None:
+            return None
+        self._buffers.fill_rows(rows, bucket, 1)
+        self._buffers.fill_chain(start, draft, bucket)
+        if not info.is_all_greedy:
+            self._buffers.fill_sampling(info)
+        return graphs.run(bucket).first(size).ids
+
+    def _fill_at_random(self, batch: ModelWorkerBatch, bucket: int) -> None:
+        """The same inputs for the same bucket, for the requests of ``batch``."""
+        generator = torch.Generator().manual_seed(bucket)
+        buffers, device, size = self._buffers, self._committed.device, batch.batch_size
+        width, vocab = self._spec.num_draft_tokens, buffers.vocab_size
+
+        def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+            return torch.randint(low, high, shape, generator=generator).to(device)
+
+        def normal(like: torch.Tensor, num_rows: int) -> torch.Tensor:
+            return torch.randn(num_rows, like.shape[1], generator=generator).to(device, like.dtype)
+
+        rows = batch.req_pool_indices.to(device)
+        accepted = Accepted(integers(0, vocab, size, width), integers(1, width + 1, size))
+        at = self._committed.index_select(0, rows) + accepted.num_new - 1
+        hidden = normal(buffers.hidden, size)
+        buffers.fill_rows(rows, bucket, width)
+        buffers.fill_step(accepted, normal(buffers.step_hidden, size * width), bucket)
+        buffers.fill_chain(ChainStart(hidden, hidden, at), integers(0, vocab, size), bucket)
+        buffers.temperatures[:size] = integers(5, 15, size, 1) / 10
+        buffers.top_ps[:size] = integers(5, 11, size, 1) / 10
+        buffers.min_ps[:size] = integers(0, 2, size, 1) / 100
+        buffers.top_ks[:size] = integers(1, vocab + 1, size, 1)
+        buffers.seeds[:size] = integers(0, 1 << 40, size)
+        buffers.greedy[:size] = integers(0, 2, size) > 0

@@ -1,0 +1,191 @@
+"""Drafts by the checkpoint's MTP layer, eager or replayed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.model_executor.capture_lint import HostOnly
+from sglang.srt.model_executor.forward_batch_info import AttentionBackendLike, ForwardBatch, ForwardMode
+from sglang.srt.model_executor.model_runner import ModelRunner, StepForward
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.speculative.eagle_worker import Accepted, Drafter
+from sglang.srt.speculative.spec_info import DRAFT, SpecInfo
+
+if TYPE_CHECKING:
+    from sglang.srt.speculative.draft_graphs import DraftGraphs
+
+
+class DraftForward(Protocol):
+    """The MTP layer as a model: ``models/draft_model.py``."""
+
+    def __call__(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch, hidden: torch.Tensor
+    ) -> LogitsProcessorOutput: ...
+
+
+@dataclass(frozen=True)
+class ChainStart:
+    """The layer at each request's last row: logits [B, V], its own rows ``hidden`` [B, H], and positions ``at`` [B]."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+    at: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of it."""
+        return (self.logits, self.hidden, self.at)
+
+    def first(self, size: int) -> ChainStart:
+        """Of the first ``size`` requests."""
+        return ChainStart(*(tensor[:size] for tensor in self.tensors()))
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """What a chain gives: ``ids`` [B, n] int64, and the layer's last rows [B, H], by which graphs are proven."""
+
+    ids: torch.Tensor
+    hidden: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of it."""
+        return (self.ids, self.hidden)
+
+    def first(self, size: int) -> Drafts:
+        """Of the first ``size`` requests."""
+        return Drafts(self.ids[:size], self.hidden[:size])
+
+
+class MtpDrafter(Drafter):
+    """Drafts by the MTP layer, whose row of a position pairs the hidden row there with the next token.
+
+    First the layer runs on the step's own rows, which gives it keys and values for every token that is computed; then
+    on its own drafts, one after the other. ``extend_backend`` plans the first, ``decode_backend`` the rest.
+    """
+
+    def __init__(
+        self,
+        model: DraftForward,
+        target: ModelRunner,
+        extend_backend: AttentionBackendLike,
+        decode_backend: AttentionBackendLike,
+        spec: SpecInfo,
+    ) -> None:
+        self.model = model
+        self.extend_backend = extend_backend
+        self.decode_backend = decode_backend
+        self.graphs: DraftGraphs | None = None
+        self._sampler = target.sampler
+        self._req_to_token = target.req_to_token_pool.req_to_token
+        self._padding_row = target.req_to_token_pool.padding_row
+        self._num_steps = spec.num_steps
+
+    def propose(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> torch.Tensor:
+        """See the base class."""
+        start = None
+        if self.graphs is not None and step.fb.kind is not None:
+            start = self.graphs.extend(step, accepted)
+        if start is None:
+            start = self.begin(*self._extend_batch(step, accepted))
+        draft = self._draw(start.logits, info, start.at)
+        if self._num_steps == 1:
+            return draft.unsqueeze(1)
+        rows, at = step.req_rows, start.at
+        if step.fb.successors is not None:
+            # A chunk before the end of a prompt has no slots behind it: the table has those of a request before.
+            ended = step.fb.successors < 0
+            rows, at = torch.where(ended, rows, self._padding_row), torch.where(ended, at, 0)
+        start = replace(start, at=at)
+        drafts = None if self.graphs is None else self.graphs.go_on(rows, start, draft, info)
+        if drafts is None:
+            bounds = step.fb.seq_lens_cpu[: step.batch_size]
+            drafts = self.go_on(rows, start, draft, info, step.fb.num_token_non_padded, bounds).ids
+        return drafts
+
+    def begin(self, fb: ForwardBatch, hidden: torch.Tensor) -> ChainStart:
+        """Run the layer on the step ``fb`` whose target gave ``hidden``; a chain starts at each of ``logits_rows``."""
+        assert fb.input_ids is not None and fb.logits_rows is not None
+        self.extend_backend.init_forward_metadata(fb)
+        output = self.model(fb.input_ids, fb.positions, fb, hidden)
+        assert output.hidden_states is not None
+        rows = output.hidden_states.index_select(0, fb.logits_rows)
+        return ChainStart(output.next_token_logits, rows, fb.positions.index_select(0, fb.logits_rows))
+
+    def go_on(
+        self,
+        rows: torch.Tensor,
+        start: ChainStart,
+        draft: torch.Tensor,
+        info: SamplingBatchInfo,
+        num_tokens: torch.Tensor,
+        bounds: list[int] | None,
+    ) -> Drafts:
+        """The drafts that begin with ``draft`` [B], of request rows ``rows`` [B].
+
+        num_tokens [1] int32: at least the rows that are no padding. bounds: of the lengths before the drafts, None
+        where the host knows none.
+        """
+        drafts, hidden = [draft], start.hidden
+        for number in range(1, self._num_steps):
+            known = None if bounds is None else [length + number for length in bounds]
+            fb = self._draft_batch(rows, drafts[-1], start.at + number, num_tokens, known)
+            self.decode_backend.init_forward_metadata(fb)
+            output = self.model(drafts[-1], fb.positions, fb, hidden)
+            assert output.hidden_states is not None
+            hidden = output.hidden_states
+            drafts.append(self._draw(output.next_token_logits, info, fb.positions))
+        return Drafts(torch.stack(drafts, dim=1), hidden)
+
+    def _extend_batch(self, step: StepForward, accepted: Accepted) -> tuple[ForwardBatch, torch.Tensor]:
+        """The step's rows again, each with the token behind it, and the target's hidden rows."""
+        fb = step.fb
+        if fb.kind is not None:
+            fb = fb.first(step.batch_size)
+            ids, last = accepted.drawn.flatten(), accepted.last_rows
+        else:
+            assert fb.input_ids is not None and fb.logits_rows is not None and fb.successors is not None
+            last = fb.logits_rows
+            ids = fb.input_ids.roll(-1)
+            ids[last] = torch.where(fb.successors >= 0, fb.successors, accepted.newest)
+        assert step.output.hidden_states is not None
+        backend = self.extend_backend
+        fb = replace(fb, input_ids=ids, logits_rows=last, wants_hidden=True, logprobs=[], attn_backend=backend)
+        return fb, step.output.hidden_states
+
+    def _draft_batch(
+        self,
+        rows: torch.Tensor,
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        num_tokens: torch.Tensor,
+        bounds: list[int] | None,
+    ) -> ForwardBatch:
+        """One row per request, at ``positions`` [B]; slots come from the request table."""
+        size = rows.shape[0]
+        return ForwardBatch(
+            forward_mode=ForwardMode.DECODE,
+            kind=DRAFT,
+            batch_size=size,
+            input_ids=ids,
+            positions=positions,
+            req_pool_indices=rows,
+            seq_lens=positions + 1,
+            # Bounds: how many drafts were accepted is known on the device alone.
+            seq_lens_cpu=HostOnly() if bounds is None else bounds,
+            out_cache_loc=self._req_to_token[rows, positions].to(torch.int64),
+            attn_backend=self.decode_backend,
+            num_token_non_padded=num_tokens,
+            num_token_non_padded_cpu=size,
+            wants_hidden=True,
+        )
+
+    def _draw(self, logits: torch.Tensor, info: SamplingBatchInfo, at: torch.Tensor) -> torch.Tensor:
+        """What the layer's rows at positions ``at`` [B] guess: [B] int64, by the coins with which the target draws."""
+        # The row at position p guesses the token at p + 2: its own token is the one at p + 1.
+        positions = None if info.is_all_greedy else at + 2
+        ids: torch.Tensor = self._sampler(LogitsProcessorOutput(logits), info, positions=positions)
+        return ids.to(torch.int64)

@@ -1,0 +1,133 @@
+"""Captured steps of speculation: proven at start-up, replayed, with the tokens and drafts of eager steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+
+from sglang.embedded_models import EMBEDDED_MODELS
+from sglang.srt.model_executor.bucket_graphs import BucketGraphs
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.draft_graphs import DRAWN, EXTEND, GREEDY
+from sglang.srt.utils.hf_tokenizer import Tokenizer
+from sglang.test.engine_harness import EngineHarness
+from sglang.test.test_utils import CustomTestCase
+from sglang.test.tiny_tasks import heldout_questions
+
+RUN = BucketGraphs.run
+BUCKETS = [2, 4]
+KINDS: tuple[dict[str, Any], ...] = (
+    {"temperature": 0.0},
+    {"temperature": 0.7, "top_p": 0.9, "top_k": 7, "min_p": 0.02},
+    {"temperature": 0.0, "frequency_penalty": 0.6},
+)
+
+
+class SpecGraphs:
+    """For test cases: engines of an embedded model on the platform at hand, with graphs of a few batch sizes."""
+
+    folder = str(EMBEDDED_MODELS["deepseek-v3-tiny"])
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.tokenizer = Tokenizer.from_path(cls.folder)
+        cls.prompts = [cls.tokenizer.encode(question.text) for question in heldout_questions()[:5]]
+
+    def engine(self, num_steps: int = 3, **settings: Any) -> EngineHarness:
+        spec = {"speculative_algorithm": "NEXTN", "speculative_num_steps": num_steps} if num_steps else {}
+        options = {"max_total_tokens": 1024, "max_running_requests": 4, "cuda_graph_bs": BUCKETS, "random_seed": 1}
+        options |= {"attention_backend": "triton", "dtype": "float32"}
+        return EngineHarness(self.folder, with_tokenizer=True, **{**options, **spec, **settings})
+
+    def tokens(self, engine: EngineHarness) -> dict[str, list[int]]:
+        """Of a batch for each of KINDS, one after the other."""
+        for kind, fields in enumerate(KINDS):
+            for number, prompt in enumerate(self.prompts[: 5 - kind]):
+                params = {"max_new_tokens": 5 + number, "ignore_eos": True, "sampling_seed": number, **fields}
+                engine.submit(f"{kind} {number}", prompt, SamplingParams(**params))
+            engine.run()
+        return {rid: result.output_ids for rid, result in engine.results.items()}
+
+
+def no_call_left_out(test: CustomTestCase, graphs: BucketGraphs[Any], prove: Callable[[], None], every: int) -> None:
+    """The proof refuses bucket 2 once any of its calls is left out, of which a few are."""
+    step = graphs._steps[2]
+    calls = step.graph._calls
+    acting = [index for index, call in enumerate(calls) if "empty" not in call.name]
+    for index in acting[::every]:
+        graphs.refused.clear()
+        left_out = calls.pop(index)
+        for result in left_out.results:  # which hold what the proof of the last turn left
+            _ = None if result is None else result.zero_()
+        prove()
+        test.assertIn(2, graphs.refused, (graphs.name, index, left_out.name))
+        graphs._steps[2] = step
+        calls.insert(index, left_out)
+    graphs.refused.clear()
+    prove()
+    test.assertEqual(graphs.refused, {})
+
+
+class VerifyCases(SpecGraphs):
+    """Tokens of engines with graphs against those without, and without speculation."""
+
+    STEPS: tuple[int, ...] = (1, 3)
+
+    def proposals(self, engine: EngineHarness) -> list[list[list[int]]]:
+        """From here on, all drafts of an engine, step by step."""
+        drafter, found = engine.worker.speculator.drafter, []
+        propose = drafter.propose
+
+        def watched(*args: Any) -> torch.Tensor:
+            drafts = propose(*args)
+            found.append(drafts.tolist())
+            return drafts
+
+        drafter.propose = watched
+        return found
+
+    def count_replays(self) -> Counter[str]:
+        """From here on, by kind of step."""
+        found: Counter[str] = Counter()
+
+        def run(graphs: BucketGraphs[Any], bucket: int) -> Any:
+            found[graphs.name] += 1
+            return RUN(graphs, bucket)
+
+        self.enterContext(mock.patch.object(BucketGraphs, "run", run))
+        return found
+
+    def test_replayed_steps_give_the_tokens_of_eager_ones(self) -> None:
+        wanted = self.tokens(self.engine(0, disable_cuda_graph=True))
+        for num_steps in self.STEPS:
+            with self.subTest(num_steps=num_steps):
+                engine = self.engine(num_steps)
+                graphs = engine.runner.decode_graphs
+                assert graphs is not None
+                self.assertEqual((graphs.name, graphs.kind.rows_per_request), ("verify", num_steps + 1))
+                names = ["verify", EXTEND, *([GREEDY, DRAWN] if num_steps > 1 else [])]
+                told = {name: {"captured": BUCKETS, "refused": {}} for name in names}
+                self.assertEqual(engine.runner.describe()["graphs"], told)
+                replayed, drafts = self.count_replays(), self.proposals(engine)
+                with mock.patch.object(graphs, "replay", wraps=graphs.replay) as replay:
+                    self.assertEqual(self.tokens(engine), wanted)
+                sizes = [(call.args[0].batch_size, call.args[1]) for call in replay.call_args_list]
+                self.assertTrue({(4, 4), (3, 4)} <= set(sizes), sizes)
+                metrics = engine.scheduler.metrics
+                self.assertEqual(len(sizes), metrics.num_decode_steps)
+                self.assertEqual(replayed["verify"], replayed[EXTEND])
+                # Chains of a batch with penalties run eagerly, those behind prompts do not.
+                chains = replayed[GREEDY] + replayed[DRAWN]
+                if num_steps > 1:
+                    self.assertTrue(replayed[GREEDY] and replayed[DRAWN], replayed)
+                    self.assertLess(chains, len(sizes) + metrics.num_prefill_steps)
+                eager = self.engine(num_steps, disable_cuda_graph=True)
+                wanted_drafts = self.proposals(eager)
+                self.assertEqual(self.tokens(eager), wanted)
+                self.assertEqual(drafts, wanted_drafts)
+                self.assertGreater(metrics.num_accepted_drafts, 0)
+                self.assertLess(metrics.num_accepted_drafts, metrics.num_drafts)
