@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sglang.srt.configs.attention_backends import COMPRESSED
 from sglang.srt.configs.cache_layout import FULL, STATE
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_tp_group
@@ -80,7 +81,8 @@ class ModelHarness:
         )
         self.state_slots = StateSlots(self.pools) if self.pools.layout.has(STATE) else None
         context = AttentionContext(self.config, self.requests, self.pools, device)
-        self.backend = backend or make_attention_backend("torch_native", context)
+        name = "dsv4" if self.config.text.attention_family == COMPRESSED else "torch_native"
+        self.backend = backend or make_attention_backend(name, context)
         self._processor = self.model.logits_processor
         # How the last step was planned.
         self.plan = StepPlan()
