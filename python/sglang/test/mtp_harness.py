@@ -49,7 +49,8 @@ class MtpHarness(ModelHarness):
 
     def cached_rows(self, layer_id: int) -> list[torch.Tensor]:
         """The cached tensors of a layer of softmax attention, each with a row per slot."""
-        return [rows for pool in self.pools if pool.spec.unit == FULL for rows in pool.layer(layer_id)]
+        held = [pool for pool in self.pools if pool.spec.unit == FULL and layer_id in pool.spec.layer_ids]
+        return [rows for pool in held for rows in pool.layer(layer_id)]
 
     def draft_extend(
         self, next_ids: Sequence[int], hidden: torch.Tensor | None = None

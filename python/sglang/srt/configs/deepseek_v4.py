@@ -10,6 +10,7 @@ from sglang.srt.configs.attention_backends import COMPRESSED, LatentShapes
 from sglang.srt.configs.cache_layout import PLAIN_TYPES, CacheLayout, CacheTypes
 from sglang.srt.configs.deepseek_v4_cache import PAGE_SIZE, deepseek_v4_layout
 from sglang.srt.configs.errors import ConfigReader
+from sglang.srt.configs.mtp import mtp_count_refusal
 from sglang.srt.configs.rope import RopeConfig, read_rope_section
 from sglang.srt.configs.shared_experts import SharedExperts
 
@@ -145,8 +146,8 @@ class DeepseekV4Config:
 
     @property
     def mtp_refusal(self) -> str:
-        """Why the checkpoint cannot draft."""
-        return "DeepSeek V4 drafts (its tensors mtp.*, serial MTP and DSpark alike) are not served by this build"
+        """Why the checkpoint has no MTP layer that can draft; "" if it has. DSpark blocks have no key of their own."""
+        return mtp_count_refusal("num_nextn_predict_layers", self.num_nextn_predict_layers)
 
     @property
     def softmax_scale(self) -> float:

@@ -41,7 +41,7 @@ class LogitsProcessorOutput:
     row_faults: torch.Tensor | None = None
     row_logprobs: RowLogprobs | None = None
 
-    # The rows that the head got, [N, H], where the step wants them.
+    # The rows that the head got, or what they were made of, [N, H], where the step wants them.
     hidden_states: torch.Tensor | None = None
 
     def first(self, num_rows: int) -> LogitsProcessorOutput:

@@ -13,6 +13,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.rope import RopeConfig
 from sglang.srt.layers.layernorm import Float32RMSNorm
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.layers.weights import make_parameter
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -112,10 +113,19 @@ class DeepseekV4Model(Backbone):
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """input_ids [N], positions [N] -> [N, H]."""
+        return self.final_rows(self.streams(input_ids, positions, fb))
+
+    def streams(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+        """What the last layer leaves: [N, n, D]."""
         streams = self.embed_tokens(input_ids).unsqueeze(1).expand(-1, self.hc_mult, -1)
         for layer in self.layers:
             streams = layer(positions, streams, input_ids, fb)
-        return self.norm(self.hc_head(streams))
+        return streams
+
+    def final_rows(self, streams: torch.Tensor) -> torch.Tensor:
+        """Streams [N, n, D] -> the rows of the output head [N, D]."""
+        rows: torch.Tensor = self.norm(self.hc_head(streams))
+        return rows
 
 
 def _freqs_cis_to_cos_sin(rope: RopeConfig, width: int, num_positions: int) -> RotaryEmbedding:
@@ -134,6 +144,15 @@ class DeepseekV4ForCausalLM(CausalLM):
 
     def __init__(self, config: ModelConfig, streams: StreamPlan = SERIAL_PLAN) -> None:
         super().__init__(config.text, DeepseekV4Model(config))
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> LogitsProcessorOutput:
+        """As the base class; ``hidden_states`` are all streams, [N, n * D], from which the MTP layer drafts."""
+        assert isinstance(self.model, DeepseekV4Model)
+        streams = self.model.streams(input_ids, positions, fb)
+        out: LogitsProcessorOutput = self.logits_processor(self.model.final_rows(streams), self.lm_head, fb)
+        if out.hidden_states is not None:
+            out.hidden_states = streams.flatten(1)
+        return out
 
     def checkpoint_name(self, name: str) -> str | None:
         """Tensors of layers that draft are not taken either."""

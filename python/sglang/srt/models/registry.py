@@ -21,6 +21,7 @@ MODEL_CLASSES: dict[str, tuple[str, str]] = {
 # The same for the MTP layer of a checkpoint, which drafts for the model.
 DRAFT_CLASSES: dict[str, tuple[str, str]] = {
     "DeepseekV3ForCausalLM": ("deepseek_nextn", "DeepseekV3ForCausalLMNextN"),
+    "DeepseekV4ForCausalLM": ("deepseek_v4_nextn", "DeepseekV4ForCausalLMNextN"),
     "Qwen3_5ForCausalLM": ("qwen3_5_mtp", "Qwen3_5ForCausalLMMTP"),
     "Qwen3_5ForConditionalGeneration": ("qwen3_5_mtp", "Qwen3_5ForCausalLMMTP"),
     "Qwen3_5MoeForCausalLM": ("qwen3_5_mtp", "Qwen3_5ForCausalLMMTP"),

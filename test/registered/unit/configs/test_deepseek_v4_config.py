@@ -164,7 +164,6 @@ class TestSettings(CustomTestCase):
                 "page_size": 16}),
             ("--chunked-prefill-size 300 is no number of pages", {"chunked_prefill_size": 300}),
             ("--max-total-tokens 100 is less than one page", {"max_total_tokens": 100}),
-            ("DeepSeek V4 drafts", {"speculative_algorithm": "EAGLE"}),
             ("--attention-backend torch_native has no compressed attention", {"attention_backend": "torch_native"}),
             ("does not divide o_groups 8", {"tp_size": 16}),
         ):  # fmt: skip
