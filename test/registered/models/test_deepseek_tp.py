@@ -15,22 +15,25 @@ from sglang.test.tiny_checkpoints import save_tiny_checkpoint
 register_cpu_ci(est_time=6, suite="stage-b-test-cpu")
 
 
-def build(folder, handle):
+def build(folder, handle, page_size=1):
     with override_tp_group(handle):
-        return ModelHarness(folder, num_slots=256)
+        return ModelHarness(folder, num_slots=256 if page_size == 1 else 4 * page_size, page_size=page_size)
 
 
 class TestDeepseekTensorParallel(CustomTestCase):
-    def check(self, name, size, **overrides):
-        prompt = torch.randint(0, 512, (90,), generator=torch.Generator().manual_seed(size)).tolist()
+    def check(self, name, size, length=90, page_size=1, **overrides):
+        prompt = torch.randint(0, 512, (length,), generator=torch.Generator().manual_seed(size)).tolist()
         with tempfile.TemporaryDirectory() as folder:
             hf_model = save_tiny_checkpoint(name, folder, **overrides)
-            ranks = [build(folder, handle) for handle in thread_ranks(size)]
+            ranks = [build(folder, handle, page_size) for handle in thread_ranks(size)]
 
         def serve(harness):
             request = harness.new_request()
-            rows = harness.extend([(request, prompt[:80])]) + harness.extend([(request, prompt[80:85])])
-            return torch.cat(rows + [harness.decode([(request, token)])[0] for token in prompt[85:]])
+            cuts = length - 10, length - 5
+            rows = harness.extend([(request, prompt[: cuts[0]])]) + harness.extend(
+                [(request, prompt[cuts[0] : cuts[1]])]
+            )
+            return torch.cat(rows + [harness.decode([(request, token)])[0] for token in prompt[cuts[1] :]])
 
         found = run_ranks(serve, ranks)
         with torch.no_grad():
@@ -46,11 +49,18 @@ class TestDeepseekTensorParallel(CustomTestCase):
     def test_four_ranks_with_biases_and_an_odd_vocabulary(self):
         self.check("dsv3", 4, attention_bias=True, vocab_size=515)
 
+    def test_compressed_attention_by_groups_of_the_output(self):
+        for size in (2, 4):
+            self.check("dsv4", size, length=150, page_size=256)
+
     def test_what_cannot_be_split_is_refused(self):
         with tempfile.TemporaryDirectory() as folder:
             save_tiny_checkpoint("dsv3", folder)
             with self.assertRaisesRegex(ValueError, "split over 3"):
                 build(folder, thread_ranks(3)[0])
+            save_tiny_checkpoint("dsv4", folder)
+            with self.assertRaisesRegex(ValueError, "4 groups of heads cannot be split over 8"):
+                build(folder, thread_ranks(8)[0], 256)
 
 
 if __name__ == "__main__":

@@ -48,10 +48,7 @@ class TestIdentity(CustomTestCase):
                 self.check(3, "errant", max_running_requests=concurrency)
 
     def test_chunks_and_no_cache(self):
-        for options in (
-            {"chunked_prefill_size": 256, "enable_mixed_chunk": True},
-            {"disable_radix_cache": True},
-        ):
+        for options in ({"chunked_prefill_size": 256}, {"disable_radix_cache": True}):
             with self.subTest(**options):
                 self.check(3, "errant", **options)
 
