@@ -141,8 +141,13 @@ class DeepseekV4Config:
 
     @property
     def shared_experts(self) -> SharedExperts:
-        """None that could be computed as routed ones: their products clamp by a flag of their own."""
-        return SharedExperts("shared_experts", 0, self.moe_intermediate_size, ())
+        """One MLP of the experts' width in every layer."""
+        width, blocks = (
+            self.moe_intermediate_size,
+            tuple(f"model.layers.{i}.mlp" for i in range(self.num_hidden_layers)),
+        )
+        refusal = "the shared expert of DeepSeek V4, which a flag of its own clamps, is computed apart in this build"
+        return SharedExperts("shared_experts", self.n_shared_experts * width, width, blocks, refusal)
 
     @property
     def mtp_refusal(self) -> str:

@@ -9,12 +9,13 @@ from sglang.srt.configs.quantization import BLOCK, QuantConfig
 
 class SharedExperts(NamedTuple):
     """One gated MLP ``module`` of inner ``width`` beside routed experts of ``routed_width`` in each of ``blocks``, the
-    names of MoE blocks."""
+    names of MoE blocks. ``refusal``: why the model never computes it as routed experts."""
 
     module: str
     width: int
     routed_width: int
     blocks: tuple[str, ...]
+    refusal: str = ""
 
     @property
     def num_slots(self) -> int:
@@ -25,6 +26,8 @@ class SharedExperts(NamedTuple):
         """Why they cannot be slots of the routed experts' weights; "" if they can."""
         if not self.blocks or not self.width:
             return "the model has no shared experts"
+        if self.refusal:
+            return self.refusal
         if self.width % self.routed_width:
             return f"shared experts are {self.width} wide, and routed ones {self.routed_width}"
         if moe_a2a_backend != "none":

@@ -166,6 +166,8 @@ class TestSettings(CustomTestCase):
             ("--max-total-tokens 100 is less than one page", {"max_total_tokens": 100}),
             ("--attention-backend torch_native has no compressed attention", {"attention_backend": "torch_native"}),
             ("does not divide o_groups 8", {"tp_size": 16}),
+            ("--enforce-shared-experts-fusion cannot be served: the shared expert of DeepSeek V4", {
+                "enforce_shared_experts_fusion": True}),
         ):  # fmt: skip
             with self.subTest(word=word):
                 self.assertIn(word, "\n".join(self.resolved(**args).errors))
