@@ -83,7 +83,17 @@ TINY_CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 # Served in pages of one size, and not by the backends of the others.
-COMPRESSED_CONFIGS = {"dsv4": _DEEPSEEK_V4}
+COMPRESSED_CONFIGS: dict[str, dict[str, Any]] = {
+    "dsv4": _DEEPSEEK_V4,
+    # Head sizes of real models.
+    "dsv4-k": {
+        **_DEEPSEEK_V4, "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 16, "head_dim": 512,
+        "partial_rotary_factor": 0.125, "index_head_dim": 128, "index_topk": 512,
+        "layer_types": _DEEPSEEK_V4["layer_types"][:3], "mlp_layer_types": ["hash_moe", "moe", "moe"],
+        "max_position_embeddings": 65536,
+        "rope_parameters": {**_DEEPSEEK_V4["rope_parameters"], "original_max_position_embeddings": 4096},
+    },
+}  # fmt: skip
 
 # The same control flow at the head sizes that GPU kernels meet in real models.
 KERNEL_SIZED_CONFIGS: dict[str, dict[str, Any]] = {

@@ -10,7 +10,7 @@ from sglang.test.test_utils import CustomTestCase
 from sglang.test.v4_mtp_reference import save_tiny_v4_mtp
 from sglang.test.v4_mtp_serving import difference, prompts_around, serve
 
-register_cpu_ci(est_time=400, suite="nightly-test-cpu")
+register_cpu_ci(est_time=400, suite="nightly-cpu", nightly=True)
 
 TOLERANCE = 1e-4
 # Windows of the attention, entries of both ratios, and pages end among them.

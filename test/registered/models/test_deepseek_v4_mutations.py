@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 import unittest
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -15,7 +16,7 @@ from sglang.test.model_harness import ModelHarness
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import save_tiny_checkpoint
 
-register_cpu_ci(est_time=60, suite="nightly-test-cpu")
+register_cpu_ci(est_time=60, suite="nightly-cpu", nightly=True)
 
 LENGTH = 400
 # Parity is 1e-5 and held at 1e-4; what is left out must cost more than that by far.
@@ -127,6 +128,21 @@ class TestDeepseekV4Mutations(CustomTestCase):
             rope.cos_sin_cache, rope.is_neox = table.roll(1 - ratio, 0), False
             shifted += [changed(part.compressor, "rotary_emb", rope) for part in self.attention(ratio)]
         self.broken(*shifted)
+
+    def test_entries_seen_one_token_late(self):
+        """By the token behind the one that closes them."""
+        backend = self.harness.backend
+        plan_extend = backend.plan_extend
+
+        def late(fb):
+            plan = plan_extend(fb)
+            entries = {
+                ratio: replace(entry, visible=(fb.positions // ratio).to(entry.visible.dtype))
+                for ratio, entry in plan.entries.items()
+            }
+            return replace(plan, entries=entries)
+
+        self.broken(mock.patch.object(backend, "plan_extend", late))
 
     def test_halves_of_overlapping_windows_swapped(self):
         swaps = []
