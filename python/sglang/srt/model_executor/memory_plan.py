@@ -50,9 +50,10 @@ WEIGHT_GROUPS = {
     "routed experts": {"experts"},
     "shared experts": {"shared_experts", "shared_expert"},
     "attention": {"self_attn", "linear_attn"},
-    "router": {"gate", "shared_expert_gate"},
+    "router": {"gate", "shared_expert_gate", "topk"},
     "dense MLP": {"mlp"},
     "embedding and head": {"embed_tokens", "lm_head"},
+    "hyper-connections": {"hc_attn", "hc_ffn", "hc_head"},
     "norms": {""},
 }
 # One more group: what the model that drafts has of its own.

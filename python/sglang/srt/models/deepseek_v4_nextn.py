@@ -42,7 +42,7 @@ class DeepseekV4ForCausalLMNextN(DraftModel):
         text = config.text
         assert isinstance(text, DeepseekV4Config) and isinstance(target.model, DeepseekV4Model)
         hidden, eps, quant = text.hidden_size, text.rms_norm_eps, config.quant_config
-        self.hc_mult = text.hc_mult
+        self.hc_mult, self.hidden_width = text.hc_mult, text.hc_mult * hidden
         one_more = replace(text, compress_ratios=(*text.compress_ratios, 0), hash_layers=(*text.hash_layers, False))
         layer = DeepseekV4DecoderLayer(one_more, layer_id, target.model.rotary_emb, quant)
         self.model = named(

@@ -50,6 +50,8 @@ class DraftModel(CheckpointModel, ABC):
         # In tuples: they are the target's, and no checkpoint tensor of the draft is theirs.
         self._shared: tuple[VocabParallelEmbedding, ParallelLMHead] = (target.model.embed_tokens, target.lm_head)
         self._parts: DraftParts | None = None
+        # Columns of the rows that it reads and hands on.
+        self.hidden_width = config.text.hidden_size
         self.logits_processor = LogitsProcessor(config.text.vocab_size)
 
     @staticmethod

@@ -33,7 +33,8 @@ class DraftBuffers:
 
     def __init__(self, max_bs: int, spec: SpecInfo, runner: ModelRunner) -> None:
         width, device = spec.num_draft_tokens, runner.device
-        text, dtype = runner.model_config.text, runner.model_config.dtype
+        dtype, draft = runner.model_config.dtype, runner.loaded.draft
+        assert draft is not None
         self.padding_row = runner.req_to_token_pool.padding_row
         self.vocab_size = runner.model_config.vocab_size
         self.rows = torch.full((max_bs,), self.padding_row, dtype=torch.int64, device=device)
@@ -41,10 +42,10 @@ class DraftBuffers:
         # The verify step: ids drawn, how many count, and the target's rows.
         self.drawn = torch.zeros(max_bs, width, dtype=torch.int64, device=device)
         self.num_new = torch.ones(max_bs, dtype=torch.int64, device=device)
-        self.step_hidden = torch.zeros(max_bs * width, text.hidden_size, dtype=dtype, device=device)
+        self.step_hidden = torch.zeros(max_bs * width, draft.hidden_width, dtype=dtype, device=device)
         # The chain: where it starts, with which draft.
         self.at, self.draft = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
-        self.hidden = torch.zeros(max_bs, text.hidden_size, dtype=dtype, device=device)
+        self.hidden = torch.zeros(max_bs, draft.hidden_width, dtype=dtype, device=device)
         floats = torch.ones(3, max_bs, 1, device=device)
         self.temperatures, self.top_ps, self.min_ps = floats
         self.top_ks = torch.full((max_bs, 1), self.vocab_size, dtype=torch.int64, device=device)
