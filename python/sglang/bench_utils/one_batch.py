@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
@@ -84,13 +85,18 @@ class StaticBatch:
     def release(self) -> None:
         """Give slots, rows and states back."""
         pool = self.runner.req_to_token_pool
-        for row, length in zip(self.rows, self.seq_lens, strict=True):
+        for row, length in zip(self.rows, self.num_slots, strict=True):
             self.allocator.free(pool.read(row, 0, length))
             pool.free(row)
         for state in self.states:
             assert self.runner.memory.state_slots is not None
             self.runner.memory.state_slots.free(state)
         self.rows, self.states, self.seq_lens = [], [], []
+
+    @property
+    def num_slots(self) -> list[int]:
+        """Slots that each request holds."""
+        return self.seq_lens
 
     def _step(self, batch: ModelWorkerBatch) -> tuple[torch.Tensor, LogitsProcessorOutput]:
         step = self.runner.forward(batch)
@@ -110,5 +116,69 @@ class StaticBatch:
         pool = self.runner.req_to_token_pool
         return [
             int(pool.read(row, length - 1, length)[0]) if length else -1
-            for row, length in zip(self.rows, self.seq_lens, strict=True)
+            for row, length in zip(self.rows, self.num_slots, strict=True)
         ]
+
+
+class SpeculatingBatch(StaticBatch):
+    """The same with drafts: a decode step is a verify step, and requests grow by what was accepted of theirs."""
+
+    def __init__(self, worker: TpModelWorker, allocator: TokenToKVPoolAllocator, batch_size: int) -> None:
+        assert worker.speculator is not None
+        super().__init__(worker.runner, allocator, batch_size)
+        self._worker = worker
+        self._ahead = worker.speculator.spec.slots_ahead
+        self._held = [0] * batch_size
+
+    @property
+    def num_slots(self) -> list[int]:
+        """See the base class."""
+        return self._held
+
+    def extend(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[torch.Tensor, LogitsProcessorOutput]:
+        """Compute whole prompts in one step."""
+        assert not any(self.seq_lens), "a prompt that comes in parts would need to know the token behind each"
+        starts, ends = list(self.seq_lens), [len(prompt) for prompt in prompts]
+        slots = self._reach([end + self._ahead for end in ends])
+        self.runner.req_to_token_pool.write_extend(self.rows, starts, self._held, slots)
+        spans = zip(slots.split(self._held), ends, strict=True)
+        batch = ModelWorkerBatch.extend(
+            self.rows,
+            starts,
+            ends,
+            torch.from_numpy(np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])),
+            torch.cat([mine[:end] for mine, end in spans]),
+            self.states or None,
+            successors=[-1] * len(prompts),
+        )
+        self.seq_lens = ends
+        return self._launch(batch)[:2]
+
+    def decode(self, ids: torch.Tensor) -> tuple[torch.Tensor, LogitsProcessorOutput]:
+        """One verify step. ``ids`` lie on the device already, where the step that drew them has put them."""
+        kind, pool = self._worker.decode_kind, self.runner.req_to_token_pool
+        starts, held = list(self.seq_lens), list(self._held)
+        ends = [start + kind.rows_per_request for start in starts]
+        new = self._reach([end + self._ahead for end in ends])
+        spans = [(row, at) for row, start, end in zip(self.rows, held, self._held) for at in range(start, end)]
+        pool.write_decode([row for row, _ in spans], [at for _, at in spans], new)
+        reach = [end + self._ahead for end in ends]
+        slots = torch.cat([pool.read(*span) for span in zip(self.rows, starts, reach, strict=True)])
+        ids, output, counts = self._launch(ModelWorkerBatch.uniform(kind, self.rows, ends, slots, self.states or None))
+        self.seq_lens = [start + count for start, count in zip(starts, counts, strict=True)]
+        return ids, output
+
+    def _reach(self, ends: Sequence[int]) -> torch.Tensor:
+        """Slots from those that the requests hold up to ``ends``, [N] int64 of the host."""
+        ends = [max(held, end) for held, end in zip(self._held, ends, strict=True)]
+        needed = sum(ends) - sum(self._held)
+        slots = self._take(self.allocator.alloc_extend(self._held, ends, self._last_slots()), needed)
+        self._held = ends
+        return slots
+
+    def _launch(self, batch: ModelWorkerBatch) -> tuple[torch.Tensor, LogitsProcessorOutput, list[int]]:
+        """The newest id of each request, the logits, and how many tokens each got; waits for the step."""
+        forward = self._worker.forward(batch)
+        result = forward.sample(self._info).result()
+        newest = torch.tensor([tokens[-1] for tokens in result.next_token_ids])
+        return newest, forward.output, [len(tokens) for tokens in result.next_token_ids]

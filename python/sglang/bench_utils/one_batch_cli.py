@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from sglang.bench_utils.one_batch import BatchTooLargeError, StaticBatch
+from sglang.bench_utils.one_batch import BatchTooLargeError, SpeculatingBatch, StaticBatch
 from sglang.kernels.registry import REGISTRY, KernelConfigError
 from sglang.srt.configs.errors import ConfigError
+from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.pool_plan import PoolPlanError
 from sglang.srt.model_executor.model_runner import ModelRunner
@@ -32,6 +33,7 @@ from sglang.srt.server_args import (
     exit_with_errors,
     set_global_server_args_for_scheduler,
 )
+from sglang.srt.speculative.draft_utils import make_speculator
 from sglang.srt.utils.hf_tokenizer import Tokenizer, TokenizerError
 from sglang.srt.utils.logging_config import configure_logging
 
@@ -73,22 +75,33 @@ def make_prompts(args: argparse.Namespace, tokenizer_path: str, vocab: int, coun
 class Case:
     """One (batch size, input length, output length) on a loaded model."""
 
-    def __init__(self, runner: ModelRunner, allocator: TokenToKVPoolAllocator, prompts: np.ndarray) -> None:
-        self.runner = runner
+    def __init__(self, worker: TpModelWorker, allocator: TokenToKVPoolAllocator, prompts: np.ndarray) -> None:
+        self.worker = worker
         self.allocator = allocator
         self.prompts = prompts
         self.decode_latencies: list[float] = []
+        self.decode_tokens: list[float] = []  # of each request, by step; the mean over the batch
         self.prefill_latency = 0.0
 
     def run(self, output_len: int, profile_prefix: str = "") -> None:
-        """Prefill and ``output_len - 1`` decode steps, each timed in seconds."""
-        batch = StaticBatch(self.runner, self.allocator, len(self.prompts))
+        """Prefill, and decode steps that give ``output_len - 1`` tokens per request on average, each timed in seconds.
+
+        With speculation the steps end early where a request reaches the end of the context.
+        """
+        size, width = len(self.prompts), self.worker.decode_kind.rows_per_request
+        if self.worker.speculator is None:
+            batch = StaticBatch(self.worker.runner, self.allocator, size)
+        else:
+            batch = SpeculatingBatch(self.worker, self.allocator, size)
+        room = self.worker.runner.model_config.context_len - width
         try:
             ids, self.prefill_latency = self._timed("prefill", profile_prefix, lambda: batch.extend(self.prompts))
-            for step in range(output_len - 1):
-                trace = profile_prefix if step == output_len // 2 else ""
+            while sum(self.decode_tokens) < output_len - 1 and max(batch.seq_lens) <= room:
+                trace = profile_prefix if len(self.decode_tokens) == output_len // (2 * width) else ""
+                before = sum(batch.seq_lens)
                 ids, latency = self._timed("decode", trace, lambda ids=ids: batch.decode(ids))
                 self.decode_latencies.append(latency)
+                self.decode_tokens.append((sum(batch.seq_lens) - before) / size)
         finally:
             batch.release()
 
@@ -115,23 +128,28 @@ class Case:
             "run_name": run_name,
             "batch_size": size,
             "input_len": length,
-            "output_len": len(self.decode_latencies) + 1,
+            "output_len": int(sum(self.decode_tokens)) + 1,
             "prefill_latency": self.prefill_latency,
             "prefill_throughput": size * length / self.prefill_latency,
         }
         print(
             f"Prefill. latency: {self.prefill_latency:6.5f} s, throughput: {record['prefill_throughput']:9.2f} token/s"
         )
-        for step, latency in enumerate(self.decode_latencies):
+        for step, (latency, tokens) in enumerate(zip(self.decode_latencies, self.decode_tokens, strict=True)):
             if step < DECODE_STEPS_PRINTED or (log_decode_step > 0 and step % log_decode_step == 0):
                 print(
                     f"Decode {step}. Batch size: {size}, latency: {latency:6.5f} s, "
-                    f"throughput: {size / latency:9.2f} token/s"
+                    f"throughput: {size * tokens / latency:9.2f} token/s"
                 )
         if self.decode_latencies:
             median = statistics.median(self.decode_latencies)
-            record["median_decode_latency"], record["median_decode_throughput"] = median, size / median
-            print(f"Decode.  median latency: {median:6.5f} s, median throughput: {size / median:9.2f} token/s")
+            accepted = sum(self.decode_tokens) / len(self.decode_tokens)
+            throughput = size * accepted / median
+            record["median_decode_latency"], record["median_decode_throughput"] = median, throughput
+            print(f"Decode.  median latency: {median:6.5f} s, median throughput: {throughput:9.2f} token/s")
+            if self.worker.speculator is not None:
+                record["accept_length"] = accepted
+                print(f"Decode.  accept length: {accepted:.2f}")
         total = self.prefill_latency + sum(self.decode_latencies)
         record["total_latency"] = total
         record["overall_throughput"] = (length + record["output_len"]) * size / total
@@ -142,6 +160,7 @@ class Case:
 def latency_test(args: argparse.Namespace, server_args: ServerArgs) -> list[dict[str, Any]]:
     """Run every case after a short warm-up of the first; cases that the pools do not hold are named and left out."""
     runner, allocator, resolved = load(server_args, args.batch_size)
+    worker = TpModelWorker(runner, make_speculator(resolved, runner))
     vocab = runner.model_config.vocab_size
     records = []
     warm = False
@@ -155,10 +174,10 @@ def latency_test(args: argparse.Namespace, server_args: ServerArgs) -> list[dict
         try:
             if not warm:
                 print("Warmup ...")
-                Case(runner, allocator, prompts).run(min(WARMUP_OUTPUT_LEN, output_len))
+                Case(worker, allocator, prompts).run(min(WARMUP_OUTPUT_LEN, output_len))
                 warm = True
                 print("Benchmark ...")
-            case = Case(runner, allocator, prompts)
+            case = Case(worker, allocator, prompts)
             case.run(output_len, args.profile_filename_prefix if args.profile else "")
         except BatchTooLargeError as error:
             print(f"skipped: {case_name}: {error}", file=sys.stderr)
@@ -172,6 +191,8 @@ def latency_test(args: argparse.Namespace, server_args: ServerArgs) -> list[dict
 
 def correctness_test(args: argparse.Namespace, server_args: ServerArgs) -> int:
     """Print greedy outputs, computed from prompts in one step and in two; returns 1 if their tokens differ."""
+    if server_args.speculative_algorithm is not None:
+        exit_with_errors(["--correctness-test decodes one token at a time: drop --speculative-algorithm"])
     runner, allocator, resolved = load(server_args, [len(CORRECTNESS_PROMPTS)])
     tokenizer = Tokenizer.from_path(resolved.tokenizer_path or resolved.model_path)
     lines = Path(args.prompt_filename).read_text(encoding="utf-8").splitlines() if args.prompt_filename else ()

@@ -34,13 +34,19 @@ class SpecCase(NamedTuple):
     retracts: bool
     aborts: bool
     warm: bool
+    overlap: bool
 
 
 def all_cases() -> list[SpecCase]:
     """Every combination, but for retraction of the only request, which there is not."""
     both = (False, True)
-    values = itertools.product((1, 2, 3, 5), RULES, (1, 7), (7, 64), both, both, both, both)
+    values = itertools.product((1, 2, 3, 5), RULES, (1, 7), (7, 64), both, both, both, both, both)
     return [case for case in itertools.starmap(SpecCase, values) if case.concurrency > 1 or not case.retracts]
+
+
+def nightly_cases() -> list[SpecCase]:
+    """Every combination of all but overlap, which is on in every second of them, as often beside each other value."""
+    return [case for case in all_cases() if case.overlap == bool(sum(case[4:8]) % 2)]
 
 
 def covering(cases: Sequence[SpecCase]) -> list[SpecCase]:
@@ -110,6 +116,7 @@ class SpecMatrix:
             harness = EngineHarness(
                 self.folder,
                 with_tokenizer=True,
+                overlap=case.overlap,
                 speculative_algorithm="NEXTN",
                 speculative_num_steps=case.num_steps,
                 max_running_requests=case.concurrency,

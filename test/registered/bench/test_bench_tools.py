@@ -10,6 +10,7 @@ import unittest
 from pathlib import Path
 
 from sglang import bench_serving
+from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.test import few_shot_gsm8k
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase, free_url, kill_process_tree, popen_launch_server
@@ -153,6 +154,27 @@ class TestWithoutServer(CustomTestCase):
             "Total. ",
         ):
             self.assertIn(f"\n{line}", done.stdout)
+
+    def test_one_batch_with_drafts(self):
+        model = str(EMBEDDED_MODELS["qwen3.5-moe-tiny"])
+        flags = ("--model-path", model, "--speculative-algorithm", "NEXTN", "--speculative-num-steps", "2")
+        with tempfile.TemporaryDirectory() as folder:
+            path, prompts = Path(folder) / "result.jsonl", Path(folder) / "prompts.txt"
+            prompts.write_text("27+58=\nrev:abcdef=\n")
+            done = run_tool(
+                "sglang.bench_one_batch", *flags, "--batch-size", "3", "--input-len", "20", "--output-len", "12",
+                "--result-filename", str(path), "--prompt-filename", str(prompts), "--page-size", "4",
+            )  # fmt: skip
+            self.assertEqual(done.returncode, 0, done.stderr)
+            (record,) = [json.loads(line) for line in path.read_text().splitlines()]
+        self.assertGreaterEqual(record["output_len"], 12)
+        self.assertTrue(1 < record["accept_length"] <= 3, record)
+        self.assertIn(f"accept length: {record['accept_length']:.2f}", done.stdout)
+        throughput = 3 * record["accept_length"] / record["median_decode_latency"]
+        self.assertAlmostEqual(record["median_decode_throughput"], throughput)
+        done = run_tool("sglang.bench_one_batch", *flags, "--correctness-test")
+        self.assertEqual(done.returncode, 2)
+        self.assertIn("drop --speculative-algorithm", done.stderr)
 
     def test_one_batch_in_one_step_and_in_two(self):
         done = run_tool("sglang.bench_one_batch", "--correctness-test", "--output-len", "4", "--page-size", "4")

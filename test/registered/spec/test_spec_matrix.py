@@ -9,7 +9,7 @@ from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.spec_matrix import SpecMatrix, all_cases, covering
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=20, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=25, suite="stage-b-test-cpu")
 
 QWEN = str(default_model_path().parent / "qwen3.5-moe-tiny")
 

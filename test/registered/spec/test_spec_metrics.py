@@ -1,9 +1,8 @@
-"""What speculation gave, as counted, logged and shown, against counting by hand."""
+"""What speculation gave, as counted and logged, against counting by hand."""
 
 import random
 import unittest
 
-from sglang.srt.entrypoints.server_info import _position_lines
 from sglang.srt.managers.scheduler_metrics import SchedulerMetrics
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -32,19 +31,6 @@ class TestAcceptance(CustomTestCase):
         shown = metrics.spec_accept_length
         metrics.went_idle()  # nothing new: the last figures stay
         self.assertEqual(metrics.spec_accept_length, shown)
-
-    def test_metric_by_position(self):
-        def labels(rank):
-            return f'model_name="m",engine_type="unified",tp_rank="0"{rank}'
-
-        one = _position_lines([{"spec_accept_rate_by_position": [0.5, 0.25]}], "m")
-        self.assertIn("# TYPE sglang:spec_accept_rate_by_position gauge", one[0])
-        self.assertEqual(one[1], f'sglang:spec_accept_rate_by_position{{{labels("")},position="1"}} 0.5')
-        self.assertEqual(one[2], f'sglang:spec_accept_rate_by_position{{{labels("")},position="2"}} 0.25')
-        two = _position_lines([{}, {"spec_accept_rate_by_position": [1.0]}], "m")
-        where = labels(',dp_rank="1"')
-        self.assertEqual(two[1:], [f'sglang:spec_accept_rate_by_position{{{where},position="1"}} 1.0'])
-        self.assertEqual(_position_lines([{}, {"spec_accept_rate_by_position": []}], "m"), [])
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ import httpx
 
 from sglang import bench_serving
 from sglang.embedded_models import EMBEDDED_MODELS
+from sglang.srt.model_executor.memory_plan import DRAFT_LAYER, plan_needs
+from sglang.srt.server_args import evaluate
 from sglang.srt.utils.common import kill_process_tree
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase, free_url, popen_launch_server
@@ -18,6 +20,7 @@ from sglang.test.tiny_tasks import heldout_questions
 register_cpu_ci(est_time=20, suite="stage-b-test-cpu")
 
 NUM_STEPS = 3
+MODEL = str(EMBEDDED_MODELS["qwen3.5-moe-tiny"])
 
 
 class TestServer(CustomTestCase):
@@ -25,7 +28,7 @@ class TestServer(CustomTestCase):
     def setUpClass(cls):
         cls.url = free_url()
         flags = ["--speculative-algorithm", "NEXTN", "--speculative-num-steps", NUM_STEPS, "--enable-metrics"]
-        cls.process = popen_launch_server(str(EMBEDDED_MODELS["qwen3.5-moe-tiny"]), cls.url, other_args=flags)
+        cls.process = popen_launch_server(MODEL, cls.url, other_args=flags)
         cls.addClassCleanup(kill_process_tree, cls.process.pid)
 
     def test_where_acceptance_is_shown(self):
@@ -38,6 +41,12 @@ class TestServer(CustomTestCase):
             accepted = sum(reply["meta_info"]["spec_accept_token_num"] for reply in replies)
             self.assertGreater(accepted, 0)
             after = self.state(client)
+            draft = after["draft"]
+            self.assertRegex(draft["rule"], "the model itself draws")
+            self.assertEqual(draft["experts"]["shared"], after["experts"]["shared"])
+            args = evaluate(["--model-path", MODEL, "--speculative-algorithm", "NEXTN"])
+            planned = plan_needs(args.args, args.model_config, "cpu", {}).weights
+            self.assertEqual(draft["weights_bytes"], planned[DRAFT_LAYER])
             for name, count in (("spec_verify_ct", steps), ("num_accepted_drafts", accepted)):
                 self.assertEqual(after[name] - before[name], count)
             self.assertEqual(after["num_drafts"], NUM_STEPS * after["spec_verify_ct"])
@@ -52,6 +61,12 @@ class TestServer(CustomTestCase):
             counts = [count - was for count, was in zip(after["accepted_by_position"], old, strict=True)]
             self.assertEqual(rates, [count / steps for count in counts])
             self.assertEqual(self.values(client, "spec_accepted_tokens_total"), [after["num_accepted_drafts"]])
+
+    def test_a_grammar_is_refused_by_name(self):
+        body = {"text": "27+58=", "sampling_params": {"regex": "[0-9]+", "max_new_tokens": 4}}
+        reply = httpx.post(f"{self.url}/generate", json=body, timeout=60)
+        self.assertEqual(reply.status_code, 400)
+        self.assertRegex(reply.text, "--speculative-algorithm, whose drafts follow no grammar. Remove the field")
 
     @staticmethod
     def state(client):

@@ -96,6 +96,11 @@ class LaunchedForward:
         self._batch = batch
         self._step = runner.forward(batch)
 
+    @property
+    def output(self) -> LogitsProcessorOutput:
+        """What the forward gives."""
+        return self._step.output
+
     @torch.inference_mode()
     def sample(self, info: SamplingBatchInfo) -> LaunchedStep:
         """Queue the choice of tokens, and of drafts for the next step, without waiting for the device."""

@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.model_executor.forward_batch_info import AttentionBackendLike, ForwardBatch, ModelWorkerBatch
+from sglang.srt.model_executor.memory_plan import DRAFT_LAYER, count_weights
 from sglang.srt.model_executor.model_pools import RankMemory
 from sglang.srt.model_executor.step_graphs import StepGraphs
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -47,6 +48,15 @@ class StepForward:
         if self.fb.kind is None:
             return self.fb.seq_lens
         return self.fb.positions[: self.batch_size * self.fb.kind.rows_per_request] + 1
+
+
+def describe_draft(target: torch.nn.Module, draft: torch.nn.Module) -> dict[str, Any]:
+    """What a server says of the model that drafts, and of how its guesses are judged; msgpack-able."""
+    return {
+        "rule": "a draft counts while it is the token that the model itself draws there, at every temperature",
+        "weights_bytes": count_weights(target, draft)[DRAFT_LAYER],
+        "experts": {**describe_experts(draft), "shared": describe_shared(draft)},
+    }
 
 
 @dataclass(frozen=True)
@@ -133,7 +143,9 @@ class ModelRunner:
         experts = {**describe_experts(self.model), "shared": describe_shared(self.model)}
         all_graphs = [*([] if self.decode_graphs is None else [self.decode_graphs]), *self.draft_graphs.values()]
         graphs = {each.name: each.describe() for each in all_graphs}
+        draft = {} if self.loaded.draft is None else {"draft": describe_draft(self.model, self.loaded.draft)}
         return {
+            **draft,
             "experts": experts,
             "streams": streams,
             "graphs": graphs,
