@@ -274,7 +274,7 @@ class Envs:
         True,
         section=_MODEL,
         doc="DeepSeek V4: a decode graph plans its own step, from lengths on the device; else each replay is planned "
-        "before it. Both give the same plan. Verify steps are planned before the replay in either case.",
+        "before it. Both give the same plan. A verify graph, whose lengths are known within it alone, always plans.",
     )
     SGLANG_MAMBA_SSM_DTYPE = EnvStr(
         "",

@@ -19,6 +19,11 @@ from sglang.srt.model_executor.model_pools import StepRelay
 CHECK_LENS = (17, 1, 64, 129, 3)
 
 
+def check_lens(page_size: int | None) -> tuple[int, ...]:
+    """Context lengths of the check; where pages have a meaning (``CacheLayout.page_size``), past one and half too."""
+    return CHECK_LENS if page_size is None else (page_size + 4, page_size // 2, *CHECK_LENS)
+
+
 # From a batch and its bucket to what the step computed.
 Run = Callable[[ModelWorkerBatch, int], Sequence[torch.Tensor]]
 
@@ -55,11 +60,12 @@ class GraphCheck:
         self._req_pool = req_pool
         self._page_size = pools.page_size
         self._vocab_size = vocab_size
+        self._lens = check_lens(pools.layout.page_size)
         largest = graphs.buckets[-1]
-        pages = -(-largest * (max(CHECK_LENS) + self._ahead) // pools.page_size)
-        self._num_slots = min(pools.size(FULL), pages * pools.page_size)
+        wanted = largest * self._pages(max(self._lens) + self._ahead)
+        self._num_pages = min(pools.size(FULL) // pools.page_size, wanted)
         self._num_states = min(pools.size(STATE), largest)
-        self._written = WrittenRows(pools, {FULL: self._num_slots, STATE: self._num_states})
+        self._written = WrittenRows(pools, {FULL: self._num_pages * pools.page_size, STATE: self._num_states})
 
     def run(self) -> None:
         """Check every captured bucket; one that differs on any rank is refused with the reason."""
@@ -76,9 +82,10 @@ class GraphCheck:
         try:
             if len(rows) < size:
                 return f"the request table has fewer than {size} rows"
-            needed = size * (self._width + self._ahead)
-            if self._num_slots < needed:
-                return f"the KV pool has {self._num_slots} slots, and the step of {size} requests needs {needed}"
+            page, needed = self._page_size, size * self._pages(self._width + self._ahead)
+            if self._num_pages < needed:
+                have, need = self._num_pages * page, needed * page
+                return f"the KV pool has {have} slots, and the step of {size} requests needs {need}"
             batch = self._batch(rows, torch.Generator().manual_seed(bucket))
             self._forget_slots(batch)
             self._written.poison(bucket)
@@ -106,16 +113,23 @@ class GraphCheck:
         for row, end in zip(batch.req_pool_indices.tolist(), batch.seq_lens, strict=True):
             self._req_pool.write(row, end - self._width, none)
 
+    def _pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self._page_size)
+
     def _batch(self, rows: list[int], generator: torch.Generator) -> ModelWorkerBatch:
-        """A batch over scattered slots, with contexts of several lengths."""
+        """A batch over scattered pages, with contexts of several lengths."""
+        page, lens = self._page_size, self._lens
         # The request table has a column past the context; the RoPE table has no row for it.
-        longest = min(max(CHECK_LENS), self._req_pool.max_context_len - 1, self._num_slots // len(rows)) - self._ahead
-        lens = [max(self._width, min(CHECK_LENS[i % len(CHECK_LENS)], longest)) for i in range(len(rows))]
-        order = torch.randperm(self._num_slots, generator=generator) + self._page_size
+        room = self._num_pages // len(rows) * page
+        longest = min(max(lens), self._req_pool.max_context_len - 1, room) - self._ahead
+        lens = tuple(max(self._width, min(lens[i % len(lens)], longest)) for i in range(len(rows)))
+        order = torch.randperm(self._num_pages, generator=generator) + 1
         slots, used = [], 0
         for row, length in zip(rows, lens, strict=True):
-            mine = order[used : used + length + self._ahead]
-            used += length + self._ahead
+            count = self._pages(length + self._ahead)
+            pages = order[used : used + count].unsqueeze(1) * page
+            mine = (pages + torch.arange(page)).flatten()[: length + self._ahead]
+            used += count
             self._req_pool.write(row, 0, mine)
             slots.append(mine[length - self._width :])
         ids = torch.randint(0, self._vocab_size, (len(rows),), generator=generator)
@@ -125,9 +139,9 @@ class GraphCheck:
         states = None
         if self._num_states:
             states = (torch.randperm(self._num_states, generator=generator)[: len(rows)] + 1).tolist()
-        return ModelWorkerBatch.uniform(self._kind, rows, lens, torch.cat(slots), states)
+        return ModelWorkerBatch.uniform(self._kind, rows, list(lens), torch.cat(slots), states)
 
-    def _fill_relay(self, relay: StepRelay, rows: list[int], lens: list[int], generator: torch.Generator) -> None:
+    def _fill_relay(self, relay: StepRelay, rows: list[int], lens: Sequence[int], generator: torch.Generator) -> None:
         """Random drafts, and lengths, of which those of every other request are one below the host's bound."""
         committed = [max(0, length - self._width - (i + 1) % 2) for i, length in enumerate(lens)]
         relay.committed[rows] = torch.tensor(committed, device=relay.committed.device)

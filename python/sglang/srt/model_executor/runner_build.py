@@ -17,6 +17,7 @@ from sglang.srt.layers.moe.slotted_mlp import fixed_form
 from sglang.srt.layers.quantization import warn_of_splits
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.mem_cache.pool_plan import PoolPlan
+from sglang.srt.model_executor.capture_lint import HostOnly
 from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.graph_check import GraphCheck
 from sglang.srt.model_executor.memory_plan import check_fit, graph_buckets, plan_needs
@@ -150,7 +151,10 @@ def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
     width = graphs.kind.rows_per_request
 
     def eager(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
-        return runner.run_planned(graphs.fill(batch, bucket)).first(batch.batch_size * width).tensors()
+        fb = graphs.fill(batch, bucket)
+        # Planned as the recorded step was, which knows no lengths of the host: sums have as many terms.
+        fb.seq_lens_cpu = HostOnly(fb.seq_lens_cpu)
+        return runner.run_planned(fb).first(batch.batch_size * width).tensors()
 
     def replay(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
         return graphs.replay(batch, bucket)[1].tensors()

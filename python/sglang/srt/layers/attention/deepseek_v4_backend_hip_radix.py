@@ -74,18 +74,18 @@ class DeepseekV4HipRadixBackend(PoolBackend, CompressedBackend):
 
     def plan_decode(self, fb: ForwardBatch) -> CompressedPlan:
         """See the base class."""
-        return self._plan(fb, torch.ones_like(fb.seq_lens), max(fb.seq_lens_cpu))
+        return self._plan(fb, torch.ones_like(fb.seq_lens), self._longest(fb))
 
     def plan_extend(self, fb: ForwardBatch) -> CompressedPlan:
         """See the base class."""
         assert fb.extend_seq_lens is not None
-        return self._plan(fb, fb.extend_seq_lens, max(fb.seq_lens_cpu))
+        return self._plan(fb, fb.extend_seq_lens, self._longest(fb))
 
     def plan_uniform(self, fb: ForwardBatch) -> CompressedPlan:
         """See the base class; rows may be rejected later, so what any number of accepted ones needs is kept."""
         assert fb.kind is not None
         width = fb.kind.rows_per_request
-        return self._plan_verify(fb, torch.full_like(fb.seq_lens, width), width, max(fb.seq_lens_cpu))
+        return self._plan_verify(fb, torch.full_like(fb.seq_lens, width), width, self._longest(fb))
 
     def init_forward_metadata_target_verify(self, fb: ForwardBatch, extend_seq_lens: torch.Tensor, widest: int) -> None:
         """Plan a step of which any number of rows may be rejected later, but the first of each request.
@@ -93,7 +93,7 @@ class DeepseekV4HipRadixBackend(PoolBackend, CompressedBackend):
         extend_seq_lens [B] int64 on the device: rows of each request, packed, at most ``widest``. ``fb.seq_lens`` count
         them. Raises UnplannedStepError where more rows per request are asked for than the states bear.
         """
-        fb.attn_plan = StepPlan(attention=self._plan_verify(fb, extend_seq_lens, widest, max(fb.seq_lens_cpu)))
+        fb.attn_plan = StepPlan(attention=self._plan_verify(fb, extend_seq_lens, widest, self._longest(fb)))
 
     def _plan_verify(self, fb: ForwardBatch, extend_lens: torch.Tensor, widest: int, max_len: int) -> CompressedPlan:
         for ratio, ring in self.rings.items():
@@ -109,6 +109,11 @@ class DeepseekV4HipRadixBackend(PoolBackend, CompressedBackend):
         step = StepRows(fb.out_cache_loc, fb.req_pool_indices, fb.seq_lens, extend_lens)
         return plan_step(step, self.req_to_token, max_len, self.window, self.rings)
 
+    def _longest(self, fb: ForwardBatch) -> int:
+        """A bound of the lengths in tokens. A captured step may not ask the host, and gets room for any."""
+        lens = fb.seq_lens_cpu
+        return max(lens) if type(lens) is list and lens else self.req_to_token.shape[1]
+
     # --- captured steps ------------------------------------------------------------------------------------------
 
     def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
@@ -121,13 +126,13 @@ class DeepseekV4HipRadixBackend(PoolBackend, CompressedBackend):
         self._captured = {}
 
     def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
-        """Plan inside the captured step, or into tensors that every replay fills first.
+        """Plan inside the captured step, or into tensors that every replay fills first: SGLANG_PREP_IN_CUDA_GRAPH.
 
-        Verify steps take the second way whatever SGLANG_PREP_IN_CUDA_GRAPH says, as upstream.
+        Steps of several rows per request do not come here: their lengths are known within the step alone, which plans
+        itself by ``init_forward_metadata``.
         """
-        assert fb.kind is not None and fb.input_ids is None, "a captured step is of one kind, and finds its ids itself"
-        in_graph = self.plans_in_graph and fb.kind.rows_per_request == 1
-        plan = PlanInGraph() if in_graph else self._plan_captured(fb)
+        assert fb.kind is not None and fb.kind.rows_per_request == 1 and fb.input_ids is None
+        plan = PlanInGraph() if self.plans_in_graph else self._plan_captured(fb)
         self._captured[fb.kind.name, fb.batch_size] = plan
         fb.attn_plan = StepPlan(attention=plan)
 
@@ -144,9 +149,7 @@ class DeepseekV4HipRadixBackend(PoolBackend, CompressedBackend):
 
     def _plan_captured(self, fb: ForwardBatch) -> CompressedPlan:
         """A plan whose shapes and work do not depend on lengths."""
-        assert fb.kind is not None
-        width, longest = fb.kind.rows_per_request, self.req_to_token.shape[1]
-        return self._plan_verify(fb, torch.full_like(fb.seq_lens, width), width, longest)
+        return self._plan(fb, torch.ones_like(fb.seq_lens), self.req_to_token.shape[1])
 
     # --- layers --------------------------------------------------------------------------------------------------
 

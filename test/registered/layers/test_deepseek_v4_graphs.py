@@ -1,0 +1,200 @@
+"""Captured steps of compressed attention under HIP's policy: proof on scattered pages, plans inside and outside."""
+
+import copy
+import unittest
+from unittest import mock
+
+import torch
+
+from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import DeepseekV4HipRadixBackend
+from sglang.srt.layers.attention.deepseek_v4_planner import CompressedPlan
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.model_executor.capture_lint import HostOnly
+from sglang.srt.model_executor.forward_batch_info import DECODE, StepKind
+from sglang.srt.model_executor.graph_check import GraphCheck
+from sglang.srt.model_executor.model_pools import StepRelay
+from sglang.srt.model_executor.model_runner import place_rows
+from sglang.srt.model_executor.step_graphs import StepGraphs
+from sglang.srt.platforms import override_platform
+from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
+from sglang.test.ci.ci_register import register_amd_ci, register_cpu_ci
+from sglang.test.compressed_attention_truth import CONTEXT, CPU, VOCAB, AttentionHarness
+from sglang.test.process_ranks import use_fakes
+from sglang.test.test_utils import CustomTestCase
+
+use_fakes()
+register_cpu_ci(est_time=15, suite="stage-b-test-cpu")
+register_amd_ci(est_time=30, suite="stage-b-test-1-gpu-small-amd")
+
+VERIFY = StepKind("verify", 3)
+BUCKETS = [1, 2, 4]
+
+
+class Captured:
+    """The harness's layers as a step that is captured; a step of several rows finds its lengths in ``relay``."""
+
+    def __init__(self, kind, in_graph=True):
+        self.harness = harness = AttentionHarness(num_draft_layers=1, seed=5)
+        for buffer in harness.pools.buffers():
+            buffer.zero_()
+        harness.requests.req_to_token.zero_()
+        with mock.patch.dict("os.environ", {"SGLANG_PREP_IN_CUDA_GRAPH": str(int(in_graph))}):
+            harness.backend = DeepseekV4HipRadixBackend(harness.context)
+        self.kind, self.platform = kind, RocmOverFakesPlatform(find_fakes())
+        rows = harness.requests.padding_row + 1
+        self.last = torch.zeros(rows, dtype=torch.int64)
+        drafts = torch.zeros(rows, kind.rows_per_request - 1, dtype=torch.int64)
+        self.relay = StepRelay(torch.zeros(rows, dtype=torch.int64), drafts)
+        self.graphs = StepGraphs(
+            kind, self.forward, harness.backend, BUCKETS, CONTEXT - 8, CPU, harness.requests.padding_row, False
+        )
+
+    @torch.inference_mode()
+    def capture(self, eager=None):
+        """Capture and prove; why buckets are refused."""
+        harness, width = self.harness, self.kind.rows_per_request
+
+        def as_captured(batch, bucket):
+            fb = self.graphs.fill(batch, bucket)
+            fb.seq_lens_cpu = HostOnly(fb.seq_lens_cpu)
+            return self.forward(fb).first(batch.batch_size * width).tensors()
+
+        def replay(batch, bucket):
+            return self.graphs.replay(batch, bucket)[1].tensors()
+
+        with override_platform(self.platform):
+            self.graphs.capture(self.platform.create_graph, lambda bucket: None)
+            GraphCheck(
+                self.graphs, self.kind, eager or as_captured, replay, self.last, harness.requests, harness.pools, VOCAB,
+                self.relay,
+            ).run()  # fmt: skip
+        return self.graphs.refused
+
+    def planned_anew(self, batch, bucket):
+        """The step as it is run without graphs, padded."""
+        width = self.kind.rows_per_request
+        self.graphs.buffers.fill(batch, bucket)
+        fb = self.graphs.buffers.view(bucket, self.harness.backend, False, batch)
+        if width == 1:
+            self.harness.backend.init_forward_metadata(fb)
+        return self.forward(fb).first(batch.batch_size * width).tensors()
+
+    def forward(self, fb):
+        harness, rows, width = self.harness, fb.req_pool_indices, self.kind.rows_per_request
+        fb, first = copy.copy(fb), fb.positions.view(-1, width)[:, 0]
+        harness.requests.write_step(rows, first, fb.out_cache_loc.view(-1, width))
+        fb.input_ids = torch.cat([self.last[rows].unsqueeze(1), self.relay.drafts[rows]], dim=1).flatten()
+        if width > 1:
+            place_rows(fb, self.relay.committed, harness.requests)
+            harness.backend.init_forward_metadata(fb)
+        x = harness.embedding.index_select(0, fb.input_ids)
+        outputs = [layer.on_backend(x, harness.backend, fb).flatten(1) for layer in harness.layers]
+        return LogitsProcessorOutput(torch.cat(outputs, dim=1))
+
+    @torch.inference_mode()
+    def replay(self, chunks, bucket):
+        """Run the next tokens of each request through the graph; the outputs and the plan that the graph used."""
+        batch = self.harness.batch(chunks, self.kind)
+        for request, tokens in chunks:
+            self.last[request.row], self.relay.committed[request.row] = tokens[0], len(request.tokens)
+            self.relay.drafts[request.row] = torch.tensor(tokens[1:], dtype=torch.int64)
+        _, output = self.graphs.replay(batch, bucket)
+        for request, tokens in chunks:
+            request.tokens = [*request.tokens, *tokens]
+        by_layer = output.next_token_logits.unflatten(1, (3, 3, 24)).unbind(1)
+        return [list(rows.split(self.kind.rows_per_request)) for rows in by_layer]
+
+
+class TestCapturedSteps(CustomTestCase):
+    def test_every_bucket_is_proven_and_replays_are_the_truth(self):
+        for kind, in_graph in ((DECODE, True), (DECODE, False), (VERIFY, True)):
+            with self.subTest(kind=kind.name, in_graph=in_graph):
+                captured = Captured(kind, in_graph)
+                self.assertEqual(captured.capture(), {})
+                for buffer in captured.harness.pools.buffers():
+                    self.assertFalse(bool(buffer.any()))
+                self.check_replays(captured)
+
+    def check_replays(self, captured):
+        harness, width = captured.harness, captured.kind.rows_per_request
+        requests = [harness.new_request() for _ in range(4)]
+        lengths = (126, 255, 3, 509)
+        with torch.inference_mode():
+            harness.step([(request, harness.random_tokens(n)) for request, n in zip(requests, lengths)])
+        for members in (requests, requests[:1], requests[1:], requests[2:], requests):
+            chunks = [(request, harness.random_tokens(width)) for request in members]
+            harness.check(chunks, captured.replay(chunks, 4 if len(members) > 2 else len(members)))
+            for request in members:
+                request.tokens = request.tokens[: len(request.tokens) - harness.random.randrange(width)]
+
+    def test_the_plan_in_the_graph_is_that_before_it(self):
+        """Bit by bit, for decode steps of random lengths, padded and full."""
+        plans = []
+        for in_graph in (True, False):
+            captured = Captured(DECODE, in_graph)
+            with override_platform(captured.platform), torch.inference_mode():
+                captured.graphs.capture(captured.platform.create_graph, lambda bucket: None)
+            harness, used = captured.harness, {}
+            real = DeepseekV4HipRadixBackend._plan_of
+            self.assertEqual(
+                {type(plan).__name__ for plan in harness.backend._captured.values()},
+                {"PlanInGraph" if in_graph else "CompressedPlan"},
+            )
+
+            def keep(backend, fb, num_rows, used=used, real=real):
+                used[fb.batch_size] = real(backend, fb, num_rows)
+                return used[fb.batch_size]
+
+            # Captured once more, with the plan of each bucket kept.
+            with (
+                mock.patch.object(DeepseekV4HipRadixBackend, "_plan_of", keep),
+                override_platform(captured.platform),
+                torch.inference_mode(),
+            ):
+                captured.graphs.capture(captured.platform.create_graph, lambda bucket: None)
+            requests = [harness.new_request() for _ in range(4)]
+            with torch.inference_mode():
+                harness.step([(request, harness.random_tokens(n)) for request, n in zip(requests, (120, 250, 1, 500))])
+            found = []
+            for turn in range(24):
+                members = requests[: 1 + turn % 4]
+                bucket = 4 if len(members) > 2 else len(members)
+                captured.replay([(request, harness.random_tokens(1)) for request in members], bucket)
+                assert isinstance(used[bucket], CompressedPlan)
+                found.append([tensor.clone() for tensor in used[bucket].tensors()])
+            plans.append(found)
+        for inside, outside in zip(*plans, strict=True):
+            for ours, theirs in zip(inside, outside, strict=True):
+                self.assertTrue(torch.equal(ours, theirs))
+
+    def test_a_plan_that_a_replay_does_not_bring_up_to_date_is_refused(self):
+        captured = Captured(DECODE, in_graph=False)
+        replay = DeepseekV4HipRadixBackend.init_forward_metadata_replay
+
+        def forget(backend, fb):
+            with mock.patch.object(CompressedPlan, "tensors", lambda plan: iter(())):
+                replay(backend, fb)
+
+        with mock.patch.object(DeepseekV4HipRadixBackend, "init_forward_metadata_replay", forget):
+            self.assertEqual(sorted(captured.capture(captured.planned_anew)), BUCKETS)
+
+    def test_rows_that_share_a_page_would_not_be_proven(self):
+        """On slots scattered as tokens, two requests would write one entry or one row of states."""
+        captured = Captured(DECODE)
+        pools = captured.harness.pools
+        check = GraphCheck(
+            captured.graphs, DECODE, None, None, captured.last, captured.harness.requests, pools, VOCAB, captured.relay
+        )
+        rows = [captured.harness.requests.alloc() for _ in range(4)]
+        batch = check._batch(rows, torch.Generator().manual_seed(0))
+        self.assertEqual(batch.seq_lens, [260, 128, 17, 1])
+        pages = []
+        for row, length in zip(rows, batch.seq_lens):
+            slots = captured.harness.requests.read(row, 0, length)
+            self.assertEqual((slots % 256).tolist(), [p % 256 for p in range(length)])
+            pages += sorted(set((slots // 256).tolist()))
+        self.assertEqual((len(pages), len(set(pages)), min(pages) > 0), (5, 5, True))
+
+
+if __name__ == "__main__":
+    unittest.main()
