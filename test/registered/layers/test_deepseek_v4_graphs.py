@@ -2,21 +2,30 @@
 
 import copy
 import unittest
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 
-from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import DeepseekV4HipRadixBackend
+from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import (
+    DeepseekV4HipRadixBackend,
+    DeepseekV4MultiStepBackend,
+    per_step_draft_out_cache_loc,
+)
 from sglang.srt.layers.attention.deepseek_v4_planner import CompressedPlan
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.model_executor.capture_lint import HostOnly
-from sglang.srt.model_executor.forward_batch_info import DECODE, StepKind
+from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.graph_check import GraphCheck
 from sglang.srt.model_executor.model_pools import StepRelay
 from sglang.srt.model_executor.model_runner import place_rows
 from sglang.srt.model_executor.step_graphs import StepGraphs
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
+from sglang.srt.speculative.draft_graphs import Drafts
+from sglang.srt.speculative.mtp_drafter import ChainStart, MtpDrafter
+from sglang.srt.speculative.spec_info import SpecInfo
 from sglang.test.ci.ci_register import register_amd_ci, register_cpu_ci
 from sglang.test.compressed_attention_truth import CONTEXT, CPU, VOCAB, AttentionHarness
 from sglang.test.process_ranks import use_fakes
@@ -194,6 +203,99 @@ class TestCapturedSteps(CustomTestCase):
             self.assertEqual((slots % 256).tolist(), [p % 256 for p in range(length)])
             pages += sorted(set((slots // 256).tolist()))
         self.assertEqual((len(pages), len(set(pages)), min(pages) > 0), (5, 5, True))
+
+
+class TestDraftChain(CustomTestCase):
+    """Chains of drafts of a layer with a window alone, by the drafter, against the sequence that they make."""
+
+    STEPS = 4
+
+    def setUp(self):
+        self.harness = harness = AttentionHarness(num_draft_layers=1, seed=6)
+        harness.layers = harness.layers[:1]
+        harness.backend = DeepseekV4HipRadixBackend(harness.context, windows_only=True)
+        self.head = torch.randn(72, VOCAB, generator=torch.Generator().manual_seed(1))
+        self.slots = {}
+        target = SimpleNamespace(sampler=self.sample, req_to_token_pool=harness.requests)
+        decode = DeepseekV4MultiStepBackend(harness.context, self.STEPS - 1)
+        self.drafter = MtpDrafter(self.model, target, harness.backend, decode, SpecInfo(self.STEPS))
+
+    @staticmethod
+    def sample(output, info, positions):
+        return output.next_token_logits.argmax(-1)
+
+    def model(self, ids, positions, fb, hidden):
+        self.slots.setdefault(fb.batch_size, []).append(fb.out_cache_loc)
+        x = self.harness.embedding.index_select(0, ids)
+        out = self.harness.layers[0].on_backend(x, fb.attn_backend, fb).flatten(1)
+        return LogitsProcessorOutput(out @ self.head, hidden_states=out)
+
+    def begin(self, size):
+        """Requests whose tokens lie in the pools, with slots ahead; the chain's inputs for ``size`` of them."""
+        lengths = (126, 254, 3, 511, 128, 1, 255)[:size]
+        self.harness.reset()
+        requests = [self.harness.new_request() for _ in lengths]
+        self.harness.step([(one, self.harness.random_tokens(n)) for one, n in zip(requests, lengths)])
+        for one, length in zip(requests, lengths):
+            self.harness.requests.write(one.row, 0, self.harness.slots(one, 0, length + self.STEPS))
+        self.harness.requests.req_to_token[self.harness.requests.padding_row].zero_()
+        first = torch.tensor(self.harness.random_tokens(size))
+        return requests, torch.tensor([one.row for one in requests]), torch.tensor(lengths) - 1, first
+
+    def check(self, requests, drafts):
+        for one, chain in zip(requests, drafts.tolist()):
+            length = len(one.tokens)
+            truth = self.harness.truths([*one.tokens, *chain], range(length, length + self.STEPS - 1))[0]
+            self.assertEqual(chain[1:], (truth.flatten(1) @ self.head.double()).argmax(-1).tolist())
+
+    @torch.inference_mode()
+    def test_eager(self):
+        for size in (1, 2, 7):
+            requests, rows, at, first = self.begin(size)
+            self.slots.clear()
+            bounds = [len(one.tokens) for one in requests]
+            start = ChainStart(torch.empty(0), torch.zeros(size, 72), at)
+            self.check(requests, self.drafter.go_on(rows, start, first, None, torch.tensor([size]), bounds))
+            for step, slots in enumerate(self.slots[size]):
+                wanted = [
+                    int(self.harness.slots(one, n, n + 1)) for one, n in zip(requests, [b + step for b in bounds])
+                ]
+                self.assertEqual(slots.tolist(), wanted)
+
+    @torch.inference_mode()
+    def test_captured_and_padded(self):
+        bucket, platform = 4, RocmOverFakesPlatform(find_fakes())
+        padding = self.harness.requests.padding_row
+        rows, at = torch.full((bucket,), padding), torch.zeros(bucket, dtype=torch.int64)
+        first = torch.zeros(bucket, dtype=torch.int64)
+        start = ChainStart(torch.empty(0), torch.zeros(bucket, 72), at)
+        self.begin(1)
+
+        graphs = BucketGraphs("draft", [bucket], CPU)
+        num_tokens = torch.tensor([bucket])
+
+        def body():
+            return Drafts(self.drafter.go_on(rows, start, first, None, num_tokens, None))
+
+        with override_platform(platform):
+            graphs.capture_all(lambda bucket: body, platform.create_graph, lambda bucket: None)
+            self.assertEqual(graphs.refused, {})
+            for size in (1, 2, 4, 3, 2):
+                requests, *inputs = self.begin(size)
+                for ours, value in zip((rows, at, first), inputs, strict=True):
+                    ours.copy_(torch.tensor([padding if ours is rows else 0] * bucket))
+                    ours[:size] = value
+                self.check(requests, graphs.run(bucket).ids[:size])
+
+    def test_slots_are_by_request_and_step(self):
+        slots = torch.tensor([10, 11, 12, 20, 21, 22])
+        self.assertEqual(per_step_draft_out_cache_loc(slots, 2, 3).tolist(), [[10, 20], [11, 21], [12, 22]])
+        with self.assertRaisesRegex(ValueError, "4 requests of 3 draft steps have 6 slots"):
+            per_step_draft_out_cache_loc(slots, 4, 3)
+        batch = ModelWorkerBatch.uniform(StepKind("draft chain", 2), [0], [2], slots[:2])
+        fb = ForwardBatch.from_worker_batch(batch, CPU, None)
+        with self.assertRaisesRegex(ValueError, "3 draft steps, and 2 rows per request"):
+            self.drafter.decode_backend.init_forward_metadata(fb)
 
 
 if __name__ == "__main__":

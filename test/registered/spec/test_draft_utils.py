@@ -13,6 +13,10 @@ from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.attention import base_attn_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext, GqaBackend, MlaBackend
+from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import (
+    DeepseekV4HipRadixBackend,
+    DeepseekV4MultiStepBackend,
+)
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.model_executor.model_pools import cache_layout
@@ -20,6 +24,7 @@ from sglang.srt.platforms import current_platform, override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform
 from sglang.srt.speculative.draft_utils import DraftBackendFactory
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.compressed_attention_truth import AttentionHarness
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
@@ -57,7 +62,7 @@ class TestDraftBackendFactory(CustomTestCase):
 
     def made(self, name, asked, context=None):
         context = context or context_of(name)
-        factory = DraftBackendFactory(asked, context, context.model_config.num_hidden_layers)
+        factory = DraftBackendFactory(asked, context, context.model_config.num_hidden_layers, 3)
         return factory.create_decode_backend(), factory.create_prefill_backend()
 
     def test_every_entry_on_hip_is_declared_for_hip(self):
@@ -90,6 +95,16 @@ class TestDraftBackendFactory(CustomTestCase):
     def test_the_two_kinds_of_step_have_backends_of_their_own(self):
         decode, prefill = self.made("deepseek-v3-tiny", "torch_native")
         self.assertIsNot(decode, prefill)
+
+    def test_deepseek_v4_gets_the_classes_of_hip(self):
+        """And never another, whatever is asked for: one per step of the chain, and one for the rows before it."""
+        context = AttentionHarness(num_draft_layers=1).context
+        context.model_config.num_hidden_layers = context.model_config.text.num_hidden_layers
+        for asked in ("dsv4", "compressed", "triton"):
+            decode, prefill = self.made("", asked, context)
+            self.assertIs(type(decode), DeepseekV4MultiStepBackend)
+            self.assertIs(type(prefill), DeepseekV4HipRadixBackend)
+            self.assertEqual([child.rings for child in (*decode.children, prefill)], [{}, {}, {}])
 
 
 if __name__ == "__main__":

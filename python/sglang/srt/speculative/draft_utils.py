@@ -5,14 +5,19 @@ from __future__ import annotations
 
 import logging
 
-from sglang.srt.configs.attention_backends import attention_backends
+from sglang.srt.configs.attention_backends import COMPRESSED, attention_backends
 from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.layers.attention import load_attention_backends
 from sglang.srt.layers.attention.base_attn_backend import (
     AttentionBackend,
     AttentionContext,
+    MultiStepBackend,
     create_attention_backend,
+)
+from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import (
+    DeepseekV4HipRadixBackend,
+    DeepseekV4MultiStepBackend,
 )
 from sglang.srt.model_executor.memory_plan import graph_buckets
 from sglang.srt.model_executor.model_runner import ModelRunner
@@ -31,26 +36,36 @@ class DraftBackendFactory:
 
     asked: the name of the target's backend, taken where it is declared for the draft's family and this platform; else
     the first that is. Nothing else of the target is looked at: a draft has no recurrent layers, and its family may
-    differ. Raises ValueError where the pools do not hold the layer, ConfigError where no backend is declared.
+    differ. num_steps: drafts per chain, of which the first needs no step of its own. Raises ValueError where the pools
+    do not hold the layer, ConfigError where no backend is declared.
     """
 
-    def __init__(self, asked: str, context: AttentionContext, layer_id: int) -> None:
+    def __init__(self, asked: str, context: AttentionContext, layer_id: int, num_steps: int) -> None:
         held = [pool.spec.layer_ids for pool in context.pools if pool.spec.unit == FULL]
         if not any(layer_id in layers for layers in held):
             raise ValueError(f"the draft's KV is that of layer {layer_id}, and its pools hold the layers {held}")
         self._context = context
-        self._name = _declared_name(asked, context.model_config.text.attention_family)
+        self._num_steps = num_steps
+        self._family = context.model_config.text.attention_family
+        self._name = _declared_name(asked, self._family)
 
-    def create_decode_backend(self) -> AttentionBackend:
+    def create_decode_backend(self) -> AttentionBackend | MultiStepBackend:
         """For the chain of drafts: steps of one row per request."""
-        return self._create()
+        return self._create_dsv4_decode_backend() if self._family == COMPRESSED else self._create()
 
     def create_prefill_backend(self) -> AttentionBackend:
         """For the rows that the target has computed: prompts, and the rows of a verify step.
 
         A backend of its own: captured steps of the two kinds keep different buffers in it.
         """
-        return self._create()
+        return self._create_dsv4_prefill_backend() if self._family == COMPRESSED else self._create()
+
+    # One class for every platform; a layer that drafts has a window alone, and no pools of entries.
+    def _create_dsv4_decode_backend(self) -> DeepseekV4MultiStepBackend:
+        return DeepseekV4MultiStepBackend(self._context, self._num_steps - 1)
+
+    def _create_dsv4_prefill_backend(self) -> DeepseekV4HipRadixBackend:
+        return DeepseekV4HipRadixBackend(self._context, windows_only=True)
 
     def _create(self) -> AttentionBackend:
         load_attention_backends()
@@ -79,7 +94,9 @@ def make_speculator(args: ServerArgs, runner: ModelRunner) -> EagleWorker | None
     context = AttentionContext(
         model_config=config, req_to_token_pool=runner.req_to_token_pool, pools=runner.pools, device=runner.device
     )
-    backends = DraftBackendFactory(args.attention_backend, context, config.num_hidden_layers)
+    backends = DraftBackendFactory(
+        args.attention_backend, context, config.num_hidden_layers, args.speculative_num_steps
+    )
     spec = SpecInfo(args.speculative_num_steps)
     drafter = MtpDrafter(
         runner.loaded.draft, runner, backends.create_prefill_backend(), backends.create_decode_backend(), spec

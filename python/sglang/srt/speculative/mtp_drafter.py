@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from sglang.srt.layers.attention.base_attn_backend import MultiStepBackend
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.capture_lint import HostOnly
-from sglang.srt.model_executor.forward_batch_info import AttentionBackendLike, ForwardBatch, ForwardMode
+from sglang.srt.model_executor.forward_batch_info import AttentionBackendLike, ForwardBatch, ForwardMode, StepKind
 from sglang.srt.model_executor.model_runner import ModelRunner, StepForward
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.speculative.eagle_worker import Accepted, Drafter
@@ -72,7 +73,7 @@ class MtpDrafter(Drafter):
         model: DraftForward,
         target: ModelRunner,
         extend_backend: AttentionBackendLike,
-        decode_backend: AttentionBackendLike,
+        decode_backend: AttentionBackendLike | MultiStepBackend,
         spec: SpecInfo,
     ) -> None:
         self.model = model
@@ -129,11 +130,18 @@ class MtpDrafter(Drafter):
         num_tokens [1] int32: at least the rows that are no padding. bounds: of the lengths before the drafts, None
         where the host knows none.
         """
-        drafts, hidden = [draft], start.hidden
+        drafts, hidden, chain = [draft], start.hidden, None
+        if isinstance(self.decode_backend, MultiStepBackend):
+            chain = self._chain_batch(rows, start.at, num_tokens, bounds)
+            self.decode_backend.init_forward_metadata(chain)
         for number in range(1, self._num_steps):
-            known = None if bounds is None else [length + number for length in bounds]
-            fb = self._draft_batch(rows, drafts[-1], start.at + number, num_tokens, known)
-            self.decode_backend.init_forward_metadata(fb)
+            fb = self._draft_batch(rows, drafts[-1], start.at + number, num_tokens, _further(bounds, number))
+            if isinstance(self.decode_backend, MultiStepBackend):
+                assert chain is not None
+                self.decode_backend.enter_step(chain, fb, number - 1)
+            else:
+                fb.attn_backend = self.decode_backend
+                self.decode_backend.init_forward_metadata(fb)
             output = self.model(drafts[-1], fb.positions, fb, hidden)
             assert output.hidden_states is not None
             hidden = output.hidden_states
@@ -156,6 +164,28 @@ class MtpDrafter(Drafter):
         fb = replace(fb, input_ids=ids, logits_rows=last, wants_hidden=True, logprobs=[], attn_backend=backend)
         return fb, step.output.hidden_states
 
+    def _chain_batch(
+        self, rows: torch.Tensor, at: torch.Tensor, num_tokens: torch.Tensor, bounds: list[int] | None
+    ) -> ForwardBatch:
+        """All steps behind the first draft as one: a row per request and step, from ``at`` [B] + 1 on."""
+        num_steps = self._num_steps - 1
+        positions = at.unsqueeze(1) + torch.arange(1, num_steps + 1, device=at.device)
+        further = _further(bounds, num_steps)
+        return ForwardBatch(
+            forward_mode=ForwardMode.DECODE,
+            kind=StepKind("draft chain", num_steps),
+            batch_size=rows.shape[0],
+            input_ids=None,
+            positions=positions.flatten(),
+            req_pool_indices=rows,
+            seq_lens=at + num_steps + 1,
+            seq_lens_cpu=HostOnly() if further is None else further,
+            out_cache_loc=self._req_to_token[rows.unsqueeze(1), positions].flatten().to(torch.int64),
+            attn_backend=None,
+            num_token_non_padded=num_tokens,
+            num_token_non_padded_cpu=positions.numel(),
+        )
+
     def _draft_batch(
         self,
         rows: torch.Tensor,
@@ -164,7 +194,7 @@ class MtpDrafter(Drafter):
         num_tokens: torch.Tensor,
         bounds: list[int] | None,
     ) -> ForwardBatch:
-        """One row per request, at ``positions`` [B]; slots come from the request table."""
+        """One row per request, at ``positions`` [B]; slots come from the request table. It has no backend yet."""
         size = rows.shape[0]
         return ForwardBatch(
             forward_mode=ForwardMode.DECODE,
@@ -177,7 +207,7 @@ class MtpDrafter(Drafter):
             # Bounds: how many drafts were accepted is known on the device alone.
             seq_lens_cpu=HostOnly() if bounds is None else bounds,
             out_cache_loc=self._req_to_token[rows, positions].to(torch.int64),
-            attn_backend=self.decode_backend,
+            attn_backend=None,
             num_token_non_padded=num_tokens,
             num_token_non_padded_cpu=size,
             wants_hidden=True,
@@ -189,3 +219,8 @@ class MtpDrafter(Drafter):
         positions = None if info.is_all_greedy else at + 2
         ids: torch.Tensor = self._sampler(LogitsProcessorOutput(logits), info, positions=positions)
         return ids.to(torch.int64)
+
+
+def _further(bounds: list[int] | None, number: int) -> list[int] | None:
+    """Bounds of lengths ``number`` tokens later; None where there are none."""
+    return None if bounds is None else [length + number for length in bounds]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -215,6 +215,23 @@ class CompressedBackend(AttentionBackend):
         self, q: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch, entries: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attend over the window and over ``entries``, None for all that the row sees. q [N, H, D] -> [N, H, D]."""
+
+
+class MultiStepBackend(ABC):
+    """The backends of a chain of draft steps, one row per request and step, that are planned together.
+
+    ``children`` are the backends of the steps, in order.
+    """
+
+    children: Sequence[AttentionBackend]
+
+    @abstractmethod
+    def init_forward_metadata(self, fb: ForwardBatch) -> None:
+        """Plan all steps. ``fb`` is a step of as many rows per request: slots and positions by (request, step)."""
+
+    @abstractmethod
+    def enter_step(self, chain: ForwardBatch, fb: ForwardBatch, step: int) -> None:
+        """Give ``fb``, the rows of ``step``, its backend, slots and plan of the planned ``chain``."""
 
 
 class GatedNorm(Protocol):

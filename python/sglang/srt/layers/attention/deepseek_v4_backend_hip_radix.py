@@ -21,6 +21,7 @@ from sglang.srt.layers.attention.base_attn_backend import (
     CompressedBackend,
     CompressedLayer,
     Compressor,
+    MultiStepBackend,
     UnplannedStepError,
     register_attention_backend,
 )
@@ -217,3 +218,34 @@ class DeepseekV4HipRadixBackend(PoolBackend, CompressedBackend):
         if num_rows or not isinstance(plan, NoRows):
             raise TypeError(f"{num_rows} rows to attend, and the step was planned as {type(plan).__name__}")
         return None
+
+
+class DeepseekV4MultiStepBackend(MultiStepBackend):
+    """A chain of ``num_steps`` draft steps of layers with a window alone: one plan, of which each takes its rows."""
+
+    def __init__(self, ctx: AttentionContext, num_steps: int) -> None:
+        self.children = tuple(DeepseekV4HipRadixBackend(ctx, windows_only=True) for _ in range(num_steps))
+
+    def init_forward_metadata(self, fb: ForwardBatch) -> None:
+        """See the base class. Raises ValueError for another number of rows per request than there are steps."""
+        assert fb.kind is not None
+        if fb.kind.rows_per_request != len(self.children):
+            raise ValueError(f"{len(self.children)} draft steps, and {fb.kind.rows_per_request} rows per request")
+        self.children[0].init_forward_metadata(fb)
+
+    def enter_step(self, chain: ForwardBatch, fb: ForwardBatch, step: int) -> None:
+        """See the base class."""
+        plan, num_steps = chain.attn_plan.attention, len(self.children)
+        fb.attn_backend = self.children[step]
+        fb.out_cache_loc = per_step_draft_out_cache_loc(chain.out_cache_loc, chain.batch_size, num_steps)[step]
+        if isinstance(plan, CompressedPlan):
+            rows = slice(step, None, num_steps)
+            plan = CompressedPlan(plan.requests[rows], plan.window_slots[rows], plan.page_table, {})
+        fb.attn_plan = StepPlan(attention=plan)
+
+
+def per_step_draft_out_cache_loc(out_cache_loc: torch.Tensor, batch_size: int, num_steps: int) -> torch.Tensor:
+    """Slots [B * S] of a chain, by (request, step) -> [S, B]. Raises ValueError for another number of slots."""
+    if out_cache_loc.numel() != batch_size * num_steps:
+        raise ValueError(f"{batch_size} requests of {num_steps} draft steps have {out_cache_loc.numel()} slots")
+    return out_cache_loc.view(batch_size, num_steps).transpose(0, 1)
