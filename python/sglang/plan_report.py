@@ -92,7 +92,7 @@ def table(plan: MemoryPlan, args: ServerArgs, kind: str, variables: dict[str, st
         *((f"  {name}", size, "") for name, size in plan.weights.items()),
         ("MoE exchange", plan.exchange_bytes, kernel),
         ("request table", plan.request_table_bytes, f"{args.max_running_requests} requests x context x 4 B"),
-        *(unit_row(name, unit) for name, unit in plan.units.items()),
+        *(row for name, unit in plan.units.items() for row in unit_rows(name, unit)),
         ("decode graphs", plan.graphs_estimate, "an estimate"),
         ("runtime", plan.runtime_estimate, "an estimate: driver, collectives, compiled kernels"),
         ("left for activations", plan.left, ""),
@@ -105,13 +105,17 @@ def table(plan: MemoryPlan, args: ServerArgs, kind: str, variables: dict[str, st
     yield f"the launch sets: {', '.join(f'{name}={value}' for name, value in variables.items()) or 'nothing'}"
 
 
-def unit_row(name: str, unit: UnitPlan) -> tuple[str, int, str]:
-    """Name, bytes and note of what is kept by one kind of unit."""
+def unit_rows(name: str, unit: UnitPlan) -> Iterator[tuple[str, int, str]]:
+    """Name, bytes and note of what is kept by one kind of unit, and of its pools where tokens have several."""
     title, note = UNIT_ROWS[name]
     note = note.format(unit.size, unit.page_bytes // unit.page_size)
-    if name == STATE and len(unit.parts) > 1:
+    several = len(unit.parts) > 1
+    if name == STATE and several:
         note += f": {' + '.join(f'{pool} {size} B' for pool, size in unit.parts.items())}"
-    return title, unit.num_bytes, note
+    yield title, unit.num_bytes, note
+    pages = unit.num_bytes // unit.page_bytes
+    for pool, size in unit.parts.items() if several and name != STATE else ():
+        yield f"  {pool}", pages * size, f"{pages * unit.rows[pool]} rows x {size // unit.rows[pool]} B"
 
 
 def exchange_table(plan: ExchangePlan, expert_bytes: int) -> Iterator[str]:

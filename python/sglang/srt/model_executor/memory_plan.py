@@ -248,7 +248,7 @@ def estimate_graphs(args: ServerArgs, config: ModelConfig) -> int:
 class UnitPlan:
     """What is kept by one kind of unit: how many can be handed out, bytes of each page, and of all with the dummies.
 
-    A page of ``page_size`` units is handed out at a time; ``parts`` are its bytes by pool.
+    A page of ``page_size`` units is handed out at a time; ``parts`` and ``rows`` are its bytes and rows by pool.
     """
 
     size: int
@@ -256,6 +256,7 @@ class UnitPlan:
     page_bytes: int
     num_bytes: int
     parts: dict[str, int]
+    rows: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -323,8 +324,10 @@ def plan_units(args: ServerArgs, layout: CacheLayout, pools: PoolPlan | None) ->
         page = dummy_units(unit, args.page_size or 1)
         size = 0 if pools is None else pools.sizes[unit]
         num_bytes = 0 if pools is None else layout.num_bytes(unit, size + page)
-        parts = {pool.name: page // pool.units_per_row * pool.row_bytes for pool in layout.pools if pool.unit == unit}
-        units[unit] = UnitPlan(size, page, layout.num_bytes(unit, page), num_bytes, parts)
+        held = [pool for pool in layout.pools if pool.unit == unit]
+        rows = {pool.name: page // pool.units_per_row for pool in held}
+        parts = {pool.name: rows[pool.name] * pool.row_bytes for pool in held}
+        units[unit] = UnitPlan(size, page, layout.num_bytes(unit, page), num_bytes, parts, rows)
     return units
 
 

@@ -1,0 +1,58 @@
+"""What sglang.plan says of DeepSeek V4's pools, and that they bear what the settings allow."""
+
+import contextlib
+import io
+import json
+import tempfile
+import unittest
+from pathlib import Path
+
+from sglang import plan
+from sglang.srt.configs.deepseek_v4_cache import MAX_VERIFY_ROWS
+from sglang.srt.platforms.cpu import CpuPlatform
+from sglang.srt.server_args import evaluate
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.compressed_attention_truth import CONFIG_JSON
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+
+
+class TestPools(CustomTestCase):
+    def setUp(self):
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
+        Path(self.folder, "config.json").write_text(json.dumps(CONFIG_JSON))
+
+    def test_rows_and_bytes_of_each_pool(self):
+        said = io.StringIO()
+        flags = [
+            "--model-path", self.folder, "--max-total-tokens", "1024", "--gpu-memory-gb", "8", "--platform", "cpu",
+        ]  # fmt: skip
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
+            self.assertEqual(plan.main(flags), 0)
+        lines = {line.split()[0]: line.split()[2:] for line in said.getvalue().splitlines() if " rows x " in line}
+        found = {name: (int(rest[0]), int(rest[3])) for name, rest in lines.items()}
+        # 1,024 tokens and the dummy page are 5 pages; three layers, heads of 24, index keys of 16, in float32.
+        self.assertEqual(
+            found,
+            {
+                "swa": (5 * 256, 3 * 24 * 4),
+                "c4": (5 * 64, 24 * 4),
+                "c4_state": (5 * 8, 2 * 48 * 4),
+                "c4_index": (5 * 64, 16 * 4),
+                "c4_index_state": (5 * 8, 2 * 32 * 4),
+                "c128": (5 * 2, 24 * 4),
+                "c128_state": (5 * 128, 2 * 24 * 4),
+            },
+        )
+
+    def test_the_states_bear_every_number_of_drafts(self):
+        """Where the settings take more drafts, the rings of states must grow with them."""
+        flags = ["--model-path", self.folder, "--speculative-algorithm", "NEXTN", "--speculative-num-steps"]
+        for steps, taken in ((MAX_VERIFY_ROWS - 1, False), (MAX_VERIFY_ROWS, False), (8, True)):
+            errors = "\n".join(str(error) for error in evaluate([*flags, str(steps)], CpuPlatform()).errors)
+            self.assertEqual("at most 8" not in errors, taken, errors)
+
+
+if __name__ == "__main__":
+    unittest.main()
