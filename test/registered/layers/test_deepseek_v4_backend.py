@@ -21,6 +21,10 @@ register_cpu_ci(est_time=15, suite="stage-b-test-cpu")
 LENGTHS = (1, 127, 128, 129, 255, 256, 257, 511, 600)
 
 
+def setUpModule():
+    torch.set_num_threads(1)
+
+
 class TestPrompts(CustomTestCase):
     @torch.inference_mode()
     def test_lengths_in_one_step_then_decode(self):

@@ -1,12 +1,14 @@
 """Captured steps of compressed attention under HIP's policy: proof on scattered pages, plans inside and outside."""
 
 import copy
+import tempfile
 import unittest
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 
+from sglang.kernels.registry import fresh_decisions
 from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import (
     DeepseekV4HipRadixBackend,
     DeepseekV4MultiStepBackend,
@@ -23,20 +25,28 @@ from sglang.srt.model_executor.model_runner import place_rows
 from sglang.srt.model_executor.step_graphs import StepGraphs
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
-from sglang.srt.speculative.draft_graphs import Drafts
+from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.mtp_drafter import ChainStart, MtpDrafter
 from sglang.srt.speculative.spec_info import SpecInfo
 from sglang.test.ci.ci_register import register_amd_ci, register_cpu_ci
 from sglang.test.compressed_attention_truth import CONTEXT, CPU, VOCAB, AttentionHarness
+from sglang.test.engine_harness import EngineHarness
 from sglang.test.process_ranks import use_fakes
 from sglang.test.test_utils import CustomTestCase
+from sglang.test.tiny_checkpoints import save_tiny_checkpoint
 
 use_fakes()
-register_cpu_ci(est_time=15, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=20, suite="stage-b-test-cpu")
 register_amd_ci(est_time=30, suite="stage-b-test-1-gpu-small-amd")
 
 VERIFY = StepKind("verify", 3)
 BUCKETS = [1, 2, 4]
+# What a drafter reads of sampling parameters.
+GREEDY = SimpleNamespace(is_all_greedy=True)
+
+
+def setUpModule():
+    torch.set_num_threads(1)
 
 
 class Captured:
@@ -255,7 +265,7 @@ class TestDraftChain(CustomTestCase):
             self.slots.clear()
             bounds = [len(one.tokens) for one in requests]
             start = ChainStart(torch.empty(0), torch.zeros(size, 72), at)
-            self.check(requests, self.drafter.go_on(rows, start, first, None, torch.tensor([size]), bounds))
+            self.check(requests, self.drafter.go_on(rows, start, first, GREEDY, torch.tensor([size]), bounds).ids)
             for step, slots in enumerate(self.slots[size]):
                 wanted = [
                     int(self.harness.slots(one, n, n + 1)) for one, n in zip(requests, [b + step for b in bounds])
@@ -275,7 +285,7 @@ class TestDraftChain(CustomTestCase):
         num_tokens = torch.tensor([bucket])
 
         def body():
-            return Drafts(self.drafter.go_on(rows, start, first, None, num_tokens, None))
+            return self.drafter.go_on(rows, start, first, GREEDY, num_tokens, None)
 
         with override_platform(platform):
             graphs.capture_all(lambda bucket: body, platform.create_graph, lambda bucket: None)
@@ -296,6 +306,40 @@ class TestDraftChain(CustomTestCase):
         fb = ForwardBatch.from_worker_batch(batch, CPU, None)
         with self.assertRaisesRegex(ValueError, "3 draft steps, and 2 rows per request"):
             self.drafter.decode_backend.init_forward_metadata(fb)
+
+
+class TestServed(CustomTestCase):
+    """The whole model under the policy of HIP: its decode steps are captured, proven and replayed."""
+
+    def engine(self, model, **settings):
+        return EngineHarness(
+            model, max_total_tokens=8192, max_running_requests=8, attention_backend="dsv4", page_size=256,
+            cuda_graph_bs=[1, 8], random_seed=1, **settings,
+        )  # fmt: skip
+
+    def tokens(self, engine):
+        params = SamplingParams(temperature=0.0, max_new_tokens=10, ignore_eos=True)
+        for number in range(7):
+            engine.submit(f"r{number}", [(7 * i + number) % 500 for i in range(100 + 27 * number)], params)
+        return {rid: result.output_ids for rid, result in engine.run().items()}
+
+    def test_replayed_steps_give_the_tokens_of_eager_ones(self):
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        save_tiny_checkpoint("dsv4", folder)
+        wanted = self.tokens(self.engine(folder, disable_cuda_graph=True))
+        for in_graph in ("1", "0"):
+            with (
+                self.subTest(in_graph=in_graph),
+                mock.patch.dict("os.environ", {"SGLANG_PREP_IN_CUDA_GRAPH": in_graph}),
+                fresh_decisions(),
+                override_platform(RocmOverFakesPlatform(find_fakes())),
+            ):
+                engine = self.engine(folder)
+                graphs = engine.runner.decode_graphs
+                self.assertEqual((graphs.refused, sorted(graphs._steps)), ({}, [1, 8]))
+                with mock.patch.object(graphs, "replay", wraps=graphs.replay) as replay:
+                    self.assertEqual(self.tokens(engine), wanted)
+                self.assertGreater(replay.call_count, 5)
 
 
 if __name__ == "__main__":
