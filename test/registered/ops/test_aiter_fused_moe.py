@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import unittest
+from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
@@ -12,6 +14,7 @@ from sglang.kernels.ops.moe.fused_experts import arrange_experts, fused_experts,
 from sglang.kernels.ops.moe.fused_experts_aiter import is_arranged
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.srt.environ import envs
+from sglang.srt.layers.quantization.unquant import UnquantizedMethod
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -73,6 +76,20 @@ class TestLayout(OverFake):
             stays(self.w13.bfloat16(), self.w2.bfloat16())
         with envs.SGLANG_KERNELS.override("moe.fused_experts=torch"), fresh_decisions():
             stays(self.w13.bfloat16(), self.w2.bfloat16())
+
+    def test_clamped_experts_are_not_arranged(self) -> None:
+        """AITER's kernel takes no limit, and no other reads its layout."""
+        for limit in (0.5, None):
+            w13, w2 = self.w13.bfloat16(), self.w2.bfloat16()
+            layer: Any = SimpleNamespace(w13_weight=w13, w2_weight=w2, swiglu_limit=limit)
+            method = UnquantizedMethod()
+            method.arrange_experts(layer)
+            self.assertEqual(is_arranged(w13), limit is None)
+            x, weights, ids = self.routed()
+            if limit is not None:
+                found = method.experts(layer, x, weights, ids)
+                self.assertTrue(torch.equal(found, fused_experts_torch(x, w13, w2, weights, ids, limit)))
+                self.assertFalse(torch.equal(found, fused_experts_torch(x, w13, w2, weights, ids)))
 
     def test_plain_weights_do_not_reach_aiter(self) -> None:
         x, weights, ids = self.routed()
