@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import unittest
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,6 +32,30 @@ class TestOnGpu(VerifyCases, CustomTestCase):
 
     def test_overlap_changes_no_token(self) -> None:
         self.assertEqual(self.tokens(self.engine(3)), self.tokens(self.engine(3, overlap=False)))
+
+    def test_a_step_never_waits_for_the_device(self) -> None:
+        """Verify, acceptance and drafts are queued; only the result of the step before is waited for."""
+        engine = self.engine(3)
+        self.tokens(engine)
+        worker, forward = engine.scheduler.worker, engine.scheduler.worker.forward
+
+        def strict(run: Callable[[Any], Any], argument: Any) -> Any:
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                return run(argument)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        def strict_forward(batch: Any) -> Any:
+            if batch.input_ids is not None:  # a prompt
+                return forward(batch)
+            launched = strict(forward, batch)
+            sample = launched.sample
+            launched.sample = lambda info: strict(sample, info)
+            return launched
+
+        worker.forward = strict_forward
+        self.tokens(engine)
 
 
 class TestWithStatesOnGpu(TestOnGpu):
