@@ -22,7 +22,7 @@ RUN = BucketGraphs.run
 BUCKETS = [2, 4]
 KINDS: tuple[dict[str, Any], ...] = (
     {"temperature": 0.0},
-    {"temperature": 0.7, "top_p": 0.9, "top_k": 7, "min_p": 0.02},
+    {"temperature": 4.0, "top_p": 0.98, "top_k": 100, "min_p": 0.001},
     {"temperature": 0.0, "frequency_penalty": 0.6},
 )
 

@@ -5,6 +5,7 @@ Both find lengths and slots in device memory: how many tokens a step gave is kno
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -62,6 +63,7 @@ class DraftBuffers:
     def fill_step(self, accepted: Accepted, hidden: torch.Tensor, bucket: int) -> None:
         """A verify step's result; padding takes no part of an older one that might not be finite."""
         size, width = accepted.drawn.shape
+        assert hidden.dtype == self.step_hidden.dtype, "hidden rows are kept as they are"
         self.drawn[:size] = accepted.drawn
         self.num_new[:size] = accepted.num_new
         self.step_hidden[: size * width] = hidden
@@ -243,6 +245,8 @@ class DraftGraphs:
         def normal(like: torch.Tensor, num_rows: int) -> torch.Tensor:
             return torch.randn(num_rows, like.shape[1], generator=generator).to(device, like.dtype)
 
+        for rest in (buffers.step_hidden, buffers.hidden):  # of a step before, in the place of padding
+            rest.fill_(math.nan)
         rows = batch.req_pool_indices.to(device)
         accepted = Accepted(integers(0, vocab, size, width), integers(1, width + 1, size))
         at = self._committed.index_select(0, rows) + accepted.num_new - 1
