@@ -22,6 +22,7 @@ from sglang.test.test_utils import CustomTestCase
 register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 register_cuda_ci(est_time=30, suite="stage-b-test-1-gpu-small")
 register_amd_ci(est_time=30, suite="stage-b-test-1-gpu-small-amd")
+register_amd_ci(est_time=30, suite="stage-b-test-1-gpu-small-amd-mi35x")
 
 
 class TestPlan(CustomTestCase):
