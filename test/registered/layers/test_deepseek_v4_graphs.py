@@ -28,7 +28,7 @@ from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.mtp_drafter import ChainStart, MtpDrafter
 from sglang.srt.speculative.spec_info import SpecInfo
-from sglang.test.ci.ci_register import register_amd_ci, register_cpu_ci
+from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.compressed_attention_truth import CONTEXT, CPU, VOCAB, AttentionHarness
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.process_ranks import use_fakes
@@ -37,7 +37,6 @@ from sglang.test.tiny_checkpoints import save_tiny_checkpoint
 
 use_fakes()
 register_cpu_ci(est_time=20, suite="stage-b-test-cpu")
-register_amd_ci(est_time=30, suite="stage-b-test-1-gpu-small-amd")
 
 VERIFY = StepKind("verify", 3)
 BUCKETS = [1, 2, 4]

@@ -11,7 +11,7 @@ from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import DeepseekV4
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.test import v4_mtp_serving
-from sglang.test.ci.ci_register import register_amd_ci, register_cpu_ci
+from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.process_ranks import use_fakes
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.v4_mtp_reference import save_tiny_v4_mtp
@@ -19,7 +19,6 @@ from sglang.test.v4_mtp_serving import difference, prompts_around, serve
 
 use_fakes()
 register_cpu_ci(est_time=20, suite="stage-b-test-cpu")
-register_amd_ci(est_time=60, suite="stage-b-test-1-gpu-small-amd")
 
 BUCKETS = [1, 4, 16]
 
