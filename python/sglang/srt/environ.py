@@ -276,6 +276,14 @@ class Envs:
         doc="DeepSeek V4: a decode graph plans its own step, from lengths on the device; else each replay is planned "
         "before it. Both give the same plan. A verify graph, whose lengths are known within it alone, always plans.",
     )
+    SGLANG_OPT_C4_SPARSE_TOPK = EnvInt(
+        0,
+        minimum=0,
+        unit="entries",
+        section=_MODEL,
+        doc="DeepSeek V4: a check that layers of ratio 4 attend to so many entries, which the checkpoint alone decides "
+        "(`index_topk`): another number is refused. 0: no check.",
+    )
     SGLANG_MAMBA_SSM_DTYPE = EnvStr(
         "",
         choices=("", "float32", "bfloat16", "float16"),

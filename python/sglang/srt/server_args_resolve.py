@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.configs.attention_backends import attention_backends
 from sglang.srt.configs.cache_layout import STATE
+from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.environ import EnvError, envs
 from sglang.srt.server_args_attention import choose_attention_backend, choose_page_size
 from sglang.srt.server_args_effect import Situation, without_effect
@@ -46,7 +47,8 @@ def resolve_all(
     given = frozenset(name for name, value in vars(args).items() if value is not None)
     try:
         limit = envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.read(environ)
-        context = Context(platform, model, envs.SGLANG_MAMBA_SSM_DTYPE.read(environ), limit, given)
+        topk = envs.SGLANG_OPT_C4_SPARSE_TOPK.read(environ)
+        context = Context(platform, model, envs.SGLANG_MAMBA_SSM_DTYPE.read(environ), limit, topk, given)
     except EnvError as error:
         context = Context(platform, model, "", given=given)
         resolution.errors.append(str(error))
@@ -292,6 +294,15 @@ def _state_slots(args: ServerArgs, context: Context) -> Iterator[Change | str]:
         yield f"--max-mamba-cache-size {slots} is below --max-running-requests {running}, each of which needs a slot"
 
 
+def _entries(args: ServerArgs, context: Context) -> Iterator[Change | str]:
+    text = None if context.model is None else context.model.text
+    if isinstance(text, DeepseekV4Config) and context.sparse_topk not in (0, text.index_topk):
+        yield (
+            f"SGLANG_OPT_C4_SPARSE_TOPK={context.sparse_topk} would change what the model computes: its checkpoint "
+            f"attends to {text.index_topk} entries (index_topk). Unset it"
+        )
+
+
 def _recurrent_state(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     if args.mamba_ssm_dtype is not None:
         return
@@ -408,6 +419,7 @@ STEPS: tuple[Step, ...] = (
     _graphs,
     _speculation,
     _recurrent_state,
+    _entries,
     _experts,
     _shared_experts_fusion,
     _tensor_parallel,

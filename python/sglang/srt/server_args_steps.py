@@ -44,8 +44,10 @@ class Context:
     platform: PlatformLike
     model: ModelConfig | None
     mamba_ssm_dtype: str
-    # Tokens that a rank may dispatch in one forward, and the fields that the user set rather than left to resolution.
+    # Tokens that a rank may dispatch in one forward; entries that SGLANG_OPT_C4_SPARSE_TOPK names; and the fields that
+    # the user set rather than left to resolution.
     dispatch_limit: int = 0
+    sparse_topk: int = 0
     given: frozenset[str] = frozenset()
 
 

@@ -1,4 +1,4 @@
-"""What sglang.plan says of DeepSeek V4's pools, and that they bear what the settings allow."""
+"""Settings of DeepSeek V4: what sglang.plan says of its pools, and what is refused."""
 
 import contextlib
 import io
@@ -9,8 +9,10 @@ from pathlib import Path
 
 from sglang import plan
 from sglang.srt.configs.deepseek_v4_cache import MAX_VERIFY_ROWS
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.platforms.cpu import CpuPlatform
-from sglang.srt.server_args import evaluate
+from sglang.srt.server_args import ServerArgs, evaluate
+from sglang.srt.server_args_resolve import resolve_all
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.compressed_attention_truth import CONFIG_JSON
 from sglang.test.test_utils import CustomTestCase
@@ -45,6 +47,13 @@ class TestPools(CustomTestCase):
                 "c128_state": (5 * 128, 2 * 24 * 4),
             },
         )
+
+    def test_another_number_of_entries_than_the_checkpoint_names_is_refused(self):
+        """Recipes of upstream export it, for checkpoints of that number."""
+        model = ModelConfig.from_path(self.folder)
+        for value, refused in (("16", False), ("0", False), ("512", True)):
+            said = resolve_all(ServerArgs(), model, CpuPlatform(), {"SGLANG_OPT_C4_SPARSE_TOPK": value}).errors
+            self.assertEqual(any("attends to 16 entries (index_topk). Unset it" in one for one in said), refused, said)
 
     def test_the_states_bear_every_number_of_drafts(self):
         """Where the settings take more drafts, the rings of states must grow with them."""
