@@ -10,10 +10,10 @@ import torch
 from sglang.srt.entrypoints.engine import Engine
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
-from sglang.test.tiny_checkpoints import save_tiny_checkpoint
 from sglang.test.tiny_tokenizers import byte_level_tokenizer, write_tokenizer
+from sglang.test.v4_mtp_reference import save_tiny_v4_mtp
 
-register_cpu_ci(est_time=120, suite="nightly-cpu", nightly=True)
+register_cpu_ci(est_time=160, suite="nightly-cpu", nightly=True)
 
 GREEDY = {"temperature": 0.0, "max_new_tokens": 10, "ignore_eos": True}
 DRAWN = {**GREEDY, "temperature": 1.0, "sampling_seed": 3}
@@ -25,6 +25,8 @@ MODES = {
     "mori normal": {"tp_size": 2, "moe_a2a_backend": "mori"},
     "groups, mori low latency": {"tp_size": 2, "deepep_mode": "low_latency", "moe_a2a_backend": "mori", **GROUPS},
     "replicas": {"tp_size": 1, "dp_size": 2},
+    "tensor parallel, drafts": {"tp_size": 2, "speculative_algorithm": "NEXTN"},
+    "all-reduce, drafts": {"tp_size": 2, "ep_size": 2, "speculative_algorithm": "NEXTN"},
 }
 LENGTHS = (1, 5, 60, 127, 130, 254, 300, 40)
 
@@ -45,7 +47,7 @@ class TestRanks(CustomTestCase):
         holder = tempfile.TemporaryDirectory()
         self.addCleanup(holder.cleanup)
         self.folder = holder.name
-        save_tiny_checkpoint("dsv4", holder.name)
+        save_tiny_v4_mtp(holder.name)
         write_tokenizer(holder.name, byte_level_tokenizer())
         with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
             wanted = self.answers()
