@@ -128,7 +128,7 @@ class HttpArgs:
         Arg(
             "Regular expression of the white space between the parts of JSON that follows a schema.",
             API,
-            auto="any white space",
+            auto="any, up to 40 characters in a row",
         ),
     ] = None
     constrained_json_disable_any_whitespace: Annotated[

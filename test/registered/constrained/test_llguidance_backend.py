@@ -37,6 +37,7 @@ class GrammarCase(CustomTestCase):
         cls.eos = [cls.tokenizer.token_id("</s>"), cls.tokenizer.token_id("<|pad|>")]
         cls.vocab_size = cls.tokenizer.vocab_size + PADDING
         cls.backend = GuidanceBackend(cls.tokenizer.to_json(), cls.vocab_size, cls.eos)
+        cls.space = cls.tokenizer.encode("\t", add_special_tokens=False)[0]
         closing = ('"', "}", "]", ",", ":", "\n", "1")
         cls.liked = frozenset(cls.tokenizer.encode(text, add_special_tokens=False)[0] for text in closing)
 
@@ -168,6 +169,21 @@ class TestMasks(GrammarCase):
                         paths.append([*path, i])
             self.assertGreaterEqual(len(seen), len(members))
 
+    def test_forced_text_that_reads_as_a_special_token_is_spelled_as_text(self):
+        chance = random.Random(6)
+        for source in ("x<tool call>y", "<tool call><tool call>", "<tool call> (</s>|z)", "é<s>"):
+            said = source.replace("(</s>|z)", "</s>"), source.replace("(</s>|z)", "z")
+            for kind, text in (
+                ("ebnf", f"start: {json.dumps(source)}"),
+                ("json_schema", json.dumps({"const": source})),
+            ):
+                want = (source,) if kind == "ebnf" else (json.dumps(source, ensure_ascii=False),)
+                self.assertIn(self.walk(self.compiled(kind, text), chance), want)
+                self.assertFalse(
+                    set(self.ids) & {*self.tokenizer.all_special_ids, self.tokenizer.token_id("<tool call>")}
+                )
+            self.assertIn(self.walk(self.compiled("regex", source), chance), said)
+
     def test_regular_expressions(self):
         chance = random.Random(1)
         for source in (
@@ -239,6 +255,20 @@ class TestToolCalls(GrammarCase):
                 for mark in parser.all_marks() if name in self.marked else ():
                     self.assertIn(self.tokenizer.token_id(mark), self.ids)
             self.assertGreater(finished, 12, name)
+
+    def test_white_space_has_a_bound(self):
+        chance = random.Random(4)
+        for name in ("qwen25", "deepseekv3", "deepseekv31"):
+            parser = TOOL_CALL_PARSERS[name]
+            grammar = self.compiled("ebnf", parser.grammar({"add": self.PARAMETERS}, 1, self.tokenizer.token_id))
+            whole = None
+            while whole is None:
+                whole = self.walk(grammar, chance)
+            opened = whole[: whole.index("{", whole.index("{") + 1 if name == "qwen25" else 0) + 1]
+            for count, fits in ((40, True), (41, False)):
+                state = grammar.copy(None)
+                state.follow([*self.tokenizer.encode(opened, add_special_tokens=False), *[self.space] * count])
+                self.assertEqual(not state.error, fits, (name, count, state.error))
 
     def test_a_call_or_an_answer(self):
         chance = random.Random(3)

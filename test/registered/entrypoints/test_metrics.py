@@ -152,6 +152,13 @@ class TestTimes(CustomTestCase):
         kinds = (metrics.first_token, metrics.inter_token, metrics.end_to_end)
         return [(round(kind.sum, 9), kind.cumulative()[-1][1]) for kind in kinds]
 
+    def test_the_queue_ends_when_the_scheduler_says(self):
+        metrics = RequestMetrics()
+        RequestTimer(metrics, 10.0).started(10.5)
+        with mock.patch("sglang.srt.managers.request_metrics.time.perf_counter", return_value=11.0):
+            RequestTimer(metrics, 10.0).started(None)
+        self.assertEqual((metrics.queue.sum, metrics.queue.cumulative()[-1][1]), (1.5, 2))
+
     def test_streams_and_wholes(self):
         streamed = self.times((11.0, 1, 10.9, None), (12.0, 2, None, None), (12.5, 1, None, "length"))
         self.assertEqual(streamed, [(1.0, 1), (1.5, 3), (2.5, 1)])

@@ -14,6 +14,7 @@ from sglang.srt.constrained.llguidance_backend import grammar_of
 from sglang.srt.entrypoints.openai.output_form import output_form
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.managers.request_input import RequestError
+from sglang.srt.parser.tool_call_parser import JSON_WHITE_SPACE
 from sglang.srt.parser.tool_calls import TOOL_CALL_PARSERS
 from sglang.test.chat_templates import STYLES
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -29,6 +30,7 @@ ADD = {"type": "function", "function": {"name": "add", "parameters": SCHEMA}}
 NOW = {"type": "function", "function": {"name": "now"}}
 ENDLESS = {"type": "integer", "multipleOf": 99_999_999}
 FORMATS = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA, "strict": True}}
+WHITE_SPACE = {"whitespace_pattern": JSON_WHITE_SPACE}
 # Fields of a body, the sampling parameter that they stand for, and its value.
 SPELLINGS = (
     ({"response_format": {"type": "json_object"}}, "json_schema", {"type": "object"}),
@@ -82,7 +84,7 @@ class TestForms(FormCase):
     def test_spellings(self):
         for fields, kind, value in SPELLINGS:
             source = value if isinstance(value, str) else json.dumps(value)
-            want = grammar_of(kind, source, {})
+            want = grammar_of(kind, source, WHITE_SPACE)
             for path, prompt in (("chat", None), ("completions", "a"), ("generate", "a")):
                 if path == "chat":
                     got = self.chat(**fields)
@@ -194,7 +196,7 @@ class TestThoughtsAndTools(FormCase):
         self.assertEqual(either.grammar, form(tools, None, SCHEMA))
         self.assertEqual(
             self.chat(tools=[ADD], tool_choice="none", response_format=FORMATS).grammar,
-            grammar_of("json_schema", json.dumps(SCHEMA), {}),
+            grammar_of("json_schema", json.dumps(SCHEMA), WHITE_SPACE),
         )
         self.assertIsNone(self.chat(tools=[ADD, NOW]).grammar)
 

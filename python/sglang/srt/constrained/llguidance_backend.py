@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import llguidance
+import numpy as np
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 if TYPE_CHECKING:  # the process that tries grammars has no use for it
@@ -89,6 +91,11 @@ class GuidanceBackend:
         self._limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
         self._executor = llguidance.LLExecutor()
         self.num_words = -(-vocab_size // 32)
+        # Bits of the tokens that are no text, the end of the sequence among them.
+        self._special: np.ndarray = np.zeros(self.num_words, np.uint32)
+        for i in filter(self._tokenizer.is_special_token, range(vocab_size)):
+            self._special[i >> 5] |= np.uint32(1 << (i & 31))
+        self._vocab_size = vocab_size
 
     def compile(self, grammar: str) -> GuidanceGrammar:
         """The grammar at its beginning. Raises GrammarError. Other threads run meanwhile."""
@@ -110,6 +117,36 @@ class GuidanceBackend:
         asked = [(grammar.matcher, row) for grammar, row in rows if not grammar.is_waiting]
         if asked:
             self._executor.unsafe_compute_mask_ptr(asked, mask.data_ptr(), mask.shape[1] * 4, mask.shape[0])
+            words = mask.numpy().view(np.uint32)
+            for matcher, row in asked:
+                self._spell_as_text(matcher, words[row])
+
+    def _spell_as_text(self, matcher: llguidance.LLMatcher, words: np.ndarray) -> None:
+        """Repair a mask [words] uint32 of forced text, of which llguidance may allow one token that it then forbids.
+
+        It has the tokenizer spell such text, which says ``<think>`` by a special token, and takes that for no text.
+        """
+        special = words & self._special
+        if not special.any():
+            return
+        found = np.unpackbits(special.view(np.uint8), bitorder="little").nonzero()[0].tolist()
+        bad = [i for i in found if not (matcher.is_stopped() or matcher.validate_tokens([i]))]
+        for i in bad:
+            words[i >> 5] &= ~np.uint32(1 << (i & 31))
+        if not bad or words.any():
+            return
+        forced = matcher.compute_ff_bytes()
+        ids = [self._text_ids.get(forced[:length]) for length in range(1, len(forced) + 1)]
+        for i in ids:
+            if i is not None:
+                words[i >> 5] |= np.uint32(1 << (i & 31))
+
+    @cached_property
+    def _text_ids(self) -> dict[bytes, int]:
+        """Tokens by their text, without the special ones."""
+        tokenizer = self._tokenizer
+        ids = [i for i in range(self._vocab_size) if not tokenizer.is_special_token(i)]
+        return {tokenizer.decode_bytes([i]): i for i in reversed(ids)}
 
 
 class GuidanceGrammar:

@@ -79,9 +79,13 @@ class AbortReq(msgspec.Struct, kw_only=True, tag=True):
 
 
 class StartedReqs(msgspec.Struct, kw_only=True, tag=True):
-    """Requests that a scheduler took from its queue; one that was retracted is named again."""
+    """Requests that a scheduler took from its queue; one that was retracted is named again.
+
+    ``at`` is when, in seconds of the machine's monotonic clock; None for now.
+    """
 
     rids: list[str]
+    at: float | None = None
 
 
 class FlushCacheReqInput(msgspec.Struct, kw_only=True, tag=True):

@@ -12,6 +12,7 @@ from sglang.srt.constrained.grammar_checker import GrammarChecker
 from sglang.srt.constrained.llguidance_backend import GrammarError
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.parser.reasoning_parser import THINK_END
+from sglang.srt.parser.tool_call_parser import JSON_WHITE_SPACE
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.srt.utils.limits import MAX_GRAMMARS_CACHED
@@ -97,5 +98,4 @@ def _json_options(args: ServerArgs) -> dict[str, Any]:
     """llguidance's options for white space in JSON."""
     if args.constrained_json_disable_any_whitespace:
         return {"whitespace_flexible": False}
-    pattern = args.constrained_json_whitespace_pattern
-    return {} if pattern is None else {"whitespace_pattern": pattern}
+    return {"whitespace_pattern": args.constrained_json_whitespace_pattern or JSON_WHITE_SPACE}

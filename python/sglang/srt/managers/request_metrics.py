@@ -53,9 +53,9 @@ class RequestTimer:
         self._created = created
         self._last: float | None = None
 
-    def started(self) -> None:
-        """A scheduler took it from its queue."""
-        self._metrics.queue.add(time.perf_counter() - self._created)
+    def started(self, at: float | None) -> None:
+        """A scheduler took it from its queue, now or at a time that it says."""
+        self._metrics.queue.add((at or time.perf_counter()) - self._created)
 
     def received(self, output: StrOutput) -> None:
         """Tokens came, one after the other or, without a stream, all at once, and with the last ones the end."""

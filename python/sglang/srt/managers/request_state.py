@@ -79,10 +79,10 @@ class RequestState:
         self.dp_rank = dp_rank
         self.timer = RequestTimer(metrics, self.created)
 
-    def started(self) -> None:
+    def started(self, at: float | None) -> None:
         """A scheduler took it from its queue."""
         if self.timer is not None:
-            self.timer.started()
+            self.timer.started(at)
 
     def receive(self, output: StrOutput) -> None:
         """Add one message; wakes the reader when it has something to read."""

@@ -311,7 +311,8 @@ class Scheduler:
                     break
                 admitted += 1
             if admitted:
-                self.channel.to_tokenizer(StartedReqs(rids=[req.rid for req in self.waiting[:admitted]]))
+                rids = [req.rid for req in self.waiting[:admitted]]
+                self.channel.to_tokenizer(StartedReqs(rids=rids, at=time.perf_counter()))
             del self.waiting[:admitted]
         if not planner.reqs:
             return None

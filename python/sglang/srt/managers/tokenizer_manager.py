@@ -307,7 +307,7 @@ class TokenizerManager:
             states = [state for rid in message.rids if (state := self._states.get(rid)) is not None]
             fresh = [state for state in states if self._leave_queue(state)]
             for state in fresh:
-                state.started()
+                state.started(message.at)
             self.admission.started(len(fresh))
             return
         future = self._replies.get(message.seq)

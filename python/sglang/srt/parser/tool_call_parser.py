@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 
 from sglang.srt.parser.text_marks import partial_mark
 
+# Between the parts of JSON; without a bound, a model that has begun may never end.
+JSON_WHITE_SPACE = r"[ \n\r\t]{1,40}"
 # What may be one token.
 _MARK = re.compile("(<[^<>\\s]+>)")
 
@@ -87,7 +89,7 @@ class ToolCallParser(ABC):
         ]
         more = "" if max_calls == 1 else f"({quoted(cls.between)} call)*"
         lines = [
-            "start: calls" if answer is None else f"start: calls | %json {json.dumps(answer)}",
+            "start: calls" if answer is None else f"start: calls | {json_form(answer)}",
             f"calls: {spell(cls.block_start)} call {more} {spell(cls.block_end)}",
             "call: " + " | ".join(f"call_{number}" for number in range(len(forms))),
         ]
@@ -172,9 +174,16 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False) if text else ""
 
 
-def json_form(schema: Mapping[str, Any]) -> str:
+def json_form(schema: Any) -> str:
+    """Lark for JSON that follows ``schema``."""
+    if isinstance(schema, Mapping):
+        schema = {"x-guidance": {"whitespace_pattern": JSON_WHITE_SPACE}, **schema}
+    return f"%json {json.dumps(schema)}"
+
+
+def arguments_form(schema: Mapping[str, Any]) -> str:
     """Lark for an object, the arguments of a tool, that follows ``schema``."""
-    return f"%json {json.dumps({'type': 'object', **schema})}"
+    return json_form({"type": "object", **schema})
 
 
 def json_value(text: str) -> Any:

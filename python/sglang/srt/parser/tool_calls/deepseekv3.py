@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser, json_form, json_object, quoted
+from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser, arguments_form, json_object, quoted
 
 _BODY = re.compile(r"\s*function<｜tool▁sep｜>([^\n]+)\n```json\n(.*)\n```\s*", re.DOTALL)
 
@@ -19,7 +19,7 @@ class DeepSeekV3Parser(ToolCallParser):
     @classmethod
     def call_form(cls, name: str, schema: Mapping[str, Any], spell: Callable[[str], str]) -> str:
         head = spell("function<｜tool▁sep｜>")
-        return " ".join((head, quoted(f"{name}\n```json\n"), json_form(schema), quoted("\n```")))
+        return " ".join((head, quoted(f"{name}\n```json\n"), arguments_form(schema), quoted("\n```")))
 
     def read_call(self, body: str) -> ToolCall | None:
         found = _BODY.fullmatch(body)

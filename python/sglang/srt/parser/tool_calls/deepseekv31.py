@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser, json_form, json_object, quoted
+from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser, arguments_form, json_object, quoted
 
 _SEPARATOR = "<｜tool▁sep｜>"
 
@@ -16,7 +16,7 @@ class DeepSeekV31Parser(ToolCallParser):
 
     @classmethod
     def call_form(cls, name: str, schema: Mapping[str, Any], spell: Callable[[str], str]) -> str:
-        return f"{quoted(name)} {spell(_SEPARATOR)} {json_form(schema)}"
+        return f"{quoted(name)} {spell(_SEPARATOR)} {arguments_form(schema)}"
 
     def read_call(self, body: str) -> ToolCall | None:
         name, separator, arguments = body.partition(_SEPARATOR)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser, json_form, json_object, json_text, quoted
+from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser, arguments_form, json_object, json_text, quoted
 
 
 class Qwen25Parser(ToolCallParser):
@@ -14,7 +14,7 @@ class Qwen25Parser(ToolCallParser):
     @classmethod
     def call_form(cls, name: str, schema: Mapping[str, Any], spell: Callable[[str], str]) -> str:
         head = f'\n{{"name": {json_text(name)}, "arguments": '
-        return " ".join((quoted(head), json_form(schema), quoted("}\n")))
+        return " ".join((quoted(head), arguments_form(schema), quoted("}\n")))
 
     def read_call(self, body: str) -> ToolCall | None:
         call = json_object(body)

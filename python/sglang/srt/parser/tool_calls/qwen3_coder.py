@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser, json_text, json_value, quoted
+from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser, json_form, json_text, json_value, quoted
 
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
 # A value ends where the next argument, or the end of the function, follows: it may hold the tag itself.
@@ -60,7 +59,7 @@ def _value_form(schema: Any, defined: Mapping[str, Any]) -> str:
     tag = quoted("\n</parameter>\n")
     types = _types(schema)
     if types and "string" not in types:
-        return f"%json {json.dumps({**schema, **defined})} {tag}"
+        return f"{json_form({**schema, **defined})} {tag}"
     listed = _listed(schema) if isinstance(schema, Mapping) else []
     if not listed:
         return "text"
