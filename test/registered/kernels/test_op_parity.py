@@ -408,18 +408,22 @@ class TestOpParity(CustomTestCase):
             text = (registered / elsewhere).read_text(encoding="utf-8")
             self.assertIn(op.reference.__module__, text, f"{elsewhere} does not test {name}")
 
-    def test_only_implementations_that_clamp_take_a_limit(self):
-        for name in ("activation.silu_and_mul", "moe.fused_experts", "moe.fused_experts_fp8"):
+    def test_aiter_takes_no_limit(self):
+        """Its experts do not clamp: what it runs without a limit it leaves with one, and nothing else decides."""
+        for name in ("moe.fused_experts", "moe.fused_experts_fp8"):
             op = REGISTRY.ops[name]
+            aiter = next(impl for impl in op.impls if impl.name == "aiter")
             clamped = [case for case in op.cases() if "clamped" in case.name]
             self.assertGreater(len(clamped), 2)
             for case in clamped:
-                for impl in op.impls[:-1]:
-                    for arg in case.args:
-                        if isinstance(arg, torch.Tensor):
-                            arg.is_shuffled = impl.name == "aiter"
-                    with self.subTest(op=name, impl=impl.name, case=case.name):
-                        self.assertFalse(impl.accepts(*case.args))
+                args = [case.args[0].bfloat16(), *case.args[1:]]
+                if name == "moe.fused_experts":
+                    args[1:3] = [stack.bfloat16() for stack in args[1:3]]
+                for arg in args:
+                    if isinstance(arg, torch.Tensor):
+                        arg.is_shuffled = True
+                with self.subTest(op=name, case=case.name):
+                    self.assertEqual([aiter.accepts(*args[:-1], limit) for limit in (None, args[-1])], [True, False])
 
     def test_bfloat16_stays_near_the_truth(self):
         for name, truth in TRUTHS.items():

@@ -5,7 +5,27 @@ import triton.language as tl
 
 
 @triton.jit
-def silu_and_mul_kernel(x_ptr, out_ptr, width, x_inner, x_outer_stride, x_inner_stride, blocks, BLOCK: tl.constexpr):
+def clamp_above(x, LIMIT: tl.constexpr, dtype):
+    """x float32, at most LIMIT rounded to ``dtype``; None is no limit, and what is no number stays."""
+    if LIMIT is not None:
+        bound = tl.full(x.shape, LIMIT, dtype).to(tl.float32)
+        x = tl.where(x > bound, bound, x)
+    return x
+
+
+@triton.jit
+def clamp_both(x, LIMIT: tl.constexpr, dtype):
+    """The same on either side of zero."""
+    if LIMIT is not None:
+        x = -clamp_above(-clamp_above(x, LIMIT, dtype), LIMIT, dtype)
+    return x
+
+
+@triton.jit
+def silu_and_mul_kernel(
+    x_ptr, out_ptr, width, x_inner, x_outer_stride, x_inner_stride, blocks, BLOCK: tl.constexpr,
+    LIMIT: tl.constexpr = None,
+):  # fmt: skip
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     cols = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -13,7 +33,8 @@ def silu_and_mul_kernel(x_ptr, out_ptr, width, x_inner, x_outer_stride, x_inner_
     start = (row // x_inner) * x_outer_stride + (row % x_inner) * x_inner_stride
     gate = tl.load(x_ptr + start + cols, mask=mask, other=0.0)
     up = tl.load(x_ptr + start + width + cols, mask=mask, other=0.0)
-    wide = gate.to(tl.float32)
+    wide = clamp_above(gate.to(tl.float32), LIMIT, gate.dtype)
     # The reference rounds the SiLU before it multiplies.
     silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
-    tl.store(out_ptr + row * width + cols, (silu * up.to(tl.float32)).to(gate.dtype), mask=mask)
+    rest = clamp_both(up.to(tl.float32), LIMIT, gate.dtype)
+    tl.store(out_ptr + row * width + cols, (silu * rest).to(gate.dtype), mask=mask)

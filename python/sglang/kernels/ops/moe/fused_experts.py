@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, next_power_of_2, triton_impl
-from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul_torch
+from sglang.kernels.ops.activation.silu_and_mul import limit_option, silu_and_mul_torch
 from sglang.kernels.ops.moe.fused_experts_aiter import (
     arrange_for_aiter,
     fits_fused,
@@ -106,7 +106,9 @@ class Scaled:
         return self.scale is not None
 
 
-def one_token_gate_up(x: Scaled, w13: Scaled, ids: Tensor, tile: dict[str, Any], dtype: torch.dtype) -> Tensor:
+def one_token_gate_up(
+    x: Scaled, w13: Scaled, ids: Tensor, tile: dict[str, Any], dtype: torch.dtype, limit: float | None = None
+) -> Tensor:
     """x [1, H] -> activated rows [k, I] in ``dtype``; the row of a skipped pair is not written."""
     from sglang.kernels.ops.moe.fused_experts_triton import one_token_gate_up_kernel
 
@@ -116,7 +118,7 @@ def one_token_gate_up(x: Scaled, w13: Scaled, ids: Tensor, tile: dict[str, Any],
     tiles = cdiv(width, tile["BLOCK_N"])
     one_token_gate_up_kernel[(pairs * tiles,)](
         x.data, x.scale, w, w13.scale, ids, out, width, hidden, w.stride(0), w.stride(1), tiles,
-        FP8=w13.is_fp8, **tile,
+        FP8=w13.is_fp8, **limit_option(limit), **tile,
     )  # fmt: skip
     return out
 
@@ -140,7 +142,7 @@ def one_token_down(
 
 def expert_product(
     x: Scaled, w: Scaled, ids: Tensor, order: PairOrder | None, tile: dict[str, Any], block_m: int, is_gate_up: bool,
-    dtype: torch.dtype,
+    dtype: torch.dtype, limit: float | None = None,
 ) -> Tensor:  # fmt: skip
     """One of the two products for all pairs, [N * k, width] in ``dtype``; rows of skipped pairs are not written."""
     from sglang.kernels.ops.moe.fused_experts_triton import few_tokens_kernel, many_tokens_kernel
@@ -152,6 +154,7 @@ def expert_product(
     operands = (x.data, x.scale, w.data, w.scale)
     strides = (x.data.stride(0), w.data.stride(0), w.data.stride(1))
     shape = {"TOP_K": ids.shape[1], "GATE_UP": is_gate_up, "FP8": w.is_fp8, "BLOCK_M": block_m}
+    shape.update(limit_option(limit))
     shape["EVEN_K"] = k_dim % tile["BLOCK_K"] == 0
     if order is None:
         few_tokens_kernel[(pairs * tiles,)](
@@ -182,11 +185,11 @@ def weighted_sum(rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
 
 def run_experts(
     x: Tensor, w13: Scaled, w2: Scaled, weights: Tensor, ids: Tensor, prepare: Callable[[Tensor], Scaled],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, limit: float | None = None,
 ) -> Tensor:  # fmt: skip
     """The experts by the path that shapes and arch choose; ``prepare`` makes a product's operand of its rows.
 
-    Results are of ``dtype``, by default x's.
+    Results are of ``dtype``, by default x's; ``limit`` clamps between the products.
     Besides ``prepare``: one token takes two launches, up to ``few_tokens`` three, more five.
     """
     (num_tokens, top_k), num_experts, dtype = ids.shape, w13.data.shape[0], dtype or x.dtype
@@ -195,10 +198,10 @@ def run_experts(
     tiles = choose_tiles(current_platform.arch, 8 * w13.data.itemsize, num_tokens, top_k, num_experts)
     rows = prepare(x)
     if tiles.path == "one":
-        activated = prepare(one_token_gate_up(rows, w13, ids, tiles.gate_up, dtype))
+        activated = prepare(one_token_gate_up(rows, w13, ids, tiles.gate_up, dtype, limit))
         return one_token_down(activated, w2, weights, ids, tiles.down, dtype)
     order = order_pairs(ids, num_experts, tiles.block_m) if tiles.path == "many" else None
-    activated = prepare(expert_product(rows, w13, ids, order, tiles.gate_up, tiles.block_m, True, dtype))
+    activated = prepare(expert_product(rows, w13, ids, order, tiles.gate_up, tiles.block_m, True, dtype, limit))
     return weighted_sum(
         expert_product(activated, w2, ids, order, tiles.down, tiles.block_m, False, dtype), weights, ids
     )
@@ -207,14 +210,12 @@ def run_experts(
 def fused_experts_triton(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float | None = None
 ) -> Tensor:
-    return run_experts(x, Scaled(w13), Scaled(w2), topk_weights, topk_ids, Scaled)
+    return run_experts(x, Scaled(w13), Scaled(w2), topk_weights, topk_ids, Scaled, limit=limit)
 
 
 def _accepts(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float | None = None
 ) -> bool:
-    if limit is not None:
-        return False
     dense = x.stride(1) == w13.stride(2) == w2.stride(2) == 1 and not is_arranged(w13)
     same = x.dtype == w13.dtype == w2.dtype and x.dtype in FLOATS
     return dense and same and routing_fits(topk_weights, topk_ids, w13.shape[0])
@@ -250,12 +251,17 @@ def _cases() -> Iterator[Case]:
 
 
 # name -> experts, hidden, intermediate, top k of served models
-SERVING_MODELS = {"v2lite": (64, 2048, 1408, 6), "qwen35": (256, 2048, 512, 8), "v3": (256, 7168, 2048, 8)}
+SERVING_MODELS = {
+    "v2lite": (64, 2048, 1408, 6), "qwen35": (256, 2048, 512, 8), "v3": (256, 7168, 2048, 8),
+    "v4flash": (256, 4096, 2048, 6),
+}  # fmt: skip
+# Of the clamp between the products.
+SERVING_LIMITS = {"v4flash": 10.0}
 
 
 def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     """Shapes of served models, without contents, on every path of the Triton launcher; float32 is the proof's dtype."""
-    tokens_of = {"v2lite": (1, 8, 1024), "qwen35": (1, 8, 128, 8192), "v3": (1, 8, 8192)}
+    tokens_of = {"v2lite": (1, 8, 1024), "qwen35": (1, 8, 128, 8192), "v3": (1, 8, 8192), "v4flash": (1, 8, 8192)}
     wanted = [(name, tokens, torch.bfloat16) for name, counts in tokens_of.items() for tokens in counts]
     wanted += [("qwen35", 8, torch.float32), ("qwen35", 1024, torch.float32)]
     for name, tokens, dtype in wanted:
@@ -264,7 +270,8 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
         x, w13, w2 = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
         weights = torch.empty(tokens, top_k, device=device)
         label = f"{name} t{tokens}" + (" fp32" if dtype == torch.float32 else "")
-        yield fused_experts, Case(label, (x, w13, w2, weights, weights.to(torch.int32)))
+        limit = SERVING_LIMITS.get(name)
+        yield fused_experts, Case(label, (x, w13, w2, weights, weights.to(torch.int32), limit))
 
 
 fused_experts = Op(

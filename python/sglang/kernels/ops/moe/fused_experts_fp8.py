@@ -64,15 +64,13 @@ def fused_experts_fp8_triton(
             return Scaled(x, x_scale)
         return Scaled(*quantize_groups_triton(rows, w13.dtype))
 
-    return run_experts(x, Scaled(w13, w13_scale), Scaled(w2, w2_scale), topk_weights, topk_ids, quantize, dtype)
+    return run_experts(x, Scaled(w13, w13_scale), Scaled(w2, w2_scale), topk_weights, topk_ids, quantize, dtype, limit)
 
 
 def _accepts(
     x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
     x_scale: Tensor | None = None, dtype: torch.dtype | None = None, limit: float | None = None,
 ) -> bool:  # fmt: skip
-    if limit is not None:
-        return False
     stacked = (w13, w13_scale, w2, w2_scale, *([] if x_scale is None else [x_scale]))
     whole = all(size % GROUP == 0 for size in (x.shape[1], w2.shape[2]))
     rows = x.dtype in FLOATS if x_scale is None else x.dtype == w13.dtype and dtype in FLOATS

@@ -10,15 +10,17 @@ w_scale [E, rows / 128, K / 128]; tiles of columns then lie inside one block, an
 import triton
 import triton.language as tl
 
+from sglang.kernels.ops.activation.silu_and_mul_triton import clamp_above, clamp_both
+
 GROUP = tl.constexpr(128)
 
 
 @triton.jit
-def _silu_and_mul(gate, up, dtype):
+def _silu_and_mul(gate, up, dtype, LIMIT: tl.constexpr):
     """As the unfused ops round: both products, then the SiLU, then the result."""
-    wide = gate.to(dtype).to(tl.float32)
+    wide = clamp_above(gate.to(dtype).to(tl.float32), LIMIT, dtype)
     silu = (wide / (1.0 + tl.exp(-wide))).to(dtype).to(tl.float32)
-    return (silu * up.to(dtype).to(tl.float32)).to(dtype)
+    return (silu * clamp_both(up.to(dtype).to(tl.float32), LIMIT, dtype)).to(dtype)
 
 
 # --- one token: memory alone counts, so no matrix unit -----------------------------------------------------------
@@ -27,7 +29,7 @@ def _silu_and_mul(gate, up, dtype):
 @triton.jit
 def one_token_gate_up_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, ids_ptr, out_ptr, width, k_dim, expert_stride, row_stride, tiles,
-    FP8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FP8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LIMIT: tl.constexpr = None,
 ):  # fmt: skip
     """out [pairs, width]: BLOCK_N activated columns of one pair a program."""
     pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -52,7 +54,7 @@ def one_token_gate_up_kernel(
             at = w_ptr + expert * expert_stride + rows + k[None, :]
             gate += tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32) * x[None, :]
             up += tl.load(at + up_rows, mask=inside[None, :], other=0.0).to(tl.float32) * x_up[None, :]
-        out = _silu_and_mul(tl.sum(gate, axis=1), tl.sum(up, axis=1), out_ptr.dtype.element_ty)
+        out = _silu_and_mul(tl.sum(gate, axis=1), tl.sum(up, axis=1), out_ptr.dtype.element_ty, LIMIT)
         tl.store(out_ptr + pair.to(tl.int64) * width + n, out, mask=n < width)
 
 
@@ -95,7 +97,7 @@ def expert_tile(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, members, valid, expert, tile,
     width, k_dim, x_stride, expert_stride, row_stride,
     TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, FP8: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LIMIT: tl.constexpr = None,
 ):  # fmt: skip
     """Rows of x are tokens for GATE_UP (member // TOP_K), pairs for the down product; out rows are always pairs."""
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -140,7 +142,7 @@ def expert_tile(
         x_at += BLOCK_K
         w_at += BLOCK_K
     dtype = out_ptr.dtype.element_ty
-    out = _silu_and_mul(acc, acc_up, dtype) if GATE_UP else acc.to(dtype)
+    out = _silu_and_mul(acc, acc_up, dtype, LIMIT) if GATE_UP else acc.to(dtype)
     mask = valid[:, None] & (n < width)[None, :]
     tl.store(out_ptr + members.to(tl.int64)[:, None] * width + n[None, :], out, mask=mask)
 
@@ -150,7 +152,7 @@ def few_tokens_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, ids_ptr, out_ptr,
     pairs, width, k_dim, x_stride, expert_stride, row_stride, tiles,
     TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, FP8: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LIMIT: tl.constexpr = None,
 ):  # fmt: skip
     """No ordering beforehand: the first pair of each expert gathers the others (pairs <= PAIRS), the rest leave."""
     first, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -168,7 +170,7 @@ def few_tokens_kernel(
             expert_tile(
                 x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, members, start + slot < count, expert, tile,
                 width, k_dim, x_stride, expert_stride, row_stride,
-                TOP_K, GATE_UP, EVEN_K, FP8, BLOCK_M, BLOCK_N, BLOCK_K,
+                TOP_K, GATE_UP, EVEN_K, FP8, BLOCK_M, BLOCK_N, BLOCK_K, LIMIT,
             )  # fmt: skip
 
 
@@ -178,6 +180,7 @@ def many_tokens_kernel(
     pairs, width, k_dim, x_stride, expert_stride, row_stride, max_blocks, tiles,
     TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    LIMIT: tl.constexpr = None,
 ):  # fmt: skip
     """One block of ordered pairs times one tile of columns; programs past the last block leave."""
     # GROUP_M blocks go through all tiles together, so that weights and rows meet again in the cache.
@@ -193,7 +196,7 @@ def many_tokens_kernel(
         expert_tile(
             x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, tl.where(valid, order, 0), valid, expert, tile,
             width, k_dim, x_stride, expert_stride, row_stride,
-            TOP_K, GATE_UP, EVEN_K, FP8, BLOCK_M, BLOCK_N, BLOCK_K,
+            TOP_K, GATE_UP, EVEN_K, FP8, BLOCK_M, BLOCK_N, BLOCK_K, LIMIT,
         )  # fmt: skip
 
 
