@@ -21,8 +21,9 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     DeepSeek's reference code (it matters in bf16 only); beside 16-bit rows a float32 weight is multiplied before it.
     Zhang & Sennrich 2019, eq. 4.
     """
-    normed = unit_rms_norm_torch(x.float(), eps)
-    return (weight * normed.to(torch.promote_types(x.dtype, weight.dtype))).to(x.dtype)
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype) if weight.dtype == x.dtype else (weight * normed).to(x.dtype)
 
 
 def unit_rms_norm_torch(x: Tensor, eps: float) -> Tensor:
