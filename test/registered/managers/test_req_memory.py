@@ -98,6 +98,7 @@ class TestStepsOfManyTokens(CustomTestCase):
             for req in running
             if req.req_pool_idx is not None
         ]
+        own += [torch.tensor(req.kept_slots, dtype=torch.int64) for req in running]
         held = torch.cat(own) if own else torch.empty(0, dtype=torch.int64)
         self.assertEqual(len(set(held.tolist())), len(held), "two requests own one slot")
         memory.tree.check_integrity(memory.allocator.free_slots(), held)
@@ -127,6 +128,20 @@ class TestStepsOfManyTokens(CustomTestCase):
         slots = memory.extend([req], [10])
         self.assertEqual(slots.tolist(), memory.req_pool.read(req.req_pool_idx, 8, 10).tolist())
         self.assertEqual(req.kv_allocated_len, 12)
+
+    def test_the_last_token_of_a_prefix_is_the_requests_own_where_a_model_drafts(self) -> None:
+        for width, cached, kept in ((4, 2, 1), (1, 3, 0)):
+            with self.subTest(width=width):
+                memory = make_memory(64, 1, width)
+                memory.release(admitted(memory, "a", [1, 2, 3, 4, 5]), cache=True)
+                req = admitted(memory, "b", [1, 2, 3, 9, 9])
+                self.assertEqual((req.own_start, len(req.kept_slots)), (cached, kept))
+                slots = memory.req_pool.read(req.req_pool_idx, 0, 5).tolist()
+                shared = memory.tree.path_slots(req.node).tolist()
+                self.assertEqual([i for i in range(5) if slots[i] != shared[i]], [2] if kept else [])
+                self.check_owners(memory, [req])
+                memory.release(req, cache=True)
+                memory.check_idle(deep=True)
 
     def test_what_was_never_committed_is_not_cached(self) -> None:
         memory = make_memory(64, 1, 4)

@@ -107,9 +107,9 @@ class TestMemory(CustomTestCase):
     def test_a_pool_that_holds_no_verify_step(self):
         for name, path in MODELS.items():
             with self.subTest(name):
-                with self.assertRaisesRegex(PoolPlanError, "KV for 7 tokens, and a request .* needs 8 .*: raise --max"):
-                    EngineHarness(path, max_total_tokens=7, **SPEC)
-                harness = EngineHarness(path, max_total_tokens=8, **SPEC)
+                with self.assertRaisesRegex(PoolPlanError, "KV for 8 tokens, and a request .* needs 9 .*: raise --max"):
+                    EngineHarness(path, max_total_tokens=8, **SPEC)
+                harness = EngineHarness(path, max_total_tokens=9, **SPEC)
                 harness.submit("r", [5], SamplingParams(max_new_tokens=9, temperature=0.0, ignore_eos=True))
                 self.assertEqual(len(harness.run()["r"].output_ids), 1)
         with self.assertRaisesRegex(PoolPlanError, "KV for 16 tokens, and .* needs 18"):

@@ -4,12 +4,13 @@ import json
 import tempfile
 import unittest
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from sglang.srt.entrypoints.server_info import _overlap_lines
+from sglang.srt.entrypoints.metrics import _Page
 from sglang.srt.environ import envs
 from sglang.srt.managers.scheduler_metrics import SchedulerMetrics
 from sglang.srt.platforms import override_platform
@@ -300,9 +301,13 @@ class TestTrace(StreamCase):
         self.assertEqual(trace_reader(model)(), [])
         model[1].overlap.trace = self.traced(0, 1, 3, 2, 6)
         rows = trace_reader(model)()
-        metric = 'sglang:stream_overlap_share{model_name="m",site="test",num_tokens="7",captured="true"} 0.5'
-        self.assertEqual(_overlap_lines({"streams": {"trace": rows}}, "m")[1:], [metric])
-        self.assertEqual(_overlap_lines({}, "m"), [])
+        context = SimpleNamespace(served_model_name="m")
+        (family,) = _Page(context, [{"streams": {"trace": rows}}])._overlap()
+        (sample,) = family.samples
+        wanted = {"site": "test", "num_tokens": "7", "captured": "true"}
+        self.assertEqual((sample.name, sample.value), ("sglang:stream_overlap_share", 0.5))
+        self.assertLessEqual(wanted.items(), sample.labels.items())
+        self.assertEqual(list(_Page(context, [{}])._overlap()), [])
         with self.assertLogs("sglang.srt.managers.scheduler_metrics", "INFO") as logs:
             load = {"num_running_reqs": 1, "num_used_tokens": 1, "max_total_num_tokens": 9, "num_queue_reqs": 0}
             SchedulerMetrics(1, lambda: rows)._log_decode(load)

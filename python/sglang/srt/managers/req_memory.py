@@ -40,6 +40,9 @@ class ReqMemory:
         self.tree = tree
         self.step_width = step_width
         self.step_ahead = step_ahead
+        # A draft's row of a token was made with the token behind it, so the last one of a prefix is another request's.
+        # Whole pages cost more than it gains, and a prefix with companions ends where they are.
+        self._own_last_row = step_width > 1 and self.page_size == 1
         self._limits = [companion for companion in tree.companions if companion.is_limit]
 
     @property
@@ -63,8 +66,14 @@ class ReqMemory:
         return self.allocator.size - self.room()[FULL]
 
     def match(self, req: Req) -> MatchResult:
-        """The usable cached prefix of a request that holds nothing yet."""
-        return self.tree.match_prefix(req.token_ids[: req.max_prefix_len()])
+        """The usable cached prefix of a request that holds nothing yet.
+
+        Where a model drafts, its last token is computed again if that is possible by itself.
+        """
+        match = self.tree.match_prefix(req.token_ids[: req.max_prefix_len()])
+        if self._own_last_row and not self.tree.companions and match.slot_ids.numel():
+            match = self.tree.match_prefix(req.token_ids[: match.slot_ids.numel() - 1])
+        return match
 
     def admit(self, req: Req, match: MatchResult) -> None:
         """Give the request a row, its cached prefix and what companions keep; ``match.node`` must be locked for it."""
@@ -166,7 +175,8 @@ class ReqMemory:
     def share_prefix(self, req: Req) -> None:
         """Cache what a running request has computed, so that others can use it, and lock it for this one.
 
-        Slots that were cached by someone else in the meantime replace the request's own.
+        Slots that were cached by someone else in the meantime replace the request's own, but the last one where a model
+        drafts: that stays beside the cached one until release.
         """
         num_tokens = self.tree.aligned(req.kv_committed_len)
         assert req.node is not None
@@ -178,8 +188,13 @@ class ReqMemory:
         for companion in self.tree.companions:
             companion.on_insert(result, req.kv_committed_len, req.held[companion.unit])
         if result.prefix_len > req.tree_len:
-            self.allocator.free(slots[req.tree_len : result.prefix_len])
-            self.req_pool.write(row, 0, self.tree.path_slots(result.node))
+            twice, cached = slots[req.tree_len : result.prefix_len], self.tree.path_slots(result.node)
+            if self._own_last_row:
+                cached[result.prefix_len - 1] = twice[-1]
+                req.kept_slots.append(int(twice[-1]))
+                twice = twice[:-1]
+            self.allocator.free(twice)
+            self.req_pool.write(row, 0, cached)
         self.tree.inc_lock_ref(result.node)
         self.tree.dec_lock_ref(req.node)
         req.node, req.tree_len = result.node, num_tokens
@@ -209,6 +224,9 @@ class ReqMemory:
             self.allocator.free(torch.cat(surplus))
         else:
             self.allocator.free(slots[req.tree_len :])
+        if req.kept_slots:
+            self.allocator.free(torch.tensor(req.kept_slots))
+            req.kept_slots.clear()
         self.tree.dec_lock_ref(req.node)
         self.req_pool.free(req.req_pool_idx)
         for companion in self.tree.companions:

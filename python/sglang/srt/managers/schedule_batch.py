@@ -24,8 +24,9 @@ class Req:
     Lengths, all in tokens: ``seq_len`` of prompt and output so far; ``kv_committed_len`` of them have KV (and state) in
     the pools, or will have once the steps that are launched have run; the request has slots for the first
     ``kv_allocated_len``, of which those past the committed ones hold nothing of use; the first ``tree_len`` lie in
-    slots that the prefix cache owns and this request locks. All past ``own_start`` was computed for this request, not
-    found in the cache. At most ``num_in_flight`` tokens are being drawn and not known yet.
+    slots that the prefix cache owns and this request locks, except for ``kept_slots``, its own. All past ``own_start``
+    was computed for this request, not found in the cache. At most ``num_in_flight`` tokens are being drawn and not
+    known yet.
     """
 
     def __init__(self, message: TokenizedGenerateReqInput, seed: int, stop_ids: frozenset[int]) -> None:
@@ -60,6 +61,7 @@ class Req:
         self.kv_allocated_len = 0
         self.tree_len = 0
         self.own_start = 0
+        self.kept_slots: list[int] = []
         self.num_in_flight = 0
         # Hybrid models: end a prefill chunk here, where KV is known but no state snapshot is.
         self.snapshot_at = 0

@@ -103,9 +103,10 @@ def plan_pools(args: ServerArgs, configs: Sequence[ModelConfig], tp_size: int, a
 
 
 def slots_for_drafts(args: ServerArgs) -> int:
-    """Tokens, whole pages, that a verify step of a request may take past the tokens that the request may have."""
+    """Tokens, whole pages, that a verify step of a request may take past the tokens that the request may have, and the
+    one that it may keep beside the same one in the prefix cache."""
     page = args.page_size or 1
-    per_step = SpecInfo(args.speculative_num_steps).slots_per_step if args.speculative_num_steps else 0
+    per_step = SpecInfo(args.speculative_num_steps).slots_per_step + 1 if args.speculative_num_steps else 0
     return -(-per_step // page) * page
 
 
