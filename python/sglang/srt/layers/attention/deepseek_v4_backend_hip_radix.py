@@ -27,7 +27,7 @@ from sglang.srt.layers.attention.base_attn_backend import (
 )
 from sglang.srt.layers.attention.deepseek_v4_planner import CompressedPlan, StepRows, plan_step, rows_of_entries
 from sglang.srt.layers.attention.plans import NoRows
-from sglang.srt.layers.attention.pool_backend import PoolBackend
+from sglang.srt.layers.attention.pool_backend import CapturingPoolBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
 
 
@@ -44,7 +44,7 @@ class PlanInGraph:
     "compressed", "compressed", platforms=("cpu", "cuda", "hip"), graphs=True, page_sizes=(256,),
     cache_dtypes=("auto", "bfloat16"),
 )  # fmt: skip
-class DeepseekV4HipRadixBackend(PoolBackend, CompressedBackend):
+class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
     """Plans on the device alone, so a step is captured with its plan, or planned before each replay.
 
     windows_only: the layers that it serves have no compressed entries, as those of a draft; nothing is planned for any.
@@ -69,7 +69,6 @@ class DeepseekV4HipRadixBackend(PoolBackend, CompressedBackend):
             if any(pool.spec.name == f"c{ratio}" for pool in ctx.pools):
                 self.rings[ratio] = PAGE_SIZE // ctx.pools[f"c{ratio}_state"].spec.units_per_row
         self.plans_in_graph = envs.SGLANG_PREP_IN_CUDA_GRAPH.get()
-        self._captured: dict[tuple[str, int], CompressedPlan | PlanInGraph] = {}
 
     # --- plans ---------------------------------------------------------------------------------------------------
 
@@ -117,15 +116,6 @@ class DeepseekV4HipRadixBackend(PoolBackend, CompressedBackend):
 
     # --- captured steps ------------------------------------------------------------------------------------------
 
-    def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
-        """Forget earlier captures. Raises ValueError when a context would not fit the request table."""
-        if max_context_len > self.req_to_token.shape[1]:
-            raise ValueError(
-                f"graphs for contexts of {max_context_len} tokens need a request table as wide; it has "
-                f"{self.req_to_token.shape[1]} columns"
-            )
-        self._captured = {}
-
     def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
         """Plan inside the captured step, or into tensors that every replay fills first: SGLANG_PREP_IN_CUDA_GRAPH.
 
@@ -133,16 +123,11 @@ class DeepseekV4HipRadixBackend(PoolBackend, CompressedBackend):
         itself by ``init_forward_metadata``.
         """
         assert fb.kind is not None and fb.kind.rows_per_request == 1 and fb.input_ids is None
-        plan = PlanInGraph() if self.plans_in_graph else self._plan_captured(fb)
-        self._captured[fb.kind.name, fb.batch_size] = plan
-        fb.attn_plan = StepPlan(attention=plan)
+        self.keep_captured(fb, PlanInGraph() if self.plans_in_graph else self._plan_captured(fb))
 
     def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
         """See the base class. Raises ValueError for a kind and size that was not captured."""
-        assert fb.kind is not None
-        captured = self._captured.get((fb.kind.name, fb.batch_size))
-        if captured is None:
-            raise ValueError(f"no {fb.kind.name} step of {fb.batch_size} requests was captured")
+        captured = self.captured_plan(fb)
         if isinstance(captured, CompressedPlan):
             for ours, fresh in zip(captured.tensors(), self._plan_captured(fb).tensors(), strict=True):
                 ours.copy_(fresh)

@@ -22,7 +22,7 @@ from sglang.srt.layers.attention.plans import ExpandWhenCheaper, ExtendPlan, Mla
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
 
 
 class PoolBackend(AttentionBackend):
@@ -31,6 +31,36 @@ class PoolBackend(AttentionBackend):
     def __init__(self, ctx: AttentionContext) -> None:
         self.req_to_token = ctx.req_to_token_pool.req_to_token
         self.device = ctx.device
+
+
+class CapturingPoolBackend(PoolBackend):
+    """A backend whose steps are captured: it keeps a plan of each, by kind and number of requests."""
+
+    def __init__(self, ctx: AttentionContext) -> None:
+        super().__init__(ctx)
+        self._captured: dict[tuple[str, int], object] = {}
+
+    def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
+        """Forget earlier captures; raises ValueError when a context would not fit the request table."""
+        if max_context_len > self.req_to_token.shape[1]:
+            raise ValueError(
+                f"graphs for contexts of {max_context_len} tokens need a request table as wide; it has "
+                f"{self.req_to_token.shape[1]} columns"
+            )
+        self._captured = {}
+
+    def keep_captured(self, fb: ForwardBatch, plan: object) -> None:
+        """Put ``plan`` on a step that is about to be captured, and keep it for its replays."""
+        assert fb.kind is not None
+        self._captured[fb.kind.name, fb.batch_size] = plan
+        fb.attn_plan = StepPlan(attention=plan)
+
+    def captured_plan(self, fb: ForwardBatch) -> object:
+        """The plan of the captured step that ``fb`` replays. Raises ValueError for one that was not captured."""
+        assert fb.kind is not None
+        if (fb.kind.name, fb.batch_size) not in self._captured:
+            raise ValueError(f"no {fb.kind.name} step of {fb.batch_size} requests was captured")
+        return self._captured[fb.kind.name, fb.batch_size]
 
 
 class PoolGqaBackend(PoolBackend, GqaBackend):

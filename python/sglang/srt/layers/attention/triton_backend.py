@@ -19,7 +19,7 @@ from sglang.srt.layers.attention.base_attn_backend import (
     register_attention_backend,
 )
 from sglang.srt.layers.attention.plans import ExtendPlan, MlaExtendPlan, PartedPlan
-from sglang.srt.layers.attention.pool_backend import PoolBackend, PoolGqaBackend, PoolMlaBackend, no_output
+from sglang.srt.layers.attention.pool_backend import CapturingPoolBackend, PoolGqaBackend, PoolMlaBackend, no_output
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
 
@@ -35,17 +35,13 @@ class TableDecodePlan:
     seq_lens: torch.Tensor
 
 
-class TritonAttnBackend(PoolBackend):
+class TritonAttnBackend(CapturingPoolBackend):
     """What both families share on the portable GPU backend: plans. On a CPU they run over the references of the ops.
 
     Decode reads the request table and the lengths where they lie, so a captured step needs no further metadata. A step
     of several rows per request is planned on the device, within the captured step. An extend step is planned from
     host-known lengths and costs one small copy and one gather of slots per plan.
     """
-
-    def __init__(self, ctx: AttentionContext) -> None:
-        super().__init__(ctx)
-        self._captured: dict[tuple[str, int], TableDecodePlan] = {}
 
     def plan_decode(self, fb: ForwardBatch) -> TableDecodePlan:
         """See the base class."""
@@ -59,28 +55,16 @@ class TritonAttnBackend(PoolBackend):
         requests = fb.req_pool_indices.unsqueeze(1).expand(-1, width)
         return TableDecodePlan(requests.flatten(), (fb.seq_lens.unsqueeze(1) + back).flatten())
 
-    def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
-        """Forget earlier captures; raises ValueError when a context would not fit the request table."""
-        if max_context_len > self.req_to_token.shape[1]:
-            raise ValueError(
-                f"graphs for contexts of {max_context_len} tokens need a request table as wide; it has "
-                f"{self.req_to_token.shape[1]} columns"
-            )
-        self._captured = {}
-
     def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
         """Record that graphs of this kind and batch size read these very tensors, which therefore must persist."""
         plan = self.plan(fb)
-        assert fb.kind is not None and isinstance(plan, TableDecodePlan), "only steps that read the table are captured"
-        self._captured[fb.kind.name, fb.batch_size] = plan
-        fb.attn_plan = StepPlan(attention=plan)
+        assert isinstance(plan, TableDecodePlan), "only steps that read the table are captured"
+        self.keep_captured(fb, plan)
 
     def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
         """Take the captured plan of this kind and size; raises ValueError when ``fb`` lives in other tensors."""
-        assert fb.kind is not None
-        captured = self._captured.get((fb.kind.name, fb.batch_size))
-        if captured is None:
-            raise ValueError(f"no {fb.kind.name} step of {fb.batch_size} requests was captured")
+        captured = self.captured_plan(fb)
+        assert isinstance(captured, TableDecodePlan)
         pairs = ((captured.req_pool_indices, fb.req_pool_indices), (captured.seq_lens, fb.seq_lens))
         if any(ours.data_ptr() != theirs.data_ptr() for ours, theirs in pairs):
             raise ValueError(f"the graph of {fb.batch_size} requests reads other tensors than those of this batch")
