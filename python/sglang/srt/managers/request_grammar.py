@@ -28,7 +28,7 @@ class RequestGrammars:
     """Has grammars tried, one at a time and beside the event loop, and remembers the verdicts on the last ones."""
 
     def __init__(self, args: ServerArgs, tokenizer: Tokenizer | None, vocab_size: int) -> None:
-        self._refusal = _refusal(args)
+        self._refusal = grammar_refusal(args)
         self._tokenizer = tokenizer
         self._thread = ThreadPoolExecutor(1, "grammar")
         self._checker: GrammarChecker | None = None
@@ -84,7 +84,8 @@ class RequestGrammars:
         return verdict
 
 
-def _refusal(args: ServerArgs) -> str | None:
+def grammar_refusal(args: ServerArgs) -> str | None:
+    """Why a server of the resolved ``args`` holds no output to a form; None if it does."""
     if args.grammar_backend == "none":
         return "it was started with --grammar-backend none. Remove the field."
     if args.skip_tokenizer_init:

@@ -26,6 +26,7 @@ from sglang.srt.managers.grammar_manager import GrammarManager
 from sglang.srt.managers.io_struct import GrammarReady, ShutdownReq
 from sglang.srt.managers.ipc import Sender
 from sglang.srt.managers.req_memory import ReqMemory
+from sglang.srt.managers.request_grammar import grammar_refusal
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_config import SchedulerConfig
 from sglang.srt.managers.scheduler_io import FollowerChannel, RankZeroChannel, SchedulerChannel
@@ -76,8 +77,9 @@ def make_grammars(
     args: ServerArgs, model_config: ModelConfig, tokenizer: Tokenizer | None, announce: Callable[[str], None] | None
 ) -> GrammarManager:
     """Reads the vocabulary a second time, for a server that may be asked to hold output to a form."""
-    if tokenizer is None or args.grammar_backend == "none":
-        return GrammarManager("this server was started without a grammar backend")
+    refusal = grammar_refusal(args)
+    if tokenizer is None or refusal is not None:
+        return GrammarManager(refusal or "there is no tokenizer")
     try:
         return GrammarManager(
             GuidanceBackend(tokenizer.to_json(), model_config.vocab_size, model_config.eos_token_ids), announce
