@@ -8,12 +8,16 @@ from contextlib import ExitStack
 from typing import NamedTuple
 from unittest import TestCase
 
+import torch
+
+from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.drafters import RuleDrafter, rules
 from sglang.test.engine_harness import EngineHarness, Finished
+from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tasks import heldout_questions
 
 # The layer itself, and the rules of ``drafters``.
@@ -62,6 +66,20 @@ def covering(cases: Sequence[SpecCase]) -> list[SpecCase]:
         missing -= pairs(best)
         chosen.append(best)
     return chosen
+
+
+class EverySchedule(CustomTestCase):
+    """Every combination of settings, for the embedded model that a subclass names."""
+
+    model = ""
+
+    def test_every_combination(self) -> None:
+        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # matrices are small
+        matrix = SpecMatrix(str(EMBEDDED_MODELS[self.model]))
+        for case in nightly_cases():
+            with self.subTest(case):
+                matrix.check(self, case)
 
 
 class SpecMatrix:
