@@ -90,7 +90,7 @@ class TestConfig(CustomTestCase):
             ("model.layers.3.linear_attn.in_proj_qkvz", False),
             ("lm_head", True),
         ):
-            self.assertEqual(merged.skips(name), expected, name)
+            self.assertEqual(merged.format_of(name) is None, expected, name)
 
     def test_everything_else_is_refused_by_name(self):
         cases = (
@@ -248,14 +248,18 @@ class TestLoader(CustomTestCase):
         with override_server_args():
             return load_model(ModelConfig.from_path(str(self.root / folder), **formats), load_format, seed=1)
 
-    def failure(self, **changes):
-        """The refusal of a checkpoint with ``changes``, None taking a tensor away."""
+    def write(self, tensors):
+        """Name of a folder with ``tensors``."""
         folder = Path(tempfile.mkdtemp(dir=self.root))
-        tensors = {k: v for k, v in {**self.tensors, **changes}.items() if v is not None}
         save_file(tensors, folder / "model.safetensors")
         (folder / "config.json").write_text((self.root / "fp8" / "config.json").read_text())
+        return folder.name
+
+    def failure(self, **changes):
+        """The refusal of a checkpoint with ``changes``, None taking a tensor away."""
+        folder = self.write({k: v for k, v in {**self.tensors, **changes}.items() if v is not None})
         with self.assertRaises(WeightLoadError) as caught:
-            self.load(folder.name)
+            self.load(folder)
         return str(caught.exception)
 
     def test_what_does_not_fit_is_named(self):
@@ -267,7 +271,7 @@ class TestLoader(CustomTestCase):
                       self.failure(**{name: torch.zeros(256, 128).to(FP8)}))  # fmt: skip
         self.assertIn(f"{name}: dtype bfloat16, but config.json says that it is quantised",
                       self.failure(**{name: torch.zeros(128, 256).bfloat16(), scale: None}))  # fmt: skip
-        self.assertIn("(its tensor is not 8-bit)", self.failure(**{name: torch.zeros(128, 256).bfloat16()}))
+        self.assertIn("(its tensor is not quantised)", self.failure(**{name: torch.zeros(128, 256).bfloat16()}))
         self.assertIn(f"{name}: dtype float8_e5m2 is not supported",
                       self.failure(**{name: torch.zeros(128, 256).to(torch.float8_e5m2), scale: None}))  # fmt: skip
         self.assertIn(f"{scale}: dtype uint8 is not supported",
@@ -276,6 +280,34 @@ class TestLoader(CustomTestCase):
         self.assertIn("lm_head.weight: dtype float8_e4m3fn is not supported", self.failure(**{"lm_head.weight": head}))
         self.assertIn("unexpected (1):\n    lm_head.weight_scale_inv",
                       self.failure(**{"lm_head.weight_scale_inv": torch.ones(4, 2)}))  # fmt: skip
+
+    def test_scales_that_are_powers_of_two(self):
+        """Official checkpoints of DeepSeek V4 keep them as exponents; the same numbers in float32 serve alike."""
+        exact, exponents = dict(self.tensors), dict(self.tensors)
+        for name, scale in self.tensors.items():
+            if name.endswith("_scale_inv"):
+                exact[name] = scale.log2().ceil().exp2()
+                exponents[name] = exact[name].to(torch.float8_e8m0fnu)
+        wanted, found = (dict(self.load(self.write(tensors)).named_parameters()) for tensors in (exact, exponents))
+        for name, param in wanted.items():
+            self.assertTrue(torch.equal(param.float(), found[name].float()), name)
+        least = torch.tensor([[0, 254]], dtype=torch.uint8).view(torch.float8_e8m0fnu)
+        layer = RowParallelLinear(256, 128, quant_config=CHECKPOINT)
+        layer.weight.weight_loader(layer.weight, torch.ones(128, 256).to(FP8), None, least)
+        self.assertEqual(layer.weight_scale_inv[0].double().log2().tolist(), [-127.0, 127.0])
+
+    def test_scales_of_the_wrong_kind(self):
+        name = f"{self.layer}_scale_inv"
+        for scale, reason in (
+            (torch.tensor([[127, 255]], dtype=torch.uint8).view(torch.float8_e8m0fnu), "its scales hold infinite"),
+            (torch.tensor([[1.0, float("inf")]]), "its scales hold infinite numbers or NaN"),
+            (torch.tensor([[127, 127]], dtype=torch.uint8), "dtype uint8 is not supported here, only float32"),
+            (torch.ones(1, 2).to(FP8), "dtype float8_e4m3fn is not supported here"),
+        ):
+            self.assertIn(reason, self.failure(**{name: scale}))
+        plain = "model.layers.0.self_attn.kv_b_proj.weight_scale_inv"
+        nan = torch.full_like(self.tensors[plain], torch.nan)
+        self.assertIn("kv_b_proj.weight: its scales hold infinite", self.failure(**{plain: nan}))
 
     def test_on_load_makes_what_a_quantised_checkpoint_holds(self):
         wanted = dict(self.load().named_parameters())

@@ -5,27 +5,55 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from sglang.srt.configs.errors import ConfigError, ConfigReader
 
-# Rows and columns of weights, and columns of activations, that share a scale.
-BLOCK = 128
+
+class BlockShape(NamedTuple):
+    """Rows and columns of a matrix that share one entry of a tensor."""
+
+    rows: int
+    columns: int
+
+    def entries(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """How many such blocks a matrix of ``shape`` has; a last one may be partial. Other shapes are their own."""
+        if len(shape) != 2:
+            return shape
+        return -(-shape[0] // self.rows), -(-shape[1] // self.columns)
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """A format of quantised matrices: ``block`` shares a scale, which the checkpoint keeps under the matrix's name and
+    ``scale_suffix``."""
+
+    name: str
+    block: BlockShape
+    scale_suffix: str
+
+
+# 8-bit floats with a scale for each 128x128 block, which multiplies, despite its name.
+FP8_BLOCKS = WeightFormat("fp8", BlockShape(128, 128), "_scale_inv")
+BLOCK = FP8_BLOCKS.block.rows
 # Matrices of a few rows, which published checkpoints leave alone too; routers and heads are never quantised.
 SKIPPED_ON_LOAD = ("in_proj_a", "in_proj_b")
 
 
 @dataclass(frozen=True)
 class QuantConfig:
-    """Matrices as e4m3 floats with a float32 scale for each 128x128 block; activations are quantised as they come.
+    """The format of each module's matrices: ``default``, but where ``by_module`` or ``skipped`` says otherwise.
 
     on_load: the checkpoint is not quantised, and its matrices are while they load. skipped: regular expressions over
     names of modules that stay as they are. merged: checkpoint names of the modules that one module of the model joins.
+    by_module: formats by regular expression over names of modules; the first that fits counts.
     """
 
     on_load: bool = False
     skipped: tuple[str, ...] = ()
     merged: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    default: WeightFormat = FP8_BLOCKS
+    by_module: tuple[tuple[str, WeightFormat], ...] = ()
 
     @classmethod
     def from_hf(cls, settings: Mapping[str, Any]) -> QuantConfig:
@@ -54,11 +82,28 @@ class QuantConfig:
         reader.finish()
         return cls(skipped=tuple(name.replace("language_model.", "") for name in skipped))
 
-    def skips(self, name: str) -> bool:
-        """True when module ``name``, or any that it joins, stays as it is."""
+    def format_of(self, name: str) -> WeightFormat | None:
+        """The format of module ``name``; None when it, or any that it joins, stays as it is.
+
+        Raises ConfigError when it joins matrices of several formats.
+        """
         parent, _, leaf = name.rpartition(".")
         names = [f"{parent}.{part}" for part in self.merged.get(leaf, (leaf,))]
-        return any(re.search(rf"(?:^|\.)(?:{skipped})(?:\.|$)", name) for skipped in self.skipped for name in names)
+        if any(_names(skipped, each) for skipped in self.skipped for each in names):
+            return None
+        formats = {
+            next((known for pattern, known in self.by_module if _names(pattern, each)), self.default): each
+            for each in names
+        }
+        if len(formats) > 1:
+            found = " and ".join(f"{each} in {known.name}" for known, each in formats.items())
+            raise ConfigError(f"quantization_config holds {found}, which are one product here: they need one format")
+        return next(iter(formats))
+
+
+def _names(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` matches whole parts of the module name ``name``."""
+    return re.search(rf"(?:^|\.)(?:{pattern})(?:\.|$)", name) is not None
 
 
 def read_quantization(hf_config: Mapping[str, Any], asked: str | None) -> QuantConfig | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from sglang.srt.configs.quantization import BLOCK, QuantConfig
+from sglang.srt.configs.quantization import QuantConfig
 
 
 class SharedExperts(NamedTuple):
@@ -34,10 +34,12 @@ class SharedExperts(NamedTuple):
             return f"--moe-a2a-backend {moe_a2a_backend} would send every token to the shared experts' rank"
         if quant_config is None:
             return ""
-        if self.num_slots > 1 and self.routed_width % BLOCK:
-            return f"slots of width {self.routed_width} are not cut at fp8 blocks of {BLOCK}"
         for mlp in self.blocks:
             matrices = [f"{mlp}.{self.module}.{name}_proj" for name in ("gate", "up", "down")]
-            if len({quant_config.skips(name) for name in (f"{mlp}.experts", *matrices)}) > 1:
+            formats = {quant_config.format_of(name) for name in (f"{mlp}.experts", *matrices)}
+            if len(formats) > 1:
                 return f"{mlp}: shared and routed experts are not quantised alike"
+            routed = formats.pop()
+            if routed is not None and self.num_slots > 1 and self.routed_width % routed.block.rows:
+                return f"slots of width {self.routed_width} are not cut at {routed.name} blocks of {routed.block.rows}"
         return ""

@@ -9,10 +9,34 @@ from typing import Any
 import torch
 from torch import nn
 
+from sglang.srt.configs.quantization import BlockShape
+
 # None for a parameter that is one checkpoint tensor; an index, a name or a tuple of indices for a merged one.
 ShardId = int | str | tuple[int, ...] | None
-# (parameter, checkpoint tensor, shard id), and the scales of the tensor's blocks where the parameter takes them.
+# (parameter, checkpoint tensor, shard id), and the tensor's partner where it came with one.
 WeightLoader = Callable[..., None]
+# From a matrix of a dummy checkpoint to the tensors that stand for it, by suffix.
+Encoder = Callable[[torch.Tensor], dict[str, torch.Tensor]]
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+IDS = (torch.int64, torch.int32)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor that a checkpoint may hold of a matrix, named as the matrix and ``suffix``, in one of ``dtypes``.
+
+    block: what of the matrix an entry stands for. partner: suffix of the leaf that must come with it. ids_below: it
+    holds integers in [0, ids_below). Of leaves with one suffix the tensor's dtype chooses.
+    """
+
+    suffix: str
+    dtypes: tuple[torch.dtype, ...]
+    block: BlockShape = BlockShape(1, 1)
+    partner: str | None = None
+    ids_below: int | None = None
+
+
+PLAIN = Leaf("", FLOATS)
 
 
 class WeightFormatError(ValueError):
@@ -61,13 +85,13 @@ class Shards:
         """Shape of each checkpoint matrix."""
         return {shard: (section.full_rows, section.full_columns) for shard, section in self.sections.items()}
 
-    def is_split_in_blocks(self, size: int) -> bool:
-        """True when blocks of ``size`` are cut by the split over ranks alone."""
+    def is_split_in_blocks(self, block: BlockShape) -> bool:
+        """True when blocks are cut by the split over ranks alone."""
         whole = {
             shard: Section(part.full_rows, part.full_columns, 0, part.full_rows, 0, part.full_columns)
             for shard, part in self.sections.items()
         }
-        return self.in_blocks(size) is None and Shards(whole).in_blocks(size) is not None
+        return self.in_blocks(block) is None and Shards(whole).in_blocks(block) is not None
 
     def copy(self, target: torch.Tensor, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
         """Copy this rank's part of ``loaded`` into ``target`` [rows, columns], or of a vector into [rows].
@@ -85,19 +109,22 @@ class Shards:
             target.narrow(0, part.offset, part.rows).copy_(source)
             start += part.full_rows
 
-    def in_blocks(self, size: int) -> Shards | None:
-        """The same parts counted in blocks of ``size``; None unless they are cut at edges of blocks.
+    def in_blocks(self, block: BlockShape) -> Shards | None:
+        """The same parts counted in blocks; None unless they are cut at edges of blocks.
 
         The last rows alone may end inside a block.
         """
         sections = list(self.sections.values())
-        cuts = [part.full_rows for part in sections[:-1]]
-        cuts += [cut for part in sections for cut in (part.row, part.offset, part.column, part.columns)]
-        if any(cut % size for cut in cuts):
+        rows = [part.full_rows for part in sections[:-1]] + [
+            cut for part in sections for cut in (part.row, part.offset)
+        ]
+        columns = [cut for part in sections for cut in (part.column, part.columns)]
+        if any(cut % block.rows for cut in rows) or any(cut % block.columns for cut in columns):
             return None
+        sizes = (block.rows, block.columns, block.rows, block.rows, block.columns, block.columns, block.rows)
 
         def count(section: Section) -> Section:
-            return Section(*(-(-number // size) for number in astuple(section)))
+            return Section(*(-(-number // size) for number, size in zip(astuple(section), sizes, strict=True)))
 
         return Shards({shard: count(section) for shard, section in self.sections.items()})
 
@@ -114,16 +141,16 @@ def make_parameter(
     loader: WeightLoader | None = None,
     full_shapes: Mapping[ShardId, tuple[int, ...]] | None = None,
     fill: tuple[float, float] | None = None,
-    takes_scale: bool = False,
-    ids_below: int | None = None,
+    leaves: tuple[Leaf, ...] = (PLAIN,),
+    encode: Encoder | None = None,
 ) -> nn.Parameter:
     """An uninitialised inference parameter of ``shape`` that knows how it is loaded.
 
     dtype: default is torch's default dtype, which the model loader sets. full_shapes: shape of each checkpoint tensor
     by shard id, before tensor parallelism; by default the parameter's own; empty when the checkpoint holds none. fill:
     mean and standard deviation of the dummy filler; by default 0 and 1/sqrt(fan_in) for matrices; a vector must say its
-    own. takes_scale: an 8-bit tensor may be loaded, with the scales of its blocks as the loader's last argument.
-    ids_below: the tensor holds integers in [0, ids_below).
+    own. leaves: the tensors in which a checkpoint may hold it; a partner is the loader's last argument. encode: what a
+    dummy checkpoint holds of it; by default the numbers that were drawn.
     """
     param: Any = nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
     if fill is None and len(shape) < 2:
@@ -131,8 +158,8 @@ def make_parameter(
     param.weight_loader = loader or load_whole
     param.full_shapes = dict(full_shapes) if full_shapes is not None else {None: tuple(shape)}
     param.fill = fill
-    param.takes_scale = takes_scale
-    param.ids_below = ids_below
+    param.leaves = leaves
+    param.encode = encode
     return param
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sglang.srt.models.checkpoint_model import FP8, SCALE_SUFFIX, CheckpointModel
+from sglang.srt.models.checkpoint_model import CheckpointModel
 
 
 def iterate_dummy(model: CheckpointModel, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -21,9 +21,10 @@ def iterate_dummy(model: CheckpointModel, seed: int) -> Iterator[tuple[str, torc
     """
     device = next(model.parameters()).device
     for name, expected in model.checkpoint_tensors().items():
-        if expected.ids_below is not None:
+        ids_below = expected.leaves[0].ids_below
+        if ids_below is not None:
             count = math.prod(expected.shape)
-            yield name, (torch.arange(count, device=device) % expected.ids_below).view(expected.shape)
+            yield name, (torch.arange(count, device=device) % ids_below).view(expected.shape)
             continue
         mean, deviation = expected.fill if expected.fill is not None else (0.0, fan_in(expected.shape) ** -0.5)
         tensor = torch.full(expected.shape, mean, device=device, dtype=torch.float32)
@@ -31,11 +32,8 @@ def iterate_dummy(model: CheckpointModel, seed: int) -> Iterator[tuple[str, torc
             generator = torch.Generator(device=device).manual_seed(_seed_of(name, seed))
             noise = torch.randn(expected.shape, generator=generator, device=device, dtype=torch.float32)
             tensor.add_(noise, alpha=deviation)
-        if expected.is_fp8:
-            scale = fan_in(expected.shape) ** -0.5 / deviation
-            yield name + SCALE_SUFFIX, torch.full(expected.scale_shape, scale, device=device, dtype=torch.float32)
-            tensor = tensor.to(FP8)
-        yield name, tensor
+        parts = {"": tensor} if expected.encode is None else expected.encode(tensor)
+        yield from ((name + suffix, part) for suffix, part in parts.items())
 
 
 def fan_in(shape: tuple[int, ...]) -> int:

@@ -17,7 +17,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.model_loader.dummy import iterate_dummy
 from sglang.srt.model_loader.weight_utils import iterate_safetensors, tensor_dtypes
 from sglang.srt.models.causal_lm import CausalLM
-from sglang.srt.models.checkpoint_model import SCALE_SUFFIX, CheckpointModel, WeightLoadError
+from sglang.srt.models.checkpoint_model import CheckpointModel, WeightLoadError
 from sglang.srt.models.draft_model import DraftModel
 from sglang.srt.models.registry import resolve_draft_class, resolve_model_class
 from sglang.srt.server_args import ServerArgs
@@ -157,9 +157,8 @@ def _as_stored(config: ModelConfig, prefix: str) -> ModelConfig:
     quant_config = config.quant_config
     if quant_config is None or quant_config.on_load:
         return config
-    matrices = (
-        (name.removesuffix(".weight"), dtype) for name, dtype in dtypes.items() if not name.endswith(SCALE_SUFFIX)
-    )
+    scales = quant_config.default.scale_suffix
+    matrices = ((name.removesuffix(".weight"), dtype) for name, dtype in dtypes.items() if not name.endswith(scales))
     plain = {name for name, dtype in matrices if dtype != "F8_E4M3"}
     modules = {re.sub(r"(\.experts)\.\d+\..*|(\.experts)\.\w+_proj", r"\1\2", name) for name in plain}
     skipped = (*quant_config.skipped, *map(re.escape, sorted(modules)))

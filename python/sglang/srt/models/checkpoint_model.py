@@ -11,16 +11,20 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from sglang.srt.configs.quantization import BLOCK
 from sglang.srt.layers.moe.fused_moe import FusedMoE
-from sglang.srt.layers.weights import ShardId, WeightFormatError, WeightShapeError, check_shape, full_shape
+from sglang.srt.layers.weights import (
+    PLAIN,
+    Encoder,
+    Leaf,
+    ShardId,
+    WeightFormatError,
+    WeightShapeError,
+    check_shape,
+    full_shape,
+)
 
 logger = logging.getLogger(__name__)
 
-_READABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_ID_DTYPES = (torch.int64, torch.int32)
-# An 8-bit matrix comes with the scales of its 128x128 blocks under its name and this suffix.
-FP8, SCALE_SUFFIX = torch.float8_e4m3fn, "_scale_inv"
 # Names of the tensors that a stacked one holds, by expert.
 Stack = list[list[str]]
 PackedModules = Mapping[str, tuple[tuple[str, ShardId], ...]]
@@ -32,29 +36,36 @@ class WeightLoadError(ValueError):
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """One tensor that the checkpoint must hold: its full shape and how it is taken, with scales if it is 8-bit.
+    """One matrix or vector that the checkpoint must hold: its full shape, and how it is taken, its partner behind it.
 
-    fill: mean and standard deviation of a dummy checkpoint, None for a matrix drawn by its fan-in. takes_scale: it may
-    come as 8-bit floats with scales. is_fp8: it is kept as such. ids_below: it holds integers in [0, ids_below).
+    fill: mean and standard deviation of a dummy checkpoint, None for a matrix drawn by its fan-in. leaves: the tensors
+    in which it may come. encode: what a dummy checkpoint holds of what was drawn; None: just that.
     """
 
     shape: tuple[int, ...]
     load: Callable[..., None]
     fill: tuple[float, float] | None = None
-    takes_scale: bool = False
-    is_fp8: bool = False
-    ids_below: int | None = None
+    leaves: tuple[Leaf, ...] = (PLAIN,)
+    encode: Encoder | None = None
 
     @classmethod
     def of(cls, param: nn.Parameter, shard_id: ShardId, load: Callable[..., None]) -> CheckpointTensor:
         """What ``param`` says of the tensor that holds ``shard_id``."""
         says: Any = param
-        ids_below = getattr(says, "ids_below", None)
-        return cls(full_shape(param, shard_id), load, says.fill, says.takes_scale, param.dtype.itemsize == 1, ids_below)
+        return cls(full_shape(param, shard_id), load, says.fill, says.leaves, says.encode)
 
-    @property
-    def scale_shape(self) -> tuple[int, ...]:
-        return tuple(-(-size // BLOCK) for size in self.shape)
+    def leaf_of(self, suffix: str, dtype: torch.dtype) -> Leaf:
+        """Which leaf a tensor is; raises WeightFormatError where none has its dtype."""
+        leaves = [leaf for leaf in self.leaves if leaf.suffix == suffix]
+        for leaf in leaves:
+            if dtype in leaf.dtypes:
+                return leaf
+        known = ", ".join(_short(each) for leaf in leaves for each in leaf.dtypes)
+        raise WeightFormatError(f"dtype {_short(dtype)} is not supported here, only {known}")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class CheckpointModel(nn.Module):
@@ -146,12 +157,17 @@ def _loader(param: nn.Parameter, shard_id: ShardId) -> Callable[..., None]:
 
 
 class _Loading:
-    """One pass over a checkpoint: what was seen, what does not fit, 8-bit matrices and scales that await each other."""
+    """One pass over a checkpoint: what was seen, what does not fit, tensors and partners that await each other."""
 
     def __init__(self, expected: Mapping[str, CheckpointTensor]) -> None:
         self._expected = expected
+        # Name of each tensor that may come -> the matrix that it belongs to, and its suffix.
+        self._matrix_of = {
+            name + leaf.suffix: (name, leaf.suffix) for name, target in expected.items() for leaf in target.leaves
+        }
         self._seen: set[str] = set()
-        self._halves: dict[str, tuple[str, torch.Tensor]] = {}
+        # Of each matrix, the tensors that await their partner, by suffix.
+        self._halves: dict[str, dict[str, tuple[str, torch.Tensor]]] = {}
         self._unexpected: set[str] = set()
         self._repeated: set[str] = set()
         self._misfits: set[str] = set()
@@ -170,42 +186,36 @@ class _Loading:
             self.take(name, file_name, part)
 
     def take(self, name: str, file_name: str, tensor: torch.Tensor) -> None:
-        """Load a tensor, or keep it until its other half comes."""
-        base = name.removesuffix(SCALE_SUFFIX)
-        target = self._expected.get(base)
-        if target is None or (name != base and not target.takes_scale):
+        """Load a tensor, or keep it until its partner comes."""
+        if name not in self._matrix_of:
             self._unexpected.add(file_name)
-        elif name in self._seen:
+            return
+        if name in self._seen:
             self._repeated.add(file_name)
-        elif name == base and (tensor.dtype != FP8 or not target.takes_scale):
-            self._seen.add(name)
-            self._load(target, file_name, tensor)
-        else:
-            self._seen.add(name)
-            self._halves[name] = (file_name, tensor)
-            if {base, base + SCALE_SUFFIX} <= self._halves.keys():
-                scale_name, scale = self._halves.pop(base + SCALE_SUFFIX)
-                file_name, tensor = self._halves.pop(base)
-                if self._fits(scale_name, scale, target.scale_shape):
-                    self._load(target, file_name, tensor, scale)
-
-    def _fits(self, file_name: str, tensor: torch.Tensor, shape: tuple[int, ...], ids_below: int | None = None) -> bool:
+            return
+        self._seen.add(name)
+        matrix, suffix = self._matrix_of[name]
+        target = self._expected[matrix]
         try:
-            if tensor.dtype not in (_READABLE_DTYPES if ids_below is None else _ID_DTYPES):
-                raise WeightFormatError(f"dtype {str(tensor.dtype).removeprefix('torch.')} is not supported")
-            check_shape(tensor, shape)
-            if ids_below is not None and not (0 <= int(tensor.min()) and int(tensor.max()) < ids_below):
-                raise WeightFormatError(f"it holds numbers outside [0, {ids_below})")
+            leaf = target.leaf_of(suffix, tensor.dtype)
+            _check(leaf, target.shape, tensor)
+            if leaf.partner is None:
+                target.load(tensor)
+                return
         except (WeightShapeError, WeightFormatError) as error:
             self._misfits.add(f"{file_name}: {error}")
-            return False
-        return True
-
-    def _load(self, target: CheckpointTensor, file_name: str, tensor: torch.Tensor, *scale: torch.Tensor) -> None:
-        if not scale and not self._fits(file_name, tensor, target.shape, target.ids_below):
             return
+        halves = self._halves.setdefault(matrix, {})
+        halves[suffix] = (file_name, tensor)
+        if leaf.partner in halves:
+            del self._halves[matrix]
+            self._load_pair(target, halves)
+
+    def _load_pair(self, target: CheckpointTensor, halves: dict[str, tuple[str, torch.Tensor]]) -> None:
+        file_name, tensor = halves.pop("")
+        ((_, partner),) = halves.values()
         try:
-            target.load(tensor, *scale)
+            target.load(tensor, partner)
         except (WeightShapeError, WeightFormatError) as error:
             self._misfits.add(f"{file_name}: {error}")
 
@@ -213,14 +223,23 @@ class _Loading:
         """What was wrong, by title; empty sets when all is loaded."""
         missing = set(self._expected) - self._seen
         unexpected = set(self._unexpected)
-        for name, (file_name, _) in self._halves.items():
-            if not name.endswith(SCALE_SUFFIX):
-                missing.add(name + SCALE_SUFFIX)
-            elif name.removesuffix(SCALE_SUFFIX) not in missing:
-                unexpected.add(f"{file_name} (its tensor is not 8-bit)")
+        for matrix, halves in self._halves.items():
+            for suffix, (file_name, tensor) in halves.items():
+                if suffix == "":
+                    partner = self._expected[matrix].leaf_of(suffix, tensor.dtype).partner
+                    missing |= {f"{matrix}{partner}"} - self._seen
+                elif matrix in self._seen and "" not in halves:
+                    unexpected.add(f"{file_name} (its tensor is not quantised)")
         return {
             "missing": missing,
             "unexpected": unexpected,
             "given twice": self._repeated,
             "wrong shape or dtype": self._misfits,
         }
+
+
+def _check(leaf: Leaf, shape: tuple[int, ...], tensor: torch.Tensor) -> None:
+    """Raise WeightShapeError or WeightFormatError unless ``tensor`` is ``leaf`` of a matrix of ``shape``."""
+    check_shape(tensor, leaf.block.entries(shape))
+    if leaf.ids_below is not None and not (0 <= int(tensor.min()) and int(tensor.max()) < leaf.ids_below):
+        raise WeightFormatError(f"it holds numbers outside [0, {leaf.ids_below})")

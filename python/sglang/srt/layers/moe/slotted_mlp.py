@@ -70,7 +70,8 @@ class SlottedMatrix(nn.Module):
         self._experts, self._shards = (experts,), dict(shards)  # in a tuple: it is a module elsewhere
         stacked: Any = getattr(experts, stack)
         weight: Any = nn.Parameter(self._view(stacked), requires_grad=False)
-        weight.weight_loader, weight.fill, weight.takes_scale = self.weight_loader, stacked.fill, stacked.takes_scale
+        weight.weight_loader, weight.fill = self.weight_loader, stacked.fill
+        weight.leaves, weight.encode = stacked.leaves, stacked.encode
         weight.full_shapes = dict.fromkeys(shards, full)
         self.register_parameter("weight", weight)
         scale = getattr(experts, f"{stack}_scale_inv", None)

@@ -16,7 +16,7 @@ from sglang.kernels.ops.moe.topk import (
     topk_grouped,
     topk_plain,
 )
-from sglang.srt.layers.weights import make_parameter
+from sglang.srt.layers.weights import IDS, Leaf, make_parameter
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class HashTopK(nn.Module):
         super().__init__()
         self.scoring = scoring
         self.routed_scaling_factor = routed_scaling_factor
-        self.tid2eid = make_parameter(vocab_size, top_k, dtype=torch.int32, ids_below=num_experts)
+        table = Leaf("", IDS, ids_below=num_experts)
+        self.tid2eid = make_parameter(vocab_size, top_k, dtype=torch.int32, leaves=(table,))
 
     def forward(self, router_logits: torch.Tensor, token_ids: torch.Tensor) -> TopKOutput:
         """router_logits [N, E], token_ids [N] int64 in the vocabulary, those of padded rows too -> TopKOutput."""

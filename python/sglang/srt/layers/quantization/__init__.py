@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from sglang.srt.configs.errors import ConfigError
-from sglang.srt.configs.quantization import BLOCK, QuantConfig
+from sglang.srt.configs.quantization import FP8_BLOCKS, QuantConfig
 from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.layers.quantization.fp8 import Fp8Method
 from sglang.srt.layers.quantization.unquant import UnquantizedMethod, WeightMethod
@@ -31,13 +31,14 @@ def linear_method(
     """
     if quant_config is None:
         return UnquantizedMethod()
-    if dequantize or quant_config.skips(prefix):
-        return UnquantizedMethod(takes_scale=True)
-    if shards.in_blocks(BLOCK) is None:
-        by_split = shards.is_split_in_blocks(BLOCK)
+    known = quant_config.format_of(prefix)
+    if dequantize or known is None:
+        return UnquantizedMethod(known or quant_config.default)
+    if shards.in_blocks(known.block) is None:
+        by_split = shards.is_split_in_blocks(known.block)
         if not by_split:
             _say_once(_all_layers(prefix), shards.rows, shards.columns)
-        return UnquantizedMethod(takes_scale=True, by_split=by_split)
+        return UnquantizedMethod(known, by_split=by_split)
     return Fp8Method(quant_config.on_load)
 
 
@@ -45,13 +46,15 @@ def experts_method(quant_config: QuantConfig | None, prefix: str, matrices: Sequ
     """The format of the routed experts ``prefix``; raises ConfigError where their blocks cannot be split."""
     if quant_config is None:
         return UnquantizedMethod()
-    if quant_config.skips(prefix):
-        return UnquantizedMethod(takes_scale=True)
-    if any(shards.in_blocks(BLOCK) is None for shards in matrices):
+    known = quant_config.format_of(prefix)
+    if known is None:
+        return UnquantizedMethod(quant_config.default)
+    if any(shards.in_blocks(known.block) is None for shards in matrices):
         sizes = " and ".join(f"[{shards.rows}, {shards.columns}]" for shards in matrices)
         raise ConfigError(
-            f"{prefix}: matrices {sizes} of an expert on this rank are not cut at fp8 blocks of {BLOCK}. Keep experts "
-            "whole with --ep-size, lower --tp-size, or serve without quantisation."
+            f"{prefix}: matrices {sizes} of an expert on this rank are not cut at {known.name} blocks of "
+            f"{known.block.rows}x{known.block.columns}. Keep experts whole with --ep-size, lower --tp-size, or serve "
+            "without quantisation."
         )
     return Fp8Method(quant_config.on_load)
 
@@ -66,7 +69,7 @@ def warn_of_splits(model: nn.Module, ranks: ProcessGroupHandle) -> list[str]:
         logger.warning(
             "%s: the split over ranks cuts fp8 blocks of %d, so these are kept in the dtype of activations, where "
             "--tp-size 1 serves them in 8 bits: answers may differ from those of one rank",
-            ", ".join(found), BLOCK,
+            ", ".join(found), FP8_BLOCKS.block.rows,
         )  # fmt: skip
     return found
 
@@ -79,5 +82,5 @@ def _all_layers(name: str) -> str:
 def _say_once(layers: str, rows: int, columns: int) -> None:
     logger.warning(
         "%s: [%d, %d] on this rank is not cut at fp8 blocks of %d; it is kept in the dtype of activations",
-        layers, rows, columns, BLOCK,
+        layers, rows, columns, FP8_BLOCKS.block.rows,
     )  # fmt: skip

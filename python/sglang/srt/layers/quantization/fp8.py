@@ -8,13 +8,11 @@ from torch import nn
 
 from sglang.kernels.ops.moe.fused_experts_fp8 import arrange_experts_fp8, fused_experts_fp8
 from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear, fp8_dtype
-from sglang.srt.configs.quantization import BLOCK
-from sglang.srt.layers.quantization.unquant import WeightMethod, part_of, stack_shape
-from sglang.srt.layers.weights import ShardId, Shards, WeightFormatError, WeightLoader, make_parameter
+from sglang.srt.configs.quantization import BLOCK, FP8_BLOCKS
+from sglang.srt.layers.quantization.unquant import FP8, FP8_LEAVES, WeightMethod, block_scales, part_of, stack_shape
+from sglang.srt.layers.weights import PLAIN, ShardId, Shards, WeightFormatError, WeightLoader, make_parameter
 from sglang.srt.platforms import current_platform
 
-# What checkpoints hold, on every machine.
-CHECKPOINT_DTYPE = torch.float8_e4m3fn
 # Deviation of a healthy dummy's entries before their scale.
 DUMMY_DEVIATION = 16.0
 
@@ -25,12 +23,12 @@ def quantize_blocks(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     A block of zeros has scale 1. DeepSeek-V3 report, section 3.3.2.
     """
     rows, columns = w.shape
-    largest = torch.finfo(CHECKPOINT_DTYPE).max
+    largest = torch.finfo(FP8).max
     padded = F.pad(w.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
     blocks = padded.view(padded.shape[0] // BLOCK, BLOCK, padded.shape[1] // BLOCK, BLOCK)
     scale = blocks.abs().amax((1, 3)) / largest
     scale = scale.masked_fill(scale == 0, 1.0)
-    q = (blocks / scale[:, None, :, None]).clamp(-largest, largest).to(CHECKPOINT_DTYPE)
+    q = (blocks / scale[:, None, :, None]).clamp(-largest, largest).to(FP8)
     return q.view(padded.shape)[:rows, :columns], scale
 
 
@@ -45,13 +43,21 @@ def to_fnuz(w: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return bits.view(torch.float8_e4m3fnuz), scale * 2.0
 
 
+def encode_dummy(drawn: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A healthy matrix of entries ``drawn`` from N(0, 16): scales make their deviation 1 / sqrt(fan_in)."""
+    blocks = FP8_BLOCKS.block.entries(tuple(drawn.shape))
+    scale = drawn.shape[1] ** -0.5 / DUMMY_DEVIATION
+    return {"": drawn.to(FP8), FP8_BLOCKS.scale_suffix: torch.full(blocks, scale, device=drawn.device)}
+
+
 class Fp8Method(WeightMethod):
     """8-bit weights; with ``on_load`` the checkpoint's are not, and each whole matrix is quantised before it is split.
 
     Beside each parameter lie the scales of its blocks, as ``<name>_scale_inv`` (they multiply, despite the name).
     """
 
-    takes_scale = True
+    # A plain one is quantised with ``on_load``, and else refused with a better reason than its dtype.
+    leaves = (PLAIN, *FP8_LEAVES)
 
     def __init__(self, on_load: bool) -> None:
         self.on_load = on_load
@@ -61,11 +67,11 @@ class Fp8Method(WeightMethod):
     def create(
         self, layer: nn.Module, name: str, shards: Shards, loader: WeightLoader | None = None, count: int | None = None
     ) -> None:
-        blocks = shards.in_blocks(BLOCK)
+        blocks = shards.in_blocks(FP8_BLOCKS.block)
         assert blocks is not None, "the caller asks for this format only where blocks are whole"
         weight = make_parameter(
             *stack_shape(count, shards), dtype=self.dtype, loader=loader, full_shapes=shards.full_shapes,
-            fill=(0.0, DUMMY_DEVIATION), takes_scale=True,
+            fill=(0.0, DUMMY_DEVIATION), leaves=self.leaves, encode=encode_dummy,
         )  # fmt: skip
         layer.register_parameter(name, weight)
         scale = make_parameter(*stack_shape(count, blocks), dtype=torch.float32, full_shapes={})
@@ -82,7 +88,7 @@ class Fp8Method(WeightMethod):
         index: int | None = None,
     ) -> None:
         target, scales = (part_of(getattr(layer, each), index) for each in (name, f"{name}_scale_inv"))
-        blocks = shards.in_blocks(BLOCK)
+        blocks = shards.in_blocks(FP8_BLOCKS.block)
         assert blocks is not None
         loaded = loaded.to(target.device)
         if scale is None:
@@ -92,7 +98,9 @@ class Fp8Method(WeightMethod):
                     "needs float8_e4m3fn and scales, or a place under modules_to_not_convert"
                 )
             loaded, scale = quantize_blocks(loaded)
-        if self.dtype != CHECKPOINT_DTYPE:
+        else:
+            scale = block_scales(scale, target.device)
+        if self.dtype != FP8:
             loaded, scale = to_fnuz(loaded, scale)
         shards.copy(target, loaded, shard_id)
         blocks.copy(scales, scale, shard_id)

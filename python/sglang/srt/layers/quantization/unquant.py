@@ -10,7 +10,26 @@ from torch import nn
 
 from sglang.kernels.ops.moe.fused_experts import arrange_experts, fused_experts
 from sglang.kernels.ops.quant.group_fp8 import dequantize_blocks
-from sglang.srt.layers.weights import ShardId, Shards, WeightLoader, make_parameter
+from sglang.srt.configs.quantization import FP8_BLOCKS, WeightFormat
+from sglang.srt.layers.weights import (
+    FLOATS,
+    PLAIN,
+    Leaf,
+    ShardId,
+    Shards,
+    WeightFormatError,
+    WeightLoader,
+    make_parameter,
+)
+
+# What checkpoints hold of 8-bit matrices, on every machine.
+FP8 = torch.float8_e4m3fn
+# A scale that is a power of two, as its exponent + 127; 255 is NaN. OCP Microscaling Formats 1.0, section 5.4.1.
+E8M0 = torch.float8_e8m0fnu
+FP8_LEAVES = (
+    Leaf("", (FP8,), partner=FP8_BLOCKS.scale_suffix),
+    Leaf(FP8_BLOCKS.scale_suffix, (*FLOATS, E8M0), FP8_BLOCKS.block, partner=""),
+)
 
 
 class WeightMethod(ABC):
@@ -20,9 +39,11 @@ class WeightMethod(ABC):
     else a format needs lies beside them under names of its own.
     """
 
-    takes_scale = False
     # The 8-bit type, with scales by groups of 128, in which experts multiply their rows; None: the model's own.
     row_dtype: torch.dtype | None = None
+
+    # The tensors in which a checkpoint may hold one matrix.
+    leaves: tuple[Leaf, ...] = (PLAIN,)
 
     @abstractmethod
     def create(
@@ -41,9 +62,9 @@ class WeightMethod(ABC):
         scale: torch.Tensor | None = None,
         index: int | None = None,
     ) -> None:
-        """Take this rank's part of a checkpoint matrix, ``index`` of the stack; ``scale`` belongs to an 8-bit one.
+        """Take this rank's part of a checkpoint matrix, ``index`` of the stack: a tensor that is one of ``leaves``.
 
-        scale [ceil(rows / 128), ceil(columns / 128)] multiplies its blocks.
+        scale: its partner, if it has one; it multiplies the blocks that the partner's leaf says.
         """
 
     @abstractmethod
@@ -67,6 +88,14 @@ class WeightMethod(ABC):
         """Put loaded experts into the layout of the kernel that is to run them; clamped ones have none of their own."""
 
 
+def block_scales(scale: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A checkpoint's scales as float32 on ``device``; raises WeightFormatError for one that is infinite or NaN."""
+    scale = scale.float()
+    if not bool(scale.isfinite().all()):
+        raise WeightFormatError("its scales hold infinite numbers or NaN (byte 255 in float8_e8m0fnu)")
+    return scale.to(device)
+
+
 def part_of(param: nn.Parameter, index: int | None) -> torch.Tensor:
     """The matrix that ``param`` is, or the one at ``index`` of its stack."""
     return param.data if index is None else param.data[index]
@@ -78,20 +107,20 @@ def stack_shape(count: int | None, shards: Shards) -> tuple[int, ...]:
 
 
 class UnquantizedMethod(WeightMethod):
-    """Weights in the dtype of activations; with ``takes_scale`` an 8-bit checkpoint matrix is scaled back on load.
+    """Weights in the dtype of activations; a checkpoint matrix in the format ``stored`` is scaled back on load.
 
     by_split: a single rank would keep the layer in 8 bits.
     """
 
-    def __init__(self, takes_scale: bool = False, by_split: bool = False) -> None:
-        self.takes_scale = takes_scale
+    def __init__(self, stored: WeightFormat | None = None, by_split: bool = False) -> None:
+        self.leaves = (PLAIN,) if stored is None else (PLAIN, *FP8_LEAVES)
         self.by_split = by_split
 
     def create(
         self, layer: nn.Module, name: str, shards: Shards, loader: WeightLoader | None = None, count: int | None = None
     ) -> None:
         parameter = make_parameter(
-            *stack_shape(count, shards), loader=loader, full_shapes=shards.full_shapes, takes_scale=self.takes_scale
+            *stack_shape(count, shards), loader=loader, full_shapes=shards.full_shapes, leaves=self.leaves
         )
         layer.register_parameter(name, parameter)
 
@@ -107,7 +136,7 @@ class UnquantizedMethod(WeightMethod):
     ) -> None:
         target = part_of(getattr(layer, name), index)
         if scale is not None:
-            loaded = dequantize_blocks(loaded.to(target.device), scale.to(target.device, torch.float32))
+            loaded = dequantize_blocks(loaded.to(target.device), block_scales(scale, target.device))
         shards.copy(target, loaded, shard_id)
 
     def linear(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
