@@ -3,9 +3,9 @@
     python benchmark/make_models.py OUT_DIR [NAME ...]
 
     deepseek-v2-lite       27 layers, bf16, 15.7 B parameters        31.4 GB
-    deepseek-v3-4l-fp8     V3's sizes, 1 dense + 3 MoE layers, fp8   39 GB (needs block-scaled fp8)
+    deepseek-v3-4l-fp8     V3's sizes, 1 dense + 3 MoE layers, fp8   39 GB (needs block-scaled fp8); MTP layer: 12 GB
     deepseek-v3-3l-bf16    V3's sizes, 1 dense + 2 MoE layers, bf16  51 GB
-    qwen3.5-35b-a3b-20l    20 of 40 layers (15 GDN, 5 full), bf16    36 GB
+    qwen3.5-35b-a3b-20l    20 of 40 layers (15 GDN, 5 full), bf16    36 GB; MTP layer: 2 GB
     qwen3.5-35b-a3b-8l     8 of 40 layers (6 GDN, 2 full), bf16      15 GB
     deepseek-v2-tiny, qwen3.5-tiny: few layers at the same sizes, for smoke tests
 
@@ -24,11 +24,22 @@ from sglang.test.bench_checkpoint import write_tokenizer
 
 TOKENIZER_SIZE = 900
 
+
+def _with_mtp(config: dict[str, Any]) -> dict[str, Any]:
+    """A Qwen3.5 config whose checkpoint holds the layer that drafts."""
+    return {**config, "text_config": {**config["text_config"], "mtp_num_hidden_layers": 1}}
+
+
 MODELS: dict[str, dict[str, Any]] = {
     "deepseek-v2-lite": DEEPSEEK_V2_LITE,
-    "deepseek-v3-4l-fp8": {**DEEPSEEK_V3, "num_hidden_layers": 4, "quantization_config": BLOCK_FP8},
+    "deepseek-v3-4l-fp8": {
+        **DEEPSEEK_V3,
+        "num_hidden_layers": 4,
+        "num_nextn_predict_layers": 1,
+        "quantization_config": BLOCK_FP8,
+    },
     "deepseek-v3-3l-bf16": DEEPSEEK_V3,
-    "qwen3.5-35b-a3b-20l": qwen35_like(20),
+    "qwen3.5-35b-a3b-20l": _with_mtp(qwen35_like(20)),
     "qwen3.5-35b-a3b-8l": qwen35_like(8),
     "deepseek-v2-tiny": {**DEEPSEEK_V2_LITE, "num_hidden_layers": 2},
     "qwen3.5-tiny": qwen35_like(4),

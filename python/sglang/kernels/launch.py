@@ -59,8 +59,20 @@ def warps_for(elements: int) -> int:
 
 
 def triton_impl(fn: Callable[..., Any], accepts: Callable[..., bool]) -> Impl:
-    """The Triton line of an op: runs on any GPU that Triton compiles for, where ``accepts`` says yes."""
-    return Impl("triton", fn, kinds={"hip", "cuda"}, package="triton", needs_device=True, accepts=accepts)
+    """The Triton line of an op: runs on any GPU that Triton compiles for, where ``accepts`` says yes.
+
+    Kernels step through a vector by its elements, so one whose elements are not side by side is never accepted: an
+    expanded row of one element, read as if it were many, is memory of somebody else.
+    """
+
+    def accepts_dense(*args: Any, **kwargs: Any) -> bool:
+        return all(map(_dense_vector, (*args, *kwargs.values()))) and accepts(*args, **kwargs)
+
+    return Impl("triton", fn, kinds={"hip", "cuda"}, package="triton", needs_device=True, accepts=accepts_dense)
+
+
+def _dense_vector(arg: object) -> bool:
+    return not isinstance(arg, Tensor) or arg.ndim != 1 or arg.is_contiguous()
 
 
 def aiter_impl(fn: Callable[..., Any], accepts: Callable[..., bool]) -> Impl:

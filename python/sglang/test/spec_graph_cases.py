@@ -131,3 +131,15 @@ class VerifyCases(SpecGraphs):
                 self.assertEqual(drafts, wanted_drafts)
                 self.assertGreater(metrics.num_accepted_drafts, 0)
                 self.assertLess(metrics.num_accepted_drafts, metrics.num_drafts)
+
+    def test_a_request_alone(self) -> None:
+        """A step of one request, captured and eager: what is spread over its rows may not be a view of one element."""
+        wanted = self.alone(self.engine(0, disable_cuda_graph=True))
+        for settings in ({"cuda_graph_bs": [1]}, {"disable_cuda_graph": True}):
+            with self.subTest(**settings):
+                self.assertEqual(self.alone(self.engine(3, **settings)), wanted)
+
+    def alone(self, engine: EngineHarness) -> list[int]:
+        """Greedy tokens of the first prompt, without another request."""
+        engine.submit("alone", self.prompts[0], SamplingParams(temperature=0.0, max_new_tokens=24, ignore_eos=True))
+        return engine.run()["alone"].output_ids

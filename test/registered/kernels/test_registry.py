@@ -33,6 +33,21 @@ class TestRegistry(CustomTestCase):
         self.assertEqual(REGISTRY.records[op.name].calls_refused, {"fast": 2})
         self.assertEqual(REGISTRY.chosen(op), "fast")
 
+    def test_no_kernel_takes_a_vector_with_gaps(self):
+        """Bodies step through vectors by their elements: an expanded one of one element has nothing behind it."""
+        refused = set()
+        for name, op in REGISTRY.ops.items():
+            for impl in (impl for impl in op.impls if impl.name == "triton"):
+                for case in filter(lambda case: impl.accepts(*case.args), op.cases()):
+                    vectors = [i for i, x in enumerate(case.args) if torch.is_tensor(x) and x.ndim == 1 and len(x) > 1]
+                    for index in vectors:
+                        vector = case.args[index]
+                        for gaps in (torch.stack((vector, vector), 1)[:, 0], vector[:1].expand(len(vector))):
+                            args = (*case.args[:index], gaps, *case.args[index + 1 :])
+                            self.assertFalse(impl.accepts(*args), (name, case.name, index))
+                            refused.add(name)
+        self.assertGreater(len(refused), 15)
+
     def test_static_conditions_say_why_not(self):
         for restrictions, reason in (
             ({"kinds": {"hip"}}, "not for cpu (only hip)"),

@@ -52,8 +52,8 @@ class TritonAttnBackend(CapturingPoolBackend):
         assert fb.kind is not None
         width = fb.kind.rows_per_request
         back = torch.arange(1 - width, 1, device=fb.seq_lens.device)
-        requests = fb.req_pool_indices.unsqueeze(1).expand(-1, width)
-        return TableDecodePlan(requests.flatten(), (fb.seq_lens.unsqueeze(1) + back).flatten())
+        requests = fb.req_pool_indices.repeat_interleave(width)
+        return TableDecodePlan(requests, (fb.seq_lens.unsqueeze(1) + back).flatten())
 
     def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
         """Record that graphs of this kind and batch size read these very tensors, which therefore must persist."""

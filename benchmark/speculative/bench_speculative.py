@@ -1,0 +1,178 @@
+"""What speculation costs and gives: steps alone, whole cycles, and the time per token at chosen accept lengths.
+
+    python benchmark/speculative/bench_speculative.py --model-path DIR/deepseek-v3-4l-fp8 --load-format dummy
+        [--steps 3 1] [--batch-size 1 8 32] [--input-len 1024] [--accept-length 1 1.8 2.6] [--cycles 24] [--runs 3]
+        [flags of the server]
+
+In one process: the model without speculation, then with each number of ``--steps``. How many drafts count is not left
+to the model, whose weights are random: each step takes a number drawn around the accept length (the tokens then mean
+nothing, the work is that of real ones). Per batch size it prints
+
+    decode B*D / verify B     the replayed steps alone; the bar for their ratio is 1.05
+    cycle over graphs         a whole cycle, host included, over its replayed steps one after the other
+    ms per token              without speculation, and at each accept length; and the accept length that breaks even
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+import statistics
+import time
+from dataclasses import asdict
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput
+from sglang.srt.model_executor.bucket_graphs import BucketGraphs
+from sglang.srt.platforms import current_platform
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative import eagle_worker
+from sglang.srt.speculative.draft_graphs import GREEDY
+from sglang.test.engine_harness import EngineHarness
+
+FIRST_ID = 3  # below stand special tokens
+WARM_UP = 4  # cycles that are not counted
+
+
+class Accept:
+    """Takes the place of ``num_new_tokens``: counts whose mean is ``length``, made on the device."""
+
+    def __init__(self, length: float) -> None:
+        self.length = length
+
+    def __call__(self, drawn: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
+        size, width = drawn.shape
+        length = min(max(self.length, 1.0), float(width))
+        whole = int(length)
+        more = torch.rand(size, device=drawn.device) < length - whole
+        return (more.long() + whole).clamp(max=width)
+
+
+def replay_ms(graphs: BucketGraphs[Any] | None, bucket: int, repeats: int = 20) -> float:
+    """The median time of one replay on what lies in its tensors now; NaN where there is no graph."""
+    if graphs is None or graphs.bucket_of(bucket) != bucket:
+        return math.nan
+    times = []
+    for _ in range(repeats):
+        current_platform.synchronize()
+        started = time.perf_counter()
+        graphs.run(bucket)
+        current_platform.synchronize()
+        times.append((time.perf_counter() - started) * 1e3)
+    return statistics.median(times)
+
+
+def cycles_ms(engine: EngineHarness, size: int, args: argparse.Namespace, seed: int) -> tuple[float, float]:
+    """(ms per cycle, tokens per request and cycle) of ``size`` requests that all decode."""
+    rng = np.random.default_rng((size, seed))
+    for number in range(size):
+        prompt = rng.integers(FIRST_ID, engine.model_config.vocab_size, size=args.input_len).tolist()
+        params = SamplingParams(temperature=0.0, max_new_tokens=args.max_new, ignore_eos=True)
+        engine.submit(f"{seed} {number}", prompt, params)
+    metrics = engine.scheduler.metrics
+    begun = metrics.num_decode_steps
+    while metrics.num_decode_steps < begun + WARM_UP or len(engine.scheduler.running) < size:
+        engine.step()
+    current_platform.synchronize()
+    tokens, started = metrics.num_generated_tokens, time.perf_counter()
+    for _ in range(args.cycles):
+        engine.step()
+    current_platform.synchronize()
+    seconds = time.perf_counter() - started
+    tokens = metrics.num_generated_tokens - tokens
+    engine.inbox.append(AbortReq(abort_all=True))
+    engine.run()
+    engine.scheduler._handle(FlushCacheReqInput(seq=0))
+    engine.results.clear()
+    return seconds / args.cycles * 1e3, tokens / args.cycles / size
+
+
+def settled(engine: EngineHarness, size: int, args: argparse.Namespace) -> tuple[list[float], float]:
+    """(ms per cycle of each run, tokens per request and cycle); the first run warms up."""
+    found = [cycles_ms(engine, size, args, seed) for seed in range(args.runs + 1)][1:]
+    return [ms for ms, _ in found], statistics.fmean(length for _, length in found)
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} ({min(values):.3f} .. {max(values):.3f})"
+
+
+def make_engine(args: argparse.Namespace, sizes: list[int], num_steps: int) -> EngineHarness:
+    settings = asdict(ServerArgs.from_cli_args(args))
+    settings |= {"cuda_graph_bs": sizes, "max_running_requests": max(sizes)}
+    if num_steps:
+        settings |= {"speculative_algorithm": "NEXTN", "speculative_num_steps": num_steps}
+    started = time.perf_counter()
+    engine = EngineHarness(settings.pop("model_path"), overlap=True, **settings)
+    print(f"# {num_steps} drafts per step: ready in {time.perf_counter() - started:.1f} s", flush=True)
+    return engine
+
+
+def without(args: argparse.Namespace) -> tuple[dict[int, float], dict[int, float]]:
+    """By batch size: ms of a replayed decode step, and ms per token through the scheduler."""
+    wider = {size * (steps + 1) for size in args.batch_size for steps in args.steps}
+    sizes = sorted({*args.batch_size, *wider})
+    engine, replayed, per_token = make_engine(args, sizes, 0), {}, {}
+    graphs = engine.runner.decode_graphs
+    for size in sizes:
+        cycles = settled(engine, size, args)[0] if size in args.batch_size else [cycles_ms(engine, size, args, 0)[0]]
+        per_token[size] = statistics.median(cycles)
+        replayed[size] = replay_ms(graphs, size)
+        print(f"batch {size}: decode step {spread(cycles)} ms, its graph {replayed[size]:.3f} ms", flush=True)
+    return replayed, per_token
+
+
+def with_drafts(
+    args: argparse.Namespace, num_steps: int, decode_graph: dict[int, float], plain: dict[int, float]
+) -> None:
+    engine = make_engine(args, sorted(args.batch_size), num_steps)
+    drafts = engine.worker.speculator.drafter.graphs  # type: ignore[union-attr]
+    verify, width = engine.runner.decode_graphs, num_steps + 1
+    for size in args.batch_size:
+        lines, cycle = [], 0.0
+        for wanted in args.accept_length:
+            with mock.patch.object(eagle_worker, "num_new_tokens", Accept(wanted)):
+                times, length = settled(engine, size, args)
+            cycle = statistics.median(times)
+            gain = plain[size] * length / cycle
+            lines.append(f"  accept length {length:.2f}: cycle {spread(times)} ms, {cycle / length:.3f} ms per token, "
+                         f"{gain:.2f}x of without")  # fmt: skip
+        parts = {"verify": replay_ms(verify, size), "extend": replay_ms(drafts and drafts.extend_graphs, size)}
+        if num_steps > 1:
+            parts["chain"] = replay_ms(drafts and drafts.chains[GREEDY], size)
+        wide = decode_graph[size * width]
+        alone = ", ".join(f"{name} {ms:.3f}" for name, ms in parts.items())
+        print(f"batch {size}, {width} rows per request: graphs alone {alone} ms")
+        print(f"  verify over a decode step of {size * width} requests ({wide:.3f} ms): {parts['verify'] / wide:.3f}")
+        print(f"  cycle over its graphs: {cycle / sum(parts.values()):.3f}; breaks even at {cycle / plain[size]:.2f}")
+        print("\n".join(lines), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, nargs="+", default=[3, 1])
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--input-len", type=int, default=1024)
+    parser.add_argument("--accept-length", type=float, nargs="+", default=[1.0, 1.8, 2.6])
+    parser.add_argument("--cycles", type=int, default=24)
+    parser.add_argument("--runs", type=int, default=3)
+    ServerArgs.add_cli_args(parser)
+    args = parser.parse_args()
+    args.max_new = (args.cycles + WARM_UP + 64) * 4
+    print(f"# {current_platform.describe()}", flush=True)
+    decode_graph, plain = without(args)
+    for num_steps in args.steps:
+        gc.collect()
+        if current_platform.kind != "cpu":
+            torch.cuda.empty_cache()
+        with_drafts(args, num_steps, decode_graph, plain)
+
+
+if __name__ == "__main__":
+    main()
