@@ -6,6 +6,7 @@ import torch
 
 from sglang.kernels.ops.gdn.decode_step import gdn_decode_step_torch, gdn_decode_step_triton, step_inputs
 from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step_torch, gdn_extend_step_triton
+from sglang.kernels.ops.gdn.verify_step import gdn_verify_step_torch, gdn_verify_step_triton
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -61,6 +62,29 @@ class TestTritonGDNOnGpu(CustomTestCase):
                     table = [part.cuda() for part in chunk_table(LENGTHS)]
                     args = [*inputs(sum(LENGTHS), 9, shape, dtype, 1), slots, *table, LENGTHS, 1e-6]
                     self.check(gdn_extend_step_triton, gdn_extend_step_torch, args, most)
+
+    def test_verify_steps_at_serving_widths(self):
+        """Rows that count and rows that do not, a sequence alone, and padding that is NaN."""
+        limits = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (1e-2, 4e-3)}
+        for dtype, most in limits.items():
+            for shape, slots, rows in ((SHAPES[0], [5, 2, 7], 4), (SHAPES[2], [3], 2), (SHAPES[3], [1, 0, 6], 9)):
+                with self.subTest(dtype=dtype, shape=shape, rows=rows):
+                    args = inputs(len(slots) * rows, 9, shape, dtype)
+                    old = inputs(9 * rows, 1, shape, dtype, 1)
+                    tail_qkv, tail_gates = old[0].view(9, rows, -1), torch.cat(old[2:4], -1).view(9, rows, -1)
+                    tail_len = torch.arange(9, device="cuda") * 7 % (rows + 1)
+                    tail_qkv[4:5], tail_gates[0] = float("nan"), float("nan")
+                    slot_ids = torch.tensor(slots, device="cuda")
+                    rest = [tail_qkv, tail_gates, tail_len, slot_ids, 1e-6]
+                    found, expected = clone([*args, *rest]), wide([*args, *rest])
+                    expected[8], expected[9] = args[8].clone(), args[9].clone()
+                    real = (slot_ids > 0).repeat_interleave(rows)
+                    out, wanted = gdn_verify_step_triton(*found)[real], gdn_verify_step_torch(*expected)[real]
+                    self.assertLess(distance(out, wanted), most[0])
+                    self.assertTrue(torch.equal(found[8][1:], expected[8][1:]), "columns")
+                    self.assertLess(distance(found[9][1:], expected[9][1:]), most[1])
+                    for tail, with_steps in ((found[10], expected[10]), (found[11], expected[11])):
+                        torch.testing.assert_close(tail[1:].double(), with_steps[1:], rtol=0, atol=0, equal_nan=True)
 
     def test_strong_decay_does_not_blur_what_follows(self):
         args = inputs(130, 3, SHAPES[3], torch.float32)

@@ -7,12 +7,19 @@ The next step first runs the tail's tokens that counted, on the slot, and then i
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 
 import torch
 from torch import Tensor
 
-from sglang.kernels.ops.gdn.decode_step import STEP_SHAPES, gdn_decode_step, step_inputs
+from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
+from sglang.kernels.ops.gdn.decode_step import SERVING_SHAPES, STEP_SHAPES, gdn_decode_step, step_inputs
+from sglang.kernels.ops.gdn.shapes import shape_of, step_fits_triton
+from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm
 from sglang.kernels.spec import Case, Impl, Op
+
+# Channels of a program of the inputs, and rows of a state that one of the recurrence holds.
+CHANNELS, STATE_ROWS = 256, 32
 
 
 def gdn_verify_step_torch(
@@ -47,6 +54,36 @@ def gdn_verify_step_torch(
     return torch.stack(new, dim=1).flatten(0, 1)
 
 
+def gdn_verify_step_triton(
+    mixed_qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor,
+    norm_weight: Tensor, conv_state: Tensor, ssm_state: Tensor, tail_qkv: Tensor, tail_gates: Tensor, tail_len: Tensor,
+    slot_ids: Tensor, eps: float,
+) -> Tensor:  # fmt: skip
+    """Three launches: inputs of all tokens, the recurrence, which reads and writes a state once, and the norm."""
+    from sglang.kernels.ops.gdn.verify_step_triton import verify_inputs_kernel, verify_scan_kernel
+
+    shape, size, repeat = shape_of(mixed_qkv, conv_weight, ssm_state), slot_ids.shape[0], tail_qkv.shape[1]
+    channels, heads, device = mixed_qkv.shape[1], shape.value_heads, mixed_qkv.device
+    out = torch.empty(size * repeat, heads, shape.v_dim, dtype=mixed_qkv.dtype, device=device)
+    if not size:
+        return out
+    conv = torch.empty(size, 2 * repeat, channels, dtype=mixed_qkv.dtype, device=device)
+    gates = torch.empty(size, 2 * repeat, 2, heads, dtype=torch.float32, device=device)
+    verify_inputs_kernel[(cdiv(channels, CHANNELS) + 1, size)](
+        mixed_qkv, b, a, conv_weight, A_log, dt_bias, conv_state, tail_qkv, tail_gates, tail_len, slot_ids, conv, gates,
+        mixed_qkv.stride(0), b.stride(0), a.stride(0), conv_state.stride(0), channels, heads,
+        WIDTH=shape.width, BLOCK_W=next_power_of_2(shape.width), REPEAT=repeat, BLOCK=CHANNELS,
+        BLOCK_H=next_power_of_2(heads), num_warps=4,
+    )  # fmt: skip
+    rows = min(STATE_ROWS, next_power_of_2(shape.v_dim))
+    verify_scan_kernel[(heads * cdiv(shape.v_dim, rows), size)](
+        conv, gates, ssm_state, tail_len, slot_ids, out,
+        ssm_state.stride(0), channels, shape.key_heads, heads, shape.per_key, shape.k_dim**-0.5,
+        K=shape.k_dim, V=shape.v_dim, REPEAT=repeat, ROWS=rows, BLOCK_K=next_power_of_2(shape.k_dim), num_warps=4,
+    )  # fmt: skip
+    return gated_rms_norm(out, z, norm_weight, eps)
+
+
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     for size, rows, shape in (
@@ -65,4 +102,21 @@ def _cases() -> Iterator[Case]:
         yield Case(name, (*inputs, conv, ssm, tail_qkv, tail_gates, lengths, slots, 1e-6))
 
 
-gdn_verify_step = Op("gdn.verify_step", Impl("torch", gdn_verify_step_torch), cases=_cases)
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Verify steps of Qwen3.5, of two and of four rows per sequence."""
+    for shape, (size, rows) in product(SERVING_SHAPES, ((1, 4), (32, 2), (32, 4))):
+        inputs = step_inputs(size * rows, size + 1, shape, dtype=torch.bfloat16, device=device)
+        tail_qkv = inputs[0].new_empty(size + 1, rows, inputs[0].shape[1])
+        tail_gates = inputs[0].new_empty(size + 1, rows, 2 * inputs[2].shape[1])
+        slots = torch.empty(size, dtype=torch.int64, device=device)
+        name = f"{shape[0]}x{shape[0] * shape[1]} {size}x{rows}"
+        tail_len = slots.new_empty(size + 1)
+        yield gdn_verify_step, Case(name, (*inputs, tail_qkv, tail_gates, tail_len, slots, 1e-6))
+
+
+gdn_verify_step = Op(
+    "gdn.verify_step",
+    triton_impl(gdn_verify_step_triton, step_fits_triton),
+    Impl("torch", gdn_verify_step_torch),
+    cases=_cases,
+)
