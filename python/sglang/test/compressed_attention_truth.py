@@ -149,7 +149,8 @@ class AttentionHarness:
     def reset(self) -> None:
         """Forget every request; whatever is read and was not written shows."""
         for buffer in self.pools.buffers():
-            buffer.fill_(torch.nan)
+            # All bits set is NaN in every format but FNUZ's values, whose scale is NaN then.
+            buffer.fill_(torch.nan if buffer.is_floating_point() else 255)
         self.requests.clear()
         self.requests.req_to_token[: self.requests.padding_row].fill_(1)
         last = self.pools.size(FULL) // PAGE_SIZE

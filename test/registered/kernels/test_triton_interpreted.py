@@ -10,9 +10,11 @@ import unittest
 from collections import Counter
 from unittest import mock
 
+import torch
 import triton
 from test_op_parity import check_case
 
+from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows_triton
 from sglang.kernels.ops.moe import fused_experts_fp8
 from sglang.kernels.ops.quant import group_fp8
 from sglang.kernels.registry import REGISTRY
@@ -24,7 +26,7 @@ register_cpu_ci(est_time=90, suite="stage-b-test-cpu")
 # The interpreter rounds to 8 bits wrongly where the mantissa carries into the exponent (127.9 becomes 64): this body is
 # left to the GPU, as are writes to 8-bit caches, and the products of 8-bit rows are given rows that torch quantised.
 NOT_INTERPRETED = ("quant.quantize_groups",)
-ROW_WRITERS = ("kv_cache", "prepare")
+ROW_WRITERS = ("kv_cache", "prepare", "compressed")
 # Six seconds and more each; another case of many blocks of the same op is interpreted, and a GPU runs these.
 SLOW = ("many-blocks-2x2", "many-blocks-tail-3x3", "many-blocks-fp8")
 VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
@@ -52,6 +54,15 @@ class TestTritonInterpreted(CustomTestCase):
         self.assertEqual([name for name, count in ran.items() if not count], [], "their Triton body accepts no case")
         self.assertGreater(ran.total(), 200)
         print(f"{ran.total()} (op, case) pairs in the interpreter of triton {triton.__version__}")
+
+    def test_minus_zero_never_becomes_the_nan_of_fnuz(self):
+        rows = torch.full((2, 512), -0.0)
+        rows[1, ::2], rows[1, 1::2] = 1.0, -1e-9
+        for tail, dim in ((64, 512), (None, 128)):
+            cache = make_pages(1, 2, dim, tail, torch.float8_e4m3fnuz)
+            store_rows_triton(rows[:, :dim].contiguous(), torch.arange(2), *cache)
+            self.assertFalse(bool((cache[0].view(torch.uint8)[..., : dim - (tail or 0)] == 0x80).any()))
+            self.assertEqual(float(load_rows(*cache, torch.arange(2), dim)[1, 0]), 1.0)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ import unittest
 
 import torch
 
+from sglang.srt.platforms import override_platform
+from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
@@ -12,6 +14,13 @@ from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import save_tiny_checkpoint
 
 register_cpu_ci(est_time=30, suite="stage-b-test-cpu")
+
+
+class Gfx942(CpuPlatform):
+    """A machine whose 8-bit floats are FNUZ."""
+
+    arch = "gfx942"
+
 
 TOLERANCE = 1e-4
 TIE = 2e-4
@@ -96,6 +105,26 @@ class TestDeepseekV4Serving(CustomTestCase):
                     engine.submit(rid, prompt, params(), return_logprob=True)
                 for rid, result in engine.run().items():
                     self.check(rid, result)
+
+    def test_caches_of_8_bits(self):
+        """Log-probabilities move by rounding alone; hits and chunks give the same ones; FNUZ as on gfx942."""
+        for platform in (CpuPlatform(), Gfx942()):
+            with override_platform(platform):
+                engine = self.engine(kv_cache_dtype="fp8_e4m3")
+                for rid in ("stem", "hit-512", "window"):
+                    engine.submit(rid, self.prompts[rid], params(), return_logprob=True)
+                first = engine.run()
+                engine.submit("hit-512@again", self.prompts["hit-512"], params(), return_logprob=True)
+                again = engine.run()["hit-512@again"]
+            self.assertEqual(again.cached_tokens, 512)
+            self.assertEqual(again.output_ids, first["hit-512"].output_ids)
+            for rid, result in first.items():
+                prompt = self.prompts[rid.split("@")[0]]
+                truth = self.truth(prompt + result.output_ids)[len(prompt) - 1 :]
+                wanted = truth[:-1].gather(1, torch.tensor(result.output_ids).unsqueeze(1)).squeeze(1)
+                off = torch.tensor(result.output_logprobs.logprobs) - wanted
+                self.assertLess(float(off.square().mean().sqrt()), 0.15, (platform.arch, rid))
+                self.assertGreater(float(off.abs().max()), 1e-4, "nothing was rounded")
 
     def test_after_retraction(self):
         """Requests that lose their pages on the way compute the same tokens again."""

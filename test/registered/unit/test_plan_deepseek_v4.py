@@ -25,18 +25,28 @@ class TestPools(CustomTestCase):
         self.folder = self.enterContext(tempfile.TemporaryDirectory())
         Path(self.folder, "config.json").write_text(json.dumps(CONFIG_JSON))
 
-    def test_rows_and_bytes_of_each_pool(self):
+    def rows_and_bytes(self, *more):
         said = io.StringIO()
         flags = [
             "--model-path", self.folder, "--max-total-tokens", "1024", "--gpu-memory-gb", "8", "--platform", "cpu",
         ]  # fmt: skip
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(io.StringIO()):
-            self.assertEqual(plan.main(flags), 0)
+            self.assertEqual(plan.main([*flags, *more]), 0)
         lines = {line.split()[0]: line.split()[2:] for line in said.getvalue().splitlines() if " rows x " in line}
-        found = {name: (int(rest[0]), int(rest[3])) for name, rest in lines.items()}
+        return {name: (int(rest[0]), int(rest[3])) for name, rest in lines.items()}
+
+    def test_rows_and_bytes_of_pools_in_8_bits(self):
+        """Rows of 16 + 2 * 8 bytes and 8 of scales, in pages of whole rows' values; keys of 16 + 4 bytes."""
+        found = self.rows_and_bytes("--kv-cache-dtype", "fp8_e4m3")
+        self.assertEqual(found["swa"], (5 * 256, 3 * 40))
+        self.assertEqual((found["c4"], found["c4_index"]), ((5 * 64, 40), (5 * 64, 20)))
+        # Two rows of 40 bytes are a page of three times 32.
+        self.assertEqual((found["c128"], found["c128_state"]), ((5 * 2, 48), (5 * 128, 2 * 24 * 4)))
+
+    def test_rows_and_bytes_of_each_pool(self):
         # 1,024 tokens and the dummy page are 5 pages; three layers, heads of 24, index keys of 16, in float32.
         self.assertEqual(
-            found,
+            self.rows_and_bytes(),
             {
                 "swa": (5 * 256, 3 * 24 * 4),
                 "c4": (5 * 64, 24 * 4),

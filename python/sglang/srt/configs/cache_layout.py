@@ -37,12 +37,30 @@ PLAIN_TYPES = CacheTypes()
 
 
 @dataclass(frozen=True)
+class FieldSpec:
+    """A part of a row of bytes: the byte that it starts at, its shape, and its element type by torch's name."""
+
+    start: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the part."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
 class BufferSpec:
-    """One buffer of a pool: the shape of a row of one layer, and its element type by torch's name."""
+    """One buffer of a pool: the shape of a row of one layer, and its element type by torch's name.
+
+    fields: the parts of a row of bytes that packs several rows of what is kept, all of as many rows.
+    """
 
     name: str
     row_shape: tuple[int, ...]
     dtype: str
+    fields: tuple[FieldSpec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,12 @@ class PoolSpec:
         """Bytes of one row in all layers and buffers."""
         one_layer = sum(math.prod(buffer.row_shape) * _ITEM_BYTES[buffer.dtype] for buffer in self.buffers)
         return len(self.layer_ids) * one_layer
+
+    @property
+    def packed_rows(self) -> int:
+        """Rows of what is kept that one row of the pool packs."""
+        packed = [field.shape[0] for buffer in self.buffers for field in buffer.fields]
+        return packed[0] if packed else 1
 
 
 @dataclass(frozen=True)

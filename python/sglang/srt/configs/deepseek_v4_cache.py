@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sglang.srt.configs.cache_layout import FULL, BufferSpec, CacheLayout, CacheTypes, PoolSpec
+from sglang.srt.configs.cache_layout import FULL, BufferSpec, CacheLayout, CacheTypes, FieldSpec, PoolSpec
 
 if TYPE_CHECKING:
     from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 PAGE_SIZE = 256
 # Tokens per entry -> tokens that an entry is made of. At ratio 4 the window before is a part of it.
 ENTRY_TOKENS = {4: 8, 128: 128}
+# Columns that share a scale in 8-bit rows, and the types of such rows.
+SCALE_COLUMNS = 64
+PACKED_TYPES = ("float8_e4m3fn", "float8_e4m3fnuz")
 # Tokens per entry -> rows of states for each page, without and with speculation.
 RINGS = {4: (8, 16), 128: (128, 256)}
 
@@ -36,14 +39,57 @@ def max_step_rows(ratio: int, ring: int) -> int:
 MAX_VERIFY_ROWS = min(max_step_rows(ratio, rings[1]) for ratio, rings in RINGS.items())
 
 
+def packed_rows(num_rows: int, dim: int, rope_dim: int, dtype: str) -> BufferSpec:
+    """A page of ``num_rows`` rows in 8 bits: the values of all rows, then their scales, then nothing.
+
+    The values of a row are its first ``dim - rope_dim`` numbers as 8-bit floats ``dtype`` and the others as bfloat16;
+    its scales are the exponents of groups of 64 of the former, filled up to a multiple of 8 bytes. A page is whole rows
+    of values long. At 512 and 64: 448 + 128 + 8 bytes per row, as FlashMLA lays them out. Raises ValueError where
+    bfloat16 would start at an odd byte.
+    """
+    plain = dim - rope_dim
+    if plain % 2 or rope_dim % 2:
+        raise ValueError(
+            f"8-bit rows keep pairs of columns, and a head of {dim} columns, {rope_dim} of them turned, has {plain} "
+            "others: use --kv-cache-dtype bfloat16"
+        )
+    width, scales = plain + 2 * rope_dim, -(-plain // SCALE_COLUMNS // 8) * 8
+    page = -(-num_rows * (width + scales) // width) * width
+    values = FieldSpec(0, (num_rows, width), dtype)
+    return BufferSpec("rows", (page,), "uint8", (values, FieldSpec(num_rows * width, (num_rows, scales), "uint8")))
+
+
+def packed_keys(num_rows: int, dim: int, dtype: str) -> BufferSpec:
+    """A page of ``num_rows`` keys of 8-bit floats ``dtype``, then their scales in float32: 132 bytes per key of 128."""
+    keys = FieldSpec(0, (num_rows, dim), dtype)
+    scales = FieldSpec(num_rows * dim, (num_rows,), "float32")
+    return BufferSpec("keys", (num_rows * (dim + 4),), "uint8", (keys, scales))
+
+
+def _row_pool(config: DeepseekV4Config, types: CacheTypes, name: str, ratio: int, layers: tuple[int, ...]) -> PoolSpec:
+    """One row for ``ratio`` tokens: a row of the pool each, or in 8 bits a page of them."""
+    is_index = name == "c4_index"
+    dim = config.index_head_dim if is_index else config.head_dim
+    if types.kv not in PACKED_TYPES:
+        return PoolSpec(name, FULL, layers, (BufferSpec("rows", (dim,), types.kv),), ratio)
+    num_rows = PAGE_SIZE // ratio
+    page = (
+        packed_keys(num_rows, dim, types.kv)
+        if is_index
+        else packed_rows(num_rows, dim, config.qk_rope_head_dim, types.kv)
+    )
+    return PoolSpec(name, FULL, layers, (page,), PAGE_SIZE)
+
+
 def deepseek_v4_layout(config: DeepseekV4Config, types: CacheTypes, num_draft_layers: int = 0) -> CacheLayout:
     """The pools of ``config``, of which draft layers have a window alone.
 
     "swa": one row per token of every layer; of full length. "c4", "c128": entries; "c4_index": keys by which entries
-    are chosen. "<entries>_state": the two products of a compressor in float32, ``RINGS`` rows for each page.
+    are chosen; all in ``types.kv``, an 8-bit float with scales (``packed_rows``, ``packed_keys``). "<entries>_state":
+    the two products of a compressor in float32, ``RINGS`` rows for each page.
     """
     layers = range(config.num_hidden_layers + num_draft_layers)
-    pools = [PoolSpec("swa", FULL, tuple(layers), (BufferSpec("rows", (config.head_dim,), types.kv),))]
+    pools = [_row_pool(config, types, "swa", 1, tuple(layers))]
     for name, ratio, width in (
         ("c4", 4, config.head_dim), ("c4_index", 4, config.index_head_dim), ("c128", 128, config.head_dim),
     ):  # fmt: skip
@@ -52,6 +98,6 @@ def deepseek_v4_layout(config: DeepseekV4Config, types: CacheTypes, num_draft_la
             columns = width * (ENTRY_TOKENS[ratio] // ratio)
             states = tuple(BufferSpec(part, (columns,), "float32") for part in ("kv", "gate"))
             ring = RINGS[ratio][num_draft_layers > 0]
-            pools.append(PoolSpec(name, FULL, compressed, (BufferSpec("entries", (width,), types.kv),), ratio))
+            pools.append(_row_pool(config, types, name, ratio, compressed))
             pools.append(PoolSpec(f"{name}_state", FULL, compressed, states, PAGE_SIZE // ring))
     return CacheLayout(tuple(pools), PAGE_SIZE)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from sglang.srt.configs.cache_layout import FULL, STATE, CacheLayout, PoolSpec, dummy_units
+from sglang.srt.configs.cache_layout import FULL, STATE, CacheLayout, FieldSpec, PoolSpec, dummy_units
 from sglang.srt.mem_cache.allocator import SlotList
 
 
@@ -26,7 +26,12 @@ class CachePool:
             for one in spec.buffers
         )
         self._layers = {
-            layer_id: tuple(buffer[i] for buffer in self._buffers) for i, layer_id in enumerate(spec.layer_ids)
+            layer_id: tuple(
+                view
+                for buffer, one in zip(self._buffers, spec.buffers, strict=True)
+                for view in _views(buffer[i], one.fields)
+            )
+            for i, layer_id in enumerate(spec.layer_ids)
         }
 
     def buffers(self) -> tuple[torch.Tensor, ...]:
@@ -34,12 +39,24 @@ class CachePool:
         return self._buffers
 
     def layer(self, layer_id: int) -> tuple[torch.Tensor, ...]:
-        """Views of the layer's buffers, each [rows, ...]; raises KeyError for a layer that the pool does not hold."""
+        """Views of the layer's buffers, each [rows, ...], or of their fields where rows are packed.
+
+        Raises KeyError for a layer that the pool does not hold.
+        """
         try:
             return self._layers[layer_id]
         except KeyError:
             held = f"holds layers {self.spec.layer_ids}, not layer {layer_id}"
             raise KeyError(f"pool {self.spec.name!r} {held}") from None
+
+
+def _views(rows: torch.Tensor, fields: tuple[FieldSpec, ...]) -> Iterator[torch.Tensor]:
+    """The rows, or their parts: views of bytes [rows, bytes]."""
+    if not fields:
+        yield rows
+    for field in fields:
+        part = rows[:, field.start : field.start + field.num_bytes]
+        yield part.view(getattr(torch, field.dtype)).unflatten(1, field.shape)
 
 
 class ModelPools:

@@ -325,8 +325,8 @@ def plan_units(args: ServerArgs, layout: CacheLayout, pools: PoolPlan | None) ->
         size = 0 if pools is None else pools.sizes[unit]
         num_bytes = 0 if pools is None else layout.num_bytes(unit, size + page)
         held = [pool for pool in layout.pools if pool.unit == unit]
-        rows = {pool.name: page // pool.units_per_row for pool in held}
-        parts = {pool.name: rows[pool.name] * pool.row_bytes for pool in held}
+        parts = {pool.name: page // pool.units_per_row * pool.row_bytes for pool in held}
+        rows = {pool.name: page // pool.units_per_row * pool.packed_rows for pool in held}
         units[unit] = UnitPlan(size, page, layout.num_bytes(unit, page), num_bytes, parts, rows)
     return units
 

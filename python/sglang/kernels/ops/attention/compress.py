@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sglang.kernels.ops.attention.kv_cache import write_latent_torch
+from sglang.kernels.ops.attention.packed_rows import make_pages, store_rows_torch
 from sglang.kernels.spec import Case, Impl, Op
 
 # Bytes of float32 that a reference gathers at once.
@@ -27,6 +27,7 @@ def compress_torch(
     first_positions: torch.Tensor,
     entry_rows: torch.Tensor,
     cache: torch.Tensor,
+    cache_scales: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Store an entry for each row of ``sources``, then this step's rows as states: (cache, kv_states, gate_states).
 
@@ -36,15 +37,16 @@ def compress_torch(
     token's gate by its place in its window; softmax over the W tokens per channel weights them (DeepSeek-V4 report,
     section 2.3). Then RMS norm by norm_weight [D], and the last R columns are turned in pairs (2i, 2i+1) by the row
     first_positions [C] of cos_sin_cache [P, R]; all in float32. Entries go to rows entry_rows [C] int64 of cache
-    [E, D], states to state_rows [N] int64. Row 0 may repeat and holds any of its rows; an entry of no tokens is 0.
+    [E, D], with scales as ``store_rows_torch`` has it, states to state_rows [N] int64. Row 0 may repeat and holds any
+    of its rows; an entry of no tokens is 0.
     """
-    dim = cache.shape[1]
+    dim = norm_weight.shape[0]
     step = max(1, GATHER_BYTES // (4 * sources.shape[1] * dim))
     for start in range(0, sources.shape[0], step):
         part = slice(start, start + step)
         pooled = _pool(kv, gate, kv_states, gate_states, sources[part], position_bias, dim)
         entries = _norm_and_turn(pooled, norm_weight, eps, cos_sin_cache[first_positions[part]])
-        write_latent_torch(entries, cache, entry_rows[part])
+        store_rows_torch(entries, entry_rows[part], cache, cache_scales)
     kv_states.index_copy_(0, state_rows, kv.float())
     gate_states.index_copy_(0, state_rows, gate.float())
     return cache, kv_states, gate_states
@@ -114,6 +116,9 @@ def _cases() -> Iterator[Case]:
             random(ratio, parts * dim), random(dim), 1e-6, table, first, entry_rows, random(8, dim),
         )  # fmt: skip
         yield Case(name, args)
+        if name == "across":
+            packed = make_pages(4, 2, dim, 4, torch.float8_e4m3fn)
+            yield Case("across-packed-fp8", (*args[:-1], *packed))
 
 
 compress = Op("compressed.compress", Impl("torch", compress_torch), cases=_cases)

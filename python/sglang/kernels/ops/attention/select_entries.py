@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from sglang.kernels.ops.attention.compress import GATHER_BYTES
-from sglang.kernels.ops.attention.kv_cache import read_rows
+from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows_torch
 from sglang.kernels.spec import Case, Impl, Op
 
 
@@ -20,14 +20,16 @@ def select_entries_torch(
     visible: torch.Tensor,
     per_page: int,
     top_k: int,
+    key_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The ``top_k`` entries of the highest score that each row sees, all where it sees no more.
 
     The score of entry e is the sum over heads of ``weights * relu(q . key_e)``, in float32; of equal scores the lowest
     entry is taken. q [N, H, D], weights [N, H], keys [E, D]; entry e of request b has row
     ``page_table[b, e // per_page] * per_page + e % per_page`` of keys, page_table [B, P] int32; requests [N] int64 are
-    the rows' requests, visible [N] int32: a row sees the entries below it. -> ascending entry numbers
-    [N, min(top_k, P * per_page)] int32, -1 behind the last. DeepSeek-V4 report, section 2.3.1.
+    the rows' requests, visible [N] int32: a row sees the entries below it. Keys with scales are as ``store_rows_torch``
+    has them. -> ascending entry numbers [N, min(top_k, P * per_page)] int32, -1 behind the last. DeepSeek-V4 report,
+    section 2.3.1.
     """
     num_entries = page_table.shape[1] * per_page
     entries = torch.arange(num_entries, device=q.device)
@@ -40,7 +42,7 @@ def select_entries_torch(
         seen = entries < visible[part].unsqueeze(1)
         pages = page_table[requests[part]].long()
         rows = (pages.unsqueeze(2) * per_page + entries[:per_page]).flatten(1)
-        found = read_rows(keys, rows.flatten(), torch.float32).view(*rows.shape, keys.shape[1])
+        found = load_rows(keys, key_scales, rows.flatten(), q.shape[2]).view(*rows.shape, q.shape[2])
         per_head = torch.einsum("nhd,ned->nhe", q[part].float(), found).relu()
         scores = torch.einsum("nh,nhe->ne", weights[part].float(), per_head).masked_fill(~seen, -torch.inf)
         best = scores.sort(dim=1, descending=True, stable=True).indices[:, :top_k]
@@ -68,7 +70,12 @@ def _cases() -> Iterator[Case]:
         visible[:2] = torch.tensor([pages * per_page, 0])[: visible[:2].shape[0]]
         weights = torch.randn(num_rows, 3, generator=generator)
         weights = weights.round() if name == "ties" else weights
-        yield Case(name, (q, weights, keys, table, requests, visible, per_page, top_k))
+        args = (q, weights, keys, table, requests, visible, per_page, top_k)
+        yield Case(name, args)
+        if name == "scored":
+            packed, scales = make_pages(len(keys) // per_page, per_page, 8, None, torch.float8_e4m3fn)
+            store_rows_torch(keys, torch.arange(len(keys)), packed, scales)
+            yield Case("scored-packed", (q, weights, packed, *args[3:], scales))
 
 
 select_entries = Op("compressed.select_entries", Impl("torch", select_entries_torch), cases=_cases)

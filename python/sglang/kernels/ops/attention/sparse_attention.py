@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from sglang.kernels.ops.attention.compress import GATHER_BYTES
-from sglang.kernels.ops.attention.kv_cache import read_rows
+from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows_torch
 from sglang.kernels.spec import Case, Impl, Op
 
 
@@ -19,24 +19,27 @@ def sparse_attention_torch(
     entry_rows: torch.Tensor | None,
     sinks: torch.Tensor,
     scale: float,
+    window_scales: torch.Tensor | None = None,
+    entry_scales: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Softmax attention where a stored row is the key and the value of all heads.
 
     q [N, H, D]; window [S, D] with window_rows [N, W], entries [E, D] with entry_rows [N, K], or None for both: rows of
-    the caches, int32 or int64, -1 for none, which is never read. One softmax goes over both, in float32; exp(sinks),
-    sinks [H] float32, adds to its denominator alone, so a row that sees nothing gets 0. -> [N, H, D] in q's dtype.
-    DeepSeek-V4 report, section 2.3.3.
+    the caches, int32 or int64, -1 for none, which is never read; caches with scales are as ``store_rows_torch`` has
+    them. One softmax goes over both, in float32; exp(sinks), sinks [H] float32, adds to its denominator alone, so a row
+    that sees nothing gets 0. -> [N, H, D] in q's dtype. DeepSeek-V4 report, section 2.3.3.
     """
-    scopes = [(window, window_rows)]
+    scopes = [(window, window_scales, window_rows)]
     if entries is not None and entry_rows is not None:
-        scopes.append((entries, entry_rows))
+        scopes.append((entries, entry_scales, entry_rows))
     out = torch.empty_like(q)
-    columns = sum(rows.shape[1] for _, rows in scopes)
+    columns = sum(rows.shape[1] for *_, rows in scopes)
     step = max(1, GATHER_BYTES // (4 * columns * (q.shape[1] + q.shape[2])))
     for start in range(0, q.shape[0], step):
         part = slice(start, start + step)
-        rows = torch.cat([_gather(cache, of_scope[part]) for cache, of_scope in scopes], dim=1)
-        there = torch.cat([of_scope[part] >= 0 for _, of_scope in scopes], dim=1).unsqueeze(1)
+        gathered = [_gather(cache, scales, ids[part], q.shape[2]) for cache, scales, ids in scopes]
+        rows = torch.cat(gathered, dim=1)
+        there = torch.cat([ids[part] >= 0 for *_, ids in scopes], dim=1).unsqueeze(1)
         scores = torch.einsum("nhd,nkd->nhk", q[part].float(), rows) * scale
         scores = scores.masked_fill(~there, -torch.inf)
         sink = sinks.float()[:, None].expand(scores.shape[0], -1, 1)
@@ -45,10 +48,17 @@ def sparse_attention_torch(
     return out
 
 
-def _gather(cache: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """[N, K, D] float32, 0 where a row is -1."""
-    found = read_rows(cache, rows.clamp(min=0).flatten(), torch.float32).view(*rows.shape, cache.shape[1])
+def _gather(cache: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor, dim: int) -> torch.Tensor:
+    """[N, K, dim] float32, 0 where a row is -1."""
+    found = load_rows(cache, scales, rows.clamp(min=0).flatten(), dim).view(*rows.shape, dim)
     return torch.where((rows >= 0).unsqueeze(2), found, 0.0)
+
+
+def _packed(rows: torch.Tensor, per_page: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rows [S, D] in pages of 8-bit rows, the last four columns bfloat16."""
+    pages = make_pages(rows.shape[0] // per_page, per_page, rows.shape[1], 4, torch.float8_e4m3fn)
+    store_rows_torch(rows, torch.arange(rows.shape[0]), *pages)
+    return pages
 
 
 def _cases() -> Iterator[Case]:
@@ -80,7 +90,9 @@ def _cases() -> Iterator[Case]:
         yield Case(name, args)
         if name == "both":
             coarse = [cache.to(torch.float8_e4m3fn) for cache in caches]
-            yield Case("both-fp8", (q, coarse[0], args[2], coarse[1], args[4], sinks, args[6]))
+            yield Case("both-8-bits", (q, coarse[0], args[2], coarse[1], args[4], sinks, args[6]))
+            packed, scales = zip(*(_packed(cache, per_page) for cache, per_page in zip(caches, (4, 2), strict=True)))
+            yield Case("both-packed", (q, packed[0], args[2], packed[1], args[4], sinks, args[6], *scales))
 
 
 sparse_attention = Op("compressed.sparse_attention", Impl("torch", sparse_attention_torch), cases=_cases)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang.kernels.ops.attention.compress import compress
-from sglang.kernels.ops.attention.kv_cache import write_latent_torch
+from sglang.kernels.ops.attention.packed_rows import store_rows
 from sglang.kernels.ops.attention.select_entries import select_entries
 from sglang.kernels.ops.attention.sparse_attention import sparse_attention
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
@@ -38,11 +38,11 @@ class PlanInGraph:
 
 @register_attention_backend(
     "dsv4", "compressed", platforms=("cpu", "cuda", "hip"), graphs=True, page_sizes=(256,),
-    cache_dtypes=("auto", "bfloat16"),
+    cache_dtypes=("auto", "bfloat16", "fp8_e4m3"),
 )  # fmt: skip
 @register_attention_backend(
     "compressed", "compressed", platforms=("cpu", "cuda", "hip"), graphs=True, page_sizes=(256,),
-    cache_dtypes=("auto", "bfloat16"),
+    cache_dtypes=("auto", "bfloat16", "fp8_e4m3"),
 )  # fmt: skip
 class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
     """Plans on the device alone, so a step is captured with its plan, or planned before each replay.
@@ -141,7 +141,7 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
 
     def store_rows(self, rows: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch) -> None:
         """See the base class."""
-        write_latent_torch(rows, self.pools["swa"].layer(layer.layer_id)[0], fb.out_cache_loc)
+        store_rows(rows, fb.out_cache_loc, *self.pools["swa"].layer(layer.layer_id))
 
     def compress(self, kv: torch.Tensor, gate: torch.Tensor, compressor: Compressor, fb: ForwardBatch) -> None:
         """See the base class."""
@@ -153,7 +153,7 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
             kv, gate, *self.pools[f"{compressor.pool}_state"].layer(compressor.layer_id), entries.state_rows,
             entries.sources, compressor.position_bias, compressor.norm.weight, compressor.norm.eps,
             compressor.rotary_emb.cos_sin_cache, entries.first_positions, entries.entry_rows,
-            self.pools[compressor.pool].layer(compressor.layer_id)[0],
+            *self.pools[compressor.pool].layer(compressor.layer_id),
         )  # fmt: skip
 
     def select_entries(
@@ -163,9 +163,10 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
         plan = self._plan_of(fb, q.shape[0])
         if plan is None:
             return torch.empty(0, self.top_k, dtype=torch.int32, device=q.device)
+        keys, *scales = self.pools["c4_index"].layer(layer.layer_id)
         chosen: torch.Tensor = select_entries(
-            q, weights, self.pools["c4_index"].layer(layer.layer_id)[0], plan.page_table, plan.requests,
-            plan.entries[layer.ratio].visible, PAGE_SIZE // layer.ratio, self.top_k,
+            q, weights, keys, plan.page_table, plan.requests, plan.entries[layer.ratio].visible,
+            PAGE_SIZE // layer.ratio, self.top_k, *scales,
         )  # fmt: skip
         return chosen
 
@@ -176,17 +177,24 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
         plan = self._plan_of(fb, q.shape[0])
         if plan is None:
             return torch.empty_like(q)
-        rows = self.pools["swa"].layer(layer.layer_id)[0]
-        cache = entry_rows = None
+        rows, scales = self._cache("swa", layer.layer_id)
+        cache = entry_rows = entry_scales = None
         if layer.ratio:
             if entries is None:
                 numbers = torch.arange(plan.page_table.shape[1] * (PAGE_SIZE // layer.ratio), device=q.device)
                 visible = plan.entries[layer.ratio].visible.unsqueeze(1)
                 entries = torch.where(numbers < visible, numbers, -1)
-            cache = self.pools[f"c{layer.ratio}"].layer(layer.layer_id)[0]
+            cache, entry_scales = self._cache(f"c{layer.ratio}", layer.layer_id)
             entry_rows = rows_of_entries(plan.page_table, plan.requests, entries, layer.ratio)
-        out: torch.Tensor = sparse_attention(q, rows, plan.window_slots, cache, entry_rows, layer.sinks, layer.scale)
+        out: torch.Tensor = sparse_attention(
+            q, rows, plan.window_slots, cache, entry_rows, layer.sinks, layer.scale, scales, entry_scales
+        )
         return out
+
+    def _cache(self, pool: str, layer_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows of a pool, and their scales where it keeps 8 bits."""
+        rows, *scales = self.pools[pool].layer(layer_id)
+        return rows, scales[0] if scales else None
 
     def _plan_of(self, fb: ForwardBatch, num_rows: int) -> CompressedPlan | None:
         """The plan of the step, made now where a captured step makes its own; None for a step without rows.

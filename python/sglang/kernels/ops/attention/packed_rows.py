@@ -1,0 +1,177 @@
+"""Rows of compressed attention in their cache: plain ones, or 8-bit floats with scales of their own in pages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sglang.kernels.launch import FLOATS, next_power_of_2, triton_impl
+from sglang.kernels.ops.attention.kv_cache import is_cache_dtype, read_rows, write_latent_torch
+from sglang.kernels.ops.quant.group_fp8 import FP8_DTYPES, fp8_dtype
+from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
+
+# Columns that share a scale, and the smallest of their largest numbers that a scale is made for.
+GROUP = 64
+SMALLEST = 1e-8
+# What stands for NaN among exponents of 8 bits (OCP microscaling formats, 5.4.1).
+NAN_EXPONENT = 255
+
+
+def store_rows_torch(rows: Tensor, row_ids: Tensor, cache: Tensor, scales: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Write rows [N, D] float to rows ``row_ids`` [N] int64 of a cache; returns what was written to.
+
+    Plain: cache [S, D], as ``write_latent_torch``. In pages of R rows, of any stride between pages, row i stands at
+    [i // R, i % R]:
+    - rows: cache [P, R, D + T] of an 8-bit float, whose first D - T bytes are the first columns and whose last 2 T the
+      last T as bfloat16; scales [P, R, >= (D - T) / 64] uint8: the exponent, plus 127, of groups of 64 columns. A
+      column is its float times two to the smallest power by which the group's largest number fits.
+    - keys: cache [P, R, D] of an 8-bit float, scales [P, R] float32: the largest number over that of the float.
+    A group of which a number is infinite or NaN is 0 with a scale that is NaN. Row 0 may repeat, and holds any of its
+    rows then. FNUZ's NaN is never written.
+    """
+    if scales is None:
+        return (write_latent_torch(rows, cache, row_ids),)
+    per_page, dim = cache.shape[1:]
+    page, place = row_ids // per_page, row_ids % per_page
+    if scales.dtype == torch.float32:
+        packed, scales[page, place] = _pack_keys(rows, cache.dtype)
+    else:
+        packed, exponents = _pack_rows(rows, dim - rows.shape[1], cache.dtype)
+        scales[..., : exponents.shape[1]][page, place] = exponents
+    cache.view(torch.uint8)[page, place] = packed
+    return cache, scales
+
+
+def _pack_rows(rows: Tensor, tail: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """-> bytes [N, D + tail] and exponents [N, G], both uint8."""
+    plain = rows.shape[1] - tail
+    groups = torch.nn.functional.pad(rows[:, :plain].float(), (0, -plain % GROUP)).unflatten(1, (-1, GROUP))
+    largest = groups.abs().amax(2)
+    fraction, exponent = torch.frexp(largest.clamp(min=SMALLEST))
+    most_fraction, most_exponent = math.frexp(torch.finfo(dtype).max)
+    power = exponent - most_exponent + (fraction > most_fraction)
+    finite = largest.isfinite()
+    values = torch.where(finite.unsqueeze(2), torch.ldexp(groups, -power.unsqueeze(2)), 0.0)
+    bits = values.to(dtype).view(torch.uint8).flatten(1)[:, :plain]
+    turned = rows[:, plain:].to(torch.bfloat16).contiguous().view(torch.uint8)
+    return torch.cat((bits, turned), dim=1), torch.where(finite, power + 127, NAN_EXPONENT).to(torch.uint8)
+
+
+def _pack_keys(keys: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """-> bytes [N, D] uint8 and scales [N] float32."""
+    most = torch.finfo(dtype).max
+    largest = keys.float().abs().amax(1)
+    scale = largest.clamp(min=SMALLEST) / most
+    finite = largest.isfinite()
+    values = torch.where(finite.unsqueeze(1), (keys.float() / scale.unsqueeze(1)).clamp(-most, most), 0.0)
+    return values.to(dtype).view(torch.uint8), torch.where(finite, scale, torch.nan)
+
+
+def load_rows(cache: Tensor, scales: Tensor | None, row_ids: Tensor, dim: int) -> Tensor:
+    """Rows [M, dim] float32 of a cache as ``store_rows_torch`` describes it, at row_ids [M]."""
+    if scales is None:
+        return read_rows(cache, row_ids, torch.float32)
+    page, place = row_ids // cache.shape[1], row_ids % cache.shape[1]
+    found = cache.view(torch.uint8)[page, place]
+    scale = scales[page, place]
+    if scales.dtype == torch.float32:
+        return found.view(cache.dtype).float() * scale.unsqueeze(1)
+    plain = 2 * dim - cache.shape[2]
+    values = found[:, :plain].view(cache.dtype).float()
+    # The exponent field of a float32; that of NaN gives infinity, and infinity times 0 is NaN.
+    wide = (scale.int() << 23).view(torch.float32).repeat_interleave(GROUP, 1)[:, :plain]
+    turned = found[:, plain:].contiguous().view(torch.bfloat16).float()
+    return torch.cat((values * wide, turned), dim=1)
+
+
+def store_rows_triton(rows: Tensor, row_ids: Tensor, cache: Tensor, scales: Tensor | None = None) -> tuple[Tensor, ...]:
+    from sglang.kernels.ops.attention.packed_rows_triton import store_packed_rows_kernel
+
+    num_rows, dim = rows.shape
+    written = (cache,) if scales is None else (cache, scales)
+    if not num_rows:
+        return written
+    is_keys = scales is not None and scales.dtype == torch.float32
+    width = cache.shape[-1]
+    tail = 0 if scales is None or is_keys else width - dim
+    columns = GROUP if scales is not None and not is_keys else next_power_of_2(dim)
+    store_packed_rows_kernel[(num_rows,)](
+        rows, row_ids, cache, cache if scales is None else scales, rows.stride(0), cache.stride(0),
+        cache.stride(0) if scales is None else scales.stride(0),
+        PER_PAGE=1 if scales is None else cache.shape[1], WIDTH=width,
+        NUM_SCALES=scales.shape[2] if scales is not None and not is_keys else 1,
+        PLAIN=dim - tail, TAIL=tail, GROUPS=next_power_of_2(-(-(dim - tail) // columns)), COLUMNS=columns,
+        BLOCK_T=max(16, next_power_of_2(tail)), HAS_SCALES=scales is not None, IS_KEYS=is_keys,
+        num_warps=1 if dim <= 128 else 4,
+    )  # fmt: skip
+    return written
+
+
+def is_packed(cache: Tensor, scales: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the Triton kernels read and write this cache from and to rows of ``dtype``."""
+    if scales is None:
+        return cache.stride(1) == 1 and is_cache_dtype(cache.dtype, dtype)
+    packed = cache.stride(2) == 1 and cache.stride(1) == cache.shape[2]
+    dense = scales.stride(1) == (1 if scales.dim() == 2 else scales.shape[2])
+    return packed and dense and dtype in FLOATS and cache.dtype == fp8_dtype(current_platform.arch)
+
+
+def _accepts(rows: Tensor, row_ids: Tensor, cache: Tensor, scales: Tensor | None = None) -> bool:
+    return rows.stride(1) == 1 and is_packed(cache, scales, rows.dtype)
+
+
+def make_pages(
+    num_pages: int, per_page: int, dim: int, tail: int | None, dtype: torch.dtype, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Pages of rows of which ``tail`` columns stay bfloat16, or of keys for None, as a pool has them; bytes are 0."""
+    width = dim if tail is None else dim + tail
+    scale_bytes = 4 if tail is None else -(-(dim - tail) // GROUP // 8) * 8
+    page = -(-per_page * (width + scale_bytes) // width) * width
+    pages = torch.zeros(num_pages, page + -page % 4, dtype=torch.uint8, device=device)
+    values = pages[:, : per_page * width].view(dtype).unflatten(1, (per_page, width))
+    scales = pages[:, per_page * width :][:, : per_page * scale_bytes]
+    return values, scales.view(torch.float32) if tail is None else scales.unflatten(1, (per_page, scale_bytes))
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    # By name: rows, columns, columns that stay bfloat16 (None for keys), rows of a page.
+    shapes = {
+        "rows": (9, 512, 64, 4), "narrow": (7, 24, 8, 2), "one": (1, 96, 16, 1), "keys": (9, 128, None, 4),
+        "narrow-keys": (5, 12, None, 3), "empty": (0, 96, 16, 2),
+    }  # fmt: skip
+    for name, (num_rows, dim, tail, per_page) in shapes.items():
+        rows = (
+            torch.randn(num_rows, dim, generator=generator) * torch.logspace(-6, 3, max(num_rows, 1))[:num_rows, None]
+        )
+        rows[:1, ::3], rows[1:2], rows[2:3, -5:] = 448.0, -0.0, 3e4
+        rows[1:2, 0], rows[1:2, 1] = 1.0, -1e-9
+        ids = torch.randperm(12, generator=generator)[:num_rows]
+        for dtype in FP8_DTYPES:
+            cache = make_pages(12 // per_page, per_page, dim, tail, dtype)
+            yield Case(f"{name}-{str(dtype)[14:]}-fp8", (rows, ids, *cache))
+        yield Case(name, (rows.clone(), ids, torch.zeros(12, dim)))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Rows and index keys of a decode step and of a prefill, without contents."""
+    dtype = fp8_dtype(current_platform.arch)
+    for tokens in (32, 4096):
+        ids = torch.empty(tokens, dtype=torch.int64, device=device)
+        rows = torch.empty(tokens, 512, dtype=torch.bfloat16, device=device)
+        yield store_rows, Case(f"rows t{tokens}", (rows, ids, torch.empty_like(rows)))
+        yield store_rows, Case(f"rows t{tokens} fp8", (rows, ids, *make_pages(64, 256, 512, 64, dtype, device)))
+        keys = make_pages(64, 64, 128, None, dtype, device)
+        yield store_rows, Case(f"keys t{tokens} fp8", (rows[:, :128].contiguous(), ids, *keys))
+
+
+store_rows = Op(
+    "compressed.store_rows",
+    triton_impl(store_rows_triton, _accepts),
+    Impl("torch", store_rows_torch),
+    cases=_cases,
+)
