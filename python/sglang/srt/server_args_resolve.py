@@ -257,7 +257,7 @@ def _graphs(args: ServerArgs, context: Context) -> Iterator[Change | str]:
 
 
 def _speculation(args: ServerArgs, context: Context) -> Iterator[Change | str]:
-    """What is guessed, and what speculation does not do yet."""
+    """What is guessed, and by what."""
     name = args.speculative_algorithm
     if name is None:
         return
@@ -271,12 +271,7 @@ def _speculation(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     ):
         if getattr(args, field_name) is None:
             yield Change(field_name, None, value, reason)
-    flag = f"--speculative-algorithm {name}"
-    if args.dp_size > 1:
-        yield f"{flag} serves one replica in this build: drop it, or --dp-size"
-    if args.moe_a2a_backend != "none":
-        yield f"{flag} does not go with --moe-a2a-backend {args.moe_a2a_backend} in this build: drop one"
-    model = context.model
+    flag, model = f"--speculative-algorithm {name}", context.model
     if model is not None and model.text.mtp_refusal and args.speculative_draft_model_path in (None, args.model_path):
         yield f"{flag} needs an MTP layer: {model.text.mtp_refusal}. Drop it, or name a folder that has one"
 
@@ -335,7 +330,7 @@ def _group_chunk(args: ServerArgs, context: Context) -> Iterator[Change | str]:
 
 def _dispatch_limit(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     """No forward of a rank may hold more tokens than may be dispatched: what is automatic is lowered to the limit."""
-    limit, page = context.dispatch_limit, args.page_size or 1
+    limit, page, rows = context.dispatch_limit, args.page_size or 1, args.speculative_num_draft_tokens or 1
     if args.moe_a2a_backend != "mori" or not limit or args.max_running_requests is None:
         return
     if args.chunked_prefill_size is None or args.chunked_prefill_size == -1:
@@ -344,18 +339,24 @@ def _dispatch_limit(args: ServerArgs, context: Context) -> Iterator[Change | str
     def refusal(size: str) -> str:
         return f"{size} is above {DISPATCH_LIMIT}={limit}: lower the first or raise the second"
 
-    for flag, size in (("bs", max(args.cuda_graph_bs or [0])), ("max-bs", args.cuda_graph_max_bs or 0)):
-        if size > limit:
-            yield refusal(f"--cuda-graph-{flag} {size}")
+    def refused_requests(flag: str, count: int) -> Iterator[str]:
+        if count * rows > limit:
+            each = f", each with {rows} rows in a verify step (--speculative-num-draft-tokens), {count * rows} in all,"
+            yield refusal(f"{flag} {count}{each if rows > 1 else ''}")
+
+    yield from refused_requests("--cuda-graph-bs", max(args.cuda_graph_bs or [0]))
+    yield from refused_requests("--cuda-graph-max-bs", args.cuda_graph_max_bs or 0)
     running, chunk = args.max_running_requests, args.chunked_prefill_size
-    if "max_running_requests" in context.given:
-        if running > limit:
-            yield refusal(f"--max-running-requests {running}")
+    if limit < rows:
+        yield refusal(f"--speculative-num-draft-tokens {rows}, the rows of one request in a verify step,")
+    elif "max_running_requests" in context.given:
+        yield from refused_requests("--max-running-requests", running)
     else:
-        # A mixed step holds a chunk and every running request.
-        most = max(1, limit // 2) if args.enable_mixed_chunk else limit
+        # A mixed step holds a chunk and every running request, a verify step several rows of each request.
+        most = max(1, limit // 2) if args.enable_mixed_chunk else limit // rows
         running = min(running, most)
-        yield Change("max_running_requests", args.max_running_requests, running, f"{DISPATCH_LIMIT}={limit}")
+        each = f" for {rows} rows of each request" if rows > 1 else ""
+        yield Change("max_running_requests", args.max_running_requests, running, f"{DISPATCH_LIMIT}={limit}{each}")
     beside = running if args.enable_mixed_chunk else 0
     largest = (limit - beside) // page * page
     if chunk <= largest:
@@ -412,12 +413,12 @@ STEPS: tuple[Step, ...] = (
     choose_page_size,
     _defaults,
     _state_slots,
+    _speculation,
     _group_chunk,
     _dispatch_limit,
     _schedule,
     choose_attention_backend,
     _graphs,
-    _speculation,
     _recurrent_state,
     _entries,
     _experts,

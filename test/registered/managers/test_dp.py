@@ -15,7 +15,7 @@ from sglang.srt.managers.dp_routing import LoadBalancer
 from sglang.srt.managers.dp_sync import ANY_BUCKET, NO_BUCKET, StepAgreement, agree
 from sglang.srt.managers.io_struct import AbortReq, ShutdownReq
 from sglang.srt.managers.process_launch import LaunchError, _check_devices, rank_places
-from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch, StepKind
 from sglang.srt.server_args import ServerArgs
 from sglang.test import scheduler_fakes as fakes
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -24,30 +24,44 @@ from sglang.test.thread_ranks import Meeting
 
 register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
+VERIFY = StepKind("verify", 4)
+
 
 class TestAgree(CustomTestCase):
     def test_bucket(self) -> None:
         for buckets, wanted in (
             ([4, 8], 8), ([4, ANY_BUCKET], 4), ([4, NO_BUCKET], None), ([ANY_BUCKET, NO_BUCKET], None), ([8, 8], 8),
         ):  # fmt: skip
-            rows = [(0 if bucket == ANY_BUCKET else 3, bucket, 1, 0) for bucket in buckets]
+            counts = [0 if bucket == ANY_BUCKET else 3 for bucket in buckets]
+            rows = [(count, count, bucket, 0, 1, 0) for count, bucket in zip(counts, buckets, strict=True)]
             self.assertEqual(agree(rows, 1).bucket, wanted, buckets)
 
     def test_idle_work_and_stop(self) -> None:
-        step = agree([(0, ANY_BUCKET, 0, 0)] * 2, 1)
+        step = agree([(0, 0, ANY_BUCKET, 0, 0, 0)] * 2, 1)
         self.assertEqual((step.runs, step.has_work, step.stops, step.bucket), (False, False, False, None))
-        step = agree([(0, ANY_BUCKET, 1, 0), (0, ANY_BUCKET, 0, 1)], 1)
+        step = agree([(0, 0, ANY_BUCKET, 0, 1, 0), (0, 0, ANY_BUCKET, 0, 0, 1)], 1)
         self.assertEqual((step.runs, step.has_work, step.stops), (False, True, True))
 
+    def test_drafts(self) -> None:
+        """A draft has a row per request, and no graph draws those of edited logits, whoever's they are."""
+        for edits in ((0, 0), (0, 1)):
+            step = agree([(12, 3, 4, edits[0], 1, 0), (8, 2, 2, edits[1], 1, 0)], 1)
+            self.assertEqual((step.num_tokens, step.num_requests, step.bucket), ([12, 8], [3, 2], 4))
+            self.assertEqual(step.replays_chains, not any(edits))
+            batch = step.idle_batch(VERIFY)
+            self.assertEqual(
+                (batch.global_num_requests, batch.replays_chains, batch.kind), ([3, 2], not any(edits), VERIFY)
+            )
+
     def test_ranks_of_a_group_bring_the_same(self) -> None:
-        rows = [(5, 8, 1, 0), (5, 8, 1, 0), (0, 0, 0, 0), (0, 0, 0, 0)]
+        rows = [(5, 5, 8, 0, 1, 0), (5, 5, 8, 0, 1, 0), (0, 0, 0, 0, 0, 0), (0, 0, 0, 0, 0, 0)]
         self.assertEqual(agree(rows, 2).num_tokens, [5, 0])
-        rows[3] = (1, 1, 1, 0)
+        rows[3] = (1, 1, 1, 0, 1, 0)
         with self.assertRaisesRegex(RuntimeError, "ranks 2 and 3 share their requests and plan different steps"):
             agree(rows, 2)
 
     def test_an_idle_group_brings_no_rows(self) -> None:
-        batch = agree([(7, NO_BUCKET, 1, 0), (0, ANY_BUCKET, 0, 0)], 1).idle_batch()
+        batch = agree([(7, 7, NO_BUCKET, 0, 1, 0), (0, 0, ANY_BUCKET, 0, 0, 0)], 1).idle_batch()
         self.assertEqual((batch.forward_mode, batch.batch_size), (ForwardMode.IDLE, 0))
         self.assertEqual((batch.global_num_tokens, batch.graph_bucket), ([7, 0], None))
 
@@ -84,8 +98,8 @@ class Group:
         buckets = {rows: 4 if rows <= 4 else 8 for rows in range(1, 9) if rows != 5}
         self.scheduler.sync = StepAgreement(ParallelState(world, ProcessGroupHandle()), buckets.get)
         self.rank = rank
-        self.seen: list[tuple[list[int] | None, int | None]] = []
-        self.own: list[tuple[ForwardMode, int]] = []
+        self.seen: list[tuple[list[int] | None, int | None, list[int] | None]] = []
+        self.own: list[tuple[ForwardMode, int, int]] = []
         self.script: list[Any] = []
         self.num_quiet = 0
         self.peer: Group
@@ -95,8 +109,8 @@ class Group:
         worker.forward = lambda batch: (self.note(batch), forward(batch))[1]
 
     def note(self, batch: ModelWorkerBatch) -> None:
-        self.seen.append((batch.global_num_tokens, batch.graph_bucket))
-        self.own.append((batch.forward_mode, batch.positions.numel()))
+        self.seen.append((batch.global_num_tokens, batch.graph_bucket, batch.global_num_requests))
+        self.own.append((batch.forward_mode, batch.positions.numel(), batch.batch_size))
 
     def receive(self, wait: bool) -> list[Any]:
         if self.script and (wait or self.rng.random() < 0.3):
@@ -146,19 +160,20 @@ class TestGroupsStepTogether(CustomTestCase):
 
     def check_steps(self, first: Group, second: Group) -> None:
         self.assertEqual(first.seen, second.seen)
-        for index, (tokens, bucket) in enumerate(first.seen):
-            assert tokens is not None
+        for index, (tokens, bucket, requests) in enumerate(first.seen):
+            assert tokens is not None and requests is not None
             parts = [group.own[index] for group in (first, second)]
-            self.assertEqual(tokens, [rows for _, rows in parts])
-            modes = [mode for mode, rows in parts if rows]
-            self.assertTrue(modes, "a step for nobody")
-            fits = all(mode is ForwardMode.DECODE and rows != 5 for mode, rows in parts if rows)
-            self.assertEqual(bucket, max(4 if rows <= 4 else 8 for rows in tokens) if fits else None)
+            self.assertEqual(list(zip(tokens, requests, strict=True)), [part[1:] for part in parts])
+            self.assertTrue(any(tokens), "a step for nobody")
+            goes_on = (ForwardMode.DECODE, ForwardMode.TARGET_VERIFY)
+            fits = all(mode in goes_on and count != 5 for mode, _, count in parts if count)
+            self.assertEqual(bucket, max(4 if count <= 4 else 8 for count in requests) if fits else None)
 
     def test_all_modes(self) -> None:
         modes: list[dict[str, Any]] = [
             {}, {"overlap": True}, {"mixed": True}, {"hybrid": True, "page": 4, "overlap": True},
             {"pool": 160, "conservativeness": 0.05, "overlap": True}, {"retract_interval": 3, "mixed": True},
+            {"width": 4, "overlap": True},
         ]  # fmt: skip
         for mode in modes:
             for seed, counts in enumerate(((12, 12), (12, 0), (1, 20))):

@@ -320,7 +320,7 @@ class TestAttentionGroups(CustomTestCase):
     def test_a_group_without_rows_replays_padding(self) -> None:
         buffers = StepBuffers(DECODE, 4, torch.device("cpu"), padding_row=9, num_groups=2)
         buffers.packed.fill_(77)
-        batch = agree([(3, 4, 1, 0), (0, 0, 0, 0)], 1).idle_batch()
+        batch = agree([(3, 3, 4, 0, 1, 0), (0, 0, 0, 0, 0, 0)], 1).idle_batch()
         buffers.fill(batch, 4)
         fb = buffers.view(4, None, True, batch)
         self.assertEqual((int(fb.num_token_non_padded), fb.num_token_non_padded_cpu), (0, 0))

@@ -52,6 +52,8 @@ MODEL = SimpleNamespace(
     shared_fusion_refusal=lambda backend: "" if backend == "none" else "tokens travel",
 )  # fmt: skip
 
+DRAFTS = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3, "speculative_draft_model_path": "/its/layer"}
+
 
 def errors_of(line):
     """What prepare_server_args says against a command line, or [] when it accepts it."""
@@ -291,6 +293,10 @@ class TestResolve(CustomTestCase):
         self.assertEqual(sizes(4096, dp_size=2, enable_dp_attention=True), (4096, 256))
         self.assertEqual(sizes(100, enable_mixed_chunk=True), (50, 50))
         self.assertEqual(sizes(100, enable_mixed_chunk=True, max_running_requests=30), (70, 30))
+        self.assertEqual(sizes(100, **DRAFTS), (100, 25))
+        self.assertEqual(sizes(100, max_running_requests=25, cuda_graph_bs=[25], **DRAFTS), (100, 25))
+        with self.assertRaisesRegex(ServerArgsError, "--speculative-num-draft-tokens 4, the rows of one .* above .*=3"):
+            sizes(3, **DRAFTS)
         name = "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK=100"
         for size, fields in (
             ("--chunked-prefill-size 101", {"chunked_prefill_size": 101}),
@@ -302,6 +308,11 @@ class TestResolve(CustomTestCase):
             ("--cuda-graph-bs 128", {"cuda_graph_bs": [1, 128, 8]}),
             ("--cuda-graph-max-bs 128", {"cuda_graph_max_bs": 128}),
             ("--page-size 128", {"page_size": 128}),
+            # Four rows of a request in each verify step.
+            ("--max-running-requests 26, each with 4 rows in a verify step (--speculative-num-draft-tokens), 104",
+             {"max_running_requests": 26, **DRAFTS}),
+            ("--cuda-graph-bs 32, each with 4 rows", {"cuda_graph_bs": [1, 32, 8], **DRAFTS}),
+            ("--cuda-graph-max-bs 26, each with 4 rows", {"cuda_graph_max_bs": 26, **DRAFTS}),
         ):  # fmt: skip
             with self.assertRaises(ServerArgsError) as caught:
                 sizes(100, **fields)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sglang.srt.distributed import ParallelState
 from sglang.srt.managers.schedule_batch import ScheduleBatch
-from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 
 # Buckets that groups wish for: one without rows takes any, one with prompts or more rows than any bucket takes none.
 ANY_BUCKET, NO_BUCKET = 0, -1
@@ -17,12 +17,15 @@ ANY_BUCKET, NO_BUCKET = 0, -1
 class AgreedStep:
     """The step as all ranks see it.
 
-    ``num_tokens`` are those of each attention group. All run the decode graph of ``bucket`` rows, or all run eagerly
-    (None). ``has_work`` is False when nobody has anything to do, now or left over. ``stops`` ends all loops.
+    ``num_tokens`` and ``num_requests`` are those of each attention group. All run the decode graph of ``bucket``
+    requests, or all run eagerly (None); ``replays_chains`` is False when some group's drafts are drawn as no graph
+    draws them. ``has_work`` is False when nobody has anything to do, now or left over. ``stops`` ends all loops.
     """
 
     num_tokens: list[int]
+    num_requests: list[int]
     bucket: int | None
+    replays_chains: bool
     has_work: bool
     stops: bool
 
@@ -33,15 +36,21 @@ class AgreedStep:
 
     def of_batch(self, batch: ModelWorkerBatch) -> ModelWorkerBatch:
         """``batch`` with what was agreed on."""
-        return replace(batch, global_num_tokens=self.num_tokens, graph_bucket=self.bucket)
+        return replace(
+            batch,
+            global_num_tokens=self.num_tokens,
+            graph_bucket=self.bucket,
+            global_num_requests=self.num_requests,
+            replays_chains=self.replays_chains,
+        )
 
-    def idle_batch(self) -> ModelWorkerBatch:
-        """The part of a group that brings nothing."""
-        return self.of_batch(ModelWorkerBatch.idle())
+    def idle_batch(self, kind: StepKind = DECODE) -> ModelWorkerBatch:
+        """The part of a group that brings nothing; kind: of the steps by which requests go on."""
+        return self.of_batch(ModelWorkerBatch.idle(kind))
 
 
 def agree(wishes: Sequence[Sequence[int]], group_size: int) -> AgreedStep:
-    """The step that follows from each rank's (tokens, bucket, has work, stops), in rank order.
+    """The step that follows from each rank's (tokens, requests, bucket, edits, has work, stops), in rank order.
 
     Every rank computes it from the same rows. Raises RuntimeError when ranks of one attention group, which decide from
     the same messages, do not bring the same.
@@ -51,11 +60,11 @@ def agree(wishes: Sequence[Sequence[int]], group_size: int) -> AgreedStep:
         if list(wish) != groups[rank // group_size]:
             raise RuntimeError(
                 f"ranks {rank // group_size * group_size} and {rank} share their requests and plan different steps "
-                f"(tokens, bucket, work, stop): {groups[rank // group_size]} and {list(wish)}"
+                f"(tokens, requests, bucket, edits, work, stop): {groups[rank // group_size]} and {list(wish)}"
             )
-    tokens, buckets, work, stops = (list(column) for column in zip(*groups, strict=True))
+    tokens, requests, buckets, edits, work, stops = (list(column) for column in zip(*groups, strict=True))
     bucket = max(buckets) if min(buckets) != NO_BUCKET and any(tokens) else None
-    return AgreedStep(tokens, bucket, any(work), any(stops))
+    return AgreedStep(tokens, requests, bucket, not any(edits), any(work), any(stops))
 
 
 class StepAgreement:
@@ -71,9 +80,10 @@ class StepAgreement:
 
     def exchange(self, batch: ScheduleBatch | None, has_work: bool, stops: bool) -> AgreedStep:
         """Tell what this rank brings, and learn what all do; waits for the slowest."""
-        tokens, bucket = 0, ANY_BUCKET
+        tokens, requests, bucket, edits = 0, 0, ANY_BUCKET, False
         if batch is not None:
-            tokens = batch.num_tokens
-            bucket = (self._bucket_of(len(batch.reqs)) if batch.forward_mode.is_decode() else None) or NO_BUCKET
-        wish = (tokens, bucket, int(has_work), int(stops))
+            tokens, requests = batch.num_tokens, len(batch.reqs)
+            bucket = (self._bucket_of(requests) if batch.forward_mode.is_decode() else None) or NO_BUCKET
+            edits = any(req.changes_logits for req in batch.reqs)
+        wish = (tokens, requests, bucket, int(edits), int(has_work), int(stops))
         return agree(self._world.all_gather_ints(wish), self._group_size)

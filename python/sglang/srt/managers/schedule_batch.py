@@ -169,6 +169,11 @@ class Req:
             self.sampling_params, self.seed, self.origin_input_ids, self.output_ids, sorted(self.stop_ids)
         )
 
+    @property
+    def changes_logits(self) -> bool:
+        """Whether tokens are drawn from other logits than the model's: then no graph draws its drafts."""
+        return self.grammar is not None or self.sampling_row().is_edited
+
 
 @dataclass
 class ScheduleBatch:

@@ -158,7 +158,7 @@ class Scheduler:
 
     def _take_part(self, agreed: AgreedStep) -> None:
         """Run the other groups' step without rows of our own: experts and collectives need every rank."""
-        self.worker.forward(agreed.idle_batch())
+        self.worker.forward(agreed.idle_batch(self.worker.decode_kind))
         self.metrics.num_idle_steps += 1
 
     def _launch(self, batch: ScheduleBatch, agreed: AgreedStep | None) -> LaunchedForward:

@@ -117,6 +117,11 @@ class LaunchedForward:
         self._runner.last_token.index_copy_(0, self._step.req_rows, drawn.to(torch.int64))
         return LaunchedStep(drawn, self._step.output)
 
+    @torch.inference_mode()
+    def take_part(self, speculator: EagleWorker) -> None:
+        """Queue what drafts of the other attention groups need of a step without requests."""
+        speculator.take_part(self._step)
+
 
 class TpModelWorker:
     """Runs steps on this rank's model."""
@@ -128,5 +133,11 @@ class TpModelWorker:
         self.decode_kind: StepKind = DECODE if speculator is None else speculator.spec.verify
 
     def forward(self, batch: ModelWorkerBatch) -> LaunchedForward:
-        """Queue the forward of ``batch``, without waiting for the device; one without requests is never sampled."""
-        return LaunchedForward(self.runner, batch, self.speculator)
+        """Queue the forward of ``batch``, without waiting for the device.
+
+        One without requests is never sampled, so all forwards of its drafts are queued too.
+        """
+        launched = LaunchedForward(self.runner, batch, self.speculator)
+        if self.speculator is not None and batch.batch_size == 0:
+            launched.take_part(self.speculator)
+        return launched

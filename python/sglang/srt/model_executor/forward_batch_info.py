@@ -111,6 +111,9 @@ class ModelWorkerBatch:
     successors: list[int] | None = None
     # The decode graph that all groups agreed to replay, None when they run eagerly; read with ``global_num_tokens``.
     graph_bucket: int | None = None
+    # Likewise, for a model that drafts: requests of each group, and whether all may replay their chains of drafts.
+    global_num_requests: list[int] | None = None
+    replays_chains: bool = False
 
     @property
     def batch_size(self) -> int:
@@ -199,10 +202,13 @@ class ModelWorkerBatch:
         )
 
     @classmethod
-    def idle(cls) -> ModelWorkerBatch:
-        """A step without requests, with which an attention group takes part in the others' step."""
+    def idle(cls, kind: StepKind = DECODE) -> ModelWorkerBatch:
+        """A step without requests, with which an attention group takes part in the others' step.
+
+        kind: of the steps by which requests go on.
+        """
         none = torch.empty(0, dtype=torch.int64)
-        return cls(ForwardMode.IDLE, none, none, none, [], none, kind=DECODE)
+        return cls(ForwardMode.IDLE, none, none, none, [], none, kind=kind)
 
 
 @dataclass
@@ -255,12 +261,13 @@ class ForwardBatch:
     def first(self, size: int) -> ForwardBatch:
         """The first ``size`` requests of a step of one number of rows per request: without its padding."""
         assert self.kind is not None
-        if size == self.batch_size:
+        if size == self.batch_size and self.global_num_rows_cpu is None:
             return self
         rows = size * self.kind.rows_per_request
         return replace(
             self,
             batch_size=size,
+            global_num_rows_cpu=None,
             positions=self.positions[:rows],
             req_pool_indices=self.req_pool_indices[:size],
             seq_lens=self.seq_lens[:size],

@@ -6,7 +6,7 @@ exchange buffers as their owners allocate them. Graphs and the runtime's own mem
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -161,26 +161,27 @@ def plan_needs(
         # Ranks differ where only some parts of a quantised matrix are cut at blocks.
         weights += [count_weights(*build_rank(args, config, rank)) for rank in range(1, args.tp_size)]
     fullest = max(weights, key=lambda groups: sum(groups.values()))
-    return RankNeeds(fullest, plan_moe_exchange(args, config, model, kind, environ, judge_release))
+    models = [model] if draft is None else [model, draft]
+    return RankNeeds(fullest, plan_moe_exchange(args, config, models, kind, environ, judge_release))
 
 
 def plan_moe_exchange(
     args: ServerArgs,
     config: ModelConfig,
-    model: nn.Module,
+    models: Sequence[nn.Module],
     kind: str,
     environ: Mapping[str, str],
     judge_release: bool = False,
 ) -> ExchangePlan | None:
     """The exchange of resolved ``args`` on platform ``kind``; None where experts exchange no tokens.
 
-    model: that of a rank by ``build_rank``. judge_release: the MORI that can be imported here, if any, is one of the
+    models: those of a rank by ``build_rank``. judge_release: the MORI that can be imported here, if any, is one of the
     reasons. Raises ValueError for SGLANG_MORI_* and other settings with which there is nothing to plan.
     """
     if args.moe_a2a_backend != "mori":
         return None
     settings = MoriConfig.from_env(args.tp_size, low_latency=args.deepep_mode == "low_latency")
-    layers = [module for module in model.modules() if isinstance(module, FusedMoE)]
+    layers = [module for model in models for module in model.modules() if isinstance(module, FusedMoE)]
     chosen = choose_kernel(settings) if kind == "hip" else None
     # Layers of one shape and type of rows share one exchange.
     kinds = dict.fromkeys((e.num_experts, e.hidden, e.top_k, config.dtype, e.quant_method.row_dtype) for e in layers)
@@ -213,9 +214,12 @@ def plan_moe_exchange(
 def plan_steps(args: ServerArgs, *exchanges: EpConfig) -> tuple[StepRounds, ...]:
     """Rounds of the largest steps that these settings allow, by an exchange without and by one with the receive cap."""
     running, chunk = args.max_running_requests or 1, args.chunked_prefill_size or 0
-    steps = {"decode": running, "prefill chunk": chunk + (running if args.enable_mixed_chunk else 0)}
+    # With drafts requests go on by verify steps, of several rows each.
+    kind, width = ("decode", 1) if args.speculative_algorithm is None else ("verify", args.speculative_num_draft_tokens)
+    assert width is not None, "resolved arguments say how many"
+    steps = {kind: running * width, "prefill chunk": chunk + (running if args.enable_mixed_chunk else 0)}
     if not args.disable_cuda_graph:
-        steps["decode graph"] = graph_buckets(args)[-1]
+        steps[f"{kind} graph"] = graph_buckets(args)[-1] * width
     plans = []
     for step, rows in steps.items():
         brought = rows_of_ranks([rows] * args.attn_dp_size, args.tp_size // args.attn_dp_size)

@@ -30,12 +30,17 @@ from sglang.srt.utils.stream_policy import StreamPlan
 class StepForward:
     """A forward that was queued: its output, and the step that ran, with the padding of a replayed graph.
 
-    After a replayed graph both are valid until the next replay.
+    After a replayed graph both are valid until the next replay. ``batch`` is what was asked for.
     """
 
     output: LogitsProcessorOutput
     fb: ForwardBatch
-    batch_size: int
+    batch: ModelWorkerBatch
+
+    @property
+    def batch_size(self) -> int:
+        """Requests of the batch."""
+        return self.batch.batch_size
 
     @property
     def req_rows(self) -> torch.Tensor:
@@ -125,13 +130,13 @@ class ModelRunner:
         # A backend may plan from the request table, so that is complete first.
         fb = self._complete(ForwardBatch.from_worker_batch(batch, self.device, self.attn_backend))
         self.attn_backend.init_forward_metadata(fb)
-        return StepForward(self._run_model(fb), fb, batch.batch_size)
+        return StepForward(self._run_model(fb), fb, batch)
 
     def _replay(self, batch: ModelWorkerBatch, bucket: int) -> StepForward:
         assert self.decode_graphs is not None
         fb, output = self.decode_graphs.replay(batch, bucket)
         assert isinstance(output, LogitsProcessorOutput)
-        return StepForward(output, fb, batch.batch_size)
+        return StepForward(output, fb, batch)
 
     def graph_bucket(self, batch_size: int) -> int | None:
         """The decode graph that takes so many requests, the same on every rank; None when they run eagerly."""

@@ -103,7 +103,7 @@ class StepBuffers:
         requests[SEQ_LENS, :size] = torch.tensor(batch.seq_lens, dtype=torch.int64)
         tokens[POSITIONS, : size * width] = batch.positions
         tokens[SLOTS, : size * width] = batch.out_cache_loc
-        if self._table_width:
+        if self._table_width and size:
             assert batch.table_loc is not None, f"a {self.kind.name} step puts slots ahead into the table"
             table[:size] = batch.table_loc
         if batch.state_slot_ids is not None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from sglang.srt.distributed import get_world_group
+from sglang.srt.distributed import get_parallel_state, get_world_group
 from sglang.srt.model_executor.bucket_graphs import Body, BucketGraphs
 from sglang.srt.model_executor.capture_lint import HostOnly
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
@@ -124,6 +124,7 @@ class DraftGraphs:
         self._runner = runner
         self._spec = spec
         self._committed = runner.relay.committed
+        self._num_groups = get_parallel_state().attn_dp_size
         self._buffers = DraftBuffers(buckets[-1], spec, runner)
         world = get_world_group()
         self.extend_graphs: BucketGraphs[ChainStart] = BucketGraphs(EXTEND, buckets, runner.device, world)
@@ -191,6 +192,7 @@ class DraftGraphs:
                 num_token_non_padded_cpu=bucket * width,
                 kind=kind,
                 wants_hidden=True,
+                global_num_tokens_cpu=self._everyone(bucket * width),
             )
             place_rows(fb, self._committed, self._runner.req_to_token_pool)
             firsts = torch.arange(bucket, device=rows.device) * width
@@ -206,11 +208,24 @@ class DraftGraphs:
         # The draft that it begins with is drawn already.
         start = ChainStart(buffers.hidden[:0], buffers.hidden[:bucket], buffers.at[:bucket])
         rows, draft = buffers.rows[:bucket], buffers.draft[:bucket]
-        return lambda: self._drafter.go_on(rows, start, draft, info, buffers.num_tokens, None)
+        groups = self._everyone(bucket)
+        return lambda: self._drafter.go_on(rows, start, draft, info, buffers.num_tokens, None, groups)
+
+    def _everyone(self, num_rows: int) -> list[int] | None:
+        """Rows of each attention group in a captured step: all bring as many."""
+        return [num_rows] * self._num_groups if self._num_groups > 1 else None
+
+    def _bucket_of(self, step: StepForward, *graphs: BucketGraphs[Any]) -> int | None:
+        """The bucket of ``graphs`` behind ``step``, None for an eager run; attention groups all take that of the step,
+        or none."""
+        if step.batch.global_num_tokens is None:
+            return graphs[0].bucket_of(step.batch_size)
+        agreed = step.batch.graph_bucket
+        return agreed if agreed is not None and all(each.bucket_of(agreed) == agreed for each in graphs) else None
 
     def extend(self, step: StepForward, accepted: Accepted) -> ChainStart | None:
         """Where chains start behind a verify step, by a graph; None where that is to be run eagerly."""
-        bucket = self.extend_graphs.bucket_of(step.batch_size)
+        bucket = self._bucket_of(step, self.extend_graphs)
         if bucket is None:
             return None
         assert step.output.hidden_states is not None
@@ -219,13 +234,19 @@ class DraftGraphs:
         return self.extend_graphs.run(bucket).first(step.batch_size)
 
     def go_on(
-        self, rows: torch.Tensor, start: ChainStart, draft: torch.Tensor, info: SamplingBatchInfo
+        self, step: StepForward, rows: torch.Tensor, start: ChainStart, draft: torch.Tensor, info: SamplingBatchInfo
     ) -> torch.Tensor | None:
         """The drafts [B, n] of request rows ``rows`` [B], by a graph; None where they are to be made eagerly."""
         size = rows.shape[0]
         graphs = self.chains[GREEDY if info.is_all_greedy else DRAWN]
-        bucket = graphs.bucket_of(size)
-        if bucket is None or info.edits is not None or info.vocab_mask is not None:
+        edits = info.edits is not None or info.vocab_mask is not None
+        if step.batch.global_num_tokens is None:
+            bucket = None if edits else graphs.bucket_of(size)
+        else:
+            # Which of the two a group draws by does not matter to the others; that all replay does.
+            bucket = self._bucket_of(step, *self.chains.values()) if step.batch.replays_chains else None
+            assert bucket is None or not edits, "edits that the other attention groups do not know of"
+        if bucket is None:
             return None
         self._buffers.fill_rows(rows, bucket, 1)
         self._buffers.fill_chain(start, draft, bucket)

@@ -41,7 +41,8 @@ class Drafter(ABC):
     def propose(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> torch.Tensor:
         """Drafts [B, num_steps] int64 behind the newest token of each request; ids of the vocabulary.
 
-        A request whose prompt is not at its end gets drafts that nobody reads.
+        A request whose prompt is not at its end gets drafts that nobody reads. Where attention groups share experts,
+        every group calls it at every step that any of them runs, and all run the same forwards, also without requests.
         """
 
 
@@ -86,6 +87,13 @@ class EagleWorker:
         self.target.last_token.index_copy_(0, rows, accepted.newest)
         self._relay.committed.index_copy_(0, rows, committed)
         self._relay.drafts.index_copy_(0, rows, drafts)
+
+    def take_part(self, step: StepForward) -> None:
+        """Run the forwards of the drafts of a ``step`` without requests, which the other attention groups wait for."""
+        device = self.target.device
+        none = torch.empty(0, self.spec.num_draft_tokens, dtype=torch.int64, device=device)
+        info = SamplingBatchInfo.from_rows([], self.target.model_config.vocab_size, device)
+        self.drafter.propose(step, Accepted(none, none[:, 0]), info)
 
     def _drafts(self, step: StepForward) -> torch.Tensor:
         """The drafts [B, num_steps] that ``step`` ran."""

@@ -101,10 +101,10 @@ class MtpDrafter(Drafter):
             ended = step.fb.successors < 0
             rows, at = torch.where(ended, rows, self._padding_row), torch.where(ended, at, 0)
         start = replace(start, at=at)
-        drafts = None if self.graphs is None else self.graphs.go_on(rows, start, draft, info)
+        drafts = None if self.graphs is None else self.graphs.go_on(step, rows, start, draft, info)
         if drafts is None:
-            bounds = step.fb.seq_lens_cpu[: step.batch_size]
-            drafts = self.go_on(rows, start, draft, info, step.fb.num_token_non_padded, bounds).ids
+            bounds, groups = step.fb.seq_lens_cpu[: step.batch_size], step.batch.global_num_requests
+            drafts = self.go_on(rows, start, draft, info, step.fb.num_token_non_padded, bounds, groups).ids
         return drafts
 
     def begin(self, fb: ForwardBatch, hidden: torch.Tensor) -> ChainStart:
@@ -124,11 +124,12 @@ class MtpDrafter(Drafter):
         info: SamplingBatchInfo,
         num_tokens: torch.Tensor,
         bounds: list[int] | None,
+        groups: list[int] | None = None,
     ) -> Drafts:
         """The drafts that begin with ``draft`` [B], of request rows ``rows`` [B].
 
         num_tokens [1] int32: at least the rows that are no padding. bounds: of the lengths before the drafts, None
-        where the host knows none.
+        where the host knows none. groups: rows of each attention group, None where there is one.
         """
         drafts, hidden, chain = [draft], start.hidden, None
         if isinstance(self.decode_backend, MultiStepBackend):
@@ -136,6 +137,7 @@ class MtpDrafter(Drafter):
             self.decode_backend.init_forward_metadata(chain)
         for number in range(1, self._num_steps):
             fb = self._draft_batch(rows, drafts[-1], start.at + number, num_tokens, _further(bounds, number))
+            fb.global_num_tokens_cpu = groups
             if isinstance(self.decode_backend, MultiStepBackend):
                 assert chain is not None
                 self.decode_backend.enter_step(chain, fb, number - 1)
@@ -215,6 +217,8 @@ class MtpDrafter(Drafter):
 
     def _draw(self, logits: torch.Tensor, info: SamplingBatchInfo, at: torch.Tensor) -> torch.Tensor:
         """What the layer's rows at positions ``at`` [B] guess: [B] int64, by the coins with which the target draws."""
+        if not logits.shape[0]:
+            return at
         # The row at position p guesses the token at p + 2: its own token is the one at p + 1.
         positions = None if info.is_all_greedy else at + 2
         ids: torch.Tensor = self._sampler(LogitsProcessorOutput(logits), info, positions=positions)
