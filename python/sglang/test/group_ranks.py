@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.distributed import override_parallel_state
 from sglang.srt.managers.dp_sync import StepAgreement
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.draft_graphs import EXTEND
+from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.ep_world import process_state
+from sglang.test.tiny_tasks import heldout_questions
 
 # A request: its prompt, its sampling parameters, and the step before which it arrives.
 Asked = tuple[Sequence[int], Mapping[str, Any], int]
-SPEC = {"speculative_algorithm": "NEXTN"}
+COLD, WARM = {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}
+PENALISED = {"temperature": 0.0, "frequency_penalty": 0.6}
+SIZES = {"max_total_tokens": 2048, "random_seed": 1, "dtype": "float32"}
 
 
 class RankEngine:
@@ -24,10 +30,9 @@ class RankEngine:
 
     def __init__(self, rank: int, world: int, groups: int, folder: str, **settings: Any) -> None:
         self._state = process_state(rank, world, groups)
-        sizes = {"max_total_tokens": 2048, "max_running_requests": 6, "random_seed": 1, "dtype": "float32"}
         many = {"tp_size": world, "dp_size": groups, "enable_dp_attention": groups > 1, "ep_size": world}
         with override_parallel_state(self._state):
-            self.engine = EngineHarness(folder, **{**sizes, **many, **settings})
+            self.engine = EngineHarness(folder, **{**SIZES, "max_running_requests": 6, **many, **settings})
         self.group = self._state.attn_dp_rank
         if groups > 1:
             self.engine.scheduler.sync = StepAgreement(self._state, self.engine.runner.graph_bucket)
@@ -52,3 +57,57 @@ class RankEngine:
     def _is_idle(self) -> bool:
         scheduler = self.engine.scheduler
         return not scheduler.has_work() if scheduler.sync is None else scheduler._all_idle
+
+
+def refuse_draft_extend(engine: EngineHarness) -> None:
+    """Let no graph run the layer over the rows of a verify step, as if its proof had failed."""
+    graphs = engine.runner.draft_graphs[EXTEND]
+    for bucket in graphs.buckets:
+        graphs._refuse(bucket, "asked for")
+
+
+class TwoGroups:
+    """What two groups are asked of an embedded model, and what one rank answers to all of it without speculation.
+
+    Group 1 comes later, so it is idle first, prefills while group 0 verifies, and goes on when group 0 is idle. It has
+    fewer requests. One of its requests draws from other logits than the model's.
+    """
+
+    def __init__(self, model: str) -> None:
+        self.folder = str(EMBEDDED_MODELS[model])
+        tokenizer = Tokenizer.from_path(self.folder)
+        prompts = [tokenizer.encode(question.text) for question in heldout_questions()[:7]]
+        kinds = (COLD, WARM, COLD, WARM, COLD, PENALISED, WARM)
+        arrivals = (0, 0, 0, 2, 4, 14, 14)
+        self.asked: tuple[dict[str, Asked], dict[str, Asked]] = ({}, {})
+        plain = EngineHarness(self.folder, **SIZES)
+        for number, (prompt, kind, at) in enumerate(zip(prompts, kinds, arrivals, strict=True)):
+            params = {**kind, "max_new_tokens": 9 + number, "ignore_eos": True, "sampling_seed": number}
+            self.asked[number >= 4][f"r{number}"] = (prompt, params, at)
+            plain.submit(f"r{number}", prompt, SamplingParams(**params))
+        self.wanted = {rid: result.output_ids for rid, result in plain.run().items()}
+
+    def serve(
+        self,
+        rank: int,
+        world: int = 2,
+        groups: int = 2,
+        num_steps: int = 3,
+        prepare: Callable[[EngineHarness], None] = lambda engine: None,
+        **settings: Any,
+    ) -> RankEngine:
+        """The requests on one rank; AssertionError where a token differs or nothing was accepted, rejected or idle.
+
+        prepare: what is done to the engine first.
+        """
+        spec = {"speculative_algorithm": "NEXTN", "speculative_num_steps": num_steps}
+        options = {"overlap": True, "chunked_prefill_size": 8 * groups, **spec}
+        one = RankEngine(rank, world, groups, self.folder, **{**options, **settings})
+        prepare(one.engine)
+        asked = self.asked if groups > 1 else (self.asked[0] | self.asked[1],)
+        found, metrics = one.serve(asked), one.engine.scheduler.metrics
+        wanted = {rid: self.wanted[rid] for rid in asked[one.group]}
+        assert found == wanted, (rank, found, wanted)
+        assert 0 < metrics.num_accepted_drafts < metrics.num_drafts
+        assert (metrics.num_idle_steps > 0) == (groups > 1), (rank, metrics.num_idle_steps)
+        return one

@@ -11,12 +11,13 @@ from safetensors.torch import save_file
 from sglang.srt.configs.model_config import SUPPORTED_ARCHITECTURES, ModelConfig
 from sglang.srt.distributed import override_tp_group
 from sglang.srt.model_loader.dummy import iterate_dummy
-from sglang.srt.model_loader.loader import load_model
+from sglang.srt.model_loader.loader import load_draft_model, load_model
 from sglang.srt.model_loader.weight_utils import INDEX_NAME, SINGLE_NAME
 from sglang.srt.models.checkpoint_model import CheckpointModel, WeightLoadError
 from sglang.srt.models.registry import MODEL_CLASSES, resolve_model_class
-from sglang.srt.server_args import override_server_args
+from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.compressed_attention_truth import CONFIG_JSON as COMPRESSED
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.thread_ranks import thread_ranks
 from sglang.test.tiny_checkpoints import TINY_CONFIGS
@@ -210,6 +211,14 @@ class TestDummy(LoaderTestCase):
         again, other = dict(iterate_dummy(model, seed=1)), dict(iterate_dummy(model, seed=2))
         self.assertTrue(all(torch.equal(self.tensors[name], again[name]) for name in again))
         self.assertFalse(torch.equal(again[EXPERT], other[EXPERT]))
+
+    def test_every_layer_that_drafts(self):
+        """DeepSeek V4's has names of its own that no file has."""
+        for config in (CONFIG, COMPRESSED):
+            (self.folder / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+            read, args = ModelConfig.from_path(str(self.folder)), ServerArgs(load_format="dummy")
+            draft = load_draft_model(read, args, load_model(read, "dummy"))
+            self.assertTrue(all(bool(param.isfinite().all()) for param in draft.parameters()))
 
     def test_two_ranks_hold_the_same_model_as_one(self):
         whole = self.load("dummy")

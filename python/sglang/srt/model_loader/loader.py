@@ -78,8 +78,10 @@ def load_model(
         raise ValueError(f"load format {load_format!r} is unknown; known: {', '.join(LOAD_FORMATS)}")
     started = time.perf_counter()
     model = build_model(model_config, device, streams)
-    dummy = load_format == "dummy"
-    model.load_weights(iterate_dummy(model, seed) if dummy else iterate_safetensors(model_config.model_path))
+    if load_format == "dummy":
+        model.load_weights(iterate_dummy(model, seed), own_names=True)
+    else:
+        model.load_weights(iterate_safetensors(model_config.model_path))
     _tell(model, device, started, load_format)
     return model.eval()
 
@@ -121,7 +123,7 @@ def load_draft_model(
     started = time.perf_counter()
     draft = build_draft_model(config, target, device, streams, args.load_format)
     if args.load_format == "dummy":
-        draft.load_weights(iterate_dummy(draft, args.random_seed or 0))
+        draft.load_weights(iterate_dummy(draft, args.random_seed or 0), own_names=True)
     else:
         draft.load_weights(iterate_safetensors(config.model_path, lambda name: draft.checkpoint_name(name) is not None))
     _tell(draft, device, started, args.load_format)

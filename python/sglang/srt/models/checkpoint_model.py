@@ -113,9 +113,10 @@ class CheckpointModel(nn.Module):
             for leaf, experts in module.fused_tensors().items()
         }
 
-    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]], own_names: bool = False) -> None:
         """Take every tensor of a checkpoint (name, full tensor), in any order, cast to the model's dtype.
 
+        own_names: the names are those of ``checkpoint_tensors``, as no file has them for some models.
         Raises WeightLoadError that lists all missing, unexpected, repeated and wrongly shaped tensors.
         """
         known, slots = self.num_fused_shared_experts, {m.num_shared for m in self.modules() if isinstance(m, FusedMoE)}
@@ -123,7 +124,7 @@ class CheckpointModel(nn.Module):
         loading, stacked = _Loading(self.checkpoint_tensors()), self.stacked_tensors()
         ignored = 0
         for file_name, tensor in weights:
-            name = self.checkpoint_name(file_name)
+            name = file_name if own_names else self.checkpoint_name(file_name)
             if name is None:
                 ignored += 1
             elif name in stacked:

@@ -1,0 +1,145 @@
+"""What speculation costs and gives over two GPUs that share the experts: time per step, and the break-even length.
+
+    python benchmark/two_gpu/speed_drafts.py [--models v3 v4] [--batches 1 8 32] [--steps 0 1 3] [--seconds 200]
+
+Layers of published sizes with dummy weights (bf16), attention groups over MORI's protocol, every step captured. Each
+group has ``--batches`` requests of 128 tokens. Time per step is taken between two lengths of the answer, so that no
+prefill counts. An untrained layer guesses wrong, so a step of speculation gives one token: its time over that of a
+step without is the break-even length: speculation gains from so many tokens per step on. TPOT at other lengths follows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sglang.srt.configs.published_sizes import DEEPSEEK_V3
+from sglang.srt.entrypoints.engine import Engine
+from sglang.srt.platforms import current_platform
+
+# Tokens per step for which TPOT is shown.
+LENGTHS = (1.0, 1.8, 2.6)
+SHORT, LONG, PROMPT = 8, 72, 128
+
+# DeepSeek-V4-Flash's published sizes, three of its layers: a window alone, ratio 4 and ratio 128.
+_V4_FLASH: dict[str, Any] = {
+    "architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4", "vocab_size": 129280, "hidden_size": 4096,
+    "num_hidden_layers": 3, "num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 512,
+    "qk_rope_head_dim": 64, "q_lora_rank": 1024, "o_groups": 8, "o_lora_rank": 1024, "sliding_window": 128,
+    "compress_ratios": [0, 4, 128, 0], "rope_theta": 10000, "compress_rope_theta": 160000,
+    "rope_scaling": {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536, "beta_fast": 32,
+                     "beta_slow": 1},
+    "max_position_embeddings": 1048576, "index_n_heads": 64, "index_head_dim": 128, "index_topk": 512,
+    "n_routed_experts": 256, "n_shared_experts": 1, "num_experts_per_tok": 6, "moe_intermediate_size": 2048,
+    "num_hash_layers": 1, "scoring_func": "sqrtsoftplus", "topk_method": "noaux_tc", "norm_topk_prob": True,
+    "routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "hc_mult": 4, "hc_sinkhorn_iters": 20, "hc_eps": 1e-6,
+    "rms_norm_eps": 1e-6, "num_nextn_predict_layers": 1,
+}  # fmt: skip
+MODELS = {
+    "v3": {**DEEPSEEK_V3, "num_hidden_layers": 4, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1},
+    "v4": _V4_FLASH,
+    # For a trial on a CPU.
+    "small": {
+        **DEEPSEEK_V3, "num_hidden_layers": 3, "first_k_dense_replace": 1, "num_nextn_predict_layers": 1,
+        "hidden_size": 256, "intermediate_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 4,
+        "num_key_value_heads": 4, "n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4,
+        "vocab_size": 1024, "q_lora_rank": 64, "kv_lora_rank": 64,
+    },
+}  # fmt: skip
+
+
+def step_ms(engine: Engine, batch: int, runs: int) -> list[float]:
+    """Milliseconds per step of ``batch`` requests at once, of several runs."""
+
+    def answer(tokens: int) -> tuple[float, float]:
+        generator = torch.Generator().manual_seed(batch)
+        prompts = torch.randint(3, 1000, (batch, PROMPT), generator=generator).tolist()
+        params = {"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True}
+        began = time.perf_counter()
+        replies = engine.generate(input_ids=prompts, sampling_params=params)
+        took = time.perf_counter() - began
+        steps = [reply["meta_info"].get("spec_verify_ct") or tokens - 1 for reply in replies]
+        return took, statistics.fmean(steps)
+
+    found = []
+    for run in range(runs + 1):
+        short, long = answer(SHORT), answer(LONG)
+        if run:
+            found.append((long[0] - short[0]) / (long[1] - short[1]) * 1e3)
+    return found
+
+
+def bench(folder: str, num_steps: int, args: argparse.Namespace) -> dict[int, list[float]]:
+    """Times per step by requests of a group, with chains of ``num_steps`` drafts."""
+    settings: dict[str, Any] = {"tp_size": args.world, "cuda_graph_bs": args.batches, "random_seed": 1}
+    if args.world > 1:
+        settings |= {"dp_size": args.world, "enable_dp_attention": True, "moe_a2a_backend": "mori"}
+    if num_steps:
+        settings |= {"speculative_algorithm": "NEXTN", "speculative_num_steps": num_steps}
+    sizes = {"max_running_requests": max(args.batches), "max_total_tokens": 512 * max(args.batches)}
+    with Engine(
+        model_path=folder, load_format="dummy", context_length=2048, skip_tokenizer_init=True, log_level="error",
+        skip_server_warmup=True, disable_radix_cache=True, **sizes, **settings,
+    ) as engine:  # fmt: skip
+        found = {batch: step_ms(engine, batch * args.world, args.runs) for batch in args.batches}
+        state = engine.get_server_info()["internal_states"][0]
+    refused = {kind: told["refused"] for kind, told in state["graphs"].items() if told["refused"]}
+    if refused:
+        print(f"  graphs were refused, and ran eagerly: {refused}")
+    return found
+
+
+def table(times: dict[int, dict[int, list[float]]]) -> list[str]:
+    """Lines of one model: times by number of drafts, then by requests of a group."""
+    lines = []
+    for batch, plain in times[0].items():
+        base = statistics.median(plain)
+        lines.append(f"  {batch:>3} requests a group: {base:.3f} ms a step ({min(plain):.3f} .. {max(plain):.3f})")
+        for steps in (steps for steps in times if steps):
+            took = statistics.median(times[steps][batch])
+            spread = f"{min(times[steps][batch]):.3f} .. {max(times[steps][batch]):.3f}"
+            tpot = ", ".join(f"{base * length / took:.2f} at {length}" for length in LENGTHS if length <= steps + 1)
+            lines.append(
+                f"      {steps} drafts: {took:.3f} ms a step ({spread}), break-even at {took / base:.2f} tokens per "
+                f"step; TPOT without over with: {tpot}"
+            )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=["v3", "v4"])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--steps", type=int, nargs="+", default=[0, 3, 1], help="drafts of a chain; 0 goes first")
+    parser.add_argument("--world", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1e9, help="no server starts later")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "4")
+    print(f"# {args.world} x {current_platform.describe()}, torch {torch.__version__}")
+    ends = time.perf_counter() + args.seconds
+    with tempfile.TemporaryDirectory() as holder:
+        for name in args.models:
+            folder = Path(holder, name)
+            folder.mkdir()
+            (folder / "config.json").write_text(json.dumps(MODELS[name]))
+            times: dict[int, dict[int, list[float]]] = {}
+            for steps in sorted(args.steps, key=bool):
+                if time.perf_counter() < ends:
+                    began = time.perf_counter()
+                    times[steps] = bench(str(folder), steps, args)
+                    print(f"  {name}, {steps} drafts: {time.perf_counter() - began:.0f} s in all", flush=True)
+            if 0 in times:
+                print(f"{name}: median (min .. max) of {args.runs} runs", *table(times), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()
