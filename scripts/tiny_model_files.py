@@ -63,6 +63,53 @@ _YARN = {
     "beta_slow": 1,
 }
 
+# Every kind of layer, and fewer entries chosen than a prompt of 700 tokens has; with fewer heads of the indexer its
+# scores would tie at zero.
+DEEPSEEK_V4: dict[str, Any] = {
+    **_COMMON,
+    "model_type": "deepseek_v4",
+    "num_hidden_layers": 5,
+    "layer_types": [
+        "sliding_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+        "compressed_sparse_attention",
+        "sliding_attention",
+    ],
+    "compress_rates": {"compressed_sparse_attention": 4, "heavily_compressed_attention": 128},
+    "mlp_layer_types": ["hash_moe", "moe", "moe", "moe", "moe"],
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "partial_rotary_factor": 0.25,
+    "q_lora_rank": 64,
+    "o_groups": 2,
+    "o_lora_rank": 48,
+    "sliding_window": 128,
+    "index_n_heads": 32,
+    "index_head_dim": 32,
+    "index_topk": 32,
+    "moe_intermediate_size": 64,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "routed_scaling_factor": 1.5,
+    "swiglu_limit": 10.0,
+    "hc_mult": 4,
+    "hc_sinkhorn_iters": 20,
+    "hc_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "compress_rope_theta": 160000.0,
+    "rope_parameters": {
+        "rope_type": "yarn",
+        "factor": 16,
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "original_max_position_embeddings": 256,
+    },
+    "num_nextn_predict_layers": 1,
+}
+
 MODEL_CONFIGS: dict[str, dict[str, Any]] = {
     "deepseek-v3-tiny": {
         **_DEEPSEEK,

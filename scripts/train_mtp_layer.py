@@ -111,6 +111,10 @@ class DraftTrainer:
         with torch.no_grad():
             return self.model.model(ids, use_cache=False).last_hidden_state
 
+    def own_logits(self, hidden: Tensor) -> Tensor:
+        """The model's logits [B, L, V] of what ``hidden`` returned."""
+        return self.model.lm_head(hidden)
+
     def chain(self, ids: Tensor, hidden: Tensor) -> Iterator[Tensor]:
         """Logits of each draft, [B, L - k, V]: row i of draft k is a guess of token i + k + 1."""
         cache, starts = ChainCache(), []
@@ -135,7 +139,7 @@ class DraftTrainer:
     def loss(self, ids: Tensor, labels: Tensor, hidden: Tensor) -> Tensor:
         """Cross-entropy of each draft against the model's own distribution, over the rows of answers."""
         with torch.no_grad():
-            own = self.model.lm_head(hidden).softmax(-1)
+            own = self.own_logits(hidden).softmax(-1)
         total = torch.zeros((), device=self.device)
         for k, (logits, weight) in enumerate(zip(self.chain(ids, hidden), CHAIN_WEIGHTS, strict=True), 1):
             wanted = labels[:, k:] != IGNORE
@@ -197,7 +201,7 @@ class DraftTrainer:
         prompts = [encode(question.text) for question in heldout_questions(500)]
         documents = [list(prompt) for prompt in prompts]
         for _ in range(MAX_NEW_TOKENS):
-            chosen = self.model.lm_head(self.hidden(self._padded(documents))).argmax(-1)
+            chosen = self.own_logits(self.hidden(self._padded(documents))).argmax(-1)
             for row, tokens in zip(chosen.tolist(), documents, strict=True):
                 if tokens[-1] != EOS:
                     tokens.append(row[len(tokens) - 1])

@@ -100,9 +100,9 @@ def build_pool(count: int, seed: int) -> DocumentPool:
     return pad_documents(pairs)
 
 
-def pad_documents(pairs: list[tuple[list[int], list[int]]]) -> DocumentPool:
-    tokens = [t + [PAD] * (MAX_DOCUMENT - len(t)) for t, _ in pairs]
-    labels = [y + [IGNORE] * (MAX_DOCUMENT - len(y)) for _, y in pairs]
+def pad_documents(pairs: list[tuple[list[int], list[int]]], width: int = MAX_DOCUMENT) -> DocumentPool:
+    tokens = [t + [PAD] * (width - len(t)) for t, _ in pairs]
+    labels = [y + [IGNORE] * (width - len(y)) for _, y in pairs]
     return DocumentPool(
         torch.tensor(tokens, dtype=torch.int16),
         torch.tensor(labels, dtype=torch.int16),

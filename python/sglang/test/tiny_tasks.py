@@ -1,4 +1,4 @@
-"""The four question families that the embedded models are trained on and judged by.
+"""The four question families that the embedded models are trained on and judged by, and lookups far back for one.
 
 A question is short ASCII text, its answer a function of that text. Which questions are held out is decided by a hash of
 the text alone, so training and evaluation agree on the split without sharing a list.
@@ -16,6 +16,10 @@ SORT = "sort"
 LOOKUP = "lookup"
 TASKS = (ADDITION, REVERSE, SORT, LOOKUP)
 
+# A lookup whose pairs and question stand apart, words between them. No member of `TASKS`: `far_lookups` draws them.
+FAR_LOOKUP = "far lookup"
+FAR_DISTANCES = (300, 700)
+
 MAX_OPERAND = 99
 STRING_LENGTHS = (3, 6)
 LOOKUP_PAIRS = (2, 4)
@@ -28,7 +32,19 @@ _DIGITS = "0123456789"
 _ADDITION_RE = re.compile(r"(\d{1,2})\+(\d{1,2})=")
 _REVERSE_RE = re.compile(r"rev:([a-z]{3,6})=")
 _SORT_RE = re.compile(r"sort:(\d{3,6})=")
-_LOOKUP_RE = re.compile(r"((?:[a-z]=\d,){1,3}[a-z]=\d);([a-z])\?")
+_LOOKUP_RE = re.compile(r"((?:[a-z]=\d,){1,3}[a-z]=\d);(?:([a-z ]+);)?([a-z])\?")
+
+WORDS = (
+    "the of and to in is it you that he was for on are with as his they be at one have this from or had by hot but "
+    "some what there we can out other were all your when up use word how said an each she which do their time if will "
+    "way about many then them would write like so these her long make thing see him two has look more day could go "
+    "come did my sound no most number who over know water than call first people may down side been now find any new "
+    "work part take get place made live where after back little only round man year came show every good me give our "
+    "under name very through just form much great think say help low line before turn cause same mean differ move "
+    "right boy old too does tell sentence set three want air well also play small end put home read hand port large "
+    "spell add even land here must big high such follow act why ask men change went light kind off need house picture "
+    "try us again animal point mother world near build self earth father zebra quick fox lazy jump quartz jazz vex"
+).split()
 
 
 @dataclass(frozen=True)
@@ -60,8 +76,8 @@ def _parse(text: str) -> tuple[str, str]:
     if match := _LOOKUP_RE.fullmatch(text):
         pairs = [pair.split("=") for pair in match[1].split(",")]
         values = dict(pairs)
-        if len(values) == len(pairs) and match[2] in values:
-            return LOOKUP, values[match[2]]
+        if len(values) == len(pairs) and match[3] in values:
+            return FAR_LOOKUP if match[2] else LOOKUP, values[match[3]]
     raise ValueError(f"not a question of {', '.join(TASKS)}: {text!r}; see sglang.test.tiny_tasks for the forms")
 
 
@@ -123,6 +139,37 @@ def _heldout_of_task(task: str, n: int, seed: int) -> list[Question]:
         if is_heldout(question.text):
             found.setdefault(question.text, question)
     raise ValueError(f"asked for {n} held-out questions of {task}, found {len(found)}; ask for fewer")
+
+
+def far_lookups(n: int = 100, seed: int = 0, distances: tuple[int, int] = FAR_DISTANCES) -> list[Question]:
+    """`n` held-out lookups whose pair begins as many bytes before the end of the text as ``distances`` say.
+
+    Such as "a=3,c=7;some words;c?". The list is the same for the same arguments. ValueError when no lookup fits.
+    """
+    nearest, farthest = distances
+    # All pairs with what parts them from the words, one letter of these, and the question.
+    shortest = 4 * LOOKUP_PAIRS[1] + 1 + len(";c?")
+    if n < 0 or not shortest <= nearest <= farthest:
+        raise ValueError(
+            f"asked for {n} lookups {nearest} to {farthest} bytes back; give n >= 0 and at least {shortest}"
+        )
+    rng = random.Random(f"far/{seed}")
+    found: list[Question] = []
+    while len(found) < n:
+        pairs, key = _sample_lookup(rng).removesuffix("?").split(";")
+        behind = len(pairs) - pairs.index(f"{key}=") + len(";;c?")
+        text = f"{pairs};{prose(rng, rng.randint(nearest, farthest) - behind)};{key}?"
+        if is_heldout(text):
+            found.append(_question(text))
+    return found
+
+
+def prose(rng: random.Random, length: int) -> str:
+    """Words in no order, ``length`` bytes of them; the last one is cut off."""
+    words: list[str] = []
+    while sum(map(len, words)) + len(words) <= length:
+        words.append(rng.choice(WORDS))
+    return " ".join(words)[:length]
 
 
 def _question(text: str) -> Question:

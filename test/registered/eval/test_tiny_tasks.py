@@ -14,7 +14,7 @@ from sglang.embedded_models import EMBEDDED_MODELS, default_model_path
 from sglang.test import tiny_tasks
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
-from sglang.test.tiny_tasks import TASKS, heldout_questions, is_heldout, training_questions
+from sglang.test.tiny_tasks import TASKS, far_lookups, heldout_questions, is_heldout, training_questions
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
@@ -52,6 +52,30 @@ class TestQuestions(CustomTestCase):
             for question in itertools.islice(training_questions(task, 1), 500):
                 self.assertEqual(question.task, task)
                 self.assertLess(len(question.answer), tiny_tasks.MAX_NEW_TOKENS)
+
+
+class TestFarLookups(CustomTestCase):
+    def test_the_pair_stands_as_far_back_as_asked(self):
+        for nearest, farthest in ((20, 20), (300, 700), (2000, 2000)):
+            questions = far_lookups(20, 0, (nearest, farthest))
+            self.assertEqual(len({question.text for question in questions}), 20)
+            for question in questions:
+                self.assertTrue(is_heldout(question.text))
+                key = question.text[-2]
+                back = len(question.text) - question.text.index(f"{key}=")
+                self.assertTrue(nearest <= back <= farthest, question.text)
+                self.assertEqual(question.answer, question.text[question.text.index(f"{key}=") + 2])
+                self.assertEqual(tiny_tasks.task_of(question.text), tiny_tasks.FAR_LOOKUP)
+
+    def test_the_same_questions_for_the_same_arguments(self):
+        self.assertEqual(far_lookups(3), far_lookups(5)[:3])
+        self.assertNotEqual(far_lookups(3), far_lookups(3, seed=1))
+        self.assertEqual(far_lookups(0), [])
+
+    def test_distances_that_hold_no_question_are_refused(self):
+        for n, distances in ((-1, (300, 700)), (1, (19, 700)), (1, (700, 300))):
+            with self.subTest(n=n, distances=distances), self.assertRaisesRegex(ValueError, "lookups"):
+                far_lookups(n, 0, distances)
 
 
 class TestSplit(CustomTestCase):
