@@ -17,7 +17,7 @@ MAX_PAIRS = 8
 MAX_LEAD, MAX_SLOT = 8, 7
 CHAT_SHARE = 0.4
 # How many last tokens a layer sees in narrowed rows: what lies farther back has to come through entries.
-NARROW = (8, 12, 16, 24, 128)
+NARROW = (12, 24, 48, 128)
 
 
 def sentence_pool(count: int, seed: int) -> DocumentPool:
