@@ -1,7 +1,9 @@
-"""Triton bodies of one-query attention over the request table: a pass over spans of each context, and their merge.
+"""Triton bodies of attention of few queries per request over the request table: a pass over spans, and their merge.
 
 Both passes exist for keys with a value cache of their own and for latent rows, whose first columns are the value
 (``VALUE_IS_KEY``). A key row has MAIN columns (a power of two of them loaded, ``KEY``) and then TAIL further ones.
+A request brings REPEAT queries, those of its last tokens, which read a span of its context once for all of them: with
+several, a head stands for one of each, and sees the tokens up to its own.
 """
 
 import triton
@@ -34,24 +36,29 @@ def decode_tokens_kernel(
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, table_stride,
     MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, VALUE_IS_KEY: tl.constexpr,
     KEY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, REPEAT: tl.constexpr,
 ):  # fmt: skip
     """Few heads: tokens are the rows of both products, so that HEADS may be as small as 16 on a wide matrix unit.
 
-    grid (key heads * head blocks, requests, splits), so that those who read the same rows run together
-    -> out [B, splits, H, V] and lse [B, splits, H] float32, or with WHOLE (one split) out [B, H, V] in its own dtype.
+    grid (key heads * head blocks, requests, splits), so that those who read the same rows run together -> out
+    [B * REPEAT, splits, H, V] and lse [B * REPEAT, splits, H] float32, or with WHOLE (one split) out [B * REPEAT, H, V]
+    in its own dtype.
     """
     request = tl.program_id(1)
-    head_blocks = tl.cdiv(group, HEADS)
+    head_blocks = tl.cdiv(group * REPEAT, HEADS)
     kv_head = tl.program_id(0) // head_blocks
     in_group = (tl.program_id(0) % head_blocks) * HEADS + tl.arange(0, HEADS)
+    live = in_group < group * REPEAT
+    query = request.to(tl.int64)
     heads = kv_head * group + in_group
-    live = in_group < group
+    if REPEAT > 1:
+        query = query * REPEAT + in_group // group
+        heads = kv_head * group + in_group % group
     split = tl.program_id(2)
     seq_len = tl.load(lens_ptr + request).to(tl.int32)
     start, end = _span(seq_len, split, splits, BLOCK_N)
     values = tl.arange(0, BLOCK_V)
-    out_row = (request.to(tl.int64) * splits + split) * num_heads + heads
+    out_row = (query * splits + split) * num_heads + heads
     out_at = out_ptr + out_row[None, :] * VALUE + values[:, None]
     out_mask = live[None, :] & (values < VALUE)[:, None]
     if start >= end:
@@ -61,7 +68,11 @@ def decode_tokens_kernel(
             tl.store(lse_ptr + out_row, tl.full([HEADS], float("-inf"), tl.float32), mask=live)
         return
     keys = tl.arange(0, KEY)
-    q_at = q_ptr + request.to(tl.int64) * q_stride + heads[:, None] * q_head_stride
+    q_at = q_ptr + heads[:, None] * q_head_stride
+    if REPEAT > 1:
+        q_at += query[:, None] * q_stride
+    else:
+        q_at += query * q_stride
     q = tl.trans(tl.load(q_at + keys[None, :], mask=live[:, None] & (keys < MAIN)[None, :], other=0.0))
     k_base = k_ptr + kv_head * k_head_stride
     v_base = v_ptr + kv_head * v_head_stride
@@ -71,6 +82,10 @@ def decode_tokens_kernel(
             tl.load(q_at + MAIN + tails[None, :], mask=live[:, None] & (tails < TAIL)[None, :], other=0.0)
         )
     table = table_ptr + tl.load(rows_ptr + request) * table_stride
+    # The first token that a query does not see, and the first that only some of them see.
+    ends, own = end + in_group * 0, seq_len - REPEAT + 1
+    if REPEAT > 1:
+        ends = tl.minimum(ends, own + in_group // group)
     scale2 = scale * LOG2E
     maximum = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
@@ -85,20 +100,41 @@ def decode_tokens_kernel(
             tail_at = k_base + slots * k_stride + MAIN + tails[None, :]
             k_tail = load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T, q.dtype)
             logits = tl.dot(k_tail, q_tail, logits, input_precision="ieee")
-        logits = tl.where((tokens < end)[:, None], logits, float("-inf"))
-        highest = tl.maximum(maximum, tl.max(logits, 0))
-        keep = tl.exp2((maximum - highest) * scale2)
-        probs = tl.exp2(logits * scale2 - (highest * scale2)[None, :])
+        if REPEAT > 1:
+            v = k
+            if not VALUE_IS_KEY:
+                v_at = v_base + slots * v_stride + values[None, :]
+                v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V, q.dtype)
+            if first + BLOCK_N > own:
+                # A value that is not finite makes those who see it NaN, and nobody else.
+                finite = tl.abs(v) < float("inf")
+                logits = tl.where((tl.min(finite.to(tl.int32), axis=1) == 0)[:, None], float("nan"), logits)
+                v = tl.where(finite, v, 0.0)
+            logits = tl.where(tokens[:, None] < ends[None, :], logits, float("-inf"))
+            highest = tl.maximum(maximum, tl.max(logits, 0))
+            # A query may see nothing of a span; zero in place of its maximum keeps its weights zero instead of NaN.
+            pivot = tl.where(highest == float("-inf"), 0.0, highest)
+        else:
+            logits = tl.where((tokens < end)[:, None], logits, float("-inf"))
+            highest = tl.maximum(maximum, tl.max(logits, 0))
+            pivot = highest
+        keep = tl.exp2((maximum - pivot) * scale2)
+        probs = tl.exp2(logits * scale2 - (pivot * scale2)[None, :])
         total = total * keep + tl.sum(probs, 0)
         maximum = highest
         acc = acc * keep[None, :]
-        if VALUE_IS_KEY:
+        if REPEAT == 1:
             v = k
-        else:
-            v_at = v_base + slots * v_stride + values[None, :]
-            v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V, q.dtype)
+            if not VALUE_IS_KEY:
+                v_at = v_base + slots * v_stride + values[None, :]
+                v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V, q.dtype)
         acc = tl.dot(tl.trans(v), probs.to(v.dtype), acc, input_precision="ieee")
-    tl.store(out_at, (acc / total[None, :]).to(out_ptr.dtype.element_ty), mask=out_mask)
+    if REPEAT > 1:
+        # 1 where nothing was seen: the part does not count by its lse.
+        acc = acc / tl.where(total == 0.0, 1.0, total)[None, :]
+    else:
+        acc = acc / total[None, :]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
     if not WHOLE:
         tl.store(lse_ptr + out_row, maximum * scale + tl.log2(total) * LN2, mask=live)
 
@@ -110,20 +146,24 @@ def decode_heads_kernel(
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, table_stride,
     MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, VALUE_IS_KEY: tl.constexpr,
     KEY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, REPEAT: tl.constexpr,
 ):  # fmt: skip
     """Many heads over one key head: heads are the rows of both products; otherwise as ``decode_tokens_kernel``."""
     request = tl.program_id(1)
-    head_blocks = tl.cdiv(group, HEADS)
+    head_blocks = tl.cdiv(group * REPEAT, HEADS)
     kv_head = tl.program_id(0) // head_blocks
     in_group = (tl.program_id(0) % head_blocks) * HEADS + tl.arange(0, HEADS)
+    live = in_group < group * REPEAT
+    query = request.to(tl.int64)
     heads = kv_head * group + in_group
-    live = in_group < group
+    if REPEAT > 1:
+        query = query * REPEAT + in_group // group
+        heads = kv_head * group + in_group % group
     split = tl.program_id(2)
     seq_len = tl.load(lens_ptr + request).to(tl.int32)
     start, end = _span(seq_len, split, splits, BLOCK_N)
     values = tl.arange(0, BLOCK_V)
-    out_row = (request.to(tl.int64) * splits + split) * num_heads + heads
+    out_row = (query * splits + split) * num_heads + heads
     out_at = out_ptr + out_row[:, None] * VALUE + values[None, :]
     out_mask = live[:, None] & (values < VALUE)[None, :]
     if start >= end:
@@ -133,7 +173,11 @@ def decode_heads_kernel(
             tl.store(lse_ptr + out_row, tl.full([HEADS], float("-inf"), tl.float32), mask=live)
         return
     keys = tl.arange(0, KEY)
-    q_at = q_ptr + request.to(tl.int64) * q_stride + heads[:, None] * q_head_stride
+    q_at = q_ptr + heads[:, None] * q_head_stride
+    if REPEAT > 1:
+        q_at += query[:, None] * q_stride
+    else:
+        q_at += query * q_stride
     q = tl.load(q_at + keys[None, :], mask=live[:, None] & (keys < MAIN)[None, :], other=0.0)
     k_base = k_ptr + kv_head * k_head_stride
     v_base = v_ptr + kv_head * v_head_stride
@@ -141,6 +185,10 @@ def decode_heads_kernel(
         tails = tl.arange(0, BLOCK_T)
         q_tail = tl.load(q_at + MAIN + tails[None, :], mask=live[:, None] & (tails < TAIL)[None, :], other=0.0)
     table = table_ptr + tl.load(rows_ptr + request) * table_stride
+    # The first token that a query does not see, and the first that only some of them see.
+    ends, own = end + in_group * 0, seq_len - REPEAT + 1
+    if REPEAT > 1:
+        ends = tl.minimum(ends, own + in_group // group)
     scale2 = scale * LOG2E
     maximum = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
@@ -154,20 +202,38 @@ def decode_heads_kernel(
             tail_at = k_base + slots * k_stride + MAIN + tails[None, :]
             k_tail = load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T, q.dtype)
             logits = tl.dot(q_tail, tl.trans(k_tail), logits, input_precision="ieee")
-        logits = tl.where((tokens < end)[None, :], logits, float("-inf"))
-        highest = tl.maximum(maximum, tl.max(logits, 1))
-        keep = tl.exp2((maximum - highest) * scale2)
-        probs = tl.exp2(logits * scale2 - (highest * scale2)[:, None])
+        if REPEAT > 1:
+            v = k
+            if not VALUE_IS_KEY:
+                v_at = v_base + slots * v_stride + values[None, :]
+                v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V, q.dtype)
+            if first + BLOCK_N > own:
+                finite = tl.abs(v) < float("inf")
+                logits = tl.where((tl.min(finite.to(tl.int32), axis=1) == 0)[None, :], float("nan"), logits)
+                v = tl.where(finite, v, 0.0)
+            logits = tl.where(tokens[None, :] < ends[:, None], logits, float("-inf"))
+            highest = tl.maximum(maximum, tl.max(logits, 1))
+            pivot = tl.where(highest == float("-inf"), 0.0, highest)
+        else:
+            logits = tl.where((tokens < end)[None, :], logits, float("-inf"))
+            highest = tl.maximum(maximum, tl.max(logits, 1))
+            pivot = highest
+        keep = tl.exp2((maximum - pivot) * scale2)
+        probs = tl.exp2(logits * scale2 - (pivot * scale2)[:, None])
         total = total * keep + tl.sum(probs, 1)
         maximum = highest
         acc = acc * keep[:, None]
-        if VALUE_IS_KEY:
+        if REPEAT == 1:
             v = k
-        else:
-            v_at = v_base + slots * v_stride + values[None, :]
-            v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V, q.dtype)
+            if not VALUE_IS_KEY:
+                v_at = v_base + slots * v_stride + values[None, :]
+                v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V, q.dtype)
         acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
-    tl.store(out_at, (acc / total[:, None]).to(out_ptr.dtype.element_ty), mask=out_mask)
+    if REPEAT > 1:
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    else:
+        acc = acc / total[:, None]
+    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
     if not WHOLE:
         tl.store(lse_ptr + out_row, maximum * scale + tl.log2(total) * LN2, mask=live)
 

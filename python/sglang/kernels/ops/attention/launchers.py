@@ -62,35 +62,37 @@ def launch_decode(
     shape: RowShape,
     tile: Tile | None = None,
     splits: int | None = None,
+    repeat: int = 1,
 ) -> torch.Tensor:
-    """One query a request over its slots: q [B, Hq, D], k [S, Hk, D], v [S, Hk, Dv] -> [B, Hq, Dv].
+    """``repeat`` queries per request over its slots: q [B*repeat, Hq, D], k [S, Hk, D], v [S, Hk, Dv] -> [., Hq, Dv].
 
-    ``tile`` and ``splits`` are for tuning and for tests of their invariance; None takes the tables' choice.
+    They are those of its last tokens, and ``seq_lens`` the lengths that the last one sees. ``tile`` and ``splits`` are
+    for tuning and for tests of their invariance; None takes the tables' choice.
     """
     from sglang.kernels.ops.attention.decode_triton import decode_heads_kernel, decode_tokens_kernel
 
-    batch, heads, _ = q.shape
+    batch, (num_rows, heads, _) = seq_lens.shape[0], q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    out = torch.empty(batch, heads, shape.value, dtype=q.dtype, device=q.device)
+    out = torch.empty(num_rows, heads, shape.value, dtype=q.dtype, device=q.device)
     if batch == 0:
         return out
-    found, heads_are_rows = decode_tile(shape, group, q.dtype)
+    found, heads_are_rows = decode_tile(shape, group * repeat, q.dtype)
     tile = tile or found
-    programs = kv_heads * cdiv(group, tile.rows)
+    programs = kv_heads * cdiv(group * repeat, tile.rows)
     if splits is None:
-        part_bytes = 4 * batch * heads * shape.value
+        part_bytes = 4 * num_rows * heads * shape.value
         splits = split_count(batch * programs, req_to_token.shape[1], tile, part_bytes)
     parts, lse = out, out
     if splits > 1:
-        parts = torch.empty(batch, splits, heads, shape.value, dtype=torch.float32, device=q.device)
-        lse = torch.empty(batch, splits, heads, dtype=torch.float32, device=q.device)
+        parts = torch.empty(num_rows, splits, heads, shape.value, dtype=torch.float32, device=q.device)
+        lse = torch.empty(num_rows, splits, heads, dtype=torch.float32, device=q.device)
     kernel = decode_heads_kernel if heads_are_rows else decode_tokens_kernel
     kernel[(programs, batch, splits)](
         q, k, v, req_to_token, req_pool_indices, seq_lens, parts, lse,
         scale, heads, group, splits,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), req_to_token.stride(0),
-        **shape.constants(), HEADS=tile.rows, BLOCK_N=tile.block_n, WHOLE=splits == 1,
+        **shape.constants(), HEADS=tile.rows, BLOCK_N=tile.block_n, WHOLE=splits == 1, REPEAT=repeat,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     if splits > 1:

@@ -1,0 +1,178 @@
+"""Several queries per request, those of its last tokens, over the paged cache: a verify step of speculation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang.kernels.launch import triton_impl
+from sglang.kernels.ops.attention.launchers import latent_fits, launch_decode, rows_fit
+from sglang.kernels.ops.attention.table_decode import mla_table_decode_torch, table_decode_torch
+from sglang.kernels.ops.attention.tiles import RowShape
+from sglang.kernels.spec import Case, Impl, Op
+
+
+def table_verify_torch(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """``attention.table_decode`` of W queries per request, each of which sees the tokens up to its own.
+
+    q [B*W, Hq, D], packed by request, in the order of its last W tokens; seq_lens [B] int64 in [W, C] count them all;
+    the rest as there -> [B*W, Hq, Dv]. What a later token left in the cache, NaN included, changes no earlier row.
+    """
+    return table_decode_torch(q, k_cache, v_cache, req_to_token, *_by_row(q, req_pool_indices, seq_lens), scale)
+
+
+def mla_table_verify_torch(
+    q: torch.Tensor,
+    latent_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    kv_lora_rank: int,
+    scale: float,
+) -> torch.Tensor:
+    """``attention.mla_table_decode`` of W queries per request: q [B*W, H, R+P] -> [B*W, H, R], else as the above."""
+    rows = _by_row(q, req_pool_indices, seq_lens)
+    return mla_table_decode_torch(q, latent_cache, req_to_token, *rows, kv_lora_rank, scale)
+
+
+def _by_row(
+    q: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Request rows and lengths of single queries, [B*W] each."""
+    width = _width(q, seq_lens)
+    back = torch.arange(1 - width, 1, device=seq_lens.device)
+    return req_pool_indices.repeat_interleave(width), (seq_lens.unsqueeze(1) + back).flatten()
+
+
+def _width(q: torch.Tensor, seq_lens: torch.Tensor) -> int:
+    return q.shape[0] // max(1, seq_lens.shape[0])
+
+
+def table_verify_triton(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    shape = RowShape.of(q.shape[2], v_cache.shape[2])
+    rest = (req_to_token, req_pool_indices, seq_lens, scale, shape)
+    return launch_decode(q, k_cache, v_cache, *rest, repeat=_width(q, seq_lens))
+
+
+def mla_table_verify_triton(
+    q: torch.Tensor,
+    latent_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    kv_lora_rank: int,
+    scale: float,
+) -> torch.Tensor:
+    shape = RowShape.of(q.shape[2], kv_lora_rank, value_is_key=True)
+    rows = latent_cache.unsqueeze(1)
+    rest = (req_to_token, req_pool_indices, seq_lens, scale, shape)
+    return launch_decode(q, rows, rows, *rest, repeat=_width(q, seq_lens))
+
+
+def _accepts(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table: torch.Tensor, *rest: object) -> bool:
+    return rows_fit(q, k_cache, v_cache) and table.stride(1) == 1
+
+
+def _accepts_latent(
+    q: torch.Tensor, latent: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, lens: torch.Tensor, rank: int,
+    scale: float,
+) -> bool:  # fmt: skip
+    return latent_fits(q, latent, rank) and table.stride(1) == 1
+
+
+def _tables(generator: torch.Generator) -> Iterator[tuple[str, int, tuple[torch.Tensor, ...], int]]:
+    """Name, queries per request, (request table, its rows in use, lengths) and slots, of which the last is poisoned."""
+    for name, width, lens in (
+        ("one", 2, [2]),
+        ("ragged", 4, [4, 37, 5, 64]),
+        ("wide", 9, [9, 20]),
+        ("single", 1, [3, 1]),
+        ("empty", 3, []),
+    ):
+        total = sum(lens) + 2
+        table = torch.full((len(lens) + 1, 70), total - 1, dtype=torch.int32)
+        order, start = torch.randperm(total - 2, generator=generator).int() + 1, 0
+        for row, length in enumerate(lens):
+            table[row + 1, :length] = order[start : start + length]
+            start += length
+        yield name, width, (table, torch.arange(len(lens)) + 1, torch.tensor(lens, dtype=torch.int64)), total
+
+
+def _poison_last(table: tuple[torch.Tensor, ...], *caches: torch.Tensor) -> None:
+    """NaN in the slot that nothing names, and in that of each request's last token: one query of it sees that."""
+    for cache in caches:
+        cache[-1] = torch.nan
+        for row, length in zip(table[1].tolist(), table[2].tolist(), strict=True):
+            cache[table[0][row, length - 1].long()] = torch.nan
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for name, width, table, total in _tables(generator):
+        for heads, kv_heads, dim in ((6, 2, 24), (4, 1, 16)):
+            q = torch.randn(width * len(table[2]), heads, dim, generator=generator)
+            k_cache, v_cache = torch.randn(2, total, kv_heads, dim, generator=generator)
+            yield Case(f"{name}-{heads}x{kv_heads}", (q, k_cache, v_cache, *table, 0.3))
+            spoiled = v_cache.clone()
+            _poison_last(table, spoiled)
+            yield Case(f"{name}-{heads}x{kv_heads}-nan-values", (q, k_cache, spoiled, *table, 0.3))
+        coarse = (cache.to(torch.float8_e4m3fn) for cache in (k_cache, v_cache))
+        yield Case(f"{name}-fp8", (q, *coarse, *table, 0.3))
+
+
+def _latent_cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for name, width, table, total in _tables(generator):
+        for heads in (3, 20):
+            q = torch.randn(width * len(table[2]), heads, 20, generator=generator)
+            cache = torch.randn(total, 20, generator=generator)
+            yield Case(f"{name}-{heads}", (q, cache, *table, 16, 0.2))
+        spoiled = cache.clone()
+        _poison_last(table, spoiled)
+        yield Case(f"{name}-nan", (q, spoiled, *table, 16, 0.2))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Two and four rows per request of served models, without contents."""
+    for width, batch in ((2, 8), (4, 8), (4, 128)):
+        table = torch.empty(batch, 8192, dtype=torch.int32, device=device)
+        index = torch.empty(batch, dtype=torch.int64, device=device)
+        rest, rows = (table, index, torch.empty_like(index)), batch * 8192
+        cache = torch.empty(rows, 2, 256, dtype=torch.bfloat16, device=device)
+        q = cache.new_empty(batch * width, 16, 256)
+        name = f"bs{batch} w{width}"
+        yield table_verify, Case(f"gqa_16x2_d256 {name}", (q, cache, torch.empty_like(cache), *rest, 256**-0.5))
+        for heads in (16, 128):
+            q, latent = cache.new_empty(batch * width, heads, 576), cache.new_empty(rows, 576)
+            yield mla_table_verify, Case(f"mla_h{heads} {name}", (q, latent, *rest, 512, 192**-0.5))
+
+
+table_verify = Op(
+    "attention.table_verify",
+    triton_impl(table_verify_triton, _accepts),
+    Impl("torch", table_verify_torch),
+    cases=_cases,
+)
+mla_table_verify = Op(
+    "attention.mla_table_verify",
+    triton_impl(mla_table_verify_triton, _accepts_latent),
+    Impl("torch", mla_table_verify_torch),
+    cases=_latent_cases,
+)
