@@ -9,6 +9,7 @@ import torch
 from sglang.kernels.ops.moe.topk import SharedSlots
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.kernels.spec import Impl
+from sglang.test.attention_truth import ATTENTION_TRUTHS
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.draw_truth import judge_draw
 from sglang.test.test_utils import CustomTestCase
@@ -151,58 +152,6 @@ def true_experts_fp8(x, w13, w13_scale, w2, w2_scale, weights, ids, x_scale=None
     return out
 
 
-def attend(query, keys, values, scale):
-    logits = keys.double() @ query.double() * scale
-    probs = torch.exp(logits - logits.max())
-    return values.double().T @ (probs / probs.sum())
-
-
-def true_ragged(q, k, v, qo_indptr, kv_indptr, scale, k_tail=None):
-    if k_tail is not None:
-        k = torch.stack([torch.hstack((k[:, head], k_tail)) for head in range(k.shape[1])], dim=1)
-    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=torch.float64)
-    group = q.shape[1] // k.shape[1]
-    bounds = zip(qo_indptr.tolist(), qo_indptr.tolist()[1:], kv_indptr.tolist(), kv_indptr.tolist()[1:])
-    for first, last, start, end in bounds:
-        for row in range(first, last):
-            seen = slice(start, end - (last - 1 - row))
-            for head in range(q.shape[1]):
-                out[row, head] = attend(q[row, head], k[seen, head // group], v[seen, head // group], scale)
-    return out
-
-
-def true_paged_extend(q, k_cache, v_cache, slots, qo_indptr, kv_indptr, scale):
-    return true_ragged(q, k_cache[slots], v_cache[slots], qo_indptr, kv_indptr, scale)
-
-
-def true_mla_extend(q, cache, slots, qo_indptr, kv_indptr, rank, scale):
-    rows = cache[slots].unsqueeze(1)
-    return true_ragged(q, rows, rows[..., :rank], qo_indptr, kv_indptr, scale)
-
-
-def true_paged_decode(q, k_cache, v_cache, table, seq_lens, scale):
-    out = torch.zeros(q.shape[0], q.shape[1], v_cache.shape[2], dtype=torch.float64)
-    group = q.shape[1] // k_cache.shape[1]
-    for row, length in enumerate(seq_lens.tolist()):
-        slots = table[row, :length]
-        for head in range(q.shape[1] if length else 0):
-            out[row, head] = attend(q[row, head], k_cache[slots, head // group], v_cache[slots, head // group], scale)
-    return out
-
-
-def true_mla_decode(q, cache, table, seq_lens, rank, scale):
-    rows = cache.unsqueeze(1)
-    return true_paged_decode(q, rows, rows[..., :rank], table, seq_lens, scale)
-
-
-def true_table_decode(q, k_cache, v_cache, table, rows, seq_lens, scale):
-    return true_paged_decode(q, k_cache, v_cache, table[rows], seq_lens, scale)
-
-
-def true_mla_table_decode(q, cache, table, rows, seq_lens, rank, scale):
-    return true_mla_decode(q, cache, table[rows], seq_lens, rank, scale)
-
-
 def true_sigmoid_mul(x, gate):
     return x.double() / (1 + torch.exp(-gate.double()))
 
@@ -247,13 +196,7 @@ TRUTHS = {
     "moe.fused_experts_fp8": true_experts_fp8,
     "quant.quantize_groups": true_quantize,
     "quant.block_fp8_linear": true_block_linear,
-    "attention.ragged_extend": true_ragged,
-    "attention.paged_extend": true_paged_extend,
-    "attention.mla_extend": true_mla_extend,
-    "attention.paged_decode": true_paged_decode,
-    "attention.mla_decode": true_mla_decode,
-    "attention.table_decode": true_table_decode,
-    "attention.mla_table_decode": true_mla_table_decode,
+    **ATTENTION_TRUTHS,
 }
 
 # Ops whose arguments or results have a dtype of their own beside bfloat16.

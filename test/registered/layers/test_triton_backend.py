@@ -15,7 +15,7 @@ from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.attention.plans import PartedPlan
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch, StepKind
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.model_harness import ModelHarness
 from sglang.test.test_utils import CustomTestCase
@@ -128,17 +128,6 @@ class TestGraphHooks(CustomTestCase):
         host = ModelWorkerBatch.decode(rows, lens, torch.tensor(slots))
         host = dataclasses.replace(host, input_ids=torch.arange(len(rows)) + 7)
         return ForwardBatch.from_worker_batch(host, torch.device("cpu"), backend)
-
-    def test_rows_of_one_request_lie_side_by_side(self):
-        """As kernels read them; an expanded vector of one element would lead them into other memory."""
-        harness, backend = make_harness(self, "dsv2")
-        request = harness.new_request()
-        harness.extend([(request, list(range(5, 25)))])
-        fb = self.batch(harness, backend, [request.row], [20])
-        plan = backend.plan_uniform(dataclasses.replace(fb, kind=StepKind("verify", 4)))
-        self.assertEqual(plan.req_pool_indices.tolist(), [request.row] * 4)
-        self.assertEqual(plan.seq_lens.tolist(), [17, 18, 19, 20])
-        self.assertTrue(plan.req_pool_indices.is_contiguous() and plan.seq_lens.is_contiguous())
 
     def test_a_replayed_step_reads_the_captured_tensors(self):
         harness, backend = make_harness(self, "dsv2")

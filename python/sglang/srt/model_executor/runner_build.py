@@ -18,7 +18,7 @@ from sglang.srt.layers.quantization import warn_of_splits
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.mem_cache.pool_plan import PoolPlan
 from sglang.srt.model_executor.capture_lint import HostOnly
-from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
+from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.graph_check import GraphCheck
 from sglang.srt.model_executor.memory_plan import check_fit, graph_buckets, plan_needs
 from sglang.srt.model_executor.model_pools import RankMemory, make_pools, make_rank_memory, plan_pools
@@ -154,10 +154,17 @@ def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
         fb = graphs.fill(batch, bucket)
         # Planned as the recorded step was, which knows no lengths of the host: sums have as many terms.
         fb.seq_lens_cpu = HostOnly(fb.seq_lens_cpu)
-        return runner.run_planned(fb).first(batch.batch_size * width).tensors()
+        output = runner.run_planned(fb).first(batch.batch_size * width)
+        return (*output.tensors(), *left_by(fb, batch.batch_size))
 
     def replay(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
-        return graphs.replay(batch, bucket)[1].tensors()
+        fb, output = graphs.replay(batch, bucket)
+        return (*output.tensors(), *left_by(fb, batch.batch_size))
+
+    def left_by(fb: ForwardBatch, size: int) -> tuple[torch.Tensor, ...]:
+        """Where the step found its rows, of which drafts and the next step's lengths are made."""
+        rows = size * width
+        return fb.seq_lens[:size].clone(), fb.positions[:rows].clone(), fb.out_cache_loc[:rows].clone()
 
     GraphCheck(
         graphs,

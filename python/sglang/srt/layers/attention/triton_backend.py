@@ -12,6 +12,7 @@ from sglang.kernels.ops.attention.attention_state import extend_state, merge_sta
 from sglang.kernels.ops.attention.kv_cache import gather_slots
 from sglang.kernels.ops.attention.paged_extend import paged_extend
 from sglang.kernels.ops.attention.table_decode import mla_table_decode, table_decode
+from sglang.kernels.ops.attention.table_verify import mla_table_verify, table_verify
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import (
     AttentionContext,
@@ -29,10 +30,11 @@ EXPANDED_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class TableDecodePlan:
-    """What a decode step reads on the device: rows of the request table [B] int64 and lengths [B] int64."""
+    """What a step of ``width`` rows per request reads: rows of the request table and lengths, [B] int64."""
 
     req_pool_indices: torch.Tensor
     seq_lens: torch.Tensor
+    width: int = 1
 
 
 class TritonAttnBackend(CapturingPoolBackend):
@@ -48,12 +50,9 @@ class TritonAttnBackend(CapturingPoolBackend):
         return TableDecodePlan(fb.req_pool_indices, fb.seq_lens)
 
     def plan_uniform(self, fb: ForwardBatch) -> TableDecodePlan:
-        """See the base class; made on the device, of tensors alone."""
+        """See the base class."""
         assert fb.kind is not None
-        width = fb.kind.rows_per_request
-        back = torch.arange(1 - width, 1, device=fb.seq_lens.device)
-        requests = fb.req_pool_indices.repeat_interleave(width)
-        return TableDecodePlan(requests, (fb.seq_lens.unsqueeze(1) + back).flatten())
+        return TableDecodePlan(fb.req_pool_indices, fb.seq_lens, fb.kind.rows_per_request)
 
     def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
         """Record that graphs of this kind and batch size read these very tensors, which therefore must persist."""
@@ -115,9 +114,8 @@ class TritonGqaBackend(TritonAttnBackend, PoolGqaBackend):
         k_cache, v_cache = self.kv_pool.layer(layer.layer_id)
         plan = fb.attn_plan.attention
         if isinstance(plan, TableDecodePlan):
-            out = table_decode(
-                q, k_cache, v_cache, self.req_to_token, plan.req_pool_indices, plan.seq_lens, layer.scaling
-            )
+            op = table_decode if plan.width == 1 else table_verify
+            out = op(q, k_cache, v_cache, self.req_to_token, plan.req_pool_indices, plan.seq_lens, layer.scaling)
         elif isinstance(plan, ExtendPlan):
             out = paged_extend(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)
         else:
@@ -168,7 +166,9 @@ class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
         plan = fb.attn_plan.attention
         if not isinstance(plan, TableDecodePlan):
             return no_output(q, plan, layer.num_heads, rank)
-        return mla_table_decode(q, cache, self.req_to_token, plan.req_pool_indices, plan.seq_lens, rank, layer.scaling)
+        op = mla_table_decode if plan.width == 1 else mla_table_verify
+        out: torch.Tensor = op(q, cache, self.req_to_token, plan.req_pool_indices, plan.seq_lens, rank, layer.scaling)
+        return out
 
     def forward_mla_expanded(
         self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | PartedPlan

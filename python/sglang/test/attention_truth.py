@@ -1,0 +1,100 @@
+"""Attention in float64, one query and one head at a time: what the attention ops are held to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
+    """query [D], keys [n, D], values [n, Dv] -> [Dv]."""
+    logits = keys.double() @ query.double() * scale
+    probs = torch.exp(logits - logits.max())
+    return values.double().T @ (probs / probs.sum())
+
+
+def true_ragged(
+    q: Tensor, k: Tensor, v: Tensor, qo_indptr: Tensor, kv_indptr: Tensor, scale: float, k_tail: Tensor | None = None
+) -> Tensor:
+    if k_tail is not None:
+        k = torch.stack([torch.hstack((k[:, head], k_tail)) for head in range(k.shape[1])], dim=1)
+    out = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=torch.float64)
+    group = q.shape[1] // k.shape[1]
+    bounds = zip(qo_indptr.tolist(), qo_indptr.tolist()[1:], kv_indptr.tolist(), kv_indptr.tolist()[1:])
+    for first, last, start, end in bounds:
+        for row in range(first, last):
+            seen = slice(start, end - (last - 1 - row))
+            for head in range(q.shape[1]):
+                out[row, head] = attend(q[row, head], k[seen, head // group], v[seen, head // group], scale)
+    return out
+
+
+def true_paged_extend(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, qo_indptr: Tensor, kv_indptr: Tensor, scale: float
+) -> Tensor:
+    return true_ragged(q, k_cache[slots], v_cache[slots], qo_indptr, kv_indptr, scale)
+
+
+def true_mla_extend(
+    q: Tensor, cache: Tensor, slots: Tensor, qo_indptr: Tensor, kv_indptr: Tensor, rank: int, scale: float
+) -> Tensor:
+    rows = cache[slots].unsqueeze(1)
+    return true_ragged(q, rows, rows[..., :rank], qo_indptr, kv_indptr, scale)
+
+
+def true_paged_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, seq_lens: Tensor, scale: float
+) -> Tensor:
+    out = torch.zeros(q.shape[0], q.shape[1], v_cache.shape[2], dtype=torch.float64)
+    group = q.shape[1] // k_cache.shape[1]
+    for row, length in enumerate(seq_lens.tolist()):
+        slots = table[row, :length]
+        for head in range(q.shape[1] if length else 0):
+            out[row, head] = attend(q[row, head], k_cache[slots, head // group], v_cache[slots, head // group], scale)
+    return out
+
+
+def true_mla_decode(q: Tensor, cache: Tensor, table: Tensor, seq_lens: Tensor, rank: int, scale: float) -> Tensor:
+    rows = cache.unsqueeze(1)
+    return true_paged_decode(q, rows, rows[..., :rank], table, seq_lens, scale)
+
+
+def true_table_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, rows: Tensor, seq_lens: Tensor, scale: float
+) -> Tensor:
+    return true_paged_decode(q, k_cache, v_cache, table[rows], seq_lens, scale)
+
+
+def true_mla_table_decode(
+    q: Tensor, cache: Tensor, table: Tensor, rows: Tensor, seq_lens: Tensor, rank: int, scale: float
+) -> Tensor:
+    return true_mla_decode(q, cache, table[rows], seq_lens, rank, scale)
+
+
+def of_several(truth: Callable[..., Tensor], first: int) -> Callable[..., Tensor]:
+    """``truth`` of single queries, of those of each request's last tokens; ``first``: where its table rows stand."""
+
+    def several(q: Tensor, *args: object) -> Tensor:
+        rows, lens = args[first - 1 : first + 1]
+        assert isinstance(rows, Tensor) and isinstance(lens, Tensor)
+        width = len(q) // max(1, len(lens))
+        by_query = [lens - width + 1 + number for number in range(width)]
+        counted = torch.stack(by_query, dim=1).flatten() if by_query else lens
+        return truth(q, *args[: first - 1], rows.repeat_interleave(max(1, width)), counted, *args[first + 1 :])
+
+    return several
+
+
+ATTENTION_TRUTHS: dict[str, Callable[..., Tensor]] = {
+    "attention.ragged_extend": true_ragged,
+    "attention.paged_extend": true_paged_extend,
+    "attention.mla_extend": true_mla_extend,
+    "attention.paged_decode": true_paged_decode,
+    "attention.mla_decode": true_mla_decode,
+    "attention.table_decode": true_table_decode,
+    "attention.mla_table_decode": true_mla_table_decode,
+    "attention.table_verify": of_several(true_table_decode, 4),
+    "attention.mla_table_verify": of_several(true_mla_table_decode, 3),
+}
