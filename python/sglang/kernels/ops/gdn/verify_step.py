@@ -30,10 +30,10 @@ def gdn_verify_step_torch(
     """The mixer's rows for R more tokens of each of B sequences, packed by sequence, from their projections.
 
     mixed_qkv [B*R, C], z [B*R, HV, V], b, a [B*R, HV]; parameters, states and slot_ids [B] int64 as ``gdn.decode_step``
-    takes them; tail_qkv [S, R, C], tail_gates [S, R, 2*HV] (b | a) in mixed_qkv's dtype, tail_len [S] int64 in 0..R ->
-    [B*R, HV, V]. Each slot moves on by the first tail_len rows of its tail, which then holds this step's rows; the
-    caller writes tail_len, and 0 for a new sequence. The same rows as R single steps give. A sequence of slot 0 is
-    padding: its output and what slot 0 holds afterwards mean nothing.
+    takes them; tail_qkv [S, R, C], tail_gates [S, R, 2*HV] (b | a) in mixed_qkv's dtype, tail_len [S] int64, of which
+    more than R counts as R -> [B*R, HV, V]. Each slot moves on by the first tail_len rows of its tail, which then holds
+    this step's rows; the caller writes tail_len, and 0 for a new sequence. The same rows as R single steps give. A
+    sequence of slot 0 is padding: its output and what slot 0 holds afterwards mean nothing.
     """
     size, rows = slot_ids.shape[0], tail_qkv.shape[1]
     parameters = (conv_weight, A_log, dt_bias, norm_weight)
@@ -98,6 +98,7 @@ def _cases() -> Iterator[Case]:
         tail_gates = torch.cat(old[2:4], dim=-1).unflatten(0, (size + 3, rows)).contiguous()
         lengths = torch.randint(0, rows + 1, (size + 3,), generator=generator)
         slots = torch.randperm(size + 2, generator=generator)[:size] + 1
+        lengths[slots[-1:]] = 1 << 40  # all of the tail, and no more
         name = f"{size}x{rows} " + "x".join(map(str, shape))
         yield Case(name, (*inputs, conv, ssm, tail_qkv, tail_gates, lengths, slots, 1e-6))
 

@@ -11,6 +11,12 @@ from sglang.kernels.ops.gdn.gates_triton import decay_of, unit_length
 
 
 @triton.jit
+def _num_counted(length_at, REPEAT: tl.constexpr):
+    """Rows of the tail that count; never more than it has, whatever lies there."""
+    return tl.minimum(tl.maximum(tl.load(length_at), 0), REPEAT).to(tl.int32)
+
+
+@triton.jit
 def _column(history_at, tail_at, x_at, s, length, tail_stride, x_stride, inside, WIDTH: tl.constexpr):
     """Channels of place ``s`` of a sequence: in the slot's columns below 0, then in its tail, then in the step."""
     dtype = x_at.dtype.element_ty
@@ -36,7 +42,7 @@ def verify_inputs_kernel(
     slot = tl.load(slots_ptr + row).to(tl.int64)
     if slot == 0:  # padding
         return
-    length = tl.load(length_ptr + slot).to(tl.int32)
+    length = _num_counted(length_ptr + slot, REPEAT)
     if tl.program_id(0) == tl.num_programs(0) - 1:
         head = tl.arange(0, BLOCK_H)
         there = head < heads
@@ -127,7 +133,7 @@ def verify_scan_kernel(
         for token in tl.static_range(REPEAT):
             tl.store(out_at + token * heads * V, tl.zeros([ROWS], dtype), mask=in_value)
         return
-    length = tl.load(length_ptr + slot).to(tl.int32)
+    length = _num_counted(length_ptr + slot, REPEAT)
     q_channel = (head // per_key) * K + keys
     k_channel = q_channel + key_heads * K
     v_channel = 2 * key_heads * K + head * V + lines

@@ -20,8 +20,8 @@ COUNT, SEEN, STOP = (1 << 29) - 1, 1 << 29, 1 << 30
 LOGITS_FAULT, EDITED_FAULT = 1, 2
 
 # Scores that one program of the Triton form reads, room for those of a row that lie in a bracket, one in how many is
-# sampled, and programs a row.
-BLOCK, FOUND, STRIDE, MAX_CHUNKS = 4096, 16384, 16, 128
+# sampled, programs a row, and scores whose running count a thread keeps to itself.
+BLOCK, FOUND, STRIDE, MAX_CHUNKS, LINE = 4096, 16384, 16, 128, 16
 # Scores that are sorted before it is known that a filter reaches further.
 FEW = 1024
 
@@ -211,16 +211,27 @@ def draw_triton(
         state = logits.new_empty(rows, 4, dtype=torch.float32)
     grid = (rows * chunks,)
     body.scan_kernel[grid](
-        *source, *shape, tops, firsts, raws, sums, samples, **edits, FILTER=wanted.filters, **sizes, num_warps=8
+        *source, *shape, tops, firsts, raws, sums, samples, **edits, FILTER=wanted.filters, **sizes, num_warps=4
     )
     stride = sizes.pop("STRIDE")
     if wanted.filters:
         body.bracket_kernel[(rows,)](
             temperatures, tops, sums, samples, top_ks, top_ps, min_ps, greedy, state, vocab, chunks,
-            **filters, **sizes, STRIDE=stride, WHOLE=cap == sizes["BLOCK"], num_warps=16,
+            **filters, **sizes, STRIDE=stride, WHOLE=cap == sizes["BLOCK"], num_warps=8,
         )  # fmt: skip
         body.sift_kernel[grid](
-            *source, *shape, state, found, counts, above, floored, **edits, **sizes, CAP=cap, num_warps=8
+            *source,
+            *shape,
+            state,
+            found,
+            counts,
+            above,
+            floored,
+            **edits,
+            **sizes,
+            CAP=cap,
+            LINE=min(LINE, sizes["BLOCK"]),
+            num_warps=8,
         )
     body.pick_kernel[(rows,)](
         *source, *shape, top_ks, top_ps, min_ps, greedy, seeds, positions,

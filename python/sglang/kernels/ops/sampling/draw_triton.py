@@ -216,7 +216,7 @@ def sift_kernel(
     vocab, row_stride, words, chunks,
     state_ptr, found_ptr, counts_ptr, above_ptr, floored_ptr,
     MASKED: tl.constexpr, EDITED: tl.constexpr, BIASED: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, LINE: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one row: its scores from LOW to HIGH in id order, the mass above HIGH, the mass from FLOOR on."""
     source = (logits_ptr, temps_ptr, allowed_ptr, edit_rows_ptr, marks_ptr, penalties_ptr, left_ptr, bias_ptr,
@@ -229,7 +229,11 @@ def sift_kernel(
         w = _weight(y, tl.load(state_ptr + row * STATE + BEST), _scale(row, temps_ptr))
         at = row * CHUNKS + chunk
         between = ((y >= low) & (y <= high)).to(tl.int32)
-        place = tl.cumsum(between, axis=0) - 1
+        # A running sum within short rows, and one over the rows: a sum over all lanes goes through memory far oftener.
+        lines = tl.reshape(between, [BLOCK // LINE, LINE])
+        of_line = tl.sum(lines, axis=1)
+        before = tl.cumsum(of_line, axis=0) - of_line
+        place = tl.reshape(tl.cumsum(lines, axis=1) + before[:, None], [BLOCK]) - 1
         tl.store(found_ptr + at * CAP + place, y, mask=(between != 0) & (place < CAP))
         tl.store(counts_ptr + at, tl.sum(between, axis=0))
         tl.store(above_ptr + at, tl.sum(tl.where(y > high, w, 0.0), axis=0))
