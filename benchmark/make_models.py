@@ -5,6 +5,7 @@
     deepseek-v2-lite       27 layers, bf16, 15.7 B parameters        31.4 GB
     deepseek-v3-4l-fp8     V3's sizes, 1 dense + 3 MoE layers, fp8   39 GB (needs block-scaled fp8); MTP layer: 12 GB
     deepseek-v3-3l-bf16    V3's sizes, 1 dense + 2 MoE layers, bf16  51 GB
+    deepseek-v4-flash-8l   8 of V4-Flash's 43 layers, fp8            54 GB; MTP layer: 7 GB
     qwen3.5-35b-a3b-20l    20 of 40 layers (15 GDN, 5 full), bf16    36 GB; MTP layer: 2 GB
     qwen3.5-35b-a3b-8l     8 of 40 layers (6 GDN, 2 full), bf16      15 GB
     deepseek-v2-tiny, qwen3.5-tiny: few layers at the same sizes, for smoke tests
@@ -19,7 +20,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.configs.published_sizes import BLOCK_FP8, DEEPSEEK_V2_LITE, DEEPSEEK_V3, qwen35_like
+from sglang.srt.configs.published_sizes import (
+    BLOCK_FP8,
+    DEEPSEEK_V2_LITE,
+    DEEPSEEK_V3,
+    DEEPSEEK_V4_FLASH_8L,
+    qwen35_like,
+)
 from sglang.test.bench_checkpoint import write_tokenizer
 
 TOKENIZER_SIZE = 900
@@ -38,6 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "num_nextn_predict_layers": 1,
         "quantization_config": BLOCK_FP8,
     },
+    "deepseek-v4-flash-8l": {**DEEPSEEK_V4_FLASH_8L, "quantization_config": BLOCK_FP8},
     "deepseek-v3-3l-bf16": DEEPSEEK_V3,
     "qwen3.5-35b-a3b-20l": _with_mtp(qwen35_like(20)),
     "qwen3.5-35b-a3b-8l": qwen35_like(8),

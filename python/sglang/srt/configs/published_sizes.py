@@ -11,6 +11,8 @@ from typing import Any
 
 _SIZES: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 DEEPSEEK_V2_LITE, DEEPSEEK_V3 = _SIZES["deepseek-v2-lite"], _SIZES["deepseek-v3"]
+# Eight of V4-Flash's 43 layers, of every kind.
+DEEPSEEK_V4_FLASH_8L = _SIZES["deepseek-v4-flash"]
 BLOCK_FP8: dict[str, Any] = {
     "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
 }  # fmt: skip
