@@ -16,6 +16,7 @@ import sglang.srt.model_executor.forward_batch_info as forward_batch_info
 import sglang.srt.speculative.draft_graphs as draft_graphs
 import sglang.srt.speculative.mtp_drafter as mtp_drafter
 from sglang.kernels.registry import fresh_decisions
+from sglang.srt.environ import envs
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.test import process_ranks
@@ -69,8 +70,10 @@ class TestMutations(CustomTestCase):
         graphs = {"attention_backend": "triton", "cuda_graph_bs": [2, 4], "max_running_requests": 4}
         with override_platform(RocmOverFakesPlatform(find_fakes())), fresh_decisions():
             self.check(lambda: run_processes(2, partial(two.serve, **graphs)), CAPTURED)
-            # Eager rows of the layer follow a padded step.
-            self.check(lambda: run_processes(2, partial(two.serve, prepare=refuse_draft_extend, **graphs)), REFUSED)
+            # Eager rows of the layer follow a padded step; a full and a padded batch need two rounds, their rows one.
+            eager = {"prepare": refuse_draft_extend, "moe_a2a_backend": "mori", "deepep_mode": "low_latency"}
+            with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(20):
+                self.check(lambda: run_processes(2, partial(two.serve, **eager, **graphs)), REFUSED)
 
 
 if __name__ == "__main__":

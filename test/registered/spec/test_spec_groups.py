@@ -101,7 +101,7 @@ class TestCapturedGroups(Groups):
 
     def test_a_refused_kind_runs_eagerly_on_all_ranks(self) -> None:
         with override_platform(RocmOverFakesPlatform(find_fakes())), fresh_decisions():
-            run_processes(2, partial(self.two.serve, prepare=refuse_draft_extend, **GRAPHS))
+            run_processes(2, partial(self.two.serve, prepare=refuse_draft_extend, **MORI, **GRAPHS))
 
     def test_same_tokens(self) -> None:
         with override_platform(RocmOverFakesPlatform(find_fakes())), fresh_decisions():
