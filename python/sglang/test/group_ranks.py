@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.distributed import override_parallel_state
+from sglang.srt.environ import envs
 from sglang.srt.managers.dp_sync import StepAgreement
+from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.speculative.draft_graphs import EXTEND
+from sglang.srt.speculative.draft_graphs import DRAWN, EXTEND, GREEDY
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.ep_world import process_state
@@ -19,6 +23,8 @@ from sglang.test.tiny_tasks import heldout_questions
 Asked = tuple[Sequence[int], Mapping[str, Any], int]
 COLD, WARM = {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}
 PENALISED = {"temperature": 0.0, "frequency_penalty": 0.6}
+MORI = {"moe_a2a_backend": "mori"}
+GRAPHS = {"attention_backend": "triton", "cuda_graph_bs": [2, 4], "max_running_requests": 4}
 SIZES = {"max_total_tokens": 2048, "random_seed": 1, "dtype": "float32"}
 
 
@@ -57,6 +63,12 @@ class RankEngine:
     def _is_idle(self) -> bool:
         scheduler = self.engine.scheduler
         return not scheduler.has_work() if scheduler.sync is None else scheduler._all_idle
+
+
+def nothing_received(engine: EngineHarness) -> None:
+    """AssertionError where a server that is about to start counts rows of the proof of its graphs as load."""
+    told = engine.runner.describe()["experts"].get("received_rows", {"live": 0})
+    assert told["live"] == 0, told
 
 
 def refuse_draft_extend(engine: EngineHarness) -> None:
@@ -111,3 +123,38 @@ class TwoGroups:
         assert 0 < metrics.num_accepted_drafts < metrics.num_drafts
         assert (metrics.num_idle_steps > 0) == (groups > 1), (rank, metrics.num_idle_steps)
         return one
+
+    def serve_capped(self, rank: int, cap: int, **settings: Any) -> None:
+        """As ``serve`` over MORI's protocol, under a cap of received rows that a verify step exceeds, or none (0)."""
+        with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(cap):
+            one = self.serve(rank, **MORI, **settings)
+        told = one.engine.runner.describe()["experts"]["received_rows"]
+        assert (told["most_rounds"] > 1) == (cap > 0), told
+        assert told["suggested_cap"] >= 3 * one.engine.worker.decode_kind.rows_per_request, told
+
+    def replay(self, rank: int, groups: int = 2, **settings: Any) -> None:
+        """As ``serve``, every kind of step captured."""
+        counts: Counter[str] = Counter()
+        serving, run, serve = False, BucketGraphs.run, RankEngine.serve
+
+        def counted_run(graphs: BucketGraphs[Any], bucket: int) -> Any:
+            counts[graphs.name] += serving
+            return run(graphs, bucket)
+
+        def counted_serve(one: RankEngine, asked: Any) -> dict[str, list[int]]:
+            nonlocal serving
+            serving = True
+            return serve(one, asked)
+
+        patches = (
+            mock.patch.object(BucketGraphs, "run", counted_run),
+            mock.patch.object(RankEngine, "serve", counted_serve),
+        )
+        with patches[0], patches[1]:
+            one = self.serve(rank, groups=groups, prepare=nothing_received, **GRAPHS, **settings)
+        graphs = one.engine.runner.describe()["graphs"]
+        assert all(told["captured"] == [2, 4] and not told["refused"] for told in graphs.values()), graphs
+        chains = counts[GREEDY] + counts[DRAWN]
+        assert counts["verify"] == counts[EXTEND] > 0 < chains, counts
+        # Chains of a step in which somebody's logits are edited are eager on all ranks, as are those behind prompts.
+        assert groups == 1 or chains < counts["verify"], counts

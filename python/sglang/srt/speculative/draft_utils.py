@@ -19,6 +19,7 @@ from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import (
     DeepseekV4HipRadixBackend,
     DeepseekV4MultiStepBackend,
 )
+from sglang.srt.layers.moe.ep_moe.factory import expert_gauges
 from sglang.srt.model_executor.memory_plan import graph_buckets
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
@@ -104,4 +105,6 @@ def make_speculator(args: ServerArgs, runner: ModelRunner) -> EagleWorker | None
     if not args.disable_cuda_graph:
         drafter.graphs = DraftGraphs(drafter, runner, spec, graph_buckets(args))
         drafter.graphs.capture()
+        for gauge in expert_gauges(runner.model):
+            gauge.forget()
     return EagleWorker(runner, spec, drafter)

@@ -27,13 +27,17 @@ class RecvGauge:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside the block nothing counts, and what the proof of decode graphs left is forgotten: it is not load."""
+        """Inside the block nothing counts, and what the proof of decode graphs left is forgotten."""
         self._is_paused = True
         try:
             yield
         finally:
             self._is_paused = False
-            self._since_read.zero_()
+            self.forget()
+
+    def forget(self) -> None:
+        """Rows received so far were those of a proof of graphs, which is not load."""
+        self._since_read.zero_()
 
     def plan(self, least_cap: int, rounds: int) -> None:
         """A step is done in ``rounds`` rounds, and would be done in one under a receive cap of ``least_cap`` rows."""
