@@ -121,7 +121,7 @@ def drafted_tokens(model: str, mode: Mode, count: int) -> list[list[int]]:
     """Output ids of two prompts alone, then of ``count`` at once, which end after different numbers of tokens."""
     options = {"max_total_tokens": 40960, "max_running_requests": 32, "random_seed": 1, "dtype": "float32"}
     options |= {"cuda_graph_bs": [1, 8, 32], "skip_server_warmup": True, "skip_tokenizer_init": True}
-    options |= {"load_format": "dummy", "log_level": "error"}
+    options |= {"load_format": "dummy", "log_level": "error", "watchdog_timeout": 90}
     generator = torch.Generator().manual_seed(11)
     lengths = [280, 1, *torch.randint(1, 90, (count - 2,), generator=generator).tolist()]
     asked = [torch.randint(3, VOCAB, (length,), generator=generator).tolist() for length in lengths]

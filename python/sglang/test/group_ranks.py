@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 from sglang.embedded_models import EMBEDDED_MODELS
-from sglang.srt.distributed import override_parallel_state
+from sglang.srt.distributed import get_tp_group, override_parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.managers.dp_sync import StepAgreement
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs
@@ -35,13 +35,13 @@ class RankEngine:
     """
 
     def __init__(self, rank: int, world: int, groups: int, folder: str, **settings: Any) -> None:
-        self._state = process_state(rank, world, groups)
+        self.state = process_state(rank, world, groups)
         many = {"tp_size": world, "dp_size": groups, "enable_dp_attention": groups > 1, "ep_size": world}
-        with override_parallel_state(self._state):
+        with override_parallel_state(self.state):
             self.engine = EngineHarness(folder, **{**SIZES, "max_running_requests": 6, **many, **settings})
-        self.group = self._state.attn_dp_rank
+        self.group = self.state.attn_dp_rank
         if groups > 1:
-            self.engine.scheduler.sync = StepAgreement(self._state, self.engine.runner.graph_bucket)
+            self.engine.scheduler.sync = StepAgreement(self.state, self.engine.runner.graph_bucket)
 
     def serve(self, asked: Sequence[Mapping[str, Asked]]) -> dict[str, list[int]]:
         """Tokens of the requests of this rank's group, by name; ``asked`` are those of every group.
@@ -50,7 +50,7 @@ class RankEngine:
         """
         engine, own, number = self.engine, asked[self.group], 0
         last = max((at for requests in asked for _, _, at in requests.values()), default=0)
-        with override_parallel_state(self._state):
+        with override_parallel_state(self.state):
             while number <= last or not self._is_idle():
                 for rid, (prompt, params, at) in own.items():
                     if at == number:
@@ -69,6 +69,16 @@ def nothing_received(engine: EngineHarness) -> None:
     """AssertionError where a server that is about to start counts rows of the proof of its graphs as load."""
     told = engine.runner.describe()["experts"].get("received_rows", {"live": 0})
     assert told["live"] == 0, told
+
+
+def err_behind_rank_zero(engine: EngineHarness) -> None:
+    """Let every rank but the first of each group err in its own draws and drafts, which must not matter."""
+    speculator, vocab = engine.worker.speculator, engine.model_config.vocab_size
+    assert speculator is not None
+    if get_tp_group().rank:
+        sample, propose = engine.runner.sample, speculator.drafter.propose
+        engine.runner.sample = lambda *args: vocab - 1 - sample(*args)  # type: ignore[method-assign]
+        speculator.drafter.propose = lambda *args: vocab - 1 - propose(*args)  # type: ignore[method-assign]
 
 
 def refuse_draft_extend(engine: EngineHarness) -> None:
@@ -115,7 +125,8 @@ class TwoGroups:
         spec = {"speculative_algorithm": "NEXTN", "speculative_num_steps": num_steps}
         options = {"overlap": True, "chunked_prefill_size": 8 * groups, **spec}
         one = RankEngine(rank, world, groups, self.folder, **{**options, **settings})
-        prepare(one.engine)
+        with override_parallel_state(one.state):
+            prepare(one.engine)
         asked = self.asked if groups > 1 else (self.asked[0] | self.asked[1],)
         found, metrics = one.serve(asked), one.engine.scheduler.metrics
         wanted = {rid: self.wanted[rid] for rid in asked[one.group]}

@@ -12,7 +12,7 @@ from sglang.srt.environ import envs
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.group_ranks import GRAPHS, MORI, TwoGroups, refuse_draft_extend
+from sglang.test.group_ranks import GRAPHS, MORI, TwoGroups, err_behind_rank_zero, refuse_draft_extend
 from sglang.test.process_ranks import run_processes, use_fakes
 from sglang.test.test_utils import CustomTestCase
 
@@ -31,7 +31,7 @@ class TestEagerGroups(CustomTestCase):
         run_processes(2, partial(self.two.serve, overlap=False))
 
     def test_groups_of_two_ranks(self) -> None:
-        run_processes(4, partial(self.two.serve, world=4))
+        run_processes(4, partial(self.two.serve, world=4, prepare=err_behind_rank_zero))
         run_processes(4, partial(self.two.serve_capped, cap=0, world=4))
 
     def test_exchanged_rows(self) -> None:
