@@ -34,6 +34,9 @@ WANTED = {
         "aiter/fused_moe.py": ("fused_moe",),
         "aiter/ops/shuffle.py": ("shuffle_weight",),
         "csrc/include/aiter_enum.h": ("enum ActivationType", "enum QuantType"),
+        "aiter/ops/mhc.py": ("mhc_fused_post_pre",),
+        "aiter/ops/triton/fusions/mhc.py": ("mhc_post_pre",),
+        "aiter/ops/triton/utils/mhc_config_utils.py": ("get_mhc_config",),
     },
     "mori": {
         "mori/ops/dispatch_combine.py": ("EpDispatchCombineConfig", "EpDispatchCombineOp.*"),
@@ -62,6 +65,7 @@ class Source:
     package: str
     origin: dict[str, str]
     binds: tuple[str, ...]  # "fakes": the fakes have these signatures; "calls": our calls fit them
+    lacks: tuple[str, ...] = ()  # files that came later: the op table refuses what they hold on a release this old
     files: dict[str, dict] = field(default_factory=dict)
 
     def signatures(self) -> Signatures:
@@ -137,7 +141,8 @@ def refresh(source: Source, folder: Path) -> bool:
     opener = _open_wheel(source, folder) if "wheel" in source.origin else _open_checkout(source, folder)
     if opener is None:
         return False
-    source.files = {path: read_file(path, opener(path), wanted) for path, wanted in WANTED[source.package].items()}
+    files = {path: wanted for path, wanted in WANTED[source.package].items() if path not in source.lacks}
+    source.files = {path: read_file(path, opener(path), wanted) for path, wanted in files.items()}
     return True
 
 
@@ -171,7 +176,8 @@ def _open_checkout(source: Source, folder: Path) -> Callable[[str], str] | None:
 
 
 def load(path: Path) -> list[Source]:
-    return [Source(**{**entry, "binds": tuple(entry["binds"])}) for entry in json.loads(path.read_text())["sources"]]
+    entries = json.loads(path.read_text())["sources"]
+    return [Source(**{**e, "binds": tuple(e["binds"]), "lacks": tuple(e.get("lacks", ()))}) for e in entries]
 
 
 def save(sources: list[Source], path: Path) -> None:
@@ -181,15 +187,19 @@ def save(sources: list[Source], path: Path) -> None:
     path.write_text(one_line + "\n")
 
 
-def check_fakes(source: Source, fakes: Path) -> Iterator[str]:
-    """Every wanted name exists in the fake with the vendor's parameters; its classes have no method of their own."""
+def check_fakes(source: Source, fakes: Path, held: set[str]) -> Iterator[str]:
+    """Every wanted name exists in the fake with the vendor's parameters; its classes have no method of their own.
+
+    ``held``: names that a source before it has bound; the fakes are of the first source that has a name.
+    """
     files = sorted((fakes / source.package).rglob("*.py"))
     ours: dict[str, tuple[Path, list[str]]] = {
         name: (path, params) for path in files for name, params in python_signatures(path.read_text()).items()
     }
     members = {name: found for path in files for name, found in enum_classes(path.read_text()).items()}
     where = f"fake {source.package} against {source.name}"
-    vendors = source.signatures()
+    vendors = {name: params for name, params in source.signatures().items() if name not in held}
+    held |= set(vendors)
     for name, params in vendors.items():
         enum = ENUM_CLASSES.get(name, name)
         if enum in members or name in ENUM_CLASSES:
@@ -342,12 +352,13 @@ def check_calls(source: Source, finders: list[CallFinder]) -> Iterator[str]:
     """Every import and call of the source's package is in its contract and fits it."""
     known = source.signatures()
     names = {ENUM_CLASSES.get(name, name).split(".")[0] for name in known}
+    later = {name for path in source.lacks for name in WANTED[source.package][path]}
     for finder in finders:
         for package, name, line in finder.imported:
-            if package == source.package and name not in names:
+            if package == source.package and name not in names | later:
                 yield f"{finder.shown}:{line}: {name} is not in the contract of {source.name}: add it to WANTED"
         for call in finder.calls:
-            if call.package != source.package:
+            if call.package != source.package or call.name in later:
                 continue
             problem = misfit(call.call, known[call.name]) if call.name in known else None
             if call.name not in known and call.name not in names:
@@ -368,7 +379,9 @@ def main() -> int:
         for source in sources:
             print(f"{source.name}: {'read' if refresh(source, args.refresh) else 'not found there, kept'}")
         save(sources, args.contracts)
-    problems = [line for source in sources if "fakes" in source.binds for line in check_fakes(source, args.fakes)]
+    held: dict[str, set[str]] = {package: set() for package in PACKAGES}
+    bound = [source for source in sources if "fakes" in source.binds]
+    problems = [line for source in bound for line in check_fakes(source, args.fakes, held[source.package])]
     finders = list(find_calls(args.product))
     problems += [line for source in sources if "calls" in source.binds for line in check_calls(source, finders)]
     for problem in problems:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
+import re
+import sys
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +48,22 @@ def probe_package(name: str) -> str | None:
     except Exception as error:  # the one probe of the tree; the reason is kept and shown
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def version_of(package: str) -> str:
+    """What an imported package says of itself, or its distribution; "" when neither says anything."""
+    said = getattr(sys.modules[package], "__version__", "")
+    distributions = [] if said else metadata.packages_distributions().get(package, [])
+    return str(said) or (metadata.version(distributions[0]) if distributions else "")
+
+
+def is_older(version: str, wanted: tuple[int, ...]) -> bool:
+    """Whether ``version`` comes before release ``wanted``, as what leads up to it does (0.1.14.dev3, 0.1.14rc1)."""
+    match = re.match(r"v?(\d+(?:\.\d+)*)(.*)", version)
+    if match is None:
+        return True
+    release = tuple(int(part) for part in match[1].split("."))
+    return release < wanted or (release == wanted and bool(re.match(r"[._-]?(dev|rc|a|b)", match[2])))
 
 
 class KernelRegistry:
@@ -185,12 +204,22 @@ class KernelRegistry:
             return "switched off"
         if impl.package is None:
             return "ok"
-        if impl.package not in self._packages:
-            self._packages[impl.package] = probe_package(impl.package)
-            if impl.enabled is not None and self._packages[impl.package] is not None:
-                logger.warning("%s is switched on, but does not import: its kernels do not run", impl.package)
-        reason = self._packages[impl.package]
-        return "ok" if reason is None else f"package {impl.package} does not import ({reason})"
+        root = impl.package.partition(".")[0]
+        reason = self._probe(root, impl)
+        if reason is None and impl.min_version and is_older(version := version_of(root), impl.min_version):
+            needed = ".".join(map(str, impl.min_version))
+            return f"package {root} is {version or 'of unknown version'}, this needs {needed}"
+        reason = reason or self._probe(impl.package, impl)
+        return reason or "ok"
+
+    def _probe(self, package: str, impl: Impl) -> str | None:
+        """None when ``package`` imports, else why not; it is tried once, and said once if it was asked for."""
+        if package not in self._packages:
+            reason = probe_package(package)
+            self._packages[package] = None if reason is None else f"package {package} does not import ({reason})"
+            if impl.enabled is not None and reason is not None:
+                logger.warning("%s is switched on, but does not import: its kernels do not run", package)
+        return self._packages[package]
 
     def _refused(self, op: Op, impl: Impl, record: OpRecord) -> None:
         record.calls_refused[impl.name] += 1

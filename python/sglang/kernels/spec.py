@@ -21,9 +21,10 @@ class Case:
 class Impl:
     """One implementation of an op.
 
-    Static conditions, checked once a process: ``kinds`` of platform, ``archs`` (prefixes), an importable ``package``,
-    ``needs_device`` (not runnable where tensors live on the host) and the switch ``enabled``. Per call:
-    ``accepts(*args, **kwargs)`` reads shapes, dtypes and strides and never device data.
+    Static conditions, checked once a process: ``kinds`` of platform, ``archs`` (prefixes), an importable ``package``
+    (or module of one) of at least ``min_version``, ``needs_device`` (not runnable where tensors live on the host) and
+    the switch ``enabled``. Per call: ``accepts(*args, **kwargs)`` reads shapes, dtypes and strides and never device
+    data.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Impl:
     kinds: frozenset[str] | set[str] | None = None
     archs: tuple[str, ...] | None = None
     package: str | None = None
+    min_version: tuple[int, ...] = ()
     needs_device: bool = False
     enabled: Callable[[], bool] | None = None
     accepts: Callable[..., bool] | None = None

@@ -266,9 +266,10 @@ class Envs:
     SGLANG_OPT_USE_TRITON_FUSED_MHC = EnvBool(
         True,
         section=_MODEL,
-        platform="hip",
-        doc="DeepSeek V4 on gfx95x: one kernel for the mHC step after and the one before a layer, up to 64 tokens.",
-        pending="DeepSeek V4",
+        doc="DeepSeek V4: where one sub-block ends and the next begins, one op leaves the streams, enters them and "
+        "norms the row, in steps of up to 64 tokens on gfx95x and sm_90; other steps run an op for each. "
+        "AITER's kernels run it with `SGLANG_USE_AITER` from AITER 0.1.14 on (F), else Triton's (C). "
+        "`/server_info`: `kernels`, op `mhc.hc_post_pre`.",
     )
     SGLANG_PREP_IN_CUDA_GRAPH = EnvBool(
         True,

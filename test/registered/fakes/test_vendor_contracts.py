@@ -49,6 +49,11 @@ class TestContracts(CustomTestCase):
             ("aiter/fused_moe.py", "doweight_stage1: bool = False", "doweight_stage1: bool = True"): "fused_moe(",
             ("aiter/ops/enum.py", "Gelu = 1", "Gelu = 3"): "ActivationType",
             ("aiter/ops/shuffle.py", "def shuffle_weight", "def shuffle"): "shuffle_weight is missing",
+            ("aiter/ops/mhc.py", "    force_fused: bool = False,\n", ""): "mhc_fused_post_pre(",
+            ("aiter/ops/triton/fusions/mhc.py", "hc_post_mult_value: float = 2.0", "hc_post_mult_value: float = 1.0"): (
+                "mhc_post_pre("
+            ),
+            ("aiter/ops/triton/utils/mhc_config_utils.py", "M: int, C: int", "C: int, M: int"): "get_mhc_config(",
             ("mori/ops/config.py", "gpu_per_node: int = 8", "gpu_per_node: int = 4"): "EpDispatchCombineConfig(",
             ("mori/ops/config.py", "    AsyncLL = 4\n", ""): "EpDispatchCombineKernelType",
             (
@@ -78,6 +83,8 @@ class TestContracts(CustomTestCase):
             aiter + "kernel(a, b, c)": "3 positional arguments",
             aiter + "kernel(out=a, logits=b)": "there is no parameter 'logits'",
             aiter + "kernel(a)": "input is not given",
+            "from aiter.ops.mhc import mhc_fused_post_pre as f\nf(a, b, c, d)": "fn, hc_scale, hc_base is not given",
+            "from aiter.ops.triton.fusions.mhc import mhc_post_pre as f\nf(a, fn=b)": "there is no parameter 'fn'",
             "def f():\n    from aiter import random_sample": "random_sample is not in the contract",
             "import mori.shmem\nmori.shmem.shmem_torch_process_group_init()": "group_name is not given",
             "import mori\nmori.shmem.shmem_malloc_all()": "there is no such function",
@@ -124,7 +131,8 @@ class TestContracts(CustomTestCase):
         for command in (("init", "-q"), ("add", "."), (*identity, "commit", "-q", "-m", "t")):
             subprocess.run(["git", "-C", str(repository), *command], check=True)
         origin = {"repository": "https://example.org/aiter", "commit": "HEAD"}
-        source = {"name": "t", "package": "aiter", "origin": origin, "binds": [], "files": {}}
+        later = ["aiter/ops/mhc.py", "aiter/ops/triton/fusions/mhc.py", "aiter/ops/triton/utils/mhc_config_utils.py"]
+        source = {"name": "t", "package": "aiter", "origin": origin, "binds": [], "lacks": later, "files": {}}
         contracts = self.folder / "contracts.json"
         contracts.write_text(json.dumps({"sources": [source]}))
         result = check("--refresh", self.folder, "--contracts", contracts)

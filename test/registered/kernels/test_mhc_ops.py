@@ -7,17 +7,23 @@ import torch
 
 from sglang.kernels.ops.mhc.hc_head import hc_head
 from sglang.kernels.ops.mhc.hc_post import hc_post, hc_post_torch
-from sglang.kernels.ops.mhc.hc_pre import balance, hc_pre
+from sglang.kernels.ops.mhc.hc_post_pre import hc_post_pre
+from sglang.kernels.ops.mhc.hc_pre import balance, hc_pre, parameters
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
-# The references: sglang.kernels.ops.mhc.hc_pre, sglang.kernels.ops.mhc.hc_post, sglang.kernels.ops.mhc.hc_head.
+# The references: sglang.kernels.ops.mhc.hc_pre, sglang.kernels.ops.mhc.hc_post, sglang.kernels.ops.mhc.hc_head and
+# sglang.kernels.ops.mhc.hc_post_pre.
+
+
+def tensors(found):
+    return [part for part in (found if isinstance(found, tuple) else (found,)) if torch.is_tensor(part)]
 
 
 def sigmoid(value):
-    return 1 / (1 + math.exp(-value)) if value > -700 else 0.0
+    return 1 / (1 + math.exp(-value)) if not value <= -700 else 0.0
 
 
 def mixes(token, fn, rms_eps):
@@ -76,17 +82,25 @@ def true_head(x, fn, base, scale, rms_eps, hc_eps):
     return torch.tensor(rows).double().view(x.shape[0], x.shape[2])
 
 
+def true_post_pre(row, x, post, comb, fn, base, scale, rms_eps, hc_eps, iterations, gain=None, norm_eps=0.0):
+    streams = true_post(row, x, post, comb)
+    row, post, comb = true_pre(streams, fn, base, scale, rms_eps, hc_eps, iterations)
+    for token in row if gain is not None else ():
+        token *= gain.double() / math.sqrt(sum(value * value for value in token.tolist()) / len(token) + norm_eps)
+    return [streams, row, post, comb]
+
+
 class TestHyperConnections(CustomTestCase):
-    def check(self, op, truth):
+    def check(self, op, truth, impls=None):
         for case in op.cases():
             wanted = truth(*case.args)
             wanted = wanted if isinstance(wanted, list) else [wanted]
-            for impl in op.impls:
+            for impl in impls or op.impls[-1:]:
                 with self.subTest(op=op.name, impl=impl.name, case=case.name):
                     found = impl.fn(*case.args)
-                    found = found if isinstance(found, tuple) else (found,)
+                    found = tensors(found)
                     for part, of_truth in zip(found, wanted, strict=True):
-                        torch.testing.assert_close(part.double(), of_truth, rtol=1e-4, atol=2e-5)
+                        torch.testing.assert_close(part.double(), of_truth, rtol=1e-4, atol=2e-5, equal_nan=True)
 
     def test_pre(self):
         self.check(hc_pre, true_pre)
@@ -96,6 +110,21 @@ class TestHyperConnections(CustomTestCase):
 
     def test_head(self):
         self.check(hc_head, true_head)
+
+    def test_post_pre(self):
+        self.check(hc_post_pre, true_post_pre)
+        self.assertEqual({hc_post_pre.reference(*case.args)[4] for case in hc_post_pre.cases()}, {True, False})
+
+    def test_streams_that_are_one_row(self):
+        """What the first layer meets: an embedding seen four times."""
+        generator = torch.Generator().manual_seed(2)
+        row = torch.randn(5, 64, generator=generator)
+        fn, base = parameters(4, 64, 24, generator)
+        args = (fn, base, torch.ones(3), 1e-6, 1e-6, 20)
+        seen = row[:, None].expand(-1, 4, -1)
+        self.assertTrue(hc_pre.impls[0].accepts(seen, *args))
+        for part, wanted in zip(hc_pre(seen, *args), hc_pre(seen.contiguous(), *args), strict=True):
+            self.assertTrue(torch.equal(part, wanted))
 
     def test_sixteen_bits_in_the_streams_alone(self):
         """Coefficients are float32 whatever the streams are, and the streams are rounded once."""

@@ -39,7 +39,7 @@ def clone(args):
 
 
 def tensors(value):
-    return (value,) if isinstance(value, torch.Tensor) else tuple(value)
+    return (value,) if isinstance(value, torch.Tensor) else tuple(part for part in value if not isinstance(part, bool))
 
 
 # --- truths: float64, one row and one head at a time -------------------------------------------------------------

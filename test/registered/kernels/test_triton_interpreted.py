@@ -4,6 +4,7 @@ The interpreter runs what the source says, in float32 here: it shows wrong indic
 and nothing of what a compiler or a GPU makes of them.
 """
 
+import math
 import os
 import sys
 import unittest
@@ -15,9 +16,12 @@ import triton
 from test_op_parity import check_case
 
 from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows_triton
+from sglang.kernels.ops.mhc.hc_post_pre import hc_post_pre
 from sglang.kernels.ops.moe import fused_experts_fp8
+from sglang.kernels.ops.norm.rmsnorm import fits_triton, rms_norm_torch, rms_norm_triton
 from sglang.kernels.ops.quant import group_fp8
 from sglang.kernels.registry import REGISTRY
+from sglang.test.aiter_mhc_cases import crossing
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -63,6 +67,28 @@ class TestTritonInterpreted(CustomTestCase):
             store_rows_triton(rows[:, :dim].contiguous(), torch.arange(2), *cache)
             self.assertFalse(bool((cache[0].view(torch.uint8)[..., : dim - (tail or 0)] == 0x80).any()))
             self.assertEqual(float(load_rows(*cache, torch.arange(2), dim)[1, 0]), 1.0)
+
+    def test_partial_sums_of_mhc_are_written_before_they_are_read(self):
+        """Scratch and outputs that hold NaN before give what they give else, in one block of rows and in several."""
+        real = torch.empty
+        poison = mock.patch.object(torch, "empty", lambda *a, **k: real(*a, **k).fill_(math.nan))
+        for rows in (1, 17, 64):
+            args = crossing(rows, 320, "cpu", torch.float32)
+            (triton_body,) = (impl for impl in hc_post_pre.impls if impl.name == "triton")
+            with poison:
+                found = triton_body.fn(*args)
+            for part, wanted in zip(found[:4], hc_post_pre.reference(*args)[:4], strict=True):
+                torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-5)
+
+    def test_norms_with_a_wide_gain(self):
+        """A float32 gain beside float16 rows multiplies before the one rounding; the interpreter cuts bfloat16."""
+        generator = torch.Generator().manual_seed(1)
+        x, gain = torch.randn(5, 200, generator=generator).half(), torch.rand(200, generator=generator) + 0.5
+        self.assertTrue(fits_triton(x, gain))
+        found, wanted = rms_norm_triton(x, gain, 1e-6), rms_norm_torch(x, gain, 1e-6)
+        torch.testing.assert_close(found, wanted, rtol=2**-11, atol=0)
+        twice = rms_norm_torch(x, gain.half(), 1e-6)
+        self.assertLess((found != wanted).sum(), (twice != wanted).sum() / 20, "it is rounded twice")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 
@@ -18,6 +20,7 @@ from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.layers.weights import make_parameter
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.causal_lm import Backbone, CausalLM
+from sglang.srt.models.deepseek_common.amd.deepseek_v4_fused_mhc import max_fused_rows, try_fused_hc_post_pre
 from sglang.srt.models.deepseek_common.v4_attention import DeepseekV4Attention
 from sglang.srt.models.deepseek_common.v4_moe import DeepseekV4MoE
 from sglang.srt.models.deepseek_common.v4_names import deepseek_v4_name
@@ -35,16 +38,48 @@ class HyperMix(nn.Module):
         self.scale = make_parameter(num_scales, dtype=torch.float32, fill=(1.0, 0.1))
 
 
+class HyperStreams(NamedTuple):
+    """A token's streams [N, n, D], and what of the last sub-block they have still to take in, if anything.
+
+    The row [N, D] that it gave, and post and comb: the way out of it waits for the way into the next.
+    """
+
+    streams: torch.Tensor
+    way_out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def joined(self) -> torch.Tensor:
+        """The streams [N, n, D] with nothing left out."""
+        if self.way_out is None:
+            return self.streams
+        row, post, comb = self.way_out
+        joined: torch.Tensor = hc_post(row, self.streams, post, comb)
+        return joined
+
+
 class HyperConnection(HyperMix):
     """What leads from the streams into a sub-block and out again. mHC (Xie et al. 2026)."""
 
     def __init__(self, config: DeepseekV4Config) -> None:
         n = config.hc_mult
         super().__init__(config, (2 + n) * n, 3)
+        self.max_fused_rows = max_fused_rows()
 
-    def forward(self, streams: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """streams [N, n, D] -> the sub-block's input [N, D], and post and comb for ``hc_post``."""
-        return hc_pre(streams, self.fn, self.base, self.scale, self.rms_eps, self.hc_eps, self.iterations)
+    def forward(
+        self, x: HyperStreams, norm: Float32RMSNorm
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The sub-block's input [N, D], normed; the streams [N, n, D] that it meets; post and comb of its way out."""
+        mix = (self.fn, self.base, self.scale, self.rms_eps, self.hc_eps, self.iterations)
+        if x.way_out is not None:
+            row, post, comb = x.way_out
+            fused = try_fused_hc_post_pre(
+                row, x.streams, post, comb, *mix, norm.weight, norm.eps, max_rows=self.max_fused_rows
+            )
+            if fused is not None:
+                streams, row, post, comb, norm_fused = fused
+                return (row if norm_fused else norm(row)), streams, post, comb
+        streams = x.joined()
+        row, post, comb = hc_pre(streams, *mix)
+        return norm(row), streams, post, comb
 
 
 class HyperHead(HyperMix):
@@ -79,13 +114,13 @@ class DeepseekV4DecoderLayer(nn.Module):
         self.mlp = DeepseekV4MoE(config, config.hash_layers[layer_id], quant_config, f"{prefix}.mlp")
 
     def forward(
-        self, positions: torch.Tensor, streams: torch.Tensor, input_ids: torch.Tensor, fb: ForwardBatch
-    ) -> torch.Tensor:
-        """positions [N], streams [N, n, D], input_ids [N] -> streams [N, n, D]."""
-        row, post, comb = self.hc_attn(streams)
-        streams = hc_post(self.self_attn(self.input_layernorm(row), positions, fb), streams, post, comb)
-        row, post, comb = self.hc_ffn(streams)
-        return hc_post(self.mlp(self.post_attention_layernorm(row), input_ids, fb), streams, post, comb)
+        self, positions: torch.Tensor, x: HyperStreams, input_ids: torch.Tensor, fb: ForwardBatch
+    ) -> HyperStreams:
+        """positions [N], input_ids [N]; the way out of the experts is left to what follows."""
+        row, streams, post, comb = self.hc_attn(x, self.input_layernorm)
+        x = HyperStreams(streams, (self.self_attn(row, positions, fb), post, comb))
+        row, streams, post, comb = self.hc_ffn(x, self.post_attention_layernorm)
+        return HyperStreams(streams, (self.mlp(row, input_ids, fb), post, comb))
 
 
 class DeepseekV4Model(Backbone):
@@ -117,10 +152,10 @@ class DeepseekV4Model(Backbone):
 
     def streams(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """What the last layer leaves: [N, n, D]."""
-        streams = self.embed_tokens(input_ids).unsqueeze(1).expand(-1, self.hc_mult, -1)
+        x = HyperStreams(self.embed_tokens(input_ids).unsqueeze(1).expand(-1, self.hc_mult, -1))
         for layer in self.layers:
-            streams = layer(positions, streams, input_ids, fb)
-        return streams
+            x = layer(positions, x, input_ids, fb)
+        return x.joined()
 
     def final_rows(self, streams: torch.Tensor) -> torch.Tensor:
         """Streams [N, n, D] -> the rows of the output head [N, D]."""

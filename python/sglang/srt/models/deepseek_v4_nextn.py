@@ -15,7 +15,13 @@ from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.deepseek_common.v4_names import deepseek_v4_name
-from sglang.srt.models.deepseek_v4 import DeepseekV4DecoderLayer, DeepseekV4ForCausalLM, DeepseekV4Model, HyperHead
+from sglang.srt.models.deepseek_v4 import (
+    DeepseekV4DecoderLayer,
+    DeepseekV4ForCausalLM,
+    DeepseekV4Model,
+    HyperHead,
+    HyperStreams,
+)
 from sglang.srt.models.draft_model import DraftModel, named
 from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
 
@@ -64,7 +70,7 @@ class DeepseekV4ForCausalLMNextN(DraftModel):
         embedded = m.e_proj(m.enorm(embed_tokens(input_ids)))
         streams = m.h_proj(m.hnorm(hidden.unflatten(1, (self.hc_mult, -1)))) + embedded.unsqueeze(1)
         (layer,) = m.layers
-        streams = layer(positions, streams, input_ids, fb)
+        streams = layer(positions, HyperStreams(streams), input_ids, fb).joined()
         output: LogitsProcessorOutput = self.logits_processor(m.norm(m.hc_head(streams)), lm_head, fb)
         output.hidden_states = streams.flatten(1)
         return output

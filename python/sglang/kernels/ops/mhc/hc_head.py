@@ -7,7 +7,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sglang.kernels.ops.mhc.hc_pre import normed_product, parameters, streams, weighted_streams
+from sglang.kernels.launch import triton_impl
+from sglang.kernels.ops.mhc.hc_pre import (
+    normed_product,
+    parameters,
+    serving_parameters,
+    serving_streams,
+    streams,
+    weighted_streams,
+)
+from sglang.kernels.ops.mhc.launchers import fits_way_in, join_streams, make_parts, mix_streams
 from sglang.kernels.spec import Case, Impl, Op
 
 
@@ -17,6 +26,16 @@ def hc_head_torch(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: f
     return weighted_streams(x, weights)
 
 
+def hc_head_triton(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float, hc_eps: float) -> Tensor:
+    parts = make_parts(x.shape[0], x.shape[2], fn.shape[0], x.device)
+    mix_streams(x, fn=fn, parts=parts)
+    return join_streams(x, parts, base, scale, rms_eps, hc_eps)[0]
+
+
+def _accepts(x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float, hc_eps: float) -> bool:
+    return fits_way_in(x, fn, base, scale)
+
+
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     for name, x in streams(generator):
@@ -24,4 +43,10 @@ def _cases() -> Iterator[Case]:
         yield Case(name, (x, fn, base, torch.rand(1, generator=generator) + 0.5, 1e-6, 1e-6))
 
 
-hc_head = Op("mhc.hc_head", Impl("torch", hc_head_torch), cases=_cases)
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Shapes of served models in bf16, without contents."""
+    for name, x in serving_streams(device):
+        yield hc_head, Case(name, (x, *serving_parameters(x, x.shape[1], 1), 1e-6, 1e-6))
+
+
+hc_head = Op("mhc.hc_head", triton_impl(hc_head_triton, _accepts), Impl("torch", hc_head_torch), cases=_cases)

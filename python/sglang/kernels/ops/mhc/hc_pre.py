@@ -8,7 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sglang.kernels.launch import triton_impl
+from sglang.kernels.ops.mhc.launchers import fits_way_in, join_streams, make_parts, mix_streams
 from sglang.kernels.spec import Case, Impl, Op
+
+# Hidden sizes of served models of four streams, and one that is no multiple of 256.
+SERVING_WIDTHS = {"v4flash": 4096, "v4pro": 7168, "odd": 2880}
 
 
 def normed_product(x: Tensor, fn: Tensor, rms_eps: float) -> Tensor:
@@ -52,6 +57,20 @@ def hc_pre_torch(
     return row, post, balance((comb * scale[2] + comb_base).unflatten(-1, (n, n)), iterations, hc_eps)
 
 
+def hc_pre_triton(
+    x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float, hc_eps: float, iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    parts = make_parts(x.shape[0], x.shape[2], fn.shape[0], x.device)
+    mix_streams(x, fn=fn, parts=parts)
+    return join_streams(x, parts, base, scale, rms_eps, hc_eps, iterations)
+
+
+def _accepts(
+    x: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float, hc_eps: float, iterations: int
+) -> bool:
+    return iterations > 0 and fits_way_in(x, fn, base, scale)
+
+
 def parameters(n: int, width: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """fn and base of ``rows`` coefficients over ``n`` streams of ``width``, for cases."""
     fn = torch.randn(rows, n * width, generator=generator) / (n * width) ** 0.5
@@ -60,10 +79,10 @@ def parameters(n: int, width: int, rows: int, generator: torch.Generator) -> tup
 
 def streams(generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
     """Streams of some sizes, zeros and large numbers among them, for cases."""
-    for rows, n, width in ((1, 4, 8), (7, 4, 12), (0, 4, 8), (5, 2, 6), (33, 4, 64)):
+    for rows, n, width in ((1, 4, 8), (7, 4, 12), (0, 4, 8), (5, 2, 6), (33, 4, 64), (3, 4, 320), (0, 4, 64)):
         yield f"{rows}x{n}x{width}", torch.randn(rows, n, width, generator=generator)
     yield "zeros", torch.zeros(2, 4, 8)
-    yield "huge", torch.randn(2, 4, 8, generator=generator) * 1e8
+    yield "huge", torch.randn(2, 4, 64, generator=generator).abs() * 1e8
 
 
 def _cases() -> Iterator[Case]:
@@ -78,4 +97,24 @@ def _cases() -> Iterator[Case]:
     yield Case("sharp", (x, fn, base * 30, scale * 4, 1e-6, 1e-6, 20))
 
 
-hc_pre = Op("mhc.hc_pre", Impl("torch", hc_pre_torch), cases=_cases)
+def serving_streams(device: str) -> Iterator[tuple[str, Tensor]]:
+    """Streams of served widths in bf16, without contents, for one row, a decode batch and a prompt chunk."""
+    for name, width in SERVING_WIDTHS.items():
+        for tokens in (1, 64, 4096):
+            yield f"{name} t{tokens}", torch.empty(tokens, 4, width, dtype=torch.bfloat16, device=device)
+
+
+def serving_parameters(x: Tensor, rows: int, scales: int) -> tuple[Tensor, Tensor, Tensor]:
+    """fn, base and scale for streams x, without contents."""
+    shapes = ((rows, x.shape[1] * x.shape[2]), (rows,), (scales,))
+    fn, base, scale = (torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes)
+    return fn, base, scale
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Shapes of served models in bf16, without contents."""
+    for name, x in serving_streams(device):
+        yield hc_pre, Case(name, (x, *serving_parameters(x, 24, 3), 1e-6, 1e-6, 20))
+
+
+hc_pre = Op("mhc.hc_pre", triton_impl(hc_pre_triton, _accepts), Impl("torch", hc_pre_torch), cases=_cases)

@@ -32,11 +32,14 @@ def rms_norm_kernel(
         tl.store(total_ptr + row * dim + cols, total, mask=mask)
         wide = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(wide * wide, axis=1, keep_dims=True) / dim + eps)
-    weight = tl.load(weight_ptr + cols, mask=cols < dim, other=0.0).to(tl.float32)
+    stored = tl.load(weight_ptr + cols, mask=cols < dim, other=0.0)
+    weight = stored.to(tl.float32)
     if UNIT_OFFSET:
         out = (wide * scale * (1.0 + weight)).to(dtype)
+    elif stored.dtype != dtype:
+        out = (wide * scale * weight).to(dtype)
     else:
-        # The reference rounds the normed row before the weight multiplies it.
+        # The reference rounds the normed row before a weight of its dtype multiplies it.
         out = ((wide * scale).to(dtype).to(tl.float32) * weight).to(dtype)
     if HAS_GATE:
         gate = tl.load(gate_ptr + other, mask=mask, other=0.0).to(tl.float32)

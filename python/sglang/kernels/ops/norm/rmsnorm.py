@@ -90,11 +90,14 @@ def gated_rms_norm_triton(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -
 
 
 def fits_triton(x: Tensor, weight: Tensor, other: Tensor | None = None) -> bool:
-    """Whether the Triton norm takes these: one dtype for x and weight, dense rows, a width that one program holds."""
+    """Whether the Triton norm takes these: a weight in x's dtype or float32, dense rows that one program holds."""
     tensors = (x, weight) if other is None else (x, weight, other)
     laid_out = rows_of(x) is not None and (other is None or rows_of(other) is not None)
-    same = x.dtype == weight.dtype and weight.is_contiguous() and (other is None or other.shape == x.shape)
-    return laid_out and same and x.shape[-1] <= MAX_TRITON_DIM and all(t.dtype in FLOATS for t in tensors)
+    same_shape = other is None or other.shape == x.shape
+    gain = weight.dtype in (x.dtype, torch.float32) and weight.is_contiguous()
+    return (
+        laid_out and same_shape and gain and x.shape[-1] <= MAX_TRITON_DIM and all(t.dtype in FLOATS for t in tensors)
+    )
 
 
 def _accepts_plain(x: Tensor, weight: Tensor, eps: float) -> bool:
@@ -134,6 +137,7 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     x, latent, heads, weight = bfloat16s(device, (128, 7168), (128, 576), (128, 16, 512), (7168,))
     gated, gate = bfloat16s(device, (128, 32, 128), (128, 32, 128))
     yield rms_norm, Case("v3 t128", (x, weight, 1e-6))
+    yield rms_norm, Case("v4 t128", (x, torch.empty(7168, dtype=torch.float32, device=device), 1e-6))
     yield rms_norm, Case("latent t128", (latent[:, :512], weight[:512], 1e-6))
     yield gemma_rms_norm, Case("qwen35-heads t128", (heads[..., :256], weight[:256], 1e-6))
     yield gated_rms_norm, Case("qwen35-gdn t128", (gated, gate, weight[:128], 1e-6))

@@ -1,0 +1,86 @@
+"""Out of one sub-block of hyper-connections and into the next, whose norm may be part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sglang.kernels.launch import triton_impl
+from sglang.kernels.ops.mhc.hc_post import hc_post_torch, serving_way_out
+from sglang.kernels.ops.mhc.hc_post_pre_aiter import aiter_impls
+from sglang.kernels.ops.mhc.hc_pre import hc_pre_torch, parameters, serving_parameters, serving_streams, streams
+from sglang.kernels.ops.mhc.launchers import fits_way_in, fits_way_out, join_streams, make_parts, mix_streams
+from sglang.kernels.ops.norm.rmsnorm import rms_norm_torch
+from sglang.kernels.spec import Case, Impl, Op
+
+# The new streams, the next sub-block's input, post and comb for the way out of it, and whether the input is normed.
+PostPre = tuple[Tensor, Tensor, Tensor, Tensor, bool]
+
+
+def hc_post_pre_torch(
+    row: Tensor, x: Tensor, post: Tensor, comb: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float,
+    hc_eps: float, iterations: int, norm_weight: Tensor | None = None, norm_eps: float = 0.0,
+) -> PostPre:  # fmt: skip
+    """``hc_post`` of one sub-block, ``hc_pre`` of the next on what that gives, and RMS norm of the row if it is given.
+
+    row [N, D], x [N, n, D], post [N, n], comb [N, n, n] as ``hc_post`` takes them, fn, base and scale as ``hc_pre``,
+    norm_weight [D] float32 -> streams [N, n, D], row [N, D], post, comb, all new, and norm_fused. An implementation may
+    leave the norm to the caller, and says norm_fused False then, as it does without a norm.
+    """
+    x = hc_post_torch(row, x, post, comb)
+    row, post, comb = hc_pre_torch(x, fn, base, scale, rms_eps, hc_eps, iterations)
+    if norm_weight is None:
+        return x, row, post, comb, False
+    return x, rms_norm_torch(row, norm_weight, norm_eps), post, comb, True
+
+
+def hc_post_pre_triton(
+    row: Tensor, x: Tensor, post: Tensor, comb: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float,
+    hc_eps: float, iterations: int, norm_weight: Tensor | None = None, norm_eps: float = 0.0,
+) -> PostPre:  # fmt: skip
+    parts = make_parts(x.shape[0], x.shape[2], fn.shape[0], x.device)
+    x = mix_streams(x, row, post, comb, fn, parts)
+    joined = join_streams(x, parts, base, scale, rms_eps, hc_eps, iterations, norm_weight, norm_eps)
+    return (x, *joined, norm_weight is not None)
+
+
+def _accepts(
+    row: Tensor, x: Tensor, post: Tensor, comb: Tensor, fn: Tensor, base: Tensor, scale: Tensor, rms_eps: float,
+    hc_eps: float, iterations: int, norm_weight: Tensor | None = None, norm_eps: float = 0.0,
+) -> bool:  # fmt: skip
+    gain = norm_weight is None or (norm_weight.dtype == torch.float32 and norm_weight.is_contiguous())
+    return gain and iterations > 0 and fits_way_out(row, x, post, comb) and fits_way_in(x, fn, base, scale)
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for name, x in streams(generator):
+        rows, n, width = x.shape
+        fn, base = parameters(n, width, (2 + n) * n, generator)
+        way_out = torch.rand(rows, n, generator=generator) * 2, torch.rand(rows, n, n, generator=generator)
+        row, scale = torch.randn(rows, width, generator=generator), torch.rand(3, generator=generator) + 0.5
+        args = (row, x, *way_out, fn, base, scale, 1e-6, 1e-6, 20)
+        yield Case(name, args)
+        yield Case(f"{name}-normed", (*args, torch.rand(width, generator=generator) + 0.5, 1e-6))
+    ugly = x.clone()
+    ugly[0, 1, 3] = float("nan")
+    yield Case("nan-row", (row, ugly, *way_out, fn, base, scale, 1e-6, 1e-6, 20, torch.ones(width), 1e-6))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Shapes of served models in bf16, without contents."""
+    for name, x in serving_streams(device):
+        gain = torch.empty(x.shape[2], dtype=torch.float32, device=device)
+        args = (*serving_way_out(x), *serving_parameters(x, 24, 3), 1e-6, 1e-6, 20, gain, 1e-6)
+        yield hc_post_pre, Case(name, args)
+
+
+hc_post_pre = Op(
+    "mhc.hc_post_pre",
+    *aiter_impls(),
+    triton_impl(hc_post_pre_triton, _accepts),
+    Impl("torch", hc_post_pre_torch),
+    cases=_cases,
+)

@@ -1,0 +1,152 @@
+"""Two Triton bodies for all of mHC's ways in and out: one over slices of columns, one over whole rows."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _way_out(row, x0, x1, x2, x3, post_ptr, comb_ptr, rows, live, k: tl.constexpr):
+    """``post[k] row + sum_j comb[j, k] x[j]`` of each row, in float32."""
+    comb_at = comb_ptr + rows * 16 + k
+    out = tl.load(post_ptr + rows * 4 + k, mask=live, other=0.0)[:, None] * row
+    out += tl.load(comb_at, mask=live, other=0.0)[:, None] * x0
+    out += tl.load(comb_at + 4, mask=live, other=0.0)[:, None] * x1
+    out += tl.load(comb_at + 8, mask=live, other=0.0)[:, None] * x2
+    return out + tl.load(comb_at + 12, mask=live, other=0.0)[:, None] * x3
+
+
+@triton.jit
+def _add_product(total, x, w):
+    """total + x w^T: x [R, D], w [M, D] float32. Beside bfloat16 rows w is the sum of two bfloat16 numbers."""
+    if x.dtype == tl.bfloat16:
+        high = w.to(tl.bfloat16)
+        low = (w - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(x, tl.trans(high), tl.dot(x, tl.trans(low), total))
+    return tl.dot(x.to(tl.float32), tl.trans(w), total, input_precision="ieee")
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def mix_streams_kernel(
+    row_ptr, x_ptr, post_ptr, comb_ptr, fn_ptr, out_ptr, products_ptr, squares_ptr,
+    num_rows, width, row_stride, x_stride, x_stream_stride,
+    POST: tl.constexpr, PRE: tl.constexpr, MIXES: tl.constexpr, MIX_BLOCK: tl.constexpr,
+    STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_R rows of four streams, STEPS blocks of their columns: with POST leave a sub-block, with PRE enter one.
+
+    POST writes the streams that ``hc_post`` gives; else they are x. PRE writes the slice's part of ``fn x`` [MIXES] and
+    of the sum of squares, of the streams as they were rounded.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    live = rows < num_rows
+    mixes = tl.arange(0, MIX_BLOCK)
+    products = tl.zeros((BLOCK_R, MIX_BLOCK), dtype=tl.float32)
+    squares = tl.zeros((BLOCK_R,), dtype=tl.float32)
+    for step in range(STEPS):
+        cols = (tl.program_id(1) * STEPS + step) * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = cols < width
+        mask = live[:, None] & inside[None, :]
+        x_at = x_ptr + rows[:, None] * x_stride + cols[None, :]
+        if POST:
+            row = tl.load(row_ptr + rows[:, None] * row_stride + cols[None, :], mask=mask, other=0.0).to(tl.float32)
+            x0 = tl.load(x_at, mask=mask, other=0.0).to(tl.float32)
+            x1 = tl.load(x_at + x_stream_stride, mask=mask, other=0.0).to(tl.float32)
+            x2 = tl.load(x_at + 2 * x_stream_stride, mask=mask, other=0.0).to(tl.float32)
+            x3 = tl.load(x_at + 3 * x_stream_stride, mask=mask, other=0.0).to(tl.float32)
+        for k in tl.static_range(4):
+            if POST:
+                stream = _way_out(row, x0, x1, x2, x3, post_ptr, comb_ptr, rows, live, k).to(x_ptr.dtype.element_ty)
+                tl.store(out_ptr + (rows[:, None] * 4 + k) * width + cols[None, :], stream, mask=mask)
+            else:
+                stream = tl.load(x_at + k * x_stream_stride, mask=mask, other=0.0)
+            if PRE:
+                w_at = fn_ptr + (mixes[:, None] * 4 + k) * width + cols[None, :]
+                w = tl.load(w_at, mask=(mixes < MIXES)[:, None] & inside[None, :], other=0.0)
+                products = _add_product(products, stream, w)
+                wide = stream.to(tl.float32)
+                squares += tl.sum(wide * wide, axis=1)
+    if PRE:
+        part = tl.program_id(1).to(tl.int64) * num_rows + rows
+        tl.store(squares_ptr + part, squares, mask=live)
+        kept = live[:, None] & (mixes < MIXES)[None, :]
+        tl.store(products_ptr + part[:, None] * MIXES + mixes[None, :], products, mask=kept)
+
+
+@triton.jit
+def _inverse_rms(squares, width, rms_eps):
+    return tl.rsqrt(tl.sum(squares, axis=0) / (4 * width) + rms_eps)
+
+
+@triton.jit
+def _coefficients_of_the_way_out(
+    group, products_ptr, squares_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr,
+    num_rows, width, splits, rms_eps, hc_eps,
+    ITERATIONS: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """post and comb of TOKENS rows: the balancing works on [TOKENS, 4, 4] at once."""
+    rows = group.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    split = tl.arange(0, SPLITS)
+    part = split.to(tl.int64)[:, None] * num_rows + rows[None, :]
+    live = (split < splits)[:, None] & (rows < num_rows)[None, :]
+    inverse = _inverse_rms(tl.load(squares_ptr + part, mask=live, other=0.0), width, rms_eps)
+    at = products_ptr + part[:, :, None] * 24
+    four, sixteen = tl.arange(0, 4), tl.arange(0, 16)
+    post = tl.sum(tl.load(at + 4 + four[None, None, :], mask=live[:, :, None], other=0.0), axis=0)
+    post = post * inverse[:, None] * tl.load(scale_ptr + 1) + tl.load(base_ptr + 4 + four)[None, :]
+    kept = (rows < num_rows)[:, None]
+    tl.store(post_ptr + rows[:, None] * 4 + four[None, :], 2.0 / (1.0 + tl.exp(-post)), mask=kept)
+    logits = tl.sum(tl.load(at + 8 + sixteen[None, None, :], mask=live[:, :, None], other=0.0), axis=0)
+    logits = logits * inverse[:, None] * tl.load(scale_ptr + 2) + tl.load(base_ptr + 8 + sixteen)[None, :]
+    p = tl.reshape(logits, (TOKENS, 4, 4))
+    p = tl.exp(p - tl.max(p, axis=2, keep_dims=True))
+    p = p / tl.sum(p, axis=2, keep_dims=True) + hc_eps
+    p = p / (tl.sum(p, axis=1, keep_dims=True) + hc_eps)
+    for _ in range(ITERATIONS - 1):
+        p = p / (tl.sum(p, axis=2, keep_dims=True) + hc_eps)
+        p = p / (tl.sum(p, axis=1, keep_dims=True) + hc_eps)
+    tl.store(comb_ptr + rows[:, None] * 16 + sixteen[None, :], tl.reshape(p, (TOKENS, 16)), mask=kept)
+
+
+@triton.jit(do_not_specialize=["num_rows", "groups"])
+def join_streams_kernel(
+    products_ptr, squares_ptr, base_ptr, scale_ptr, x_ptr, weight_ptr, row_ptr, post_ptr, comb_ptr,
+    num_rows, groups, width, splits, x_stride, x_stream_stride, rms_eps, hc_eps, norm_eps,
+    MIXES: tl.constexpr, ITERATIONS: tl.constexpr, NORM: tl.constexpr,
+    SPLITS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first ``groups`` programs sum the parts of TOKENS rows each to post and comb; the others join a row each.
+
+    A row is ``sum_j pre[j] x[j]``, rounded, and normed behind that with NORM.
+    """
+    program = tl.program_id(0)
+    if MIXES > 4:
+        if program < groups:
+            _coefficients_of_the_way_out(
+                program, products_ptr, squares_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr,
+                num_rows, width, splits, rms_eps, hc_eps, ITERATIONS, SPLITS, TOKENS,
+            )  # fmt: skip
+            return
+    row = (program - groups).to(tl.int64)
+    cols = tl.arange(0, BLOCK)
+    mask = cols < width
+    x_at = x_ptr + row * x_stride + cols
+    x0 = tl.load(x_at, mask=mask, other=0.0)
+    x1 = tl.load(x_at + x_stream_stride, mask=mask, other=0.0)
+    x2 = tl.load(x_at + 2 * x_stream_stride, mask=mask, other=0.0)
+    x3 = tl.load(x_at + 3 * x_stream_stride, mask=mask, other=0.0)
+    split, four = tl.arange(0, SPLITS), tl.arange(0, 4)
+    part = split.to(tl.int64) * num_rows + row
+    inverse = _inverse_rms(tl.load(squares_ptr + part, mask=split < splits, other=0.0), width, rms_eps)
+    pre = tl.load(products_ptr + part[:, None] * MIXES + four[None, :], mask=(split < splits)[:, None], other=0.0)
+    pre = tl.sum(pre, axis=0) * inverse * tl.load(scale_ptr) + tl.load(base_ptr + four)
+    pre = 1.0 / (1.0 + tl.exp(-pre)) + hc_eps
+    out = tl.sum(tl.where(four == 0, pre, 0.0), axis=0) * x0.to(tl.float32)
+    out += tl.sum(tl.where(four == 1, pre, 0.0), axis=0) * x1.to(tl.float32)
+    out += tl.sum(tl.where(four == 2, pre, 0.0), axis=0) * x2.to(tl.float32)
+    out += tl.sum(tl.where(four == 3, pre, 0.0), axis=0) * x3.to(tl.float32)
+    rounded = out.to(x_ptr.dtype.element_ty)
+    if NORM:
+        wide = rounded.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(wide * wide, axis=0) / width + norm_eps)
+        rounded = (wide * scale * tl.load(weight_ptr + cols, mask=mask, other=0.0)).to(x_ptr.dtype.element_ty)
+    tl.store(row_ptr + row * width + cols, rounded, mask=mask)

@@ -1,0 +1,1 @@
+"""Boundaries between sub-blocks that run as one op where the architecture gains by it."""

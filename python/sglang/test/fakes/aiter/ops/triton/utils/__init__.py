@@ -1,0 +1,1 @@
+"""FAKE ``aiter.ops.triton.utils``."""
