@@ -26,11 +26,14 @@ class TestFloat32Weights(CustomTestCase):
             self.assertEqual(found.dtype, torch.bfloat16)
             torch.testing.assert_close(found.double(), wanted, rtol=2**-8 * 1.01, atol=1e-6)
 
-    def test_no_kernel_for_equal_types_takes_it(self):
+    def test_kernels_take_it_and_no_other(self):
+        """Their numbers: test_triton_interpreted.py, in float16."""
         x, weight = torch.randn(3, 16).bfloat16(), torch.randn(16)
         for impl in rms_norm.impls[:-1]:
             self.assertTrue(impl.accepts(x, weight.bfloat16(), 1e-6))
-            self.assertFalse(impl.accepts(x, weight, 1e-6))
+            self.assertTrue(impl.accepts(x, weight, 1e-6))
+            self.assertFalse(impl.accepts(x, weight.half(), 1e-6))
+            self.assertFalse(impl.accepts(x, weight.double(), 1e-6))
 
 
 if __name__ == "__main__":
