@@ -69,6 +69,9 @@ class FakeForward:
     # Tokens of each request that have KV, but for as many of the last as the step gives it.
     committed: list[int]
 
+    def drafts(self) -> list[list[int]]:
+        raise AssertionError("no request of this model has a grammar")
+
     def sample(self, info: SamplingBatchInfo) -> FakeStep:
         """Checks that penalties know all tokens so far."""
         edits = info.edits

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.kernels.registry import fresh_decisions
+from sglang.srt.constrained.llguidance_backend import grammar_of
 from sglang.srt.distributed import ParallelState, ProcessGroupHandle
 from sglang.srt.distributed.parallel_state import override_parallel_state
 from sglang.srt.platforms import override_platform
@@ -27,6 +28,7 @@ from sglang.test.tiny_tasks import heldout_questions
 use_fakes()
 register_cpu_ci(est_time=30, suite="stage-b-test-cpu")
 
+FORM = grammar_of("regex", "[a-z]{3,9}-[0-9]{2,4}", {})
 KINDS: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9})
 
 
@@ -49,7 +51,8 @@ class TestTwoRanks(CustomTestCase):
     def tokens(cls, engine: EngineHarness) -> dict[str, list[int]]:
         for number, prompt in enumerate(cls.prompts):
             params = {"max_new_tokens": 9 + number, "ignore_eos": True, "sampling_seed": number, **KINDS[number % 2]}
-            engine.submit(f"r{number}", prompt, SamplingParams(**params))
+            grammar = FORM if number in (1, 4) else None
+            engine.submit(f"r{number}", prompt, SamplingParams(**params), grammar=grammar)
         return {rid: result.output_ids for rid, result in engine.run().items()}
 
     def serve(self, rank: int, **settings: Any) -> None:

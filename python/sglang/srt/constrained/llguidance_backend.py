@@ -121,6 +121,32 @@ class GuidanceBackend:
             for matcher, row in asked:
                 self._spell_as_text(matcher, words[row])
 
+    def fill_along(
+        self, rows: Sequence[tuple[GuidanceGrammar, int]], drafts: Sequence[Sequence[int]], mask: torch.Tensor
+    ) -> None:
+        """``fill`` along the drafts of each grammar: row + j is for what comes behind the first j of them.
+
+        Rows behind a draft that the grammar forbids, or with which it is complete, give no token and stay as they are.
+        """
+        places = [grammar.place for grammar, _ in rows]
+        words = mask.numpy().view(np.uint32)
+        going = list(zip(rows, drafts, strict=True))
+        number = 0
+        while going:
+            self.fill([(grammar, row + number) for (grammar, row), _ in going], mask)
+            following = [entry for entry in going if number < len(entry[1])]
+            going = []
+            for (grammar, row), path in following:
+                token_id = path[number]
+                if not words[row + number, token_id >> 5] >> np.uint32(token_id & 31) & 1:
+                    continue
+                grammar.take(token_id)
+                if not (grammar.is_complete or grammar.error):
+                    going.append(((grammar, row), path))
+            number += 1
+        for (grammar, _), place in zip(rows, places, strict=True):
+            grammar.return_to(place)
+
     def _spell_as_text(self, matcher: llguidance.LLMatcher, words: np.ndarray) -> None:
         """Repair a mask [words] uint32 of forced text, of which llguidance may allow one token that it then forbids.
 
@@ -159,6 +185,7 @@ class GuidanceGrammar:
         self.matcher = matcher
         self._after = after
         self._num_seen = 0
+        self._num_taken = 0  # by the matcher
         self.is_waiting = after is not None
 
     def copy(self, after: int | None) -> GuidanceGrammar:
@@ -167,11 +194,27 @@ class GuidanceGrammar:
     def follow(self, output_ids: Sequence[int]) -> None:
         """Take in what is new of the output, of which a former call had a beginning."""
         for token_id in output_ids[self._num_seen :]:
-            if self.is_waiting:
-                self.is_waiting = token_id != self._after
-            else:
-                self.matcher.consume_token(token_id)
+            self.take(token_id)
         self._num_seen = len(output_ids)
+
+    def take(self, token_id: int) -> None:
+        """Take in one token."""
+        if self.is_waiting:
+            self.is_waiting = token_id != self._after
+        else:
+            self.matcher.consume_token(token_id)
+            self._num_taken += 1
+
+    @property
+    def place(self) -> tuple[bool, int]:
+        """Where it is, for ``return_to``."""
+        return self.is_waiting, self._num_taken
+
+    def return_to(self, place: tuple[bool, int]) -> None:
+        """Forget what ``take`` was given since it was there."""
+        self.is_waiting, num_taken = place
+        self.matcher.rollback(self._num_taken - num_taken)
+        self._num_taken = num_taken
 
     @property
     def is_complete(self) -> bool:

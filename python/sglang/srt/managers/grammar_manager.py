@@ -65,22 +65,31 @@ class GrammarManager:
         self._give(req, future)
         return req
 
-    def mask(self, batch: ScheduleBatch, device: torch.device) -> torch.Tensor | None:
-        """Tokens that each row of the step may draw, [B, words] int32 on ``device``; None where all may draw all.
+    def mask(
+        self, batch: ScheduleBatch, device: torch.device, drafts: Callable[[], list[list[int]]]
+    ) -> torch.Tensor | None:
+        """Tokens that each row of the step may draw, [rows, words] int32 on ``device``; None where all may draw all.
 
         Every token of the requests is known. Rows that give no token, or whose request has ended, may draw all.
+        ``drafts`` gives those of each request where a step has several rows per request: row j stands behind the
+        first j of them.
         """
         rows = []
+        width = batch.kind.rows_per_request if batch.forward_mode.is_decode() else 1
         for index, (req, max_new) in enumerate(zip(batch.reqs, batch.max_new, strict=True)):
             if req.grammar is not None and max_new and req.finish_reason is None:
                 req.grammar.follow(req.output_ids)
-                rows.append((req.grammar, index))
+                rows.append((req.grammar, index * width))
         if not rows:
             return None
         assert isinstance(self._backend, GuidanceBackend)
-        size = (len(batch.reqs), self._backend.num_words)
+        size = (len(batch.reqs) * width, self._backend.num_words)
         mask = torch.full(size, -1, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._backend.fill(rows, mask)
+        if width == 1:
+            self._backend.fill(rows, mask)
+        else:
+            told = drafts()
+            self._backend.fill_along(rows, [told[row // width] for _, row in rows], mask)
         return mask if device.type == "cpu" else mask.to(device, non_blocking=True)
 
     def _future(self, backend: GuidanceBackend, grammar: str) -> Future[GuidanceGrammar]:

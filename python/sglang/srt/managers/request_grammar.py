@@ -90,8 +90,6 @@ def grammar_refusal(args: ServerArgs) -> str | None:
         return "it was started with --grammar-backend none. Remove the field."
     if args.skip_tokenizer_init:
         return "it runs with --skip-tokenizer-init, and grammars are about text. Remove the field."
-    if args.speculative_algorithm is not None:
-        return "it runs with --speculative-algorithm, whose drafts follow no grammar. Remove the field."
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -199,7 +199,9 @@ class ScheduleBatch:
         logprobs = [req.logprob_request(s, e) for req, s, e in zip(self.reqs, self.starts, self.ends, strict=True)]
         asked = logprobs if any(entry is not None for entry in logprobs) else []
         if self.forward_mode.is_decode():
-            return ModelWorkerBatch.uniform(self.kind, rows, self.ends, self.out_cache_loc, states, asked)
+            batch = ModelWorkerBatch.uniform(self.kind, rows, self.ends, self.out_cache_loc, states, asked)
+            tells_drafts = self.kind.rows_per_request > 1 and any(req.grammar is not None for req in self.reqs)
+            return replace(batch, tells_drafts=tells_drafts)
         spans = zip(self.reqs, self.starts, self.ends, strict=True)
         ids = torch.from_numpy(np.concatenate([req.token_ids[start:end] for req, start, end in spans]))
         successors = None

@@ -176,7 +176,7 @@ class Scheduler:
     def _sample(self, batch: ScheduleBatch, forward: LaunchedForward) -> LaunchedStep:
         """Sample a step of which nothing but its own tokens is unknown; who has ended meanwhile is sampled too."""
         info = self._sampling_info_of(batch)
-        info.vocab_mask = self.grammars.mask(batch, self.config.device)
+        info.vocab_mask = self.grammars.mask(batch, self.config.device, forward.drafts)
         began = time.perf_counter()
         launched = forward.sample(info)
         self._waited_s += time.perf_counter() - began

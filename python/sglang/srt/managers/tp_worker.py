@@ -31,6 +31,26 @@ class StepOutput:
     prompt_logprobs: dict[int, list[HostLogprobs]] = field(default_factory=dict)
 
 
+class HostCopy:
+    """A tensor on its way to the host, behind what was queued before."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if tensor.device.type == "cpu":
+            self._host = tensor
+        else:
+            self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def result(self) -> torch.Tensor:
+        """Wait for it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._host
+
+
 class LaunchedStep:
     """A step on its way: all that it tells the host comes by one copy, for which ``result`` waits.
 
@@ -48,21 +68,11 @@ class LaunchedStep:
         tensors += [tensor for block in blocks for tensor in block.tensors()]
         self._sizes = [tensor.numel() for tensor in tensors]
         # A token id fits exactly into float64, beside a log-probability.
-        packed = torch.cat([tensor.flatten().to(torch.float64) for tensor in tensors])
-        self._event: torch.cuda.Event | None = None
-        if packed.device.type == "cpu":
-            self._host = packed
-        else:
-            self._host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
-            self._host.copy_(packed, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._copy = HostCopy(torch.cat([tensor.flatten().to(torch.float64) for tensor in tensors]))
 
     def result(self) -> StepOutput:
         """Wait for the one device-to-host copy of the step."""
-        if self._event is not None:
-            self._event.synchronize()
-        ids, faults, *rest = self._host.split(self._sizes)
+        ids, faults, *rest = self._copy.result().split(self._sizes)
         counts = rest.pop(0).long().tolist() if self._counted else None
         prompts: dict[int, list[HostLogprobs]] = {}
         for index, block in self._prompts:
@@ -94,7 +104,18 @@ class LaunchedForward:
         self._runner = runner
         self._speculator = speculator
         self._batch = batch
+        # On their way before the forward, for which whoever asks for them does not wait.
+        self._drafts: HostCopy | None = None
+        if batch.tells_drafts:
+            assert speculator is not None
+            self._drafts = HostCopy(speculator.all_drafts)
         self._step = runner.forward(batch)
+
+    def drafts(self) -> list[list[int]]:
+        """The drafts that each request brings; only of a batch that ``tells_drafts``."""
+        assert self._drafts is not None, "the forward was not asked for its drafts"
+        told: list[list[int]] = self._drafts.result()[self._batch.req_pool_indices].tolist()
+        return told
 
     @property
     def output(self) -> LogitsProcessorOutput:

@@ -114,6 +114,8 @@ class ModelWorkerBatch:
     # Likewise, for a model that drafts: requests of each group, and whether all may replay their chains of drafts.
     global_num_requests: list[int] | None = None
     replays_chains: bool = False
+    # Whether the host wants to know the drafts that the step runs.
+    tells_drafts: bool = False
 
     @property
     def batch_size(self) -> int:

@@ -120,13 +120,16 @@ class SamplingBatchInfo:
             self.edits.count(next_token_ids.to(torch.int64))
 
     def along_path(self, drafts: torch.Tensor) -> SamplingBatchInfo:
-        """The same for B * W rows with ``drafts`` [B, W - 1]: row j is edited as if its first j drafts were output."""
+        """The same for B * W rows with ``drafts`` [B, W - 1]: row j is edited as if its first j drafts were output.
+
+        A ``vocab_mask`` is of these rows already: what a grammar allows behind a draft is for its owner to say.
+        """
         width = drafts.shape[1] + 1
+        assert self.vocab_mask is None or self.vocab_mask.shape[0] == drafts.shape[0] * width
 
         def rows(column: torch.Tensor | None) -> torch.Tensor | None:
             return None if column is None else column.repeat_interleave(width, dim=0)
 
-        assert self.vocab_mask is None, "which ids a grammar allows behind a draft is for its owner to say"
         names = ("temperatures", "top_ps", "top_ks", "min_ps", "sampling_seed", "greedy_rows")
         edits = None if self.edits is None else self.edits.along_path(drafts)
         repeated: dict[str, Any] = {name: rows(getattr(self, name)) for name in names}

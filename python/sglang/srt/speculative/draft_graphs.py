@@ -239,7 +239,7 @@ class DraftGraphs:
         """The drafts [B, n] of request rows ``rows`` [B], by a graph; None where they are to be made eagerly."""
         size = rows.shape[0]
         graphs = self.chains[GREEDY if info.is_all_greedy else DRAWN]
-        edits = info.edits is not None or info.vocab_mask is not None
+        edits = info.edits is not None
         if step.batch.global_num_tokens is None:
             bucket = None if edits else graphs.bucket_of(size)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -57,6 +57,11 @@ class EagleWorker:
         self._relay = target.relay
         self._group = get_tp_group()
 
+    @property
+    def all_drafts(self) -> torch.Tensor:
+        """Drafts of the next step by request row, [rows, num_steps] int64."""
+        return self._relay.drafts
+
     def sampling_info(self, step: StepForward, info: SamplingBatchInfo) -> SamplingBatchInfo:
         """``info`` [B] for the rows of ``step``."""
         return info if step.fb.kind != self.spec.verify else info.along_path(self._drafts(step))
@@ -79,6 +84,8 @@ class EagleWorker:
 
     def draft(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> None:
         """Make the drafts of the next step, and leave what it begins with on the device."""
+        if info.vocab_mask is not None:  # of the rows just drawn; a guess may leave the form, and is not accepted then
+            info = replace(info, vocab_mask=None)
         drafts = self._group.broadcast(self.drafter.propose(step, accepted, info))
         rows, fb = step.req_rows, step.fb
         committed = fb.seq_lens[: step.batch_size]
