@@ -215,7 +215,6 @@ class TestWithout(CustomTestCase):
     def test_servers_that_give_no_form(self):
         self.assertIn("--grammar-backend none", self.refusal(grammar_backend="none"))
         self.assertIn("--skip-tokenizer-init", self.refusal(skip_tokenizer_init=True))
-        self.assertIn("--speculative-algorithm", self.refusal(speculative_algorithm="NEXTN"))
 
 
 class TestTable(CustomTestCase):
