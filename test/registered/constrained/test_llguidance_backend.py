@@ -12,6 +12,7 @@ from tokenizers import AddedToken
 from sglang.srt.constrained.llguidance_backend import GrammarError, GuidanceBackend, grammar_of
 from sglang.srt.parser.tool_call_parser import ToolCall
 from sglang.srt.parser.tool_calls import TOOL_CALL_PARSERS
+from sglang.srt.parser.tool_calls.deepseekv32 import MARK
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.grammar_walks import allowed_ids, walk
@@ -24,14 +25,14 @@ PADDING = 45
 
 
 class GrammarCase(CustomTestCase):
-    marked = ()  # tool call forms whose marks are tokens
+    marked = {}  # by tool call form, the marks that are tokens
 
     @classmethod
     def setUpClass(cls):
         holder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(holder.cleanup)
         tokenizer = byte_level_tokenizer()
-        marks = [mark for form in cls.marked for mark in TOOL_CALL_PARSERS[form].all_marks()]
+        marks = [mark for marks in cls.marked.values() for mark in marks]
         tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks])
         cls.tokenizer = Tokenizer.from_path(write_tokenizer(holder.name, tokenizer))
         cls.eos = [cls.tokenizer.token_id("</s>"), cls.tokenizer.token_id("<|pad|>")]
@@ -249,12 +250,28 @@ class TestToolCalls(GrammarCase):
                 self.assertTrue(len(events) == 1 or number % 2 == 0, (name, text))
                 for call in events:
                     arguments = json.loads(call.arguments)
-                    if name == "qwen3_coder":
+                    if name not in ("qwen25", "deepseekv3", "deepseekv31"):
                         arguments.pop("note", None)  # strings stand bare, and their schema is not held
                     jsonschema.validate(arguments, self.TOOLS[call.name])
-                for mark in parser.all_marks() if name in self.marked else ():
+                for mark in self.marked.get(name, ()):
                     self.assertIn(self.tokenizer.token_id(mark), self.ids)
             self.assertGreater(finished, 12, name)
+
+    def test_bare_text_may_hold_what_looks_like_its_end(self):
+        text = "a </b> </parameter\n <x> é"
+        head, tail = f'<{MARK}invoke name="say">\n<{MARK}parameter name="t" string="true">', f"</{MARK}parameter>\n"
+        for name, block in (("deepseekv32", "function_calls"), ("deepseekv4", "tool_calls")):
+            first, last = f"\n\n<{MARK}{block}>\n", f"</{MARK}invoke>\n</{MARK}{block}>"
+            parser = TOOL_CALL_PARSERS[name]
+            tools = {"say": {"properties": {"t": {"type": "string"}}, "required": ["t"]}}
+            grammar = self.compiled("ebnf", parser.grammar(tools, 1, self.tokenizer.token_id))
+            for said, whole in ((f"{first}{head}{text}{tail}{last}", True), (f"{first}{head}{text}{last}", False)):
+                state = grammar.copy(None)
+                state.follow(self.tokenizer.encode(said, add_special_tokens=False))
+                self.assertEqual(state.is_complete and not state.error, whole, said)
+            reader = parser(tools)
+            (call,) = reader.feed(f"{first}{head}{text}{tail}{last}") + reader.finish()
+            self.assertEqual(json.loads(call.arguments), {"t": text})
 
     def test_white_space_has_a_bound(self):
         chance = random.Random(4)
@@ -285,7 +302,10 @@ class TestToolCalls(GrammarCase):
 class TestToolCallsWithTokens(TestToolCalls):
     """The same where marks are tokens, which are then said as such."""
 
-    marked = ("qwen25", "deepseekv31", "qwen3_coder")
+    marked = {
+        **{name: TOOL_CALL_PARSERS[name].all_marks() for name in ("qwen25", "deepseekv31", "qwen3_coder")},
+        **dict.fromkeys(("deepseekv32", "deepseekv4"), (MARK,)),
+    }
 
 
 if __name__ == "__main__":

@@ -13,8 +13,17 @@ from sglang.srt.parser.text_marks import partial_mark
 
 # Between the parts of JSON; without a bound, a model that has begun may never end.
 JSON_WHITE_SPACE = r"[ \n\r\t]{1,40}"
-# What may be one token.
+# What may be one token that is no text.
 _MARK = re.compile("(<[^<>\\s]+>)")
+JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "integer": (int,),
+    "number": (int, float),
+    "boolean": (bool,),
+    "object": (dict,),
+    "array": (list,),
+    "null": (type(None),),
+    "string": (str,),
+}
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,9 @@ class ToolCallParser(ABC):
     block_start: ClassVar[str] = ""
     block_end: ClassVar[str] = ""
     between: ClassVar[str] = ""
+    # Text before such a block and within its marks, as the model was taught to write them.
+    lead: ClassVar[str] = ""
+    inside: ClassVar[str] = ""
     # Lines of Lark that ``call_form`` needs.
     terminals: ClassVar[tuple[str, ...]] = ()
 
@@ -88,9 +100,10 @@ class ToolCallParser(ABC):
             for name, schema in tools.items()
         ]
         more = "" if max_calls == 1 else f"({quoted(cls.between)} call)*"
+        first, last = quoted(cls.lead) + " " + spell(cls.block_start + cls.inside), spell(cls.inside + cls.block_end)
         lines = [
             "start: calls" if answer is None else f"start: calls | {json_form(answer)}",
-            f"calls: {spell(cls.block_start)} call {more} {spell(cls.block_end)}",
+            f"calls: {first} call {more} {last}",
             "call: " + " | ".join(f"call_{number}" for number in range(len(forms))),
         ]
         lines += [f"call_{number}: {form}" for number, form in enumerate(forms)]
@@ -184,6 +197,27 @@ def json_form(schema: Any) -> str:
 def arguments_form(schema: Mapping[str, Any]) -> str:
     """Lark for an object, the arguments of a tool, that follows ``schema``."""
     return json_form({"type": "object", **schema})
+
+
+def listed_values(schema: Mapping[str, Any]) -> list[Any]:
+    """The values that a schema lists; empty where it lists none."""
+    listed = schema.get("enum", [schema["const"]] if "const" in schema else [])
+    return listed if isinstance(listed, list) else []
+
+
+def schema_types(schema: Any) -> set[str]:
+    """The types that a schema allows, by name or by its values; empty where it says neither."""
+    if not isinstance(schema, Mapping):
+        return set()
+    named = schema.get("type", [])
+    types = {name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)}
+    if not types:
+        types = {name for value in listed_values(schema) for name, kinds in JSON_TYPES.items() if type(value) in kinds}
+    for key in ("anyOf", "oneOf"):
+        options = schema.get(key)
+        for option in options if isinstance(options, list) else []:
+            types |= schema_types(option)
+    return types
 
 
 def json_value(text: str) -> Any:

@@ -6,21 +6,22 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser, json_form, json_text, json_value, quoted
+from sglang.srt.parser.tool_call_parser import (
+    JSON_TYPES,
+    ToolCall,
+    ToolCallParser,
+    json_form,
+    json_text,
+    json_value,
+    listed_values,
+    quoted,
+    schema_types,
+)
 
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
 # A value ends where the next argument, or the end of the function, follows: it may hold the tag itself.
 _ARGUMENT = re.compile(r"\s*<parameter=([^>\n]+)>(.*?)</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL)
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
-_TYPES: dict[str, tuple[type, ...]] = {
-    "integer": (int,),
-    "number": (int, float),
-    "boolean": (bool,),
-    "object": (dict,),
-    "array": (list,),
-    "null": (type(None),),
-}
-_ALL_TYPES = {**_TYPES, "string": (str,)}
 
 
 class Qwen3CoderParser(ToolCallParser):
@@ -57,10 +58,10 @@ class Qwen3CoderParser(ToolCallParser):
 def _value_form(schema: Any, defined: Mapping[str, Any]) -> str:
     """Lark for a bare value and the tag behind it: strings are any text but that tag, unless the schema lists them."""
     tag = quoted("\n</parameter>\n")
-    types = _types(schema)
+    types = schema_types(schema)
     if types and "string" not in types:
         return f"{json_form({**schema, **defined})} {tag}"
-    listed = _listed(schema) if isinstance(schema, Mapping) else []
+    listed = listed_values(schema) if isinstance(schema, Mapping) else []
     if not listed:
         return "text"
     texts = [value if isinstance(value, str) else "null" for value in listed if value is None or isinstance(value, str)]
@@ -74,34 +75,13 @@ def _bare(text: str) -> str:
 
 def _value(text: str, schema: Any) -> Any:
     """``text`` as the type that its schema names; what does not fit, and what has no schema, is a string."""
-    types = _types(schema)
+    types = schema_types(schema)
     if not types or "string" in types:
         return None if text == "null" and "null" in types else text
     try:
         value = _PYTHON_WORDS[text.strip()] if text.strip() in _PYTHON_WORDS else json_value(text)
     except ValueError:
         return text
-    wanted = tuple(kind for name in types for kind in _TYPES.get(name, ()))
+    wanted = tuple(kind for name in types for kind in JSON_TYPES.get(name, ()))
     fits = isinstance(value, wanted) and not (isinstance(value, bool) and bool not in wanted)
     return value if fits else text
-
-
-def _listed(schema: Mapping[str, Any]) -> list[Any]:
-    """The values that a schema lists; empty where it lists none."""
-    listed = schema.get("enum", [schema["const"]] if "const" in schema else [])
-    return listed if isinstance(listed, list) else []
-
-
-def _types(schema: Any) -> set[str]:
-    """The types that a schema allows, by name or by its values; empty where it says neither."""
-    if not isinstance(schema, Mapping):
-        return set()
-    named = schema.get("type", [])
-    types = {name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)}
-    if not types:
-        types = {name for value in _listed(schema) for name, kinds in _ALL_TYPES.items() if type(value) in kinds}
-    for key in ("anyOf", "oneOf"):
-        options = schema.get(key)
-        for option in options if isinstance(options, list) else []:
-            types |= _types(option)
-    return types

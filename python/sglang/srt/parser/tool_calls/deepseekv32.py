@@ -1,0 +1,95 @@
+"""Tool calls of DeepSeek-V3.2: a tag for the call, and one for each argument that says whether it is text or JSON."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sglang.srt.parser.tool_call_parser import (
+    ToolCall,
+    ToolCallParser,
+    json_form,
+    json_object,
+    json_text,
+    json_value,
+    listed_values,
+    quoted,
+    schema_types,
+)
+
+# In each of the tags; in the tokenizers of these models one token of plain text.
+MARK = "｜DSML｜"
+_AS_TEXT, _AS_JSON = '"true">', '"false">'
+_CALL = re.compile(r'([^\n]+?)">(.*)', re.DOTALL)
+# A value ends where the next argument, or the end of the call, follows: it may hold the tag itself.
+_ARGUMENT = re.compile(
+    rf'\s*<{MARK}parameter name="([^\n]+?)" string="(true|false)">(.*?)</{MARK}parameter>'
+    rf"(?=\s*(?:<{MARK}parameter |\Z))",
+    re.DOTALL,
+)
+
+
+class DeepSeekV32Parser(ToolCallParser):
+    start, end, between = f'<{MARK}invoke name="', f"</{MARK}invoke>", "\n"
+    block_start, block_end = f"<{MARK}function_calls>", f"</{MARK}function_calls>"
+    lead, inside = "\n\n", "\n"
+    # Bare text and the tag behind it.
+    terminals = (rf"text[lazy]: /(.|\n)*<\/{MARK}parameter>\n/",)
+
+    @classmethod
+    def all_marks(cls) -> tuple[str, ...]:
+        return (MARK, *super().all_marks())
+
+    @classmethod
+    def call_form(cls, name: str, schema: Mapping[str, Any], spell: Callable[[str], str]) -> str:
+        properties, required = schema.get("properties"), schema.get("required")
+        defined = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+        parts = [quoted(f'{name}">\n')]
+        for key, value in properties.items() if isinstance(properties, Mapping) else ():
+            head = quoted(f'<{MARK}parameter name="{key}" string=')
+            form = f"{head} {_value_form(value, defined)}"
+            parts.append(form if isinstance(required, list) and key in required else f"({form})?")
+        return " ".join(parts)
+
+    def read_call(self, body: str) -> ToolCall | None:
+        found = _CALL.fullmatch(body)
+        if found is None:
+            return None
+        name, rest = found[1].strip(), found[2]
+        if rest.lstrip().startswith("{"):  # the arguments as one object, which these models say too
+            return None if json_object(rest) is None else ToolCall(name, rest.strip())
+        arguments: dict[str, Any] = {}
+        place = 0
+        while argument := _ARGUMENT.match(rest, place):
+            key, is_text, value = argument.groups()
+            if key in arguments:
+                return None
+            try:
+                arguments[key] = value if is_text == "true" else json_value(value)
+            except ValueError:
+                return None
+            place = argument.end()
+        return ToolCall(name, json_text(arguments)) if not rest[place:].strip() else None
+
+
+def _value_form(schema: Any, defined: Mapping[str, Any]) -> str:
+    """Lark for a value from behind ``string=`` on, and the tag behind it: bare text where a string may stand."""
+    schema = schema if isinstance(schema, Mapping) else {}
+    tag = quoted(f"</{MARK}parameter>\n")
+    listed, types = listed_values(schema), schema_types(schema)
+    other: Mapping[str, Any] | None = schema
+    texts: list[str] = []
+    if listed:
+        texts = [f"{quoted(value)} {tag}" for value in listed if isinstance(value, str)]
+        rest = [value for value in listed if not isinstance(value, str)]
+        other = {"enum": rest} if rest else None
+    elif "string" in types or not schema:
+        texts = ["text"]
+        if types:
+            rest = sorted(types - {"string"})
+            other = {**schema, "type": rest} if rest else None
+    forms = [f"{quoted(_AS_TEXT)} {text}" for text in texts]
+    if other is not None:
+        forms.append(f"{quoted(_AS_JSON)} {json_form({**other, **defined})} {tag}")
+    return f"({' | '.join(forms)})"
