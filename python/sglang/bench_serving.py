@@ -52,10 +52,8 @@ from sglang.srt.utils.hf_tokenizer import Tokenizer, TokenizerError
 WARMUP_OUTPUT_LEN = 32
 # Flags of upstream whose effect the server or the client lacks, and why.
 REFUSED = {
-    "--profile": "the server has no profiler endpoint",
-    "--profile-steps": "the server has no profiler endpoint",
-    "--profile-by-stage": "the server has no profiler endpoint",
-    "--profile-output-dir": "the server has no profiler endpoint",
+    "--profile-by-stage": "a profile holds all steps",
+    "--profile-output-dir": "traces go to the server's --profile-dir",
     "--pd-separated": "prefill and decode run in one server",
     "--lora-name": "the server has no LoRA adapters",
 }
@@ -113,6 +111,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--header", type=_header, nargs="+", default=[], metavar="NAME=VALUE",
                         help='HTTP headers, such as "Authorization=Bearer KEY".')  # fmt: skip
     parser.add_argument("--ready-check-timeout-sec", type=int, default=60, help="Wait for the server. Default: 60.")
+    parser.add_argument("--profile", action="store_true", help="Have the server trace the run, to its --profile-dir.")
+    parser.add_argument("--profile-steps", type=int, help="End the trace after so many steps. Default: with the run.")
     parser.add_argument("--tag", help="Copied into the record.")
     parser.add_argument("--output-file", help="JSONL file to append to. Default: named after the run.")
     parser.add_argument("--output-details", action="store_true", help="Add each request's times and text.")
@@ -235,9 +235,13 @@ async def benchmark(args: argparse.Namespace) -> dict[str, Any]:
 
         await _warm_up(send, rows[0], args.warmup_requests)
         if args.flush_cache:
-            await control.flush_cache()
+            await control.post("/flush_cache")
+        if args.profile:
+            print(await control.post("/start_profile", {"num_steps": args.profile_steps}))
         before = await control.try_get("/server_info")
         outputs, duration = await _measure(args, send, rows)
+        if args.profile and args.profile_steps is None:
+            print(await control.post("/stop_profile"))
         server_info = await control.try_get("/server_info")
     length = accept_length(before.get("internal_states") or (), server_info.get("internal_states") or ())
     return _report(args, outputs, duration, tokenizer, server_info, length)

@@ -206,8 +206,9 @@ class ServerControl:
         except BenchmarkError:
             return {}
 
-    async def flush_cache(self) -> None:
-        """Empty the prefix cache; raises BenchmarkError when the server does not."""
-        response = await self._client.post(self._base_url + "/flush_cache", timeout=60.0)
+    async def post(self, path: str, body: dict[str, Any] | None = None) -> str:
+        """The text that an administrative endpoint answers; raises BenchmarkError when it refuses."""
+        response = await self._client.post(self._base_url + path, json=body, timeout=600.0)
         if response.status_code != 200:
-            raise BenchmarkError(f"POST /flush_cache gave HTTP {response.status_code}: {response.text[:ERROR_CHARS]}")
+            raise BenchmarkError(f"POST {path} gave HTTP {response.status_code}: {response.text[:ERROR_CHARS]}")
+        return response.text.strip()

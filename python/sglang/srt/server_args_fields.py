@@ -11,9 +11,17 @@ from typing import Any
 
 _SI = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _IEC = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
-_KINDS = {bool: "bool", int: "int", float: "float", str: "str", list[int]: "ints"}
+_KINDS = {bool: "bool", int: "int", float: "float", str: "str", list[int]: "ints", list[str]: "strs"}
 _TYPES: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "float": (int, float), "str": (str,)}
-_EXPECTED = {"bool": "true or false", "int": "an integer", "float": "a number", "str": "text", "ints": "integers"}
+LISTS: dict[str, type] = {"ints": int, "strs": str}
+_EXPECTED = {
+    "bool": "true or false",
+    "int": "an integer",
+    "float": "a number",
+    "str": "text",
+    "ints": "integers",
+    "strs": "texts",
+}
 
 
 @dataclass(frozen=True)
@@ -63,14 +71,14 @@ class FieldSpec:
 
     def parse(self, values: list[str]) -> Any:
         """The typed value of the words after the flag; raises ValueError with flag, value and what is expected."""
-        if self.kind == "ints":
+        if self.kind in LISTS:
             if not values:
-                raise ValueError(f"{self.flag} expects at least one integer")
+                raise ValueError(f"{self.flag} expects at least one of its {_EXPECTED[self.kind]}")
             return [self._parse_one(word) for word in values]
         return self._parse_one(values[0])
 
     def _parse_one(self, word: str) -> Any:
-        if self.kind == "str":
+        if self.kind in ("str", "strs"):
             return word
         try:
             if self.kind == "float":
@@ -97,8 +105,8 @@ class FieldSpec:
         return [f"{self.flag} must be {self.bounds()}, got {value}" for value in numbers if not self._in_bounds(value)]
 
     def _has_type(self, value: Any) -> bool:
-        if self.kind == "ints":
-            return isinstance(value, list) and all(type(number) is int for number in value)
+        if self.kind in LISTS:
+            return isinstance(value, list) and all(type(item) is LISTS[self.kind] for item in value)
         # Also numpy's numbers and texts, which derive from Python's; a bool is no number.
         return isinstance(value, _TYPES[self.kind]) and (self.kind == "bool" or not isinstance(value, bool))
 

@@ -62,7 +62,46 @@ class HttpArgs:
     log_level: Annotated[
         str, Arg("What is logged.", LOGGING, choices=("debug", "info", "warning", "error", "critical"))
     ] = "info"
+    log_level_http: Annotated[
+        str | None,
+        Arg(
+            "What is logged of HTTP: one line per request at `info` and below.",
+            LOGGING,
+            choices=("debug", "info", "warning", "error", "critical"),
+            auto="as --log-level",
+        ),
+    ] = None
+    uvicorn_access_log_exclude_prefixes: Annotated[
+        list[str] | None,
+        Arg(
+            "Paths, by their beginnings, whose requests are not logged where they succeed, beside those of probes.",
+            LOGGING,
+            auto="none",
+        ),
+    ] = None
     log_requests: Annotated[bool, Arg("Log each request and its outcome.", LOGGING)] = False
+    log_requests_level: Annotated[
+        int,
+        Arg(
+            "How much of a request: 0 ids, counts and times; 1 sampling parameters too; 2 the beginnings of prompt and "
+            "output too; 3 all of them.",
+            LOGGING,
+            minimum=0,
+            maximum=3,
+        ),
+    ] = 2
+    log_requests_format: Annotated[
+        str, Arg("Lines for people, or a JSON object per line.", LOGGING, choices=("text", "json"))
+    ] = "text"
+    profile_dir: Annotated[
+        str | None,
+        Arg(
+            "Folder of the traces that `/start_profile` asks for.",
+            LOGGING,
+            auto="profiles are refused",
+            metavar="FOLDER",
+        ),
+    ] = None
     enable_metrics: Annotated[bool, Arg("Serve Prometheus metrics at `/metrics`.", LOGGING)] = False
     decode_log_interval: Annotated[int, Arg("Decode steps between two log lines.", LOGGING, minimum=1)] = 40
     api_key: Annotated[str | None, Arg("Bearer token that every request must bring.", API, auto="none needed")] = None

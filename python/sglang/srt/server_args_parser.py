@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.server_args_fields import FieldSpec
+from sglang.srt.server_args_fields import LISTS, FieldSpec
 from sglang.srt.server_args_upstream import MISNAMED, distinct_flags, upstream_flags, verdicts
 from sglang.version import version_line
 
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser, specs: Sequence[FieldSpec]) -
             group.add_argument(*spec.flags, action="store_true", **options)
             continue
         options["metavar"] = spec.arg.metavar or (spec.kind.rstrip("s").upper() if not spec.choices else "NAME")
-        group.add_argument(*spec.flags, nargs="+" if spec.kind == "ints" else None, **options)
+        group.add_argument(*spec.flags, nargs="+" if spec.kind in LISTS else None, **options)
     for flag in distinct_flags():
         nargs = None if flag.nargs == 1 else flag.nargs
         hidden: dict[str, Any] = {"dest": _DEST, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}

@@ -18,6 +18,8 @@ from sglang.srt.managers.io_struct import (
     FlushCacheReqOutput,
     GetInternalStateReq,
     GetInternalStateReqOutput,
+    ProfileReqInput,
+    ProfileReqOutput,
     ShutdownReq,
     StartedReqs,
     TokenIDOutput,
@@ -111,6 +113,8 @@ class FakeScheduler:
             idle = not self.running
             text = "" if idle else f"The server is busy: {len(self.running)} running."
             self._to_tokenizer.send(FlushCacheReqOutput(seq=message.seq, success=idle, message=text))
+        elif isinstance(message, ProfileReqInput):
+            self._to_tokenizer.send(ProfileReqOutput(seq=message.seq, success=True, message="none"))
         elif isinstance(message, GetInternalStateReq):
             load = {"num_running_reqs": len(self.running), "num_queue_reqs": 0, "num_used_tokens": 0}
             state = {**load, "experts": self.experts}

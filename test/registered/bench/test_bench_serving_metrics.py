@@ -387,7 +387,7 @@ class TestCommandLine(CustomTestCase):
     def test_refusals_name_the_flag(self):
         for flags, words in (
             (("--backend", "vllm"), "--backend vllm is known from upstream but not implemented"),
-            (("--profile",), "--profile is known from upstream but not implemented"),
+            (("--profile-by-stage",), "--profile-by-stage is known from upstream but not implemented"),
             (("--lora-name", "a"), "--lora-name is known from upstream"),
             (("--request-rate", "0"), "--request-rate must be above 0"),
             (("--max-concurrency", "0"), "--max-concurrency must be at least 1"),

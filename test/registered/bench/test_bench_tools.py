@@ -33,7 +33,8 @@ class TestAgainstServer(CustomTestCase):
         cls.url = free_url()
         cls.folder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(cls.folder.cleanup)
-        cls.process = popen_launch_server(None, cls.url)
+        cls.traces = Path(cls.folder.name) / "traces"
+        cls.process = popen_launch_server(None, cls.url, other_args=["--profile-dir", str(cls.traces)])
 
     @classmethod
     def tearDownClass(cls):
@@ -79,6 +80,13 @@ class TestAgainstServer(CustomTestCase):
         self.assertEqual(record["max_concurrent_requests"], 1)
         self.assertEqual(record["max_itl_ms"], 0.0)
         self.assertEqual(record["mean_ttft_ms"], record["mean_e2e_latency_ms"])
+
+    def test_a_traced_run(self):
+        flags = ("--dataset-name", "random", "--random-input", "4", "--random-output", "4", "--num-prompts", "2")
+        status, words, _ = self.bench(*flags, "--profile")
+        self.assertEqual(status, 0, words)
+        (trace,) = self.traces.iterdir()
+        self.assertRegex(words, f"Profiling, to {trace}\n(.|\n)*Written: {trace}\n")
 
     def test_failures_are_told(self):
         status, words, record = self.bench(

@@ -67,7 +67,7 @@ class TestKeys(CustomTestCase):
 
     def test_what_the_server_lacks_is_said_whatever_the_key(self):
         for policy in (AuthPolicy("0.0.0.0", "k", "a"), AuthPolicy("0.0.0.0", None, None)):
-            for path in ("/start_profile", "/update_weights_from_disk", "/v1/embeddings"):
+            for path in ("/encode", "/update_weights_from_disk", "/v1/embeddings"):
                 self.assertEqual([self.status(policy, path, key) for key in (None, "k", "a")], [None] * 3, path)
 
     def test_over_http(self):

@@ -37,6 +37,7 @@ def start_fake(verdict):
     tokenizer = Tokenizer.from_path(args.tokenizer_path)
     fake = FakeEngine(args, tokenizer)
     model = types.SimpleNamespace(context_len=64, vocab_size=tokenizer.vocab_size, hf_config={}, architecture="Fake")
+    model.generation_defaults = {}
     return ServerContext(TokenizerManager(args, model, tokenizer, fake.ipc), args, model, {"from": "fake"}), fake
 
 

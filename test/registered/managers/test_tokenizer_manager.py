@@ -35,6 +35,8 @@ class ManagerTestCase(CustomTestCase, unittest.IsolatedAsyncioTestCase):
             tokenizer_path=folder,
             incremental_streaming_output=False,
             log_requests=False,
+            log_requests_level=2,
+            log_requests_format="text",
             allow_auto_truncate=False,
             load_balance_method="total_tokens",
             max_queued_requests=None,

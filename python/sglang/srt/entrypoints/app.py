@@ -24,6 +24,7 @@ from sglang.srt.entrypoints.native_api import NativeApi
 from sglang.srt.entrypoints.openai.models_api import ModelsApi
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
+from sglang.srt.entrypoints.profile_api import ProfileApi
 from sglang.srt.entrypoints.root_api import RootApi
 from sglang.srt.entrypoints.sites import SitePolicy, split_list
 from sglang.srt.managers.request_input import RequestError, request_limit
@@ -42,6 +43,7 @@ def build_app(context: ServerContext, lifespan: Lifespan) -> Starlette:
         OpenAIServingCompletion(context).endpoint(),
         *ModelsApi(context).endpoints(),
         *NativeApi(context).endpoints(),
+        *ProfileApi(context).endpoints(),
     ]
     endpoints += RootApi(context, endpoints).endpoints()
     app = Starlette(routes=[route for endpoint in endpoints for route in _routes(endpoint)], lifespan=lifespan)

@@ -17,7 +17,7 @@ from sglang.srt.server_args_resolve import is_loopback
 # Without a key: probes, and metrics, as upstream's monitoring expects.
 OPEN_PATHS = frozenset({"/health", "/health_generate", "/ready", "/metrics"})
 # Endpoints with which one client can disturb the others.
-ADMIN_PATHS = frozenset({"/abort_request", "/flush_cache"})
+ADMIN_PATHS = frozenset({"/abort_request", "/flush_cache", "/start_profile", "/stop_profile"})
 
 
 class AuthPolicy:

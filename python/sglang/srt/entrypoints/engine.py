@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import msgspec
@@ -14,6 +15,9 @@ import msgspec
 from sglang.srt.entrypoints import server_info
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
 from sglang.srt.entrypoints.launch import accept, check_engine, judge, start_engine
+from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
+from sglang.srt.entrypoints.profile_api import ProfileBody, start_profile, stop_profile
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.process_launch import EngineProcesses
 from sglang.srt.managers.request_fields import REFUSED_FIELDS
@@ -45,6 +49,7 @@ class Engine:
         self.server_args = verdict.args
         self._context, self._processes = start_engine(verdict)
         self.tokenizer_manager = self._context.manager
+        self._chat = OpenAIServingChat(self._context)
         self._loop = asyncio.new_event_loop()
         # Nothing in there refers to this object: it ends the processes when it is collected, or when Python exits.
         self._end = weakref.finalize(self, _EngineLoop(self._context, self._processes, self._loop).end)
@@ -63,7 +68,7 @@ class Engine:
         """
         request = _request(prompt, sampling_params, input_ids, stream, options)
         if stream:
-            return self._iterate(request)
+            return self._iterate(self.tokenizer_manager.generate_request(request))
         return self._run(self._whole(request))
 
     async def async_generate(
@@ -73,8 +78,21 @@ class Engine:
         """``generate`` for asyncio; with ``stream`` the result is an async iterator."""
         request = _request(prompt, sampling_params, input_ids, stream, options)
         if stream:
-            return self._aiterate(request)
+            return self._aiterate(self.tokenizer_manager.generate_request(request))
         return await self._arun(self._whole(request))
+
+    def chat(self, messages: list[dict[str, Any]], *, stream: bool = False, **fields: Any) -> Any:
+        """The next turn of a conversation: what ``/v1/chat/completions`` answers to a body of these fields.
+
+        A dictionary, or, with ``stream``, an iterator over its chunks.
+        """
+        body = _chat_body(messages, stream, fields)
+        return self._iterate(self._chat_chunks(body)) if stream else self._run(self._whole_chat(body))
+
+    async def async_chat(self, messages: list[dict[str, Any]], *, stream: bool = False, **fields: Any) -> Any:
+        """``chat`` for asyncio; with ``stream`` the result is an async iterator."""
+        body = _chat_body(messages, stream, fields)
+        return self._aiterate(self._chat_chunks(body)) if stream else await self._arun(self._whole_chat(body))
 
     def encode(self, *_: Any, **__: Any) -> Any:
         """Always raises NotImplementedError: generation models give no embeddings."""
@@ -87,6 +105,14 @@ class Engine:
     def flush_cache(self) -> bool:
         """Drop the prefix cache; False while requests are in flight."""
         return self._run(self.tokenizer_manager.flush_cache())[0]
+
+    def start_profile(self, **fields: Any) -> list[str]:
+        """Trace the steps of the schedulers, to files in ``profile_dir``; ``fields``: those of ``/start_profile``."""
+        return self._run(start_profile(self.tokenizer_manager, _converted(fields, ProfileBody)))
+
+    def stop_profile(self) -> list[str]:
+        """Write the traces; the files of the first ranks."""
+        return self._run(stop_profile(self.tokenizer_manager))
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
         """End every request whose id starts with ``rid``, or all of them."""
@@ -113,6 +139,20 @@ class Engine:
         finally:
             await results.aclose()
 
+    async def _whole_chat(self, body: ChatCompletionRequest) -> dict[str, Any]:
+        warnings: list[str] = []
+        native = await self._chat.native(body, warnings)
+        whole: dict[str, Any] = msgspec.to_builtins(self._chat.whole(body, native, await self._whole(native), warnings))
+        return whole
+
+    async def _chat_chunks(self, body: ChatCompletionRequest) -> AsyncGenerator[dict[str, Any], None]:
+        warnings: list[str] = []
+        native = await self._chat.native(body, warnings)
+        results = self.tokenizer_manager.generate_request(native, incremental=True)
+        async with aclosing(self._chat.chunks(body, native, results, warnings)) as chunks:
+            async for chunk in chunks:
+                yield msgspec.to_builtins(chunk)
+
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` in the engine's loop and wait; an interrupt cancels it."""
         self._check_open(work)
@@ -137,8 +177,7 @@ class Engine:
             work.close()
             raise RuntimeError("The engine has been shut down.")
 
-    def _iterate(self, request: GenerateReqInput) -> Generator[dict[str, Any], None, None]:
-        results = self.tokenizer_manager.generate_request(request)
+    def _iterate(self, results: AsyncGenerator[Any, None]) -> Generator[dict[str, Any], None, None]:
         try:
             while True:
                 result = self._run(_next(results))
@@ -149,8 +188,7 @@ class Engine:
             if self._end.alive:
                 self._run(results.aclose())
 
-    async def _aiterate(self, request: GenerateReqInput) -> AsyncGenerator[dict[str, Any], None]:
-        results = self.tokenizer_manager.generate_request(request)
+    async def _aiterate(self, results: AsyncGenerator[Any, None]) -> AsyncGenerator[dict[str, Any], None]:
         try:
             while True:
                 result = await self._arun(_next(results))
@@ -207,8 +245,20 @@ def _request(
             raise ValueError(f"{name} is not supported: {REFUSED_FIELDS[name]}.")
         if name not in GenerateReqInput.__struct_fields__:
             raise TypeError(f"generate has no option {name!r}.")
+    return _converted(fields, GenerateReqInput)
+
+
+def _chat_body(messages: Any, stream: bool, fields: dict[str, Any]) -> ChatCompletionRequest:
+    """The checked body. Raises ValueError, and TypeError for a field that does not exist."""
+    for name in fields:
+        if name not in ChatCompletionRequest.__struct_fields__:
+            raise TypeError(f"chat has no option {name!r}.")
+    return _converted({"messages": messages, "stream": stream, **fields}, ChatCompletionRequest)
+
+
+def _converted(fields: dict[str, Any], kind: type[T]) -> T:
     try:
-        return msgspec.convert(fields, GenerateReqInput, strict=False)
+        return msgspec.convert(fields, kind, strict=False)
     except msgspec.ValidationError as error:
         raise ValueError(f"The request is not valid: {error}") from None
 

@@ -33,6 +33,13 @@ def event(content: Any) -> bytes:
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
 
 
+async def events(contents: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
+    """An event of each."""
+    async with aclosing(contents):
+        async for content in contents:
+            yield event(content)
+
+
 async def read_body(
     request: Request,
     body_type: type[T],

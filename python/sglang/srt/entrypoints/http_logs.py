@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Sequence
 from typing import Any
 
 # Probes come every few seconds; one that fails is logged.
@@ -16,10 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 class AccessFilter(logging.Filter):
-    """Drops successful probes and most of a crowd of 503s, and cuts long methods and paths; uvicorn escapes them."""
+    """Drops successful probes and most of a crowd of 503s, and cuts long methods and paths; uvicorn escapes them.
+
+    ``quiet_prefixes`` are beginnings of further paths that are probed.
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.quiet_prefixes: tuple[str, ...] = ()
         self._second = 0
         self._num_refused = 0
 
@@ -27,7 +32,8 @@ class AccessFilter(logging.Filter):
         if not isinstance(record.args, tuple) or len(record.args) != 5:
             return True
         client, method, path, version, status = record.args
-        if str(path).partition("?")[0] in QUIET_PATHS and status == 200:
+        is_quiet = str(path).partition("?")[0] in QUIET_PATHS or str(path).startswith(self.quiet_prefixes)
+        if is_quiet and status == 200:
             return False
         if status == 503 and self._is_crowd():
             return False
@@ -68,8 +74,9 @@ _ACCESS_FILTER = AccessFilter()
 _ONCE_PER_SECOND = OncePerSecond()
 
 
-def bound_http_logs() -> None:
-    """Put the filters on uvicorn's loggers, once its configuration is made; a second call does nothing."""
+def bound_http_logs(quiet_prefixes: Sequence[str] = ()) -> None:
+    """Put the filters on uvicorn's loggers, once its configuration is made; a second call puts none more."""
+    _ACCESS_FILTER.quiet_prefixes = tuple(quiet_prefixes)
     logging.getLogger("uvicorn.access").addFilter(_ACCESS_FILTER)
     errors = logging.getLogger("uvicorn.error")
     errors.addFilter(_ONCE_PER_SECOND)

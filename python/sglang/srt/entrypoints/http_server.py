@@ -62,21 +62,21 @@ class HttpServer(uvicorn.Server):
         args = context.server_args
         admission = context.manager.admission
         admission.max_requests = admission.max_requests or MAX_QUEUED_REQUESTS
-        quiet = args.log_level not in ("debug", "info")
+        http_level = args.log_level_http or args.log_level
         connection: Any = functools.partial(Connection, max_connections=fit_connections(args.max_connections))
         config = uvicorn.Config(
             build_app(context, self._lifespan),
             http=connection,
             ws="none",
             log_config=None,
-            log_level=args.log_level,
-            access_log=not quiet,
+            log_level=http_level,
+            access_log=http_level in ("debug", "info"),
             backlog=_ACCEPTS_PER_TURN,
             timeout_keep_alive=_KEEP_ALIVE_S,
             timeout_graceful_shutdown=DRAIN_WRITE_S,
         )
         super().__init__(config)
-        bound_http_logs()
+        bound_http_logs(args.uvicorn_access_log_exclude_prefixes or ())
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().set_exception_handler(on_loop_error)

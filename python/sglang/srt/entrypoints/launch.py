@@ -13,6 +13,7 @@ from sglang.srt.layers.moe.token_dispatcher.config import mori_setting_problems
 from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.managers.process_launch import EngineProcesses, launch_engine_processes
 from sglang.srt.managers.request_input import RequestError
+from sglang.srt.managers.step_profiler import folder_problem
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs, ServerArgsError, evaluate, specs
 from sglang.srt.utils.hf_tokenizer import Tokenizer
@@ -83,6 +84,9 @@ def accept(verdict: Verdict) -> None:
     """Log what resolution decided, in full at level debug; raises ServerArgsError with every reason against it."""
     for warning in verdict.warnings:
         logger.warning("%s", warning)
+    profile_dir = verdict.args.profile_dir
+    if not verdict.errors and profile_dir is not None and (problem := folder_problem(profile_dir)):
+        verdict.errors.append(problem)
     if verdict.errors:
         raise ServerArgsError(verdict.errors)
     args, defaults = verdict.args, {spec.name: spec.default for spec in specs()}

@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import time
 import uuid
-from collections.abc import AsyncGenerator
 from typing import Annotated, Any, TypedDict, TypeVar
 
 import msgspec
@@ -24,7 +23,7 @@ from sglang.srt.entrypoints.http_io import (
     EventStream,
     answer,
     asked_timeout,
-    event,
+    events,
     read_body,
     run_while_connected,
 )
@@ -132,7 +131,7 @@ class NativeApi:
         body.request_timeout = asked_timeout(request, body.request_timeout)
         results = self._manager.generate_request(body, warnings=warnings, place=place_of(request))
         if body.stream:
-            return EventStream(_events(results))
+            return EventStream(events(results))
         result = await answer(request, results)
         return result if isinstance(result, Response) else json_response(result)
 
@@ -246,9 +245,3 @@ class NativeApi:
 
     async def lacking(self, request: Request) -> Response:
         raise http_error(501, f"{request.url.path} exists in upstream sglang and is not implemented by this server.")
-
-
-async def _events(results: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
-    async with contextlib.aclosing(results):
-        async for result in results:
-            yield event(result)

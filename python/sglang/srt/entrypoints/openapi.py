@@ -73,7 +73,7 @@ def _operation(endpoint: Endpoint, path: str, method: str, schema_of: dict[Any, 
     ]
     if parameters:
         operation["parameters"] = parameters
-    if endpoint.body is not None:
+    if endpoint.body is not None and method != "GET":
         body = {"application/json": {"schema": schema_of[endpoint.body]}}
         operation["requestBody"] = {"required": True, "content": body}
     return operation

@@ -111,6 +111,26 @@ class GetInternalStateReqOutput(msgspec.Struct, kw_only=True, tag=True):
     internal_state: dict[str, Any]
 
 
+class ProfileReqInput(msgspec.Struct, kw_only=True, tag=True):
+    """Start a profile, for ``num_steps`` or until it is stopped, or stop it; ``name`` begins the names of its files."""
+
+    seq: int
+    starts: bool
+    name: str = ""
+    num_steps: int | None = None
+    activities: list[str] = []
+    with_stack: bool = False
+    record_shapes: bool = False
+
+
+class ProfileReqOutput(msgspec.Struct, kw_only=True, tag=True):
+    """``message`` is the file of rank 0, or why there is none."""
+
+    seq: int
+    success: bool
+    message: str
+
+
 class ShutdownReq(msgspec.Struct, kw_only=True, tag=True):
     """Stop a scheduler or detokenizer process after its current step."""
 
@@ -198,8 +218,9 @@ SchedulerMessage = (
     | AbortReq
     | FlushCacheReqInput
     | GetInternalStateReq
+    | ProfileReqInput
     | ShutdownReq
     | WakeReq
 )
 DetokenizerMessage = BatchTokenIDOutput | ShutdownReq
-TokenizerMessage = BatchStrOutput | StartedReqs | FlushCacheReqOutput | GetInternalStateReqOutput
+TokenizerMessage = BatchStrOutput | StartedReqs | FlushCacheReqOutput | GetInternalStateReqOutput | ProfileReqOutput

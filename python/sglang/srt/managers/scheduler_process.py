@@ -30,6 +30,7 @@ from sglang.srt.managers.request_grammar import grammar_refusal
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_config import SchedulerConfig
 from sglang.srt.managers.scheduler_io import FollowerChannel, RankZeroChannel, SchedulerChannel
+from sglang.srt.managers.step_profiler import ProfilingChannel, StepProfiler
 from sglang.srt.managers.step_result import StopChecker
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
@@ -41,7 +42,7 @@ from sglang.srt.model_executor.runner_build import make_runner
 from sglang.srt.model_executor.warm_up import warm_up
 from sglang.srt.model_loader.weight_utils import WeightLoadError
 from sglang.srt.platforms import PlatformError, current_platform
-from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+from sglang.srt.server_args import ServerArgs, get_global_server_args, set_global_server_args_for_scheduler
 from sglang.srt.speculative.draft_utils import make_speculator
 from sglang.srt.speculative.spec_info import SpecInfo
 from sglang.srt.utils.audit import install_unpickle_counter, log_unpickle_count, reset_unpickle_count
@@ -145,6 +146,18 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
     return Scheduler(scheduler_config, worker, memory, channel, stops, sync, grammars), model_config
 
 
+def make_profiler(scheduler: Scheduler, context: ChildContext) -> StepProfiler:
+    """What traces the steps of ``scheduler``, and takes the messages about it out of its channel."""
+    metrics, label = scheduler.metrics, context.config.place.label or "TP0"
+    profiler = StepProfiler(
+        get_global_server_args().profile_dir,
+        label.replace(" ", "-"),
+        lambda: metrics.num_prefill_steps + metrics.num_decode_steps + metrics.num_idle_steps,
+    )
+    scheduler.channel = ProfilingChannel(scheduler.channel, profiler.handle)
+    return profiler
+
+
 def _insist() -> None:
     logger.warning("the ranks have not ended together within %g s; this one ends by itself", END_S)
     os._exit(1)
@@ -196,8 +209,14 @@ def serve(scheduler: Scheduler, context: ChildContext, info: dict[str, Any]) -> 
     with context.serving(end_together(context)) if several else context.serving():
         context.report_ready(info)
         reset_unpickle_count()
+        profiler = make_profiler(scheduler, context)
+
+        def on_turn() -> None:
+            context.pulse.beat()
+            profiler.turn()
+
         try:
-            scheduler.event_loop(context.pulse.beat)
+            scheduler.event_loop(on_turn)
             if several:
                 leave(scheduler)
         except Exception as error:

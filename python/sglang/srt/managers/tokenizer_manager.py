@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,8 @@ from sglang.srt.managers.io_struct import (
     GenerateReqInput,
     GetInternalStateReq,
     GetInternalStateReqOutput,
+    ProfileReqInput,
+    ProfileReqOutput,
     StartedReqs,
     TokenizedGenerateReqInput,
     TokenizerMessage,
@@ -38,15 +40,12 @@ from sglang.srt.managers.request_input import (
     time_limit,
     too_many_logprobs,
 )
+from sglang.srt.managers.request_log import RequestLog
 from sglang.srt.managers.request_metrics import RequestMetrics
 from sglang.srt.managers.request_state import RequestGroup, RequestState
 from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError
 from sglang.srt.utils.hf_tokenizer import Tokenizer
-from sglang.srt.utils.limits import (
-    MAX_PROMPT_LOGPROBS_PER_CALL,
-    SHUTDOWN_RETRY_AFTER_S,
-)
-from sglang.srt.utils.logging_config import shown
+from sglang.srt.utils.limits import MAX_PROMPT_LOGPROBS_PER_CALL, SHUTDOWN_RETRY_AFTER_S
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 60.0
+PROFILE_TIMEOUT_S = 600.0  # a trace of many steps is long to write
 _FLUSH_POLL_S = 0.1
 _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 
@@ -85,6 +85,7 @@ class TokenizerManager:
         # Most prompts times samples of one call; None for the offline engine.
         self.max_requests_per_call: int | None = None
         self.unknown_fields = UnknownFields()
+        self._log = RequestLog(server_args)
         # Calls that ended at their time limit.
         self.num_timed_out = 0
         self.admission = Admission(server_args.max_queued_requests, server_args.max_queued_tokens)
@@ -191,7 +192,7 @@ class TokenizerManager:
                 timer = asyncio.get_running_loop().call_later(left_s, self._expire, group, timeout_s)
             if self.failure is not None:
                 raise self.failure
-            self._log_received(obj, group)
+            self._log.received(obj, group.states)
             # Sent together, the requests of one batch share their first step.
             by_rank: list[list[TokenizedGenerateReqInput]] = [[] for _ in self._senders]
             for state, request in zip(group.states, tokenized, strict=True):
@@ -262,6 +263,13 @@ class TokenizerManager:
         replies: list[GetInternalStateReqOutput] = await self._ask(GetInternalStateReq, timeout_s)
         return [reply.internal_state for reply in replies]
 
+    async def profile(self, message: Callable[..., ProfileReqInput]) -> list[str]:
+        """Start or stop a profile of every scheduler; the files of first ranks. Raises RequestError."""
+        replies: list[ProfileReqOutput] = await self._ask(message, PROFILE_TIMEOUT_S)
+        if refusals := [reply.message for reply in replies if not reply.success]:
+            raise RequestError(" ".join(dict.fromkeys(refusals)))
+        return [reply.message for reply in replies]
+
     async def _ask(self, message_type: Any, timeout_s: float = CONTROL_TIMEOUT_S) -> list[Any]:
         """The answer of every scheduler."""
         if self.failure is not None:
@@ -328,11 +336,8 @@ class TokenizerManager:
 
     def _release(self, group: RequestGroup) -> None:
         self._abandon(group)
-        if self.server_args.log_requests:
-            for state in group.states:
-                num_tokens = len(state.output_ids)
-                reason = shown(state.finish_reason)
-                logger.info("Finish: rid=%s, reason=%s, tokens=%d", shown(state.rid), reason, num_tokens)
+        for state in group.states:
+            self._log.finished(state)
 
     def _abandon(self, group: RequestGroup) -> None:
         """Forget a group's requests, and abort those that a scheduler may still be running."""
@@ -488,12 +493,6 @@ class TokenizerManager:
         params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
         params.top_k = min(params.top_k, self.vocab_size)
         return input_ids
-
-    def _log_received(self, obj: GenerateReqInput, group: RequestGroup) -> None:
-        if self.server_args.log_requests:
-            rids = [state.rid for state in group.states]
-            params = shown(obj.sampling_params)
-            logger.info("Receive: rids=%s, sampling_params=%s, stream=%s", shown(rids), params, group.stream)
 
 
 def _no_text(_: int) -> str | None:

@@ -17,7 +17,7 @@ from sglang.srt.entrypoints.context import DEFAULT_MODEL_NAME, ServerContext
 from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.errors import json_response
 from sglang.srt.entrypoints.full_queue import place_of
-from sglang.srt.entrypoints.http_io import EventStream, answer, asked_timeout, event, read_body
+from sglang.srt.entrypoints.http_io import EventStream, answer, asked_timeout, events, read_body
 from sglang.srt.entrypoints.openai.output_form import output_form
 from sglang.srt.entrypoints.openai.protocol import (
     GenerationRequest,
@@ -88,6 +88,16 @@ class OpenAIServing(ABC, Generic[RequestT]):
 
     async def handle(self, request: Request) -> Response:
         body, warnings = await read_body(request, self.request_type, self.manager.unknown_fields)
+        native = await self.native(body, warnings)
+        native.request_timeout = asked_timeout(request, body.request_timeout)
+        results = self.manager.generate_request(native, incremental=True, place=place_of(request))
+        if body.stream:
+            return EventStream(events(self.chunks(body, native, results, warnings)))
+        result = await answer(request, results)
+        return result if isinstance(result, Response) else json_response(self.whole(body, native, result, warnings))
+
+    async def native(self, body: RequestT, warnings: list[str]) -> GenerateReqInput:
+        """The native request of a body, checked. Raises RequestError."""
         self.check(body)
         self.judge_content(body, warnings if body.return_warnings else None)
         native = await self.convert(body)
@@ -95,17 +105,8 @@ class OpenAIServing(ABC, Generic[RequestT]):
         native.rid = body.rid or uuid.uuid4().hex
         native.return_text_in_logprobs = True
         native.stream = bool(body.stream)
-        native.request_timeout = asked_timeout(request, body.request_timeout)
-        results = self.manager.generate_request(native, incremental=True, place=place_of(request))
-        if body.stream:
-            return EventStream(self._stream(body, native, results, warnings))
-        result = await answer(request, results)
-        if isinstance(result, Response):
-            return result
-        whole = self._whole(body, native, result if isinstance(result, list) else [result])
-        if body.return_warnings:
-            whole.warnings = warnings
-        return json_response(whole)
+        native.request_timeout = body.request_timeout
+        return native
 
     def check(self, body: RequestT) -> None:
         """Raise RequestError for what cannot be honoured."""
@@ -128,20 +129,24 @@ class OpenAIServing(ABC, Generic[RequestT]):
     ) -> Iterator[Any]:
         """The streamed choices, one a chunk, of what is new of choice ``index``."""
 
-    def _whole(self, body: RequestT, native: GenerateReqInput, results: list[Result]) -> GenerationResponse:
+    def whole(
+        self, body: RequestT, native: GenerateReqInput, result: Result | list[Result], warnings: list[str]
+    ) -> GenerationResponse:
+        """The response to ``body`` of what the tokenizer manager gave."""
+        results = result if isinstance(result, list) else [result]
         counter = self._usage_counter(body)
         for index, result in enumerate(results):
             counter.see(index, result["meta_info"])
         choices = [self.choice(body, native, index, result, {}) for index, result in enumerate(results)]
         model = body.model or DEFAULT_MODEL_NAME
-        return GenerationResponse(
-            str(native.rid), self.response_object, int(time.time()), model, choices, counter.usage()
-        )
+        shown = warnings if body.return_warnings else msgspec.UNSET
+        head = str(native.rid), self.response_object, int(time.time()), model
+        return GenerationResponse(*head, choices, counter.usage(), shown)
 
-    async def _stream(
+    async def chunks(
         self, body: RequestT, native: GenerateReqInput, results: AsyncGenerator[Any, None], warnings: list[str]
-    ) -> AsyncGenerator[bytes, None]:
-        """The events of incremental results; the first one shows ``warnings`` if the body asks for them."""
+    ) -> AsyncGenerator[GenerationResponse, None]:
+        """The chunks of incremental results; the first one shows ``warnings`` if the body asks for them."""
         counter = self._usage_counter(body)
         options = body.stream_options or StreamOptions()
         created, model = int(time.time()), body.model or DEFAULT_MODEL_NAME
@@ -149,11 +154,11 @@ class OpenAIServing(ABC, Generic[RequestT]):
 
         show_once: list[str] | msgspec.UnsetType = warnings if body.return_warnings else msgspec.UNSET
 
-        def chunk(choices: list[Any], usage: Usage | None) -> bytes:
+        def chunk(choices: list[Any], usage: Usage | None) -> GenerationResponse:
             nonlocal show_once
             head = str(native.rid), self.chunk_object, created, model
             content, show_once = GenerationResponse(*head, choices, usage, show_once), msgspec.UNSET
-            return event(content)
+            return content
 
         async with aclosing(results):
             async for result in results:

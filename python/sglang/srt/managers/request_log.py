@@ -1,0 +1,76 @@
+"""What is logged of each request: when it came, and how it ended."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from typing import TYPE_CHECKING, Any, TextIO
+
+import msgspec
+
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.request_state import RequestState
+from sglang.srt.utils.logging_config import shown
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+PARAMETERS, BEGINNINGS, EVERYTHING = 1, 2, 3
+_MAX_CHARS = 2048
+
+
+class RequestLog:
+    """Two entries per request at ``--log-requests``: lines of the log, or lines of JSON alone with the same keys.
+
+    What comes from clients is escaped, and cut unless all of it is asked for.
+    """
+
+    def __init__(self, args: ServerArgs) -> None:
+        self._enabled = args.log_requests
+        self._level = args.log_requests_level
+        self._json: TextIO | None = sys.stderr if args.log_requests_format == "json" else None
+
+    def received(self, obj: GenerateReqInput, states: Sequence[RequestState]) -> None:
+        """``obj`` is on its way to a scheduler."""
+        if not self._enabled:
+            return
+        told: dict[str, Any] = {"rids": [state.rid for state in states], "stream": bool(obj.stream)}
+        if self._level >= PARAMETERS:
+            told["sampling_params"] = self._cut(obj.sampling_params)
+        if self._level >= BEGINNINGS:
+            given = {"text": obj.text, "input_ids": obj.input_ids}
+            told.update((name, self._cut(value)) for name, value in given.items() if value is not None)
+        self._say("Receive", told)
+
+    def finished(self, state: RequestState) -> None:
+        """A request has ended; without a reason where its reader left."""
+        if not self._enabled:
+            return
+        reason = None if state.finish_reason is None else msgspec.to_builtins(state.finish_reason)
+        told: dict[str, Any] = {"rid": state.rid, "reason": reason, "tokens": len(state.output_ids)}
+        if state.latency is not None:
+            told["e2e_latency"] = round(state.latency, 6)
+        if self._level >= BEGINNINGS:
+            told["output"] = self._cut(state.text)
+        self._say("Finish", told)
+
+    def _say(self, event: str, told: dict[str, Any]) -> None:
+        if self._json is None:
+            logger.info("%s: %s", event, ", ".join(f"{name}={value!r}" for name, value in told.items()))
+        else:
+            now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+            print(json.dumps({"time": now, "event": event.lower(), **told}), file=self._json, flush=True)
+
+    def _cut(self, value: Any) -> Any:
+        """``value``, or words for its beginning where it is longer than the level allows."""
+        if self._level >= EVERYTHING:
+            return value
+        if isinstance(value, str):
+            return value if len(value) <= _MAX_CHARS else f"{value[:_MAX_CHARS]}... ({len(value)} characters)"
+        words = repr(value) if len(value or ()) <= _MAX_CHARS else ""
+        return value if words and len(words) <= _MAX_CHARS else shown(value)
