@@ -24,6 +24,7 @@ from sglang.srt.entrypoints.native_api import NativeApi
 from sglang.srt.entrypoints.openai.models_api import ModelsApi
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.openai.serving_completions import OpenAIServingCompletion
+from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingResponses
 from sglang.srt.entrypoints.profile_api import ProfileApi
 from sglang.srt.entrypoints.root_api import RootApi
 from sglang.srt.entrypoints.sites import SitePolicy, split_list
@@ -38,8 +39,10 @@ def build_app(context: ServerContext, lifespan: Lifespan) -> Starlette:
     """All endpoints over ``context``."""
     args = context.server_args
     context.manager.max_requests_per_call = request_limit(args.max_queued_requests or MAX_QUEUED_REQUESTS)
+    chat = OpenAIServingChat(context)
     endpoints = [
-        OpenAIServingChat(context).endpoint(),
+        chat.endpoint(),
+        OpenAIServingResponses(context, chat).endpoint(),
         OpenAIServingCompletion(context).endpoint(),
         *ModelsApi(context).endpoints(),
         *NativeApi(context).endpoints(),

@@ -8,5 +8,5 @@ LACKING_PATHS = (
     "/resume_memory_occupation", "/separate_reasoning", "/set_internal_state", "/start_expert_distribution_record",
     "/stop_expert_distribution_record", "/unload_lora_adapter",
     "/update_weights_from_disk", "/update_weights_from_distributed", "/update_weights_from_tensor", "/v1/embeddings",
-    "/v1/messages", "/v1/rerank", "/v1/responses", "/v1/score", "/vertex_generate",
+    "/v1/messages", "/v1/rerank", "/v1/score", "/vertex_generate",
 )  # fmt: skip

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 PARAMETERS, BEGINNINGS, EVERYTHING = 1, 2, 3
 _MAX_CHARS = 2048
+_MAX_ID_CHARS = 128
+_MAX_PARAMS_CHARS = 512
 
 
 class RequestLog:
@@ -39,9 +41,10 @@ class RequestLog:
         """``obj`` is on its way to a scheduler."""
         if not self._enabled:
             return
-        told: dict[str, Any] = {"rids": [state.rid for state in states], "stream": bool(obj.stream)}
+        rids = [self._cut(state.rid, _MAX_ID_CHARS) for state in states]
+        told: dict[str, Any] = {"rids": rids, "stream": bool(obj.stream)}
         if self._level >= PARAMETERS:
-            told["sampling_params"] = self._cut(obj.sampling_params)
+            told["sampling_params"] = self._cut(obj.sampling_params, _MAX_PARAMS_CHARS)
         if self._level >= BEGINNINGS:
             given = {"text": obj.text, "input_ids": obj.input_ids}
             told.update((name, self._cut(value)) for name, value in given.items() if value is not None)
@@ -52,7 +55,8 @@ class RequestLog:
         if not self._enabled:
             return
         reason = None if state.finish_reason is None else msgspec.to_builtins(state.finish_reason)
-        told: dict[str, Any] = {"rid": state.rid, "reason": reason, "tokens": len(state.output_ids)}
+        rid = self._cut(state.rid, _MAX_ID_CHARS)
+        told: dict[str, Any] = {"rid": rid, "reason": reason, "tokens": len(state.output_ids)}
         if state.latency is not None:
             told["e2e_latency"] = round(state.latency, 6)
         if self._level >= BEGINNINGS:
@@ -66,11 +70,11 @@ class RequestLog:
             now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
             print(json.dumps({"time": now, "event": event.lower(), **told}), file=self._json, flush=True)
 
-    def _cut(self, value: Any) -> Any:
+    def _cut(self, value: Any, most: int = _MAX_CHARS) -> Any:
         """``value``, or words for its beginning where it is longer than the level allows."""
         if self._level >= EVERYTHING:
             return value
         if isinstance(value, str):
-            return value if len(value) <= _MAX_CHARS else f"{value[:_MAX_CHARS]}... ({len(value)} characters)"
-        words = repr(value) if len(value or ()) <= _MAX_CHARS else ""
-        return value if words and len(words) <= _MAX_CHARS else shown(value)
+            return value if len(value) <= most else f"{value[:most]}... ({len(value)} characters)"
+        words = repr(value) if len(value or ()) <= most else ""
+        return value if words and len(words) <= most else shown(value)

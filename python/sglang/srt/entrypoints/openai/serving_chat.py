@@ -89,11 +89,15 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
     def output_form(self, body: ChatCompletionRequest) -> dict[str, Any]:
         return self._parsers.form(body, super().output_form(body))
 
+    def reader(self, body: ChatCompletionRequest, native: GenerateReqInput) -> ReplyReader:
+        """What reads thought, answer and calls of one choice."""
+        return self._parsers.reader(body, native)
+
     def choice(
         self, body: ChatCompletionRequest, native: GenerateReqInput, index: int, result: Result, states: States
     ) -> ChatChoice:
         meta = result["meta_info"]
-        reader = self._parsers.reader(body, native)
+        reader = self.reader(body, native)
         deltas = reader.read(result["text"], result["output_ids"], is_last=True)
         meta[REASONING_TOKENS] = reader.reasoning_tokens
         content = "".join(delta.content or "" for delta in deltas)
@@ -108,7 +112,7 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
     ) -> Iterator[ChatStreamChoice]:
         meta = result["meta_info"]
         if index not in states:
-            states[index] = self._parsers.reader(body, native)
+            states[index] = self.reader(body, native)
             yield ChatStreamChoice(index, ChatDelta("assistant", ""))
         logprobs = self._logprobs(body, meta)
         reason, matched = finish(meta)
