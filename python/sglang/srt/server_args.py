@@ -88,14 +88,19 @@ class ServerArgs(SpecArgs, HttpArgs):
     model_path: Annotated[
         str,
         Arg(
-            "Folder of a model in Hugging Face format; nothing is fetched from a hub. Or one of the small models that "
-            "ship with the package: deepseek-v3-tiny, deepseek-v2-tiny, qwen3.5-moe-tiny.",
+            "Folder of a model in Hugging Face format, or an id such as `deepseek-ai/DeepSeek-V3` that the local "
+            "Hugging Face cache has; nothing is fetched. Or one of the small models that ship with the package: "
+            "deepseek-v3-tiny, deepseek-v2-tiny, qwen3.5-moe-tiny.",
             MODEL,
             aliases=("--model",),
             metavar="FOLDER",
             auto="deepseek-v3-tiny",
         ),
     ] = ""
+    revision: Annotated[
+        str | None,
+        Arg("Branch, tag or commit of a model that is named by its id, as the cache has it.", MODEL, auto="main"),
+    ] = None
     tokenizer_path: Annotated[
         str | None, Arg("Folder that holds tokenizer.json.", MODEL, auto="the model path", metavar="FOLDER")
     ] = None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sglang.srt import server_args as flags
+from sglang.srt.configs.hub_cache import cached_folder, download_line, is_model_id
 from sglang.srt.environ import EnvError, check_environment
 from sglang.srt.server_args_keys import with_keys
 from sglang.srt.server_args_parser import parse_command_line
@@ -75,6 +76,7 @@ def evaluate(
     verdict.warnings += report.warnings
     verdict.variables = dict(report.set_variables)
     verdict.args = _with_embedded_model(verdict)
+    verdict.args = _with_cached_models(verdict)
     model_problems = _read_model(verdict, platform)
     if platform is not None:
         resolution = resolve_all(verdict.args, verdict.model_config, platform, environ)
@@ -147,6 +149,32 @@ def _with_embedded_model(verdict: Verdict) -> ServerArgs:
     changes = [Change("model_path", asked, str(path), f"{reason} that ships with the package")]
     if args.served_model_name is None:
         changes.append(Change("served_model_name", None, path.name, "its name"))
+    verdict.changes += changes
+    return replace(args, **{change.field: change.new for change in changes})
+
+
+def _with_cached_models(verdict: Verdict) -> ServerArgs:
+    """The arguments with folders of the local Hugging Face cache for the ids of models that it has."""
+    args, changes = verdict.args, []
+    for field_name in ("model_path", "tokenizer_path", "speculative_draft_model_path"):
+        asked = getattr(args, field_name)
+        if asked is None or not is_model_id(asked):
+            continue
+        revision = args.revision if field_name == "model_path" else None
+        folder = cached_folder(asked, revision)
+        if folder is not None:
+            changes.append(Change(field_name, asked, folder, "in the local Hugging Face cache"))
+            if field_name == "model_path" and args.served_model_name is None:
+                changes.append(Change("served_model_name", None, asked, "its id"))
+        elif field_name != "model_path" or revision is not None:
+            flag = f"--{field_name.replace('_', '-')}"
+            of = "" if revision is None else f" at revision {revision!r}"
+            verdict.errors.append(
+                f"{flag} {asked!r} is no folder, and not in the local Hugging Face cache{of}: "
+                f"`{download_line(asked, revision)}` puts it there"
+            )
+    if args.revision is not None and not is_model_id(args.model_path):
+        verdict.warnings.append("--revision has no effect: the model is a folder, which has none")
     verdict.changes += changes
     return replace(args, **{change.field: change.new for change in changes})
 

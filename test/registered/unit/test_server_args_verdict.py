@@ -1,12 +1,15 @@
 """What a launch comes to: mistakes that are told before torch is loaded, models by name, what the log says."""
 
+import contextlib
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt import server_args
@@ -129,6 +132,57 @@ class TestLog(CustomTestCase):
             self.assertIn(part, line)
         changed, _ = self.lines("--schedule-policy", "lpm", "--disable-radix-cache")
         self.assertTrue(changed.startswith("schedule_policy: lpm -> fcfs ("), changed)
+
+
+class TestModelIds(CustomTestCase):
+    """Ids in a cache that holds one model, under the branch main and one more."""
+
+    def setUp(self) -> None:
+        holder = tempfile.TemporaryDirectory()
+        self.addCleanup(holder.cleanup)
+        cache = Path(holder.name)
+        model = cache / "models--org--tiny-1.5"
+        self.folder = model / "snapshots" / ("a" * 40)
+        self.folder.parent.mkdir(parents=True)
+        shutil.copytree(EMBEDDED_MODELS["deepseek-v3-tiny"], self.folder)
+        (model / "refs").mkdir()
+        for branch in ("main", "other"):
+            (model / "refs" / branch).write_text("a" * 40)
+        patch = mock.patch("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_an_id_that_the_cache_has(self) -> None:
+        for more in ([], ["--revision", "other"], ["--revision", "a" * 40]):
+            verdict = evaluate(["--model-path", "org/tiny-1.5", *more], CPU, {})
+            self.assertEqual(verdict.errors, [])
+            args = verdict.args
+            self.assertEqual((args.model_path, args.served_model_name), (str(self.folder), "org/tiny-1.5"))
+            self.assertEqual(args.tokenizer_path, str(self.folder))
+        given = evaluate(["--model-path", "org/tiny-1.5", "--served-model-name", "mine"], CPU, {})
+        self.assertEqual(given.args.served_model_name, "mine")
+        other = evaluate(["--tokenizer-path", "org/tiny-1.5"], CPU, {})
+        self.assertEqual((other.errors, other.args.tokenizer_path), ([], str(self.folder)))
+
+    def test_an_id_that_it_has_not(self) -> None:
+        for words, line in (
+            (["--model-path", "org/other"], "`hf download org/other`"),
+            (["--model-path", "org/tiny-1.5", "--revision", "v2"], "`hf download org/tiny-1.5 --revision v2`"),
+            (["--tokenizer-path", "org/other"], "`hf download org/other`"),
+            (["--speculative-draft-model-path", "org/d"], "`hf download org/d`"),
+        ):
+            errors = evaluate(words, CPU, {}).errors
+            self.assertTrue(any(line in error for error in errors), errors)
+        for path in ("/org/other", "./org/other", "org/other/more", "../other"):
+            (error, *_) = evaluate(["--model-path", path], CPU, {}).errors
+            self.assertNotIn("hf download", error)
+
+    def test_a_folder_of_the_same_name_goes_before(self) -> None:
+        with tempfile.TemporaryDirectory() as here, contextlib.chdir(here):
+            shutil.copytree(EMBEDDED_MODELS["deepseek-v3-tiny"], "org/tiny-1.5")
+            verdict = evaluate(["--model-path", "org/tiny-1.5", "--revision", "main"], CPU, {})
+            self.assertEqual((verdict.errors, verdict.args.model_path), ([], "org/tiny-1.5"))
+            self.assertIn("--revision has no effect", " ".join(verdict.warnings))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.generation import end_token_ids, sampling_defaults
+from sglang.srt.configs.hub_cache import download_line, is_model_id
 from sglang.srt.configs.quantization import QuantConfig, read_quantization
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.utils.common import read_json_object
@@ -218,8 +219,8 @@ def _existing_config(model_path: str) -> Path:
             )
         what = "a file, not a folder" if folder.exists() else "not a folder on this machine"
         raise ConfigError(
-            f"unknown model path {model_path!r}: it is {what}. Nothing is fetched from a hub: download the model and "
-            "pass the folder that holds its config.json, tokenizer.json and *.safetensors."
+            f"unknown model path {model_path!r}: it is {what}{_no_id(model_path)}. Nothing is fetched from a hub: "
+            "download the model and pass the folder that holds its config.json, tokenizer.json and *.safetensors."
         )
     config_file = folder / "config.json"
     if not config_file.is_file():
@@ -228,6 +229,13 @@ def _existing_config(model_path: str) -> Path:
             "(config.json, tokenizer.json and *.safetensors)."
         )
     return config_file
+
+
+def _no_id(model_path: str) -> str:
+    """What is said of a path that looks like an id of the hub."""
+    if not is_model_id(model_path):
+        return ""
+    return f", and as an id it is not in the local Hugging Face cache: `{download_line(model_path)}` puts it there"
 
 
 def _load_json(path: Path) -> dict[str, Any]:
