@@ -32,10 +32,16 @@ def render_limits() -> str:
     return str(importlib.import_module("limits_page").render())
 
 
+def render_metrics() -> str:
+    """The page of metrics."""
+    return str(importlib.import_module("metrics_page").render())
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "docs/references/environment_variables.md": render_environment_variables,
     "docs/advanced_features/server_arguments.md": render_server_arguments,
     "docs/references/limits.md": render_limits,
+    "docs/basic_usage/metrics.md": render_metrics,
 }
 
 

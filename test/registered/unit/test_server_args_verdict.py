@@ -1,6 +1,5 @@
 """What a launch comes to: mistakes that are told before torch is loaded, models by name, what the log says."""
 
-import contextlib
 import os
 import shutil
 import socket
@@ -178,7 +177,9 @@ class TestModelIds(CustomTestCase):
             self.assertNotIn("hf download", error)
 
     def test_a_folder_of_the_same_name_goes_before(self) -> None:
-        with tempfile.TemporaryDirectory() as here, contextlib.chdir(here):
+        self.addCleanup(os.chdir, os.getcwd())
+        with tempfile.TemporaryDirectory() as here:
+            os.chdir(here)
             shutil.copytree(EMBEDDED_MODELS["deepseek-v3-tiny"], "org/tiny-1.5")
             verdict = evaluate(["--model-path", "org/tiny-1.5", "--revision", "main"], CPU, {})
             self.assertEqual((verdict.errors, verdict.args.model_path), ([], "org/tiny-1.5"))

@@ -73,6 +73,21 @@ _HISTOGRAMS = (
 _FAMILIES = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
 
 
+_POSITIONS = (
+    "spec_accept_rate_by_position",
+    "gauge",
+    "Part of the verify steps in which the draft at this position became output, as last logged.",
+)
+_OVERLAP = ("stream_overlap_share", "gauge", "Part of a side computation's time beside the main one.")
+
+
+def described() -> list[tuple[str, str, str]]:
+    """Name as it stands on the page, type and help of every metric that a server may show."""
+    tables = [row[:3] for table in (_METRICS, _FRONT_METRICS, (_NUM_REQUESTS,), _RECV_METRICS) for row in table]
+    rows = [*tables, _POSITIONS, _OVERLAP, *((name, "histogram", text) for name, text, _ in _HISTOGRAMS)]
+    return [(f"sglang:{name}{'_total' if kind == 'counter' else ''}", kind, text) for name, kind, text in rows]
+
+
 async def metrics_page(context: ServerContext) -> bytes:
     """The page; ``dp_rank`` tells several schedulers apart.
 
@@ -129,13 +144,12 @@ class _Page(Collector):
 
     def _positions(self) -> Iterator[Metric]:
         """The part of the verify steps in which the first, second, ... draft became output; none without drafts."""
-        text = "Part of the verify steps in which the draft at this position became output, as last logged."
         rows = (
             (dp_rank, {"position": str(position)}, rate)
             for dp_rank, state in enumerate(self._states)
             for position, rate in enumerate(state.get("spec_accept_rate_by_position", ()), start=1)
         )
-        yield from self._family("gauge", "spec_accept_rate_by_position", text, rows)
+        yield from self._family(_POSITIONS[1], _POSITIONS[0], _POSITIONS[2], rows)
 
     def _overlap(self) -> Iterator[Metric]:
         """What SGLANG_TRACE_OVERLAP measured on the first rank; nothing when it is off."""
@@ -147,9 +161,7 @@ class _Page(Collector):
             )
             for row in self._states[0].get("streams", {}).get("trace", [])
         )
-        yield from self._family(
-            "gauge", "stream_overlap_share", "Part of a side computation's time beside the main one.", rows
-        )
+        yield from self._family(_OVERLAP[1], _OVERLAP[0], _OVERLAP[2], rows)
 
     def _requests(self) -> Iterator[Metric]:
         """What this process measured of requests."""

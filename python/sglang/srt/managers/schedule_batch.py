@@ -171,8 +171,8 @@ class Req:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether tokens are drawn from other logits than the model's: then no graph draws its drafts."""
-        return self.grammar is not None or self.sampling_row().is_edited
+        """Whether drafts are drawn from other logits than the model's: then no graph draws them. None follows a form."""
+        return self.sampling_row().is_edited
 
 
 @dataclass
