@@ -132,7 +132,7 @@ class TestProblems(CustomTestCase):
 
     def test_flags_without_effect_are_said_once(self):
         with self.assertLogs("sglang.srt.server_args", "WARNING") as logs:
-            line = "--trust-remote-code --trust-remote-code --revision main --moe-runner-backend aiter"
+            line = "--trust-remote-code --trust-remote-code --download-dir x --moe-runner-backend aiter"
             prepare_server_args(line.split())
         text = "\n".join(logs.output)
         self.assertEqual(text.count("--trust-remote-code has no effect: no remote code is ever run"), 1)
@@ -150,7 +150,7 @@ class TestResolve(CustomTestCase):
         with self.assertLogs("sglang.srt.server_args", "INFO") as logs:
             args = resolve(given, MODEL, CPU)
         optional = {"max_total_tokens", "nccl_port", "max_mamba_cache_size", "cuda_graph_bs", "cuda_graph_max_bs"}
-        optional |= {"quantization"}
+        optional |= {"quantization", "revision"}
         optional |= {field.name for part in (module.HttpArgs, module.SpecArgs) for field in dataclasses.fields(part)}
         open_fields = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None}
         self.assertEqual(open_fields - optional, set())

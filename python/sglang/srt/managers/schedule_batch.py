@@ -171,7 +171,7 @@ class Req:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether drafts are drawn from other logits than the model's: then no graph draws them. None follows a form."""
+        """Whether drafts are drawn from other logits than the model's: then no graph draws them. None has a form."""
         return self.sampling_row().is_edited
 
 
