@@ -85,7 +85,8 @@ def count_floor(runner: ModelRunner, batch: StaticBatch, ids: torch.Tensor) -> F
         dense=sum(size for key, size in params.items() if key not in skipped),
         experts=sum(expert_bytes(layer) * count for layer, count in touched.items()),
         touched=statistics.fmean(touched.values()) if touched else 0.0,
-        kv=layout.num_bytes(FULL, tokens),
+        # Where pages have a meaning, pools count in whole ones.
+        kv=layout.num_bytes(FULL, tokens + -tokens % runner.pools.page_size),
         state=2 * layout.num_bytes(STATE, len(batch.seq_lens)),
     )
 
