@@ -142,31 +142,36 @@ class TestSelect(CustomTestCase):
 class TestSparseAttention(CustomTestCase):
     def test_against_loops(self):
         for case in sparse_attention.cases():
-            q, window, window_rows, entries, entry_rows, sinks, scale, *scales = case.args
-            of_window, of_entries = scales or (None, None)
-            window = true_rows(window, of_window, 12)
-            entries = None if entries is None else true_rows(entries, of_entries, 12)
+            q, window, window_rows, sinks, scale, of_window, *rest = (*case.args, *[None] * (13 - len(case.args)))
+            entries, of_entries, chosen, table, requests, visible, per_page = rest
+            dim = q.shape[2]
+            window = true_rows(window, of_window, dim)
+            entries = None if entries is None else true_rows(entries, of_entries, dim)
             for budget in (compress_module.GATHER_BYTES, 1):
                 with mock.patch("sglang.kernels.ops.attention.sparse_attention.GATHER_BYTES", budget):
                     found = sparse_attention(*case.args)
                 for row in range(q.shape[0]):
                     seen = [window[i].double() for i in window_rows[row].tolist() if i >= 0]
                     if entries is not None:
-                        seen += [entries[i].double() for i in entry_rows[row].tolist() if i >= 0]
+                        numbers = range(int(visible[row])) if chosen is None else chosen[row, : int(visible[row])]
+                        for number in (int(one) for one in numbers if one >= 0):
+                            page = int(table[int(requests[row]), number // per_page])
+                            seen.append(entries[page * per_page + number % per_page].double())
                     for head in range(q.shape[1]):
                         scores = [float(q[row, head].double() @ one) * scale for one in seen]
                         *weights, _ = softmax([*scores, float(sinks[head])])
-                        wanted = sum((w * one for w, one in zip(weights, seen)), torch.zeros(12, dtype=torch.float64))
+                        nothing = torch.zeros(dim, dtype=torch.float64)
+                        wanted = sum((w * one for w, one in zip(weights, seen)), nothing)
                         torch.testing.assert_close(found[row, head].double(), wanted, rtol=1e-5, atol=1e-5)
 
     def test_no_row_is_no_output(self):
         q = torch.randn(2, 3, 8)
         nothing = torch.full((2, 4), -1)
-        out = sparse_attention(q, torch.full((5, 8), torch.nan), nothing, None, None, torch.zeros(3), 1.0)
+        out = sparse_attention(q, torch.full((5, 8), torch.nan), nothing, torch.zeros(3), 1.0)
         self.assertFalse(bool(out.any()))
 
     def test_bfloat16_is_rounded_once(self):
-        case = next(case for case in sparse_attention.cases() if case.name == "both")
+        case = next(case for case in sparse_attention.cases() if case.name == "chosen")
         low = [
             arg.bfloat16() if isinstance(arg, torch.Tensor) and arg.dtype == torch.float32 and arg.dim() > 1 else arg
             for arg in case.args

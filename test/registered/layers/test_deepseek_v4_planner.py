@@ -14,7 +14,7 @@ from sglang.srt.configs.deepseek_v4_cache import (
     deepseek_v4_layout,
     max_step_rows,
 )
-from sglang.srt.layers.attention.deepseek_v4_planner import StepRows, plan_step, rows_of_entries
+from sglang.srt.layers.attention.deepseek_v4_planner import StepRows, plan_step
 from sglang.test.ci.ci_register import register_amd_ci, register_cpu_ci, register_cuda_ci
 from sglang.test.deepseek_v4_plan_truth import DEVICE, PlanBatch, check_plan, random_batch
 from sglang.test.test_utils import CustomTestCase
@@ -48,11 +48,6 @@ class TestPlan(CustomTestCase):
 
     def test_layers_of_a_window_alone_plan_no_entries(self):
         self.assertEqual(check_plan(PlanBatch([(3, 9)], 0, 0, 1), ratios=()).entries, {})
-
-    def test_rows_of_entries(self):
-        pages = torch.tensor([[7, 3], [2, 9]], dtype=torch.int32)
-        found = rows_of_entries(pages, torch.tensor([1, 0]), torch.tensor([[0, 2, -1], [1, 3, 2]]), 128)
-        self.assertEqual(found.tolist(), [[4, 18, -1], [15, 7, 6]])
 
 
 class TestRings(CustomTestCase):

@@ -6,8 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
-from sglang.kernels.ops.attention.packed_rows import make_pages, store_rows_torch
+from sglang.kernels.launch import next_power_of_2, triton_impl, warps_for
+from sglang.kernels.ops.attention.packed_rows import RowLayout, is_packed, make_pages, store_rows_torch
+from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
 
 # Bytes of float32 that a reference gathers at once.
 GATHER_BYTES = 1 << 26
@@ -28,6 +31,7 @@ def compress_torch(
     entry_rows: torch.Tensor,
     cache: torch.Tensor,
     cache_scales: torch.Tensor | None = None,
+    rows_apart: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Store an entry for each row of ``sources``, then this step's rows as states: (cache, kv_states, gate_states).
 
@@ -38,7 +42,8 @@ def compress_torch(
     section 2.3). Then RMS norm by norm_weight [D], and the last R columns are turned in pairs (2i, 2i+1) by the row
     first_positions [C] of cos_sin_cache [P, R]; all in float32. Entries go to rows entry_rows [C] int64 of cache
     [E, D], with scales as ``store_rows_torch`` has it, states to state_rows [N] int64. Row 0 may repeat and holds any
-    of its rows; an entry of no tokens is 0.
+    of its rows; an entry of no tokens is 0. rows_apart: no entry reads a state that the step writes, as where each
+    request brings one row; then both may be done at once.
     """
     dim = norm_weight.shape[0]
     step = max(1, GATHER_BYTES // (4 * sources.shape[1] * dim))
@@ -88,6 +93,68 @@ def _norm_and_turn(x: torch.Tensor, weight: torch.Tensor, eps: float, cos_sin: t
     return torch.cat((plain, pairs.flatten(1)), dim=1)
 
 
+def compress_triton(
+    kv: torch.Tensor,
+    gate: torch.Tensor,
+    kv_states: torch.Tensor,
+    gate_states: torch.Tensor,
+    state_rows: torch.Tensor,
+    sources: torch.Tensor,
+    position_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    cos_sin_cache: torch.Tensor,
+    first_positions: torch.Tensor,
+    entry_rows: torch.Tensor,
+    cache: torch.Tensor,
+    cache_scales: torch.Tensor | None = None,
+    rows_apart: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One launch, or two where states may be read and written."""
+    from sglang.kernels.ops.attention.compress_triton import compress_kernel
+
+    (count, tokens), num_rows, dim = sources.shape, kv.shape[0], norm_weight.shape[0]
+    block = next_power_of_2(dim)
+    # Programs from the first on: entries come before rows.
+    parts = ((0, count + num_rows),) if rows_apart else ((0, count), (count, num_rows))
+    for first, programs in parts:
+        if programs:
+            compress_kernel[(programs,)](
+                kv, gate, kv_states, gate_states, state_rows, sources, position_bias, norm_weight, cos_sin_cache,
+                first_positions, entry_rows, cache, cache if cache_scales is None else cache_scales,
+                eps, first, count, kv.stride(0), gate.stride(0), kv_states.stride(0), gate_states.stride(0),
+                cos_sin_cache.stride(0), cache.stride(0), 0 if cache_scales is None else cache_scales.stride(0),
+                **RowLayout.of(cache, cache_scales).constants(), DIM=dim, BLOCK=block,
+                TOKENS=tokens, RATIO=position_bias.shape[0], ROTARY=cos_sin_cache.shape[1],
+                STEP=min(8, next_power_of_2(tokens)), BLOCK_W=next_power_of_2(kv.shape[1]),
+                num_warps=warps_for(8 * block),
+            )  # fmt: skip
+    return cache, kv_states, gate_states
+
+
+def _accepts(
+    kv: torch.Tensor,
+    gate: torch.Tensor,
+    kv_states: torch.Tensor,
+    gate_states: torch.Tensor,
+    state_rows: torch.Tensor,
+    sources: torch.Tensor,
+    position_bias: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    cos_sin_cache: torch.Tensor,
+    first_positions: torch.Tensor,
+    entry_rows: torch.Tensor,
+    cache: torch.Tensor,
+    cache_scales: torch.Tensor | None = None,
+    rows_apart: bool = False,
+) -> bool:
+    rows = (kv, gate, kv_states, gate_states, position_bias, cos_sin_cache)
+    dense = all(x.stride(1) == 1 for x in rows) and sources.is_contiguous() and position_bias.is_contiguous()
+    even = norm_weight.shape[0] % 2 == 0
+    return dense and even and kv.dtype == gate.dtype and is_packed(cache, cache_scales, kv.dtype)
+
+
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
 
@@ -121,4 +188,27 @@ def _cases() -> Iterator[Case]:
             yield Case("across-packed-fp8", (*args[:-1], *packed))
 
 
-compress = Op("compressed.compress", Impl("torch", compress_torch), cases=_cases)
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Compressors of both ratios and of the indexer, in a decode step and a prefill, without contents."""
+    dtype = fp8_dtype(current_platform.arch)
+    for num_rows, count, apart in ((32, 32, True), (4096, 1032, False)):
+        for ratio, parts, dim in ((4, 2, 512), (4, 2, 128), (128, 1, 512)):
+            kv = torch.empty(num_rows, parts * dim, dtype=torch.bfloat16, device=device)
+            states = torch.empty(1024, parts * dim, dtype=torch.float32, device=device)
+            ids = torch.empty(num_rows, dtype=torch.int64, device=device)
+            sources = torch.empty(count, parts * ratio, dtype=torch.int64, device=device)
+            entries = torch.empty(count, dtype=torch.int64, device=device)
+            args = (
+                kv, kv.clone(), states, states.clone(), ids, sources, states[:ratio].clone(), states[0, :dim], 1e-6,
+                torch.empty(8192, 64, dtype=torch.float32, device=device), entries, entries.clone(),
+            )  # fmt: skip
+            name = f"m{ratio} d{dim} t{num_rows}"
+            plain = torch.empty(4096, dim, dtype=torch.bfloat16, device=device)
+            yield compress, Case(name, (*args, plain, None, apart))
+            tail = 64 if dim == 512 else None
+            yield compress, Case(f"{name} fp8", (*args, *make_pages(64, 256 // ratio, dim, tail, dtype, device), apart))
+
+
+compress = Op(
+    "compressed.compress", triton_impl(compress_triton, _accepts), Impl("torch", compress_torch), cases=_cases
+)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, next_power_of_2, triton_impl
+from sglang.kernels.launch import FLOATS, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype, read_rows, write_latent_torch
 from sglang.kernels.ops.quant.group_fp8 import FP8_DTYPES, fp8_dtype
 from sglang.kernels.spec import Case, Impl, Op
@@ -88,27 +89,39 @@ def load_rows(cache: Tensor, scales: Tensor | None, row_ids: Tensor, dim: int) -
     return torch.cat((values * wide, turned), dim=1)
 
 
+class RowLayout(NamedTuple):
+    """Compile-time arguments of kernels that write rows: see ``store_row``."""
+
+    kind: int
+    per_page: int
+    width: int
+    num_scales: int
+
+    @classmethod
+    def of(cls, cache: Tensor, scales: Tensor | None) -> RowLayout:
+        """That of a cache as ``store_rows_torch`` has it."""
+        if scales is None:
+            return cls(0, 1, 0, 0)
+        keys = scales.dtype == torch.float32
+        return cls(2 if keys else 1, cache.shape[1], cache.shape[2], 1 if keys else scales.shape[2])
+
+    def constants(self) -> dict[str, int]:
+        """By the names that kernels give them."""
+        return {"KIND": self.kind, "PER_PAGE": self.per_page, "WIDTH": self.width, "NUM_SCALES": self.num_scales}
+
+
 def store_rows_triton(rows: Tensor, row_ids: Tensor, cache: Tensor, scales: Tensor | None = None) -> tuple[Tensor, ...]:
-    from sglang.kernels.ops.attention.packed_rows_triton import store_packed_rows_kernel
+    from sglang.kernels.ops.attention.packed_rows_triton import store_rows_kernel
 
     num_rows, dim = rows.shape
-    written = (cache,) if scales is None else (cache, scales)
-    if not num_rows:
-        return written
-    is_keys = scales is not None and scales.dtype == torch.float32
-    width = cache.shape[-1]
-    tail = 0 if scales is None or is_keys else width - dim
-    columns = GROUP if scales is not None and not is_keys else next_power_of_2(dim)
-    store_packed_rows_kernel[(num_rows,)](
-        rows, row_ids, cache, cache if scales is None else scales, rows.stride(0), cache.stride(0),
-        cache.stride(0) if scales is None else scales.stride(0),
-        PER_PAGE=1 if scales is None else cache.shape[1], WIDTH=width,
-        NUM_SCALES=scales.shape[2] if scales is not None and not is_keys else 1,
-        PLAIN=dim - tail, TAIL=tail, GROUPS=next_power_of_2(-(-(dim - tail) // columns)), COLUMNS=columns,
-        BLOCK_T=max(16, next_power_of_2(tail)), HAS_SCALES=scales is not None, IS_KEYS=is_keys,
-        num_warps=1 if dim <= 128 else 4,
-    )  # fmt: skip
-    return written
+    if num_rows:
+        block = next_power_of_2(dim)
+        store_rows_kernel[(num_rows,)](
+            rows, row_ids, cache, cache if scales is None else scales, rows.stride(0), cache.stride(0),
+            0 if scales is None else scales.stride(0), **RowLayout.of(cache, scales).constants(),
+            DIM=dim, BLOCK=block, num_warps=warps_for(block),
+        )  # fmt: skip
+    return (cache,) if scales is None else (cache, scales)
 
 
 def is_packed(cache: Tensor, scales: Tensor | None, dtype: torch.dtype) -> bool:

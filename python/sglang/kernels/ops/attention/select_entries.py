@@ -6,9 +6,18 @@ from collections.abc import Iterator
 
 import torch
 
+from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.attention.compress import GATHER_BYTES
-from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows_torch
+from sglang.kernels.ops.attention.packed_rows import is_packed, load_rows, make_pages, store_rows_torch
+from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
+
+# Bytes of scores at once, whatever the context: rows are served in parts. Programs that score one part. Heads and
+# columns that a program holds.
+SCORE_BYTES = 64 << 20
+SCORE_PROGRAMS = 2048
+MAX_SIDE = 128
 
 
 def select_entries_torch(
@@ -52,15 +61,77 @@ def select_entries_torch(
     return chosen
 
 
+def select_entries_triton(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    keys: torch.Tensor,
+    page_table: torch.Tensor,
+    requests: torch.Tensor,
+    visible: torch.Tensor,
+    per_page: int,
+    top_k: int,
+    key_scales: torch.Tensor | None = None,
+) -> torch.Tensor:
+    from sglang.kernels.ops.attention.select_entries_triton import pick_entries_kernel, score_entries_kernel
+
+    num_rows, heads, dim = q.shape
+    num_entries = page_table.shape[1] * per_page
+    width = min(top_k, num_entries)
+    chosen = torch.empty(num_rows, width, dtype=torch.int32, device=q.device)
+    # Where all entries fit, no row needs a score.
+    columns = num_entries if num_entries > top_k else 0
+    step = min(num_rows, max(1, SCORE_BYTES // max(4 * columns, 1)))
+    scores = torch.empty(max(step * columns, 1), dtype=torch.float32, device=q.device)
+    block_n = 64 if q.dtype.itemsize == 2 else 16
+    for first in range(0, num_rows, max(step, 1)):
+        count = min(step, num_rows - first)
+        if columns:
+            programs = max(1, min(cdiv(num_entries, block_n), SCORE_PROGRAMS // count))
+            score_entries_kernel[(count, programs)](
+                q, weights, keys, keys if key_scales is None else key_scales, page_table, requests, visible, scores,
+                first, columns, q.stride(0), q.stride(1), weights.stride(0), keys.stride(0),
+                0 if key_scales is None else key_scales.stride(0), page_table.stride(0),
+                HEADS=heads, DIM=dim, BLOCK_H=max(16, next_power_of_2(heads)), BLOCK_D=max(16, next_power_of_2(dim)),
+                BLOCK_N=block_n, PER_PAGE=per_page, TOP_K=top_k, HAS_SCALES=key_scales is not None,
+                num_warps=4, num_stages=2,
+            )  # fmt: skip
+        if width:
+            pick_entries_kernel[(count,)](
+                scores, visible, chosen, first, columns, chosen.stride(0),
+                TOP_K=top_k, WIDTH=width, BLOCK=min(2048, max(256, next_power_of_2(columns))),
+                BLOCK_K=next_power_of_2(min(width, 1024)), num_warps=4,
+            )  # fmt: skip
+    return chosen
+
+
+def _accepts(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    keys: torch.Tensor,
+    page_table: torch.Tensor,
+    requests: torch.Tensor,
+    visible: torch.Tensor,
+    per_page: int,
+    top_k: int,
+    key_scales: torch.Tensor | None = None,
+) -> bool:
+    dense = all(x.stride(-1) == 1 for x in (q, weights, page_table)) and max(q.shape[1:]) <= MAX_SIDE
+    same_page = key_scales is None or (keys.shape[1] == per_page and key_scales.dtype == torch.float32)
+    return dense and same_page and top_k > 0 and is_packed(keys, key_scales, q.dtype)
+
+
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     # By name: rows, entries per page, pages, top-k.
-    shapes = {"scored": (7, 4, 5, 6), "one": (1, 1, 3, 1), "all-fit": (4, 4, 2, 8), "ties": (5, 2, 6, 5)}
+    shapes = {
+        "scored": (7, 4, 5, 6), "one": (1, 1, 3, 1), "all-fit": (4, 4, 2, 8), "ties": (5, 2, 6, 5),
+        "many-ties": (3, 64, 5, 100),
+    }  # fmt: skip
     for name, (num_rows, per_page, pages, top_k) in (shapes | {"empty": (0, 4, 3, 2)}).items():
         table = (torch.randperm(3 * pages, generator=generator) + 1).view(3, pages).to(torch.int32)
         q = torch.randn(num_rows, 3, 8, generator=generator)
         keys = torch.randn((3 * pages + 1) * per_page, 8, generator=generator)
-        if name == "ties":
+        if "ties" in name:
             # Integers, and heads that all see less than nothing: many scores are equal, or 0.
             q, keys = q.round(), keys.round()
             q[0] = 0
@@ -69,7 +140,7 @@ def _cases() -> Iterator[Case]:
         visible = torch.randint(0, pages * per_page + 1, (num_rows,), generator=generator).to(torch.int32)
         visible[:2] = torch.tensor([pages * per_page, 0])[: visible[:2].shape[0]]
         weights = torch.randn(num_rows, 3, generator=generator)
-        weights = weights.round() if name == "ties" else weights
+        weights = weights.round() if "ties" in name else weights
         args = (q, weights, keys, table, requests, visible, per_page, top_k)
         yield Case(name, args)
         if name == "scored":
@@ -78,4 +149,25 @@ def _cases() -> Iterator[Case]:
             yield Case("scored-packed", (q, weights, packed, *args[3:], scales))
 
 
-select_entries = Op("compressed.select_entries", Impl("torch", select_entries_torch), cases=_cases)
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Decode steps and a prefill over contexts of 8k and 128k tokens, without contents, in both formats."""
+    dtype = fp8_dtype(current_platform.arch)
+    for num_rows, pages, top_k in ((1, 32, 512), (128, 32, 512), (32, 512, 1024), (4096, 32, 1024)):
+        q = torch.empty(num_rows, 64, 128, dtype=torch.bfloat16, device=device)
+        weights = torch.empty(num_rows, 64, dtype=torch.float32, device=device)
+        table = torch.empty(8, pages, dtype=torch.int32, device=device)
+        visible = torch.empty(num_rows, dtype=torch.int32, device=device)
+        rest = (table, visible.long(), visible, 64, top_k)
+        name = f"q{num_rows} ctx{pages * 256} k{top_k}"
+        plain = torch.empty(4096, 128, dtype=torch.bfloat16, device=device)
+        yield select_entries, Case(name, (q, weights, plain, *rest))
+        keys, scales = make_pages(64, 64, 128, None, dtype, device)
+        yield select_entries, Case(f"{name} fp8", (q, weights, keys, *rest, scales))
+
+
+select_entries = Op(
+    "compressed.select_entries",
+    triton_impl(select_entries_triton, _accepts),
+    Impl("torch", select_entries_torch),
+    cases=_cases,
+)

@@ -5,41 +5,64 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
+from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.attention.compress import GATHER_BYTES
-from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows_torch
+from sglang.kernels.ops.attention.launchers import merge_parts
+from sglang.kernels.ops.attention.packed_rows import GROUP, is_packed, load_rows, make_pages, store_rows_torch
+from sglang.kernels.ops.attention.sparse_splits import SparseTile, sparse_tile, split_count
+from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
+
+# Widest rows that the kernel holds.
+MAX_DIM = 512
 
 
 def sparse_attention_torch(
-    q: torch.Tensor,
-    window: torch.Tensor,
-    window_rows: torch.Tensor,
-    entries: torch.Tensor | None,
-    entry_rows: torch.Tensor | None,
-    sinks: torch.Tensor,
+    q: Tensor,
+    window: Tensor,
+    window_rows: Tensor,
+    sinks: Tensor,
     scale: float,
-    window_scales: torch.Tensor | None = None,
-    entry_scales: torch.Tensor | None = None,
-) -> torch.Tensor:
+    window_scales: Tensor | None = None,
+    entries: Tensor | None = None,
+    entry_scales: Tensor | None = None,
+    chosen: Tensor | None = None,
+    page_table: Tensor | None = None,
+    requests: Tensor | None = None,
+    visible: Tensor | None = None,
+    per_page: int = 1,
+) -> Tensor:
     """Softmax attention where a stored row is the key and the value of all heads.
 
-    q [N, H, D]; window [S, D] with window_rows [N, W], entries [E, D] with entry_rows [N, K], or None for both: rows of
-    the caches, int32 or int64, -1 for none, which is never read; caches with scales are as ``store_rows_torch`` has
-    them. One softmax goes over both, in float32; exp(sinks), sinks [H] float32, adds to its denominator alone, so a row
-    that sees nothing gets 0. -> [N, H, D] in q's dtype. DeepSeek-V4 report, section 2.3.3.
+    q [N, H, D]; window [S, D] with window_rows [N, W] int32, rows of it. entries [E, D], or None for all that follows:
+    entry e of request b has row ``page_table[b, e // per_page] * per_page + e % per_page`` of it, page_table [B, P]
+    int32; requests [N] int64 are the rows' requests. visible [N] int32: a row attends to the entries below it, or with
+    chosen [N, K] int32 to those that its first ``visible`` places name. -1 is none; what is not attended to is never
+    read. Caches with scales are as ``store_rows_torch`` has them. One softmax goes over both, in float32; exp(sinks),
+    sinks [H] float32, adds to its denominator alone, so a row that sees nothing gets 0. -> [N, H, D] in q's dtype.
+    DeepSeek-V4 report, section 2.3.3.
     """
-    scopes = [(window, window_scales, window_rows)]
-    if entries is not None and entry_rows is not None:
-        scopes.append((entries, entry_scales, entry_rows))
     out = torch.empty_like(q)
-    columns = sum(rows.shape[1] for *_, rows in scopes)
-    step = max(1, GATHER_BYTES // (4 * columns * (q.shape[1] + q.shape[2])))
+    scopes = [(window, window_scales, window_rows.shape[1])]
+    placed = None
+    if entries is not None:
+        assert page_table is not None and requests is not None and visible is not None
+        placed = page_table, requests, visible
+        num_entries = page_table.shape[1] * per_page if chosen is None else chosen.shape[1]
+        scopes.append((entries, entry_scales, num_entries))
+    step = max(1, GATHER_BYTES // (4 * sum(columns for *_, columns in scopes) * (q.shape[1] + q.shape[2])))
     for start in range(0, q.shape[0], step):
         part = slice(start, start + step)
-        gathered = [_gather(cache, scales, ids[part], q.shape[2]) for cache, scales, ids in scopes]
-        rows = torch.cat(gathered, dim=1)
-        there = torch.cat([ids[part] >= 0 for *_, ids in scopes], dim=1).unsqueeze(1)
+        ids = [window_rows[part].long()]
+        if placed is not None:
+            table, of_rows, seen = placed
+            of_part = None if chosen is None else chosen[part]
+            ids.append(_entry_rows(table, of_rows[part], seen[part], of_part, num_entries, per_page))
+        gathered = [_gather(*scope[:2], of_scope, q.shape[2]) for scope, of_scope in zip(scopes, ids, strict=True)]
+        rows, there = torch.cat(gathered, dim=1), (torch.cat(ids, dim=1) >= 0).unsqueeze(1)
         scores = torch.einsum("nhd,nkd->nhk", q[part].float(), rows) * scale
         scores = scores.masked_fill(~there, -torch.inf)
         sink = sinks.float()[:, None].expand(scores.shape[0], -1, 1)
@@ -48,15 +71,121 @@ def sparse_attention_torch(
     return out
 
 
-def _gather(cache: torch.Tensor, scales: torch.Tensor | None, rows: torch.Tensor, dim: int) -> torch.Tensor:
+def _entry_rows(
+    page_table: Tensor, requests: Tensor, visible: Tensor, chosen: Tensor | None, count: int, per_page: int
+) -> Tensor:
+    """Cache rows [N, count] int64 of the entries that rows attend to, -1 for none."""
+    places = torch.arange(count, device=visible.device)
+    numbers = places.expand(visible.shape[0], -1) if chosen is None else chosen.long()
+    there = (places < visible.unsqueeze(1)) & (numbers >= 0)
+    numbers = numbers.clamp(min=0)
+    pages = page_table[requests.unsqueeze(1), numbers // per_page].long()
+    return torch.where(there, pages * per_page + numbers % per_page, -1)
+
+
+def _gather(cache: Tensor, scales: Tensor | None, rows: Tensor, dim: int) -> Tensor:
     """[N, K, dim] float32, 0 where a row is -1."""
     found = load_rows(cache, scales, rows.clamp(min=0).flatten(), dim).view(*rows.shape, dim)
     return torch.where((rows >= 0).unsqueeze(2), found, 0.0)
 
 
-def _packed(rows: torch.Tensor, per_page: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows [S, D] in pages of 8-bit rows, the last four columns bfloat16."""
-    pages = make_pages(rows.shape[0] // per_page, per_page, rows.shape[1], 4, torch.float8_e4m3fn)
+def sparse_attention_triton(
+    q: Tensor,
+    window: Tensor,
+    window_rows: Tensor,
+    sinks: Tensor,
+    scale: float,
+    window_scales: Tensor | None = None,
+    entries: Tensor | None = None,
+    entry_scales: Tensor | None = None,
+    chosen: Tensor | None = None,
+    page_table: Tensor | None = None,
+    requests: Tensor | None = None,
+    visible: Tensor | None = None,
+    per_page: int = 1,
+    tile: SparseTile | None = None,
+    splits: int | None = None,
+) -> Tensor:
+    """``tile`` and ``splits`` are for tuning and for tests of their invariance; None takes the tables' choice."""
+    from sglang.kernels.ops.attention.sparse_attention_triton import sparse_attention_kernel
+
+    num_rows, heads, dim = q.shape
+    out = torch.empty(num_rows, heads, dim, dtype=q.dtype, device=q.device)
+    if not num_rows:
+        return out
+    num_window, num_entries = window_rows.shape[1], 0
+    if page_table is not None:
+        num_entries = page_table.shape[1] * per_page if chosen is None else chosen.shape[1]
+    tile = tile or sparse_tile(heads, q.dtype.itemsize)
+    if splits is None:
+        splits = split_count(num_rows, heads, num_window + num_entries, dim, tile)
+    parts, lse = out, out
+    if splits > 1:
+        parts = torch.empty(num_rows, splits, heads, dim, dtype=torch.float32, device=q.device)
+        lse = torch.empty(num_rows, splits, heads, dtype=torch.float32, device=q.device)
+    of_window, of_entries = _layout(window, window_scales), _layout(entries, entry_scales)
+    none = window_rows
+    sparse_attention_kernel[(num_rows * cdiv(heads, tile.heads), splits)](
+        q, window, none if window_scales is None else window_scales, window_rows, sinks,
+        none if entries is None else entries, none if entry_scales is None else entry_scales,
+        none if chosen is None else chosen, none if page_table is None else page_table,
+        none if requests is None else requests, none if visible is None else visible, parts, lse,
+        scale, heads, splits, num_window, num_entries,
+        q.stride(0), q.stride(1), *map(_stride, (window, window_scales, window_rows)),
+        *map(_stride, (entries, entry_scales, chosen, page_table)),
+        DIM=dim, BLOCK_D=max(16, next_power_of_2(dim)), BLOCK_H=tile.heads, BLOCK_N=tile.block_n,
+        WINDOW_PAGE=of_window[0], WINDOW_WIDTH=of_window[1], WINDOW_SCALES=of_window[2],
+        ENTRY_PAGE=per_page, ENTRY_WIDTH=of_entries[1], ENTRY_SCALES=of_entries[2],
+        HAS_ENTRIES=entries is not None, CHOSEN=chosen is not None, WHOLE=splits == 1,
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        merge_parts(parts, lse, out)
+    return out
+
+
+def _stride(x: Tensor | None) -> int:
+    """Elements from one row to the next."""
+    return 0 if x is None else x.stride(0)
+
+
+def _layout(cache: Tensor | None, scales: Tensor | None) -> tuple[int, int, int]:
+    """Rows of a page, bytes of a row and bytes of its scales; zeros behind where rows are plain."""
+    return (1, 0, 0) if cache is None or scales is None else (cache.shape[1], cache.shape[2], scales.shape[2])
+
+
+def _accepts(
+    q: Tensor,
+    window: Tensor,
+    window_rows: Tensor,
+    sinks: Tensor,
+    scale: float,
+    window_scales: Tensor | None = None,
+    entries: Tensor | None = None,
+    entry_scales: Tensor | None = None,
+    chosen: Tensor | None = None,
+    page_table: Tensor | None = None,
+    requests: Tensor | None = None,
+    visible: Tensor | None = None,
+    per_page: int = 1,
+) -> bool:
+    dim = q.shape[2]
+    dense = all(rows.stride(1) == 1 for rows in (window_rows, chosen, page_table) if rows is not None)
+    if not dense or q.stride(2) != 1 or dim > MAX_DIM or not _reads(window, window_scales, dim, q.dtype):
+        return False
+    same_page = entries is None or entry_scales is None or entries.shape[1] == per_page
+    return same_page and (entries is None or _reads(entries, entry_scales, dim, q.dtype))
+
+
+def _reads(cache: Tensor, scales: Tensor | None, dim: int, dtype: torch.dtype) -> bool:
+    """Whether the kernel reads the cache: the columns that stay bfloat16 lie in one group of 64."""
+    plain = dim if scales is None else 2 * dim - cache.shape[2]
+    return is_packed(cache, scales, dtype) and plain % GROUP + dim - plain <= GROUP
+
+
+def _packed(rows: Tensor, per_page: int, tail: int) -> tuple[Tensor, Tensor]:
+    """The rows [S, D] in pages of 8-bit rows, the last ``tail`` columns bfloat16."""
+    pages = make_pages(rows.shape[0] // per_page, per_page, rows.shape[1], tail, torch.float8_e4m3fn)
     store_rows_torch(rows, torch.arange(rows.shape[0]), *pages)
     return pages
 
@@ -64,35 +193,74 @@ def _packed(rows: torch.Tensor, per_page: int) -> tuple[torch.Tensor, torch.Tens
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
 
-    def rows_of(num_rows: int, count: int) -> torch.Tensor:
-        rows = torch.randint(1, 20, (num_rows, count), generator=generator, dtype=torch.int32)
-        holes = torch.rand(num_rows, count, generator=generator) < 0.3
-        holes[1:2] = True
-        return rows.masked_fill(holes, -1)
+    def some(high: int, *shape: int) -> Tensor:
+        return torch.randint(0, high, shape, generator=generator, dtype=torch.int32)
 
-    # By name: rows, heads, rows of the window, entries, sink.
+    # By name: rows, heads, columns, rows of the window, chosen entries (None: all that are visible), sink.
     shapes = {
-        "both": (6, 3, 8, 5, 0.3),
-        "window": (5, 2, 7, None, -2.0),
-        "one": (1, 1, 1, 1, 0.0),
-        "sink": (4, 2, 8, 3, 60.0),
-        "no-entries": (3, 2, 4, 0, 0.0),
-        "empty": (0, 2, 4, 3, 0.0),
-    }
-    for name, (num_rows, heads, num_window, num_entries, sink) in shapes.items():
-        q = torch.randn(num_rows, heads, 12, generator=generator)
-        caches = [torch.randn(20, 12, generator=generator) for _ in range(2)]
-        for cache in caches:
-            cache[0] = torch.nan
-        sinks = sink + torch.randn(heads, generator=generator)
-        entries = (None, None) if num_entries is None else (caches[1], rows_of(num_rows, num_entries))
-        args = (q, caches[0], rows_of(num_rows, num_window), *entries, sinks, 12**-0.5)
-        yield Case(name, args)
-        if name == "both":
-            coarse = [cache.to(torch.float8_e4m3fn) for cache in caches]
-            yield Case("both-8-bits", (q, coarse[0], args[2], coarse[1], args[4], sinks, args[6]))
-            packed, scales = zip(*(_packed(cache, per_page) for cache, per_page in zip(caches, (4, 2), strict=True)))
-            yield Case("both-packed", (q, packed[0], args[2], packed[1], args[4], sinks, args[6], *scales))
+        "chosen": (6, 3, 12, 8, 5, 0.3), "all": (5, 2, 20, 7, None, -2.0), "wide": (3, 17, 96, 40, 70, 0.1),
+        "one": (1, 1, 16, 1, 1, 0.0), "sink": (4, 2, 12, 8, 3, 60.0), "no-choice": (3, 2, 12, 4, 0, 0.0),
+        "empty": (0, 2, 12, 4, 3, 0.0),
+    }  # fmt: skip
+    for name, (num_rows, heads, dim, num_window, num_chosen, sink) in shapes.items():
+        q = torch.randn(num_rows, heads, dim, generator=generator)
+        window, entries = (torch.randn(96, dim, generator=generator) for _ in range(2))
+        # Two pages that no request has, and rows that none attends to, are full of NaN.
+        window[0], entries[:4], entries[88:] = torch.nan, torch.nan, torch.nan
+        rows = 1 + some(95, num_rows, num_window)
+        rows[torch.rand(rows.shape, generator=generator) < 0.3] = -1
+        rows[1:2] = -1
+        table = (torch.randperm(21, generator=generator)[:20] + 1).view(2, 10).to(torch.int32)
+        visible = some(41, num_rows)
+        visible[1:2], visible[2:3] = 0, 40
+        chosen = None
+        if num_chosen is not None:
+            chosen = some(40, num_rows, num_chosen)
+            chosen[torch.rand(chosen.shape, generator=generator) < 0.2] = -1
+        requests, sinks = some(2, num_rows).long(), sink + torch.randn(heads, generator=generator)
+        of_entries = (chosen, table, requests, visible)
+        yield Case(name, (q, window, rows, sinks, dim**-0.5, None, entries, None, *of_entries, 4))
+        if name in ("chosen", "all", "wide"):
+            (packed, scales), (few, few_scales) = _packed(window, 8, 4), _packed(entries, 4, 4)
+            args = (q, packed, rows, sinks, dim**-0.5, scales, few, few_scales, *of_entries, 4)
+            yield Case(f"{name}-packed", args)
+        if name == "chosen":
+            coarse = [cache.to(torch.float8_e4m3fn) for cache in (window, entries)]
+            yield Case("8-bits", (q, coarse[0], rows, sinks, 0.3, None, coarse[1], None, *of_entries, 4))
+            yield Case("window", (q, window, rows, sinks, dim**-0.5))
 
 
-sparse_attention = Op("compressed.sparse_attention", Impl("torch", sparse_attention_torch), cases=_cases)
+# Local heads, chosen entries or pages of a context that are all attended to, and rows of the step.
+SERVING_SHAPES = ((64, 512, 1), (64, 512, 128), (64, 0, 32), (128, 1024, 8), (128, 1024, 4096), (16, 1024, 32))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Layers of V4-Flash and V4-Pro, whole and on one of eight ranks, without contents, in both formats."""
+    dtype = fp8_dtype(current_platform.arch)
+    for heads, num_chosen, num_rows in SERVING_SHAPES:
+        q = torch.empty(num_rows, heads, 512, dtype=torch.bfloat16, device=device)
+        ids = torch.empty(num_rows, 128, dtype=torch.int32, device=device)
+        sinks = torch.empty(heads, dtype=torch.float32, device=device)
+        chosen = torch.empty(num_rows, num_chosen, dtype=torch.int32, device=device) if num_chosen else None
+        table, visible = torch.empty(8, 32, dtype=torch.int32, device=device), ids[:, 0].contiguous()
+        requests, per_page = visible.long(), 64 if num_chosen else 2
+        of_entries = (chosen, table, requests, visible, per_page)
+        name = f"h{heads} k{num_chosen or 64} q{num_rows}"
+        rows = [torch.empty(64 * size, 512, dtype=torch.bfloat16, device=device) for size in (256, per_page)]
+        yield sparse_attention, Case(name, (q, rows[0], ids, sinks, 0.04, None, rows[1], None, *of_entries))
+        pages = [make_pages(64, size, 512, 64, dtype, device) for size in (256, per_page)]
+        args = (q, pages[0][0], ids, sinks, 0.04, pages[0][1], *pages[1], *of_entries)
+        yield sparse_attention, Case(f"{name} fp8", args)
+        if heads == 64 and num_rows == 1:
+            yield sparse_attention, Case(f"h{heads} window fp8", args[:6])
+            rows = [plain.float() for plain in rows]
+            args = (q.float(), rows[0], ids, sinks, 0.04, None, rows[1], None, *of_entries)
+            yield sparse_attention, Case(f"{name} fp32", args)
+
+
+sparse_attention = Op(
+    "compressed.sparse_attention",
+    triton_impl(sparse_attention_triton, _accepts),
+    Impl("torch", sparse_attention_torch),
+    cases=_cases,
+)

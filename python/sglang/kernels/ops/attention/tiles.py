@@ -145,13 +145,17 @@ def extend_tile(shape: RowShape, dtype: torch.dtype) -> Tile:
     return tile
 
 
+def multiprocessors(arch: str) -> int:
+    """Multiprocessors, or compute units, of a device of ``arch``."""
+    return MULTIPROCESSORS[max((prefix for prefix in MULTIPROCESSORS if arch.startswith(prefix)), key=len)]
+
+
 def split_count(programs: int, max_tokens: int, tile: Tile, part_bytes: int, min_blocks: int = 1) -> int:
     """Splits of each context so that ``programs`` of them fill the GPU; depends on shapes alone, never on lengths.
 
     max_tokens: the longest context there can be, cut into no fewer than ``min_blocks`` blocks a split. part_bytes:
     float32 results of one split of the whole batch.
     """
-    prefix = max((prefix for prefix in MULTIPROCESSORS if current_platform.arch.startswith(prefix)), key=len)
-    wanted = MULTIPROCESSORS[prefix] * tile.residents // max(programs, 1)
+    wanted = multiprocessors(current_platform.arch) * tile.residents // max(programs, 1)
     blocks = cdiv(max_tokens, tile.block_n * min_blocks)
     return max(1, min(wanted, blocks, MAX_SPLITS, MAX_PARTS_BYTES // max(part_bytes, 1)))

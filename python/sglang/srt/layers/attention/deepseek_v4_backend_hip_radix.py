@@ -25,7 +25,7 @@ from sglang.srt.layers.attention.base_attn_backend import (
     UnplannedStepError,
     register_attention_backend,
 )
-from sglang.srt.layers.attention.deepseek_v4_planner import CompressedPlan, StepRows, plan_step, rows_of_entries
+from sglang.srt.layers.attention.deepseek_v4_planner import CompressedPlan, StepRows, plan_step
 from sglang.srt.layers.attention.plans import NoRows
 from sglang.srt.layers.attention.pool_backend import CapturingPoolBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
@@ -153,7 +153,7 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
             kv, gate, *self.pools[f"{compressor.pool}_state"].layer(compressor.layer_id), entries.state_rows,
             entries.sources, compressor.position_bias, compressor.norm.weight, compressor.norm.eps,
             compressor.rotary_emb.cos_sin_cache, entries.first_positions, entries.entry_rows,
-            *self.pools[compressor.pool].layer(compressor.layer_id),
+            *self._cache(compressor.pool, compressor.layer_id), fb.kind is not None and fb.kind.rows_per_request == 1,
         )  # fmt: skip
 
     def select_entries(
@@ -178,17 +178,16 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
         if plan is None:
             return torch.empty_like(q)
         rows, scales = self._cache("swa", layer.layer_id)
-        cache = entry_rows = entry_scales = None
-        if layer.ratio:
-            if entries is None:
-                numbers = torch.arange(plan.page_table.shape[1] * (PAGE_SIZE // layer.ratio), device=q.device)
-                visible = plan.entries[layer.ratio].visible.unsqueeze(1)
-                entries = torch.where(numbers < visible, numbers, -1)
-            cache, entry_scales = self._cache(f"c{layer.ratio}", layer.layer_id)
-            entry_rows = rows_of_entries(plan.page_table, plan.requests, entries, layer.ratio)
-        out: torch.Tensor = sparse_attention(
-            q, rows, plan.window_slots, cache, entry_rows, layer.sinks, layer.scale, scales, entry_scales
-        )
+        window = (q, rows, plan.window_slots, layer.sinks, layer.scale, scales)
+        out: torch.Tensor
+        if not layer.ratio:
+            out = sparse_attention(*window)
+            return out
+        cache, entry_scales = self._cache(f"c{layer.ratio}", layer.layer_id)
+        out = sparse_attention(
+            *window, cache, entry_scales, entries, plan.page_table, plan.requests, plan.entries[layer.ratio].visible,
+            PAGE_SIZE // layer.ratio,
+        )  # fmt: skip
         return out
 
     def _cache(self, pool: str, layer_id: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -230,7 +229,9 @@ class DeepseekV4MultiStepBackend(MultiStepBackend):
         """See the base class."""
         plan, num_steps = chain.attn_plan.attention, len(self.children)
         fb.attn_backend = self.children[step]
-        fb.out_cache_loc = per_step_draft_out_cache_loc(chain.out_cache_loc, chain.batch_size, num_steps)[step]
+        fb.out_cache_loc = per_step_draft_out_cache_loc(chain.out_cache_loc, chain.batch_size, num_steps)[
+            step
+        ].contiguous()
         if isinstance(plan, CompressedPlan):
             rows = slice(step, None, num_steps)
             plan = CompressedPlan(plan.requests[rows], plan.window_slots[rows], plan.page_table, {})

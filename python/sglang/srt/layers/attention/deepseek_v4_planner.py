@@ -155,13 +155,3 @@ class _Rows:
 def state_row(slots: torch.Tensor, ring: int) -> torch.Tensor:
     """Rows of slots in a pool of states with ``ring`` rows for each page."""
     return slots // PAGE_SIZE * ring + slots % ring
-
-
-def rows_of_entries(
-    page_table: torch.Tensor, requests: torch.Tensor, entries: torch.Tensor, ratio: int
-) -> torch.Tensor:
-    """Pool rows [N, K] int64 of ``entries`` [N, K] of the requests [N]; -1 where an entry is -1."""
-    per_page = PAGE_SIZE // ratio
-    number = entries.clamp(min=0).long()
-    pages = page_table[requests.unsqueeze(1), number // per_page].long()
-    return torch.where(entries >= 0, pages * per_page + number % per_page, -1)
