@@ -320,6 +320,12 @@ class Envs:
         doc="Run on the CPU over fakes of AITER and MORI that are on `PYTHONPATH` although torch is a ROCm build. "
         "False: that combination is refused, since a fake would answer in place of AMD's kernels.",
     )
+    SGLANG_EMULATOR_TINYGRAD = EnvStr(
+        "",
+        section=_TEST,
+        doc="Root of a checkout of tinygrad, with which `scripts/amd_emulate.py` and its test run AMD's machine code "
+        "on a CPU. Not set: they say that nothing was run.",
+    )
     SGLANG_TEST_RETRACT = EnvBool(
         False,
         section=_TEST,

@@ -7,12 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import cdiv, next_power_of_2
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2
 
 # Streams of a token, columns of a block of the first kernel, and the widest row that one program of the second holds.
 STREAMS, BLOCK_D, MAX_WIDTH = 4, 64, 8192
-# Float16 is left to the reference: no served checkpoint has it, and in the emulator its products come out wrong.
-DTYPES = (torch.bfloat16, torch.float32)
 # Programs of the first kernel that keep a GPU busy: beyond them one program takes several blocks of columns.
 ENOUGH_PROGRAMS = 512
 # Parts that one program of the second kernel adds up at once, over its rows.
@@ -101,7 +99,7 @@ def join_streams(
 def fits_streams(x: Tensor) -> bool:
     """Whether the kernels read streams x [N, n, D]: four of them, of whole blocks of columns, dense by column."""
     whole = x.shape[1] == STREAMS and x.shape[2] % BLOCK_D == 0 and 0 < x.shape[2] <= MAX_WIDTH
-    return whole and x.dtype in DTYPES and x.stride(2) == 1
+    return whole and x.dtype in FLOATS and x.stride(2) == 1
 
 
 def fits_way_out(row: Tensor, x: Tensor, post: Tensor, comb: Tensor) -> bool:

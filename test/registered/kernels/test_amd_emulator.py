@@ -1,0 +1,182 @@
+"""The emulator of AMD's machine code: what it answers without tinygrad, and what it sees and does not see with it.
+
+Without a checkout of tinygrad only the first part runs; the rest is skipped, and says so.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import unittest
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+import triton.language as tl
+from triton import knobs
+
+from sglang.srt.environ import envs
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
+
+REPO = Path(__file__).resolve().parents[3]
+SCRIPT = REPO / "scripts" / "amd_emulate.py"
+# A kernel that is collected asks the driver, which is gone, to unload it.
+KERNELS = []
+CHECKOUT = envs.SGLANG_EMULATOR_TINYGRAD.get()
+
+
+def emulate(*arguments, tinygrad=""):
+    environment = {**os.environ, "SGLANG_EMULATOR_TINYGRAD": tinygrad}
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+class TestWithoutTinygrad(CustomTestCase):
+    def test_says_that_nothing_was_run(self):
+        for arguments in ((), ("--tinygrad", str(REPO))):
+            done = emulate("mhc.hc_pre", *arguments)
+            self.assertEqual(done.returncode, 3, done.stderr)
+            self.assertRegex(done.stdout, "^NOT RUN: 0 cases of 1 ops: .*tinygrad")
+            self.assertNotIn("agree", done.stdout)
+
+    def test_unknown_op(self):
+        done = emulate("mhc.nothing")
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("mhc.nothing", done.stderr)
+
+
+class TestFormats(CustomTestCase):
+    def test_msgpack(self):
+        """Every kind that the metadata of a code object uses."""
+        from sglang.test.amd_emulator.code_object import unpack_msgpack
+
+        for data, value in (
+            (b"\x07", 7), (b"\xff", -1), (b"\xc0", None), (b"\xc3", True), (b"\xa2ab", "ab"), (b"\xcc\xc8", 200),
+            (b"\xcd\x01\x00", 256), (b"\xce\x00\x01\x00\x00", 65536), (b"\xcf" + b"\0" * 7 + b"\x05", 5),
+            (b"\xd0\x80", -128), (b"\xd1\xff\x00", -256), (b"\xd9\x03abc", "abc"), (b"\xda\x00\x01x", "x"),
+            (b"\x92\x01\x02", [1, 2]), (b"\xdc\x00\x01\x09", [9]), (b"\x81\xa1k\x03", {"k": 3}),
+            (b"\xde\x00\x01\xa1k\x91\x04", {"k": [4]}),
+        ):  # fmt: skip
+            self.assertEqual(unpack_msgpack(data), (value, len(data)))
+        with self.assertRaisesRegex(ValueError, "0xc1"):
+            unpack_msgpack(b"\xc1")
+
+
+def softmax(x_ptr, out_ptr, width, BLOCK: tl.constexpr):
+    cols = tl.arange(0, BLOCK)
+    at = tl.program_id(0) * width + cols
+    x = tl.load(x_ptr + at, mask=cols < width, other=-float("inf"))
+    x = tl.exp(x - tl.max(x, axis=0))
+    tl.store(out_ptr + at, x / tl.sum(x, axis=0), mask=cols < width)
+
+
+def convert(x_ptr, small_ptr, back_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    small = tl.load(x_ptr + at).to(small_ptr.dtype.element_ty)
+    tl.store(small_ptr + at, small)
+    tl.store(back_ptr + at, small.to(back_ptr.dtype.element_ty))
+
+
+@unittest.skipUnless(CHECKOUT, "not run: SGLANG_EMULATOR_TINYGRAD names no checkout of tinygrad")
+class TestWithTinygrad(CustomTestCase):
+    """Rows over four waves need their barriers, their waits for memory and each of their instructions."""
+
+    def error(self, arch, change=lambda assembly: assembly):
+        """The largest error of the kernel's code for ``arch``, whose assembly is changed before it becomes code."""
+        from triton.backends.amd.compiler import HIPBackend
+
+        from sglang.test.amd_emulator.driver import emulated
+        from sglang.test.amd_emulator.emulator import use_tinygrad
+
+        use_tinygrad(Path(CHECKOUT))
+        kernel = triton.jit(softmax)
+        KERNELS.append(kernel)
+        x, out = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 1000)
+        real = HIPBackend.make_hsaco
+        planted = staticmethod(lambda assembly, *others: real(change(assembly), *others))
+        changed = mock.patch.object(HIPBackend, "make_hsaco", planted)
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        with knobs.cache.scope(), changed, emulated(arch) as driver:
+            knobs.cache.dir = folder
+            kernel[(3,)](x, out, 1000, BLOCK=1024, num_warps=4)
+        self.assertGreater(driver.ran[0].run.instructions, 500)
+        return float((out - x.softmax(-1)).abs().max())
+
+    def test_right_code_is_right(self):
+        for arch in ("gfx942", "gfx950"):
+            self.assertLess(self.error(arch), 1e-7)
+
+    def test_sees_a_wrong_instruction(self):
+        def plant(assembly):
+            self.assertIn("v_exp_f32_e32", assembly)
+            return assembly.replace("v_exp_f32_e32", "v_sqrt_f32_e32", 1)
+
+        error = self.error("gfx950", plant)
+        self.assertTrue(error > 1e-4 or error != error, error)
+
+    def test_sees_missing_barriers(self):
+        def plant(assembly):
+            self.assertIn("s_barrier", assembly)
+            return re.sub(r"\n\s+s_barrier", "", assembly)
+
+        error = self.error("gfx950", plant)
+        self.assertTrue(error > 1e-4 or error != error, error)
+
+    def test_does_not_see_missing_waits(self):
+        """Memory answers at once here: the documentation says that no verdict covers a wait."""
+
+        def plant(assembly):
+            self.assertIn("s_waitcnt vmcnt", assembly)
+            return re.sub(r"\n\s+s_waitcnt[^\n]*", "", assembly)
+
+        self.assertLess(self.error("gfx950", plant), 1e-7)
+
+    def test_eight_bit_conversions(self):
+        """To the architecture's own 8-bit floats and back, in every exponent, at ties and zeros: torch's numbers."""
+        from sglang.test.amd_emulator.driver import emulated
+        from sglang.test.amd_emulator.emulator import use_tinygrad
+
+        use_tinygrad(Path(CHECKOUT))
+        values = torch.randn(7168, generator=torch.Generator().manual_seed(3)).exp2().clamp(max=200)
+        values = values * 2.0 ** -torch.randint(0, 14, (7168,), generator=torch.Generator().manual_seed(4))
+        ties = torch.arange(-512, 512) / 1024
+        x = torch.cat((values[:3584], -values[3584:], ties))
+        for arch, dtype in (("gfx950", torch.float8_e4m3fn), ("gfx942", torch.float8_e4m3fnuz)):
+            for wide in (torch.float32, torch.bfloat16):
+                kernel = triton.jit(convert)
+                KERNELS.append(kernel)
+                small, back = torch.empty(8192, dtype=dtype), torch.empty(8192, dtype=wide)
+                with emulated(arch):
+                    kernel[(8,)](x.to(wide), small, back, BLOCK=1024, num_warps=4)
+                wanted = x.to(wide).to(dtype)
+                self.assertTrue(torch.equal(small.view(torch.uint8), wanted.view(torch.uint8)), (arch, wide))
+                self.assertTrue(torch.equal(back, wanted.to(wide)), (arch, wide))
+
+    def test_ops_over_their_cases(self):
+        """The ugly cases of the crossing between sub-blocks, on both architectures."""
+        done = emulate("mhc.hc_post_pre", tinygrad=CHECKOUT)
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+        self.assertIn("36 of 36 cases ran", done.stdout)
+
+    def test_a_wrong_kernel_disagrees(self):
+        """The same with a source that forgets a term: the exit status says so."""
+        source = (REPO / "python/sglang/kernels/ops/mhc/mhc_triton.py").read_text()
+        self.assertEqual(source.count("comb_at + 12"), 1)
+        with tempfile.TemporaryDirectory() as folder:
+            package = Path(folder) / "sglang"
+            shutil.copytree(REPO / "python" / "sglang", package, ignore=shutil.ignore_patterns("__pycache__"))
+            (package / "kernels/ops/mhc/mhc_triton.py").write_text(source.replace("comb_at + 12", "comb_at + 8"))
+            with mock.patch.dict(os.environ, {"PYTHONPATH": folder}):
+                done = emulate("mhc.hc_post", "--arch", "gfx950", tinygrad=CHECKOUT)
+        self.assertEqual(done.returncode, 1, done.stdout + done.stderr)
+        self.assertIn("DISAGREES 33x4x64", done.stdout)
+
+
+if __name__ == "__main__":
+    unittest.main()
