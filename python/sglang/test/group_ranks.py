@@ -89,25 +89,32 @@ def refuse_draft_extend(engine: EngineHarness) -> None:
 
 
 class TwoGroups:
-    """What two groups are asked of an embedded model, and what one rank answers to all of it without speculation.
+    """What two groups are asked of a model, and what one rank answers to all of it without speculation.
 
     Group 1 comes later, so it is idle first, prefills while group 0 verifies, and goes on when group 0 is idle. It has
     fewer requests. One of its requests draws from other logits than the model's.
+
+    prompts: seven. chunk: tokens of a prompt chunk of a group. options: of every engine.
     """
 
-    def __init__(self, model: str) -> None:
-        self.folder = str(EMBEDDED_MODELS[model])
-        tokenizer = Tokenizer.from_path(self.folder)
-        prompts = [tokenizer.encode(question.text) for question in heldout_questions()[:7]]
+    def __init__(self, folder: str, prompts: Sequence[Sequence[int]], chunk: int = 8, **options: Any) -> None:
+        self.folder, self.chunk, self.options = folder, chunk, options
         kinds = (COLD, WARM, COLD, WARM, COLD, PENALISED, WARM)
         arrivals = (0, 0, 0, 2, 4, 14, 14)
         self.asked: tuple[dict[str, Asked], dict[str, Asked]] = ({}, {})
-        plain = EngineHarness(self.folder, **SIZES)
+        plain = EngineHarness(self.folder, **{**SIZES, **options})
         for number, (prompt, kind, at) in enumerate(zip(prompts, kinds, arrivals, strict=True)):
             params = {**kind, "max_new_tokens": 9 + number, "ignore_eos": True, "sampling_seed": number}
             self.asked[number >= 4][f"r{number}"] = (prompt, params, at)
-            plain.submit(f"r{number}", prompt, SamplingParams(**params))
+            plain.submit(f"r{number}", list(prompt), SamplingParams(**params))
         self.wanted = {rid: result.output_ids for rid, result in plain.run().items()}
+
+    @classmethod
+    def of_embedded(cls, name: str) -> TwoGroups:
+        """Questions to an embedded model."""
+        folder = str(EMBEDDED_MODELS[name])
+        tokenizer = Tokenizer.from_path(folder)
+        return cls(folder, [tokenizer.encode(question.text) for question in heldout_questions()[:7]])
 
     def serve(
         self,
@@ -123,7 +130,7 @@ class TwoGroups:
         prepare: what is done to the engine first.
         """
         spec = {"speculative_algorithm": "NEXTN", "speculative_num_steps": num_steps}
-        options = {"overlap": True, "chunked_prefill_size": 8 * groups, **spec}
+        options = {"overlap": True, "chunked_prefill_size": self.chunk * groups, **self.options, **spec}
         one = RankEngine(rank, world, groups, self.folder, **{**options, **settings})
         with override_parallel_state(one.state):
             prepare(one.engine)
@@ -162,7 +169,7 @@ class TwoGroups:
             mock.patch.object(RankEngine, "serve", counted_serve),
         )
         with patches[0], patches[1]:
-            one = self.serve(rank, groups=groups, prepare=nothing_received, **GRAPHS, **settings)
+            one = self.serve(rank, groups=groups, prepare=nothing_received, **{**GRAPHS, **settings})
         graphs = one.engine.runner.describe()["graphs"]
         assert all(told["captured"] == [2, 4] and not told["refused"] for told in graphs.values()), graphs
         chains = counts[GREEDY] + counts[DRAWN]

@@ -173,7 +173,7 @@ class TestGroupsStepTogether(CustomTestCase):
         modes: list[dict[str, Any]] = [
             {}, {"overlap": True}, {"mixed": True}, {"hybrid": True, "page": 4, "overlap": True},
             {"pool": 160, "conservativeness": 0.05, "overlap": True}, {"retract_interval": 3, "mixed": True},
-            {"width": 4, "overlap": True},
+            {"width": 4, "overlap": True}, {"width": 4, "pool": 160, "conservativeness": 0.05, "overlap": True},
         ]  # fmt: skip
         for mode in modes:
             for seed, counts in enumerate(((12, 12), (12, 0), (1, 20))):

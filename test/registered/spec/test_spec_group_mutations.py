@@ -61,12 +61,12 @@ class TestMutations(CustomTestCase):
 
     def test_eager_groups(self) -> None:
         torch.set_num_threads(1)
-        two = TwoGroups("deepseek-v3-tiny")
+        two = TwoGroups.of_embedded("deepseek-v3-tiny")
         self.check(lambda: run_processes(2, partial(two.serve, moe_a2a_backend="mori")), EAGER)
 
     def test_captured_groups(self) -> None:
         torch.set_num_threads(1)
-        two = TwoGroups("deepseek-v3-tiny")
+        two = TwoGroups.of_embedded("deepseek-v3-tiny")
         graphs = {"attention_backend": "triton", "cuda_graph_bs": [2, 4], "max_running_requests": 4}
         with override_platform(RocmOverFakesPlatform(find_fakes())), fresh_decisions():
             self.check(lambda: run_processes(2, partial(two.serve, **graphs)), CAPTURED)

@@ -23,7 +23,7 @@ class TestTwoGroups(CustomTestCase):
     @classmethod
     def setUpClass(cls) -> None:
         torch.set_num_threads(1)
-        cls.two = TwoGroups("deepseek-v3-tiny")
+        cls.two = TwoGroups.of_embedded("deepseek-v3-tiny")
 
     def test_gathered_rows(self) -> None:
         run_processes(2, self.two.serve)
