@@ -102,7 +102,7 @@ class TwoGroups:
         kinds = (COLD, WARM, COLD, WARM, COLD, PENALISED, WARM)
         arrivals = (0, 0, 0, 2, 4, 14, 14)
         self.asked: tuple[dict[str, Asked], dict[str, Asked]] = ({}, {})
-        plain = EngineHarness(self.folder, **{**SIZES, **options})
+        plain = EngineHarness(self.folder, disable_cuda_graph=True, **{**SIZES, **options})
         for number, (prompt, kind, at) in enumerate(zip(prompts, kinds, arrivals, strict=True)):
             params = {**kind, "max_new_tokens": 9 + number, "ignore_eos": True, "sampling_seed": number}
             self.asked[number >= 4][f"r{number}"] = (prompt, params, at)
