@@ -46,7 +46,7 @@ class TestPage(FakeServerTestCase):
     def test_equal_to_a_count_by_hand(self):
         chance = random.Random(1)
         before = self.page()
-        lengths = [chance.randint(1, 9) for _ in range(60)]
+        lengths = [chance.randint(1, 9) for _ in range(500)]
 
         def ask(number):
             params = {"max_new_tokens": lengths[number], "n": 1 + (number % 5 == 0)}
@@ -55,7 +55,7 @@ class TestPage(FakeServerTestCase):
             self.assertEqual(reply.status_code, 200, reply.text)
 
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(ask, range(60)))
+            list(pool.map(ask, range(500)))
         after = self.page()
         counts = {key: after[key] - before.get(key, 0) for key in after}
         sequences = [length for number, length in enumerate(lengths) for _ in range(1 + (number % 5 == 0))]
