@@ -1,0 +1,164 @@
+"""Agents' libraries against the server, each at its main job: structured output and tools (extra ``clients``)."""
+
+import importlib.util
+import json
+import unittest
+
+import openai
+import pydantic
+
+from sglang.test.chat_templates import STYLES
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.fake_server import FakeServer
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=30, suite="nightly-cpu", nightly=True)
+
+ANSWER = '{"city": "Paris", "people": 2}'
+CALL = '<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+ASKED = "Where, and how many?"
+
+
+class Place(pydantic.BaseModel):
+    """Where, and how many."""
+
+    city: str
+    people: int
+
+
+def has(module):
+    """Skips a test where its library is not installed: the summary counts it, and a skip is no pass."""
+    return unittest.skipUnless(importlib.util.find_spec(module), f"{module} is not installed: pip install .[clients]")
+
+
+class TestClients(CustomTestCase):
+    """The model is a script: it calls the first tool that it is shown, then answers; with a form it says ANSWER."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.fake = FakeServer(
+            added_tokens=("<think>", "</think>", "<tool_call>"),
+            tokenizer_config={"chat_template": STYLES["qwen3"]},
+            context_len=8192,
+            tool_call_parser="qwen25",
+            reasoning_parser="qwen3",
+        ).wait_ready()
+        cls.addClassCleanup(cls.fake.stop)
+        cls.fake.scheduler.script = cls.say
+        cls.base = f"{cls.fake.url}/v1"
+
+    @classmethod
+    def say(cls, message):
+        prompt = cls.fake.tokenizer.decode(list(message.input_ids), skip_special_tokens=False)
+        lines = [line for line in prompt.splitlines() if line.startswith('{"type": "function"')]
+        tools = [json.JSONDecoder().raw_decode(line)[0]["function"] for line in lines]
+        text = "It is Paris, for 2."
+        if tools and "<tool_response>" not in prompt:
+            fields = tools[0]["parameters"].get("properties", {})
+            arguments = {"city": "Paris", "people": 2} if "people" in fields else {name: "Paris" for name in fields}
+            text = CALL.format(name=tools[0]["name"], arguments=json.dumps(arguments))
+        elif message.grammar is not None or "JSON" in prompt:
+            text = ANSWER
+        return [*cls.fake.tokenizer.encode(text, add_special_tokens=False), 1]
+
+    def client(self, kind=openai.OpenAI):
+        client = kind(base_url=self.base, api_key="k", max_retries=0, timeout=30)
+        if kind is openai.OpenAI:
+            self.addCleanup(client.close)
+        return client
+
+    def test_openai(self):
+        client, asked = self.client(), [{"role": "user", "content": ASKED}]
+        parsed = client.chat.completions.parse(model="default", messages=asked, response_format=Place)
+        self.assertEqual(parsed.choices[0].message.parsed, Place(city="Paris", people=2))
+        tool = openai.pydantic_function_tool(Place)
+        called = client.chat.completions.parse(model="default", messages=asked, tools=[tool])
+        (call,) = called.choices[0].message.tool_calls
+        self.assertEqual(call.function.parsed_arguments, Place(city="Paris", people=2))
+        reply = client.responses.parse(model="default", input=ASKED, text_format=Place)
+        self.assertEqual(reply.output_parsed, Place(city="Paris", people=2))
+        with client.responses.stream(model="default", input=ASKED) as stream:
+            self.assertEqual("".join(e.delta for e in stream if e.type.endswith("text.delta")), "It is Paris, for 2.")
+            self.assertEqual(stream.get_final_response().status, "completed")
+
+    @has("langchain_openai")
+    def test_langchain(self):
+        from langchain_openai import ChatOpenAI
+
+        model = ChatOpenAI(model="default", base_url=self.base, api_key="k", max_retries=0)
+        for method in ("json_schema", "function_calling", "json_mode"):
+            with self.subTest(method):
+                structured = model.with_structured_output(Place, method=method)
+                self.assertEqual(structured.invoke(f"{ASKED} Say it in JSON."), Place(city="Paris", people=2))
+        reply = model.bind_tools([Place]).invoke(ASKED)
+        self.assertEqual((reply.tool_calls[0]["name"], reply.tool_calls[0]["args"]["people"]), ("Place", 2))
+        self.assertEqual("".join(chunk.content for chunk in model.stream(ASKED)), "It is Paris, for 2.")
+
+    @has("pydantic_ai")
+    def test_pydantic_ai(self):
+        from pydantic_ai import Agent, NativeOutput, ToolOutput
+        from pydantic_ai.models.openai import OpenAIChatModel
+        from pydantic_ai.providers.openai import OpenAIProvider
+
+        model = OpenAIChatModel("default", provider=OpenAIProvider(base_url=self.base, api_key="k"))
+        for output in (ToolOutput(Place), NativeOutput(Place)):
+            self.assertEqual(Agent(model, output_type=output).run_sync(ASKED).output, Place(city="Paris", people=2))
+        agent, seen = Agent(model), []
+
+        @agent.tool_plain
+        def look(city: str) -> str:
+            """Look at a city."""
+            seen.append(city)
+            return "2 people"
+
+        self.assertEqual(agent.run_sync(ASKED).output, "It is Paris, for 2.")
+        self.assertEqual(seen, ["Paris"])
+
+    @has("instructor")
+    def test_instructor(self):
+        import instructor
+
+        for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON, instructor.Mode.JSON_SCHEMA):
+            with self.subTest(mode):
+                client = instructor.from_openai(self.client(), mode=mode)
+                place = client.chat.completions.create(
+                    model="default", messages=[{"role": "user", "content": ASKED}], response_model=Place, max_retries=0
+                )
+                self.assertEqual(place.model_dump(), {"city": "Paris", "people": 2})
+
+    @has("litellm")
+    def test_litellm(self):
+        import litellm
+
+        where = {"api_base": self.base, "api_key": "k", "messages": [{"role": "user", "content": ASKED}]}
+        for model in ("openai/default", "hosted_vllm/default"):
+            reply = litellm.completion(model=model, **where)
+            self.assertEqual(reply.choices[0].message.content, "It is Paris, for 2.")
+        pieces = litellm.completion(model="openai/default", stream=True, **where)
+        self.assertEqual("".join(piece.choices[0].delta.content or "" for piece in pieces), "It is Paris, for 2.")
+        reply = litellm.completion(model="openai/default", response_format=Place, **where)
+        self.assertEqual(json.loads(reply.choices[0].message.content), json.loads(ANSWER))
+
+    @has("agents")
+    def test_openai_agents(self):
+        import agents
+
+        agents.set_tracing_disabled(True)
+        agents.set_default_openai_client(self.client(openai.AsyncOpenAI), use_for_tracing=False)
+        seen = []
+
+        @agents.function_tool
+        def look(city: str) -> str:
+            """Look at a city."""
+            seen.append(city)
+            return "2 people"
+
+        agent = agents.Agent(name="a", instructions="Answer.", tools=[look], model="default")
+        self.assertEqual(agents.Runner.run_sync(agent, ASKED).final_output, "It is Paris, for 2.")
+        self.assertEqual(seen, ["Paris"])
+        agent = agents.Agent(name="b", instructions="Answer.", output_type=Place, model="default")
+        self.assertEqual(agents.Runner.run_sync(agent, ASKED).final_output, Place(city="Paris", people=2))
+
+
+if __name__ == "__main__":
+    unittest.main()
