@@ -19,6 +19,7 @@ TEXTS = [question.text for question in heldout_questions(16, seed=31)]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 20, "ignore_eos": True}
 DRAWN = {**GREEDY, "temperature": 0.7, "top_p": 0.9, "sampling_seed": 3}
 EDITED = {**GREEDY, "frequency_penalty": 0.6}
+FORMED = {**DRAWN, "regex": "[0-9+= ]+"}
 GROUPS = {"dp_size": 2, "enable_dp_attention": True}
 MORI = {"moe_a2a_backend": "mori"}
 MODES: dict[str, dict[str, Any]] = {
@@ -37,7 +38,7 @@ class TestServed(CustomTestCase):
             model_path=str(EMBEDDED_MODELS[model]), random_seed=1, chunked_prefill_size=16, **settings
         ) as engine:
             results = [engine.generate(text, GREEDY, return_logprob=True) for text in TEXTS[:2]]
-            results += engine.generate(TEXTS, [GREEDY, DRAWN, GREEDY, EDITED] * 4, return_logprob=True)
+            results += engine.generate(TEXTS, [GREEDY, DRAWN, FORMED, EDITED] * 4, return_logprob=True)
             return results, engine.get_server_info()["internal_states"]
 
     def check(self, model: str) -> None:

@@ -15,7 +15,7 @@ from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tasks import heldout_questions
 
 use_fakes()
-register_cpu_ci(est_time=60, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=70, suite="stage-b-test-cpu")
 
 TEXTS = [question.text for question in heldout_questions(6, seed=5)]
 GREEDY = {"temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True}
@@ -49,6 +49,19 @@ def serve(model: str, cap: int = 0, **settings: Any) -> tuple[list[list[int]], d
 
 
 class TestExpertsOverFakes(CustomTestCase):
+    def test_same_tokens_with_drafts(self) -> None:
+        folder = str(EMBEDDED_MODELS["deepseek-v3-tiny"])
+        truth, _ = serve(folder)
+        settings = {**GROUPS, "deepep_mode": "low_latency", "speculative_algorithm": "NEXTN"}
+        tokens, state = serve(folder, 6, **settings)
+        self.assertEqual(tokens, truth)
+        self.assertTrue(0 < state["num_accepted_drafts"] < state["num_drafts"])
+        # The layer's experts too run over the exchange, beside the shared ones.
+        for experts in (state["experts"], state["draft"]["experts"]):
+            self.assertRegex(experts["transport"], r"MORI .* FAKE \(AsyncLL\)")
+        self.assertGreater(state["experts"]["received_rows"]["most_rounds"], 1)
+        self.assertTrue(any(site["enabled"] for site in state["streams"]["sites"].values()))
+
     def test_same_tokens(self) -> None:
         for name, folder in EMBEDDED_MODELS.items():
             truth, _ = serve(str(folder))

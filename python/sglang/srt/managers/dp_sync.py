@@ -84,6 +84,6 @@ class StepAgreement:
         if batch is not None:
             tokens, requests = batch.num_tokens, len(batch.reqs)
             bucket = (self._bucket_of(requests) if batch.forward_mode.is_decode() else None) or NO_BUCKET
-            edits = any(req.changes_logits for req in batch.reqs)
+            edits = batch.kind != DECODE and any(req.edits_logits for req in batch.reqs)
         wish = (tokens, requests, bucket, int(edits), int(has_work), int(stops))
         return agree(self._world.all_gather_ints(wish), self._group_size)

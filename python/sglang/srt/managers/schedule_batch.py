@@ -170,9 +170,10 @@ class Req:
         )
 
     @property
-    def changes_logits(self) -> bool:
-        """Whether drafts are drawn from other logits than the model's: then no graph draws them. None has a form."""
-        return self.sampling_row().is_edited
+    def edits_logits(self) -> bool:
+        """Whether drafts are drawn from edited logits: then no graph draws them. None has a form."""
+        params = self.sampling_params
+        return params.edits_logits or len(self.output_ids) < params.min_new_tokens
 
 
 @dataclass

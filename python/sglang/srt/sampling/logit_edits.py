@@ -31,9 +31,7 @@ class SamplingRow:
     @property
     def is_edited(self) -> bool:
         """Whether the request changes its logits."""
-        p = self.params
-        penalised = p.frequency_penalty or p.presence_penalty or p.repetition_penalty != 1.0
-        return bool(penalised or p.logit_bias or self.tokens_left)
+        return self.params.edits_logits or self.tokens_left > 0
 
 
 @dataclass(frozen=True)
