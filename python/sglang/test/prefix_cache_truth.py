@@ -399,7 +399,7 @@ class RandomServer:
         size = self.page_size
         for child in node.children.values():
             for end in range(size, child.key.size + 1, size):
-                state = self.kept is not None and self.kept.is_alive(child) and end == child.key.size
+                state = self.kept is not None and self.kept.slot_of(child) is not None and end == child.key.size
                 prefix = above + tuple(child.key[:end].tolist())
                 seen[prefix] = (np.asarray(child.value[end - size : end]).tolist(), child.lock_ref, state)
             self._dump(child, above + tuple(child.key.tolist()), seen)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
+from unittest import TestCase
 
 import torch
 
 from sglang.kernels.ops.sampling.draw import SEEN
-from sglang.srt.managers.io_struct import BatchTokenIDOutput, StartedReqs, TokenizedGenerateReqInput
+from sglang.srt.configs.cache_layout import WINDOW_DUMMY_PAGES
+from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, StartedReqs, TokenizedGenerateReqInput
 from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_config import SchedulerConfig
@@ -18,6 +21,8 @@ from sglang.srt.managers.tp_worker import StepOutput
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.state_companion import StateCompanion
+from sglang.srt.mem_cache.window_companion import WindowCompanion
+from sglang.srt.mem_cache.window_pages import WindowPages
 from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -28,9 +33,8 @@ EOS = 7
 BAD = 49  # a prompt that ends in this id makes the model emit NaN
 
 
-def mix(tokens: list[int]) -> int:
+def mix(tokens: list[int], state: int = 0) -> int:
     """A rolling hash of a token sequence: what the fake model's state is."""
-    state = 0
     for token in tokens:
         state = (state * 31 + token + 1) % 1_000_003
     return state
@@ -104,6 +108,8 @@ class FakeWorker:
         self.states = states  # what each state slot holds, one number
         self.decode_kind = DECODE if width == 1 else StepKind("verify", width)
         self.slots: dict[int, tuple[int, int]] = {}
+        # By slot of the window pools, what the tokens up to the row's own are.
+        self.windows: dict[int, int] = {}
         self.last_token: dict[int, int] = {}
         self.lengths: dict[int, int] = {}  # by row, as a device knows them
         self.num_behind = 0  # rows of steps for which the host knew a bound of the length alone
@@ -143,6 +149,8 @@ class FakeWorker:
                 self.slots[slot] = (token, position)
             sequence = self._held(row, end)
             sequences.append(sequence)
+            if self.memory.allocator.window is not None:
+                self._run_window(row, sequence, end - length, self.memory.allocator.window)
             if states:
                 assert self.states is not None
                 state = self.states[states[index]]
@@ -160,6 +168,19 @@ class FakeWorker:
         self.num_extend_rows += offset if batch.extend_seq_lens else 0
         is_decode = batch.input_ids is None and width == 1
         return FakeForward(self, rows, StepOutput(ids, faults, width), sequences, is_decode, committed)
+
+    def _run_window(self, row: int, sequence: list[int], start: int, window: WindowPages) -> None:
+        """Write the rows from ``start`` on, and read what each sees: a page of tokens, its own the last."""
+        page, sums = window.page_size, [0]
+        for token in sequence:
+            sums.append(mix([token], sums[-1]))
+        full = self.memory.req_pool.req_to_token[row, : len(sequence)].tolist()
+        slots = [int(window.table[slot // page]) * page + slot % page for slot in full]
+        first = max(0, start - page + 1)
+        assert min(slots[first:]) >= WINDOW_DUMMY_PAGES * page, "a row of a window was given back"
+        self.windows.update(zip(slots[start:], sums[start + 1 :], strict=True))
+        seen = [self.windows.get(slot) for slot in slots[first:]]
+        assert seen == sums[first + 1 :], "a window holds rows of other tokens"
 
     def _held(self, row: int, end: int) -> list[int]:
         """The tokens that the slots of a request hold."""
@@ -242,14 +263,19 @@ def make(
     conservativeness: float = 1.0,
     overlap: bool = False,
     width: int = 1,
+    window: int = 0,
 ) -> Setup:
-    allocator = TokenToKVPoolAllocator(pool, page)
-    states, companions = None, []
+    windows = WindowPages(pool // page, window, page) if window else None
+    if windows is not None:
+        # As where the device has a table of its own.
+        windows._is_shared, windows.table = False, windows.table.clone()
+    allocator = TokenToKVPoolAllocator(pool, page, windows)
+    states, companions = None, [WindowCompanion(windows, 2 * width)] if windows is not None else []
     if hybrid:
         num_slots = max(state_slots, rows)
         slots, state_memory = make_state_slots(num_slots, [0], (1, 1), (1, 1, 1), torch.int64, torch.int64)
         states = state_memory.layer(0)[1]
-        companions = [StateCompanion(slots)]
+        companions.append(StateCompanion(slots))
     tree = RadixCache(allocator, page, disable=not radix, companions=companions)
     memory = ReqMemory(allocator, ReqToTokenPool(rows, 256 + width), tree, width)
     config = SchedulerConfig(
@@ -281,3 +307,35 @@ def request(rid: str, prompt: list[int], max_new: int = 8, stream: bool = False)
         stream=stream,
         sampling_params=SamplingParams(max_new_tokens=max_new, temperature=0.0),
     )
+
+
+def random_traffic(case: TestCase, seed: int, **options: Any) -> Setup:
+    """Random arrivals with shared prefixes, and aborts; ``case`` asserts that each answers as if it were alone."""
+    rng = random.Random(seed)
+    setup = make(**options)
+    limit = setup.scheduler.config.max_req_len
+    stems = [[rng.randrange(VOCAB - 2) for _ in range(rng.randrange(1, 60))] for _ in range(4)]
+    wanted: dict[str, list[int]] = {}
+    for number in range(40):
+        stem = rng.choice(stems)
+        prompt = stem[: rng.randrange(1, len(stem) + 1)] + [
+            rng.randrange(VOCAB - 2) for _ in range(rng.choice([0, 1, 30]))
+        ]
+        prompt = prompt[: limit - 1]
+        max_new = rng.choice([1, 2, 20, 60])
+        rid = f"r{number}"
+        wanted[rid] = expected_output(prompt, max_new, limit)
+        setup.channel.inbox.append(request(rid, prompt, max_new, stream=rng.random() < 0.5))
+        for _ in range(rng.randrange(0, 6)):
+            setup.turn()
+        if rng.random() < 0.15:
+            victim = f"r{rng.randrange(number + 1)}"
+            if victim not in setup.channel.reasons:
+                setup.channel.inbox.append(AbortReq(rid=victim))
+                setup.turn()
+                if setup.channel.reasons[victim].type == "abort":
+                    wanted.pop(victim, None)
+    setup.run()
+    for rid, tokens in wanted.items():
+        case.assertEqual(setup.channel.outputs[rid], tokens, f"{rid} with {options} and seed {seed}")
+    return setup

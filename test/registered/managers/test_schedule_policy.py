@@ -56,11 +56,11 @@ class ScarceWindow(PrefixCompanion[int]):
     def room(self) -> int:
         return self.free
 
-    def needs(self, num_tokens: int) -> int:
-        return min(num_tokens, 8)
+    def needs(self, num_tokens: int, running: bool) -> int:
+        return min(num_tokens, 4 if running else 8)
 
-    def is_alive(self, node: object) -> bool:
-        return True
+    def usable_len(self, node: object, num_tokens: int) -> int:
+        return num_tokens
 
     def fork(self, node: object) -> int:
         return 0
@@ -127,9 +127,9 @@ class TestPrefillPlanner(CustomTestCase):
         self.assertEqual(planner._room, {FULL: 1000 - (42 + 30 + 4), SWA: 14 - 8})
         running = [request(8, 8, left=20), request(8, 8, left=0)]
         planner = self.planner(1000, running, companions=[ScarceWindow(14)])
-        self.assertEqual(planner._room, {FULL: 1000 - (10 + 4) - 4, SWA: 14 - 8 - 4})
-        self.assertFalse(planner._room.holds({FULL: 1, SWA: 3}))
-        self.assertTrue(planner._room.holds({FULL: 982, SWA: 2, "state": 9}))
+        self.assertEqual(planner._room, {FULL: 1000 - (10 + 4) - 4, SWA: 14 - 4 - 4})
+        self.assertFalse(planner._room.holds({FULL: 1, SWA: 7}))
+        self.assertTrue(planner._room.holds({FULL: 982, SWA: 6, "state": 9}))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,17 @@ from sglang.srt.managers.req_memory import PoolLeakError
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.scheduler_fakes import BAD, VOCAB, FakeForward, FakeStep, Setup, expected_output, make, request
+from sglang.test.scheduler_fakes import (
+    BAD,
+    VOCAB,
+    FakeForward,
+    FakeStep,
+    Setup,
+    expected_output,
+    make,
+    random_traffic,
+    request,
+)
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
@@ -19,36 +29,6 @@ register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
 class TestRandomTraffic(CustomTestCase):
     """Random arrivals with shared prefixes, on pools that overflow; outputs must be those of each request alone."""
-
-    def traffic(self, seed: int, **options: object) -> Setup:
-        rng = random.Random(seed)
-        setup = make(**options)
-        limit = setup.scheduler.config.max_req_len
-        stems = [[rng.randrange(VOCAB - 2) for _ in range(rng.randrange(1, 60))] for _ in range(4)]
-        wanted: dict[str, list[int]] = {}
-        for number in range(40):
-            stem = rng.choice(stems)
-            prompt = stem[: rng.randrange(1, len(stem) + 1)] + [
-                rng.randrange(VOCAB - 2) for _ in range(rng.choice([0, 1, 30]))
-            ]
-            prompt = prompt[: limit - 1]
-            max_new = rng.choice([1, 2, 20, 60])
-            rid = f"r{number}"
-            wanted[rid] = expected_output(prompt, max_new, limit)
-            setup.channel.inbox.append(request(rid, prompt, max_new, stream=rng.random() < 0.5))
-            for _ in range(rng.randrange(0, 6)):
-                setup.turn()
-            if rng.random() < 0.15:
-                victim = f"r{rng.randrange(number + 1)}"
-                if victim not in setup.channel.reasons:
-                    setup.channel.inbox.append(AbortReq(rid=victim))
-                    setup.turn()
-                    if setup.channel.reasons[victim].type == "abort":
-                        wanted.pop(victim, None)
-        setup.run()
-        for rid, tokens in wanted.items():
-            self.assertEqual(setup.channel.outputs[rid], tokens, f"{rid} with {options} and seed {seed}")
-        return setup
 
     def test_all_modes(self) -> None:
         modes = [
@@ -74,7 +54,7 @@ class TestRandomTraffic(CustomTestCase):
         for mode in modes:
             for seed in range(6):
                 with self.subTest(mode=mode, seed=seed):
-                    self.traffic(seed, **mode)
+                    random_traffic(self, seed, **mode)
 
     def test_tight_pool_retracts_and_stays_right(self) -> None:
         retracted = 0
@@ -83,7 +63,7 @@ class TestRandomTraffic(CustomTestCase):
                 for seed in range(6):
                     with self.subTest(hybrid=hybrid, page=page, seed=seed):
                         options = {"hybrid": hybrid, "page": page, "mixed": seed % 2 == 1, "overlap": seed % 3 > 0}
-                        setup = self.traffic(seed, pool=160, conservativeness=0.05, **options)
+                        setup = random_traffic(self, seed, pool=160, conservativeness=0.05, **options)
                         retracted += setup.scheduler.metrics.num_retracted_reqs
         self.assertGreater(retracted, 20)
 
@@ -92,13 +72,15 @@ class TestRandomTraffic(CustomTestCase):
         for page in (1, 4):
             for seed in range(3):
                 with self.subTest(page=page, seed=seed):
-                    setup = self.traffic(seed, pool=160, conservativeness=0.05, page=page, width=4, overlap=seed > 0)
+                    setup = random_traffic(
+                        self, seed, pool=160, conservativeness=0.05, page=page, width=4, overlap=seed > 0
+                    )
                     retracted += setup.scheduler.metrics.num_retracted_reqs
         self.assertGreater(retracted, 0)
 
     def test_forced_retraction(self) -> None:
         for overlap in (False, True):
-            setup = self.traffic(3, retract_interval=3, overlap=overlap)
+            setup = random_traffic(self, 3, retract_interval=3, overlap=overlap)
             self.assertGreater(setup.scheduler.metrics.num_retracted_reqs, 5)
 
 

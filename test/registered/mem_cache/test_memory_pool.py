@@ -68,8 +68,27 @@ class TestPools(CustomTestCase):
         with self.assertRaisesRegex(ValueError, "no whole rows of pages"):
             layout.num_bytes(FULL, 6)
         pools = ModelPools(layout, {FULL: 16, SWA: 8}, 4, "cpu")
-        self.assertEqual([tuple(buffer.shape) for buffer in pools.buffers()], [(2, 5, 40), (1, 3, 2, 3)])
+        self.assertEqual([tuple(buffer.shape) for buffer in pools.buffers()], [(2, 5, 40), (1, 4, 2, 3)])
         self.assertEqual([pools.size(unit) for unit in (FULL, SWA, STATE)], [16, 8, 0])
+
+    def test_what_a_tombstone_stands_for_is_not_finite(self) -> None:
+        specs = [pool_spec(name, unit, [0, 1], {name: (6,)}, dtype) for name, unit, dtype in (
+            ("kv", FULL, torch.float32), ("rows", SWA, torch.bfloat16), ("f8", SWA, torch.float8_e4m3fn),
+            ("fnuz", SWA, torch.float8_e4m3fnuz), ("bytes", SWA, torch.uint8),
+        )]  # fmt: skip
+        layout = CacheLayout((*specs[:4], replace(specs[4], units_per_row=4)))
+        pools = ModelPools(layout, {FULL: 16, SWA: 8}, 4, "cpu")
+        written = WrittenRows(pools, {FULL: 8, SWA: 4})
+        for _ in range(2):
+            self.assertFalse(bool(pools["kv"].buffers()[0].any()))
+            self.assertTrue(bool((pools["bytes"].buffers()[0][:, 1] == 0xFF).all()))
+            self.assertFalse(bool(pools["bytes"].buffers()[0][:, [0, 2, 3]].any()))
+            for name in ("rows", "f8", "fnuz"):
+                rows = pools[name].buffers()[0].float()
+                self.assertEqual(rows[:, 4:8].isnan().all().item(), True, name)
+                self.assertFalse(bool(rows[:, :4].any() or rows[:, 8:].any()), name)
+            written.poison(1)
+            written.clear()
 
 
 class TestWrittenRows(CustomTestCase):

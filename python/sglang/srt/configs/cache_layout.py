@@ -12,6 +12,9 @@ from dataclasses import dataclass
 
 # The units that are ever allocated: a token of a sequence, a token within a sliding window, and a slot of a sequence.
 FULL, SWA, STATE = "full", "swa", "state"
+# Pages of a window's pools that are never handed out: the first is the dummy, the rows of the other are NaN, which is
+# what a token has whose window was given back.
+TOMBSTONE_PAGE, WINDOW_DUMMY_PAGES = 1, 2
 
 _ITEM_BYTES = {
     "float64": 8, "int64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3fn": 1, "float8_e4m3fnuz": 1,
@@ -128,5 +131,8 @@ def join(layouts: Iterable[CacheLayout]) -> CacheLayout:
 
 
 def dummy_units(unit: str, page_size: int) -> int:
-    """How many of a unit lie before the first that is handed out, for padded rows: a page of tokens, a state slot."""
-    return 1 if unit == STATE else page_size
+    """How many of a unit lie before the first that is handed out: for padded rows a page of tokens or a state slot, and
+    in a window the tombstones' page."""
+    if unit == STATE:
+        return 1
+    return page_size * (WINDOW_DUMMY_PAGES if unit == SWA else 1)

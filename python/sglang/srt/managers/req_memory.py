@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -44,6 +45,8 @@ class ReqMemory:
         # Whole pages cost more than it gains, and a prefix with companions ends where they are.
         self._own_last_row = step_width > 1 and self.page_size == 1
         self._limits = [companion for companion in tree.companions if companion.is_limit]
+        # Where a prefix cannot end inside what was computed at once, chunks end where it may want to.
+        self._ends_matter = not all(companion.cuttable for companion in tree.companions)
 
     @property
     def page_size(self) -> int:
@@ -55,15 +58,23 @@ class ReqMemory:
         room.update((companion.unit, companion.room()) for companion in self._limits)
         return room
 
-    def needs(self, new_tokens: Sequence[int]) -> Room:
-        """What requests that are to have so many more tokens, one number each, need of each unit at one time."""
+    def needs(self, new_tokens: Sequence[int], running: bool = False) -> Room:
+        """What requests that are to have so many more tokens, one number each, need of each unit at one time; beside
+        what they hold, where they are ``running`` and hold what a step needs."""
         needed = Room({FULL: sum(new_tokens)})
-        needed.update((companion.unit, sum(map(companion.needs, new_tokens))) for companion in self._limits)
+        for companion in self._limits:
+            needed[companion.unit] = sum(companion.needs(number, running) for number in new_tokens)
         return needed
 
-    def num_used(self) -> int:
-        """Tokens that requests hold: slots of their own, and prefixes that they lock."""
-        return self.allocator.size - self.room()[FULL]
+    def num_used(self, unit: str = FULL) -> int:
+        """Tokens that requests hold of a unit that can run out: slots of their own, and of prefixes that they lock."""
+        return self.num_of(unit) - self.room()[unit]
+
+    def num_of(self, unit: str) -> int:
+        """Tokens that there are of a unit that can run out; 0 where the model does not have it."""
+        if unit == FULL:
+            return self.allocator.size
+        return sum(companion.num_units for companion in self._limits if companion.unit == unit)
 
     def match(self, req: Req) -> MatchResult:
         """The usable cached prefix of a request that holds nothing yet.
@@ -92,7 +103,7 @@ class ReqMemory:
         req.kv_committed_len = req.kv_allocated_len = req.tree_len = prefix
         # What a retracted request finds again may be its own.
         req.own_start = min(req.own_start, prefix) if req.num_retractions else prefix
-        req.snapshot_at = match.kv_len if match.kv_len > prefix else 0
+        req.snapshot_at = match.kv_len if match.kv_len > prefix and self._ends_matter else 0
         req.cached_tokens = max(req.cached_tokens, prefix) if req.num_retractions == 0 else req.cached_tokens
 
     def extend(self, reqs: list[Req], ends: list[int]) -> torch.Tensor | None:
@@ -108,6 +119,7 @@ class ReqMemory:
         if slots is None:
             return None
         self.req_pool.write_extend([self._row(req) for req in reqs], starts, upto, slots)
+        self._flush_window()
         for req, last in zip(reqs, upto, strict=True):
             req.kv_allocated_len = last
         if upto == ends:
@@ -139,7 +151,13 @@ class ReqMemory:
         if slots is not None:
             for req in reqs:
                 req.kv_allocated_len = max(req.kv_allocated_len, req.kv_committed_len + width)
+            self._flush_window()
         return slots
+
+    def _flush_window(self) -> None:
+        """A step is about to be queued that reads by the table of windows."""
+        if self.allocator.window is not None:
+            self.allocator.window.flush()
 
     def _extend_wide(self, reqs: list[Req], rows: list[int], width: int) -> torch.Tensor | None:
         starts = [req.kv_allocated_len for req in reqs]
@@ -171,6 +189,16 @@ class ReqMemory:
     def step_room(self) -> int:
         """Tokens, whole pages, that a decode step of one request may allocate at most."""
         return (-(-(self.step_width + self.step_ahead - 1) // self.page_size) + 1) * self.page_size
+
+    def advance(self, req: Req) -> None:
+        """Take back what no later step of a running request needs: its first row comes behind all known tokens but one.
+
+        A step in flight starts no earlier, and what is taken back is used again by steps behind it alone.
+        """
+        for companion in self._limits:
+            read = partial(self.req_pool.read, self._row(req))
+            known = min(req.kv_committed_len, req.seq_len - 1)
+            companion.advance(req.held[companion.unit], known, req.tree_len, read)
 
     def share_prefix(self, req: Req) -> None:
         """Cache what a running request has computed, so that others can use it, and lock it for this one.
@@ -267,3 +295,5 @@ class ReqMemory:
         missing = num_tokens - self.allocator.available_size()
         if missing > 0:
             self.tree.evict(missing)
+        for companion in self._limits:
+            companion.make_room(num_tokens)

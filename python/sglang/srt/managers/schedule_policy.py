@@ -72,7 +72,7 @@ class PrefillPlanner:
         self._memory = memory
         self._limits = limits
         self._num_running = len(running)
-        self._room = memory.room() - memory.needs([self._expected_growth(req, ratio) for req in running])
+        self._room = memory.room() - memory.needs([self._expected_growth(req, ratio) for req in running], running=True)
         self._tokens = limits.max_prefill_tokens if limits.chunk_tokens is None else limits.chunk_tokens
         self.reqs: list[Req] = []
         self.ends: list[int] = []
@@ -86,8 +86,10 @@ class PrefillPlanner:
         memory = self._memory
         room = memory.room().step_tokens() - self.taken()
         growth = min(req.new_tokens_left, CLIP_NEW_TOKENS)
-        self._room -= memory.needs([req.seq_len - req.kv_committed_len + growth + memory.step_room])
-        return self._add(req, room)
+        needed = memory.needs([req.seq_len - req.kv_committed_len + growth + memory.step_room])
+        added, taken = self._add(req, room)
+        self._room -= needed.at_least(taken)
+        return added
 
     def add_waiting(self, req: Req) -> bool:
         """Admit a waiting request; False when it must wait, with nothing changed."""
@@ -105,18 +107,23 @@ class PrefillPlanner:
         if whole or not room.holds(memory.needs([missing + growth + (0 if alone else memory.step_room)])):
             memory.tree.dec_lock_ref(match.node)
             return False
+        before = memory.room()
         memory.admit(req, match)
-        if not self._add(req, room.step_tokens()):
+        room -= before - memory.room()
+        added, taken = self._add(req, room.step_tokens())
+        if not added:
             memory.release(req, cache=False)
             return False
-        self._room = room - memory.needs([missing + growth + memory.step_room])
+        self._room = room - memory.needs([missing + growth + memory.step_room]).at_least(taken)
         return True
 
     def taken(self) -> int:
         """Tokens promised to the requests picked so far, whole pages; of each unit as many."""
         return self._memory.missing_for_extend(self.reqs, self.ends)
 
-    def _add(self, req: Req, room: int) -> bool:
+    def _add(self, req: Req, room: int) -> tuple[bool, int]:
+        """Let a request bring as many of its tokens as there is room for; whether it can, and what the step takes for
+        it of each unit, which may be more than the request needs later."""
         start, page = req.kv_committed_len, self._memory.page_size
         end = req.seq_len
         if self._limits.chunk_tokens is not None:
@@ -129,11 +136,12 @@ class PrefillPlanner:
         if end < req.seq_len:
             end -= end % page
         if end <= start:
-            return False
+            return False, 0
+        before = self.taken()
         self._tokens -= end - start
         self.reqs.append(req)
         self.ends.append(end)
-        return True
+        return True, self.taken() - before
 
     @property
     def is_full(self) -> bool:

@@ -429,6 +429,7 @@ class Scheduler:
                 continue
             if not max_new:
                 self.memory.share_prefix(req)
+                self.memory.advance(req)
                 self.partial.append(req)
                 continue
             # Rows behind the new tokens computed nothing that is right.
@@ -436,6 +437,7 @@ class Scheduler:
             if prefill and id(req) not in was_running:
                 self.memory.share_prefix(req)
                 self.running.append(req)
+            self.memory.advance(req)
             if req.is_due(num_before, self.config.stream_interval):
                 talk.append(req)
         self._emit(talk)

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from sglang.srt.mem_cache.slot_list import SlotAccountingError, SlotList
+from sglang.srt.mem_cache.window_pages import WindowPages
+
 _MAX_SLOT = 2**31 - 1  # slot ids are kept as int32 in the request table
-
-
-class SlotAccountingError(RuntimeError):
-    """A slot, page or row was freed twice, freed in part, or never handed out."""
 
 
 class TokenToKVPoolAllocator:
@@ -20,10 +19,11 @@ class TokenToKVPoolAllocator:
     Slots ``page_size .. size + page_size - 1`` are handed out; page 0 is the dummy that padded rows write to, so a pool
     needs ``size + page_size`` rows. A page belongs to one owner at a time, and position ``p`` of a sequence always sits
     at offset ``p % page_size`` of its page. Pages are reused last-in first-out, from the lowest on a fresh pool, so the
-    same calls give the same slots. All tensors are int64 on the host.
+    same calls give the same slots. All tensors are int64 on the host. With ``window`` each page gets a window page when
+    it is handed out, and has none when it comes back.
     """
 
-    def __init__(self, size: int, page_size: int = 1):
+    def __init__(self, size: int, page_size: int = 1, window: WindowPages | None = None):
         if page_size < 1 or size < page_size or size % page_size:
             raise ValueError(f"size must be a positive multiple of page_size, got {size=} and {page_size=}")
         if size + page_size > _MAX_SLOT:
@@ -31,6 +31,7 @@ class TokenToKVPoolAllocator:
         self.size = size
         self.page_size = page_size
         self.num_pages = size // page_size
+        self.window = window
         self._offsets: np.ndarray = np.arange(page_size, dtype=np.int64)
         self._slot_mark: np.ndarray = np.zeros(size + page_size, dtype=np.int32)
         self._page_mark: np.ndarray = np.zeros(self.num_pages + 1, dtype=np.int32)
@@ -42,9 +43,11 @@ class TokenToKVPoolAllocator:
         self._top = self.num_pages
         # Slots in use of each page; 0 means that the page is free.
         self._used: np.ndarray = np.zeros(self.num_pages + 1, dtype=np.int32)
+        if self.window is not None:
+            self.window.clear()
 
     def available_size(self) -> int:
-        """Tokens that whole free pages can still take."""
+        """Tokens that whole free pages can still take, windows apart."""
         return self._top * self.page_size
 
     def free_slots(self) -> torch.Tensor:
@@ -53,10 +56,13 @@ class TokenToKVPoolAllocator:
         return torch.from_numpy((pages[:, None] * self.page_size + self._offsets).reshape(-1))
 
     def _pop_pages(self, num_pages: int) -> np.ndarray | None:
-        if num_pages > self._top:
+        if num_pages > self._top or (self.window is not None and num_pages > self.window.num_free()):
             return None
         self._top -= num_pages
-        return self._stack[self._top : self._top + num_pages][::-1].copy()
+        pages = self._stack[self._top : self._top + num_pages][::-1].copy()
+        if self.window is not None:
+            self.window.lend(pages.tolist())
+        return pages
 
     def alloc(self, num_tokens: int) -> torch.Tensor | None:
         """Slots of ``num_tokens / page_size`` whole pages, or None and no change when they are not free."""
@@ -180,6 +186,8 @@ class TokenToKVPoolAllocator:
         if self.page_size > 1:
             self._check_whole_pages(slots, pages)
         self._used[pages] = 0
+        if self.window is not None:
+            self.window.take_back(pages)
         # Reversed, so that the next alloc meets the pages in the order in which they were listed.
         self._stack[self._top : self._top + pages.size] = pages[::-1]
         self._top += pages.size
@@ -193,46 +201,6 @@ class TokenToKVPoolAllocator:
             raise SlotAccountingError(
                 f"page {page} has {int(self._used[page])} slots in use and {got} were freed: free a page at once"
             )
-
-
-class SlotList:
-    """Numbers ``first .. first + size - 1`` that are handed out one by one: lowest first, then last-in first-out."""
-
-    def __init__(self, name: str, first: int, size: int):
-        self.size = size
-        self._name, self._first = name, first
-        self.clear()
-
-    def clear(self) -> None:
-        """Take every number back, whoever holds it."""
-        self._free = list(range(self._first + self.size - 1, self._first - 1, -1))
-        self._in_use = bytearray(self._first + self.size)
-
-    def available_size(self) -> int:
-        return len(self._free)
-
-    def is_allocated(self, slot: int) -> bool:
-        return self._first <= slot < self._first + self.size and bool(self._in_use[slot])
-
-    def alloc(self) -> int | None:
-        """A number, or None when all are taken."""
-        if not self._free:
-            return None
-        slot = self._free.pop()
-        self._in_use[slot] = 1
-        return slot
-
-    def free(self, slot: int) -> None:
-        """Take a number back; raises SlotAccountingError unless it is handed out."""
-        self.check(slot)
-        self._in_use[slot] = 0
-        self._free.append(slot)
-
-    def check(self, slot: int) -> None:
-        """Raise SlotAccountingError unless ``slot`` is handed out."""
-        if not self.is_allocated(slot):
-            last = self._first + self.size - 1
-            raise SlotAccountingError(f"{self._name} {slot} is not handed out ({self._name}s {self._first}..{last})")
 
 
 class ReqToTokenPool(SlotList):

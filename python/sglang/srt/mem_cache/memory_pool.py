@@ -6,8 +6,17 @@ from collections.abc import Iterator, Mapping
 
 import torch
 
-from sglang.srt.configs.cache_layout import FULL, STATE, CacheLayout, FieldSpec, PoolSpec, dummy_units
-from sglang.srt.mem_cache.allocator import SlotList
+from sglang.srt.configs.cache_layout import (
+    FULL,
+    STATE,
+    SWA,
+    TOMBSTONE_PAGE,
+    CacheLayout,
+    FieldSpec,
+    PoolSpec,
+    dummy_units,
+)
+from sglang.srt.mem_cache.slot_list import SlotList
 
 
 class CachePool:
@@ -73,6 +82,7 @@ class ModelPools:
         self._pools: dict[str, CachePool] = {}
         for spec in layout.pools:
             self._pools[spec.name] = CachePool(spec, self.rows_of(spec, self._sizes[spec.unit]), device)
+        self.mark_tombstones()
 
     def __getitem__(self, name: str) -> CachePool:
         try:
@@ -93,6 +103,19 @@ class ModelPools:
         if units % spec.units_per_row:
             raise ValueError(f"{units} units {spec.unit!r} are no whole rows of pool {spec.name!r}")
         return units // spec.units_per_row
+
+    def mark_tombstones(self) -> None:
+        """Fill the page of a window's tombstones, so that whatever is read of it is not finite."""
+        self.fill_window_page(TOMBSTONE_PAGE)
+
+    def fill_window_page(self, page: int) -> None:
+        """Fill a page of the window with NaN; bytes with ones, which are NaN or no number in every packed format."""
+        for pool in self:
+            if pool.spec.unit == SWA:
+                rows = self.page_size // pool.spec.units_per_row
+                for buffer in pool.buffers():
+                    part = buffer[:, page * rows : (page + 1) * rows]
+                    part.fill_(torch.nan if buffer.is_floating_point() else 0xFF)
 
     def buffers(self, unit: str | None = None) -> tuple[torch.Tensor, ...]:
         """All buffers of all pools, or of those that follow ``unit``."""

@@ -6,6 +6,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import Generic, TypeVar
 
+import numpy as np
+import torch
+
 from sglang.srt.mem_cache.tree_node import InsertResult, TreeNode
 
 # What a request holds of a companion's unit while it runs.
@@ -15,10 +18,10 @@ Held = TypeVar("Held")
 class PrefixCompanion(ABC, Generic[Held]):
     """Keeps, for nodes of the prefix tree, what lives by another allocator than their KV slots.
 
-    A prefix can be used up to the deepest node at which every companion is alive. A companion may let go of what it
-    keeps while the KV stays; it owns what it keeps, and requests own what they hold. ``unit`` names the unit that it
-    hands out, ``cuttable`` says whether the upper part of a node that is cut can be alive. Where requests can run short
-    of the unit, ``is_limit`` is set, and each token of a step takes one.
+    A prefix can be used up to the last token at which every companion has what it needs. A companion may let go of what
+    it keeps while the KV stays; it owns what it keeps, and requests own what they hold. ``unit`` names the unit that it
+    hands out, ``cuttable`` says whether a prefix can end inside what was computed at once. Where requests can run short
+    of the unit, ``is_limit`` is set: each token of a step takes one, from the allocator of KV slots.
     """
 
     unit: str
@@ -30,12 +33,21 @@ class PrefixCompanion(ABC, Generic[Held]):
         self.offer = offer
 
     @abstractmethod
-    def is_alive(self, node: TreeNode) -> bool:
-        """Whether a prefix that ends with ``node`` can be used; a leaf for which that is not so is evicted first."""
+    def usable_len(self, node: TreeNode, num_tokens: int) -> int:
+        """With how many of the first ``num_tokens`` of ``node``, whole pages, a prefix can end; the most, or 0.
+
+        A leaf with which none can end is evicted first.
+        """
 
     @abstractmethod
     def on_match(self, path: Sequence[TreeNode]) -> None:
-        """A prefix was found, root first, never empty: what it needs counts as used."""
+        """A prefix was found, root first, never empty, and ends with the last node: what it needs counts as used."""
+
+    def on_add(self, node: TreeNode) -> None:  # noqa: B027
+        """``node`` has come into the tree with the slots that a request computed."""
+
+    def on_repeat(self, path: Sequence[TreeNode], slots: np.ndarray) -> None:  # noqa: B027
+        """A request has computed the tokens of ``path``, in ``slots`` [n]; what was let go of can be had of those."""
 
     @abstractmethod
     def on_split(self, upper: TreeNode, lower: TreeNode) -> None:
@@ -53,17 +65,35 @@ class PrefixCompanion(ABC, Generic[Held]):
     def fork(self, node: TreeNode) -> Held | None:
         """What a request that starts behind ``node`` (the root: from nothing) holds; None when nothing is to be had."""
 
+    def advance(  # noqa: B027
+        self, held: Held, num_tokens: int, tree_len: int, slots_of: Callable[[int, int], torch.Tensor]
+    ) -> None:
+        """No step of the request will start before ``num_tokens`` again: take back what none needs; asked of a limit.
+
+        The first ``tree_len`` tokens lie in the tree's slots; ``slots_of`` gives those of a range of positions.
+        """
+
     @abstractmethod
     def release(self, held: Held) -> None:
         """Take back what a request holds."""
+
+    @property
+    def num_units(self) -> int:
+        """All units that there are; asked only of a limit."""
+        raise NotImplementedError(f"requests cannot run short of {self.unit} slots")
 
     def room(self) -> int:
         """Units that can be had now, eviction included; asked only of a limit."""
         raise NotImplementedError(f"requests cannot run short of {self.unit} slots")
 
-    def needs(self, num_tokens: int) -> int:
-        """Units that a request needs at one time until it has ``num_tokens`` more tokens; asked only of a limit."""
+    def needs(self, num_tokens: int, running: bool) -> int:
+        """Units that a request needs at one time, beside those that it holds if it is ``running``, until it has
+        ``num_tokens`` more tokens; asked only of a limit."""
         return num_tokens
+
+    def make_room(self, num_units: int) -> None:
+        """Evict until so many are free, or nothing is left to evict; asked only of a limit."""
+        raise NotImplementedError(f"requests cannot run short of {self.unit} slots")
 
     @abstractmethod
     def num_held(self) -> int:

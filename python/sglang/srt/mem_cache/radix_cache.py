@@ -43,7 +43,6 @@ class RadixCache:
         self.page_size = page_size
         self.disable = disable
         self.companions = tuple(companions)
-        self._cuttable = all(companion.cuttable for companion in companions)
         for companion in companions:
             companion.bind(self._offer)
         self._next_id = 0
@@ -86,16 +85,18 @@ class RadixCache:
     def match_prefix(self, token_ids: Sequence[int] | np.ndarray) -> MatchResult:
         """The longest whole-page prefix of ``token_ids`` that is cached and can be used; marks it as used.
 
-        An edge that matches in part is split, so that ``node`` ends exactly at the match, unless that is of no use.
+        An edge that can be used in part is split, so that ``node`` ends exactly at the match.
         """
         tokens = self._as_key(token_ids)
         path, matched, inside = self._walk(tokens)
-        if inside and self._cuttable:
-            path[-1] = self._split(path[-1], inside)
-        elif inside:
+        while path:
+            usable = self._usable_len(path[-1], inside or path[-1].key.size)
+            if usable:
+                if usable < path[-1].key.size:
+                    path[-1] = self._split(path[-1], usable)
+                break
             path.pop()
-        while path and not self._is_alive(path[-1]):
-            path.pop()
+            inside = 0
         self._touch(path)
         if path:
             for companion in self.companions:
@@ -117,6 +118,8 @@ class RadixCache:
         path, matched, inside = self._walk(tokens)
         if inside:
             path[-1] = self._split(path[-1], inside)
+        for companion in self.companions:
+            companion.on_repeat(path, slots)
         node = path[-1] if path else self.root
         if matched < tokens.size:
             node = self._add_leaf(node, tokens[matched:].copy(), self._whole_pages(slots[matched : tokens.size]))
@@ -176,6 +179,8 @@ class RadixCache:
         parent.children[self._child_key(key)] = leaf
         self._num_nodes += 1
         self._evictable += value.size
+        for companion in self.companions:
+            companion.on_add(leaf)
         self._offer(leaf)
         return leaf
 
@@ -211,9 +216,15 @@ class RadixCache:
             yield node
             stack.extend(node.children.values())
 
-    def _is_alive(self, node: TreeNode) -> bool:
-        """Whether a prefix that ends with ``node`` has all that it needs."""
-        return all(companion.is_alive(node) for companion in self.companions)
+    def _usable_len(self, node: TreeNode, num_tokens: int) -> int:
+        """With how many of the first ``num_tokens`` of ``node`` a prefix can end that has all it needs; 0 for none."""
+        before = -1
+        usable = num_tokens
+        while usable != before:
+            before = usable
+            for companion in self.companions:
+                usable = companion.usable_len(node, usable) if usable else 0
+        return usable
 
     def _touch(self, path: list[TreeNode]) -> None:
         self._clock += 1
@@ -289,8 +300,8 @@ class RadixCache:
     # larger: an entry that comes up stale is put back under its present key, so the order stays exact.
 
     def _eviction_key(self, node: TreeNode) -> HeapKey:
-        """Smallest goes first: leaves at which no prefix can end, then the least recently used."""
-        return (int(self._is_alive(node)), node.last_access, node.id)
+        """Smallest goes first: leaves with which no prefix can end, then the least recently used."""
+        return (int(self._usable_len(node, node.key.size) > 0), node.last_access, node.id)
 
     def _is_evictable(self, node: TreeNode) -> bool:
         return not node.children and node.lock_ref == 0 and node is not self.root

@@ -11,6 +11,10 @@ class Room(dict[str, int]):
     def __sub__(self, needed: Mapping[str, int]) -> Room:
         return Room({unit: amount - needed.get(unit, 0) for unit, amount in self.items()})
 
+    def at_least(self, amount: int) -> Room:
+        """The larger of each entry and ``amount``."""
+        return Room({unit: max(own, amount) for unit, own in self.items()})
+
     def holds(self, needed: Mapping[str, int]) -> bool:
         """Whether no unit would run out."""
         return all(needed.get(unit, 0) <= amount for unit, amount in self.items())

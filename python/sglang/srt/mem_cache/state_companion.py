@@ -40,9 +40,9 @@ class StateCompanion(PrefixCompanion[int]):
         """The tree's slot of the state at the end of ``node``: copy it, and never write to it."""
         return self._kept.get(node)
 
-    def is_alive(self, node: TreeNode) -> bool:
+    def usable_len(self, node: TreeNode, num_tokens: int) -> int:
         """See the base class."""
-        return node in self._kept
+        return num_tokens if num_tokens == node.key.size and node in self._kept else 0
 
     def on_match(self, path: Sequence[TreeNode]) -> None:
         """See the base class."""

@@ -21,6 +21,7 @@ class WrittenRows:
     def __init__(self, pools: ModelPools, limits: Mapping[str, int]) -> None:
         # Each buffer [layers, rows, ...], and its first row that is no dummy.
         self._views: list[tuple[torch.Tensor, int]] = []
+        self._pools = pools
         for pool in pools:
             spec = pool.spec
             rows, first = pools.rows_of(spec, limits[spec.unit]), dummy_units(spec.unit, pools.page_size)
@@ -44,9 +45,10 @@ class WrittenRows:
         return [fingerprint(buffer, first) for buffer, first in self._views]
 
     def clear(self) -> None:
-        """Zero all of it, as it was made."""
+        """Zero all of it, and mark tombstones, as it was made."""
         for buffer, _ in self._views:
             buffer.zero_()
+        self._pools.mark_tombstones()
 
 
 def fingerprint(buffer: torch.Tensor, first: int) -> torch.Tensor:
