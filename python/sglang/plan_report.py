@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from sglang.srt.configs.cache_layout import FULL, STATE
+from sglang.srt.configs.cache_layout import FULL, STATE, SWA
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.moe.token_dispatcher.config import mori_setting_problems
 from sglang.srt.layers.moe.token_dispatcher.mori_memory import MIB, heap_bytes
@@ -27,6 +27,7 @@ PLATFORMS: dict[str, type[Platform]] = {"hip": RocmPlatform, "cuda": CudaPlatfor
 # Name and note of the row of each unit: how many, and bytes of one.
 UNIT_ROWS = {
     FULL: ("KV", "{} tokens x {} B, and a dummy page"),
+    SWA: ("window", "{} tokens x {} B, and two pages for padding and tombstones"),
     STATE: ("recurrent states", "{} slots x {} B, and a dummy"),
 }
 

@@ -33,6 +33,8 @@ class StaticBatch:
         self.rows: list[int] = []
         self.states: list[int] = []
         self.seq_lens = [0] * batch_size
+        # Pages of each request whose windows were given back.
+        self._passed = [0] * batch_size
         if batch_size > runner.req_to_token_pool.available_size():
             raise BatchTooLargeError(
                 f"a batch of {batch_size} needs as many request rows, and --max-running-requests gives "
@@ -56,6 +58,7 @@ class StaticBatch:
 
     def extend(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[torch.Tensor, LogitsProcessorOutput]:
         """Append ``prompts[i]`` to request i and compute them in one step."""
+        self._leave_windows()
         starts = list(self.seq_lens)
         ends = [start + len(prompt) for start, prompt in zip(starts, prompts, strict=True)]
         slots = self._take(self.allocator.alloc_extend(starts, ends, self._last_slots()), sum(map(len, prompts)))
@@ -74,6 +77,7 @@ class StaticBatch:
 
     def decode(self, ids: torch.Tensor) -> tuple[torch.Tensor, LogitsProcessorOutput]:
         """Append ``ids`` [B], one to each request, and compute them."""
+        self._leave_windows()
         positions = list(self.seq_lens)
         ends = [position + 1 for position in positions]
         slots = self._take(self.allocator.alloc_decode(ends, self._last_slots()), len(ends))
@@ -102,12 +106,27 @@ class StaticBatch:
         step = self.runner.forward(batch)
         return self.runner.sample(step, self._info, batch), step.output
 
+    def _leave_windows(self) -> None:
+        """Give back the windows of pages that no later step reads."""
+        window, page = self.allocator.window, self.allocator.page_size
+        if window is None:
+            return
+        for number, (row, length) in enumerate(zip(self.rows, self.seq_lens, strict=True)):
+            first = max(self._passed[number], length // page - 1)
+            if first > self._passed[number]:
+                slots = self.runner.req_to_token_pool.read(row, self._passed[number] * page, first * page)
+                window.take_back(slots[::page].numpy() // page)
+                self._passed[number] = first
+
     def _take(self, slots: torch.Tensor | None, needed: int) -> torch.Tensor:
+        window = self.allocator.window
         if slots is None:
             raise BatchTooLargeError(
                 f"{needed} more tokens do not fit: {self.allocator.available_size()} of {self.allocator.size} KV "
-                "slots are free"
+                f"slots are free{'' if window is None else f', and {window.num_free()} pages of the window'}"
             )
+        if window is not None:
+            window.flush()
         return slots
 
     def _last_slots(self) -> list[int]:
@@ -157,6 +176,7 @@ class SpeculatingBatch(StaticBatch):
     def decode(self, ids: torch.Tensor) -> tuple[torch.Tensor, LogitsProcessorOutput]:
         """One verify step. ``ids`` lie on the device already, where the step that drew them has put them."""
         kind, pool = self._worker.decode_kind, self.runner.req_to_token_pool
+        self._leave_windows()
         starts, held = list(self.seq_lens), list(self._held)
         ends = [start + kind.rows_per_request for start in starts]
         new = self._reach([end + self._ahead for end in ends])

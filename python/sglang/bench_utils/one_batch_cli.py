@@ -56,7 +56,8 @@ def load(args: ServerArgs, batch_sizes: Sequence[int]) -> tuple[ModelRunner, Tok
     set_global_server_args_for_scheduler(verdict.args)
     REGISTRY.freeze()
     runner = make_runner(verdict.args, verdict.model_config)
-    return runner, TokenToKVPoolAllocator(runner.pools.size(), runner.memory.page_size), verdict.args
+    memory = runner.memory
+    return runner, TokenToKVPoolAllocator(runner.pools.size(), memory.page_size, memory.window), verdict.args
 
 
 def make_prompts(args: argparse.Namespace, tokenizer_path: str, vocab: int, count: int, length: int) -> np.ndarray:

@@ -346,7 +346,10 @@ class Envs:
         "collective; a conflict stops the step. Kernels outside torch's dispatcher are not seen.",
     )
     SGLANG_DEBUG_POOL_CHECK = EnvBool(
-        False, section=_TEST, doc="Check the accounting of all memory pools at each idle step; a leak stops the server."
+        False,
+        section=_TEST,
+        doc="Check the accounting of all memory pools at each idle step, a leak stops the server; and fill what a "
+        "window gives back with NaN, a request that reads it ends.",
     )
 
     def __setattr__(self, name: str, value: object) -> NoReturn:

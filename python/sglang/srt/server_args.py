@@ -169,6 +169,16 @@ class ServerArgs(SpecArgs, HttpArgs):
         int | None,
         Arg("Tokens that the KV pool holds.", MEMORY, minimum=1, human=True, auto="what memory allows"),
     ] = None
+    swa_full_tokens_ratio: Annotated[
+        float | None,
+        Arg(
+            "Tokens that the pools of a sliding window hold, over those of the KV pool (DeepSeek V4).",
+            MEMORY,
+            above=0,
+            maximum=1,
+            auto="0.1, and what all running requests use if there is memory",
+        ),
+    ] = None
     chunked_prefill_size: Annotated[
         int | None,
         Arg(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.configs.cache_layout import STATE
+from sglang.srt.configs.cache_layout import STATE, SWA
 from sglang.srt.environ import EnvField, envs
 
 if TYPE_CHECKING:
@@ -64,6 +64,11 @@ def _no_states(here: Situation) -> str:
     return "" if here.keeps_states else "the model has no recurrent states"
 
 
+def _no_window(here: Situation) -> str:
+    windows = here.model is None or here.model.text.cache_layout().has(SWA)
+    return "" if windows else "the model keeps no window apart"
+
+
 def _state_dtype(here: Situation) -> str:
     if here.asked.mamba_ssm_dtype is not None:
         return f"--mamba-ssm-dtype {here.asked.mamba_ssm_dtype} goes before it"
@@ -91,6 +96,7 @@ FLAGS: dict[str, Reason] = {
     "cuda_graph_bs": _no_graphs,
     "cuda_graph_max_bs": _no_graphs,
     "mamba_ssm_dtype": _no_states,
+    "swa_full_tokens_ratio": _no_window,
     "disable_shared_experts_fusion": _no_shared_experts,
 }
 VARIABLES: tuple[tuple[EnvField[Any], Reason], ...] = (

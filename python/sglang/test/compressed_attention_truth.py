@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sglang.srt.configs.cache_layout import FULL, CacheTypes
+from sglang.srt.configs.cache_layout import FULL, SWA, CacheTypes
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.deepseek_v4_cache import PAGE_SIZE
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
@@ -18,6 +18,7 @@ from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import DeepseekV4
 from sglang.srt.layers.rotary_embedding import plain_inverse_frequencies
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import ModelPools
+from sglang.srt.mem_cache.window_pages import WindowPages
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch, StepKind
 
 CPU = torch.device("cpu")
@@ -138,9 +139,12 @@ class AttentionHarness:
         self.layers = [TruthLayer(i, ratio, generator) for i, ratio in enumerate(RATIOS)]
         self.embedding = torch.randn(VOCAB, HIDDEN, generator=generator)
         layout = self.config.cache_layout(1, CacheTypes(kv=kv), num_draft_layers)
-        self.pools = ModelPools(layout, {FULL: num_pages * PAGE_SIZE}, PAGE_SIZE, CPU)
+        tokens = num_pages * PAGE_SIZE
+        self.pools = ModelPools(layout, {FULL: tokens, SWA: tokens}, PAGE_SIZE, CPU)
+        self.window = WindowPages(num_pages, num_pages, PAGE_SIZE)
         self.requests = ReqToTokenPool(64, CONTEXT)
-        context = AttentionContext(SimpleNamespace(text=self.config), self.requests, self.pools, CPU)
+        config = SimpleNamespace(text=self.config)
+        context = AttentionContext(config, self.requests, self.pools, CPU, self.window.table)
         self.context: Any = context
         self.backend = DeepseekV4HipRadixBackend(context)
         self.random = random.Random(seed)
@@ -155,6 +159,13 @@ class AttentionHarness:
         self.requests.req_to_token[: self.requests.padding_row].fill_(1)
         last = self.pools.size(FULL) // PAGE_SIZE
         self.free = self.random.sample(range(1, last + 1), last)
+        self.lend_windows()
+
+    def lend_windows(self) -> None:
+        """Give every page of slots a page of the window, scattered."""
+        last = self.pools.size(FULL) // PAGE_SIZE
+        self.window.clear()
+        self.window.lend(self.random.sample(range(1, last + 1), last))
 
     def new_request(self, prefix_of: TruthRequest | None = None, num_pages: int = 0) -> TruthRequest:
         """A request, which stands on the first pages of another one."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sglang.srt.configs.cache_layout import TOMBSTONE_PAGE
 from sglang.srt.configs.deepseek_v4_cache import ENTRY_TOKENS, PAGE_SIZE, RINGS
 from sglang.srt.layers.attention.deepseek_v4_planner import CompressedPlan, StepRows, plan_step
 
@@ -68,38 +69,54 @@ def check_plan(batch: PlanBatch, ratios: tuple[int, ...] = (4, 128)) -> Compress
         extend_lens=column([end - start for start, end in batch.spans] + [1] * batch.padded),
     )
     rings = {ratio: RINGS[ratio][batch.rings] for ratio in ratios}
-    plan = plan_step(step, table.to(DEVICE), CONTEXT, WINDOW, rings)
-    _compare(plan, batch, slots, rings)
+    # Pages behind the windows of all rows, and of nobody, have none.
+    windows = [0, *rng.sample(range(2, NUM_PAGES + 40), NUM_PAGES - 1)]
+    read = {0}
+    for (start, end), mine in zip(batch.spans, slots, strict=True):
+        read |= {slot // PAGE_SIZE for slot in mine[max(0, start - max(WINDOW, 128) + 1) : end]}
+    windows = [window if page in read else TOMBSTONE_PAGE for page, window in enumerate(windows)]
+    window_pages = torch.tensor(windows, dtype=torch.int32, device=DEVICE)
+    plan = plan_step(step, table.to(DEVICE), window_pages, CONTEXT, WINDOW, rings)
+    own = [[windows[slot // PAGE_SIZE] * PAGE_SIZE + slot % PAGE_SIZE for slot in mine] for mine in slots]
+    _compare(plan, batch, slots, own, rings)
     return plan
 
 
-def _compare(plan: CompressedPlan, batch: PlanBatch, slots: list[list[int]], rings: dict[int, int]) -> None:
-    """AssertionError where a number of ``plan`` is another than a loop over the tokens gives."""
+def _compare(
+    plan: CompressedPlan, batch: PlanBatch, slots: list[list[int]], windows: list[list[int]], rings: dict[int, int]
+) -> None:
+    """AssertionError where a number of ``plan`` is another than a loop over the tokens gives.
+
+    slots, windows: of every token of each request, where it lies, and where its row of the window does.
+    """
     padding = batch.padded + batch.extra
     num_rows = sum(end - start for start, end in batch.spans) + padding
-    requests, windows = [], []
+    requests, seen, stored = [], [], []
     for request, (start, end) in enumerate(batch.spans):
         for p in range(start, end):
             requests.append(request)
-            windows.append([slots[request][q] if q >= 0 else -1 for q in range(p - WINDOW + 1, p + 1)])
+            seen.append([windows[request][q] if q >= 0 else -1 for q in range(p - WINDOW + 1, p + 1)])
+            stored.append(windows[request][p])
     _same(plan.requests[: len(requests)], requests)
-    _same(plan.window_slots, windows + [[-1] * WINDOW] * padding)
+    _same(plan.window_slots, seen + [[-1] * WINDOW] * padding)
+    _same(plan.store_slots, stored + [0] * padding)
+    assert all(slot // PAGE_SIZE != TOMBSTONE_PAGE for each in (*seen, stored) for slot in each), "a tombstone is read"
     tables = []
     for (_, end), mine in zip(batch.spans, slots, strict=True):
         tables.append([mine[p] // PAGE_SIZE if p < end else 0 for p in range(0, CONTEXT, PAGE_SIZE)])
     _same(plan.page_table, tables + [[0] * (CONTEXT // PAGE_SIZE)] * batch.padded)
     for ratio, ring in rings.items():
         visible, state_rows, closed = [], [], []
-        for (start, end), mine in zip(batch.spans, slots, strict=True):
+        for (start, end), mine, window in zip(batch.spans, slots, windows, strict=True):
             first = len(visible)
             for p in range(start, end):
                 visible.append(len(range(ratio - 1, p + 1, ratio)))
                 last_of_page = min(end, p - p % PAGE_SIZE + PAGE_SIZE)
-                state_rows.append(_state(mine[p], ring) if last_of_page - p <= ring else 0)
+                state_rows.append(_state(window[p], ring) if last_of_page - p <= ring else 0)
                 if p % ratio == ratio - 1:
                     made_of = []
                     for q in range(p - ENTRY_TOKENS[ratio] + 1, p + 1):
-                        earlier = -2 - _state(mine[q], ring) if q >= 0 else -1
+                        earlier = -2 - _state(window[q], ring) if q >= 0 else -1
                         made_of.append(first + q - start if q >= start else earlier)
                     closed.append((mine[p] // ratio, p - ratio + 1, made_of))
         found = plan.entries[ratio]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from sglang.srt.configs.attention_backends import COMPRESSED
-from sglang.srt.configs.cache_layout import FULL, STATE
+from sglang.srt.configs.cache_layout import FULL, STATE, SWA
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.attention import make_attention_backend
@@ -18,6 +19,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, Atte
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import ModelPools, StateSlots
+from sglang.srt.mem_cache.window_pages import WindowPages
 from sglang.srt.model_executor.forward_batch_info import (
     ForwardBatch,
     ForwardMode,
@@ -72,20 +74,28 @@ class ModelHarness:
             self.model = load_model(self.config, load_format, streams=streams)
         device = torch.device("cpu")
         self.requests = ReqToTokenPool(max_requests, min(self.config.context_len, num_slots), device)
-        self.allocator = TokenToKVPoolAllocator(num_slots, page_size)
-        self._scramble(num_slots, page_size)
         tp_size = get_tp_group().size
-        sizes = {FULL: num_slots, STATE: max_requests}
+        sizes = {FULL: num_slots, SWA: num_slots, STATE: max_requests}
         self.pools = ModelPools(
             cache_layout(self.config, tp_size, num_draft_layers=num_draft_layers), sizes, page_size, device
         )
+        self.window = None
+        if self.pools.layout.has(SWA):
+            self.window = WindowPages(num_slots // page_size, num_slots // page_size, page_size)
+        self.allocator = TokenToKVPoolAllocator(num_slots, page_size, self.window)
+        self._scramble(num_slots, page_size)
         self.state_slots = StateSlots(self.pools) if self.pools.layout.has(STATE) else None
-        context = AttentionContext(self.config, self.requests, self.pools, device)
+        context = self.context()
         name = "dsv4" if self.config.text.attention_family == COMPRESSED else "torch_native"
         self.backend = backend or make_attention_backend(name, context)
         self._processor = self.model.logits_processor
         # How the last step was planned.
         self.plan = StepPlan()
+
+    def context(self) -> AttentionContext:
+        """What a backend over the harness's pools works on."""
+        window_pages = None if self.window is None else self.window.table
+        return AttentionContext(self.config, self.requests, self.pools, torch.device("cpu"), window_pages)
 
     def _scramble(self, num_slots: int, page_size: int) -> None:
         slots = self.allocator.alloc(num_slots)
@@ -93,6 +103,8 @@ class ModelHarness:
         pages = slots.view(-1, page_size)
         for page in torch.randperm(pages.shape[0], generator=torch.Generator().manual_seed(7)).tolist():
             self.allocator.free(pages[page])
+        if self.window is not None:
+            random.Random(3).shuffle(self.window._pages._free)
 
     def reset(self) -> None:
         """Forget every request; slots are handed out from a fresh scrambled pool."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sglang.srt.configs.cache_layout import FULL
+from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
 from sglang.srt.model_loader.loader import load_draft_model
@@ -49,7 +49,7 @@ class MtpHarness(ModelHarness):
 
     def cached_rows(self, layer_id: int) -> list[torch.Tensor]:
         """The cached tensors of a layer of softmax attention, each with a row per slot."""
-        held = [pool for pool in self.pools if pool.spec.unit == FULL and layer_id in pool.spec.layer_ids]
+        held = [pool for pool in self.pools if pool.spec.unit != STATE and layer_id in pool.spec.layer_ids]
         return [rows for pool in held for rows in pool.layer(layer_id)]
 
     def draft_extend(

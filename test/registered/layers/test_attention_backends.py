@@ -19,7 +19,6 @@ from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import (
     _FACTORIES,
-    AttentionContext,
     MlaBackend,
     UnplannedStepError,
     backend_of,
@@ -68,7 +67,7 @@ class BackendCase(CustomTestCase):
 
     def backends(self, harness):
         """Every backend of the tree over the pools of ``harness``; Triton's runs on the references of its ops."""
-        context = AttentionContext(harness.config, harness.requests, harness.pools, CPU)
+        context = harness.context()
         return {name: make_attention_backend(name, context) for name in ("torch_native", "triton")}
 
 

@@ -42,6 +42,7 @@ class TestPlan(CustomTestCase):
     def test_a_batch_of_padding_reads_and_writes_the_dummy_page_alone(self):
         plan = check_plan(PlanBatch([], 5, 2, 1))
         self.assertTrue(bool((plan.window_slots == -1).all()))
+        self.assertFalse(bool(plan.store_slots.any()))
         for entries in plan.entries.values():
             self.assertFalse(bool(entries.state_rows.any() or entries.entry_rows.any() or entries.visible.any()))
             self.assertTrue(bool((entries.sources == -1).all()))
@@ -59,7 +60,8 @@ class TestRings(CustomTestCase):
         table = (torch.arange(1024) + PAGE_SIZE).to(torch.int32).unsqueeze(0)
         lens = torch.tensor([end])
         step = StepRows(slots, torch.zeros(1, dtype=torch.int64), lens, torch.tensor([end - start]))
-        plan = plan_step(step, table, 1024, 1, {ratio: ring}).entries[ratio]
+        windows = torch.arange(6, dtype=torch.int32)
+        plan = plan_step(step, table, windows, 1024, 1, {ratio: ring}).entries[ratio]
         for sources in plan.sources.tolist():
             for source, position in zip(sources, self.tokens(plan, sources, slots, ratio), strict=True):
                 if source <= -2:

@@ -12,7 +12,6 @@ from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.kernels.spec import Impl, Op
 from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.layers.attention import make_attention_backend
-from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.attention.plans import PartedPlan
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
@@ -43,7 +42,7 @@ def make_harness(test, name, page_size=1):
     config = {**TINY_CONFIGS[name], "architectures": [ARCHITECTURES[name]]}
     Path(folder.name, "config.json").write_text(json.dumps(config), encoding="utf-8")
     harness = ModelHarness(folder.name, num_slots=1024, max_requests=16, page_size=page_size, load_format="dummy")
-    context = AttentionContext(harness.config, harness.requests, harness.pools, torch.device("cpu"))
+    context = harness.context()
     return harness, make_attention_backend("triton", context)
 
 
@@ -173,7 +172,7 @@ class TestPreference(CustomTestCase):
             self.addCleanup(REGISTRY.ops.pop, op.name)
         with fresh_decisions():
             harness, _ = make_harness(self, "dsv3")
-            context = AttentionContext(harness.config, harness.requests, harness.pools, torch.device("cpu"))
+            context = harness.context()
             for name, chosen in (("torch_native", "torch"), ("triton", "fast")):
                 make_attention_backend(name, context)
                 self.assertEqual([op() for op in ops], [chosen] * 4 + ["fast"], name)

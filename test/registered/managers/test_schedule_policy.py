@@ -124,7 +124,7 @@ class TestPrefillPlanner(CustomTestCase):
         planner = self.planner(1000, [], companions=[ScarceWindow(14)])
         self.assertTrue(planner.add_partial(request(50, computed=8, left=30)))
         self.assertEqual(planner.ends, [20], "three pages of window tokens, not a chunk of 16")
-        self.assertEqual(planner._room, {FULL: 1000 - (42 + 30 + 4), SWA: 14 - 8})
+        self.assertEqual(planner._room, {FULL: 1000 - (42 + 30 + 4), SWA: 14 - 12})
         running = [request(8, 8, left=20), request(8, 8, left=0)]
         planner = self.planner(1000, running, companions=[ScarceWindow(14)])
         self.assertEqual(planner._room, {FULL: 1000 - (10 + 4) - 4, SWA: 14 - 4 - 4})

@@ -1,8 +1,9 @@
 """Pool sizing: the split, the overrides, and refusals that show their arithmetic."""
 
+import math
 import unittest
 
-from sglang.srt.configs.cache_layout import FULL, STATE, BufferSpec, CacheLayout, PoolSpec
+from sglang.srt.configs.cache_layout import FULL, STATE, SWA, BufferSpec, CacheLayout, PoolSpec
 from sglang.srt.mem_cache.pool_plan import PoolPlanError, plan_pool_sizes
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -110,6 +111,75 @@ class TestHybrids(CustomTestCase):
             ({"available_bytes": 90 * KIB}, r"\(8 state slots \+ 1 dummy\) x 10240 B = 92160 B.*lower max_running"),
             ({"max_mamba_cache_size": 400}, r"\(400 state slots.*or max_mamba_cache_size"),
             ({"max_total_tokens": 1000}, "which fit 999"),
+        ):
+            with self.subTest(change), self.assertRaisesRegex(PoolPlanError, message):
+                self.plan(**change)
+
+
+class TestWindows(CustomTestCase):
+    """256 tokens are a page of 1 KiB per token, and one of 20 KiB per token in the window."""
+
+    base = {
+        "available_bytes": 4000 * 256 * KIB,
+        "layout": CacheLayout(
+            (
+                *layout(KIB).pools,
+                PoolSpec("rows", SWA, (0,), (BufferSpec("b", (15 * KIB,), "uint8"),)),
+                PoolSpec("states", SWA, (0,), (BufferSpec("b", (40 * KIB,), "uint8"),), 8),
+            )
+        ),
+        "max_running_requests": 8,
+        "page_size": 256,
+    }
+
+    def plan(self, **change):
+        plan = plan_pool_sizes(**{**self.base, **change})
+        pages, windows = plan.sizes[FULL] // 256, plan.sizes[SWA] // 256
+        self.assertEqual((plan.sizes[FULL] % 256, plan.sizes[SWA] % 256), (0, 0))
+        used = (pages + 1) + (windows + 2) * 20
+        self.assertLessEqual(used, change.get("available_bytes", self.base["available_bytes"]) // (256 * KIB))
+        return pages, windows, plan.lines
+
+    def test_a_tenth_unless_told_otherwise(self) -> None:
+        pages, windows, lines = self.plan()
+        self.assertEqual((pages, windows), (1319, 132))  # 1320 + 134 * 20 = 4000
+        self.assertIn(
+            "window: 33792 tokens (0.1 of KV) + 2 pages of 256 for padding and tombstones x 20480 B", lines[-4]
+        )
+        self.assertIn("pool rows: 34304 rows x 15360 B = 502.50 MiB, by swa units", lines)
+        self.assertIn("pool states: 4288 rows x 40960 B = 167.50 MiB, by swa units", lines)
+        self.assertEqual(self.plan(swa_full_tokens_ratio=1.0)[:2], (188, 188))
+        for ratio in (0.05, 0.3, 1.0):
+            for available in (900, 4000, 77_777):
+                pages, windows, _ = self.plan(available_bytes=available * 256 * KIB, swa_full_tokens_ratio=ratio)
+                self.assertEqual(windows, math.ceil(ratio * pages))
+                more = (pages + 2) + (math.ceil(ratio * (pages + 1)) + 2) * 20
+                self.assertGreater(more, available, "a page more would have fitted")
+
+    def test_memory_that_is_left_goes_to_what_requests_use(self) -> None:
+        self.assertEqual(self.plan(useful_tokens=50 * 256)[:2], (50, 24))  # three for each of eight
+        self.assertEqual(self.plan(useful_tokens=50 * 256, useful_step_tokens=1025)[:2], (50, 29))
+        self.assertEqual(self.plan(max_total_tokens=10 * 256)[:2], (10, 10))
+        self.assertEqual(self.plan(max_total_tokens=50 * 256, available_bytes=391 * 256 * KIB)[:2], (50, 15))
+        self.assertEqual(self.plan(useful_tokens=50 * 256, swa_full_tokens_ratio=0.1)[:2], (50, 5))
+
+    def test_the_least_with_which_a_request_can_be_served(self) -> None:
+        self.assertEqual(self.plan(max_total_tokens=20 * 256, available_bytes=141 * 256 * KIB)[:2], (20, 4))
+        self.assertEqual(self.plan(max_total_tokens=2 * 256, available_bytes=83 * 256 * KIB)[:2], (2, 2))
+        for change, message in (
+            (
+                {"max_total_tokens": 30 * 256, "swa_full_tokens_ratio": 0.1},
+                "--swa-full-tokens-ratio 0.1 of 7680 tokens is a window pool of 3 pages of 256, and a request may need "
+                "4: give at least 0.134, or raise --max-total-tokens",
+            ),
+            (
+                {"available_bytes": 61 * 256 * KIB},
+                r"1024 B \+ \(1 \+ 2\) window pages x 5.00 MiB = 15.50 MiB, and 15.25",
+            ),
+            (
+                {"max_total_tokens": 2000 * 256},
+                r"256 dummy\) x 1024 B \+ \(200 \+ 2\) window pages x 5.00 MiB = 1.47 GiB.* which fit 337664 tokens",
+            ),
         ):
             with self.subTest(change), self.assertRaisesRegex(PoolPlanError, message):
                 self.plan(**change)

@@ -10,7 +10,6 @@ from unittest import mock
 import torch
 
 from sglang.srt.layers.attention import make_attention_backend
-from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.capture_lint import CaptureOffence, HostOnly, capture_lint, find_problem, to_the_end
 from sglang.srt.model_executor.forward_batch_info import DECODE
@@ -133,7 +132,7 @@ class TestDecodeSteps(CustomTestCase):
             config = {**TINY_CONFIGS[name], "architectures": [ARCHITECTURES[name]]}
             Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
             harness = ModelHarness(folder, num_slots=256, max_requests=8, load_format="dummy")
-        context = AttentionContext(harness.config, harness.requests, harness.pools, CPU)
+        context = harness.context()
         harness.backend = make_attention_backend("triton", context)
         return harness
 

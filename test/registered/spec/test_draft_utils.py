@@ -8,7 +8,7 @@ import torch
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.configs import attention_backends as declarations
 from sglang.srt.configs.attention_backends import BackendDeclaration, attention_backends
-from sglang.srt.configs.cache_layout import FULL, STATE
+from sglang.srt.configs.cache_layout import FULL, STATE, SWA
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.attention import base_attn_backend
@@ -42,8 +42,9 @@ class CudaOnly:
 def context_of(name, num_draft_layers=1):
     config, device = ModelConfig.from_path(str(EMBEDDED_MODELS[name])), torch.device("cpu")
     layout = cache_layout(config, 1, num_draft_layers=num_draft_layers)
-    pools = ModelPools(layout, {FULL: 64, STATE: 2}, 1, device)
-    return AttentionContext(config, ReqToTokenPool(2, 64, device), pools, device)
+    pools = ModelPools(layout, {FULL: 64, SWA: 64, STATE: 2}, 1, device)
+    windows = torch.zeros(2, dtype=torch.int32)
+    return AttentionContext(config, ReqToTokenPool(2, 64, device), pools, device, windows)
 
 
 class TestDraftBackendFactory(CustomTestCase):

@@ -38,23 +38,24 @@ class TestPools(CustomTestCase):
     def test_rows_and_bytes_of_pools_in_8_bits(self):
         """Rows of 16 + 2 * 8 bytes and 8 of scales, in pages of whole rows' values; keys of 16 + 4 bytes."""
         found = self.rows_and_bytes("--kv-cache-dtype", "fp8_e4m3")
-        self.assertEqual(found["swa"], (5 * 256, 3 * 40))
+        self.assertEqual(found["swa"], (6 * 256, 3 * 40))
         self.assertEqual((found["c4"], found["c4_index"]), ((5 * 64, 40), (5 * 64, 20)))
         # Two rows of 40 bytes are a page of three times 32.
-        self.assertEqual((found["c128"], found["c128_state"]), ((5 * 2, 48), (5 * 128, 2 * 24 * 4)))
+        self.assertEqual((found["c128"], found["c128_state"]), ((5 * 2, 48), (6 * 128, 2 * 24 * 4)))
 
     def test_rows_and_bytes_of_each_pool(self):
-        # 1,024 tokens and the dummy page are 5 pages; three layers, heads of 24, index keys of 16, in float32.
+        # 1,024 tokens and the dummy page are 5 pages, and 6 of the window with the tombstones'; three layers, heads of
+        # 24, index keys of 16, in float32.
         self.assertEqual(
             self.rows_and_bytes(),
             {
-                "swa": (5 * 256, 3 * 24 * 4),
+                "swa": (6 * 256, 3 * 24 * 4),
                 "c4": (5 * 64, 24 * 4),
-                "c4_state": (5 * 8, 2 * 48 * 4),
+                "c4_state": (6 * 8, 2 * 48 * 4),
                 "c4_index": (5 * 64, 16 * 4),
-                "c4_index_state": (5 * 8, 2 * 32 * 4),
+                "c4_index_state": (6 * 8, 2 * 32 * 4),
                 "c128": (5 * 2, 24 * 4),
-                "c128_state": (5 * 128, 2 * 24 * 4),
+                "c128_state": (6 * 128, 2 * 24 * 4),
             },
         )
 

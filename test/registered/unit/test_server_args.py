@@ -150,7 +150,7 @@ class TestResolve(CustomTestCase):
         with self.assertLogs("sglang.srt.server_args", "INFO") as logs:
             args = resolve(given, MODEL, CPU)
         optional = {"max_total_tokens", "nccl_port", "max_mamba_cache_size", "cuda_graph_bs", "cuda_graph_max_bs"}
-        optional |= {"quantization", "revision"}
+        optional |= {"quantization", "revision", "swa_full_tokens_ratio"}
         optional |= {field.name for part in (module.HttpArgs, module.SpecArgs) for field in dataclasses.fields(part)}
         open_fields = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None}
         self.assertEqual(open_fields - optional, set())

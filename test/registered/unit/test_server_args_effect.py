@@ -15,6 +15,7 @@ from sglang.srt.layers.moe.token_dispatcher.config import mori_setting_problems
 from sglang.srt.server_args import ServerArgs, evaluate
 from sglang.srt.server_args_effect import FLAGS, VARIABLES
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.compressed_attention_truth import CONFIG_JSON
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import TINY_CONFIGS
 
@@ -27,11 +28,13 @@ MODELS = {
     "dense": ("q35", "Qwen3_5ForCausalLM"),
     "qwen": ("q35moe", "Qwen3_5MoeForCausalLM"),
     "deepseek": ("dsv3", "DeepseekV3ForCausalLM"),
+    "v4": ("dsv4", "DeepseekV4ForCausalLM"),
 }
 MORI = "--tp 2 --moe-a2a-backend mori"
 # Setting, where it acts (model, platform, flags, variables beside it), where not, and why.
 ROWS = (
     ("--mamba-ssm-dtype bfloat16", ("qwen",), ("deepseek",), "no recurrent states"),
+    ("--swa-full-tokens-ratio 0.5", ("v4",), ("deepseek",), "keeps no window apart"),
     ("--disable-shared-experts-fusion", ("qwen",), ("dense",), "no shared experts"),
     ("--cuda-graph-bs 1 2", ("qwen", MI300X), ("qwen", CPU), "no decode graphs"),
     ("--cuda-graph-max-bs 4", ("qwen", MI300X), ("qwen", MI300X, "--disable-cuda-graph"), "no decode graphs"),
@@ -59,7 +62,8 @@ class TestWithoutEffect(CustomTestCase):
         self.addCleanup(self.folder.cleanup)
         for name, (sizes, architecture) in MODELS.items():
             Path(self.folder.name, name).mkdir()
-            config = {**TINY_CONFIGS[sizes], "architectures": [architecture], "dtype": "bfloat16"}
+            sizes = CONFIG_JSON if sizes == "dsv4" else TINY_CONFIGS[sizes]
+            config = {**sizes, "architectures": [architecture], "dtype": "bfloat16"}
             Path(self.folder.name, name, "config.json").write_text(json.dumps(config), encoding="utf-8")
 
     def verdict(self, setting, model, platform=CPU, flags="", variables=""):

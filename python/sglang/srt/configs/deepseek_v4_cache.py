@@ -1,15 +1,16 @@
 """What compressed attention (DeepSeek V4) keeps: rows of a window, compressed entries, and what open windows need.
 
-All of it follows the tokens' slots. A page of 256 tokens lies in contiguous slots, so an entry of m tokens has its row
-at slot // m, and a compressor's states have ``ring`` rows for each page: no pool needs an allocator of its own, and
-whatever a prefix that ends with a page needs lives and is freed with that page.
+Entries follow the tokens' slots: a page of 256 tokens lies in contiguous slots, so an entry of m tokens has its row at
+slot // m. What only the tokens next to come need follows the window's slots, which a page of tokens has for a while:
+the window's rows, and ``ring`` rows of a compressor's states for each page. So whatever a prefix that ends with a page
+needs beside its entries is in one page of the window.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sglang.srt.configs.cache_layout import FULL, BufferSpec, CacheLayout, CacheTypes, FieldSpec, PoolSpec
+from sglang.srt.configs.cache_layout import FULL, SWA, BufferSpec, CacheLayout, CacheTypes, FieldSpec, PoolSpec
 
 if TYPE_CHECKING:
     from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
@@ -68,25 +69,25 @@ def packed_keys(num_rows: int, dim: int, dtype: str) -> BufferSpec:
 
 def _row_pool(config: DeepseekV4Config, types: CacheTypes, name: str, ratio: int, layers: tuple[int, ...]) -> PoolSpec:
     """One row for ``ratio`` tokens: a row of the pool each, or in 8 bits a page of them."""
-    is_index = name == "c4_index"
+    is_index, unit = name == "c4_index", SWA if name == "swa" else FULL
     dim = config.index_head_dim if is_index else config.head_dim
     if types.kv not in PACKED_TYPES:
-        return PoolSpec(name, FULL, layers, (BufferSpec("rows", (dim,), types.kv),), ratio)
+        return PoolSpec(name, unit, layers, (BufferSpec("rows", (dim,), types.kv),), ratio)
     num_rows = PAGE_SIZE // ratio
     page = (
         packed_keys(num_rows, dim, types.kv)
         if is_index
         else packed_rows(num_rows, dim, config.qk_rope_head_dim, types.kv)
     )
-    return PoolSpec(name, FULL, layers, (page,), PAGE_SIZE)
+    return PoolSpec(name, unit, layers, (page,), PAGE_SIZE)
 
 
 def deepseek_v4_layout(config: DeepseekV4Config, types: CacheTypes, num_draft_layers: int = 0) -> CacheLayout:
     """The pools of ``config``, of which draft layers have a window alone.
 
-    "swa": one row per token of every layer; of full length. "c4", "c128": entries; "c4_index": keys by which entries
-    are chosen; all in ``types.kv``, an 8-bit float with scales (``packed_rows``, ``packed_keys``). "<entries>_state":
-    the two products of a compressor in float32, ``RINGS`` rows for each page.
+    "swa": one row per token of every layer, of the window. "c4", "c128": entries; "c4_index": keys by which entries are
+    chosen; all in ``types.kv``, an 8-bit float with scales (``packed_rows``, ``packed_keys``). "<entries>_state": the
+    two products of a compressor in float32, ``RINGS`` rows for each page of the window.
     """
     layers = range(config.num_hidden_layers + num_draft_layers)
     pools = [_row_pool(config, types, "swa", 1, tuple(layers))]
@@ -99,5 +100,5 @@ def deepseek_v4_layout(config: DeepseekV4Config, types: CacheTypes, num_draft_la
             states = tuple(BufferSpec(part, (columns,), "float32") for part in ("kv", "gate"))
             ring = RINGS[ratio][num_draft_layers > 0]
             pools.append(_row_pool(config, types, name, ratio, compressed))
-            pools.append(PoolSpec(f"{name}_state", FULL, compressed, states, PAGE_SIZE // ring))
+            pools.append(PoolSpec(f"{name}_state", SWA, compressed, states, PAGE_SIZE // ring))
     return CacheLayout(tuple(pools), PAGE_SIZE)

@@ -19,6 +19,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.constrained.llguidance_backend import GrammarError, GuidanceBackend
 from sglang.srt.distributed import get_parallel_state, init_parallel_state, is_lost_peer, leave_groups
 from sglang.srt.distributed.kernel_agreement import require_same_kernels
+from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.base import ExchangeConfigError
 from sglang.srt.managers.child_context import ChildContext, parse_child_arguments
 from sglang.srt.managers.dp_sync import StepAgreement
@@ -35,8 +36,10 @@ from sglang.srt.managers.step_result import StopChecker
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.pool_plan import PoolPlanError
+from sglang.srt.mem_cache.prefix_companion import PrefixCompanion
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.state_companion import StateCompanion
+from sglang.srt.mem_cache.window_companion import WindowCompanion
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_executor.runner_build import make_runner
 from sglang.srt.model_executor.warm_up import warm_up
@@ -64,13 +67,18 @@ LOST_PEER = "another rank of this replica has gone; this one ends too, and the l
 def make_memory(runner: ModelRunner, args: ServerArgs) -> ReqMemory:
     """Allocator and prefix tree over the runner's pools."""
     page_size = runner.memory.page_size
-    allocator = TokenToKVPoolAllocator(runner.pools.size(FULL), page_size)
+    states, window = runner.memory.state_slots, runner.memory.window
+    allocator = TokenToKVPoolAllocator(runner.pools.size(FULL), page_size, window)
     policy, disable = args.radix_eviction_policy, args.disable_radix_cache
-    states = runner.memory.state_slots
-    companions = [] if states is None else [StateCompanion(states)]
-    tree = RadixCache(allocator, page_size, policy, disable, companions)
     spec = SpecInfo.of(args.speculative_num_steps)
     width, ahead = (1, 0) if spec is None else (spec.num_draft_tokens, spec.slots_ahead)
+    companions: list[PrefixCompanion[Any]] = [] if states is None else [StateCompanion(states)]
+    if window is not None:
+        companions.append(WindowCompanion(window, 2 * width + ahead))
+        if envs.SGLANG_DEBUG_POOL_CHECK.get():
+            runner.pools.poison_windows()
+            window.on_return = runner.pools.fill_window_page
+    tree = RadixCache(allocator, page_size, policy, disable, companions)
     return ReqMemory(allocator, runner.req_to_token_pool, tree, width, ahead)
 
 

@@ -11,6 +11,7 @@ from sglang.srt.configs.cache_layout import (
     STATE,
     SWA,
     TOMBSTONE_PAGE,
+    WINDOW_DUMMY_PAGES,
     CacheLayout,
     FieldSpec,
     PoolSpec,
@@ -116,6 +117,11 @@ class ModelPools:
                 for buffer in pool.buffers():
                     part = buffer[:, page * rows : (page + 1) * rows]
                     part.fill_(torch.nan if buffer.is_floating_point() else 0xFF)
+
+    def poison_windows(self) -> None:
+        """Fill every page of the window but the dummy's as a tombstone's, while no page is lent."""
+        for page in range(TOMBSTONE_PAGE, WINDOW_DUMMY_PAGES + self.size(SWA) // self.page_size):
+            self.fill_window_page(page)
 
     def buffers(self, unit: str | None = None) -> tuple[torch.Tensor, ...]:
         """All buffers of all pools, or of those that follow ``unit``."""

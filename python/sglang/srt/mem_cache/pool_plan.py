@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
-from sglang.srt.configs.cache_layout import FULL, STATE, CacheLayout
+from sglang.srt.configs.cache_layout import FULL, STATE, SWA, WINDOW_DUMMY_PAGES, CacheLayout, PoolSpec, dummy_units
 
 _MAX_ROWS = 2**31 - 1  # slot ids are kept as int32
 # Memory of recurrent states over that of KV, where a prefix tree holds both.
 STATES_TO_KV = 0.9
+# Tokens of a window's pools over those of KV, where nothing else is asked for.
+SWA_FULL_TOKENS_RATIO = 0.1
+# Pages of the window that a request holds at most while it decodes, and those with which any request can be served.
+WINDOW_PAGES_PER_REQUEST, LEAST_WINDOW_PAGES = 3, 4
 
 
 class PoolPlanError(ValueError):
@@ -35,15 +41,18 @@ def plan_pool_sizes(
     disable_radix_cache: bool = False,
     useful_tokens: int | None = None,
     useful_state_slots: int | None = None,
+    swa_full_tokens_ratio: float | None = None,
+    useful_step_tokens: int = 0,
 ) -> PoolPlan:
     """Size the pools of one rank for ``available_bytes``, of which the table of requests' slots takes its part first.
 
     A model without recurrent states gives everything to KV. A hybrid splits the memory
     states : KV = ``STATES_TO_KV`` : 1; its slots are one live slot for each running request, and the rest the prefix
-    tree's. Without a prefix tree there are only live slots. The overrides fix a number instead (the settings'
-    resolution gives each running request a state slot); the useful numbers are where more memory would never be used,
-    and bound what is chosen here. Each pool also holds one dummy: a page of tokens, a state slot. Raises PoolPlanError
-    when it does not fit.
+    tree's. Without a prefix tree there are only live slots. A window's pools have ``swa_full_tokens_ratio`` times the
+    tokens of KV; where none is given, ``SWA_FULL_TOKENS_RATIO`` and at least what all running requests and a step of
+    ``useful_step_tokens`` use, if there is memory for it. The overrides fix a number instead (the settings' resolution
+    gives each running request a state slot); the useful numbers are where more memory would never be used, and bound
+    what is chosen here. Each pool also holds its dummies (``dummy_units``). Raises PoolPlanError when it does not fit.
     """
     page_bytes = layout.num_bytes(FULL, page_size)
     if min(page_bytes, page_size, max_running_requests) < 1:
@@ -75,13 +84,82 @@ def plan_pool_sizes(
             f"for the prefix tree) + 1 dummy x {_size(slot_bytes)}{_parts(layout)} = "
             f"{_size((num_slots + 1) * slot_bytes)}"
         )
-    num_tokens = _plan_tokens(left, page_bytes, page_size, max_total_tokens, useful_tokens, lines)
+    pages = _Pages(left, page_size, page_bytes, layout.num_bytes(SWA, page_size), swa_full_tokens_ratio)
+    num_tokens = _plan_tokens(pages, max_total_tokens, useful_tokens, lines)
     sizes[FULL] = num_tokens
     lines.append(
         f"KV: {num_tokens} tokens + 1 dummy page of {page_size} x {_size(page_bytes // page_size)} = "
         f"{_size((num_tokens // page_size + 1) * page_bytes)} of {_size(left)}"
     )
+    if layout.has(SWA):
+        useful = WINDOW_PAGES_PER_REQUEST * max_running_requests + -(-useful_step_tokens // page_size)
+        sizes[SWA] = _plan_window(pages, num_tokens // page_size, useful, lines) * page_size
+    if len(layout.pools) > len(layout.units):
+        lines += [_pool_line(pool, sizes[pool.unit] + dummy_units(pool.unit, page_size)) for pool in layout.pools]
     return PoolPlan(sizes, tuple(lines))
+
+
+@dataclass(frozen=True)
+class _Pages:
+    """Memory that is left for pages of tokens, and bytes of each: of KV, and of the window (0: there is none).
+
+    ratio: as asked for; None: nothing was.
+    """
+
+    left: int
+    page_size: int
+    full_bytes: int
+    window_bytes: int
+    ratio: float | None
+
+    def windows(self, num_pages: int) -> int:
+        """Pages of the window beside so many of KV."""
+        if not self.window_bytes:
+            return 0
+        asked = math.ceil((SWA_FULL_TOKENS_RATIO if self.ratio is None else self.ratio) * num_pages)
+        return min(num_pages, asked if self.ratio is not None else max(asked, LEAST_WINDOW_PAGES))
+
+    def cost(self, num_pages: int) -> int:
+        """Bytes of so many pages of KV, with their windows and all dummies."""
+        dummies = WINDOW_DUMMY_PAGES if self.window_bytes else 0
+        return (num_pages + 1) * self.full_bytes + (self.windows(num_pages) + dummies) * self.window_bytes
+
+    def fitting(self) -> int:
+        """The most pages of KV that fit; below 1 for none."""
+        most = min(max(self.left, 0) // self.full_bytes, _MAX_ROWS // self.page_size) - 1
+        return bisect_right(range(most + 1), self.left, key=self.cost) - 1
+
+    def terms(self, num_pages: int) -> str:
+        """What is added for windows, in words; nothing where there are none."""
+        if not self.window_bytes:
+            return ""
+        return f" + ({self.windows(num_pages)} + {WINDOW_DUMMY_PAGES}) window pages x {_size(self.window_bytes)}"
+
+
+def _plan_window(pages: _Pages, num_pages: int, useful: int, lines: list[str]) -> int:
+    """Pages of the window beside ``num_pages`` of KV; the ``useful`` ones, where nothing was asked for and they fit."""
+    windows = pages.windows(num_pages)
+    if pages.ratio is None:
+        spare = (pages.left - pages.cost(num_pages)) // pages.window_bytes
+        windows = max(windows, min(useful, num_pages, windows + spare))
+    least = min(LEAST_WINDOW_PAGES, num_pages)
+    if windows < least:
+        raise PoolPlanError(
+            f"--swa-full-tokens-ratio {pages.ratio:g} of {num_pages * pages.page_size} tokens is a window pool of "
+            f"{windows} pages of {pages.page_size}, and a request may need {least}: give at least "
+            f"{math.ceil(1000 * least / num_pages) / 1000:g}, or raise --max-total-tokens"
+        )
+    lines.append(
+        f"window: {windows * pages.page_size} tokens ({windows / num_pages:.3g} of KV) + {WINDOW_DUMMY_PAGES} pages of "
+        f"{pages.page_size} for padding and tombstones x {_size(pages.window_bytes // pages.page_size)} = "
+        f"{_size((windows + WINDOW_DUMMY_PAGES) * pages.window_bytes)}"
+    )
+    return windows
+
+
+def _pool_line(pool: PoolSpec, num_units: int) -> str:
+    rows = num_units // pool.units_per_row
+    return f"pool {pool.name}: {rows} rows x {pool.row_bytes} B = {_size(rows * pool.row_bytes)}, by {pool.unit} units"
 
 
 def _parts(layout: CacheLayout) -> str:
@@ -126,20 +204,14 @@ def _plan_states(
     return slots
 
 
-def _plan_tokens(
-    left: int,
-    page_bytes: int,
-    page_size: int,
-    max_total_tokens: int | None,
-    useful: int | None,
-    lines: list[str],
-) -> int:
-    fitting = (min(max(left, 0) // page_bytes, _MAX_ROWS // page_size) - 1) * page_size
-    token = _size(page_bytes // page_size)
+def _plan_tokens(pages: _Pages, max_total_tokens: int | None, useful: int | None, lines: list[str]) -> int:
+    page_size, left = pages.page_size, pages.left
+    fitting = pages.fitting() * page_size
+    token = _size(pages.full_bytes // page_size)
     if fitting < page_size:
         raise PoolPlanError(
-            f"KV needs at least a page and the dummy page: 2 x {page_size} tokens x {token} = "
-            f"{_size(2 * page_bytes)}, and {_size(left)} are left: free memory"
+            f"KV needs at least a page and the dummy page: 2 x {page_size} tokens x {token}{pages.terms(1)} = "
+            f"{_size(pages.cost(1))}, and {_size(left)} are left: free memory"
         )
     if max_total_tokens is None:
         return fitting if useful is None else min(fitting, max(useful + -useful % page_size, page_size))
@@ -147,10 +219,11 @@ def _plan_tokens(
     if num_tokens < page_size:
         raise PoolPlanError(f"max_total_tokens {max_total_tokens} is less than one page of {page_size} tokens")
     if num_tokens > fitting:
+        asked = num_tokens // page_size
         raise PoolPlanError(
-            f"max_total_tokens {max_total_tokens}: ({num_tokens} + {page_size} dummy) x {token} = "
-            f"{_size((num_tokens // page_size + 1) * page_bytes)}, and {_size(left)} are left, which fit {fitting} "
-            "tokens: lower it or free memory"
+            f"max_total_tokens {max_total_tokens}: ({num_tokens} + {page_size} dummy) x {token}{pages.terms(asked)} = "
+            f"{_size(pages.cost(asked))}, and {_size(left)} are left, which fit {fitting} tokens: lower it or free "
+            "memory"
         )
     if num_tokens != max_total_tokens:
         lines.append(f"max_total_tokens: {max_total_tokens} -> {num_tokens} (whole pages of {page_size})")

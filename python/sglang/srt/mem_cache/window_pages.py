@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -32,6 +32,8 @@ class WindowPages:
         self._is_shared = torch.device(device).type == "cpu"
         self.table = table if self._is_shared else table.to(device)
         self._changed: set[int] = set()
+        # Called with each window page that comes back; for debugging.
+        self.on_return: Callable[[int], None] = lambda page: None
         self.clear()
 
     def clear(self) -> None:
@@ -63,8 +65,10 @@ class WindowPages:
         """Take the window pages of ``full_pages`` [n] back, of those that have one; how many."""
         held: list[int] = full_pages[self.are_live(full_pages)].tolist()
         for full in reversed(held):  # so that the next to be lent are in the order in which these stand
-            self._pages.free(int(self._host[full]))
+            page = int(self._host[full])
+            self._pages.free(page)
             self._set(full, TOMBSTONE_PAGE)
+            self.on_return(page)
         return len(held)
 
     def move(self, source: int, target: int) -> None:

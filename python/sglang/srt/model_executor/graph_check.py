@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
-from sglang.srt.configs.cache_layout import FULL, STATE
+from sglang.srt.configs.cache_layout import FULL, STATE, SWA
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import ModelPools
+from sglang.srt.mem_cache.window_pages import WindowPages
 from sglang.srt.mem_cache.written_rows import WrittenRows
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch, StepKind
@@ -33,7 +34,8 @@ class GraphCheck:
 
     ``eager(batch, bucket)`` and ``replay`` run the padded step of ``kind``, and give what it computed for the requests
     of the batch. last_token, relay: where a step finds, by request row, the ids that its requests drew last, lengths
-    and drafts. writes_table: the step puts its slots into the request table; else they are there.
+    and drafts. writes_table: the step puts its slots into the request table; else they are there. window: lends pages
+    of the window to the pages that requests have.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class GraphCheck:
         vocab_size: int,
         relay: StepRelay | None = None,
         writes_table: bool = True,
+        window: WindowPages | None = None,
     ) -> None:
         self._graphs = graphs
         self._kind = kind
@@ -63,9 +66,13 @@ class GraphCheck:
         self._lens = check_lens(pools.layout.page_size)
         largest = graphs.buckets[-1]
         wanted = largest * self._pages(max(self._lens) + self._ahead)
+        self._window = window
         self._num_pages = min(pools.size(FULL) // pools.page_size, wanted)
+        if window is not None:
+            self._num_pages = min(self._num_pages, window.num_pages)
         self._num_states = min(pools.size(STATE), largest)
-        self._written = WrittenRows(pools, {FULL: self._num_pages * pools.page_size, STATE: self._num_states})
+        num_tokens = self._num_pages * pools.page_size
+        self._written = WrittenRows(pools, {FULL: num_tokens, SWA: num_tokens, STATE: self._num_states})
 
     def run(self) -> None:
         """Check every captured bucket; one that differs on any rank is refused with the reason."""
@@ -85,7 +92,7 @@ class GraphCheck:
             page, needed = self._page_size, size * self._pages(self._width + self._ahead)
             if self._num_pages < needed:
                 have, need = self._num_pages * page, needed * page
-                return f"the KV pool has {have} slots, and the step of {size} requests needs {need}"
+                return f"the pools have {have} slots, and the step of {size} requests needs {need}"
             batch = self._batch(rows, torch.Generator().manual_seed(bucket))
             self._forget_slots(batch)
             self._written.poison(bucket)
@@ -104,6 +111,8 @@ class GraphCheck:
         finally:
             for row in rows:
                 self._req_pool.free(row)
+            if self._window is not None:
+                self._window.clear()
 
     def _forget_slots(self, batch: ModelWorkerBatch) -> None:
         """Take the slots of the step out of the request table, into which the step is to write them."""
@@ -124,6 +133,9 @@ class GraphCheck:
         longest = min(max(lens), self._req_pool.max_context_len - 1, room) - self._ahead
         lens = tuple(max(self._width, min(lens[i % len(lens)], longest)) for i in range(len(rows)))
         order = torch.randperm(self._num_pages, generator=generator) + 1
+        if self._window is not None:
+            self._window.lend(order.flip(0).tolist())
+            self._window.flush()
         slots, used = [], 0
         for row, length in zip(rows, lens, strict=True):
             count = self._pages(length + self._ahead)

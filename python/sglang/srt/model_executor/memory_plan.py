@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from sglang.srt.configs.cache_layout import CacheLayout, dummy_units
+from sglang.srt.configs.cache_layout import STATE, CacheLayout, dummy_units
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
 from sglang.srt.layers.moe.fused_moe import FusedMoE
@@ -325,9 +325,9 @@ def plan_units(args: ServerArgs, layout: CacheLayout, pools: PoolPlan | None) ->
     """What the pools that follow each unit take; nothing where ``pools`` could not be sized."""
     units = {}
     for unit in layout.units:
-        page = dummy_units(unit, args.page_size or 1)
+        page = 1 if unit == STATE else args.page_size or 1
         size = 0 if pools is None else pools.sizes[unit]
-        num_bytes = 0 if pools is None else layout.num_bytes(unit, size + page)
+        num_bytes = 0 if pools is None else layout.num_bytes(unit, size + dummy_units(unit, page))
         held = [pool for pool in layout.pools if pool.unit == unit]
         parts = {pool.name: page // pool.units_per_row * pool.row_bytes for pool in held}
         rows = {pool.name: page // pool.units_per_row * pool.packed_rows for pool in held}

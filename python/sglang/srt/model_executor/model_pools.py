@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
-from sglang.srt.configs.cache_layout import FULL, STATE, CacheLayout, CacheTypes, join
+from sglang.srt.configs.cache_layout import FULL, STATE, SWA, CacheLayout, CacheTypes, join
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.environ import envs
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import ModelPools, StateSlots
 from sglang.srt.mem_cache.pool_plan import PoolPlan, PoolPlanError, plan_pool_sizes
+from sglang.srt.mem_cache.window_pages import WindowPages
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.spec_info import SpecInfo
@@ -41,7 +42,7 @@ class RankMemory:
     """What all runners of a rank share: the sizes of their pools, the request table, and what belongs to its rows.
 
     ``last_token`` [rows] int64 holds, by request row, the id that each request drew last. ``state_slots`` is None where
-    no model has recurrent states, ``relay`` where nobody drafts.
+    no model has recurrent states, ``window`` where none has a window, ``relay`` where nobody drafts.
     """
 
     sizes: PoolPlan
@@ -49,6 +50,7 @@ class RankMemory:
     req_to_token_pool: ReqToTokenPool
     last_token: torch.Tensor
     state_slots: StateSlots | None
+    window: WindowPages | None = None
     relay: StepRelay | None = None
 
 
@@ -91,6 +93,8 @@ def plan_pools(args: ServerArgs, configs: Sequence[ModelConfig], tp_size: int, a
         disable_radix_cache=args.disable_radix_cache,
         useful_tokens=CONTEXTS_PER_REQUEST * args.max_running_requests * longest,
         useful_state_slots=STATE_SLOTS_PER_REQUEST * args.max_running_requests,
+        swa_full_tokens_ratio=args.swa_full_tokens_ratio,
+        useful_step_tokens=max(args.chunked_prefill_size or 0, 0) or args.max_prefill_tokens,
     )
     least = 2 + slots_for_drafts(args)
     if sizes.sizes[FULL] < least:
@@ -117,15 +121,19 @@ def make_rank_memory(
     pools: Sequence[ModelPools],
     device: torch.device,
 ) -> RankMemory:
-    """The request table of the models of ``configs``, and the state slots of their ``pools``, which have ``sizes``."""
+    """The request table of the models of ``configs``, and what hands out the rest of ``pools``, of ``sizes``."""
     table = ReqToTokenPool(args.max_running_requests or 1, table_width(args, configs), device)
     last_token = torch.zeros(table.padding_row + 1, dtype=torch.int64, device=device)
     state_slots = StateSlots(*pools) if any(each.layout.has(STATE) for each in pools) else None
+    window = None
+    if SWA in sizes.sizes:
+        page = args.page_size or 1
+        window = WindowPages(sizes.sizes[FULL] // page, sizes.sizes[SWA] // page, page, device)
     relay = None
     if args.speculative_num_steps is not None:
         drafts = last_token.new_zeros(len(last_token), args.speculative_num_steps)
         relay = StepRelay(torch.zeros_like(last_token), drafts)
-    return RankMemory(sizes, args.page_size or 1, table, last_token, state_slots, relay)
+    return RankMemory(sizes, args.page_size or 1, table, last_token, state_slots, window, relay)
 
 
 def make_pools(

@@ -115,6 +115,7 @@ def make_backend(args: ServerArgs, model: LoadedModel, memory: RankMemory, pools
         req_to_token_pool=memory.req_to_token_pool,
         pools=pools,
         device=model.device,
+        window_pages=None if memory.window is None else memory.window.table,
     )
     if args.attention_backend is None:
         raise ValueError("server argument attention_backend is not resolved")
@@ -176,6 +177,7 @@ def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
         runner.pools,
         runner.model_config.vocab_size,
         runner.relay,
+        window=runner.memory.window,
     ).run()
 
 

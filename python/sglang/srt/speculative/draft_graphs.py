@@ -169,6 +169,7 @@ class DraftGraphs:
             runner.model_config.vocab_size,
             runner.relay,
             writes_table=False,
+            window=runner.memory.window,
         ).run()
 
     def extend_body(self, bucket: int) -> Body[ChainStart]:

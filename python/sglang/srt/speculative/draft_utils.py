@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 
 from sglang.srt.configs.attention_backends import COMPRESSED, attention_backends
-from sglang.srt.configs.cache_layout import FULL
+from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.layers.attention import load_attention_backends
 from sglang.srt.layers.attention.base_attn_backend import (
@@ -42,7 +42,7 @@ class DraftBackendFactory:
     """
 
     def __init__(self, asked: str, context: AttentionContext, layer_id: int, num_steps: int) -> None:
-        held = [pool.spec.layer_ids for pool in context.pools if pool.spec.unit == FULL]
+        held = [pool.spec.layer_ids for pool in context.pools if pool.spec.unit != STATE]
         if not any(layer_id in layers for layers in held):
             raise ValueError(f"the draft's KV is that of layer {layer_id}, and its pools hold the layers {held}")
         self._context = context
@@ -92,8 +92,13 @@ def make_speculator(args: ServerArgs, runner: ModelRunner) -> EagleWorker | None
     assert args.speculative_num_steps is not None and args.attention_backend is not None
     assert runner.loaded.draft is not None
     config = runner.model_config
+    window = runner.memory.window
     context = AttentionContext(
-        model_config=config, req_to_token_pool=runner.req_to_token_pool, pools=runner.pools, device=runner.device
+        model_config=config,
+        req_to_token_pool=runner.req_to_token_pool,
+        pools=runner.pools,
+        device=runner.device,
+        window_pages=None if window is None else window.table,
     )
     backends = DraftBackendFactory(
         args.attention_backend, context, config.num_hidden_layers, args.speculative_num_steps

@@ -7,9 +7,12 @@ import unittest
 from pathlib import Path
 from types import SimpleNamespace
 
+from sglang.srt.configs.cache_layout import FULL, SWA, CacheTypes
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
+from sglang.srt.configs.deepseek_v4_cache import PAGE_SIZE
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig, apply_overrides
+from sglang.srt.mem_cache.pool_plan import SWA_FULL_TOKENS_RATIO
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.server_args_resolve import resolve_all
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -42,6 +45,19 @@ OPTIONAL = {
 
 def changed(**keys):
     return {key: value for key, value in {**copy.deepcopy(FLASH), **keys}.items() if value is not None}
+
+
+class TestCache(CustomTestCase):
+    def test_bytes_of_a_token_of_flash(self):
+        """A tenth of the tokens in the window, in bf16: 98.6 kB per token if all pools had every token."""
+        for drafts, most, everything in ((0, 16.0, 98_592), (1, 25.5, 147_296)):
+            layout = DeepseekV4Config.from_hf(FLASH).cache_layout(1, CacheTypes(kv="bfloat16"), drafts)
+            full, window = (layout.num_bytes(unit, PAGE_SIZE) / PAGE_SIZE for unit in (FULL, SWA))
+            self.assertEqual(full + window, everything)
+            self.assertLessEqual(full + SWA_FULL_TOKENS_RATIO * window, most * 1024)
+        pools = {pool.name: (pool.unit, PAGE_SIZE // pool.units_per_row) for pool in layout.pools}
+        window = {"swa": (SWA, 256), "c4_state": (SWA, 16), "c4_index_state": (SWA, 16), "c128_state": (SWA, 256)}
+        self.assertEqual(pools, {**window, "c4": (FULL, 64), "c4_index": (FULL, 64), "c128": (FULL, 2)})
 
 
 class TestBothSpellings(CustomTestCase):

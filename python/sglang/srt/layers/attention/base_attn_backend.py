@@ -25,12 +25,16 @@ Expand = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What a backend works on: the model's shapes and the pools of this rank."""
+    """What a backend works on: the model's shapes and the pools of this rank.
+
+    window_pages: see ``WindowPages.table``; None where no pool follows a window.
+    """
 
     model_config: ModelConfig
     req_to_token_pool: ReqToTokenPool
     pools: ModelPools
     device: torch.device
+    window_pages: torch.Tensor | None = None
 
 
 class UnplannedStepError(NotImplementedError):

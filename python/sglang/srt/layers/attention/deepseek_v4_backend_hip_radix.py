@@ -60,7 +60,8 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
             )
         text = ctx.model_config.text
         assert isinstance(text, DeepseekV4Config), "the settings give this backend to DeepSeek V4 alone"
-        self.pools = ctx.pools
+        assert ctx.window_pages is not None, "a model with a window has a table of its pages"
+        self.pools, self.window_pages = ctx.pools, ctx.window_pages
         self.window = text.sliding_window
         self.top_k = text.index_topk
         # Rows of states for each page, by ratio.
@@ -107,7 +108,7 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
 
     def _plan(self, fb: ForwardBatch, extend_lens: torch.Tensor, max_len: int) -> CompressedPlan:
         step = StepRows(fb.out_cache_loc, fb.req_pool_indices, fb.seq_lens, extend_lens)
-        return plan_step(step, self.req_to_token, max_len, self.window, self.rings)
+        return plan_step(step, self.req_to_token, self.window_pages, max_len, self.window, self.rings)
 
     def _longest(self, fb: ForwardBatch) -> int:
         """A bound of the lengths in tokens. A captured step may not ask the host, and gets room for any."""
@@ -141,7 +142,9 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
 
     def store_rows(self, rows: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch) -> None:
         """See the base class."""
-        store_rows(rows, fb.out_cache_loc, *self.pools["swa"].layer(layer.layer_id))
+        plan = self._plan_of(fb, rows.shape[0])
+        if plan is not None:
+            store_rows(rows, plan.store_slots, *self.pools["swa"].layer(layer.layer_id))
 
     def compress(self, kv: torch.Tensor, gate: torch.Tensor, compressor: Compressor, fb: ForwardBatch) -> None:
         """See the base class."""
@@ -234,7 +237,8 @@ class DeepseekV4MultiStepBackend(MultiStepBackend):
         ].contiguous()
         if isinstance(plan, CompressedPlan):
             rows = slice(step, None, num_steps)
-            plan = CompressedPlan(plan.requests[rows], plan.window_slots[rows], plan.page_table, {})
+            windows = (plan.store_slots[rows], plan.window_slots[rows])
+            plan = CompressedPlan(plan.requests[rows], *windows, plan.page_table, {})
         fb.attn_plan = StepPlan(attention=plan)
 
 
