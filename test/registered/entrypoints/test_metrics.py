@@ -110,6 +110,7 @@ class TestPage(FakeServerTestCase):
                 found = self.page()
             last = (str(len(states) - 1),) if len(states) > 1 else ()
             self.assertEqual(found[("token_usage", *last)], 0.25)
+            self.assertNotIn(("swa_token_usage", *last), found)
             self.assertEqual(found[("cache_hit_rate", *last)], 0.5)
             self.assertEqual(found[("num_grammar_queue_reqs", *last)], 2)
             self.assertEqual(found[("prompt_tokens_total", *last)], 40)
@@ -118,6 +119,16 @@ class TestPage(FakeServerTestCase):
             self.assertEqual(found[("queue_time_seconds_bucket", "0.025", *last)], 1)
             self.assertEqual(found[("queue_time_seconds_bucket", "0.01", *last)], 0)
             self.assertEqual(found[("stream_overlap_share", *(("0",) if last else ()))], 0.25)
+
+    def test_a_window_with_pools_of_its_own(self):
+        state = {
+            "num_used_tokens": 5, "max_total_num_tokens": 20, "num_used_swa_tokens": 3, "swa_max_total_num_tokens": 4,
+        }  # fmt: skip
+        manager = self.fake.context.manager
+        with mock.patch.object(manager, "get_internal_states", mock.AsyncMock(return_value=[state])):
+            found = self.page()
+        usage = {name: found[(name,)] for name in ("token_usage", "full_token_usage", "swa_token_usage")}
+        self.assertEqual(usage, {"token_usage": 0.25, "full_token_usage": 0.25, "swa_token_usage": 0.75})
 
     def test_not_without_the_flag(self):
         fake = FakeServer().wait_ready()

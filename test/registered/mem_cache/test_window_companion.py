@@ -27,7 +27,7 @@ Prefix = tuple[int, ...]
 class WindowServer:
     """Computes random sequences over a tree with windows, beside a list of what must be there.
 
-    truth: prefixes of whole pages that have a window; ``unlocked`` those that can go, least recently used first.
+    known: prefixes of whole pages that are cached; ``unlocked`` those whose windows can go, in this order.
     """
 
     def __init__(self, case: unittest.TestCase, seed: int, num_pages: int = 60, num_windows: int = 24) -> None:
@@ -85,10 +85,12 @@ class WindowServer:
             slots = torch.cat([found.slot_ids, new])
             whole = len(tokens) // PAGE * PAGE
             result = self.cache.insert(tokens, slots)
+            ends = self.cached()[1]
             for each in self.prefixes(tokens)[start // PAGE :]:
                 self.counts["revived"] += each in self.known and each not in self.alive()
                 if each not in self.alive():
-                    self.unlocked.append(each)
+                    # First goes what is inside of a node.
+                    self.unlocked.insert(len(self.unlocked) if each in ends else 0, each)
             self.known |= set(self.prefixes(tokens))
             self.allocator.free(torch.cat([slots[start : result.prefix_len], slots[max(whole, start) :]]))
         self.cache.dec_lock_ref(found.node)
@@ -104,16 +106,23 @@ class WindowServer:
             self.forget()
         self.evict(num_pages - self.window.num_free())
 
-    def forget(self) -> None:
-        """The tree has dropped whole branches: which of them is not this test's matter."""
+    def cached(self) -> tuple[set[Prefix], set[Prefix]]:
+        """All prefixes of the tree, and those that end nodes."""
         there: set[Prefix] = set()
+        ends: set[Prefix] = set()
         stack = [(self.cache.root, ())]
         while stack:
             node, above = stack.pop()
             for child in node.children.values():
                 tokens = [*above, *child.key.tolist()]
                 there |= {prefix for prefix in self.prefixes(tokens) if len(prefix) > len(above)}
+                ends.add(tuple(tokens))
                 stack.append((child, tuple(tokens)))
+        return there, ends
+
+    def forget(self) -> None:
+        """The tree has dropped whole branches: which of them is not this test's matter."""
+        there = self.cached()[0]
         self.case.assertLessEqual(there, self.known)
         self.known = there
         self.unlocked = [prefix for prefix in self.unlocked if prefix in there]
@@ -179,11 +188,14 @@ class TestWindowCompanion(CustomTestCase):
         return slots
 
     def test_a_prefix_ends_inside_what_was_computed_at_once(self) -> None:
-        slots = self.put([1, 2, 3, 4, 5, 6])
-        self.kept.evict(1)
-        self.assertEqual(self.cache.match_prefix([1, 2, 9, 9]).slot_ids.numel(), 0)
-        self.assertEqual(self.cache.match_prefix([1, 2, 3, 4, 9, 9]).slot_ids.tolist(), slots[:4].tolist())
-        self.cache.check_integrity(held=0, held_units={})
+        """Where windows run out, the last pages inside go first, and the end of all last."""
+        for evicted, lens in enumerate(((2, 4, 6), (2, 2, 6), (0, 0, 6), (0, 0, 0))):
+            self.setUp()
+            slots = self.put([1, 2, 3, 4, 5, 6])
+            self.assertEqual(self.kept.evict(evicted), evicted)
+            for tokens, length in zip(([1, 2, 9, 9], [1, 2, 3, 4, 9, 9], [1, 2, 3, 4, 5, 6]), lens, strict=True):
+                self.assertEqual(self.cache.match_prefix(tokens).slot_ids.tolist(), slots[:length].tolist())
+            self.cache.check_integrity(held=0, held_units={})
 
     def test_the_same_tokens_bring_a_tombstone_back(self) -> None:
         first = self.put([1, 2, 3, 4])

@@ -45,6 +45,9 @@ class TestServer(CustomTestCase):
         self.assertEqual(text.status_code, 200, text.text)
         info = httpx.get(f"{url}/server_info", timeout=60).json()
         self.assertEqual((info["page_size"], info["attention_backend"]), (256, "dsv4"))
+        state = info["internal_states"][0]
+        self.assertEqual((state["num_used_swa_tokens"], state["swa_max_total_num_tokens"]), (0, 4096))
+        self.assertTrue(any("window: 4096 tokens (1 of KV)" in line for line in state["memory_plan"]))
 
 
 if __name__ == "__main__":

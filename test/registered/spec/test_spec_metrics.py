@@ -33,5 +33,17 @@ class TestAcceptance(CustomTestCase):
         self.assertEqual(metrics.spec_accept_length, shown)
 
 
+class TestUsage(CustomTestCase):
+    def test_a_window_is_told_beside_kv(self):
+        window = {"num_used_swa_tokens": 3, "swa_max_total_num_tokens": 4}
+        for load, said in (
+            (LOAD, "#token: 5, token usage: 0.50, gen"),
+            (LOAD | window, "#token: 5, token usage: 0.50, full token usage: 0.50, swa token usage: 0.75, gen"),
+        ):
+            with self.assertLogs("sglang.srt.managers.scheduler_metrics", "INFO") as logs:
+                SchedulerMetrics(1)._log_decode(load)
+            self.assertIn(said, logs.output[0])
+
+
 if __name__ == "__main__":
     unittest.main()

@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from sglang.srt.entrypoints import server_info
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.managers.request_metrics import Histogram
+from sglang.srt.managers.scheduler_metrics import token_usage
 
 # Name in upstream's dashboards (of a counter without its _total), type, help, and the key of the scheduler's state.
 _METRICS = (
@@ -26,6 +27,8 @@ _METRICS = (
     ("num_used_tokens", "gauge", "Tokens that the KV pool holds for requests.", "num_used_tokens"),
     ("max_total_num_tokens", "gauge", "Tokens that the KV pool has room for.", "max_total_num_tokens"),
     ("token_usage", "gauge", "Part of the KV pool that requests hold.", "token_usage"),
+    ("full_token_usage", "gauge", "The same, where a window has pools of its own.", "full_token_usage"),
+    ("swa_token_usage", "gauge", "Part of the window's pools that requests hold.", "swa_token_usage"),
     ("cache_hit_rate", "gauge", "Part of the last prefill step's tokens that were cached.", "cache_hit_rate"),
     ("gen_throughput", "gauge", "Generated tokens a second, as last logged.", "last_gen_throughput"),
     ("num_retracted_reqs", "gauge", "Requests retracted since start.", "num_retracted_reqs"),
@@ -108,10 +111,7 @@ class _Page(Collector):
 
     def collect(self) -> Iterator[Metric]:
         states = self._states
-        totals = [max(1, state.get("max_total_num_tokens", 1)) for state in states]
-        used = [
-            {**state, "token_usage": state.get("num_used_tokens", 0) / total} for state, total in zip(states, totals)
-        ]
+        used = [{**state, **token_usage(state)} for state in states]
         received = [state.get("experts", {}).get("received_rows", {}) for state in states]
         yield from self._table(_METRICS, used)
         yield from self._table(_FRONT_METRICS, [server_info.front(self._context)])

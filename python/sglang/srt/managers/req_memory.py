@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from sglang.srt.configs.cache_layout import FULL
+from sglang.srt.configs.cache_layout import FULL, SWA
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache
@@ -75,6 +75,13 @@ class ReqMemory:
         if unit == FULL:
             return self.allocator.size
         return sum(companion.num_units for companion in self._limits if companion.unit == unit)
+
+    def load(self) -> dict[str, int]:
+        """Tokens that requests hold and those that there are; the same of a window where it has pools of its own."""
+        found = {"num_used_tokens": self.num_used(), "max_total_num_tokens": self.allocator.size}
+        if self.allocator.window is not None:
+            found.update(num_used_swa_tokens=self.num_used(SWA), swa_max_total_num_tokens=self.num_of(SWA))
+        return found
 
     def match(self, req: Req) -> MatchResult:
         """The usable cached prefix of a request that holds nothing yet.

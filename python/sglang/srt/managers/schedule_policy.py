@@ -137,11 +137,10 @@ class PrefillPlanner:
             end -= end % page
         if end <= start:
             return False, 0
-        before = self.taken()
         self._tokens -= end - start
         self.reqs.append(req)
         self.ends.append(end)
-        return True, self.taken() - before
+        return True, self._memory.missing_for_extend([req], [end])
 
     @property
     def is_full(self) -> bool:

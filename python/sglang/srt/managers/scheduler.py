@@ -203,8 +203,7 @@ class Scheduler:
             "num_running_reqs": len(self.running) + len(self.partial),
             "num_queue_reqs": len(self.waiting) + len(self.grammars.pending),
             "num_grammar_queue_reqs": len(self.grammars.pending),
-            "num_used_tokens": self.memory.num_used(),
-            "max_total_num_tokens": self.memory.allocator.size,
+            **self.memory.load(),
         }
 
     # Messages

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -81,8 +81,7 @@ class SchedulerMetrics:
         self.num_cached_tokens += cached
         self.cache_hit_rate = cached / max(1, cached + batch.num_tokens)
         logger.info(
-            "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: %d, token usage: %.2f, #running-req: %d, "
-            "#queue-req: %d",
+            "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: %d, %s, #running-req: %d, #queue-req: %d",
             len(batch.reqs),
             batch.num_tokens,
             cached,
@@ -97,8 +96,7 @@ class SchedulerMetrics:
         self.last_gen_throughput = new / max(now - self._log_started, 1e-9)
         self._log_started, self._log_tokens = now, self.num_generated_tokens
         logger.info(
-            "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, %sgen throughput (token/s): %.2f, "
-            "#queue-req: %d",
+            "Decode batch. #running-req: %d, #token: %d, %s, %sgen throughput (token/s): %.2f, #queue-req: %d",
             load["num_running_reqs"],
             load["num_used_tokens"],
             _usage(load),
@@ -142,5 +140,15 @@ class SchedulerMetrics:
         return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
 
-def _usage(load: dict[str, int]) -> float:
-    return load["num_used_tokens"] / max(1, load["max_total_num_tokens"])
+def token_usage(load: Mapping[str, int]) -> dict[str, float]:
+    """The part of the KV pool that requests hold, and where a window has pools of its own that of each of the two."""
+    usage = {"token_usage": load.get("num_used_tokens", 0) / max(1, load.get("max_total_num_tokens", 1))}
+    if "swa_max_total_num_tokens" in load:
+        usage["full_token_usage"] = usage["token_usage"]
+        usage["swa_token_usage"] = load["num_used_swa_tokens"] / max(1, load["swa_max_total_num_tokens"])
+    return usage
+
+
+def _usage(load: dict[str, int]) -> str:
+    usage = token_usage(load)
+    return ", ".join(f"{name.replace('_', ' ')}: {part:.2f}" for name, part in usage.items())

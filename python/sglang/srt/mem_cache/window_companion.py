@@ -30,7 +30,8 @@ class WindowCompanion(PrefixCompanion[WindowHold]):
 
     The window, and what compressors need of the tokens before, fits into one page. So a request keeps the last page
     that its next step may read, which is also the last that it would cache, and those behind it. What the tree keeps is
-    evicted least recently used first, unless a request reads it; the tree's page then stays as a tombstone.
+    evicted unless a request reads it, pages inside of nodes first, at which no prefix has ended so far, then the least
+    recently used; the tree's page then stays as a tombstone.
     """
 
     unit = SWA
@@ -44,7 +45,7 @@ class WindowCompanion(PrefixCompanion[WindowHold]):
         self._page = window.page_size
         self._request_pages = 2 - (-step_reach // window.page_size)
         self._kept: dict[int, TreeNode] = {}  # pages of the tree that have a window, and their nodes
-        self._unlocked: OrderedDict[int, None] = OrderedDict()  # of these, what can go; least recently used first
+        self._unlocked: OrderedDict[int, None] = OrderedDict()  # of these, what can go, in this order
         self._locks: Counter[int] = Counter()
 
     @property
@@ -136,7 +137,7 @@ class WindowCompanion(PrefixCompanion[WindowHold]):
         self.evict(-(-num_tokens // self._page) - self._window.num_free())
 
     def evict(self, num_pages: int) -> int:
-        """Take back up to ``num_pages`` pages of the tree, least recently used first; how many."""
+        """Take back up to ``num_pages`` pages of the tree; how many."""
         count = max(0, min(num_pages, len(self._unlocked)))
         for _ in range(count):
             page, _ = self._unlocked.popitem(last=False)
@@ -161,6 +162,7 @@ class WindowCompanion(PrefixCompanion[WindowHold]):
         self._kept[page] = node
         if page not in self._locks:
             self._unlocked[page] = None
+            self._unlocked.move_to_end(page, last=page == self._last_page(node))
 
     def _move_lock(self, held: WindowHold, page: int) -> None:
         """Lock ``page`` (0: none) instead of the one that is locked."""

@@ -232,12 +232,11 @@ class DeepseekV4MultiStepBackend(MultiStepBackend):
         """See the base class."""
         plan, num_steps = chain.attn_plan.attention, len(self.children)
         fb.attn_backend = self.children[step]
-        fb.out_cache_loc = per_step_draft_out_cache_loc(chain.out_cache_loc, chain.batch_size, num_steps)[
-            step
-        ].contiguous()
+        fb.out_cache_loc = per_step_draft_out_cache_loc(chain.out_cache_loc, chain.batch_size, num_steps)[step]
         if isinstance(plan, CompressedPlan):
             rows = slice(step, None, num_steps)
-            windows = (plan.store_slots[rows], plan.window_slots[rows])
+            # The kernel that stores rows reads their slots one behind the other.
+            windows = (plan.store_slots[rows].contiguous(), plan.window_slots[rows])
             plan = CompressedPlan(plan.requests[rows], *windows, plan.page_table, {})
         fb.attn_plan = StepPlan(attention=plan)
 
