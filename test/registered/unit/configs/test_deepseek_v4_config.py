@@ -49,12 +49,14 @@ def changed(**keys):
 
 class TestCache(CustomTestCase):
     def test_bytes_of_a_token_of_flash(self):
-        """A tenth of the tokens in the window, in bf16: 98.6 kB per token if all pools had every token."""
-        for drafts, most, everything in ((0, 16.0, 98_592), (1, 25.5, 147_296)):
-            layout = DeepseekV4Config.from_hf(FLASH).cache_layout(1, CacheTypes(kv="bfloat16"), drafts)
+        """Where the window has a tenth of the tokens, and where all pools have every token."""
+        for kv, drafts, everything, tenth in (
+            ("float8_e4m3fn", 0, 76_734, 11_182), ("float8_e4m3fn", 1, 124_999, 16_009),
+            ("bfloat16", 0, 98_592, 16_051), ("bfloat16", 1, 147_296, 20_921),
+        ):  # fmt: skip
+            layout = DeepseekV4Config.from_hf(FLASH).cache_layout(1, CacheTypes(kv=kv), drafts)
             full, window = (layout.num_bytes(unit, PAGE_SIZE) / PAGE_SIZE for unit in (FULL, SWA))
-            self.assertEqual(full + window, everything)
-            self.assertLessEqual(full + SWA_FULL_TOKENS_RATIO * window, most * 1024)
+            self.assertEqual((int(full + window), int(full + SWA_FULL_TOKENS_RATIO * window)), (everything, tenth))
         pools = {pool.name: (pool.unit, PAGE_SIZE // pool.units_per_row) for pool in layout.pools}
         window = {"swa": (SWA, 256), "c4_state": (SWA, 16), "c4_index_state": (SWA, 16), "c128_state": (SWA, 256)}
         self.assertEqual(pools, {**window, "c4": (FULL, 64), "c4_index": (FULL, 64), "c128": (FULL, 2)})
