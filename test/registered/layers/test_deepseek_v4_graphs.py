@@ -242,6 +242,7 @@ class TestDraftChain(CustomTestCase):
 
     def model(self, ids, positions, fb, hidden):
         self.slots.setdefault(fb.batch_size, []).append(fb.out_cache_loc)
+        self.assertTrue(fb.attn_plan.attention.store_slots.is_contiguous(), "kernels read slots one behind the other")
         x = self.harness.embedding.index_select(0, ids)
         out = self.harness.layers[0].on_backend(x, fb.attn_backend, fb).flatten(1)
         return LogitsProcessorOutput(out @ self.head, hidden_states=out)
