@@ -1,10 +1,7 @@
 """Output of a given form is the same with and without speculation, whatever is guessed, and ends with the form."""
 
-import json
-import re
 import unittest
 
-import jsonschema
 import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
@@ -15,25 +12,11 @@ from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.drafters import RuleDrafter, rules
 from sglang.test.engine_harness import EngineHarness
+from sglang.test.spec_grammar_cases import has_form, serve_forms
 from sglang.test.test_utils import CustomTestCase
-from sglang.test.tiny_tasks import heldout_questions
 
 register_cpu_ci(est_time=15, suite="stage-b-test-cpu")
 
-SCHEMA = {
-    "type": "object",
-    "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 99}, "b": {"enum": ["é€😀"]}},
-    "required": ["a", "b"],
-    "additionalProperties": False,
-}
-WORD = "[a-z]{3,9}-[0-9]{2,4}"
-FORMS = {
-    "word": ("regex", WORD),
-    "json": ("json_schema", json.dumps(SCHEMA)),
-    "short": ("regex", "ab"),
-    "free": None,
-}
-DRAWN = ({"temperature": 0.0}, {"temperature": 1.2, "top_p": 0.95})
 MODELS = ("qwen3.5-moe-tiny", "deepseek-v3-tiny")
 
 
@@ -62,16 +45,7 @@ class SpecGrammarCase(CustomTestCase):
 
     @classmethod
     def serve(cls, engine):
-        """Sixteen requests: each form and none, drawn in both ways, beside penalties in every fourth of them."""
-        for number, question in enumerate(heldout_questions()[:16]):
-            form = tuple(FORMS)[number % 4]
-            edits = {"presence_penalty": 0.7, "min_new_tokens": 4} if number // 4 == 3 else {}
-            params = SamplingParams(
-                max_new_tokens=40 if FORMS[form] else 9, sampling_seed=number, **DRAWN[number // 4 % 2], **edits
-            )
-            grammar = None if FORMS[form] is None else grammar_of(*FORMS[form], {"whitespace_flexible": False})
-            engine.submit(f"{form} {number}", cls.tokenizer.encode(question.text), params, grammar=grammar)
-        return engine.run()
+        return serve_forms(engine, cls.tokenizer)
 
     @staticmethod
     def ids(results):
@@ -85,12 +59,7 @@ class TestSameTokens(SpecGrammarCase):
     def test_outputs_have_their_form(self):
         for answers in self.answers.values():
             for rid, ids in answers.items():
-                if rid.startswith("word"):
-                    self.assertTrue(re.fullmatch(WORD, self.text(ids)), self.text(ids))
-                elif rid.startswith("json"):
-                    jsonschema.validate(json.loads(self.text(ids)), SCHEMA)
-                elif rid.startswith("short"):
-                    self.assertEqual(self.text(ids), "ab")
+                self.assertTrue(has_form(rid, self.text(ids)), (rid, self.text(ids)))
 
     def test_drafts_of_the_model(self):
         for name in MODELS:
@@ -119,7 +88,7 @@ class TestSameTokens(SpecGrammarCase):
                             self.assertEqual(reason.type, "stop", rid)
 
     def test_a_form_that_ends_inside_the_path_ends_the_request_there(self):
-        """ "ab" is two tokens; the drafts go on with what the model would say without a form."""
+        """The form is two tokens; the drafts go on with what the model would say without a form."""
         name = MODELS[0]
         known = rules(self.answers[name], self.vocab_size, self.tokenizer.eos_token_ids[0])
 
