@@ -13,7 +13,7 @@ from sglang.srt.server_args_verdict import flag_errors
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase, free_url, kill_process_tree, popen_launch_server
 
-register_cpu_ci(est_time=30, suite="stage-b-test-cpu")
+register_cpu_ci(est_time=25, suite="stage-b-test-cpu")
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = sorted((ROOT / "docs/basic_usage").glob("*.md"))
@@ -36,7 +36,8 @@ class TestCommands(CustomTestCase):
     def test_each_command_that_can_be_run(self):
         for page, kind, wanted, text in blocks():
             if kind == "run":
-                text = text.replace("http://127.0.0.1:30000", self.url).replace("python -m", f"{sys.executable} -m")
+                text = re.sub("^python ", f"{sys.executable} ", text, flags=re.MULTILINE)
+                text = text.replace("http://127.0.0.1:30000", self.url)
                 done = subprocess.run(["bash", "-ec", text], capture_output=True, text=True, timeout=120)
                 self.assertEqual(done.returncode, 0, (page, text, done.stderr))
                 self.assertIn(wanted, done.stdout, (page, text))
