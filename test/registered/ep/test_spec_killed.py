@@ -32,13 +32,10 @@ class TestSecondRank(CustomTestCase):
     def told(self, plant: Plant, **settings: object) -> str:
         """What the client of the first rank is told, within the watchdog's time and some more."""
         sizes = {"skip_server_warmup": True, "log_level": "error", "watchdog_timeout": WATCHDOG_S, "random_seed": 1}
-        spec = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3}
         with (
             mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
             planted(plant),
-            Engine(
-                model_path=str(EMBEDDED_MODELS["deepseek-v3-tiny"]), **sizes, **spec, **GROUPS, **settings
-            ) as engine,
+            Engine(model_path=str(EMBEDDED_MODELS["deepseek-v3-tiny"]), **sizes, **GROUPS, **settings) as engine,
         ):
             stream = engine.generate("27+58=", {"max_new_tokens": 2000, "ignore_eos": True}, stream=True)
             next(stream)
