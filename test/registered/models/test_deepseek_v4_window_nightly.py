@@ -21,7 +21,7 @@ MODES = (
     (6, ("given back", "evicted"), {"chunked_prefill_size": 512, "enable_mixed_chunk": True}),
     (5, ("given back",), {"disable_radix_cache": True, "overlap": True}),
     (5, ("given back", "evicted", "retracted"), {"chunked_prefill_size": 256, "retract": True}),
-    (4, ("given back", "evicted", "revived"), {"chunked_prefill_size": -1, "schedule_policy": "lpm"}),
+    (4, ("given back", "evicted"), {"chunked_prefill_size": -1, "schedule_policy": "lpm"}),
     (5, ("given back", "evicted"), {"steps": 1, "chunked_prefill_size": 256}),
     (4, ("given back", "evicted"), {"steps": 8, "overlap": True}),
     (7, ("given back", "evicted"), {"steps": 3, "retract": True, "abort": "second"}),
