@@ -135,6 +135,8 @@ class TestFolder(CustomTestCase):
             with mock.patch("sglang.srt.managers.step_profiler.profile", side_effect=RuntimeError("no room")):
                 reply = profiler.handle(start)
             self.assertEqual((reply.success, reply.message), (False, "The profile failed: no room."))
+            with mock.patch("torch.profiler.profile.start", side_effect=RuntimeError("taken")):
+                self.assertIn("taken", profiler.handle(start).message)
             gpu = ProfileReqInput(seq=1, starts=True, name="a", activities=["GPU"])
             self.assertIn("runs on none", profiler.handle(gpu).message)
             self.assertTrue(profiler.handle(start).success)
