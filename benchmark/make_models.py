@@ -4,6 +4,7 @@
 
     deepseek-v2-lite       27 layers, bf16, 15.7 B parameters        31.4 GB
     deepseek-v3-4l-fp8     V3's sizes, 1 dense + 3 MoE layers, fp8   39 GB (needs block-scaled fp8); MTP layer: 12 GB
+    deepseek-v3-4l-mxfp4   the same with routed experts in MXFP4     21 GB
     deepseek-v3-3l-bf16    V3's sizes, 1 dense + 2 MoE layers, bf16  51 GB
     deepseek-v4-flash-8l   8 of V4-Flash's 43 layers, fp8            54 GB; MTP layer: 7 GB
     qwen3.5-35b-a3b-20l    20 of 40 layers (15 GDN, 5 full), bf16    36 GB; MTP layer: 2 GB
@@ -46,6 +47,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "quantization_config": BLOCK_FP8,
     },
     "deepseek-v4-flash-8l": {**DEEPSEEK_V4_FLASH_8L, "quantization_config": BLOCK_FP8},
+    "deepseek-v3-4l-mxfp4": {
+        **DEEPSEEK_V3,
+        "num_hidden_layers": 4,
+        "quantization_config": {**BLOCK_FP8, "expert_dtype": "fp4"},
+    },
     "deepseek-v3-3l-bf16": DEEPSEEK_V3,
     "qwen3.5-35b-a3b-20l": _with_mtp(qwen35_like(20)),
     "qwen3.5-35b-a3b-8l": qwen35_like(8),

@@ -135,13 +135,21 @@ class ServerArgs(SpecArgs, HttpArgs):
     quantization: Annotated[
         str | None,
         Arg(
-            "fp8 turns matrices into 8-bit floats in 128x128 blocks as they load. An fp8 checkpoint needs no flag.",
+            "fp8 turns matrices into 8-bit floats in 128x128 blocks as they load. Checkpoints in fp8 and of Quark need "
+            "no flag.",
             DTYPE,
-            choices=("fp8",),
+            choices=("fp8", "quark"),
             elsewhere=ELSEWHERE["quantization"],
             auto="the checkpoint's format",
         ),  # fmt: skip
     ] = None
+    dequantize_mxfp4: Annotated[
+        bool,
+        Arg(
+            "Experts in MXFP4 become plain as they load, and take four times the memory; without, they keep four bits.",
+            DTYPE,
+        ),  # fmt: skip
+    ] = False
     kv_cache_dtype: Annotated[
         str,
         Arg(

@@ -213,7 +213,7 @@ def _model_limits(args: ServerArgs, context: Context) -> Iterator[Change | str]:
 
 def _weight_format(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     if args.quantization is None and context.model is not None and context.model.quant_config is not None:
-        yield Change("quantization", None, "fp8", "the checkpoint's")
+        yield Change("quantization", None, context.model.quant_config.method, "the checkpoint's")
 
 
 def _defaults(args: ServerArgs, context: Context) -> Iterator[Change | str]:

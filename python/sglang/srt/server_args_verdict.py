@@ -196,6 +196,7 @@ def _read_model(verdict: Verdict, platform: PlatformLike | None) -> list[str]:
             context_length=args.context_length,
             dtype=args.dtype,
             quantization=args.quantization,
+            dequantize_mxfp4=args.dequantize_mxfp4,
             kv_cache_dtype=args.kv_cache_dtype,
             platform_kind=platform.kind if platform else "cpu",
             use_generation_defaults=args.sampling_defaults == "model",

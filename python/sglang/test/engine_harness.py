@@ -54,6 +54,7 @@ class EngineHarness:
             context_length=args.context_length,
             dtype=args.dtype,
             quantization=args.quantization,
+            dequantize_mxfp4=args.dequantize_mxfp4,
             kv_cache_dtype=args.kv_cache_dtype,
             json_model_override_args=args.model_overrides(),
             platform_kind=current_platform.kind,

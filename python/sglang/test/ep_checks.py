@@ -21,7 +21,7 @@ from sglang.srt.layers.moe.token_dispatcher.moriep import (
 )
 from sglang.srt.layers.moe.token_dispatcher.portable import PortableTransport
 from sglang.srt.layers.moe.topk import TopKOutput
-from sglang.test.ep_world import EIGHT_BIT, MODEL, EpModel, EpStep, check_mori, run_rank, thread_world
+from sglang.test.ep_world import EIGHT_BIT, FOUR_BIT, MODEL, EpModel, EpStep, check_mori, run_rank, thread_world
 from sglang.test.mori_checks import MORI_CHECKS
 from sglang.test.process_ranks import run_processes
 from sglang.test.thread_ranks import run_ranks
@@ -64,11 +64,11 @@ def build(
     return states, layers
 
 
-def compare(states: list[ParallelState], layers: list, step: EpStep) -> None:
+def compare(states: list[ParallelState], layers: list, step: EpStep, model: EpModel = MODEL) -> None:
     """Every rank's result of ``step`` against all experts in one place."""
     found = run_ranks(lambda rank: run_rank(layers[rank], states[rank], step), range(len(states)))
     for rows, state in zip(found, states):
-        torch.testing.assert_close(rows, MODEL.truth(step, state.attn_dp_rank), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(rows, model.truth(step, state.attn_dp_rank), rtol=1e-5, atol=1e-5)
 
 
 def check_loads(args=MORI, **sizes) -> None:
@@ -237,7 +237,7 @@ def check_settings() -> None:
         (MoriConfig(16, 64, combine_dtype="fp8"), "COMBINE_DTYPE=fp8 is not offered"),
         (MoriConfig(2, 4, combine_dtype="fp8_direct_cast"), "packs bfloat16 alone"),
         (MoriConfig(2, 4, dispatch_dtype="fp8"), "DISPATCH_DTYPE=fp8 needs fp8 expert weights"),
-        (MoriConfig(2, 4, dispatch_dtype="fp4"), "DISPATCH_DTYPE=fp4 needs fp4 expert weights"),
+        (MoriConfig(2, 4, dispatch_dtype="fp4"), "DISPATCH_DTYPE=fp4 is not served: .* to MXFP4 ones too, in 16"),
     )
     for config, message in refused:
         with CASE.assertRaisesRegex(ExchangeConfigError, message):
@@ -312,6 +312,19 @@ def check_eight_bit() -> None:
         CASE.assertTrue(torch.equal(rows, results[1][rank]) and torch.equal(rows, results[2][rank]))
 
 
+def check_four_bit() -> None:
+    """Experts in MXFP4 take rows as they are, whole buffers or cut ones."""
+    for args, cap in ((MORI, 0), (LOW, 0), (MORI, 6), (GATHERED, 0)):
+        states, layers = build(4, 4, model=FOUR_BIT, limit=8, cap=cap, **args)
+        if args is not GATHERED:
+            CASE.assertEqual(describe_experts(layers[0])["dispatch_dtype"], "float32")
+        for rows, real in (([5, 3, 8, 1], None), ([0, 7, 0, 0], None), ([6, 6, 6, 6], [2, 6, 0, 5])):
+            compare(states, layers, FOUR_BIT.step(rows, real, seed=3), FOUR_BIT)
+    with envs.SGLANG_MORI_DISPATCH_DTYPE.override("fp8"):
+        with CASE.assertRaisesRegex(ExchangeConfigError, "needs fp8 expert weights"):
+            build(2, 2, model=FOUR_BIT, **MORI)
+
+
 def check_fake() -> None:
     """MORI's own transport over its fake, two processes."""
     run_processes(2, lambda rank: check_mori(rank, 2, fake=True))
@@ -344,6 +357,7 @@ CHECKS = {
     "contract": check_contract,
     "settings": check_settings,
     "8-bit": check_eight_bit,
+    "4-bit": check_four_bit,
     "fake": check_fake,
     **MORI_CHECKS,
 }

@@ -9,17 +9,19 @@ import torch
 import torch.distributed as dist
 
 from sglang.kernels.ops.moe.fused_experts import fused_experts_torch
-from sglang.srt.configs.quantization import QuantConfig
+from sglang.srt.configs.quantization import MXFP4, QuantConfig
 from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.ep_moe.factory import describe_experts, make_experts
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.topk import TopKOutput
+from sglang.srt.layers.quantization.mxfp4 import Mxfp4Method
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 from sglang.srt.model_loader.loader import default_dtype
 from sglang.srt.platforms import override_platform, select_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform
 from sglang.srt.server_args import override_server_args
+from sglang.test.mxfp4_checkpoints import pack
 from sglang.test.thread_ranks import ThreadRank, thread_ranks
 
 # Rows of each group, how many of them are real (None: all), and the expert that all go to (None: any).
@@ -113,7 +115,9 @@ class EpModel:
         for expert in range(self.num_experts):
             gate, up = self.w13[expert].chunk(2)
             for name, tensor in (("w1", gate), ("w3", up), ("w2", self.w2[expert])):
-                layer.load_expert(name, expert, tensor)
+                # MXFP4 is packed beforehand, as checkpoints hold it.
+                parts = pack(tensor)[:2] if isinstance(layer.quant_method, Mxfp4Method) else (tensor,)
+                layer.load_expert(name, expert, *parts)
         return layer
 
 
@@ -121,6 +125,7 @@ MODEL = EpModel()
 WIDE = EpModel(num_experts=16, hidden=512, width=256, top_k=4)
 HALF = EpModel(dtype=torch.bfloat16)
 EIGHT_BIT = EpModel(hidden=256, width=128, quant_config=QuantConfig(on_load=True))
+FOUR_BIT = EpModel(hidden=64, width=32, quant_config=QuantConfig(default=MXFP4))
 
 
 def thread_world(size: int, groups: int = 1, ep_size: int = 1) -> list[ParallelState]:
@@ -185,7 +190,7 @@ def check_mori(rank: int, world: int, fake: bool) -> None:
         platform.set_device(rank)
         # Attention groups of one rank need no collective on the device.
         states = [process_state(rank, world, groups) for groups in ({1, world} if fake else {world})]
-        models = (MODEL, HALF, EIGHT_BIT) if fake else (WIDE, replace(WIDE, dtype=torch.bfloat16))
+        models = (MODEL, HALF, EIGHT_BIT, FOUR_BIT) if fake else (WIDE, replace(WIDE, dtype=torch.bfloat16))
         settings = (("normal", 0), ("normal", 5), ("low_latency", 0), ("low_latency", 5))
         for state, model, (mode, cap) in itertools.product(states, models, settings):
             layer = check_state(state, platform.device(rank), model, cap, moe_a2a_backend="mori", deepep_mode=mode)

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import torch
 
-from sglang.kernels.ops.moe.topk import SharedSlots
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.kernels.spec import Impl
 from sglang.test.attention_truth import ATTENTION_TRUTHS
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.draw_truth import judge_draw
+from sglang.test.mxfp4_checkpoints import true_weights
+from sglang.test.router_truth import judge_router, scores_of
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
@@ -194,6 +195,9 @@ TRUTHS = {
     "moe.router_logits": true_router_logits,
     "moe.add_gated_shared": true_add_gated_shared,
     "moe.fused_experts_fp8": true_experts_fp8,
+    "moe.fused_experts_mxfp4": lambda x, w13, w13_scale, w2, w2_scale, *rest: true_experts(
+        x, true_weights(w13, w13_scale), true_weights(w2, w2_scale), *rest
+    ),
     "quant.quantize_groups": true_quantize,
     "quant.block_fp8_linear": true_block_linear,
     **ATTENTION_TRUTHS,
@@ -201,69 +205,9 @@ TRUTHS = {
 
 # Ops whose arguments or results have a dtype of their own beside bfloat16.
 OWN_DTYPES = (
-    "moe.fused_experts_fp8", "moe.route_by_id", "moe.router_logits", "quant.quantize_groups", "quant.block_fp8_linear",
+    "moe.fused_experts_fp8", "moe.fused_experts_mxfp4", "moe.route_by_id", "moe.router_logits",
+    "quant.quantize_groups", "quant.block_fp8_linear",
 )  # fmt: skip
-
-# --- routers: any order and any choice among equals is right, so they are judged, not compared -------------------
-
-
-def scores_of(row, scoring):
-    if scoring == "sigmoid":
-        return [1 / (1 + math.exp(-value)) if value > -700 else 0.0 for value in row]
-    if scoring == "sqrtsoftplus":
-        return [
-            math.sqrt(value + math.log1p(math.exp(-value)) if value > 0 else math.log1p(math.exp(value)))
-            for value in row
-        ]
-    top = max(row)
-    exps = [math.exp(value - top) for value in row]
-    return [value / sum(exps) for value in exps]
-
-
-def judge_shared(args, out):
-    """AssertionError unless the last columns are the shared slots; the arguments and columns of the router alone."""
-    logits, *rest, (count, weight, gated) = args
-    experts = logits.shape[1] - gated
-    for row, slot_weights, ids in zip(logits.double().tolist(), *(part[:, -count:].tolist() for part in out)):
-        assert ids == list(range(experts, experts + count)), ids
-        wanted = weight * scores_of(row[experts:], "sigmoid")[0] if gated else weight
-        assert all(abs(found - wanted) < 1e-6 or found != found and wanted != wanted for found in slot_weights)
-    return (logits[:, :experts], *rest), [part[:, :-count] for part in out]
-
-
-def judge_router(name, args, out):
-    """AssertionError unless ``out`` is a right answer of router ``name``."""
-    bias = None
-    if isinstance(args[-1], SharedSlots):
-        args, out = judge_shared(args, out)
-    if name == "moe.topk_plain":
-        logits, top_k, scoring, renormalize, scale = args
-        n_group, topk_group = 1, 1
-    elif name == "moe.topk_grouped":
-        logits, top_k, scoring, renormalize, n_group, topk_group, scale = args
-    else:
-        logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale = args
-    weights, ids = out
-    assert weights.dtype == torch.float32 and ids.dtype == torch.int32
-    assert weights.shape == ids.shape == (logits.shape[0], top_k)
-    size = logits.shape[1] // n_group
-    for row, row_weights, row_ids in zip(logits.double().tolist(), weights.tolist(), ids.tolist()):
-        assert len(set(row_ids)) == top_k and all(0 <= i < logits.shape[1] for i in row_ids), row_ids
-        if any(math.isnan(value) for value in row) or (scoring == "softmax" and max(row) == -math.inf):
-            continue
-        scores = scores_of(row, scoring)
-        choice = scores if bias is None else [s + b for s, b in zip(scores, bias.tolist())]
-        groups = [choice[g * size : (g + 1) * size] for g in range(n_group)]
-        worth = [max(group) if bias is None else sum(sorted(group)[-2:]) for group in groups]
-        kept = sorted(range(n_group), key=lambda g: -worth[g])[:topk_group]
-        allowed = [i for i in range(len(choice)) if i // size in kept]
-        best = sorted((choice[i] for i in allowed), reverse=True)[:top_k]
-        found = sorted((choice[i] for i in row_ids), reverse=True)
-        assert all(abs(a - b) < 1e-6 for a, b in zip(best, found)), (best, found)
-        assert len({i // size for i in row_ids}) <= topk_group
-        total = sum(scores[i] for i in row_ids) + 1e-20 if renormalize else 1.0
-        for weight, i in zip(row_weights, row_ids):
-            assert abs(weight - scores[i] / total * scale) < 1e-5, (weight, scores[i] / total * scale)
 
 
 def widened(tensor):

@@ -18,6 +18,12 @@ from test_op_parity import (
 )
 
 from sglang.kernels.ops.moe.fused_experts import fused_experts, order_pairs
+from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
+    fused_experts_mxfp4_scaled,
+    fused_experts_mxfp4_torch,
+    fused_experts_mxfp4_triton,
+    random_experts,
+)
 from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear_torch, random_blocks
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.kernels.spec import Case
@@ -154,6 +160,44 @@ class TestTritonOpsOnGpu(CustomTestCase):
                         wanted = fused_experts.reference(*wide)
                         error = (triton.fn(*args).float() - wanted).abs().max() / wanted.abs().max()
                         self.assertLess(float(error), 2e-5 if dtype == torch.float32 else 1e-2)
+
+    def test_four_bit_experts_at_serving_widths(self):
+        """Codes as numbers in registers, and as ``tl.dot_scaled`` takes them, whether or not it is chosen here."""
+        generator = torch.Generator().manual_seed(9)
+        stacked = to((*random_experts(16, 704, 512, generator), *random_experts(16, 512, 352, generator)), DEVICE)
+        for tokens, limit in itertools.product((1, 2, 16, 17, 130, 700), (None, 0.5)):
+            ids = torch.rand(tokens, 16, generator=generator).topk(4).indices.to(DEVICE, torch.int32)
+            ids = ids.masked_fill(torch.rand(tokens, 4, generator=generator).to(DEVICE) < 0.2, -1)
+            weights = torch.rand(tokens, 4, generator=generator).to(DEVICE)
+            x = torch.randn(tokens, 512, generator=generator).to(DEVICE)
+            for dtype, bound in ((torch.bfloat16, 1e-2), (torch.float32, 2e-5)):
+                rows = x.to(dtype)
+                wanted = fused_experts_mxfp4_torch(rows.float(), *stacked, weights, ids, limit)
+                runs = (fused_experts_mxfp4_triton, fused_experts_mxfp4_scaled)
+                for run in runs if dtype == torch.bfloat16 else runs[:1]:
+                    with self.subTest(dtype=dtype, tokens=tokens, limit=limit, run=run.__name__):
+                        found = run(rows, *stacked, weights, ids, limit)
+                        error = (found.float() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
+                        self.assertLess(float(error), bound)
+
+    def test_four_bit_experts_at_the_ends_of_the_scales(self):
+        generator = torch.Generator().manual_seed(10)
+        codes = [
+            torch.randint(0, 256, shape, generator=generator).to(torch.uint8) for shape in ((1, 64, 32), (1, 64, 16))
+        ]
+        ids, weights = torch.zeros(2, 1, dtype=torch.int32), torch.ones(2, 1)
+        # Below byte 3 the scaled product takes 3: off by 2^-124 times the row, far below what is asked here.
+        for byte, size in ((0, 1.0), (1, 1.0), (127, 1.0), (254, 2.0**-60)):
+            scales = torch.full((1, 64, 2), 127, dtype=torch.uint8), torch.full((1, 64, 1), byte, dtype=torch.uint8)
+            x = (torch.randn(2, 64, generator=generator) * size).bfloat16()
+            args = (codes[0], scales[0], codes[1], scales[1], weights, ids)
+            wanted = fused_experts_mxfp4_torch(x.float(), *args)
+            for run in (fused_experts_mxfp4_triton, fused_experts_mxfp4_scaled):
+                with self.subTest(byte=byte, run=run.__name__):
+                    found = run(*to((x, *args), DEVICE)).float().cpu()
+                    self.assertTrue(bool(found.isfinite().all()))
+                    error = (found - wanted).abs().max() / wanted.abs().max().clamp(min=1e-25)
+                    self.assertLess(float(error), 1e-2)
 
     def test_order_is_stable_and_complete(self):
         for tokens, experts, block in ((1, 4, 16), (700, 16, 64), (3000, 100, 16)):

@@ -98,7 +98,7 @@ class TestConfig(CustomTestCase):
             ({**HF, "weight_block_size": [64, 128]}, "found [64, 128]"),
             ({**HF, "fmt": "e5m2"}, "fmt"),
             ({**HF, "activation_scheme": "static"}, "activation_scheme"),
-            ({**HF, "expert_dtype": "fp4"}, "expert_dtype"),
+            ({**HF, "expert_dtype": "int4"}, "expert_dtype"),
             ({**HF, "modules_to_convert": ["embed"]}, "modules_to_convert"),
             ({**HF, "modules_to_not_convert": ["a", 3]}, "modules_to_not_convert"),
             ({**HF, "modules_to_not_convert": ["("]}, "'(' is no name"),

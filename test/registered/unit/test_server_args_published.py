@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 from sglang.srt.server_args import evaluate
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.mxfp4_checkpoints import quark_config
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
@@ -49,12 +50,14 @@ QWEN35_397B = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
     },
 }  # fmt: skip
-QUARK = {"quantization_config": {"quant_method": "quark"}}
+QUARK = {"quantization_config": quark_config(["lm_head", "re:.*self_attn.*", "re:.*linear_attn.*", "*.mlp.gate"])}
+AWQ = {"quantization_config": {"quant_method": "awq"}}
 FP8 = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
 MODELS = {
     "v3": DEEPSEEK_V3,
     "v3-fp8": {**DEEPSEEK_V3, **FP8},
-    "v3-quark": {**DEEPSEEK_V3, **QUARK},
+    "v3-quark": {**DEEPSEEK_V3, "num_nextn_predict_layers": 1, **QUARK},
+    "v3-awq": {**DEEPSEEK_V3, **AWQ},
     "v2-lite": DEEPSEEK_V2_LITE,
     "qwen3.5": QWEN35_397B,
     "qwen3.5-fp8": {**QWEN35_397B, **FP8},
@@ -81,8 +84,7 @@ PUBLISHED = (
      "--model-path MODEL[qwen3.5-quark] --tp 2 --attention-backend aiter --trust-remote-code "
      "--chunked-prefill-size 32768 --model-loader-extra-config '{\"enable_multithread_load\": true}' "
      "--watchdog-timeout 1200 --mem-fraction-static 0.9 --host 0.0.0.0 --port 9000 --disable-radix-cache "
-     "--enable-aiter-allreduce-fusion --max-running-requests 512 --page-size 16",
-     [f"model: * (quark): {QUANTISED}"]),
+     "--enable-aiter-allreduce-fusion --max-running-requests 512 --page-size 16", []),
     ("upstream docs, DeepSeek-V3 on AMD", "", "--model-path deepseek-ai/DeepSeek-V3 --tp 8 --trust-remote-code",
      ["model: unknown model path 'deepseek-ai/DeepSeek-V3'"]),
     ("upstream docs, DeepSeek-V3 converted to bf16", "", "--model MODEL[v3] --tp 8 --trust-remote-code "
@@ -104,8 +106,8 @@ PUBLISHED = (
      "--host 0.0.0.0 --port 9000 --log-requests --mem-fraction-static 0.8 --max-running-requests 64 "
      "--kv-cache-dtype fp8_e4m3 --attention-backend aiter --speculative-algorithm EAGLE --speculative-num-steps 3 "
      "--speculative-eagle-topk 1 --speculative-num-draft-tokens 4",
-     ["SGLANG_AITER_FP8_PREFILL_ATTN='1' would change what is computed",
-      f"model: * (quark): {QUANTISED}"]),
+     ["SGLANG_AITER_FP8_PREFILL_ATTN='1' would change what is computed"]),
+    ("DeepSeek-V3 in another format", "", "--model-path MODEL[v3-awq] --tp 8", [f"model: * (awq): {QUANTISED}"]),
     ("upstream pull request 11150, MORI",
      "SGLANG_USE_AITER=1 SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK=256",
      "--tool-call-parser deepseekv3 --trust-remote-code --model-path MODEL[v3] --attention-backend aiter "

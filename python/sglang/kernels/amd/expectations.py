@@ -18,6 +18,8 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "one_token_down_kernel": (WIDE_LOAD,),
     "few_tokens_kernel": (WIDE_LOAD, MFMA_BF16),
     "many_tokens_kernel": (WIDE_LOAD, MFMA_BF16),
+    "few_tokens_mxfp4_kernel": (WIDE_LOAD, MFMA_BF16),
+    "many_tokens_mxfp4_kernel": (WIDE_LOAD, MFMA_BF16),
     "few_tokens_logits_kernel": (WIDE_LOAD,),
     "many_tokens_logits_kernel": (WIDE_LOAD, MFMA_BF16),
     "block_fp8_linear_kernel": (WIDE_LOAD, MFMA_FP8),

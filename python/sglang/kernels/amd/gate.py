@@ -212,8 +212,8 @@ def _launches_of_case(op: Op, case: Case, arch: str, found: RowCollector) -> lis
     """The launches that dispatch makes for ``case``; raises when it would not choose Triton or does not compile."""
     fits = (impl for impl in op.table or () if impl.accepts is None or impl.accepts(*case.args))
     chosen = next(fits)
-    if chosen.name != "triton":
-        raise ValueError(f"{op.name} {case.name}: dispatch on {arch} chooses {chosen.name!r}, not 'triton'")
+    if not chosen.name.startswith("triton"):
+        raise ValueError(f"{op.name} {case.name}: dispatch on {arch} chooses {chosen.name!r}, not Triton")
     with compile_only(arch, found.known) as driver:
         chosen.fn(*case.args)
     return driver.launches

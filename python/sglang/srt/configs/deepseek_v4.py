@@ -178,7 +178,7 @@ def _check_fixed(reader: ConfigReader) -> None:
         if found != 1:
             reader.problem(f"key {key} must be 1 for DeepSeek V4, found {found}")
     expert_dtype = reader.data.get("expert_dtype")
-    if expert_dtype not in (None, "bf16", "bfloat16", "float32", "fp8"):
+    if expert_dtype not in (None, "bf16", "bfloat16", "float32", "fp8", "fp4"):
         reader.problem(f"key expert_dtype = {expert_dtype!r:.100} is not supported: convert the experts to bfloat16")
 
 

@@ -20,6 +20,7 @@ from sglang.srt.configs.generation import end_token_ids, sampling_defaults
 from sglang.srt.configs.hub_cache import download_line, is_model_id
 from sglang.srt.configs.quantization import QuantConfig, read_quantization
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
+from sglang.srt.configs.stored_experts import stored_experts
 from sglang.srt.utils.common import read_json_object
 
 logger = logging.getLogger(__name__)
@@ -93,13 +94,16 @@ class ModelConfig:
         dtype: str = "auto",
         platform_kind: str = "cpu",
         quantization: str | None = None,
+        dequantize_mxfp4: bool = False,
         kv_cache_dtype: str = "auto",
         use_generation_defaults: bool = True,
     ) -> ModelConfig:
         """Read ``model_path``/config.json and generation_config.json.
 
         ``dtype`` "auto" is float32 on the platform kind "cpu" and the checkpoint's dtype elsewhere. ``quantization``
-        "fp8" quantises matrices on load; None serves them as the checkpoint has them. The sampling values of
+        "fp8" quantises matrices on load; None serves them as the checkpoint has them, but MXFP4 ones with
+        ``dequantize_mxfp4``, which become plain. The files of a checkpoint, if they are there, say in which format the
+        experts of DeepSeek V4 are. The sampling values of
         generation_config.json are read only with ``use_generation_defaults``. The tokenizer's end tokens are not
         known here (``with_tokenizer_end``). Raises ConfigError that names the file and every problem found in it.
         """
@@ -111,6 +115,10 @@ class ModelConfig:
             architecture = _find_architecture(hf_config)
             quant_config = read_quantization(hf_config, quantization)
             text = SUPPORTED_ARCHITECTURES[architecture].from_hf(text_dict)
+            if quant_config is not None:
+                quant_config = replace(quant_config, dequantize_mxfp4=dequantize_mxfp4)
+            if quant_config is not None and not quant_config.on_load and isinstance(text, DeepseekV4Config):
+                quant_config = quant_config.with_experts(stored_experts(config_file.parent, text.num_hidden_layers))
             ends, defaults = _read_generation_config(config_file.parent, text.vocab_size, use_generation_defaults)
             nested = "text_config." if hf_config.get("text_config") is not None else ""
             ends += end_token_ids(text_dict, text.vocab_size, nested) + end_token_ids(hf_config, text.vocab_size)

@@ -121,6 +121,7 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
         context_length=args.context_length,
         dtype=args.dtype,
         quantization=args.quantization,
+        dequantize_mxfp4=args.dequantize_mxfp4,
         kv_cache_dtype=args.kv_cache_dtype,
         platform_kind=current_platform.kind,
         use_generation_defaults=False,

@@ -57,6 +57,7 @@ WALKED_MODELS = (
     WalkedModel("v3-fp8", _V3_FP8),
     WalkedModel("v3-fp8-tp8", _V3_FP8, {"tp_size": 8}),
     WalkedModel("v3-fp8-tp8-kv8", _V3_FP8, {"tp_size": 8, "kv_cache_dtype": "fp8_e4m3"}),
+    WalkedModel("v3-mxfp4", {**_V3, "quantization_config": {**BLOCK_FP8, "expert_dtype": "fp4"}}),
     WalkedModel("qwen35", qwen35_like(4)),
     WalkedModel("qwen35-fp8-kv8", qwen35_like(4), {"quantization": "fp8", "kv_cache_dtype": "fp8_e4m3"}),
 )

@@ -161,7 +161,7 @@ def _as_stored(config: ModelConfig, prefix: str) -> ModelConfig:
         return config
     scales = quant_config.default.scale_suffix
     matrices = ((name.removesuffix(".weight"), dtype) for name, dtype in dtypes.items() if not name.endswith(scales))
-    plain = {name for name, dtype in matrices if dtype != "F8_E4M3"}
+    plain = {name for name, dtype in matrices if dtype in ("BF16", "F16", "F32", "F64")}
     modules = {re.sub(r"(\.experts)\.\d+\..*|(\.experts)\.\w+_proj", r"\1\2", name) for name in plain}
     skipped = (*quant_config.skipped, *map(re.escape, sorted(modules)))
     return replace(config, quant_config=replace(quant_config, skipped=skipped))

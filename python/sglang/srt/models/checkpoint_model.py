@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from sglang.srt.configs.quantization import BlockShape
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.weights import (
     PLAIN,
@@ -241,6 +242,12 @@ class _Loading:
 
 def _check(leaf: Leaf, shape: tuple[int, ...], tensor: torch.Tensor) -> None:
     """Raise WeightShapeError or WeightFormatError unless ``tensor`` is ``leaf`` of a matrix of ``shape``."""
+    across = BlockShape(leaf.block.columns, leaf.block.rows)
+    if leaf.block != across and tuple(tensor.shape) == across.entries(shape):
+        raise WeightFormatError(
+            f"shape {list(tensor.shape)} is packed along the wrong axis: an entry stands for {leaf.block.columns} "
+            f"numbers of one row, which makes {list(leaf.block.entries(shape))}. Convert the checkpoint again"
+        )
     check_shape(tensor, leaf.block.entries(shape))
     if leaf.ids_below is not None and not (0 <= int(tensor.min()) and int(tensor.max()) < leaf.ids_below):
         raise WeightFormatError(f"it holds numbers outside [0, {leaf.ids_below})")

@@ -133,7 +133,7 @@ class TestRefusals(CustomTestCase):
             ("sliding_window", {"sliding_window": 512}),
             ("qk_rope_head_dim", {"qk_rope_head_dim": 63}),
             ("index_head_dim", {"index_head_dim": 32}),
-            ("expert_dtype", {"expert_dtype": "fp4"}),
+            ("expert_dtype", {"expert_dtype": "int4"}),
             ("mscale", {"rope_scaling": {**FLASH["rope_scaling"], "mscale": 1.0}}),
             ("rope_scaling.factor", {"rope_scaling": {"type": "yarn"}}),
             ("rope_parameters.compress", {"rope_scaling": None, "rope_parameters": {"main": {"rope_theta": 1e4}}}),

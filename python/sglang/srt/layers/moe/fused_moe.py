@@ -12,7 +12,7 @@ from sglang.srt.distributed import get_parallel_state
 from sglang.srt.layers.moe.placement import ExpertPlacement
 from sglang.srt.layers.moe.topk import TopKOutput
 from sglang.srt.layers.quantization import experts_method
-from sglang.srt.layers.weights import Section, Shards, check_shape
+from sglang.srt.layers.weights import Section, Shards
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 # Checkpoint names of the three matrices of an expert, and of their stacked forms.
@@ -63,14 +63,12 @@ class FusedMoE(nn.Module):
     def load_expert(self, name: str, expert_id: int, tensor: torch.Tensor, scale: torch.Tensor | None = None) -> None:
         """Take matrix ``name`` of one expert: "w1" (gate) and "w3" (up) [I, H], "w2" (down) [H, I].
 
-        A matrix of an expert that another rank holds is checked and left. ``scale`` holds an 8-bit matrix's blocks'.
+        A matrix of an expert that another rank holds is left. ``scale`` is the partner of a quantised matrix.
         """
         stack = "w2_weight" if name == "w2" else "w13_weight"
-        shards = self._shards[stack]
-        check_shape(tensor, shards.full_shapes[name])
         local = self.placement.local_id(expert_id)
         if local is not None:
-            self.quant_method.store(self, stack, shards, name, tensor, scale, local)
+            self.quant_method.store(self, stack, self._shards[stack], name, tensor, scale, local)
 
     def expert_tensors(self) -> Iterator[tuple[str, str, int, nn.Parameter]]:
         """Checkpoint tensors one expert at a time: name below this module, matrix, expert, and where it goes."""

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from sglang.srt.configs.errors import ConfigError
-from sglang.srt.configs.quantization import FP8_BLOCKS, QuantConfig
+from sglang.srt.configs.quantization import FP8_BLOCKS, MXFP4, QuantConfig
 from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.layers.quantization.fp8 import Fp8Method
+from sglang.srt.layers.quantization.mxfp4 import Mxfp4Method
 from sglang.srt.layers.quantization.unquant import UnquantizedMethod, WeightMethod
 from sglang.srt.layers.weights import Shards
 
@@ -34,6 +35,9 @@ def linear_method(
     known = quant_config.format_of(prefix)
     if dequantize or known is None:
         return UnquantizedMethod(known or quant_config.default)
+    if known.name == MXFP4.name:
+        _say_plain(_all_layers(prefix))
+        return UnquantizedMethod(known)
     if shards.in_blocks(known.block) is None:
         by_split = shards.is_split_in_blocks(known.block)
         if not by_split:
@@ -56,6 +60,8 @@ def experts_method(quant_config: QuantConfig | None, prefix: str, matrices: Sequ
             f"{known.block.rows}x{known.block.columns}. Keep experts whole with --ep-size, lower --tp-size, or serve "
             "without quantisation."
         )
+    if known.name == MXFP4.name:
+        return UnquantizedMethod(known) if quant_config.dequantize_mxfp4 else Mxfp4Method(known)
     return Fp8Method(quant_config.on_load)
 
 
@@ -76,6 +82,11 @@ def warn_of_splits(model: nn.Module, ranks: ProcessGroupHandle) -> list[str]:
 
 def _all_layers(name: str) -> str:
     return re.sub(r"\.\d+\.", ".*.", name)
+
+
+@functools.cache
+def _say_plain(layers: str) -> None:
+    logger.warning("%s: MXFP4 is kept for routed experts; this becomes plain as it loads", layers)
 
 
 @functools.cache

@@ -9,8 +9,9 @@ from torch import nn
 from sglang.kernels.ops.moe.fused_experts_fp8 import arrange_experts_fp8, fused_experts_fp8
 from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear, fp8_dtype
 from sglang.srt.configs.quantization import BLOCK, FP8_BLOCKS
-from sglang.srt.layers.quantization.unquant import FP8, FP8_LEAVES, WeightMethod, block_scales, part_of, stack_shape
-from sglang.srt.layers.weights import PLAIN, ShardId, Shards, WeightFormatError, WeightLoader, make_parameter
+from sglang.srt.layers.quantization.stored import FP8, OTHER_THAN_FP8, block_scales, check_format, leaves_of
+from sglang.srt.layers.quantization.unquant import WeightMethod, part_of, stack_shape
+from sglang.srt.layers.weights import FLOATS, ShardId, Shards, WeightLoader, make_parameter
 from sglang.srt.platforms import current_platform
 
 # Deviation of a healthy dummy's entries before their scale.
@@ -56,8 +57,7 @@ class Fp8Method(WeightMethod):
     Beside each parameter lie the scales of its blocks, as ``<name>_scale_inv`` (they multiply, despite the name).
     """
 
-    # A plain one is quantised with ``on_load``, and else refused with a better reason than its dtype.
-    leaves = (PLAIN, *FP8_LEAVES)
+    leaves = (*leaves_of(FP8_BLOCKS), *OTHER_THAN_FP8)
 
     def __init__(self, on_load: bool) -> None:
         self.on_load = on_load
@@ -92,11 +92,7 @@ class Fp8Method(WeightMethod):
         assert blocks is not None
         loaded = loaded.to(target.device)
         if scale is None:
-            if not self.on_load:
-                raise WeightFormatError(
-                    f"dtype {str(loaded.dtype).removeprefix('torch.')}, but config.json says that it is quantised: it "
-                    "needs float8_e4m3fn and scales, or a place under modules_to_not_convert"
-                )
+            check_format(loaded, FLOATS if self.on_load else (FP8,), FP8_BLOCKS.name)
             loaded, scale = quantize_blocks(loaded)
         else:
             scale = block_scales(scale, target.device)

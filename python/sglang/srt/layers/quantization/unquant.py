@@ -9,26 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from sglang.kernels.ops.moe.fused_experts import arrange_experts, fused_experts
-from sglang.kernels.ops.quant.group_fp8 import dequantize_blocks
-from sglang.srt.configs.quantization import FP8_BLOCKS, WeightFormat
+from sglang.srt.configs.quantization import WeightFormat
+from sglang.srt.layers.quantization.stored import leaves_of, scaled_back
 from sglang.srt.layers.weights import (
-    FLOATS,
     PLAIN,
     Leaf,
     ShardId,
     Shards,
-    WeightFormatError,
     WeightLoader,
     make_parameter,
-)
-
-# What checkpoints hold of 8-bit matrices, on every machine.
-FP8 = torch.float8_e4m3fn
-# A scale that is a power of two, as its exponent + 127; 255 is NaN. OCP Microscaling Formats 1.0, section 5.4.1.
-E8M0 = torch.float8_e8m0fnu
-FP8_LEAVES = (
-    Leaf("", (FP8,), partner=FP8_BLOCKS.scale_suffix),
-    Leaf(FP8_BLOCKS.scale_suffix, (*FLOATS, E8M0), FP8_BLOCKS.block, partner=""),
 )
 
 
@@ -88,15 +77,6 @@ class WeightMethod(ABC):
         """Put loaded experts into the layout of the kernel that is to run them; clamped ones have none of their own."""
 
 
-def block_scales(scale: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A checkpoint's scales as float32 on ``device``; raises WeightFormatError for one that is infinite or NaN."""
-    scale = scale.float()
-    # Tensors without contents stand for weights where a model's shapes alone are walked.
-    if not scale.is_meta and not bool(scale.isfinite().all()):
-        raise WeightFormatError("its scales hold infinite numbers or NaN (byte 255 in float8_e8m0fnu)")
-    return scale.to(device)
-
-
 def part_of(param: nn.Parameter, index: int | None) -> torch.Tensor:
     """The matrix that ``param`` is, or the one at ``index`` of its stack."""
     return param.data if index is None else param.data[index]
@@ -114,7 +94,8 @@ class UnquantizedMethod(WeightMethod):
     """
 
     def __init__(self, stored: WeightFormat | None = None, by_split: bool = False) -> None:
-        self.leaves = (PLAIN,) if stored is None else (PLAIN, *FP8_LEAVES)
+        self.stored = stored
+        self.leaves = (PLAIN,) if stored is None else (PLAIN, *leaves_of(stored))
         self.by_split = by_split
 
     def create(
@@ -137,7 +118,8 @@ class UnquantizedMethod(WeightMethod):
     ) -> None:
         target = part_of(getattr(layer, name), index)
         if scale is not None:
-            loaded = dequantize_blocks(loaded.to(target.device), block_scales(scale, target.device))
+            assert self.stored is not None, "only a format has scales"
+            loaded = scaled_back(self.stored, loaded, scale, target.device)
         shards.copy(target, loaded, shard_id)
 
     def linear(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -81,9 +81,14 @@ def plan_exchange(
     ExchangeConfigError, which names the variable or flag, for what cannot be served.
     """
     asked = config.dispatch_dtype
-    if asked == "fp4" or (asked == "fp8" and row_dtype is None):
+    if asked == "fp4":
         raise ExchangeConfigError(
-            f"SGLANG_MORI_DISPATCH_DTYPE={asked} needs {asked} expert weights, and these experts have none: unset it"
+            "SGLANG_MORI_DISPATCH_DTYPE=fp4 is not served: rows travel in 8 bits to fp8 experts, and else, to MXFP4 "
+            "ones too, in 16. Unset it"
+        )
+    if asked == "fp8" and row_dtype is None:
+        raise ExchangeConfigError(
+            "SGLANG_MORI_DISPATCH_DTYPE=fp8 needs fp8 expert weights, and these experts have none: unset it"
         )
     if kernel is not None and dtype not in (torch.bfloat16, torch.float32):
         raise ExchangeConfigError(f"MORI carries bfloat16 and float32, not the model's {dtype}: add --dtype bfloat16")

@@ -1,0 +1,191 @@
+"""The routed experts with MXFP4 weights: four bits in memory, rows of activations as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
+from sglang.kernels.ops.activation.silu_and_mul import limit_option, silu_and_mul_torch
+from sglang.kernels.ops.moe.fused_experts import (
+    SERVING_LIMITS,
+    SERVING_MODELS,
+    PairOrder,
+    order_pairs,
+    routing_fits,
+    weighted_sum,
+)
+from sglang.kernels.ops.moe.tiles import choose_tiles
+from sglang.kernels.ops.quant.mxfp4 import GROUP, PACKED, quantize_mxfp4, unpack_eighths
+from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
+
+# Where ``tl.dot_scaled`` is instructions of the machine (gfx950: a conversion with the scale, then the product in
+# 16 bits). Elsewhere codes become numbers in registers before the product.
+SCALED_ARCHS = ("gfx950",)
+
+
+def fused_experts_mxfp4_torch(
+    x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    limit: float | None = None,
+) -> Tensor:  # fmt: skip
+    """``moe.fused_experts`` with the weights that the codes and scales stand for, products in float32.
+
+    x [N, H] float, w13 [E, 2I, H / 2] and w2 [E, H, I / 2] uint8, two codes e2m1 of a row to a byte, the first its low
+    half; w13_scale [E, 2I, H / 32] and w2_scale [E, H, I / 32] uint8: 2^(b - 127), 255 NaN. H and I are multiples of
+    32; routing and ``limit`` as in ``moe.fused_experts``. Returns a new [N, H] in x's dtype.
+    """
+    out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in topk_ids[topk_ids >= 0].unique().tolist():
+        tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
+        gate_up = _product(x[tokens], w13[expert], w13_scale[expert])
+        rows = _product(silu_and_mul_torch(gate_up, limit), w2[expert], w2_scale[expert])
+        out.index_add_(0, tokens, topk_weights[tokens, slots].unsqueeze(1) * rows.float())
+    return out.to(x.dtype)
+
+
+def _product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    return (x.float() @ unpack_eighths(codes, scale).t()).mul_(8.0).to(x.dtype)
+
+
+def mxfp4_product(
+    x: Tensor, codes: Tensor, scale: Tensor, ids: Tensor, order: PairOrder | None, tile: dict[str, int], block_m: int,
+    is_gate_up: bool, scaled: bool, limit: float | None = None,
+) -> Tensor:  # fmt: skip
+    """One of the two products for all pairs, [N * k, width] in x's dtype; rows of skipped pairs are not written."""
+    from sglang.kernels.ops.moe.fused_experts_mxfp4_triton import few_tokens_mxfp4_kernel, many_tokens_mxfp4_kernel
+
+    pairs, k_dim = ids.numel(), x.shape[1]
+    width = codes.shape[1] // 2 if is_gate_up else codes.shape[1]
+    out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
+    tiles = cdiv(width, tile["BLOCK_N"])
+    shape = {"TOP_K": ids.shape[1], "GATE_UP": is_gate_up, "SCALED": scaled, "BLOCK_M": block_m}
+    shape.update(limit_option(limit))
+    shape["EVEN_K"] = k_dim % tile["BLOCK_K"] == 0
+    if order is None:
+        few_tokens_mxfp4_kernel[(pairs * tiles,)](
+            x, codes, scale, ids, out, pairs, width, k_dim, x.stride(0), tiles,
+            PAIRS=max(16, next_power_of_2(pairs)), **shape, **tile,
+        )  # fmt: skip
+    else:
+        many_tokens_mxfp4_kernel[(order.max_blocks * tiles,)](
+            x, codes, scale, order.pairs, order.block_experts, order.num_blocks, out,
+            pairs, width, k_dim, x.stride(0), order.max_blocks, tiles, **shape, **tile,
+        )  # fmt: skip
+    return out
+
+
+def run_mxfp4(
+    x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, weights: Tensor, ids: Tensor,
+    limit: float | None, scaled: bool,
+) -> Tensor:  # fmt: skip
+    """Three launches for few tokens, five for many; with ``scaled`` the product is the architecture's own."""
+    (num_tokens, top_k), num_experts = ids.shape, w13.shape[0]
+    if num_tokens == 0:
+        return torch.empty_like(x)
+    # No row of the table serves one token apart: two tokens choose the same tiles.
+    bits = 4 if x.dtype == torch.bfloat16 else 32
+    tiles = choose_tiles(current_platform.arch, bits, max(num_tokens, 2), top_k, num_experts)
+    order = order_pairs(ids, num_experts, tiles.block_m) if tiles.path == "many" else None
+    activated = mxfp4_product(x, w13, w13_scale, ids, order, tiles.gate_up, tiles.block_m, True, scaled, limit)
+    rows = mxfp4_product(activated, w2, w2_scale, ids, order, tiles.down, tiles.block_m, False, scaled)
+    return weighted_sum(rows, weights, ids)
+
+
+def fused_experts_mxfp4_triton(
+    x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    limit: float | None = None,
+) -> Tensor:  # fmt: skip
+    """Codes become numbers in x's dtype in registers, before the product."""
+    return run_mxfp4(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, limit, scaled=False)
+
+
+def fused_experts_mxfp4_scaled(
+    x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    limit: float | None = None,
+) -> Tensor:  # fmt: skip
+    """The product takes codes and scales as they are (``tl.dot_scaled``)."""
+    return run_mxfp4(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, limit, scaled=True)
+
+
+def _accepts(
+    x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    limit: float | None = None,
+) -> bool:  # fmt: skip
+    stacked = (w13, w13_scale, w2, w2_scale)
+    dense = all(tensor.is_contiguous() and tensor.dtype == torch.uint8 for tensor in stacked) and x.stride(1) == 1
+    return dense and x.dtype in (torch.bfloat16, torch.float32) and routing_fits(topk_weights, topk_ids, w13.shape[0])
+
+
+def _accepts_scaled(x: Tensor, *args: Tensor | float | None) -> bool:
+    return x.dtype == torch.bfloat16 and _accepts(x, *args)  # type: ignore[arg-type]
+
+
+def random_experts(experts: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Stacked matrices [experts, rows, columns] in MXFP4 of entries near N(0, 1 / columns)."""
+    return quantize_mxfp4(torch.randn(experts, rows, columns, generator=generator) * columns**-0.5)
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 64, 32, 4, 2), (7, 96, 64, 5, 3), (0, 64, 32, 4, 2), (40, 64, 96, 8, 4))
+    for rows, hidden, width, experts, top_k in shapes:
+        x = torch.randn(rows, hidden, generator=generator)
+        stacked = (*random_experts(experts, 2 * width, hidden, generator),
+                   *random_experts(experts, hidden, width, generator))  # fmt: skip
+        weights = torch.rand(rows, top_k, generator=generator)
+        ids = torch.randint(0, experts, (rows, top_k), generator=generator, dtype=torch.int32)
+        name = f"{rows}x{hidden}x{width}"
+        yield Case(name, (x, *stacked, weights, ids))
+        yield Case(f"{name}-clamped", (x, *stacked, weights, ids, 0.5))
+        if rows > 1:
+            holes = ids.masked_fill(torch.rand(rows, top_k, generator=generator) < 0.4, -1)
+            yield Case(f"{name}-holes", (x, *stacked, weights, holes))
+            yield Case(f"{name}-all-skipped", (x, *stacked, weights, torch.full_like(ids, -1)))
+    x = torch.randn(3, 64, generator=generator) * 1e-3
+    codes = [torch.randint(0, 256, shape, generator=generator).to(torch.uint8) for shape in ((2, 64, 32), (2, 64, 16))]
+    # Groups of one row with scales far apart; the results are float32 all the same.
+    scales = torch.tensor([100, 140], dtype=torch.uint8).expand(2, 64, 2).contiguous()
+    ids = torch.tensor([[0, 1], [1, 1], [-1, 0]], dtype=torch.int32)
+    yield Case("scales-apart", (x, codes[0], scales, codes[1], scales[..., :1].contiguous(), torch.ones(3, 2), ids))
+
+
+def empty_experts(experts: int, hidden: int, width: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """w13, its scales, w2 and its scales, without contents."""
+    shapes = ((2 * width, hidden), (hidden, width))
+    sizes = [(rows, columns // part) for rows, columns in shapes for part in (PACKED, GROUP)]
+    w13, w13_scale, w2, w2_scale = (torch.empty(experts, *size, dtype=torch.uint8, device=device) for size in sizes)
+    return w13, w13_scale, w2, w2_scale
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Experts of DeepSeek-V3, V4-Flash and Qwen3.5, without contents, on each path."""
+    wanted = [(name, tokens, torch.bfloat16) for name in ("v3", "v4flash") for tokens in (8, 128, 8192)]
+    wanted += [("qwen35", 8, torch.bfloat16), ("qwen35", 8, torch.float32), ("qwen35", 1024, torch.float32)]
+    for name, tokens, dtype in wanted:
+        experts, hidden, width, top_k = SERVING_MODELS[name]
+        x = torch.empty(tokens, hidden, dtype=dtype, device=device)
+        weights = torch.empty(tokens, top_k, device=device)
+        label = f"{name} t{tokens} mxfp4" + (" fp32" if dtype == torch.float32 else "")
+        stacked = empty_experts(experts, hidden, width, device)
+        args = (x, *stacked, weights, weights.to(torch.int32), SERVING_LIMITS.get(name))
+        yield fused_experts_mxfp4, Case(label, args)
+
+
+fused_experts_mxfp4 = Op(
+    "moe.fused_experts_mxfp4",
+    Impl(
+        "triton_scaled",
+        fused_experts_mxfp4_scaled,
+        kinds={"hip", "cuda"},
+        archs=SCALED_ARCHS,
+        package="triton",
+        needs_device=True,
+        accepts=_accepts_scaled,
+    ),
+    triton_impl(fused_experts_mxfp4_triton, _accepts),
+    Impl("torch", fused_experts_mxfp4_torch),
+    cases=_cases,
+)

@@ -1,0 +1,81 @@
+"""Routed experts in MXFP4: four bits a weight in memory, as the checkpoint has them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sglang.kernels.ops.moe.fused_experts_mxfp4 import fused_experts_mxfp4
+from sglang.kernels.ops.quant.mxfp4 import quantize_mxfp4
+from sglang.srt.configs.quantization import WeightFormat
+from sglang.srt.layers.quantization.stored import CODES, OTHER_THAN_MXFP4, PAIRS, check_format, leaves_of, mxfp4_parts
+from sglang.srt.layers.quantization.unquant import WeightMethod, part_of, stack_shape
+from sglang.srt.layers.weights import ShardId, Shards, WeightLoader, make_parameter
+
+
+class Mxfp4Method(WeightMethod):
+    """Codes [E, R, C / 2] and, beside each parameter as ``<name>_scale``, scales [E, R, C / 32], all uint8.
+
+    Rows of activations stay as they are. For routed experts alone: other matrices are made plain while they load.
+    """
+
+    def __init__(self, known: WeightFormat) -> None:
+        self.format = known
+        self.leaves = (*leaves_of(known), *OTHER_THAN_MXFP4)
+
+    def create(
+        self, layer: nn.Module, name: str, shards: Shards, loader: WeightLoader | None = None, count: int | None = None
+    ) -> None:
+        pairs, blocks = self._parts(shards)
+        weight = make_parameter(
+            *stack_shape(count, pairs), dtype=torch.uint8, loader=loader, full_shapes=shards.full_shapes,
+            leaves=self.leaves, encode=self._encode,
+        )  # fmt: skip
+        layer.register_parameter(name, weight)
+        scale = make_parameter(*stack_shape(count, blocks), dtype=torch.uint8, full_shapes={})
+        layer.register_parameter(f"{name}_scale", scale)
+
+    def _parts(self, shards: Shards) -> tuple[Shards, Shards]:
+        """The rank's part counted in bytes of codes, and in scales."""
+        pairs, blocks = shards.in_blocks(PAIRS), shards.in_blocks(self.format.block)
+        assert pairs is not None and blocks is not None, "the caller asks for this format only where blocks are whole"
+        return pairs, blocks
+
+    def _encode(self, drawn: torch.Tensor) -> dict[str, torch.Tensor]:
+        codes, scale = quantize_mxfp4(drawn)
+        return {"": codes, self.format.scale_suffix: scale}
+
+    def store(
+        self,
+        layer: nn.Module,
+        name: str,
+        shards: Shards,
+        shard_id: ShardId,
+        loaded: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        index: int | None = None,
+    ) -> None:
+        check_format(loaded, CODES, self.format.name)
+        assert scale is not None, "codes come with their scales"
+        pairs, blocks = self._parts(shards)
+        codes, exponents = mxfp4_parts(loaded, scale)
+        pairs.copy(part_of(getattr(layer, name), index), codes, shard_id)
+        blocks.copy(part_of(getattr(layer, f"{name}_scale"), index), exponents, shard_id)
+
+    def linear(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        raise NotImplementedError("MXFP4 is a format of routed experts")
+
+    def experts(
+        self,
+        layer: nn.Module,
+        x: torch.Tensor,
+        weights: torch.Tensor,
+        ids: torch.Tensor,
+        x_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        assert x_scale is None, "rows come as they are"
+        stacks = layer.w13_weight, layer.w13_weight_scale, layer.w2_weight, layer.w2_weight_scale
+        return fused_experts_mxfp4(x, *stacks, weights, ids, layer.swiglu_limit)
+
+    def arrange_experts(self, layer: nn.Module) -> None:
+        """No implementation has a layout of its own."""
