@@ -21,14 +21,15 @@ from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.quantization.mxfp4 import Mxfp4Method
 from sglang.srt.layers.quantization.unquant import UnquantizedMethod
 from sglang.srt.model_executor.memory_plan import count_weights
-from sglang.srt.model_loader.loader import build_model, load_model
+from sglang.srt.model_loader.loader import build_model, load_draft_model, load_model
 from sglang.srt.models.checkpoint_model import WeightLoadError
-from sglang.srt.server_args import override_server_args
+from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.model_harness import ModelHarness
 from sglang.test.mxfp4_checkpoints import pack, quark_config, save_four_bit
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import save_tiny_checkpoint
+from sglang.test.v4_mtp_reference import save_tiny_v4_mtp
 
 register_cpu_ci(est_time=20, suite="stage-b-test-cpu")
 
@@ -112,6 +113,24 @@ class TestModels(CustomTestCase):
         methods = [type(experts.quant_method) for experts in experts_of(model)]
         self.assertEqual(methods, [Mxfp4Method] * 2 + [UnquantizedMethod] + [Mxfp4Method] * 3)
         self.assertLess(float((found - serve(folder / "plain")[0]).abs().max()), 2e-5)
+
+    def test_the_layer_that_drafts(self):
+        """DeepSeek V4's MTP layer has experts in MXFP4 of its own, by the headers of the files too."""
+        root, drafts = self.root / "dsv4-mtp", []
+        save_tiny_v4_mtp(root / "source", num_hidden_layers=2, mlp_layer_types=["hash_moe", "moe"],
+                         layer_types=["sliding_attention", "compressed_sparse_attention"])  # fmt: skip
+        save_four_bit(root / "source", root, "v4")
+        for twin in ("mxfp4", "plain"):
+            folder = str(root / twin)
+            config = ModelConfig.from_path(folder)
+            with override_server_args():
+                target = load_model(config)
+                drafts.append(load_draft_model(config, ServerArgs(model_path=folder), target))
+        (four,), (plain,) = (experts_of(draft) for draft in drafts)
+        self.assertIs(type(four.quant_method), Mxfp4Method)
+        for name in ("w13_weight", "w2_weight"):
+            numbers = dequantize_mxfp4(getattr(four, name), getattr(four, f"{name}_scale"))
+            self.assertTrue(torch.equal(numbers, getattr(plain, name)), name)
 
     def failure(self, name, **changes):
         """The refusal of ``name``'s MXFP4 checkpoint with ``changes``, None taking a tensor away."""
