@@ -33,6 +33,7 @@ WANTED = {
         "aiter/ops/sample.py": ("greedy_sample",),
         "aiter/fused_moe.py": ("fused_moe",),
         "aiter/ops/shuffle.py": ("shuffle_weight",),
+        "aiter/utility/fp4_utils.py": ("e8m0_shuffle",),
         "csrc/include/aiter_enum.h": ("enum ActivationType", "enum QuantType"),
         "aiter/ops/mhc.py": ("mhc_fused_post_pre",),
         "aiter/ops/triton/fusions/mhc.py": ("mhc_post_pre",),

@@ -10,12 +10,16 @@ import torch
 
 from sglang.kernels.ops.moe.fused_experts import arrange_experts, fused_experts, fused_experts_torch
 from sglang.kernels.ops.moe.fused_experts_fp8 import arrange_experts_fp8, fused_experts_fp8, fused_experts_fp8_torch
+from sglang.kernels.ops.moe.fused_experts_mxfp4 import arrange_experts_mxfp4, fused_experts_mxfp4
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
+from sglang.kernels.ops.quant.mxfp4 import dequantize_mxfp4, quantize_mxfp4
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.fp8 import quantize_blocks, to_fnuz
 from sglang.srt.platforms import current_platform
 
+# Experts of which scales in MXFP4 are whole tiles of AITER's.
+FOUR_BIT = (4, 256, 256)
 EXPERTS, TOP_K = 6, 3
 
 
@@ -93,3 +97,53 @@ class AiterMoeCases(AiterMoeBase):
             found = fused_experts_fp8(x, arranged[0], w13_scale, arranged[1], w2_scale, weights, ids)
             self.check(found, wanted, 0.04, name)
         self.assertEqual(REGISTRY.records["moe.fused_experts_fp8"].calls_refused, {})
+
+
+def rounded_to_mxfp4(x: torch.Tensor) -> torch.Tensor:
+    return dequantize_mxfp4(*quantize_mxfp4(x))
+
+
+def experts_of_rounded_rows(
+    x: torch.Tensor, w13: torch.Tensor, w2: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor
+) -> torch.Tensor:
+    """The sum over a token's experts in float32, rows rounded to MXFP4 before both products; w13, w2 plain numbers."""
+    out = torch.zeros(x.shape, device=x.device)
+    for token in range(x.shape[0]):
+        row = rounded_to_mxfp4(x[token : token + 1].float())
+        for weight, expert in zip(weights[token].tolist(), ids[token].tolist(), strict=True):
+            if expert >= 0:
+                gate, up = (row @ w13[expert].t()).chunk(2, dim=-1)
+                hidden = rounded_to_mxfp4(torch.nn.functional.silu(gate) * up)
+                out[token] += weight * (hidden @ w2[expert].t())[0]
+    return out.to(x.dtype)
+
+
+class AiterFourBitCases(AiterMoeBase):
+    """MXFP4 weights, and rows that AITER rounds to MXFP4, against the same numbers in float32."""
+
+    def four_bit(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        experts, hidden, width = FOUR_BIT
+        w13, w2 = self.random(experts, 2 * width, hidden), self.random(experts, hidden, width)
+        return *quantize_mxfp4(w13 / hidden**0.5), *quantize_mxfp4(w2 / width**0.5)
+
+    def test_four_bit_weights(self) -> None:
+        stacked = self.four_bit()
+        plain = dequantize_mxfp4(*stacked[:2]), dequantize_mxfp4(*stacked[2:])
+        arranged = tuple(part.clone() for part in stacked)
+        self.assertTrue(arrange_experts_mxfp4(*arranged))
+        for before, after in zip(stacked, arranged, strict=True):
+            self.assertFalse(torch.equal(before, after), "the layout must move something")
+        for rows in (1, 19, 0):
+            ids = torch.rand(rows, FOUR_BIT[0], generator=self.generator).topk(2).indices.to(self.device, torch.int32)
+            weights = torch.rand(rows, 2, generator=self.generator).to(self.device)
+            holes = torch.rand(rows, 2, generator=self.generator).to(self.device) < 0.4
+            for chosen in (ids, ids.masked_fill(holes, -1)):
+                x = self.random(rows, FOUR_BIT[1]).bfloat16()
+                wanted = experts_of_rounded_rows(x, *plain, weights, chosen)
+                found = fused_experts_mxfp4(x, *arranged, weights, chosen)
+                self.assertEqual((found.dtype, found.shape), (wanted.dtype, wanted.shape))
+                if rows:
+                    error = (found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-6)
+                    # Rounding once more in between moves a few numbers by a step.
+                    self.assertLess(float(error), 0.03)
+        self.assertEqual(REGISTRY.records["moe.fused_experts_mxfp4"].calls_refused, {})

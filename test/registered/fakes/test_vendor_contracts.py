@@ -49,6 +49,7 @@ class TestContracts(CustomTestCase):
             ("aiter/fused_moe.py", "doweight_stage1: bool = False", "doweight_stage1: bool = True"): "fused_moe(",
             ("aiter/ops/enum.py", "Gelu = 1", "Gelu = 3"): "ActivationType",
             ("aiter/ops/shuffle.py", "def shuffle_weight", "def shuffle"): "shuffle_weight is missing",
+            ("aiter/utility/fp4_utils.py", "def e8m0_shuffle", "def shuffle_scales"): "e8m0_shuffle is missing",
             ("aiter/ops/mhc.py", "    force_fused: bool = False,\n", ""): "mhc_fused_post_pre(",
             ("aiter/ops/triton/fusions/mhc.py", "hc_post_mult_value: float = 2.0", "hc_post_mult_value: float = 1.0"): (
                 "mhc_post_pre("
@@ -122,6 +123,7 @@ class TestContracts(CustomTestCase):
             "aiter/ops/sample.py": "if True:\n    pass\n@compiled('m')\ndef greedy_sample(out, input, *, seed=0): ...",
             "aiter/fused_moe.py": "def fused_moe(x, *rest, dtype=None): ...",
             "aiter/ops/shuffle.py": "def shuffle_weight(x): ...",
+            "aiter/utility/fp4_utils.py": "def e8m0_shuffle(scale): ...",
             "csrc/include/aiter_enum.h": enums,
         }
         for name, text in files.items():

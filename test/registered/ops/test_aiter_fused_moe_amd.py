@@ -25,5 +25,16 @@ class TestAiterFusedMoe(aiter_moe_cases.AiterMoeCases, CustomTestCase):
         real_vendor("aiter.fused_moe")
 
 
+@unittest.skipUnless(torch.version.hip and torch.cuda.is_available(), "needs an AMD GPU")
+class TestAiterFourBit(aiter_moe_cases.AiterFourBitCases, CustomTestCase):
+    device = "cuda"
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        real_vendor("aiter.utility.fp4_utils")
+        if not torch.cuda.get_device_properties(0).gcnArchName.startswith("gfx950"):
+            raise unittest.SkipTest("needs gfx950")
+
+
 if __name__ == "__main__":
     unittest.main()

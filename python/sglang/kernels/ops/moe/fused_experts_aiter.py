@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +12,12 @@ from torch import Tensor
 from sglang.kernels.registry import REGISTRY
 from sglang.kernels.spec import Op
 
-# Rows and columns of a tile of AITER's layout, for 8 and 16 bits a weight alike.
+# Rows and columns of a tile of AITER's layout, for 8 and 16 bits a weight alike; of two MXFP4 codes the column is one.
 TILE = (16, 32)
+# Rows and columns of scales in a tile of its layout of them (e8m0_shuffle pads to these).
+SCALE_TILE = (256, 8)
+# The first release that reads off the weights whether they are arranged; before, it was an option of its build (S).
+MXFP4_SINCE = (0, 1, 11)
 
 
 def is_arranged(w: Tensor) -> bool:
@@ -49,6 +53,24 @@ def arrange_for_aiter(op: Op, w13: Tensor, w2: Tensor) -> bool:
     return True
 
 
+def arrange_mxfp4_for_aiter(op: Op, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> bool:
+    """``arrange_for_aiter`` for codes [E, N, K / 2] and scales [E, N, K / 32]; parts of tiles stay as they are."""
+    if not hasattr(torch, "float4_e2m1fn_x2"):
+        return False
+    for scale in (w13_scale, w2_scale):
+        rows = scale.shape[0] * scale.shape[1]
+        if rows % SCALE_TILE[0] or scale.shape[2] % SCALE_TILE[1]:
+            return False
+    if not arrange_for_aiter(op, w13, w2):
+        return False
+    from aiter.utility.fp4_utils import e8m0_shuffle
+
+    for scale in (w13_scale, w2_scale):
+        flat = scale.data.view(-1, scale.shape[2])
+        flat.copy_(e8m0_shuffle(flat))
+    return True
+
+
 def fits_fused(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float | None = None
 ) -> bool:
@@ -75,6 +97,15 @@ def fits_fused_fp8(
     return is_arranged(w13) and is_arranged(w2) and w13.dtype.itemsize == 1 and rows
 
 
+def fits_fused_mxfp4(
+    x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    limit: float | None = None,
+) -> bool:  # fmt: skip
+    """Arranged MXFP4 weights, rows in 16 bits, no clamp."""
+    rows = x.dtype in (torch.bfloat16, torch.float16) and topk_weights.dtype == torch.float32
+    return limit is None and rows and is_arranged(w13) and is_arranged(w2)
+
+
 @lru_cache(maxsize=8)
 def _expert_mask(experts: int, device: torch.device) -> Tensor:
     """int32 [E + 1]: 1 for the experts of this rank, 0 for the one that stands for none."""
@@ -95,17 +126,14 @@ def fused_experts_fp8_aiter(
     from aiter import ActivationType, QuantType
     from aiter.fused_moe import fused_moe
 
-    # AITER takes no negative id: those name a masked expert. Given a mask, it looks its kernel up for one expert fewer
-    # a token, as its other callers append a masked column (ROCm/aiter#5595): so does this one.
-    experts = w13.shape[0]
-    ids = F.pad(topk_ids.to(torch.int32), (0, 1), value=-1)
+    routing = _routing(topk_weights, topk_ids, w13.shape[0])
     return fused_moe(
         x.contiguous(),
         w13,
         w2,
-        topk_weight=F.pad(topk_weights, (0, 1)),
-        topk_ids=torch.where(ids < 0, experts, ids),
-        expert_mask=_expert_mask(experts, x.device),
+        topk_weight=routing.weights,
+        topk_ids=routing.ids,
+        expert_mask=routing.mask,
         activation=ActivationType.Silu,
         quant_type=QuantType.No if w13_scale is None else QuantType.per_128x128,
         w1_scale=w13_scale,
@@ -113,6 +141,53 @@ def fused_experts_fp8_aiter(
         a1_scale=x_scale,
         dtype=dtype,
     )
+
+
+class _Routing(NamedTuple):
+    weights: Tensor
+    ids: Tensor
+    mask: Tensor
+
+
+def _routing(topk_weights: Tensor, topk_ids: Tensor, experts: int) -> _Routing:
+    """AITER takes no negative id: those name a masked expert. Given a mask, it looks its kernel up for one expert fewer
+    a token, as its other callers append a masked column (ROCm/aiter#5595): so does this one."""
+    ids = F.pad(topk_ids.to(torch.int32), (0, 1), value=-1)
+    mask = _expert_mask(experts, topk_ids.device)
+    return _Routing(F.pad(topk_weights, (0, 1)), torch.where(ids < 0, experts, ids), mask)
+
+
+def fused_experts_mxfp4_aiter(
+    x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
+    limit: float | None = None,
+) -> Tensor:  # fmt: skip
+    """``moe.fused_experts_mxfp4`` with rows rounded to MXFP4 before each product; an expert stands in a row once."""
+    if x.shape[0] == 0:
+        return torch.empty_like(x)
+    from aiter import ActivationType, QuantType
+    from aiter.fused_moe import fused_moe
+
+    routing = _routing(topk_weights, topk_ids, w13.shape[0])
+    return fused_moe(
+        x.contiguous(),
+        _as_pairs(w13),
+        _as_pairs(w2),
+        topk_weight=routing.weights,
+        topk_ids=routing.ids,
+        expert_mask=routing.mask,
+        activation=ActivationType.Silu,
+        quant_type=QuantType.per_1x32,
+        w1_scale=w13_scale.view(torch.float8_e8m0fnu),
+        w2_scale=w2_scale.view(torch.float8_e8m0fnu),
+        dtype=x.dtype,
+    )
+
+
+def _as_pairs(w: Tensor) -> Tensor:
+    """Arranged codes under the type by which AITER knows four bits; the mark does not pass to views by itself."""
+    pairs: Any = w.detach().view(torch.float4_e2m1fn_x2)
+    pairs.is_shuffled = True
+    return pairs  # type: ignore[no-any-return]
 
 
 def fused_experts_aiter(

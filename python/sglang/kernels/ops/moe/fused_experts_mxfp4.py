@@ -17,9 +17,18 @@ from sglang.kernels.ops.moe.fused_experts import (
     routing_fits,
     weighted_sum,
 )
+from sglang.kernels.ops.moe.fused_experts_aiter import (
+    MXFP4_SINCE,
+    arrange_mxfp4_for_aiter,
+    fits_fused_mxfp4,
+    fused_experts_mxfp4_aiter,
+    is_arranged,
+    require_plain,
+)
 from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.kernels.ops.quant.mxfp4 import GROUP, PACKED, quantize_mxfp4, unpack_eighths
 from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
 
 # Where ``tl.dot_scaled`` is instructions of the machine (gfx950: a conversion with the scale, then the product in
@@ -37,6 +46,7 @@ def fused_experts_mxfp4_torch(
     half; w13_scale [E, 2I, H / 32] and w2_scale [E, H, I / 32] uint8: 2^(b - 127), 255 NaN. H and I are multiples of
     32; routing and ``limit`` as in ``moe.fused_experts``. Returns a new [N, H] in x's dtype.
     """
+    require_plain(w13)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in topk_ids[topk_ids >= 0].unique().tolist():
         tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
@@ -116,7 +126,8 @@ def _accepts(
 ) -> bool:  # fmt: skip
     stacked = (w13, w13_scale, w2, w2_scale)
     dense = all(tensor.is_contiguous() and tensor.dtype == torch.uint8 for tensor in stacked) and x.stride(1) == 1
-    return dense and x.dtype in (torch.bfloat16, torch.float32) and routing_fits(topk_weights, topk_ids, w13.shape[0])
+    plain = x.dtype in (torch.bfloat16, torch.float32) and not is_arranged(w13)
+    return dense and plain and routing_fits(topk_weights, topk_ids, w13.shape[0])
 
 
 def _accepts_scaled(x: Tensor, *args: Tensor | float | None) -> bool:
@@ -177,6 +188,16 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
 fused_experts_mxfp4 = Op(
     "moe.fused_experts_mxfp4",
     Impl(
+        "aiter",
+        fused_experts_mxfp4_aiter,
+        kinds={"hip"},
+        archs=SCALED_ARCHS,
+        package="aiter",
+        min_version=MXFP4_SINCE,
+        enabled=lambda: envs.SGLANG_USE_AITER.get(),
+        accepts=fits_fused_mxfp4,
+    ),
+    Impl(
         "triton_scaled",
         fused_experts_mxfp4_scaled,
         kinds={"hip", "cuda"},
@@ -189,3 +210,8 @@ fused_experts_mxfp4 = Op(
     Impl("torch", fused_experts_mxfp4_torch),
     cases=_cases,
 )
+
+
+def arrange_experts_mxfp4(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> bool:
+    """Once weights are loaded: put them into the layout of the implementation that is to run; False: as they were."""
+    return arrange_mxfp4_for_aiter(fused_experts_mxfp4, w13, w13_scale, w2, w2_scale)

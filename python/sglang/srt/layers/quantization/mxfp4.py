@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sglang.kernels.ops.moe.fused_experts_mxfp4 import fused_experts_mxfp4
+from sglang.kernels.ops.moe.fused_experts_mxfp4 import arrange_experts_mxfp4, fused_experts_mxfp4
 from sglang.kernels.ops.quant.mxfp4 import quantize_mxfp4
 from sglang.srt.configs.quantization import WeightFormat
 from sglang.srt.layers.quantization.stored import CODES, OTHER_THAN_MXFP4, PAIRS, check_format, leaves_of, mxfp4_parts
@@ -16,7 +16,8 @@ from sglang.srt.layers.weights import ShardId, Shards, WeightLoader, make_parame
 class Mxfp4Method(WeightMethod):
     """Codes [E, R, C / 2] and, beside each parameter as ``<name>_scale``, scales [E, R, C / 32], all uint8.
 
-    Rows of activations stay as they are. For routed experts alone: other matrices are made plain while they load.
+    Rows of activations stay as they are, but where AITER runs a checkpoint that was made for rows in MXFP4. For routed
+    experts alone: other matrices are made plain while they load.
     """
 
     def __init__(self, known: WeightFormat) -> None:
@@ -78,4 +79,6 @@ class Mxfp4Method(WeightMethod):
         return fused_experts_mxfp4(x, *stacks, weights, ids, layer.swiglu_limit)
 
     def arrange_experts(self, layer: nn.Module) -> None:
-        """No implementation has a layout of its own."""
+        # AITER rounds rows to MXFP4, which is right only where the checkpoint was made for that.
+        if self.format.four_bit_rows and layer.swiglu_limit is None:
+            arrange_experts_mxfp4(layer.w13_weight, layer.w13_weight_scale, layer.w2_weight, layer.w2_weight_scale)

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from aiter.errors import require
 from aiter.ops.enum import ActivationType, QuantType
 from aiter.ops.shuffle import unshuffled
+from aiter.utility.fp4_utils import rounded, unshuffled_scale, weights_of
 
 _ACTIVATIONS = {ActivationType.Silu: F.silu, ActivationType.Gelu: F.gelu}
 _BLOCK = 128
 _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
+_FP4 = torch.float4_e2m1fn_x2
 
 
 def fused_moe(
@@ -72,7 +74,9 @@ def _check_weights(w1: torch.Tensor, w2: torch.Tensor) -> None:
     require(all(shuffled), "weights that are not shuffled are read in the wrong order")
     require(w1.is_contiguous() and w2.is_contiguous(), "weights must be contiguous")
     experts, hidden, width = w2.shape
-    require(w1.shape == (experts, 2 * width, hidden), f"w1 {tuple(w1.shape)} does not fit w2 {tuple(w2.shape)}")
+    packed = 2 if w1.dtype == _FP4 else 1
+    fits = w1.shape == (experts, 2 * width * packed, hidden // packed)
+    require(fits, f"w1 {tuple(w1.shape)} does not fit w2 {tuple(w2.shape)}")
 
 
 def _check_routing(weights: torch.Tensor, ids: torch.Tensor, rows: int) -> None:
@@ -122,9 +126,12 @@ def _activations(x: torch.Tensor, scale: torch.Tensor | None, quant: QuantType, 
 
 
 def _requantized(x: torch.Tensor, quant: QuantType, dtype: torch.dtype) -> torch.Tensor:
-    """x as the second factor of a block-scaled product sees it: rounded to 8 bits by groups of 128."""
+    """x as the second factor of a block-scaled product sees it: 8 bits by groups of 128, or 4 by groups of 32."""
     if quant is QuantType.No or not x.numel():
         return x
+    if quant is QuantType.per_1x32:
+        return rounded(x)
+    require(dtype in _FP8, f"{quant} quantises rows to {dtype}")
     groups = x.view(x.shape[0], -1, _BLOCK)
     limit = torch.finfo(dtype).max
     scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / limit
@@ -135,9 +142,23 @@ def _weights(w: torch.Tensor, scale: torch.Tensor | None, quant: QuantType) -> t
     if quant is QuantType.No:
         require(scale is None and w.dtype in (torch.bfloat16, torch.float16), f"{w.dtype} weights need a quant_type")
         return unshuffled(w).float()
+    if quant is QuantType.per_1x32:
+        return _four_bit_weights(w, scale)
     require(quant in (QuantType.per_128x128, QuantType.per_1x128), f"the fake has no {quant}")
     require(w.dtype in _FP8 and scale is not None, f"{quant} takes 8-bit weights with scales, got {w.dtype}")
     assert scale is not None
     blocks = (w.shape[0], w.shape[1] // _BLOCK, w.shape[2] // _BLOCK)
     require(scale.dtype == torch.float32 and scale.shape == blocks, f"scales must be float32 {blocks}")
     return unshuffled(w).float() * scale.repeat_interleave(_BLOCK, 1).repeat_interleave(_BLOCK, 2)
+
+
+def _four_bit_weights(w: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+    """Codes and scales in their layouts, which the kernels read by whole tiles."""
+    require(w.dtype == _FP4 and scale is not None, f"per_1x32 takes pairs of four bits with scales, got {w.dtype}")
+    assert scale is not None
+    shape = (*w.shape[:2], w.shape[2] // 16)
+    require(scale.dtype == torch.float8_e8m0fnu and scale.shape == shape, f"scales must be float8_e8m0fnu {shape}")
+    tiled = (shape[0] * shape[1]) % 256 == 0 and shape[2] % 8 == 0
+    require(tiled, f"scales {shape} are no whole tiles of 256 rows and 8 columns: those past the end are read")
+    plain = unshuffled_scale(scale.reshape(-1, shape[2]).view(torch.uint8)).view(shape)
+    return weights_of(unshuffled(w.view(torch.uint8)), plain)

@@ -1,0 +1,1 @@
+"""FAKE of the vendor's helpers."""
