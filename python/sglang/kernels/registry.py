@@ -186,7 +186,11 @@ class KernelRegistry:
         if wanted not in verdicts:
             raise KernelConfigError(f"SGLANG_KERNELS: op {op.name} has no {wanted!r}. {_nearest(wanted, verdicts)}")
         if verdicts[wanted] != "ok":
-            raise KernelConfigError(f"SGLANG_KERNELS forces {op.name}={wanted}, which cannot run: {verdicts[wanted]}.")
+            usable = ", ".join(name for name, verdict in verdicts.items() if verdict == "ok")
+            raise KernelConfigError(
+                f"SGLANG_KERNELS forces {op.name}={wanted}, which cannot run: {verdicts[wanted]}. Take that entry out, "
+                f"or force one of: {usable}."
+            )
         if preferred in verdicts and preferred != wanted:
             raise KernelConfigError(
                 f"SGLANG_KERNELS forces {op.name}={wanted}, but the backend flag prefers {preferred}. Drop one of them."
