@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2
+from sglang.srt.platforms import current_platform
 
 # Streams of a token, columns of a block of the first kernel, and the widest row that one program of the second holds.
 STREAMS, BLOCK_D, MAX_WIDTH = 4, 64, 8192
@@ -15,6 +16,10 @@ STREAMS, BLOCK_D, MAX_WIDTH = 4, 64, 8192
 ENOUGH_PROGRAMS = 512
 # Parts that one program of the second kernel adds up at once, over its rows.
 PARTS_AT_ONCE = 512
+
+
+# Where a program's loads see what other lanes stored before a barrier. Triton 3.9's for AMD does not wait for stores.
+STORES_SEEN_BEHIND_BARRIERS = ("cuda",)
 
 
 class Parts(NamedTuple):
@@ -60,10 +65,12 @@ def mix_streams(
         return out
     tile = tile_of(num_rows, width)
     mixes = 0 if fn is None else fn.shape[0]
+    reads_back = fn is not None and current_platform.kind in STORES_SEEN_BEHIND_BARRIERS
     mix_streams_kernel[(cdiv(num_rows, tile.rows), tile.splits)](
         row, x, post, comb, fn, out, *(parts or (None, None)),
         num_rows, width, 0 if row is None else row.stride(0), x.stride(0), x.stride(1),
-        POST=row is not None, PRE=fn is not None, MIXES=mixes, MIX_BLOCK=max(16, next_power_of_2(mixes)),
+        POST=row is not None, PRE=fn is not None, READ_BACK=reads_back and row is not None,
+        MIXES=mixes, MIX_BLOCK=max(16, next_power_of_2(mixes)),
         STEPS=tile.steps, BLOCK_R=tile.rows, BLOCK_D=BLOCK_D, num_warps=4,
     )  # fmt: skip
     return out

@@ -25,11 +25,24 @@ def _add_product(total, x, w):
     return tl.dot(x.to(tl.float32), tl.trans(w), total, input_precision="ieee")
 
 
+@triton.jit
+def _matrix_of(fn_ptr, width, mixes, cols, inside, k: tl.constexpr, MIXES: tl.constexpr):
+    """What of fn meets these columns of stream k."""
+    at = fn_ptr + (mixes[:, None] * 4 + k) * width + cols[None, :]
+    return tl.load(at, mask=(mixes < MIXES)[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def _with_stream(products, squares, stream, w):
+    wide = stream.to(tl.float32)
+    return _add_product(products, stream, w), squares + tl.sum(wide * wide, axis=1)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def mix_streams_kernel(
     row_ptr, x_ptr, post_ptr, comb_ptr, fn_ptr, out_ptr, products_ptr, squares_ptr,
     num_rows, width, row_stride, x_stride, x_stream_stride,
-    POST: tl.constexpr, PRE: tl.constexpr, MIXES: tl.constexpr, MIX_BLOCK: tl.constexpr,
+    POST: tl.constexpr, PRE: tl.constexpr, READ_BACK: tl.constexpr, MIXES: tl.constexpr, MIX_BLOCK: tl.constexpr,
     STEPS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_R rows of four streams, STEPS blocks of their columns: with POST leave a sub-block, with PRE enter one.
@@ -59,12 +72,16 @@ def mix_streams_kernel(
                 tl.store(out_ptr + (rows[:, None] * 4 + k) * width + cols[None, :], stream, mask=mask)
             else:
                 stream = tl.load(x_at + k * x_stream_stride, mask=mask, other=0.0)
-            if PRE:
-                w_at = fn_ptr + (mixes[:, None] * 4 + k) * width + cols[None, :]
-                w = tl.load(w_at, mask=(mixes < MIXES)[:, None] & inside[None, :], other=0.0)
-                products = _add_product(products, stream, w)
-                wide = stream.to(tl.float32)
-                squares += tl.sum(wide * wide, axis=1)
+            if PRE and not READ_BACK:
+                w = _matrix_of(fn_ptr, width, mixes, cols, inside, k, MIXES)
+                products, squares = _with_stream(products, squares, stream, w)
+        if READ_BACK:
+            # Kept for the product, the new streams would be computed twice: for it and for memory lanes differ.
+            tl.debug_barrier()
+            for k in tl.static_range(4):
+                stream = tl.load(out_ptr + (rows[:, None] * 4 + k) * width + cols[None, :], mask=mask, other=0.0)
+                w = _matrix_of(fn_ptr, width, mixes, cols, inside, k, MIXES)
+                products, squares = _with_stream(products, squares, stream, w)
     if PRE:
         part = tl.program_id(1).to(tl.int64) * num_rows + rows
         tl.store(squares_ptr + part, squares, mask=live)
@@ -78,12 +95,42 @@ def _inverse_rms(squares, width, rms_eps):
 
 
 @triton.jit
+def _summing_to_one(a, b, c, d, eps):
+    """Four numbers over their sum, which eps raises."""
+    scale = 1.0 / (a + b + c + d + eps)
+    return a * scale, b * scale, c * scale, d * scale
+
+
+@triton.jit
+def _column(matrix, columns, i: tl.constexpr):
+    return tl.sum(tl.where(columns[None, :] == i, matrix, 0.0), axis=1)
+
+
+@triton.jit
+def _softmax_of_four(matrix, columns, i: tl.constexpr, eps):
+    """The softmax of a row's numbers i to i + 3, raised by eps."""
+    a, b = _column(matrix, columns, i), _column(matrix, columns, i + 1)
+    c, d = _column(matrix, columns, i + 2), _column(matrix, columns, i + 3)
+    most = tl.maximum(tl.maximum(a, b), tl.maximum(c, d))
+    a, b, c, d = _summing_to_one(tl.exp(a - most), tl.exp(b - most), tl.exp(c - most), tl.exp(d - most), 0.0)
+    return a + eps, b + eps, c + eps, d + eps
+
+
+@triton.jit
+def _store_four(at, live, a, b, c, d):
+    tl.store(at, a, mask=live)
+    tl.store(at + 1, b, mask=live)
+    tl.store(at + 2, c, mask=live)
+    tl.store(at + 3, d, mask=live)
+
+
+@triton.jit
 def _coefficients_of_the_way_out(
     group, products_ptr, squares_ptr, base_ptr, scale_ptr, post_ptr, comb_ptr,
     num_rows, width, splits, rms_eps, hc_eps,
     ITERATIONS: tl.constexpr, SPLITS: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """post and comb of TOKENS rows: the balancing works on [TOKENS, 4, 4] at once."""
+    """post and comb of TOKENS rows."""
     rows = group.to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     split = tl.arange(0, SPLITS)
     part = split.to(tl.int64)[:, None] * num_rows + rows[None, :]
@@ -97,14 +144,29 @@ def _coefficients_of_the_way_out(
     tl.store(post_ptr + rows[:, None] * 4 + four[None, :], 2.0 / (1.0 + tl.exp(-post)), mask=kept)
     logits = tl.sum(tl.load(at + 8 + sixteen[None, None, :], mask=live[:, :, None], other=0.0), axis=0)
     logits = logits * inverse[:, None] * tl.load(scale_ptr + 2) + tl.load(base_ptr + 8 + sixteen)[None, :]
-    p = tl.reshape(logits, (TOKENS, 4, 4))
-    p = tl.exp(p - tl.max(p, axis=2, keep_dims=True))
-    p = p / tl.sum(p, axis=2, keep_dims=True) + hc_eps
-    p = p / (tl.sum(p, axis=1, keep_dims=True) + hc_eps)
+    # Sixteen vectors of rows: the balancing, a chain of forty sums, then needs no other lane.
+    a0, a1, a2, a3 = _softmax_of_four(logits, sixteen, 0, hc_eps)
+    b0, b1, b2, b3 = _softmax_of_four(logits, sixteen, 4, hc_eps)
+    c0, c1, c2, c3 = _softmax_of_four(logits, sixteen, 8, hc_eps)
+    d0, d1, d2, d3 = _softmax_of_four(logits, sixteen, 12, hc_eps)
+    a0, b0, c0, d0 = _summing_to_one(a0, b0, c0, d0, hc_eps)
+    a1, b1, c1, d1 = _summing_to_one(a1, b1, c1, d1, hc_eps)
+    a2, b2, c2, d2 = _summing_to_one(a2, b2, c2, d2, hc_eps)
+    a3, b3, c3, d3 = _summing_to_one(a3, b3, c3, d3, hc_eps)
     for _ in range(ITERATIONS - 1):
-        p = p / (tl.sum(p, axis=2, keep_dims=True) + hc_eps)
-        p = p / (tl.sum(p, axis=1, keep_dims=True) + hc_eps)
-    tl.store(comb_ptr + rows[:, None] * 16 + sixteen[None, :], tl.reshape(p, (TOKENS, 16)), mask=kept)
+        a0, a1, a2, a3 = _summing_to_one(a0, a1, a2, a3, hc_eps)
+        b0, b1, b2, b3 = _summing_to_one(b0, b1, b2, b3, hc_eps)
+        c0, c1, c2, c3 = _summing_to_one(c0, c1, c2, c3, hc_eps)
+        d0, d1, d2, d3 = _summing_to_one(d0, d1, d2, d3, hc_eps)
+        a0, b0, c0, d0 = _summing_to_one(a0, b0, c0, d0, hc_eps)
+        a1, b1, c1, d1 = _summing_to_one(a1, b1, c1, d1, hc_eps)
+        a2, b2, c2, d2 = _summing_to_one(a2, b2, c2, d2, hc_eps)
+        a3, b3, c3, d3 = _summing_to_one(a3, b3, c3, d3, hc_eps)
+    at, live = comb_ptr + rows * 16, rows < num_rows
+    _store_four(at, live, a0, a1, a2, a3)
+    _store_four(at + 4, live, b0, b1, b2, b3)
+    _store_four(at + 8, live, c0, c1, c2, c3)
+    _store_four(at + 12, live, d0, d1, d2, d3)
 
 
 @triton.jit(do_not_specialize=["num_rows", "groups"])
