@@ -90,7 +90,8 @@ def main() -> None:
     turns: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
     try:
         folder = make_checkpoint()
-        servers += [Server(folder, with_metrics, args) for with_metrics in (False, True)]
+        for with_metrics in (False, True):
+            servers.append(Server(folder, with_metrics, args))
         for number in range(args.rounds + 1):
             for server in servers[:: 1 if number % 2 else -1]:
                 seconds = server.turn(number, args)
