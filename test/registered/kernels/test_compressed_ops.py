@@ -9,6 +9,7 @@ import torch
 from sglang.kernels.ops.attention import compress as compress_module
 from sglang.kernels.ops.attention.compress import compress
 from sglang.kernels.ops.attention.packed_rows import store_rows
+from sglang.kernels.ops.attention.prepare_compressed import prepare_compressed
 from sglang.kernels.ops.attention.select_entries import select_entries
 from sglang.kernels.ops.attention.sparse_attention import sparse_attention
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -41,12 +42,7 @@ def true_entry(kv, gate, kv_states, gate_states, sources, bias, weight, eps, cos
         if values:
             out[channel] = sum(w * v for w, v in zip(softmax(gates), values))
     out = out / math.sqrt(float(out @ out) / dim + eps) * weight.double()
-    half = cos_sin.shape[0] // 2
-    for i in range(half):
-        at = dim - 2 * half + 2 * i
-        turned = complex(out[at], out[at + 1]) * complex(cos_sin[i], cos_sin[half + i])
-        out[at], out[at + 1] = turned.real, turned.imag
-    return out
+    return true_turn(out, cos_sin)
 
 
 class TestStore(CustomTestCase):
@@ -61,6 +57,41 @@ class TestStore(CustomTestCase):
             top = wanted.abs().amax(1, keepdim=True) if scales else torch.zeros(12, 1)
             with self.subTest(case.name):
                 self.assertTrue(bool(((found - wanted).abs() <= 0.04 * top).all()))
+
+
+def true_turn(row, cos_sin):
+    """The last columns of a row, one pair at a time."""
+    out, half = row.clone(), cos_sin.shape[0] // 2
+    for i in range(half):
+        at = len(row) - 2 * half + 2 * i
+        turned = complex(row[at], row[at + 1]) * complex(cos_sin[i], cos_sin[half + i])
+        out[at], out[at + 1] = turned.real, turned.imag
+    return out
+
+
+class TestPrepare(CustomTestCase):
+    def test_against_loops(self):
+        """Each head, and the row that is stored; other rows of the cache stay 0."""
+        for case in prepare_compressed.cases():
+            q, kv, positions, table, weight, eps, ids, cache, *scales = case.args
+            cache, scales = cache.clone(), [scale.clone() for scale in scales]
+            found = prepare_compressed(*case.args[:7], cache, *scales)
+            stored = true_rows(cache, scales[0] if scales else None, kv.shape[1])
+            wanted = torch.zeros_like(stored)
+            for row in range(q.shape[0]):
+                cos_sin = table[int(positions[row])]
+                for head in range(q.shape[1]):
+                    query = q[row, head].double()
+                    query = query / math.sqrt(float(query @ query) / len(query) + eps)
+                    torch.testing.assert_close(
+                        found[row, head].double(), true_turn(query, cos_sin), rtol=1e-5, atol=1e-5
+                    )
+                latent = kv[row].double()
+                latent = latent / math.sqrt(float(latent @ latent) / len(latent) + eps) * weight.double()
+                wanted[ids[row]] = true_turn(latent, cos_sin)
+            with self.subTest(case.name):
+                error = {"rtol": 0.07, "atol": 1e-2} if scales else {"rtol": 1e-5, "atol": 1e-5}
+                torch.testing.assert_close(stored, wanted, **error)
 
 
 class TestCompress(CustomTestCase):

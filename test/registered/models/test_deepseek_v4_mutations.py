@@ -8,6 +8,8 @@ from unittest import mock
 
 import torch
 
+from sglang.kernels.ops.rope.rotary_tail import rotary_tail_torch
+from sglang.srt.layers.attention import deepseek_v4_backend_hip_radix as backend
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.models import deepseek_v4
 from sglang.srt.models.deepseek_common import v4_attention, v4_compressor
@@ -88,7 +90,13 @@ class TestDeepseekV4Mutations(CustomTestCase):
         self.broken(mock.patch.object(self.harness.backend, "select_entries", lambda *a: None))
 
     def test_queries_not_normed(self):
-        self.broken(mock.patch.object(v4_attention, "unit_rms_norm", lambda x, eps: x))
+        prepare = backend.prepare_compressed
+
+        def not_normed(q, *args):
+            prepare(q, *args)
+            return rotary_tail_torch(q, *args[1:3])
+
+        self.broken(mock.patch.object(backend, "prepare_compressed", not_normed))
 
     def test_streams_mixed_the_other_way(self):
         post = deepseek_v4.hc_post

@@ -16,7 +16,13 @@ from torch.overrides import TorchFunctionMode
 
 from sglang.kernels.amd.walk import WalkStep, describe_error
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.configs.published_sizes import BLOCK_FP8, DEEPSEEK_V2_LITE, DEEPSEEK_V3, qwen35_like
+from sglang.srt.configs.published_sizes import (
+    BLOCK_FP8,
+    DEEPSEEK_V2_LITE,
+    DEEPSEEK_V3,
+    DEEPSEEK_V4_FLASH_8L,
+    qwen35_like,
+)
 from sglang.srt.distributed import ProcessGroupHandle, override_tp_group
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
@@ -50,6 +56,8 @@ class WalkedModel:
 
 _V3 = {**DEEPSEEK_V3, "num_hidden_layers": 2}
 _V3_FP8 = {**_V3, "quantization_config": BLOCK_FP8}
+# A layer of each ratio, and one that routes by token id.
+_V4 = {**DEEPSEEK_V4_FLASH_8L, "num_hidden_layers": 3, "compress_ratios": [0, 4, 128, 0], "num_hash_layers": 1}
 WALKED_MODELS = (
     WalkedModel("v2lite", {**DEEPSEEK_V2_LITE, "num_hidden_layers": 2}),
     WalkedModel("v3", _V3),
@@ -58,6 +66,7 @@ WALKED_MODELS = (
     WalkedModel("v3-fp8-tp8", _V3_FP8, {"tp_size": 8}),
     WalkedModel("v3-fp8-tp8-kv8", _V3_FP8, {"tp_size": 8, "kv_cache_dtype": "fp8_e4m3"}),
     WalkedModel("v3-mxfp4", {**_V3, "quantization_config": {**BLOCK_FP8, "expert_dtype": "fp4"}}),
+    WalkedModel("v4-flash-kv8", _V4, {"attention_backend": "dsv4", "kv_cache_dtype": "fp8_e4m3"}),
     WalkedModel("qwen35", qwen35_like(4)),
     WalkedModel("qwen35-fp8-kv8", qwen35_like(4), {"quantization": "fp8", "kv_cache_dtype": "fp8_e4m3"}),
 )
@@ -155,10 +164,9 @@ def _load(model: WalkedModel, settings: contextlib.ExitStack, runners: list[Shap
         args = ServerArgs(
             model_path=folder,
             load_format="dummy",
-            attention_backend="triton",
             max_running_requests=max(DECODE_BATCHES),
             disable_cuda_graph=True,
-            **model.settings,
+            **{"attention_backend": "triton", **model.settings},
         )
         kind, quantization, cache = current_platform.kind, args.quantization, args.kv_cache_dtype
         config = ModelConfig.from_path(folder, platform_kind=kind, quantization=quantization, kv_cache_dtype=cache)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from sglang.kernels.ops.attention.packed_rows_triton import store_row
+from sglang.kernels.ops.rope.rotary_tail_triton import turn_tail
 
 
 @triton.jit
@@ -65,18 +66,6 @@ def _keep(from_ptr, to_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(to_ptr + column, tl.load(from_ptr + column, mask=column < WIDTH).to(tl.float32), mask=column < WIDTH)
 
 
-@triton.jit
-def _turn(row, table_ptr, DIM: tl.constexpr, ROTARY: tl.constexpr):
-    """The last ROTARY of DIM columns of ``row`` [BLOCK] turned in pairs by a row of cosines, then sines."""
-    half: tl.constexpr = row.shape[0] // 2
-    first, second = tl.split(tl.reshape(row, [half, 2]))
-    pair = tl.arange(0, half) - (DIM - ROTARY) // 2
-    turned = (pair >= 0) & (pair < ROTARY // 2)
-    cos = tl.load(table_ptr + pair, mask=turned, other=1.0).to(tl.float32)
-    sin = tl.load(table_ptr + ROTARY // 2 + pair, mask=turned, other=0.0).to(tl.float32)
-    return tl.reshape(tl.join(first * cos - second * sin, second * cos + first * sin), [row.shape[0]])
-
-
 @triton.jit(do_not_specialize=["first", "num_entries"])
 def compress_kernel(
     kv_ptr, gate_ptr, kv_states_ptr, gate_states_ptr, state_rows_ptr, sources_ptr, bias_ptr, norm_ptr, table_ptr,
@@ -95,9 +84,10 @@ def compress_kernel(
             kv_stride, gate_stride, kv_state_stride, gate_state_stride, DIM, BLOCK, TOKENS, RATIO, STEP,
         )  # fmt: skip
         at = table_ptr + tl.load(positions_ptr + program) * table_stride
+        turned = turn_tail(_norm(pooled, norm_ptr, eps, DIM)[None, :], at, DIM, ROTARY, False)
         store_row(
-            _turn(_norm(pooled, norm_ptr, eps, DIM), at, DIM, ROTARY), tl.load(entry_rows_ptr + program),
-            cache_ptr, scales_ptr, page_stride, scale_page_stride, KIND, PER_PAGE, WIDTH, NUM_SCALES, DIM,
+            tl.reshape(turned, [BLOCK]), tl.load(entry_rows_ptr + program), cache_ptr, scales_ptr,
+            page_stride, scale_page_stride, KIND, PER_PAGE, WIDTH, NUM_SCALES, DIM,
         )  # fmt: skip
     else:
         row = program - num_entries

@@ -127,7 +127,7 @@ def _launch_router(
             logits, bias, weights, ids, logits.stride(0), size, scale, shared.weight,
             TOP_K=top_k, SHARED=shared.num, GATED=shared.gated, K_BLOCK=next_power_of_2(columns), N_GROUP=n_group,
             TOPK_GROUP=topk_group, GROUPS=next_power_of_2(n_group), SIZE=next_power_of_2(size),
-            SIGMOID=scoring == "sigmoid", RENORMALIZE=renormalize, HAS_BIAS=bias is not None,
+            SCORING=scoring, RENORMALIZE=renormalize, HAS_BIAS=bias is not None,
             num_warps=1 if experts <= 512 else 4,
         )  # fmt: skip
     return weights, ids
@@ -139,7 +139,7 @@ def _fits_router(
 ) -> bool:  # fmt: skip
     experts = logits.shape[1] - shared.gated
     size = experts // n_group
-    readable = logits.dtype in FLOATS and logits.stride(1) == 1 and scoring in ("softmax", "sigmoid")
+    readable = logits.dtype in FLOATS and logits.stride(1) == 1 and scoring in SCORINGS
     biased = bias is None or (bias.is_contiguous() and bias.dtype in FLOATS and size >= 2)
     held = experts == size * n_group and next_power_of_2(n_group) * next_power_of_2(size) <= MAX_TRITON_EXPERTS
     return readable and biased and held and 0 < top_k <= min(topk_group, n_group) * size
@@ -206,6 +206,7 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     yield topk_grouped, Case("v2 t128", (v2, 6, "softmax", False, 8, 3, 16.0))
     bias = torch.empty(256, device=device)
     yield topk_biased_grouped, Case("v3 t128", (v3, bias, 8, "sigmoid", True, 8, 4, 2.5))
+    yield topk_biased_grouped, Case("v4 t128", (v3, bias, 6, "sqrtsoftplus", True, 1, 1, 1.5))
     gated = torch.empty(128, 264, dtype=torch.bfloat16, device=device)[:, :257]
     yield topk_plain, Case("qwen35 t128 shared", (gated, 8, "softmax", True, 1.0, SharedSlots(1, gated=True)))
     yield topk_plain, Case("v2lite t128 shared", (v2lite, 6, "softmax", False, 1.0, SharedSlots(2)))

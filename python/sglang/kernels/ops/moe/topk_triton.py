@@ -30,7 +30,7 @@ def router_kernel(
     row_stride, group_size, scale, shared_weight,
     TOP_K: tl.constexpr, SHARED: tl.constexpr, GATED: tl.constexpr, K_BLOCK: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr,
-    SIGMOID: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SCORING: tl.constexpr, RENORMALIZE: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """The token's experts as a tile [GROUPS >= N_GROUP, SIZE >= group_size]; TOP_K <= experts of TOPK_GROUP groups.
 
@@ -42,8 +42,14 @@ def router_kernel(
     expert = group * group_size + member
     real = (group < N_GROUP) & (member < group_size)
     logits = tl.load(logits_ptr + token * row_stride + expert, mask=real, other=float("-inf")).to(tl.float32)
-    if SIGMOID:
+    if SCORING == "sigmoid":
         scores = 1.0 / (1.0 + tl.exp(-logits))
+    elif SCORING == "sqrtsoftplus":
+        # The logarithm of 1 + power, which loses no digits of a small power.
+        power = tl.exp(-tl.abs(logits))
+        wide = 1.0 + power
+        log = tl.where(wide == 1.0, power, tl.log(wide) * (power / tl.where(wide == 1.0, 1.0, wide - 1.0)))
+        scores = tl.sqrt(tl.where(logits > 0.0, logits, 0.0) + log)
     else:
         # A row that holds NaN, or nothing above -inf, gives NaN weights, as the reference does.
         powers = tl.exp(logits - _all_max(logits))

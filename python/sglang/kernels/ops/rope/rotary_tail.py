@@ -7,7 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.spec import Case, Impl, Op
+
+# Numbers of heads that a program holds.
+NUMBERS_PER_PROGRAM = 4096
 
 
 def rotary_tail_torch(x: Tensor, positions: Tensor, cos_sin_cache: Tensor, inverse: bool = False) -> Tensor:
@@ -25,6 +29,37 @@ def rotary_tail_torch(x: Tensor, positions: Tensor, cos_sin_cache: Tensor, inver
     return torch.cat((x[..., :-width], turned.to(x.dtype)), dim=-1)
 
 
+def rotary_tail_triton(x: Tensor, positions: Tensor, cos_sin_cache: Tensor, inverse: bool = False) -> Tensor:
+    from sglang.kernels.ops.rope.rotary_tail_triton import rotary_tail_kernel
+
+    num_rows, heads, dim = x.shape
+    out = torch.empty(num_rows, heads, dim, dtype=x.dtype, device=x.device)
+    if x.numel():
+        block = next_power_of_2(dim)
+        of_program = max(1, min(NUMBERS_PER_PROGRAM // block, next_power_of_2(heads)))
+        rotary_tail_kernel[(num_rows, cdiv(heads, of_program))](
+            x, positions, cos_sin_cache, out, heads, x.stride(0), x.stride(1), cos_sin_cache.stride(0),
+            DIM=dim, ROTARY=cos_sin_cache.shape[1], INVERSE=inverse, BLOCK=block, HEADS=of_program,
+            num_warps=warps_for(of_program * block),
+        )  # fmt: skip
+    return out
+
+
+def _accepts(x: Tensor, positions: Tensor, cos_sin_cache: Tensor, inverse: bool = False) -> bool:
+    dense = x.stride(2) == cos_sin_cache.stride(1) == 1
+    return dense and x.dtype in FLOATS and x.shape[2] % 2 == 0 and x.shape[2] <= NUMBERS_PER_PROGRAM
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Outputs turned back, and queries of the indexer, in decode and prefill, without contents."""
+    table = torch.empty(8192, 64, dtype=torch.float32, device=device)
+    for num_rows in (32, 4096):
+        positions = torch.empty(num_rows, dtype=torch.int64, device=device)
+        out, queries = bfloat16s(device, (num_rows, 64, 512), (num_rows, 64, 128))
+        yield rotary_tail, Case(f"v4-out t{num_rows}", (out, positions, table, True))
+        yield rotary_tail, Case(f"v4-index t{num_rows}", (queries, positions, table))
+
+
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     for name, rows, heads, width, rotary in (
@@ -38,4 +73,6 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{name}-{'back' if inverse else 'forth'}", (x, positions, cache, inverse))
 
 
-rotary_tail = Op("rope.rotary_tail", Impl("torch", rotary_tail_torch), cases=_cases)
+rotary_tail = Op(
+    "rope.rotary_tail", triton_impl(rotary_tail_triton, _accepts), Impl("torch", rotary_tail_torch), cases=_cases
+)

@@ -9,6 +9,8 @@ from typing import Protocol, TypeVar
 
 import torch
 
+from sglang.kernels.ops.norm.rmsnorm import unit_rms_norm
+from sglang.kernels.ops.rope.rotary_tail import rotary_tail
 from sglang.srt.configs.attention_backends import BackendDeclaration, declare
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.attention.plans import ExtendPlan, MlaExtendPlan, NoRows, PartedPlan
@@ -194,6 +196,25 @@ class CompressedBackend(AttentionBackend):
     calls before it stored. DeepSeek-V4 report; transformers' ``deepseek_v4`` is the truth.
     """
 
+    def prepare(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        norm: RMSNorm,
+        positions: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+        layer: CompressedLayer,
+        fb: ForwardBatch,
+    ) -> torch.Tensor:
+        """Norm and turn queries q [N, H, D]; norm by ``norm``, turn and store the rows kv [N, D] of this step's tokens.
+
+        positions [N]; cos_sin_cache as ``rope.rotary_tail`` has it. -> the queries.
+        """
+        rows = rotary_tail(norm(kv).unsqueeze(1), positions, cos_sin_cache)
+        self.store_rows(rows.squeeze(1), layer, fb)
+        turned: torch.Tensor = rotary_tail(unit_rms_norm(q, norm.eps), positions, cos_sin_cache)
+        return turned
+
     @abstractmethod
     def store_rows(self, rows: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch) -> None:
         """Store the rows [N, D] of this step's tokens, normed and rotated."""
@@ -211,7 +232,7 @@ class CompressedBackend(AttentionBackend):
     ) -> torch.Tensor:
         """The entries of the layer that each row attends to, the lowest first among equal scores.
 
-        q [N, Hi, Di] rotated, weights [N, Hi] scaled -> entry numbers [N, K] int32, -1 past the last one that is seen.
+        q [N, Hi, Di] rotated, weights [N, Hi] float -> entry numbers [N, K] int32, -1 past the last one that is seen.
         """
 
     @abstractmethod

@@ -11,6 +11,7 @@ import torch
 
 from sglang.kernels.ops.attention.compress import compress
 from sglang.kernels.ops.attention.packed_rows import store_rows
+from sglang.kernels.ops.attention.prepare_compressed import prepare_compressed
 from sglang.kernels.ops.attention.select_entries import select_entries
 from sglang.kernels.ops.attention.sparse_attention import sparse_attention
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
@@ -28,6 +29,7 @@ from sglang.srt.layers.attention.base_attn_backend import (
 from sglang.srt.layers.attention.deepseek_v4_planner import CompressedPlan, StepRows, plan_step
 from sglang.srt.layers.attention.plans import NoRows
 from sglang.srt.layers.attention.pool_backend import CapturingPoolBackend
+from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
 
 
@@ -139,6 +141,26 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
         return self._plan(fb, torch.ones_like(fb.seq_lens), self.req_to_token.shape[1])
 
     # --- layers --------------------------------------------------------------------------------------------------
+
+    def prepare(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        norm: RMSNorm,
+        positions: torch.Tensor,
+        cos_sin_cache: torch.Tensor,
+        layer: CompressedLayer,
+        fb: ForwardBatch,
+    ) -> torch.Tensor:
+        """See the base class; one op."""
+        plan = self._plan_of(fb, q.shape[0])
+        if plan is None:
+            return torch.empty_like(q)
+        queries: torch.Tensor = prepare_compressed(
+            q, kv, positions, cos_sin_cache, norm.weight, norm.eps, plan.store_slots,
+            *self.pools["swa"].layer(layer.layer_id),
+        )  # fmt: skip
+        return queries
 
     def store_rows(self, rows: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch) -> None:
         """See the base class."""

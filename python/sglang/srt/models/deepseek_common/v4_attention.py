@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sglang.kernels.ops.norm.rmsnorm import unit_rms_norm
 from sglang.kernels.ops.rope.rotary_tail import rotary_tail
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.quantization import QuantConfig
@@ -45,17 +44,17 @@ class DeepseekV4Attention(nn.Module):
             raise ValueError(f"{config.o_groups} groups of heads cannot be split over {tp.size} ranks (--tp-size).")
         self.layer_id, self.ratio, self.scale = layer_id, config.compress_ratios[layer_id], config.softmax_scale
         self.num_heads, self.num_groups = config.num_attention_heads // tp.size, config.o_groups // tp.size
-        self.head_dim, self.q_lora_rank, self.eps = config.head_dim, config.q_lora_rank, config.rms_norm_eps
+        self.head_dim, self.q_lora_rank, eps = config.head_dim, config.q_lora_rank, config.rms_norm_eps
         self.rotary_emb = rotary_emb
         hidden, width = config.hidden_size, config.num_attention_heads * config.head_dim
         self.fused_wqa_wkv = MergedReplicatedLinear(
             hidden, [config.q_lora_rank, config.head_dim], False, quant_config, f"{prefix}.fused_wqa_wkv"
         )
-        self.q_norm = Float32RMSNorm(config.q_lora_rank, self.eps)
+        self.q_norm = Float32RMSNorm(config.q_lora_rank, eps)
         self.wq_b = ColumnParallelLinear(
             config.q_lora_rank, width, quant_config=quant_config, prefix=f"{prefix}.wq_b"
         )  # fmt: skip
-        self.kv_norm = Float32RMSNorm(config.head_dim, self.eps)
+        self.kv_norm = Float32RMSNorm(config.head_dim, eps)
         # Plain whatever the checkpoint holds: each group of its rows is a product of its own.
         self.wo_a = ColumnParallelLinear(
             width // config.o_groups, config.o_groups * config.o_lora_rank, quant_config=quant_config,
@@ -87,9 +86,7 @@ class DeepseekV4Attention(nn.Module):
         q_a, kv = self.fused_wqa_wkv(hidden).split((self.q_lora_rank, self.head_dim), dim=-1)
         latent = self.q_norm(q_a)
         q = self.wq_b(latent).unflatten(-1, (self.num_heads, self.head_dim))
-        q = rotary_tail(unit_rms_norm(q, self.eps), positions, table)
-        rows = rotary_tail(self.kv_norm(kv).unsqueeze(1), positions, table)
-        backend.store_rows(rows.squeeze(1), self, fb)
+        q = backend.prepare(q, kv, self.kv_norm, positions, table, self, fb)
         entries = None
         if self.compressor is not None:
             self.compressor(hidden, fb)

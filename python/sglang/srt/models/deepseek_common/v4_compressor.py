@@ -63,7 +63,6 @@ class DeepseekV4Indexer(nn.Module):
         super().__init__()
         self.num_heads, self.head_dim = config.index_n_heads, config.index_head_dim
         self.rotary_emb = rotary_emb
-        self.scale = self.head_dim**-0.5 * self.num_heads**-0.5
         self.compressor = DeepseekV4Compressor(config, layer_id, 4, self.head_dim, "c4_index", rotary_emb)
         self.wq_b = ReplicatedLinear(
             config.q_lora_rank, self.num_heads * self.head_dim, False, quant_config, f"{prefix}.wq_b"
@@ -82,5 +81,6 @@ class DeepseekV4Indexer(nn.Module):
         self.compressor(hidden, fb)
         q = self.wq_b(latent).unflatten(-1, (self.num_heads, self.head_dim))
         q = rotary_tail(q, positions, self.rotary_emb.cos_sin_cache)
-        weights = self.weights_proj(hidden).float() * self.scale
+        # A scale that is positive and the same for all entries changes no choice.
+        weights = self.weights_proj(hidden)
         return backend_of(fb, CompressedBackend).select_entries(q, weights, layer, fb)

@@ -1,0 +1,127 @@
+"""Compressed attention from its projections to queries and cache rows: norms, rotation and the write, in one op."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.ops.attention.packed_rows import RowLayout, is_packed, make_pages, store_rows_torch
+from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
+from sglang.kernels.ops.rope.rotary_tail import rotary_tail_torch
+from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
+
+# Numbers of query heads that a program holds.
+NUMBERS_PER_PROGRAM = 4096
+
+
+def prepare_compressed_torch(
+    q: Tensor,
+    kv: Tensor,
+    positions: Tensor,
+    cos_sin_cache: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    row_ids: Tensor,
+    cache: Tensor,
+    scales: Tensor | None = None,
+) -> Tensor:
+    """Norm each head of q without a weight and turn it; norm kv by ``norm_weight``, turn it, and store it as rows.
+
+    q [N, H, D], kv [N, D], positions [N] int64, cos_sin_cache [P, R] float32 turns the last R columns as in
+    ``rope.rotary_tail``; norm_weight [D] float32; rows go to row_ids [N] int64 of a cache as ``store_rows_torch`` has
+    it. All in float32, rounded once. -> the queries [N, H, D] in q's dtype. DeepSeek-V4 report, section 2.3.
+    """
+    wide, rows = q.float(), kv.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    rows = norm_weight * (rows * torch.rsqrt(rows.square().mean(-1, keepdim=True) + eps))
+    store_rows_torch(rotary_tail_torch(rows.unsqueeze(1), positions, cos_sin_cache).squeeze(1), row_ids, cache, scales)
+    return rotary_tail_torch(wide, positions, cos_sin_cache).to(q.dtype)
+
+
+def prepare_compressed_triton(
+    q: Tensor,
+    kv: Tensor,
+    positions: Tensor,
+    cos_sin_cache: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    row_ids: Tensor,
+    cache: Tensor,
+    scales: Tensor | None = None,
+) -> Tensor:
+    from sglang.kernels.ops.attention.prepare_compressed_triton import prepare_compressed_kernel
+
+    num_rows, heads, dim = q.shape
+    out = torch.empty(num_rows, heads, dim, dtype=q.dtype, device=q.device)
+    if num_rows:
+        block = next_power_of_2(dim)
+        of_program = max(1, min(NUMBERS_PER_PROGRAM // block, next_power_of_2(heads)))
+        prepare_compressed_kernel[(num_rows, cdiv(heads, of_program) + 1)](
+            q, kv, positions, cos_sin_cache, norm_weight, row_ids, cache, cache if scales is None else scales, out,
+            eps, heads, q.stride(0), q.stride(1), kv.stride(0), cos_sin_cache.stride(0), cache.stride(0),
+            0 if scales is None else scales.stride(0), **RowLayout.of(cache, scales).constants(),
+            DIM=dim, ROTARY=cos_sin_cache.shape[1], BLOCK=block, HEADS=of_program, num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+def _accepts(
+    q: Tensor,
+    kv: Tensor,
+    positions: Tensor,
+    cos_sin_cache: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    row_ids: Tensor,
+    cache: Tensor,
+    scales: Tensor | None = None,
+) -> bool:
+    dense = q.stride(2) == kv.stride(1) == cos_sin_cache.stride(1) == 1
+    same = q.dtype == kv.dtype and q.dtype in FLOATS and q.shape[2] % 2 == 0 and q.shape[2] <= NUMBERS_PER_PROGRAM
+    return dense and same and is_packed(cache, scales, q.dtype)
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    # By name: rows, heads, columns, columns that turn.
+    for name, num_rows, heads, dim, rotary in (
+        ("one", 1, 1, 16, 8), ("odd", 7, 5, 24, 8), ("wide", 3, 9, 512, 64), ("empty", 0, 2, 16, 8),
+    ):  # fmt: skip
+        both = torch.randn(num_rows, heads * dim + dim, generator=generator)
+        angles = torch.rand(32, rotary // 2, generator=generator) * 6.3
+        args = (
+            both[:, : heads * dim].unflatten(1, (heads, dim)), both[:, heads * dim :],
+            torch.randint(0, 32, (num_rows,), generator=generator), torch.cat((angles.cos(), angles.sin()), dim=1),
+            torch.randn(dim, generator=generator), 1e-6, torch.randperm(12, generator=generator)[:num_rows],
+        )  # fmt: skip
+        yield Case(name, (*args, torch.zeros(12, dim)))
+        for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
+            yield Case(f"{name}-{str(dtype)[14:]}-fp8", (*args, *make_pages(6, 2, dim, rotary, dtype)))
+
+
+def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Layers of V4 in decode and prefill, whole and on one of eight ranks, without contents."""
+    dtype = fp8_dtype(current_platform.arch)
+    table = torch.empty(8192, 64, dtype=torch.float32, device=device)
+    weight = torch.empty(512, dtype=torch.float32, device=device)
+    for num_rows, heads in ((32, 64), (4096, 64), (32, 16)):
+        q = torch.empty(num_rows, heads, 512, dtype=torch.bfloat16, device=device)
+        kv = torch.empty(num_rows, 1536, dtype=torch.bfloat16, device=device)[:, 1024:]
+        ids = torch.empty(num_rows, dtype=torch.int64, device=device)
+        args = (q, kv, ids, table, weight, 1e-6, ids.clone())
+        plain = torch.empty(4096, 512, dtype=torch.bfloat16, device=device)
+        yield prepare_compressed, Case(f"h{heads} t{num_rows}", (*args, plain))
+        pages = make_pages(64, 256, 512, 64, dtype, device)
+        yield prepare_compressed, Case(f"h{heads} t{num_rows} fp8", (*args, *pages))
+
+
+prepare_compressed = Op(
+    "compressed.prepare",
+    triton_impl(prepare_compressed_triton, _accepts),
+    Impl("torch", prepare_compressed_torch),
+    cases=_cases,
+)
