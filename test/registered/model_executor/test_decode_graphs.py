@@ -177,7 +177,7 @@ class TestDecodeGraphs(CustomTestCase):
             pools = kv_pools(num_slots, 1, torch.float32, 1, 1, [0])
             return GraphCheck(graphs, DECODE, mock.Mock(), mock.Mock(), last, pool, pools, 9)
 
-        self.assertIn("KV pool has 3 slots", check(3)._check(8))
+        self.assertIn("pools have 3 slots", check(3)._check(8))
         roomy = check(1000)
         rows = [roomy._req_pool.alloc() for _ in range(5)]
         self.assertEqual(max(roomy._batch(rows, torch.Generator()).seq_lens), 40)
