@@ -99,11 +99,17 @@ def cases_of(op: Op, impl: Impl, served: dict[str, Case], text: str) -> Iterator
                 yield variant, is_served
 
 
+def triton_impls(op: Op, arch: str) -> list[Impl]:
+    """The op's implementations by Triton that may run on ``arch``."""
+    found = [impl for impl in op.impls if impl.name.startswith("triton")]
+    return [impl for impl in found if impl.archs is None or arch.startswith(impl.archs)]
+
+
 def emulate(op: Op, arch: str, served: dict[str, Case], text: str) -> Report:
     """Run the op's Triton kernels for ``arch`` on every case whose name holds ``text``."""
     report = Report()
-    (impl,) = (impl for impl in op.impls if impl.name == "triton")
-    for case, is_served in cases_of(op, impl, served, text):
+    runs = ((impl, *found) for impl in triton_impls(op, arch) for found in cases_of(op, impl, served, text))
+    for impl, case, is_served in runs:
         with emulated(arch) as driver:
             try:
                 run_case(op, impl, case, is_served)
