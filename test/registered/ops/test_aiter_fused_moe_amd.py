@@ -15,7 +15,10 @@ register_amd_ci(est_time=120, suite="stage-b-test-1-gpu-small-amd")
 register_amd_ci(est_time=120, suite="stage-b-test-1-gpu-small-amd-mi35x")
 
 
-@unittest.skipUnless(torch.version.hip and torch.cuda.is_available(), "needs an AMD GPU")
+ON_AMD = bool(torch.version.hip) and torch.cuda.is_available()
+
+
+@unittest.skipUnless(ON_AMD, "needs an AMD GPU")
 class TestAiterFusedMoe(aiter_moe_cases.AiterMoeCases, CustomTestCase):
     device = "cuda"
     hidden, width = 2048, 768
@@ -25,15 +28,13 @@ class TestAiterFusedMoe(aiter_moe_cases.AiterMoeCases, CustomTestCase):
         real_vendor("aiter.fused_moe")
 
 
-@unittest.skipUnless(torch.version.hip and torch.cuda.is_available(), "needs an AMD GPU")
+@unittest.skipUnless(ON_AMD and torch.cuda.get_device_properties(0).gcnArchName.startswith("gfx950"), "needs a gfx950")
 class TestAiterFourBit(aiter_moe_cases.AiterFourBitCases, CustomTestCase):
     device = "cuda"
 
     @classmethod
     def setUpClass(cls) -> None:
         real_vendor("aiter.utility.fp4_utils")
-        if not torch.cuda.get_device_properties(0).gcnArchName.startswith("gfx950"):
-            raise unittest.SkipTest("needs gfx950")
 
 
 if __name__ == "__main__":
