@@ -89,14 +89,18 @@ def mla_table_decode_triton(
     return launch_decode(q, rows, rows, req_to_token, req_pool_indices, seq_lens, scale, shape)
 
 
-def _accepts(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table: torch.Tensor, *rest: object) -> bool:
+def fits_table(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table: torch.Tensor, *rest: object
+) -> bool:
+    """Whether the kernels read these rows and this request table."""
     return rows_fit(q, k_cache, v_cache) and table.stride(1) == 1
 
 
-def _accepts_latent(
+def fits_latent_table(
     q: torch.Tensor, latent: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, lens: torch.Tensor, rank: int,
     scale: float,
 ) -> bool:  # fmt: skip
+    """The same over latent rows."""
     return latent_fits(q, latent, rank) and table.stride(1) == 1
 
 
@@ -166,13 +170,13 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
 
 table_decode = Op(
     "attention.table_decode",
-    triton_impl(table_decode_triton, _accepts),
+    triton_impl(table_decode_triton, fits_table),
     Impl("torch", table_decode_torch),
     cases=_cases,
 )
 mla_table_decode = Op(
     "attention.mla_table_decode",
-    triton_impl(mla_table_decode_triton, _accepts_latent),
+    triton_impl(mla_table_decode_triton, fits_latent_table),
     Impl("torch", mla_table_decode_torch),
     cases=_latent_cases,
 )

@@ -7,8 +7,14 @@ from collections.abc import Iterator
 import torch
 
 from sglang.kernels.launch import triton_impl
-from sglang.kernels.ops.attention.launchers import latent_fits, launch_decode, rows_fit
-from sglang.kernels.ops.attention.table_decode import mla_table_decode_torch, table_decode_torch
+from sglang.kernels.ops.attention.launchers import launch_decode
+from sglang.kernels.ops.attention.table_decode import (
+    fits_latent_table,
+    fits_table,
+    mla_table_decode_torch,
+    mla_table_decode_triton,
+    table_decode_torch,
+)
 from sglang.kernels.ops.attention.tiles import MANY_HEADS, RowShape
 from sglang.kernels.spec import Case, Impl, Op
 
@@ -80,25 +86,15 @@ def mla_table_verify_triton(
     kv_lora_rank: int,
     scale: float,
 ) -> torch.Tensor:
-    shape = RowShape.of(q.shape[2], kv_lora_rank, value_is_key=True)
-    rows, width = latent_cache.unsqueeze(1), _width(q, seq_lens)
     if q.shape[1] >= MANY_HEADS:
         # The heads of one query fill a program, and those of the next read what it has just read. On an H200 (triton
         # 3.6.0, 2026-11-29, 4 queries of 128 heads, 32 requests of 1k tokens) a step of V3 takes 8.64 ms so, 9.30 else.
-        req_pool_indices, seq_lens = _by_row(q, req_pool_indices, seq_lens)
-        width = 1
-    return launch_decode(q, rows, rows, req_to_token, req_pool_indices, seq_lens, scale, shape, repeat=width)
-
-
-def _accepts(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table: torch.Tensor, *rest: object) -> bool:
-    return rows_fit(q, k_cache, v_cache) and table.stride(1) == 1
-
-
-def _accepts_latent(
-    q: torch.Tensor, latent: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, lens: torch.Tensor, rank: int,
-    scale: float,
-) -> bool:  # fmt: skip
-    return latent_fits(q, latent, rank) and table.stride(1) == 1
+        by_row = _by_row(q, req_pool_indices, seq_lens)
+        return mla_table_decode_triton(q, latent_cache, req_to_token, *by_row, kv_lora_rank, scale)
+    shape = RowShape.of(q.shape[2], kv_lora_rank, value_is_key=True)
+    rows = latent_cache.unsqueeze(1)
+    rest = (req_to_token, req_pool_indices, seq_lens, scale, shape)
+    return launch_decode(q, rows, rows, *rest, repeat=_width(q, seq_lens))
 
 
 def _tables(generator: torch.Generator) -> Iterator[tuple[str, int, tuple[torch.Tensor, ...], int]]:
@@ -144,9 +140,9 @@ def _cases() -> Iterator[Case]:
 def _latent_cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     for name, width, table, total in _tables(generator):
-        for heads in (3, 20):
+        cache = torch.randn(total, 20, generator=generator)
+        for heads in (MANY_HEADS + 6, 20) if name in ("ragged", "empty") else (3, 20):
             q = torch.randn(width * len(table[2]), heads, 20, generator=generator)
-            cache = torch.randn(total, 20, generator=generator)
             yield Case(f"{name}-{heads}", (q, cache, *table, 16, 0.2))
         spoiled = cache.clone()
         _poison_last(table, spoiled)
@@ -170,13 +166,13 @@ def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
 
 table_verify = Op(
     "attention.table_verify",
-    triton_impl(table_verify_triton, _accepts),
+    triton_impl(table_verify_triton, fits_table),
     Impl("torch", table_verify_torch),
     cases=_cases,
 )
 mla_table_verify = Op(
     "attention.mla_table_verify",
-    triton_impl(mla_table_verify_triton, _accepts_latent),
+    triton_impl(mla_table_verify_triton, fits_latent_table),
     Impl("torch", mla_table_verify_torch),
     cases=_latent_cases,
 )
