@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 import unittest
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from sglang.kernels.registry import fresh_decisions
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.engine_harness import EngineHarness
+from sglang.test.sync_guard import forbid_waits
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import KERNEL_SIZED_CONFIGS, save_tiny_checkpoint
 
@@ -88,23 +88,7 @@ class TestGpuIdentity(CustomTestCase):
             _, engine = self.run_mode("dsv3-k", {})
             engine.submit("again", self.prompts[2], PARAMS)
             engine.step()
-            worker = engine.scheduler.worker
-            forward = worker.forward
-
-            def strict(run: Callable[[Any], Any], argument: Any) -> Any:
-                torch.cuda.set_sync_debug_mode("error")
-                try:
-                    return run(argument)
-                finally:
-                    torch.cuda.set_sync_debug_mode("default")
-
-            def strict_forward(batch: Any) -> Any:
-                launched = strict(forward, batch)
-                sample = launched.sample
-                launched.sample = lambda info: strict(sample, info)
-                return launched
-
-            worker.forward = strict_forward
+            forbid_waits(engine.scheduler.worker)
             engine.run()
 
 

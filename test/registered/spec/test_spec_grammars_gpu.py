@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unittest
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.spec_grammar_cases import has_form, serve_forms
+from sglang.test.sync_guard import forbid_waits
 from sglang.test.test_utils import CustomTestCase
 
 register_cuda_ci(est_time=60, suite="stage-b-test-1-gpu-small")
@@ -37,6 +37,7 @@ class TestOnGpu(CustomTestCase):
         return EngineHarness(self.folder, with_tokenizer=True, **{**options, **spec, **settings})
 
     def tokens(self, engine: EngineHarness) -> dict[str, list[int]]:
+        engine.results.clear()  # which add up where an engine serves again
         results = serve_forms(engine, self.tokenizer)
         for rid, result in results.items():
             ids = [i for i in result.output_ids if i not in self.tokenizer.eos_token_ids]
@@ -52,24 +53,7 @@ class TestOnGpu(CustomTestCase):
         """Of a verify step with forms only its drafts, and the result of the step before, are waited for."""
         engine = self.engine(overlap=True)
         self.tokens(engine)
-        worker, forward = engine.scheduler.worker, engine.scheduler.worker.forward
-
-        def strict(run: Callable[[Any], Any], argument: Any) -> Any:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                return run(argument)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-
-        def strict_forward(batch: Any) -> Any:
-            if batch.input_ids is not None:  # a prompt
-                return forward(batch)
-            launched = strict(forward, batch)
-            sample = launched.sample
-            launched.sample = lambda info: strict(sample, info)
-            return launched
-
-        worker.forward = strict_forward
+        forbid_waits(engine.scheduler.worker, prompts=False)
         self.tokens(engine)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unittest
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from sglang.kernels.registry import fresh_decisions
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.spec_graph_cases import VerifyCases
+from sglang.test.sync_guard import forbid_waits
 from sglang.test.test_utils import CustomTestCase
 
 register_cuda_ci(est_time=120, suite="stage-b-test-1-gpu-small")
@@ -37,24 +37,7 @@ class TestOnGpu(VerifyCases, CustomTestCase):
         """Verify, acceptance and drafts are queued; only the result of the step before is waited for."""
         engine = self.engine(3)
         self.tokens(engine)
-        worker, forward = engine.scheduler.worker, engine.scheduler.worker.forward
-
-        def strict(run: Callable[[Any], Any], argument: Any) -> Any:
-            torch.cuda.set_sync_debug_mode("error")
-            try:
-                return run(argument)
-            finally:
-                torch.cuda.set_sync_debug_mode("default")
-
-        def strict_forward(batch: Any) -> Any:
-            if batch.input_ids is not None:  # a prompt
-                return forward(batch)
-            launched = strict(forward, batch)
-            sample = launched.sample
-            launched.sample = lambda info: strict(sample, info)
-            return launched
-
-        worker.forward = strict_forward
+        forbid_waits(engine.scheduler.worker, prompts=False)
         self.tokens(engine)
 
 
