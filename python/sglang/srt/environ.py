@@ -361,9 +361,11 @@ class Envs:
     if not TYPE_CHECKING:  # a type checker would otherwise accept every name
 
         def __getattr__(self, name: str) -> NoReturn:
-            from sglang.srt.environ_check import suggestion
+            from sglang.srt.environ_check import misspelt
 
-            raise AttributeError(f"no environment variable {name} is declared in environ.py{suggestion(name, _FIELDS)}")
+            meant = misspelt(name, _FIELDS)
+            hint = "" if meant is None else f"; did you mean {meant}?"
+            raise AttributeError(f"no environment variable {name} is declared in environ.py{hint}")
 
 
 envs = Envs()

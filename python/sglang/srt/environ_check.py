@@ -1,8 +1,7 @@
-"""The launch check: every SGLANG_ and SGL_ name of an environment is classed, and its value checked."""
+"""The launch check: every SGLANG_ and SGL_ name of an environment is classified, and its value checked."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,8 @@ Fields = Mapping[str, EnvField[Any]]
 # Kubernetes adds such names for each Service, so a Service called "sglang" brings SGLANG_PORT=tcp://... into every pod.
 _SERVICE_LINK_NAME = re.compile(r"_SERVICE_(HOST|PORT(_\w+)?)$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$")
 _SERVICE_LINK_VALUE = re.compile(r"(tcp|udp|sctp)://")
+# A name that differs from a declared one by at most so many letters is a misspelling of it.
+MISSPELLING_EDITS = 2
 _PLATFORM_NAMES = {"cpu": "CPU", "cuda": "CUDA", "hip": "AMD ROCm (hip)"}
 
 
@@ -53,7 +54,11 @@ class _Findings:
 
 
 def check(environ: Mapping[str, str], fields: Fields, platform_kind: str | None) -> EnvReport:
-    """Class each SGLANG_ and SGL_ name: declared, known from upstream, or an error; see `EnvReport`."""
+    """Classify each SGLANG_ and SGL_ name; see `EnvReport`.
+
+    A declared name is checked, a misspelt one is an error, one that would change numerics upstream is refused. Any
+    other name is accepted with a warning that it has no effect.
+    """
     if platform_kind is not None and platform_kind not in _PLATFORM_NAMES:
         raise ValueError(f"platform_kind {platform_kind!r} is none of {', '.join(_PLATFORM_NAMES)}")
     findings = _Findings()
@@ -65,23 +70,33 @@ def check(environ: Mapping[str, str], fields: Fields, platform_kind: str | None)
             _check_own(owners[name], name, environ, platform_kind, findings)
         elif (known := names.lookup(name)) is not None:
             _check_upstream(*known, name, environ[name], findings)
-        else:
-            findings.errors.append(f"unknown environment variable {name}{suggestion(name, fields)}")
+        elif (meant := misspelt(name, fields)) is not None:
+            findings.errors.append(f"unknown environment variable {name}; did you mean {meant}?")
+        elif environ[name].strip():
+            findings.remark(name, "{is_} unknown here and {has} no effect")
     for row in names.FOREIGN:
         if environ.get(row.name, "").strip():
             findings.set_variables[row.name] = environ[row.name]
     return findings.report()
 
 
-def suggestion(name: str, fields: Fields) -> str:
-    """`; did you mean X?` for the nearest declared name, else the nearest of upstream, else where to find the list."""
-    wanted = names.canonical_name(name).upper()
-    upstream = [*names.IGNORED, *names.NUMERICS, *names.REPLACED, *names.REJECTED]
-    for candidates, cutoff in ((list(fields), 0.8), (upstream, 0.85)):
-        close = difflib.get_close_matches(wanted, candidates, n=1, cutoff=cutoff)
-        if close:
-            return f"; did you mean {close[0]}?"
-    return "; `python -m sglang.srt.environ --list` shows all names"
+def misspelt(name: str, fields: Fields) -> str | None:
+    """The declared name that `name` misspells: the nearest within `MISSPELLING_EDITS`, whatever its case, or None."""
+    wanted = names.canonical_name(name.upper())
+    edits, nearest = min(((_edits(wanted, declared), declared) for declared in fields), default=(len(wanted), ""))
+    return nearest if edits <= MISSPELLING_EDITS else None
+
+
+def _edits(one: str, other: str) -> int:
+    """Letters to add, drop or replace that make `other` of `one` (Levenshtein distance)."""
+    if abs(len(one) - len(other)) > MISSPELLING_EDITS:
+        return MISSPELLING_EDITS + 1
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        previous, row = row, [i]
+        for j, wanted in enumerate(other, 1):
+            row.append(min(previous[j] + 1, row[-1] + 1, previous[j - 1] + (letter != wanted)))
+    return row[-1]
 
 
 def _check_own(
@@ -119,7 +134,5 @@ def _check_upstream(kind: str, advice: str, name: str, value: str, findings: _Fi
         return
     elif kind == "rejected":
         findings.errors.append(f"{name} is not a variable of this engine{advice}")
-    elif kind == "replaced":
-        findings.warnings.append(f"{name} has no effect here{advice}")
     else:
-        findings.remark(name, "{is_} known from upstream and not implemented here: no effect")
+        findings.warnings.append(f"{name} has no effect here{advice}")

@@ -91,7 +91,6 @@ def render_markdown(fields: Fields) -> str:
         amd_sections=" and ".join(f"[{s}](#{_anchor(s)})" for s in dict.fromkeys(amd.values())),
         amd_names="\n".join(f"- `{name}`" for name in amd),
         foreign=_table([_row(row.name, f"{row.doc} Owner: {row.owner}.", row.default) for row in known.FOREIGN]),
-        count=round(len(known.IGNORED), -1),
         refused=_bullets(refused),
         rejected=_bullets(known.REJECTED),
         replaced=_bullets(known.REPLACED),

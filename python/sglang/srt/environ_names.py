@@ -1,4 +1,4 @@
-"""Names that the engine knows and does not declare: upstream sglang's, and variables of other software.
+"""Names that the engine answers in a special way and does not declare: of upstream sglang and of other software.
 
 environ_names.json holds them. Sources: upstream 0.4.3 to 0.5.23 and published launch recipes; MORI 1.2 and AITER 0.1
 (read in source), the HIP runtime's and Hugging Face's documentation. A name leaves it when `environ.py` declares it.
@@ -27,9 +27,6 @@ NUMERICS: dict[str, str] = _NAMES["numerics"]
 REPLACED: dict[str, str] = _NAMES["replaced"]
 # Never part of a release; someone who sets one expects an effect that only another switch has.
 REJECTED: dict[str, str] = _NAMES["rejected"]
-IGNORED = frozenset(_NAMES["ignored"])
-# Prefixes of parts of upstream that are outside this engine (image and video generation, vendor test benches, ...).
-FAMILIES = tuple(_NAMES["families"])
 # Values at which a numerics variable asks for what this engine does anyway, besides those of OFF_VALUES.
 DEFAULTS: dict[str, str] = _NAMES["defaults"]
 OFF_VALUES = frozenset({"", "0", "false", "no", "n", "off", "none", "null"})
@@ -43,16 +40,11 @@ def canonical_name(name: str) -> str:
 
 
 def lookup(name: str) -> tuple[str, str] | None:
-    """(numerics, replaced, rejected or ignored; advice) for an upstream name, as given or in its SGLANG_ form.
-
-    None if upstream lacks it.
-    """
+    """(numerics, replaced or rejected; advice) for an upstream name, as given or in its SGLANG_ form; None: no such."""
     for candidate in dict.fromkeys((name, canonical_name(name))):
         for kind, table in (("numerics", NUMERICS), ("replaced", REPLACED), ("rejected", REJECTED)):
             if candidate in table:
                 return kind, table[candidate]
-        if candidate in IGNORED or candidate.startswith(FAMILIES):
-            return "ignored", ""
     return None
 
 
