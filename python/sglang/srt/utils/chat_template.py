@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,33 +38,23 @@ _EMPTY_CONTENTS: tuple[EmptyContent, ...] = ("absent", "null", "text")
 _LIMIT_REFUSAL = "The chat template asks for more than a rendering may use"
 
 
-class ChatTemplate:
-    """One compiled chat template and the ``traits`` that it was seen to have.
+class PromptTemplate(ABC):
+    """What makes a prompt of a conversation, and the ``traits`` that say in which form it reads messages.
 
-    ``special_tokens`` (bos_token, eos_token, ...) are variables of every rendering. Raises ChatTemplateError for a
-    template that cannot be compiled, or that cannot render a small conversation within the limits.
+    ``source`` is text that holds the marks and the keys of messages that it knows. A subclass makes the text.
     """
 
-    def __init__(self, source: str, special_tokens: dict[str, Any]):
-        if len(source) > MAX_CHAT_TEMPLATE_CHARS:
-            raise ChatTemplateError(
-                f"The chat template has {len(source)} characters; at most {MAX_CHAT_TEMPLATE_CHARS} are allowed."
-            )
-        self.source = source
-        self.special_tokens = special_tokens
-        self._environment = BoundedEnvironment()
-        self.reserved_variables = _SERVER_VARIABLES | special_tokens.keys() | self._environment.globals.keys()
-        try:
-            self._template = self._environment.load(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ChatTemplateError(
-                f"The chat template has a syntax error in line {error.lineno}: {error.message}"
-            ) from None
-        except Exception as error:  # parsers and compilers give up on hostile text in many ways
-            raise ChatTemplateError(f"The chat template cannot be compiled: {type(error).__name__}: {error}") from None
+    source: str
+    traits: TemplateTraits
+    reserved_variables: frozenset[str] = _SERVER_VARIABLES
+
+    def __init__(self) -> None:
         # Digests of conversations without their contents: of each, every message was seen to reach the prompt.
         self._lossless: set[bytes] = set()
-        self.traits = _find_traits(self)
+
+    @abstractmethod
+    def render_clean(self, messages: Sequence[Message], values: Mapping[str, Any]) -> str:
+        """The text for messages that are already in the template's form. Raises ChatTemplateError."""
 
     def render(
         self,
@@ -91,17 +82,6 @@ class ChatTemplate:
         self._refuse_losses(text, clean, values)
         return _cut_at_mark(text) if continue_final_message else text
 
-    def render_clean(self, messages: Sequence[Message], values: Mapping[str, Any]) -> str:
-        """The template's text for messages that are already in its form."""
-        variables = {**self.special_tokens, "documents": None, **values, "messages": messages}
-        try:
-            with self._environment.budget():
-                return self._template.render(variables)
-        except TemplateLimitError as error:
-            raise ChatTemplateError(f"{_LIMIT_REFUSAL}: {error}.") from None
-        except Exception as error:  # a template runs arbitrary expressions over client data
-            raise ChatTemplateError(f"The chat template refused these messages: {error}") from error
-
     def _refuse_losses(self, text: str, messages: Sequence[Message], values: Mapping[str, Any]) -> None:
         """Raise ChatTemplateError for a message that does not reach the prompt.
 
@@ -128,6 +108,44 @@ class ChatTemplate:
                 f"The chat template of this model leaves {missing[0]} (role {messages[number]['role']!r}) out of the "
                 "prompt. Remove it, or put its text into a message of another role."
             )
+
+
+class ChatTemplate(PromptTemplate):
+    """One compiled chat template and the ``traits`` that it was seen to have.
+
+    ``special_tokens`` (bos_token, eos_token, ...) are variables of every rendering. Raises ChatTemplateError for a
+    template that cannot be compiled, or that cannot render a small conversation within the limits.
+    """
+
+    def __init__(self, source: str, special_tokens: dict[str, Any]):
+        if len(source) > MAX_CHAT_TEMPLATE_CHARS:
+            raise ChatTemplateError(
+                f"The chat template has {len(source)} characters; at most {MAX_CHAT_TEMPLATE_CHARS} are allowed."
+            )
+        super().__init__()
+        self.source = source
+        self.special_tokens = special_tokens
+        self._environment = BoundedEnvironment()
+        self.reserved_variables |= special_tokens.keys() | self._environment.globals.keys()
+        try:
+            self._template = self._environment.load(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ChatTemplateError(
+                f"The chat template has a syntax error in line {error.lineno}: {error.message}"
+            ) from None
+        except Exception as error:  # parsers and compilers give up on hostile text in many ways
+            raise ChatTemplateError(f"The chat template cannot be compiled: {type(error).__name__}: {error}") from None
+        self.traits = _find_traits(self)
+
+    def render_clean(self, messages: Sequence[Message], values: Mapping[str, Any]) -> str:
+        variables = {**self.special_tokens, "documents": None, **values, "messages": messages}
+        try:
+            with self._environment.budget():
+                return self._template.render(variables)
+        except TemplateLimitError as error:
+            raise ChatTemplateError(f"{_LIMIT_REFUSAL}: {error}.") from None
+        except Exception as error:  # a template runs arbitrary expressions over client data
+            raise ChatTemplateError(f"The chat template refused these messages: {error}") from error
 
 
 def _find_traits(template: ChatTemplate) -> TemplateTraits:

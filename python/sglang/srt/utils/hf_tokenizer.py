@@ -16,10 +16,12 @@ import tokenizers
 from sglang.srt.utils.chat_template import (
     ChatTemplate,
     ChatTemplateError,
+    PromptTemplate,
     find_chat_template,
     load_chat_template_file,
 )
 from sglang.srt.utils.common import read_json_object
+from sglang.srt.utils.deepseek_template import find_deepseek_template
 from sglang.srt.utils.limits import MAX_TOKENIZER_GROWTH, MAX_TOKENIZER_JSON_BYTES
 
 logger = logging.getLogger(__name__)
@@ -92,11 +94,14 @@ class Tokenizer:
         self.encode(_TRIAL_TEXT)
         self._bytes_of_char = _byte_alphabet()
         self._token_bytes: dict[int, bytes] = {}
-        self.chat_template: ChatTemplate | None = None
+        self.chat_template: PromptTemplate | None = None
         if with_template:
             given = load_chat_template_file(chat_template) if chat_template else None
             source = given or find_chat_template(folder, self.config)
-            self.chat_template = ChatTemplate(source, self.special_tokens) if source else None
+            if source:
+                self.chat_template = ChatTemplate(source, self.special_tokens)
+            else:
+                self.chat_template = find_deepseek_template(folder, lambda text: self.token_id(text) is not None)
 
     @classmethod
     def from_path(cls, path: str, chat_template: str | None = None, with_template: bool = True) -> Tokenizer:
@@ -174,7 +179,7 @@ class Tokenizer:
         return found
 
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
-        """Prompt text of a conversation; ``options`` are those of ``ChatTemplate.render``."""
+        """Prompt text of a conversation; ``options`` are those of ``PromptTemplate.render``."""
         if self.chat_template is None:
             raise ChatTemplateError(
                 "This checkpoint has no chat template, so chat requests cannot be turned into a prompt. Start the "
