@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import statistics
 import subprocess
@@ -23,10 +22,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # an old tree that this file serves has no such module
+    from sglang.bench_utils.paired import Ratio
 
 INPUT_LEN = OUTPUT_LEN = 64
 TURN_S = 1.0
+MAX_PAIRS = 1000
 FIRST_ID = 2  # below stand special tokens
 
 
@@ -61,7 +64,8 @@ class Side:
     """The engine of one tree."""
 
     def __init__(self, tree: Path, folder: Path, max_batch: int) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(tree.resolve() / "python")}
+        paths = [str(tree.resolve() / "python"), os.environ.get("PYTHONPATH", "")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [sys.executable, __file__, "--serve", str(folder), str(max_batch)]
         self.process = subprocess.Popen(
             command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -116,27 +120,25 @@ class Size:
         else:
             self.batches_per_turn = max(1, round(TURN_S / min(old, new)))
 
-    def upper_end(self) -> float:
-        return self.interval()[2]
+    def last(self) -> str:
+        """New over old in the newest pair."""
+        return f"{self.pairs[-1][1] / self.pairs[-1][0]:.3f}" if self.pairs else "-"
 
-    def interval(self) -> tuple[float, float, float]:
-        """Geometric mean of new over old, and its 95 % interval."""
-        logs = [math.log(new / old) for old, new in self.pairs]
-        mean, free = statistics.fmean(logs), len(logs) - 1
-        z = statistics.NormalDist().inv_cdf(0.975)
-        t = z + (z**3 + z) / (4 * free) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * free**2)  # Student's, expanded
-        half = t * statistics.stdev(logs) / math.sqrt(len(logs))
-        return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+    def ratio(self) -> Ratio:
+        """New over old."""
+        from sglang.bench_utils.paired import paired_ratio
+
+        return paired_ratio(*zip(*self.pairs, strict=True))
 
     def line(self, bar: float) -> str:
-        mean, low, high = self.interval()
+        ratio = self.ratio()
         rates = [self.batch_size * OUTPUT_LEN / statistics.median(times) for times in zip(*self.pairs, strict=True)]
         median = statistics.median(new / old for old, new in self.pairs)
         tokens = f"{self.num_differing} pairs WITH OTHER TOKENS" if self.num_differing else "same tokens"
         return (
-            f"batch {self.batch_size:3d}: time new/old {mean:.4f} (95 % {low:.4f} .. {high:.4f}, median {median:.4f}), "
+            f"batch {self.batch_size:3d}: time new/old {ratio}, median {median:.4f}, "
             f"{len(self.pairs)} pairs; old {rates[0]:,.0f}, new {rates[1]:,.0f} tokens/s; {tokens}; "
-            f"bar {bar}: {'met' if high <= bar else 'MISSED'}"
+            f"bar {bar}: {'met' if ratio.high <= bar else 'MISSED'}"
         )
 
 
@@ -155,6 +157,7 @@ def main() -> int:
     args = parser.parse_args()
     end = time.monotonic() + 60 * args.minutes
     from sglang.bench_utils.metrics import describe_machine
+    from sglang.bench_utils.paired import rounds_within
     from sglang.test.bench_checkpoint import CONFIG, make_checkpoint
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -162,17 +165,15 @@ def main() -> int:
         print(f"{describe_machine()}; {INPUT_LEN} tokens in, {OUTPUT_LEN} out; {args.measure} time", flush=True)
         sides = [Side(tree, folder, max(args.batch_size)) for tree in (args.old, args.new)]
         sizes = [Size(batch_size, args.measure) for batch_size in args.batch_size]
-        number, longest = 0, 0.0
-        while number < 6 or time.monotonic() + longest < end:
-            started = time.monotonic()
+        for number in rounds_within(MAX_PAIRS, end - time.monotonic()):
             for size in sizes:
                 size.pair(sides, CONFIG["vocab_size"], number)
-            number, longest = number + 1, max(longest, time.monotonic() - started)
+            print(f"pair {number}:", *(size.last() for size in sizes), flush=True)
         for side in sides:
             side.close()
     for size in sizes:
-        print(size.line(args.bar))
-    return int(any(size.upper_end() > args.bar or size.num_differing for size in sizes))
+        print(size.line(args.bar), flush=True)
+    return int(any(size.ratio().high > args.bar or size.num_differing for size in sizes))
 
 
 if __name__ == "__main__":

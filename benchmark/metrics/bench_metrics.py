@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import math
 import statistics
 import time
 from collections.abc import AsyncIterator
@@ -24,6 +23,7 @@ import psutil
 from sglang.bench_utils.clients import Target, make_client, send_request
 from sglang.bench_utils.datasets import DatasetRow
 from sglang.bench_utils.metrics import describe_machine
+from sglang.bench_utils.paired import paired_ratio, rounds_within
 from sglang.srt.utils.common import kill_process_tree
 from sglang.test.bench_checkpoint import CONFIG, make_checkpoint
 from sglang.test.test_utils import free_url, popen_launch_server
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=32)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--seconds", type=float, default=600.0, help="Fewer rounds where they take longer than this.")
     args = parser.parse_args()
     print(describe_machine())
     servers: list[Server] = []
@@ -92,7 +93,7 @@ def main() -> None:
         folder = make_checkpoint()
         for with_metrics in (False, True):
             servers.append(Server(folder, with_metrics, args))
-        for number in range(args.rounds + 1):
+        for number in rounds_within(args.rounds, args.seconds):
             for server in servers[:: 1 if number % 2 else -1]:
                 seconds = server.turn(number, args)
                 if number:
@@ -104,10 +105,7 @@ def main() -> None:
         off, on = ([pair[index] for pair in turns[key]] for key in (False, True))
         for name, values in (("without", off), ("with", on)):
             print(f"{clock:5s} {name:7s} {min(values):.3f} / {statistics.median(values):.3f} / {max(values):.3f} s")
-        logs = [math.log(a / b) for a, b in zip(on, off, strict=True)]
-        mean, spread = statistics.mean(logs), 2.31 * statistics.stdev(logs) / math.sqrt(len(logs))  # t, 8 degrees
-        low, high = math.exp(mean - spread), math.exp(mean + spread)
-        print(f"{clock:5s} with over without: {math.exp(mean):.4f} ({low:.4f} .. {high:.4f})")
+        print(f"{clock:5s} with over without: {paired_ratio(off, on)}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import time
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 import torch
 
 from sglang.bench_utils.metrics import describe_machine
+from sglang.bench_utils.paired import paired_ratio, rounds_within
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.constrained.llguidance_backend import GuidanceBackend, grammar_of
 from sglang.srt.managers.grammar_manager import GrammarManager
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=32)
     parser.add_argument("--output-len", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=600.0, help="Fewer rounds where they take longer than this.")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--model-path", type=Path, help="Default: the checkpoint of the decode bench.")
     parser.add_argument("--load-format", default="auto")
@@ -82,7 +83,7 @@ def main() -> None:
     print(f"{folder}, vocabulary {vocab} ({tokenizer.vocab_size} with text), batch {args.batch_size}, "
           f"{args.input_len} tokens in, {args.output_len} out")  # fmt: skip
     turns: dict[str, list[tuple[float, float]]] = {"without": [], "with": []}
-    for number in range(args.rounds + 1):
+    for number in rounds_within(args.rounds, args.seconds):
         for name in ("without", "with") if number % 2 else ("with", "without"):
             seconds = serve(engine, grammar if name == "with" else None, number, args)
             if number:
@@ -91,10 +92,7 @@ def main() -> None:
         columns = {name: [seconds[index] for seconds in pairs] for name, pairs in turns.items()}
         for name, values in columns.items():
             print(f"{clock:5s} {name:7s} {min(values):.3f} / {statistics.median(values):.3f} / {max(values):.3f} s")
-        logs = [math.log(a / b) for a, b in zip(columns["with"], columns["without"], strict=True)]
-        mean, spread = statistics.mean(logs), 2.45 * statistics.stdev(logs) / math.sqrt(len(logs))  # t, 6 degrees
-        low, high = math.exp(mean - spread), math.exp(mean + spread)
-        print(f"{clock:5s} with over without: {math.exp(mean):.3f} ({low:.3f} .. {high:.3f})")
+        print(f"{clock:5s} with over without: {paired_ratio(columns['without'], columns['with'])}")
 
 
 if __name__ == "__main__":
