@@ -41,11 +41,12 @@ def sentence_pool(count: int, seed: int) -> DocumentPool:
     return pad_documents(pairs)
 
 
-def far_lookup_rows(sentences: DocumentPool, ids: Tensor, labels: Tensor) -> None:
+def far_lookup_rows(sentences: DocumentPool, ids: Tensor, labels: Tensor, close: bool = False) -> None:
     """Fill ids and labels [B, L] int64 in place, without waiting for the device; L at least 128.
 
     2 to 8 pairs "k=7" begin a row, and each key is asked at most once, at even distances on average: ";k?7" and the end
-    token, or as a turn of a chat. Fewer keys are asked where L is short.
+    token, or as a turn of a chat. Fewer keys are asked where L is short. With ``close`` questions follow the pairs at
+    once and fill the row.
     """
     rows, length = ids.shape
     device = ids.device
@@ -58,31 +59,38 @@ def far_lookup_rows(sentences: DocumentPool, ids: Tensor, labels: Tensor) -> Non
     digits = torch.randint(10, (rows, most), device=device) + ord("0")
     each = torch.arange(most, device=device)[None]
 
-    def written(token: int | str) -> Tensor:
-        return ids.new_full((rows, most), ord(token) if isinstance(token, str) else token)
-
-    separator = torch.where(each == count - 1, written(";"), written(","))
-    pair = torch.stack([keys, written("="), digits, separator], -1)
     starts = lead + 4 * each
     end = lead + 4 * count
-    order = torch.where(each < count, torch.rand(rows, most, device=device), 2.0).argsort(1)
-    cell = (length - end - MAX_SLOT).float() / count
-    slots = end + (each * cell + torch.rand(rows, most, device=device) * (cell - MAX_SLOT)).long()
-    key, digit, none = keys.gather(1, order), digits.gather(1, order), written(-1)
-    bare = [written(";"), key, written("?"), digit, written(EOS), none, none]
-    turn = [written(";"), key, written("?"), written(ASSISTANT), digit, written(EOS), written(USER)]
-    question = torch.where(chat[..., None], torch.stack(turn, -1), torch.stack(bare, -1))
-    skip = written(IGNORE)
-    bare_labels = [skip, skip, digit, written(EOS), skip, skip, skip]
-    turn_labels = [skip, skip, skip, digit, written(EOS), skip, skip]
-    wanted = torch.where(chat[..., None], torch.stack(turn_labels, -1), torch.stack(bare_labels, -1))
-    valid = (each < count)[..., None]
+    pair = _columns(keys, "=", digits, torch.where(each == count - 1, ord(";"), ord(",")))
+    if close:
+        turns = torch.arange(length // 5, device=device)[None]
+        asked = (torch.rand(rows, length // 5, device=device) * count).long()
+        width = torch.where(chat, 7, 5)
+        slots = end - 1 + turns * width
+        valid = slots + width <= length
+    else:
+        asked = torch.where(each < count, torch.rand(rows, most, device=device), 2.0).argsort(1)
+        cell = (length - end - MAX_SLOT).float() / count
+        slots = end + (each * cell + torch.rand(rows, most, device=device) * (cell - MAX_SLOT)).long()
+        valid = each < count
+    key, digit = keys.gather(1, asked), digits.gather(1, asked)
+    bare, turn = (";", key, "?", digit, EOS, -1, -1), (";", key, "?", ASSISTANT, digit, EOS, USER)
+    question = torch.where(chat[..., None], _columns(*turn), _columns(*bare))
+    bare, turn = (IGNORE, IGNORE, digit, EOS, *[IGNORE] * 3), (*[IGNORE] * 3, digit, EOS, IGNORE, IGNORE)
+    wanted = torch.where(chat[..., None], _columns(*turn), _columns(*bare))
     opening = torch.stack([ids.new_full((rows, 1), token) for token in (BOS, USER)], -1)
     _write(ids, torch.zeros_like(lead), opening, chat[..., None])
-    _write(ids, starts, pair, valid)
-    _write(ids, slots, question, valid & (question >= 0))
+    _write(ids, starts, pair, (each < count)[..., None])
+    _write(ids, slots, question, valid[..., None] & (question >= 0))
     labels.fill_(IGNORE)
-    _write(labels, slots, wanted, valid)
+    _write(labels, slots, wanted, valid[..., None])
+
+
+def _columns(*parts: Tensor | str | int) -> Tensor:
+    """Tokens side by side, [B, n, parts]: tensors [B, n], and the same character or token for all of them."""
+    whole = next(part for part in parts if isinstance(part, Tensor))
+    tokens = (ord(part) if isinstance(part, str) else part for part in parts)
+    return torch.stack([t if isinstance(t, Tensor) else torch.full_like(whole, t) for t in tokens], -1)
 
 
 def _write(target: Tensor, starts: Tensor, values: Tensor, valid: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs
+from sglang.srt.model_executor.model_runner import StepForward
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.draft_graphs import DRAWN, EXTEND, GREEDY
 from sglang.srt.utils.hf_tokenizer import Tokenizer
@@ -78,13 +79,18 @@ class VerifyCases(SpecGraphs):
     STEPS: tuple[int, ...] = (1, 3)
 
     def proposals(self, engine: EngineHarness) -> list[list[list[int]]]:
-        """From here on, all drafts of an engine, step by step."""
+        """From here on, the drafts of an engine that somebody reads, step by step.
+
+        Behind a chunk before the end of a prompt there is none: such requests share the padding row's slots, so what
+        is drafted there depends on which of them a device writes last.
+        """
         drafter, found = engine.worker.speculator.drafter, []
         propose = drafter.propose
 
-        def watched(*args: Any) -> torch.Tensor:
-            drafts = propose(*args)
-            found.append(drafts.tolist())
+        def watched(step: StepForward, *args: Any) -> torch.Tensor:
+            drafts = propose(step, *args)
+            unread = [False] * len(drafts) if step.fb.successors is None else (step.fb.successors >= 0).tolist()
+            found.append([row for row, skipped in zip(drafts.tolist(), unread, strict=True) if not skipped])
             return drafts
 
         drafter.propose = watched

@@ -19,8 +19,10 @@ register_amd_ci(est_time=90, suite="stage-b-test-1-gpu-small-amd")
 register_amd_ci(est_time=90, suite="stage-b-test-1-gpu-small-amd-mi35x")
 
 DEVICE = "cuda"
-# Largest error relative to the largest value: streams and rows are rounded to bfloat16, coefficients are float32.
-BOUNDS = (8e-3, 8e-3, 1e-3, 1e-3)
+# Largest errors relative to the largest value, of streams, row, post and comb. A sum between two bfloat16 numbers may
+# be rounded to either: streams are rounded once, a row before its norm and behind it.
+UNIT = torch.finfo(torch.bfloat16).eps
+BOUNDS = {torch.bfloat16: (UNIT, 2 * UNIT, 1e-3, 1e-3), torch.float32: (1e-5, 1e-4, 1e-4, 1e-4)}
 
 
 def poisoned(*args):
@@ -34,7 +36,7 @@ class TestFusedCrossing(CustomTestCase):
         torch.backends.cuda.matmul.allow_tf32 = False
 
     def assert_near(self, found, wanted, name):
-        for part, of_reference, bound in zip(found, wanted, BOUNDS):
+        for part, of_reference, bound in zip(found, wanted, BOUNDS[found[0].dtype]):
             self.assertEqual((part.dtype, part.shape), (of_reference.dtype, of_reference.shape), name)
             if part.numel():
                 error = (part.float() - of_reference.float()).abs().max() / of_reference.float().abs().max()

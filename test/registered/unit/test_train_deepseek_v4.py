@@ -106,10 +106,10 @@ class TestRows(CustomTestCase):
 
         torch.manual_seed(0)
         sentences, asked = sentence_pool(50, 0), 0
-        for length in (128, 1024):
+        for length, close in ((128, False), (1024, False), (128, True)):
             ids = torch.zeros(40, length, dtype=torch.int64)
             labels = torch.zeros_like(ids)
-            far_lookup_rows(sentences, ids, labels)
+            far_lookup_rows(sentences, ids, labels, close)
             for tokens, wanted in zip(ids.tolist(), labels.tolist()):
                 pairs = {a: c for a, b, c in zip(tokens, tokens[1:], tokens[2:]) if b == ord("=")}
                 self.assertGreaterEqual(len(pairs), 2)
@@ -122,6 +122,34 @@ class TestRows(CustomTestCase):
                         self.assertEqual(label, pairs[key])
                         asked += 1
         self.assertGreater(asked, 200)
+
+
+class TestMuon(CustomTestCase):
+    def test_updates_have_one_size_in_every_direction(self) -> None:
+        """Of a matrix, and of a stack as of its matrices alone; one without a gradient stays."""
+        from muon import MOMENTUM, SCALE, Muon
+
+        generator = torch.Generator().manual_seed(0)
+        starts = [torch.randn(shape, generator=generator) for shape in ((24, 64), (3, 64, 24), (8, 8))]
+        grads = [torch.randn(start.shape, generator=generator) for start in starts[:2]]
+        grads[0] *= torch.logspace(-0.4, 0.4, 24).unsqueeze(1)
+        params = [torch.nn.Parameter(start.clone()) for start in starts]
+        lr = torch.tensor(0.5)
+        muon = Muon(params, lr, 0.1)
+        for step in range(2):
+            before = [param.detach().clone() for param in params]
+            for param, grad in zip(params, grads):
+                param.grad = grad.clone()
+            muon.step()
+            self.assertTrue(torch.equal(params[2], starts[2]))
+            for param, was, grad in zip(params, before, grads):
+                update = (was * (1 - 0.5 * 0.1) - param.detach()) / (0.5 * SCALE * 64**0.5)
+                values = torch.linalg.svdvals(update)
+                self.assertTrue(((values > 0.5) & (values < 1.3)).all(), (step, values))
+                # Same directions as the gradient's own: its momentum points nowhere else here.
+                u, _, v = torch.linalg.svd(grad, full_matrices=False)
+                self.assertLess((update - u @ v).norm() / (u @ v).norm(), 0.35)
+        self.assertTrue(torch.allclose(muon.momenta[params[0]], (1 + MOMENTUM) * grads[0]))
 
 
 if __name__ == "__main__":
