@@ -4,6 +4,7 @@ The tokenizer has no merges: token id = byte value, then the special tokens. Eve
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -176,13 +177,19 @@ def encode(text: str) -> list[int]:
     return list(text.encode("utf-8"))
 
 
-def write_tokenizer_files(folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json (with the chat template) and generation_config.json."""
-    reserved = [f"<|reserved_{i}|>" for i in range(VOCAB_SIZE - NUM_BYTES - len(SPECIAL_TOKENS))]
+def write_tokenizer_files(
+    folder: Path, more_tokens: Sequence[str] = (), chat_template: str = CHAT_TEMPLATE, visible: Sequence[str] = ()
+) -> None:
+    """Write tokenizer.json, tokenizer_config.json (with the chat template) and generation_config.json.
+
+    ``more_tokens`` stand behind the special tokens; those that are ``visible`` are part of decoded text.
+    """
+    named = [*SPECIAL_TOKENS, *more_tokens]
+    reserved = [f"<|reserved_{i}|>" for i in range(VOCAB_SIZE - NUM_BYTES - len(named))]
     added = [
-        {"id": NUM_BYTES + i, "content": content, "special": True}
+        {"id": NUM_BYTES + i, "content": content, "special": content not in visible}
         | dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        for i, content in enumerate([*SPECIAL_TOKENS, *reserved])
+        for i, content in enumerate([*named, *reserved])
     ]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     tokenizer = {
@@ -216,7 +223,7 @@ def write_tokenizer_files(folder: Path) -> None:
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": _COMMON["max_position_embeddings"],
-        "chat_template": CHAT_TEMPLATE,
+        "chat_template": chat_template,
     }
     generation = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
     for name, content in (

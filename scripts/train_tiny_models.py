@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,7 @@ FP32_SUFFIXES = ("e_score_correction_bias", "A_log")
 
 @dataclass(frozen=True)
 class DocumentPool:
-    """Encoded documents: tokens and next-token labels [D, MAX_DOCUMENT] int16, lengths [D]; labels only in answers."""
+    """Encoded documents: tokens and next-token labels [D, width] int16, lengths [D]; labels only in answers."""
 
     tokens: Tensor
     labels: Tensor
@@ -117,7 +118,7 @@ def pack_rows(pool: DocumentPool, ids: Tensor, labels: Tensor) -> None:
     drawn = torch.randint(len(pool.lengths), (rows, length // 10), device=device)
     lengths = pool.lengths[drawn]
     starts = lengths.cumsum(1) - lengths
-    offsets = torch.arange(MAX_DOCUMENT, device=device)
+    offsets = torch.arange(pool.tokens.shape[1], device=device)
     columns = starts[..., None] + offsets
     valid = (offsets < lengths[..., None]) & (columns < length)
     slots = columns + torch.arange(rows, device=device)[:, None, None] * length
@@ -222,10 +223,12 @@ def assume_plain_positions() -> None:
 class Trainer:
     """One model in training: packing, the step (replayed as a CUDA graph where possible), scoring and saving."""
 
+    row_lengths = ROW_LENGTHS
+
     def __init__(self, args: argparse.Namespace, device: torch.device):
         torch.manual_seed(args.seed)
         self.args, self.device = args, device
-        config = AutoConfig.for_model(**MODEL_CONFIGS[args.model])
+        config = AutoConfig.for_model(**self.config())
         config._experts_implementation = "dense_all"
         self.model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device).train()
         self.lr = torch.zeros((), device=device)
@@ -237,8 +240,14 @@ class Trainer:
         others = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [{"params": decayed, "weight_decay": args.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.98), capturable=on_gpu, fused=on_gpu)
-        self.pool = build_pool(args.documents, args.seed).to(device)
+        self.pool = self.documents().to(device)
         self.loss = torch.zeros((), device=device)
+
+    def config(self) -> dict[str, Any]:
+        return MODEL_CONFIGS[self.args.model]
+
+    def documents(self) -> DocumentPool:
+        return build_pool(self.args.documents, self.args.seed)
 
     def set_progress(self, progress: float, step: int) -> None:
         factor = min(1.0, (step + 1) / self.args.warmup) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
@@ -288,7 +297,7 @@ class Trainer:
     def train(self) -> None:
         args = self.args
         self.set_progress(0.0, 0)
-        stages = list(ROW_LENGTHS)
+        stages = list(self.row_lengths)
         steps: list[Callable[[], None]] = []
         started = time.monotonic()
         saved = reported = started
@@ -319,22 +328,28 @@ class Trainer:
 
     def score(self) -> str:
         self.model.eval()
-        table = held_out_scores(self.model, self.device)
+        table = self.scores(self.model)
         self.model.train()
         return table
+
+    def scores(self, model: nn.Module) -> str:
+        return held_out_scores(model, self.device)
+
+    def write_tokenizer(self, folder: Path) -> None:
+        write_tokenizer_files(folder)
 
     def save(self) -> None:
         """Write the folder: bfloat16 weights (router bias and A_log float32), config, tokenizer."""
         folder = Path(self.args.output_dir) / self.args.model
         folder.mkdir(parents=True, exist_ok=True)
-        config = AutoConfig.for_model(**MODEL_CONFIGS[self.args.model])
+        config = AutoConfig.for_model(**self.config())
         copy = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
         for name, tensor in itertools.chain(copy.named_parameters(), copy.named_buffers()):
             if name.endswith(FP32_SUFFIXES):
                 tensor.data = tensor.data.float()
         copy.load_state_dict(self.model.state_dict())
         copy.save_pretrained(folder)
-        write_tokenizer_files(folder)
+        self.write_tokenizer(folder)
         # safetensors creates files that only their owner may read.
         for path in folder.iterdir():
             path.chmod(0o644)
@@ -362,6 +377,11 @@ def held_out_scores(model: nn.Module, device: torch.device, count: int = 500) ->
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(MODEL_CONFIGS), help="the model to train; all in turn if left out")
+    add_training_arguments(parser)
+    return parser.parse_args()
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output-dir", default=str(ROOT / "python" / "sglang" / "embedded_models"))
     parser.add_argument("--max-seconds", type=float, default=420.0, help="training time; the schedule follows it")
     parser.add_argument("--steps", type=int, default=40000, help="stop here if that comes before --max-seconds")
@@ -375,24 +395,28 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--save-seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-cuda-graph", action="store_true", help="run every step eagerly")
-    return parser.parse_args()
+
+
+def train_and_check(trainer_class: type[Trainer], args: argparse.Namespace) -> None:
+    """Train ``args.model``, and score what was saved as it is served."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = True
+    trainer = trainer_class(args, device)
+    count = sum(p.numel() for p in trainer.model.parameters())
+    print(f"{args.model}: {count} parameters on {device}", flush=True)
+    trainer.train()
+    folder = Path(args.output_dir) / args.model
+    served = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    print(f"{args.model} from {folder} in float32:", trainer.scores(served), flush=True)
 
 
 def main() -> None:
     args = parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.backends.cuda.matmul.allow_tf32 = True
     keep_gated_delta_rule_in_fp32()
     assume_plain_positions()
     for name in [args.model] if args.model else sorted(MODEL_CONFIGS):
         args.model = name
-        trainer = Trainer(args, device)
-        count = sum(p.numel() for p in trainer.model.parameters())
-        print(f"{name}: {count} parameters on {device}", flush=True)
-        trainer.train()
-        folder = Path(args.output_dir) / name
-        served = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-        print(f"{name} from {folder} in float32:", held_out_scores(served, device), flush=True)
+        train_and_check(Trainer, args)
 
 
 if __name__ == "__main__":
