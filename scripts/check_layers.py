@@ -23,7 +23,16 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (0, ("sglang.version", "sglang.srt.environ")),
     (1, ("sglang.srt.platforms",)),
     (2, ("sglang.srt.utils", "sglang.srt.parser")),
-    (3, ("sglang.srt.constrained", "sglang.kernels", "sglang.srt.configs", "sglang.srt.server_args")),
+    (
+        3,
+        (
+            "sglang.srt.constrained",
+            "sglang.kernels",
+            "sglang.srt.configs",
+            "sglang.srt.arg_groups",
+            "sglang.srt.server_args",
+        ),
+    ),
     (4, ("sglang.srt.distributed",)),
     (5, ("sglang.srt.mem_cache", "sglang.srt.sampling")),
     (6, ("sglang.srt.layers",)),
@@ -36,6 +45,8 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
         12,
         (
             "sglang.srt.entrypoints",
+            # The door to a launch counts the memory of the model, so it stands above the rest of its package.
+            "sglang.srt.arg_groups.plan",
             "sglang.cli",
             "sglang.launch_server",
             "sglang.bench",
@@ -47,7 +58,10 @@ LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
 )
 # Layer 12 is the outermost: its commands share the entrypoints.
 SIDEWAYS = {
-    ("sglang.srt.server_args", "sglang.srt.configs"),
+    ("sglang.srt.server_args", "sglang.srt.arg_groups"),
+    ("sglang.srt.arg_groups", "sglang.srt.server_args"),
+    ("sglang.srt.arg_groups", "sglang.srt.configs"),
+    ("sglang.srt.entrypoints", "sglang.srt.arg_groups.plan"),
     ("sglang.cli", "sglang.srt.entrypoints"),
     ("sglang.cli", "sglang.launch_server"),
     ("sglang.cli", "sglang.bench"),

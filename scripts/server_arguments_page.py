@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from sglang.srt.arg_groups.fields import FieldSpec
+from sglang.srt.arg_groups.upstream import UpstreamFlag, distinct_flags
 from sglang.srt.server_args import specs
-from sglang.srt.server_args_fields import FieldSpec
-from sglang.srt.server_args_upstream import UpstreamFlag, distinct_flags
 
 _HEAD = """# Server Arguments
 

@@ -12,17 +12,18 @@ def serve(argv: Sequence[str]) -> NoReturn:
 
     Loading torch takes seconds: what is wrong with flags, variables or the port is said before.
     """
+    from sglang.srt.arg_groups.parse import read
     from sglang.srt.server_args import exit_with_errors
-    from sglang.srt.server_args_verdict import early_errors
 
-    if errors := early_errors(argv):
+    parsed = read(argv)
+    if errors := parsed.start_errors():
         exit_with_errors(errors)
     if sys.stderr.isatty():
         print("starting: loading torch ...", file=sys.stderr, flush=True)
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.utils.common import end_process
 
-    end_process(launch_server(argv))
+    end_process(launch_server(parsed))
 
 
 def main() -> NoReturn:

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from sglang.srt.arg_groups.parse import read
 from sglang.srt.server_args import exit_with_errors
-from sglang.srt.server_args_verdict import flag_errors
 
 # What is planned for, and the architecture that is taken; no device is touched.
 ARCHITECTURES = {"hip": "gfx942", "cuda": "sm_90", "cpu": "cpu"}
@@ -35,11 +35,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Loading torch takes seconds: what is wrong with the flags alone is said before.
     """
     options, flags = make_parser().parse_known_args(argv)
-    if errors := flag_errors(flags):
-        exit_with_errors(errors)
+    parsed = read(flags)
+    if parsed.errors:
+        exit_with_errors(parsed.errors)
     from sglang.plan_report import report
 
-    return report(options, flags, ARCHITECTURES[options.platform])
+    return report(options, parsed, ARCHITECTURES[options.platform])
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
+from sglang.srt.arg_groups.evaluate import evaluate
+from sglang.srt.arg_groups.parse import Parsed
 from sglang.srt.configs.cache_layout import FULL, STATE, SWA
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.moe.token_dispatcher.config import mori_setting_problems
@@ -19,7 +21,7 @@ from sglang.srt.platforms import Platform
 from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.platforms.cuda import CudaPlatform
 from sglang.srt.platforms.rocm import RocmPlatform
-from sglang.srt.server_args import ServerArgs, evaluate, exit_with_errors
+from sglang.srt.server_args import ServerArgs, exit_with_errors
 from sglang.srt.utils.stream_policy import plan_streams, stream_variables
 
 # What is planned for; no device is touched.
@@ -32,15 +34,15 @@ UNIT_ROWS = {
 }
 
 
-def report(options: argparse.Namespace, flags: Sequence[str], arch: str) -> int:
-    """Print the plan for ``flags`` on a device of ``arch``; ``options`` are those of the command. The exit status."""
+def report(options: argparse.Namespace, request: Parsed, arch: str) -> int:
+    """Print the plan for ``request`` on a device of ``arch``; ``options`` are those of the command. The exit status."""
     platform = PLATFORMS[options.platform]()
-    verdict = evaluate(flags, platform)
-    for warning in verdict.warnings:
+    launch = evaluate(request, platform)
+    for warning in launch.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    if verdict.errors:
-        exit_with_errors(verdict.errors)
-    args, config = verdict.args, verdict.model_config
+    if launch.errors:
+        exit_with_errors(launch.errors)
+    args, config = launch.args, launch.model_config
     assert config is not None
     if problems := mori_setting_problems(args):
         exit_with_errors(problems)

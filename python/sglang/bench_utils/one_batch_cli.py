@@ -18,6 +18,7 @@ import torch
 
 from sglang.bench_utils.one_batch import BatchTooLargeError, SpeculatingBatch, StaticBatch
 from sglang.kernels.registry import REGISTRY, KernelConfigError
+from sglang.srt.arg_groups.evaluate import evaluate
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
@@ -29,7 +30,6 @@ from sglang.srt.platforms import PlatformError, current_platform
 from sglang.srt.server_args import (
     ServerArgs,
     ServerArgsError,
-    evaluate,
     exit_with_errors,
     set_global_server_args_for_scheduler,
 )
@@ -49,15 +49,15 @@ def load(args: ServerArgs, batch_sizes: Sequence[int]) -> tuple[ModelRunner, Tok
         exit_with_errors([f"--tp-size {args.tp_size}: this tool runs one rank; use bench_serving for more"])
     if args.max_running_requests is None:
         args = replace(args, max_running_requests=max(64, *batch_sizes))
-    verdict = evaluate(args)
-    if verdict.errors or verdict.model_config is None:
-        exit_with_errors(verdict.errors)
-    assert verdict.model_config is not None
-    set_global_server_args_for_scheduler(verdict.args)
+    plan = evaluate(args)
+    if plan.errors or plan.model_config is None:
+        exit_with_errors(plan.errors)
+    assert plan.model_config is not None
+    set_global_server_args_for_scheduler(plan.args)
     REGISTRY.freeze()
-    runner = make_runner(verdict.args, verdict.model_config)
+    runner = make_runner(plan.args, plan.model_config)
     memory = runner.memory
-    return runner, TokenToKVPoolAllocator(runner.pools.size(), memory.page_size, memory.window), verdict.args
+    return runner, TokenToKVPoolAllocator(runner.pools.size(), memory.page_size, memory.window), plan.args
 
 
 def make_prompts(args: argparse.Namespace, tokenizer_path: str, vocab: int, count: int, length: int) -> np.ndarray:

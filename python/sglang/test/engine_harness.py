@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from sglang.srt.arg_groups.resolve import resolve
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.managers.io_struct import (
     BatchTokenIDOutput,
@@ -25,7 +26,7 @@ from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.model_executor.runner_build import make_runner
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.server_args import ServerArgs, override_server_args, resolve
+from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.srt.speculative.draft_utils import make_speculator
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 

@@ -8,8 +8,8 @@ import sys
 import unittest
 from pathlib import Path
 
+from sglang.srt.arg_groups.parse import read
 from sglang.srt.entrypoints.metrics import described
-from sglang.srt.server_args_verdict import flag_errors
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase, free_url, kill_process_tree, popen_launch_server
 
@@ -56,7 +56,7 @@ class TestPages(CustomTestCase):
         for text in launches:
             words = shlex.split(text.replace("\\\n", " "))
             flags = words[words.index("sglang.launch_server") + 1 :]
-            self.assertEqual(flag_errors(flags), [], text)
+            self.assertEqual(read(flags).errors, [], text)
 
     def test_links_lead_somewhere(self):
         for page in PAGES:

@@ -14,12 +14,12 @@ import unittest
 from unittest import mock
 
 import sglang
+from sglang.srt.arg_groups.evaluate import LaunchPlan
 from sglang.srt.entrypoints import engine as engine_module
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.managers.io_struct import FinishReason
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs, ServerArgsError
-from sglang.srt.server_args_verdict import Verdict
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_scheduler import FakeEngine
@@ -32,8 +32,8 @@ GREEDY = {"max_new_tokens": 6, "temperature": 0}
 LONG = {**GREEDY, "max_new_tokens": 4000}
 
 
-def start_fake(verdict):
-    args = verdict.args
+def start_fake(plan):
+    args = plan.args
     tokenizer = Tokenizer.from_path(args.tokenizer_path)
     fake = FakeEngine(args, tokenizer)
     model = types.SimpleNamespace(context_len=64, vocab_size=tokenizer.vocab_size, hf_config={}, architecture="Fake")
@@ -48,7 +48,7 @@ class TestEngine(CustomTestCase):
         folder = write_tokenizer(cls.holder.name, byte_level_tokenizer())
         with (
             mock.patch.object(engine_module, "start_engine", start_fake),
-            mock.patch.object(engine_module, "judge", Verdict),
+            mock.patch.object(engine_module, "plan_launch", LaunchPlan),
         ):
             cls.engine = sglang.Engine(model_path=folder, tokenizer_path=folder)
         cls.fake = cls.engine._processes
@@ -158,7 +158,7 @@ class TestEndOfEngine(CustomTestCase):
             write_tokenizer(folder, byte_level_tokenizer())
             with (
                 mock.patch.object(engine_module, "start_engine", start_fake),
-                mock.patch.object(engine_module, "judge", Verdict),
+                mock.patch.object(engine_module, "plan_launch", LaunchPlan),
                 sglang.Engine(model_path=folder, tokenizer_path=folder) as engine,
             ):
                 engine._processes.scheduler.frozen = True
@@ -175,7 +175,7 @@ class TestEndOfEngine(CustomTestCase):
         write_tokenizer(holder.name, byte_level_tokenizer())
         with (
             mock.patch.object(engine_module, "start_engine", start_fake),
-            mock.patch.object(engine_module, "judge", Verdict),
+            mock.patch.object(engine_module, "plan_launch", LaunchPlan),
         ):
             return sglang.Engine(model_path=holder.name, tokenizer_path=holder.name)
 

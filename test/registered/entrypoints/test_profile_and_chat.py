@@ -10,11 +10,11 @@ from pathlib import Path
 from unittest import mock
 
 import sglang
-from sglang.srt.entrypoints.launch import accept
+from sglang.srt.arg_groups.evaluate import LaunchPlan
+from sglang.srt.entrypoints.launch import check_plan
 from sglang.srt.managers.io_struct import ProfileReqInput
 from sglang.srt.managers.step_profiler import StepProfiler, folder_problem
 from sglang.srt.server_args import ServerArgs, ServerArgsError
-from sglang.srt.server_args_verdict import Verdict
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import FakeServerTestCase
 from sglang.test.test_utils import CustomTestCase
@@ -126,7 +126,7 @@ class TestFolder(CustomTestCase):
             folder = f"{file.name}/below"
             self.assertIn("Not a directory", folder_problem(folder))
             with self.assertRaisesRegex(ServerArgsError, "--profile-dir"):
-                accept(Verdict(ServerArgs(profile_dir=folder)))
+                check_plan(LaunchPlan(ServerArgs(profile_dir=folder)))
 
     def test_a_failure_leaves_the_profiler_usable(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,8 @@ from pathlib import Path
 from unittest import mock
 
 from sglang import plan as cli
-from sglang.srt.entrypoints.launch import accept, judge
+from sglang.srt.arg_groups.plan import plan_launch
+from sglang.srt.entrypoints.launch import check_plan
 from sglang.srt.environ import envs
 from sglang.srt.managers import process_launch
 from sglang.srt.managers.ipc import IpcNames
@@ -68,17 +69,17 @@ class TestPlan(StreamPlanCase):
 
 
 class TestLaunch(StreamPlanCase):
-    def judged(self, **flags):
+    def planned(self, **flags):
         flags = {"tp_size": 2, "moe_a2a_backend": "mori", **flags}
         args = ServerArgs(model_path=self.model, load_format="dummy", skip_tokenizer_init=True, **flags)
         with override_platform(RocmOverFakesPlatform(("mori",))):
-            return judge(args)
+            return plan_launch(args)
 
     def test_queues_are_set_for_the_ranks_alone(self):
         with envs.SGLANG_ROCM_USE_MULTI_STREAM.override(True):
-            verdict = self.judged(attention_backend="triton")
-        self.assertEqual(verdict.child_variables["GPU_MAX_HW_QUEUES"], "5")
-        accept(verdict)
+            plan = self.planned(attention_backend="triton")
+        self.assertEqual(plan.child_variables["GPU_MAX_HW_QUEUES"], "5")
+        check_plan(plan)
         # The launcher's real code, down to the environment of each process.
         real, started = process_launch.subprocess.Popen, []
 
@@ -86,30 +87,30 @@ class TestLaunch(StreamPlanCase):
             started.append((command[2].rpartition(".")[2], env.get("GPU_MAX_HW_QUEUES")))
             return real(["true"], env=env, **rest)
 
-        ipc = IpcNames.create(verdict.args.dp_size)
+        ipc = IpcNames.create(plan.args.dp_size)
         self.addCleanup(ipc.remove)
         with mock.patch.object(process_launch.subprocess, "Popen", start):
             with self.assertRaises(process_launch.LaunchError):  # nobody reports ready
-                process_launch.launch_engine_processes(verdict.args, ipc, verdict.child_variables, verdict.needed)
+                process_launch.launch_engine_processes(plan.args, ipc, plan.child_variables, plan.needed)
         self.assertEqual(started, [("scheduler_process", "5")] * 2 + [("detokenizer_process", None)])
 
     def test_a_dry_run_says_what_the_ranks_would(self):
         with envs.SGLANG_ROCM_USE_MULTI_STREAM.override(True):
             with mock.patch.dict("os.environ", {"GPU_MAX_HW_QUEUES": "3"}):
-                lines = self.judged(dry_run=True, attention_backend="triton").lines()
+                lines = self.planned(dry_run=True, attention_backend="triton").lines()
             self.assertTrue([line for line in lines if line.startswith("streams: overlap deepseek.shared_experts: on")])
             self.assertTrue([line for line in lines if re.match("warning: GPU_MAX_HW_QUEUES=3 .* set .*=5", line)])
             self.assertTrue([line for line in lines if re.match("warning: overlap .*--deepep-mode low_latency", line)])
-            lines = self.judged(dry_run=True, attention_backend="triton").lines()
+            lines = self.planned(dry_run=True, attention_backend="triton").lines()
             self.assertIn("sets: GPU_MAX_HW_QUEUES=5", lines)
             self.assertFalse([line for line in lines if "too few" in line])
-            lines = self.judged(dry_run=True, moe_a2a_backend="none").lines()
+            lines = self.planned(dry_run=True, moe_a2a_backend="none").lines()
             self.assertIn("streams: shared-expert fusion: on (default)", lines)
             self.assertTrue([line for line in lines if re.match("warning: .*--disable-shared-experts-fusion", line)])
             # A launch leaves it to the ranks, which know their device.
-            self.assertEqual(self.judged(moe_a2a_backend="none").warnings, [])
+            self.assertEqual(self.planned(moe_a2a_backend="none").warnings, [])
         with envs.SGLANG_STREAM_SITES.override("deepseek=on"):
-            self.assertRegex(self.judged().errors[0], "SGLANG_STREAM_SITES takes site=on")
+            self.assertRegex(self.planned().errors[0], "SGLANG_STREAM_SITES takes site=on")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import torch
 
+from sglang.srt.arg_groups.resolve import resolve
 from sglang.srt.configs.attention_backends import _declared, attention_backends, read_source
 from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.configs.deepseek import DeepseekConfig
@@ -25,7 +26,7 @@ from sglang.srt.layers.attention.base_attn_backend import (
 )
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch, StepKind, StepPlan
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.server_args import ServerArgs, ServerArgsError, resolve
+from sglang.srt.server_args import ServerArgs, ServerArgsError
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.model_harness import ModelHarness

@@ -11,9 +11,10 @@ from unittest import mock
 import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
+from sglang.srt.arg_groups.evaluate import evaluate
+from sglang.srt.arg_groups.plan import plan_launch
 from sglang.srt.configs.cache_layout import FULL, STATE
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.entrypoints.launch import judge
 from sglang.srt.managers import process_launch
 from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
@@ -25,7 +26,7 @@ from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.server_args import ServerArgs, evaluate, override_server_args
+from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -35,9 +36,9 @@ NAMES = ("deepseek-v3-tiny", "qwen3.5-moe-tiny")
 
 
 def resolved(name: str, **flags: Any) -> tuple[ServerArgs, ModelConfig]:
-    verdict = evaluate(ServerArgs(model_path=str(EMBEDDED_MODELS[name]), random_seed=1, **flags))
-    assert not verdict.errors and verdict.model_config is not None, verdict.errors
-    return verdict.args, verdict.model_config
+    plan = evaluate(ServerArgs(model_path=str(EMBEDDED_MODELS[name]), random_seed=1, **flags))
+    assert not plan.errors and plan.model_config is not None, plan.errors
+    return plan.args, plan.model_config
 
 
 class TestNeeds(CustomTestCase):
@@ -45,9 +46,9 @@ class TestNeeds(CustomTestCase):
         args = ServerArgs(model_path=str(EMBEDDED_MODELS[NAMES[0]]), tp_size=2, moe_a2a_backend="mori")
         built = mock.patch.object(memory_plan, "build_rank", wraps=memory_plan.build_rank)
         with override_platform(RocmOverFakesPlatform(("mori",))), built as build_rank:
-            verdict = judge(args)
-        self.assertEqual((verdict.errors, build_rank.call_count), ([], 1))
-        self.assertGreater(min(verdict.needed["routed experts"], verdict.needed["MoE exchange"]), 0)
+            plan = plan_launch(args)
+        self.assertEqual((plan.errors, build_rank.call_count), ([], 1))
+        self.assertGreater(min(plan.needed["routed experts"], plan.needed["MoE exchange"]), 0)
         told = []
 
         def start(name: str, module: str, config: Any, *rest: Any) -> mock.Mock:
@@ -57,13 +58,13 @@ class TestNeeds(CustomTestCase):
         with mock.patch.object(process_launch, "_start", start):
             with mock.patch.object(process_launch, "_wait_ready", lambda child, engine: {}):
                 ipc = IpcNames.create()
-                process_launch.launch_engine_processes(verdict.args, ipc, {}, verdict.needed)
+                process_launch.launch_engine_processes(plan.args, ipc, {}, plan.needed)
                 ipc.remove()
-        self.assertEqual(told, [verdict.needed, verdict.needed, {}])
+        self.assertEqual(told, [plan.needed, plan.needed, {}])
 
     def test_a_cpu_without_an_exchange_counts_nothing(self) -> None:
         with mock.patch.object(memory_plan, "build_rank", side_effect=AssertionError):
-            self.assertEqual(judge(ServerArgs(model_path=str(EMBEDDED_MODELS[NAMES[0]]))).needed, {})
+            self.assertEqual(plan_launch(ServerArgs(model_path=str(EMBEDDED_MODELS[NAMES[0]]))).needed, {})
 
     def test_a_rank_that_is_told_builds_nothing_to_check(self) -> None:
         args, config = resolved(NAMES[0])

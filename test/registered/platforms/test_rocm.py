@@ -10,10 +10,11 @@ from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.ops.sampling.greedy import fits_aiter
 from sglang.kernels.registry import fresh_decisions
 from sglang.kernels.spec import Impl, Op
+from sglang.srt.arg_groups.evaluate import evaluate
 from sglang.srt.environ import EnvError, envs
 from sglang.srt.platforms import PlatformError, override_platform, rocm, select_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, RocmPlatform, find_fakes
-from sglang.srt.server_args import evaluate
+from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.process_ranks import run_processes, use_fakes
 from sglang.test.test_utils import CustomTestCase
@@ -63,9 +64,7 @@ class TestChoice(CustomTestCase):
     def test_the_backend_of_gpus_and_its_graphs_run_where_they_are_asked_for(self):
         for asked, backend, no_graphs in ((None, "torch_native", True), ("triton", "triton", False)):
             platform = RocmOverFakesPlatform(("mori",))
-            args = evaluate(
-                ["--skip-tokenizer-init"] + (["--attention-backend", asked] if asked else []), platform
-            ).args
+            args = evaluate(ServerArgs(skip_tokenizer_init=True, attention_backend=asked), platform).args
             found = (args.attention_backend, args.disable_cuda_graph, args.disable_overlap_schedule)
             self.assertEqual(found, (backend, no_graphs, True))
 

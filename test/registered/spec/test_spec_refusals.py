@@ -9,6 +9,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from sglang.embedded_models import EMBEDDED_MODELS
+from sglang.srt.arg_groups.evaluate import evaluate
+from sglang.srt.arg_groups.parse import read
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.managers.io_struct import AbortReq
@@ -16,7 +18,7 @@ from sglang.srt.mem_cache.pool_plan import PoolPlanError
 from sglang.srt.model_executor.memory_plan import DRAFT_LAYER, plan_needs
 from sglang.srt.model_loader.weight_utils import WeightLoadError
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.server_args import ServerArgs, ServerArgsError, evaluate
+from sglang.srt.server_args import ServerArgs, ServerArgsError
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.drafters import RuleDrafter
 from sglang.test.engine_harness import EngineHarness
@@ -51,7 +53,7 @@ class TestFlags(CustomTestCase):
                     for key, value in {**SPEC, **change}.items():
                         flag = f"--{key.replace('_', '-')}"
                         flags += [] if value is None else [flag] if value is True else [flag, str(value)]
-                    errors = evaluate(["--model-path", path, *flags]).errors
+                    errors = evaluate(read(["--model-path", path, *flags])).errors
                     self.assertRegex("\n".join(errors), message)
 
 

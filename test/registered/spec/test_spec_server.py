@@ -10,8 +10,9 @@ import httpx
 
 from sglang import bench_serving
 from sglang.embedded_models import EMBEDDED_MODELS
+from sglang.srt.arg_groups.evaluate import evaluate
+from sglang.srt.arg_groups.parse import read
 from sglang.srt.model_executor.memory_plan import DRAFT_LAYER, plan_needs
-from sglang.srt.server_args import evaluate
 from sglang.srt.utils.common import kill_process_tree
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase, free_url, popen_launch_server
@@ -44,7 +45,7 @@ class TestServer(CustomTestCase):
             draft = after["draft"]
             self.assertRegex(draft["rule"], "the model itself draws")
             self.assertEqual(draft["experts"]["shared"], after["experts"]["shared"])
-            args = evaluate(["--model-path", MODEL, "--speculative-algorithm", "NEXTN"])
+            args = evaluate(read(["--model-path", MODEL, "--speculative-algorithm", "NEXTN"]))
             planned = plan_needs(args.args, args.model_config, "cpu", {}).weights
             self.assertEqual(draft["weights_bytes"], planned[DRAFT_LAYER])
             for name, count in (("spec_verify_ct", steps), ("num_accepted_drafts", accepted)):

@@ -20,7 +20,7 @@ NAME = re.compile(r"\bSGL(?:ANG)?_[A-Z0-9][A-Z0-9_]*[A-Z0-9]\b")
 REGISTRY = re.compile(r"srt/environ(_\w+)?\.py$")
 # Where a reader makes a variable act. Tests and their harness are no product, and a table of what acts reads nothing.
 PRODUCT_HOMES = ("python/sglang/srt/", "python/sglang/kernels/", "scripts/")
-TABLE = "python/sglang/srt/server_args_effect.py"
+TABLE = "python/sglang/srt/arg_groups/effect.py"
 HARNESS = "python/sglang/test/"
 # What the test harness does otherwise on a CI machine, as the docs of these variables say.
 HARNESS_VARIABLES = ("SGLANG_IS_IN_CI", "SGLANG_IS_IN_CI_AMD")

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from sglang import plan as cli
+from sglang.srt.arg_groups.evaluate import evaluate
+from sglang.srt.arg_groups.parse import read
+from sglang.srt.arg_groups.plan import plan_launch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.published_sizes import BLOCK_FP8, DEEPSEEK_V3, qwen35_like
 from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
-from sglang.srt.entrypoints.launch import accept, judge
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
 from sglang.srt.layers.moe.token_dispatcher.base import EpConfig
@@ -37,7 +39,7 @@ from sglang.srt.model_executor.model_pools import make_pools, table_width
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform
-from sglang.srt.server_args import ServerArgs, ServerArgsError, evaluate, override_server_args
+from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.process_ranks import run_processes, use_fakes
 from sglang.test.test_utils import CustomTestCase
@@ -106,10 +108,9 @@ class PlanTestCase(CustomTestCase):
 
     def resolved(self, name: str, platform: Any = CPU, **flags: Any) -> tuple[ServerArgs, ModelConfig]:
         path = self.folder(name, MODELS.get(name, DEEPSEEK_V3))
-        verdict = evaluate(ServerArgs(model_path=path, load_format="dummy", **flags), platform)
-        self.assertEqual(verdict.errors, [])
-        assert verdict.model_config is not None
-        return verdict.args, verdict.model_config
+        launch = evaluate(ServerArgs(model_path=path, load_format="dummy", **flags), platform)
+        assert not launch.errors and launch.model_config is not None, launch.errors
+        return launch.args, launch.model_config
 
     def built(self, args: ServerArgs, config: ModelConfig, rank: int) -> torch.nn.Module:
         """The model of ``rank``, as it is served."""
@@ -420,7 +421,7 @@ class TestCommand(PlanTestCase):
         flags = ("--model-path", self.model, "--tp", "3")
         status, _, err = self.run_plan(*flags)
         self.assertEqual(status, 2)
-        for error in evaluate(flags, MI300X).errors:
+        for error in evaluate(read(flags), MI300X).errors:
             self.assertIn(error, err)
         status, _, err = self.run_plan(*self.flags, "--gpu-memory-gb", "4")
         self.assertEqual(status, 2)
@@ -445,18 +446,18 @@ class TestCommand(PlanTestCase):
 
 
 class TestLaunch(PlanTestCase):
-    def judged(self, heap: str = "", **flags: Any):
+    def planned(self, heap: str = "", **flags: Any):
         path = self.folder("v3", V3_SMALL)
         args = ServerArgs(model_path=path, load_format="dummy", tp_size=2, moe_a2a_backend="mori", **flags)
-        with override_platform(RocmOverFakesPlatform(("mori",))):
-            with unittest.mock.patch.dict("os.environ", {"MORI_SHMEM_HEAP_SIZE": heap}):
-                return judge(args)
+        variables = unittest.mock.patch.dict("os.environ", {"MORI_SHMEM_HEAP_SIZE": heap})
+        with override_platform(RocmOverFakesPlatform(("mori",))), variables:
+            return plan_launch(args)
 
     def test_heap_is_set_for_the_ranks_alone(self):
-        verdict = self.judged()
-        self.assertEqual(verdict.errors, [])
-        self.assertEqual(list(verdict.child_variables), ["MORI_SHMEM_HEAP_SIZE"])
-        self.assertTrue(any(line.startswith("sets: MORI_SHMEM_HEAP_SIZE=") for line in verdict.lines()))
+        launch = self.planned()
+        self.assertEqual(launch.errors, [])
+        self.assertEqual(list(launch.child_variables), ["MORI_SHMEM_HEAP_SIZE"])
+        self.assertTrue(any(line.startswith("sets: MORI_SHMEM_HEAP_SIZE=") for line in launch.lines()))
         seen = {}
 
         def start(name, module, config, threads, variables):
@@ -466,34 +467,33 @@ class TestLaunch(PlanTestCase):
         with unittest.mock.patch.object(process_launch, "_start", start):
             with unittest.mock.patch.object(process_launch, "_wait_ready", lambda child, engine: {}):
                 ipc = IpcNames.create()
-                process_launch.launch_engine_processes(verdict.args, ipc, verdict.child_variables, verdict.needed)
+                process_launch.launch_engine_processes(launch.args, ipc, launch.child_variables, launch.needed)
                 ipc.remove()
-        heap = verdict.child_variables.items()
+        heap = launch.child_variables.items()
         self.assertEqual({name: heap <= variables.items() for name, variables in seen.items()},
                          {"scheduler TP0": True, "scheduler TP1": True, "detokenizer": False})  # fmt: skip
 
     def test_user_value_is_kept_or_refused(self):
-        self.assertEqual(self.judged("4G").child_variables, {})
-        verdict = self.judged("64M")
-        self.assertIn("dispatch output", verdict.errors[0])
-        with self.assertRaisesRegex(ServerArgsError, "MORI_SHMEM_HEAP_SIZE=64M"):
-            accept(verdict)
+        self.assertEqual(self.planned("4G").child_variables, {})
+        (error,) = self.planned("64M").errors
+        self.assertIn("dispatch output", error)
+        self.assertIn("MORI_SHMEM_HEAP_SIZE=64M", error)
 
     def test_a_dry_run_judges_the_release_that_is_installed(self):
         use_fakes()
         import mori
 
         with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(64), mori.fake_version("1.0.0"):
-            verdict = self.judged(dry_run=True, deepep_mode="low_latency")
-            self.assertRegex("".join(verdict.errors), "lacks max_total_recv_tokens=64.*Install MORI 1.1.0")
-            self.assertEqual(self.judged(dry_run=True).errors, [], "IntraNode is given no cap")
+            launch = self.planned(dry_run=True, deepep_mode="low_latency")
+            self.assertRegex("".join(launch.errors), "lacks max_total_recv_tokens=64.*Install MORI 1.1.0")
+            self.assertEqual(self.planned(dry_run=True).errors, [], "IntraNode is given no cap")
 
     def test_settings_that_cannot_be_planned_are_errors(self):
         with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(10**6):
-            self.assertIn("SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS", self.judged().errors[0])
-        self.assertRegex(self.judged(dtype="float16").errors[0], "MORI carries bfloat16 .* add --dtype bfloat16")
+            self.assertIn("SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS", self.planned().errors[0])
+        self.assertRegex(self.planned(dtype="float16").errors[0], "MORI carries bfloat16 .* add --dtype bfloat16")
         with envs.SGLANG_MORI_COMBINE_DTYPE.override("fp8"):
-            self.assertIn("MORI_FP8_COMBINE_SCALE_DIM=", self.judged(dtype="bfloat16").errors[0])
+            self.assertIn("MORI_FP8_COMBINE_SCALE_DIM=", self.planned(dtype="bfloat16").errors[0])
 
 
 if __name__ == "__main__":

@@ -8,11 +8,13 @@ import unittest
 from pathlib import Path
 
 from sglang import plan
+from sglang.srt.arg_groups.evaluate import evaluate
+from sglang.srt.arg_groups.parse import read
+from sglang.srt.arg_groups.resolve import resolve_all
 from sglang.srt.configs.deepseek_v4_cache import MAX_VERIFY_ROWS
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.platforms.cpu import CpuPlatform
-from sglang.srt.server_args import ServerArgs, evaluate
-from sglang.srt.server_args_resolve import resolve_all
+from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.compressed_attention_truth import CONFIG_JSON
 from sglang.test.test_utils import CustomTestCase
@@ -70,7 +72,7 @@ class TestPools(CustomTestCase):
         """Where the settings take more drafts, the rings of states must grow with them."""
         flags = ["--model-path", self.folder, "--speculative-algorithm", "NEXTN", "--speculative-num-steps"]
         for steps, taken in ((MAX_VERIFY_ROWS - 1, False), (MAX_VERIFY_ROWS, False), (8, True)):
-            errors = "\n".join(str(error) for error in evaluate([*flags, str(steps)], CpuPlatform()).errors)
+            errors = "\n".join(str(error) for error in evaluate(read([*flags, str(steps)]), CpuPlatform()).errors)
             self.assertEqual("at most 8" not in errors, taken, errors)
 
 

@@ -1,7 +1,6 @@
 """Settings: every problem at once, resolution, and what a user sees on a wrong command line."""
 
 import dataclasses
-import io
 import json
 import os
 import subprocess
@@ -9,7 +8,6 @@ import sys
 import tempfile
 import unittest
 import unittest.mock
-from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,23 +15,23 @@ import numpy as np
 import torch
 
 from sglang.srt import server_args as module
+from sglang.srt.arg_groups.checks import DISPATCH_LIMIT, check
+from sglang.srt.arg_groups.evaluate import evaluate
+from sglang.srt.arg_groups.parse import parse, read
+from sglang.srt.arg_groups.resolve import STEPS, resolve
+from sglang.srt.arg_groups.steps import Change, Context
+from sglang.srt.arg_groups.upstream import upstream_flags
 from sglang.srt.configs.published_sizes import qwen35_like
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.environ import envs
 from sglang.srt.server_args import (
     ServerArgs,
     ServerArgsError,
-    check_static,
-    evaluate,
     get_global_server_args,
     override_server_args,
-    prepare_server_args,
-    resolve,
-    run_dry,
     set_global_server_args_for_scheduler,
 )
-from sglang.srt.server_args_resolve import DISPATCH_LIMIT, STEPS, Change, Context, is_loopback
-from sglang.srt.server_args_upstream import upstream_flags
+from sglang.srt.utils.network import is_loopback
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -56,9 +54,9 @@ DRAFTS = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3, "specula
 
 
 def errors_of(line):
-    """What prepare_server_args says against a command line, or [] when it accepts it."""
+    """What parse says against a command line, or [] when it accepts it."""
     try:
-        prepare_server_args(line.split() if isinstance(line, str) else line)
+        parse(line.split() if isinstance(line, str) else line)
     except ServerArgsError as error:
         return error.errors
     return []
@@ -125,15 +123,15 @@ class TestProblems(CustomTestCase):
 
     def test_constructed_arguments_are_checked_alike(self):
         bad = ServerArgs(tp_size="2", port=True, cuda_graph_bs=[1, "2"], dtype="int4", log_requests=1, host=None)
-        self.assertEqual(len(check_static(bad)), 6)
-        self.assertEqual(check_static(ServerArgs(mem_fraction_static=0.5, watchdog_timeout=3)), [])
+        self.assertEqual(len(check(bad)[0]), 6)
+        self.assertEqual(check(ServerArgs(mem_fraction_static=0.5, watchdog_timeout=3))[0], [])
         own = ServerArgs(mem_fraction_static=np.float64(0.5), watchdog_timeout=np.float64(3), dtype=np.str_("float32"))
-        self.assertEqual(check_static(own), [])
+        self.assertEqual(check(own)[0], [])
 
     def test_flags_without_effect_are_said_once(self):
-        with self.assertLogs("sglang.srt.server_args", "WARNING") as logs:
+        with self.assertLogs("sglang.srt.arg_groups.parse", "WARNING") as logs:
             line = "--trust-remote-code --trust-remote-code --download-dir x --moe-runner-backend aiter"
-            prepare_server_args(line.split())
+            parse(line.split())
         text = "\n".join(logs.output)
         self.assertEqual(text.count("--trust-remote-code has no effect: no remote code is ever run"), 1)
         self.assertEqual(len(logs.output), 3)
@@ -147,7 +145,7 @@ class TestProblems(CustomTestCase):
 class TestResolve(CustomTestCase):
     def test_nothing_the_engine_needs_stays_open(self):
         given = ServerArgs(model_path="/m")
-        with self.assertLogs("sglang.srt.server_args", "INFO") as logs:
+        with self.assertLogs("sglang.srt.arg_groups.resolve", "INFO") as logs:
             args = resolve(given, MODEL, CPU)
         optional = {"max_total_tokens", "nccl_port", "max_mamba_cache_size", "cuda_graph_bs", "cuda_graph_max_bs"}
         optional |= {"quantization", "revision", "swa_full_tokens_ratio"}
@@ -187,8 +185,8 @@ class TestResolve(CustomTestCase):
 
     def test_remark_on_an_open_host(self):
         for admin, ending in ((None, "administrative endpoints are closed"), ("k", "may run inference")):
-            verdict = evaluate(ServerArgs(host="0.0.0.0", admin_api_key=admin), CPU, {})
-            self.assertTrue(next(text for text in verdict.warnings if "--api-key" in text).endswith(ending))
+            plan = evaluate(ServerArgs(host="0.0.0.0", admin_api_key=admin), CPU, {})
+            self.assertTrue(next(text for text in plan.warnings if "--api-key" in text).endswith(ending))
 
     def test_state_slots_bound_the_running_requests(self):
         text = dataclasses.replace(TEXT, layer_types=("full_attention",) * 4)
@@ -260,7 +258,7 @@ class TestResolve(CustomTestCase):
     def test_shared_experts_are_fused_where_they_can_be(self):
         refused = SimpleNamespace(**{**vars(MODEL), "shared_fusion_refusal": lambda backend: "96 wide"})
         self.assertFalse(resolve(ServerArgs(), MODEL, CPU).disable_shared_experts_fusion)
-        with self.assertLogs("sglang.srt.server_args", "INFO") as logs:
+        with self.assertLogs("sglang.srt.arg_groups.resolve", "INFO") as logs:
             self.assertTrue(resolve(ServerArgs(), refused, CPU).disable_shared_experts_fusion)
         self.assertIn("disable_shared_experts_fusion: False -> True (96 wide)", str(logs.output))
         enforced = ServerArgs(enforce_shared_experts_fusion=True)
@@ -327,7 +325,7 @@ class TestResolve(CustomTestCase):
 
     def test_malformed_variable_is_one_reason(self):
         with unittest.mock.patch.dict(os.environ, {"SGLANG_MAMBA_SSM_DTYPE": "int3"}):
-            errors = evaluate(["--model-path", "/nowhere"], CPU).errors
+            errors = evaluate(read(["--model-path", "/nowhere"]), CPU).errors
         self.assertEqual(len(errors), 2)
         self.assertIn("SGLANG_MAMBA_SSM_DTYPE", errors[0])
 
@@ -342,7 +340,7 @@ class TestResolve(CustomTestCase):
 
 class TestObject(CustomTestCase):
     def test_frozen_and_json(self):
-        args = prepare_server_args("--tp 2 --cuda-graph-bs 1 2 --mem-fraction-static 0.25".split())
+        args = parse("--tp 2 --cuda-graph-bs 1 2 --mem-fraction-static 0.25".split())
         with self.assertRaises(dataclasses.FrozenInstanceError):
             args.tp_size = 4
         self.assertEqual(ServerArgs.from_json(args.to_json()), args)
@@ -364,7 +362,7 @@ class TestObject(CustomTestCase):
     def test_the_environment_given_is_the_one_resolved(self):
         environ = {"SGLANG_MAMBA_SSM_DTYPE": "float16", DISPATCH_LIMIT: "64"}
         line = ["--moe-a2a-backend", "mori", "--deepep-mode", "normal"]
-        args = evaluate(line, CPU, environ).args
+        args = evaluate(read(line), CPU, environ).args
         self.assertEqual((args.mamba_ssm_dtype, args.max_running_requests), ("float16", 64))
         self.assertEqual(args.chunked_prefill_size, 64)
 
@@ -386,16 +384,16 @@ class TestAsAProgram(CustomTestCase):
 
     def test_importing_and_parsing_load_no_torch(self):
         code = (
-            "import sys; from sglang.srt.server_args import prepare_server_args; "
-            "prepare_server_args(['--tp', '2']); print('torch' in sys.modules)"
+            "import sys; from sglang.srt.arg_groups.parse import parse; "
+            "parse(['--tp', '2']); print('torch' in sys.modules)"
         )
         done = self.program(code)
         self.assertEqual((done.stdout.strip(), done.stderr), ("False", ""))
 
     def test_exit_status_and_no_traceback(self):
         code = (
-            "import sys; from sglang.srt.server_args import run_dry; "
-            "sys.exit(run_dry(['--modle-path', 'x', '--ep', '2']))"
+            "import sys; from sglang.launch_server import main; "
+            "sys.argv[1:] = ['--dry-run', '--modle-path', 'x', '--ep', '2']; main()"
         )
         done = self.program(code, SGLANG_USE_AITR="1", SGLANG_PLATFORM="cpu")
         self.assertEqual(done.returncode, 2)
@@ -419,11 +417,11 @@ class TestAsAProgram(CustomTestCase):
         }  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "config.json").write_text(json.dumps(config))
-            out = io.StringIO()
-            with redirect_stdout(out):
-                self.assertEqual(run_dry(["--model", folder, "--tp", "2", "--host", "0.0.0.0"], CPU), 0)
-                self.assertEqual(run_dry(["--model", folder, "--tp", "3"], CPU), 2)
-        accepted, refused = out.getvalue().split("dry run: refused (1 reason)")
+            accepted, refused = (
+                "\n".join(evaluate(read(["--model", folder, "--tp", *words]), CPU).lines())
+                for words in (["2", "--host", "0.0.0.0"], ["3"])
+            )
+        self.assertTrue(refused.startswith("dry run: refused (1 reason)"), refused)
         self.assertTrue(accepted.startswith("dry run: accepted, platform cpu"), accepted)
         for part in ("context_length: None -> 1024", "holds no *.safetensors", "without --api-key"):
             self.assertIn(part, accepted)

@@ -9,11 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from sglang import plan
-from sglang.srt.entrypoints.launch import judge
+from sglang.srt.arg_groups.effect import FLAGS, VARIABLES
+from sglang.srt.arg_groups.evaluate import evaluate
+from sglang.srt.arg_groups.parse import read
+from sglang.srt.arg_groups.plan import plan_launch
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.config import mori_setting_problems
-from sglang.srt.server_args import ServerArgs, evaluate
-from sglang.srt.server_args_effect import FLAGS, VARIABLES
+from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.compressed_attention_truth import CONFIG_JSON
 from sglang.test.test_utils import CustomTestCase
@@ -66,40 +68,40 @@ class TestWithoutEffect(CustomTestCase):
             config = {**sizes, "architectures": [architecture], "dtype": "bfloat16"}
             Path(self.folder.name, name, "config.json").write_text(json.dumps(config), encoding="utf-8")
 
-    def verdict(self, setting, model, platform=CPU, flags="", variables=""):
+    def plan(self, setting, model, platform=CPU, flags="", variables=""):
         is_variable = setting.startswith("SGLANG_")
         argv = ["--model-path", f"{self.folder.name}/{model}", "--load-format", "dummy", "--skip-tokenizer-init"]
         argv += flags.split() + ([] if is_variable else setting.split())
         environ = dict(entry.split("=") for entry in (variables.split() + [setting] * is_variable))
-        return evaluate(argv, platform, environ)
+        return evaluate(read(argv), platform, environ)
 
     def test_each_setting_where_it_acts_and_where_it_does_not(self):
         for setting, acts, idle, reason in ROWS:
             with self.subTest(setting):
-                found = self.verdict(setting, *acts)
+                found = self.plan(setting, *acts)
                 self.assertEqual((found.errors, self.idle(found)), ([], []))
-                found = self.verdict(setting, *idle)
+                found = self.plan(setting, *idle)
                 (line,) = self.idle(found)
                 self.assertEqual(found.errors, [])
                 self.assertRegex(line, f"^{setting.partition('=')[0]} has no effect: .*{reason}")
 
-    def idle(self, verdict):
-        return [line for line in verdict.warnings if "has no effect:" in line]
+    def idle(self, plan):
+        return [line for line in plan.warnings if "has no effect:" in line]
 
     def test_a_default_is_no_setting(self):
         for model in MODELS:
             for platform in (CPU, MI300X, FAKES):
-                self.assertEqual(self.idle(self.verdict("--mem-fraction-static 0.5", model, platform)), [])
+                self.assertEqual(self.idle(self.plan("--mem-fraction-static 0.5", model, platform)), [])
 
     def test_what_has_no_effect_is_checked_all_the_same(self):
         for setting in ("SGLANG_MAMBA_SSM_DTYPE=int8", "SGLANG_FAKE_ROCM_ARCH=gfx90a", "--cuda-graph-max-bs -1"):
-            self.assertTrue(self.verdict(setting, "deepseek", CPU).errors, setting)
+            self.assertTrue(self.plan(setting, "deepseek", CPU).errors, setting)
 
     def test_variables_of_an_exchange_that_is_not_used_are_in_the_range_of_one_node(self):
         args = ServerArgs(tp_size=2)
         for cap, worst in ((32_768, ""), (9_999_999, "1..32768")):
             with envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(cap):
-                for problems in (mori_setting_problems(args), judge(args).errors):
+                for problems in (mori_setting_problems(args), plan_launch(args).errors):
                     self.assertIn(worst, "".join(line for line in problems if "PREALLOC" in line))
                     self.assertEqual(any("PREALLOC" in line for line in problems), bool(worst))
                 with self.assertRaises(SystemExit) if worst else nullcontext(), redirect_stderr(io.StringIO()) as err:
@@ -109,9 +111,9 @@ class TestWithoutEffect(CustomTestCase):
 
     def test_a_switch_between_kernels_of_several_nodes(self):
         for flags, reason in (("", "--moe-a2a-backend is none"), (MORI, "all ranks are of one node")):
-            found = self.verdict(f"{SWITCH}=64", "deepseek", MI300X, flags)
+            found = self.plan(f"{SWITCH}=64", "deepseek", MI300X, flags)
             self.assertEqual(self.idle(found), [f"{SWITCH} has no effect: {reason}"])
-        found = self.verdict(f"{SWITCH}=64", "deepseek", MI300X, "--tp 16 --moe-a2a-backend mori")
+        found = self.plan(f"{SWITCH}=64", "deepseek", MI300X, "--tp 16 --moe-a2a-backend mori")
         self.assertEqual(self.idle(found), [])
 
     def test_every_row_of_the_table_is_here(self):

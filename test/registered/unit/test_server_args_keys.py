@@ -5,8 +5,9 @@ import tempfile
 import unittest
 from dataclasses import asdict
 
-from sglang.srt.server_args import ServerArgs, evaluate
-from sglang.srt.server_args_keys import with_keys
+from sglang.srt.arg_groups.evaluate import evaluate
+from sglang.srt.arg_groups.keys import with_keys
+from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -54,17 +55,17 @@ class TestKeys(CustomTestCase):
     def test_no_key_is_shown(self):
         path = self.file(b"secret-file")
         environ = {"SGLANG_ADMIN_API_KEY": "secret-var"}
-        verdict = evaluate(ServerArgs(api_key_file=path, host="0.0.0.0"), None, environ)
-        self.assertEqual((verdict.args.api_key, verdict.args.admin_api_key), ("secret-file", "secret-var"))
-        self.assertNotIn("secret-", "\n".join(verdict.lines()))
-        self.assertEqual(verdict.variables, {"SGLANG_ADMIN_API_KEY": "<redacted>"})
-        self.assertEqual(asdict(verdict.args)["api_key_file"], path)
-        self.assertFalse([text for text in verdict.warnings if "without --api-key" in text])
+        plan = evaluate(ServerArgs(api_key_file=path, host="0.0.0.0"), None, environ)
+        self.assertEqual((plan.args.api_key, plan.args.admin_api_key), ("secret-file", "secret-var"))
+        self.assertNotIn("secret-", "\n".join(plan.lines()))
+        self.assertEqual(plan.variables, {"SGLANG_ADMIN_API_KEY": "<redacted>"})
+        self.assertEqual(asdict(plan.args)["api_key_file"], path)
+        self.assertFalse([text for text in plan.warnings if "without --api-key" in text])
 
     def test_an_admin_key_alone_leaves_inference_open_and_says_so(self):
         for host in ("127.0.0.1", "0.0.0.0"):
-            verdict = evaluate(ServerArgs(admin_api_key="a", host=host), None, {})
-            self.assertIn("--api-key", "\n".join(verdict.warnings))
+            plan = evaluate(ServerArgs(admin_api_key="a", host=host), None, {})
+            self.assertIn("--api-key", "\n".join(plan.warnings))
 
 
 if __name__ == "__main__":

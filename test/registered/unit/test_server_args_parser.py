@@ -6,10 +6,11 @@ import tempfile
 import unittest
 
 from sglang.srt import server_args as module
-from sglang.srt.server_args import ServerArgs, ServerArgsError, prepare_server_args
-from sglang.srt.server_args_fields import human_int
-from sglang.srt.server_args_parser import unknown_flag
-from sglang.srt.server_args_upstream import MISNAMED, distinct_flags, upstream_flags
+from sglang.srt.arg_groups.command_line import unknown_flag
+from sglang.srt.arg_groups.fields import human_int
+from sglang.srt.arg_groups.parse import parse
+from sglang.srt.arg_groups.upstream import MISNAMED, distinct_flags, upstream_flags
+from sglang.srt.server_args import ServerArgs, ServerArgsError
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -17,9 +18,9 @@ register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
 
 def errors_of(line):
-    """What prepare_server_args says against a command line, or [] when it accepts it."""
+    """What parse says against a command line, or [] when it accepts it."""
     try:
-        prepare_server_args(line.split() if isinstance(line, str) else line)
+        parse(line.split() if isinstance(line, str) else line)
     except ServerArgsError as error:
         return error.errors
     return []
@@ -40,7 +41,7 @@ class TestNames(CustomTestCase):
             ("--watchdog-timeout 5", "watchdog_timeout", 5.0),
         ):  # fmt: skip
             with self.subTest(line):
-                self.assertEqual(getattr(prepare_server_args(line.split()), field), value)
+                self.assertEqual(getattr(parse(line.split()), field), value)
 
     def test_pp_is_no_longer_ambiguous(self):
         self.assertEqual(errors_of("--pp 1"), [])
@@ -133,7 +134,7 @@ class TestConfigFile(CustomTestCase):
             "model-path: /m\ntp-size: 2\nport: 31000\ndisable-radix-cache: true\nenable-mixed-chunk: false\n"
             "cuda-graph-bs: [1, 2]\njson-model-override-args: {num_hidden_layers: 2}\n"
         )
-        args = prepare_server_args(["--port", "31001", "--config", path])
+        args = parse(["--port", "31001", "--config", path])
         self.assertEqual((args.model_path, args.tp_size, args.port, args.host), ("/m", 2, 31001, "127.0.0.1"))
         self.assertEqual((args.disable_radix_cache, args.enable_mixed_chunk, args.cuda_graph_bs), (True, False, [1, 2]))
         self.assertEqual(args.model_overrides(), {"num_hidden_layers": 2})

@@ -11,7 +11,8 @@ import unittest
 from pathlib import Path
 from types import SimpleNamespace
 
-from sglang.srt.server_args import evaluate
+from sglang.srt.arg_groups.evaluate import evaluate
+from sglang.srt.arg_groups.parse import read
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp4_checkpoints import quark_config
 from sglang.test.test_utils import CustomTestCase
@@ -147,16 +148,16 @@ class TestPublishedCommandLines(CustomTestCase):
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(config))
 
-    def verdict(self, exports, line, platform=MI300X):
+    def plan(self, exports, line, platform=MI300X):
         for name in MODELS:
             line = line.replace(f"MODEL[{name}]", f"{self._temporary.name}/{name}")
         environ = dict(word.split("=", 1) for word in shlex.split(exports))
-        return evaluate(shlex.split(line), platform=platform, environ=environ)
+        return evaluate(read(shlex.split(line)), platform=platform, environ=environ)
 
     def test_each_line(self):
         for name, exports, line, expected in PUBLISHED:
             with self.subTest(name):
-                errors = self.verdict(exports, line).errors
+                errors = self.plan(exports, line).errors
                 self.assertEqual(len(errors), len(expected), errors)
                 for error, pattern in zip(errors, expected):
                     position = 0
@@ -166,26 +167,26 @@ class TestPublishedCommandLines(CustomTestCase):
                     self.assertTrue(error.startswith(pattern.split("*")[0]), error)
 
     def test_what_an_accepted_line_becomes(self):
-        verdict = self.verdict(*PUBLISHED[2][1:3])
-        args = verdict.args
+        plan = self.plan(*PUBLISHED[2][1:3])
+        args = plan.args
         self.assertEqual((args.tp_size, args.context_length, args.dtype, args.device), (8, 9236, "bfloat16", "cuda"))
         self.assertEqual((args.host, args.port, args.mem_fraction_static), ("0.0.0.0", 8888, 0.8))
         self.assertEqual((args.attention_backend, args.disable_cuda_graph), ("triton", False))
-        said = "\n".join(verdict.warnings)
+        said = "\n".join(plan.warnings)
         for part in ("--trust-remote-code has no effect: no remote code is ever run", "--enable-aiter-allreduce-fusion",
                      "--tokenizer-worker-num 6", "--scheduler-recv-interval 30", "without --api-key"):  # fmt: skip
             self.assertEqual(said.count(part), 1, part)
 
     def test_the_same_lines_on_a_cpu_name_the_backend(self):
         cpu = SimpleNamespace(kind="cpu", device_type="cpu", supports_graphs=False)
-        errors = self.verdict("", "--model-path MODEL[v3] --tp 8 --attention-backend aiter", cpu).errors
+        errors = self.plan("", "--model-path MODEL[v3] --tp 8 --attention-backend aiter", cpu).errors
         self.assertEqual(errors, ["--attention-backend aiter needs platform hip, and this is cpu: use torch_native"])
 
     def test_a_bad_variable_stands_beside_a_bad_flag(self):
-        verdict = self.verdict("SGLANG_USE_AITR=1", "--model-path MODEL[v3] --tpp 8")
-        self.assertEqual(len(verdict.errors), 2)
-        self.assertIn("unknown flag --tpp: did you mean --tp?", verdict.errors)
-        self.assertIn("did you mean SGLANG_USE_AITER?", verdict.errors[1])
+        plan = self.plan("SGLANG_USE_AITR=1", "--model-path MODEL[v3] --tpp 8")
+        self.assertEqual(len(plan.errors), 2)
+        self.assertIn("unknown flag --tpp: did you mean --tp?", plan.errors)
+        self.assertIn("did you mean SGLANG_USE_AITER?", plan.errors[1])
 
 
 if __name__ == "__main__":

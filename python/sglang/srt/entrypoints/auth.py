@@ -12,7 +12,7 @@ from sglang.srt.entrypoints.errors import error_response
 from sglang.srt.entrypoints.lacking import LACKING_PATHS
 from sglang.srt.entrypoints.sites import SitePolicy
 from sglang.srt.managers.request_input import RequestError
-from sglang.srt.server_args_resolve import is_loopback
+from sglang.srt.utils.network import is_loopback
 
 # Without a key: probes, and metrics, as upstream's monitoring expects.
 OPEN_PATHS = frozenset({"/health", "/health_generate", "/ready", "/metrics"})

@@ -9,18 +9,20 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator
 from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
 
+from sglang.srt.arg_groups.parse import Parsed
+from sglang.srt.arg_groups.plan import plan_launch
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.entrypoints.app import build_app
 from sglang.srt.entrypoints.connections import Connection, fit_connections
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
 from sglang.srt.entrypoints.http_logs import bound_http_logs, on_loop_error
-from sglang.srt.entrypoints.launch import accept, check_engine, judge, start_engine
+from sglang.srt.entrypoints.launch import check_engine, check_plan, start_engine
 from sglang.srt.entrypoints.shutdown import EXIT_CUT, Drain, exit_during_start, handle_stop_signals
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import GenerateReqInput
@@ -165,26 +167,26 @@ def serve(context: ServerContext, processes: EngineProcesses, listener: socket.s
     return server.exit_code
 
 
-def launch_server(argv: Sequence[str]) -> int:
-    """Everything from a command line (without the program's name) to the exit status.
+def launch_server(request: Parsed) -> int:
+    """Everything from a command line that was read to the exit status.
 
     Status 2 means that a setting is wrong (said on stderr, without a traceback), 1 that something failed, ``EXIT_CUT``
     that requests were cut when the server was told to stop, 128 + N that signal N came during start-up.
     """
     install_unpickle_counter()
     refuse_upstream_distribution()
-    verdict = judge(argv)
-    args = verdict.args
+    plan = plan_launch(request)
+    args = plan.args
     if args.dry_run:
-        print("\n".join(verdict.lines()))
-        return 2 if verdict.errors else 0
+        print("\n".join(plan.lines()))
+        return 2 if plan.errors else 0
     configure_logging(args.log_level, "main")
     handle_stop_signals(exit_during_start)
     processes: EngineProcesses | None = None
     try:
-        accept(verdict)
+        check_plan(plan)
         with contextlib.closing(bind(args.host, args.port)) as listener:
-            context, processes = start_engine(verdict)
+            context, processes = start_engine(plan)
             return serve(context, processes, listener)
     except ServerArgsError as error:
         exit_with_errors(error.errors)

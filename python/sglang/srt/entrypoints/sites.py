@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from sglang.srt.entrypoints.errors import error_response
 from sglang.srt.managers.request_input import RequestError
-from sglang.srt.server_args_resolve import is_loopback
+from sglang.srt.utils.network import is_loopback
 
 # Probes come by address, from whoever watches the machine, and tell nothing that is worth a name.
 _PROBE_PATHS = frozenset({"/health", "/health_generate", "/ping", "/ready"})

@@ -15,6 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from sglang.kernels.amd.walk import WalkStep, describe_error
+from sglang.srt.arg_groups.resolve import resolve
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.published_sizes import (
     BLOCK_FP8,
@@ -31,7 +32,7 @@ from sglang.srt.model_executor.runner_build import capture_graphs, make_runner
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.server_args import ServerArgs, override_server_args, resolve
+from sglang.srt.server_args import ServerArgs, override_server_args
 
 DECODE_BATCHES = (1, 8, 128)
 # Tokens after a prefix, for each request of a prefill step.

@@ -1,7 +1,7 @@
 """Every fixed limit on what a client, or a checkpoint, may ask of the server. ``/server_info`` shows them.
 
 Units stand in the names; without one, a limit counts things. Limits that an operator may have to change are flags
-(``server_args_http.py``).
+(``arg_groups/http.py``).
 """
 
 from __future__ import annotations

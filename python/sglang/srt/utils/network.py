@@ -1,15 +1,22 @@
-"""The socket that the HTTP server listens on."""
+"""The address and the socket that the HTTP server listens on."""
 
 from __future__ import annotations
 
+import re
 import socket
 
+LOOPBACK_HOSTS = ("localhost", "::1")
 _BACKLOG = 2048
 _KEEP_ALIVE = (("TCP_KEEPIDLE", 60), ("TCP_KEEPINTVL", 15), ("TCP_KEEPCNT", 4))
 
 
 class PortError(ValueError):
     """The address cannot be listened on."""
+
+
+def is_loopback(host: str) -> bool:
+    """True for an address that only this machine reaches."""
+    return host in LOOPBACK_HOSTS or re.fullmatch(r"127\.\d+\.\d+\.\d+", host) is not None
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -7,6 +7,7 @@ import unittest
 from pathlib import Path
 from types import SimpleNamespace
 
+from sglang.srt.arg_groups.resolve import resolve_all
 from sglang.srt.configs.cache_layout import FULL, SWA, CacheTypes
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.deepseek_v4_cache import PAGE_SIZE
@@ -14,7 +15,6 @@ from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig, apply_overrides
 from sglang.srt.mem_cache.pool_plan import SWA_FULL_TOKENS_RATIO
 from sglang.srt.server_args import ServerArgs
-from sglang.srt.server_args_resolve import resolve_all
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 

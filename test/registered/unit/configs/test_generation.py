@@ -6,12 +6,13 @@ import unittest
 from pathlib import Path
 
 from sglang.embedded_models import default_model_path
+from sglang.srt.arg_groups.evaluate import evaluate
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.generation import sampling_defaults
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError
-from sglang.srt.server_args import ServerArgs, evaluate
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -132,8 +133,8 @@ class TestSamplingDefaults(FolderCase):
         self.assertEqual(len(errors), 1)
         for words in ("generation_config.json", "repetition_penalty = 2.5", "--sampling-defaults openai"):
             self.assertIn(words, errors[0])
-        verdict = evaluate(ServerArgs(**flags, sampling_defaults="openai"), CpuPlatform(), {})
-        self.assertEqual((verdict.errors, verdict.model_config.generation_defaults), ([], {}))
+        plan = evaluate(ServerArgs(**flags, sampling_defaults="openai"), CpuPlatform(), {})
+        self.assertEqual((plan.errors, plan.model_config.generation_defaults), ([], {}))
 
     def test_the_log_says_what_was_changed(self):
         with self.assertLogs("sglang.srt.configs.model_config", "INFO") as logs:

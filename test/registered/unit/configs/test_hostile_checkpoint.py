@@ -12,9 +12,11 @@ from pathlib import Path
 
 from sglang import plan
 from sglang.embedded_models import EMBEDDED_MODELS, default_model_path
-from sglang.srt.entrypoints.launch import judge
+from sglang.srt.arg_groups.evaluate import evaluate
+from sglang.srt.arg_groups.parse import read
+from sglang.srt.arg_groups.plan import plan_launch
 from sglang.srt.platforms.cpu import CpuPlatform
-from sglang.srt.server_args import ServerArgs, evaluate
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.chat_messages import ChatTemplateError
 from sglang.srt.utils.hf_tokenizer import Tokenizer, TokenizerError
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -161,19 +163,19 @@ class TestTokenizerFiles(CopyCase):
 
     def test_a_dry_run_reads_it_too(self):
         flags = ["--model-path", str(self.folder), "--dry-run", "--skip-server-warmup"]
-        self.assertEqual(judge(flags).errors, [])
+        self.assertEqual(plan_launch(read(flags)).errors, [])
         self.edit("tokenizer_config.json", chat_template="{% for a in range(99999) %}{% for b in range(99999) %}"
                                                          "{% endfor %}{% endfor %}")  # fmt: skip
-        self.assertIn("asks for more", "\n".join(judge(flags).errors))
-        self.assertEqual(judge([*flags, "--skip-tokenizer-init"]).errors, [])
+        self.assertIn("asks for more", "\n".join(plan_launch(read(flags)).errors))
+        self.assertEqual(plan_launch(read([*flags, "--skip-tokenizer-init"])).errors, [])
 
 
 class TestNames(CustomTestCase):
     def test_embedded_models_by_name(self):
         for name, folder in EMBEDDED_MODELS.items():
-            verdict = evaluate(ServerArgs(model_path=name), CpuPlatform(), {})
-            self.assertEqual((verdict.errors, verdict.args.model_path), ([], str(folder)))
-            self.assertEqual(verdict.args.tokenizer_path, str(folder))
+            launch = evaluate(ServerArgs(model_path=name), CpuPlatform(), {})
+            self.assertEqual((launch.errors, launch.args.model_path), ([], str(folder)))
+            self.assertEqual(launch.args.tokenizer_path, str(folder))
         with redirect_stdout(StringIO()):
             self.assertEqual(plan.main(["--model-path", "deepseek-v2-tiny", "--platform", "cpu"]), 0)
 
@@ -183,10 +185,10 @@ class TestNames(CustomTestCase):
         with tempfile.TemporaryDirectory() as folder:
             os.chdir(folder)
             shutil.copytree(default_model_path(), "deepseek-v2-tiny")
-            verdict = evaluate(ServerArgs(model_path="deepseek-v2-tiny"), CpuPlatform(), {})
+            launch = evaluate(ServerArgs(model_path="deepseek-v2-tiny"), CpuPlatform(), {})
             os.chdir(here)
-        self.assertEqual((verdict.errors, verdict.args.model_path), ([], "deepseek-v2-tiny"))
-        self.assertEqual(verdict.model_config.architecture, "DeepseekV3ForCausalLM")
+        self.assertEqual((launch.errors, launch.args.model_path), ([], "deepseek-v2-tiny"))
+        self.assertEqual(launch.model_config.architecture, "DeepseekV3ForCausalLM")
         errors = "\n".join(evaluate(ServerArgs(model_path="deepseek-v4-tiny"), CpuPlatform(), {}).errors)
         for name in (*EMBEDDED_MODELS, "deepseek-v4-tiny"):
             self.assertIn(name, errors)

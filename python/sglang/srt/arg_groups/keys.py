@@ -6,12 +6,10 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sglang.srt.environ import EnvStr, envs
-
-if TYPE_CHECKING:
-    from sglang.srt.server_args import ServerArgs
+from sglang.srt.server_args import ServerArgs
 
 _MAX_KEY_BYTES = 4096
 

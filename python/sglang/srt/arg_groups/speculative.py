@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from sglang.srt.server_args_fields import Arg
+from sglang.srt.arg_groups.fields import Arg
 
 SPECULATIVE = "Speculative decoding"
 # Most drafts of a chain; the rows of a request in a verify step are one more.

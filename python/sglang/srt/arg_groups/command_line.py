@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.server_args_fields import LISTS, FieldSpec
-from sglang.srt.server_args_upstream import MISNAMED, distinct_flags, upstream_flags, verdicts
+from sglang.srt.arg_groups.fields import LISTS, FieldSpec
+from sglang.srt.arg_groups.upstream import MISNAMED, distinct_flags, upstream_flags, verdicts
 from sglang.version import version_line
 
 _DEST = "_upstream_flags"
 
 
 @dataclass
-class Parsed:
+class FlagValues:
     """What a command line said: typed ``values`` by field name, and the problems and remarks met on the way."""
 
     values: dict[str, Any] = field(default_factory=dict)
@@ -92,12 +92,12 @@ def build_parser(specs: Sequence[FieldSpec], description: str) -> argparse.Argum
     return parser
 
 
-def parse_command_line(argv: Sequence[str], specs: Sequence[FieldSpec], description: str) -> Parsed:
+def parse_command_line(argv: Sequence[str], specs: Sequence[FieldSpec], description: str) -> FlagValues:
     """Read ``argv`` and the file it names with --config; never raises or exits, except for --help and --version."""
     parser = build_parser(specs, description)
     names = _flag_names(specs)
     namespace, errors = _read_words(parser, names, argv)
-    parsed = Parsed()
+    parsed = FlagValues()
     config_file = getattr(namespace, "config", None)
     if config_file is not None:
         words, file_errors = _config_words(config_file)
@@ -113,9 +113,9 @@ def parse_command_line(argv: Sequence[str], specs: Sequence[FieldSpec], descript
     return parsed
 
 
-def collect_values(namespace: argparse.Namespace, specs: Sequence[FieldSpec]) -> Parsed:
+def collect_values(namespace: argparse.Namespace, specs: Sequence[FieldSpec]) -> FlagValues:
     """The typed values of a namespace that ``add_arguments`` shaped, and what the flags that only upstream has get."""
-    parsed = Parsed()
+    parsed = FlagValues()
     for spec in specs:
         if not hasattr(namespace, spec.name):
             continue

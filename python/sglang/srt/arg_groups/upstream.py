@@ -1,7 +1,7 @@
 """Flags of upstream sglang (option strings of 0.5.12, and some of 0.5.23) that this engine lacks, and what they get.
 
 A flag that would change what is computed, who may talk to the server, or the topology is refused. One that would not is
-accepted, has no effect, and is said once at start. server_args_upstream.json lists both kinds by reason, one word a
+accepted, has no effect, and is said once at start. upstream.json lists both kinds by reason, one word a
 flag: names joined by "|"; then "=" when a value follows, "=+" or "=*" for a list, "=?" for an optional one; then "~a,b"
 for values that ask for nothing, with which a refused flag is accepted.
 """

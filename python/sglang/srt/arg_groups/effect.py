@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.arg_groups.steps import PlatformLike
 from sglang.srt.configs.cache_layout import STATE, SWA
 from sglang.srt.environ import EnvField, envs
+from sglang.srt.server_args import ServerArgs
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.server_args import ServerArgs
-    from sglang.srt.server_args_resolve import PlatformLike
 
 
 @dataclass(frozen=True)

@@ -1,31 +1,29 @@
-"""From settings as given to settings as used: checks, and small pure steps that each explain what they change."""
+"""From settings as given to settings as used: small pure steps that each explain what they change."""
 
 from __future__ import annotations
 
-import json
+import logging
 import os
-import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from sglang.srt.arg_groups.attention import choose_attention_backend, choose_page_size
+from sglang.srt.arg_groups.checks import DISPATCH_LIMIT, remarks
+from sglang.srt.arg_groups.effect import Situation, without_effect
+from sglang.srt.arg_groups.speculative import DEFAULT_STEPS
+from sglang.srt.arg_groups.steps import Change, Context, PlatformLike, Step
 from sglang.srt.configs.attention_backends import attention_backends
 from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.environ import EnvError, envs
-from sglang.srt.server_args_attention import choose_attention_backend, choose_page_size
-from sglang.srt.server_args_effect import Situation, without_effect
-from sglang.srt.server_args_fields import FieldSpec
-from sglang.srt.server_args_spec import DEFAULT_STEPS
-from sglang.srt.server_args_steps import Change, Context, PlatformLike, Step
+from sglang.srt.server_args import ServerArgs, ServerArgsError
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.server_args import ServerArgs
 
-DISPATCH_LIMIT = "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
-LOOPBACK_HOSTS = ("localhost", "::1")
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -68,124 +66,19 @@ def resolve_all(
     return resolution
 
 
-def check(args: ServerArgs, specs: Sequence[FieldSpec]) -> tuple[list[str], ServerArgs]:
-    """(problems that need neither model nor machine, ``args`` with unusable values back at their defaults)."""
-    problems = []
-    defaults = {}
-    for spec in specs:
-        found = spec.problems(getattr(args, spec.name))
-        problems += found
-        if found:
-            defaults[spec.name] = spec.default
-    usable = replace(args, **defaults)
-    problems += [problem for rule in RULES for problem in rule(usable)]
-    return problems, usable
+def resolve(args: ServerArgs, model_config: ModelConfig, platform: PlatformLike) -> ServerArgs:
+    """Fill what depends on model and machine, logging each change; raises ServerArgsError with every problem.
 
-
-def _parallelism(args: ServerArgs) -> Iterator[str]:
-    tp, dp, ep = args.tp_size, args.dp_size, args.ep_size
-    meets = args.nccl_port
-    if meets is not None and meets <= args.port < meets + args.num_replicas:
-        yield f"--port {args.port} is where ranks meet, by --nccl-port {meets}: choose another for one of the two"
-    if args.enable_dp_attention and tp % dp:
-        yield f"--dp-size {dp} does not divide --tp-size {tp}: with --enable-dp-attention it parts those ranks"
-    if args.moe_a2a_backend == "none":
-        if tp % ep:
-            yield f"--ep-size {ep} does not divide --tp-size {tp}: it parts those ranks"
-        if args.deepep_mode == "low_latency":
-            yield "--deepep-mode low_latency needs --moe-a2a-backend mori; this one is none"
-    elif args.chunked_prefill_size == -1:
-        yield (
-            "--chunked-prefill-size -1 never cuts a prompt, and --moe-a2a-backend mori dispatches at most "
-            f"{DISPATCH_LIMIT} tokens at once: give a size"
-        )
-
-
-def _shared_experts(args: ServerArgs) -> Iterator[str]:
-    if args.disable_shared_experts_fusion and args.enforce_shared_experts_fusion:
-        yield "--disable-shared-experts-fusion and --enforce-shared-experts-fusion contradict: drop one"
-
-
-def _chunks(args: ServerArgs) -> Iterator[str]:
-    chunk, page = args.chunked_prefill_size, args.page_size or 1
-    if chunk is not None and chunk > 0 and chunk % page:
-        near = max(page, chunk - chunk % page)
-        yield f"--chunked-prefill-size {chunk} is not a multiple of --page-size {page}: use {near}"
-    if chunk == -1 and args.enable_mixed_chunk:
-        yield "--enable-mixed-chunk needs chunks, and --chunked-prefill-size -1 turns them off: drop one"
-    if args.max_total_tokens is not None and args.max_total_tokens < page:
-        yield f"--max-total-tokens {args.max_total_tokens} is less than one page: --page-size is {page}"
-
-
-def _names_and_text(args: ServerArgs) -> Iterator[str]:
-    if args.served_model_name is not None and (":" in args.served_model_name or not args.served_model_name):
-        yield f"--served-model-name must be a name without a colon, got {args.served_model_name!r}"
-    for flag, key in (("--api-key", args.api_key), ("--admin-api-key", args.admin_api_key)):
-        if key == "":
-            yield f"{flag} must not be empty: leave it out for no key"
-    try:
-        overrides = json.loads(args.json_model_override_args)
-    except ValueError as error:
-        yield f"--json-model-override-args is not valid JSON: {error}"
-        return
-    if not isinstance(overrides, dict):
-        yield f"--json-model-override-args must be a JSON object, got {args.json_model_override_args}"
-
-
-def _graph_sizes(args: ServerArgs) -> Iterator[str]:
-    if args.cuda_graph_bs and args.cuda_graph_max_bs and max(args.cuda_graph_bs) > args.cuda_graph_max_bs:
-        yield (
-            f"--cuda-graph-bs has {max(args.cuda_graph_bs)}, but --cuda-graph-max-bs is {args.cuda_graph_max_bs}: "
-            "raise the latter or drop it"
-        )
-
-
-def _speculative(args: ServerArgs) -> Iterator[str]:
-    steps, tokens = args.speculative_num_steps, args.speculative_num_draft_tokens
-    given = {
-        "--speculative-draft-model-path": args.speculative_draft_model_path,
-        "--speculative-num-steps": steps,
-        "--speculative-eagle-topk": args.speculative_eagle_topk,
-        "--speculative-num-draft-tokens": tokens,
-    }
-    named = [flag for flag, value in given.items() if value is not None]
-    if args.speculative_algorithm is None:
-        if named:
-            yield f"{named[0]} was given without --speculative-algorithm: add --speculative-algorithm NEXTN"
-        return
-    if args.speculative_eagle_topk not in (None, 1):
-        yield f"--speculative-eagle-topk {args.speculative_eagle_topk} asks for a tree of guesses: use 1, a chain"
-    if steps is not None and tokens is not None and tokens != steps + 1:
-        yield f"--speculative-num-draft-tokens {tokens} must be --speculative-num-steps {steps} + 1: use {steps + 1}"
-    if args.enable_mixed_chunk:
-        yield "--enable-mixed-chunk and --speculative-algorithm do not go together: drop one"
-
-
-RULES: tuple[Callable[[ServerArgs], Iterator[str]], ...] = (
-    _parallelism,
-    _shared_experts,
-    _chunks,
-    _names_and_text,
-    _graph_sizes,
-    _speculative,
-)
-
-
-def remarks(args: ServerArgs) -> list[str]:
-    """What a user should know of flags that are accepted."""
-    found = []
-    if args.api_key is None and not is_loopback(args.host):
-        closed = "" if args.admin_api_key else "; administrative endpoints are closed"
-        anyone = f"whoever reaches port {args.port} may run inference"
-        found.append(f"--host {args.host} without --api-key: {anyone}{closed}")
-    elif args.api_key is None and args.admin_api_key:
-        found.append("--admin-api-key guards administrative endpoints alone: set --api-key too to guard inference")
-    return found
-
-
-def is_loopback(host: str) -> bool:
-    """True for an address that only this machine reaches."""
-    return host in LOOPBACK_HOSTS or re.fullmatch(r"127\.\d+\.\d+\.\d+", host) is not None
+    ``platform`` needs ``kind`` ("cpu", "cuda", "hip") and ``device_type``.
+    """
+    resolution = resolve_all(args, model_config, platform)
+    for change in resolution.changes:
+        logger.info("%s", change)
+    for warning in resolution.warnings:
+        logger.warning("%s", warning)
+    if resolution.errors:
+        raise ServerArgsError(resolution.errors)
+    return resolution.args
 
 
 def _device(args: ServerArgs, context: Context) -> Iterator[Change | str]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
+from sglang.srt.arg_groups.fields import Arg
 from sglang.srt.parser.reasoning_parser import REASONING_PARSERS
 from sglang.srt.parser.tool_calls import TOOL_CALL_PARSERS
-from sglang.srt.server_args_fields import Arg
 
 HTTP = "HTTP server"
 ADMISSION = "Admission and time limits"

@@ -12,9 +12,11 @@ from unittest import mock
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt import server_args
-from sglang.srt.entrypoints.launch import accept
+from sglang.srt.arg_groups.evaluate import evaluate
+from sglang.srt.arg_groups.parse import read
+from sglang.srt.entrypoints.launch import check_plan
 from sglang.srt.platforms.cpu import CpuPlatform
-from sglang.srt.server_args import evaluate
+from sglang.srt.utils.common import get_free_port
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 from sglang.version import __version__
@@ -61,12 +63,31 @@ class TestEarlyErrors(CustomTestCase):
     def test_variables(self) -> None:
         self.check([], 2, "error: unknown environment variable SGLANG_USE_AITR", SGLANG_USE_AITR="1")
 
+    def test_where_torch_cannot_be_imported(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "torch.py").write_text("raise RuntimeError('torch was imported')")
+            path = os.pathsep.join((folder, str(Path(server_args.__file__).parents[2])))
+            for words, environ, said in (
+                (["--no-such-flag"], {}, "error: unknown flag --no-such-flag: --help lists all flags\n"),
+                (["--tp", "0"], {}, "error: --tp-size must be at least 1, got 0\n"),
+                ([], {"SGLANG_USE_AITR": "1"}, "error: unknown environment variable SGLANG_USE_AITR; did you mean"),
+                # With nothing wrong the launch goes on, and it is the import that fails.
+                (["--skip-server-warmup"], {}, "RuntimeError: torch was imported\n"),
+            ):
+                command = [sys.executable, "-m", "sglang.launch_server", "--port", str(get_free_port()), *words]
+                env = {**os.environ, "PYTHONPATH": path, **environ}
+                done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
+                refused = said.startswith("error")
+                self.assertEqual(done.returncode, 2 if refused else 1)
+                self.assertTrue(done.stderr.startswith(said) if refused else done.stderr.endswith(said), done.stderr)
+
     def test_help_and_version(self) -> None:
         self.check(["--help"], 0, "usage: sglang.launch_server")
         self.check(["--vers"], 0, f"sglang-amd {__version__}")
 
     def test_a_dry_run_says_all_at_once(self) -> None:
-        done = program("from sglang.srt.server_args_verdict import early_errors as e; print(e(['--dry-run', '--tpp']))")
+        code = "from sglang.srt.arg_groups.parse import read; print(read(['--dry-run', '--tpp']).start_errors())"
+        done = program(code)
         self.assertEqual(done.stdout, "[]\nloaded []\n")
 
 
@@ -98,13 +119,13 @@ class TestOtherCommands(CustomTestCase):
 class TestEmbeddedModels(CustomTestCase):
     def test_names(self) -> None:
         for name in EMBEDDED_MODELS:
-            verdict = evaluate(["--model-path", name], CPU, {})
-            self.assertEqual(verdict.errors, [])
-            self.assertEqual(verdict.args.model_path, verdict.args.tokenizer_path)
-            self.assertEqual(Path(verdict.args.model_path), EMBEDDED_MODELS[name])
-            self.assertEqual(verdict.args.served_model_name, name)
-        self.assertEqual(evaluate([], CPU, {}).args.served_model_name, "deepseek-v3-tiny")
-        given = evaluate(["--model-path", "deepseek-v2-tiny", "--served-model-name", "mine"], CPU, {})
+            plan = evaluate(read(["--model-path", name]), CPU, {})
+            self.assertEqual(plan.errors, [])
+            self.assertEqual(plan.args.model_path, plan.args.tokenizer_path)
+            self.assertEqual(Path(plan.args.model_path), EMBEDDED_MODELS[name])
+            self.assertEqual(plan.args.served_model_name, name)
+        self.assertEqual(evaluate(read([]), CPU, {}).args.served_model_name, "deepseek-v3-tiny")
+        given = evaluate(read(["--model-path", "deepseek-v2-tiny", "--served-model-name", "mine"]), CPU, {})
         self.assertEqual(given.args.served_model_name, "mine")
         text = next(spec.arg.help for spec in server_args.specs() if spec.name == "model_path")
         self.assertIn(", ".join(EMBEDDED_MODELS), text)
@@ -114,15 +135,15 @@ class TestEmbeddedModels(CustomTestCase):
             self.addCleanup(os.chdir, os.getcwd())
             os.chdir(folder)
             Path("deepseek-v2-tiny").mkdir()
-            verdict = evaluate(["--model-path", "deepseek-v2-tiny"], CPU, {})
-        self.assertEqual(verdict.args.model_path, "deepseek-v2-tiny")
-        self.assertIn("config.json", verdict.errors[0])
+            plan = evaluate(read(["--model-path", "deepseek-v2-tiny"]), CPU, {})
+        self.assertEqual(plan.args.model_path, "deepseek-v2-tiny")
+        self.assertIn("config.json", plan.errors[0])
 
 
 class TestLog(CustomTestCase):
     def lines(self, *words: str) -> list[str]:
         with self.assertLogs("sglang.srt.entrypoints.launch", "INFO") as logs:
-            accept(evaluate(words, CPU, {}))
+            check_plan(evaluate(read(words), CPU, {}))
         return [record.getMessage() for record in logs.records]
 
     def test_one_line_for_what_was_chosen_and_one_for_each_given_setting_that_changed(self) -> None:
@@ -153,14 +174,14 @@ class TestModelIds(CustomTestCase):
 
     def test_an_id_that_the_cache_has(self) -> None:
         for more in ([], ["--revision", "other"], ["--revision", "a" * 40]):
-            verdict = evaluate(["--model-path", "org/tiny-1.5", *more], CPU, {})
-            self.assertEqual(verdict.errors, [])
-            args = verdict.args
+            plan = evaluate(read(["--model-path", "org/tiny-1.5", *more]), CPU, {})
+            self.assertEqual(plan.errors, [])
+            args = plan.args
             self.assertEqual((args.model_path, args.served_model_name), (str(self.folder), "org/tiny-1.5"))
             self.assertEqual(args.tokenizer_path, str(self.folder))
-        given = evaluate(["--model-path", "org/tiny-1.5", "--served-model-name", "mine"], CPU, {})
+        given = evaluate(read(["--model-path", "org/tiny-1.5", "--served-model-name", "mine"]), CPU, {})
         self.assertEqual(given.args.served_model_name, "mine")
-        other = evaluate(["--tokenizer-path", "org/tiny-1.5"], CPU, {})
+        other = evaluate(read(["--tokenizer-path", "org/tiny-1.5"]), CPU, {})
         self.assertEqual((other.errors, other.args.tokenizer_path), ([], str(self.folder)))
 
     def test_an_id_that_it_has_not(self) -> None:
@@ -170,10 +191,10 @@ class TestModelIds(CustomTestCase):
             (["--tokenizer-path", "org/other"], "`hf download org/other`"),
             (["--speculative-draft-model-path", "org/d"], "`hf download org/d`"),
         ):
-            errors = evaluate(words, CPU, {}).errors
+            errors = evaluate(read(words), CPU, {}).errors
             self.assertTrue(any(line in error for error in errors), errors)
         for path in ("/org/other", "./org/other", "org/other/more", "../other"):
-            (error, *_) = evaluate(["--model-path", path], CPU, {}).errors
+            (error, *_) = evaluate(read(["--model-path", path]), CPU, {}).errors
             self.assertNotIn("hf download", error)
 
     def test_a_folder_of_the_same_name_goes_before(self) -> None:
@@ -181,9 +202,9 @@ class TestModelIds(CustomTestCase):
         with tempfile.TemporaryDirectory() as here:
             os.chdir(here)
             shutil.copytree(EMBEDDED_MODELS["deepseek-v3-tiny"], "org/tiny-1.5")
-            verdict = evaluate(["--model-path", "org/tiny-1.5", "--revision", "main"], CPU, {})
-            self.assertEqual((verdict.errors, verdict.args.model_path), ([], "org/tiny-1.5"))
-            self.assertIn("--revision has no effect", " ".join(verdict.warnings))
+            plan = evaluate(read(["--model-path", "org/tiny-1.5", "--revision", "main"]), CPU, {})
+            self.assertEqual((plan.errors, plan.args.model_path), ([], "org/tiny-1.5"))
+            self.assertIn("--revision has no effect", " ".join(plan.warnings))
 
 
 if __name__ == "__main__":

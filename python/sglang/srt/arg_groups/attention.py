@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from sglang.srt.arg_groups.steps import Change, Context
 from sglang.srt.configs.attention_backends import UNBUILT_ATTENTION_BACKENDS, BackendDeclaration, attention_backends
-from sglang.srt.server_args_steps import Change, Context
-
-if TYPE_CHECKING:
-    from sglang.srt.server_args import ServerArgs
+from sglang.srt.server_args import ServerArgs
 
 
 def choose_page_size(args: ServerArgs, context: Context) -> Iterator[Change | str]:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sglang.srt.server_args import ServerArgs
+
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
-    from sglang.srt.server_args import ServerArgs
 
 
 class PlatformLike(Protocol):
@@ -52,4 +53,4 @@ class Context:
 
 
 # A step yields what it changes, and in words what speaks against the settings.
-Step = Callable[["ServerArgs", Context], Iterator[Change | str]]
+Step = Callable[[ServerArgs, Context], Iterator[Change | str]]

@@ -1,0 +1,98 @@
+"""The settings of the model, its weights and its types."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from sglang.srt.arg_groups.fields import Arg
+from sglang.srt.arg_groups.upstream import ELSEWHERE
+
+MODEL = "Model and tokenizer"
+DTYPE = "Quantization and data type"
+
+
+@dataclass(frozen=True)
+class ModelArgs:
+    """The part of ``ServerArgs`` that says what is served, and in which types."""
+
+    model_path: Annotated[
+        str,
+        Arg(
+            "Folder of a model in Hugging Face format, or an id such as `deepseek-ai/DeepSeek-V3` that the local "
+            "Hugging Face cache has; nothing is fetched. Or one of the small models that ship with the package: "
+            "deepseek-v3-tiny, deepseek-v2-tiny, qwen3.5-moe-tiny.",
+            MODEL,
+            aliases=("--model",),
+            metavar="FOLDER",
+            auto="deepseek-v3-tiny",
+        ),
+    ] = ""
+    revision: Annotated[
+        str | None,
+        Arg("Branch, tag or commit of a model that is named by its id, as the cache has it.", MODEL, auto="main"),
+    ] = None
+    tokenizer_path: Annotated[
+        str | None, Arg("Folder that holds tokenizer.json.", MODEL, auto="the model path", metavar="FOLDER")
+    ] = None
+    skip_tokenizer_init: Annotated[
+        bool, Arg("Load no tokenizer: requests bring input_ids and get output ids, no text.", MODEL)
+    ] = False
+    load_format: Annotated[
+        str,
+        Arg(
+            "Where weights come from. auto and safetensors read the files of the folder; dummy makes random ones.",
+            MODEL,
+            choices=("auto", "safetensors", "dummy"),
+            elsewhere=ELSEWHERE["load_format"],
+        ),
+    ] = "auto"
+    context_length: Annotated[
+        int | None,
+        Arg("Most tokens of prompt and output of a request.", MODEL, minimum=1, human=True, auto="the model's limit"),
+    ] = None
+    json_model_override_args: Annotated[
+        str, Arg("JSON object laid over the model's config.json, such as '{\"num_hidden_layers\": 4}'.", MODEL)
+    ] = "{}"
+    dtype: Annotated[
+        str,
+        Arg(
+            "Type of weights and activations. auto is the checkpoint's type, and float32 on CPU. half is float16, and "
+            "float is float32.",
+            DTYPE,
+            choices=("auto", "half", "float16", "bfloat16", "float", "float32"),
+        ),
+    ] = "auto"
+    quantization: Annotated[
+        str | None,
+        Arg(
+            "fp8 turns matrices into 8-bit floats in 128x128 blocks as they load. Checkpoints in fp8 and of Quark need "
+            "no flag.",
+            DTYPE,
+            choices=("fp8", "quark"),
+            elsewhere=ELSEWHERE["quantization"],
+            auto="the checkpoint's format",
+        ),  # fmt: skip
+    ] = None
+    dequantize_mxfp4: Annotated[
+        bool,
+        Arg(
+            "Experts in MXFP4 become plain as they load, and take four times the memory; without, they keep four bits.",
+            DTYPE,
+        ),  # fmt: skip
+    ] = False
+    kv_cache_dtype: Annotated[
+        str,
+        Arg(
+            "Type of cached keys, values and latents: auto is that of activations; fp8_e4m3 has 3 bits of fraction.",
+            DTYPE,
+            choices=("auto", "bfloat16", "fp8_e4m3"),
+            elsewhere=("fp8_e5m2", "fp4_e2m1"),
+        ),  # fmt: skip
+    ] = "auto"
+
+    def model_overrides(self) -> dict[str, Any]:
+        """``json_model_override_args`` as a mapping."""
+        overrides: dict[str, Any] = json.loads(self.json_model_override_args)
+        return overrides
