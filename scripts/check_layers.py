@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Check that imports under python/sglang point down only, read with ``ast``; imports inside functions count.
+"""Check that imports under python/sglang point down only and make no circle of files, read with ``ast``.
+
+Imports inside functions and for type checkers alone count.
 
     python scripts/check_layers.py            # prints one line a violation, exit status 1 if there is any
 
@@ -212,11 +214,38 @@ def check_external(module: str, target: str) -> str | None:
     return None
 
 
-def check_file(path: Path, shown: str, module: str, known: set[str]) -> list[Violation]:
-    """All violations of one product file; ``module`` is its dotted name, ``known`` every module of the tree."""
-    tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
-    is_package = path.name == "__init__.py"
-    imports = list(imported_modules(tree, module, is_package, known))
+def find_circle(imports: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a ring, the first repeated at the end; empty when there is no ring."""
+    done: set[str] = set()
+    for start in sorted(imports):
+        way, branches = [start], [iter(sorted(imports[start]))]
+        while way:
+            target = next(branches[-1], None)
+            if target is None:
+                done.add(way.pop())
+                branches.pop()
+            elif target in way:
+                return [*way[way.index(target) :], target]
+            elif target in imports and target not in done:
+                way.append(target)
+                branches.append(iter(sorted(imports[target])))
+    return []
+
+
+def check_circles(imports: dict[str, set[str]], shown: dict[str, str]) -> list[Violation]:
+    """One violation per ring of files; an import of each ring is taken out to find the next."""
+    found = []
+    left = {module: targets - {module} for module, targets in imports.items()}
+    while ring := find_circle(left):
+        found.append(Violation(shown[ring[0]], 1, f"files import each other: {' -> '.join(ring)}"))
+        left[ring[-2]].discard(ring[-1])
+    return found
+
+
+def check_file(
+    tree: ast.Module, is_package: bool, shown: str, module: str, imports: list[tuple[int, str]]
+) -> list[Violation]:
+    """All violations of one product file; ``module`` is its dotted name, ``imports`` are (line, module)."""
     found: list[Violation] = []
     if locate(module) is None and module not in BARE and not under(module, DATA_PACKAGE):
         found.append(Violation(shown, 1, f"{module} has no layer; add it to LAYERS in scripts/check_layers.py"))
@@ -261,9 +290,14 @@ def check_tree(root: Path) -> tuple[list[Violation], int]:
     known = set(files)
     violations: list[Violation] = []
     product = {module: path for module, path in files.items() if not under(module, "sglang.test")}
+    graph: dict[str, set[str]] = {}
+    shown = {module: str(path.relative_to(root)) for module, path in product.items()}
     for module, path in product.items():
-        violations += check_file(path, str(path.relative_to(root)), module, known)
-    return violations, len(product)
+        tree, is_package = ast.parse(path.read_text(encoding="utf-8"), filename=str(path)), path.name == "__init__.py"
+        imports = list(imported_modules(tree, module, is_package, known))
+        graph[module] = {target for _, target in imports}
+        violations += check_file(tree, is_package, shown[module], module, imports)
+    return violations + check_circles(graph, shown), len(product)
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ import numpy as np
 from sglang.bench_utils.metrics import describe_machine
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.radix_integrity import check_integrity
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def host_bytes(load: Workload, page_size: int) -> tuple[int, int]:
     gc.collect()
     traced, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    cache.check_integrity(held=0)
+    check_integrity(cache, held=0)
     return traced, resident_bytes() - resident
 
 

@@ -13,15 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from sglang.kernels.impl import Impl, OpSpec
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
-
-if TYPE_CHECKING:
-    from sglang.kernels.spec import Impl, Op
 
 logger = logging.getLogger(__name__)
 
@@ -70,14 +68,14 @@ class KernelRegistry:
     """All ops of the process, and the frozen table of what runs."""
 
     def __init__(self) -> None:
-        self.ops: dict[str, Op] = {}
+        self.ops: dict[str, OpSpec] = {}
         self.records: dict[str, OpRecord] = {}
         self.serving = False
         self._packages: dict[str, str | None] = {}
         self._preferred: dict[str, str | None] = {}
         self._forced: dict[str, str] | None = None
 
-    def add(self, op: Op) -> None:
+    def add(self, op: OpSpec) -> None:
         if op.name in self.ops:
             raise ValueError(f"op {op.name} is declared twice")
         self.ops[op.name] = op
@@ -113,7 +111,7 @@ class KernelRegistry:
         """End of warm-up: from here on a kernel that fails raises instead of being replaced."""
         self.serving = True
 
-    def dispatch(self, op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def dispatch(self, op: OpSpec, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the first candidate that accepts the arguments."""
         if op.table is None:
             self._decide(op)
@@ -136,7 +134,7 @@ class KernelRegistry:
             "Take that entry out, or force the torch reference."
         )
 
-    def chosen(self, op: Op) -> str:
+    def chosen(self, op: OpSpec) -> str:
         """Name of the implementation that calls of ``op`` try first."""
         if op.table is None:
             self._decide(op)
@@ -169,7 +167,7 @@ class KernelRegistry:
             op.set_table(None)
         self.records.clear()
 
-    def _decide(self, op: Op) -> None:
+    def _decide(self, op: OpSpec) -> None:
         verdicts = {impl.name: self._verdict(impl) for impl in op.impls}
         wanted = self._forcing().get(op.name)
         preferred = self._preferred.get(op.group)
@@ -182,7 +180,7 @@ class KernelRegistry:
         self.records[op.name] = OpRecord(chosen=table[0].name, verdicts=verdicts, forced=wanted is not None)
         op.set_table(tuple(replace(impl, fn=current_platform.kernel(impl.fn)) for impl in table))
 
-    def _check_forced(self, op: Op, wanted: str, preferred: str | None, verdicts: dict[str, str]) -> None:
+    def _check_forced(self, op: OpSpec, wanted: str, preferred: str | None, verdicts: dict[str, str]) -> None:
         if wanted not in verdicts:
             raise KernelConfigError(f"SGLANG_KERNELS: op {op.name} has no {wanted!r}. {_nearest(wanted, verdicts)}")
         if verdicts[wanted] != "ok":
@@ -225,12 +223,12 @@ class KernelRegistry:
                 logger.warning("%s is switched on, but does not import: its kernels do not run", package)
         return self._packages[package]
 
-    def _refused(self, op: Op, impl: Impl, record: OpRecord) -> None:
+    def _refused(self, op: OpSpec, impl: Impl, record: OpRecord) -> None:
         record.calls_refused[impl.name] += 1
         if record.calls_refused[impl.name] == 1:
             logger.info("op %s: %s does not accept these arguments; the next implementation runs", op.name, impl.name)
 
-    def _disable(self, op: Op, impl: Impl, record: OpRecord, error: Exception) -> None:
+    def _disable(self, op: OpSpec, impl: Impl, record: OpRecord, error: Exception) -> None:
         record.disabled[impl.name] = f"{type(error).__name__}: {error}"
         logger.warning("op %s: %s failed in warm-up and is disabled: %s", op.name, impl.name, error)
         left = [other.name for other in op.table or () if other.name not in record.disabled]

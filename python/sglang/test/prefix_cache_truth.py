@@ -12,6 +12,7 @@ from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.memory_pool import StateSlots
 from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.radix_integrity import check_integrity
 from sglang.srt.mem_cache.state_companion import StateCompanion
 from sglang.srt.mem_cache.tree_node import MatchResult, TreeNode
 from sglang.test.cache_pools import state_slots
@@ -383,7 +384,7 @@ class RandomServer:
         held = [slot for req in self.running for slot in req.slots[req.owned :]]
         held_slots = torch.tensor(held, dtype=torch.int64)
         live = [req.live_state for req in self.running if req.live_state is not None]
-        self.cache.check_integrity(held=held_slots, held_units={STATE: live})
+        check_integrity(self.cache, held=held_slots, held_units={STATE: live})
         if self.kept:
             self.case.assertEqual(self.kept.num_kept(), len(self.truth.states))
         self.case.assertEqual(self.cache.evictable_size(), self.truth.evictable())

@@ -11,6 +11,7 @@ from sglang.srt.managers.req_memory import PoolLeakError, ReqMemory
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.radix_integrity import check_integrity
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -101,7 +102,7 @@ class TestStepsOfManyTokens(CustomTestCase):
         own += [torch.tensor(req.kept_slots, dtype=torch.int64) for req in running]
         held = torch.cat(own) if own else torch.empty(0, dtype=torch.int64)
         self.assertEqual(len(set(held.tolist())), len(held), "two requests own one slot")
-        memory.tree.check_integrity(memory.allocator.free_slots(), held)
+        check_integrity(memory.tree, memory.allocator.free_slots(), held)
 
     def test_slots_that_a_step_left_are_used_by_the_next(self) -> None:
         memory = make_memory(64, 1, 4)

@@ -13,6 +13,7 @@ import torch
 from sglang.srt.layers.logits_processor import RowFault
 from sglang.srt.layers.logprobs import HostLogprobs
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.radix_integrity import check_integrity
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
 from sglang.test import scheduler_fakes as fakes
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -171,10 +172,10 @@ class TestOneFault(CustomTestCase):
                         self.ask(setup, "guest", guest, 40)
                         while "hit" not in setup.channel.reasons:
                             setup.turn()
-                        setup.memory.tree.check_integrity()
+                        check_integrity(setup.memory.tree)
                         if setup.channel.reasons.get("guest") is None:
                             setup.turn()
-                            setup.memory.tree.check_integrity()
+                            check_integrity(setup.memory.tree)
                         self.ask(setup, "retry", prompt)
                         setup.run()
                         self.check(setup, "guest", guest, 40)
@@ -392,7 +393,7 @@ class TestRandomFaults(CustomTestCase):
                         setup.channel.inbox.append(fakes.request(f"r{number}", prompts[f"r{number}"], 15))
                         for _ in range(rng.randrange(0, 5)):
                             setup.turn()
-                        setup.memory.tree.check_integrity()
+                        check_integrity(setup.memory.tree)
                     setup.run()
                     ended = {rid for rid, reason in setup.channel.reasons.items() if reason.type == "abort"}
                     self.assertLessEqual(ended, worker.struck, "a neighbour was ended")
@@ -421,7 +422,7 @@ class TestTree(CustomTestCase):
         tree.withdraw(node, 3)  # no node begins there: the one that holds the token goes
         self.assertEqual((tree.match_prefix([1, 2, 3, 4]).kv_len, tree.total_size()), (0, 0))
         self.assertEqual(allocator.available_size(), allocator.size)
-        tree.check_integrity(held=0)
+        check_integrity(tree, held=0)
 
     def test_locked_parts_go_with_their_last_lock(self) -> None:
         setup = fakes.make()
@@ -433,7 +434,7 @@ class TestTree(CustomTestCase):
         tree.inc_lock_ref(upper)
         tree.withdraw(upper, 0)
         self.assertEqual((tree.total_size(), tree.evictable_size(), tree.match_prefix([1, 2]).kv_len), (0, 0, 0))
-        tree.check_integrity(held=0)
+        check_integrity(tree, held=0)
         with self.assertRaisesRegex(RuntimeError, "4 locked tokens"):
             tree.reset()
         again = tree.insert([1, 2], allocator.alloc(2)).node
@@ -442,9 +443,9 @@ class TestTree(CustomTestCase):
         tree.dec_lock_ref(upper)
         self.assertEqual(allocator.available_size(), allocator.size - 2)
         self.assertIs(tree.match_prefix([1, 2]).node, again)
-        tree.check_integrity(held=0)
+        check_integrity(tree, held=0)
         self.assertEqual(tree.evict(100), 2)
-        tree.check_integrity(held=0)
+        check_integrity(tree, held=0)
 
 
 if __name__ == "__main__":

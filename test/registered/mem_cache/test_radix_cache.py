@@ -7,7 +7,7 @@ import torch
 
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache
-from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError
+from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError, check_integrity
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.prefix_cache_truth import RandomServer
 from sglang.test.test_utils import CustomTestCase
@@ -65,7 +65,7 @@ class TestMatchAndInsert(CacheCase):
         self.assertEqual(self.hit(cache, [6]), 0)
         self.put(cache, [5, 6, 7])
         self.assertEqual([self.hit(cache, t) for t in ([5, 6, 7, 8], [5, 6], [5, 7])], [3, 2, 1])
-        cache.check_integrity(held=0)
+        check_integrity(cache, held=0)
 
     def test_duplicate_insert_keeps_the_first_slots(self) -> None:
         cache = self.make()
@@ -76,7 +76,7 @@ class TestMatchAndInsert(CacheCase):
         self.assertEqual(cache.path_slots(result.node).tolist(), first.tolist())
         self.assertEqual(self.put(cache, [1, 2, 9])[0].prefix_len, 2)
         self.assertEqual(cache.total_size(), 4)
-        cache.check_integrity(held=0)
+        check_integrity(cache, held=0)
 
     def test_only_whole_pages_are_cached(self) -> None:
         cache = self.make(page_size=4)
@@ -85,7 +85,7 @@ class TestMatchAndInsert(CacheCase):
         self.assertEqual(cache.match_prefix(list(range(7))).slot_ids.tolist(), slots[:4].tolist())
         self.assertEqual(self.hit(cache, [0, 1, 2, 9, 4]), 0)  # the first page differs in its last token
         self.assertEqual(self.hit(cache, [0, 1, 2]), 0)
-        cache.check_integrity(held=0)
+        check_integrity(cache, held=0)
 
     def test_token_containers(self) -> None:
         cache = self.make()
@@ -116,7 +116,7 @@ class TestMatchAndInsert(CacheCase):
         cache.inc_lock_ref(result.node)
         cache.dec_lock_ref(result.node)
         self.assertEqual((cache.evict(10), cache.total_size()), (0, 0))
-        cache.check_integrity(held=0)
+        check_integrity(cache, held=0)
 
 
 class TestLocksAndEviction(CacheCase):
@@ -174,10 +174,10 @@ class TestIntegrityCheck(CacheCase):
         self.put(cache, [1, 2, 5, 6])
         upper = next(iter(cache.root.children.values()))
         lower = next(iter(upper.children.values()))
-        cache.check_integrity(held=0)
+        check_integrity(cache, held=0)
         damage(cache, upper, lower)
         with self.assertRaisesRegex(RadixIntegrityError, message):
-            cache.check_integrity(**{"held": 0, **kwargs})
+            check_integrity(cache, **{"held": 0, **kwargs})
 
     def test_damage(self) -> None:
         def set_on(which, name, value):

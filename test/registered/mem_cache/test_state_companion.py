@@ -8,7 +8,7 @@ import torch
 from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache
-from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError
+from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError, check_integrity
 from sglang.srt.mem_cache.state_companion import StateCompanion
 from sglang.srt.mem_cache.tree_node import MatchResult, TreeNode
 from sglang.test.cache_pools import state_slots
@@ -80,7 +80,7 @@ class TestByHand(CustomTestCase):
             self.states.free(live)
         self.allocator.free(slots[: result.prefix_len])
         self.allocator.free(slots[result.cached_len :])
-        self.cache.check_integrity(held=0, held_units={})
+        check_integrity(self.cache, held=0, held_units={})
         return result
 
     def state_of(self, match: MatchResult) -> int | None:
@@ -150,7 +150,7 @@ class TestByHand(CustomTestCase):
         live.append(self.kept.fork(match.node))  # the last slot is the tree's own: handed over
         self.assertEqual([self.value(slot) for slot in live], [1.0, 1.0, 1.0])
         self.assertEqual(sorted(live), [1, 2, 3])
-        self.cache.check_integrity(held=0, held_units={STATE: live})
+        check_integrity(self.cache, held=0, held_units={STATE: live})
         with self.assertRaisesRegex(RadixIntegrityError, "evicted between match and copy"):
             self.kept.fork(match.node)
         self.assertIsNone(self.kept.fork(self.cache.match_prefix([1, 1]).node))
@@ -176,7 +176,7 @@ class TestByHand(CustomTestCase):
         self.assertEqual((self.cache.evict(9), self.kept.evict(9)), (0, 1))
         self.assertEqual(self.cache.match_prefix([1, 1]).kv_len, 2)
         self.cache.dec_lock_ref(node)
-        self.cache.check_integrity(held=0, held_units={})
+        check_integrity(self.cache, held=0, held_units={})
 
     def test_leaves_without_state_go_first(self) -> None:
         self.put([1, 1], 1.0)
@@ -203,7 +203,7 @@ class TestByHand(CustomTestCase):
     def test_integrity_check_finds_damage(self) -> None:
         def check(message: str, held: Sequence[int] = ()) -> None:
             with self.assertRaisesRegex(RadixIntegrityError, message):
-                self.cache.check_integrity(held=0, held_units={STATE: held})
+                check_integrity(self.cache, held=0, held_units={STATE: held})
 
         self.put([1, 1], 1.0)
         self.put([2, 2], 2.0)

@@ -11,7 +11,7 @@ import torch
 from sglang.srt.configs.cache_layout import SWA, TOMBSTONE_PAGE, WINDOW_DUMMY_PAGES
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache
-from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError
+from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError, check_integrity
 from sglang.srt.mem_cache.slot_list import SlotAccountingError
 from sglang.srt.mem_cache.window_companion import WindowCompanion, WindowHold
 from sglang.srt.mem_cache.window_pages import WindowPages
@@ -153,7 +153,7 @@ class WindowServer:
         actions = [self.compute] * 4 + [self.lock, lambda: self.evict(self.rng.randint(0, 3))]
         for _ in range(steps):
             self.rng.choice(actions)()
-            self.cache.check_integrity(held_units={SWA: [held for _, held, _ in self.locked] or [WindowHold()]})
+            check_integrity(self.cache, held_units={SWA: [held for _, held, _ in self.locked] or [WindowHold()]})
             alive = sum(bool(prefix) for prefix in self.alive())
             self.case.assertEqual(self.window.num_pages - self.window.num_free(), alive)
             self.case.assertEqual(self.kept.room(), (self.window.num_free() + len(self.unlocked)) * PAGE)
@@ -162,7 +162,7 @@ class WindowServer:
             self.cache.dec_lock_ref(node)
             self.kept.release(held)
         self.case.assertEqual(self.kept.num_held(), 0)
-        self.cache.check_integrity(held=0, held_units={})
+        check_integrity(self.cache, held=0, held_units={})
         self.cache.reset()
         self.case.assertEqual(self.window.num_free(), self.window.num_pages)
 
@@ -195,7 +195,7 @@ class TestWindowCompanion(CustomTestCase):
             self.assertEqual(self.kept.evict(evicted), evicted)
             for tokens, length in zip(([1, 2, 9, 9], [1, 2, 3, 4, 9, 9], [1, 2, 3, 4, 5, 6]), lens, strict=True):
                 self.assertEqual(self.cache.match_prefix(tokens).slot_ids.tolist(), slots[:length].tolist())
-            self.cache.check_integrity(held=0, held_units={})
+            check_integrity(self.cache, held=0, held_units={})
 
     def test_the_same_tokens_bring_a_tombstone_back(self) -> None:
         first = self.put([1, 2, 3, 4])
@@ -204,7 +204,7 @@ class TestWindowCompanion(CustomTestCase):
         self.server.allocator.free(again)
         self.assertEqual(self.cache.match_prefix([1, 2, 3, 4]).slot_ids.tolist(), first.tolist())
         self.assertEqual(self.window.num_free(), 10)
-        self.cache.check_integrity(held=0, held_units={})
+        check_integrity(self.cache, held=0, held_units={})
 
     def test_what_a_request_passes_by_is_given_back_and_what_it_reads_is_not(self) -> None:
         self.put([1, 2, 3, 4])
@@ -219,7 +219,7 @@ class TestWindowCompanion(CustomTestCase):
         self.assertEqual((self.kept.needs(100, False), self.kept.needs(100, True), self.kept.needs(1, True)), (6, 2, 1))
         self.server.allocator.free(slots)
         self.kept.release(held)
-        self.cache.check_integrity(held=0, held_units={})
+        check_integrity(self.cache, held=0, held_units={})
 
     def test_a_leaf_without_windows_goes_first(self) -> None:
         self.put([1, 1])
@@ -236,7 +236,7 @@ class TestWindowCompanion(CustomTestCase):
         self.kept._unlocked.move_to_end(int(slots[0]) // PAGE)
         self.kept.evict(1)
         self.put([4, 4, 6, 6])
-        self.cache.check_integrity()
+        check_integrity(self.cache)
         self.cache.evict(1)
         self.assertEqual([self.cache.match_prefix([4, 4, t, t]).kv_len for t in (5, 6)], [2, 4])
 
@@ -250,7 +250,7 @@ class TestWindowCompanion(CustomTestCase):
     def test_integrity_check_finds_damage(self) -> None:
         def check(message: str, held: tuple[WindowHold, ...] = ()) -> None:
             with self.assertRaisesRegex(RadixIntegrityError, message):
-                self.kept.check(self.cache._nodes(), held)
+                self.kept.check(self.cache.nodes(), held)
 
         self.put([1, 1])
         check("requests read the windows of {1: 1}, locked are {}", (WindowHold(locked=1),))

@@ -115,6 +115,26 @@ class TestCheckLayers(CustomTestCase):
         self.assert_violation("srt/quantization/fp8.py", "", "has no layer")
         self.assert_violation("srt/managers/a.py", "import sglang.srt.quantization.fp8", "has no layer")
 
+    def test_circles_of_files(self):
+        one, two, three = (f"srt/utils/{name}.py" for name in ("one", "two", "three"))
+        back = "from sglang.srt.utils.one import x"
+        for text in (
+            back,
+            "def f():\n    from sglang.srt.utils import one",
+            "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .one import x",
+        ):
+            with self.subTest(text):
+                status, violations = self.check({one: "import sglang.srt.utils.two", two: text})
+                self.assertEqual((status, len(violations)), (1, 1), violations)
+                names = ("sglang.srt.utils.one", "sglang.srt.utils.two", "sglang.srt.utils.one")
+                self.assertIn(f"files import each other: {' -> '.join(names)}", violations[0])
+        ring = {one: "import sglang.srt.utils.two", two: "import sglang.srt.utils.three", three: back}
+        self.assertEqual(len(self.check(ring)[1]), 1)
+        both = {**ring, two: "import sglang.srt.utils.three\nimport sglang.srt.utils.one"}
+        self.assertEqual(len(self.check(both)[1]), 2)
+        straight = {**ring, one: "import sglang.srt.utils.two\nimport sglang.srt.utils.three", three: ""}
+        self.assertEqual(self.check(straight), (0, []))
+
     def test_an_empty_tree_is_not_clean(self):
         with tempfile.TemporaryDirectory() as folder:
             done = subprocess.run([sys.executable, str(SCRIPT), folder], capture_output=True, text=True)

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from sglang.kernels.amd.driver import CompileOnlyDriver, Launch
+from sglang.kernels.impl import Impl, OpSpec
 from sglang.kernels.registry import REGISTRY
-from sglang.kernels.spec import Impl, Op
 from sglang.srt.platforms import Platform
 from sglang.srt.platforms.interface import DeviceGraph, Result
 
@@ -112,7 +112,7 @@ def watched_ops(driver: CompileOnlyDriver) -> Iterator[list[OpCall]]:
             op.set_table(None)
 
 
-def _watched(op: Op, impl: Impl, driver: CompileOnlyDriver, calls: list[OpCall]) -> Callable[..., Any]:
+def _watched(op: OpSpec, impl: Impl, driver: CompileOnlyDriver, calls: list[OpCall]) -> Callable[..., Any]:
     reference, alone = impl.name == op.impls[-1].name, len(op.impls) == 1
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,7 @@ from sglang.srt.configs.cache_layout import FULL, SWA
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.radix_integrity import check_integrity
 from sglang.srt.mem_cache.room import Room
 from sglang.srt.mem_cache.tree_node import MatchResult
 
@@ -288,7 +289,7 @@ class ReqMemory:
             if held := companion.num_held():
                 raise PoolLeakError(f"idle, but {held} {companion.unit} slots are held by no request")
         if deep:
-            self.tree.check_integrity(held=0, held_units={})
+            check_integrity(self.tree, held=0, held_units={})
 
     def _row(self, req: Req) -> int:
         assert req.req_pool_idx is not None, f"request {req.rid} holds no row"

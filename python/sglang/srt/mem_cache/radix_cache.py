@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,14 @@ import torch
 
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefix_companion import PrefixCompanion
-from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError, check_tree
-from sglang.srt.mem_cache.tree_node import ChildKey, HeapKey, InsertResult, MatchResult, TreeNode
+from sglang.srt.mem_cache.tree_node import (
+    ChildKey,
+    HeapKey,
+    InsertResult,
+    MatchResult,
+    RadixIntegrityError,
+    TreeNode,
+)
 
 EVICTION_POLICIES = ("lru",)
 
@@ -77,7 +83,7 @@ class RadixCache:
         locked = self._protected + sum(node.value.size for node in self._withdrawn)
         if locked:
             raise RadixIntegrityError(f"reset of a prefix cache with {locked} locked tokens")
-        self._release(list(self._nodes()))
+        self._release(list(self.nodes()))
         self._start_empty()
 
     # Lookup and insertion
@@ -208,7 +214,7 @@ class RadixCache:
             yield node
             node = node.parent
 
-    def _nodes(self) -> Iterator[TreeNode]:
+    def nodes(self) -> Iterator[TreeNode]:
         """Every node but the root, parents first."""
         stack = list(self.root.children.values())
         while stack:
@@ -360,22 +366,6 @@ class RadixCache:
         for companion in self.companions:
             for node in nodes:
                 companion.on_drop(node)
-
-    def check_integrity(
-        self,
-        free_slots: torch.Tensor | None = None,
-        held: torch.Tensor | int | None = None,
-        held_units: Mapping[str, Sequence[Any]] | None = None,
-    ) -> None:
-        """Recount the whole tree and raise RadixIntegrityError at the first thing that is wrong.
-
-        ``free_slots`` [n] are the allocator's (asked of it when None). ``held`` are the slots [n] that requests own
-        beside the tree, or their count in tokens of whole pages; with it, free + tree + held must be the whole pool.
-        ``held_units``, by unit, are what requests hold of the companions' units, and as exact.
-        """
-        check_tree(self, free_slots, held)
-        for companion in self.companions:
-            companion.check(self._nodes(), None if held_units is None else held_units.get(companion.unit, ()))
 
 
 def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:

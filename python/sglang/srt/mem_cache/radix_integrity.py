@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
-if TYPE_CHECKING:
-    from sglang.srt.mem_cache.radix_cache import RadixCache
-    from sglang.srt.mem_cache.tree_node import TreeNode
+from sglang.srt.mem_cache.radix_cache import RadixCache
+from sglang.srt.mem_cache.tree_node import RadixIntegrityError, TreeNode
 
 
-class RadixIntegrityError(RuntimeError):
-    """The prefix cache and its books disagree."""
+def check_integrity(
+    cache: RadixCache,
+    free_slots: torch.Tensor | None = None,
+    held: torch.Tensor | int | None = None,
+    held_units: Mapping[str, Sequence[Any]] | None = None,
+) -> None:
+    """Recount the whole tree and raise RadixIntegrityError at the first thing that is wrong.
+
+    ``free_slots`` [n] are the allocator's (asked of it when None). ``held`` are the slots [n] that requests own in
+    addition to the tree, or their count in tokens of whole pages; with it, free + tree + held must be the whole pool.
+    ``held_units``, by unit, are what requests hold of the companions' units, and as exact.
+    """
+    _check_tree(cache, free_slots, held)
+    for companion in cache.companions:
+        companion.check(cache.nodes(), None if held_units is None else held_units.get(companion.unit, ()))
 
 
-def check_tree(cache: RadixCache, free_slots: torch.Tensor | None, held: torch.Tensor | int | None) -> None:
-    """Links, locks, pages, counters and slots of ``cache``; arguments as in ``RadixCache.check_integrity``."""
+def _check_tree(cache: RadixCache, free_slots: torch.Tensor | None, held: torch.Tensor | int | None) -> None:
+    """Links, locks, pages, counters and slots of ``cache``; arguments as in ``check_integrity``."""
     values: list[np.ndarray] = []
     evictable = protected = num_nodes = 0
     stack = [cache.root]

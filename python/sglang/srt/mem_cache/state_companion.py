@@ -9,8 +9,7 @@ from itertools import islice
 from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.mem_cache.memory_pool import StateSlots
 from sglang.srt.mem_cache.prefix_companion import PrefixCompanion
-from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError
-from sglang.srt.mem_cache.tree_node import InsertResult, TreeNode
+from sglang.srt.mem_cache.tree_node import InsertResult, RadixIntegrityError, TreeNode
 
 
 class StateCompanion(PrefixCompanion[int]):

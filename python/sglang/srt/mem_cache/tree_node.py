@@ -34,6 +34,10 @@ class TreeNode:
         self.withdrawn = False
 
 
+class RadixIntegrityError(RuntimeError):
+    """The prefix cache and its books disagree."""
+
+
 @dataclass(frozen=True, eq=False)
 class MatchResult:
     """The longest usable prefix: its slots [n] int64 (host) and the node where it ends.

@@ -11,8 +11,7 @@ import torch
 
 from sglang.srt.configs.cache_layout import SWA
 from sglang.srt.mem_cache.prefix_companion import PrefixCompanion
-from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError
-from sglang.srt.mem_cache.tree_node import InsertResult, TreeNode
+from sglang.srt.mem_cache.tree_node import InsertResult, RadixIntegrityError, TreeNode
 from sglang.srt.mem_cache.window_pages import WindowPages
 
 

@@ -108,8 +108,9 @@ def make_speculator(args: ServerArgs, runner: ModelRunner) -> EagleWorker | None
         runner.loaded.draft, runner, backends.create_prefill_backend(), backends.create_decode_backend(), spec
     )
     if not args.disable_cuda_graph:
-        drafter.graphs = DraftGraphs(drafter, runner, spec, graph_buckets(args))
-        drafter.graphs.capture()
+        graphs = DraftGraphs(drafter, runner, spec, graph_buckets(args))
+        drafter.graphs = graphs
+        graphs.capture()
         for gauge in expert_gauges(runner.model):
             gauge.forget()
     return EagleWorker(runner, spec, drafter)

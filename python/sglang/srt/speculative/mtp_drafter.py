@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
@@ -15,9 +15,6 @@ from sglang.srt.model_executor.model_runner import ModelRunner, StepForward
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.speculative.eagle_worker import Accepted, Drafter
 from sglang.srt.speculative.spec_info import DRAFT, SpecInfo
-
-if TYPE_CHECKING:
-    from sglang.srt.speculative.draft_graphs import DraftGraphs
 
 
 class DraftForward(Protocol):
@@ -61,6 +58,16 @@ class Drafts:
         return Drafts(self.ids[:size], self.hidden[:size])
 
 
+class DraftReplay(Protocol):
+    """Steps of the layer that were captured: ``draft_graphs.py``. None stands for a step that is to be run eagerly."""
+
+    def extend(self, step: StepForward, accepted: Accepted) -> ChainStart | None: ...
+
+    def go_on(
+        self, step: StepForward, rows: torch.Tensor, start: ChainStart, draft: torch.Tensor, info: SamplingBatchInfo
+    ) -> torch.Tensor | None: ...
+
+
 class MtpDrafter(Drafter):
     """Drafts by the MTP layer, whose row of a position pairs the hidden row there with the next token.
 
@@ -79,7 +86,7 @@ class MtpDrafter(Drafter):
         self.model = model
         self.extend_backend = extend_backend
         self.decode_backend = decode_backend
-        self.graphs: DraftGraphs | None = None
+        self.graphs: DraftReplay | None = None
         self._sampler = target.sampler
         self._req_to_token = target.req_to_token_pool.req_to_token
         self._padding_row = target.req_to_token_pool.padding_row
