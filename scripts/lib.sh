@@ -95,16 +95,17 @@ install_torch() {
     fi
 }
 
-# ensure_venv EXTRA: idempotent; a stamp of pyproject.toml and the interpreter says that nothing is left to do.
+# ensure_venv EXTRAS: idempotent; a stamp of pyproject.toml and the interpreter says that nothing is left to do.
+# EXTRAS is empty, "test" or "test,clients": what was installed with more covers less.
 ensure_venv() {
-    local extra="${1:-}" python stamp
+    local extra="${1:-}" python stamp file
     BEGAN=$SECONDS
     if [ -x "$VENV/bin/python" ]; then
         stamp="$({ cat "$REPO/pyproject.toml"; echo "$REPO"; "$VENV/bin/python" -V; } | cksum)"
-        if [ "$(cat "$VENV/.stamp-${extra:-base}" 2>/dev/null)" = "$stamp" ] ||
-            [ "$(cat "$VENV/.stamp-test" 2>/dev/null)" = "$stamp" ]; then
-            return
-        fi
+        for file in "$VENV/.stamp-base" "$VENV/.stamp-test" "$VENV/.stamp-test,clients"; do
+            [[ $extra = "" || ${file##*/} = *"-$extra"* ]] || continue
+            [ "$(cat "$file" 2>/dev/null)" != "$stamp" ] || return 0
+        done
     fi
     echo "installing into $VENV, once; SGLANG_TORCH_INDEX_URL can name the package index that torch comes from"
     if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then

@@ -1,9 +1,13 @@
 #!/usr/bin/env bash
 # Install the test extra into .venv and run the CPU suites: scripts/test.sh [--install-only] [arguments of run_suite.py]
 # One suite alone: scripts/test.sh --suite stage-a-test-cpu
+# What runs at night, with the libraries of clients: scripts/test.sh --suite nightly-cpu --nightly
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
-ensure_venv test
+case " $* " in
+*" --nightly "*) ensure_venv test,clients ;;
+*) ensure_venv test ;;
+esac
 [ "${1:-}" != --install-only ] || exit 0
 case " $* " in
 *" --suite"*) suites=() ;;

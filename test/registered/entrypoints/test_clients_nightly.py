@@ -5,25 +5,11 @@ import json
 import unittest
 
 import openai
-import pydantic
 
-from sglang.test.chat_templates import STYLES
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.fake_server import FakeServer
-from sglang.test.test_utils import CustomTestCase
+from sglang.test.scripted_agent import ANSWER, ASKED, Place, ScriptedAgentCase
 
 register_cpu_ci(est_time=30, suite="nightly-cpu", nightly=True)
-
-ANSWER = '{"city": "Paris", "people": 2}'
-CALL = '<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
-ASKED = "Where, and how many?"
-
-
-class Place(pydantic.BaseModel):
-    """Where, and how many."""
-
-    city: str
-    people: int
 
 
 def has(module):
@@ -31,56 +17,7 @@ def has(module):
     return unittest.skipUnless(importlib.util.find_spec(module), f"{module} is not installed: pip install .[clients]")
 
 
-class TestClients(CustomTestCase):
-    """The model is a script: it calls the first tool that it is shown, then answers; with a form it says ANSWER."""
-
-    @classmethod
-    def setUpClass(cls):
-        cls.fake = FakeServer(
-            added_tokens=("<think>", "</think>", "<tool_call>"),
-            tokenizer_config={"chat_template": STYLES["qwen3"]},
-            context_len=8192,
-            tool_call_parser="qwen25",
-            reasoning_parser="qwen3",
-        ).wait_ready()
-        cls.addClassCleanup(cls.fake.stop)
-        cls.fake.scheduler.script = cls.say
-        cls.base = f"{cls.fake.url}/v1"
-
-    @classmethod
-    def say(cls, message):
-        prompt = cls.fake.tokenizer.decode(list(message.input_ids), skip_special_tokens=False)
-        lines = [line for line in prompt.splitlines() if line.startswith('{"type": "function"')]
-        tools = [json.JSONDecoder().raw_decode(line)[0]["function"] for line in lines]
-        text = "It is Paris, for 2."
-        if tools and "<tool_response>" not in prompt:
-            fields = tools[0]["parameters"].get("properties", {})
-            arguments = {"city": "Paris", "people": 2} if "people" in fields else {name: "Paris" for name in fields}
-            text = CALL.format(name=tools[0]["name"], arguments=json.dumps(arguments))
-        elif message.grammar is not None or "JSON" in prompt:
-            text = ANSWER
-        return [*cls.fake.tokenizer.encode(text, add_special_tokens=False), 1]
-
-    def client(self, kind=openai.OpenAI):
-        client = kind(base_url=self.base, api_key="k", max_retries=0, timeout=30)
-        if kind is openai.OpenAI:
-            self.addCleanup(client.close)
-        return client
-
-    def test_openai(self):
-        client, asked = self.client(), [{"role": "user", "content": ASKED}]
-        parsed = client.chat.completions.parse(model="default", messages=asked, response_format=Place)
-        self.assertEqual(parsed.choices[0].message.parsed, Place(city="Paris", people=2))
-        tool = openai.pydantic_function_tool(Place)
-        called = client.chat.completions.parse(model="default", messages=asked, tools=[tool])
-        (call,) = called.choices[0].message.tool_calls
-        self.assertEqual(call.function.parsed_arguments, Place(city="Paris", people=2))
-        reply = client.responses.parse(model="default", input=ASKED, text_format=Place)
-        self.assertEqual(reply.output_parsed, Place(city="Paris", people=2))
-        with client.responses.stream(model="default", input=ASKED) as stream:
-            self.assertEqual("".join(e.delta for e in stream if e.type.endswith("text.delta")), "It is Paris, for 2.")
-            self.assertEqual(stream.get_final_response().status, "completed")
-
+class TestClients(ScriptedAgentCase):
     @has("langchain_openai")
     def test_langchain(self):
         from langchain_openai import ChatOpenAI

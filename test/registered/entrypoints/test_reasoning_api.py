@@ -1,6 +1,5 @@
 """Thought apart from answer in the chat endpoint: whole and streamed, counted, switched off, continued."""
 
-import json
 import types
 import unittest
 from unittest import mock
@@ -168,19 +167,18 @@ class TestLaunch(CustomTestCase):
         self.addCleanup(fake.stop)
         self.assertIn("chat template does not know", logs.output[0])
 
-    def test_without_the_flag_the_field_is_refused(self):
+    def test_without_the_flag_the_field_has_no_effect_and_that_is_said(self):
         fake = FakeServer().wait_ready()
         self.addCleanup(fake.stop)
         client = openai.OpenAI(base_url=f"{fake.url}/v1", api_key="k", max_retries=0)
         self.addCleanup(client.close)
-        for value, status in ((True, 400), (False, 200)):
-            reply = client.chat.completions.with_raw_response
-            try:
-                found = reply.create(model="default", messages=HI, extra_body={"separate_reasoning": value}).status_code
-            except openai.BadRequestError as error:
-                found = error.status_code
-                self.assertIn("--reasoning-parser", json.dumps(error.body))
-            self.assertEqual(found, status)
+        ids = fake.tokenizer.encode("<think>hm</think>85", add_special_tokens=False)
+        fake.scheduler.script = lambda _: [*ids, 1]
+        for value, warned in ((True, ["separate_reasoning has no effect"]), (False, []), (None, [])):
+            extra = {"separate_reasoning": value, "return_warnings": True}
+            reply = client.chat.completions.create(model="default", messages=HI, extra_body=extra)
+            self.assertEqual(reply.choices[0].message.content, "<think>hm</think>85")
+            self.assertEqual([text.partition(":")[0] for text in reply.warnings], warned)
 
 
 if __name__ == "__main__":

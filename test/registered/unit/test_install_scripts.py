@@ -33,11 +33,12 @@ class TestInstall(CustomTestCase):
         (self.folder / "python").chmod(0o755)
         self.calls = self.folder / "calls"
 
-    def install(self, terminal: bool = False, no_wheels: int = 1, no_answer: int = 0) -> tuple[int, list[str]]:
-        """Exit status and output of ``ensure_venv test`` without a GPU, seen by a terminal or by a log."""
-        code = (
-            f"set -euo pipefail; source {LIB}; VENV={self.folder}/venv; gpu_kind() {{ echo none; }}; ensure_venv test"
-        )
+    def install(
+        self, terminal: bool = False, no_wheels: int = 1, no_answer: int = 0, extras: str = "test"
+    ) -> tuple[int, list[str]]:
+        """Exit status and output of ``ensure_venv`` without a GPU, seen by a terminal or by a log."""
+        code = f"set -euo pipefail; source {LIB}; VENV={self.folder}/venv; gpu_kind() {{ echo none; }}; "
+        code += f"ensure_venv {extras}"
         kept = {name: value for name, value in os.environ.items() if name != "SGLANG_TORCH_INDEX_URL"}
         env = {**kept, "PYTHON": f"{self.folder}/python", "CALLS": str(self.calls)}
         env |= {"NO_WHEELS": str(no_wheels), "NO_ANSWER": str(no_answer)}
@@ -69,6 +70,15 @@ class TestInstall(CustomTestCase):
                     self.assertEqual("--quiet" in call, not terminal, "pip shows its progress on a terminal")
                 self.assertEqual(self.install(terminal), (0, []))
                 (self.folder / "venv" / "bin" / "python").unlink()
+
+    def test_what_was_installed_covers_less_and_not_more(self) -> None:
+        installed = []
+        for extras in ("", "test", "", "test,clients", "test", "test,clients", ""):
+            self.calls.write_text("")
+            self.assertEqual(self.install(extras=extras)[0], 0)
+            installed += [line.split()[-1].rpartition("/")[2] for line in self.calls.read_text().splitlines()[-1:]]
+        name = LIB.parents[1].name
+        self.assertEqual(installed, [name, f"{name}[test]", f"{name}[test,clients]"])
 
     def test_local_wheels_come_first(self) -> None:
         _, lines = self.install(no_wheels=0)

@@ -156,12 +156,11 @@ class ReplyParsers:
                 "would be recognised.",
                 param="tools",
             )
+
+    def warn(self, body: ChatCompletionRequest, warnings: list[str]) -> None:
+        """Add to ``warnings`` what the body asks for and does not get; upstream's router asks for a thought always."""
         if body.separate_reasoning and self._reasoning is None:
-            raise RequestError(
-                "separate_reasoning is not supported by this server: it was started without --reasoning-parser. "
-                "Remove the field.",
-                param="separate_reasoning",
-            )
+            warnings.append("separate_reasoning has no effect: the server was started without --reasoning-parser.")
 
     def reader(self, body: ChatCompletionRequest, native: GenerateReqInput) -> ReplyReader:
         """The reader of one choice of the reply to ``body``, whose prompt is ``native``'s."""

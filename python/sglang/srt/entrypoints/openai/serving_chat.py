@@ -68,7 +68,10 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
         template = self.manager.tokenizer.chat_template if self.manager.tokenizer is not None else None
         source = "" if template is None else template.source
         judge_messages(body.messages, source, self.manager.unknown_fields, warnings)
-        if warnings is not None and (strict := strict_tools(body)):
+        if warnings is None:
+            return
+        self._parsers.warn(body, warnings)
+        if strict := strict_tools(body):
             warnings.append(f"strict is not enforced: arguments of {', '.join(strict):.200} may not follow the schema.")
 
     async def convert(self, body: ChatCompletionRequest) -> GenerateReqInput:
