@@ -21,14 +21,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from sglang.srt.configs.published_sizes import (
+from sglang.test.bench_checkpoint import write_tokenizer
+from sglang.test.published_sizes import (
     BLOCK_FP8,
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V3,
     DEEPSEEK_V4_FLASH_8L,
     qwen35_like,
 )
-from sglang.test.bench_checkpoint import write_tokenizer
 
 TOKENIZER_SIZE = 900
 

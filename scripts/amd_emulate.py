@@ -20,14 +20,14 @@ from pathlib import Path
 
 import torch
 
-from sglang.kernels.amd.gate import ARCHS
-from sglang.kernels.amd.walk import ShapeOnlyPlatform
 from sglang.kernels.registry import REGISTRY
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.environ import envs
 from sglang.srt.platforms import override_platform
 from sglang.test.amd_emulator.driver import emulated
 from sglang.test.amd_emulator.emulator import EmulatorError, use_tinygrad
+from sglang.test.amd_gate.gate import ARCHS
+from sglang.test.amd_gate.walk import ShapeOnlyPlatform
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO / "test" / "registered" / "kernels"))
@@ -162,7 +162,7 @@ def main() -> int:
     except EmulatorError as error:
         print(f"NOT RUN: 0 cases of {len(ops)} ops: {error}")
         return NOT_RUN
-    from sglang.kernels.amd.gate import serving_cases
+    from sglang.test.amd_gate.gate import serving_cases
 
     served: dict[str, Case] = {}
     for op, case in serving_cases():

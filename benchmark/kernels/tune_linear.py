@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from timing import describe_device, graph_time
 
-from sglang.kernels.amd.driver import compile_only
 from sglang.kernels.launch import cdiv
 from sglang.kernels.ops.quant.group_fp8 import GROUP, block_product, fp8_dtype, quantize_groups_triton
 from sglang.srt.platforms import current_platform
+from sglang.test.amd_gate.driver import compile_only
 
 # (outputs, inputs): q_a + kv_a, q_b, o_proj, shared gate_up, shared down, dense gate_up.
 SHAPES = ((2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048), (36864, 7168))

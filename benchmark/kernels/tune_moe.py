@@ -21,10 +21,10 @@ import torch
 from moe_cases import SHAPES, TOKENS, MoeInputs, MoeShape, make_inputs, make_weights
 from timing import describe_device, graph_time
 
-from sglang.kernels.amd.driver import compile_only
 from sglang.kernels.ops.moe.fused_experts import Scaled, expert_product, one_token_down, one_token_gate_up, order_pairs
 from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.srt.platforms import current_platform
+from sglang.test.amd_gate.driver import compile_only
 
 # Bytes of weight tiles in flight per program; more does not fit beside a second program.
 MAX_STAGE_BYTES = 200 << 10

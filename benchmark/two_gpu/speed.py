@@ -26,7 +26,6 @@ import torch.multiprocessing as mp
 
 from sglang.kernels.registry import REGISTRY
 from sglang.srt.configs.deepseek import DeepseekConfig
-from sglang.srt.configs.published_sizes import DEEPSEEK_V3
 from sglang.srt.distributed import get_parallel_state, init_parallel_state
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
@@ -38,6 +37,7 @@ from sglang.srt.server_args import ServerArgs, set_global_server_args_for_schedu
 from sglang.srt.utils.common import get_free_port
 from sglang.srt.utils.multi_stream_utils import OverlapSite, StreamOverlap
 from sglang.srt.utils.overlap_trace import merge_rows
+from sglang.test.published_sizes import DEEPSEEK_V3
 
 REPLAYS = 30
 

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from sglang.srt.configs.published_sizes import DEEPSEEK_V3, DEEPSEEK_V4_FLASH_8L
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.platforms import current_platform
+from sglang.test.published_sizes import DEEPSEEK_V3, DEEPSEEK_V4_FLASH_8L
 
 # Tokens per step for which TPOT is shown.
 LENGTHS = (1.0, 1.8, 2.6)

@@ -15,15 +15,15 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang.kernels.amd.driver import LDS_BYTES, Launch, compile_only
-from sglang.kernels.amd.expectations import EXPECTED, MFMA_BF16, expected_instructions
-from sglang.kernels.amd.gate import ARCHS, Recorded, RowCollector, check, load_table, save_table, uncovered_ops
-from sglang.kernels.amd.resources import Resources, drift, occupancy, read_resources, violations
-from sglang.kernels.amd.walk import WalkStep, describe_error
 from sglang.kernels.launch import triton_impl
 from sglang.kernels.registry import REGISTRY
 from sglang.kernels.spec import Case, Impl, Op
-from sglang.srt.model_executor.shape_walk import WALKED_MODELS
+from sglang.test.amd_gate.driver import LDS_BYTES, Launch, compile_only
+from sglang.test.amd_gate.expectations import EXPECTED, MFMA_BF16, expected_instructions
+from sglang.test.amd_gate.gate import ARCHS, Recorded, RowCollector, check, load_table, save_table, uncovered_ops
+from sglang.test.amd_gate.resources import Resources, drift, occupancy, read_resources, violations
+from sglang.test.amd_gate.shape_walk import WALKED_MODELS
+from sglang.test.amd_gate.walk import WalkStep, describe_error
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 

@@ -15,7 +15,6 @@ from sglang.srt.arg_groups.resolve import resolve
 from sglang.srt.configs.attention_backends import _declared, attention_backends, read_source
 from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.configs.deepseek import DeepseekConfig
-from sglang.srt.configs.published_sizes import DEEPSEEK_V2_LITE, qwen35_like
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import (
@@ -30,6 +29,7 @@ from sglang.srt.server_args import ServerArgs, ServerArgsError
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.model_harness import ModelHarness
+from sglang.test.published_sizes import DEEPSEEK_V2_LITE, qwen35_like
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import save_tiny_checkpoint
 

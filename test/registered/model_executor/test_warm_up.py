@@ -15,18 +15,19 @@ import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.kernels import compile_watch
-from sglang.kernels.amd.driver import compile_only
-from sglang.kernels.amd.walk import ShapeOnlyPlatform
 from sglang.kernels.ops.attention.kv_cache import gather_slots_triton
 from sglang.kernels.ops.attention.paged_extend import paged_extend_triton
 from sglang.kernels.ops.attention.ragged_extend import ragged_extend_triton
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.srt.distributed import override_tp_group
 from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
-from sglang.srt.model_executor import shape_walk, warm_up
+from sglang.srt.model_executor import warm_up
 from sglang.srt.model_executor.warm_up import WarmUpStep, warm_up_steps
 from sglang.srt.platforms import override_platform
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.test.amd_gate import shape_walk
+from sglang.test.amd_gate.driver import compile_only
+from sglang.test.amd_gate.walk import ShapeOnlyPlatform
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.test_utils import CustomTestCase

@@ -14,7 +14,6 @@ import sglang.kernels.ops.quant.group_fp8 as group_fp8
 from sglang.kernels.ops.quant.mxfp4 import dequantize_mxfp4
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.configs.published_sizes import BLOCK_FP8, DEEPSEEK_V3
 from sglang.srt.configs.quantization import FP8_BLOCKS, MXFP4, QuantConfig, read_quantization
 from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
 from sglang.srt.layers.moe.fused_moe import FusedMoE
@@ -27,6 +26,7 @@ from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.model_harness import ModelHarness
 from sglang.test.mxfp4_checkpoints import pack, quark_config, save_four_bit
+from sglang.test.published_sizes import BLOCK_FP8, DEEPSEEK_V3
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import save_tiny_checkpoint
 from sglang.test.v4_mtp_reference import save_tiny_v4_mtp

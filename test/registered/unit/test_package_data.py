@@ -1,5 +1,6 @@
-"""The wheel holds every file of the package and the licence."""
+"""The wheel holds every file of the package but tests and fakes, and the licence; it serves without them."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
 REPO = Path(__file__).resolve().parents[3]
 BUILD = "import sys; from setuptools.build_meta import build_wheel; build_wheel(sys.argv[1])"
@@ -34,12 +35,14 @@ class TestWheel(CustomTestCase):
         shutil.copytree(REPO / "python" / "sglang", package, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(REPO / name, source)
-        cls.expected = {f"sglang/{name}" for name in files_below(package)}
+        cls.expected = {f"sglang/{name}" for name in files_below(package) if not name.startswith("test/")}
         done = subprocess.run([sys.executable, "-c", BUILD, folder.name], cwd=source, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         (wheel,) = Path(folder.name).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             cls.content = {name: archive.read(name) for name in archive.namelist()}
+            cls.installed = Path(folder.name, "installed")
+            archive.extractall(cls.installed)
 
     def one(self, ending: str) -> str:
         (name,) = (name for name in self.content if name.endswith(ending))
@@ -49,6 +52,23 @@ class TestWheel(CustomTestCase):
         found = {name for name in self.content if ".dist-info/" not in name}
         self.assertGreater(len(found), 200)
         self.assertEqual(sorted(found ^ self.expected), [])
+
+    def test_holds_no_tests_and_no_fakes(self) -> None:
+        vendors = [path.name for path in (REPO / "python/sglang/test/fakes").iterdir() if path.is_dir()]
+        self.assertIn("aiter", vendors)
+        wrong = {"test", "tests", "fakes", "amd_gate", *vendors}
+        self.assertEqual([name for name in self.content if wrong & set(Path(name).parts)], [])
+
+    def test_its_commands_need_no_tests(self) -> None:
+        for words, status, said in (
+            (["sglang.launch_server", "--dry-run"], 0, "dry run: accepted"),
+            (["sglang.kernels", "--amd-report"], 2, "error: --amd-report runs in a checkout"),
+        ):
+            environ = {**os.environ, "PYTHONPATH": str(self.installed), "SGLANG_PLATFORM": "cpu"}
+            command = [sys.executable, "-m", *words]
+            done = subprocess.run(command, cwd=self.installed, env=environ, capture_output=True, text=True)
+            self.assertEqual(done.returncode, status, done.stderr)
+            self.assertIn(said, done.stdout + done.stderr)
 
     def test_holds_the_licence(self) -> None:
         text = (REPO / "LICENSE").read_text(encoding="utf-8")

@@ -17,7 +17,6 @@ from sglang.srt.arg_groups.evaluate import evaluate
 from sglang.srt.arg_groups.parse import read
 from sglang.srt.arg_groups.plan import plan_launch
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.configs.published_sizes import BLOCK_FP8, DEEPSEEK_V3, qwen35_like
 from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
@@ -42,6 +41,7 @@ from sglang.srt.platforms.rocm import RocmOverFakesPlatform
 from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.process_ranks import run_processes, use_fakes
+from sglang.test.published_sizes import BLOCK_FP8, DEEPSEEK_V3, qwen35_like
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=8, suite="stage-a-test-cpu")

@@ -21,7 +21,6 @@ from sglang.srt.arg_groups.parse import parse, read
 from sglang.srt.arg_groups.resolve import STEPS, resolve
 from sglang.srt.arg_groups.steps import Change, Context
 from sglang.srt.arg_groups.upstream import upstream_flags
-from sglang.srt.configs.published_sizes import qwen35_like
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.environ import envs
 from sglang.srt.server_args import (
@@ -33,6 +32,7 @@ from sglang.srt.server_args import (
 )
 from sglang.srt.utils.network import is_loopback
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.published_sizes import qwen35_like
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")

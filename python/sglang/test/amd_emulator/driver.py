@@ -11,8 +11,8 @@ from typing import Any
 import triton
 from triton import knobs
 
-from sglang.kernels.amd.driver import CompileOnlyDriver
 from sglang.test.amd_emulator.emulator import KernelEmulator, Run
+from sglang.test.amd_gate.driver import CompileOnlyDriver
 
 # Triton keeps compiled kernels by device number: apart from the compile-only driver's.
 _DEVICES = 200_000

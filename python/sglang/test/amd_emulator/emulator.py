@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sglang.kernels.amd.driver import LDS_BYTES, WAVE_LANES
 from sglang.test.amd_emulator import instructions
 from sglang.test.amd_emulator.code_object import CodeObject
+from sglang.test.amd_gate.driver import LDS_BYTES, WAVE_LANES
 
 # tinygrad's name for the instruction sets of CDNA.
 _ARCH = "cdna"

@@ -4,9 +4,9 @@ import unittest
 
 from sglang.srt.configs.cache_layout import FULL, STATE, SWA, BufferSpec, CacheLayout, CacheTypes, PoolSpec
 from sglang.srt.configs.deepseek import DeepseekConfig
-from sglang.srt.configs.published_sizes import DEEPSEEK_V3, qwen35_like
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.published_sizes import DEEPSEEK_V3, qwen35_like
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")

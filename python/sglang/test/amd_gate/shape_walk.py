@@ -14,16 +14,8 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from sglang.kernels.amd.walk import WalkStep, describe_error
 from sglang.srt.arg_groups.resolve import resolve
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.configs.published_sizes import (
-    BLOCK_FP8,
-    DEEPSEEK_V2_LITE,
-    DEEPSEEK_V3,
-    DEEPSEEK_V4_FLASH_8L,
-    qwen35_like,
-)
 from sglang.srt.distributed import ProcessGroupHandle, override_tp_group
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
@@ -33,6 +25,14 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, override_server_args
+from sglang.test.amd_gate.walk import WalkStep, describe_error
+from sglang.test.published_sizes import (
+    BLOCK_FP8,
+    DEEPSEEK_V2_LITE,
+    DEEPSEEK_V3,
+    DEEPSEEK_V4_FLASH_8L,
+    qwen35_like,
+)
 
 DECODE_BATCHES = (1, 8, 128)
 # Tokens after a prefix, for each request of a prefill step.

@@ -20,13 +20,13 @@ from typing import Any
 
 import triton
 
-from sglang.kernels.amd.driver import Launch, compile_only
-from sglang.kernels.amd.expectations import EXPECTED, MFMA_FP8, expected_instructions
-from sglang.kernels.amd.resources import Resources, drift, read_resources, unfit, violations
-from sglang.kernels.amd.walk import OpCall, ShapeOnlyPlatform, Walk, WalkStep, describe_error, watched_ops
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.kernels.spec import Case, Op
 from sglang.srt.platforms import override_platform
+from sglang.test.amd_gate.driver import Launch, compile_only
+from sglang.test.amd_gate.expectations import EXPECTED, MFMA_FP8, expected_instructions
+from sglang.test.amd_gate.resources import Resources, drift, read_resources, unfit, violations
+from sglang.test.amd_gate.walk import OpCall, ShapeOnlyPlatform, Walk, WalkStep, describe_error, watched_ops
 
 ARCHS = ("gfx942", "gfx950")
 TABLE = Path(__file__).with_name("resources.json")

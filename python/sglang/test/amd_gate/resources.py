@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sglang.kernels.amd.driver import LDS_BYTES, MAX_WORKGROUP_LANES, WAVE_LANES, Launch
+from sglang.test.amd_gate.driver import LDS_BYTES, MAX_WORKGROUP_LANES, WAVE_LANES, Launch
 
 # Registers of a lane on CDNA3 and CDNA4 (vector and accumulation together), granted in eights; waves of a SIMD.
 LANE_REGISTERS = 512

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from sglang.kernels.amd.driver import CompileOnlyDriver, Launch
 from sglang.kernels.impl import Impl, OpSpec
 from sglang.kernels.registry import REGISTRY
 from sglang.srt.platforms import Platform
 from sglang.srt.platforms.interface import DeviceGraph, Result
+from sglang.test.amd_gate.driver import CompileOnlyDriver, Launch
 
 # Bytes of an MI300X and of an MI355X: the sizes of pools decide how kernels address them.
 MEMORY_BYTES = {"gfx942": 192 << 30, "gfx950": 288 << 30}
@@ -75,7 +75,7 @@ class WalkStep:
 def describe_error(error: Exception) -> str:
     """One line: its kind, the innermost place of the product that it came through, and the end of what it says."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/sglang/" in frame.filename]
-    frames = [frame for frame in frames if not frame.filename.endswith(("shape_walk.py", "amd/walk.py"))]
+    frames = [frame for frame in frames if not frame.filename.endswith(("shape_walk.py", "amd_gate/walk.py"))]
     place = f" at sglang/{frames[-1].filename.rpartition('/sglang/')[2]}:{frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}{place}: {' '.join(str(error).split())[-300:]}"
 
