@@ -24,7 +24,7 @@ BUDGETS = {
     "sglang/bench_utils": 1_300,
     "sglang/cli": 150,
     "sglang/embedded_models": 50,
-    "sglang/kernels": 10_900,
+    "sglang/kernels": 10_400,
     "sglang/srt/*.py": 1_200,
     "sglang/srt/arg_groups": 2_250,
     "sglang/srt/configs": 2_200,

@@ -21,16 +21,16 @@ import torch
 from moe_cases import SHAPES, MoeInputs, make_inputs, make_weights
 from timing import bench_parser, describe_device, graph_time
 
-from sglang.kernels.ops.moe.fused_experts import SERVING_LIMITS, order_pairs
+from sglang.kernels.ops.moe.fused_experts import order_pairs
 from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8_triton
 from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
-    empty_experts,
     fused_experts_mxfp4_scaled,
     fused_experts_mxfp4_triton,
     mxfp4_product,
 )
 from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.srt.platforms import current_platform
+from sglang.test.amd_gate.serving_cases.moe import SERVING_LIMITS, empty_experts
 
 # Bytes of a weight, its scale included: one byte and a float32 for each 128x128, half a byte and one for each 32.
 FP8_BYTES, MXFP4_BYTES = 1 + 4 / 128**2, 0.5 + 1 / 32

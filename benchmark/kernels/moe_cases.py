@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang.kernels.ops.moe.fused_experts import SERVING_MODELS, Scaled
+from sglang.kernels.ops.moe.fused_experts import Scaled
 from sglang.kernels.ops.quant.group_fp8 import GROUP, fp8_dtype, quantize_groups_triton
+from sglang.test.amd_gate.serving_cases.moe import SERVING_MODELS
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,6 @@ def rows_of(x: Tensor) -> Rows | None:
     return None
 
 
-def bfloat16s(device: str, *shapes: tuple[int, ...]) -> list[Tensor]:
-    """One uninitialised bfloat16 tensor a shape, for ``serving_cases``."""
-    return [torch.empty(shape, dtype=torch.bfloat16, device=device) for shape in shapes]
-
-
 def warps_for(elements: int) -> int:
     """Warps of a program that holds ``elements`` at once: 512 a warp, at most 8 warps."""
     return max(1, min(8, next_power_of_2(cdiv(elements, 512))))

@@ -1,6 +1,6 @@
 """Compile every Triton kernel at its serving shapes for gfx942 and gfx950 and hold it against the checked-in table.
 
-Shapes come from the ops' ``serving_cases`` and from a walk: models run as they are served, on tensors without contents.
+Shapes come from ``serving_cases/`` and from a walk: models run as they are served, on tensors without contents.
 A row of the table names the code that it was read from by a digest; only code that is not in the table is compiled.
 A compile gate is not a correctness test, and nothing here has run on AMD hardware.
 """
@@ -26,10 +26,12 @@ from sglang.srt.platforms import override_platform
 from sglang.test.amd_gate.driver import Launch, compile_only
 from sglang.test.amd_gate.expectations import EXPECTED, MFMA_FP8, expected_instructions
 from sglang.test.amd_gate.resources import Resources, drift, read_resources, unfit, violations
+from sglang.test.amd_gate.serving_cases import activation, attention, gdn, mhc, moe, norm, quant, rope, sampling
 from sglang.test.amd_gate.walk import OpCall, ShapeOnlyPlatform, Walk, WalkStep, describe_error, watched_ops
 
 ARCHS = ("gfx942", "gfx950")
 TABLE = Path(__file__).with_name("resources.json")
+GROUPS = (activation, attention, gdn, mhc, moe, norm, quant, rope, sampling)
 COLUMNS = (*(column.name for column in fields(Resources)), "digest")
 
 
@@ -125,9 +127,10 @@ def save_table(rows: Iterable[Row], path: Path = TABLE) -> None:
 
 
 def serving_cases() -> Iterator[tuple[Op, Case]]:
-    """What the modules of ``sglang.kernels.ops`` declare in ``serving_cases()``: arguments without storage."""
-    for module in REGISTRY.load_all():
-        yield from module.serving_cases() if hasattr(module, "serving_cases") else ()
+    """What the files of ``serving_cases/`` declare."""
+    for group in GROUPS:
+        for cases in group.CASES:
+            yield from cases()
 
 
 class RowCollector:
@@ -254,7 +257,9 @@ def report(as_json: bool, update: bool, walk: Walk | None = None) -> int:
     if update:
         save_table(rows)
     problems = [problem for found in findings for problem in found.problems]
-    problems += [f"{name}: has a Triton implementation and no serving_cases() in its file" for name in uncovered]
+    problems += [
+        f"{name}: has a Triton implementation and no case in sglang/test/amd_gate/serving_cases" for name in uncovered
+    ]
     if as_json:
         for row in rows:
             print(json.dumps(row.as_dict()))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, rows_of, triton_impl
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, rows_of, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 
 
@@ -48,13 +48,6 @@ def _cases() -> Iterator[Case]:
     wide = torch.tensor([[-200.0, 200.0, 0.0, float("inf"), float("-inf")]])
     yield Case("saturated", (torch.full_like(wide, 3.0), wide))
     yield Case("nan-row", (torch.ones(2, 2), torch.tensor([[float("nan"), 1.0], [1.0, 1.0]])))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """The output gate of Qwen3.5's attention in bf16, without contents."""
-    for tokens in (1, 8192):
-        out, both = bfloat16s(device, (tokens, 16, 256), (tokens, 16, 2, 256))
-        yield sigmoid_mul, Case(f"qwen35 t{tokens}", (out, both[:, :, 1]))
 
 
 sigmoid_mul = Op(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, rows_of, triton_impl
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, rows_of, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 
 
@@ -58,13 +58,6 @@ def _cases() -> Iterator[Case]:
     yield Case("saturated", (torch.tensor([[-200.0, 200.0, 3.0, 3.0], [0.0, -0.0, 1e30, -1e30]]),))
     yield Case("clamped-far", (torch.tensor([[-9.0, 9.0, -9.0, 9.0, 9.0, 9.0, -9.0, -9.0]]), 2.0))
     yield Case("nan-row", (torch.tensor([[float("nan"), 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0]]),))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Shapes of served models in bf16, without contents: shared experts and dense layers."""
-    for name, width in (("v2lite-shared", 2816), ("v3-dense", 18432), ("qwen35-shared", 512)):
-        yield silu_and_mul, Case(f"{name} t128", (*bfloat16s(device, (128, 2 * width)),))
-    yield silu_and_mul, Case("v4flash-shared t128", (*bfloat16s(device, (128, 2 * 2048)), 10.0))
 
 
 silu_and_mul = Op(

@@ -132,22 +132,6 @@ def _merge_cases() -> Iterator[Case]:
         yield Case(f"{rows}x{heads}", (outs[0], lses[0], outs[1], lses[1]))
 
 
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """One part of a long prefix and its merge, 16 and 128 heads in bf16, without contents."""
-    for heads in (16, 128):
-        q = torch.empty(2048, heads, 192, dtype=torch.bfloat16, device=device)
-        kv = torch.empty(8192, heads, 256, dtype=torch.bfloat16, device=device)
-        rows = torch.empty(8192, 576, dtype=torch.bfloat16, device=device)
-        k, v, tail = expanded_views(kv, rows, 128, 64)
-        bounds = torch.empty(5, dtype=torch.int64, device=device)
-        for causal in (False, True):
-            case = Case(f"h{heads} causal={causal}", (q, k, v, bounds, bounds.clone(), 192**-0.5, causal, tail))
-            yield extend_state, case
-        out = torch.empty(2048, heads, 128, dtype=torch.bfloat16, device=device)
-        lse = torch.empty(2048, heads, dtype=torch.float32, device=device)
-        yield merge_states, Case(f"h{heads}", (out, lse, out.clone(), lse.clone()))
-
-
 extend_state = Op(
     "attention_state.extend",
     triton_impl(extend_state_triton, _accepts_extend),

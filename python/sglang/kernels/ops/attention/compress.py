@@ -8,9 +8,7 @@ import torch
 
 from sglang.kernels.launch import next_power_of_2, triton_impl, warps_for
 from sglang.kernels.ops.attention.packed_rows import RowLayout, is_packed, make_pages, store_rows_torch
-from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Impl, Op
-from sglang.srt.platforms import current_platform
 
 # Bytes of float32 that a reference gathers at once.
 GATHER_BYTES = 1 << 26
@@ -186,27 +184,6 @@ def _cases() -> Iterator[Case]:
         if name == "across":
             packed = make_pages(4, 2, dim, 4, torch.float8_e4m3fn)
             yield Case("across-packed-fp8", (*args[:-1], *packed))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Compressors of both ratios and of the indexer, in a decode step and a prefill, without contents."""
-    dtype = fp8_dtype(current_platform.arch)
-    for num_rows, count, apart in ((32, 32, True), (4096, 1032, False)):
-        for ratio, parts, dim in ((4, 2, 512), (4, 2, 128), (128, 1, 512)):
-            kv = torch.empty(num_rows, parts * dim, dtype=torch.bfloat16, device=device)
-            states = torch.empty(1024, parts * dim, dtype=torch.float32, device=device)
-            ids = torch.empty(num_rows, dtype=torch.int64, device=device)
-            sources = torch.empty(count, parts * ratio, dtype=torch.int64, device=device)
-            entries = torch.empty(count, dtype=torch.int64, device=device)
-            args = (
-                kv, kv.clone(), states, states.clone(), ids, sources, states[:ratio].clone(), states[0, :dim], 1e-6,
-                torch.empty(8192, 64, dtype=torch.float32, device=device), entries, entries.clone(),
-            )  # fmt: skip
-            name = f"m{ratio} d{dim} t{num_rows}"
-            plain = torch.empty(4096, dim, dtype=torch.bfloat16, device=device)
-            yield compress, Case(name, (*args, plain, None, apart))
-            tail = 64 if dim == 512 else None
-            yield compress, Case(f"{name} fp8", (*args, *make_pages(64, 256 // ratio, dim, tail, dtype, device), apart))
 
 
 compress = Op(

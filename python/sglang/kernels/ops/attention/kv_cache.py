@@ -144,22 +144,6 @@ def _span_cases() -> Iterator[Case]:
         yield Case(name, (table, rows, starts, indptr, int(indptr[-1])))
 
 
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """A decode step of 128 requests and a prefill of 8192 tokens in bf16, without contents; 8-bit caches for decode."""
-    for tokens in (128, 8192):
-        slots = torch.empty(tokens, dtype=torch.int64, device=device)
-        for heads, dim in ((2, 256), (8, 128)):
-            k = torch.empty(tokens, heads, dim, dtype=torch.bfloat16, device=device)
-            cache = torch.empty(1 << 14, heads, dim, dtype=torch.bfloat16, device=device)
-            yield write_kv, Case(f"kv {tokens}x{heads}x{dim}", (k, k.clone(), cache, cache.clone(), slots))
-        if tokens == 128:
-            coarse = torch.empty_like(cache, dtype=fp8_dtype(current_platform.arch))
-            yield write_kv, Case(f"kv {tokens}x8x128 fp8", (k, k.clone(), coarse, coarse.clone(), slots))
-        bounds = torch.empty(9, dtype=torch.int64, device=device)
-        table = torch.empty(64, 8192, dtype=torch.int32, device=device)
-        yield gather_slots, Case(f"slots {tokens}", (table, bounds[:8], bounds[:8].clone(), bounds, tokens))
-
-
 write_kv = Op(
     "kv_cache.write_kv",
     triton_impl(write_kv_triton, _accepts_kv),

@@ -11,9 +11,7 @@ from sglang.kernels.ops.attention.kv_cache import read_rows
 from sglang.kernels.ops.attention.launchers import latent_fits, launch_extend
 from sglang.kernels.ops.attention.ragged_extend import indptr, ragged_extend_torch, ragged_shapes
 from sglang.kernels.ops.attention.tiles import RowShape
-from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Impl, Op
-from sglang.srt.platforms import current_platform
 
 
 def mla_extend_torch(
@@ -65,20 +63,6 @@ def _cases() -> Iterator[Case]:
         args = (q, cache, slots, indptr(q_lens), indptr(kv_lens), 16, 0.2)
         yield Case(name, args)
         yield Case(f"{name}-fp8", (q, cache.to(torch.float8_e4m3fn), *args[2:]))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """A few new tokens a request after a long prefix, in bf16, without contents."""
-    for heads in (16, 128):
-        for batch, new, total in ((8, 4, 8192), (512, 2, 1152)):
-            q = torch.empty(batch * new, heads, 576, dtype=torch.bfloat16, device=device)
-            latent = torch.empty(batch * total, 576, dtype=torch.bfloat16, device=device)
-            slots = torch.empty(batch * total, dtype=torch.int64, device=device)
-            bounds = torch.empty(batch + 1, dtype=torch.int64, device=device)
-            args = (q, latent, slots, bounds, bounds.clone(), 512, 192**-0.5)
-            yield mla_extend, Case(f"mla_h{heads} {batch}x{new} of {total}", args)
-        coarse = torch.empty_like(latent, dtype=fp8_dtype(current_platform.arch))
-        yield mla_extend, Case(f"mla_h{heads} 512x2 of 1152 fp8", (q, coarse, *args[2:]))
 
 
 mla_extend = Op(

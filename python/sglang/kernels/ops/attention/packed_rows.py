@@ -170,18 +170,6 @@ def _cases() -> Iterator[Case]:
         yield Case(name, (rows.clone(), ids, torch.zeros(12, dim)))
 
 
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Rows and index keys of a decode step and of a prefill, without contents."""
-    dtype = fp8_dtype(current_platform.arch)
-    for tokens in (32, 4096):
-        ids = torch.empty(tokens, dtype=torch.int64, device=device)
-        rows = torch.empty(tokens, 512, dtype=torch.bfloat16, device=device)
-        yield store_rows, Case(f"rows t{tokens}", (rows, ids, torch.empty_like(rows)))
-        yield store_rows, Case(f"rows t{tokens} fp8", (rows, ids, *make_pages(64, 256, 512, 64, dtype, device)))
-        keys = make_pages(64, 64, 128, None, dtype, device)
-        yield store_rows, Case(f"keys t{tokens} fp8", (rows[:, :128].contiguous(), ids, *keys))
-
-
 store_rows = Op(
     "compressed.store_rows",
     triton_impl(store_rows_triton, _accepts),

@@ -9,11 +9,9 @@ import torch
 from sglang.kernels.launch import triton_impl
 from sglang.kernels.ops.attention.kv_cache import read_rows
 from sglang.kernels.ops.attention.launchers import launch_extend, rows_fit
-from sglang.kernels.ops.attention.ragged_extend import SERVING_SHAPES, indptr, ragged_extend_torch, ragged_shapes
+from sglang.kernels.ops.attention.ragged_extend import indptr, ragged_extend_torch, ragged_shapes
 from sglang.kernels.ops.attention.tiles import RowShape
-from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Impl, Op
-from sglang.srt.platforms import current_platform
 
 
 def paged_extend_torch(
@@ -64,21 +62,6 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{name}-{heads}x{kv_heads}", args)
         coarse = (cache.to(torch.float8_e4m3fn) for cache in (k_cache, v_cache))
         yield Case(f"{name}-fp8", (q, *coarse, *args[3:]))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Prefill and a cached prefix with grouped heads of 256 and 128 in bf16, without contents."""
-    for heads, kv_heads, dim in ((16, 2, 256), (32, 8, 128)):
-        for batch, new, total in SERVING_SHAPES:
-            q = torch.empty(batch * new, heads, dim, dtype=torch.bfloat16, device=device)
-            cache = torch.empty(batch * total, kv_heads, dim, dtype=torch.bfloat16, device=device)
-            slots = torch.empty(batch * total, dtype=torch.int64, device=device)
-            bounds = torch.empty(batch + 1, dtype=torch.int64, device=device)
-            args = (q, cache, torch.empty_like(cache), slots, bounds, bounds.clone(), dim**-0.5)
-            yield paged_extend, Case(f"gqa_{heads}x{kv_heads}_d{dim} {batch}x{new} of {total}", args)
-        coarse = torch.empty_like(cache, dtype=fp8_dtype(current_platform.arch))
-        name = f"gqa_{heads}x{kv_heads}_d{dim} {batch}x{new} of {total} fp8"
-        yield paged_extend, Case(name, (q, coarse, coarse.clone(), *args[3:]))
 
 
 paged_extend = Op(

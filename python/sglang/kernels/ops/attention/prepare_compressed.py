@@ -9,10 +9,8 @@ from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.attention.packed_rows import RowLayout, is_packed, make_pages, store_rows_torch
-from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.ops.rope.rotary_tail import rotary_tail_torch
 from sglang.kernels.spec import Case, Impl, Op
-from sglang.srt.platforms import current_platform
 
 # Numbers of query heads that a program holds.
 NUMBERS_PER_PROGRAM = 4096
@@ -101,22 +99,6 @@ def _cases() -> Iterator[Case]:
         yield Case(name, (*args, torch.zeros(12, dim)))
         for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
             yield Case(f"{name}-{str(dtype)[14:]}-fp8", (*args, *make_pages(6, 2, dim, rotary, dtype)))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Layers of V4 in decode and prefill, whole and on one of eight ranks, without contents."""
-    dtype = fp8_dtype(current_platform.arch)
-    table = torch.empty(8192, 64, dtype=torch.float32, device=device)
-    weight = torch.empty(512, dtype=torch.float32, device=device)
-    for num_rows, heads in ((32, 64), (4096, 64), (32, 16)):
-        q = torch.empty(num_rows, heads, 512, dtype=torch.bfloat16, device=device)
-        kv = torch.empty(num_rows, 1536, dtype=torch.bfloat16, device=device)[:, 1024:]
-        ids = torch.empty(num_rows, dtype=torch.int64, device=device)
-        args = (q, kv, ids, table, weight, 1e-6, ids.clone())
-        plain = torch.empty(4096, 512, dtype=torch.bfloat16, device=device)
-        yield prepare_compressed, Case(f"h{heads} t{num_rows}", (*args, plain))
-        pages = make_pages(64, 256, 512, 64, dtype, device)
-        yield prepare_compressed, Case(f"h{heads} t{num_rows} fp8", (*args, *pages))
 
 
 prepare_compressed = Op(

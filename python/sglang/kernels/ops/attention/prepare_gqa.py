@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, triton_impl, warps_for
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype, write_kv_torch
 from sglang.kernels.ops.norm.rmsnorm import gemma_rms_norm_torch, rows_per_program
 from sglang.kernels.ops.rope.rotary import rotary_torch
@@ -115,19 +115,6 @@ def _cases() -> Iterator[Case]:
             yield Case(name, (q, k, v, *weights, positions, table, *caches, slots, 1e-6, is_neox))
         coarse = [cache.to(torch.float8_e4m3fn) for cache in caches]
         yield Case(f"{tokens}x{heads}x{dim}-fp8", (q, k, v, *weights, positions, table, *coarse, slots, 1e-6, True))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Qwen3.5 layers without contents: decode and prefill in bf16, and float32, which the proofs use."""
-    table = torch.empty(4096, 64, device=device)
-    for label, tokens, dtype in (("t1", 1, None), ("t8192", 8192, None), ("t8 fp32", 8, torch.float32)):
-        shapes = bfloat16s(device, (tokens, 36 * 256), (256,), (1 << 14, 2, 256))
-        both, weight, cache = (tensor.to(dtype) if dtype else tensor for tensor in shapes)
-        q = both[:, : 32 * 256].unflatten(-1, (16, 2, 256))[:, :, 0]
-        k, v = both[:, 32 * 256 :].unflatten(-1, (4, 256)).split(2, dim=1)
-        index = torch.empty(tokens, dtype=torch.int64, device=device)
-        args = (q, k, v, weight, weight.clone(), index, table, cache, cache.clone(), index, 1e-6, True)
-        yield prepare_gqa, Case(f"qwen35 {label}", args)
 
 
 prepare_gqa = Op(

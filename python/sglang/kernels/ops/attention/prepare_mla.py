@@ -6,13 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
-from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype, write_latent_torch
 from sglang.kernels.ops.norm.rmsnorm import rms_norm_torch
-from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.ops.rope.rotary import rotary_torch
 from sglang.kernels.spec import Case, Impl, Op
-from sglang.srt.platforms import current_platform
 
 # Rotated pairs of query heads that a program turns.
 PAIRS_PER_PROGRAM = 1024
@@ -111,22 +109,6 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{name}-in-place", (*shared, is_neox))
             yield Case(name, (*shared, is_neox, torch.randn(tokens, heads, rank + rope, generator=generator)))
         yield Case(f"{tokens}x{heads}-fp8", (*shared[:5], cache.to(torch.float8_e4m3fn), slots, 1e-6, False))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """DeepSeek layers in bf16, without contents: decode in the absorbed form, a prefill in place."""
-    table = torch.empty(4096, 64, device=device)
-    for name, tokens, heads in (("v2lite", 1, 16), ("v2lite", 128, 16), ("v3", 128, 128), ("v3", 8192, 128)):
-        q, kv_a, weight, cache, queries = bfloat16s(
-            device, (tokens, heads, 192), (tokens, 576), (512,), (1 << 14, 576), (tokens, heads, 576)
-        )
-        index = torch.empty(tokens, dtype=torch.int64, device=device)
-        placed = (queries,) if tokens <= 128 else ()
-        last = (index, 1e-6, False, *placed)
-        yield prepare_mla, Case(f"{name} t{tokens}", (q, kv_a, index, table, weight, cache, *last))
-        if tokens == 128:
-            coarse = torch.empty_like(cache, dtype=fp8_dtype(current_platform.arch))
-            yield prepare_mla, Case(f"{name} t{tokens} fp8", (q, kv_a, index, table, weight, coarse, *last))
 
 
 prepare_mla = Op(

@@ -12,8 +12,6 @@ from sglang.kernels.ops.attention.launchers import launch_extend, rows_fit
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.spec import Case, Impl, Op
 
-# (requests, new tokens of each, tokens of each) at which kernels are compiled: whole contexts, and split ones.
-SERVING_SHAPES = ((4, 2048, 8192), (1, 64, 1024))
 # Query rows at once: small enough that a block skips most of the keys after it, large enough to fill a product.
 _BLOCK_ROWS = 512
 # Bound on the logits mask of one block, in elements.
@@ -139,19 +137,6 @@ def _cases() -> Iterator[Case]:
             rows = torch.randn(sum(kv_lens), 32, generator=generator)
             k, v, tail = expanded_views(kv, rows, nope, rope)
             yield Case(f"{name}-tail-{heads}x{kv_heads}", (q, k, v, indptr(q_lens), indptr(kv_lens), 0.3, tail))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Expanded latent attention in bf16, without contents: keys of 128 + 64, values of 128, 16 to 128 heads."""
-    for heads in (16, 128):
-        for batch, new, total in SERVING_SHAPES:
-            q = torch.empty(batch * new, heads, 192, dtype=torch.bfloat16, device=device)
-            kv = torch.empty(batch * total, heads, 256, dtype=torch.bfloat16, device=device)
-            rows = torch.empty(batch * total, 576, dtype=torch.bfloat16, device=device)
-            k, v, tail = expanded_views(kv, rows, 128, 64)
-            bounds = torch.empty(batch + 1, dtype=torch.int64, device=device)
-            name = f"mha_h{heads}_192_128 {batch}x{new} of {total}"
-            yield ragged_extend, Case(name, (q, k, v, bounds, bounds.clone(), 192**-0.5, tail))
 
 
 ragged_extend = Op(

@@ -9,9 +9,7 @@ import torch
 from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.attention.compress import GATHER_BYTES
 from sglang.kernels.ops.attention.packed_rows import is_packed, load_rows, make_pages, store_rows_torch
-from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Impl, Op
-from sglang.srt.platforms import current_platform
 
 # Bytes of scores at once, whatever the context: rows are served in parts. Programs that score one part. Heads and
 # columns that a program holds.
@@ -147,22 +145,6 @@ def _cases() -> Iterator[Case]:
             packed, scales = make_pages(len(keys) // per_page, per_page, 8, None, torch.float8_e4m3fn)
             store_rows_torch(keys, torch.arange(len(keys)), packed, scales)
             yield Case("scored-packed", (q, weights, packed, *args[3:], scales))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Decode steps and a prefill over contexts of 8k and 128k tokens, without contents, in both formats."""
-    dtype = fp8_dtype(current_platform.arch)
-    for num_rows, pages, top_k in ((1, 32, 512), (128, 32, 512), (32, 512, 1024), (4096, 32, 1024)):
-        q = torch.empty(num_rows, 64, 128, dtype=torch.bfloat16, device=device)
-        weights = torch.empty(num_rows, 64, dtype=torch.float32, device=device)
-        table = torch.empty(8, pages, dtype=torch.int32, device=device)
-        visible = torch.empty(num_rows, dtype=torch.int32, device=device)
-        rest = (table, visible.long(), visible, 64, top_k)
-        name = f"q{num_rows} ctx{pages * 256} k{top_k}"
-        plain = torch.empty(4096, 128, dtype=torch.bfloat16, device=device)
-        yield select_entries, Case(name, (q, weights, plain, *rest))
-        keys, scales = make_pages(64, 64, 128, None, dtype, device)
-        yield select_entries, Case(f"{name} fp8", (q, weights, keys, *rest, scales))
 
 
 select_entries = Op(

@@ -12,9 +12,7 @@ from sglang.kernels.ops.attention.compress import GATHER_BYTES
 from sglang.kernels.ops.attention.launchers import merge_parts
 from sglang.kernels.ops.attention.packed_rows import GROUP, is_packed, load_rows, make_pages, store_rows_torch
 from sglang.kernels.ops.attention.sparse_splits import SparseTile, sparse_tile, split_count
-from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Impl, Op
-from sglang.srt.platforms import current_platform
 
 # Widest rows that the kernel holds.
 MAX_DIM = 512
@@ -228,34 +226,6 @@ def _cases() -> Iterator[Case]:
             coarse = [cache.to(torch.float8_e4m3fn) for cache in (window, entries)]
             yield Case("8-bits", (q, coarse[0], rows, sinks, 0.3, None, coarse[1], None, *of_entries, 4))
             yield Case("window", (q, window, rows, sinks, dim**-0.5))
-
-
-# Local heads, chosen entries or pages of a context that are all attended to, and rows of the step.
-SERVING_SHAPES = ((64, 512, 1), (64, 512, 128), (64, 0, 32), (128, 1024, 8), (128, 1024, 4096), (16, 1024, 32))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Layers of V4-Flash and V4-Pro, whole and on one of eight ranks, without contents, in both formats."""
-    dtype = fp8_dtype(current_platform.arch)
-    for heads, num_chosen, num_rows in SERVING_SHAPES:
-        q = torch.empty(num_rows, heads, 512, dtype=torch.bfloat16, device=device)
-        ids = torch.empty(num_rows, 128, dtype=torch.int32, device=device)
-        sinks = torch.empty(heads, dtype=torch.float32, device=device)
-        chosen = torch.empty(num_rows, num_chosen, dtype=torch.int32, device=device) if num_chosen else None
-        table, visible = torch.empty(8, 32, dtype=torch.int32, device=device), ids[:, 0].contiguous()
-        requests, per_page = visible.long(), 64 if num_chosen else 2
-        of_entries = (chosen, table, requests, visible, per_page)
-        name = f"h{heads} k{num_chosen or 64} q{num_rows}"
-        rows = [torch.empty(64 * size, 512, dtype=torch.bfloat16, device=device) for size in (256, per_page)]
-        yield sparse_attention, Case(name, (q, rows[0], ids, sinks, 0.04, None, rows[1], None, *of_entries))
-        pages = [make_pages(64, size, 512, 64, dtype, device) for size in (256, per_page)]
-        args = (q, pages[0][0], ids, sinks, 0.04, pages[0][1], *pages[1], *of_entries)
-        yield sparse_attention, Case(f"{name} fp8", args)
-        if heads == 64 and num_rows == 1:
-            yield sparse_attention, Case(f"h{heads} window fp8", args[:6])
-            rows = [plain.float() for plain in rows]
-            args = (q.float(), rows[0], ids, sinks, 0.04, None, rows[1], None, *of_entries)
-            yield sparse_attention, Case(f"{name} fp32", args)
 
 
 sparse_attention = Op(

@@ -11,12 +11,7 @@ from sglang.kernels.ops.attention.launchers import latent_fits, launch_decode, r
 from sglang.kernels.ops.attention.mla_decode import mla_decode_torch
 from sglang.kernels.ops.attention.paged_decode import decode_tables, paged_decode_torch
 from sglang.kernels.ops.attention.tiles import RowShape
-from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Impl, Op
-from sglang.srt.platforms import current_platform
-
-# (requests, tokens of each) at which kernels are compiled: split contexts, and whole ones.
-SERVING_SHAPES = ((8, 8192), (512, 1152))
 
 
 def table_decode_torch(
@@ -135,37 +130,6 @@ def _latent_cases() -> Iterator[Case]:
             cache[-1] = float("nan")
             yield Case(f"{name}-{heads}", (q, cache, *table, 16, 0.2))
         yield Case(f"{name}-fp8", (q, cache.to(torch.float8_e4m3fn), *table, 16, 0.2))
-
-
-def _serving_table(batch: int, tokens: int, device: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    table = torch.empty(batch, tokens, dtype=torch.int32, device=device)
-    index = torch.empty(batch, dtype=torch.int64, device=device)
-    return table, index, torch.empty_like(index)
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Shapes of served models, without contents: grouped heads of 256 and 128, 16 to 128 latent heads."""
-    fp8 = fp8_dtype(current_platform.arch)
-    for batch, tokens, dtype in (*((*shape, torch.bfloat16) for shape in SERVING_SHAPES), (8, 1152, torch.float32)):
-        table = _serving_table(batch, tokens, device)
-        rows = batch * tokens
-        suffix = f"bs{batch} ctx{tokens}" + (" fp32" if dtype == torch.float32 else "")
-        for heads, kv_heads, dim in ((16, 2, 256), (32, 8, 128)):
-            q = torch.empty(batch, heads, dim, dtype=dtype, device=device)
-            cache = torch.empty(rows, kv_heads, dim, dtype=dtype, device=device)
-            args = (q, cache, torch.empty_like(cache), *table, dim**-0.5)
-            yield table_decode, Case(f"gqa_{heads}x{kv_heads}_d{dim} {suffix}", args)
-            if dtype == torch.bfloat16:
-                coarse = torch.empty_like(cache, dtype=fp8)
-                name = f"gqa_{heads}x{kv_heads}_d{dim} {suffix} fp8"
-                yield table_decode, Case(name, (q, coarse, coarse.clone(), *args[3:]))
-        for heads in (16, 32, 64, 128):
-            q = torch.empty(batch, heads, 576, dtype=dtype, device=device)
-            latent = torch.empty(rows, 576, dtype=dtype, device=device)
-            yield mla_table_decode, Case(f"mla_h{heads} {suffix}", (q, latent, *table, 512, 192**-0.5))
-            if dtype == torch.bfloat16 and heads in (16, 128):
-                coarse = torch.empty_like(latent, dtype=fp8)
-                yield mla_table_decode, Case(f"mla_h{heads} {suffix} fp8", (q, coarse, *table, 512, 192**-0.5))
 
 
 table_decode = Op(

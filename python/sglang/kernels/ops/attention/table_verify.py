@@ -149,21 +149,6 @@ def _latent_cases() -> Iterator[Case]:
         yield Case(f"{name}-nan", (q, spoiled, *table, 16, 0.2))
 
 
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Two and four rows per request of served models, without contents."""
-    for width, batch in ((2, 8), (4, 8), (4, 128)):
-        table = torch.empty(batch, 8192, dtype=torch.int32, device=device)
-        index = torch.empty(batch, dtype=torch.int64, device=device)
-        rest, rows = (table, index, torch.empty_like(index)), batch * 8192
-        cache = torch.empty(rows, 2, 256, dtype=torch.bfloat16, device=device)
-        q = cache.new_empty(batch * width, 16, 256)
-        name = f"bs{batch} w{width}"
-        yield table_verify, Case(f"gqa_16x2_d256 {name}", (q, cache, torch.empty_like(cache), *rest, 256**-0.5))
-        for heads in (16, 128):
-            q, latent = cache.new_empty(batch * width, heads, 576), cache.new_empty(rows, 576)
-            yield mla_table_verify, Case(f"mla_h{heads} {name}", (q, latent, *rest, 512, 192**-0.5))
-
-
 table_verify = Op(
     "attention.table_verify",
     triton_impl(table_verify_triton, fits_table),

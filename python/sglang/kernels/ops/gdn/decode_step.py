@@ -107,18 +107,6 @@ def _cases() -> Iterator[Case]:
     yield Case("empty", (*step_inputs(0, 2, STEP_SHAPES[0], generator), nobody, 1e-6))
 
 
-# Qwen3.5 35B, 27B and 397B, as above.
-SERVING_SHAPES = tuple((16, per_key, 128, 128, 4) for per_key in (2, 3, 4))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Decode batches of Qwen3.5."""
-    for shape, rows in product(SERVING_SHAPES, (1, 32, 128)):
-        inputs = step_inputs(rows, rows + 1, shape, dtype=torch.bfloat16, device=device)
-        slot_ids = torch.empty(rows, dtype=torch.int64, device=device)
-        yield gdn_decode_step, Case(f"{shape[0]}x{shape[0] * shape[1]} bs{rows}", (*inputs, slot_ids, 1e-6))
-
-
 gdn_decode_step = Op(
     "gdn.decode_step",
     triton_impl(gdn_decode_step_triton, step_fits_triton),

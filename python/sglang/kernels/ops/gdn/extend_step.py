@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.gdn.chunk import CHUNK_SIZE, chunk_gated_delta_rule, chunk_table
-from sglang.kernels.ops.gdn.decode_step import SERVING_SHAPES, STEP_SHAPES, split_heads, step_inputs
+from sglang.kernels.ops.gdn.decode_step import STEP_SHAPES, split_heads, step_inputs
 from sglang.kernels.ops.gdn.reference import causal_conv1d, gdn_gating
 from sglang.kernels.ops.gdn.shapes import GDNShape, shape_of, step_fits_triton
 from sglang.kernels.ops.gdn.tiles import gdn_tiles
@@ -130,16 +130,6 @@ def _cases() -> Iterator[Case]:
         inputs = step_inputs(0, 3, STEP_SHAPES[1], generator)
         slot_ids = torch.ones(len(nothing), dtype=torch.int64)
         yield Case(name, (*inputs, slot_ids, *chunk_table(nothing), nothing, 1e-6))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Prefill batches of Qwen3.5."""
-    for shape, (batch, length) in product(SERVING_SHAPES, ((1, 1024), (8, 1024), (1, 8192), (3, 100))):
-        inputs = step_inputs(batch * length, batch + 1, shape, dtype=torch.bfloat16, device=device)
-        slot_ids, seq_lens = torch.empty(batch, dtype=torch.int64, device=device), [length] * batch
-        table = (part.to(device) for part in chunk_table(seq_lens))
-        name = f"{shape[0]}x{shape[0] * shape[1]} {batch}x{length}"
-        yield gdn_extend_step, Case(name, (*inputs, slot_ids, *table, seq_lens, 1e-6))
 
 
 gdn_extend_step = Op(

@@ -7,13 +7,12 @@ The next step first runs the tail's tokens that counted, on the slot, and then i
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import product
 
 import torch
 from torch import Tensor
 
 from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
-from sglang.kernels.ops.gdn.decode_step import SERVING_SHAPES, STEP_SHAPES, gdn_decode_step, step_inputs
+from sglang.kernels.ops.gdn.decode_step import STEP_SHAPES, gdn_decode_step, step_inputs
 from sglang.kernels.ops.gdn.shapes import shape_of, step_fits_triton
 from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm
 from sglang.kernels.spec import Case, Impl, Op
@@ -101,18 +100,6 @@ def _cases() -> Iterator[Case]:
         lengths[slots[-1:]] = 1 << 40  # all of the tail, and no more
         name = f"{size}x{rows} " + "x".join(map(str, shape))
         yield Case(name, (*inputs, conv, ssm, tail_qkv, tail_gates, lengths, slots, 1e-6))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Verify steps of Qwen3.5, of two and of four rows per sequence."""
-    for shape, (size, rows) in product(SERVING_SHAPES, ((1, 4), (32, 2), (32, 4))):
-        inputs = step_inputs(size * rows, size + 1, shape, dtype=torch.bfloat16, device=device)
-        tail_qkv = inputs[0].new_empty(size + 1, rows, inputs[0].shape[1])
-        tail_gates = inputs[0].new_empty(size + 1, rows, 2 * inputs[2].shape[1])
-        slots = torch.empty(size, dtype=torch.int64, device=device)
-        name = f"{shape[0]}x{shape[0] * shape[1]} {size}x{rows}"
-        tail_len = slots.new_empty(size + 1)
-        yield gdn_verify_step, Case(name, (*inputs, tail_qkv, tail_gates, tail_len, slots, 1e-6))
 
 
 gdn_verify_step = Op(

@@ -11,8 +11,6 @@ from sglang.kernels.launch import triton_impl
 from sglang.kernels.ops.mhc.hc_pre import (
     normed_product,
     parameters,
-    serving_parameters,
-    serving_streams,
     streams,
     weighted_streams,
 )
@@ -41,12 +39,6 @@ def _cases() -> Iterator[Case]:
     for name, x in streams(generator):
         fn, base = parameters(x.shape[1], x.shape[2], x.shape[1], generator)
         yield Case(name, (x, fn, base, torch.rand(1, generator=generator) + 0.5, 1e-6, 1e-6))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Shapes of served models in bf16, without contents."""
-    for name, x in serving_streams(device):
-        yield hc_head, Case(name, (x, *serving_parameters(x, x.shape[1], 1), 1e-6, 1e-6))
 
 
 hc_head = Op("mhc.hc_head", triton_impl(hc_head_triton, _accepts), Impl("torch", hc_head_torch), cases=_cases)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sglang.kernels.launch import triton_impl
-from sglang.kernels.ops.mhc.hc_pre import serving_streams, streams
+from sglang.kernels.ops.mhc.hc_pre import streams
 from sglang.kernels.ops.mhc.launchers import fits_way_out, mix_streams
 from sglang.kernels.spec import Case, Impl, Op
 
@@ -34,19 +34,6 @@ def _cases() -> Iterator[Case]:
         row = torch.randn(rows, width, generator=generator)
         post = torch.rand(rows, n, generator=generator) * 2
         yield Case(name, (row, x, post, torch.rand(rows, n, n, generator=generator)))
-
-
-def serving_way_out(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The arguments of ``hc_post`` for streams x, without contents."""
-    n = x.shape[1]
-    post, comb = (torch.empty(x.shape[0], *shape, dtype=torch.float32, device=x.device) for shape in ((n,), (n, n)))
-    return torch.empty_like(x[:, 0]), x, post, comb
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Shapes of served models in bf16, without contents."""
-    for name, x in serving_streams(device):
-        yield hc_post, Case(name, serving_way_out(x))
 
 
 hc_post = Op("mhc.hc_post", triton_impl(hc_post_triton, fits_way_out), Impl("torch", hc_post_torch), cases=_cases)

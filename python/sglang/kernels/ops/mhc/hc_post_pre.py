@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from sglang.kernels.launch import triton_impl
-from sglang.kernels.ops.mhc.hc_post import hc_post_torch, serving_way_out
+from sglang.kernels.ops.mhc.hc_post import hc_post_torch
 from sglang.kernels.ops.mhc.hc_post_pre_aiter import aiter_impls
-from sglang.kernels.ops.mhc.hc_pre import hc_pre_torch, parameters, serving_parameters, serving_streams, streams
+from sglang.kernels.ops.mhc.hc_pre import hc_pre_torch, parameters, streams
 from sglang.kernels.ops.mhc.launchers import fits_way_in, fits_way_out, join_streams, make_parts, mix_streams
 from sglang.kernels.ops.norm.rmsnorm import rms_norm_torch
 from sglang.kernels.spec import Case, Impl, Op
@@ -67,14 +67,6 @@ def _cases() -> Iterator[Case]:
     ugly = x.clone()
     ugly[0, 1, 3] = float("nan")
     yield Case("nan-row", (row, ugly, *way_out, fn, base, scale, 1e-6, 1e-6, 20, torch.ones(width), 1e-6))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Shapes of served models in bf16, without contents."""
-    for name, x in serving_streams(device):
-        gain = torch.empty(x.shape[2], dtype=torch.float32, device=device)
-        args = (*serving_way_out(x), *serving_parameters(x, 24, 3), 1e-6, 1e-6, 20, gain, 1e-6)
-        yield hc_post_pre, Case(name, args)
 
 
 hc_post_pre = Op(

@@ -12,9 +12,6 @@ from sglang.kernels.launch import triton_impl
 from sglang.kernels.ops.mhc.launchers import fits_way_in, join_streams, make_parts, mix_streams
 from sglang.kernels.spec import Case, Impl, Op
 
-# Hidden sizes of served models of four streams, and one that is no multiple of 256.
-SERVING_WIDTHS = {"v4flash": 4096, "v4pro": 7168, "odd": 2880}
-
 
 def normed_product(x: Tensor, fn: Tensor, rms_eps: float) -> Tensor:
     """``fn (x / rms(x))`` over all streams of a token: x [N, n, D] float, fn [m, n * D] float32 -> [N, m] float32."""
@@ -95,26 +92,6 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{name}-{iterations}", (x, fn, base, scale, 1e-6, 1e-6, iterations))
     # Logits far apart: whether eps is added before the sums shows.
     yield Case("sharp", (x, fn, base * 30, scale * 4, 1e-6, 1e-6, 20))
-
-
-def serving_streams(device: str) -> Iterator[tuple[str, Tensor]]:
-    """Streams of served widths in bf16, without contents, for one row, a decode batch and a prompt chunk."""
-    for name, width in SERVING_WIDTHS.items():
-        for tokens in (1, 64, 4096):
-            yield f"{name} t{tokens}", torch.empty(tokens, 4, width, dtype=torch.bfloat16, device=device)
-
-
-def serving_parameters(x: Tensor, rows: int, scales: int) -> tuple[Tensor, Tensor, Tensor]:
-    """fn, base and scale for streams x, without contents."""
-    shapes = ((rows, x.shape[1] * x.shape[2]), (rows,), (scales,))
-    fn, base, scale = (torch.empty(shape, dtype=torch.float32, device=x.device) for shape in shapes)
-    return fn, base, scale
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Shapes of served models in bf16, without contents."""
-    for name, x in serving_streams(device):
-        yield hc_pre, Case(name, (x, *serving_parameters(x, 24, 3), 1e-6, 1e-6, 20))
 
 
 hc_pre = Op("mhc.hc_pre", triton_impl(hc_pre_triton, _accepts), Impl("torch", hc_pre_torch), cases=_cases)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, bfloat16s, next_power_of_2, triton_impl, warps_for
+from sglang.kernels.launch import FLOATS, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.spec import Case, Impl, Op
 
 # The widest row that one program holds.
@@ -52,13 +52,6 @@ def _cases() -> Iterator[Case]:
     signs = torch.tensor([[1.0, 1.0], [-1.0, -1.0]])
     yield Case("saturated", (signs, 3 * signs, 200 * signs, torch.ones(1, 2)))
     yield Case("nan-row", (signs, signs, torch.tensor([[float("nan"), 1.0], [1.0, 1.0]]), torch.ones(1, 2)))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Qwen3.5 blocks, without contents: bf16, and float32, which the proofs use."""
-    for label, dtype in (("t128", torch.bfloat16), ("t128 fp32", torch.float32)):
-        x, weight = (tensor.to(dtype) for tensor in bfloat16s(device, (128, 2048), (1, 2048)))
-        yield add_gated_shared, Case(f"qwen35 {label}", (x, x.clone(), x.clone(), weight))
 
 
 add_gated_shared = Op(

@@ -250,30 +250,6 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{name}-all-skipped", (x, w13, w2, weights, torch.full_like(ids, -1)))
 
 
-# name -> experts, hidden, intermediate, top k of served models
-SERVING_MODELS = {
-    "v2lite": (64, 2048, 1408, 6), "qwen35": (256, 2048, 512, 8), "v3": (256, 7168, 2048, 8),
-    "v4flash": (256, 4096, 2048, 6),
-}  # fmt: skip
-# Of the clamp between the products.
-SERVING_LIMITS = {"v4flash": 10.0}
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Shapes of served models, without contents, on every path of the Triton launcher; float32 is the proof's dtype."""
-    tokens_of = {"v2lite": (1, 8, 1024), "qwen35": (1, 8, 128, 8192), "v3": (1, 8, 8192), "v4flash": (1, 8, 8192)}
-    wanted = [(name, tokens, torch.bfloat16) for name, counts in tokens_of.items() for tokens in counts]
-    wanted += [("qwen35", 8, torch.float32), ("qwen35", 1024, torch.float32)]
-    for name, tokens, dtype in wanted:
-        experts, hidden, width, top_k = SERVING_MODELS[name]
-        shapes = ((tokens, hidden), (experts, 2 * width, hidden), (experts, hidden, width))
-        x, w13, w2 = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
-        weights = torch.empty(tokens, top_k, device=device)
-        label = f"{name} t{tokens}" + (" fp32" if dtype == torch.float32 else "")
-        limit = SERVING_LIMITS.get(name)
-        yield fused_experts, Case(label, (x, w13, w2, weights, weights.to(torch.int32), limit))
-
-
 fused_experts = Op(
     "moe.fused_experts",
     aiter_impl(fused_experts_aiter, fits_fused),

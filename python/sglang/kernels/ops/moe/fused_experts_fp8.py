@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, aiter_impl, triton_impl
 from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul_torch
-from sglang.kernels.ops.moe.fused_experts import SERVING_MODELS, Scaled, routing_fits, run_experts
+from sglang.kernels.ops.moe.fused_experts import Scaled, routing_fits, run_experts
 from sglang.kernels.ops.moe.fused_experts_aiter import (
     arrange_for_aiter,
     fits_fused_fp8,
@@ -99,21 +99,6 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{rows}x{hidden}x{width}-holes", (x, *stacked, weights, holes))
             q, scale = quantize_groups_torch(x, stacked[0].dtype)
             yield Case(f"{rows}x{hidden}x{width}-quantised", (q, *stacked, weights, holes, scale, torch.float32))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """DeepSeek-V3's experts, without contents, on every path, in the platform's 8-bit float."""
-    dtype = fp8_dtype(current_platform.arch)
-    experts, hidden, width, top_k = SERVING_MODELS["v3"]
-    w13 = torch.empty(experts, 2 * width, hidden, dtype=dtype, device=device)
-    w2 = torch.empty(experts, hidden, width, dtype=dtype, device=device)
-    w13_scale = torch.empty(experts, 2 * width // GROUP, hidden // GROUP, device=device)
-    w2_scale = torch.empty(experts, hidden // GROUP, width // GROUP, device=device)
-    for tokens in (1, 8, 128, 8192):
-        x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=device)
-        weights = torch.empty(tokens, top_k, device=device)
-        case = Case(f"v3 t{tokens} fp8", (x, w13, w13_scale, w2, w2_scale, weights, weights.to(torch.int32)))
-        yield fused_experts_fp8, case
 
 
 fused_experts_fp8 = Op(

@@ -10,8 +10,6 @@ from torch import Tensor
 from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.activation.silu_and_mul import limit_option, silu_and_mul_torch
 from sglang.kernels.ops.moe.fused_experts import (
-    SERVING_LIMITS,
-    SERVING_MODELS,
     PairOrder,
     order_pairs,
     routing_fits,
@@ -26,7 +24,7 @@ from sglang.kernels.ops.moe.fused_experts_aiter import (
     require_plain,
 )
 from sglang.kernels.ops.moe.tiles import choose_tiles
-from sglang.kernels.ops.quant.mxfp4 import GROUP, PACKED, quantize_mxfp4, unpack_eighths
+from sglang.kernels.ops.quant.mxfp4 import quantize_mxfp4, unpack_eighths
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
@@ -161,28 +159,6 @@ def _cases() -> Iterator[Case]:
     scales = torch.tensor([100, 140], dtype=torch.uint8).expand(2, 64, 2).contiguous()
     ids = torch.tensor([[0, 1], [1, 1], [-1, 0]], dtype=torch.int32)
     yield Case("scales-apart", (x, codes[0], scales, codes[1], scales[..., :1].contiguous(), torch.ones(3, 2), ids))
-
-
-def empty_experts(experts: int, hidden: int, width: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """w13, its scales, w2 and its scales, without contents."""
-    shapes = ((2 * width, hidden), (hidden, width))
-    sizes = [(rows, columns // part) for rows, columns in shapes for part in (PACKED, GROUP)]
-    w13, w13_scale, w2, w2_scale = (torch.empty(experts, *size, dtype=torch.uint8, device=device) for size in sizes)
-    return w13, w13_scale, w2, w2_scale
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Experts of DeepSeek-V3, V4-Flash and Qwen3.5, without contents, on each path."""
-    wanted = [(name, tokens, torch.bfloat16) for name in ("v3", "v4flash") for tokens in (8, 128, 8192)]
-    wanted += [("qwen35", 8, torch.bfloat16), ("qwen35", 8, torch.float32), ("qwen35", 1024, torch.float32)]
-    for name, tokens, dtype in wanted:
-        experts, hidden, width, top_k = SERVING_MODELS[name]
-        x = torch.empty(tokens, hidden, dtype=dtype, device=device)
-        weights = torch.empty(tokens, top_k, device=device)
-        label = f"{name} t{tokens} mxfp4" + (" fp32" if dtype == torch.float32 else "")
-        stacked = empty_experts(experts, hidden, width, device)
-        args = (x, *stacked, weights, weights.to(torch.int32), SERVING_LIMITS.get(name))
-        yield fused_experts_mxfp4, Case(label, args)
 
 
 fused_experts_mxfp4 = Op(

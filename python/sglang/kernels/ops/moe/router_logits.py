@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 
 # Tokens up to which programs share out the experts and leave the matrix unit alone (by reasoning, not measured).
@@ -71,14 +71,6 @@ def _cases() -> Iterator[Case]:
         for dtype in (torch.float32, torch.float16):
             yield Case(f"{tokens}x{experts}x{hidden} {dtype}", (wide[:, :hidden].to(dtype), weight.to(dtype)))
     yield Case("nan-row", (torch.tensor([[float("nan"), 1.0], [1.0, 1.0]]), torch.ones(3, 2)))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Routers of DeepSeek in bf16, without contents, on each path of the launcher."""
-    for name, experts, hidden in (("v2lite", 64, 2048), ("v3", 256, 7168)):
-        for tokens in (1, 8, 128, 8192):
-            x, weight = bfloat16s(device, (tokens, hidden), (experts, hidden))
-            yield router_logits, Case(f"{name} t{tokens}", (x, weight))
 
 
 router_logits = Op(

@@ -198,21 +198,6 @@ def _biased_cases() -> Iterator[Case]:
         yield Case(f"{name}-sqrtsoftplus", (logits, bias, 4, "sqrtsoftplus", True, 1, 1, 1.5))
 
 
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Routers of served models for 128 tokens, without contents."""
-    v2lite, v2, v3 = (torch.empty(128, experts, device=device) for experts in (64, 160, 256))
-    yield topk_plain, Case("v2lite t128", (v2lite, 6, "softmax", False, 1.0))
-    yield topk_plain, Case("qwen35 t128", (v3.to(torch.bfloat16), 8, "softmax", True, 1.0))
-    yield topk_grouped, Case("v2 t128", (v2, 6, "softmax", False, 8, 3, 16.0))
-    bias = torch.empty(256, device=device)
-    yield topk_biased_grouped, Case("v3 t128", (v3, bias, 8, "sigmoid", True, 8, 4, 2.5))
-    yield topk_biased_grouped, Case("v4 t128", (v3, bias, 6, "sqrtsoftplus", True, 1, 1, 1.5))
-    gated = torch.empty(128, 264, dtype=torch.bfloat16, device=device)[:, :257]
-    yield topk_plain, Case("qwen35 t128 shared", (gated, 8, "softmax", True, 1.0, SharedSlots(1, gated=True)))
-    yield topk_plain, Case("v2lite t128 shared", (v2lite, 6, "softmax", False, 1.0, SharedSlots(2)))
-    yield topk_biased_grouped, Case("v3 t128 shared", (v3, bias, 8, "sigmoid", True, 8, 4, 2.5, SharedSlots(1)))
-
-
 topk_plain = Op(
     "moe.topk_plain",
     triton_impl(_plain(_launch_router), _plain(_fits_router)),

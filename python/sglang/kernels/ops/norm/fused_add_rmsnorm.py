@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import bfloat16s, triton_impl
+from sglang.kernels.launch import triton_impl
 from sglang.kernels.ops.norm.rmsnorm import fits_triton, gemma_rms_norm_torch, rms_norm_torch, rms_norm_triton
 from sglang.kernels.spec import Case, Impl, Op
 
@@ -52,16 +52,6 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{rows}x{dim}", (x, residual, torch.randn(dim, generator=generator), 1e-6))
     x = torch.randn(2, 16, generator=generator)
     yield Case("cancelling", (x, -x, torch.ones(16), 1e-6))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Shapes of served models in bf16, without contents."""
-    for name, dim in (("v2lite", 2048), ("v3", 7168)):
-        for tokens in (1, 128):
-            x, residual, weight = bfloat16s(device, (tokens, dim), (tokens, dim), (dim,))
-            yield fused_add_rms_norm, Case(f"{name} t{tokens}", (x, residual, weight, 1e-6))
-    x, residual, weight = bfloat16s(device, (128, 2048), (128, 2048), (2048,))
-    yield fused_add_gemma_rms_norm, Case("qwen35 t128", (x, residual, weight, 1e-6))
 
 
 fused_add_rms_norm = Op(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, rows_of, triton_impl, warps_for
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, rows_of, triton_impl, warps_for
 from sglang.kernels.spec import Case, Impl, Op
 
 # The widest row that one program of the Triton kernel holds.
@@ -130,17 +130,6 @@ def _unit_cases() -> Iterator[Case]:
 def _gated_cases() -> Iterator[Case]:
     for name, x, weight in _inputs():
         yield Case(name, (x, x.flip(-1).clone(), weight, 1e-6))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Shapes of served models in bf16, without contents: DeepSeek and Qwen3.5 layers."""
-    x, latent, heads, weight = bfloat16s(device, (128, 7168), (128, 576), (128, 16, 512), (7168,))
-    gated, gate = bfloat16s(device, (128, 32, 128), (128, 32, 128))
-    yield rms_norm, Case("v3 t128", (x, weight, 1e-6))
-    yield rms_norm, Case("v4 t128", (x, torch.empty(7168, dtype=torch.float32, device=device), 1e-6))
-    yield rms_norm, Case("latent t128", (latent[:, :512], weight[:512], 1e-6))
-    yield gemma_rms_norm, Case("qwen35-heads t128", (heads[..., :256], weight[:256], 1e-6))
-    yield gated_rms_norm, Case("qwen35-gdn t128", (gated, gate, weight[:128], 1e-6))
 
 
 rms_norm = Op(

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, triton_impl
+from sglang.kernels.launch import FLOATS, cdiv, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.platforms import current_platform
 
@@ -170,17 +170,6 @@ def _linear_cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(1)
     for name, x in _rows():
         yield Case(name, (x, *random_blocks(200, x.shape[1], generator)))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Projections of DeepSeek-V3, without contents, in the platform's 8-bit float."""
-    dtype = fp8_dtype(current_platform.arch)
-    w = torch.empty(7168, 16384, dtype=dtype, device=device)
-    scale = torch.empty(56, 128, device=device)
-    for tokens in (1, 64, 8192):
-        (x,) = bfloat16s(device, (tokens, 16384))
-        yield block_fp8_linear, Case(f"v3-o_proj t{tokens}", (x, w, scale))
-    yield quantize_groups, Case("v3 t1", (*bfloat16s(device, (1, 7168)), dtype))
 
 
 quantize_groups = Op(

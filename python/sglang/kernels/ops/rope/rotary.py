@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, triton_impl, warps_for
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.spec import Case, Impl, Op
 
 
@@ -83,19 +83,6 @@ def _cases() -> Iterator[Case]:
         k = torch.randn(rows, kv_heads, dim, generator=generator)
         for is_neox in (True, False):
             yield Case(f"{name}-{'neox' if is_neox else 'interleaved'}", (positions, q, k, cache, is_neox))
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Shapes of served models in bf16, without contents: latent attention, partial heads."""
-    cache = torch.empty(4096, 64, device=device)
-    for name, tokens, heads in (("v2lite", 1, 16), ("v2lite", 128, 16), ("v3", 128, 128)):
-        positions = torch.empty(tokens, dtype=torch.int64, device=device)
-        q, latent = bfloat16s(device, (tokens, heads, 192), (tokens, 576))
-        case = Case(f"{name} t{tokens}", (positions, q[..., 128:], latent[:, 512:].unsqueeze(1), cache, False))
-        yield rotary, case
-    positions = torch.empty(128, dtype=torch.int64, device=device)
-    q, k = bfloat16s(device, (128, 16, 256), (128, 2, 256))
-    yield rotary, Case("qwen35 t128", (positions, q, k, cache, True))
 
 
 rotary = Op("rope.rotary", triton_impl(rotary_triton, _accepts), Impl("torch", rotary_torch), cases=_cases)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, bfloat16s, cdiv, next_power_of_2, triton_impl, warps_for
+from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.spec import Case, Impl, Op
 
 # Numbers of heads that a program holds.
@@ -48,16 +48,6 @@ def rotary_tail_triton(x: Tensor, positions: Tensor, cos_sin_cache: Tensor, inve
 def _accepts(x: Tensor, positions: Tensor, cos_sin_cache: Tensor, inverse: bool = False) -> bool:
     dense = x.stride(2) == cos_sin_cache.stride(1) == 1
     return dense and x.dtype in FLOATS and x.shape[2] % 2 == 0 and x.shape[2] <= NUMBERS_PER_PROGRAM
-
-
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Outputs turned back, and queries of the indexer, in decode and prefill, without contents."""
-    table = torch.empty(8192, 64, dtype=torch.float32, device=device)
-    for num_rows in (32, 4096):
-        positions = torch.empty(num_rows, dtype=torch.int64, device=device)
-        out, queries = bfloat16s(device, (num_rows, 64, 512), (num_rows, 64, 128))
-        yield rotary_tail, Case(f"v4-out t{num_rows}", (out, positions, table, True))
-        yield rotary_tail, Case(f"v4-index t{num_rows}", (queries, positions, table))
 
 
 def _cases() -> Iterator[Case]:

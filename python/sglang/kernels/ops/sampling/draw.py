@@ -340,28 +340,4 @@ def _edited_cases(rows: list[RowOf], generator: torch.Generator) -> Iterator[Cas
     yield Case("mask", draw_args(logits, RowOf(1.2, top_p=0.9), allowed=allowed))
 
 
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Batches of float32 logits over served models' vocabularies, without contents."""
-    top_p, all_three = RowOf(top_p=0.9), RowOf(0.7, 50, 0.9, 0.05)
-    for rows, vocab in ((1, 102400), (128, 129280), (128, 248320)):
-        logits = torch.empty(rows, vocab, device=device)
-        for name, row in (("plain", RowOf()), ("top-p", top_p), ("all", all_three)):
-            yield draw, Case(f"{rows}x{vocab} {name}", draw_args(logits, row))
-    logits = torch.empty(128, 248320, device=device)
-    edits = {
-        "edit_rows": torch.empty(128, dtype=torch.int32, device=device),
-        "marks": torch.empty(4, 248320, dtype=torch.int32, device=device),
-        "penalties": torch.empty(4, 3, device=device),
-        "left": torch.empty(4, dtype=torch.int32, device=device),
-        "bias": torch.empty(4, 248320, device=device),
-        "allowed": torch.empty(128, 7760, dtype=torch.int32, device=device),
-    }
-    yield draw, Case("128x248320 edited", draw_args(logits, all_three, **edits))
-    penalised = {name: edits[name] for name in ("edit_rows", "marks", "penalties", "left")}
-    for vocab in (129280, 248320):
-        penalised["marks"] = torch.empty(4, vocab, dtype=torch.int32, device=device)
-        args = draw_args(torch.empty(128, vocab, device=device), all_three, **penalised)
-        yield draw, Case(f"128x{vocab} penalised", args)
-
-
 draw = Op("sampling.draw", triton_impl(draw_triton, _accepts), Impl("torch", draw_torch), cases=_cases)

@@ -97,12 +97,6 @@ def _cases() -> Iterator[Case]:
     yield Case("strided", (torch.randn(40, 6, generator=generator).t(),))
 
 
-def serving_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Batches of float32 logits over served models' vocabularies, without contents."""
-    for rows, vocab in ((1, 102400), (128, 129280), (128, 248320), (512, 129280)):
-        yield greedy_sample, Case(f"{rows}x{vocab}", (torch.empty(rows, vocab, device=device),))
-
-
 greedy_sample = Op(
     "sampling.greedy",
     aiter_impl(greedy_aiter, fits_aiter),

@@ -1,0 +1,39 @@
+"""Arguments without contents at which served models call the ops of ``kernels/ops/norm``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_gemma_rms_norm, fused_add_rms_norm
+from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, gemma_rms_norm, rms_norm
+from sglang.kernels.spec import Case, Op
+from sglang.test.amd_gate.serving_cases.tensors import bfloat16s
+
+
+def fused_add_rmsnorm_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Shapes of served models in bf16, without contents."""
+    for name, dim in (("v2lite", 2048), ("v3", 7168)):
+        for tokens in (1, 128):
+            x, residual, weight = bfloat16s(device, (tokens, dim), (tokens, dim), (dim,))
+            yield fused_add_rms_norm, Case(f"{name} t{tokens}", (x, residual, weight, 1e-6))
+    x, residual, weight = bfloat16s(device, (128, 2048), (128, 2048), (2048,))
+    yield fused_add_gemma_rms_norm, Case("qwen35 t128", (x, residual, weight, 1e-6))
+
+
+def rmsnorm_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Shapes of served models in bf16, without contents: DeepSeek and Qwen3.5 layers."""
+    x, latent, heads, weight = bfloat16s(device, (128, 7168), (128, 576), (128, 16, 512), (7168,))
+    gated, gate = bfloat16s(device, (128, 32, 128), (128, 32, 128))
+    yield rms_norm, Case("v3 t128", (x, weight, 1e-6))
+    yield rms_norm, Case("v4 t128", (x, torch.empty(7168, dtype=torch.float32, device=device), 1e-6))
+    yield rms_norm, Case("latent t128", (latent[:, :512], weight[:512], 1e-6))
+    yield gemma_rms_norm, Case("qwen35-heads t128", (heads[..., :256], weight[:256], 1e-6))
+    yield gated_rms_norm, Case("qwen35-gdn t128", (gated, gate, weight[:128], 1e-6))
+
+
+CASES = (
+    fused_add_rmsnorm_cases,
+    rmsnorm_cases,
+)

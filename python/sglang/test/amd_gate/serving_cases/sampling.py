@@ -1,0 +1,47 @@
+"""Arguments without contents at which served models call the ops of ``kernels/ops/sampling``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from sglang.kernels.ops.sampling.draw import RowOf, draw, draw_args
+from sglang.kernels.ops.sampling.greedy import greedy_sample
+from sglang.kernels.spec import Case, Op
+
+
+def draw_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Batches of float32 logits over served models' vocabularies, without contents."""
+    top_p, all_three = RowOf(top_p=0.9), RowOf(0.7, 50, 0.9, 0.05)
+    for rows, vocab in ((1, 102400), (128, 129280), (128, 248320)):
+        logits = torch.empty(rows, vocab, device=device)
+        for name, row in (("plain", RowOf()), ("top-p", top_p), ("all", all_three)):
+            yield draw, Case(f"{rows}x{vocab} {name}", draw_args(logits, row))
+    logits = torch.empty(128, 248320, device=device)
+    edits = {
+        "edit_rows": torch.empty(128, dtype=torch.int32, device=device),
+        "marks": torch.empty(4, 248320, dtype=torch.int32, device=device),
+        "penalties": torch.empty(4, 3, device=device),
+        "left": torch.empty(4, dtype=torch.int32, device=device),
+        "bias": torch.empty(4, 248320, device=device),
+        "allowed": torch.empty(128, 7760, dtype=torch.int32, device=device),
+    }
+    yield draw, Case("128x248320 edited", draw_args(logits, all_three, **edits))
+    penalised = {name: edits[name] for name in ("edit_rows", "marks", "penalties", "left")}
+    for vocab in (129280, 248320):
+        penalised["marks"] = torch.empty(4, vocab, dtype=torch.int32, device=device)
+        args = draw_args(torch.empty(128, vocab, device=device), all_three, **penalised)
+        yield draw, Case(f"128x{vocab} penalised", args)
+
+
+def greedy_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Batches of float32 logits over served models' vocabularies, without contents."""
+    for rows, vocab in ((1, 102400), (128, 129280), (128, 248320), (512, 129280)):
+        yield greedy_sample, Case(f"{rows}x{vocab}", (torch.empty(rows, vocab, device=device),))
+
+
+CASES = (
+    draw_cases,
+    greedy_cases,
+)
