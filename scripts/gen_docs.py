@@ -17,9 +17,7 @@ SHOWN_DIFF_LINES = 20
 
 def render_environment_variables() -> str:
     """The page of environment variables."""
-    environ = importlib.import_module("sglang.srt.environ")
-    cli = importlib.import_module("sglang.srt.environ_cli")
-    return str(cli.render_markdown(environ.declared_variables()))
+    return str(importlib.import_module("environment_variables_page").render())
 
 
 def render_server_arguments() -> str:

@@ -1,7 +1,7 @@
 """Every environment variable of the engine: its type, default, bounds and meaning, declared once.
 
 Read one with `envs.SGLANG_X.get()`; nothing else in the tree reads a SGLANG_ variable. `check_environment` is the
-launch check, and `python -m sglang.srt.environ --list | --markdown | --json | --check` shows or checks them.
+launch check, and `python -m sglang.srt.environ --list | --check` shows or checks them.
 """
 
 from __future__ import annotations
