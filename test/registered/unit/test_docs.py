@@ -1,0 +1,50 @@
+"""Links of the documentation lead somewhere, and each measurement is a file that the current figures link to."""
+
+import re
+import unittest
+from pathlib import Path
+
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGES = sorted(
+    [*ROOT.glob("*.md"), *(path for folder in ("docs", "benchmark") for path in (ROOT / folder).rglob("*.md"))]
+)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the headings of a page."""
+    headings = re.findall(r"(?m)^#+ (.*)$", page.read_text(encoding="utf-8"))
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+class TestLinks(CustomTestCase):
+    def test_each_leads_to_a_file_and_a_heading(self):
+        self.assertGreater(len(PAGES), 15)
+        wrong = []
+        for page in PAGES:
+            for link in LINK.findall(page.read_text(encoding="utf-8")):
+                if re.match(r"[a-z]+:", link):
+                    continue
+                name, _, anchor = link.partition("#")
+                target = page.parent / name if name else page
+                if not target.exists() or (anchor and anchor not in anchors(target)):
+                    wrong.append(f"{page.relative_to(ROOT)}: {link}")
+        self.assertEqual(wrong, [])
+
+
+class TestResults(CustomTestCase):
+    def test_each_file_is_of_a_device_and_a_date_and_is_among_the_current_figures(self):
+        folder = ROOT / "benchmark/results"
+        files = {path.name for path in folder.glob("*.md")} - {"README.md"}
+        self.assertEqual([name for name in files if not re.match(r"[a-z0-9]+-\d{4}-\d\d-\d\d(-\w+)?\.md$", name)], [])
+        linked = set(LINK.findall((folder / "README.md").read_text(encoding="utf-8")))
+        self.assertEqual(files - linked, set())
+
+
+if __name__ == "__main__":
+    unittest.main()
