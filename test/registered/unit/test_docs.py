@@ -37,6 +37,15 @@ class TestLinks(CustomTestCase):
         self.assertEqual(wrong, [])
 
 
+class TestTour(CustomTestCase):
+    def test_it_is_one_page_and_leads_to_every_note(self):
+        page = ROOT / "docs/developer_guide/architecture.md"
+        text = page.read_text(encoding="utf-8")
+        self.assertLess(text.count("\n"), 80)
+        notes = {f"notes/{path.name}" for path in (page.parent / "notes").glob("*.md")}
+        self.assertEqual(notes - set(LINK.findall(text)), set())
+
+
 class TestResults(CustomTestCase):
     def test_each_file_is_of_a_device_and_a_date_and_is_among_the_current_figures(self):
         folder = ROOT / "benchmark/results"
