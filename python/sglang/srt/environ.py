@@ -348,8 +348,9 @@ class Envs:
     SGLANG_DEBUG_POOL_CHECK = EnvBool(
         False,
         section=_TEST,
-        doc="Check the accounting of all memory pools at each idle step, a leak stops the server; and fill what a "
-        "window gives back with NaN, a request that reads it ends.",
+        doc="Check the accounting of all memory pools at each idle step, a leak stops the server; fill what a window "
+        "gives back with NaN, a request that reads it ends; and hold the plan of each step of DeepSeek V4 that is not "
+        "captured against its lengths, which waits for the device.",
     )
 
     def __setattr__(self, name: str, value: object) -> NoReturn:

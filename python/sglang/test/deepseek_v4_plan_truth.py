@@ -9,6 +9,7 @@ import torch
 
 from sglang.srt.configs.cache_layout import TOMBSTONE_PAGE
 from sglang.srt.configs.deepseek_v4_cache import ENTRY_TOKENS, PAGE_SIZE, RINGS
+from sglang.srt.layers.attention import deepseek_v4_plan_check
 from sglang.srt.layers.attention.deepseek_v4_planner import CompressedPlan, StepRows, plan_step
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,6 +80,7 @@ def check_plan(batch: PlanBatch, ratios: tuple[int, ...] = (4, 128)) -> Compress
     plan = plan_step(step, table.to(DEVICE), window_pages, CONTEXT, WINDOW, rings)
     own = [[windows[slot // PAGE_SIZE] * PAGE_SIZE + slot % PAGE_SIZE for slot in mine] for mine in slots]
     _compare(plan, batch, slots, own, rings)
+    deepseek_v4_plan_check.check_plan(plan, step, WINDOW, rings)
     return plan
 
 

@@ -86,18 +86,22 @@ class SpecMatrix:
     """A model's answers without speculation, and the same requests under a case.
 
     Requests come in two waves: questions, some behind a shared beginning, and then what follows some of their answers.
+    shared: that beginning, at least a page where the model has pages; it stands once or twice. max_total_tokens: room
+    for seven requests. page: by which the model is chunked and hit.
     """
 
-    def __init__(self, folder: str) -> None:
-        self.folder = folder
+    def __init__(self, folder: str, shared: str = SHARED, max_total_tokens: int = 2048, page: int = 1) -> None:
+        self.folder, self._max_total_tokens, self._page = folder, max_total_tokens, page
         tokenizer = Tokenizer.from_path(folder)
         texts = [question.text for question in heldout_questions()[:7]]
-        self.first = {f"r{i}": tokenizer.encode(SHARED * (i % 3) + text) for i, text in enumerate(texts[:5])}
+        self.first = {f"r{i}": tokenizer.encode(shared * (i % 3) + text) for i, text in enumerate(texts[:5])}
         self._next = {f"s{i}": (f"r{i}", tokenizer.encode(" and " + text)) for i, text in enumerate(texts[5:])}
         self.second: dict[bool, dict[str, list[int]]] = {}
         self.answers: dict[bool, dict[str, list[int]]] = {}
         for warm in (False, True):
-            harness = EngineHarness(folder, with_tokenizer=True, max_running_requests=7, max_total_tokens=2048)
+            harness = EngineHarness(
+                folder, with_tokenizer=True, max_running_requests=7, max_total_tokens=max_total_tokens
+            )
             answers = self._serve_wave(harness, self.first, warm)
             self.second[warm] = {
                 rid: self.first[before] + answers[before].output_ids + more
@@ -138,9 +142,9 @@ class SpecMatrix:
                 speculative_algorithm="NEXTN",
                 speculative_num_steps=case.num_steps,
                 max_running_requests=case.concurrency,
-                chunked_prefill_size=case.chunk,
+                chunked_prefill_size=case.chunk if self._page == 1 else self._page * (1 + (case.chunk > 7)),
                 disable_radix_cache=not case.hits,
-                max_total_tokens=2048,
+                max_total_tokens=self._max_total_tokens,
             )
         if case.rule != MODEL:
             known = rules(answers, harness.model_config.vocab_size, harness.model_config.eos_token_ids[0])

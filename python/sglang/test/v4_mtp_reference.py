@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +79,22 @@ class V4Mtp(nn.Module):
         """Its tensors by the names of the published checkpoint."""
         found: dict[str, torch.Tensor] = {}
         for path, tensor in self.state_dict().items():
-            name = path.removeprefix("layer.")
+            name = _published(path.removeprefix("layer."))
             if name.startswith("mlp.experts."):
                 for i, expert in enumerate(tensor):
                     parts = expert.chunk(2) if name.endswith("gate_up_proj") else (expert,)
                     for leaf, part in zip(("w1", "w3") if len(parts) == 2 else ("w2",), parts, strict=True):
                         found[f"mtp.0.ffn.experts.{i}.{leaf}.weight"] = part.clone()
                 continue
-            for old, new in _NAMES.items():
-                name = name.replace(old, new) if name.startswith(old) else name
             found[f"mtp.0.{name}"] = tensor.clone()
         return found
+
+
+def _published(name: str) -> str:
+    """A tensor's name in the published checkpoint, behind the layer's; stacks of experts keep theirs."""
+    for old, new in _NAMES.items():
+        name = name.replace(old, new) if name.startswith(old) else name
+    return name
 
 
 def save_tiny_v4_mtp(folder: str | Path, seed: int = 0, **overrides: Any) -> tuple[Any, V4Mtp]:
@@ -105,3 +111,54 @@ def save_tiny_v4_mtp(folder: str | Path, seed: int = 0, **overrides: Any) -> tup
     tensors = load_file(weights) | mtp.tensors()
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, weights, metadata={"format": "pt"})
     return model, mtp
+
+
+def load_v4_mtp(folder: str | Path) -> tuple[Any, V4Mtp]:
+    """A folder's model in float32 as transformers reads it, and its MTP layer; a tensor that is missing raises."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    mtp = V4Mtp(model).float().eval()
+    saved = load_file(Path(folder) / "model.safetensors")
+    named = {name: saved[name].float() for name in mtp.tensors()}
+    with torch.no_grad():
+        for path, tensor in mtp.state_dict().items():
+            name = _published(path.removeprefix("layer."))
+            if name.startswith("mlp.experts."):
+                leaves = ("w1", "w3") if name.endswith("gate_up_proj") else ("w2",)
+                experts = [
+                    torch.cat([named[f"mtp.0.ffn.experts.{i}.{leaf}.weight"] for leaf in leaves])
+                    for i in range(len(tensor))
+                ]
+                tensor.copy_(torch.stack(experts))
+            else:
+                tensor.copy_(named[f"mtp.0.{name}"])
+    return model, mtp
+
+
+@torch.inference_mode()
+def v4_share_accepted(
+    model: Any, mtp: V4Mtp, prompts: Sequence[Sequence[int]], end: int, max_new_tokens: int, steps: int = 3
+) -> tuple[list[float], float]:
+    """How many greedy drafts at each place of a chain are accepted, offline; and tokens per cycle.
+
+    Drafts behind the end of an answer do not count. The first token of an answer is the prefill's.
+    """
+    accepted, drafted, cycles, made = [0] * steps, [0] * steps, 0, 0
+    for prompt in prompts:
+        answer = model.generate(
+            torch.tensor([prompt]), do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=0
+        )
+        tokens, root = answer[0].tolist(), len(prompt)
+        streams = mtp.target_streams(tokens)
+        while root < len(tokens) - 1:
+            given, rows, hits = tokens[1 : root + 1], streams[:root], 0
+            for place in range(min(steps, len(tokens) - 1 - root)):
+                logprobs, own = mtp(given, rows)
+                given, rows = [*given, int(logprobs[-1].argmax())], torch.cat([rows, own[-1:]])
+                hits += hits == place and given[-1] == tokens[root + 1 + place]
+                drafted[place] += 1
+                accepted[place] += hits > place
+            step = min(hits + 1, len(tokens) - 1 - root)
+            cycles, made, root = cycles + 1, made + step, root + step
+    return [a / max(d, 1) for a, d in zip(accepted, drafted, strict=True)], made / max(cycles, 1)

@@ -15,10 +15,10 @@ from sglang.test.engine_harness import EngineHarness
 Answers = dict[str, tuple[list[int], list[float]]]
 
 
-def prompts_around(lengths: Sequence[int], seed: int = 5) -> dict[str, list[int]]:
+def prompts_around(lengths: Sequence[int], seed: int = 5, vocab_size: int = 512) -> dict[str, list[int]]:
     """A prompt of each length, of which no two share more than a few tokens."""
     generator = torch.Generator().manual_seed(seed)
-    return {str(length): torch.randint(3, 512, (length,), generator=generator).tolist() for length in lengths}
+    return {str(length): torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in lengths}
 
 
 def serve(

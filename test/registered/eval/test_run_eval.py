@@ -131,7 +131,7 @@ class TestTrouble(CustomTestCase):
 
     def test_command_lines_that_make_no_sense(self):
         for argv, message in (
-            (["--eval-name", "mmlu"], "--eval-name mmlu: not here; the evaluations are tiny"),
+            (["--eval-name", "mmlu"], "--eval-name mmlu: not here; the evaluations are tiny, far"),
             (["--reference", "transformers"], "needs --model-path"),
             (["--compare"], "--compare needs --reference"),
             (["--num-examples", "0"], "at least 1"),

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 import unittest
 
 import jinja2
@@ -19,8 +20,12 @@ from sglang.test.tiny_tasks import TASKS, far_lookups, heldout_questions, is_hel
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
 MAX_FOLDER_BYTES = 5_000_000
+# What folders keep in more than 16 bits, by the end of its name.
+FULL_PRECISION = r"e_score_correction_bias|A_log"
+FULL_PRECISION_V4 = r"hc_\w+|attn_sink|ape|gate\.bias|\w*norm\.weight|tid2eid"
 FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
 BOS, EOS, USER, ASSISTANT = 256, 257, 260, 261
+V4_LAYERS = ("sliding", "compressed_sparse", "heavily_compressed", "compressed_sparse", "sliding")
 
 
 class TestQuestions(CustomTestCase):
@@ -120,9 +125,10 @@ class TestEmbeddedFolders(CustomTestCase):
                 self.assertLessEqual(sum(path.stat().st_size for path in folder.iterdir()), MAX_FOLDER_BYTES)
                 with safe_open(folder / "model.safetensors", "pt") as weights:
                     dtypes = {key: weights.get_slice(key).get_dtype() for key in weights.keys()}
-                full_precision = {key.rsplit(".", 1)[1] for key, dtype in dtypes.items() if dtype == "F32"}
-                self.assertLessEqual(full_precision, {"e_score_correction_bias", "A_log"})
-                self.assertLessEqual(set(dtypes.values()), {"BF16", "F32"})
+                wide = {key for key, dtype in dtypes.items() if dtype != "BF16"}
+                allowed = FULL_PRECISION_V4 if name == "deepseek-v4-tiny" else FULL_PRECISION
+                self.assertEqual({key for key in wide if not re.search(rf"\.({allowed})$", key)}, set())
+                self.assertLessEqual(set(dtypes.values()), {"BF16", "F32", "I64"})
 
     def test_the_shapes_are_those_of_their_families(self):
         expected = {
@@ -151,6 +157,14 @@ class TestEmbeddedFolders(CustomTestCase):
                 "attn_output_gate": True,
                 "mtp_num_hidden_layers": 1,
             },
+            "deepseek-v4-tiny": {
+                "architectures": ["DeepseekV4ForCausalLM"],
+                "layer_types": [f"{kind}_attention" for kind in V4_LAYERS],
+                "mlp_layer_types": ["hash_moe"] + ["moe"] * 4,
+                "sliding_window": 128,
+                "hc_mult": 4,
+                "num_nextn_predict_layers": 1,
+            },
         }
         configs = {name: json.loads((folder / "config.json").read_text()) for name, folder in EMBEDDED_MODELS.items()}
         self.assertEqual(configs.keys(), expected.keys())
@@ -160,6 +174,9 @@ class TestEmbeddedFolders(CustomTestCase):
                 self.assertEqual((configs[name]["vocab_size"], configs[name]["eos_token_id"]), (288, EOS))
         self.assertGreater(configs["deepseek-v3-tiny"]["n_group"], configs["deepseek-v3-tiny"]["topk_group"])
         self.assertEqual(configs["deepseek-v3-tiny"]["rope_parameters"]["rope_type"], "yarn")
+        # A prompt of 700 tokens has more entries than the indexer chooses; with fewer heads its scores would tie.
+        self.assertLess(configs["deepseek-v4-tiny"]["index_topk"], 700 // 4)
+        self.assertGreaterEqual(configs["deepseek-v4-tiny"]["index_n_heads"], 32)
 
     def test_the_router_bias_of_the_v3_shape_was_trained(self):
         with safe_open(EMBEDDED_MODELS["deepseek-v3-tiny"] / "model.safetensors", "pt") as weights:

@@ -2,11 +2,14 @@
 
 import random
 import unittest
+from dataclasses import fields
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
-from sglang.srt.configs.cache_layout import PLAIN_TYPES
+from sglang.embedded_models import EMBEDDED_MODELS
+from sglang.srt.configs.cache_layout import PLAIN_TYPES, TOMBSTONE_PAGE
 from sglang.srt.configs.deepseek_v4_cache import (
     MAX_VERIFY_ROWS,
     PAGE_SIZE,
@@ -14,10 +17,13 @@ from sglang.srt.configs.deepseek_v4_cache import (
     deepseek_v4_layout,
     max_step_rows,
 )
+from sglang.srt.environ import envs
+from sglang.srt.layers.attention import deepseek_v4_backend_hip_radix, deepseek_v4_plan_check
 from sglang.srt.layers.attention.deepseek_v4_planner import StepRows, plan_step
 from sglang.test.ci.ci_register import register_amd_ci, register_cpu_ci, register_cuda_ci
 from sglang.test.deepseek_v4_plan_truth import DEVICE, PlanBatch, check_plan, random_batch
 from sglang.test.test_utils import CustomTestCase
+from sglang.test.v4_mtp_serving import prompts_around, serve
 
 register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 register_cuda_ci(est_time=30, suite="stage-b-test-1-gpu-small")
@@ -49,6 +55,48 @@ class TestPlan(CustomTestCase):
 
     def test_layers_of_a_window_alone_plan_no_entries(self):
         self.assertEqual(check_plan(PlanBatch([(3, 9)], 0, 0, 1), ratios=()).entries, {})
+
+
+class TestCheck(CustomTestCase):
+    def test_a_wrong_number_in_any_part_of_a_plan(self):
+        """Of the debug mode's check, which holds every plan of the tests above too."""
+        with mock.patch.object(deepseek_v4_plan_check, "check_plan", wraps=deepseek_v4_plan_check.check_plan) as spy:
+            check_plan(PlanBatch([(0, 300), (510, 513)], 2, 1, 1))
+        plan, step, window, rings = spy.call_args.args
+        parts = [(plan, name) for name in ("requests", "store_slots", "window_slots", "page_table")]
+        parts += [(each, field.name) for each in plan.entries.values() for field in fields(each)]
+        # A page of KV, of the window, of states and of entries, or a row further.
+        for part, name in parts:
+            if name == "first_positions":  # by which an entry is turned: seen by the loop alone
+                continue
+            tensor = getattr(part, name)
+            kept = tensor.clone()
+            for value in (kept + PAGE_SIZE, kept + 1, torch.full_like(kept, TOMBSTONE_PAGE * PAGE_SIZE)):
+                if name == "state_rows" and torch.equal(value, kept + 1):
+                    continue  # a state of the same page
+                tensor.copy_(value)
+                with self.subTest(name), self.assertRaises(deepseek_v4_plan_check.PlanError):
+                    deepseek_v4_plan_check.check_plan(plan, step, window, rings)
+            tensor.copy_(kept)
+        deepseek_v4_plan_check.check_plan(plan, step, window, rings)
+
+    def test_the_debug_mode_holds_plans_of_steps(self):
+        """A plan without the last row of the window ends the step."""
+
+        def short(*args):
+            plan = plan_step(*args)
+            plan.window_slots[:, -1] = -1
+            return plan
+
+        prompts = prompts_around((140,), vocab_size=256)
+        folder = str(EMBEDDED_MODELS["deepseek-v4-tiny"])
+        with mock.patch.object(deepseek_v4_backend_hip_radix, "plan_step", short):
+            serve(folder, prompts)
+            with (
+                envs.SGLANG_DEBUG_POOL_CHECK.override(True),
+                self.assertRaisesRegex(deepseek_v4_plan_check.PlanError, "sees its window"),
+            ):
+                serve(folder, prompts)
 
 
 class TestRings(CustomTestCase):

@@ -12,8 +12,9 @@ from sglang.test.engine_harness import EngineHarness
 from sglang.test.mtp_reference import load_mtp, share_accepted
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tasks import MAX_NEW_TOKENS, heldout_questions
+from sglang.test.v4_mtp_reference import load_v4_mtp, v4_share_accepted
 
-register_cpu_ci(est_time=240, suite="nightly-cpu", nightly=True)
+register_cpu_ci(est_time=420, suite="nightly-cpu", nightly=True)
 
 NUM_QUESTIONS, NUM_STEPS = 500, 3
 BARS = (0.7, 0.45, 0.3)
@@ -52,18 +53,27 @@ def served_shares(path: str, num_steps: int, **server_args) -> tuple[list[float]
     return [a / d for a, d in zip(accepted, drafted, strict=True)], made / len(steps)
 
 
+def with_mtp_model(path, prompts, end):
+    return share_accepted(*load_mtp(path), prompts, end, MAX_NEW_TOKENS, NUM_STEPS)
+
+
+def with_assembled_layer(path, prompts, end):
+    return v4_share_accepted(*load_v4_mtp(path), prompts, end, MAX_NEW_TOKENS, NUM_STEPS)
+
+
 class TestAcceptance(CustomTestCase):
     def setUp(self):
         threads = torch.get_num_threads()
         self.addCleanup(torch.set_num_threads, threads)
         torch.set_num_threads(1)
 
-    def check(self, name):
+    def check(self, name, truth):
+        """``truth``: shares and tokens per step offline, of a folder, prompts and the id that ends an answer."""
         path = str(EMBEDDED_MODELS[name])
         tokenizer = Tokenizer.from_path(path)
         prompts = [tokenizer.encode(question.text) for question in heldout_questions(NUM_QUESTIONS)]
         (end,) = tokenizer.eos_token_ids
-        offline = share_accepted(*load_mtp(path), prompts, end, MAX_NEW_TOKENS, NUM_STEPS)
+        offline = truth(path, prompts, end)
         without, cached = (served_shares(path, NUM_STEPS, disable_radix_cache=off) for off in (True, False))
         named = {"offline": offline, "served": without, "served with the prefix cache": cached}
         for words, (shares, length) in named.items():
@@ -76,10 +86,13 @@ class TestAcceptance(CustomTestCase):
                 self.assertGreaterEqual(share, bar)
 
     def test_deepseek_v3(self):
-        self.check("deepseek-v3-tiny")
+        self.check("deepseek-v3-tiny", with_mtp_model)
 
     def test_qwen3_5(self):
-        self.check("qwen3.5-moe-tiny")
+        self.check("qwen3.5-moe-tiny", with_mtp_model)
+
+    def test_deepseek_v4(self):
+        self.check("deepseek-v4-tiny", with_assembled_layer)
 
 
 if __name__ == "__main__":

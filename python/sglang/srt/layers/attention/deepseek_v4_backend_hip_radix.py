@@ -26,6 +26,7 @@ from sglang.srt.layers.attention.base_attn_backend import (
     UnplannedStepError,
     register_attention_backend,
 )
+from sglang.srt.layers.attention.deepseek_v4_plan_check import check_plan
 from sglang.srt.layers.attention.deepseek_v4_planner import CompressedPlan, StepRows, plan_step
 from sglang.srt.layers.attention.plans import NoRows
 from sglang.srt.layers.attention.pool_backend import CapturingPoolBackend
@@ -72,6 +73,7 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
             if any(pool.spec.name == f"c{ratio}" for pool in ctx.pools):
                 self.rings[ratio] = PAGE_SIZE // ctx.pools[f"c{ratio}_state"].spec.units_per_row
         self.plans_in_graph = envs.SGLANG_PREP_IN_CUDA_GRAPH.get()
+        self._checks_plans = envs.SGLANG_DEBUG_POOL_CHECK.get()
 
     # --- plans ---------------------------------------------------------------------------------------------------
 
@@ -110,7 +112,10 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
 
     def _plan(self, fb: ForwardBatch, extend_lens: torch.Tensor, max_len: int) -> CompressedPlan:
         step = StepRows(fb.out_cache_loc, fb.req_pool_indices, fb.seq_lens, extend_lens)
-        return plan_step(step, self.req_to_token, self.window_pages, max_len, self.window, self.rings)
+        plan = plan_step(step, self.req_to_token, self.window_pages, max_len, self.window, self.rings)
+        if self._checks_plans and type(fb.seq_lens_cpu) is list:  # a captured step may not wait
+            check_plan(plan, step, self.window, self.rings)
+        return plan
 
     def _longest(self, fb: ForwardBatch) -> int:
         """A bound of the lengths in tokens. A captured step may not ask the host, and gets room for any."""
