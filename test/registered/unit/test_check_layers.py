@@ -1,5 +1,6 @@
 """scripts/check_layers.py finds planted violations of each kind, and nothing in what is allowed."""
 
+import importlib
 import subprocess
 import sys
 import tempfile
@@ -12,19 +13,21 @@ from sglang.test.test_utils import CustomTestCase
 register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 
 SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "check_layers.py"
+sys.path.insert(0, str(SCRIPT.parent))
+# Called rather than run for each tree: a process takes longer than a check.
+LAYERS = importlib.import_module("check_layers")
 
 
 class TestCheckLayers(CustomTestCase):
     def check(self, files: dict[str, str]) -> tuple[int, list[str]]:
-        """(exit status, violations) for a tree of the given files, paths relative to sglang/."""
+        """(1 or 0, violations) for a tree of the given files, paths relative to sglang/."""
         with tempfile.TemporaryDirectory() as folder:
             for name, text in files.items():
                 path = Path(folder) / "sglang" / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(text)
-            done = subprocess.run([sys.executable, str(SCRIPT), folder], capture_output=True, text=True)
-            self.assertEqual(done.stderr, "")
-            return done.returncode, done.stdout.splitlines()[:-1]
+            violations, _ = LAYERS.check_tree(Path(folder))
+            return int(bool(violations)), [str(violation) for violation in violations]
 
     def assert_violation(self, name: str, text: str, expected: str, others: dict[str, str] | None = None):
         status, violations = self.check({**(others or {}), name: text})
@@ -134,6 +137,15 @@ class TestCheckLayers(CustomTestCase):
         self.assertEqual(len(self.check(both)[1]), 2)
         straight = {**ring, one: "import sglang.srt.utils.two\nimport sglang.srt.utils.three", three: ""}
         self.assertEqual(self.check(straight), (0, []))
+
+    def test_a_violation_is_printed_and_is_the_exit_status(self):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "sglang/kernels/a.py")
+            path.parent.mkdir(parents=True)
+            path.write_text("import pickle")
+            done = subprocess.run([sys.executable, str(SCRIPT), folder], capture_output=True, text=True)
+        self.assertEqual((done.returncode, done.stderr, len(done.stdout.splitlines())), (1, "", 2))
+        self.assertTrue(done.stdout.startswith("sglang/kernels/a.py:1: imports pickle"), done.stdout)
 
     def test_an_empty_tree_is_not_clean(self):
         with tempfile.TemporaryDirectory() as folder:

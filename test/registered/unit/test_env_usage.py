@@ -123,7 +123,7 @@ class TestUsage(CustomTestCase):
         return [
             path
             for path, text in sources("python", "scripts", "test", ".ci").items()
-            if (python if path.endswith(".py") else shell).search(text)
+            if name in text and (python if path.endswith(".py") else shell).search(text)
         ]
 
 
