@@ -72,7 +72,8 @@ class AiterGreedyCases(unittest.TestCase):
 
     def check(self, logits: torch.Tensor, by_aiter: bool = True) -> None:
         """The op's ids are the first maxima, and came from AITER exactly where that is safe."""
-        ids = greedy_sample(logits)
+        ids, faults = greedy_sample(logits)
+        self.assertEqual(faults.tolist(), [0] * len(logits))
         values = logits.float().cpu()
         first = [int((row == row.max()).nonzero()[0]) for row in values]
         self.assertEqual(ids.tolist(), first, f"{logits.dtype} {tuple(logits.shape)}")

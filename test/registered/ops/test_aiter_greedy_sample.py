@@ -37,7 +37,7 @@ class TestAiterGreedySampleOverFake(aiter_greedy_cases.AiterGreedyCases, CustomT
         ids = torch.empty(3, dtype=torch.int32)
         kernel(ids, logits)
         self.assertTrue(bool((ids >= vocab).all()))
-        self.assertLess(int(greedy_sample(logits).max()), vocab)
+        self.assertLess(int(greedy_sample(logits)[0].max()), vocab)
 
     def test_ids_outside_the_vocabulary_end_their_rows(self) -> None:
         """Whatever the kernel says, no id is made up in its place, and the device gets one that it can use."""
@@ -49,7 +49,7 @@ class TestAiterGreedySampleOverFake(aiter_greedy_cases.AiterGreedyCases, CustomT
                 out.copy_(torch.tensor([3, answer], dtype=torch.int32))
 
             with mock.patch.object(aiter, "greedy_sample", broken):
-                self.assertEqual(greedy_aiter(torch.zeros(2, 64)).tolist(), [3, answer])
+                self.assertEqual(greedy_aiter(torch.zeros(2, 64))[0].tolist(), [3, answer])
                 ids, output = self.sample(torch.zeros(2, 64))
             self.assertEqual(output.row_faults.tolist(), [0, RowFault.TOKEN_ID])
             self.assertEqual((int(ids[0]), ids.dtype), (3, torch.int32))
@@ -62,7 +62,7 @@ class TestCpuIsLeftAlone(CustomTestCase):
         from sglang.srt.environ import envs
 
         with envs.SGLANG_USE_AITER.override(True), fresh_decisions():
-            self.assertEqual(greedy_sample(torch.zeros(1, 32)).dtype, torch.int64)
+            self.assertEqual(greedy_sample(torch.zeros(1, 32))[0].dtype, torch.int64)
             self.assertIn("not for cpu", REGISTRY.records["sampling.greedy"].verdicts["aiter"])
 
 

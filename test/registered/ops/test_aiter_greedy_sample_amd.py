@@ -29,9 +29,9 @@ class TestAiterGreedySample(aiter_greedy_cases.AiterGreedyCases, CustomTestCase)
         from sglang.kernels.ops.sampling.greedy import greedy_sample
 
         logits = self.random(64, 129280)
-        first = greedy_sample(logits).tolist()
+        first = greedy_sample(logits)[0].tolist()
         for _ in range(20):
-            self.assertEqual(greedy_sample(logits).tolist(), first)
+            self.assertEqual(greedy_sample(logits)[0].tolist(), first)
 
     def test_side_stream(self) -> None:
         """Some releases launch on the default stream: on another one the next implementation has to answer."""

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 
 from sglang.kernels.ops.sampling.draw import RowOf, draw, draw_args, draw_torch, filter_torch
-from sglang.kernels.ops.sampling.greedy import greedy_sample
+from sglang.kernels.ops.sampling.greedy import greedy_sample, greedy_torch
 from sglang.kernels.ops.sampling.seeded import seeded_sample_torch, uniform_from_seed_torch
 from sglang.srt.layers import sampler as sampler_module
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput, RowFault
@@ -185,9 +185,21 @@ class TestSeeds(CustomTestCase):
 class TestGreedy(CustomTestCase):
     def test_ids_in_range_and_first_of_ties(self) -> None:
         logits = torch.tensor([[1.0, 3.0, 3.0], [-INF] * 3, [NAN] * 3, [0.0, NAN, 5.0], [-1e4, -1e4, -2e4]])
-        ids = greedy_sample(logits).tolist()
-        self.assertEqual(ids[:2] + ids[4:], [1, 0, 0])
-        self.assertTrue(all(0 <= i < 3 for i in ids))
+        ids, faults = (found.tolist() for found in greedy_sample(logits))
+        self.assertEqual(ids, [1, 0, 0, 1, 0])
+        self.assertEqual(faults, [0, *[RowFault.LOGITS] * 3, 0])
+
+    def test_every_case_by_hand(self) -> None:
+        for case in greedy_sample.cases():
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                logits = case.args[0].to(dtype)
+                ids, faults = (found.tolist() for found in greedy_torch(logits))
+                for row, values in enumerate(logits.tolist()):
+                    order = [(value != value, 0.0 if value != value else value) for value in values]
+                    best = order.index(max(order))
+                    with self.subTest(case.name, dtype=dtype, row=row):
+                        self.assertEqual(ids[row], best)
+                        self.assertEqual(faults[row], 0 if math.isfinite(values[best]) else RowFault.LOGITS)
 
     def test_mixed_rows(self) -> None:
         logits = torch.randn(4, 33, generator=torch.Generator().manual_seed(2))
@@ -269,8 +281,8 @@ class TestFaults(CustomTestCase):
         def kernel(out: torch.Tensor, given: torch.Tensor) -> None:
             out.copy_(torch.tensor(answers))
 
-        def op(*given: torch.Tensor) -> torch.Tensor:
-            return torch.tensor(answers)
+        def op(*given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.tensor(answers), torch.zeros(7, dtype=torch.int64)
 
         def draw(*given: object) -> tuple[torch.Tensor, torch.Tensor]:
             return torch.tensor(answers), torch.zeros(7, dtype=torch.int64)
@@ -293,7 +305,11 @@ class TestFaults(CustomTestCase):
     def test_the_models_fault_comes_first(self) -> None:
         logits = torch.zeros(2, 32)
         logits[0, 3] = NAN
-        with mock.patch.multiple(sampler_module, greedy_sample=lambda given: torch.tensor([77, 78])):
+
+        def op(given: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return torch.tensor([77, 78]), greedy_torch(given)[1]
+
+        with mock.patch.multiple(sampler_module, greedy_sample=op):
             _, faults, _ = self.sample(logits, [SamplingParams(temperature=0.0)] * 2)
         self.assertEqual(faults, [RowFault.LOGITS, RowFault.TOKEN_ID])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -52,15 +51,10 @@ class Sampler(torch.nn.Module):
         """
         raw = logits_output.next_token_logits
         plain = sampling_info.is_all_greedy and sampling_info.edits is None and sampling_info.vocab_mask is None
-        drawn, faults = (_greedy(raw), None) if plain else _draw(raw, sampling_info, positions)
+        drawn, faults = _greedy(raw) if plain else _draw(raw, sampling_info, positions)
         ids = drawn.clamp(0, raw.shape[-1] - 1)
         bad_ids = torch.where(drawn == ids, 0, int(RowFault.TOKEN_ID))
-        if faults is None:
-            # NaN and infinities alike are not below infinity; cheaper than torch.isfinite.
-            sound = raw.amax(dim=-1).abs() < math.inf
-            logits_output.row_faults = torch.where(sound, bad_ids, int(RowFault.LOGITS))
-        else:
-            logits_output.row_faults = torch.where(faults == 0, bad_ids, faults)
+        logits_output.row_faults = torch.where(faults == 0, bad_ids, faults)
         if return_logprob:
             logprobs = torch.log_softmax(raw.float(), dim=-1)
             logits_output.row_logprobs = RowLogprobs(
@@ -95,8 +89,8 @@ def _draw(
     )
 
 
-def _greedy(logits: torch.Tensor) -> torch.Tensor:
-    """The largest logit of each row, [B] int64, by AITER int32."""
+def _greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of the largest logits and faults, [B] int64, ids by AITER int32."""
     if _use_aiter is None:
         return greedy_sample(logits)
     return greedy_aiter(logits, _aiter_greedy_sample) if _use_aiter and fits_aiter(logits) else greedy_torch(logits)

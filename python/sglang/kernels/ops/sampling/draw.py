@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
-from sglang.kernels.ops.sampling.greedy import greedy_torch
+from sglang.kernels.ops.sampling.greedy import LOGITS_FAULT
 from sglang.kernels.ops.sampling.seeded import seeded_sample_torch
 from sglang.kernels.spec import Case, Impl, Op
 
 # A mark of an id: how often it is in the output, whether it is in prompt or output, whether it ends the request.
 COUNT, SEEN, STOP = (1 << 29) - 1, 1 << 29, 1 << 30
-# Why nothing can be drawn from a row: its logits, or what edits, mask and temperature make of them.
-LOGITS_FAULT, EDITED_FAULT = 1, 2
+# Why nothing can be drawn from a row whose logits are sound: what edits, mask and temperature make of them.
+EDITED_FAULT = 2
 
 # Scores that one program of the Triton form reads, room for those of a row that lie in a bracket, one in how many is
 # sampled, programs a row, and scores whose running count a thread keeps to itself.
@@ -164,18 +164,22 @@ def draw_torch(
     if allowed is not None:
         edited = allow_torch(edited, allowed)
     scores = edited / temperatures.unsqueeze(1) if wanted.draws else edited
-    raw = logits.amax(dim=-1)
-    # Division keeps the order, so that the largest quotient is that of the largest logit.
-    best = raw / temperatures if edit_rows is None and allowed is None else scores.amax(dim=-1)
+    raw, first = logits.amax(dim=-1), None
+    if wanted.greedy or not wanted.draws:
+        best, first = scores.max(dim=-1)  # the first of the largest
+    else:
+        # Division keeps the order, so that the largest quotient is that of the largest logit.
+        best = raw / temperatures if edit_rows is None and allowed is None else scores.amax(dim=-1)
     # NaN and infinities alike are not below infinity.
     faults = torch.where(best.abs() < math.inf, 0, EDITED_FAULT)
     faults = torch.where(raw.abs() < math.inf, faults, LOGITS_FAULT)
     if not wanted.draws:
-        return greedy_torch(scores), faults
+        assert first is not None
+        return first, faults
     assert greedy is not None and seeds is not None and positions is not None
     ids = seeded_sample_torch(filter_torch(scores, top_ks, top_ps, min_ps, wanted), seeds, positions)
     ids = ids.clamp(max=logits.shape[1] - 1)  # a row of NaN has no last id
-    return torch.where(greedy, greedy_torch(scores), ids) if wanted.greedy else ids, faults
+    return ids if first is None else torch.where(greedy, first, ids), faults
 
 
 def draw_triton(

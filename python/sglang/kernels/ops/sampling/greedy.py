@@ -1,7 +1,8 @@
-"""Greedy choice: the index of the largest logit of each row."""
+"""Greedy choice: the index of the largest logit of each row, and whether the row is sound."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -13,27 +14,31 @@ from sglang.srt.platforms import current_platform
 
 # AITER reads rows in vectors of this many logits: of a shorter last one it takes what lies past V for 0.
 AITER_VECTOR = 16
-# Programs that fill a GPU, and logits that one program reads at once.
-TARGET_PROGRAMS = 264
-TRITON_BLOCK = 2048
+# Logits that one program of the Triton form reads.
+BLOCK = 2048
+# Why nothing can be drawn from a row: its logits.
+LOGITS_FAULT = 1
 
 
-def greedy_torch(logits: Tensor) -> Tensor:
-    """Index of the largest logit in each row.
+def greedy_torch(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Index of the largest logit in each row, and why there is none.
 
-    logits [B, V] float, any strides -> [B] int64 (AITER: int32), in [0, V); ties take the first. A row of -inf gives 0;
-    a row that holds NaN gives the index of its first NaN (AITER: any integer for either). The caller refuses such rows
-    and every id outside [0, V), see ``Sampler``.
+    logits [B, V] float, any strides -> ids [B] int64 (AITER: int32), in [0, V), and faults [B] int64. Ties take the
+    first. A row with NaN, +inf or nothing finite has ``LOGITS_FAULT``, others 0; a row of -inf gives 0, a row that
+    holds NaN the index of its first NaN (AITER: any integer for either). The caller refuses such rows, and every id
+    outside [0, V), see ``Sampler``.
     """
-    if logits.shape[0] == 0:
-        return torch.empty(0, dtype=torch.int64, device=logits.device)
-    best = logits.amax(dim=-1, keepdim=True)
-    # torch.argmax leaves ties open; the first index of the maximum is made explicit.
-    hits = (logits == best) | logits.isnan()
-    return hits.to(torch.uint8).argmax(dim=-1)
+    # Unlike ``argmax``, this is documented to give the first of the largest. NaN is larger than all.
+    best, ids = logits.max(dim=-1)
+    return ids, _faults(best)
 
 
-def greedy_aiter(logits: Tensor, kernel: Callable[[Tensor, Tensor], None] | None = None) -> Tensor:
+def _faults(best: Tensor) -> Tensor:
+    """By the largest logit of each row: NaN and infinities alike are not below infinity."""
+    return torch.where(best.abs() < math.inf, 0, LOGITS_FAULT)
+
+
+def greedy_aiter(logits: Tensor, kernel: Callable[[Tensor, Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
     """By AITER's kernel, or ``kernel`` of its signature; the caller judges its ids."""
     if kernel is None:
         import aiter
@@ -41,7 +46,7 @@ def greedy_aiter(logits: Tensor, kernel: Callable[[Tensor, Tensor], None] | None
         kernel = aiter.greedy_sample
     out = torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
     kernel(out, logits)
-    return out
+    return out, _faults(logits.amax(dim=-1))
 
 
 def fits_aiter(logits: Tensor) -> bool:
@@ -54,25 +59,24 @@ def fits_aiter(logits: Tensor) -> bool:
     return readable and aligned and 0 < rows and rows * logits.stride(0) < 2**31 and in_order
 
 
-def greedy_triton(logits: Tensor) -> Tensor:
+def greedy_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
     from sglang.kernels.ops.sampling.greedy_triton import greedy_kernel, greedy_merge_kernel
 
     rows, vocab = logits.shape
-    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    ids = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    faults = torch.empty_like(ids)
     if rows == 0:
-        return out
-    block = min(TRITON_BLOCK, next_power_of_2(vocab))
-    blocks = cdiv(vocab, block)
-    steps = cdiv(blocks, min(blocks, cdiv(TARGET_PROGRAMS, rows)))
-    splits = cdiv(blocks, steps)
-    keys = out if splits == 1 else torch.empty(rows, splits, dtype=torch.int64, device=logits.device)
-    greedy_kernel[(rows * splits,)](
-        logits, keys, vocab, logits.stride(0), logits.stride(1), splits, steps,
-        IS_LAST=splits == 1, BLOCK=block, num_warps=4,
+        return ids, faults
+    block = min(BLOCK, next_power_of_2(vocab))
+    chunks = cdiv(vocab, block)
+    keys = None if chunks == 1 else torch.empty(rows, chunks, dtype=torch.int64, device=logits.device)
+    greedy_kernel[(rows * chunks,)](
+        logits, keys, ids, faults, vocab, logits.stride(0), logits.stride(1), chunks,
+        IS_LAST=chunks == 1, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    if splits > 1:
-        greedy_merge_kernel[(rows,)](keys, out, splits, BLOCK=next_power_of_2(splits), num_warps=1)
-    return out
+    if keys is not None:
+        greedy_merge_kernel[(rows,)](keys, ids, faults, chunks, BLOCK=next_power_of_2(chunks), num_warps=1)
+    return ids, faults
 
 
 def _accepts(logits: Tensor) -> bool:
@@ -88,12 +92,17 @@ def _cases() -> Iterator[Case]:
     ties[2, 32] = ties[2, 0] = 1e4
     ties[3] = -1e4
     yield Case("ties", (ties,))
-    ugly = torch.randn(4, 65, generator=generator)
-    ugly[0] = float("-inf")
-    ugly[1, 3] = float("nan")
-    ugly[2] = float("nan")
-    ugly[3, 5:] = float("-inf")
-    yield Case("inf-nan", (ugly,))
+    ugly = torch.randn(7, 5000, generator=generator)
+    ugly[0] = -math.inf
+    ugly[1, 3] = ugly[1, 4500] = math.nan
+    ugly[2] = math.nan
+    ugly[3, 5:] = -math.inf
+    ugly[4, 4999] = math.inf
+    ugly[5], ugly[5, 2], ugly[5, 4000] = -0.0, 0.0, -0.0
+    ugly[6, 7], ugly[6, 4999] = math.inf, -math.nan
+    yield Case("inf-nan-many-blocks", (ugly,))
+    yield Case("inf-nan", (ugly[:, :65].contiguous(),))
+    yield Case("extremes", (torch.tensor([[-3.4e38, -3.3e38], [1e-40, -1e-40], [-1e-45, -2e-45]]),))
     yield Case("strided", (torch.randn(40, 6, generator=generator).t(),))
 
 

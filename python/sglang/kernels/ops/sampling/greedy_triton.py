@@ -1,7 +1,10 @@
-"""Arg-max over the vocabulary: the value's order and the index in one 64-bit key, so that a maximum is the answer."""
+"""Arg-max over the vocabulary in one pass: order of a value and its index in one 64-bit key, whose maximum is taken."""
 
 import triton
 import triton.language as tl
+
+LOWEST_KEY = tl.constexpr(-0x8000000000000000)
+LOGITS_FAULT = tl.constexpr(1)  # what ``greedy.py`` calls so
 
 
 @triton.jit
@@ -21,31 +24,37 @@ def key_index(key):
     return 0x7FFFFFFF - (key & 0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=["splits", "steps"])
+@triton.jit
+def _store(row, key, ids_ptr, faults_ptr):
+    """The answer that a row's best key holds: only of a finite value is it sound."""
+    order = (key >> 32).to(tl.int32)
+    # By ``order_key``: 0x7F800000 is +inf, NaN lies above it, and -inf is the lowest.
+    sound = (order < 0x7F800000) & (order > -0x7F800001)
+    tl.store(ids_ptr + row, key_index(key))
+    tl.store(faults_ptr + row, tl.where(sound, 0, LOGITS_FAULT).to(tl.int64))
+
+
+@triton.jit(do_not_specialize=["chunks"])
 def greedy_kernel(
-    logits_ptr, out_ptr, vocab, row_stride, col_stride, splits, steps, IS_LAST: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Each program takes ``steps`` blocks of one row; it writes the row's index when IS_LAST, else its best key."""
-    row, split = (tl.program_id(0) // splits).to(tl.int64), tl.program_id(0) % splits
-    lane = tl.arange(0, BLOCK)
-    lowest: tl.constexpr = -0x8000000000000000
-    best = tl.full([BLOCK], lowest, tl.int64)
-    for step in range(steps):
-        cols = (split * steps + step) * BLOCK + lane
-        mask = cols < vocab
-        x = tl.load(logits_ptr + row * row_stride + cols.to(tl.int64) * col_stride, mask=mask, other=0.0)
-        best = tl.maximum(best, tl.where(mask, order_key(x, cols), lowest))
-    top = tl.max(best, axis=0)
+    logits_ptr, keys_ptr, ids_ptr, faults_ptr, vocab, row_stride, col_stride, chunks,
+    IS_LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One chunk of one row: its best key, or the row's answer when IS_LAST."""
+    row, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    cols = chunk * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < vocab
+    x = tl.load(logits_ptr + row * row_stride + cols.to(tl.int64) * col_stride, mask=inside, other=0.0)
+    key = tl.max(tl.where(inside, order_key(x, cols), LOWEST_KEY), axis=0)
     if IS_LAST:
-        tl.store(out_ptr + row, key_index(top))
+        _store(row, key, ids_ptr, faults_ptr)
     else:
-        tl.store(out_ptr + row * splits + split, top)
+        tl.store(keys_ptr + row * chunks + chunk, key)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def greedy_merge_kernel(keys_ptr, out_ptr, splits, BLOCK: tl.constexpr):
-    """The index of the best of a row's ``splits`` keys."""
+@triton.jit(do_not_specialize=["chunks"])
+def greedy_merge_kernel(keys_ptr, ids_ptr, faults_ptr, chunks, BLOCK: tl.constexpr):
+    """The answer of a row by the best of its chunks' keys."""
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
-    keys = tl.load(keys_ptr + row * splits + lane, mask=lane < splits, other=-0x8000000000000000)
-    tl.store(out_ptr + row, key_index(tl.max(keys, axis=0)))
+    keys = tl.load(keys_ptr + row * chunks + lane, mask=lane < chunks, other=LOWEST_KEY)
+    _store(row, tl.max(keys, axis=0), ids_ptr, faults_ptr)
