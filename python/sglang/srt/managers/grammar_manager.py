@@ -74,12 +74,15 @@ class GrammarManager:
         ``drafts`` gives those of each request where a step has several rows per request: row j stands behind the
         first j of them.
         """
+        formed = [(index, req, req.grammar) for index, req in enumerate(batch.reqs) if req.grammar is not None]
+        if not formed:
+            return None
         rows = []
         width = batch.kind.rows_per_request if batch.forward_mode.is_decode() else 1
-        for index, (req, max_new) in enumerate(zip(batch.reqs, batch.max_new, strict=True)):
-            if req.grammar is not None and max_new and req.finish_reason is None:
-                req.grammar.follow(req.output_ids)
-                rows.append((req.grammar, index * width))
+        for index, req, grammar in formed:
+            if batch.max_new[index] and req.finish_reason is None:
+                grammar.follow(req.output_ids)
+                rows.append((grammar, index * width))
         if not rows:
             return None
         assert isinstance(self._backend, GuidanceBackend)

@@ -146,9 +146,10 @@ class ReqMemory:
         first. They are in the host's table alone: the step writes them into the device's.
         """
         width = self.step_width + self.step_ahead
-        self._make_room(self.missing_for_step(reqs))
+        one_each = width == 1 and all(req.kv_allocated_len == req.kv_committed_len for req in reqs)
+        self._make_room(len(reqs) if one_each and self.page_size == 1 else self.missing_for_step(reqs))
         rows = [self._row(req) for req in reqs]
-        if width == 1 and all(req.kv_allocated_len == req.kv_committed_len for req in reqs):
+        if one_each:
             positions = [req.kv_committed_len for req in reqs]
             last = [self._last_slot(req) for req in reqs] if self.page_size > 1 else [-1] * len(reqs)
             slots = self.allocator.alloc_decode([position + 1 for position in positions], last)
@@ -158,7 +159,9 @@ class ReqMemory:
             slots = self._extend_wide(reqs, rows, width)
         if slots is not None:
             for req in reqs:
-                req.kv_allocated_len = max(req.kv_allocated_len, req.kv_committed_len + width)
+                end = req.kv_committed_len + width
+                if end > req.kv_allocated_len:
+                    req.kv_allocated_len = end
             self._flush_window()
         return slots
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -131,12 +131,14 @@ class Req:
     @property
     def is_drawn_out(self) -> bool:
         """True when the tokens in flight reach the request's limit: nothing is left to launch."""
-        return self.new_tokens_left <= self.num_in_flight
+        return self.max_new_tokens - len(self.output_ids) <= self.num_in_flight
 
     def is_due(self, num_before: int, interval: int) -> bool:
         """Whether tokens past the first ``num_before`` are to be streamed: the first ones, or they end an interval."""
+        if not self.stream:
+            return False
         interval = self.sampling_params.stream_interval or interval
-        return self.stream and (num_before == 0 or len(self.output_ids) // interval > num_before // interval)
+        return num_before == 0 or len(self.output_ids) // interval > num_before // interval
 
     def next_input_row(self) -> int | None:
         """The first prompt row whose log-probability is wanted and not there yet; None when there is none."""
@@ -197,12 +199,15 @@ class ScheduleBatch:
         rows, states = _held([req.req_pool_idx for req in self.reqs]), None
         if STATE in self.reqs[0].held:
             states = [req.held[STATE] for req in self.reqs]
-        logprobs = [req.logprob_request(s, e) for req, s, e in zip(self.reqs, self.starts, self.ends, strict=True)]
-        asked = logprobs if any(entry is not None for entry in logprobs) else []
+        spans = zip(self.reqs, self.starts, self.ends, strict=True)
+        asked: list[LogprobRequest | None] = []
+        if any(req.return_logprob for req in self.reqs):
+            asked = [req.logprob_request(start, end) for req, start, end in spans]
         if self.forward_mode.is_decode():
-            batch = ModelWorkerBatch.uniform(self.kind, rows, self.ends, self.out_cache_loc, states, asked)
             tells_drafts = self.kind.rows_per_request > 1 and any(req.grammar is not None for req in self.reqs)
-            return replace(batch, tells_drafts=tells_drafts)
+            return ModelWorkerBatch.uniform(
+                self.kind, rows, self.ends, self.out_cache_loc, states, asked, tells_drafts=tells_drafts
+            )
         spans = zip(self.reqs, self.starts, self.ends, strict=True)
         ids = torch.from_numpy(np.concatenate([req.token_ids[start:end] for req, start, end in spans]))
         successors = None

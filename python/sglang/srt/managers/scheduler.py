@@ -147,7 +147,7 @@ class Scheduler:
         if not (self.config.enable_overlap and batch.forward_mode.is_decode()):
             self._drain()
         other_s = time.perf_counter() - started - self._waited_s
-        self.metrics.step_done(batch, self.load(), self._waited_s, other_s)
+        self.metrics.step_done(batch, self.load, self._waited_s, other_s)
         return True
 
     def _agree(self, sync: StepAgreement, batch: ScheduleBatch | None) -> AgreedStep:
@@ -449,7 +449,7 @@ class Scheduler:
         """
         try:
             for number, fault in enumerate(output.row_faults[index]):
-                if fault == RowFault.LOGITS or (fault and max_new and req.max_new_tokens):
+                if fault and (fault == RowFault.LOGITS or (max_new and req.max_new_tokens)):
                     req.finish_reason = fault_reason(RowFault(fault))
                     self.metrics.num_aborted_reqs += 1
                     logger.error("request %.64r is ended: %s", req.rid, req.finish_reason.message)
@@ -473,7 +473,8 @@ class Scheduler:
             req.finish_reason = FinishReason(type="length", length=0)
             return
         token = output.next_token_ids[index][number]
-        req.first_token_at = req.first_token_at or time.perf_counter()
+        if req.first_token_at is None:
+            req.first_token_at = time.perf_counter()
         req.output_ids.append(token)
         self.metrics.num_generated_tokens += 1
         if req.return_logprob:

@@ -58,15 +58,18 @@ class SchedulerMetrics:
         for place in range(num_new - 1):
             self.accepted_by_position[place] += 1
 
-    def step_done(self, batch: ScheduleBatch, load: dict[str, int], forward_s: float, schedule_s: float) -> None:
+    def step_done(
+        self, batch: ScheduleBatch, load: Callable[[], dict[str, int]], forward_s: float, schedule_s: float
+    ) -> None:
+        """Count a step; ``load`` is asked where it is logged."""
         self.forward_seconds += forward_s
         self.schedule_seconds += schedule_s
         if batch.forward_mode.is_decode():
             self.num_decode_steps += 1
             if self.num_decode_steps % self._interval == 0:
-                self._log_decode(load)
+                self._log_decode(load())
         else:
-            self._prefill_done(batch, load)
+            self._prefill_done(batch, load())
 
     def _prefill_done(self, batch: ScheduleBatch, load: dict[str, int]) -> None:
         # What a retracted request computes, or finds in the cache, for the second time does not count again.

@@ -63,22 +63,23 @@ class StopChecker:
             grammar.follow(req.output_ids)
             if grammar.error:
                 return abort_reason(f"The form that output must have cannot be followed: {grammar.error}.", 400, _BAD)
-        if len(req.output_ids) >= params.min_new_tokens:
+        length = len(req.output_ids)
+        if length >= params.min_new_tokens:
             token = req.output_ids[-1]
             if token in req.stop_ids:
                 return FinishReason(type="stop", matched=token)
-            matched = self._matched_stop_string(req.output_ids, params)
+            matched = self._matched_stop_string(req.output_ids, params) if params.stop else None
             if matched is not None:
                 return FinishReason(type="stop", matched=matched)
         if grammar is not None and grammar.is_complete:
             return FinishReason(type="stop")
-        if len(req.output_ids) >= req.max_new_tokens:
-            return FinishReason(type="length", length=len(req.output_ids))
+        if length >= req.max_new_tokens:
+            return FinishReason(type="length", length=length)
         return None
 
     def _matched_stop_string(self, output_ids: Sequence[int], params: SamplingParams) -> str | None:
         """The stop string that the newest token completes in the raw text, or in the text that the client sees."""
-        if not params.stop or self._tokenizer is None:
+        if self._tokenizer is None:
             return None
         # A token adds at least no characters: a window in tokens of the longest stop's UTF-8 length, doubled for
         # tokens that yield nothing visible, reaches back beyond the start of any match the newest token completes.

@@ -60,37 +60,44 @@ class LaunchedStep:
 
     def __init__(self, ids: torch.Tensor, output: LogitsProcessorOutput, num_new: torch.Tensor | None = None) -> None:
         assert output.row_faults is not None
+        self._num_rows = ids.numel()
         self._width = 1 if ids.dim() == 1 else ids.shape[1]
-        self._counted = num_new is not None
         self._drawn, self._prompts = output.row_logprobs, output.prompt_logprobs
         blocks = [block for _, block in self._prompts] + ([] if self._drawn is None else [self._drawn])
         tensors = [ids, output.row_faults, *([] if num_new is None else [num_new])]
-        tensors += [tensor for block in blocks for tensor in block.tensors()]
-        self._sizes = [tensor.numel() for tensor in tensors]
-        # A token id fits exactly into float64, beside a log-probability.
-        self._copy = HostCopy(torch.cat([tensor.flatten().to(torch.float64) for tensor in tensors]))
+        self._num_integers = sum(tensor.numel() for tensor in tensors)
+        beside = [tensor for block in blocks for tensor in block.tensors()]
+        self._sizes = [tensor.numel() for tensor in beside]
+        tensors += beside
+        if blocks:  # a token id fits exactly into float64, beside a log-probability
+            tensors = [tensor.to(torch.float64) for tensor in tensors]
+        self._copy = HostCopy(torch.cat([tensor.flatten() for tensor in tensors]))
 
     def result(self) -> StepOutput:
         """Wait for the one device-to-host copy of the step."""
-        ids, faults, *rest = self._copy.result().split(self._sizes)
-        counts = rest.pop(0).long().tolist() if self._counted else None
+        told, num = self._copy.result(), self._num_rows
+        integers: list[int] = told[: self._num_integers].long().tolist()
+        counts = integers[2 * num :]  # none where all rows count
+        rest = told[self._num_integers :].split(self._sizes) if self._sizes else ()
         prompts: dict[int, list[HostLogprobs]] = {}
         for index, block in self._prompts:
             size = len(block.tensors())
             prompts.setdefault(index, []).append(block.read(rest[:size]))
             rest = rest[size:]
         return StepOutput(
-            next_token_ids=self._of_requests(ids, counts),
-            row_faults=self._of_requests(faults, counts),
+            next_token_ids=self._of_requests(integers[:num], counts),
+            row_faults=self._of_requests(integers[num : 2 * num], counts),
             width=self._width,
             logprobs=None if self._drawn is None else self._drawn.read(rest),
             prompt_logprobs=prompts,
         )
 
-    def _of_requests(self, rows: torch.Tensor, counts: list[int] | None) -> list[list[int]]:
-        """``rows`` [B * W] of the host by request, each cut to its count."""
-        values: list[list[int]] = rows.long().view(-1, self._width).tolist()
-        return values if counts is None else [row[:count] for row, count in zip(values, counts, strict=True)]
+    def _of_requests(self, rows: list[int], counts: list[int]) -> list[list[int]]:
+        """``rows`` [B * W] by request, each cut to its count where there are counts."""
+        width = self._width
+        if counts:
+            return [rows[i * width : i * width + count] for i, count in enumerate(counts)]
+        return [rows[start : start + width] for start in range(0, len(rows), width)]
 
 
 class LaunchedForward:

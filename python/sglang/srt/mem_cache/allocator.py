@@ -249,7 +249,8 @@ class ReqToTokenPool(SlotList):
         The step that computes these tokens writes the device's table, see ``write_step``.
         """
         for idx, position in zip(rows, positions):
-            self._check_span(idx, position, position + 1)
+            if not (self.is_allocated(idx) and 0 <= position < self.max_context_len):
+                self._check_span(idx, position, position + 1)  # says which
         self._host[rows, positions] = slot_ids.numpy()
 
     def write_step(self, rows: torch.Tensor, positions: torch.Tensor, slot_ids: torch.Tensor) -> None:
