@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from sglang.srt.layers import logits_processor as logits_module
 from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorOutput
+from sglang.srt.layers.logprobs import RowLogprobs
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.managers.tp_worker import LaunchedStep, StepOutput
 from sglang.srt.model_executor.capture_lint import CaptureOffence, capture_lint
@@ -123,6 +124,15 @@ class TestLogprobs(CustomTestCase):
         found = LaunchedStep(ids, output).result()
         self.assertEqual((found.next_token_ids, found.row_faults), ([[0], [1], [2]], [[0], [0], [0]]))
         self.assertEqual((found.logprobs, found.prompt_logprobs), (None, {}))
+
+    def test_an_id_is_exact_beside_a_log_probability(self) -> None:
+        output = LogitsProcessorOutput(torch.zeros(2, VOCAB), row_faults=torch.zeros(2, dtype=torch.int64))
+        output.row_logprobs = RowLogprobs(torch.tensor([-0.5, -1.5]))
+        for dtype in (torch.int32, torch.int64):
+            found = LaunchedStep(torch.tensor([2**24 + 1, 2**31 - 1], dtype=dtype), output).result()
+            self.assertEqual(found.next_token_ids, [[2**24 + 1], [2**31 - 1]])
+            assert found.logprobs is not None
+            self.assertEqual(found.logprobs.token, [-0.5, -1.5])
 
     def test_several_tokens_per_request(self) -> None:
         """Ids [B, W] and their counts: each request gets its first tokens, and every row has its log-probability."""

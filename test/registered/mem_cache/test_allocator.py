@@ -210,6 +210,10 @@ class TestReqToTokenPool(CustomTestCase):
             pool.free(1)
         with self.assertRaises(SlotAccountingError):
             pool.write(1, 0, slots(4))
+        for row in (1, 3, -1):
+            with self.assertRaisesRegex(SlotAccountingError, f"row {row} is not handed out"):
+                pool.write_decode([0, row], [0, 0], slots(4, 5))
+        self.assertEqual(pool.read(0, 0, 1).tolist(), [0])
         self.assertEqual(pool.alloc(), 1)
 
     def test_write_and_read(self) -> None:
