@@ -87,4 +87,4 @@ def soak(distinct: int, total: int, at_once: int, seed: int = 0, **server_args: 
     held = {name: state[name] for name in ("num_used_tokens", "num_used_swa_tokens")}
     metas = [answer["meta_info"] for answer in answers]
     cached = sum(meta["cached_tokens"] for meta in metas)
-    return Soaked(differing, held, cached, sum(meta["spec_accept_token_num"] for meta in metas), seconds)
+    return Soaked(differing, held, cached, sum(meta.get("spec_accept_token_num", 0) for meta in metas), seconds)

@@ -19,12 +19,12 @@ class TestSoak(CustomTestCase):
         self.assertGreater(done.accepted_drafts, 0)
 
     def test_many_at_once(self):
-        self.check(60, 300, 16)
+        self.check(40, 200, 16)
 
     def test_few_windows_and_retractions(self):
         """Windows of a quarter of the tokens are evicted, and requests are retracted now and then without need."""
         with envs.SGLANG_TEST_RETRACT.override(True), envs.SGLANG_TEST_RETRACT_INTERVAL.override(7):
-            self.check(40, 120, 6, max_total_tokens=16384, swa_full_tokens_ratio=0.25, chunked_prefill_size=512)
+            self.check(30, 80, 6, max_total_tokens=16384, swa_full_tokens_ratio=0.25, chunked_prefill_size=512)
 
 
 if __name__ == "__main__":
