@@ -21,7 +21,7 @@ AIM_FUNCTION_LINES = 60
 # Most lines of each package of the product. A change that needs more raises the number here, and says why.
 BUDGETS = {
     "sglang/*.py": 850,
-    "sglang/bench_utils": 1_300,
+    "sglang/bench_utils": 1_350,
     "sglang/cli": 150,
     "sglang/embedded_models": 50,
     "sglang/kernels": 10_400,

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import torch
 from timing import describe_device
 
+from sglang.bench_utils.timing import device_seconds
 from sglang.kernels.ops.sampling.draw import COUNT, SEEN, RowOf, draw, draw_args
 from sglang.kernels.ops.sampling.greedy import greedy_sample
 from sglang.kernels.ops.sampling.seeded import uniform_from_seed_torch
@@ -86,16 +87,6 @@ def captured(call: Call, stream: torch.cuda.Stream) -> tuple[torch.cuda.CUDAGrap
     return graph, kept
 
 
-def time_of(graph: torch.cuda.CUDAGraph, times: int) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(times):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / times * 1e3
-
-
 def show(values: list[float]) -> str:
     return f"{statistics.median(values):8.1f} ({min(values):.1f} .. {max(values):.1f})"
 
@@ -122,7 +113,7 @@ def main() -> None:
             figures = {key: [] for key in graphs}
             for _ in range(args.runs):
                 for key, (graph, _) in graphs.items():
-                    figures[key].append(time_of(graph, 20))
+                    figures[key].append(device_seconds(graph.replay, 20) * 1e6)
             base = statistics.median(figures["greedy", "now"])
             for name, form in graphs:
                 if form == "now":

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 import triton
 
+from sglang.bench_utils.timing import device_seconds
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -39,19 +41,9 @@ def graph_time(calls: Sequence[Callable[[], object]], runs: int = 5, min_seconds
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             kept = [call() for call in calls]
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-        def replay(times: int) -> float:
-            start.record()
-            for _ in range(times):
-                graph.replay()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) / 1e3
-
-        once = max(replay(2) / 2, 1e-6)
+        once = max(device_seconds(graph.replay, 2), 1e-6)
         times = max(2, round(min_seconds / once))
-        figures = [replay(times) / times / len(calls) for _ in range(runs)]
+        figures = [device_seconds(graph.replay, times) / len(calls) for _ in range(runs)]
     del kept
     return figures
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import statistics
-import time
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +24,7 @@ import torch
 
 from sglang.bench_utils.one_batch import StaticBatch
 from sglang.bench_utils.one_batch_cli import load
+from sglang.bench_utils.timing import timed
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.memory_plan import graph_buckets
 from sglang.srt.model_executor.model_runner import ModelRunner
@@ -71,12 +71,8 @@ def capture(runner: ModelRunner, mode: str, traced: bool = False) -> StepGraphs 
 
 def run_steps(runner: ModelRunner, batch: StaticBatch, tokens: list[torch.Tensor]) -> float:
     """Milliseconds of a step."""
-    current_platform.synchronize()
-    started = time.perf_counter()
-    for ids in tokens:
-        batch.decode(ids)
-    current_platform.synchronize()
-    return (time.perf_counter() - started) * 1e3 / len(tokens)
+    _, seconds = timed(lambda: [batch.decode(ids) for ids in tokens])
+    return seconds * 1e3 / len(tokens)
 
 
 def time_size(

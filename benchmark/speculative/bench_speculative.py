@@ -27,6 +27,7 @@ from unittest import mock
 import numpy as np
 import torch
 
+from sglang.bench_utils.timing import timed
 from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.platforms import current_platform
@@ -58,14 +59,7 @@ def replay_ms(graphs: BucketGraphs[Any] | None, bucket: int, repeats: int = 20) 
     """The median time of one replay on what lies in its tensors now; NaN where there is no graph."""
     if graphs is None or graphs.bucket_of(bucket) != bucket:
         return math.nan
-    times = []
-    for _ in range(repeats):
-        current_platform.synchronize()
-        started = time.perf_counter()
-        graphs.run(bucket)
-        current_platform.synchronize()
-        times.append((time.perf_counter() - started) * 1e3)
-    return statistics.median(times)
+    return statistics.median(timed(lambda: graphs.run(bucket))[1] * 1e3 for _ in range(repeats))
 
 
 def cycles_ms(engine: EngineHarness, size: int, args: argparse.Namespace, seed: int) -> tuple[float, float]:
@@ -79,12 +73,8 @@ def cycles_ms(engine: EngineHarness, size: int, args: argparse.Namespace, seed: 
     begun = metrics.num_decode_steps
     while metrics.num_decode_steps < begun + WARM_UP or len(engine.scheduler.running) < size:
         engine.step()
-    current_platform.synchronize()
-    tokens, started = metrics.num_generated_tokens, time.perf_counter()
-    for _ in range(args.cycles):
-        engine.step()
-    current_platform.synchronize()
-    seconds = time.perf_counter() - started
+    tokens = metrics.num_generated_tokens
+    _, seconds = timed(lambda: [engine.step() for _ in range(args.cycles)])
     tokens = metrics.num_generated_tokens - tokens
     engine.inbox.append(AbortReq(abort_all=True))
     engine.run()

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import torch
 
 from sglang.bench_utils.one_batch import StaticBatch
 from sglang.bench_utils.one_batch_cli import load
+from sglang.bench_utils.timing import timed
 from sglang.srt.configs.cache_layout import FULL, STATE
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.topk import TopKOutput
@@ -89,14 +89,6 @@ def count_floor(runner: ModelRunner, batch: StaticBatch, ids: torch.Tensor) -> F
         kv=layout.num_bytes(FULL, tokens + -tokens % runner.pools.page_size),
         state=2 * layout.num_bytes(STATE, len(batch.seq_lens)),
     )
-
-
-def timed(action: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
-    current_platform.synchronize()
-    started = time.perf_counter()
-    result = action()
-    current_platform.synchronize()
-    return result, time.perf_counter() - started
 
 
 def launches(action: Callable[[], object]) -> list[tuple[str, int, float]]:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
+from sglang.bench_utils.timing import device_seconds
 from sglang.kernels.registry import REGISTRY
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.distributed import get_parallel_state, init_parallel_state
@@ -115,14 +116,8 @@ def capture(layers: Layers, x: torch.Tensor, fb: ForwardBatch) -> torch.cuda.CUD
 
 def time_us(graph: torch.cuda.CUDAGraph) -> float:
     """Mean of some replays in us."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     get_parallel_state().world.barrier()
-    start.record()
-    for _ in range(REPLAYS):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) * 1e3 / REPLAYS
+    return device_seconds(graph.replay, REPLAYS) * 1e6
 
 
 def bench(rank: int, args: argparse.Namespace, port: int) -> None:

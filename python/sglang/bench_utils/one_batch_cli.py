@@ -7,7 +7,6 @@ import itertools
 import json
 import statistics
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 
 from sglang.bench_utils.one_batch import BatchTooLargeError, SpeculatingBatch, StaticBatch
+from sglang.bench_utils.timing import timed
 from sglang.kernels.registry import REGISTRY, KernelConfigError
 from sglang.srt.arg_groups.evaluate import evaluate
 from sglang.srt.configs.errors import ConfigError
@@ -110,11 +110,7 @@ class Case:
         profiler = torch.profiler.profile() if profile_prefix else None
         if profiler is not None:
             profiler.start()
-        current_platform.synchronize()
-        started = time.perf_counter()
-        ids, _ = action()
-        current_platform.synchronize()
-        latency = time.perf_counter() - started
+        (ids, _), latency = timed(action)
         if profiler is not None:
             profiler.stop()
             path = f"{profile_prefix}_batch{len(self.prompts)}_input{len(self.prompts[0])}_{stage}.trace.json"

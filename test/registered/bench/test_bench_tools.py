@@ -8,8 +8,10 @@ import sys
 import tempfile
 import unittest
 from pathlib import Path
+from unittest import mock
 
 from sglang import bench_serving
+from sglang.bench_utils import timing
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.test import few_shot_gsm8k
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -25,6 +27,9 @@ def run_tool(module: str, *flags: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, "-m", module, *flags, "--log-level", "error"], capture_output=True, text=True, timeout=120
     )
+
+
+REPO = Path(__file__).resolve().parents[3]
 
 
 class TestAgainstServer(CustomTestCase):
@@ -198,6 +203,37 @@ class TestWithoutServer(CustomTestCase):
         self.assertEqual(done.returncode, 0, done.stderr)
         self.assertIn("= Offline Throughput Benchmark Result =", done.stdout)
         self.assertRegex(done.stdout, r"Total generated tokens: +24 ")
+
+
+class TestTiming(CustomTestCase):
+    def test_both_clocks_give_seconds_of_one_call(self) -> None:
+        calls: list[str] = []
+        with mock.patch.object(timing.time, "perf_counter", side_effect=[10.0, 12.5]):
+            self.assertEqual(timing.timed(lambda: calls.append("host") or 7), (7, 2.5))
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                calls.append("record")
+
+            def synchronize(self) -> None:
+                calls.append("wait")
+
+            def elapsed_time(self, end: "Event") -> float:
+                return 6000.0  # ms
+
+        with mock.patch.object(timing.torch.cuda, "Event", Event):
+            self.assertEqual(timing.device_seconds(lambda: calls.append("call"), 3), 2.0)
+        self.assertEqual(calls, ["host", "record", "call", "call", "call", "record", "wait"])
+
+    def test_steps_are_timed_in_one_place(self) -> None:
+        files = [*(REPO / "benchmark").rglob("*.py"), *(REPO / "python/sglang").glob("bench*/*.py")]
+        self.assertGreater(len(files), 30)
+        found = {path.name for path in files if ".elapsed_time(" in path.read_text(encoding="utf-8")}
+        # The latter finds out how long a spinning kernel must be.
+        self.assertEqual(found, {"timing.py", "bench_overlap.py"})
 
 
 if __name__ == "__main__":
