@@ -1,0 +1,91 @@
+"""CPU time of the HTTP and tokenizer process per streamed token, without a model.
+
+    python benchmark/http/bench_stream.py
+
+The real server, on a thread of its own whose CPU time is read, streams to --clients connections of another process;
+tokens come from a script, all requests' next one every --step-ms. Printed is min / median / max over the rounds, and
+the share of a core that this is at --tokens-per-s, the rate of a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import statistics
+import time
+from typing import Any
+
+import httpx
+
+from sglang.bench_utils.metrics import describe_machine
+from sglang.test.fake_server import FakeServer
+
+
+async def _read_all(url: str, path: str, body: dict[str, Any], clients: int) -> None:
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(base_url=url, timeout=300, trust_env=False, limits=limits) as client:
+
+        async def read() -> None:
+            async with client.stream("POST", path, json=body) as reply:
+                reply.raise_for_status()
+                async for _ in reply.aiter_raw():
+                    pass
+
+        await asyncio.gather(*(read() for _ in range(clients)))
+
+
+def load(url: str, path: str, body: dict[str, Any], clients: int) -> None:
+    asyncio.run(_read_all(url, path, body, clients))
+
+
+def cpu_seconds(server: FakeServer) -> float:
+    """CPU time of the server's thread so far."""
+    assert server._thread.ident is not None
+    return time.clock_gettime(time.pthread_getcpuclockid(server._thread.ident))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--output-len", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--step-ms", type=float, default=27.0)
+    parser.add_argument("--tokens-per-s", type=float, default=2376.0, help="Default: the decode bench at batch 64.")
+    args = parser.parse_args()
+    print(describe_machine())
+    server = FakeServer(max_running_requests=args.clients).wait_ready()
+    server.scheduler.delay_s = args.step_ms / 1000
+    ids = server.tokenizer.encode("The quick brown fox jumps over the lazy dog. " * 20)[: args.output_len]
+    server.scheduler.script = lambda _: ids
+    sampling = {"max_new_tokens": args.output_len, "ignore_eos": True, "temperature": 0}
+    chat = {"model": "default", "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True, "stream": True}
+    try:
+        for path, body in (
+            ("/generate", {"text": "hi", "sampling_params": sampling, "stream": True}),
+            ("/v1/chat/completions", {**chat, "max_tokens": args.output_len}),
+        ):
+            figures = []
+            for number in range(args.rounds + 1):
+                client = multiprocessing.get_context("spawn").Process(
+                    target=load, args=(server.url, path, body, args.clients)
+                )
+                began = cpu_seconds(server)
+                client.start()
+                client.join()
+                if client.exitcode:
+                    raise RuntimeError(f"the clients ended with status {client.exitcode}")
+                if number:
+                    figures.append((cpu_seconds(server) - began) / (args.clients * args.output_len) * 1e6)
+            middle = statistics.median(figures)
+            share = middle * args.tokens_per_s / 1e4
+            print(
+                f"{path:22s} {min(figures):6.1f} / {middle:6.1f} / {max(figures):6.1f} us per token, "
+                f"{share:.1f} % of a core at {args.tokens_per_s:g} tokens/s"
+            )
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    main()
