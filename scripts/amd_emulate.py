@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
+from sglang.kernels.impl import Case, Impl, OpSpec
 from sglang.kernels.registry import REGISTRY
-from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.environ import envs
 from sglang.srt.platforms import override_platform
 from sglang.test.amd_emulator.driver import emulated
@@ -49,7 +49,7 @@ class Report:
     not_run: list[str] = field(default_factory=list)
 
 
-def as_served(op: Op, case: Case, served: dict[str, Case]) -> Case | None:
+def as_served(op: OpSpec, case: Case, served: dict[str, Case]) -> Case | None:
     """The case with its floating tensors in the types of the op's first serving case; None if they are so already."""
     if op.name not in served or op.name.startswith(AS_THEY_ARE):
         return None
@@ -65,7 +65,7 @@ def as_served(op: Op, case: Case, served: dict[str, Case]) -> Case | None:
     return Case(f"{case.name} as served", tuple(args))
 
 
-def run_as_served(op: Op, impl: Impl, case: Case) -> None:
+def run_as_served(op: OpSpec, impl: Impl, case: Case) -> None:
     """AssertionError when a result, or an argument that is written, differs from the reference's by more than BOUND."""
     from test_op_parity import clone, tensors
 
@@ -82,7 +82,7 @@ def run_as_served(op: Op, impl: Impl, case: Case) -> None:
         assert error <= BOUND, f"off by {error:.2g} of the largest value"
 
 
-def run_case(op: Op, impl: Impl, case: Case, served: bool) -> None:
+def run_case(op: OpSpec, impl: Impl, case: Case, served: bool) -> None:
     from test_op_parity import check_case
 
     if served:
@@ -91,7 +91,7 @@ def run_case(op: Op, impl: Impl, case: Case, served: bool) -> None:
         check_case(op, impl, case, on_matrix_units=True)
 
 
-def cases_of(op: Op, impl: Impl, served: dict[str, Case], text: str) -> Iterator[tuple[Case, bool]]:
+def cases_of(op: OpSpec, impl: Impl, served: dict[str, Case], text: str) -> Iterator[tuple[Case, bool]]:
     """Every case that the kernel takes, and whether it is one as served."""
     for case in op.cases():
         for variant, is_served in ((case, False), (as_served(op, case, served), True)):
@@ -99,13 +99,13 @@ def cases_of(op: Op, impl: Impl, served: dict[str, Case], text: str) -> Iterator
                 yield variant, is_served
 
 
-def triton_impls(op: Op, arch: str) -> list[Impl]:
+def triton_impls(op: OpSpec, arch: str) -> list[Impl]:
     """The op's implementations by Triton that may run on ``arch``."""
     found = [impl for impl in op.impls if impl.name.startswith("triton")]
     return [impl for impl in found if impl.archs is None or arch.startswith(impl.archs)]
 
 
-def emulate(op: Op, arch: str, served: dict[str, Case], text: str) -> Report:
+def emulate(op: OpSpec, arch: str, served: dict[str, Case], text: str) -> Report:
     """Run the op's Triton kernels for ``arch`` on every case whose name holds ``text``."""
     report = Report()
     runs = ((impl, *found) for impl in triton_impls(op, arch) for found in cases_of(op, impl, served, text))
@@ -123,7 +123,7 @@ def emulate(op: Op, arch: str, served: dict[str, Case], text: str) -> Report:
     return report
 
 
-def print_report(arch: str, op: Op, report: Report, seconds: float) -> None:
+def print_report(arch: str, op: OpSpec, report: Report, seconds: float) -> None:
     print(
         f"{arch} {op.name:<32} {report.cases:>4} cases {report.launches:>5} launches {report.instructions:>12,} "
         f"instructions {seconds:6.1f} s  {len(report.disagree)} disagree, {len(report.not_run)} not run",
@@ -134,7 +134,7 @@ def print_report(arch: str, op: Op, report: Report, seconds: float) -> None:
             print(f"  {word} {line}", flush=True)
 
 
-def chosen_ops(names: list[str]) -> list[Op]:
+def chosen_ops(names: list[str]) -> list[OpSpec]:
     """The ops with a Triton implementation whose name is, or starts with, one of ``names``; all without names."""
     REGISTRY.load_all()
     ops = [op for _, op in sorted(REGISTRY.ops.items()) if any(impl.name == "triton" for impl in op.impls)]

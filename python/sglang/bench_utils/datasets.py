@@ -214,7 +214,7 @@ def _turns(entry: Any) -> tuple[str, str | int] | None:
         return (entry["prompt"], answer) if isinstance(answer, (int, str)) else None
     turns = entry.get("conversations") or entry.get("conversation") or []
     texts = [turn.get("value", turn.get("content")) for turn in turns if isinstance(turn, dict)]
-    if len(texts) < 2 or not all(isinstance(text, str) for text in texts[:2]):
+    if len(texts) < 2 or not isinstance(texts[0], str) or not isinstance(texts[1], str):
         return None
     return texts[0], texts[1]
 

@@ -96,7 +96,7 @@ class Case:
             batch = SpeculatingBatch(self.worker, self.allocator, size)
         room = self.worker.runner.model_config.context_len - width
         try:
-            ids, self.prefill_latency = self._timed("prefill", profile_prefix, lambda: batch.extend(self.prompts))
+            ids, self.prefill_latency = self._timed("prefill", profile_prefix, lambda: batch.extend(list(self.prompts)))
             while sum(self.decode_tokens) < output_len - 1 and max(batch.seq_lens) <= room:
                 trace = profile_prefix if len(self.decode_tokens) == output_len // (2 * width) else ""
                 before = sum(batch.seq_lens)

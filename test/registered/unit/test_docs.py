@@ -1,9 +1,12 @@
-"""Links of the documentation lead somewhere, and each measurement is a file that the current figures link to."""
+"""Pages: links lead somewhere, launches that they show are accepted, and each measurement is among the current ones."""
 
 import re
+import shlex
 import unittest
+from collections.abc import Iterator
 from pathlib import Path
 
+from sglang.srt.arg_groups.parse import read
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -13,6 +16,8 @@ ROOT = Path(__file__).resolve().parents[3]
 PAGES = sorted(
     [*ROOT.glob("*.md"), *(path for folder in ("docs", "benchmark") for path in (ROOT / folder).rglob("*.md"))]
 )
+# Up to the end of the command: a quote, a comment, a pipe, a bracket.
+LAUNCH = re.compile(r"(?:sglang\.launch_server|sglang serve|scripts/serve\.sh)((?: +[^\s`|&;#)]+)+)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 
 
@@ -20,6 +25,16 @@ def anchors(page: Path) -> set[str]:
     """What GitHub makes of the headings of a page."""
     headings = re.findall(r"(?m)^#+ (.*)$", page.read_text(encoding="utf-8"))
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def launches() -> Iterator[tuple[str, list[str]]]:
+    """(page, words behind the command) of each launch that stands in a page or an image, templates left out."""
+    for page in [*PAGES, *(ROOT / "docker").iterdir()]:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for found in LAUNCH.findall(text):
+            words = shlex.split(found)
+            if not any("..." in word or word in ("FLAGS", "--config") for word in words):
+                yield page.name, words
 
 
 class TestLinks(CustomTestCase):
@@ -34,6 +49,14 @@ class TestLinks(CustomTestCase):
                 target = page.parent / name if name else page
                 if not target.exists() or (anchor and anchor not in anchors(target)):
                     wrong.append(f"{page.relative_to(ROOT)}: {link}")
+        self.assertEqual(wrong, [])
+
+
+class TestCommandLines(CustomTestCase):
+    def test_each_launch_that_a_page_shows_is_accepted(self):
+        shown = list(launches())
+        self.assertGreater(len(shown), 7)
+        wrong = [f"{page}: {' '.join(words)}: {errors}" for page, words in shown if (errors := read(words).errors)]
         self.assertEqual(wrong, [])
 
 

@@ -8,7 +8,7 @@ import unittest
 from sglang.srt import server_args as module
 from sglang.srt.arg_groups.command_line import unknown_flag
 from sglang.srt.arg_groups.fields import human_int
-from sglang.srt.arg_groups.parse import parse
+from sglang.srt.arg_groups.parse import parse, read
 from sglang.srt.arg_groups.upstream import MISNAMED, distinct_flags, upstream_flags
 from sglang.srt.server_args import ServerArgs, ServerArgsError
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -56,6 +56,22 @@ class TestNames(CustomTestCase):
         lacking = [name for flag in distinct_flags() for name in flag.names]
         self.assertEqual(len(set(ours + lacking)), len(ours) + len(lacking))
         self.assertGreater(len(ours) + len(lacking), 400)
+
+    def test_each_lacking_flag_is_refused_or_has_no_effect(self):
+        """By each of its names, with a value of its shape: what the table says, and no traceback."""
+        number = 0
+        for flag in distinct_flags():
+            for name in flag.names:
+                words = [name] if flag.nargs in (0, "*", "?") else [name, "7"]
+                found = read(words)
+                said = found.errors if flag.refused else found.warnings
+                self.assertEqual((len(found.errors), len(found.warnings)), (int(flag.refused), int(not flag.refused)))
+                self.assertTrue(said[0].startswith(name) and said[0].endswith(flag.reason), said)
+                number += 1
+                for word in flag.harmless:
+                    moot = read([name, word])
+                    self.assertEqual((moot.errors, moot.warnings), ([], []), (name, word))
+        self.assertGreater(number, 300)
 
     def test_names_of_others(self):
         """vLLM's names, and what users guess: a flag that can be used, or why there is none."""
