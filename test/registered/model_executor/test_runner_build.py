@@ -22,7 +22,7 @@ from sglang.srt.mem_cache.pool_plan import PoolPlanError
 from sglang.srt.model_executor import memory_plan, runner_build
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
-from sglang.srt.platforms import override_platform
+from sglang.srt.platforms import cuda, override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -32,6 +32,7 @@ from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
+GB = 10**9
 NAMES = ("deepseek-v3-tiny", "qwen3.5-moe-tiny")
 
 
@@ -82,6 +83,43 @@ class TestNeeds(CustomTestCase):
             args, config = resolved(name)
             with mock.patch.dict(sys.modules, {"torch.fx.experimental.symbolic_shapes": None}):
                 self.assertGreater(sum(memory_plan.count_weights(*memory_plan.build_rank(args, config, 0)).values()), 0)
+
+
+class CachingDevice:
+    """Memory of a GPU under torch's allocator, which keeps what was freed until it is told to give it back."""
+
+    def __init__(self, free: int, cached: int) -> None:
+        self.free, self.cached = free, cached
+
+    def empty_cache(self) -> None:
+        self.free, self.cached = self.free + self.cached, 0
+
+    def capture(self, *args: Any) -> None:
+        """As ``torch.cuda.graph``: it empties the cache, and what it records stays with the graph."""
+        self.cached += 1 * GB  # the eager runs before it
+        self.free -= 1 * GB
+        self.empty_cache()
+        self.free -= 3 * GB
+        self.free, self.cached = self.free - 2 * GB, self.cached + 2 * GB  # those of the next bucket
+
+
+class TestMemoryOfGraphs(CustomTestCase):
+    def test_what_graphs_took_is_told_whatever_the_allocator_kept(self) -> None:
+        device, runner = CachingDevice(40 * GB, 5 * GB), mock.MagicMock()
+        fake = mock.Mock(empty_cache=device.empty_cache, mem_get_info=lambda rank: (device.free, 80 * GB))
+        self.enterContext(mock.patch.object(cuda.torch, "cuda", fake))
+        self.enterContext(mock.patch.object(runner_build, "current_platform", cuda.CudaPlatform()))
+        graphs = self.enterContext(mock.patch.object(runner_build, "StepGraphs"))
+        graphs.return_value.capture = device.capture
+        with self.assertLogs(runner_build.logger, "INFO") as logs:
+            runner_build.capture_graphs(runner, [1, 8])
+        self.assertIn("decode graphs [1, 8] took 3.00 GB", logs.output[-1])
+
+    def test_pools_get_what_the_allocator_kept(self) -> None:
+        device = CachingDevice(40 * GB, 5 * GB)
+        fake = mock.Mock(empty_cache=device.empty_cache, mem_get_info=lambda rank: (device.free, 80 * GB))
+        with mock.patch.object(cuda.torch, "cuda", fake):
+            self.assertEqual(cuda.CudaPlatform().memory_info(0), (45 * GB, 80 * GB))
 
 
 class TestSeveralModels(CustomTestCase):

@@ -142,7 +142,7 @@ def capture_graphs(runner: ModelRunner, buckets: Sequence[int], kind: StepKind =
     with tqdm(total=len(buckets), desc=f"Capturing {kind.name} graphs", unit="graph") as bar:
         graphs.capture(current_platform.create_graph, lambda bucket: advance(bar, bucket))
     free_after, _ = current_platform.memory_info(local_rank)
-    logger.info("%s graphs %s took %.2f GB", kind.name, list(buckets), max(0, free_before - free_after) / 1e9)
+    logger.info("%s graphs %s took %.2f GB", kind.name, list(buckets), (free_before - free_after) / 1e9)
     return graphs
 
 

@@ -67,6 +67,8 @@ class CudaPlatform(Platform):
         return f"{self.kind} ({torch.cuda.get_device_name()}, {self.arch}, torch {torch.__version__})"
 
     def memory_info(self, local_rank: int) -> tuple[int, int]:
+        # What torch keeps for later, gigabytes after loading, is free too; the first capture would give it back.
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(local_rank)
 
     def device_count(self) -> int | None:

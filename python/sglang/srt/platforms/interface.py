@@ -60,7 +60,7 @@ class Platform(ABC):
 
     @abstractmethod
     def memory_info(self, local_rank: int) -> tuple[int, int]:
-        """Free and total bytes of the memory that pools live in."""
+        """Free and total bytes of the memory that pools live in; for start-up, as it may wait for the device."""
 
     def device(self, local_rank: int) -> torch.device:
         """The device that tensors of this rank live on."""
