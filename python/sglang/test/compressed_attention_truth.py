@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sglang.srt.configs.cache_layout import FULL, SWA, CacheTypes
+from sglang.srt.configs.cache_layout import FULL, SWA, CacheTypes, join
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.deepseek_v4_cache import PAGE_SIZE
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
@@ -130,15 +130,18 @@ class TruthRequest:
 class AttentionHarness:
     """Layers of every ratio over pools of scrambled pages, all poisoned where nothing was written yet.
 
-    num_draft_layers: 1 for the rings of speculation, as in ``cache_layout``.
+    drafts: with the rings of speculation, and the layer that drafts.
     """
 
-    def __init__(self, num_pages: int = 60, num_draft_layers: int = 0, seed: int = 0, kv: str = "float32") -> None:
+    def __init__(self, num_pages: int = 60, drafts: bool = False, seed: int = 0, kv: str = "float32") -> None:
         generator = torch.Generator().manual_seed(seed)
         self.config = DeepseekV4Config.from_hf(CONFIG_JSON)
         self.layers = [TruthLayer(i, ratio, generator) for i, ratio in enumerate(RATIOS)]
         self.embedding = torch.randn(VOCAB, HIDDEN, generator=generator)
-        layout = self.config.cache_layout(1, CacheTypes(kv=kv), num_draft_layers)
+        types = CacheTypes(kv=kv)
+        layout = self.config.cache_layout(1, types, 2 if drafts else 0)
+        if drafts:
+            layout = join([layout, self.config.draft_layout(1, types)])
         tokens = num_pages * PAGE_SIZE
         self.pools = ModelPools(layout, {FULL: tokens, SWA: tokens}, PAGE_SIZE, CPU)
         self.window = WindowPages(num_pages, num_pages, PAGE_SIZE)

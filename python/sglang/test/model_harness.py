@@ -66,7 +66,7 @@ class ModelHarness:
         load_format: str = "auto",
         backend: AttentionBackend | None = None,
         streams: StreamPlan = SERIAL_PLAN,
-        num_draft_layers: int = 0,
+        num_draft_tokens: int = 0,
         **formats: Any,
     ) -> None:
         self.config = ModelConfig.from_path(model_path, **formats)
@@ -77,7 +77,7 @@ class ModelHarness:
         tp_size = get_tp_group().size
         sizes = {FULL: num_slots, SWA: num_slots, STATE: max_requests}
         self.pools = ModelPools(
-            cache_layout(self.config, tp_size, num_draft_layers=num_draft_layers), sizes, page_size, device
+            cache_layout(self.config, tp_size, num_draft_tokens=num_draft_tokens), sizes, page_size, device
         )
         self.window = None
         if self.pools.layout.has(SWA):

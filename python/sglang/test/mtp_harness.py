@@ -25,7 +25,7 @@ class MtpHarness(ModelHarness):
     """
 
     def __init__(self, model_path: str, streams: StreamPlan = SERIAL_PLAN, **options: Any) -> None:
-        super().__init__(model_path, streams=streams, num_draft_layers=1, **options)
+        super().__init__(model_path, streams=streams, num_draft_tokens=2, **options)
         with override_server_args():
             args = ServerArgs(model_path=model_path)
             self.draft = load_draft_model(self.config, args, self.model, streams=streams)

@@ -91,7 +91,7 @@ class TestVerify(CustomTestCase):
     @torch.inference_mode()
     def check(self, width, prefixes, seed=3):
         """Each accepted length as a request of its own; what comes after is compared."""
-        harness = AttentionHarness(num_pages=200, num_draft_layers=1, seed=seed)
+        harness = AttentionHarness(num_pages=200, drafts=True, seed=seed)
         kind = StepKind("verify", width)
         base = harness.new_request()
         harness.step([(base, harness.random_tokens(512))])
@@ -128,7 +128,7 @@ class TestVerify(CustomTestCase):
     @torch.inference_mode()
     def test_ragged(self):
         """One, two and four rows in one verify step; the rings of speculation hold what each may go back to."""
-        harness = AttentionHarness(num_draft_layers=1, seed=4)
+        harness = AttentionHarness(drafts=True, seed=4)
         requests = [harness.new_request() for _ in range(6)]
         prefixes = (126, 255, 3, 130, 252, 127)
         harness.step([(request, harness.random_tokens(n)) for request, n in zip(requests, prefixes)])
@@ -142,8 +142,8 @@ class TestVerify(CustomTestCase):
                 request.tokens = request.tokens[: len(request.tokens) - harness.random.randrange(width)]
 
     def test_a_step_that_the_states_do_not_bear_is_refused(self):
-        for num_draft_layers, most in ((0, 2), (1, 10)):
-            harness = AttentionHarness(num_draft_layers=num_draft_layers)
+        for drafts, most in ((False, 2), (True, 10)):
+            harness = AttentionHarness(drafts=drafts)
             request = harness.new_request()
             with self.assertRaisesRegex(UnplannedStepError, f"bear {most}; lower --speculative-num-steps"):
                 harness.step([(request, harness.random_tokens(most + 1))], StepKind("verify", most + 1))
@@ -169,7 +169,7 @@ class TestBackend(CustomTestCase):
             DeepseekV4HipRadixBackend(context)
 
     def test_layers_of_a_window_alone_need_no_plan_of_entries(self):
-        harness = AttentionHarness(num_draft_layers=1)
+        harness = AttentionHarness(drafts=True)
         harness.backend = DeepseekV4HipRadixBackend(harness.context, windows_only=True)
         harness.layers = harness.layers[:1]
         request = harness.new_request()

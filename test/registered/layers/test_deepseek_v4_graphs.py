@@ -55,7 +55,7 @@ class Captured:
     """The harness's layers as a step that is captured; a step of several rows finds its lengths in ``relay``."""
 
     def __init__(self, kind, in_graph=True):
-        self.harness = harness = AttentionHarness(num_draft_layers=1, seed=5)
+        self.harness = harness = AttentionHarness(drafts=True, seed=5)
         for buffer in harness.pools.buffers():
             buffer.zero_()
         harness.requests.req_to_token.zero_()
@@ -227,7 +227,7 @@ class TestDraftChain(CustomTestCase):
     STEPS = 4
 
     def setUp(self):
-        self.harness = harness = AttentionHarness(num_draft_layers=1, seed=6)
+        self.harness = harness = AttentionHarness(drafts=True, seed=6)
         harness.layers = harness.layers[:1]
         harness.backend = DeepseekV4HipRadixBackend(harness.context, windows_only=True)
         self.head = torch.randn(72, VOCAB, generator=torch.Generator().manual_seed(1))

@@ -162,13 +162,13 @@ class TestRings(CustomTestCase):
 
 class TestLayout(CustomTestCase):
     def test_rows_and_bytes(self):
-        layout = self.layout((0, 4, 128, 4), 512, 128, 1)
+        layout = self.layout((0, 4, 128, 4), 512, 128, 2)
         pools = {pool.name: pool for pool in layout.pools}
         rows = {name: (pool.layer_ids, PAGE_SIZE // pool.units_per_row) for name, pool in pools.items()}
         self.assertEqual(
             rows,
             {
-                "swa": ((0, 1, 2, 3, 4), 256),
+                "swa": ((0, 1, 2, 3), 256),
                 "c4": ((1, 3), 64),
                 "c4_state": ((1, 3), 16),
                 "c4_index": ((1, 3), 64),
@@ -184,11 +184,11 @@ class TestLayout(CustomTestCase):
         self.assertEqual(plain.pools[2].units_per_row, 2)
 
     @staticmethod
-    def layout(ratios, head_dim, index_head_dim, num_draft_layers):
+    def layout(ratios, head_dim, index_head_dim, num_draft_tokens):
         config = SimpleNamespace(
             num_hidden_layers=len(ratios), head_dim=head_dim, index_head_dim=index_head_dim, compress_ratios=ratios
         )
-        return deepseek_v4_layout(config, PLAIN_TYPES, num_draft_layers)
+        return deepseek_v4_layout(config, PLAIN_TYPES, num_draft_tokens)
 
     def test_pages_rings_and_ratios_divide(self):
         for ratio, rings in RINGS.items():

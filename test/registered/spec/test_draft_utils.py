@@ -39,9 +39,9 @@ class CudaOnly:
         pass
 
 
-def context_of(name, num_draft_layers=1):
+def context_of(name, num_draft_tokens=4):
     config, device = ModelConfig.from_path(str(EMBEDDED_MODELS[name])), torch.device("cpu")
-    layout = cache_layout(config, 1, num_draft_layers=num_draft_layers)
+    layout = cache_layout(config, 1, num_draft_tokens=num_draft_tokens)
     pools = ModelPools(layout, {FULL: 64, SWA: 64, STATE: 2}, 1, device)
     windows = torch.zeros(2, dtype=torch.int32)
     return AttentionContext(config, ReqToTokenPool(2, 64, device), pools, device, windows)
@@ -91,7 +91,7 @@ class TestDraftBackendFactory(CustomTestCase):
     def test_pools_without_the_layer_of_the_draft_are_refused(self):
         for name in FAMILIES:
             with self.assertRaisesRegex(ValueError, "the draft's KV is that of layer"):
-                self.made(name, "torch_native", context_of(name, num_draft_layers=0))
+                self.made(name, "torch_native", context_of(name, num_draft_tokens=0))
 
     def test_the_two_kinds_of_step_have_backends_of_their_own(self):
         decode, prefill = self.made("deepseek-v3-tiny", "torch_native")
@@ -99,7 +99,7 @@ class TestDraftBackendFactory(CustomTestCase):
 
     def test_deepseek_v4_gets_the_classes_of_hip(self):
         """And never another, whatever is asked for: one per step of the chain, and one for the rows before it."""
-        context = AttentionHarness(num_draft_layers=1).context
+        context = AttentionHarness(drafts=True).context
         context.model_config.num_hidden_layers = context.model_config.text.num_hidden_layers
         for asked in ("dsv4", "compressed", "triton"):
             decode, prefill = self.made("", asked, context)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 # The units that are ever allocated: a token of a sequence, a token within a sliding window, and a slot of a sequence.
 FULL, SWA, STATE = "full", "swa", "state"
@@ -122,12 +122,19 @@ class CacheLayout:
 
 
 def join(layouts: Iterable[CacheLayout]) -> CacheLayout:
-    """What several models on one rank keep together, whose pools follow the same units."""
+    """What models on one rank keep together, be it several, or one and the layer that drafts for it.
+
+    Pools that differ in their layers alone become one, of the layers of all.
+    """
     parts = list(layouts)
     sizes = {layout.page_size for layout in parts if layout.page_size is not None}
     if len(sizes) > 1:
         raise ValueError(f"models that need pages of {sorted(sizes)} tokens cannot share pools")
-    return CacheLayout(tuple(pool for layout in parts for pool in layout.pools), *sizes)
+    layers: dict[PoolSpec, tuple[int, ...]] = {}
+    for pool in (pool for layout in parts for pool in layout.pools):
+        alike = replace(pool, layer_ids=())
+        layers[alike] = layers.get(alike, ()) + pool.layer_ids
+    return CacheLayout(tuple(replace(alike, layer_ids=ids) for alike, ids in layers.items()), *sizes)
 
 
 def dummy_units(unit: str, page_size: int) -> int:

@@ -112,19 +112,19 @@ class DeepseekConfig:
         """What backends of latent attention need to know."""
         return LatentShapes(self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim)
 
-    def cache_layout(
-        self,
-        tp_size: int = 1,
-        types: CacheTypes = PLAIN_TYPES,
-        num_draft_layers: int = 0,
-        num_draft_tokens: int = 0,
-    ) -> CacheLayout:
-        """One latent row per token and layer, draft layers included; the rotated part of the key comes last.
+    def cache_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES, num_draft_tokens: int = 0) -> CacheLayout:
+        """One latent row per token and layer; the rotated part of the key comes last.
 
         Rows of a verify step (``num_draft_tokens``) need nothing beside their latents.
         """
+        return self._latents(range(self.num_hidden_layers), types)
+
+    def draft_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES) -> CacheLayout:
+        """The same of the layer behind the model's own, which drafts."""
+        return self._latents([self.num_hidden_layers], types)
+
+    def _latents(self, layers: Iterable[int], types: CacheTypes) -> CacheLayout:
         row = BufferSpec("latent", (self.kv_lora_rank + self.qk_rope_head_dim,), types.kv)
-        layers = range(self.num_hidden_layers + num_draft_layers)
         return CacheLayout((PoolSpec("latent", FULL, tuple(layers), (row,)),))
 
     @property

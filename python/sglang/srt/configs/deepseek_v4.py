@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang.srt.configs.attention_backends import COMPRESSED, LatentShapes
 from sglang.srt.configs.cache_layout import PLAIN_TYPES, CacheLayout, CacheTypes
-from sglang.srt.configs.deepseek_v4_cache import PAGE_SIZE, deepseek_v4_layout
+from sglang.srt.configs.deepseek_v4_cache import PAGE_SIZE, deepseek_v4_layout, window_layout
 from sglang.srt.configs.errors import ConfigReader
 from sglang.srt.configs.mtp import mtp_count_refusal
 from sglang.srt.configs.rope import RopeConfig, read_rope_section
@@ -124,15 +124,13 @@ class DeepseekV4Config:
         parts = {"o_groups": tp_size, "moe_intermediate_size": max(tp_size, expert_tp_size)}
         return {name: getattr(self, name) for name, ranks in parts.items() if getattr(self, name) % ranks}
 
-    def cache_layout(
-        self,
-        tp_size: int = 1,
-        types: CacheTypes = PLAIN_TYPES,
-        num_draft_layers: int = 0,
-        num_draft_tokens: int = 0,
-    ) -> CacheLayout:
+    def cache_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES, num_draft_tokens: int = 0) -> CacheLayout:
         """Rows per token of the window, compressed entries, and what open windows need; every rank keeps all."""
-        return deepseek_v4_layout(self, types, num_draft_layers)
+        return deepseek_v4_layout(self, types, num_draft_tokens)
+
+    def draft_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES) -> CacheLayout:
+        """Rows per token of the window, of the layer behind the model's own, which drafts."""
+        return window_layout(self, types, self.num_hidden_layers)
 
     @property
     def overlap_sites(self) -> tuple[str, ...]:

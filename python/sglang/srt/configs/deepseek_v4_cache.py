@@ -98,15 +98,14 @@ def _row_pool(config: CompressedSizes, types: CacheTypes, name: str, ratio: int,
     return PoolSpec(name, unit, layers, (page,), PAGE_SIZE)
 
 
-def deepseek_v4_layout(config: CompressedSizes, types: CacheTypes, num_draft_layers: int = 0) -> CacheLayout:
-    """The pools of ``config``, of which draft layers have a window alone.
+def deepseek_v4_layout(config: CompressedSizes, types: CacheTypes, num_draft_tokens: int = 0) -> CacheLayout:
+    """The pools of ``config``, where a verify step brings ``num_draft_tokens`` rows.
 
     "swa": one row per token of every layer, of the window. "c4", "c128": entries; "c4_index": keys by which entries are
     chosen; all in ``types.kv``, an 8-bit float with scales (``packed_rows``, ``packed_keys``). "<entries>_state": the
     two products of a compressor in float32, ``RINGS`` rows for each page of the window.
     """
-    layers = range(config.num_hidden_layers + num_draft_layers)
-    pools = [_row_pool(config, types, "swa", 1, tuple(layers))]
+    pools = [_row_pool(config, types, "swa", 1, tuple(range(config.num_hidden_layers)))]
     for name, ratio, width in (
         ("c4", 4, config.head_dim), ("c4_index", 4, config.index_head_dim), ("c128", 128, config.head_dim),
     ):  # fmt: skip
@@ -114,7 +113,12 @@ def deepseek_v4_layout(config: CompressedSizes, types: CacheTypes, num_draft_lay
         if compressed:
             columns = width * (ENTRY_TOKENS[ratio] // ratio)
             states = tuple(BufferSpec(part, (columns,), "float32") for part in ("kv", "gate"))
-            ring = RINGS[ratio][num_draft_layers > 0]
+            ring = RINGS[ratio][num_draft_tokens > 0]
             pools.append(_row_pool(config, types, name, ratio, compressed))
             pools.append(PoolSpec(f"{name}_state", SWA, compressed, states, PAGE_SIZE // ring))
     return CacheLayout(tuple(pools), PAGE_SIZE)
+
+
+def window_layout(config: CompressedSizes, types: CacheTypes, layer: int) -> CacheLayout:
+    """The pool of a layer that has a window alone."""
+    return CacheLayout((_row_pool(config, types, "swa", 1, (layer,)),), PAGE_SIZE)

@@ -118,22 +118,12 @@ class Qwen3_5Config:
         """None: no layer has latent attention."""
         return None
 
-    def cache_layout(
-        self,
-        tp_size: int = 1,
-        types: CacheTypes = PLAIN_TYPES,
-        num_draft_layers: int = 0,
-        num_draft_tokens: int = 0,
-    ) -> CacheLayout:
-        """Keys and values per token, also of draft layers behind the model's own, and recurrent states per sequence.
+    def cache_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES, num_draft_tokens: int = 0) -> CacheLayout:
+        """Keys and values per token, and recurrent states per sequence.
 
         Where a verify step brings ``num_draft_tokens`` rows, each state has a tail: their inputs, and how many count.
         """
-        # Each rank holds at least one KV head, repeated where ranks outnumber heads.
-        kv_row = (max(1, self.num_key_value_heads // tp_size), self.head_dim)
-        drafts = range(self.num_hidden_layers, self.num_hidden_layers + num_draft_layers)
-        keys, values = BufferSpec("k", kv_row, types.kv), BufferSpec("v", kv_row, types.kv)
-        pools = [PoolSpec("kv", FULL, (*self.full_attention_layer_ids, *drafts), (keys, values))]
+        pools = [self._keys_and_values(self.full_attention_layer_ids, tp_size, types)]
         if self.linear_layer_ids:
             heads, dim = self.linear_num_value_heads // tp_size, self.linear_value_head_dim
             key_dim = self.linear_num_key_heads * self.linear_key_head_dim
@@ -150,6 +140,15 @@ class Qwen3_5Config:
                     PoolSpec("gdn_tail", STATE, self.linear_layer_ids, (qkv, gates, BufferSpec("len", (), "int64")))
                 )
         return CacheLayout(tuple(pools))
+
+    def draft_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES) -> CacheLayout:
+        """Keys and values of the layer behind the model's own, which drafts."""
+        return CacheLayout((self._keys_and_values((self.num_hidden_layers,), tp_size, types),))
+
+    def _keys_and_values(self, layers: tuple[int, ...], tp_size: int, types: CacheTypes) -> PoolSpec:
+        # Each rank holds at least one KV head, repeated where ranks outnumber heads.
+        row = (max(1, self.num_key_value_heads // tp_size), self.head_dim)
+        return PoolSpec("kv", FULL, layers, (BufferSpec("k", row, types.kv), BufferSpec("v", row, types.kv)))
 
     @property
     def overlap_sites(self) -> tuple[str, ...]:

@@ -55,23 +55,22 @@ class RankMemory:
 
 
 def cache_layout(
-    config: ModelConfig,
-    tp_size: int,
-    ssm_dtype: str | None = None,
-    num_draft_layers: int = 0,
-    num_draft_tokens: int = 0,
+    config: ModelConfig, tp_size: int, ssm_dtype: str | None = None, num_draft_tokens: int = 0
 ) -> CacheLayout:
-    """What one of ``tp_size`` ranks keeps; ``ssm_dtype`` names the type of recurrent states, None the checkpoint's."""
+    """What one of ``tp_size`` ranks keeps; ``ssm_dtype`` names the type of recurrent states, None the checkpoint's.
+
+    Where a verify step brings ``num_draft_tokens`` rows, what it needs and the layer that drafts are among it.
+    """
     activations = _name(config.dtype)
     conv = envs.SGLANG_MAMBA_CONV_DTYPE.get() or activations
     types = CacheTypes(kv=_name(kv_dtype(config)), conv=conv, state=ssm_dtype, inputs=activations)
-    return config.text.cache_layout(tp_size, types, num_draft_layers, num_draft_tokens)
+    layout: CacheLayout = config.text.cache_layout(tp_size, types, num_draft_tokens)
+    return join([layout, config.text.draft_layout(tp_size, types)]) if num_draft_tokens else layout
 
 
 def served_layout(args: ServerArgs, config: ModelConfig, tp_size: int) -> CacheLayout:
-    """What one of ``tp_size`` ranks keeps of a model by the resolved ``args``; a layer that drafts is one more."""
-    drafts = 1 if args.speculative_algorithm else 0
-    return cache_layout(config, tp_size, args.mamba_ssm_dtype, drafts, args.speculative_num_draft_tokens or 0)
+    """What one of ``tp_size`` ranks keeps of a model by the resolved ``args``."""
+    return cache_layout(config, tp_size, args.mamba_ssm_dtype, args.speculative_num_draft_tokens or 0)
 
 
 def plan_pools(args: ServerArgs, configs: Sequence[ModelConfig], tp_size: int, available_bytes: int) -> PoolPlan:

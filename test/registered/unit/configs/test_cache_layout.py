@@ -2,7 +2,7 @@
 
 import unittest
 
-from sglang.srt.configs.cache_layout import FULL, STATE, SWA, BufferSpec, CacheLayout, CacheTypes, PoolSpec
+from sglang.srt.configs.cache_layout import FULL, STATE, SWA, BufferSpec, CacheLayout, CacheTypes, PoolSpec, join
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -37,9 +37,20 @@ class TestServedModels(CustomTestCase):
 
     def test_a_draft_layer_is_one_more_layer_of_the_same_pool(self) -> None:
         for text in (DeepseekConfig.from_hf(DEEPSEEK_V3), Qwen3_5Config.from_hf(qwen35_like(4)["text_config"])):
-            plain, drafted = (text.cache_layout(num_draft_layers=count).pools for count in (0, 1))
-            self.assertEqual(drafted[0].layer_ids, (*plain[0].layer_ids, text.num_hidden_layers))
-            self.assertEqual(drafted[1:], plain[1:])
+            plain, drafted = text.cache_layout(), join([text.cache_layout(), text.draft_layout()])
+            self.assertEqual(drafted.pools[0].layer_ids, (*plain.pools[0].layer_ids, text.num_hidden_layers))
+            self.assertEqual(drafted.pools[1:], plain.pools[1:])
+            row = drafted.num_bytes(FULL, 1) - plain.num_bytes(FULL, 1)
+            self.assertEqual(row * len(plain.pools[0].layer_ids), plain.num_bytes(FULL, 1))
+
+    def test_models_side_by_side_need_what_each_needs(self) -> None:
+        """Their layers have the same numbers, and pools of the same name may have other rows."""
+        text, other = (DeepseekConfig.from_hf({**DEEPSEEK_V3, "kv_lora_rank": rank}) for rank in (512, 256))
+        hybrid = Qwen3_5Config.from_hf(qwen35_like(4)["text_config"])
+        parts = [each.cache_layout() for each in (text, hybrid, other, text)]
+        for unit in (FULL, STATE):
+            self.assertEqual(join(parts).num_bytes(unit, 3), sum(part.num_bytes(unit, 3) for part in parts))
+        self.assertEqual(join(parts[:1]), parts[0])
 
     def test_rows_of_a_verify_step_are_kept_as_inputs(self) -> None:
         """Qwen3.5-35B-like, 4 rows: 32 channels of 256 and 2 gates of 32 heads each, where states would be 129 times
@@ -47,13 +58,13 @@ class TestServedModels(CustomTestCase):
         text = Qwen3_5Config.from_hf(qwen35_like(40)["text_config"])
         types = CacheTypes(kv="bfloat16", conv="bfloat16", inputs="bfloat16")
         for tp_size in (1, 2):
-            plain, drafted = (text.cache_layout(tp_size, types, 1, tokens) for tokens in (0, 4))
+            plain, drafted = (text.cache_layout(tp_size, types, tokens) for tokens in (0, 4))
             tail = drafted.num_bytes(STATE, 1) - plain.num_bytes(STATE, 1)
             self.assertEqual(tail, 30 * (4 * 2 * (8192 + 64) // tp_size + 8))
             self.assertGreater(4 * plain.num_bytes(STATE, 1), 120 * tail)
             self.assertEqual(drafted.pools[:-1], plain.pools)
         dense = DeepseekConfig.from_hf(DEEPSEEK_V3)
-        self.assertEqual(dense.cache_layout(1, types, 1, 4), dense.cache_layout(1, types, 1))
+        self.assertEqual(dense.cache_layout(1, types, 4), dense.cache_layout(1, types))
 
 
 class TestThreeUnits(CustomTestCase):

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from sglang.srt.arg_groups.resolve import resolve_all
-from sglang.srt.configs.cache_layout import FULL, SWA, CacheTypes
+from sglang.srt.configs.cache_layout import FULL, SWA, CacheTypes, join
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.deepseek_v4_cache import PAGE_SIZE
 from sglang.srt.configs.errors import ConfigError
@@ -54,7 +54,9 @@ class TestCache(CustomTestCase):
             ("float8_e4m3fn", 0, 76_734, 11_182), ("float8_e4m3fn", 1, 124_999, 16_009),
             ("bfloat16", 0, 98_592, 16_051), ("bfloat16", 1, 147_296, 20_921),
         ):  # fmt: skip
-            layout = DeepseekV4Config.from_hf(FLASH).cache_layout(1, CacheTypes(kv=kv), drafts)
+            config, types = DeepseekV4Config.from_hf(FLASH), CacheTypes(kv=kv)
+            layout = config.cache_layout(1, types, 2 * drafts)
+            layout = join([layout, config.draft_layout(1, types)]) if drafts else layout
             full, window = (layout.num_bytes(unit, PAGE_SIZE) / PAGE_SIZE for unit in (FULL, SWA))
             self.assertEqual((int(full + window), int(full + SWA_FULL_TOKENS_RATIO * window)), (everything, tenth))
         pools = {pool.name: (pool.unit, PAGE_SIZE // pool.units_per_row) for pool in layout.pools}
