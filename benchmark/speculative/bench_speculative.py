@@ -34,6 +34,7 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative import eagle_worker
+from sglang.srt.speculative.accept_graphs import GREEDY_ACCEPT
 from sglang.srt.speculative.draft_graphs import GREEDY
 from sglang.test.engine_harness import EngineHarness
 
@@ -42,17 +43,23 @@ WARM_UP = 4  # cycles that are not counted
 
 
 class Accept:
-    """Takes the place of ``num_new_tokens``: counts whose mean is ``length``, made on the device."""
+    """Takes the place of ``num_new_tokens``: counts whose mean is ``set``.
 
-    def __init__(self, length: float) -> None:
-        self.length = length
+    They are made on the device of what was drawn, so that a captured step counts as it does eagerly.
+    """
+
+    def __init__(self) -> None:
+        self.length = torch.ones(1)
+
+    def set(self, length: float) -> None:
+        self.length.fill_(length)
 
     def __call__(self, drawn: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
-        size, width = drawn.shape
-        length = min(max(self.length, 1.0), float(width))
-        whole = int(length)
-        more = torch.rand(size, device=drawn.device) < length - whole
-        return (more.long() + whole).clamp(max=width)
+        if self.length.device != drawn.device:  # before anything is captured
+            self.length = self.length.to(drawn.device)
+        length = self.length.clamp(1.0, float(drawn.shape[1]))
+        coins = (drawn.sum(1) * 40503 % 8191) / 8191
+        return (length.floor() + (coins < length - length.floor())).long()
 
 
 def replay_ms(graphs: BucketGraphs[Any] | None, bucket: int, repeats: int = 20) -> float:
@@ -121,21 +128,34 @@ def without(args: argparse.Namespace) -> tuple[dict[int, float], dict[int, float
 def with_drafts(
     args: argparse.Namespace, num_steps: int, decode_graph: dict[int, float], plain: dict[int, float]
 ) -> None:
-    engine = make_engine(args, sorted(args.batch_size), num_steps)
+    accept = Accept()
+    with mock.patch.object(eagle_worker, "num_new_tokens", accept):
+        engine = make_engine(args, sorted(args.batch_size), num_steps)
+        _with_drafts(args, engine, accept, decode_graph, plain)
+
+
+def _with_drafts(
+    args: argparse.Namespace,
+    engine: EngineHarness,
+    accept: Accept,
+    decode_graph: dict[int, float],
+    plain: dict[int, float],
+) -> None:
     drafts = engine.worker.speculator.drafter.graphs  # type: ignore[union-attr]
-    verify, width = engine.runner.decode_graphs, num_steps + 1
+    verify, width = engine.runner.decode_graphs, engine.worker.decode_kind.rows_per_request
+    judged = engine.worker.speculator.graphs  # type: ignore[union-attr]
     for size in args.batch_size:
         lines, cycle = [], 0.0
         for wanted in args.accept_length:
-            with mock.patch.object(eagle_worker, "num_new_tokens", Accept(wanted)):
-                times, length = settled(engine, size, args)
+            accept.set(wanted)
+            times, length = settled(engine, size, args)
             cycle = statistics.median(times)
             gain = plain[size] * length / cycle
             lines.append(f"  accept length {length:.2f}: cycle {spread(times)} ms, {cycle / length:.3f} ms per token, "
                          f"{gain:.2f}x of without")  # fmt: skip
         parts = {"verify": replay_ms(verify, size), "extend": replay_ms(drafts and drafts.extend_graphs, size)}
-        if num_steps > 1:
-            parts["chain"] = replay_ms(drafts and drafts.chains[GREEDY], size)
+        parts["accept"] = replay_ms(judged and judged.kinds[GREEDY_ACCEPT], size)
+        parts["chain"] = replay_ms(drafts and drafts.chains[GREEDY], size)
         wide = decode_graph[size * width]
         alone = ", ".join(f"{name} {ms:.3f}" for name, ms in parts.items())
         print(f"batch {size}, {width} rows per request: graphs alone {alone} ms")

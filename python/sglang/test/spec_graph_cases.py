@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 from unittest import mock
 
@@ -13,6 +13,7 @@ from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.model_executor.model_runner import StepForward
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.accept_graphs import DRAWN_ACCEPT, GREEDY_ACCEPT
 from sglang.srt.speculative.draft_graphs import DRAWN, EXTEND, GREEDY
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.engine_harness import EngineHarness
@@ -54,17 +55,25 @@ class SpecGraphs:
         return {rid: result.output_ids for rid, result in engine.results.items()}
 
 
-def no_call_left_out(test: CustomTestCase, graphs: BucketGraphs[Any], prove: Callable[[], None], every: int) -> None:
-    """The proof refuses bucket 2 once any of its calls is left out, of which a few are."""
+def no_call_left_out(
+    test: CustomTestCase, graphs: BucketGraphs[Any], prove: Callable[[], None], every: int, idle: Container[str] = ()
+) -> None:
+    """The proof refuses bucket 2 once any of its calls is left out, of which a few are.
+
+    idle: names of calls that find nothing to do.
+    """
     step = graphs._steps[2]
     calls = step.graph._calls
-    acting = [index for index, call in enumerate(calls) if "empty" not in call.name]
+    acting = [index for index, call in enumerate(calls) if "empty" not in call.name and call.name not in idle]
     for index in acting[::every]:
         graphs.refused.clear()
         left_out = calls.pop(index)
         for result in left_out.results:  # which hold what the proof of the last turn left
             _ = None if result is None else result.zero_()
-        prove()
+        try:
+            prove()
+        except RuntimeError as error:  # an index that is none
+            graphs.refused[2] = str(error)
         test.assertIn(2, graphs.refused, (graphs.name, index, left_out.name))
         graphs._steps[2] = step
         calls.insert(index, left_out)
@@ -115,7 +124,7 @@ class VerifyCases(SpecGraphs):
                 graphs = engine.runner.decode_graphs
                 assert graphs is not None
                 self.assertEqual((graphs.name, graphs.kind.rows_per_request), ("verify", num_steps + 1))
-                names = ["verify", EXTEND, *([GREEDY, DRAWN] if num_steps > 1 else [])]
+                names = ["verify", EXTEND, GREEDY, DRAWN, GREEDY_ACCEPT, DRAWN_ACCEPT]
                 told = {name: {"captured": BUCKETS, "refused": {}} for name in names}
                 self.assertEqual(engine.runner.describe()["graphs"], told)
                 replayed, drafts = self.count_replays(), self.proposals(engine)
@@ -126,17 +135,19 @@ class VerifyCases(SpecGraphs):
                 metrics = engine.scheduler.metrics
                 self.assertEqual(len(sizes), metrics.num_decode_steps)
                 self.assertEqual(replayed["verify"], replayed[EXTEND])
-                # Chains of a batch with penalties run eagerly, those behind prompts do not.
-                chains = replayed[GREEDY] + replayed[DRAWN]
-                if num_steps > 1:
-                    self.assertTrue(replayed[GREEDY] and replayed[DRAWN], replayed)
-                    self.assertLess(chains, len(sizes) + metrics.num_prefill_steps)
+                # A batch with penalties is drawn eagerly, and so are its chains; those behind prompts are replayed.
+                self.assertTrue(all(replayed[name] for name in names), replayed)
+                self.assertLess(replayed[GREEDY_ACCEPT] + replayed[DRAWN_ACCEPT], len(sizes))
+                self.assertLess(replayed[GREEDY] + replayed[DRAWN], len(sizes) + metrics.num_prefill_steps)
                 eager = self.engine(num_steps, disable_cuda_graph=True)
                 wanted_drafts = self.proposals(eager)
                 self.assertEqual(self.tokens(eager), wanted)
                 self.assertEqual(drafts, wanted_drafts)
                 self.assertGreater(metrics.num_accepted_drafts, 0)
                 self.assertLess(metrics.num_accepted_drafts, metrics.num_drafts)
+                padding = engine.runner.req_to_token_pool.padding_row
+                left = (engine.runner.last_token, engine.runner.relay.committed, engine.runner.relay.drafts)
+                self.assertEqual([int(tensor[padding].abs().sum()) for tensor in left], [0, 0, 0])
 
     def test_a_request_alone(self) -> None:
         """A step of one request, captured and eager: what is spread over its rows may not be a view of one element."""

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from torch.nn.functional import one_hot
 
 from sglang.kernels.registry import fresh_decisions
 from sglang.srt.configs.cache_layout import FULL, SWA
@@ -108,7 +109,7 @@ class Captured:
         harness.requests.write_step(rows, first, fb.out_cache_loc.view(-1, width))
         fb.input_ids = torch.cat([self.last[rows].unsqueeze(1), self.relay.drafts[rows]], dim=1).flatten()
         if width > 1:
-            place_rows(fb, self.relay.committed, harness.requests)
+            place_rows(fb, self.relay.committed[rows], harness.requests)
             harness.backend.init_forward_metadata(fb)
         x = harness.embedding.index_select(0, fb.input_ids)
         outputs = [layer.on_backend(x, harness.backend, fb).flatten(1) for layer in harness.layers]
@@ -271,8 +272,8 @@ class TestDraftChain(CustomTestCase):
             requests, rows, at, first = self.begin(size)
             self.slots.clear()
             bounds = [len(one.tokens) for one in requests]
-            start = ChainStart(torch.empty(0), torch.zeros(size, 72), at)
-            self.check(requests, self.drafter.go_on(rows, start, first, GREEDY, torch.tensor([size]), bounds).ids)
+            start = ChainStart(one_hot(first, VOCAB).float(), torch.zeros(size, 72), at)
+            self.check(requests, self.drafter.go_on(rows, start, GREEDY, torch.tensor([size]), bounds).ids)
             for step, slots in enumerate(self.slots[size]):
                 wanted = [
                     int(self.harness.slots(one, n, n + 1)) for one, n in zip(requests, [b + step for b in bounds])
@@ -284,24 +285,25 @@ class TestDraftChain(CustomTestCase):
         bucket, platform = 4, RocmOverFakesPlatform(find_fakes())
         padding = self.harness.requests.padding_row
         rows, at = torch.full((bucket,), padding), torch.zeros(bucket, dtype=torch.int64)
-        first = torch.zeros(bucket, dtype=torch.int64)
-        start = ChainStart(torch.empty(0), torch.zeros(bucket, 72), at)
+        start = ChainStart(torch.zeros(bucket, VOCAB), torch.zeros(bucket, 72), at)
         self.begin(1)
 
         graphs = BucketGraphs("draft", [bucket], CPU)
         num_tokens = torch.tensor([bucket])
 
         def body():
-            return self.drafter.go_on(rows, start, first, GREEDY, num_tokens, None)
+            return self.drafter.go_on(rows, start, GREEDY, num_tokens, None)
 
         with override_platform(platform):
             graphs.capture_all(lambda bucket: body, platform.create_graph, lambda bucket: None)
             self.assertEqual(graphs.refused, {})
             for size in (1, 2, 4, 3, 2):
-                requests, *inputs = self.begin(size)
-                for ours, value in zip((rows, at, first), inputs, strict=True):
-                    ours.copy_(torch.tensor([padding if ours is rows else 0] * bucket))
+                requests, own_rows, own_at, first = self.begin(size)
+                start.logits.zero_()
+                for ours, value, rest in ((rows, own_rows, padding), (at, own_at, 0)):
+                    ours.fill_(rest)
                     ours[:size] = value
+                start.logits[:size] = one_hot(first, VOCAB)
                 self.check(requests, graphs.run(bucket).ids[:size])
 
     def test_slots_are_by_request_and_step(self):

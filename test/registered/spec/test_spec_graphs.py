@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import unittest
+from collections import Counter
 from functools import partial
+from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang.kernels.registry import fresh_decisions
+from sglang.srt.constrained.llguidance_backend import grammar_of
 from sglang.srt.layers.attention.triton_backend import TritonMlaBackend
+from sglang.srt.managers.tp_worker import LaunchedForward
+from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner_build import prove_graphs
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.speculative.accept_graphs import DRAWN_ACCEPT, GREEDY_ACCEPT
 from sglang.srt.speculative.draft_graphs import DRAWN, EXTEND, GREEDY
 from sglang.srt.speculative.spec_info import DRAFT
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.engine_harness import EngineHarness
 from sglang.test.process_ranks import use_fakes
-from sglang.test.spec_graph_cases import SpecGraphs, VerifyCases, no_call_left_out
+from sglang.test.spec_graph_cases import KINDS, RUN, SpecGraphs, VerifyCases, no_call_left_out
 from sglang.test.test_utils import CustomTestCase
 
 use_fakes()
@@ -35,6 +46,86 @@ class TestVerify(OverFakes, VerifyCases):
     STEPS = (3,)
 
 
+class Computed(TorchDispatchMode):
+    """Names of the operations that run inside the block, those of a replay and views left out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+        self.replaying = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if not self.replaying and not func.is_view:
+            self.names[func.overloadpacket.__name__] += 1
+        return result
+
+    def run(self, graphs: BucketGraphs[Any], bucket: int) -> Any:
+        self.replaying = True
+        try:
+            return RUN(graphs, bucket)
+        finally:
+            self.replaying = False
+
+
+class TestBetweenGraphs(OverFakes):
+    def test_nothing_is_computed(self) -> None:
+        """Behind the forward of a step without edits, but the host's copy and the place of the drafts."""
+        engine = self.engine(3, cuda_graph_bs=[4])
+        sample, computed = LaunchedForward.sample, Computed()
+
+        def watched(launched: LaunchedForward, info: SamplingBatchInfo) -> object:
+            if launched._batch.kind is None:
+                return sample(launched, info)
+            with computed:
+                return sample(launched, info)
+
+        params = {"max_new_tokens": 12, "ignore_eos": True, "sampling_seed": 1}
+        with (
+            mock.patch.object(LaunchedForward, "sample", watched),
+            mock.patch.object(BucketGraphs, "run", lambda *args: computed.run(*args)),
+        ):
+            for kind, copies in ((KINDS[0], 0), (KINDS[1], 6)):
+                with self.subTest(**kind):
+                    computed.names.clear()
+                    before = engine.scheduler.metrics.num_decode_steps
+                    engine.submit("one", self.prompts[0], SamplingParams(**params, **kind))
+                    engine.run()
+                    steps = engine.scheduler.metrics.num_decode_steps - before
+                    self.assertGreater(steps, 2)
+                    wanted = {"clone": steps, "index_copy_": steps} | ({"copy_": copies} if copies else {})
+                    self.assertEqual(computed.names, wanted)
+
+
+class TestMadeOnTheHost(OverFakes):
+    def answers(self, engine: EngineHarness) -> dict[str, tuple[list[int], list[float]]]:
+        """To a request that has a form, and to one that wants log-probabilities, one after the other."""
+        params = {"temperature": 0.0, "max_new_tokens": 9, "ignore_eos": True}
+        form = grammar_of("regex", "[a-z]{3,9}-[0-9]{2,4}", {})
+        for rid, fields in (("form", {"grammar": form}), ("scored", {"return_logprob": True})):
+            engine.submit(rid, self.prompts[0], SamplingParams(**params), **fields)
+            engine.run()
+        return {rid: (told.output_ids, told.output_logprobs.logprobs) for rid, told in engine.results.items()}
+
+    def test_masks_and_scores_are_no_part_of_a_graph(self) -> None:
+        """With them a verify step is replayed, and drawn eagerly."""
+        wanted = self.answers(self.engine(0, disable_cuda_graph=True))
+        self.assertEqual([len(wanted[rid][1]) for rid in ("form", "scored")], [0, 9])
+        engine, replayed = self.engine(3, cuda_graph_bs=[1]), Counter[str]()
+        names = [GREEDY_ACCEPT, DRAWN_ACCEPT, "verify", EXTEND]
+
+        def run(graphs: BucketGraphs[Any], bucket: int) -> Any:
+            replayed[graphs.name] += 1
+            return RUN(graphs, bucket)
+
+        with mock.patch.object(BucketGraphs, "run", run):
+            found = self.answers(engine)
+        self.assertEqual([bool(replayed[name]) for name in names], [False, False, True, True])
+        for rid, (ids, logprobs) in wanted.items():
+            self.assertEqual(found[rid][0], ids)
+            np.testing.assert_allclose(found[rid][1], logprobs, atol=1e-4)
+
+
 class TestRefusal(OverFakes):
     def test_a_kind_that_cannot_be_captured_runs_eagerly_alone(self) -> None:
         """By its name, and with the same tokens."""
@@ -48,7 +139,8 @@ class TestRefusal(OverFakes):
         with mock.patch.object(TritonMlaBackend, "plan_decode", reads_the_host):
             engine = self.engine(3, cuda_graph_bs=[4])
             graphs = engine.runner.describe()["graphs"]
-            self.assertEqual([kind for kind, told in graphs.items() if told["captured"]], ["verify", EXTEND])
+            kinds = ["verify", EXTEND, GREEDY_ACCEPT, DRAWN_ACCEPT]
+            self.assertEqual([kind for kind, told in graphs.items() if told["captured"]], kinds)
             for name in (GREEDY, DRAWN):
                 self.assertIn("a host-side list of the batch is read", graphs[name]["refused"]["4"])
             self.assertEqual(self.tokens(engine), wanted)
@@ -68,6 +160,10 @@ class TestProof(OverFakes):
         # A drawn id says little of the position that it is drawn for, so the chain of greedy ones.
         chain = drafts.chains[GREEDY]
         no_call_left_out(self, chain, partial(drafts.prove, chain, partial(drafts.chain_body, True)), 16)
+        accept = engine.worker.speculator.graphs
+        graphs = accept.kinds[GREEDY_ACCEPT]
+        idle = ("aten.where.Scalar", "aten.clamp.default")  # ids are right
+        no_call_left_out(self, graphs, partial(accept.prove, graphs, partial(accept.body, True)), 1, idle)
 
 
 if __name__ == "__main__":

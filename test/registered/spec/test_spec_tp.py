@@ -15,6 +15,8 @@ from sglang.kernels.registry import fresh_decisions
 from sglang.srt.constrained.llguidance_backend import grammar_of
 from sglang.srt.distributed import ParallelState, ProcessGroupHandle
 from sglang.srt.distributed.parallel_state import override_parallel_state
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.layers.sampler import Sampler
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -59,12 +61,14 @@ class TestTwoRanks(CustomTestCase):
         """The requests on one of two ranks, of which rank 1 errs in every draw and draft of its own."""
         handle = ProcessGroupHandle(rank, 2, dist.group.WORLD, dist.group.WORLD)
         with override_parallel_state(ParallelState(handle, handle)):
-            engine = self.engine(tp_size=2, speculative_algorithm="NEXTN", speculative_num_steps=3, **settings)
-            speculator, vocab = engine.worker.speculator, engine.model_config.vocab_size
-            sample, propose = engine.runner.sample, speculator.drafter.propose
             if rank:
-                engine.runner.sample = lambda *args: vocab - 1 - sample(*args)
-                speculator.drafter.propose = lambda *args: vocab - 1 - propose(*args)
+                choose = Sampler.forward
+
+                def err(sampler: Sampler, output: LogitsProcessorOutput, *args: Any, **fields: Any) -> torch.Tensor:
+                    return output.next_token_logits.shape[-1] - 1 - choose(sampler, output, *args, **fields)
+
+                self.enterContext(mock.patch.object(Sampler, "forward", err))  # captured steps draw so, too
+            engine = self.engine(tp_size=2, speculative_algorithm="NEXTN", speculative_num_steps=3, **settings)
             graphs = engine.runner.describe()["graphs"]
             assert all(told["captured"] == [4] and not told["refused"] for told in graphs.values()), graphs
             assert bool(graphs) == ("attention_backend" in settings)

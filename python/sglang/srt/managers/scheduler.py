@@ -45,7 +45,7 @@ from sglang.srt.managers.step_result import (
     record_output_logprobs,
     refusal,
 )
-from sglang.srt.managers.tp_worker import LaunchedForward, LaunchedStep, StepOutput, TpModelWorker
+from sglang.srt.managers.tp_worker import LaunchedForward, LaunchedStep, LaunchedVerify, StepOutput, TpModelWorker
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
@@ -95,7 +95,7 @@ class Scheduler:
         self._sampling_info: SamplingBatchInfo | None = None
         self._sampled_reqs: list[Req] = []
         # The decode step that runs while the next one is prepared.
-        self._in_flight: tuple[ScheduleBatch, LaunchedStep] | None = None
+        self._in_flight: tuple[ScheduleBatch, LaunchedStep | LaunchedVerify] | None = None
         self._num_received = 0
         self._stopping = False
         self._all_idle = True  # as the groups last agreed
@@ -173,7 +173,7 @@ class Scheduler:
         self._waited_s += time.perf_counter() - began
         return forward
 
-    def _sample(self, batch: ScheduleBatch, forward: LaunchedForward) -> LaunchedStep:
+    def _sample(self, batch: ScheduleBatch, forward: LaunchedForward) -> LaunchedStep | LaunchedVerify:
         """Sample a step of which nothing but its own tokens is unknown; who has ended meanwhile is sampled too."""
         info = self._sampling_info_of(batch)
         info.vocab_mask = self.grammars.mask(batch, self.config.device, forward.drafts)

@@ -11,7 +11,7 @@ from sglang.srt.layers.logprobs import HostLogprobs
 from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-from sglang.srt.speculative.eagle_worker import EagleWorker
+from sglang.srt.speculative.eagle_worker import Accepted, EagleWorker
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class HostCopy:
     def __init__(self, tensor: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
         if tensor.device.type == "cpu":
-            self._host = tensor
+            self._host = tensor.clone()  # the next replay may write it
         else:
             self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
             self._host.copy_(tensor, non_blocking=True)
@@ -100,6 +100,23 @@ class LaunchedStep:
         return [rows[start : start + width] for start in range(0, len(rows), width)]
 
 
+class LaunchedVerify:
+    """A verify step on its way, of which nobody wants log-probabilities: ``told`` [B, 2 W + 1], see ``Accepted``."""
+
+    def __init__(self, told: torch.Tensor) -> None:
+        self._width = told.shape[1] // 2
+        self._copy = HostCopy(told)
+
+    def result(self) -> StepOutput:
+        """Wait for the one device-to-host copy of the step."""
+        width, rows = self._width, self._copy.result().tolist()
+        return StepOutput(
+            next_token_ids=[row[: row[-1]] for row in rows],
+            row_faults=[row[width : width + row[-1]] for row in rows],
+            width=width,
+        )
+
+
 class LaunchedForward:
     """A forward on its way, whose tokens are not sampled yet.
 
@@ -130,20 +147,24 @@ class LaunchedForward:
         return self._step.output
 
     @torch.inference_mode()
-    def sample(self, info: SamplingBatchInfo) -> LaunchedStep:
+    def sample(self, info: SamplingBatchInfo) -> LaunchedStep | LaunchedVerify:
         """Queue the choice of tokens, and of drafts for the next step, without waiting for the device."""
         speculator, step = self._speculator, self._step
         if speculator is not None:
-            drawn = self._runner.sample(step, speculator.sampling_info(step, info), self._batch)
-            accepted = speculator.accept(step, drawn)
+            accepted = speculator.accept(step, info)
             # On its way before the drafts are made, which the host does not wait for.
-            launched = LaunchedStep(accepted.drawn, step.output, accepted.num_new)
+            launched = self._launched(step.output, accepted)
             speculator.draft(step, accepted, info)
             return launched
         drawn = self._runner.sample(self._step, info, self._batch)
         info.update(drawn)
         self._runner.last_token.index_copy_(0, self._step.req_rows, drawn.to(torch.int64))
         return LaunchedStep(drawn, self._step.output)
+
+    def _launched(self, output: LogitsProcessorOutput, accepted: Accepted) -> LaunchedStep | LaunchedVerify:
+        if accepted.told is None or self._batch.logprobs:
+            return LaunchedStep(accepted.drawn, output, accepted.num_new)
+        return LaunchedVerify(accepted.told)
 
     @torch.inference_mode()
     def take_part(self, speculator: EagleWorker) -> None:

@@ -114,13 +114,22 @@ class BucketGraphs(Generic[Output]):
         bucket = self.buckets[bisect_left(self.buckets, batch_size)]
         return bucket if bucket in self._steps else None
 
+    @property
+    def captured(self) -> list[int]:
+        """The buckets that are replayed, ascending."""
+        return sorted(self._steps)
+
     def run(self, bucket: int) -> Output:
         """Replay ``bucket`` on what lies in its tensors now; the output is valid until the next replay."""
         step = self._steps[bucket]
         step.graph.replay()
         return step.output
 
+    def output(self, bucket: int) -> Output:
+        """What the last replay of ``bucket`` gave, in the tensors that each replay overwrites."""
+        return self._steps[bucket].output
+
     def describe(self) -> dict[str, Any]:
         """Batch sizes that are replayed, and why others are not; msgpack-able."""
         refused = {str(bucket): reason for bucket, reason in sorted(self.refused.items())}
-        return {"captured": sorted(self._steps), "refused": refused}
+        return {"captured": self.captured, "refused": refused}

@@ -36,6 +36,8 @@ class StepForward:
     output: LogitsProcessorOutput
     fb: ForwardBatch
     batch: ModelWorkerBatch
+    # Of the graph that was replayed; None for an eager step.
+    bucket: int | None = None
 
     @property
     def batch_size(self) -> int:
@@ -77,15 +79,14 @@ class LoadedModel:
     draft: torch.nn.Module | None = None
 
 
-def place_rows(fb: ForwardBatch, committed: torch.Tensor, table: ReqToTokenPool) -> None:
-    """Put the rows of a step of several per request behind the tokens that each has committed.
+def place_rows(fb: ForwardBatch, starts: torch.Tensor, table: ReqToTokenPool) -> None:
+    """Put the rows of a step of several per request behind the tokens that each has committed, ``starts`` [B] int64.
 
-    committed [rows] int64 by request row; ``fb`` gets tensors of positions, lengths and slots for the host's bounds.
+    ``fb`` gets tensors of positions, lengths and slots for the host's bounds.
     """
     assert fb.kind is not None
     rows, width = fb.req_pool_indices, fb.kind.rows_per_request
-    ahead = torch.arange(width, device=committed.device)
-    positions = committed.index_select(0, rows).unsqueeze(1) + ahead
+    positions = starts.unsqueeze(1) + torch.arange(width, device=starts.device)
     fb.positions, fb.seq_lens = positions.flatten(), positions[:, -1] + 1
     fb.out_cache_loc = table.req_to_token[rows.unsqueeze(1), positions].flatten().to(torch.int64)
 
@@ -136,7 +137,7 @@ class ModelRunner:
         assert self.decode_graphs is not None
         fb, output = self.decode_graphs.replay(batch, bucket)
         assert isinstance(output, LogitsProcessorOutput)
-        return StepForward(output, fb, batch)
+        return StepForward(output, fb, batch, bucket)
 
     def graph_bucket(self, batch_size: int) -> int | None:
         """The decode graph that takes so many requests, the same on every rank; None when they run eagerly."""
@@ -196,7 +197,7 @@ class ModelRunner:
         first = fb.positions.view(-1, width)[:, 0]
         slots = fb.out_cache_loc.view(-1, width) if fb.table_loc is None else fb.table_loc
         self.req_to_token_pool.write_step(rows, first, slots)
-        place_rows(completed, self.relay.committed, self.req_to_token_pool)
+        place_rows(completed, self.relay.committed.index_select(0, rows), self.req_to_token_pool)
         completed.input_ids = torch.cat([ids.unsqueeze(1), self.relay.drafts.index_select(0, rows)], dim=1).flatten()
         return completed
 

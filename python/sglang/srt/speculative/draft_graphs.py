@@ -1,4 +1,4 @@
-"""The draft's captured steps: the layer over a verify step's rows, and the chain of drafts behind them as one graph.
+"""The draft's captured steps: the layer over a verify step's rows, and the chain of drafts from there as one graph.
 
 Both find lengths and slots in device memory: how many tokens a step gave is known there first.
 """
@@ -24,91 +24,10 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.speculative.eagle_worker import Accepted
 from sglang.srt.speculative.mtp_drafter import ChainStart, Drafts, MtpDrafter
+from sglang.srt.speculative.spec_buffers import SpecBuffers
 from sglang.srt.speculative.spec_info import SpecInfo
 
 EXTEND, GREEDY, DRAWN = "draft extend", "greedy draft", "drawn draft"
-
-
-class DraftBuffers:
-    """Persistent inputs of the captured steps, for up to ``max_bs`` requests; those past a batch are padding."""
-
-    def __init__(self, max_bs: int, spec: SpecInfo, runner: ModelRunner) -> None:
-        width, device = spec.num_draft_tokens, runner.device
-        dtype, draft = runner.model_config.dtype, runner.loaded.draft
-        assert draft is not None
-        self.padding_row = runner.req_to_token_pool.padding_row
-        self.vocab_size = runner.model_config.vocab_size
-        self.rows = torch.full((max_bs,), self.padding_row, dtype=torch.int64, device=device)
-        self.num_tokens = torch.zeros(1, dtype=torch.int32, device=device)
-        # The verify step: ids drawn, how many count, and the target's rows.
-        self.drawn = torch.zeros(max_bs, width, dtype=torch.int64, device=device)
-        self.num_new = torch.ones(max_bs, dtype=torch.int64, device=device)
-        self.step_hidden = torch.zeros(max_bs * width, draft.hidden_width, dtype=dtype, device=device)
-        # The chain: where it starts, with which draft.
-        self.at, self.draft = torch.zeros_like(self.rows), torch.zeros_like(self.rows)
-        self.hidden = torch.zeros(max_bs, draft.hidden_width, dtype=dtype, device=device)
-        floats = torch.ones(3, max_bs, 1, device=device)
-        self.temperatures, self.top_ps, self.min_ps = floats
-        self.top_ks = torch.full((max_bs, 1), self.vocab_size, dtype=torch.int64, device=device)
-        self.seeds = torch.zeros_like(self.rows)
-        self.greedy = torch.ones(max_bs, dtype=torch.bool, device=device)
-
-    def fill_rows(self, rows: torch.Tensor, bucket: int, tokens_per_request: int) -> None:
-        """Whose the step is: request rows [B], and padding."""
-        size = rows.shape[0]
-        self.rows[:size] = rows
-        self.rows[size:bucket] = self.padding_row
-        self.num_tokens.fill_(size * tokens_per_request)
-
-    def fill_step(self, accepted: Accepted, hidden: torch.Tensor, bucket: int) -> None:
-        """A verify step's result; padding takes no part of an older one that might not be finite."""
-        size, width = accepted.drawn.shape
-        assert hidden.dtype == self.step_hidden.dtype, "hidden rows are kept as they are"
-        self.drawn[:size] = accepted.drawn
-        self.num_new[:size] = accepted.num_new
-        self.step_hidden[: size * width] = hidden
-        self.step_hidden[size * width : bucket * width] = 0
-
-    def fill_chain(self, start: ChainStart, draft: torch.Tensor, bucket: int) -> None:
-        """Where chains start."""
-        size = draft.shape[0]
-        self.at[:size] = start.at
-        self.at[size:bucket] = 0
-        self.draft[:size] = draft
-        self.hidden[:size] = start.hidden
-        self.hidden[size:bucket] = 0
-
-    def fill_sampling(self, info: SamplingBatchInfo) -> None:
-        """By which parameters drafts are drawn."""
-        size = info.temperatures.shape[0]
-        assert info.sampling_seed is not None and info.greedy_rows is not None
-        pairs = (
-            (self.temperatures, info.temperatures),
-            (self.top_ps, info.top_ps),
-            (self.top_ks, info.top_ks),
-            (self.min_ps, info.min_ps),
-            (self.seeds, info.sampling_seed),
-            (self.greedy, info.greedy_rows),
-        )
-        for ours, theirs in pairs:
-            ours[:size] = theirs
-
-    def sampling_info(self, size: int, greedy: bool) -> SamplingBatchInfo:
-        """Over these tensors: all rows greedy, or each by its parameters, whatever they are."""
-        return SamplingBatchInfo(
-            temperatures=self.temperatures[:size],
-            top_ps=self.top_ps[:size],
-            top_ks=self.top_ks[:size],
-            min_ps=self.min_ps[:size],
-            is_all_greedy=greedy,
-            need_top_p_sampling=not greedy,
-            need_top_k_sampling=not greedy,
-            need_min_p_sampling=not greedy,
-            vocab_size=self.vocab_size,
-            is_any_greedy=True,
-            sampling_seed=self.seeds[:size],
-            greedy_rows=self.greedy[:size],
-        )
 
 
 class DraftGraphs:
@@ -124,13 +43,14 @@ class DraftGraphs:
         self._runner = runner
         self._spec = spec
         self._committed = runner.relay.committed
+        # Where the last captured step over a verify step's rows has left its chains, and in which bucket.
+        self._begun: tuple[ChainStart | None, int | None] = (None, None)
         self._num_groups = get_parallel_state().attn_dp_size
-        self._buffers = DraftBuffers(buckets[-1], spec, runner)
+        self.buffers = SpecBuffers(buckets[-1], spec, runner)
         world = get_world_group()
         self.extend_graphs: BucketGraphs[ChainStart] = BucketGraphs(EXTEND, buckets, runner.device, world)
-        names = (GREEDY, DRAWN) if spec.num_steps > 1 else ()
         self.chains: dict[str, BucketGraphs[Drafts]] = {
-            name: BucketGraphs(name, buckets, runner.device, world) for name in names
+            name: BucketGraphs(name, buckets, runner.device, world) for name in (GREEDY, DRAWN)
         }
 
     @torch.inference_mode()
@@ -174,7 +94,7 @@ class DraftGraphs:
 
     def extend_body(self, bucket: int) -> Body[ChainStart]:
         """The layer over all rows of a verify step; a chain starts at the last that counts."""
-        buffers, drafter, kind = self._buffers, self._drafter, self._spec.verify
+        buffers, drafter, kind = self.buffers, self._drafter, self._spec.verify
         width = kind.rows_per_request
 
         def body() -> ChainStart:
@@ -195,22 +115,22 @@ class DraftGraphs:
                 wants_hidden=True,
                 global_num_tokens_cpu=self._everyone(bucket * width),
             )
-            place_rows(fb, self._committed, self._runner.req_to_token_pool)
+            place_rows(fb, buffers.starts[:bucket], self._runner.req_to_token_pool)
             firsts = torch.arange(bucket, device=rows.device) * width
             fb.logits_rows = firsts + buffers.num_new[:bucket] - 1
-            return drafter.begin(fb, buffers.step_hidden[: bucket * width])
+            begun = drafter.begin(fb, buffers.step_hidden[: bucket * width])
+            start = buffers.start(bucket)
+            for ours, theirs in zip(start.tensors(), begun.tensors(), strict=True):
+                ours.copy_(theirs)
+            return start
 
         return body
 
     def chain_body(self, greedy: bool, bucket: int) -> Body[Drafts]:
-        """The drafts behind the first one."""
-        buffers = self._buffers
-        info = buffers.sampling_info(bucket, greedy)
-        # The draft that it begins with is drawn already.
-        start = ChainStart(buffers.hidden[:0], buffers.hidden[:bucket], buffers.at[:bucket])
-        rows, draft = buffers.rows[:bucket], buffers.draft[:bucket]
-        groups = self._everyone(bucket)
-        return lambda: self._drafter.go_on(rows, start, draft, info, buffers.num_tokens, None, groups)
+        """All drafts of a step."""
+        buffers = self.buffers
+        info, start, groups = buffers.sampling_info(bucket, greedy), buffers.start(bucket), self._everyone(bucket)
+        return lambda: self._drafter.go_on(buffers.rows[:bucket], start, info, buffers.num_rows, None, groups)
 
     def _everyone(self, num_rows: int) -> list[int] | None:
         """Rows of each attention group in a captured step: all bring as many."""
@@ -229,13 +149,17 @@ class DraftGraphs:
         bucket = self._bucket_of(step, self.extend_graphs)
         if bucket is None:
             return None
-        assert step.output.hidden_states is not None
-        self._buffers.fill_rows(step.req_rows, bucket, self._spec.num_draft_tokens)
-        self._buffers.fill_step(accepted, step.output.hidden_states, bucket)
-        return self.extend_graphs.run(bucket).first(step.batch_size)
+        if accepted.bucket != bucket:
+            assert step.output.hidden_states is not None
+            starts = step.fb.seq_lens[: step.batch_size] - self._spec.num_draft_tokens
+            self.buffers.fill_rows(step.req_rows, bucket)
+            self.buffers.fill_step(accepted, starts, step.output.hidden_states, bucket)
+        start = self.extend_graphs.run(bucket).first(step.batch_size)
+        self._begun = start, bucket
+        return start
 
     def go_on(
-        self, step: StepForward, rows: torch.Tensor, start: ChainStart, draft: torch.Tensor, info: SamplingBatchInfo
+        self, step: StepForward, rows: torch.Tensor, start: ChainStart, info: SamplingBatchInfo
     ) -> torch.Tensor | None:
         """The drafts [B, n] of request rows ``rows`` [B], by a graph; None where they are to be made eagerly."""
         size = rows.shape[0]
@@ -249,16 +173,17 @@ class DraftGraphs:
             assert bucket is None or not edits, "edits that the other attention groups do not know of"
         if bucket is None:
             return None
-        self._buffers.fill_rows(rows, bucket, 1)
-        self._buffers.fill_chain(start, draft, bucket)
+        if self._begun[0] is not start or self._begun[1] != bucket:
+            self.buffers.fill_rows(rows, bucket)
+            self.buffers.fill_chain(start, bucket)
         if not info.is_all_greedy:
-            self._buffers.fill_sampling(info)
+            self.buffers.fill_sampling(info)
         return graphs.run(bucket).first(size).ids
 
     def _fill_at_random(self, batch: ModelWorkerBatch, bucket: int) -> None:
         """The same inputs for the same bucket, for the requests of ``batch``."""
         generator = torch.Generator().manual_seed(bucket)
-        buffers, device, size = self._buffers, self._committed.device, batch.batch_size
+        buffers, device, size = self.buffers, self._committed.device, batch.batch_size
         width, vocab = self._spec.num_draft_tokens, buffers.vocab_size
 
         def integers(low: int, high: int, *shape: int) -> torch.Tensor:
@@ -267,18 +192,13 @@ class DraftGraphs:
         def normal(like: torch.Tensor, num_rows: int) -> torch.Tensor:
             return torch.randn(num_rows, like.shape[1], generator=generator).to(device, like.dtype)
 
-        for rest in (buffers.step_hidden, buffers.hidden):  # of a step before, in the place of padding
+        for rest in (buffers.step_hidden, buffers.hidden, buffers.logits):  # of a step before, in the place of padding
             rest.fill_(math.nan)
         rows = batch.req_pool_indices.to(device)
         accepted = Accepted(integers(0, vocab, size, width), integers(1, width + 1, size))
-        at = self._committed.index_select(0, rows) + accepted.num_new - 1
-        hidden = normal(buffers.hidden, size)
-        buffers.fill_rows(rows, bucket, width)
-        buffers.fill_step(accepted, normal(buffers.step_hidden, size * width), bucket)
-        buffers.fill_chain(ChainStart(hidden, hidden, at), integers(0, vocab, size), bucket)
-        buffers.temperatures[:size] = integers(5, 15, size, 1) / 10
-        buffers.top_ps[:size] = integers(5, 11, size, 1) / 10
-        buffers.min_ps[:size] = integers(0, 2, size, 1) / 100
-        buffers.top_ks[:size] = integers(1, vocab + 1, size, 1)
-        buffers.seeds[:size] = integers(0, 1 << 40, size)
-        buffers.greedy[:size] = integers(0, 2, size) > 0
+        starts = self._committed.index_select(0, rows)
+        start = ChainStart(normal(buffers.logits, size), normal(buffers.hidden, size), starts + accepted.num_new - 1)
+        buffers.fill_rows(rows, bucket)
+        buffers.fill_step(accepted, starts, normal(buffers.step_hidden, size * width), bucket)
+        buffers.fill_chain(start, bucket)
+        buffers.fill_sampling_at_random(size, generator)

@@ -24,6 +24,7 @@ from sglang.srt.model_executor.memory_plan import graph_buckets
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative.accept_graphs import AcceptGraphs
 from sglang.srt.speculative.draft_graphs import DraftGraphs
 from sglang.srt.speculative.eagle_worker import EagleWorker
 from sglang.srt.speculative.mtp_drafter import MtpDrafter
@@ -107,10 +108,14 @@ def make_speculator(args: ServerArgs, runner: ModelRunner) -> EagleWorker | None
     drafter = MtpDrafter(
         runner.loaded.draft, runner, backends.create_prefill_backend(), backends.create_decode_backend(), spec
     )
+    worker = EagleWorker(runner, spec, drafter)
     if not args.disable_cuda_graph:
         graphs = DraftGraphs(drafter, runner, spec, graph_buckets(args))
         drafter.graphs = graphs
         graphs.capture()
+        accept_graphs = AcceptGraphs(worker, graphs.buffers)
+        worker.graphs = accept_graphs
+        accept_graphs.capture()
         for gauge in expert_gauges(runner.model):
             gauge.forget()
-    return EagleWorker(runner, spec, drafter)
+    return worker

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import RecurrentBackend, backend_of
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner, StepForward
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.speculative.spec_info import SpecInfo
@@ -17,21 +20,22 @@ from sglang.srt.speculative.verify import num_new_tokens
 
 @dataclass(frozen=True)
 class Accepted:
-    """What a step gave: drawn [B, W] int64, of which the first ``num_new`` [B] int64 of each request are its tokens."""
+    """What a step gave: drawn [B, W] int64, of which the first ``num_new`` [B] int64 of each request are its tokens.
+
+    ``told`` [B, 2 W + 1] int64 is what the host gets to know of a verify step: ids, faults and number of each request.
+    ``bucket`` is that of the graph that has left all of it for the draft's, too; None for an eager step.
+    """
 
     drawn: torch.Tensor
     num_new: torch.Tensor
+    told: torch.Tensor | None = None
+    bucket: int | None = None
 
     @property
     def last_rows(self) -> torch.Tensor:
         """Rows of the step, [B], from which the last token of each request was drawn."""
         size, width = self.drawn.shape
         return torch.arange(size, device=self.drawn.device) * width + self.num_new - 1
-
-    @property
-    def newest(self) -> torch.Tensor:
-        """The last token of each request, [B]."""
-        return self.drawn.gather(1, self.num_new.unsqueeze(1) - 1).squeeze(1)
 
 
 class Drafter(ABC):
@@ -46,6 +50,12 @@ class Drafter(ABC):
         """
 
 
+class AcceptReplay(Protocol):
+    """What draws and judges captured verify steps: ``accept_graphs.py``. None stands for one to be judged eagerly."""
+
+    def accept(self, step: StepForward, info: SamplingBatchInfo) -> Accepted | None: ...
+
+
 class EagleWorker:
     """Checks the drafts of a step, and asks ``drafter`` for those of the next."""
 
@@ -54,6 +64,7 @@ class EagleWorker:
         self.target = target
         self.spec = spec
         self.drafter = drafter
+        self.graphs: AcceptReplay | None = None
         self._relay = target.relay
         self._group = get_tp_group()
 
@@ -62,38 +73,62 @@ class EagleWorker:
         """Drafts of the next step by request row, [rows, num_steps] int64."""
         return self._relay.drafts
 
-    def sampling_info(self, step: StepForward, info: SamplingBatchInfo) -> SamplingBatchInfo:
-        """``info`` [B] for the rows of ``step``."""
-        return info if step.fb.kind != self.spec.verify else info.along_path(self._drafts(step))
+    def accept(self, step: StepForward, info: SamplingBatchInfo) -> Accepted:
+        """Draw the tokens of ``step`` and judge its drafts, by a graph where there is one for that."""
+        accepted = None if self.graphs is None else self.graphs.accept(step, info)
+        if accepted is None:
+            drawn = self.target.sample(step, self._sampling_info(step, info), step.batch)
+            fb = step.fb if step.fb.kind is None else step.fb.first(step.batch_size)
+            accepted = self.judge(drawn, step.output, fb)
+        return accepted
 
-    def accept(self, step: StepForward, drawn: torch.Tensor) -> Accepted:
-        """Judge ids [rows] drawn from a step; ids, counts and faults are those of rank 0."""
-        drawn = drawn.to(torch.int64).view(step.batch_size, -1)
-        verified = step.fb.kind == self.spec.verify
-        num_new = num_new_tokens(drawn, self._drafts(step)) if verified else torch.ones_like(drawn[:, 0])
+    def _sampling_info(self, step: StepForward, info: SamplingBatchInfo) -> SamplingBatchInfo:
+        """``info`` [B] for the rows of ``step``."""
+        plain = info.is_all_greedy and info.edits is None and info.vocab_mask is None
+        if plain or step.fb.kind != self.spec.verify:
+            return info
+        return info.along_path(self._relay.drafts.index_select(0, step.req_rows))
+
+    def judge(
+        self, drawn: torch.Tensor, output: LogitsProcessorOutput, fb: ForwardBatch, live: torch.Tensor | None = None
+    ) -> Accepted:
+        """Count the ids [rows] drawn from ``output`` of ``fb`` that are tokens, and leave what the next step begins
+        with on the device, but for its drafts.
+
+        Ids, counts and faults are those of rank 0. live [B] bool: requests that are no padding; None for all.
+        """
+        assert output.row_faults is not None
+        rows, faults = fb.req_pool_indices, output.row_faults.to(torch.int64)
+        drawn = drawn.to(torch.int64).view(fb.batch_size, -1)
+        verified = fb.kind == self.spec.verify
+        num_new = num_new_tokens(drawn, self._relay.drafts.index_select(0, rows)) if verified else None
+        if num_new is None:
+            num_new = torch.ones_like(drawn[:, 0])
         if self._group.size > 1:
-            assert step.output.row_faults is not None
-            parts = (drawn, num_new, step.output.row_faults.to(torch.int64))
+            parts = (drawn, num_new, faults)
             told = self._group.broadcast(torch.cat([part.flatten() for part in parts]))
-            ids, num_new, step.output.row_faults = told.split([part.numel() for part in parts])
+            ids, num_new, faults = told.split([part.numel() for part in parts])
             drawn = ids.view(drawn.shape)
-        if verified and step.fb.state_slot_ids is not None:
-            slots = step.fb.state_slot_ids[: step.batch_size]
-            backend_of(step.fb, RecurrentBackend).update_mamba_state_after_mtp_verify(slots, num_new)
-        return Accepted(drawn, num_new)
+        output.row_faults = faults
+        newest = drawn.gather(1, num_new.unsqueeze(1) - 1).squeeze(1)
+        committed = fb.seq_lens - drawn.shape[1] + num_new
+        if live is not None:  # the row of padding stays 0, and so does what counts of its state
+            newest, committed = newest * live, committed * live
+        self.target.last_token.index_copy_(0, rows, newest)
+        self._relay.committed.index_copy_(0, rows, committed)
+        if not verified:
+            return Accepted(drawn, num_new)
+        if fb.state_slot_ids is not None:
+            counted = num_new if live is None else num_new * live
+            backend_of(fb, RecurrentBackend).update_mamba_state_after_mtp_verify(fb.state_slot_ids, counted)
+        return Accepted(drawn, num_new, torch.cat([drawn, faults.view(drawn.shape), num_new.unsqueeze(1)], dim=1))
 
     def draft(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> None:
-        """Make the drafts of the next step, and leave what it begins with on the device."""
+        """Make the drafts of the next step, and leave them on the device."""
         if info.vocab_mask is not None:  # of the rows just drawn; a guess may leave the form, and is not accepted then
             info = replace(info, vocab_mask=None)
         drafts = self._group.broadcast(self.drafter.propose(step, accepted, info))
-        rows, fb = step.req_rows, step.fb
-        committed = fb.seq_lens[: step.batch_size]
-        if fb.kind == self.spec.verify:
-            committed = committed - self.spec.num_draft_tokens + accepted.num_new
-        self.target.last_token.index_copy_(0, rows, accepted.newest)
-        self._relay.committed.index_copy_(0, rows, committed)
-        self._relay.drafts.index_copy_(0, rows, drafts)
+        self._relay.drafts.index_copy_(0, step.req_rows, drafts)
 
     def take_part(self, step: StepForward) -> None:
         """Run the forwards of the drafts of a ``step`` without requests, which the other attention groups wait for."""
@@ -101,7 +136,3 @@ class EagleWorker:
         none = torch.empty(0, self.spec.num_draft_tokens, dtype=torch.int64, device=device)
         info = SamplingBatchInfo.from_rows([], self.target.model_config.vocab_size, device)
         self.drafter.propose(step, Accepted(none, none[:, 0]), info)
-
-    def _drafts(self, step: StepForward) -> torch.Tensor:
-        """The drafts [B, num_steps] that ``step`` ran."""
-        return self._relay.drafts.index_select(0, step.req_rows)

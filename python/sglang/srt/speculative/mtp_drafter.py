@@ -64,7 +64,7 @@ class DraftReplay(Protocol):
     def extend(self, step: StepForward, accepted: Accepted) -> ChainStart | None: ...
 
     def go_on(
-        self, step: StepForward, rows: torch.Tensor, start: ChainStart, draft: torch.Tensor, info: SamplingBatchInfo
+        self, step: StepForward, rows: torch.Tensor, start: ChainStart, info: SamplingBatchInfo
     ) -> torch.Tensor | None: ...
 
 
@@ -99,19 +99,16 @@ class MtpDrafter(Drafter):
             start = self.graphs.extend(step, accepted)
         if start is None:
             start = self.begin(*self._extend_batch(step, accepted))
-        draft = self._draw(start.logits, info, start.at)
-        if self._num_steps == 1:
-            return draft.unsqueeze(1)
-        rows, at = step.req_rows, start.at
+        rows = step.req_rows
         if step.fb.successors is not None:
             # A chunk before the end of a prompt has no slots behind it: the table has those of a request before.
             ended = step.fb.successors < 0
-            rows, at = torch.where(ended, rows, self._padding_row), torch.where(ended, at, 0)
-        start = replace(start, at=at)
-        drafts = None if self.graphs is None else self.graphs.go_on(step, rows, start, draft, info)
+            rows, at = torch.where(ended, rows, self._padding_row), torch.where(ended, start.at, 0)
+            start = replace(start, at=at)
+        drafts = None if self.graphs is None else self.graphs.go_on(step, rows, start, info)
         if drafts is None:
             bounds, groups = step.fb.seq_lens_cpu[: step.batch_size], step.batch.global_num_requests
-            drafts = self.go_on(rows, start, draft, info, step.fb.num_token_non_padded, bounds, groups).ids
+            drafts = self.go_on(rows, start, info, step.fb.num_token_non_padded, bounds, groups).ids
         return drafts
 
     def begin(self, fb: ForwardBatch, hidden: torch.Tensor) -> ChainStart:
@@ -127,19 +124,18 @@ class MtpDrafter(Drafter):
         self,
         rows: torch.Tensor,
         start: ChainStart,
-        draft: torch.Tensor,
         info: SamplingBatchInfo,
         num_tokens: torch.Tensor,
         bounds: list[int] | None,
         groups: list[int] | None = None,
     ) -> Drafts:
-        """The drafts that begin with ``draft`` [B], of request rows ``rows`` [B].
+        """The drafts of request rows ``rows`` [B], of which the first is drawn where the chain starts.
 
         num_tokens [1] int32: at least the rows that are no padding. bounds: of the lengths before the drafts, None
         where the host knows none. groups: rows of each attention group, None where there is one.
         """
-        drafts, hidden, chain = [draft], start.hidden, None
-        if isinstance(self.decode_backend, MultiStepBackend):
+        drafts, hidden, chain = [self._draw(start.logits, info, start.at)], start.hidden, None
+        if self._num_steps > 1 and isinstance(self.decode_backend, MultiStepBackend):
             chain = self._chain_batch(rows, start.at, num_tokens, bounds)
             self.decode_backend.init_forward_metadata(chain)
         for number in range(1, self._num_steps):
@@ -167,7 +163,7 @@ class MtpDrafter(Drafter):
             assert fb.input_ids is not None and fb.logits_rows is not None and fb.successors is not None
             last = fb.logits_rows
             ids = fb.input_ids.roll(-1)
-            ids[last] = torch.where(fb.successors >= 0, fb.successors, accepted.newest)
+            ids[last] = torch.where(fb.successors >= 0, fb.successors, accepted.drawn[:, 0])
         assert step.output.hidden_states is not None
         backend = self.extend_backend
         fb = replace(fb, input_ids=ids, logits_rows=last, wants_hidden=True, logprobs=[], attn_backend=backend)

@@ -1,0 +1,178 @@
+"""Drawing and judging a captured verify step, captured: between its forward and the drafts nothing runs eagerly.
+
+A step with penalties, a bias, a mask or log-probabilities is drawn eagerly: what these are made of has no fixed size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from sglang.srt.distributed import get_world_group
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.model_executor.bucket_graphs import Body, BucketGraphs
+from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
+from sglang.srt.model_executor.graph_check import GraphCheck
+from sglang.srt.model_executor.model_runner import StepForward
+from sglang.srt.model_executor.runner_build import advance
+from sglang.srt.platforms import current_platform
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.speculative.eagle_worker import Accepted, EagleWorker
+from sglang.srt.speculative.spec_buffers import SpecBuffers
+
+GREEDY_ACCEPT, DRAWN_ACCEPT = "greedy accept", "drawn accept"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Of a verify step of B requests of W rows: ``told`` [B, 2 W + 1] as ``Accepted`` has it, ids [B, W] and counts
+    [B] among it, and what the step leaves for the next one and for the draft, by which graphs are proven."""
+
+    told: torch.Tensor
+    drawn: torch.Tensor
+    num_new: torch.Tensor
+    left: tuple[torch.Tensor, ...]
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All of it."""
+        return (self.told, self.drawn, self.num_new, *self.left)
+
+    def first(self, size: int) -> Verdict:
+        """Of the first ``size`` requests."""
+        told, drawn, num_new, *left = (tensor[:size] for tensor in self.tensors())
+        return Verdict(told, drawn, num_new, tuple(left))
+
+
+class AcceptGraphs:
+    """Captures, proves and replays what ``worker`` does with the verify steps that its target has captured.
+
+    Captured once for batches whose rows are all greedy, and once for the others. ``buffers`` are those of the draft's
+    captured steps, which get their inputs here.
+    """
+
+    def __init__(self, worker: EagleWorker, buffers: SpecBuffers) -> None:
+        assert worker.target.decode_graphs is not None and worker.target.relay is not None
+        self._worker = worker
+        self._runner = worker.target
+        self._verify = worker.target.decode_graphs
+        self._relay = worker.target.relay
+        self._buffers = buffers
+        buckets, world = self._verify.captured, get_world_group()
+        self.kinds: dict[str, BucketGraphs[Verdict]] = {
+            name: BucketGraphs(name, buckets, self._runner.device, world) for name in (GREEDY_ACCEPT, DRAWN_ACCEPT)
+        }
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record and prove every bucket; the pools must be empty, and stay so."""
+        for name, graphs in self.kinds.items():
+            body_of = partial(self.body, name == GREEDY_ACCEPT)
+            with tqdm(total=len(graphs.buckets), desc=f"Capturing {name} graphs", unit="graph") as bar:
+                graphs.capture_all(body_of, current_platform.create_graph, partial(advance, bar))
+            self.prove(graphs, body_of)
+            self._runner.draft_graphs[name] = graphs
+
+    def body(self, greedy: bool, bucket: int) -> Body[Verdict]:
+        """Draw and judge what the verify graph of ``bucket`` has left, for the host, the next step and the draft."""
+        runner, buffers, width = self._runner, self._buffers, self._verify.kind.rows_per_request
+        fb = self._verify.buffers.view(bucket, runner.attn_backend, runner.has_state, None)
+        output = self._verify.output(bucket)
+        assert isinstance(output, LogitsProcessorOutput)
+        hidden = output.hidden_states
+        assert hidden is not None
+
+        def body() -> Verdict:
+            rows = fb.req_pool_indices
+            live, judged = rows != buffers.padding_row, LogitsProcessorOutput(output.next_token_logits)
+            info = buffers.sampling_info(bucket, greedy)
+            if not greedy:
+                info = info.along_path(self._relay.drafts.index_select(0, rows))
+            drawn = runner.sampler(judged, info, positions=None if greedy else fb.positions + 1)
+            starts = fb.seq_lens - width
+            accepted = self._worker.judge(drawn, judged, fb, live)
+            assert accepted.told is not None
+            buffers.rows[:bucket].copy_(rows)
+            buffers.num_tokens.copy_(fb.num_token_non_padded)
+            buffers.num_rows.copy_(fb.num_token_non_padded // width)
+            buffers.starts[:bucket].copy_(starts * live)
+            buffers.drawn[:bucket].copy_(accepted.drawn)
+            buffers.num_new[:bucket].copy_(accepted.num_new)
+            # Padding may not be finite.
+            kept = torch.where(live.repeat_interleave(width).unsqueeze(1), hidden, 0)
+            buffers.step_hidden[: bucket * width].copy_(kept)
+            left = (self._runner.last_token, self._relay.committed)
+            return Verdict(
+                accepted.told,
+                buffers.drawn[:bucket],
+                buffers.num_new[:bucket],
+                (*(tensor.index_select(0, rows) for tensor in left), buffers.rows[:bucket], buffers.starts[:bucket]),
+            )
+
+        return body
+
+    def accept(self, step: StepForward, info: SamplingBatchInfo) -> Accepted | None:
+        """What ``step`` gave, by a graph; None where that is to be found eagerly."""
+        if step.bucket is None or info.edits is not None or info.vocab_mask is not None or step.batch.logprobs:
+            return None
+        graphs = self.kinds[GREEDY_ACCEPT if info.is_all_greedy else DRAWN_ACCEPT]
+        if graphs.bucket_of(step.bucket) != step.bucket:
+            return None
+        if not info.is_all_greedy:
+            self._buffers.fill_sampling(info)
+        found = graphs.run(step.bucket).first(step.batch_size)
+        return Accepted(found.drawn, found.num_new, found.told, step.bucket)
+
+    def prove(self, graphs: BucketGraphs[Verdict], body_of: Callable[[int], Body[Verdict]]) -> None:
+        """Refuse each bucket whose replay is not what its body does, for drafts of which some are accepted."""
+
+        def proved(run: Callable[[int], Any]) -> Callable[[ModelWorkerBatch, int], tuple[torch.Tensor, ...]]:
+            def outputs(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
+                self._fill_at_random(batch, bucket)
+                given: tuple[torch.Tensor, ...] = run(bucket).first(batch.batch_size).tensors()
+                # All of the hidden rows: padding must be finite.
+                return (*given, self._buffers.num_tokens, self._buffers.num_rows, self._buffers.step_hidden)
+
+            return outputs
+
+        runner = self._runner
+        GraphCheck(
+            graphs,
+            self._verify.kind,
+            proved(lambda bucket: body_of(bucket)()),
+            proved(graphs.run),
+            runner.last_token,
+            runner.req_to_token_pool,
+            runner.pools,
+            runner.model_config.vocab_size,
+            runner.relay,
+            writes_table=False,
+            window=runner.memory.window,
+        ).run()
+
+    def _fill_at_random(self, batch: ModelWorkerBatch, bucket: int) -> None:
+        """The same verify step for the same bucket, as its graph would leave it for the requests of ``batch``."""
+        generator = torch.Generator().manual_seed(bucket)
+        self._verify.fill(batch, bucket)
+        output, size = self._verify.output(bucket), batch.batch_size
+        assert isinstance(output, LogitsProcessorOutput)
+        width = self._verify.kind.rows_per_request
+        for tensor in output.tensors():
+            tensor.fill_(math.nan)  # in the place of padding
+            rows = torch.randn(size * width, tensor.shape[1], generator=generator)
+            tensor[: size * width] = rows.to(tensor.device, tensor.dtype)
+        drafts = self._relay.drafts[batch.req_pool_indices.to(self._relay.drafts.device)]
+        likely = 100.0 * torch.randint(0, 3, drafts.shape, generator=generator).clamp(max=1).to(drafts.device)
+        likely[0, 0] = 100.0
+        logits = output.next_token_logits.view(bucket, width, -1)[:size]
+        logits[:, :-1].scatter_add_(2, drafts.unsqueeze(2), likely.unsqueeze(2))
+        logits[-1, -1, -1] = math.inf  # a fault
+        for tensor in (self._runner.last_token, self._relay.committed):
+            tensor.zero_()
+        self._buffers.forget_step()
+        self._buffers.fill_sampling_at_random(size, generator)

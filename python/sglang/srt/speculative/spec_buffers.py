@@ -1,0 +1,133 @@
+"""What the captured steps of speculation hand to one another: rows, what a verify step gave, where chains start."""
+
+from __future__ import annotations
+
+import torch
+
+from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.speculative.eagle_worker import Accepted
+from sglang.srt.speculative.mtp_drafter import ChainStart
+from sglang.srt.speculative.spec_info import SpecInfo
+
+
+class SpecBuffers:
+    """Persistent inputs of the captured steps, for up to ``max_bs`` requests; those past a batch are padding."""
+
+    def __init__(self, max_bs: int, spec: SpecInfo, runner: ModelRunner) -> None:
+        self.width, device = spec.num_draft_tokens, runner.device
+        dtype, draft = runner.model_config.dtype, runner.loaded.draft
+        assert draft is not None
+        self.padding_row = runner.req_to_token_pool.padding_row
+        self.vocab_size = runner.model_config.vocab_size
+        self.rows = torch.full((max_bs,), self.padding_row, dtype=torch.int64, device=device)
+        # Rows that are no padding: of a step of several per request, and requests.
+        self.num_tokens, self.num_rows = torch.zeros(2, 1, dtype=torch.int32, device=device)
+        # The verify step: tokens committed before it, ids drawn, how many count, and the target's rows.
+        self.starts = torch.zeros_like(self.rows)
+        self.drawn = torch.zeros(max_bs, self.width, dtype=torch.int64, device=device)
+        self.num_new = torch.ones(max_bs, dtype=torch.int64, device=device)
+        self.step_hidden = torch.zeros(max_bs * self.width, draft.hidden_width, dtype=dtype, device=device)
+        # The chain: where it starts.
+        self.logits = torch.zeros(max_bs, self.vocab_size, dtype=torch.float32, device=device)
+        self.hidden = torch.zeros(max_bs, draft.hidden_width, dtype=dtype, device=device)
+        self.at = torch.zeros_like(self.rows)
+        floats = torch.ones(3, max_bs, 1, device=device)
+        self.temperatures, self.top_ps, self.min_ps = floats
+        self.top_ks = torch.full((max_bs, 1), self.vocab_size, dtype=torch.int64, device=device)
+        self.seeds = torch.zeros_like(self.rows)
+        self.greedy = torch.ones(max_bs, dtype=torch.bool, device=device)
+        # Whose parameters lie in the tensors above.
+        self._filled: SamplingBatchInfo | None = None
+
+    def fill_rows(self, rows: torch.Tensor, bucket: int) -> None:
+        """Whose the step is: request rows [B], and padding."""
+        size = rows.shape[0]
+        self.rows[:size] = rows
+        self.rows[size:bucket] = self.padding_row
+        self.num_tokens.fill_(size * self.width)
+        self.num_rows.fill_(size)
+
+    def fill_step(self, accepted: Accepted, starts: torch.Tensor, hidden: torch.Tensor, bucket: int) -> None:
+        """A verify step's result; padding takes no part of an older one that might not be finite."""
+        size, width = accepted.drawn.shape
+        assert hidden.dtype == self.step_hidden.dtype, "hidden rows are kept as they are"
+        self.starts[:size] = starts
+        self.starts[size:bucket] = 0
+        self.drawn[:size] = accepted.drawn
+        self.num_new[:size] = accepted.num_new
+        self.step_hidden[: size * width] = hidden
+        self.step_hidden[size * width : bucket * width] = 0
+
+    def fill_chain(self, start: ChainStart, bucket: int) -> None:
+        """Where chains start."""
+        size = start.at.shape[0]
+        for ours, theirs in zip(self.start(size).tensors(), start.tensors(), strict=True):
+            ours.copy_(theirs)
+        for rest in (self.logits, self.hidden, self.at):
+            rest[size:bucket] = 0
+
+    def forget_step(self) -> None:
+        """Let all be padding, of a step that gave nothing."""
+        self.rows.fill_(self.padding_row)
+        self.num_new.fill_(1)
+        for tensor in (self.num_tokens, self.num_rows, self.starts, self.drawn, self.step_hidden):
+            tensor.zero_()
+
+    def start(self, size: int) -> ChainStart:
+        """Where the first ``size`` chains start."""
+        return ChainStart(self.logits[:size], self.hidden[:size], self.at[:size])
+
+    def fill_sampling(self, info: SamplingBatchInfo) -> None:
+        """By which parameters tokens and drafts are drawn; nothing is copied where they are there already."""
+        if info is self._filled:
+            return
+        size = info.temperatures.shape[0]
+        assert info.sampling_seed is not None and info.greedy_rows is not None
+        pairs = (
+            (self.temperatures, info.temperatures),
+            (self.top_ps, info.top_ps),
+            (self.top_ks, info.top_ks),
+            (self.min_ps, info.min_ps),
+            (self.seeds, info.sampling_seed),
+            (self.greedy, info.greedy_rows),
+        )
+        for ours, theirs in pairs:
+            ours[:size] = theirs
+        self._filled = info
+
+    def forget_sampling(self) -> None:
+        """The parameters were overwritten."""
+        self._filled = None
+
+    def sampling_info(self, size: int, greedy: bool) -> SamplingBatchInfo:
+        """Over these tensors: all rows greedy, or each by its parameters, whatever they are."""
+        return SamplingBatchInfo(
+            temperatures=self.temperatures[:size],
+            top_ps=self.top_ps[:size],
+            top_ks=self.top_ks[:size],
+            min_ps=self.min_ps[:size],
+            is_all_greedy=greedy,
+            need_top_p_sampling=not greedy,
+            need_top_k_sampling=not greedy,
+            need_min_p_sampling=not greedy,
+            vocab_size=self.vocab_size,
+            is_any_greedy=True,
+            sampling_seed=self.seeds[:size],
+            greedy_rows=self.greedy[:size],
+        )
+
+    def fill_sampling_at_random(self, size: int, generator: torch.Generator) -> None:
+        """Parameters of ``size`` requests of all kinds, for the proof of captured steps."""
+        device, vocab = self.rows.device, self.vocab_size
+
+        def integers(low: int, high: int, *shape: int) -> torch.Tensor:
+            return torch.randint(low, high, shape, generator=generator).to(device)
+
+        self.forget_sampling()
+        self.temperatures[:size] = integers(5, 15, size, 1) / 10
+        self.top_ps[:size] = integers(5, 11, size, 1) / 10
+        self.min_ps[:size] = integers(0, 2, size, 1) / 100
+        self.top_ks[:size] = integers(1, vocab + 1, size, 1)
+        self.seeds[:size] = integers(0, 1 << 40, size)
+        self.greedy[:size] = integers(0, 2, size) > 0
