@@ -36,6 +36,7 @@ class SpecGraphs:
 
     @classmethod
     def setUpClass(cls) -> None:
+        torch.set_num_threads(1)  # of many small operations
         cls.tokenizer = Tokenizer.from_path(cls.folder)
         cls.prompts = [cls.tokenizer.encode(question.text) for question in heldout_questions()[:5]]
 

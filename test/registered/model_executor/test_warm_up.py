@@ -22,6 +22,7 @@ from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.srt.distributed import override_tp_group
 from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
 from sglang.srt.model_executor import warm_up
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.warm_up import WarmUpStep, warm_up_steps
 from sglang.srt.platforms import override_platform
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -68,6 +69,48 @@ class TestOnModels(CustomTestCase):
                 for pool, before in zip(pools, rows, strict=True):
                     self.assertTrue(torch.equal(pool[:, 1:], before[:, 1:]))
                     self.assertTrue(bool(pool[:, 0].isfinite().all()))
+                engine.submit("after", [5, 6, 7, 8], params)
+                self.assertEqual(engine.run()["after"].output_ids, wanted)
+
+
+class TestDrafts(CustomTestCase):
+    def test_steps_of_the_layer_that_drafts_are_run(self) -> None:
+        """Over prompts, over the rows of verify steps, and in chains; nothing is left behind."""
+        torch.set_num_threads(1)
+        spec = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3}
+        sizes = {"max_total_tokens": 512, "max_running_requests": 5}
+        for name in ("deepseek-v3-tiny", "qwen3.5-moe-tiny"):
+            with self.subTest(model=name):
+                engine = EngineHarness(str(EMBEDDED_MODELS[name]), **sizes, **spec)
+                params = SamplingParams(temperature=0.0, max_new_tokens=6, ignore_eos=True)
+                worker, runner, seen = engine.worker, engine.runner, set()
+                draft = worker.speculator.drafter.model.forward
+
+                def watched(ids, positions, fb, hidden, draft=draft, seen=seen):
+                    seen.add((fb.forward_mode, fb.batch_size, len(ids)))
+                    return draft(ids, positions, fb, hidden)
+
+                engine.submit("before", [5, 6, 7, 8], params)
+                wanted = engine.run()["before"].output_ids
+                pools = runner.pools.buffers()
+                rows = [pool.clone() for pool in pools]
+                with (
+                    mock.patch.object(worker.speculator.drafter.model, "forward", watched),
+                    mock.patch.object(warm_up, "current_platform", mock.Mock(supports_graphs=True)),
+                ):
+                    warm_up.warm_up(runner, 32, worker.run_step, worker.decode_kind)
+                prompts = {(sum(new for new, _ in step), len(step)) for step in warm_up_steps(32, 1000)}
+                for tokens, size in prompts:
+                    self.assertIn((ForwardMode.EXTEND, size, tokens), seen)
+                for size in (1, 2, 4, 5):
+                    self.assertIn((ForwardMode.TARGET_VERIFY, size, 4 * size), seen)
+                    self.assertIn((ForwardMode.DECODE, size, size), seen)
+                for pool, before in zip(pools, rows, strict=True):
+                    self.assertTrue(torch.equal(pool[:, 1:], before[:, 1:]))
+                    self.assertTrue(bool(pool[:, 0].isfinite().all()))
+                padding = runner.req_to_token_pool.padding_row
+                for left in (runner.last_token, runner.relay.committed, runner.relay.drafts):
+                    self.assertEqual(int(left[padding].abs().sum()), 0)
                 engine.submit("after", [5, 6, 7, 8], params)
                 self.assertEqual(engine.run()["after"].output_ids, wanted)
 
@@ -159,7 +202,7 @@ class TestGauges(CustomTestCase):
             gauge.count_raised()
 
         runner = mock.Mock()
-        runner.req_to_token_pool.size = 2
+        runner.req_to_token_pool.size, runner.relay = 2, None
         runner.model_config.context_len = 8
         idle = gauge.snapshot()
         with (

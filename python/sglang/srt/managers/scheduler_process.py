@@ -135,8 +135,10 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
     require_same_kernels(state.world)
     runner = make_runner(args, model_config, config.needed)
     scheduler_config = SchedulerConfig.create(args, model_config, runner, place.dp_rank)
+    worker = TpModelWorker(runner, make_speculator(args, runner))
     if not args.skip_server_warmup:
-        warm_up(runner, scheduler_config.chunked_prefill_size or scheduler_config.max_prefill_tokens)
+        most = scheduler_config.chunked_prefill_size or scheduler_config.max_prefill_tokens
+        warm_up(runner, most, worker.run_step, worker.decode_kind)
         require_same_kernels(state.world)  # a kernel may have failed on one rank alone
     sync: StepAgreement | None = None
     peers: list[int] = []
@@ -149,7 +151,6 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
         channel = RankZeroChannel(config.ipc, state.tp, place.dp_rank, peers)
         inbox = Sender(config.ipc.schedulers[place.dp_rank])
         announce = lambda rid: inbox.send(GrammarReady(rid=rid))  # noqa: E731
-    worker = TpModelWorker(runner, make_speculator(args, runner))
     memory, stops = make_memory(runner, args), StopChecker(tokenizer)
     grammars = make_grammars(args, model_config, tokenizer, announce)
     return Scheduler(scheduler_config, worker, memory, channel, stops, sync, grammars), model_config

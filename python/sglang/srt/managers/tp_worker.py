@@ -190,3 +190,7 @@ class TpModelWorker:
         if self.speculator is not None and batch.batch_size == 0:
             launched.take_part(self.speculator)
         return launched
+
+    def run_step(self, batch: ModelWorkerBatch, info: SamplingBatchInfo) -> None:
+        """Queue all of a step whose tokens nobody wants."""
+        self.forward(batch).sample(info)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
 from sglang.srt.distributed import get_parallel_state
 from sglang.srt.layers.moe.ep_moe.factory import expert_gauges
-from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
@@ -32,6 +34,8 @@ MIXED = ((1, 64), (77, 0), (2, 64))
 
 # A step: new and cached tokens of each of its requests.
 WarmUpStep = tuple[tuple[int, int], ...]
+# Forward and sampling of a batch, and its drafts where a model drafts.
+RunStep = Callable[[ModelWorkerBatch, SamplingBatchInfo], object]
 
 
 def warm_up_steps(max_tokens: int, max_context: int) -> list[WarmUpStep]:
@@ -60,8 +64,11 @@ def powers_of_two(limit: int) -> list[int]:
     return [1 << bit for bit in range(limit.bit_length())]
 
 
-def warm_up(runner: ModelRunner, max_tokens: int) -> None:
-    """Run prompt steps of up to ``max_tokens`` tokens, and steps without a graph, over the dummy page and state."""
+def warm_up(runner: ModelRunner, max_tokens: int, run: RunStep | None = None, kind: StepKind = DECODE) -> None:
+    """Run prompt steps of up to ``max_tokens`` tokens, and steps without a graph, over the dummy page and state.
+
+    run: the steps of a server that does more than forward and sampling. kind: the step by which requests go on.
+    """
     if current_platform.device_type == "cpu":  # nothing is compiled
         return
     began = time.perf_counter()
@@ -69,32 +76,40 @@ def warm_up(runner: ModelRunner, max_tokens: int) -> None:
     with ExitStack() as paused:
         for gauge in expert_gauges(runner.model):
             paused.enter_context(gauge.paused())
-        _run_steps(runner, steps)
+        _run_steps(runner, steps, run, kind)
+    if runner.relay is not None:
+        for left in (runner.last_token, runner.relay.committed, runner.relay.drafts):
+            left[runner.req_to_token_pool.padding_row] = 0
     current_platform.synchronize()
     logger.info("warmed up with %d prompt steps in %.1f s", len(steps), time.perf_counter() - began)
 
 
-def _run_steps(runner: ModelRunner, steps: list[WarmUpStep]) -> None:
+def _run_steps(
+    runner: ModelRunner, steps: list[WarmUpStep], run: RunStep | None = None, kind: StepKind = DECODE
+) -> None:
     for step in tqdm(steps, desc="Warming kernels up", unit="step"):
-        run_step(runner, _extend_batch(runner, step))
+        run_step(runner, _extend_batch(runner, step, drafts=run is not None), run)
     graphs, runner.decode_graphs = runner.decode_graphs, None
     try:
         for batch in sorted({*powers_of_two(runner.req_to_token_pool.size), runner.req_to_token_pool.size}):
-            run_step(runner, _decode_batch(runner, batch))
+            run_step(runner, _decode_batch(runner, batch, kind), run)
     finally:
         runner.decode_graphs = graphs
 
 
-def run_step(runner: ModelRunner, batch: ModelWorkerBatch) -> None:
-    """Forward and greedy sampling of ``batch``, whose rows all lie in the dummy page."""
+def run_step(runner: ModelRunner, batch: ModelWorkerBatch, run: RunStep | None = None) -> None:
+    """Forward and greedy sampling of ``batch``, whose rows all lie in the dummy page; what ``run`` does, if given."""
     rows = [SamplingRow(SamplingParams(temperature=0.0), 0, (), ()) for _ in range(batch.batch_size)]
     info = SamplingBatchInfo.from_rows(rows, runner.model_config.vocab_size, runner.device)
-    runner.sample(runner.forward(batch), info, batch)
+    if run is None:
+        runner.sample(runner.forward(batch), info, batch)
+    else:
+        run(batch, info)
 
 
-def _extend_batch(runner: ModelRunner, step: WarmUpStep) -> ModelWorkerBatch:
+def _extend_batch(runner: ModelRunner, step: WarmUpStep, drafts: bool) -> ModelWorkerBatch:
     total = sum(new for new, _ in step)
-    return ModelWorkerBatch.extend(
+    batch = ModelWorkerBatch.extend(
         _dummy_rows(runner, len(step)),
         [cached for _, cached in step],
         [cached + new for new, cached in step],
@@ -102,13 +117,17 @@ def _extend_batch(runner: ModelRunner, step: WarmUpStep) -> ModelWorkerBatch:
         torch.zeros(total, dtype=torch.int64),
         _dummy_states(runner, len(step)),
         global_num_tokens=_everyone(total),
+        successors=[-1] * len(step) if drafts else None,
     )
+    return replace(batch, global_num_requests=_everyone(len(step)))
 
 
-def _decode_batch(runner: ModelRunner, batch: int) -> ModelWorkerBatch:
-    rows, states = _dummy_rows(runner, batch), _dummy_states(runner, batch)
-    slots = torch.zeros(batch, dtype=torch.int64)
-    return ModelWorkerBatch.decode(rows, [1] * batch, slots, states, global_num_tokens=_everyone(batch))
+def _decode_batch(runner: ModelRunner, size: int, kind: StepKind = DECODE) -> ModelWorkerBatch:
+    rows, states, width = _dummy_rows(runner, size), _dummy_states(runner, size), kind.rows_per_request
+    slots = torch.zeros(size * (width + kind.slots_ahead), dtype=torch.int64)
+    everyone = _everyone(size * width)
+    batch = ModelWorkerBatch.uniform(kind, rows, [width] * size, slots, states, global_num_tokens=everyone)
+    return replace(batch, global_num_requests=_everyone(size))
 
 
 def _dummy_rows(runner: ModelRunner, batch: int) -> list[int]:
