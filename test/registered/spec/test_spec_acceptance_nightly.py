@@ -5,11 +5,10 @@ import unittest
 import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
-from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.engine_harness import EngineHarness
 from sglang.test.mtp_reference import load_mtp, share_accepted
+from sglang.test.spec_acceptance import served_shares
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tasks import MAX_NEW_TOKENS, heldout_questions
 from sglang.test.v4_mtp_reference import load_v4_mtp, v4_share_accepted
@@ -20,37 +19,6 @@ NUM_QUESTIONS, NUM_STEPS = 500, 3
 BARS = (0.7, 0.45, 0.3)
 # A tie of two drafts may fall otherwise.
 NEAR = 0.02
-
-
-def served_shares(path: str, num_steps: int, **server_args) -> tuple[list[float], float]:
-    """The share of drafts accepted at each place, those behind an answer's end not counted; and tokens per step."""
-    tokenizer = Tokenizer.from_path(path)
-    harness = EngineHarness(
-        path, speculative_algorithm="NEXTN", speculative_num_steps=num_steps, max_running_requests=32, **server_args
-    )
-    scheduler = harness.scheduler
-    accept, steps = scheduler._accept, []
-
-    def watched(req, index, max_new, output):
-        before = len(req.output_ids)
-        fault = accept(req, index, max_new, output)
-        if max_new > 1:
-            steps.append((req, before, len(output.next_token_ids[index]) - 1))
-        return fault
-
-    scheduler._accept = watched
-    for number, question in enumerate(heldout_questions(NUM_QUESTIONS)):
-        params = SamplingParams(temperature=0.0, max_new_tokens=MAX_NEW_TOKENS)
-        harness.submit(f"r{number}", tokenizer.encode(question.text), params)
-    harness.run()
-    accepted, drafted, made = [0] * num_steps, [0] * num_steps, 0
-    for req, before, hits in steps:
-        left = len(req.output_ids) - before
-        made += min(hits + 1, left)
-        for place in range(min(num_steps, left)):
-            drafted[place] += 1
-            accepted[place] += hits > place
-    return [a / d for a, d in zip(accepted, drafted, strict=True)], made / len(steps)
 
 
 def with_mtp_model(path, prompts, end):
@@ -73,15 +41,17 @@ class TestAcceptance(CustomTestCase):
         tokenizer = Tokenizer.from_path(path)
         prompts = [tokenizer.encode(question.text) for question in heldout_questions(NUM_QUESTIONS)]
         (end,) = tokenizer.eos_token_ids
-        offline = truth(path, prompts, end)
-        without, cached = (served_shares(path, NUM_STEPS, disable_radix_cache=off) for off in (True, False))
+        offline = *truth(path, prompts, end), 0.0
+        without, cached = (
+            served_shares(path, prompts, MAX_NEW_TOKENS, NUM_STEPS, disable_radix_cache=off) for off in (True, False)
+        )
         named = {"offline": offline, "served": without, "served with the prefix cache": cached}
-        for words, (shares, length) in named.items():
+        for words, (shares, length, _) in named.items():
             print(f"{name}, {words}: {' / '.join(f'{share:.3f}' for share in shares)}, {length:.3f} tokens per step")
         for ours, theirs in zip(without[0], offline[0], strict=True):
             self.assertAlmostEqual(ours, theirs, delta=NEAR)
         # Rows at the ends of cached prefixes were paired with what followed them elsewhere.
-        for shares, _ in named.values():
+        for shares, *_ in named.values():
             for share, bar in zip(shares, BARS, strict=True):
                 self.assertGreaterEqual(share, bar)
 

@@ -3,7 +3,7 @@
 import random
 import unittest
 
-from sglang.srt.managers.scheduler_metrics import SchedulerMetrics
+from sglang.srt.managers.scheduler_metrics import JUDGED_STEPS, LOSING_LENGTH, SchedulerMetrics
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -31,6 +31,30 @@ class TestAcceptance(CustomTestCase):
         shown = metrics.spec_accept_length
         metrics.went_idle()  # nothing new: the last figures stay
         self.assertEqual(metrics.spec_accept_length, shown)
+
+
+class TestLoss(CustomTestCase):
+    def test_it_is_said_once_when_speculation_loses(self):
+        """Judged over whole spans: 1.20 tokens per step lose, 1.30 do not, and nothing is said of few steps."""
+        metrics = SchedulerMetrics(1)
+
+        def span(length, steps=JUDGED_STEPS):
+            twos = round((length - 1) * steps)
+            for number in range(steps):
+                metrics.verified(3, 2 if number < twos else 1)
+
+        with self.assertNoLogs("sglang.srt.managers.scheduler_metrics", "WARNING"):
+            span(1.0, JUDGED_STEPS - 1)
+        self.assertFalse(metrics.spec_loses)
+        with self.assertLogs("sglang.srt.managers.scheduler_metrics", "WARNING") as logs:
+            metrics.verified(3, 1)
+            self.assertTrue(metrics.snapshot()["spec_loses"])
+            for length, loses in ((1.2, True), (1.3, False), (LOSING_LENGTH, False), (1.2, True)):
+                span(length)
+                self.assertEqual(metrics.spec_loses, loses, length)
+        self.assertEqual(len(logs.output), 1)
+        self.assertIn("1.00 tokens per step over the last 2000 steps", logs.output[0])
+        self.assertIn("--speculative-num-steps 1", logs.output[0])
 
 
 class TestUsage(CustomTestCase):

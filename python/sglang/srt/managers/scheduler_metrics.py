@@ -11,6 +11,13 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 
 logger = logging.getLogger(__name__)
 
+# Tokens per verify step of a request below which speculation lost wherever it was measured: a verify step takes at
+# least the time of a decode step, and the drafts take theirs. The earliest gain was at 1.47 (one H200, 2026-11-29,
+# Qwen3.5 and DeepSeek V3 layers, batches of 1 to 32, 1 and 3 drafts: bench_speculative).
+LOSING_LENGTH = 1.25
+# Over so many verify steps of requests that is judged.
+JUDGED_STEPS = 2000
+
 
 class SchedulerMetrics:
     """Steps, tokens and seconds since start, under the names of /server_info.
@@ -39,6 +46,7 @@ class SchedulerMetrics:
         self.spec_accept_length = 0.0  # tokens per verify step of a request, as last logged; so is the rate of drafts
         self.spec_accept_rate = 0.0
         self.spec_accept_rate_by_position: list[float] = []  # of the steps, how many gave so many drafts or more
+        self.spec_loses = False  # as last judged
         # Seconds in forward and sampling, and in all else of a step.
         self.forward_seconds = 0.0
         self.schedule_seconds = 0.0
@@ -48,6 +56,8 @@ class SchedulerMetrics:
         self._log_tokens = 0  # of these counts, what was logged
         self._log_spec = (0, 0, 0)
         self._log_positions: list[int] = []
+        self._judged = (0, 0)  # verify steps and accepted drafts
+        self._warned = False
 
     def verified(self, num_drafts: int, num_new: int) -> None:
         """A verify step gave a request ``num_new`` tokens, of which all but the last were drafts."""
@@ -57,6 +67,27 @@ class SchedulerMetrics:
         self.accepted_by_position += [0] * (num_drafts - len(self.accepted_by_position))
         for place in range(num_new - 1):
             self.accepted_by_position[place] += 1
+        if self.spec_verify_ct - self._judged[0] >= JUDGED_STEPS:
+            self._judge(num_drafts)
+
+    def _judge(self, num_drafts: int) -> None:
+        """Whether speculation loses time by what was accepted since it was judged last; says so once."""
+        steps, accepted = self._judged
+        self._judged = now = (self.spec_verify_ct, self.num_accepted_drafts)
+        length = 1 + (now[1] - accepted) / (now[0] - steps)
+        self.spec_loses = length < LOSING_LENGTH
+        if self.spec_loses and not self._warned:
+            self._warned = True
+            logger.warning(
+                "speculation costs more time than it gives: %.2f tokens per step over the last %d steps of requests; "
+                "below %.2f a step with %d drafts takes longer than the decode steps that it replaces. Leave out "
+                "--speculative-algorithm%s; /server_info shows under spec_loses whether this holds on",
+                length,
+                now[0] - steps,
+                LOSING_LENGTH,
+                num_drafts,
+                "" if num_drafts == 1 else ", or try --speculative-num-steps 1",
+            )
 
     def step_done(
         self, batch: ScheduleBatch, load: Callable[[], dict[str, int]], forward_s: float, schedule_s: float
