@@ -137,6 +137,12 @@ class TestCheckLayers(CustomTestCase):
         self.assertEqual(len(self.check(both)[1]), 2)
         straight = {**ring, one: "import sglang.srt.utils.two\nimport sglang.srt.utils.three", three: ""}
         self.assertEqual(self.check(straight), (0, []))
+        harness = {
+            "test/one.py": "import sglang.test.two",
+            "test/two.py": "import sglang.test.one",
+            "srt/utils/a.py": "",
+        }
+        self.assertEqual(len(self.check(harness)[1]), 1, "the harness of tests has no circle either")
 
     def test_a_violation_is_printed_and_is_the_exit_status(self):
         with tempfile.TemporaryDirectory() as folder:
