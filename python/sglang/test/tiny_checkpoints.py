@@ -111,6 +111,15 @@ KERNEL_SIZED_CONFIGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def whole_config(name: str) -> dict[str, Any]:
+    """The tiny config ``name`` with all keys that a folder has, transformers' defaults included."""
+    from transformers import AutoConfig
+
+    settings = {**TINY_CONFIGS, **COMPRESSED_CONFIGS, **KERNEL_SIZED_CONFIGS}[name]
+    whole: dict[str, Any] = AutoConfig.for_model(**settings).to_dict()
+    return whole
+
+
 def build_hf_model(config: dict[str, Any], seed: int = 0) -> Any:
     """transformers' model of ``config`` in float32 with numbers that make parity tests see.
 

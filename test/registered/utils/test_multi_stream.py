@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from sglang.srt.entrypoints.metrics import _Page
 from sglang.srt.environ import envs
+from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import DeepseekV4HipRadixBackend, PlanInGraph
 from sglang.srt.managers.scheduler_metrics import SchedulerMetrics
 from sglang.srt.platforms import override_platform
 from sglang.srt.server_args import ServerArgs
@@ -23,7 +24,7 @@ from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.happens_before import FakeStreamPlatform
 from sglang.test.model_harness import ModelHarness
 from sglang.test.test_utils import CustomTestCase
-from sglang.test.tiny_checkpoints import TINY_CONFIGS
+from sglang.test.tiny_checkpoints import whole_config
 
 register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
@@ -328,16 +329,18 @@ class TestModelSites(StreamCase):
             "Qwen3_5MoeForCausalLM",
             ("qwen3_5.shared_experts", "qwen3_5.gdn_qkvz_ba", "qwen3_5.qk_norm"),
         ),
+        "dsv4": ("DeepseekV4ForCausalLM", ("deepseek.shared_experts", "deepseek_v4.compression")),
     }
 
-    def harness(self, name, sites):
+    def harness(self, name, sites, **overrides):
         """A model of random weights that overlaps at ``sites`` alone."""
         forced = {rule.name: rule.name in sites for rule in SITE_RULES}
         plan = resolve_streams(self.platform, StreamSettings(forced=forced), ServerArgs())
         with tempfile.TemporaryDirectory() as folder:
-            config = {**TINY_CONFIGS[name], "architectures": [self.MODELS[name][0]]}
+            config = {**whole_config(name), "architectures": [self.MODELS[name][0]], **overrides}
             Path(folder, "config.json").write_text(json.dumps(config))
-            return ModelHarness(folder, 64, 4, load_format="dummy", streams=plan)
+            pages = {"num_slots": 1280, "page_size": 256} if name == "dsv4" else {"num_slots": 64}
+            return ModelHarness(folder, max_requests=4, load_format="dummy", streams=plan, **pages)
 
     def steps(self, harness):
         """Log-probabilities of a prompt and of two tokens after it."""
@@ -381,6 +384,19 @@ class TestModelSites(StreamCase):
                 for index, wait in enumerate(waits):
                     with self.subTest(site=site, left_out=f"{index}: {wait}"):
                         self.assertNotEqual(self.platform.observe(step, leave_out=index).races, [])
+
+    def test_a_plan_made_within_a_captured_step_is_complete_before_streams_part(self):
+        """In a model whose first layer compresses; without the call the side would plan, and the main stream read."""
+        compressing = ["compressed_sparse_attention"] * len(whole_config("dsv4")["layer_types"])
+        harness = self.harness("dsv4", self.MODELS["dsv4"][1], layer_types=compressing)
+        request = harness.new_request()
+        harness.extend([(request, [5, 7, 11])])
+        kind = DeepseekV4HipRadixBackend
+        step = lambda: harness.decode([(request, 3)])  # noqa: E731
+        with mock.patch.object(kind, "plan_decode", lambda self, fb: PlanInGraph()):
+            self.assertEqual(self.platform.observe(step).races, [])
+            with mock.patch.object(kind, "complete_plan", lambda self, fb: None):
+                self.assertNotEqual(self.platform.observe(step).races, [])
 
     def test_experts_that_wrote_in_place_would_be_found(self):
         harness = self.harness("dsv3", self.MODELS["dsv3"][1])

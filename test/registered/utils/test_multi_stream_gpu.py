@@ -23,13 +23,17 @@ from sglang.srt.utils.stream_policy import SITE_RULES
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.test_utils import CustomTestCase
-from sglang.test.tiny_checkpoints import KERNEL_SIZED_CONFIGS
+from sglang.test.tiny_checkpoints import KERNEL_SIZED_CONFIGS, whole_config
 
 register_cuda_ci(est_time=90, suite="stage-b-test-1-gpu-small")
 register_amd_ci(est_time=180, suite="stage-b-test-1-gpu-small-amd")
 register_amd_ci(est_time=180, suite="stage-b-test-1-gpu-small-amd-mi35x")
 
-ARCHITECTURES = {"dsv3-k": "DeepseekV3ForCausalLM", "q35moe-k": "Qwen3_5MoeForCausalLM"}
+ARCHITECTURES = {
+    "dsv3-k": "DeepseekV3ForCausalLM",
+    "q35moe-k": "Qwen3_5MoeForCausalLM",
+    "dsv4-k": "DeepseekV4ForCausalLM",
+}
 EAGER = OverlapSite("test", enabled=True, capture_only=False)
 # Some milliseconds at any clock: longer than every kernel here.
 LONG = 10_000_000
@@ -164,7 +168,7 @@ class TestModelsOnGpu(CustomTestCase):
     def test_overlap_changes_no_bit(self):
         for name, architecture in ARCHITECTURES.items():
             with tempfile.TemporaryDirectory() as folder:
-                config = {**KERNEL_SIZED_CONFIGS[name], "architectures": [architecture]}
+                config = {**whole_config(name), "architectures": [architecture]}
                 Path(folder, "config.json").write_text(json.dumps(config))
                 for dtype in ("float32", "bfloat16"):
                     serial, _ = self.run_model(folder, "off", dtype=dtype)

@@ -31,6 +31,7 @@ register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 
 DEEPSEEK, QWEN = "deepseek.shared_experts", "qwen3_5.shared_experts"
 GDN, NORM = "qwen3_5.gdn_qkvz_ba", "qwen3_5.qk_norm"
+V4 = "deepseek_v4.compression"
 SWITCHES = (
     "SGLANG_ROCM_USE_MULTI_STREAM",
     "SGLANG_ALT_STREAM",
@@ -83,14 +84,14 @@ class TestSites(CustomTestCase):
     def test_hip_overlaps_what_is_asked_for_and_nothing_else(self):
         wanted = {
             (): set(),
-            (0,): {DEEPSEEK},
+            (0,): {DEEPSEEK, V4},
             (1,): {QWEN},
             (2,): set(),
             (3,): set(),
             (1, 2): {QWEN, GDN},
             (1, 3): {QWEN, NORM},
             (2, 3): set(),
-            (0, 1, 2, 3): {DEEPSEEK, QWEN, GDN, NORM},
+            (0, 1, 2, 3): {DEEPSEEK, QWEN, GDN, NORM, V4},
         }
         for chosen, sites in wanted.items():
             found = plan(HipPlatform(), {SWITCHES[index]: "1" for index in chosen})
@@ -99,7 +100,7 @@ class TestSites(CustomTestCase):
     def test_no_switch_takes_from_cuda_what_overlaps_there(self):
         for values in itertools.product(("0", "1"), repeat=4):
             found = plan(FakeStreamPlatform("cuda"), zip(SWITCHES, values))
-            self.assertEqual(enabled(found), {DEEPSEEK, QWEN, GDN})  # NORM was measured to lose
+            self.assertEqual(enabled(found), {DEEPSEEK, QWEN, GDN, V4})  # NORM was measured to lose
             self.assertEqual((found.queues, found.warnings), (None, ()))
 
     def test_each_decision_has_its_reason(self):
@@ -115,7 +116,9 @@ class TestSites(CustomTestCase):
         self.assertRegex(cuda.reason, "^default on cuda; range measured on H200")
         self.assertEqual(cuda.max_tokens, 64)
         lines = [line.split(" (")[0] for line in found.lines()]
-        self.assertEqual(lines, ["shared-expert fusion: off", f"overlap {DEEPSEEK}: on", f"overlap {GDN}: off"])
+        states = {DEEPSEEK: "on", GDN: "off", V4: "on"}
+        shown = [f"overlap {name}: {state}" for name, state in states.items()]
+        self.assertEqual(lines, ["shared-expert fusion: off", *shown])
         self.assertEqual(found.describe()["sites"][GDN]["reason"], found.site(GDN).reason)
 
     def test_a_model_is_told_of_its_own_sites_alone(self):
@@ -150,7 +153,17 @@ class TestSites(CustomTestCase):
     def test_a_forced_site_is_forced_either_way(self):
         forced = {"SGLANG_STREAM_SITES": f" {DEEPSEEK}=on, {QWEN}=off,"}
         self.assertEqual(enabled(plan(HipPlatform(), {**forced, "SGLANG_ALT_STREAM": "1"})), {DEEPSEEK})
-        self.assertEqual(enabled(plan(FakeStreamPlatform("cuda"), forced)), {DEEPSEEK, GDN})
+        self.assertEqual(enabled(plan(FakeStreamPlatform("cuda"), forced)), {DEEPSEEK, GDN, V4})
+
+    def test_a_variable_that_is_on_by_default_turns_its_site_off(self):
+        """On either platform, whatever else asks for it; a forced site stays forced."""
+        off = {"SGLANG_OPT_USE_MULTI_STREAM_OVERLAP": "0"}
+        for platform, asked in ((HipPlatform(), {SWITCHES[0]: "1"}), (FakeStreamPlatform("cuda"), {})):
+            self.assertTrue(plan(platform, asked).site(V4).enabled)
+            found = plan(platform, {**asked, **off})
+            self.assertEqual(enabled(found), enabled(plan(platform, asked)) - {V4})
+            self.assertEqual(found.site(V4).reason, "SGLANG_OPT_USE_MULTI_STREAM_OVERLAP is off")
+            self.assertTrue(plan(platform, {**off, "SGLANG_STREAM_SITES": f"{V4}=on"}).site(V4).enabled)
 
     def test_a_malformed_force_is_refused_by_name(self):
         for text in ("qwen3_5.qknorm=on", f"{NORM}=maybe", NORM):
@@ -267,7 +280,7 @@ class TestWarnings(CustomTestCase):
         self.assertEqual(self.warnings(asked), ())
         # What overlaps unasked gives way to fusion in silence; another platform's variables ask for nothing.
         cuda = plan(FakeStreamPlatform("cuda"), asked, fusion=True)
-        self.assertEqual((enabled(cuda), cuda.warnings), ({GDN}, ()))
+        self.assertEqual((enabled(cuda), cuda.warnings), ({GDN, V4}, ()))
         (warning,) = self.warnings({"SGLANG_STREAM_SITES": f"{DEEPSEEK}=on"}, fusion=True)
         self.assertRegex(warning, f"^SGLANG_STREAM_SITES asks for overlap of {DEEPSEEK}")
 

@@ -135,7 +135,7 @@ class DeepseekV4Config:
     @property
     def overlap_sites(self) -> tuple[str, ...]:
         """The places of the model that may overlap on a second stream."""
-        return ()
+        return ("deepseek.shared_experts", *(["deepseek_v4.compression"] if any(self.compress_ratios) else []))
 
     @property
     def shared_experts(self) -> SharedExperts:

@@ -14,6 +14,7 @@ from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.rope import RopeConfig
+from sglang.srt.layers.attention.base_attn_backend import CompressedBackend, backend_of
 from sglang.srt.layers.layernorm import Float32RMSNorm
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
@@ -24,7 +25,10 @@ from sglang.srt.models.deepseek_common.amd.deepseek_v4_fused_mhc import max_fuse
 from sglang.srt.models.deepseek_common.v4_attention import DeepseekV4Attention
 from sglang.srt.models.deepseek_common.v4_moe import DeepseekV4MoE
 from sglang.srt.models.deepseek_common.v4_names import deepseek_v4_name
+from sglang.srt.utils.multi_stream_utils import StreamOverlap
 from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
+
+COMPRESSION, SHARED_EXPERTS = "deepseek_v4.compression", "deepseek.shared_experts"
 
 
 class HyperMix(nn.Module):
@@ -104,14 +108,19 @@ class DeepseekV4DecoderLayer(nn.Module):
         layer_id: int,
         rotary_emb: RotaryEmbedding,
         quant_config: QuantConfig | None = None,
+        compression: StreamOverlap | None = None,
+        shared_experts: StreamOverlap | None = None,
     ) -> None:
         super().__init__()
         prefix = f"model.layers.{layer_id}"
         self.hc_attn, self.hc_ffn = HyperConnection(config), HyperConnection(config)
         self.input_layernorm = Float32RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Float32RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = DeepseekV4Attention(config, layer_id, rotary_emb, quant_config, f"{prefix}.self_attn")
-        self.mlp = DeepseekV4MoE(config, config.hash_layers[layer_id], quant_config, f"{prefix}.mlp")
+        self.self_attn = DeepseekV4Attention(
+            config, layer_id, rotary_emb, quant_config, f"{prefix}.self_attn", compression or StreamOverlap()
+        )
+        hashed, overlap = config.hash_layers[layer_id], shared_experts or StreamOverlap()
+        self.mlp = DeepseekV4MoE(config, hashed, quant_config, f"{prefix}.mlp", overlap)
 
     def forward(
         self, positions: torch.Tensor, x: HyperStreams, input_ids: torch.Tensor, fb: ForwardBatch
@@ -127,18 +136,22 @@ class DeepseekV4Model(Backbone):
     """The backbone: every token as ``hc_mult`` streams between the layers.
 
     Its two tables of angles, ``rotary_emb`` for layers without compression and ``compress_rotary_emb`` for those with
-    it, are buffers of modules that it owns; layers hold them by reference.
+    it, are buffers of modules that it owns; layers hold them by reference. On ``alt_stream`` entries may be pooled and
+    chosen beside the queries, and the shared expert run beside the routed ones.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(
+        self, config: ModelConfig, alt_stream: torch.cuda.Stream | None = None, streams: StreamPlan = SERIAL_PLAN
+    ) -> None:
         text = config.text
         assert isinstance(text, DeepseekV4Config)
         ropes = [
             _freqs_cis_to_cos_sin(rope, text.qk_rope_head_dim, config.num_positions)
             for rope in (text.rope, text.compress_rope)
         ]
+        overlaps = [StreamOverlap(alt_stream, streams.site(name)) for name in (COMPRESSION, SHARED_EXPERTS)]
         layers = (
-            DeepseekV4DecoderLayer(text, layer_id, ropes[ratio > 0], config.quant_config)
+            DeepseekV4DecoderLayer(text, layer_id, ropes[ratio > 0], config.quant_config, *overlaps)
             for layer_id, ratio in enumerate(text.compress_ratios)
         )
         super().__init__(text, Float32RMSNorm, layers)
@@ -152,6 +165,7 @@ class DeepseekV4Model(Backbone):
 
     def streams(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """What the last layer leaves: [N, n, D]."""
+        backend_of(fb, CompressedBackend).complete_plan(fb)
         x = HyperStreams(self.embed_tokens(input_ids).unsqueeze(1).expand(-1, self.hc_mult, -1))
         for layer in self.layers:
             x = layer(positions, x, input_ids, fb)
@@ -178,7 +192,8 @@ class DeepseekV4ForCausalLM(CausalLM):
     }
 
     def __init__(self, config: ModelConfig, streams: StreamPlan = SERIAL_PLAN) -> None:
-        super().__init__(config.text, DeepseekV4Model(config))
+        side_stream = streams.side_stream(COMPRESSION, SHARED_EXPERTS)
+        super().__init__(config.text, DeepseekV4Model(config, side_stream, streams), side_stream)
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> LogitsProcessorOutput:
         """As the base class; ``hidden_states`` are all streams, [N, n * D], from which the MTP layer drafts."""

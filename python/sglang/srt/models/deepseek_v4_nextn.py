@@ -16,6 +16,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.deepseek_common.v4_names import deepseek_v4_name
 from sglang.srt.models.deepseek_v4 import (
+    SHARED_EXPERTS,
     DeepseekV4DecoderLayer,
     DeepseekV4ForCausalLM,
     DeepseekV4Model,
@@ -23,6 +24,7 @@ from sglang.srt.models.deepseek_v4 import (
     HyperStreams,
 )
 from sglang.srt.models.draft_model import DraftModel, named
+from sglang.srt.utils.multi_stream_utils import StreamOverlap
 from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
 
 _PREFIX = "mtp.0."
@@ -50,7 +52,8 @@ class DeepseekV4ForCausalLMNextN(DraftModel):
         hidden, eps, quant = text.hidden_size, text.rms_norm_eps, config.quant_config
         self.hc_mult, self.hidden_width = text.hc_mult, text.hc_mult * hidden
         one_more = replace(text, compress_ratios=(*text.compress_ratios, 0), hash_layers=(*text.hash_layers, False))
-        layer = DeepseekV4DecoderLayer(one_more, layer_id, target.model.rotary_emb, quant)
+        shared = StreamOverlap(target.side_stream, streams.site(SHARED_EXPERTS))
+        layer = DeepseekV4DecoderLayer(one_more, layer_id, target.model.rotary_emb, quant, shared_experts=shared)
         self.model = named(
             enorm=Float32RMSNorm(hidden, eps),
             hnorm=Float32RMSNorm(hidden, eps),

@@ -40,6 +40,8 @@ class SiteRule:
     measured_on: str = "cuda"
     # Why the site is off unasked on a kind where upstream has it on.
     off_because: str = ""
+    # A variable that is on unless set otherwise, and without which the site is off.
+    off_switch: EnvBool | None = None
 
 
 # The kinds on which upstream overlaps without being asked; a switch adds to them and never takes away.
@@ -65,6 +67,11 @@ SITE_RULES = (
         off_because="upstream has it on for CUDA; on one H200 it loses up to 1.6 % of a decode step to the one launch "
         "that norms, rotates and stores q and k",
     ),
+    # Upstream's range. On gfx942 a second capture with side streams faulted (vLLM 57288), so ROCm has to ask.
+    SiteRule(
+        "deepseek_v4.compression", _UNASKED, (envs.SGLANG_ROCM_USE_MULTI_STREAM,), max_tokens=64,
+        off_switch=envs.SGLANG_OPT_USE_MULTI_STREAM_OVERLAP,
+    ),
 )  # fmt: skip
 
 
@@ -72,11 +79,13 @@ SITE_RULES = (
 class StreamSettings:
     """What the environment says of streams.
 
-    asked: the variables that are on. forced: site -> on or off, for measurements. queues: the platform's bound on
-    hardware queues as text, "" if unset. copy_engines: MORI copies by SDMA.
+    asked: the variables that are on. switched_off: those that are on by default, and are off. forced: site -> on or
+    off, for measurements. queues: the platform's bound on hardware queues as text, "" if unset. copy_engines: MORI
+    copies by SDMA.
     """
 
     asked: frozenset[str] = frozenset()
+    switched_off: frozenset[str] = frozenset()
     forced: Mapping[str, bool] = field(default_factory=dict)
     queues: str = ""
     copy_engines: bool = False
@@ -86,9 +95,11 @@ class StreamSettings:
         """Read ``environ`` (default: os.environ); raises EnvError for a value that cannot be used."""
         environ = os.environ if environ is None else environ
         switches = {switch for rule in SITE_RULES for switch in rule.switches}
+        off_switches = {rule.off_switch for rule in SITE_RULES if rule.off_switch is not None}
         variable = platform.queue_variable
         return cls(
             asked=frozenset(switch.name for switch in switches if switch.read(environ)),
+            switched_off=frozenset(switch.name for switch in off_switches if not switch.read(environ)),
             forced=parse_sites(envs.SGLANG_STREAM_SITES.read(environ)),
             queues=environ.get(variable[0], "").strip() if variable else "",
             copy_engines=environ.get("MORI_ENABLE_SDMA", "").strip().lower() in ("1", "true", "on", "yes"),
@@ -364,6 +375,8 @@ def _decide(rule: SiteRule, platform: Platform, settings: StreamSettings) -> Ove
     enabled, reason = False, NOT_ASKED
     if rule.name in settings.forced:
         enabled, reason = settings.forced[rule.name], "SGLANG_STREAM_SITES"
+    elif rule.off_switch is not None and rule.off_switch.name in settings.switched_off:
+        reason = f"{rule.off_switch.name} is off"
     elif platform.kind in rule.on_kinds:
         enabled, reason = True, f"default on {platform.kind}"
     elif _asked(rule, platform, settings):

@@ -193,8 +193,12 @@ class CompressedBackend(AttentionBackend):
     """Attention of DeepSeek V4: one softmax over a window of stored rows and over compressed entries.
 
     One row per token is key and value of all heads. In a layer the calls come in the order below; each sees what the
-    calls before it stored. DeepSeek-V4 report; transformers' ``deepseek_v4`` is the truth.
+    calls before it stored, but that ``prepare`` may run beside the two that follow it. DeepSeek-V4 report;
+    transformers' ``deepseek_v4`` is the truth.
     """
+
+    def complete_plan(self, fb: ForwardBatch) -> None:
+        """Plan now what the layers of the step ``fb`` would plan at their first call: before streams part."""
 
     def prepare(
         self,

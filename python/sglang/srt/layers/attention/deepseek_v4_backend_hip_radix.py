@@ -145,6 +145,10 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
         """A plan whose shapes and work do not depend on lengths."""
         return self._plan(fb, torch.ones_like(fb.seq_lens), self.req_to_token.shape[1])
 
+    def complete_plan(self, fb: ForwardBatch) -> None:
+        """See the base class."""
+        self._plan_of(fb, 0)
+
     # --- layers --------------------------------------------------------------------------------------------------
 
     def prepare(

@@ -20,6 +20,7 @@ from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.layers.weights import Section, ShardId, Shards, make_parameter
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.deepseek_common.v4_compressor import DeepseekV4Compressor, DeepseekV4Indexer
+from sglang.srt.utils.multi_stream_utils import StreamOverlap
 
 
 class DeepseekV4Attention(nn.Module):
@@ -35,10 +36,12 @@ class DeepseekV4Attention(nn.Module):
         config: DeepseekV4Config,
         layer_id: int,
         rotary_emb: RotaryEmbedding,
-        quant_config: QuantConfig | None = None,
-        prefix: str = "",
+        quant_config: QuantConfig | None,
+        prefix: str,
+        overlap: StreamOverlap,
     ) -> None:
         super().__init__()
+        self.overlap = overlap
         tp = get_tp_group()
         if config.o_groups % tp.size:
             raise ValueError(f"{config.o_groups} groups of heads cannot be split over {tp.size} ranks (--tp-size).")
@@ -83,16 +86,23 @@ class DeepseekV4Attention(nn.Module):
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """hidden [N, H], positions [N] -> [N, H]."""
         backend, table = backend_of(fb, CompressedBackend), self.rotary_emb.cos_sin_cache
+
+        def queries() -> torch.Tensor:
+            q = self.wq_b(latent).unflatten(-1, (self.num_heads, self.head_dim))
+            return backend.prepare(q, kv, self.kv_norm, positions, table, self, fb)
+
+        def entries() -> torch.Tensor | None:
+            if self.compressor is not None:
+                self.compressor(hidden, fb)
+            return None if self.indexer is None else self.indexer(hidden, latent, positions, self, fb)
+
         q_a, kv = self.fused_wqa_wkv(hidden).split((self.q_lora_rank, self.head_dim), dim=-1)
         latent = self.q_norm(q_a)
-        q = self.wq_b(latent).unflatten(-1, (self.num_heads, self.head_dim))
-        q = backend.prepare(q, kv, self.kv_norm, positions, table, self, fb)
-        entries = None
-        if self.compressor is not None:
-            self.compressor(hidden, fb)
-        if self.indexer is not None:
-            entries = self.indexer(hidden, latent, positions, self, fb)
-        out = backend.attend_compressed(q, self, fb, entries)
+        if self.compressor is None:
+            chosen, q = None, queries()
+        else:
+            chosen, q = self.overlap.fork_join(entries, queries, hidden.shape[0])
+        out = backend.attend_compressed(q, self, fb, chosen)
         return self.wo_b(self._project_groups(rotary_tail(out, positions, table, True)))
 
     def _project_groups(self, out: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from sglang.srt.layers.moe.ep_moe.factory import make_experts
 from sglang.srt.layers.moe.topk import HashTopK, TopK, TopKOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.deepseek_common.moe import MoEGate
+from sglang.srt.utils.multi_stream_utils import StreamOverlap
 
 SCORING = "sqrtsoftplus"
 
@@ -23,9 +24,11 @@ class DeepseekV4MoE(nn.Module):
     num_fused_shared_experts = 0
 
     def __init__(
-        self, config: DeepseekV4Config, hashed: bool, quant_config: QuantConfig | None = None, prefix: str = ""
-    ) -> None:
+        self, config: DeepseekV4Config, hashed: bool, quant_config: QuantConfig | None, prefix: str,
+        overlap: StreamOverlap,
+    ) -> None:  # fmt: skip
         super().__init__()
+        self.overlap = overlap
         self._tp = get_tp_group()
         hidden, width, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
         top_k, scale, limit = config.num_experts_per_tok, config.routed_scaling_factor, config.swiglu_limit
@@ -47,8 +50,10 @@ class DeepseekV4MoE(nn.Module):
 
     def forward(self, x: torch.Tensor, input_ids: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """x [N, H], input_ids [N] -> [N, H]."""
-        routed = self.experts(x, self._route(x, input_ids), fb)
-        return self._tp.all_reduce(routed + self.shared_experts(x))
+        shared, routed = self.overlap.fork_join(
+            lambda: self.shared_experts(x), lambda: self.experts(x, self._route(x, input_ids), fb), x.shape[0]
+        )
+        return self._tp.all_reduce(routed + shared)
 
     def _route(self, x: torch.Tensor, input_ids: torch.Tensor) -> TopKOutput:
         logits = self.gate(x)
