@@ -169,7 +169,7 @@ def main() -> None:
                         f"{shape.flops / seconds / 1e12:9.1f}{times['gather'] / seconds:9.2f}{rate / copied:9.2f}",
                         flush=True,
                     )
-                print(f"# tile {dataclasses.astuple(sparse_tile(heads))}")
+                print(f"# tile {dataclasses.astuple(sparse_tile(q, heads))}")
                 del shape, forms
                 torch.cuda.empty_cache()
 

@@ -114,7 +114,7 @@ def sparse_attention_triton(
     num_window, num_entries = window_rows.shape[1], 0
     if page_table is not None:
         num_entries = page_table.shape[1] * per_page if chosen is None else chosen.shape[1]
-    tile = tile or sparse_tile(heads, q.dtype.itemsize)
+    tile = tile or sparse_tile(num_rows, heads, q.dtype.itemsize)
     if splits is None:
         splits = split_count(num_rows, heads, num_window + num_entries, dim, tile)
     parts, lse = out, out

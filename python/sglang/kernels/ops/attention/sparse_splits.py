@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sglang.kernels.launch import cdiv
@@ -67,8 +68,8 @@ SPLITS: dict[str, tuple[tuple[Range, int], ...]] = {
         (Range(q=(9, MOST), heads=MANY_HEADS, k=(256, MOST)), 2),
     ),
 }
-# Most programs that share the rows of one query, and the fewest blocks of rows that each has.
-MAX_SPLITS, MIN_BLOCKS = 16, 2
+# Most programs that share the rows of one query, and the fewest blocks of rows that each has, by architecture prefix.
+MAX_SPLITS, MIN_BLOCKS = 16, {"": 2, "sm_90": 1}
 
 
 def wants_no_split(arch: str, q: int, heads: int, k: int) -> bool | None:
@@ -83,19 +84,28 @@ def wants_split(arch: str, q: int, heads: int, k: int) -> bool | None:
 
 # (architecture prefix, bytes of a query's element) -> tiles, most heads first; a program takes the first that is no
 # larger than the heads there are, else the last. "" is any architecture: within 64 KiB of shared memory. gfx: compiled
-# without a spill, never timed. sm_90: not timed yet (benchmark/kernels/bench_sparse_attention.py).
+# without a spill, never timed. sm_90: 64 and 128 heads of 640 rows, 1 to 4096 queries, on one H200, triton 3.6.0,
+# 2026-11-29, benchmark/kernels/bench_sparse_attention.py --tune; its tile of 32 heads was not timed.
 TILES: dict[tuple[str, int], tuple[SparseTile, ...]] = {
     ("", 2): (SparseTile(64, 16, 8, 1), SparseTile(32, 16, 4, 1), SparseTile(16, 32, 4, 1)),
     ("", 4): (SparseTile(16, 16, 4, 1),),
-    ("sm_90", 2): (SparseTile(64, 32, 8, 2), SparseTile(32, 32, 4, 2), SparseTile(16, 32, 4, 2)),
+    ("sm_90", 2): (SparseTile(64, 64, 8, 1), SparseTile(32, 32, 4, 2), SparseTile(16, 64, 8, 1)),
 }
+# Architectures whose smallest tile serves a step better while its programs all run at once.
+SPREADS_HEADS = ("sm_90",)
 
 
-def sparse_tile(heads: int, itemsize: int = 2, arch: str | None = None) -> SparseTile:
-    """The tile for ``heads`` on this rank, and queries of ``itemsize`` bytes."""
+def _longest(prefixes: Iterable[str], arch: str) -> str:
+    return max(filter(arch.startswith, prefixes), key=len)
+
+
+def sparse_tile(q: int, heads: int, itemsize: int = 2, arch: str | None = None) -> SparseTile:
+    """The tile for q rows of a step, ``heads`` on this rank, and queries of ``itemsize`` bytes."""
     arch = current_platform.arch if arch is None else arch
-    prefix = max((p for p, size in TILES if size == itemsize and arch.startswith(p)), key=len)
+    prefix = _longest((p for p, size in TILES if size == itemsize), arch)
     fitting = TILES[prefix, itemsize]
+    if prefix in SPREADS_HEADS and q * cdiv(heads, fitting[-1].heads) <= multiprocessors(arch):
+        return fitting[-1]
     return next((tile for tile in fitting if tile.heads <= heads), fitting[-1])
 
 
@@ -108,12 +118,12 @@ def split_count(
     architecture has no table, as many as fill it.
     """
     arch = current_platform.arch if arch is None else arch
-    tile = sparse_tile(heads, arch=arch) if tile is None else tile
+    tile = sparse_tile(q, heads, arch=arch) if tile is None else tile
     blocks = max(1, cdiv(k, tile.block_n))
     if arch not in SPLIT:
         wanted = multiprocessors(arch) // max(q * cdiv(heads, tile.heads), 1)
         fits = MAX_PARTS_BYTES // max(4 * q * heads * dim, 1)
-        return max(1, min(wanted, cdiv(blocks, MIN_BLOCKS), MAX_SPLITS, fits))
+        return max(1, min(wanted, cdiv(blocks, MIN_BLOCKS[_longest(MIN_BLOCKS, arch)]), MAX_SPLITS, fits))
     if wants_no_split(arch, q, heads, k) or not wants_split(arch, q, heads, k):
         return 1
     return min(blocks, next((count for shape, count in SPLITS[arch] if shape.holds(q, heads, k)), 1))
