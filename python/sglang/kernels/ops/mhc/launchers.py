@@ -14,8 +14,6 @@ from sglang.srt.platforms import current_platform
 STREAMS, BLOCK_D, MAX_WIDTH = 4, 64, 8192
 # Programs of the first kernel that keep a GPU busy: beyond them one program takes several blocks of columns.
 ENOUGH_PROGRAMS = 512
-# Parts that one program of the second kernel adds up at once, over its rows.
-PARTS_AT_ONCE = 512
 
 
 # Where a program's loads see what other lanes stored before a barrier. Triton 3.9's for AMD does not wait for stores.
@@ -65,11 +63,13 @@ def mix_streams(
         return out
     tile = tile_of(num_rows, width)
     mixes = 0 if fn is None else fn.shape[0]
-    reads_back = fn is not None and current_platform.kind in STORES_SEEN_BEHIND_BARRIERS
+    reads_back = fn is not None and row is not None and current_platform.kind in STORES_SEEN_BEHIND_BARRIERS
+    # Of few rows, what is read is the matrix, which then lies in registers whole.
+    at_once = fn is not None and (row is None or reads_back) and x.dtype == torch.bfloat16 and tile.rows == 16
     mix_streams_kernel[(cdiv(num_rows, tile.rows), tile.splits)](
         row, x, post, comb, fn, out, *(parts or (None, None)),
         num_rows, width, 0 if row is None else row.stride(0), x.stride(0), x.stride(1),
-        POST=row is not None, PRE=fn is not None, READ_BACK=reads_back and row is not None,
+        POST=row is not None, PRE=fn is not None, READ_BACK=reads_back, AT_ONCE=at_once,
         MIXES=mixes, MIX_BLOCK=max(16, next_power_of_2(mixes)),
         STEPS=tile.steps, BLOCK_R=tile.rows, BLOCK_D=BLOCK_D, num_warps=4,
     )  # fmt: skip
@@ -92,13 +92,14 @@ def join_streams(
     ways_out = num_rows if mixes > n else 0
     post, comb = (torch.empty(ways_out, *shape, device=x.device, dtype=torch.float32) for shape in ((n,), (n, n)))
     if num_rows:
-        block, tokens = next_power_of_2(splits), max(1, PARTS_AT_ONCE // next_power_of_2(splits))
-        groups = cdiv(ways_out, tokens)
+        block = next_power_of_2(width)
+        warps = 4 if block <= 4096 else 8
+        groups = cdiv(ways_out, warps)
         join_streams_kernel[(groups + num_rows,)](
             *parts, base, scale, x, norm_weight, row, post, comb,
             num_rows, groups, width, splits, x.stride(0), x.stride(1), rms_eps, hc_eps, norm_eps,
             MIXES=mixes, ITERATIONS=iterations, NORM=norm_weight is not None,
-            SPLITS=block, TOKENS=tokens, BLOCK=next_power_of_2(width), num_warps=8,
+            SPLITS=max(8, next_power_of_2(splits)), TOKENS=warps, BLOCK=block, num_warps=warps,
         )  # fmt: skip
     return row, post, comb
 
