@@ -6,6 +6,7 @@ import unittest
 import torch
 
 from sglang.kernels.ops.moe.fused_experts_mxfp4 import fused_experts_mxfp4_torch, random_experts
+from sglang.kernels.ops.moe.fused_experts_mxfp4_triton import SM90_EIGHTHS
 from sglang.kernels.ops.quant.mxfp4 import (
     LARGEST_FLOAT32,
     dequantize_mxfp4,
@@ -38,6 +39,61 @@ def true_matrix(codes, scale):
         numbers = [EVERY_CODE[part] for byte in row for part in (byte % 16, byte // 16)]
         rows.append([value * 2.0 ** (powers[i // 32] - 127) for i, value in enumerate(numbers)])
     return torch.tensor(rows, dtype=torch.float64)
+
+
+def run_ptx(text, operands):
+    """The straight-line PTX on int64 tensors of 32 bits, operands by number changed in place: what sm_90 would do."""
+    registers = {f"${i}": operand for i, operand in enumerate(operands)}
+
+    def value(word):
+        return registers[word] if word in registers else torch.tensor(int(word, 0))
+
+    def halves(word):
+        bits = value(word)
+        parts = [((bits >> shift) & 0xFFFF).to(torch.int32).to(torch.int16).view(torch.bfloat16) for shift in (0, 16)]
+        return [part.float() for part in parts]
+
+    for line in text.strip().strip("{}").split(";"):
+        if not line.strip() or line.strip().startswith(".reg"):
+            continue
+        op, rest = line.strip().split(maxsplit=1)
+        target, *given = [word.strip() for word in rest.split(",")]
+        if op == "prmt.b32":
+            both = value(given[0]) | value(given[1]) << 32
+            chosen = [(int(given[2], 0) >> (4 * i)) & 15 for i in range(4)]
+            assert max(chosen) < 8
+            registers[target] = sum(((both >> (8 * byte)) & 0xFF) << (8 * i) for i, byte in enumerate(chosen))
+        elif op == "mul.bf16x2":
+            low, high = (a * b for a, b in zip(halves(given[0]), halves(given[1])))
+            bits = [part.bfloat16().view(torch.int16).long() & 0xFFFF for part in (low, high)]
+            registers[target] = bits[0] | bits[1] << 16
+        else:
+            simple = {
+                "mov.b32": lambda a: a,
+                "and.b32": lambda a, b: a & b,
+                "mul.lo.u32": lambda a, b: a * b & 0xFFFFFFFF,
+            }
+            registers[target] = simple[op](*map(value, given))
+    return registers
+
+
+class TestCodesOnSm90(CustomTestCase):
+    def test_every_byte_beside_every_scale(self):
+        """Four bytes give their first numbers in two registers and their second in two, an eighth of each, exactly."""
+        words = torch.randint(0, 256, (512, 4), generator=torch.Generator().manual_seed(6))
+        words[:256] = torch.arange(256).unsqueeze(1)
+        word = sum(words[:, i] << (8 * i) for i in range(4))
+        for byte in range(255):
+            power = torch.tensor(max(byte << 7, 1 << 6))
+            scale = power | power << 16
+            found = run_ptx(SM90_EIGHTHS.value, [None] * 4 + [word, scale, scale])
+            scales = torch.full((512, 1), byte, dtype=torch.uint8)
+            wanted = unpack_eighths(words.to(torch.uint8).repeat(1, 4), scales)[:, :8]
+            for number in range(8):
+                place, second = divmod(number, 2)
+                bits = (found[f"${2 * second + place // 2}"] >> (16 * (place % 2))) & 0xFFFF
+                numbers = bits.to(torch.int32).to(torch.int16).view(torch.bfloat16)
+                self.assertTrue(torch.equal(numbers, wanted[:, number].bfloat16()), (byte, number))
 
 
 class TestPacker(CustomTestCase):

@@ -32,6 +32,8 @@ from sglang.srt.platforms import current_platform
 # Where ``tl.dot_scaled`` is instructions of the machine (gfx950: a conversion with the scale, then the product in
 # 16 bits). Elsewhere codes become numbers in registers before the product.
 SCALED_ARCHS = ("gfx950",)
+# Where instructions on two bfloat16 numbers at once make them.
+PACKED_ARCHS = ("sm_90",)
 
 
 def fused_experts_mxfp4_torch(
@@ -72,15 +74,16 @@ def mxfp4_product(
     shape = {"TOP_K": ids.shape[1], "GATE_UP": is_gate_up, "SCALED": scaled, "BLOCK_M": block_m}
     shape.update(limit_option(limit))
     shape["EVEN_K"] = k_dim % tile["BLOCK_K"] == 0
+    shape["SM90"] = not scaled and x.dtype == torch.bfloat16 and current_platform.arch in PACKED_ARCHS
     if order is None:
         few_tokens_mxfp4_kernel[(pairs * tiles,)](
-            x, codes, scale, ids, out, pairs, width, k_dim, x.stride(0), tiles,
+            x, codes, scale, ids, out, pairs, width, k_dim, codes.shape[2], scale.shape[2], x.stride(0), tiles,
             PAIRS=max(16, next_power_of_2(pairs)), **shape, **tile,
         )  # fmt: skip
     else:
         many_tokens_mxfp4_kernel[(order.max_blocks * tiles,)](
             x, codes, scale, order.pairs, order.block_experts, order.num_blocks, out,
-            pairs, width, k_dim, x.stride(0), order.max_blocks, tiles, **shape, **tile,
+            pairs, width, k_dim, codes.shape[2], scale.shape[2], x.stride(0), order.max_blocks, tiles, **shape, **tile,
         )  # fmt: skip
     return out
 

@@ -22,6 +22,49 @@ def _eighths(code, scale, dtype):
     return (bits.to(tl.float32, bitcast=True) * 1.0633823966279327e37 * scale).to(dtype)  # 2^123
 
 
+# Four bytes of codes, and their scales as bfloat16 -> an eighth of the first and of the second number of each byte.
+# The bits of a code times 2^12 + 2^6 are its sign in place, and the last of the exponent and the first of the fraction:
+# the number times 2^-126.
+SM90_EIGHTHS = tl.constexpr("""{
+    .reg .b32 low, high, code, most;
+    mov.b32 most, 0x7D007D00;
+    prmt.b32 low, $4, 0, 0x4140;
+    prmt.b32 high, $4, 0, 0x4342;
+    and.b32 code, low, 0x000F000F;
+    mul.lo.u32 code, code, 4160;
+    and.b32 code, code, 0x81C081C0;
+    mul.bf16x2 code, code, most;
+    mul.bf16x2 $0, code, $5;
+    and.b32 code, high, 0x000F000F;
+    mul.lo.u32 code, code, 4160;
+    and.b32 code, code, 0x81C081C0;
+    mul.bf16x2 code, code, most;
+    mul.bf16x2 $1, code, $6;
+    and.b32 code, low, 0x00F000F0;
+    mul.lo.u32 code, code, 260;
+    and.b32 code, code, 0x81C081C0;
+    mul.bf16x2 code, code, most;
+    mul.bf16x2 $2, code, $5;
+    and.b32 code, high, 0x00F000F0;
+    mul.lo.u32 code, code, 260;
+    and.b32 code, code, 0x81C081C0;
+    mul.bf16x2 code, code, most;
+    mul.bf16x2 $3, code, $6;
+}""")
+
+
+@triton.jit
+def _sm90_eighths(codes, scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Bytes of codes [N, K / 2] and scale bytes [N, K / 32] -> two bfloat16 [N, K / 2]."""
+    # Byte 0 is a subnormal number.
+    power = tl.maximum(scale.to(tl.int16) << 7, 1 << 6).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    spread = tl.broadcast_to(power[:, :, None], (BLOCK_N, BLOCK_K // GROUP, GROUP // 2))
+    spread = tl.reshape(spread, (BLOCK_N, BLOCK_K // 2))
+    return tl.inline_asm_elementwise(
+        SM90_EIGHTHS, "=r,=r,=r,=r,r,r,r", [codes, spread], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+    )
+
+
 @triton.jit
 def _factors(scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Scale bytes [N, K / 32] -> float32 of each byte of codes [N, K / 2]."""
@@ -33,8 +76,8 @@ def _factors(scale, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _add_product(
-    acc, x, w_at, scale_at, left, EVEN_K: tl.constexpr, SCALED: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    acc, x, w_at, scale_at, left, EVEN_K: tl.constexpr, SCALED: tl.constexpr, SM90: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """acc + x [M, K] times an eighth of the weights, of which ``left`` columns remain."""
     groups = tl.arange(0, BLOCK_K // GROUP)
@@ -55,18 +98,23 @@ def _add_product(
             w = tl.load(w_at)
         else:
             w = tl.load(w_at, mask=pairs[None, :], other=0)
-        codes, factor = w.to(tl.int32), _factors(scale, BLOCK_N, BLOCK_K)
         even, odd = tl.split(tl.reshape(x, (x.shape[0], BLOCK_K // 2, 2)))
-        acc = tl.dot(even, tl.trans(_eighths(codes, factor, x.dtype)), acc, input_precision="ieee")
-        acc = tl.dot(odd, tl.trans(_eighths(codes >> 4, factor, x.dtype)), acc, input_precision="ieee")
+        if SM90:
+            first, second = _sm90_eighths(w, scale, BLOCK_N, BLOCK_K)
+        else:
+            codes, factor = w.to(tl.int32), _factors(scale, BLOCK_N, BLOCK_K)
+            first, second = _eighths(codes, factor, x.dtype), _eighths(codes >> 4, factor, x.dtype)
+        acc = tl.dot(even, tl.trans(first), acc, input_precision="ieee")
+        acc = tl.dot(odd, tl.trans(second), acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
 def mxfp4_tile(
-    x_ptr, w_ptr, w_scale_ptr, out_ptr, members, valid, expert, tile, width, k_dim, x_stride,
+    x_ptr, w_ptr, w_scale_ptr, out_ptr, members, valid, expert, tile, width, k_dim, packed, groups, x_stride,
     TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LIMIT: tl.constexpr = None,
+    SM90: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LIMIT: tl.constexpr = None,
 ):  # fmt: skip
     """As ``expert_tile``: rows of x are tokens for GATE_UP, pairs for the down product; out rows are always pairs."""
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -75,7 +123,6 @@ def mxfp4_tile(
     x_at = x_ptr + (source * x_stride)[:, None] + k[None, :]
     # Columns past the end read a real one instead of being masked: the store drops them.
     row = tl.cast(expert, tl.int64) * width * (1 + GATE_UP) + tl.minimum(n, width - 1)
-    packed, groups = k_dim // 2, k_dim // GROUP
     if SCALED:
         w_at = w_ptr + (row * packed)[None, :] + tl.arange(0, BLOCK_K // 2)[:, None]
     else:
@@ -89,10 +136,10 @@ def mxfp4_tile(
             x = tl.load(x_at)
         else:
             x = tl.load(x_at, mask=(k < left)[None, :], other=0.0)
-        acc = _add_product(acc, x, w_at, scale_at, left, EVEN_K, SCALED, BLOCK_N, BLOCK_K)
+        acc = _add_product(acc, x, w_at, scale_at, left, EVEN_K, SCALED, SM90, BLOCK_N, BLOCK_K)
         if GATE_UP:
             up_at, up_scale_at = w_at + width * packed, scale_at + width * groups
-            acc_up = _add_product(acc_up, x, up_at, up_scale_at, left, EVEN_K, SCALED, BLOCK_N, BLOCK_K)
+            acc_up = _add_product(acc_up, x, up_at, up_scale_at, left, EVEN_K, SCALED, SM90, BLOCK_N, BLOCK_K)
         x_at += BLOCK_K
         w_at += BLOCK_K // 2
         scale_at += BLOCK_K // GROUP
@@ -105,9 +152,10 @@ def mxfp4_tile(
 
 @triton.jit(do_not_specialize=["pairs"])
 def few_tokens_mxfp4_kernel(
-    x_ptr, w_ptr, w_scale_ptr, ids_ptr, out_ptr, pairs, width, k_dim, x_stride, tiles,
-    TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr, PAIRS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LIMIT: tl.constexpr = None,
+    x_ptr, w_ptr, w_scale_ptr, ids_ptr, out_ptr, pairs, width, k_dim, packed, groups, x_stride, tiles,
+    TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr, SM90: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    LIMIT: tl.constexpr = None,
 ):  # fmt: skip
     """As ``few_tokens_kernel``: the first pair of each expert gathers the others (pairs <= PAIRS), the rest leave."""
     first, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
@@ -123,17 +171,18 @@ def few_tokens_mxfp4_kernel(
             here = same[:, None] & (rank[:, None] == start + slot[None, :])
             members = tl.sum(tl.where(here, pair[:, None], 0), axis=0)
             mxfp4_tile(
-                x_ptr, w_ptr, w_scale_ptr, out_ptr, members, start + slot < count, expert, tile, width, k_dim, x_stride,
-                TOP_K, GATE_UP, EVEN_K, SCALED, BLOCK_M, BLOCK_N, BLOCK_K, LIMIT,
+                x_ptr, w_ptr, w_scale_ptr, out_ptr, members, start + slot < count, expert, tile,
+                width, k_dim, packed, groups, x_stride, TOP_K, GATE_UP, EVEN_K,
+                SCALED, SM90, BLOCK_M, BLOCK_N, BLOCK_K, LIMIT,
             )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["pairs", "max_blocks"], do_not_specialize_on_alignment=["num_blocks_ptr"])
 def many_tokens_mxfp4_kernel(
     x_ptr, w_ptr, w_scale_ptr, order_ptr, block_expert_ptr, num_blocks_ptr, out_ptr,
-    pairs, width, k_dim, x_stride, max_blocks, tiles,
+    pairs, width, k_dim, packed, groups, x_stride, max_blocks, tiles,
     TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, SCALED: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    SM90: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     LIMIT: tl.constexpr = None,
 ):  # fmt: skip
     """As ``many_tokens_kernel``: one block of ordered pairs times one tile of columns."""
@@ -147,6 +196,7 @@ def many_tokens_mxfp4_kernel(
         order = tl.load(order_ptr + block.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M))
         valid = order < pairs
         mxfp4_tile(
-            x_ptr, w_ptr, w_scale_ptr, out_ptr, tl.where(valid, order, 0), valid, expert, tile, width, k_dim, x_stride,
-            TOP_K, GATE_UP, EVEN_K, SCALED, BLOCK_M, BLOCK_N, BLOCK_K, LIMIT,
+            x_ptr, w_ptr, w_scale_ptr, out_ptr, tl.where(valid, order, 0), valid, expert, tile,
+            width, k_dim, packed, groups, x_stride, TOP_K, GATE_UP, EVEN_K,
+            SCALED, SM90, BLOCK_M, BLOCK_N, BLOCK_K, LIMIT,
         )  # fmt: skip
