@@ -268,7 +268,7 @@ class Envs:
         True,
         section=_MODEL,
         doc="DeepSeek V4: where one sub-block ends and the next begins, one op leaves the streams, enters them and "
-        "norms the row, in steps of up to 64 tokens on gfx95x and sm_90; other steps run an op for each. "
+        "norms the row, in steps of up to 64 tokens on gfx95x and 256 on sm_90; other steps run an op for each. "
         "AITER's kernels run it with `SGLANG_USE_AITER` from AITER 0.1.14 on (F), else Triton's (C). "
         "`/server_info`: `kernels`, op `mhc.hc_post_pre`.",
     )

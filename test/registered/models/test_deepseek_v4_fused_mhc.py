@@ -68,7 +68,7 @@ class TestGates(CustomTestCase):
             self.assertIsNone(fused.try_fused_hc_post_pre(row, streams.flatten(1), *others, max_rows=64))
 
     def test_architectures_and_the_switch(self) -> None:
-        for arch, rows in (("gfx950", 64), ("gfx942", 0)):
+        for arch, rows in (("gfx950", 64), ("gfx942", 0), ("sm_90", 256)):
             with machine(arch):
                 self.assertEqual(fused.max_fused_rows(), rows)
                 with envs.SGLANG_OPT_USE_TRITON_FUSED_MHC.override(False):
