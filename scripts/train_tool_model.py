@@ -39,9 +39,9 @@ from train_tiny_models import (  # noqa: E402
     train_and_check,
 )
 
+from sglang.embedded_models import TOOLS_MODEL  # noqa: E402
 from sglang.test.tool_tasks import KINDS, ToolTask, tool_task  # noqa: E402
 
-NAME = "deepseek-v3-tools-tiny"
 WIDTH = 640
 # The tokens whose text the parsers look for, and those of a list of tools and of a result.
 VISIBLE = ("<think>", "</think>", "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>",
@@ -166,7 +166,7 @@ class ToolTrainer(Trainer):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=NAME, help="name of the folder")
+    parser.add_argument("--model", default=TOOLS_MODEL, help="name of the folder")
     add_training_arguments(parser)
     parser.set_defaults(documents=80_000, max_seconds=150.0)
     args = parser.parse_args()

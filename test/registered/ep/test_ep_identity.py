@@ -9,7 +9,7 @@ import unittest
 from typing import Any
 from unittest import mock
 
-from sglang.embedded_models import EMBEDDED_MODELS
+from sglang.embedded_models import EMBEDDED_MODELS, TOOLS_MODEL
 from sglang.srt.entrypoints.engine import Engine
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -82,7 +82,7 @@ class TestIdentity(CustomTestCase):
         return states
 
     def check_mode(self, mode: str) -> None:
-        for model in EMBEDDED_MODELS:
+        for model in EMBEDDED_MODELS.keys() - {TOOLS_MODEL}:  # another training of a shape that is among the rest
             with self.subTest(model=model):
                 states = self.compare(model, **MODES[mode])
                 if "mori" in mode:

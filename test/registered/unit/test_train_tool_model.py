@@ -7,6 +7,7 @@ import tempfile
 import unittest
 from pathlib import Path
 
+from sglang.embedded_models import EMBEDDED_MODELS, TOOLS_MODEL
 from sglang.srt.parser.reasoning_parser import ReasoningParser, opens_thought
 from sglang.srt.parser.tool_calls.deepseekv3 import DeepSeekV3Parser
 from sglang.srt.utils.hf_tokenizer import Tokenizer
@@ -68,6 +69,13 @@ class TestDocuments(CustomTestCase):
                 self.assertEqual([(c.name, c.arguments) for c in events if not isinstance(c, str)], task.calls)
                 self.assertEqual("".join(text for text in events if isinstance(text, str)), task.content)
                 self.assertTrue(bool(task.calls) == (task.kind == CALL))
+
+    def test_the_model_that_ships_has_the_files_that_the_script_writes(self):
+        with tempfile.TemporaryDirectory() as folder:
+            files = train_tool_model
+            files.write_tokenizer_files(Path(folder), files.MORE_TOKENS, files.TEMPLATE, files.VISIBLE)
+            for path in Path(folder).iterdir():
+                self.assertEqual(path.read_bytes(), (EMBEDDED_MODELS[TOOLS_MODEL] / path.name).read_bytes())
 
     def test_a_call_in_the_past_is_written_as_the_model_says_it(self):
         (task,) = [task for task in tasks(2) if task.kind == CALL]

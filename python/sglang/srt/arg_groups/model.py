@@ -22,7 +22,7 @@ class ModelArgs:
         Arg(
             "Folder of a model in Hugging Face format, or an id such as `deepseek-ai/DeepSeek-V3` that the local "
             "Hugging Face cache has; nothing is fetched. Or one of the small models that ship with the package: "
-            "deepseek-v3-tiny, deepseek-v2-tiny, qwen3.5-moe-tiny, deepseek-v4-tiny.",
+            "deepseek-v3-tiny, deepseek-v2-tiny, qwen3.5-moe-tiny, deepseek-v4-tiny, deepseek-v3-tools-tiny.",
             MODEL,
             aliases=("--model",),
             metavar="FOLDER",
