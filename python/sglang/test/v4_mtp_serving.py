@@ -11,6 +11,13 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.test.drafters import RuleDrafter, rules
 from sglang.test.engine_harness import EngineHarness
 
+# Variables that choose how DeepSeek V4 is computed and not what, each with the value that it does not have by default.
+SWITCHES = (
+    ("SGLANG_PREP_IN_CUDA_GRAPH", False),
+    ("SGLANG_OPT_USE_TRITON_FUSED_MHC", False),
+    ("SGLANG_OPT_USE_MULTI_STREAM_OVERLAP", False),
+    ("SGLANG_ROCM_USE_MULTI_STREAM", True),
+)
 # Output ids and their log-probabilities, by request.
 Answers = dict[str, tuple[list[int], list[float]]]
 

@@ -7,10 +7,11 @@ import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.kernels.registry import fresh_decisions
+from sglang.srt.environ import envs
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.v4_mtp_reference import save_tiny_v4_mtp
-from sglang.test.v4_mtp_serving import difference, prompts_around, serve
+from sglang.test.v4_mtp_serving import SWITCHES, difference, prompts_around, serve
 
 register_cuda_ci(est_time=120, suite="stage-b-test-1-gpu-small")
 register_amd_ci(est_time=240, suite="stage-b-test-1-gpu-small-amd")
@@ -43,7 +44,16 @@ class TestOnGpu(CustomTestCase):
         self.check(folder, (1, 124, 126, 127, 252, 255, 511), 512)
 
     def test_the_embedded_model(self):
-        self.check(str(EMBEDDED_MODELS["deepseek-v4-tiny"]), (2, 125, 254, 509, 700), 256)
+        """Under the switches of the model too."""
+        folder, lengths = str(EMBEDDED_MODELS["deepseek-v4-tiny"]), (2, 125, 254, 509, 700)
+        self.check(folder, lengths, 256)
+        prompts = prompts_around(lengths, vocab_size=256)
+        wanted, _ = serve(folder, prompts, dtype="float32", disable_cuda_graph=True)
+        for name, value in SWITCHES:
+            for steps in (0, 3):
+                with self.subTest(**{name: value}, steps=steps), getattr(envs, name).override(value):
+                    found, _ = serve(folder, prompts, steps, dtype="float32", cuda_graph_bs=[1, 4, 16], overlap=True)
+                    self.assertEqual(difference(found, wanted, 1e-4), "")
 
 
 if __name__ == "__main__":
