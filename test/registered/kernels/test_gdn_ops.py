@@ -295,10 +295,14 @@ class TestVerifyStep(CustomTestCase):
         parameters = (conv_weight, A_log, dt_bias, norm)
         plain_conv, plain_ssm = conv.clone(), ssm.clone()
         # What an earlier owner of a slot left there must not count.
-        tail_qkv = torch.full((num_sequences + 3, rows, conv.shape[1]), 1e3)
-        tail_gates = torch.full((num_sequences + 3, rows, 2 * ssm.shape[1]), 1e3)
+        tail_qkv = torch.full((num_sequences + 3, rows, conv.shape[1]), torch.nan)
+        tail_gates = torch.full((num_sequences + 3, rows, 2 * ssm.shape[1]), torch.nan)
         tail_len = torch.zeros(num_sequences + 3, dtype=torch.int64)
-        for _ in range(num_steps):
+        for number in range(num_steps):
+            if number == 2:  # another sequence gets the first slot
+                for state in (conv, ssm, plain_conv, plain_ssm, tail_len):
+                    state[slots[0]] = 0
+                tail_qkv[slots[0]] = tail_gates[slots[0]] = torch.nan
             inputs = step_inputs(num_sequences * rows, 1, shape, generator)[:4]
             states = (conv, ssm, tail_qkv, tail_gates, tail_len)
             found = gdn_verify_step(*inputs, *parameters, *states, slots, 1e-6).unflatten(0, (num_sequences, rows))

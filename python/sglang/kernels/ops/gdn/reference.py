@@ -78,12 +78,18 @@ def recurrent_gated_delta_rule(
     float32, stored in the state's dtype. Yang et al. 2024 (Gated Delta Networks), eq. 10. Rows that share a slot leave
     either one's state in it (padding rows share slot 0).
     """
+    states = state.index_select(0, slot_ids).float()
+    out = delta_step(states, scale, q.float(), k.float(), v, g.exp(), beta)
+    state.index_copy_(0, slot_ids, states.to(state.dtype))
+    return out.to(v.dtype)
+
+
+def delta_step(states: Tensor, scale: float, q: Tensor, k: Tensor, v: Tensor, decay: Tensor, beta: Tensor) -> Tensor:
+    """The rule above on ``states`` [B, HV, V, K] in place, all float32; decay [B, HV] is exp(g) -> o [B, HV, V]."""
     rows, key_heads, k_dim = k.shape
     value_heads, v_dim = v.shape[1:]
     per_key = value_heads // key_heads
-    decay = g.exp().unsqueeze(-1)
-    k, q = k.float(), q.float()
-    states = state.index_select(0, slot_ids).float()
+    decay = decay.unsqueeze(-1)
     grouped = states.view(rows, key_heads, per_key * v_dim, k_dim)
     # One pass over the states reads both S k and S q; the second needs only a correction for what is written.
     reads = torch.stack((k, q), dim=-2) @ grouped.transpose(-1, -2)
@@ -93,5 +99,4 @@ def recurrent_gated_delta_rule(
     out = (decay * answered.reshape(v.shape)).addcmul_(delta, overlap).mul_(scale)
     states.mul_(decay.unsqueeze(-1))
     grouped.addcmul_(delta.view(rows, key_heads, per_key * v_dim, 1), k.unsqueeze(2))
-    state.index_copy_(0, slot_ids, states.to(state.dtype))
-    return out.to(v.dtype)
+    return out

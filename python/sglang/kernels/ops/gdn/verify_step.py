@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
-from sglang.kernels.ops.gdn.decode_step import STEP_SHAPES, gdn_decode_step, step_inputs
+from sglang.kernels.ops.gdn.decode_step import STEP_SHAPES, split_heads, step_inputs
+from sglang.kernels.ops.gdn.reference import delta_step, gdn_gating
 from sglang.kernels.ops.gdn.shapes import shape_of, step_fits_triton
-from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm
+from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, gated_rms_norm_torch
 from sglang.kernels.spec import Case, Impl, Op
 
 # Channels of a program of the inputs, and rows of a state that one of the recurrence holds.
@@ -34,23 +36,48 @@ def gdn_verify_step_torch(
     this step's rows; the caller writes tail_len, and 0 for a new sequence. The same rows as R single steps give. A
     sequence of slot 0 is padding: its output and what slot 0 holds afterwards mean nothing.
     """
-    size, rows = slot_ids.shape[0], tail_qkv.shape[1]
-    parameters = (conv_weight, A_log, dt_bias, norm_weight)
-    by_row = [part.unflatten(0, (size, rows)) for part in (mixed_qkv, z, b, a)]
-    lengths = tail_len[slot_ids]
-    # Copies of the slots, behind a dummy to which a row goes that does not count.
-    padded = torch.nn.functional.pad(slot_ids, (1, 0))
-    copies, own = (conv_state[padded], ssm_state[padded]), torch.arange(1, size + 1, device=slot_ids.device)
-    for j in range(rows):
-        old_b, old_a = tail_gates[slot_ids, j].chunk(2, dim=-1)
-        old = (tail_qkv[slot_ids, j], by_row[1][:, j], old_b, old_a)
-        gdn_decode_step(*old, *parameters, *copies, torch.where(j < lengths, own, 0), eps)
-    for state, copy in zip((conv_state, ssm_state), copies, strict=True):
-        state[slot_ids] = copy[1:]
-    new = [gdn_decode_step(*(part[:, j] for part in by_row), *parameters, *copies, own, eps) for j in range(rows)]
-    tail_qkv[slot_ids] = by_row[0]
-    tail_gates[slot_ids] = torch.cat([by_row[2], by_row[3]], dim=-1)
-    return torch.stack(new, dim=1).flatten(0, 1)
+    shape, size, rows = shape_of(mixed_qkv, conv_weight, ssm_state), slot_ids.shape[0], tail_qkv.shape[1]
+    lengths, slots = tail_len[slot_ids].clamp(max=rows).unsqueeze(1), torch.arange(2 * rows, device=slot_ids.device)
+    # Of each sequence its columns, then the rows of its tail and its new ones; those of the tail that do not count are
+    # stepped over.
+    new = [part.unflatten(0, (size, rows)) for part in (mixed_qkv, b, a)]
+    inputs = torch.cat([tail_qkv[slot_ids], new[0]], dim=1)
+    columns = torch.cat([conv_state[slot_ids].to(inputs.dtype), inputs.transpose(1, 2)], dim=2)
+    convolved, conv_state[slot_ids] = _convolved(columns, conv_weight, lengths, rows, conv_state.dtype)
+    gates = torch.cat([tail_gates[slot_ids], torch.cat(new[1:], dim=-1)], dim=1)
+    old_b, old_a = gates.flatten(0, 1).chunk(2, dim=-1)
+    g, beta = gdn_gating(old_a, old_b, A_log, dt_bias)
+    q, k, v = split_heads(convolved.flatten(0, 1), shape)
+    idle = ((slots < rows) & (slots >= lengths)).view(-1, 1)  # what changes no state
+    k, v = k.masked_fill(idle.unsqueeze(2), 0.0), v.masked_fill(idle.unsqueeze(2), 0.0)
+    decay, beta = g.masked_fill(idle, 0.0).exp(), beta.masked_fill(idle, 0.0)
+    by_step = [part.unflatten(0, (size, -1)).unbind(1) for part in (q, k, v, decay, beta)]
+    states, out = ssm_state[slot_ids].float(), []
+    # A host can look which rows of tails count.
+    longest = int(lengths.max()) if size and slot_ids.device.type == "cpu" else rows
+    for step in (*range(longest), *range(rows, 2 * rows)):
+        if step == rows:
+            ssm_state[slot_ids] = states.to(ssm_state.dtype)
+        out.append(delta_step(states, shape.k_dim**-0.5, *(part[step] for part in by_step)))
+    tail_qkv[slot_ids], tail_gates[slot_ids] = new[0], gates[:, rows:]
+    answers = torch.stack(out[-rows:], dim=1).flatten(0, 1).to(mixed_qkv.dtype)
+    return gated_rms_norm_torch(answers, z, norm_weight, eps)
+
+
+def _convolved(columns: Tensor, weight: Tensor, lengths: Tensor, rows: int, kept: torch.dtype) -> tuple[Tensor, Tensor]:
+    """columns [B, C, W-1 + 2*rows] of W-1 before, a tail of which ``lengths`` [B, 1] count, and the new ones -> their
+    convolutions [B, 2*rows, C], and the W-1 columns behind the tail, [B, C, W-1] of dtype ``kept``."""
+    (size, channels, _), width = columns.shape, weight.shape[1]
+    # Places of the windows of each row: the tail's own, and behind it those that the new rows see.
+    taps = torch.arange(width, device=columns.device)
+    tails = torch.arange(rows, device=columns.device).unsqueeze(1) + taps
+    seen = lengths.unsqueeze(2) + tails
+    seen = torch.where(seen < lengths.unsqueeze(2) + width - 1, seen, seen + rows - lengths.unsqueeze(2))
+    places = torch.cat([tails.expand(size, -1, -1), seen], dim=1).flatten(1)
+    windows = columns.gather(2, places.unsqueeze(1).expand(-1, channels, -1)).unflatten(2, (-1, width))
+    summed = (windows.float() * weight.float().unsqueeze(1)).sum(-1)
+    behind = (lengths + taps[:-1]).unsqueeze(1).expand(-1, channels, -1)
+    return F.silu(summed).to(columns.dtype).transpose(1, 2), columns.gather(2, behind).to(kept)
 
 
 def gdn_verify_step_triton(
