@@ -18,6 +18,7 @@ from test_op_parity import check_case
 from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows_triton
 from sglang.kernels.ops.mhc import launchers
 from sglang.kernels.ops.mhc.hc_post_pre import hc_post_pre
+from sglang.kernels.ops.mhc.hc_pre import hc_pre_torch, hc_pre_triton
 from sglang.kernels.ops.moe import fused_experts_fp8
 from sglang.kernels.ops.norm.rmsnorm import fits_triton, rms_norm_torch, rms_norm_triton
 from sglang.kernels.ops.quant import group_fp8
@@ -73,14 +74,22 @@ class TestTritonInterpreted(CustomTestCase):
         """Scratch and outputs that hold NaN before give what they give else, in one block of rows and in several."""
         real = torch.empty
         poison = mock.patch.object(torch, "empty", lambda *a, **k: real(*a, **k).fill_(math.nan))
-        for rows, reading_back in ((1, False), (17, False), (64, True)):
-            args = crossing(rows, 320, "cpu", torch.float32)
+        # Of 1,024 columns there are 16 slices, of which the second kernel adds eight at once.
+        for rows, width, reading_back, at_once in (
+            (1, 1024, False, False), (17, 320, False, False), (33, 128, True, False), (17, 128, True, True),
+        ):  # fmt: skip
+            args = crossing(rows, width, "cpu", torch.float32)
             (triton_body,) = (impl for impl in hc_post_pre.impls if impl.name == "triton")
-            kinds = ("cpu",) if reading_back else ()
-            with poison, mock.patch.object(launchers, "STORES_SEEN_BEHIND_BARRIERS", kinds):
-                found = triton_body.fn(*args)
-            for part, wanted in zip(found[:4], hc_post_pre.reference(*args)[:4], strict=True):
-                torch.testing.assert_close(part, wanted, rtol=1e-4, atol=1e-5)
+            with (
+                poison,
+                mock.patch.object(launchers, "STORES_SEEN_BEHIND_BARRIERS", ("cpu",) if reading_back else ()),
+                mock.patch.object(launchers, "AT_ONCE_DTYPES", (torch.float32,) if at_once else ()),
+            ):
+                found = triton_body.fn(*args)[:4]
+                way_in = hc_pre_triton(args[1], *args[4:10])
+            wanted = *hc_post_pre.reference(*args)[:4], *hc_pre_torch(args[1], *args[4:10])
+            for part, of_reference in zip((*found, *way_in), wanted, strict=True):
+                torch.testing.assert_close(part, of_reference, rtol=1e-4, atol=1e-5)
 
     def test_norms_with_a_wide_gain(self):
         """A float32 gain beside float16 rows multiplies before the one rounding; the interpreter cuts bfloat16."""

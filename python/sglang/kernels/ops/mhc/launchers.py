@@ -15,7 +15,8 @@ STREAMS, BLOCK_D, MAX_WIDTH = 4, 64, 8192
 # Programs of the first kernel that keep a GPU busy: beyond them one program takes several blocks of columns.
 ENOUGH_PROGRAMS = 512
 
-
+# Streams of which few rows meet the matrix in one product: others have no product of many columns at once.
+AT_ONCE_DTYPES = (torch.bfloat16,)
 # Where a program's loads see what other lanes stored before a barrier. Triton 3.9's for AMD does not wait for stores.
 STORES_SEEN_BEHIND_BARRIERS = ("cuda",)
 
@@ -65,7 +66,7 @@ def mix_streams(
     mixes = 0 if fn is None else fn.shape[0]
     reads_back = fn is not None and row is not None and current_platform.kind in STORES_SEEN_BEHIND_BARRIERS
     # Of few rows, what is read is the matrix, which then lies in registers whole.
-    at_once = fn is not None and (row is None or reads_back) and x.dtype == torch.bfloat16 and tile.rows == 16
+    at_once = fn is not None and (row is None or reads_back) and x.dtype in AT_ONCE_DTYPES and tile.rows == 16
     mix_streams_kernel[(cdiv(num_rows, tile.rows), tile.splits)](
         row, x, post, comb, fn, out, *(parts or (None, None)),
         num_rows, width, 0 if row is None else row.stride(0), x.stride(0), x.stride(1),
