@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 
+from sglang.kernels.ops.sampling import draw as draw_module
 from sglang.kernels.ops.sampling.draw import RowOf, draw, draw_args, draw_torch, filter_torch
 from sglang.kernels.ops.sampling.greedy import greedy_sample, greedy_torch
 from sglang.kernels.ops.sampling.seeded import seeded_sample_torch, uniform_from_seed_torch
@@ -239,6 +240,19 @@ class TestDraw(CustomTestCase):
             with self.subTest(case.name):
                 ids, faults = draw_torch(*case.args)
                 self.assertEqual(judge_draw(case.args, ids, faults, faults), 0)
+
+    def test_a_host_edits_as_a_device_does(self) -> None:
+        edited = 0
+        for case in draw.cases():
+            logits, rest = case.args[0], case.args[10:]
+            if rest and rest[0] is not None:
+                for dtype in (torch.float32, torch.bfloat16):
+                    kept = logits.to(dtype)
+                    found, wanted = (form(kept, *rest) for form in (draw_module._edit_marked, draw_module._edit_all))
+                    torch.testing.assert_close(found, wanted.float(), rtol=1e-6, atol=1e-6)
+                    self.assertTrue(torch.equal(kept, logits.to(dtype)))
+                edited += 1
+        self.assertGreater(edited, 2)
 
     def test_where_a_sort_is_spared_and_where_not(self) -> None:
         """Past 4096 ids a host sorts the best 1024 alone, unless a row's filter reaches further."""
