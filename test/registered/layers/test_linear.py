@@ -1,9 +1,11 @@
 """Sharded linear layers hold the rows and columns of the whole matrix that their rank owns."""
 
 import unittest
+from unittest import mock
 
 import torch
 
+from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.distributed import override_tp_group
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
@@ -12,9 +14,11 @@ from sglang.srt.layers.linear import (
     RowParallelLinear,
 )
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
-from sglang.srt.layers.weights import WeightShapeError
+from sglang.srt.layers.weights import WeightShapeError, join_rows
+from sglang.srt.models.deepseek_common.attention import DeepseekV2AttentionMLA
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.published_sizes import DEEPSEEK_V2_LITE
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.thread_ranks import run_ranks, thread_ranks
 
@@ -100,6 +104,45 @@ class TestShards(CustomTestCase):
                 on_ranks(4, build)
         with self.assertRaises(ValueError):
             RowParallelLinear(8, 4, reduce_results=False, bias=True)
+
+
+class TestJoinedRows(CustomTestCase):
+    def test_parameters_become_rows_of_one_matrix(self):
+        params = [torch.nn.Parameter(torch.randn(rows, 6), requires_grad=False) for rows in (3, 2)]
+        joined = join_rows(*params)
+        self.assertEqual((joined.shape, joined[5:].tolist()), ((8, 6), [[0.0] * 6] * 3))
+        for number, param in enumerate(params, 1):
+            param.copy_(torch.full_like(param, number))  # as a loader writes
+        self.assertEqual(joined[:5, 0].tolist(), [1.0, 1.0, 1.0, 2.0, 2.0])
+
+    def attention(self, heads_on_rank, **keys):
+        sizes = {"hidden_size": 32, "num_attention_heads": 4, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+                 "qk_rope_head_dim": 4, "v_head_dim": 8, "q_lora_rank": None}  # fmt: skip
+        config = DeepseekConfig.from_hf({**DEEPSEEK_V2_LITE, **sizes, **keys})
+        with override_tp_group(thread_ranks(4 // heads_on_rank)[0]):
+            layer = DeepseekV2AttentionMLA(config, 0, mock.Mock())
+        for param in layer.parameters():
+            param.data.copy_(torch.randn(param.shape))
+        return layer
+
+    def test_queries_and_latents_are_one_product(self):
+        """Wherever the checkpoint is plain; of a bias only one of the two has a part."""
+        for heads_on_rank in (4, 1):
+            for keys, is_joined in (({}, True), ({"attention_bias": True}, False), ({"q_lora_rank": 8}, False)):
+                layer = self.attention(heads_on_rank, **keys)
+                self.assertEqual(layer._q_and_kv_a is not None, is_joined)
+                layer.split_kv_b()
+                hidden = torch.randn(3, 32)
+                if "q_lora_rank" not in keys:
+                    q, kv_a = layer._project(hidden)
+                    torch.testing.assert_close(q, layer.q_proj(hidden).view(3, heads_on_rank, 12))
+                    torch.testing.assert_close(kv_a, layer.kv_a_proj_with_mqa(hidden))
+
+    def test_a_weight_that_left_the_joined_matrix_is_refused(self):
+        layer = self.attention(4)
+        layer.q_proj.weight.data = layer.q_proj.weight.data.clone()
+        with self.assertRaisesRegex(RuntimeError, "memory of its own"):
+            layer.split_kv_b()
 
 
 class TestOverlap(CustomTestCase):

@@ -170,3 +170,15 @@ def full_shape(param: nn.Parameter, shard_id: ShardId) -> tuple[int, ...]:
         parts = [shapes[part] for part in shard_id]
         return (sum(part[0] for part in parts), *parts[0][1:])
     return shapes[shard_id]
+
+
+def join_rows(*params: nn.Parameter) -> torch.Tensor:
+    """Make ``params`` [rows, K] the first rows of one new matrix [R, K], for one product; R is a multiple of 8.
+
+    Rows of zeros fill it up: libraries are slow to write rows that no 16 bytes align.
+    """
+    rows = [param.shape[0] for param in params]
+    joined = params[0].data.new_zeros(-(-sum(rows) // 8) * 8, params[0].shape[1])
+    for param, part in zip(params, joined.split([*rows, len(joined) - sum(rows)]), strict=False):
+        param.data = part
+    return joined

@@ -13,8 +13,9 @@ from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.moe.ep_moe.factory import make_experts
-from sglang.srt.layers.moe.slotted_mlp import SlottedMLP, join_rows, shared_slots
+from sglang.srt.layers.moe.slotted_mlp import SlottedMLP, shared_slots
 from sglang.srt.layers.moe.topk import TopK
+from sglang.srt.layers.weights import join_rows
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.utils.multi_stream_utils import UNPLANNED, OverlapSite, StreamOverlap
 

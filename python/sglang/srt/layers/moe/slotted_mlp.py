@@ -32,18 +32,6 @@ def shared_slots(count: int, gated: bool = False) -> SharedSlots:
     return SharedSlots(count, 1.0 / get_parallel_state().ep_size, gated) if count else NO_SHARED
 
 
-def join_rows(*params: nn.Parameter) -> torch.Tensor:
-    """Make ``params`` [rows, K] the first rows of one new matrix [R, K], for one product; R is a multiple of 8.
-
-    Rows of zeros fill it up: libraries are slow to write rows that no 16 bytes align.
-    """
-    rows = [param.shape[0] for param in params]
-    joined = params[0].data.new_zeros(-(-sum(rows) // 8) * 8, params[0].shape[1])
-    for param, part in zip(params, joined.split([*rows, len(joined) - sum(rows)]), strict=False):
-        param.data = part
-    return joined
-
-
 def describe_shared(model: nn.Module) -> dict[str, Any]:
     """Which form the shared experts of ``model`` have, for /server_info."""
     for module in model.modules():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sglang.srt.configs.deepseek import DeepseekConfig
@@ -19,6 +20,7 @@ from sglang.srt.layers.linear import (
 )
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
+from sglang.srt.layers.weights import join_rows
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 # Both published implementations give the two inner norms this epsilon, whatever rms_norm_eps says.
@@ -51,11 +53,15 @@ class DeepseekV2AttentionMLA(nn.Module):
         self.rotary_emb = rotary_emb
         hidden, bias = config.hidden_size, config.attention_bias
         q_width = config.num_attention_heads * config.qk_head_dim
+        # Where both are plain, one matrix of q_proj and kv_a_proj_with_mqa: a step of one request waits for launches.
+        self._q_and_kv_a: torch.Tensor | None = None
         if config.q_lora_rank is None:
             self.q_proj = ColumnParallelLinear(hidden, q_width, quant_config=quant_config, prefix=f"{prefix}.q_proj")
             self.kv_a_proj_with_mqa = ReplicatedLinear(
                 hidden, self.rank + self.rope, bias, quant_config, f"{prefix}.kv_a_proj_with_mqa"
             )
+            if quant_config is None and not bias:
+                self._q_and_kv_a = join_rows(self.q_proj.weight, self.kv_a_proj_with_mqa.weight)
         else:
             self.fused_qkv_a_proj_with_mqa = MergedReplicatedLinear(
                 hidden, [config.q_lora_rank, self.rank + self.rope], bias, quant_config,
@@ -83,6 +89,8 @@ class DeepseekV2AttentionMLA(nn.Module):
 
     def split_kv_b(self) -> None:
         """Name the two halves of kv_b_proj: w_kc [H, nope, R] and w_vc [H, R, v], views of the loaded weight."""
+        if self._q_and_kv_a is not None and self._q_and_kv_a.data_ptr() != self.q_proj.weight.data_ptr():
+            raise RuntimeError("q_proj.weight has got memory of its own: load it by writing into the parameter")
         per_head = self.kv_b_proj.weight.data.view(self.num_heads, self.nope + self.v_dim, self.rank)
         self.w_kc = per_head[:, : self.nope]
         self.w_vc = per_head[:, self.nope :].transpose(1, 2)
@@ -109,7 +117,10 @@ class DeepseekV2AttentionMLA(nn.Module):
 
     def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [N, heads, nope + rope] and latents beside key parts [N, R + rope], neither normed nor rotated."""
-        if self.q_lora_rank is None:
+        if self._q_and_kv_a is not None:
+            widths = (self.num_heads * (self.nope + self.rope), self.rank + self.rope)
+            q, kv_a = F.linear(hidden, self._q_and_kv_a)[:, : sum(widths)].split(widths, dim=-1)
+        elif self.q_lora_rank is None:
             q, kv_a = self.q_proj(hidden), self.kv_a_proj_with_mqa(hidden)
         else:
             q_a, kv_a = self.fused_qkv_a_proj_with_mqa(hidden).split((self.q_lora_rank, self.rank + self.rope), dim=-1)
