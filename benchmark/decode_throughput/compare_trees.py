@@ -4,11 +4,11 @@
     python benchmark/decode_throughput/compare_trees.py /tmp/old . [--batch-size 1 8 32 64] [--minutes 7] [--bar 1.03]
 
 Both engines are up at the same time, each in processes of its own tree, and take turns: within a pair both get the
-same new prompts, and the side that begins changes from pair to pair. A turn is as many batches as take about a second.
+same new prompts, and the side that begins changes from pair to pair. A turn is as many batches as take --turn-seconds, about.
 Prints for each batch size the time of the new tree over that of the old one: the geometric mean of the pairs with its
 95 % interval, and the median. Exit status 1 when the upper end of an interval is above the bar, or when tokens differ.
 The first pair warms up. With the same tree twice it shows what the machine's noise alone gives. On a busy machine
-``--measure cpu`` takes the CPU time of all processes of a side instead.
+``--measure cpu`` judges the CPU time of all processes of a side instead; the other of the two is printed too.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:  # an old tree that this file serves has no such module
     from sglang.bench_utils.paired import Ratio
 
 INPUT_LEN = OUTPUT_LEN = 64
-TURN_S = 1.0
 MAX_PAIRS = 1000
+MEASURES = ("wall", "cpu")
 FIRST_ID = 2  # below stand special tokens
 
 
@@ -97,10 +97,12 @@ class Side:
 class Size:
     """The pairs of one batch size."""
 
-    def __init__(self, batch_size: int, measure: str) -> None:
+    def __init__(self, batch_size: int, measure: str, turn_s: float) -> None:
         self.batch_size = batch_size
-        self.measured = ("wall", "cpu").index(measure)
+        self.measured = MEASURES.index(measure)
+        self.turn_s = turn_s
         self.batches_per_turn = 1
+        self.others: list[tuple[float, float]] = []  # the same by the other measure
         self.pairs: list[tuple[float, float]] = []  # seconds of a batch: old, new
         self.num_differing = 0
 
@@ -114,11 +116,13 @@ class Size:
         order = (0, 1) if number % 2 else (1, 0)
         found = {index: sides[index].run(batches) for index in order}
         self.num_differing += found[0][2] != found[1][2]
-        old, new = (found[index][self.measured] / len(batches) for index in (0, 1))
+        seconds = [[found[index][measure] / len(batches) for index in (0, 1)] for measure in range(len(MEASURES))]
+        old, new = seconds[self.measured]
         if number:
             self.pairs.append((old, new))
+            self.others.append(tuple(seconds[1 - self.measured]))
         else:
-            self.batches_per_turn = max(1, round(TURN_S / min(old, new)))
+            self.batches_per_turn = max(1, round(self.turn_s / min(old, new)))
 
     def last(self) -> str:
         """New over old in the newest pair."""
@@ -131,12 +135,15 @@ class Size:
         return paired_ratio(*zip(*self.pairs, strict=True))
 
     def line(self, bar: float) -> str:
+        from sglang.bench_utils.paired import paired_ratio
+
         ratio = self.ratio()
         rates = [self.batch_size * OUTPUT_LEN / statistics.median(times) for times in zip(*self.pairs, strict=True)]
         median = statistics.median(new / old for old, new in self.pairs)
         tokens = f"{self.num_differing} pairs WITH OTHER TOKENS" if self.num_differing else "same tokens"
         return (
-            f"batch {self.batch_size:3d}: time new/old {ratio}, median {median:.4f}, "
+            f"batch {self.batch_size:3d}: {MEASURES[self.measured]} time new/old {ratio}, median {median:.4f}, "
+            f"{MEASURES[1 - self.measured]} time {paired_ratio(*zip(*self.others, strict=True))}, "
             f"{len(self.pairs)} pairs; old {rates[0]:,.0f}, new {rates[1]:,.0f} tokens/s; {tokens}; "
             f"bar {bar}: {'met' if ratio.high <= bar else 'MISSED'}"
         )
@@ -152,7 +159,8 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--minutes", type=float, default=7.0, help="Start-up included. Default: 7.")
     parser.add_argument("--bar", type=float, default=1.03, help="For the upper end of new/old. Default: 1.03.")
-    parser.add_argument("--measure", choices=("wall", "cpu"), default="wall", help="Default: wall.")
+    parser.add_argument("--measure", choices=MEASURES, default="wall", help="Default: wall.")
+    parser.add_argument("--turn-seconds", type=float, default=1.0, help="Default: 1.")
     parser.add_argument("--checkpoint", type=Path, help="Folder for the model. Default: a temporary folder.")
     args = parser.parse_args()
     end = time.monotonic() + 60 * args.minutes
@@ -164,7 +172,7 @@ def main() -> int:
         folder = make_checkpoint(args.checkpoint or Path(temporary))
         print(f"{describe_machine()}; {INPUT_LEN} tokens in, {OUTPUT_LEN} out; {args.measure} time", flush=True)
         sides = [Side(tree, folder, max(args.batch_size)) for tree in (args.old, args.new)]
-        sizes = [Size(batch_size, args.measure) for batch_size in args.batch_size]
+        sizes = [Size(batch_size, args.measure, args.turn_seconds) for batch_size in args.batch_size]
         for number in rounds_within(MAX_PAIRS, end - time.monotonic()):
             for size in sizes:
                 size.pair(sides, CONFIG["vocab_size"], number)
