@@ -4,7 +4,7 @@
     python benchmark/decode_throughput/compare_trees.py /tmp/old . [--batch-size 1 8 32 64] [--minutes 7] [--bar 1.03]
 
 Both engines are up at the same time, each in processes of its own tree, and take turns: within a pair both get the
-same new prompts, and the side that begins changes from pair to pair. A turn is as many batches as take --turn-seconds, about.
+same new prompts, and the side that begins changes from pair to pair. A turn is as many batches as fill --turn-seconds.
 Prints for each batch size the time of the new tree over that of the old one: the geometric mean of the pairs with its
 95 % interval, and the median. Exit status 1 when the upper end of an interval is above the bar, or when tokens differ.
 The first pair warms up. With the same tree twice it shows what the machine's noise alone gives. On a busy machine
