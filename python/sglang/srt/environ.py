@@ -78,9 +78,9 @@ class Envs:
     SGLANG_OPT_USE_MULTI_STREAM_OVERLAP = EnvBool(
         True,
         section="Performance Tuning",
-        doc="DeepSeek V4: pool and choose compressed entries on a second stream beside the queries, in decode graphs "
-        "of up to 64 tokens. CUDA: on. ROCm: off unless `SGLANG_ROCM_USE_MULTI_STREAM` is set too. CPU: there are no "
-        "streams.",
+        doc="DeepSeek V4: pool and choose compressed entries on a second stream beside the queries, in decode graphs. "
+        "CUDA: for one token, where one H200 gains 1 % of a step, and nothing beyond (N). ROCm: off unless "
+        "`SGLANG_ROCM_USE_MULTI_STREAM` is set too. CPU: there are no streams.",
     )
     SGLANG_STREAM_SITES = EnvStr(
         "",
