@@ -7,7 +7,8 @@ Both engines are up at the same time, each in processes of its own tree, and tak
 same new prompts, and the side that begins changes from pair to pair. A turn is as many batches as fill --turn-seconds.
 Prints for each batch size the time of the new tree over that of the old one: the geometric mean of the pairs with its
 95 % interval, and the median. Exit status 1 when the upper end of an interval is above the bar, or when tokens differ.
-The first pair warms up. With the same tree twice it shows what the machine's noise alone gives. On a busy machine
+The first pair of a start warms up. Where memory lies differs from start to start, and with it the speed by some
+percent. With the same tree twice it shows what the machine's noise alone gives. On a busy machine
 ``--measure cpu`` judges the CPU time of all processes of a side instead; the other of the two is printed too.
 """
 
@@ -106,11 +107,11 @@ class Size:
         self.pairs: list[tuple[float, float]] = []  # seconds of a batch: old, new
         self.num_differing = 0
 
-    def pair(self, sides: list[Side], vocab: int, number: int) -> None:
-        """One turn of each side; pair 0 warms up and tells how many batches a turn has."""
+    def pair(self, sides: list[Side], vocab: int, start: int, number: int) -> None:
+        """One turn of each side; pair 0 of a start warms up and tells how many batches a turn has."""
         import numpy as np
 
-        rng = np.random.default_rng((self.batch_size, number))
+        rng = np.random.default_rng((self.batch_size, start, number))
         shape = (self.batches_per_turn, self.batch_size, INPUT_LEN)
         batches = rng.integers(FIRST_ID, vocab, size=shape).tolist()
         order = (0, 1) if number % 2 else (1, 0)
@@ -160,6 +161,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=7.0, help="Start-up included. Default: 7.")
     parser.add_argument("--bar", type=float, default=1.03, help="For the upper end of new/old. Default: 1.03.")
     parser.add_argument("--measure", choices=MEASURES, default="wall", help="Default: wall.")
+    parser.add_argument("--starts", type=int, default=3, help="Of both engines, one after the other. Default: 3.")
     parser.add_argument("--turn-seconds", type=float, default=1.0, help="Default: 1.")
     parser.add_argument("--checkpoint", type=Path, help="Folder for the model. Default: a temporary folder.")
     args = parser.parse_args()
@@ -171,14 +173,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_checkpoint(args.checkpoint or Path(temporary))
         print(f"{describe_machine()}; {INPUT_LEN} tokens in, {OUTPUT_LEN} out; {args.measure} time", flush=True)
-        sides = [Side(tree, folder, max(args.batch_size)) for tree in (args.old, args.new)]
         sizes = [Size(batch_size, args.measure, args.turn_seconds) for batch_size in args.batch_size]
-        for number in rounds_within(MAX_PAIRS, end - time.monotonic()):
-            for size in sizes:
-                size.pair(sides, CONFIG["vocab_size"], number)
-            print(f"pair {number}:", *(size.last() for size in sizes), flush=True)
-        for side in sides:
-            side.close()
+        for start in range(args.starts):
+            until = time.monotonic() + (end - time.monotonic()) / (args.starts - start)
+            sides = [Side(tree, folder, max(args.batch_size)) for tree in (args.old, args.new)]
+            for number in rounds_within(MAX_PAIRS, until - time.monotonic()):
+                for size in sizes:
+                    size.pair(sides, CONFIG["vocab_size"], start, number)
+                print(f"pair {number}:", *(size.last() for size in sizes), flush=True)
+            for side in sides:
+                side.close()
     for size in sizes:
         print(size.line(args.bar), flush=True)
     return int(any(size.ratio().high > args.bar or size.num_differing for size in sizes))
