@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
@@ -89,7 +90,9 @@ class GuidanceBackend:
         except Exception as error:
             raise GrammarError(f"llguidance cannot use this tokenizer: {error}") from None
         self._limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
-        self._executor = llguidance.LLExecutor()
+        # By itself the library takes four fifths of the cores, rounded down: of two one, and masks come one by one.
+        cores = len(os.sched_getaffinity(0))
+        self._executor = llguidance.LLExecutor(num_threads=cores if cores < 5 else None)
         self.num_words = -(-vocab_size // 32)
         # Bits of the tokens that are no text, the end of the sequence among them.
         self._special: np.ndarray = np.zeros(self.num_words, np.uint32)
