@@ -6,24 +6,19 @@ A step with penalties, a bias, a mask or log-probabilities is drawn eagerly: wha
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from sglang.srt.distributed import get_world_group
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.bucket_graphs import Body, BucketGraphs
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
-from sglang.srt.model_executor.graph_check import GraphCheck
 from sglang.srt.model_executor.model_runner import StepForward
-from sglang.srt.model_executor.runner_build import advance
-from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.speculative.eagle_worker import Accepted, EagleWorker
+from sglang.srt.speculative.proven_graphs import BodyOf, capture_proven, prove_replay
 from sglang.srt.speculative.spec_buffers import SpecBuffers
 
 GREEDY_ACCEPT, DRAWN_ACCEPT = "greedy accept", "drawn accept"
@@ -72,11 +67,7 @@ class AcceptGraphs:
     def capture(self) -> None:
         """Record and prove every bucket; the pools must be empty, and stay so."""
         for name, graphs in self.kinds.items():
-            body_of = partial(self.body, name == GREEDY_ACCEPT)
-            with tqdm(total=len(graphs.buckets), desc=f"Capturing {name} graphs", unit="graph") as bar:
-                graphs.capture_all(body_of, current_platform.create_graph, partial(advance, bar))
-            self.prove(graphs, body_of)
-            self._runner.draft_graphs[name] = graphs
+            capture_proven(self._runner, graphs, partial(self.body, name == GREEDY_ACCEPT), self.prove)
 
     def body(self, greedy: bool, bucket: int) -> Body[Verdict]:
         """Draw and judge what the verify graph of ``bucket`` has left, for the host, the next step and the draft."""
@@ -128,32 +119,12 @@ class AcceptGraphs:
         found = graphs.run(step.bucket).first(step.batch_size)
         return Accepted(found.drawn, found.num_new, found.told, step.bucket)
 
-    def prove(self, graphs: BucketGraphs[Verdict], body_of: Callable[[int], Body[Verdict]]) -> None:
+    def prove(self, graphs: BucketGraphs[Verdict], body_of: BodyOf) -> None:
         """Refuse each bucket whose replay is not what its body does, for drafts of which some are accepted."""
-
-        def proved(run: Callable[[int], Any]) -> Callable[[ModelWorkerBatch, int], tuple[torch.Tensor, ...]]:
-            def outputs(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
-                self._fill_at_random(batch, bucket)
-                given: tuple[torch.Tensor, ...] = run(bucket).first(batch.batch_size).tensors()
-                # All of the hidden rows: padding must be finite.
-                return (*given, self._buffers.num_tokens, self._buffers.num_rows, self._buffers.step_hidden)
-
-            return outputs
-
-        runner = self._runner
-        GraphCheck(
-            graphs,
-            self._verify.kind,
-            proved(lambda bucket: body_of(bucket)()),
-            proved(graphs.run),
-            runner.last_token,
-            runner.req_to_token_pool,
-            runner.pools,
-            runner.model_config.vocab_size,
-            runner.relay,
-            writes_table=False,
-            window=runner.memory.window,
-        ).run()
+        buffers = self._buffers
+        # All of the hidden rows: padding must be finite.
+        left = (buffers.num_tokens, buffers.num_rows, buffers.step_hidden)
+        prove_replay(self._runner, graphs, self._verify.kind, body_of, self._fill_at_random, left)
 
     def _fill_at_random(self, batch: ModelWorkerBatch, bucket: int) -> None:
         """The same verify step for the same bucket, as its graph would leave it for the requests of ``batch``."""

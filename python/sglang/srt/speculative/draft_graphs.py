@@ -6,24 +6,21 @@ Both find lengths and slots in device memory: how many tokens a step gave is kno
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from sglang.srt.distributed import get_parallel_state, get_world_group
 from sglang.srt.model_executor.bucket_graphs import Body, BucketGraphs
 from sglang.srt.model_executor.capture_lint import HostOnly
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
-from sglang.srt.model_executor.graph_check import GraphCheck
 from sglang.srt.model_executor.model_runner import ModelRunner, StepForward, place_rows
-from sglang.srt.model_executor.runner_build import advance
-from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.speculative.eagle_worker import Accepted
 from sglang.srt.speculative.mtp_drafter import ChainStart, Drafts, MtpDrafter
+from sglang.srt.speculative.proven_graphs import BodyOf, capture_proven, prove_replay
 from sglang.srt.speculative.spec_buffers import SpecBuffers
 from sglang.srt.speculative.spec_info import SpecInfo
 
@@ -56,41 +53,13 @@ class DraftGraphs:
     @torch.inference_mode()
     def capture(self) -> None:
         """Record and prove every bucket; the pools must be empty, and stay so."""
-        self._capture(self.extend_graphs, self.extend_body)
+        capture_proven(self._runner, self.extend_graphs, self.extend_body, self.prove)
         for name, graphs in self.chains.items():
-            self._capture(graphs, partial(self.chain_body, name == GREEDY))
+            capture_proven(self._runner, graphs, partial(self.chain_body, name == GREEDY), self.prove)
 
-    def _capture(self, graphs: BucketGraphs[Any], body_of: Callable[[int], Body[Any]]) -> None:
-        with tqdm(total=len(graphs.buckets), desc=f"Capturing {graphs.name} graphs", unit="graph") as bar:
-            graphs.capture_all(body_of, current_platform.create_graph, lambda bucket: advance(bar, bucket))
-        self.prove(graphs, body_of)
-        self._runner.draft_graphs[graphs.name] = graphs
-
-    def prove(self, graphs: BucketGraphs[Any], body_of: Callable[[int], Body[Any]]) -> None:
+    def prove(self, graphs: BucketGraphs[Any], body_of: BodyOf) -> None:
         """Refuse each bucket whose replay is not what its body does, on scattered slots with poisoned padding."""
-
-        def proved(run: Callable[[int], Any]) -> Callable[[ModelWorkerBatch, int], tuple[torch.Tensor, ...]]:
-            def outputs(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
-                self._fill_at_random(batch, bucket)
-                given: tuple[torch.Tensor, ...] = run(bucket).first(batch.batch_size).tensors()
-                return given
-
-            return outputs
-
-        runner = self._runner
-        GraphCheck(
-            graphs,
-            self._spec.verify,
-            proved(lambda bucket: body_of(bucket)()),
-            proved(graphs.run),
-            runner.last_token,
-            runner.req_to_token_pool,
-            runner.pools,
-            runner.model_config.vocab_size,
-            runner.relay,
-            writes_table=False,
-            window=runner.memory.window,
-        ).run()
+        prove_replay(self._runner, graphs, self._spec.verify, body_of, self._fill_at_random)
 
     def extend_body(self, bucket: int) -> Body[ChainStart]:
         """The layer over all rows of a verify step; a chain starts at the last that counts."""

@@ -101,8 +101,9 @@ class EagleWorker:
         rows, faults = fb.req_pool_indices, output.row_faults.to(torch.int64)
         drawn = drawn.to(torch.int64).view(fb.batch_size, -1)
         verified = fb.kind == self.spec.verify
-        num_new = num_new_tokens(drawn, self._relay.drafts.index_select(0, rows)) if verified else None
-        if num_new is None:
+        if verified:
+            num_new = num_new_tokens(drawn, self._relay.drafts.index_select(0, rows))
+        else:
             num_new = torch.ones_like(drawn[:, 0])
         if self._group.size > 1:
             parts = (drawn, num_new, faults)

@@ -100,8 +100,8 @@ def _edit_marked(
 def allow_torch(logits: Tensor, allowed: Tensor) -> Tensor:
     """-inf for ids that are not allowed; allowed [B, ceil(V / 32)] int32: bit i % 32 of word i // 32 is id i."""
     vocab = logits.shape[1]
-    if allowed.device.type == "cpu":  # where numpy takes half the time; hosts keep the lowest byte of a word first
-        words = np.ascontiguousarray(~allowed.numpy()).view(np.uint8)
+    if allowed.device.type == "cpu":  # where numpy takes half the time
+        words = np.ascontiguousarray(~allowed.numpy(), dtype="<i4").view(np.uint8)
         forbidden = torch.from_numpy(np.unpackbits(words, axis=1, count=vocab, bitorder="little")).view(torch.bool)
     else:
         bits = (allowed.unsqueeze(2) >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
