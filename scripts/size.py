@@ -21,7 +21,7 @@ AIM_FUNCTION_LINES = 60
 # Most lines of each package of the product. A change that needs more raises the number here, and says why.
 BUDGETS = {
     "sglang/*.py": 850,
-    "sglang/bench_utils": 1_350,
+    "sglang/bench_utils": 1_400,  # two trees are compared by one process class
     "sglang/cli": 100,
     "sglang/embedded_models": 50,
     "sglang/kernels": 10_400,

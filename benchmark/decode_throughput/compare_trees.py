@@ -18,15 +18,15 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # an old tree that this file serves has no such module
+if TYPE_CHECKING:  # an old tree that this file serves has no such modules
     from sglang.bench_utils.paired import Ratio
+    from sglang.bench_utils.tree_process import TreeProcess
 
 INPUT_LEN = OUTPUT_LEN = 64
 MAX_PAIRS = 1000
@@ -61,40 +61,6 @@ def serve(folder: str, max_batch: int) -> None:
             print(json.dumps(answer), file=answers, flush=True)
 
 
-class Side:
-    """The engine of one tree."""
-
-    def __init__(self, tree: Path, folder: Path, max_batch: int) -> None:
-        paths = [str(tree.resolve() / "python"), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        command = [sys.executable, __file__, "--serve", str(folder), str(max_batch)]
-        self.process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        found = Path(self._answer())
-        if tree.resolve() not in found.parents:
-            raise RuntimeError(f"the engine of {tree} was imported from {found}")
-
-    def run(self, batches: list[list[list[int]]]) -> tuple[float, float, list[list[list[int]]]]:
-        """(seconds, CPU seconds, output ids)"""
-        assert self.process.stdin is not None
-        print(json.dumps(batches), file=self.process.stdin, flush=True)
-        seconds, cpu_seconds, ids = self._answer()
-        return seconds, cpu_seconds, ids
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(60)
-
-    def _answer(self) -> Any:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the side ended with status {self.process.wait()}")
-        return json.loads(line)
-
-
 class Size:
     """The pairs of one batch size."""
 
@@ -107,7 +73,7 @@ class Size:
         self.pairs: list[tuple[float, float]] = []  # seconds of a batch: old, new
         self.num_differing = 0
 
-    def pair(self, sides: list[Side], vocab: int, start: int, number: int) -> None:
+    def pair(self, sides: list[TreeProcess], vocab: int, start: int, number: int) -> None:
         """One turn of each side; pair 0 of a start warms up and tells how many batches a turn has."""
         import numpy as np
 
@@ -168,6 +134,7 @@ def main() -> int:
     end = time.monotonic() + 60 * args.minutes
     from sglang.bench_utils.metrics import describe_machine
     from sglang.bench_utils.paired import rounds_within
+    from sglang.bench_utils.tree_process import TreeProcess
     from sglang.test.bench_checkpoint import CONFIG, make_checkpoint
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -176,7 +143,8 @@ def main() -> int:
         sizes = [Size(batch_size, args.measure, args.turn_seconds) for batch_size in args.batch_size]
         for start in range(args.starts):
             until = time.monotonic() + (end - time.monotonic()) / (args.starts - start)
-            sides = [Side(tree, folder, max(args.batch_size)) for tree in (args.old, args.new)]
+            command = [__file__, "--serve", str(folder), str(max(args.batch_size))]
+            sides = [TreeProcess(tree, command) for tree in (args.old, args.new)]
             for number in rounds_within(MAX_PAIRS, until - time.monotonic()):
                 for size in sizes:
                     size.pair(sides, CONFIG["vocab_size"], start, number)
