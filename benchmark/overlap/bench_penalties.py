@@ -40,7 +40,7 @@ class Rounds:
             params = SamplingParams(temperature=0.0, max_new_tokens=self._steps + 8, ignore_eos=True, **edits)
             prompt = [3 + (self._number * 31 + index * 7 + i) % 200 for i in range(24)]
             engine.submit(f"{self._number}-{index}", prompt, params)
-        while len(engine.scheduler.running) < self._batch_size:
+        while len(engine.scheduler.running_reqs) < self._batch_size:
             engine.step()
         engine.step()
         current_platform.synchronize()
@@ -49,7 +49,7 @@ class Rounds:
             engine.step()
         current_platform.synchronize()
         taken = self._clock() - began
-        assert len(engine.scheduler.running) == self._batch_size
+        assert len(engine.scheduler.running_reqs) == self._batch_size
         engine.run()
         return taken
 

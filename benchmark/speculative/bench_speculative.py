@@ -78,7 +78,7 @@ def cycles_ms(engine: EngineHarness, size: int, args: argparse.Namespace, seed: 
         engine.submit(f"{seed} {number}", prompt, params)
     metrics = engine.scheduler.metrics
     begun = metrics.num_decode_steps
-    while metrics.num_decode_steps < begun + WARM_UP or len(engine.scheduler.running) < size:
+    while metrics.num_decode_steps < begun + WARM_UP or len(engine.scheduler.running_reqs) < size:
         engine.step()
     tokens = metrics.num_generated_tokens
     _, seconds = timed(lambda: [engine.step() for _ in range(args.cycles)])

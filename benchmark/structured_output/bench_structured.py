@@ -45,7 +45,7 @@ def serve(engine: EngineHarness, grammar: str | None, seed: int, args: argparse.
     engine.results.clear()
     for number, prompt in enumerate(prompts.tolist()):
         engine.submit(f"{seed} {number}", prompt, params, grammar=grammar)
-    while len(engine.scheduler.running) < args.batch_size:
+    while len(engine.scheduler.running_reqs) < args.batch_size:
         engine.step()
     began, cpu = time.perf_counter(), time.process_time()
     results = engine.run()

@@ -10,7 +10,7 @@ from unittest import mock
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.distributed import get_tp_group, override_parallel_state
 from sglang.srt.environ import envs
-from sglang.srt.managers.dp_sync import StepAgreement
+from sglang.srt.managers.dp_sync import DpStepSync
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.draft_graphs import DRAWN, EXTEND, GREEDY
@@ -41,7 +41,7 @@ class RankEngine:
             self.engine = EngineHarness(folder, **{**SIZES, "max_running_requests": 6, **many, **settings})
         self.group = self.state.attn_dp_rank
         if groups > 1:
-            self.engine.scheduler.sync = StepAgreement(self.state, self.engine.runner.graph_bucket)
+            self.engine.scheduler.sync = DpStepSync(self.state, self.engine.runner.graph_bucket)
 
     def serve(self, asked: Sequence[Mapping[str, Asked]]) -> dict[str, list[int]]:
         """Tokens of the requests of this rank's group, by name; ``asked`` are those of every group.

@@ -122,7 +122,7 @@ class SpecMatrix:
             )
             harness.submit(rid, prompt, params)
         if aborted:
-            while not harness.scheduler.running:
+            while not harness.scheduler.running_reqs:
                 harness.step()
             harness.step()
             harness.inbox += [AbortReq(rid=rid) for rid in aborted]

@@ -12,7 +12,7 @@ import torch
 
 from sglang.srt.distributed import ParallelState, ProcessGroupHandle
 from sglang.srt.managers.dp_routing import LoadBalancer
-from sglang.srt.managers.dp_sync import ANY_BUCKET, NO_BUCKET, StepAgreement, agree
+from sglang.srt.managers.dp_sync import ANY_BUCKET, NO_BUCKET, DpStepSync, agree
 from sglang.srt.managers.io_struct import AbortReq, ShutdownReq
 from sglang.srt.managers.process_launch import LaunchError, _check_devices, rank_places
 from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch, StepKind
@@ -96,7 +96,7 @@ class Group:
             check(deep),
         )[1]
         buckets = {rows: 4 if rows <= 4 else 8 for rows in range(1, 9) if rows != 5}
-        self.scheduler.sync = StepAgreement(ParallelState(world, ProcessGroupHandle()), buckets.get)
+        self.scheduler.sync = DpStepSync(ParallelState(world, ProcessGroupHandle()), buckets.get)
         self.rank = rank
         self.seen: list[tuple[list[int] | None, int | None, list[int] | None]] = []
         self.own: list[tuple[ForwardMode, int, int]] = []

@@ -199,7 +199,7 @@ class TestEnds(GrammarCase):
         self.submit("broken", "word")
         self.submit("fine", "word")
         self.harness.step()
-        broken = next(req for req in self.harness.scheduler.running if req.rid == "broken")
+        broken = next(req for req in self.harness.scheduler.running_reqs if req.rid == "broken")
         broken.grammar.matcher.consume_token(self.encode("!")[0])
         results = self.harness.run()
         self.assertEqual(

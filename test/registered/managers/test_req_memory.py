@@ -95,7 +95,7 @@ class TestStepsOfManyTokens(CustomTestCase):
 
     def check_owners(self, memory: ReqMemory, running: list[Req]) -> None:
         own = [
-            memory.req_pool.read(req.req_pool_idx, req.tree_len, req.kv_allocated_len)
+            memory.req_pool.read(req.req_pool_idx, req.cache_protected_len, req.kv_allocated_len)
             for req in running
             if req.req_pool_idx is not None
         ]
@@ -138,7 +138,7 @@ class TestStepsOfManyTokens(CustomTestCase):
                 req = admitted(memory, "b", [1, 2, 3, 9, 9])
                 self.assertEqual((req.own_start, len(req.kept_slots)), (cached, kept))
                 slots = memory.req_pool.read(req.req_pool_idx, 0, 5).tolist()
-                shared = memory.tree.path_slots(req.node).tolist()
+                shared = memory.tree.path_slots(req.last_node).tolist()
                 self.assertEqual([i for i in range(5) if slots[i] != shared[i]], [2] if kept else [])
                 self.check_owners(memory, [req])
                 memory.release(req, cache=True)

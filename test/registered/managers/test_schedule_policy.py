@@ -22,7 +22,7 @@ def request(seq_len: int, computed: int = 0, left: int = 10) -> SimpleNamespace:
         kv_committed_len=computed,
         kv_allocated_len=computed,
         new_tokens_left=left,
-        snapshot_at=0,
+        state_boundary=0,
     )
 
 
@@ -101,28 +101,28 @@ class TestPrefillPlanner(CustomTestCase):
     def test_a_prompt_that_ends_leaves_slots_for_the_drafts_behind_it(self) -> None:
         for free, ends in ((20, [16]), (24, [20]), (28, [22])):
             planner = self.planner(free, [], chunk=40, step_width=4, step_ahead=2)
-            self.assertTrue(planner.add_partial(request(22)))
+            self.assertTrue(planner.add_chunked(request(22)))
             self.assertEqual(planner.ends, ends, f"{free} slots")
             self.assertLessEqual(planner.taken(), free)
 
     def test_a_begun_prompt_keeps_room_for_its_rest_and_its_output(self) -> None:
         planner = self.planner(1000, [])
-        self.assertTrue(planner.add_partial(request(50, computed=8, left=30)))
+        self.assertTrue(planner.add_chunked(request(50, computed=8, left=30)))
         self.assertEqual(planner.ends, [24], "one chunk of 16")
         self.assertEqual(planner._room[FULL], 1000 - (42 + 30 + 4))
         self.assertEqual(planner.taken(), 16)
 
     def test_it_takes_what_no_other_begun_prompt_took(self) -> None:
         planner = self.planner(24, [], chunk=40)
-        self.assertTrue(planner.add_partial(request(16)))
-        self.assertTrue(planner.add_partial(request(30, computed=2)))
+        self.assertTrue(planner.add_chunked(request(16)))
+        self.assertTrue(planner.add_chunked(request(30, computed=2)))
         self.assertEqual(planner.ends, [16, 12], "8 of 24 slots, and the rest of its own page")
         self.assertEqual(planner.taken(), 24)
-        self.assertFalse(planner.add_partial(request(30, computed=4)))
+        self.assertFalse(planner.add_chunked(request(30, computed=4)))
 
     def test_the_scarcest_unit_limits_a_step_and_its_own_need_a_request(self) -> None:
         planner = self.planner(1000, [], companions=[ScarceWindow(14)])
-        self.assertTrue(planner.add_partial(request(50, computed=8, left=30)))
+        self.assertTrue(planner.add_chunked(request(50, computed=8, left=30)))
         self.assertEqual(planner.ends, [20], "three pages of window tokens, not a chunk of 16")
         self.assertEqual(planner._room, {FULL: 1000 - (42 + 30 + 4), SWA: 14 - 12})
         running = [request(8, 8, left=20), request(8, 8, left=0)]

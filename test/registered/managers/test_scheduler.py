@@ -268,7 +268,7 @@ class TestEdges(CustomTestCase):
             setup.channel.inbox.append(request("a", list(range(8, 20)), max_new=30))
             for _ in range(3):
                 setup.turn()
-            held = setup.scheduler.running[0].kv_committed_len
+            held = setup.scheduler.running_reqs[0].kv_committed_len
             self.assertEqual(setup.scheduler.load()["num_used_tokens"], -(-held // page) * page)
 
     def test_counters_of_tokens(self) -> None:

@@ -188,9 +188,9 @@ class TestOneFault(CustomTestCase):
         prompt = [8 + i % 30 for i in range(37)]
         setup, worker = make(chunk=8)
         self.ask(setup, "hit", prompt, 30)
-        while not setup.scheduler.running:
+        while not setup.scheduler.running_reqs:
             setup.turn()
-        setup.scheduler._retract(setup.scheduler.running[0], setup.scheduler.running)
+        setup.scheduler._retract(setup.scheduler.running_reqs[0], setup.scheduler.running_reqs)
         self.assertGreater(setup.memory.tree.match_prefix(prompt).kv_len, 30)
         worker.strike = lambda req, start, end: True
         setup.run()
@@ -347,7 +347,7 @@ class TestFences(CustomTestCase):
             rows.append(params)
         for message in setup.channel.receive(wait=False):
             setup.scheduler._handle(message)
-        forbidden = [req.sampling_row().stop_ids for req in setup.scheduler.waiting]
+        forbidden = [req.sampling_row().stop_ids for req in setup.scheduler.waiting_queue]
         self.assertEqual(forbidden, [[3, 7, 11], [], [3, 5, 7, 11], [5]])
 
 

@@ -117,7 +117,7 @@ class TestSeveralTokens(CustomTestCase):
 
     def test_what_was_not_accepted_is_given_back(self) -> None:
         setup = self.setup_wide([[1, 2]], [[0, 0]], return_logprob=False)
-        req = setup.scheduler.running[0]
+        req = setup.scheduler.running_reqs[0]
         before = req.kv_committed_len
         setup.turn()
         self.assertEqual((req.kv_committed_len, req.kv_allocated_len), (before + 2, before + 4))
@@ -125,7 +125,7 @@ class TestSeveralTokens(CustomTestCase):
 
     def test_each_token_has_the_log_probability_of_its_row(self) -> None:
         setup = self.setup_wide([[1, 2, 3]], [[0, 0, 0]])
-        req = setup.scheduler.running[0]
+        req = setup.scheduler.running_reqs[0]
         req.return_logprob = True
         setup.turn()
         self.assertEqual((req.output_logprobs.logprobs, req.output_logprobs.ids), ([-1.0, -2.0, -3.0], [1, 2, 3]))

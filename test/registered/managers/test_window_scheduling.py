@@ -39,9 +39,9 @@ class TestWindowTraffic(CustomTestCase):
         )  # fmt: skip
 
         def counting_retract(scheduler: Scheduler, other_tokens: int) -> None:
-            before = len(scheduler.running)
+            before = len(scheduler.running_reqs)
             retract(scheduler, other_tokens)
-            counts["retracted"] += before - len(scheduler.running)
+            counts["retracted"] += before - len(scheduler.running_reqs)
 
         def counting_evict(companion: WindowCompanion, num_pages: int) -> int:
             counts["tombstones"] += (count := evict(companion, num_pages))

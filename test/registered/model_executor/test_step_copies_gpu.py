@@ -74,7 +74,7 @@ class TestStepCopies(CustomTestCase):
             for _ in range(NUM_STEPS):
                 engine.step()
             torch.cuda.synchronize()
-        self.assertEqual(len(engine.scheduler.running), len(batch))
+        self.assertEqual(len(engine.scheduler.running_reqs), len(batch))
         engine.run()
         engine.results.clear()
         return copies(recorded.events())

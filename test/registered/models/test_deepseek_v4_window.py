@@ -41,7 +41,7 @@ class TestDeepseekV4Window(WindowCase):
             engine.submit(rid, window_prompts()[rid], params)
         for _ in range(4):
             engine.step()
-        req = next(req for req in engine.scheduler.running if req.rid == "first")
+        req = next(req for req in engine.scheduler.running_reqs if req.rid == "first")
         last = engine.memory.req_pool.read(req.req_pool_idx, 512, 513).numpy() // 256
         engine.memory.allocator.window.take_back(last)
         before = len(req.output_ids)

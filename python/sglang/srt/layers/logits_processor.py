@@ -37,7 +37,7 @@ class LogitsProcessorOutput:
 
     next_token_logits: torch.Tensor
     prompt_logprobs: list[tuple[int, RowLogprobs]] = field(default_factory=list)
-    # Filled by the sampler: a RowFault or 0 for each row [B] int64, and what was asked about the drawn tokens.
+    # Filled by the sampler: a RowFault or 0 for each row [B] int64, and what was asked about the sampled tokens.
     row_faults: torch.Tensor | None = None
     row_logprobs: RowLogprobs | None = None
 
@@ -55,7 +55,7 @@ class LogitsProcessorOutput:
 
     @property
     def next_token_logprobs(self) -> torch.Tensor | None:
-        """Log-probabilities of the drawn tokens: [B] float32, None where no row asked."""
+        """Log-probabilities of the sampled tokens: [B] float32, None where no row asked."""
         return None if self.row_logprobs is None else self.row_logprobs.token
 
     @property

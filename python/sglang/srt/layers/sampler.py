@@ -25,9 +25,9 @@ _aiter_greedy_sample: Callable[[torch.Tensor, torch.Tensor], None] | None = None
 class Sampler(torch.nn.Module):
     """Chooses the next token of each row.
 
-    A row from which nothing can be sampled gets a ``RowFault`` in ``logits_output.row_faults``: its logits, or those
-    that it is drawn from, hold NaN, +inf or nothing finite, or the kernel's answer is no token id. An id in range then
-    stands in its place for the device's sake, and the scheduler ends that request with an error.
+    A row from which nothing can be sampled gets a ``RowFault`` in ``logits_output.row_faults``: its logits (raw or
+    edited) contain NaN or +inf, none of them is finite, or the kernel returned a value that is not a token id. Such a
+    row gets some id in range, so that the device can go on, and the scheduler ends its request with an error.
     """
 
     def __init__(self) -> None:
@@ -45,15 +45,15 @@ class Sampler(torch.nn.Module):
     ) -> torch.Tensor:
         """``next_token_ids`` [B] from ``logits_output.next_token_logits`` [B, V] float; int64, AITER's are int32.
 
-        ``positions`` [B] int64 is the index in its sequence of the token to be drawn; needed unless all rows are
+        ``positions`` [B] int64 is the index in its sequence of the token to be sampled; needed unless all rows are
         greedy. With ``return_logprob`` the output's ``row_logprobs`` are natural-log probabilities under the model's
         own distribution (before penalties and temperature). Nothing here waits for the device.
         """
         raw = logits_output.next_token_logits
         plain = sampling_info.is_all_greedy and sampling_info.edits is None and sampling_info.vocab_mask is None
-        drawn, faults = _greedy(raw) if plain else _draw(raw, sampling_info, positions)
-        ids = drawn.clamp(0, raw.shape[-1] - 1)
-        bad_ids = torch.where(drawn == ids, 0, int(RowFault.TOKEN_ID))
+        sampled, faults = _greedy(raw) if plain else _draw(raw, sampling_info, positions)
+        ids = sampled.clamp(0, raw.shape[-1] - 1)
+        bad_ids = torch.where(sampled == ids, 0, int(RowFault.TOKEN_ID))
         logits_output.row_faults = torch.where(faults == 0, bad_ids, faults)
         if return_logprob:
             logprobs = torch.log_softmax(raw.float(), dim=-1)

@@ -107,11 +107,11 @@ class ReqMemory:
         prefix = match.slot_ids.numel()
         if prefix:
             self.req_pool.write(row, 0, match.slot_ids)
-        req.req_pool_idx, req.node = row, match.node
-        req.kv_committed_len = req.kv_allocated_len = req.tree_len = prefix
+        req.req_pool_idx, req.last_node = row, match.node
+        req.kv_committed_len = req.kv_allocated_len = req.cache_protected_len = prefix
         # What a retracted request finds again may be its own.
         req.own_start = min(req.own_start, prefix) if req.num_retractions else prefix
-        req.snapshot_at = match.kv_len if match.kv_len > prefix and self._ends_matter else 0
+        req.state_boundary = match.kv_len if match.kv_len > prefix and self._ends_matter else 0
         req.cached_tokens = max(req.cached_tokens, prefix) if req.num_retractions == 0 else req.cached_tokens
 
     def extend(self, reqs: list[Req], ends: list[int]) -> torch.Tensor | None:
@@ -209,7 +209,7 @@ class ReqMemory:
         for companion in self._limits:
             read = partial(self.req_pool.read, self._row(req))
             known = min(req.kv_committed_len, req.seq_len - 1)
-            companion.advance(req.held[companion.unit], known, req.tree_len, read)
+            companion.advance(req.held[companion.unit], known, req.cache_protected_len, read)
 
     def share_prefix(self, req: Req) -> None:
         """Cache what a running request has computed, so that others can use it, and lock it for this one.
@@ -218,16 +218,16 @@ class ReqMemory:
         drafts: that stays beside the cached one until release.
         """
         num_tokens = self.tree.aligned(req.kv_committed_len)
-        assert req.node is not None
-        if self.tree.disable or num_tokens <= req.tree_len or req.node.withdrawn:
+        assert req.last_node is not None
+        if self.tree.disable or num_tokens <= req.cache_protected_len or req.last_node.withdrawn:
             return
         row = self._row(req)
         tokens, slots = req.token_ids[:num_tokens], self.req_pool.read(row, 0, num_tokens)
         result = self.tree.insert(tokens, slots)
         for companion in self.tree.companions:
             companion.on_insert(result, req.kv_committed_len, req.held[companion.unit])
-        if result.prefix_len > req.tree_len:
-            twice, cached = slots[req.tree_len : result.prefix_len], self.tree.path_slots(result.node)
+        if result.prefix_len > req.cache_protected_len:
+            twice, cached = slots[req.cache_protected_len : result.prefix_len], self.tree.path_slots(result.node)
             if self._own_last_row:
                 cached[result.prefix_len - 1] = twice[-1]
                 req.kept_slots.append(int(twice[-1]))
@@ -235,16 +235,16 @@ class ReqMemory:
             self.allocator.free(twice)
             self.req_pool.write(row, 0, cached)
         self.tree.inc_lock_ref(result.node)
-        self.tree.dec_lock_ref(req.node)
-        req.node, req.tree_len = result.node, num_tokens
+        self.tree.dec_lock_ref(req.last_node)
+        req.last_node, req.cache_protected_len = result.node, num_tokens
 
     def withdraw(self, req: Req) -> None:
         """Take out of the prefix cache what was computed for a request whose step turned out not to be sound.
 
         Requests that stand on it already go on, each judged by its own steps, and cache nothing.
         """
-        assert req.node is not None
-        self.tree.withdraw(req.node, req.own_start)
+        assert req.last_node is not None
+        self.tree.withdraw(req.last_node, req.own_start)
 
     def release(self, req: Req, cache: bool) -> None:
         """Take back all that the request holds; with ``cache`` its computed tokens stay in the prefix cache.
@@ -254,24 +254,27 @@ class ReqMemory:
         """
         if req.req_pool_idx is None:
             return
-        assert req.node is not None
+        assert req.last_node is not None
         slots = self.req_pool.read(req.req_pool_idx, 0, req.kv_allocated_len)
-        if cache and not req.node.withdrawn:
+        if cache and not req.last_node.withdrawn:
             num_tokens = self.tree.aligned(min(req.kv_committed_len, req.seq_len - 1))
             result = self.tree.insert(req.token_ids[:num_tokens], slots[:num_tokens])
-            surplus = [slots[req.tree_len : max(req.tree_len, result.prefix_len)], slots[result.cached_len :]]
+            surplus = [
+                slots[req.cache_protected_len : max(req.cache_protected_len, result.prefix_len)],
+                slots[result.cached_len :],
+            ]
             self.allocator.free(torch.cat(surplus))
         else:
-            self.allocator.free(slots[req.tree_len :])
+            self.allocator.free(slots[req.cache_protected_len :])
         if req.kept_slots:
             self.allocator.free(torch.tensor(req.kept_slots))
             req.kept_slots.clear()
-        self.tree.dec_lock_ref(req.node)
+        self.tree.dec_lock_ref(req.last_node)
         self.req_pool.free(req.req_pool_idx)
         for companion in self.tree.companions:
             companion.release(req.held.pop(companion.unit))
-        req.req_pool_idx = req.node = None
-        req.kv_committed_len = req.kv_allocated_len = req.tree_len = req.snapshot_at = 0
+        req.req_pool_idx = req.last_node = None
+        req.kv_committed_len = req.kv_allocated_len = req.cache_protected_len = req.state_boundary = 0
 
     def check_idle(self, deep: bool) -> None:
         """Raise PoolLeakError (or RadixIntegrityError) unless every slot is free or cached and nothing is locked.

@@ -57,9 +57,9 @@ REFUSED_FIELDS: dict[str, str] = {
     **dict.fromkeys(("bootstrap_host", "bootstrap_port", "bootstrap_room", "kv_transfer_params"), _SPLIT),
     # Other ways to choose tokens.
     "stop_regex": "stops are strings (stop) or token ids (stop_token_ids)",
-    "use_beam_search": "tokens are drawn one by one",
-    "length_penalty": "it belongs to beam search, and tokens are drawn one by one",
-    "early_stopping": "it belongs to beam search, and tokens are drawn one by one",
+    "use_beam_search": "tokens are sampled one by one",
+    "length_penalty": "it belongs to beam search, and tokens are sampled one by one",
+    "early_stopping": "it belongs to beam search, and tokens are sampled one by one",
     "thinking_token_budget": "thought is not told from answer",
     "repetition_detection": "only stop conditions end an answer early",
     # Tools and other kinds of answer.

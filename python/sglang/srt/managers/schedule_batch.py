@@ -21,12 +21,16 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingR
 class Req:
     """One request, owned and changed by the scheduler alone.
 
-    Lengths, all in tokens: ``seq_len`` of prompt and output so far; ``kv_committed_len`` of them have KV (and state) in
-    the pools, or will have once the steps that are launched have run; the request has slots for the first
-    ``kv_allocated_len``, of which those past the committed ones hold nothing of use; the first ``tree_len`` lie in
-    slots that the prefix cache owns and this request locks, except for ``kept_slots``, its own. All past ``own_start``
-    was computed for this request, not found in the cache. At most ``num_in_flight`` tokens are being drawn and not
-    known yet.
+    All lengths are in tokens:
+
+    - ``seq_len``: prompt and output so far.
+    - ``kv_committed_len``: the first tokens that have KV (and state) in the pools, or will have it when the launched
+      steps have run.
+    - ``kv_allocated_len``: the first tokens that have slots; slots past the committed tokens hold nothing of use.
+    - ``cache_protected_len``: the first tokens whose slots the prefix cache owns and this request locks, except for
+      ``kept_slots``, which belong to the request.
+    - ``own_start``: tokens from here on were computed for this request and not found in the cache.
+    - ``num_in_flight``: most tokens that launched steps may add and that the host does not know yet.
     """
 
     def __init__(self, message: TokenizedGenerateReqInput, seed: int, stop_ids: frozenset[int]) -> None:
@@ -56,15 +60,15 @@ class Req:
         self.req_pool_idx: int | None = None
         # By unit, what it holds of what the companions of the prefix cache hand out.
         self.held: dict[str, Any] = {}
-        self.node: TreeNode | None = None
+        self.last_node: TreeNode | None = None
         self.kv_committed_len = 0
         self.kv_allocated_len = 0
-        self.tree_len = 0
+        self.cache_protected_len = 0
         self.own_start = 0
         self.kept_slots: list[int] = []
         self.num_in_flight = 0
         # Hybrid models: end a prefill chunk here, where KV is known but no state snapshot is.
-        self.snapshot_at = 0
+        self.state_boundary = 0
         # Reported to the client.
         self.cached_tokens = 0
         self.num_retractions = 0
@@ -114,7 +118,7 @@ class Req:
         return np.concatenate([self._prompt, np.array(self.output_ids, dtype=np.int64)])
 
     def token_after(self, end: int) -> int:
-        """The known token at position ``end``; -1 where that is still to be drawn."""
+        """The known token at position ``end``; -1 where that is still to be sampled."""
         if end < len(self.origin_input_ids):
             return self.origin_input_ids[end]
         return self.output_ids[end - len(self.origin_input_ids)] if end < self.seq_len else -1
@@ -129,7 +133,7 @@ class Req:
         return self.seq_len + self.num_in_flight
 
     @property
-    def is_drawn_out(self) -> bool:
+    def will_reach_limit(self) -> bool:
         """True when the tokens in flight reach the request's limit: nothing is left to launch."""
         return self.max_new_tokens - len(self.output_ids) <= self.num_in_flight
 
@@ -173,7 +177,7 @@ class Req:
 
     @property
     def edits_logits(self) -> bool:
-        """Whether drafts are drawn from edited logits: then no graph draws them. None has a form."""
+        """Whether drafts are sampled from edited logits: then no graph draws them. None has a form."""
         params = self.sampling_params
         return params.edits_logits or len(self.output_ids) < params.min_new_tokens
 
@@ -195,7 +199,7 @@ class ScheduleBatch:
         return sum(self.ends) - sum(self.starts)
 
     def to_worker_batch(self) -> ModelWorkerBatch:
-        """The frozen host view; nothing below sees a request. Decode ids stay on the device, where they were drawn."""
+        """The frozen host view; nothing below sees a request. The ids of a decode step stay on the device."""
         rows, states = _held([req.req_pool_idx for req in self.reqs]), None
         if STATE in self.reqs[0].held:
             states = [req.held[STATE] for req in self.reqs]

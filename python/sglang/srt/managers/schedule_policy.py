@@ -80,7 +80,7 @@ class PrefillPlanner:
     def _expected_growth(self, req: Req, ratio: float) -> int:
         return int(min(req.new_tokens_left, CLIP_NEW_TOKENS) * ratio) + self._memory.step_room
 
-    def add_partial(self, req: Req) -> bool:
+    def add_chunked(self, req: Req) -> bool:
         """Continue a request that is part-way through its prompt; False when nothing of it fits now."""
         # It must come to its end, so it may use the room that running requests have not claimed yet.
         memory = self._memory
@@ -128,8 +128,8 @@ class PrefillPlanner:
         end = req.seq_len
         if self._limits.chunk_tokens is not None:
             end = min(end, start + self._tokens)
-        if start < req.snapshot_at < end:
-            end = req.snapshot_at
+        if start < req.state_boundary < end:
+            end = req.state_boundary
         # The free rest of the request's last page comes on top of whole pages.
         pages = (room // page * page - self._memory.step_ahead) // page
         end = min(end, start + pages * page + -start % page)

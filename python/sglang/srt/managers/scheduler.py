@@ -50,7 +50,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.dp_sync import AgreedStep, StepAgreement
+    from sglang.srt.managers.dp_sync import DpStep, DpStepSync
     from sglang.srt.managers.scheduler_config import SchedulerConfig
     from sglang.srt.managers.scheduler_io import SchedulerChannel
 
@@ -73,7 +73,7 @@ class Scheduler:
         memory: ReqMemory,
         channel: SchedulerChannel,
         stop_checker: StopChecker,
-        sync: StepAgreement | None = None,
+        sync: DpStepSync | None = None,
         grammars: GrammarManager | None = None,
     ) -> None:
         if memory.step_width != worker.decode_kind.rows_per_request:
@@ -87,9 +87,9 @@ class Scheduler:
         self.stop_checker = stop_checker
         self.grammars = grammars or GrammarManager()
         self.metrics = SchedulerMetrics(config.decode_log_interval, config.overlap_trace)
-        self.waiting: list[Req] = []
-        self.partial: list[Req] = []
-        self.running: list[Req] = []
+        self.waiting_queue: list[Req] = []
+        self.chunked_reqs: list[Req] = []
+        self.running_reqs: list[Req] = []
         self.new_token_ratio = NewTokenRatio(config.schedule_conservativeness)
         self.limits = PrefillLimits(config.max_prefill_tokens, config.chunked_prefill_size, config.max_running_requests)
         self._sampling_info: SamplingBatchInfo | None = None
@@ -139,7 +139,7 @@ class Scheduler:
         agreed = None if self.sync is None else self._agree(self.sync, batch)
         if batch is None:
             if agreed is not None and agreed.runs:
-                self._take_part(agreed)
+                self._run_idle_step(agreed)
             return self._drain()
         forward = self._launch(batch, agreed)
         self._drain()
@@ -150,18 +150,18 @@ class Scheduler:
         self.metrics.step_done(batch, self.load, self._waited_s, other_s)
         return True
 
-    def _agree(self, sync: StepAgreement, batch: ScheduleBatch | None) -> AgreedStep:
+    def _agree(self, sync: DpStepSync, batch: ScheduleBatch | None) -> DpStep:
         agreed = sync.exchange(batch, batch is not None or self.has_work(), self._stopping)
         self._all_idle = not agreed.has_work
         self._stopping = agreed.stops
         return agreed
 
-    def _take_part(self, agreed: AgreedStep) -> None:
+    def _run_idle_step(self, agreed: DpStep) -> None:
         """Run the other groups' step without rows of our own: experts and collectives need every rank."""
         self.worker.forward(agreed.idle_batch(self.worker.decode_kind))
         self.metrics.num_idle_steps += 1
 
-    def _launch(self, batch: ScheduleBatch, agreed: AgreedStep | None) -> LaunchedForward:
+    def _launch(self, batch: ScheduleBatch, agreed: DpStep | None) -> LaunchedForward:
         worker_batch = batch.to_worker_batch()
         if agreed is not None:
             worker_batch = agreed.of_batch(worker_batch)
@@ -195,13 +195,13 @@ class Scheduler:
         return True
 
     def has_work(self) -> bool:
-        return bool(self.waiting or self.partial or self.running or self._in_flight)
+        return bool(self.waiting_queue or self.chunked_reqs or self.running_reqs or self._in_flight)
 
     def load(self) -> dict[str, int]:
         """Requests by stage, and tokens held."""
         return {
-            "num_running_reqs": len(self.running) + len(self.partial),
-            "num_queue_reqs": len(self.waiting) + len(self.grammars.pending),
+            "num_running_reqs": len(self.running_reqs) + len(self.chunked_reqs),
+            "num_queue_reqs": len(self.waiting_queue) + len(self.grammars.pending),
             "num_grammar_queue_reqs": len(self.grammars.pending),
             **self.memory.load(),
         }
@@ -251,7 +251,7 @@ class Scheduler:
         if req is not None and req.grammar_error:
             self._refuse(req, f"The form that output must have cannot be used: {req.grammar_error}.", 400)
         elif req is not None:
-            self.waiting.append(req)
+            self.waiting_queue.append(req)
 
     def _refuse(self, req: Req, message: str, status_code: int) -> None:
         err_type = "BadRequestError" if status_code == 400 else "ServiceUnavailableError"
@@ -262,7 +262,7 @@ class Scheduler:
     def _abort(self, message: AbortReq) -> None:
         """End matching requests wherever they are; their memory is free at once."""
         self._drain()
-        for queue in (self.waiting, self.partial, self.running, self.grammars.pending):
+        for queue in (self.waiting_queue, self.chunked_reqs, self.running_reqs, self.grammars.pending):
             hit = [req for req in queue if message.abort_all or req.rid == message.rid]
             for req in hit:
                 queue.remove(req)
@@ -274,7 +274,7 @@ class Scheduler:
     def _flush(self, seq: int) -> FlushCacheReqOutput:
         self._drain()  # the step in flight may be all that is left
         if self.has_work():
-            counts = f"{len(self.running) + len(self.partial)} running, {len(self.waiting)} queued"
+            counts = f"{len(self.running_reqs) + len(self.chunked_reqs)} running, {len(self.waiting_queue)} queued"
             return FlushCacheReqOutput(seq=seq, success=False, message=f"The server is busy: {counts}.")
         self.memory.tree.reset()
         self.new_token_ratio.reset()
@@ -287,41 +287,41 @@ class Scheduler:
         batch = self._plan_prefill()
         if batch is not None:
             return batch
-        if self.running:
+        if self.running_reqs:
             return self._plan_decode()
-        if self.partial:
+        if self.chunked_reqs:
             # Several half-done prompts can starve one another; the youngest gives way.
-            self._retract(self.partial[-1], self.partial)
+            self._retract(self.chunked_reqs[-1], self.chunked_reqs)
             return self._plan_prefill()
         return None
 
     def _plan_prefill(self) -> ScheduleBatch | None:
-        if not self.waiting and not self.partial:
+        if not self.waiting_queue and not self.chunked_reqs:
             return None
         if self.config.enable_mixed_chunk:
             self._drain()  # decoding requests bring their newest token from the host
-        planner = PrefillPlanner(self.memory, self.limits, self.running, self.new_token_ratio.value)
-        held_back = [req for req in self.partial if not planner.add_partial(req)]
+        planner = PrefillPlanner(self.memory, self.limits, self.running_reqs, self.new_token_ratio.value)
+        held_back = [req for req in self.chunked_reqs if not planner.add_chunked(req)]
         if not held_back:
-            order_waiting(self.waiting, self.config.schedule_policy, self.memory)
+            order_waiting(self.waiting_queue, self.config.schedule_policy, self.memory)
             admitted = 0
-            for req in self.waiting:
+            for req in self.waiting_queue:
                 if planner.is_full or not planner.add_waiting(req):
                     break
                 admitted += 1
             if admitted:
-                rids = [req.rid for req in self.waiting[:admitted]]
+                rids = [req.rid for req in self.waiting_queue[:admitted]]
                 self.channel.to_tokenizer(StartedReqs(rids=rids, at=time.perf_counter()))
-            del self.waiting[:admitted]
+            del self.waiting_queue[:admitted]
         if not planner.reqs:
             return None
         reqs, ends = planner.reqs, planner.ends
-        self.partial = held_back
+        self.chunked_reqs = held_back
         mode = ForwardMode.EXTEND
-        if self.config.enable_mixed_chunk and self.running:
+        if self.config.enable_mixed_chunk and self.running_reqs:
             mode = ForwardMode.MIXED
             self._retract_until_decode_fits(planner.taken())
-            reqs, ends = reqs + self.running, ends + [req.seq_len for req in self.running]
+            reqs, ends = reqs + self.running_reqs, ends + [req.seq_len for req in self.running_reqs]
         slots = self.memory.extend(reqs, ends)
         assert slots is not None, "the planner promised room that the pool does not have"
         return self._batch(mode, reqs, ends, slots)
@@ -329,15 +329,15 @@ class Scheduler:
     def _plan_decode(self) -> ScheduleBatch | None:
         if self.config.retract_interval and (self.metrics.num_decode_steps + 1) % self.config.retract_interval == 0:
             self._retract_one_for_test()
-        reqs = [req for req in self.running if not req.is_drawn_out]
+        reqs = [req for req in self.running_reqs if not req.will_reach_limit]
         slots = self.memory.extend_step(reqs) if reqs else None
         if reqs and slots is None:
             # Whom to retract depends on who has finished: that must be known first.
             self._drain()
             self._retract_until_decode_fits(0)
-            if not self.running:
+            if not self.running_reqs:
                 return self._plan_prefill()
-            reqs = list(self.running)
+            reqs = list(self.running_reqs)
             slots = self.memory.extend_step(reqs)
             assert slots is not None
         if slots is None:
@@ -380,38 +380,38 @@ class Scheduler:
         queue.remove(req)
         self.memory.release(req, cache=True)
         req.num_retractions += 1
-        self.waiting.insert(0, req)
+        self.waiting_queue.insert(0, req)
         self.metrics.num_retracted_reqs += 1
 
     def _retract_until_decode_fits(self, other_tokens: int) -> None:
         """Retract running requests until the survivors can make a decode step beside ``other_tokens``."""
-        before = len(self.running)
-        while self.running:
-            if self.memory.missing_for_step(self.running) + other_tokens <= self.memory.room().step_tokens():
+        before = len(self.running_reqs)
+        while self.running_reqs:
+            if self.memory.missing_for_step(self.running_reqs) + other_tokens <= self.memory.room().step_tokens():
                 break
-            self._retract(retraction_order(self.running)[0], self.running)
-        if len(self.running) < before:
-            self.new_token_ratio.after_retraction(self.running)
+            self._retract(retraction_order(self.running_reqs)[0], self.running_reqs)
+        if len(self.running_reqs) < before:
+            self.new_token_ratio.after_retraction(self.running_reqs)
             logger.info(
                 "KV cache pool is full. Retracted %d requests; #running-req: %d, new token ratio: %.2f",
-                before - len(self.running),
-                len(self.running),
+                before - len(self.running_reqs),
+                len(self.running_reqs),
                 self.new_token_ratio.value,
             )
 
     def _retract_one_for_test(self) -> None:
         """``SGLANG_TEST_RETRACT``: behave as if the pool were full, while another request can go on."""
         self._drain()
-        if len(self.running) > 1:
-            self._retract(retraction_order(self.running)[0], self.running)
+        if len(self.running_reqs) > 1:
+            self._retract(retraction_order(self.running_reqs)[0], self.running_reqs)
 
     # Results
 
     def _process(self, batch: ScheduleBatch, output: StepOutput) -> None:
         """Apply a step's output; a request that ended while the step ran ignores what it drew."""
         prefill = not batch.forward_mode.is_decode()
-        was_running = set(map(id, self.running)) if prefill else set()
-        talk: list[Req] = []
+        was_running = set(map(id, self.running_reqs)) if prefill else set()
+        to_emit: list[Req] = []
         for index, (req, max_new) in enumerate(zip(batch.reqs, batch.max_new, strict=True)):
             req.num_in_flight -= max_new
             if req.finish_reason is not None:
@@ -424,22 +424,22 @@ class Scheduler:
                 self.metrics.verified(max_new - 1, num_new)
             if fault is not None:
                 self._finish(req, fault)
-                talk.append(req)
+                to_emit.append(req)
                 continue
             if not max_new:
                 self.memory.share_prefix(req)
                 self.memory.advance(req)
-                self.partial.append(req)
+                self.chunked_reqs.append(req)
                 continue
             # Rows behind the new tokens computed nothing that is right.
             req.kv_committed_len -= max_new - (len(req.output_ids) - num_before)
             if prefill and id(req) not in was_running:
                 self.memory.share_prefix(req)
-                self.running.append(req)
+                self.running_reqs.append(req)
             self.memory.advance(req)
             if req.is_due(num_before, self.config.stream_interval):
-                talk.append(req)
-        self._emit(talk)
+                to_emit.append(req)
+        self._emit(to_emit)
 
     def _accept(self, req: Req, index: int, max_new: int, output: StepOutput) -> int | None:
         """Judge the request's rows in order, and add the token of each, up to the one with which the request ends.
@@ -489,8 +489,8 @@ class Scheduler:
         if unsound:
             self.memory.withdraw(req)
         self.memory.release(req, cache=not unsound)
-        if req in self.running:
-            self.running.remove(req)
+        if req in self.running_reqs:
+            self.running_reqs.remove(req)
 
     def _emit(self, reqs: list[Req]) -> None:
         outputs: list[TokenIDOutput] = [make_output(req, is_first=req.num_sent == 0) for req in reqs]

@@ -22,7 +22,7 @@ from sglang.srt.distributed.kernel_agreement import require_same_kernels
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.base import ExchangeConfigError
 from sglang.srt.managers.child_context import ChildContext, parse_child_arguments
-from sglang.srt.managers.dp_sync import StepAgreement
+from sglang.srt.managers.dp_sync import DpStepSync
 from sglang.srt.managers.grammar_manager import GrammarManager
 from sglang.srt.managers.io_struct import GrammarReady, ShutdownReq
 from sglang.srt.managers.ipc import Sender
@@ -140,10 +140,10 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
         most = scheduler_config.chunked_prefill_size or scheduler_config.max_prefill_tokens
         warm_up(runner, most, worker.run_step, worker.decode_kind)
         require_same_kernels(state.world)  # a kernel may have failed on one rank alone
-    sync: StepAgreement | None = None
+    sync: DpStepSync | None = None
     peers: list[int] = []
     if state.attn_dp_size > 1:
-        sync = StepAgreement(state, runner.graph_bucket)
+        sync = DpStepSync(state, runner.graph_bucket)
         peers = [peer for peer in range(state.attn_dp_size) if peer != place.dp_rank]
     channel: SchedulerChannel = FollowerChannel(state.tp)
     announce: Callable[[str], None] = lambda _: None  # noqa: E731

@@ -33,7 +33,7 @@ def record_input_logprobs(req: Req, blocks: Sequence[HostLogprobs]) -> None:
 
 
 def record_output_logprobs(req: Req, step: HostLogprobs, row: int, token_id: int) -> None:
-    """Append the log-probability of the token that was drawn from ``row`` of the step."""
+    """Append the log-probability of the token that was sampled from ``row`` of the step."""
     target = req.output_logprobs
     target.logprobs.append(step.token[row])
     target.ids.append(token_id)

@@ -66,11 +66,12 @@ class PrefixCompanion(ABC, Generic[Held]):
         """What a request that starts behind ``node`` (the root: from nothing) holds; None when nothing is to be had."""
 
     def advance(  # noqa: B027
-        self, held: Held, num_tokens: int, tree_len: int, slots_of: Callable[[int, int], torch.Tensor]
+        self, held: Held, num_tokens: int, cache_protected_len: int, slots_of: Callable[[int, int], torch.Tensor]
     ) -> None:
         """No step of the request will start before ``num_tokens`` again: take back what none needs; asked of a limit.
 
-        The first ``tree_len`` tokens lie in the tree's slots; ``slots_of`` gives those of a range of positions.
+        The first ``cache_protected_len`` tokens lie in slots of the tree; ``slots_of`` gives the slots of a range of
+        positions.
         """
 
     @abstractmethod

@@ -106,16 +106,16 @@ class WindowCompanion(PrefixCompanion[WindowHold]):
         return held
 
     def advance(
-        self, held: WindowHold, num_tokens: int, tree_len: int, slots_of: Callable[[int, int], torch.Tensor]
+        self, held: WindowHold, num_tokens: int, cache_protected_len: int, slots_of: Callable[[int, int], torch.Tensor]
     ) -> None:
         """Take back the request's own windows behind the last whole page of its tokens, and the lock of the tree's."""
         first = num_tokens // self._page - 1
         if first <= held.first:
             return
-        own = max(held.first, tree_len // self._page)
+        own = max(held.first, cache_protected_len // self._page)
         if own < first:
             self._window.take_back(self._pages_of(slots_of(own * self._page, first * self._page).numpy()))
-        if first * self._page >= tree_len:
+        if first * self._page >= cache_protected_len:
             self._move_lock(held, 0)
         held.first = first
 

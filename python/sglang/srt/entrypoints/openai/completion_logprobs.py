@@ -26,20 +26,21 @@ def token_name(tokenizer: Tokenizer | None, token_id: int, text: str | None) -> 
         return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
-def named_row(tokenizer: Tokenizer | None, drawn: LogprobEntry, top: list[LogprobEntry]) -> dict[str, float | None]:
-    """Best tokens and the drawn one by name, best first; of several ids with one name, all but one are ``token_id:N``.
+def named_row(tokenizer: Tokenizer | None, sampled: LogprobEntry, top: list[LogprobEntry]) -> dict[str, float | None]:
+    """Best tokens and the sampled token by name, best first. Of several ids with one name, all but one are named
+    ``token_id:N``.
 
-    The drawn token keeps its name, so that the entry of ``tokens`` is found here.
+    The sampled token keeps its name, so that the entry of ``tokens`` is found here.
     """
-    drawn_name = token_name(tokenizer, drawn[1], drawn[2])
+    sampled_name = token_name(tokenizer, sampled[1], sampled[2])
     row: dict[str, float | None] = {}
     for logprob, token_id, text in top:
-        if token_id == drawn[1]:
-            row[drawn_name] = logprob
+        if token_id == sampled[1]:
+            row[sampled_name] = logprob
             continue
         name = token_name(tokenizer, token_id, text)
-        row[f"token_id:{token_id}" if name == drawn_name or name in row else name] = logprob
-    row.setdefault(drawn_name, drawn[0])
+        row[f"token_id:{token_id}" if name == sampled_name or name in row else name] = logprob
+    row.setdefault(sampled_name, sampled[0])
     return row
 
 

@@ -106,7 +106,7 @@ class CompletionLogprobs(msgspec.Struct):
     """Four lists of one entry per token.
 
     ``text_offset`` is where the token begins, in characters from the start of the choice's text; a token that is part
-    of a character begins where the character does. Rows of ``top_logprobs`` hold the drawn token besides the best.
+    of a character begins where the character does. Rows of ``top_logprobs`` hold the sampled token besides the best.
     """
 
     tokens: list[str] = []
