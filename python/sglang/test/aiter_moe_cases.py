@@ -8,9 +8,9 @@ from contextlib import ExitStack
 
 import torch
 
-from sglang.kernels.ops.moe.fused_experts import arrange_experts, fused_experts, fused_experts_torch
-from sglang.kernels.ops.moe.fused_experts_fp8 import arrange_experts_fp8, fused_experts_fp8, fused_experts_fp8_torch
-from sglang.kernels.ops.moe.fused_experts_mxfp4 import arrange_experts_mxfp4, fused_experts_mxfp4
+from sglang.kernels.ops.moe.fused_experts import fused_experts, fused_experts_torch, shuffle_experts
+from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8, fused_experts_fp8_torch, shuffle_experts_fp8
+from sglang.kernels.ops.moe.fused_experts_mxfp4 import fused_experts_mxfp4, shuffle_experts_mxfp4
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.ops.quant.mxfp4 import dequantize_mxfp4, quantize_mxfp4
 from sglang.kernels.registry import REGISTRY, fresh_decisions
@@ -72,13 +72,13 @@ class AiterMoeCases(AiterMoeBase):
     def test_plain_weights(self) -> None:
         for dtype, bound in ((torch.bfloat16, 0.02), (torch.float16, 0.003)):
             w13, w2 = self.w13.to(dtype), self.w2.to(dtype)
-            arranged = w13.clone(), w2.clone()
-            self.assertTrue(arrange_experts(*arranged))
-            self.assertFalse(torch.equal(arranged[0], w13), "the layout must move something")
+            shuffled = w13.clone(), w2.clone()
+            self.assertTrue(shuffle_experts(*shuffled))
+            self.assertFalse(torch.equal(shuffled[0], w13), "the layout must move something")
             for name, weights, ids in routings(self.generator, self.device):
                 x = self.random(ids.shape[0], self.hidden).to(dtype)
                 wanted = fused_experts_torch(x, w13, w2, weights, ids)
-                self.check(fused_experts(x, *arranged, weights, ids), wanted, bound, f"{dtype} {name}")
+                self.check(fused_experts(x, *shuffled, weights, ids), wanted, bound, f"{dtype} {name}")
         self.assertEqual(REGISTRY.records["moe.fused_experts"].calls_refused, {})
 
     def test_eight_bit_weights(self) -> None:
@@ -89,12 +89,12 @@ class AiterMoeCases(AiterMoeBase):
                 pairs = [to_fnuz(*pair) for pair in pairs]
             stacks.append((torch.stack([q for q, _ in pairs]), torch.stack([scale for _, scale in pairs])))
         (w13, w13_scale), (w2, w2_scale) = stacks
-        arranged = w13.clone(), w2.clone()
-        self.assertTrue(arrange_experts_fp8(*arranged))
+        shuffled = w13.clone(), w2.clone()
+        self.assertTrue(shuffle_experts_fp8(*shuffled))
         for name, weights, ids in routings(self.generator, self.device):
             x = self.random(ids.shape[0], self.hidden).bfloat16()
             wanted = fused_experts_fp8_torch(x, w13, w13_scale, w2, w2_scale, weights, ids)
-            found = fused_experts_fp8(x, arranged[0], w13_scale, arranged[1], w2_scale, weights, ids)
+            found = fused_experts_fp8(x, shuffled[0], w13_scale, shuffled[1], w2_scale, weights, ids)
             self.check(found, wanted, 0.04, name)
         self.assertEqual(REGISTRY.records["moe.fused_experts_fp8"].calls_refused, {})
 
@@ -129,9 +129,9 @@ class AiterFourBitCases(AiterMoeBase):
     def test_four_bit_weights(self) -> None:
         stacked = self.four_bit()
         plain = dequantize_mxfp4(*stacked[:2]), dequantize_mxfp4(*stacked[2:])
-        arranged = tuple(part.clone() for part in stacked)
-        self.assertTrue(arrange_experts_mxfp4(*arranged))
-        for before, after in zip(stacked, arranged, strict=True):
+        shuffled = tuple(part.clone() for part in stacked)
+        self.assertTrue(shuffle_experts_mxfp4(*shuffled))
+        for before, after in zip(stacked, shuffled, strict=True):
             self.assertFalse(torch.equal(before, after), "the layout must move something")
         for rows in (1, 19, 0):
             ids = torch.rand(rows, FOUR_BIT[0], generator=self.generator).topk(2).indices.to(self.device, torch.int32)
@@ -140,7 +140,7 @@ class AiterFourBitCases(AiterMoeBase):
             for chosen in (ids, ids.masked_fill(holes, -1)):
                 x = self.random(rows, FOUR_BIT[1]).bfloat16()
                 wanted = experts_of_rounded_rows(x, *plain, weights, chosen)
-                found = fused_experts_mxfp4(x, *arranged, weights, chosen)
+                found = fused_experts_mxfp4(x, *shuffled, weights, chosen)
                 self.assertEqual((found.dtype, found.shape), (wanted.dtype, wanted.shape))
                 if rows:
                     error = (found.float() - wanted.float()).norm() / wanted.float().norm().clamp(min=1e-6)

@@ -19,7 +19,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.distributed import ParallelState, override_parallel_state, override_tp_group
-from sglang.srt.layers.moe.slotted_mlp import SlottedMLP
+from sglang.srt.layers.moe.fused_shared_experts import FusedSharedExperts
 from sglang.srt.model_executor.runner_build import _tell
 from sglang.srt.model_loader.dummy import iterate_dummy
 from sglang.srt.model_loader.loader import load_model
@@ -116,7 +116,7 @@ class TestSlots(CustomTestCase):
             for quantized in (False, True):
                 model, apart = build(name, True, quantized=quantized), build(name, False, quantized=quantized)
                 experts, slotted = model.mlp.experts, model.slotted
-                self.assertIsInstance(slotted, SlottedMLP)
+                self.assertIsInstance(slotted, FusedSharedExperts)
                 for matrix, stack in ((slotted.gate_up_proj, "w13_weight"), (slotted.down_proj, "w2_weight")):
                     suffixes = ("", "_scale_inv") if quantized else ("",)
                     for suffix in suffixes:
@@ -225,7 +225,9 @@ class TestBlocks(CustomTestCase):
                 model = build(name, True, site=site, stream=platform.create_stream())
                 x, seen = rows_for(model), []
                 for count in range(7):
-                    with mock.patch.object(SlottedMLP, "forward", autospec=True, side_effect=SlottedMLP.forward) as mlp:
+                    with mock.patch.object(
+                        FusedSharedExperts, "forward", autospec=True, side_effect=FusedSharedExperts.forward
+                    ) as mlp:
                         waits = platform.observe(lambda: model.mlp(x[:count], None)).waits  # noqa: B023
                     seen.append(SERIAL if mlp.called and not waits else OVERLAP if mlp.called else FUSED)
                 self.assertEqual(seen, [FUSED] * 3 + [OVERLAP] * 2 + [SERIAL] * 2)

@@ -10,8 +10,8 @@ from unittest import mock
 import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
-from sglang.kernels.ops.moe.fused_experts import arrange_experts, fused_experts, fused_experts_torch
-from sglang.kernels.ops.moe.fused_experts_aiter import is_arranged
+from sglang.kernels.ops.moe.fused_experts import fused_experts, fused_experts_torch, shuffle_experts
+from sglang.kernels.ops.moe.fused_experts_aiter import is_shuffled
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.unquant import UnquantizedMethod
@@ -53,21 +53,21 @@ class TestLayout(OverFake):
             ids,
         )
 
-    def test_only_aiter_reads_arranged_weights(self) -> None:
+    def test_only_aiter_reads_shuffled_weights(self) -> None:
         w13, w2 = self.w13.bfloat16(), self.w2.bfloat16()
-        self.assertTrue(arrange_experts(w13, w2))
-        self.assertFalse(arrange_experts(w13, w2), "a second time would shuffle the shuffled")
+        self.assertTrue(shuffle_experts(w13, w2))
+        self.assertFalse(shuffle_experts(w13, w2), "a second time would shuffle the shuffled")
         x, weights, ids = self.routed()
         with self.assertRaisesRegex(ValueError, "SGLANG_USE_AITER=0"):
             fused_experts_torch(x, w13, w2, weights, ids)
-        with envs.SGLANG_USE_AITER.override(False), fresh_decisions(), self.assertRaisesRegex(ValueError, "arranged"):
+        with envs.SGLANG_USE_AITER.override(False), fresh_decisions(), self.assertRaisesRegex(ValueError, "shuffled"):
             fused_experts(x, w13, w2, weights, ids)
 
     def test_weights_stay_unless_aiter_is_chosen(self) -> None:
         def stays(w13: torch.Tensor, w2: torch.Tensor) -> None:
             before = w13.clone()
-            self.assertFalse(arrange_experts(w13, w2))
-            self.assertFalse(is_arranged(w13))
+            self.assertFalse(shuffle_experts(w13, w2))
+            self.assertFalse(is_shuffled(w13))
             self.assertTrue(torch.equal(w13, before))
 
         stays(self.w13, self.w2)  # float32
@@ -77,17 +77,17 @@ class TestLayout(OverFake):
         with envs.SGLANG_KERNELS.override("moe.fused_experts=torch"), fresh_decisions():
             stays(self.w13.bfloat16(), self.w2.bfloat16())
 
-    def test_clamped_experts_are_not_arranged(self) -> None:
+    def test_clamped_experts_are_not_shuffled(self) -> None:
         """AITER's kernel takes no limit, and no other reads its layout."""
         for limit in (0.5, None):
             w13, w2 = self.w13.bfloat16(), self.w2.bfloat16()
             layer: Any = SimpleNamespace(w13_weight=w13, w2_weight=w2, swiglu_limit=limit)
             method = UnquantizedMethod()
-            method.arrange_experts(layer)
-            self.assertEqual(is_arranged(w13), limit is None)
+            method.process_weights_after_loading(layer)
+            self.assertEqual(is_shuffled(w13), limit is None)
             x, weights, ids = self.routed()
             if limit is not None:
-                found = method.experts(layer, x, weights, ids)
+                found = method.apply_moe(layer, x, weights, ids)
                 self.assertTrue(torch.equal(found, fused_experts_torch(x, w13, w2, weights, ids, limit)))
                 self.assertFalse(torch.equal(found, fused_experts_torch(x, w13, w2, weights, ids)))
 

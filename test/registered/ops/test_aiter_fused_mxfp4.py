@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from sglang.kernels.ops.moe.fused_experts_aiter import is_arranged
+from sglang.kernels.ops.moe.fused_experts_aiter import is_shuffled
 from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
-    arrange_experts_mxfp4,
     fused_experts_mxfp4,
     fused_experts_mxfp4_torch,
+    shuffle_experts_mxfp4,
 )
 from sglang.kernels.registry import REGISTRY, KernelConfigError, fresh_decisions
 from sglang.srt.configs.quantization import MXFP4, QUARK_MXFP4
@@ -66,32 +66,32 @@ class TestParityOverFake(OverFake, aiter_moe_cases.AiterFourBitCases):
                     ):
                         REGISTRY.freeze()
 
-    def test_only_checkpoints_made_for_four_bit_rows_are_arranged(self) -> None:
+    def test_only_checkpoints_made_for_four_bit_rows_are_shuffled(self) -> None:
         from dataclasses import replace
 
         w4a4 = replace(QUARK_MXFP4, four_bit_rows=True)
-        for known, limit, arranged in ((w4a4, None, True), (w4a4, 10.0, False), (QUARK_MXFP4, None, False),
+        for known, limit, shuffled in ((w4a4, None, True), (w4a4, 10.0, False), (QUARK_MXFP4, None, False),
                                        (MXFP4, None, False)):  # fmt: skip
             layer = self.layer(swiglu_limit=limit)
             before = layer.w13_weight.clone()
             method = Mxfp4Method(known)
-            method.arrange_experts(layer)
-            self.assertEqual(is_arranged(layer.w13_weight), arranged)
-            self.assertEqual(torch.equal(layer.w13_weight, before), not arranged)
+            method.process_weights_after_loading(layer)
+            self.assertEqual(is_shuffled(layer.w13_weight), shuffled)
+            self.assertEqual(torch.equal(layer.w13_weight, before), not shuffled)
             x = self.random(3, aiter_moe_cases.FOUR_BIT[1]).bfloat16()
             ids = torch.tensor([[0, 1], [2, -1], [3, 0]], dtype=torch.int32)
-            self.assertTrue(bool(method.experts(layer, x, torch.ones(3, 2), ids).isfinite().all()))
+            self.assertTrue(bool(method.apply_moe(layer, x, torch.ones(3, 2), ids).isfinite().all()))
 
     def test_parts_of_tiles_stay_as_they_are(self) -> None:
         stacked = self.four_bit()
         cut = [part[:, :, : part.shape[2] // 2].contiguous() for part in stacked]
-        self.assertFalse(arrange_experts_mxfp4(*cut))
-        self.assertFalse(is_arranged(cut[0]))
+        self.assertFalse(shuffle_experts_mxfp4(*cut))
+        self.assertFalse(is_shuffled(cut[0]))
 
-    def test_only_aiter_reads_arranged_weights(self) -> None:
+    def test_only_aiter_reads_shuffled_weights(self) -> None:
         stacked = self.four_bit()
-        self.assertTrue(arrange_experts_mxfp4(*stacked))
-        self.assertFalse(arrange_experts_mxfp4(*stacked), "a second time would shuffle the shuffled")
+        self.assertTrue(shuffle_experts_mxfp4(*stacked))
+        self.assertFalse(shuffle_experts_mxfp4(*stacked), "a second time would shuffle the shuffled")
         x, ids = self.random(1, aiter_moe_cases.FOUR_BIT[1]).bfloat16(), torch.tensor([[0, 1]], dtype=torch.int32)
         with self.assertRaisesRegex(ValueError, "SGLANG_USE_AITER=0"):
             fused_experts_mxfp4_torch(x, *stacked, torch.ones(1, 2), ids)
@@ -101,7 +101,7 @@ class TestParityOverFake(OverFake, aiter_moe_cases.AiterFourBitCases):
         from aiter.fused_moe import fused_moe
 
         w13, w13_scale, w2, w2_scale = self.four_bit()
-        self.assertTrue(arrange_experts_mxfp4(w13, w13_scale, w2, w2_scale))
+        self.assertTrue(shuffle_experts_mxfp4(w13, w13_scale, w2, w2_scale))
 
         def call(**changes: Any) -> torch.Tensor:
             pairs: list[Any] = [w.view(torch.float4_e2m1fn_x2) for w in (w13, w2)]

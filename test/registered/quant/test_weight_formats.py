@@ -7,7 +7,7 @@ import torch
 
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.quantization import FP8_BLOCKS, BlockShape, QuantConfig, WeightFormat
-from sglang.srt.layers.weights import PLAIN, Leaf, Section, Shards
+from sglang.srt.layers.weights import PLAIN, Leaf, ShardedMatrix, ShardSlice
 from sglang.srt.models.checkpoint_model import CheckpointModel, CheckpointTensor, WeightLoadError
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -44,10 +44,10 @@ class TestFormats(CustomTestCase):
         block = BlockShape(3, 32)
         self.assertEqual(block.entries((7, 96)), (3, 3))
         self.assertEqual(block.entries((7,)), (7,))
-        shards = Shards({0: Section(12, 128, 3, 3, 64, 64), 1: Section(8, 128, 6, 2, 64, 64, 3)})
+        shards = ShardedMatrix({0: ShardSlice(12, 128, 3, 3, 64, 64), 1: ShardSlice(8, 128, 6, 2, 64, 64, 3)})
         counted = shards.in_blocks(block)
         self.assertEqual((counted.rows, counted.columns), (2, 2))
-        self.assertEqual(counted.sections[1], Section(3, 4, 2, 1, 2, 2, 1))
+        self.assertEqual(counted.slices[1], ShardSlice(3, 4, 2, 1, 2, 2, 1))
         self.assertIsNone(shards.in_blocks(BlockShape(32, 3)))
         self.assertIsNone(shards.in_blocks(BlockShape(2, 32)), "a part that begins inside a block of rows")
         self.assertIsNone(shards.in_blocks(BlockShape(3, 128)), "a part that is half a block of columns")

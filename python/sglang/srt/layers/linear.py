@@ -10,7 +10,7 @@ from torch import nn
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed import ProcessGroupHandle, get_tp_group
 from sglang.srt.layers.quantization import linear_method
-from sglang.srt.layers.weights import Section, ShardId, Shards, make_parameter
+from sglang.srt.layers.weights import ShardedMatrix, ShardId, ShardSlice, make_parameter
 
 
 def _divide(total: int, parts: int, what: str) -> int:
@@ -28,19 +28,19 @@ class _ShardedLinear(nn.Module):
 
     def __init__(
         self,
-        sections: Mapping[ShardId, Section],
+        sections: Mapping[ShardId, ShardSlice],
         bias: bool,
         quant_config: QuantConfig | None,
         prefix: str,
         dequantize: bool = False,
     ) -> None:
         super().__init__()
-        self._shards = Shards(sections)
+        self._shards = ShardedMatrix(sections)
         self.quant_method = linear_method(quant_config, prefix, self._shards, dequantize)
-        self.quant_method.create(self, "weight", self._shards, self.weight_loader)
+        self.quant_method.create_weights(self, "weight", self._shards, self.weight_loader)
         self.bias: nn.Parameter | None = None
         if bias:
-            shapes = {shard: (section.full_rows,) for shard, section in self._shards.sections.items()}
+            shapes = {shard: (section.full_rows,) for shard, section in self._shards.slices.items()}
             self.bias = make_parameter(self._shards.rows, loader=self._load_bias, full_shapes=shapes, fill=(0.0, 0.0))
 
     def weight_loader(
@@ -51,14 +51,14 @@ class _ShardedLinear(nn.Module):
         scale: torch.Tensor | None = None,
     ) -> None:
         """Take this rank's part of checkpoint matrix ``shard_id``; a tuple means several stacked on dim 0."""
-        self.quant_method.store(self, "weight", self._shards, shard_id, loaded, scale)
+        self.quant_method.load_weight(self, "weight", self._shards, shard_id, loaded, scale)
 
     def _load_bias(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
         self._shards.copy(param.data, loaded, shard_id)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, in] -> [N, out on this rank]."""
-        return self.quant_method.linear(self, x, self.bias)
+        return self.quant_method.apply(self, x, self.bias)
 
 
 class ColumnParallelLinear(_ShardedLinear):
@@ -78,11 +78,11 @@ class ColumnParallelLinear(_ShardedLinear):
     ) -> None:
         ranks = self._ranks()
         widths = {None: out_features} if isinstance(out_features, int) else dict(enumerate(out_features))
-        sections: dict[ShardId, Section] = {}
+        sections: dict[ShardId, ShardSlice] = {}
         offset = 0
         for shard, width in widths.items():
             rows = _divide(width, ranks.size, "output width")
-            sections[shard] = Section(width, in_features, ranks.rank * rows, rows, 0, in_features, offset)
+            sections[shard] = ShardSlice(width, in_features, ranks.rank * rows, rows, 0, in_features, offset)
             offset += rows
         super().__init__(sections, bias, quant_config, prefix, dequantize)
 
@@ -137,10 +137,10 @@ class QKVParallelLinear(_ShardedLinear):
         kv_full, kv_source = num_kv_heads * head_size, first_kv_head * head_size
         self.q_width, self.kv_width = q_rows, kv_rows
         q_full = num_heads * head_size * q_multiplier
-        sections: dict[ShardId, Section] = {
-            "q": Section(q_full, hidden, tp.rank * q_rows, q_rows, 0, hidden, 0),
-            "k": Section(kv_full, hidden, kv_source, kv_rows, 0, hidden, q_rows),
-            "v": Section(kv_full, hidden, kv_source, kv_rows, 0, hidden, q_rows + kv_rows),
+        sections: dict[ShardId, ShardSlice] = {
+            "q": ShardSlice(q_full, hidden, tp.rank * q_rows, q_rows, 0, hidden, 0),
+            "k": ShardSlice(kv_full, hidden, kv_source, kv_rows, 0, hidden, q_rows),
+            "v": ShardSlice(kv_full, hidden, kv_source, kv_rows, 0, hidden, q_rows + kv_rows),
         }
         super().__init__(sections, bias, quant_config, prefix)
 
@@ -161,7 +161,7 @@ class RowParallelLinear(_ShardedLinear):
             raise ValueError("a bias needs reduced results: it must be added once, not once a rank")
         tp = get_tp_group()
         columns = _divide(in_features, tp.size, "input width")
-        section = Section(out_features, in_features, 0, out_features, tp.rank * columns, columns)
+        section = ShardSlice(out_features, in_features, 0, out_features, tp.rank * columns, columns)
         super().__init__({None: section}, bias, quant_config, prefix)
         self._tp = tp
         self.reduce_results = reduce_results
@@ -170,7 +170,7 @@ class RowParallelLinear(_ShardedLinear):
         """x [N, in on this rank] -> [N, out]."""
         if self._tp.size == 1:
             return super().forward(x)
-        out = self.quant_method.linear(self, x, None)
+        out = self.quant_method.apply(self, x, None)
         if self.reduce_results:
             out = self._tp.all_reduce(out)
         return out if self.bias is None else out + self.bias

@@ -59,7 +59,7 @@ def check_shape(loaded: torch.Tensor, expected: tuple[int, ...]) -> None:
 
 
 @dataclass(frozen=True)
-class Section:
+class ShardSlice:
     """A rank's part of one checkpoint matrix: ``rows`` x ``columns`` from (row, column), to land at row ``offset``."""
 
     full_rows: int
@@ -71,34 +71,34 @@ class Section:
     offset: int = 0
 
 
-class Shards:
+class ShardedMatrix:
     """Which parts of which checkpoint matrices, by shard id, make up a rank's weight [rows, columns]."""
 
-    def __init__(self, sections: Mapping[ShardId, Section]) -> None:
-        self.sections = dict(sections)
-        *_, last = self.sections.values()
+    def __init__(self, slices: Mapping[ShardId, ShardSlice]) -> None:
+        self.slices = dict(slices)
+        *_, last = self.slices.values()
         self.rows = last.offset + last.rows
         self.columns = last.columns
 
     @property
     def full_shapes(self) -> dict[ShardId, tuple[int, ...]]:
         """Shape of each checkpoint matrix."""
-        return {shard: (section.full_rows, section.full_columns) for shard, section in self.sections.items()}
+        return {shard: (part.full_rows, part.full_columns) for shard, part in self.slices.items()}
 
     def is_split_in_blocks(self, block: BlockShape) -> bool:
         """True when blocks are cut by the split over ranks alone."""
         whole = {
-            shard: Section(part.full_rows, part.full_columns, 0, part.full_rows, 0, part.full_columns)
-            for shard, part in self.sections.items()
+            shard: ShardSlice(part.full_rows, part.full_columns, 0, part.full_rows, 0, part.full_columns)
+            for shard, part in self.slices.items()
         }
-        return self.in_blocks(block) is None and Shards(whole).in_blocks(block) is not None
+        return self.in_blocks(block) is None and ShardedMatrix(whole).in_blocks(block) is not None
 
     def copy(self, target: torch.Tensor, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
         """Copy this rank's part of ``loaded`` into ``target`` [rows, columns], or of a vector into [rows].
 
         A tuple of ids means several matrices stacked on dim 0.
         """
-        parts = [self.sections[part] for part in (shard_id if isinstance(shard_id, tuple) else (shard_id,))]
+        parts = [self.slices[part] for part in (shard_id if isinstance(shard_id, tuple) else (shard_id,))]
         full = (sum(part.full_rows for part in parts), parts[0].full_columns)
         check_shape(loaded, full[: target.ndim])
         start = 0
@@ -109,24 +109,22 @@ class Shards:
             target.narrow(0, part.offset, part.rows).copy_(source)
             start += part.full_rows
 
-    def in_blocks(self, block: BlockShape) -> Shards | None:
+    def in_blocks(self, block: BlockShape) -> ShardedMatrix | None:
         """The same parts counted in blocks; None unless they are cut at edges of blocks.
 
         The last rows alone may end inside a block.
         """
-        sections = list(self.sections.values())
-        rows = [part.full_rows for part in sections[:-1]] + [
-            cut for part in sections for cut in (part.row, part.offset)
-        ]
-        columns = [cut for part in sections for cut in (part.column, part.columns)]
+        slices = list(self.slices.values())
+        rows = [part.full_rows for part in slices[:-1]] + [cut for part in slices for cut in (part.row, part.offset)]
+        columns = [cut for part in slices for cut in (part.column, part.columns)]
         if any(cut % block.rows for cut in rows) or any(cut % block.columns for cut in columns):
             return None
         sizes = (block.rows, block.columns, block.rows, block.rows, block.columns, block.columns, block.rows)
 
-        def count(section: Section) -> Section:
-            return Section(*(-(-number // size) for number, size in zip(astuple(section), sizes, strict=True)))
+        def count(part: ShardSlice) -> ShardSlice:
+            return ShardSlice(*(-(-number // size) for number, size in zip(astuple(part), sizes, strict=True)))
 
-        return Shards({shard: count(section) for shard, section in self.sections.items()})
+        return ShardedMatrix({shard: count(part) for shard, part in self.slices.items()})
 
 
 def load_whole(param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:

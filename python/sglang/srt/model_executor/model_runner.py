@@ -12,7 +12,7 @@ from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.moe.ep_moe.factory import describe_experts
-from sglang.srt.layers.moe.slotted_mlp import describe_shared
+from sglang.srt.layers.moe.fused_shared_experts import describe_shared
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import ModelPools

@@ -13,7 +13,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_parallel_state, get_tp_group, get_world_group
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
-from sglang.srt.layers.moe.slotted_mlp import fixed_form
+from sglang.srt.layers.moe.fused_shared_experts import fixed_form
 from sglang.srt.layers.quantization import warn_of_splits
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.mem_cache.pool_plan import PoolPlan

@@ -52,8 +52,8 @@ class CheckpointTensor:
     @classmethod
     def of(cls, param: nn.Parameter, shard_id: ShardId, load: Callable[..., None]) -> CheckpointTensor:
         """What ``param`` says of the tensor that holds ``shard_id``."""
-        says: Any = param
-        return cls(full_shape(param, shard_id), load, says.fill, says.leaves, says.encode)
+        meta: Any = param
+        return cls(full_shape(param, shard_id), load, meta.fill, meta.leaves, meta.encode)
 
     def leaf_of(self, suffix: str, dtype: torch.dtype) -> Leaf:
         """Which leaf a tensor is; raises WeightFormatError where none has its dtype."""
@@ -84,7 +84,7 @@ class CheckpointModel(nn.Module):
         """The name in ``checkpoint_tensors`` of the file's tensor ``name``; None when the model has no use for it."""
         return name
 
-    def post_load(self) -> None:
+    def post_load_weights(self) -> None:
         """Derive what is computed from loaded weights; called once after loading."""
 
     def checkpoint_tensors(self) -> dict[str, CheckpointTensor]:
@@ -139,8 +139,8 @@ class CheckpointModel(nn.Module):
             logger.info("ignored %d checkpoint tensors that %s has no use for", ignored, type(self).__name__)
         for module in self.modules():
             if isinstance(module, FusedMoE):
-                module.quant_method.arrange_experts(module)
-        self.post_load()
+                module.quant_method.process_weights_after_loading(module)
+        self.post_load_weights()
 
     def _describe(self, problems: Mapping[str, set[str]]) -> str:
         lines = [f"the checkpoint does not fit {type(self).__name__}; compare its config.json with its tensors:"]

@@ -9,7 +9,7 @@ from torch import nn
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.moe.slotted_mlp import can_fuse
+from sglang.srt.layers.moe.fused_shared_experts import can_fuse
 from sglang.srt.models.deepseek_v2 import (
     SHARED_EXPERTS,
     DeepseekV2DecoderLayer,
@@ -65,7 +65,7 @@ class DeepseekV3ForCausalLMNextN(DraftModel):
             return None
         return None if name.removeprefix(self._prefix) in _COPIES else name
 
-    def post_load(self) -> None:
+    def post_load_weights(self) -> None:
         assert self._parts is not None and isinstance(self._parts.layer, DeepseekV2DecoderLayer)
         self._parts.layer.self_attn.split_kv_b()
 

@@ -9,7 +9,7 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.layernorm import RMSNorm
-from sglang.srt.layers.moe.slotted_mlp import can_fuse
+from sglang.srt.layers.moe.fused_shared_experts import can_fuse
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.causal_lm import Backbone, CausalLM, DecoderLayer
@@ -96,7 +96,7 @@ class DeepseekV2ForCausalLM(CausalLM):
         """Derived tensors are not taken either."""
         return None if name.endswith("rotary_emb.inv_freq") else super().checkpoint_name(name)
 
-    def post_load(self) -> None:
+    def post_load_weights(self) -> None:
         for module in self.modules():
             if isinstance(module, DeepseekV2AttentionMLA):
                 module.split_kv_b()

@@ -13,7 +13,7 @@ from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.moe.ep_moe.factory import make_experts
-from sglang.srt.layers.moe.slotted_mlp import SlottedMLP, shared_slots
+from sglang.srt.layers.moe.fused_shared_experts import FusedSharedExperts, shared_slots
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.weights import join_rows
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -58,9 +58,9 @@ class Qwen2MoeSparseMoeBlock(nn.Module):
             f"{prefix}.experts", self.num_fused_shared_experts,
         )  # fmt: skip
         self.shared_expert_gate = ReplicatedLinear(hidden_size, 1)
-        self.shared_expert: GatedMLP | SlottedMLP
+        self.shared_expert: GatedMLP | FusedSharedExperts
         if self.num_fused_shared_experts:
-            self.shared_expert = SlottedMLP(self.experts)
+            self.shared_expert = FusedSharedExperts(self.experts)
             self._gates = join_rows(self.gate.weight, self.shared_expert_gate.weight)
         else:
             self.shared_expert = GatedMLP(
@@ -73,7 +73,7 @@ class Qwen2MoeSparseMoeBlock(nn.Module):
     def forward(self, x: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """x [N, H] -> [N, H]."""
         slotted = self.shared_expert
-        if isinstance(slotted, SlottedMLP) and slotted.is_fused(self.overlap.site, x.shape[0]):
+        if isinstance(slotted, FusedSharedExperts) and slotted.is_fused(self.overlap.site, x.shape[0]):
             logits = F.linear(x, self._gates)[:, : self.gate.weight.shape[0] + 1]
             return self._tp.all_reduce(self.experts(x, self.topk(logits, fused=True), fb))
         shared, routed = self.overlap.fork_join(

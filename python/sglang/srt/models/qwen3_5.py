@@ -16,7 +16,7 @@ from sglang.srt.layers.attention.base_attn_backend import GqaBackend, RecurrentB
 from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNormGated
 from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
-from sglang.srt.layers.moe.slotted_mlp import can_fuse
+from sglang.srt.layers.moe.fused_shared_experts import can_fuse
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.layers.weights import ShardId, check_shape, make_parameter

@@ -7,7 +7,7 @@ from torch import nn
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.layers.layernorm import GemmaRMSNorm
-from sglang.srt.layers.moe.slotted_mlp import can_fuse
+from sglang.srt.layers.moe.fused_shared_experts import can_fuse
 from sglang.srt.models.draft_model import DraftModel, DraftParts, named
 from sglang.srt.models.qwen3_5 import (
     Qwen3_5AttentionDecoderLayer,

@@ -12,11 +12,11 @@ from torch import Tensor
 from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.activation.silu_and_mul import limit_option, silu_and_mul_torch
 from sglang.kernels.ops.moe.fused_experts_aiter import (
-    arrange_for_aiter,
     fits_fused,
     fused_experts_aiter,
-    is_arranged,
-    require_plain,
+    is_shuffled,
+    require_unshuffled,
+    shuffle_for_aiter,
 )
 from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.kernels.spec import Case, Impl, Op
@@ -35,7 +35,7 @@ def fused_experts_torch(
     integers in [-1, E): -1 adds nothing, and an expert may stand in a row more than once. Returns a new [N, H] in
     x's dtype; x is never written. The sum over j is in float32. ``limit`` clamps as in ``activation.silu_and_mul``.
     """
-    require_plain(w13)
+    require_unshuffled(w13)
     num_tokens, hidden = x.shape
     top_k = topk_ids.shape[1]
     experts, intermediate = w13.shape[0], w2.shape[2]
@@ -216,7 +216,7 @@ def fused_experts_triton(
 def _accepts(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float | None = None
 ) -> bool:
-    dense = x.stride(1) == w13.stride(2) == w2.stride(2) == 1 and not is_arranged(w13)
+    dense = x.stride(1) == w13.stride(2) == w2.stride(2) == 1 and not is_shuffled(w13)
     same = x.dtype == w13.dtype == w2.dtype and x.dtype in FLOATS
     return dense and same and routing_fits(topk_weights, topk_ids, w13.shape[0])
 
@@ -259,6 +259,6 @@ fused_experts = Op(
 )
 
 
-def arrange_experts(w13: Tensor, w2: Tensor) -> bool:
+def shuffle_experts(w13: Tensor, w2: Tensor) -> bool:
     """Once weights are loaded: put them into the layout of the implementation that is to run; False: as they were."""
-    return arrange_for_aiter(fused_experts, w13, w2)
+    return shuffle_for_aiter(fused_experts, w13, w2)

@@ -16,32 +16,33 @@ from sglang.kernels.spec import Op
 TILE = (16, 32)
 # Rows and columns of scales in a tile of its layout of them (e8m0_shuffle pads to these).
 SCALE_TILE = (256, 8)
-# The first release that reads off the weights whether they are arranged; before, it was an option of its build (S).
+# The first release that reads off the weights whether they are shuffled; before, it was an option of its build (S).
 MXFP4_SINCE = (0, 1, 11)
 
 
-def is_arranged(w: Tensor) -> bool:
+def is_shuffled(w: Tensor) -> bool:
     """Whether ``w`` is in AITER's layout; the mark is AITER's own, which reads it too."""
     return getattr(w, "is_shuffled", False)
 
 
-def require_plain(w: Tensor) -> None:
+def require_unshuffled(w: Tensor) -> None:
     """Raise ValueError for weights in AITER's layout, which only AITER reads."""
-    if is_arranged(w):
+    if is_shuffled(w):
         raise ValueError(
-            "these experts were arranged for AITER's kernel, which does not take this call or failed before (see the "
-            "log). Restart with SGLANG_USE_AITER=0, or with SGLANG_KERNELS forcing another implementation."
+            "these experts were shuffled for AITER's kernel, which does not accept this call or failed earlier (see "
+            "the log). Restart with SGLANG_USE_AITER=0, or with SGLANG_KERNELS forcing another implementation."
         )
 
 
-def arrange_for_aiter(op: Op, w13: Tensor, w2: Tensor) -> bool:
-    """Put loaded experts [E, N, K] into AITER's layout, in place, if ``op`` is to run there; says whether it did.
+def shuffle_for_aiter(op: Op, w13: Tensor, w2: Tensor) -> bool:
+    """Shuffle loaded experts [E, N, K] into AITER's layout, in place, if AITER runs ``op``; True when it did.
 
-    One expert at a time, so that no second copy of the stack is needed. Matrices that are no whole tiles stay.
+    Works on one expert at a time, so that no second copy of the stack is needed. Matrices that do not consist of whole
+    tiles keep their layout.
     """
     whole = all(size % tile == 0 for w in (w13, w2) for size, tile in zip(w.shape[1:], TILE, strict=True))
     fits = whole and w13.dtype == w2.dtype and w13.dtype not in (torch.float32, torch.float64)
-    if not fits or is_arranged(w13) or REGISTRY.chosen(op) != "aiter":
+    if not fits or is_shuffled(w13) or REGISTRY.chosen(op) != "aiter":
         return False
     from aiter.ops.shuffle import shuffle_weight
 
@@ -53,15 +54,15 @@ def arrange_for_aiter(op: Op, w13: Tensor, w2: Tensor) -> bool:
     return True
 
 
-def arrange_mxfp4_for_aiter(op: Op, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> bool:
-    """``arrange_for_aiter`` for codes [E, N, K / 2] and scales [E, N, K / 32]; parts of tiles stay as they are."""
+def shuffle_mxfp4_for_aiter(op: Op, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> bool:
+    """``shuffle_for_aiter`` for codes [E, N, K / 2] and scales [E, N, K / 32]; incomplete tiles are not shuffled."""
     if not hasattr(torch, "float4_e2m1fn_x2"):
         return False
     for scale in (w13_scale, w2_scale):
         rows = scale.shape[0] * scale.shape[1]
         if rows % SCALE_TILE[0] or scale.shape[2] % SCALE_TILE[1]:
             return False
-    if not arrange_for_aiter(op, w13, w2):
+    if not shuffle_for_aiter(op, w13, w2):
         return False
     from aiter.utility.fp4_utils import e8m0_shuffle
 
@@ -74,11 +75,11 @@ def arrange_mxfp4_for_aiter(op: Op, w13: Tensor, w13_scale: Tensor, w2: Tensor, 
 def fits_fused(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float | None = None
 ) -> bool:
-    """Arranged weights in the dtype of the rows, and no clamp."""
+    """Shuffled weights in the dtype of the rows, and no clamp."""
     return (
         limit is None
-        and is_arranged(w13)
-        and is_arranged(w2)
+        and is_shuffled(w13)
+        and is_shuffled(w2)
         and x.dtype == w13.dtype
         and topk_weights.dtype == torch.float32
     )
@@ -88,22 +89,22 @@ def fits_fused_fp8(
     x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
     x_scale: Tensor | None = None, dtype: torch.dtype | None = None, limit: float | None = None,
 ) -> bool:  # fmt: skip
-    """Arranged 8-bit weights, rows that AITER quantises itself or that are of the weights' type already, no clamp."""
+    """Shuffled 8-bit weights, rows that AITER quantises itself or that are of the weights' type already, no clamp."""
     if limit is not None:
         return False
     out = x.dtype if x_scale is None else dtype
     rows = out in (torch.bfloat16, torch.float16) and topk_weights.dtype == torch.float32
     rows = rows and (x_scale is None or x.dtype == w13.dtype)
-    return is_arranged(w13) and is_arranged(w2) and w13.dtype.itemsize == 1 and rows
+    return is_shuffled(w13) and is_shuffled(w2) and w13.dtype.itemsize == 1 and rows
 
 
 def fits_fused_mxfp4(
     x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
     limit: float | None = None,
 ) -> bool:  # fmt: skip
-    """Arranged MXFP4 weights, rows in 16 bits, no clamp."""
+    """Shuffled MXFP4 weights, rows in 16 bits, no clamp."""
     rows = x.dtype in (torch.bfloat16, torch.float16) and topk_weights.dtype == torch.float32
-    return limit is None and rows and is_arranged(w13) and is_arranged(w2)
+    return limit is None and rows and is_shuffled(w13) and is_shuffled(w2)
 
 
 @lru_cache(maxsize=8)
@@ -150,8 +151,8 @@ class _Routing(NamedTuple):
 
 
 def _routing(topk_weights: Tensor, topk_ids: Tensor, experts: int) -> _Routing:
-    """AITER takes no negative id: those name a masked expert. Given a mask, it looks its kernel up for one expert fewer
-    a token, as its other callers append a masked column (ROCm/aiter#5595): so does this one."""
+    """AITER accepts no negative id, so these become a masked expert. With a mask it looks its kernel up for one expert
+    per token fewer, because its other callers append a masked column (ROCm/aiter#5595); this function does the same."""
     ids = F.pad(topk_ids.to(torch.int32), (0, 1), value=-1)
     mask = _expert_mask(experts, topk_ids.device)
     return _Routing(F.pad(topk_weights, (0, 1)), torch.where(ids < 0, experts, ids), mask)
@@ -184,7 +185,7 @@ def fused_experts_mxfp4_aiter(
 
 
 def _as_pairs(w: Tensor) -> Tensor:
-    """Arranged codes under the type by which AITER knows four bits; the mark does not pass to views by itself."""
+    """Shuffled codes in AITER's four-bit dtype; a view does not inherit ``is_shuffled``, so it is set again."""
     pairs: Any = w.detach().view(torch.float4_e2m1fn_x2)
     pairs.is_shuffled = True
     return pairs  # type: ignore[no-any-return]

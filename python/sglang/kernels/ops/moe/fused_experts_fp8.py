@@ -11,11 +11,11 @@ from sglang.kernels.launch import FLOATS, aiter_impl, triton_impl
 from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul_torch
 from sglang.kernels.ops.moe.fused_experts import Scaled, routing_fits, run_experts
 from sglang.kernels.ops.moe.fused_experts_aiter import (
-    arrange_for_aiter,
     fits_fused_fp8,
     fused_experts_fp8_aiter,
-    is_arranged,
-    require_plain,
+    is_shuffled,
+    require_unshuffled,
+    shuffle_for_aiter,
 )
 from sglang.kernels.ops.quant.group_fp8 import (
     GROUP,
@@ -41,7 +41,7 @@ def fused_experts_fp8_torch(
     float32, H and I multiples of 128; routing as in ``moe.fused_experts``. Returns a new [N, H] in x's dtype.
     Rows that are quantised already come in w13's dtype with their x_scale [N, H / 128] and the ``dtype`` of the result.
     """
-    require_plain(w13)
+    require_unshuffled(w13)
     dtype = x.dtype if dtype is None else dtype
     q, scale = with_scales(x, x_scale, w13.dtype)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
@@ -75,7 +75,7 @@ def _accepts(
     whole = all(size % GROUP == 0 for size in (x.shape[1], w2.shape[2]))
     rows = x.dtype in FLOATS if x_scale is None else x.dtype == w13.dtype and dtype in FLOATS
     native = w13.dtype == w2.dtype == fp8_dtype(current_platform.arch) and rows and x.stride(1) == 1
-    dense = all(tensor.is_contiguous() for tensor in stacked) and not is_arranged(w13)
+    dense = all(tensor.is_contiguous() for tensor in stacked) and not is_shuffled(w13)
     return whole and native and dense and routing_fits(topk_weights, topk_ids, w13.shape[0])
 
 
@@ -110,6 +110,6 @@ fused_experts_fp8 = Op(
 )
 
 
-def arrange_experts_fp8(w13: Tensor, w2: Tensor) -> bool:
+def shuffle_experts_fp8(w13: Tensor, w2: Tensor) -> bool:
     """Once weights are loaded: put them into the layout of the implementation that is to run; False: as they were."""
-    return arrange_for_aiter(fused_experts_fp8, w13, w2)
+    return shuffle_for_aiter(fused_experts_fp8, w13, w2)

@@ -17,11 +17,11 @@ from sglang.kernels.ops.moe.fused_experts import (
 )
 from sglang.kernels.ops.moe.fused_experts_aiter import (
     MXFP4_SINCE,
-    arrange_mxfp4_for_aiter,
     fits_fused_mxfp4,
     fused_experts_mxfp4_aiter,
-    is_arranged,
-    require_plain,
+    is_shuffled,
+    require_unshuffled,
+    shuffle_mxfp4_for_aiter,
 )
 from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.kernels.ops.quant.mxfp4 import quantize_mxfp4, unpack_eighths
@@ -46,7 +46,7 @@ def fused_experts_mxfp4_torch(
     half; w13_scale [E, 2I, H / 32] and w2_scale [E, H, I / 32] uint8: 2^(b - 127), 255 NaN. H and I are multiples of
     32; routing and ``limit`` as in ``moe.fused_experts``. Returns a new [N, H] in x's dtype.
     """
-    require_plain(w13)
+    require_unshuffled(w13)
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in topk_ids[topk_ids >= 0].unique().tolist():
         tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
@@ -127,7 +127,7 @@ def _accepts(
 ) -> bool:  # fmt: skip
     stacked = (w13, w13_scale, w2, w2_scale)
     dense = all(tensor.is_contiguous() and tensor.dtype == torch.uint8 for tensor in stacked) and x.stride(1) == 1
-    plain = x.dtype in (torch.bfloat16, torch.float32) and not is_arranged(w13)
+    plain = x.dtype in (torch.bfloat16, torch.float32) and not is_shuffled(w13)
     return dense and plain and routing_fits(topk_weights, topk_ids, w13.shape[0])
 
 
@@ -191,6 +191,6 @@ fused_experts_mxfp4 = Op(
 )
 
 
-def arrange_experts_mxfp4(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> bool:
+def shuffle_experts_mxfp4(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> bool:
     """Once weights are loaded: put them into the layout of the implementation that is to run; False: as they were."""
-    return arrange_mxfp4_for_aiter(fused_experts_mxfp4, w13, w13_scale, w2, w2_scale)
+    return shuffle_mxfp4_for_aiter(fused_experts_mxfp4, w13, w13_scale, w2, w2_scale)

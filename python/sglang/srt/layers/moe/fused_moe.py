@@ -12,7 +12,7 @@ from sglang.srt.distributed import get_parallel_state
 from sglang.srt.layers.moe.placement import ExpertPlacement
 from sglang.srt.layers.moe.topk import TopKOutput
 from sglang.srt.layers.quantization import experts_method
-from sglang.srt.layers.weights import Section, Shards
+from sglang.srt.layers.weights import ShardedMatrix, ShardSlice
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 # Checkpoint names of the three matrices of an expert, and of their stacked forms.
@@ -51,14 +51,14 @@ class FusedMoE(nn.Module):
         self.top_k = top_k
         width = intermediate // parts
         start = self.placement.part * width
-        rows = [Section(intermediate, hidden, start, width, 0, hidden, offset) for offset in (0, width)]
+        rows = [ShardSlice(intermediate, hidden, start, width, 0, hidden, offset) for offset in (0, width)]
         self._shards = {
-            "w13_weight": Shards(dict(zip(("w1", "w3"), rows, strict=True))),
-            "w2_weight": Shards({"w2": Section(hidden, intermediate, 0, hidden, start, width)}),
+            "w13_weight": ShardedMatrix(dict(zip(("w1", "w3"), rows, strict=True))),
+            "w2_weight": ShardedMatrix({"w2": ShardSlice(hidden, intermediate, 0, hidden, start, width)}),
         }
         self.quant_method = experts_method(quant_config, prefix, list(self._shards.values()))
         for name, shards in self._shards.items():
-            self.quant_method.create(self, name, shards, count=self.placement.count + num_shared)
+            self.quant_method.create_weights(self, name, shards, count=self.placement.count + num_shared)
 
     def load_expert(self, name: str, expert_id: int, tensor: torch.Tensor, scale: torch.Tensor | None = None) -> None:
         """Take matrix ``name`` of one expert: "w1" (gate) and "w3" (up) [I, H], "w2" (down) [H, I].
@@ -68,7 +68,7 @@ class FusedMoE(nn.Module):
         stack = "w2_weight" if name == "w2" else "w13_weight"
         local = self.placement.local_id(expert_id)
         if local is not None:
-            self.quant_method.store(self, stack, self._shards[stack], name, tensor, scale, local)
+            self.quant_method.load_weight(self, stack, self._shards[stack], name, tensor, scale, local)
 
     def expert_tensors(self) -> Iterator[tuple[str, str, int, nn.Parameter]]:
         """Checkpoint tensors one expert at a time: name below this module, matrix, expert, and where it goes."""
@@ -107,4 +107,4 @@ class FusedMoE(nn.Module):
 
         Rows in ``quant_method.row_dtype`` come with their scales x_scale [N, H / 128] float32.
         """
-        return self.quant_method.experts(self, x, weights, local_ids, x_scale)
+        return self.quant_method.apply_moe(self, x, weights, local_ids, x_scale)

@@ -15,7 +15,7 @@ from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.layers.quantization.fp8 import Fp8Method
 from sglang.srt.layers.quantization.mxfp4 import Mxfp4Method
 from sglang.srt.layers.quantization.unquant import UnquantizedMethod, WeightMethod
-from sglang.srt.layers.weights import Shards
+from sglang.srt.layers.weights import ShardedMatrix
 
 __all__ = ["WeightMethod", "experts_method", "linear_method", "warn_of_splits"]
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def linear_method(
-    quant_config: QuantConfig | None, prefix: str, shards: Shards, dequantize: bool = False
+    quant_config: QuantConfig | None, prefix: str, shards: ShardedMatrix, dequantize: bool = False
 ) -> WeightMethod:
     """The format of the linear layer ``prefix``; ``dequantize`` asks for plain weights whatever the checkpoint holds.
 
@@ -46,7 +46,7 @@ def linear_method(
     return Fp8Method(quant_config.on_load)
 
 
-def experts_method(quant_config: QuantConfig | None, prefix: str, matrices: Sequence[Shards]) -> WeightMethod:
+def experts_method(quant_config: QuantConfig | None, prefix: str, matrices: Sequence[ShardedMatrix]) -> WeightMethod:
     """The format of the routed experts ``prefix``; raises ConfigError where their blocks cannot be split."""
     if quant_config is None:
         return UnquantizedMethod()

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sglang.kernels.ops.moe.fused_experts_fp8 import arrange_experts_fp8, fused_experts_fp8
+from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8, shuffle_experts_fp8
 from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear, fp8_dtype
 from sglang.srt.configs.quantization import BLOCK, FP8_BLOCKS
 from sglang.srt.layers.quantization.stored import FP8, OTHER_THAN_FP8, block_scales, check_format, leaves_of
 from sglang.srt.layers.quantization.unquant import WeightMethod, part_of, stack_shape
-from sglang.srt.layers.weights import FLOATS, ShardId, Shards, WeightLoader, make_parameter
+from sglang.srt.layers.weights import FLOATS, ShardedMatrix, ShardId, WeightLoader, make_parameter
 from sglang.srt.platforms import current_platform
 
 # Deviation of a healthy dummy's entries before their scale.
@@ -64,8 +64,13 @@ class Fp8Method(WeightMethod):
         self.dtype = self.row_dtype = fp8_dtype(current_platform.arch)
         self._activation_dtype = torch.get_default_dtype()
 
-    def create(
-        self, layer: nn.Module, name: str, shards: Shards, loader: WeightLoader | None = None, count: int | None = None
+    def create_weights(
+        self,
+        layer: nn.Module,
+        name: str,
+        shards: ShardedMatrix,
+        loader: WeightLoader | None = None,
+        count: int | None = None,
     ) -> None:
         blocks = shards.in_blocks(FP8_BLOCKS.block)
         assert blocks is not None, "the caller asks for this format only where blocks are whole"
@@ -77,11 +82,11 @@ class Fp8Method(WeightMethod):
         scale = make_parameter(*stack_shape(count, blocks), dtype=torch.float32, full_shapes={})
         layer.register_parameter(f"{name}_scale_inv", scale)
 
-    def store(
+    def load_weight(
         self,
         layer: nn.Module,
         name: str,
-        shards: Shards,
+        shards: ShardedMatrix,
         shard_id: ShardId,
         loaded: torch.Tensor,
         scale: torch.Tensor | None = None,
@@ -101,11 +106,11 @@ class Fp8Method(WeightMethod):
         shards.copy(target, loaded, shard_id)
         blocks.copy(scales, scale, shard_id)
 
-    def linear(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         out = block_fp8_linear(x, layer.weight, layer.weight_scale_inv)
         return out if bias is None else out + bias
 
-    def experts(
+    def apply_moe(
         self,
         layer: nn.Module,
         x: torch.Tensor,
@@ -117,6 +122,6 @@ class Fp8Method(WeightMethod):
         dtype = None if x_scale is None else self._activation_dtype
         return fused_experts_fp8(x, *stacks, weights, ids, x_scale, dtype, layer.swiglu_limit)
 
-    def arrange_experts(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
         if layer.swiglu_limit is None:
-            arrange_experts_fp8(layer.w13_weight, layer.w2_weight)
+            shuffle_experts_fp8(layer.w13_weight, layer.w2_weight)

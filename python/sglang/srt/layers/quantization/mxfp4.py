@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sglang.kernels.ops.moe.fused_experts_mxfp4 import arrange_experts_mxfp4, fused_experts_mxfp4
+from sglang.kernels.ops.moe.fused_experts_mxfp4 import fused_experts_mxfp4, shuffle_experts_mxfp4
 from sglang.kernels.ops.quant.mxfp4 import quantize_mxfp4
 from sglang.srt.configs.quantization import WeightFormat
 from sglang.srt.layers.quantization.stored import CODES, OTHER_THAN_MXFP4, PAIRS, check_format, leaves_of, mxfp4_parts
 from sglang.srt.layers.quantization.unquant import WeightMethod, part_of, stack_shape
-from sglang.srt.layers.weights import ShardId, Shards, WeightLoader, make_parameter
+from sglang.srt.layers.weights import ShardedMatrix, ShardId, WeightLoader, make_parameter
 
 
 class Mxfp4Method(WeightMethod):
@@ -24,8 +24,13 @@ class Mxfp4Method(WeightMethod):
         self.format = known
         self.leaves = (*leaves_of(known), *OTHER_THAN_MXFP4)
 
-    def create(
-        self, layer: nn.Module, name: str, shards: Shards, loader: WeightLoader | None = None, count: int | None = None
+    def create_weights(
+        self,
+        layer: nn.Module,
+        name: str,
+        shards: ShardedMatrix,
+        loader: WeightLoader | None = None,
+        count: int | None = None,
     ) -> None:
         pairs, blocks = self._parts(shards)
         weight = make_parameter(
@@ -36,7 +41,7 @@ class Mxfp4Method(WeightMethod):
         scale = make_parameter(*stack_shape(count, blocks), dtype=torch.uint8, full_shapes={})
         layer.register_parameter(f"{name}_scale", scale)
 
-    def _parts(self, shards: Shards) -> tuple[Shards, Shards]:
+    def _parts(self, shards: ShardedMatrix) -> tuple[ShardedMatrix, ShardedMatrix]:
         """The rank's part counted in bytes of codes, and in scales."""
         pairs, blocks = shards.in_blocks(PAIRS), shards.in_blocks(self.format.block)
         assert pairs is not None and blocks is not None, "the caller asks for this format only where blocks are whole"
@@ -46,11 +51,11 @@ class Mxfp4Method(WeightMethod):
         codes, scale = quantize_mxfp4(drawn)
         return {"": codes, self.format.scale_suffix: scale}
 
-    def store(
+    def load_weight(
         self,
         layer: nn.Module,
         name: str,
-        shards: Shards,
+        shards: ShardedMatrix,
         shard_id: ShardId,
         loaded: torch.Tensor,
         scale: torch.Tensor | None = None,
@@ -63,10 +68,10 @@ class Mxfp4Method(WeightMethod):
         pairs.copy(part_of(getattr(layer, name), index), codes, shard_id)
         blocks.copy(part_of(getattr(layer, f"{name}_scale"), index), exponents, shard_id)
 
-    def linear(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         raise NotImplementedError("MXFP4 is a format of routed experts")
 
-    def experts(
+    def apply_moe(
         self,
         layer: nn.Module,
         x: torch.Tensor,
@@ -78,7 +83,7 @@ class Mxfp4Method(WeightMethod):
         stacks = layer.w13_weight, layer.w13_weight_scale, layer.w2_weight, layer.w2_weight_scale
         return fused_experts_mxfp4(x, *stacks, weights, ids, layer.swiglu_limit)
 
-    def arrange_experts(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
         # AITER rounds rows to MXFP4, which is right only where the checkpoint was made for that.
         if self.format.four_bit_rows and layer.swiglu_limit is None:
-            arrange_experts_mxfp4(layer.w13_weight, layer.w13_weight_scale, layer.w2_weight, layer.w2_weight_scale)
+            shuffle_experts_mxfp4(layer.w13_weight, layer.w13_weight_scale, layer.w2_weight, layer.w2_weight_scale)

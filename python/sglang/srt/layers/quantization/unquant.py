@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from sglang.kernels.ops.moe.fused_experts import arrange_experts, fused_experts
+from sglang.kernels.ops.moe.fused_experts import fused_experts, shuffle_experts
 from sglang.srt.configs.quantization import WeightFormat
 from sglang.srt.layers.quantization.stored import leaves_of, scaled_back
 from sglang.srt.layers.weights import (
     PLAIN,
     Leaf,
+    ShardedMatrix,
     ShardId,
-    Shards,
     WeightLoader,
     make_parameter,
 )
@@ -25,7 +25,7 @@ class WeightMethod(ABC):
     """A format of weights.
 
     A linear layer keeps ``weight`` [R, C]; experts keep ``w13_weight`` [E, 2I, H] and ``w2_weight`` [E, H, I]; what
-    else a format needs lies beside them under names of its own.
+    else a format needs is kept as further parameters of the layer.
     """
 
     # The 8-bit type, with scales by groups of 128, in which experts multiply their rows; None: the model's own.
@@ -35,33 +35,38 @@ class WeightMethod(ABC):
     leaves: tuple[Leaf, ...] = (PLAIN,)
 
     @abstractmethod
-    def create(
-        self, layer: nn.Module, name: str, shards: Shards, loader: WeightLoader | None = None, count: int | None = None
+    def create_weights(
+        self,
+        layer: nn.Module,
+        name: str,
+        shards: ShardedMatrix,
+        loader: WeightLoader | None = None,
+        count: int | None = None,
     ) -> None:
         """Give ``layer`` the parameter ``name`` for one matrix, or for a stack of ``count``."""
 
     @abstractmethod
-    def store(
+    def load_weight(
         self,
         layer: nn.Module,
         name: str,
-        shards: Shards,
+        shards: ShardedMatrix,
         shard_id: ShardId,
         loaded: torch.Tensor,
         scale: torch.Tensor | None = None,
         index: int | None = None,
     ) -> None:
-        """Take this rank's part of a checkpoint matrix, ``index`` of the stack: a tensor that is one of ``leaves``.
+        """Load this rank's part of a checkpoint matrix, given as one of ``leaves``, into matrix ``index`` of the stack.
 
-        scale: its partner, if it has one; it multiplies the blocks that the partner's leaf says.
+        scale: the scale tensor of the matrix, if it has one; its leaf states the block that one scale multiplies.
         """
 
     @abstractmethod
-    def linear(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """``x W^T + bias``: x [N, C] -> [N, R]."""
 
     @abstractmethod
-    def experts(
+    def apply_moe(
         self,
         layer: nn.Module,
         x: torch.Tensor,
@@ -69,12 +74,14 @@ class WeightMethod(ABC):
         ids: torch.Tensor,
         x_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As the op ``moe.fused_experts`` with the layer's weights and ``swiglu_limit``; rows of ``row_dtype`` come
-        with their x_scale."""
+        """The op ``moe.fused_experts`` with the layer's weights and ``swiglu_limit``.
+
+        x_scale: scales of x, given when x has the dtype ``row_dtype``.
+        """
 
     @abstractmethod
-    def arrange_experts(self, layer: nn.Module) -> None:
-        """Put loaded experts into the layout of the kernel that is to run them; clamped ones have none of their own."""
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Convert loaded experts to the layout of their kernel; clamped experts keep the plain layout."""
 
 
 def part_of(param: nn.Parameter, index: int | None) -> torch.Tensor:
@@ -82,7 +89,7 @@ def part_of(param: nn.Parameter, index: int | None) -> torch.Tensor:
     return param.data if index is None else param.data[index]
 
 
-def stack_shape(count: int | None, shards: Shards) -> tuple[int, ...]:
+def stack_shape(count: int | None, shards: ShardedMatrix) -> tuple[int, ...]:
     """Shape of a rank's matrix, or of a stack of them."""
     return (shards.rows, shards.columns) if count is None else (count, shards.rows, shards.columns)
 
@@ -98,19 +105,24 @@ class UnquantizedMethod(WeightMethod):
         self.leaves = (PLAIN,) if stored is None else (PLAIN, *leaves_of(stored))
         self.by_split = by_split
 
-    def create(
-        self, layer: nn.Module, name: str, shards: Shards, loader: WeightLoader | None = None, count: int | None = None
+    def create_weights(
+        self,
+        layer: nn.Module,
+        name: str,
+        shards: ShardedMatrix,
+        loader: WeightLoader | None = None,
+        count: int | None = None,
     ) -> None:
         parameter = make_parameter(
             *stack_shape(count, shards), loader=loader, full_shapes=shards.full_shapes, leaves=self.leaves
         )
         layer.register_parameter(name, parameter)
 
-    def store(
+    def load_weight(
         self,
         layer: nn.Module,
         name: str,
-        shards: Shards,
+        shards: ShardedMatrix,
         shard_id: ShardId,
         loaded: torch.Tensor,
         scale: torch.Tensor | None = None,
@@ -122,10 +134,10 @@ class UnquantizedMethod(WeightMethod):
             loaded = scaled_back(self.stored, loaded, scale, target.device)
         shards.copy(target, loaded, shard_id)
 
-    def linear(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.linear(x, layer.weight, bias)
 
-    def experts(
+    def apply_moe(
         self,
         layer: nn.Module,
         x: torch.Tensor,
@@ -136,6 +148,6 @@ class UnquantizedMethod(WeightMethod):
         assert x_scale is None, "plain weights take plain rows"
         return fused_experts(x, layer.w13_weight, layer.w2_weight, weights, ids, layer.swiglu_limit)
 
-    def arrange_experts(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
         if layer.swiglu_limit is None:
-            arrange_experts(layer.w13_weight, layer.w2_weight)
+            shuffle_experts(layer.w13_weight, layer.w2_weight)

@@ -12,7 +12,7 @@ from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.moe.ep_moe.factory import make_experts
-from sglang.srt.layers.moe.slotted_mlp import SlottedMLP, shared_slots
+from sglang.srt.layers.moe.fused_shared_experts import FusedSharedExperts, shared_slots
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.weights import make_parameter
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -63,9 +63,9 @@ class DeepseekV2MoE(nn.Module):
             config.n_routed_experts, hidden, width, config.num_experts_per_tok, quant_config, f"{prefix}.experts",
             self.num_fused_shared_experts,
         )  # fmt: skip
-        self.shared_experts: GatedMLP | SlottedMLP | None = None
+        self.shared_experts: GatedMLP | FusedSharedExperts | None = None
         if self.num_fused_shared_experts:
-            self.shared_experts = SlottedMLP(self.experts)
+            self.shared_experts = FusedSharedExperts(self.experts)
         elif config.n_shared_experts:
             self.shared_experts = GatedMLP(
                 hidden, config.n_shared_experts * width, False, quant_config, f"{prefix}.shared_experts"
@@ -76,7 +76,7 @@ class DeepseekV2MoE(nn.Module):
         shared_experts = self.shared_experts
         if shared_experts is None:
             return self._tp.all_reduce(self._routed(x, fb))
-        if isinstance(shared_experts, SlottedMLP) and shared_experts.is_fused(self.overlap.site, x.shape[0]):
+        if isinstance(shared_experts, FusedSharedExperts) and shared_experts.is_fused(self.overlap.site, x.shape[0]):
             return self._tp.all_reduce(self._routed(x, fb, fused=True))
         shared, routed = self.overlap.fork_join(
             lambda: shared_experts(x), lambda: self._routed(x, fb), num_tokens=x.shape[0]

@@ -17,7 +17,7 @@ from sglang.srt.layers.linear import (
     RowParallelLinear,
 )
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
-from sglang.srt.layers.weights import Section, ShardId, Shards, make_parameter
+from sglang.srt.layers.weights import ShardedMatrix, ShardId, ShardSlice, make_parameter
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.deepseek_common.v4_compressor import DeepseekV4Compressor, DeepseekV4Indexer
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
@@ -66,8 +66,8 @@ class DeepseekV4Attention(nn.Module):
         self.wo_b = RowParallelLinear(
             config.o_groups * config.o_lora_rank, hidden, quant_config=quant_config, prefix=f"{prefix}.wo_b"
         )
-        heads = Section(config.num_attention_heads, 1, tp.rank * self.num_heads, self.num_heads, 0, 1)
-        self._head_shards = Shards({None: heads})
+        heads = ShardSlice(config.num_attention_heads, 1, tp.rank * self.num_heads, self.num_heads, 0, 1)
+        self._head_shards = ShardedMatrix({None: heads})
         self.sinks = make_parameter(
             self.num_heads, dtype=torch.float32, loader=self._load_sinks,
             full_shapes={None: (config.num_attention_heads,)}, fill=(0.0, 1.0),

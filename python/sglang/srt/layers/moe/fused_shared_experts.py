@@ -1,4 +1,4 @@
-"""Shared experts kept as the last slots of the routed experts' weights, and computed from there as a dense MLP."""
+"""Shared experts that are stored as the last of the routed experts, and may be computed from there as a dense MLP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul
-from sglang.kernels.ops.moe.fused_experts import is_arranged
+from sglang.kernels.ops.moe.fused_experts import is_shuffled
 from sglang.kernels.ops.moe.topk import NO_SHARED, SharedSlots
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.shared_experts import SharedExperts
@@ -35,7 +35,7 @@ def shared_slots(count: int, gated: bool = False) -> SharedSlots:
 def describe_shared(model: nn.Module) -> dict[str, Any]:
     """Which form the shared experts of ``model`` have, for /server_info."""
     for module in model.modules():
-        if isinstance(module, SlottedMLP):
+        if isinstance(module, FusedSharedExperts):
             form = "by the modes of its site" if not module.fixed_reason else f"fused: {module.fixed_reason}"
             return {"slots": len(module._down), "form": form}
     return {"slots": 0, "form": "apart"}
@@ -43,19 +43,20 @@ def describe_shared(model: nn.Module) -> dict[str, Any]:
 
 def fixed_form(model: nn.Module) -> str:
     """Why every step of ``model`` computes its shared experts as routed ones; "" where a step has a choice."""
-    return next((module.fixed_reason for module in model.modules() if isinstance(module, SlottedMLP)), "")
+    return next((module.fixed_reason for module in model.modules() if isinstance(module, FusedSharedExperts)), "")
 
 
-class SlottedMatrix(nn.Module):
-    """Checkpoint matrices of the shared experts whose rows, or columns, lie in the slots of ``stack``.
+class SharedExpertView(nn.Module):
+    """Checkpoint matrices of the shared experts, as views of the last experts of ``stack``, which hold their weights.
 
-    shards: checkpoint shard id -> matrix of an expert. ``weight``, and ``weight_scale_inv`` of 8-bit ones, are views:
-    [rows, K], or [slots, rows, K] where two slots are no one matrix.
+    shards: checkpoint shard id -> matrix of an expert. ``weight``, and ``weight_scale_inv`` for 8-bit weights, are
+    views [rows, K], or [experts, rows, K] where the parts do not form one matrix.
     """
 
     def __init__(self, experts: FusedMoE, stack: str, shards: Mapping[ShardId, str], full: tuple[int, int]) -> None:
         super().__init__()
-        self._experts, self._shards = (experts,), dict(shards)  # in a tuple: it is a module elsewhere
+        # In a tuple, so that torch does not register the experts as a submodule of this module too.
+        self._experts, self._shards = (experts,), dict(shards)
         stacked: Any = getattr(experts, stack)
         weight: Any = nn.Parameter(self._view(stacked), requires_grad=False)
         weight.weight_loader, weight.fill = self.weight_loader, stacked.fill
@@ -77,7 +78,7 @@ class SlottedMatrix(nn.Module):
         shard_id: ShardId = None,
         scale: torch.Tensor | None = None,
     ) -> None:
-        """Take checkpoint matrix ``shard_id`` in as many parts as there are slots."""
+        """Load checkpoint matrix ``shard_id``, cut into one part per fused shared expert."""
         (experts,), name = self._experts, self._shards[shard_id]
         check_shape(loaded, param.full_shapes[shard_id])  # type: ignore[attr-defined]
         dim, count = int(name == "w2"), experts.num_shared
@@ -86,11 +87,12 @@ class SlottedMatrix(nn.Module):
             experts.load_expert(name, experts.num_experts + slot, *parts)
 
 
-class SlottedMLP(nn.Module):
-    """The shared experts' ``down(silu(gate x) * up x)`` over slots E .. E + n of ``experts``, which hold the weights.
+class FusedSharedExperts(nn.Module):
+    """Shared experts whose weights are experts E .. E + n of ``experts``: ``down(silu(gate x) * up x)``.
 
-    Its parameters have the names that the MLP's have, and no storage. A step may take either form where this rank
-    holds the same part of shared and of routed experts, in a layout that both products read.
+    The parameters have the names of the MLP's parameters and no storage of their own. A step may compute them as routed
+    experts or with ``forward``, if this rank holds the same part of shared and routed experts, in a layout that both
+    products can read.
     """
 
     def __init__(self, experts: FusedMoE) -> None:
@@ -99,8 +101,8 @@ class SlottedMLP(nn.Module):
         self._experts = (experts,)
         self._same_part = state.ep_size == 1 and state.attn_dp_size == 1
         width, hidden = count * experts.intermediate, experts.hidden
-        self.gate_up_proj = SlottedMatrix(experts, "w13_weight", {0: "w1", 1: "w3"}, (width, hidden))
-        self.down_proj = SlottedMatrix(experts, "w2_weight", {None: "w2"}, (hidden, width))
+        self.gate_up_proj = SharedExpertView(experts, "w13_weight", {0: "w1", 1: "w3"}, (width, hidden))
+        self.down_proj = SharedExpertView(experts, "w2_weight", {None: "w2"}, (hidden, width))
         held = {**dict(self.down_proj.named_parameters()), **dict(self.down_proj.named_buffers())}
         by_slot = {name: tensor.data.view(count, -1, tensor.shape[-1]) for name, tensor in held.items()}
         self._down = [
@@ -109,19 +111,19 @@ class SlottedMLP(nn.Module):
 
     @property
     def fixed_reason(self) -> str:
-        """Why every step must compute it as routed experts; "" if it may also run apart."""
+        """Why every step must compute them as routed experts; "" if ``forward`` may compute them too."""
         if not self._same_part:
             return "this rank holds another part of routed than of shared experts"
-        return "weights are in the experts' kernel's own layout" if is_arranged(self._experts[0].w13_weight) else ""
+        return "weights are in the experts' kernel's own layout" if is_shuffled(self._experts[0].w13_weight) else ""
 
     def is_fused(self, site: OverlapSite, num_tokens: int) -> bool:
-        """Whether a step of ``num_tokens`` computes it as routed experts; depends on nothing but host-known numbers."""
+        """Whether a step of ``num_tokens`` computes them as routed experts; reads no device data."""
         return bool(self.fixed_reason) or site.fuses(num_tokens)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [N, H] -> [N, H], this rank's part of a sum."""
         method = self._experts[0].quant_method
-        gate_up = method.linear(self.gate_up_proj, x, None)
+        gate_up = method.apply(self.gate_up_proj, x, None)
         rows = silu_and_mul(gate_up.unflatten(1, (len(self._down), -1))).unbind(1)
         # Summed in slot order.
-        return reduce(torch.add, (method.linear(slot, row, None) for slot, row in zip(self._down, rows, strict=True)))
+        return reduce(torch.add, (method.apply(slot, row, None) for slot, row in zip(self._down, rows, strict=True)))
