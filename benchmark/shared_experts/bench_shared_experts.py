@@ -155,7 +155,7 @@ def print_traces(runner: ModelRunner, allocator: Any, modes: list[str], args: ar
             if row["captured"]:
                 print(
                     f"{mode}: {row['site']} at {row['num_tokens']}: side {row['side_us']:.1f} us, main "
-                    f"{row['main_us']:.1f} us, {row['beside_share']:.0%} of the side beside it"
+                    f"{row['main_us']:.1f} us, {row['overlap_fraction']:.0%} of the side beside it"
                 )
 
 

@@ -84,7 +84,7 @@ class Layers:
         for block in self.blocks:
             assert isinstance(block.experts, MoriEPMoE)
             block.overlap = StreamOverlap(self._stream, site)
-            block.experts.dispatcher, block.experts.gauge = dispatcher, dispatcher.gauge
+            block.experts.dispatcher, block.experts.recv_stats = dispatcher, dispatcher.recv_stats
             block.experts._full_buffer = variant.full_buffer
 
     def run(self, x: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
@@ -162,7 +162,9 @@ def bench_size(layers: Layers, tokens: int, args: argparse.Namespace, device: to
     lines = [f"{tokens} tokens a rank: us a layer, median (min .. max) of {args.runs}, and over cut"]
     for variant, took in times.items():
         middle = statistics.median(took)
-        shares = [row["beside_share"] for row in merge_rows(trace for trace in traces[variant] if trace is not None)]
+        shares = [
+            row["overlap_fraction"] for row in merge_rows(trace for trace in traces[variant] if trace is not None)
+        ]
         beside = f", {statistics.fmean(shares):.0%} of the side beside" if shares else ""
         lines.append(
             f"  {variant.name:<12} {middle:8.1f} ({min(took):.1f} .. {max(took):.1f})  {middle / base:.3f}{beside}"

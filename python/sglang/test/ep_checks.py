@@ -100,11 +100,11 @@ def check_capped() -> None:
             # In two rounds of equal shares the last of these would not fit into 8 rows.
             for rows, only in (([8] * groups, 0), ([0] * (groups - 1) + [8], None), ([7, 7, 1, 1][:groups], 0)):
                 compare(states, layers, MODEL.step(rows, only=only))
-            figures = layers[0].gauge.snapshot()
+            figures = layers[0].recv_stats.snapshot()
             CASE.assertGreater(figures["most_rounds"], 1)
             CASE.assertEqual(figures["buffer"], buffer)
             CASE.assertEqual(figures["suggested_cap"], -(-8 * groups // world) * world)
-            CASE.assertLessEqual(max(each.gauge.snapshot()["peak"] for each in layers), figures["buffer"])
+            CASE.assertLessEqual(max(each.recv_stats.snapshot()["peak"] for each in layers), figures["buffer"])
 
 
 def check_manual_cut() -> None:
@@ -121,14 +121,14 @@ def check_manual_cut() -> None:
             compare(states, layers, MODEL.step(rows, only=0))
             CASE.assertEqual(set(seen), {expected})
     CASE.assertEqual(sum("is raised to" in line for line in logs.output), 2, "once a rank")
-    CASE.assertEqual(layers[0].gauge.snapshot()["input_limit_raised"], 2)
+    CASE.assertEqual(layers[0].recv_stats.snapshot()["input_limit_raised"], 2)
 
 
 def check_padding_stays() -> None:
     """Padding rows reach no other rank, whatever their routing says."""
     states, layers = build(4, 4, **MORI)
     compare(states, layers, MODEL.step([6, 6, 6, 6], [2, 0, 1, 3], only=0))
-    received = [experts.gauge.snapshot()["live"] for experts in layers]
+    received = [experts.recv_stats.snapshot()["live"] for experts in layers]
     CASE.assertLessEqual(received[0], 2 + 0 + 1 + 3 + 4)
     CASE.assertGreaterEqual(received[0], 2 + 0 + 1 + 3)
     for rank, (rows, real) in enumerate(((6, 2), (6, 0), (6, 1), (6, 3))):
@@ -160,18 +160,18 @@ def check_metadata() -> None:
             layers[0](step.x[0], step.topk[0], fb)
 
 
-def check_full_buffer_and_gauge() -> None:
+def check_full_buffer_and_recv_stats() -> None:
     states, layers = build(2, 2, **MORI)
     compare(states, layers, MODEL.step([3, 2]))
     said = describe_experts(layers[0])
     CASE.assertEqual(said["transport"], "portable (routed over torch.distributed, sync)")
     figures = said["received_rows"]
     CASE.assertTrue(0 < figures["live"] == figures["peak"] <= figures["bound"] == 5 and figures["buffer"] == 32)
-    CASE.assertEqual(layers[0].gauge.snapshot()["live"], 0, "nothing since the last look")
+    CASE.assertEqual(layers[0].recv_stats.snapshot()["live"], 0, "nothing since the last look")
     for experts in layers:
         experts._full_buffer = True
     compare(states, layers, MODEL.step([3, 2]))
-    CASE.assertEqual(layers[0].gauge.snapshot()["bound"], 32)
+    CASE.assertEqual(layers[0].recv_stats.snapshot()["bound"], 32)
 
 
 def check_stale_rows() -> None:
@@ -351,7 +351,7 @@ CHECKS = {
     "padding": check_padding_stays,
     "new result": check_result_is_new,
     "metadata": check_metadata,
-    "gauge": check_full_buffer_and_gauge,
+    "recv_stats": check_full_buffer_and_recv_stats,
     "device": check_device_only_exchange,
     "stale": check_stale_rows,
     "contract": check_contract,

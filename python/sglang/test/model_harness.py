@@ -30,7 +30,7 @@ from sglang.srt.model_executor.forward_batch_info import (
 from sglang.srt.model_executor.model_pools import cache_layout
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.server_args import override_server_args
-from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
+from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 
 class EveryRow(nn.Module):
@@ -65,7 +65,7 @@ class ModelHarness:
         page_size: int = 1,
         load_format: str = "auto",
         backend: AttentionBackend | None = None,
-        streams: StreamPlan = SERIAL_PLAN,
+        streams: StreamPlan = NO_OVERLAP,
         num_draft_tokens: int = 0,
         **formats: Any,
     ) -> None:

@@ -13,7 +13,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
 from sglang.srt.model_loader.loader import load_draft_model
 from sglang.srt.server_args import ServerArgs, override_server_args
-from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
+from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 from sglang.test.model_harness import EveryRow, HarnessRequest, ModelHarness
 
 
@@ -24,7 +24,7 @@ class MtpHarness(ModelHarness):
     one more row of a request, as a chain of drafts goes on.
     """
 
-    def __init__(self, model_path: str, streams: StreamPlan = SERIAL_PLAN, **options: Any) -> None:
+    def __init__(self, model_path: str, streams: StreamPlan = NO_OVERLAP, **options: Any) -> None:
         super().__init__(model_path, streams=streams, num_draft_tokens=2, **options)
         with override_server_args():
             args = ServerArgs(model_path=model_path)

@@ -15,7 +15,7 @@ import torch
 from sglang.srt.entrypoints.context import ServerStatus
 from sglang.srt.entrypoints.http_server import PortError, bind, listen
 from sglang.srt.environ import envs
-from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
+from sglang.srt.layers.moe.token_dispatcher.recv_stats import RecvStats
 from sglang.srt.managers import prompt_text
 from sglang.srt.managers.io_struct import AbortReq, FinishReason, FlushCacheReqInput
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -212,11 +212,11 @@ class TestInformation(FakeServerTestCase):
         self.assertNotIn("sglang:moe_", text)
 
     def test_metrics_of_the_receive_buffers(self):
-        gauge = RecvGauge(capacity=64, device=torch.device("cpu"))
-        gauge.plan(32, 2)
-        gauge.add(torch.tensor([20], dtype=torch.int32), 40)
-        gauge.count_raised()
-        with mock.patch.object(self.fake.scheduler, "experts", {"received_rows": gauge.snapshot()}):
+        recv_stats = RecvStats(capacity=64, device=torch.device("cpu"))
+        recv_stats.record_step(32, 2)
+        recv_stats.record_dispatch(torch.tensor([20], dtype=torch.int32), 40)
+        recv_stats.record_raised_limit()
+        with mock.patch.object(self.fake.scheduler, "experts", {"received_rows": recv_stats.snapshot()}):
             text = httpx.get(f"{self.fake.url}/metrics", timeout=60).text
         found = {line.split("{")[0]: line.split()[-1] for line in text.splitlines() if line.startswith("sglang:moe_")}
         wanted = {

@@ -97,7 +97,7 @@ class TestPage(FakeServerTestCase):
         state = {
             "num_used_tokens": 5, "max_total_num_tokens": 20, "num_running_reqs": 3, "num_grammar_queue_reqs": 2,
             "cache_hit_rate": 0.5, "num_prompt_tokens": 40, "spec_accept_rate_by_position": [0.75, 0.5],
-            "streams": {"trace": [{"site": "moe", "num_tokens": 8, "captured": True, "beside_share": 0.25}]},
+            "streams": {"trace": [{"site": "moe", "num_tokens": 8, "captured": True, "overlap_fraction": 0.25}]},
         }  # fmt: skip
         manager = self.fake.context.manager
         for states in ([state], [state, {**state, "num_running_reqs": 4}]):

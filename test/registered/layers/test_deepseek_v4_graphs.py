@@ -21,7 +21,7 @@ from sglang.srt.layers.attention.deepseek_v4_planner import CompressedPlan
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs
-from sglang.srt.model_executor.capture_lint import HostOnly
+from sglang.srt.model_executor.capture_lint import HostList
 from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.graph_check import GraphCheck
 from sglang.srt.model_executor.model_pools import StepRelay
@@ -78,7 +78,7 @@ class Captured:
 
         def as_captured(batch, bucket):
             fb = self.graphs.fill(batch, bucket)
-            fb.seq_lens_cpu = HostOnly(fb.seq_lens_cpu)
+            fb.seq_lens_cpu = HostList(fb.seq_lens_cpu)
             return self.forward(fb).first(batch.batch_size * width).tensors()
 
         def replay(batch, bucket):

@@ -15,7 +15,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessor, LogitsProcessorO
 from sglang.srt.layers.logprobs import RowLogprobs
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.managers.tp_worker import LaunchedStep, StepOutput
-from sglang.srt.model_executor.capture_lint import CaptureOffence, capture_lint
+from sglang.srt.model_executor.capture_lint import CaptureViolation, capture_lint
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, LogprobRequest, ModelWorkerBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -40,7 +40,7 @@ class HostValues(TorchFunctionMode):
         index = args[1] if func in (torch.Tensor.__getitem__, torch.Tensor.__setitem__) else ()
         parts = index if isinstance(index, tuple) else (index,)
         if func is torch.tensor or any(isinstance(part, list) for part in parts):
-            raise CaptureOffence(f"{func} brings host values")
+            raise CaptureViolation(f"{func} brings host values")
         return func(*args, **(kwargs or {}))
 
 
@@ -157,7 +157,7 @@ class TestLogprobs(CustomTestCase):
             launched = [t for _, block in output.prompt_logprobs for t in block.tensors()]
             self.assertTrue(all(tensor.device == step.device for tensor in [ids, *launched]))
             for read in (lambda: ids.tolist(), lambda: torch.tensor([1, 2], device="meta"), lambda: ids[[0, 2]]):
-                with self.assertRaises(CaptureOffence):
+                with self.assertRaises(CaptureViolation):
                     read()
 
 

@@ -11,7 +11,13 @@ import torch
 
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-from sglang.srt.model_executor.capture_lint import CaptureOffence, HostOnly, capture_lint, find_problem, to_the_end
+from sglang.srt.model_executor.capture_lint import (
+    CaptureViolation,
+    HostList,
+    capture_lint,
+    collect_violations,
+    find_problem,
+)
 from sglang.srt.model_executor.forward_batch_info import DECODE
 from sglang.srt.model_executor.step_graphs import StepGraphs
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -58,16 +64,16 @@ def offences():
 
 class TestLint(CustomTestCase):
     def test_an_error_behind_an_offence_is_not_taken_for_it(self):
-        with self.assertRaisesRegex(MemoryError, "planted"), to_the_end(), capture_lint(CPU):
+        with self.assertRaisesRegex(MemoryError, "planted"), collect_violations(), capture_lint(CPU):
             torch.ones(1).item()
             raise MemoryError("planted")
-        with self.assertRaisesRegex(CaptureOffence, "_local_scalar_dense"), to_the_end(), capture_lint(CPU):
+        with self.assertRaisesRegex(CaptureViolation, "_local_scalar_dense"), collect_violations(), capture_lint(CPU):
             torch.ones(1).item()
 
     def test_every_offence_is_named_with_its_line(self):
         for name, (body, wanted) in offences().items():
             with self.subTest(name), torch.inference_mode():
-                with self.assertRaisesRegex(CaptureOffence, rf"{wanted}.*test_capture_lint\.py:\d+ in "):
+                with self.assertRaisesRegex(CaptureViolation, rf"{wanted}.*test_capture_lint\.py:\d+ in "):
                     with capture_lint(CPU):
                         body()
                 body()
@@ -105,13 +111,13 @@ class TestLint(CustomTestCase):
             (aten.mul.Tensor, (host, host), {}),
         ):
             self.assertIsNone(find_problem(func, args, kwargs))
-        with self.assertRaisesRegex(CaptureOffence, "between host and device"), capture_lint(META):
+        with self.assertRaisesRegex(CaptureViolation, "between host and device"), capture_lint(META):
             device.cpu()
 
     def test_host_lists_cannot_be_read(self):
-        lens = HostOnly([1, 2])
+        lens = HostList([1, 2])
         for read in (lambda: lens[0], lambda: len(lens), lambda: list(lens), lambda: max(lens), lambda: 1 in lens):
-            with self.assertRaisesRegex(CaptureOffence, "host-side list"):
+            with self.assertRaisesRegex(CaptureViolation, "host-side list"):
                 read()
 
     def test_references_of_ops_are_exempt_on_a_cpu_alone(self):
@@ -120,7 +126,7 @@ class TestLint(CustomTestCase):
         table, one = torch.zeros(2, 4, dtype=torch.int32), torch.ones(1, dtype=torch.int64)
         with capture_lint(CPU):
             slots_of(table, one, one)
-        with self.assertRaisesRegex(CaptureOffence, "_local_scalar_dense.*table_decode.py"), capture_lint(META):
+        with self.assertRaisesRegex(CaptureViolation, "_local_scalar_dense.*table_decode.py"), capture_lint(META):
             slots_of(table, one, one)
 
 
@@ -144,7 +150,7 @@ class TestDecodeSteps(CustomTestCase):
             forward = harness.model.forward
 
             def linted(ids, positions, fb, forward=forward):
-                fb.seq_lens_cpu = HostOnly(fb.seq_lens_cpu)
+                fb.seq_lens_cpu = HostList(fb.seq_lens_cpu)
                 with capture_lint(CPU):
                     return forward(ids, positions, fb)
 

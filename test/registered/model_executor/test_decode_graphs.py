@@ -17,7 +17,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.dp_sync import agree
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.written_rows import fingerprint
-from sglang.srt.model_executor.capture_lint import CaptureOffence
+from sglang.srt.model_executor.capture_lint import CaptureViolation
 from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.graph_check import GraphCheck
 from sglang.srt.model_executor.runner_build import prove_graphs
@@ -350,7 +350,7 @@ class TestRanks(CustomTestCase):
                 def capture(self, body: Callable[[], Any]) -> Any:
                     rows = super().capture(body)
                     if rank == 1 and rows.next_token_logits.shape[0] in fails:
-                        raise CaptureOffence("planted") if 2 in fails else MemoryError("planted")
+                        raise CaptureViolation("planted") if 2 in fails else MemoryError("planted")
                     return rows
 
             with torch.inference_mode():

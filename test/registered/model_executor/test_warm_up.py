@@ -20,7 +20,7 @@ from sglang.kernels.ops.attention.paged_extend import paged_extend_triton
 from sglang.kernels.ops.attention.ragged_extend import ragged_extend_triton
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.srt.distributed import override_tp_group
-from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
+from sglang.srt.layers.moe.token_dispatcher.recv_stats import RecvStats
 from sglang.srt.model_executor import warm_up
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.warm_up import WarmUpStep, warm_up_steps
@@ -194,33 +194,33 @@ class TestCompiledKernels(CustomTestCase):
 
 class TestGauges(CustomTestCase):
     def test_warm_up_is_not_load(self) -> None:
-        gauge = RecvGauge(64, torch.device("cpu"))
+        recv_stats = RecvStats(64, torch.device("cpu"))
 
         def dispatch(*_: object) -> None:
-            gauge.plan(32, 3)
-            gauge.add(torch.tensor([9], dtype=torch.int32), 20)
-            gauge.count_raised()
+            recv_stats.record_step(32, 3)
+            recv_stats.record_dispatch(torch.tensor([9], dtype=torch.int32), 20)
+            recv_stats.record_raised_limit()
 
         runner = mock.Mock()
         runner.req_to_token_pool.size, runner.relay = 2, None
         runner.model_config.context_len = 8
-        idle = gauge.snapshot()
+        idle = recv_stats.snapshot()
         with (
             mock.patch.object(warm_up, "current_platform", mock.Mock(supports_graphs=True)),
-            mock.patch.object(warm_up, "expert_gauges", return_value=[gauge]),
+            mock.patch.object(warm_up, "expert_recv_stats", return_value=[recv_stats]),
             mock.patch.object(warm_up, "run_step", side_effect=dispatch) as steps,
             mock.patch.multiple(warm_up, _extend_batch=mock.Mock(), _decode_batch=mock.Mock()),
         ):
             warm_up.warm_up(runner, 4)
         self.assertGreater(steps.call_count, 2)
-        self.assertEqual(gauge.snapshot(), idle)
+        self.assertEqual(recv_stats.snapshot(), idle)
         dispatch()
-        found = gauge.snapshot()
+        found = recv_stats.snapshot()
         self.assertEqual((found["live"], found["bound"], found["suggested_cap"], found["most_rounds"]), (9, 20, 32, 3))
         self.assertEqual(found["input_limit_raised"], 1)
         # A replayed graph adds rows on the device alone: the bound stays above them.
-        gauge._since_read.fill_(7)
-        found = gauge.snapshot()
+        recv_stats._since_read.fill_(7)
+        found = recv_stats.snapshot()
         self.assertLessEqual(found["live"], found["bound"])
 
 

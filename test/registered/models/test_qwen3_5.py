@@ -20,7 +20,7 @@ from sglang.srt.models.checkpoint_model import WeightLoadError
 from sglang.srt.platforms import override_platform
 from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.srt.utils.multi_stream_utils import OverlapSite
-from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan, plan_streams
+from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan, plan_streams
 from sglang.test.cache_pools import state_slots
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.happens_before import FakeStreamPlatform
@@ -52,7 +52,7 @@ class TestQwen35(CustomTestCase):
         (folder / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
         return str(folder)
 
-    def build(self, architecture, streams=SERIAL_PLAN, **overrides):
+    def build(self, architecture, streams=NO_OVERLAP, **overrides):
         config = ModelConfig.from_path(self.config_folder(architecture, **overrides))
         with override_server_args():
             return load_model(config, "dummy", streams=streams)
@@ -169,7 +169,7 @@ class TestQwen35(CustomTestCase):
         self.assertFalse(qwen3_5._hip_use_alt_stream or qwen3_5._gdn_use_alt_stream or qwen3_5._qknorm_use_alt_stream)
         before = self.build("Qwen3_5ForCausalLM").model.layers
         site = OverlapSite(qwen3_5.GDN_QKVZ_BA, enabled=True)
-        sites = tuple(site if site.name == other.name else other for other in SERIAL_PLAN.sites)
+        sites = tuple(site if site.name == other.name else other for other in NO_OVERLAP.sites)
         after = self.build("Qwen3_5ForCausalLM", StreamPlan(sites)).model.layers
         self.assertTrue(qwen3_5._gdn_use_alt_stream)
         self.assertFalse(before[0].linear_attn.use_alt_stream)

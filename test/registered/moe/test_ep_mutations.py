@@ -48,7 +48,7 @@ MUTATIONS = {
     "manual cut": (
         M("manual value not raised", capacity, "max(bound, min(rows, manual)) if", "min(rows, manual) if"),
         M("manual value not obeyed", capacity, "max(bound, min(rows, manual)) if", "rows if"),
-        M("said each time", layer, "self.gauge.count_raised() == 1", "self.gauge.count_raised()"),
+        M("said each time", layer, "record_raised_limit() == 1", "record_raised_limit()"),
     ),
     "padding": (
         M("padding travels", layer, "topk.ids.masked_fill(padding, self.placement.first)", "topk.ids"),
@@ -58,8 +58,8 @@ MUTATIONS = {
     "new result": (M("the transport's own storage", layer, "        return out\n\n    def run_moe_core",
                      "        return self.dispatcher._out[: len(x)]\n\n    def run_moe_core"),),
     "metadata": (M("metadata believed", layer, "or groups[dp_rank] != num_rows", ""),),
-    "gauge": (
-        M("peak not kept", layer, "self.gauge.add(total, num_rows)", "pass"),
+    "recv_stats": (
+        M("peak not kept", layer, "self.recv_stats.record_dispatch(total, num_rows)", "pass"),
         M("benchmark argument ignored", layer, "if self._full_buffer:", "if False:"),
     ),
     "device": (

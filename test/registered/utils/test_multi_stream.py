@@ -267,7 +267,8 @@ class TestTrace(StreamCase):
         beside, touching, within, apart = (0, 1, 3, 2, 6), (0, 0, 2, 2, 5), (0, 1, 2, 0, 9), (0, 3, 5, 0, 1)
         for times, share in ((beside, 0.5), (touching, 0.0), (within, 1.0), (apart, 0.0)):
             rows = merge_rows([self.traced(*times)])
-            self.assertEqual([row["beside_share"] for row in rows], [share], times)
+            self.assertEqual([row["overlap_fraction"] for row in rows], [share], times)
+            self.assertEqual([row["beside_share"] for row in rows], [share], "the former name of the key")
             self.assertEqual((rows[0]["site"], rows[0]["num_tokens"], rows[0]["captured"]), ("test", 7, True))
         self.assertEqual((rows[0]["side_us"], rows[0]["main_us"]), (2000.0, 1000.0))
 

@@ -139,7 +139,7 @@ class TestForkJoinOnGpu(CustomTestCase):
         if torch.version.hip is None:
             self.assertEqual([row["captured"] for row in rows], [False, True])
         for row in rows:
-            self.assertGreater(row["beside_share"], 0.5, row)
+            self.assertGreater(row["overlap_fraction"], 0.5, row)
             self.assertGreater(row["main_us"], row["side_us"] * 1.5, row)
 
 

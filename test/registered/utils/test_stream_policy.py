@@ -13,8 +13,8 @@ from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.utils.multi_stream_utils import FUSED, OVERLAP, SERIAL, OverlapSite
 from sglang.srt.utils.shared_modes import ModeTimes, choose_modes
 from sglang.srt.utils.stream_policy import (
-    NOT_ASKED,
-    SERIAL_PLAN,
+    NO_OVERLAP,
+    NOT_REQUESTED,
     SITE_RULES,
     FusionChoice,
     StreamSettings,
@@ -106,7 +106,7 @@ class TestSites(CustomTestCase):
     def test_each_decision_has_its_reason(self):
         found = plan(HipPlatform(), {"SGLANG_GDN_QKVZ_BA_ALT_STREAM": "1", "SGLANG_ROCM_USE_MULTI_STREAM": "true"})
         self.assertEqual(found.site(GDN).reason, "needs SGLANG_ALT_STREAM and SGLANG_GDN_QKVZ_BA_ALT_STREAM")
-        self.assertEqual(found.site(QWEN).reason, NOT_ASKED)
+        self.assertEqual(found.site(QWEN).reason, NOT_REQUESTED)
         self.assertEqual(found.site(DEEPSEEK).reason, "SGLANG_ROCM_USE_MULTI_STREAM; range not measured")
         self.assertIsNone(found.site(DEEPSEEK).max_tokens)
         # Where upstream overlaps and this does not, the plan says why.
@@ -178,7 +178,7 @@ class TestSites(CustomTestCase):
         found = plan(platform, {"SGLANG_ALT_STREAM": "1"})
         with override_platform(platform):
             self.assertIsNone(found.side_stream(DEEPSEEK))
-            self.assertIsNone(SERIAL_PLAN.side_stream(DEEPSEEK, QWEN))
+            self.assertIsNone(NO_OVERLAP.side_stream(DEEPSEEK, QWEN))
             self.assertEqual(found.side_stream(QWEN, GDN, NORM).name, "side1")
 
     def test_the_variables_act_now(self):
@@ -263,8 +263,8 @@ class TestModes(CustomTestCase):
         self.assertFalse(plan_streams(Args(ep_size=2, tp_size=2), platform=platform, arch="sm_90").fusion.enabled)
 
     def test_without_a_plan_weights_decide(self):
-        self.assertTrue(SERIAL_PLAN.site(QWEN).fuses(1) and SERIAL_PLAN.site(DEEPSEEK).fuses(8192))
-        self.assertFalse(SERIAL_PLAN.site(GDN).fuses(1))
+        self.assertTrue(NO_OVERLAP.site(QWEN).fuses(1) and NO_OVERLAP.site(DEEPSEEK).fuses(8192))
+        self.assertFalse(NO_OVERLAP.site(GDN).fuses(1))
 
 
 class TestWarnings(CustomTestCase):

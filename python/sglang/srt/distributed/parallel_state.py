@@ -104,9 +104,9 @@ class ProcessGroupHandle:
         if self.size == 1:
             return [list(values)]
         mine = torch.tensor(values, dtype=torch.int64)
-        everyone = [torch.empty_like(mine) for _ in range(self.size)]
-        dist.all_gather(everyone, mine, group=self.cpu_group)
-        return [theirs.tolist() for theirs in everyone]
+        all_ranks = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(all_ranks, mine, group=self.cpu_group)
+        return [theirs.tolist() for theirs in all_ranks]
 
     def all_gather_text(self, text: str, most: int = 1000) -> list[str]:
         """Every rank's ``text``, cut at ``most`` bytes, in rank order, over the host."""

@@ -53,7 +53,7 @@ _FRONT_METRICS = (
     ("num_timed_out_requests", "counter", "Calls ended at their time limit since start.", "num_timed_out"),
 )
 
-# The same of the exchange of tokens between experts; keys of RecvGauge.snapshot.
+# The same of the exchange of tokens between experts; keys of RecvStats.snapshot.
 _RECV_METRICS = (
     ("moe_recv_rows", "gauge", "Most rows of a dispatch since the last look at this rank's state.", "live"),
     ("moe_recv_rows_peak", "gauge", "Most rows of a dispatch since start.", "peak"),
@@ -81,7 +81,7 @@ _POSITIONS = (
     "gauge",
     "Part of the verify steps in which the draft at this position became output, as last logged.",
 )
-_OVERLAP = ("stream_overlap_share", "gauge", "Part of a side computation's time beside the main one.")
+_OVERLAP = ("stream_overlap_share", "gauge", "Fraction of a side computation's time that overlaps the main one.")
 
 
 def described() -> list[tuple[str, str, str]]:
@@ -157,7 +157,7 @@ class _Page(Collector):
             (
                 0,
                 {**{key: str(row[key]) for key in ("site", "num_tokens")}, "captured": str(row["captured"]).lower()},
-                row["beside_share"],
+                row["overlap_fraction"],
             )
             for row in self._states[0].get("streams", {}).get("trace", [])
         )

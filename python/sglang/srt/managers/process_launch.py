@@ -29,19 +29,20 @@ logger = logging.getLogger(__name__)
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler_process"
 DETOKENIZER_MODULE = "sglang.srt.managers.detokenizer_process"
 PROGRESS_INTERVAL_S = 10.0
-# Rounds that an OpenMP thread spins before it sleeps. libgomp's default spins for milliseconds: on a machine that is
-# shared, threads then wait for one that was taken off its core (measured at batch 64: 870 against 10,000 tokens/s).
+# Rounds that an OpenMP thread spins before it sleeps. libgomp's default spins for milliseconds: on a shared machine,
+# threads then wait for one that lost its core (measured at batch 64: 870 instead of 10,000 tokens/s).
 SPIN_COUNT = 1_000
-# How long a rank that lost another may wait to be blamed: a killed process takes a while to give its device back.
+# How long the failure of a rank that lost its peer is held back, so that the peer's own failure is reported instead: a
+# killed process takes a while to release its device.
 PEER_GRACE_S = 5.0
-# Silence of a child that is looked at for being stopped: one that turns is not.
+# After so much silence, a child is checked for being stopped by a signal.
 STOPPED_AFTER_S = 1.0
-# The words of a child that ended without any.
-_SILENT: dict[str, Any] = {"lost_peer": False, "at": math.inf}
+# Stands for the report of a child that ended without one.
+NO_REPORT: dict[str, Any] = {"lost_peer": False, "at": math.inf}
 
 
 class LaunchError(RuntimeError):
-    """A child process did not get ready. ``user_error`` tells a wrong setting from a crash."""
+    """A child process did not become ready. ``user_error``: True for a wrong setting, False for a crash."""
 
     def __init__(self, message: str, user_error: bool) -> None:
         super().__init__(message)
@@ -49,7 +50,7 @@ class LaunchError(RuntimeError):
 
 
 def rank_places(args: ServerArgs) -> list[RankPlace]:
-    """Every scheduler process of a server, by local rank."""
+    """The place of every scheduler process of a server, in order of local rank."""
     places = []
     for local_rank in range(args.num_replicas * args.tp_size):
         replica, rank = divmod(local_rank, args.tp_size)
@@ -62,15 +63,15 @@ def rank_places(args: ServerArgs) -> list[RankPlace]:
 
 @dataclass
 class ChildProcess:
-    """One child: its stdin takes orders, ``ready_fd`` brings its reports, ``pulse`` counts the turns of its loop."""
+    """One child process: orders go to its stdin, reports come from ``ready_fd``, ``pulse`` counts turns of its loop."""
 
     name: str
     popen: subprocess.Popen[bytes]
     ready_fd: int
     pulse: PulseReader
-    # The error that it reported while serving, and when (monotonic seconds).
-    last_words: dict[str, Any] | None = None
-    # The signal that somebody else than its parent sent it, to end it.
+    # The error that it reported while serving; "at" is the time in monotonic seconds.
+    exit_report: dict[str, Any] | None = None
+    # The signal by which somebody other than its parent asked it to end.
     asked_by: int | None = None
 
     @property
@@ -79,20 +80,20 @@ class ChildProcess:
         return (self.popen.poll() or 0) < 0
 
     def has_failed(self) -> bool:
-        """True when it has ended, or said why it is about to."""
+        """True when it has ended, or has reported why it is about to end."""
         self._read_reports()
-        return self.last_words is not None or self.popen.poll() is not None
+        return self.exit_report is not None or self.popen.poll() is not None
 
     def _read_reports(self) -> None:
-        """Take in what an unready or serving child has said since the last call."""
+        """Read the reports since the last call, of a child that is starting or serving."""
         readable, _, _ = select.select([self.ready_fd], [], [], 0)
         data = os.read(self.ready_fd, 1 << 16) if readable else b""
         report = self.last_report(data) if data.endswith(b"\n") else None
         if report is not None and report["status"] == "error":
-            self.last_words = self.last_words or report
+            self.exit_report = self.exit_report or report
 
     def last_report(self, lines: bytes) -> dict[str, Any] | None:
-        """What counts of its reports: it may fail right after it was ready. Signals that it got are noted."""
+        """The last report in ``lines``: a child may fail right after it was ready. Signals it received are recorded."""
         last = None
         for line in lines.splitlines():
             report: dict[str, Any] = json.loads(line)
@@ -107,7 +108,7 @@ class ChildProcess:
         return f"{self.name} (pid {self.popen.pid})"
 
     def order_end(self) -> None:
-        """Ask it to end in order; one that is stopped cannot hear that and is killed."""
+        """Ask it to shut down; a child that a signal has stopped cannot react and is killed."""
         if is_stopped(self.popen.pid):
             self.popen.kill()
         elif self.popen.stdin is not None:
@@ -115,7 +116,7 @@ class ChildProcess:
                 os.write(self.popen.stdin.fileno(), b"e")
 
     def close(self) -> None:
-        """Give back descriptors; safe to call twice."""
+        """Close its descriptors; safe to call twice."""
         if self.ready_fd >= 0:
             os.close(self.ready_fd)
             self.ready_fd = -1
@@ -125,14 +126,14 @@ class ChildProcess:
         self.pulse.close()
 
     def end(self) -> str:
-        """How a failed child ended."""
+        """One sentence on how a failed child ended."""
         code = self.popen.poll()
         if code is not None and code < 0:
             how = f"was ended by signal {-code} ({signal.strsignal(-code)})"
         else:
             how = "failed" if code is None else f"ended with exit code {code}"
-        words = f": {self.last_words['message']}" if self.last_words is not None else ""
-        return f"{self.title} {how}{words}"
+        message = f": {self.exit_report['message']}" if self.exit_report is not None else ""
+        return f"{self.title} {how}{message}"
 
 
 @dataclass
@@ -145,24 +146,24 @@ class EngineProcesses:
     scheduler_info: dict[str, Any] = field(default_factory=dict)
 
     def check_alive(self) -> str | None:
-        """None while all children run and turn, else which one ended first and how, or which make no progress.
+        """None while all children make progress, else which child failed first and how, or which make no progress.
 
-        A rank that loses another one fails too: whom a signal ended comes first, then who spoke first of those that did
-        not lose another. When there is none yet, the one that was lost has ``PEER_GRACE_S`` to end.
+        A rank that loses its peer fails too. So a child that a signal ended is named first, then the first to report an
+        error other than a lost peer. If only lost peers are reported, the peer has ``PEER_GRACE_S`` to end.
         """
         failed = [child for child in self.processes if child.has_failed()]
         if not failed:
             return self._check_progress()
 
         def order(child: ChildProcess) -> tuple[bool, bool, float]:
-            words = child.last_words or _SILENT
-            return not child.is_signalled, words["lost_peer"], words["at"]
+            report = child.exit_report or NO_REPORT
+            return not child.is_signalled, report["lost_peer"], report["at"]
 
         first = min(failed, key=order)
-        return first.end() if first.is_signalled or _has_cause(first.last_words or _SILENT) else None
+        return first.end() if first.is_signalled or is_root_cause(first.exit_report or NO_REPORT) else None
 
     def _check_progress(self) -> str | None:
-        """Whom a signal has stopped, else all that are silent: ranks wait for one another."""
+        """The children that a signal has stopped, else all silent ones (ranks wait for each other), else None."""
         silent = [child for child in self.processes if child.pulse.silent_s() > self.watchdog_timeout_s]
         if not silent:
             return None
@@ -174,9 +175,9 @@ class EngineProcesses:
         return f"{names}: {what} progress for more than --watchdog-timeout {self.watchdog_timeout_s:g} s"
 
     def stalled(self, most_s: float) -> str | None:
-        """Which child a signal has stopped, or is silent for more than ``most_s``, as of the last ``check_alive``.
+        """A child that is stopped, or silent for more than ``most_s`` seconds, at the last ``check_alive``; else None.
 
-        It may go on, and until --watchdog-timeout the server waits for that.
+        The server waits until --watchdog-timeout for it to continue.
         """
         for child in self.processes:
             silent_s = child.pulse.last_silent_s
@@ -185,11 +186,11 @@ class EngineProcesses:
         return None
 
     def is_asked_to_end(self) -> bool:
-        """True when somebody sent a child a signal that is meant for the server as a whole; ``check_alive`` sees it."""
+        """True when a child received a signal that asks the whole server to end; updated by ``check_alive``."""
         return any(child.asked_by is not None for child in self.processes)
 
     def shutdown(self, grace_s: float = 5.0) -> None:
-        """End all children: ask first, insist after ``grace_s`` seconds. Safe to call twice."""
+        """End all children: ask first, kill after ``grace_s`` seconds. Safe to call twice."""
         for child in self.processes:
             if child.popen.poll() is None:
                 child.order_end()
@@ -207,8 +208,8 @@ class EngineProcesses:
 def _check_devices(num_ranks: int, num_devices: int | None) -> None:
     if num_devices is not None and num_ranks > num_devices:
         raise LaunchError(
-            f"{num_ranks} ranks (--tp-size, times --dp-size for replicas) need a device each, and this host shows "
-            f"{num_devices}: lower them, or look at CUDA_VISIBLE_DEVICES / HIP_VISIBLE_DEVICES.",
+            f"{num_ranks} ranks (--tp-size, times --dp-size for replicas) need one device each, and this host shows "
+            f"{num_devices}: lower these flags, or check CUDA_VISIBLE_DEVICES / HIP_VISIBLE_DEVICES.",
             user_error=True,
         )
 
@@ -216,18 +217,18 @@ def _check_devices(num_ranks: int, num_devices: int | None) -> None:
 def launch_engine_processes(
     server_args: ServerArgs, ipc: IpcNames, child_variables: Mapping[str, str], needed: Mapping[str, int]
 ) -> EngineProcesses:
-    """Start one scheduler a rank, with ``child_variables`` set, and one detokenizer, and wait until all are ready.
+    """Start one scheduler per rank, with ``child_variables`` set, and one detokenizer; wait until all are ready.
 
-    needed: bytes that a rank holds beside its pools, by purpose; empty where the ranks do not ask.
-    ``server_args`` must be resolved. Raises LaunchError with the child's own words when one fails; the others are
-    ended first. ``ipc`` is removed when this fails, else by the end of the processes.
+    needed: bytes that a rank holds in addition to its pools, by purpose; empty if ranks do not need it.
+    ``server_args`` must be resolved. Raises LaunchError with the child's own message if one fails; the others are
+    ended first. ``ipc`` is removed if this fails, otherwise when the processes end.
     """
-    # Here alone: the detokenizer's process reads this module and must stay without torch.
+    # Imported here: the detokenizer process imports this module and must not import torch.
     from sglang.srt.platforms import current_platform
 
     engine = EngineProcesses(ipc, [], server_args.watchdog_timeout)
-    # Children have no use for the keys.
-    told = replace(server_args, api_key=None, admin_api_key=None).to_json()
+    # Children do not need the API keys.
+    child_args = replace(server_args, api_key=None, admin_api_key=None).to_json()
     init_method = ""
     try:
         places = rank_places(server_args)
@@ -239,11 +240,11 @@ def launch_engine_processes(
                 port = get_free_port() if given is None else given + place.local_rank // server_args.tp_size
                 init_method = f"tcp://127.0.0.1:{port}"
             config = LaunchConfig(
-                server_args=told, ipc=engine.ipc, place=place, dist_init_method=init_method, needed=dict(needed)
+                server_args=child_args, ipc=engine.ipc, place=place, dist_init_method=init_method, needed=dict(needed)
             )
             name = f"scheduler {place.label}".strip()
             engine.processes.append(_start(name, SCHEDULER_MODULE, config, threads, child_variables))
-        config = LaunchConfig(server_args=told, ipc=engine.ipc)
+        config = LaunchConfig(server_args=child_args, ipc=engine.ipc)
         engine.processes.append(_start("detokenizer", DETOKENIZER_MODULE, config, 1, {}))
         for child in engine.processes:
             info = _wait_ready(child, engine)
@@ -262,7 +263,7 @@ def _start(name: str, module: str, config: LaunchConfig, threads: int, variables
     environment.setdefault("OMP_NUM_THREADS", str(threads))
     environment.setdefault("GOMP_SPINCOUNT", str(SPIN_COUNT))
     command = [sys.executable, "-m", module, "--ready-fd", str(ready_write), "--pulse-fd", str(pulse.descriptor)]
-    # A session of its own: Ctrl-C reaches the parent alone, which then ends its children in order.
+    # In a session of its own, so that Ctrl-C reaches only the parent, which then shuts its children down.
     popen = subprocess.Popen(
         command,
         pass_fds=(ready_write, pulse.descriptor),
@@ -272,16 +273,16 @@ def _start(name: str, module: str, config: LaunchConfig, threads: int, variables
     )
     os.close(ready_write)
     assert popen.stdin is not None
-    with suppress(BrokenPipeError):  # it has ended already: its report pipe says so
+    with suppress(BrokenPipeError):  # it has ended already; ``_wait_ready`` finds that out
         popen.stdin.write(msgspec.json.encode(config) + b"\n")
         popen.stdin.flush()
     return ChildProcess(name, popen, ready_read, pulse)
 
 
 def _wait_ready(child: ChildProcess, engine: EngineProcesses) -> dict[str, Any]:
-    """The info that ``child`` reports when ready; raises LaunchError when it or a sibling fails first."""
+    """The info that ``child`` reports when ready; raises LaunchError if it or a sibling fails first."""
     received = b""
-    started = last_word = time.monotonic()
+    started = last_logged = time.monotonic()
     while True:
         readable, _, _ = select.select([child.ready_fd], [], [], 0.2)
         if readable:
@@ -293,12 +294,12 @@ def _wait_ready(child: ChildProcess, engine: EngineProcesses) -> dict[str, Any]:
             if not data:
                 code = child.popen.wait()
                 raise LaunchError(f"{child.name} ended with exit code {code} before it was ready.", user_error=False)
-        if time.monotonic() - last_word > PROGRESS_INTERVAL_S:
-            last_word = time.monotonic()
-            logger.info("waiting for %s (%.0f s)", child.name, last_word - started)
+        if time.monotonic() - last_logged > PROGRESS_INTERVAL_S:
+            last_logged = time.monotonic()
+            logger.info("waiting for %s (%.0f s)", child.name, last_logged - started)
         _check_siblings(child, engine)
     if report["status"] != "ready":
-        while not _has_cause(report):
+        while not is_root_cause(report):
             _check_siblings(child, engine)
             time.sleep(0.1)
         raise LaunchError(report["message"], user_error=report["user_error"])
@@ -310,13 +311,13 @@ def _check_siblings(child: ChildProcess, engine: EngineProcesses) -> None:
     for sibling in engine.processes:
         if sibling is child or sibling.popen.poll() is None or not sibling.has_failed():
             continue
-        words = sibling.last_words
-        if words is None:
+        report = sibling.exit_report
+        if report is None:
             raise LaunchError(f"{sibling.name} ended with exit code {sibling.popen.returncode}.", user_error=False)
-        if _has_cause(words):
-            raise LaunchError(words["message"], user_error=words["user_error"])
+        if is_root_cause(report):
+            raise LaunchError(report["message"], user_error=report["user_error"])
 
 
-def _has_cause(words: dict[str, Any]) -> bool:
-    """False for the words of a rank that lost another, while that one may still end and be blamed."""
-    return not words["lost_peer"] or time.monotonic() > words["at"] + PEER_GRACE_S
+def is_root_cause(report: dict[str, Any]) -> bool:
+    """False for the report of a rank that lost its peer, as long as that peer may still report a cause."""
+    return not report["lost_peer"] or time.monotonic() > report["at"] + PEER_GRACE_S

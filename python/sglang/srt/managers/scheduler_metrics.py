@@ -141,7 +141,7 @@ class SchedulerMetrics:
         for row in self._overlap_trace():
             logger.info(
                 "Overlap of %(site)s at %(num_tokens)d tokens (captured: %(captured)s): side %(side_us).1f us, main "
-                "%(main_us).1f us, share of the side beside the main one %(beside_share).3f, forks %(forks)d",
+                "%(main_us).1f us, overlapped fraction of the side %(overlap_fraction).3f, forks %(forks)d",
                 row,
             )
 

@@ -168,13 +168,13 @@ def make_profiler(scheduler: Scheduler, context: ChildContext) -> StepProfiler:
     return profiler
 
 
-def _insist() -> None:
+def _force_exit() -> None:
     logger.warning("the ranks have not ended together within %g s; this one ends by itself", END_S)
     os._exit(1)
 
 
 def _end_within_bound() -> None:
-    timer = threading.Timer(END_S, _insist)
+    timer = threading.Timer(END_S, _force_exit)
     timer.daemon = True
     timer.start()
 

@@ -12,7 +12,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from sglang.srt.distributed import ProcessGroupHandle
-from sglang.srt.model_executor.capture_lint import CaptureOffence, capture_lint, to_the_end
+from sglang.srt.model_executor.capture_lint import CaptureViolation, capture_lint, collect_violations
 from sglang.srt.platforms.interface import DeviceGraph
 
 logger = logging.getLogger(__name__)
@@ -73,12 +73,12 @@ class BucketGraphs(Generic[Output]):
     def _offence(self, body: Body[Output]) -> str:
         """Run the step twice; what it does that no graph can replay, or ""."""
         try:
-            with to_the_end():
+            with collect_violations():
                 body()  # lazy compilation and workspaces must be done before capture
                 with capture_lint(self._device):
                     body()
-        except CaptureOffence as offence:
-            return str(offence)
+        except CaptureViolation as violation:
+            return str(violation)
         return ""
 
     def _record(self, bucket: int, body: Body[Output], graph: DeviceGraph) -> str:
@@ -86,8 +86,8 @@ class BucketGraphs(Generic[Output]):
         try:
             with capture_lint(self._device):
                 self._steps[bucket] = CapturedStep(graph, graph.capture(body))
-        except CaptureOffence as offence:
-            return str(offence)
+        except CaptureViolation as violation:
+            return str(violation)
         except Exception as error:
             self.agree(bucket, f"{type(error).__name__}: {error}")
             raise

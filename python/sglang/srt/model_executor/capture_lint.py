@@ -1,8 +1,8 @@
-"""What must not stand in a captured step: a replay repeats kernels, and neither host values nor host decisions.
+"""What a captured step must not do: a replay repeats kernels, but neither host values nor host decisions.
 
-Every input of a captured region is device memory that persists. The lint runs the step under torch's dispatcher and
-raises at the first operation that breaks this. Kernels that bypass the dispatcher (Triton, vendor packages) take device
-tensors alone and decide nothing on the host.
+Every input of a captured region must be device memory that persists. The lint runs the step under torch's dispatcher
+and raises at the first operation that breaks this rule. Kernels that bypass the dispatcher (Triton, vendor packages)
+take only device tensors and decide nothing on the host.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-# Methods that read a host tensor without the dispatcher; on a device they begin with a copy, which it sees.
+# Methods that read a host tensor without the dispatcher; of a device tensor they first make a copy, which it sees.
 _HOST_READS = (torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__)
 _DATA_DEPENDENT = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _TORCH = str(Path(torch.__file__).parent)
@@ -28,43 +28,43 @@ _TORCH = str(Path(torch.__file__).parent)
 _REFERENCES = (str(Path("sglang", "kernels", "ops")), str(Path("sglang", "test", "fakes")))
 
 
-class CaptureOffence(RuntimeError):
-    """A step does what a graph cannot replay; the message names the operation and the line."""
+class CaptureViolation(RuntimeError):
+    """A step does something that a graph cannot replay; the message names the operation and the line."""
 
 
-# What a step that runs to its end has done wrong; None: the first offence raises.
-_noted: ContextVar[list[CaptureOffence] | None] = ContextVar("noted", default=None)
+# Violations so far of a step that runs to its end; None: the first violation raises.
+_collected: ContextVar[list[CaptureViolation] | None] = ContextVar("collected", default=None)
 
 
 @contextmanager
-def to_the_end() -> Iterator[None]:
-    """Inside the block offences do not raise; behind it the first one does, unless another error ended the block.
+def collect_violations() -> Iterator[None]:
+    """Collect violations inside the block, and raise the first one after it, unless another error ended the block.
 
-    A rank that stopped in the middle of a step would leave the others waiting in its collectives.
+    A rank that stopped in the middle of a step would leave the other ranks waiting in its collectives.
     """
-    offences: list[CaptureOffence] = []
-    token = _noted.set(offences)
+    violations: list[CaptureViolation] = []
+    token = _collected.set(violations)
     try:
         yield
     finally:
-        _noted.reset(token)
-    if offences:
-        raise offences[0]
+        _collected.reset(token)
+    if violations:
+        raise violations[0]
 
 
 def _report(name: str, problem: str, stack: traceback.StackSummary) -> None:
-    offence, noted = CaptureOffence(_describe(name, problem, stack)), _noted.get()
-    if noted is None:
-        raise offence
-    noted.append(offence)
+    violation, collected = CaptureViolation(_describe(name, problem, stack)), _collected.get()
+    if collected is None:
+        raise violation
+    collected.append(violation)
 
 
-class HostOnly(list[int]):
-    """A list of the host's, which a captured step may not read: it holds what was true at capture."""
+class HostList(list[int]):
+    """A host list that a captured step must not read, because a replay would see the values of the capture."""
 
 
 def _watched(name: str) -> Callable[..., Any]:
-    def read(self: HostOnly, *args: Any) -> Any:
+    def read(self: HostList, *args: Any) -> Any:
         _report("a host-side list of the batch", "is read", traceback.extract_stack())
         return getattr(list, name)(self, *args)
 
@@ -72,15 +72,15 @@ def _watched(name: str) -> Callable[..., Any]:
 
 
 for _name in ("__getitem__", "__iter__", "__len__", "__contains__", "__eq__"):
-    setattr(HostOnly, _name, _watched(_name))
+    setattr(HostList, _name, _watched(_name))
 
 
 @contextmanager
 def capture_lint(device: torch.device) -> Iterator[None]:
-    """Inside the block, raise CaptureOffence for what a captured step on ``device`` may not do.
+    """Inside the block, raise CaptureViolation for what a captured step on ``device`` may not do.
 
-    On a CPU, where nothing is captured, the same holds of the step around the ops, whose references may read what
-    kernels would not.
+    On a CPU, where nothing is captured, it checks the step except for the insides of ops, because torch references may
+    read what kernels would not.
     """
     with _HostReads(device), _Lint(device):
         yield
@@ -93,7 +93,7 @@ class _HostReads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _HOST_READS:
-            _offend(self._device, f"Tensor.{func.__name__}", "reads a tensor on the host")
+            _report_outside_references(self._device, f"Tensor.{func.__name__}", "reads a tensor on the host")
         return func(*args, **(kwargs or {}))
 
 
@@ -105,24 +105,24 @@ class _Lint(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func.namespace == "aten":
-            # Inference mode hands over composite operations whole: look at what they are made of.
+            # Inference mode passes composite operations undivided: check their parts.
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
             problem = find_problem(func, args, kwargs)
             if problem is not None:
-                _offend(self._device, str(func), problem)
+                _report_outside_references(self._device, str(func), problem)
         return func(*args, **kwargs)
 
 
 def find_problem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why the operation cannot be captured; None when it can."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-    # A host tensor without dimensions is a number: it is baked into the launch.
+    # A host tensor without dimensions is a number, which becomes a constant of the launch.
     on_host = any(_is_host(tensor.device) and tensor.ndim > 0 for tensor in tensors)
     if func is aten.lift_fresh.default and args[0].ndim > 0:
-        return "makes a tensor of host values"
+        return "makes a tensor from host values"
     if func is aten._to_copy.default or func is aten.copy_.default:
         target = kwargs.get("device", args[0].device) if func is aten._to_copy.default else args[1].device
         return "copies between host and device" if _is_host(args[0].device) != _is_host(target) else None
@@ -134,7 +134,7 @@ def find_problem(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
     if func is aten.repeat_interleave.Tensor and kwargs.get("output_size") is not None:
         return None
     if any(tag in func.tags for tag in _DATA_DEPENDENT):
-        return "depends on data: the host must read it"
+        return "depends on data that the host must read"
     return None
 
 
@@ -142,15 +142,15 @@ def _is_host(device: torch.device | str) -> bool:
     return torch.device(device).type == "cpu"
 
 
-def _offend(device: torch.device, name: str, problem: str) -> None:
-    """Report the line that is running, unless that is a reference, or the fake of a kernel, on a CPU."""
+def _report_outside_references(device: torch.device, name: str, problem: str) -> None:
+    """Report the line that is running, unless it is inside a torch reference or the fake of a kernel on a CPU."""
     if device.type == "cpu" and _in_reference():
         return
     _report(name, problem, traceback.extract_stack())
 
 
 def _in_reference() -> bool:
-    """Whether one of the calling frames stands in for a kernel; the stack's text is not read, which takes long."""
+    """Whether a calling frame stands in for a kernel. Reads no source lines of the stack, which would be slow."""
     return any(home in frame.f_code.co_filename for frame, _ in traceback.walk_stack(None) for home in _REFERENCES)
 
 

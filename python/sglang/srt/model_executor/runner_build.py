@@ -17,7 +17,7 @@ from sglang.srt.layers.moe.fused_shared_experts import fixed_form
 from sglang.srt.layers.quantization import warn_of_splits
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.mem_cache.pool_plan import PoolPlan
-from sglang.srt.model_executor.capture_lint import HostOnly
+from sglang.srt.model_executor.capture_lint import HostList
 from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.graph_check import GraphCheck
 from sglang.srt.model_executor.memory_plan import check_fit, graph_buckets, plan_needs
@@ -154,7 +154,7 @@ def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
     def eager(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
         fb = graphs.fill(batch, bucket)
         # Planned as the recorded step was, which knows no lengths of the host: sums have as many terms.
-        fb.seq_lens_cpu = HostOnly(fb.seq_lens_cpu)
+        fb.seq_lens_cpu = HostList(fb.seq_lens_cpu)
         output = runner.run_planned(fb).first(batch.batch_size * width)
         return (*output.tensors(), *left_by(fb, batch.batch_size))
 

@@ -9,7 +9,7 @@ import torch
 
 from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs, GraphOutput
-from sglang.srt.model_executor.capture_lint import HostOnly
+from sglang.srt.model_executor.capture_lint import HostList
 from sglang.srt.model_executor.forward_batch_info import (
     DECODE,
     AttentionBackendLike,
@@ -122,11 +122,11 @@ class StepBuffers:
         width = self.kind.rows_per_request
         real = list(batch.seq_lens) if batch is not None else []
         num_real = (bucket if batch is None else batch.batch_size) * width
-        everyone = None
+        all_ranks = None
         if self._num_groups > 1:
             # In capture and self-check nothing is exchanged: every group is taken to bring what this one brings.
             known = None if batch is None else batch.global_num_tokens
-            everyone = [num_real] * self._num_groups if known is None else known
+            all_ranks = [num_real] * self._num_groups if known is None else known
         return ForwardBatch(
             forward_mode=ForwardMode.DECODE if self.kind is DECODE else ForwardMode.TARGET_VERIFY,
             batch_size=bucket,
@@ -142,8 +142,8 @@ class StepBuffers:
             kind=self.kind,
             table_loc=self._table[:bucket] if self._table_width else None,
             state_slot_ids=self.requests[STATES, :bucket] if has_state else None,
-            global_num_tokens_cpu=everyone,
-            global_num_rows_cpu=None if everyone is None else [bucket * width] * self._num_groups,
+            global_num_tokens_cpu=all_ranks,
+            global_num_rows_cpu=None if all_ranks is None else [bucket * width] * self._num_groups,
         )
 
 
@@ -193,7 +193,7 @@ class StepGraphs(BucketGraphs[StepOutput]):
         fb = self.buffers.view(bucket, self._backend, self._has_state, None)
         if self._planned_outside:
             self._backend.init_forward_metadata_capture(fb)
-        fb.seq_lens_cpu = HostOnly(fb.seq_lens_cpu)
+        fb.seq_lens_cpu = HostList(fb.seq_lens_cpu)
         return lambda: self._forward(fb)
 
     def fill(self, batch: ModelWorkerBatch, bucket: int) -> ForwardBatch:

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from sglang.srt.distributed import get_parallel_state
-from sglang.srt.layers.moe.ep_moe.factory import expert_gauges
+from sglang.srt.layers.moe.ep_moe.factory import expert_recv_stats
 from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
@@ -21,26 +21,26 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-# Requests of a step: kernels differ for one and for several.
+# Requests per step: kernels differ for one request and for several.
 BATCHES = (1, 3)
-# Cached tokens before a step, and new tokens after a long prefix: attention is split, or parted, by such lengths.
+# Cached tokens before a step, and new tokens after a long prefix: these lengths decide how attention is split.
 SHORT_PREFIXES = (0, 64)
 LONG_PREFIXES = (1000, 8000)
 TOKENS_AFTER_LONG = (1, 16, 77, 1024)
-# Requests of two tokens each: a state's rows are split over programs by how many requests a step has.
+# Requests of two tokens each: the number of requests decides how the rows of a state are split over programs.
 SHORT_REQUESTS = (2, 4, 8, 16)
-# A request of one token beside longer ones: layers take the two apart and read gathered rows.
+# A one-token request mixed with longer ones: GDN layers split such a batch and read gathered rows.
 MIXED = ((1, 64), (77, 0), (2, 64))
 
-# A step: new and cached tokens of each of its requests.
+# One step: new and cached tokens of each request.
 WarmUpStep = tuple[tuple[int, int], ...]
-# Forward and sampling of a batch, and its drafts where a model drafts.
+# Runs forward and sampling of a batch, and its drafts if a model drafts.
 RunStep = Callable[[ModelWorkerBatch, SamplingBatchInfo], object]
 
 
 def warm_up_steps(max_tokens: int, max_context: int) -> list[WarmUpStep]:
-    """Powers of two up to ``max_tokens`` a step, that limit and an odd number, after prefixes of several lengths; then
-    many requests, and unequal ones."""
+    """The steps to run: powers of two up to ``max_tokens``, that limit and an odd number of tokens, each after prefixes
+    of several lengths; then many requests, and requests of unequal lengths."""
     counts = sorted({*powers_of_two(max_tokens), max_tokens, min(77, max_tokens)})
     wanted = [(prefix, counts) for prefix in SHORT_PREFIXES]
     wanted += [(prefix, [count for count in TOKENS_AFTER_LONG if count <= max_tokens]) for prefix in LONG_PREFIXES]
@@ -65,17 +65,17 @@ def powers_of_two(limit: int) -> list[int]:
 
 
 def warm_up(runner: ModelRunner, max_tokens: int, run: RunStep | None = None, kind: StepKind = DECODE) -> None:
-    """Run prompt steps of up to ``max_tokens`` tokens, and steps without a graph, over the dummy page and state.
+    """Run prompt steps of up to ``max_tokens`` tokens, and decode steps without a graph, over the dummy page and state.
 
-    run: the steps of a server that does more than forward and sampling. kind: the step by which requests go on.
+    run: runs one step, where a step is more than forward and sampling. kind: the kind of the decode steps.
     """
     if current_platform.device_type == "cpu":  # nothing is compiled
         return
     began = time.perf_counter()
     steps = warm_up_steps(max_tokens, runner.model_config.context_len)
     with ExitStack() as paused:
-        for gauge in expert_gauges(runner.model):
-            paused.enter_context(gauge.paused())
+        for recv_stats in expert_recv_stats(runner.model):
+            paused.enter_context(recv_stats.paused())
         _run_steps(runner, steps, run, kind)
     if runner.relay is not None:
         for left in (runner.last_token, runner.relay.committed, runner.relay.drafts):
@@ -98,7 +98,7 @@ def _run_steps(
 
 
 def run_step(runner: ModelRunner, batch: ModelWorkerBatch, run: RunStep | None = None) -> None:
-    """Forward and greedy sampling of ``batch``, whose rows all lie in the dummy page; what ``run`` does, if given."""
+    """Forward and greedy sampling of ``batch``, whose rows all lie in the dummy page; or ``run``, if given."""
     rows = [SamplingRow(SamplingParams(temperature=0.0), 0, (), ()) for _ in range(batch.batch_size)]
     info = SamplingBatchInfo.from_rows(rows, runner.model_config.vocab_size, runner.device)
     if run is None:
@@ -116,18 +116,18 @@ def _extend_batch(runner: ModelRunner, step: WarmUpStep, drafts: bool) -> ModelW
         torch.arange(total, dtype=torch.int64) % runner.model_config.vocab_size,
         torch.zeros(total, dtype=torch.int64),
         _dummy_states(runner, len(step)),
-        global_num_tokens=_everyone(total),
+        global_num_tokens=_all_groups(total),
         successors=[-1] * len(step) if drafts else None,
     )
-    return replace(batch, global_num_requests=_everyone(len(step)))
+    return replace(batch, global_num_requests=_all_groups(len(step)))
 
 
 def _decode_batch(runner: ModelRunner, size: int, kind: StepKind = DECODE) -> ModelWorkerBatch:
     rows, states, width = _dummy_rows(runner, size), _dummy_states(runner, size), kind.rows_per_request
     slots = torch.zeros(size * (width + kind.slots_ahead), dtype=torch.int64)
-    everyone = _everyone(size * width)
-    batch = ModelWorkerBatch.uniform(kind, rows, [width] * size, slots, states, global_num_tokens=everyone)
-    return replace(batch, global_num_requests=_everyone(size))
+    counts = _all_groups(size * width)
+    batch = ModelWorkerBatch.uniform(kind, rows, [width] * size, slots, states, global_num_tokens=counts)
+    return replace(batch, global_num_requests=_all_groups(size))
 
 
 def _dummy_rows(runner: ModelRunner, batch: int) -> list[int]:
@@ -138,7 +138,7 @@ def _dummy_states(runner: ModelRunner, batch: int) -> list[int] | None:
     return [0] * batch if runner.has_state else None
 
 
-def _everyone(num_tokens: int) -> list[int] | None:
-    """Under attention data parallelism all groups warm up alike."""
+def _all_groups(num_tokens: int) -> list[int] | None:
+    """``num_tokens`` for every attention group, which all run the same warm-up; None with one group."""
     groups = get_parallel_state().attn_dp_size
     return [num_tokens] * groups if groups > 1 else None

@@ -21,7 +21,7 @@ from sglang.srt.models.checkpoint_model import CheckpointModel, WeightLoadError
 from sglang.srt.models.draft_model import DraftModel
 from sglang.srt.models.registry import resolve_draft_class, resolve_model_class
 from sglang.srt.server_args import ServerArgs
-from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
+from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def build_model(
-    model_config: ModelConfig, device: torch.device | str, streams: StreamPlan = SERIAL_PLAN
+    model_config: ModelConfig, device: torch.device | str, streams: StreamPlan = NO_OVERLAP
 ) -> CheckpointModel:
     """The model of ``model_config`` in its dtype on ``device``, its weights not yet loaded."""
     model_class = resolve_model_class(model_config.architecture)
@@ -66,7 +66,7 @@ def load_model(
     load_format: str = "auto",
     device: torch.device | str = "cpu",
     seed: int = 0,
-    streams: StreamPlan = SERIAL_PLAN,
+    streams: StreamPlan = NO_OVERLAP,
 ) -> CheckpointModel:
     """The model of ``model_config`` in its dtype on ``device``, weights loaded.
 
@@ -90,7 +90,7 @@ def build_draft_model(
     config: ModelConfig,
     target: nn.Module,
     device: torch.device | str,
-    streams: StreamPlan = SERIAL_PLAN,
+    streams: StreamPlan = NO_OVERLAP,
     load_format: str = "auto",
 ) -> DraftModel:
     """The MTP layer of the folder of ``config`` as the draft model of ``target``, its weights not yet loaded.
@@ -114,7 +114,7 @@ def load_draft_model(
     args: ServerArgs,
     target: nn.Module,
     device: torch.device | str = "cpu",
-    streams: StreamPlan = SERIAL_PLAN,
+    streams: StreamPlan = NO_OVERLAP,
 ) -> DraftModel:
     """``build_draft_model`` with the weights of its folder, or with dummies by ``args``; only its tensors are read.
 

@@ -19,7 +19,7 @@ from sglang.srt.models.deepseek_v2 import (
 from sglang.srt.models.draft_model import DraftModel, DraftParts, named
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
-from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
+from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 # The checkpoint's copies of the target's embedding and head.
 _COPIES = ("embed_tokens.weight", "shared_head.head.weight")
@@ -31,7 +31,7 @@ class DeepseekV3ForCausalLMNextN(DraftModel):
     packed_modules = DeepseekV2ForCausalLM.packed_modules
 
     def __init__(
-        self, config: ModelConfig, target: DeepseekV2ForCausalLM, layer_id: int, streams: StreamPlan = SERIAL_PLAN
+        self, config: ModelConfig, target: DeepseekV2ForCausalLM, layer_id: int, streams: StreamPlan = NO_OVERLAP
     ) -> None:
         super().__init__(config, target, layer_id, streams)
         text = config.text

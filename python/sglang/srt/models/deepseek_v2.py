@@ -16,8 +16,8 @@ from sglang.srt.models.causal_lm import Backbone, CausalLM, DecoderLayer
 from sglang.srt.models.deepseek_common.attention import DeepseekV2AttentionMLA
 from sglang.srt.models.deepseek_common.moe import DeepseekV2MoE
 from sglang.srt.server_args import get_global_server_args
-from sglang.srt.utils.multi_stream_utils import UNPLANNED, OverlapSite, StreamOverlap
-from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
+from sglang.srt.utils.multi_stream_utils import UNRESTRICTED, OverlapSite, StreamOverlap
+from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 SHARED_EXPERTS = "deepseek.shared_experts"
 
@@ -63,7 +63,7 @@ class DeepseekV2Model(Backbone):
     """The backbone; on ``alt_stream`` shared experts may run beside routed ones."""
 
     def __init__(
-        self, config: ModelConfig, alt_stream: torch.cuda.Stream | None = None, site: OverlapSite = UNPLANNED
+        self, config: ModelConfig, alt_stream: torch.cuda.Stream | None = None, site: OverlapSite = UNRESTRICTED
     ) -> None:
         text = config.text
         assert isinstance(text, DeepseekConfig)
@@ -88,7 +88,7 @@ class DeepseekV2ForCausalLM(CausalLM):
         "fused_qkv_a_proj_with_mqa": (("q_a_proj", 0), ("kv_a_proj_with_mqa", 1)),
     }
 
-    def __init__(self, config: ModelConfig, streams: StreamPlan = SERIAL_PLAN) -> None:
+    def __init__(self, config: ModelConfig, streams: StreamPlan = NO_OVERLAP) -> None:
         side_stream = streams.side_stream(SHARED_EXPERTS)
         super().__init__(config.text, DeepseekV2Model(config, side_stream, streams.site(SHARED_EXPERTS)), side_stream)
 

@@ -26,7 +26,7 @@ from sglang.srt.models.deepseek_common.v4_attention import DeepseekV4Attention
 from sglang.srt.models.deepseek_common.v4_moe import DeepseekV4MoE
 from sglang.srt.models.deepseek_common.v4_names import deepseek_v4_name
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
-from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
+from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 COMPRESSION, SHARED_EXPERTS = "deepseek_v4.compression", "deepseek.shared_experts"
 
@@ -141,7 +141,7 @@ class DeepseekV4Model(Backbone):
     """
 
     def __init__(
-        self, config: ModelConfig, alt_stream: torch.cuda.Stream | None = None, streams: StreamPlan = SERIAL_PLAN
+        self, config: ModelConfig, alt_stream: torch.cuda.Stream | None = None, streams: StreamPlan = NO_OVERLAP
     ) -> None:
         text = config.text
         assert isinstance(text, DeepseekV4Config)
@@ -191,7 +191,7 @@ class DeepseekV4ForCausalLM(CausalLM):
         "wkv_gate": (("wkv", 0), ("wgate", 1)),
     }
 
-    def __init__(self, config: ModelConfig, streams: StreamPlan = SERIAL_PLAN) -> None:
+    def __init__(self, config: ModelConfig, streams: StreamPlan = NO_OVERLAP) -> None:
         side_stream = streams.side_stream(COMPRESSION, SHARED_EXPERTS)
         super().__init__(config.text, DeepseekV4Model(config, side_stream, streams), side_stream)
 

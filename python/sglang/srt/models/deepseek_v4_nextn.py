@@ -25,7 +25,7 @@ from sglang.srt.models.deepseek_v4 import (
 )
 from sglang.srt.models.draft_model import DraftModel, named
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
-from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
+from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 _PREFIX = "mtp.0."
 # The checkpoint's copies of the target's embedding and head.
@@ -44,7 +44,7 @@ class DeepseekV4ForCausalLMNextN(DraftModel):
     packed_modules = DeepseekV4ForCausalLM.packed_modules
 
     def __init__(
-        self, config: ModelConfig, target: DeepseekV4ForCausalLM, layer_id: int, streams: StreamPlan = SERIAL_PLAN
+        self, config: ModelConfig, target: DeepseekV4ForCausalLM, layer_id: int, streams: StreamPlan = NO_OVERLAP
     ) -> None:
         super().__init__(config, target, layer_id, streams)
         text = config.text

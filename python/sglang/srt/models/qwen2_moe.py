@@ -17,7 +17,7 @@ from sglang.srt.layers.moe.fused_shared_experts import FusedSharedExperts, share
 from sglang.srt.layers.moe.topk import TopK
 from sglang.srt.layers.weights import join_rows
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
-from sglang.srt.utils.multi_stream_utils import UNPLANNED, OverlapSite, StreamOverlap
+from sglang.srt.utils.multi_stream_utils import UNRESTRICTED, OverlapSite, StreamOverlap
 
 
 class Qwen2MoeSparseMoeBlock(nn.Module):
@@ -38,7 +38,7 @@ class Qwen2MoeSparseMoeBlock(nn.Module):
         prefix: str = "",
         is_nextn: bool = False,
         support_shared_expert_fusion: bool = False,
-        site: OverlapSite = UNPLANNED,
+        site: OverlapSite = UNRESTRICTED,
     ) -> None:
         super().__init__()
         self.layer_id = layer_id

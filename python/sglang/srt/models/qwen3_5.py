@@ -26,7 +26,7 @@ from sglang.srt.models.qwen2_moe import Qwen2MoeSparseMoeBlock
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
-from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
+from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 # Steps of this many tokens or more keep the GPU busy without a second stream.
 DUAL_STREAM_TOKEN_THRESHOLD = 1024
@@ -38,7 +38,7 @@ _hip_use_alt_stream = False
 _cuda_use_alt_stream = False
 _gdn_use_alt_stream = False
 _qknorm_use_alt_stream = False
-_streams = SERIAL_PLAN
+_streams = NO_OVERLAP
 
 
 def configure_streams(policy: StreamPlan) -> None:
@@ -330,7 +330,7 @@ class Qwen3_5ForConditionalGeneration(CausalLM):
         "in_proj_ba": (("in_proj_b", 0), ("in_proj_a", 1)),
     }
 
-    def __init__(self, config: ModelConfig, streams: StreamPlan = SERIAL_PLAN) -> None:
+    def __init__(self, config: ModelConfig, streams: StreamPlan = NO_OVERLAP) -> None:
         configure_streams(streams)
         side_stream = streams.side_stream(SHARED_EXPERTS, GDN_QKVZ_BA, QK_NORM)
         super().__init__(config.text, Qwen3_5ForCausalLM(config, side_stream), side_stream)

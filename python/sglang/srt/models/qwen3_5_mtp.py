@@ -16,7 +16,7 @@ from sglang.srt.models.qwen3_5 import (
     make_rotary_embedding,
 )
 from sglang.srt.server_args import get_global_server_args
-from sglang.srt.utils.stream_policy import SERIAL_PLAN, StreamPlan
+from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 
 class Qwen3_5ForCausalLMMTP(DraftModel):
@@ -29,7 +29,7 @@ class Qwen3_5ForCausalLMMTP(DraftModel):
         config: ModelConfig,
         target: Qwen3_5ForConditionalGeneration,
         layer_id: int,
-        streams: StreamPlan = SERIAL_PLAN,
+        streams: StreamPlan = NO_OVERLAP,
     ) -> None:
         configure_streams(streams)
         super().__init__(config, target, layer_id, streams)

@@ -14,7 +14,7 @@ import torch
 
 from sglang.srt.distributed import get_parallel_state, get_world_group
 from sglang.srt.model_executor.bucket_graphs import Body, BucketGraphs
-from sglang.srt.model_executor.capture_lint import HostOnly
+from sglang.srt.model_executor.capture_lint import HostList
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
 from sglang.srt.model_executor.model_runner import ModelRunner, StepForward, place_rows
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -75,7 +75,7 @@ class DraftGraphs:
                 positions=rows,
                 req_pool_indices=rows,
                 seq_lens=rows,
-                seq_lens_cpu=HostOnly(),
+                seq_lens_cpu=HostList(),
                 out_cache_loc=rows,
                 attn_backend=drafter.extend_backend,
                 num_token_non_padded=buffers.num_tokens,

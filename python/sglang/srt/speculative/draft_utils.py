@@ -19,7 +19,7 @@ from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import (
     DeepseekV4HipRadixBackend,
     DeepseekV4MultiStepBackend,
 )
-from sglang.srt.layers.moe.ep_moe.factory import expert_gauges
+from sglang.srt.layers.moe.ep_moe.factory import expert_recv_stats
 from sglang.srt.model_executor.memory_plan import graph_buckets
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
@@ -116,6 +116,6 @@ def make_speculator(args: ServerArgs, runner: ModelRunner) -> EagleWorker | None
         accept_graphs = AcceptGraphs(worker, graphs.buffers)
         worker.graphs = accept_graphs
         accept_graphs.capture()
-        for gauge in expert_gauges(runner.model):
-            gauge.forget()
+        for recv_stats in expert_recv_stats(runner.model):
+            recv_stats.forget()
     return worker

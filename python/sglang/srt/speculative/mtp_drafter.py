@@ -9,7 +9,7 @@ import torch
 
 from sglang.srt.layers.attention.base_attn_backend import MultiStepBackend
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-from sglang.srt.model_executor.capture_lint import HostOnly
+from sglang.srt.model_executor.capture_lint import HostList
 from sglang.srt.model_executor.forward_batch_info import AttentionBackendLike, ForwardBatch, ForwardMode, StepKind
 from sglang.srt.model_executor.model_runner import ModelRunner, StepForward
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -184,7 +184,7 @@ class MtpDrafter(Drafter):
             positions=positions.flatten(),
             req_pool_indices=rows,
             seq_lens=at + num_steps + 1,
-            seq_lens_cpu=HostOnly() if further is None else further,
+            seq_lens_cpu=HostList() if further is None else further,
             out_cache_loc=self._req_to_token[rows.unsqueeze(1), positions].flatten().to(torch.int64),
             attn_backend=None,
             num_token_non_padded=num_tokens,
@@ -210,7 +210,7 @@ class MtpDrafter(Drafter):
             req_pool_indices=rows,
             seq_lens=positions + 1,
             # Bounds: how many drafts were accepted is known on the device alone.
-            seq_lens_cpu=HostOnly() if bounds is None else bounds,
+            seq_lens_cpu=HostList() if bounds is None else bounds,
             out_cache_loc=self._req_to_token[rows, positions].to(torch.int64),
             attn_backend=None,
             num_token_non_padded=num_tokens,

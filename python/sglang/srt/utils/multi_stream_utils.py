@@ -1,4 +1,4 @@
-"""Two independent computations of a layer as a fork and a join; every wait between streams stands here."""
+"""Two independent computations of a layer as a fork and a join; all waits between streams are in this file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from sglang.srt.utils.overlap_trace import OverlapTrace, merge_rows
 
 Side = TypeVar("Side")
 Main = TypeVar("Main")
-# What a step makes of shared experts: routed ones, work beside the routed ones, or work before them.
+# How a step computes shared experts: as routed experts, overlapping the routed experts, or before them.
 FUSED, OVERLAP, SERIAL = "fused", "overlap", "serial"
 
 
@@ -23,8 +23,8 @@ FUSED, OVERLAP, SERIAL = "fused", "overlap", "serial"
 class OverlapSite:
     """Whether one place may overlap, for steps of ``min_tokens`` to ``max_tokens`` (None: no limit), and why.
 
-    capture_only: only while a graph is recorded; eager steps stay serial. modes: (most tokens, mode) ascending, None
-    without limit: what steps do where there is a choice; overlap where there is none.
+    capture_only: overlap only while a graph is captured; eager steps stay serial. modes: (most tokens, mode) in
+    ascending order, None for no limit: what steps do where there is a choice. Empty: steps overlap.
     """
 
     name: str
@@ -36,32 +36,35 @@ class OverlapSite:
     modes: tuple[tuple[int | None, str], ...] = ()
 
     def mode(self, num_tokens: int) -> str:
-        """What ``modes`` says of a step of so many tokens, which capture and replay know alike."""
+        """The mode of a step of ``num_tokens``; a capture and its replays have the same number."""
         return next((mode for most, mode in self.modes if most is None or num_tokens <= most), OVERLAP)
 
     def fuses(self, num_tokens: int) -> bool:
         return self.mode(num_tokens) == FUSED
 
     def covers(self, num_tokens: int) -> bool:
-        """True for a step of a size that the site overlaps where it is enabled."""
+        """Whether the site, where enabled, overlaps steps of this size."""
         fits = self.max_tokens is None or num_tokens <= self.max_tokens
         return fits and num_tokens >= max(self.min_tokens, 1) and self.mode(num_tokens) == OVERLAP
 
 
-UNPLANNED = OverlapSite("unplanned", enabled=True, reason="a stream was given")
+UNRESTRICTED = OverlapSite("unrestricted", enabled=True, reason="a stream was given")
 
 
 class StreamOverlap:
-    """One place in a model where a side computation may run beside the main one.
+    """One place in a model where a side computation may overlap the main one.
 
-    Without ``alt_stream``, or where ``site`` says no, both run one after the other by the same calls, the side first.
+    Without ``alt_stream``, or where ``site`` does not overlap, the same calls run one after the other, the side first.
 
-    The caching allocator needs no ``record_stream`` here. What the callables captured is alive until the join. A block
-    of the side stream that main work has read goes back to the side stream alone, whose next use begins with a wait for
-    the forking stream; that is always the forward stream, and the side is queued before main work can free more.
+    The caching allocator needs no ``record_stream`` here:
+
+    - Inputs of both computations stay alive until the join, because the callables hold them.
+    - The side's results are allocated on the side stream and read on the forward stream. Once freed, such a block can
+      only be used again by the side stream, which first waits for the forward stream at the next fork.
+    - The side is queued before the main computation, so that the main computation frees nothing that the side reads.
     """
 
-    def __init__(self, alt_stream: torch.cuda.Stream | None = None, site: OverlapSite = UNPLANNED) -> None:
+    def __init__(self, alt_stream: torch.cuda.Stream | None = None, site: OverlapSite = UNRESTRICTED) -> None:
         self.site = site
         self._alt_stream = alt_stream if site.enabled else None
         self._debug = envs.SGLANG_DEBUG_STREAM_OVERLAP.get()

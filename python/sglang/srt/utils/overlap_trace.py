@@ -1,4 +1,4 @@
-"""How much of a side computation ran beside the main one, measured with events (``SGLANG_TRACE_OVERLAP``)."""
+"""How much of a side computation overlapped the main one, measured with events (``SGLANG_TRACE_OVERLAP``)."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ logger = logging.getLogger(__name__)
 Side = TypeVar("Side")
 Main = TypeVar("Main")
 Key = TypeVar("Key")
-# Forks, and their microseconds of side, of main, and of both at once.
+# Number of forks, then microseconds of the side, of the main computation, and of both at once, summed.
 Sums = tuple[float, ...]
-# Eager forks that wait to be read; older ones are dropped.
+# Most eager forks that are kept until they are read; older ones are dropped.
 MAX_PENDING = 1024
 
 
 @dataclass
-class Lap:
-    """Events of one fork: before it, and begin and end of each side."""
+class ForkTiming:
+    """Events of one fork: one before it, and begin and end of both computations."""
 
     num_tokens: int
     fork: torch.cuda.Event
@@ -33,7 +33,7 @@ class Lap:
     main: list[torch.cuda.Event]
 
     def times_us(self) -> tuple[float, float, float] | None:
-        """Microseconds of side, main, and of both at once; None when the fork has not run since it was recorded."""
+        """Microseconds of side, main, and of both at once; None if the fork has not run since it was recorded."""
         if len(self.side) != 2 or len(self.main) != 2:
             return None
         try:
@@ -45,42 +45,51 @@ class Lap:
 
 
 class OverlapTrace:
-    """The laps of one overlap: those in graphs for good, eager ones (at most ``MAX_PENDING``) until they are summed."""
+    """The fork timings of one overlap site.
+
+    Timings inside captured graphs are kept; eager ones (at most ``MAX_PENDING``) are kept until they are summed.
+    """
 
     def __init__(self, site: str) -> None:
         self.site = site
-        self._captured: list[Lap] = []
-        self._eager: deque[Lap] = deque(maxlen=MAX_PENDING)
+        self._captured: list[ForkTiming] = []
+        self._eager: deque[ForkTiming] = deque(maxlen=MAX_PENDING)
         self._eager_sums: dict[int, Sums] = {}
         self._said = False
 
     def timed(
         self, side: Callable[[], Side], main: Callable[[], Main], num_tokens: int
     ) -> tuple[Callable[[], Side], Callable[[], Main]]:
-        """Both with events around them; call it before the fork. Unchanged where no event can be recorded."""
+        """``side`` and ``main`` with events recorded around them; unchanged where no event can be recorded.
+
+        Call it before the fork.
+        """
         fork = current_platform.timing_event()
         if fork is None:
             if not self._said:
                 self._said = True
                 logger.warning(
-                    "SGLANG_TRACE_OVERLAP: %s is not measured in graphs, since this torch records no events there; "
-                    "--disable-cuda-graph measures it where it overlaps in eager steps",
+                    "SGLANG_TRACE_OVERLAP: %s is not measured in captured graphs, because this torch version records "
+                    "no timing events there; use --disable-cuda-graph to measure it in eager steps",
                     self.site,
                 )
             return side, main
-        lap = Lap(num_tokens, fork, [], [])
-        (self._captured if current_platform.is_capturing() else self._eager).append(lap)
-        return _between_events(side, lap.side), _between_events(main, lap.main)
+        timing = ForkTiming(num_tokens, fork, [], [])
+        (self._captured if current_platform.is_capturing() else self._eager).append(timing)
+        return _between_events(side, timing.side), _between_events(main, timing.main)
 
     def sums(self) -> dict[tuple[int, bool], Sums]:
-        """By (tokens, captured): graphs as last replayed, eager steps since start. The device must be idle."""
+        """Sums by (tokens, captured): of the last replay of graphs, of eager steps since the start.
+
+        The device must be idle.
+        """
         found: dict[tuple[int, bool], Sums] = {}
-        for lap in self._captured:
-            _add(found, (lap.num_tokens, True), lap.times_us())
+        for timing in self._captured:
+            _add(found, (timing.num_tokens, True), timing.times_us())
         while self._eager:
-            lap = self._eager.popleft()
-            # Prefill comes in any size; a power of two keeps the table short.
-            _add(self._eager_sums, 1 << (lap.num_tokens - 1).bit_length(), lap.times_us())
+            timing = self._eager.popleft()
+            # Prefill steps have any size; rounding to powers of two keeps the table short.
+            _add(self._eager_sums, 1 << (timing.num_tokens - 1).bit_length(), timing.times_us())
         return found | {(size, False): sums for size, sums in self._eager_sums.items()}
 
 
@@ -108,8 +117,10 @@ def _add(table: dict[Key, Sums], key: Key, more: Iterable[float] | None, forks: 
 def merge_rows(traces: Iterable[OverlapTrace]) -> list[dict[str, Any]]:
     """One row for each site, step size (eager: rounded up to a power of two) and kind of step.
 
-    Keys: site, num_tokens, captured, forks, side_us, main_us (means), beside_share (part of the side's time that ran
-    beside the main one, 0 to 1). The device must be idle.
+    Keys: site, num_tokens, captured, forks, side_us, main_us (means), overlap_fraction (fraction of the side's time
+    during which the main computation ran too, 0 to 1; also under its former name beside_share).
+
+    The device must be idle.
     """
     table: dict[tuple[str, int, bool], Sums] = {}
     for trace in traces:
@@ -123,7 +134,8 @@ def merge_rows(traces: Iterable[OverlapTrace]) -> list[dict[str, Any]]:
             "forks": int(forks),
             "side_us": round(side / forks, 1),
             "main_us": round(main / forks, 1),
-            "beside_share": round(beside / side, 3) if side else 0.0,
+            "overlap_fraction": (fraction := round(both / side, 3) if side else 0.0),
+            "beside_share": fraction,
         }
-        for (site, num_tokens, captured), (forks, side, main, beside) in sorted(table.items())
+        for (site, num_tokens, captured), (forks, side, main, both) in sorted(table.items())
     ]

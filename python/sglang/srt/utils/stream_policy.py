@@ -45,20 +45,20 @@ class SiteRule:
 
 
 # The kinds on which upstream overlaps without being asked; a switch adds to them and never takes away.
-_UNASKED = frozenset({"cuda"})
+DEFAULT_ON_KINDS = frozenset({"cuda"})
 _H200 = "range measured on one H200, torch 2.11.0, triton 3.6.0, 2026-11-22, bench_shared_experts.py, Qwen3.5"
 SITE_RULES = (
     # TPOT of V2-Lite with it over without: 0.92 at 1 token, 0.94 at 8, 0.96 at 32 and 64, 1.00 at 128. V3's MoE block
     # over two GPUs, which both sides fill with reads: 1.003 at 1 and 8 tokens, 0.992 at 64, 1.010 at 256.
     SiteRule(
-        "deepseek.shared_experts", _UNASKED, (envs.SGLANG_ROCM_USE_MULTI_STREAM,), shared_experts=True,
+        "deepseek.shared_experts", DEFAULT_ON_KINDS, (envs.SGLANG_ROCM_USE_MULTI_STREAM,), shared_experts=True,
         max_tokens=64,
         measured="range measured on H200, torch 2.11.0, triton 3.6.0, 2026-11-22 (bench_shared_experts, two_gpu/speed)",
     ),
-    SiteRule("qwen3_5.shared_experts", _UNASKED, (envs.SGLANG_ALT_STREAM,), shared_experts=True),
+    SiteRule("qwen3_5.shared_experts", DEFAULT_ON_KINDS, (envs.SGLANG_ALT_STREAM,), shared_experts=True),
     # TPOT with it over without: 0.975 at 1 token, 0.983 at 8, 0.993 at 32, 1.008 at 128.
     SiteRule(
-        "qwen3_5.gdn_qkvz_ba", _UNASKED, (envs.SGLANG_ALT_STREAM, envs.SGLANG_GDN_QKVZ_BA_ALT_STREAM),
+        "qwen3_5.gdn_qkvz_ba", DEFAULT_ON_KINDS, (envs.SGLANG_ALT_STREAM, envs.SGLANG_GDN_QKVZ_BA_ALT_STREAM),
         max_tokens=32, measured=_H200,
     ),
     # 1.016, 1.004, 1.000, 1.008 at the same sizes. bench_shared_experts.py --modes fused fused+qk_norm measures it.
@@ -70,7 +70,7 @@ SITE_RULES = (
     # A step of V4-Flash's sizes with it over without: 0.990 at 1 token; at 8, 32 and 64 within what other experts that
     # are touched change. On gfx942 a second capture with side streams faulted (vLLM 57288), so ROCm has to ask.
     SiteRule(
-        "deepseek_v4.compression", _UNASKED, (envs.SGLANG_ROCM_USE_MULTI_STREAM,), max_tokens=1,
+        "deepseek_v4.compression", DEFAULT_ON_KINDS, (envs.SGLANG_ROCM_USE_MULTI_STREAM,), max_tokens=1,
         measured="range measured on one H200, torch 2.11.0, triton 3.6.0, 2026-11-30 (bench_step, V4-Flash's sizes)",
         off_switch=envs.SGLANG_OPT_USE_MULTI_STREAM_OVERLAP,
     ),
@@ -164,7 +164,7 @@ class StreamPlan:
 
     def site(self, name: str) -> OverlapSite:
         """The decision for site ``name``, off if not planned for; raises KeyError for one that has no rule."""
-        return {site.name: site for site in (*SERIAL_PLAN.sites, *self.sites)}[name]
+        return {site.name: site for site in (*NO_OVERLAP.sites, *self.sites)}[name]
 
     def side_stream(self, *names: str) -> torch.cuda.Stream | None:
         """A stream that the sites ``names`` of one model share; None when none of them overlaps."""
@@ -182,7 +182,7 @@ class StreamPlan:
         return [fusion] + [
             f"overlap {site.name}: {'on' if site.enabled else 'off'} ({site.reason})"
             for site in self.sites
-            if site.enabled or site.reason != NOT_ASKED
+            if site.enabled or site.reason != NOT_REQUESTED
         ]
 
     def describe(self) -> dict[str, Any]:
@@ -196,12 +196,12 @@ class StreamPlan:
         }
 
 
-NOT_ASKED = "not asked for"
+NOT_REQUESTED = "not asked for"
 ALWAYS_FUSED = ((None, FUSED),)
 # For models built without a plan: they fuse where their weights allow it.
-SERIAL_PLAN = StreamPlan(
+NO_OVERLAP = StreamPlan(
     tuple(
-        OverlapSite(rule.name, False, reason=NOT_ASKED, modes=ALWAYS_FUSED if rule.shared_experts else ())
+        OverlapSite(rule.name, False, reason=NOT_REQUESTED, modes=ALWAYS_FUSED if rule.shared_experts else ())
         for rule in SITE_RULES
     )
 )
@@ -374,7 +374,7 @@ def _choose(site: OverlapSite, times: ModeTimes | None, fusion: FusionChoice, ar
 
 def _decide(rule: SiteRule, platform: Platform, settings: StreamSettings) -> OverlapSite:
     names = " and ".join(switch.name for switch in rule.switches)
-    enabled, reason = False, NOT_ASKED
+    enabled, reason = False, NOT_REQUESTED
     if rule.name in settings.forced:
         enabled, reason = settings.forced[rule.name], "SGLANG_STREAM_SITES"
     elif rule.off_switch is not None and rule.off_switch.name in settings.switched_off:

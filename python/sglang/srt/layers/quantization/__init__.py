@@ -69,8 +69,8 @@ def warn_of_splits(model: nn.Module, ranks: ProcessGroupHandle) -> list[str]:
     """Layers that some of ``ranks`` keep plain although a single rank would not; the first rank warns of them."""
     methods = ((name, getattr(module, "quant_method", None)) for name, module in model.named_modules())
     mine = {_all_layers(name) for name, method in methods if getattr(method, "by_split", False)}
-    everyone = ranks.all_gather_text(",".join(sorted(mine)), most=4096)
-    found = sorted({name for names in everyone for name in names.split(",") if name})
+    all_ranks = ranks.all_gather_text(",".join(sorted(mine)), most=4096)
+    found = sorted({name for names in all_ranks for name in names.split(",") if name})
     if found and ranks.rank == 0:
         logger.warning(
             "%s: the split over ranks cuts fp8 blocks of %d, so these are kept in the dtype of activations, where "

@@ -12,7 +12,7 @@ from sglang.srt.layers.moe.ep_moe.gathered import GatheredMoE
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
-from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
+from sglang.srt.layers.moe.token_dispatcher.recv_stats import RecvStats
 from sglang.srt.server_args import get_global_server_args
 
 
@@ -56,9 +56,9 @@ def _make(
     return FusedMoE(*sizes, quant_config, prefix, num_shared)
 
 
-def expert_gauges(model: nn.Module) -> list[RecvGauge]:
+def expert_recv_stats(model: nn.Module) -> list[RecvStats]:
     """The gauges of the receive buffers that the experts of ``model`` share."""
-    return list({id(m.gauge): m.gauge for m in model.modules() if isinstance(m, MoriEPMoE)}.values())
+    return list({id(m.recv_stats): m.recv_stats for m in model.modules() if isinstance(m, MoriEPMoE)}.values())
 
 
 def describe_experts(model: nn.Module) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def describe_experts(model: nn.Module) -> dict[str, Any]:
     """
     for module in model.modules():
         if isinstance(module, MoriEPMoE):
-            return {**module.dispatcher.describe(), "received_rows": module.gauge.snapshot()}
+            return {**module.dispatcher.describe(), "received_rows": module.recv_stats.snapshot()}
         if isinstance(module, FusedMoE):
             kind = "gathered" if isinstance(module, GatheredMoE) else "all-reduce"
             return {"protocol": "none", "transport": kind, "experts_here": module.placement.count}

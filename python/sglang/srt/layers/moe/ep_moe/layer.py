@@ -60,7 +60,7 @@ class MoriEPMoE(FusedMoE):
         self.mori_moe_max_input_tokens = config.moe_max_input_tokens
         self._tiers = ROW_TIERS[current_platform.kind]
         self._full_buffer = full_buffer
-        self.gauge = self.dispatcher.gauge
+        self.recv_stats = self.dispatcher.recv_stats
         # 1 for each expert of this rank, by global id.
         mask = torch.zeros(num_experts, dtype=torch.int32, device=device)
         mask[self.placement.first : self.placement.first + self.placement.count] = 1
@@ -72,7 +72,7 @@ class MoriEPMoE(FusedMoE):
         rows = self._rows_of_ranks(x.shape[0], fb)
         sizes = self.dispatcher.config
         rounds = plan_rounds(rows, sizes.max_recv, sizes.max_num_inp_token_per_rank)
-        self.gauge.plan(sizes.least_cap(rows), len(rounds))
+        self.recv_stats.record_step(sizes.least_cap(rows), len(rounds))
         tp, rank = self.ranks.tp, self.ranks.world.rank
         first, _ = slice_of(x.shape[0], tp.rank, tp.size)
         weights, ids = self._keep_padding_here(topk, fb)
@@ -93,7 +93,7 @@ class MoriEPMoE(FusedMoE):
         """
         arrived = dispatch_output
         num_rows, total = arrived.recv_cap or arrived.hidden_states.shape[0], arrived.num_recv_tokens_per_expert
-        self.gauge.add(total, num_rows)
+        self.recv_stats.record_dispatch(total, num_rows)
         ids = self.placement.local_ids(arrived.topk_ids[:num_rows])
         stale = torch.arange(num_rows, dtype=torch.int32, device=ids.device) >= total
         ids = ids.masked_fill(stale.unsqueeze(1), -1)
@@ -120,7 +120,7 @@ class MoriEPMoE(FusedMoE):
             return capacity
         bound = input_bound(part.rows, capacity)
         manual = self.mori_moe_max_input_tokens
-        if manual and manual < bound and self.gauge.count_raised() == 1:
+        if manual and manual < bound and self.recv_stats.record_raised_limit() == 1:
             logger.warning(
                 "SGLANG_MORI_MOE_MAX_INPUT_TOKENS=%d is raised to %d, the rows that can arrive in this step, and so on "
                 "in others (said once, counted in /server_info)", manual, bound,

@@ -26,9 +26,9 @@ from sglang.srt.layers.moe.token_dispatcher.base import (
     RecvBatch,
 )
 from sglang.srt.layers.moe.token_dispatcher.config import NODE, MoriConfig
-from sglang.srt.layers.moe.token_dispatcher.gauge import RecvGauge
 from sglang.srt.layers.moe.token_dispatcher.mori_plan import WAVE, MoriKernel, choose_kernel, plan_exchange
 from sglang.srt.layers.moe.token_dispatcher.portable import PortableTransport
+from sglang.srt.layers.moe.token_dispatcher.recv_stats import RecvStats
 from sglang.srt.layers.moe.topk import TopKOutput
 from sglang.srt.platforms import current_platform
 from sglang.srt.utils.stream_policy import exchange_warnings
@@ -306,7 +306,7 @@ class MoriEPDispatcher:
     def __init__(self, transport: EpTransport, device: torch.device) -> None:
         self.transport = transport
         self.config = transport.config
-        self.gauge = RecvGauge(self.config.max_recv, device)
+        self.recv_stats = RecvStats(self.config.max_recv, device)
         self._next = 0
         self._topk: TopKOutput | None = None
         self._batch: RecvBatch | None = None

@@ -1,4 +1,4 @@
-"""How full the receive buffers of the expert ranks get."""
+"""Statistics of the receive buffers of the expert ranks: how full they get."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 
-class RecvGauge:
-    """Counts received rows on the device and reads them only when asked, so that it costs one small kernel a dispatch.
+class RecvStats:
+    """Counts received rows on the device and copies the counts to the host only in ``snapshot``.
 
-    Shared by the layers of one dispatcher.
+    One small kernel per dispatch. Shared by the layers of one dispatcher.
     """
 
     def __init__(self, capacity: int, device: torch.device) -> None:
@@ -27,7 +27,7 @@ class RecvGauge:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside the block nothing counts, and what the proof of decode graphs left is forgotten."""
+        """Record nothing inside the block, and forget what the self-check of decode graphs recorded before it."""
         self._is_paused = True
         try:
             yield
@@ -36,36 +36,36 @@ class RecvGauge:
             self.forget()
 
     def forget(self) -> None:
-        """Rows received so far were those of a proof of graphs, which is not load."""
+        """Forget the rows received so far: the self-check of graphs sent them, and they are no load."""
         self._since_read.zero_()
 
-    def plan(self, least_cap: int, rounds: int) -> None:
-        """A step is done in ``rounds`` rounds, and would be done in one under a receive cap of ``least_cap`` rows."""
+    def record_step(self, least_cap: int, rounds: int) -> None:
+        """Record a step of ``rounds`` rounds; a receive cap of ``least_cap`` rows would have needed one round."""
         if self._is_paused:
             return
         self._least_cap = max(self._least_cap, least_cap)
         self._most_rounds = max(self._most_rounds, rounds)
 
-    def add(self, total_recv: torch.Tensor, bound: int) -> None:
-        """A dispatch delivered ``total_recv`` [1] rows of at most ``bound``."""
+    def record_dispatch(self, total_recv: torch.Tensor, bound: int) -> None:
+        """Record a dispatch that delivered ``total_recv`` [1] int32 rows, of at most ``bound``."""
         if self._is_paused:
             return
         torch.maximum(self._since_read, total_recv, out=self._since_read)
         self._bound = max(self._bound, bound)
 
-    def count_raised(self) -> int:
-        """A manual input limit was below the bound; returns how often that was so (0 while paused)."""
+    def record_raised_limit(self) -> int:
+        """Record that a manual input limit was below the bound, and return how often so far (0 while paused)."""
         if self._is_paused:
             return 0
         self._raised += 1
         return self._raised
 
     def snapshot(self) -> dict[str, Any]:
-        """The figures; waits for the device. ``live`` is the most rows of a dispatch since the last.
+        """All counts, for /server_info and metrics; waits for the device.
 
-        ``bound`` is the most that could arrive, since the start: replayed graphs do not pass here.
-        ``suggested_cap`` is the smallest SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS with which no step seen so far would have
-        needed a second round.
+        ``live``: most rows of one dispatch since the last snapshot. ``bound``: most rows that could arrive, since the
+        start; replayed graphs do not update it. ``suggested_cap``: smallest SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS with
+        which no recorded step would have needed a second round.
         """
         live = int(self._since_read)
         self._since_read.zero_()
