@@ -69,7 +69,10 @@ SIDEWAYS = {
     ("sglang.cli", "sglang.bench"),
     ("sglang.cli", "sglang.check_env"),
     ("sglang.launch_server", "sglang.srt.entrypoints"),
+    ("sglang.launch_server", "sglang.srt.arg_groups.plan"),
     ("sglang.bench", "sglang.srt.entrypoints"),
+    ("sglang.bench", "sglang.srt.arg_groups.plan"),
+    ("sglang.plan", "sglang.srt.arg_groups.plan"),
 }
 # Data modules that any layer may import; they import torch, wire types and layers 0-2 alone. The list is closed.
 LEAVES = (

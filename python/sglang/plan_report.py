@@ -10,8 +10,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from sglang.srt.arg_groups.evaluate import evaluate
 from sglang.srt.arg_groups.parse import Parsed
+from sglang.srt.arg_groups.plan import evaluate
 from sglang.srt.configs.cache_layout import FULL, STATE, SWA
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.moe.token_dispatcher.config import mori_setting_problems

@@ -18,7 +18,7 @@ import torch
 from sglang.bench_utils.one_batch import BatchTooLargeError, SpeculatingBatch, StaticBatch
 from sglang.bench_utils.timing import timed
 from sglang.kernels.registry import REGISTRY, KernelConfigError
-from sglang.srt.arg_groups.evaluate import evaluate
+from sglang.srt.arg_groups.plan import evaluate
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator

@@ -7,17 +7,16 @@ Importing this module loads no torch, and constructing ServerArgs touches no dis
 from __future__ import annotations
 
 import argparse
+import difflib
 import functools
-import json
 import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sglang.srt.arg_groups.command_line import FlagValues, add_arguments, collect_values, unknown_setting
-from sglang.srt.arg_groups.fields import FieldSpec, field_specs
+from sglang.srt.arg_groups.fields import LISTS, FieldSpec, field_specs
 from sglang.srt.arg_groups.http import ADMISSION, API, HTTP, LOGGING, HttpArgs
 from sglang.srt.arg_groups.kernels import GRAPHS, KERNELS, LINEAR, KernelArgs
 from sglang.srt.arg_groups.memory import MEMORY, MemoryArgs
@@ -25,7 +24,7 @@ from sglang.srt.arg_groups.model import DTYPE, MODEL, ModelArgs
 from sglang.srt.arg_groups.parallel import EXPERTS, PARALLEL, ParallelArgs
 from sglang.srt.arg_groups.runtime import RUNTIME, RuntimeArgs
 from sglang.srt.arg_groups.speculative import SPECULATIVE, SpecArgs
-from sglang.srt.arg_groups.upstream import upstream_flags, verdicts
+from sglang.srt.arg_groups.upstream import MISNAMED, distinct_flags, upstream_flags, verdicts
 
 __all__ = [
     "ServerArgs",
@@ -59,6 +58,18 @@ GROUPS = (
 )
 
 
+_DEST = "_upstream_flags"
+
+
+@dataclass
+class FlagValues:
+    """What a command line said: typed ``values`` by field name, and the problems and remarks met on the way."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
 class ServerArgsError(ValueError):
     """Settings that cannot be used; ``errors`` holds each reason."""
 
@@ -85,7 +96,7 @@ class ServerArgs(SpecArgs, KernelArgs, ParallelArgs, RuntimeArgs, HttpArgs, Memo
                 continue
             flag = upstream_flags().get("--" + name.replace("_", "-"))
             if flag is None:
-                found.errors.append(unknown_setting(name, specs()))
+                found.errors.append(unknown_setting(name))
             else:
                 given.append((flag.names[0], [] if value is True else [str(value)]))
         refused, found.warnings = verdicts(given)
@@ -95,12 +106,12 @@ class ServerArgs(SpecArgs, KernelArgs, ParallelArgs, RuntimeArgs, HttpArgs, Memo
     @staticmethod
     def add_cli_args(parser: argparse.ArgumentParser) -> None:
         """Declare every flag on another program's parser; read the result with ``from_cli_args``."""
-        add_arguments(parser, specs())
+        add_arguments(parser)
 
     @classmethod
     def from_cli_args(cls, namespace: argparse.Namespace) -> ServerArgs:
         """From a namespace of a parser that ``add_cli_args`` filled; raises ServerArgsError for what a flag refuses."""
-        args = cls._of(collect_values(namespace, specs()))
+        args = cls._of(collect_values(namespace))
         if problems := [problem for spec in specs() for problem in spec.problems(getattr(args, spec.name))]:
             raise ServerArgsError(problems)
         return args
@@ -113,20 +124,82 @@ class ServerArgs(SpecArgs, KernelArgs, ParallelArgs, RuntimeArgs, HttpArgs, Memo
             logger.warning("%s", warning)
         return cls(**found.values)
 
-    def to_json(self) -> str:
-        """All fields as JSON text, for a child process."""
-        return json.dumps(asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> ServerArgs:
-        """The ServerArgs whose ``to_json`` gave ``text``."""
-        return cls(**json.loads(text))
-
 
 @functools.cache
 def specs() -> tuple[FieldSpec, ...]:
     """The flags, by group, and within a group in order of declaration."""
     return tuple(sorted(field_specs(ServerArgs), key=lambda spec: GROUPS.index(spec.arg.group)))
+
+
+class _Upstream(argparse.Action):
+    """Remembers a flag of upstream that this engine lacks, with its values."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        words = values if isinstance(values, list) else [] if values is None else [values]
+        seen = list(getattr(namespace, _DEST, ()))
+        setattr(namespace, _DEST, [*seen, (option_string, words)])
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare every flag on ``parser``. Values stay text, and flags that are not given leave no attribute."""
+    groups = {name: parser.add_argument_group(name) for name in dict.fromkeys(spec.arg.group for spec in specs())}
+    for spec in specs():
+        group = groups[spec.arg.group]
+        options: dict[str, Any] = {"dest": spec.name, "default": argparse.SUPPRESS, "help": _help(spec)}
+        if spec.kind == "bool":
+            group.add_argument(*spec.flags, action="store_true", **options)
+            continue
+        options["metavar"] = spec.arg.metavar or (spec.kind.rstrip("s").upper() if not spec.choices else "NAME")
+        group.add_argument(*spec.flags, nargs="+" if spec.kind in LISTS else None, **options)
+    for flag in distinct_flags():
+        nargs = None if flag.nargs == 1 else flag.nargs
+        hidden: dict[str, Any] = {"dest": _DEST, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+        parser.add_argument(*flag.names, action=_Upstream, nargs=nargs, **hidden)
+
+
+def _help(spec: FieldSpec) -> str:
+    parts = [spec.arg.help]
+    if spec.choices:
+        parts.append(f"One of {', '.join(spec.choices)}.")
+    elif spec.kind != "bool" and spec.bounds():
+        parts.append(f"Must be {spec.bounds()}.")
+    if spec.default in (None, "") and spec.arg.auto:
+        parts.append(f"Default: {spec.arg.auto}.")
+    elif spec.kind != "bool" and spec.default not in (None, ""):
+        parts.append(f"Default: {spec.default}.")
+    return " ".join(parts).replace("%", "%%")
+
+
+def collect_values(namespace: argparse.Namespace) -> FlagValues:
+    """The typed values of a namespace that ``add_arguments`` shaped, and what the flags that only upstream has get."""
+    parsed = FlagValues()
+    for spec in specs():
+        if not hasattr(namespace, spec.name):
+            continue
+        raw = getattr(namespace, spec.name)
+        if spec.kind == "bool":
+            parsed.values[spec.name] = raw
+            continue
+        try:
+            parsed.values[spec.name] = spec.parse(raw if isinstance(raw, list) else [raw])
+        except ValueError as error:
+            parsed.errors.append(str(error))
+    errors, warnings = verdicts(getattr(namespace, _DEST, ()))
+    parsed.errors += errors
+    parsed.warnings += warnings
+    return parsed
+
+
+def unknown_setting(name: str) -> str:
+    """What to say of a keyword that is no setting, as ``parse.unknown_flag`` says of a flag."""
+    meant = MISNAMED.get("--" + name.replace("_", "-"), "")
+    if meant and not meant.startswith("-"):
+        return f"unknown setting {name}: {meant}"
+    flag = meant.partition(" ")[0]
+    near = [spec.name for spec in specs() if flag in spec.flags] or difflib.get_close_matches(
+        name, [spec.name for spec in specs()], n=1, cutoff=0.8
+    )
+    return f"unknown setting {name}" + (f": did you mean {near[0]}?" if near else "")
 
 
 def exit_with_errors(errors: Sequence[str]) -> None:

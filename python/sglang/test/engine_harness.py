@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sglang.srt.arg_groups.resolve import resolve
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.managers.io_struct import (
     BatchTokenIDOutput,
@@ -29,6 +28,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.srt.speculative.draft_utils import make_speculator
 from sglang.srt.utils.hf_tokenizer import Tokenizer
+from sglang.test.resolved_args import resolved
 
 
 class Finished:
@@ -63,7 +63,7 @@ class EngineHarness:
         tokenizer = Tokenizer.from_path(model_path) if with_tokenizer else None
         if tokenizer is not None:
             self.model_config = self.model_config.with_tokenizer_end(tokenizer.eos_token_ids, model_path)
-        self.args = resolve(args, self.model_config, current_platform)
+        self.args = resolved(args, self.model_config, current_platform)
         with override_server_args(**vars(self.args)):
             self.runner = make_runner(self.args, self.model_config)
         config = SchedulerConfig.create(self.args, self.model_config, self.runner)

@@ -15,11 +15,12 @@ import httpx
 from tokenizers import AddedToken
 
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
-from sglang.srt.entrypoints.http_server import HttpServer, bind, listen
+from sglang.srt.entrypoints.http_server import HttpServer
 from sglang.srt.managers.io_struct import FinishReason
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.hf_tokenizer import Tokenizer
+from sglang.srt.utils.network import bind, listen
 from sglang.test.fake_scheduler import FakeEngine
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tokenizers import byte_level_tokenizer, write_tokenizer

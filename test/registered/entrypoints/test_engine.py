@@ -14,7 +14,7 @@ import unittest
 from unittest import mock
 
 import sglang
-from sglang.srt.arg_groups.evaluate import LaunchPlan
+from sglang.srt.arg_groups.plan import LaunchPlan
 from sglang.srt.entrypoints import engine as engine_module
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.managers.io_struct import FinishReason

@@ -13,11 +13,11 @@ import httpx
 import torch
 
 from sglang.srt.entrypoints.context import ServerStatus
-from sglang.srt.entrypoints.http_server import PortError, bind, listen
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.recv_stats import RecvStats
 from sglang.srt.managers import prompt_text
 from sglang.srt.managers.io_struct import AbortReq, FinishReason, FlushCacheReqInput
+from sglang.srt.utils.network import PortError, bind, listen
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import CONTEXT_LEN, FakeServer, FakeServerTestCase
 from sglang.test.test_utils import CustomTestCase

@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest import mock
 
 import sglang
-from sglang.srt.arg_groups.evaluate import LaunchPlan
+from sglang.srt.arg_groups.plan import LaunchPlan
 from sglang.srt.entrypoints.launch import check_plan
 from sglang.srt.managers.io_struct import ProfileReqInput
 from sglang.srt.managers.step_profiler import StepProfiler, folder_problem

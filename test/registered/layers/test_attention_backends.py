@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import torch
 
-from sglang.srt.arg_groups.resolve import resolve
 from sglang.srt.configs.attention_backends import _declared, attention_backends, read_source
 from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.configs.deepseek import DeepseekConfig
@@ -30,6 +29,7 @@ from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.model_harness import ModelHarness
 from sglang.test.published_sizes import DEEPSEEK_V2_LITE, qwen35_like
+from sglang.test.resolved_args import resolved
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import save_tiny_checkpoint
 
@@ -218,7 +218,7 @@ class TestDeclarations(BackendCase):
         mla = SimpleNamespace(**{**vars(model), "text": DeepseekConfig.from_hf(DEEPSEEK_V2_LITE)})
         cpu = SimpleNamespace(kind="cpu", device_type="cpu", supports_graphs=False)
         cuda = SimpleNamespace(kind="cuda", device_type="cuda", supports_graphs=True)
-        good = resolve(ServerArgs(attention_backend="planted", page_size=16), model, cpu)
+        good = resolved(ServerArgs(attention_backend="planted", page_size=16), model, cpu)
         self.assertEqual(good.attention_backend, "planted")
         for config, platform, page, said in (
             (model, cpu, 1, "--page-size 1 does not go with --attention-backend planted, which takes 16, 64"),
@@ -226,7 +226,7 @@ class TestDeclarations(BackendCase):
             (mla, cpu, 16, "--attention-backend planted has no mla attention, which the model needs: use torch_native"),
         ):
             with self.subTest(said), self.assertRaisesRegex(ServerArgsError, said):
-                resolve(ServerArgs(attention_backend="planted", page_size=page), config, platform)
+                resolved(ServerArgs(attention_backend="planted", page_size=page), config, platform)
 
     def test_declarations_are_read_from_the_source(self):
         for family in ("gqa", "mla"):

@@ -12,6 +12,10 @@ import unittest
 from dataclasses import replace
 from unittest import mock
 
+import msgspec
+import numpy as np
+
+from sglang.srt.arg_groups.plan import LaunchPlan
 from sglang.srt.entrypoints import launch
 from sglang.srt.managers import process_launch, pulse
 from sglang.srt.managers.child_context import STACKS_SIGNAL, LaunchConfig
@@ -166,10 +170,11 @@ class TestRealChild(CustomTestCase):
         holder = tempfile.TemporaryDirectory()
         self.addCleanup(holder.cleanup)
         folder = write_tokenizer(holder.name, byte_level_tokenizer())
-        args = ServerArgs(model_path=folder, tokenizer_path=folder, log_level="error")
+        numpys = {"dtype": np.str_("float32"), "watchdog_timeout": np.float64(3)}  # as a caller of Engine may give
+        args = ServerArgs(model_path=folder, tokenizer_path=folder, log_level="error", **numpys)
         self.engine = EngineProcesses(IpcNames.create(), [], watchdog_timeout_s=2.5)
         self.addCleanup(self.engine.shutdown)
-        config = LaunchConfig(server_args=args.to_json(), ipc=self.engine.ipc)
+        config = LaunchConfig(server_args=args, ipc=self.engine.ipc)
         self.child = process_launch._start("detokenizer", process_launch.DETOKENIZER_MODULE, config, 1, {})
         self.engine.processes.append(self.child)
         process_launch._wait_ready(self.child, self.engine)
@@ -221,14 +226,14 @@ class TestOrder(CustomTestCase):
 
         model = types.SimpleNamespace(context_len=64, vocab_size=8)
         args = ServerArgs(skip_tokenizer_init=True)
-        verdict = types.SimpleNamespace(args=args, model_config=model, child_variables={}, needed={})
+        plan = LaunchPlan(args, model)
         with (
             mock.patch.object(launch, "launch_engine_processes", fail),
             mock.patch.object(launch, "TokenizerManager", keep),
         ):
             for _ in range(3):
                 with self.assertRaisesRegex(LaunchError, "planted"):
-                    launch.start_engine(verdict)
+                    launch.start_engine(plan)
                 time.sleep(0.2)  # the library closes in the background
                 counts.append(len(os.listdir("/proc/self/fd")))
         self.assertEqual(len(set(counts)), 1, counts)
@@ -246,8 +251,8 @@ class TestSecrets(CustomTestCase):
             process_launch.launch_engine_processes(args, ipc, {}, {})
         configs = [call.args[2] for call in start.call_args_list]
         self.assertEqual(len(configs), 2)
-        self.assertFalse(any("sesame" in config.server_args for config in configs))
-        self.assertEqual(configs[0].parsed_server_args(), replace(args, api_key=None, admin_api_key=None))
+        self.assertFalse(any(b"sesame" in msgspec.json.encode(config) for config in configs))
+        self.assertEqual(configs[0].server_args, replace(args, api_key=None, admin_api_key=None))
 
 
 if __name__ == "__main__":

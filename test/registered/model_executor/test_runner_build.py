@@ -11,8 +11,7 @@ from unittest import mock
 import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
-from sglang.srt.arg_groups.evaluate import evaluate
-from sglang.srt.arg_groups.plan import plan_launch
+from sglang.srt.arg_groups.plan import evaluate, plan_launch
 from sglang.srt.configs.cache_layout import FULL, STATE
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.managers import process_launch

@@ -10,7 +10,7 @@ from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.ops.sampling.greedy import fits_aiter
 from sglang.kernels.registry import fresh_decisions
 from sglang.kernels.spec import Impl, Op
-from sglang.srt.arg_groups.evaluate import evaluate
+from sglang.srt.arg_groups.plan import evaluate
 from sglang.srt.environ import EnvError, envs
 from sglang.srt.platforms import PlatformError, override_platform, rocm, select_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, RocmPlatform, find_fakes

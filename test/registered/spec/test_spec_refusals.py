@@ -9,8 +9,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 
 from sglang.embedded_models import EMBEDDED_MODELS
-from sglang.srt.arg_groups.evaluate import evaluate
 from sglang.srt.arg_groups.parse import read
+from sglang.srt.arg_groups.plan import evaluate
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.managers.io_struct import AbortReq

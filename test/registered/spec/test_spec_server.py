@@ -10,8 +10,8 @@ import httpx
 
 from sglang import bench_serving
 from sglang.embedded_models import EMBEDDED_MODELS
-from sglang.srt.arg_groups.evaluate import evaluate
 from sglang.srt.arg_groups.parse import read
+from sglang.srt.arg_groups.plan import evaluate
 from sglang.srt.model_executor.memory_plan import DRAFT_LAYER, plan_needs
 from sglang.srt.utils.common import kill_process_tree
 from sglang.test.ci.ci_register import register_cpu_ci

@@ -12,8 +12,8 @@ from unittest import mock
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt import server_args
-from sglang.srt.arg_groups.evaluate import evaluate
 from sglang.srt.arg_groups.parse import read
+from sglang.srt.arg_groups.plan import evaluate
 from sglang.srt.entrypoints.launch import check_plan
 from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.utils.common import get_free_port

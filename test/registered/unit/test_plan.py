@@ -13,9 +13,8 @@ from typing import Any
 import torch
 
 from sglang import plan as cli
-from sglang.srt.arg_groups.evaluate import evaluate
 from sglang.srt.arg_groups.parse import read
-from sglang.srt.arg_groups.plan import plan_launch
+from sglang.srt.arg_groups.plan import evaluate, plan_launch
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
 from sglang.srt.environ import envs

@@ -8,9 +8,8 @@ import unittest
 from pathlib import Path
 
 from sglang import plan
-from sglang.srt.arg_groups.evaluate import evaluate
 from sglang.srt.arg_groups.parse import read
-from sglang.srt.arg_groups.resolve import resolve_all
+from sglang.srt.arg_groups.plan import LaunchPlan, evaluate, resolve
 from sglang.srt.configs.deepseek_v4_cache import MAX_VERIFY_ROWS
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.platforms.cpu import CpuPlatform
@@ -65,7 +64,9 @@ class TestPools(CustomTestCase):
         """Recipes of upstream export it, for checkpoints of that number."""
         model = ModelConfig.from_path(self.folder)
         for value, refused in (("16", False), ("0", False), ("512", True)):
-            said = resolve_all(ServerArgs(), model, CpuPlatform(), {"SGLANG_OPT_C4_SPARSE_TOPK": value}).errors
+            plan = LaunchPlan(ServerArgs(), model)
+            resolve(plan, CpuPlatform(), {"SGLANG_OPT_C4_SPARSE_TOPK": value})
+            said = plan.errors
             self.assertEqual(any("attends to 16 entries (index_topk). Unset it" in one for one in said), refused, said)
 
     def test_the_states_bear_every_number_of_drafts(self):

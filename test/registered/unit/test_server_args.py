@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from sglang.srt import server_args as module
-from sglang.srt.arg_groups.checks import DISPATCH_LIMIT, check
-from sglang.srt.arg_groups.evaluate import evaluate
-from sglang.srt.arg_groups.parse import parse, read
-from sglang.srt.arg_groups.resolve import STEPS, resolve
+from sglang.srt.arg_groups.checks import DISPATCH_LIMIT
+from sglang.srt.arg_groups.parse import check, parse, read
+from sglang.srt.arg_groups.plan import LaunchPlan, evaluate, resolve
+from sglang.srt.arg_groups.resolve import STEPS
 from sglang.srt.arg_groups.steps import Change, Context
 from sglang.srt.arg_groups.upstream import upstream_flags
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
@@ -33,6 +33,7 @@ from sglang.srt.server_args import (
 from sglang.srt.utils.network import is_loopback
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.published_sizes import qwen35_like
+from sglang.test.resolved_args import resolved
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
@@ -145,8 +146,9 @@ class TestProblems(CustomTestCase):
 class TestResolve(CustomTestCase):
     def test_nothing_the_engine_needs_stays_open(self):
         given = ServerArgs(model_path="/m")
-        with self.assertLogs("sglang.srt.arg_groups.resolve", "INFO") as logs:
-            args = resolve(given, MODEL, CPU)
+        plan = LaunchPlan(given, MODEL)
+        resolve(plan, CPU)
+        args = plan.args
         optional = {"max_total_tokens", "nccl_port", "max_mamba_cache_size", "cuda_graph_bs", "cuda_graph_max_bs"}
         optional |= {"quantization", "revision", "swa_full_tokens_ratio"}
         optional |= {field.name for part in (module.HttpArgs, module.SpecArgs) for field in dataclasses.fields(part)}
@@ -154,14 +156,14 @@ class TestResolve(CustomTestCase):
         self.assertEqual(open_fields - optional, set())
         self.assertEqual((args.tokenizer_path, args.served_model_name, args.dtype), ("/m", "/m", "float32"))
         self.assertEqual((args.page_size, args.context_length, args.mamba_ssm_dtype), (1, 4096, "bfloat16"))
-        self.assertIn("page_size: None -> 1 (default)", "\n".join(logs.output))
+        self.assertIn("page_size: None -> 1 (default)", "\n".join(map(str, plan.changes)))
         self.assertEqual(given, ServerArgs(model_path="/m"))
-        self.assertEqual(resolve(args, MODEL, CPU), args)
+        self.assertEqual(resolved(args, MODEL, CPU), args)
 
     def test_steps_are_pure(self):
         args = ServerArgs(model_path="/m", random_seed=3, attention_backend="triton")
         context = Context(HIP, MODEL, "")
-        before = args.to_json()
+        before = dataclasses.asdict(args)
         for step in STEPS:
             first, second = list(step(args, context)), list(step(args, context))
             self.assertEqual(first, second, step.__name__)
@@ -169,14 +171,14 @@ class TestResolve(CustomTestCase):
                 if isinstance(change, Change):
                     self.assertEqual(getattr(args, change.field), change.old, step.__name__)
                     self.assertTrue(change.reason)
-        self.assertEqual(args.to_json(), before)
+        self.assertEqual(dataclasses.asdict(args), before)
 
     def test_defaults_follow_the_platform_and_the_page(self):
-        args = resolve(ServerArgs(page_size=48, random_seed=1), MODEL, CPU)
+        args = resolved(ServerArgs(page_size=48, random_seed=1), MODEL, CPU)
         self.assertEqual(args.chunked_prefill_size % 48, 0)
-        self.assertEqual(resolve(ServerArgs(page_size=4096), MODEL, CPU).chunked_prefill_size, 4096)
-        self.assertEqual(resolve(ServerArgs(), MODEL, CUDA).chunked_prefill_size, 8192)
-        self.assertEqual(resolve(ServerArgs(chunked_prefill_size=-1), MODEL, CUDA).chunked_prefill_size, -1)
+        self.assertEqual(resolved(ServerArgs(page_size=4096), MODEL, CPU).chunked_prefill_size, 4096)
+        self.assertEqual(resolved(ServerArgs(), MODEL, CUDA).chunked_prefill_size, 8192)
+        self.assertEqual(resolved(ServerArgs(chunked_prefill_size=-1), MODEL, CUDA).chunked_prefill_size, -1)
 
     def test_a_chat_template_that_is_not_there(self):
         errors = evaluate(ServerArgs(chat_template="/nowhere.jinja"), CPU, {}).errors
@@ -191,12 +193,12 @@ class TestResolve(CustomTestCase):
     def test_state_slots_bound_the_running_requests(self):
         text = dataclasses.replace(TEXT, layer_types=("full_attention",) * 4)
         plain = SimpleNamespace(**{**vars(MODEL), "text": text})
-        self.assertEqual(resolve(ServerArgs(max_mamba_cache_size=16), MODEL, CUDA).max_running_requests, 16)
-        self.assertEqual(resolve(ServerArgs(max_mamba_cache_size=900), MODEL, CUDA).max_running_requests, 256)
+        self.assertEqual(resolved(ServerArgs(max_mamba_cache_size=16), MODEL, CUDA).max_running_requests, 16)
+        self.assertEqual(resolved(ServerArgs(max_mamba_cache_size=900), MODEL, CUDA).max_running_requests, 256)
         with self.assertRaisesRegex(ServerArgsError, "16 is below --max-running-requests 17"):
-            resolve(ServerArgs(max_mamba_cache_size=16, max_running_requests=17), MODEL, CUDA)
+            resolved(ServerArgs(max_mamba_cache_size=16, max_running_requests=17), MODEL, CUDA)
         with self.assertRaisesRegex(ServerArgsError, "no recurrent states: drop it"):
-            resolve(ServerArgs(max_mamba_cache_size=16), plain, CUDA)
+            resolved(ServerArgs(max_mamba_cache_size=16), plain, CUDA)
 
     def test_the_ranks_do_not_meet_at_the_servers_port(self):
         for meets, refused in (("9", True), ("8", False), ("8 --dp 2", True)):
@@ -204,9 +206,9 @@ class TestResolve(CustomTestCase):
             self.assertEqual(["ranks meet" in error for error in errors], [True] * refused, meets)
 
     def test_automatic_chunk_keeps_to_the_prefill_limit(self):
-        args = resolve(ServerArgs(max_prefill_tokens=1000, page_size=16), MODEL, CUDA)
+        args = resolved(ServerArgs(max_prefill_tokens=1000, page_size=16), MODEL, CUDA)
         self.assertEqual(args.chunked_prefill_size, 992)
-        given = resolve(ServerArgs(max_prefill_tokens=1000, chunked_prefill_size=4096), MODEL, CUDA)
+        given = resolved(ServerArgs(max_prefill_tokens=1000, chunked_prefill_size=4096), MODEL, CUDA)
         self.assertEqual(given.chunked_prefill_size, 4096)
 
     def test_backends_by_platform(self):
@@ -216,14 +218,14 @@ class TestResolve(CustomTestCase):
                     args = ServerArgs(attention_backend=backend)
                     if platform in accepted:
                         becomes = "triton" if backend == "aiter" else backend
-                        self.assertEqual(resolve(args, MODEL, platform).attention_backend, becomes)
+                        self.assertEqual(resolved(args, MODEL, platform).attention_backend, becomes)
                     else:
                         with self.assertRaisesRegex(ServerArgsError, f"--attention-backend {backend} needs platform"):
-                            resolve(args, MODEL, platform)
+                            resolved(args, MODEL, platform)
 
     def test_graphs_and_overlap_where_they_exist(self):
         def switches(platform, **fields):
-            args = resolve(ServerArgs(**fields), MODEL, platform)
+            args = resolved(ServerArgs(**fields), MODEL, platform)
             return args.attention_backend, args.disable_cuda_graph, args.disable_overlap_schedule
 
         self.assertEqual(switches(CPU), ("torch_native", True, True))
@@ -234,55 +236,56 @@ class TestResolve(CustomTestCase):
 
     def test_tensor_parallel_size_that_does_not_fit_and_wrong_device(self):
         with self.assertRaises(ServerArgsError) as caught:
-            resolve(ServerArgs(tp_size=4, device="cuda"), MODEL, CPU)
+            resolved(ServerArgs(tp_size=4, device="cuda"), MODEL, CPU)
         self.assertEqual(len(caught.exception.errors), 2)
         self.assertIn("does not divide linear_num_key_heads 2, linear_num_value_heads 6", str(caught.exception))
-        self.assertEqual(resolve(ServerArgs(tp_size=2), MODEL, CPU).tp_size, 2)
+        self.assertEqual(resolved(ServerArgs(tp_size=2), MODEL, CPU).tp_size, 2)
         with self.assertRaisesRegex(ServerArgsError, "set SGLANG_PLATFORM=cpu"):
-            resolve(ServerArgs(device="cpu"), MODEL, HIP)
+            resolved(ServerArgs(device="cpu"), MODEL, HIP)
 
     def test_expert_parallelism(self):
         mori = {"tp_size": 2, "moe_a2a_backend": "mori"}
-        args = resolve(ServerArgs(**mori), MODEL, CUDA)
+        args = resolved(ServerArgs(**mori), MODEL, CUDA)
         self.assertEqual((args.ep_size, args.deepep_mode), (2, "normal"))
-        args = resolve(ServerArgs(**mori, deepep_mode="low_latency"), MODEL, CUDA)
+        args = resolved(ServerArgs(**mori, deepep_mode="low_latency"), MODEL, CUDA)
         self.assertEqual(args.deepep_mode, "low_latency")
-        args = resolve(ServerArgs(tp_size=2, ep_size=2), MODEL, CUDA)
+        args = resolved(ServerArgs(tp_size=2, ep_size=2), MODEL, CUDA)
         self.assertEqual((args.ep_size, args.deepep_mode, args.chunked_prefill_size), (2, "auto", 8192))
         with self.assertRaisesRegex(ServerArgsError, "--ep-size 3 does not divide the model's 16 experts"):
-            resolve(ServerArgs(tp_size=3, ep_size=3), MODEL, CPU)
+            resolved(ServerArgs(tp_size=3, ep_size=3), MODEL, CPU)
         with self.assertRaisesRegex(ServerArgsError, "has no experts: drop --ep-size 2"):
             dense = SimpleNamespace(**{**vars(MODEL), "text": dataclasses.replace(TEXT, num_experts=0)})
-            resolve(ServerArgs(tp_size=2, ep_size=2), dense, CPU)
+            resolved(ServerArgs(tp_size=2, ep_size=2), dense, CPU)
 
     def test_shared_experts_are_fused_where_they_can_be(self):
         refused = SimpleNamespace(**{**vars(MODEL), "shared_fusion_refusal": lambda backend: "96 wide"})
-        self.assertFalse(resolve(ServerArgs(), MODEL, CPU).disable_shared_experts_fusion)
-        with self.assertLogs("sglang.srt.arg_groups.resolve", "INFO") as logs:
-            self.assertTrue(resolve(ServerArgs(), refused, CPU).disable_shared_experts_fusion)
-        self.assertIn("disable_shared_experts_fusion: False -> True (96 wide)", str(logs.output))
+        self.assertFalse(resolved(ServerArgs(), MODEL, CPU).disable_shared_experts_fusion)
+        plan = LaunchPlan(ServerArgs(), refused)
+        resolve(plan, CPU)
+        self.assertTrue(plan.args.disable_shared_experts_fusion)
+        self.assertIn("disable_shared_experts_fusion: False -> True (96 wide)", list(map(str, plan.changes)))
         enforced = ServerArgs(enforce_shared_experts_fusion=True)
-        self.assertFalse(resolve(enforced, MODEL, CPU).disable_shared_experts_fusion)
+        self.assertFalse(resolved(enforced, MODEL, CPU).disable_shared_experts_fusion)
         with self.assertRaisesRegex(ServerArgsError, "--enforce-shared-experts-fusion cannot be served: 96 wide"):
-            resolve(enforced, refused, CPU)
+            resolved(enforced, refused, CPU)
         with self.assertRaisesRegex(ServerArgsError, "--enforce-shared-experts-fusion cannot be served: tokens travel"):
-            resolve(dataclasses.replace(enforced, tp_size=2, moe_a2a_backend="mori"), MODEL, CPU)
+            resolved(dataclasses.replace(enforced, tp_size=2, moe_a2a_backend="mori"), MODEL, CPU)
 
     def test_attention_groups_divide_the_chunk_and_the_heads(self):
         groups = {"dp_size": 2, "enable_dp_attention": True}
-        args = resolve(ServerArgs(tp_size=4, page_size=48, ep_size=4, **groups), MODEL, CPU)
+        args = resolved(ServerArgs(tp_size=4, page_size=48, ep_size=4, **groups), MODEL, CPU)
         self.assertEqual((args.chunked_prefill_size, args.num_replicas, args.attn_dp_size), (1008, 1, 2))
         with self.assertRaisesRegex(ServerArgsError, "8 in 2 attention groups does not divide linear_num_key_heads 2"):
-            resolve(ServerArgs(tp_size=8, **groups), MODEL, CPU)
-        args = resolve(ServerArgs(dp_size=2, load_balance_method="total_tokens"), MODEL, CPU)
+            resolved(ServerArgs(tp_size=8, **groups), MODEL, CPU)
+        args = resolved(ServerArgs(dp_size=2, load_balance_method="total_tokens"), MODEL, CPU)
         self.assertEqual((args.chunked_prefill_size, args.num_replicas, args.attn_dp_size), (2048, 2, 1))
         self.assertEqual(args.load_balance_method, "total_tokens")
-        self.assertFalse(resolve(ServerArgs(tp_size=2, enable_dp_attention=True), MODEL, CPU).enable_dp_attention)
+        self.assertFalse(resolved(ServerArgs(tp_size=2, enable_dp_attention=True), MODEL, CPU).enable_dp_attention)
 
     def test_no_forward_exceeds_the_dispatch_limit(self):
         def sizes(limit, **fields):
             with envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.override(limit):
-                args = resolve(ServerArgs(tp_size=2, moe_a2a_backend="mori", **fields), MODEL, CUDA)
+                args = resolved(ServerArgs(tp_size=2, moe_a2a_backend="mori", **fields), MODEL, CUDA)
             return args.chunked_prefill_size, args.max_running_requests
 
         self.assertEqual(sizes(16384), (8192, 256))
@@ -320,8 +323,8 @@ class TestResolve(CustomTestCase):
 
     def test_order_of_the_state_dtype(self):
         with envs.SGLANG_MAMBA_SSM_DTYPE.override("float16"):
-            self.assertEqual(resolve(ServerArgs(), MODEL, CPU).mamba_ssm_dtype, "float16")
-            self.assertEqual(resolve(ServerArgs(mamba_ssm_dtype="float32"), MODEL, CPU).mamba_ssm_dtype, "float32")
+            self.assertEqual(resolved(ServerArgs(), MODEL, CPU).mamba_ssm_dtype, "float16")
+            self.assertEqual(resolved(ServerArgs(mamba_ssm_dtype="float32"), MODEL, CPU).mamba_ssm_dtype, "float32")
 
     def test_malformed_variable_is_one_reason(self):
         with unittest.mock.patch.dict(os.environ, {"SGLANG_MAMBA_SSM_DTYPE": "int3"}):
@@ -330,7 +333,7 @@ class TestResolve(CustomTestCase):
         self.assertIn("SGLANG_MAMBA_SSM_DTYPE", errors[0])
 
     def test_lpm_without_a_prefix_cache(self):
-        args = resolve(ServerArgs(schedule_policy="lpm", disable_radix_cache=True), MODEL, CPU)
+        args = resolved(ServerArgs(schedule_policy="lpm", disable_radix_cache=True), MODEL, CPU)
         self.assertEqual(args.schedule_policy, "fcfs")
 
     def test_loopback(self):
@@ -339,12 +342,10 @@ class TestResolve(CustomTestCase):
 
 
 class TestObject(CustomTestCase):
-    def test_frozen_and_json(self):
+    def test_frozen(self):
         args = parse("--tp 2 --cuda-graph-bs 1 2 --mem-fraction-static 0.25".split())
         with self.assertRaises(dataclasses.FrozenInstanceError):
             args.tp_size = 4
-        self.assertEqual(ServerArgs.from_json(args.to_json()), args)
-        self.assertEqual(json.loads(args.to_json())["tp_size"], 2)
 
     def test_global_and_scoped_override(self):
         self.assertRaises(RuntimeError, get_global_server_args)

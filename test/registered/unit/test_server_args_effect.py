@@ -10,9 +10,8 @@ from types import SimpleNamespace
 
 from sglang import plan
 from sglang.srt.arg_groups.effect import FLAGS, VARIABLES
-from sglang.srt.arg_groups.evaluate import evaluate
 from sglang.srt.arg_groups.parse import read
-from sglang.srt.arg_groups.plan import plan_launch
+from sglang.srt.arg_groups.plan import evaluate, plan_launch
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.config import mori_setting_problems
 from sglang.srt.server_args import ServerArgs

@@ -6,9 +6,8 @@ import tempfile
 import unittest
 
 from sglang.srt import server_args as module
-from sglang.srt.arg_groups.command_line import unknown_flag
 from sglang.srt.arg_groups.fields import human_int
-from sglang.srt.arg_groups.parse import parse, read
+from sglang.srt.arg_groups.parse import parse, read, unknown_flag
 from sglang.srt.arg_groups.upstream import MISNAMED, distinct_flags, upstream_flags
 from sglang.srt.server_args import ServerArgs, ServerArgsError
 from sglang.test.ci.ci_register import register_cpu_ci

@@ -11,8 +11,8 @@ import unittest
 from pathlib import Path
 from types import SimpleNamespace
 
-from sglang.srt.arg_groups.evaluate import evaluate
 from sglang.srt.arg_groups.parse import read
+from sglang.srt.arg_groups.plan import evaluate
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mxfp4_checkpoints import quark_config
 from sglang.test.test_utils import CustomTestCase

@@ -4,26 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 
-from sglang.srt.server_args import ServerArgs, specs
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.network import is_loopback
 
 DISPATCH_LIMIT = "SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK"
-
-
-def check(args: ServerArgs) -> tuple[list[str], ServerArgs]:
-    """(problems that need neither model nor machine, ``args`` with unusable values back at their defaults)."""
-    problems = []
-    defaults = {}
-    for spec in specs():
-        found = spec.problems(getattr(args, spec.name))
-        problems += found
-        if found:
-            defaults[spec.name] = spec.default
-    usable = replace(args, **defaults)
-    problems += [problem for rule in RULES for problem in rule(usable)]
-    return problems, usable
 
 
 def _parallelism(args: ServerArgs) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from sglang.srt.environ import EnvStr, envs
@@ -20,17 +20,17 @@ class KeyFileError(ValueError):
 
 @dataclass
 class Keys:
-    """``args`` with both keys filled in, and what is wrong with, or to be said of, where they come from."""
+    """The keys that are not given by flag, by field, and what is wrong with, or to be said of, their sources."""
 
-    args: ServerArgs
-    errors: list[str]
-    warnings: list[str]
+    values: dict[str, Any] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
-def with_keys(args: ServerArgs, environ: Mapping[str, str] | None = None) -> Keys:
+def find_keys(args: ServerArgs, environ: Mapping[str, str] | None = None) -> Keys:
     """Each key from its flag, its file or its variable, in this order; a flag and a file together are an error."""
     environ = os.environ if environ is None else environ
-    keys = Keys(args, [], [])
+    keys = Keys()
     sources: tuple[tuple[str, EnvStr], ...] = (
         ("api_key", envs.SGLANG_API_KEY),
         ("admin_api_key", envs.SGLANG_ADMIN_API_KEY),
@@ -51,8 +51,7 @@ def with_keys(args: ServerArgs, environ: Mapping[str, str] | None = None) -> Key
                 continue
             if stat.S_IMODE(os.stat(path).st_mode) & 0o077:
                 keys.warnings.append(f"{flag}-file {path} can be read by other users: chmod 600 {path}")
-        read: dict[str, Any] = {name: key}
-        keys.args = replace(keys.args, **read)
+        keys.values[name] = key
     return keys
 
 

@@ -2,83 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import os
 import secrets
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from sglang.srt.arg_groups.attention import choose_attention_backend, choose_page_size
-from sglang.srt.arg_groups.checks import DISPATCH_LIMIT, remarks
-from sglang.srt.arg_groups.effect import Situation, without_effect
+from sglang.srt.arg_groups.checks import DISPATCH_LIMIT
 from sglang.srt.arg_groups.speculative import DEFAULT_STEPS
-from sglang.srt.arg_groups.steps import Change, Context, PlatformLike, Step
+from sglang.srt.arg_groups.steps import Change, Context, Step
 from sglang.srt.configs.attention_backends import attention_backends
 from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
-from sglang.srt.environ import EnvError, envs
-from sglang.srt.server_args import ServerArgs, ServerArgsError
+from sglang.srt.server_args import ServerArgs
 
 if TYPE_CHECKING:
-    from sglang.srt.configs.model_config import ModelConfig
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass
-class Resolution:
-    """The settings after all steps, with what the steps said."""
-
-    args: ServerArgs
-    changes: list[Change] = field(default_factory=list)
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-def resolve_all(
-    args: ServerArgs, model: ModelConfig | None, platform: PlatformLike, environ: Mapping[str, str] | None = None
-) -> Resolution:
-    """Run every step on ``args``, which stay as they are; problems are collected. ``environ``: default os.environ."""
-    environ = os.environ if environ is None else environ
-    resolution = Resolution(args, warnings=remarks(args))
-    given = frozenset(name for name, value in vars(args).items() if value is not None)
-    try:
-        limit = envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.read(environ)
-        topk = envs.SGLANG_OPT_C4_SPARSE_TOPK.read(environ)
-        context = Context(platform, model, envs.SGLANG_MAMBA_SSM_DTYPE.read(environ), limit, topk, given)
-    except EnvError as error:
-        context = Context(platform, model, "", given=given)
-        resolution.errors.append(str(error))
-    for step in STEPS:
-        changes: dict[str, Any] = {}
-        for outcome in step(resolution.args, context):
-            if isinstance(outcome, str):
-                resolution.errors.append(outcome)
-            elif outcome.old != outcome.new:
-                changes[outcome.field] = outcome.new
-                resolution.changes.append(outcome)
-        resolution.args = replace(resolution.args, **changes)
-    try:
-        resolution.warnings += without_effect(Situation(args, resolution.args, model, platform, environ))
-    except EnvError as error:
-        resolution.errors.append(str(error))
-    return resolution
-
-
-def resolve(args: ServerArgs, model_config: ModelConfig, platform: PlatformLike) -> ServerArgs:
-    """Fill what depends on model and machine, logging each change; raises ServerArgsError with every problem.
-
-    ``platform`` needs ``kind`` ("cpu", "cuda", "hip") and ``device_type``.
-    """
-    resolution = resolve_all(args, model_config, platform)
-    for change in resolution.changes:
-        logger.info("%s", change)
-    for warning in resolution.warnings:
-        logger.warning("%s", warning)
-    if resolution.errors:
-        raise ServerArgsError(resolution.errors)
-    return resolution.args
+    pass
 
 
 def _device(args: ServerArgs, context: Context) -> Iterator[Change | str]:

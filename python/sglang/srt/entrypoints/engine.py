@@ -15,7 +15,7 @@ import msgspec
 from sglang.srt.arg_groups.plan import plan_launch
 from sglang.srt.entrypoints import server_info
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
-from sglang.srt.entrypoints.launch import check_engine, check_plan, start_engine
+from sglang.srt.entrypoints.launch import check_engine, start_engine
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.profile_api import ProfileBody, start_profile, stop_profile
@@ -46,7 +46,6 @@ class Engine:
         refuse_upstream_distribution()
         plan = plan_launch(ServerArgs.from_kwargs(**{"log_level": "error", **kwargs}))
         configure_logging(plan.args.log_level, "engine")
-        check_plan(plan)
         self.server_args = plan.args
         self._context, self._processes = start_engine(plan)
         self.tokenizer_manager = self._context.manager

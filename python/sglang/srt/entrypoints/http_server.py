@@ -1,4 +1,4 @@
-"""The HTTP server process: bind, launch, serve, watch the engine, and end in order."""
+"""The HTTP server over one engine: serve, watch its processes, and end in order."""
 
 from __future__ import annotations
 
@@ -15,27 +15,19 @@ from typing import Any
 import uvicorn
 from starlette.applications import Starlette
 
-from sglang.srt.arg_groups.parse import Parsed
-from sglang.srt.arg_groups.plan import plan_launch
-from sglang.srt.configs.errors import ConfigError
 from sglang.srt.entrypoints.app import build_app
 from sglang.srt.entrypoints.connections import Connection, fit_connections
 from sglang.srt.entrypoints.context import ServerContext, ServerStatus
 from sglang.srt.entrypoints.http_logs import bound_http_logs, on_loop_error
-from sglang.srt.entrypoints.launch import check_engine, check_plan, start_engine
-from sglang.srt.entrypoints.shutdown import EXIT_CUT, Drain, exit_during_start, handle_stop_signals
+from sglang.srt.entrypoints.launch import check_engine
+from sglang.srt.entrypoints.shutdown import EXIT_CUT, Drain, handle_stop_signals
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.managers.process_launch import EngineProcesses, LaunchError
+from sglang.srt.managers.process_launch import EngineProcesses
 from sglang.srt.managers.request_input import RequestError
-from sglang.srt.server_args import ServerArgsError, exit_with_errors
-from sglang.srt.utils.audit import install_unpickle_counter, log_unpickle_count, reset_unpickle_count
-from sglang.srt.utils.chat_template import ChatTemplateError
-from sglang.srt.utils.distribution import refuse_upstream_distribution
-from sglang.srt.utils.hf_tokenizer import TokenizerError
+from sglang.srt.utils.audit import log_unpickle_count, reset_unpickle_count
 from sglang.srt.utils.limits import DRAIN_WRITE_S, MAX_QUEUED_REQUESTS
-from sglang.srt.utils.logging_config import configure_logging
-from sglang.srt.utils.network import PortError, bind, listen
+from sglang.srt.utils.network import listen
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +37,6 @@ _WATCH_INTERVAL_S = 0.5
 _ACCEPTS_PER_TURN = 32
 # Of uvicorn's main loop.
 _TICKS_PER_S = 10
-
-
-_USER_ERRORS = (ChatTemplateError, ConfigError, PortError, TokenizerError)
 
 
 class HttpServer(uvicorn.Server):
@@ -158,46 +147,10 @@ class HttpServer(uvicorn.Server):
         self.should_exit = True
 
 
-def serve(context: ServerContext, processes: EngineProcesses, listener: socket.socket) -> int:
+def serve_engine(context: ServerContext, processes: EngineProcesses, listener: socket.socket) -> int:
     """Serve until a signal or the end of the engine; returns the exit status. Raises PortError."""
     listen(listener)
     server = HttpServer(context, processes)
     server.run(sockets=[listener])
     log_unpickle_count(logger)
     return server.exit_code
-
-
-def launch_server(request: Parsed) -> int:
-    """Everything from a command line that was read to the exit status.
-
-    Status 2 means that a setting is wrong (said on stderr, without a traceback), 1 that something failed, ``EXIT_CUT``
-    that requests were cut when the server was told to stop, 128 + N that signal N came during start-up.
-    """
-    install_unpickle_counter()
-    refuse_upstream_distribution()
-    plan = plan_launch(request)
-    args = plan.args
-    if args.dry_run:
-        print("\n".join(plan.lines()))
-        return 2 if plan.errors else 0
-    configure_logging(args.log_level, "main")
-    handle_stop_signals(exit_during_start)
-    processes: EngineProcesses | None = None
-    try:
-        check_plan(plan)
-        with contextlib.closing(bind(args.host, args.port)) as listener:
-            context, processes = start_engine(plan)
-            return serve(context, processes, listener)
-    except ServerArgsError as error:
-        exit_with_errors(error.errors)
-    except _USER_ERRORS as error:
-        exit_with_errors([str(error)])
-    except LaunchError as error:
-        if error.user_error:
-            exit_with_errors([str(error)])
-        logger.error("The engine did not start: %s", error)
-    finally:
-        handle_stop_signals(signal.SIG_IGN)
-        if processes is not None:
-            processes.shutdown()
-    return 1

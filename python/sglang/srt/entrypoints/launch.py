@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 
-from sglang.srt.arg_groups.evaluate import LaunchPlan
+from sglang.srt.arg_groups.plan import LaunchPlan
+from sglang.srt.configs.errors import ConfigError
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.managers.process_launch import EngineProcesses, launch_engine_processes
@@ -12,9 +13,14 @@ from sglang.srt.managers.request_input import RequestError
 from sglang.srt.managers.step_profiler import folder_problem
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.server_args import ServerArgsError, specs
-from sglang.srt.utils.hf_tokenizer import Tokenizer
+from sglang.srt.utils.chat_template import ChatTemplateError
+from sglang.srt.utils.hf_tokenizer import Tokenizer, TokenizerError
+from sglang.srt.utils.network import PortError
 
 logger = logging.getLogger(__name__)
+
+# Beside ServerArgsError, what says that a setting is wrong.
+USER_ERRORS = (ChatTemplateError, ConfigError, PortError, TokenizerError)
 
 
 def check_plan(plan: LaunchPlan) -> None:
@@ -42,10 +48,12 @@ def check_plan(plan: LaunchPlan) -> None:
 
 
 def start_engine(plan: LaunchPlan) -> tuple[ServerContext, EngineProcesses]:
-    """Read the tokenizer, start the processes, and wait until they are ready.
+    """Log the plan, read the tokenizer, start the processes, and wait until they are ready.
 
-    ``plan`` must have passed ``check_plan``. Raises TokenizerError, ChatTemplateError, ConfigError or LaunchError.
+    Raises ServerArgsError with every reason against the plan; TokenizerError, ChatTemplateError, ConfigError or
+    LaunchError.
     """
+    check_plan(plan)
     args, model_config = plan.args, plan.model_config
     assert model_config is not None
     tokenizer = None

@@ -46,14 +46,11 @@ class LaunchConfig(msgspec.Struct, kw_only=True):
     ``needed`` is what the launch has counted for a scheduler: see ``launch_engine_processes``.
     """
 
-    server_args: str
+    server_args: ServerArgs
     ipc: IpcNames
     place: RankPlace = RankPlace()
     dist_init_method: str = ""
     needed: dict[str, int] = {}
-
-    def parsed_server_args(self) -> ServerArgs:
-        return ServerArgs.from_json(self.server_args)
 
 
 class _Ordered(BaseException):

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def main() -> int:
     install_unpickle_counter()
     context = parse_child_arguments()
-    server_args = context.config.parsed_server_args()
+    server_args = context.config.server_args
     configure_logging(server_args.log_level, "detokenizer")
     try:
         manager = DetokenizerManager(server_args, context.config.ipc)

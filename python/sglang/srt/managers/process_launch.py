@@ -228,7 +228,7 @@ def launch_engine_processes(
 
     engine = EngineProcesses(ipc, [], server_args.watchdog_timeout)
     # Children do not need the API keys.
-    child_args = replace(server_args, api_key=None, admin_api_key=None).to_json()
+    child_args = replace(server_args, api_key=None, admin_api_key=None)
     init_method = ""
     try:
         places = rank_places(server_args)
@@ -256,6 +256,11 @@ def launch_engine_processes(
     return engine
 
 
+def _plain(value: Any) -> str | float:
+    """Python's own form of numpy's numbers and texts, which settings may be."""
+    return str(value) if isinstance(value, str) else float(value)
+
+
 def _start(name: str, module: str, config: LaunchConfig, threads: int, variables: Mapping[str, str]) -> ChildProcess:
     ready_read, ready_write = os.pipe()
     pulse = PulseReader()
@@ -274,7 +279,7 @@ def _start(name: str, module: str, config: LaunchConfig, threads: int, variables
     os.close(ready_write)
     assert popen.stdin is not None
     with suppress(BrokenPipeError):  # it has ended already; ``_wait_ready`` finds that out
-        popen.stdin.write(msgspec.json.encode(config) + b"\n")
+        popen.stdin.write(msgspec.json.encode(config, enc_hook=_plain) + b"\n")
         popen.stdin.flush()
     return ChildProcess(name, popen, ready_read, pulse)
 

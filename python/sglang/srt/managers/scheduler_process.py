@@ -243,7 +243,7 @@ def main() -> int:
     install_unpickle_counter()
     context = parse_child_arguments()
     config = context.config
-    args = config.parsed_server_args()
+    args = config.server_args
     prefix = f"scheduler {config.place.label}".strip()
     configure_logging(args.log_level, prefix)
     set_global_server_args_for_scheduler(args)

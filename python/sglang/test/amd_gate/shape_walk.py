@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from sglang.srt.arg_groups.resolve import resolve
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import ProcessGroupHandle, override_tp_group
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -33,6 +32,7 @@ from sglang.test.published_sizes import (
     DEEPSEEK_V4_FLASH_8L,
     qwen35_like,
 )
+from sglang.test.resolved_args import resolved
 
 DECODE_BATCHES = (1, 8, 128)
 # Tokens after a prefix, for each request of a prefill step.
@@ -171,7 +171,7 @@ def _load(model: WalkedModel, settings: contextlib.ExitStack, runners: list[Shap
         )
         kind, quantization, cache = current_platform.kind, args.quantization, args.kv_cache_dtype
         config = ModelConfig.from_path(folder, platform_kind=kind, quantization=quantization, kv_cache_dtype=cache)
-        args = settings.enter_context(override_server_args(**vars(resolve(args, config, current_platform))))
+        args = settings.enter_context(override_server_args(**vars(resolved(args, config, current_platform))))
         made = make_runner(args, config)
         runners.append(ShapeRunner(made.loaded, made.memory, made.pools, made.attn_backend))
 

@@ -7,7 +7,7 @@ import unittest
 from pathlib import Path
 from types import SimpleNamespace
 
-from sglang.srt.arg_groups.resolve import resolve_all
+from sglang.srt.arg_groups.plan import LaunchPlan, resolve
 from sglang.srt.configs.cache_layout import FULL, SWA, CacheTypes, join
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.deepseek_v4_cache import PAGE_SIZE
@@ -169,7 +169,9 @@ class TestSettings(CustomTestCase):
         cls.model = ModelConfig.from_path(folder.name)
 
     def resolved(self, **args):
-        return resolve_all(ServerArgs(model_path=self.model.model_path, random_seed=1, **args), self.model, HOST)
+        plan = LaunchPlan(ServerArgs(model_path=self.model.model_path, random_seed=1, **args), self.model)
+        resolve(plan, HOST)
+        return plan
 
     def test_pages_have_the_one_size(self):
         found = self.resolved()

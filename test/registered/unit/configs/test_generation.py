@@ -6,7 +6,7 @@ import unittest
 from pathlib import Path
 
 from sglang.embedded_models import default_model_path
-from sglang.srt.arg_groups.evaluate import evaluate
+from sglang.srt.arg_groups.plan import evaluate
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.generation import sampling_defaults
 from sglang.srt.configs.model_config import ModelConfig

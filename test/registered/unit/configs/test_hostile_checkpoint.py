@@ -12,9 +12,8 @@ from pathlib import Path
 
 from sglang import plan
 from sglang.embedded_models import EMBEDDED_MODELS, default_model_path
-from sglang.srt.arg_groups.evaluate import evaluate
 from sglang.srt.arg_groups.parse import read
-from sglang.srt.arg_groups.plan import plan_launch
+from sglang.srt.arg_groups.plan import evaluate, plan_launch
 from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.chat_messages import ChatTemplateError
