@@ -24,6 +24,18 @@ from sglang.srt.platforms import current_platform
 logger = logging.getLogger(__name__)
 
 
+# Former names of ops, which SGLANG_KERNELS takes too.
+FORMER_NAMES = {
+    "attention.table_decode": "attention.decode_attention",
+    "attention.mla_table_decode": "attention.mla_decode_attention",
+    "attention.table_verify": "attention.verify_attention",
+    "attention.mla_table_verify": "attention.mla_verify_attention",
+    "attention.paged_decode": "attention.decode_padded",
+    "attention.paged_extend": "attention.extend_attention",
+    "attention.ragged_extend": "attention.extend_ragged",
+}
+
+
 class KernelConfigError(ValueError):
     """SGLANG_KERNELS or a preferred backend names something that does not exist or cannot run here."""
 
@@ -236,15 +248,19 @@ class KernelRegistry:
 
 
 def parse_forcing(text: str) -> dict[str, str]:
-    """ "op=impl,op=impl" as a mapping; raises KernelConfigError for a malformed or repeated entry."""
+    """ "op=impl,op=impl" as a mapping, ops by their present names.
+
+    Raises KernelConfigError for a malformed or repeated entry.
+    """
     forced: dict[str, str] = {}
     for entry in filter(None, (part.strip() for part in text.split(","))):
         op, separator, impl = entry.partition("=")
         if not separator or not op.strip() or not impl.strip():
             raise KernelConfigError(f"SGLANG_KERNELS takes op=implementation pairs with commas between, got {entry!r}.")
-        if op.strip() in forced:
-            raise KernelConfigError(f"SGLANG_KERNELS names op {op.strip()!r} twice.")
-        forced[op.strip()] = impl.strip()
+        name = FORMER_NAMES.get(op.strip(), op.strip())
+        if name in forced:
+            raise KernelConfigError(f"SGLANG_KERNELS names op {name!r} twice.")
+        forced[name] = impl.strip()
     return forced
 
 

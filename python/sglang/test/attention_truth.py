@@ -15,7 +15,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     return values.double().T @ (probs / probs.sum())
 
 
-def true_ragged(
+def true_extend_ragged(
     q: Tensor, k: Tensor, v: Tensor, qo_indptr: Tensor, kv_indptr: Tensor, scale: float, k_tail: Tensor | None = None
 ) -> Tensor:
     if k_tail is not None:
@@ -31,20 +31,20 @@ def true_ragged(
     return out
 
 
-def true_paged_extend(
+def true_extend_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, qo_indptr: Tensor, kv_indptr: Tensor, scale: float
 ) -> Tensor:
-    return true_ragged(q, k_cache[slots], v_cache[slots], qo_indptr, kv_indptr, scale)
+    return true_extend_ragged(q, k_cache[slots], v_cache[slots], qo_indptr, kv_indptr, scale)
 
 
 def true_mla_extend(
     q: Tensor, cache: Tensor, slots: Tensor, qo_indptr: Tensor, kv_indptr: Tensor, rank: int, scale: float
 ) -> Tensor:
     rows = cache[slots].unsqueeze(1)
-    return true_ragged(q, rows, rows[..., :rank], qo_indptr, kv_indptr, scale)
+    return true_extend_ragged(q, rows, rows[..., :rank], qo_indptr, kv_indptr, scale)
 
 
-def true_paged_decode(
+def true_decode_padded(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, seq_lens: Tensor, scale: float
 ) -> Tensor:
     out = torch.zeros(q.shape[0], q.shape[1], v_cache.shape[2], dtype=torch.float64)
@@ -58,16 +58,16 @@ def true_paged_decode(
 
 def true_mla_decode(q: Tensor, cache: Tensor, table: Tensor, seq_lens: Tensor, rank: int, scale: float) -> Tensor:
     rows = cache.unsqueeze(1)
-    return true_paged_decode(q, rows, rows[..., :rank], table, seq_lens, scale)
+    return true_decode_padded(q, rows, rows[..., :rank], table, seq_lens, scale)
 
 
-def true_table_decode(
+def true_decode_attention(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, rows: Tensor, seq_lens: Tensor, scale: float
 ) -> Tensor:
-    return true_paged_decode(q, k_cache, v_cache, table[rows], seq_lens, scale)
+    return true_decode_padded(q, k_cache, v_cache, table[rows], seq_lens, scale)
 
 
-def true_mla_table_decode(
+def true_mla_decode_attention(
     q: Tensor, cache: Tensor, table: Tensor, rows: Tensor, seq_lens: Tensor, rank: int, scale: float
 ) -> Tensor:
     return true_mla_decode(q, cache, table[rows], seq_lens, rank, scale)
@@ -88,13 +88,13 @@ def of_several(truth: Callable[..., Tensor], first: int) -> Callable[..., Tensor
 
 
 ATTENTION_TRUTHS: dict[str, Callable[..., Tensor]] = {
-    "attention.ragged_extend": true_ragged,
-    "attention.paged_extend": true_paged_extend,
+    "attention.extend_ragged": true_extend_ragged,
+    "attention.extend_attention": true_extend_attention,
     "attention.mla_extend": true_mla_extend,
-    "attention.paged_decode": true_paged_decode,
+    "attention.decode_padded": true_decode_padded,
     "attention.mla_decode": true_mla_decode,
-    "attention.table_decode": true_table_decode,
-    "attention.mla_table_decode": true_mla_table_decode,
-    "attention.table_verify": of_several(true_table_decode, 4),
-    "attention.mla_table_verify": of_several(true_mla_table_decode, 3),
+    "attention.decode_attention": true_decode_attention,
+    "attention.mla_decode_attention": true_mla_decode_attention,
+    "attention.verify_attention": of_several(true_decode_attention, 4),
+    "attention.mla_verify_attention": of_several(true_mla_decode_attention, 3),
 }

@@ -5,7 +5,7 @@ from unittest import mock
 
 import torch
 
-from sglang.kernels.registry import REGISTRY, KernelConfigError, fresh_decisions, parse_forcing
+from sglang.kernels.registry import FORMER_NAMES, REGISTRY, KernelConfigError, fresh_decisions, parse_forcing
 from sglang.kernels.spec import Impl, Op
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
@@ -132,6 +132,16 @@ class TestRegistry(CustomTestCase):
         for text in ("a.b", "=torch", "a.b=", "a.b=x,a.b=y"):
             with self.subTest(text=text), self.assertRaises(KernelConfigError):
                 parse_forcing(text)
+
+    def test_ops_answer_to_their_former_names(self):
+        REGISTRY.load_all()
+        for former, name in FORMER_NAMES.items():
+            with self.subTest(former), envs.SGLANG_KERNELS.override(f"{former}=torch"), fresh_decisions():
+                self.assertNotIn(former, REGISTRY.ops)
+                REGISTRY.freeze()
+                self.assertTrue(REGISTRY.records[name].forced)
+        with self.assertRaisesRegex(KernelConfigError, "'attention.decode_padded' twice"):
+            parse_forcing("attention.paged_decode=torch,attention.decode_padded=torch")
 
     def test_declarations_are_checked(self):
         with self.assertRaisesRegex(ValueError, "unrestricted"):

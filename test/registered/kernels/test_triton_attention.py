@@ -14,7 +14,7 @@ import torch
 
 import sglang.kernels.ops.attention.attention_state as attention_state
 import sglang.kernels.ops.attention.kv_cache as kv_cache
-from sglang.kernels.ops.attention import launchers, mla_extend, ragged_extend, table_decode
+from sglang.kernels.ops.attention import decode_attention, extend_ragged, launchers, mla_extend
 from sglang.kernels.ops.attention.launchers import launch_decode, launch_extend
 from sglang.kernels.ops.attention.tiles import RowShape, Tile, split_count
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -81,12 +81,12 @@ class TestInterpretedBodies(CustomTestCase):
         for heads in (5, 70):
             q = torch.randn(len(lens), heads, 40, generator=generator)
             shape = RowShape.of(40, 32, value_is_key=True)
-            wanted = table_decode.mla_table_decode_torch(q, latent[:, 0], *table, 32, 0.2)
+            wanted = decode_attention.mla_decode_attention_torch(q, latent[:, 0], *table, 32, 0.2)
             for splits, one_head_programs in ((1, 1), (2, 0), (5, 0), (5, 9999)):
                 with mock.patch.object(launchers, "MERGE_PROGRAMS", one_head_programs):
                     close(launch_decode(q, latent, latent, *table, 0.2, shape, Tile(16, 16, 4, 1), splits), wanted)
         q = torch.randn(len(lens), 6, 24, generator=generator)
-        wanted = table_decode.table_decode_torch(q, keys[0], keys[1], *table, 0.3)
+        wanted = decode_attention.decode_attention_torch(q, keys[0], keys[1], *table, 0.3)
         for splits in (1, 3, 8):
             found = launch_decode(q, keys[0], keys[1], *table, 0.3, RowShape.of(24, 24), Tile(16, 16, 4, 1), splits)
             close(found, wanted)
@@ -94,7 +94,7 @@ class TestInterpretedBodies(CustomTestCase):
     def test_split_counts_agree_in_extend(self):
         generator = torch.Generator().manual_seed(0)
         q_lens, kv_lens = [3, 1, 0, 20], [40, 70, 5, 20]
-        bounds = [ragged_extend.indptr(lens) for lens in (q_lens, kv_lens)]
+        bounds = [extend_ragged.indptr(lens) for lens in (q_lens, kv_lens)]
         slots = torch.randperm(sum(kv_lens) + 3, generator=generator)[: sum(kv_lens)]
         q = torch.randn(sum(q_lens), 6, 40, generator=generator)
         latent = torch.randn(sum(kv_lens) + 3, 1, 40, generator=generator)
@@ -113,15 +113,15 @@ class TestInterpretedBodies(CustomTestCase):
         old_rows = torch.arange(20)
         new_rows = torch.arange(20, 25)
         packed = torch.cat((old_rows, new_rows))
-        q_bounds, new_bounds = ragged_extend.indptr(q_lens), ragged_extend.indptr(new)
-        all_bounds = ragged_extend.indptr([23, 2])
-        wanted = ragged_extend.ragged_extend_torch(q, k[packed], v[packed], q_bounds, all_bounds, 0.3)
+        q_bounds, new_bounds = extend_ragged.indptr(q_lens), extend_ragged.indptr(new)
+        all_bounds = extend_ragged.indptr([23, 2])
+        wanted = extend_ragged.extend_ragged_torch(q, k[packed], v[packed], q_bounds, all_bounds, 0.3)
         for extend, merge in (
             (attention_state.extend_state_torch, attention_state.merge_states_torch),
             (triton_of(attention_state.extend_state).fn, triton_of(attention_state.merge_states).fn),
         ):
             part = extend(q, k[new_rows], v[new_rows], q_bounds, new_bounds, 0.3, True)
-            other = extend(q, k[old_rows], v[old_rows], q_bounds, ragged_extend.indptr(prefix), 0.3, False)
+            other = extend(q, k[old_rows], v[old_rows], q_bounds, extend_ragged.indptr(prefix), 0.3, False)
             close(merge(*part, *other)[0], wanted)
 
 

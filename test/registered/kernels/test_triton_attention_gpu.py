@@ -9,10 +9,10 @@ from types import SimpleNamespace
 
 import torch
 
-from sglang.kernels.ops.attention import ragged_extend
+from sglang.kernels.ops.attention import extend_ragged
 from sglang.kernels.ops.attention.attention_state import extend_state, merge_states
+from sglang.kernels.ops.attention.decode_attention import decode_attention_torch, mla_decode_attention_torch
 from sglang.kernels.ops.attention.launchers import launch_decode, launch_extend
-from sglang.kernels.ops.attention.table_decode import mla_table_decode_torch, table_decode_torch
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.registry import REGISTRY, fresh_decisions
@@ -67,9 +67,9 @@ class TestDecodeOnGpu(CustomTestCase):
     def check(self, q, k, v, *table, shape, dtype):
         wide = [tensor.float() for tensor in (q, k, v)]
         if shape.value_is_key:
-            wanted = mla_table_decode_torch(wide[0], wide[1][:, 0], *table, shape.value, 0.06)
+            wanted = mla_decode_attention_torch(wide[0], wide[1][:, 0], *table, shape.value, 0.06)
         else:
-            wanted = table_decode_torch(*wide, *table, 0.06)
+            wanted = decode_attention_torch(*wide, *table, 0.06)
         for splits in (None, 1, 2, 7):
             with self.subTest(shape=shape, heads=q.shape[1], dtype=dtype, splits=splits):
                 found = launch_decode(q, k, v, *table, 0.06, shape, splits=splits)
@@ -127,7 +127,7 @@ class TestExtendOnGpu(CustomTestCase):
         k = torch.randn(total + 5, kv_heads, dim, generator=generator).to(DEVICE, dtype)
         v = torch.randn(total + 5, kv_heads, value, generator=generator).to(DEVICE, dtype)
         slots = torch.randperm(total + 5, generator=generator)[:total].to(DEVICE)
-        bounds = [ragged_extend.indptr(list(lens)).to(DEVICE) for lens in (self.Q_LENS, self.KV_LENS)]
+        bounds = [extend_ragged.indptr(list(lens)).to(DEVICE) for lens in (self.Q_LENS, self.KV_LENS)]
         return q, k, v, slots, bounds
 
     def test_slots_and_packed_rows(self):
@@ -135,7 +135,7 @@ class TestExtendOnGpu(CustomTestCase):
             for heads, kv_heads, dim, value in (*LAYOUTS, (16, 16, 192, 128)):
                 q, k, v, slots, bounds = self.inputs(heads, kv_heads, dim, value, dtype)
                 wide = (q.float(), k[slots].float(), v[slots].float())
-                wanted = ragged_extend.ragged_extend_torch(*wide, *bounds, 0.07)
+                wanted = extend_ragged.extend_ragged_torch(*wide, *bounds, 0.07)
                 shape = RowShape.of(dim, value)
                 with self.subTest(heads=heads, dim=dim, dtype=dtype):
                     for splits in (None, 1, 3):
@@ -149,7 +149,7 @@ class TestExtendOnGpu(CustomTestCase):
             for heads in (16, 128):
                 q, k, _, slots, bounds = self.inputs(heads, 1, 576, 1, dtype)
                 rows = k[slots].float()
-                wanted = ragged_extend.ragged_extend_torch(q.float(), rows, rows[..., :512], *bounds, 0.06)
+                wanted = extend_ragged.extend_ragged_torch(q.float(), rows, rows[..., :512], *bounds, 0.06)
                 shape = RowShape.of(576, 512, value_is_key=True)
                 for splits in (None, 1, 4):
                     with self.subTest(heads=heads, dtype=dtype, splits=splits):
@@ -160,11 +160,11 @@ class TestExtendOnGpu(CustomTestCase):
         for dtype in BOUNDS:
             q, k, latent, slots, bounds = self.inputs(16, 16, 192, 576, dtype)
             kv = torch.cat((k, k[..., :64] * 2), dim=-1)[slots]
-            k, v, tail = ragged_extend.expanded_views(kv, latent[slots, 0], 128, 64)
-            joined, rest = ragged_extend.join_tail(k, tail), (v, *bounds, 0.07)
+            k, v, tail = extend_ragged.expanded_views(kv, latent[slots, 0], 128, 64)
+            joined, rest = extend_ragged.join_tail(k, tail), (v, *bounds, 0.07)
             with self.subTest(dtype=dtype):
-                wanted = ragged_extend.ragged_extend_torch(q.float(), joined.float(), v.float(), *rest[1:])
-                self.assertLess(error(ragged_extend.ragged_extend_triton(q, k, *rest, tail), wanted), BOUNDS[dtype])
+                wanted = extend_ragged.extend_ragged_torch(q.float(), joined.float(), v.float(), *rest[1:])
+                self.assertLess(error(extend_ragged.extend_ragged_triton(q, k, *rest, tail), wanted), BOUNDS[dtype])
                 apart, whole = extend_state(q, k, *rest, True, tail), extend_state(q, joined, *rest, True)
                 self.assertLess(error(apart[0], whole[0]), BOUNDS[dtype])
                 torch.testing.assert_close(apart[1], whole[1], rtol=1e-3, atol=1e-3)
@@ -172,14 +172,14 @@ class TestExtendOnGpu(CustomTestCase):
     def test_parts_merge_to_the_whole(self):
         q, k, v, slots, (qo, kv) = self.inputs(16, 16, 192, 128, torch.bfloat16)
         k, v = k[slots], v[slots]
-        wanted = ragged_extend.ragged_extend_torch(q.float(), k.float(), v.float(), qo, kv, 0.07)
+        wanted = extend_ragged.extend_ragged_torch(q.float(), k.float(), v.float(), qo, kv, 0.07)
         new, prefix, old_lens = [], [], []
         for i, (fresh, total) in enumerate(zip(self.Q_LENS, self.KV_LENS)):
             start = int(kv[i])
             prefix += range(start, start + total - fresh)
             new += range(start + total - fresh, start + total)
             old_lens.append(total - fresh)
-        old_bounds = ragged_extend.indptr(old_lens).to(DEVICE)
+        old_bounds = extend_ragged.indptr(old_lens).to(DEVICE)
         state = extend_state(q, k[new], v[new], qo, qo, 0.07, True)
         other = extend_state(q, k[prefix], v[prefix], qo, old_bounds, 0.07, False)
         reference = extend_state.reference(q.float(), k[prefix].float(), v[prefix].float(), qo, old_bounds, 0.07, False)

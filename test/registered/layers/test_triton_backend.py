@@ -12,7 +12,7 @@ from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.kernels.spec import Impl, Op
 from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.layers.attention import make_attention_backend
-from sglang.srt.layers.attention.plans import PartedPlan
+from sglang.srt.layers.attention.plans import ChunkedPrefixPlan
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -87,28 +87,28 @@ class TestAgainstTorchNative(CustomTestCase):
             harness, backend = make_harness(self, name)
             native = harness.backend
             wanted = steps(harness, native)
-            auto = backend.expands
+            auto = backend.use_mha
             for rule in (auto, never, always):
                 with self.subTest(name=name, rule=getattr(rule, "__name__", "auto")):
-                    backend.expands = rule
+                    backend.use_mha = rule
                     self.assert_same(steps(harness, backend), wanted)
-            backend.expands = auto
+            backend.use_mha = auto
             with self.subTest("both backends choose alike"):
                 new_and_total = [(1, 5), (3, 4000), (64, 64), (200, 900)]
-                self.assertEqual([auto(*pair) for pair in new_and_total], [native.expands(*p) for p in new_and_total])
+                self.assertEqual([auto(*pair) for pair in new_and_total], [native.use_mha(*p) for p in new_and_total])
 
     def test_long_prefixes_are_expanded_in_parts(self):
         harness, backend = make_harness(self, "dsv2", page_size=4)
         native = harness.backend
         wanted = steps(harness, native)
-        backend.expands = always
+        backend.use_mha = always
         plans = []
         plan_expanded = backend._plan_expanded
         backend._plan_expanded = lambda fb, members: plans.append(plan_expanded(fb, members)) or plans[-1]
         for limit, parts in ((50, 5), (1, 60)):
             backend.max_expanded_rows = limit
             self.assert_same(steps(harness, backend), wanted)
-            self.assertIsInstance(plans[-1], PartedPlan)
+            self.assertIsInstance(plans[-1], ChunkedPrefixPlan)
             self.assertEqual(len(plans[-1].prefix), parts)
             rows = [part.kv_slot_ids.numel() for part in plans[-1].prefix]
             self.assertEqual(sum(rows), 96)
@@ -161,7 +161,7 @@ class TestGraphHooks(CustomTestCase):
             backend.init_forward_metadata_replay(dataclasses.replace(first, seq_lens=first.seq_lens.clone()))
         with self.assertRaisesRegex(ValueError, "no decode step of 2"):
             backend.init_forward_metadata_replay(self.batch(harness, backend, [request.row] * 2, [20, 20]))
-        with self.assertRaisesRegex(ValueError, "request table as wide"):
+        with self.assertRaisesRegex(ValueError, "request table of as many columns"):
             backend.init_cuda_graph_state(4, 1 << 20)
 
 

@@ -121,12 +121,12 @@ class TestLint(CustomTestCase):
                 read()
 
     def test_references_of_ops_are_exempt_on_a_cpu_alone(self):
-        from sglang.kernels.ops.attention.table_decode import slots_of
+        from sglang.kernels.ops.attention.decode_attention import slots_of
 
         table, one = torch.zeros(2, 4, dtype=torch.int32), torch.ones(1, dtype=torch.int64)
         with capture_lint(CPU):
             slots_of(table, one, one)
-        with self.assertRaisesRegex(CaptureViolation, "_local_scalar_dense.*table_decode.py"), capture_lint(META):
+        with self.assertRaisesRegex(CaptureViolation, "_local_scalar_dense.*decode_attention.py"), capture_lint(META):
             slots_of(table, one, one)
 
 

@@ -15,9 +15,9 @@ import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.kernels import compile_watch
+from sglang.kernels.ops.attention.extend_attention import extend_attention_triton
+from sglang.kernels.ops.attention.extend_ragged import extend_ragged_triton
 from sglang.kernels.ops.attention.kv_cache import gather_slots_triton
-from sglang.kernels.ops.attention.paged_extend import paged_extend_triton
-from sglang.kernels.ops.attention.ragged_extend import ragged_extend_triton
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.srt.distributed import override_tp_group
 from sglang.srt.layers.moe.token_dispatcher.recv_stats import RecvStats
@@ -175,8 +175,8 @@ class TestCompiledKernels(CustomTestCase):
                 pieces = [upload[8 * i + start :] for i, start in enumerate(starts)]
                 first, second, bounds = pieces[0][:3], pieces[1][:3], pieces[2][:4]
                 gather_slots_triton(table, first, second, bounds, 4096)
-                paged_extend_triton(rows, rows, rows, pieces[0], pieces[1][:4], bounds, 0.1)
-                ragged_extend_triton(rows, rows, rows, pieces[1][:4], bounds, 0.1)
+                extend_attention_triton(rows, rows, rows, pieces[0], pieces[1][:4], bounds, 0.1)
+                extend_ragged_triton(rows, rows, rows, pieces[1][:4], bounds, 0.1)
         met = Counter(launch.kernel for launch in {launch.digest: launch for launch in driver.launches}.values())
         self.assertEqual(met, {"gather_slots_kernel": 1, "extend_kernel": 2})
 

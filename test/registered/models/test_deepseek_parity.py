@@ -36,7 +36,7 @@ class DeepseekParity:
         with torch.no_grad():
             cls.truth = [hf_model(torch.tensor([prompt])).logits[0].log_softmax(-1) for prompt in cls.prompts]
         cls.harness = ModelHarness(folder.name, page_size=cls.page_size)
-        cls.auto = cls.harness.backend.expands
+        cls.auto = cls.harness.backend.use_mha
 
     def setUp(self):
         self.fresh(self.auto)
@@ -46,7 +46,7 @@ class DeepseekParity:
         self.harness.reset()
         for buffer in self.harness.pools.buffers():
             buffer.fill_(float("nan"))
-        self.harness.backend.expands = rule
+        self.harness.backend.use_mha = rule
 
     def each_form(self):
         for name, rule in FORMS.items():
@@ -99,7 +99,7 @@ class DeepseekParity:
             chunks = [(requests[i], self.prompts[i][head:]) for i, head in heads.items()]
             for i, part in zip(heads, self.harness.extend(chunks, mode=ForwardMode.MIXED)):
                 rows[i].append(part)
-            if self.harness.backend.expands is self.auto:
+            if self.harness.backend.use_mha is self.auto:
                 self.assertIsNotNone(self.harness.plan.attention.absorbed)
                 self.assertIsNotNone(self.harness.plan.attention.expanded)
             self.assert_close([torch.cat(rows[i]) for i in heads])

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.ops.attention.extend_ragged import expanded_views, indptr, join_tail, ragged_shapes
 from sglang.kernels.ops.attention.launchers import launch_extend, rows_fit
-from sglang.kernels.ops.attention.ragged_extend import expanded_views, indptr, join_tail, ragged_shapes
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.spec import Case, Impl, Op
 
@@ -29,7 +29,7 @@ def extend_state_torch(
 
     q [N, Hq, D], k [M, Hk, D], v [M, Hk, Dv]; request i owns query rows qo_indptr[i]:qo_indptr[i+1] and key rows
     kv_indptr[i]:kv_indptr[i+1] (int64 [B+1]), possibly none. With ``causal`` its queries are its last tokens. k_tail
-    as ``attention.ragged_extend`` takes it. -> out [N, Hq, Dv] in q's dtype and lse [N, Hq] float32, natural log of the
+    as ``attention.extend_ragged`` takes it. -> out [N, Hq, Dv] in q's dtype and lse [N, Hq] float32, natural log of the
     sum of exp(scale * q.k); a row that sees no key has zeros and -inf.
     """
     k = join_tail(k, k_tail)

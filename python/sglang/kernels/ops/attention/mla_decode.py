@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
+from sglang.kernels.ops.attention.decode_padded import CHUNK_BYTES, decode_tables, readable_slots
 from sglang.kernels.ops.attention.kv_cache import read_rows
-from sglang.kernels.ops.attention.paged_decode import CHUNK_BYTES, decode_tables, readable_slots
 from sglang.kernels.spec import Case, Impl, Op
 
 

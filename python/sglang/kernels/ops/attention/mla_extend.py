@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 
 from sglang.kernels.launch import triton_impl
+from sglang.kernels.ops.attention.extend_ragged import extend_ragged_torch, indptr, ragged_shapes
 from sglang.kernels.ops.attention.kv_cache import read_rows
 from sglang.kernels.ops.attention.launchers import latent_fits, launch_extend
-from sglang.kernels.ops.attention.ragged_extend import indptr, ragged_extend_torch, ragged_shapes
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.spec import Case, Impl, Op
 
@@ -30,7 +30,7 @@ def mla_extend_torch(
     request. -> [N, H, R] in q's dtype. DeepSeek-V2 report, section 2.1 and appendix C.
     """
     rows = read_rows(latent_cache, kv_slot_ids, q.dtype).unsqueeze(1)
-    return ragged_extend_torch(q, rows, rows[..., :kv_lora_rank], qo_indptr, kv_indptr, scale)
+    return extend_ragged_torch(q, rows, rows[..., :kv_lora_rank], qo_indptr, kv_indptr, scale)
 
 
 def mla_extend_triton(

@@ -13,7 +13,7 @@ from sglang.kernels.ops.norm.rmsnorm import unit_rms_norm
 from sglang.kernels.ops.rope.rotary_tail import rotary_tail
 from sglang.srt.configs.attention_backends import BackendDeclaration, declare
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.layers.attention.plans import ExtendPlan, MlaExtendPlan, NoRows, PartedPlan
+from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan, MlaExtendPlan, NoRows
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
@@ -145,7 +145,7 @@ class MlaBackend(AttentionBackend):
         """Which requests of an extend step take which form."""
 
     @abstractmethod
-    def forward_mla_absorbed(
+    def forward_absorb(
         self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch, plan: ExtendPlan | None = None
     ) -> torch.Tensor:
         """Attend over stored latent rows, this step's included.
@@ -155,8 +155,8 @@ class MlaBackend(AttentionBackend):
         """
 
     @abstractmethod
-    def forward_mla_expanded(
-        self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | PartedPlan
+    def forward_mha(
+        self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | ChunkedPrefixPlan
     ) -> torch.Tensor:
         """Attend over keys and values that ``expand`` rebuilds from latent rows: q [n, H, qk] -> [n, H*v]."""
 

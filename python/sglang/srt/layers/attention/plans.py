@@ -1,4 +1,4 @@
-"""What the layers of a step share: which cache rows its requests read, and which form of latent attention they take."""
+"""What all layers of a step share: the cache rows that its requests read, and the form of latent attention they use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from sglang.srt.configs.attention_backends import LatentShapes
 
 @dataclass(frozen=True)
 class NoRows:
-    """The plan of a step without tokens: an attention group takes part and brings nothing."""
+    """The plan of a step without tokens, in which an attention group only joins the collectives."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class ExtendPlan:
 
 
 @dataclass(frozen=True)
-class PartedPlan:
-    """Expanded requests whose keys and values are too many at once: the new tokens, then spans of the prefixes.
+class ChunkedPrefixPlan:
+    """MHA over prefixes whose keys and values do not fit at once: first the new tokens, then chunks of the prefixes.
 
-    rows: their token rows in the batch, None when they are all rows in order. ``new`` is causal, ``prefix`` is seen
-    whole by every query of its request.
+    rows: token rows of the requests in the batch, None when these are all rows in order. ``new`` is causal; every query
+    of a request sees the whole of its ``prefix`` chunks.
     """
 
     rows: torch.Tensor | None
@@ -42,17 +42,18 @@ class PartedPlan:
 
 @dataclass(frozen=True)
 class MlaExtendPlan:
-    """An extend step of latent attention: the requests that take each form. Together they are all of the step."""
+    """An extend step of latent attention: the requests of each form, which together are all requests of the step."""
 
     absorbed: ExtendPlan | None
-    expanded: ExtendPlan | PartedPlan | None
+    expanded: ExtendPlan | ChunkedPrefixPlan | None
 
 
-class ExpandWhenCheaper:
-    """Compares the multiplications of the two forms of latent attention, per head, for n new tokens of m in all.
+class MhaWhenCheaper:
+    """True where MHA over rebuilt keys and values takes fewer multiplications than the absorbed form.
 
-    Absorbed: each query enters and leaves the latent space, and meets m rows of width 2R + P. Expanded: each of m rows
-    becomes a key and a value, and each query meets rows of width nope + P + v.
+    Counted per head, for n new tokens of m in total. Absorbed: each query is projected into the latent space and back,
+    and attends to m rows of width 2R + P. MHA (expanded): each of the m rows is projected to a key and a value, and
+    each query attends to m rows of width nope + P + v.
     """
 
     def __init__(self, shapes: LatentShapes) -> None:

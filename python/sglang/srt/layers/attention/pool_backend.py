@@ -1,4 +1,4 @@
-"""What backends over paged pools share: from a layer's projections to cache rows and queries."""
+"""What backends over paged pools share: how a layer's projections become cache rows and queries."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from abc import abstractmethod
 
 import torch
 
+from sglang.kernels.ops.attention.extend_ragged import extend_ragged
 from sglang.kernels.ops.attention.kv_cache import read_rows, write_kv
 from sglang.kernels.ops.attention.mla_extend import mla_extend
 from sglang.kernels.ops.attention.prepare_gqa import prepare_gqa
 from sglang.kernels.ops.attention.prepare_mla import prepare_mla
-from sglang.kernels.ops.attention.ragged_extend import ragged_extend
 from sglang.srt.layers.attention.base_attn_backend import (
     AttentionBackend,
     AttentionContext,
@@ -18,7 +18,7 @@ from sglang.srt.layers.attention.base_attn_backend import (
     GqaBackend,
     MlaBackend,
 )
-from sglang.srt.layers.attention.plans import ExpandWhenCheaper, ExtendPlan, MlaExtendPlan, NoRows, PartedPlan
+from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan, MhaWhenCheaper, MlaExtendPlan, NoRows
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
@@ -26,7 +26,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
 
 
 class PoolBackend(AttentionBackend):
-    """What every backend over paged pools reads: the request table [rows, positions] int32, and where it lies."""
+    """Base of backends over paged pools: they read the request table [rows, positions] int32."""
 
     def __init__(self, ctx: AttentionContext) -> None:
         self.req_to_token = ctx.req_to_token_pool.req_to_token
@@ -34,29 +34,29 @@ class PoolBackend(AttentionBackend):
 
 
 class CapturingPoolBackend(PoolBackend):
-    """A backend whose steps are captured: it keeps a plan of each, by kind and number of requests."""
+    """A backend whose steps are captured: it keeps the plan of each captured step, by kind and number of requests."""
 
     def __init__(self, ctx: AttentionContext) -> None:
         super().__init__(ctx)
         self._captured: dict[tuple[str, int], object] = {}
 
     def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
-        """Forget earlier captures; raises ValueError when a context would not fit the request table."""
+        """Forget earlier captures; raises ValueError when a context does not fit into the request table."""
         if max_context_len > self.req_to_token.shape[1]:
             raise ValueError(
-                f"graphs for contexts of {max_context_len} tokens need a request table as wide; it has "
-                f"{self.req_to_token.shape[1]} columns"
+                f"graphs for contexts of {max_context_len} tokens need a request table of as many columns; it has "
+                f"{self.req_to_token.shape[1]}"
             )
         self._captured = {}
 
     def keep_captured(self, fb: ForwardBatch, plan: object) -> None:
-        """Put ``plan`` on a step that is about to be captured, and keep it for its replays."""
+        """Set ``plan`` on a step that will be captured, and keep it for the replays."""
         assert fb.kind is not None
         self._captured[fb.kind.name, fb.batch_size] = plan
         fb.attn_plan = StepPlan(attention=plan)
 
     def captured_plan(self, fb: ForwardBatch) -> object:
-        """The plan of the captured step that ``fb`` replays. Raises ValueError for one that was not captured."""
+        """The plan of the captured step that ``fb`` replays; raises ValueError for a step that was not captured."""
         assert fb.kind is not None
         if (fb.kind.name, fb.batch_size) not in self._captured:
             raise ValueError(f"no {fb.kind.name} step of {fb.batch_size} requests was captured")
@@ -66,7 +66,7 @@ class CapturingPoolBackend(PoolBackend):
 class PoolGqaBackend(PoolBackend, GqaBackend):
     """Keeps one row of keys and values per token in ``kv_pool``, at ``fb.out_cache_loc``.
 
-    A layer either prepares its rows here and then attends, or gives finished keys and values to ``forward``.
+    A layer either calls ``prepare_gqa`` and then ``attend``, or passes finished keys and values to ``forward``.
     """
 
     def __init__(self, ctx: AttentionContext) -> None:
@@ -106,19 +106,19 @@ class PoolGqaBackend(PoolBackend, GqaBackend):
 class PoolMlaBackend(PoolBackend, MlaBackend):
     """Keeps one latent row per token in ``kv_pool``, at ``fb.out_cache_loc``.
 
-    Latent attention has two forms with the same result. Absorbed: queries meet the latent rows as they are stored;
-    cheap for few queries. Expanded: keys and values are rebuilt from the latents of the whole context; cheap for many.
-    Decode is always absorbed.
+    Latent attention has two forms with the same result. Absorbed: queries attend to the latent rows as stored, which is
+    cheap for few queries. Expanded (MHA): keys and values are rebuilt from the latent rows of the whole context, which
+    is cheap for many queries. Decode steps always use the absorbed form.
     """
 
     def __init__(self, ctx: AttentionContext) -> None:
         super().__init__(ctx)
         self.kv_pool = ctx.pools["latent"]
         shapes = ctx.model_config.text.latent_shapes
-        assert shapes is not None, "the settings give this backend to models with latent attention alone"
+        assert shapes is not None, "the settings give this backend only to models with latent attention"
         self.shapes = shapes
-        # Which form a request of an extend step takes, by its new and its total tokens.
-        self.expands = ExpandWhenCheaper(shapes)
+        # Whether a request of an extend step uses MHA, by its new and its total tokens.
+        self.use_mha = MhaWhenCheaper(shapes)
 
     def prepare_mla(
         self,
@@ -138,10 +138,10 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
         )  # fmt: skip
 
     def split_by_form(self, fb: ForwardBatch) -> tuple[list[int], list[int]]:
-        """The requests of an extend step that take the absorbed form, and those that take the expanded form."""
+        """The requests of an extend step that use the absorbed form, and those that use MHA."""
         lengths = fb.extend_seq_lens_cpu
         assert lengths is not None
-        expanded = [i for i, new in enumerate(lengths) if self.expands(new, fb.seq_lens_cpu[i])]
+        expanded = [i for i, new in enumerate(lengths) if self.use_mha(new, fb.seq_lens_cpu[i])]
         return sorted(set(range(len(lengths))) - set(expanded)), expanded
 
     def extend_forms(self, fb: ForwardBatch) -> MlaExtendPlan:
@@ -151,7 +151,7 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
             return plan
         raise TypeError(f"the step was planned as {type(plan).__name__}, not as an extend step of latent attention")
 
-    def forward_mla_absorbed(
+    def forward_absorb(
         self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch, plan: ExtendPlan | None = None
     ) -> torch.Tensor:
         """See the base class."""
@@ -165,16 +165,16 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
         """The absorbed form of a step with one token per request: q [N, H, R+P] -> [N, H, R]."""
 
     def gather_latent(self, layer: RadixAttention, plan: ExtendPlan, dtype: torch.dtype) -> torch.Tensor:
-        """Latent rows [M, R+P] that ``plan`` names, packed by request, in ``dtype``."""
+        """The latent rows [M, R+P] of ``plan``, packed by request, in ``dtype``."""
         return read_rows(self._latent(layer), plan.kv_slot_ids, dtype)
 
-    def forward_mla_expanded(
-        self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | PartedPlan
+    def forward_mha(
+        self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | ChunkedPrefixPlan
     ) -> torch.Tensor:
         """See the base class."""
-        assert isinstance(plan, ExtendPlan), "this backend never plans an expanded step in parts"
+        assert isinstance(plan, ExtendPlan), "this backend never plans MHA in chunks of the prefix"
         k, v, k_pe = expand(self.gather_latent(layer, plan, q.dtype))
-        return ragged_extend(q, k, v, plan.qo_indptr, plan.kv_indptr, layer.scaling, k_pe).flatten(1)
+        return extend_ragged(q, k, v, plan.qo_indptr, plan.kv_indptr, layer.scaling, k_pe).flatten(1)
 
     def _latent(self, layer: RadixAttention) -> torch.Tensor:
         """Latent rows [S, R+P] of the layer."""
@@ -182,7 +182,7 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
 
 
 def no_output(q: torch.Tensor, plan: object, *shape: int) -> torch.Tensor:
-    """The output [0, *shape] of a step without rows; raises TypeError where ``plan`` should have covered rows."""
+    """The output [0, *shape] of a step without rows; raises TypeError for a plan or a ``q`` that has rows."""
     if not isinstance(plan, NoRows) or q.shape[0]:
         raise TypeError(f"{q.shape[0]} rows to attend, and the step was planned as {type(plan).__name__}")
     return q.new_empty(0, *shape)

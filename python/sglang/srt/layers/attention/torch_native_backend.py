@@ -7,9 +7,9 @@ from itertools import accumulate
 
 import torch
 
+from sglang.kernels.ops.attention.decode_padded import decode_padded
+from sglang.kernels.ops.attention.extend_attention import extend_attention
 from sglang.kernels.ops.attention.mla_decode import mla_decode
-from sglang.kernels.ops.attention.paged_decode import paged_decode
-from sglang.kernels.ops.attention.paged_extend import paged_extend
 from sglang.srt.layers.attention.base_attn_backend import (
     register_attention_backend,
 )
@@ -104,12 +104,12 @@ class TorchNativeGqaBackend(TorchNativeAttnBackend, PoolGqaBackend):
         k_cache, v_cache = self.kv_pool.layer(layer.layer_id)
         plan = fb.attn_plan.attention
         if isinstance(plan, ExtendPlan):
-            out = paged_extend(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)
+            out = extend_attention(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)
         elif isinstance(plan, DecodeGroups):
             out = q.new_empty(q.shape[0], layer.num_heads, layer.v_head_dim)
             for group in plan.groups:
                 rows = q if group.rows is None else q[group.rows]
-                part = paged_decode(rows, k_cache, v_cache, group.slot_table, group.seq_lens, layer.scaling)
+                part = decode_padded(rows, k_cache, v_cache, group.slot_table, group.seq_lens, layer.scaling)
                 if group.rows is None:
                     return part.flatten(1)
                 out[group.rows] = part

@@ -9,17 +9,17 @@ from itertools import accumulate
 import torch
 
 from sglang.kernels.ops.attention.attention_state import extend_state, merge_states
+from sglang.kernels.ops.attention.decode_attention import decode_attention, mla_decode_attention
+from sglang.kernels.ops.attention.extend_attention import extend_attention
 from sglang.kernels.ops.attention.kv_cache import gather_slots
-from sglang.kernels.ops.attention.paged_extend import paged_extend
-from sglang.kernels.ops.attention.table_decode import mla_table_decode, table_decode
-from sglang.kernels.ops.attention.table_verify import mla_table_verify, table_verify
+from sglang.kernels.ops.attention.verify_attention import mla_verify_attention, verify_attention
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import (
     AttentionContext,
     Expand,
     register_attention_backend,
 )
-from sglang.srt.layers.attention.plans import ExtendPlan, MlaExtendPlan, PartedPlan
+from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan, MlaExtendPlan
 from sglang.srt.layers.attention.pool_backend import CapturingPoolBackend, PoolGqaBackend, PoolMlaBackend, no_output
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
@@ -114,10 +114,10 @@ class TritonGqaBackend(TritonAttnBackend, PoolGqaBackend):
         k_cache, v_cache = self.kv_pool.layer(layer.layer_id)
         plan = fb.attn_plan.attention
         if isinstance(plan, TableDecodePlan):
-            op = table_decode if plan.width == 1 else table_verify
+            op = decode_attention if plan.width == 1 else verify_attention
             out = op(q, k_cache, v_cache, self.req_to_token, plan.req_pool_indices, plan.seq_lens, layer.scaling)
         elif isinstance(plan, ExtendPlan):
-            out = paged_extend(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)
+            out = extend_attention(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)
         else:
             out = no_output(q, plan, layer.num_heads, layer.v_head_dim)
         return out.flatten(1)
@@ -144,7 +144,7 @@ class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
             absorbed_plan = self._plan(fb, absorbed, [0] * len(ends), ends, self._rows(fb, absorbed))
         return MlaExtendPlan(absorbed_plan, self._plan_expanded(fb, expanded) if expanded else None)
 
-    def _plan_expanded(self, fb: ForwardBatch, members: list[int]) -> ExtendPlan | PartedPlan:
+    def _plan_expanded(self, fb: ForwardBatch, members: list[int]) -> ExtendPlan | ChunkedPrefixPlan:
         lengths = fb.extend_seq_lens_cpu
         assert lengths is not None
         rows = self._rows(fb, members)
@@ -158,7 +158,7 @@ class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
             starts = [min(start, prefix) for prefix in prefixes]
             stops = [min(start + step, prefix) for prefix in prefixes]
             parts.append(self._plan(fb, members, starts, stops, rows))
-        return PartedPlan(rows, self._plan(fb, members, prefixes, ends, rows), tuple(parts))
+        return ChunkedPrefixPlan(rows, self._plan(fb, members, prefixes, ends, rows), tuple(parts))
 
     def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
         """See the base class."""
@@ -166,16 +166,16 @@ class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
         plan = fb.attn_plan.attention
         if not isinstance(plan, TableDecodePlan):
             return no_output(q, plan, layer.num_heads, rank)
-        op = mla_table_decode if plan.width == 1 else mla_table_verify
+        op = mla_decode_attention if plan.width == 1 else mla_verify_attention
         out: torch.Tensor = op(q, cache, self.req_to_token, plan.req_pool_indices, plan.seq_lens, rank, layer.scaling)
         return out
 
-    def forward_mla_expanded(
-        self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | PartedPlan
+    def forward_mha(
+        self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | ChunkedPrefixPlan
     ) -> torch.Tensor:
         """See the base class; contexts that are too long to be rebuilt at once are attended to part by part."""
         if isinstance(plan, ExtendPlan):
-            return super().forward_mla_expanded(q, expand, layer, plan)
+            return super().forward_mha(q, expand, layer, plan)
         out, lse = self._expanded_part(q, expand, layer, plan.new, causal=True)
         for part in plan.prefix:
             out, lse = merge_states(out, lse, *self._expanded_part(q, expand, layer, part, causal=False))

@@ -10,7 +10,7 @@ from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import MlaBackend, backend_of
-from sglang.srt.layers.attention.plans import ExtendPlan, PartedPlan
+from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
@@ -142,7 +142,7 @@ class DeepseekV2AttentionMLA(nn.Module):
         assert self.w_kc is not None and self.w_vc is not None, "weights are not loaded"
         by_head = queries[..., : self.rank].transpose(0, 1)
         torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_kc, out=by_head)
-        context = backend_of(fb, MlaBackend).forward_mla_absorbed(queries, self.attn_mqa, fb, plan)
+        context = backend_of(fb, MlaBackend).forward_absorb(queries, self.attn_mqa, fb, plan)
         out = q.new_empty(q.shape[0], self.num_heads, self.v_dim)
         torch.bmm(context.transpose(0, 1), self.w_vc, out=out.transpose(0, 1))
         return out.flatten(1)
@@ -153,9 +153,9 @@ class DeepseekV2AttentionMLA(nn.Module):
         queries[..., self.rank :] = q[..., self.nope :]
         return self.absorbed(q, queries, fb, plan)
 
-    def expanded(self, q: torch.Tensor, fb: ForwardBatch, plan: ExtendPlan | PartedPlan) -> torch.Tensor:
+    def expanded(self, q: torch.Tensor, fb: ForwardBatch, plan: ExtendPlan | ChunkedPrefixPlan) -> torch.Tensor:
         """Queries meet keys and values rebuilt for every head. q [n, heads, nope+rope] -> [n, heads*v]."""
-        return backend_of(fb, MlaBackend).forward_mla_expanded(q, self.keys_and_values, self.attn_mha, plan)
+        return backend_of(fb, MlaBackend).forward_mha(q, self.keys_and_values, self.attn_mha, plan)
 
     def keys_and_values(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Cache rows [m, R + rope] -> keys [m, heads, nope], values [m, heads, v] and the rotated part of every head's

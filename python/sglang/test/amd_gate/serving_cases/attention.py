@@ -8,18 +8,18 @@ import torch
 
 from sglang.kernels.ops.attention.attention_state import extend_state, merge_states
 from sglang.kernels.ops.attention.compress import compress
+from sglang.kernels.ops.attention.decode_attention import decode_attention, mla_decode_attention
+from sglang.kernels.ops.attention.extend_attention import extend_attention
+from sglang.kernels.ops.attention.extend_ragged import expanded_views, extend_ragged
 from sglang.kernels.ops.attention.kv_cache import gather_slots, write_kv
 from sglang.kernels.ops.attention.mla_extend import mla_extend
 from sglang.kernels.ops.attention.packed_rows import make_pages, store_rows
-from sglang.kernels.ops.attention.paged_extend import paged_extend
 from sglang.kernels.ops.attention.prepare_compressed import prepare_compressed
 from sglang.kernels.ops.attention.prepare_gqa import prepare_gqa
 from sglang.kernels.ops.attention.prepare_mla import prepare_mla
-from sglang.kernels.ops.attention.ragged_extend import expanded_views, ragged_extend
 from sglang.kernels.ops.attention.select_entries import select_entries
 from sglang.kernels.ops.attention.sparse_attention import sparse_attention
-from sglang.kernels.ops.attention.table_decode import mla_table_decode, table_decode
-from sglang.kernels.ops.attention.table_verify import mla_table_verify, table_verify
+from sglang.kernels.ops.attention.verify_attention import mla_verify_attention, verify_attention
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Op
 from sglang.srt.platforms import current_platform
@@ -114,7 +114,7 @@ def packed_rows_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
         yield store_rows, Case(f"keys t{tokens} fp8", (rows[:, :128].contiguous(), ids, *keys))
 
 
-def paged_extend_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+def extend_attention_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     """Prefill and a cached prefix with grouped heads of 256 and 128 in bf16, without contents."""
     for heads, kv_heads, dim in ((16, 2, 256), (32, 8, 128)):
         for batch, new, total in EXTEND_SHAPES:
@@ -123,10 +123,10 @@ def paged_extend_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
             slots = torch.empty(batch * total, dtype=torch.int64, device=device)
             bounds = torch.empty(batch + 1, dtype=torch.int64, device=device)
             args = (q, cache, torch.empty_like(cache), slots, bounds, bounds.clone(), dim**-0.5)
-            yield paged_extend, Case(f"gqa_{heads}x{kv_heads}_d{dim} {batch}x{new} of {total}", args)
+            yield extend_attention, Case(f"gqa_{heads}x{kv_heads}_d{dim} {batch}x{new} of {total}", args)
         coarse = torch.empty_like(cache, dtype=fp8_dtype(current_platform.arch))
         name = f"gqa_{heads}x{kv_heads}_d{dim} {batch}x{new} of {total} fp8"
-        yield paged_extend, Case(name, (q, coarse, coarse.clone(), *args[3:]))
+        yield extend_attention, Case(name, (q, coarse, coarse.clone(), *args[3:]))
 
 
 def prepare_compressed_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
@@ -174,7 +174,7 @@ def prepare_mla_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
             yield prepare_mla, Case(f"{name} t{tokens} fp8", (q, kv_a, index, table, weight, coarse, *last))
 
 
-def ragged_extend_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+def extend_ragged_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     """Expanded latent attention in bf16, without contents: keys of 128 + 64, values of 128, 16 to 128 heads."""
     for heads in (16, 128):
         for batch, new, total in EXTEND_SHAPES:
@@ -184,7 +184,7 @@ def ragged_extend_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
             k, v, tail = expanded_views(kv, rows, 128, 64)
             bounds = torch.empty(batch + 1, dtype=torch.int64, device=device)
             name = f"mha_h{heads}_192_128 {batch}x{new} of {total}"
-            yield ragged_extend, Case(name, (q, k, v, bounds, bounds.clone(), 192**-0.5, tail))
+            yield extend_ragged, Case(name, (q, k, v, bounds, bounds.clone(), 192**-0.5, tail))
 
 
 def select_entries_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
@@ -233,7 +233,7 @@ def serving_table(batch: int, tokens: int, device: str) -> tuple[torch.Tensor, t
     return table, index, torch.empty_like(index)
 
 
-def table_decode_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+def decode_attention_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     """Shapes of served models, without contents: grouped heads of 256 and 128, 16 to 128 latent heads."""
     fp8 = fp8_dtype(current_platform.arch)
     for batch, tokens, dtype in (*((*shape, torch.bfloat16) for shape in DECODE_SHAPES), (8, 1152, torch.float32)):
@@ -244,21 +244,21 @@ def table_decode_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
             q = torch.empty(batch, heads, dim, dtype=dtype, device=device)
             cache = torch.empty(rows, kv_heads, dim, dtype=dtype, device=device)
             args = (q, cache, torch.empty_like(cache), *table, dim**-0.5)
-            yield table_decode, Case(f"gqa_{heads}x{kv_heads}_d{dim} {suffix}", args)
+            yield decode_attention, Case(f"gqa_{heads}x{kv_heads}_d{dim} {suffix}", args)
             if dtype == torch.bfloat16:
                 coarse = torch.empty_like(cache, dtype=fp8)
                 name = f"gqa_{heads}x{kv_heads}_d{dim} {suffix} fp8"
-                yield table_decode, Case(name, (q, coarse, coarse.clone(), *args[3:]))
+                yield decode_attention, Case(name, (q, coarse, coarse.clone(), *args[3:]))
         for heads in (16, 32, 64, 128):
             q = torch.empty(batch, heads, 576, dtype=dtype, device=device)
             latent = torch.empty(rows, 576, dtype=dtype, device=device)
-            yield mla_table_decode, Case(f"mla_h{heads} {suffix}", (q, latent, *table, 512, 192**-0.5))
+            yield mla_decode_attention, Case(f"mla_h{heads} {suffix}", (q, latent, *table, 512, 192**-0.5))
             if dtype == torch.bfloat16 and heads in (16, 128):
                 coarse = torch.empty_like(latent, dtype=fp8)
-                yield mla_table_decode, Case(f"mla_h{heads} {suffix} fp8", (q, coarse, *table, 512, 192**-0.5))
+                yield mla_decode_attention, Case(f"mla_h{heads} {suffix} fp8", (q, coarse, *table, 512, 192**-0.5))
 
 
-def table_verify_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+def verify_attention_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     """Two and four rows per request of served models, without contents."""
     for width, batch in ((2, 8), (4, 8), (4, 128)):
         table = torch.empty(batch, 8192, dtype=torch.int32, device=device)
@@ -267,10 +267,10 @@ def table_verify_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
         cache = torch.empty(rows, 2, 256, dtype=torch.bfloat16, device=device)
         q = cache.new_empty(batch * width, 16, 256)
         name = f"bs{batch} w{width}"
-        yield table_verify, Case(f"gqa_16x2_d256 {name}", (q, cache, torch.empty_like(cache), *rest, 256**-0.5))
+        yield verify_attention, Case(f"gqa_16x2_d256 {name}", (q, cache, torch.empty_like(cache), *rest, 256**-0.5))
         for heads in (16, 128):
             q, latent = cache.new_empty(batch * width, heads, 576), cache.new_empty(rows, 576)
-            yield mla_table_verify, Case(f"mla_h{heads} {name}", (q, latent, *rest, 512, 192**-0.5))
+            yield mla_verify_attention, Case(f"mla_h{heads} {name}", (q, latent, *rest, 512, 192**-0.5))
 
 
 CASES = (
@@ -279,13 +279,13 @@ CASES = (
     kv_cache_cases,
     mla_extend_cases,
     packed_rows_cases,
-    paged_extend_cases,
+    extend_attention_cases,
     prepare_compressed_cases,
     prepare_gqa_cases,
     prepare_mla_cases,
-    ragged_extend_cases,
+    extend_ragged_cases,
     select_entries_cases,
     sparse_attention_cases,
-    table_decode_cases,
-    table_verify_cases,
+    decode_attention_cases,
+    verify_attention_cases,
 )

@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 
 from sglang.kernels.launch import triton_impl
+from sglang.kernels.ops.attention.decode_padded import decode_padded_torch, decode_tables
 from sglang.kernels.ops.attention.launchers import latent_fits, launch_decode, rows_fit
 from sglang.kernels.ops.attention.mla_decode import mla_decode_torch
-from sglang.kernels.ops.attention.paged_decode import decode_tables, paged_decode_torch
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.spec import Case, Impl, Op
 
 
-def table_decode_torch(
+def decode_attention_torch(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -30,10 +30,10 @@ def table_decode_torch(
     float32; a row of length 0 gives zeros. This reference reads the longest length on the host.
     """
     table = slots_of(req_to_token, req_pool_indices, seq_lens)
-    return paged_decode_torch(q, k_cache, v_cache, table, seq_lens, scale)
+    return decode_padded_torch(q, k_cache, v_cache, table, seq_lens, scale)
 
 
-def mla_table_decode_torch(
+def mla_decode_attention_torch(
     q: torch.Tensor,
     latent_cache: torch.Tensor,
     req_to_token: torch.Tensor,
@@ -45,7 +45,7 @@ def mla_table_decode_torch(
     """Softmax attention where all heads share one key row a token, whose first R columns are the value.
 
     q [B, H, R+P] (query times W_UK, then the rotated part), latent_cache [S, R+P] -> [B, H, R]; the rest as in
-    ``table_decode_torch``. DeepSeek-V2 report, section 2.1 and appendix C.
+    ``decode_attention_torch``. DeepSeek-V2 report, section 2.1 and appendix C.
     """
     table = slots_of(req_to_token, req_pool_indices, seq_lens)
     return mla_decode_torch(q, latent_cache, table, seq_lens, kv_lora_rank, scale)
@@ -57,7 +57,7 @@ def slots_of(req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_len
     return req_to_token[:, :longest].index_select(0, req_pool_indices).long()
 
 
-def table_decode_triton(
+def decode_attention_triton(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -70,7 +70,7 @@ def table_decode_triton(
     return launch_decode(q, k_cache, v_cache, req_to_token, req_pool_indices, seq_lens, scale, shape)
 
 
-def mla_table_decode_triton(
+def mla_decode_attention_triton(
     q: torch.Tensor,
     latent_cache: torch.Tensor,
     req_to_token: torch.Tensor,
@@ -132,15 +132,15 @@ def _latent_cases() -> Iterator[Case]:
         yield Case(f"{name}-fp8", (q, cache.to(torch.float8_e4m3fn), *table, 16, 0.2))
 
 
-table_decode = Op(
-    "attention.table_decode",
-    triton_impl(table_decode_triton, fits_table),
-    Impl("torch", table_decode_torch),
+decode_attention = Op(
+    "attention.decode_attention",
+    triton_impl(decode_attention_triton, fits_table),
+    Impl("torch", decode_attention_torch),
     cases=_cases,
 )
-mla_table_decode = Op(
-    "attention.mla_table_decode",
-    triton_impl(mla_table_decode_triton, fits_latent_table),
-    Impl("torch", mla_table_decode_torch),
+mla_decode_attention = Op(
+    "attention.mla_decode_attention",
+    triton_impl(mla_decode_attention_triton, fits_latent_table),
+    Impl("torch", mla_decode_attention_torch),
     cases=_latent_cases,
 )

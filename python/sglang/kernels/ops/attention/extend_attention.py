@@ -7,14 +7,14 @@ from collections.abc import Iterator
 import torch
 
 from sglang.kernels.launch import triton_impl
+from sglang.kernels.ops.attention.extend_ragged import extend_ragged_torch, indptr, ragged_shapes
 from sglang.kernels.ops.attention.kv_cache import read_rows
 from sglang.kernels.ops.attention.launchers import launch_extend, rows_fit
-from sglang.kernels.ops.attention.ragged_extend import indptr, ragged_extend_torch, ragged_shapes
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.spec import Case, Impl, Op
 
 
-def paged_extend_torch(
+def extend_attention_torch(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -30,10 +30,10 @@ def paged_extend_torch(
     kv_slot_ids by request. -> [N, Hq, Dv] in q's dtype.
     """
     k, v = (read_rows(cache, kv_slot_ids, q.dtype) for cache in (k_cache, v_cache))
-    return ragged_extend_torch(q, k, v, qo_indptr, kv_indptr, scale)
+    return extend_ragged_torch(q, k, v, qo_indptr, kv_indptr, scale)
 
 
-def paged_extend_triton(
+def extend_attention_triton(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -64,9 +64,9 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{name}-fp8", (q, *coarse, *args[3:]))
 
 
-paged_extend = Op(
-    "attention.paged_extend",
-    triton_impl(paged_extend_triton, _accepts),
-    Impl("torch", paged_extend_torch),
+extend_attention = Op(
+    "attention.extend_attention",
+    triton_impl(extend_attention_triton, _accepts),
+    Impl("torch", extend_attention_torch),
     cases=_cases,
 )

@@ -56,7 +56,7 @@ def join_tail(k: torch.Tensor, k_tail: torch.Tensor | None) -> torch.Tensor:
     return k if k_tail is None else torch.cat((k, k_tail.unsqueeze(1).expand(-1, k.shape[1], -1)), dim=-1)
 
 
-def ragged_extend_torch(
+def extend_ragged_torch(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -82,7 +82,7 @@ def ragged_extend_torch(
     return out
 
 
-def ragged_extend_triton(
+def extend_ragged_triton(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -139,9 +139,9 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{name}-tail-{heads}x{kv_heads}", (q, k, v, indptr(q_lens), indptr(kv_lens), 0.3, tail))
 
 
-ragged_extend = Op(
-    "attention.ragged_extend",
-    triton_impl(ragged_extend_triton, _accepts),
-    Impl("torch", ragged_extend_torch),
+extend_ragged = Op(
+    "attention.extend_ragged",
+    triton_impl(extend_ragged_triton, _accepts),
+    Impl("torch", extend_ragged_torch),
     cases=_cases,
 )

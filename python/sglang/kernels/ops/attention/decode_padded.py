@@ -26,7 +26,7 @@ def readable_slots(slot_table: torch.Tensor, seq_lens: torch.Tensor) -> tuple[to
     return torch.where(beyond, first, slot_table), beyond
 
 
-def paged_decode_torch(
+def decode_padded_torch(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -97,4 +97,4 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{name}-{heads}x{kv_heads}", (q, k_cache, v_cache, table, lens, 0.3))
 
 
-paged_decode = Op("attention.paged_decode", Impl("torch", paged_decode_torch), cases=_cases)
+decode_padded = Op("attention.decode_padded", Impl("torch", decode_padded_torch), cases=_cases)

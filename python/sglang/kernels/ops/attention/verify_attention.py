@@ -7,19 +7,19 @@ from collections.abc import Iterator
 import torch
 
 from sglang.kernels.launch import triton_impl
-from sglang.kernels.ops.attention.launchers import launch_decode
-from sglang.kernels.ops.attention.table_decode import (
+from sglang.kernels.ops.attention.decode_attention import (
+    decode_attention_torch,
     fits_latent_table,
     fits_table,
-    mla_table_decode_torch,
-    mla_table_decode_triton,
-    table_decode_torch,
+    mla_decode_attention_torch,
+    mla_decode_attention_triton,
 )
+from sglang.kernels.ops.attention.launchers import launch_decode
 from sglang.kernels.ops.attention.tiles import MANY_HEADS, RowShape
 from sglang.kernels.spec import Case, Impl, Op
 
 
-def table_verify_torch(
+def verify_attention_torch(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -28,15 +28,15 @@ def table_verify_torch(
     seq_lens: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """``attention.table_decode`` of W queries per request, each of which sees the tokens up to its own.
+    """``attention.decode_attention`` of W queries per request, each of which sees the tokens up to its own.
 
     q [B*W, Hq, D], packed by request, in the order of its last W tokens; seq_lens [B] int64 in [W, C] count them all;
     the rest as there -> [B*W, Hq, Dv]. What a later token left in the cache, NaN included, changes no earlier row.
     """
-    return table_decode_torch(q, k_cache, v_cache, req_to_token, *_by_row(q, req_pool_indices, seq_lens), scale)
+    return decode_attention_torch(q, k_cache, v_cache, req_to_token, *_by_row(q, req_pool_indices, seq_lens), scale)
 
 
-def mla_table_verify_torch(
+def mla_verify_attention_torch(
     q: torch.Tensor,
     latent_cache: torch.Tensor,
     req_to_token: torch.Tensor,
@@ -45,9 +45,9 @@ def mla_table_verify_torch(
     kv_lora_rank: int,
     scale: float,
 ) -> torch.Tensor:
-    """``attention.mla_table_decode`` of W queries per request: q [B*W, H, R+P] -> [B*W, H, R], else as the above."""
+    """``attention.mla_decode_attention`` of W queries per request: q [B*W, H, R+P] -> [B*W, H, R]."""
     rows = _by_row(q, req_pool_indices, seq_lens)
-    return mla_table_decode_torch(q, latent_cache, req_to_token, *rows, kv_lora_rank, scale)
+    return mla_decode_attention_torch(q, latent_cache, req_to_token, *rows, kv_lora_rank, scale)
 
 
 def _by_row(
@@ -63,7 +63,7 @@ def _width(q: torch.Tensor, seq_lens: torch.Tensor) -> int:
     return q.shape[0] // max(1, seq_lens.shape[0])
 
 
-def table_verify_triton(
+def verify_attention_triton(
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
@@ -77,7 +77,7 @@ def table_verify_triton(
     return launch_decode(q, k_cache, v_cache, *rest, repeat=_width(q, seq_lens))
 
 
-def mla_table_verify_triton(
+def mla_verify_attention_triton(
     q: torch.Tensor,
     latent_cache: torch.Tensor,
     req_to_token: torch.Tensor,
@@ -90,7 +90,7 @@ def mla_table_verify_triton(
         # The heads of one query fill a program, and those of the next read what it has just read. On an H200 (triton
         # 3.6.0, 2026-11-29, 4 queries of 128 heads, 32 requests of 1k tokens) a step of V3 takes 8.64 ms so, 9.30 else.
         by_row = _by_row(q, req_pool_indices, seq_lens)
-        return mla_table_decode_triton(q, latent_cache, req_to_token, *by_row, kv_lora_rank, scale)
+        return mla_decode_attention_triton(q, latent_cache, req_to_token, *by_row, kv_lora_rank, scale)
     shape = RowShape.of(q.shape[2], kv_lora_rank, value_is_key=True)
     rows = latent_cache.unsqueeze(1)
     rest = (req_to_token, req_pool_indices, seq_lens, scale, shape)
@@ -149,15 +149,15 @@ def _latent_cases() -> Iterator[Case]:
         yield Case(f"{name}-nan", (q, spoiled, *table, 16, 0.2))
 
 
-table_verify = Op(
-    "attention.table_verify",
-    triton_impl(table_verify_triton, fits_table),
-    Impl("torch", table_verify_torch),
+verify_attention = Op(
+    "attention.verify_attention",
+    triton_impl(verify_attention_triton, fits_table),
+    Impl("torch", verify_attention_torch),
     cases=_cases,
 )
-mla_table_verify = Op(
-    "attention.mla_table_verify",
-    triton_impl(mla_table_verify_triton, fits_latent_table),
-    Impl("torch", mla_table_verify_torch),
+mla_verify_attention = Op(
+    "attention.mla_verify_attention",
+    triton_impl(mla_verify_attention_triton, fits_latent_table),
+    Impl("torch", mla_verify_attention_torch),
     cases=_latent_cases,
 )
