@@ -89,7 +89,7 @@ def table(plan: MemoryPlan, args: ServerArgs, kind: str, variables: dict[str, st
     """The plan for people, line by line."""
     yield f"{args.model_path} on {kind}: tp {args.tp_size}, ep {args.ep_size}, attention groups {args.attn_dp_size}"
     yield f"{'GiB of each rank':<26}{plan.memory / GIB:>10.3f}"
-    kernel = "" if plan.exchange is None else f"{plan.exchange.kernel}; heap, and maps beside it"
+    kernel = "" if plan.exchange is None else f"{plan.exchange.kernel}; heap and maps"
     rows = [
         ("weights", sum(plan.weights.values()), ""),
         *((f"  {name}", size, "") for name, size in plan.weights.items()),

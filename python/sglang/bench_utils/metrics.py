@@ -127,7 +127,7 @@ def _peak_tokens_per_second(outputs: Sequence[RequestOutput]) -> float:
 
 
 def _peak_in_flight(outputs: Sequence[RequestOutput]) -> int:
-    # At one moment ends come before starts: a request that follows another in its place is not beside it.
+    # Ends at one moment are counted before starts: a request that replaces another one does not run at the same time.
     events = [(output.start, 1) for output in outputs] + [(output.start + output.latency, -1) for output in outputs]
     running = peak = 0
     for _, change in sorted(events):
@@ -138,7 +138,7 @@ def _peak_in_flight(outputs: Sequence[RequestOutput]) -> int:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """What the block and the record say of a run beside its figures."""
+    """What the printed block and the record state about a run in addition to its figures."""
 
     backend: str
     dataset_name: str
@@ -248,7 +248,7 @@ def result_record(info: RunInfo, metrics: BenchmarkMetrics) -> dict[str, Any]:
 
 
 def result_details(outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """What ``--output-details`` adds: one entry a request, failed ones included."""
+    """What ``--output-details`` adds: one entry per request, failed ones included."""
     return {
         "input_lens": [output.prompt_len for output in outputs],
         "output_lens": [output.output_len for output in outputs],

@@ -140,7 +140,7 @@ class StaticBatch:
 
 
 class SpeculatingBatch(StaticBatch):
-    """The same with drafts: a decode step is a verify step, and requests grow by what was accepted of theirs."""
+    """The same with drafts: a decode step is a verify step, and requests grow by their accepted tokens."""
 
     def __init__(self, worker: TpModelWorker, allocator: TokenToKVPoolAllocator, batch_size: int) -> None:
         assert worker.speculator is not None

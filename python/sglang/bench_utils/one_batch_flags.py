@@ -9,7 +9,7 @@ from sglang.srt.server_args import ServerArgs
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """The tool's own flags beside those of ServerArgs."""
+    """The tool's own flags, in addition to those of ServerArgs."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     group = parser.add_argument_group("one batch")
     group.add_argument("--run-name", default="default", help="Copied into the records.")

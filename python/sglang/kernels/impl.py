@@ -19,7 +19,7 @@ class Case:
 class Impl:
     """One implementation of an op.
 
-    Static conditions, checked once a process: ``kinds`` of platform, ``archs`` (prefixes), an importable ``package``
+    Static conditions, checked once per process: ``kinds`` of platform, ``archs`` (prefixes), an importable ``package``
     (or module of one) of at least ``min_version``, ``needs_device`` (not runnable where tensors live on the host) and
     the switch ``enabled``. Per call: ``accepts(*args, **kwargs)`` reads shapes, dtypes and strides and never device
     data.

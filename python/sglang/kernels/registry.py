@@ -153,7 +153,7 @@ class KernelRegistry:
         return self.records[op.name].chosen
 
     def report(self) -> list[dict[str, Any]]:
-        """One row an op for /server_info and ``python -m sglang.kernels``."""
+        """One row per op for /server_info and ``python -m sglang.kernels``."""
         return [
             {
                 "op": name,

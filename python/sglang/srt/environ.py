@@ -78,8 +78,8 @@ class Envs:
     SGLANG_OPT_USE_MULTI_STREAM_OVERLAP = EnvBool(
         True,
         section="Performance Tuning",
-        doc="DeepSeek V4: pool and choose compressed entries on a second stream beside the queries, in decode graphs. "
-        "CUDA: for one token, where one H200 gains 1 % of a step, and nothing beyond (N). ROCm: off unless "
+        doc="DeepSeek V4: in decode graphs, pool and select compressed entries on a second stream that overlaps the "
+        "queries. CUDA: for one token, where one H200 gains 1 % of a step, and nothing beyond (N). ROCm: off unless "
         "`SGLANG_ROCM_USE_MULTI_STREAM` is set too. CPU: there are no streams.",
     )
     SGLANG_STREAM_SITES = EnvStr(
@@ -91,7 +91,7 @@ class Envs:
     SGLANG_TRACE_OVERLAP = EnvBool(
         False,
         section="Performance Tuning",
-        doc="Measure with events how much of each side computation ran beside the main one, by site and step size, for "
+        doc="Measure with events how much of each side computation overlapped the main one, by site and step size, for "
         "the log, `/metrics` and `/server_info`.",
     )
 
@@ -228,9 +228,9 @@ class Envs:
         False,
         section=_MODEL,
         platform="hip",
-        doc="DeepSeek MoE: run shared experts beside routed experts on a second stream. ROCm: off unless set. CUDA: "
-        "on unasked, `SGLANG_STREAM_SITES` turns it off. CPU: there are no streams. One H200 gains 4 to 8 % of "
-        "V2-Lite's unfused step up to 64 tokens, and nothing where both sides wait for memory, as in V3's experts "
+        doc="DeepSeek MoE: run shared experts on a second stream, overlapping routed experts. ROCm: off unless set. "
+        "CUDA: on by default, `SGLANG_STREAM_SITES` turns it off. CPU: there are no streams. One H200 gains 4 to 8 % "
+        "of V2-Lite's unfused step up to 64 tokens, and nothing where both sides wait for memory, as in V3's experts "
         "over two GPUs (N).",
         requires="a hardware queue for each stream, so `GPU_MAX_HW_QUEUES` of at least 5 over several ranks with an "
         "all-to-all (the launcher sets what the streams need unless it is set; a smaller value is warned of); pays "
@@ -240,7 +240,7 @@ class Envs:
         False,
         section=_MODEL,
         platform="hip",
-        doc="Qwen3.5: create the second stream, on which shared experts run beside routed experts. ROCm: off unless "
+        doc="Qwen3.5: create the second stream, on which shared experts overlap routed experts. ROCm: off unless "
         "set. CUDA: on unasked, `SGLANG_STREAM_SITES` turns it off. CPU: there are no streams. Where fusion is "
         "impossible upstream reports 1.4 to 3.1 % of TPOT on MI355X from concurrency 8 on, and a loss of 0.5 % at 4 "
         "(sglang PR 25885).",

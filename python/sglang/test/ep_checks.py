@@ -120,7 +120,7 @@ def check_manual_cut() -> None:
             seen.clear()
             compare(states, layers, MODEL.step(rows, only=0))
             CASE.assertEqual(set(seen), {expected})
-    CASE.assertEqual(sum("is raised to" in line for line in logs.output), 2, "once a rank")
+    CASE.assertEqual(sum("is raised to" in line for line in logs.output), 2, "once per rank")
     CASE.assertEqual(layers[0].recv_stats.snapshot()["input_limit_raised"], 2)
 
 

@@ -244,7 +244,7 @@ class TestWindowCompanion(CustomTestCase):
         self.put([1, 1])
         node = self.cache.match_prefix([1, 1]).node
         self.kept.evict(1)
-        with self.assertRaisesRegex(RadixIntegrityError, "is to be read, and is gone"):
+        with self.assertRaisesRegex(RadixIntegrityError, "is needed but no longer exists"):
             self.kept.fork(node)
 
     def test_integrity_check_finds_damage(self) -> None:

@@ -166,7 +166,7 @@ class TestSlots(CustomTestCase):
         model = build("dsv2", True)
         x, block = rows_for(model), model.mlp
         block.topk.shared = block.topk.shared._replace(num=1)
-        with self.assertRaisesRegex(ValueError, "expected 2 experts a token, or 2 shared ones besides, got 3"):
+        with self.assertRaisesRegex(ValueError, "expected 2 experts per token, or 2 shared ones besides, got 3"):
             block(x, None)
 
 

@@ -37,7 +37,7 @@ def storages(module):
 class TestFlags(CustomTestCase):
     def test_each_is_named_with_its_fix(self):
         cases = (
-            ({"speculative_eagle_topk": 2}, "--speculative-eagle-topk 2 asks for a tree of guesses: use 1"),
+            ({"speculative_eagle_topk": 2}, "--speculative-eagle-topk 2 asks for a tree of draft tokens: use 1"),
             ({"speculative_num_draft_tokens": 3}, "3 must be --speculative-num-steps 3 . 1: use 4"),
             ({"speculative_num_steps": 0}, "speculative-num-steps.*1"),
             ({"speculative_num_steps": 9}, "speculative-num-steps.*8"),

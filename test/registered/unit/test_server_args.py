@@ -84,7 +84,10 @@ class TestProblems(CustomTestCase):
             ("--chunked-prefill-size 8 --page-size 16", "not a multiple of --page-size 16: use 16"),
             ("--chunked-prefill-size -1 --enable-mixed-chunk", "--enable-mixed-chunk needs chunks"),
             ("--speculative-num-steps 3", "without --speculative-algorithm: add --speculative-algorithm NEXTN"),
-            ("--speculative-algorithm EAGLE --speculative-eagle-topk 4", "asks for a tree of guesses: use 1, a chain"),
+            (
+                "--speculative-algorithm EAGLE --speculative-eagle-topk 4",
+                "asks for a tree of draft tokens: use 1, a chain",
+            ),
             (
                 "--speculative-algorithm EAGLE --speculative-num-steps 3 --speculative-num-draft-tokens 8",
                 "must be --speculative-num-steps 3 + 1: use 4",
@@ -303,7 +306,7 @@ class TestResolve(CustomTestCase):
             ("--chunked-prefill-size 101", {"chunked_prefill_size": 101}),
             ("--chunked-prefill-size 101 on each of 2 attention groups",
              {"chunked_prefill_size": 202, "dp_size": 2, "enable_dp_attention": True}),
-            ("--chunked-prefill-size 80 beside 30 running requests",
+            ("--chunked-prefill-size 80 next to 30 running requests",
              {"chunked_prefill_size": 80, "max_running_requests": 30, "enable_mixed_chunk": True}),
             ("--max-running-requests 101", {"max_running_requests": 101}),
             ("--cuda-graph-bs 128", {"cuda_graph_bs": [1, 128, 8]}),

@@ -83,7 +83,7 @@ def _speculative(args: ServerArgs) -> Iterator[str]:
             yield f"{named[0]} was given without --speculative-algorithm: add --speculative-algorithm NEXTN"
         return
     if args.speculative_eagle_topk not in (None, 1):
-        yield f"--speculative-eagle-topk {args.speculative_eagle_topk} asks for a tree of guesses: use 1, a chain"
+        yield f"--speculative-eagle-topk {args.speculative_eagle_topk} asks for a tree of draft tokens: use 1, a chain"
     if steps is not None and tokens is not None and tokens != steps + 1:
         yield f"--speculative-num-draft-tokens {tokens} must be --speculative-num-steps {steps} + 1: use {steps + 1}"
     if args.enable_mixed_chunk:
@@ -105,7 +105,7 @@ def remarks(args: ServerArgs) -> list[str]:
     found = []
     if args.api_key is None and not is_loopback(args.host):
         closed = "" if args.admin_api_key else "; administrative endpoints are closed"
-        anyone = f"whoever reaches port {args.port} may run inference"
+        anyone = f"anyone who can reach port {args.port} may run inference"
         found.append(f"--host {args.host} without --api-key: {anyone}{closed}")
     elif args.api_key is None and args.admin_api_key:
         found.append("--admin-api-key guards administrative endpoints alone: set --api-key too to guard inference")

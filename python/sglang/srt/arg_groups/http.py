@@ -74,7 +74,7 @@ class HttpArgs:
     uvicorn_access_log_exclude_prefixes: Annotated[
         list[str] | None,
         Arg(
-            "Paths, by their beginnings, whose requests are not logged where they succeed, beside those of probes.",
+            "Prefixes of paths whose successful requests are not logged; those of probes never are.",
             LOGGING,
             auto="none",
         ),

@@ -76,7 +76,7 @@ class ParallelArgs:
         ),
     ] = "auto"
     disable_shared_experts_fusion: Annotated[
-        bool, Arg("Compute shared experts apart from the routed ones, never as slots of theirs.", EXPERTS)
+        bool, Arg("Compute shared experts separately, never as additional routed experts.", EXPERTS)
     ] = False
     enforce_shared_experts_fusion: Annotated[
         bool, Arg("Compute shared experts as routed ones at every size; refuse to start where they cannot.", EXPERTS)

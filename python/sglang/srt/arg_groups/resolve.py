@@ -88,7 +88,7 @@ def _graphs(args: ServerArgs, context: Context) -> Iterator[Change | str]:
 
 
 def _speculation(args: ServerArgs, context: Context) -> Iterator[Change | str]:
-    """What is guessed, and by what."""
+    """What is drafted, and by which model."""
     name = args.speculative_algorithm
     if name is None:
         return
@@ -192,7 +192,7 @@ def _dispatch_limit(args: ServerArgs, context: Context) -> Iterator[Change | str
     largest = (limit - beside) // page * page
     if chunk <= largest:
         return
-    mixed = f" beside {beside} running requests (--enable-mixed-chunk)" if beside else ""
+    mixed = f" next to {beside} running requests (--enable-mixed-chunk)" if beside else ""
     if largest < page:
         yield refusal(f"--page-size {page}{mixed}")
     elif "chunked_prefill_size" in context.given:

@@ -15,12 +15,12 @@ DEFAULT_STEPS = 3
 
 @dataclass(frozen=True)
 class SpecArgs:
-    """The part of ``ServerArgs`` that says who guesses tokens, and how many."""
+    """The part of ``ServerArgs`` on speculative decoding: which model drafts tokens, and how many."""
 
     speculative_algorithm: Annotated[
         str | None,
         Arg(
-            "Guess tokens by the checkpoint's MTP layer and verify them in one step; the tokens stay the same. Both "
+            "Draft tokens with the checkpoint's MTP layer and verify them in one step; output stays the same. Both "
             "names mean this.",
             SPECULATIVE,
             choices=("EAGLE", "NEXTN"),
@@ -31,7 +31,7 @@ class SpecArgs:
     speculative_draft_model_path: Annotated[
         str | None,
         Arg(
-            "Folder whose MTP layer guesses.",
+            "Folder whose MTP layer drafts tokens.",
             SPECULATIVE,
             aliases=("--speculative-draft-model",),
             metavar="FOLDER",
@@ -40,10 +40,10 @@ class SpecArgs:
     ] = None
     speculative_num_steps: Annotated[
         int | None,
-        Arg("Tokens guessed per step.", SPECULATIVE, minimum=1, maximum=MAX_STEPS, auto=str(DEFAULT_STEPS)),
+        Arg("Draft tokens per step.", SPECULATIVE, minimum=1, maximum=MAX_STEPS, auto=str(DEFAULT_STEPS)),
     ] = None
     speculative_eagle_topk: Annotated[
-        int | None, Arg("Guesses per position. 1, a chain, is what there is.", SPECULATIVE, minimum=1, auto="1")
+        int | None, Arg("Draft tokens per position. Only 1, a chain, is supported.", SPECULATIVE, minimum=1, auto="1")
     ] = None
     speculative_num_draft_tokens: Annotated[
         int | None,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Families of softmax attention: keys and values per head, one latent row that all heads share, or one row beside
+# Families of softmax attention: keys and values per head, one latent row that all heads share, or one row next to
 # compressed entries (DeepSeek V4).
 GQA, MLA, COMPRESSED = "gqa", "mla", "compressed"
 # Backends of upstream that are taken as a preference, with the platforms where they exist.

@@ -27,7 +27,7 @@ class CacheTypes:
     """Element types of what is kept, by torch's names.
 
     kv: keys, values and latents. conv: inputs that a convolution looks back on. state: recurrent states; None takes
-    what the checkpoint names. inputs: rows that a recurrent layer is to run again, in the type of activations.
+    what the checkpoint names. inputs: rows that a recurrent layer will run again, in the dtype of activations.
     """
 
     kv: str = "float32"

@@ -115,7 +115,7 @@ class DeepseekConfig:
     def cache_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES, num_draft_tokens: int = 0) -> CacheLayout:
         """One latent row per token and layer; the rotated part of the key comes last.
 
-        Rows of a verify step (``num_draft_tokens``) need nothing beside their latents.
+        Rows of a verify step (``num_draft_tokens``) need nothing in addition to their latent rows.
         """
         return self._latents(range(self.num_hidden_layers), types)
 

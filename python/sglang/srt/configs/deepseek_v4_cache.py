@@ -3,7 +3,7 @@
 Entries follow the tokens' slots: a page of 256 tokens lies in contiguous slots, so an entry of m tokens has its row at
 slot // m. What only the tokens next to come need follows the window's slots, which a page of tokens has for a while:
 the window's rows, and ``ring`` rows of a compressor's states for each page. So whatever a prefix that ends with a page
-needs beside its entries is in one page of the window.
+needs in addition to its entries is in one page of the window.
 """
 
 from __future__ import annotations

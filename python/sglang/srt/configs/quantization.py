@@ -160,7 +160,7 @@ def read_quantization(hf_config: Mapping[str, Any], asked: str | None) -> QuantC
                 return QuantConfig.from_quark(settings)
             if asked == "quark":
                 raise ConfigError("--quantization quark does not fit this checkpoint, which is in fp8: drop the flag")
-            # DeepSeek V4 says it beside the quantization_config.
+            # DeepSeek V4 has this key next to quantization_config, not in it.
             beside = {key: place[key] for key in ("expert_dtype",) if place.get(key) in ("fp4", "fp8")}
             return QuantConfig.from_hf({**beside, **settings})
     if asked == "quark":

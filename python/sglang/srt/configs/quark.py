@@ -1,4 +1,4 @@
-"""What a quantization_config of AMD Quark asks for: MXFP4 matrices beside plain ones, or a refusal by name."""
+"""What a quantization_config of AMD Quark asks for: MXFP4 and plain matrices; anything else is refused by name."""
 
 from __future__ import annotations
 

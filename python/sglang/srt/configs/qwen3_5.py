@@ -21,7 +21,7 @@ FULL_ATTENTION = "full_attention"
 class Qwen3_5Config:
     """Shapes and numerics of a Qwen3.5 text model; field names are those of config.json.
 
-    ``layer_types`` has one entry a layer; ``num_experts`` 0 means dense, and then the expert widths are 0.
+    ``layer_types`` has one entry per layer; ``num_experts`` 0 means dense, and then the expert widths are 0.
     """
 
     hidden_size: int

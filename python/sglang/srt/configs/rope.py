@@ -53,7 +53,7 @@ class RopeConfig:
 
 
 def rope_section(reader: ConfigReader) -> tuple[str, dict[str, Any] | None]:
-    """(key, nested object over ``rope_theta`` and the like beside it); None when the object is not one."""
+    """(key, nested object merged over ``rope_theta`` and similar keys next to it); None when the object is not one."""
     data = reader.data
     nested = [(key, data[key]) for key in ("rope_parameters", "rope_scaling") if data.get(key) is not None]
     for key, value in nested:

@@ -8,7 +8,7 @@ from sglang.srt.configs.quantization import QuantConfig
 
 
 class SharedExperts(NamedTuple):
-    """One gated MLP ``module`` of inner ``width`` beside routed experts of ``routed_width`` in each of ``blocks``, the
+    """One gated MLP ``module`` of inner ``width`` next to routed experts of ``routed_width`` in each of ``blocks``, the
     names of MoE blocks. ``refusal``: why the model never computes it as routed experts."""
 
     module: str

@@ -75,7 +75,7 @@ class GrammarChecker:
         return verdict
 
     def _end(self, process: subprocess.Popen[bytes]) -> str:
-        """End the process; what has ended it where it has ended by itself."""
+        """End the process, and return what ended it if it had ended already."""
         self._process = None
         assert process.stdin is not None and process.stdout is not None
         with suppress(OSError):  # what was not written yet

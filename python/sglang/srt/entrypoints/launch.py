@@ -19,7 +19,7 @@ from sglang.srt.utils.network import PortError
 
 logger = logging.getLogger(__name__)
 
-# Beside ServerArgsError, what says that a setting is wrong.
+# Errors that mean a wrong setting, in addition to ServerArgsError.
 USER_ERRORS = (ChatTemplateError, ConfigError, PortError, TokenizerError)
 
 

@@ -30,7 +30,7 @@ _METRICS = (
     ("full_token_usage", "gauge", "The same, where a window has pools of its own.", "full_token_usage"),
     ("swa_token_usage", "gauge", "Part of the window's pools that requests hold.", "swa_token_usage"),
     ("cache_hit_rate", "gauge", "Part of the last prefill step's tokens that were cached.", "cache_hit_rate"),
-    ("gen_throughput", "gauge", "Generated tokens a second, as last logged.", "last_gen_throughput"),
+    ("gen_throughput", "gauge", "Generated tokens per second, as last logged.", "last_gen_throughput"),
     ("num_retracted_reqs", "gauge", "Requests retracted since start.", "num_retracted_reqs"),
     ("num_aborted_requests", "counter", "Requests aborted since start.", "num_aborted_reqs"),
     (
@@ -43,8 +43,8 @@ _METRICS = (
     ("generation_tokens", "counter", "Tokens generated since start.", "num_generated_tokens"),
     ("spec_accept_length", "gauge", "Tokens per verify step of a request, as last logged.", "spec_accept_length"),
     ("spec_accept_rate", "gauge", "Part of the drafts that became output, as last logged.", "spec_accept_rate"),
-    ("spec_draft_tokens", "counter", "Tokens guessed by speculation since start.", "num_drafts"),
-    ("spec_accepted_tokens", "counter", "Guesses that became output since start.", "num_accepted_drafts"),
+    ("spec_draft_tokens", "counter", "Draft tokens since start.", "num_drafts"),
+    ("spec_accepted_tokens", "counter", "Draft tokens that became output since start.", "num_accepted_drafts"),
 )
 
 # The same of the HTTP process; keys of ``server_info.front``.

@@ -23,7 +23,8 @@ _ACTIVITIES = ("CPU", "GPU")
 
 
 class ProfileBody(msgspec.Struct, forbid_unknown_fields=True):
-    """``num_steps`` ends the profile by itself; upstream's other fields are taken where they ask for nothing more."""
+    """``num_steps`` ends the profile automatically; upstream's other fields are accepted if they ask for nothing
+    more."""
 
     num_steps: int | None = None
     activities: list[str] | None = None

@@ -57,7 +57,7 @@ async def server_info(context: ServerContext) -> dict[str, Any]:
 
 
 async def load(context: ServerContext) -> list[dict[str, Any]]:
-    """For ``/get_load``: one entry a DP rank."""
+    """For ``/get_load``: one entry per DP rank."""
     entries = []
     for dp_rank, state in enumerate(await context.manager.get_internal_states()):
         waiting = state.get("num_queue_reqs", 0)
@@ -75,7 +75,7 @@ async def load(context: ServerContext) -> list[dict[str, Any]]:
 
 
 async def loads(context: ServerContext) -> dict[str, Any]:
-    """For ``/v1/loads``: one entry a DP rank."""
+    """For ``/v1/loads``: one entry per DP rank."""
     entries = []
     for dp_rank, state in enumerate(await context.manager.get_internal_states()):
         total = max(1, state.get("max_total_num_tokens", 0) or context.scheduler_info.get("max_total_num_tokens", 1))
@@ -95,7 +95,7 @@ async def loads(context: ServerContext) -> dict[str, Any]:
 
 
 def front(context: ServerContext) -> dict[str, int]:
-    """What the HTTP process counts by itself."""
+    """What the HTTP process itself counts."""
     manager = context.manager
     return {
         "num_waiting": manager.admission.num_requests,

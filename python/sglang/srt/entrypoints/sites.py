@@ -11,7 +11,7 @@ from sglang.srt.entrypoints.errors import error_response
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.utils.network import is_loopback
 
-# Probes come by address, from whoever watches the machine, and tell nothing that is worth a name.
+# Probes call by address, from monitoring, and their answers contain nothing that needs a host name check.
 _PROBE_PATHS = frozenset({"/health", "/health_generate", "/ping", "/ready"})
 # Paths that change state whatever the method.
 _CHANGING_PATHS = frozenset({"/flush_cache"})
@@ -25,7 +25,7 @@ def split_list(text: str | None) -> list[str]:
 
 
 class SitePolicy:
-    """Keeps web pages from reaching a server that trusts whoever can connect to it.
+    """Keeps web pages from reaching a server that trusts everyone who can connect to it.
 
     A page can name a loopback address by a domain of its own (DNS rebinding): a server on a loopback address without a
     key answers loopback names only. A page can also send requests whose answers it does not get to read: what changes

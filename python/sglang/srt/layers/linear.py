@@ -92,7 +92,7 @@ class ColumnParallelLinear(_ShardedLinear):
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
-    """Several column-parallel matrices with one input, as one product; each is split by itself."""
+    """Several column-parallel matrices with one input, as one product; each is split separately."""
 
 
 class ReplicatedLinear(ColumnParallelLinear):
@@ -158,7 +158,7 @@ class RowParallelLinear(_ShardedLinear):
         prefix: str = "",
     ) -> None:
         if bias and not reduce_results:
-            raise ValueError("a bias needs reduced results: it must be added once, not once a rank")
+            raise ValueError("a bias needs reduced results: it must be added once, not once per rank")
         tp = get_tp_group()
         columns = _divide(in_features, tp.size, "input width")
         section = ShardSlice(out_features, in_features, 0, out_features, tp.rank * columns, columns)

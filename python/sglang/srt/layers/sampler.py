@@ -14,7 +14,7 @@ from sglang.srt.layers.logprobs import ChosenIds, RowLogprobs, best_entries
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.server_args import get_global_server_args
 
-# The last three are not used here: AITER's registered test replaces them by these names, beside the two below.
+# The last three are not used here: AITER's registered test replaces them under these names, with the two below.
 __all__ = ["Sampler", "get_global_server_args", "get_tp_group", "is_dp_attention_enabled"]
 
 # True and a kernel, or False, go past the op table; None leaves the choice to it (SGLANG_USE_AITER, HIP, shapes).

@@ -68,7 +68,7 @@ def agree(local_plans: Sequence[Sequence[int]], group_size: int) -> DpStep:
 
 
 class DpStepSync:
-    """One exchange a step over the host between all ranks of a replica.
+    """One exchange per step over the host between all ranks of a replica.
 
     ``bucket_of(rows)`` is the decode graph that takes so many rows, None without one; it is the same on every rank.
     """

@@ -1,4 +1,4 @@
-"""Grammars in the scheduler: compiled beside its loop, and made into the tokens that each row of a step may draw."""
+"""Grammars in the scheduler: compiled in another thread, and turned into masks of the tokens that rows may sample."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From text to token ids and back, in bounded time and memory and beside the event loop."""
+"""From text to token ids and back, in bounded time and memory, outside the event loop."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ class ReqMemory:
     def match(self, req: Req) -> MatchResult:
         """The usable cached prefix of a request that holds nothing yet.
 
-        Where a model drafts, its last token is computed again if that is possible by itself.
+        If a model drafts, the last cached token is computed again, where one token alone can be.
         """
         match = self.tree.match_prefix(req.token_ids[: req.max_prefix_len()])
         if self._own_last_row and not self.tree.companions and match.slot_ids.numel():
@@ -215,7 +215,7 @@ class ReqMemory:
         """Cache what a running request has computed, so that others can use it, and lock it for this one.
 
         Slots that were cached by someone else in the meantime replace the request's own, but the last one where a model
-        drafts: that stays beside the cached one until release.
+        drafts: the request keeps that one, in addition to the cached one, until release.
         """
         num_tokens = self.tree.aligned(req.kv_committed_len)
         assert req.last_node is not None

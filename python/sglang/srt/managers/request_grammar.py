@@ -25,7 +25,7 @@ Verdict = tuple[str, None] | tuple[None, str]
 
 
 class RequestGrammars:
-    """Has grammars tried, one at a time and beside the event loop, and remembers the verdicts on the last ones."""
+    """Checks grammars one at a time, outside the event loop, and remembers the results of the last ones."""
 
     def __init__(self, args: ServerArgs, tokenizer: Tokenizer | None, vocab_size: int) -> None:
         self._refusal = grammar_refusal(args)

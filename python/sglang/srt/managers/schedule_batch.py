@@ -138,7 +138,8 @@ class Req:
         return self.max_new_tokens - len(self.output_ids) <= self.num_in_flight
 
     def is_due(self, num_before: int, interval: int) -> bool:
-        """Whether tokens past the first ``num_before`` are to be streamed: the first ones, or they end an interval."""
+        """Whether to stream the tokens past the first ``num_before``: they are the first ones, or complete an
+        interval."""
         if not self.stream:
             return False
         interval = self.sampling_params.stream_interval or interval
@@ -158,7 +159,7 @@ class Req:
         return self.seq_len - 1 if row is None else min(self.seq_len - 1, row)
 
     def logprob_request(self, start: int, end: int) -> LogprobRequest | None:
-        """What to compute beside the next token when rows ``start .. end`` run."""
+        """What to compute in addition to the next token when rows ``start .. end`` run."""
         if not self.return_logprob:
             return None
         first = self.next_input_row()

@@ -10,7 +10,7 @@ from sglang.srt.managers.schedule_batch import Req
 
 # Room kept for tokens that a running request has yet to produce is capped, or long limits would block admission.
 CLIP_NEW_TOKENS = 4096
-# Longest-prefix-match order costs one match a request; beyond this many the queue stays in arrival order.
+# Longest-prefix-match order costs one match per request; beyond this many the queue stays in arrival order.
 LPM_MAX_QUEUE = 128
 
 
@@ -31,7 +31,7 @@ class NewTokenRatio:
         self.value = self._start
 
     def decay(self) -> None:
-        """Called once a decode step that fitted."""
+        """Called once per decode step that fitted."""
         self.value = max(self._floor, self.value - self._step)
 
     def after_retraction(self, running: Sequence[Req]) -> None:

@@ -384,7 +384,7 @@ class Scheduler:
         self.metrics.num_retracted_reqs += 1
 
     def _retract_until_decode_fits(self, other_tokens: int) -> None:
-        """Retract running requests until the survivors can make a decode step beside ``other_tokens``."""
+        """Retract running requests until the others can make a decode step in addition to ``other_tokens``."""
         before = len(self.running_reqs)
         while self.running_reqs:
             if self.memory.missing_for_step(self.running_reqs) + other_tokens <= self.memory.room().step_tokens():

@@ -169,7 +169,7 @@ def make_profiler(scheduler: Scheduler, context: ChildContext) -> StepProfiler:
 
 
 def _force_exit() -> None:
-    logger.warning("the ranks have not ended together within %g s; this one ends by itself", END_S)
+    logger.warning("the ranks have not ended together within %g s; this one exits without the others", END_S)
     os._exit(1)
 
 

@@ -1,4 +1,5 @@
-"""Between the API and the scheduler: tokenizes and checks requests, and hands results to whoever waits for them."""
+"""Between the API and the scheduler: tokenizes and checks requests, and passes results to the callers that wait for
+them."""
 
 from __future__ import annotations
 

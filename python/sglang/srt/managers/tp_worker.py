@@ -69,7 +69,7 @@ class LaunchedStep:
         beside = [tensor for block in blocks for tensor in block.tensors()]
         self._sizes = [tensor.numel() for tensor in beside]
         tensors += beside
-        if blocks:  # a token id fits exactly into float64, beside a log-probability
+        if blocks:  # float64 holds token ids exactly, next to log-probabilities
             tensors = [tensor.to(torch.float64) for tensor in tensors]
         self._copy = HostCopy(torch.cat([tensor.flatten() for tensor in tensors]))
 
@@ -128,7 +128,7 @@ class LaunchedForward:
         self._runner = runner
         self._speculator = speculator
         self._batch = batch
-        # On their way before the forward, for which whoever asks for them does not wait.
+        # Copied before the forward is queued, so that reading them does not wait for it.
         self._drafts: HostCopy | None = None
         if batch.tells_drafts:
             assert speculator is not None

@@ -38,7 +38,7 @@ class TokenToKVPoolAllocator:
         self.clear()
 
     def clear(self) -> None:
-        """Take every slot back, whoever holds it."""
+        """Take every slot back, even those in use."""
         self._stack: np.ndarray = np.arange(self.num_pages, 0, -1, dtype=np.int64)
         self._top = self.num_pages
         # Slots in use of each page; 0 means that the page is free.
@@ -138,7 +138,7 @@ class TokenToKVPoolAllocator:
     def _check_last_slots(self, prefix: np.ndarray, last: np.ndarray) -> None:
         """Filling the rest of a page is safe only behind the page's last used slot."""
         if prefix.shape != last.shape:
-            raise ValueError(f"one last slot a request is needed, got {last.size} for {prefix.size} requests")
+            raise ValueError(f"one last slot per request is needed, got {last.size} for {prefix.size} requests")
         inside = prefix % self.page_size != 0
         if not inside.any():
             return

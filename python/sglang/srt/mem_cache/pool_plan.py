@@ -113,7 +113,7 @@ class _Pages:
     ratio: float | None
 
     def windows(self, num_pages: int) -> int:
-        """Pages of the window beside so many of KV."""
+        """Pages of the window for so many pages of KV."""
         if not self.window_bytes:
             return 0
         asked = math.ceil((SWA_FULL_TOKENS_RATIO if self.ratio is None else self.ratio) * num_pages)
@@ -137,7 +137,7 @@ class _Pages:
 
 
 def _plan_window(pages: _Pages, num_pages: int, useful: int, lines: list[str]) -> int:
-    """Pages of the window beside ``num_pages`` of KV; the ``useful`` ones, where nothing was asked for and they fit."""
+    """Pages of the window for ``num_pages`` of KV; the ``useful`` ones, where nothing was asked for and they fit."""
     windows = pages.windows(num_pages)
     if pages.ratio is None:
         spare = (pages.left - pages.cost(num_pages)) // pages.window_bytes

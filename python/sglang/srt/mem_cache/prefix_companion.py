@@ -63,7 +63,7 @@ class PrefixCompanion(ABC, Generic[Held]):
 
     @abstractmethod
     def fork(self, node: TreeNode) -> Held | None:
-        """What a request that starts behind ``node`` (the root: from nothing) holds; None when nothing is to be had."""
+        """What a request that starts behind ``node`` (the root: from nothing) holds; None when nothing is available."""
 
     def advance(  # noqa: B027
         self, held: Held, num_tokens: int, cache_protected_len: int, slots_of: Callable[[int, int], torch.Tensor]
@@ -88,7 +88,7 @@ class PrefixCompanion(ABC, Generic[Held]):
         raise NotImplementedError(f"requests cannot run short of {self.unit} slots")
 
     def needs(self, num_tokens: int, running: bool) -> int:
-        """Units that a request needs at one time, beside those that it holds if it is ``running``, until it has
+        """Units that a request needs at one time, in addition to those that it holds if it is ``running``, until it has
         ``num_tokens`` more tokens; asked only of a limit."""
         return num_tokens
 

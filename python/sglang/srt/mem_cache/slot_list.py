@@ -1,4 +1,4 @@
-"""Numbers that are handed out one by one, and the error of whoever gives back what is not out."""
+"""Numbers that are handed out one by one, and the error of giving back one that is not handed out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SlotList:
         self.clear()
 
     def clear(self) -> None:
-        """Take every number back, whoever holds it."""
+        """Take every number back, even those in use."""
         self._free = list(range(self._first + self.size - 1, self._first - 1, -1))
         self._in_use = bytearray(self._first + self.size)
 

@@ -166,7 +166,7 @@ class WindowCompanion(PrefixCompanion[WindowHold]):
     def _move_lock(self, held: WindowHold, page: int) -> None:
         """Lock ``page`` (0: none) instead of the one that is locked."""
         if page and page not in self._kept:
-            raise RadixIntegrityError(f"the window of page {page} is to be read, and is gone")
+            raise RadixIntegrityError(f"the window of page {page} is needed but no longer exists")
         if page:
             self._locks[page] += 1
             self._unlocked.pop(page, None)

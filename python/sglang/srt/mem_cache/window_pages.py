@@ -37,7 +37,7 @@ class WindowPages:
         self.clear()
 
     def clear(self) -> None:
-        """Take every page back, whoever has it."""
+        """Take every page back, even those in use."""
         self._pages.clear()
         self._host[1:] = TOMBSTONE_PAGE
         self._changed.clear()

@@ -70,7 +70,7 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class LogprobRequest:
-    """What one request wants beside its next token.
+    """What one request asks for in addition to its next token.
 
     ``input_start`` is the first row of this step's chunk whose prompt log-probability is wanted, counted from the
     chunk's first token; ``None`` when no prompt log-probability is wanted. ``input_target_ids[j]`` is the token that

@@ -82,7 +82,7 @@ def build_rank(args: ServerArgs, config: ModelConfig, rank: int) -> tuple[nn.Mod
 def count_weights(model: nn.Module, draft: nn.Module | None = None) -> dict[str, int]:
     """Bytes of the weights of ``model`` by group, with the scales of quantised blocks and the position tables.
 
-    What ``draft`` has beside them is one more group.
+    What ``draft`` has in addition to them is one more group.
     """
     groups = dict.fromkeys((*WEIGHT_GROUPS, DRAFT_LAYER), 0)
     seen: set[int] = set()
@@ -133,14 +133,15 @@ class ExchangePlan:
 
     @property
     def num_bytes(self) -> int:
-        """Device memory: the whole heap, and what lies beside it."""
+        """Device memory in bytes: the whole heap, and buffers outside it."""
         beside = sum(buffer.num_bytes for buffer in self.by_kernel[self.kernel].with_cap if not buffer.on_heap)
         return beside + (self.heap.size if self.heap is not None else 0)
 
 
 @dataclass(frozen=True)
 class RankNeeds:
-    """What the fullest rank holds beside its pools: weights in bytes by group, and the exchange between experts."""
+    """What the fullest rank holds in addition to its pools: weights in bytes by group, and the exchange between
+    experts."""
 
     weights: dict[str, int]
     exchange: ExchangePlan | None
@@ -242,7 +243,7 @@ def estimate_graphs(args: ServerArgs, config: ModelConfig) -> int:
     values = 8 * text.hidden_size + text.num_experts_per_tok * (text.hidden_size + 3 * text.moe_intermediate_size)
     row = values * config.dtype.itemsize + 2 * 4 * config.vocab_size
     rows = buckets[-1] * args.attn_dp_size * (args.speculative_num_draft_tokens or 1)
-    # Beside the model's step the draft layer's own, and the chain behind it once for greedy and once for drawn drafts.
+    # The model's step, the draft layer's step, and the chain of drafts twice: greedy and sampled.
     steps = args.speculative_num_steps
     layers = config.num_hidden_layers + (0 if steps is None else 1 + 2 * (steps - 1))
     return rows * row + len(buckets) * layers * GRAPH_LAYER_BYTES

@@ -29,7 +29,7 @@ CONTEXTS_PER_REQUEST = 2
 class StepRelay:
     """What a step of several tokens per request leaves on the device for the next one, by request row.
 
-    ``committed`` [rows] int64 are the tokens that have KV, ``drafts`` [rows, n] int64 the guesses behind the newest
+    ``committed`` [rows] int64 are the tokens that have KV, ``drafts`` [rows, n] int64 the draft tokens after the newest
     token. Both are 0 in the row of padding.
     """
 
@@ -106,8 +106,10 @@ def plan_pools(args: ServerArgs, configs: Sequence[ModelConfig], tp_size: int, a
 
 
 def slots_for_drafts(args: ServerArgs) -> int:
-    """Tokens, whole pages, that a verify step of a request may take past the tokens that the request may have, and the
-    one that it may keep beside the same one in the prefix cache."""
+    """Tokens, in whole pages, that a request may hold with drafts in addition to its own tokens.
+
+    A verify step takes slots past the end of the request, and the request may keep its own copy of one cached row.
+    """
     page = args.page_size or 1
     per_step = SpecInfo(args.speculative_num_steps).slots_per_step + 1 if args.speculative_num_steps else 0
     return -(-per_step // page) * page

@@ -58,7 +58,7 @@ class StepForward:
 
 
 def describe_draft(target: torch.nn.Module, draft: torch.nn.Module) -> dict[str, Any]:
-    """What a server says of the model that drafts, and of how its guesses are judged; msgpack-able."""
+    """What /server_info shows of the draft model, and of how its tokens are verified; msgpack-able."""
     return {
         "rule": "a draft counts while it is the token that the model itself draws there, at every temperature",
         "weights_bytes": count_weights(target, draft)[DRAFT_LAYER],

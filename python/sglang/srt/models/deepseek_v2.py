@@ -60,7 +60,7 @@ def make_rotary_embedding(config: ModelConfig) -> RotaryEmbedding:
 
 
 class DeepseekV2Model(Backbone):
-    """The backbone; on ``alt_stream`` shared experts may run beside routed ones."""
+    """The backbone; on ``alt_stream`` shared experts may overlap routed experts."""
 
     def __init__(
         self, config: ModelConfig, alt_stream: torch.cuda.Stream | None = None, site: OverlapSite = UNRESTRICTED

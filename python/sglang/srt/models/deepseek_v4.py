@@ -137,7 +137,7 @@ class DeepseekV4Model(Backbone):
 
     Its two tables of angles, ``rotary_emb`` for layers without compression and ``compress_rotary_emb`` for those with
     it, are buffers of modules that it owns; layers hold them by reference. On ``alt_stream`` entries may be pooled and
-    chosen beside the queries, and the shared expert run beside the routed ones.
+    selected while queries are computed, and the shared expert overlap the routed ones.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A draft model: one decoder layer that guesses the token after next from the target's embedding and hidden rows."""
+"""A draft model: one decoder layer that predicts the token after next from the target's embedding and hidden rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The MoE block of the Qwen models: routed experts beside a gated shared one."""
+"""The MoE block of the Qwen models: routed experts and a gated shared expert."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ DUAL_STREAM_TOKEN_THRESHOLD = 1024
 # Places that may overlap.
 SHARED_EXPERTS, GDN_QKVZ_BA, QK_NORM = "qwen3_5.shared_experts", "qwen3_5.gdn_qkvz_ba", "qwen3_5.qk_norm"
 
-# Shared experts beside routed ones: on HIP, and elsewhere. The others hold for every platform.
+# Shared experts overlapping routed ones: on HIP, and elsewhere. The other switches hold for every platform.
 _hip_use_alt_stream = False
 _cuda_use_alt_stream = False
 _gdn_use_alt_stream = False
@@ -66,7 +66,7 @@ def _load_head_rows(param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId
 
 
 class Qwen3_5Conv1d(nn.Module):
-    """Weight [C, 1, W] of the depthwise convolution over q | k | v, each block split over ranks by itself."""
+    """Weight [C, 1, W] of the depthwise convolution over q | k | v, each block split over ranks separately."""
 
     def __init__(self, block_widths: Iterable[int], kernel_size: int) -> None:
         super().__init__()

@@ -43,7 +43,7 @@ class ToolCallParser(ABC):
 
     A call is given when it is complete, so that one that turns out to be malformed, cut off, or of a tool that is not
     offered comes back as text, marks included. ``tools`` maps the names of the offered tools to the JSON schema of
-    their parameters. ``max_calls`` is how many calls are wanted; later ones stay text. White space beside a call is
+    their parameters. ``max_calls`` is how many calls are wanted; later ones stay text. White space around a call is
     dropped. The events are the same in sum however the text was cut.
     """
 

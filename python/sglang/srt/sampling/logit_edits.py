@@ -39,7 +39,8 @@ class LogitEdits:
     """Edits of the P requests that have any; the others cost nothing.
 
     rows [B] int32: the request among the P, -1 for none; requests [P] int64: the first row of each; marks [P, V] int32,
-    penalties [P, 3], left [P] int32 and bias [P, V] as ``edit_logits_torch`` says. Whoever draws a token counts it.
+    penalties [P, 3], left [P] int32 and bias [P, V] as ``edit_logits_torch`` says. The sampling code counts each token
+    it samples.
     """
 
     rows: torch.Tensor

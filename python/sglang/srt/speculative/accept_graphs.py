@@ -108,7 +108,7 @@ class AcceptGraphs:
         return body
 
     def accept(self, step: StepForward, info: SamplingBatchInfo) -> Accepted | None:
-        """What ``step`` gave, by a graph; None where that is to be found eagerly."""
+        """What ``step`` gave, by a graph; None where it must be computed eagerly."""
         if step.bucket is None or info.edits is not None or info.vocab_mask is not None or step.batch.logprobs:
             return None
         graphs = self.kinds[GREEDY_ACCEPT if info.is_all_greedy else DRAWN_ACCEPT]

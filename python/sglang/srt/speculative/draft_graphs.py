@@ -1,6 +1,6 @@
 """The draft's captured steps: the layer over a verify step's rows, and the chain of drafts from there as one graph.
 
-Both find lengths and slots in device memory: how many tokens a step gave is known there first.
+Both find lengths and slots in device memory: how many tokens per step gave is known there first.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class DraftGraphs:
         return agreed if agreed is not None and all(each.bucket_of(agreed) == agreed for each in graphs) else None
 
     def extend(self, step: StepForward, accepted: Accepted) -> ChainStart | None:
-        """Where chains start behind a verify step, by a graph; None where that is to be run eagerly."""
+        """Where chains start behind a verify step, by a graph; None where that must run eagerly."""
         bucket = self._bucket_of(step, self.extend_graphs)
         if bucket is None:
             return None
@@ -130,7 +130,7 @@ class DraftGraphs:
     def go_on(
         self, step: StepForward, rows: torch.Tensor, start: ChainStart, info: SamplingBatchInfo
     ) -> torch.Tensor | None:
-        """The drafts [B, n] of request rows ``rows`` [B], by a graph; None where they are to be made eagerly."""
+        """The drafts [B, n] of request rows ``rows`` [B], by a graph; None where they must be made eagerly."""
         size = rows.shape[0]
         graphs = self.chains[GREEDY if info.is_all_greedy else DRAWN]
         edits = info.edits is not None

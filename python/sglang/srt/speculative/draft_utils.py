@@ -87,7 +87,7 @@ def _declared_name(asked: str, family: str) -> str:
 
 
 def make_speculator(args: ServerArgs, runner: ModelRunner) -> EagleWorker | None:
-    """The speculation that the resolved ``args`` ask for beside ``runner``; None for none."""
+    """The speculative worker on top of ``runner`` that the resolved ``args`` ask for; None without speculation."""
     if args.speculative_algorithm is None:
         return None
     assert args.speculative_num_steps is not None and args.attention_backend is not None

@@ -1,4 +1,4 @@
-"""Speculation beside a target model: after each step, drafts of the tokens that follow are made for the next one."""
+"""Speculation on top of a target model: after each step, draft tokens are made for the next step."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Accepted:
 
 
 class Drafter(ABC):
-    """Guesses tokens. A guess costs nothing but time where it is wrong, so nothing here decides what is output."""
+    """Drafts tokens. A wrong draft token only costs time, so nothing here decides what is output."""
 
     @abstractmethod
     def propose(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> torch.Tensor:
@@ -126,7 +126,9 @@ class EagleWorker:
 
     def draft(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> None:
         """Make the drafts of the next step, and leave them on the device."""
-        if info.vocab_mask is not None:  # of the rows just drawn; a guess may leave the form, and is not accepted then
+        if (
+            info.vocab_mask is not None
+        ):  # of the rows just sampled; a draft token may violate the grammar, and is not accepted then
             info = replace(info, vocab_mask=None)
         drafts = self._group.broadcast(self.drafter.propose(step, accepted, info))
         self._relay.drafts.index_copy_(0, step.req_rows, drafts)

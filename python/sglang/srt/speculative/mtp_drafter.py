@@ -59,7 +59,7 @@ class Drafts:
 
 
 class DraftReplay(Protocol):
-    """Steps of the layer that were captured: ``draft_graphs.py``. None stands for a step that is to be run eagerly."""
+    """Steps of the layer that were captured: ``draft_graphs.py``. None stands for a step that must run eagerly."""
 
     def extend(self, step: StepForward, accepted: Accepted) -> ChainStart | None: ...
 
@@ -219,10 +219,10 @@ class MtpDrafter(Drafter):
         )
 
     def _draw(self, logits: torch.Tensor, info: SamplingBatchInfo, at: torch.Tensor) -> torch.Tensor:
-        """What the layer's rows at positions ``at`` [B] guess: [B] int64, by the coins with which the target draws."""
+        """Draft tokens of the layer's rows at positions ``at`` [B]: [B] int64, by the random numbers of the target."""
         if not logits.shape[0]:
             return at
-        # The row at position p guesses the token at p + 2: its own token is the one at p + 1.
+        # The row at position p predicts the token at p + 2: its own token is the one at p + 1.
         positions = None if info.is_all_greedy else at + 2
         ids: torch.Tensor = self._sampler(LogitsProcessorOutput(logits), info, positions=positions)
         return ids.to(torch.int64)

@@ -1,4 +1,4 @@
-"""The sizes of speculative decoding: how many tokens are guessed, and the kinds of step that this makes."""
+"""The sizes of speculative decoding: how many tokens are drafted, and the kinds of step that follow from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Refuses to run beside upstream's distribution, whose files would mix with ours under one import name."""
+"""Refuses to run together with upstream's distribution, whose files would mix with ours under one import name."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def refuse_upstream_distribution() -> None:
     version = upstream_distribution()
     if version is not None:
         print(
-            f"error: the distribution 'sglang' {version} (upstream) is installed beside 'sglang-amd'. Both own the "
+            f"error: the distribution 'sglang' {version} (upstream) is installed next to 'sglang-amd'. Both own the "
             "import name 'sglang', so their files mix. Run 'pip uninstall sglang', reinstall sglang-amd, or use a "
             "virtual environment of its own.",
             file=sys.stderr,

@@ -235,7 +235,7 @@ class Tokenizer:
         return None if text is None else self._backend.token_to_id(text)
 
     def _needs_bos(self) -> bool:
-        """Whether ``add_bos_token`` asks for a BOS that the post-processor does not add by itself."""
+        """Whether ``add_bos_token`` asks for a BOS token that the post-processor does not add."""
         if not self.config.get("add_bos_token") or self.bos_token_id is None:
             return False
         return self._backend.encode("", add_special_tokens=True).ids[:1] != [self.bos_token_id]

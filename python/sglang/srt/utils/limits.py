@@ -52,7 +52,7 @@ MAX_STOP_TOKEN_IDS = 1024
 MAX_LOGIT_BIAS_ENTRIES = 1024
 # Named ids, without duplicates, whose log-probabilities come with each token.
 MAX_TOKEN_IDS_LOGPROB = 1024
-# Best tokens beside each token: of OpenAI's chat endpoint, and of all others.
+# Most `top_logprobs` per token: for OpenAI's chat endpoint, and for all others.
 MAX_CHAT_TOP_LOGPROBS = 20
 MAX_TOP_LOGPROBS = 128
 # Log-probabilities of one prompt, best and named ones included.

@@ -236,8 +236,8 @@ class StreamArgs(Protocol):
 
 
 def server_streams(args: StreamArgs) -> tuple[str, ...]:
-    """The streams of a rank that may be busy at once, beside those of overlapping sites (sglang PR 24005 counts 5 with
-    a side stream, over several ranks with an all-to-all).
+    """The streams of a rank that may be busy at once, in addition to those of overlapping sites (sglang PR 24005 counts
+    5 with a side stream, over several ranks with an all-to-all).
     """
     spread = args.moe_a2a_backend != "none"
     found = {
@@ -297,7 +297,7 @@ def resolve_streams(
     names: Collection[str] | None = None,
     arch: str | None = None,
 ) -> StreamPlan:
-    """Decide the sites ``names`` (None: all); steps that fuse shared experts leave nothing to run beside them."""
+    """Decide the sites ``names`` (None: all); steps that fuse shared experts have nothing left to overlap."""
     sites, warnings = [], []
     rules = SITE_RULES if names is None else tuple(rule for rule in SITE_RULES if rule.name in names)
     for rule in rules:
@@ -397,7 +397,7 @@ def _decide(rule: SiteRule, platform: Platform, settings: StreamSettings) -> Ove
 
 
 def exchange_warnings(platform: Platform, deepep_mode: str) -> list[str]:
-    """What MORI's dispatcher says when it is made and the variables ask for shared experts beside its exchange."""
+    """Warnings of MORI's dispatcher, where variables ask for shared experts that overlap its exchange."""
     if platform.kind != "hip":
         return []
     settings = StreamSettings.from_env(platform)

@@ -42,7 +42,7 @@ def mla_decode_attention_torch(
     kv_lora_rank: int,
     scale: float,
 ) -> torch.Tensor:
-    """Softmax attention where all heads share one key row a token, whose first R columns are the value.
+    """Softmax attention where all heads share one key row per token, whose first R columns are the value.
 
     q [B, H, R+P] (query times W_UK, then the rotated part), latent_cache [S, R+P] -> [B, H, R]; the rest as in
     ``decode_attention_torch``. DeepSeek-V2 report, section 2.1 and appendix C.

@@ -48,7 +48,7 @@ def write_kv_torch(
 
 
 def write_latent_torch(latent: torch.Tensor, cache: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
-    """Write one latent row a token: latent [N, R+P], cache [S, R+P]; otherwise as ``write_kv_torch``."""
+    """Write one latent row per token: latent [N, R+P], cache [S, R+P]; otherwise as ``write_kv_torch``."""
     return _write_rows(cache, slot_ids, latent)
 
 

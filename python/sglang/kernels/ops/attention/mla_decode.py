@@ -19,7 +19,7 @@ def mla_decode_torch(
     kv_lora_rank: int,
     scale: float,
 ) -> torch.Tensor:
-    """Softmax attention where all heads share one key row a token, whose first R columns are the value.
+    """Softmax attention where all heads share one key row per token, whose first R columns are the value.
 
     q [B, H, R+P] (query times W_UK, then the rotated part), latent_cache [S, R+P], slot_table [B, L] int64 (entries
     past a row's length are never used), seq_lens [B] int64 in [0, L] -> [B, H, R] in q's dtype, computed in

@@ -102,7 +102,7 @@ EXTEND_TILES: dict[tuple[str, str, int], Tile] = {
     ("gfx942", "latent", 2): Tile(32, 16, 4, 1),
     ("gfx942", "wide", 2): Tile(64, 32, 4, 1),
     ("gfx942", "narrow", 2): Tile(128, 32, 8, 1),
-    # With 32 tokens a step, rows read from an 8-bit cache spill.
+    # With 32 tokens per step, rows read from an 8-bit cache spill.
     ("gfx950", "wide", 2): Tile(128, 16, 8, 1),
     ("sm_90", "latent", 2): Tile(64, 32, 8, 2),
     ("sm_90", "wide", 2): Tile(128, 64, 8, 3),

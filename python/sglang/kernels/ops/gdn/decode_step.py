@@ -1,4 +1,5 @@
-"""One token a row through a whole gated delta net: convolution, gates, recurrence and gated norm, on slots in place."""
+"""One token per row through a whole gated delta net: convolution, gates, recurrence and gated norm, on slots in
+place."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def gdn_extend_step_torch(
     """The mixer's rows for the packed tokens of B sequences, from their projections; their slots move on.
 
     Arguments as ``gdn.decode_step`` with N packed rows, slot_ids [B] all different and not 0, ``seq_lens`` the lengths
-    on the host (zero is allowed), ``bounds`` and ``chunks`` what ``chunk_table`` makes of them, beside the other
+    on the host (zero is allowed), ``bounds`` and ``chunks`` what ``chunk_table`` makes of them, next to the other
     tensors -> [N, HV, V] in mixed_qkv's dtype. Composed of ``causal_conv1d``, ``l2_norm``, ``gdn_gating``,
     ``chunk_gated_delta_rule`` (scale K^-0.5) and ``norm.gated_rms_norm``.
     """

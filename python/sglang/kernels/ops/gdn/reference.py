@@ -39,7 +39,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, initial: Tensor, seq_lens: Sequence
 
 
 def causal_conv1d_update(x: Tensor, weight: Tensor, state: Tensor, slot_ids: Tensor) -> Tensor:
-    """One more token a row: the convolution's output, and the slot's columns moved on by one.
+    """One more token per row: the convolution's output, and the slot's columns moved on by one.
 
     x [B, C], weight [C, W], state [S, C, W-1] (rows ``slot_ids`` [B] int64 are overwritten) -> y [B, C] in x's dtype.
     Sums are float32. Rows that share a slot leave either one's columns in it (padding rows share slot 0).

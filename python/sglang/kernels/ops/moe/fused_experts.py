@@ -260,5 +260,5 @@ fused_experts = Op(
 
 
 def shuffle_experts(w13: Tensor, w2: Tensor) -> bool:
-    """Once weights are loaded: put them into the layout of the implementation that is to run; False: as they were."""
+    """Shuffle loaded weights into the layout of the implementation that will run; True when they were changed."""
     return shuffle_for_aiter(fused_experts, w13, w2)

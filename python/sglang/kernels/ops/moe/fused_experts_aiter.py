@@ -12,7 +12,8 @@ from torch import Tensor
 from sglang.kernels.registry import REGISTRY
 from sglang.kernels.spec import Op
 
-# Rows and columns of a tile of AITER's layout, for 8 and 16 bits a weight alike; of two MXFP4 codes the column is one.
+# Rows and columns of a tile of AITER's layout, for 8 and 16 bits per weight alike; of two MXFP4 codes the column is
+# one.
 TILE = (16, 32)
 # Rows and columns of scales in a tile of its layout of them (e8m0_shuffle pads to these).
 SCALE_TILE = (256, 8)

@@ -111,5 +111,5 @@ fused_experts_fp8 = Op(
 
 
 def shuffle_experts_fp8(w13: Tensor, w2: Tensor) -> bool:
-    """Once weights are loaded: put them into the layout of the implementation that is to run; False: as they were."""
+    """Shuffle loaded weights into the layout of the implementation that will run; True when they were changed."""
     return shuffle_for_aiter(fused_experts_fp8, w13, w2)

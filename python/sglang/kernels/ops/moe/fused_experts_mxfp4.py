@@ -192,5 +192,5 @@ fused_experts_mxfp4 = Op(
 
 
 def shuffle_experts_mxfp4(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> bool:
-    """Once weights are loaded: put them into the layout of the implementation that is to run; False: as they were."""
+    """Shuffle loaded weights into the layout of the implementation that will run; True when they were changed."""
     return shuffle_mxfp4_for_aiter(fused_experts_mxfp4, w13, w13_scale, w2, w2_scale)

@@ -28,7 +28,7 @@ class MoeTiles:
 
 @functools.cache
 def _of_arch(arch: str) -> dict[str, Any]:
-    """The checked-in limits of the paths, and rows by bits of a weight and rows an expert."""
+    """The checked-in limits of the paths, and rows by bits of a weight and rows per expert."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     if arch not in table:
         logger.warning("no expert tiles for %s in %s: its default is used (benchmark/kernels/tune_moe.py)", arch, TABLE)

@@ -176,7 +176,7 @@ def _plain_cases() -> Iterator[Case]:
         for scoring, renormalize, scale in kinds:
             yield Case(f"{name}-{scoring}-{renormalize}", (logits, 4, scoring, renormalize, scale))
         for shared in (SharedSlots(1, gated=True), SharedSlots(2, 0.5), SharedSlots(3, 0.25, gated=True)):
-            # A gate beside 16 experts, in rows that are longer than they need to be.
+            # A gate next to 16 experts, in rows that are longer than necessary.
             padded = torch.nn.functional.pad(logits, (0, 7), value=-0.5)[:, : 16 + shared.gated]
             yield Case(f"{name}-{shared}", (padded, 4, "softmax", True, 2.5, shared))
 

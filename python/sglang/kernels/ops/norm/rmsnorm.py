@@ -18,7 +18,7 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * cast(x * rsqrt(mean(x^2) + eps))``.
 
     x [..., D] float, weight [D] -> [..., D] in x's dtype. The product with the weight comes after the cast, as in
-    DeepSeek's reference code (it matters in bf16 only); beside 16-bit rows a float32 weight is multiplied before it.
+    DeepSeek's reference code (it matters in bf16 only); with 16-bit rows, a float32 weight is multiplied before it.
     Zhang & Sennrich 2019, eq. 4.
     """
     wide = x.float()

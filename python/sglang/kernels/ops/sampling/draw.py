@@ -320,7 +320,7 @@ def _cases() -> Iterator[Case]:
         logits = torch.randn(len(few), vocab, generator=generator) * 3
         yield Case(f"{vocab}-mixed", draw_args(logits, few))
         yield Case(f"{vocab}-one-row", draw_args(logits[:1], plain, 3))
-    # More scores beside each other than a chunk's room: the row itself is searched.
+    # More scores are close to each other than a chunk holds: the row itself is searched.
     logits[0, :2500] += 20.0
     yield Case("20001-crowded", draw_args(logits[:2], [RowOf(top_k=2300), RowOf(top_p=0.5)]))
     yield Case("empty", draw_args(torch.empty(0, 9), both))

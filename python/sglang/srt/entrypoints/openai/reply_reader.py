@@ -92,7 +92,7 @@ class ReplyReader:
         return ChatDelta(tool_calls=[call])
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """``reason``, or "tool_calls" where the reply ends with calls that are to be made."""
+        """``reason``, or "tool_calls" where the reply ends with calls for the client to make."""
         return "tool_calls" if reason == "stop" and self._num_calls else reason
 
     @property

@@ -16,7 +16,7 @@ _REFUSED = {
     "conversation": _STATELESS,
     "prompt": "there are no stored prompts: use instructions and input",
     "background": "there is no response to come back for: use stream",
-    "max_tool_calls": "the server calls no tool by itself",
+    "max_tool_calls": "the server does not call tools",
     "top_logprobs": "use /v1/chat/completions",
 }
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
@@ -50,7 +50,7 @@ def chat_body(body: ResponsesRequest) -> ChatCompletionRequest:
 
 
 def _messages(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages of a conversation; a thought and calls join the assistant's turn that they stand beside."""
+    """Messages of a conversation; thoughts and calls are merged into the assistant's turn next to them."""
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     messages: list[dict[str, Any]] = []

@@ -101,7 +101,7 @@ class OpenAIServing(ABC, Generic[RequestT]):
         self.check(body)
         self.judge_content(body, warnings if body.return_warnings else None)
         native = await self.convert(body)
-        # Samples and prompts of one response share its id as the start of theirs, so that aborting it ends them all.
+        # Ids of samples and prompts begin with the id of their response, so that aborting it ends them all.
         native.rid = body.rid or uuid.uuid4().hex
         native.return_text_in_logprobs = True
         native.stream = bool(body.stream)

@@ -193,7 +193,7 @@ class CompressedBackend(AttentionBackend):
     """Attention of DeepSeek V4: one softmax over a window of stored rows and over compressed entries.
 
     One row per token is key and value of all heads. In a layer the calls come in the order below; each sees what the
-    calls before it stored, but that ``prepare`` may run beside the two that follow it. DeepSeek-V4 report;
+    calls before it stored, except that ``prepare`` may overlap the two calls after it. DeepSeek-V4 report;
     transformers' ``deepseek_v4`` is the truth.
     """
 

@@ -23,7 +23,7 @@ class FusedMoE(nn.Module):
     """``num_experts`` gated feed-forward experts, of which this rank holds its placement's part.
 
     The result is this rank's part of a sum over its tensor-parallel group. hidden: H. intermediate: I of one expert.
-    top_k: experts a token. quant_config and prefix, the module's name in the model, decide the format of the weights.
+    top_k: experts per token. quant_config and prefix, the module's name in the model, decide the format of the weights.
     num_shared: slots behind them for experts that a token may go to besides, all on every rank.
     """
 
@@ -93,10 +93,10 @@ class FusedMoE(nn.Module):
         return self.run_experts(x, topk.weights, self.placement.local_ids(topk.ids))
 
     def check_columns(self, topk: TopKOutput) -> None:
-        """Raise ValueError for another number of experts a token than this layer takes."""
+        """Raise ValueError for another number of experts per token than this layer takes."""
         if topk.ids.shape[1] not in (self.top_k, self.top_k + self.num_shared):
             raise ValueError(
-                f"expected {self.top_k} experts a token, or {self.num_shared} shared ones besides, got "
+                f"expected {self.top_k} experts per token, or {self.num_shared} shared ones besides, got "
                 f"{topk.ids.shape[1]}"
             )
 

@@ -1,4 +1,4 @@
-"""Which experts a token goes to, and with what weight; the one owner of the routed scaling factor."""
+"""Which experts per token goes to, and with what weight; the one owner of the routed scaling factor."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TopKOutput:
 
 
 class TopK(nn.Module):
-    """Chooses ``top_k`` experts a token from router logits.
+    """Chooses ``top_k`` experts per token from router logits.
 
     scoring: one of ``SCORINGS``. renormalize: divide a row's weights by their sum. n_group, topk_group: experts come
     only from the best ``topk_group`` of ``n_group`` groups; a group counts as its best expert or, under a bias, as the

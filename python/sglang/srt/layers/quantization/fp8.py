@@ -54,7 +54,7 @@ def encode_dummy(drawn: torch.Tensor) -> dict[str, torch.Tensor]:
 class Fp8Method(WeightMethod):
     """8-bit weights; with ``on_load`` the checkpoint's are not, and each whole matrix is quantised before it is split.
 
-    Beside each parameter lie the scales of its blocks, as ``<name>_scale_inv`` (they multiply, despite the name).
+    Each parameter has scales of its blocks, ``<name>_scale_inv`` (they are multiplied, despite the name).
     """
 
     leaves = (*leaves_of(FP8_BLOCKS), *OTHER_THAN_FP8)

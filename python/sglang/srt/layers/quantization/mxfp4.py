@@ -1,4 +1,4 @@
-"""Routed experts in MXFP4: four bits a weight in memory, as the checkpoint has them."""
+"""Routed experts in MXFP4: four bits per weight in memory, as the checkpoint has them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sglang.srt.layers.weights import ShardedMatrix, ShardId, WeightLoader, make
 
 
 class Mxfp4Method(WeightMethod):
-    """Codes [E, R, C / 2] and, beside each parameter as ``<name>_scale``, scales [E, R, C / 32], all uint8.
+    """Codes [E, R, C / 2] and, for each parameter, ``<name>_scale``: scales [E, R, C / 32], all uint8.
 
     Rows of activations stay as they are, but where AITER runs a checkpoint that was made for rows in MXFP4. For routed
     experts alone: other matrices are made plain while they load.

@@ -116,7 +116,7 @@ class DeepseekV2AttentionMLA(nn.Module):
         return self.o_proj(out)
 
     def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Queries [N, heads, nope + rope] and latents beside key parts [N, R + rope], neither normed nor rotated."""
+        """Queries [N, heads, nope + rope] and latents next to key parts [N, R + rope], neither normed nor rotated."""
         if self._q_and_kv_a is not None:
             widths = (self.num_heads * (self.nope + self.rope), self.rank + self.rope)
             q, kv_a = F.linear(hidden, self._q_and_kv_a)[:, : sum(widths)].split(widths, dim=-1)

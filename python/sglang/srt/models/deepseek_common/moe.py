@@ -1,4 +1,4 @@
-"""The MoE block of DeepSeek: the router, and routed experts beside shared ones."""
+"""The MoE block of DeepSeek: the router, routed experts and shared experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The MoE block of DeepSeek V4: experts by score or by token id, beside one shared expert, all clamped."""
+"""The MoE block of DeepSeek V4: experts by score or by token id, and one shared expert, all clamped."""
 
 from __future__ import annotations
 

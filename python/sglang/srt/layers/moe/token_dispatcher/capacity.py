@@ -65,7 +65,7 @@ def plan_rounds(rows_of_ranks: tuple[int, ...], capacity: int, limit: int) -> tu
     """Cut each rank's rows into the fewest equal shares with which no rank can receive more than ``capacity`` rows.
 
     All tokens of a round may go to one rank, so the sum of a round over ranks is what must fit; no share exceeds
-    ``limit``. No rows at all are no round. ``capacity`` must be at least one row a rank.
+    ``limit``. No rows at all are no round. ``capacity`` must be at least one row per rank.
     """
     if capacity < len(rows_of_ranks) or limit < 1:
         raise ValueError(f"{capacity} received rows and {limit} sent ones cannot serve {len(rows_of_ranks)} ranks")

@@ -28,7 +28,7 @@ _SHIFTS = {"": 0, "K": 10, "M": 20, "G": 30}
 
 @dataclass(frozen=True)
 class ExchangeBuffer:
-    """One allocation of a rank in bytes, on the symmetric heap or beside it; ``made_of`` says what it holds."""
+    """One allocation of a rank in bytes, on the symmetric heap or outside it; ``made_of`` states what it holds."""
 
     name: str
     num_bytes: int

@@ -1,7 +1,7 @@
 """The MORI protocol of expert parallelism: MORI itself on HIP, the portable transport elsewhere.
 
 ``MoriEPDispatcher`` is what layers use. Each direction is two calls, a and b: with MORI's AsyncLL kernel the first only
-starts copies, and what the caller does before the second runs beside them.
+starts copies, and the caller's work before the second call overlaps them.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _import_mori() -> Any:
 
 @lru_cache(maxsize=1)
 def _join_shmem(group: ProcessGroupHandle) -> None:
-    """Give MORI's symmetric memory the ranks of ``group``, which must run one release; once a process."""
+    """Give MORI's symmetric memory the ranks of ``group``, which must run one release; once per process."""
     mori = _import_mori()
     version = str(getattr(mori, "__version__", "unknown"))
     versions = group.all_gather_ints([zlib.crc32(version.encode())])
@@ -197,7 +197,7 @@ class MoriTransport:
 
     def __init__(self, config: EpConfig, kernel: MoriKernel, group: ProcessGroupHandle) -> None:
         if config.num_experts_per_token >= WAVE:
-            raise ExchangeConfigError(f"MORI takes fewer than {WAVE} experts a token: {config.num_experts_per_token}")
+            raise ExchangeConfigError(f"MORI takes fewer than {WAVE} experts per token: {config.num_experts_per_token}")
         self.config, self._kernel = config, kernel
         self._op = make_mori_op(config, kernel, group)
         # What a send reads must live until its recv.
