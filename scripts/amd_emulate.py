@@ -165,8 +165,8 @@ def main() -> int:
     from sglang.test.amd_gate.gate import serving_cases
 
     served: dict[str, Case] = {}
-    for op, case in serving_cases():
-        served.setdefault(op.name, case)
+    for served_op, case in serving_cases():
+        served.setdefault(served_op.name, case)
     reports = []
     for arch in arguments.arch:
         with override_platform(ShapeOnlyPlatform(arch)):

@@ -387,9 +387,9 @@ def main() -> int:
     problems += [line for source in sources if "calls" in source.binds for line in check_calls(source, finders)]
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
-    held = sum(len(source.signatures()) for source in sources)
+    count = sum(len(source.signatures()) for source in sources)
     calls = sum(len(finder.calls) for finder in finders)
-    print(f"vendor contracts: {held} signatures of {len(sources)} sources, {calls} calls, {len(problems)} drifts")
+    print(f"vendor contracts: {count} signatures of {len(sources)} sources, {calls} calls, {len(problems)} drifts")
     return 1 if problems else 0
 
 

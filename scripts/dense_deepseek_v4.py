@@ -214,7 +214,8 @@ def experts(module: nn.Module, hidden: Tensor, ids: Tensor, asked: Pass) -> Tens
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20) * gate.routed_scaling_factor
     routed = module.experts
     both = F.linear(flat, routed.gate_up_proj.flatten(0, 1)).unflatten(-1, (routed.num_experts, -1))
-    inner = clamped(*both.chunk(2, -1), routed.limit) * weights[..., None].to(both.dtype)
+    gates, ups = both.chunk(2, -1)
+    inner = clamped(gates, ups, routed.limit) * weights[..., None].to(both.dtype)
     out = F.linear(inner.flatten(1), routed.down_proj.transpose(0, 1).flatten(1))
     shared = module.shared_experts
     out = out + shared.down_proj(clamped(shared.gate_proj(flat), shared.up_proj(flat), shared.limit))

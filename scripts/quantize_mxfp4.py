@@ -52,7 +52,8 @@ def quantize(source: Path, folder: Path) -> int:
         raise SystemExit(f"{source} is quantised already ({config['quantization_config'].get('quant_method')})")
     num_layers = text_part(config)["num_hidden_layers"]
     folder.mkdir(parents=True, exist_ok=True)
-    plain, places, count = set(), {}, 0
+    plain, count = set(), 0
+    places: dict[str, str] = {}
     for path in sorted(source.glob("*.safetensors")):
         tensors: dict[str, torch.Tensor] = {}
         for name, tensor in load_file(path).items():

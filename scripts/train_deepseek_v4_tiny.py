@@ -196,7 +196,8 @@ class Trainer:
         started = reported = time.monotonic()
         counted = 0
         self.set_progress(0.0, 0)
-        stages, turns = list(STAGES), ()
+        stages = list(STAGES)
+        turns: tuple[Rows, ...] = ()
         for count in itertools.count():
             now = time.monotonic()
             progress = max((now - started) / seconds, count / self.args.steps)
@@ -327,7 +328,9 @@ class V4DraftTrainer(DraftTrainer):
 
     def chain(self, ids: Tensor, hidden: Tensor) -> Iterator[Tensor]:
         """Logits of each draft, [B, L - k, V]: row i of draft k is a guess of token i + k + 1."""
-        own, parts, starts = self.layer, [], []
+        own = self.layer
+        parts: list[Tensor] = []
+        starts: list[int] = []
         for k in range(1, len(CHAIN_WEIGHTS) + 1):
             embedded = self.model.model.embed_tokens(ids[:, k:])
             starts.append(embedded.shape[1])

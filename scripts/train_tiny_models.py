@@ -223,7 +223,7 @@ def assume_plain_positions() -> None:
 class Trainer:
     """One model in training: packing, the step (replayed as a CUDA graph where possible), scoring and saving."""
 
-    row_lengths = ROW_LENGTHS
+    row_lengths: tuple[tuple[float, tuple[int, ...]], ...] = ROW_LENGTHS
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
         torch.manual_seed(args.seed)

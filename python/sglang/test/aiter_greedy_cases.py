@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-import unittest
 from contextlib import ExitStack
+from typing import Any
 from unittest import mock
 
 import torch
@@ -16,6 +16,7 @@ from sglang.srt.layers import sampler as sampler_module
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.server_args import ServerArgs, override_server_args, set_global_server_args_for_scheduler
+from sglang.test.test_utils import CustomTestCase
 
 VOCABULARIES = (32000, 128256, 129280, 151936, 151666)
 UNSAFE_VOCABULARY = 151666
@@ -54,7 +55,7 @@ def _make_sampling_info(batch_size: int, vocab_size: int, device: str = "cuda") 
     )
 
 
-class AiterGreedyCases(unittest.TestCase):
+class AiterGreedyCases(CustomTestCase):
     """The cases; subclasses say where (``device``), how many rows (``batches``) and prepare the platform."""
 
     device = "cpu"
@@ -208,7 +209,7 @@ class AiterGreedyCases(unittest.TestCase):
                 for return_logprob in (False, True):
                     ids = {}
                     for use_aiter, dtype in ((True, torch.int32), (False, torch.int64)):
-                        patches: dict[str, object] = {"_use_aiter": use_aiter}
+                        patches: dict[str, Any] = {"_use_aiter": use_aiter}
                         if use_aiter:
                             patches["_aiter_greedy_sample"] = kernel
                         with mock.patch.multiple(sampler_module, **patches):

@@ -49,9 +49,9 @@ class TruthCompressor:
         width = dim * (2 if ratio == 4 else 1)
         self.kv, self.gate = (torch.randn(HIDDEN, width, generator=generator) for _ in range(2))
         self.position_bias = torch.randn(ratio, width, generator=generator)
-        self.norm = SimpleNamespace(weight=1 + 0.3 * torch.randn(dim, generator=generator), eps=EPS)
+        self.norm: Any = SimpleNamespace(weight=1 + 0.3 * torch.randn(dim, generator=generator), eps=EPS)
         angles = torch.outer(torch.arange(CONTEXT), plain_inverse_frequencies(ROPE, 100.0))
-        self.rotary_emb = SimpleNamespace(cos_sin_cache=torch.cat((angles.cos(), angles.sin()), dim=1))
+        self.rotary_emb: Any = SimpleNamespace(cos_sin_cache=torch.cat((angles.cos(), angles.sin()), dim=1))
 
     def true_entries(self, x: torch.Tensor) -> torch.Tensor:
         """Entries [L // ratio, dim] of the hidden rows x [L, HIDDEN], float64."""
@@ -146,7 +146,7 @@ class AttentionHarness:
         self.pools = ModelPools(layout, {FULL: tokens, SWA: tokens}, PAGE_SIZE, CPU)
         self.window = WindowPages(num_pages, num_pages, PAGE_SIZE)
         self.requests = ReqToTokenPool(64, CONTEXT)
-        config = SimpleNamespace(text=self.config)
+        config: Any = SimpleNamespace(text=self.config)
         context = AttentionContext(config, self.requests, self.pools, CPU, self.window.table)
         self.context: Any = context
         self.backend = DeepseekV4HipRadixBackend(context)

@@ -108,7 +108,8 @@ def _compare(
         tables.append([mine[p] // PAGE_SIZE if p < end else 0 for p in range(0, CONTEXT, PAGE_SIZE)])
     _same(plan.page_table, tables + [[0] * (CONTEXT // PAGE_SIZE)] * batch.padded)
     for ratio, ring in rings.items():
-        visible, state_rows, closed = [], [], []
+        visible: list[int] = []
+        state_rows, closed = [], []
         for (start, end), mine, window in zip(batch.spans, slots, windows, strict=True):
             first = len(visible)
             for p in range(start, end):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
@@ -60,7 +60,7 @@ class RuleDrafter(Drafter):
         return sum((self.num_steps + 1 - length) * number for length, number in enumerate(self.num_by_length) if length)
 
 
-def rules(answers: dict[str, Sequence[int]], vocab_size: int, eos: int, error_rate: float = 0.3) -> dict[str, Rule]:
+def rules(answers: Mapping[str, Sequence[int]], vocab_size: int, eos: int, error_rate: float = 0.3) -> dict[str, Rule]:
     """Rules by name; ``answers`` are the right outputs by request id."""
 
     def right(req: Req, known: Sequence[int], n: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,8 +10,6 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.managers.io_struct import (
     BatchTokenIDOutput,
     FinishReason,
-    FlushCacheReqOutput,
-    GetInternalStateReqOutput,
     SchedulerMessage,
     StartedReqs,
     TokenizedGenerateReqInput,
@@ -29,6 +28,13 @@ from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.srt.speculative.draft_utils import make_speculator
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.resolved_args import resolved
+
+
+def numbers(logprobs: Sequence[float | None]) -> list[float]:
+    """Log-probabilities of tokens that each have one."""
+    found = [value for value in logprobs if value is not None]
+    assert len(found) == len(logprobs), "a token has no log-probability"
+    return found
 
 
 class Finished:
@@ -76,7 +82,7 @@ class EngineHarness:
         self.scheduler = Scheduler(config, self.worker, self.memory, self, stops, grammars=grammars)
         self.inbox: list[SchedulerMessage] = []
         self.results: dict[str, Finished] = {}
-        self.answers: list[FlushCacheReqOutput | GetInternalStateReqOutput] = []
+        self.answers: list[TokenizerMessage] = []
 
     def submit(self, rid: str, input_ids: list[int], params: SamplingParams, **fields: Any) -> None:
         """Queue one request; ``fields`` are those of TokenizedGenerateReqInput."""

@@ -27,14 +27,15 @@ from sglang.test.process_ranks import run_processes
 from sglang.test.thread_ranks import run_ranks
 
 CASE = unittest.TestCase()
-MORI = {"moe_a2a_backend": "mori", "deepep_mode": "normal"}
-LOW = {**MORI, "deepep_mode": "low_latency"}
-GATHERED = {"moe_a2a_backend": "none"}
+MORI: dict[str, Any] = {"moe_a2a_backend": "mori", "deepep_mode": "normal"}
+LOW: dict[str, Any] = {**MORI, "deepep_mode": "low_latency"}
+GATHERED: dict[str, Any] = {"moe_a2a_backend": "none"}
 
 
 def poison_what_is_stale(experts: MoriEPMoE) -> None:
     """Fill the receive buffers with what must never be read."""
-    batch = experts.dispatcher.transport._batch
+    transport: Any = experts.dispatcher.transport
+    batch = transport._batch
     batch.hidden.copy_(torch.tensor(torch.nan))
     batch.weights.fill_(torch.nan)
     batch.indices.fill_(2**31 - 1)
@@ -113,8 +114,12 @@ def check_manual_cut() -> None:
     seen: list[int] = []
     for experts in layers:
         experts._tiers = (16, 32)  # as where kernels are tuned for such sizes
-        original = experts.run_moe_core
-        experts.run_moe_core = lambda arrived, original=original: (seen.append(arrived.recv_cap), original(arrived))[1]
+
+        def run_moe_core(arrived: Any, original: Any = experts.run_moe_core) -> Any:
+            seen.append(arrived.recv_cap)
+            return original(arrived)
+
+        experts.run_moe_core = run_moe_core
     with CASE.assertLogs(level="WARNING") as logs:
         for rows, expected in (([1, 1], 3), ([5, 4], 9), ([6, 6], 12)):
             seen.clear()

@@ -65,7 +65,8 @@ class FakeServer:
         self._listener = bind("127.0.0.1", 0)
         listen(self._listener)
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self.server = HttpServer(self.context, self.engine)
+        processes: Any = self.engine
+        self.server = HttpServer(self.context, processes)
         self._thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._listener]}, daemon=True)
         self._thread.start()
 
@@ -100,6 +101,8 @@ class FakeServerTestCase(CustomTestCase):
     """One fake server a class, ``settings`` its fields of ServerArgs; each test starts with a quick, healthy engine."""
 
     settings: dict[str, Any] = {}
+    fake: FakeServer
+    client: httpx.Client
 
     @classmethod
     def setUpClass(cls) -> None:

@@ -23,7 +23,7 @@ from sglang.test.tiny_tasks import heldout_questions
 Asked = tuple[Sequence[int], Mapping[str, Any], int]
 COLD, WARM = {"temperature": 0.0}, {"temperature": 0.7, "top_p": 0.9}
 PENALISED = {"temperature": 0.0, "frequency_penalty": 0.6}
-MORI = {"moe_a2a_backend": "mori"}
+MORI: dict[str, Any] = {"moe_a2a_backend": "mori"}
 GRAPHS = {"attention_backend": "triton", "cuda_graph_bs": [2, 4], "max_running_requests": 4}
 SIZES = {"max_total_tokens": 2048, "random_seed": 1, "dtype": "float32"}
 
@@ -104,7 +104,7 @@ class TwoGroups:
         self.asked: tuple[dict[str, Asked], dict[str, Asked]] = ({}, {})
         plain = EngineHarness(self.folder, disable_cuda_graph=True, **{**SIZES, **options})
         for number, (prompt, kind, at) in enumerate(zip(prompts, kinds, arrivals, strict=True)):
-            params = {**kind, "max_new_tokens": 9 + number, "ignore_eos": True, "sampling_seed": number}
+            params: dict[str, Any] = {**kind, "max_new_tokens": 9 + number, "ignore_eos": True, "sampling_seed": number}
             self.asked[number >= 4][f"r{number}"] = (prompt, params, at)
             plain.submit(f"r{number}", list(prompt), SamplingParams(**params))
         self.wanted = {rid: result.output_ids for rid, result in plain.run().items()}

@@ -29,7 +29,7 @@ def quark_config(exclude: list[str], **changes: Any) -> dict[str, Any]:
         "bias": None,
         "target_device": None,
     }
-    settings = {
+    settings: dict[str, Any] = {
         "quant_method": "quark", "quant_mode": "eager_mode", "version": "0.10", "algo_config": None,
         "global_quant_config": layers, "layer_quant_config": {}, "layer_type_quant_config": {}, "exclude": exclude,
         "kv_cache_quant_config": {}, "softmax_quant_spec": None,
@@ -68,7 +68,9 @@ def save_four_bit(source: str | Path, folder: str | Path, style: str) -> dict[st
     """
     source, folder = Path(source), Path(folder)
     config = json.loads((source / "config.json").read_text())
-    packed, plain, eight = {}, {}, {}
+    packed: dict[str, torch.Tensor] = {}
+    plain: dict[str, torch.Tensor] = {}
+    eight: dict[str, torch.Tensor] = {}
     exclude = []
     for name, tensor in load_file(source / "model.safetensors").items():
         if _EXPERT.search(name):

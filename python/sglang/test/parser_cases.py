@@ -165,10 +165,16 @@ def read_calls(parser_type: type[ToolCallParser], pieces: Sequence[str], **optio
     """The events with neighbouring texts joined, and arguments as values; each can be sent."""
     parser = parser_type(TOOLS, **options)
     events = [event for piece in pieces for event in parser.feed(piece)] + parser.finish()
-    joined = []
-    for is_text, group in itertools.groupby(events, lambda event: isinstance(event, str)):
-        found = list(group)
-        joined += ["".join(found)] if is_text else [(call.name, json.loads(call.arguments)) for call in found]
+    joined: list[Any] = []
+    for _, group in itertools.groupby(events, lambda event: isinstance(event, str)):
+        texts: list[str] = []
+        calls: list[Any] = []
+        for event in group:
+            if isinstance(event, str):
+                texts.append(event)
+            else:
+                calls.append((event.name, json.loads(event.arguments)))
+        joined += calls or ["".join(texts)]
     for event in events:
         if isinstance(event, ToolCall):
             event.arguments.encode()

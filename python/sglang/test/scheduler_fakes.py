@@ -12,13 +12,22 @@ import torch
 
 from sglang.kernels.ops.sampling.draw import SEEN
 from sglang.srt.configs.cache_layout import WINDOW_DUMMY_PAGES
-from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, StartedReqs, TokenizedGenerateReqInput
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    BatchTokenIDOutput,
+    FinishReason,
+    SchedulerMessage,
+    StartedReqs,
+    TokenizedGenerateReqInput,
+    TokenizerMessage,
+)
 from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_config import SchedulerConfig
 from sglang.srt.managers.step_result import StopChecker
 from sglang.srt.managers.tp_worker import StepOutput
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
+from sglang.srt.mem_cache.prefix_companion import PrefixCompanion
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.state_companion import StateCompanion
 from sglang.srt.mem_cache.window_companion import WindowCompanion
@@ -198,15 +207,15 @@ class FakeWorker:
 
 class FakeChannel:
     def __init__(self) -> None:
-        self.inbox: list[object] = []
+        self.inbox: list[SchedulerMessage] = []
         self.outputs: dict[str, list[int]] = {}
-        self.reasons: dict[str, object] = {}
+        self.reasons: dict[str, FinishReason] = {}
         self.started: list[list[str]] = []
-        self.answers: list[object] = []
+        self.answers: list[TokenizerMessage] = []
         self.retractions: dict[str, int] = {}
         self.cached: dict[str, int] = {}
 
-    def receive(self, wait: bool) -> list[object]:
+    def receive(self, wait: bool) -> list[SchedulerMessage]:
         messages, self.inbox = self.inbox, []
         return messages
 
@@ -219,7 +228,7 @@ class FakeChannel:
             if output.finish_reason is not None:
                 self.reasons[output.rid] = output.finish_reason
 
-    def to_tokenizer(self, message: object) -> None:
+    def to_tokenizer(self, message: TokenizerMessage) -> None:
         if isinstance(message, StartedReqs):
             self.started.append(message.rids)
         else:
@@ -270,7 +279,10 @@ def make(
         # As where the device has a table of its own.
         windows._is_shared, windows.table = False, windows.table.clone()
     allocator = TokenToKVPoolAllocator(pool, page, windows)
-    states, companions = None, [WindowCompanion(windows, 2 * width)] if windows is not None else []
+    states = None
+    companions: list[PrefixCompanion[Any]] = []
+    if windows is not None:
+        companions.append(WindowCompanion(windows, 2 * width))
     if hybrid:
         num_slots = max(state_slots, rows)
         slots, state_memory = make_state_slots(num_slots, [0], (1, 1), (1, 1, 1), torch.int64, torch.int64)
@@ -297,7 +309,8 @@ def make(
         deep_pool_check=True,
     )
     worker, channel = FakeWorker(memory, states, width), FakeChannel()
-    return Setup(Scheduler(config, worker, memory, channel, StopChecker(None)), worker, channel, memory)
+    stands_in: Any = worker
+    return Setup(Scheduler(config, stands_in, memory, channel, StopChecker(None)), worker, channel, memory)
 
 
 def request(rid: str, prompt: list[int], max_new: int = 8, stream: bool = False) -> TokenizedGenerateReqInput:

@@ -11,6 +11,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as with_seed
 from schemathesis import GenerationMode
+from schemathesis.core.result import Ok
 
 from sglang.test.test_utils import CustomTestCase, free_url, kill_process_tree, popen_launch_server
 
@@ -56,7 +57,10 @@ def fuzz(url: str, num_cases: int, seed: int) -> collections.Counter[int]:
     Raises AssertionError for a status of 500 or more, naming the request, and httpx.TimeoutException for a hang.
     """
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
-    operations = [result.ok() for result in schema.get_all_operations()]
+    operations = []
+    for result in schema.get_all_operations():
+        assert isinstance(result, Ok), result
+        operations.append(result.ok())
     with_body = [operation for operation in operations if operation.body]
     others = [operation for operation in operations if not operation.body]
     statuses: collections.Counter[int] = collections.Counter()

@@ -26,6 +26,9 @@ class Place(pydantic.BaseModel):
 class ScriptedAgentCase(CustomTestCase):
     """The model is a script: it calls the first tool that it is shown, then answers; with a form it says ANSWER."""
 
+    fake: FakeServer
+    base: str
+
     @classmethod
     def setUpClass(cls):
         cls.fake = FakeServer(
@@ -41,7 +44,9 @@ class ScriptedAgentCase(CustomTestCase):
 
     @classmethod
     def say(cls, message):
-        prompt = cls.fake.tokenizer.decode(list(message.input_ids), skip_special_tokens=False)
+        tokenizer = cls.fake.tokenizer
+        assert tokenizer is not None
+        prompt = tokenizer.decode(list(message.input_ids), skip_special_tokens=False)
         lines = [line for line in prompt.splitlines() if line.startswith('{"type": "function"')]
         tools = [json.JSONDecoder().raw_decode(line)[0]["function"] for line in lines]
         text = "It is Paris, for 2."
@@ -51,7 +56,7 @@ class ScriptedAgentCase(CustomTestCase):
             text = CALL.format(name=tools[0]["name"], arguments=json.dumps(arguments))
         elif message.grammar is not None or "JSON" in prompt:
             text = ANSWER
-        return [*cls.fake.tokenizer.encode(text, add_special_tokens=False), 1]
+        return [*tokenizer.encode(text, add_special_tokens=False), 1]
 
     def client(self, kind=openai.OpenAI):
         client = kind(base_url=self.base, api_key="k", max_retries=0, timeout=30)

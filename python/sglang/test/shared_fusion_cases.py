@@ -13,7 +13,7 @@ from sglang.srt.environ import envs
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.stream_policy import SITE_RULES
-from sglang.test.engine_harness import EngineHarness
+from sglang.test.engine_harness import EngineHarness, numbers
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import KERNEL_SIZED_CONFIGS
 
@@ -43,10 +43,11 @@ class SharedFusionCases(CustomTestCase):
                 prompt = [generator.randrange(3, 512) for _ in range(length)]
                 engine.submit(f"r{number}", prompt, params, return_logprob=True, logprob_start_len=0)
             results = engine.run()
-        answers = {
-            rid: (found.output_ids, found.output_logprobs.logprobs, found.input_logprobs.logprobs[1:])
-            for rid, found in results.items()
-        }
+        answers: Answers = {}
+        for rid, found in results.items():
+            assert found.input_logprobs is not None
+            drawn, fed = found.output_logprobs.logprobs, found.input_logprobs.logprobs[1:]
+            answers[rid] = (found.output_ids, numbers(drawn), numbers(fed))
         return answers, engine.runner
 
     def assert_alike(self, found: Answers, wanted: Answers, bound: float) -> None:

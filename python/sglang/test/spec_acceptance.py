@@ -15,7 +15,7 @@ def served_shares(
     path: str, prompts: Sequence[Sequence[int]], max_new_tokens: int, num_steps: int, **server_args: Any
 ) -> tuple[list[float], float, float]:
     """The share of drafts accepted at each place, tokens per step of a request, and cached tokens per request."""
-    spec = {"speculative_algorithm": "NEXTN", "speculative_num_steps": num_steps}
+    spec: dict[str, Any] = {"speculative_algorithm": "NEXTN", "speculative_num_steps": num_steps}
     harness = EngineHarness(path, max_running_requests=32, **spec, **server_args)
     scheduler = harness.scheduler
     accept = scheduler._accept

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import jsonschema
 
@@ -26,7 +27,7 @@ FORMS: dict[str, tuple[str, str] | None] = {
     "short": ("regex", "ab"),
     "free": None,
 }
-DRAWN: tuple[dict[str, float], ...] = ({"temperature": 0.0}, {"temperature": 1.2, "top_p": 0.95})
+DRAWN: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {"temperature": 1.2, "top_p": 0.95})
 
 
 def serve_forms(engine: EngineHarness, tokenizer: Tokenizer) -> dict[str, Finished]:
@@ -34,7 +35,7 @@ def serve_forms(engine: EngineHarness, tokenizer: Tokenizer) -> dict[str, Finish
     for number, question in enumerate(heldout_questions()[:16]):
         form = tuple(FORMS)[number % 4]
         kind = FORMS[form]
-        edits = {"presence_penalty": 0.7, "min_new_tokens": 4} if number // 4 == 3 else {}
+        edits: dict[str, Any] = {"presence_penalty": 0.7, "min_new_tokens": 4} if number // 4 == 3 else {}
         params = SamplingParams(
             max_new_tokens=40 if kind else 9, sampling_seed=number, **DRAWN[number // 4 % 2], **edits
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Container
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -12,6 +12,7 @@ import torch
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.model_executor.model_runner import StepForward
+from sglang.srt.platforms.host_device import HostGraph
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.accept_graphs import DRAWN_ACCEPT, GREEDY_ACCEPT
 from sglang.srt.speculative.draft_graphs import DRAWN, EXTEND, GREEDY
@@ -29,10 +30,19 @@ KINDS: tuple[dict[str, Any], ...] = (
 )
 
 
-class SpecGraphs:
+# A test module that imports these classes must not find test cases in them.
+if TYPE_CHECKING:
+    _Case = CustomTestCase
+else:
+    _Case = object
+
+
+class SpecGraphs(_Case):
     """For test cases: engines of an embedded model on the platform at hand, with graphs of a few batch sizes."""
 
     folder = str(EMBEDDED_MODELS["deepseek-v3-tiny"])
+    tokenizer: Tokenizer
+    prompts: list[list[int]]
 
     @classmethod
     def setUpClass(cls) -> None:
@@ -64,6 +74,7 @@ def no_call_left_out(
     idle: names of calls that find nothing to do.
     """
     step = graphs._steps[2]
+    assert isinstance(step.graph, HostGraph)
     calls = step.graph._calls
     acting = [index for index, call in enumerate(calls) if "empty" not in call.name and call.name not in idle]
     for index in acting[::every]:
@@ -94,7 +105,9 @@ class VerifyCases(SpecGraphs):
         Behind a chunk before the end of a prompt there is none: such requests share the padding row's slots, so what
         is drafted there depends on which of them a device writes last.
         """
-        drafter, found = engine.worker.speculator.drafter, []
+        assert engine.worker.speculator is not None
+        drafter: Any = engine.worker.speculator.drafter
+        found: list[list[list[int]]] = []
         propose = drafter.propose
 
         def watched(step: StepForward, *args: Any) -> torch.Tensor:
@@ -147,6 +160,7 @@ class VerifyCases(SpecGraphs):
                 self.assertGreater(metrics.num_accepted_drafts, 0)
                 self.assertLess(metrics.num_accepted_drafts, metrics.num_drafts)
                 padding = engine.runner.req_to_token_pool.padding_row
+                assert engine.runner.relay is not None
                 left = (engine.runner.last_token, engine.runner.relay.committed, engine.runner.relay.drafts)
                 self.assertEqual([int(tensor[padding].abs().sum()) for tensor in left], [0, 0, 0])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import TestCase
 
 import torch
@@ -114,7 +114,7 @@ class SpecMatrix:
     def _serve_wave(
         harness: EngineHarness, prompts: dict[str, list[int]], warm: bool, aborted: Sequence[str] = ()
     ) -> dict[str, Finished]:
-        drawn = {"temperature": 0.7, "top_p": 0.9} if warm else {"temperature": 0.0}
+        drawn: dict[str, Any] = {"temperature": 0.7, "top_p": 0.9} if warm else {"temperature": 0.0}
         for seed, (rid, prompt) in enumerate(prompts.items()):
             goes_on = rid in ("r1", "r4")
             params = SamplingParams(
@@ -148,6 +148,7 @@ class SpecMatrix:
             )
         if case.rule != MODEL:
             known = rules(answers, harness.model_config.vocab_size, harness.model_config.eos_token_ids[0])
+            assert harness.worker.speculator is not None
             harness.worker.speculator.drafter = RuleDrafter(harness.memory, known[case.rule], case.num_steps)
         self._serve_wave(harness, self.first, case.warm, ABORTED if case.aborts else ())
         results = self._serve_wave(harness, self.second[case.warm], case.warm)
@@ -164,7 +165,8 @@ class SpecMatrix:
     def _check_events(
         self, test: TestCase, case: SpecCase, harness: EngineHarness, results: dict[str, Finished]
     ) -> None:
-        ended = [rid for rid, result in results.items() if result.finish_reason.type == "abort"]
+        reasons = [result.finish_reason for result in results.values()]
+        ended = [reason for reason in reasons if reason is not None and reason.type == "abort"]
         test.assertEqual(bool(ended), case.aborts, case)
         test.assertEqual(any(result.cached_tokens for result in results.values()), case.hits, case)
         test.assertEqual(any(result.num_retractions for result in results.values()), case.retracts, case)

@@ -13,14 +13,16 @@ import unittest
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 from unittest import mock
 from urllib.parse import urlparse
 
 from sglang.srt.environ import envs
 from sglang.srt.utils.common import get_free_port, kill_process_tree
+
+R = TypeVar("R")
 
 __all__ = [
     "DEFAULT_TIMEOUT_FOR_SERVER_LAUNCH",
@@ -78,6 +80,13 @@ class CustomTestCase(unittest.TestCase):
     def run(self, result: unittest.TestResult | None = None) -> Any:
         with process_state_kept():
             return super().run(result)
+
+    if sys.version_info < (3, 11):
+
+        def enterContext(self, manager: AbstractContextManager[R]) -> R:
+            entered = manager.__enter__()
+            self.addCleanup(manager.__exit__, None, None, None)
+            return entered
 
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)

@@ -9,7 +9,7 @@ import torch
 
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.test.drafters import RuleDrafter, rules
-from sglang.test.engine_harness import EngineHarness
+from sglang.test.engine_harness import EngineHarness, numbers
 
 # Variables that choose how DeepSeek V4 is computed and not what, each with the value that it does not have by default.
 SWITCHES = (
@@ -58,7 +58,9 @@ def serve(
             )
             engine.submit(f"{rid}@{temperature}", list(prompt), params, return_logprob=True)
     results = engine.run()
-    return {rid: (result.output_ids, list(result.output_logprobs.logprobs)) for rid, result in results.items()}, drafter
+    return {
+        rid: (result.output_ids, numbers(result.output_logprobs.logprobs)) for rid, result in results.items()
+    }, drafter
 
 
 def difference(found: Answers, wanted: Answers, tolerance: float) -> str:

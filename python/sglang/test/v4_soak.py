@@ -42,7 +42,7 @@ def distinct_requests(count: int, seed: int = 0) -> list[Request]:
     rng = random.Random(f"soak/{seed}")
     tokenizer = Tokenizer.from_path(FOLDER)
     questions = [question.text for question in heldout_questions(count)]
-    found = []
+    found: list[Request] = []
     for number in range(count):
         kind, text = number % 5, questions[number]
         if kind in (1, 2):

@@ -17,7 +17,7 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.mem_cache.window_companion import WindowCompanion
 from sglang.srt.mem_cache.window_pages import WindowPages
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.test.engine_harness import EngineHarness
+from sglang.test.engine_harness import EngineHarness, numbers
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.v4_mtp_reference import save_tiny_v4_mtp
 from sglang.test.v4_mtp_serving import Answers, difference
@@ -100,7 +100,7 @@ def serve_windows(
         if rid == abort:
             engine.inbox.append(AbortReq(rid=rid))
     results = engine.run()
-    answers = {rid: (result.output_ids, list(result.output_logprobs.logprobs)) for rid, result in results.items()}
+    answers = {rid: (result.output_ids, numbers(result.output_logprobs.logprobs)) for rid, result in results.items()}
     return answers, {rid: result.cached_tokens for rid, result in results.items()}
 
 
@@ -109,6 +109,7 @@ class WindowCase(CustomTestCase):
 
     FORMATS: dict[str, Any] = {}
     folder: str
+    hf: Any
     plain: Answers
 
     @classmethod

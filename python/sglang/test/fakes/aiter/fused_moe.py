@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,10 @@ from aiter.ops.enum import ActivationType, QuantType
 from aiter.ops.shuffle import unshuffled
 from aiter.utility.fp4_utils import rounded, unshuffled_scale, weights_of
 
-_ACTIVATIONS = {ActivationType.Silu: F.silu, ActivationType.Gelu: F.gelu}
+_ACTIVATIONS: dict[ActivationType, Callable[[torch.Tensor], torch.Tensor]] = {
+    ActivationType.Silu: F.silu,
+    ActivationType.Gelu: F.gelu,
+}
 _BLOCK = 128
 _FP8 = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 _FP4 = torch.float4_e2m1fn_x2

@@ -7,6 +7,8 @@ from mori.ops import config as _config
 from mori.ops.config import EpDispatchCombineKernelType
 from mori.ops.dispatch_combine import EpDispatchCombineOp
 
+EpDispatchCombineConfig: type
+
 __all__ = ["EpDispatchCombineConfig", "EpDispatchCombineKernelType", "EpDispatchCombineOp", "select_config"]
 
 

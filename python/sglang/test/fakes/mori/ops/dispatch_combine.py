@@ -155,7 +155,10 @@ class EpDispatchCombineOp:
         goes = torch.stack(masks, dim=1)
         self._layout = _Layout(indices.clone(), goes, sent_tokens, recv_counts, order, torch.cat(arrived)[order])
         rows = self.max_num_tokens_to_recv()
-        out_scales = self._view("scales", scales.dtype, rows, self.config.scale_dim) if has_scales else None
+        out_scales = None
+        if has_scales:
+            assert scales is not None
+            out_scales = self._view("scales", scales.dtype, rows, self.config.scale_dim)
         out = self._view("out", input.dtype, rows, input.shape[1])
         self._outputs = (out, self._out_weights if weights is not None else None, out_scales, self._out_indices)
         for view in (out, self._out_weights, out_scales, self._out_indices):
