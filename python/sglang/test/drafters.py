@@ -11,7 +11,8 @@ from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.model_executor.model_runner import StepForward
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-from sglang.srt.speculative.eagle_worker import Accepted, Drafter
+from sglang.srt.speculative.eagle_worker import Drafter
+from sglang.srt.speculative.verify import Accepted
 
 # From the tokens of a request so far to ``n`` guesses.
 Rule = Callable[[Req, Sequence[int], int], Sequence[int]]

@@ -11,7 +11,8 @@ from sglang.srt.layers.logprobs import HostLogprobs
 from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-from sglang.srt.speculative.eagle_worker import Accepted, EagleWorker
+from sglang.srt.speculative.eagle_worker import EagleWorker
+from sglang.srt.speculative.verify import Accepted
 
 
 @dataclass(frozen=True)

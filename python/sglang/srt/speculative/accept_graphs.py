@@ -17,9 +17,10 @@ from sglang.srt.model_executor.bucket_graphs import Body, BucketGraphs
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
 from sglang.srt.model_executor.model_runner import StepForward
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-from sglang.srt.speculative.eagle_worker import Accepted, EagleWorker
+from sglang.srt.speculative.eagle_worker import EagleWorker
 from sglang.srt.speculative.proven_graphs import BodyOf, capture_proven, prove_replay
 from sglang.srt.speculative.spec_buffers import SpecBuffers
+from sglang.srt.speculative.verify import Accepted
 
 GREEDY_ACCEPT, DRAWN_ACCEPT = "greedy accept", "drawn accept"
 

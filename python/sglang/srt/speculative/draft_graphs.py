@@ -18,11 +18,11 @@ from sglang.srt.model_executor.capture_lint import HostList
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
 from sglang.srt.model_executor.model_runner import ModelRunner, StepForward, place_rows
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-from sglang.srt.speculative.eagle_worker import Accepted
 from sglang.srt.speculative.mtp_drafter import ChainStart, Drafts, MtpDrafter
 from sglang.srt.speculative.proven_graphs import BodyOf, capture_proven, prove_replay
 from sglang.srt.speculative.spec_buffers import SpecBuffers
 from sglang.srt.speculative.spec_info import SpecInfo
+from sglang.srt.speculative.verify import Accepted
 
 EXTEND, GREEDY, DRAWN = "draft extend", "greedy draft", "drawn draft"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -15,27 +15,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner, StepForward
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.speculative.spec_info import SpecInfo
-from sglang.srt.speculative.verify import num_new_tokens
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """What a step gave: drawn [B, W] int64, of which the first ``num_new`` [B] int64 of each request are its tokens.
-
-    ``told`` [B, 2 W + 1] int64 is what the host gets to know of a verify step: ids, faults and number of each request.
-    ``bucket`` is that of the graph that has left all of it for the draft's, too; None for an eager step.
-    """
-
-    drawn: torch.Tensor
-    num_new: torch.Tensor
-    told: torch.Tensor | None = None
-    bucket: int | None = None
-
-    @property
-    def last_rows(self) -> torch.Tensor:
-        """Rows of the step, [B], from which the last token of each request was drawn."""
-        size, width = self.drawn.shape
-        return torch.arange(size, device=self.drawn.device) * width + self.num_new - 1
+from sglang.srt.speculative.verify import Accepted, num_new_tokens
 
 
 class Drafter(ABC):

@@ -13,8 +13,9 @@ from sglang.srt.model_executor.capture_lint import HostList
 from sglang.srt.model_executor.forward_batch_info import AttentionBackendLike, ForwardBatch, ForwardMode, StepKind
 from sglang.srt.model_executor.model_runner import ModelRunner, StepForward
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-from sglang.srt.speculative.eagle_worker import Accepted, Drafter
+from sglang.srt.speculative.eagle_worker import Drafter
 from sglang.srt.speculative.spec_info import DRAFT, SpecInfo
+from sglang.srt.speculative.verify import Accepted
 
 
 class DraftForward(Protocol):

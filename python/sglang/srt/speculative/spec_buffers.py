@@ -6,9 +6,9 @@ import torch
 
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-from sglang.srt.speculative.eagle_worker import Accepted
 from sglang.srt.speculative.mtp_drafter import ChainStart
 from sglang.srt.speculative.spec_info import SpecInfo
+from sglang.srt.speculative.verify import Accepted
 
 
 class SpecBuffers:
