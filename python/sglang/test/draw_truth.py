@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from sglang.kernels.ops.sampling.draw import COUNT, SEEN, STOP
 from sglang.kernels.ops.sampling.seeded import uniform_from_seed_torch
+from sglang.srt.sampling.logit_edits import EditColumns, LogitEdits, SamplingRow
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
+CPU = torch.device("cpu")
 # Distance, as a share of the row's mass, from a boundary up to which another id is right too.
 NEAR = 1e-6
+
+
+def device_edits(rows: Sequence[SamplingRow], vocab_size: int) -> LogitEdits:
+    """What a device would hold of ``rows``, on the host."""
+    edits = EditColumns(rows, vocab_size)
+    return edits.build({name: torch.from_numpy(column) for name, column in edits.columns().items()})
+
+
+def both_forms(rows: Sequence[SamplingRow], vocab_size: int) -> Iterator[tuple[str, SamplingBatchInfo]]:
+    """A batch with the edits of a host, then with those of a device."""
+    for form in ("host", "device"):
+        info = SamplingBatchInfo.from_rows(rows, vocab_size, CPU)
+        with_edits = form == "device" and info.edits is not None
+        yield form, replace(info, edits=device_edits(rows, vocab_size)) if with_edits else info
 
 
 def true_scores(args: tuple[Any, ...], row: int) -> torch.Tensor:

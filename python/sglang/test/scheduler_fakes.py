@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from unittest import TestCase
 
 import torch
 
-from sglang.kernels.ops.sampling.draw import SEEN
 from sglang.srt.configs.cache_layout import WINDOW_DUMMY_PAGES
 from sglang.srt.managers.io_struct import (
     AbortReq,
@@ -89,13 +89,15 @@ class FakeForward:
         """Checks that penalties know all tokens so far."""
         edits = info.edits
         if edits is not None and self.is_decode:
-            penalised = False
-            for request, marks, penalties in zip(edits.requests.tolist(), edits.marks, edits.penalties, strict=True):
-                if float(penalties[2]) != 1.0:
-                    seen = ((marks & SEEN) != 0).nonzero().flatten().tolist()
-                    assert set(seen) == set(self.sequences[request]), "penalties of other tokens"
-                    penalised = True
-            self.worker.num_penalised_steps += penalised
+            ones = torch.ones(len(self.sequences), info.vocab_size)
+            edited, wanted = edits.apply(ones), ones
+            for row, request in edits.requests.items():
+                wanted[row, self.sequences[row]] /= float(request.repetition)
+                if request.left > 0:
+                    wanted[row, request.stops] = -math.inf
+            assert torch.equal(edited, wanted), "penalties of other tokens"
+            penalised = [request for request in edits.requests.values() if request.repetition != 1.0]
+            self.worker.num_penalised_steps += bool(penalised)
         drawn_ids = self.output.next_token_ids
         lengths = [start + len(drawn) for start, drawn in zip(self.committed, drawn_ids, strict=True)]
         self.worker.lengths.update(zip(self.rows, lengths, strict=True))

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import unittest
+from typing import Any
 from unittest import mock
 
 import torch
 
-from sglang.kernels.ops.sampling import draw as draw_module
 from sglang.kernels.ops.sampling.draw import RowOf, draw, draw_args, draw_torch, filter_torch
 from sglang.kernels.ops.sampling.greedy import greedy_sample, greedy_torch
 from sglang.kernels.ops.sampling.seeded import seeded_sample_torch, uniform_from_seed_torch
@@ -18,7 +18,7 @@ from sglang.srt.layers.sampler import Sampler
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError, sample_seed
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.draw_truth import judge_draw
+from sglang.test.draw_truth import both_forms, judge_draw
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=12, suite="stage-a-test-cpu")
@@ -241,19 +241,6 @@ class TestDraw(CustomTestCase):
                 ids, faults = draw_torch(*case.args)
                 self.assertEqual(judge_draw(case.args, ids, faults, faults), 0)
 
-    def test_a_host_edits_as_a_device_does(self) -> None:
-        edited = 0
-        for case in draw.cases():
-            logits, rest = case.args[0], case.args[10:]
-            if rest and rest[0] is not None:
-                for dtype in (torch.float32, torch.bfloat16):
-                    kept = logits.to(dtype)
-                    found, wanted = (form(kept, *rest) for form in (draw_module._edit_marked, draw_module._edit_all))
-                    torch.testing.assert_close(found, wanted.float(), rtol=1e-6, atol=1e-6)
-                    self.assertTrue(torch.equal(kept, logits.to(dtype)))
-                edited += 1
-        self.assertGreater(edited, 2)
-
     def test_where_a_sort_is_spared_and_where_not(self) -> None:
         """Past 4096 ids a host sorts the best 1024 alone, unless a row's filter reaches further."""
         rows = [RowOf(top_p=0.9), RowOf(top_k=1024), RowOf(), RowOf(0.3, top_p=0.999), RowOf(greedy=True)]
@@ -340,22 +327,35 @@ class TestFaults(CustomTestCase):
             for greedy in (False, True):
                 if greedy and "temperature" in fields:
                     continue
-                with self.subTest(fields, greedy=greedy):
-                    edited = SamplingParams(**fields)
-                    edited.top_k = 1 if greedy else -1
-                    other = SamplingParams(temperature=0.0) if greedy else SamplingParams(top_p=0.9)
-                    neighbour = [0.5, -1.0, 2.0, 0.0]
-                    logits = torch.tensor([row, neighbour])
-                    info = info_of([edited, other], 4, prompt=[2], stop=stop)
-                    output = LogitsProcessorOutput(logits)
-                    ids = Sampler()(output, info, positions=torch.arange(2))
-                    self.assertEqual(output.row_faults.tolist(), [RowFault.EDITED, 0])
-                    alone = Sampler()(
-                        LogitsProcessorOutput(logits[1:]),
-                        info_of([other], 4, [1], prompt=[2]),
-                        positions=torch.tensor([1]),
-                    )
-                    self.assertEqual(int(ids[1]), int(alone))
+                edited = SamplingParams(**fields)
+                edited.top_k = 1 if greedy else -1
+                other = SamplingParams(temperature=0.0) if greedy else SamplingParams(top_p=0.9)
+                neighbour = [0.5, -1.0, 2.0, 0.0]
+                logits = torch.tensor([row, neighbour])
+                rows = [SamplingRow(params, seed, [2], [], stop) for seed, params in enumerate((edited, other))]
+                for form, info in both_forms(rows, 4):
+                    with self.subTest(fields, greedy=greedy, form=form):
+                        output = LogitsProcessorOutput(logits)
+                        ids = Sampler()(output, info, positions=torch.arange(2))
+                        self.assertEqual(output.row_faults.tolist(), [RowFault.EDITED, 0])
+                        alone = Sampler()(
+                            LogitsProcessorOutput(logits[1:]),
+                            info_of([other], 4, [1], prompt=[2]),
+                            positions=torch.tensor([1]),
+                        )
+                        self.assertEqual(int(ids[1]), int(alone))
+
+    def test_what_an_edit_hides_of_the_models_faults(self) -> None:
+        """NaN or +inf at an id that is forbidden, nothing finite, and beside an edit that changes nothing of it."""
+        bad = [[1.0, NAN, 2.0, 3.0], [1.0, INF, 2.0, 3.0], [-INF] * 4, [1.0, 2.0, NAN, 0.0], [1.0, 2.0, 3.0, 4.0]]
+        for fields in ({"min_new_tokens": 2}, {"min_new_tokens": 2, "frequency_penalty": 1.0}, {"top_k": 1}):
+            params = SamplingParams(**{"temperature": 0.8, "repetition_penalty": 2.0, **fields})
+            rows = [SamplingRow(params, seed, [2], [3], [1]) for seed in range(5)]
+            for form, info in both_forms(rows, 4):
+                with self.subTest(fields, form=form):
+                    output = LogitsProcessorOutput(torch.tensor(bad))
+                    Sampler()(output, info, positions=torch.arange(5))
+                    self.assertEqual(output.row_faults.tolist(), [RowFault.LOGITS] * 4 + [0])
 
     def test_a_greedy_row_is_judged_as_such_whoever_is_beside_it(self) -> None:
         logits = torch.tensor([[1.0, 3e33, 2.0], [1.0, 2.0, 3.0]])
@@ -406,31 +406,68 @@ class TestEdits(CustomTestCase):
         params = SamplingParams(
             frequency_penalty=0.4, presence_penalty=-0.7, repetition_penalty=1.5, logit_bias={"3": -5, "0": 2.5}
         )
-        prompt, output = [1, 1, 2], [4, 4, 5]
-        info = info_of([params, SamplingParams()], 8, prompt=prompt, output=output)
+        prompt = [1, 1, 2]
+        rows = [SamplingRow(p, seed, prompt, [4, 4, 5]) for seed, p in enumerate((params, SamplingParams()))]
         logits = torch.randn(2, 8, generator=torch.Generator().manual_seed(3))
-        for drawn in ([6, 1], [6, 2]):
-            info.update(torch.tensor(drawn))
-            output = output + [drawn[0]]
-            wanted = []
-            for i, x in enumerate(logits[0].tolist()):
-                if i in prompt + output:
-                    x = x / 1.5 if x > 0 else x * 1.5
-                x -= 0.4 * output.count(i) + (-0.7 if i in output else 0.0)
-                wanted.append(x + {3: -5, 0: 2.5}.get(i, 0.0))
-            edited = info.apply_edits(logits)
-            torch.testing.assert_close(edited[0], torch.tensor(wanted))
-            torch.testing.assert_close(edited[1], logits[1])
+        for form, info in both_forms(rows, 8):
+            output = [4, 4, 5]
+            for drawn in ([6, 1], [6, 2]):
+                info.update(torch.tensor(drawn))
+                output = output + [drawn[0]]
+                wanted = []
+                for i, x in enumerate(logits[0].tolist()):
+                    if i in prompt + output:
+                        x = x / 1.5 if x > 0 else x * 1.5
+                    x -= 0.4 * output.count(i) + (-0.7 if i in output else 0.0)
+                    wanted.append(x + {3: -5, 0: 2.5}.get(i, 0.0))
+                edited = info.apply_edits(logits)
+                torch.testing.assert_close(edited[0], torch.tensor(wanted), msg=form)
+                torch.testing.assert_close(edited[1], logits[1])
+
+    def test_a_host_edits_as_a_device_does(self) -> None:
+        """Every kind of edit, by exactly the same numbers, token after token: ids anew, again, and all there are."""
+        penalties = {"frequency_penalty": 0.3, "presence_penalty": -0.2, "repetition_penalty": 1.7}
+        kinds: list[dict[str, Any]] = [
+            penalties, {}, {"repetition_penalty": 0.6}, {"logit_bias": {"3": 2.5, "90": -1e30}},
+            {"min_new_tokens": 40}, {**penalties, "logit_bias": {"0": 9.0}, "min_new_tokens": 3}, {},
+            {"frequency_penalty": -2.0}, {"presence_penalty": 1.5, "min_new_tokens": 2},
+        ]  # fmt: skip
+        generator = torch.Generator().manual_seed(8)
+        vocab, texts = 97, ([], [5], [7, 7, 96, 0])
+        for kept in (kinds, kinds[:1], kinds[4:5], kinds[3:4]):
+            rows = [
+                SamplingRow(SamplingParams(**fields), seed, texts[seed % 3], texts[seed % 2], [3, 96])
+                for seed, fields in enumerate(kept)
+            ]
+            (_, host), (_, device) = both_forms(rows, vocab)
+            for step in range(160):
+                logits = torch.randn(len(kept), vocab, generator=generator) * 4
+                logits[:, step % vocab] = (NAN, INF, -INF, 0.0)[step % 4]
+                given = logits.to((torch.float32, torch.bfloat16)[step % 2])
+                before = given.clone()
+                torch.testing.assert_close(
+                    host.apply_edits(given), device.apply_edits(given).float(), rtol=0, atol=0, equal_nan=True
+                )
+                torch.testing.assert_close(given, before, rtol=0, atol=0, equal_nan=True)
+                drawn = torch.randint(vocab, (len(kept),), generator=generator)
+                for info in (host, device):
+                    info.update(drawn)
+
+    def test_edits_of_another_vocabulary_are_refused(self) -> None:
+        info = info_of([SamplingParams(presence_penalty=1.0)], 8)
+        with self.assertRaisesRegex(ValueError, "8 ids, and logits of 9"):
+            info.apply_edits(torch.zeros(1, 9))
 
     def test_min_new_tokens_forbids_stop_ids_until_reached(self) -> None:
-        info = info_of([SamplingParams(temperature=0.0, min_new_tokens=2)], 4, stop=[2, 3])
+        rows = [SamplingRow(SamplingParams(temperature=0.0, min_new_tokens=2), 0, [], [], [2, 3])]
         logits = torch.tensor([[0.0, 1.0, 9.0, 8.0]])
-        drawn = []
-        for _ in range(3):
-            ids = Sampler()(LogitsProcessorOutput(logits), info)
-            info.update(ids)
-            drawn.append(int(ids))
-        self.assertEqual(drawn, [1, 1, 2])
+        for form, info in both_forms(rows, 4):
+            drawn = []
+            for _ in range(3):
+                ids = Sampler()(LogitsProcessorOutput(logits), info)
+                info.update(ids)
+                drawn.append(int(ids))
+            self.assertEqual(drawn, [1, 1, 2], form)
 
     def test_logprobs_are_the_models_own(self) -> None:
         logits = torch.randn(3, 11, generator=torch.Generator().manual_seed(4))

@@ -10,6 +10,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.spec_info import SpecInfo
 from sglang.srt.speculative.verify import num_new_tokens
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.draw_truth import both_forms, device_edits
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
@@ -48,8 +49,8 @@ class TestAlongPath(CustomTestCase):
         return [
             SamplingParams(temperature=0.7, top_p=0.9, frequency_penalty=0.5, presence_penalty=-0.25),
             SamplingParams(temperature=0.0, repetition_penalty=1.5),
-            SamplingParams(temperature=1.2, top_k=3, min_p=0.1, min_new_tokens=4, logit_bias={"3": 1.5}),
-            SamplingParams(temperature=1.0, min_new_tokens=2, stop_token_ids=[5]),
+            SamplingParams(temperature=1.2, top_k=3, min_p=0.1, min_new_tokens=2, logit_bias={"3": 1.5}),
+            SamplingParams(temperature=1.0, min_new_tokens=3, stop_token_ids=[5]),
         ]
 
     def test_each_row_is_edited_as_if_its_drafts_had_been_output(self) -> None:
@@ -59,9 +60,7 @@ class TestAlongPath(CustomTestCase):
         drafts = torch.tensor([[2, 2, 1], [4, 0, 0], [5, 5, 3], [3, 3, 3]])
         for chosen in ([0, 1, 2, 3], [0], [2], [1, 3]):
             rows = [SamplingRow(params[i], i, [0, 5], outputs[i], [5, 6]) for i in chosen]
-            info = SamplingBatchInfo.from_rows(rows, VOCAB, torch.device("cpu"))
             logits = torch.randn(len(chosen) * 4, VOCAB, generator=generator)
-            found = info.along_path(drafts[chosen]).apply_edits(logits)
             wanted = []
             for place, i in enumerate(chosen):
                 for j in range(4):
@@ -71,8 +70,14 @@ class TestAlongPath(CustomTestCase):
                     )
                     row = logits[place * 4 + j : place * 4 + j + 1]
                     wanted.append(alone.apply_edits(row) if alone.edits_logits() else row)
-            with self.subTest(chosen=chosen):
-                torch.testing.assert_close(found, torch.cat(wanted))
+            for form, info in both_forms(rows, VOCAB):
+                with self.subTest(chosen=chosen, form=form):
+                    wide = info.along_path(drafts[chosen])
+                    torch.testing.assert_close(wide.apply_edits(logits), torch.cat(wanted))
+                    # The batch keeps its own counts, and counts on by itself.
+                    info.update(drafts[chosen][:, 0])
+                    torch.testing.assert_close(info.apply_edits(logits[1::4]), torch.cat(wanted[1::4]))
+                    torch.testing.assert_close(wide.apply_edits(logits), torch.cat(wanted))
 
     def test_parameters_follow_their_request(self) -> None:
         rows = [SamplingRow(params, seed, (), ()) for seed, params in enumerate(self.params())]
@@ -84,14 +89,12 @@ class TestAlongPath(CustomTestCase):
             self.assertEqual(len(getattr(wide, name)), 12, name)
 
     def test_the_batch_keeps_its_own_counts(self) -> None:
-        info = SamplingBatchInfo.from_rows(
-            [SamplingRow(SamplingParams(frequency_penalty=1.0, repetition_penalty=2.0), 0, (1,), (2,))],
-            VOCAB,
-            torch.device("cpu"),
+        edits = device_edits(
+            [SamplingRow(SamplingParams(frequency_penalty=1.0, repetition_penalty=2.0), 0, (1,), (2,))], VOCAB
         )
-        marks, left = info.edits.marks.clone(), info.edits.left.clone()
-        info.along_path(torch.tensor([[3, 4]]))
-        self.assertTrue(torch.equal(info.edits.marks, marks) and torch.equal(info.edits.left, left))
+        marks, left = edits.marks.clone(), edits.left.clone()
+        edits.along_path(torch.tensor([[3, 4]]))
+        self.assertTrue(torch.equal(edits.marks, marks) and torch.equal(edits.left, left))
 
 
 class TestSpecInfo(CustomTestCase):

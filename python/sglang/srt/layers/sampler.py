@@ -11,6 +11,8 @@ from sglang.kernels.ops.sampling.greedy import fits_aiter, greedy_aiter, greedy_
 from sglang.srt.distributed import get_tp_group, is_dp_attention_enabled
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput, RowFault
 from sglang.srt.layers.logprobs import ChosenIds, RowLogprobs, best_entries
+from sglang.srt.sampling.host_edits import HostEdits
+from sglang.srt.sampling.logit_edits import LogitEdits
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.server_args import get_global_server_args
 
@@ -49,9 +51,13 @@ class Sampler(torch.nn.Module):
         greedy. With ``return_logprob`` the output's ``row_logprobs`` are natural-log probabilities under the model's
         own distribution (before penalties and temperature). Nothing here waits for the device.
         """
-        raw = logits_output.next_token_logits
-        plain = sampling_info.is_all_greedy and sampling_info.edits is None and sampling_info.vocab_mask is None
-        sampled, faults = _greedy(raw) if plain else _draw(raw, sampling_info, positions)
+        raw, edits = logits_output.next_token_logits, sampling_info.edits
+        host_edits = edits if isinstance(edits, HostEdits) else None
+        given = raw if host_edits is None else host_edits.apply(raw)
+        plain = sampling_info.is_all_greedy and edits is host_edits and sampling_info.vocab_mask is None
+        sampled, faults = _greedy(given) if plain else _draw(given, sampling_info, positions)
+        if host_edits is not None:
+            host_edits.judge(raw, faults)
         ids = sampled.clamp(0, raw.shape[-1] - 1)
         bad_ids = torch.where(sampled == ids, 0, int(RowFault.TOKEN_ID))
         logits_output.row_faults = torch.where(faults == 0, bad_ids, faults)
@@ -73,7 +79,9 @@ def _draw(
     """Ids and faults of rows of any kind, [B] int64 each."""
     assert positions is not None or info.is_all_greedy, "random sampling needs positions"
     edits = info.edits
-    edited = () if edits is None else (edits.rows, edits.marks, edits.penalties, edits.left, edits.bias)
+    edited: tuple[torch.Tensor | None, ...] = ()
+    if isinstance(edits, LogitEdits):
+        edited = (edits.rows, edits.marks, edits.penalties, edits.left, edits.bias)
     return draw(
         raw,
         info.temperatures.view(-1),

@@ -110,8 +110,10 @@ class EditColumns:
             "requests": np.array(self.edited, np.int64),
             "penalties": np.array(penalties, np.float32).flatten(),
             "left": np.array([row.tokens_left for row in self.rows], np.int32),
-            "seen": self._offsets([[*r.prompt_ids, *r.output_ids] if _counts(r.params) else () for r in self.rows]),
-            "output": self._offsets([r.output_ids if _counts(r.params) else () for r in self.rows]),
+            "seen": self._offsets(
+                [[*r.prompt_ids, *r.output_ids] if r.params.counts_tokens else () for r in self.rows]
+            ),
+            "output": self._offsets([r.output_ids if r.params.counts_tokens else () for r in self.rows]),
             "stop": self._offsets([sorted({*r.stop_ids}) if r.tokens_left else () for r in self.rows]),
         }
         if any(p.logit_bias for p in params):
@@ -142,10 +144,6 @@ class EditColumns:
             left=parts["left"],
             bias=bias,
         )
-
-
-def _counts(params: SamplingParams) -> bool:
-    return bool(params.frequency_penalty or params.presence_penalty or params.repetition_penalty != 1.0)
 
 
 def _require_ids(name: str, ids: Sequence[int], vocab_size: int) -> None:

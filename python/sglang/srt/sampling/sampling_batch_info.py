@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from sglang.kernels.ops.sampling.draw import Wanted
+from sglang.srt.sampling.host_edits import HostEdits
 from sglang.srt.sampling.logit_edits import EditColumns, LogitEdits, SamplingRow
 
 __all__ = ["SamplingBatchInfo", "SamplingRow"]
@@ -40,7 +41,7 @@ class SamplingBatchInfo:
     sampling_seed: torch.Tensor | None = None
     greedy_rows: torch.Tensor | None = None
     vocab_mask: torch.Tensor | None = None
-    edits: LogitEdits | None = None
+    edits: LogitEdits | HostEdits | None = None
 
     def __post_init__(self) -> None:
         self.device = torch.device(self.device or self.temperatures.device)
@@ -67,7 +68,8 @@ class SamplingBatchInfo:
         greedy = [p.is_greedy for p in params]
         drawn = [p for p in params if not p.is_greedy]
         top_ks = [vocab_size if p.top_k == -1 else min(p.top_k, vocab_size) for p in params]
-        edits = EditColumns(rows, vocab_size)
+        edits, device = EditColumns(rows, vocab_size), torch.device(device)
+        on_host = device.type == "cpu"
         columns = {
             "temperatures": np.array([1.0 if p.is_greedy else p.temperature for p in params], np.float32),
             "top_ps": np.array([p.top_p for p in params], np.float32),
@@ -76,7 +78,11 @@ class SamplingBatchInfo:
             "seeds": np.array([row.seed for row in rows], np.int64),
             "greedy": np.array(greedy, np.bool_),
         }
-        parts = _to_device(columns | (edits.columns() if edits.edited else {}), torch.device(device))
+        parts = _to_device(columns | (edits.columns() if edits.edited and not on_host else {}), device)
+        edited: LogitEdits | HostEdits | None = None
+        if edits.edited:
+            by_row = dict(zip(edits.edited, edits.rows, strict=True))
+            edited = HostEdits.from_rows(by_row, vocab_size) if on_host else edits.build(parts)
         return cls(
             vocab_size=vocab_size,
             temperatures=parts["temperatures"].unsqueeze(1),
@@ -91,7 +97,7 @@ class SamplingBatchInfo:
             need_top_k_sampling=any(p.top_k != -1 and p.top_k < vocab_size for p in drawn),
             need_top_p_sampling=any(p.top_p < 1.0 for p in drawn),
             need_min_p_sampling=any(p.min_p > 0.0 for p in drawn),
-            edits=edits.build(parts) if edits.edited else None,
+            edits=edited,
         )
 
     @property

@@ -65,10 +65,14 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
         return self.temperature < GREEDY_TEMPERATURE or self.top_k == 1
 
     @property
+    def counts_tokens(self) -> bool:
+        """Whether penalties depend on the tokens of prompt and output."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0)
+
+    @property
     def edits_logits(self) -> bool:
         """Whether penalties or biases change the logits of every token."""
-        penalised = self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1.0
-        return bool(penalised or self.logit_bias)
+        return self.counts_tokens or bool(self.logit_bias)
 
     @property
     def grammar_source(self) -> tuple[str, str] | None:

@@ -53,13 +53,6 @@ def edit_logits_torch(
     logits of seen ids (Keskar et al. 2019, CTRL). Frequency and presence: subtract ``frequency * count + presence``
     where the count is not 0 (OpenAI's definition).
     """
-    edit_on = _edit_marked if logits.device.type == "cpu" else _edit_all
-    return edit_on(logits, edit_rows, marks, penalties, left, bias)
-
-
-def _edit_all(
-    logits: Tensor, edit_rows: Tensor, marks: Tensor, penalties: Tensor, left: Tensor, bias: Tensor | None
-) -> Tensor:
     edit = edit_rows.clamp(min=0).long()
     x, mark = logits.float(), marks[edit]
     frequency, presence, repetition = penalties[edit].unsqueeze(-1).unbind(1)
@@ -70,31 +63,6 @@ def _edit_all(
         x = x + bias[edit]
     x = x.masked_fill(((mark & STOP) != 0) & (left[edit].unsqueeze(1) > 0), -math.inf)
     return torch.where((edit_rows >= 0).unsqueeze(1), x, logits)
-
-
-def _edit_marked(
-    logits: Tensor, edit_rows: Tensor, marks: Tensor, penalties: Tensor, left: Tensor, bias: Tensor | None
-) -> Tensor:
-    """The same where a host can look which ids are marked: so few that numpy, whose calls cost less, is faster."""
-    edited = logits.float() if logits.dtype != torch.float32 else logits.clone()
-    rows, biases = edited.numpy(), None if bias is None else bias.numpy()
-    for row, edit in enumerate(edit_rows.tolist()):
-        if edit < 0:
-            continue
-        mark = marks[edit].numpy()
-        ids = np.flatnonzero(mark if biases is None else (mark != 0) | (biases[edit] != 0))
-        mark, x = mark[ids], rows[row, ids]
-        frequency, presence, repetition = penalties[edit].numpy()
-        with np.errstate(all="ignore"):
-            x = np.where((mark & SEEN) != 0, np.where(x > 0, x / repetition, x * repetition), x)
-            count = (mark & COUNT).astype(np.float32)
-            x = np.where(count > 0, x - (frequency * count + presence), x)
-            if biases is not None:
-                x += biases[edit, ids]
-        if left[edit] > 0:
-            x[(mark & STOP) != 0] = -math.inf
-        rows[row, ids] = x
-    return edited
 
 
 def allow_torch(logits: Tensor, allowed: Tensor) -> Tensor:
