@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from sglang.bench_utils.clients import (
     BACKENDS,
-    BACKENDS_ELSEWHERE,
+    UPSTREAM_ONLY_BACKENDS,
     BenchmarkError,
     ServerControl,
     Target,
@@ -88,7 +88,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Upstream's flags; abbreviations such as --random-input work."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--backend", default="sglang", choices=(*BACKENDS, *BACKENDS_ELSEWHERE), metavar="NAME",
+        "--backend", default="sglang", choices=(*BACKENDS, *UPSTREAM_ONLY_BACKENDS), metavar="NAME",
         help=f"One of {', '.join(BACKENDS)}: /generate, /v1/completions, /v1/chat/completions. Default: sglang.",
     )  # fmt: skip
     parser.add_argument("--base-url", help="Server, such as http://127.0.0.1:30000; overrides --host and --port.")
@@ -123,7 +123,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuse by name what cannot be measured."""
-    if args.backend in BACKENDS_ELSEWHERE:
+    if args.backend in UPSTREAM_ONLY_BACKENDS:
         parser.error(
             f"--backend {args.backend} is known from upstream but not implemented here: use {', '.join(BACKENDS)}"
         )

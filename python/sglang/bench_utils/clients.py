@@ -16,7 +16,7 @@ from sglang.bench_utils.metrics import RequestOutput
 
 BACKENDS = ("sglang", "sglang-oai", "sglang-oai-chat")
 # Known from upstream: other servers, or other inputs.
-BACKENDS_ELSEWHERE = (
+UPSTREAM_ONLY_BACKENDS = (
     "sglang-native", "sglang-embedding", "vllm", "vllm-chat", "lmdeploy", "lmdeploy-chat", "trt", "gserver", "truss",
 )  # fmt: skip
 REQUEST_TIMEOUT_S = 6 * 3600.0

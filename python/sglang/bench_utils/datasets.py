@@ -13,7 +13,7 @@ import numpy as np
 
 DATASET_NAMES = ("sharegpt", "random", "random-ids", "generated-shared-prefix", "custom")
 # Known from upstream; each needs a download or an input other than text.
-DATASETS_ELSEWHERE = ("image", "mmmu", "mooncake", "longbench_v2", "openai", "random-image")
+UPSTREAM_ONLY_DATASETS = ("image", "mmmu", "mooncake", "longbench_v2", "openai", "random-image")
 # Text that is cut at a token need not split at the same token again; this many corrections are tried.
 MAX_CORRECTIONS = 10
 SHORTEST_SHAREGPT_TOKENS = 2
@@ -49,7 +49,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that choose and shape the prompts."""
     group = parser.add_argument_group("dataset")
     group.add_argument(
-        "--dataset-name", default="sharegpt", choices=(*DATASET_NAMES, *DATASETS_ELSEWHERE), metavar="NAME",
+        "--dataset-name", default="sharegpt", choices=(*DATASET_NAMES, *UPSTREAM_ONLY_DATASETS), metavar="NAME",
         help=f"One of {', '.join(DATASET_NAMES)}. Default: sharegpt.",
     )  # fmt: skip
     group.add_argument("--dataset-path", default="", help="Local file of sharegpt, custom or random prompts.")
@@ -82,7 +82,7 @@ def get_dataset(args: argparse.Namespace, tokenizer: TokenizerLike) -> list[Data
     """The requests that ``args`` ask for; the same flags and seed give the same requests."""
     rng = np.random.default_rng(args.seed)
     name = args.dataset_name
-    if name in DATASETS_ELSEWHERE:
+    if name in UPSTREAM_ONLY_DATASETS:
         raise DatasetError(
             f"--dataset-name {name} is known from upstream but not implemented here: use {', '.join(DATASET_NAMES)}"
         )

@@ -45,11 +45,9 @@ class Envs:
         doc="Platform whose policy is used. Not set: ROCm, CUDA or CPU, by what torch reports. `rocm` without a GPU "
         "needs the vendor fakes on `PYTHONPATH`.",
     )
-    SGLANG_API_KEY = EnvStr(
-        "", secret=True, doc="The API key, where neither `--api-key` nor `--api-key-file` gives one."
-    )
+    SGLANG_API_KEY = EnvStr("", secret=True, doc="The API key, if neither `--api-key` nor `--api-key-file` is given.")
     SGLANG_ADMIN_API_KEY = EnvStr(
-        "", secret=True, doc="The admin API key, where neither `--admin-api-key` nor its file gives one."
+        "", secret=True, doc="The admin API key, if neither `--admin-api-key` nor its file is given."
     )
     SGLANG_KERNELS = EnvStr(
         "",

@@ -8,7 +8,7 @@ from unittest import mock
 import httpx
 import msgspec
 
-from sglang.srt.entrypoints.lacking import LACKING_PATHS
+from sglang.srt.entrypoints.unsupported import UNSUPPORTED_PATHS
 from sglang.srt.managers import request_input
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import CONTEXT_LEN, FakeServerTestCase
@@ -204,7 +204,7 @@ class TestBadInput(FakeServerTestCase):
             self.check_error(reply)
             if status == 405:
                 self.assertTrue(reply.headers["allow"])
-        for path in LACKING_PATHS:
+        for path in UNSUPPORTED_PATHS:
             reply = self.client.post(path)
             self.assertEqual((reply.status_code, reply.headers["x-should-retry"]), (501, "false"), path)
             self.check_error(reply)

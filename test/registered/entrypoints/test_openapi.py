@@ -5,7 +5,7 @@ import unittest
 
 import httpx
 
-from sglang.srt.entrypoints.lacking import LACKING_PATHS
+from sglang.srt.entrypoints.unsupported import UNSUPPORTED_PATHS
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import FakeServerTestCase
 
@@ -58,7 +58,7 @@ class TestDocument(FakeServerTestCase):
     def test_it_lists_what_is_served_and_nothing_else(self):
         routes = {route.path for route in self.fake.server.config.app.routes}
         described = {path for _, path in self.operations}
-        described |= {"/v1/models/{model:path}", "/", "/docs", "/openapi.json", *LACKING_PATHS}
+        described |= {"/v1/models/{model:path}", "/", "/docs", "/openapi.json", *UNSUPPORTED_PATHS}
         self.assertEqual(routes, described - {"/v1/models/{model}"})
         for (method, path), operation in self.operations.items():
             if "requestBody" not in operation and not path.endswith("_profile"):

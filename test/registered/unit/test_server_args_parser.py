@@ -52,11 +52,11 @@ class TestNames(CustomTestCase):
 
     def test_no_name_is_declared_twice(self):
         ours = [flag for spec in module.specs() for flag in spec.flags]
-        lacking = [name for flag in distinct_flags() for name in flag.names]
-        self.assertEqual(len(set(ours + lacking)), len(ours) + len(lacking))
-        self.assertGreater(len(ours) + len(lacking), 400)
+        unsupported = [name for flag in distinct_flags() for name in flag.names]
+        self.assertEqual(len(set(ours + unsupported)), len(ours) + len(unsupported))
+        self.assertGreater(len(ours) + len(unsupported), 400)
 
-    def test_each_lacking_flag_is_refused_or_has_no_effect(self):
+    def test_each_unsupported_flag_is_refused_or_has_no_effect(self):
         """By each of its names, with a value of its shape: what the table says, and no traceback."""
         number = 0
         for flag in distinct_flags():
@@ -93,7 +93,7 @@ class TestNames(CustomTestCase):
         self.assertIn("nothing is fetched from a hub", errors_of("--hf-token=x")[0])
 
     def test_a_hint_never_names_a_flag_that_cannot_be_used(self):
-        """Of every lacking flag, misspelt: what it gets, or a flag of ours; never the lacking one as advice."""
+        """A misspelled unsupported flag gets the answer of that flag, or a supported flag as advice."""
         ours = {flag for spec in module.specs() for flag in spec.flags}
         known = [*ours, *upstream_flags()]
         for flag in distinct_flags():

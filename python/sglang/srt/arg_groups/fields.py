@@ -26,11 +26,11 @@ _EXPECTED = {
 
 @dataclass(frozen=True)
 class Arg:
-    """What a field of ServerArgs says of its flag.
+    """What a field of ServerArgs declares about its flag.
 
-    ``choices`` may be a function, where other files declare them. ``elsewhere`` lists values that upstream knows and
-    this engine lacks, so that the refusal can say so. ``minimum`` and ``maximum`` are inclusive; ``above`` and
-    ``below`` are not. ``also`` holds values allowed outside the bounds.
+    ``choices`` may be a function, if other files declare them. ``upstream_only`` lists values that only upstream
+    supports, so that the refusal can say so. ``minimum`` and ``maximum`` are inclusive; ``above`` and ``below`` are
+    not. ``also`` holds values that are allowed outside the bounds.
     ``auto`` says what None resolves to. ``human`` accepts 128k or 1Mi.
     """
 
@@ -38,7 +38,7 @@ class Arg:
     group: str
     aliases: tuple[str, ...] = ()
     choices: tuple[str, ...] | Callable[[], tuple[str, ...]] = ()
-    elsewhere: tuple[str, ...] = ()
+    upstream_only: tuple[str, ...] = ()
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
@@ -98,7 +98,7 @@ class FieldSpec:
         arg = self.arg
         if self.choices and value not in self.choices:
             known = ", ".join(self.choices)
-            if value in arg.elsewhere:
+            if value in arg.upstream_only:
                 return [f"{self.flag} {value} is known from upstream but not implemented in this build: use {known}"]
             return [f"{self.flag} must be one of {known}, got {value!r}"]
         numbers = value if self.kind == "ints" else [value] if self.kind in ("int", "float") else []

@@ -21,21 +21,24 @@ class HttpArgs:
 
     host: Annotated[str, Arg("Address to listen on.", HTTP)] = "127.0.0.1"
     port: Annotated[int, Arg("Port to listen on.", HTTP, minimum=1, maximum=65535)] = 30000
-    skip_server_warmup: Annotated[bool, Arg("Send no request to the server itself after start.", HTTP)] = False
-    max_connections: Annotated[int, Arg("Most connections at once; more are answered 503.", ADMISSION, minimum=1)] = (
-        4096
-    )
+    skip_server_warmup: Annotated[bool, Arg("Do not send a warm-up request after start.", HTTP)] = False
+    max_connections: Annotated[int, Arg("Most connections at once; more get status 503.", ADMISSION, minimum=1)] = 4096
     max_request_bytes: Annotated[
-        int, Arg("Most bytes of a request body; a larger one is answered 413.", ADMISSION, minimum=1, human=True)
+        int, Arg("Most bytes of a request body; a larger one gets status 413.", ADMISSION, minimum=1, human=True)
     ] = 16 << 20
     max_queued_requests: Annotated[
         int | None,
-        Arg("Most requests that wait; more are answered 503.", ADMISSION, minimum=1, auto="2048; none for the Engine"),
+        Arg(
+            "Most waiting requests; more get status 503.",
+            ADMISSION,
+            minimum=1,
+            auto="2048; none for the Engine",
+        ),
     ] = None
     max_queued_tokens: Annotated[
         int | None,
         Arg(
-            "Most tokens, of prompts and of asked-for output, of the requests that wait; more are answered 503.",
+            "Most tokens of waiting requests, prompts and maximum outputs; more get status 503.",
             ADMISSION,
             minimum=1,
             human=True,
@@ -45,7 +48,7 @@ class HttpArgs:
     request_timeout: Annotated[
         float | None,
         Arg(
-            "Seconds after which an unfinished request ends with an error. A request may ask for less.",
+            "Seconds after which an unfinished request ends with an error. A request may set a shorter time.",
             ADMISSION,
             above=0,
             auto="no limit",
@@ -54,18 +57,18 @@ class HttpArgs:
     drain_timeout: Annotated[
         float,
         Arg(
-            "Seconds that running requests have to finish after SIGTERM; then they end with an error.",
+            "Seconds for running requests to finish after SIGTERM; then they end with an error.",
             ADMISSION,
             minimum=0,
         ),
     ] = 20.0
-    log_level: Annotated[
-        str, Arg("What is logged.", LOGGING, choices=("debug", "info", "warning", "error", "critical"))
-    ] = "info"
+    log_level: Annotated[str, Arg("Log level.", LOGGING, choices=("debug", "info", "warning", "error", "critical"))] = (
+        "info"
+    )
     log_level_http: Annotated[
         str | None,
         Arg(
-            "What is logged of HTTP: one line per request at `info` and below.",
+            "Log level of HTTP: one line per request at `info` and below.",
             LOGGING,
             choices=("debug", "info", "warning", "error", "critical"),
             auto="as --log-level",
@@ -91,32 +94,32 @@ class HttpArgs:
         ),
     ] = 2
     log_requests_format: Annotated[
-        str, Arg("Lines for people, or a JSON object per line.", LOGGING, choices=("text", "json"))
+        str, Arg("Plain text, or one JSON object per line.", LOGGING, choices=("text", "json"))
     ] = "text"
     profile_dir: Annotated[
         str | None,
         Arg(
-            "Folder of the traces that `/start_profile` asks for.",
+            "Folder for the traces of `/start_profile`.",
             LOGGING,
             auto="profiles are refused",
             metavar="FOLDER",
         ),
     ] = None
     enable_metrics: Annotated[bool, Arg("Serve Prometheus metrics at `/metrics`.", LOGGING)] = False
-    decode_log_interval: Annotated[int, Arg("Decode steps between two log lines.", LOGGING, minimum=1)] = 40
-    api_key: Annotated[str | None, Arg("Bearer token that every request must bring.", API, auto="none needed")] = None
+    decode_log_interval: Annotated[int, Arg("Number of decode steps between two log lines.", LOGGING, minimum=1)] = 40
+    api_key: Annotated[str | None, Arg("Bearer token that every request must have.", API, auto="none needed")] = None
     api_key_file: Annotated[
-        str | None, Arg("File that holds the API key, which `ps` then does not show.", API, metavar="FILE")
+        str | None, Arg("File that contains the API key, so that `ps` does not show it.", API, metavar="FILE")
     ] = None
     admin_api_key: Annotated[
         str | None,
         Arg("Bearer token of the administrative endpoints.", API, auto="the API key; without any, only loopback may"),
     ] = None
-    admin_api_key_file: Annotated[str | None, Arg("File that holds the admin API key.", API, metavar="FILE")] = None
+    admin_api_key_file: Annotated[str | None, Arg("File that contains the admin API key.", API, metavar="FILE")] = None
     allowed_hosts: Annotated[
         str | None,
         Arg(
-            "Names, separated by commas, by which clients may address the server; `*` allows every name.",
+            "Comma-separated host names by which clients may address the server; `*` allows every name.",
             API,
             auto="loopback names if bound to loopback without a key, else every name",
         ),
@@ -124,13 +127,13 @@ class HttpArgs:
     allowed_origins: Annotated[
         str | None,
         Arg(
-            "Origins, separated by commas, of web pages that may call the API (CORS); `*` allows every page.",
+            "Comma-separated origins of web pages that may call the API (CORS); `*` allows every page.",
             API,
             auto="no page of another origin",
         ),
     ] = None
     served_model_name: Annotated[
-        str | None, Arg("Model name in replies; it holds no colon.", API, auto="the model path")
+        str | None, Arg("Model name in replies; it must not contain a colon.", API, auto="the model path")
     ] = None
     chat_template: Annotated[
         str | None, Arg("File of a Jinja chat template.", API, auto="the tokenizer's", metavar="FILE")
@@ -159,19 +162,19 @@ class HttpArgs:
             "What holds output to a JSON schema, a regular expression or a grammar; `none` refuses such requests.",
             API,
             choices=("llguidance", "none"),
-            elsewhere=("xgrammar", "outlines"),
+            upstream_only=("xgrammar", "outlines"),
         ),
     ] = "llguidance"
     constrained_json_whitespace_pattern: Annotated[
         str | None,
         Arg(
-            "Regular expression of the white space between the parts of JSON that follows a schema.",
+            "Regular expression for the white space between the tokens of JSON that follows a schema.",
             API,
             auto="any, up to 40 characters in a row",
         ),
     ] = None
     constrained_json_disable_any_whitespace: Annotated[
-        bool, Arg("Allow no white space between the parts of JSON that follows a schema.", API)
+        bool, Arg("Allow no white space between the tokens of JSON that follows a schema.", API)
     ] = False
     enable_cache_report: Annotated[bool, Arg("Report cached prompt tokens in `usage`.", API)] = False
     sampling_defaults: Annotated[

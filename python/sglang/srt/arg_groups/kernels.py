@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from sglang.srt.arg_groups.fields import Arg
-from sglang.srt.arg_groups.upstream import ELSEWHERE
+from sglang.srt.arg_groups.upstream import UPSTREAM_ONLY
 from sglang.srt.configs.attention_backends import attention_backend_names
 
 KERNELS = "Kernel backend"
@@ -24,13 +24,13 @@ class KernelArgs:
             "Implementation that attention prefers; triton and aiter need a GPU. In this build aiter becomes triton.",
             KERNELS,
             choices=attention_backend_names,
-            elsewhere=ELSEWHERE["attention_backend"],
+            upstream_only=UPSTREAM_ONLY["attention_backend"],
             auto="torch_native on CPU, else triton",
         ),
     ] = None
     sampling_backend: Annotated[
         str | None,
-        Arg("Sampler.", KERNELS, choices=("pytorch",), elsewhere=("flashinfer", "ascend"), auto="pytorch"),
+        Arg("Sampler.", KERNELS, choices=("pytorch",), upstream_only=("flashinfer", "ascend"), auto="pytorch"),
     ] = None
     mamba_ssm_dtype: Annotated[
         str | None,
@@ -44,10 +44,10 @@ class KernelArgs:
     max_mamba_cache_size: Annotated[
         int | None, Arg("Slots for recurrent states, of running requests and of cached prefixes.", LINEAR, minimum=1)
     ] = None
-    disable_cuda_graph: Annotated[bool, Arg("Capture no graphs (HIP graphs neither).", GRAPHS)] = False
+    disable_cuda_graph: Annotated[bool, Arg("Capture no CUDA or HIP graphs.", GRAPHS)] = False
     cuda_graph_bs: Annotated[list[int] | None, Arg("Batch sizes to capture.", GRAPHS, minimum=1)] = None
-    cuda_graph_max_bs: Annotated[int | None, Arg("Greatest batch size to capture.", GRAPHS, minimum=1)] = None
+    cuda_graph_max_bs: Annotated[int | None, Arg("Largest batch size to capture.", GRAPHS, minimum=1)] = None
     disable_overlap_schedule: Annotated[
-        bool, Arg("Prepare a step only after the one before it has ended, as on CPU always.", GRAPHS)
+        bool, Arg("Prepare a step only after the previous one has ended; always the case on CPU.", GRAPHS)
     ] = False
     enable_mixed_chunk: Annotated[bool, Arg("Let decoding requests join a step of prompt chunks.", GRAPHS)] = False

@@ -30,7 +30,7 @@ class MemoryArgs:
     ] = None
     max_total_tokens: Annotated[
         int | None,
-        Arg("Tokens that the KV pool holds.", MEMORY, minimum=1, human=True, auto="what memory allows"),
+        Arg("Size of the KV pool in tokens.", MEMORY, minimum=1, human=True, auto="what memory allows"),
     ] = None
     swa_full_tokens_ratio: Annotated[
         float | None,
@@ -54,7 +54,7 @@ class MemoryArgs:
         ),
     ] = None
     max_prefill_tokens: Annotated[
-        int, Arg("Most prompt tokens of all requests in one step.", MEMORY, minimum=1, human=True)
+        int, Arg("Maximum number of prompt tokens of all requests in one step.", MEMORY, minimum=1, human=True)
     ] = 16384
     schedule_policy: Annotated[
         str,
@@ -62,15 +62,20 @@ class MemoryArgs:
             "Order of waiting requests: fcfs by arrival, lpm by longest cached prefix.",
             MEMORY,
             choices=("fcfs", "lpm"),
-            elsewhere=("random", "dfs-weight", "lof", "priority", "routing-key"),
+            upstream_only=("random", "dfs-weight", "lof", "priority", "routing-key"),
         ),
     ] = "fcfs"
     schedule_conservativeness: Annotated[
-        float, Arg("Raise it if requests are retracted often; lower admits more at once.", MEMORY, minimum=0)
+        float, Arg("Raise it if requests are retracted often; a lower value admits more at once.", MEMORY, minimum=0)
     ] = 1.0
     page_size: Annotated[int | None, Arg("Tokens of a KV page.", MEMORY, minimum=1, auto="1")] = None
-    disable_radix_cache: Annotated[bool, Arg("Keep no prefix for later requests.", MEMORY)] = False
+    disable_radix_cache: Annotated[bool, Arg("Do not cache prefixes for later requests.", MEMORY)] = False
     radix_eviction_policy: Annotated[
         str,
-        Arg("What leaves a full prefix cache first.", MEMORY, choices=("lru",), elsewhere=("lfu", "slru", "priority")),
+        Arg(
+            "Eviction order of the prefix cache.",
+            MEMORY,
+            choices=("lru",),
+            upstream_only=("lfu", "slru", "priority"),
+        ),
     ] = "lru"

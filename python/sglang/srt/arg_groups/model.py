@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from sglang.srt.arg_groups.fields import Arg
-from sglang.srt.arg_groups.upstream import ELSEWHERE
+from sglang.srt.arg_groups.upstream import UPSTREAM_ONLY
 
 MODEL = "Model and tokenizer"
 DTYPE = "Quantization and data type"
@@ -21,7 +21,7 @@ class ModelArgs:
         str,
         Arg(
             "Folder of a model in Hugging Face format, or an id such as `deepseek-ai/DeepSeek-V3` that the local "
-            "Hugging Face cache has; nothing is fetched. Or one of the small models that ship with the package: "
+            "Hugging Face cache contains; nothing is downloaded. Or one of the small models of the package: "
             "deepseek-v3-tiny, deepseek-v2-tiny, qwen3.5-moe-tiny, deepseek-v4-tiny, deepseek-v3-tools-tiny.",
             MODEL,
             aliases=("--model",),
@@ -31,29 +31,35 @@ class ModelArgs:
     ] = ""
     revision: Annotated[
         str | None,
-        Arg("Branch, tag or commit of a model that is named by its id, as the cache has it.", MODEL, auto="main"),
+        Arg("Branch, tag or commit of a model given by its id; it must be in the cache.", MODEL, auto="main"),
     ] = None
     tokenizer_path: Annotated[
         str | None, Arg("Folder that holds tokenizer.json.", MODEL, auto="the model path", metavar="FOLDER")
     ] = None
     skip_tokenizer_init: Annotated[
-        bool, Arg("Load no tokenizer: requests bring input_ids and get output ids, no text.", MODEL)
+        bool, Arg("Load no tokenizer: requests contain input_ids, and replies contain output ids, no text.", MODEL)
     ] = False
     load_format: Annotated[
         str,
         Arg(
-            "Where weights come from. auto and safetensors read the files of the folder; dummy makes random ones.",
+            "Where weights come from. auto and safetensors read the files of the folder; dummy creates random weights.",
             MODEL,
             choices=("auto", "safetensors", "dummy"),
-            elsewhere=ELSEWHERE["load_format"],
+            upstream_only=UPSTREAM_ONLY["load_format"],
         ),
     ] = "auto"
     context_length: Annotated[
         int | None,
-        Arg("Most tokens of prompt and output of a request.", MODEL, minimum=1, human=True, auto="the model's limit"),
+        Arg(
+            "Most tokens of a request, prompt and output.",
+            MODEL,
+            minimum=1,
+            human=True,
+            auto="the model's limit",
+        ),
     ] = None
     json_model_override_args: Annotated[
-        str, Arg("JSON object laid over the model's config.json, such as '{\"num_hidden_layers\": 4}'.", MODEL)
+        str, Arg("JSON object that overrides keys of the model's config.json, as '{\"num_hidden_layers\": 4}'.", MODEL)
     ] = "{}"
     dtype: Annotated[
         str,
@@ -71,7 +77,7 @@ class ModelArgs:
             "no flag.",
             DTYPE,
             choices=("fp8", "quark"),
-            elsewhere=ELSEWHERE["quantization"],
+            upstream_only=UPSTREAM_ONLY["quantization"],
             auto="the checkpoint's format",
         ),  # fmt: skip
     ] = None
@@ -88,7 +94,7 @@ class ModelArgs:
             "Type of cached keys, values and latents: auto is that of activations; fp8_e4m3 has 3 bits of fraction.",
             DTYPE,
             choices=("auto", "bfloat16", "fp8_e4m3"),
-            elsewhere=("fp8_e5m2", "fp4_e2m1"),
+            upstream_only=("fp8_e5m2", "fp4_e2m1"),
         ),  # fmt: skip
     ] = "auto"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from sglang.srt.arg_groups.fields import Arg
-from sglang.srt.arg_groups.upstream import ELSEWHERE
+from sglang.srt.arg_groups.upstream import UPSTREAM_ONLY
 
 PARALLEL = "Parallelism and multi-node"
 EXPERTS = "Expert parallelism"
@@ -18,7 +18,7 @@ class ParallelArgs:
 
     tp_size: Annotated[
         int,
-        Arg("Ranks that share each layer.", PARALLEL, aliases=("--tensor-parallel-size", "--tp"), minimum=1),
+        Arg("Ranks over which each layer is split.", PARALLEL, aliases=("--tensor-parallel-size", "--tp"), minimum=1),
     ] = 1
     dp_size: Annotated[
         int,
@@ -39,11 +39,11 @@ class ParallelArgs:
             "Which replica or attention group a request goes to: in turn, or the one with the fewest tokens to hold.",
             PARALLEL,
             choices=("auto", "round_robin", "total_tokens"),
-            elsewhere=("total_requests", "follow_bootstrap_room", "shortest_queue", "minimum_tokens"),
+            upstream_only=("total_requests", "follow_bootstrap_room", "shortest_queue", "minimum_tokens"),
         ),
     ] = "auto"
     nccl_port: Annotated[
-        int | None, Arg("Local port where the ranks meet.", PARALLEL, minimum=1, maximum=65535, auto="a free one")
+        int | None, Arg("Local port of the ranks' rendezvous.", PARALLEL, minimum=1, maximum=65535, auto="a free one")
     ] = None
     dist_timeout: Annotated[int | None, Arg("Seconds that a collective may take.", PARALLEL, minimum=1, auto="600")] = (
         None
@@ -63,7 +63,7 @@ class ParallelArgs:
             "Token exchange between expert ranks: none sums over all, mori sends each token to the ranks it needs.",
             EXPERTS,
             choices=("none", "mori"),
-            elsewhere=ELSEWHERE["moe_a2a_backend"],
+            upstream_only=UPSTREAM_ONLY["moe_a2a_backend"],
         ),
     ] = "none"
     deepep_mode: Annotated[
@@ -79,7 +79,7 @@ class ParallelArgs:
         bool, Arg("Compute shared experts separately, never as additional routed experts.", EXPERTS)
     ] = False
     enforce_shared_experts_fusion: Annotated[
-        bool, Arg("Compute shared experts as routed ones at every size; refuse to start where they cannot.", EXPERTS)
+        bool, Arg("Always compute shared experts as routed experts; refuse to start if that is impossible.", EXPERTS)
     ] = False
 
     @property

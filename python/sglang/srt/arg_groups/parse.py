@@ -177,17 +177,17 @@ def _expand(names: dict[str, tuple[str, ...]], words: Sequence[str]) -> tuple[li
 
 
 def unknown_flag(name: str, known: Iterable[str]) -> str:
-    """What to say of a flag that nobody knows: the one that is meant, or of a misspelt lacking one what it gets."""
+    """The error for an unknown flag: the nearest flag, or how an unsupported flag that was misspelled is answered."""
     asked = name.replace("_", "-")
     if meant := MISNAMED.get(asked):
         return f"unknown flag {name}: " + (f"did you mean {meant}?" if meant.startswith("-") else meant)
-    lacking = upstream_flags()
+    unsupported = upstream_flags()
     for near in difflib.get_close_matches(asked, known, n=5, cutoff=0.8):
-        if near not in lacking:
+        if near not in unsupported:
             return f"unknown flag {name}: did you mean {near}?"
         if difflib.SequenceMatcher(None, asked, near).ratio() > 0.9:
-            return f"unknown flag {name}: {near} {'is refused' if lacking[near].refused else 'has no effect'}: " + (
-                lacking[near].reason
+            return f"unknown flag {name}: {near} {'is refused' if unsupported[near].refused else 'has no effect'}: " + (
+                unsupported[near].reason
             )
     return f"unknown flag {name}: --help lists all flags"
 

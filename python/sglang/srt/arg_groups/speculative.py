@@ -24,7 +24,7 @@ class SpecArgs:
             "names mean this.",
             SPECULATIVE,
             choices=("EAGLE", "NEXTN"),
-            elsewhere=("EAGLE3", "STANDALONE", "NGRAM", "DFLASH", "DSPARK"),
+            upstream_only=("EAGLE3", "STANDALONE", "NGRAM", "DFLASH", "DSPARK"),
             auto="none",
         ),
     ] = None
@@ -48,7 +48,7 @@ class SpecArgs:
     speculative_num_draft_tokens: Annotated[
         int | None,
         Arg(
-            "Rows of a request in a verify step: one more than the steps.",
+            "Rows per request in a verify step: --speculative-num-steps plus one.",
             SPECULATIVE,
             minimum=2,
             maximum=MAX_STEPS + 1,

@@ -1,7 +1,7 @@
 """Flags of upstream sglang (option strings of 0.5.12, and some of 0.5.23) that this engine lacks, and what they get.
 
 A flag that would change what is computed, who may talk to the server, or the topology is refused. One that would not is
-accepted, has no effect, and is said once at start. upstream.json lists both kinds by reason, one word a
+accepted, has no effect, and is named once at start. upstream.json lists both kinds by reason, one word per
 flag: names joined by "|"; then "=" when a value follows, "=+" or "=*" for a list, "=?" for an optional one; then "~a,b"
 for values that ask for nothing, with which a refused flag is accepted.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 
 _KNOWN = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 # Values of our own flags, by field, that upstream knows and this engine lacks.
-ELSEWHERE: dict[str, tuple[str, ...]] = {field: tuple(values) for field, values in _KNOWN["elsewhere"].items()}
+UPSTREAM_ONLY: dict[str, tuple[str, ...]] = {field: tuple(values) for field, values in _KNOWN["upstream_only"].items()}
 # Names that vLLM, reports and users give to a setting: the flag that is meant here, or why none is needed.
 MISNAMED: dict[str, str] = _KNOWN["misnamed"]
 
@@ -37,7 +37,7 @@ class UpstreamFlag:
 
 @functools.cache
 def upstream_flags() -> dict[str, UpstreamFlag]:
-    """Every lacking flag by each of its names."""
+    """Every unsupported flag of upstream, by each of its names."""
     result: dict[str, UpstreamFlag] = {}
     for kind in ("refused", "no_effect"):
         for reason, words in _KNOWN[kind].items():
@@ -56,12 +56,12 @@ def upstream_flags() -> dict[str, UpstreamFlag]:
 
 
 def distinct_flags() -> list[UpstreamFlag]:
-    """Every lacking flag once, in the order of the tables."""
+    """Every unsupported flag of upstream once, in the order of the tables."""
     return list(dict.fromkeys(upstream_flags().values()))
 
 
 def verdicts(given: Iterable[tuple[str, list[str]]]) -> tuple[list[str], list[str]]:
-    """(errors, warnings) for lacking flags with their words; flags that share a reason share a line."""
+    """(errors, warnings) for unsupported flags, by their reasons; flags with the same reason share a line."""
     lines: dict[tuple[bool, str], list[str]] = {}
     for name, words in given:
         flag = upstream_flags()[name]

@@ -9,8 +9,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from sglang.srt.entrypoints.errors import error_response
-from sglang.srt.entrypoints.lacking import LACKING_PATHS
 from sglang.srt.entrypoints.sites import SitePolicy
+from sglang.srt.entrypoints.unsupported import UNSUPPORTED_PATHS
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.utils.network import is_loopback
 
@@ -37,7 +37,7 @@ class AuthPolicy:
         """None if the request may pass, else its answer: 401 for a missing or wrong key, 403 where no key would do."""
         path = "/" + path.strip("/")
         # What the server lacks does nothing: its 501 says more than a 401 for a key that may be right upstream.
-        if method == "OPTIONS" or path in OPEN_PATHS or path in LACKING_PATHS:
+        if method == "OPTIONS" or path in OPEN_PATHS or path in UNSUPPORTED_PATHS:
             return None
         is_admin = path in ADMIN_PATHS
         if is_admin and self.admin_closed:

@@ -16,33 +16,38 @@ from sglang.srt.managers.scheduler_metrics import token_usage
 
 # Name in upstream's dashboards (of a counter without its _total), type, help, and the key of the scheduler's state.
 _METRICS = (
-    ("num_running_reqs", "gauge", "Requests that run now.", "num_running_reqs"),
-    ("num_queue_reqs", "gauge", "Requests that wait.", "num_queue_reqs"),
+    ("num_running_reqs", "gauge", "Running requests.", "num_running_reqs"),
+    ("num_queue_reqs", "gauge", "Waiting requests.", "num_queue_reqs"),
     (
         "num_grammar_queue_reqs",
         "gauge",
         "Requests that wait for their grammar to be compiled.",
         "num_grammar_queue_reqs",
     ),
-    ("num_used_tokens", "gauge", "Tokens that the KV pool holds for requests.", "num_used_tokens"),
-    ("max_total_num_tokens", "gauge", "Tokens that the KV pool has room for.", "max_total_num_tokens"),
-    ("token_usage", "gauge", "Part of the KV pool that requests hold.", "token_usage"),
-    ("full_token_usage", "gauge", "The same, where a window has pools of its own.", "full_token_usage"),
-    ("swa_token_usage", "gauge", "Part of the window's pools that requests hold.", "swa_token_usage"),
-    ("cache_hit_rate", "gauge", "Part of the last prefill step's tokens that were cached.", "cache_hit_rate"),
+    ("num_used_tokens", "gauge", "Tokens of the KV pool that requests hold.", "num_used_tokens"),
+    ("max_total_num_tokens", "gauge", "Size of the KV pool in tokens.", "max_total_num_tokens"),
+    ("token_usage", "gauge", "Fraction of the KV pool that requests hold.", "token_usage"),
+    ("full_token_usage", "gauge", "The same, if a sliding window has separate pools.", "full_token_usage"),
+    ("swa_token_usage", "gauge", "Fraction of the pools of the sliding window that requests hold.", "swa_token_usage"),
+    ("cache_hit_rate", "gauge", "Fraction of the last prefill step's tokens that were cached.", "cache_hit_rate"),
     ("gen_throughput", "gauge", "Generated tokens per second, as last logged.", "last_gen_throughput"),
     ("num_retracted_reqs", "gauge", "Requests retracted since start.", "num_retracted_reqs"),
     ("num_aborted_requests", "counter", "Requests aborted since start.", "num_aborted_reqs"),
     (
         "prompt_tokens",
         "counter",
-        "Prompt tokens of requests begun since start, cached ones too.",
+        "Prompt tokens of requests started since start-up, including cached ones.",
         "num_prompt_tokens",
     ),
     ("cached_tokens", "counter", "Prompt tokens found in the prefix cache since start.", "num_cached_tokens"),
     ("generation_tokens", "counter", "Tokens generated since start.", "num_generated_tokens"),
     ("spec_accept_length", "gauge", "Tokens per verify step of a request, as last logged.", "spec_accept_length"),
-    ("spec_accept_rate", "gauge", "Part of the drafts that became output, as last logged.", "spec_accept_rate"),
+    (
+        "spec_accept_rate",
+        "gauge",
+        "Fraction of draft tokens that became output, as last logged.",
+        "spec_accept_rate",
+    ),
     ("spec_draft_tokens", "counter", "Draft tokens since start.", "num_drafts"),
     ("spec_accepted_tokens", "counter", "Draft tokens that became output since start.", "num_accepted_drafts"),
 )
@@ -55,23 +60,38 @@ _FRONT_METRICS = (
 
 # The same of the exchange of tokens between experts; keys of RecvStats.snapshot.
 _RECV_METRICS = (
-    ("moe_recv_rows", "gauge", "Most rows of a dispatch since the last look at this rank's state.", "live"),
-    ("moe_recv_rows_peak", "gauge", "Most rows of a dispatch since start.", "peak"),
-    ("moe_recv_rows_bound", "gauge", "Most rows that could arrive in a dispatch since start.", "bound"),
+    (
+        "moe_recv_rows",
+        "gauge",
+        "Most rows received in one dispatch since the last reading.",
+        "live",
+    ),
+    ("moe_recv_rows_peak", "gauge", "Most rows received in one dispatch since start.", "peak"),
+    ("moe_recv_rows_bound", "gauge", "Upper bound of the rows of one dispatch since start.", "bound"),
     ("moe_recv_buffer_rows", "gauge", "Rows of the receive buffer.", "buffer"),
-    ("moe_recv_suggested_cap", "gauge", "Least receive cap that needs no second round so far.", "suggested_cap"),
-    ("moe_rounds_max", "gauge", "Most rounds of a step since start.", "most_rounds"),
-    ("moe_input_limit_raised", "counter", "Input limits raised to what can arrive.", "input_limit_raised"),
+    (
+        "moe_recv_suggested_cap",
+        "gauge",
+        "Smallest receive cap without a second round so far.",
+        "suggested_cap",
+    ),
+    ("moe_rounds_max", "gauge", "Most rounds in one step since start.", "most_rounds"),
+    (
+        "moe_input_limit_raised",
+        "counter",
+        "Input limits raised to the rows that can arrive.",
+        "input_limit_raised",
+    ),
 )
 
 
 # Of RequestMetrics: its count, and the name, help and attribute of each of its histograms.
-_NUM_REQUESTS = ("num_requests", "counter", "Requests that ended since start.", "num_requests")
+_NUM_REQUESTS = ("num_requests", "counter", "Requests finished since start.", "num_requests")
 _HISTOGRAMS = (
-    ("time_to_first_token_seconds", "From a request's tokens to its first output token.", "first_token"),
-    ("inter_token_latency_seconds", "Between output tokens.", "inter_token"),
-    ("e2e_request_latency_seconds", "From a request's tokens to its end.", "end_to_end"),
-    ("queue_time_seconds", "From a request's tokens to its first step.", "queue"),
+    ("time_to_first_token_seconds", "Time from tokenization of a request to its first output token.", "first_token"),
+    ("inter_token_latency_seconds", "Time between output tokens.", "inter_token"),
+    ("e2e_request_latency_seconds", "Time from tokenization of a request to its end.", "end_to_end"),
+    ("queue_time_seconds", "Time from tokenization of a request to its first step.", "queue"),
 )
 _FAMILIES = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
 
@@ -79,7 +99,7 @@ _FAMILIES = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
 _POSITIONS = (
     "spec_accept_rate_by_position",
     "gauge",
-    "Part of the verify steps in which the draft at this position became output, as last logged.",
+    "Fraction of the verify steps in which the draft at this position became output, as last logged.",
 )
 _OVERLAP = ("stream_overlap_share", "gauge", "Fraction of a side computation's time that overlaps the main one.")
 

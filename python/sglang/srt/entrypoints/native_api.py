@@ -27,8 +27,8 @@ from sglang.srt.entrypoints.http_io import (
     read_body,
     run_while_connected,
 )
-from sglang.srt.entrypoints.lacking import LACKING_PATHS
 from sglang.srt.entrypoints.metrics import metrics_page
+from sglang.srt.entrypoints.unsupported import UNSUPPORTED_PATHS
 from sglang.srt.environ import envs
 from sglang.srt.managers.io_struct import GenerateReqInput, RequestId
 from sglang.srt.managers.request_input import RequestError
@@ -124,7 +124,7 @@ class NativeApi:
         if self._context.server_args.enable_metrics:
             table.append(Endpoint("/metrics", get, self.metrics, state, "Counters in Prometheus' format."))
         everything = ("GET", "POST", "PUT", "DELETE")
-        return table + [Endpoint(path, everything, self.lacking) for path in LACKING_PATHS]
+        return table + [Endpoint(path, everything, self.unsupported) for path in UNSUPPORTED_PATHS]
 
     async def generate(self, request: Request) -> Response:
         body, warnings = await self._read(request, GenerateReqInput)
@@ -243,5 +243,5 @@ class NativeApi:
             return json_response({"text": [await decode(ids, skip) for ids in nested]})
         return json_response({"text": await decode(flat, skip)})
 
-    async def lacking(self, request: Request) -> Response:
+    async def unsupported(self, request: Request) -> Response:
         raise http_error(501, f"{request.url.path} exists in upstream sglang and is not implemented by this server.")

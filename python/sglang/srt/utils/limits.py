@@ -6,43 +6,43 @@ Units stand in the names; without one, a limit counts things. Limits that an ope
 
 from __future__ import annotations
 
-# Requests that wait for a place, over HTTP, where --max-queued-requests is not given.
+# Waiting requests over HTTP, if --max-queued-requests is not given.
 MAX_QUEUED_REQUESTS = 2048
 
 # Longest Retry-After of a full queue, in seconds.
 MAX_RETRY_AFTER_S = 60
 
-# Bytes that the bodies of all unfinished requests may come to; more than --max-request-bytes in any case.
+# Total bytes of the bodies of all unfinished requests; at least --max-request-bytes.
 MAX_BODY_BYTES_IN_FLIGHT = 512 << 20
 # Bytes of a body that is refused unread and that a connection is kept for; with a longer one it closes.
 MAX_DRAINED_BODY_BYTES = 65536
-# Seconds for which the rest of a refused body is read and dropped, so that the client gets to read the refusal.
+# Seconds for which the rest of a refused body is read and discarded, so that the client can read the refusal.
 LINGER_S = 5
 # Seconds for the headers of a request, from their first byte.
 HEADER_TIMEOUT_S = 15
-# Seconds for a body, besides those that its size takes at the least rate.
+# Seconds for a body, in addition to the time that its size takes at the minimum rate.
 BODY_TIMEOUT_S = 30
-# Least rate at which a body must come, in bytes per second.
+# Minimum rate at which a body must arrive, in bytes per second.
 MIN_BODY_BYTES_PER_S = 16384
-# Seconds for a client to take any of the output that waits for it.
+# Seconds within which a client must read some of the output that waits for it.
 WRITE_TIMEOUT_S = 60
 # Seconds in which a client that has closed its sending side, as one that is gone has, may still be answered.
 HALF_CLOSED_S = 0.5
-# Connections past --max-connections that get an answer at all.
+# Connections past --max-connections that get a 503; further ones are closed.
 MAX_REFUSED_CONNECTIONS = 64
-# Descriptors kept for everything but connections.
+# File descriptors reserved for everything but connections.
 SPARE_DESCRIPTORS = 32
 
 # Long texts that are tokenized at once; others wait. Each may take some 130 bytes per token for a moment.
 MAX_LONG_TEXTS_AT_ONCE = 4
-# What requests in flight are given to finish after Ctrl-C (after SIGTERM: --drain-timeout).
+# Seconds for requests in flight to finish after Ctrl-C (after SIGTERM: --drain-timeout).
 DRAIN_INTERRUPT_S = 5.0
-# What clients of requests that end with the server are given to read the error.
+# Seconds for clients to read the error of requests that the shutdown ends.
 DRAIN_WRITE_S = 3
 # What a client that is refused by an ending server is told to wait; another server, or the next one, may take it.
 SHUTDOWN_RETRY_AFTER_S = 5
 
-# Prompts times samples of one call over HTTP, whatever the queue holds.
+# Prompts times samples of one HTTP call, even if the queue is longer.
 MAX_REQUESTS_PER_CALL = 8192
 MAX_RID_CHARS = 256
 MAX_STOP_STRINGS = 32
@@ -59,7 +59,7 @@ MAX_TOP_LOGPROBS = 128
 MAX_PROMPT_LOGPROBS = 1 << 17
 # The same of all prompts of one call.
 MAX_PROMPT_LOGPROBS_PER_CALL = 1 << 19
-# Grammars (json_schema, regex, ebnf, structural_tag): length, what compiling one may take, and verdicts remembered.
+# Grammars (json_schema, regex, ebnf, structural_tag): length, limits of compiling one, and results that are remembered.
 MAX_GRAMMAR_CHARS = 1 << 18
 MAX_GRAMMAR_CPU_S = 2.0
 MAX_GRAMMAR_BYTES = 1 << 30
@@ -76,7 +76,7 @@ MAX_WARNINGS = 16
 MAX_CHECKPOINT_JSON_BYTES = 33_554_432
 MAX_CHECKPOINT_JSON_DEPTH = 64
 MAX_TOKENIZER_JSON_BYTES = 268_435_456
-# Characters that a tokenizer's rules may make of one character, and of one token on the way back.
+# Most characters that a tokenizer's rules may produce from one character, and from one token when decoding.
 MAX_TOKENIZER_GROWTH = 4096
 # Sizes in config.json: layers, tokens of the vocabulary, positions, widths and counts of any other kind, real numbers.
 MAX_CONFIG_LAYERS = 1024
@@ -84,7 +84,7 @@ MAX_CONFIG_VOCAB = 1 << 24
 MAX_CONFIG_POSITIONS = 1 << 30
 MAX_CONFIG_SIZE = 1 << 18
 MAX_CONFIG_REAL = 1e15
-# Chat templates. Text that a rendering makes counts as often as it is made: copies and joins, not the prompt alone.
+# Chat templates. All text that a rendering creates counts, including copies and joins, not only the prompt.
 MAX_CHAT_TEMPLATE_CHARS = 262_144
 MAX_TEMPLATE_STEPS = 2_000_000
 MAX_TEMPLATE_TEXT_CHARS = 67_108_864

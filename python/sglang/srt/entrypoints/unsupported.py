@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-LACKING_PATHS = (
+UNSUPPORTED_PATHS = (
     "/classify", "/configure_logging", "/continue_generation", "/dump_expert_distribution_record", "/encode",
     "/invocations", "/load_lora_adapter", "/parse_function_call", "/pause_generation", "/release_memory_occupation",
     "/resume_memory_occupation", "/separate_reasoning", "/set_internal_state", "/start_expert_distribution_record",
