@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from sglang.bench_utils.timing import timed
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -57,11 +58,7 @@ def run(overlap: bool, steps: int, ms: float, cycles: float) -> float:
     for _ in range(4):
         engine.step()
     worker.forward, scheduler._process = slow_forward, slow_process  # type: ignore[method-assign]
-    current_platform.synchronize()
-    began = time.perf_counter()
-    for _ in range(steps):
-        engine.step()
-    return time.perf_counter() - began
+    return timed(lambda: [engine.step() for _ in range(steps)])[1]
 
 
 def main() -> None:
