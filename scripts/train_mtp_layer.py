@@ -2,16 +2,20 @@
 """Train the draft layer (MTP) of an embedded model on the frozen model's own hidden rows, and add it to its folder.
 
     python scripts/train_mtp_layer.py --model deepseek-v3-tiny --max-seconds 600
+    python scripts/train_mtp_layer.py --model deepseek-v3-tiny --max-seconds 75 --resume --lr 1e-3 \\
+        --lengths 64 1024 64 4096 --tokens-per-step 8192 --contexts 1000 3900
 
 The layer learns the model's own next-token distributions in chains of drafts, as it is served: the first draft reads
 the model's hidden rows, each later one the layer's own output, and a chain attends to rows of first drafts and to
-itself. Only rows of answers are learned. Tensors of the model stay byte for byte. Needs what `train_tiny_models.py`
-needs; uses a GPU where there is one.
+itself. Only rows of answers are learned. Tensors of the model stay byte for byte. The second command goes on from the
+folder's layer, with rows as long as the model's context. Needs what `train_tiny_models.py` needs; uses a GPU where
+there is one.
 """
 
 import argparse
 import copy
 import inspect
+import itertools
 import json
 import math
 import shutil
@@ -29,14 +33,16 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from tiny_model_files import EOS, PAD, encode  # noqa: E402
-from train_tiny_models import FP32_SUFFIXES, IGNORE, ROOT, build_pool, pack_rows  # noqa: E402
+from train_tiny_models import FP32_SUFFIXES, IGNORE, ROOT, build_pool, document, pack_rows  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
-from sglang.test.mtp_reference import is_qwen, layer_tensors  # noqa: E402
-from sglang.test.tiny_tasks import MAX_NEW_TOKENS, heldout_questions  # noqa: E402
+from sglang.test.mtp_reference import is_qwen, layer_tensors, read_layer_tensors  # noqa: E402
+from sglang.test.tiny_tasks import MAX_NEW_TOKENS, TASKS, heldout_questions, training_questions  # noqa: E402
 
 # Drafts of a chain, and what each weighs in the loss.
 CHAIN_WEIGHTS = (1.0, 0.8, 0.6)
+# How many questions are scored behind a long context.
+CONTEXT_QUESTIONS = 20
 # What a config.json says of the layer.
 MTP_KEYS: dict[str, dict[str, Any]] = {
     "deepseek-v3-tiny": {"num_nextn_predict_layers": 1},
@@ -91,6 +97,16 @@ def chain_mask(length: int, starts: list[int]) -> Tensor:
     return torch.cat(parts, 1)[None, None]
 
 
+def packed_context(length: int) -> list[int]:
+    """At least ``length`` tokens of questions with their answers, one after the other."""
+    ids: list[int] = []
+    for questions in itertools.cycle([training_questions(task, 5) for task in TASKS]):
+        if len(ids) >= length:
+            return ids
+        ids += document(next(questions), "bare")[0]
+    raise AssertionError
+
+
 class DraftTrainer:
     """A frozen model, its draft layer in training, and the score of the drafts on held-out questions."""
 
@@ -104,6 +120,8 @@ class DraftTrainer:
         # Two dense products suit a GPU; products of the chosen experts alone cost a CPU less.
         self.model.config._experts_implementation = "dense_all" if self.device.type == "cuda" else "grouped_mm"
         self.layer = DraftLayer(self.model)
+        if args.resume:
+            read_layer_tensors(self.model.config, self.layer, load_file(self.source / "model.safetensors"))
         self.answers = self.greedy_answers()
 
     def hidden(self, ids: Tensor) -> Tensor:
@@ -155,7 +173,7 @@ class DraftTrainer:
         optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
         reported, step, progress = started, 0, 0.0
         while progress < 1.0:
-            length = 64 if step % 8 else 512
+            length = args.lengths[step % len(args.lengths)]
             ids = torch.zeros(max(1, args.tokens_per_step // length), length, dtype=torch.int64, device=self.device)
             labels = torch.zeros_like(ids)
             pack_rows(pool, ids, labels)
@@ -172,26 +190,41 @@ class DraftTrainer:
             if now - reported > args.report_seconds:
                 reported = now
                 print(
-                    f"{args.model} step {step} {now - started:.0f}s loss {loss.item():.4f} {self.score()}", flush=True
+                    f"{args.model} step {step} {now - started:.0f}s loss {loss.item():.4f} {self.scores()}", flush=True
                 )
         print(f"{args.model} finished after {step} steps, {clock() - started:.0f}s", flush=True)
 
+    def scores(self) -> str:
+        """The score of the questions alone, and of the first of them behind each of ``--contexts``."""
+        parts = [self.score([self.answers])]
+        for length in self.args.contexts:
+            context = packed_context(length)
+            # One by one: the attention of a chain over long rows is large.
+            behind = [[(context + tokens, len(context) + root)] for tokens, root in self.answers[:CONTEXT_QUESTIONS]]
+            parts.append(f"behind {len(context)} tokens {self.score(behind)}")
+        return "; ".join(parts)
+
     @torch.no_grad()
-    def score(self) -> str:
-        """Share of drafts accepted at each position in the cycles of a greedy server; none is behind the end."""
-        ids = self._padded([tokens for tokens, _ in self.answers])
-        guesses = [logits.argmax(-1).tolist() for logits in self.chain(ids, self.hidden(ids))]
-        accepted, drafted, cycles, made = [0] * len(guesses), [0] * len(guesses), 0, 0
-        for row, (tokens, root) in enumerate(self.answers):
-            while root < len(tokens) - 1:
-                wanted = tokens[root + 1 : root + 1 + len(guesses)]
-                hits = [guess[row][root - 1] == token for guess, token in zip(guesses, wanted)]
-                length = (hits + [False]).index(False)
-                for k in range(len(wanted)):
-                    drafted[k] += 1
-                    accepted[k] += k < length
-                step = min(length + 1, len(tokens) - 1 - root)
-                cycles, made, root = cycles + 1, made + step, root + step
+    def score(self, batches: list[list[tuple[list[int], int]]]) -> str:
+        """Share of drafts accepted at each position in the cycles of a greedy server; none is behind the end.
+
+        batches: texts that are run together, each with where its answer begins.
+        """
+        accepted, drafted = [0] * len(CHAIN_WEIGHTS), [0] * len(CHAIN_WEIGHTS)
+        cycles = made = 0
+        for batch in batches:
+            ids = self._padded([tokens for tokens, _ in batch])
+            guesses = [logits.argmax(-1).tolist() for logits in self.chain(ids, self.hidden(ids))]
+            for row, (tokens, root) in enumerate(batch):
+                while root < len(tokens) - 1:
+                    wanted = tokens[root + 1 : root + 1 + len(guesses)]
+                    hits = [guess[row][root - 1] == token for guess, token in zip(guesses, wanted)]
+                    length = (hits + [False]).index(False)
+                    for k in range(len(wanted)):
+                        drafted[k] += 1
+                        accepted[k] += k < length
+                    step = min(length + 1, len(tokens) - 1 - root)
+                    cycles, made, root = cycles + 1, made + step, root + step
         shares = [f"{k}: {a / d:.3f} of {d}" for k, (a, d) in enumerate(zip(accepted, drafted), 1)]
         return f"accepted at {', '.join(shares)}; mean length {made / cycles:.3f}"
 
@@ -237,6 +270,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--documents", type=int, default=60_000, help="size of the pool that rows are packed from")
     parser.add_argument("--tokens-per-step", type=int, default=2048)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64] * 7 + [512], help="of rows, in turns")
+    parser.add_argument("--resume", action="store_true", help="begin with the layer that the folder has")
+    parser.add_argument("--contexts", type=int, nargs="*", default=[], help="score drafts behind so many tokens too")
     parser.add_argument("--report-seconds", type=float, default=120.0)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -246,13 +282,13 @@ def main() -> None:
     args = parse_args()
     trainer = DraftTrainer(args)
     print(
-        f"{args.model}: {sum(p.numel() for p in trainer.layer.parameters())} parameters; {trainer.score()}", flush=True
+        f"{args.model}: {sum(p.numel() for p in trainer.layer.parameters())} parameters; {trainer.scores()}", flush=True
     )
     trainer.train()
     with torch.no_grad():
         for parameter in trainer.layer.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))
-    print(f"{args.model} as saved: {trainer.score()}", flush=True)
+    print(f"{args.model} as saved: {trainer.scores()}", flush=True)
     trainer.save()
 
 

@@ -40,12 +40,9 @@ def is_qwen(config: Any) -> bool:
 
 def layer_tensors(config: Any, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The tensors of an ``MtpLayer`` by the names that a checkpoint of ``config`` gives them, experts one by one."""
-    names = _QWEN_NAMES if is_qwen(config) else _DEEPSEEK_NAMES
-    prefix = "mtp." if is_qwen(config) else f"model.layers.{config.num_hidden_layers}."
     tensors: dict[str, torch.Tensor] = {}
     for path, tensor in layer.state_dict().items():
-        old = next((old for old in names if path.startswith(old)), None)
-        name = prefix + (path if old is None else names[old] + path.removeprefix(old))
+        name = _checkpoint_name(config, path)
         if path.endswith("experts.gate_up_proj"):
             for i, expert in enumerate(tensor):
                 gate, up = expert.chunk(2)
@@ -57,6 +54,30 @@ def layer_tensors(config: Any, layer: torch.nn.Module) -> dict[str, torch.Tensor
         else:
             tensors[name] = tensor.clone()
     return tensors
+
+
+def read_layer_tensors(config: Any, layer: torch.nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """The inverse of ``layer_tensors``: set ``layer`` to what a checkpoint holds; KeyError where it lacks a tensor."""
+    for path, own in layer.state_dict().items():
+        name = _checkpoint_name(config, path)
+        if path.endswith("experts.gate_up_proj"):
+            stems = [f"{name.removesuffix('gate_up_proj')}{i}." for i in range(len(own))]
+            pairs = ([tensors[f"{stem}{half}_proj.weight"] for half in ("gate", "up")] for stem in stems)
+            found = torch.stack([torch.cat(pair) for pair in pairs])
+        elif path.endswith("experts.down_proj"):
+            stem = name.removesuffix("down_proj")
+            found = torch.stack([tensors[f"{stem}{i}.down_proj.weight"] for i in range(len(own))])
+        else:
+            found = tensors[name]
+        own.copy_(found)
+
+
+def _checkpoint_name(config: Any, path: str) -> str:
+    """What a checkpoint of ``config`` calls the tensor ``path`` of an ``MtpLayer``; experts are one there."""
+    names = _QWEN_NAMES if is_qwen(config) else _DEEPSEEK_NAMES
+    prefix = "mtp." if is_qwen(config) else f"model.layers.{config.num_hidden_layers}."
+    old = next((old for old in names if path.startswith(old)), None)
+    return prefix + (path if old is None else names[old] + path.removeprefix(old))
 
 
 def save_tiny_mtp_checkpoint(name: str, folder: str | Path, seed: int = 0, **overrides: Any) -> tuple[Any, Any]:

@@ -320,6 +320,29 @@ class TestVerifyStep(CustomTestCase):
             with self.subTest(rows=rows, num_sequences=num_sequences):
                 self.check(rows, num_sequences, num_steps=6, seed=rows)
 
+    def test_a_row_changes_no_earlier_one_whatever_it_holds(self):
+        shape, rows = (2, 2, 16, 16, 4), 4
+        *inputs, conv, ssm = step_inputs(2 * rows, 3, shape, torch.Generator().manual_seed(4))
+        gates = torch.cat(inputs[2:4], dim=-1)
+        tails = [part.unflatten(0, (2, rows))[[0, 0, 1]] for part in (inputs[0], gates)]
+        tail_len, slots = torch.tensor([0, 2, 3]), torch.tensor([1, 2])
+
+        def answers(ugly=None, at=None):
+            given = [part.clone() for part in inputs]
+            if ugly is not None:
+                for part in (given[0], *given[2:4]):
+                    part.unflatten(0, (2, rows))[0, at] = ugly
+            states = [part.clone() for part in (conv, ssm, *tails)]
+            return gdn_verify_step(*given, *states, tail_len, slots, 1e-6).unflatten(0, (2, rows))
+
+        sound = answers()
+        for ugly in (torch.nan, torch.inf):
+            for at in range(rows):
+                found = answers(ugly, at)
+                torch.testing.assert_close(found[0, :at], sound[0, :at], atol=1e-6, rtol=1e-6)
+                torch.testing.assert_close(found[1], sound[1], atol=1e-6, rtol=1e-6)
+                self.assertFalse(bool(found[0, at].isfinite().all()))
+
     def test_slots_of_others_stay_as_they_are(self):
         conv, ssm, plain_conv, plain_ssm, slots = self.check(3, 2, num_steps=2, seed=9)
         others = [slot for slot in range(1, len(conv)) if slot not in slots.tolist()]

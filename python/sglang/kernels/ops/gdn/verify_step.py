@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.gdn.decode_step import STEP_SHAPES, split_heads, step_inputs
-from sglang.kernels.ops.gdn.reference import delta_step, gdn_gating
+from sglang.kernels.ops.gdn.reference import gdn_gating
 from sglang.kernels.ops.gdn.shapes import shape_of, step_fits_triton
 from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, gated_rms_norm_torch
 from sglang.kernels.spec import Case, Impl, Op
@@ -37,47 +37,86 @@ def gdn_verify_step_torch(
     sequence of slot 0 is padding: its output and what slot 0 holds afterwards mean nothing.
     """
     shape, size, rows = shape_of(mixed_qkv, conv_weight, ssm_state), slot_ids.shape[0], tail_qkv.shape[1]
-    lengths, slots = tail_len[slot_ids].clamp(max=rows).unsqueeze(1), torch.arange(2 * rows, device=slot_ids.device)
-    # Of each sequence its columns, then the rows of its tail and its new ones; those of the tail that do not count are
-    # stepped over.
-    new = [part.unflatten(0, (size, rows)) for part in (mixed_qkv, b, a)]
-    inputs = torch.cat([tail_qkv[slot_ids], new[0]], dim=1)
-    columns = torch.cat([conv_state[slot_ids].to(inputs.dtype), inputs.transpose(1, 2)], dim=2)
-    convolved, conv_state[slot_ids] = _convolved(columns, conv_weight, lengths, rows, conv_state.dtype)
-    gates = torch.cat([tail_gates[slot_ids], torch.cat(new[1:], dim=-1)], dim=1)
-    old_b, old_a = gates.flatten(0, 1).chunk(2, dim=-1)
-    g, beta = gdn_gating(old_a, old_b, A_log, dt_bias)
-    q, k, v = split_heads(convolved.flatten(0, 1), shape)
-    idle = ((slots < rows) & (slots >= lengths)).view(-1, 1)  # what changes no state
-    k, v = k.masked_fill(idle.unsqueeze(2), 0.0), v.masked_fill(idle.unsqueeze(2), 0.0)
-    decay, beta = g.masked_fill(idle, 0.0).exp(), beta.masked_fill(idle, 0.0)
-    by_step = [part.unflatten(0, (size, -1)).unbind(1) for part in (q, k, v, decay, beta)]
-    states, out = ssm_state[slot_ids].float(), []
-    # A host can look which rows of tails count.
+    lengths = tail_len.index_select(0, slot_ids).clamp(0, rows)
+    # A host can look which rows of tails count; rows before a shorter tail than the longest change no state.
     longest = int(lengths.max()) if size and slot_ids.device.type == "cpu" else rows
-    for step in (*range(longest), *range(rows, 2 * rows)):
-        if step == rows:
-            ssm_state[slot_ids] = states.to(ssm_state.dtype)
-        out.append(delta_step(states, shape.k_dim**-0.5, *(part[step] for part in by_step)))
-    tail_qkv[slot_ids], tail_gates[slot_ids] = new[0], gates[:, rows:]
-    answers = torch.stack(out[-rows:], dim=1).flatten(0, 1).to(mixed_qkv.dtype)
-    return gated_rms_norm_torch(answers, z, norm_weight, eps)
+    before = (longest - lengths).unsqueeze(1)
+    ragged = slot_ids.device.type != "cpu" or bool(before.any())
+    idle = torch.arange(longest + rows, device=slot_ids.device) < before if ragged else None
+
+    def behind(tail: Tensor, new: Tensor, *first: Tensor) -> Tensor:
+        """Rows [B, ..., C] of each sequence that end with its new ones; what stands before them means nothing."""
+        tail, new = tail.index_select(0, slot_ids)[:, :longest], new.unflatten(0, (size, rows))
+        lines = torch.cat([*first, tail, new], dim=1)
+        if not ragged:
+            return lines
+        places = torch.arange(lines.shape[1], device=lines.device)
+        places = torch.where(places < lines.shape[1] - rows, (places - before).clamp(min=0), places)
+        return lines.gather(1, places.unsqueeze(2).expand(-1, -1, lines.shape[2]))
+
+    columns = conv_state.index_select(0, slot_ids).transpose(1, 2).to(mixed_qkv.dtype)
+    lines, history = behind(tail_qkv, mixed_qkv, columns), columns.shape[1]
+    columns = lines[:, longest : longest + history].transpose(1, 2)
+    conv_state.index_copy_(0, slot_ids, columns.to(conv_state.dtype))
+    convolved = F.silu((lines.unfold(1, history + 1, 1).float() * conv_weight.float()).sum(-1)).to(lines.dtype)
+    gates = behind(tail_gates, torch.cat((b, a), dim=-1))
+    old_b, old_a = gates.chunk(2, dim=-1)
+    g, beta = gdn_gating(old_a, old_b, A_log, dt_bias)
+    parts = (*split_heads(convolved.flatten(0, 1), shape), g.flatten(0, 1), beta.flatten(0, 1))
+    by_head = [part.unflatten(0, (size, -1)).transpose(1, 2) for part in parts]
+    if idle is not None:
+        by_head = [part.masked_fill(idle.view(size, 1, -1, *[1] * (part.dim() - 3)), 0.0) for part in by_head]
+    states = ssm_state.index_select(0, slot_ids).float()
+    answers, states = _solve(states, longest, shape.k_dim**-0.5, *by_head)
+    ssm_state.index_copy_(0, slot_ids, states.to(ssm_state.dtype))
+    tail_qkv.index_copy_(0, slot_ids, lines[:, -rows:])
+    tail_gates.index_copy_(0, slot_ids, gates[:, -rows:])
+    return gated_rms_norm_torch(answers.transpose(1, 2).flatten(0, 1).to(mixed_qkv.dtype), z, norm_weight, eps)
 
 
-def _convolved(columns: Tensor, weight: Tensor, lengths: Tensor, rows: int, kept: torch.dtype) -> tuple[Tensor, Tensor]:
-    """columns [B, C, W-1 + 2*rows] of W-1 before, a tail of which ``lengths`` [B, 1] count, and the new ones -> their
-    convolutions [B, 2*rows, C], and the W-1 columns behind the tail, [B, C, W-1] of dtype ``kept``."""
-    (size, channels, _), width = columns.shape, weight.shape[1]
-    # Places of the windows of each row: the tail's own, and behind it those that the new rows see.
-    taps = torch.arange(width, device=columns.device)
-    tails = torch.arange(rows, device=columns.device).unsqueeze(1) + taps
-    seen = lengths.unsqueeze(2) + tails
-    seen = torch.where(seen < lengths.unsqueeze(2) + width - 1, seen, seen + rows - lengths.unsqueeze(2))
-    places = torch.cat([tails.expand(size, -1, -1), seen], dim=1).flatten(1)
-    windows = columns.gather(2, places.unsqueeze(1).expand(-1, channels, -1)).unflatten(2, (-1, width))
-    summed = (windows.float() * weight.float().unsqueeze(1)).sum(-1)
-    behind = (lengths + taps[:-1]).unsqueeze(1).expand(-1, channels, -1)
-    return F.silu(summed).to(columns.dtype).transpose(1, 2), columns.gather(2, behind).to(kept)
+def _solve(
+    states: Tensor, tail: int, scale: float, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``delta_step`` of T rows solved together: answers [B, HV, T - tail, V] of all but the first ``tail``, and the
+    states behind those.
+
+    states [B, HV, V, K] float32, q, k [B, HK, T, K], v [B, HV, T, V], g and beta [B, HV, T]. Yang et al. 2024 (Gated
+    Delta Networks), section 3.3, for one chunk.
+    """
+    size, key_heads, steps = k.shape[:3]
+    # The rows that write, then those that read. [B, HK, value heads of a key head, T + T - tail, ...]
+    keys, by_key = torch.cat((k, q[:, :, tail:]), dim=2), (size, key_heads, v.shape[1] // key_heads)
+    # Differences of sums: float64, or strong decay early blurs weak decay later.
+    total = g.double().cumsum(-1).view(*by_key, steps)
+    reached = torch.cat((total, total[..., tail:]), dim=-1)
+    places = torch.arange(steps, device=k.device)
+    later = places > torch.cat((places, places[tail:])).unsqueeze(1)
+    # Masked before exp: differences to later rows are positive and overflow, and inf * 0 is NaN.
+    decay = (reached.unsqueeze(-1) - total.unsqueeze(-2)).masked_fill_(later, -torch.inf).float().exp_()
+    mixed = (keys @ k.transpose(-1, -2)).unsqueeze(2) * decay
+    grouped = states.view(*by_key, *states.shape[2:])
+    since = reached.float().exp().unsqueeze(-1)
+    reads = keys.unsqueeze(2) @ grouped.transpose(-1, -2) * since
+    rate = beta.reshape(*by_key, steps, 1)
+    wanted = (v.reshape(*by_key, *v.shape[2:]).float() - reads[..., :steps, :]) * rate
+    # Forward substitution of (I + strictly lower part); the upper part and the diagonal are not read.
+    written = torch.linalg.solve_triangular(mixed[..., :steps, :] * rate, wanted, upper=False, unitriangular=True)
+    answers = (reads[..., steps:, :] + _causal_product(mixed[..., steps:, :], written)) * scale
+    if tail:
+        # Row ``tail - 1`` of the decay is what is left of each write behind the tail.
+        left = written[..., :tail, :] * decay[..., tail - 1, :tail].unsqueeze(-1)
+        grouped = grouped * since[..., tail - 1 : tail, :] + left.transpose(-1, -2) @ k[:, :, :tail].unsqueeze(2)
+    return answers.flatten(1, 2), grouped.flatten(1, 2)
+
+
+def _causal_product(weights: Tensor, rows: Tensor) -> Tensor:
+    """weights [..., R, T] times rows [..., T, V], where weight r meets the first T - R + 1 + r rows, whatever the
+    others hold: a token that will not count may have brought NaN."""
+    if rows.device.type == "cpu" and bool(rows.isfinite().all()):
+        return weights @ rows
+    ends = range(rows.shape[-2] - weights.shape[-2] + 1, rows.shape[-2] + 1)
+    parts = [weights[..., i : i + 1, :end] @ rows[..., :end, :] for i, end in enumerate(ends)]
+    return torch.cat(parts, dim=-2)
 
 
 def gdn_verify_step_triton(
