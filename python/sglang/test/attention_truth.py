@@ -74,7 +74,10 @@ def true_mla_decode_attention(
 
 
 def of_several(truth: Callable[..., Tensor], first: int) -> Callable[..., Tensor]:
-    """``truth`` of single queries, of those of each request's last tokens; ``first``: where its table rows stand."""
+    """``truth`` of single queries, of those of each request's last tokens.
+
+    first: where that stands which requests have one of each, before their lengths.
+    """
 
     def several(q: Tensor, *args: object) -> Tensor:
         rows, lens = args[first - 1 : first + 1]
@@ -82,7 +85,7 @@ def of_several(truth: Callable[..., Tensor], first: int) -> Callable[..., Tensor
         width = len(q) // max(1, len(lens))
         by_query = [lens - width + 1 + number for number in range(width)]
         counted = torch.stack(by_query, dim=1).flatten() if by_query else lens
-        return truth(q, *args[: first - 1], rows.repeat_interleave(max(1, width)), counted, *args[first + 1 :])
+        return truth(q, *args[: first - 1], rows.repeat_interleave(max(1, width), 0), counted, *args[first + 1 :])
 
     return several
 
@@ -91,8 +94,8 @@ ATTENTION_TRUTHS: dict[str, Callable[..., Tensor]] = {
     "attention.extend_ragged": true_extend_ragged,
     "attention.extend_attention": true_extend_attention,
     "attention.mla_extend": true_mla_extend,
-    "attention.decode_padded": true_decode_padded,
-    "attention.mla_decode": true_mla_decode,
+    "attention.decode_padded": of_several(true_decode_padded, 3),
+    "attention.mla_decode": of_several(true_mla_decode, 2),
     "attention.decode_attention": true_decode_attention,
     "attention.mla_decode_attention": true_mla_decode_attention,
     "attention.verify_attention": of_several(true_decode_attention, 4),

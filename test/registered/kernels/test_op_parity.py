@@ -3,9 +3,11 @@
 import math
 import unittest
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
+from sglang.kernels.ops.moe import fused_experts
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.kernels.spec import Impl
 from sglang.test.attention_truth import ATTENTION_TRUTHS
@@ -311,6 +313,15 @@ class TestOpParity(CustomTestCase):
                         arg.is_shuffled = True
                 with self.subTest(op=name, case=case.name):
                     self.assertEqual([aiter.accepts(*args[:-1], limit) for limit in (None, args[-1])], [True, False])
+
+    def test_experts_are_the_same_one_by_one_and_all_at_once(self):
+        op = REGISTRY.ops["moe.fused_experts"]
+        for limit in (-1, 1 << 40):
+            with patch.object(fused_experts, "DENSE_PRODUCTS", limit):
+                for case in op.cases():
+                    with self.subTest(limit=limit, case=case.name):
+                        found, wanted = op.reference(*clone(case.args)), TRUTHS[op.name](*case.args)
+                        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
     def test_bfloat16_stays_near_the_truth(self):
         for name, truth in TRUTHS.items():

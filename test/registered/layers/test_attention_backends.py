@@ -8,6 +8,7 @@ import unittest
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import torch
 
@@ -15,13 +16,14 @@ from sglang.srt.configs.attention_backends import _declared, attention_backends,
 from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
-from sglang.srt.layers.attention import make_attention_backend
+from sglang.srt.layers.attention import make_attention_backend, torch_native_backend
 from sglang.srt.layers.attention.base_attn_backend import (
     _FACTORIES,
     MlaBackend,
     UnplannedStepError,
     backend_of,
 )
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch, StepKind, StepPlan
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, ServerArgsError
@@ -86,12 +88,34 @@ class TestPlans(BackendCase):
     def test_rows_of_a_step_of_several_per_request_see_what_a_prompt_row_sees(self):
         for name in set(MODELS) - set(HYBRID_MODELS):
             for width in (2, 3):
-                for kind in ("torch_native", "triton"):
-                    with self.subTest(model=name, backend=kind, width=width):
-                        self.check_wide_step(name, kind, width)
+                for kind, shared_from in (("torch_native", 1000), ("torch_native", 1), ("triton", 1)):
+                    with self.subTest(model=name, backend=kind, width=width, shared_from=shared_from):
+                        with patch.object(torch_native_backend, "_SHARED_LENGTH", shared_from):
+                            self.check_wide_step(name, kind, width)
+
+    def test_queries_of_a_request_read_it_once_where_that_pays(self):
+        harness, kind = self.harness("q35"), StepKind("verify", 3)
+        backend = self.backends(harness)["torch_native"].full_attn_backend
+        layer = next(m for m in harness.model.modules() if isinstance(m, RadixAttention))
+        lengths = [3, 17, 200]
+        for buffer in backend.kv_pool.layer(layer.layer_id):
+            buffer.copy_(torch.randn(buffer.shape, generator=torch.Generator().manual_seed(3)))
+        for row, length in enumerate(lengths):
+            backend.req_to_token[row, :length] = torch.arange(length) + 200 * (row == 2) + 20 * (row == 1) + 1
+        q = torch.randn(9, layer.num_heads, layer.head_dim, generator=torch.Generator().manual_seed(7))
+        found = []
+        for shared_from, tables in ((201, 9), (200, 3)):
+            batch = ModelWorkerBatch.uniform(kind, [0, 1, 2], lengths, torch.arange(9))
+            fb = ForwardBatch.from_worker_batch(batch, CPU, backend)
+            with patch.object(torch_native_backend, "_SHARED_LENGTH", shared_from):
+                backend.init_forward_metadata(fb)
+            groups = fb.attn_plan.attention.groups
+            self.assertEqual([len(groups), sum(len(group.slot_table) for group in groups)], [2, tables])
+            found.append(backend.attend(q, layer, fb))
+        torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
 
     def check_wide_step(self, name, kind, width):
-        prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [1]]
+        prompts = [[5, 6, 7], [9, 8, 7, 6, 5, 4, 3], [1], [2, 3, 4, 5] * 30]
         news = [[11 + 3 * i + j for j in range(width)] for i in range(len(prompts))]
         results = []
         for wide in (False, True):

@@ -1,4 +1,4 @@
-"""One query a request over the paged cache of keys and values (multi-head or grouped-query)."""
+"""One query a request, or several, over the paged cache of keys and values (multi-head or grouped-query)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,31 @@ def readable_slots(slot_table: torch.Tensor, seq_lens: torch.Tensor) -> tuple[to
     return torch.where(beyond, first, slot_table), beyond
 
 
+def queries_per_request(q: torch.Tensor, seq_lens: torch.Tensor) -> int:
+    """How many rows of q [B * W, ...] each request has: W, and 1 of no requests."""
+    return max(1, q.shape[0] // max(1, seq_lens.shape[0]))
+
+
+def last_lengths(seq_lens: torch.Tensor, width: int) -> torch.Tensor:
+    """Tokens up to each of the last ``width`` ones of a request: [B, W]."""
+    return seq_lens.unsqueeze(1) + torch.arange(1 - width, 1, device=seq_lens.device)
+
+
+def later_columns(slot_table: torch.Tensor, seq_lens: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Columns behind the token of each query, [B, Hk * W * G, L] bool: of W queries of Hk groups of G heads."""
+    kv_heads, width, group = shape
+    columns = torch.arange(slot_table.shape[1], device=seq_lens.device)
+    beyond = columns >= last_lengths(seq_lens, width).unsqueeze(2)
+    return beyond.view(-1, 1, width, 1, len(columns)).expand(-1, kv_heads, -1, group, -1).flatten(1, 3)
+
+
+def ends_finite(cache: torch.Tensor, slot_table: torch.Tensor, seq_lens: torch.Tensor, width: int) -> bool:
+    """Whether the cache rows of the last ``width`` tokens of requests, which not all of their queries see, hold neither
+    NaN nor infinities: a probability of 0 does not remove these. False as well for a sum that is too large."""
+    slots = slot_table.gather(1, last_lengths(seq_lens, width) - 1)
+    return bool(read_rows(cache, slots.flatten(), torch.float32).sum().isfinite())
+
+
 def decode_padded_torch(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -34,19 +59,43 @@ def decode_padded_torch(
     seq_lens: torch.Tensor,
     scale: float,
 ) -> torch.Tensor:
-    """Softmax attention of each request's one query over its slots.
+    """Softmax attention of the queries of each request's last W tokens over its slots, each up to its own token.
 
-    q [B, Hq, D], k_cache [S, Hk, D], v_cache [S, Hk, Dv], slot_table [B, L] int64 (entries past a row's length are
-    never used), seq_lens [B] int64 in [0, L] -> [B, Hq, Dv] in q's dtype, computed in float32; a row of length 0 gives
-    zeros.
+    q [B*W, Hq, D], packed by request, k_cache [S, Hk, D], v_cache [S, Hk, Dv], slot_table [B, L] int64 (entries past a
+    row's length are never used), seq_lens [B] int64 in [W, L], for W = 1 in [0, L] -> [B*W, Hq, Dv] in q's dtype,
+    computed in float32; a row of length 0 gives zeros. What a later token left in the cache, NaN included, changes no
+    query before it.
     """
-    batch, heads, _ = q.shape
-    kv_heads, v_dim = k_cache.shape[1], v_cache.shape[2]
-    out = q.new_zeros(batch, heads, v_dim)
-    length = slot_table.shape[1]
-    if batch == 0 or length == 0:
-        return out
+    width, batch, (kv_heads, dim) = queries_per_request(q, seq_lens), seq_lens.shape[0], k_cache.shape[1:]
+    if batch == 0 or slot_table.shape[1] == 0:
+        return q.new_zeros(q.shape[0], q.shape[1], v_cache.shape[2])
     slots, beyond = readable_slots(slot_table, seq_lens)
+    if width == 1:
+        hidden = None if beyond is None else beyond.unsqueeze(1)
+        out = _attend(q, k_cache, v_cache, slots, hidden, scale)
+        return out if beyond is None else out.masked_fill_((seq_lens == 0).view(-1, 1, 1), 0.0)
+    if not ends_finite(v_cache, slot_table, seq_lens, width):
+        slots, lengths = slot_table.repeat_interleave(width, 0), last_lengths(seq_lens, width).flatten()
+        return decode_padded_torch(q, k_cache, v_cache, slots, lengths, scale)
+    # The queries of a request as more heads, those of a key head side by side.
+    hidden = later_columns(slot_table, seq_lens, (kv_heads, width, q.shape[1] // kv_heads))
+    heads = q.reshape(batch, width, kv_heads, -1, dim).transpose(1, 2).reshape(batch, -1, dim)
+    out = _attend(heads, k_cache, v_cache, slots, hidden, scale)
+    return out.view(batch, kv_heads, width, -1, out.shape[-1]).transpose(1, 2).reshape(*q.shape[:2], -1)
+
+
+def _attend(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    slots: torch.Tensor,
+    hidden: torch.Tensor | None,
+    scale: float,
+) -> torch.Tensor:
+    """q [B, Hq, D] over slots [B, L] but for the columns that are ``hidden`` [B, 1 or Hq, L] -> [B, Hq, Dv]."""
+    (batch, heads, _), length = q.shape, slots.shape[1]
+    kv_heads, v_dim = k_cache.shape[1], v_cache.shape[2]
+    out = q.new_empty(batch, heads, v_dim)
     # Rows by (request, key head): each head's keys come out contiguous, so one batched product does all heads.
     head_ids = torch.arange(kv_heads, device=q.device).view(1, kv_heads, 1)
     rows = slots.unsqueeze(1) * kv_heads + head_ids
@@ -63,11 +112,11 @@ def decode_padded_torch(
         value = read_rows(values, flat, torch.float32).view(count * kv_heads, length, -1)
         logits = torch.bmm(queries[start * kv_heads : (start + count) * kv_heads], key.mT)
         logits = logits.view(count, heads, length)
-        if beyond is not None:
-            logits = logits.masked_fill(beyond[start : start + count].unsqueeze(1), float("-inf"))
+        if hidden is not None:
+            logits = logits.masked_fill(hidden[start : start + count], float("-inf"))
         probs = logits.softmax(-1).view(count * kv_heads, group, length)
         out[start : start + count] = torch.bmm(probs, value).view(count, heads, v_dim)
-    return out if beyond is None else out.masked_fill_((seq_lens == 0).view(-1, 1, 1), 0.0)
+    return out
 
 
 def decode_tables() -> Iterator[tuple[str, torch.Tensor, torch.Tensor, int]]:
@@ -86,6 +135,21 @@ def decode_tables() -> Iterator[tuple[str, torch.Tensor, torch.Tensor, int]]:
         yield name, table, torch.tensor(lens, dtype=torch.int64), total
 
 
+def last_token_tables() -> Iterator[tuple[str, int, torch.Tensor, torch.Tensor, int]]:
+    """The same of requests that bring several queries each, after their number, for as long as all queries have a
+    token."""
+    for name, table, lens, total in decode_tables():
+        for width in (2, 4):
+            kept = lens >= width
+            if bool(kept.any()):
+                yield name, width, table[kept], lens[kept], total
+
+
+def spoil_ends(cache: torch.Tensor, table: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
+    """``cache`` with NaN at the last token of each request."""
+    return cache.index_fill(0, table.gather(1, lens.unsqueeze(1) - 1).flatten(), float("nan"))
+
+
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     for name, table, lens, total in decode_tables():
@@ -95,6 +159,13 @@ def _cases() -> Iterator[Case]:
             v_cache = torch.randn(total, kv_heads, dim, generator=generator)
             k_cache[-1], v_cache[-1] = float("nan"), float("nan")
             yield Case(f"{name}-{heads}x{kv_heads}", (q, k_cache, v_cache, table, lens, 0.3))
+    for name, width, table, lens, total in last_token_tables():
+        q = torch.randn(len(lens) * width, 6, 8, generator=generator)
+        k_cache, v_cache = (torch.randn(total, 2, 8, generator=generator) for _ in range(2))
+        k_cache[-1], v_cache[-1] = float("nan"), float("nan")
+        yield Case(f"{name}-{width}-queries", (q, k_cache, v_cache, table, lens, 0.3))
+        spoiled = spoil_ends(v_cache, table, lens)
+        yield Case(f"{name}-{width}-queries-nan", (q, k_cache, spoiled, table, lens, 0.3))
 
 
 decode_padded = Op("attention.decode_padded", Impl("torch", decode_padded_torch), cases=_cases)

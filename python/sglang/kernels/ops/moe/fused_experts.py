@@ -24,6 +24,8 @@ from sglang.srt.platforms import current_platform
 
 # Experts whose counts one program of the ordering holds.
 MAX_TRITON_EXPERTS = 4096
+# Multiply-adds up to which a host computes every token at every expert sooner than it calls a product per expert.
+DENSE_PRODUCTS = 1 << 22
 
 
 def fused_experts_torch(
@@ -39,6 +41,8 @@ def fused_experts_torch(
     num_tokens, hidden = x.shape
     top_k = topk_ids.shape[1]
     experts, intermediate = w13.shape[0], w2.shape[2]
+    if x.device.type == "cpu" and num_tokens * (w13.numel() + w2.numel()) <= DENSE_PRODUCTS and w13.is_contiguous():
+        return _few_small_products(x, w13, w2, topk_weights, topk_ids, limit)
     flat = topk_ids.reshape(-1).long()
     order = flat.argsort(stable=True)
     # The one copy of routing data to the host: rows of each expert, those of id -1 first.
@@ -61,6 +65,24 @@ def fused_experts_torch(
         topk_weights = topk_weights.masked_fill(topk_ids < 0, 0.0)
     by_token = torch.empty_like(rows).index_copy_(0, order, rows).view(num_tokens, top_k, hidden)
     return torch.bmm(topk_weights.float().unsqueeze(1), by_token.float()).squeeze(1).to(x.dtype)
+
+
+def _few_small_products(
+    x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float | None
+) -> Tensor:
+    """The same by one product over all experts each, of which the wanted rows are taken."""
+    (num_tokens, top_k), hidden = topk_ids.shape, x.shape[1]
+    activated = silu_and_mul_torch((x @ w13.flatten(0, 1).t()).unflatten(1, (len(w13), -1)), limit)
+    by_expert = torch.bmm(activated.transpose(0, 1), w2.transpose(1, 2)).flatten(0, 1)
+    places = topk_ids.long() * num_tokens + torch.arange(num_tokens, device=x.device).unsqueeze(1)
+    skipped = topk_ids < 0
+    is_any_skipped = bool(skipped.any())
+    if is_any_skipped:
+        places = places.clamp(min=0)
+    rows = by_expert.index_select(0, places.flatten()).view(num_tokens, top_k, hidden).float()
+    if is_any_skipped:
+        rows, topk_weights = rows.masked_fill(skipped.unsqueeze(2), 0.0), topk_weights.masked_fill(skipped, 0.0)
+    return torch.bmm(topk_weights.float().unsqueeze(1), rows).squeeze(1).to(x.dtype)
 
 
 class PairOrder(NamedTuple):

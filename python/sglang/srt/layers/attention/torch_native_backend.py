@@ -20,13 +20,15 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 # Requests this much shorter (in tokens) than the longest of their group still share its padded table.
 _GROUP_SLACK = 64
+# From this length on (in tokens) reading a request once for all of its queries saves more than their mask costs.
+_SHARED_LENGTH = 256
 
 
 @dataclass(frozen=True)
 class DecodeGroup:
     """Requests of similar length that decode as one padded batch.
 
-    rows: their rows in the batch, None when the group is the whole batch in order. slot_table [b, L], seq_lens [b].
+    rows: of their queries, None when the group is the whole batch in order. slot_table [b, L], seq_lens [b].
     """
 
     rows: torch.Tensor | None
@@ -61,13 +63,23 @@ class TorchNativeAttnBackend(PoolBackend):
 
     def plan_decode(self, fb: ForwardBatch) -> DecodeGroups:
         """See the base class."""
-        groups = group_by_length(fb.seq_lens_cpu)
+        return self._groups(fb)
+
+    def plan_uniform(self, fb: ForwardBatch) -> DecodeGroups:
+        """See the base class; what the queries of a long request read is read once for all of them."""
+        return self._groups(fb if max(fb.seq_lens_cpu) >= _SHARED_LENGTH else fb.single_rows())
+
+    def _groups(self, fb: ForwardBatch) -> DecodeGroups:
+        assert fb.kind is not None
+        groups, width = group_by_length(fb.seq_lens_cpu), fb.kind.rows_per_request
         planned = []
         for members in groups:
             longest = max(fb.seq_lens_cpu[row] for row in members)
-            rows = torch.tensor(members, device=self.device) if len(groups) > 1 else None
-            requests = fb.req_pool_indices if rows is None else fb.req_pool_indices[rows]
-            seq_lens = fb.seq_lens if rows is None else fb.seq_lens[rows]
+            rows, requests, seq_lens = None, fb.req_pool_indices, fb.seq_lens
+            if len(groups) > 1:
+                rows = torch.tensor(members, device=self.device)
+                requests, seq_lens = requests[rows], seq_lens[rows]
+                rows = (rows.unsqueeze(1) * width + torch.arange(width, device=self.device)).flatten()
             table = self.req_to_token[:, :longest].index_select(0, requests).long()
             planned.append(DecodeGroup(rows, table, seq_lens))
         return DecodeGroups(tuple(planned))
