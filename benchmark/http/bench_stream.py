@@ -56,6 +56,7 @@ def main() -> None:
     print(describe_machine())
     server = FakeServer(max_running_requests=args.clients).wait_ready()
     server.scheduler.delay_s = args.step_ms / 1000
+    assert server.tokenizer is not None
     ids = server.tokenizer.encode("The quick brown fox jumps over the lazy dog. " * 20)[: args.output_len]
     server.scheduler.script = lambda _: ids
     sampling = {"max_new_tokens": args.output_len, "ignore_eos": True, "temperature": 0}

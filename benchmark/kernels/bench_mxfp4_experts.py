@@ -93,9 +93,9 @@ def main() -> None:
     eight = (w13.data, w13.scale, w2.data, w2.scale)
     four = random_codes(shape.experts, shape.hidden, shape.intermediate)
     runs: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor | None, ...], float]] = {
-        "fp8": (lambda x, *rest: fused_experts_fp8_triton(x, *rest, limit=limit), eight, FP8_BYTES),
-        "mxfp4 registers": (lambda *given: fused_experts_mxfp4_triton(*given, limit), four, MXFP4_BYTES),
-        "mxfp4 scaled": (lambda *given: fused_experts_mxfp4_scaled(*given, limit), four, MXFP4_BYTES),
+        "fp8": (partial(fused_experts_fp8_triton, limit=limit), eight, FP8_BYTES),
+        "mxfp4 registers": (partial(fused_experts_mxfp4_triton, limit=limit), four, MXFP4_BYTES),
+        "mxfp4 scaled": (partial(fused_experts_mxfp4_scaled, limit=limit), four, MXFP4_BYTES),
     }
     print(f"# {describe_device()}; {args.shape}; median, min and max of {args.runs} runs")
     print(f"{'case':<26}{'us':>10}{'min':>10}{'max':>10}{'TB/s':>7}{'MB':>9}   time and bytes over fp8's")

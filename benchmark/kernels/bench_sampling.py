@@ -13,6 +13,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from timing import describe_device
@@ -69,7 +70,7 @@ def choices(batch: int, vocab: int) -> dict[str, tuple[Call, Call | None]]:
     found: dict[str, tuple[Call, Call | None]] = {"greedy": (lambda: greedy(logits), None)}
     for name, row in rows.items():
         args = draw_args(logits, row)
-        found[name] = (lambda args=args: draw(*args), lambda args=args: before(args, None))
+        found[name] = (partial(draw, *args), partial(before, args, None))
     edited = draw_args(logits, rows["top-p 0.9, top-k 50"], **edits)
     found["the same, penalties"] = (lambda: draw(*edited), lambda: before(edited, counts))
     peaked = draw_args(logits * 5, RowOf(top_p=0.9))
@@ -110,17 +111,17 @@ def main() -> None:
                 graphs[name, "now"] = captured(now, stream)
                 if old is not None and not args.without_before:
                     graphs[name, "before"] = captured(old, stream)
-            figures = {key: [] for key in graphs}
+            figures: dict[tuple[str, str], list[float]] = {key: [] for key in graphs}
             for _ in range(args.runs):
                 for key, (graph, _) in graphs.items():
                     figures[key].append(device_seconds(graph.replay, 20) * 1e6)
             base = statistics.median(figures["greedy", "now"])
             for name, form in graphs:
                 if form == "now":
-                    now, old = figures[name, "now"], figures.get((name, "before"))
-                    ratio = f"{statistics.median(now) / statistics.median(old):7.2f}" if old else f"{'-':>7}"
-                    print(f"{f'{batch} x {vocab}':<20}{name:<22}{show(now):>28}{show(old) if old else '-':>30}{ratio}"
-                          f"{statistics.median(now) - base:8.1f}", flush=True)  # fmt: skip
+                    us, old_us = figures[name, "now"], figures.get((name, "before"))
+                    ratio = f"{statistics.median(us) / statistics.median(old_us):7.2f}" if old_us else f"{'-':>7}"
+                    print(f"{f'{batch} x {vocab}':<20}{name:<22}{show(us):>28}{show(old_us) if old_us else '-':>30}"
+                          f"{ratio}{statistics.median(us) - base:8.1f}", flush=True)  # fmt: skip
             if args.profile:
                 profile(graphs)
             del graphs

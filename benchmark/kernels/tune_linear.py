@@ -13,6 +13,7 @@ import itertools
 import multiprocessing
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ Tile = tuple[tuple[str, int], ...]
 
 def candidates(rows: int) -> list[Tile]:
     sizes = (16,) if rows <= 16 else (16, 32, 64) if rows <= 64 else (64, 128)
-    found = []
+    found: list[Tile] = []
     for m, n, warps, stages in itertools.product(sizes, (16, 32, 64, 128), (4, 8), (3, 4, 5, 6)):
         held, flight = m * n // (32 * warps), stages * GROUP * (m + n)
         if held > 128 or flight > 200 << 10 or (warps == 8 and m < 64) or (m >= 64 and n < 64):
@@ -58,7 +59,8 @@ def _compile(job: tuple[str, int, Tile]) -> str | None:
     arch, rows, tile = job
     try:
         with compile_only(arch):
-            block_product(*make(rows, *SHAPES[0], "meta", arch), torch.bfloat16, dict(tile))
+            q, scale, w, w_scale = make(rows, *SHAPES[0], "meta", arch)
+            block_product(q, scale, w, w_scale, torch.bfloat16, dict(tile))
     except Exception as error:  # a candidate that does not compile is left out
         return f"{type(error).__name__}"
     return None
@@ -92,7 +94,10 @@ def tune(rows: int, tiles: list[Tile], best: int, arch: str) -> None:
         times: dict[Tile, float] = {}
         for tile in tiles:
             try:
-                calls = [lambda x=x, tile=tile: block_product(*x, torch.bfloat16, dict(tile)) for x in inputs]
+                calls = [
+                    partial(block_product, q, scale, w, w_scale, torch.bfloat16, dict(tile))
+                    for q, scale, w, w_scale in inputs
+                ]
                 times[tile] = min(graph_time(calls, runs=2, min_seconds=0.003)) * 1e6
             except Exception:  # out of shared memory shows only at launch
                 times[tile] = float("inf")

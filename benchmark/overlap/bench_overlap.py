@@ -42,7 +42,8 @@ def spin(ms: float) -> None:
 def run(overlap: bool, steps: int, ms: float, cycles: float) -> float:
     """Seconds of ``steps`` decode steps."""
     engine = EngineHarness(str(EMBEDDED_MODELS["deepseek-v2-tiny"]), overlap=overlap, max_total_tokens=4096)
-    worker, scheduler = engine.scheduler.worker, engine.scheduler
+    scheduler: Any = engine.scheduler
+    worker: Any = engine.scheduler.worker
     forward, process = worker.forward, scheduler._process
 
     def slow_forward(*args: Any) -> Any:
@@ -57,7 +58,7 @@ def run(overlap: bool, steps: int, ms: float, cycles: float) -> float:
     engine.submit("r", [5, 6, 7], params)
     for _ in range(4):
         engine.step()
-    worker.forward, scheduler._process = slow_forward, slow_process  # type: ignore[method-assign]
+    worker.forward, scheduler._process = slow_forward, slow_process
     return timed(lambda: [engine.step() for _ in range(steps)])[1]
 
 

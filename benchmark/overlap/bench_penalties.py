@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 
 from sglang.bench_utils.paired import paired_ratio, rounds_within
 from sglang.embedded_models import EMBEDDED_MODELS
@@ -19,7 +20,7 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.test.engine_harness import EngineHarness
 
-PENALTIES = {"frequency_penalty": 0.3, "presence_penalty": 0.2, "repetition_penalty": 1.1}
+PENALTIES: dict[str, Any] = {"frequency_penalty": 0.3, "presence_penalty": 0.2, "repetition_penalty": 1.1}
 
 
 class Rounds:
@@ -36,7 +37,7 @@ class Rounds:
         """Seconds of the decode steps, once all prompts are computed."""
         engine, self._number = self._engine, self._number + 1
         for index in range(self._batch_size):
-            edits = PENALTIES if penalised and index == self._batch_size // 2 else {}
+            edits: dict[str, Any] = PENALTIES if penalised and index == self._batch_size // 2 else {}
             params = SamplingParams(temperature=0.0, max_new_tokens=self._steps + 8, ignore_eos=True, **edits)
             prompt = [3 + (self._number * 31 + index * 7 + i) % 200 for i in range(24)]
             engine.submit(f"{self._number}-{index}", prompt, params)

@@ -79,7 +79,8 @@ def time_size(
     runner: ModelRunner, allocator: Any, graphs: dict[str, StepGraphs | None], size: int, args: argparse.Namespace
 ) -> dict[str, list[float]]:
     """ms of each run by mode."""
-    vocab, times = runner.model_config.vocab_size, {mode: [] for mode in graphs}
+    vocab = runner.model_config.vocab_size
+    times: dict[str, list[float]] = {mode: [] for mode in graphs}
     prompts = np.random.default_rng(size).integers(0, vocab, size=(size, args.input_len)).tolist()
     for run in range(args.runs + 1):
         tokens = [torch.randint(0, vocab, (size,), device=runner.device) for _ in range(args.steps)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from typing import Any
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.platforms import current_platform
@@ -48,7 +49,12 @@ def main() -> None:
     tokenizer = Tokenizer.from_path(folder)
     asked = [question for question in heldout_questions() if len(question.answer) == 6][: args.questions]
     prompts = [tokenizer.encode(question.text) for question in asked]
-    settings = {"max_total_tokens": 2048, "max_running_requests": 1, "dtype": "float32", "with_tokenizer": True}
+    settings: dict[str, Any] = {
+        "max_total_tokens": 2048,
+        "max_running_requests": 1,
+        "dtype": "float32",
+        "with_tokenizer": True,
+    }
     overlap = current_platform.kind != "cpu"
     plain = EngineHarness(folder, overlap=overlap, **settings)
     spec = EngineHarness(

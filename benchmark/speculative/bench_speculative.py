@@ -143,7 +143,7 @@ def _with_drafts(
 ) -> None:
     drafts = engine.worker.speculator.drafter.graphs  # type: ignore[union-attr]
     verify, width = engine.runner.decode_graphs, engine.worker.decode_kind.rows_per_request
-    judged = engine.worker.speculator.graphs  # type: ignore[union-attr]
+    judged: Any = engine.worker.speculator.graphs  # type: ignore[union-attr]
     for size in args.batch_size:
         lines, cycle = [], 0.0
         for wanted in args.accept_length:

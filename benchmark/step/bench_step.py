@@ -16,6 +16,7 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -113,12 +114,12 @@ def run_size(runner: ModelRunner, allocator: TokenToKVPoolAllocator, size: int, 
     prefill, decode = [], []
     for run in range(args.runs + 1):
         batch = StaticBatch(runner, allocator, size)
-        _, seconds = timed(lambda batch=batch: batch.extend(prompts.tolist())[0])
+        _, seconds = timed(partial(batch.extend, prompts.tolist()))
         steps = []
         for _ in range(args.steps if run else 2):
             # Random tokens: a model of random weights would repeat one token, and with it one choice of experts.
             fed = torch.randint(0, vocab, (size,), device=runner.device)
-            _, step = timed(lambda batch=batch, fed=fed: batch.decode(fed)[0])
+            _, step = timed(partial(batch.decode, fed))
             steps.append(step * 1e3)
         if run:  # the first warms up
             prefill.append(size * args.input_len / seconds)
