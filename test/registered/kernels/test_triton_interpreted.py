@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 import triton
-from test_op_parity import check_case
+from test_op_parity import QUANTIZING, check_case
 
 from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows_triton
 from sglang.kernels.ops.mhc import launchers
@@ -31,7 +31,7 @@ register_cpu_ci(est_time=90, suite="stage-b-test-cpu")
 
 # The interpreter rounds to 8 bits wrongly where the mantissa carries into the exponent (127.9 becomes 64): this body is
 # left to the GPU, as are writes to 8-bit caches, and the products of 8-bit rows are given rows that torch quantised.
-NOT_INTERPRETED = ("quant.quantize_groups",)
+NOT_INTERPRETED = ("quant.quantize_groups", *QUANTIZING)
 ROW_WRITERS = ("kv_cache", "prepare", "compressed")
 # Six seconds and more each; another case of many blocks of the same op is interpreted, and a GPU runs these.
 SLOW = ("many-blocks-2x2", "many-blocks-tail-3x3", "many-blocks-fp8")
@@ -60,6 +60,21 @@ class TestTritonInterpreted(CustomTestCase):
         self.assertEqual([name for name, count in ran.items() if not count], [], "their Triton body accepts no case")
         self.assertGreater(ran.total(), 200)
         print(f"{ran.total()} (op, case) pairs in the interpreter of triton {triton.__version__}")
+
+    def test_rows_quantised_where_they_are_made(self):
+        """In float16, which the interpreter rounds to as it should: codes, scales, and where both are written."""
+        REGISTRY.load_all()
+        for name in QUANTIZING:
+            op = REGISTRY.ops[name]
+            (triton_body,) = (impl for impl in op.impls if impl.name == "triton")
+            for case in op.cases():
+                args = [torch.float16 if arg is torch.float8_e4m3fn else arg for arg in case.args]
+                with self.subTest(op=name, case=case.name):
+                    self.assertTrue(triton_body.accepts(*case.args))
+                    for found, wanted in zip(triton_body.fn(*args), op.reference(*args), strict=True):
+                        self.assertEqual(found.dtype, wanted.dtype)
+                        rtol = 2**-10 if found.dtype == torch.float16 else 1e-4
+                        torch.testing.assert_close(found, wanted, rtol=rtol, atol=1e-5)
 
     def test_minus_zero_never_becomes_the_nan_of_fnuz(self):
         rows = torch.full((2, 512), -0.0)

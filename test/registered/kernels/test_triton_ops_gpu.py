@@ -17,6 +17,7 @@ from test_op_parity import (
     widened,
 )
 
+from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul_quantized_triton, silu_and_mul_triton
 from sglang.kernels.ops.moe.fused_experts import fused_experts, order_pairs
 from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
     fused_experts_mxfp4_scaled,
@@ -24,7 +25,10 @@ from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
     fused_experts_mxfp4_triton,
     random_experts,
 )
-from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear_torch, random_blocks
+from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_rms_norm_triton
+from sglang.kernels.ops.norm.rmsnorm import rms_norm_triton
+from sglang.kernels.ops.norm.rmsnorm_quantized import rms_norm_quantized_triton
+from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear_torch, quantize_groups_triton, random_blocks
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.kernels.spec import Case
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
@@ -128,6 +132,29 @@ class TestTritonOpsOnGpu(CustomTestCase):
                     wanted = block_fp8_linear_torch(x.float(), w, scale)
                     # Half a unit of the result's bfloat16 on top.
                     assert_near_by_row(impl.fn(*args), wanted, EIGHT_BIT_ERROR["quant.block_fp8_linear"] + 2e-3)
+                    q, scales = quantize_groups_triton(args[0], args[1].dtype, for_product=True)
+                    given = (q, *args[1:], scales, torch.bfloat16)
+                    self.assertTrue(impl.accepts(*given))
+                    self.assertTrue(torch.equal(impl.fn(*given), impl.fn(*args)))
+
+    def test_rows_are_quantised_as_by_an_op_of_their_own(self):
+        """Bit for bit, rows in bfloat16 at widths of served models, in both layouts of the scales."""
+        generator = torch.Generator().manual_seed(6)
+        fp8 = torch.float8_e4m3fn
+        for rows, width in itertools.product((1, 16, 17, 100), (1536, 7168)):
+            x, residual = (torch.randn(rows, width, generator=generator).bfloat16().to(DEVICE) for _ in range(2))
+            gain = torch.rand(width, generator=generator).bfloat16().to(DEVICE)
+            with self.subTest(rows=rows, width=width):
+                found = rms_norm_quantized_triton(x, residual, gain, 1e-6, fp8)
+                normed, total = fused_add_rms_norm_triton(x, residual, gain, 1e-6)
+                wanted = normed, *quantize_groups_triton(normed, fp8), total
+                found += rms_norm_quantized_triton(x, None, gain, 1e-6, fp8)[:3]
+                normed = rms_norm_triton(x, gain, 1e-6)
+                wanted += normed, *quantize_groups_triton(normed, fp8)
+                found += silu_and_mul_quantized_triton(x, fp8)
+                wanted += quantize_groups_triton(silu_and_mul_triton(x), fp8)
+                for part, apart in zip(found, wanted, strict=True):
+                    self.assertTrue(torch.equal(part.float(), apart.float()))
 
     def test_everything_else(self):
         self._walk(*({op.group for op in REGISTRY.ops.values()} - {*ATTENTION, "gdn", "moe", "quant"}))

@@ -5,12 +5,15 @@ import tempfile
 import unittest
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import sglang.srt.layers.quantization.fp8 as fp8_layer
 from sglang.kernels.ops.attention.kv_cache import write_kv_torch, write_latent_torch
+from sglang.kernels.ops.quant.group_fp8 import QuantizedRows, quantize_groups_torch
 from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
@@ -22,6 +25,8 @@ from sglang.srt.layers.linear import (
     QKVParallelLinear,
     RowParallelLinear,
 )
+from sglang.srt.layers.moe.ep_moe.gathered import GatheredMoE
+from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.quantization import warn_of_splits
 from sglang.srt.layers.quantization.fp8 import Fp8Method, quantize_blocks, to_fnuz
@@ -216,9 +221,27 @@ class TestLayers(CustomTestCase):
             wanted = torch.cat([matrices[name][2].chunk(2)[rank] for name in ("w1", "w3")])
             torch.testing.assert_close(numbers(one, "w13_weight"), wanted, rtol=0, atol=0)
             torch.testing.assert_close(numbers(one, "w2_weight"), matrices["w2"][2].chunk(2, 1)[rank], rtol=0, atol=0)
+        self.assertEqual(layer.row_dtype, FP8)
+        # Rows that go to other ranks do so as they are.
+        self.assertIsNone(GatheredMoE(2, 128, 256, 1, quant_config=CHECKPOINT).row_dtype)
+        self.assertTrue(MoriEPMoE.rows_travel)
         sizes = r"\[128, 128\] and \[128, 64\] of an expert"
         with override_tp_group(thread_ranks(4)[0]), self.assertRaisesRegex(ConfigError, sizes):
             FusedMoE(2, 128, 256, 1, quant_config=CHECKPOINT, prefix="model.layers.3.mlp.experts")
+
+    def test_experts_take_the_rows_that_their_kernel_does(self):
+        w13, w2 = torch.zeros(2, 256, 128).to(FP8), torch.zeros(2, 128, 128).to(FP8)
+        layer = SimpleNamespace(
+            w13_weight=w13, w13_weight_scale_inv=None, w2_weight=w2, w2_weight_scale_inv=None, swiglu_limit=None
+        )
+        plain = torch.randn(3, 128)
+        rows = QuantizedRows(*quantize_groups_torch(plain, FP8), plain.dtype, plain)
+        for arranged, wanted in ((False, (rows.q, rows.scale)), (True, (plain, None))):
+            w13.is_shuffled = arranged
+            with mock.patch.object(fp8_layer, "fused_experts_fp8") as experts:
+                Fp8Method(False).apply_moe(layer, rows, None, None)
+            self.assertIs(experts.call_args.args[0], wanted[0])
+            self.assertIs(experts.call_args.args[7], wanted[1])
 
     def test_on_load_and_fnuz(self):
         w = torch.randn(256, 384, generator=torch.Generator().manual_seed(0))

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 import sglang.kernels.ops.attention.kv_cache as kv_cache
 import sglang.kernels.ops.quant.group_fp8 as group_fp8
 from sglang.srt.distributed import override_tp_group
+from sglang.srt.layers.layernorm import RMSNorm
+from sglang.srt.layers.quantization.fp8 import Fp8Method
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -109,6 +111,24 @@ class TestModels(CustomTestCase):
             print(f"{name}: rms of log-probability errors {loss:.3f}, with random noise {noise:.3f}")
             self.assertLess(loss, 1.5 * noise)
             self.assertGreater(loss, 0.5 * noise, "activations are not quantised")
+
+    def test_rows_are_quantised_where_they_are_made(self):
+        """All layers but attention's output are handed quantised rows; answers are the bits of those that are not."""
+        harness = self.harness("dsv3-k")
+        quantised = {}
+        for name, module in harness.model.named_modules():
+            if isinstance(getattr(module, "quant_method", None), Fp8Method):
+
+                def note(_, args, name=name):
+                    quantised[name] = isinstance(args[0], group_fp8.QuantizedRows)
+
+                module.register_forward_pre_hook(note)
+        found = serve(harness)
+        alone = {name.rpartition(".")[2] for name, made in quantised.items() if not made}
+        self.assertEqual(alone, {"o_proj"})
+        self.assertGreater(len(quantised), 4 * len(harness.model.model.layers))
+        with mock.patch.object(RMSNorm, "quantize_for", lambda norm, consumer: None):
+            self.assertTrue(torch.equal(serve(self.harness("dsv3-k")), found))
 
     def test_two_ranks_are_one(self):
         for name in MODELS:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_gemma_rms_norm, fused_add_rms_norm
 from sglang.kernels.ops.norm.rmsnorm import gemma_rms_norm, rms_norm
+from sglang.kernels.ops.norm.rmsnorm_quantized import rms_norm_quantized
+from sglang.kernels.ops.quant.group_fp8 import QuantizedRows
+from sglang.srt.layers.quantization import Rows
 from sglang.srt.layers.weights import make_parameter
 
 
@@ -21,11 +26,18 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps = eps
         self.weight = make_parameter(hidden_size, dtype=self.weight_dtype, fill=(self.unit_weight, 0.0))
+        self._row_dtype: torch.dtype | None = None
 
-    def forward(
-        self, x: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    def quantize_for(self, consumer: Any) -> None:
+        """Give rows quantised, and as they are besides, if ``consumer.row_dtype`` says that it takes such."""
+        self._row_dtype = consumer.row_dtype
+
+    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Rows | tuple[Rows, torch.Tensor]:
         """x [..., D] -> normed; with a residual -> (norm(x + residual), x + residual)."""
+        if self._row_dtype is not None:
+            normed, q, scale, total = rms_norm_quantized(x, residual, self.weight, self.eps, self._row_dtype)
+            rows = QuantizedRows(q, scale, x.dtype, normed)
+            return rows if residual is None else (rows, total)
         if residual is None:
             return self.norm(x, self.weight, self.eps)
         return self.add_norm(x, residual, self.weight, self.eps)

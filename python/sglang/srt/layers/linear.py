@@ -9,7 +9,7 @@ from torch import nn
 
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed import ProcessGroupHandle, get_tp_group
-from sglang.srt.layers.quantization import linear_method
+from sglang.srt.layers.quantization import Rows, linear_method
 from sglang.srt.layers.weights import ShardedMatrix, ShardId, ShardSlice, make_parameter
 
 
@@ -56,7 +56,12 @@ class _ShardedLinear(nn.Module):
     def _load_bias(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
         self._shards.copy(param.data, loaded, shard_id)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def row_dtype(self) -> torch.dtype | None:
+        """The type of rows that this product wants as ``QuantizedRows``; None: it takes plain ones out of them."""
+        return self.quant_method.row_dtype
+
+    def forward(self, x: Rows) -> torch.Tensor:
         """x [N, in] -> [N, out on this rank]."""
         return self.quant_method.apply(self, x, self.bias)
 
@@ -166,7 +171,7 @@ class RowParallelLinear(_ShardedLinear):
         self._tp = tp
         self.reduce_results = reduce_results
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         """x [N, in on this rank] -> [N, out]."""
         if self._tp.size == 1:
             return super().forward(x)

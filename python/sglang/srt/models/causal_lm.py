@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -31,8 +32,8 @@ class DecoderLayer(nn.Module, ABC):
         self.post_attention_layernorm = norm(text.hidden_size, text.rms_norm_eps)
 
     @abstractmethod
-    def mix(self, positions: torch.Tensor, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
-        """The layer's own mixer of tokens. positions [N], hidden [N, H] -> [N, H]."""
+    def mix(self, positions: torch.Tensor, hidden: Any, fb: ForwardBatch) -> torch.Tensor:
+        """The layer's own mixer of tokens. positions [N], hidden [N, H] as its norm gives it -> [N, H]."""
 
     def forward(
         self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, fb: ForwardBatch

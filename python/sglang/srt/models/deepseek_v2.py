@@ -10,6 +10,7 @@ from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.moe.fused_shared_experts import can_fuse
+from sglang.srt.layers.quantization import Rows
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.causal_lm import Backbone, CausalLM, DecoderLayer
@@ -45,8 +46,10 @@ class DeepseekV2DecoderLayer(DecoderLayer):
             self.mlp = GatedMLP(
                 config.hidden_size, config.intermediate_size, quant_config=quant_config, prefix=f"{prefix}.mlp"
             )
+        self.input_layernorm.quantize_for(self.self_attn)
+        self.post_attention_layernorm.quantize_for(self.mlp)
 
-    def mix(self, positions: torch.Tensor, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+    def mix(self, positions: torch.Tensor, hidden: Rows, fb: ForwardBatch) -> torch.Tensor:
         return self.self_attn(hidden, positions, fb)
 
 

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from sglang.kernels.ops.quant.scales_triton import store_quantized
+
 
 @triton.jit
 def clamp_above(x, LIMIT: tl.constexpr, dtype):
@@ -25,7 +27,9 @@ def clamp_both(x, LIMIT: tl.constexpr, dtype):
 def silu_and_mul_kernel(
     x_ptr, out_ptr, width, x_inner, x_outer_stride, x_inner_stride, blocks, BLOCK: tl.constexpr,
     LIMIT: tl.constexpr = None,
+    scale_ptr=None, scale_row_stride=0, scale_group_stride=0, LARGEST: tl.constexpr = None,
 ):  # fmt: skip
+    """With LARGEST ``out`` is of 8 bits, and ``scale`` takes the scales of its groups."""
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     cols = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -37,4 +41,11 @@ def silu_and_mul_kernel(
     # The reference rounds the SiLU before it multiplies.
     silu = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
     rest = clamp_both(up.to(tl.float32), LIMIT, gate.dtype)
-    tl.store(out_ptr + row * width + cols, (silu * rest).to(gate.dtype), mask=mask)
+    out = (silu * rest).to(gate.dtype)
+    if LARGEST is None:
+        tl.store(out_ptr + row * width + cols, out, mask=mask)
+    else:
+        store_quantized(
+            out, out_ptr, scale_ptr, row, (pid % blocks) * BLOCK, row + 1, width,
+            scale_row_stride, scale_group_stride, LARGEST, BLOCK,
+        )  # fmt: skip

@@ -174,7 +174,8 @@ def expert_product(
     out = torch.empty(pairs, width, dtype=dtype, device=ids.device)
     tiles = cdiv(width, tile["BLOCK_N"])
     operands = (x.data, x.scale, w.data, w.scale)
-    strides = (x.data.stride(0), w.data.stride(0), w.data.stride(1))
+    scale_strides = (0, 0) if x.scale is None else x.scale.stride()
+    strides = (x.data.stride(0), *scale_strides, w.data.stride(0), w.data.stride(1))
     shape = {"TOP_K": ids.shape[1], "GATE_UP": is_gate_up, "FP8": w.is_fp8, "BLOCK_M": block_m}
     shape.update(limit_option(limit))
     shape["EVEN_K"] = k_dim % tile["BLOCK_K"] == 0

@@ -71,7 +71,7 @@ def _accepts(
     x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
     x_scale: Tensor | None = None, dtype: torch.dtype | None = None, limit: float | None = None,
 ) -> bool:  # fmt: skip
-    stacked = (w13, w13_scale, w2, w2_scale, *([] if x_scale is None else [x_scale]))
+    stacked = (w13, w13_scale, w2, w2_scale, *([x_scale] if x_scale is not None and x.shape[0] == 1 else []))
     whole = all(size % GROUP == 0 for size in (x.shape[1], w2.shape[2]))
     rows = x.dtype in FLOATS if x_scale is None else x.dtype == w13.dtype and dtype in FLOATS
     native = w13.dtype == w2.dtype == fp8_dtype(current_platform.arch) and rows and x.stride(1) == 1

@@ -3,8 +3,9 @@
 A *pair* is one (token, chosen expert) entry of the routing table, numbered ``token * top_k + j``. Weights are
 [E, rows, K] with K dense. Nothing is summed atomically, so equal inputs give equal bits.
 
-With FP8 rows carry a scale a group of 128 columns, x_scale [rows, K / 128], and weights one a block of 128x128,
-w_scale [E, rows / 128, K / 128]; tiles of columns then lie inside one block, and a step of K is one group.
+With FP8 rows carry a scale a group of 128 columns, x_scale [rows, K / 128] of any strides (of one token: dense), and
+weights one a block of 128x128, w_scale [E, rows / 128, K / 128]; tiles of columns then lie inside one block, and a step
+of K is one group.
 """
 
 import triton
@@ -95,7 +96,7 @@ def one_token_down_kernel(
 @triton.jit
 def expert_tile(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, members, valid, expert, tile,
-    width, k_dim, x_stride, expert_stride, row_stride,
+    width, k_dim, x_stride, x_scale_stride, x_scale_step, expert_stride, row_stride,
     TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LIMIT: tl.constexpr = None,
 ):  # fmt: skip
@@ -111,7 +112,7 @@ def expert_tile(
     groups = k_dim // GROUP
     row_blocks = width // GROUP
     if FP8:
-        x_scale_at = x_scale_ptr + source * groups
+        x_scale_at = x_scale_ptr + source * x_scale_stride
         w_scale_at = w_scale_ptr + (tl.cast(expert, tl.int64) * row_blocks * (1 + GATE_UP) + column // GROUP) * groups
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
@@ -137,7 +138,7 @@ def expert_tile(
             else:
                 acc_up = tl.dot(x, w_up, acc_up, input_precision="ieee")
         if FP8:
-            x_scale_at += 1
+            x_scale_at += x_scale_step
             w_scale_at += 1
         x_at += BLOCK_K
         w_at += BLOCK_K
@@ -150,7 +151,7 @@ def expert_tile(
 @triton.jit(do_not_specialize=["pairs"])
 def few_tokens_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, ids_ptr, out_ptr,
-    pairs, width, k_dim, x_stride, expert_stride, row_stride, tiles,
+    pairs, width, k_dim, x_stride, x_scale_stride, x_scale_step, expert_stride, row_stride, tiles,
     TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, FP8: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LIMIT: tl.constexpr = None,
 ):  # fmt: skip
@@ -169,7 +170,7 @@ def few_tokens_kernel(
             members = tl.sum(tl.where(here, pair[:, None], 0), axis=0)
             expert_tile(
                 x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, members, start + slot < count, expert, tile,
-                width, k_dim, x_stride, expert_stride, row_stride,
+                width, k_dim, x_stride, x_scale_stride, x_scale_step, expert_stride, row_stride,
                 TOP_K, GATE_UP, EVEN_K, FP8, BLOCK_M, BLOCK_N, BLOCK_K, LIMIT,
             )  # fmt: skip
 
@@ -177,7 +178,7 @@ def few_tokens_kernel(
 @triton.jit(do_not_specialize=["pairs", "max_blocks"], do_not_specialize_on_alignment=["num_blocks_ptr"])
 def many_tokens_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, order_ptr, block_expert_ptr, num_blocks_ptr, out_ptr,
-    pairs, width, k_dim, x_stride, expert_stride, row_stride, max_blocks, tiles,
+    pairs, width, k_dim, x_stride, x_scale_stride, x_scale_step, expert_stride, row_stride, max_blocks, tiles,
     TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     LIMIT: tl.constexpr = None,
@@ -195,7 +196,7 @@ def many_tokens_kernel(
         valid = order < pairs
         expert_tile(
             x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, tl.where(valid, order, 0), valid, expert, tile,
-            width, k_dim, x_stride, expert_stride, row_stride,
+            width, k_dim, x_stride, x_scale_stride, x_scale_step, expert_stride, row_stride,
             TOP_K, GATE_UP, EVEN_K, FP8, BLOCK_M, BLOCK_N, BLOCK_K, LIMIT,
         )  # fmt: skip
 

@@ -1,7 +1,9 @@
-"""One Triton body for every RMS norm: optional residual add before it, unit offset in it, SiLU gate after it."""
+"""One Triton body for every RMS norm: residual add before it, unit offset in it, SiLU gate or 8-bit rows after it."""
 
 import triton
 import triton.language as tl
+
+from sglang.kernels.ops.quant.scales_triton import store_quantized
 
 
 @triton.jit
@@ -17,6 +19,7 @@ def rms_norm_kernel(
     other_inner, other_outer_stride, other_inner_stride,
     HAS_RESIDUAL: tl.constexpr, HAS_GATE: tl.constexpr, UNIT_OFFSET: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    q_ptr=None, scale_ptr=None, scale_row_stride=0, scale_group_stride=0, LARGEST: tl.constexpr = None,
 ):  # fmt: skip
     """ROWS rows a program, a whole row at once (BLOCK >= dim); the strides of ``other`` belong to residual or gate."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
@@ -45,3 +48,8 @@ def rms_norm_kernel(
         gate = tl.load(gate_ptr + other, mask=mask, other=0.0).to(tl.float32)
         out = (out.to(tl.float32) * (gate / (1.0 + tl.exp(-gate)))).to(dtype)
     tl.store(out_ptr + row * dim + cols, out, mask=mask)
+    if LARGEST is not None:
+        first = tl.program_id(0) * ROWS
+        store_quantized(
+            out, q_ptr, scale_ptr, first, 0, num_rows, dim, scale_row_stride, scale_group_stride, LARGEST, BLOCK
+        )

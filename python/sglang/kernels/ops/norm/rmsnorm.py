@@ -58,11 +58,12 @@ def rows_per_program(dim: int) -> int:
 
 def rms_norm_triton(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, total: Tensor | None = None,
-    gate: Tensor | None = None, unit_offset: bool = False,
+    gate: Tensor | None = None, unit_offset: bool = False, quantized: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """The one Triton body of the norms: new and contiguous; ``total``, contiguous too, receives x + residual.
 
     Arguments as the references take them, where ``fits_triton`` says yes; residual and gate exclude each other.
+    ``quantized``: q [N, D] and scale [N, D / 128] to be filled besides, D a multiple of 128.
     """
     from sglang.kernels.ops.norm.norm_triton import rms_norm_kernel
 
@@ -73,10 +74,15 @@ def rms_norm_triton(
     assert x_rows is not None and other_rows is not None
     if x.numel():
         block, rows = next_power_of_2(dim), rows_per_program(dim)
+        options = {}
+        if quantized is not None:
+            q, scale = quantized
+            options = {"LARGEST": torch.finfo(q.dtype).max, "q_ptr": q, "scale_ptr": scale}
+            options |= {"scale_row_stride": scale.stride(0), "scale_group_stride": scale.stride(1)}
         rms_norm_kernel[(cdiv(x_rows.num_rows, rows),)](
             x, residual, gate, weight, out, total, x_rows.num_rows, dim, eps, *x_rows[1:], *other_rows[1:],
             HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None, UNIT_OFFSET=unit_offset,
-            ROWS=rows, BLOCK=block, num_warps=warps_for(rows * block),
+            ROWS=rows, BLOCK=block, num_warps=warps_for(rows * block), **options,
         )  # fmt: skip
     return out
 

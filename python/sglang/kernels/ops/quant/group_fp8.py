@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,20 @@ LINEAR_TILES = (
     (128, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 4}),
     (None, {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 16, "num_warps": 4, "num_stages": 3}),
 )
+
+
+class QuantizedRows(NamedTuple):
+    """Rows for products of 8-bit weights: q [N, K], scale [N, K / 128], the ``dtype`` that products are to have, and
+    the rows as they were [N, K], where their maker keeps these."""
+
+    q: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+    plain: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.q.shape
 
 
 def fp8_dtype(arch: str) -> torch.dtype:
@@ -54,13 +69,17 @@ def dequantize_blocks(w: Tensor, scale: Tensor) -> Tensor:
     return w.float() * wide
 
 
-def block_fp8_linear_torch(x: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
+def block_fp8_linear_torch(
+    x: Tensor, w: Tensor, w_scale: Tensor, x_scale: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
     """``x w^T`` with x quantised by groups to w's dtype and both scaled back, summed in float32.
 
     x [N, K] float, w [R, K] 8-bit, w_scale [ceil(R / 128), K / 128] float32 -> [N, R] in x's dtype. DeepSeek-V3 report,
-    section 3.3.2 (fine-grained quantisation).
+    section 3.3.2 (fine-grained quantisation). Rows that are quantised already come in w's dtype with their
+    x_scale [N, K / 128] float32 and the ``dtype`` of the result.
     """
-    return scaled_product(*quantize_groups_torch(x, w.dtype), w, w_scale).to(x.dtype)
+    dtype = x.dtype if dtype is None else dtype
+    return scaled_product(*with_scales(x, x_scale, w.dtype), w, w_scale).to(dtype)
 
 
 def with_scales(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -74,16 +93,30 @@ def scaled_product(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor) -> Tens
     return rows @ dequantize_blocks(w, w_scale).t()
 
 
-def quantize_groups_triton(x: Tensor, dtype: torch.dtype, padded_rows: int | None = None) -> tuple[Tensor, Tensor]:
-    """``padded_rows``: make q and scale that long, the rest not written, and scale contiguous by columns."""
+def empty_quantized(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """q [rows, columns] and its scale as a product of so many rows reads them best.
+
+    Past LIBRARY_MIN_ROWS scales are contiguous by columns, and both lie in room for a multiple of LIBRARY_ROWS rows.
+    """
+    groups = columns // GROUP
+    if rows <= LIBRARY_MIN_ROWS:
+        q = torch.empty(rows, columns, dtype=dtype, device=device)
+        return q, torch.empty(rows, groups, dtype=torch.float32, device=device)
+    room = cdiv(rows, LIBRARY_ROWS) * LIBRARY_ROWS
+    scale = torch.empty(groups, room, dtype=torch.float32, device=device).t()
+    return torch.empty(room, columns, dtype=dtype, device=device)[:rows], scale[:rows]
+
+
+def quantize_groups_triton(x: Tensor, dtype: torch.dtype, for_product: bool = False) -> tuple[Tensor, Tensor]:
+    """``for_product``: as ``empty_quantized`` lays them out, else dense."""
     from sglang.kernels.ops.quant.group_fp8_triton import quantize_groups_kernel
 
-    (rows, columns), length = x.shape, padded_rows or x.shape[0]
-    q = torch.empty(length, columns, dtype=dtype, device=x.device)
-    if padded_rows is None:
-        scale = torch.empty(length, columns // GROUP, dtype=torch.float32, device=x.device)
+    rows, columns = x.shape
+    if for_product:
+        q, scale = empty_quantized(rows, columns, dtype, x.device)
     else:
-        scale = torch.empty(columns // GROUP, length, dtype=torch.float32, device=x.device).t()
+        q = torch.empty(rows, columns, dtype=dtype, device=x.device)
+        scale = torch.empty(rows, columns // GROUP, dtype=torch.float32, device=x.device)
     groups = rows * (columns // GROUP)
     if groups:
         block = 1 if groups < 1024 else 8
@@ -106,43 +139,60 @@ def block_product(
         tile = next(tile for limit, tile in LINEAR_TILES if limit is None or rows <= limit)
     row_tiles, tiles = cdiv(rows, tile["BLOCK_M"]), cdiv(width, tile["BLOCK_N"])
     block_fp8_linear_kernel[(row_tiles * tiles,)](
-        q, scale, w, w_scale, out, rows, width, k_dim, row_tiles, tiles, **tile
+        q, scale, w, w_scale, out, rows, width, k_dim, *scale.stride(), row_tiles, tiles, **tile
     )
     return out
 
 
-def block_fp8_linear_triton(x: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
+def block_fp8_linear_triton(
+    x: Tensor, w: Tensor, w_scale: Tensor, x_scale: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    dtype = x.dtype if dtype is None else dtype
     if not x.shape[0]:
-        return x.new_empty(0, w.shape[0])
-    return block_product(*quantize_groups_triton(x, w.dtype), w, w_scale, x.dtype)
+        return x.new_empty(0, w.shape[0], dtype=dtype)
+    q, scale = quantize_groups_triton(x, w.dtype) if x_scale is None else (x, x_scale)
+    return block_product(q, scale, w, w_scale, dtype)
 
 
-def block_fp8_linear_cublas(x: Tensor, w: Tensor, w_scale: Tensor) -> Tensor:
-    """cuBLAS' product with scales of 1x128 and 128x128 blocks; rows are padded to what it takes."""
+def block_fp8_linear_cublas(
+    x: Tensor, w: Tensor, w_scale: Tensor, x_scale: Tensor | None = None, dtype: torch.dtype | None = None
+) -> Tensor:
+    """cuBLAS' product with scales of 1x128 and 128x128 blocks, rows padded to what it takes."""
     from torch.nn.functional import ScalingType, scaled_mm
 
-    rows = x.shape[0]
-    q, scale = quantize_groups_triton(x, w.dtype, cdiv(rows, LIBRARY_ROWS) * LIBRARY_ROWS)
+    rows, columns = x.shape
+    q, scale = quantize_groups_triton(x, w.dtype, for_product=True) if x_scale is None else (x, x_scale)
+    room = scale.stride(1)
     out = scaled_mm(
-        q, w.t(), scale, ScalingType.BlockWise1x128, w_scale.t(), ScalingType.BlockWise128x128, output_dtype=x.dtype
-    )
+        q.as_strided((room, columns), (columns, 1)), w.t(),
+        scale.as_strided((room, columns // GROUP), (1, room)), ScalingType.BlockWise1x128,
+        w_scale.t(), ScalingType.BlockWise128x128, output_dtype=dtype or x.dtype,
+    )  # fmt: skip
     return out[:rows]
 
 
-def _accepts_library(x: Tensor, w: Tensor, w_scale: Tensor) -> bool:
+def _accepts_library(
+    x: Tensor, w: Tensor, w_scale: Tensor, x_scale: Tensor | None = None, dtype: torch.dtype | None = None
+) -> bool:
     # A row of weight scales must start at 16 bytes.
     aligned = w.shape[0] % 16 == 0 and w_scale.shape[1] % 4 == 0
-    many = x.shape[0] > LIBRARY_MIN_ROWS and x.dtype == torch.bfloat16
-    return many and aligned and _accepts_linear(x, w, w_scale)
+    many = x.shape[0] > LIBRARY_MIN_ROWS and (dtype or x.dtype) == torch.bfloat16
+    room = cdiv(x.shape[0], LIBRARY_ROWS) * LIBRARY_ROWS
+    laid_out = x_scale is None or (x.is_contiguous() and x_scale.stride() == (1, room))
+    return many and aligned and laid_out and _accepts_linear(x, w, w_scale, x_scale, dtype)
 
 
 def _accepts_quantize(x: Tensor, dtype: torch.dtype) -> bool:
     return x.dtype in FLOATS and x.stride(1) == 1 and x.shape[1] % GROUP == 0 and dtype in FP8_DTYPES
 
 
-def _accepts_linear(x: Tensor, w: Tensor, w_scale: Tensor) -> bool:
-    native = w.dtype == fp8_dtype(current_platform.arch)
-    return native and _accepts_quantize(x, w.dtype) and w.is_contiguous() and w_scale.is_contiguous()
+def _accepts_linear(
+    x: Tensor, w: Tensor, w_scale: Tensor, x_scale: Tensor | None = None, dtype: torch.dtype | None = None
+) -> bool:
+    native = w.dtype == fp8_dtype(current_platform.arch) and w.is_contiguous() and w_scale.is_contiguous()
+    if x_scale is None:
+        return native and _accepts_quantize(x, w.dtype)
+    return native and x.dtype == w.dtype and x.is_contiguous() and dtype in FLOATS
 
 
 def _rows() -> Iterator[tuple[str, Tensor]]:
@@ -169,7 +219,12 @@ def random_blocks(rows: int, columns: int, generator: torch.Generator) -> tuple[
 def _linear_cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(1)
     for name, x in _rows():
-        yield Case(name, (x, *random_blocks(200, x.shape[1], generator)))
+        blocks = random_blocks(200, x.shape[1], generator)
+        yield Case(name, (x, *blocks))
+        q, scale = empty_quantized(x.shape[0], x.shape[1], blocks[0].dtype, x.device)
+        for made, wanted in zip((q, scale), quantize_groups_torch(x, q.dtype), strict=True):
+            made.copy_(wanted)
+        yield Case(f"{name}-quantised", (q, *blocks, scale, torch.float32))
 
 
 quantize_groups = Op(

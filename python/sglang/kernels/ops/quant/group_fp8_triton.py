@@ -4,8 +4,7 @@ import triton
 import triton.language as tl
 
 from sglang.kernels.ops.moe.fused_experts_triton import expert_tile
-
-GROUP = tl.constexpr(128)
+from sglang.kernels.ops.quant.scales_triton import GROUP, quantize
 
 
 @triton.jit(do_not_specialize=["num_groups", "scale_group_stride"])
@@ -19,10 +18,7 @@ def quantize_groups_kernel(
     mask = (group < num_groups)[:, None]
     start = (group // groups_a_row) * row_stride + (group % groups_a_row) * GROUP
     x = tl.load(x_ptr + start[:, None] + lane, mask=mask, other=0.0).to(tl.float32)
-    # Divisions round as the reference's do: one bit decides which 8-bit value is nearest.
-    scale = tl.div_rn(tl.maximum(tl.max(tl.abs(x), axis=1), 1e-10), tl.full([BLOCK], LARGEST, tl.float32))
-    q = tl.div_rn(x, tl.broadcast_to(scale[:, None], [BLOCK, GROUP]))
-    q = tl.minimum(tl.maximum(q, -LARGEST), LARGEST)
+    q, scale = quantize(x, LARGEST)
     tl.store(q_ptr + group[:, None] * GROUP + lane, q.to(q_ptr.dtype.element_ty), mask=mask)
     scale_at = (group // groups_a_row) * scale_row_stride + (group % groups_a_row) * scale_group_stride
     tl.store(scale_ptr + scale_at, scale, mask=group < num_groups)
@@ -30,7 +26,7 @@ def quantize_groups_kernel(
 
 @triton.jit(do_not_specialize=["rows", "row_tiles"])
 def block_fp8_linear_kernel(
-    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, rows, width, k_dim, row_tiles, tiles,
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, rows, width, k_dim, x_scale_stride, x_scale_step, row_tiles, tiles,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of x [rows, k_dim] times w [width, k_dim] transposed; GROUP_M row tiles share weights in the cache."""
@@ -41,6 +37,6 @@ def block_fp8_linear_kernel(
     row = (first + (pid % in_group) % size) * BLOCK_M + tl.arange(0, BLOCK_M)
     expert_tile(
         x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, tl.minimum(row, rows - 1), row < rows, 0,
-        (pid % in_group) // size, width, k_dim, k_dim, 0, k_dim,
+        (pid % in_group) // size, width, k_dim, k_dim, x_scale_stride, x_scale_step, 0, k_dim,
         1, False, True, True, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip

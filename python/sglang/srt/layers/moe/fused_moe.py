@@ -11,7 +11,7 @@ from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed import get_parallel_state
 from sglang.srt.layers.moe.placement import ExpertPlacement
 from sglang.srt.layers.moe.topk import TopKOutput
-from sglang.srt.layers.quantization import experts_method
+from sglang.srt.layers.quantization import Rows, experts_method
 from sglang.srt.layers.weights import ShardedMatrix, ShardSlice
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -29,6 +29,8 @@ class FusedMoE(nn.Module):
 
     # Bound of the activation's gate and up parts; None: they are not clamped.
     swiglu_limit: float | None = None
+    # Whether rows go to other ranks, and so must come plain.
+    rows_travel = False
 
     def __init__(
         self,
@@ -84,7 +86,12 @@ class FusedMoE(nn.Module):
             for stacked, parts in (("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",)))
         }
 
-    def forward(self, x: torch.Tensor, topk: TopKOutput, fb: ForwardBatch | None = None) -> torch.Tensor:
+    @property
+    def row_dtype(self) -> torch.dtype | None:
+        """As a linear layer's."""
+        return None if self.rows_travel else self.quant_method.row_dtype
+
+    def forward(self, x: Rows, topk: TopKOutput, fb: ForwardBatch | None = None) -> torch.Tensor:
         """x [N, H] (left as it is), topk with k = ``top_k``, or all shared slots besides -> new [N, H]: weighted sum.
 
         ``fb``, the step, is for experts that exchange tokens between ranks.
@@ -101,7 +108,7 @@ class FusedMoE(nn.Module):
             )
 
     def run_experts(
-        self, x: torch.Tensor, weights: torch.Tensor, local_ids: torch.Tensor, x_scale: torch.Tensor | None = None
+        self, x: Rows, weights: torch.Tensor, local_ids: torch.Tensor, x_scale: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Weighted sum over this rank's experts. x [N, H], weights [N, k] float32, local_ids [N, k] int32, -1: none.
 

@@ -17,6 +17,7 @@ from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.shared_experts import SharedExperts
 from sglang.srt.distributed import get_parallel_state
 from sglang.srt.layers.moe.fused_moe import FusedMoE
+from sglang.srt.layers.quantization import Rows
 from sglang.srt.layers.weights import ShardId, check_shape
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils.multi_stream_utils import OverlapSite
@@ -120,7 +121,7 @@ class FusedSharedExperts(nn.Module):
         """Whether a step of ``num_tokens`` computes them as routed experts; reads no device data."""
         return bool(self.fixed_reason) or site.fuses(num_tokens)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Rows) -> torch.Tensor:
         """x [N, H] -> [N, H], this rank's part of a sum."""
         method = self._experts[0].quant_method
         gate_up = method.apply(self.gate_up_proj, x, None)

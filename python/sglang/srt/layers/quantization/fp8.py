@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sglang.kernels.ops.moe.fused_experts import is_shuffled
 from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8, shuffle_experts_fp8
-from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear, fp8_dtype
+from sglang.kernels.ops.quant.group_fp8 import QuantizedRows, block_fp8_linear, fp8_dtype
 from sglang.srt.configs.quantization import BLOCK, FP8_BLOCKS
 from sglang.srt.layers.quantization.stored import FP8, OTHER_THAN_FP8, block_scales, check_format, leaves_of
-from sglang.srt.layers.quantization.unquant import WeightMethod, part_of, stack_shape
+from sglang.srt.layers.quantization.unquant import Rows, WeightMethod, part_of, plain_rows, stack_shape
 from sglang.srt.layers.weights import FLOATS, ShardedMatrix, ShardId, WeightLoader, make_parameter
 from sglang.srt.platforms import current_platform
 
@@ -106,18 +107,22 @@ class Fp8Method(WeightMethod):
         shards.copy(target, loaded, shard_id)
         blocks.copy(scales, scale, shard_id)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out = block_fp8_linear(x, layer.weight, layer.weight_scale_inv)
+    def apply(self, layer: nn.Module, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
+        rows, made = (x.q, (x.scale, x.dtype)) if isinstance(x, QuantizedRows) else (x, ())
+        out = block_fp8_linear(rows, layer.weight, layer.weight_scale_inv, *made)
         return out if bias is None else out + bias
 
     def apply_moe(
         self,
         layer: nn.Module,
-        x: torch.Tensor,
+        x: Rows,
         weights: torch.Tensor,
         ids: torch.Tensor,
         x_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if isinstance(x, QuantizedRows):
+            # The vendor's experts quantise by themselves.
+            x, x_scale = (plain_rows(x), None) if is_shuffled(layer.w13_weight) else (x.q, x.scale)
         stacks = layer.w13_weight, layer.w13_weight_scale_inv, layer.w2_weight, layer.w2_weight_scale_inv
         dtype = None if x_scale is None else self._activation_dtype
         return fused_experts_fp8(x, *stacks, weights, ids, x_scale, dtype, layer.swiglu_limit)

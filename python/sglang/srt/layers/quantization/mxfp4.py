@@ -9,7 +9,7 @@ from sglang.kernels.ops.moe.fused_experts_mxfp4 import fused_experts_mxfp4, shuf
 from sglang.kernels.ops.quant.mxfp4 import quantize_mxfp4
 from sglang.srt.configs.quantization import WeightFormat
 from sglang.srt.layers.quantization.stored import CODES, OTHER_THAN_MXFP4, PAIRS, check_format, leaves_of, mxfp4_parts
-from sglang.srt.layers.quantization.unquant import WeightMethod, part_of, stack_shape
+from sglang.srt.layers.quantization.unquant import Rows, WeightMethod, part_of, plain_rows, stack_shape
 from sglang.srt.layers.weights import ShardedMatrix, ShardId, WeightLoader, make_parameter
 
 
@@ -68,20 +68,20 @@ class Mxfp4Method(WeightMethod):
         pairs.copy(part_of(getattr(layer, name), index), codes, shard_id)
         blocks.copy(part_of(getattr(layer, f"{name}_scale"), index), exponents, shard_id)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def apply(self, layer: nn.Module, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
         raise NotImplementedError("MXFP4 is a format of routed experts")
 
     def apply_moe(
         self,
         layer: nn.Module,
-        x: torch.Tensor,
+        x: Rows,
         weights: torch.Tensor,
         ids: torch.Tensor,
         x_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert x_scale is None, "rows come as they are"
         stacks = layer.w13_weight, layer.w13_weight_scale, layer.w2_weight, layer.w2_weight_scale
-        return fused_experts_mxfp4(x, *stacks, weights, ids, layer.swiglu_limit)
+        return fused_experts_mxfp4(plain_rows(x), *stacks, weights, ids, layer.swiglu_limit)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         # AITER rounds rows to MXFP4, which is right only where the checkpoint was made for that.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from sglang.kernels.ops.moe.fused_experts import fused_experts, shuffle_experts
+from sglang.kernels.ops.quant.group_fp8 import QuantizedRows
 from sglang.srt.configs.quantization import WeightFormat
 from sglang.srt.layers.quantization.stored import leaves_of, scaled_back
 from sglang.srt.layers.weights import (
@@ -20,6 +22,17 @@ from sglang.srt.layers.weights import (
     make_parameter,
 )
 
+# What a layer may hand to the next: rows, or rows quantised for it.
+Rows: TypeAlias = torch.Tensor | QuantizedRows
+
+
+def plain_rows(x: Rows) -> torch.Tensor:
+    """The rows as they were before they were quantised."""
+    if not isinstance(x, QuantizedRows):
+        return x
+    assert x.plain is not None, "the layer that quantised these rows did not keep them"
+    return x.plain
+
 
 class WeightMethod(ABC):
     """A format of weights.
@@ -28,7 +41,8 @@ class WeightMethod(ABC):
     else a format needs is kept as further parameters of the layer.
     """
 
-    # The 8-bit type, with scales by groups of 128, in which experts multiply their rows; None: the model's own.
+    # The 8-bit type, with scales by groups of 128, in which rows are multiplied; None: the model's own. A method that
+    # has one takes rows that are quantised already.
     row_dtype: torch.dtype | None = None
 
     # The tensors in which a checkpoint may hold one matrix.
@@ -62,14 +76,14 @@ class WeightMethod(ABC):
         """
 
     @abstractmethod
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def apply(self, layer: nn.Module, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
         """``x W^T + bias``: x [N, C] -> [N, R]."""
 
     @abstractmethod
     def apply_moe(
         self,
         layer: nn.Module,
-        x: torch.Tensor,
+        x: Rows,
         weights: torch.Tensor,
         ids: torch.Tensor,
         x_scale: torch.Tensor | None = None,
@@ -134,19 +148,19 @@ class UnquantizedMethod(WeightMethod):
             loaded = scaled_back(self.stored, loaded, scale, target.device)
         shards.copy(target, loaded, shard_id)
 
-    def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(x, layer.weight, bias)
+    def apply(self, layer: nn.Module, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(plain_rows(x), layer.weight, bias)
 
     def apply_moe(
         self,
         layer: nn.Module,
-        x: torch.Tensor,
+        x: Rows,
         weights: torch.Tensor,
         ids: torch.Tensor,
         x_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert x_scale is None, "plain weights take plain rows"
-        return fused_experts(x, layer.w13_weight, layer.w2_weight, weights, ids, layer.swiglu_limit)
+        return fused_experts(plain_rows(x), layer.w13_weight, layer.w2_weight, weights, ids, layer.swiglu_limit)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         if layer.swiglu_limit is None:

@@ -18,6 +18,7 @@ from sglang.srt.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
+from sglang.srt.layers.quantization import Rows, plain_rows
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.layers.weights import join_rows
@@ -71,6 +72,7 @@ class DeepseekV2AttentionMLA(nn.Module):
             self.q_b_proj = ColumnParallelLinear(
                 config.q_lora_rank, q_width, quant_config=quant_config, prefix=f"{prefix}.q_b_proj"
             )
+            self.q_a_layernorm.quantize_for(self.q_b_proj)
         self.kv_a_layernorm = RMSNorm(self.rank, _INNER_NORM_EPS)
         # Plain whatever the checkpoint holds: its two halves are products of their own in the absorbed form.
         self.kv_b_proj = ColumnParallelLinear(
@@ -87,6 +89,11 @@ class DeepseekV2AttentionMLA(nn.Module):
         self.w_kc: torch.Tensor | None = None
         self.w_vc: torch.Tensor | None = None
 
+    @property
+    def row_dtype(self) -> torch.dtype | None:
+        """As a linear layer's."""
+        return (self.q_proj if self.q_lora_rank is None else self.fused_qkv_a_proj_with_mqa).row_dtype
+
     def split_kv_b(self) -> None:
         """Name the two halves of kv_b_proj: w_kc [H, nope, R] and w_vc [H, R, v], views of the loaded weight."""
         if self._q_and_kv_a is not None and self._q_and_kv_a.data_ptr() != self.q_proj.weight.data_ptr():
@@ -95,7 +102,7 @@ class DeepseekV2AttentionMLA(nn.Module):
         self.w_kc = per_head[:, : self.nope]
         self.w_vc = per_head[:, self.nope :].transpose(1, 2)
 
-    def forward(self, hidden: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+    def forward(self, hidden: Rows, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
         """hidden [N, H], positions [N] -> [N, H]; each request takes the form its length makes cheaper."""
         backend = backend_of(fb, MlaBackend)
         q, kv_a = self._project(hidden)
@@ -115,11 +122,11 @@ class DeepseekV2AttentionMLA(nn.Module):
             out = _placed(out, part_expanded.rows, self.expanded(_rows(q, part_expanded.rows), fb, part_expanded))
         return self.o_proj(out)
 
-    def _project(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _project(self, hidden: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [N, heads, nope + rope] and latents next to key parts [N, R + rope], neither normed nor rotated."""
         if self._q_and_kv_a is not None:
             widths = (self.num_heads * (self.nope + self.rope), self.rank + self.rope)
-            q, kv_a = F.linear(hidden, self._q_and_kv_a)[:, : sum(widths)].split(widths, dim=-1)
+            q, kv_a = F.linear(plain_rows(hidden), self._q_and_kv_a)[:, : sum(widths)].split(widths, dim=-1)
         elif self.q_lora_rank is None:
             q, kv_a = self.q_proj(hidden), self.kv_a_proj_with_mqa(hidden)
         else:

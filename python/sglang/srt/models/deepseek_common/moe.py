@@ -14,6 +14,7 @@ from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.moe.ep_moe.factory import make_experts
 from sglang.srt.layers.moe.fused_shared_experts import FusedSharedExperts, shared_slots
 from sglang.srt.layers.moe.topk import TopK
+from sglang.srt.layers.quantization import Rows, plain_rows
 from sglang.srt.layers.weights import make_parameter
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
@@ -71,7 +72,12 @@ class DeepseekV2MoE(nn.Module):
                 hidden, config.n_shared_experts * width, False, quant_config, f"{prefix}.shared_experts"
             )
 
-    def forward(self, x: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+    @property
+    def row_dtype(self) -> torch.dtype | None:
+        """As a linear layer's."""
+        return self.experts.row_dtype
+
+    def forward(self, x: Rows, fb: ForwardBatch) -> torch.Tensor:
         """x [N, H] -> [N, H]."""
         shared_experts = self.shared_experts
         if shared_experts is None:
@@ -83,8 +89,8 @@ class DeepseekV2MoE(nn.Module):
         )
         return self._tp.all_reduce(routed + shared)
 
-    def _routed(self, x: torch.Tensor, fb: ForwardBatch, fused: bool = False) -> torch.Tensor:
-        return self.experts(x, self.topk(self.gate(x), fused), fb)
+    def _routed(self, x: Rows, fb: ForwardBatch, fused: bool = False) -> torch.Tensor:
+        return self.experts(x, self.topk(self.gate(plain_rows(x)), fused), fb)
 
 
 def make_topk(config: DeepseekConfig, correction_bias: torch.Tensor | None, shared: SharedSlots = NO_SHARED) -> TopK:

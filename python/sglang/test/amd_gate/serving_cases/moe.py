@@ -62,8 +62,10 @@ def fused_experts_fp8_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     for tokens in (1, 8, 128, 8192):
         x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=device)
         weights = torch.empty(tokens, top_k, device=device)
-        case = Case(f"v3 t{tokens} fp8", (x, w13, w13_scale, w2, w2_scale, weights, weights.to(torch.int32)))
-        yield fused_experts_fp8, case
+        operands = (w13, w13_scale, w2, w2_scale, weights, weights.to(torch.int32))
+        yield fused_experts_fp8, Case(f"v3 t{tokens} fp8", (x, *operands))
+        q, scales = group_fp8.empty_quantized(tokens, hidden, dtype, x.device)
+        yield fused_experts_fp8, Case(f"v3 t{tokens} quantised fp8", (q, *operands, scales, x.dtype))
 
 
 def empty_experts(experts: int, hidden: int, width: int, device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:

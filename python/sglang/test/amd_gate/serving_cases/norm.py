@@ -8,7 +8,10 @@ import torch
 
 from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_gemma_rms_norm, fused_add_rms_norm
 from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, gemma_rms_norm, rms_norm
+from sglang.kernels.ops.norm.rmsnorm_quantized import rms_norm_quantized
+from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Op
+from sglang.srt.platforms import current_platform
 from sglang.test.amd_gate.serving_cases.tensors import bfloat16s
 
 
@@ -33,7 +36,18 @@ def rmsnorm_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     yield gated_rms_norm, Case("qwen35-gdn t128", (gated, gate, weight[:128], 1e-6))
 
 
+def rmsnorm_quantized_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """DeepSeek-V3's norms before 8-bit products, without contents, in both layouts of the scales."""
+    dtype = fp8_dtype(current_platform.arch)
+    for tokens in (1, 128):
+        x, residual, weight = bfloat16s(device, (tokens, 7168), (tokens, 7168), (7168,))
+        yield rms_norm_quantized, Case(f"v3 t{tokens} fp8", (x, residual, weight, 1e-6, dtype))
+        latent, gain = bfloat16s(device, (tokens, 2112), (1536,))
+        yield rms_norm_quantized, Case(f"v3-q_a t{tokens} fp8", (latent[:, :1536], None, gain, 1e-6, dtype))
+
+
 CASES = (
     fused_add_rmsnorm_cases,
     rmsnorm_cases,
+    rmsnorm_quantized_cases,
 )

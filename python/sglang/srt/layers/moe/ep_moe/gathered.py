@@ -17,6 +17,8 @@ class GatheredMoE(FusedMoE):
     The result is a part of a sum over the attention group.
     """
 
+    rows_travel = True
+
     def forward(self, x: torch.Tensor, topk: TopKOutput, fb: ForwardBatch | None = None) -> torch.Tensor:
         """x [N, H], topk as FusedMoE's, alike in all groups -> new [N, H]: zero except this rank's slice of rows."""
         self.check_columns(topk)

@@ -37,6 +37,8 @@ class MoriEPMoE(FusedMoE):
     full_buffer: compute all rows of the receive buffer instead of the proven bound (benchmarks).
     """
 
+    rows_travel = True
+
     def __init__(
         self,
         num_experts: int,
