@@ -129,7 +129,7 @@ def _check_upstream(kind: str, advice: str, name: str, value: str, findings: _Fi
     if kind == "numerics":
         if not names.asks_for_nothing(name, value):
             remedy = advice or "; unset it"
-            findings.errors.append(f"{name}={value!r} would change what is computed and is not implemented{remedy}")
+            findings.errors.append(f"{name}={value!r} would change results and is not implemented{remedy}")
     elif not value.strip():
         return
     elif kind == "rejected":

@@ -239,10 +239,13 @@ def check_settings() -> None:
         (MoriConfig(6, 64), "1, 2, 4 or whole nodes"),
         (MoriConfig(12, 64), "1, 2, 4 or whole nodes"),
         (MoriConfig(128, 64, low_latency=True), "at most 64 ranks"),
-        (MoriConfig(16, 64, combine_dtype="fp8"), "COMBINE_DTYPE=fp8 is not offered"),
-        (MoriConfig(2, 4, combine_dtype="fp8_direct_cast"), "packs bfloat16 alone"),
+        (MoriConfig(16, 64, combine_dtype="fp8"), "COMBINE_DTYPE=fp8 is not supported"),
+        (MoriConfig(2, 4, combine_dtype="fp8_direct_cast"), "supports only bfloat16"),
         (MoriConfig(2, 4, dispatch_dtype="fp8"), "DISPATCH_DTYPE=fp8 needs fp8 expert weights"),
-        (MoriConfig(2, 4, dispatch_dtype="fp4"), "DISPATCH_DTYPE=fp4 is not served: .* to MXFP4 ones too, in 16"),
+        (
+            MoriConfig(2, 4, dispatch_dtype="fp4"),
+            "DISPATCH_DTYPE=fp4 is not supported: .* in 16 bits to all others, including MXFP4",
+        ),
     )
     for config, message in refused:
         with CASE.assertRaisesRegex(ExchangeConfigError, message):

@@ -165,7 +165,7 @@ class TestLaunch(CustomTestCase):
         with self.assertLogs(reply_reader.logger, "WARNING") as logs:
             fake = FakeServer(reasoning_parser="qwen3").wait_ready()
         self.addCleanup(fake.stop)
-        self.assertIn("chat template does not know", logs.output[0])
+        self.assertIn("chat template does not contain", logs.output[0])
 
     def test_without_the_flag_the_field_has_no_effect_and_that_is_said(self):
         fake = FakeServer().wait_ready()

@@ -110,7 +110,7 @@ class TestLaunch(StreamPlanCase):
             # A launch leaves it to the ranks, which know their device.
             self.assertEqual(self.planned(moe_a2a_backend="none").warnings, [])
         with envs.SGLANG_STREAM_SITES.override("deepseek=on"):
-            self.assertRegex(self.planned().errors[0], "SGLANG_STREAM_SITES takes site=on")
+            self.assertRegex(self.planned().errors[0], "SGLANG_STREAM_SITES takes comma-separated site=on")
 
 
 if __name__ == "__main__":

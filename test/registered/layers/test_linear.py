@@ -141,7 +141,7 @@ class TestJoinedRows(CustomTestCase):
     def test_a_weight_that_left_the_joined_matrix_is_refused(self):
         layer = self.attention(4)
         layer.q_proj.weight.data = layer.q_proj.weight.data.clone()
-        with self.assertRaisesRegex(RuntimeError, "memory of its own"):
+        with self.assertRaisesRegex(RuntimeError, "was given new memory"):
             layer.split_kv_b()
 
 

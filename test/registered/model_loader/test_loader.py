@@ -185,7 +185,7 @@ class TestErrors(LoaderTestCase):
                 self.assertIn(expected, self.failure())
 
     def test_no_safetensors(self):
-        self.assertIn("holds no *.safetensors file", self.failure())
+        self.assertIn("contains no *.safetensors file", self.failure())
         (self.folder / "pytorch_model.bin").write_bytes(b"x")
         self.assertIn("pytorch_model.bin: convert them to safetensors", self.failure())
 

@@ -305,7 +305,7 @@ class TestRefusals(CustomTestCase):
         self.assertEqual(uneven, "shared experts are 96 wide, and routed ones 64")
         for changes in ({"n_shared_experts": 0}, {"first_k_dense_replace": 3}):
             self.assertEqual(self.refusal("dsv3", **changes), "the model has no shared experts")
-        self.assertIn("not cut at fp8 blocks", self.refusal("dsv2", quant_config=QuantConfig()))
+        self.assertIn("not split at fp8 blocks", self.refusal("dsv2", quant_config=QuantConfig()))
         self.assertEqual(self.refusal("dsv3", quant_config=QuantConfig()), "")
 
     def test_formats_must_agree_in_every_layer(self):

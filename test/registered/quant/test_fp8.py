@@ -322,15 +322,15 @@ class TestLoader(CustomTestCase):
     def test_scales_of_the_wrong_kind(self):
         name = f"{self.layer}_scale_inv"
         for scale, reason in (
-            (torch.tensor([[127, 255]], dtype=torch.uint8).view(torch.float8_e8m0fnu), "its scales hold infinite"),
-            (torch.tensor([[1.0, float("inf")]]), "its scales hold infinite numbers or NaN"),
+            (torch.tensor([[127, 255]], dtype=torch.uint8).view(torch.float8_e8m0fnu), "its scales contain infinite"),
+            (torch.tensor([[1.0, float("inf")]]), "its scales contain infinite numbers or NaN"),
             (torch.tensor([[127, 127]], dtype=torch.uint8), "dtype uint8 is not supported here, only float32"),
             (torch.ones(1, 2).to(FP8), "dtype float8_e4m3fn is not supported here"),
         ):
             self.assertIn(reason, self.failure(**{name: scale}))
         plain = "model.layers.0.self_attn.kv_b_proj.weight_scale_inv"
         nan = torch.full_like(self.tensors[plain], torch.nan)
-        self.assertIn("kv_b_proj.weight: its scales hold infinite", self.failure(**{plain: nan}))
+        self.assertIn("kv_b_proj.weight: its scales contain infinite", self.failure(**{plain: nan}))
 
     def test_on_load_makes_what_a_quantised_checkpoint_holds(self):
         wanted = dict(self.load().named_parameters())

@@ -93,7 +93,7 @@ class TestModels(CustomTestCase):
                 self.assertEqual(config.quant_config.format_of(f"model.layers.{layer}.mlp.experts"), known)
             self.assertEqual(config.quant_config.format_of("model.layers.0.mlp.shared_experts.down_proj"), FP8_BLOCKS)
         # 64 columns are no whole blocks of 128: only the experts of the other widths could be loaded.
-        with self.assertRaisesRegex(ConfigError, "not cut at fp8 blocks"):
+        with self.assertRaisesRegex(ConfigError, "not split at fp8 blocks"):
             serve(folder / "fp8")
         (folder / "bare").mkdir()
         (folder / "bare" / "config.json").write_text((folder / "fp8" / "config.json").read_text())
@@ -151,7 +151,7 @@ class TestModels(CustomTestCase):
         for changes, expected in (
             ({scale: None}, f"missing (1):\n    {scale}"),
             ({name: None}, f"missing (1):\n    {name}"),
-            ({scale: nan}, f"{name}: its scales hold byte 255, which is NaN"),
+            ({scale: nan}, f"{name}: its scales contain byte 255, which is NaN"),
             ({scale: powers.float()}, f"{scale}: dtype float32 is not supported here, only uint8, float8_e8m0fnu"),
             ({scale: powers.t().contiguous()}, f"{scale}: expected shape [128, 8], found [8, 128]"),
             ({name: codes.view(64, 256)}, f"{name}: shape [64, 256] is packed along the wrong axis"),
@@ -283,7 +283,7 @@ class TestQuarkConfig(CustomTestCase):
         ):
             with self.subTest(reason), self.assertRaisesRegex(ConfigError, re.escape(reason)):
                 read_quantization({"quantization_config": settings}, None)
-        with self.assertRaisesRegex(ConfigError, "names no quantization_config"):
+        with self.assertRaisesRegex(ConfigError, "has no quantization_config"):
             read_quantization({}, "quark")
         with self.assertRaisesRegex(ConfigError, "which is in fp8"):
             read_quantization({"quantization_config": {"quant_method": "fp8"}}, "quark")

@@ -83,7 +83,7 @@ class TestFolders(CustomTestCase):
         v3 = self.folder("deepseek-v3-tiny", {"num_nextn_predict_layers": 0})
         self.refused(ServerArgsError, "needs an MTP layer: .*key num_nextn_predict_layers is 0 or missing", v3)
         qwen = self.folder("qwen3.5-moe-tiny", tensors=lambda held: {k: v for k, v in held.items() if "mtp" not in k})
-        self.refused(WeightLoadError, "holds no tensor mtp", qwen)
+        self.refused(WeightLoadError, "contains no tensor mtp", qwen)
 
     def test_a_layer_of_wrong_shapes(self):
         def cut(held):

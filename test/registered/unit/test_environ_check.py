@@ -182,7 +182,7 @@ class TestLaunchCheck(CustomTestCase):
             value = "nonsense" if name in upstream.DEFAULTS else "1"
             report = check_environment({name: value})
             self.assertEqual(len(report.errors), 1, name)
-            self.assertIn(f"{name}={value!r} would change what is computed", report.errors[0])
+            self.assertIn(f"{name}={value!r} would change results", report.errors[0])
             for off in ("0", "False", "", upstream.DEFAULTS.get(name, "off")):
                 self.assertEqual(check_environment({name: off}).errors, (), f"{name}={off}")
         self.assertIn("SGLANG_MORI_DISPATCH_DTYPE=fp8", check_environment({"SGLANG_MORI_FP8_DISP": "1"}).errors[0])

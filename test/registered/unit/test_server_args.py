@@ -427,7 +427,7 @@ class TestAsAProgram(CustomTestCase):
             )
         self.assertTrue(refused.startswith("dry run: refused (1 reason)"), refused)
         self.assertTrue(accepted.startswith("dry run: accepted, platform cpu"), accepted)
-        for part in ("context_length: None -> 1024", "holds no *.safetensors", "without --api-key"):
+        for part in ("context_length: None -> 1024", "contains no *.safetensors", "without --api-key"):
             self.assertIn(part, accepted)
         self.assertIn("error: --tp-size 3 does not divide num_attention_heads 4, intermediate_size 128", refused)
 

@@ -131,7 +131,7 @@ class TestSites(CustomTestCase):
             self.assertEqual(plan_streams(Args(), names=()).sites, ())
             with mock.patch.dict("os.environ", {"SGLANG_STREAM_SITES": f"{QWEN}=on,{DEEPSEEK}=off"}):
                 warnings = plan_streams(Args(), names=(DEEPSEEK,)).warnings
-            self.assertIn(f"names {QWEN}, a site that this model lacks", warnings[0])
+            self.assertIn(f"names {QWEN}, a site that this model does not have", warnings[0])
             self.assertEqual(len(plan_streams(Args()).sites), len(SITE_RULES))
         with self.assertRaises(KeyError):
             found.site("other")

@@ -108,5 +108,7 @@ def remarks(args: ServerArgs) -> list[str]:
         anyone = f"anyone who can reach port {args.port} may run inference"
         found.append(f"--host {args.host} without --api-key: {anyone}{closed}")
     elif args.api_key is None and args.admin_api_key:
-        found.append("--admin-api-key guards administrative endpoints alone: set --api-key too to guard inference")
+        found.append(
+            "--admin-api-key protects only the administrative endpoints: set --api-key too to protect inference"
+        )
     return found

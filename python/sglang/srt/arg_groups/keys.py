@@ -39,7 +39,7 @@ def find_keys(args: ServerArgs, environ: Mapping[str, str] | None = None) -> Key
         flag, path = "--" + name.replace("_", "-"), getattr(args, f"{name}_file")
         if getattr(args, name) is not None:
             if path is not None:
-                keys.errors.append(f"{flag} and {flag}-file both give a key: drop one")
+                keys.errors.append(f"{flag} and {flag}-file both give a key: remove one")
             continue
         key = variable.read(environ) or None
         if path is not None:
@@ -59,13 +59,13 @@ def _read_key_file(path: str) -> str:
     with open(path, "rb") as file:
         data = file.read(_MAX_KEY_BYTES + 1)
     if len(data) > _MAX_KEY_BYTES:
-        raise KeyFileError(f"longer than {_MAX_KEY_BYTES} bytes, so it is no key")
+        raise KeyFileError(f"longer than {_MAX_KEY_BYTES} bytes, so it is not a key")
     try:
         key = data.decode("utf-8").strip()
     except UnicodeDecodeError:
         raise KeyFileError("not UTF-8 text") from None
     if not key:
-        raise KeyFileError("empty: write the key into it, or drop the flag for no key")
+        raise KeyFileError("empty: write the key into it, or remove the flag to use no key")
     if not key.isprintable():
-        raise KeyFileError("holds more than one line, or control characters")
+        raise KeyFileError("contains more than one line, or control characters")
     return key

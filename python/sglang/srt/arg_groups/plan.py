@@ -229,7 +229,7 @@ def _with_cached_models(plan: LaunchPlan) -> ServerArgs:
             flag = f"--{field_name.replace('_', '-')}"
             of = "" if revision is None else f" at revision {revision!r}"
             plan.errors.append(
-                f"{flag} {asked!r} is no folder, and not in the local Hugging Face cache{of}: "
+                f"{flag} {asked!r} is not a folder, and not in the local Hugging Face cache{of}: "
                 f"`{download_line(asked, revision)}` puts it there"
             )
     if args.revision is not None and not is_model_id(args.model_path):
@@ -265,10 +265,10 @@ def _read_model(plan: LaunchPlan, platform: PlatformLike | None) -> list[str]:
         return [where + problem for problem in error.problems]
     folder = Path(args.model_path)
     if args.load_format != "dummy" and not any(folder.glob("*.safetensors")):
-        plan.warnings.append(f"{folder} holds no *.safetensors file: the launch needs them, or --load-format dummy")
+        plan.warnings.append(f"{folder} contains no *.safetensors file: the launch needs them, or --load-format dummy")
     if not args.skip_tokenizer_init and not (Path(args.tokenizer_path or folder) / "tokenizer.json").is_file():
         plan.warnings.append(
-            f"{args.tokenizer_path or folder} holds no tokenizer.json: the launch needs it, or --skip-tokenizer-init"
+            f"{args.tokenizer_path or folder} contains no tokenizer.json: the launch needs it, or --skip-tokenizer-init"
         )
     if args.skip_tokenizer_init and (args.reasoning_parser or args.tool_call_parser):
         return ["--reasoning-parser and --tool-call-parser read text, and --skip-tokenizer-init makes none"]

@@ -78,9 +78,9 @@ def _schedule(args: ServerArgs, context: Context) -> Iterator[Change | str]:
 def _graphs(args: ServerArgs, context: Context) -> Iterator[Change | str]:
     platform, backend = context.platform, args.attention_backend
     if not platform.supports_graphs:
-        yield Change("disable_cuda_graph", args.disable_cuda_graph, True, "the host captures no graphs")
+        yield Change("disable_cuda_graph", args.disable_cuda_graph, True, "the host does not capture graphs")
     elif backend in (declared := attention_backends()) and not declared[backend].graphs:
-        reason = f"attention backend {backend} captures no graphs"
+        reason = f"attention backend {backend} does not capture graphs"
         yield Change("disable_cuda_graph", args.disable_cuda_graph, True, reason)
     if platform.device_type == "cpu":
         reason = "on the host a step ends before the next is prepared"

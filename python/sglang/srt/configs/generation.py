@@ -57,7 +57,7 @@ def sampling_defaults(generation: Mapping[str, Any]) -> tuple[dict[str, Any], li
         notes.append("top_k 0: all tokens")
     if settled.get("top_p") == 0:
         settled["top_p"] = _LEAST_TOP_P
-        notes.append("top_p 0: the most likely token alone")
+        notes.append("top_p 0: only the most likely token")
     for key, value in settled.items():
         try:
             SamplingParams.from_request({key: value}).verify(vocab_size=1)

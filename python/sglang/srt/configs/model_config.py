@@ -147,7 +147,7 @@ class ModelConfig:
         outside = [token_id for token_id in ids if not 0 <= token_id < self.vocab_size]
         if outside:
             raise ConfigError(
-                f"the tokenizer's end token has the id {outside[0]}, and the model has a vocabulary of "
+                f"the tokenizer's end token has the id {outside[0]}, but the vocabulary of the model has "
                 f"{self.vocab_size} tokens: the tokenizer does not belong to this model",
                 source=source,
             )
@@ -222,13 +222,13 @@ def _existing_config(model_path: str) -> Path:
     if not folder.is_dir():
         if not folder.exists() and "/" not in model_path:
             raise ConfigError(
-                f"unknown model {model_path!r}: it is no folder here, and none of the models that ship with the "
-                f"package ({', '.join(EMBEDDED_MODELS)}). Nothing is fetched from a hub."
+                f"unknown model {model_path!r}: it is neither a folder nor one of the models of the package "
+                f"({', '.join(EMBEDDED_MODELS)}). Nothing is downloaded from a hub."
             )
         what = "a file, not a folder" if folder.exists() else "not a folder on this machine"
         raise ConfigError(
             f"unknown model path {model_path!r}: it is {what}{_no_id(model_path)}. Nothing is fetched from a hub: "
-            "download the model and pass the folder that holds its config.json, tokenizer.json and *.safetensors."
+            "download the model and pass the folder that contains its config.json, tokenizer.json and *.safetensors."
         )
     config_file = folder / "config.json"
     if not config_file.is_file():

@@ -132,7 +132,9 @@ class QuantConfig:
         }
         if len(formats) > 1:
             found = " and ".join(f"{each} in {known.name}" for known, each in formats.items())
-            raise ConfigError(f"quantization_config holds {found}, which are one product here: they need one format")
+            raise ConfigError(
+                f"quantization_config holds {found}, which are multiplied as one matrix here: they need the same format"
+            )
         return next(iter(formats))
 
 
@@ -159,14 +161,14 @@ def read_quantization(hf_config: Mapping[str, Any], asked: str | None) -> QuantC
             if method == "quark":
                 return QuantConfig.from_quark(settings)
             if asked == "quark":
-                raise ConfigError("--quantization quark does not fit this checkpoint, which is in fp8: drop the flag")
+                raise ConfigError("--quantization quark does not fit this checkpoint, which is in fp8: remove the flag")
             # DeepSeek V4 has this key next to quantization_config, not in it.
             beside = {key: place[key] for key in ("expert_dtype",) if place.get(key) in ("fp4", "fp8")}
             return QuantConfig.from_hf({**beside, **settings})
     if asked == "quark":
         raise ConfigError(
-            "--quantization quark is for checkpoints of Quark, and config.json names no quantization_config"
+            "--quantization quark is for checkpoints of Quark, but config.json has no quantization_config"
         )
     if hf_config.get("expert_dtype") == "fp4":
-        raise ConfigError("key expert_dtype is fp4, and there is no quantization_config that says more: add it")
+        raise ConfigError("key expert_dtype is fp4, but there is no quantization_config: add it")
     return QuantConfig(on_load=True, skipped=SKIPPED_ON_LOAD) if asked == "fp8" else None

@@ -43,5 +43,7 @@ class SharedExperts(NamedTuple):
             if routed is not None and routed.name == "mxfp4":
                 return f"{mlp}: experts in MXFP4 have no slots, which would be read as a dense MLP too"
             if routed is not None and self.num_slots > 1 and self.routed_width % routed.block.rows:
-                return f"slots of width {self.routed_width} are not cut at {routed.name} blocks of {routed.block.rows}"
+                return (
+                    f"experts of width {self.routed_width} are not split at {routed.name} blocks of {routed.block.rows}"
+                )
         return ""

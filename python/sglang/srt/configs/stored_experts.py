@@ -32,8 +32,8 @@ def stored_experts(folder: Path, num_layers: int) -> dict[int, str]:
             " but ".join(f"{name} is {known}" for known, name in formats.items()) for formats in mixed.values()
         )
         raise ConfigError(
-            f"{len(mixed)} layers have routed experts of several formats ({examples:.400}). They are one product each: "
-            "convert all experts of a layer alike",
+            f"{len(mixed)} layers have routed experts of several formats ({examples:.400}). Each layer needs one "
+            "format: convert all its experts alike",
             source=str(folder),
         )
     return {layer: next(iter(formats)) for layer, formats in found.items()}

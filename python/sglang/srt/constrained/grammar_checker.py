@@ -59,7 +59,7 @@ class GrammarChecker:
         try:
             self._ask(process, {"tokenizer": self._tokenizer_json(), **self._options})
         except (OSError, ValueError):
-            raise GrammarError(f"the process that tries grammars did not start: {self._end(process)}") from None
+            raise GrammarError(f"the process that checks grammars did not start: {self._end(process)}") from None
         return process
 
     @staticmethod

@@ -60,7 +60,7 @@ def _of_structural_tag(source: str, _: dict[str, Any]) -> str:
         begin = structure["begin"]
         trigger = next((text for text in triggers if text and begin.startswith(text)), None)
         if trigger is None:
-            raise GrammarError(f"structures[{number}].begin starts with none of the triggers")
+            raise GrammarError(f"structures[{number}].begin does not start with any of the triggers")
         schema = structure.get("schema") or {}
         tags.append(llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=structure["end"]))
     if not tags:

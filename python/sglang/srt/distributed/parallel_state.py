@@ -146,7 +146,7 @@ class ParallelState:
     def __post_init__(self) -> None:
         if self.world.size % self.tp.size or self.world.size % self.ep_size:
             raise ValueError(
-                f"{self.world.size} ranks cannot be parted into tensor-parallel groups of {self.tp.size} and expert "
+                f"{self.world.size} ranks cannot be divided into tensor-parallel groups of {self.tp.size} and expert "
                 f"parts of {self.ep_size}."
             )
 
@@ -204,7 +204,7 @@ def init_parallel_state(
         _state = ParallelState(local_rank=local_rank)
         return _state
     if world_size % attn_dp_size:
-        raise ValueError(f"{world_size} ranks cannot be parted into {attn_dp_size} attention groups.")
+        raise ValueError(f"{world_size} ranks cannot be divided into {attn_dp_size} attention groups.")
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(backend=backend, init_method=init_method, rank=rank, world_size=world_size, timeout=timeout)
     world = _handle(list(range(world_size)), rank, backend, timeout)

@@ -75,7 +75,9 @@ class FullQueue:
         if now - self._logged < _LOG_INTERVAL_S:
             return
         num_refused = self._manager.admission.num_refused
-        logger.warning("%s Refused since the last such line: %d.", error.message, num_refused - self._num_logged)
+        logger.warning(
+            "%s Refused since the last line of this kind: %d.", error.message, num_refused - self._num_logged
+        )
         self._logged, self._num_logged = now, num_refused
 
 

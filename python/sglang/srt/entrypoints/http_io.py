@@ -62,7 +62,7 @@ async def read_body(
         async for chunk in request.stream():
             data += chunk
     except ClientDisconnect:
-        raise RequestError("The client left while it sent the body.", CLIENT_CLOSED_REQUEST) from None
+        raise RequestError("The client disconnected while sending the body.", CLIENT_CLOSED_REQUEST) from None
     # Each item of a list but its first follows a comma: what is refused is not decoded.
     if max_items is not None and len(data) > max_items and data.count(b",") > max_items + _MAX_OTHER_COMMAS:
         raise body_error(f"The lists of the body hold more than {max_items} items, the most that one call may send.")

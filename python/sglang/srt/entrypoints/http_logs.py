@@ -92,7 +92,7 @@ def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> N
     """
     message = context.get("message", "")
     if "socket.accept()" in message:
-        logger.warning("No file descriptor is left for a new connection; it waits until others close.")
+        logger.warning("No file descriptor is left for a new connection; it waits until other connections close.")
     elif "_start_serving" not in message or not isinstance(context.get("exception"), ValueError):
         loop.default_exception_handler(context)
 

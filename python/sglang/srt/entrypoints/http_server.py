@@ -118,7 +118,7 @@ class HttpServer(uvicorn.Server):
                 return
             stalled = self._processes.stalled(self._stalled_after_s)
             if stalled is not None and self.context.stalled is None:
-                logger.warning("%s: /health and /ready answer 503 until it goes on.", stalled)
+                logger.warning("%s: /health and /ready answer 503 until it continues.", stalled)
             self.context.stalled = stalled
             if self._processes.is_asked_to_end() and not self.drain.is_asked:
                 self.drain.ask(signal.SIGTERM)

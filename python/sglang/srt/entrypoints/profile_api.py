@@ -42,15 +42,15 @@ async def start_profile(manager: TokenizerManager, body: ProfileBody) -> list[st
     """Begin, on every rank; the files of the first ranks. Raises RequestError."""
     folder = _folder(manager)
     if body.output_dir not in (None, folder):
-        raise RequestError(f"Traces go to --profile-dir, {folder!r}. Remove the field.", param="output_dir")
+        raise RequestError(f"Traces are written to --profile-dir, {folder!r}. Remove the field.", param="output_dir")
     for name in ("start_step", "profile_by_stage", "merge_profiles", "profile_stages"):
         if getattr(body, name):
-            raise RequestError(f"{name} is not supported: a profile begins at once and holds all steps.", param=name)
+            raise RequestError(f"{name} is not supported: a profile begins at once and contains all steps.", param=name)
     if body.num_steps is not None and body.num_steps < 1:
         raise RequestError(f"num_steps must be at least 1, got {body.num_steps}.", param="num_steps")
     activities = list(_ACTIVITIES) if body.activities is None else body.activities
     if not activities or not set(activities) <= set(_ACTIVITIES):
-        raise RequestError(f"activities must be some of CPU and GPU, got {activities!r:.100}.", param="activities")
+        raise RequestError(f"activities must be a list of CPU and GPU, got {activities!r:.100}.", param="activities")
     prefix = body.profile_prefix
     if prefix is not None and not _PREFIX.fullmatch(prefix):
         raise RequestError(

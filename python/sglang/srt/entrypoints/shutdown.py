@@ -71,7 +71,7 @@ class Drain:
             await asyncio.sleep(_POLL_S)
         num_cut = num_active()
         if num_cut:
-            logger.warning("Shutting down: %d requests end unfinished.", num_cut)
+            logger.warning("Shutting down: %d requests were not finished.", num_cut)
             self._manager.fail(self._manager.shutdown_error("the request was ended before it had finished"))
             written_by = time.monotonic() + DRAIN_WRITE_S
             while num_active() and time.monotonic() < written_by:

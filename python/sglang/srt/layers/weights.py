@@ -152,7 +152,7 @@ def make_parameter(
     """
     param: Any = nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
     if fill is None and len(shape) < 2:
-        raise ValueError("a vector parameter must say how a dummy checkpoint fills it")
+        raise ValueError("a vector parameter must state how a dummy checkpoint fills it")
     param.weight_loader = loader or load_whole
     param.full_shapes = dict(full_shapes) if full_shapes is not None else {None: tuple(shape)}
     param.fill = fill

@@ -47,8 +47,8 @@ class Admission:
             self.num_refused += 1
             if asked > most:
                 raise RequestError(
-                    f"The call asks for {asked} {what}, and at most {most} may wait ({flag}): it can never be taken. "
-                    "Ask for fewer."
+                    f"The call asks for {asked} {what}, but at most {most} may wait ({flag}): it can never be "
+                    "accepted. Request fewer."
                 )
             raise self._full(f"{count} {what} wait, {asked} more are asked for, and at most {most} may wait ({flag})")
 

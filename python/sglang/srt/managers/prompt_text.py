@@ -48,7 +48,7 @@ class PromptEncoder:
             ids = await loop.run_in_executor(self._threads, self._encode, text, add_special_tokens)
         if ids and max(ids) >= self._vocab_size:
             raise RequestError(
-                f"The tokenizer gives id {max(ids)}, and the model has a vocabulary of {self._vocab_size}: the "
+                f"The tokenizer produced id {max(ids)}, but the model has a vocabulary of {self._vocab_size}: the "
                 "tokenizer does not belong to this model."
             )
         return ids

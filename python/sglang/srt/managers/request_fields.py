@@ -148,7 +148,7 @@ class UnknownFields:
             self._logged.add(name)
             logger.warning("%s", _warning(name, known))
             if len(self._logged) == MAX_UNKNOWN_FIELDS_LOGGED:
-                logger.warning("%d unknown fields were named; further ones are not.", MAX_UNKNOWN_FIELDS_LOGGED)
+                logger.warning("%d unknown fields were logged; further ones are not.", MAX_UNKNOWN_FIELDS_LOGGED)
         if warnings is not None and len(warnings) < MAX_WARNINGS:
             text = _warning(name, known)
             if text not in warnings:

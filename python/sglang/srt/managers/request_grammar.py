@@ -57,7 +57,7 @@ class RequestGrammars:
         token_id = None if self._tokenizer is None else self._tokenizer.token_id(THINK_END)
         if token_id is None:
             raise RequestError(
-                f"A form for the answer behind a thought needs {THINK_END} to be a token of this model. Switch "
+                f"Constraining the answer after a thought needs {THINK_END} to be a token of this model. Turn "
                 "thinking off in this request."
             )
         return token_id

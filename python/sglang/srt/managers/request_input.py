@@ -119,9 +119,9 @@ def _check_num_requests(given: Any, params: list[dict[str, Any]], limit: int) ->
     total = sum(map(_num_samples, params)) if isinstance(given, list) else len(params) * _num_samples(given)
     if total > limit:
         raise RequestError(
-            f"The call asks for {total} answers (prompts times n), and one call may ask for {limit} at most: more "
-            "could never wait together. Send several calls, or start the server with a larger --max-queued-requests "
-            f"(up to {MAX_REQUESTS_PER_CALL})."
+            f"The call asks for {total} answers (prompts times n), but one call may have at most {limit}: more could "
+            "never wait at the same time. Send several calls, or start the server with a larger "
+            f"--max-queued-requests (up to {MAX_REQUESTS_PER_CALL})."
         )
 
 
@@ -142,7 +142,7 @@ def _per_request(name: str, value: Any, count: int, is_batch: bool, default: T) 
     if not isinstance(value, list):
         return [default if value is None else value] * count
     if not is_batch:
-        raise RequestError(f"{name} is a list, but the request holds one prompt.")
+        raise RequestError(f"{name} is a list, but the request has only one prompt.")
     if len(value) != count:
         raise RequestError(f"{name} has {len(value)} entries for {count} prompts.")
     return [default if item is None else item for item in value]
@@ -155,7 +155,7 @@ def _rids(rid: str | list[str] | None, count: int, is_batch: bool) -> list[str]:
         return [f"{rid}_{i}" for i in range(count)] if is_batch else [rid]
     rids: list[str] = _per_request("rid", rid, count, is_batch, "")
     if len(set(rids)) != count:
-        raise RequestError("rid holds the same request id twice.")
+        raise RequestError("rid contains the same request id twice.")
     return rids
 
 
@@ -207,7 +207,7 @@ def num_prompt_logprobs(single: SingleRequest, num_tokens: int) -> int:
 
 def too_many_logprobs(what: str, asked: int, limit: int) -> RequestError:
     return RequestError(
-        f"{asked} log-probabilities of prompt tokens are asked for, and one {what} gives {limit} at most. Ask for "
+        f"{asked} log-probabilities of prompt tokens are requested, but one {what} gives at most {limit}. Request "
         "fewer best tokens, start later in the prompt (logprob_start_len), or send several calls."
     )
 

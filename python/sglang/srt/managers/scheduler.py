@@ -115,7 +115,7 @@ class Scheduler:
             if self.step():
                 checked = quiet = False
             elif self.has_work():
-                raise RuntimeError(f"the scheduler is stuck: {self.load()} and no step can be made of it")
+                raise RuntimeError(f"the scheduler is stuck: {self.load()} but no step can be made")
             elif not checked:
                 self.memory.check_idle(self.config.deep_pool_check)
                 self.metrics.went_idle()
@@ -249,7 +249,7 @@ class Scheduler:
     def _queue(self, req: Req | None) -> None:
         """Let a request, if it has not been aborted meanwhile, wait for its turn."""
         if req is not None and req.grammar_error:
-            self._refuse(req, f"The form that output must have cannot be used: {req.grammar_error}.", 400)
+            self._refuse(req, f"The output constraint cannot be used: {req.grammar_error}.", 400)
         elif req is not None:
             self.waiting_queue.append(req)
 
@@ -463,7 +463,7 @@ class Scheduler:
             return None
         except Exception as error:  # of this request: the others of the step go on
             logger.exception("request %.64r is ended", req.rid)
-            req.end_without_logprobs(abort_reason(f"Taking in a token failed: {error}.", 500, "InternalServerError"))
+            req.end_without_logprobs(abort_reason(f"Processing a token failed: {error}.", 500, "InternalServerError"))
             self.metrics.num_aborted_reqs += 1
             return 0
 

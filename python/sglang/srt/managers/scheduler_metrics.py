@@ -79,9 +79,9 @@ class SchedulerMetrics:
         if self.spec_loses and not self._warned:
             self._warned = True
             logger.warning(
-                "speculation costs more time than it gives: %.2f tokens per step over the last %d steps of requests; "
-                "below %.2f a step with %d drafts takes longer than the decode steps that it replaces. Leave out "
-                "--speculative-algorithm%s; /server_info shows under spec_loses whether this holds on",
+                "speculation costs more time than it saves: %.2f tokens per step over the last %d steps of requests; "
+                "below %.2f a step with %d drafts takes longer than the decode steps that it replaces. Remove "
+                "--speculative-algorithm%s; spec_loses in /server_info shows whether this is still so",
                 length,
                 now[0] - steps,
                 LOSING_LENGTH,

@@ -94,7 +94,7 @@ def make_grammars(
             GuidanceBackend(tokenizer.to_json(), model_config.vocab_size, model_config.eos_token_ids), announce
         )
     except GrammarError as error:
-        logger.warning("requests for output of a given form will be refused: %s", error)
+        logger.warning("requests with constrained output will be refused: %s", error)
         return GrammarManager(str(error))
 
 
@@ -200,7 +200,7 @@ def leave(scheduler: Scheduler) -> None:
     try:
         leave_groups(END_S / 2)
     except RuntimeError as error:
-        logger.warning("the groups of ranks end out of order: %s", str(error).partition("\n")[0])
+        logger.warning("ending the groups of ranks failed: %s", str(error).partition("\n")[0])
         os._exit(1)
     logger.info("left the groups of ranks")
 

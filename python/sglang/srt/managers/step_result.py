@@ -62,7 +62,7 @@ class StopChecker:
         if grammar is not None:
             grammar.follow(req.output_ids)
             if grammar.error:
-                return abort_reason(f"The form that output must have cannot be followed: {grammar.error}.", 400, _BAD)
+                return abort_reason(f"The output constraint cannot be followed: {grammar.error}.", 400, _BAD)
         length = len(req.output_ids)
         if length >= params.min_new_tokens:
             token = req.output_ids[-1]
@@ -147,18 +147,18 @@ def _tail(logprobs: TokenLogprobs, start: int) -> TokenLogprobs:
 _BAD = "BadRequestError"
 _FAULTS = {
     RowFault.LOGITS: (
-        "The model produced logits that are not numbers for this request; nothing was sampled from them. Please report "
-        "the prompt.",
+        "The model produced logits that are not numbers for this request; no token was sampled from them. Please "
+        "report the prompt.",
         500,
     ),
     RowFault.EDITED: (
-        "After this request's own penalties, logit_bias, forbidden stop ids (min_new_tokens), form of the output and "
+        "After this request's own penalties, logit_bias, forbidden stop ids (min_new_tokens), output constraint and "
         "temperature no logit is finite, so nothing can be sampled. Use a higher temperature, smaller penalties and "
-        "biases, fewer stop_token_ids, or a form that the vocabulary can spell.",
+        "biases, fewer stop_token_ids, or a constraint that the vocabulary can spell.",
         400,
     ),
     RowFault.TOKEN_ID: (
-        "The sampling kernel answered a token id outside the vocabulary; the id was not used. Please report it with "
+        "The sampling kernel returned a token id outside the vocabulary; the id was not used. Please report it with "
         'the "kernels" part of /server_info; SGLANG_KERNELS="sampling.greedy=torch" avoids the kernel.',
         500,
     ),

@@ -234,7 +234,7 @@ class TokenizerManager:
         Raises RequestError when neither is given.
         """
         if not rid and not abort_all:
-            raise RequestError("Give rid, the start of the ids of the requests to abort, or abort_all: true.")
+            raise RequestError("Give rid, a prefix of the ids of the requests to abort, or abort_all: true.")
         if abort_all:
             for sender in self._senders:
                 sender.send(AbortReq(abort_all=True))
@@ -297,7 +297,7 @@ class TokenizerManager:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            logger.exception("The tokenizer manager cannot read its inbox any more.")
+            logger.exception("The tokenizer manager can no longer read its inbox.")
             self.fail(RequestError(f"The server failed: {error}", 500, "InternalServerError"))
 
     def _handle(self, message: TokenizerMessage) -> None:

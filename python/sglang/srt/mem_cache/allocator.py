@@ -199,7 +199,7 @@ class TokenToKVPoolAllocator:
         if partial.any():
             page, got = int(pages[partial][0]), int(given[partial][0])
             raise SlotAccountingError(
-                f"page {page} has {int(self._used[page])} slots in use and {got} were freed: free a page at once"
+                f"page {page} has {int(self._used[page])} slots in use and {got} were freed: free whole pages"
             )
 
 
@@ -276,4 +276,4 @@ class ReqToTokenPool(SlotList):
     def _check_span(self, idx: int, start: int, end: int) -> None:
         self.check(idx)
         if not 0 <= start <= end <= self.max_context_len:
-            raise ValueError(f"positions {start}..{end} of row {idx} leave the context of {self.max_context_len}")
+            raise ValueError(f"positions {start}..{end} of row {idx} are outside the context of {self.max_context_len}")

@@ -81,11 +81,11 @@ class PrefixCompanion(ABC, Generic[Held]):
     @property
     def num_units(self) -> int:
         """All units that there are; asked only of a limit."""
-        raise NotImplementedError(f"requests cannot run short of {self.unit} slots")
+        raise NotImplementedError(f"requests cannot run out of {self.unit} slots")
 
     def room(self) -> int:
         """Units that can be had now, eviction included; asked only of a limit."""
-        raise NotImplementedError(f"requests cannot run short of {self.unit} slots")
+        raise NotImplementedError(f"requests cannot run out of {self.unit} slots")
 
     def needs(self, num_tokens: int, running: bool) -> int:
         """Units that a request needs at one time, in addition to those that it holds if it is ``running``, until it has
@@ -94,7 +94,7 @@ class PrefixCompanion(ABC, Generic[Held]):
 
     def make_room(self, num_units: int) -> None:
         """Evict until so many are free, or nothing is left to evict; asked only of a limit."""
-        raise NotImplementedError(f"requests cannot run short of {self.unit} slots")
+        raise NotImplementedError(f"requests cannot run out of {self.unit} slots")
 
     @abstractmethod
     def num_held(self) -> int:

@@ -93,7 +93,7 @@ def _check_pages(cache: RadixCache, node: TreeNode) -> None:
 
 def _check_offered(cache: RadixCache, node: TreeNode) -> None:
     if cache._is_evictable(node) and (node.heap_key is None or node.heap_key > cache._eviction_key(node)):
-        raise RadixIntegrityError(f"leaf {node.id} can be evicted but eviction would not find it in its turn")
+        raise RadixIntegrityError(f"leaf {node.id} can be evicted but eviction would not find it")
 
 
 def _check_partition(

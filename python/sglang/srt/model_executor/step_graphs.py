@@ -37,7 +37,7 @@ def decode_buckets(max_bs: int, sizes: Sequence[int] | None = None) -> list[int]
         sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_bs + 1, 32), max_bs]
     buckets = sorted({size for size in sizes if 1 <= size <= max_bs})
     if not buckets:
-        raise ValueError(f"no batch size to capture: {list(sizes)} holds none in 1..{max_bs}")
+        raise ValueError(f"no batch size to capture: {list(sizes)} contains none in 1..{max_bs}")
     return buckets
 
 

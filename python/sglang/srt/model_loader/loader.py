@@ -154,7 +154,7 @@ def _as_stored(config: ModelConfig, prefix: str) -> ModelConfig:
     dtypes = tensor_dtypes(config.model_path, lambda name: name.startswith(prefix))
     if not dtypes:
         raise WeightLoadError(
-            f"{config.model_path} holds no tensor {prefix}*, though its config.json names an MTP layer."
+            f"{config.model_path} contains no tensor {prefix}*, although its config.json names an MTP layer."
         )
     quant_config = config.quant_config
     if quant_config is None or quant_config.on_load:

@@ -38,7 +38,7 @@ def find_weight_files(folder: Path) -> dict[Path, list[str] | None]:
     if not files:
         others = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         hint = f" It has {', '.join(others)}: convert them to safetensors." if others else ""
-        raise WeightLoadError(f"{folder} holds no *.safetensors file, the only weight format that is read.{hint}")
+        raise WeightLoadError(f"{folder} contains no *.safetensors file, the only supported weight format.{hint}")
     return dict.fromkeys(files)
 
 
@@ -55,7 +55,7 @@ def _read_index(index: Path) -> dict[Path, list[str] | None]:
         files.setdefault(index.parent / file, []).append(tensor)
     absent = [path.name for path in files if not path.is_file()]
     if absent:
-        raise WeightLoadError(f"{index} names {len(absent)} missing files: {', '.join(absent)}. Fetch them again.")
+        raise WeightLoadError(f"{index} names {len(absent)} missing files: {', '.join(absent)}. Download them again.")
     return dict(sorted(files.items()))
 
 
@@ -94,11 +94,11 @@ def _reading(path: Path, promised: list[str] | None) -> Iterator[tuple[Any, list
             held = list(file.keys())
             absent = sorted(set(promised or ()) - set(held))
             if absent:
-                raise WeightLoadError(f"{path} lacks tensors that {INDEX_NAME} places there: {', '.join(absent)}.")
+                raise WeightLoadError(f"{path} lacks tensors that {INDEX_NAME} lists for it: {', '.join(absent)}.")
             yield file, held if promised is None else promised
     except SafetensorError as error:
         raise WeightLoadError(
-            f"{path} ({path.stat().st_size} bytes) is truncated or corrupt: {error}. Fetch the file again."
+            f"{path} ({path.stat().st_size} bytes) is truncated or corrupt: {error}. Download the file again."
         ) from error
     except OSError as error:
         raise WeightLoadError(f"{path} cannot be read: {error}.") from error

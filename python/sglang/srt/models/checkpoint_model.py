@@ -136,7 +136,7 @@ class CheckpointModel(nn.Module):
         if any(problems.values()):
             raise WeightLoadError(self._describe(problems))
         if ignored:
-            logger.info("ignored %d checkpoint tensors that %s has no use for", ignored, type(self).__name__)
+            logger.info("ignored %d checkpoint tensors that %s does not use", ignored, type(self).__name__)
         for module in self.modules():
             if isinstance(module, FusedMoE):
                 module.quant_method.process_weights_after_loading(module)
@@ -252,4 +252,4 @@ def _check(leaf: Leaf, shape: tuple[int, ...], tensor: torch.Tensor) -> None:
     if leaf.ids_below is None or tensor.is_meta:
         return
     if not (0 <= int(tensor.min()) and int(tensor.max()) < leaf.ids_below):
-        raise WeightFormatError(f"it holds numbers outside [0, {leaf.ids_below})")
+        raise WeightFormatError(f"it contains numbers outside [0, {leaf.ids_below})")

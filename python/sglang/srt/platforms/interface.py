@@ -103,7 +103,7 @@ class Platform(ABC):
 
     def create_graph(self) -> DeviceGraph:
         """An empty graph; all graphs of a process share one memory pool. Needs ``supports_graphs``."""
-        raise PlatformError(f"platform {self.kind} on {self.device_type} captures no graphs")
+        raise PlatformError(f"platform {self.kind} on {self.device_type} does not capture graphs")
 
     def kernel(self, fn: Callable[Params, Returned]) -> Callable[Params, Returned]:
         """``fn``, an implementation of an op, as graphs record it."""

@@ -78,8 +78,8 @@ def create_rocm_platform() -> RocmPlatform | RocmOverFakesPlatform:
     if fakes and torch.version.hip is not None and not envs.SGLANG_ALLOW_VENDOR_FAKES.get():
         raise PlatformError(
             f"this torch is for ROCm {torch.version.hip}, and {', '.join(fakes)} on its path "
-            f"{'is the FAKE' if len(fakes) == 1 else 'are the FAKES'} of this project, which would answer in place of "
-            "AMD's kernels. Take python/sglang/test/fakes out of PYTHONPATH, or set SGLANG_ALLOW_VENDOR_FAKES=1 to "
+            f"{'is the FAKE' if len(fakes) == 1 else 'are the FAKES'} of this project, which would be used instead of "
+            "AMD's kernels. Remove python/sglang/test/fakes from PYTHONPATH, or set SGLANG_ALLOW_VENDOR_FAKES=1 to "
             "run on the CPU over them."
         )
     if fakes:

@@ -78,7 +78,7 @@ class HostEdits:
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Edited logits [B, V] float32."""
         if logits.shape[1] != self._vocab_size:
-            raise ValueError(f"edits are of {self._vocab_size} ids, and logits of {logits.shape[1]}")
+            raise ValueError(f"edits are for {self._vocab_size} ids, but logits have {logits.shape[1]}")
         edited = logits.clone() if logits.dtype == torch.float32 else logits.float()
         x = edited.take(self._at)
         if self._repeats:

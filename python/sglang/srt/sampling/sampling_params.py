@@ -187,7 +187,7 @@ def _check_sizes(params: SamplingParams) -> None:
     forms = params.forms()
     if len(forms) > 1:
         raise SamplingParamsError(
-            f"{' and '.join(name for name, _ in forms)} exclude one another: output has one form."
+            f"{' and '.join(name for name, _ in forms)} exclude each other: output has one constraint."
         )
     for name, source in forms:
         if len(source) > MAX_GRAMMAR_CHARS:

@@ -76,8 +76,9 @@ class DeepSeekTemplate(PromptTemplate):
                 raise ChatTemplateError(f"messages[{number}].reasoning_content must be a string.")
         if values.get("add_generation_prompt") and messages[-1]["role"] not in ("user", "tool"):
             raise ChatTemplateError(
-                f"messages ends with the role {messages[-1]['role']!r}, and this model answers 'user' and 'tool' only. "
-                "Put the text into a message before, or set continue_final_message to go on with an assistant's text."
+                f"messages ends with the role {messages[-1]['role']!r}, but this model replies only to 'user' and "
+                "'tool'. Put the text into an earlier message, or set continue_final_message to continue an "
+                "assistant's text."
             )
         start = BOS
         if effort == "max":
@@ -134,7 +135,7 @@ class DeepSeekV32Template(DeepSeekTemplate):
             if is_result:
                 if len(group) != len(calls):
                     raise ChatTemplateError(
-                        f"messages[{place}]: this model needs a result of each call, and {len(calls)} calls have "
+                        f"messages[{place}]: this model needs a result for each call, but {len(calls)} calls have "
                         f"{len(group)} results."
                     )
                 results = "".join(self.result(message) for message in _in_call_order(group, calls))
@@ -208,12 +209,12 @@ def find_deepseek_template(folder: Path, has_token: Callable[[str], bool]) -> De
     file = folder / "encoding" / form.file
     others = sorted(path.name for path in folder.glob("encoding/encoding_*.py"))
     if others and not file.is_file():
-        logger.warning("no chat: encoding/%s of %s describes a form that is not known here", others[0], folder)
+        logger.warning("no chat: encoding/%s of %s describes an unknown prompt format", others[0], folder)
         return None
     texts = _constants(file) if file.is_file() else {}
     misfit = form.misfit(texts)
     if misfit is not None:
-        logger.warning("no chat: %s has another %s than the form that is known here", file, misfit)
+        logger.warning("no chat: %s has another %s than the known prompt format", file, misfit)
         return None
     return form(texts)
 
@@ -250,9 +251,7 @@ def _filled(text: str, values: Mapping[str, str]) -> str:
                     raise ValueError(f"field {name!r:.100} is not known")
                 parts.append(values[name])
     except ValueError as error:
-        raise ChatTemplateError(
-            f"The text about tools of the checkpoint's encoding cannot be filled: {error}"
-        ) from None
+        raise ChatTemplateError(f"The tools text of the checkpoint's encoding cannot be filled in: {error}") from None
     return "".join(parts)
 
 

@@ -113,7 +113,7 @@ class Tokenizer:
         file = given / "tokenizer.json" if given.is_dir() else given
         if not file.is_file():
             raise TokenizerError(
-                f"No tokenizer.json at {path!r}. Give a local folder that holds one with --tokenizer-path, or "
+                f"No tokenizer.json at {path!r}. Give a local folder that contains one with --tokenizer-path, or "
                 "--skip-tokenizer-init to serve token ids only."
             )
         size = file.stat().st_size

@@ -84,7 +84,7 @@ def refuse_conflict(site: str, side: SideRecord, main: SideRecord) -> None:
             if touched and writer.written[key].nbytes():
                 raise OverlapConflictError(
                     f"overlap {site}: {names} {touched} the same {writer.written[key].nbytes()} bytes "
-                    f"({writer.writers[key]}). Give each side memory of its own, or disable the site."
+                    f"({writer.writers[key]}). Give each side its own memory, or disable the site."
                 )
     if side.collectives and main.collectives:
         raise OverlapConflictError(

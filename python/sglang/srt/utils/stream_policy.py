@@ -116,7 +116,7 @@ def parse_sites(text: str) -> dict[str, bool]:
         name, _, state = (piece.strip() for piece in entry.partition("="))
         if name not in known or state not in ("on", "off"):
             raise EnvError(
-                f"SGLANG_STREAM_SITES takes site=on or site=off with commas between, got {entry!r}; sites: "
+                f"SGLANG_STREAM_SITES takes comma-separated site=on or site=off, got {entry!r}; sites: "
                 + ", ".join(known)
             )
         forced[name] = state == "on"
@@ -196,7 +196,7 @@ class StreamPlan:
         }
 
 
-NOT_REQUESTED = "not asked for"
+NOT_REQUESTED = "not requested"
 ALWAYS_FUSED = ((None, FUSED),)
 # For models built without a plan: they fuse where their weights allow it.
 NO_OVERLAP = StreamPlan(
@@ -333,7 +333,7 @@ def _without_effect(rules: Sequence[SiteRule], platform: Platform, settings: Str
     """What is asked of streams and changes nothing for a model with ``rules``, each in one line."""
     found = []
     for name in sorted(settings.forced.keys() - {rule.name for rule in rules}):
-        found.append(f"SGLANG_STREAM_SITES names {name}, a site that this model lacks: the entry has no effect")
+        found.append(f"SGLANG_STREAM_SITES names {name}, a site that this model does not have: the entry has no effect")
     if any(settings.forced.values()) and not platform.supports_streams:
         found.append(f"SGLANG_STREAM_SITES has no effect: {_no_streams(platform)}")
     for switch in {switch.name: switch for rule in SITE_RULES for switch in rule.switches}.values():
@@ -342,7 +342,7 @@ def _without_effect(rules: Sequence[SiteRule], platform: Platform, settings: Str
             continue
         served = [rule for rule in rules if switch in rule.switches]
         if not served:
-            found.append(f"{switch.name} has no effect: this model has none of the places that it overlaps")
+            found.append(f"{switch.name} has no effect: this model has none of the sites that it overlaps")
         elif not any(_asked(rule, platform, settings) for rule in served):
             missing = [_missing(rule, settings) for rule in served]
             found.append(f"{switch.name} has no effect without {' or '.join(dict.fromkeys(missing))}: set that too")

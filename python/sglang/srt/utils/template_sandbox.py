@@ -64,7 +64,7 @@ class _Budget:
         if self._steps > MAX_TEMPLATE_STEPS:
             raise TemplateLimitError(f"it takes more than {MAX_TEMPLATE_STEPS} steps")
         if self._chars > MAX_TEMPLATE_TEXT_CHARS:
-            raise TemplateLimitError(f"it makes more than {MAX_TEMPLATE_TEXT_CHARS} characters of text")
+            raise TemplateLimitError(f"it creates more than {MAX_TEMPLATE_TEXT_CHARS} characters of text")
         if before >> 6 != self._steps >> 6 and time.thread_time() > self._deadline:
             raise TemplateLimitError(f"it takes more than {MAX_TEMPLATE_CPU_S:g} s of CPU time")
 

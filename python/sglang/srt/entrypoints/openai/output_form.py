@@ -30,7 +30,7 @@ def output_form(body: GenerationRequest) -> dict[str, Any]:
     found = [(name, form) for name, value in given if (form := _READERS[name](name, value))]
     if len(found) > 1:
         names = " and ".join(name for name, _ in found)
-        raise RequestError(f"{names} exclude one another: output has one form.", param=found[1][0])
+        raise RequestError(f"{names} exclude each other: output has one constraint.", param=found[1][0])
     return found[0][1] if found else {}
 
 
@@ -60,7 +60,7 @@ def _same(kind: str) -> Callable[[str, Any], dict[str, Any]]:
 
 def _choice(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, list) or not value or not all(isinstance(text, str) and text for text in value):
-        raise RequestError(f"{name} must be a list of texts that are not empty.", param=name)
+        raise RequestError(f"{name} must be a list of non-empty strings.", param=name)
     return {"ebnf": "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in value)}
 
 

@@ -138,13 +138,13 @@ class ReplyParsers:
             token_id = tokenizer.token_id(mark)
             if token_id is not None and tokenizer.decode([token_id]) != mark:
                 raise ConfigError(
-                    f"{flag} looks for {mark}, which this tokenizer leaves out of its text as a special token. Serve "
-                    "without the flag."
+                    f"{flag} looks for {mark}, which this tokenizer leaves out of decoded text as a special token. "
+                    "Start the server without the flag."
                 )
         template = tokenizer.chat_template
         if template is not None and not any(mark in template.source for mark in marks):
             logger.warning(
-                "%s looks for %s, which the chat template does not know: is the model of this kind?",
+                "%s looks for %s, which the chat template does not contain: is this the right parser for the model?",
                 flag, " ".join(marks),
             )  # fmt: skip
 
@@ -152,8 +152,8 @@ class ReplyParsers:
         """Raise RequestError for what needs a parser that is not there, and for tools that are malformed."""
         if offered_tools(body) and self._tool_calls is None:
             raise RequestError(
-                "tools are not supported by this server: it was started without --tool-call-parser, so that no call "
-                "would be recognised.",
+                "tools are not supported by this server: it was started without --tool-call-parser, so no call would "
+                "be recognised.",
                 param="tools",
             )
 

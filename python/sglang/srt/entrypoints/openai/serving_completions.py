@@ -37,7 +37,7 @@ class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
     def check(self, body: CompletionRequest) -> None:
         super().check(body)
         if body.suffix:
-            raise RequestError("suffix is not supported: the model completes text, it does not fill a middle.")
+            raise RequestError("suffix is not supported: the model continues text, it does not fill in the middle.")
         if not 0 <= (body.logprobs or 0) <= MAX_TOP_LOGPROBS:
             raise RequestError(f"logprobs must be in [0, {MAX_TOP_LOGPROBS}], got {body.logprobs}.")
         if body.best_of not in (None, body.n or 1):

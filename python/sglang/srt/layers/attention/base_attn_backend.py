@@ -80,15 +80,15 @@ class AttentionBackend(ABC):
     # In a captured step the tensors of the plan stay where they are; a replay reads what lies in them then.
     def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
         """Forget earlier captures, and make room for steps of up to ``max_bs`` requests."""
-        raise UnplannedStepError(f"{type(self).__name__} captures no graphs")
+        raise UnplannedStepError(f"{type(self).__name__} does not capture graphs")
 
     def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
         """Plan a step that is about to be captured; its tensors must persist."""
-        raise UnplannedStepError(f"{type(self).__name__} captures no graphs")
+        raise UnplannedStepError(f"{type(self).__name__} does not capture graphs")
 
     def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
         """Bring the captured plan of this size up to date, and put it on ``fb``."""
-        raise UnplannedStepError(f"{type(self).__name__} captures no graphs")
+        raise UnplannedStepError(f"{type(self).__name__} does not capture graphs")
 
 
 class GqaBackend(AttentionBackend):

@@ -58,8 +58,8 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
         super().__init__(ctx)
         if ctx.pools.page_size != PAGE_SIZE:
             raise ValueError(
-                f"DeepSeek V4 needs pages of {PAGE_SIZE} tokens, at whose ends its entries and states end; the pools "
-                f"have pages of {ctx.pools.page_size}: use --page-size {PAGE_SIZE}"
+                f"DeepSeek V4 needs pages of {PAGE_SIZE} tokens, where its entries and states end; the pools have "
+                f"pages of {ctx.pools.page_size}: use --page-size {PAGE_SIZE}"
             )
         text = ctx.model_config.text
         assert isinstance(text, DeepseekV4Config), "the settings give this backend to DeepSeek V4 alone"
@@ -104,8 +104,8 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
         for ratio, ring in self.rings.items():
             if widest > max_step_rows(ratio, ring):
                 raise UnplannedStepError(
-                    f"a step of {widest} rows per request, of which some may be rejected, overwrites states of "
-                    f"compressed attention that are needed then: {ring} rows for each page and ratio {ratio} bear "
+                    f"a step of {widest} rows per request, some of which may be rejected, overwrites states of "
+                    f"compressed attention that are then needed: {ring} rows for each page and ratio {ratio} allow "
                     f"{max_step_rows(ratio, ring)}; lower --speculative-num-steps"
                 )
         return self._plan(fb, extend_lens, max_len)

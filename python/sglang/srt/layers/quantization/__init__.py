@@ -56,7 +56,7 @@ def experts_method(quant_config: QuantConfig | None, prefix: str, matrices: Sequ
     if any(shards.in_blocks(known.block) is None for shards in matrices):
         sizes = " and ".join(f"[{shards.rows}, {shards.columns}]" for shards in matrices)
         raise ConfigError(
-            f"{prefix}: matrices {sizes} of an expert on this rank are not cut at {known.name} blocks of "
+            f"{prefix}: matrices {sizes} of an expert on this rank are not split at {known.name} blocks of "
             f"{known.block.rows}x{known.block.columns}. Keep experts whole with --ep-size, lower --tp-size, or serve "
             "without quantisation."
         )
@@ -74,7 +74,7 @@ def warn_of_splits(model: nn.Module, ranks: ProcessGroupHandle) -> list[str]:
     if found and ranks.rank == 0:
         logger.warning(
             "%s: the split over ranks cuts fp8 blocks of %d, so these are kept in the dtype of activations, where "
-            "--tp-size 1 serves them in 8 bits: answers may differ from those of one rank",
+            "--tp-size 1 serves them in 8 bits: output may differ from that of one rank",
             ", ".join(found), FP8_BLOCKS.block.rows,
         )  # fmt: skip
     return found
@@ -86,12 +86,12 @@ def _all_layers(name: str) -> str:
 
 @functools.cache
 def _say_plain(layers: str) -> None:
-    logger.warning("%s: MXFP4 is kept for routed experts; this becomes plain as it loads", layers)
+    logger.warning("%s: MXFP4 is kept for routed experts; this is converted to plain weights while loading", layers)
 
 
 @functools.cache
 def _say_once(layers: str, rows: int, columns: int) -> None:
     logger.warning(
-        "%s: [%d, %d] on this rank is not cut at fp8 blocks of %d; it is kept in the dtype of activations",
+        "%s: [%d, %d] on this rank is not split at fp8 blocks of %d; it is kept in the dtype of activations",
         layers, rows, columns, FP8_BLOCKS.block.rows,
     )  # fmt: skip

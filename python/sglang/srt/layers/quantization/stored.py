@@ -48,7 +48,7 @@ def block_scales(scale: torch.Tensor, device: torch.device) -> torch.Tensor:
     scale = scale.float()
     # Tensors without contents stand for weights where a model's shapes alone are walked.
     if not scale.is_meta and not bool(scale.isfinite().all()):
-        raise WeightFormatError("its scales hold infinite numbers or NaN (byte 255 in float8_e8m0fnu)")
+        raise WeightFormatError("its scales contain infinite numbers or NaN (byte 255 in float8_e8m0fnu)")
     return scale.to(device)
 
 
@@ -56,7 +56,9 @@ def mxfp4_parts(loaded: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor
     """Codes and scales as uint8; raises WeightFormatError for a scale that is NaN."""
     scale = scale.view(torch.uint8)
     if not scale.is_meta and bool((scale == NAN_BYTE).any()):
-        raise WeightFormatError("its scales hold byte 255, which is NaN: the checkpoint is damaged, fetch it again")
+        raise WeightFormatError(
+            "its scales contain byte 255, which is NaN: the checkpoint is damaged, download it again"
+        )
     return loaded.view(torch.uint8), scale
 
 
@@ -65,6 +67,6 @@ def scaled_back(known: WeightFormat, loaded: torch.Tensor, scale: torch.Tensor, 
     if known.name != FP8_BLOCKS.name:
         codes, exponents = mxfp4_parts(loaded, scale)
         if not exponents.is_meta and bool((exponents > LARGEST_FLOAT32).any()):
-            raise WeightFormatError(f"its scales hold bytes above {LARGEST_FLOAT32}, too large for plain weights")
+            raise WeightFormatError(f"its scales contain bytes above {LARGEST_FLOAT32}, too large for plain weights")
         return dequantize_mxfp4(codes.to(device), exponents.to(device))
     return dequantize_blocks(loaded.to(device), block_scales(scale, device))

@@ -97,7 +97,7 @@ class DeepseekV2AttentionMLA(nn.Module):
     def split_kv_b(self) -> None:
         """Name the two halves of kv_b_proj: w_kc [H, nope, R] and w_vc [H, R, v], views of the loaded weight."""
         if self._q_and_kv_a is not None and self._q_and_kv_a.data_ptr() != self.q_proj.weight.data_ptr():
-            raise RuntimeError("q_proj.weight has got memory of its own: load it by writing into the parameter")
+            raise RuntimeError("q_proj.weight was given new memory: load it by writing into the parameter")
         per_head = self.kv_b_proj.weight.data.view(self.num_heads, self.nope + self.v_dim, self.rank)
         self.w_kc = per_head[:, : self.nope]
         self.w_vc = per_head[:, self.nope :].transpose(1, 2)

@@ -48,7 +48,7 @@ def _make(
     args = get_global_server_args()
     if args.moe_a2a_backend == "mori":
         if num_shared:
-            raise ValueError("experts that exchange tokens have no slots for shared ones")
+            raise ValueError("experts that exchange tokens cannot contain shared experts")
         config = MoriConfig.from_env(get_world_group().size, low_latency=args.deepep_mode == "low_latency")
         return MoriEPMoE(*sizes, config, quant_config, prefix)
     if is_dp_attention_enabled():

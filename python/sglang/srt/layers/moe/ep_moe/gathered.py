@@ -24,7 +24,9 @@ class GatheredMoE(FusedMoE):
         self.check_columns(topk)
         groups = None if fb is None else fb.rows_of_groups
         if fb is None or groups is None:
-            raise RuntimeError("attention groups exchange rows only in a step that says how many each brings")
+            raise RuntimeError(
+                "attention groups exchange rows only in a step whose metadata contains the number of rows of each group"
+            )
         tp, world = self.ranks.tp, self.ranks.world
         # Equal shares of the longest group: every rank brings as many rows, the missing ones without experts.
         share = -(-max(groups) // tp.size)

@@ -61,7 +61,7 @@ def choose_kernel(config: MoriConfig) -> MoriKernel:
             f"which MORI's IntraNode kernel needs: set at least {world}, or use --deepep-mode low_latency"
         )
     if config.combine_dtype == "fp8" and kernel not in (INTRA_NODE, ASYNC_LL):
-        raise ExchangeConfigError(f"SGLANG_MORI_COMBINE_DTYPE=fp8 is not offered by MORI's {kernel.name}: use bf16")
+        raise ExchangeConfigError(f"SGLANG_MORI_COMBINE_DTYPE=fp8 is not supported by MORI's {kernel.name}: use bf16")
     return kernel
 
 
@@ -83,12 +83,12 @@ def plan_exchange(
     asked = config.dispatch_dtype
     if asked == "fp4":
         raise ExchangeConfigError(
-            "SGLANG_MORI_DISPATCH_DTYPE=fp4 is not served: rows travel in 8 bits to fp8 experts, and else, to MXFP4 "
-            "ones too, in 16. Unset it"
+            "SGLANG_MORI_DISPATCH_DTYPE=fp4 is not supported: rows are sent in 8 bits to fp8 experts, and in 16 bits "
+            "to all others, including MXFP4. Unset it"
         )
     if asked == "fp8" and row_dtype is None:
         raise ExchangeConfigError(
-            "SGLANG_MORI_DISPATCH_DTYPE=fp8 needs fp8 expert weights, and these experts have none: unset it"
+            "SGLANG_MORI_DISPATCH_DTYPE=fp8 needs fp8 expert weights, but these experts have none: unset it"
         )
     if kernel is not None and dtype not in (torch.bfloat16, torch.float32):
         raise ExchangeConfigError(f"MORI carries bfloat16 and float32, not the model's {dtype}: add --dtype bfloat16")
@@ -96,7 +96,7 @@ def plan_exchange(
     codec = "none" if kernel is None else COMBINE_CODECS[config.combine_dtype]
     if codec != "none" and dtype != torch.bfloat16:
         raise ExchangeConfigError(
-            f"SGLANG_MORI_COMBINE_DTYPE={config.combine_dtype} packs bfloat16 alone, the model is {dtype}: unset it"
+            f"SGLANG_MORI_COMBINE_DTYPE={config.combine_dtype} supports only bfloat16, the model is {dtype}: unset it"
         )
     if codec == "fp8_blockwise" and config.combine_groups * GROUP != hidden:
         raise ExchangeConfigError(

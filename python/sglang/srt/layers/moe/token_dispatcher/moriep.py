@@ -60,12 +60,14 @@ def check_mori_compatibility(kwargs: dict[str, Any], config_class: type | None =
     if refused:
         asked = ", ".join(f"{name}={missing[name]!r}" for name in refused)
         raise ExchangeConfigError(
-            f"this MORI's {config_class.__module__}.{config_class.__name__} lacks {asked}: without them it would run "
-            "otherwise than asked. Install MORI 1.1.0 or later (its first op, not dispatch_combine_v2), or unset what "
-            "asks for them (max_total_recv_tokens: SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS)"
+            f"this MORI's {config_class.__module__}.{config_class.__name__} lacks {asked}: without them it would not "
+            "run as configured. Install MORI 1.1.0 or later (its first op, not dispatch_combine_v2), or unset the "
+            "settings that need them (max_total_recv_tokens: SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS)"
         )
     if missing:
-        logger.warning("this MORI does not know %s, which changes no result: left out", ", ".join(sorted(missing)))
+        logger.warning(
+            "this MORI release does not support %s, which changes no result: ignored", ", ".join(sorted(missing))
+        )
     for name in missing:
         del kwargs[name]
 
@@ -89,7 +91,9 @@ def _join_shmem(group: ProcessGroupHandle) -> None:
     versions = group.all_gather_ints([zlib.crc32(version.encode())])
     if any(theirs != versions[0] for theirs in versions):
         odd = [rank for rank, theirs in enumerate(versions) if theirs != versions[0]]
-        raise ExchangeConfigError(f"ranks {odd} run another MORI than rank 0 (this rank: {version}): install one")
+        raise ExchangeConfigError(
+            f"ranks {odd} run another MORI release than rank 0 (this rank: {version}): install the same release"
+        )
     torch._C._distributed_c10d._register_process_group(GROUP_NAME, group.cpu_group)
     mori.shmem.shmem_torch_process_group_init(GROUP_NAME)
 
@@ -145,7 +149,7 @@ def make_mori_op(config: EpConfig, kernel: MoriKernel, group: ProcessGroupHandle
     if op.max_num_tokens_to_recv() != config.max_recv:
         raise ExchangeConfigError(
             f"MORI allocated {op.max_num_tokens_to_recv()} received rows where {config.max_recv} are planned "
-            f"(max_total_recv_tokens={config.max_total_recv_tokens}): this release rounds otherwise"
+            f"(max_total_recv_tokens={config.max_total_recv_tokens}): this release rounds differently"
         )
     return op
 
@@ -263,7 +267,7 @@ def _form(tensor: torch.Tensor | None) -> object:
 def _check_delivery(found: object, planned: object) -> None:
     """Hold rows and types that MORI delivered to those that were planned."""
     if found != planned:
-        raise DispatchError(f"MORI delivered {found} where {planned} is planned: another contract than 1.1 to 1.2")
+        raise DispatchError(f"MORI delivered {found} where {planned} is planned: it differs from releases 1.1 to 1.2")
 
 
 class MoriEPNormalDispatchOutput(NamedTuple):

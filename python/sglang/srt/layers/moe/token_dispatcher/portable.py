@@ -175,7 +175,7 @@ class PortableTransport:
 
     def __init__(self, config: EpConfig, group: ProcessGroupHandle, device: torch.device | str, gathered: bool) -> None:
         if (config.rank, config.world_size) != (group.rank, group.size):
-            raise ValueError(f"rank {config.rank} of {config.world_size} does not stand in {group}")
+            raise ValueError(f"rank {config.rank} of {config.world_size} is not in {group}")
         self.config = config
         self._group, self._gathered = group, gathered
         self._layout = RecordLayout(config)
