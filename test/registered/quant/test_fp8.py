@@ -181,7 +181,7 @@ class TestLayers(CustomTestCase):
         a, b = random_matrix(192, 320, 1), random_matrix(192, 320, 2)
         with self.assertLogs("sglang.srt.layers.quantization", "WARNING") as logs:
             layer = MergedColumnParallelLinear(320, [192, 192], quant_config=CHECKPOINT, prefix="model.layers.7.x")
-        self.assertIn("model.layers.*.x: [384, 320] on this rank is not cut at fp8 blocks", logs.output[0])
+        self.assertIn("model.layers.*.x: [384, 320] on this rank is not split at fp8 blocks", logs.output[0])
         for shard_id, (w, scale, _) in enumerate((a, b)):
             layer.weight.weight_loader(layer.weight, w, shard_id, scale)
         torch.testing.assert_close(layer.weight.double(), torch.cat((a[2], b[2])), rtol=1e-6, atol=0)

@@ -1,4 +1,4 @@
-"""Attention data parallelism: what the groups of a replica agree on before each step that they run together."""
+"""Attention data parallelism: how the groups of a replica agree on each step that they run together."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from sglang.srt.distributed import ParallelState
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 
-# Buckets that groups plan for: one without rows takes any, one with prompts or more rows than any bucket takes none.
+# Buckets in a plan: a group without rows accepts any; with prompts, or more rows than the largest bucket, none fits.
 ANY_BUCKET, NO_BUCKET = 0, -1
 
 
 @dataclass(frozen=True)
 class DpStep:
-    """The step as all ranks see it.
+    """The step that all ranks agreed on.
 
-    ``num_tokens`` and ``num_requests`` are those of each attention group. All run the decode graph of ``bucket``
-    requests, or all run eagerly (None); ``replays_chains`` is False when some group's drafts are drawn as no graph
-    draws them. ``has_work`` is False when nobody has anything to do, now or left over. ``stops`` ends all loops.
+    ``num_tokens`` and ``num_requests`` are those of each attention group. All groups replay the decode graph of
+    ``bucket`` requests, or all run eagerly (None). ``replays_chains`` is False if the drafts of a group cannot be made
+    by a graph. ``has_work`` is False if no group has work left. ``stops`` ends the loops of all ranks.
     """
 
     num_tokens: list[int]
@@ -31,11 +31,11 @@ class DpStep:
 
     @property
     def runs(self) -> bool:
-        """True when some group brings tokens, so that every group takes part in a forward."""
+        """True when a group has tokens, so that every group runs a forward."""
         return any(self.num_tokens)
 
     def of_batch(self, batch: ModelWorkerBatch) -> ModelWorkerBatch:
-        """``batch`` with what was agreed on."""
+        """``batch`` with the fields of this step."""
         return replace(
             batch,
             global_num_tokens=self.num_tokens,
@@ -45,15 +45,15 @@ class DpStep:
         )
 
     def idle_batch(self, kind: StepKind = DECODE) -> ModelWorkerBatch:
-        """The part of a group that brings nothing; kind: of the steps by which requests go on."""
+        """The batch of a group without tokens. kind: kind of the decode steps."""
         return self.of_batch(ModelWorkerBatch.idle(kind))
 
 
 def agree(local_plans: Sequence[Sequence[int]], group_size: int) -> DpStep:
     """The step that follows from each rank's (tokens, requests, bucket, edits, has work, stops), in rank order.
 
-    Every rank computes it from the same rows. Raises RuntimeError when ranks of one attention group, which decide from
-    the same messages, do not bring the same.
+    Every rank computes it from the same rows. Raises RuntimeError if ranks of one attention group, which decide from
+    the same messages, have different plans.
     """
     groups = [list(plan) for plan in local_plans[::group_size]]
     for rank, plan in enumerate(local_plans):
@@ -68,9 +68,9 @@ def agree(local_plans: Sequence[Sequence[int]], group_size: int) -> DpStep:
 
 
 class DpStepSync:
-    """One exchange per step over the host between all ranks of a replica.
+    """One exchange per step, over the host, between all ranks of a replica.
 
-    ``bucket_of(rows)`` is the decode graph that takes so many rows, None without one; it is the same on every rank.
+    ``bucket_of(rows)`` is the decode graph for so many rows, None if there is none; it is the same on every rank.
     """
 
     def __init__(self, state: ParallelState, bucket_of: Callable[[int], int | None]) -> None:
@@ -79,7 +79,7 @@ class DpStepSync:
         self._bucket_of = bucket_of
 
     def exchange(self, batch: ScheduleBatch | None, has_work: bool, stops: bool) -> DpStep:
-        """Tell what this rank brings, and learn what all do; waits for the slowest."""
+        """Send this rank's plan and receive those of all ranks; waits for the slowest."""
         tokens, requests, bucket, edits = 0, 0, ANY_BUCKET, False
         if batch is not None:
             tokens, requests = batch.num_tokens, len(batch.reqs)

@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.tree_node import MatchResult
 
 
 class PoolLeakError(RuntimeError):
-    """Slots, rows or states are missing, or are held by nobody."""
+    """Slots, rows or states are missing, or have no owner."""
 
 
 class ReqMemory:
@@ -31,9 +31,9 @@ class ReqMemory:
         step_width: int = 1,
         step_ahead: int = 0,
     ) -> None:
-        """A decode step computes ``step_width`` tokens for each request, and needs ``step_ahead`` slots behind them.
+        """A decode step computes ``step_width`` tokens per request, and needs ``step_ahead`` more slots after them.
 
-        A prefill step that reaches the end of a prompt needs those behind it.
+        A prefill step that reaches the end of a prompt needs ``step_ahead`` slots after it too.
         """
         if step_width < 1 or step_ahead < 0:
             raise ValueError(f"step_width >= 1 and step_ahead >= 0 must hold, got {step_width} and {step_ahead}")
@@ -42,11 +42,12 @@ class ReqMemory:
         self.tree = tree
         self.step_width = step_width
         self.step_ahead = step_ahead
-        # A draft's row of a token was made with the token behind it, so the last one of a prefix is another request's.
-        # Whole pages cost more than it gains, and a prefix with companions ends where they are.
+        # The draft layer computes a token's row from the token after it, so the last row of a cached prefix was
+        # computed with another request's token. Not done for pages, where it costs more than it gains, nor with
+        # companions.
         self._own_last_row = step_width > 1 and self.page_size == 1
         self._limits = [companion for companion in tree.companions if companion.is_limit]
-        # Where a prefix cannot end inside what was computed at once, chunks end where it may want to.
+        # If a cached prefix cannot end inside a chunk, chunks end where later requests may need an end.
         self._ends_matter = not all(companion.cuttable for companion in tree.companions)
 
     @property
@@ -54,31 +55,33 @@ class ReqMemory:
         return self.allocator.page_size
 
     def room(self) -> Room:
-        """What can be had now of each unit that can run out, eviction included."""
+        """What is available now of each unit that can run out, including what eviction can free."""
         room = Room({FULL: self.allocator.available_size() + self.tree.evictable_size()})
         room.update((companion.unit, companion.room()) for companion in self._limits)
         return room
 
     def needs(self, new_tokens: Sequence[int], running: bool = False) -> Room:
-        """What requests that are to have so many more tokens, one number each, need of each unit at one time; beside
-        what they hold, where they are ``running`` and hold what a step needs."""
+        """Units that requests with ``new_tokens`` more tokens each need at one time, in addition to what they hold.
+
+        running: the requests already hold what a step needs.
+        """
         needed = Room({FULL: sum(new_tokens)})
         for companion in self._limits:
             needed[companion.unit] = sum(companion.needs(number, running) for number in new_tokens)
         return needed
 
     def num_used(self, unit: str = FULL) -> int:
-        """Tokens that requests hold of a unit that can run out: slots of their own, and of prefixes that they lock."""
+        """Tokens of ``unit`` that requests hold: their own slots, and those of prefixes that they lock."""
         return self.num_of(unit) - self.room()[unit]
 
     def num_of(self, unit: str) -> int:
-        """Tokens that there are of a unit that can run out; 0 where the model does not have it."""
+        """Size of ``unit`` in tokens; 0 if the model does not have it."""
         if unit == FULL:
             return self.allocator.size
         return sum(companion.num_units for companion in self._limits if companion.unit == unit)
 
     def load(self) -> dict[str, int]:
-        """Tokens that requests hold and those that there are; the same of a window where it has pools of its own."""
+        """Tokens that requests hold, and the size of the pool; the same for a window with separate pools."""
         found = {"num_used_tokens": self.num_used(), "max_total_num_tokens": self.allocator.size}
         if self.allocator.window is not None:
             found.update(num_used_swa_tokens=self.num_used(SWA), swa_max_total_num_tokens=self.num_of(SWA))
@@ -87,7 +90,7 @@ class ReqMemory:
     def match(self, req: Req) -> MatchResult:
         """The usable cached prefix of a request that holds nothing yet.
 
-        If a model drafts, the last cached token is computed again, where one token alone can be.
+        If a model drafts, the last cached token is left out and computed again, where pages have one token.
         """
         match = self.tree.match_prefix(req.token_ids[: req.max_prefix_len()])
         if self._own_last_row and not self.tree.companions and match.slot_ids.numel():
@@ -95,7 +98,7 @@ class ReqMemory:
         return match
 
     def admit(self, req: Req, match: MatchResult) -> None:
-        """Give the request a row, its cached prefix and what companions keep; ``match.node`` must be locked for it."""
+        """Give the request a row, its cached prefix and its companion data; ``match.node`` must be locked for it."""
         for companion in self.tree.companions:
             held = companion.fork(match.node)
             if held is None:
@@ -109,15 +112,15 @@ class ReqMemory:
             self.req_pool.write(row, 0, match.slot_ids)
         req.req_pool_idx, req.last_node = row, match.node
         req.kv_committed_len = req.kv_allocated_len = req.cache_protected_len = prefix
-        # What a retracted request finds again may be its own.
+        # The prefix that a retracted request finds may be its own.
         req.own_start = min(req.own_start, prefix) if req.num_retractions else prefix
         req.state_boundary = match.kv_len if match.kv_len > prefix and self._ends_matter else 0
         req.cached_tokens = max(req.cached_tokens, prefix) if req.num_retractions == 0 else req.cached_tokens
 
     def extend(self, reqs: list[Req], ends: list[int]) -> torch.Tensor | None:
-        """Slots for tokens ``kv_committed_len .. end`` of each request, in its row (prefill); None if they do not fit.
+        """Prefill: allocate slots for tokens ``kv_committed_len .. end`` of each request and write them to its row.
 
-        [N] int64, requests one after the other.
+        Returns [N] int64, requests one after the other; None if they do not fit.
         """
         starts = [req.kv_allocated_len for req in reqs]
         assert starts == [req.kv_committed_len for req in reqs], "a prefill step starts where the slots end"
@@ -136,14 +139,14 @@ class ReqMemory:
         return torch.cat([mine[: end - start] for mine, start, end in spans])
 
     def _with_ahead(self, reqs: Sequence[Req], ends: Sequence[int]) -> list[int]:
-        """Where the slots of a prefill step must reach."""
+        """The end of the slots that a prefill step needs, per request."""
         return [end + self.step_ahead * (end == req.seq_len) for req, end in zip(reqs, ends, strict=True)]
 
     def extend_step(self, reqs: list[Req]) -> torch.Tensor | None:
-        """Slots for a decode step, from the first position behind the committed tokens on; None when they do not fit.
+        """Decode: slots from the first position after the committed tokens; None if they do not fit.
 
-        [B * (step_width + step_ahead)] int64, requests one after the other. Slots that earlier steps left are used
-        first. They are in the host's table alone: the step writes them into the device's.
+        Returns [B * (step_width + step_ahead)] int64, requests one after the other. Slots that earlier steps did not
+        use come first. They are written to the host's table only; the step itself writes the device's table.
         """
         width = self.step_width + self.step_ahead
         one_each = width == 1 and all(req.kv_allocated_len == req.kv_committed_len for req in reqs)
@@ -166,7 +169,7 @@ class ReqMemory:
         return slots
 
     def _flush_window(self) -> None:
-        """A step is about to be queued that reads by the table of windows."""
+        """Copy the window table to the device before a step that reads it is queued."""
         if self.allocator.window is not None:
             self.allocator.window.flush()
 
@@ -183,7 +186,7 @@ class ReqMemory:
         return torch.cat([self.req_pool.read(row, at, at + width) for row, at in zip(rows, first, strict=True)])
 
     def missing_for(self, reqs: Sequence[Req], ends: Sequence[int]) -> int:
-        """Tokens, whole pages, that must be allocated so that each request has slots up to its end."""
+        """Tokens, in whole pages, that must be allocated so that each request has slots up to its end."""
         page = self.page_size
         spans = zip((req.kv_allocated_len for req in reqs), ends, strict=True)
         return sum(max(0, -(-end // page) - -(-start // page)) for start, end in spans) * page
@@ -202,9 +205,9 @@ class ReqMemory:
         return (-(-(self.step_width + self.step_ahead - 1) // self.page_size) + 1) * self.page_size
 
     def advance(self, req: Req) -> None:
-        """Take back what no later step of a running request needs: its first row comes behind all known tokens but one.
+        """Free what no later step of a running request needs: these start after all known tokens but one.
 
-        A step in flight starts no earlier, and what is taken back is used again by steps behind it alone.
+        A step in flight does not start earlier either, and only steps after it use what is freed.
         """
         for companion in self._limits:
             read = partial(self.req_pool.read, self._row(req))
@@ -212,10 +215,10 @@ class ReqMemory:
             companion.advance(req.held[companion.unit], known, req.cache_protected_len, read)
 
     def share_prefix(self, req: Req) -> None:
-        """Cache what a running request has computed, so that others can use it, and lock it for this one.
+        """Insert what a running request has computed into the prefix cache, and lock it for this request.
 
-        Slots that were cached by someone else in the meantime replace the request's own, but the last one where a model
-        drafts: the request keeps that one, in addition to the cached one, until release.
+        If another request has cached the same tokens meanwhile, its slots replace this request's own. If a model
+        drafts, the request keeps its own last slot in addition to the cached one until it is released.
         """
         num_tokens = self.tree.aligned(req.kv_committed_len)
         assert req.last_node is not None
@@ -239,18 +242,18 @@ class ReqMemory:
         req.last_node, req.cache_protected_len = result.node, num_tokens
 
     def withdraw(self, req: Req) -> None:
-        """Take out of the prefix cache what was computed for a request whose step turned out not to be sound.
+        """Remove from the prefix cache what was computed for a request whose step turned out to be faulty.
 
-        Requests that stand on it already go on, each judged by its own steps, and cache nothing.
+        Requests that already use it continue, each checked by its own steps, and cache nothing.
         """
         assert req.last_node is not None
         self.tree.withdraw(req.last_node, req.own_start)
 
     def release(self, req: Req, cache: bool) -> None:
-        """Take back all that the request holds; with ``cache`` its computed tokens stay in the prefix cache.
+        """Free all that the request holds; with ``cache`` its computed tokens stay in the prefix cache.
 
-        A token whose step may still be in flight is not cached: nobody has seen yet that the step was sound. Nor is
-        anything cached that was computed on what has been withdrawn, or a slot past the committed tokens.
+        Not cached are: a token whose step may still be in flight, because it is not known yet to be sound; tokens that
+        were computed on a withdrawn prefix; and slots past the committed tokens.
         """
         if req.req_pool_idx is None:
             return

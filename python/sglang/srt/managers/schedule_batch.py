@@ -49,7 +49,7 @@ class Req:
         self.token_ids_logprob = tuple(message.token_ids_logprob)
         self.max_new_tokens = message.sampling_params.max_new_tokens or 0
         self.finish_reason: FinishReason | None = None
-        # The form that output follows: its text, the token behind which it begins, and how far the output is in it.
+        # Output constraint: the text of the grammar, the token after which it begins, and its state.
         self.grammar_text = message.grammar
         self.grammar_after = message.grammar_after
         self.grammar: GuidanceGrammar | None = None
@@ -58,7 +58,7 @@ class Req:
         self.first_token_at: float | None = None  # in the same clock
         # Memory, held from admission to release.
         self.req_pool_idx: int | None = None
-        # By unit, what it holds of what the companions of the prefix cache hand out.
+        # What the request holds of each companion of the prefix cache, by unit.
         self.held: dict[str, Any] = {}
         self.last_node: TreeNode | None = None
         self.kv_committed_len = 0
@@ -67,12 +67,12 @@ class Req:
         self.own_start = 0
         self.kept_slots: list[int] = []
         self.num_in_flight = 0
-        # Hybrid models: end a prefill chunk here, where KV is known but no state snapshot is.
+        # Hybrid models: end a prefill chunk here, where the cache has KV but no snapshot of the recurrent state.
         self.state_boundary = 0
         # Reported to the client.
         self.cached_tokens = 0
         self.num_retractions = 0
-        self.spec_verify_ct = 0  # verify steps, and drafts of them that became output
+        self.spec_verify_ct = 0  # verify steps, and draft tokens that became output
         self.spec_accepted = 0
         self.num_sent = 0
         self.input_logprobs: TokenLogprobs | None = None
@@ -80,9 +80,9 @@ class Req:
         self._new_input_logprobs()
 
     def check(self, vocab_size: int) -> None:
-        """Raise for whatever would stop a step that this request shares with others.
+        """Raise for anything that would fail in a step shared with other requests.
 
-        Its sampling tensors are built, and its edits applied, once for it alone.
+        Builds the sampling tensors and applies the logit edits once for this request alone.
         """
         ids = self._prompt
         if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
@@ -94,7 +94,7 @@ class Req:
             info.apply_edits(torch.zeros(1, vocab_size))
 
     def _new_input_logprobs(self) -> None:
-        """Start the prompt's log-probabilities with the first wanted token, which has no predecessor scored."""
+        """Start the prompt's log-probabilities with the first requested token, which has none of its own."""
         if 0 <= self.logprob_start_len < len(self.origin_input_ids):
             first = self.origin_input_ids[self.logprob_start_len]
             self.input_logprobs = TokenLogprobs(logprobs=[None], ids=[first])
@@ -104,7 +104,7 @@ class Req:
                 self.input_logprobs.chosen.append(None)
 
     def end_without_logprobs(self, reason: FinishReason) -> None:
-        """End the request where its log-probabilities may be half recorded."""
+        """End the request without log-probabilities, because these may be recorded in part."""
         self.finish_reason = reason
         self.return_logprob, self.input_logprobs = False, None
 
@@ -118,7 +118,7 @@ class Req:
         return np.concatenate([self._prompt, np.array(self.output_ids, dtype=np.int64)])
 
     def token_after(self, end: int) -> int:
-        """The known token at position ``end``; -1 where that is still to be sampled."""
+        """The token at position ``end``; -1 if it is not known yet."""
         if end < len(self.origin_input_ids):
             return self.origin_input_ids[end]
         return self.output_ids[end - len(self.origin_input_ids)] if end < self.seq_len else -1
@@ -129,12 +129,12 @@ class Req:
 
     @property
     def planned_len(self) -> int:
-        """``seq_len`` once what is in flight has arrived."""
+        """``seq_len`` after all steps in flight, at most."""
         return self.seq_len + self.num_in_flight
 
     @property
     def will_reach_limit(self) -> bool:
-        """True when the tokens in flight reach the request's limit: nothing is left to launch."""
+        """True when the tokens in flight may reach the request's limit, so that no further step is launched."""
         return self.max_new_tokens - len(self.output_ids) <= self.num_in_flight
 
     def is_due(self, num_before: int, interval: int) -> bool:
@@ -146,7 +146,7 @@ class Req:
         return num_before == 0 or len(self.output_ids) // interval > num_before // interval
 
     def next_input_row(self) -> int | None:
-        """The first prompt row whose log-probability is wanted and not there yet; None when there is none."""
+        """The first prompt row whose log-probability is requested and not computed yet; None if there is none."""
         logprobs = self.input_logprobs
         if logprobs is None:
             return None
@@ -154,7 +154,7 @@ class Req:
         return row if row < len(self.origin_input_ids) - 1 else None
 
     def max_prefix_len(self) -> int:
-        """The longest cached prefix that still leaves the rows whose logits are needed."""
+        """The longest cached prefix that may be used, so that all rows whose logits are needed are computed."""
         row = self.next_input_row()
         return self.seq_len - 1 if row is None else min(self.seq_len - 1, row)
 
@@ -178,22 +178,22 @@ class Req:
 
     @property
     def edits_logits(self) -> bool:
-        """Whether drafts are sampled from edited logits: then no graph draws them. None has a form."""
+        """Whether draft tokens are sampled from edited logits, which no graph does. Drafts have no constraint."""
         params = self.sampling_params
         return params.edits_logits or len(self.output_ids) < params.min_new_tokens
 
 
 @dataclass
 class ScheduleBatch:
-    """The requests of one step, the tokens each brings, and the slots they were given."""
+    """The requests of one step, their tokens, and the slots of these tokens."""
 
     forward_mode: ForwardMode
     reqs: list[Req]
     starts: list[int]  # first token of this step, per request
     ends: list[int]  # one past the last
-    max_new: list[int]  # tokens that the step can give each request: 0 where it does not reach the request's end
+    max_new: list[int]  # most new tokens of each request: 0 where the step ends inside the prompt
     out_cache_loc: torch.Tensor  # [N] int64 on the host, requests one after the other
-    kind: StepKind = DECODE  # of the steps by which requests go on
+    kind: StepKind = DECODE  # kind of the decode steps
 
     @property
     def num_tokens(self) -> int:
@@ -225,7 +225,7 @@ class ScheduleBatch:
 
 
 def _held(places: Sequence[int | None]) -> list[int]:
-    """Rows or slots that all requests of a batch hold."""
+    """``places`` without None; every request of a batch must hold one."""
     held = [place for place in places if place is not None]
     assert len(held) == len(places)
     return held

@@ -1,4 +1,4 @@
-"""Who runs next: the order of the waiting queue, and how many tokens of whom fit into a prefill step."""
+"""Which requests run next: the order of the waiting queue, and how many tokens of each fit into a prefill step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.schedule_batch import Req
 
-# Room kept for tokens that a running request has yet to produce is capped, or long limits would block admission.
+# Cap on the room reserved for future tokens of a running request, so that large limits do not block admission.
 CLIP_NEW_TOKENS = 4096
 # Longest-prefix-match order costs one match per request; beyond this many the queue stays in arrival order.
 LPM_MAX_QUEUE = 128
@@ -31,11 +31,11 @@ class NewTokenRatio:
         self.value = self._start
 
     def decay(self) -> None:
-        """Called once per decode step that fitted."""
+        """Called once per decode step that fit into memory."""
         self.value = max(self._floor, self.value - self._step)
 
     def after_retraction(self, running: Sequence[Req]) -> None:
-        """Expect at least what the survivors have used so far, and some."""
+        """Raise the ratio to at least what the remaining requests have used so far, with a margin."""
         used = sum(len(req.output_ids) + 20 for req in running)
         allowed = sum(req.max_new_tokens for req in running)
         self.value = min(1.0, max(self._start, used / (allowed + 1)))
@@ -48,7 +48,7 @@ def order_waiting(queue: list[Req], policy: str, memory: ReqMemory) -> None:
     """Sort the waiting queue in place.
 
     "fcfs" keeps arrival order. "lpm" puts the longest cached prefix first; ties keep arrival order. Requests that were
-    retracted stay at the head under both: they have waited and have output to resume.
+    retracted stay at the head with both policies, because they have waited already and have output.
     """
     if policy != "lpm" or len(queue) > LPM_MAX_QUEUE:
         return
@@ -58,7 +58,7 @@ def order_waiting(queue: list[Req], policy: str, memory: ReqMemory) -> None:
 
 @dataclass(frozen=True)
 class PrefillLimits:
-    """Bounds of a prefill step; ``chunk_tokens`` None means that prompts are not cut."""
+    """Limits of a prefill step; ``chunk_tokens`` None: prompts are not split."""
 
     max_prefill_tokens: int
     chunk_tokens: int | None
@@ -66,7 +66,7 @@ class PrefillLimits:
 
 
 class PrefillPlanner:
-    """Picks requests and chunk ends for one prefill step, and admits those that hold nothing yet."""
+    """Chooses requests and chunk ends for one prefill step, and admits requests that hold no memory yet."""
 
     def __init__(self, memory: ReqMemory, limits: PrefillLimits, running: Sequence[Req], ratio: float) -> None:
         self._memory = memory
@@ -81,8 +81,8 @@ class PrefillPlanner:
         return int(min(req.new_tokens_left, CLIP_NEW_TOKENS) * ratio) + self._memory.step_room
 
     def add_chunked(self, req: Req) -> bool:
-        """Continue a request that is part-way through its prompt; False when nothing of it fits now."""
-        # It must come to its end, so it may use the room that running requests have not claimed yet.
+        """Continue a partly computed prompt; False when none of it fits now."""
+        # It must be able to finish, so it may use room that is reserved for running requests.
         memory = self._memory
         room = memory.room().step_tokens() - self.taken()
         growth = min(req.new_tokens_left, CLIP_NEW_TOKENS)
@@ -92,7 +92,7 @@ class PrefillPlanner:
         return added
 
     def add_waiting(self, req: Req) -> bool:
-        """Admit a waiting request; False when it must wait, with nothing changed."""
+        """Admit a waiting request; False, with nothing changed, when it must wait."""
         if self._num_running + len(self.reqs) >= self._limits.max_running_requests:
             return False
         memory = self._memory
@@ -118,19 +118,22 @@ class PrefillPlanner:
         return True
 
     def taken(self) -> int:
-        """Tokens promised to the requests picked so far, whole pages; of each unit as many."""
+        """Tokens, in whole pages, that the requests chosen so far will take, of each unit."""
         return self._memory.missing_for_extend(self.reqs, self.ends)
 
     def _add(self, req: Req, room: int) -> tuple[bool, int]:
-        """Let a request bring as many of its tokens as there is room for; whether it can, and what the step takes for
-        it of each unit, which may be more than the request needs later."""
+        """Add as many tokens of a request as there is room for.
+
+        Returns whether any fit, and the tokens that the step takes of each unit, which may be more than the request
+        needs later.
+        """
         start, page = req.kv_committed_len, self._memory.page_size
         end = req.seq_len
         if self._limits.chunk_tokens is not None:
             end = min(end, start + self._tokens)
         if start < req.state_boundary < end:
             end = req.state_boundary
-        # The free rest of the request's last page comes on top of whole pages.
+        # The free part of the request's last page can be used in addition to whole pages.
         pages = (room // page * page - self._memory.step_ahead) // page
         end = min(end, start + pages * page + -start % page)
         if end < req.seq_len:
@@ -149,5 +152,5 @@ class PrefillPlanner:
 
 
 def retraction_order(running: Sequence[Req]) -> list[Req]:
-    """Victims first: the fewest output tokens to compute again, then the longest prompt, then the youngest."""
+    """Requests in the order of retraction: fewest output tokens, then longest prompt, then youngest."""
     return sorted(running, key=lambda req: (len(req.output_ids), -len(req.origin_input_ids), -req.arrived))

@@ -1,4 +1,4 @@
-"""The loop of one scheduler process: take requests in, pick a step, run it, hand tokens out."""
+"""The loop of one scheduler process: receive requests, choose a step, run it, send tokens out."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ MAX_DEEP_CHECK_TOKENS = 1 << 20
 class Scheduler:
     """Continuous batching over one model replica.
 
-    Every TP rank runs the same loop on the same messages and so takes the same decisions; rank 0 alone talks. With
-    attention data parallelism each group of ranks has requests of its own, and ``sync`` keeps the groups in step.
+    Every TP rank runs the same loop on the same messages and so makes the same decisions; only rank 0 sends replies.
+    With attention data parallelism each group of ranks has its own requests, and ``sync`` keeps the groups in step.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Scheduler:
     ) -> None:
         if memory.step_width != worker.decode_kind.rows_per_request:
             rows = worker.decode_kind.rows_per_request
-            raise ValueError(f"a decode step has {rows} rows per request, and its slots are for {memory.step_width}")
+            raise ValueError(f"a decode step has {rows} rows per request, but its slots are for {memory.step_width}")
         self.config = config
         self.sync = sync
         self.worker = worker
@@ -94,12 +94,12 @@ class Scheduler:
         self.limits = PrefillLimits(config.max_prefill_tokens, config.chunked_prefill_size, config.max_running_requests)
         self._sampling_info: SamplingBatchInfo | None = None
         self._sampled_reqs: list[Req] = []
-        # The decode step that runs while the next one is prepared.
+        # The step that runs while the next one is prepared.
         self._in_flight: tuple[ScheduleBatch, LaunchedStep | LaunchedVerify] | None = None
         self._num_received = 0
         self._stopping = False
-        self._all_idle = True  # as the groups last agreed
-        self._waited_s = 0.0  # of this step: in forward, sampling and waiting for them
+        self._all_idle = True  # result of the last exchange between the groups
+        self._waited_s = 0.0  # time of this step in forward, in sampling, and in waiting for their results
 
     # The loop
 
@@ -121,17 +121,17 @@ class Scheduler:
                 self.metrics.went_idle()
                 checked = True
             elif not quiet and may_wait and not messages and self._all_idle:
-                # A recount takes tenths of a second at a million slots: not while the next request may be on its way,
-                # or while other groups wait for this one.
+                # A deep check takes tenths of a second for a million slots, so it runs only after one more quiet turn,
+                # and not while other groups wait for this one.
                 self.memory.check_idle(deep=self.memory.tree.total_size() <= MAX_DEEP_CHECK_TOKENS)
                 quiet = True
 
     def step(self) -> bool:
-        """Launch one prefill or decode step and take in the one before it; False when there was nothing to do.
+        """Launch one prefill or decode step and process the result of the step before it; False if nothing to do.
 
-        With overlap, the result of a decode step is taken in while the forward of the next step runs, which is sampled
-        behind that: penalties and masks are made of tokens that are all known. A prefill step is taken in at once: each
-        chunk is shared with others only when its own row is known to be sound.
+        With overlap, the result of a decode step is processed while the forward of the next step runs. The next step is
+        sampled after that, so that penalties and masks are computed from known tokens only. The result of a prefill
+        step is processed at once, because a chunk enters the prefix cache only after its row is known to be sound.
         """
         started = time.perf_counter()
         self._waited_s = 0.0
@@ -157,7 +157,7 @@ class Scheduler:
         return agreed
 
     def _run_idle_step(self, agreed: DpStep) -> None:
-        """Run the other groups' step without rows of our own: experts and collectives need every rank."""
+        """Run the step of the other groups with no rows of this group: experts and collectives need every rank."""
         self.worker.forward(agreed.idle_batch(self.worker.decode_kind))
         self.metrics.num_idle_steps += 1
 
@@ -174,7 +174,7 @@ class Scheduler:
         return forward
 
     def _sample(self, batch: ScheduleBatch, forward: LaunchedForward) -> LaunchedStep | LaunchedVerify:
-        """Sample a step of which nothing but its own tokens is unknown; who has ended meanwhile is sampled too."""
+        """Sample a step whose earlier tokens are all known; requests that ended meanwhile are sampled too."""
         info = self._sampling_info_of(batch)
         info.vocab_mask = self.grammars.mask(batch, self.config.device, forward.drafts)
         began = time.perf_counter()
@@ -183,7 +183,7 @@ class Scheduler:
         return launched
 
     def _drain(self) -> bool:
-        """Take in the result of the step in flight; False when there is none."""
+        """Process the result of the step in flight; False when there is none."""
         if self._in_flight is None:
             return False
         batch, launched = self._in_flight
@@ -229,7 +229,7 @@ class Scheduler:
         try:
             req = Req(message, self.config.seed_of(params, self._num_received), self.config.stop_ids_of(params))
             req.check(self.config.vocab_size)
-        except Exception as error:  # whatever it is, it must not reach a step that others share
+        except Exception as error:  # no error of one request may reach a step that it shares with others
             logger.exception("request %.64r cannot be served", message.rid)
             reason = abort_reason(f"This request cannot be served: {error}.", 500, "InternalServerError")
             self.metrics.num_aborted_reqs += 1
@@ -247,7 +247,7 @@ class Scheduler:
             self._queue(req)
 
     def _queue(self, req: Req | None) -> None:
-        """Let a request, if it has not been aborted meanwhile, wait for its turn."""
+        """Put a request into the waiting queue, unless it has been aborted meanwhile (None)."""
         if req is not None and req.grammar_error:
             self._refuse(req, f"The output constraint cannot be used: {req.grammar_error}.", 400)
         elif req is not None:
@@ -260,7 +260,7 @@ class Scheduler:
         self._emit([req])
 
     def _abort(self, message: AbortReq) -> None:
-        """End matching requests wherever they are; their memory is free at once."""
+        """End matching requests in any queue; their memory is free at once."""
         self._drain()
         for queue in (self.waiting_queue, self.chunked_reqs, self.running_reqs, self.grammars.pending):
             hit = [req for req in queue if message.abort_all or req.rid == message.rid]
@@ -272,7 +272,7 @@ class Scheduler:
             self._emit(hit)
 
     def _flush(self, seq: int) -> FlushCacheReqOutput:
-        self._drain()  # the step in flight may be all that is left
+        self._drain()  # the step in flight may be the last one
         if self.has_work():
             counts = f"{len(self.running_reqs) + len(self.chunked_reqs)} running, {len(self.waiting_queue)} queued"
             return FlushCacheReqOutput(seq=seq, success=False, message=f"The server is busy: {counts}.")
@@ -290,7 +290,7 @@ class Scheduler:
         if self.running_reqs:
             return self._plan_decode()
         if self.chunked_reqs:
-            # Several half-done prompts can starve one another; the youngest gives way.
+            # Several partly computed prompts can block each other; the youngest is retracted.
             self._retract(self.chunked_reqs[-1], self.chunked_reqs)
             return self._plan_prefill()
         return None
@@ -299,7 +299,7 @@ class Scheduler:
         if not self.waiting_queue and not self.chunked_reqs:
             return None
         if self.config.enable_mixed_chunk:
-            self._drain()  # decoding requests bring their newest token from the host
+            self._drain()  # the newest tokens of decoding requests are read on the host
         planner = PrefillPlanner(self.memory, self.limits, self.running_reqs, self.new_token_ratio.value)
         held_back = [req for req in self.chunked_reqs if not planner.add_chunked(req)]
         if not held_back:
@@ -332,7 +332,7 @@ class Scheduler:
         reqs = [req for req in self.running_reqs if not req.will_reach_limit]
         slots = self.memory.extend_step(reqs) if reqs else None
         if reqs and slots is None:
-            # Whom to retract depends on who has finished: that must be known first.
+            # Which request to retract depends on which ones have finished, so that must be known first.
             self._drain()
             self._retract_until_decode_fits(0)
             if not self.running_reqs:
@@ -362,13 +362,13 @@ class Scheduler:
         )
 
     def _sampling_info_of(self, batch: ScheduleBatch) -> SamplingBatchInfo:
-        """Sampling tensors of the step; kept while the same requests decode."""
+        """Sampling tensors of the step; reused while the same requests decode."""
         decode = batch.forward_mode.is_decode()
         if decode and self._sampled_reqs == batch.reqs and self._sampling_info is not None:
             return self._sampling_info
         rows = [req.sampling_row() for req in batch.reqs]
         info = SamplingBatchInfo.from_rows(rows, self.config.vocab_size, self.config.device)
-        # Where a step gives several tokens, edits are built of those that the host has taken in.
+        # If a step gives several tokens, logit edits are built from the tokens that the host knows.
         kept = decode and not (batch.kind.rows_per_request > 1 and info.edits_logits())
         self._sampling_info, self._sampled_reqs = (info, batch.reqs) if kept else (None, [])
         return info
@@ -376,7 +376,7 @@ class Scheduler:
     # Retraction
 
     def _retract(self, req: Req, queue: list[Req]) -> None:
-        """Take the memory of ``req`` and put it at the head of the waiting queue; its output stays."""
+        """Free the memory of ``req`` and put it at the head of the waiting queue; it keeps its output."""
         queue.remove(req)
         self.memory.release(req, cache=True)
         req.num_retractions += 1
@@ -408,7 +408,7 @@ class Scheduler:
     # Results
 
     def _process(self, batch: ScheduleBatch, output: StepOutput) -> None:
-        """Apply a step's output; a request that ended while the step ran ignores what it drew."""
+        """Apply a step's output; tokens of a request that ended while the step ran are ignored."""
         prefill = not batch.forward_mode.is_decode()
         was_running = set(map(id, self.running_reqs)) if prefill else set()
         to_emit: list[Req] = []
@@ -431,7 +431,7 @@ class Scheduler:
                 self.memory.advance(req)
                 self.chunked_reqs.append(req)
                 continue
-            # Rows behind the new tokens computed nothing that is right.
+            # Rows after the new tokens computed nothing useful.
             req.kv_committed_len -= max_new - (len(req.output_ids) - num_before)
             if prefill and id(req) not in was_running:
                 self.memory.share_prefix(req)
@@ -442,10 +442,10 @@ class Scheduler:
         self._emit(to_emit)
 
     def _accept(self, req: Req, index: int, max_new: int, output: StepOutput) -> int | None:
-        """Judge the request's rows in order, and add the token of each, up to the one with which the request ends.
+        """Check the request's rows in order and add the token of each, up to the one that ends the request.
 
-        The row of a prompt that is not at its end tells whether the chunk was sound: its last token has attended to
-        all before it. Returns None while the request goes on, else the RowFault that ended it, or 0.
+        The row of an unfinished prompt shows whether the chunk was sound, because its last token attended to all tokens
+        before it. Returns None if the request continues, else the RowFault that ended it, or 0.
         """
         try:
             for number, fault in enumerate(output.row_faults[index]):
@@ -461,14 +461,14 @@ class Scheduler:
                 if req.finish_reason is not None:
                     return 0
             return None
-        except Exception as error:  # of this request: the others of the step go on
+        except Exception as error:  # ends only this request: the others of the step continue
             logger.exception("request %.64r is ended", req.rid)
             req.end_without_logprobs(abort_reason(f"Processing a token failed: {error}.", 500, "InternalServerError"))
             self.metrics.num_aborted_reqs += 1
             return 0
 
     def _take_in(self, req: Req, index: int, number: int, output: StepOutput) -> None:
-        """Add token ``number`` of the step's to the request, which may end with it."""
+        """Add the step's token ``number`` to the request, which may end with it."""
         if req.max_new_tokens == 0:
             req.finish_reason = FinishReason(type="length", length=0)
             return
@@ -483,8 +483,11 @@ class Scheduler:
         req.finish_reason = self.stop_checker.check(req)
 
     def _finish(self, req: Req, fault: int) -> None:
-        """Release a finished request. What a broken step computed never enters the prefix cache, and what was computed
-        for the request before, and shared, is withdrawn."""
+        """Release a finished request.
+
+        What a faulty step computed never enters the prefix cache, and what this request computed and shared earlier is
+        withdrawn from it.
+        """
         unsound = fault in (RowFault.LOGITS, RowFault.TOKEN_ID)
         if unsound:
             self.memory.withdraw(req)

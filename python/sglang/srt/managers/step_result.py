@@ -1,4 +1,4 @@
-"""What a step produced, applied to its requests: tokens, log-probabilities, and whether each is finished."""
+"""Applies the results of a step to its requests: tokens, log-probabilities, and whether each request is finished."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def record_output_logprobs(req: Req, step: HostLogprobs, row: int, token_id: int
 class StopChecker:
     """Decides after each token whether a request is finished.
 
-    Stop strings need text: ``tokenizer`` decodes just enough of the output's tail to hold the longest of them.
+    For stop strings, ``tokenizer`` decodes just enough of the output's end to contain the longest of them.
     """
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
@@ -55,7 +55,7 @@ class StopChecker:
     def check(self, req: Req) -> FinishReason | None:
         """Why ``req`` ends with its newest token, or None.
 
-        Output that has its form ends there, however many tokens were asked for.
+        Output that completes its grammar ends there, even if more tokens were requested.
         """
         params = req.sampling_params
         grammar = req.grammar
@@ -81,8 +81,8 @@ class StopChecker:
         """The stop string that the newest token completes in the raw text, or in the text that the client sees."""
         if self._tokenizer is None:
             return None
-        # A token adds at least no characters: a window in tokens of the longest stop's UTF-8 length, doubled for
-        # tokens that yield nothing visible, reaches back beyond the start of any match the newest token completes.
+        # A visible token has at least one byte, so a window of as many tokens as the longest stop string has bytes,
+        # doubled for invisible tokens, reaches back beyond the start of any match that the newest token completes.
         window = 2 * max(len(stop.encode()) for stop in params.stop) + 8
         tail = list(output_ids[-window:])
         matched = self._first_match(tail, params)
@@ -98,7 +98,7 @@ class StopChecker:
         text = self._tokenizer.decode(ids, skip_special_tokens=False)
         earlier = ""
         if params.min_new_tokens > 1:
-            # Tokens before the newest may have completed stop strings that ended nothing; they are text.
+            # Stop strings that were completed before min_new_tokens are ordinary text.
             earlier = self._tokenizer.decode(ids[:-1], skip_special_tokens=False)
         found = [(text.find(stop, earlier.rfind(stop) + 1), -len(stop), stop) for stop in params.stop]
         return min((match for match in found if match[0] >= 0), default=(0, 0, None))[2]
@@ -129,7 +129,7 @@ def make_output(req: Req, is_first: bool) -> TokenIDOutput:
 
 
 def refusal(message: TokenizedGenerateReqInput, reason: FinishReason) -> TokenIDOutput:
-    """The only output of a request that never became one."""
+    """The only output of a message that never became a request."""
     return TokenIDOutput(
         rid=message.rid,
         output_ids=[],
@@ -166,7 +166,7 @@ _FAULTS = {
 
 
 def fault_reason(fault: RowFault) -> FinishReason:
-    """Why a request ends from whose row nothing could be sampled."""
+    """The finish reason of a request for which no token could be sampled."""
     message, status_code = _FAULTS[fault]
     return abort_reason(message, status_code, _BAD if status_code == 400 else "InternalServerError")
 

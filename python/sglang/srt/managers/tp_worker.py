@@ -1,4 +1,4 @@
-"""The scheduler's door to the model: a forward is launched, then sampled, and its tokens are fetched when needed."""
+"""The scheduler's interface to the model: launch a forward, then sample it, and fetch its tokens when needed."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from sglang.srt.speculative.verify import Accepted
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step gave its requests, on the host: tokens, faults, and the log-probabilities that were asked for.
+    """Results of a step on the host: tokens, faults, and the requested log-probabilities.
 
-    ``next_token_ids[i]`` are the new tokens of request i in order, usually one, and ``row_faults[i]`` a RowFault of
-    each, 0 where all is sound. For a request whose prompt is not at its end the id has no meaning, and of the faults
-    RowFault.LOGITS alone has one. Token j of request i was drawn from row ``i * width + j``, of which ``logprobs`` has
-    one entry per row; ``prompt_logprobs`` are blocks of prompt rows by the index of their request.
+    ``next_token_ids[i]`` are the new tokens of request i in order, usually one, and ``row_faults[i]`` a RowFault for
+    each, 0 if it is sound. For a request with an unfinished prompt the id has no meaning, and RowFault.LOGITS is the
+    only fault that has one. Token j of request i was sampled from row ``i * width + j``; ``logprobs`` has one entry
+    per row. ``prompt_logprobs`` are blocks of prompt rows by the index of their request.
     """
 
     next_token_ids: list[list[int]]
@@ -33,7 +33,7 @@ class StepOutput:
 
 
 class HostCopy:
-    """A tensor on its way to the host, behind what was queued before."""
+    """An asynchronous copy of a tensor to the host, after the work that is queued already."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -46,16 +46,16 @@ class HostCopy:
             self._event.record()
 
     def result(self) -> torch.Tensor:
-        """Wait for it."""
+        """Wait for the copy and return it."""
         if self._event is not None:
             self._event.synchronize()
         return self._host
 
 
 class LaunchedStep:
-    """A step on its way: all that it tells the host comes by one copy, for which ``result`` waits.
+    """A sampled step in flight: one copy brings all its results to the host, and ``result`` waits for it.
 
-    ids [B] or [B, W] integer are drawn from the rows of ``output``; of each request the first ``num_new`` [B] are its
+    ids [B] or [B, W] integer are sampled from the rows of ``output``; the first ``num_new`` [B] of each request are its
     new tokens, None for all.
     """
 
@@ -67,19 +67,19 @@ class LaunchedStep:
         blocks = [block for _, block in self._prompts] + ([] if self._drawn is None else [self._drawn])
         tensors = [ids, output.row_faults, *([] if num_new is None else [num_new])]
         self._num_integers = sum(tensor.numel() for tensor in tensors)
-        beside = [tensor for block in blocks for tensor in block.tensors()]
-        self._sizes = [tensor.numel() for tensor in beside]
-        tensors += beside
+        logprobs = [tensor for block in blocks for tensor in block.tensors()]
+        self._sizes = [tensor.numel() for tensor in logprobs]
+        tensors += logprobs
         if blocks:  # float64 holds token ids exactly, next to log-probabilities
             tensors = [tensor.to(torch.float64) for tensor in tensors]
         self._copy = HostCopy(torch.cat([tensor.flatten() for tensor in tensors]))
 
     def result(self) -> StepOutput:
         """Wait for the one device-to-host copy of the step."""
-        told, num = self._copy.result(), self._num_rows
-        integers: list[int] = told[: self._num_integers].long().tolist()
+        copied, num = self._copy.result(), self._num_rows
+        integers: list[int] = copied[: self._num_integers].long().tolist()
         counts = integers[2 * num :]  # none where all rows count
-        rest = told[self._num_integers :].split(self._sizes) if self._sizes else ()
+        rest = copied[self._num_integers :].split(self._sizes) if self._sizes else ()
         prompts: dict[int, list[HostLogprobs]] = {}
         for index, block in self._prompts:
             size = len(block.tensors())
@@ -94,7 +94,7 @@ class LaunchedStep:
         )
 
     def _of_requests(self, rows: list[int], counts: list[int]) -> list[list[int]]:
-        """``rows`` [B * W] by request, each cut to its count where there are counts."""
+        """``rows`` [B * W] by request, each cut to its count if there are counts."""
         width = self._width
         if counts:
             return [rows[i * width : i * width + count] for i, count in enumerate(counts)]
@@ -102,7 +102,7 @@ class LaunchedStep:
 
 
 class LaunchedVerify:
-    """A verify step on its way, of which nobody wants log-probabilities: ``told`` [B, 2 W + 1], see ``Accepted``."""
+    """A verify step in flight, without log-probabilities: ``told`` [B, 2 W + 1], see ``Accepted``."""
 
     def __init__(self, told: torch.Tensor) -> None:
         self._width = told.shape[1] // 2
@@ -119,10 +119,10 @@ class LaunchedVerify:
 
 
 class LaunchedForward:
-    """A forward on its way, whose tokens are not sampled yet.
+    """A forward in flight, whose tokens are not sampled yet.
 
-    What sampling depends on (penalties, masks) may be made while it runs. ``sample`` must come before the next forward
-    of requests of this batch, which takes their tokens from the device.
+    Inputs of sampling (penalties, masks) may be computed while it runs. ``sample`` must be called before the next
+    forward of requests of this batch, which reads their tokens on the device.
     """
 
     def __init__(self, runner: ModelRunner, batch: ModelWorkerBatch, speculator: EagleWorker | None = None) -> None:
@@ -137,23 +137,23 @@ class LaunchedForward:
         self._step = runner.forward(batch)
 
     def drafts(self) -> list[list[int]]:
-        """The drafts that each request brings; only of a batch that ``tells_drafts``."""
+        """The draft tokens of each request in this step; only for a batch that ``tells_drafts``."""
         assert self._drafts is not None, "the forward was not asked for its drafts"
-        told: list[list[int]] = self._drafts.result()[self._batch.req_pool_indices].tolist()
-        return told
+        drafts: list[list[int]] = self._drafts.result()[self._batch.req_pool_indices].tolist()
+        return drafts
 
     @property
     def output(self) -> LogitsProcessorOutput:
-        """What the forward gives."""
+        """The output of the forward."""
         return self._step.output
 
     @torch.inference_mode()
     def sample(self, info: SamplingBatchInfo) -> LaunchedStep | LaunchedVerify:
-        """Queue the choice of tokens, and of drafts for the next step, without waiting for the device."""
+        """Queue the sampling of tokens, and the drafts of the next step, without waiting for the device."""
         speculator, step = self._speculator, self._step
         if speculator is not None:
             accepted = speculator.accept(step, info)
-            # On its way before the drafts are made, which the host does not wait for.
+            # The copy is queued before the drafts, so that the host does not wait for them.
             launched = self._launched(step.output, accepted)
             speculator.draft(step, accepted, info)
             return launched
@@ -169,7 +169,7 @@ class LaunchedForward:
 
     @torch.inference_mode()
     def take_part(self, speculator: EagleWorker) -> None:
-        """Queue what drafts of the other attention groups need of a step without requests."""
+        """Queue the draft forwards that other attention groups need, for a step without requests."""
         speculator.take_part(self._step)
 
 
@@ -179,13 +179,13 @@ class TpModelWorker:
     def __init__(self, runner: ModelRunner, speculator: EagleWorker | None = None) -> None:
         self.runner = runner
         self.speculator = speculator
-        # The step by which requests go on: as many of its rows as each request brings can give it a token.
+        # The kind of the decode steps: each row of a request can give it a token.
         self.decode_kind: StepKind = DECODE if speculator is None else speculator.spec.verify
 
     def forward(self, batch: ModelWorkerBatch) -> LaunchedForward:
         """Queue the forward of ``batch``, without waiting for the device.
 
-        One without requests is never sampled, so all forwards of its drafts are queued too.
+        A batch without requests is never sampled, so all its draft forwards are queued too.
         """
         launched = LaunchedForward(self.runner, batch, self.speculator)
         if self.speculator is not None and batch.batch_size == 0:
@@ -193,5 +193,5 @@ class TpModelWorker:
         return launched
 
     def run_step(self, batch: ModelWorkerBatch, info: SamplingBatchInfo) -> None:
-        """Queue all of a step whose tokens nobody wants."""
+        """Queue a whole step whose tokens are not needed."""
         self.forward(batch).sample(info)

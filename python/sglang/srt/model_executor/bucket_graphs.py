@@ -1,4 +1,4 @@
-"""Work over persistent tensors, recorded once for each batch bucket, in step with the other ranks."""
+"""Work over persistent tensors, captured once per batch bucket, together with the other ranks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ logger = logging.getLogger(__name__)
 
 
 class GraphOutput(Protocol):
-    """What a captured step gives."""
+    """The output of a captured step."""
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All that a replay must reproduce bit by bit."""
+        """All tensors that a replay must reproduce bit by bit."""
 
 
 Output = TypeVar("Output", bound=GraphOutput)
-# Runs the work of one bucket, on what lies in its tensors now.
+# Runs the work of one bucket on the current contents of its tensors.
 Body = Callable[[], Output]
 
 
@@ -41,7 +41,7 @@ class CapturedStep(Generic[Output]):
 class BucketGraphs(Generic[Output]):
     """Captures and replays ``name`` for batches of up to each of ``buckets`` requests, ascending.
 
-    A bucket that cannot be captured, or whose proof fails, is refused on all ranks of ``world``, and runs eagerly.
+    A bucket that cannot be captured, or whose check fails, is refused on all ranks of ``world``, and runs eagerly.
     """
 
     def __init__(
@@ -60,18 +60,21 @@ class BucketGraphs(Generic[Output]):
         create_graph: Callable[[], DeviceGraph],
         progress: Callable[[int], None],
     ) -> None:
-        """Record every bucket, largest first: smaller ones fit into its memory. ``progress(bucket)`` follows each."""
+        """Capture every bucket, largest first, so that smaller ones fit into its memory.
+
+        ``progress(bucket)`` is called after each.
+        """
         started = time.perf_counter()
         for bucket in reversed(self.buckets):
             body = body_of(bucket)
-            # Ranks capture together: collectives may make their connections then.
-            if self.agree(bucket, self._offence(body)):
+            # Ranks capture at the same time, because collectives may open connections then.
+            if self.agree(bucket, self._violation(body)):
                 self.agree(bucket, self._record(bucket, body, create_graph()))
             progress(bucket)
         logger.info("captured %d %s graphs in %.1f s", len(self._steps), self.name, time.perf_counter() - started)
 
-    def _offence(self, body: Body[Output]) -> str:
-        """Run the step twice; what it does that no graph can replay, or ""."""
+    def _violation(self, body: Body[Output]) -> str:
+        """Run the step twice, and return what it does that no graph can replay, or ""."""
         try:
             with collect_violations():
                 body()  # lazy compilation and workspaces must be done before capture
@@ -82,7 +85,7 @@ class BucketGraphs(Generic[Output]):
         return ""
 
     def _record(self, bucket: int, body: Body[Output], graph: DeviceGraph) -> str:
-        """Record the step; why that is refused, or "". Other errors raise, once the other ranks know of them."""
+        """Capture the step, and return why that is refused, or "". Other errors raise after the ranks have agreed."""
         try:
             with capture_lint(self._device):
                 self._steps[bucket] = CapturedStep(graph, graph.capture(body))
@@ -94,7 +97,7 @@ class BucketGraphs(Generic[Output]):
         return ""
 
     def agree(self, bucket: int, reason: str) -> bool:
-        """Refuse ``bucket`` on all ranks when one has a ``reason``; True when none has. Waits for all of them."""
+        """Refuse ``bucket`` on all ranks if one has a ``reason``; True if none has. Waits for all ranks."""
         for rank, theirs in enumerate(self._world.all_gather_text(reason)):
             if theirs:
                 self._refuse(bucket, theirs if rank == self._world.rank else f"rank {rank} refuses it: {theirs}")
@@ -108,7 +111,7 @@ class BucketGraphs(Generic[Output]):
         logger.warning("%s graph of batch size %d is refused: %s", self.name, bucket, reason)
 
     def bucket_of(self, batch_size: int) -> int | None:
-        """The bucket that replays so many requests; None when they must run eagerly."""
+        """The bucket for so many requests; None when they must run eagerly."""
         if not 0 < batch_size <= self.buckets[-1]:
             return None
         bucket = self.buckets[bisect_left(self.buckets, batch_size)]
@@ -120,13 +123,13 @@ class BucketGraphs(Generic[Output]):
         return sorted(self._steps)
 
     def run(self, bucket: int) -> Output:
-        """Replay ``bucket`` on what lies in its tensors now; the output is valid until the next replay."""
+        """Replay ``bucket`` on the current contents of its tensors; the output is valid until the next replay."""
         step = self._steps[bucket]
         step.graph.replay()
         return step.output
 
     def output(self, bucket: int) -> Output:
-        """What the last replay of ``bucket`` gave, in the tensors that each replay overwrites."""
+        """The output of the last replay of ``bucket``, in the tensors that each replay overwrites."""
         return self._steps[bucket].output
 
     def describe(self) -> dict[str, Any]:

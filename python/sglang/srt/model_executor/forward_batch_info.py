@@ -1,4 +1,4 @@
-"""The batch as it crosses from scheduler to model: host view, device view, and the mode of a step."""
+"""The batch that the scheduler passes to the model: host view, device view, and the mode of a step."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class ForwardMode(IntEnum):
 
 @dataclass(frozen=True)
 class StepKind:
-    """A step to which every request brings the same number of tokens; such steps can be captured.
+    """A step in which every request has the same number of tokens; such steps can be captured.
 
-    ``rows_per_request`` tokens, the last of them at position ``seq_lens - 1``. A step of several finds its lengths on
-    the device (``StepRelay.committed``): those of the host are bounds. ``slots_ahead`` slots behind the rows go into
-    the request table with theirs.
+    A request has ``rows_per_request`` tokens, the last at position ``seq_lens - 1``. A step of several rows reads its
+    lengths on the device (``StepRelay.committed``), and the lengths on the host are upper bounds. ``slots_ahead`` more
+    slots after the rows are written to the request table.
     """
 
     name: str
@@ -46,7 +46,7 @@ DECODE = StepKind("decode", 1)
 
 
 class AttentionBackendLike(Protocol):
-    """What running a step needs of an attention backend; ``layers/attention`` has what layers need of it."""
+    """What the execution of a step needs of an attention backend; ``layers/attention`` has what layers need."""
 
     def init_forward_metadata(self, fb: ForwardBatch) -> None: ...
 
@@ -59,7 +59,7 @@ class AttentionBackendLike(Protocol):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What the layers of a step share, as its attention backend planned it: for attention, and for recurrent states.
+    """What the attention backend planned for all layers of a step: for attention, and for recurrent states.
 
     Only the backend that made a plan knows its type.
     """
@@ -89,8 +89,8 @@ class ModelWorkerBatch:
     """Host view of one step; nothing below the scheduler sees a request object.
 
     Shapes: B requests, N tokens. All tensors live on the host. ``seq_lens`` include the tokens of this step.
-    ``kind`` is None where requests bring different numbers of tokens, packed by request; else N is B times its rows.
-    ``input_ids`` is None where the ids were made by earlier steps and lie on the device (``RankMemory.last_token``).
+    ``kind`` is None if requests have different numbers of tokens, packed by request; else N is B times its rows.
+    ``input_ids`` is None if earlier steps left the ids on the device (``RankMemory.last_token``).
     """
 
     forward_mode: ForwardMode
@@ -102,20 +102,20 @@ class ModelWorkerBatch:
     extend_seq_lens: list[int] | None = None  # [B], extend only
     extend_prefix_lens: list[int] | None = None  # [B], extend only
     state_slot_ids: torch.Tensor | None = None  # [B] int64, recurrent-state slots of hybrid models
-    logprobs: list[LogprobRequest | None] = field(default_factory=list)  # [B], or empty when nobody asks
-    # Attention data parallelism: tokens that each attention group brings to this step, agreed by all of them.
+    logprobs: list[LogprobRequest | None] = field(default_factory=list)  # [B], or empty if no request has one
+    # Attention data parallelism: tokens of each attention group in this step, agreed on by all groups.
     global_num_tokens: list[int] | None = None
     kind: StepKind | None = None
-    # Slots of the positions from the step's first one on, where a request has more than the step's rows: [B, R].
+    # [B, R]: slots from the step's first position on, if a request has more slots than rows.
     table_loc: torch.Tensor | None = None
-    # Extend, for a model that drafts: the prompt's next token where a request's chunk ends before its prompt, else -1.
+    # Extend, if a model drafts: the token after the chunk if the prompt goes on, else -1.
     successors: list[int] | None = None
     # The decode graph that all groups agreed to replay, None when they run eagerly; read with ``global_num_tokens``.
     graph_bucket: int | None = None
-    # Likewise, for a model that drafts: requests of each group, and whether all may replay their chains of drafts.
+    # Likewise, if a model drafts: requests of each group, and whether all may replay their draft chains.
     global_num_requests: list[int] | None = None
     replays_chains: bool = False
-    # Whether the host wants to know the drafts that the step runs.
+    # Whether the host needs the draft tokens that the step verifies.
     tells_drafts: bool = False
 
     @property
@@ -134,9 +134,9 @@ class ModelWorkerBatch:
         global_num_tokens: list[int] | None = None,
         tells_drafts: bool = False,
     ) -> ModelWorkerBatch:
-        """The last tokens of each request, as many as ``kind`` says; their ids are on the device.
+        """The last ``kind.rows_per_request`` tokens of each request; their ids are on the device.
 
-        out_cache_loc [B * R] int64: slots of the positions from the step's first one on, at least one for each row.
+        out_cache_loc [B * R] int64: slots from the step's first position on, at least one per row.
         """
         width, table = kind.rows_per_request, None
         if out_cache_loc.numel() > len(seq_lens) * width:
@@ -208,9 +208,9 @@ class ModelWorkerBatch:
 
     @classmethod
     def idle(cls, kind: StepKind = DECODE) -> ModelWorkerBatch:
-        """A step without requests, with which an attention group takes part in the others' step.
+        """A step without requests, by which an attention group joins the step of the others.
 
-        kind: of the steps by which requests go on.
+        kind: kind of the decode steps.
         """
         none = torch.empty(0, dtype=torch.int64)
         return cls(ForwardMode.IDLE, none, none, none, [], none, kind=kind)
@@ -220,14 +220,14 @@ class ModelWorkerBatch:
 class ForwardBatch:
     """Device view of one step.
 
-    ``kind`` says how many rows each request has. Where it is None, rows are packed: request ``i`` owns rows
+    ``kind`` states how many rows each request has. If it is None, rows are packed: request ``i`` owns rows
     ``extend_start_loc_cpu[i]`` up to ``extend_start_loc_cpu[i] + extend_seq_lens_cpu[i]``. ``logits_rows`` [n] int64
-    are the rows whose logits are wanted; None is every row.
+    are the rows whose logits are needed; None means every row.
     """
 
     forward_mode: ForwardMode
     batch_size: int
-    input_ids: torch.Tensor | None  # [N] int64; None: what the last steps of the requests drew
+    input_ids: torch.Tensor | None  # [N] int64; None: the tokens that the last steps sampled
     positions: torch.Tensor  # [N] int64
     req_pool_indices: torch.Tensor  # [B] int64
     seq_lens: torch.Tensor  # [B] int64
@@ -238,7 +238,7 @@ class ForwardBatch:
     num_token_non_padded_cpu: int
     kind: StepKind | None = None
     logits_rows: torch.Tensor | None = None
-    # The step's output carries the rows that the head gets, for a model that drafts from them.
+    # Whether the output contains the hidden rows before the head, for a model that drafts from them.
     wants_hidden: bool = False
     attn_plan: StepPlan = StepPlan()
     extend_seq_lens_cpu: list[int] | None = None
@@ -249,22 +249,22 @@ class ForwardBatch:
     table_loc: torch.Tensor | None = None  # [B, R] int64; see ModelWorkerBatch
     successors: torch.Tensor | None = None  # [B] int64; see ModelWorkerBatch
     logprobs: list[LogprobRequest | None] = field(default_factory=list)
-    # For prompt log-probabilities, requests one after the other: the ids that scored rows are scored against (those of
-    # ``logprobs``), and the ids chosen by each request that has such rows. [P], [M] int64; None for none.
+    # For prompt log-probabilities, requests one after the other: [P] int64 target ids of the scored rows (those of
+    # ``logprobs``), and [M] int64 chosen ids of each request with such rows; None for none.
     prompt_targets: torch.Tensor | None = None
     prompt_chosen: torch.Tensor | None = None
-    # Tokens that each attention group brings, padding not counted; None without attention data parallelism.
+    # Tokens of each attention group, without padding; None without attention data parallelism.
     global_num_tokens_cpu: list[int] | None = None
-    # Rows of each group, padding included, where steps are padded (graphs: all bring the bucket); None: the tokens.
+    # Rows of each group with padding, if steps are padded (graphs: the bucket for all); None: the tokens.
     global_num_rows_cpu: list[int] | None = None
 
     @property
     def rows_of_groups(self) -> list[int] | None:
-        """Rows that each attention group brings, padding included; None without attention data parallelism."""
+        """Rows of each attention group, with padding; None without attention data parallelism."""
         return self.global_num_rows_cpu or self.global_num_tokens_cpu
 
     def first(self, size: int) -> ForwardBatch:
-        """The first ``size`` requests of a step of one number of rows per request: without its padding."""
+        """The first ``size`` requests of a step with a ``kind``, without the padding after them."""
         assert self.kind is not None
         if size == self.batch_size and self.global_num_rows_cpu is None:
             return self
@@ -283,7 +283,7 @@ class ForwardBatch:
         )
 
     def single_rows(self) -> ForwardBatch:
-        """The rows of a step of several per request as a decode step: each row a request that ends with it."""
+        """A step with several rows per request as a decode step, in which each row is a request that ends there."""
         assert self.kind is not None
         width = self.kind.rows_per_request
         back = torch.arange(1 - width, 1, device=self.seq_lens.device)
@@ -300,7 +300,7 @@ class ForwardBatch:
     def from_worker_batch(
         cls, batch: ModelWorkerBatch, device: torch.device, attn_backend: AttentionBackendLike | None
     ) -> ForwardBatch:
-        """Copy the host view to ``device`` by one copy, for which nothing waits."""
+        """Copy the host view to ``device`` with one asynchronous copy."""
         starts: list[int] | None = None
         last: list[int] = []
         if batch.extend_seq_lens is not None:
@@ -354,7 +354,7 @@ class ForwardBatch:
 
 
 def _column(values: Sequence[int]) -> torch.Tensor:
-    """[n] int64 on the host; by numpy, which takes a third of the time that torch takes for a list."""
+    """[n] int64 on the host, made with numpy, which takes a third of torch's time for a list."""
     return torch.from_numpy(np.array(values, dtype=np.int64))
 
 
@@ -372,15 +372,15 @@ def _to_device(columns: dict[str, torch.Tensor], device: torch.device) -> dict[s
 
 
 def pack(columns: dict[str, torch.Tensor], pin_memory: bool = False) -> torch.Tensor:
-    """Columns int64 one after the other. Each begins at a multiple of 16 bytes, for which kernels are compiled whatever
-    the number of requests."""
+    """Columns int64 one after the other, each at a multiple of 16 bytes, so that kernels see the same alignment for any
+    number of requests."""
     parts = [part for column in columns.values() for part in (column, _ODD[: column.shape[0] % 2])]
     room = torch.empty(sum(part.shape[0] for part in parts), dtype=torch.int64, pin_memory=pin_memory)
     return torch.cat(parts, out=room)
 
 
 def unpacked(packed: torch.Tensor, columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Views of what ``pack(columns)`` gave, by name."""
+    """Views of the result of ``pack(columns)``, by name."""
     sizes = [size for column in columns.values() for size in (column.shape[0], column.shape[0] % 2)]
     return dict(zip(columns, packed.split(sizes)[::2], strict=True))
 

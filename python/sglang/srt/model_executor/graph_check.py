@@ -1,4 +1,4 @@
-"""Start-up proof that replaying a graph equals running its step eagerly, bucket by bucket, bit by bit."""
+"""Check at start-up that the replay of each graph equals its eager step, bit by bit."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ CHECK_LENS = (17, 1, 64, 129, 3)
 
 
 def check_lens(page_size: int | None) -> tuple[int, ...]:
-    """Context lengths of the check; where pages have a meaning (``CacheLayout.page_size``), past one and half too."""
+    """Context lengths of the check; with fixed pages (``CacheLayout.page_size``) also past one page, and half a
+    page."""
     return CHECK_LENS if page_size is None else (page_size + 4, page_size // 2, *CHECK_LENS)
 
 
-# From a batch and its bucket to what the step computed.
+# Runs a batch with its bucket and returns what the step computed.
 Run = Callable[[ModelWorkerBatch, int], Sequence[torch.Tensor]]
 
 
 class GraphCheck:
-    """Compares eager and replayed steps on fixed inputs; it runs while the pools are empty, and leaves them zeroed.
+    """Compares eager and replayed steps on fixed inputs. Needs empty pools, and leaves them zeroed.
 
-    ``eager(batch, bucket)`` and ``replay`` run the padded step of ``kind``, and give what it computed for the requests
-    of the batch. last_token, relay: where a step finds, by request row, the ids that its requests drew last, lengths
-    and drafts. writes_table: the step puts its slots into the request table; else they are there. window: lends pages
-    of the window to the pages that requests have.
+    ``eager(batch, bucket)`` and ``replay`` run the padded step of ``kind``, and return what it computed for the
+    requests of the batch. last_token, relay: last ids, lengths and drafts by request row, which the step reads.
+    writes_table: the step writes its slots to the request table; otherwise they must be there. window: assigns window
+    pages to pages.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class GraphCheck:
         self._written = WrittenRows(pools, {FULL: num_tokens, SWA: num_tokens, STATE: self._num_states})
 
     def run(self) -> None:
-        """Check every captured bucket; one that differs on any rank is refused with the reason."""
+        """Check every captured bucket; a bucket that differs on any rank is refused with the reason."""
         try:
             for bucket in (size for size in self._graphs.buckets if size not in self._graphs.refused):
                 self._graphs.agree(bucket, self._check(bucket) or "")
@@ -83,7 +84,8 @@ class GraphCheck:
             self._written.clear()
 
     def _check(self, bucket: int) -> str | None:
-        """None when replay equals eager for a batch one short of the bucket (bucket 1: full)."""
+        """None if replay equals eager for a batch of one request fewer than the bucket (bucket 1: full), else why
+        not."""
         size = max(1, bucket - 1)
         rows = [row for row in (self._req_pool.alloc() for _ in range(size)) if row is not None]
         try:
@@ -115,7 +117,7 @@ class GraphCheck:
                 self._window.clear()
 
     def _forget_slots(self, batch: ModelWorkerBatch) -> None:
-        """Take the slots of the step out of the request table, into which the step is to write them."""
+        """Remove the slots of the step from the request table, so that the step itself must write them."""
         if not self._writes_table:
             return
         none = torch.zeros(self._width + self._ahead, dtype=torch.int64)

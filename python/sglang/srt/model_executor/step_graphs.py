@@ -1,4 +1,4 @@
-"""Steps of one kind, recorded once for each batch bucket and replayed on persistent buffers."""
+"""Steps of one kind, captured once per batch bucket and replayed on persistent buffers."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from sglang.srt.model_executor.forward_batch_info import (
 )
 from sglang.srt.platforms.interface import DeviceGraph
 
-# Rows of the part of the buffer that has one entry per request, and of the part that has one per token.
+# Row numbers in the part of the buffer with one entry per request, and in the part with one per token.
 REQ_ROWS, STATES, SEQ_LENS = range(3)
 POSITIONS, SLOTS = range(2)
-# A host buffer may be written again only after its copy has run: overlap prepares one step ahead.
+# A host buffer may be written again only after its copy has run, and overlap prepares one step ahead.
 NUM_HOST_BUFFERS = 3
 
 
@@ -44,16 +44,16 @@ def decode_buckets(max_bs: int, sizes: Sequence[int] | None = None) -> list[int]
 class StepBuffers:
     """Persistent inputs of captured steps: one packed integer tensor on the device, filled by one copy per step.
 
-    What only the host knows (request rows, state slots) lies first, then lengths, positions and slots, which the device
-    could make of them, then the slots of the request table where a step puts more there than its rows'. Rows past the
-    batch are padding: tokens of request row ``padding_row`` in slot 0, state slot 0.
+    Order: request rows, state slots and lengths; positions and slots of tokens; then the slots for the request table,
+    if a step writes more of them than its rows have. Rows past the batch are padding: tokens of request row
+    ``padding_row`` in slot 0, state slot 0.
     """
 
     def __init__(
         self, kind: StepKind, max_bs: int, device: torch.device, padding_row: int, num_groups: int = 1
     ) -> None:
         self.kind = kind
-        # Even, so that every row begins at a multiple of 16 bytes, for which kernels are compiled.
+        # Even, so that every row begins at a multiple of 16 bytes, as kernels are compiled for.
         self._max_bs = max_bs + max_bs % 2
         self._table_width = kind.rows_per_request + kind.slots_ahead if kind.slots_ahead else 0
         self.packed = self._new(device)
@@ -70,14 +70,14 @@ class StepBuffers:
         return torch.zeros(size, dtype=torch.int64, device=device, pin_memory=pin_memory)
 
     def _parts(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Views: by request [3, max_bs], by token [2, max_bs * rows], slots of the table [max_bs, those of a request],
-        and the number of tokens [1]."""
+        """Views: by request [3, max_bs], by token [2, max_bs * rows], slots for the table [max_bs, per request], and
+        the number of tokens [1]."""
         per_request = (3, 2 * self.kind.rows_per_request, self._table_width)
         requests, tokens, table, count = packed.split([*(self._max_bs * each for each in per_request), 1])
         return requests.view(3, -1), tokens.view(2, -1), table.view(self._max_bs, self._table_width), count
 
     def pad(self) -> None:
-        """Fill all with padding, before anything is recorded."""
+        """Fill all with padding, before the capture."""
         width = self.kind.rows_per_request
         self.packed.zero_()
         self.requests[REQ_ROWS].fill_(self._padding_row)
@@ -118,13 +118,13 @@ class StepBuffers:
     def view(
         self, bucket: int, backend: AttentionBackendLike, has_state: bool, batch: ModelWorkerBatch | None
     ) -> ForwardBatch:
-        """The captured step's batch over these buffers; host-side lengths are those of ``batch``, padding included."""
+        """The captured step's batch over these buffers; lengths on the host are those of ``batch`` and its padding."""
         width = self.kind.rows_per_request
         real = list(batch.seq_lens) if batch is not None else []
         num_real = (bucket if batch is None else batch.batch_size) * width
         all_ranks = None
         if self._num_groups > 1:
-            # In capture and self-check nothing is exchanged: every group is taken to bring what this one brings.
+            # In capture and self-check there is no DP exchange: assume every group has this group's token count.
             known = None if batch is None else batch.global_num_tokens
             all_ranks = [num_real] * self._num_groups if known is None else known
         return ForwardBatch(
