@@ -44,7 +44,7 @@ class RMSNorm(nn.Module):
 
 
 class Float32RMSNorm(RMSNorm):
-    """The same with a weight in float32 whatever the rows are in, rounded once."""
+    """The same with a float32 weight for rows of any dtype, rounded once."""
 
     weight_dtype = torch.float32
 

@@ -1,4 +1,4 @@
-"""Linear layers whose weight knows its part of the checkpoint under tensor parallelism."""
+"""Linear layers whose weights know their part of the checkpoint under tensor parallelism."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _divide(total: int, parts: int, what: str) -> int:
 
 
 class _ShardedLinear(nn.Module):
-    """``x W^T`` where W is made of parts of checkpoint matrices.
+    """``x W^T`` where W consists of parts of checkpoint matrices.
 
     quant_config and prefix, the module's name in the model, decide the format of the weight; with ``dequantize`` it is
     plain, for code that reads it.
@@ -50,7 +50,7 @@ class _ShardedLinear(nn.Module):
         shard_id: ShardId = None,
         scale: torch.Tensor | None = None,
     ) -> None:
-        """Take this rank's part of checkpoint matrix ``shard_id``; a tuple means several stacked on dim 0."""
+        """Load this rank's part of checkpoint matrix ``shard_id``; a tuple means several stacked on dim 0."""
         self.quant_method.load_weight(self, "weight", self._shards, shard_id, loaded, scale)
 
     def _load_bias(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
@@ -69,7 +69,8 @@ class _ShardedLinear(nn.Module):
 class ColumnParallelLinear(_ShardedLinear):
     """Output rows are split over the tensor-parallel ranks; the output stays split.
 
-    out_features: rows of the checkpoint matrix or, of several with one input, of each; then shard ids are 0, 1, …
+    out_features: rows of the checkpoint matrix, or of each if there are several with the same input, with shard ids 0,
+    1, …
     """
 
     def __init__(
@@ -97,7 +98,7 @@ class ColumnParallelLinear(_ShardedLinear):
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
-    """Several column-parallel matrices with one input, as one product; each is split separately."""
+    """Several column-parallel matrices with the same input, as one product; each is split separately."""
 
 
 class ReplicatedLinear(ColumnParallelLinear):

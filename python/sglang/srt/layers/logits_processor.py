@@ -17,19 +17,19 @@ _BLOCK_LOGITS = 1 << 25
 
 
 class RowFault(IntEnum):
-    """Why nothing can be sampled from a row; the first that applies. 0 is a sound row."""
+    """Why no token can be sampled from a row; the first reason that applies. 0: the row is sound."""
 
-    # The model's logits hold NaN, +inf or nothing finite: what the step computed for the request is not sound.
+    # The model's logits contain NaN or +inf, or none is finite: the step of this request is faulty.
     LOGITS = 1
     # The model's logits are sound, but not with the request's own penalties, bias, forbidden ids and temperature.
     EDITED = 2
-    # A kernel answered an id outside the vocabulary.
+    # A kernel returned an id outside the vocabulary.
     TOKEN_ID = 3
 
 
 @dataclass
 class LogitsProcessorOutput:
-    """Logits of the step, and what was asked about prompt tokens.
+    """Logits of the step, and the requested log-probabilities of prompt tokens.
 
     next_token_logits [B, V] float32. ``prompt_logprobs`` are blocks of scored prompt rows, each with the index of its
     request, in the order of the rows.
@@ -37,15 +37,16 @@ class LogitsProcessorOutput:
 
     next_token_logits: torch.Tensor
     prompt_logprobs: list[tuple[int, RowLogprobs]] = field(default_factory=list)
-    # Filled by the sampler: a RowFault or 0 for each row [B] int64, and what was asked about the sampled tokens.
+    # Filled by the sampler: a RowFault or 0 for each row [B] int64, and the requested log-probabilities of the sampled
+    # tokens.
     row_faults: torch.Tensor | None = None
     row_logprobs: RowLogprobs | None = None
 
-    # The rows that the head got, or what they were made of, [N, H], where the step wants them.
+    # The rows before the head, or those that they were computed from, [N, H], if the step wants them.
     hidden_states: torch.Tensor | None = None
 
     def first(self, num_rows: int) -> LogitsProcessorOutput:
-        """The output of the first rows of a step whose every row has logits."""
+        """The output of the first rows of a step in which every row has logits."""
         hidden = None if self.hidden_states is None else self.hidden_states[:num_rows]
         return replace(self, next_token_logits=self.next_token_logits[:num_rows], hidden_states=hidden)
 
@@ -55,7 +56,7 @@ class LogitsProcessorOutput:
 
     @property
     def next_token_logprobs(self) -> torch.Tensor | None:
-        """Log-probabilities of the sampled tokens: [B] float32, None where no row asked."""
+        """Log-probabilities of the sampled tokens: [B] float32, None if no row requested them."""
         return None if self.row_logprobs is None else self.row_logprobs.token
 
     @property

@@ -1,4 +1,4 @@
-"""Log-probabilities of a step's rows: computed on the device, read on the host when the step is taken in."""
+"""Log-probabilities of a step's rows: computed on the device, read on the host when the step's result is processed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TopLogprobs = list[tuple[float, int]]
 @dataclass(frozen=True)
 class HostLogprobs:
     """Per row: the log-probability of its token, its most likely (log-probability, id) pairs, best first, and the
-    pairs of the ids that were chosen, in their order. ``top`` and ``chosen`` are empty where no row asked."""
+    pairs of the ids that were chosen, in their order. ``top`` and ``chosen`` are empty if no row requested them."""
 
     token: list[float]
     top: list[TopLogprobs]
@@ -23,11 +23,11 @@ class HostLogprobs:
 
 @dataclass(frozen=True)
 class RowLogprobs:
-    """Log-probabilities of R rows on the device; how many each row asked for is known on the host.
+    """Log-probabilities of R rows on the device; the host knows how many each row requested.
 
     token [R] float32 is that of one id per row. ``top`` are values [R, K] and ids [R, K] of the K most likely ids, of
     which row i wants the first ``top_counts[i]``. ``chosen`` [M] are those of the ids ``chosen_ids[0]``, then
-    ``chosen_ids[1]``, and so on. ``top`` and ``chosen`` are None where no row asked.
+    ``chosen_ids[1]``, and so on. ``top`` and ``chosen`` are None if no row requested them.
     """
 
     token: torch.Tensor
@@ -64,7 +64,7 @@ def best_entries(logprobs: torch.Tensor, counts: Sequence[int]) -> tuple[torch.T
 
 
 class ChosenIds:
-    """The ids chosen per row, as an index on the device: made again only when they change, so that a decode step of
+    """The ids chosen per row, as an index on the device: created again only when they change, so that a decode step of
     the same requests copies nothing."""
 
     def __init__(self) -> None:

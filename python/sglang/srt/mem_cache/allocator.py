@@ -17,7 +17,7 @@ class TokenToKVPoolAllocator:
     """Host-side allocator of KV slots in whole pages.
 
     Slots ``page_size .. size + page_size - 1`` are handed out; page 0 is the dummy that padded rows write to, so a pool
-    needs ``size + page_size`` rows. A page belongs to one owner at a time, and position ``p`` of a sequence always sits
+    needs ``size + page_size`` rows. A page belongs to one owner at a time, and position ``p`` of a sequence is always
     at offset ``p % page_size`` of its page. Pages are reused last-in first-out, from the lowest on a fresh pool, so the
     same calls give the same slots. All tensors are int64 on the host. With ``window`` each page gets a window page when
     it is handed out, and has none when it comes back.
@@ -47,7 +47,7 @@ class TokenToKVPoolAllocator:
             self.window.clear()
 
     def available_size(self) -> int:
-        """Tokens that whole free pages can still take, windows apart."""
+        """Tokens that fit into free pages, not counting windows."""
         return self._top * self.page_size
 
     def free_slots(self) -> torch.Tensor:
@@ -65,7 +65,7 @@ class TokenToKVPoolAllocator:
         return pages
 
     def alloc(self, num_tokens: int) -> torch.Tensor | None:
-        """Slots of ``num_tokens / page_size`` whole pages, or None and no change when they are not free."""
+        """Slots of ``num_tokens / page_size`` whole pages, or None, with no change, if they are not free."""
         if num_tokens < 0 or num_tokens % self.page_size:
             raise ValueError(f"alloc takes a multiple of page_size {self.page_size}, got {num_tokens}")
         pages = self._pop_pages(num_tokens // self.page_size)
@@ -136,7 +136,7 @@ class TokenToKVPoolAllocator:
         return torch.from_numpy(out)
 
     def _check_last_slots(self, prefix: np.ndarray, last: np.ndarray) -> None:
-        """Filling the rest of a page is safe only behind the page's last used slot."""
+        """Check that each last slot is the last used slot of its page: only then the rest of the page may be filled."""
         if prefix.shape != last.shape:
             raise ValueError(f"one last slot per request is needed, got {last.size} for {prefix.size} requests")
         inside = prefix % self.page_size != 0
@@ -188,7 +188,7 @@ class TokenToKVPoolAllocator:
         self._used[pages] = 0
         if self.window is not None:
             self.window.take_back(pages)
-        # Reversed, so that the next alloc meets the pages in the order in which they were listed.
+        # Reversed, so that the next alloc takes the pages in the order in which they were listed.
         self._stack[self._top : self._top + pages.size] = pages[::-1]
         self._top += pages.size
 
@@ -206,8 +206,8 @@ class TokenToKVPoolAllocator:
 class ReqToTokenPool(SlotList):
     """Table from (request row, position) to KV slot: ``req_to_token [size + 1, max_context_len] int32``.
 
-    The host table is the truth; on CPU the device table is the same memory. One row past the last, ``padding_row``, is
-    never handed out and stays zero: padding of a captured batch reads slot 0 through it.
+    The host table is authoritative; on CPU the device table is the same memory. One row past the last, ``padding_row``,
+    is never handed out and stays zero: padding of a captured batch reads slot 0 through it.
     """
 
     def __init__(self, size: int, max_context_len: int, device: torch.device | str = "cpu"):
@@ -256,7 +256,7 @@ class ReqToTokenPool(SlotList):
     def write_step(self, rows: torch.Tensor, positions: torch.Tensor, slot_ids: torch.Tensor) -> None:
         """Set positions of each row of the device's table: rows, positions [B], slot_ids [B] or [B, R], int64, there.
 
-        Row i gets its slots at ``positions[i]`` and behind. Part of a step, captured or not; rows of padding write slot
+        Row i gets its slots from ``positions[i]`` on. Part of a step, captured or not; rows of padding write slot
         0 into the padding row.
         """
         if slot_ids.dim() == 2:
@@ -265,7 +265,8 @@ class ReqToTokenPool(SlotList):
         self.req_to_token.index_put_((rows, positions), slot_ids.to(torch.int32))
 
     def _copied(self, values: np.ndarray) -> torch.Tensor:
-        """``values`` on the device, without a wait: a step may be running, and the host does not change them again."""
+        """``values`` copied to the device asynchronously, because a step may be running; the host does not change them
+        again."""
         return torch.from_numpy(values).to(self.device, non_blocking=True)
 
     def read(self, idx: int, start: int, end: int) -> torch.Tensor:

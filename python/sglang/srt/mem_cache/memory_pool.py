@@ -95,7 +95,7 @@ class ModelPools:
         return iter(self._pools.values())
 
     def size(self, unit: str = FULL) -> int:
-        """How many of a unit can be handed out; 0 for one that no pool follows."""
+        """How many of a unit can be handed out; 0 for a unit of no pool."""
         return self._sizes.get(unit, 0)
 
     def rows_of(self, spec: PoolSpec, num_units: int) -> int:
@@ -106,11 +106,11 @@ class ModelPools:
         return units // spec.units_per_row
 
     def mark_tombstones(self) -> None:
-        """Fill the page of a window's tombstones, so that whatever is read of it is not finite."""
+        """Fill the window page of tombstones, so that values read from it are not finite."""
         self.fill_window_page(TOMBSTONE_PAGE)
 
     def fill_window_page(self, page: int) -> None:
-        """Fill a page of the window with NaN; bytes with ones, which are NaN or no number in every packed format."""
+        """Fill a page of the window with NaN; bytes with ones, which are NaN or invalid in every packed format."""
         for pool in self:
             if pool.spec.unit == SWA:
                 rows = self.page_size // pool.spec.units_per_row
@@ -119,17 +119,17 @@ class ModelPools:
                     part.fill_(torch.nan if buffer.is_floating_point() else 0xFF)
 
     def poison_windows(self) -> None:
-        """Fill every page of the window but the dummy's as a tombstone's, while no page is lent."""
+        """Fill every page of the window, except the dummy, like a tombstone's, while no page is in use."""
         for page in range(TOMBSTONE_PAGE, WINDOW_DUMMY_PAGES + self.size(SWA) // self.page_size):
             self.fill_window_page(page)
 
     def buffers(self, unit: str | None = None) -> tuple[torch.Tensor, ...]:
-        """All buffers of all pools, or of those that follow ``unit``."""
+        """All buffers of all pools, or of the pools of ``unit``."""
         return tuple(buffer for pool in self if unit in (None, pool.spec.unit) for buffer in pool.buffers())
 
 
 class StateSlots(SlotList):
-    """Hands out the state slots 1 .. size, lowest first on fresh pools; slot 0 is the dummy.
+    """Allocator of the state slots 1 .. size, lowest first on fresh pools; slot 0 is the dummy.
 
     A slot holds what all layers of the models of a rank keep of one sequence; their pools are of one size.
     """

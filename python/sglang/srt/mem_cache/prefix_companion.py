@@ -1,4 +1,4 @@
-"""What a prefix needs next to its KV slots so that it can be used again: the interface of the tree's companions."""
+"""The interface of companions of the prefix tree, which keep what a prefix needs in addition to KV slots."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ Held = TypeVar("Held")
 
 
 class PrefixCompanion(ABC, Generic[Held]):
-    """Keeps, for nodes of the prefix tree, what lives by another allocator than their KV slots.
+    """Keeps, for nodes of the prefix tree, data from another allocator than that of KV slots.
 
-    A prefix can be used up to the last token at which every companion has what it needs. A companion may let go of what
+    A prefix can be used up to the last token at which every companion has what it needs. A companion may release what
     it keeps while the KV stays; it owns what it keeps, and requests own what they hold. ``unit`` names the unit that it
-    hands out, ``cuttable`` says whether a prefix can end inside what was computed at once. Where requests can run short
+    hands out, ``cuttable`` states whether a prefix can end inside a chunk. If requests can run out
     of the unit, ``is_limit`` is set: each token of a step takes one, from the allocator of KV slots.
     """
 
@@ -29,25 +29,26 @@ class PrefixCompanion(ABC, Generic[Held]):
     is_limit = False
 
     def bind(self, offer: Callable[[TreeNode], None]) -> None:
-        """Called by the tree; ``offer`` takes a node whose rank in eviction has become lower."""
+        """Called by the tree; ``offer`` is called with a node that should be evicted earlier than before."""
         self.offer = offer
 
     @abstractmethod
     def usable_len(self, node: TreeNode, num_tokens: int) -> int:
-        """With how many of the first ``num_tokens`` of ``node``, whole pages, a prefix can end; the most, or 0.
+        """The most of the first ``num_tokens`` of ``node``, in whole pages, after which a prefix can end; or 0.
 
         A leaf with which none can end is evicted first.
         """
 
     @abstractmethod
     def on_match(self, path: Sequence[TreeNode]) -> None:
-        """A prefix was found, root first, never empty, and ends with the last node: what it needs counts as used."""
+        """A prefix was found: ``path`` from the root, not empty. What its last node needs counts as used."""
 
     def on_add(self, node: TreeNode) -> None:  # noqa: B027
-        """``node`` has come into the tree with the slots that a request computed."""
+        """``node`` was added to the tree with the slots that a request computed."""
 
     def on_repeat(self, path: Sequence[TreeNode], slots: np.ndarray) -> None:  # noqa: B027
-        """A request has computed the tokens of ``path``, in ``slots`` [n]; what was let go of can be had of those."""
+        """A request has computed the tokens of ``path`` again, in ``slots`` [n], from which released data can be
+        restored."""
 
     @abstractmethod
     def on_split(self, upper: TreeNode, lower: TreeNode) -> None:
@@ -59,7 +60,7 @@ class PrefixCompanion(ABC, Generic[Held]):
 
     @abstractmethod
     def on_drop(self, node: TreeNode) -> None:
-        """``node`` leaves the tree: take back what is kept for it. May be called again for the same node."""
+        """``node`` leaves the tree: free what is kept for it. May be called again for the same node."""
 
     @abstractmethod
     def fork(self, node: TreeNode) -> Held | None:
@@ -68,7 +69,7 @@ class PrefixCompanion(ABC, Generic[Held]):
     def advance(  # noqa: B027
         self, held: Held, num_tokens: int, cache_protected_len: int, slots_of: Callable[[int, int], torch.Tensor]
     ) -> None:
-        """No step of the request will start before ``num_tokens`` again: take back what none needs; asked of a limit.
+        """No step of the request will start before ``num_tokens`` again: free what none needs; only for a limit.
 
         The first ``cache_protected_len`` tokens lie in slots of the tree; ``slots_of`` gives the slots of a range of
         positions.
@@ -76,24 +77,24 @@ class PrefixCompanion(ABC, Generic[Held]):
 
     @abstractmethod
     def release(self, held: Held) -> None:
-        """Take back what a request holds."""
+        """Free what a request holds."""
 
     @property
     def num_units(self) -> int:
-        """All units that there are; asked only of a limit."""
+        """Number of units; only for a limit."""
         raise NotImplementedError(f"requests cannot run out of {self.unit} slots")
 
     def room(self) -> int:
-        """Units that can be had now, eviction included; asked only of a limit."""
+        """Units that are available now, including what eviction can free; only for a limit."""
         raise NotImplementedError(f"requests cannot run out of {self.unit} slots")
 
     def needs(self, num_tokens: int, running: bool) -> int:
         """Units that a request needs at one time, in addition to those that it holds if it is ``running``, until it has
-        ``num_tokens`` more tokens; asked only of a limit."""
+        ``num_tokens`` more tokens; only for a limit."""
         return num_tokens
 
     def make_room(self, num_units: int) -> None:
-        """Evict until so many are free, or nothing is left to evict; asked only of a limit."""
+        """Evict until so many are free, or nothing is left to evict; only for a limit."""
         raise NotImplementedError(f"requests cannot run out of {self.unit} slots")
 
     @abstractmethod
@@ -102,7 +103,7 @@ class PrefixCompanion(ABC, Generic[Held]):
 
     @abstractmethod
     def check(self, nodes: Iterable[TreeNode], held: Sequence[Held] | None) -> None:
-        """Recount what is kept for ``nodes``, all nodes of the tree, and raise RadixIntegrityError where it is wrong.
+        """Recount what is kept for ``nodes``, all nodes of the tree, and raise RadixIntegrityError if it is wrong.
 
-        With ``held``, of all requests, what is free, kept and held must be all there is.
+        With ``held`` of all requests, free, kept and held units must add up to all units.
         """

@@ -30,7 +30,8 @@ class RadixCache:
 
     A slot in the tree belongs to the tree: it goes back to ``allocator`` on eviction. Keys are token ids, values slot
     ids; both are compared and copied in bulk, so a match or an insertion is linear in its tokens. With ``disable`` the
-    tree stays empty: nothing matches and an insertion takes nothing. ``companions`` keep what a prefix needs besides.
+    tree stays empty: nothing matches and an insertion takes nothing. ``companions`` keep what a prefix needs in
+    addition.
     """
 
     def __init__(
@@ -159,7 +160,8 @@ class RadixCache:
         return int(tokens[0]) if self.page_size == 1 else tokens[: self.page_size].tobytes()
 
     def _walk(self, tokens: np.ndarray) -> tuple[list[TreeNode], int, int]:
-        """Follow ``tokens`` down: the nodes met, the tokens matched, and how many of the last node when not all."""
+        """Follow ``tokens`` from the root: the nodes on the path, the tokens matched, and how many of the last node if
+        not all."""
         node, matched = self.root, 0
         path: list[TreeNode] = []
         while matched < tokens.size:
@@ -174,7 +176,7 @@ class RadixCache:
             node = child
         return path, matched, 0
 
-    # Tree surgery
+    # Changes of the tree
 
     def _new_node(self, parent: TreeNode | None, key: np.ndarray, value: np.ndarray) -> TreeNode:
         self._next_id += 1
@@ -209,7 +211,7 @@ class RadixCache:
         return upper
 
     def _path_up(self, node: TreeNode) -> Iterator[TreeNode]:
-        """``node`` and those above it, without the root."""
+        """``node`` and its ancestors, without the root."""
         while node.parent is not None:
             yield node
             node = node.parent
@@ -223,7 +225,7 @@ class RadixCache:
             stack.extend(node.children.values())
 
     def _usable_len(self, node: TreeNode, num_tokens: int) -> int:
-        """With how many of the first ``num_tokens`` of ``node`` a prefix can end that has all it needs; 0 for none."""
+        """The most of the first ``num_tokens`` of ``node`` after which a usable prefix can end; 0 for none."""
         before = -1
         usable = num_tokens
         while usable != before:
@@ -240,7 +242,7 @@ class RadixCache:
     # Locks
 
     def inc_lock_ref(self, node: TreeNode) -> None:
-        """Protect ``node`` and all above it from eviction."""
+        """Protect ``node`` and all its ancestors from eviction."""
         for step in self._path_up(node):
             if step.lock_ref == 0:
                 self._evictable -= step.value.size
@@ -266,10 +268,10 @@ class RadixCache:
     # Withdrawal
 
     def withdraw(self, node: TreeNode, keep: int) -> None:
-        """Take the path to ``node``, past its first ``keep`` tokens, out of the cache, and all that hangs below it.
+        """Remove the path to ``node`` past its first ``keep`` tokens, and all nodes below it, from the cache.
 
-        Nothing matches it from now on. Slots under a lock go back with the last lock, the others at once; requests
-        that hold such a lock go on, and must not insert what they compute on it (``TreeNode.withdrawn``).
+        It no longer matches. Locked slots are freed with the last lock, the others at once. Requests
+        that hold such a lock continue, and must not insert what they compute on it (``TreeNode.withdrawn``).
         """
         start, top = 0, None
         for top in list(self._path_up(node))[::-1]:
@@ -302,18 +304,18 @@ class RadixCache:
         else:
             self._evictable -= node.value.size
 
-    # Eviction. Each evictable leaf has a live entry on the heap, keyed as the leaf was when offered. Use makes a key
-    # larger: an entry that comes up stale is put back under its present key, so the order stays exact.
+    # Eviction. Each evictable leaf has a live entry on the heap, with its key at the time of the offer. Use makes a key
+    # larger: a stale entry that is popped is pushed again with its present key, so the order stays exact.
 
     def _eviction_key(self, node: TreeNode) -> HeapKey:
-        """Smallest goes first: leaves with which no prefix can end, then the least recently used."""
+        """The smallest key is evicted first: leaves with which no prefix can end, then the least recently used."""
         return (int(self._usable_len(node, node.key.size) > 0), node.last_access, node.id)
 
     def _is_evictable(self, node: TreeNode) -> bool:
         return not node.children and node.lock_ref == 0 and node is not self.root
 
     def _offer(self, node: TreeNode) -> None:
-        """Put ``node`` on the heap if it can be evicted, unless an entry is there that comes up in time."""
+        """Push ``node`` to the heap if it can be evicted, unless it has an entry there that is early enough."""
         if not self._is_evictable(node):
             return
         key = self._eviction_key(node)
@@ -341,7 +343,7 @@ class RadixCache:
     def evict(self, num_tokens: int) -> int:
         """Free at least ``num_tokens`` unlocked tokens, least recently used leaves first; returns how many were freed.
 
-        Whole nodes go, so it may be more; it is fewer only when nothing unlocked is left.
+        Evicts whole nodes, so it may free more; it frees fewer only when nothing unlocked is left.
         """
         victims: list[TreeNode] = []
         freed = 0
@@ -360,7 +362,7 @@ class RadixCache:
         return freed
 
     def _release(self, nodes: list[TreeNode]) -> None:
-        """Give back what dropped nodes owned."""
+        """Free what removed nodes owned."""
         if nodes:
             self.allocator.free(self._join([node.value for node in nodes]))
         for companion in self.companions:

@@ -15,9 +15,9 @@ from sglang.srt.mem_cache.tree_node import InsertResult, RadixIntegrityError, Tr
 class StateCompanion(PrefixCompanion[int]):
     """Copies of states at the ends of nodes; a request holds one live slot.
 
-    KV can be cut at any page, a state cannot: the upper part of a node that is cut has none. A node whose state was
-    evicted stays as a tombstone, its KV a hint that a snapshot there would be of use. What the tree keeps is never
-    written again, and is evicted least recently used first; locks protect KV alone.
+    KV can be split at any page, but a state cannot: the upper part of a split node has none. A node whose state was
+    evicted stays as a tombstone, whose KV shows that a snapshot there would be useful. What the tree keeps is never
+    written again, and is evicted least recently used first; locks protect only KV.
     """
 
     unit = STATE
@@ -51,10 +51,10 @@ class StateCompanion(PrefixCompanion[int]):
         """The state stays at the end of ``lower``."""
 
     def on_insert(self, result: InsertResult, num_tokens: int, held: int) -> None:
-        """Keep a copy of the live state where the prefix is all that the request has computed.
+        """Keep a copy of the live state if the prefix is all that the request has computed.
 
         There is none when the tokens are not whole pages, when the node has a state already (which then counts as
-        used), or when no slot can be had even by evicting.
+        used), or when no slot is available even after eviction.
         """
         node = result.node
         if result.cached_len != num_tokens or node.parent is None:
@@ -76,7 +76,7 @@ class StateCompanion(PrefixCompanion[int]):
     def fork(self, node: TreeNode) -> int | None:
         """A live slot that starts from the state of ``node``: a copy of it, or zero for the root.
 
-        Evicts states of the tree when no slot is free, that of ``node`` last of all: it is then handed over uncopied.
+        Evicts states of the tree when no slot is free, that of ``node`` last; it is then handed over without a copy.
         So None means that requests hold every slot.
         """
         if node.parent is None:
@@ -106,7 +106,7 @@ class StateCompanion(PrefixCompanion[int]):
         return self.slots.alloc(zero=zero)
 
     def _detach(self, node: TreeNode) -> int:
-        """Take the state off a node that stays in the tree, as a tombstone."""
+        """Remove the state of a node, which stays in the tree as a tombstone."""
         slot = self._kept.pop(node)
         self.offer(node)
         return slot

@@ -14,7 +14,7 @@ HeapKey = tuple[int, int, int]
 class TreeNode:
     """One edge of the tree: ``key`` and ``value`` [n] int64 are its tokens and their slots; n is 0 at the root only.
 
-    ``lock_ref`` counts the locks on this node and below it. A ``withdrawn`` node is out of the tree for good: only
+    ``lock_ref`` counts the locks on this node and its descendants. A ``withdrawn`` node has left the tree: only
     locks keep its slots.
     """
 
@@ -35,7 +35,7 @@ class TreeNode:
 
 
 class RadixIntegrityError(RuntimeError):
-    """The prefix cache and its books disagree."""
+    """The prefix cache is inconsistent."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +52,9 @@ class MatchResult:
 
 @dataclass(frozen=True, eq=False)
 class InsertResult:
-    """What an insertion found and took.
+    """The result of an insertion.
 
-    The first ``prefix_len`` tokens were in the tree already, with the tree's slots: the caller frees its duplicates.
+    The first ``prefix_len`` tokens were in the tree already; the caller frees its duplicate slots.
     The first ``cached_len`` tokens are in the tree now, ending at ``node``; the slots past it stay the caller's.
     """
 

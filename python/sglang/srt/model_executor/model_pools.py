@@ -1,4 +1,4 @@
-"""The pools that a model needs on one rank: their layout, their sizes, and the making of them."""
+"""The pools that a model needs on one rank: layout, sizes and creation."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.spec_info import SpecInfo
 
-# One live state a running request, and as many again thrice for snapshots of the prefix cache, unless memory is short.
+# One live state per running request, and three times as many for snapshots of the prefix cache, if memory allows.
 STATE_SLOTS_PER_REQUEST = 4
-# What all running requests can hold, and as much again for the prefix cache.
+# What all running requests can hold, and the same again for the prefix cache.
 CONTEXTS_PER_REQUEST = 2
 
 
 @dataclass(frozen=True)
 class StepRelay:
-    """What a step of several tokens per request leaves on the device for the next one, by request row.
+    """What a step with several tokens per request leaves on the device for the next step, by request row.
 
     ``committed`` [rows] int64 are the tokens that have KV, ``drafts`` [rows, n] int64 the draft tokens after the newest
-    token. Both are 0 in the row of padding.
+    token. Both are 0 in the padding row.
     """
 
     committed: torch.Tensor
@@ -39,10 +39,10 @@ class StepRelay:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """What all runners of a rank share: the sizes of their pools, the request table, and what belongs to its rows.
+    """What all runners of a rank share: the sizes of their pools, the request table, and the data of its rows.
 
-    ``last_token`` [rows] int64 holds, by request row, the id that each request drew last. ``state_slots`` is None where
-    no model has recurrent states, ``window`` where none has a window, ``relay`` where nobody drafts.
+    ``last_token`` [rows] int64 holds, by request row, the id that each request sampled last. ``state_slots`` is None if
+    no model has recurrent states, ``window`` if none has a window, ``relay`` without drafts.
     """
 
     sizes: PoolPlan
@@ -57,9 +57,10 @@ class RankMemory:
 def cache_layout(
     config: ModelConfig, tp_size: int, ssm_dtype: str | None = None, num_draft_tokens: int = 0
 ) -> CacheLayout:
-    """What one of ``tp_size`` ranks keeps; ``ssm_dtype`` names the type of recurrent states, None the checkpoint's.
+    """The cache layout of one of ``tp_size`` ranks; ``ssm_dtype`` names the type of recurrent states, None the
+    checkpoint's.
 
-    Where a verify step brings ``num_draft_tokens`` rows, what it needs and the layer that drafts are among it.
+    With ``num_draft_tokens`` rows per verify step, the layout includes what these need, and the draft layer.
     """
     activations = _name(config.dtype)
     conv = envs.SGLANG_MAMBA_CONV_DTYPE.get() or activations
@@ -69,7 +70,7 @@ def cache_layout(
 
 
 def served_layout(args: ServerArgs, config: ModelConfig, tp_size: int) -> CacheLayout:
-    """What one of ``tp_size`` ranks keeps of a model by the resolved ``args``."""
+    """The cache layout of one of ``tp_size`` ranks, by the resolved ``args``."""
     return cache_layout(config, tp_size, args.mamba_ssm_dtype, args.speculative_num_draft_tokens or 0)
 
 
@@ -122,7 +123,8 @@ def make_rank_memory(
     pools: Sequence[ModelPools],
     device: torch.device,
 ) -> RankMemory:
-    """The request table of the models of ``configs``, and what hands out the rest of ``pools``, of ``sizes``."""
+    """The request table of the models of ``configs``, and the allocators of the other units of ``pools``, of
+    ``sizes``."""
     table = ReqToTokenPool(args.max_running_requests or 1, table_width(args, configs), device)
     last_token = torch.zeros(table.padding_row + 1, dtype=torch.int64, device=device)
     state_slots = StateSlots(*pools) if any(each.layout.has(STATE) for each in pools) else None
@@ -145,7 +147,7 @@ def make_pools(
 
 
 def table_width(args: ServerArgs, configs: Sequence[ModelConfig]) -> int:
-    """Positions of a row of the request table: the longest context, and those that a step may reach past it."""
+    """Columns of the request table: the longest context, and positions that a step may use past it."""
     spec = SpecInfo.of(args.speculative_num_steps)
     past = 1 if spec is None else spec.slots_per_step
     return max(config.context_len for config in configs) + past
@@ -157,7 +159,7 @@ def request_table_bytes(args: ServerArgs, configs: Sequence[ModelConfig]) -> int
 
 
 def kv_dtype(config: ModelConfig) -> torch.dtype:
-    """What keys, values and latents are kept in: ``--kv-cache-dtype``."""
+    """The dtype of cached keys, values and latents: ``--kv-cache-dtype``."""
     if config.kv_cache_dtype == "fp8_e4m3":
         return fp8_dtype(current_platform.arch)
     return torch.bfloat16 if config.kv_cache_dtype == "bfloat16" else config.dtype

@@ -28,15 +28,15 @@ from sglang.srt.utils.stream_policy import StreamPlan
 
 @dataclass(frozen=True)
 class StepForward:
-    """A forward that was queued: its output, and the step that ran, with the padding of a replayed graph.
+    """A queued forward: its output, and the step that ran, including the padding of a replayed graph.
 
-    After a replayed graph both are valid until the next replay. ``batch`` is what was asked for.
+    After a replayed graph both are valid until the next replay. ``batch`` is the batch without padding.
     """
 
     output: LogitsProcessorOutput
     fb: ForwardBatch
     batch: ModelWorkerBatch
-    # Of the graph that was replayed; None for an eager step.
+    # Bucket of the replayed graph; None for an eager step.
     bucket: int | None = None
 
     @property
@@ -51,7 +51,7 @@ class StepForward:
 
     @property
     def drawn_positions(self) -> torch.Tensor:
-        """Where in its sequence the token stands that is drawn from each row of logits, [rows]."""
+        """The position in its sequence of the token that is sampled from each row of logits, [rows]."""
         if self.fb.kind is None:
             return self.fb.seq_lens
         return self.fb.positions[: self.batch_size * self.fb.kind.rows_per_request] + 1
@@ -68,21 +68,21 @@ def describe_draft(target: torch.nn.Module, draft: torch.nn.Module) -> dict[str,
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """One model of this rank with its weights, and what was settled while it was loaded."""
+    """One model of this rank with its weights, and what was decided while it was loaded."""
 
     config: ModelConfig
     module: torch.nn.Module
     device: torch.device
     streams: StreamPlan
     plain_by_split: list[str]
-    # The model that drafts for it, whose KV is one more layer of its pools.
+    # The draft model for it, whose KV is one more layer of its pools.
     draft: torch.nn.Module | None = None
 
 
 def place_rows(fb: ForwardBatch, starts: torch.Tensor, table: ReqToTokenPool) -> None:
-    """Put the rows of a step of several per request behind the tokens that each has committed, ``starts`` [B] int64.
+    """Place the rows of a step with several rows per request after the committed tokens ``starts`` [B] int64.
 
-    ``fb`` gets tensors of positions, lengths and slots for the host's bounds.
+    Replaces positions, lengths and slots of ``fb``, which were the host's bounds.
     """
     assert fb.kind is not None
     rows, width = fb.req_pool_indices, fb.kind.rows_per_request
@@ -92,10 +92,10 @@ def place_rows(fb: ForwardBatch, starts: torch.Tensor, table: ReqToTokenPool) ->
 
 
 class ModelRunner:
-    """Runs steps of one model on the memory of this rank; ``runner_build`` makes it.
+    """Runs steps of one model on the memory of this rank; ``runner_build`` creates it.
 
-    Runners of one rank may share ``memory``. A step takes its input from ``memory.last_token``, and one of several rows
-    per request its lengths and drafts from ``memory.relay``, so it can be queued before the host knows them.
+    Runners of one rank may share ``memory``. A step reads its input from ``memory.last_token``, and a step of several
+    rows per request its lengths and drafts from ``memory.relay``, so it can be queued before the host knows them.
     """
 
     def __init__(
@@ -115,20 +115,20 @@ class ModelRunner:
         self.overlap_trace = trace_reader(self.model)
         self.relay = memory.relay
         self.decode_graphs: StepGraphs | None = None
-        # Those of a draft's steps, by kind.
+        # The same for the draft model's steps, by kind.
         self.draft_graphs: dict[str, BucketGraphs] = {}
 
     @torch.inference_mode()
     def forward(self, batch: ModelWorkerBatch) -> StepForward:
-        """Queue a step: logits of its rows, and the prompt log-probabilities asked for."""
+        """Queue a step: logits of its rows, and the requested prompt log-probabilities."""
         graphs = self.decode_graphs
         if graphs is not None and batch.kind == graphs.kind:
-            # Under attention data parallelism the groups have agreed on it.
+            # With attention data parallelism the groups have agreed on it.
             agreed = batch.global_num_tokens is not None
             bucket = batch.graph_bucket if agreed else self.graph_bucket(batch.batch_size)
             if bucket is not None:
                 return self._replay(batch, bucket)
-        # A backend may plan from the request table, so that is complete first.
+        # A backend may plan from the request table, so the table is completed first.
         fb = self._complete(ForwardBatch.from_worker_batch(batch, self.device, self.attn_backend))
         self.attn_backend.init_forward_metadata(fb)
         return StepForward(self._run_model(fb), fb, batch)
@@ -140,11 +140,11 @@ class ModelRunner:
         return StepForward(output, fb, batch, bucket)
 
     def graph_bucket(self, batch_size: int) -> int | None:
-        """The decode graph that takes so many requests, the same on every rank; None when they run eagerly."""
+        """The decode graph for so many requests, the same on every rank; None when they run eagerly."""
         return None if self.decode_graphs is None else self.decode_graphs.bucket_of(batch_size)
 
     def describe(self) -> dict[str, Any]:
-        """What a server says of its model while it runs; msgpack-able."""
+        """What /server_info shows of the model; msgpack-able."""
         streams = {**self.loaded.streams.describe(), "trace": self.overlap_trace()}
         experts = {**describe_experts(self.model), "shared": describe_shared(self.model)}
         all_graphs = [*([] if self.decode_graphs is None else [self.decode_graphs]), *self.draft_graphs.values()]
@@ -164,9 +164,9 @@ class ModelRunner:
         self.draft_graphs.clear()
 
     def run_planned(self, fb: ForwardBatch) -> LogitsProcessorOutput:
-        """The part of a step that a graph records; its attention metadata is in place.
+        """The part of a step that a graph captures; its attention metadata is in place.
 
-        A step that finds its lengths on the device is planned here, of them, and leaves them in the tensors of ``fb``.
+        A step that reads its lengths on the device is planned here, and writes them to the tensors of ``fb``.
         """
         completed = self._complete(fb)
         if fb.kind is not None and fb.kind.rows_per_request > 1:
@@ -181,7 +181,7 @@ class ModelRunner:
         return output
 
     def _complete(self, fb: ForwardBatch) -> ForwardBatch:
-        """``fb`` with the ids that only the device knows; the request table gets the slots of these tokens."""
+        """``fb`` with the ids that are on the device; writes the slots of these tokens to the request table."""
         if fb.input_ids is not None:
             return fb
         assert fb.kind is not None, "only a step of one number of tokens per request finds its ids on the device"
@@ -193,7 +193,7 @@ class ModelRunner:
             completed.input_ids = ids
             return completed
         assert self.relay is not None, f"a {fb.kind.name} step needs lengths and drafts on the device"
-        # From where on the host gives slots: it knows of no later position that is sure to be committed.
+        # The first position for which the host gave slots: the last one that it knows to be committed.
         first = fb.positions.view(-1, width)[:, 0]
         slots = fb.out_cache_loc.view(-1, width) if fb.table_loc is None else fb.table_loc
         self.req_to_token_pool.write_step(rows, first, slots)

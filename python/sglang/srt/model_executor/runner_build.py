@@ -1,4 +1,4 @@
-"""How the runners of one rank are made: ``load`` each model, ``plan`` the memory that they share, ``build`` them."""
+"""Creates the runners of one rank: ``load`` each model, ``plan`` the memory that they share, ``build`` them."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ def make_runner(args: ServerArgs, config: ModelConfig, needed: Mapping[str, int]
 
 
 def load(args: ServerArgs, config: ModelConfig, needed: Mapping[str, int] | None = None) -> LoadedModel:
-    """This rank's part of a model with its weights on its device, where it is checked first that they fit.
+    """This rank's part of a model with its weights on its device; first checks that they fit.
 
-    needed: what the launch has counted (``RankNeeds.num_bytes``); counted here where nothing is given.
+    needed: memory counted by the launch (``RankNeeds.num_bytes``); counted here if not given.
     """
     local_rank = get_parallel_state().local_rank
     current_platform.set_device(local_rank)
@@ -56,7 +56,7 @@ def load(args: ServerArgs, config: ModelConfig, needed: Mapping[str, int] | None
         needed = needed or plan_needs(args, config, current_platform.kind, os.environ).num_bytes
         check_fit(current_platform.memory_info(local_rank)[0], needed)
     module = load_model(config, args.load_format, device, args.random_seed or 0, streams)
-    # A layout of the loaded weights may leave the fused form of shared experts only.
+    # The layout of the loaded weights may allow only fused shared experts.
     reason = fixed_form(module)
     if reason and not streams.fusion.enforced:
         told = streams
@@ -69,18 +69,19 @@ def load(args: ServerArgs, config: ModelConfig, needed: Mapping[str, int] | None
 def load_draft(
     args: ServerArgs, config: ModelConfig, target: torch.nn.Module, device: torch.device, streams: StreamPlan
 ) -> torch.nn.Module:
-    """The MTP layer that drafts for ``target``, from its own folder or another. Raises ConfigError, WeightLoadError."""
+    """The MTP layer that drafts for ``target``, from the same or another folder. Raises ConfigError,
+    WeightLoadError."""
     return load_draft_model(draft_config(args, config), args, target, device, streams)
 
 
 def plan(args: ServerArgs, models: Sequence[LoadedModel]) -> PoolPlan:
-    """Sizes of the pools of all ``models``, which share what they leave of this rank's memory; the same on each rank.
+    """Sizes of the pools of all ``models``, which share the memory that their weights leave; the same on each rank.
 
     Raises PoolPlanError.
     """
     device, world = models[0].device, get_world_group()
     free, _ = current_platform.memory_info(get_parallel_state().local_rank)
-    # Ranks take the same decisions only with pools of one size; ranks on the host share its memory.
+    # Ranks make the same decisions only with pools of the same size; ranks on the host share its memory.
     ranks_here = world.size * args.num_replicas if device.type == "cpu" else 1
     if args.mem_fraction_static is None:
         raise ValueError("server argument mem_fraction_static is not resolved")
@@ -92,7 +93,7 @@ def plan(args: ServerArgs, models: Sequence[LoadedModel]) -> PoolPlan:
 
 
 def build(args: ServerArgs, models: Sequence[LoadedModel], sizes: PoolPlan) -> list[ModelRunner]:
-    """One runner per model, over pools of ``sizes`` and one request table; decode steps are captured and proved."""
+    """One runner per model, over pools of ``sizes`` and one request table; decode steps are captured and checked."""
     pools = [make_pools(args, model.config, sizes, get_tp_group().size, model.device) for model in models]
     memory = make_rank_memory(args, [model.config for model in models], sizes, pools, models[0].device)
     runners = []
@@ -101,7 +102,7 @@ def build(args: ServerArgs, models: Sequence[LoadedModel], sizes: PoolPlan) -> l
     if not args.disable_cuda_graph:
         spec = SpecInfo.of(args.speculative_num_steps)
         for runner in runners:
-            # With drafts requests go on by verify steps alone.
+            # With drafts there are only verify steps, no decode steps.
             kind = DECODE if spec is None else spec.verify
             runner.decode_graphs = capture_graphs(runner, graph_buckets(args), kind)
             prove_graphs(runner, runner.decode_graphs)
@@ -124,7 +125,7 @@ def make_backend(args: ServerArgs, model: LoadedModel, memory: RankMemory, pools
 
 @torch.inference_mode()
 def capture_graphs(runner: ModelRunner, buckets: Sequence[int], kind: StepKind = DECODE) -> StepGraphs:
-    """The steps of ``kind`` recorded for every batch bucket; not yet proved, and not yet used by the runner."""
+    """The steps of ``kind`` captured for every batch bucket; not yet checked, and not yet used by the runner."""
     local_rank = get_parallel_state().local_rank
     free_before, _ = current_platform.memory_info(local_rank)
     graphs = StepGraphs(
@@ -148,12 +149,12 @@ def capture_graphs(runner: ModelRunner, buckets: Sequence[int], kind: StepKind =
 
 @torch.inference_mode()
 def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
-    """Refuse each captured bucket whose replay is not the eager step; the pools must be empty, and stay so."""
+    """Refuse each captured bucket whose replay differs from the eager step; the pools must be empty, and stay so."""
     width = graphs.kind.rows_per_request
 
     def eager(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
         fb = graphs.fill(batch, bucket)
-        # Planned as the recorded step was, which knows no lengths of the host: sums have as many terms.
+        # Planned like the captured step, which has no host lengths, so that sums are split in the same way.
         fb.seq_lens_cpu = HostList(fb.seq_lens_cpu)
         output = runner.run_planned(fb).first(batch.batch_size * width)
         return (*output.tensors(), *left_by(fb, batch.batch_size))
@@ -163,7 +164,7 @@ def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
         return (*output.tensors(), *left_by(fb, batch.batch_size))
 
     def left_by(fb: ForwardBatch, size: int) -> tuple[torch.Tensor, ...]:
-        """Where the step found its rows, of which drafts and the next step's lengths are made."""
+        """The rows of the step, from which drafts and the next step's lengths follow."""
         rows = size * width
         return fb.seq_lens[:size].clone(), fb.positions[:rows].clone(), fb.out_cache_loc[:rows].clone()
 
@@ -182,12 +183,12 @@ def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
 
 
 def stream_needs(config: ModelConfig, args: ServerArgs) -> tuple[str, tuple[str, ...]]:
-    """What ``plan_streams`` asks of a model: what speaks against fusion, and the places that may overlap."""
+    """What ``plan_streams`` needs to know of a model: why it cannot fuse, and the sites that may overlap."""
     return config.shared_fusion_refusal(args.moe_a2a_backend), config.text.overlap_sites
 
 
 def _tell(streams: StreamPlan, told: StreamPlan | None = None) -> None:
-    """Log what differs from the plan that was ``told`` before; warnings on rank 0 alone."""
+    """Log what differs from the plan ``told`` that was logged before; warnings only on rank 0."""
     lines, warnings = (told.lines(), told.warnings) if told is not None else ([], ())
     for line in streams.lines():
         if line not in lines:
@@ -199,6 +200,6 @@ def _tell(streams: StreamPlan, told: StreamPlan | None = None) -> None:
 
 
 def advance(bar: tqdm, bucket: int) -> None:
-    """One more graph of a bar of progress."""
+    """Advance the progress bar by one graph."""
     bar.set_postfix(batch_size=bucket)
     bar.update()

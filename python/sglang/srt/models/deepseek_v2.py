@@ -96,7 +96,7 @@ class DeepseekV2ForCausalLM(CausalLM):
         super().__init__(config.text, DeepseekV2Model(config, side_stream, streams.site(SHARED_EXPERTS)), side_stream)
 
     def checkpoint_name(self, name: str) -> str | None:
-        """Derived tensors are not taken either."""
+        """Derived tensors are ignored too."""
         return None if name.endswith("rotary_emb.inv_freq") else super().checkpoint_name(name)
 
     def post_load_weights(self) -> None:
@@ -106,7 +106,7 @@ class DeepseekV2ForCausalLM(CausalLM):
 
 
 class DeepseekV3ForCausalLM(DeepseekV2ForCausalLM):
-    """V3 and R1 differ from V2 by configuration alone."""
+    """V3 and R1 differ from V2 only by configuration."""
 
 
 EntryClass = [DeepseekV2ForCausalLM, DeepseekV3ForCausalLM]

@@ -1,4 +1,4 @@
-"""What an attention backend is: one interface per family of attention, and how a backend is found by name."""
+"""Interfaces of attention backends, one per family of attention, and the registry of backends by name."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ class AttentionContext:
 
 
 class UnplannedStepError(NotImplementedError):
-    """A backend was given a kind of step that it has no plan for."""
+    """A backend was given a kind of step that it cannot plan."""
 
 
 class AttentionBackend(ABC):
     """Owns metadata, layouts and pool access of attention; the kernels that it calls are ops.
 
-    The plan of a step lies on the step (``fb.attn_plan``), so that several steps can be in flight on one backend.
-    ``prefers`` names the implementation that those ops take where they have it, None the first that fits.
+    The plan of a step is kept on the step (``fb.attn_plan``), so that several steps can be in flight on one backend.
+    ``prefers`` names the implementation that those ops prefer; None: the first that fits.
     """
 
     prefers: str | None = None
 
     def plan(self, fb: ForwardBatch) -> object:
-        """What the layers of the step share. Raises UnplannedStepError for a kind of step without a plan."""
+        """The plan that the layers of the step share. Raises UnplannedStepError for a kind of step without a plan."""
         if fb.batch_size == 0:
             return NoRows()
         if fb.kind is None:
@@ -69,7 +69,7 @@ class AttentionBackend(ABC):
         """The plan of packed rows, any number per request."""
 
     def plan_uniform(self, fb: ForwardBatch) -> object:
-        """The plan of several tokens per request, the same number for each: each row attends as a request would that
+        """The plan of several tokens per request, the same number for each: each row attends like a request that
         ends with it."""
         return self.plan_decode(fb.single_rows())
 
@@ -77,7 +77,7 @@ class AttentionBackend(ABC):
         """Plan the step; called once before the layers."""
         fb.attn_plan = StepPlan(attention=self.plan(fb))
 
-    # In a captured step the tensors of the plan stay where they are; a replay reads what lies in them then.
+    # The tensors of a captured plan stay in place; a replay reads their contents at that time.
     def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
         """Forget earlier captures, and make room for steps of up to ``max_bs`` requests."""
         raise UnplannedStepError(f"{type(self).__name__} does not capture graphs")
@@ -87,7 +87,7 @@ class AttentionBackend(ABC):
         raise UnplannedStepError(f"{type(self).__name__} does not capture graphs")
 
     def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
-        """Bring the captured plan of this size up to date, and put it on ``fb``."""
+        """Update the captured plan of this size, and set it on ``fb``."""
         raise UnplannedStepError(f"{type(self).__name__} does not capture graphs")
 
 
@@ -142,7 +142,7 @@ class MlaBackend(AttentionBackend):
 
     @abstractmethod
     def extend_forms(self, fb: ForwardBatch) -> MlaExtendPlan:
-        """Which requests of an extend step take which form."""
+        """Which requests of an extend step use which form."""
 
     @abstractmethod
     def forward_absorb(
@@ -164,7 +164,7 @@ class MlaBackend(AttentionBackend):
 class CompressedLayer(Protocol):
     """What a backend reads of an attention layer over a window and, where ``ratio`` is not 0, compressed entries.
 
-    ``sinks`` [H] float32 is one logit per head that adds to the softmax's denominator alone.
+    ``sinks`` [H] float32 is one logit per head that adds only to the denominator of the softmax.
     """
 
     layer_id: int
@@ -183,10 +183,10 @@ class Compressor(Protocol):
     layer_id: int
     ratio: int
     head_dim: int
-    pool: str  # the pool of its entries; its states lie in the pool of this name and "_state"
+    pool: str  # the pool of its entries; its states are in the pool of this name plus "_state"
     position_bias: torch.Tensor  # [ratio, parts * head_dim] float32
     norm: RMSNorm
-    rotary_emb: RotaryEmbedding  # turns the last columns of an entry by the position of its first token
+    rotary_emb: RotaryEmbedding  # rotates the last columns of an entry by the position of its first token
 
 
 class CompressedBackend(AttentionBackend):
@@ -198,7 +198,7 @@ class CompressedBackend(AttentionBackend):
     """
 
     def complete_plan(self, fb: ForwardBatch) -> None:
-        """Plan now what the layers of the step ``fb`` would plan at their first call: before streams part."""
+        """Plan now what the layers of the step ``fb`` would plan at their first call, before streams fork."""
 
     def prepare(
         self,
@@ -210,7 +210,8 @@ class CompressedBackend(AttentionBackend):
         layer: CompressedLayer,
         fb: ForwardBatch,
     ) -> torch.Tensor:
-        """Norm and turn queries q [N, H, D]; norm by ``norm``, turn and store the rows kv [N, D] of this step's tokens.
+        """Norm and rotate queries q [N, H, D]; norm with ``norm``, rotate and store the rows kv [N, D] of this step's
+        tokens.
 
         positions [N]; cos_sin_cache as ``rope.rotary_tail`` has it. -> the queries.
         """
@@ -234,7 +235,7 @@ class CompressedBackend(AttentionBackend):
     def select_entries(
         self, q: torch.Tensor, weights: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch
     ) -> torch.Tensor:
-        """The entries of the layer that each row attends to, the lowest first among equal scores.
+        """The entries of the layer that each row attends to, the lowest number first among equal scores.
 
         q [N, Hi, Di] rotated, weights [N, Hi] float -> entry numbers [N, K] int32, -1 past the last one that is seen.
         """
@@ -256,7 +257,7 @@ class MultiStepBackend(ABC):
 
     @abstractmethod
     def init_forward_metadata(self, fb: ForwardBatch) -> None:
-        """Plan all steps. ``fb`` is a step of as many rows per request: slots and positions by (request, step)."""
+        """Plan all steps. ``fb`` has one row per request and step: slots and positions by (request, step)."""
 
     @abstractmethod
     def enter_step(self, chain: ForwardBatch, fb: ForwardBatch, step: int) -> None:
@@ -295,7 +296,7 @@ class RecurrentBackend(ABC):
 
     @abstractmethod
     def update_mamba_state_after_mtp_verify(self, slots: torch.Tensor, num_new: torch.Tensor) -> None:
-        """Of the rows of a verify step the first ``num_new`` [B] int64 count for the states in ``slots`` [B] int64."""
+        """Accept the first ``num_new`` [B] int64 rows of a verify step for the states in ``slots`` [B] int64."""
 
     @abstractmethod
     def forward_gdn(
@@ -337,8 +338,8 @@ def register_attention_backend(
 ) -> Callable[[BackendFactory], BackendFactory]:
     """Class decorator: a backend that ``--attention-backend`` calls ``name``, for models of one family.
 
-    The rest is what the settings must know of it; see ``BackendDeclaration``. They read it from the source of the
-    ``*_backend*.py`` files of this package, so the arguments are literals.
+    The other arguments declare what settings need to know; see ``BackendDeclaration``. These are read from the source
+    of the ``*_backend*.py`` files of this package, so the arguments are literals.
     """
     declaration = BackendDeclaration(name, family, platforms, graphs, page_sizes, cache_dtypes)
 

@@ -57,7 +57,7 @@ def group_by_length(seq_lens: list[int]) -> list[list[int]]:
 
 
 class TorchNativeAttnBackend(PoolBackend):
-    """What both families share on the backend of the bare CPU, which runs wherever torch runs: plans."""
+    """Plans of both families on the CPU backend, which runs wherever torch runs."""
 
     prefers = "torch"
 
@@ -66,7 +66,7 @@ class TorchNativeAttnBackend(PoolBackend):
         return self._groups(fb)
 
     def plan_uniform(self, fb: ForwardBatch) -> DecodeGroups:
-        """See the base class; what the queries of a long request read is read once for all of them."""
+        """See the base class; the rows of a long request are read once for all of its queries."""
         return self._groups(fb if max(fb.seq_lens_cpu) >= _SHARED_LENGTH else fb.single_rows())
 
     def _groups(self, fb: ForwardBatch) -> DecodeGroups:

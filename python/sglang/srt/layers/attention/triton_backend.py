@@ -1,4 +1,4 @@
-"""Attention for GPUs: decode straight from the request table, packed prefill, latent attention in both its forms."""
+"""Attention for GPUs: decode straight from the request table, packed prefill, latent attention in both forms."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sglang.srt.layers.attention.pool_backend import CapturingPoolBackend, PoolG
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
 
-# Latent rows read at once, and keys and values rebuilt from them, in bytes; longer contexts go part by part.
+# Latent rows read at once, and keys and values rebuilt from them, in bytes; longer contexts are processed in chunks.
 EXPANDED_BYTES = 1 << 30
 
 
@@ -38,9 +38,9 @@ class TableDecodePlan:
 
 
 class TritonAttnBackend(CapturingPoolBackend):
-    """What both families share on the portable GPU backend: plans. On a CPU they run over the references of the ops.
+    """Plans of both families on the portable GPU backend. On a CPU they run over the torch references of the ops.
 
-    Decode reads the request table and the lengths where they lie, so a captured step needs no further metadata. A step
+    Decode reads the request table and the lengths in place, so a captured step needs no further metadata. A step
     of several rows per request is planned on the device, within the captured step. An extend step is planned from
     host-known lengths and costs one small copy and one gather of slots per plan.
     """
@@ -55,13 +55,13 @@ class TritonAttnBackend(CapturingPoolBackend):
         return TableDecodePlan(fb.req_pool_indices, fb.seq_lens, fb.kind.rows_per_request)
 
     def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
-        """Record that graphs of this kind and batch size read these very tensors, which therefore must persist."""
+        """Record that graphs of this kind and batch size read exactly these tensors, which therefore must persist."""
         plan = self.plan(fb)
         assert isinstance(plan, TableDecodePlan), "only steps that read the table are captured"
         self.keep_captured(fb, plan)
 
     def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
-        """Take the captured plan of this kind and size; raises ValueError when ``fb`` lives in other tensors."""
+        """Use the captured plan of this kind and size; raises ValueError when ``fb`` has other tensors."""
         captured = self.captured_plan(fb)
         assert isinstance(captured, TableDecodePlan)
         pairs = ((captured.req_pool_indices, fb.req_pool_indices), (captured.seq_lens, fb.seq_lens))
@@ -84,7 +84,7 @@ class TritonAttnBackend(CapturingPoolBackend):
         return ExtendPlan(rows, slots, qo, kv)
 
     def _rows(self, fb: ForwardBatch, members: list[int]) -> torch.Tensor | None:
-        """Token rows of ``members`` in the batch; None when they are all of it."""
+        """Token rows of ``members`` in the batch; None when they are all rows."""
         lengths, starts = fb.extend_seq_lens_cpu, fb.extend_start_loc_cpu
         assert lengths is not None and starts is not None
         if len(members) == len(lengths):
@@ -130,7 +130,7 @@ class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
     def __init__(self, ctx: AttentionContext) -> None:
         super().__init__(ctx)
         heads, shapes = ctx.model_config.text.num_attention_heads // get_tp_group().size, self.shapes
-        # A gathered row, whose last part all heads share, and what it expands to.
+        # Columns of a gathered latent row, whose last part all heads share, and of the keys and values rebuilt from it.
         latent = shapes.kv_lora_rank + shapes.qk_rope_head_dim
         columns = latent + heads * (shapes.qk_nope_head_dim + shapes.v_head_dim)
         self.max_expanded_rows = max(1, EXPANDED_BYTES // (columns * ctx.model_config.dtype.itemsize))
@@ -173,7 +173,7 @@ class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
     def forward_mha(
         self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | ChunkedPrefixPlan
     ) -> torch.Tensor:
-        """See the base class; contexts that are too long to be rebuilt at once are attended to part by part."""
+        """See the base class; contexts that are too long to be rebuilt at once are processed in chunks."""
         if isinstance(plan, ExtendPlan):
             return super().forward_mha(q, expand, layer, plan)
         out, lse = self._expanded_part(q, expand, layer, plan.new, causal=True)

@@ -24,7 +24,7 @@ class FusedMoE(nn.Module):
 
     The result is this rank's part of a sum over its tensor-parallel group. hidden: H. intermediate: I of one expert.
     top_k: experts per token. quant_config and prefix, the module's name in the model, decide the format of the weights.
-    num_shared: slots behind them for experts that a token may go to besides, all on every rank.
+    num_shared: additional shared experts after them, all on every rank.
     """
 
     # Bound of the activation's gate and up parts; None: they are not clamped.
@@ -63,9 +63,9 @@ class FusedMoE(nn.Module):
             self.quant_method.create_weights(self, name, shards, count=self.placement.count + num_shared)
 
     def load_expert(self, name: str, expert_id: int, tensor: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-        """Take matrix ``name`` of one expert: "w1" (gate) and "w3" (up) [I, H], "w2" (down) [H, I].
+        """Load matrix ``name`` of one expert: "w1" (gate) and "w3" (up) [I, H], "w2" (down) [H, I].
 
-        A matrix of an expert that another rank holds is left. ``scale`` is the partner of a quantised matrix.
+        Ignores experts that other ranks hold. ``scale``: scales of a quantised matrix.
         """
         stack = "w2_weight" if name == "w2" else "w13_weight"
         local = self.placement.local_id(expert_id)
@@ -92,7 +92,7 @@ class FusedMoE(nn.Module):
         return None if self.rows_travel else self.quant_method.row_dtype
 
     def forward(self, x: Rows, topk: TopKOutput, fb: ForwardBatch | None = None) -> torch.Tensor:
-        """x [N, H] (left as it is), topk with k = ``top_k``, or all shared slots besides -> new [N, H]: weighted sum.
+        """x [N, H] (not changed), topk with k = ``top_k``, or plus all shared experts -> new [N, H]: weighted sum.
 
         ``fb``, the step, is for experts that exchange tokens between ranks.
         """

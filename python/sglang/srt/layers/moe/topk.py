@@ -1,4 +1,4 @@
-"""Which experts per token goes to, and with what weight; the one owner of the routed scaling factor."""
+"""Which experts a token is routed to, and with what weight; only this file applies the routed scaling factor."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class TopK(nn.Module):
 
     scoring: one of ``SCORINGS``. renormalize: divide a row's weights by their sum. n_group, topk_group: experts come
     only from the best ``topk_group`` of ``n_group`` groups; a group counts as its best expert or, under a bias, as the
-    sum of its best two. correction_bias [E] float32: added for the choice alone.
-    routed_scaling_factor: multiplied into the weights here and nowhere else, so shared slots need no division by it.
-    shared: the slots that a fused step adds.
+    sum of its best two. correction_bias [E] float32: added only for the selection.
+    routed_scaling_factor: multiplied into the weights here only, so shared experts need no division by it.
+    shared: the shared experts that a fused step adds.
     """
 
     def __init__(
@@ -81,7 +81,8 @@ class TopK(nn.Module):
 
 
 class HashTopK(nn.Module):
-    """The experts that the checkpoint's table ``tid2eid`` [V, k] int32 gives to a token's id, at the router's scores.
+    """The experts that the checkpoint's table ``tid2eid`` [V, k] int32 lists for a token id, weighted by the router's
+    scores.
 
     scoring and scaling as in ``TopK``; weights are divided by their sum.
     """
@@ -96,7 +97,7 @@ class HashTopK(nn.Module):
         self.tid2eid = make_parameter(vocab_size, top_k, dtype=torch.int32, leaves=(table,))
 
     def forward(self, router_logits: torch.Tensor, token_ids: torch.Tensor) -> TopKOutput:
-        """router_logits [N, E], token_ids [N] int64 in the vocabulary, those of padded rows too -> TopKOutput."""
+        """router_logits [N, E], token_ids [N] int64 in the vocabulary, also in padded rows -> TopKOutput."""
         scale = self.routed_scaling_factor
         weights, ids = route_by_id(router_logits, token_ids, self.tid2eid, self.scoring, True, scale)
         return TopKOutput(weights, ids)

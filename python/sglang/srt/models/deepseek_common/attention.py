@@ -1,4 +1,4 @@
-"""Multi-head latent attention: projections, and its absorbed and expanded forms side by side."""
+"""Multi-head latent attention: projections, and both forms: absorbed, and expanded (MHA)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.layers.weights import join_rows
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
-# Both published implementations give the two inner norms this epsilon, whatever rms_norm_eps says.
+# Both published implementations give the two inner norms this epsilon, regardless of rms_norm_eps.
 _INNER_NORM_EPS = 1e-6
 
 
 class DeepseekV2AttentionMLA(nn.Module):
     """Latent attention of one layer.
 
-    The cache holds one row [R + P] a token, shared by all heads: the normed latent and the rotated key part. Heads are
-    split over the tensor-parallel ranks; the latent is not. DeepSeek-V2 report, section 2.1.
+    The cache holds one row [R + P] per token, shared by all heads: the normed latent and the rotated key part. Heads
+    are split over the tensor-parallel ranks; the latent is not. DeepSeek-V2 report, section 2.1.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class DeepseekV2AttentionMLA(nn.Module):
         self.rotary_emb = rotary_emb
         hidden, bias = config.hidden_size, config.attention_bias
         q_width = config.num_attention_heads * config.qk_head_dim
-        # Where both are plain, one matrix of q_proj and kv_a_proj_with_mqa: a step of one request waits for launches.
+        # One matrix of q_proj and kv_a_proj_with_mqa if both are plain, because launches limit a step of one request.
         self._q_and_kv_a: torch.Tensor | None = None
         if config.q_lora_rank is None:
             self.q_proj = ColumnParallelLinear(hidden, q_width, quant_config=quant_config, prefix=f"{prefix}.q_proj")
@@ -74,7 +74,7 @@ class DeepseekV2AttentionMLA(nn.Module):
             )
             self.q_a_layernorm.quantize_for(self.q_b_proj)
         self.kv_a_layernorm = RMSNorm(self.rank, _INNER_NORM_EPS)
-        # Plain whatever the checkpoint holds: its two halves are products of their own in the absorbed form.
+        # Always plain, because the absorbed form multiplies by its two halves separately.
         self.kv_b_proj = ColumnParallelLinear(
             self.rank, config.num_attention_heads * (self.nope + self.v_dim),
             quant_config=quant_config, prefix=f"{prefix}.kv_b_proj", dequantize=True,
@@ -103,7 +103,7 @@ class DeepseekV2AttentionMLA(nn.Module):
         self.w_vc = per_head[:, self.nope :].transpose(1, 2)
 
     def forward(self, hidden: Rows, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
-        """hidden [N, H], positions [N] -> [N, H]; each request takes the form its length makes cheaper."""
+        """hidden [N, H], positions [N] -> [N, H]; each request uses the form that is cheaper for its length."""
         backend = backend_of(fb, MlaBackend)
         q, kv_a = self._project(hidden)
         rest = (kv_a, positions, self.kv_a_layernorm, self.rotary_emb, self.attn_mqa, fb)
@@ -135,16 +135,17 @@ class DeepseekV2AttentionMLA(nn.Module):
         return q.view(-1, self.num_heads, self.nope + self.rope), kv_a
 
     def _new_queries(self, q: torch.Tensor) -> torch.Tensor:
-        """Room for queries of the absorbed form [n, heads, R + rope]."""
+        """Buffer for queries of the absorbed form [n, heads, R + rope]."""
         return q.new_empty(q.shape[0], self.num_heads, self.rank + self.rope)
 
     def absorbed(
         self, q: torch.Tensor, queries: torch.Tensor, fb: ForwardBatch, plan: ExtendPlan | None = None
     ) -> torch.Tensor:
-        """Queries taken into the latent space: (q W_UK) meets the cached rows. q [n, heads, nope+rope] -> [n, heads*v].
+        """The absorbed form: queries in the latent space, q W_UK, attend to the cached rows. q [n, heads, nope+rope] ->
+        [n, heads*v].
 
-        queries [n, heads, R+rope] holds the rotated part in its last columns and is filled. The context comes back in
-        the latent space and W_UV takes it out.
+        queries [n, heads, R+rope] holds the rotated part in its last columns and is filled. The context is in
+        the latent space, and W_UV projects it to values.
         """
         assert self.w_kc is not None and self.w_vc is not None, "weights are not loaded"
         by_head = queries[..., : self.rank].transpose(0, 1)
@@ -155,13 +156,14 @@ class DeepseekV2AttentionMLA(nn.Module):
         return out.flatten(1)
 
     def _absorbed_rows(self, q: torch.Tensor, fb: ForwardBatch, plan: ExtendPlan) -> torch.Tensor:
-        """The absorbed form of queries that are rotated in place."""
+        """The absorbed form for queries that were rotated in place."""
         queries = self._new_queries(q)
         queries[..., self.rank :] = q[..., self.nope :]
         return self.absorbed(q, queries, fb, plan)
 
     def expanded(self, q: torch.Tensor, fb: ForwardBatch, plan: ExtendPlan | ChunkedPrefixPlan) -> torch.Tensor:
-        """Queries meet keys and values rebuilt for every head. q [n, heads, nope+rope] -> [n, heads*v]."""
+        """The expanded form: queries attend to keys and values rebuilt for every head. q [n, heads, nope+rope] -> [n,
+        heads*v]."""
         return backend_of(fb, MlaBackend).forward_mha(q, self.keys_and_values, self.attn_mha, plan)
 
     def keys_and_values(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -174,12 +176,12 @@ class DeepseekV2AttentionMLA(nn.Module):
 
 
 def _rows(q: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """The rows of ``q`` that a part of a step takes; None is all of them."""
+    """The rows of ``q`` that a part of a step uses; None: all rows."""
     return q if rows is None else q[rows]
 
 
 def _placed(out: torch.Tensor, rows: torch.Tensor | None, part: torch.Tensor) -> torch.Tensor:
-    """``out`` with ``part`` at its rows; ``part`` itself where that is every row."""
+    """``out`` with ``part`` at its rows; ``part`` itself if it is every row."""
     if rows is None:
         return part
     out[rows] = part

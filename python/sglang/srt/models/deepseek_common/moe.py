@@ -38,7 +38,7 @@ class MoEGate(nn.Module):
 class DeepseekV2MoE(nn.Module):
     """Routed experts plus the shared experts, which are one MLP of n_shared_experts times the expert width.
 
-    fuse_shared: they lie in slots of the routed ones' weights (the caller vouches that they can), and a step whose size
+    fuse_shared: they are stored as routed experts (the caller has checked that they can be), and a step whose size
     ``overlap.site`` fuses computes them as such.
     """
 
@@ -59,7 +59,7 @@ class DeepseekV2MoE(nn.Module):
         self.num_fused_shared_experts = config.n_shared_experts if fuse_shared else 0
         slots = shared_slots(self.num_fused_shared_experts)
         self.topk = make_topk(config, self.gate.e_score_correction_bias, slots)
-        # Both parts stay partial sums of this rank; the block reduces once.
+        # Both parts are partial sums of this rank; the block reduces once.
         self.experts = make_experts(
             config.n_routed_experts, hidden, width, config.num_experts_per_tok, quant_config, f"{prefix}.experts",
             self.num_fused_shared_experts,

@@ -57,7 +57,7 @@ def _make(
 
 
 def expert_recv_stats(model: nn.Module) -> list[RecvStats]:
-    """The gauges of the receive buffers that the experts of ``model`` share."""
+    """The receive statistics of the dispatchers of ``model``."""
     return list({id(m.recv_stats): m.recv_stats for m in model.modules() if isinstance(m, MoriEPMoE)}.values())
 
 

@@ -12,7 +12,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
 class GatheredMoE(FusedMoE):
-    """Each rank brings its slice of its attention group's rows, computes its experts for all, and the sums are shared.
+    """All-gathers the slices that the ranks hold, computes this rank's experts for all rows, and sums over the ranks.
 
     The result is a part of a sum over the attention group.
     """
@@ -28,7 +28,7 @@ class GatheredMoE(FusedMoE):
                 "attention groups exchange rows only in a step whose metadata contains the number of rows of each group"
             )
         tp, world = self.ranks.tp, self.ranks.world
-        # Equal shares of the longest group: every rank brings as many rows, the missing ones without experts.
+        # Every rank sends the same number of rows, by the longest group; missing rows have no experts.
         share = -(-max(groups) // tp.size)
         mine = slice(*(min(edge, x.shape[0]) for edge in slice_of(max(groups), tp.rank, tp.size)))
         real = torch.arange(x.shape[0], device=x.device) < fb.num_token_non_padded

@@ -1,4 +1,4 @@
-"""Routed experts of which each rank holds a part, and to whose ranks the tokens travel."""
+"""Routed experts that are distributed over ranks; tokens are sent to the ranks of their experts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class MoriEPMoE(FusedMoE):
-    """Experts over all ranks of the replica, tokens exchanged by ``MoriEPDispatcher``.
+    """Experts over all ranks of the replica; ``MoriEPDispatcher`` exchanges the tokens.
 
     Each rank dispatches its slice of its attention group's rows; the result is a part of a sum over that group.
     full_buffer: compute all rows of the receive buffer instead of the proven bound (benchmarks).
@@ -104,7 +104,7 @@ class MoriEPMoE(FusedMoE):
         return MoriEPNormalCombineInput(results, arrived.origin_topk_ids, arrived.origin_topk_weights)
 
     def _rows_of_ranks(self, num_rows: int, fb: ForwardBatch | None) -> tuple[int, ...]:
-        """The rows that each rank dispatches in this step, from metadata that all share."""
+        """The rows that each rank dispatches in this step, from metadata that all ranks have."""
         dp_size, dp_rank = self.ranks.attn_dp_size, self.ranks.attn_dp_rank
         groups = None if fb is None else fb.rows_of_groups
         if groups is None and dp_size == 1:
@@ -130,7 +130,8 @@ class MoriEPMoE(FusedMoE):
         return input_rows(bound, capacity, self._tiers, manual)
 
     def _keep_padding_here(self, topk: TopKOutput, fb: ForwardBatch | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Padding rows go to an expert of this rank with weight 0: they do not travel, and nothing must drop them."""
+        """Padding rows go to an expert of this rank with weight 0, so that they are not sent and need no special
+        case."""
         if fb is None:
             return topk.weights, topk.ids
         padding = (torch.arange(topk.ids.shape[0], device=topk.ids.device) >= fb.num_token_non_padded).unsqueeze(1)
