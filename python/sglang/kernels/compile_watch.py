@@ -1,4 +1,4 @@
-"""Notices Triton kernels that are compiled while requests wait for them."""
+"""Counts Triton kernels that are compiled while requests wait for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _compiled: Counter[str] = Counter()
 
 
 def watch_compilations() -> None:
-    """From now on count, and say once a kernel, what Triton compiles; without Triton there is nothing to do."""
+    """From now on count what Triton compiles, and log it once per kernel; without Triton do nothing."""
     try:
         from triton import knobs
     except ImportError:

@@ -42,7 +42,7 @@ class KernelConfigError(ValueError):
 
 @dataclass
 class OpRecord:
-    """What is known of one op: the static verdict on each implementation and what happened since."""
+    """The state of one op: the static verdict on each implementation, and fallbacks since."""
 
     chosen: str
     verdicts: dict[str, str]
@@ -61,14 +61,14 @@ def probe_package(name: str) -> str | None:
 
 
 def version_of(package: str) -> str:
-    """What an imported package says of itself, or its distribution; "" when neither says anything."""
+    """The version that an imported package, or its distribution, states; "" if neither does."""
     said = getattr(sys.modules[package], "__version__", "")
     distributions = [] if said else metadata.packages_distributions().get(package, [])
     return str(said) or (metadata.version(distributions[0]) if distributions else "")
 
 
 def is_older(version: str, wanted: tuple[int, ...]) -> bool:
-    """Whether ``version`` comes before release ``wanted``, as what leads up to it does (0.1.14.dev3, 0.1.14rc1)."""
+    """Whether ``version`` comes before release ``wanted``, like its pre-releases (0.1.14.dev3, 0.1.14rc1)."""
     match = re.match(r"v?(\d+(?:\.\d+)*)(.*)", version)
     if match is None:
         return True
@@ -93,7 +93,7 @@ class KernelRegistry:
         self.ops[op.name] = op
 
     def load_all(self) -> list[ModuleType]:
-        """The modules under ``sglang.kernels.ops``, but for Triton bodies: importing them declares each op."""
+        """The modules under ``sglang.kernels.ops``, except Triton bodies: importing them declares each op."""
         package = importlib.import_module("sglang.kernels.ops")
         found = pkgutil.walk_packages(package.__path__, package.__name__ + ".")
         return [importlib.import_module(module.name) for module in found if not module.name.endswith("_triton")]
@@ -101,7 +101,8 @@ class KernelRegistry:
     def prefer(self, groups: Collection[str], impl: str | None) -> None:
         """Put implementation ``impl`` first for the ops of ``groups`` that have it (``--attention-backend``).
 
-        None takes the declared order again. What was decided is decided anew; raises KernelConfigError as ``freeze``.
+        None restores the declared order. Ops that are decided are decided again; raises KernelConfigError like
+        ``freeze``.
         """
         changed = {group for group in groups if self._preferred.get(group) != impl}
         self._preferred |= dict.fromkeys(changed, impl)
@@ -110,7 +111,7 @@ class KernelRegistry:
                 self._decide(op)
 
     def freeze(self) -> None:
-        """Decide every op now; raises KernelConfigError when SGLANG_KERNELS cannot be honoured."""
+        """Decide every op now; raises KernelConfigError when SGLANG_KERNELS cannot be applied."""
         self.load_all()
         forced = self._forcing()
         for name in forced:
@@ -138,7 +139,7 @@ class KernelRegistry:
                 return impl.fn(*args, **kwargs)
             try:
                 return impl.fn(*args, **kwargs)
-            except Exception as error:  # warm-up only: the kernel is disabled, once, aloud
+            except Exception as error:  # only in warm-up: the kernel is disabled, with one warning
                 self._disable(op, impl, record, error)
         shapes = ", ".join(f"{arg.dtype} {tuple(arg.shape)}" for arg in args if isinstance(arg, torch.Tensor))
         raise KernelConfigError(
@@ -172,7 +173,7 @@ class KernelRegistry:
         return self._forced
 
     def reset(self) -> None:
-        """Forget preferences and what was forced; every op is decided anew at its next call."""
+        """Forget preferences and what was forced; every op is decided again at its next call."""
         self._preferred.clear()
         self._forced = None
         for op in self.ops.values():
@@ -227,7 +228,7 @@ class KernelRegistry:
         return reason or "ok"
 
     def _probe(self, package: str, impl: Impl) -> str | None:
-        """None when ``package`` imports, else why not; it is tried once, and said once if it was asked for."""
+        """None when ``package`` imports, else why not; it is tried once, and logged once if it was requested."""
         if package not in self._packages:
             reason = probe_package(package)
             self._packages[package] = None if reason is None else f"package {package} does not import ({reason})"
@@ -276,7 +277,7 @@ REGISTRY = KernelRegistry()
 
 @contextmanager
 def fresh_decisions() -> Iterator[None]:
-    """Decide anew inside the block, and again after it (tests that change switches or the platform)."""
+    """Decide all ops again inside the block, and again after it (tests that change switches or the platform)."""
     REGISTRY.reset()
     try:
         yield

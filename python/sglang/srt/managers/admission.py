@@ -1,4 +1,4 @@
-"""How much may wait: the bound of the queue, judged where requests arrive, before any work is done for them."""
+"""The limit of the waiting queue, checked where requests arrive, before any work is done for them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _TOKENS = ("tokens (prompts and max_new_tokens)", "--max-queued-tokens")
 
 
 class Admission:
-    """Sequences that have not started yet, over all schedulers, and the tokens that they may come to hold.
+    """Sequences that have not started yet, over all schedulers, and the most tokens that they may hold.
 
     A sequence counts from before its prompt is tokenized until a scheduler says that it has started, or until it is
-    gone. None as a bound means none.
+    gone. A limit of None means no limit.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Admission:
         self._num_started = 0
 
     def check(self, requests: int = 1, tokens: int = 0) -> None:
-        """Raise RequestError unless so many more may wait: 503 for now, 400 where it could never be."""
+        """Raise RequestError unless so many more may wait: 503 for now, 400 if they never can."""
         for count, asked, most, what, flag in (
             (self.num_requests, requests, self.max_requests, *_SEQUENCES),
             (self.num_tokens, tokens, self.max_tokens, *_TOKENS),
@@ -53,7 +53,7 @@ class Admission:
             raise self._full(f"{count} {what} wait, {asked} more are asked for, and at most {most} may wait ({flag})")
 
     def check_room(self) -> None:
-        """Raise RequestError (503) where no request may wait, however small it is."""
+        """Raise RequestError (503) if not even the smallest request may wait."""
         for count, most, what, flag in (
             (self.num_requests, self.max_requests, *_SEQUENCES),
             (self.num_tokens, self.max_tokens, *_TOKENS),
@@ -75,13 +75,13 @@ class Admission:
         self.num_tokens -= tokens
 
     def started(self, requests: int) -> None:
-        """So many sequences have left the queue for a scheduler's batch."""
+        """Record that so many sequences have left the queue for a scheduler's batch."""
         self._starts.append((self._clock(), requests))
         self._num_started += requests
         self._forget_old()
 
     def retry_after_s(self) -> int:
-        """Seconds in which, at the rate of late, all that waits will have started."""
+        """Seconds until all waiting sequences will have started, at the recent rate."""
         self._forget_old()
         if not self._num_started:
             return _RETRY_AFTER_UNKNOWN_S

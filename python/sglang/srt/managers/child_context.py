@@ -1,4 +1,4 @@
-"""A child process's side of its launch: what it is told, what it reports, and how it ends with its parent."""
+"""A child process's side of its launch: its configuration, its reports, and how it ends with its parent."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.managers.pulse import Pulse
 from sglang.srt.server_args import ServerArgs
 
-# What a pipe takes at once, whatever the characters: a dying child must not wait for a reader.
+# Fits into a pipe with any characters, so that a dying child does not wait for a reader.
 MAX_WORDS = 8_000
 # On this signal a child prints the stacks of its threads.
 STACKS_SIGNAL = signal.SIGUSR1
 
 
 class RankPlace(msgspec.Struct, frozen=True):
-    """Where a scheduler process stands.
+    """The place of a scheduler process among the ranks.
 
     ``rank`` counts the ranks of its replica, ``local_rank`` all ranks of the host (its device), ``dp_rank`` replicas or
     attention groups, whichever there are several of. ``label`` is its name in logs, empty for the only rank.
@@ -41,9 +41,9 @@ class RankPlace(msgspec.Struct, frozen=True):
 
 
 class LaunchConfig(msgspec.Struct, kw_only=True):
-    """What a child process is told, as JSON on its stdin: nothing of it lies on disk.
+    """The configuration of a child process, as JSON on its stdin; nothing of it is written to disk.
 
-    ``needed`` is what the launch has counted for a scheduler: see ``launch_engine_processes``.
+    ``needed`` is the memory that the launch has counted for a scheduler: see ``launch_engine_processes``.
     """
 
     server_args: ServerArgs
@@ -62,17 +62,17 @@ def _leave_block() -> None:
 
 
 class ChildContext:
-    """What the parent says on stdin and hears on ``ready_fd``.
+    """The pipes to the parent: it sends on stdin and receives on ``ready_fd``.
 
-    The first line on stdin is the LaunchConfig. A byte after it is the order to end; the end of stdin is that of the
-    parent.
+    The first line on stdin is the LaunchConfig. A byte after it is the order to end; the end of stdin means the end of
+    the parent.
     """
 
     def __init__(self, ready_fd: int, pulse_fd: int) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         faulthandler.register(STACKS_SIGNAL, all_threads=True)
         orders = os.fdopen(os.dup(0), "rb")
-        with open(os.devnull, "rb") as nothing:  # what this process starts has no word with the parent
+        with open(os.devnull, "rb") as nothing:  # processes that this one starts do not inherit the pipe
             os.dup2(nothing.fileno(), 0)
         line = orders.readline()
         if not line:
@@ -81,7 +81,7 @@ class ChildContext:
         self.pulse = Pulse(pulse_fd)
         self._ready_fd = ready_fd
         self._is_ordered = False
-        # Until the process serves there is nothing to put in order.
+        # Before the process serves, it has nothing to shut down.
         self._obey: Callable[[], None] = lambda: os._exit(0)
         threading.Thread(target=self._follow_parent, args=(orders,), daemon=True).start()
 
@@ -89,7 +89,7 @@ class ChildContext:
         self._report({"status": "ready", "info": info})
 
     def report_error(self, message: str, user_error: bool, lost_peer: bool = False) -> None:
-        """Tell the parent why this process is about to end; ``lost_peer`` when another rank ended before."""
+        """Report to the parent why this process is about to end; ``lost_peer`` when another rank ended before."""
         report = {"status": "error", "message": message[:MAX_WORDS], "user_error": user_error, "lost_peer": lost_peer}
         self._report({**report, "at": time.monotonic()})
 

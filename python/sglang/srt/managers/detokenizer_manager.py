@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _REPLACEMENT = "\ufffd"
-# A character has at most 4 bytes, so at most 3 trailing replacement characters can still turn into a real one.
+# A character has at most 4 bytes, so at most 3 trailing replacement characters can still become a real character.
 _MAX_UNSTABLE = 3
 _WINDOW_KEEP = 6
 _WINDOW_MAX = 16
-# Past this many tokens without a stable end, text is sent as it is.
+# After this many tokens without a stable end, text is sent unchanged.
 _WINDOW_LIMIT = 64
 
 
@@ -40,7 +40,7 @@ class TextStream(Protocol):
 
 
 class ByteTextStream:
-    """Byte-level tokenizers: text is the UTF-8 reading of the tokens' bytes, so one decoder state is enough."""
+    """Byte-level tokenizers: text is the UTF-8 decoding of the tokens' bytes, so one decoder state is enough."""
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
         self._bytes_of = tokenizer.token_bytes
@@ -53,10 +53,10 @@ class ByteTextStream:
 
 
 class WindowTextStream:
-    """Any other tokenizer: decode a short window of recent tokens and return what it has beyond the text sent.
+    """Any other tokenizer: decode a short window of recent tokens and return the text after the part already sent.
 
     The window's first tokens are context only (a word boundary is invisible to a token decoded alone). Trailing
-    replacement characters wait, for they may be the start of a character.
+    replacement characters are held back, because they may be the start of a character.
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool):
@@ -88,7 +88,7 @@ class WindowTextStream:
         return delta
 
     def _shrink(self, overfull: bool) -> None:
-        """Drop old tokens at a cut that leaves the end of the text as it is, and with it what is held back."""
+        """Drop old tokens where that changes neither the end of the text nor what is held back."""
         unsent = len(self._text) - len(self._sent)
         for cut in range(len(self._window) - _WINDOW_KEEP, len(self._window) - 1):
             kept = self._decode(self._window[cut:], self._skip_special_tokens)
@@ -109,9 +109,9 @@ def _without_unstable_end(text: str) -> str:
 
 
 class StopTrimmer:
-    """Holds back text from which a stop string may still grow, and cuts at the stop that ended the request.
+    """Holds back text that may be the start of a stop string, and cuts the text at the stop that ended the request.
 
-    The scheduler decides what ends a request. A whole stop string that it did not act upon within one more token
+    The scheduler decides what ends a request. A complete stop string that did not end the request within one more token
     (``min_new_tokens`` forbids it) is ordinary text and is released. Fed token by token, it sends the same text however
     tokens are grouped into messages.
     """
@@ -119,7 +119,7 @@ class StopTrimmer:
     def __init__(self, stops: list[str]):
         self._stops = stops
         self._held = ""
-        # Stop strings that begin before this position of the held text ended nothing.
+        # Stop strings that begin before this position of the held text did not end the request.
         self._passed = 0
 
     def push(self, delta: str) -> str:
@@ -222,7 +222,7 @@ class DetokenizerManager:
         text = ""
         try:
             text = self._text_of(output)
-        except Exception as error:  # of this request: the others of the message go on
+        except Exception as error:  # ends only this request: the others of the message continue
             logger.exception("request %.64r is ended", output.rid)
             words = f"Turning tokens into text failed: {error}."
             output.finish_reason = FinishReason(

@@ -6,7 +6,7 @@ from __future__ import annotations
 class LoadBalancer:
     """Spreads requests over ``dp_size`` schedulers.
 
-    "round_robin" takes them in turn. "total_tokens" takes the one whose unfinished requests may come to hold the fewest
+    "round_robin" uses them in turn. "total_tokens" uses the one whose unfinished requests may hold the fewest
     tokens, prompts and outputs; the lowest rank of several.
     """
 
@@ -16,7 +16,7 @@ class LoadBalancer:
         self._next = 0
 
     def assign(self, num_tokens: int) -> int:
-        """The rank of a request that may come to hold ``num_tokens``; ``release`` takes them back."""
+        """The rank for a request that may hold ``num_tokens``; ``release`` subtracts them again."""
         if self._by_tokens:
             rank = min(range(len(self._tokens)), key=self._tokens.__getitem__)
         else:
@@ -26,5 +26,5 @@ class LoadBalancer:
         return rank
 
     def release(self, rank: int, num_tokens: int) -> None:
-        """The request is over, or gone."""
+        """The request has ended."""
         self._tokens[rank] -= num_tokens

@@ -11,14 +11,14 @@ import torch
 from sglang.srt.constrained.llguidance_backend import GrammarError, GuidanceBackend, GuidanceGrammar
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-# Grammars that are kept for requests to come.
+# Number of grammars that are cached for later requests.
 MAX_COMPILED = 16
 
 
 class GrammarManager:
-    """Holds requests back until their grammar is compiled, and then masks their rows.
+    """Holds requests until their grammar is compiled, and then makes the masks of their rows.
 
-    ``backend`` says in words why there is none where it is text. ``announce`` is called, by one other thread, with the
+    ``backend`` as text states why there is none. ``announce`` is called, by one other thread, with the
     id of a request whose grammar is compiled; the id must then reach ``take`` of all ranks in the same turn. Where it
     is None, a grammar is compiled within ``hold``.
     """
@@ -36,7 +36,7 @@ class GrammarManager:
         self.pending: list[Req] = []
 
     def hold(self, req: Req) -> bool:
-        """Whether the request must wait for ``take``; where not, it has what it needs, or the reason why not."""
+        """True if the request must wait for ``take``; otherwise it has its grammar, or the reason why it has none."""
         if req.grammar_text is None:
             return False
         if isinstance(self._backend, str):
@@ -48,14 +48,14 @@ class GrammarManager:
             return False
         self.pending.append(req)
         self._awaited[req.rid] = future
-        # By the thread that compiles, so that it comes behind the grammar, and from one thread alone.
+        # By the compiling thread, so that it follows the grammar and comes from only one thread.
         self._thread.submit(self._announce, req.rid)
         return True
 
     def take(self, rid: str) -> Req | None:
-        """The request that waited, with its grammar or the reason why it has none.
+        """The waiting request, with its grammar or the reason why it has none.
 
-        None where it has been aborted meanwhile. Waits where another rank was faster.
+        None if it has been aborted meanwhile. Waits if this rank has not compiled it yet.
         """
         future = self._awaited.pop(rid)
         req = next((req for req in self.pending if req.rid == rid), None)
@@ -68,10 +68,11 @@ class GrammarManager:
     def mask(
         self, batch: ScheduleBatch, device: torch.device, drafts: Callable[[], list[list[int]]]
     ) -> torch.Tensor | None:
-        """Tokens that each row of the step may draw, [rows, words] int32 on ``device``; None where all may draw all.
+        """Masks of the tokens that each row may sample, [rows, words] int32 on ``device``; None if no row is
+        constrained.
 
-        Every token of the requests is known. Rows that give no token, or whose request has ended, may draw all.
-        ``drafts`` gives those of each request where a step has several rows per request: row j stands behind the
+        Every token of the requests must be known. Rows without a token, or of ended requests, may sample all.
+        ``drafts`` are the drafts of each request if a step has several rows per request: row j follows the
         first j of them.
         """
         formed = [(index, req, req.grammar) for index, req in enumerate(batch.reqs) if req.grammar is not None]

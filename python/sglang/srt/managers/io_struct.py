@@ -13,7 +13,7 @@ from sglang.srt.utils.limits import MAX_RID_CHARS
 LogprobEntry = tuple[float | None, int, str | None]
 
 
-# An id that the client chooses comes back with every message about its request.
+# A client's request id is part of every message about the request.
 RequestId = Annotated[str, msgspec.Meta(max_length=MAX_RID_CHARS)]
 
 
@@ -36,7 +36,7 @@ class GenerateReqInput(msgspec.Struct, kw_only=True, forbid_unknown_fields=True)
     return_warnings: bool | None = None
     # Seconds; the server's --request-timeout bounds it.
     request_timeout: float | None = None
-    # The prompt ends within a thought: the form that the sampling parameters ask for is that of what follows it.
+    # The prompt ends within a thought: the output constraint applies to what follows the thought.
     require_reasoning: bool | None = None
     stream: bool | None = None
 
@@ -45,8 +45,8 @@ class TokenizedGenerateReqInput(msgspec.Struct, kw_only=True, tag=True):
     """One request on its way to the scheduler.
 
     ``logprob_start_len`` is the first prompt position whose log-probability is wanted; -1 means outputs only.
-    ``grammar`` is what output follows, from behind the token ``grammar_after`` if that is given; its source in the
-    sampling parameters is not read any more.
+    ``grammar`` constrains the output, after the token ``grammar_after`` if that is given; its source in the
+    sampling parameters is no longer read.
     """
 
     rid: str
@@ -68,7 +68,7 @@ class GrammarReady(msgspec.Struct, kw_only=True, tag=True):
 
 
 class AbortReq(msgspec.Struct, kw_only=True, tag=True):
-    """End a request wherever it is: queued, mid-chunk or decoding.
+    """End a request in any state: queued, partly computed or decoding.
 
     ``rid`` is the whole id, so that one client's disconnect never ends another's request whose id merely starts alike;
     ``abort_all`` ignores it.
@@ -79,7 +79,7 @@ class AbortReq(msgspec.Struct, kw_only=True, tag=True):
 
 
 class StartedReqs(msgspec.Struct, kw_only=True, tag=True):
-    """Requests that a scheduler took from its queue; one that was retracted is named again.
+    """Requests that a scheduler took from its queue; a retracted request is listed again.
 
     ``at`` is when, in seconds of the machine's monotonic clock; None for now.
     """
@@ -136,7 +136,7 @@ class ShutdownReq(msgspec.Struct, kw_only=True, tag=True):
 
 
 class WakeReq(msgspec.Struct, kw_only=True, tag=True):
-    """One attention group to the others: there is work again, and its steps need every group."""
+    """Wakes the other attention groups: there is work again, and its steps need every group."""
 
 
 class FinishReason(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -154,7 +154,7 @@ class TokenLogprobs(msgspec.Struct, kw_only=True):
     """Log-probabilities of consecutive tokens.
 
     ``logprobs[i]`` belongs to ``ids[i]`` (None for a token with no predecessor); ``top[i]`` are (logprob, id) pairs,
-    best first; ``chosen[i]`` follows the ids that the request named. ``top`` and ``chosen`` are empty if not asked.
+    best first; ``chosen[i]`` follows the ids that the request named. ``top`` and ``chosen`` are empty if not requested.
     """
 
     logprobs: list[float | None] = []
@@ -179,13 +179,13 @@ class RequestOutput(msgspec.Struct, kw_only=True):
     output_logprobs: TokenLogprobs | None = None
     # When the scheduler had the first token, with the first output; seconds of the machine's monotonic clock.
     first_token_at: float | None = None
-    # Speculation: verify steps so far, and drafts that became output.
+    # Speculation: verify steps so far, and draft tokens that became output.
     spec_verify_ct: int = 0
     spec_accepted: int = 0
 
 
 class TokenIDOutput(RequestOutput, kw_only=True):
-    """From the scheduler, with what the detokenizer must know to make text of it."""
+    """From the scheduler, with what the detokenizer needs to produce text."""
 
     skip_special_tokens: bool = True
     no_stop_trim: bool = False
@@ -195,13 +195,13 @@ class TokenIDOutput(RequestOutput, kw_only=True):
 
 
 class BatchTokenIDOutput(msgspec.Struct, kw_only=True, tag=True):
-    """Scheduler to detokenizer: the requests of one step that have something to say."""
+    """Scheduler to detokenizer: the requests of one step that have new output."""
 
     outputs: list[TokenIDOutput]
 
 
 class StrOutput(RequestOutput, kw_only=True):
-    """New text of one request; ``text`` is the delta, never holding part of a stop string."""
+    """New text of one request; ``text`` is the delta, never containing part of a stop string."""
 
     text: str
 

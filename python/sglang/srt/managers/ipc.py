@@ -19,7 +19,7 @@ from sglang.srt.managers import io_struct
 T = TypeVar("T")
 
 PREFIX, OWNER = "sglang-", "owner.lock"
-# Directory -> the open lock that says its server lives; the kernel drops it with the process, however that ends.
+# Directory -> the open lock of a living server; the kernel releases it when the process ends in any way.
 _locks: dict[str, int] = {}
 
 # A process that waits for messages wakes this often without one, to show its parent and its peers that it lives.
@@ -27,7 +27,8 @@ IDLE_WAKE_S = 1.0
 
 
 class IpcNames(msgspec.Struct, frozen=True):
-    """Addresses of the inboxes, one scheduler's a DP rank; each is bound by its reader, in one private directory."""
+    """Addresses of the inboxes, one scheduler inbox per DP rank; each is bound by its reader, in one private
+    directory."""
 
     tokenizer: str
     schedulers: tuple[str, ...]
@@ -36,13 +37,13 @@ class IpcNames(msgspec.Struct, frozen=True):
 
     @classmethod
     def create(cls, dp_size: int = 1) -> IpcNames:
-        """Make a directory readable by this user alone and name the sockets in it; remove those of killed servers."""
+        """Make a directory readable only by this user and name the sockets in it; remove those of killed servers."""
         _remove_ownerless()
         directory = tempfile.mkdtemp(prefix=PREFIX)
         lock = _locks[directory] = os.open(os.path.join(directory, "lock.new"), os.O_RDWR | os.O_CREAT, 0o600)
         with suppress(OSError):  # a file system without locks: never removed by others
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Named once it is held, so that nobody finds it free.
+            # Renamed once it is locked, so that nobody finds it unlocked.
             os.rename(os.path.join(directory, "lock.new"), os.path.join(directory, OWNER))
 
         def address(name: str) -> str:
@@ -59,7 +60,7 @@ class IpcNames(msgspec.Struct, frozen=True):
 
 
 def _remove_ownerless() -> None:
-    """Delete the directories that killed servers left: those whose lock nobody holds."""
+    """Delete the directories that killed servers left: those whose lock is free."""
     for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{OWNER}"):
         with suppress(OSError), path.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

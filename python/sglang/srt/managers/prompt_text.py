@@ -9,15 +9,15 @@ from sglang.srt.managers.request_input import RequestError
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.srt.utils.limits import MAX_LONG_TEXTS_AT_ONCE
 
-# Longer texts are tokenized in a thread, so that other requests go on meanwhile.
+# Longer texts are tokenized in a thread, so that other requests continue meanwhile.
 _LONG_TEXT_CHARS = 8192
 _PIECE_CHARS = 1 << 16
-# A text of at most so many bytes for each token of the context is tokenized whole, whatever comes out.
+# A text of at most so many bytes for each token of the context is tokenized as a whole, whatever its number of tokens.
 _BYTES_PER_TOKEN = 4
 
 
 class PromptEncoder:
-    """Tokenizes for one model. Refuses text that cannot fit its context before it spends time on it."""
+    """Tokenizes for one model. Refuses text that cannot fit into the context before tokenizing it."""
 
     def __init__(self, tokenizer: Tokenizer, context_len: int, vocab_size: int):
         self._tokenizer = tokenizer
@@ -27,11 +27,12 @@ class PromptEncoder:
         self._threads = ThreadPoolExecutor(MAX_LONG_TEXTS_AT_ONCE, "tokenize")
 
     def close(self) -> None:
-        """Drop what waits for a thread."""
+        """Cancel work that waits for a thread."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``. Raises RequestError where it is too long, has no UTF-8, or gives ids of another model.
+        """Token ids of ``text``. Raises RequestError if it is too long, is not valid Unicode, or has ids outside the
+        vocabulary.
 
         A text that passes may still have more tokens than the context.
         """
@@ -72,7 +73,7 @@ class PromptEncoder:
         return self._tokenizer.encode(text, add_special_tokens)
 
     def _refuse_far_too_long(self, text: str) -> None:
-        """Count tokens piece by piece: the whole text could give millions, of 130 bytes each.
+        """Count tokens piece by piece: the whole text could have millions, of 130 bytes each.
 
         A cut adds at most a few tokens to a piece of thousands of characters; twice the context is far beyond that.
         """

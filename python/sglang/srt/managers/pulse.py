@@ -1,4 +1,5 @@
-"""A count of loop turns in memory that a child shares with its parent: a process that hangs or is stopped is seen."""
+"""A count of loop turns in memory that a child shares with its parent, which shows whether the process hangs or is
+stopped."""
 
 from __future__ import annotations
 
@@ -8,7 +9,7 @@ import struct
 import time
 
 _COUNT = struct.Struct("=Q")
-# A parent that did not look for longer, being stopped itself, holds no child to account for that time.
+# If the parent itself was stopped and did not look for longer, that time does not count against a child.
 MAX_GAP_S = 2.0
 
 
@@ -48,7 +49,7 @@ class PulseReader:
 
     @property
     def last_silent_s(self) -> float:
-        """What ``silent_s`` said last."""
+        """The last result of ``silent_s``."""
         return self._silent_s
 
     def close(self) -> None:
@@ -63,7 +64,7 @@ def is_stopped(pid: int) -> bool:
     """Whether a signal (SIGSTOP, SIGTSTP) or a debugger holds the process; False where /proc does not say."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            # The name before the state may hold anything, parentheses too.
+            # The name before the state may contain any characters, including parentheses.
             return file.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
     except (OSError, IndexError):
         return False

@@ -1,4 +1,4 @@
-"""Fields of request bodies that are not honoured: refused where they would change the answer, else named once."""
+"""Unsupported fields of request bodies: refused if they would change the output, otherwise logged once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _EXTRA_OUTPUT = "the answer would lack what it asks for"
 
 # Field of upstream's, of OpenAI's or of vLLM's API, and why a request that uses it is refused.
 REFUSED_FIELDS: dict[str, str] = {
-    # The form of the output, where another endpoint reads the field.
+    # Output constraints, which other endpoints support.
     **dict.fromkeys(
         (
             "regex", "ebnf", "json_schema", "structural_tag", "guided_json", "guided_regex", "guided_choice",
@@ -84,11 +84,11 @@ REFUSED_FIELDS: dict[str, str] = {
     "return_cached_tokens_details": "start the server with --enable-cache-report",
 }  # fmt: skip
 
-# Values that ask for nothing, where these are not null, false, zero and the empty ones.
+# Values that have no effect, in addition to null, false, zero and empty values.
 _HARMLESS_VALUES: dict[str, tuple[Any, ...]] = {
     "best_of": (1,),
     "add_generation_prompt": (True,),
-    # What each kind of prompt gets anyway differs between the endpoints.
+    # The default for each kind of prompt differs between the endpoints.
     "add_special_tokens": (),
     "function_call": ("none", "auto"),
     "guided_json": (),
@@ -112,7 +112,7 @@ TOLERATED_FIELDS = frozenset(
 
 
 def refuse_field(name: str, value: Any) -> None:
-    """Raise RequestError where ``name`` is known, not honoured, and ``value`` asks for something."""
+    """Raise RequestError if the known field ``name`` is not supported and ``value`` has an effect."""
     reason = REFUSED_FIELDS.get(name)
     if reason is None or value is None:
         return
@@ -123,7 +123,7 @@ def refuse_field(name: str, value: Any) -> None:
 
 
 class UnknownFields:
-    """Judges the fields that no schema knows, and names each of them once in the log."""
+    """Handles fields that are in no schema, and logs each of their names once."""
 
     def __init__(self) -> None:
         self._logged: set[str] = set()
@@ -131,7 +131,7 @@ class UnknownFields:
     def judge(
         self, fields: Mapping[str, Any], known: Collection[str], where: str = "", warnings: list[str] | None = None
     ) -> None:
-        """Judge unknown fields by name and value; ``known`` are the names that a typing error may have meant.
+        """Check unknown fields by name and value; ``known`` are names that a misspelled one may mean.
 
         ``where`` stands before each name, as ``stream_options.``. ``warnings`` is extended, up to a limit. Raises
         RequestError for a refused field.
@@ -139,7 +139,7 @@ class UnknownFields:
         for name, value in fields.items():
             refuse_field(name, value)
         for name in fields:
-            # A refused field that asks for nothing is no mistake.
+            # A refused field without effect is accepted.
             if name not in TOLERATED_FIELDS and name not in REFUSED_FIELDS:
                 self._note(where + name[:MAX_UNKNOWN_FIELD_CHARS], known, warnings)
 

@@ -1,4 +1,4 @@
-"""The form that a request asks its output to have, as a grammar that the scheduler compiles without harm."""
+"""The output constraint of a request, as a grammar that was checked before the scheduler compiles it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RequestGrammars:
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
 
     def check_served(self, params: SamplingParams) -> None:
-        """Raise RequestError where ``params`` ask for a form, and this server gives none."""
+        """Raise RequestError if ``params`` constrain the output and this server does not support that."""
         if params.grammar_source is not None and self._refusal is not None:
             raise RequestError(f"{params.grammar_source[0]} is not supported by this server: {self._refusal}")
 
@@ -53,7 +53,7 @@ class RequestGrammars:
         return grammar
 
     def think_end_id(self) -> int:
-        """The token behind which an answer follows a thought. Raises RequestError where it is no token of its own."""
+        """The token that ends a thought. Raises RequestError if the tokenizer has no single token for it."""
         token_id = None if self._tokenizer is None else self._tokenizer.token_id(THINK_END)
         if token_id is None:
             raise RequestError(
@@ -63,7 +63,7 @@ class RequestGrammars:
         return token_id
 
     def close(self) -> None:
-        """End the process that tries grammars."""
+        """End the process that checks grammars."""
         self._thread.shutdown(wait=False, cancel_futures=True)
         if self._checker is not None:
             self._checker.close()
@@ -85,7 +85,7 @@ class RequestGrammars:
 
 
 def grammar_refusal(args: ServerArgs) -> str | None:
-    """Why a server of the resolved ``args`` holds no output to a form; None if it does."""
+    """Why a server of the resolved ``args`` does not support constrained output; None if it does."""
     if args.grammar_backend == "none":
         return "it was started with --grammar-backend none. Remove the field."
     if args.skip_tokenizer_init:

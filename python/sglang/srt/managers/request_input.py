@@ -61,7 +61,7 @@ class SingleRequest(msgspec.Struct, kw_only=True):
 
 
 def request_limit(max_queued_requests: int) -> int:
-    """Most requests of one call over HTTP: more could never wait together, however idle the server is."""
+    """Most requests of one call over HTTP: more could never wait at the same time, even on an idle server."""
     return min(MAX_REQUESTS_PER_CALL, max_queued_requests)
 
 
@@ -115,7 +115,7 @@ def _prompts(obj: GenerateReqInput) -> tuple[list[Any], bool]:
 
 
 def _check_num_requests(given: Any, params: list[dict[str, Any]], limit: int) -> None:
-    """Refuse a call of too many requests before anything is built of it."""
+    """Refuse a call with too many requests before anything is built from it."""
     total = sum(map(_num_samples, params)) if isinstance(given, list) else len(params) * _num_samples(given)
     if total > limit:
         raise RequestError(
@@ -126,7 +126,7 @@ def _check_num_requests(given: Any, params: list[dict[str, Any]], limit: int) ->
 
 
 def _num_samples(params: Any) -> int:
-    """``n`` of raw sampling parameters; what is no number is refused later, by name."""
+    """``n`` of raw sampling parameters; a value that is not a number is refused later, by name."""
     n = params.get("n") if isinstance(params, Mapping) else None
     return int(n) if isinstance(n, int | float) and n == n and 1 <= n < 2**63 else 1
 
@@ -138,7 +138,7 @@ def _non_empty(name: str, value: list[T]) -> list[T]:
 
 
 def _per_request(name: str, value: Any, count: int, is_batch: bool, default: T) -> list[T]:
-    """One value a request: a scalar is shared, a list needs one entry a prompt."""
+    """One value per request: a scalar is shared, a list needs one entry per prompt."""
     if not isinstance(value, list):
         return [default if value is None else value] * count
     if not is_batch:
@@ -176,7 +176,7 @@ def _distinct(ids: list[int]) -> list[int]:
 
 
 def check_logprobs(single: SingleRequest, vocab_size: int) -> None:
-    """Raise RequestError for more log-probabilities per token than are given, or of ids outside the vocabulary."""
+    """Raise RequestError for more log-probabilities per token than allowed, or for ids outside the vocabulary."""
     most = min(MAX_TOP_LOGPROBS, vocab_size)
     if not 0 <= single.top_logprobs_num <= most:
         raise RequestError(f"top_logprobs_num must be in [0, {most}], got {single.top_logprobs_num}.")
@@ -191,7 +191,7 @@ def check_logprobs(single: SingleRequest, vocab_size: int) -> None:
 
 
 def num_prompt_logprobs(single: SingleRequest, num_tokens: int) -> int:
-    """How many log-probabilities of its prompt a request asks for. Raises RequestError for a start outside it."""
+    """The number of prompt log-probabilities that a request asks for. Raises RequestError for a start outside it."""
     start = single.logprob_start_len
     if start < -1 or start >= num_tokens:
         raise RequestError(
@@ -213,12 +213,12 @@ def too_many_logprobs(what: str, asked: int, limit: int) -> RequestError:
 
 
 def time_limit(asked: float | None, most: float | None) -> float | None:
-    """Seconds after which a request ends, None for no limit. Raises RequestError for a limit that is none."""
+    """Seconds after which a request ends, None for no limit. Raises RequestError for an invalid limit."""
     if asked is not None and not 0 < asked < math.inf:
         raise RequestError(f"request_timeout must be a number of seconds above 0, got {asked:g}.")
     return min((limit for limit in (asked, most) if limit is not None), default=None)
 
 
 def out_of_time(limit_s: float | None) -> RequestError:
-    """504 for a request that took longer than it may."""
+    """504 for a request that exceeded its time limit."""
     return RequestError(f"The request did not finish within {limit_s:g} s, its time limit.", 504, "TimeoutError")

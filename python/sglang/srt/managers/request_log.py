@@ -1,4 +1,4 @@
-"""What is logged of each request: when it came, and how it ended."""
+"""The log entries of a request: when it arrived, and how it ended."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ _MAX_PARAMS_CHARS = 512
 
 
 class RequestLog:
-    """Two entries per request at ``--log-requests``: lines of the log, or lines of JSON alone with the same keys.
+    """Two entries per request at ``--log-requests``: log lines, or pure JSON lines with the same keys.
 
-    What comes from clients is escaped, and cut unless all of it is asked for.
+    Text from clients is escaped, and cut unless the level asks for all of it.
     """
 
     def __init__(self, args: ServerArgs) -> None:
@@ -38,7 +38,7 @@ class RequestLog:
         self._json: TextIO | None = sys.stderr if args.log_requests_format == "json" else None
 
     def received(self, obj: GenerateReqInput, states: Sequence[RequestState]) -> None:
-        """``obj`` is on its way to a scheduler."""
+        """Log that ``obj`` was sent to a scheduler."""
         if not self._enabled:
             return
         rids = [self._cut(state.rid, _MAX_ID_CHARS) for state in states]
@@ -51,7 +51,7 @@ class RequestLog:
         self._say("Receive", told)
 
     def finished(self, state: RequestState) -> None:
-        """A request has ended; without a reason where its reader left."""
+        """Log that a request has ended; without a reason if its reader left."""
         if not self._enabled:
             return
         reason = None if state.finish_reason is None else msgspec.to_builtins(state.finish_reason)
@@ -71,7 +71,7 @@ class RequestLog:
             print(json.dumps({"time": now, "event": event.lower(), **told}), file=self._json, flush=True)
 
     def _cut(self, value: Any, most: int = _MAX_CHARS) -> Any:
-        """``value``, or words for its beginning where it is longer than the level allows."""
+        """``value``, or a text with its beginning if it is longer than the level allows."""
         if self._level >= EVERYTHING:
             return value
         if isinstance(value, str):

@@ -1,4 +1,4 @@
-"""How long requests took, as the process that answers them sees it."""
+"""Latencies of requests, measured in the process that sends the replies."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from itertools import accumulate
 
 from sglang.srt.managers.io_struct import StrOutput
 
-# Seconds, from a millisecond on, three to a power of ten.
+# Bounds in seconds from one millisecond, three per power of ten.
 _BOUNDS = tuple(float(f"{step}e{power}") for power in range(-3, 3) for step in (1, 2.5, 5))
 
 
@@ -27,13 +27,13 @@ class Histogram:
         self.sum += value * times
 
     def cumulative(self) -> list[tuple[str, int]]:
-        """Bounds as text, the last one infinite, and how many values lie at or below each."""
+        """Bounds as text, the last one infinite, and the number of values at or below each."""
         return list(zip([*map(str, self._bounds), "+Inf"], accumulate(self._counts), strict=True))
 
 
 @dataclass
 class RequestMetrics:
-    """Of the requests of one scheduler. All times begin when the prompt has become tokens.
+    """Latencies of the requests of one scheduler. All times begin when the prompt is tokenized.
 
     Requests that are aborted have no end-to-end time.
     """
@@ -54,14 +54,14 @@ class RequestTimer:
         self._last: float | None = None
 
     def started(self, at: float | None) -> None:
-        """A scheduler took it from its queue, now or at a time that it says."""
+        """Record that a scheduler took it from its queue, now or at the time given."""
         self._metrics.queue.add((at or time.perf_counter()) - self._created)
 
     def received(self, output: StrOutput) -> None:
-        """Tokens came, one after the other or, without a stream, all at once, and with the last ones the end."""
+        """Record tokens, which arrive one after the other or, without a stream, all at once, and the end."""
         now, num_new = time.perf_counter(), len(output.output_ids)
         if num_new and self._last is None:
-            # With one token alone, what it took to get here counts.
+            # With only one token, the whole time counts.
             self._last = now if num_new == 1 else output.first_token_at or now
             self._metrics.first_token.add(self._last - self._created)
             num_new -= 1

@@ -1,4 +1,4 @@
-"""What the tokenizer manager keeps of a request in flight, and the result dictionaries that it makes of it."""
+"""The tokenizer manager's state of a request in flight, and the result dictionaries made from it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _entries(row: list[tuple[float, int]] | None, text_of: TokenText) -> list[Lo
 
 
 class RequestState:
-    """One request in flight: what has arrived, and how much of it the reader has had."""
+    """One request in flight: what has arrived, and how much of it the reader has received."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class RequestState:
         self.rid = rid
         self.wire_rid = wire_rid
         self.index = len(group.states)
-        # Where it was sent, and how many tokens it may come to hold there.
+        # The DP rank that it was sent to, and the most tokens that it may hold there.
         self.dp_rank = 0
         self.num_tokens = num_tokens
         # No scheduler has started it yet.
@@ -71,16 +71,16 @@ class RequestState:
         self._single = single
         self._text_of = text_of
         self._show_dp_rank = show_dp_rank
-        # Characters, ids and log-probabilities (of output and prompt) that the reader has had.
+        # Characters, ids and log-probabilities (of output and prompt) that the reader has received.
         self._read = 0, 0, 0, 0
 
     def sent_to(self, dp_rank: int, metrics: RequestMetrics) -> None:
-        """Count its times among those of the scheduler that it goes to."""
+        """Count its times for the scheduler that it is sent to."""
         self.dp_rank = dp_rank
         self.timer = RequestTimer(metrics, self.created)
 
     def started(self, at: float | None) -> None:
-        """A scheduler took it from its queue."""
+        """Record that a scheduler took it from its queue."""
         if self.timer is not None:
             self.timer.started(at)
 
@@ -101,7 +101,7 @@ class RequestState:
         self.group.on_output(self)
 
     def error(self) -> RequestError | None:
-        """The error in which the request ended, if it did."""
+        """The error that ended the request, or None."""
         reason = self.finish_reason
         if reason is None or reason.type != "abort" or reason.status_code is None:
             return None
@@ -182,7 +182,7 @@ class RequestGroup:
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing more can come."""
+        """Whether no more output can arrive."""
         return self.error is not None or 0 < len(self.states) == self._num_finished
 
     @property
@@ -191,7 +191,7 @@ class RequestGroup:
         return self._num_finished == len(self.states) and not self._changed and self.error is None
 
     async def wait(self) -> list[RequestState]:
-        """The states that changed since the last call. Raises the error in which any of them ended."""
+        """The states that changed since the last call. Raises the error that ended any of them."""
         await self._event.wait()
         self._event.clear()
         if self.error is not None:

@@ -483,11 +483,8 @@ class Scheduler:
         req.finish_reason = self.stop_checker.check(req)
 
     def _finish(self, req: Req, fault: int) -> None:
-        """Release a finished request.
-
-        What a faulty step computed never enters the prefix cache, and what this request computed and shared earlier is
-        withdrawn from it.
-        """
+        """Release a finished request. What a faulty step computed never enters the prefix cache, and what this request
+        shared earlier is withdrawn from it."""
         unsound = fault in (RowFault.LOGITS, RowFault.TOKEN_ID)
         if unsound:
             self.memory.withdraw(req)

@@ -24,7 +24,7 @@ from sglang.srt.utils.audit import unpickle_count
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Limits in tokens and requests; ``chunked_prefill_size`` None means prompts are not cut.
+    """Limits in tokens and requests; ``chunked_prefill_size`` None: prompts are not split.
 
     ``max_req_len`` bounds prompt and output of one request. ``retract_interval`` 0: only a full pool retracts.
     """
@@ -55,7 +55,7 @@ class SchedulerConfig:
     def create(
         cls, args: ServerArgs, model_config: ModelConfig, runner: ModelRunner, dp_rank: int = 0
     ) -> SchedulerConfig:
-        """From resolved arguments and the pools that the runner has made."""
+        """From resolved arguments and the pools of the runner."""
         chunk = args.chunked_prefill_size
         return cls(
             device=runner.device,
@@ -64,7 +64,7 @@ class SchedulerConfig:
             max_running_requests=runner.req_to_token_pool.size,
             max_prefill_tokens=args.max_prefill_tokens,
             chunked_prefill_size=chunk if chunk is not None and chunk > 0 else None,
-            # Drafts take slots, and never those of a token that a request may still have.
+            # Drafts need slots in addition to those of all tokens that a request may have.
             max_req_len=min(model_config.context_len, runner.pools.size(FULL) - slots_for_drafts(args)),
             schedule_policy=args.schedule_policy,
             schedule_conservativeness=args.schedule_conservativeness,
@@ -89,7 +89,7 @@ class SchedulerConfig:
         return (self.random_seed * 1_000_003 + number * self.dp_size + self.dp_rank) % 2**63
 
     def stop_ids_of(self, params: SamplingParams) -> frozenset[int]:
-        """Ids that end a request: its own, and the model's unless it ignores them."""
+        """Ids that end a request: its own stop ids, and the model's unless it ignores them."""
         return frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self.eos_token_ids)
 
     def describe(self) -> dict[str, Any]:

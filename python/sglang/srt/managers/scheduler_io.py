@@ -1,4 +1,4 @@
-"""How messages reach the scheduler of each rank, and how the first rank of each attention group answers."""
+"""How messages reach the scheduler of each rank, and how the first rank of each attention group sends replies."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sglang.srt.managers.ipc import IDLE_WAKE_S, IpcNames, Sender, scheduler_rec
 
 
 class SchedulerChannel(Protocol):
-    """What the scheduler needs of the outside."""
+    """The scheduler's interface to other processes."""
 
     def receive(self, wait: bool) -> list[SchedulerMessage]: ...
 
@@ -28,7 +28,7 @@ class SchedulerChannel(Protocol):
 
 
 class RankZeroChannel:
-    """Reads the inbox of a DP rank, shares what came with the other ranks of ``group``, and sends answers.
+    """Reads the inbox of a DP rank, shares the messages with the other ranks of ``group``, and sends replies.
 
     ``peers`` are the DP ranks whose steps depend on this one's: they are woken when a message ends a wait.
     """
@@ -49,7 +49,7 @@ class RankZeroChannel:
         if self._group.size > 1:
             self._group.broadcast_bytes(self._encoder.encode(raw))
         messages = [self._receiver.decode(data) for data in raw]
-        # A wake itself wakes nobody, or the groups would keep one another awake.
+        # A wake message does not wake other groups, or they would keep each other awake.
         if wait and self._peers and not all(isinstance(message, WakeReq) for message in messages):
             for peer in self._peers:
                 peer.send(WakeReq())
@@ -63,7 +63,7 @@ class RankZeroChannel:
 
 
 class FollowerChannel:
-    """The other ranks of a group: the same messages from rank 0, and silence towards the outside."""
+    """The other ranks of a group: they receive the same messages from rank 0, and send nothing."""
 
     def __init__(self, group: ProcessGroupHandle) -> None:
         self._group = group
@@ -75,7 +75,7 @@ class FollowerChannel:
         return [self._decoder.decode(data) for data in raw]
 
     def to_detokenizer(self, message: BatchTokenIDOutput) -> None:
-        """Rank 0 speaks for all."""
+        """Only rank 0 sends."""
 
     def to_tokenizer(self, message: TokenizerMessage) -> None:
-        """Rank 0 speaks for all."""
+        """Only rank 0 sends."""

@@ -11,18 +11,18 @@ from sglang.srt.managers.schedule_batch import ScheduleBatch
 
 logger = logging.getLogger(__name__)
 
-# Tokens per verify step of a request below which speculation lost wherever it was measured: a verify step takes at
+# Tokens per verify step below which speculation was slower wherever it was measured: a verify step takes at
 # least the time of a decode step, and the drafts take theirs. The earliest gain was at 1.47 (one H200, 2026-11-29,
 # Qwen3.5 and DeepSeek V3 layers, batches of 1 to 32, 1 and 3 drafts: bench_speculative).
 LOSING_LENGTH = 1.25
-# Over so many verify steps of requests that is judged.
+# Number of verify steps over which this is decided.
 JUDGED_STEPS = 2000
 
 
 class SchedulerMetrics:
     """Steps, tokens and seconds since start, under the names of /server_info.
 
-    Logs one line a prefill step, and one every ``decode_log_interval`` decode steps.
+    Logs one line per prefill step, and one every ``decode_log_interval`` decode steps.
     """
 
     def __init__(self, decode_log_interval: int, overlap_trace: Callable[[], list[dict[str, Any]]] = list) -> None:
@@ -30,24 +30,24 @@ class SchedulerMetrics:
         self._overlap_trace = overlap_trace
         self.num_prefill_steps = 0
         self.num_decode_steps = 0
-        self.num_idle_steps = 0  # taken part in without rows
+        self.num_idle_steps = 0  # steps that ran without rows of this group
         self.num_retracted_reqs = 0
         self.num_aborted_reqs = 0
-        self.num_prompt_tokens = 0  # of requests that have begun: computed, cached and yet to come
+        self.num_prompt_tokens = 0  # of started requests: computed, cached and remaining
         self.num_prefilled_tokens = 0
         self.num_cached_tokens = 0
         self.num_generated_tokens = 0
-        # Speculation: verify steps of requests, drafts that they brought, and drafts that became output, the latter
-        # also by their place in the chain. Drafts behind the end of an answer are not accepted ones.
+        # Speculation: verify steps of requests, draft tokens in them, and draft tokens that became output, the latter
+        # also by their position in the chain. Draft tokens after the end of an answer do not count as accepted.
         self.spec_verify_ct = 0
         self.num_drafts = 0
         self.num_accepted_drafts = 0
         self.accepted_by_position: list[int] = []
         self.spec_accept_length = 0.0  # tokens per verify step of a request, as last logged; so is the rate of drafts
         self.spec_accept_rate = 0.0
-        self.spec_accept_rate_by_position: list[float] = []  # of the steps, how many gave so many drafts or more
-        self.spec_loses = False  # as last judged
-        # Seconds in forward and sampling, and in all else of a step.
+        self.spec_accept_rate_by_position: list[float] = []  # number of steps that accepted at least so many drafts
+        self.spec_loses = False  # result of the last decision
+        # Seconds in forward and sampling, and in the rest of a step.
         self.forward_seconds = 0.0
         self.schedule_seconds = 0.0
         self.last_gen_throughput = 0.0
@@ -60,7 +60,7 @@ class SchedulerMetrics:
         self._warned = False
 
     def verified(self, num_drafts: int, num_new: int) -> None:
-        """A verify step gave a request ``num_new`` tokens, of which all but the last were drafts."""
+        """Record a verify step that gave a request ``num_new`` tokens, of which all but the last were drafts."""
         self.spec_verify_ct += 1
         self.num_drafts += num_drafts
         self.num_accepted_drafts += num_new - 1
@@ -71,7 +71,7 @@ class SchedulerMetrics:
             self._judge(num_drafts)
 
     def _judge(self, num_drafts: int) -> None:
-        """Whether speculation loses time by what was accepted since it was judged last; says so once."""
+        """Decide whether speculation loses time, by the tokens accepted since the last decision; warns once."""
         steps, accepted = self._judged
         self._judged = now = (self.spec_verify_ct, self.num_accepted_drafts)
         length = 1 + (now[1] - accepted) / (now[0] - steps)
@@ -92,7 +92,7 @@ class SchedulerMetrics:
     def step_done(
         self, batch: ScheduleBatch, load: Callable[[], dict[str, int]], forward_s: float, schedule_s: float
     ) -> None:
-        """Count a step; ``load`` is asked where it is logged."""
+        """Count a step; ``load`` is called if it is logged."""
         self.forward_seconds += forward_s
         self.schedule_seconds += schedule_s
         if batch.forward_mode.is_decode():
@@ -103,14 +103,14 @@ class SchedulerMetrics:
             self._prefill_done(batch, load())
 
     def _prefill_done(self, batch: ScheduleBatch, load: dict[str, int]) -> None:
-        # What a retracted request computes, or finds in the cache, for the second time does not count again.
+        # What a retracted request computes or finds in the cache again is not counted again.
         spans = zip(batch.reqs, batch.starts, strict=True)
         fresh = [req for req, start in spans if start == req.cached_tokens and req.num_retractions == 0]
         cached = sum(req.cached_tokens for req in fresh)
         self.num_prompt_tokens += sum(len(req.origin_input_ids) for req in fresh)
         self.num_prefill_steps += 1
         for req, start, end in zip(batch.reqs, batch.starts, batch.ends, strict=True):
-            # Decoding requests of a mixed step bring output tokens, and retracted ones compute theirs again.
+            # Decoding requests in a mixed step have output tokens, and retracted ones compute output again.
             self.num_prefilled_tokens += max(0, min(end, len(req.origin_input_ids)) - start)
         self.num_cached_tokens += cached
         self.cache_hit_rate = cached / max(1, cached + batch.num_tokens)
@@ -146,13 +146,13 @@ class SchedulerMetrics:
             )
 
     def _log_acceptance(self) -> str:
-        """What speculation gave since the last line; nothing without it."""
+        """The acceptance since the last log line; "" without speculation."""
         if not self._take_acceptance():
             return ""
         return f"accept len: {self.spec_accept_length:.2f}, accept rate: {self.spec_accept_rate:.2f}, "
 
     def _take_acceptance(self) -> bool:
-        """Bring the figures of speculation up to date; False when it gave nothing since they were taken last."""
+        """Update the figures of speculation; False if there was no verify step since the last update."""
         now = (self.spec_verify_ct, self.num_drafts, self.num_accepted_drafts)
         steps, drafts, accepted = (count - before for count, before in zip(now, self._log_spec, strict=True))
         if not steps:
@@ -165,7 +165,8 @@ class SchedulerMetrics:
         return True
 
     def went_idle(self) -> None:
-        """Do not count idle time into the next throughput figure; show what speculation gave to the last requests."""
+        """Do not count idle time into the next throughput figure; update the figures of speculation for the last
+        requests."""
         self._take_acceptance()
         self._log_started, self._log_tokens = time.perf_counter(), self.num_generated_tokens
 
@@ -175,7 +176,7 @@ class SchedulerMetrics:
 
 
 def token_usage(load: Mapping[str, int]) -> dict[str, float]:
-    """The part of the KV pool that requests hold, and where a window has pools of its own that of each of the two."""
+    """The fraction of the KV pool that requests hold; with separate window pools the fraction of each."""
     usage = {"token_usage": load.get("num_used_tokens", 0) / max(1, load.get("max_total_num_tokens", 1))}
     if "swa_max_total_num_tokens" in load:
         usage["full_token_usage"] = usage["token_usage"]

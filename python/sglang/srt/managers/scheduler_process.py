@@ -59,7 +59,7 @@ USER_ERRORS = (
     ConfigError, ExchangeConfigError, KernelConfigError, PlatformError, PoolPlanError, TokenizerError, WeightLoadError
 )  # fmt: skip
 
-# Seconds that ranks which end together may take; the launcher insists a little later.
+# Seconds for all ranks to end together; the launcher kills them a little later.
 END_S = 4.0
 LOST_PEER = "another rank of this replica has gone; this one ends too, and the launcher names the one that failed first"
 
@@ -85,7 +85,7 @@ def make_memory(runner: ModelRunner, args: ServerArgs) -> ReqMemory:
 def make_grammars(
     args: ServerArgs, model_config: ModelConfig, tokenizer: Tokenizer | None, announce: Callable[[str], None] | None
 ) -> GrammarManager:
-    """Reads the vocabulary a second time, for a server that may be asked to hold output to a form."""
+    """Loads the tokenizer for grammars, for a server that supports constrained output."""
     refusal = grammar_refusal(args)
     if tokenizer is None or refusal is not None:
         return GrammarManager(refusal or "there is no tokenizer")
@@ -99,7 +99,7 @@ def make_grammars(
 
 
 def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConfig]:
-    """Everything that a scheduler process is made of."""
+    """All parts of a scheduler process."""
     config = context.config
     place = config.place
     current_platform.set_device(place.local_rank)
@@ -139,7 +139,7 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
     if not args.skip_server_warmup:
         most = scheduler_config.chunked_prefill_size or scheduler_config.max_prefill_tokens
         warm_up(runner, most, worker.run_step, worker.decode_kind)
-        require_same_kernels(state.world)  # a kernel may have failed on one rank alone
+        require_same_kernels(state.world)  # a kernel may have failed on only one rank
     sync: DpStepSync | None = None
     peers: list[int] = []
     if state.attn_dp_size > 1:
@@ -157,7 +157,7 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
 
 
 def make_profiler(scheduler: Scheduler, context: ChildContext) -> StepProfiler:
-    """What traces the steps of ``scheduler``, and takes the messages about it out of its channel."""
+    """The profiler of the steps of ``scheduler``, which handles profiling messages before it sees them."""
     metrics, label = scheduler.metrics, context.config.place.label or "TP0"
     profiler = StepProfiler(
         get_global_server_args().profile_dir,
@@ -180,20 +180,20 @@ def _end_within_bound() -> None:
 
 
 def end_together(context: ChildContext) -> Callable[[], None]:
-    """What asks the loops of all ranks to end behind one and the same step."""
+    """Asks the loops of all ranks to end after the same step."""
     state, config = get_parallel_state(), context.config
     inbox = Sender(config.ipc.schedulers[config.place.dp_rank])
 
     def ask() -> None:
         _end_within_bound()
-        if state.tp.rank == 0:  # the others hear of it from there
+        if state.tp.rank == 0:  # the others learn it from there
             inbox.send(ShutdownReq())
 
     return ask
 
 
 def leave(scheduler: Scheduler) -> None:
-    """End this rank's groups along with the other ranks, or the process when they do not come."""
+    """Destroy this rank's groups together with the other ranks; end the process if they do not do so in time."""
     _end_within_bound()
     scheduler.worker.runner.drop_graphs()  # a graph holds the communicators that it uses
     current_platform.synchronize()
@@ -206,7 +206,7 @@ def leave(scheduler: Scheduler) -> None:
 
 
 def end_after_lost_peer(context: ChildContext, error: Exception) -> NoReturn:
-    """Say so in one line, and end without the destructors of the groups, which would say it at length or wait."""
+    """Log one line, and exit without the destructors of the groups, which would print long errors or wait."""
     logger.error(LOST_PEER)
     logger.debug("what the collective said", exc_info=error)
     context.report_error(LOST_PEER, user_error=False, lost_peer=True)

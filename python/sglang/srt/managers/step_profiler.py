@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """One profile at a time, written to ``folder`` under the name of the request and ``label``, that of this rank.
+    """One profile at a time, written to ``folder`` under the name in the request and ``label``, the name of this rank.
 
     ``num_steps`` counts the steps that the scheduler has made.
     """
@@ -46,7 +46,7 @@ class StepProfiler:
         return ProfileReqOutput(seq=message.seq, success=not told, message=told or str(self._path))
 
     def turn(self) -> None:
-        """Stop where the steps that were asked for are made."""
+        """Stop after the requested number of steps."""
         if self._last_step is not None and self._num_steps() >= self._last_step:
             try:
                 self._stop()
@@ -54,7 +54,7 @@ class StepProfiler:
                 logger.error("the profile failed: %s", error)
 
     def _start(self, message: ProfileReqInput) -> str:
-        """Begin; returns why not, or nothing."""
+        """Begin; returns why that is impossible, or ""."""
         if self._folder is None:
             return "The server was started without --profile-dir, so that it writes no traces."
         if self._profile is not None:
@@ -86,14 +86,14 @@ class StepProfiler:
 
 
 class ProfilingChannel:
-    """A channel to the scheduler that answers what is about profiles itself."""
+    """A channel to the scheduler that handles profiling messages itself."""
 
     def __init__(self, inner: SchedulerChannel, profiler: Callable[[ProfileReqInput], ProfileReqOutput]) -> None:
         self._inner = inner
         self._profiler = profiler
 
     def receive(self, wait: bool) -> list[SchedulerMessage]:
-        """What is left for the scheduler."""
+        """The other messages, for the scheduler."""
         messages = self._inner.receive(wait)
         for message in messages:
             if isinstance(message, ProfileReqInput):
@@ -108,7 +108,7 @@ class ProfilingChannel:
 
 
 def folder_problem(folder: str) -> str:
-    """Why traces cannot be written to ``folder``, which is made where it is missing; empty where they can."""
+    """Why traces cannot be written to ``folder``, which is created if missing; "" if they can."""
     try:
         os.makedirs(folder, exist_ok=True)
         probe = Path(folder) / f".writable-{os.getpid()}"

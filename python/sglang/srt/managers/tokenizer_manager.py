@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CONTROL_TIMEOUT_S = 60.0
-PROFILE_TIMEOUT_S = 600.0  # a trace of many steps is long to write
+PROFILE_TIMEOUT_S = 600.0  # writing a trace of many steps takes long
 _FLUSH_POLL_S = 0.1
 _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 
@@ -90,7 +90,7 @@ class TokenizerManager:
         # Calls that ended at their time limit.
         self.num_timed_out = 0
         self.admission = Admission(server_args.max_queued_requests, server_args.max_queued_tokens)
-        # Bound before anybody connects: a process that runs out of descriptors meanwhile could not accept them.
+        # Bound before anyone connects, so that it cannot fail later for lack of file descriptors.
         self._receiver = tokenizer_receiver(ipc)
         self._senders = [Sender(address) for address in ipc.schedulers]
         # By DP rank.
@@ -109,11 +109,11 @@ class TokenizerManager:
         self._receive_task = asyncio.create_task(self._receive_loop())
 
     def stop_admission(self) -> None:
-        """Refuse requests from now on; those in flight go on."""
+        """Refuse requests from now on; those in flight continue."""
         self._admits = False
 
     def check_room(self) -> None:
-        """Raise RequestError (503) where every request would be refused, whatever it asks for."""
+        """Raise RequestError (503) if every request would be refused."""
         if not self._admits:
             raise self.shutdown_error("it takes no new requests")
         self.admission.check_room()
@@ -166,10 +166,10 @@ class TokenizerManager:
     ) -> AsyncGenerator[Any, None]:
         """Results of ``obj``: one item (a list for a batch), or, streaming, one dictionary each time a request grows.
 
-        ``incremental`` makes streamed dictionaries hold only what is new; None follows the server's setting.
-        ``warnings`` are shown if ``obj`` asks for warnings. ``is_bounded`` False passes a full queue by and has no time
-        limit; ``place`` is given back for those that the request needs. Closing the iterator aborts what is unfinished.
-        Raises RequestError.
+        ``incremental`` makes streamed dictionaries contain only what is new; None follows the server's setting.
+        ``warnings`` are shown if ``obj`` asks for warnings. ``is_bounded`` False ignores a full queue and has no time
+        limit; ``place`` is returned in exchange for those that the request needs. Closing the iterator aborts what is
+        unfinished. Raises RequestError.
         """
         if incremental is None:
             incremental = self.server_args.incremental_streaming_output
@@ -221,7 +221,7 @@ class TokenizerManager:
             self._release(group)
 
     def _expire(self, group: RequestGroup, timeout_s: float | None) -> None:
-        """End a group whose time is up, also where nobody reads its results."""
+        """End a group whose time is up, even if nobody reads its results."""
         if group.is_finished:
             return
         self.num_timed_out += 1
@@ -249,7 +249,7 @@ class TokenizerManager:
     async def flush_cache(self, timeout_s: float = 0.0) -> tuple[bool, str]:
         """Drop the prefix cache; waits up to ``timeout_s`` for requests in flight. Returns success and why not."""
         deadline = time.monotonic() + timeout_s
-        # While this process has requests in flight the answer is known, and many may wait for it.
+        # While this process has requests in flight, the answer is known without asking the schedulers.
         while self._states and time.monotonic() < deadline:
             await asyncio.sleep(min(_FLUSH_POLL_S, max(0.0, deadline - time.monotonic())))
         while True:
@@ -304,7 +304,7 @@ class TokenizerManager:
         self.last_receive_time = time.monotonic()
         if isinstance(message, BatchStrOutput):
             for output in message.outputs:
-                # A missing state means that the reader left; its abort is on the way.
+                # A missing state means that the reader left; its abort has been sent.
                 state = self._states.get(output.rid)
                 if state is None:
                     continue
@@ -352,7 +352,7 @@ class TokenizerManager:
     async def _prepare(
         self, obj: GenerateReqInput, group: RequestGroup, is_bounded: bool, place: Place | None
     ) -> tuple[list[TokenizedGenerateReqInput], bool]:
-        """Take places in the queue, check and tokenize every prompt of ``obj``, and fill ``group``.
+        """Reserve places in the queue, check and tokenize every prompt of ``obj``, and fill ``group``.
 
         Returns the messages, and whether the result is a list. On an error the places are free again.
         """
@@ -401,7 +401,7 @@ class TokenizerManager:
             grammar = await self._grammars.grammar(params)
             for sample in range(params.n):
                 rid = single.rid if params.n == 1 else f"{single.rid}_{sample}"
-                # An id that the client chose may come again while the scheduler still ends its first use.
+                # A client may reuse an id while the scheduler still ends its first use.
                 wire_rid = f"{rid}#{next(self._counter)}" if single.rid_given else rid
                 num_tokens = len(input_ids) + (params.max_new_tokens or 0)
                 show_dp_rank = len(self._senders) > 1
@@ -438,7 +438,7 @@ class TokenizerManager:
         return self.verified_params(raw)
 
     def verified_params(self, raw: dict[str, Any]) -> SamplingParams:
-        """Sampling parameters of a request. Raises RequestError for what cannot be honoured."""
+        """Sampling parameters of a request. Raises RequestError for unsupported ones."""
         try:
             params = SamplingParams.from_request(raw)
             params.verify(self.vocab_size)
@@ -480,7 +480,7 @@ class TokenizerManager:
         return self._encoder
 
     def _fit_context(self, input_ids: list[int], params: SamplingParams) -> list[int]:
-        """The prompt as it fits, with ``params`` clamped in place to the room that is left after it."""
+        """The prompt, cut if allowed; clamps ``params`` in place to the room that is left after it."""
         if len(input_ids) >= self.context_len:
             if not self.server_args.allow_auto_truncate:
                 raise RequestError(

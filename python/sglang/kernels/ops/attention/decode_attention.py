@@ -1,4 +1,4 @@
-"""One query a request over the paged cache, slots read from the request table: keys and values, or latent rows."""
+"""One query per request over the paged cache, slots read from the request table: keys and values, or latent rows."""
 
 from __future__ import annotations
 

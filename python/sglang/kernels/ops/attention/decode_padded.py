@@ -1,4 +1,4 @@
-"""One query a request, or several, over the paged cache of keys and values (multi-head or grouped-query)."""
+"""One query per request, or several, over the paged cache of keys and values (multi-head or grouped-query)."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def decode_tables() -> Iterator[tuple[str, torch.Tensor, torch.Tensor, int]]:
 
 
 def last_token_tables() -> Iterator[tuple[str, int, torch.Tensor, torch.Tensor, int]]:
-    """The same of requests that bring several queries each, after their number, for as long as all queries have a
+    """The same for requests with several queries each, after their number, as long as all queries have a
     token."""
     for name, table, lens, total in decode_tables():
         for width in (2, 4):

@@ -1,4 +1,4 @@
-"""Causal attention of packed requests over packed keys and values: prefill with everything at hand."""
+"""Causal attention of packed requests over packed keys and values: prefill without a cache."""
 
 from __future__ import annotations
 

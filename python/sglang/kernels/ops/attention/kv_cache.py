@@ -31,14 +31,15 @@ def _write_rows(cache: torch.Tensor, slot_ids: torch.Tensor, rows: torch.Tensor)
 
 
 def is_cache_dtype(cache_dtype: torch.dtype, dtype: torch.dtype) -> bool:
-    """Whether the Triton kernels convert between rows of ``dtype`` and a cache of ``cache_dtype``, to and fro."""
+    """Whether the Triton kernels convert between rows of ``dtype`` and a cache of ``cache_dtype``, in both
+    directions."""
     return dtype in FLOATS and (cache_dtype in FLOATS or cache_dtype == fp8_dtype(current_platform.arch))
 
 
 def write_kv_torch(
     k: torch.Tensor, v: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, slot_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write one row of keys and values a token, converted to the cache's dtype; returns the caches.
+    """Write one row of keys and values per token, converted to the cache's dtype; returns the caches.
 
     What an 8-bit float cannot hold becomes its largest number of that sign; NaN stays NaN.
     k [N, H, D], v [N, H, Dv], k_cache [S, H, D] and v_cache [S, H, Dv] with dense rows, slot_ids [N] int64 in [0, S).

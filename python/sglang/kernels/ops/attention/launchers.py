@@ -117,7 +117,7 @@ def launch_extend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Packed queries over slots, or over packed rows when ``slot_ids`` is None -> out [N, Hq, Dv], lse [N, Hq] float32.
 
-    k_tail [., P] holds the last columns of every head's keys where k lacks them. lse is written when asked for. Few
+    k_tail [., P] holds the last columns of every head's keys where k lacks them. lse is written on request. Few
     queries over long contexts are split, unless the lse is wanted.
     """
     from sglang.kernels.ops.attention.extend_triton import extend_kernel

@@ -1,4 +1,4 @@
-"""One query a request, or several, over the paged latent cache: absorbed latent attention."""
+"""One query per request, or several, over the paged latent cache: absorbed latent attention."""
 
 from __future__ import annotations
 

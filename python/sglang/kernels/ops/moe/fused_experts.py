@@ -70,7 +70,7 @@ def fused_experts_torch(
 def _few_small_products(
     x: Tensor, w13: Tensor, w2: Tensor, topk_weights: Tensor, topk_ids: Tensor, limit: float | None
 ) -> Tensor:
-    """The same by one product over all experts each, of which the wanted rows are taken."""
+    """The same with each product over all experts, from which the needed rows are selected."""
     (num_tokens, top_k), hidden = topk_ids.shape, x.shape[1]
     activated = silu_and_mul_torch((x @ w13.flatten(0, 1).t()).unflatten(1, (len(w13), -1)), limit)
     by_expert = torch.bmm(activated.transpose(0, 1), w2.transpose(1, 2)).flatten(0, 1)
@@ -193,7 +193,7 @@ def expert_product(
 
 
 def weighted_sum(rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
-    """rows [N * k, H], one a pair -> [N, H]: each token's rows weighted and summed in order."""
+    """rows [N * k, H], one per pair -> [N, H]: each token's rows weighted and summed in order."""
     from sglang.kernels.ops.moe.fused_experts_triton import weighted_sum_kernel
 
     (num_tokens, top_k), hidden = ids.shape, rows.shape[1]

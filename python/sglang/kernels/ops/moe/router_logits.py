@@ -11,7 +11,7 @@ from torch import Tensor
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 
-# Tokens up to which programs share out the experts and leave the matrix unit alone (by reasoning, not measured).
+# Tokens up to which programs share out the experts and do not use the matrix unit (by reasoning, not measured).
 FEW_TOKENS = 16
 
 
@@ -38,7 +38,7 @@ def router_logits_triton(x: Tensor, weight: Tensor) -> Tensor:
             *operands, tiles, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=64, num_warps=4
         )
     elif tokens:
-        # Many experts go several to a program, so that rows are not read once for each.
+        # With many experts a program computes several, so that rows are not read once for each.
         one = tokens == 1
         block_t, block_e = (1, 1 if experts <= 128 else 2) if one else (4, 1 if experts <= 64 else 4)
         block_k = min(next_power_of_2(hidden), 2048 if one else 1024)

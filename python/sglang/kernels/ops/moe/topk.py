@@ -16,7 +16,8 @@ MAX_TRITON_EXPERTS = 1024
 
 
 class SharedSlots(NamedTuple):
-    """Experts that every token goes to, as columns after the chosen ones: ids E .. E + ``num``, each at ``weight``.
+    """Experts that every token is routed to, as columns after the selected ones: ids E .. E + ``num``, each at
+    ``weight``.
 
     gated: the logits have a column more, whose sigmoid multiplies the weight. Neither scale nor renormalisation of the
     chosen ones touches it.
@@ -79,7 +80,7 @@ def _route(
 def topk_plain_torch(
     logits: Tensor, top_k: int, scoring: str, renormalize: bool, scale: float, shared: SharedSlots = NO_SHARED
 ) -> tuple[Tensor, Tensor]:
-    """The k best experts by score, and the shared slots.
+    """The k best experts by score, and the shared experts.
 
     logits [N, E] float, scoring of ``SCORINGS`` -> weights [N, k] float32, ids [N, k] int32 in [0, E), distinct
     in a row, in no particular order; ties may take any. A weight is the score, divided by the row's sum when

@@ -21,14 +21,14 @@ COUNT, SEEN, STOP = (1 << 29) - 1, 1 << 29, 1 << 30
 EDITED_FAULT = 2
 
 # Scores that one program of the Triton form reads, room for those of a row that lie in a bracket, one in how many is
-# sampled, programs a row, and scores whose running count a thread keeps to itself.
+# sampled, programs per row, and scores whose running count a thread keeps to itself.
 BLOCK, FOUND, STRIDE, MAX_CHUNKS, LINE = 4096, 16384, 16, 128, 16
 # Scores that are sorted before it is known that a filter reaches further.
 FEW = 1024
 
 
 class Wanted(NamedTuple):
-    """What some row of the batch asks for, known on the host: what none asks for is not computed."""
+    """What the rows of the batch need, known on the host: what no row needs is not computed."""
 
     draws: bool = True
     greedy: bool = False
@@ -252,7 +252,7 @@ def marks_of(rows: list[list[tuple[int, int]]], vocab: int) -> Tensor:
 
 
 class RowOf(NamedTuple):
-    """Rows of a case: one value for all, or one each."""
+    """Rows of a case: one value for all, or one per row."""
 
     temperature: float = 1.0
     top_k: int = -1

@@ -39,7 +39,7 @@ def _faults(best: Tensor) -> Tensor:
 
 
 def greedy_aiter(logits: Tensor, kernel: Callable[[Tensor, Tensor], None] | None = None) -> tuple[Tensor, Tensor]:
-    """By AITER's kernel, or ``kernel`` of its signature; the caller judges its ids."""
+    """By AITER's kernel, or ``kernel`` of its signature; the caller checks its ids."""
     if kernel is None:
         import aiter
 

@@ -1,4 +1,4 @@
-"""Random choice whose draw depends on seed and position alone, whatever else is in the batch."""
+"""Random choice that depends only on seed and position, not on the rest of the batch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def uniform_from_seed_torch(seeds: Tensor, positions: Tensor) -> Tensor:
 
 
 def seeded_sample_torch(probs: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-    """Draw one id a row by inverting the cumulative distribution in id order.
+    """Sample one id per row by inverting the cumulative distribution in id order.
 
     probs [B, V] float, non-negative, rows need not sum to 1 but must hold a positive entry; seeds, positions [B] int64
     -> [B] int64 in [0, V), always of positive probability.
@@ -34,6 +34,6 @@ def seeded_sample_torch(probs: Tensor, seeds: Tensor, positions: Tensor) -> Tens
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     target = uniform_from_seed_torch(seeds, positions).unsqueeze(1) * cumulative[:, -1:]
     ids = torch.searchsorted(cumulative, target, right=True)
-    # A target that rounds up to the total would fall off the end: take the id that completes the total.
+    # A target that rounds up to the total would be past the end: take the id that completes the total.
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return torch.minimum(ids, last).squeeze(1)
