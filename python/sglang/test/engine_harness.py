@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.arg_groups.model_config import read_model_config
 from sglang.srt.managers.io_struct import (
     BatchTokenIDOutput,
     FinishReason,
@@ -56,16 +56,7 @@ class EngineHarness:
         self, model_path: str, with_tokenizer: bool = False, overlap: bool = False, **server_args: Any
     ) -> None:
         args = ServerArgs(model_path=model_path, **server_args)
-        self.model_config = ModelConfig.from_path(
-            model_path,
-            context_length=args.context_length,
-            dtype=args.dtype,
-            quantization=args.quantization,
-            dequantize_mxfp4=args.dequantize_mxfp4,
-            kv_cache_dtype=args.kv_cache_dtype,
-            json_model_override_args=args.model_overrides(),
-            platform_kind=current_platform.kind,
-        )
+        self.model_config = read_model_config(args, current_platform.kind)
         tokenizer = Tokenizer.from_path(model_path) if with_tokenizer else None
         if tokenizer is not None:
             self.model_config = self.model_config.with_tokenizer_end(tokenizer.eos_token_ids, model_path)

@@ -130,6 +130,13 @@ class TestEmbeddedModels(CustomTestCase):
         text = next(spec.arg.help for spec in server_args.specs() if spec.name == "model_path")
         self.assertIn(", ".join(EMBEDDED_MODELS), text)
 
+    def test_overrides_that_cannot_be_read_hide_nothing_else(self) -> None:
+        for text, said in (("{", "not valid JSON"), ("[1]", "must be a JSON object")):
+            words = ["--model-path", "deepseek-v2-tiny", "--json-model-override-args", text, "--tp", "3"]
+            overrides, parts = evaluate(read(words), CPU, {}).errors
+            self.assertIn(said, overrides)
+            self.assertIn("does not divide", parts)  # of the model as it is on disk
+
     def test_a_folder_of_that_name_comes_first(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
             self.addCleanup(os.chdir, os.getcwd())

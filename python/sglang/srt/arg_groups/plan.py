@@ -240,26 +240,19 @@ def _with_cached_models(plan: LaunchPlan) -> ServerArgs:
 
 def _read_model(plan: LaunchPlan, platform: PlatformLike | None) -> list[str]:
     """Read the model's config into ``plan``; returns what is wrong with it."""
+    from sglang.srt.arg_groups.model_config import read_model_config
     from sglang.srt.configs.errors import ConfigError
-    from sglang.srt.configs.model_config import ModelConfig
 
     args = plan.args
     try:
-        overrides = args.model_overrides()
+        usable = isinstance(args.model_overrides(), dict)
     except ValueError:
-        overrides = {}  # reported by check
+        usable = False
+    if not usable:  # which the check of the settings reports
+        args = replace(args, json_model_override_args="{}")
     try:
-        plan.model_config = ModelConfig.from_path(
-            args.model_path,
-            json_model_override_args=overrides if isinstance(overrides, dict) else {},
-            context_length=args.context_length,
-            dtype=args.dtype,
-            quantization=args.quantization,
-            dequantize_mxfp4=args.dequantize_mxfp4,
-            kv_cache_dtype=args.kv_cache_dtype,
-            platform_kind=platform.kind if platform else "cpu",
-            use_generation_defaults=args.sampling_defaults == "model",
-        )
+        kind = platform.kind if platform else "cpu"
+        plan.model_config = read_model_config(args, kind, use_generation_defaults=args.sampling_defaults == "model")
     except ConfigError as error:
         where = f"{error.source}: " if error.source else ""
         return [where + problem for problem in error.problems]

@@ -13,6 +13,7 @@ import torch
 
 from sglang.kernels.compile_watch import watch_compilations
 from sglang.kernels.registry import REGISTRY, KernelConfigError
+from sglang.srt.arg_groups.model_config import read_model_config
 from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
@@ -115,17 +116,7 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
         ep_size=args.ep_size,
         local_rank=place.local_rank,
     )
-    model_config = ModelConfig.from_path(
-        args.model_path,
-        json_model_override_args=args.model_overrides(),
-        context_length=args.context_length,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        dequantize_mxfp4=args.dequantize_mxfp4,
-        kv_cache_dtype=args.kv_cache_dtype,
-        platform_kind=current_platform.kind,
-        use_generation_defaults=False,
-    )
+    model_config = read_model_config(args, current_platform.kind)
     tokenizer = None
     if not args.skip_tokenizer_init:
         source = args.tokenizer_path or args.model_path
