@@ -1,9 +1,9 @@
-"""Find tiles of the 8-bit linear kernel on the GPU at hand, for ``LINEAR_TILES`` in ``kernels/ops/quant/group_fp8.py``.
+"""Find tiles of the 8-bit linear kernels on the GPU at hand, for the tables in ``kernels/ops/quant/group_fp8.py``.
 
     python benchmark/kernels/tune_linear.py [--rows 1 8 32 128 1024 8192] [--jobs 12] [--best 3]
 
 Projections of DeepSeek-V3. Rows are quantised beforehand. Times of replayed graphs, weights cold (each replay cycles
-through copies that together exceed the cache). cuBLAS' own product with such scales stands beside, where torch has it.
+through copies that together exceed the cache). cuBLAS' own product with such scales is timed too, where torch has it.
 """
 
 from __future__ import annotations
@@ -24,18 +24,31 @@ from sglang.kernels.ops.quant.group_fp8 import GROUP, block_product, fp8_dtype, 
 from sglang.srt.platforms import current_platform
 from sglang.test.amd_gate.driver import compile_only
 
-# (outputs, inputs): q_a + kv_a, q_b, o_proj, shared gate_up, shared down, dense gate_up.
-SHAPES = ((2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048), (36864, 7168))
+# (outputs, inputs): q_a + kv_a, q_b, o_proj, shared gate_up, shared down, dense gate_up and down.
+SHAPES = ((2112, 7168), (24576, 1536), (7168, 16384), (4096, 7168), (7168, 2048), (36864, 7168), (7168, 18432))
 COLD_BYTES = 120 << 20
 Tile = tuple[tuple[str, int], ...]
 
 
 def candidates(rows: int) -> list[Tile]:
-    sizes = (16,) if rows <= 16 else (16, 32, 64) if rows <= 64 else (64, 128)
+    """Tiles of the kernels for one row, for few rows and for any number of rows."""
     found: list[Tile] = []
+    if rows == 1:
+        for n, k, warps in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048), (1, 2, 4, 8)):
+            if 16 <= n * k // (32 * warps) <= 128:
+                found.append((("BLOCK_N", n), ("BLOCK_K", k), ("num_warps", warps)))
+    if rows <= 32:
+        m = 16 if rows <= 16 else 32
+        for n, groups, warps, stages in itertools.product((16, 32, 64), (2, 4, 8, 16), (2, 4, 8), (2, 3, 4)):
+            fits = stages * groups * GROUP * (m + n) <= 200 << 10 and groups * m * n // (32 * warps) <= 128
+            if fits and groups * n >= 32:
+                found.append(
+                    (("BLOCK_M", m), ("BLOCK_N", n), ("GROUPS", groups), ("num_warps", warps), ("num_stages", stages))
+                )
+    sizes = (16,) if rows <= 16 else (16, 32, 64) if rows <= 64 else (64, 128)
     for m, n, warps, stages in itertools.product(sizes, (16, 32, 64, 128), (4, 8), (3, 4, 5, 6)):
         held, flight = m * n // (32 * warps), stages * GROUP * (m + n)
-        if held > 128 or flight > 200 << 10 or (warps == 8 and m < 64) or (m >= 64 and n < 64):
+        if held > 128 or flight > 200 << 10 or (m >= 64 and n < 64):
             continue
         found.append(
             (("BLOCK_M", m), ("BLOCK_N", n), ("BLOCK_K", GROUP), ("GROUP_M", 16 if rows > 1024 else 1),

@@ -1,6 +1,6 @@
 """Find tile sizes of the routed experts' kernels on the GPU at hand, for ``kernels/ops/moe/tiles.json``.
 
-    python benchmark/kernels/tune_moe.py --shape v2lite --tokens 1 8 128 [--block-m 16 32] [--fp8]
+    python benchmark/kernels/tune_moe.py --shape v2lite --tokens 1 8 128 [--block-m 16 32] [--fp8] [--path one]
 
 The two products are timed apart, in replayed graphs. Candidates are compiled beforehand in ``--jobs`` processes that
 use no GPU, and run only when they compile. Prints the best few of each product; nothing is written.
@@ -21,7 +21,7 @@ import torch
 from moe_cases import SHAPES, TOKENS, MoeInputs, MoeShape, make_inputs, make_weights
 from timing import describe_device, graph_time
 
-from sglang.kernels.ops.moe.fused_experts import Scaled, expert_product, one_token_down, one_token_gate_up, order_pairs
+from sglang.kernels.ops.moe.fused_experts import Scaled, expert_product, one_token_down, one_token_product, order_pairs
 from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.srt.platforms import current_platform
 from sglang.test.amd_gate.driver import compile_only
@@ -43,9 +43,10 @@ class Candidate:
 def candidates(path: str, block_m: int, per_expert: float, fp8: bool) -> Iterator[Candidate]:
     """The grid that is searched; a step of an 8-bit product is one group of 128."""
     if path == "one":
-        for product, widths in (("gate_up", (2, 4, 8, 16)), ("down", (1, 2, 4, 8))):
-            for n, k, warps in itertools.product(widths, (256, 512, 1024), (2, 4, 8)):
-                if 16 <= n * k * (8 if product == "down" else 2) // (32 * warps) <= 256:
+        for product, widths in (("gate_up", (1, 2, 4, 8, 16)), ("down", (1, 2, 4, 8, 16))):
+            for n, k, warps in itertools.product(widths, (256, 512, 1024), (1, 2, 4, 8)):
+                parts = 2 if product == "gate_up" else 1 if fp8 else 8
+                if 8 <= n * k * parts // (32 * warps) <= 256:
                     yield Candidate(path, product, 0, (("BLOCK_N", n), ("BLOCK_K", k), ("num_warps", warps)))
         return
     for product, parts in (("gate_up", 2), ("down", 1)):
@@ -78,9 +79,9 @@ def product_of(candidate: Candidate, inputs: MoeInputs, activated: torch.Tensor,
     w13, w2 = inputs.w13, inputs.w2
     operand = inputs.prepare(inputs.x if is_gate_up else activated)
     if candidate.path == "one":
-        if is_gate_up:
-            return lambda: one_token_gate_up(operand, w13, ids, tile, dtype)
-        return lambda: one_token_down(operand, w2, inputs.weights[routing], ids, tile, dtype)
+        if is_gate_up or w2.is_fp8:
+            return lambda: one_token_product(operand, w13 if is_gate_up else w2, ids, tile, dtype, is_gate_up)
+        return lambda: one_token_down(operand.data, w2.data, inputs.weights[routing], ids, tile, dtype)
     order = order_pairs(ids, w13.data.shape[0], candidate.block_m) if candidate.path == "many" else None
     weight = w13 if is_gate_up else w2
     return lambda: expert_product(operand, weight, ids, order, tile, candidate.block_m, is_gate_up, dtype)
@@ -102,9 +103,11 @@ def _compile(job: tuple[str, MoeShape, int, bool, Candidate]) -> str | None:
     return None
 
 
-def tune(shape: MoeShape, tokens: int, block_ms: list[int], pool: Pool, weights: tuple[Scaled, Scaled]) -> None:
+def tune(
+    shape: MoeShape, tokens: int, block_ms: list[int], pool: Pool, weights: tuple[Scaled, Scaled], path: str | None
+) -> None:
     arch, fp8 = current_platform.arch, weights[0].is_fp8
-    path = choose_tiles(arch, 8 * weights[0].data.itemsize, tokens, shape.top_k, shape.experts).path
+    path = path or choose_tiles(arch, 8 * weights[0].data.itemsize, tokens, shape.top_k, shape.experts).path
     per_expert = tokens * shape.top_k / shape.experts
     sizes = [0] if path == "one" else [16] if path == "few" else block_ms
     found = [candidate for size in sizes for candidate in candidates(path, size, per_expert, fp8)]
@@ -133,6 +136,7 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--block-m", nargs="+", type=int, default=[16, 64, 128])
     parser.add_argument("--fp8", action="store_true", help="8-bit weights in blocks of 128x128")
+    parser.add_argument("--path", choices=("one", "few", "many"), help="Default: as the table chooses.")
     parser.add_argument("--jobs", type=int, default=multiprocessing.cpu_count())
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -140,7 +144,7 @@ def main() -> None:
     weights = make_weights(SHAPES[args.shape], args.fp8, current_platform.arch)
     with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
         for tokens in args.tokens:
-            tune(SHAPES[args.shape], tokens, args.block_m, pool, weights)
+            tune(SHAPES[args.shape], tokens, args.block_m, pool, weights, args.path)
 
 
 if __name__ == "__main__":

@@ -61,13 +61,12 @@ def triton_impl(fn: Callable[..., Any], accepts: Callable[..., bool]) -> Impl:
     """
 
     def accepts_dense(*args: Any, **kwargs: Any) -> bool:
-        return all(map(_dense_vector, (*args, *kwargs.values()))) and accepts(*args, **kwargs)
+        for arg in (*args, *kwargs.values()):
+            if isinstance(arg, Tensor) and arg.ndim == 1 and not arg.is_contiguous():
+                return False
+        return accepts(*args, **kwargs)
 
     return Impl("triton", fn, kinds={"hip", "cuda"}, package="triton", needs_device=True, accepts=accepts_dense)
-
-
-def _dense_vector(arg: object) -> bool:
-    return not isinstance(arg, Tensor) or arg.ndim != 1 or arg.is_contiguous()
 
 
 def aiter_impl(fn: Callable[..., Any], accepts: Callable[..., bool]) -> Impl:

@@ -106,6 +106,19 @@ class TestTritonInterpreted(CustomTestCase):
             for part, of_reference in zip((*found, *way_in), wanted, strict=True):
                 torch.testing.assert_close(part, of_reference, rtol=1e-4, atol=1e-5)
 
+    def test_few_rows_of_eight_bits_in_every_form(self):
+        """The forms that this machine's table does not choose, with groups that the columns do not fill."""
+        generator = torch.Generator().manual_seed(2)
+        for _, _, tile in group_fp8.FEW_ROWS_TILES:
+            for rows, columns in ((1, 128), (3, 2176), (16, 2048)):
+                w, w_scale = group_fp8.random_blocks(136, columns, generator)
+                x = torch.randn(rows, columns, generator=generator)
+                q, scale = group_fp8.quantize_groups_torch(x, w.dtype)
+                with self.subTest(tile=tile, rows=rows, columns=columns):
+                    found = group_fp8.block_product(q, scale, w, w_scale, torch.float32, tile)
+                    wanted = group_fp8.scaled_product(q, scale, w, w_scale)
+                    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
     def test_norms_with_a_wide_gain(self):
         """A float32 gain beside float16 rows multiplies before the one rounding; the interpreter cuts bfloat16."""
         generator = torch.Generator().manual_seed(1)

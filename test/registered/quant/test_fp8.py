@@ -13,7 +13,14 @@ from torch import nn
 
 import sglang.srt.layers.quantization.fp8 as fp8_layer
 from sglang.kernels.ops.attention.kv_cache import write_kv_torch, write_latent_torch
-from sglang.kernels.ops.quant.group_fp8 import QuantizedRows, quantize_groups_torch
+from sglang.kernels.ops.quant.group_fp8 import (
+    FEW_ROWS_TILES,
+    LINEAR_TILES,
+    ONE_ROW_TILE,
+    QuantizedRows,
+    linear_tile,
+    quantize_groups_torch,
+)
 from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
@@ -378,6 +385,23 @@ class TestCache(CustomTestCase):
                 self.assertEqual(cache_layout(config, 1).num_bytes(FULL, 1), 3 * (64 + 16) * dtype.itemsize)
             with override_platform(Gfx942()):
                 self.assertEqual(kv_dtype(config), torch.float8_e4m3fnuz)
+
+
+class TestLinearTiles(CustomTestCase):
+    def test_the_form_follows_rows_and_shape(self):
+        """At the borders: (rows, outputs, columns, architecture) and the form that serves."""
+        for rows, width, k_dim, arch, form in (
+            (1, 2112, 7168, "sm_90", "one"), (1, 2112, 7168, "gfx942", "one"), (2, 2112, 7168, "sm_90", "narrow"),
+            (16, 4095, 2048, "sm_90", "narrow"), (16, 4096, 2048, "sm_90", "wide"), (16, 4096, 1920, "sm_90", "short"),
+            (17, 4096, 7168, "sm_90", "tiles"), (2, 4096, 7168, "gfx942", "tiles"), (9000, 64, 128, "gfx950", "tiles"),
+        ):  # fmt: skip
+            tile = linear_tile(rows, width, k_dim, arch)
+            forms = {"one": ONE_ROW_TILE, **dict(zip(("narrow", "wide", "short"), (t for *_, t in FEW_ROWS_TILES)))}
+            found = next((name for name, known in forms.items() if known is tile), "tiles")
+            self.assertEqual(found, form, (rows, width, k_dim, arch))
+            self.assertGreaterEqual(tile.get("BLOCK_M", 1) if form != "tiles" else rows, rows)
+            # Scales that lie by columns are for the tiles, which alone read them by their strides.
+            self.assertIn(linear_tile(rows, width, k_dim, arch, False), [tile for _, tile in LINEAR_TILES])
 
 
 if __name__ == "__main__":

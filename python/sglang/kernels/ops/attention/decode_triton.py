@@ -255,16 +255,20 @@ def merge_splits_kernel(
     maximum = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
     acc = tl.zeros([HEADS, BLOCK_V], tl.float32)
+    split = tl.arange(0, STEP)
+    at = (row * splits + split[:, None]) * num_heads + head[None, :]
+    is_head = (head < num_heads)[None, :]
+    lse = tl.load(parts_lse_ptr + at, mask=(split < splits)[:, None] & is_head, other=float("-inf"))
     for start in range(0, splits, STEP):
-        split = start + tl.arange(0, STEP)
-        at = (row * splits + split[:, None]) * num_heads + head[None, :]
-        written = (split < splits)[:, None] & (head < num_heads)[None, :]
-        lse = tl.load(parts_lse_ptr + at, mask=written, other=float("-inf"))
         part = tl.load(
             parts_ptr + at[:, :, None] * VALUE + value[None, None, :],
             mask=(lse > float("-inf"))[:, :, None] & (value < VALUE)[None, None, :],
             other=0.0,
         )
+        at += STEP * num_heads
+        # Read at the same time as the parts: what the next mask waits for.
+        left = (start + STEP + split < splits)[:, None] & is_head
+        next_lse = tl.load(parts_lse_ptr + at, mask=left, other=float("-inf"))
         highest = tl.maximum(maximum, tl.max(lse, 0))
         # A row without tokens has no finite part; zero in its place keeps its weights zero instead of NaN.
         pivot = tl.where(highest == float("-inf"), 0.0, highest)
@@ -272,7 +276,7 @@ def merge_splits_kernel(
         keep = tl.exp(maximum - pivot)
         total = total * keep + tl.sum(weight, 0)
         acc = acc * keep[:, None] + tl.sum(part * weight[:, :, None], 0)
-        maximum = highest
+        maximum, lse = highest, next_lse
     out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_at = out_ptr + (row * num_heads + head[:, None]) * VALUE + value[None, :]
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=inside)

@@ -40,14 +40,14 @@ def merge_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> No
     from sglang.kernels.ops.attention.decode_triton import merge_splits_kernel
 
     num_rows, splits, heads, value = parts.shape
-    block_v = min(128, max(16, next_power_of_2(value)))
+    block_v = min(256, max(16, next_power_of_2(value)))
     blocks = cdiv(value, block_v)
     # Few rows: a program for each head reads many parts at once. Many rows have few parts: a program takes more heads.
     block_h = 1 if num_rows * heads * blocks <= MERGE_PROGRAMS else min(MERGE_WIDTH // 2, next_power_of_2(heads))
     merge_splits_kernel[(num_rows, cdiv(heads, block_h), blocks)](
         parts, lse, out, heads, splits,
         HEADS=block_h, STEP=max(2, MERGE_WIDTH // block_h), VALUE=value, BLOCK_V=block_v,
-        num_warps=4,
+        num_warps=2,
     )  # fmt: skip
 
 

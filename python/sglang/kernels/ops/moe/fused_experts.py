@@ -128,36 +128,35 @@ class Scaled:
         return self.scale is not None
 
 
-def one_token_gate_up(
-    x: Scaled, w13: Scaled, ids: Tensor, tile: dict[str, Any], dtype: torch.dtype, limit: float | None = None
-) -> Tensor:
-    """x [1, H] -> activated rows [k, I] in ``dtype``; the row of a skipped pair is not written."""
-    from sglang.kernels.ops.moe.fused_experts_triton import one_token_gate_up_kernel
+def one_token_product(
+    x: Scaled, w: Scaled, ids: Tensor, tile: dict[str, Any], dtype: torch.dtype, is_gate_up: bool,
+    limit: float | None = None,
+) -> Tensor:  # fmt: skip
+    """x [1, H] -> activated rows [k, I], or x [k, I] -> rows [k, H], in ``dtype``; skipped pairs are not written."""
+    from sglang.kernels.ops.moe.fused_experts_triton import one_token_kernel
 
-    w = w13.data
-    pairs, hidden, width = ids.numel(), x.data.shape[1], w.shape[1] // 2
-    out = torch.empty(pairs, width, dtype=dtype, device=w.device)
+    pairs, k_dim = ids.numel(), x.data.shape[1]
+    width = w.data.shape[1] // 2 if is_gate_up else w.data.shape[1]
+    out = torch.empty(pairs, width, dtype=dtype, device=w.data.device)
     tiles = cdiv(width, tile["BLOCK_N"])
-    one_token_gate_up_kernel[(pairs * tiles,)](
-        x.data, x.scale, w, w13.scale, ids, out, width, hidden, w.stride(0), w.stride(1), tiles,
-        FP8=w13.is_fp8, **limit_option(limit), **tile,
+    one_token_kernel[(pairs * tiles,)](
+        x.data, x.scale, w.data, w.scale, ids, out, width, k_dim, w.data.stride(0), w.data.stride(1), tiles,
+        GATE_UP=is_gate_up, FP8=w.is_fp8, **limit_option(limit), **tile,
     )  # fmt: skip
     return out
 
 
 def one_token_down(
-    activated: Scaled, w2: Scaled, weights: Tensor, ids: Tensor, tile: dict[str, Any], dtype: torch.dtype
+    activated: Tensor, w2: Tensor, weights: Tensor, ids: Tensor, tile: dict[str, Any], dtype: torch.dtype
 ) -> Tensor:
     """activated [k, I] -> [1, H] in ``dtype``, weighted and summed."""
     from sglang.kernels.ops.moe.fused_experts_triton import one_token_down_kernel
 
-    w = w2.data
-    pairs, hidden, width = ids.numel(), w.shape[1], w.shape[2]
-    out = torch.empty(1, hidden, dtype=dtype, device=w.device)
+    pairs, hidden, width = ids.numel(), w2.shape[1], w2.shape[2]
+    out = torch.empty(1, hidden, dtype=dtype, device=w2.device)
     one_token_down_kernel[(cdiv(hidden, tile["BLOCK_N"]),)](
-        activated.data, activated.scale, w, w2.scale, ids, weights, out,
-        pairs, hidden, width, w.stride(0), w.stride(1),
-        FP8=w2.is_fp8, PAIRS=next_power_of_2(pairs), **tile,
+        activated, w2, ids, weights, out, pairs, hidden, width, w2.stride(0), w2.stride(1),
+        PAIRS=next_power_of_2(pairs), **tile,
     )  # fmt: skip
     return out
 
@@ -213,7 +212,7 @@ def run_experts(
     """The experts by the path that shapes and arch choose; ``prepare`` makes a product's operand of its rows.
 
     Results are of ``dtype``, by default x's; ``limit`` clamps between the products.
-    Besides ``prepare``: one token takes two launches, up to ``few_tokens`` three, more five.
+    Besides ``prepare``: one token takes two launches (8-bit: three), up to ``few_tokens`` three, more five.
     """
     (num_tokens, top_k), num_experts, dtype = ids.shape, w13.data.shape[0], dtype or x.dtype
     if num_tokens == 0:
@@ -221,8 +220,11 @@ def run_experts(
     tiles = choose_tiles(current_platform.arch, 8 * w13.data.itemsize, num_tokens, top_k, num_experts)
     rows = prepare(x)
     if tiles.path == "one":
-        activated = prepare(one_token_gate_up(rows, w13, ids, tiles.gate_up, dtype, limit))
-        return one_token_down(activated, w2, weights, ids, tiles.down, dtype)
+        activated = prepare(one_token_product(rows, w13, ids, tiles.gate_up, dtype, True, limit))
+        # With scales a pair's row is cheaper read alone, and the rows summed by a launch of their own.
+        if w2.is_fp8:
+            return weighted_sum(one_token_product(activated, w2, ids, tiles.down, dtype, False), weights, ids)
+        return one_token_down(activated.data, w2.data, weights, ids, tiles.down, dtype)
     order = order_pairs(ids, num_experts, tiles.block_m) if tiles.path == "many" else None
     activated = prepare(expert_product(rows, w13, ids, order, tiles.gate_up, tiles.block_m, True, dtype, limit))
     return weighted_sum(

@@ -28,42 +28,61 @@ def _silu_and_mul(gate, up, dtype, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def one_token_gate_up_kernel(
+def _scaled_row(x, scale, BLOCK_K: tl.constexpr):
+    """x [BLOCK_K] times a scale for each group of 128; a scale is read once, not once for each column."""
+    scaled = tl.reshape(x, [BLOCK_K // GROUP, GROUP]) * scale[:, None]
+    return tl.reshape(scaled, [BLOCK_K])
+
+
+@triton.jit
+def one_token_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, ids_ptr, out_ptr, width, k_dim, expert_stride, row_stride, tiles,
-    FP8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LIMIT: tl.constexpr = None,
+    GATE_UP: tl.constexpr, FP8: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LIMIT: tl.constexpr = None,
 ):  # fmt: skip
-    """out [pairs, width]: BLOCK_N activated columns of one pair a program."""
+    """out [pairs, width]: BLOCK_N columns of one pair a program; for GATE_UP activated, of the token's row, else of the
+    pair's row."""
     pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     expert = tl.load(ids_ptr + pair).to(tl.int64)
     if expert >= 0:
         n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
         rows = (tl.minimum(n, width - 1) * row_stride)[:, None]
         up_rows = width * row_stride
-        gate = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        groups = k_dim // GROUP
+        row = 0 if GATE_UP else pair
+        acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
         up = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+        if FP8:
+            row_block = expert * (1 + GATE_UP) * (width // GROUP) + tile * BLOCK_N // GROUP
+            block = w_scale_ptr + row_block * groups
         for start in range(0, k_dim, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             inside = k < k_dim
-            x = tl.load(x_ptr + k, mask=inside, other=0.0).to(tl.float32)
+            x = tl.load(x_ptr + row * k_dim + k, mask=inside, other=0.0).to(tl.float32)
             x_up = x
             if FP8:
-                groups = k_dim // GROUP
-                x *= tl.load(x_scale_ptr + k // GROUP, mask=inside, other=0.0)
-                block = w_scale_ptr + (expert * 2 * (width // GROUP) + tile * BLOCK_N // GROUP) * groups + k // GROUP
-                x_up = x * tl.load(block + width // GROUP * groups, mask=inside, other=0.0)
-                x *= tl.load(block, mask=inside, other=0.0)
+                group = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
+                known = group < groups
+                scale = tl.load(x_scale_ptr + row * groups + group, mask=known, other=0.0)
+                if GATE_UP:
+                    of_up = tl.load(block + width // GROUP * groups + group, mask=known, other=0.0)
+                    x_up = _scaled_row(x, scale * of_up, BLOCK_K)
+                x = _scaled_row(x, scale * tl.load(block + group, mask=known, other=0.0), BLOCK_K)
             at = w_ptr + expert * expert_stride + rows + k[None, :]
-            gate += tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32) * x[None, :]
-            up += tl.load(at + up_rows, mask=inside[None, :], other=0.0).to(tl.float32) * x_up[None, :]
-        out = _silu_and_mul(tl.sum(gate, axis=1), tl.sum(up, axis=1), out_ptr.dtype.element_ty, LIMIT)
+            acc += tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32) * x[None, :]
+            if GATE_UP:
+                up += tl.load(at + up_rows, mask=inside[None, :], other=0.0).to(tl.float32) * x_up[None, :]
+        dtype = out_ptr.dtype.element_ty
+        if GATE_UP:
+            out = _silu_and_mul(tl.sum(acc, axis=1), tl.sum(up, axis=1), dtype, LIMIT)
+        else:
+            out = tl.sum(acc, axis=1).to(dtype)
         tl.store(out_ptr + pair.to(tl.int64) * width + n, out, mask=n < width)
 
 
 @triton.jit
 def one_token_down_kernel(
-    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, ids_ptr, weights_ptr, out_ptr,
-    pairs, width, k_dim, expert_stride, row_stride,
-    FP8: tl.constexpr, PAIRS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, w_ptr, ids_ptr, weights_ptr, out_ptr, pairs, width, k_dim, expert_stride, row_stride,
+    PAIRS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [width]: all pairs of BLOCK_N columns at once, their rows [pairs, k_dim] times w2, weighted and summed."""
     pair = tl.arange(0, PAIRS)
@@ -78,11 +97,6 @@ def one_token_down_kernel(
         k = start + tl.arange(0, BLOCK_K)
         mask = taken[:, None] & (k < k_dim)[None, :]
         x = tl.load(x_ptr + pair[:, None] * k_dim + k[None, :], mask=mask, other=0.0).to(tl.float32)
-        if FP8:
-            groups = k_dim // GROUP
-            x *= tl.load(x_scale_ptr + pair[:, None] * groups + k[None, :] // GROUP, mask=mask, other=0.0)
-            row_block = tl.where(taken, expert, 0) * (width // GROUP) + tl.program_id(0) * BLOCK_N // GROUP
-            x *= tl.load(w_scale_ptr + row_block[:, None] * groups + k[None, :] // GROUP, mask=mask, other=0.0)
         w = tl.load(w_ptr + base + k[None, None, :], mask=mask[:, None, :], other=0.0)
         acc += w.to(tl.float32) * x[:, None, :]
     product = tl.sum(acc, axis=2).to(out_ptr.dtype.element_ty).to(tl.float32)

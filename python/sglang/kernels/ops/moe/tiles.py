@@ -41,7 +41,7 @@ def choose_tiles(arch: str, bits: int, num_tokens: int, top_k: int, num_experts:
     table = _of_arch(arch)
     pairs = num_tokens * top_k
     rows = table[str(bits)]
-    # A table without a row for one token means that few_tokens is better for it (8-bit weights on sm_90).
+    # A table without a row for one token means that few_tokens is better for it (4-bit weights).
     if num_tokens == 1 and "one" in rows and top_k <= table["one_token_max_top_k"]:
         return MoeTiles("one", 1, rows["one"]["gate_up"], rows["one"]["down"])
     if num_tokens <= table["few_tokens"] and pairs <= MAX_FEW_PAIRS:

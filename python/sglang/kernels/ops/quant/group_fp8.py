@@ -14,18 +14,28 @@ from sglang.srt.platforms import current_platform
 
 GROUP = 128
 # Rows past which cuBLAS is ahead of the tiles below (up to 1.2 times at 32 rows, 2 times from 1024 on; measured
-# beside them), and the multiple of rows that it is given.
+# in the same run), and the multiple of rows that it is given.
 LIBRARY_MIN_ROWS = 16
 LIBRARY_ROWS = 16
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
 # Rows up to which a tile serves, and the tile; gfx takes the same, never timed. benchmark/kernels/tune_linear.py over
 # V3's projections on one H100 80GB, triton 3.6.0, 2026-11-22.
 LINEAR_TILES = (
-    (1, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 5}),
     (16, {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 5}),
     (32, {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 5}),
     (128, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 4}),
     (None, {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 16, "num_warps": 4, "num_stages": 3}),
+)
+# One row: bytes alone count, so no matrix unit. benchmark/kernels/tune_linear.py over V3's projections on one H200,
+# triton 3.6.0, 2026-11-30: 7.6 to 67 us where the tiles above take 21.6 to 84; gfx takes the same, never timed.
+ONE_ROW_TILE = {"BLOCK_N": 2, "BLOCK_K": 1024, "num_warps": 2}
+# Few rows, where whole groups of columns side by side hide the way to memory (measured with the former): rows up to
+# which they serve, and the first tile whose least columns and most outputs fit.
+FEW_ROWS = {"sm_90": 16}
+FEW_ROWS_TILES = (
+    (2048, 4095, {"BLOCK_M": 16, "BLOCK_N": 16, "GROUPS": 16, "num_warps": 4, "num_stages": 3}),
+    (2048, None, {"BLOCK_M": 16, "BLOCK_N": 32, "GROUPS": 4, "num_warps": 4, "num_stages": 4}),
+    (0, None, {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 8, "num_stages": 3}),
 )
 
 
@@ -127,20 +137,49 @@ def quantize_groups_triton(x: Tensor, dtype: torch.dtype, for_product: bool = Fa
     return q, scale
 
 
+def linear_tile(rows: int, width: int, k_dim: int, arch: str, dense_scale: bool = True) -> dict[str, int]:
+    """The tile that serves ``rows`` rows of ``k_dim`` columns and ``width`` outputs on ``arch``.
+
+    ``dense_scale``: the rows' scales are contiguous, as the forms of one and of few rows read them.
+    """
+    if rows == 1 and dense_scale:
+        return ONE_ROW_TILE
+    if rows <= FEW_ROWS.get(arch, 0) and dense_scale:
+        return next(tile for least, most, tile in FEW_ROWS_TILES if k_dim >= least and (most is None or width <= most))
+    return next(tile for limit, tile in LINEAR_TILES if limit is None or rows <= limit)
+
+
 def block_product(
     q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor, dtype: torch.dtype, tile: dict[str, int] | None = None
 ) -> Tensor:
-    """The product of quantised rows with w, one launch -> [N, R] in ``dtype``; ``tile`` None takes the table's."""
-    from sglang.kernels.ops.quant.group_fp8_triton import block_fp8_linear_kernel
+    """The product of quantised rows with w, one launch -> [N, R] in ``dtype``.
+
+    ``tile`` None takes the table's. One without BLOCK_M is of one row, and one with GROUPS of at most BLOCK_M rows.
+    """
+    from sglang.kernels.ops.quant.group_fp8_triton import (
+        block_fp8_linear_kernel,
+        few_rows_fp8_linear_kernel,
+        one_row_fp8_linear_kernel,
+    )
 
     (rows, k_dim), width = q.shape, w.shape[0]
     out = torch.empty(rows, width, dtype=dtype, device=q.device)
     if tile is None:
-        tile = next(tile for limit, tile in LINEAR_TILES if limit is None or rows <= limit)
-    row_tiles, tiles = cdiv(rows, tile["BLOCK_M"]), cdiv(width, tile["BLOCK_N"])
-    block_fp8_linear_kernel[(row_tiles * tiles,)](
-        q, scale, w, w_scale, out, rows, width, k_dim, *scale.stride(), row_tiles, tiles, **tile
-    )
+        tile = linear_tile(rows, width, k_dim, current_platform.arch, scale.is_contiguous())
+    tiles = cdiv(width, tile["BLOCK_N"])
+    if "BLOCK_M" not in tile:
+        one_row_fp8_linear_kernel[(tiles,)](
+            q, scale, w, w_scale, out, width, k_dim, EVEN_K=k_dim % tile["BLOCK_K"] == 0, **tile
+        )
+    elif "GROUPS" in tile:
+        few_rows_fp8_linear_kernel[(tiles,)](
+            q, scale, w, w_scale, out, rows, width, k_dim, EVEN_K=k_dim % (GROUP * tile["GROUPS"]) == 0, **tile
+        )
+    else:
+        row_tiles = cdiv(rows, tile["BLOCK_M"])
+        block_fp8_linear_kernel[(row_tiles * tiles,)](
+            q, scale, w, w_scale, out, rows, width, k_dim, *scale.stride(), row_tiles, tiles, **tile
+        )
     return out
 
 
@@ -225,6 +264,9 @@ def _linear_cases() -> Iterator[Case]:
         for made, wanted in zip((q, scale), quantize_groups_torch(x, q.dtype), strict=True):
             made.copy_(wanted)
         yield Case(f"{name}-quantised", (q, *blocks, scale, torch.float32))
+    for rows, columns in ((1, 1152), (1, 2048), (3, 2176), (16, 2048)):
+        x = torch.randn(rows, columns, generator=generator)
+        yield Case(f"{rows}x{columns}", (x, *random_blocks(136, columns, generator)))
 
 
 quantize_groups = Op(

@@ -40,3 +40,70 @@ def block_fp8_linear_kernel(
         (pid % in_group) // size, width, k_dim, k_dim, x_scale_stride, x_scale_step, 0, k_dim,
         1, False, True, True, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+
+
+@triton.jit
+def one_row_fp8_linear_kernel(
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, width, k_dim,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs of one row, without matrix units; both scales are multiplied into the row.
+
+    BLOCK_N divides 128, so that the outputs of a program share a row of weight scales.
+    """
+    first = tl.program_id(0) * BLOCK_N
+    column = tl.minimum(first + tl.arange(0, BLOCK_N), width - 1)
+    k = tl.arange(0, BLOCK_K)
+    w_scale_at = w_scale_ptr + (first // GROUP) * (k_dim // GROUP)
+    w_at = w_ptr + column.to(tl.int64)[:, None] * k_dim + k[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    for start in range(0, k_dim, BLOCK_K):
+        group = (start + k) // GROUP
+        if EVEN_K:
+            w = tl.load(w_at)
+            x = tl.load(x_ptr + start + k)
+            scale = tl.load(x_scale_ptr + group) * tl.load(w_scale_at + group)
+        else:
+            inside = start + k < k_dim
+            w = tl.load(w_at, mask=inside[None, :], other=0.0)
+            x = tl.load(x_ptr + start + k, mask=inside, other=0.0)
+            scale = tl.load(x_scale_ptr + group, mask=inside, other=0.0)
+            scale *= tl.load(w_scale_at + group, mask=inside, other=0.0)
+        acc += w.to(tl.float32) * (x.to(tl.float32) * scale)[None, :]
+        w_at += BLOCK_K
+    n = first + tl.arange(0, BLOCK_N)
+    tl.store(out_ptr + n, tl.sum(acc, axis=1).to(out_ptr.dtype.element_ty), mask=n < width)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def few_rows_fp8_linear_kernel(
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, rows, width, k_dim,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N outputs of all rows, at most BLOCK_M; GROUPS groups of columns are multiplied at once, and added last."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    group, k = tl.arange(0, GROUPS), tl.arange(0, GROUP)
+    groups = k_dim // GROUP
+    row, column = tl.minimum(m, rows - 1), tl.minimum(n, width - 1).to(tl.int64)
+    x_at = x_ptr + row[None, :, None] * k_dim + group[:, None, None] * GROUP + k[None, None, :]
+    w_at = w_ptr + column[None, None, :] * k_dim + group[:, None, None] * GROUP + k[None, :, None]
+    x_scale_at = x_scale_ptr + row[None, :] * groups + group[:, None]
+    w_scale_at = w_scale_ptr + (column // GROUP)[None, :] * groups + group[:, None]
+    acc = tl.zeros([GROUPS, BLOCK_M, BLOCK_N], tl.float32)
+    for start in range(0, groups, GROUPS):
+        if EVEN_K:
+            x, w, x_scale, w_scale = tl.load(x_at), tl.load(w_at), tl.load(x_scale_at), tl.load(w_scale_at)
+        else:
+            here = start + group < groups
+            x = tl.load(x_at, mask=here[:, None, None], other=0.0)
+            w = tl.load(w_at, mask=here[:, None, None], other=0.0)
+            x_scale = tl.load(x_scale_at, mask=here[:, None], other=0.0)
+            w_scale = tl.load(w_scale_at, mask=here[:, None], other=0.0)
+        acc += tl.dot(x, w) * (x_scale[:, :, None] * w_scale[:, None, :])
+        x_at += GROUPS * GROUP
+        w_at += GROUPS * GROUP
+        x_scale_at += GROUPS
+        w_scale_at += GROUPS
+    out = tl.sum(acc, axis=0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + m[:, None] * width + n[None, :], out, mask=(m < rows)[:, None] & (n < width)[None, :])

@@ -17,7 +17,7 @@ def group_fp8_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     dtype = fp8_dtype(current_platform.arch)
     w = torch.empty(7168, 16384, dtype=dtype, device=device)
     scale = torch.empty(56, 128, device=device)
-    for tokens in (1, 64, 8192):
+    for tokens in (1, 8, 64, 8192):
         (x,) = bfloat16s(device, (tokens, 16384))
         yield block_fp8_linear, Case(f"v3-o_proj t{tokens}", (x, w, scale))
         q, scales = empty_quantized(tokens, 16384, dtype, x.device)
