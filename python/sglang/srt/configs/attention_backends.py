@@ -1,4 +1,4 @@
-"""What the settings know of each attention backend: families, platforms, graphs, page sizes, cache types.
+"""Declarations of attention backends for the settings: families, platforms, graphs, page sizes, cache dtypes.
 
 A backend declares itself by the literal arguments of ``register_attention_backend`` in its own file. They are read from
 the source here, so that judging a command line imports no kernel; a backend of another package is known once its module
@@ -66,7 +66,7 @@ def attention_backends(family: str | None = None) -> dict[str, BackendDeclaratio
 
 
 def attention_backend_names() -> tuple[str, ...]:
-    """What ``--attention-backend`` takes."""
+    """The values of ``--attention-backend``."""
     return (*attention_backends(), *UNBUILT_ATTENTION_BACKENDS)
 
 
@@ -77,7 +77,7 @@ def _in_tree() -> dict[tuple[str, str], BackendDeclaration]:
 
 
 def read_source(path: Path) -> list[BackendDeclaration]:
-    """The declarations of a source file; raises ValueError where an argument is not a literal."""
+    """The declarations of a source file; raises ValueError if an argument is not a literal."""
     found = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if not isinstance(node, ast.ClassDef):

@@ -1,6 +1,6 @@
-"""What a model keeps of the sequences that it serves: pools of rows, each following one allocated unit by a ratio.
+"""The cache layout of a model: pools of rows, each with a fixed ratio to one allocated unit.
 
-Plain data, made by a model's config. The sizes of pools, the memory plan, the making of the pools and the proof of
+Plain data, made by a model's config. The sizes of pools, the memory plan, the creation of the pools and the check of
 captured steps derive from it.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 # The units that are ever allocated: a token of a sequence, a token within a sliding window, and a slot of a sequence.
 FULL, SWA, STATE = "full", "swa", "state"
 # Pages of a window's pools that are never handed out: the first is the dummy, the rows of the other are NaN, which is
-# what a token has whose window was given back.
+# the rows of tokens whose window page was freed.
 TOMBSTONE_PAGE, WINDOW_DUMMY_PAGES = 1, 2
 
 _ITEM_BYTES = {
@@ -122,9 +122,9 @@ class CacheLayout:
 
 
 def join(layouts: Iterable[CacheLayout]) -> CacheLayout:
-    """What models on one rank keep together, be it several, or one and the layer that drafts for it.
+    """The joint layout of the models on one rank: several models, or one model and its draft layer.
 
-    Pools that differ in their layers alone become one, of the layers of all.
+    Pools that differ only in their layers become one pool with all layers.
     """
     parts = list(layouts)
     sizes = {layout.page_size for layout in parts if layout.page_size is not None}

@@ -103,7 +103,7 @@ class DeepseekConfig:
         return self.n_routed_experts or 0
 
     def uneven_parts(self, tp_size: int, expert_tp_size: int) -> dict[str, int]:
-        """The sizes, by key, that do not part over ``tp_size`` ranks; an expert's width over ``expert_tp_size``."""
+        """The sizes, by key, that cannot be divided by ``tp_size`` ranks; an expert's width over ``expert_tp_size``."""
         parts = {"num_attention_heads": tp_size, "intermediate_size": tp_size, "moe_intermediate_size": expert_tp_size}
         return {name: getattr(self, name) for name, ranks in parts.items() if getattr(self, name) % ranks}
 
@@ -120,7 +120,7 @@ class DeepseekConfig:
         return self._latents(range(self.num_hidden_layers), types)
 
     def draft_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES) -> CacheLayout:
-        """The same of the layer behind the model's own, which drafts."""
+        """The same for the draft layer."""
         return self._latents([self.num_hidden_layers], types)
 
     def _latents(self, layers: Iterable[int], types: CacheTypes) -> CacheLayout:
@@ -139,7 +139,7 @@ class DeepseekConfig:
 
     @property
     def mtp_shared_experts(self) -> SharedExperts:
-        """The same of the MTP layer, which has experts wherever the model's dense layers stand."""
+        """The same for the MTP layer, which has experts even if the model has dense layers."""
         return self._shared_experts((self.num_hidden_layers,) if self.n_routed_experts is not None else ())
 
     def _shared_experts(self, layers: Iterable[int]) -> SharedExperts:

@@ -120,7 +120,7 @@ class DeepseekV4Config:
         return self.n_routed_experts
 
     def uneven_parts(self, tp_size: int, expert_tp_size: int) -> dict[str, int]:
-        """The sizes, by key, that do not part over ``tp_size`` ranks; heads go with their groups of the output."""
+        """The sizes, by key, that cannot be divided by ``tp_size`` ranks; heads go with their groups of the output."""
         parts = {"o_groups": tp_size, "moe_intermediate_size": max(tp_size, expert_tp_size)}
         return {name: getattr(self, name) for name, ranks in parts.items() if getattr(self, name) % ranks}
 

@@ -120,5 +120,5 @@ def deepseek_v4_layout(config: CompressedSizes, types: CacheTypes, num_draft_tok
 
 
 def window_layout(config: CompressedSizes, types: CacheTypes, layer: int) -> CacheLayout:
-    """The pool of a layer that has a window alone."""
+    """The pool of a layer that has only a window."""
     return CacheLayout((_row_pool(config, types, "swa", 1, (layer,)),), PAGE_SIZE)

@@ -9,7 +9,7 @@ from sglang.srt.configs.errors import ConfigError
 from sglang.srt.sampling.sampling_params import SamplingParams, SamplingParamsError
 
 GENERATION_KEYS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-# transformers keeps the most likely token alone where top_p is 0; the sampler's least top_p does the same.
+# transformers keeps only the most likely token if top_p is 0; the sampler's least top_p does the same.
 _LEAST_TOP_P = 1e-30
 
 
@@ -33,7 +33,8 @@ def end_token_ids(section: Mapping[str, Any], vocab_size: int, prefix: str = "")
 
 
 def sampling_defaults(generation: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Sampling parameters of a generation_config.json, in its own meaning, and what was changed to keep that meaning.
+    """Sampling parameters of a generation_config.json, with their meaning there, and what was changed to keep that
+    meaning.
 
     ``top_k`` 0 is no limit, and ``do_sample`` false is greedy whatever the other keys say. Raises ConfigError that
     names every value that the sampler cannot follow.

@@ -1,4 +1,4 @@
-"""Models named by their id on Hugging Face's hub: looked up in the local cache, never fetched."""
+"""Models named by their id on Hugging Face's hub: looked up in the local cache, never downloaded."""
 
 from __future__ import annotations
 

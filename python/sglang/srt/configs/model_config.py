@@ -1,4 +1,4 @@
-"""What a model folder in Hugging Face format says about its model, read once and typed."""
+"""The configuration of a model folder in Hugging Face format, read once and typed."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _EXTRA_OVERRIDE_KEYS = (
 # One entry per layer.
 _LAYER_LISTS = ("layer_types", "mlp_layer_types", "compress_ratios")
 
-# Rows of a request that a speculative step may compute past the last token of a context.
+# Rows that a speculative step may compute past the end of a context.
 ROWS_PAST_CONTEXT = 16
 
 

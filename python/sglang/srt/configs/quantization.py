@@ -1,4 +1,4 @@
-"""What a config.json says of quantised weights: 8-bit floats with scales by blocks, or a refusal by name."""
+"""The quantisation declared by config.json: 8-bit floats with block scales or MXFP4; others are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tries grammars that come from clients, in a process of its own that a hostile one can only end.
+"""Compiles grammars of clients in a separate process, so that a hostile grammar can end only that process.
 
 Run as a module it is that process: the first line of its input describes the tokenizer, each further one is a grammar
 to be tried, and each line of its output is a verdict.
@@ -19,7 +19,7 @@ from typing import Any, TextIO
 from sglang.srt.constrained.llguidance_backend import GrammarError, GuidanceBackend, grammar_of
 from sglang.srt.utils.limits import MAX_GRAMMAR_BYTES, MAX_GRAMMAR_CPU_S
 
-# The process may have to wait for a processor for longer than it may use one.
+# The process may wait longer for a processor than it may use one.
 _TIMEOUT_S = 60.0
 _END_S = 1.0
 _MAX_MESSAGE_CHARS = 600
@@ -37,7 +37,7 @@ class GrammarChecker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def check(self, kind: str, source: str) -> str:
-        """The grammar, as text, of ``source``, which compiles within the limits. Raises GrammarError."""
+        """The grammar, as text, for ``source``, if it compiles within the limits. Raises GrammarError."""
         if self._process is None:
             self._process = self._launch()
         try:

@@ -1,4 +1,5 @@
-"""Grammars by llguidance: what a client writes becomes a grammar, and a grammar says which tokens may come next."""
+"""Grammars by llguidance: converts constraints of clients to grammars, and grammars to masks of the tokens that may
+come next."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ _MAX_LEXER_STATES = 50_000
 
 
 class GrammarError(ValueError):
-    """A grammar that cannot be read, is too large, or has no form that output could take."""
+    """A grammar that is invalid, too large, or that no output can satisfy."""
 
 
 def grammar_of(kind: str, source: str, json_options: dict[str, Any]) -> str:
@@ -90,18 +91,18 @@ class GuidanceBackend:
         except Exception as error:
             raise GrammarError(f"llguidance cannot use this tokenizer: {error}") from None
         self._limits = llguidance.LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
-        # By itself the library takes four fifths of the cores, rounded down: of two one, and masks come one by one.
+        # By default the library uses four fifths of the cores, rounded down: one of two, which makes masks serially.
         cores = len(os.sched_getaffinity(0))
         self._executor = llguidance.LLExecutor(num_threads=cores if cores < 5 else None)
         self.num_words = -(-vocab_size // 32)
-        # Bits of the tokens that are no text, the end of the sequence among them.
+        # Bits of the tokens that are not text, including the end of the sequence.
         self._special: np.ndarray = np.zeros(self.num_words, np.uint32)
         for i in filter(self._tokenizer.is_special_token, range(vocab_size)):
             self._special[i >> 5] |= np.uint32(1 << (i & 31))
         self._vocab_size = vocab_size
 
     def compile(self, grammar: str) -> GuidanceGrammar:
-        """The grammar at its beginning. Raises GrammarError. Other threads run meanwhile."""
+        """The compiled grammar, at its start. Raises GrammarError. Other threads run meanwhile."""
         try:
             matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         except BaseException as error:  # a panic in the library is no Exception
@@ -127,7 +128,7 @@ class GuidanceBackend:
     def fill_along(
         self, rows: Sequence[tuple[GuidanceGrammar, int]], drafts: Sequence[Sequence[int]], mask: torch.Tensor
     ) -> None:
-        """``fill`` along the drafts of each grammar: row + j is for what comes behind the first j of them.
+        """``fill`` along the drafts of each grammar: row + j is for the token after the first j of them.
 
         Rows behind a draft that the grammar forbids, or with which it is complete, give no token and stay as they are.
         """
@@ -179,9 +180,9 @@ class GuidanceBackend:
 
 
 class GuidanceGrammar:
-    """A compiled grammar and how far the output of one request has come in it; ``copy`` is one at the beginning.
+    """A compiled grammar with its state for the output of one request; ``copy`` is one at the start.
 
-    With ``after``, a token id, it holds from behind that token on, and what stands before is free.
+    With ``after``, a token id, it applies after that token, and output before it is free.
     """
 
     def __init__(self, matcher: llguidance.LLMatcher, after: int | None = None) -> None:
@@ -195,13 +196,13 @@ class GuidanceGrammar:
         return GuidanceGrammar(self.matcher.deep_copy(), after)
 
     def follow(self, output_ids: Sequence[int]) -> None:
-        """Take in what is new of the output, of which a former call had a beginning."""
+        """Advance by the new part of the output, which continues that of the last call."""
         for token_id in output_ids[self._num_seen :]:
             self.take(token_id)
         self._num_seen = len(output_ids)
 
     def take(self, token_id: int) -> None:
-        """Take in one token."""
+        """Advance by one token."""
         if self.is_waiting:
             self.is_waiting = token_id != self._after
         else:
@@ -210,21 +211,21 @@ class GuidanceGrammar:
 
     @property
     def place(self) -> tuple[bool, int]:
-        """Where it is, for ``return_to``."""
+        """The state, for ``return_to``."""
         return self.is_waiting, self._num_taken
 
     def return_to(self, place: tuple[bool, int]) -> None:
-        """Forget what ``take`` was given since it was there."""
+        """Undo all calls of ``take`` since that state."""
         self.is_waiting, num_taken = place
         self.matcher.rollback(self._num_taken - num_taken)
         self._num_taken = num_taken
 
     @property
     def is_complete(self) -> bool:
-        """Whether nothing but the end may follow."""
+        """Whether only the end may follow."""
         return not self.is_waiting and self.matcher.is_stopped()
 
     @property
     def error(self) -> str:
-        """Why it cannot go on; empty while it can."""
+        """Why it failed; "" while it is valid."""
         return self.matcher.get_error().partition("\n")[0]

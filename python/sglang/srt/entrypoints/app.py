@@ -1,4 +1,4 @@
-"""The application: which handler answers which path, and the form of errors outside handlers."""
+"""The ASGI application: which handler serves which path, and the format of errors outside handlers."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def build_app(context: ServerContext, lifespan: Lifespan) -> Starlette:
     ]
     endpoints += RootApi(context, endpoints).endpoints()
     app = Starlette(routes=[route for endpoint in endpoints for route in _routes(endpoint)], lifespan=lifespan)
-    # The last one added is asked first: who has no key gets no body read, and learns nothing of the queue.
+    # The last one added runs first: without a key no body is read, and nothing about the queue is disclosed.
     app.add_middleware(BodyLimit, max_bytes=args.max_request_bytes)
     app.add_middleware(FullQueue, manager=context.manager, endpoints=endpoints)
     policy = AuthPolicy(args.host, args.api_key, args.admin_api_key)
     sites = SitePolicy(args.host, args.api_key is not None, args.allowed_hosts, args.allowed_origins)
     app.add_middleware(AuthMiddleware, policy=policy, sites=sites)
     if origins := split_list(args.allowed_origins):
-        # Outside the check of keys, which a pre-flight does not bring.
+        # Outside the check of keys, because a pre-flight request has none.
         cors: dict[str, Any] = {"allow_origins": origins, "allow_methods": ["*"], "allow_headers": ["*"]}
         app.add_middleware(CORSMiddleware, **cors, expose_headers=["Retry-After"])
     app.add_exception_handler(RequestError, _on_request_error)
@@ -66,7 +66,7 @@ def build_app(context: ServerContext, lifespan: Lifespan) -> Starlette:
 
 
 def _routes(endpoint: Endpoint) -> list[Route]:
-    """One route per name of the endpoint; a HEAD is answered where a GET is, unless the GET changes something."""
+    """One route per name of the endpoint; HEAD is accepted with GET, unless the GET changes something."""
     routes = [Route(path, _guarded(endpoint.handler), methods=list(endpoint.methods)) for path in endpoint.paths]
     for route in routes:
         if not endpoint.safe and route.methods is not None:
@@ -75,7 +75,7 @@ def _routes(endpoint: Endpoint) -> list[Route]:
 
 
 def _guarded(handler: Handler) -> Handler:
-    """``handler``, with a defect of ours as a 500."""
+    """``handler``, with an unexpected exception as a 500."""
 
     async def endpoint(request: Request) -> Response:
         try:

@@ -1,4 +1,4 @@
-"""Who may call what: bearer keys, administrative endpoints closed to the network without one, names and web pages."""
+"""Access control: bearer keys, administrative endpoints only on loopback without one, host names and web pages."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from sglang.srt.utils.network import is_loopback
 
 # Without a key: probes, and metrics, as upstream's monitoring expects.
 OPEN_PATHS = frozenset({"/health", "/health_generate", "/ready", "/metrics"})
-# Endpoints with which one client can disturb the others.
+# Endpoints by which one client can disturb the others.
 ADMIN_PATHS = frozenset({"/abort_request", "/flush_cache", "/start_profile", "/stop_profile"})
 
 
 class AuthPolicy:
     """The decision for each request.
 
-    With ``admin_api_key`` set, administrative endpoints take that key alone; else they take ``api_key``. With neither,
-    they are open on a loopback address and closed on any other.
+    With ``admin_api_key`` set, administrative endpoints accept only that key; else they accept ``api_key``. With
+    neither, they are open on a loopback address and closed on any other.
     """
 
     def __init__(self, host: str, api_key: str | None, admin_api_key: str | None):
@@ -34,9 +34,10 @@ class AuthPolicy:
         self.admin_closed = not (api_key or admin_api_key or is_loopback(host))
 
     def refusal(self, method: str, path: str, authorization: bytes) -> Response | None:
-        """None if the request may pass, else its answer: 401 for a missing or wrong key, 403 where no key would do."""
+        """None if the request may pass, else its answer: 401 for a missing or wrong key, 403 if no key would be
+        accepted."""
         path = "/" + path.strip("/")
-        # What the server lacks does nothing: its 501 says more than a 401 for a key that may be right upstream.
+        # Unsupported endpoints do nothing: their 501 is more useful than a 401 for a key that may be right upstream.
         if method == "OPTIONS" or path in OPEN_PATHS or path in UNSUPPORTED_PATHS:
             return None
         is_admin = path in ADMIN_PATHS
@@ -54,7 +55,7 @@ class AuthPolicy:
 
 
 def _has_bearer(authorization: bytes, key: str) -> bool:
-    """Whether the header brings ``key``, as UTF-8 or, as older clients write it, as Latin-1."""
+    """Whether the header contains ``key``, as UTF-8 or, as older clients write it, as Latin-1."""
     scheme, _, token = authorization.partition(b" ")
     if scheme.lower() != b"bearer":
         return False
@@ -65,7 +66,7 @@ def _has_bearer(authorization: bytes, key: str) -> bool:
 
 
 class AuthMiddleware:
-    """Asks both policies before any handler runs."""
+    """Checks both policies before any handler runs."""
 
     def __init__(self, app: ASGIApp, policy: AuthPolicy, sites: SitePolicy):
         self._app = app

@@ -36,7 +36,7 @@ def decode_body(data: bytes | bytearray, body_type: type[T], unknown_fields: Unk
 
 
 def _take_known(raw: Any, struct: Any, where: str, unknown_fields: UnknownFields, warnings: list[str] | None) -> Any:
-    """``raw`` without the fields that ``struct``, or a struct in it, does not have; those are judged."""
+    """``raw`` without the fields that ``struct``, or a struct in it, does not have; those are checked."""
     if not isinstance(raw, dict):
         return raw
     names = struct.__struct_fields__

@@ -1,4 +1,4 @@
-"""How many bytes of request bodies the server takes: of one request, and of all unfinished ones together."""
+"""Limits on the bytes of request bodies: of one request, and of all unfinished ones together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _RETRY_AFTER_S = 1
 
 
 class BodyLimit:
-    """ASGI middleware. Refuses by Content-Length before anything is read, else as soon as the sum is too large."""
+    """ASGI middleware. Refuses by Content-Length before anything is read, or else as soon as the sum is too large."""
 
     def __init__(self, app: ASGIApp, max_bytes: int):
         self._app = app
@@ -51,5 +51,5 @@ class BodyLimit:
 
     def _too_large(self) -> RequestError:
         message = f"The body is larger than {self._max_bytes} bytes, which --max-request-bytes allows."
-        # What the client is still sending is not read, so the connection has no use any more.
+        # What the client is still sending is not read, so the connection cannot be used again.
         return RequestError(message, 413, "RequestTooLargeError", {"Connection": "close"})

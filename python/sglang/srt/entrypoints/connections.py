@@ -1,4 +1,4 @@
-"""One client connection: uvicorn's HTTP/1.1 protocol with bounds on what a client may hold open, and for how long."""
+"""One client connection: uvicorn's HTTP/1.1 protocol with limits on what a client may hold open, and for how long."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def fit_connections(wanted: int) -> int:
-    """Raise the limit of open descriptors for ``wanted`` connections; returns how many fit under it."""
+    """Raise the limit of open descriptors for ``wanted`` connections; returns how many are possible."""
     used = len(os.listdir("/dev/fd")) + MAX_REFUSED_CONNECTIONS + SPARE_DESCRIPTORS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = max(soft, used + wanted if hard == resource.RLIM_INFINITY else min(hard, used + wanted))
@@ -47,7 +47,7 @@ def fit_connections(wanted: int) -> int:
 
 
 class Connection(H11Protocol):
-    """Ends when the client is too slow, and in a way that lets it read the answer to a body it is still sending.
+    """Closes when the client is too slow, in a way that lets it read the reply while it is still sending a body.
 
     ``check_time`` must be called about once per second. Headers have ``HEADER_TIMEOUT_S``; a body has
     ``BODY_TIMEOUT_S`` and what its size takes at ``MIN_BODY_BYTES_PER_S``; output that is not read for
@@ -95,7 +95,7 @@ class Connection(H11Protocol):
         self._body_bytes += len(data)
 
     def eof_received(self) -> bool:  # type: ignore[override]  # asyncio takes True for "stay open"
-        """A client that sends no more is given a moment to be answered; it has left, or it waits in vain."""
+        """Give a client that has closed its sending side a moment to receive a reply; it may have left."""
         answers = self.cycle is not None and not self.cycle.response_complete
         if not answers or self._lingers or self.conn.their_state not in (h11.DONE, h11.MUST_CLOSE):
             return False
@@ -117,7 +117,7 @@ class Connection(H11Protocol):
     def _is_unread(self, now: float) -> bool:
         size, before = self.transport.get_write_buffer_size(), self._unread_bytes
         self._unread_bytes = size
-        # While the buffer grows, what the client takes cannot be told; it grows to its high-water mark at most.
+        # While the buffer grows, it is not known what the client reads; it grows at most to its high-water mark.
         moves = size < before or size > before and not self.flow.write_paused
         if not size or moves or self._unread_since is None:
             self._unread_since = now if size else None
@@ -129,7 +129,7 @@ class Connection(H11Protocol):
         return self._lingers
 
     def close(self, transport: asyncio.Transport) -> None:
-        """Close now, or, while the client sends what nobody will read, send the end first and drop the rest.
+        """Close now; while the client still sends, first shut down the sending side and discard the rest.
 
         A socket that is closed with unread data resets the connection, and the answer may be lost with it.
         """
@@ -155,7 +155,7 @@ class _Transport:
 
     def write(self, data: bytes) -> None:
         if data.startswith(b"HTTP/1.1 "):
-            # Nearly always, the body follows at once; in any case it goes with this turn of the loop.
+            # Usually the body follows at once; in any case it is sent within this turn of the loop.
             self._send_head()
             self._head = data
             self._connection.loop.call_soon(self._send_head)

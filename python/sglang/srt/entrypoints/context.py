@@ -14,7 +14,7 @@ from sglang.srt.server_args import ServerArgs
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
 
-# What a client may call the served model, whatever its name is.
+# Names that a client may always use for the served model.
 DEFAULT_MODEL_NAME = "default"
 _MAX_SHOWN_NAME = 100
 
@@ -34,7 +34,7 @@ class ServerContext:
     model_config: ModelConfig
     scheduler_info: dict[str, Any] = field(default_factory=dict)
     status: ServerStatus = ServerStatus.STARTING
-    # Which process of the engine makes no progress now, if any does.
+    # The process of the engine that makes no progress now, or None.
     stalled: str | None = None
 
     @property

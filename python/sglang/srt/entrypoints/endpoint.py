@@ -1,4 +1,4 @@
-"""What one endpoint is: the handler that answers, and what its users are told of it."""
+"""The definition of an endpoint: its handler and its documentation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Endpoint:
     aliases: tuple[str, ...] = ()
     # Whether a GET changes nothing, so that a HEAD may be answered like it.
     safe: bool = True
-    # Whether its requests wait in the queue, so that a full one refuses them unread.
+    # Whether its requests wait in the queue, so that a full queue refuses them without reading the body.
     is_queued: bool = False
 
     @property

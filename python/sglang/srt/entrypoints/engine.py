@@ -1,4 +1,4 @@
-"""The offline engine: the HTTP server's path without HTTP."""
+"""The offline engine: the same as the HTTP server, without HTTP."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ _WATCH_INTERVAL_S = 0.5
 
 
 class Engine:
-    """A model and its processes, driven from Python.
+    """A model and its processes, used from Python.
 
     Takes the fields of ServerArgs as keywords. Results equal those of ``/generate``. Requests may come from any
-    thread or asyncio loop; a loop of the engine's own runs them. Wrong settings raise ServerArgsError, wrong requests
+    thread or asyncio loop; the engine runs them in its own loop. Wrong settings raise ServerArgsError, wrong requests
     ValueError, one that passes its ``request_timeout`` TimeoutError, and a failed engine RuntimeError.
     """
 
@@ -51,7 +51,7 @@ class Engine:
         self.tokenizer_manager = self._context.manager
         self._chat = OpenAIServingChat(self._context)
         self._loop = asyncio.new_event_loop()
-        # Nothing in there refers to this object: it ends the processes when it is collected, or when Python exits.
+        # Must not refer to this object: the finalizer ends the processes when it is collected, or when Python exits.
         self._end = weakref.finalize(self, _EngineLoop(self._context, self._processes, self._loop).end)
         self._run(self.tokenizer_manager.start())
         self._context.status = ServerStatus.UP
@@ -82,7 +82,7 @@ class Engine:
         return await self._arun(self._whole(request))
 
     def chat(self, messages: list[dict[str, Any]], *, stream: bool = False, **fields: Any) -> Any:
-        """The next turn of a conversation: what ``/v1/chat/completions`` answers to a body of these fields.
+        """The next message of a conversation: the reply of ``/v1/chat/completions`` to a body of these fields.
 
         A dictionary, or, with ``stream``, an iterator over its chunks.
         """
@@ -123,7 +123,7 @@ class Engine:
         self._run(abort())
 
     def shutdown(self) -> None:
-        """End what is in flight, then the processes. Safe to call twice."""
+        """End requests in flight, then the processes. Safe to call twice."""
         self._end()
 
     def __enter__(self) -> Engine:
@@ -215,7 +215,8 @@ class _EngineLoop:
             await asyncio.sleep(_WATCH_INTERVAL_S)
 
     def end(self) -> None:
-        """Fail what is in flight, end the thread, then the processes; nothing in a fork of the caller's process."""
+        """Fail requests in flight, end the thread, then the processes; does nothing in a fork of the caller's
+        process."""
         if os.getpid() != self._pid:
             return
         if threading.current_thread() is self._thread:  # collected there: a thread cannot wait for itself

@@ -1,4 +1,4 @@
-"""Error bodies of the API: upstream's flat keys, and the same under ``error``, where OpenAI's clients look."""
+"""Error bodies of the API: upstream's flat keys, and the same under ``error``, as in OpenAI's API."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def json_response(content: Any, status_code: int = 200, headers: Mapping[str, st
 
 
 def error_body(error: RequestError) -> dict[str, Any]:
-    """Of whole responses and of stream events alike; the flat ``code`` is the status, the nested one may be a name."""
+    """For responses and stream events; the flat ``code`` is the status, the nested one may be a name."""
     body = {"message": error.message, "type": error.err_type, "param": error.param, "code": error.status_code}
     return {"object": "error", **body, "error": {**body, "code": error.code or error.status_code}}
 
 
 def error_response(error: RequestError) -> Response:
-    """The body with the error's status. What the server lacks is not worth a second try: OpenAI's clients are told."""
+    """The body with the error's status. For a 501, OpenAI's clients are told not to retry."""
     headers = {"x-should-retry": "false", **error.headers} if error.status_code == 501 else error.headers
     return json_response(error_body(error), error.status_code, headers)
 

@@ -1,4 +1,4 @@
-"""Refuses requests to a full queue before their bodies are read, and keeps places for those that are being read."""
+"""Refuses requests to a full queue before their bodies are read, and reserves places for those that are being read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOG_INTERVAL_S = 5.0
 
 
 def place_of(request: Request) -> Place | None:
-    """The place that is kept for a request whose body has been read."""
+    """The place that is reserved for a request whose body has been read."""
     place: Place | None = request.scope.get(_PLACE)
     return place
 
@@ -31,8 +31,9 @@ def place_of(request: Request) -> Place | None:
 class FullQueue:
     """ASGI middleware over the endpoints whose requests wait in the queue.
 
-    A body that is on its way holds no place: slow clients would take all of them. With its last byte the request gets
-    one, until its handler knows how many it needs, so that requests that come at once do not all find the same room.
+    A body that is still being received has no place, or slow clients would take all. With its last byte the request
+    gets one, until its handler knows how many it needs, so that simultaneous requests do not all use the same free
+    places.
     """
 
     def __init__(self, app: ASGIApp, manager: TokenizerManager, endpoints: Iterable[Endpoint]):
@@ -82,7 +83,7 @@ class FullQueue:
 
 
 def _is_short(scope: Scope) -> bool:
-    """Whether the body is read to its end for the sake of the next request; else the connection closes."""
+    """Whether the body is read to its end, so that the connection can be used again; else it is closed."""
     length = b"0"
     for name, value in scope["headers"]:
         if name in (b"transfer-encoding", b"expect"):

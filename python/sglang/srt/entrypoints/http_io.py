@@ -1,4 +1,4 @@
-"""Reading request bodies and writing answers, ending the work as soon as the client is gone."""
+"""Reads request bodies and writes responses, and cancels the work when the client disconnects."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 DONE_EVENT = b"data: [DONE]\n\n"
-# nginx's status for a client that closed its request; nobody reads it but the access log.
+# nginx's status for a client that closed its request; it appears only in the access log.
 CLIENT_CLOSED_REQUEST = 499
 TIMEOUT_HEADER = "x-request-timeout"
 _MAX_OTHER_COMMAS = 64
@@ -72,7 +72,7 @@ async def read_body(
 
 
 def asked_timeout(request: Request, in_body: float | None) -> float | None:
-    """Seconds that a request gives itself, by its header or its body field, whichever is less; None if by neither."""
+    """The request's own time limit in seconds: the smaller of header and body field; None without both."""
     text = request.headers.get(TIMEOUT_HEADER)
     if text is None:
         return in_body
@@ -90,7 +90,7 @@ async def wait_for_disconnect(receive: Receive) -> None:
 
 
 async def run_while_connected(receive: Receive, work: Awaitable[T]) -> tuple[bool, T | None]:
-    """Run ``work`` until it is done or the client is gone, and then cancel it. Returns (done, its result)."""
+    """Run ``work``, and cancel it if the client disconnects. Returns (done, its result)."""
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(wait_for_disconnect(receive))
     try:
@@ -161,6 +161,6 @@ class EventStream(Response):
 
 
 def internal_error(error: Exception) -> RequestError:
-    """Log a defect of ours and give the client a 500 that says no more than its kind."""
+    """Log an unexpected exception and return a 500 that states only its type."""
     logger.error("A request failed inside the server.", exc_info=error)
     return RequestError(f"Internal server error: {type(error).__name__}.", 500, "InternalServerError")

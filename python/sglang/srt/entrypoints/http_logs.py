@@ -1,4 +1,4 @@
-"""What the HTTP libraries log: lines that a client may not forge, fill, or repeat at will."""
+"""Filters for the log lines of the HTTP libraries, which clients could otherwise forge, fill, or repeat."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-# Probes come every few seconds; one that fails is logged.
+# Probes arrive every few seconds; failed ones are logged.
 QUIET_PATHS = frozenset({"/health", "/health_generate", "/metrics", "/ping", "/ready"})
 _MAX_PATH_CHARS = 256
 _MAX_REFUSALS_PER_S = 10
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class AccessFilter(logging.Filter):
-    """Drops successful probes and most of a crowd of 503s, and cuts long methods and paths; uvicorn escapes them.
+    """Drops successful probes and most of many 503s, and cuts long methods and paths; uvicorn escapes them.
 
     ``quiet_prefixes`` are beginnings of further paths that are probed.
     """
@@ -41,7 +41,7 @@ class AccessFilter(logging.Filter):
         return True
 
     def _is_crowd(self) -> bool:
-        """Whether as many 503s have been logged this second as are let through; admission counts and tells of them."""
+        """Whether the limit of logged 503s per second is reached; admission counts and reports all of them."""
         now = int(time.monotonic())
         if now != self._second:
             self._second, self._num_refused = now, 0
@@ -86,7 +86,7 @@ def bound_http_logs(quiet_prefixes: Sequence[str] = ()) -> None:
 
 
 def on_loop_error(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """asyncio reports every connection that it could not accept, thousands at a time: say it once per second.
+    """asyncio reports every connection that it could not accept, thousands at a time: log it once per second.
 
     Each of them also leaves a timer that would listen again, and finds the listener closed where the server ends.
     """

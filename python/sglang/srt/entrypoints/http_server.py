@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 _KEEP_ALIVE_S = 65
 _WATCH_INTERVAL_S = 0.5
-# Connections that one turn of the event loop accepts: the first of a crowd are answered before the last are accepted.
+# Connections that one turn of the event loop accepts: the first of many are answered before the last are accepted.
 _ACCEPTS_PER_TURN = 32
 # Of uvicorn's main loop.
 _TICKS_PER_S = 10
@@ -80,7 +80,7 @@ class HttpServer(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """In place of uvicorn's: a signal starts the drain, while the listener still answers."""
+        """Replaces uvicorn's handler: a signal starts the drain, while the listener still accepts connections."""
         if threading.current_thread() is threading.main_thread():
             handle_stop_signals(self.drain.ask)
         yield

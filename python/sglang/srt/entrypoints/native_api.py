@@ -82,7 +82,7 @@ class NativeApi:
         self._manager = context.manager
 
     def endpoints(self) -> list[Endpoint]:
-        """All of them, those that the server lacks last."""
+        """All endpoints, the unsupported ones last."""
         generation, state, admin = "Generation", "State of the server", "Administration"
         get, post = ("GET",), ("POST",)
         table = [
@@ -153,7 +153,7 @@ class NativeApi:
         return Response("failed", 503) if self._manager.failure is not None else Response()
 
     async def health_generate(self, request: Request) -> Response:
-        """200 once the engine says anything within the window: a busy server is a healthy one."""
+        """200 if the engine sends anything within the time window: a busy server is healthy."""
         status = await self.ping(request)
         if status.status_code == 200 and not await self._engine_answers(envs.SGLANG_HEALTH_CHECK_TIMEOUT.get()):
             status = Response(status_code=503)

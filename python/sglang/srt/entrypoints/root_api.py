@@ -1,4 +1,4 @@
-"""Where a newcomer lands: ``/``, the description of the API, and its page."""
+"""The start page ``/``, the description of the API, and its page."""
 
 from __future__ import annotations
 

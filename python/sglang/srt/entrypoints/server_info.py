@@ -1,4 +1,4 @@
-"""What the server says of itself: the model, the settings, the scheduler's state, the chosen kernels, its load."""
+"""The contents of information endpoints: model, settings, state of the schedulers, chosen kernels, load."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a server ends: what each signal asks for, how long requests in flight may go on, and the exit status."""
+"""The shutdown of a server: the meaning of each signal, the time for requests in flight, and the exit status."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sglang.srt.utils.limits import DRAIN_INTERRUPT_S, DRAIN_WRITE_S
 
 logger = logging.getLogger(__name__)
 
-# The server was asked to end, and did so in order, but requests in flight were ended with an error.
+# The server was shut down in order, but requests in flight ended with an error.
 EXIT_CUT = 4
 _POLL_S = 0.02
 
@@ -38,10 +38,10 @@ def exit_during_start(signum: int, _: FrameType | None) -> NoReturn:
 
 
 class Drain:
-    """The end of a server that was asked to stop: no new requests, and a deadline for those in flight.
+    """The shutdown of a server: no new requests, and a deadline for those in flight.
 
     SIGTERM and SIGHUP give them ``timeout_s`` seconds, SIGINT ``DRAIN_INTERRUPT_S`` if that is less, and SIGINT to a
-    server that already stops none. A signal never moves the deadline back.
+    server that already stops none. A signal never extends the deadline.
     """
 
     def __init__(self, manager: TokenizerManager, timeout_s: float) -> None:
@@ -54,7 +54,7 @@ class Drain:
         return self._deadline < math.inf
 
     def ask(self, signum: int, _: FrameType | None = None) -> None:
-        """What a signal does; safe in a signal handler."""
+        """Handle a signal; safe to call in a signal handler."""
         seconds = self._timeout_s
         if signum == signal.SIGINT:
             seconds = 0.0 if self.is_asked else min(seconds, DRAIN_INTERRUPT_S)

@@ -1,4 +1,4 @@
-"""Under which names the server answers, and which web pages may make a browser call it."""
+"""Host names that the server accepts, and web pages that may call it from a browser."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def split_list(text: str | None) -> list[str]:
 class SitePolicy:
     """Keeps web pages from reaching a server that trusts everyone who can connect to it.
 
-    A page can name a loopback address by a domain of its own (DNS rebinding): a server on a loopback address without a
+    A page can use its own domain for a loopback address (DNS rebinding): a server on a loopback address without a
     key answers loopback names only. A page can also send requests whose answers it does not get to read: what changes
     state is refused to pages of other origins, as browsers name them, unless ``allowed_origins`` holds them.
     """
@@ -39,7 +39,7 @@ class SitePolicy:
         self._origins = {origin.rstrip("/").lower() for origin in split_list(allowed_origins)}
 
     def refusal(self, method: str, path: str, headers: Mapping[bytes, bytes]) -> Response | None:
-        """None if the request may pass, else a 403 that names the flag which lets it."""
+        """None if the request may pass, else a 403 that names the flag that would allow it."""
         path = "/" + path.strip("/")
         host = headers.get(b"host", b"").decode("latin-1")
         if path not in _PROBE_PATHS and not self._answers(host):

@@ -1,4 +1,4 @@
-"""Tells what a model thinks from what it answers, in a reply that comes piece by piece."""
+"""Separates the thought of a model from its answer, in a reply that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from sglang.srt.parser.text_marks import partial_mark
 
 THINK_START = "<think>"
 THINK_END = "</think>"
-# Per value of --reasoning-parser: whether a reply thinks from its first token on where the prompt does not tell.
+# Per value of --reasoning-parser: whether a reply begins inside a thought if the prompt does not decide.
 REASONING_PARSERS = {
     "deepseek-r1": True,
     "deepseek-v3": False,
@@ -17,7 +17,7 @@ REASONING_PARSERS = {
 
 
 def opens_thought(prompt_end: str) -> bool | None:
-    """Whether a reply behind ``prompt_end`` begins inside a thought; None where the prompt's last mark is elsewhere."""
+    """Whether a reply after ``prompt_end`` begins inside a thought; None if the prompt does not end with a mark."""
     end = prompt_end.rstrip()
     if end.endswith(THINK_START):
         return True
@@ -31,7 +31,7 @@ def continues_thought(message: str) -> bool | None:
 
 
 class ReasoningParser:
-    """Eats the text of one reply; gives back thought and answer, the same in sum however the text was cut.
+    """Processes the text of one reply and returns thought and answer, independent of how the text is split.
 
     ``thinks`` says where the reply begins: True inside a thought, False in the answer, None where the reply itself
     tells: it is a thought if it begins with ``<think>``. White space around a thought, and between it and the answer,

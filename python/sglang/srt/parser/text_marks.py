@@ -1,4 +1,4 @@
-"""Marks in text that comes piece by piece."""
+"""Marks in text that arrives in pieces."""
 
 from __future__ import annotations
 

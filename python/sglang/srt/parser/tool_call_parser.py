@@ -1,4 +1,4 @@
-"""Finds tool calls in an answer that comes piece by piece; what is no whole, valid call stays text."""
+"""Finds tool calls in an answer that arrives in pieces; incomplete or invalid calls stay text."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ Event = str | ToolCall
 
 
 class ToolCallParser(ABC):
-    """Eats the text of one answer. A subclass names the marks around a call and reads what stands between them.
+    """Processes the text of one answer. A subclass defines the marks around a call and parses the text between them.
 
     A call is given when it is complete, so that one that turns out to be malformed, cut off, or of a tool that is not
-    offered comes back as text, marks included. ``tools`` maps the names of the offered tools to the JSON schema of
+    offered is returned as text, marks included. ``tools`` maps the names of the offered tools to the JSON schema of
     their parameters. ``max_calls`` is how many calls are wanted; later ones stay text. White space around a call is
     dropped. The events are the same in sum however the text was cut.
     """
@@ -139,7 +139,7 @@ class ToolCallParser(ABC):
         return [rest] if rest.strip() or rest and not self.num_calls else []
 
     def _take_call(self, events: list[Event]) -> bool:
-        """Take the call at the beginning of the text; False while it is not complete."""
+        """Parse the call at the beginning of the text; False while it is not complete."""
         length = self._text.find(self.end, self._searched)
         if length < 0:
             self._searched = max(0, len(self._text) - len(self.end))

@@ -1,4 +1,4 @@
-"""Messages of the OpenAI API as chat templates read them, and the proof that a template renders each of them."""
+"""Converts messages of the OpenAI API for chat templates, and checks that a template renders each of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ChatTemplateError(ValueError):
 
 @dataclass(frozen=True)
 class TemplateTraits:
-    """What a template was seen to do with small conversations.
+    """Properties of a template, found by rendering small conversations.
 
     part_roles: roles whose content it reads as a list of parts. mapping_arguments: it wants the arguments of a tool
     call as an object, not as JSON text. empty_content: what it wants as the content of an assistant turn that has tool
@@ -122,7 +122,7 @@ def _arguments(given: Any, where: str, traits: TemplateTraits) -> Any:
     return parsed if traits.mapping_arguments else text
 
 
-# Proof that nothing is lost
+# Check that nothing is lost
 
 
 def mark_of(number: int) -> str:

@@ -1,4 +1,4 @@
-"""Chat templates: where a checkpoint keeps them, what they can render, and rendering them within limits."""
+"""Chat templates: where a checkpoint stores them, what they support, and rendering within limits."""
 
 from __future__ import annotations
 

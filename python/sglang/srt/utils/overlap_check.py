@@ -1,4 +1,4 @@
-"""What the two sides of an overlap touch, read from torch's dispatcher, and the refusal when they share it."""
+"""Checks that the two sides of an overlap do not touch the same memory, as seen by torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 class SideRecord(TorchDispatchMode):
     """Storages and collectives of one side; it keeps the storages, so that no address is used twice meanwhile.
 
-    Kernels that bypass torch's dispatcher (Triton, vendor packages) show by the results allocated for them alone.
+    Kernels that bypass torch's dispatcher (Triton, vendor packages) are seen only through the results allocated for
+    them.
     """
 
     def __init__(self) -> None:

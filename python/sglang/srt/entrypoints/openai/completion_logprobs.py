@@ -1,4 +1,4 @@
-"""Log-probabilities of ``/v1/completions``: keys that tell tokens apart, and places in the text that is returned."""
+"""Log-probabilities of ``/v1/completions``: unique keys of tokens, and their offsets in the returned text."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from sglang.srt.managers.io_struct import LogprobEntry
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 _REPLACEMENT = "\ufffd"
-# How far behind its expected place the text of a prompt's token is looked for.
+# How far after its expected place the text of a prompt's token is searched for.
 _MAX_GAP = 8
 
 
 def token_name(tokenizer: Tokenizer | None, token_id: int, text: str | None) -> str:
-    """The text of a token, or ``bytes:\\xNN...`` as OpenAI writes it where its bytes alone are no characters."""
+    """The text of a token, or ``bytes:\\xNN...`` as OpenAI writes it if its bytes are not whole characters."""
     if tokenizer is None or not tokenizer.is_byte_level:
         return text or ""
     data = tokenizer.token_bytes(token_id)
@@ -104,7 +104,7 @@ def prompt_places(tokenizer: Tokenizer, prompt: str, entries: list[LogprobEntry]
 
 
 class ChoiceLogprobs:
-    """The log-probabilities of one choice that wait for their text.
+    """The log-probabilities of one choice whose text has not been returned yet.
 
     A stop string holds text back and may cut it off: a token is reported with the text in which it lies, and at the
     end no place is behind the text.

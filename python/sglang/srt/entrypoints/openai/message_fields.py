@@ -19,7 +19,8 @@ _PART_KEYS = frozenset(("text", "type"))
 def judge_messages(
     messages: list[dict[str, Any]], template: str, unknown_fields: UnknownFields, warnings: list[str] | None
 ) -> None:
-    """Judge the keys that are not of the API and that ``template``, the source of the chat template, does not name.
+    """Check the keys that are not part of the API and that ``template``, the source of the chat template, does not
+    name.
 
     Raises RequestError for a key that is refused.
     """

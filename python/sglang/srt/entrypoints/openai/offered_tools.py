@@ -10,9 +10,9 @@ from sglang.srt.managers.request_input import RequestError
 
 
 def offered_tools(body: ChatCompletionRequest) -> dict[str, Mapping[str, Any]]:
-    """Names of the tools that may be called, and the schemas of their parameters; empty where none may.
+    """Names of the tools that may be called, and the schemas of their parameters; empty if none may.
 
-    Raises RequestError that names the field which is malformed or asks for what cannot be done.
+    Raises RequestError that names the field that is malformed or not supported.
     """
     choice = body.tool_choice
     tools: dict[str, Mapping[str, Any]] = {}
@@ -32,7 +32,7 @@ def offered_tools(body: ChatCompletionRequest) -> dict[str, Mapping[str, Any]]:
 
 
 def forced_tools(body: ChatCompletionRequest) -> dict[str, Mapping[str, Any]]:
-    """The tools of which one must be called, as of ``offered_tools``; empty where text may be answered."""
+    """The tools of which one must be called, as of ``offered_tools``; empty if the reply may be text."""
     choice = body.tool_choice
     if isinstance(choice, dict):
         tools = offered_tools(body)
@@ -72,7 +72,7 @@ def _function(tool: Any, where: str) -> tuple[str, Mapping[str, Any]]:
 
 
 def strict_tools(body: ChatCompletionRequest) -> list[str]:
-    """Names of the offered tools, which are well formed, whose arguments the client wants held to the schema."""
+    """Names of the offered tools, which are well formed, whose arguments must follow the schema."""
     return [tool["function"]["name"] for tool in body.tools or [] if tool["function"].get("strict") is True]
 
 

@@ -1,4 +1,4 @@
-"""The form that a body asks its output to have, in OpenAI's, upstream's or vLLM's words, as a sampling parameter."""
+"""The output constraint of a body, in the fields of OpenAI, upstream or vLLM, as a sampling parameter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _JSON_OBJECT = {"type": "object"}
 
 
 def output_form(body: GenerationRequest) -> dict[str, Any]:
-    """At most one sampling parameter that gives output a form. Raises RequestError."""
+    """The sampling parameter that constrains the output, if there is one. Raises RequestError."""
     asked = {
         "response_format": body.response_format,
         "json_schema": body.json_schema,

@@ -45,7 +45,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     rid: RequestId | None = None
     return_warnings: bool | None = None
     request_timeout: float | None = None
-    # The form of the output: at most one of these; the last five are vLLM's words.
+    # Output constraints: at most one of these; the last five are vLLM's fields.
     response_format: dict[str, Any] | None = None
     json_schema: str | dict[str, Any] | None = None
     regex: str | None = None
@@ -106,7 +106,8 @@ class CompletionLogprobs(msgspec.Struct):
     """Four lists of one entry per token.
 
     ``text_offset`` is where the token begins, in characters from the start of the choice's text; a token that is part
-    of a character begins where the character does. Rows of ``top_logprobs`` hold the sampled token besides the best.
+    of a character begins where the character does. Rows of ``top_logprobs`` contain the sampled token in addition to
+    the best.
     """
 
     tokens: list[str] = []

@@ -1,4 +1,4 @@
-"""From the text of one choice to what the chat endpoint shows of it: thought, answer and tool calls."""
+"""Splits the text of one choice into what the chat endpoint returns: thought, answer and tool calls."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _PROMPT_END_TOKENS = 32
 
 
 class ReplyReader:
-    """Eats the results of one choice; ``reasoning`` None leaves all text in the answer, ``tools`` None all calls.
+    """Processes the results of one choice; ``reasoning`` None leaves all text in the answer, ``tools`` None all calls.
 
     ``shows_thought_late`` gives the thought as a whole, at its end. ``reasoning_tokens`` counts the tokens of a thought
     and its marks; where the end mark is no token of its own (``end_id`` None), those of its text.
@@ -115,7 +115,8 @@ class ReplyReader:
 
 
 class ReplyParsers:
-    """The parsers that the server was started with. Raises ConfigError where the tokenizer hides their marks."""
+    """The parsers that the server was started with. Raises ConfigError if the tokenizer leaves their marks out of
+    decoded text."""
 
     def __init__(self, context: ServerContext):
         args = context.server_args
@@ -158,7 +159,7 @@ class ReplyParsers:
             )
 
     def warn(self, body: ChatCompletionRequest, warnings: list[str]) -> None:
-        """Add to ``warnings`` what the body asks for and does not get; upstream's router asks for a thought always."""
+        """Add what the body requests in vain to ``warnings``; upstream's router always requests separate reasoning."""
         if body.separate_reasoning and self._reasoning is None:
             warnings.append("separate_reasoning has no effect: the server was started without --reasoning-parser.")
 
@@ -174,7 +175,7 @@ class ReplyParsers:
         return ReplyReader(reasoning, calls, body.stream_reasoning is False, self._tokenizer, self._end_id)
 
     def form(self, body: ChatCompletionRequest, form: dict[str, Any]) -> dict[str, Any]:
-        """The sampling parameter that gives the reply its form, which is ``form`` unless a tool may be called.
+        """The sampling parameter that constrains the reply: ``form``, unless a tool may be called.
 
         A reply that must be a call is one; else one that may be a call is that, or follows the JSON schema of ``form``.
         """

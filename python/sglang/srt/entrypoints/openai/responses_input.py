@@ -10,7 +10,7 @@ from sglang.srt.entrypoints.openai.responses_protocol import ResponsesRequest
 from sglang.srt.managers.request_input import RequestError
 
 _STATELESS = "nothing is stored between requests: send the whole conversation in input"
-# Fields that need what the server does not have, and why; null and false ask for nothing.
+# Unsupported fields, and why; null and false have no effect.
 _REFUSED = {
     "previous_response_id": _STATELESS,
     "conversation": _STATELESS,
@@ -28,7 +28,7 @@ _SAME = (
 
 
 def chat_body(body: ResponsesRequest) -> ChatCompletionRequest:
-    """The same request. Raises RequestError that names what cannot be honoured."""
+    """The same request. Raises RequestError that names what is not supported."""
     for name, reason in _REFUSED.items():
         if getattr(body, name):
             raise _refusal(name, f"{name} is not supported by this server: {reason}.")

@@ -10,7 +10,7 @@ Status = Literal["in_progress", "completed", "incomplete", "failed", "cancelled"
 
 
 class TextOptions(msgspec.Struct, forbid_unknown_fields=True):
-    """``format`` is the form of the answer: text, json_object, or json_schema with name and schema."""
+    """``format`` constrains the answer: text, json_object, or json_schema with name and schema."""
 
     format: dict[str, Any] | None = None
     verbosity: str | None = None
@@ -23,7 +23,7 @@ class ReasoningOptions(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class ResponsesRequest(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """``/v1/responses``: nothing is stored, so that each request brings the whole conversation.
+    """``/v1/responses``: nothing is stored, so that each request contains the whole conversation.
 
     The last seven fields are the server's own, as of ``/v1/chat/completions``.
     """
@@ -154,7 +154,7 @@ class ResponseObject(msgspec.Struct, kw_only=True):
 
 
 class ResponseEvent(msgspec.Struct, omit_defaults=True):
-    """A streamed event. ``type`` names it and says which of the other fields it has."""
+    """A streamed event. ``type`` names it and determines which of the other fields it has."""
 
     type: str
     sequence_number: int = -1

@@ -36,10 +36,10 @@ _SAMPLING_FIELDS = {"min_tokens": "min_new_tokens", "seed": "sampling_seed"} | {
     if name in SamplingParams.__struct_fields__ and name not in GRAMMAR_KINDS
 }
 
-# Key of a result's ``meta_info`` under which an endpoint that tells thought from answer leaves its count.
+# Key of a result's ``meta_info`` where an endpoint that separates thoughts stores the count of their tokens.
 REASONING_TOKENS = "reasoning_tokens"
 
-# One result of the tokenizer manager, and what is kept of each choice of a response that has spoken.
+# One result of the tokenizer manager, and the state of each choice of a response.
 Result = dict[str, Any]
 States = dict[int, Any]
 RequestT = TypeVar("RequestT", bound=GenerationRequest)
@@ -69,7 +69,7 @@ class UsageCounter:
 
 
 class OpenAIServing(ABC, Generic[RequestT]):
-    """Base of both endpoints; a subclass says how to make a prompt of a body and a body of results."""
+    """Base of both endpoints; a subclass makes a prompt from a body, and a response from results."""
 
     request_type: type[RequestT]
     # The ``object`` of whole responses and of chunks.
@@ -109,11 +109,11 @@ class OpenAIServing(ABC, Generic[RequestT]):
         return native
 
     def check(self, body: RequestT) -> None:
-        """Raise RequestError for what cannot be honoured."""
+        """Raise RequestError for what is not supported."""
         self.context.check_model(body.model)
 
     def judge_content(self, body: RequestT, warnings: list[str] | None) -> None:
-        """Judge unknown keys in what the body's type leaves open; ``warnings`` is extended."""
+        """Check unknown keys in open parts of the body's type; extends ``warnings``."""
 
     @abstractmethod
     async def convert(self, body: RequestT) -> GenerateReqInput:
@@ -127,7 +127,7 @@ class OpenAIServing(ABC, Generic[RequestT]):
     def deltas(
         self, body: RequestT, native: GenerateReqInput, index: int, result: Result, states: States
     ) -> Iterator[Any]:
-        """The streamed choices, one a chunk, of what is new of choice ``index``."""
+        """The streamed choices, one per chunk, of the new output of choice ``index``."""
 
     def whole(
         self, body: RequestT, native: GenerateReqInput, result: Result | list[Result], warnings: list[str]
@@ -172,7 +172,7 @@ class OpenAIServing(ABC, Generic[RequestT]):
             yield chunk([], counter.usage())
 
     def sampling_params(self, body: RequestT, max_new_tokens: int | None) -> dict[str, Any]:
-        """Raw sampling parameters: the server's defaults under what the body says."""
+        """Raw sampling parameters: the server's defaults, overridden by the body."""
         params = {**self._defaults, "max_new_tokens": max_new_tokens, **self.output_form(body)}
         for source, target in _SAMPLING_FIELDS.items():
             value = getattr(body, source)
@@ -181,7 +181,7 @@ class OpenAIServing(ABC, Generic[RequestT]):
         return params
 
     def output_form(self, body: RequestT) -> dict[str, Any]:
-        """The sampling parameter that gives the output a form; none where it has none."""
+        """The sampling parameter that constrains the output, if any."""
         return output_form(body)
 
     def _usage_counter(self, body: RequestT) -> UsageCounter:

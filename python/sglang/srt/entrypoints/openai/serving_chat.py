@@ -139,7 +139,7 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
             variables.setdefault("reasoning_effort", body.reasoning_effort)
         tools = offered_tools(body)
         try:
-            # In a thread: how long a template takes is the checkpoint's affair, within limits of seconds.
+            # In a thread: a checkpoint's template may take seconds.
             text = await asyncio.to_thread(
                 tokenizer.apply_chat_template,
                 body.messages,
@@ -163,7 +163,7 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
         return ChatLogprobs(content)
 
     def _bytes(self, token_id: int, text: str | None) -> list[int]:
-        """A token's own bytes: its text alone shows half a character as a replacement."""
+        """The bytes of a token, because its text shows half a character as a replacement character."""
         tokenizer = self.manager.tokenizer
         if tokenizer is not None and tokenizer.is_byte_level:
             return list(tokenizer.token_bytes(token_id))

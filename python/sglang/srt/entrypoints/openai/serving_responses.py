@@ -1,4 +1,4 @@
-"""``/v1/responses``: OpenAI's newer form of a turn, without state, over the chat endpoint's path."""
+"""``/v1/responses``: OpenAI's newer API, without state, on top of the chat endpoint."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class OpenAIServingResponses:
 
 
 def _begun(body: ResponsesRequest, rid: str) -> ResponseObject:
-    """The response before the model has said anything."""
+    """The response before any output."""
     form = body.text.format if body.text is not None else None
     return ResponseObject(
         id=f"resp_{rid}",
@@ -96,7 +96,7 @@ def _begun(body: ResponsesRequest, rid: str) -> ResponseObject:
 
 
 class Turn:
-    """Grows ``response`` by the results of its request, and tells of each step by an event."""
+    """Extends ``response`` by the results of its request, with an event for each step."""
 
     def __init__(self, response: ResponseObject, reader: ReplyReader):
         self.response = response
@@ -115,7 +115,7 @@ class Turn:
             yield from self._end(meta, reason["type"])
 
     def fail(self, error: RequestError) -> ResponseEvent:
-        """The end of a stream that cannot go on."""
+        """The end of a stream that failed."""
         self.response.status = "failed"
         self.response.error = ResponseError(str(error.code or error.err_type), error.message)
         return ResponseEvent("response.failed", response=self.response)

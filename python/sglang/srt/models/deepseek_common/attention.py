@@ -106,12 +106,12 @@ class DeepseekV2AttentionMLA(nn.Module):
         """hidden [N, H], positions [N] -> [N, H]; each request uses the form that is cheaper for its length."""
         backend = backend_of(fb, MlaBackend)
         q, kv_a = self._project(hidden)
-        rest = (kv_a, positions, self.kv_a_layernorm, self.rotary_emb, self.attn_mqa, fb)
+        norm, rope, layer = self.kv_a_layernorm, self.rotary_emb, self.attn_mqa
         if fb.kind is not None:
             queries = self._new_queries(q)
-            backend.prepare_mla(q, *rest, queries)
+            backend.prepare_mla(q, kv_a, positions, norm, rope, layer, fb, queries)
             return self.o_proj(self.absorbed(q, queries, fb))
-        backend.prepare_mla(q, *rest)
+        backend.prepare_mla(q, kv_a, positions, norm, rope, layer, fb)
         out = q.new_empty(q.shape[0], self.num_heads * self.v_dim)
         forms = backend.extend_forms(fb)
         if forms.absorbed is not None:
