@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Run the machine code of the ops' Triton kernels for AMD on this CPU, over the ops' own cases, beside the references.
+"""Run the machine code of the ops' Triton kernels for AMD on this CPU, over the ops' own cases, next to the references.
 
     python scripts/amd_emulate.py [op ...] [--tinygrad DIR] [--arch gfx950] [--case TEXT]
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 
-# (layer, module prefixes). Each prefix is one package; a prefix also covers `<prefix>_*` modules beside it.
+# (layer, module prefixes). Each prefix is one package; a prefix also covers `<prefix>_*` modules next to it.
 LAYERS: tuple[tuple[int, tuple[str, ...]], ...] = (
     (0, ("sglang.version", "sglang.srt.environ")),
     (1, ("sglang.srt.platforms",)),
@@ -139,7 +139,7 @@ class Violation:
 
 
 def under(module: str, prefix: str) -> bool:
-    """True for the prefix itself, for what lies below it, and for ``<prefix>_*`` beside it."""
+    """True for the prefix itself, for what lies below it, and for ``<prefix>_*`` next to it."""
     return module == prefix or module.startswith((prefix + ".", prefix + "_"))
 
 

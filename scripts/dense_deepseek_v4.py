@@ -21,7 +21,7 @@ NEVER = float("-inf")
 class Pass:
     """What one forward pass is asked, and what it leaves behind.
 
-    window [B, 1, 1, 1] or an int: how many last tokens a layer sees beside its entries. select: the indexer's choice
+    window [B, 1, 1, 1] or an int: how many last tokens a layer sees next to its entries. select: the indexer's choice
     holds; else every closed entry is seen. index_weights [B, L]: how much a token counts in the indexer's loss.
     """
 

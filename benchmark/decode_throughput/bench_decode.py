@@ -1,4 +1,4 @@
-"""Tokens per second on a bare CPU, this engine beside transformers' generate, in one run with rounds interleaved.
+"""Tokens per second on a bare CPU, this engine next to transformers' generate, in one run with rounds interleaved.
 
     python benchmark/decode_throughput/bench_decode.py
 

@@ -62,7 +62,7 @@ def bench_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def bench(title: str, rows: Iterable[Timed], anchors: Mapping[str, Sequence[float]], args: argparse.Namespace) -> None:
-    """Time every row and print it beside its anchors (us, by name); the ratio is ours over the best of them."""
+    """Time every row and print it next to its anchors (us, by name); the ratio is ours over the best of them."""
     print(f"# {describe_device()}; {title}; median, min and max of {args.runs} runs")
     print(f"{'case':<28}{'us':>10}{'min':>10}{'max':>10}{'TB/s':>7}{'TFLOP/s':>9}{'anchors':>18}{'ratio':>7}")
     for timed in rows:

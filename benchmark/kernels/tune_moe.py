@@ -26,7 +26,7 @@ from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.srt.platforms import current_platform
 from sglang.test.amd_gate.driver import compile_only
 
-# Bytes of weight tiles in flight per program; more does not fit beside a second program.
+# Bytes of weight tiles in flight per program; more does not fit next to a second program.
 MAX_STAGE_BYTES = 200 << 10
 
 

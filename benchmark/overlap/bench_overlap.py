@@ -1,4 +1,4 @@
-"""Is host work hidden behind the device: 20 ms of it after each decode step, beside a device step stretched to 20 ms.
+"""Is host work hidden behind the device: 20 ms of it after each decode step, next to a device step stretched to 20 ms.
 
     python benchmark/overlap/bench_overlap.py [--steps 50] [--ms 20]
 

@@ -1,4 +1,4 @@
-"""What serving costs beside the model: scheduler time outside forward and sampling, and CPU time of the front.
+"""What serving costs next to the model: scheduler time outside forward and sampling, and CPU time of the front.
 
     python benchmark/scheduler_overhead/bench_scheduler.py
 

@@ -7,8 +7,8 @@
 The model is loaded once: all modes read the same weights, each through decode graphs of its own. A mode is what shared
 experts do, and after + the other sites that overlap. Runs of all modes take turns at each size, and are fed the same
 tokens; a run is the mean step of ``--steps`` launched one after the other. Prints a table, which mode wins, what the
-chooser makes of it (an entry for ``srt/utils/shared_modes.py``), and how much of each side ran beside the main work.
-The chooser takes the fastest run of each mode, as a busy host only adds time; medians and ranges are printed beside.
+chooser makes of it (an entry for ``srt/utils/shared_modes.py``), and how much of each side overlapped the main work.
+The chooser takes the fastest run of each mode, as a busy host only adds time; medians and ranges are printed too.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def print_ratios(rows: dict[int, tuple[dict[str, float], float]]) -> None:
 
 
 def print_traces(runner: ModelRunner, allocator: Any, modes: list[str], args: argparse.Namespace) -> None:
-    """Shares of the sides that ran beside the main work, as captured; the events cost time, so it is no timing."""
+    """Shares of the sides that overlapped the main work, as captured; the events cost time, so it is no timing."""
     for mode in modes:
         runner.decode_graphs = capture(runner, mode, traced=True)
         read = trace_reader(runner.model)

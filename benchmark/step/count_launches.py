@@ -22,7 +22,7 @@ from sglang.test.amd_gate import shape_walk
 from sglang.test.amd_gate.driver import CompileOnlyDriver, compile_only
 from sglang.test.amd_gate.walk import ShapeOnlyPlatform
 
-# Calls of torch that make tensors without launching anything, beside those whose schema says that they give a view.
+# Calls of torch that make tensors without launching anything, next to those whose schema says that they give a view.
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 
 

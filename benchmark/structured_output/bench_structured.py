@@ -5,7 +5,7 @@
 Every request decodes --output-len tokens: with a form, texts in a JSON list that is long enough; without one, past the
 end of the sequence. Printed are seconds of all decode steps (min / median / max), by the clock and of the CPU,
 and the ratio in the pairs of turns: geometric mean and 95 % interval. On a CPU masks are made after the forward; on a
-GPU beside it.
+GPU next to it.
 """
 
 from __future__ import annotations

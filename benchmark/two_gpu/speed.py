@@ -6,10 +6,10 @@ Each rank brings the same number of tokens (attention data parallelism); experts
 timed in turn within each run:
     cut           experts on the rows that can arrive (what the server does)
     full buffer   experts on all rows of the receive buffer (--limit rows a rank)
-    two streams   as cut, the shared expert beside the exchange and the routed experts
+    two streams   as cut, the shared expert next to the exchange and the routed experts
     two-phase     as cut, dispatch and combine split in send and receive
     both          two streams and two-phase
-Weights are random (norm-preserving). The share of the shared expert that ran beside the rest is that of the tracer.
+Weights are random (norm-preserving). The share of the shared expert that overlapped the rest is that of the tracer.
 """
 
 from __future__ import annotations

@@ -248,7 +248,7 @@ def _variables(**values: str) -> Any:
 
 
 def check_warning() -> None:
-    """The dispatcher says when shared experts were asked to run beside an exchange that holds the compute units."""
+    """The dispatcher says when shared experts were asked to overlap an exchange that holds the compute units."""
     logger = "sglang.srt.layers.moe.token_dispatcher.moriep"
 
     def make(kind: str, mode: str, rank: int = 0) -> list[str]:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 VALUES = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
 _EXPERT = re.compile(r"\.experts\.\d+\.\w+\.weight$")
-# Of DeepSeek V4: what official checkpoints hold in fp8 blocks beside the experts.
+# Of DeepSeek V4: what official checkpoints hold in fp8 blocks next to the experts.
 _V4_DENSE = re.compile(r"\.attn\.((wq_a|wq_b|wkv|wo_a|wo_b)|indexer\.wq_b)\.weight$|\.shared_experts\.w\d\.weight$")
 _SPEC = {
     "dtype": "fp4", "qscheme": "per_group", "group_size": 32, "scale_format": "e8m0", "ch_axis": -1,

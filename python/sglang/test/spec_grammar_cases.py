@@ -1,4 +1,4 @@
-"""Requests for output of given forms, beside some for none, as tests of speculation serve them."""
+"""Requests for output of given forms, next to some for none, as tests of speculation serve them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DRAWN: tuple[dict[str, Any], ...] = ({"temperature": 0.0}, {"temperature": 1.2, 
 
 
 def serve_forms(engine: EngineHarness, tokenizer: Tokenizer) -> dict[str, Finished]:
-    """Sixteen requests: each form and none, drawn in both ways, beside penalties in every fourth of them."""
+    """Sixteen requests: each form and none, drawn in both ways, next to penalties in every fourth of them."""
     for number, question in enumerate(heldout_questions()[:16]):
         form = tuple(FORMS)[number % 4]
         kind = FORMS[form]

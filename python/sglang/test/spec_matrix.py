@@ -49,7 +49,7 @@ def all_cases() -> list[SpecCase]:
 
 
 def nightly_cases() -> list[SpecCase]:
-    """Every combination of all but overlap, which is on in every second of them, as often beside each other value."""
+    """Every combination of all but overlap, which is on in every second of them, as often next to each other value."""
     return [case for case in all_cases() if case.overlap == bool(sum(case[4:8]) % 2)]
 
 

@@ -87,7 +87,11 @@ class TestJsonSchema(GrammarCase):
             ("ebnf", "start: nothing", "nothing"),
             ("ebnf", "", ""),
             ("structural_tag", '{"structures": [], "triggers": []}', "empty"),
-            ("structural_tag", '{"structures": [{"begin": "b", "end": ""}], "triggers": ["<a"]}', "none of the"),
+            (
+                "structural_tag",
+                '{"structures": [{"begin": "b", "end": ""}], "triggers": ["<a"]}',
+                "any of the triggers",
+            ),
             ("structural_tag", "{}", ""),
         ):
             with self.assertRaisesRegex(GrammarError, reason, msg=source[:80]):

@@ -1,4 +1,4 @@
-"""What bad requests get from the real HTTP server over a fake engine, and what happens to the good ones beside them."""
+"""What bad requests get from the real HTTP server over a fake engine, and what happens to good ones meanwhile."""
 
 import asyncio
 import logging
@@ -84,7 +84,7 @@ BAD_CHAT = [
 
 
 class TestBadInput(FakeServerTestCase):
-    """Each bad request gets 400 beside a healthy one that finishes as if it were alone."""
+    """Each bad request gets 400 next to a healthy one that finishes as if it were alone."""
 
     HEALTHY = {"text": "healthy request", "sampling_params": {"max_new_tokens": 12}}
 
@@ -110,7 +110,7 @@ class TestBadInput(FakeServerTestCase):
         self.assertEqual(self.fake.context.manager.num_in_flight, 0)
 
     def check_error(self, reply):
-        """Upstream's flat keys, and OpenAI's nested ones beside them."""
+        """Upstream's flat keys, and OpenAI's nested ones next to them."""
         body = reply.json()
         nested = {key: body[key] for key in ("message", "type", "param", "code")}
         self.assertEqual((body["object"], body["code"], body["error"]), ("error", reply.status_code, nested))

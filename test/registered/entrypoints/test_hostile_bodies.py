@@ -117,7 +117,7 @@ class TestAmplifiers(HostileBodies):
         label = f"{path} {pattern}"
         self.assertEqual((reply.status_code, pattern in reply.text), (status, True), f"{label}: {reply.text[:200]}")
         self.assertLess(len(reply.content), 2000, label)
-        # Client, server and the stream beside it together.
+        # Client, server and the stream next to it together.
         self.assertLess(spent, 1.0, label)
         self.assertLess(peak_mb() - before, MAX_GROWTH_MB, label)
 

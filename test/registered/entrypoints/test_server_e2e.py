@@ -147,7 +147,7 @@ class TestServer(ServerCase):
         self.assertEqual(self.state()["num_prompt_tokens"] - before, 4 * single)
 
     def test_requests_that_nothing_can_be_drawn_for(self) -> None:
-        """Every id of the vocabulary forbidden: an error, not a made-up answer; the request beside it never notices."""
+        """Every id of the vocabulary forbidden: an error, not a made-up answer; its neighbour never notices."""
         vocab = self.client.get("/server_info").json()["vocab_size"]
         params = {"max_new_tokens": 4, "min_new_tokens": 2, "stop_token_ids": list(range(vocab))}
         with ThreadPoolExecutor(2) as pool:

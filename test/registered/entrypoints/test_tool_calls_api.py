@@ -1,4 +1,4 @@
-"""Tools in the chat endpoint: shown to the model; calls whole and streamed, beside thoughts; refusals."""
+"""Tools in the chat endpoint: shown to the model; calls whole and streamed, next to thoughts; refusals."""
 
 import json
 import unittest

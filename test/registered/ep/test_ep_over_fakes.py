@@ -58,7 +58,7 @@ class TestExpertsOverFakes(CustomTestCase):
         tokens, state = serve(folder, 6, **settings)
         self.assertEqual(tokens, truth)
         self.assertTrue(0 < state["num_accepted_drafts"] < state["num_drafts"])
-        # The layer's experts too run over the exchange, beside the shared ones.
+        # The layer's experts too run over the exchange, next to the shared ones.
         for experts in (state["experts"], state["draft"]["experts"]):
             self.assertRegex(experts["transport"], r"MORI .* FAKE \(AsyncLL\)")
         self.assertGreater(state["experts"]["received_rows"]["most_rounds"], 1)
@@ -72,7 +72,7 @@ class TestExpertsOverFakes(CustomTestCase):
                 with self.subTest(model=name, mode=mode):
                     tokens, state = serve(str(folder), cap, **settings)
                     self.assertEqual(tokens, truth)
-                    # Shared experts run beside the exchange, on a stream of their own, eager steps included.
+                    # Shared experts overlap the exchange, on a stream of their own, eager steps included.
                     sites = state["streams"]["sites"].values()
                     beside = [site for site in sites if site["enabled"] and not site["capture_only"]]
                     self.assertEqual(len(beside), 1)

@@ -1,4 +1,4 @@
-"""Shared experts on a second stream beside MORI's AsyncLL exchange, over its fake: no race, and each wait is needed."""
+"""Shared experts on a second stream overlapping MORI's AsyncLL exchange, over its fake: no race, each wait needed."""
 
 from __future__ import annotations
 

@@ -220,7 +220,7 @@ TRUTHS = {
 # Ops that round to 8 bits what they compute: its last bit decides which of two neighbours is the nearest.
 QUANTIZING = ("norm.rms_norm_quantized", "activation.silu_and_mul_quantized")
 
-# Ops whose arguments or results have a dtype of their own beside bfloat16.
+# Ops whose arguments or results have a dtype of their own next to bfloat16.
 OWN_DTYPES = (
     "moe.fused_experts_fp8", "moe.fused_experts_mxfp4", "moe.route_by_id", "moe.router_logits",
     "quant.quantize_groups", "quant.block_fp8_linear", *QUANTIZING,

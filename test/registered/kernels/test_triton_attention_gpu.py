@@ -196,7 +196,7 @@ def make_backend(kind, device, dtype):
 
 @unittest.skipUnless(torch.cuda.is_available(), "needs a GPU")
 class TestBackendOnGpu(CustomTestCase):
-    """Prefill, a second chunk with single tokens beside it, and decode: the GPU backend against torch's on the CPU."""
+    """Prefill, a second chunk with single tokens next to it, and decode: the GPU backend against torch's on the CPU."""
 
     LAYER = SimpleNamespace(num_heads=16, num_kv_heads=2, head_dim=128, v_head_dim=128, scaling=0.09, layer_id=0)
 

@@ -120,7 +120,7 @@ class TestTritonInterpreted(CustomTestCase):
                     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
     def test_norms_with_a_wide_gain(self):
-        """A float32 gain beside float16 rows multiplies before the one rounding; the interpreter cuts bfloat16."""
+        """A float32 gain next to float16 rows multiplies before the one rounding; the interpreter cuts bfloat16."""
         generator = torch.Generator().manual_seed(1)
         x, gain = torch.randn(5, 200, generator=generator).half(), torch.rand(200, generator=generator) + 0.5
         self.assertTrue(fits_triton(x, gain))

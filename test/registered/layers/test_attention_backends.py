@@ -207,7 +207,7 @@ class TestPlans(BackendCase):
 
 class TestDeclarations(BackendCase):
     def plant(self):
-        """Import a backend from a file of its own, as a package beside ours would bring it."""
+        """Import a backend from a file of its own, as a package next to ours would bring it."""
         path = Path(self.folder.name, "planted_backend.py")
         path.write_text(PLANTED, encoding="utf-8")
         spec = importlib.util.spec_from_file_location("planted_backend", path)

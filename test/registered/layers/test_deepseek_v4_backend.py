@@ -38,7 +38,7 @@ class TestPrompts(CustomTestCase):
 
     @torch.inference_mode()
     def test_chunks(self):
-        """Pieces of 7, 64 and 256 tokens, together in a step while they last, beside a request that decodes."""
+        """Pieces of 7, 64 and 256 tokens, together in a step while they last, next to a request that decodes."""
         harness = AttentionHarness(seed=1)
         decoding = harness.new_request()
         harness.step([(decoding, harness.random_tokens(250))])

@@ -38,7 +38,7 @@ class TestPlan(CustomTestCase):
             check_plan(random_batch(rng))
 
     def test_edges(self):
-        """Lengths around the window, both ratios and a page; each as one request, in pieces, and beside padding."""
+        """Lengths around the window, both ratios and a page; each as one request, in pieces, and next to padding."""
         edges = (1, 3, 4, 5, 8, 127, 128, 129, 255, 256, 257, 260, 511, 513)
         for end in edges:
             for start in {0, end - 1, max(0, end - 2), max(0, end - 129)}:

@@ -1,4 +1,4 @@
-"""Norms whose weight is float32 beside rows of 16 bits."""
+"""Norms whose weight is float32 next to rows of 16 bits."""
 
 import unittest
 

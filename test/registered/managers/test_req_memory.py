@@ -49,7 +49,7 @@ class TestStepsOfManyTokens(CustomTestCase):
                     self.simulate(page_size, width, ahead, random.Random(page_size * 10 + width))
 
     def simulate(self, page_size: int, width: int, ahead: int, rng: random.Random) -> None:
-        """Random requests, steps, acceptances and releases, beside a table of who owns which slot."""
+        """Random requests, steps, acceptances and releases, next to a table of who owns which slot."""
         memory = make_memory(320, page_size, width, ahead)
         reach = width + ahead
         running: list[Req] = []

@@ -24,7 +24,7 @@ class TestPlainModels(CustomTestCase):
         plan = plan_pool_sizes(available_bytes=1000 * KIB, layout=layout(KIB), max_running_requests=8)
         self.assertEqual(plan.sizes, {FULL: 999})
         paged = plan_pool_sizes(available_bytes=1000 * KIB, layout=layout(KIB), max_running_requests=8, page_size=64)
-        self.assertEqual(paged.sizes[FULL], 896)  # 936 beside the dummy page, in whole pages
+        self.assertEqual(paged.sizes[FULL], 896)  # 936 next to the dummy page, in whole pages
         self.assertIn("896 tokens + 1 dummy page of 64 x 1024 B = 983040 B of 1024000 B", paged.lines[-1])
         least = plan_pool_sizes(available_bytes=128 * KIB, layout=layout(KIB), max_running_requests=8, page_size=64)
         self.assertEqual(least.sizes[FULL], 64)

@@ -25,7 +25,7 @@ Prefix = tuple[int, ...]
 
 
 class WindowServer:
-    """Computes random sequences over a tree with windows, beside a list of what must be there.
+    """Computes random sequences over a tree with windows, next to a list of what must be there.
 
     known: prefixes of whole pages that are cached; ``unlocked`` those whose windows can go, in this order.
     """

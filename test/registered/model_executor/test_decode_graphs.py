@@ -280,7 +280,7 @@ class TestKindsOfStep(CustomTestCase):
         self.assertEqual((int(fb.num_token_non_padded), fb.num_token_non_padded_cpu), (6, 6))
 
     def test_the_proof_compares_every_row_and_every_output(self) -> None:
-        """A step that writes its cache rows and reads those before them, with hidden rows beside the logits."""
+        """A step that writes its cache rows and reads those before them, with hidden rows next to the logits."""
         pools, factors = latent_pools(599, 1, torch.float32, 2, [0]), torch.tensor([1.0, 2.0])
         (pool,) = pools.buffers()
         requests, last = ReqToTokenPool(8, 200), torch.zeros(9, dtype=torch.int64)

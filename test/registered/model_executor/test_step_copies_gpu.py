@@ -26,7 +26,7 @@ GREEDY = {"temperature": 0.0}
 RANDOM = {"temperature": 1.0, "top_p": 0.9, "sampling_seed": 3}
 PENALISED = {"temperature": 0.7, "top_k": 20, "frequency_penalty": 0.5, "repetition_penalty": 1.2}
 SCORED = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 3, "token_ids_logprob": [5, 7]}
-# The requests of a batch: sampling parameters, and what each asks beside its tokens.
+# The requests of a batch: sampling parameters, and what each asks next to its tokens.
 BATCHES: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "greedy": [(GREEDY, {})] * 3,
     "random": [(RANDOM, {}), (GREEDY, {})],

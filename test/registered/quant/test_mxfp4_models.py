@@ -38,7 +38,7 @@ QUARK = QuantConfig.from_quark(quark_config([]))
 
 
 def as_they_are(x, dtype):
-    """Stands in for the quantisation of activations beside fp8 matrices: none."""
+    """Stands in for the quantisation of activations next to fp8 matrices: none."""
     return x, torch.ones(x.shape[0], x.shape[1] // 128)
 
 

@@ -315,7 +315,7 @@ class TestFaults(CustomTestCase):
         self.assertEqual(faults, [RowFault.LOGITS, RowFault.TOKEN_ID])
 
     def test_edited_logits_that_are_not_finite(self) -> None:
-        """The model's logits are sound, but what is drawn from is not; the row beside it never notices."""
+        """The model's logits are sound, but what is drawn from is not; the row next to it never notices."""
         cases = [
             ({"min_new_tokens": 1}, [0, 1, 2, 3], [1.0, 2.0, 3.0, 4.0]),  # every id is forbidden
             ({"temperature": 2e-6}, [], [1.0, 2.0, 3e33, 4.0]),  # past float32 once scaled
@@ -346,7 +346,7 @@ class TestFaults(CustomTestCase):
                         self.assertEqual(int(ids[1]), int(alone))
 
     def test_what_an_edit_hides_of_the_models_faults(self) -> None:
-        """NaN or +inf at an id that is forbidden, nothing finite, and beside an edit that changes nothing of it."""
+        """NaN or +inf at an id that is forbidden, nothing finite, and next to an edit that changes nothing of it."""
         bad = [[1.0, NAN, 2.0, 3.0], [1.0, INF, 2.0, 3.0], [-INF] * 4, [1.0, 2.0, NAN, 0.0], [1.0, 2.0, 3.0, 4.0]]
         for fields in ({"min_new_tokens": 2}, {"min_new_tokens": 2, "frequency_penalty": 1.0}, {"top_k": 1}):
             params = SamplingParams(**{"temperature": 0.8, "repetition_penalty": 2.0, **fields})

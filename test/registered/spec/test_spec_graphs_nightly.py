@@ -1,4 +1,4 @@
-"""Captured steps of speculation under HIP's policy on a CPU: one draft, two, and beside recurrent states."""
+"""Captured steps of speculation under HIP's policy on a CPU: one draft, two, and next to recurrent states."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Pages: links lead somewhere, launches that they show are accepted, and each measurement is among the current ones."""
+"""Pages: plain words, links that lead somewhere, launches that are accepted, and current measurements."""
 
+import ast
 import re
 import shlex
 import unittest
@@ -10,7 +11,7 @@ from sglang.srt.arg_groups.parse import read
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
-register_cpu_ci(est_time=1, suite="stage-a-test-cpu")
+register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = sorted(
@@ -19,6 +20,13 @@ PAGES = sorted(
 # Up to the end of the command: a quote, a comment, a pipe, a bracket.
 LAUNCH = re.compile(r"(?:sglang\.launch_server|sglang serve|scripts/serve\.sh)((?: +[^\s`|&;#)]+)+)")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+# Words that readers stumble over, with what to write.
+UNCLEAR = {
+    r"\bbeside\b": "next to, in addition to, or overlapping",
+    r"\bof theirs\b": "their",
+    r"\bwhoever\b": "anyone who, or the caller that",
+    r"\b(?:one|once) (?:\w+ )?an? (?:step|(?:DP )?rank|request|row|token|layer|launch|group)(?=[.,:;)]|$)": "per",
+}
 
 
 def anchors(page: Path) -> set[str]:
@@ -35,6 +43,36 @@ def launches() -> Iterator[tuple[str, list[str]]]:
             words = shlex.split(found)
             if not any("..." in word or word in ("FLAGS", "--config") for word in words):
                 yield page.name, words
+
+
+def prose() -> Iterator[tuple[str, str]]:
+    """(place, line) of pages without their code, and of docstrings of the product, Triton bodies left out."""
+    for page in PAGES:
+        text = re.sub(r"(?s)```.*?```", lambda code: "\n" * code[0].count("\n"), page.read_text(encoding="utf-8"))
+        if "results" not in page.parts:
+            yield from ((f"{page.name}:{number}", line) for number, line in enumerate(text.splitlines(), 1))
+    for path in sorted((ROOT / "python/sglang").rglob("*.py")):
+        if "test" in path.parts[len(ROOT.parts) :] or path.stem.endswith("_triton"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+                yield from ((path.name, line) for line in (ast.get_docstring(node) or "").splitlines())
+
+
+class TestWords(CustomTestCase):
+    def test_pages_and_docstrings_use_plain_words(self):
+        lines = list(prose())
+        self.assertGreater(len(lines), 5000)
+        for pattern, better in UNCLEAR.items():
+            with self.subTest(pattern):
+                found = [f"{place}: {line}" for place, line in lines if re.search(pattern, line, re.IGNORECASE)]
+                self.assertEqual(found, [], f"write instead: {better}")
+
+    def test_a_planted_word_is_found(self):
+        for line in ("One copy a step.", "it runs beside it", "a rule of theirs", "whoever waits"):
+            self.assertTrue(any(re.search(pattern, line, re.IGNORECASE) for pattern in UNCLEAR), line)
+        for line in ("once a step has run", "one token of a request", "besides the others"):
+            self.assertFalse(any(re.search(pattern, line, re.IGNORECASE) for pattern in UNCLEAR), line)
 
 
 class TestLinks(CustomTestCase):

@@ -57,7 +57,7 @@ class TestEarlyErrors(CustomTestCase):
             taken.listen()
             port = str(taken.getsockname()[1])
             self.check(["--port", port], 2, f"error: Cannot listen on 127.0.0.1 port {port}")
-            # A port that stands beside a wrong flag may be a mistake too.
+            # A port that stands next to a wrong flag may be a mistake too.
             self.check(["--port", port, "--tp", "0"], 2, "error: --tp-size must be at least 1, got 0\n")
 
     def test_variables(self) -> None:

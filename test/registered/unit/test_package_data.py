@@ -29,7 +29,7 @@ class TestWheel(CustomTestCase):
     def setUpClass(cls) -> None:
         folder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(folder.cleanup)
-        # A build writes beside its sources: it gets a copy.
+        # A build writes next to its sources: it gets a copy.
         source = Path(folder.name, "source")
         package = source / "python" / "sglang"
         shutil.copytree(REPO / "python" / "sglang", package, ignore=shutil.ignore_patterns("__pycache__"))

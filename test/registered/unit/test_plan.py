@@ -167,7 +167,7 @@ class TestWeights(PlanTestCase):
         for name, ep, size in (("v3", 1, plain), ("v3", 4, plain), ("v3-fp8", 4, fp8)):
             for apart in (True, False):
                 args, config = self.resolved(name, tp_size=4, ep_size=ep, disable_shared_experts_fusion=apart)
-                # The fused shared expert is a slot beside those of a rank, and split with them.
+                # The fused shared expert is a slot next to those of a rank, and split with them.
                 slots = 16 // ep + (0 if apart else 1)
                 planned = planned_weights(args, config, 0)
                 self.assertEqual(planned["routed experts"], 2 * slots * 3 * size * ep // 4)
@@ -268,7 +268,7 @@ class TestExchangeBuffers(CustomTestCase):
         record = 14336 + 64 + 4 + 56 * 4
         found = self.buffers("IntraNode", **fp8)
         self.assertEqual((found["combine input"], found["scales"]), (32768 * record, 2 * 32768 * 224))
-        # The codec's scales replace the dispatch's in the staging, and stand beside them elsewhere.
+        # The codec's scales replace the dispatch's in the staging, and stand next to them elsewhere.
         found = self.buffers("IntraNode", combine_wire="fp8_blockwise")
         self.assertEqual((found["combine input"], found["scales"]), (32768 * record, 32768 * 224))
         found = self.buffers("AsyncLL", combine_wire="fp8_blockwise")

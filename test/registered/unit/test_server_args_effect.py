@@ -32,7 +32,7 @@ MODELS = {
     "v4": ("dsv4", "DeepseekV4ForCausalLM"),
 }
 MORI = "--tp 2 --moe-a2a-backend mori"
-# Setting, where it acts (model, platform, flags, variables beside it), where not, and why.
+# Setting, where it acts (model, platform, flags, variables next to it), where not, and why.
 ROWS = (
     ("--mamba-ssm-dtype bfloat16", ("qwen",), ("deepseek",), "no recurrent states"),
     ("--swa-full-tokens-ratio 0.5", ("v4",), ("deepseek",), "keeps no window apart"),

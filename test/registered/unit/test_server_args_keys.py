@@ -41,7 +41,7 @@ class TestKeys(CustomTestCase):
     def test_what_is_refused_or_warned_of(self):
         for data, pattern in (
             (b"", "empty"), (b" \n", "empty"), (b"a\nb\n", "more than one line"), (b"\xff", "not UTF-8"),
-            (b"k" * 5000, "no key"), (b"a\x1bb", "control"),
+            (b"k" * 5000, "not a key"), (b"a\x1bb", "control"),
         ):  # fmt: skip
             path = self.file(data)
             keys = find_keys(ServerArgs(api_key_file=path), {})
@@ -49,7 +49,7 @@ class TestKeys(CustomTestCase):
             self.assertNotIn("api_key", keys.values)
         self.assertIn("No such file", find_keys(ServerArgs(admin_api_key_file="/no/such"), {}).errors[0])
         path = self.file(b"k")
-        self.assertIn("drop one", find_keys(ServerArgs(api_key="k", api_key_file=path), {}).errors[0])
+        self.assertIn("remove one", find_keys(ServerArgs(api_key="k", api_key_file=path), {}).errors[0])
         keys = find_keys(ServerArgs(api_key_file=self.file(b"k", 0o644)), {})
         self.assertIn("chmod 600", keys.warnings[0])
 

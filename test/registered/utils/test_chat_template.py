@@ -42,7 +42,7 @@ def call(arguments, name="look_up", number=1):
 
 
 def history(arguments='{"key": "a", "depth": {"min": 1}}', content=None):
-    """As OpenAI's client hands it back: null beside tool calls, arguments as JSON text, every optional key null."""
+    """As OpenAI's client hands it back: null next to tool calls, arguments as JSON text, every optional key null."""
     asked = {"role": "assistant", "content": content, "refusal": None, "annotations": None, "audio": None,
              "function_call": None, "tool_calls": [call(arguments)]}  # fmt: skip
     return [

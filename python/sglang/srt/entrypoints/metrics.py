@@ -157,7 +157,7 @@ class _Page(Collector):
             yield family
 
     def _table(self, metrics: Sequence[tuple[str, ...]], states: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
-        """Every metric whose key the first DP rank has, one value a rank."""
+        """Every metric whose key the first DP rank has, with one value per rank."""
         for name, kind, text, key in metrics:
             if key in states[0]:
                 yield from self._family(kind, name, text, ((rank, {}, state[key]) for rank, state in enumerate(states)))

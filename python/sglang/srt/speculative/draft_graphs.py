@@ -28,7 +28,7 @@ EXTEND, GREEDY, DRAWN = "draft extend", "greedy draft", "drawn draft"
 
 
 class DraftGraphs:
-    """Captures, proves and replays the steps of ``drafter`` beside ``runner``, its target.
+    """Captures, proves and replays the steps of ``drafter`` next to ``runner``, its target.
 
     A chain is captured once for batches whose rows are all greedy, and once for the others. A batch with penalties,
     biases or a mask drafts eagerly: what they are made of has no fixed size.

@@ -70,7 +70,7 @@ class Row:
 
 @dataclass
 class Findings:
-    """What was found on one architecture: its rows, and what is wrong beside them with the places where it shows.
+    """What was found on one architecture: its rows, and what is wrong next to them with the places where it shows.
 
     torch_only: ops that have a torch reference alone, and where one was met first.
     """

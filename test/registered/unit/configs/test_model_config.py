@@ -55,7 +55,7 @@ TINY = {
     "dsv2g": ("deepseek_v2", "DeepseekV2ForCausalLM", DSV2G),
     "dsv3": ("deepseek_v3", "DeepseekV3ForCausalLM", DSV3),
 }
-# Released shapes as their config.json spells them (rope_scaling beside rope_theta).
+# Released shapes as their config.json spells them (rope_scaling next to rope_theta).
 V3_HUB = {
     "architectures": ["DeepseekV3ForCausalLM"], "model_type": "deepseek_v3", "hidden_size": 7168,
     "intermediate_size": 18432, "moe_intermediate_size": 2048, "num_hidden_layers": 61, "num_attention_heads": 128,
