@@ -191,7 +191,14 @@ def true_route_by_id(logits, token_ids, table, scoring, renormalize, scale):
     return torch.tensor(weights).double().view(shape), torch.tensor(ids).double().view(shape)
 
 
+def true_linear(x, w, bias=None):
+    rows = [w.double() @ row for row in x.double()]
+    out = torch.stack(rows) if rows else torch.empty(0, w.shape[0], dtype=torch.float64)
+    return out if bias is None else out + bias.double()
+
+
 TRUTHS = {
+    "linear.dense": true_linear,
     "norm.rms_norm": true_rms_norm,
     "norm.unit_rms_norm": true_unit_norm,
     "norm.gemma_rms_norm": true_gemma,

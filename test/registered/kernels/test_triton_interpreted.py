@@ -16,6 +16,7 @@ import triton
 from test_op_parity import QUANTIZING, check_case
 
 from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows_triton
+from sglang.kernels.ops.linear.dense import dense_linear_row
 from sglang.kernels.ops.mhc import launchers
 from sglang.kernels.ops.mhc.hc_post_pre import hc_post_pre
 from sglang.kernels.ops.mhc.hc_pre import hc_pre_torch, hc_pre_triton
@@ -118,6 +119,14 @@ class TestTritonInterpreted(CustomTestCase):
                     found = group_fp8.block_product(q, scale, w, w_scale, torch.float32, tile)
                     wanted = group_fp8.scaled_product(q, scale, w, w_scale)
                     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+    def test_one_row_of_a_dense_product(self):
+        generator = torch.Generator().manual_seed(3)
+        for width, columns in ((1, 8), (33, 1100), (64, 2048)):
+            x = torch.randn(1, columns + 3, generator=generator).half()[:, :columns]
+            w = (torch.randn(width, columns, generator=generator) / columns**0.5).half()
+            found, wanted = dense_linear_row(x, w), (x.double() @ w.double().t())
+            torch.testing.assert_close(found.double(), wanted, rtol=2**-10, atol=1e-3)
 
     def test_norms_with_a_wide_gain(self):
         """A float32 gain next to float16 rows multiplies before the one rounding; the interpreter cuts bfloat16."""

@@ -6,9 +6,9 @@ from abc import ABC, abstractmethod
 from typing import TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from sglang.kernels.ops.linear.dense import dense_linear
 from sglang.kernels.ops.moe.fused_experts import fused_experts, shuffle_experts
 from sglang.kernels.ops.quant.group_fp8 import QuantizedRows
 from sglang.srt.configs.quantization import WeightFormat
@@ -149,7 +149,7 @@ class UnquantizedMethod(WeightMethod):
         shards.copy(target, loaded, shard_id)
 
     def apply(self, layer: nn.Module, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(plain_rows(x), layer.weight, bias)
+        return dense_linear(plain_rows(x), layer.weight, bias)
 
     def apply_moe(
         self,

@@ -1,0 +1,68 @@
+"""A product of rows with a dense matrix of their own dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sglang.kernels.launch import cdiv
+from sglang.kernels.spec import Case, Impl, Op
+
+# Outputs and columns of a program for one row (those of one token's experts, which are as many bytes per program), and
+# the most elements of a matrix: a larger one keeps the library at the rate of memory.
+ROW_TILE = {"BLOCK_E": 2, "BLOCK_K": 1024, "num_warps": 2}
+ROW_MAX_ELEMENTS = 1 << 26
+
+
+def dense_linear_torch(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x w^T + bias``: x [N, K], w [R, K] and bias [R] of one dtype -> [N, R] in it."""
+    return F.linear(x, w, bias)
+
+
+def dense_linear_row(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """One row by the kernel of a router with few tokens: bytes alone count, so no matrix unit; sums in float32."""
+    from sglang.kernels.ops.moe.router_logits_triton import few_tokens_logits_kernel
+
+    assert bias is None
+    width, columns = w.shape
+    out = torch.empty(1, width, dtype=x.dtype, device=x.device)
+    few_tokens_logits_kernel[(cdiv(width, ROW_TILE["BLOCK_E"]), 1)](
+        x, w, out, 1, width, columns, x.stride(0), w.stride(0), BLOCK_T=1, **ROW_TILE
+    )
+    return out
+
+
+def _is_row(x: Tensor, w: Tensor, bias: Tensor | None = None) -> bool:
+    one = x.ndim == 2 and x.shape[0] == 1 and bias is None and 0 < w.numel() <= ROW_MAX_ELEMENTS
+    return one and x.dtype == w.dtype in (torch.bfloat16, torch.float16) and x.stride(1) == w.stride(1) == 1
+
+
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for rows, width, columns in ((1, 33, 1100), (1, 1, 8), (0, 5, 16), (7, 64, 96)):
+        wide = torch.randn(rows, columns + 3, generator=generator)
+        w = torch.randn(width, columns, generator=generator) / columns**0.5
+        yield Case(f"{rows}x{width}x{columns}", (wide[:, :columns], w))
+        yield Case(f"{rows}x{width}x{columns}-bias", (wide[:, :columns], w, torch.randn(width, generator=generator)))
+    yield Case("nan-row", (torch.tensor([[float("nan"), 1.0], [1.0, 1.0]]), torch.ones(3, 2)))
+
+
+dense_linear = Op(
+    "linear.dense",
+    Impl(
+        "triton_row",
+        dense_linear_row,
+        kinds={"cuda"},
+        archs=("sm_90",),
+        package="triton",
+        needs_device=True,
+        accepts=_is_row,
+    ),
+    # The library serves what is left, by choice: nothing falls back.
+    Impl("blas", dense_linear_torch, kinds={"cuda", "hip"}, needs_device=True),
+    Impl("torch", dense_linear_torch),
+    cases=_cases,
+)
