@@ -1,10 +1,11 @@
 """What /metrics costs: one server with them, read once per second, and one without, given the same load in turns.
 
-    python benchmark/metrics/bench_metrics.py
+    python benchmark/metrics/bench_metrics.py [--starts 3] [--seconds 75]
 
 Every turn streams --batch-size requests of --output-len tokens. Printed are the seconds of a turn (min / median / max),
 by the clock and of the CPU of all processes of the server, and the ratio in the pairs of turns: geometric mean and
-95 % interval.
+95 % interval, and the mean of each start. Where memory lies differs from start to start, and with it the speed by some
+percent: both servers are started --starts times.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import math
 import statistics
 import time
 from collections.abc import AsyncIterator
@@ -78,22 +80,18 @@ class Server:
             task.cancel()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--input-len", type=int, default=32)
-    parser.add_argument("--output-len", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--seconds", type=float, default=600.0, help="Fewer rounds where they take longer than this.")
-    args = parser.parse_args()
-    print(describe_machine())
+# Seconds by the clock and of the CPU of each turn, without metrics and with them.
+Turns = dict[bool, list[tuple[float, float]]]
+
+
+def one_start(folder: Path, order: tuple[bool, ...], args: argparse.Namespace) -> Turns:
+    """The turns of two servers, started in ``order``; the first of each warms up."""
     servers: list[Server] = []
-    turns: dict[bool, list[tuple[float, float]]] = {False: [], True: []}
+    turns: Turns = {False: [], True: []}
     try:
-        folder = make_checkpoint()
-        for with_metrics in (False, True):
+        for with_metrics in order:
             servers.append(Server(folder, with_metrics, args))
-        for number in rounds_within(args.rounds, args.seconds):
+        for number in rounds_within(args.rounds, args.seconds / args.starts):
             for server in servers[:: 1 if number % 2 else -1]:
                 seconds = server.turn(number, args)
                 if number:
@@ -101,11 +99,38 @@ def main() -> None:
     finally:
         for server in servers:
             kill_process_tree(server.process.pid)
+    return turns
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--input-len", type=int, default=32)
+    parser.add_argument("--output-len", type=int, default=192)
+    parser.add_argument("--rounds", type=int, default=100, help="Of each start.")
+    parser.add_argument("--starts", type=int, default=3)
+    parser.add_argument(
+        "--seconds", type=float, default=600.0, help="Of all turns: fewer rounds where they take longer."
+    )
+    args = parser.parse_args()
+    print(describe_machine())
+    starts: list[Turns] = []
+    folder = make_checkpoint()
+    for number in range(args.starts):
+        starts.append(one_start(folder, (False, True)[:: 1 if number % 2 else -1], args))
+    turns = {key: [turn for start in starts for turn in start[key]] for key in (False, True)}
     for index, clock in enumerate(("clock", "CPU")):
-        off, on = ([pair[index] for pair in turns[key]] for key in (False, True))
+        off, on = ([turn[index] for turn in turns[key]] for key in (False, True))
         for name, values in (("without", off), ("with", on)):
             print(f"{clock:5s} {name:7s} {min(values):.3f} / {statistics.median(values):.3f} / {max(values):.3f} s")
-        print(f"{clock:5s} with over without: {paired_ratio(off, on)}")
+        means = [
+            math.exp(statistics.fmean(math.log(b[index] / a[index]) for a, b in zip(start[False], start[True])))
+            for start in starts
+        ]
+        print(
+            f"{clock:5s} with over without: {paired_ratio(off, on)} of {len(on)} pairs, by start "
+            + ", ".join(f"{mean:.4f}" for mean in means)
+        )
 
 
 if __name__ == "__main__":

@@ -134,6 +134,10 @@ class TestPage(FakeServerTestCase):
         fake = FakeServer().wait_ready()
         self.addCleanup(fake.stop)
         self.assertEqual(httpx.get(f"{fake.url}/metrics").status_code, 404)
+        body = {"text": "abc", "sampling_params": {"max_new_tokens": 3}}
+        self.assertEqual(httpx.post(f"{fake.url}/generate", json=body).status_code, 200)
+        counted = fake.context.manager.request_metrics[0]
+        self.assertEqual((counted.num_requests, counted.first_token.sum), (0, 0.0))
 
 
 class TestTimes(CustomTestCase):

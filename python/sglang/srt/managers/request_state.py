@@ -74,10 +74,10 @@ class RequestState:
         # Characters, ids and log-probabilities (of output and prompt) that the reader has received.
         self._read = 0, 0, 0, 0
 
-    def sent_to(self, dp_rank: int, metrics: RequestMetrics) -> None:
-        """Count its times for the scheduler that it is sent to."""
+    def sent_to(self, dp_rank: int, metrics: RequestMetrics | None) -> None:
+        """Count its times, if that is wanted, for the scheduler that it is sent to."""
         self.dp_rank = dp_rank
-        self.timer = RequestTimer(metrics, self.created)
+        self.timer = None if metrics is None else RequestTimer(metrics, self.created)
 
     def started(self, at: float | None) -> None:
         """Record that a scheduler took it from its queue."""

@@ -199,7 +199,7 @@ class TokenizerManager:
             for state, request in zip(group.states, tokenized, strict=True):
                 self._states[state.wire_rid] = state
                 dp_rank = self._balancer.assign(state.num_tokens)
-                state.sent_to(dp_rank, self.request_metrics[dp_rank])
+                state.sent_to(dp_rank, self.request_metrics[dp_rank] if self.server_args.enable_metrics else None)
                 by_rank[state.dp_rank].append(request)
             for sender, requests in zip(self._senders, by_rank, strict=True):
                 if requests:
