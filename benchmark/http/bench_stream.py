@@ -3,8 +3,10 @@
     python benchmark/http/bench_stream.py
 
 The real server, on a thread of its own whose CPU time is read, streams to --clients connections of another process;
-tokens come from a script, all requests' next one every --step-ms. Printed is min / median / max over the rounds, and
-the share of a core that this is at --tokens-per-s, the rate of a model.
+tokens come from a script, all requests' next one every --step-ms. Each round streams --output-len tokens per request
+and a quarter of that. Printed is min / median / max over the rounds of the CPU time per token, beginnings and ends of
+requests included, then what a further token takes, and the share of a core that each is at --tokens-per-s, the rate
+of a model.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import asyncio
 import multiprocessing
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -45,6 +48,17 @@ def cpu_seconds(server: FakeServer) -> float:
     return time.clock_gettime(time.pthread_getcpuclockid(server._thread.ident))
 
 
+def stream(server: FakeServer, path: str, body: dict[str, Any], clients: int) -> float:
+    """CPU seconds that the server takes to stream ``body`` to ``clients``."""
+    client = multiprocessing.get_context("spawn").Process(target=load, args=(server.url, path, body, clients))
+    began = cpu_seconds(server)
+    client.start()
+    client.join()
+    if client.exitcode:
+        raise RuntimeError(f"the clients ended with status {client.exitcode}")
+    return cpu_seconds(server) - began
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, default=64)
@@ -59,31 +73,30 @@ def main() -> None:
     assert server.tokenizer is not None
     ids = server.tokenizer.encode("The quick brown fox jumps over the lazy dog. " * 20)[: args.output_len]
     server.scheduler.script = lambda _: ids
-    sampling = {"max_new_tokens": args.output_len, "ignore_eos": True, "temperature": 0}
+    sampling = {"ignore_eos": True, "temperature": 0}
     chat = {"model": "default", "messages": [{"role": "user", "content": "hi"}], "ignore_eos": True, "stream": True}
+    bodies: dict[str, Callable[[int], dict[str, Any]]] = {
+        "/generate": lambda n: {"text": "hi", "sampling_params": {**sampling, "max_new_tokens": n}, "stream": True},
+        "/v1/chat/completions": lambda n: {**chat, "max_tokens": n},
+    }
     try:
-        for path, body in (
-            ("/generate", {"text": "hi", "sampling_params": sampling, "stream": True}),
-            ("/v1/chat/completions", {**chat, "max_tokens": args.output_len}),
-        ):
-            figures = []
+        for path, body in bodies.items():
+            whole: list[float] = []
+            further: list[float] = []
             for number in range(args.rounds + 1):
-                client = multiprocessing.get_context("spawn").Process(
-                    target=load, args=(server.url, path, body, args.clients)
-                )
-                began = cpu_seconds(server)
-                client.start()
-                client.join()
-                if client.exitcode:
-                    raise RuntimeError(f"the clients ended with status {client.exitcode}")
+                few = args.output_len // 4
+                short, long = (stream(server, path, body(length), args.clients) for length in (few, args.output_len))
                 if number:
-                    figures.append((cpu_seconds(server) - began) / (args.clients * args.output_len) * 1e6)
-            middle = statistics.median(figures)
-            share = middle * args.tokens_per_s / 1e4
-            print(
-                f"{path:22s} {min(figures):6.1f} / {middle:6.1f} / {max(figures):6.1f} us per token, "
-                f"{share:.1f} % of a core at {args.tokens_per_s:g} tokens/s"
-            )
+                    whole.append(long / (args.clients * args.output_len))
+                    further.append((long - short) / (args.clients * (args.output_len - few)))
+            for name, figures in (("in all", whole), ("a further one", further)):
+                low, middle, high = (value * 1e6 for value in (min(figures), statistics.median(figures), max(figures)))
+                share = middle * args.tokens_per_s / 1e4
+                print(
+                    f"{path:20s} {name:13s} {low:6.1f} / {middle:6.1f} / {high:6.1f} us per token, "
+                    f"{share:.1f} % of a core at {args.tokens_per_s:g} tokens/s",
+                    flush=True,
+                )
     finally:
         server.stop()
 

@@ -11,6 +11,7 @@ import types
 import unittest
 from unittest import mock
 
+import h11
 import httpx
 
 from sglang.srt.entrypoints import connections, http_logs
@@ -158,6 +159,65 @@ class TestPackets(Connections):
         # Linux tells a listener's backlog as tcpi_sacked, the byte order being the machine's.
         info = listener.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
         self.assertGreaterEqual(int.from_bytes(info[28:32], sys.byteorder), 1024)
+
+
+class TestChunks(Connections):
+    """Events of a stream are framed past h11; what a client reads is the same."""
+
+    def stream(self, version=b"1.1", num_tokens=9):
+        """What comes over a socket, and how many chunks were written past h11."""
+        written = []
+        write_chunk = connections.Connection._write_chunk
+
+        def counted(connection, chunk):
+            written.append(write_chunk(connection, chunk))
+            return written[-1]
+
+        content = request(text="abc", stream=True, sampling_params={"max_new_tokens": num_tokens, "ignore_eos": True})
+        with mock.patch.object(connections.Connection, "_write_chunk", counted):
+            content = content.replace(b"HTTP/1.1\r\n", b"HTTP/%b\r\nConnection: close\r\n" % version)
+            return self.rest(self.connect(content)), sum(written)
+
+    def events(self, body):
+        data = [json.loads(line[6:]) for line in body.split(b"\n\n") if line not in (b"", b"data: [DONE]")]
+        return [event["output_ids"] for event in data]
+
+    def test_a_stream_in_chunks_is_that_of_an_old_client_without(self):
+        self.fake.scheduler.delay_s = 0.005
+        reply, num_written = self.stream()
+        head, _, framed = reply.partition(b"\r\n\r\n")
+        self.assertIn(b"transfer-encoding: chunked", head.lower())
+        chunks = []
+        while framed:
+            size, _, framed = framed.partition(b"\r\n")
+            chunk, framed = framed[: int(size, 16)], framed[int(size, 16) :]
+            self.assertTrue(framed.startswith(b"\r\n"))
+            chunks, framed = [*chunks, chunk], framed[2:]
+        self.assertEqual(chunks[-2:], [b"data: [DONE]\n\n", b""])
+        self.assertEqual(num_written, len(chunks) - 3)  # all but the first event and the end
+        old, num_written = self.stream(b"1.0")
+        self.assertEqual(num_written, 0)
+        head, _, body = old.partition(b"\r\n\r\n")
+        self.assertNotIn(b"chunked", head.lower())
+        self.assertEqual(self.events(body)[-1], self.events(b"".join(chunks))[-1])
+        self.assertTrue(body.endswith(b"data: [DONE]\n\n"))
+
+    def test_where_a_chunk_is_not_written(self):
+        written = []
+        states = {"disconnected": False, "write_paused": False, "our_state": h11.SEND_BODY}
+
+        def write(chunk=b"a" * 17, **changed):
+            now = types.SimpleNamespace(**{**states, **changed})
+            transport = types.SimpleNamespace(write=written.append)
+            connection = types.SimpleNamespace(cycle=now, flow=now, conn=now, transport=transport)
+            return connections.Connection._write_chunk(connection, chunk)
+
+        refused = ({"disconnected": True}, {"write_paused": True}, {"our_state": h11.DONE}, {"our_state": h11.ERROR})
+        for changed in (*refused, {"chunk": b""}):
+            self.assertFalse(write(**changed), changed)
+        self.assertEqual(written, [])
+        self.assertTrue(write())
+        self.assertEqual(written, [b"11\r\n" + b"a" * 17 + b"\r\n"])
 
 
 class TestNumbers(Connections):

@@ -34,6 +34,7 @@ class ManagerTestCase(CustomTestCase, unittest.IsolatedAsyncioTestCase):
         self.args = types.SimpleNamespace(
             tokenizer_path=folder,
             incremental_streaming_output=False,
+            enable_metrics=True,
             log_requests=False,
             log_requests_level=2,
             log_requests_format="text",

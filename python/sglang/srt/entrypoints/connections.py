@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from sglang.srt.entrypoints.errors import error_response
+from sglang.srt.entrypoints.http_io import WRITE_CHUNK
 from sglang.srt.managers.request_input import overloaded
 from sglang.srt.utils.limits import (
     BODY_TIMEOUT_S,
@@ -57,6 +58,7 @@ class Connection(H11Protocol):
     def __init__(self, *args: Any, max_connections: int, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._max_connections = max_connections
+        self._served, self.app = self.app, self._serve
         self._lingers = False
         # Since when a head or a body is incomplete, and output unread; loop time, None if it is not.
         self._head_since: float | None = None
@@ -73,6 +75,23 @@ class Connection(H11Protocol):
             transport.abort()
         elif over > 0:
             self.app = self._refuse
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The application, which may write chunks past h11 where bodies without a length are sent in chunks."""
+        if scope["http_version"] == "1.1":
+            scope["extensions"] = {WRITE_CHUNK: self._write_chunk}
+        try:
+            await self._served(scope, receive, send)
+        finally:
+            scope.pop("extensions", None)  # they hold this connection, which holds the scope
+
+    def _write_chunk(self, chunk: bytes) -> bool:
+        """Frame and write one chunk of a body as h11 would; False, and nothing done, where there is more to it: the
+        client is gone or reads too slowly, or a body is not what comes next."""
+        if self.cycle.disconnected or self.flow.write_paused or self.conn.our_state is not h11.SEND_BODY or not chunk:
+            return False
+        self.transport.write(b"%x\r\n%b\r\n" % (len(chunk), chunk))
+        return True
 
     async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         error = overloaded(f"{self._max_connections} connections are open, which --max-connections allows.", 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -21,6 +21,8 @@ from sglang.srt.managers.request_input import RequestError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+# In the scope's extensions, what writes one chunk of a body without a message, or says that it did not.
+WRITE_CHUNK = "sglang.write_chunk"
 DONE_EVENT = b"data: [DONE]\n\n"
 # nginx's status for a client that closed its request; it appears only in the access log.
 CLIENT_CLOSED_REQUEST = 499
@@ -31,13 +33,6 @@ _MAX_OTHER_COMMAS = 64
 def event(content: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + msgspec.json.encode(content) + b"\n\n"
-
-
-async def events(contents: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
-    """An event of each."""
-    async with aclosing(contents):
-        async for content in contents:
-            yield event(content)
 
 
 async def read_body(
@@ -122,22 +117,26 @@ async def answer(request: Request, results: AsyncGenerator[Any, None]) -> Any:
 
 
 class EventStream(Response):
-    """Server-sent events from ``chunks``, with ``[DONE]`` at the end.
+    """Server-sent events of ``contents``, by ``encode``, with ``[DONE]`` at the end.
 
     The headers wait for the first event, so that a request that fails at once still gets a proper status. A later
-    error becomes an event. When the client leaves, ``chunks`` is closed.
+    error becomes an event. When the client leaves, ``contents`` is closed. A connection that offers ``WRITE_CHUNK`` is
+    given each chunk at once, past all that looks at messages; where it takes none, as before the headers and from a
+    client that reads too slowly, there is a message, which waits.
     """
 
-    def __init__(self, chunks: AsyncGenerator[bytes, None]):
+    def __init__(self, contents: AsyncGenerator[Any, None], encode: Callable[[Any], bytes] = event):
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
-        self._chunks = chunks
+        self._contents = contents
+        self._encode = encode
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await run_while_connected(receive, self._pump(scope, receive, send))
 
     async def _pump(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
+        write_at_once: Callable[[bytes], bool] | None = scope.get("extensions", {}).get(WRITE_CHUNK)
 
         async def write(chunk: bytes) -> None:
             nonlocal started
@@ -147,9 +146,11 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": chunk, "more_body": True})
 
         try:
-            async with aclosing(self._chunks) as chunks:
-                async for chunk in chunks:
-                    await write(chunk)
+            async with aclosing(self._contents) as contents:
+                async for content in contents:
+                    chunk = self._encode(content)
+                    if write_at_once is None or not write_at_once(chunk):
+                        await write(chunk)
         except Exception as error:
             failure = error if isinstance(error, RequestError) else internal_error(error)
             if not started:

@@ -23,7 +23,6 @@ from sglang.srt.entrypoints.http_io import (
     EventStream,
     answer,
     asked_timeout,
-    events,
     read_body,
     run_while_connected,
 )
@@ -131,7 +130,7 @@ class NativeApi:
         body.request_timeout = asked_timeout(request, body.request_timeout)
         results = self._manager.generate_request(body, warnings=warnings, place=place_of(request))
         if body.stream:
-            return EventStream(events(results))
+            return EventStream(results)
         result = await answer(request, results)
         return result if isinstance(result, Response) else json_response(result)
 

@@ -17,7 +17,7 @@ from sglang.srt.entrypoints.context import DEFAULT_MODEL_NAME, ServerContext
 from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.errors import json_response
 from sglang.srt.entrypoints.full_queue import place_of
-from sglang.srt.entrypoints.http_io import EventStream, answer, asked_timeout, events, read_body
+from sglang.srt.entrypoints.http_io import EventStream, answer, asked_timeout, read_body
 from sglang.srt.entrypoints.openai.output_form import output_form
 from sglang.srt.entrypoints.openai.protocol import (
     GenerationRequest,
@@ -92,7 +92,7 @@ class OpenAIServing(ABC, Generic[RequestT]):
         native.request_timeout = asked_timeout(request, body.request_timeout)
         results = self.manager.generate_request(native, incremental=True, place=place_of(request))
         if body.stream:
-            return EventStream(events(self.chunks(body, native, results, warnings)))
+            return EventStream(self.chunks(body, native, results, warnings))
         result = await answer(request, results)
         return result if isinstance(result, Response) else json_response(self.whole(body, native, result, warnings))
 

@@ -65,7 +65,7 @@ class OpenAIServingResponses:
             turn.response.warnings = warnings
         results = self._manager.generate_request(native, incremental=True, place=place_of(request))
         if body.stream:
-            return EventStream(_events(turn, results))
+            return EventStream(_events(turn, results), bytes)
         result = await answer(request, results)
         if isinstance(result, Response):
             return result
