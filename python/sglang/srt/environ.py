@@ -123,7 +123,7 @@ class Envs:
         unit="tokens",
         section=_MORI,
         doc="Most rows of the receive buffer that the experts compute. They compute the rows that can arrive, raised "
-        "to a tuned size; this cuts that size, and never below what can arrive (said once, counted). 0 means no "
+        "to a tuned size; this reduces that size, but never below what can arrive (logged once, counted). 0 means no "
         "cut. It hardly pays: computing only what can arrive saves 18 to 39 % of a layer (N) and needs no setting.",
     )
     SGLANG_MORI_DISPATCH_DTYPE = EnvStr(

@@ -12,12 +12,12 @@ from sglang.srt.utils.limits import MAX_UNKNOWN_FIELD_CHARS, MAX_UNKNOWN_FIELDS_
 
 logger = logging.getLogger(__name__)
 
-_BANNED = "tokens can be kept from the output by logit_bias alone"
-_FORM = "the form of the output is one of json_schema, regex, ebnf and structural_tag in sampling_params"
-_TEXT_ALONE = "the model is served for text alone"
-_ONE_CACHE = "it separates prefix caches, and there is one"
+_BANNED = "use logit_bias to exclude tokens"
+_FORM = "output is constrained by one of json_schema, regex, ebnf and structural_tag in sampling_params"
+_TEXT_ALONE = "only text is supported"
+_ONE_CACHE = "it selects a prefix cache, but there is only one"
 _SPLIT = "prefill and decode are not split between servers"
-_EXTRA_OUTPUT = "the answer would lack what it asks for"
+_EXTRA_OUTPUT = "the reply would not contain what it requests"
 
 # Field of upstream's, of OpenAI's or of vLLM's API, and why a request that uses it is refused.
 REFUSED_FIELDS: dict[str, str] = {
@@ -29,7 +29,7 @@ REFUSED_FIELDS: dict[str, str] = {
         ),
         _FORM,
     ),
-    "guided_whitespace_pattern": "it is the server's: --constrained-json-whitespace-pattern",
+    "guided_whitespace_pattern": "use the server's --constrained-json-whitespace-pattern",
     "allowed_token_ids": _BANNED,
     "bad_words": _BANNED,
     # Parts of the prompt that would be missing.
@@ -42,16 +42,16 @@ REFUSED_FIELDS: dict[str, str] = {
     "documents": "documents do not reach the prompt",
     "chat_template": "the server's own template is used (--chat-template)",
     "add_generation_prompt": "the prompt always opens the assistant's turn, or continues it (continue_final_message)",
-    "add_special_tokens": "special tokens are added as the tokenizer says; send token ids for another prompt",
+    "add_special_tokens": "special tokens are added by the tokenizer's rules; send token ids for another prompt",
     "truncate_prompt_tokens": "a prompt is never cut on request",
     # Other models, other code, other state.
-    "lora_path": "no adapter can be loaded, and the base model would answer differently",
+    "lora_path": "adapters are not supported, and the base model would answer differently",
     "session_params": "sessions do not exist; send the whole prompt",
     "session_id": "sessions do not exist; send the whole prompt",
     "custom_logit_processor": "it would run code from the network",
     "custom_params": "they are read by custom logit processors, which do not exist here",
     "logits_processors": "it would run code from the network",
-    "vllm_xargs": "no extension of vLLM exists here",
+    "vllm_xargs": "extensions of vLLM are not supported",
     "extra_key": _ONE_CACHE,
     "cache_salt": _ONE_CACHE,
     **dict.fromkeys(("bootstrap_host", "bootstrap_port", "bootstrap_room", "kv_transfer_params"), _SPLIT),
@@ -60,23 +60,23 @@ REFUSED_FIELDS: dict[str, str] = {
     "use_beam_search": "tokens are sampled one by one",
     "length_penalty": "it belongs to beam search, and tokens are sampled one by one",
     "early_stopping": "it belongs to beam search, and tokens are sampled one by one",
-    "thinking_token_budget": "thought is not told from answer",
+    "thinking_token_budget": "the thought is not limited separately",
     "repetition_detection": "only stop conditions end an answer early",
     # Tools and other kinds of answer.
     "functions": "no function call would be recognised",
     "function_call": "no function call would be recognised",
-    "web_search_options": "the server searches nothing",
-    "audio": "the server answers with text",
-    "echo": "only /v1/completions gives the prompt back",
+    "web_search_options": "the server does not search the web",
+    "audio": "the server replies with text",
+    "echo": "only /v1/completions returns the prompt",
     "best_of": "every sample is returned: use n",
-    "verbosity": "the model knows no verbosity",
-    "separate_reasoning": "only /v1/chat/completions tells thought from answer",
+    "verbosity": "the model has no verbosity setting",
+    "separate_reasoning": "only /v1/chat/completions separates thought and answer",
     "include_reasoning": "use separate_reasoning of /v1/chat/completions",
     # Other forms of the answer.
     "prompt_logprobs": "use echo and logprobs of /v1/completions, or logprob_start_len of /generate",
     "include_stop_str_in_output": "use no_stop_trim",
-    "return_tokens_as_token_ids": "use /generate, which gives token ids",
-    "return_token_ids": "use /generate, which gives token ids",
+    "return_tokens_as_token_ids": "use /generate, which returns token ids",
+    "return_token_ids": "use /generate, which returns token ids",
     "return_prompt_token_ids": "use /tokenize",
     "return_hidden_states": "hidden states stay in the scheduler",
     "return_routed_experts": "routing decisions are not recorded",

@@ -39,7 +39,7 @@ MAX_LONG_TEXTS_AT_ONCE = 4
 DRAIN_INTERRUPT_S = 5.0
 # Seconds for clients to read the error of requests that the shutdown ends.
 DRAIN_WRITE_S = 3
-# What a client that is refused by an ending server is told to wait; another server, or the next one, may take it.
+# Retry-After, in seconds, of a request that an ending server refuses; another server, or the next one, may accept it.
 SHUTDOWN_RETRY_AFTER_S = 5
 
 # Prompts times samples of one HTTP call, even if the queue is longer.
