@@ -3,9 +3,10 @@
     python benchmark/kernels/bench_sparse_attention.py [--heads 64 128] [--k 192 640 1152] [--q 1 32 1024] [--tune]
 
 8-bit rows of 584 bytes, a window of 128 and K - 128 entries, every row elsewhere in its pool. "one" is one program per
-row and block of heads, "split N" deals its rows to N programs, "table" is what the op chooses, "gather" makes bfloat16
-rows of all that is attended to and then attends to those. TB/s counts 584 bytes per row once, queries and results;
-"copy" is what the card copies. The note says how many times faster than "gather", and the part of copy bandwidth.
+row and block of heads, "split N" deals its rows to N programs, "table" is what the op chooses (N programs, or two
+passes), "gather" makes bfloat16 rows of all that is attended to and then attends to those. TB/s counts 584 bytes per
+row once, queries and results; "copy" is what the card copies. The note says how many times faster than "gather", and
+the part of copy bandwidth.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sglang.kernels.ops.attention import sparse_splits
 from sglang.kernels.ops.attention.packed_rows import make_pages
 from sglang.kernels.ops.attention.sparse_attention import sparse_attention_triton
 from sglang.kernels.ops.attention.sparse_attention_triton import load_row_tile
-from sglang.kernels.ops.attention.sparse_splits import SparseTile, sparse_tile, split_count
+from sglang.kernels.ops.attention.sparse_splits import SparseTile, choose_passes, sparse_tile, split_count
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.srt.platforms import current_platform
 
@@ -158,7 +159,9 @@ def main() -> None:
                         print(f"{heads:>5}{k:>6}{q:>6}  {1e6 * seconds:10.1f} us, {splits} splits, {tile}", flush=True)
                     continue
                 chosen = split_count(q, heads, k)
-                forms = {"gather": shape.gather(), f"table {chosen}": shape.attend(None), "one": shape.attend(1)}
+                passes = choose_passes(q, heads, k)
+                form = f"table {chosen}" if passes is None else "table, two"
+                forms = {"gather": shape.gather(), form: shape.attend(None), "one": shape.attend(1)}
                 several = 2 if chosen == 1 else chosen
                 forms[f"split {several}"] = shape.attend(several)
                 times = {name: statistics.median(graph_time([run], args.runs)) for name, run in forms.items()}
@@ -169,7 +172,7 @@ def main() -> None:
                         f"{shape.flops / seconds / 1e12:9.1f}{times['gather'] / seconds:9.2f}{rate / copied:9.2f}",
                         flush=True,
                     )
-                print(f"# tile {dataclasses.astuple(sparse_tile(q, heads))}")
+                print(f"# tile {dataclasses.astuple(passes or sparse_tile(q, heads))}")
                 del shape, forms
                 torch.cuda.empty_cache()
 

@@ -1,11 +1,14 @@
 """Sparse attention on a GPU against float64 over decoded rows, and captured; sibling of test_sparse_attention.py."""
 
 import unittest
+from unittest import mock
 
 import torch
 
+from sglang.kernels.ops.attention import sparse_passes
 from sglang.kernels.ops.attention.packed_rows import make_pages, store_rows, store_rows_torch
-from sglang.kernels.ops.attention.sparse_attention import sparse_attention, sparse_attention_triton
+from sglang.kernels.ops.attention.sparse_attention import PACKED_ARCHS, sparse_attention, sparse_attention_triton
+from sglang.kernels.ops.attention.sparse_splits import PASSES
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.srt.platforms import current_platform
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
@@ -17,6 +20,7 @@ register_amd_ci(est_time=150, suite="stage-b-test-1-gpu-small-amd")
 register_amd_ci(est_time=150, suite="stage-b-test-1-gpu-small-amd-mi35x")
 
 DEVICE = "cuda"
+OF_SM90 = sorted({passes for _, passes in PASSES["sm_90"]}, key=str)
 
 
 def on_gpu(args):
@@ -50,6 +54,36 @@ class TestSparseAttentionOnGpu(CustomTestCase):
                     assert_near(found, truth)
                     count += 1
         print(f"{count} (case, splits) pairs on {torch.cuda.get_device_name()}")
+
+    def test_two_passes(self):
+        """Over the whole matrix of 8-bit rows: by instructions of the architecture where it has them, and without."""
+        dtype, of_arch = fp8_dtype(current_platform.arch), current_platform.arch in PACKED_ARCHS
+        for case in sparse_matrix((1, 16, 64, 128), dtype):
+            args, truth = pages_on_gpu(case.args, 0), case.truth()
+            args += (None,) * (12 - len(args)) + (1,) * (len(args) < 13)
+            if args[5] is None:
+                continue
+            self.assertTrue(sparse_passes.fits_passes(args[0], args[1], args[5], args[6]), case.name)
+            for passes in OF_SM90:
+                for packed in {of_arch, False}:
+                    with self.subTest(case.name, passes=passes, packed=packed):
+                        found = sparse_passes.attend_in_passes(*args, passes=passes, packed=packed)
+                        self.assertFalse(bool(found[0].any()), "a row that sees nothing")
+                        assert_near(found, truth)
+                        with mock.patch.object(sparse_passes, "MAX_BETWEEN", 100_000):
+                            parts = sparse_passes.attend_in_passes(*args, passes=passes, packed=packed)
+                        self.assertTrue(torch.equal(found, parts))
+
+    def test_two_captured_passes_give_the_same_bits(self):
+        lengths = tuple(range(0, 130, 2))
+        args = pages_on_gpu(sparse_inputs(64, 64, fp8_dtype(current_platform.arch), lengths=lengths).args, 0)
+        eager = sparse_attention_triton(*args)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = sparse_attention_triton(*args)
+        graph.replay()
+        self.assertTrue(torch.equal(eager, captured))
 
     def test_a_captured_call_gives_the_same_bits(self):
         for splits in (1, 4):

@@ -11,9 +11,13 @@ from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.attention.compress import GATHER_BYTES
 from sglang.kernels.ops.attention.launchers import merge_parts
 from sglang.kernels.ops.attention.packed_rows import GROUP, is_packed, load_rows, make_pages, store_rows_torch
-from sglang.kernels.ops.attention.sparse_splits import SparseTile, sparse_tile, split_count
+from sglang.kernels.ops.attention.sparse_passes import attend_in_passes, fits_passes
+from sglang.kernels.ops.attention.sparse_splits import SparseTile, choose_passes, sparse_tile, split_count
 from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
 
+# Where 8-bit floats become bfloat16 by instructions on two at once.
+PACKED_ARCHS = ("sm_90",)
 # Widest rows that the kernel holds.
 MAX_DIM = 512
 
@@ -114,6 +118,12 @@ def sparse_attention_triton(
     num_window, num_entries = window_rows.shape[1], 0
     if page_table is not None:
         num_entries = page_table.shape[1] * per_page if chosen is None else chosen.shape[1]
+    passes = choose_passes(num_rows, heads, num_window + num_entries) if tile is None and splits is None else None
+    if passes is not None and window_scales is not None and fits_passes(q, window, window_scales, entries):
+        return attend_in_passes(
+            q, window, window_rows, sinks, scale, window_scales, entries, entry_scales, chosen, page_table, requests,
+            visible, per_page, passes, packed=current_platform.arch in PACKED_ARCHS,
+        )  # fmt: skip
     tile = tile or sparse_tile(num_rows, heads, q.dtype.itemsize)
     if splits is None:
         splits = split_count(num_rows, heads, num_window + num_entries, dim, tile)

@@ -1,4 +1,4 @@
-"""How many programs share the rows of a query in sparse attention, and their tiles: data by architecture."""
+"""How sparse attention runs: passes, programs that share the rows of a query, and tiles; data by architecture."""
 
 from __future__ import annotations
 
@@ -34,6 +34,25 @@ class SparseTile:
     block_n: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """heads: of a program, all of one row; block: rows that it reads at once; columns: of results."""
+
+    heads: int
+    block: int
+    columns: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Passes:
+    """The tiles of both: of logits, whose columns are rows, and of values."""
+
+    logits: Pass
+    values: Pass
 
 
 MOST = ANY[1]
@@ -91,6 +110,15 @@ TILES: dict[tuple[str, int], tuple[SparseTile, ...]] = {
     ("", 4): (SparseTile(16, 16, 4, 1),),
     ("sm_90", 2): (SparseTile(64, 64, 8, 1), SparseTile(32, 32, 4, 2), SparseTile(16, 64, 8, 1)),
 }
+# Of 8-bit rows, shapes that two passes serve best: logits of blocks of rows with their weights, then sums of values.
+# sm_90: 64 and 128 heads of 192, 640 and 1152 rows, 32 to 4096 queries, on one H200, triton 3.6.0, 2026-11-30.
+_LOGITS = Pass(64, 128, 512, num_warps=4, num_stages=4)
+PASSES: dict[str, tuple[tuple[Range, Passes], ...]] = {
+    "sm_90": (
+        (Range(q=(64, MOST), heads=(64, 127)), Passes(_LOGITS, Pass(64, 64, 256, num_warps=4, num_stages=5))),
+        (Range(q=(32, MOST), heads=(128, MOST)), Passes(_LOGITS, Pass(64, 32, 256, num_warps=4, num_stages=5))),
+    ),
+}
 # Architectures whose smallest tile serves a step better while its programs all run at once.
 SPREADS_HEADS = ("sm_90",)
 
@@ -107,6 +135,12 @@ def sparse_tile(q: int, heads: int, itemsize: int = 2, arch: str | None = None) 
     if prefix in SPREADS_HEADS and q * cdiv(heads, fitting[-1].heads) <= multiprocessors(arch):
         return fitting[-1]
     return next((tile for tile in fitting if tile.heads <= heads), fitting[-1])
+
+
+def choose_passes(q: int, heads: int, k: int, arch: str | None = None) -> Passes | None:
+    """The tiles of both passes for a shape that they serve best; None where one pass does."""
+    arch = current_platform.arch if arch is None else arch
+    return next((passes for shape, passes in PASSES.get(arch, ()) if shape.holds(q, heads, k)), None)
 
 
 def split_count(
