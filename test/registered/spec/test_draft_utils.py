@@ -1,6 +1,7 @@
 """The backends of a draft model: by its own family, pools and layer, and never one of another platform."""
 
 import unittest
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -22,9 +23,11 @@ from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.model_executor.model_pools import cache_layout
 from sglang.srt.platforms import current_platform, override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform
+from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.draft_utils import DraftBackendFactory
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.compressed_attention_truth import AttentionHarness
+from sglang.test.engine_harness import EngineHarness
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
@@ -97,6 +100,16 @@ class TestDraftBackendFactory(CustomTestCase):
         decode, prefill = self.made("deepseek-v3-tiny", "torch_native")
         self.assertIsNot(decode, prefill)
 
+    def test_plans_of_other_backends_and_tables_are_not_taken(self):
+        for name in FAMILIES:
+            context = context_of(name)
+            native, again = self.made(name, "torch_native", context)
+            elsewhere, _ = self.made(name, "torch_native")
+            triton, _ = self.made(name, "triton", context)
+            self.assertTrue(native.plans_like(again) and native.plans_like(SimpleNamespace(full_attn_backend=again)))
+            for backend, other in ((native, elsewhere), (native, triton), (triton, native), (triton, triton)):
+                self.assertFalse(backend.plans_like(other))
+
     def test_deepseek_v4_gets_the_classes_of_hip(self):
         """And never another, whatever is asked for: one per step of the chain, and one for the rows before it."""
         context = AttentionHarness(drafts=True).context
@@ -106,6 +119,31 @@ class TestDraftBackendFactory(CustomTestCase):
             self.assertIs(type(decode), DeepseekV4MultiStepBackend)
             self.assertIs(type(prefill), DeepseekV4HipRadixBackend)
             self.assertEqual([child.rings for child in (*decode.children, prefill)], [{}, {}, {}])
+
+
+class TestEagerSteps(CustomTestCase):
+    """What a host need not do twice: plan the rows of a verify step, and read past the accepted tokens."""
+
+    def test_the_layer_takes_the_plan_of_the_step_and_chains_know_their_lengths(self):
+        for name in FAMILIES:
+            harness = EngineHarness(
+                str(EMBEDDED_MODELS[name]), max_total_tokens=256, max_running_requests=3, dtype="float32",
+                speculative_algorithm="NEXTN", speculative_num_steps=3,
+            )  # fmt: skip
+            drafter = harness.worker.speculator.drafter
+            lengths = []
+
+            def plan(fb, decode_plan=drafter.decode_backend.init_forward_metadata, lengths=lengths):
+                lengths.append((list(fb.seq_lens_cpu), fb.seq_lens.tolist()))
+                decode_plan(fb)
+
+            drafter.decode_backend.init_forward_metadata = plan
+            drafter.extend_backend.init_forward_metadata = self.fail
+            for number, text in enumerate((b"1+2=", b"rev:abcdef=", b"sort:31415=")):
+                harness.submit(str(number), list(text), SamplingParams(temperature=0.0, max_new_tokens=8))
+            harness.run()
+            self.assertGreater(len(lengths), 4)
+            self.assertEqual([host for host, _ in lengths], [device for _, device in lengths])
 
 
 if __name__ == "__main__":

@@ -72,6 +72,21 @@ class Sampler(torch.nn.Module):
             )
         return ids
 
+    def draft(
+        self, logits: torch.Tensor, sampling_info: SamplingBatchInfo, positions: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The ids [B] int64 of ``forward``, of rows [B, V] whose faults nobody asks for."""
+        drawn, _ = _choose(logits, sampling_info, positions)
+        return drawn.clamp(0, logits.shape[-1] - 1).to(torch.int64)
+
+
+def _choose(
+    raw: torch.Tensor, info: SamplingBatchInfo, positions: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and faults of rows, [B] each."""
+    plain = info.is_all_greedy and info.edits is None and info.vocab_mask is None
+    return _greedy(raw) if plain else _draw(raw, info, positions)
+
 
 def _draw(
     raw: torch.Tensor, info: SamplingBatchInfo, positions: torch.Tensor | None

@@ -105,9 +105,11 @@ def make_speculator(args: ServerArgs, runner: ModelRunner) -> EagleWorker | None
         args.attention_backend, context, config.num_hidden_layers, args.speculative_num_steps
     )
     spec = SpecInfo(args.speculative_num_steps)
+    extend_backend = backends.create_prefill_backend()
     drafter = MtpDrafter(
-        runner.loaded.draft, runner, backends.create_prefill_backend(), backends.create_decode_backend(), spec
-    )
+        runner.loaded.draft, runner, extend_backend, backends.create_decode_backend(), spec,
+        extend_backend.plans_like(runner.attn_backend),
+    )  # fmt: skip
     worker = EagleWorker(runner, spec, drafter)
     if not args.disable_cuda_graph:
         graphs = DraftGraphs(drafter, runner, spec, graph_buckets(args))

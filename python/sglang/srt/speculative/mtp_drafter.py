@@ -10,7 +10,13 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import MultiStepBackend
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.capture_lint import HostList
-from sglang.srt.model_executor.forward_batch_info import AttentionBackendLike, ForwardBatch, ForwardMode, StepKind
+from sglang.srt.model_executor.forward_batch_info import (
+    AttentionBackendLike,
+    ForwardBatch,
+    ForwardMode,
+    StepKind,
+    StepPlan,
+)
 from sglang.srt.model_executor.model_runner import ModelRunner, StepForward
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.speculative.eagle_worker import Drafter
@@ -74,6 +80,7 @@ class MtpDrafter(Drafter):
 
     First the layer runs on the step's own rows, which gives it keys and values for every token that is computed; then
     on its own drafts, one after the other. ``extend_backend`` plans the first, ``decode_backend`` the rest.
+    shares_plans: what the target's backend planned for an eager step is what ``extend_backend`` would plan.
     """
 
     def __init__(
@@ -83,6 +90,7 @@ class MtpDrafter(Drafter):
         extend_backend: AttentionBackendLike,
         decode_backend: AttentionBackendLike | MultiStepBackend,
         spec: SpecInfo,
+        shares_plans: bool = False,
     ) -> None:
         self.model = model
         self.extend_backend = extend_backend
@@ -92,6 +100,7 @@ class MtpDrafter(Drafter):
         self._req_to_token = target.req_to_token_pool.req_to_token
         self._padding_row = target.req_to_token_pool.padding_row
         self._num_steps = spec.num_steps
+        self._shares_plans = shares_plans
 
     def propose(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> torch.Tensor:
         """See the base class."""
@@ -109,13 +118,16 @@ class MtpDrafter(Drafter):
         drafts = None if self.graphs is None else self.graphs.go_on(step, rows, start, info)
         if drafts is None:
             bounds, groups = step.fb.seq_lens_cpu[: step.batch_size], step.batch.global_num_requests
+            if start.at.device.type == "cpu":  # a host can look how long its requests are
+                bounds = [position + 1 for position in start.at.tolist()]
             drafts = self.go_on(rows, start, info, step.fb.num_token_non_padded, bounds, groups).ids
         return drafts
 
     def begin(self, fb: ForwardBatch, hidden: torch.Tensor) -> ChainStart:
         """Run the layer on the step ``fb`` whose target gave ``hidden``; a chain starts at each of ``logits_rows``."""
         assert fb.input_ids is not None and fb.logits_rows is not None
-        self.extend_backend.init_forward_metadata(fb)
+        if fb.attn_plan.attention is None:
+            self.extend_backend.init_forward_metadata(fb)
         output = self.model(fb.input_ids, fb.positions, fb, hidden)
         assert output.hidden_states is not None
         rows = output.hidden_states.index_select(0, fb.logits_rows)
@@ -167,7 +179,10 @@ class MtpDrafter(Drafter):
             ids[last] = torch.where(fb.successors >= 0, fb.successors, accepted.drawn[:, 0])
         assert step.output.hidden_states is not None
         backend = self.extend_backend
-        fb = replace(fb, input_ids=ids, logits_rows=last, wants_hidden=True, logprobs=[], attn_backend=backend)
+        plan = step.fb.attn_plan if self._shares_plans and step.bucket is None else StepPlan()
+        fb = replace(
+            fb, input_ids=ids, logits_rows=last, wants_hidden=True, logprobs=[], attn_backend=backend, attn_plan=plan
+        )
         return fb, step.output.hidden_states
 
     def _chain_batch(
@@ -225,8 +240,7 @@ class MtpDrafter(Drafter):
             return at
         # The row at position p predicts the token at p + 2: its own token is the one at p + 1.
         positions = None if info.is_all_greedy else at + 2
-        ids: torch.Tensor = self._sampler(LogitsProcessorOutput(logits), info, positions=positions)
-        return ids.to(torch.int64)
+        return self._sampler.draft(logits, info, positions)
 
 
 def _further(bounds: list[int] | None, number: int) -> list[int] | None:

@@ -60,6 +60,10 @@ class AttentionBackend(ABC):
             return self.plan_extend(fb)
         return self.plan_decode(fb) if fb.kind.rows_per_request == 1 else self.plan_uniform(fb)
 
+    def plans_like(self, other: object) -> bool:
+        """Whether the plan of a step that the backend ``other`` has made is one that this backend would make."""
+        return False
+
     @abstractmethod
     def plan_decode(self, fb: ForwardBatch) -> object:
         """The plan of one token per request."""

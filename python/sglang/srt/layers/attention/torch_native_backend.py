@@ -61,6 +61,11 @@ class TorchNativeAttnBackend(PoolBackend):
 
     prefers = "torch"
 
+    def plans_like(self, other: object) -> bool:
+        """See the base class; a plan is of the request table alone. A hybrid model's is that of its softmax layers."""
+        other = getattr(other, "full_attn_backend", other)
+        return type(other) is type(self) and other.req_to_token is self.req_to_token
+
     def plan_decode(self, fb: ForwardBatch) -> DecodeGroups:
         """See the base class."""
         return self._groups(fb)
