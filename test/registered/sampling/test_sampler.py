@@ -455,7 +455,7 @@ class TestEdits(CustomTestCase):
 
     def test_edits_of_another_vocabulary_are_refused(self) -> None:
         info = info_of([SamplingParams(presence_penalty=1.0)], 8)
-        with self.assertRaisesRegex(ValueError, "8 ids, and logits of 9"):
+        with self.assertRaisesRegex(ValueError, "8 ids, but logits have 9"):
             info.apply_edits(torch.zeros(1, 9))
 
     def test_min_new_tokens_forbids_stop_ids_until_reached(self) -> None:
