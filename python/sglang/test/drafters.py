@@ -40,15 +40,15 @@ class RuleDrafter(Drafter):
         """See the base class."""
         drafts = []
         counts = accepted.num_new.tolist()
-        for row, drawn, count in zip(step.req_rows.tolist(), accepted.drawn.tolist(), counts, strict=True):
+        for row, sampled, count in zip(step.req_rows.tolist(), accepted.sampled.tolist(), counts, strict=True):
             if step.fb.kind is not None:
                 self.num_by_length[count] += 1
             req = self._owners[row]
-            known = [*req.origin_input_ids, *req.output_ids, *drawn[:count]]
+            known = [*req.origin_input_ids, *req.output_ids, *sampled[:count]]
             guesses = list(self.rule(req, known, self.num_steps))
             assert len(guesses) == self.num_steps
             drafts.append(guesses)
-        return torch.tensor(drafts, dtype=torch.int64, device=accepted.drawn.device).view(-1, self.num_steps)
+        return torch.tensor(drafts, dtype=torch.int64, device=accepted.sampled.device).view(-1, self.num_steps)
 
     @property
     def num_accepted(self) -> int:

@@ -157,14 +157,14 @@ class LaunchedForward:
             launched = self._launched(step.output, accepted)
             speculator.draft(step, accepted, info)
             return launched
-        drawn = self._runner.sample(self._step, info, self._batch)
-        info.update(drawn)
-        self._runner.last_token.index_copy_(0, self._step.req_rows, drawn.to(torch.int64))
-        return LaunchedStep(drawn, self._step.output)
+        sampled = self._runner.sample(self._step, info, self._batch)
+        info.update(sampled)
+        self._runner.last_token.index_copy_(0, self._step.req_rows, sampled.to(torch.int64))
+        return LaunchedStep(sampled, self._step.output)
 
     def _launched(self, output: LogitsProcessorOutput, accepted: Accepted) -> LaunchedStep | LaunchedVerify:
         if accepted.told is None or self._batch.logprobs:
-            return LaunchedStep(accepted.drawn, output, accepted.num_new)
+            return LaunchedStep(accepted.sampled, output, accepted.num_new)
         return LaunchedVerify(accepted.told)
 
     @torch.inference_mode()

@@ -1,6 +1,6 @@
 """Drawing and judging a captured verify step, captured: between its forward and the drafts nothing runs eagerly.
 
-A step with penalties, a bias, a mask or log-probabilities is drawn eagerly: what these are made of has no fixed size.
+A step with penalties, a bias, a mask or log-probabilities is sampled eagerly: what these are made of has no fixed size.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ class Verdict:
     [B] among it, and what the step leaves for the next one and for the draft, by which graphs are proven."""
 
     told: torch.Tensor
-    drawn: torch.Tensor
+    sampled: torch.Tensor
     num_new: torch.Tensor
     left: tuple[torch.Tensor, ...]
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All of it."""
-        return (self.told, self.drawn, self.num_new, *self.left)
+        return (self.told, self.sampled, self.num_new, *self.left)
 
     def first(self, size: int) -> Verdict:
         """Of the first ``size`` requests."""
-        told, drawn, num_new, *left = (tensor[:size] for tensor in self.tensors())
-        return Verdict(told, drawn, num_new, tuple(left))
+        told, sampled, num_new, *left = (tensor[:size] for tensor in self.tensors())
+        return Verdict(told, sampled, num_new, tuple(left))
 
 
 class AcceptGraphs:
@@ -85,15 +85,15 @@ class AcceptGraphs:
             info = buffers.sampling_info(bucket, greedy)
             if not greedy:
                 info = info.along_path(self._relay.drafts.index_select(0, rows))
-            drawn = runner.sampler(judged, info, positions=None if greedy else fb.positions + 1)
+            sampled = runner.sampler(judged, info, positions=None if greedy else fb.positions + 1)
             starts = fb.seq_lens - width
-            accepted = self._worker.judge(drawn, judged, fb, live)
+            accepted = self._worker.judge(sampled, judged, fb, live)
             assert accepted.told is not None
             buffers.rows[:bucket].copy_(rows)
             buffers.num_tokens.copy_(fb.num_token_non_padded)
             buffers.num_rows.copy_(fb.num_token_non_padded // width)
             buffers.starts[:bucket].copy_(starts * live)
-            buffers.drawn[:bucket].copy_(accepted.drawn)
+            buffers.sampled[:bucket].copy_(accepted.sampled)
             buffers.num_new[:bucket].copy_(accepted.num_new)
             # Padding may not be finite.
             kept = torch.where(live.repeat_interleave(width).unsqueeze(1), hidden, 0)
@@ -101,7 +101,7 @@ class AcceptGraphs:
             left = (self._runner.last_token, self._relay.committed)
             return Verdict(
                 accepted.told,
-                buffers.drawn[:bucket],
+                buffers.sampled[:bucket],
                 buffers.num_new[:bucket],
                 (*(tensor.index_select(0, rows) for tensor in left), buffers.rows[:bucket], buffers.starts[:bucket]),
             )
@@ -118,7 +118,7 @@ class AcceptGraphs:
         if not info.is_all_greedy:
             self._buffers.fill_sampling(info)
         found = graphs.run(step.bucket).first(step.batch_size)
-        return Accepted(found.drawn, found.num_new, found.told, step.bucket)
+        return Accepted(found.sampled, found.num_new, found.told, step.bucket)
 
     def prove(self, graphs: BucketGraphs[Verdict], body_of: BodyOf) -> None:
         """Refuse each bucket whose replay is not what its body does, for drafts of which some are accepted."""

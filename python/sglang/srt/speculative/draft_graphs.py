@@ -71,7 +71,7 @@ class DraftGraphs:
             fb = ForwardBatch(
                 forward_mode=ForwardMode.DRAFT_EXTEND,
                 batch_size=bucket,
-                input_ids=buffers.drawn[:bucket].flatten(),
+                input_ids=buffers.sampled[:bucket].flatten(),
                 positions=rows,
                 req_pool_indices=rows,
                 seq_lens=rows,

@@ -57,9 +57,9 @@ class EagleWorker:
         """Draw the tokens of ``step`` and judge its drafts, by a graph where there is one for that."""
         accepted = None if self.graphs is None else self.graphs.accept(step, info)
         if accepted is None:
-            drawn = self.target.sample(step, self._sampling_info(step, info), step.batch)
+            sampled = self.target.sample(step, self._sampling_info(step, info), step.batch)
             fb = step.fb if step.fb.kind is None else step.fb.first(step.batch_size)
-            accepted = self.judge(drawn, step.output, fb)
+            accepted = self.judge(sampled, step.output, fb)
         return accepted
 
     def _sampling_info(self, step: StepForward, info: SamplingBatchInfo) -> SamplingBatchInfo:
@@ -70,39 +70,39 @@ class EagleWorker:
         return info.along_path(self._relay.drafts.index_select(0, step.req_rows))
 
     def judge(
-        self, drawn: torch.Tensor, output: LogitsProcessorOutput, fb: ForwardBatch, live: torch.Tensor | None = None
+        self, sampled: torch.Tensor, output: LogitsProcessorOutput, fb: ForwardBatch, live: torch.Tensor | None = None
     ) -> Accepted:
-        """Count the ids [rows] drawn from ``output`` of ``fb`` that are tokens, and leave what the next step begins
+        """Count the ids [rows] sampled from ``output`` of ``fb`` that are tokens, and leave what the next step begins
         with on the device, but for its drafts.
 
         Ids, counts and faults are those of rank 0. live [B] bool: requests that are no padding; None for all.
         """
         assert output.row_faults is not None
         rows, faults = fb.req_pool_indices, output.row_faults.to(torch.int64)
-        drawn = drawn.to(torch.int64).view(fb.batch_size, -1)
+        sampled = sampled.to(torch.int64).view(fb.batch_size, -1)
         verified = fb.kind == self.spec.verify
         if verified:
-            num_new = num_new_tokens(drawn, self._relay.drafts.index_select(0, rows))
+            num_new = num_new_tokens(sampled, self._relay.drafts.index_select(0, rows))
         else:
-            num_new = torch.ones_like(drawn[:, 0])
+            num_new = torch.ones_like(sampled[:, 0])
         if self._group.size > 1:
-            parts = (drawn, num_new, faults)
+            parts = (sampled, num_new, faults)
             told = self._group.broadcast(torch.cat([part.flatten() for part in parts]))
             ids, num_new, faults = told.split([part.numel() for part in parts])
-            drawn = ids.view(drawn.shape)
+            sampled = ids.view(sampled.shape)
         output.row_faults = faults
-        newest = drawn.gather(1, num_new.unsqueeze(1) - 1).squeeze(1)
-        committed = fb.seq_lens - drawn.shape[1] + num_new
+        newest = sampled.gather(1, num_new.unsqueeze(1) - 1).squeeze(1)
+        committed = fb.seq_lens - sampled.shape[1] + num_new
         if live is not None:  # the row of padding stays 0, and so does what counts of its state
             newest, committed = newest * live, committed * live
         self.target.last_token.index_copy_(0, rows, newest)
         self._relay.committed.index_copy_(0, rows, committed)
         if not verified:
-            return Accepted(drawn, num_new)
+            return Accepted(sampled, num_new)
         if fb.state_slot_ids is not None:
             counted = num_new if live is None else num_new * live
             backend_of(fb, RecurrentBackend).update_mamba_state_after_mtp_verify(fb.state_slot_ids, counted)
-        return Accepted(drawn, num_new, torch.cat([drawn, faults.view(drawn.shape), num_new.unsqueeze(1)], dim=1))
+        return Accepted(sampled, num_new, torch.cat([sampled, faults.view(sampled.shape), num_new.unsqueeze(1)], dim=1))
 
     def draft(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> None:
         """Make the drafts of the next step, and leave them on the device."""

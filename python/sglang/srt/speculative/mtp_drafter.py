@@ -142,7 +142,7 @@ class MtpDrafter(Drafter):
         bounds: list[int] | None,
         groups: list[int] | None = None,
     ) -> Drafts:
-        """The drafts of request rows ``rows`` [B], of which the first is drawn where the chain starts.
+        """The drafts of request rows ``rows`` [B], of which the first is sampled where the chain starts.
 
         num_tokens [1] int32: at least the rows that are no padding. bounds: of the lengths before the drafts, None
         where the host knows none. groups: rows of each attention group, None where there is one.
@@ -171,12 +171,12 @@ class MtpDrafter(Drafter):
         fb = step.fb
         if fb.kind is not None:
             fb = fb.first(step.batch_size)
-            ids, last = accepted.drawn.flatten(), accepted.last_rows
+            ids, last = accepted.sampled.flatten(), accepted.last_rows
         else:
             assert fb.input_ids is not None and fb.logits_rows is not None and fb.successors is not None
             last = fb.logits_rows
             ids = fb.input_ids.roll(-1)
-            ids[last] = torch.where(fb.successors >= 0, fb.successors, accepted.drawn[:, 0])
+            ids[last] = torch.where(fb.successors >= 0, fb.successors, accepted.sampled[:, 0])
         assert step.output.hidden_states is not None
         backend = self.extend_backend
         plan = step.fb.attn_plan if self._shares_plans and step.bucket is None else StepPlan()

@@ -23,9 +23,9 @@ class SpecBuffers:
         self.rows = torch.full((max_bs,), self.padding_row, dtype=torch.int64, device=device)
         # Rows that are no padding: of a step of several per request, and requests.
         self.num_tokens, self.num_rows = torch.zeros(2, 1, dtype=torch.int32, device=device)
-        # The verify step: tokens committed before it, ids drawn, how many count, and the target's rows.
+        # The verify step: tokens committed before it, ids sampled, how many count, and the target's rows.
         self.starts = torch.zeros_like(self.rows)
-        self.drawn = torch.zeros(max_bs, self.width, dtype=torch.int64, device=device)
+        self.sampled = torch.zeros(max_bs, self.width, dtype=torch.int64, device=device)
         self.num_new = torch.ones(max_bs, dtype=torch.int64, device=device)
         self.step_hidden = torch.zeros(max_bs * self.width, draft.hidden_width, dtype=dtype, device=device)
         # The chain: where it starts.
@@ -50,11 +50,11 @@ class SpecBuffers:
 
     def fill_step(self, accepted: Accepted, starts: torch.Tensor, hidden: torch.Tensor, bucket: int) -> None:
         """A verify step's result; padding takes no part of an older one that might not be finite."""
-        size, width = accepted.drawn.shape
+        size, width = accepted.sampled.shape
         assert hidden.dtype == self.step_hidden.dtype, "hidden rows are kept as they are"
         self.starts[:size] = starts
         self.starts[size:bucket] = 0
-        self.drawn[:size] = accepted.drawn
+        self.sampled[:size] = accepted.sampled
         self.num_new[:size] = accepted.num_new
         self.step_hidden[: size * width] = hidden
         self.step_hidden[size * width : bucket * width] = 0
@@ -71,7 +71,7 @@ class SpecBuffers:
         """Let all be padding, of a step that gave nothing."""
         self.rows.fill_(self.padding_row)
         self.num_new.fill_(1)
-        for tensor in (self.num_tokens, self.num_rows, self.starts, self.drawn, self.step_hidden):
+        for tensor in (self.num_tokens, self.num_rows, self.starts, self.sampled, self.step_hidden):
             tensor.zero_()
 
     def start(self, size: int) -> ChainStart:
@@ -79,7 +79,7 @@ class SpecBuffers:
         return ChainStart(self.logits[:size], self.hidden[:size], self.at[:size])
 
     def fill_sampling(self, info: SamplingBatchInfo) -> None:
-        """By which parameters tokens and drafts are drawn; nothing is copied where they are there already."""
+        """By which parameters tokens and drafts are sampled; nothing is copied where they are there already."""
         if info is self._filled:
             return
         size = info.temperatures.shape[0]
