@@ -24,14 +24,14 @@ BUDGETS = {
     "sglang/bench_utils": 1_400,  # two trees are compared by one process class
     "sglang/cli": 100,
     "sglang/embedded_models": 50,
-    "sglang/kernels": 11_300,  # rows of 8 bits by norms; products for one and few; sparse attention in passes
+    "sglang/kernels": 11_650,  # norm and router, and latent attention's inner products, for one request
     "sglang/srt/*.py": 1_150,  # flags are declared on parsers where ServerArgs stands
     "sglang/srt/arg_groups": 2_100,
     "sglang/srt/configs": 2_200,
     "sglang/srt/constrained": 400,
     "sglang/srt/distributed": 350,
     "sglang/srt/entrypoints": 4_450,
-    "sglang/srt/layers": 5_350,  # rows may pass quantised between layers
+    "sglang/srt/layers": 5_400,  # rows may pass quantised, or with their logits, between layers
     "sglang/srt/managers": 5_350,
     "sglang/srt/mem_cache": 2_000,
     "sglang/srt/model_executor": 2_200,

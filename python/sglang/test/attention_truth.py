@@ -73,6 +73,13 @@ def true_mla_decode_attention(
     return true_mla_decode(q, cache, table[rows], seq_lens, rank, scale)
 
 
+def true_mla_decode_project(
+    q: Tensor, cache: Tensor, table: Tensor, rows: Tensor, seq_lens: Tensor, w_vc: Tensor, scale: float
+) -> Tensor:
+    context = true_mla_decode_attention(q, cache, table, rows, seq_lens, w_vc.shape[1], scale)
+    return torch.stack([context[:, head] @ w_vc[head].double() for head in range(len(w_vc))], dim=1).flatten(1)
+
+
 def of_several(truth: Callable[..., Tensor], first: int) -> Callable[..., Tensor]:
     """``truth`` of single queries, of those of each request's last tokens.
 
@@ -98,6 +105,7 @@ ATTENTION_TRUTHS: dict[str, Callable[..., Tensor]] = {
     "attention.mla_decode": of_several(true_mla_decode, 2),
     "attention.decode_attention": true_decode_attention,
     "attention.mla_decode_attention": true_mla_decode_attention,
+    "attention.mla_decode_project": true_mla_decode_project,
     "attention.verify_attention": of_several(true_decode_attention, 4),
     "attention.mla_verify_attention": of_several(true_mla_decode_attention, 3),
 }

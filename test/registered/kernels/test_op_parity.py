@@ -161,8 +161,20 @@ def true_norm_quantized(x, residual, weight, eps, dtype):
     return normed, *true_quantize(normed, dtype), total
 
 
+def true_add_norm_logits(x, residual, weight, eps, gate, logits_dtype, unit_offset=False, dtype=None):
+    total = x.double() + residual.double()
+    normed = true_rms_norm(total, weight, eps, unit=float(unit_offset))
+    made = () if dtype is None else true_quantize(normed, dtype)
+    return normed, total, true_router_logits(normed, gate), *made
+
+
 def true_silu_and_mul_quantized(x, dtype, limit=None):
     return true_quantize(true_silu_and_mul(x, limit), dtype)
+
+
+def true_decode_project(*args):
+    rows = ATTENTION_TRUTHS["attention.mla_decode_project"](*args[:7])
+    return true_quantize(rows, args[7]) if len(args) == 8 else rows
 
 
 def true_sigmoid_mul(x, gate):
@@ -206,6 +218,7 @@ TRUTHS = {
     "norm.fused_add_rms_norm": true_fused_add,
     "norm.fused_add_gemma_rms_norm": true_fused_add_gemma,
     "norm.rms_norm_quantized": true_norm_quantized,
+    "norm.add_norm_logits": true_add_norm_logits,
     "activation.silu_and_mul": true_silu_and_mul,
     "activation.silu_and_mul_quantized": true_silu_and_mul_quantized,
     "activation.sigmoid_mul": true_sigmoid_mul,
@@ -222,10 +235,14 @@ TRUTHS = {
     "quant.quantize_groups": true_quantize,
     "quant.block_fp8_linear": true_block_linear,
     **ATTENTION_TRUTHS,
+    "attention.mla_decode_project": true_decode_project,
 }
 
 # Ops that round to 8 bits what they compute: its last bit decides which of two neighbours is the nearest.
-QUANTIZING = ("norm.rms_norm_quantized", "activation.silu_and_mul_quantized")
+QUANTIZING = (
+    "norm.rms_norm_quantized", "norm.add_norm_logits", "activation.silu_and_mul_quantized",
+    "attention.mla_decode_project",
+)  # fmt: skip
 
 # Ops whose arguments or results have a dtype of their own next to bfloat16.
 OWN_DTYPES = (

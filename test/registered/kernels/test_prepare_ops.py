@@ -43,7 +43,12 @@ class TestPrepare(CustomTestCase):
                 q_pe, k_pe = true_rotary(positions, before[0][..., -rope:], before[1][:, None, rank:], table, is_neox)
                 close(out[..., -rope:], q_pe)
                 untouched = before[9] if placed else before[0]
-                self.assertTrue(torch.equal(out[..., :-rope], untouched[..., :-rope]))
+                if len(placed) == 2:
+                    w_kc = placed[1].double()
+                    nope = before[0][..., : w_kc.shape[1]].double()
+                    close(out[..., :-rope], torch.einsum("nhd,hdr->nhr", nope, w_kc))
+                else:
+                    self.assertTrue(torch.equal(out[..., :-rope], untouched[..., :-rope]))
                 self.assertTrue(torch.equal(kv_a, before[1]))
                 row = torch.cat((true_rms_norm(before[1][:, :rank], weight, eps), k_pe[:, 0]), dim=-1)
                 self.assert_rows(cache, before[5], slots, row)

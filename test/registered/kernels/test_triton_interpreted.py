@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 import triton
-from test_op_parity import QUANTIZING, check_case
+from test_op_parity import QUANTIZING, check_case, tensors
 
 from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows_triton
 from sglang.kernels.ops.linear.dense import dense_linear_row
@@ -72,10 +72,10 @@ class TestTritonInterpreted(CustomTestCase):
                 args = [torch.float16 if arg is torch.float8_e4m3fn else arg for arg in case.args]
                 with self.subTest(op=name, case=case.name):
                     self.assertTrue(triton_body.accepts(*case.args))
-                    for found, wanted in zip(triton_body.fn(*args), op.reference(*args), strict=True):
+                    for found, wanted in zip(*map(tensors, (triton_body.fn(*args), op.reference(*args))), strict=True):
                         self.assertEqual(found.dtype, wanted.dtype)
                         rtol = 2**-10 if found.dtype == torch.float16 else 1e-4
-                        torch.testing.assert_close(found, wanted, rtol=rtol, atol=1e-5)
+                        torch.testing.assert_close(found, wanted, rtol=rtol, atol=1e-5, equal_nan=True)
 
     def test_minus_zero_never_becomes_the_nan_of_fnuz(self):
         rows = torch.full((2, 512), -0.0)

@@ -18,6 +18,9 @@ from test_op_parity import (
 )
 
 from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul_quantized_triton, silu_and_mul_triton
+from sglang.kernels.ops.attention.decode_attention import mla_decode_attention_triton
+from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project_triton
+from sglang.kernels.ops.attention.prepare_mla import prepare_mla_triton
 from sglang.kernels.ops.moe.fused_experts import fused_experts, order_pairs
 from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
     fused_experts_mxfp4_scaled,
@@ -25,6 +28,7 @@ from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
     fused_experts_mxfp4_triton,
     random_experts,
 )
+from sglang.kernels.ops.norm.add_norm_logits import add_norm_logits_triton
 from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_rms_norm_triton
 from sglang.kernels.ops.norm.rmsnorm import rms_norm_triton
 from sglang.kernels.ops.norm.rmsnorm_quantized import rms_norm_quantized_triton
@@ -155,6 +159,46 @@ class TestTritonOpsOnGpu(CustomTestCase):
                 wanted += quantize_groups_triton(silu_and_mul_triton(x), fp8)
                 for part, apart in zip(found, wanted, strict=True):
                     self.assertTrue(torch.equal(part.float(), apart.float()))
+
+    def test_logits_of_few_rows_come_with_their_norm(self):
+        """Rows are bits of the ops apart, logits near the reference, at widths of served models."""
+        generator = torch.Generator().manual_seed(8)
+        shapes = ((1, 2048, 64, False, None), (4, 2048, 264, True, None), (1, 7168, 256, False, torch.float8_e4m3fn))
+        for rows, width, experts, gemma, fp8 in shapes:
+            sizes = ((rows, width), (rows, width), (width,), (experts, width))
+            x, residual, gain, gate = (torch.randn(size, generator=generator).bfloat16().to(DEVICE) for size in sizes)
+            gate = gate / width**0.5
+            with self.subTest(width=width, experts=experts):
+                normed, total = fused_add_rms_norm_triton(x, residual, gain, 1e-6, gemma)
+                made = () if fp8 is None else quantize_groups_triton(normed, fp8)
+                found = add_norm_logits_triton(x, residual, gain, 1e-6, gate, torch.float32, gemma, fp8)
+                for part, apart in zip((*found[:2], *found[3:]), (normed, total, *made), strict=True):
+                    self.assertTrue(torch.equal(part.float(), apart.float()))
+                torch.testing.assert_close(found[2], normed.float() @ gate.float().t(), rtol=1e-3, atol=1e-3)
+
+    def test_latent_attention_takes_its_inner_products_along(self):
+        """One request and few, 16 and 128 heads, contexts short and long, against the ops apart."""
+        generator = torch.Generator().manual_seed(9)
+        for heads, batch, length, fp8 in itertools.product((16, 128), (1, 3), (40, 1500), (None, torch.float8_e4m3fn)):
+            q, cache = torch.randn(batch, heads, 576, generator=generator), torch.randn(4096, 576, generator=generator)
+            w = torch.randn(heads, 256, 512, generator=generator) / 512**0.5
+            table = torch.stack([torch.randperm(4096, generator=generator) for _ in range(batch)]).int()
+            lens = torch.tensor([length, 7, 1300][:batch])
+            q, cache, w = (tensor.bfloat16().to(DEVICE) for tensor in (q, cache, w))
+            rows = to((table, torch.arange(batch), lens), DEVICE)
+            with self.subTest(heads=heads, batch=batch, length=length, fp8=fp8):
+                w_vc = w[:, 128:].transpose(1, 2)
+                out = mla_decode_project_triton(q, cache, *rows, w_vc, 0.07, fp8)
+                if fp8 is not None:
+                    out = out[0].float() * out[1].repeat_interleave(128, 1)
+                context = mla_decode_attention_triton(q, cache, *rows, 512, 0.07)
+                wanted = torch.einsum("bhr,hrv->bhv", context.float(), w_vc.float()).flatten(1)
+                assert_near_by_row(out, wanted, 5e-3 if fp8 is None else 5e-2)
+                queries = torch.zeros_like(q)
+                absorbed = torch.einsum("bhd,hdr->bhr", q[..., :128].float(), w[:, :128].float())
+                args = (cache[:batch], rows[1], torch.ones(4096, 64, device=DEVICE), w[0, 0], cache, rows[1], 1e-6)
+                prepare_mla_triton(q[..., :192], *args, False, queries, w[:, :128])
+                assert_near_by_row(queries[..., :512].flatten(1), absorbed.flatten(1), 5e-3)
 
     def test_everything_else(self):
         self._walk(*({op.group for op in REGISTRY.ops.values()} - {*ATTENTION, "gdn", "moe", "quant"}))

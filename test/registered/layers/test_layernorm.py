@@ -1,11 +1,15 @@
-"""Norms whose weight is float32 next to rows of 16 bits."""
+"""Norms whose weight is float32 next to rows of 16 bits, and what norms give next to their rows."""
 
 import unittest
+from types import SimpleNamespace
 
 import torch
 
+from sglang.kernels.ops.moe.router_logits import router_logits
+from sglang.kernels.ops.norm.add_norm_logits import FEW_NUMBERS
 from sglang.kernels.ops.norm.rmsnorm import rms_norm
-from sglang.srt.layers.layernorm import Float32RMSNorm
+from sglang.kernels.ops.quant.group_fp8 import quantize_groups_torch
+from sglang.srt.layers.layernorm import Float32RMSNorm, GemmaRMSNorm, RMSNorm, RoutedRows
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -34,6 +38,46 @@ class TestFloat32Weights(CustomTestCase):
             self.assertTrue(impl.accepts(x, weight, 1e-6))
             self.assertFalse(impl.accepts(x, weight.half(), 1e-6))
             self.assertFalse(impl.accepts(x, weight.double(), 1e-6))
+
+
+class TestRows(CustomTestCase):
+    """What a norm gives besides its rows, for the layer that comes next."""
+
+    def test_few_rows_come_with_their_logits(self):
+        generator = torch.Generator().manual_seed(0)
+        router = SimpleNamespace(router_weight=torch.randn(5, 64, generator=generator), logits_dtype=torch.float32)
+        for kind in (RMSNorm, GemmaRMSNorm):
+            norm, apart = kind(64), kind(64)
+            gain = torch.rand(64, generator=generator)
+            norm.weight.data.copy_(gain)
+            apart.weight.data.copy_(gain)
+            norm.route_for(router)
+            most = FEW_NUMBERS // 64
+            for count in (1, 3, most):
+                x, residual = (torch.randn(count, 64, generator=generator) for _ in range(2))
+                found, total = norm(x, residual)
+                normed, wanted_total = apart(x, residual)
+                self.assertIsInstance(found, RoutedRows)
+                self.assertTrue(torch.equal(found.rows, normed) and torch.equal(total, wanted_total))
+                self.assertTrue(torch.equal(found.logits, router_logits(normed, router.router_weight)))
+                self.assertTrue(torch.equal(norm(x), apart(x)), "nothing was added: another layer comes next")
+            for count in (0, most + 1):
+                x = torch.randn(count, 64, generator=generator)
+                self.assertTrue(torch.equal(norm(x, x)[0], apart(x, x)[0]))
+
+    def test_rows_come_quantised_for_a_product_of_such(self):
+        x, residual = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(1))
+        norm, router = RMSNorm(256), SimpleNamespace(router_weight=torch.ones(2, 256), logits_dtype=torch.float32)
+        normed, total = norm(x, residual)
+        q, scale = quantize_groups_torch(normed, torch.float8_e4m3fn)
+        norm.quantize_for(SimpleNamespace(row_dtype=torch.float8_e4m3fn))
+        plain, (alone, its_total) = norm(total), norm(x, residual)
+        norm.route_for(router)
+        routed, again = norm(x, residual)
+        self.assertTrue(torch.equal(its_total, total) and torch.equal(again, total))
+        for rows in (plain, alone, routed.rows):
+            self.assertTrue(torch.equal(rows.plain, normed) and torch.equal(rows.scale, scale))
+            self.assertTrue(torch.equal(rows.q.float(), q.float()) and rows.dtype == x.dtype and rows.shape == q.shape)
 
 
 if __name__ == "__main__":

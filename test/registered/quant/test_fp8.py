@@ -13,11 +13,14 @@ from torch import nn
 
 import sglang.srt.layers.quantization.fp8 as fp8_layer
 from sglang.kernels.ops.attention.kv_cache import write_kv_torch, write_latent_torch
+from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8
 from sglang.kernels.ops.quant.group_fp8 import (
     FEW_ROWS_TILES,
     LINEAR_TILES,
     ONE_ROW_TILE,
     QuantizedRows,
+    block_fp8_linear,
+    empty_quantized,
     linear_tile,
     quantize_groups_torch,
 )
@@ -249,6 +252,28 @@ class TestLayers(CustomTestCase):
                 Fp8Method(False).apply_moe(layer, rows, None, None)
             self.assertIs(experts.call_args.args[0], wanted[0])
             self.assertIs(experts.call_args.args[7], wanted[1])
+
+    def test_kernels_take_scales_only_as_they_read_them(self):
+        w, w_scale = torch.zeros(64, 512).to(FP8), torch.ones(1, 4)
+        library = next(impl for impl in block_fp8_linear.impls if impl.name == "cublas")
+        q, scale = empty_quantized(40, 512, FP8, torch.device("cpu"))
+        self.assertEqual((q.shape, scale.shape, scale.stride()), ((40, 512), (40, 4), (1, 48)))
+        self.assertTrue(library.accepts(q, w, w_scale, scale, torch.bfloat16))
+        self.assertFalse(library.accepts(q, w, w_scale, scale.contiguous(), torch.bfloat16))
+        # Room for 32 rows, but of other scales.
+        self.assertFalse(library.accepts(q[:24], w, w_scale, scale[:24], torch.bfloat16))
+        few = empty_quantized(16, 512, FP8, torch.device("cpu"))
+        self.assertTrue(all(part.is_contiguous() for part in few))
+        experts = next(impl for impl in fused_experts_fp8.impls if impl.name == "triton")
+        stacks = (
+            torch.zeros(2, 256, 512).to(FP8),
+            torch.ones(2, 2, 4),
+            torch.zeros(2, 512, 128).to(FP8),
+            torch.ones(2, 4, 1),
+        )
+        for rows, taken in ((1, False), (2, True)):
+            routing = torch.ones(rows, 1), torch.zeros(rows, 1, dtype=torch.int32)
+            self.assertEqual(experts.accepts(q[:rows], *stacks, *routing, scale[:rows], torch.bfloat16), taken)
 
     def test_on_load_and_fnuz(self):
         w = torch.randn(256, 384, generator=torch.Generator().manual_seed(0))

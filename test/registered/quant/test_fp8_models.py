@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import sglang.kernels.ops.attention.kv_cache as kv_cache
 import sglang.kernels.ops.quant.group_fp8 as group_fp8
 from sglang.srt.distributed import override_tp_group
+from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.quantization.fp8 import Fp8Method
 from sglang.srt.platforms import override_platform
@@ -129,6 +130,23 @@ class TestModels(CustomTestCase):
         self.assertGreater(len(quantised), 4 * len(harness.model.model.layers))
         with mock.patch.object(RMSNorm, "quantize_for", lambda norm, consumer: None):
             self.assertTrue(torch.equal(serve(self.harness("dsv3-k")), found))
+
+    def test_attention_quantises_its_output_where_it_makes_it(self):
+        """Decode steps of the Triton backend's plans, over the references of its ops."""
+        harness, made = self.harness("dsv3-k"), []
+        for name, module in harness.model.named_modules():
+            if name.endswith("o_proj"):
+                module.register_forward_pre_hook(lambda _, args: made.append(type(args[0])))
+        with activations(as_they_are):
+            wanted = serve(harness)
+            self.assertNotIn(group_fp8.QuantizedRows, made)
+            harness.backend = make_attention_backend("triton", harness.context())
+            made.clear()
+            self.assertLess((serve(harness) - wanted).abs().max().item(), 1e-4)
+        # One extend step, and as many decode steps as there are tokens left.
+        layers = len(harness.model.model.layers)
+        self.assertEqual(made.count(group_fp8.QuantizedRows), layers * len(PROMPT[50:]))
+        self.assertEqual(made.count(torch.Tensor), layers)
 
     def test_two_ranks_are_one(self):
         for name in MODELS:

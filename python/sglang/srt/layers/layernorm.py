@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
+from sglang.kernels.ops.norm.add_norm_logits import add_norm_logits, are_few
 from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_gemma_rms_norm, fused_add_rms_norm
 from sglang.kernels.ops.norm.rmsnorm import gemma_rms_norm, rms_norm
 from sglang.kernels.ops.norm.rmsnorm_quantized import rms_norm_quantized
@@ -15,10 +16,25 @@ from sglang.srt.layers.quantization import Rows
 from sglang.srt.layers.weights import make_parameter
 
 
+class RoutedRows(NamedTuple):
+    """Normed rows [N, D], and their logits [N, E] by a router's weight."""
+
+    rows: Rows
+    logits: torch.Tensor
+
+
+class Router(Protocol):
+    """What routes rows by a product with ``router_weight`` [E, D], in ``logits_dtype``."""
+
+    router_weight: torch.Tensor
+    logits_dtype: torch.dtype
+
+
 class RMSNorm(nn.Module):
     """``w * x / rms(x)`` over the last dimension."""
 
     unit_weight = 1.0
+    unit_offset = False
     norm, add_norm = rms_norm, fused_add_rms_norm
     weight_dtype: torch.dtype | None = None  # the model's
 
@@ -27,13 +43,29 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = make_parameter(hidden_size, dtype=self.weight_dtype, fill=(self.unit_weight, 0.0))
         self._row_dtype: torch.dtype | None = None
+        self._routers: tuple[Router, ...] = ()  # a tuple, as the router is a module elsewhere
 
     def quantize_for(self, consumer: Any) -> None:
         """Give rows quantised, and as they are besides, if ``consumer.row_dtype`` says that it takes such."""
         self._row_dtype = consumer.row_dtype
 
-    def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> Rows | tuple[Rows, torch.Tensor]:
+    def route_for(self, router: Router) -> None:
+        """Give few rows that come with a residual as ``RoutedRows`` of ``router``."""
+        self._routers = (router,)
+
+    def _routed(self, x: torch.Tensor, residual: torch.Tensor, router: Router) -> tuple[RoutedRows, torch.Tensor]:
+        normed, total, logits, *made = add_norm_logits(
+            x, residual, self.weight, self.eps, router.router_weight, router.logits_dtype, self.unit_offset,
+            self._row_dtype,
+        )  # fmt: skip
+        return RoutedRows(QuantizedRows(made[0], made[1], x.dtype, normed) if made else normed, logits), total
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> Rows | tuple[Rows | RoutedRows, torch.Tensor]:
         """x [..., D] -> normed; with a residual -> (norm(x + residual), x + residual)."""
+        for router in self._routers if residual is not None and are_few(x) else ():
+            return self._routed(x, residual, router)
         if self._row_dtype is not None:
             normed, q, scale, total = rms_norm_quantized(x, residual, self.weight, self.eps, self._row_dtype)
             rows = QuantizedRows(q, scale, x.dtype, normed)
@@ -53,6 +85,7 @@ class GemmaRMSNorm(RMSNorm):
     """``(1 + w) * x / rms(x)``: a zero weight is unit gain."""
 
     unit_weight = 0.0
+    unit_offset = True
     norm, add_norm = gemma_rms_norm, fused_add_gemma_rms_norm
 
 

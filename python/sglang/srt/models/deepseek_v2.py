@@ -48,6 +48,8 @@ class DeepseekV2DecoderLayer(DecoderLayer):
             )
         self.input_layernorm.quantize_for(self.self_attn)
         self.post_attention_layernorm.quantize_for(self.mlp)
+        if isinstance(self.mlp, DeepseekV2MoE):
+            self.post_attention_layernorm.route_for(self.mlp)
 
     def mix(self, positions: torch.Tensor, hidden: Rows, fb: ForwardBatch) -> torch.Tensor:
         return self.self_attn(hidden, positions, fb)

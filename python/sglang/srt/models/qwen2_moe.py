@@ -11,6 +11,7 @@ from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.gated_mlp import GatedMLP
+from sglang.srt.layers.layernorm import RoutedRows
 from sglang.srt.layers.linear import ReplicatedLinear
 from sglang.srt.layers.moe.ep_moe.factory import make_experts
 from sglang.srt.layers.moe.fused_shared_experts import FusedSharedExperts, shared_slots
@@ -70,17 +71,30 @@ class Qwen2MoeSparseMoeBlock(nn.Module):
     def extra_repr(self) -> str:
         return f"layer_id={self.layer_id}, prefix={self.prefix!r}, is_nextn={self.is_nextn}"
 
-    def forward(self, x: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
-        """x [N, H] -> [N, H]."""
+    @property
+    def router_weight(self) -> torch.Tensor:
+        """[>= E, H]; further rows are the shared expert's gate, and zeros."""
+        return self._gates if self.num_fused_shared_experts else self.gate.weight
+
+    @property
+    def logits_dtype(self) -> torch.dtype:
+        """That of rows."""
+        return self.gate.weight.dtype
+
+    def forward(self, hidden: torch.Tensor | RoutedRows, fb: ForwardBatch) -> torch.Tensor:
+        """hidden [N, H] -> [N, H]."""
+        x, logits = hidden if isinstance(hidden, RoutedRows) else (hidden, None)
         slotted = self.shared_expert
         if isinstance(slotted, FusedSharedExperts) and slotted.is_fused(self.overlap.site, x.shape[0]):
-            logits = F.linear(x, self._gates)[:, : self.gate.weight.shape[0] + 1]
-            return self._tp.all_reduce(self.experts(x, self.topk(logits, fused=True), fb))
+            logits = F.linear(x, self._gates) if logits is None else logits
+            chosen = self.topk(logits[:, : self.gate.weight.shape[0] + 1], fused=True)
+            return self._tp.all_reduce(self.experts(x, chosen, fb))
         shared, routed = self.overlap.fork_join(
-            lambda: self.shared_expert(x), lambda: self._forward_router_experts(x, fb), num_tokens=x.shape[0]
+            lambda: self.shared_expert(x), lambda: self._forward_router_experts(x, logits, fb), num_tokens=x.shape[0]
         )
         # Every rank holds the whole gate, and gates its part of the sum.
         return self._tp.all_reduce(add_gated_shared(routed, shared, x, self.shared_expert_gate.weight))
 
-    def _forward_router_experts(self, x: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
-        return self.experts(x, self.topk(self.gate(x)), fb)
+    def _forward_router_experts(self, x: torch.Tensor, logits: torch.Tensor | None, fb: ForwardBatch) -> torch.Tensor:
+        logits = self.gate(x) if logits is None else logits[:, : self.gate.weight.shape[0]]
+        return self.experts(x, self.topk(logits), fb)

@@ -246,6 +246,7 @@ class Qwen3_5DecoderLayer(DecoderLayer):
                 support_shared_expert_fusion=fuse_shared,
                 site=_streams.site(SHARED_EXPERTS),
             )
+            self.post_attention_layernorm.route_for(self.mlp)
         else:
             self.mlp = GatedMLP(
                 config.hidden_size, config.intermediate_size, quant_config=quant_config, prefix=f"{self.prefix}.mlp"

@@ -99,7 +99,7 @@ def fits_latent_table(
     return latent_fits(q, latent, rank) and table.stride(1) == 1
 
 
-def _tables() -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor], int]]:
+def latent_tables() -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor], int]]:
     """Name, (request table, its rows in use, lengths) and number of slots; unused entries name the poisoned slot."""
     for name, slots, lens, total in decode_tables():
         rows = torch.arange(slots.shape[0]).flip(0) * 2 + 1
@@ -110,7 +110,7 @@ def _tables() -> Iterator[tuple[str, tuple[torch.Tensor, torch.Tensor, torch.Ten
 
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    for name, table, total in _tables():
+    for name, table, total in latent_tables():
         for heads, kv_heads, dim in ((2, 2, 8), (6, 2, 24), (4, 1, 16), (20, 1, 32)):
             q = torch.randn(table[1].shape[0], heads, dim, generator=generator)
             k_cache = torch.randn(total, kv_heads, dim, generator=generator)
@@ -123,7 +123,7 @@ def _cases() -> Iterator[Case]:
 
 def _latent_cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    for name, table, total in _tables():
+    for name, table, total in latent_tables():
         for heads in (3, 70):
             q = torch.randn(table[1].shape[0], heads, 20, generator=generator)
             cache = torch.randn(total, 20, generator=generator)

@@ -9,6 +9,8 @@ several, a head stands for one of each, and sees the tokens up to its own.
 import triton
 import triton.language as tl
 
+from sglang.kernels.ops.quant.scales_triton import store_quantized
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -238,23 +240,15 @@ def decode_heads_kernel(
         tl.store(lse_ptr + out_row, maximum * scale + tl.log2(total) * LN2, mask=live)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def merge_splits_kernel(
-    parts_ptr, parts_lse_ptr, out_ptr,
-    num_heads, splits,
-    HEADS: tl.constexpr, STEP: tl.constexpr, VALUE: tl.constexpr, BLOCK_V: tl.constexpr,
-):  # fmt: skip
-    """parts [N, splits, H, V] and their lse [N, splits, H] -> out [N, H, V], always summed in the same order.
+@triton.jit
+def _merged(parts_ptr, parts_lse_ptr, row, head, value, num_heads, splits, STEP: tl.constexpr, VALUE: tl.constexpr):
+    """Columns ``value`` of the row's merged heads, [heads, values], always summed in the same order.
 
-    grid (rows, head blocks, value blocks). A part of lse -inf has not been written and is not read.
+    A part of lse -inf has not been written and is not read.
     """
-    row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    value = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
-    inside = (head < num_heads)[:, None] & (value < VALUE)[None, :]
-    maximum = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([HEADS, BLOCK_V], tl.float32)
+    maximum = tl.full(head.shape, float("-inf"), tl.float32)
+    total = tl.zeros(head.shape, tl.float32)
+    acc = tl.zeros([head.shape[0], value.shape[0]], tl.float32)
     split = tl.arange(0, STEP)
     at = (row * splits + split[:, None]) * num_heads + head[None, :]
     is_head = (head < num_heads)[None, :]
@@ -277,6 +271,56 @@ def merge_splits_kernel(
         total = total * keep + tl.sum(weight, 0)
         acc = acc * keep[:, None] + tl.sum(part * weight[:, :, None], 0)
         maximum, lse = highest, next_lse
-    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    return acc / tl.where(total == 0.0, 1.0, total)[:, None]
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge_splits_kernel(
+    parts_ptr, parts_lse_ptr, out_ptr,
+    num_heads, splits,
+    HEADS: tl.constexpr, STEP: tl.constexpr, VALUE: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """parts [N, splits, H, V] and their lse [N, splits, H] -> out [N, H, V]; grid (rows, head blocks, value blocks)."""
+    row = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    value = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside = (head < num_heads)[:, None] & (value < VALUE)[None, :]
+    out = _merged(parts_ptr, parts_lse_ptr, row, head, value, num_heads, splits, STEP, VALUE)
     out_at = out_ptr + (row * num_heads + head[:, None]) * VALUE + value[None, :]
     tl.store(out_at, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge_project_kernel(
+    parts_ptr, parts_lse_ptr, w_ptr, out_ptr, scale_ptr,
+    num_heads, splits, width, w_stride, w_col_stride, scale_row_stride, scale_group_stride,
+    STEP: tl.constexpr, VALUE: tl.constexpr, BLOCK_V: tl.constexpr,
+    TILES: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr, LARGEST: tl.constexpr,
+):  # fmt: skip
+    """The same, and each head's row times w [H, V, width] -> out [N, H * width]; V is dense.
+
+    grid (rows * heads, blocks of TILES * COLUMNS columns). With LARGEST a block is a group of 128: out is of 8 bits,
+    and ``scale`` takes the scales. Rounds after each step as ops of their own would.
+    """
+    row, head = (tl.program_id(0) // num_heads).to(tl.int64), tl.program_id(0) % num_heads
+    value = tl.arange(0, BLOCK_V)
+    dtype: tl.constexpr = w_ptr.dtype.element_ty
+    context = _merged(parts_ptr, parts_lse_ptr, row, head + tl.arange(0, 1), value, num_heads, splits, STEP, VALUE)
+    context = context.to(dtype).to(tl.float32)
+    first, number = tl.program_id(1) * TILES * COLUMNS, tl.arange(0, TILES)[:, None]
+    columns = tl.arange(0, COLUMNS)
+    out = tl.zeros([TILES, COLUMNS], tl.float32)
+    for tile in tl.range(0, TILES, num_stages=STAGES):
+        col = first + tile * COLUMNS + columns
+        at = w_ptr + head.to(tl.int64) * w_stride + col[:, None] * w_col_stride + value[None, :]
+        w = tl.load(at, mask=(col < width)[:, None] & (value < VALUE)[None, :], other=0.0).to(tl.float32)
+        out = tl.where(number == tile, tl.sum(w * context, axis=1)[None, :], out)
+    out = out.to(dtype)
+    col = first + number * COLUMNS + columns[None, :]
+    if LARGEST is None:
+        tl.store(out_ptr + (row * num_heads + head) * width + col, out, mask=col < width)
+    else:
+        store_quantized(
+            out, out_ptr, scale_ptr, row, head * width + first, row + 1, num_heads * width,
+            scale_row_stride, scale_group_stride, LARGEST, TILES * COLUMNS,
+        )  # fmt: skip

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sglang.kernels.launch import cdiv, next_power_of_2
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype
 from sglang.kernels.ops.attention.tiles import RowShape, Tile, decode_tile, extend_tile, split_count
+from sglang.kernels.ops.quant.group_fp8 import GROUP, empty_quantized
+from sglang.srt.platforms import current_platform
 
 # Widest key row with values of its own, and widest latent row, that the kernels hold.
 MAX_HEAD_DIM = 256
@@ -14,6 +18,10 @@ MAX_LATENT_DIM = 576
 # Partial rows that a program of the merge reads at once, and programs up to which it takes one head.
 MERGE_WIDTH = 16
 MERGE_PROGRAMS = 2048
+# Columns of W_UV that a program of the merge multiplies at once, and programs up to which it does: beyond, each head's
+# parts would be merged too often (by reasoning, not measured).
+PROJECT_COLUMNS = 16
+PROJECT_PROGRAMS = 256
 
 
 def rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_tail: torch.Tensor | None = None) -> bool:
@@ -35,11 +43,12 @@ def latent_fits(q: torch.Tensor, latent: torch.Tensor, rank: int) -> bool:
     return is_cache_dtype(latent.dtype, q.dtype) and dense and shapes
 
 
-def merge_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> None:
-    """parts [N, S, H, V] and lse [N, S, H] float32 -> out [N, H, V]; the order of the sum is fixed."""
+def merge_parts(parts: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """parts [N, S, H, V], lse [N, S, H] float32 -> [N, H, V] in ``dtype``; sums in order."""
     from sglang.kernels.ops.attention.decode_triton import merge_splits_kernel
 
     num_rows, splits, heads, value = parts.shape
+    out = torch.empty(num_rows, heads, value, dtype=dtype, device=parts.device)
     block_v = min(256, max(16, next_power_of_2(value)))
     blocks = cdiv(value, block_v)
     # Few rows: a program for each head reads many parts at once. Many rows have few parts: a program takes more heads.
@@ -49,9 +58,46 @@ def merge_parts(parts: torch.Tensor, lse: torch.Tensor, out: torch.Tensor) -> No
         HEADS=block_h, STEP=max(2, MERGE_WIDTH // block_h), VALUE=value, BLOCK_V=block_v,
         num_warps=2,
     )  # fmt: skip
+    return out
 
 
-def launch_decode(
+def projects(parts: torch.Tensor, w: torch.Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether ``project_parts`` is to take these."""
+    block = PROJECT_COLUMNS if dtype is None else GROUP
+    programs = parts.shape[0] * parts.shape[2] * cdiv(w.shape[2], block)
+    return w.stride(1) == 1 and programs <= PROJECT_PROGRAMS and (dtype is None or w.shape[2] % GROUP == 0)
+
+
+def project_parts(
+    parts: torch.Tensor, lse: torch.Tensor, w: torch.Tensor, dtype: torch.dtype | None
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """``merge_parts`` and each head's row times w [H, V, D] -> [N, H * D]; with an 8-bit ``dtype`` q and its scale."""
+    from sglang.kernels.ops.attention.decode_triton import merge_project_kernel
+
+    num_rows, splits, heads, value = parts.shape
+    width = w.shape[2]
+    made: tuple[torch.Tensor, ...]
+    if dtype is None:
+        made, strides, tiles = (torch.empty(num_rows, heads * width, dtype=w.dtype, device=w.device),), (0, 0), 1
+    else:
+        made = empty_quantized(num_rows, heads * width, dtype, w.device)
+        strides, tiles = made[1].stride(), GROUP // PROJECT_COLUMNS
+    merge_project_kernel[(num_rows * heads, cdiv(width, tiles * PROJECT_COLUMNS))](
+        parts, lse, w, made[0], made[-1], heads, splits, width, w.stride(0), w.stride(2), *strides,
+        STEP=MERGE_WIDTH, VALUE=value, BLOCK_V=next_power_of_2(value),
+        TILES=tiles, COLUMNS=PROJECT_COLUMNS, STAGES=3 if current_platform.kind == "cuda" and tiles > 1 else 1,
+        LARGEST=None if dtype is None else torch.finfo(dtype).max, num_warps=8,
+    )  # fmt: skip
+    return made[0] if dtype is None else made
+
+
+def launch_decode(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """``launch_parts``, merged: [., Hq, Dv] in q's dtype."""
+    parts, lse = launch_parts(*args, **kwargs)
+    return parts if lse is None else merge_parts(parts, lse, args[0].dtype)
+
+
+def launch_parts(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -63,8 +109,9 @@ def launch_decode(
     tile: Tile | None = None,
     splits: int | None = None,
     repeat: int = 1,
-) -> torch.Tensor:
-    """``repeat`` queries per request over its slots: q [B*repeat, Hq, D], k [S, Hk, D], v [S, Hk, Dv] -> [., Hq, Dv].
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``repeat`` queries per request over its slots: q [B*repeat, Hq, D], k [S, Hk, D], v [S, Hk, Dv] -> parts
+    [., splits, Hq, Dv] and their lse [., splits, Hq] float32, or of one split the result [., Hq, Dv] alone.
 
     They are those of its last tokens, and ``seq_lens`` the lengths that the last one sees. ``tile`` and ``splits`` are
     for tuning and for tests of their invariance; None takes the tables' choice.
@@ -74,19 +121,19 @@ def launch_decode(
     batch, (num_rows, heads, _) = seq_lens.shape[0], q.shape
     kv_heads = k.shape[1]
     group = heads // kv_heads
-    out = torch.empty(num_rows, heads, shape.value, dtype=q.dtype, device=q.device)
     if batch == 0:
-        return out
+        return torch.empty(num_rows, heads, shape.value, dtype=q.dtype, device=q.device), None
     found, heads_are_rows = decode_tile(shape, group * repeat, q.dtype)
     tile = tile or found
     programs = kv_heads * cdiv(group * repeat, tile.rows)
     if splits is None:
         part_bytes = 4 * num_rows * heads * shape.value
         splits = split_count(batch * programs, req_to_token.shape[1], tile, part_bytes)
-    parts, lse = out, out
     if splits > 1:
         parts = torch.empty(num_rows, splits, heads, shape.value, dtype=torch.float32, device=q.device)
         lse = torch.empty(num_rows, splits, heads, dtype=torch.float32, device=q.device)
+    else:
+        parts = lse = torch.empty(num_rows, heads, shape.value, dtype=q.dtype, device=q.device)
     kernel = decode_heads_kernel if heads_are_rows else decode_tokens_kernel
     kernel[(programs, batch, splits)](
         q, k, v, req_to_token, req_pool_indices, seq_lens, parts, lse,
@@ -95,9 +142,7 @@ def launch_decode(
         **shape.constants(), HEADS=tile.rows, BLOCK_N=tile.block_n, WHOLE=splits == 1, REPEAT=repeat,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    if splits > 1:
-        merge_parts(parts, lse, out)
-    return out
+    return parts, lse if splits > 1 else None
 
 
 def launch_extend(
@@ -151,6 +196,4 @@ def launch_extend(
         PAGED=slot_ids is not None, CAUSAL=causal, WRITE_LSE=with_lse or splits > 1,
         num_warps=tile.num_warps, num_stages=stages,
     )  # fmt: skip
-    if splits > 1:
-        merge_parts(parts, parts_lse, out)
-    return out, lse
+    return merge_parts(parts, parts_lse, q.dtype) if splits > 1 else out, lse

@@ -14,6 +14,10 @@ from sglang.kernels.spec import Case, Impl, Op
 
 # Rotated pairs of query heads that a program turns.
 PAIRS_PER_PROGRAM = 1024
+# Bytes of W_UK, read once for each token, up to which its product is part of the launch, and columns of the product
+# that a program makes (by reasoning, not measured).
+ABSORB_BYTES = 16 << 20
+ABSORB_COLUMNS = 64
 
 
 def prepare_mla_torch(
@@ -27,13 +31,15 @@ def prepare_mla_torch(
     eps: float,
     is_neox: bool,
     queries: torch.Tensor | None = None,
+    w_kc: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Rotate the last P columns of q and of kv_a, norm the rest of kv_a, and write it as the tokens' cache rows.
 
     q [N, H, nope+P], kv_a [N, R+P], positions [N], cos_sin_cache [max, P], norm_weight [R], latent_cache [S, R+P],
     slot_ids [N] int64 in [0, S). The rotated part of q replaces q's own, or goes into the last P columns of
-    ``queries`` [N, H, R+P], whose others stay. Returns the tensor that took it. Rounds where ``rope.rotary``,
-    ``norm.rms_norm`` do; an 8-bit cache takes what it can hold, as in ``kv_cache.write_kv``.
+    ``queries`` [N, H, R+P], whose others take the rest of q times w_kc [H, nope, R], or stay without it. Returns the
+    tensor that took it. Rounds where ``rope.rotary``, ``norm.rms_norm`` do; an 8-bit cache takes what it can hold, as
+    in ``kv_cache.write_kv``.
     """
     rope = cos_sin_cache.shape[1]
     latent, k_pe = kv_a.split((kv_a.shape[1] - rope, rope), dim=-1)
@@ -42,7 +48,15 @@ def prepare_mla_torch(
     write_latent_torch(row, latent_cache, slot_ids)
     out = q if queries is None else queries
     out[..., -rope:] = q_pe
+    if queries is not None and w_kc is not None:
+        absorb(q, w_kc, queries)
     return out
+
+
+def absorb(q: torch.Tensor, w_kc: torch.Tensor, queries: torch.Tensor) -> None:
+    """The first columns of q [N, H, >= nope] times w_kc [H, nope, R] into the first R of queries [N, H, >= R]."""
+    _, nope, rank = w_kc.shape
+    torch.bmm(q[..., :nope].transpose(0, 1), w_kc, out=queries[..., :rank].transpose(0, 1))
 
 
 def prepare_mla_triton(
@@ -56,6 +70,7 @@ def prepare_mla_triton(
     eps: float,
     is_neox: bool,
     queries: torch.Tensor | None = None,
+    w_kc: torch.Tensor | None = None,
 ) -> torch.Tensor:
     from sglang.kernels.ops.attention.prepare_triton import prepare_mla_kernel
 
@@ -67,15 +82,23 @@ def prepare_mla_triton(
     if tokens:
         pairs = next_power_of_2(half)
         block = min(next_power_of_2(heads), max(1, PAIRS_PER_PROGRAM // pairs))
+        head_blocks, tiles = cdiv(heads, block), 0
+        nope, strides = 0, (0, 0)
+        if w_kc is not None:
+            nope, strides = w_kc.shape[1], (w_kc.stride(0), w_kc.stride(1))
+            if tokens * w_kc.numel() * w_kc.itemsize <= ABSORB_BYTES:
+                tiles = cdiv(rank, ABSORB_COLUMNS)
+            else:
+                absorb(q, w_kc, out)
         # The parts of one token side by side: rows lie tens of kilobytes apart.
-        blocks = 1 + cdiv(heads, block)
+        blocks = 1 + head_blocks + heads * tiles
         prepare_mla_kernel[(tokens * blocks,)](
-            source, target, kv_a, positions, cos_sin_cache, norm_weight, latent_cache, slot_ids,
-            heads, blocks, rank, eps,
+            source, target, kv_a, positions, cos_sin_cache, norm_weight, latent_cache, slot_ids, q, w_kc, out,
+            heads, blocks, head_blocks, rank, nope, *strides, eps,
             source.stride(0), source.stride(1), target.stride(0), target.stride(1),
             kv_a.stride(0), cos_sin_cache.stride(0), latent_cache.stride(0),
             HALF=half, IS_NEOX=is_neox, HEADS=block, PAIRS=pairs, RANK=next_power_of_2(rank),
-            num_warps=4,
+            TILES=tiles, NOPE=next_power_of_2(nope), COLUMNS=ABSORB_COLUMNS, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -83,12 +106,13 @@ def prepare_mla_triton(
 def _accepts(
     q: torch.Tensor, kv_a: torch.Tensor, positions: torch.Tensor, cos_sin_cache: torch.Tensor,
     norm_weight: torch.Tensor, latent_cache: torch.Tensor, slot_ids: torch.Tensor, eps: float, is_neox: bool,
-    queries: torch.Tensor | None = None,
+    queries: torch.Tensor | None = None, w_kc: torch.Tensor | None = None,
 ) -> bool:  # fmt: skip
-    rows = (q, kv_a, latent_cache, cos_sin_cache) + (() if queries is None else (queries,))
+    given = [tensor for tensor in (queries, w_kc) if tensor is not None]
+    rows = (q, kv_a, latent_cache, cos_sin_cache, *given)
     dense = all(tensor.stride(-1) == 1 for tensor in rows)
     flat = all(tensor.is_contiguous() for tensor in (positions, slot_ids, norm_weight))
-    same = q.dtype == kv_a.dtype == norm_weight.dtype and (queries is None or queries.dtype == q.dtype)
+    same = q.dtype == kv_a.dtype == norm_weight.dtype and all(tensor.dtype == q.dtype for tensor in given)
     return dense and flat and same and q.dtype in FLOATS and is_cache_dtype(latent_cache.dtype, q.dtype)
 
 
@@ -107,7 +131,11 @@ def _cases() -> Iterator[Case]:
         for is_neox in (True, False):
             name = f"{tokens}x{heads}-{'neox' if is_neox else 'interleaved'}"
             yield Case(f"{name}-in-place", (*shared, is_neox))
-            yield Case(name, (*shared, is_neox, torch.randn(tokens, heads, rank + rope, generator=generator)))
+            queries = torch.randn(tokens, heads, rank + rope, generator=generator)
+            yield Case(name, (*shared, is_neox, queries))
+            # Rows of the two halves of kv_b_proj lie behind each other.
+            w_kc = torch.randn(heads, nope + 3, rank, generator=generator)[:, :nope]
+            yield Case(f"{name}-absorbed", (*shared, is_neox, queries, w_kc))
         yield Case(f"{tokens}x{heads}-fp8", (*shared[:5], cache.to(torch.float8_e4m3fn), slots, 1e-6, False))
 
 

@@ -18,14 +18,17 @@ def _angles(positions_ptr, table_ptr, token, table_stride, pair, HALF: tl.conste
 
 @triton.jit
 def prepare_mla_kernel(
-    q_ptr, q_out_ptr, kv_ptr, positions_ptr, table_ptr, weight_ptr, cache_ptr, slots_ptr,
-    heads, blocks, rank, eps,
+    q_ptr, q_out_ptr, kv_ptr, positions_ptr, table_ptr, weight_ptr, cache_ptr, slots_ptr, nope_ptr, w_ptr, latent_ptr,
+    heads, blocks, head_blocks, rank, nope, w_stride, w_row_stride, eps,
     q_stride, q_head_stride, out_stride, out_head_stride, kv_stride, table_stride, cache_stride,
     HALF: tl.constexpr, IS_NEOX: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, RANK: tl.constexpr,
+    TILES: tl.constexpr, NOPE: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """grid (tokens * blocks), one block for a token's cache row and then one for each HEADS heads of its queries.
+    """grid (tokens * blocks): one block for a token's cache row, one for each HEADS heads of its queries, and TILES of
+    COLUMNS columns for each head's other part [nope] times w [nope, rank].
 
-    q and q_out point at the rotated part of the first head and may be one; RANK >= rank, PAIRS >= HALF.
+    q and q_out point at the rotated part of the first head and may be one, nope_ptr and latent_ptr at the other part
+    and at what takes the product; RANK >= rank, PAIRS >= HALF, NOPE >= nope.
     """
     token = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
@@ -44,7 +47,7 @@ def prepare_mla_kernel(
         k_x, k_y = load_pairs(kv_ptr + token * kv_stride + rank, True, HALF, IS_NEOX, PAIRS)
         k_x, k_y = turn(k_x, k_y, cos, sin, dtype)
         store_pairs(row + rank, to_cache(k_x, cache_ptr), to_cache(k_y, cache_ptr), True, HALF, IS_NEOX, PAIRS)
-    else:
+    elif block <= head_blocks:
         head = ((block - 1) * HEADS + tl.arange(0, HEADS))[:, None]
         x, y = load_pairs(q_ptr + token * q_stride + head * q_head_stride, head < heads, HALF, IS_NEOX, PAIRS)
         x, y = turn(x, y, cos, sin, q_ptr.dtype.element_ty)
@@ -52,6 +55,15 @@ def prepare_mla_kernel(
         tl.debug_barrier()
         to = q_out_ptr + token * out_stride + head * out_head_stride
         store_pairs(to, x, y, head < heads, HALF, IS_NEOX, PAIRS)
+    elif TILES:
+        tile = block - 1 - head_blocks
+        own, col = tile // TILES, tile % TILES * COLUMNS + tl.arange(0, COLUMNS)
+        n = tl.arange(0, NOPE)
+        w_at = w_ptr + own.to(tl.int64) * w_stride + n[:, None] * w_row_stride + col[None, :]
+        w = tl.load(w_at, mask=(n < nope)[:, None] & (col < rank)[None, :], other=0.0).to(tl.float32)
+        part = tl.load(nope_ptr + token * q_stride + own * q_head_stride + n, mask=n < nope, other=0.0).to(tl.float32)
+        product = tl.sum(part[:, None] * w, axis=0).to(latent_ptr.dtype.element_ty)
+        tl.store(latent_ptr + token * out_stride + own * out_head_stride + col, product, mask=col < rank)
 
 
 @triton.jit

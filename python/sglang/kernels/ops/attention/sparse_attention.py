@@ -147,9 +147,7 @@ def sparse_attention_triton(
         HAS_ENTRIES=entries is not None, CHOSEN=chosen is not None, WHOLE=splits == 1,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
-    if splits > 1:
-        merge_parts(parts, lse, out)
-    return out
+    return merge_parts(parts, lse, out.dtype) if splits > 1 else out
 
 
 def _stride(x: Tensor | None) -> int:

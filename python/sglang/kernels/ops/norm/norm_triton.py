@@ -11,6 +11,20 @@ def _row_start(row, inner, outer_stride, inner_stride):
     return (row // inner) * outer_stride + (row % inner) * inner_stride
 
 
+@triton.jit
+def _normed(wide, stored, dim, eps, dtype: tl.constexpr, UNIT_OFFSET: tl.constexpr):
+    """Rows ``wide`` [ROWS, BLOCK] float32, normed with the gain ``stored`` -> ``dtype``."""
+    scale = tl.rsqrt(tl.sum(wide * wide, axis=1, keep_dims=True) / dim + eps)
+    weight = stored.to(tl.float32)
+    if UNIT_OFFSET:
+        return (wide * scale * (1.0 + weight)).to(dtype)
+    elif stored.dtype != dtype:
+        return (wide * scale * weight).to(dtype)
+    else:
+        # The reference rounds the normed row before a weight of its dtype multiplies it.
+        return ((wide * scale).to(dtype).to(tl.float32) * weight).to(dtype)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
     x_ptr, residual_ptr, gate_ptr, weight_ptr, out_ptr, total_ptr,
@@ -34,16 +48,7 @@ def rms_norm_kernel(
         total = (wide + residual.to(tl.float32)).to(dtype)
         tl.store(total_ptr + row * dim + cols, total, mask=mask)
         wide = total.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide * wide, axis=1, keep_dims=True) / dim + eps)
-    stored = tl.load(weight_ptr + cols, mask=cols < dim, other=0.0)
-    weight = stored.to(tl.float32)
-    if UNIT_OFFSET:
-        out = (wide * scale * (1.0 + weight)).to(dtype)
-    elif stored.dtype != dtype:
-        out = (wide * scale * weight).to(dtype)
-    else:
-        # The reference rounds the normed row before a weight of its dtype multiplies it.
-        out = ((wide * scale).to(dtype).to(tl.float32) * weight).to(dtype)
+    out = _normed(wide, tl.load(weight_ptr + cols, mask=cols < dim, other=0.0), dim, eps, dtype, UNIT_OFFSET)
     if HAS_GATE:
         gate = tl.load(gate_ptr + other, mask=mask, other=0.0).to(tl.float32)
         out = (out.to(tl.float32) * (gate / (1.0 + tl.exp(-gate)))).to(dtype)
@@ -53,3 +58,34 @@ def rms_norm_kernel(
         store_quantized(
             out, q_ptr, scale_ptr, first, 0, num_rows, dim, scale_row_stride, scale_group_stride, LARGEST, BLOCK
         )
+
+
+@triton.jit
+def norm_logits_kernel(
+    x_ptr, residual_ptr, weight_ptr, gate_ptr, out_ptr, total_ptr, logits_ptr, q_ptr, scale_ptr,
+    num_rows, dim, experts, eps, x_stride, residual_stride, gate_stride, scale_row_stride, scale_group_stride,
+    UNIT_OFFSET: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr = None,
+):  # fmt: skip
+    """grid (blocks of BLOCK_E experts, rows): each norms its row anew, the first writes it; BLOCK >= dim."""
+    row = tl.program_id(1).to(tl.int64)
+    cols = tl.arange(0, BLOCK)[None, :]
+    inside = cols < dim
+    x = tl.load(x_ptr + row * x_stride + cols, mask=inside, other=0.0)
+    residual = tl.load(residual_ptr + row * residual_stride + cols, mask=inside, other=0.0)
+    stored = tl.load(weight_ptr + cols, mask=inside, other=0.0)
+    expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    # Asked for before the norm waits for its row; experts past the end read the last one, and the store drops them.
+    gate_at = tl.minimum(expert, experts - 1).to(tl.int64)[:, None] * gate_stride + cols
+    gate = tl.load(gate_ptr + gate_at, mask=inside, other=0.0)
+    dtype: tl.constexpr = x.dtype
+    total = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+    out = _normed(total.to(tl.float32), stored, dim, eps, dtype, UNIT_OFFSET)
+    logits = tl.sum(out.to(tl.float32) * gate.to(tl.float32), axis=1)
+    tl.store(logits_ptr + row * experts + expert, logits.to(logits_ptr.dtype.element_ty), mask=expert < experts)
+    if tl.program_id(0) == 0:
+        tl.store(total_ptr + row * dim + cols, total, mask=inside)
+        tl.store(out_ptr + row * dim + cols, out, mask=inside)
+        if LARGEST is not None:
+            store_quantized(
+                out, q_ptr, scale_ptr, row, 0, num_rows, dim, scale_row_stride, scale_group_stride, LARGEST, BLOCK
+            )

@@ -15,6 +15,7 @@ from sglang.srt.configs.attention_backends import BackendDeclaration, declare
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan, MlaExtendPlan, NoRows
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
+from sglang.srt.layers.quantization import Rows
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
@@ -138,10 +139,12 @@ class MlaBackend(AttentionBackend):
         layer: RadixAttention,
         fb: ForwardBatch,
         queries: torch.Tensor | None = None,
+        w_kc: torch.Tensor | None = None,
     ) -> None:
         """Store the rows kv_a [N, R+P], normed and rotated, and rotate the last P columns of q [N, H, nope+P].
 
-        The rotated part stays in q, or goes into the last P columns of ``queries`` [N, H, R+P].
+        The rotated part stays in q, or goes into the last P columns of ``queries`` [N, H, R+P], whose others take the
+        rest of q times w_kc [H, nope, R].
         """
 
     @abstractmethod
@@ -149,13 +152,24 @@ class MlaBackend(AttentionBackend):
         """Which requests of an extend step use which form."""
 
     @abstractmethod
-    def forward_absorb(
-        self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch, plan: ExtendPlan | None = None
-    ) -> torch.Tensor:
-        """Attend over stored latent rows, this step's included.
+    def forward_absorb(self, q: torch.Tensor, layer: RadixAttention, plan: ExtendPlan) -> torch.Tensor:
+        """Attend over stored latent rows, this step's included: q [n, H, R+P], the rows of ``plan``, -> [n, H, R].
 
-        q [n, H, R+P] -> [n, H, R], where n is every row of the step, or the rows of ``plan`` in an extend step.
         ``layer.v_head_dim`` is R.
+        """
+
+    @abstractmethod
+    def decode_absorb(
+        self,
+        q: torch.Tensor,
+        w_vc: torch.Tensor,
+        layer: RadixAttention,
+        fb: ForwardBatch,
+        row_dtype: torch.dtype | None = None,
+    ) -> Rows:
+        """The same for every row of a step that is not an extend step, and then times w_vc [H, R, v] -> [N, H*v].
+
+        row_dtype: of the product that takes the result, which may come as ``QuantizedRows`` of it.
         """
 
     @abstractmethod

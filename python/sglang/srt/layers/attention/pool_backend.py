@@ -8,6 +8,7 @@ import torch
 
 from sglang.kernels.ops.attention.extend_ragged import extend_ragged
 from sglang.kernels.ops.attention.kv_cache import read_rows, write_kv
+from sglang.kernels.ops.attention.mla_decode_project import take_out
 from sglang.kernels.ops.attention.mla_extend import mla_extend
 from sglang.kernels.ops.attention.prepare_gqa import prepare_gqa
 from sglang.kernels.ops.attention.prepare_mla import prepare_mla
@@ -20,6 +21,7 @@ from sglang.srt.layers.attention.base_attn_backend import (
 )
 from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan, MhaWhenCheaper, MlaExtendPlan, NoRows
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
+from sglang.srt.layers.quantization import Rows
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
@@ -130,11 +132,12 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
         layer: RadixAttention,
         fb: ForwardBatch,
         queries: torch.Tensor | None = None,
+        w_kc: torch.Tensor | None = None,
     ) -> None:
         """See the base class."""
         prepare_mla(
             q, kv_a, positions, rotary_emb.cos_sin_cache, norm.weight, self._latent(layer), fb.out_cache_loc,
-            norm.eps, rotary_emb.is_neox, queries,
+            norm.eps, rotary_emb.is_neox, queries, w_kc,
         )  # fmt: skip
 
     def split_by_form(self, fb: ForwardBatch) -> tuple[list[int], list[int]]:
@@ -151,12 +154,19 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
             return plan
         raise TypeError(f"the step was planned as {type(plan).__name__}, not as an extend step of latent attention")
 
-    def forward_absorb(
-        self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch, plan: ExtendPlan | None = None
-    ) -> torch.Tensor:
+    def decode_absorb(
+        self,
+        q: torch.Tensor,
+        w_vc: torch.Tensor,
+        layer: RadixAttention,
+        fb: ForwardBatch,
+        row_dtype: torch.dtype | None = None,
+    ) -> Rows:
         """See the base class."""
-        if plan is None:
-            return self.decode_absorbed(q, layer, fb)
+        return take_out(self.decode_absorbed(q, layer, fb), w_vc)
+
+    def forward_absorb(self, q: torch.Tensor, layer: RadixAttention, plan: ExtendPlan) -> torch.Tensor:
+        """See the base class."""
         cache, rank = self._latent(layer), layer.v_head_dim
         return mla_extend(q, cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, rank, layer.scaling)
 

@@ -12,7 +12,9 @@ from sglang.kernels.ops.attention.attention_state import extend_state, merge_sta
 from sglang.kernels.ops.attention.decode_attention import decode_attention, mla_decode_attention
 from sglang.kernels.ops.attention.extend_attention import extend_attention
 from sglang.kernels.ops.attention.kv_cache import gather_slots
+from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project
 from sglang.kernels.ops.attention.verify_attention import mla_verify_attention, verify_attention
+from sglang.kernels.ops.quant.group_fp8 import QuantizedRows
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import (
     AttentionContext,
@@ -21,6 +23,7 @@ from sglang.srt.layers.attention.base_attn_backend import (
 )
 from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan, MlaExtendPlan
 from sglang.srt.layers.attention.pool_backend import CapturingPoolBackend, PoolGqaBackend, PoolMlaBackend, no_output
+from sglang.srt.layers.quantization import Rows
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
 
@@ -159,6 +162,22 @@ class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
             stops = [min(start + step, prefix) for prefix in prefixes]
             parts.append(self._plan(fb, members, starts, stops, rows))
         return ChunkedPrefixPlan(rows, self._plan(fb, members, prefixes, ends, rows), tuple(parts))
+
+    def decode_absorb(
+        self,
+        q: torch.Tensor,
+        w_vc: torch.Tensor,
+        layer: RadixAttention,
+        fb: ForwardBatch,
+        row_dtype: torch.dtype | None = None,
+    ) -> Rows:
+        """See the base class."""
+        plan = fb.attn_plan.attention
+        if not isinstance(plan, TableDecodePlan) or plan.width > 1:
+            return super().decode_absorb(q, w_vc, layer, fb)
+        rows = (self.req_to_token, plan.req_pool_indices, plan.seq_lens)
+        out = mla_decode_project(q, self._latent(layer), *rows, w_vc, layer.scaling, row_dtype)
+        return out if row_dtype is None else QuantizedRows(out[0], out[1], q.dtype)
 
     def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
         """See the base class."""

@@ -109,14 +109,15 @@ class DeepseekV2AttentionMLA(nn.Module):
         norm, rope, layer = self.kv_a_layernorm, self.rotary_emb, self.attn_mqa
         if fb.kind is not None:
             queries = self._new_queries(q)
-            backend.prepare_mla(q, kv_a, positions, norm, rope, layer, fb, queries)
-            return self.o_proj(self.absorbed(q, queries, fb))
+            backend.prepare_mla(q, kv_a, positions, norm, rope, layer, fb, queries, self.w_kc)
+            assert self.w_vc is not None, "weights are not loaded"
+            return self.o_proj(backend.decode_absorb(queries, self.w_vc, layer, fb, self.o_proj.row_dtype))
         backend.prepare_mla(q, kv_a, positions, norm, rope, layer, fb)
         out = q.new_empty(q.shape[0], self.num_heads * self.v_dim)
         forms = backend.extend_forms(fb)
         if forms.absorbed is not None:
             part = forms.absorbed
-            out = _placed(out, part.rows, self._absorbed_rows(_rows(q, part.rows), fb, part))
+            out = _placed(out, part.rows, self.absorbed(_rows(q, part.rows), fb, part))
         if forms.expanded is not None:
             part_expanded = forms.expanded
             out = _placed(out, part_expanded.rows, self.expanded(_rows(q, part_expanded.rows), fb, part_expanded))
@@ -138,28 +139,20 @@ class DeepseekV2AttentionMLA(nn.Module):
         """Buffer for queries of the absorbed form [n, heads, R + rope]."""
         return q.new_empty(q.shape[0], self.num_heads, self.rank + self.rope)
 
-    def absorbed(
-        self, q: torch.Tensor, queries: torch.Tensor, fb: ForwardBatch, plan: ExtendPlan | None = None
-    ) -> torch.Tensor:
-        """The absorbed form: queries in the latent space, q W_UK, attend to the cached rows. q [n, heads, nope+rope] ->
-        [n, heads*v].
+    def absorbed(self, q: torch.Tensor, fb: ForwardBatch, plan: ExtendPlan) -> torch.Tensor:
+        """The absorbed form: queries in the latent space, q W_UK, attend to the cached rows. q [n, heads, nope+rope],
+        rotated in place -> [n, heads*v].
 
-        queries [n, heads, R+rope] holds the rotated part in its last columns and is filled. The context is in
-        the latent space, and W_UV projects it to values.
+        The context is in the latent space, and W_UV projects it to values.
         """
         assert self.w_kc is not None and self.w_vc is not None, "weights are not loaded"
-        by_head = queries[..., : self.rank].transpose(0, 1)
-        torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_kc, out=by_head)
-        context = backend_of(fb, MlaBackend).forward_absorb(queries, self.attn_mqa, fb, plan)
+        queries = self._new_queries(q)
+        queries[..., self.rank :] = q[..., self.nope :]
+        torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_kc, out=queries[..., : self.rank].transpose(0, 1))
+        context = backend_of(fb, MlaBackend).forward_absorb(queries, self.attn_mqa, plan)
         out = q.new_empty(q.shape[0], self.num_heads, self.v_dim)
         torch.bmm(context.transpose(0, 1), self.w_vc, out=out.transpose(0, 1))
         return out.flatten(1)
-
-    def _absorbed_rows(self, q: torch.Tensor, fb: ForwardBatch, plan: ExtendPlan) -> torch.Tensor:
-        """The absorbed form for queries that were rotated in place."""
-        queries = self._new_queries(q)
-        queries[..., self.rank :] = q[..., self.nope :]
-        return self.absorbed(q, queries, fb, plan)
 
     def expanded(self, q: torch.Tensor, fb: ForwardBatch, plan: ExtendPlan | ChunkedPrefixPlan) -> torch.Tensor:
         """The expanded form: queries attend to keys and values rebuilt for every head. q [n, heads, nope+rope] -> [n,

@@ -11,6 +11,7 @@ from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed import get_tp_group
 from sglang.srt.layers.gated_mlp import GatedMLP
+from sglang.srt.layers.layernorm import RoutedRows
 from sglang.srt.layers.moe.ep_moe.factory import make_experts
 from sglang.srt.layers.moe.fused_shared_experts import FusedSharedExperts, shared_slots
 from sglang.srt.layers.moe.topk import TopK
@@ -41,6 +42,8 @@ class DeepseekV2MoE(nn.Module):
     fuse_shared: they are stored as routed experts (the caller has checked that they can be), and a step whose size
     ``overlap.site`` fuses computes them as such.
     """
+
+    logits_dtype = torch.float32
 
     def __init__(
         self,
@@ -77,20 +80,27 @@ class DeepseekV2MoE(nn.Module):
         """As a linear layer's."""
         return self.experts.row_dtype
 
-    def forward(self, x: Rows, fb: ForwardBatch) -> torch.Tensor:
-        """x [N, H] -> [N, H]."""
+    @property
+    def router_weight(self) -> torch.Tensor:
+        """[E, H]."""
+        return self.gate.weight
+
+    def forward(self, hidden: Rows | RoutedRows, fb: ForwardBatch) -> torch.Tensor:
+        """hidden [N, H] -> [N, H]."""
+        x, logits = hidden if isinstance(hidden, RoutedRows) else (hidden, None)
         shared_experts = self.shared_experts
         if shared_experts is None:
-            return self._tp.all_reduce(self._routed(x, fb))
+            return self._tp.all_reduce(self._routed(x, logits, fb))
         if isinstance(shared_experts, FusedSharedExperts) and shared_experts.is_fused(self.overlap.site, x.shape[0]):
-            return self._tp.all_reduce(self._routed(x, fb, fused=True))
+            return self._tp.all_reduce(self._routed(x, logits, fb, fused=True))
         shared, routed = self.overlap.fork_join(
-            lambda: shared_experts(x), lambda: self._routed(x, fb), num_tokens=x.shape[0]
+            lambda: shared_experts(x), lambda: self._routed(x, logits, fb), num_tokens=x.shape[0]
         )
         return self._tp.all_reduce(routed + shared)
 
-    def _routed(self, x: Rows, fb: ForwardBatch, fused: bool = False) -> torch.Tensor:
-        return self.experts(x, self.topk(self.gate(plain_rows(x)), fused), fb)
+    def _routed(self, x: Rows, logits: torch.Tensor | None, fb: ForwardBatch, fused: bool = False) -> torch.Tensor:
+        logits = self.gate(plain_rows(x)) if logits is None else logits
+        return self.experts(x, self.topk(logits, fused), fb)
 
 
 def make_topk(config: DeepseekConfig, correction_bias: torch.Tensor | None, shared: SharedSlots = NO_SHARED) -> TopK:

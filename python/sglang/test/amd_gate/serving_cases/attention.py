@@ -12,6 +12,7 @@ from sglang.kernels.ops.attention.decode_attention import decode_attention, mla_
 from sglang.kernels.ops.attention.extend_attention import extend_attention
 from sglang.kernels.ops.attention.extend_ragged import expanded_views, extend_ragged
 from sglang.kernels.ops.attention.kv_cache import gather_slots, write_kv
+from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project
 from sglang.kernels.ops.attention.mla_extend import mla_extend
 from sglang.kernels.ops.attention.packed_rows import make_pages, store_rows
 from sglang.kernels.ops.attention.prepare_compressed import prepare_compressed
@@ -169,6 +170,9 @@ def prepare_mla_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
         placed = (queries,) if tokens <= 128 else ()
         last = (index, 1e-6, False, *placed)
         yield prepare_mla, Case(f"{name} t{tokens}", (q, kv_a, index, table, weight, cache, *last))
+        if placed:
+            w_kc = bfloat16s(device, (heads, 256, 512))[0][:, :128]
+            yield prepare_mla, Case(f"{name} t{tokens} absorbed", (q, kv_a, index, table, weight, cache, *last, w_kc))
         if tokens == 128:
             coarse = torch.empty_like(cache, dtype=fp8_dtype(current_platform.arch))
             yield prepare_mla, Case(f"{name} t{tokens} fp8", (q, kv_a, index, table, weight, coarse, *last))
@@ -253,6 +257,10 @@ def decode_attention_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
             q = torch.empty(batch, heads, 576, dtype=dtype, device=device)
             latent = torch.empty(rows, 576, dtype=dtype, device=device)
             yield mla_decode_attention, Case(f"mla_h{heads} {suffix}", (q, latent, *table, 512, 192**-0.5))
+            w_vc = torch.empty(heads, 256, 512, dtype=dtype, device=device)[:, 128:].transpose(1, 2)
+            args = (q, latent, *table, w_vc, 192**-0.5)
+            yield mla_decode_project, Case(f"mla_h{heads} {suffix}", args)
+            yield mla_decode_project, Case(f"mla_h{heads} {suffix} quantised", (*args, fp8))
             if dtype == torch.bfloat16 and heads in (16, 128):
                 coarse = torch.empty_like(latent, dtype=fp8)
                 yield mla_decode_attention, Case(f"mla_h{heads} {suffix} fp8", (q, coarse, *table, 512, 192**-0.5))

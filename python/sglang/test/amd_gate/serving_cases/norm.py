@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from sglang.kernels.ops.norm.add_norm_logits import add_norm_logits
 from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_gemma_rms_norm, fused_add_rms_norm
 from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, gemma_rms_norm, rms_norm
 from sglang.kernels.ops.norm.rmsnorm_quantized import rms_norm_quantized
@@ -46,7 +47,19 @@ def rmsnorm_quantized_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
         yield rms_norm_quantized, Case(f"v3-q_a t{tokens} fp8", (latent[:, :1536], None, gain, 1e-6, dtype))
 
 
+def add_norm_logits_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """The norms before the routers of served models for one row, without contents."""
+    for name, dim, experts in (("v2lite", 2048, 64), ("v3", 7168, 256), ("qwen35", 2048, 264)):
+        x, residual, weight, gate = bfloat16s(device, (1, dim), (1, dim), (dim,), (experts, dim))
+        gemma = name == "qwen35"
+        args = (x, residual, weight, 1e-6, gate, torch.bfloat16 if gemma else torch.float32, gemma)
+        yield add_norm_logits, Case(f"{name} t1", args)
+        if name == "v3":
+            yield add_norm_logits, Case(f"{name} t1 fp8", (*args, fp8_dtype(current_platform.arch)))
+
+
 CASES = (
+    add_norm_logits_cases,
     fused_add_rmsnorm_cases,
     rmsnorm_cases,
     rmsnorm_quantized_cases,
