@@ -3,8 +3,9 @@
     python benchmark/kernels/bench_mxfp4_experts.py [--shape v3] [--tokens 1 8 32 128 1024] [--tune]
 
 Rows: fp8 as ``moe.fused_experts_fp8`` by Triton; mxfp4 with codes made numbers in registers (registers), and as
-``tl.dot_scaled`` takes them (scaled). Each call of a graph has its own routing. TB/s counts each touched expert's
-codes and scales once and the rows in and out. The last column is the time over fp8's, and the bytes over its bytes.
+``tl.dot_scaled`` takes them (scaled), or that its values are wrong here. Each call of a graph has its own routing. TB/s
+counts each touched expert's codes and scales once and the rows in and out. The last column is the time over fp8's, and
+the bytes over its bytes.
 --tune looks for tiles of ``kernels/ops/moe/tiles.json`` instead, each product by itself; nothing is written.
 """
 

@@ -45,6 +45,11 @@ def tensors(value):
     return (value,) if isinstance(value, torch.Tensor) else tuple(part for part in value if not isinstance(part, bool))
 
 
+def flags(value):
+    """What an op says of its result beside the tensors."""
+    return [] if isinstance(value, torch.Tensor) else [part for part in value if isinstance(part, bool)]
+
+
 # --- truths: float64, one row and one head at a time -------------------------------------------------------------
 
 
@@ -293,8 +298,9 @@ def check_case(op, impl, case, on_matrix_units=False):
         judge_draw(case.args, *out, op.reference(*case.args)[1])
         return
     expected_args = clone(case.args)
-    expected = tensors(op.reference(*expected_args))
-    for found, wanted in zip(tensors(out), expected, strict=True):
+    expected = op.reference(*expected_args)
+    assert flags(out) == flags(expected), (flags(out), flags(expected))
+    for found, wanted in zip(tensors(out), tensors(expected), strict=True):
         assert found.dtype == wanted.dtype
         if op.name in QUANTIZING and found.itemsize == 1:
             assert_neighbours(found, wanted)

@@ -1,12 +1,23 @@
 """MXFP4: the packer against brute force, every code at the ends of the scales, and the experts' product over them."""
 
 import itertools
+import json
 import unittest
+from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
-from sglang.kernels.ops.moe.fused_experts_mxfp4 import fused_experts_mxfp4_torch, random_experts
+from sglang.kernels.ops.moe import fused_experts_mxfp4 as experts_module
+from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
+    PROOF_TOKENS,
+    fused_experts_mxfp4_scaled,
+    fused_experts_mxfp4_torch,
+    random_experts,
+    require_true_scaled_product,
+)
 from sglang.kernels.ops.moe.fused_experts_mxfp4_triton import SM90_EIGHTHS
+from sglang.kernels.ops.moe.tiles import TABLE, choose_tiles
 from sglang.kernels.ops.quant.mxfp4 import (
     LARGEST_FLOAT32,
     dequantize_mxfp4,
@@ -202,6 +213,61 @@ class TestExperts(CustomTestCase):
             # And the other product, whose rows are then tiny or huge.
             self.check(w13, torch.full_like(w13_scale, 127), w2, torch.full_like(w2_scale, byte),
                        torch.randn(3, 32, generator=generator) * (2.0**-60 if byte == 254 else 1.0))  # fmt: skip
+
+
+class TestProofOfTheScaledProduct(CustomTestCase):
+    """The form that leaves the product of codes to the compiler runs only where that has been seen to be right."""
+
+    def setUp(self):
+        require_true_scaled_product.cache_clear()
+        self.addCleanup(require_true_scaled_product.cache_clear)
+        self.calls = []
+
+    def prove(self, change):
+        def product(x, w13, w13_scale, w2, w2_scale, *rest, scaled):
+            self.calls.append(x.shape[0])
+            self.assertTrue(scaled)
+            return fused_experts_mxfp4_torch(x, *change(w13, w13_scale, w2, w2_scale), *rest)
+
+        with mock.patch.object(experts_module, "run_mxfp4", product):
+            require_true_scaled_product(torch.device("cpu"))
+
+    def test_a_true_product_is_proven_once(self):
+        for _ in range(3):
+            self.prove(lambda *stacked: stacked)
+        self.assertEqual(self.calls, list(PROOF_TOKENS))
+
+    def test_a_wrong_one_is_refused(self):
+        def permuted(codes):
+            """Bits of the place of a code along 128 of a row in the order that Triton 3.6 leaves them in for sm_90."""
+            rows, columns = codes.shape[:2], codes.shape[2] * 2
+            halves = torch.stack((codes & 15, codes >> 4), -1).reshape(*rows, columns)
+            wide = torch.nn.functional.pad(halves, (0, -columns % 128)).reshape(*rows, -1, 2, 2, 2, 2, 2, 2, 2)
+            moved = wide.permute(0, 1, 2, 9, 3, 4, 6, 7, 8, 5).reshape(*rows, -1)[:, :, :columns]
+            return moved[..., ::2] | (moved[..., 1::2] << 4)
+
+        for name, change in (
+            ("permuted", lambda a, b, c, d: (permuted(a), b, permuted(c), d)),
+            ("halves of bytes", lambda a, b, c, d: ((a << 4) | (a >> 4), b, c, d)),
+            ("scales of the neighbour", lambda a, b, c, d: (a, b, c, d.roll(1, 1))),
+            ("not a number", lambda a, b, c, d: (a, b, c, torch.full_like(d, 255))),
+        ):
+            with self.subTest(change=name), self.assertRaisesRegex(RuntimeError, "dot_scaled is wrong on .*'triton'"):
+                self.prove(change)
+
+    def test_each_row_of_a_tile_table_is_proven(self):
+        for arch, table in json.loads(TABLE.read_text(encoding="utf-8")).items():
+            rows = table["4"]
+            reached = {str(choose_tiles(arch, 4, tokens, 1, 2)) for tokens in PROOF_TOKENS}
+            self.assertEqual(len(reached), 1 + len(rows["many"]), arch)
+
+    def test_it_comes_before_the_product(self):
+        x = SimpleNamespace(device=torch.device("cuda"))
+        with mock.patch.object(experts_module, "require_true_scaled_product", side_effect=RuntimeError("unproven")):
+            with mock.patch.object(experts_module, "run_mxfp4") as product:
+                with self.assertRaisesRegex(RuntimeError, "unproven"):
+                    fused_experts_mxfp4_scaled(x, *[None] * 6)
+        product.assert_not_called()
 
 
 if __name__ == "__main__":

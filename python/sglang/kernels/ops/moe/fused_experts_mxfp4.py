@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -34,6 +35,8 @@ from sglang.srt.platforms import current_platform
 SCALED_ARCHS = ("gfx950",)
 # Where instructions on two bfloat16 numbers at once make them.
 PACKED_ARCHS = ("sm_90",)
+# Numbers of tokens for two experts that reach each row of a tile table, and what may differ of the largest value.
+PROOF_TOKENS, PROOF_BOUND = (2, 24, 100, 400), 2e-2
 
 
 def fused_experts_mxfp4_torch(
@@ -117,8 +120,35 @@ def fused_experts_mxfp4_scaled(
     x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, topk_weights: Tensor, topk_ids: Tensor,
     limit: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """The product takes codes and scales as they are (``tl.dot_scaled``)."""
+    """The product takes codes and scales as they are (``tl.dot_scaled``), once it has been proven on the device."""
+    if x.device.type == "cuda":
+        require_true_scaled_product(x.device)
     return run_mxfp4(x, w13, w13_scale, w2, w2_scale, topk_weights, topk_ids, limit, scaled=True)
+
+
+@functools.cache
+def require_true_scaled_product(device: torch.device) -> None:
+    """RuntimeError unless ``tl.dot_scaled`` gives what the reference gives, for each tile that may be chosen.
+
+    What a compiler makes of it where the architecture lacks it may be wrong in silence: Triton 3.6 permutes the codes
+    of a row for sm_90. Raised in warm-up this leaves the codes to the form in registers, and is shown.
+    """
+    generator = torch.Generator().manual_seed(0)
+    experts, hidden, width = 2, 256, 160
+    w13, w13_scale = (part.to(device) for part in random_experts(experts, 2 * width, hidden, generator))
+    w2, w2_scale = (part.to(device) for part in random_experts(experts, hidden, width, generator))
+    for tokens in PROOF_TOKENS:
+        x = torch.randn(tokens, hidden, generator=generator).to(device, torch.bfloat16)
+        ids = (torch.arange(tokens, device=device, dtype=torch.int32) % experts).unsqueeze(1)
+        weights = torch.ones(tokens, 1, device=device)
+        wanted = fused_experts_mxfp4_torch(x.float(), w13, w13_scale, w2, w2_scale, weights, ids)
+        found = run_mxfp4(x, w13, w13_scale, w2, w2_scale, weights, ids, None, scaled=True).float()
+        error = float((found - wanted).abs().max() / wanted.abs().max())
+        if not error <= PROOF_BOUND:
+            raise RuntimeError(
+                f"tl.dot_scaled is wrong on {current_platform.arch} with this release of Triton: {tokens} tokens are "
+                f"off by {error:.2g} of the largest value. Use the implementation 'triton', or another release."
+            )
 
 
 def _accepts(
@@ -179,7 +209,7 @@ fused_experts_mxfp4 = Op(
     Impl(
         "triton_scaled",
         fused_experts_mxfp4_scaled,
-        kinds={"hip", "cuda"},
+        kinds={"hip"},
         archs=SCALED_ARCHS,
         package="triton",
         needs_device=True,
