@@ -13,7 +13,6 @@ EXPECTED: dict[str, tuple[str, ...]] = {
     "rms_norm_kernel": (WIDE_BUFFER_LOAD,),
     "greedy_kernel": (WIDE_BUFFER_LOAD,),
     "scan_kernel": (WIDE_LOAD,),
-    "sift_kernel": (WIDE_LOAD,),
     "one_token_kernel": (WIDE_LOAD,),
     "one_token_down_kernel": (WIDE_LOAD,),
     "few_tokens_kernel": (WIDE_LOAD, MFMA_BF16),

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from sglang.kernels.ops.sampling.draw_triton import ordered_bits
+from sglang.kernels.ops.sampling.scores_triton import ordered_bits
 
 # Bits that a pass of the search settles, and the numbers that they take.
 DIGIT = tl.constexpr(8)

@@ -14,6 +14,7 @@ from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
 from sglang.kernels.ops.sampling.greedy import LOGITS_FAULT
 from sglang.kernels.ops.sampling.seeded import seeded_sample_torch
 from sglang.kernels.spec import Case, Impl, Op
+from sglang.srt.platforms import current_platform
 
 # A mark of an id: how often it is in the output, whether it is in prompt or output, whether it ends the request.
 COUNT, SEEN, STOP = (1 << 29) - 1, 1 << 29, 1 << 30
@@ -21,8 +22,9 @@ COUNT, SEEN, STOP = (1 << 29) - 1, 1 << 29, 1 << 30
 EDITED_FAULT = 2
 
 # Scores that one program of the Triton form reads, room for those of a row that lie in a bracket, one in how many is
-# sampled, programs per row, and scores whose running count a thread keeps to itself.
-BLOCK, FOUND, STRIDE, MAX_CHUNKS, LINE = 4096, 16384, 16, 128, 16
+# sampled, programs per row, scores side by side that one thread reads at once, and threads of four warps or waves.
+BLOCK, FOUND, STRIDE, MAX_CHUNKS, WIDE = 4096, 16384, 16, 128, 4
+LANES = {"hip": 256}
 # Scores that are sorted before it is known that a filter reaches further.
 FEW = 1024
 
@@ -199,8 +201,9 @@ def draw_triton(
         state = logits.new_empty(rows, 4, dtype=torch.float32)
     grid = (rows * chunks,)
     body.scan_kernel[grid](
-        *source, *shape, tops, firsts, raws, sums, samples, **edits, FILTER=wanted.filters, **sizes, num_warps=4
-    )
+        *source, *shape, tops, firsts, raws, sums, samples, **edits, FILTER=wanted.filters, **sizes,
+        HALVINGS=min(WIDE, sizes["STRIDE"]).bit_length() - 1, num_warps=4,
+    )  # fmt: skip
     stride = sizes.pop("STRIDE")
     if wanted.filters:
         body.bracket_kernel[(rows,)](
@@ -208,19 +211,9 @@ def draw_triton(
             **filters, **sizes, STRIDE=stride, WHOLE=cap == sizes["BLOCK"], num_warps=8,
         )  # fmt: skip
         body.sift_kernel[grid](
-            *source,
-            *shape,
-            state,
-            found,
-            counts,
-            above,
-            floored,
-            **edits,
-            **sizes,
-            CAP=cap,
-            LINE=min(LINE, sizes["BLOCK"]),
-            num_warps=8,
-        )
+            *source, *shape, tops, state, found, counts, above, floored, **edits, MIN_P=filters["MIN_P"], **sizes,
+            CAP=cap, LANES=min(LANES.get(current_platform.kind, 128), sizes["BLOCK"]), num_warps=4,
+        )  # fmt: skip
     body.pick_kernel[(rows,)](
         *source, *shape, top_ks, top_ps, min_ps, greedy, seeds, positions,
         tops, firsts, raws, sums, state, found, counts, above, floored, ids, faults,

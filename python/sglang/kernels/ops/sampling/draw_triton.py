@@ -10,16 +10,25 @@ the same cut.
 import triton
 import triton.language as tl
 
-# Bits of a mark beside the count of an id in the output; ``draw.py`` has the same numbers.
-COUNT = tl.constexpr(0x1FFFFFFF)
-SEEN = tl.constexpr(0x20000000)
-STOP = tl.constexpr(0x40000000)
+from sglang.kernels.ops.sampling.scores_triton import (
+    _chunk_masses,
+    _filters,
+    _scale,
+    _scores,
+    _sum_2,
+    _sum_3,
+    _sum_4,
+    _tops,
+    _weight,
+    ordered_bits,
+    ordered_float,
+)
+
 # Standard deviations that an estimate may be off.
 DEVIATIONS = tl.constexpr(5.0)
 # Below the best score by this much a weight is 0 in float32.
 DEPTH = tl.constexpr(110.0)
 BISECTIONS = tl.constexpr(14)
-LOG2_E = tl.constexpr(1.4426950408889634)
 # Where a row's numbers lie in ``state``.
 LOW = tl.constexpr(0)
 HIGH = tl.constexpr(1)
@@ -33,69 +42,13 @@ LOWEST_FLOAT = tl.constexpr(-3.4028234663852886e38)
 LOWEST_BITS = tl.constexpr(-0x7F800000)  # ``ordered_bits`` of the same
 
 
-@triton.jit
-def ordered_bits(x):
-    """An int32 that grows with the float32 ``x`` (-0.0 equal to 0.0); not for NaN."""
-    bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@triton.jit
-def ordered_float(bits):
-    """The float32 that ``ordered_bits`` came from."""
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _weight(y, best, scale):
-    """e to the power of (y - best) over the temperature, ``scale`` being log2(e) over it; 0 for -inf, NaN for NaN."""
-    return tl.where(y == float("-inf"), 0.0, tl.exp2((y - best) * scale))
-
-
-@triton.jit
-def _scale(row, temps_ptr):
-    return LOG2_E / tl.load(temps_ptr + row)
-
-
-@triton.jit
-def _scores(row, cols, source, MASKED: tl.constexpr, EDITED: tl.constexpr, BIASED: tl.constexpr):
-    """Logits as the model gave them, and after edits and mask; both -inf past the vocabulary.
-
-    What temperature divides alike keeps its order, so that only weights know of it.
-    """
-    logits_ptr, _, allowed_ptr, edit_rows_ptr, marks_ptr, penalties_ptr, left_ptr, bias_ptr = source[:8]
-    vocab, row_stride, words = source[8], source[9], source[10]
-    inside = cols < vocab
-    raw = tl.load(logits_ptr + row * row_stride + cols, mask=inside, other=float("-inf")).to(tl.float32)
-    x = raw
-    if EDITED:
-        edit = tl.load(edit_rows_ptr + row).to(tl.int64)
-        wanted = cols < tl.where(edit >= 0, vocab, 0)
-        edit = tl.maximum(edit, 0)
-        mark = tl.load(marks_ptr + edit * vocab + cols, mask=wanted, other=0)
-        frequency = tl.load(penalties_ptr + edit * 3)
-        presence = tl.load(penalties_ptr + edit * 3 + 1)
-        repetition = tl.load(penalties_ptr + edit * 3 + 2)
-        count = (mark & COUNT).to(tl.float32)
-        repeated = tl.where(x > 0, tl.div_rn(x, repetition), x * repetition)
-        x = tl.where((mark & SEEN) != 0, repeated, x)
-        x = tl.where(count > 0, x - (frequency * count + presence), x)
-        if BIASED:
-            x += tl.load(bias_ptr + edit * vocab + cols, mask=wanted, other=0.0)
-        x = tl.where(((mark & STOP) != 0) & (tl.load(left_ptr + edit) > 0), float("-inf"), x)
-    if MASKED:
-        word = tl.load(allowed_ptr + row * words + (cols >> 5), mask=inside, other=0)
-        x = tl.where(((word >> (cols & 31)) & 1) != 0, x, float("-inf"))
-    return raw, x
-
-
 @triton.jit(do_not_specialize=["chunks", "words"])
 def scan_kernel(
     logits_ptr, temps_ptr, allowed_ptr, edit_rows_ptr, marks_ptr, penalties_ptr, left_ptr, bias_ptr,
     vocab, row_stride, words, chunks,
     tops_ptr, firsts_ptr, raws_ptr, sums_ptr, samples_ptr,
     MASKED: tl.constexpr, EDITED: tl.constexpr, BIASED: tl.constexpr, FILTER: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK: tl.constexpr, STRIDE: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one row: its best score and where it is first, the best raw logit, the mass, the sample."""
     source = (logits_ptr, temps_ptr, allowed_ptr, edit_rows_ptr, marks_ptr, penalties_ptr, left_ptr, bias_ptr,
@@ -115,46 +68,61 @@ def scan_kernel(
         nans = tl.max((raw != raw).to(tl.int32), axis=0)
         tl.store(raws_ptr + at, tl.where(nans > 0, float("nan"), tl.max(raw, axis=0)))
     if FILTER:
-        tl.store(samples_ptr + (at * BLOCK + lane) // STRIDE, y, mask=lane % STRIDE == 0)
+        # Of the scores that a thread holds side by side one alone may be of the sample.
+        for _ in tl.static_range(HALVINGS):
+            y, _ = tl.split(tl.reshape(y, [y.shape[0] // 2, 2]))
+        own = tl.arange(0, BLOCK >> HALVINGS)
+        sampled = own % (STRIDE >> HALVINGS) == 0
+        tl.store(samples_ptr + at * (BLOCK // STRIDE) + own // (STRIDE >> HALVINGS), y, mask=sampled)
 
 
 @triton.jit
-def _tops(row, tops_ptr, chunks, CHUNKS: tl.constexpr):
-    """The best scores of a row's chunks."""
-    chunk = tl.arange(0, CHUNKS)
-    return tl.load(tops_ptr + row * CHUNKS + chunk, mask=chunk < chunks, other=float("-inf"))
+def _error(mid, squares, best, scale):
+    """How far the row's mass below ``mid`` may be from what the sample, weights of these squares, says."""
+    return DEVIATIONS * tl.sqrt(squares) + _weight(mid, best, scale)
 
 
 @triton.jit
-def _chunk_masses(row, tops, best, scale, sums_ptr, chunks, CHUNKS: tl.constexpr):
-    """The mass of each chunk, where the row's best score weighs 1."""
-    chunk = tl.arange(0, CHUNKS)
-    sums = tl.load(sums_ptr + row * CHUNKS + chunk, mask=chunk < chunks, other=0.0)
-    return tl.where(sums == 0.0, 0.0, sums * _weight(tops, best, scale))
+def _bracket_top_p(spare, deepest, y, w, best, scale):
+    """The highest score below which there is surely no more mass than ``spare``, the lowest with surely as much."""
+    low_yes, low_no, high_no, high_yes = deepest, best, deepest, best
+    step, together = 0, True
+    # Until the two part, one look at the sample serves both.
+    while (step < BISECTIONS) & together:
+        mid = (low_yes + low_no) * 0.5
+        below = tl.where(y < mid, w, 0.0)
+        mass, squares = _sum_2(below, below * below)
+        error = _error(mid, squares, best, scale)
+        less, more = mass + error <= spare, mass - error >= spare
+        low_yes, low_no = tl.where(less, mid, low_yes), tl.where(less, low_no, mid)
+        high_yes, high_no = tl.where(more, mid, high_yes), tl.where(more, high_no, mid)
+        together = less != more
+        step += 1
+    while step < BISECTIONS:
+        low_mid, high_mid = (low_yes + low_no) * 0.5, (high_yes + high_no) * 0.5
+        low_below, high_below = tl.where(y < low_mid, w, 0.0), tl.where(y < high_mid, w, 0.0)
+        low_mass, low_squares, high_mass, high_squares = _sum_4(
+            low_below, low_below * low_below, high_below, high_below * high_below
+        )
+        less = low_mass + _error(low_mid, low_squares, best, scale) <= spare
+        more = high_mass - _error(high_mid, high_squares, best, scale) >= spare
+        low_yes, low_no = tl.where(less, low_mid, low_yes), tl.where(less, low_no, low_mid)
+        high_yes, high_no = tl.where(more, high_mid, high_yes), tl.where(more, high_no, high_mid)
+        step += 1
+    return low_yes, high_yes
 
 
 @triton.jit
-def _filters(
-    row, top_ks_ptr, top_ps_ptr, min_ps_ptr, vocab, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr
-):
-    """top-k (``vocab``: all), top-p (1: all) and min-p (0: all) of a row."""
-    k, p, m = vocab, 1.0, 0.0
-    if TOP_K:
-        wanted = tl.load(top_ks_ptr + row).to(tl.int64)
-        k = tl.where((wanted < 1) | (wanted > vocab), vocab, wanted).to(tl.int32)
-    if TOP_P:
-        p = tl.load(top_ps_ptr + row)
-    if MIN_P:
-        m = tl.load(min_ps_ptr + row)
-    return k, p, m
-
-
-@triton.jit
-def _mass_below(mid, y, w, best, scale):
-    """Mass of the sample below ``mid``, and how far the row's own may be off."""
-    below = tl.where(y < mid, w, 0.0)
-    error = DEVIATIONS * tl.sqrt(tl.sum(below * below, axis=0)) + _weight(mid, best, scale)
-    return tl.sum(below, axis=0), error
+def _bracket_top_k(k, deepest, y, best, STRIDE: tl.constexpr):
+    """The highest score from which on there are surely as many as ``k``."""
+    share = k.to(tl.float32) / STRIDE
+    needed = share + DEVIATIONS * tl.sqrt(share) + DEVIATIONS
+    yes, no = deepest, best
+    for _ in range(BISECTIONS):
+        mid = (yes + no) * 0.5
+        enough = tl.sum((y >= mid).to(tl.float32), axis=0) >= needed
+        yes, no = tl.where(enough, mid, yes), tl.where(enough, no, mid)
+    return yes
 
 
 @triton.jit(do_not_specialize=["chunks"])
@@ -178,29 +146,21 @@ def bracket_kernel(
     low = tl.where(cuts, LOWEST_FLOAT, float("inf"))
     high = tl.where(cuts, float("inf"), float("inf"))
     if cuts & (not WHOLE):
-        spare = (1.0 - p) * tl.sum(_chunk_masses(row, tops, best, scale, sums_ptr, chunks, CHUNKS), axis=0) / STRIDE
-        share = k.to(tl.float32) / STRIDE
-        needed = share + DEVIATIONS * tl.sqrt(share) + DEVIATIONS
         lane = tl.arange(0, CHUNKS * BLOCK // STRIDE)
         held = lane < chunks * (BLOCK // STRIDE)
         y = tl.load(samples_ptr + row * (CHUNKS * BLOCK // STRIDE) + lane, mask=held, other=float("-inf"))
-        w = _weight(y, best, scale)
         deepest = best - DEPTH * tl.load(temps_ptr + row)
-        low_yes, low_no, high_no, high_yes = deepest, best, deepest, best
-        for _ in range(BISECTIONS):
-            mid = (low_yes + low_no) * 0.5
-            mass, error = _mass_below(mid, y, w, best, scale)
-            fits = mass + error <= spare
-            if TOP_K:
-                fits = tl.where(k < vocab, tl.sum((y >= mid).to(tl.float32), axis=0) >= needed, fits)
-            low_yes, low_no = tl.where(fits, mid, low_yes), tl.where(fits, low_no, mid)
-            if TOP_P:
-                mid = (high_yes + high_no) * 0.5
-                mass, error = _mass_below(mid, y, w, best, scale)
-                fits = mass - error >= spare
-                high_yes, high_no = tl.where(fits, mid, high_yes), tl.where(fits, high_no, mid)
+        low_yes, high_yes = deepest, best
+        if TOP_K:
+            if k < vocab:
+                low_yes = _bracket_top_k(k, deepest, y, best, STRIDE)
+        if TOP_P:
+            if k >= vocab:
+                masses = _chunk_masses(row, tops, best, scale, sums_ptr, chunks, CHUNKS)
+                spare = (1.0 - p) * tl.sum(masses, axis=0) / STRIDE
+                low_yes, high_yes = _bracket_top_p(spare, deepest, y, _weight(y, best, scale), best, scale)
         low = tl.where(low_yes > deepest, low_yes, LOWEST_FLOAT)
-        high = tl.where((high_yes < best) & (k >= vocab), high_yes, float("inf"))
+        high = tl.where(high_yes < best, high_yes, float("inf"))
     tl.store(state_ptr + row * STATE + LOW, low)
     tl.store(state_ptr + row * STATE + HIGH, high)
     tl.store(
@@ -214,30 +174,46 @@ def bracket_kernel(
 def sift_kernel(
     logits_ptr, temps_ptr, allowed_ptr, edit_rows_ptr, marks_ptr, penalties_ptr, left_ptr, bias_ptr,
     vocab, row_stride, words, chunks,
-    state_ptr, found_ptr, counts_ptr, above_ptr, floored_ptr,
-    MASKED: tl.constexpr, EDITED: tl.constexpr, BIASED: tl.constexpr,
-    CHUNKS: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, LINE: tl.constexpr,
+    tops_ptr, state_ptr, found_ptr, counts_ptr, above_ptr, floored_ptr,
+    MASKED: tl.constexpr, EDITED: tl.constexpr, BIASED: tl.constexpr, MIN_P: tl.constexpr,
+    CHUNKS: tl.constexpr, BLOCK: tl.constexpr, CAP: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one row: its scores from LOW to HIGH in id order, the mass above HIGH, the mass from FLOOR on."""
+    """One chunk of one row: its scores from LOW to HIGH, the mass above HIGH, the mass from FLOOR on.
+
+    The scores are kept if there is room for all, those that one of LANES reads behind those of the lane before.
+    """
     source = (logits_ptr, temps_ptr, allowed_ptr, edit_rows_ptr, marks_ptr, penalties_ptr, left_ptr, bias_ptr,
               vocab, row_stride, words)  # fmt: skip
     row, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
+    at = row * CHUNKS + chunk
     low, high = tl.load(state_ptr + row * STATE + LOW), tl.load(state_ptr + row * STATE + HIGH)
-    floor = tl.load(state_ptr + row * STATE + FLOOR)
-    if (low < float("inf")) | (floor > LOWEST_FLOAT):
-        _, y = _scores(row, chunk * BLOCK + tl.arange(0, BLOCK), source, MASKED, EDITED, BIASED)
-        w = _weight(y, tl.load(state_ptr + row * STATE + BEST), _scale(row, temps_ptr))
-        at = row * CHUNKS + chunk
-        between = ((y >= low) & (y <= high)).to(tl.int32)
-        # A running sum within short rows, and one over the rows: a sum over all lanes goes through memory far oftener.
-        lines = tl.reshape(between, [BLOCK // LINE, LINE])
-        of_line = tl.sum(lines, axis=1)
-        before = tl.cumsum(of_line, axis=0) - of_line
-        place = tl.reshape(tl.cumsum(lines, axis=1) + before[:, None], [BLOCK]) - 1
-        tl.store(found_ptr + at * CAP + place, y, mask=(between != 0) & (place < CAP))
-        tl.store(counts_ptr + at, tl.sum(between, axis=0))
-        tl.store(above_ptr + at, tl.sum(tl.where(y > high, w, 0.0), axis=0))
-        tl.store(floored_ptr + at, tl.sum(tl.where(y >= floor, w, 0.0), axis=0))
+    least = low
+    if MIN_P:
+        floor = tl.load(state_ptr + row * STATE + FLOOR)
+        least = tl.where(floor > LOWEST_FLOAT, tl.minimum(low, floor), low)
+    if least < float("inf"):
+        number, above, floored = 0, 0.0, 0.0
+        if tl.load(tops_ptr + at) >= least:
+            # Read score by score, as what is kept is written: else pointers and scores change lanes in between.
+            cols = tl.max_contiguous(chunk * BLOCK + tl.arange(0, BLOCK), 1)
+            _, y = _scores(row, cols, source, MASKED, EDITED, BIASED)
+            w = tl.exp2((y - tl.load(state_ptr + row * STATE + BEST)) * _scale(row, temps_ptr))
+            between = ((y >= low) & (y <= high)).to(tl.int32)
+            kept, above = _sum_2(between.to(tl.float32), tl.where(y > high, w, 0.0))
+            number = kept.to(tl.int32)
+            if MIN_P:
+                floored = tl.sum(tl.where(y >= floor, w, 0.0), axis=0)
+            if (number > 0) & (number <= CAP):
+                # What one lane holds it sums in its registers: one running sum alone is over lanes.
+                held = tl.reshape(between, [BLOCK // LANES, LANES])
+                of_lane = tl.sum(held, axis=0)
+                first = tl.cumsum(of_lane, axis=0) - of_lane
+                place = tl.reshape(first[None, :] + tl.cumsum(held, axis=0) - held, [BLOCK])
+                tl.store((found_ptr + at * CAP) + place, y, mask=between != 0)
+        tl.store(counts_ptr + at, number)
+        tl.store(above_ptr + at, above)
+        if MIN_P:
+            tl.store(floored_ptr + at, floored)
 
 
 @triton.jit
@@ -266,7 +242,7 @@ def _from(
         part_1 = tl.where(found >= cut_1, w, 0.0)
         part_2 = tl.where(found >= cut_2, w, 0.0)
         part_3 = tl.where(found >= cut_3, w, 0.0)
-    return tl.sum(part_1, axis=0), tl.sum(part_2, axis=0), tl.sum(part_3, axis=0)
+    return _sum_3(part_1, part_2, part_3)
 
 
 @triton.jit
@@ -292,17 +268,17 @@ def _search(
 
 @triton.jit
 def _cut(
-    k, p, above, total, lowest, found, weights, best, scale, row, source, chunks,
+    k, p, above, total, lowest, highest, found, weights, best, scale, row, source, chunks,
     MASKED: tl.constexpr, EDITED: tl.constexpr, BIASED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
     BLOCK: tl.constexpr, RESCUE: tl.constexpr,
 ):  # fmt: skip
     """The lowest kept score as ``ordered_bits`` and how many of its ties are kept, by top-k and then by top-p.
 
-    ``above`` is the mass above the scores found, ``lowest`` a bound from below.
+    ``above`` is the mass above the scores found, ``lowest`` and ``highest`` are bounds.
     """
     vocab = source[8]
     yes, number = lowest.to(tl.int64), vocab
-    no = ordered_bits(best).to(tl.int64) + 1
+    no = highest.to(tl.int64) + 1
     if TOP_K:
         if k < vocab:
             yes = _search(
@@ -416,6 +392,7 @@ def pick_kernel(
                 if (k < vocab) | (p < 1.0):
                     total = tl.sum(masses, axis=0)
                     low = ordered_bits(tl.load(state_ptr + row * STATE + LOW))
+                    high = ordered_bits(tl.minimum(tl.load(state_ptr + row * STATE + HIGH), best))
                     counts = tl.load(counts_ptr + row * CHUNKS + slot, mask=real, other=0)
                     above = tl.load(above_ptr + row * CHUNKS + slot, mask=real, other=0.0)
                     at = tl.arange(0, CHUNKS * CAP)
@@ -428,7 +405,7 @@ def pick_kernel(
                     not_above = (k < vocab) | (mass_above < p * total)
                     if (tl.max(counts, axis=0) <= CAP) & not_above & (enough | (low == LOWEST_BITS)):
                         cut, number = _cut(
-                            k, p, mass_above, total, low, found, weights, best, scale, row, source, chunks,
+                            k, p, mass_above, total, low, high, found, weights, best, scale, row, source, chunks,
                             MASKED, EDITED, BIASED, TOP_K, TOP_P, BLOCK, False,
                         )  # fmt: skip
                         kept_mass = tl.reshape(tl.where(found > cut, weights, 0.0), [CHUNKS, CAP])
@@ -436,7 +413,7 @@ def pick_kernel(
                         ties = tl.sum(tl.reshape((found == cut).to(tl.int32), [CHUNKS, CAP]), axis=1)
                     else:
                         cut, number = _cut(
-                            k, p, 0.0, total, cut, found, weights, best, scale, row, source, chunks,
+                            k, p, 0.0, total, cut, ordered_bits(best), found, weights, best, scale, row, source, chunks,
                             MASKED, EDITED, BIASED, TOP_K, TOP_P, BLOCK, True,
                         )  # fmt: skip
                         masses, ties = _kept_of_row(
