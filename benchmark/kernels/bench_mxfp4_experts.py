@@ -2,10 +2,10 @@
 
     python benchmark/kernels/bench_mxfp4_experts.py [--shape v3] [--tokens 1 8 32 128 1024] [--tune]
 
-Rows: fp8 as ``moe.fused_experts_fp8`` by Triton; mxfp4 with codes made numbers in registers (registers), and as
-``tl.dot_scaled`` takes them (scaled), or that its values are wrong here. Each call of a graph has its own routing. TB/s
-counts each touched expert's codes and scales once and the rows in and out. The last column is the time over fp8's, and
-the bytes over its bytes.
+Rows: fp8 as ``moe.fused_experts_fp8`` by Triton; mxfp4 with codes made numbers in registers (registers), where the
+architecture has it of placed codes (placed), and as ``tl.dot_scaled`` takes them (scaled), or that its values are wrong
+here. Each call of a graph has its own routing. TB/s counts each touched expert's codes and scales once and the rows in
+and out. The last column is the time over fp8's, and the bytes over its bytes.
 --tune looks for tiles of ``kernels/ops/moe/tiles.json`` instead, each product by itself; nothing is written.
 """
 
@@ -25,9 +25,12 @@ from timing import bench_parser, describe_device, graph_time
 from sglang.kernels.ops.moe.fused_experts import order_pairs
 from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8_triton
 from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
+    PLACED_ARCHS,
     fused_experts_mxfp4_scaled,
     fused_experts_mxfp4_triton,
+    is_placed,
     mxfp4_product,
+    place_experts,
 )
 from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.srt.platforms import current_platform
@@ -59,23 +62,23 @@ def tiles_to_try(path: str, block_m: int) -> Iterator[dict[str, int]]:
 
 
 def tune(inputs: MoeInputs, stacked: tuple[torch.Tensor, ...], tokens: int) -> None:
-    """Print the best tiles of both products and both ways at ``tokens``."""
+    """Print the best tiles of both products at ``tokens``, as the product takes codes and as they are placed."""
     w13, w13_scale, w2, w2_scale = stacked
-    top_k, experts = inputs.ids[0].shape[1], w13.shape[0]
-    tiles = choose_tiles(current_platform.arch, 4, max(tokens, 2), top_k, experts)
+    top_k, experts, placed = inputs.ids[0].shape[1], w13.shape[0], is_placed(w13)
+    tiles = choose_tiles(current_platform.arch, 4, tokens, top_k, experts)
     orders = [order_pairs(ids, experts, tiles.block_m) if tiles.path == "many" else None for ids in inputs.ids]
     activated = torch.randn(tokens * top_k, 2 * w2.shape[2], device="cuda").bfloat16()
-    for scaled, is_gate_up in itertools.product((False, True), (True, False)):
+    for scaled, is_gate_up in itertools.product((False,) if placed else (False, True), (True, False)):
         operands = (inputs.x, w13, w13_scale) if is_gate_up else (activated, w2, w2_scale)
         timed: list[tuple[float, dict[str, Any]]] = []
         for tile in tiles_to_try(tiles.path, tiles.block_m):
             calls = [
-                partial(mxfp4_product, *operands, ids, order, tile, tiles.block_m, is_gate_up, scaled)
+                partial(mxfp4_product, *operands, ids, order, tile, tiles.block_m, is_gate_up, scaled, placed)
                 for ids, order in zip(inputs.ids, orders, strict=True)
             ]
             with contextlib.suppress(Exception):  # what does not compile or fit is left out
                 timed.append((statistics.median(graph_time(calls, runs=3, min_seconds=0.004)), tile))
-        way, product = "scaled" if scaled else "registers", "gate_up" if is_gate_up else "down"
+        way, product = "scaled" if scaled else "placed" if placed else "registers", "gate_up" if is_gate_up else "down"
         for seconds, tile in sorted(timed, key=lambda pair: pair[0])[:4]:
             shown = f"{seconds * 1e6:9.1f} us  BLOCK_M={tiles.block_m} {tile}"
             print(f"t{tokens} {tiles.path} {way:<10}{product:<8}{shown}", flush=True)
@@ -93,9 +96,13 @@ def main() -> None:
     (w13, w2) = make_weights(shape, True, current_platform.arch)
     eight = (w13.data, w13.scale, w2.data, w2.scale)
     four = random_codes(shape.experts, shape.hidden, shape.intermediate)
+    placed = tuple(one.clone() for one in four) if current_platform.arch in PLACED_ARCHS else ()
+    if placed:
+        place_experts(*placed)
     runs: dict[str, tuple[Callable[..., torch.Tensor], tuple[torch.Tensor | None, ...], float]] = {
         "fp8": (partial(fused_experts_fp8_triton, limit=limit), eight, FP8_BYTES),
         "mxfp4 registers": (partial(fused_experts_mxfp4_triton, limit=limit), four, MXFP4_BYTES),
+        "mxfp4 placed": (partial(fused_experts_mxfp4_triton, limit=limit), placed, MXFP4_BYTES),
         "mxfp4 scaled": (partial(fused_experts_mxfp4_scaled, limit=limit), four, MXFP4_BYTES),
     }
     print(f"# {describe_device()}; {args.shape}; median, min and max of {args.runs} runs")
@@ -103,10 +110,12 @@ def main() -> None:
     for tokens in args.tokens:
         inputs = make_inputs(shape, tokens, w13, w2, args.routings if tokens <= 128 else 1)
         if args.tune:
-            tune(inputs, four, tokens)
+            tune(inputs, placed or four, tokens)
             continue
         first = (0.0, 0.0)
         for name, (run, stacked, itemsize) in runs.items():
+            if not stacked:
+                continue
             calls = [
                 lambda w=weights, i=ids, run=run, stacked=stacked, x=inputs.x: run(x, *stacked, w, i)
                 for weights, ids in zip(inputs.weights, inputs.ids, strict=True)

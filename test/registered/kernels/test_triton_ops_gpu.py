@@ -24,9 +24,11 @@ from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project_t
 from sglang.kernels.ops.attention.prepare_mla import prepare_mla_triton
 from sglang.kernels.ops.moe.fused_experts import fused_experts, order_pairs
 from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
+    PLACED_ARCHS,
     fused_experts_mxfp4_scaled,
     fused_experts_mxfp4_torch,
     fused_experts_mxfp4_triton,
+    place_experts,
     random_experts,
     require_true_scaled_product,
 )
@@ -37,6 +39,7 @@ from sglang.kernels.ops.norm.rmsnorm_quantized import rms_norm_quantized_triton
 from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear_torch, quantize_groups_triton, random_blocks
 from sglang.kernels.registry import REGISTRY, fresh_decisions
 from sglang.kernels.spec import Case
+from sglang.srt.platforms import current_platform
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -266,6 +269,30 @@ class TestTritonOpsOnGpu(CustomTestCase):
                         found = run(rows, *stacked, weights, ids, limit)
                         error = (found.float() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
                         self.assertLess(float(error), bound)
+
+    @unittest.skipUnless(current_platform.arch in PLACED_ARCHS, "instructions of sm_90")
+    def test_placed_four_bit_experts(self):
+        """Both paths, ragged columns of a tile, experts that nobody chose, more pairs of one than a block has."""
+        generator = torch.Generator().manual_seed(11)
+        for hidden, width in ((256, 128), (384, 192), (512, 640)):
+            stacks = [*random_experts(6, 2 * width, hidden, generator), *random_experts(6, hidden, width, generator)]
+            width_placed = width % 128 == 0
+            for tokens, limit in ((1, None), (8, 0.5), (16, None), (300, None)):
+                ids = torch.randint(0, 5, (tokens, 3), generator=generator, dtype=torch.int32)
+                ids[torch.rand(tokens, 3, generator=generator) < 0.2] = -1
+                ids[:, 0] = 4
+                x, weights = (
+                    torch.randn(tokens, hidden, generator=generator),
+                    torch.rand(tokens, 3, generator=generator),
+                )
+                x, weights, ids = x.bfloat16().to(DEVICE), weights.to(DEVICE), ids.to(DEVICE)
+                moved = [one.to(DEVICE) for one in stacks]
+                wanted = fused_experts_mxfp4_torch(x.float(), *moved, weights, ids, limit)
+                self.assertEqual(place_experts(*moved), width_placed)
+                with self.subTest(hidden=hidden, width=width, tokens=tokens):
+                    found = fused_experts_mxfp4_triton(x, *moved, weights, ids, limit)
+                    error = (found.float() - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
+                    self.assertLess(float(error), 1e-2)
 
     def test_four_bit_experts_at_the_ends_of_the_scales(self):
         generator = torch.Generator().manual_seed(10)

@@ -11,22 +11,29 @@ import torch
 from sglang.kernels.ops.moe import fused_experts_mxfp4 as experts_module
 from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
     PROOF_TOKENS,
+    _accepts,
+    _accepts_scaled,
     fused_experts_mxfp4_scaled,
     fused_experts_mxfp4_torch,
+    place_experts,
     random_experts,
     require_true_scaled_product,
 )
-from sglang.kernels.ops.moe.fused_experts_mxfp4_triton import SM90_EIGHTHS
+from sglang.kernels.ops.moe.fused_experts_mxfp4_triton import LIFT, PLACED_NUMBERS, PLACED_WHOLE, TWICE
 from sglang.kernels.ops.moe.tiles import TABLE, choose_tiles
 from sglang.kernels.ops.quant.mxfp4 import (
     LARGEST_FLOAT32,
+    NARROW,
     dequantize_mxfp4,
+    place_codes,
+    place_scales,
     quantize_mxfp4,
     round_e2m1,
     scales_of,
     unpack_eighths,
 )
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.ptx import run_ptx
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
@@ -52,59 +59,79 @@ def true_matrix(codes, scale):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def run_ptx(text, operands):
-    """The straight-line PTX on int64 tensors of 32 bits, operands by number changed in place: what sm_90 would do."""
-    registers = {f"${i}": operand for i, operand in enumerate(operands)}
-
-    def value(word):
-        return registers[word] if word in registers else torch.tensor(int(word, 0))
-
-    def halves(word):
-        bits = value(word)
-        parts = [((bits >> shift) & 0xFFFF).to(torch.int32).to(torch.int16).view(torch.bfloat16) for shift in (0, 16)]
-        return [part.float() for part in parts]
-
-    for line in text.strip().strip("{}").split(";"):
-        if not line.strip() or line.strip().startswith(".reg"):
-            continue
-        op, rest = line.strip().split(maxsplit=1)
-        target, *given = [word.strip() for word in rest.split(",")]
-        if op == "prmt.b32":
-            both = value(given[0]) | value(given[1]) << 32
-            chosen = [(int(given[2], 0) >> (4 * i)) & 15 for i in range(4)]
-            assert max(chosen) < 8
-            registers[target] = sum(((both >> (8 * byte)) & 0xFF) << (8 * i) for i, byte in enumerate(chosen))
-        elif op == "mul.bf16x2":
-            low, high = (a * b for a, b in zip(halves(given[0]), halves(given[1])))
-            bits = [part.bfloat16().view(torch.int16).long() & 0xFFFF for part in (low, high)]
-            registers[target] = bits[0] | bits[1] << 16
-        else:
-            simple = {
-                "mov.b32": lambda a: a,
-                "and.b32": lambda a, b: a & b,
-                "mul.lo.u32": lambda a, b: a * b & 0xFFFFFFFF,
-            }
-            registers[target] = simple[op](*map(value, given))
-    return registers
+def placed_numbers(codes, scale):
+    """What sm_90 makes of placed codes [64, 64] and scales [64, 4], one granule: float64 [64, 128]."""
+    words = codes.view(64, 64).contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    powers = (scale.view(64, 4).long() * TWICE.value + LIFT.value).repeat_interleave(4, 1)
+    registers = run_ptx(PLACED_NUMBERS.value, [None] * 4 + [words, powers, powers])
+    halves = [registers[f"${i}"] >> shift & 0xFFFF for i in range(4) for shift in (0, 16)]
+    numbers = [half.to(torch.int32).to(torch.int16).view(torch.bfloat16).double() for half in halves]
+    # Register, half, row, group, word -> row, group, register, word, half.
+    found = torch.stack(numbers).view(4, 2, 64, 4, 4).permute(2, 3, 0, 4, 1)
+    return found.reshape(64, 128) * PLACED_WHOLE.value
 
 
-class TestCodesOnSm90(CustomTestCase):
-    def test_every_byte_beside_every_scale(self):
-        """Four bytes give their first numbers in two registers and their second in two, an eighth of each, exactly."""
-        words = torch.randint(0, 256, (512, 4), generator=torch.Generator().manual_seed(6))
-        words[:256] = torch.arange(256).unsqueeze(1)
-        word = sum(words[:, i] << (8 * i) for i in range(4))
-        for byte in range(255):
-            power = torch.tensor(max(byte << 7, 1 << 6))
-            scale = power | power << 16
-            found = run_ptx(SM90_EIGHTHS.value, [None] * 4 + [word, scale, scale])
-            scales = torch.full((512, 1), byte, dtype=torch.uint8)
-            wanted = unpack_eighths(words.to(torch.uint8).repeat(1, 4), scales)[:, :8]
-            for number in range(8):
-                place, second = divmod(number, 2)
-                bits = (found[f"${2 * second + place // 2}"] >> (16 * (place % 2))) & 0xFFFF
-                numbers = bits.to(torch.int32).to(torch.int16).view(torch.bfloat16)
-                self.assertTrue(torch.equal(numbers, wanted[:, number].bfloat16()), (byte, number))
+class TestPlacedCodes(CustomTestCase):
+    def test_every_code_beside_every_scale_that_is_taken(self):
+        codes = torch.randint(0, 256, (64, 64), generator=torch.Generator().manual_seed(6)).to(torch.uint8)
+        codes[:16] = torch.arange(16).repeat(64).view(16, 64) * 17
+        kept = place_codes(codes)
+        self.assertEqual((kept.shape, kept.dtype), (codes.shape, codes.dtype))
+        for low in range(NARROW[0], NARROW[1] + 1, 4):
+            scale = torch.arange(low, low + 4).clamp(max=NARROW[1]).to(torch.uint8).repeat(64, 1)
+            wanted = dequantize_mxfp4(codes, scale).double()
+            self.assertTrue(torch.equal(placed_numbers(kept, place_scales(scale)), wanted), low)
+
+    def test_two_scales_in_one_register(self):
+        """Neighbours in a register may be of two groups, if the compiler lays them out so."""
+        words = torch.full((1,), 0x7FFF7FFF)
+        powers = [torch.tensor([byte * TWICE.value + LIFT.value]) for byte in (100, 130)]
+        found = run_ptx(PLACED_NUMBERS.value, [None] * 4 + [words, *powers])["$0"]
+        low, high = (int(found) >> shift & 0xFFFF for shift in (0, 16))
+        self.assertEqual(high - low, 30 << 7)
+
+    def test_granules(self):
+        scale = torch.arange(128 * 8).view(128, 8)
+        placed = place_scales(scale).flatten()
+        for row, group in ((0, 0), (1, 3), (63, 4), (64, 0), (100, 7)):
+            at = (row // 64 * 64 * 8) + group // 4 * 256 + row % 64 * 4 + group % 4
+            self.assertEqual(int(placed[at]), int(scale[row, group]))
+
+    def stacks(self, hidden=128, width=128):
+        generator = torch.Generator().manual_seed(7)
+        w13 = random_experts(2, 2 * width, hidden, generator)
+        return [*w13, *random_experts(2, hidden, width, generator)]
+
+    def test_experts_in_place(self):
+        stacks = self.stacks()
+        # A group of zeros, whatever its scale.
+        stacks[0][1, 3, 16:32], stacks[1][1, 3, 1] = 0x80, 0
+        before = [one.clone() for one in stacks]
+        x, ids, weights = torch.zeros(1, 128).bfloat16(), torch.zeros(1, 1, dtype=torch.int32), torch.ones(1, 1)
+        self.assertTrue(_accepts_scaled(x, *stacks, weights, ids))
+        self.assertTrue(place_experts(*stacks))
+        for at in (0, 2):
+            for expert in range(2):
+                self.assertTrue(torch.equal(stacks[at][expert], place_codes(before[at][expert])))
+        self.assertEqual(int(stacks[1].min()), min(NARROW[0], int(before[1][before[1] > 0].min())))
+        self.assertFalse(place_experts(*stacks), "a second time would place what is placed")
+        self.assertTrue(_accepts(x, *stacks, weights, ids))
+        self.assertFalse(_accepts(x.float(), *stacks, weights, ids), "tiles narrower than granules")
+        self.assertFalse(_accepts_scaled(x, *stacks, weights, ids))
+        self.assertFalse(_accepts(x, *stacks[:2], *before[2:], weights, ids), "one matrix alone")
+        with self.assertRaisesRegex(ValueError, "placed for sm_90"):
+            fused_experts_mxfp4_torch(x, *stacks, weights, ids)
+
+    def test_experts_that_stay(self):
+        for hidden, width in ((64, 128), (128, 64), (96, 128)):
+            self.assertFalse(place_experts(*self.stacks(hidden, width)), (hidden, width))
+        for byte in (NARROW[0] - 1, NARROW[1] + 1, 255):
+            stacks = self.stacks()
+            stacks[2][0, 5, :16], stacks[3][0, 5, 0] = 1, byte
+            before = [one.clone() for one in stacks]
+            with self.assertLogs("sglang.kernels.ops.moe.fused_experts_mxfp4", "WARNING"):
+                self.assertFalse(place_experts(*stacks), byte)
+            self.assertTrue(all(map(torch.equal, stacks, before)))
 
 
 class TestPacker(CustomTestCase):

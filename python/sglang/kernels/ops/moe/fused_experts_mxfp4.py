@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,18 +27,35 @@ from sglang.kernels.ops.moe.fused_experts_aiter import (
     shuffle_mxfp4_for_aiter,
 )
 from sglang.kernels.ops.moe.tiles import choose_tiles
-from sglang.kernels.ops.quant.mxfp4 import quantize_mxfp4, unpack_eighths
+from sglang.kernels.ops.quant.mxfp4 import (
+    GRANULE,
+    GROUP,
+    NARROW,
+    PACKED,
+    place_codes,
+    place_scales,
+    quantize_mxfp4,
+    unpack_eighths,
+)
+from sglang.kernels.registry import REGISTRY
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
 
+logger = logging.getLogger(__name__)
+
 # Where ``tl.dot_scaled`` is instructions of the machine (gfx950: a conversion with the scale, then the product in
 # 16 bits). Elsewhere codes become numbers in registers before the product.
 SCALED_ARCHS = ("gfx950",)
-# Where instructions on two bfloat16 numbers at once make them.
-PACKED_ARCHS = ("sm_90",)
+# Where instructions on two bfloat16 numbers at once make them, and the first operand of a product is in registers.
+PLACED_ARCHS = ("sm_90",)
 # Numbers of tokens for two experts that reach each row of a tile table, and what may differ of the largest value.
 PROOF_TOKENS, PROOF_BOUND = (2, 24, 100, 400), 2e-2
+
+
+def is_placed(w: Tensor) -> bool:
+    """Whether ``w`` holds codes as ``place_codes`` has them."""
+    return getattr(w, "is_placed", False)
 
 
 def fused_experts_mxfp4_torch(
@@ -50,6 +69,11 @@ def fused_experts_mxfp4_torch(
     32; routing and ``limit`` as in ``moe.fused_experts``. Returns a new [N, H] in x's dtype.
     """
     require_unshuffled(w13)
+    if is_placed(w13):
+        raise ValueError(
+            "these experts were placed for sm_90's kernel, which does not accept this call or failed earlier (see the "
+            "log). Restart with SGLANG_KERNELS forcing another implementation."
+        )
     out = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
     for expert in topk_ids[topk_ids >= 0].unique().tolist():
         tokens, slots = (topk_ids == expert).nonzero(as_tuple=True)
@@ -65,19 +89,21 @@ def _product(x: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
 
 def mxfp4_product(
     x: Tensor, codes: Tensor, scale: Tensor, ids: Tensor, order: PairOrder | None, tile: dict[str, int], block_m: int,
-    is_gate_up: bool, scaled: bool, limit: float | None = None,
+    is_gate_up: bool, scaled: bool, placed: bool, limit: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """One of the two products for all pairs, [N * k, width] in x's dtype; rows of skipped pairs are not written."""
+    """One of the two products for all pairs, [N * k, width] in x's dtype; rows of skipped pairs are not written.
+
+    scaled, placed: how the kernel takes the codes, see there.
+    """
     from sglang.kernels.ops.moe.fused_experts_mxfp4_triton import few_tokens_mxfp4_kernel, many_tokens_mxfp4_kernel
 
     pairs, k_dim = ids.numel(), x.shape[1]
     width = codes.shape[1] // 2 if is_gate_up else codes.shape[1]
     out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
     tiles = cdiv(width, tile["BLOCK_N"])
-    shape = {"TOP_K": ids.shape[1], "GATE_UP": is_gate_up, "SCALED": scaled, "BLOCK_M": block_m}
+    shape = {"TOP_K": ids.shape[1], "GATE_UP": is_gate_up, "SCALED": scaled, "PLACED": placed, "BLOCK_M": block_m}
     shape.update(limit_option(limit))
     shape["EVEN_K"] = k_dim % tile["BLOCK_K"] == 0
-    shape["SM90"] = not scaled and x.dtype == torch.bfloat16 and current_platform.arch in PACKED_ARCHS
     if order is None:
         few_tokens_mxfp4_kernel[(pairs * tiles,)](
             x, codes, scale, ids, out, pairs, width, k_dim, codes.shape[2], scale.shape[2], x.stride(0), tiles,
@@ -99,12 +125,13 @@ def run_mxfp4(
     (num_tokens, top_k), num_experts = ids.shape, w13.shape[0]
     if num_tokens == 0:
         return torch.empty_like(x)
-    # No row of the table serves one token apart: two tokens choose the same tiles.
-    bits = 4 if x.dtype == torch.bfloat16 else 32
-    tiles = choose_tiles(current_platform.arch, bits, max(num_tokens, 2), top_k, num_experts)
+    # Rows of wide numbers for one token are of kernels that multiply without the matrix unit.
+    bits, least = (4, 1) if x.dtype == torch.bfloat16 else (32, 2)
+    tiles = choose_tiles(current_platform.arch, bits, max(num_tokens, least), top_k, num_experts)
     order = order_pairs(ids, num_experts, tiles.block_m) if tiles.path == "many" else None
-    activated = mxfp4_product(x, w13, w13_scale, ids, order, tiles.gate_up, tiles.block_m, True, scaled, limit)
-    rows = mxfp4_product(activated, w2, w2_scale, ids, order, tiles.down, tiles.block_m, False, scaled)
+    block, placed = tiles.block_m, is_placed(w13)
+    activated = mxfp4_product(x, w13, w13_scale, ids, order, tiles.gate_up, block, True, scaled, placed, limit)
+    rows = mxfp4_product(activated, w2, w2_scale, ids, order, tiles.down, block, False, scaled, placed)
     return weighted_sum(rows, weights, ids)
 
 
@@ -158,11 +185,13 @@ def _accepts(
     stacked = (w13, w13_scale, w2, w2_scale)
     dense = all(tensor.is_contiguous() and tensor.dtype == torch.uint8 for tensor in stacked) and x.stride(1) == 1
     plain = x.dtype in (torch.bfloat16, torch.float32) and not is_shuffled(w13)
-    return dense and plain and routing_fits(topk_weights, topk_ids, w13.shape[0])
+    # Tiles of float32 are narrower than what placed codes lie in.
+    same = is_placed(w13) == is_placed(w2) and (x.dtype == torch.bfloat16 or not is_placed(w13))
+    return dense and plain and same and routing_fits(topk_weights, topk_ids, w13.shape[0])
 
 
 def _accepts_scaled(x: Tensor, *args: Tensor | float | None) -> bool:
-    return x.dtype == torch.bfloat16 and _accepts(x, *args)  # type: ignore[arg-type]
+    return x.dtype == torch.bfloat16 and not is_placed(args[0]) and _accepts(x, *args)  # type: ignore[arg-type]
 
 
 def random_experts(experts: int, rows: int, columns: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -221,6 +250,48 @@ fused_experts_mxfp4 = Op(
 )
 
 
-def shuffle_experts_mxfp4(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> bool:
-    """Shuffle loaded weights into the layout of the implementation that will run; True when they were changed."""
-    return shuffle_mxfp4_for_aiter(fused_experts_mxfp4, w13, w13_scale, w2, w2_scale)
+def shuffle_experts_mxfp4(
+    w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, rounds_rows: bool = True,
+    dtype: torch.dtype = torch.bfloat16,
+) -> bool:  # fmt: skip
+    """Put loaded weights into the layout of the implementation that will run; True when they were changed.
+
+    rounds_rows: whether the checkpoint allows AITER's, which rounds rows to MXFP4. dtype: that of rows.
+    """
+    if rounds_rows and shuffle_mxfp4_for_aiter(fused_experts_mxfp4, w13, w13_scale, w2, w2_scale):
+        return True
+    if (
+        dtype != torch.bfloat16
+        or current_platform.arch not in PLACED_ARCHS
+        or REGISTRY.chosen(fused_experts_mxfp4) != "triton"
+    ):
+        return False
+    return place_experts(w13, w13_scale, w2, w2_scale)
+
+
+def place_experts(w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor) -> bool:
+    """``place_codes`` in place, one expert at a time; False, and as they were, where sizes or scales do not allow it.
+
+    A group of zeros may have any scale below NARROW, and gets the least.
+    """
+    stacks = ((w13, w13_scale), (w2, w2_scale))
+    columns = GRANULE[1] // PACKED
+    if (
+        is_shuffled(w13)
+        or is_placed(w13)
+        or any(codes.shape[1] % GRANULE[0] or codes.shape[2] % columns for codes, _ in stacks)
+    ):
+        return False
+    for codes, scale in stacks:
+        for of_expert, powers in zip(codes.data, scale.data, strict=True):
+            zeros = ((of_expert & 0x77) == 0).unflatten(-1, (-1, GROUP // PACKED)).all(-1)
+            if bool(((powers > NARROW[1]) | ((powers < NARROW[0]) & ~zeros)).any()):
+                logger.warning("scales of MXFP4 experts past 2^-63 .. 2^63: numbers are made by slower instructions")
+                return False
+    for codes, scale in stacks:
+        marked: Any = codes
+        for of_expert, powers in zip(codes.data, scale.data, strict=True):
+            of_expert.copy_(place_codes(of_expert))
+            powers.copy_(place_scales(powers.clamp(min=NARROW[0])))
+        marked.is_placed = True
+    return True

@@ -162,6 +162,15 @@ def expert_tile(
     tl.store(out_ptr + members.to(tl.int64)[:, None] * width + n[None, :], out, mask=mask)
 
 
+@triton.jit
+def block_members(pair, same, before, BLOCK_M: tl.constexpr):
+    """Of the pairs that are ``same``, those from the ``before``-th on: their numbers [BLOCK_M], and which there are."""
+    rank = tl.cumsum(same.to(tl.int32), axis=0) - 1
+    slot = before + tl.arange(0, BLOCK_M)
+    here = same[:, None] & (rank[:, None] == slot[None, :])
+    return tl.sum(tl.where(here, pair[:, None], 0), axis=0), slot < tl.sum(same.to(tl.int32), axis=0)
+
+
 @triton.jit(do_not_specialize=["pairs"])
 def few_tokens_kernel(
     x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, ids_ptr, out_ptr,
@@ -169,24 +178,20 @@ def few_tokens_kernel(
     TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, FP8: tl.constexpr, PAIRS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LIMIT: tl.constexpr = None,
 ):  # fmt: skip
-    """No ordering beforehand: the first pair of each expert gathers the others (pairs <= PAIRS), the rest leave."""
+    """No ordering beforehand: every BLOCK_M-th pair of an expert gathers those up to the next (pairs <= PAIRS)."""
     first, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     expert = tl.load(ids_ptr + first)
     pair = tl.arange(0, PAIRS)
     same = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1) == expert
-    leads = tl.min(tl.where(same, pair, PAIRS), axis=0) == first
-    if (expert >= 0) & leads:
-        count = tl.sum(same.to(tl.int32), axis=0)
-        rank = tl.cumsum(same.to(tl.int32), axis=0) - 1
-        slot = tl.arange(0, BLOCK_M)
-        for start in range(0, count, BLOCK_M):
-            here = same[:, None] & (rank[:, None] == start + slot[None, :])
-            members = tl.sum(tl.where(here, pair[:, None], 0), axis=0)
-            expert_tile(
-                x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, members, start + slot < count, expert, tile,
-                width, k_dim, x_stride, x_scale_stride, x_scale_step, expert_stride, row_stride,
-                TOP_K, GATE_UP, EVEN_K, FP8, BLOCK_M, BLOCK_N, BLOCK_K, LIMIT,
-            )  # fmt: skip
+    before = tl.sum((same & (pair < first)).to(tl.int32), axis=0)
+    # A loop over the blocks of an expert would keep two programs from a multiprocessor: its registers.
+    if (expert >= 0) & (before % BLOCK_M == 0):
+        members, valid = block_members(pair, same, before, BLOCK_M)
+        expert_tile(
+            x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, members, valid, expert, tile,
+            width, k_dim, x_stride, x_scale_stride, x_scale_step, expert_stride, row_stride,
+            TOP_K, GATE_UP, EVEN_K, FP8, BLOCK_M, BLOCK_N, BLOCK_K, LIMIT,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["pairs", "max_blocks"], do_not_specialize_on_alignment=["num_blocks_ptr"])

@@ -43,7 +43,8 @@ def choose_tiles(arch: str, bits: int, num_tokens: int, top_k: int, num_experts:
     rows = table[str(bits)]
     # A table without a row for one token means that few_tokens is better for it (4-bit weights).
     if num_tokens == 1 and "one" in rows and top_k <= table["one_token_max_top_k"]:
-        return MoeTiles("one", 1, rows["one"]["gate_up"], rows["one"]["down"])
+        row = rows["one"]
+        return MoeTiles("one", row.get("BLOCK_M", 1), row["gate_up"], row["down"])
     if num_tokens <= table["few_tokens"] and pairs <= MAX_FEW_PAIRS:
         row = rows["few"]
         return MoeTiles("few", row["BLOCK_M"], row["gate_up"], row["down"])

@@ -15,6 +15,13 @@ BIAS = 127
 NAN_BYTE = 255
 # The largest scale byte with which every code is a float32.
 LARGEST_FLOAT32 = 252
+# Scale bytes at which placed codes become numbers by one product of bfloat16, 2^-62 of each: none overflows, none is
+# subnormal.
+NARROW = (64, 190)
+# Of the four codes in 16 placed bits: where the sign lies, and the lowest of the other three.
+PLACES = ((15, 6), (12, 3), (14, 0), (13, 9))
+# Rows and columns of a matrix whose placed codes lie together, and whose scales do.
+GRANULE = (64, 128)
 
 
 def quantize_mxfp4(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,3 +76,27 @@ def scales_of(scale: Tensor) -> Tensor:
 def dequantize_mxfp4(codes: Tensor, scale: Tensor) -> Tensor:
     """codes [..., K / 2], scale [..., K / 32], both uint8 -> [..., K] float32; inf past it (bytes 253 and 254)."""
     return unpack_eighths(codes, scale) * 8.0
+
+
+def place_codes(codes: Tensor) -> Tensor:
+    """The same codes where few instructions make bfloat16 of two of them at once, and tiles lie in one piece.
+
+    codes [R, K / 2] uint8, R and K whole GRANULEs -> the same. Of the eight 16 bits of a group, the i-th have its
+    numbers i, i + 8, i + 16 and i + 24 as PLACES says: after at most a shift and a product, the bits of a code are the
+    sign, the last two of the exponent and the first of the fraction of 2^-126 times its number (0.5 is subnormal).
+    """
+    numbers = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()
+    bits = torch.zeros(codes.shape[0], codes.shape[1] // 2, dtype=torch.int32, device=codes.device)
+    for code, (sign, low) in zip(numbers.unflatten(-1, (-1, 4, GROUP // 4)).unbind(-2), PLACES, strict=True):
+        bits |= ((code >> 3 << sign) | ((code & 7) << low)).flatten(-2)
+    return _granules(torch.stack((bits & 255, bits >> 8), dim=-1).to(torch.uint8).flatten(-2), GRANULE[1] // PACKED)
+
+
+def place_scales(scale: Tensor) -> Tensor:
+    """Scale bytes [R, K / 32] -> the same, as ``place_codes`` puts the codes."""
+    return _granules(scale, GRANULE[1] // GROUP)
+
+
+def _granules(rows: Tensor, width: int) -> Tensor:
+    """Bytes [R, B] such that those of GRANULE rows and ``width`` columns form one piece, row by row."""
+    return rows.unflatten(0, (-1, GRANULE[0])).unflatten(2, (-1, width)).transpose(1, 2).reshape(rows.shape)

@@ -22,6 +22,7 @@ class Mxfp4Method(WeightMethod):
 
     def __init__(self, known: WeightFormat) -> None:
         self.format = known
+        self._activation_dtype = torch.get_default_dtype()
         self.leaves = (*leaves_of(known), *OTHER_THAN_MXFP4)
 
     def create_weights(
@@ -85,5 +86,6 @@ class Mxfp4Method(WeightMethod):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         # AITER rounds rows to MXFP4, which is right only where the checkpoint was made for that.
-        if self.format.four_bit_rows and layer.swiglu_limit is None:
-            shuffle_experts_mxfp4(layer.w13_weight, layer.w13_weight_scale, layer.w2_weight, layer.w2_weight_scale)
+        rounds_rows = self.format.four_bit_rows and layer.swiglu_limit is None
+        stacks = layer.w13_weight, layer.w13_weight_scale, layer.w2_weight, layer.w2_weight_scale
+        shuffle_experts_mxfp4(*stacks, rounds_rows, self._activation_dtype)
