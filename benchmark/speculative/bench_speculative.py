@@ -52,7 +52,8 @@ class Accept:
         self.length = torch.ones(1)
 
     def set(self, length: float) -> None:
-        self.length.fill_(length)
+        with torch.inference_mode():  # as captured steps, which may have made it
+            self.length.fill_(length)
 
     def __call__(self, drawn: torch.Tensor, drafts: torch.Tensor) -> torch.Tensor:
         if self.length.device != drawn.device:  # before anything is captured

@@ -240,16 +240,21 @@ class TestLayers(CustomTestCase):
             FusedMoE(2, 128, 256, 1, quant_config=CHECKPOINT, prefix="model.layers.3.mlp.experts")
 
     def test_experts_take_the_rows_that_their_kernel_does(self):
-        w13, w2 = torch.zeros(2, 256, 128).to(FP8), torch.zeros(2, 128, 128).to(FP8)
+        w13, w2 = torch.zeros(2, 256, 256).to(FP8), torch.zeros(2, 256, 128).to(FP8)
         layer = SimpleNamespace(
             w13_weight=w13, w13_weight_scale_inv=None, w2_weight=w2, w2_weight_scale_inv=None, swiglu_limit=None
         )
-        plain = torch.randn(3, 128)
+        plain = torch.randn(3, 256)
         rows = QuantizedRows(*quantize_groups_torch(plain, FP8), plain.dtype, plain)
-        for arranged, wanted in ((False, (rows.q, rows.scale)), (True, (plain, None))):
-            w13.is_shuffled = arranged
+        by_columns = rows._replace(scale=rows.scale.t().contiguous().t())
+        for made, shuffled, wanted in (
+            (rows, False, (rows.q, rows.scale)),
+            (rows, True, (plain, None)),
+            (by_columns, False, (plain, None)),
+        ):
+            w13.is_shuffled = shuffled
             with mock.patch.object(fp8_layer, "fused_experts_fp8") as experts:
-                Fp8Method(False).apply_moe(layer, rows, None, None)
+                Fp8Method(False).apply_moe(layer, made, None, None)
             self.assertIs(experts.call_args.args[0], wanted[0])
             self.assertIs(experts.call_args.args[7], wanted[1])
 
