@@ -179,7 +179,7 @@ class TestFullQueue(FakeServerTestCase):
 
     def test_what_can_never_be_taken_is_400_with_both_numbers(self):
         for body, numbers in (
-            ({"text": ["a", "b"], "sampling_params": {"n": 2}}, ("4 answers", "3 at most")),
+            ({"text": ["a", "b"], "sampling_params": {"n": 2}}, ("4 answers", "at most 3")),
             ({"text": ["a", "b"], "sampling_params": {"max_new_tokens": 110}}, ("224 tokens", "at most 200 may wait")),
         ):
             reply = self.generate(**body)

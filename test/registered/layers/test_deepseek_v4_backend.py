@@ -145,7 +145,7 @@ class TestVerify(CustomTestCase):
         for drafts, most in ((False, 2), (True, 10)):
             harness = AttentionHarness(drafts=drafts)
             request = harness.new_request()
-            with self.assertRaisesRegex(UnplannedStepError, f"bear {most}; lower --speculative-num-steps"):
+            with self.assertRaisesRegex(UnplannedStepError, f"allow {most}; lower --speculative-num-steps"):
                 harness.step([(request, harness.random_tokens(most + 1))], StepKind("verify", most + 1))
             harness.step([(request, harness.random_tokens(most))], StepKind("verify", most))
 

@@ -233,13 +233,13 @@ class TestDraftChain(CustomTestCase):
         harness.backend = DeepseekV4HipRadixBackend(harness.context, windows_only=True)
         self.head = torch.randn(72, VOCAB, generator=torch.Generator().manual_seed(1))
         self.slots = {}
-        target = SimpleNamespace(sampler=self.sample, req_to_token_pool=harness.requests)
+        target = SimpleNamespace(sampler=SimpleNamespace(draft=self.best), req_to_token_pool=harness.requests)
         decode = DeepseekV4MultiStepBackend(harness.context, self.STEPS - 1)
         self.drafter = MtpDrafter(self.model, target, harness.backend, decode, SpecInfo(self.STEPS))
 
     @staticmethod
-    def sample(output, info, positions):
-        return output.next_token_logits.argmax(-1)
+    def best(logits, info, positions):
+        return logits.argmax(-1)
 
     def model(self, ids, positions, fb, hidden):
         self.slots.setdefault(fb.batch_size, []).append(fb.out_cache_loc)

@@ -35,7 +35,7 @@ class TestFormats(CustomTestCase):
     def test_matrices_of_one_product_have_one_format(self):
         config = QuantConfig(merged={"gate_up_proj": ("gate_proj", "up_proj")}, by_module=(("up_proj", OTHER),))
         with self.assertRaisesRegex(
-            ConfigError, "mlp.gate_proj in fp8 and mlp.up_proj in other, which are one product"
+            ConfigError, "mlp.gate_proj in fp8 and mlp.up_proj in other, which are multiplied as one matrix"
         ):
             config.format_of("mlp.gate_up_proj")
         self.assertEqual(config.format_of("mlp.up_proj"), OTHER)

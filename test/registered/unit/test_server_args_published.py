@@ -107,7 +107,7 @@ PUBLISHED = (
      "--host 0.0.0.0 --port 9000 --log-requests --mem-fraction-static 0.8 --max-running-requests 64 "
      "--kv-cache-dtype fp8_e4m3 --attention-backend aiter --speculative-algorithm EAGLE --speculative-num-steps 3 "
      "--speculative-eagle-topk 1 --speculative-num-draft-tokens 4",
-     ["SGLANG_AITER_FP8_PREFILL_ATTN='1' would change what is computed"]),
+     ["SGLANG_AITER_FP8_PREFILL_ATTN='1' would change results"]),
     ("DeepSeek-V3 in another format", "", "--model-path MODEL[v3-awq] --tp 8", [f"model: * (awq): {QUANTISED}"]),
     ("upstream pull request 11150, MORI",
      "SGLANG_USE_AITER=1 SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK=256",
