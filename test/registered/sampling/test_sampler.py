@@ -68,6 +68,12 @@ def filtered_by_loop(logits: list[float], p: SamplingParams) -> list[float]:
 class TestBounds(CustomTestCase):
     """At the ends of what a request may ask for, all that the sampler computes is still finite and still right."""
 
+    def test_drafts_are_edited_as_tokens_are(self) -> None:
+        sharp = SamplingParams(temperature=0.0, logit_bias={"2": 90.0})
+        info = info_of([sharp, SamplingParams(temperature=0.0)], 4)
+        logits = torch.tensor([[1.0, 30.0, -2.0, 0.5]] * 2)
+        self.assertEqual(Sampler().draft(logits, info, None).tolist(), [2, 1])
+
     def test_extremes_draw_what_they_must(self) -> None:
         logits = torch.tensor([[1.0, 30.0, -2.0, 0.5]])
         cases = [

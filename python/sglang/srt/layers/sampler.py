@@ -51,13 +51,10 @@ class Sampler(torch.nn.Module):
         greedy. With ``return_logprob`` the output's ``row_logprobs`` are natural-log probabilities under the model's
         own distribution (before penalties and temperature). Nothing here waits for the device.
         """
-        raw, edits = logits_output.next_token_logits, sampling_info.edits
-        host_edits = edits if isinstance(edits, HostEdits) else None
-        given = raw if host_edits is None else host_edits.apply(raw)
-        plain = sampling_info.is_all_greedy and edits is host_edits and sampling_info.vocab_mask is None
-        sampled, faults = _greedy(given) if plain else _draw(given, sampling_info, positions)
-        if host_edits is not None:
-            host_edits.judge(raw, faults)
+        raw = logits_output.next_token_logits
+        sampled, faults = _choose(raw, sampling_info, positions)
+        if isinstance(sampling_info.edits, HostEdits):
+            sampling_info.edits.judge(raw, faults)
         ids = sampled.clamp(0, raw.shape[-1] - 1)
         bad_ids = torch.where(sampled == ids, 0, int(RowFault.TOKEN_ID))
         logits_output.row_faults = torch.where(faults == 0, bad_ids, faults)
@@ -83,9 +80,11 @@ class Sampler(torch.nn.Module):
 def _choose(
     raw: torch.Tensor, info: SamplingBatchInfo, positions: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and faults of rows, [B] each."""
-    plain = info.is_all_greedy and info.edits is None and info.vocab_mask is None
-    return _greedy(raw) if plain else _draw(raw, info, positions)
+    """Ids and faults of rows, [B] each; a host's edits are applied, and what they hide is left to ``judge``."""
+    host_edits = info.edits if isinstance(info.edits, HostEdits) else None
+    given = raw if host_edits is None else host_edits.apply(raw)
+    plain = info.is_all_greedy and info.edits is host_edits and info.vocab_mask is None
+    return _greedy(given) if plain else _draw(given, info, positions)
 
 
 def _draw(
