@@ -24,8 +24,9 @@ from sglang.srt.platforms import current_platform
 
 # Experts whose counts one program of the ordering holds.
 MAX_TRITON_EXPERTS = 4096
-# Multiply-adds up to which a host computes every token at every expert sooner than it calls a product per expert.
-DENSE_PRODUCTS = 1 << 22
+# Multiply-adds, and weights, up to which a host computes every token at every expert sooner than it calls a product per
+# expert. More weights than a core's cache holds are read for nothing where few experts are chosen.
+DENSE_PRODUCTS, DENSE_WEIGHTS = 1 << 22, 1 << 19
 
 
 def fused_experts_torch(
@@ -41,7 +42,9 @@ def fused_experts_torch(
     num_tokens, hidden = x.shape
     top_k = topk_ids.shape[1]
     experts, intermediate = w13.shape[0], w2.shape[2]
-    if x.device.type == "cpu" and num_tokens * (w13.numel() + w2.numel()) <= DENSE_PRODUCTS and w13.is_contiguous():
+    weights = w13.numel() + w2.numel()
+    is_small = weights <= DENSE_WEIGHTS and num_tokens * weights <= DENSE_PRODUCTS
+    if x.device.type == "cpu" and is_small and w13.is_contiguous():
         return _few_small_products(x, w13, w2, topk_weights, topk_ids, limit)
     flat = topk_ids.reshape(-1).long()
     order = flat.argsort(stable=True)
