@@ -90,6 +90,10 @@ class TestInterpretedBodies(CustomTestCase):
         for splits in (1, 3, 8):
             found = launch_decode(q, keys[0], keys[1], *table, 0.3, RowShape.of(24, 24), Tile(16, 16, 4, 1), splits)
             close(found, wanted)
+        for rows, repeat in ((3, 1), (8, 1), (4, 2)):
+            wrong = torch.randn(rows, 6, 24, generator=generator)
+            with self.assertRaisesRegex(ValueError, f"{rows} queries are not {repeat} of each of 4 requests"):
+                launch_decode(wrong, keys[0], keys[1], *table, 0.3, RowShape.of(24, 24), repeat=repeat)
 
     def test_split_counts_agree_in_extend(self):
         generator = torch.Generator().manual_seed(0)

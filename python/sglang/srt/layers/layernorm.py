@@ -64,8 +64,8 @@ class RMSNorm(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor | None = None
     ) -> Rows | tuple[Rows | RoutedRows, torch.Tensor]:
         """x [..., D] -> normed; with a residual -> (norm(x + residual), x + residual)."""
-        for router in self._routers if residual is not None and are_few(x) else ():
-            return self._routed(x, residual, router)
+        if self._routers and residual is not None and are_few(x):
+            return self._routed(x, residual, *self._routers)
         if self._row_dtype is not None:
             normed, q, scale, total = rms_norm_quantized(x, residual, self.weight, self.eps, self._row_dtype)
             rows = QuantizedRows(q, scale, x.dtype, normed)

@@ -114,7 +114,8 @@ def launch_parts(
     [., splits, Hq, Dv] and their lse [., splits, Hq] float32, or of one split the result [., Hq, Dv] alone.
 
     They are those of its last tokens, and ``seq_lens`` the lengths that the last one sees. ``tile`` and ``splits`` are
-    for tuning and for tests of their invariance; None takes the tables' choice.
+    for tuning and for tests of their invariance; None takes the tables' choice. Raises ValueError for another number of
+    queries.
     """
     from sglang.kernels.ops.attention.decode_triton import decode_heads_kernel, decode_tokens_kernel
 
@@ -123,6 +124,8 @@ def launch_parts(
     group = heads // kv_heads
     if batch == 0:
         return torch.empty(num_rows, heads, shape.value, dtype=q.dtype, device=q.device), None
+    if num_rows != batch * repeat:
+        raise ValueError(f"{num_rows} queries are not {repeat} of each of {batch} requests: some would not be written")
     found, heads_are_rows = decode_tile(shape, group * repeat, q.dtype)
     tile = tile or found
     programs = kv_heads * cdiv(group * repeat, tile.rows)
