@@ -87,9 +87,9 @@ class Layers:
             block.experts.dispatcher, block.experts.recv_stats = dispatcher, dispatcher.recv_stats
             block.experts._full_buffer = variant.full_buffer
 
-    def run(self, x: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+    def run(self, x: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         for block in self.blocks:
-            x = block(x, fb)
+            x = block(x, forward_batch)
         return x
 
 
@@ -104,12 +104,12 @@ def step(tokens: int, device: torch.device) -> ForwardBatch:
     )  # fmt: skip
 
 
-def capture(layers: Layers, x: torch.Tensor, fb: ForwardBatch) -> torch.cuda.CUDAGraph:
-    layers.run(x, fb)
+def capture(layers: Layers, x: torch.Tensor, forward_batch: ForwardBatch) -> torch.cuda.CUDAGraph:
+    layers.run(x, forward_batch)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        layers.run(x, fb)
+        layers.run(x, forward_batch)
     graph.replay()
     return graph
 
@@ -144,13 +144,13 @@ def bench(rank: int, args: argparse.Namespace, port: int) -> None:
 
 def bench_size(layers: Layers, tokens: int, args: argparse.Namespace, device: torch.device) -> list[str]:
     x = torch.randn(tokens, 7168, device=device, generator=torch.Generator(device).manual_seed(tokens))
-    fb = step(tokens, device)
+    forward_batch = step(tokens, device)
     graphs: dict[Variant, Any] = {}
     traces = {}
     for variant in VARIANTS:
         if not (variant.full_buffer and args.no_full_buffer):
             layers.use(variant)
-            graphs[variant] = capture(layers, x, fb)
+            graphs[variant] = capture(layers, x, forward_batch)
             traces[variant] = [block.overlap.trace for block in layers.blocks]
     times: dict[Variant, list[float]] = {variant: [] for variant in graphs}
     for run in range(args.runs + 1):

@@ -85,17 +85,19 @@ class TruthLayer:
         self.index_queries = random_product(HIDDEN, INDEX_HEADS * INDEX_DIM)
         self.index_weights = random_product(HIDDEN, INDEX_HEADS)
 
-    def on_backend(self, x: torch.Tensor, backend: DeepseekV4HipRadixBackend, fb: ForwardBatch) -> torch.Tensor:
+    def on_backend(
+        self, x: torch.Tensor, backend: DeepseekV4HipRadixBackend, forward_batch: ForwardBatch
+    ) -> torch.Tensor:
         """What the backend makes of a step's hidden rows x [N, HIDDEN] -> [N, HEADS, DIM]."""
         entries = None
-        backend.store_rows(x @ self.rows, self, fb)
+        backend.store_rows(x @ self.rows, self, forward_batch)
         for compressor in (self.main, self.index):
             if compressor is not None:
-                backend.compress(x @ compressor.kv, x @ compressor.gate, compressor, fb)
+                backend.compress(x @ compressor.kv, x @ compressor.gate, compressor, forward_batch)
         if self.index is not None:
             queries = (x @ self.index_queries).view(-1, INDEX_HEADS, INDEX_DIM)
-            entries = backend.select_entries(queries, x @ self.index_weights, self, fb)
-        return backend.attend_compressed((x @ self.queries).view(-1, HEADS, DIM), self, fb, entries)
+            entries = backend.select_entries(queries, x @ self.index_weights, self, forward_batch)
+        return backend.attend_compressed((x @ self.queries).view(-1, HEADS, DIM), self, forward_batch, entries)
 
     def truth(self, x: torch.Tensor, positions: Sequence[int]) -> torch.Tensor:
         """The output [n, HEADS, DIM] float64 at ``positions`` of the sequence x [L, HIDDEN] float64."""
@@ -209,16 +211,18 @@ class AttentionHarness:
         self, chunks: Sequence[tuple[TruthRequest, Sequence[int]]], kind: StepKind | None = None
     ) -> list[list[torch.Tensor]]:
         """Run the next tokens of each request; by layer and request, outputs [tokens, HEADS, DIM]."""
-        fb = ForwardBatch.from_worker_batch(self.batch(chunks, kind), CPU, self.backend)
-        self.backend.init_forward_metadata(fb)
-        return self.run(fb, chunks)
+        forward_batch = ForwardBatch.from_worker_batch(self.batch(chunks, kind), CPU, self.backend)
+        self.backend.init_forward_metadata(forward_batch)
+        return self.run(forward_batch, chunks)
 
-    def run(self, fb: ForwardBatch, chunks: Sequence[tuple[TruthRequest, Sequence[int]]]) -> list[list[torch.Tensor]]:
+    def run(
+        self, forward_batch: ForwardBatch, chunks: Sequence[tuple[TruthRequest, Sequence[int]]]
+    ) -> list[list[torch.Tensor]]:
         """The layers of a planned step; then the requests have its tokens."""
         x = self.embedding[torch.tensor([token for _, tokens in chunks for token in tokens])]
         outputs = []
         for layer in self.layers:
-            out = layer.on_backend(x, self.backend, fb)
+            out = layer.on_backend(x, self.backend, forward_batch)
             outputs.append(list(out.split([len(tokens) for _, tokens in chunks])))
         for request, tokens in chunks:
             start = len(request.tokens)

@@ -26,31 +26,39 @@ class PlainCompressedBackend(CompressedBackend):
         self._kept: dict[tuple[str, int, int], Tensor] = {}
         self._compressors: dict[tuple[str, int], Compressor] = {}
 
-    def plan_decode(self, fb: ForwardBatch) -> list[Part]:
-        return [(row, i, 1, fb.seq_lens_cpu[i] - 1) for i, row in enumerate(fb.req_pool_indices.tolist())]
+    def plan_decode(self, forward_batch: ForwardBatch) -> list[Part]:
+        return [
+            (row, i, 1, forward_batch.seq_lens_cpu[i] - 1)
+            for i, row in enumerate(forward_batch.req_pool_indices.tolist())
+        ]
 
-    def plan_extend(self, fb: ForwardBatch) -> list[Part]:
-        assert fb.extend_start_loc_cpu is not None and fb.extend_seq_lens_cpu is not None
-        lengths = zip(fb.req_pool_indices.tolist(), fb.extend_start_loc_cpu, fb.extend_seq_lens_cpu, fb.seq_lens_cpu)
+    def plan_extend(self, forward_batch: ForwardBatch) -> list[Part]:
+        assert forward_batch.extend_start_loc_cpu is not None and forward_batch.extend_seq_lens_cpu is not None
+        lengths = zip(
+            forward_batch.req_pool_indices.tolist(),
+            forward_batch.extend_start_loc_cpu,
+            forward_batch.extend_seq_lens_cpu,
+            forward_batch.seq_lens_cpu,
+        )
         return [(row, start, count, total - count) for row, start, count, total in lengths]
 
-    def _parts(self, fb: ForwardBatch) -> Iterator[Part]:
-        plan = fb.attn_plan.attention
+    def _parts(self, forward_batch: ForwardBatch) -> Iterator[Part]:
+        plan = forward_batch.attn_plan.attention
         yield from plan if isinstance(plan, list) else ()
 
-    def _keep(self, what: str, layer_id: int, fb: ForwardBatch, rows: Tensor) -> None:
-        for row, start, count, first in self._parts(fb):
+    def _keep(self, what: str, layer_id: int, forward_batch: ForwardBatch, rows: Tensor) -> None:
+        for row, start, count, first in self._parts(forward_batch):
             if (what, layer_id, row) not in self._kept:
                 self._kept[what, layer_id, row] = rows.new_full((self.max_tokens, rows.shape[1]), float("nan"))
             self._kept[what, layer_id, row][first : first + count] = rows[start : start + count]
 
-    def store_rows(self, rows: Tensor, layer: CompressedLayer, fb: ForwardBatch) -> None:
-        self._keep("rows", layer.layer_id, fb, rows)
+    def store_rows(self, rows: Tensor, layer: CompressedLayer, forward_batch: ForwardBatch) -> None:
+        self._keep("rows", layer.layer_id, forward_batch, rows)
 
-    def compress(self, kv: Tensor, gate: Tensor, compressor: Compressor, fb: ForwardBatch) -> None:
+    def compress(self, kv: Tensor, gate: Tensor, compressor: Compressor, forward_batch: ForwardBatch) -> None:
         self._compressors[compressor.pool, compressor.layer_id] = compressor
-        self._keep(f"{compressor.pool}.kv", compressor.layer_id, fb, kv)
-        self._keep(f"{compressor.pool}.gate", compressor.layer_id, fb, gate)
+        self._keep(f"{compressor.pool}.kv", compressor.layer_id, forward_batch, kv)
+        self._keep(f"{compressor.pool}.gate", compressor.layer_id, forward_batch, gate)
 
     def _entries(self, pool: str, layer_id: int, row: int, count: int) -> Tensor:
         """The first ``count`` entries [count, width] of a request."""
@@ -68,9 +76,9 @@ class PlainCompressedBackend(CompressedBackend):
         starts = torch.arange(count) * c.ratio
         return rotary_tail_torch(pooled.unsqueeze(1), starts, c.rotary_emb.cos_sin_cache).squeeze(1)
 
-    def select_entries(self, q: Tensor, weights: Tensor, layer: CompressedLayer, fb: ForwardBatch) -> Tensor:
+    def select_entries(self, q: Tensor, weights: Tensor, layer: CompressedLayer, forward_batch: ForwardBatch) -> Tensor:
         chosen = torch.full((q.shape[0], self.top_k), -1, dtype=torch.int32)
-        for row, start, count, first in self._parts(fb):
+        for row, start, count, first in self._parts(forward_batch):
             keys = self._entries("c4_index", layer.layer_id, row, (first + count) // layer.ratio)
             for i in range(start, start + count):
                 seen = (first + i - start + 1) // layer.ratio
@@ -80,10 +88,10 @@ class PlainCompressedBackend(CompressedBackend):
         return chosen
 
     def attend_compressed(
-        self, q: Tensor, layer: CompressedLayer, fb: ForwardBatch, entries: Tensor | None = None
+        self, q: Tensor, layer: CompressedLayer, forward_batch: ForwardBatch, entries: Tensor | None = None
     ) -> Tensor:
         out = torch.zeros_like(q)
-        for row, start, count, first in self._parts(fb):
+        for row, start, count, first in self._parts(forward_batch):
             rows = self._kept["rows", layer.layer_id, row].float()
             closed = (first + count) // layer.ratio if layer.ratio else 0
             pooled = self._entries(f"c{layer.ratio}", layer.layer_id, row, closed) if closed else rows[:0]

@@ -41,7 +41,7 @@ class RuleDrafter(Drafter):
         drafts = []
         counts = accepted.num_new.tolist()
         for row, sampled, count in zip(step.req_rows.tolist(), accepted.sampled.tolist(), counts, strict=True):
-            if step.fb.kind is not None:
+            if step.forward_batch.kind is not None:
                 self.num_by_length[count] += 1
             req = self._owners[row]
             known = [*req.origin_input_ids, *req.output_ids, *sampled[:count]]

@@ -160,9 +160,14 @@ def check_metadata() -> None:
     states, layers = build(2, 2, **MORI)
     states[0].world.meeting.abort()  # type: ignore[attr-defined]  # nobody will come
     step = MODEL.step([4, 3])
-    for fb in (None, MODEL.step([5, 3]).batch_of(0), MODEL.step([4]).batch_of(0), MODEL.step([4, 3, 1]).batch_of(0)):
+    for forward_batch in (
+        None,
+        MODEL.step([5, 3]).batch_of(0),
+        MODEL.step([4]).batch_of(0),
+        MODEL.step([4, 3, 1]).batch_of(0),
+    ):
         with CASE.assertRaisesRegex(RuntimeError, "the step's metadata says"):
-            layers[0](step.x[0], step.topk[0], fb)
+            layers[0](step.x[0], step.topk[0], forward_batch)
 
 
 def check_full_buffer_and_recv_stats() -> None:

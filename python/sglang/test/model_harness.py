@@ -36,7 +36,7 @@ from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 class EveryRow(nn.Module):
     """Stands in for the logits processor: logits of all rows, not only of each request's last."""
 
-    def forward(self, hidden: torch.Tensor, lm_head: nn.Module, fb: ForwardBatch) -> LogitsProcessorOutput:
+    def forward(self, hidden: torch.Tensor, lm_head: nn.Module, forward_batch: ForwardBatch) -> LogitsProcessorOutput:
         return LogitsProcessorOutput(lm_head(hidden), hidden_states=hidden)
 
 
@@ -184,10 +184,10 @@ class ModelHarness:
         """One forward step of ``batch``."""
         self.model.logits_processor = EveryRow() if every_row else self._processor
         with torch.inference_mode():
-            fb = ForwardBatch.from_worker_batch(batch, torch.device("cpu"), self.backend)
-            self.backend.init_forward_metadata(fb)
-            self.plan = fb.attn_plan
-            out: LogitsProcessorOutput = self.model(fb.input_ids, fb.positions, fb)
+            forward_batch = ForwardBatch.from_worker_batch(batch, torch.device("cpu"), self.backend)
+            self.backend.init_forward_metadata(forward_batch)
+            self.plan = forward_batch.attn_plan
+            out: LogitsProcessorOutput = self.model(forward_batch.input_ids, forward_batch.positions, forward_batch)
         return out
 
     def _last_slots(self, requests: Sequence[HarnessRequest]) -> list[int]:

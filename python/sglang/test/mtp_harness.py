@@ -76,8 +76,8 @@ class MtpHarness(ModelHarness):
 
     def _run_draft(self, batch: ModelWorkerBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         with torch.inference_mode():
-            fb = ForwardBatch.from_worker_batch(batch, torch.device("cpu"), self.backend)
-            self.backend.init_forward_metadata(fb)
-            out = self.draft(fb.input_ids, fb.positions, fb, hidden)
+            forward_batch = ForwardBatch.from_worker_batch(batch, torch.device("cpu"), self.backend)
+            self.backend.init_forward_metadata(forward_batch)
+            out = self.draft(forward_batch.input_ids, forward_batch.positions, forward_batch, hidden)
         assert out.hidden_states is not None
         return out.next_token_logits.log_softmax(-1), out.hidden_states

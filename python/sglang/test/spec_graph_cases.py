@@ -112,7 +112,11 @@ class VerifyCases(SpecGraphs):
 
         def watched(step: StepForward, *args: Any) -> torch.Tensor:
             drafts = propose(step, *args)
-            unread = [False] * len(drafts) if step.fb.successors is None else (step.fb.successors >= 0).tolist()
+            unread = (
+                [False] * len(drafts)
+                if step.forward_batch.successors is None
+                else (step.forward_batch.successors >= 0).tolist()
+            )
             found.append([row for row, skipped in zip(drafts.tolist(), unread, strict=True) if not skipped])
             return drafts
 

@@ -227,7 +227,7 @@ class TestBackendOnGpu(CustomTestCase):
             k, v = torch.randn(2, sum(lengths), 2 * 128, generator=generator)
             outs = []
             for backend, device in ((ours, DEVICE), (theirs, "cpu")):
-                fb = ForwardBatch.from_worker_batch(batch, torch.device(device), backend)
+                forward_batch = ForwardBatch.from_worker_batch(batch, torch.device(device), backend)
                 inputs = [tensor.to(device) for tensor in (q, k, v)]
                 strict = device != "cpu" and step in (2, 4)
                 # On the host the references answer, as they do where there is no GPU.
@@ -235,8 +235,8 @@ class TestBackendOnGpu(CustomTestCase):
                 torch.cuda.set_sync_debug_mode("error" if strict else "default")
                 try:
                     with host, fresh_decisions():
-                        backend.init_forward_metadata(fb)
-                        outs.append(backend.forward(*inputs, self.LAYER, fb))
+                        backend.init_forward_metadata(forward_batch)
+                        outs.append(backend.forward(*inputs, self.LAYER, forward_batch))
                         for name, record in REGISTRY.records.items():
                             self.assertFalse(record.disabled, name)
                 finally:

@@ -51,9 +51,9 @@ class PlantedBackend(TorchNativeGqaBackend):
 
     planned = 0
 
-    def init_forward_metadata(self, fb):
+    def init_forward_metadata(self, forward_batch):
         PlantedBackend.planned += 1
-        super().init_forward_metadata(fb)
+        super().init_forward_metadata(forward_batch)
 '''
 
 
@@ -81,9 +81,9 @@ class TestPlans(BackendCase):
             for kind, backend in self.backends(harness).items():
                 with self.subTest(model=name, backend=kind):
                     batch = ModelWorkerBatch.uniform(StepKind("verify", 3), [0], [3], torch.arange(1, 4), [1])
-                    fb = ForwardBatch.from_worker_batch(batch, CPU, backend)
+                    forward_batch = ForwardBatch.from_worker_batch(batch, CPU, backend)
                     with self.assertRaisesRegex(UnplannedStepError, "no plan for a verify step of 3 rows per request"):
-                        backend.init_forward_metadata(fb)
+                        backend.init_forward_metadata(forward_batch)
 
     def test_rows_of_a_step_of_several_per_request_see_what_a_prompt_row_sees(self):
         for name in set(MODELS) - set(HYBRID_MODELS):
@@ -106,12 +106,12 @@ class TestPlans(BackendCase):
         found = []
         for shared_from, tables in ((201, 9), (200, 3)):
             batch = ModelWorkerBatch.uniform(kind, [0, 1, 2], lengths, torch.arange(9))
-            fb = ForwardBatch.from_worker_batch(batch, CPU, backend)
+            forward_batch = ForwardBatch.from_worker_batch(batch, CPU, backend)
             with patch.object(torch_native_backend, "_SHARED_LENGTH", shared_from):
-                backend.init_forward_metadata(fb)
-            groups = fb.attn_plan.attention.groups
+                backend.init_forward_metadata(forward_batch)
+            groups = forward_batch.attn_plan.attention.groups
             self.assertEqual([len(groups), sum(len(group.slot_table) for group in groups)], [2, tables])
-            found.append(backend.attend(q, layer, fb))
+            found.append(backend.attend(q, layer, forward_batch))
         torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
 
     def check_wide_step(self, name, kind, width):
@@ -145,15 +145,17 @@ class TestPlans(BackendCase):
                 request = harness.new_request()
                 batch = ModelWorkerBatch.decode([request.row], [1], torch.ones(1, dtype=torch.int64), [1])
                 batch = replace(batch, input_ids=torch.ones(1, dtype=torch.int64))
-                fb = ForwardBatch.from_worker_batch(batch, CPU, backend)
+                forward_batch = ForwardBatch.from_worker_batch(batch, CPU, backend)
                 idle = ForwardBatch.from_worker_batch(ModelWorkerBatch.idle(), CPU, backend)
                 backend.init_forward_metadata(idle)
                 states = getattr(backend, "linear_attn_backend", None)
                 for plan in (StepPlan(), idle.attn_plan):
-                    fb.attn_plan = StepPlan(plan.attention, states.plan_states(fb) if states else None)
+                    forward_batch.attn_plan = StepPlan(
+                        plan.attention, states.plan_states(forward_batch) if states else None
+                    )
                     with self.subTest(model=name, backend=kind, plan=plan), torch.inference_mode():
                         with self.assertRaisesRegex(TypeError, "1 rows to attend"):
-                            harness.model(fb.input_ids, fb.positions, fb)
+                            harness.model(forward_batch.input_ids, forward_batch.positions, forward_batch)
 
     def test_two_steps_are_in_flight_on_one_backend(self):
         for name in MODELS:
@@ -178,31 +180,33 @@ class TestPlans(BackendCase):
                         ends = [start + len(tokens)]
                         batch = ModelWorkerBatch.extend([request.row], [start], ends, ids, slots, states)
                     steps.append(ForwardBatch.from_worker_batch(batch, CPU, backend))
-                wanted = [self.run_step(harness, fb, plan_first=True) for fb in steps]
-                for fb in steps:
-                    backend.init_forward_metadata(fb)
-                found = [self.run_step(harness, fb, plan_first=False) for fb in steps]
+                wanted = [self.run_step(harness, forward_batch, plan_first=True) for forward_batch in steps]
+                for forward_batch in steps:
+                    backend.init_forward_metadata(forward_batch)
+                found = [self.run_step(harness, forward_batch, plan_first=False) for forward_batch in steps]
                 with self.subTest(model=name, backend=kind):
                     for ours, theirs in zip(found, wanted, strict=True):
                         self.assertTrue(torch.equal(ours, theirs))
 
     @torch.inference_mode()
-    def run_step(self, harness, fb, plan_first):
+    def run_step(self, harness, forward_batch, plan_first):
         """The logits of a step; recurrent states are as before afterwards."""
         buffers = harness.pools.buffers(STATE)
         before = [buffer.clone() for buffer in buffers]
         if plan_first:
-            fb.attn_backend.init_forward_metadata(fb)
-        logits = harness.model(fb.input_ids, fb.positions, fb).next_token_logits.clone()
+            forward_batch.attn_backend.init_forward_metadata(forward_batch)
+        logits = harness.model(
+            forward_batch.input_ids, forward_batch.positions, forward_batch
+        ).next_token_logits.clone()
         for buffer, old in zip(buffers, before, strict=True):
             buffer.copy_(old)
         return logits
 
     def test_a_layer_refuses_a_backend_of_another_family(self):
         harness = self.harness("q35")
-        fb = ForwardBatch.from_worker_batch(ModelWorkerBatch.idle(), CPU, harness.backend)
+        forward_batch = ForwardBatch.from_worker_batch(ModelWorkerBatch.idle(), CPU, harness.backend)
         with self.assertRaisesRegex(TypeError, "needs a MlaBackend, and the step has HybridLinearAttnBackend"):
-            backend_of(fb, MlaBackend)
+            backend_of(forward_batch, MlaBackend)
 
 
 class TestDeclarations(BackendCase):

@@ -135,9 +135,9 @@ class TestVerify(CustomTestCase):
         for _ in range(4):
             widths = [harness.random.choice((1, 2, 4)) for _ in requests]
             chunks = [(request, harness.random_tokens(n)) for request, n in zip(requests, widths)]
-            fb = ForwardBatch.from_worker_batch(harness.batch(chunks, None), CPU, harness.backend)
-            harness.backend.init_forward_metadata_target_verify(fb, torch.tensor(widths), 4)
-            harness.check(chunks, harness.run(fb, chunks))
+            forward_batch = ForwardBatch.from_worker_batch(harness.batch(chunks, None), CPU, harness.backend)
+            harness.backend.init_forward_metadata_target_verify(forward_batch, torch.tensor(widths), 4)
+            harness.check(chunks, harness.run(forward_batch, chunks))
             for (request, _), width in zip(chunks, widths):
                 request.tokens = request.tokens[: len(request.tokens) - harness.random.randrange(width)]
 
@@ -175,19 +175,19 @@ class TestBackend(CustomTestCase):
         request = harness.new_request()
         for new in (130, 1):
             chunks = [(request, harness.random_tokens(new))]
-            fb = ForwardBatch.from_worker_batch(harness.batch(chunks, None), CPU, harness.backend)
-            harness.backend.init_forward_metadata(fb)
-            self.assertEqual(fb.attn_plan.attention.entries, {})
-            harness.check(chunks, harness.run(fb, chunks))
+            forward_batch = ForwardBatch.from_worker_batch(harness.batch(chunks, None), CPU, harness.backend)
+            harness.backend.init_forward_metadata(forward_batch)
+            self.assertEqual(forward_batch.attn_plan.attention.entries, {})
+            harness.check(chunks, harness.run(forward_batch, chunks))
 
     def test_a_step_without_rows(self):
         harness = AttentionHarness()
-        fb = ForwardBatch.from_worker_batch(ModelWorkerBatch.idle(), CPU, harness.backend)
-        harness.backend.init_forward_metadata(fb)
+        forward_batch = ForwardBatch.from_worker_batch(ModelWorkerBatch.idle(), CPU, harness.backend)
+        harness.backend.init_forward_metadata(forward_batch)
         for layer in harness.layers:
-            self.assertEqual(layer.on_backend(torch.empty(0, 20), harness.backend, fb).shape, (0, 3, 24))
+            self.assertEqual(layer.on_backend(torch.empty(0, 20), harness.backend, forward_batch).shape, (0, 3, 24))
             with self.assertRaisesRegex(TypeError, "2 rows to attend, and the step was planned as NoRows"):
-                harness.backend.attend_compressed(torch.empty(2, 3, 24), layer, fb)
+                harness.backend.attend_compressed(torch.empty(2, 3, 24), layer, forward_batch)
 
 
 if __name__ == "__main__":

@@ -77,9 +77,9 @@ class Captured:
         harness, width = self.harness, self.kind.rows_per_request
 
         def as_captured(batch, bucket):
-            fb = self.graphs.fill(batch, bucket)
-            fb.seq_lens_cpu = HostList(fb.seq_lens_cpu)
-            return self.forward(fb).first(batch.batch_size * width).tensors()
+            forward_batch = self.graphs.fill(batch, bucket)
+            forward_batch.seq_lens_cpu = HostList(forward_batch.seq_lens_cpu)
+            return self.forward(forward_batch).first(batch.batch_size * width).tensors()
 
         def replay(batch, bucket):
             return self.graphs.replay(batch, bucket)[1].tensors()
@@ -98,21 +98,21 @@ class Captured:
         """The step as it is run without graphs, padded."""
         width = self.kind.rows_per_request
         self.graphs.buffers.fill(batch, bucket)
-        fb = self.graphs.buffers.view(bucket, self.harness.backend, False, batch)
+        forward_batch = self.graphs.buffers.view(bucket, self.harness.backend, False, batch)
         if width == 1:
-            self.harness.backend.init_forward_metadata(fb)
-        return self.forward(fb).first(batch.batch_size * width).tensors()
+            self.harness.backend.init_forward_metadata(forward_batch)
+        return self.forward(forward_batch).first(batch.batch_size * width).tensors()
 
-    def forward(self, fb):
-        harness, rows, width = self.harness, fb.req_pool_indices, self.kind.rows_per_request
-        fb, first = copy.copy(fb), fb.positions.view(-1, width)[:, 0]
-        harness.requests.write_step(rows, first, fb.out_cache_loc.view(-1, width))
-        fb.input_ids = torch.cat([self.last[rows].unsqueeze(1), self.relay.drafts[rows]], dim=1).flatten()
+    def forward(self, forward_batch):
+        harness, rows, width = self.harness, forward_batch.req_pool_indices, self.kind.rows_per_request
+        forward_batch, first = copy.copy(forward_batch), forward_batch.positions.view(-1, width)[:, 0]
+        harness.requests.write_step(rows, first, forward_batch.out_cache_loc.view(-1, width))
+        forward_batch.input_ids = torch.cat([self.last[rows].unsqueeze(1), self.relay.drafts[rows]], dim=1).flatten()
         if width > 1:
-            place_rows(fb, self.relay.committed[rows], harness.requests)
-            harness.backend.init_forward_metadata(fb)
-        x = harness.embedding.index_select(0, fb.input_ids)
-        outputs = [layer.on_backend(x, harness.backend, fb).flatten(1) for layer in harness.layers]
+            place_rows(forward_batch, self.relay.committed[rows], harness.requests)
+            harness.backend.init_forward_metadata(forward_batch)
+        x = harness.embedding.index_select(0, forward_batch.input_ids)
+        outputs = [layer.on_backend(x, harness.backend, forward_batch).flatten(1) for layer in harness.layers]
         return LogitsProcessorOutput(torch.cat(outputs, dim=1))
 
     @torch.inference_mode()
@@ -167,9 +167,9 @@ class TestCapturedSteps(CustomTestCase):
                 {"PlanInGraph" if in_graph else "CompressedPlan"},
             )
 
-            def keep(backend, fb, num_rows, used=used, real=real):
-                used[fb.batch_size] = real(backend, fb, num_rows)
-                return used[fb.batch_size]
+            def keep(backend, forward_batch, num_rows, used=used, real=real):
+                used[forward_batch.batch_size] = real(backend, forward_batch, num_rows)
+                return used[forward_batch.batch_size]
 
             # Captured once more, with the plan of each bucket kept.
             with (
@@ -197,9 +197,9 @@ class TestCapturedSteps(CustomTestCase):
         captured = Captured(DECODE, in_graph=False)
         replay = DeepseekV4HipRadixBackend.init_forward_metadata_replay
 
-        def forget(backend, fb):
+        def forget(backend, forward_batch):
             with mock.patch.object(CompressedPlan, "tensors", lambda plan: iter(())):
-                replay(backend, fb)
+                replay(backend, forward_batch)
 
         with mock.patch.object(DeepseekV4HipRadixBackend, "init_forward_metadata_replay", forget):
             self.assertEqual(sorted(captured.capture(captured.planned_anew)), BUCKETS)
@@ -241,11 +241,13 @@ class TestDraftChain(CustomTestCase):
     def best(logits, info, positions):
         return logits.argmax(-1)
 
-    def model(self, ids, positions, fb, hidden):
-        self.slots.setdefault(fb.batch_size, []).append(fb.out_cache_loc)
-        self.assertTrue(fb.attn_plan.attention.store_slots.is_contiguous(), "kernels read slots one behind the other")
+    def model(self, ids, positions, forward_batch, hidden):
+        self.slots.setdefault(forward_batch.batch_size, []).append(forward_batch.out_cache_loc)
+        self.assertTrue(
+            forward_batch.attn_plan.attention.store_slots.is_contiguous(), "kernels read slots one behind the other"
+        )
         x = self.harness.embedding.index_select(0, ids)
-        out = self.harness.layers[0].on_backend(x, fb.attn_backend, fb).flatten(1)
+        out = self.harness.layers[0].on_backend(x, forward_batch.attn_backend, forward_batch).flatten(1)
         return LogitsProcessorOutput(out @ self.head, hidden_states=out)
 
     def begin(self, size):
@@ -312,9 +314,9 @@ class TestDraftChain(CustomTestCase):
         with self.assertRaisesRegex(ValueError, "4 requests of 3 draft steps have 6 slots"):
             per_step_draft_out_cache_loc(slots, 4, 3)
         batch = ModelWorkerBatch.uniform(StepKind("draft chain", 2), [0], [2], slots[:2])
-        fb = ForwardBatch.from_worker_batch(batch, CPU, None)
+        forward_batch = ForwardBatch.from_worker_batch(batch, CPU, None)
         with self.assertRaisesRegex(ValueError, "3 draft steps, and 2 rows per request"):
-            self.drafter.decode_backend.init_forward_metadata(fb)
+            self.drafter.decode_backend.init_forward_metadata(forward_batch)
 
 
 class TestServed(CustomTestCase):

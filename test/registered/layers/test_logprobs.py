@@ -55,7 +55,7 @@ class Step:
         self.processor, self.sampler = LogitsProcessor(VOCAB), Sampler()
         ids = torch.zeros(total, dtype=torch.int64)
         batch = ModelWorkerBatch.extend([0, 1, 2], [0, 0, 0], list(CHUNKS), ids, ids, logprobs=ASKED)
-        self.fb = ForwardBatch.from_worker_batch(batch, self.device, None)
+        self.forward_batch = ForwardBatch.from_worker_batch(batch, self.device, None)
         row = SamplingRow(SamplingParams(temperature=0.0), 0, (), ())
         self.info = SamplingBatchInfo.from_rows([row] * 3, VOCAB, self.device)
 
@@ -63,7 +63,7 @@ class Step:
         return rows @ self.weight.T
 
     def run(self) -> tuple[torch.Tensor, LogitsProcessorOutput]:
-        output = self.processor(self.hidden, self.head, self.fb)
+        output = self.processor(self.hidden, self.head, self.forward_batch)
         counts, chosen = [e.top_k if e else 0 for e in ASKED], [e.token_ids if e else () for e in ASKED]
         return self.sampler(output, self.info, True, counts, chosen), output
 

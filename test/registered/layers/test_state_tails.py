@@ -78,18 +78,18 @@ class Server:
         lengths = [len(tokens) for tokens in new]
         slots = torch.tensor([sequence.slot for sequence in sequences])
         starts = torch.tensor([0, *lengths]).cumsum(0).tolist()
-        fb = ForwardBatch(
+        forward_batch = ForwardBatch(
             forward_mode=ForwardMode.EXTEND if kind is None else ForwardMode.TARGET_VERIFY,
             batch_size=len(sequences), input_ids=None, positions=slots, req_pool_indices=slots, seq_lens=slots,
             seq_lens_cpu=lengths, out_cache_loc=slots, attn_backend=None, num_token_non_padded=slots,
             num_token_non_padded_cpu=sum(lengths), kind=kind, state_slot_ids=slots, extend_seq_lens_cpu=lengths,
             extend_start_loc_cpu=starts[:-1],
         )  # fmt: skip
-        fb.attn_plan = StepPlan(None, self.backend.plan_states(fb))
+        forward_batch.attn_plan = StepPlan(None, self.backend.plan_states(forward_batch))
         ids = [token for tokens in new for token in tokens]
         for layer_id, layer in self.layers.items():
             qkv, z, b, a = (table[ids] for table in self.tables[layer_id])
-            found = self.backend.forward_gdn(qkv, z.flatten(1), b, a, layer, fb)
+            found = self.backend.forward_gdn(qkv, z.flatten(1), b, a, layer, forward_batch)
             for sequence, tokens, rows in zip(sequences, new, found.split(lengths), strict=True):
                 if sequence.slot == 0:
                     continue

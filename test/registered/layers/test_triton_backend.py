@@ -104,7 +104,9 @@ class TestAgainstTorchNative(CustomTestCase):
         backend.use_mha = always
         plans = []
         plan_expanded = backend._plan_expanded
-        backend._plan_expanded = lambda fb, members: plans.append(plan_expanded(fb, members)) or plans[-1]
+        backend._plan_expanded = lambda forward_batch, members: (
+            plans.append(plan_expanded(forward_batch, members)) or plans[-1]
+        )
         for limit, parts in ((50, 5), (1, 60)):
             backend.max_expanded_rows = limit
             self.assert_same(steps(harness, backend), wanted)

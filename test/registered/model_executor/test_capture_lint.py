@@ -149,10 +149,10 @@ class TestDecodeSteps(CustomTestCase):
             harness.extend([(request, list(range(5, 9 + i))) for i, request in enumerate(requests)])
             forward = harness.model.forward
 
-            def linted(ids, positions, fb, forward=forward):
-                fb.seq_lens_cpu = HostList(fb.seq_lens_cpu)
+            def linted(ids, positions, forward_batch, forward=forward):
+                forward_batch.seq_lens_cpu = HostList(forward_batch.seq_lens_cpu)
                 with capture_lint(CPU):
-                    return forward(ids, positions, fb)
+                    return forward(ids, positions, forward_batch)
 
             with self.subTest(name), mock.patch.object(harness.model, "forward", linted):
                 harness.decode([(request, 7) for request in requests])
@@ -160,20 +160,22 @@ class TestDecodeSteps(CustomTestCase):
     def test_an_offence_in_a_model_refuses_the_bucket(self):
         calls = []
 
-        def forward(fb):
-            calls.append(fb.batch_size)
-            if fb.batch_size == 4:
-                fb.seq_lens.max().item()
-            if fb.batch_size == 8:
-                sum(fb.seq_lens_cpu)
-            return LogitsProcessorOutput(fb.positions.unsqueeze(1).float())
+        def forward(forward_batch):
+            calls.append(forward_batch.batch_size)
+            if forward_batch.batch_size == 4:
+                forward_batch.seq_lens.max().item()
+            if forward_batch.batch_size == 8:
+                sum(forward_batch.seq_lens_cpu)
+            return LogitsProcessorOutput(forward_batch.positions.unsqueeze(1).float())
 
         backend = mock.MagicMock()
         graphs = StepGraphs(DECODE, forward, backend, [1, 2, 4, 8], 16, CPU, padding_row=0, has_state=False)
         with self.assertLogs("sglang.srt.model_executor.bucket_graphs", "WARNING"), torch.inference_mode():
             graphs.capture(lambda: SimpleNamespace(capture=lambda body: body()), lambda bucket: None)
         self.assertEqual(sorted(graphs.refused), [4, 8])
-        self.assertRegex(graphs.refused[4], r"_local_scalar_dense.*test_capture_lint\.py:\d+ in forward: fb\.seq_lens")
+        self.assertRegex(
+            graphs.refused[4], r"_local_scalar_dense.*test_capture_lint\.py:\d+ in forward: forward_batch\.seq_lens"
+        )
         self.assertRegex(graphs.refused[8], r"host-side list.*test_capture_lint\.py")
         self.assertEqual([graphs.bucket_of(size) for size in (1, 2, 3, 5)], [1, 2, None, None])
         self.assertEqual(calls.count(2), 3)

@@ -62,15 +62,15 @@ def hook(backend: Any) -> None:
     """Give the CPU backend the hooks that capture needs; each step is planned anew, the captured one too."""
     captured: dict[int, ForwardBatch] = {}
 
-    def init_forward_metadata_capture(fb: ForwardBatch) -> None:
-        fb.seq_lens_cpu = fb.seq_lens.tolist()
-        backend.init_forward_metadata(fb)
-        captured[fb.batch_size] = fb
+    def init_forward_metadata_capture(forward_batch: ForwardBatch) -> None:
+        forward_batch.seq_lens_cpu = forward_batch.seq_lens.tolist()
+        backend.init_forward_metadata(forward_batch)
+        captured[forward_batch.batch_size] = forward_batch
 
-    def init_forward_metadata_replay(fb: ForwardBatch) -> None:
-        assert fb.seq_lens_cpu == fb.seq_lens.tolist()
-        backend.init_forward_metadata(fb)
-        captured[fb.batch_size].attn_plan = fb.attn_plan
+    def init_forward_metadata_replay(forward_batch: ForwardBatch) -> None:
+        assert forward_batch.seq_lens_cpu == forward_batch.seq_lens.tolist()
+        backend.init_forward_metadata(forward_batch)
+        captured[forward_batch.batch_size].attn_plan = forward_batch.attn_plan
 
     backend.init_cuda_graph_state = lambda max_bs, max_context_len: None
     backend.init_forward_metadata_capture = init_forward_metadata_capture
@@ -272,12 +272,14 @@ class TestKindsOfStep(CustomTestCase):
         batch = ModelWorkerBatch.uniform(self.VERIFY, [5, 2], [8, 3], torch.arange(10, 16), [1, 4])
         self.assertEqual(batch.positions.tolist(), [5, 6, 7, 0, 1, 2])
         buffers.fill(batch, 3)
-        fb = buffers.view(3, mock.Mock(), True, batch)
-        self.assertEqual(fb.positions.tolist(), [5, 6, 7, 0, 1, 2, 0, 1, 2])
-        self.assertEqual(fb.out_cache_loc.tolist(), [10, 11, 12, 13, 14, 15, 0, 0, 0])
-        self.assertEqual((fb.req_pool_indices.tolist(), fb.state_slot_ids.tolist()), ([5, 2, 9], [1, 4, 0]))
-        self.assertEqual((fb.seq_lens.tolist(), fb.seq_lens_cpu), ([8, 3, 3], [8, 3, 3]))
-        self.assertEqual((int(fb.num_token_non_padded), fb.num_token_non_padded_cpu), (6, 6))
+        forward_batch = buffers.view(3, mock.Mock(), True, batch)
+        self.assertEqual(forward_batch.positions.tolist(), [5, 6, 7, 0, 1, 2, 0, 1, 2])
+        self.assertEqual(forward_batch.out_cache_loc.tolist(), [10, 11, 12, 13, 14, 15, 0, 0, 0])
+        self.assertEqual(
+            (forward_batch.req_pool_indices.tolist(), forward_batch.state_slot_ids.tolist()), ([5, 2, 9], [1, 4, 0])
+        )
+        self.assertEqual((forward_batch.seq_lens.tolist(), forward_batch.seq_lens_cpu), ([8, 3, 3], [8, 3, 3]))
+        self.assertEqual((int(forward_batch.num_token_non_padded), forward_batch.num_token_non_padded_cpu), (6, 6))
 
     def test_the_proof_compares_every_row_and_every_output(self) -> None:
         """A step that writes its cache rows and reads those before them, with hidden rows next to the logits."""
@@ -285,10 +287,10 @@ class TestKindsOfStep(CustomTestCase):
         (pool,) = pools.buffers()
         requests, last = ReqToTokenPool(8, 200), torch.zeros(9, dtype=torch.int64)
 
-        def forward(fb: ForwardBatch) -> LogitsProcessorOutput:
-            pool[0, fb.out_cache_loc] = fb.positions.float().unsqueeze(1) * factors
-            rows = fb.req_pool_indices.repeat_interleave(3)
-            hidden = pool[0, fb.out_cache_loc] + pool[0, requests.req_to_token[rows, 0].long()]
+        def forward(forward_batch: ForwardBatch) -> LogitsProcessorOutput:
+            pool[0, forward_batch.out_cache_loc] = forward_batch.positions.float().unsqueeze(1) * factors
+            rows = forward_batch.req_pool_indices.repeat_interleave(3)
+            hidden = pool[0, forward_batch.out_cache_loc] + pool[0, requests.req_to_token[rows, 0].long()]
             return LogitsProcessorOutput(hidden * 3, hidden_states=hidden)
 
         def check(spoilt: int | None) -> dict[int, str]:
@@ -322,12 +324,14 @@ class TestAttentionGroups(CustomTestCase):
         buffers.packed.fill_(77)
         batch = agree([(3, 3, 4, 0, 1, 0), (0, 0, 0, 0, 0, 0)], 1).idle_batch()
         buffers.fill(batch, 4)
-        fb = buffers.view(4, None, True, batch)
-        self.assertEqual((int(fb.num_token_non_padded), fb.num_token_non_padded_cpu), (0, 0))
-        self.assertEqual((fb.req_pool_indices.tolist(), fb.out_cache_loc.tolist()), ([9] * 4, [0] * 4))
-        self.assertEqual((fb.seq_lens.tolist(), fb.seq_lens_cpu), ([1] * 4, [1] * 4))
-        self.assertEqual((fb.global_num_tokens_cpu, fb.global_num_rows_cpu), ([3, 0], [4, 4]))
-        self.assertTrue(fb.forward_mode.is_decode())
+        forward_batch = buffers.view(4, None, True, batch)
+        self.assertEqual((int(forward_batch.num_token_non_padded), forward_batch.num_token_non_padded_cpu), (0, 0))
+        self.assertEqual(
+            (forward_batch.req_pool_indices.tolist(), forward_batch.out_cache_loc.tolist()), ([9] * 4, [0] * 4)
+        )
+        self.assertEqual((forward_batch.seq_lens.tolist(), forward_batch.seq_lens_cpu), ([1] * 4, [1] * 4))
+        self.assertEqual((forward_batch.global_num_tokens_cpu, forward_batch.global_num_rows_cpu), ([3, 0], [4, 4]))
+        self.assertTrue(forward_batch.forward_mode.is_decode())
 
 
 class TestRanks(CustomTestCase):
@@ -337,9 +341,9 @@ class TestRanks(CustomTestCase):
         """Each rank's graphs of 1, 2 and 4 rows; ``fails``: buckets whose capture raises on rank 1."""
         ranks = thread_ranks(2)
 
-        def forward(rank: int, fb: ForwardBatch) -> LogitsProcessorOutput:
-            offends(rank, fb)
-            rows = fb.positions.unsqueeze(1).float()
+        def forward(rank: int, forward_batch: ForwardBatch) -> LogitsProcessorOutput:
+            offends(rank, forward_batch)
+            rows = forward_batch.positions.unsqueeze(1).float()
             return LogitsProcessorOutput(ranks[rank].all_reduce(rows))
 
         def capture(rank: int) -> StepGraphs:
@@ -371,23 +375,23 @@ class TestRanks(CustomTestCase):
             self.assertEqual([graphs.bucket_of(rows) is None for rows in (1, 2, 4)], [bucket == b for b in (1, 2, 4)])
 
     def test_a_step_that_one_rank_cannot_capture_is_refused_by_both(self) -> None:
-        def reads_device(rank: int, fb: ForwardBatch) -> None:
-            if rank == 1 and fb.batch_size == 4:
-                fb.seq_lens.max().item()
+        def reads_device(rank: int, forward_batch: ForwardBatch) -> None:
+            if rank == 1 and forward_batch.batch_size == 4:
+                forward_batch.seq_lens.max().item()
 
-        def reads_host(rank: int, fb: ForwardBatch) -> None:
-            if rank == 1 and fb.batch_size == 1:
-                sum(fb.seq_lens_cpu)
+        def reads_host(rank: int, forward_batch: ForwardBatch) -> None:
+            if rank == 1 and forward_batch.batch_size == 1:
+                sum(forward_batch.seq_lens_cpu)
 
         self.check_refused(self.capture(reads_device), 4, "_local_scalar_dense")
         self.check_refused(self.capture(reads_host), 1, "host-side list")
 
     def test_a_capture_that_one_rank_refuses_is_refused_by_both(self) -> None:
-        self.check_refused(self.capture(lambda rank, fb: None, fails=(2,)), 2, "planted")
+        self.check_refused(self.capture(lambda rank, forward_batch: None, fails=(2,)), 2, "planted")
 
     def test_a_capture_that_breaks_is_told_to_the_others_before_it_raises(self) -> None:
-        def leave(rank: int, fb: ForwardBatch) -> None:
-            if rank == 0 and fb.batch_size == 2:
+        def leave(rank: int, forward_batch: ForwardBatch) -> None:
+            if rank == 0 and forward_batch.batch_size == 2:
                 raise InterruptedError("rank 1 has gone")
 
         with self.assertRaises((MemoryError, InterruptedError)):
@@ -395,7 +399,7 @@ class TestRanks(CustomTestCase):
         self.assertIn("batch size 4 is refused: rank 1 refuses it: MemoryError: planted", self.said)
 
     def test_a_proof_that_fails_on_one_rank_is_refused_by_both(self) -> None:
-        found = self.capture(lambda rank, fb: None)
+        found = self.capture(lambda rank, forward_batch: None)
         kept = run_ranks(lambda rank: found[rank].agree(2, "logits differ" if rank else ""), range(2))
         self.assertEqual(kept, [False, False])
         self.check_refused(found, 2, "logits differ")

@@ -86,9 +86,9 @@ class TestDrafts(CustomTestCase):
                 worker, runner, seen = engine.worker, engine.runner, set()
                 draft = worker.speculator.drafter.model.forward
 
-                def watched(ids, positions, fb, hidden, draft=draft, seen=seen):
-                    seen.add((fb.forward_mode, fb.batch_size, len(ids)))
-                    return draft(ids, positions, fb, hidden)
+                def watched(ids, positions, forward_batch, hidden, draft=draft, seen=seen):
+                    seen.add((forward_batch.forward_mode, forward_batch.batch_size, len(ids)))
+                    return draft(ids, positions, forward_batch, hidden)
 
                 engine.submit("before", [5, 6, 7, 8], params)
                 wanted = engine.run()["before"].output_ids

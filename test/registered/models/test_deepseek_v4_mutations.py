@@ -142,10 +142,10 @@ class TestDeepseekV4Mutations(CustomTestCase):
         backend = self.harness.backend
         plan_extend = backend.plan_extend
 
-        def late(fb):
-            plan = plan_extend(fb)
+        def late(forward_batch):
+            plan = plan_extend(forward_batch)
             entries = {
-                ratio: replace(entry, visible=(fb.positions // ratio).to(entry.visible.dtype))
+                ratio: replace(entry, visible=(forward_batch.positions // ratio).to(entry.visible.dtype))
                 for ratio, entry in plan.entries.items()
             }
             return replace(plan, entries=entries)

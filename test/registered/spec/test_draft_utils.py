@@ -133,9 +133,9 @@ class TestEagerSteps(CustomTestCase):
             drafter = harness.worker.speculator.drafter
             lengths = []
 
-            def plan(fb, decode_plan=drafter.decode_backend.init_forward_metadata, lengths=lengths):
-                lengths.append((list(fb.seq_lens_cpu), fb.seq_lens.tolist()))
-                decode_plan(fb)
+            def plan(forward_batch, decode_plan=drafter.decode_backend.init_forward_metadata, lengths=lengths):
+                lengths.append((list(forward_batch.seq_lens_cpu), forward_batch.seq_lens.tolist()))
+                decode_plan(forward_batch)
 
             drafter.decode_backend.init_forward_metadata = plan
             drafter.extend_backend.init_forward_metadata = self.fail

@@ -132,9 +132,9 @@ class TestRefusal(OverFakes):
         wanted = self.tokens(self.engine(0, disable_cuda_graph=True))
         plan = TritonMlaBackend.plan_decode
 
-        def reads_the_host(backend: TritonMlaBackend, fb: ForwardBatch) -> object:
-            _ = len(fb.seq_lens_cpu) if fb.kind == DRAFT else None
-            return plan(backend, fb)
+        def reads_the_host(backend: TritonMlaBackend, forward_batch: ForwardBatch) -> object:
+            _ = len(forward_batch.seq_lens_cpu) if forward_batch.kind == DRAFT else None
+            return plan(backend, forward_batch)
 
         with mock.patch.object(TritonMlaBackend, "plan_decode", reads_the_host):
             engine = self.engine(3, cuda_graph_bs=[4])

@@ -139,15 +139,17 @@ class TestIdentity(CustomTestCase):
             owners[req.req_pool_idx] = req
 
         def watched_batch(*args):
-            fb = draft_batch(*args)
-            for row, slot in zip(fb.req_pool_indices.tolist(), fb.out_cache_loc.tolist(), strict=True):
+            forward_batch = draft_batch(*args)
+            for row, slot in zip(
+                forward_batch.req_pool_indices.tolist(), forward_batch.out_cache_loc.tolist(), strict=True
+            ):
                 places[slot == 0] += 1
                 if row == memory.req_pool.padding_row:
                     self.assertEqual(slot, 0)
                     continue
                 mine = memory.req_pool.read(row, 0, owners[row].kv_allocated_len).tolist()
                 self.assertIn(slot, mine)
-            return fb
+            return forward_batch
 
         memory.admit, drafter._draft_batch = watched_admit, watched_batch
         self.serve(harness)

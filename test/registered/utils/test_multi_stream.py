@@ -394,9 +394,9 @@ class TestModelSites(StreamCase):
         harness.extend([(request, [5, 7, 11])])
         kind = DeepseekV4HipRadixBackend
         step = lambda: harness.decode([(request, 3)])  # noqa: E731
-        with mock.patch.object(kind, "plan_decode", lambda self, fb: PlanInGraph()):
+        with mock.patch.object(kind, "plan_decode", lambda self, forward_batch: PlanInGraph()):
             self.assertEqual(self.platform.observe(step).races, [])
-            with mock.patch.object(kind, "complete_plan", lambda self, fb: None):
+            with mock.patch.object(kind, "complete_plan", lambda self, forward_batch: None):
                 self.assertNotEqual(self.platform.observe(step).races, [])
 
     def test_experts_that_wrote_in_place_would_be_found(self):

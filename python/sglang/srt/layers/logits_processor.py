@@ -73,14 +73,16 @@ class LogitsProcessor(nn.Module):
         self.vocab_size = vocab_size
 
     def forward(
-        self, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor], fb: ForwardBatch
+        self, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor], forward_batch: ForwardBatch
     ) -> LogitsProcessorOutput:
         """hidden [N, H] after the final norm, lm_head [n, H] -> [n, V] float32; returns logits of the wanted rows."""
-        wanted = hidden if fb.logits_rows is None else hidden.index_select(0, fb.logits_rows)
-        out = LogitsProcessorOutput(lm_head(wanted), hidden_states=hidden if fb.wants_hidden else None)
-        starts = fb.extend_start_loc_cpu
-        if starts is not None and any(entry is not None and entry.input_start is not None for entry in fb.logprobs):
-            self._score_prompts(out, hidden, lm_head, fb, starts)
+        wanted = hidden if forward_batch.logits_rows is None else hidden.index_select(0, forward_batch.logits_rows)
+        out = LogitsProcessorOutput(lm_head(wanted), hidden_states=hidden if forward_batch.wants_hidden else None)
+        starts = forward_batch.extend_start_loc_cpu
+        if starts is not None and any(
+            entry is not None and entry.input_start is not None for entry in forward_batch.logprobs
+        ):
+            self._score_prompts(out, hidden, lm_head, forward_batch, starts)
         return out
 
     def _score_prompts(
@@ -88,13 +90,13 @@ class LogitsProcessor(nn.Module):
         out: LogitsProcessorOutput,
         hidden: torch.Tensor,
         lm_head: Callable[[torch.Tensor], torch.Tensor],
-        fb: ForwardBatch,
+        forward_batch: ForwardBatch,
         starts: list[int],
     ) -> None:
-        assert fb.prompt_targets is not None
-        targets, chosen = fb.prompt_targets, fb.prompt_chosen
+        assert forward_batch.prompt_targets is not None
+        targets, chosen = forward_batch.prompt_targets, forward_batch.prompt_chosen
         block = max(1, _BLOCK_LOGITS // self.vocab_size)
-        for index, (start, wanted) in enumerate(zip(starts, fb.logprobs, strict=True)):
+        for index, (start, wanted) in enumerate(zip(starts, forward_batch.logprobs, strict=True)):
             if wanted is None or wanted.input_start is None:
                 continue
             first, num_rows = start + wanted.input_start, len(wanted.input_target_ids)

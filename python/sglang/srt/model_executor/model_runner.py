@@ -34,7 +34,7 @@ class StepForward:
     """
 
     output: LogitsProcessorOutput
-    fb: ForwardBatch
+    forward_batch: ForwardBatch
     batch: ModelWorkerBatch
     # Bucket of the replayed graph; None for an eager step.
     bucket: int | None = None
@@ -47,14 +47,14 @@ class StepForward:
     @property
     def req_rows(self) -> torch.Tensor:
         """Request rows of the batch, [B]."""
-        return self.fb.req_pool_indices[: self.batch_size]
+        return self.forward_batch.req_pool_indices[: self.batch_size]
 
     @property
     def drawn_positions(self) -> torch.Tensor:
         """The position in its sequence of the token that is sampled from each row of logits, [rows]."""
-        if self.fb.kind is None:
-            return self.fb.seq_lens
-        return self.fb.positions[: self.batch_size * self.fb.kind.rows_per_request] + 1
+        if self.forward_batch.kind is None:
+            return self.forward_batch.seq_lens
+        return self.forward_batch.positions[: self.batch_size * self.forward_batch.kind.rows_per_request] + 1
 
 
 def describe_draft(target: torch.nn.Module, draft: torch.nn.Module) -> dict[str, Any]:
@@ -79,16 +79,16 @@ class LoadedModel:
     draft: torch.nn.Module | None = None
 
 
-def place_rows(fb: ForwardBatch, starts: torch.Tensor, table: ReqToTokenPool) -> None:
+def place_rows(forward_batch: ForwardBatch, starts: torch.Tensor, table: ReqToTokenPool) -> None:
     """Place the rows of a step with several rows per request after the committed tokens ``starts`` [B] int64.
 
-    Replaces positions, lengths and slots of ``fb``, which were the host's bounds.
+    Replaces positions, lengths and slots of ``forward_batch``, which were the host's bounds.
     """
-    assert fb.kind is not None
-    rows, width = fb.req_pool_indices, fb.kind.rows_per_request
+    assert forward_batch.kind is not None
+    rows, width = forward_batch.req_pool_indices, forward_batch.kind.rows_per_request
     positions = starts.unsqueeze(1) + torch.arange(width, device=starts.device)
-    fb.positions, fb.seq_lens = positions.flatten(), positions[:, -1] + 1
-    fb.out_cache_loc = table.req_to_token[rows.unsqueeze(1), positions].flatten().to(torch.int64)
+    forward_batch.positions, forward_batch.seq_lens = positions.flatten(), positions[:, -1] + 1
+    forward_batch.out_cache_loc = table.req_to_token[rows.unsqueeze(1), positions].flatten().to(torch.int64)
 
 
 class ModelRunner:
@@ -129,15 +129,15 @@ class ModelRunner:
             if bucket is not None:
                 return self._replay(batch, bucket)
         # A backend may plan from the request table, so the table is completed first.
-        fb = self._complete(ForwardBatch.from_worker_batch(batch, self.device, self.attn_backend))
-        self.attn_backend.init_forward_metadata(fb)
-        return StepForward(self._run_model(fb), fb, batch)
+        forward_batch = self._complete(ForwardBatch.from_worker_batch(batch, self.device, self.attn_backend))
+        self.attn_backend.init_forward_metadata(forward_batch)
+        return StepForward(self._run_model(forward_batch), forward_batch, batch)
 
     def _replay(self, batch: ModelWorkerBatch, bucket: int) -> StepForward:
         assert self.decode_graphs is not None
-        fb, output = self.decode_graphs.replay(batch, bucket)
+        forward_batch, output = self.decode_graphs.replay(batch, bucket)
         assert isinstance(output, LogitsProcessorOutput)
-        return StepForward(output, fb, batch, bucket)
+        return StepForward(output, forward_batch, batch, bucket)
 
     def graph_bucket(self, batch_size: int) -> int | None:
         """The decode graph for so many requests, the same on every rank; None when they run eagerly."""
@@ -163,39 +163,43 @@ class ModelRunner:
         self.decode_graphs = None
         self.draft_graphs.clear()
 
-    def run_planned(self, fb: ForwardBatch) -> LogitsProcessorOutput:
+    def run_planned(self, forward_batch: ForwardBatch) -> LogitsProcessorOutput:
         """The part of a step that a graph captures; its attention metadata is in place.
 
-        A step that reads its lengths on the device is planned here, and writes them to the tensors of ``fb``.
+        A step that reads its lengths on the device is planned here; it writes them to ``forward_batch``'s tensors.
         """
-        completed = self._complete(fb)
-        if fb.kind is not None and fb.kind.rows_per_request > 1:
+        completed = self._complete(forward_batch)
+        if forward_batch.kind is not None and forward_batch.kind.rows_per_request > 1:
             self.attn_backend.init_forward_metadata(completed)
             for name in ("positions", "seq_lens", "out_cache_loc"):
-                getattr(fb, name).copy_(getattr(completed, name))
+                getattr(forward_batch, name).copy_(getattr(completed, name))
         return self._run_model(completed)
 
-    def _run_model(self, fb: ForwardBatch) -> LogitsProcessorOutput:
-        fb.wants_hidden = self.relay is not None
-        output: LogitsProcessorOutput = self.model(fb.input_ids, fb.positions, fb)
+    def _run_model(self, forward_batch: ForwardBatch) -> LogitsProcessorOutput:
+        forward_batch.wants_hidden = self.relay is not None
+        output: LogitsProcessorOutput = self.model(forward_batch.input_ids, forward_batch.positions, forward_batch)
         return output
 
-    def _complete(self, fb: ForwardBatch) -> ForwardBatch:
-        """``fb`` with the ids that are on the device; writes the slots of these tokens to the request table."""
-        if fb.input_ids is not None:
-            return fb
-        assert fb.kind is not None, "only a step of one number of tokens per request finds its ids on the device"
-        rows, width = fb.req_pool_indices, fb.kind.rows_per_request
+    def _complete(self, forward_batch: ForwardBatch) -> ForwardBatch:
+        """Add the ids that are on the device; writes the cache locations of these tokens to the request table."""
+        if forward_batch.input_ids is not None:
+            return forward_batch
+        assert forward_batch.kind is not None, (
+            "only a step of one number of tokens per request finds its ids on the device"
+        )
+        rows, width = forward_batch.req_pool_indices, forward_batch.kind.rows_per_request
         ids = self.last_token.index_select(0, rows)
-        completed = copy.copy(fb)
+        completed = copy.copy(forward_batch)
         if width == 1:
-            self.req_to_token_pool.write_step(rows, fb.positions, fb.out_cache_loc)
+            self.req_to_token_pool.write_step(rows, forward_batch.positions, forward_batch.out_cache_loc)
             completed.input_ids = ids
             return completed
-        assert self.relay is not None, f"a {fb.kind.name} step needs lengths and drafts on the device"
+        assert self.relay is not None, f"a {forward_batch.kind.name} step needs lengths and drafts on the device"
         # The first position for which the host gave slots: the last one that it knows to be committed.
-        first = fb.positions.view(-1, width)[:, 0]
-        slots = fb.out_cache_loc.view(-1, width) if fb.table_loc is None else fb.table_loc
+        first = forward_batch.positions.view(-1, width)[:, 0]
+        slots = (
+            forward_batch.out_cache_loc.view(-1, width) if forward_batch.table_loc is None else forward_batch.table_loc
+        )
         self.req_to_token_pool.write_step(rows, first, slots)
         place_rows(completed, self.relay.committed.index_select(0, rows), self.req_to_token_pool)
         completed.input_ids = torch.cat([ids.unsqueeze(1), self.relay.drafts.index_select(0, rows)], dim=1).flatten()

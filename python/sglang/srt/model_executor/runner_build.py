@@ -153,20 +153,24 @@ def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
     width = graphs.kind.rows_per_request
 
     def eager(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
-        fb = graphs.fill(batch, bucket)
+        forward_batch = graphs.fill(batch, bucket)
         # Planned like the captured step, which has no host lengths, so that sums are split in the same way.
-        fb.seq_lens_cpu = HostList(fb.seq_lens_cpu)
-        output = runner.run_planned(fb).first(batch.batch_size * width)
-        return (*output.tensors(), *left_by(fb, batch.batch_size))
+        forward_batch.seq_lens_cpu = HostList(forward_batch.seq_lens_cpu)
+        output = runner.run_planned(forward_batch).first(batch.batch_size * width)
+        return (*output.tensors(), *left_by(forward_batch, batch.batch_size))
 
     def replay(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
-        fb, output = graphs.replay(batch, bucket)
-        return (*output.tensors(), *left_by(fb, batch.batch_size))
+        forward_batch, output = graphs.replay(batch, bucket)
+        return (*output.tensors(), *left_by(forward_batch, batch.batch_size))
 
-    def left_by(fb: ForwardBatch, size: int) -> tuple[torch.Tensor, ...]:
+    def left_by(forward_batch: ForwardBatch, size: int) -> tuple[torch.Tensor, ...]:
         """The rows of the step, from which drafts and the next step's lengths follow."""
         rows = size * width
-        return fb.seq_lens[:size].clone(), fb.positions[:rows].clone(), fb.out_cache_loc[:rows].clone()
+        return (
+            forward_batch.seq_lens[:size].clone(),
+            forward_batch.positions[:rows].clone(),
+            forward_batch.out_cache_loc[:rows].clone(),
+        )
 
     GraphCheck(
         graphs,

@@ -155,7 +155,7 @@ class StepOutput(GraphOutput, Protocol):
 
 
 class StepGraphs(BucketGraphs[StepOutput]):
-    """The steps of one kind of one model. ``forward(fb)`` runs such a step eagerly.
+    """The steps of one kind of one model. ``forward(forward_batch)`` runs such a step eagerly.
 
     A step of one row per request is planned outside its graph, by the three hooks of ``backend``; one of several rows
     finds its lengths on the device, and is planned in ``forward``.
@@ -190,24 +190,24 @@ class StepGraphs(BucketGraphs[StepOutput]):
         self.capture_all(self._body, create_graph, progress)
 
     def _body(self, bucket: int) -> Callable[[], StepOutput]:
-        fb = self.buffers.view(bucket, self._backend, self._has_state, None)
+        forward_batch = self.buffers.view(bucket, self._backend, self._has_state, None)
         if self._planned_outside:
-            self._backend.init_forward_metadata_capture(fb)
-        fb.seq_lens_cpu = HostList(fb.seq_lens_cpu)
-        return lambda: self._forward(fb)
+            self._backend.init_forward_metadata_capture(forward_batch)
+        forward_batch.seq_lens_cpu = HostList(forward_batch.seq_lens_cpu)
+        return lambda: self._forward(forward_batch)
 
     def fill(self, batch: ModelWorkerBatch, bucket: int) -> ForwardBatch:
         """Write ``batch``, which may be empty, and its padding; the step over it."""
         self.buffers.fill(batch, bucket)
-        fb = self.buffers.view(bucket, self._backend, self._has_state, batch)
+        forward_batch = self.buffers.view(bucket, self._backend, self._has_state, batch)
         if self._planned_outside:
-            self._backend.init_forward_metadata_replay(fb)
-        return fb
+            self._backend.init_forward_metadata_replay(forward_batch)
+        return forward_batch
 
     def replay(self, batch: ModelWorkerBatch, bucket: int) -> tuple[ForwardBatch, StepOutput]:
         """Run ``batch``, which may be empty, through the graph of ``bucket``.
 
         Returns the step, padding included, and its output for the batch's own rows, valid until the next replay.
         """
-        fb = self.fill(batch, bucket)
-        return fb, self.run(bucket).first(batch.batch_size * self.kind.rows_per_request)
+        forward_batch = self.fill(batch, bucket)
+        return forward_batch, self.run(bucket).first(batch.batch_size * self.kind.rows_per_request)

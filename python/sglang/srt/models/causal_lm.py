@@ -32,11 +32,11 @@ class DecoderLayer(nn.Module, ABC):
         self.post_attention_layernorm = norm(text.hidden_size, text.rms_norm_eps)
 
     @abstractmethod
-    def mix(self, positions: torch.Tensor, hidden: Any, fb: ForwardBatch) -> torch.Tensor:
+    def mix(self, positions: torch.Tensor, hidden: Any, forward_batch: ForwardBatch) -> torch.Tensor:
         """The layer's own mixer of tokens. positions [N], hidden [N, H] as its norm gives it -> [N, H]."""
 
     def forward(
-        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, fb: ForwardBatch
+        self, positions: torch.Tensor, hidden: torch.Tensor, residual: torch.Tensor | None, forward_batch: ForwardBatch
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [N, H] is what the layer before added, residual [N, H] the sum before it (None at the first layer)."""
         if residual is None:
@@ -44,9 +44,9 @@ class DecoderLayer(nn.Module, ABC):
             hidden = self.input_layernorm(hidden)
         else:
             hidden, residual = self.input_layernorm(hidden, residual)
-        hidden = self.mix(positions, hidden, fb)
+        hidden = self.mix(positions, hidden, forward_batch)
         hidden, residual = self.post_attention_layernorm(hidden, residual)
-        return self.mlp(hidden, fb) if self.is_moe else self.mlp(hidden), residual
+        return self.mlp(hidden, forward_batch) if self.is_moe else self.mlp(hidden), residual
 
 
 class Backbone(nn.Module):
@@ -58,11 +58,11 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(layers)
         self.norm = norm(text.hidden_size, text.rms_norm_eps)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """input_ids [N], positions [N] -> [N, H]."""
         hidden, residual = self.embed_tokens(input_ids), None
         for layer in self.layers:
-            hidden, residual = layer(positions, hidden, residual, fb)
+            hidden, residual = layer(positions, hidden, residual, forward_batch)
         return self.norm(hidden, residual)[0]
 
 
@@ -83,9 +83,11 @@ class CausalLM(CheckpointModel):
         slots = [layer.mlp.num_fused_shared_experts for layer in backbone.layers if layer.is_moe]
         self.num_fused_shared_experts = slots[0] if slots else 0
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> LogitsProcessorOutput:
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
+    ) -> LogitsProcessorOutput:
         """input_ids [N], positions [N] -> logits of each request's last row."""
-        return self.logits_processor(self.model(input_ids, positions, fb), self.lm_head, fb)
+        return self.logits_processor(self.model(input_ids, positions, forward_batch), self.lm_head, forward_batch)
 
     def checkpoint_name(self, name: str) -> str | None:
         """Layers past the last one (a draft head, or what an override cut off) and a tied head are not taken."""

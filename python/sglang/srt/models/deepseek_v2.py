@@ -51,8 +51,8 @@ class DeepseekV2DecoderLayer(DecoderLayer):
         if isinstance(self.mlp, DeepseekV2MoE):
             self.post_attention_layernorm.route_for(self.mlp)
 
-    def mix(self, positions: torch.Tensor, hidden: Rows, fb: ForwardBatch) -> torch.Tensor:
-        return self.self_attn(hidden, positions, fb)
+    def mix(self, positions: torch.Tensor, hidden: Rows, forward_batch: ForwardBatch) -> torch.Tensor:
+        return self.self_attn(hidden, positions, forward_batch)
 
 
 def make_rotary_embedding(config: ModelConfig) -> RotaryEmbedding:

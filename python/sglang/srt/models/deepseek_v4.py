@@ -123,13 +123,13 @@ class DeepseekV4DecoderLayer(nn.Module):
         self.mlp = DeepseekV4MoE(config, hashed, quant_config, f"{prefix}.mlp", overlap)
 
     def forward(
-        self, positions: torch.Tensor, x: HyperStreams, input_ids: torch.Tensor, fb: ForwardBatch
+        self, positions: torch.Tensor, x: HyperStreams, input_ids: torch.Tensor, forward_batch: ForwardBatch
     ) -> HyperStreams:
         """positions [N], input_ids [N]; the way out of the experts is left to what follows."""
         row, streams, post, comb = self.hc_attn(x, self.input_layernorm)
-        x = HyperStreams(streams, (self.self_attn(row, positions, fb), post, comb))
+        x = HyperStreams(streams, (self.self_attn(row, positions, forward_batch), post, comb))
         row, streams, post, comb = self.hc_ffn(x, self.post_attention_layernorm)
-        return HyperStreams(streams, (self.mlp(row, input_ids, fb), post, comb))
+        return HyperStreams(streams, (self.mlp(row, input_ids, forward_batch), post, comb))
 
 
 class DeepseekV4Model(Backbone):
@@ -159,16 +159,16 @@ class DeepseekV4Model(Backbone):
         self.hc_mult = text.hc_mult
         self.hc_head = HyperHead(text)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """input_ids [N], positions [N] -> [N, H]."""
-        return self.final_rows(self.streams(input_ids, positions, fb))
+        return self.final_rows(self.streams(input_ids, positions, forward_batch))
 
-    def streams(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+    def streams(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """What the last layer leaves: [N, n, D]."""
-        backend_of(fb, CompressedBackend).complete_plan(fb)
+        backend_of(forward_batch, CompressedBackend).complete_plan(forward_batch)
         x = HyperStreams(self.embed_tokens(input_ids).unsqueeze(1).expand(-1, self.hc_mult, -1))
         for layer in self.layers:
-            x = layer(positions, x, input_ids, fb)
+            x = layer(positions, x, input_ids, forward_batch)
         return x.joined()
 
     def final_rows(self, streams: torch.Tensor) -> torch.Tensor:
@@ -195,11 +195,13 @@ class DeepseekV4ForCausalLM(CausalLM):
         side_stream = streams.side_stream(COMPRESSION, SHARED_EXPERTS)
         super().__init__(config.text, DeepseekV4Model(config, side_stream, streams), side_stream)
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> LogitsProcessorOutput:
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch
+    ) -> LogitsProcessorOutput:
         """As the base class; ``hidden_states`` are all streams, [N, n * D], from which the MTP layer drafts."""
         assert isinstance(self.model, DeepseekV4Model)
-        streams = self.model.streams(input_ids, positions, fb)
-        out: LogitsProcessorOutput = self.logits_processor(self.model.final_rows(streams), self.lm_head, fb)
+        streams = self.model.streams(input_ids, positions, forward_batch)
+        out: LogitsProcessorOutput = self.logits_processor(self.model.final_rows(streams), self.lm_head, forward_batch)
         if out.hidden_states is not None:
             out.hidden_states = streams.flatten(1)
         return out

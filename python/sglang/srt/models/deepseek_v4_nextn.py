@@ -65,7 +65,7 @@ class DeepseekV4ForCausalLMNextN(DraftModel):
         )
 
     def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch, hidden: torch.Tensor
+        self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch, hidden: torch.Tensor
     ) -> LogitsProcessorOutput:
         """input_ids [N], positions [N], hidden [N, n * D] -> logits of the wanted rows, and streams [N, n * D]."""
         embed_tokens, lm_head = self._shared
@@ -73,8 +73,8 @@ class DeepseekV4ForCausalLMNextN(DraftModel):
         embedded = m.e_proj(m.enorm(embed_tokens(input_ids)))
         streams = m.h_proj(m.hnorm(hidden.unflatten(1, (self.hc_mult, -1)))) + embedded.unsqueeze(1)
         (layer,) = m.layers
-        streams = layer(positions, HyperStreams(streams), input_ids, fb).joined()
-        output: LogitsProcessorOutput = self.logits_processor(m.norm(m.hc_head(streams)), lm_head, fb)
+        streams = layer(positions, HyperStreams(streams), input_ids, forward_batch).joined()
+        output: LogitsProcessorOutput = self.logits_processor(m.norm(m.hc_head(streams)), lm_head, forward_batch)
         output.hidden_states = streams.flatten(1)
         return output
 

@@ -65,18 +65,18 @@ class DraftModel(CheckpointModel, ABC):
         self.num_fused_shared_experts = parts.layer.mlp.num_fused_shared_experts if parts.layer.is_moe else 0
 
     def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch, hidden: torch.Tensor
+        self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch, hidden: torch.Tensor
     ) -> LogitsProcessorOutput:
         """input_ids [N], positions [N], hidden [N, H] -> logits of the wanted rows, and all ``hidden_states`` [N, H].
 
-        The layer writes its KV of every row at ``fb.out_cache_loc``.
+        The layer writes its KV of every row at ``forward_batch.out_cache_loc``.
         """
         assert self._parts is not None
         embed_tokens, lm_head = self._shared
         embed_norm, hidden_norm, projection, layer, final_norm = self._parts
         joined = torch.cat((embed_norm(embed_tokens(input_ids)), hidden_norm(hidden)), dim=-1)
-        rows = final_norm(*layer(positions, projection(joined), None, fb))[0]
-        output = self.logits_processor(rows, lm_head, fb)
+        rows = final_norm(*layer(positions, projection(joined), None, forward_batch))[0]
+        output = self.logits_processor(rows, lm_head, forward_batch)
         output.hidden_states = rows
         return output
 

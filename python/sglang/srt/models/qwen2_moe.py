@@ -81,20 +81,24 @@ class Qwen2MoeSparseMoeBlock(nn.Module):
         """That of rows."""
         return self.gate.weight.dtype
 
-    def forward(self, hidden: torch.Tensor | RoutedRows, fb: ForwardBatch) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor | RoutedRows, forward_batch: ForwardBatch) -> torch.Tensor:
         """hidden [N, H] -> [N, H]."""
         x, logits = hidden if isinstance(hidden, RoutedRows) else (hidden, None)
         slotted = self.shared_expert
         if isinstance(slotted, FusedSharedExperts) and slotted.is_fused(self.overlap.site, x.shape[0]):
             logits = F.linear(x, self._gates) if logits is None else logits
             chosen = self.topk(logits[:, : self.gate.weight.shape[0] + 1], fused=True)
-            return self._tp.all_reduce(self.experts(x, chosen, fb))
+            return self._tp.all_reduce(self.experts(x, chosen, forward_batch))
         shared, routed = self.overlap.fork_join(
-            lambda: self.shared_expert(x), lambda: self._forward_router_experts(x, logits, fb), num_tokens=x.shape[0]
+            lambda: self.shared_expert(x),
+            lambda: self._forward_router_experts(x, logits, forward_batch),
+            num_tokens=x.shape[0],
         )
         # Every rank holds the whole gate, and gates its part of the sum.
         return self._tp.all_reduce(add_gated_shared(routed, shared, x, self.shared_expert_gate.weight))
 
-    def _forward_router_experts(self, x: torch.Tensor, logits: torch.Tensor | None, fb: ForwardBatch) -> torch.Tensor:
+    def _forward_router_experts(
+        self, x: torch.Tensor, logits: torch.Tensor | None, forward_batch: ForwardBatch
+    ) -> torch.Tensor:
         logits = self.gate(x) if logits is None else logits[:, : self.gate.weight.shape[0]]
-        return self.experts(x, self.topk(logits), fb)
+        return self.experts(x, self.topk(logits), forward_batch)

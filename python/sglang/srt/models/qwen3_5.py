@@ -151,13 +151,13 @@ class Qwen3_5GatedDeltaNet(nn.Module):
         )
         return qkvz, ba
 
-    def forward(self, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """hidden [N, H] -> [N, H]."""
         qkvz, ba = self._forward_input_proj(hidden)
         value_width = self.num_v_heads * self.head_v_dim
         mixed_qkv, z = qkvz.split((qkvz.shape[1] - value_width, value_width), dim=-1)
         b, a = ba.chunk(2, dim=-1)
-        out = backend_of(fb, RecurrentBackend).forward_gdn(mixed_qkv, z, b, a, self, fb)
+        out = backend_of(forward_batch, RecurrentBackend).forward_gdn(mixed_qkv, z, b, a, self, forward_batch)
         return self.out_proj(out.flatten(1))
 
 
@@ -200,23 +200,25 @@ class Qwen3_5Attention(nn.Module):
         k, q = self.overlap.fork_join(lambda: self.k_norm(k), lambda: self.q_norm(q), num_tokens=q.shape[0])
         return q, k
 
-    def forward(self, positions: torch.Tensor, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+    def forward(self, positions: torch.Tensor, hidden: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """positions [N], hidden [N, H] -> [N, H]."""
         q_gate, k, v = self.qkv_proj(hidden).split(
             (self.qkv_proj.q_width, self.qkv_proj.kv_width, self.qkv_proj.kv_width), dim=-1
         )
         q, gate = q_gate.unflatten(-1, (self.num_heads, 2, self.head_dim)).unbind(2)
         k, v = (rows.unflatten(-1, (self.num_kv_heads, self.head_dim)) for rows in (k, v))
-        backend = backend_of(fb, GqaBackend)
+        backend = backend_of(forward_batch, GqaBackend)
         # One launch norms, rotates and stores, except in the steps whose captured form overlaps the norms: it rounds
         # otherwise, and an eager step must equal its replay.
-        if fb.kind is not None and self.overlap.covers(q.shape[0]):
+        if forward_batch.kind is not None and self.overlap.covers(q.shape[0]):
             q, k = self._apply_qk_norm(q, k)
             q, k = self.rotary_emb(positions, q, k)
-            out = backend.forward(q, k, v, self.attn, fb)
+            out = backend.forward(q, k, v, self.attn, forward_batch)
         else:
-            q = backend.prepare_gqa(q, k, v, positions, self.q_norm, self.k_norm, self.rotary_emb, self.attn, fb)
-            out = backend.attend(q, self.attn, fb)
+            q = backend.prepare_gqa(
+                q, k, v, positions, self.q_norm, self.k_norm, self.rotary_emb, self.attn, forward_batch
+            )
+            out = backend.attend(q, self.attn, forward_batch)
         return self.o_proj(sigmoid_mul(out.view(gate.shape), gate).flatten(1))
 
 
@@ -269,9 +271,9 @@ class Qwen3_5LinearDecoderLayer(Qwen3_5DecoderLayer):
             config, layer_id, alt_stream, quant_config, f"{self.prefix}.linear_attn"
         )
 
-    def mix(self, positions: torch.Tensor, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+    def mix(self, positions: torch.Tensor, hidden: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """Order comes from the recurrence: positions are not read."""
-        return self.linear_attn(hidden, fb)
+        return self.linear_attn(hidden, forward_batch)
 
 
 class Qwen3_5AttentionDecoderLayer(Qwen3_5DecoderLayer):
@@ -292,8 +294,8 @@ class Qwen3_5AttentionDecoderLayer(Qwen3_5DecoderLayer):
             config, layer_id, rotary_emb, alt_stream, quant_config, f"{self.prefix}.self_attn"
         )
 
-    def mix(self, positions: torch.Tensor, hidden: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
-        return self.self_attn(positions, hidden, fb)
+    def mix(self, positions: torch.Tensor, hidden: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        return self.self_attn(positions, hidden, forward_batch)
 
 
 def make_rotary_embedding(config: ModelConfig) -> RotaryEmbedding:

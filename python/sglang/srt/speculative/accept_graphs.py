@@ -73,25 +73,25 @@ class AcceptGraphs:
     def body(self, greedy: bool, bucket: int) -> Body[Verdict]:
         """Draw and judge what the verify graph of ``bucket`` has left, for the host, the next step and the draft."""
         runner, buffers, width = self._runner, self._buffers, self._verify.kind.rows_per_request
-        fb = self._verify.buffers.view(bucket, runner.attn_backend, runner.has_state, None)
+        forward_batch = self._verify.buffers.view(bucket, runner.attn_backend, runner.has_state, None)
         output = self._verify.output(bucket)
         assert isinstance(output, LogitsProcessorOutput)
         hidden = output.hidden_states
         assert hidden is not None
 
         def body() -> Verdict:
-            rows = fb.req_pool_indices
+            rows = forward_batch.req_pool_indices
             live, judged = rows != buffers.padding_row, LogitsProcessorOutput(output.next_token_logits)
             info = buffers.sampling_info(bucket, greedy)
             if not greedy:
                 info = info.along_path(self._relay.drafts.index_select(0, rows))
-            sampled = runner.sampler(judged, info, positions=None if greedy else fb.positions + 1)
-            starts = fb.seq_lens - width
-            accepted = self._worker.judge(sampled, judged, fb, live)
+            sampled = runner.sampler(judged, info, positions=None if greedy else forward_batch.positions + 1)
+            starts = forward_batch.seq_lens - width
+            accepted = self._worker.judge(sampled, judged, forward_batch, live)
             assert accepted.told is not None
             buffers.rows[:bucket].copy_(rows)
-            buffers.num_tokens.copy_(fb.num_token_non_padded)
-            buffers.num_rows.copy_(fb.num_token_non_padded // width)
+            buffers.num_tokens.copy_(forward_batch.num_token_non_padded)
+            buffers.num_rows.copy_(forward_batch.num_token_non_padded // width)
             buffers.starts[:bucket].copy_(starts * live)
             buffers.sampled[:bucket].copy_(accepted.sampled)
             buffers.num_new[:bucket].copy_(accepted.num_new)

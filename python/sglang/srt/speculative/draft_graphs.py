@@ -68,7 +68,7 @@ class DraftGraphs:
 
         def body() -> ChainStart:
             rows = buffers.rows[:bucket]
-            fb = ForwardBatch(
+            forward_batch = ForwardBatch(
                 forward_mode=ForwardMode.DRAFT_EXTEND,
                 batch_size=bucket,
                 input_ids=buffers.sampled[:bucket].flatten(),
@@ -84,10 +84,10 @@ class DraftGraphs:
                 wants_hidden=True,
                 global_num_tokens_cpu=self._everyone(bucket * width),
             )
-            place_rows(fb, buffers.starts[:bucket], self._runner.req_to_token_pool)
+            place_rows(forward_batch, buffers.starts[:bucket], self._runner.req_to_token_pool)
             firsts = torch.arange(bucket, device=rows.device) * width
-            fb.logits_rows = firsts + buffers.num_new[:bucket] - 1
-            begun = drafter.begin(fb, buffers.step_hidden[: bucket * width])
+            forward_batch.logits_rows = firsts + buffers.num_new[:bucket] - 1
+            begun = drafter.begin(forward_batch, buffers.step_hidden[: bucket * width])
             start = buffers.start(bucket)
             for ours, theirs in zip(start.tensors(), begun.tensors(), strict=True):
                 ours.copy_(theirs)
@@ -120,7 +120,7 @@ class DraftGraphs:
             return None
         if accepted.bucket != bucket:
             assert step.output.hidden_states is not None
-            starts = step.fb.seq_lens[: step.batch_size] - self._spec.num_draft_tokens
+            starts = step.forward_batch.seq_lens[: step.batch_size] - self._spec.num_draft_tokens
             self.buffers.fill_rows(step.req_rows, bucket)
             self.buffers.fill_step(accepted, starts, step.output.hidden_states, bucket)
         start = self.extend_graphs.run(bucket).first(step.batch_size)

@@ -58,29 +58,35 @@ class EagleWorker:
         accepted = None if self.graphs is None else self.graphs.accept(step, info)
         if accepted is None:
             sampled = self.target.sample(step, self._sampling_info(step, info), step.batch)
-            fb = step.fb if step.fb.kind is None else step.fb.first(step.batch_size)
-            accepted = self.judge(sampled, step.output, fb)
+            forward_batch = step.forward_batch
+            if forward_batch.kind is not None:
+                forward_batch = forward_batch.first(step.batch_size)
+            accepted = self.judge(sampled, step.output, forward_batch)
         return accepted
 
     def _sampling_info(self, step: StepForward, info: SamplingBatchInfo) -> SamplingBatchInfo:
         """``info`` [B] for the rows of ``step``."""
         plain = info.is_all_greedy and info.edits is None and info.vocab_mask is None
-        if plain or step.fb.kind != self.spec.verify:
+        if plain or step.forward_batch.kind != self.spec.verify:
             return info
         return info.along_path(self._relay.drafts.index_select(0, step.req_rows))
 
     def judge(
-        self, sampled: torch.Tensor, output: LogitsProcessorOutput, fb: ForwardBatch, live: torch.Tensor | None = None
+        self,
+        sampled: torch.Tensor,
+        output: LogitsProcessorOutput,
+        forward_batch: ForwardBatch,
+        live: torch.Tensor | None = None,
     ) -> Accepted:
-        """Count the ids [rows] sampled from ``output`` of ``fb`` that are tokens, and leave what the next step begins
-        with on the device, but for its drafts.
+        """Count the accepted ids among ``sampled`` [rows], and store on the device what the next step starts from,
+        except its draft tokens.
 
         Ids, counts and faults are those of rank 0. live [B] bool: requests that are no padding; None for all.
         """
         assert output.row_faults is not None
-        rows, faults = fb.req_pool_indices, output.row_faults.to(torch.int64)
-        sampled = sampled.to(torch.int64).view(fb.batch_size, -1)
-        verified = fb.kind == self.spec.verify
+        rows, faults = forward_batch.req_pool_indices, output.row_faults.to(torch.int64)
+        sampled = sampled.to(torch.int64).view(forward_batch.batch_size, -1)
+        verified = forward_batch.kind == self.spec.verify
         if verified:
             num_new = num_new_tokens(sampled, self._relay.drafts.index_select(0, rows))
         else:
@@ -92,16 +98,18 @@ class EagleWorker:
             sampled = ids.view(sampled.shape)
         output.row_faults = faults
         newest = sampled.gather(1, num_new.unsqueeze(1) - 1).squeeze(1)
-        committed = fb.seq_lens - sampled.shape[1] + num_new
+        committed = forward_batch.seq_lens - sampled.shape[1] + num_new
         if live is not None:  # the row of padding stays 0, and so does what counts of its state
             newest, committed = newest * live, committed * live
         self.target.last_token.index_copy_(0, rows, newest)
         self._relay.committed.index_copy_(0, rows, committed)
         if not verified:
             return Accepted(sampled, num_new)
-        if fb.state_slot_ids is not None:
+        if forward_batch.state_slot_ids is not None:
             counted = num_new if live is None else num_new * live
-            backend_of(fb, RecurrentBackend).update_mamba_state_after_mtp_verify(fb.state_slot_ids, counted)
+            backend_of(forward_batch, RecurrentBackend).update_mamba_state_after_mtp_verify(
+                forward_batch.state_slot_ids, counted
+            )
         return Accepted(sampled, num_new, torch.cat([sampled, faults.view(sampled.shape), num_new.unsqueeze(1)], dim=1))
 
     def draft(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> None:

@@ -28,7 +28,7 @@ class DraftForward(Protocol):
     """The MTP layer as a model: ``models/draft_model.py``."""
 
     def __call__(
-        self, input_ids: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch, hidden: torch.Tensor
+        self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch, hidden: torch.Tensor
     ) -> LogitsProcessorOutput: ...
 
 
@@ -105,33 +105,35 @@ class MtpDrafter(Drafter):
     def propose(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> torch.Tensor:
         """See the base class."""
         start = None
-        if self.graphs is not None and step.fb.kind is not None:
+        if self.graphs is not None and step.forward_batch.kind is not None:
             start = self.graphs.extend(step, accepted)
         if start is None:
             start = self.begin(*self._extend_batch(step, accepted))
         rows = step.req_rows
-        if step.fb.successors is not None:
+        if step.forward_batch.successors is not None:
             # A chunk before the end of a prompt has no slots behind it: the table has those of a request before.
-            ended = step.fb.successors < 0
+            ended = step.forward_batch.successors < 0
             rows, at = torch.where(ended, rows, self._padding_row), torch.where(ended, start.at, 0)
             start = replace(start, at=at)
         drafts = None if self.graphs is None else self.graphs.go_on(step, rows, start, info)
         if drafts is None:
-            bounds, groups = step.fb.seq_lens_cpu[: step.batch_size], step.batch.global_num_requests
+            bounds, groups = step.forward_batch.seq_lens_cpu[: step.batch_size], step.batch.global_num_requests
             if start.at.device.type == "cpu":  # a host can look how long its requests are
                 bounds = [position + 1 for position in start.at.tolist()]
-            drafts = self.go_on(rows, start, info, step.fb.num_token_non_padded, bounds, groups).ids
+            drafts = self.go_on(rows, start, info, step.forward_batch.num_token_non_padded, bounds, groups).ids
         return drafts
 
-    def begin(self, fb: ForwardBatch, hidden: torch.Tensor) -> ChainStart:
-        """Run the layer on the step ``fb`` whose target gave ``hidden``; a chain starts at each of ``logits_rows``."""
-        assert fb.input_ids is not None and fb.logits_rows is not None
-        if fb.attn_plan.attention is None:
-            self.extend_backend.init_forward_metadata(fb)
-        output = self.model(fb.input_ids, fb.positions, fb, hidden)
+    def begin(self, forward_batch: ForwardBatch, hidden: torch.Tensor) -> ChainStart:
+        """Run the layer on a step whose target model gave ``hidden``; a chain starts at each of ``logits_rows``."""
+        assert forward_batch.input_ids is not None and forward_batch.logits_rows is not None
+        if forward_batch.attn_plan.attention is None:
+            self.extend_backend.init_forward_metadata(forward_batch)
+        output = self.model(forward_batch.input_ids, forward_batch.positions, forward_batch, hidden)
         assert output.hidden_states is not None
-        rows = output.hidden_states.index_select(0, fb.logits_rows)
-        return ChainStart(output.next_token_logits, rows, fb.positions.index_select(0, fb.logits_rows))
+        rows = output.hidden_states.index_select(0, forward_batch.logits_rows)
+        return ChainStart(
+            output.next_token_logits, rows, forward_batch.positions.index_select(0, forward_batch.logits_rows)
+        )
 
     def go_on(
         self,
@@ -152,38 +154,48 @@ class MtpDrafter(Drafter):
             chain = self._chain_batch(rows, start.at, num_tokens, bounds)
             self.decode_backend.init_forward_metadata(chain)
         for number in range(1, self._num_steps):
-            fb = self._draft_batch(rows, drafts[-1], start.at + number, num_tokens, _further(bounds, number))
-            fb.global_num_tokens_cpu = groups
+            forward_batch = self._draft_batch(rows, drafts[-1], start.at + number, num_tokens, _further(bounds, number))
+            forward_batch.global_num_tokens_cpu = groups
             if isinstance(self.decode_backend, MultiStepBackend):
                 assert chain is not None
-                self.decode_backend.enter_step(chain, fb, number - 1)
+                self.decode_backend.enter_step(chain, forward_batch, number - 1)
             else:
-                fb.attn_backend = self.decode_backend
-                self.decode_backend.init_forward_metadata(fb)
-            output = self.model(drafts[-1], fb.positions, fb, hidden)
+                forward_batch.attn_backend = self.decode_backend
+                self.decode_backend.init_forward_metadata(forward_batch)
+            output = self.model(drafts[-1], forward_batch.positions, forward_batch, hidden)
             assert output.hidden_states is not None
             hidden = output.hidden_states
-            drafts.append(self._draw(output.next_token_logits, info, fb.positions))
+            drafts.append(self._draw(output.next_token_logits, info, forward_batch.positions))
         return Drafts(torch.stack(drafts, dim=1), hidden)
 
     def _extend_batch(self, step: StepForward, accepted: Accepted) -> tuple[ForwardBatch, torch.Tensor]:
         """The step's rows again, each with the token behind it, and the target's hidden rows."""
-        fb = step.fb
-        if fb.kind is not None:
-            fb = fb.first(step.batch_size)
+        forward_batch = step.forward_batch
+        if forward_batch.kind is not None:
+            forward_batch = forward_batch.first(step.batch_size)
             ids, last = accepted.sampled.flatten(), accepted.last_rows
         else:
-            assert fb.input_ids is not None and fb.logits_rows is not None and fb.successors is not None
-            last = fb.logits_rows
-            ids = fb.input_ids.roll(-1)
-            ids[last] = torch.where(fb.successors >= 0, fb.successors, accepted.sampled[:, 0])
+            assert (
+                forward_batch.input_ids is not None
+                and forward_batch.logits_rows is not None
+                and forward_batch.successors is not None
+            )
+            last = forward_batch.logits_rows
+            ids = forward_batch.input_ids.roll(-1)
+            ids[last] = torch.where(forward_batch.successors >= 0, forward_batch.successors, accepted.sampled[:, 0])
         assert step.output.hidden_states is not None
         backend = self.extend_backend
-        plan = step.fb.attn_plan if self._shares_plans and step.bucket is None else StepPlan()
-        fb = replace(
-            fb, input_ids=ids, logits_rows=last, wants_hidden=True, logprobs=[], attn_backend=backend, attn_plan=plan
+        plan = step.forward_batch.attn_plan if self._shares_plans and step.bucket is None else StepPlan()
+        forward_batch = replace(
+            forward_batch,
+            input_ids=ids,
+            logits_rows=last,
+            wants_hidden=True,
+            logprobs=[],
+            attn_backend=backend,
+            attn_plan=plan,
         )
-        return fb, step.output.hidden_states
+        return forward_batch, step.output.hidden_states
 
     def _chain_batch(
         self, rows: torch.Tensor, at: torch.Tensor, num_tokens: torch.Tensor, bounds: list[int] | None

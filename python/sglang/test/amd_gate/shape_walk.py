@@ -134,8 +134,8 @@ class ShapeRunner(ModelRunner):
         positions = torch.ones(len(rows), dtype=torch.int64, device=self.device)
         self.sampler(self.output.first(len(rows)), info, positions=positions)
 
-    def _run_model(self, fb: ForwardBatch) -> LogitsProcessorOutput:
-        self.output = super()._run_model(fb)
+    def _run_model(self, forward_batch: ForwardBatch) -> LogitsProcessorOutput:
+        self.output = super()._run_model(forward_batch)
         return self.output
 
 

@@ -47,52 +47,57 @@ class UnplannedStepError(NotImplementedError):
 class AttentionBackend(ABC):
     """Owns metadata, layouts and pool access of attention; the kernels that it calls are ops.
 
-    The plan of a step is kept on the step (``fb.attn_plan``), so that several steps can be in flight on one backend.
+    The plan of a step is stored in the batch (``forward_batch.attn_plan``), so one backend can have several steps in
+    flight.
     ``prefers`` names the implementation that those ops prefer; None: the first that fits.
     """
 
     prefers: str | None = None
 
-    def plan(self, fb: ForwardBatch) -> object:
+    def plan(self, forward_batch: ForwardBatch) -> object:
         """The plan that the layers of the step share. Raises UnplannedStepError for a kind of step without a plan."""
-        if fb.batch_size == 0:
+        if forward_batch.batch_size == 0:
             return NoRows()
-        if fb.kind is None:
-            return self.plan_extend(fb)
-        return self.plan_decode(fb) if fb.kind.rows_per_request == 1 else self.plan_uniform(fb)
+        if forward_batch.kind is None:
+            return self.plan_extend(forward_batch)
+        return (
+            self.plan_decode(forward_batch)
+            if forward_batch.kind.rows_per_request == 1
+            else self.plan_uniform(forward_batch)
+        )
 
     def plans_like(self, other: object) -> bool:
         """Whether the plan of a step that the backend ``other`` has made is one that this backend would make."""
         return False
 
     @abstractmethod
-    def plan_decode(self, fb: ForwardBatch) -> object:
+    def plan_decode(self, forward_batch: ForwardBatch) -> object:
         """The plan of one token per request."""
 
     @abstractmethod
-    def plan_extend(self, fb: ForwardBatch) -> object:
+    def plan_extend(self, forward_batch: ForwardBatch) -> object:
         """The plan of packed rows, any number per request."""
 
-    def plan_uniform(self, fb: ForwardBatch) -> object:
+    def plan_uniform(self, forward_batch: ForwardBatch) -> object:
         """The plan of several tokens per request, the same number for each: each row attends like a request that
         ends with it."""
-        return self.plan_decode(fb.single_rows())
+        return self.plan_decode(forward_batch.single_rows())
 
-    def init_forward_metadata(self, fb: ForwardBatch) -> None:
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan the step; called once before the layers."""
-        fb.attn_plan = StepPlan(attention=self.plan(fb))
+        forward_batch.attn_plan = StepPlan(attention=self.plan(forward_batch))
 
     # The tensors of a captured plan stay in place; a replay reads their contents at that time.
     def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
         """Forget earlier captures, and make room for steps of up to ``max_bs`` requests."""
         raise UnplannedStepError(f"{type(self).__name__} does not capture graphs")
 
-    def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
+    def init_forward_metadata_capture(self, forward_batch: ForwardBatch) -> None:
         """Plan a step that is about to be captured; its tensors must persist."""
         raise UnplannedStepError(f"{type(self).__name__} does not capture graphs")
 
-    def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
-        """Update the captured plan of this size, and set it on ``fb``."""
+    def init_forward_metadata_replay(self, forward_batch: ForwardBatch) -> None:
+        """Update the captured plan of this size, and set it on ``forward_batch``."""
         raise UnplannedStepError(f"{type(self).__name__} does not capture graphs")
 
 
@@ -110,19 +115,19 @@ class GqaBackend(AttentionBackend):
         k_norm: GemmaRMSNorm,
         rotary_emb: RotaryEmbedding,
         layer: RadixAttention,
-        fb: ForwardBatch,
+        forward_batch: ForwardBatch,
     ) -> torch.Tensor:
         """Norm and rotate the heads of q [N, Hq, D] and k [N, Hk, D], store k and v [N, Hk, Dv] -> [N, Hq, D]."""
 
     @abstractmethod
-    def attend(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
         """Attend over stored keys and values, this step's included. q [N, Hq, D] -> [N, Hq*Dv]."""
 
     @abstractmethod
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, fb: ForwardBatch
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> torch.Tensor:
-        """Write k and v at ``fb.out_cache_loc``, attend. q [N, Hq*D], k [N, Hk*D], v [N, Hk*Dv] -> [N, Hq*Dv]."""
+        """Write k and v at ``out_cache_loc`` and attend. q [N, Hq*D], k [N, Hk*D], v [N, Hk*Dv] -> [N, Hq*Dv]."""
 
 
 class MlaBackend(AttentionBackend):
@@ -137,7 +142,7 @@ class MlaBackend(AttentionBackend):
         norm: RMSNorm,
         rotary_emb: RotaryEmbedding,
         layer: RadixAttention,
-        fb: ForwardBatch,
+        forward_batch: ForwardBatch,
         queries: torch.Tensor | None = None,
         w_kc: torch.Tensor | None = None,
     ) -> None:
@@ -148,7 +153,7 @@ class MlaBackend(AttentionBackend):
         """
 
     @abstractmethod
-    def extend_forms(self, fb: ForwardBatch) -> MlaExtendPlan:
+    def extend_forms(self, forward_batch: ForwardBatch) -> MlaExtendPlan:
         """Which requests of an extend step use which form."""
 
     @abstractmethod
@@ -164,7 +169,7 @@ class MlaBackend(AttentionBackend):
         q: torch.Tensor,
         w_vc: torch.Tensor,
         layer: RadixAttention,
-        fb: ForwardBatch,
+        forward_batch: ForwardBatch,
         row_dtype: torch.dtype | None = None,
     ) -> Rows:
         """The same for every row of a step that is not an extend step, and then times w_vc [H, R, v] -> [N, H*v].
@@ -215,8 +220,8 @@ class CompressedBackend(AttentionBackend):
     transformers' ``deepseek_v4`` is the truth.
     """
 
-    def complete_plan(self, fb: ForwardBatch) -> None:
-        """Plan now what the layers of the step ``fb`` would plan at their first call, before streams fork."""
+    def complete_plan(self, forward_batch: ForwardBatch) -> None:
+        """Plan now, before streams fork, what the layers of this step would plan at their first call."""
 
     def prepare(
         self,
@@ -226,7 +231,7 @@ class CompressedBackend(AttentionBackend):
         positions: torch.Tensor,
         cos_sin_cache: torch.Tensor,
         layer: CompressedLayer,
-        fb: ForwardBatch,
+        forward_batch: ForwardBatch,
     ) -> torch.Tensor:
         """Norm and rotate queries q [N, H, D]; norm with ``norm``, rotate and store the rows kv [N, D] of this step's
         tokens.
@@ -234,16 +239,18 @@ class CompressedBackend(AttentionBackend):
         positions [N]; cos_sin_cache as ``rope.rotary_tail`` has it. -> the queries.
         """
         rows = rotary_tail(norm(kv).unsqueeze(1), positions, cos_sin_cache)
-        self.store_rows(rows.squeeze(1), layer, fb)
+        self.store_rows(rows.squeeze(1), layer, forward_batch)
         turned: torch.Tensor = rotary_tail(unit_rms_norm(q, norm.eps), positions, cos_sin_cache)
         return turned
 
     @abstractmethod
-    def store_rows(self, rows: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch) -> None:
+    def store_rows(self, rows: torch.Tensor, layer: CompressedLayer, forward_batch: ForwardBatch) -> None:
         """Store the rows [N, D] of this step's tokens, normed and rotated."""
 
     @abstractmethod
-    def compress(self, kv: torch.Tensor, gate: torch.Tensor, compressor: Compressor, fb: ForwardBatch) -> None:
+    def compress(
+        self, kv: torch.Tensor, gate: torch.Tensor, compressor: Compressor, forward_batch: ForwardBatch
+    ) -> None:
         """Store the entry of each window that a token of this step closes, and what later entries need.
 
         kv, gate [N, parts * head_dim]: the two products of this step's rows.
@@ -251,7 +258,7 @@ class CompressedBackend(AttentionBackend):
 
     @abstractmethod
     def select_entries(
-        self, q: torch.Tensor, weights: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch
+        self, q: torch.Tensor, weights: torch.Tensor, layer: CompressedLayer, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """The entries of the layer that each row attends to, the lowest number first among equal scores.
 
@@ -260,7 +267,7 @@ class CompressedBackend(AttentionBackend):
 
     @abstractmethod
     def attend_compressed(
-        self, q: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch, entries: torch.Tensor | None = None
+        self, q: torch.Tensor, layer: CompressedLayer, forward_batch: ForwardBatch, entries: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attend over the window and over ``entries``, None for all that the row sees. q [N, H, D] -> [N, H, D]."""
 
@@ -274,12 +281,12 @@ class MultiStepBackend(ABC):
     children: Sequence[AttentionBackend]
 
     @abstractmethod
-    def init_forward_metadata(self, fb: ForwardBatch) -> None:
-        """Plan all steps. ``fb`` has one row per request and step: slots and positions by (request, step)."""
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Plan all steps. ``forward_batch`` has one row per (request, step), with its cache location and position."""
 
     @abstractmethod
-    def enter_step(self, chain: ForwardBatch, fb: ForwardBatch, step: int) -> None:
-        """Give ``fb``, the rows of ``step``, its backend, slots and plan of the planned ``chain``."""
+    def enter_step(self, chain: ForwardBatch, forward_batch: ForwardBatch, step: int) -> None:
+        """Give ``forward_batch``, the rows of ``step``, its backend, slots and plan of the planned ``chain``."""
 
 
 class GatedNorm(Protocol):
@@ -306,10 +313,10 @@ class GatedDeltaNet(Protocol):
 
 
 class RecurrentBackend(ABC):
-    """Gated delta nets over recurrent states. Their plan of a step lies in ``fb.attn_plan.states``."""
+    """Gated delta nets over recurrent states. Their plan of a step lies in ``forward_batch.attn_plan.states``."""
 
     @abstractmethod
-    def plan_states(self, fb: ForwardBatch) -> object:
+    def plan_states(self, forward_batch: ForwardBatch) -> object:
         """What the recurrent layers of the step share. Raises UnplannedStepError for a kind of step without a plan."""
 
     @abstractmethod
@@ -324,7 +331,7 @@ class RecurrentBackend(ABC):
         b: torch.Tensor,
         a: torch.Tensor,
         layer: GatedDeltaNet,
-        fb: ForwardBatch,
+        forward_batch: ForwardBatch,
     ) -> torch.Tensor:
         """Advance every request's state by its tokens. mixed_qkv [N, C] before the convolution, z [N, HV*V], b, a
         [N, HV] -> [N, HV, V] in mixed_qkv's dtype, normed and gated by z."""
@@ -333,9 +340,9 @@ class RecurrentBackend(ABC):
 Family = TypeVar("Family")
 
 
-def backend_of(fb: ForwardBatch, family: type[Family]) -> Family:
+def backend_of(forward_batch: ForwardBatch, family: type[Family]) -> Family:
     """The backend of the step, as the interface that a layer needs; raises TypeError when it is of another family."""
-    backend = fb.attn_backend
+    backend = forward_batch.attn_backend
     if not isinstance(backend, family):
         raise TypeError(f"the layer needs a {family.__name__}, and the step has {type(backend).__name__}")
     return backend

@@ -77,30 +77,39 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
 
     # --- plans ---------------------------------------------------------------------------------------------------
 
-    def plan_decode(self, fb: ForwardBatch) -> CompressedPlan:
+    def plan_decode(self, forward_batch: ForwardBatch) -> CompressedPlan:
         """See the base class."""
-        return self._plan(fb, torch.ones_like(fb.seq_lens), self._longest(fb))
+        return self._plan(forward_batch, torch.ones_like(forward_batch.seq_lens), self._longest(forward_batch))
 
-    def plan_extend(self, fb: ForwardBatch) -> CompressedPlan:
+    def plan_extend(self, forward_batch: ForwardBatch) -> CompressedPlan:
         """See the base class."""
-        assert fb.extend_seq_lens is not None
-        return self._plan(fb, fb.extend_seq_lens, self._longest(fb))
+        assert forward_batch.extend_seq_lens is not None
+        return self._plan(forward_batch, forward_batch.extend_seq_lens, self._longest(forward_batch))
 
-    def plan_uniform(self, fb: ForwardBatch) -> CompressedPlan:
+    def plan_uniform(self, forward_batch: ForwardBatch) -> CompressedPlan:
         """See the base class; rows may be rejected later, so what any number of accepted ones needs is kept."""
-        assert fb.kind is not None
-        width = fb.kind.rows_per_request
-        return self._plan_verify(fb, torch.full_like(fb.seq_lens, width), width, self._longest(fb))
+        assert forward_batch.kind is not None
+        width = forward_batch.kind.rows_per_request
+        return self._plan_verify(
+            forward_batch, torch.full_like(forward_batch.seq_lens, width), width, self._longest(forward_batch)
+        )
 
-    def init_forward_metadata_target_verify(self, fb: ForwardBatch, extend_seq_lens: torch.Tensor, widest: int) -> None:
+    def init_forward_metadata_target_verify(
+        self, forward_batch: ForwardBatch, extend_seq_lens: torch.Tensor, widest: int
+    ) -> None:
         """Plan a step of which any number of rows may be rejected later, but the first of each request.
 
-        extend_seq_lens [B] int64 on the device: rows of each request, packed, at most ``widest``. ``fb.seq_lens`` count
-        them. Raises UnplannedStepError where more rows per request are asked for than the states bear.
+        extend_seq_lens [B] int64 on the device: rows of each request, packed, at most ``widest``.
+        ``forward_batch.seq_lens`` include them. Raises UnplannedStepError if the states have no space for so many
+        rows per request.
         """
-        fb.attn_plan = StepPlan(attention=self._plan_verify(fb, extend_seq_lens, widest, self._longest(fb)))
+        forward_batch.attn_plan = StepPlan(
+            attention=self._plan_verify(forward_batch, extend_seq_lens, widest, self._longest(forward_batch))
+        )
 
-    def _plan_verify(self, fb: ForwardBatch, extend_lens: torch.Tensor, widest: int, max_len: int) -> CompressedPlan:
+    def _plan_verify(
+        self, forward_batch: ForwardBatch, extend_lens: torch.Tensor, widest: int, max_len: int
+    ) -> CompressedPlan:
         for ratio, ring in self.rings.items():
             if widest > max_step_rows(ratio, ring):
                 raise UnplannedStepError(
@@ -108,46 +117,52 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
                     f"compressed attention that are then needed: {ring} rows for each page and ratio {ratio} allow "
                     f"{max_step_rows(ratio, ring)}; lower --speculative-num-steps"
                 )
-        return self._plan(fb, extend_lens, max_len)
+        return self._plan(forward_batch, extend_lens, max_len)
 
-    def _plan(self, fb: ForwardBatch, extend_lens: torch.Tensor, max_len: int) -> CompressedPlan:
-        step = StepRows(fb.out_cache_loc, fb.req_pool_indices, fb.seq_lens, extend_lens)
+    def _plan(self, forward_batch: ForwardBatch, extend_lens: torch.Tensor, max_len: int) -> CompressedPlan:
+        step = StepRows(
+            forward_batch.out_cache_loc, forward_batch.req_pool_indices, forward_batch.seq_lens, extend_lens
+        )
         plan = plan_step(step, self.req_to_token, self.window_pages, max_len, self.window, self.rings)
-        if self._checks_plans and type(fb.seq_lens_cpu) is list:  # a captured step may not wait
+        if self._checks_plans and type(forward_batch.seq_lens_cpu) is list:  # a captured step may not wait
             check_plan(plan, step, self.window, self.rings)
         return plan
 
-    def _longest(self, fb: ForwardBatch) -> int:
+    def _longest(self, forward_batch: ForwardBatch) -> int:
         """A bound of the lengths in tokens. A captured step may not ask the host, and gets room for any."""
-        lens = fb.seq_lens_cpu
+        lens = forward_batch.seq_lens_cpu
         return max(lens) if type(lens) is list and lens else self.req_to_token.shape[1]
 
     # --- captured steps ------------------------------------------------------------------------------------------
 
-    def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
+    def init_forward_metadata_capture(self, forward_batch: ForwardBatch) -> None:
         """Plan inside the captured step, or into tensors that every replay fills first: SGLANG_PREP_IN_CUDA_GRAPH.
 
         Steps of several rows per request do not come here: their lengths are known within the step alone, which plans
         itself by ``init_forward_metadata``.
         """
-        assert fb.kind is not None and fb.kind.rows_per_request == 1 and fb.input_ids is None
-        self.keep_captured(fb, PlanInGraph() if self.plans_in_graph else self._plan_captured(fb))
+        assert (
+            forward_batch.kind is not None
+            and forward_batch.kind.rows_per_request == 1
+            and forward_batch.input_ids is None
+        )
+        self.keep_captured(forward_batch, PlanInGraph() if self.plans_in_graph else self._plan_captured(forward_batch))
 
-    def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
+    def init_forward_metadata_replay(self, forward_batch: ForwardBatch) -> None:
         """See the base class. Raises ValueError for a kind and size that was not captured."""
-        captured = self.captured_plan(fb)
+        captured = self.captured_plan(forward_batch)
         if isinstance(captured, CompressedPlan):
-            for ours, fresh in zip(captured.tensors(), self._plan_captured(fb).tensors(), strict=True):
+            for ours, fresh in zip(captured.tensors(), self._plan_captured(forward_batch).tensors(), strict=True):
                 ours.copy_(fresh)
-        fb.attn_plan = StepPlan(attention=captured)
+        forward_batch.attn_plan = StepPlan(attention=captured)
 
-    def _plan_captured(self, fb: ForwardBatch) -> CompressedPlan:
+    def _plan_captured(self, forward_batch: ForwardBatch) -> CompressedPlan:
         """A plan whose shapes and work do not depend on lengths."""
-        return self._plan(fb, torch.ones_like(fb.seq_lens), self.req_to_token.shape[1])
+        return self._plan(forward_batch, torch.ones_like(forward_batch.seq_lens), self.req_to_token.shape[1])
 
-    def complete_plan(self, fb: ForwardBatch) -> None:
+    def complete_plan(self, forward_batch: ForwardBatch) -> None:
         """See the base class."""
-        self._plan_of(fb, 0)
+        self._plan_of(forward_batch, 0)
 
     # --- layers --------------------------------------------------------------------------------------------------
 
@@ -159,10 +174,10 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
         positions: torch.Tensor,
         cos_sin_cache: torch.Tensor,
         layer: CompressedLayer,
-        fb: ForwardBatch,
+        forward_batch: ForwardBatch,
     ) -> torch.Tensor:
         """See the base class; one op."""
-        plan = self._plan_of(fb, q.shape[0])
+        plan = self._plan_of(forward_batch, q.shape[0])
         if plan is None:
             return torch.empty_like(q)
         queries: torch.Tensor = prepare_compressed(
@@ -171,30 +186,33 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
         )  # fmt: skip
         return queries
 
-    def store_rows(self, rows: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch) -> None:
+    def store_rows(self, rows: torch.Tensor, layer: CompressedLayer, forward_batch: ForwardBatch) -> None:
         """See the base class."""
-        plan = self._plan_of(fb, rows.shape[0])
+        plan = self._plan_of(forward_batch, rows.shape[0])
         if plan is not None:
             store_rows(rows, plan.store_slots, *self.pools["swa"].layer(layer.layer_id))
 
-    def compress(self, kv: torch.Tensor, gate: torch.Tensor, compressor: Compressor, fb: ForwardBatch) -> None:
+    def compress(
+        self, kv: torch.Tensor, gate: torch.Tensor, compressor: Compressor, forward_batch: ForwardBatch
+    ) -> None:
         """See the base class."""
-        plan = self._plan_of(fb, kv.shape[0])
+        plan = self._plan_of(forward_batch, kv.shape[0])
         if plan is None:
             return
         entries = plan.entries[compressor.ratio]
+        one_row_per_request = forward_batch.kind is not None and forward_batch.kind.rows_per_request == 1
         compress(
             kv, gate, *self.pools[f"{compressor.pool}_state"].layer(compressor.layer_id), entries.state_rows,
             entries.sources, compressor.position_bias, compressor.norm.weight, compressor.norm.eps,
             compressor.rotary_emb.cos_sin_cache, entries.first_positions, entries.entry_rows,
-            *self._cache(compressor.pool, compressor.layer_id), fb.kind is not None and fb.kind.rows_per_request == 1,
+            *self._cache(compressor.pool, compressor.layer_id), one_row_per_request,
         )  # fmt: skip
 
     def select_entries(
-        self, q: torch.Tensor, weights: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch
+        self, q: torch.Tensor, weights: torch.Tensor, layer: CompressedLayer, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """See the base class."""
-        plan = self._plan_of(fb, q.shape[0])
+        plan = self._plan_of(forward_batch, q.shape[0])
         if plan is None:
             return torch.empty(0, self.top_k, dtype=torch.int32, device=q.device)
         keys, *scales = self.pools["c4_index"].layer(layer.layer_id)
@@ -205,10 +223,10 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
         return chosen
 
     def attend_compressed(
-        self, q: torch.Tensor, layer: CompressedLayer, fb: ForwardBatch, entries: torch.Tensor | None = None
+        self, q: torch.Tensor, layer: CompressedLayer, forward_batch: ForwardBatch, entries: torch.Tensor | None = None
     ) -> torch.Tensor:
         """See the base class."""
-        plan = self._plan_of(fb, q.shape[0])
+        plan = self._plan_of(forward_batch, q.shape[0])
         if plan is None:
             return torch.empty_like(q)
         rows, scales = self._cache("swa", layer.layer_id)
@@ -229,16 +247,16 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
         rows, *scales = self.pools[pool].layer(layer_id)
         return rows, scales[0] if scales else None
 
-    def _plan_of(self, fb: ForwardBatch, num_rows: int) -> CompressedPlan | None:
+    def _plan_of(self, forward_batch: ForwardBatch, num_rows: int) -> CompressedPlan | None:
         """The plan of the step, made now where a captured step makes its own; None for a step without rows.
 
         Raises TypeError for rows that nobody planned.
         """
-        plan = fb.attn_plan.attention
+        plan = forward_batch.attn_plan.attention
         if isinstance(plan, PlanInGraph):
-            plan = self._plan_captured(fb)
+            plan = self._plan_captured(forward_batch)
             # Each run of a captured step has a batch object of its own, so the next run plans again.
-            fb.attn_plan = StepPlan(attention=plan)
+            forward_batch.attn_plan = StepPlan(attention=plan)
         if isinstance(plan, CompressedPlan):
             return plan
         if num_rows or not isinstance(plan, NoRows):
@@ -252,24 +270,28 @@ class DeepseekV4MultiStepBackend(MultiStepBackend):
     def __init__(self, ctx: AttentionContext, num_steps: int) -> None:
         self.children = tuple(DeepseekV4HipRadixBackend(ctx, windows_only=True) for _ in range(num_steps))
 
-    def init_forward_metadata(self, fb: ForwardBatch) -> None:
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """See the base class. Raises ValueError for another number of rows per request than there are steps."""
-        assert fb.kind is not None
-        if fb.kind.rows_per_request != len(self.children):
-            raise ValueError(f"{len(self.children)} draft steps, and {fb.kind.rows_per_request} rows per request")
-        self.children[0].init_forward_metadata(fb)
+        assert forward_batch.kind is not None
+        if forward_batch.kind.rows_per_request != len(self.children):
+            raise ValueError(
+                f"{len(self.children)} draft steps, and {forward_batch.kind.rows_per_request} rows per request"
+            )
+        self.children[0].init_forward_metadata(forward_batch)
 
-    def enter_step(self, chain: ForwardBatch, fb: ForwardBatch, step: int) -> None:
+    def enter_step(self, chain: ForwardBatch, forward_batch: ForwardBatch, step: int) -> None:
         """See the base class."""
         plan, num_steps = chain.attn_plan.attention, len(self.children)
-        fb.attn_backend = self.children[step]
-        fb.out_cache_loc = per_step_draft_out_cache_loc(chain.out_cache_loc, chain.batch_size, num_steps)[step]
+        forward_batch.attn_backend = self.children[step]
+        forward_batch.out_cache_loc = per_step_draft_out_cache_loc(chain.out_cache_loc, chain.batch_size, num_steps)[
+            step
+        ]
         if isinstance(plan, CompressedPlan):
             rows = slice(step, None, num_steps)
             # The kernel that stores rows reads their slots one behind the other.
             windows = (plan.store_slots[rows].contiguous(), plan.window_slots[rows])
             plan = CompressedPlan(plan.requests[rows], *windows, plan.page_table, {})
-        fb.attn_plan = StepPlan(attention=plan)
+        forward_batch.attn_plan = StepPlan(attention=plan)
 
 
 def per_step_draft_out_cache_loc(out_cache_loc: torch.Tensor, batch_size: int, num_steps: int) -> torch.Tensor:

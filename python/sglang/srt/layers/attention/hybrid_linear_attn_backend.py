@@ -63,33 +63,33 @@ class GDNBackend(RecurrentBackend):
         if tail_pool is not None:
             self.num_tail_rows, self._tail_len = tail_pool.spec.buffers[0].row_shape[0], tail_pool.buffers()[2]
 
-    def plan_states(self, fb: ForwardBatch) -> GDNPlan:
+    def plan_states(self, forward_batch: ForwardBatch) -> GDNPlan:
         """Sort the step's requests into single tokens and chunks. Raises UnplannedStepError, or ValueError without a
         state slot per request."""
-        if fb.batch_size == 0:
+        if forward_batch.batch_size == 0:
             none = torch.empty(0, dtype=torch.int64, device=self.device)
             return GDNPlan(None, none, None, none)
-        slots = fb.state_slot_ids
-        if slots is None or slots.shape[0] != fb.batch_size:
+        slots = forward_batch.state_slot_ids
+        if slots is None or slots.shape[0] != forward_batch.batch_size:
             found = "none" if slots is None else str(slots.shape[0])
             raise ValueError(
-                f"a hybrid model needs one state slot per request: {fb.batch_size} requests, {found} given "
+                f"a hybrid model needs one state slot per request: {forward_batch.batch_size} requests, {found} given "
                 "(ForwardBatch.state_slot_ids)"
             )
-        if fb.kind is None:
-            return self._plan_extend(fb, slots)
-        if fb.kind.rows_per_request == 1:
+        if forward_batch.kind is None:
+            return self._plan_extend(forward_batch, slots)
+        if forward_batch.kind.rows_per_request == 1:
             # Nothing but the batch's own tensor: a captured step reads what the next replay finds in it.
             return GDNPlan(None, slots, None, slots[:0])
-        if fb.kind.rows_per_request == self.num_tail_rows:
+        if forward_batch.kind.rows_per_request == self.num_tail_rows:
             return GDNPlan(None, slots, None, slots[:0], verifies=True)
         raise UnplannedStepError(
-            f"gated delta nets have no plan for a {fb.kind.name} step of {fb.kind.rows_per_request} rows per request"
-            f", for tails of {self.num_tail_rows}"
+            f"gated delta nets have no plan for a {forward_batch.kind.name} step of "
+            f"{forward_batch.kind.rows_per_request} rows per request, for tails of {self.num_tail_rows}"
         )
 
-    def _plan_extend(self, fb: ForwardBatch, slots: torch.Tensor) -> GDNPlan:
-        lengths, starts = fb.extend_seq_lens_cpu, fb.extend_start_loc_cpu
+    def _plan_extend(self, forward_batch: ForwardBatch, slots: torch.Tensor) -> GDNPlan:
+        lengths, starts = forward_batch.extend_seq_lens_cpu, forward_batch.extend_start_loc_cpu
         assert lengths is not None and starts is not None
         if self._tail_len is not None and self.device.type == "cpu":  # elsewhere the host would wait
             assert not self._tail_len[:, slots].any(), "a prefill step would skip rows of a verify step before it"
@@ -115,10 +115,10 @@ class GDNBackend(RecurrentBackend):
         b: torch.Tensor,
         a: torch.Tensor,
         layer: GatedDeltaNet,
-        fb: ForwardBatch,
+        forward_batch: ForwardBatch,
     ) -> torch.Tensor:
         """See the base class."""
-        plan = fb.attn_plan.states
+        plan = forward_batch.attn_plan.states
         assert isinstance(plan, GDNPlan), "a step is planned before the layers run"
         rows = (mixed_qkv, z.unflatten(-1, (layer.num_v_heads, layer.head_v_dim)), b, a)
         if plan.verifies:
@@ -170,43 +170,43 @@ class HybridLinearAttnBackend(GqaBackend, RecurrentBackend):
         self.full_attn_backend = full_attn_backend
         self.linear_attn_backend = linear_attn_backend
 
-    def plan_decode(self, fb: ForwardBatch) -> object:
+    def plan_decode(self, forward_batch: ForwardBatch) -> object:
         """The plan of the softmax layers; see the base class."""
-        return self.full_attn_backend.plan_decode(fb)
+        return self.full_attn_backend.plan_decode(forward_batch)
 
-    def plan_extend(self, fb: ForwardBatch) -> object:
+    def plan_extend(self, forward_batch: ForwardBatch) -> object:
         """The plan of the softmax layers; see the base class."""
-        return self.full_attn_backend.plan_extend(fb)
+        return self.full_attn_backend.plan_extend(forward_batch)
 
-    def init_forward_metadata(self, fb: ForwardBatch) -> None:
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan the step for both backends."""
-        self.full_attn_backend.init_forward_metadata(fb)
-        self._add_states(fb)
+        self.full_attn_backend.init_forward_metadata(forward_batch)
+        self._add_states(forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
         """See the full-attention backend; recurrent layers keep no metadata of their own."""
         self.full_attn_backend.init_cuda_graph_state(max_bs, max_context_len)
 
-    def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
-        """Both backends read persistent tensors only: the state slots of ``fb`` must stay where they are."""
-        self.full_attn_backend.init_forward_metadata_capture(fb)
-        self._add_states(fb)
+    def init_forward_metadata_capture(self, forward_batch: ForwardBatch) -> None:
+        """Both backends read persistent tensors only: the state slots of ``forward_batch`` must stay where they are."""
+        self.full_attn_backend.init_forward_metadata_capture(forward_batch)
+        self._add_states(forward_batch)
 
-    def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
+    def init_forward_metadata_replay(self, forward_batch: ForwardBatch) -> None:
         """New values lie in the captured tensors already."""
-        self.full_attn_backend.init_forward_metadata_replay(fb)
-        self._add_states(fb)
+        self.full_attn_backend.init_forward_metadata_replay(forward_batch)
+        self._add_states(forward_batch)
 
-    def plan_states(self, fb: ForwardBatch) -> object:
+    def plan_states(self, forward_batch: ForwardBatch) -> object:
         """The plan of the recurrent layers; see the base class."""
-        return self.linear_attn_backend.plan_states(fb)
+        return self.linear_attn_backend.plan_states(forward_batch)
 
     def update_mamba_state_after_mtp_verify(self, slots: torch.Tensor, num_new: torch.Tensor) -> None:
         """See the base class."""
         self.linear_attn_backend.update_mamba_state_after_mtp_verify(slots, num_new)
 
-    def _add_states(self, fb: ForwardBatch) -> None:
-        fb.attn_plan = StepPlan(fb.attn_plan.attention, self.plan_states(fb))
+    def _add_states(self, forward_batch: ForwardBatch) -> None:
+        forward_batch.attn_plan = StepPlan(forward_batch.attn_plan.attention, self.plan_states(forward_batch))
 
     def prepare_gqa(
         self,
@@ -218,20 +218,20 @@ class HybridLinearAttnBackend(GqaBackend, RecurrentBackend):
         k_norm: GemmaRMSNorm,
         rotary_emb: RotaryEmbedding,
         layer: RadixAttention,
-        fb: ForwardBatch,
+        forward_batch: ForwardBatch,
     ) -> torch.Tensor:
         """Softmax layers; see the base class."""
-        return self.full_attn_backend.prepare_gqa(q, k, v, positions, q_norm, k_norm, rotary_emb, layer, fb)
+        return self.full_attn_backend.prepare_gqa(q, k, v, positions, q_norm, k_norm, rotary_emb, layer, forward_batch)
 
-    def attend(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
         """Softmax layers; see the base class."""
-        return self.full_attn_backend.attend(q, layer, fb)
+        return self.full_attn_backend.attend(q, layer, forward_batch)
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, fb: ForwardBatch
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """Softmax layers; see the base class."""
-        return self.full_attn_backend.forward(q, k, v, layer, fb)
+        return self.full_attn_backend.forward(q, k, v, layer, forward_batch)
 
     def forward_gdn(
         self,
@@ -240,7 +240,7 @@ class HybridLinearAttnBackend(GqaBackend, RecurrentBackend):
         b: torch.Tensor,
         a: torch.Tensor,
         layer: GatedDeltaNet,
-        fb: ForwardBatch,
+        forward_batch: ForwardBatch,
     ) -> torch.Tensor:
         """Recurrent layers; see the base class."""
-        return self.linear_attn_backend.forward_gdn(mixed_qkv, z, b, a, layer, fb)
+        return self.linear_attn_backend.forward_gdn(mixed_qkv, z, b, a, layer, forward_batch)

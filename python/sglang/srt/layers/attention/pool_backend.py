@@ -51,22 +51,22 @@ class CapturingPoolBackend(PoolBackend):
             )
         self._captured = {}
 
-    def keep_captured(self, fb: ForwardBatch, plan: object) -> None:
+    def keep_captured(self, forward_batch: ForwardBatch, plan: object) -> None:
         """Set ``plan`` on a step that will be captured, and keep it for the replays."""
-        assert fb.kind is not None
-        self._captured[fb.kind.name, fb.batch_size] = plan
-        fb.attn_plan = StepPlan(attention=plan)
+        assert forward_batch.kind is not None
+        self._captured[forward_batch.kind.name, forward_batch.batch_size] = plan
+        forward_batch.attn_plan = StepPlan(attention=plan)
 
-    def captured_plan(self, fb: ForwardBatch) -> object:
-        """The plan of the captured step that ``fb`` replays; raises ValueError for a step that was not captured."""
-        assert fb.kind is not None
-        if (fb.kind.name, fb.batch_size) not in self._captured:
-            raise ValueError(f"no {fb.kind.name} step of {fb.batch_size} requests was captured")
-        return self._captured[fb.kind.name, fb.batch_size]
+    def captured_plan(self, forward_batch: ForwardBatch) -> object:
+        """The plan of the captured step to replay; raises ValueError for a step that was not captured."""
+        assert forward_batch.kind is not None
+        if (forward_batch.kind.name, forward_batch.batch_size) not in self._captured:
+            raise ValueError(f"no {forward_batch.kind.name} step of {forward_batch.batch_size} requests was captured")
+        return self._captured[forward_batch.kind.name, forward_batch.batch_size]
 
 
 class PoolGqaBackend(PoolBackend, GqaBackend):
-    """Keeps one row of keys and values per token in ``kv_pool``, at ``fb.out_cache_loc``.
+    """Keeps one row of keys and values per token in ``kv_pool``, at ``forward_batch.out_cache_loc``.
 
     A layer either calls ``prepare_gqa`` and then ``attend``, or passes finished keys and values to ``forward``.
     """
@@ -76,14 +76,14 @@ class PoolGqaBackend(PoolBackend, GqaBackend):
         self.kv_pool = ctx.pools["kv"]
 
     def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, fb: ForwardBatch
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> torch.Tensor:
         """See the base class."""
         num_tokens = q.shape[0]
         k = k.view(num_tokens, layer.num_kv_heads, layer.head_dim)
         v = v.view(num_tokens, layer.num_kv_heads, layer.v_head_dim)
-        write_kv(k, v, *self.kv_pool.layer(layer.layer_id), fb.out_cache_loc)
-        return self.attend(q.view(num_tokens, layer.num_heads, layer.head_dim), layer, fb)
+        write_kv(k, v, *self.kv_pool.layer(layer.layer_id), forward_batch.out_cache_loc)
+        return self.attend(q.view(num_tokens, layer.num_heads, layer.head_dim), layer, forward_batch)
 
     def prepare_gqa(
         self,
@@ -95,18 +95,18 @@ class PoolGqaBackend(PoolBackend, GqaBackend):
         k_norm: GemmaRMSNorm,
         rotary_emb: RotaryEmbedding,
         layer: RadixAttention,
-        fb: ForwardBatch,
+        forward_batch: ForwardBatch,
     ) -> torch.Tensor:
         """See the base class."""
         assert q_norm.eps == k_norm.eps
         return prepare_gqa(
             q, k, v, q_norm.weight, k_norm.weight, positions, rotary_emb.cos_sin_cache,
-            *self.kv_pool.layer(layer.layer_id), fb.out_cache_loc, q_norm.eps, rotary_emb.is_neox,
+            *self.kv_pool.layer(layer.layer_id), forward_batch.out_cache_loc, q_norm.eps, rotary_emb.is_neox,
         )  # fmt: skip
 
 
 class PoolMlaBackend(PoolBackend, MlaBackend):
-    """Keeps one latent row per token in ``kv_pool``, at ``fb.out_cache_loc``.
+    """Keeps one latent row per token in ``kv_pool``, at ``forward_batch.out_cache_loc``.
 
     Latent attention has two forms with the same result. Absorbed: queries attend to the latent rows as stored, which is
     cheap for few queries. Expanded (MHA): keys and values are rebuilt from the latent rows of the whole context, which
@@ -130,26 +130,26 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
         norm: RMSNorm,
         rotary_emb: RotaryEmbedding,
         layer: RadixAttention,
-        fb: ForwardBatch,
+        forward_batch: ForwardBatch,
         queries: torch.Tensor | None = None,
         w_kc: torch.Tensor | None = None,
     ) -> None:
         """See the base class."""
         prepare_mla(
-            q, kv_a, positions, rotary_emb.cos_sin_cache, norm.weight, self._latent(layer), fb.out_cache_loc,
+            q, kv_a, positions, rotary_emb.cos_sin_cache, norm.weight, self._latent(layer), forward_batch.out_cache_loc,
             norm.eps, rotary_emb.is_neox, queries, w_kc,
         )  # fmt: skip
 
-    def split_by_form(self, fb: ForwardBatch) -> tuple[list[int], list[int]]:
+    def split_by_form(self, forward_batch: ForwardBatch) -> tuple[list[int], list[int]]:
         """The requests of an extend step that use the absorbed form, and those that use MHA."""
-        lengths = fb.extend_seq_lens_cpu
+        lengths = forward_batch.extend_seq_lens_cpu
         assert lengths is not None
-        expanded = [i for i, new in enumerate(lengths) if self.use_mha(new, fb.seq_lens_cpu[i])]
+        expanded = [i for i, new in enumerate(lengths) if self.use_mha(new, forward_batch.seq_lens_cpu[i])]
         return sorted(set(range(len(lengths))) - set(expanded)), expanded
 
-    def extend_forms(self, fb: ForwardBatch) -> MlaExtendPlan:
+    def extend_forms(self, forward_batch: ForwardBatch) -> MlaExtendPlan:
         """See the base class."""
-        plan = fb.attn_plan.attention
+        plan = forward_batch.attn_plan.attention
         if isinstance(plan, MlaExtendPlan):
             return plan
         raise TypeError(f"the step was planned as {type(plan).__name__}, not as an extend step of latent attention")
@@ -159,11 +159,11 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
         q: torch.Tensor,
         w_vc: torch.Tensor,
         layer: RadixAttention,
-        fb: ForwardBatch,
+        forward_batch: ForwardBatch,
         row_dtype: torch.dtype | None = None,
     ) -> Rows:
         """See the base class."""
-        return take_out(self.decode_absorbed(q, layer, fb), w_vc)
+        return take_out(self.decode_absorbed(q, layer, forward_batch), w_vc)
 
     def forward_absorb(self, q: torch.Tensor, layer: RadixAttention, plan: ExtendPlan) -> torch.Tensor:
         """See the base class."""
@@ -171,7 +171,7 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
         return mla_extend(q, cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, rank, layer.scaling)
 
     @abstractmethod
-    def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
+    def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
         """The absorbed form of a step with one token per request: q [N, H, R+P] -> [N, H, R]."""
 
     def gather_latent(self, layer: RadixAttention, plan: ExtendPlan, dtype: torch.dtype) -> torch.Tensor:

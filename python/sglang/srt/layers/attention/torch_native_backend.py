@@ -66,21 +66,23 @@ class TorchNativeAttnBackend(PoolBackend):
         other = getattr(other, "full_attn_backend", other)
         return type(other) is type(self) and other.req_to_token is self.req_to_token
 
-    def plan_decode(self, fb: ForwardBatch) -> DecodeGroups:
+    def plan_decode(self, forward_batch: ForwardBatch) -> DecodeGroups:
         """See the base class."""
-        return self._groups(fb)
+        return self._groups(forward_batch)
 
-    def plan_uniform(self, fb: ForwardBatch) -> DecodeGroups:
+    def plan_uniform(self, forward_batch: ForwardBatch) -> DecodeGroups:
         """See the base class; the rows of a long request are read once for all of its queries."""
-        return self._groups(fb if max(fb.seq_lens_cpu) >= _SHARED_LENGTH else fb.single_rows())
+        return self._groups(
+            forward_batch if max(forward_batch.seq_lens_cpu) >= _SHARED_LENGTH else forward_batch.single_rows()
+        )
 
-    def _groups(self, fb: ForwardBatch) -> DecodeGroups:
-        assert fb.kind is not None
-        groups, width = group_by_length(fb.seq_lens_cpu), fb.kind.rows_per_request
+    def _groups(self, forward_batch: ForwardBatch) -> DecodeGroups:
+        assert forward_batch.kind is not None
+        groups, width = group_by_length(forward_batch.seq_lens_cpu), forward_batch.kind.rows_per_request
         planned = []
         for members in groups:
-            longest = max(fb.seq_lens_cpu[row] for row in members)
-            rows, requests, seq_lens = None, fb.req_pool_indices, fb.seq_lens
+            longest = max(forward_batch.seq_lens_cpu[row] for row in members)
+            rows, requests, seq_lens = None, forward_batch.req_pool_indices, forward_batch.seq_lens
             if len(groups) > 1:
                 rows = torch.tensor(members, device=self.device)
                 requests, seq_lens = requests[rows], seq_lens[rows]
@@ -89,11 +91,11 @@ class TorchNativeAttnBackend(PoolBackend):
             planned.append(DecodeGroup(rows, table, seq_lens))
         return DecodeGroups(tuple(planned))
 
-    def _extend_plan(self, fb: ForwardBatch, members: list[int]) -> ExtendPlan:
-        lengths, starts = fb.extend_seq_lens_cpu, fb.extend_start_loc_cpu
+    def _extend_plan(self, forward_batch: ForwardBatch, members: list[int]) -> ExtendPlan:
+        lengths, starts = forward_batch.extend_seq_lens_cpu, forward_batch.extend_start_loc_cpu
         assert lengths is not None and starts is not None
-        requests = fb.req_pool_indices.tolist()
-        slots = [self.req_to_token[requests[i], : fb.seq_lens_cpu[i]] for i in members]
+        requests = forward_batch.req_pool_indices.tolist()
+        slots = [self.req_to_token[requests[i], : forward_batch.seq_lens_cpu[i]] for i in members]
         rows = None
         if len(members) < len(lengths):
             rows = torch.cat([torch.arange(starts[i], starts[i] + lengths[i]) for i in members]).to(self.device)
@@ -101,7 +103,7 @@ class TorchNativeAttnBackend(PoolBackend):
             rows,
             torch.cat(slots).long(),
             self._indptr([lengths[i] for i in members]),
-            self._indptr([fb.seq_lens_cpu[i] for i in members]),
+            self._indptr([forward_batch.seq_lens_cpu[i] for i in members]),
         )
 
     def _indptr(self, lengths: list[int]) -> torch.Tensor:
@@ -112,14 +114,14 @@ class TorchNativeAttnBackend(PoolBackend):
 class TorchNativeGqaBackend(TorchNativeAttnBackend, PoolGqaBackend):
     """Multi-head and grouped-query attention."""
 
-    def plan_extend(self, fb: ForwardBatch) -> ExtendPlan:
+    def plan_extend(self, forward_batch: ForwardBatch) -> ExtendPlan:
         """See the base class."""
-        return self._extend_plan(fb, list(range(fb.batch_size)))
+        return self._extend_plan(forward_batch, list(range(forward_batch.batch_size)))
 
-    def attend(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
         """See the base class."""
         k_cache, v_cache = self.kv_pool.layer(layer.layer_id)
-        plan = fb.attn_plan.attention
+        plan = forward_batch.attn_plan.attention
         if isinstance(plan, ExtendPlan):
             out = extend_attention(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)
         elif isinstance(plan, DecodeGroups):
@@ -139,17 +141,18 @@ class TorchNativeGqaBackend(TorchNativeAttnBackend, PoolGqaBackend):
 class TorchNativeMlaBackend(TorchNativeAttnBackend, PoolMlaBackend):
     """Latent attention."""
 
-    def plan_extend(self, fb: ForwardBatch) -> MlaExtendPlan:
+    def plan_extend(self, forward_batch: ForwardBatch) -> MlaExtendPlan:
         """See the base class."""
-        absorbed, expanded = self.split_by_form(fb)
+        absorbed, expanded = self.split_by_form(forward_batch)
         return MlaExtendPlan(
-            self._extend_plan(fb, absorbed) if absorbed else None, self._extend_plan(fb, expanded) if expanded else None
+            self._extend_plan(forward_batch, absorbed) if absorbed else None,
+            self._extend_plan(forward_batch, expanded) if expanded else None,
         )
 
-    def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
+    def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
         """See the base class."""
         cache, rank = self._latent(layer), layer.v_head_dim
-        plan = fb.attn_plan.attention
+        plan = forward_batch.attn_plan.attention
         if not isinstance(plan, DecodeGroups):
             return no_output(q, plan, layer.num_heads, rank)
         out = q.new_empty(q.shape[0], layer.num_heads, rank)

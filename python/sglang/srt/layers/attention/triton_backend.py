@@ -48,47 +48,59 @@ class TritonAttnBackend(CapturingPoolBackend):
     host-known lengths and costs one small copy and one gather of slots per plan.
     """
 
-    def plan_decode(self, fb: ForwardBatch) -> TableDecodePlan:
+    def plan_decode(self, forward_batch: ForwardBatch) -> TableDecodePlan:
         """See the base class."""
-        return TableDecodePlan(fb.req_pool_indices, fb.seq_lens)
+        return TableDecodePlan(forward_batch.req_pool_indices, forward_batch.seq_lens)
 
-    def plan_uniform(self, fb: ForwardBatch) -> TableDecodePlan:
+    def plan_uniform(self, forward_batch: ForwardBatch) -> TableDecodePlan:
         """See the base class."""
-        assert fb.kind is not None
-        return TableDecodePlan(fb.req_pool_indices, fb.seq_lens, fb.kind.rows_per_request)
+        assert forward_batch.kind is not None
+        return TableDecodePlan(
+            forward_batch.req_pool_indices, forward_batch.seq_lens, forward_batch.kind.rows_per_request
+        )
 
-    def init_forward_metadata_capture(self, fb: ForwardBatch) -> None:
+    def init_forward_metadata_capture(self, forward_batch: ForwardBatch) -> None:
         """Record that graphs of this kind and batch size read exactly these tensors, which therefore must persist."""
-        plan = self.plan(fb)
+        plan = self.plan(forward_batch)
         assert isinstance(plan, TableDecodePlan), "only steps that read the table are captured"
-        self.keep_captured(fb, plan)
+        self.keep_captured(forward_batch, plan)
 
-    def init_forward_metadata_replay(self, fb: ForwardBatch) -> None:
-        """Use the captured plan of this kind and size; raises ValueError when ``fb`` has other tensors."""
-        captured = self.captured_plan(fb)
+    def init_forward_metadata_replay(self, forward_batch: ForwardBatch) -> None:
+        """Use the captured plan of this kind and size; raises ValueError when ``forward_batch`` has other tensors."""
+        captured = self.captured_plan(forward_batch)
         assert isinstance(captured, TableDecodePlan)
-        pairs = ((captured.req_pool_indices, fb.req_pool_indices), (captured.seq_lens, fb.seq_lens))
+        pairs = (
+            (captured.req_pool_indices, forward_batch.req_pool_indices),
+            (captured.seq_lens, forward_batch.seq_lens),
+        )
         if any(ours.data_ptr() != theirs.data_ptr() for ours, theirs in pairs):
-            raise ValueError(f"the graph of {fb.batch_size} requests reads other tensors than those of this batch")
-        fb.attn_plan = StepPlan(attention=captured)
+            raise ValueError(
+                f"the graph of {forward_batch.batch_size} requests reads other tensors than those of this batch"
+            )
+        forward_batch.attn_plan = StepPlan(attention=captured)
 
     def _plan(
-        self, fb: ForwardBatch, members: list[int], starts: list[int], ends: list[int], rows: torch.Tensor | None
+        self,
+        forward_batch: ForwardBatch,
+        members: list[int],
+        starts: list[int],
+        ends: list[int],
+        rows: torch.Tensor | None,
     ) -> ExtendPlan:
         """Queries of ``members`` against positions ``starts[i]:ends[i]`` of each of them."""
-        lengths = fb.extend_seq_lens_cpu
+        lengths = forward_batch.extend_seq_lens_cpu
         assert lengths is not None
         qo_indptr = [0, *accumulate(lengths[i] for i in members)]
         kv_indptr = [0, *accumulate(end - start for start, end in zip(starts, ends, strict=True))]
         everyone = len(members) == len(lengths)
         index, first, qo, kv = self._to_device([] if everyone else members, starts, qo_indptr, kv_indptr)
-        requests = fb.req_pool_indices if everyone else fb.req_pool_indices.index_select(0, index)
+        requests = forward_batch.req_pool_indices if everyone else forward_batch.req_pool_indices.index_select(0, index)
         slots = gather_slots(self.req_to_token, requests, first, kv, kv_indptr[-1])
         return ExtendPlan(rows, slots, qo, kv)
 
-    def _rows(self, fb: ForwardBatch, members: list[int]) -> torch.Tensor | None:
+    def _rows(self, forward_batch: ForwardBatch, members: list[int]) -> torch.Tensor | None:
         """Token rows of ``members`` in the batch; None when they are all rows."""
-        lengths, starts = fb.extend_seq_lens_cpu, fb.extend_start_loc_cpu
+        lengths, starts = forward_batch.extend_seq_lens_cpu, forward_batch.extend_start_loc_cpu
         assert lengths is not None and starts is not None
         if len(members) == len(lengths):
             return None
@@ -107,15 +119,15 @@ class TritonAttnBackend(CapturingPoolBackend):
 class TritonGqaBackend(TritonAttnBackend, PoolGqaBackend):
     """Multi-head and grouped-query attention."""
 
-    def plan_extend(self, fb: ForwardBatch) -> ExtendPlan:
+    def plan_extend(self, forward_batch: ForwardBatch) -> ExtendPlan:
         """See the base class."""
-        everyone = list(range(fb.batch_size))
-        return self._plan(fb, everyone, [0] * len(everyone), fb.seq_lens_cpu, None)
+        everyone = list(range(forward_batch.batch_size))
+        return self._plan(forward_batch, everyone, [0] * len(everyone), forward_batch.seq_lens_cpu, None)
 
-    def attend(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
         """See the base class."""
         k_cache, v_cache = self.kv_pool.layer(layer.layer_id)
-        plan = fb.attn_plan.attention
+        plan = forward_batch.attn_plan.attention
         if isinstance(plan, TableDecodePlan):
             op = decode_attention if plan.width == 1 else verify_attention
             out = op(q, k_cache, v_cache, self.req_to_token, plan.req_pool_indices, plan.seq_lens, layer.scaling)
@@ -138,51 +150,53 @@ class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
         columns = latent + heads * (shapes.qk_nope_head_dim + shapes.v_head_dim)
         self.max_expanded_rows = max(1, EXPANDED_BYTES // (columns * ctx.model_config.dtype.itemsize))
 
-    def plan_extend(self, fb: ForwardBatch) -> MlaExtendPlan:
+    def plan_extend(self, forward_batch: ForwardBatch) -> MlaExtendPlan:
         """See the base class."""
-        absorbed, expanded = self.split_by_form(fb)
+        absorbed, expanded = self.split_by_form(forward_batch)
         absorbed_plan = None
         if absorbed:
-            ends = [fb.seq_lens_cpu[i] for i in absorbed]
-            absorbed_plan = self._plan(fb, absorbed, [0] * len(ends), ends, self._rows(fb, absorbed))
-        return MlaExtendPlan(absorbed_plan, self._plan_expanded(fb, expanded) if expanded else None)
+            ends = [forward_batch.seq_lens_cpu[i] for i in absorbed]
+            absorbed_plan = self._plan(
+                forward_batch, absorbed, [0] * len(ends), ends, self._rows(forward_batch, absorbed)
+            )
+        return MlaExtendPlan(absorbed_plan, self._plan_expanded(forward_batch, expanded) if expanded else None)
 
-    def _plan_expanded(self, fb: ForwardBatch, members: list[int]) -> ExtendPlan | ChunkedPrefixPlan:
-        lengths = fb.extend_seq_lens_cpu
+    def _plan_expanded(self, forward_batch: ForwardBatch, members: list[int]) -> ExtendPlan | ChunkedPrefixPlan:
+        lengths = forward_batch.extend_seq_lens_cpu
         assert lengths is not None
-        rows = self._rows(fb, members)
-        ends = [fb.seq_lens_cpu[i] for i in members]
+        rows = self._rows(forward_batch, members)
+        ends = [forward_batch.seq_lens_cpu[i] for i in members]
         if sum(ends) <= self.max_expanded_rows:
-            return self._plan(fb, members, [0] * len(ends), ends, rows)
-        prefixes = [fb.seq_lens_cpu[i] - lengths[i] for i in members]
+            return self._plan(forward_batch, members, [0] * len(ends), ends, rows)
+        prefixes = [forward_batch.seq_lens_cpu[i] - lengths[i] for i in members]
         step = max(1, self.max_expanded_rows // max(1, sum(prefix > 0 for prefix in prefixes)))
         parts = []
         for start in range(0, max(prefixes), step):
             starts = [min(start, prefix) for prefix in prefixes]
             stops = [min(start + step, prefix) for prefix in prefixes]
-            parts.append(self._plan(fb, members, starts, stops, rows))
-        return ChunkedPrefixPlan(rows, self._plan(fb, members, prefixes, ends, rows), tuple(parts))
+            parts.append(self._plan(forward_batch, members, starts, stops, rows))
+        return ChunkedPrefixPlan(rows, self._plan(forward_batch, members, prefixes, ends, rows), tuple(parts))
 
     def decode_absorb(
         self,
         q: torch.Tensor,
         w_vc: torch.Tensor,
         layer: RadixAttention,
-        fb: ForwardBatch,
+        forward_batch: ForwardBatch,
         row_dtype: torch.dtype | None = None,
     ) -> Rows:
         """See the base class."""
-        plan = fb.attn_plan.attention
+        plan = forward_batch.attn_plan.attention
         if not isinstance(plan, TableDecodePlan) or plan.width > 1:
-            return super().decode_absorb(q, w_vc, layer, fb)
+            return super().decode_absorb(q, w_vc, layer, forward_batch)
         rows = (self.req_to_token, plan.req_pool_indices, plan.seq_lens)
         out = mla_decode_project(q, self._latent(layer), *rows, w_vc, layer.scaling, row_dtype)
         return out if row_dtype is None else QuantizedRows(out[0], out[1], q.dtype)
 
-    def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, fb: ForwardBatch) -> torch.Tensor:
+    def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
         """See the base class."""
         cache, rank = self._latent(layer), layer.v_head_dim
-        plan = fb.attn_plan.attention
+        plan = forward_batch.attn_plan.attention
         if not isinstance(plan, TableDecodePlan):
             return no_output(q, plan, layer.num_heads, rank)
         op = mla_decode_attention if plan.width == 1 else mla_verify_attention

@@ -91,10 +91,10 @@ class FusedMoE(nn.Module):
         """As a linear layer's."""
         return None if self.rows_travel else self.quant_method.row_dtype
 
-    def forward(self, x: Rows, topk: TopKOutput, fb: ForwardBatch | None = None) -> torch.Tensor:
+    def forward(self, x: Rows, topk: TopKOutput, forward_batch: ForwardBatch | None = None) -> torch.Tensor:
         """x [N, H] (not changed), topk with k = ``top_k``, or plus all shared experts -> new [N, H]: weighted sum.
 
-        ``fb``, the step, is for experts that exchange tokens between ranks.
+        ``forward_batch``, the step, is for experts that exchange tokens between ranks.
         """
         self.check_columns(topk)
         return self.run_experts(x, topk.weights, self.placement.local_ids(topk.ids))

@@ -102,25 +102,27 @@ class DeepseekV2AttentionMLA(nn.Module):
         self.w_kc = per_head[:, : self.nope]
         self.w_vc = per_head[:, self.nope :].transpose(1, 2)
 
-    def forward(self, hidden: Rows, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+    def forward(self, hidden: Rows, positions: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """hidden [N, H], positions [N] -> [N, H]; each request uses the form that is cheaper for its length."""
-        backend = backend_of(fb, MlaBackend)
+        backend = backend_of(forward_batch, MlaBackend)
         q, kv_a = self._project(hidden)
         norm, rope, layer = self.kv_a_layernorm, self.rotary_emb, self.attn_mqa
-        if fb.kind is not None:
+        if forward_batch.kind is not None:
             queries = self._new_queries(q)
-            backend.prepare_mla(q, kv_a, positions, norm, rope, layer, fb, queries, self.w_kc)
+            backend.prepare_mla(q, kv_a, positions, norm, rope, layer, forward_batch, queries, self.w_kc)
             assert self.w_vc is not None, "weights are not loaded"
-            return self.o_proj(backend.decode_absorb(queries, self.w_vc, layer, fb, self.o_proj.row_dtype))
-        backend.prepare_mla(q, kv_a, positions, norm, rope, layer, fb)
+            return self.o_proj(backend.decode_absorb(queries, self.w_vc, layer, forward_batch, self.o_proj.row_dtype))
+        backend.prepare_mla(q, kv_a, positions, norm, rope, layer, forward_batch)
         out = q.new_empty(q.shape[0], self.num_heads * self.v_dim)
-        forms = backend.extend_forms(fb)
+        forms = backend.extend_forms(forward_batch)
         if forms.absorbed is not None:
             part = forms.absorbed
-            out = _placed(out, part.rows, self.absorbed(_rows(q, part.rows), fb, part))
+            out = _placed(out, part.rows, self.absorbed(_rows(q, part.rows), forward_batch, part))
         if forms.expanded is not None:
             part_expanded = forms.expanded
-            out = _placed(out, part_expanded.rows, self.expanded(_rows(q, part_expanded.rows), fb, part_expanded))
+            out = _placed(
+                out, part_expanded.rows, self.expanded(_rows(q, part_expanded.rows), forward_batch, part_expanded)
+            )
         return self.o_proj(out)
 
     def _project(self, hidden: Rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,7 +141,7 @@ class DeepseekV2AttentionMLA(nn.Module):
         """Buffer for queries of the absorbed form [n, heads, R + rope]."""
         return q.new_empty(q.shape[0], self.num_heads, self.rank + self.rope)
 
-    def absorbed(self, q: torch.Tensor, fb: ForwardBatch, plan: ExtendPlan) -> torch.Tensor:
+    def absorbed(self, q: torch.Tensor, forward_batch: ForwardBatch, plan: ExtendPlan) -> torch.Tensor:
         """The absorbed form: queries in the latent space, q W_UK, attend to the cached rows. q [n, heads, nope+rope],
         rotated in place -> [n, heads*v].
 
@@ -149,15 +151,17 @@ class DeepseekV2AttentionMLA(nn.Module):
         queries = self._new_queries(q)
         queries[..., self.rank :] = q[..., self.nope :]
         torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_kc, out=queries[..., : self.rank].transpose(0, 1))
-        context = backend_of(fb, MlaBackend).forward_absorb(queries, self.attn_mqa, plan)
+        context = backend_of(forward_batch, MlaBackend).forward_absorb(queries, self.attn_mqa, plan)
         out = q.new_empty(q.shape[0], self.num_heads, self.v_dim)
         torch.bmm(context.transpose(0, 1), self.w_vc, out=out.transpose(0, 1))
         return out.flatten(1)
 
-    def expanded(self, q: torch.Tensor, fb: ForwardBatch, plan: ExtendPlan | ChunkedPrefixPlan) -> torch.Tensor:
+    def expanded(
+        self, q: torch.Tensor, forward_batch: ForwardBatch, plan: ExtendPlan | ChunkedPrefixPlan
+    ) -> torch.Tensor:
         """The expanded form: queries attend to keys and values rebuilt for every head. q [n, heads, nope+rope] -> [n,
         heads*v]."""
-        return backend_of(fb, MlaBackend).forward_mha(q, self.keys_and_values, self.attn_mha, plan)
+        return backend_of(forward_batch, MlaBackend).forward_mha(q, self.keys_and_values, self.attn_mha, plan)
 
     def keys_and_values(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Cache rows [m, R + rope] -> keys [m, heads, nope], values [m, heads, v] and the rotated part of every head's

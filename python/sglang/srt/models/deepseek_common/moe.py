@@ -85,22 +85,24 @@ class DeepseekV2MoE(nn.Module):
         """[E, H]."""
         return self.gate.weight
 
-    def forward(self, hidden: Rows | RoutedRows, fb: ForwardBatch) -> torch.Tensor:
+    def forward(self, hidden: Rows | RoutedRows, forward_batch: ForwardBatch) -> torch.Tensor:
         """hidden [N, H] -> [N, H]."""
         x, logits = hidden if isinstance(hidden, RoutedRows) else (hidden, None)
         shared_experts = self.shared_experts
         if shared_experts is None:
-            return self._tp.all_reduce(self._routed(x, logits, fb))
+            return self._tp.all_reduce(self._routed(x, logits, forward_batch))
         if isinstance(shared_experts, FusedSharedExperts) and shared_experts.is_fused(self.overlap.site, x.shape[0]):
-            return self._tp.all_reduce(self._routed(x, logits, fb, fused=True))
+            return self._tp.all_reduce(self._routed(x, logits, forward_batch, fused=True))
         shared, routed = self.overlap.fork_join(
-            lambda: shared_experts(x), lambda: self._routed(x, logits, fb), num_tokens=x.shape[0]
+            lambda: shared_experts(x), lambda: self._routed(x, logits, forward_batch), num_tokens=x.shape[0]
         )
         return self._tp.all_reduce(routed + shared)
 
-    def _routed(self, x: Rows, logits: torch.Tensor | None, fb: ForwardBatch, fused: bool = False) -> torch.Tensor:
+    def _routed(
+        self, x: Rows, logits: torch.Tensor | None, forward_batch: ForwardBatch, fused: bool = False
+    ) -> torch.Tensor:
         logits = self.gate(plain_rows(x)) if logits is None else logits
-        return self.experts(x, self.topk(logits, fused), fb)
+        return self.experts(x, self.topk(logits, fused), forward_batch)
 
 
 def make_topk(config: DeepseekConfig, correction_bias: torch.Tensor | None, shared: SharedSlots = NO_SHARED) -> TopK:

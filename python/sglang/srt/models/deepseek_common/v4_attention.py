@@ -83,18 +83,18 @@ class DeepseekV4Attention(nn.Module):
     def _load_sinks(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
         self._head_shards.copy(param.data, loaded, shard_id)
 
-    def forward(self, hidden: torch.Tensor, positions: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """hidden [N, H], positions [N] -> [N, H]."""
-        backend, table = backend_of(fb, CompressedBackend), self.rotary_emb.cos_sin_cache
+        backend, table = backend_of(forward_batch, CompressedBackend), self.rotary_emb.cos_sin_cache
 
         def queries() -> torch.Tensor:
             q = self.wq_b(latent).unflatten(-1, (self.num_heads, self.head_dim))
-            return backend.prepare(q, kv, self.kv_norm, positions, table, self, fb)
+            return backend.prepare(q, kv, self.kv_norm, positions, table, self, forward_batch)
 
         def entries() -> torch.Tensor | None:
             if self.compressor is not None:
-                self.compressor(hidden, fb)
-            return None if self.indexer is None else self.indexer(hidden, latent, positions, self, fb)
+                self.compressor(hidden, forward_batch)
+            return None if self.indexer is None else self.indexer(hidden, latent, positions, self, forward_batch)
 
         q_a, kv = self.fused_wqa_wkv(hidden).split((self.q_lora_rank, self.head_dim), dim=-1)
         latent = self.q_norm(q_a)
@@ -102,7 +102,7 @@ class DeepseekV4Attention(nn.Module):
             chosen, q = None, queries()
         else:
             chosen, q = self.overlap.fork_join(entries, queries, hidden.shape[0])
-        out = backend.attend_compressed(q, self, fb, chosen)
+        out = backend.attend_compressed(q, self, forward_batch, chosen)
         return self.wo_b(self._project_groups(rotary_tail(out, positions, table, True)))
 
     def _project_groups(self, out: torch.Tensor) -> torch.Tensor:

@@ -40,10 +40,10 @@ class DeepseekV4Compressor(nn.Module):
         self.position_bias = make_parameter(ratio, self.width, dtype=torch.float32, fill=(0.0, 1.0))
         self.norm = Float32RMSNorm(head_dim, config.rms_norm_eps)
 
-    def forward(self, hidden: torch.Tensor, fb: ForwardBatch) -> None:
+    def forward(self, hidden: torch.Tensor, forward_batch: ForwardBatch) -> None:
         """Store the entries that the rows of hidden [N, H] close."""
         kv, gate = self.wkv_gate(hidden).split((self.width, self.width), dim=-1)
-        backend_of(fb, CompressedBackend).compress(kv, gate, self, fb)
+        backend_of(forward_batch, CompressedBackend).compress(kv, gate, self, forward_batch)
 
 
 class DeepseekV4Indexer(nn.Module):
@@ -75,12 +75,12 @@ class DeepseekV4Indexer(nn.Module):
         latent: torch.Tensor,
         positions: torch.Tensor,
         layer: CompressedLayer,
-        fb: ForwardBatch,
+        forward_batch: ForwardBatch,
     ) -> torch.Tensor:
         """hidden [N, H], latent [N, q_lora_rank], positions [N] -> numbers of the entries that each row attends to."""
-        self.compressor(hidden, fb)
+        self.compressor(hidden, forward_batch)
         q = self.wq_b(latent).unflatten(-1, (self.num_heads, self.head_dim))
         q = rotary_tail(q, positions, self.rotary_emb.cos_sin_cache)
         # A scale that is positive and the same for all entries changes no choice.
         weights = self.weights_proj(hidden)
-        return backend_of(fb, CompressedBackend).select_entries(q, weights, layer, fb)
+        return backend_of(forward_batch, CompressedBackend).select_entries(q, weights, layer, forward_batch)

@@ -48,10 +48,12 @@ class DeepseekV4MoE(nn.Module):
             limit if config.shared_expert_swiglu_limit else None,
         )  # fmt: skip
 
-    def forward(self, x: torch.Tensor, input_ids: torch.Tensor, fb: ForwardBatch) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, input_ids: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """x [N, H], input_ids [N] -> [N, H]."""
         shared, routed = self.overlap.fork_join(
-            lambda: self.shared_experts(x), lambda: self.experts(x, self._route(x, input_ids), fb), x.shape[0]
+            lambda: self.shared_experts(x),
+            lambda: self.experts(x, self._route(x, input_ids), forward_batch),
+            x.shape[0],
         )
         return self._tp.all_reduce(routed + shared)
 

@@ -19,11 +19,11 @@ class GatheredMoE(FusedMoE):
 
     rows_travel = True
 
-    def forward(self, x: torch.Tensor, topk: TopKOutput, fb: ForwardBatch | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, topk: TopKOutput, forward_batch: ForwardBatch | None = None) -> torch.Tensor:
         """x [N, H], topk as FusedMoE's, alike in all groups -> new [N, H]: zero except this rank's slice of rows."""
         self.check_columns(topk)
-        groups = None if fb is None else fb.rows_of_groups
-        if fb is None or groups is None:
+        groups = None if forward_batch is None else forward_batch.rows_of_groups
+        if forward_batch is None or groups is None:
             raise RuntimeError(
                 "attention groups exchange rows only in a step whose metadata contains the number of rows of each group"
             )
@@ -31,7 +31,7 @@ class GatheredMoE(FusedMoE):
         # Every rank sends the same number of rows, by the longest group; missing rows have no experts.
         share = -(-max(groups) // tp.size)
         mine = slice(*(min(edge, x.shape[0]) for edge in slice_of(max(groups), tp.rank, tp.size)))
-        real = torch.arange(x.shape[0], device=x.device) < fb.num_token_non_padded
+        real = torch.arange(x.shape[0], device=x.device) < forward_batch.num_token_non_padded
         ids = topk.ids.masked_fill(~real.unsqueeze(1), -1)
         missing = (0, 0, 0, share - len(x[mine]))
         parts = (F.pad(x[mine], missing), F.pad(topk.weights[mine], missing), F.pad(ids[mine], missing, value=-1))

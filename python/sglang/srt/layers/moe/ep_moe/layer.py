@@ -68,16 +68,16 @@ class MoriEPMoE(FusedMoE):
         mask[self.placement.first : self.placement.first + self.placement.count] = 1
         self.register_buffer("expert_mask", mask, persistent=False)
 
-    def forward(self, x: torch.Tensor, topk: TopKOutput, fb: ForwardBatch | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, topk: TopKOutput, forward_batch: ForwardBatch | None = None) -> torch.Tensor:
         """x [N, H], topk with k = ``top_k`` -> new [N, H]: zero except this rank's slice of the rows."""
         self.check_columns(topk)
-        rows = self._rows_of_ranks(x.shape[0], fb)
+        rows = self._rows_of_ranks(x.shape[0], forward_batch)
         sizes = self.dispatcher.config
         rounds = plan_rounds(rows, sizes.max_recv, sizes.max_num_inp_token_per_rank)
         self.recv_stats.record_step(sizes.least_cap(rows), len(rounds))
         tp, rank = self.ranks.tp, self.ranks.world.rank
         first, _ = slice_of(x.shape[0], tp.rank, tp.size)
-        weights, ids = self._keep_padding_here(topk, fb)
+        weights, ids = self._keep_padding_here(topk, forward_batch)
         # Never the transport's own storage: the next layer's combine would overwrite the residual stream.
         out = torch.zeros_like(x) if tp.size > 1 else torch.empty_like(x)
         for part in rounds:
@@ -103,10 +103,10 @@ class MoriEPMoE(FusedMoE):
         results = self.run_experts(arrived.hidden_states[:num_rows], arrived.topk_weights[:num_rows], ids, scales)
         return MoriEPNormalCombineInput(results, arrived.origin_topk_ids, arrived.origin_topk_weights)
 
-    def _rows_of_ranks(self, num_rows: int, fb: ForwardBatch | None) -> tuple[int, ...]:
+    def _rows_of_ranks(self, num_rows: int, forward_batch: ForwardBatch | None) -> tuple[int, ...]:
         """The rows that each rank dispatches in this step, from metadata that all ranks have."""
         dp_size, dp_rank = self.ranks.attn_dp_size, self.ranks.attn_dp_rank
-        groups = None if fb is None else fb.rows_of_groups
+        groups = None if forward_batch is None else forward_batch.rows_of_groups
         if groups is None and dp_size == 1:
             groups = [num_rows]
         if groups is None or len(groups) != dp_size or groups[dp_rank] != num_rows:
@@ -129,10 +129,14 @@ class MoriEPMoE(FusedMoE):
             )  # fmt: skip
         return input_rows(bound, capacity, self._tiers, manual)
 
-    def _keep_padding_here(self, topk: TopKOutput, fb: ForwardBatch | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _keep_padding_here(
+        self, topk: TopKOutput, forward_batch: ForwardBatch | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Padding rows go to an expert of this rank with weight 0, so that they are not sent and need no special
         case."""
-        if fb is None:
+        if forward_batch is None:
             return topk.weights, topk.ids
-        padding = (torch.arange(topk.ids.shape[0], device=topk.ids.device) >= fb.num_token_non_padded).unsqueeze(1)
+        padding = (
+            torch.arange(topk.ids.shape[0], device=topk.ids.device) >= forward_batch.num_token_non_padded
+        ).unsqueeze(1)
         return topk.weights.masked_fill(padding, 0.0), topk.ids.masked_fill(padding, self.placement.first)
