@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # an old tree that this file serves has no such modules
-    from sglang.bench_utils.paired import Ratio
-    from sglang.bench_utils.tree_process import TreeProcess
+    from sglang.test.paired import Ratio
+    from sglang.test.tree_process import TreeProcess
 
 INPUT_LEN = OUTPUT_LEN = 64
 MAX_PAIRS = 1000
@@ -97,12 +97,12 @@ class Size:
 
     def ratio(self) -> Ratio:
         """New over old."""
-        from sglang.bench_utils.paired import paired_ratio
+        from sglang.test.paired import paired_ratio
 
         return paired_ratio(*zip(*self.pairs, strict=True))
 
     def line(self, bar: float) -> str:
-        from sglang.bench_utils.paired import paired_ratio
+        from sglang.test.paired import paired_ratio
 
         ratio = self.ratio()
         rates = [self.batch_size * OUTPUT_LEN / statistics.median(times) for times in zip(*self.pairs, strict=True)]
@@ -133,9 +133,9 @@ def main() -> int:
     args = parser.parse_args()
     end = time.monotonic() + 60 * args.minutes
     from sglang.bench_utils.metrics import describe_machine
-    from sglang.bench_utils.paired import rounds_within
-    from sglang.bench_utils.tree_process import TreeProcess
     from sglang.test.bench_checkpoint import CONFIG, make_checkpoint
+    from sglang.test.paired import rounds_within
+    from sglang.test.tree_process import TreeProcess
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_checkpoint(args.checkpoint or Path(temporary))

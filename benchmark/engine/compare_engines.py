@@ -119,8 +119,8 @@ def serve(through: str, flags: list[str]) -> None:
 
 def compare(args: argparse.Namespace, through: str, flags: list[str]) -> None:
     """Start both sides, let them take turns, and print a line for each size and time."""
-    from sglang.bench_utils.paired import paired_ratio
-    from sglang.bench_utils.tree_process import TreeProcess
+    from sglang.test.paired import paired_ratio
+    from sglang.test.tree_process import TreeProcess
 
     command = [__file__, "--serve", through, *flags, "--max-running-requests", str(max(args.batch_size))]
     sides = [TreeProcess(tree, command) for tree in (args.old, args.new)]

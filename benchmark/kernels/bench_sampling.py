@@ -18,10 +18,10 @@ from functools import partial
 import torch
 from timing import describe_device
 
-from sglang.bench_utils.timing import device_seconds
 from sglang.kernels.ops.sampling.draw import COUNT, SEEN, RowOf, draw, draw_args
 from sglang.kernels.ops.sampling.greedy import greedy_sample
 from sglang.kernels.ops.sampling.seeded import uniform_from_seed_torch
+from sglang.test.device_time import device_seconds
 
 Call = Callable[[], object]
 

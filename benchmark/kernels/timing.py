@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from sglang.bench_utils.timing import device_seconds
+from sglang.test.device_time import device_seconds
 
 
 @dataclass(frozen=True)

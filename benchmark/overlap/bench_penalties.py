@@ -14,11 +14,11 @@ import statistics
 import time
 from typing import Any
 
-from sglang.bench_utils.paired import paired_ratio, rounds_within
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.test.engine_harness import EngineHarness
+from sglang.test.paired import paired_ratio, rounds_within
 
 PENALTIES: dict[str, Any] = {"frequency_penalty": 0.3, "presence_penalty": 0.2, "repetition_penalty": 1.1}
 

@@ -13,7 +13,7 @@ import statistics
 import time
 
 from sglang.bench_utils.metrics import describe_machine
-from sglang.srt.utils.common import kill_process_tree
+from sglang.test.process_tree import kill_process_tree
 from sglang.test.test_utils import free_url, popen_launch_server
 
 

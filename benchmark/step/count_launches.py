@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang.kernels.registry import REGISTRY, fresh_decisions
-from sglang.srt.distributed import override_tp_group
+from sglang.kernels.registry import REGISTRY
 from sglang.srt.platforms import override_platform
 from sglang.test.amd_gate import shape_walk
 from sglang.test.amd_gate.driver import CompileOnlyDriver, compile_only
 from sglang.test.amd_gate.walk import ShapeOnlyPlatform
+from sglang.test.kernel_choice import fresh_decisions
+from sglang.test.thread_ranks import override_tp_group
 
 # Calls of torch that make tensors without launching anything, next to those whose schema says that they give a view.
 ALLOCATIONS = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from sglang.bench_utils.timing import device_seconds
 from sglang.kernels.registry import REGISTRY
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.distributed import get_parallel_state, init_parallel_state
@@ -38,6 +37,7 @@ from sglang.srt.server_args import ServerArgs, set_global_server_args_for_schedu
 from sglang.srt.utils.common import get_free_port
 from sglang.srt.utils.multi_stream_utils import OverlapSite, StreamOverlap
 from sglang.srt.utils.overlap_trace import merge_rows
+from sglang.test.device_time import device_seconds
 from sglang.test.published_sizes import DEEPSEEK_V3
 
 REPLAYS = 30
@@ -116,7 +116,7 @@ def capture(layers: Layers, x: torch.Tensor, forward_batch: ForwardBatch) -> tor
 
 def time_us(graph: torch.cuda.CUDAGraph) -> float:
     """Mean of some replays in us."""
-    get_parallel_state().world.barrier()
+    get_parallel_state().world.smallest(0)  # a barrier
     return device_seconds(graph.replay, REPLAYS) * 1e6
 
 

@@ -8,8 +8,7 @@ import pkgutil
 import re
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from types import ModuleType
@@ -273,13 +272,3 @@ def _nearest(name: str, known: Any) -> str:
 
 
 REGISTRY = KernelRegistry()
-
-
-@contextmanager
-def fresh_decisions() -> Iterator[None]:
-    """Decide all ops again inside the block, and again after it (tests that change switches or the platform)."""
-    REGISTRY.reset()
-    try:
-        yield
-    finally:
-        REGISTRY.reset()

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sglang.srt.environ_fields import EnvBool, EnvError, EnvField, EnvFloat, EnvInt, EnvStr, EnvTuple
+from sglang.srt.environ_fields import EnvBool, EnvError, EnvField, EnvInt, EnvStr
 
 if TYPE_CHECKING:
     from sglang.srt.environ_check import EnvReport
@@ -20,10 +20,8 @@ __all__ = [
     "EnvBool",
     "EnvError",
     "EnvField",
-    "EnvFloat",
     "EnvInt",
     "EnvStr",
-    "EnvTuple",
     "Envs",
     "check_environment",
     "declared_variables",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -62,11 +61,6 @@ class EnvField(ABC, Generic[T]):
         self.name = name
 
     @property
-    def effective(self) -> bool:
-        """False while the capability that reads the variable is not built."""
-        return not self.pending
-
-    @property
     def old_names(self) -> tuple[str, ...]:
         """Names under which the variable is still found: the SGL_ prefix, then the deprecated names."""
         prefixed = ("SGL_" + self.name[len("SGLANG_") :],) if self.name.startswith("SGLANG_") else ()
@@ -107,7 +101,7 @@ class EnvField(ABC, Generic[T]):
             return self.clear()
         text = value if isinstance(value, str) else self._format(value)
         if not text.strip():
-            if self.default not in ("", ()):
+            if self.default != "":
                 raise EnvError(f"{self.name}: an empty value means unset, that is {self.default!r}; use clear()")
             return self.clear()
         parsed = self.parse(text)
@@ -160,9 +154,9 @@ class EnvField(ABC, Generic[T]):
             value = self._parse(text)
         except ValueError as exc:
             raise self._refusal(name, text, str(exc)) from None
-        if self.choices and any(item not in self.choices for item in (value if isinstance(value, tuple) else (value,))):
+        if self.choices and value not in self.choices:
             raise self._refusal(name, text, "")
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, int) and not isinstance(value, bool):
             low, high = self.minimum, self.maximum
             if (low is not None and value < low) or (high is not None and value > high):
                 raise self._refusal(name, text, "out of range")
@@ -221,22 +215,6 @@ class EnvInt(EnvField[int]):
         return int(text)
 
 
-class EnvFloat(EnvField[float]):
-    """A finite number."""
-
-    kind = "float"
-    expected = "a number"
-
-    def _parse(self, text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            raise ValueError("not a number") from None
-        if not math.isfinite(value):
-            raise ValueError("not a finite number")
-        return value
-
-
 class EnvStr(EnvField[str]):
     """Text without blanks at either end."""
 
@@ -245,16 +223,3 @@ class EnvStr(EnvField[str]):
 
     def _parse(self, text: str) -> str:
         return text
-
-
-class EnvTuple(EnvField["tuple[str, ...]"]):
-    """A list separated by commas; blanks around an item and empty items are dropped."""
-
-    kind = "list"
-    expected = "a list separated by commas"
-
-    def _parse(self, text: str) -> tuple[str, ...]:
-        return tuple(item.strip() for item in text.split(",") if item.strip())
-
-    def _format(self, value: Any) -> str:
-        return ",".join(value)

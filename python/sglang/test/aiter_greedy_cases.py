@@ -10,12 +10,13 @@ from unittest import mock
 import torch
 
 from sglang.kernels.ops.sampling.greedy import greedy_sample
-from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.kernels.registry import REGISTRY
 from sglang.srt.environ import envs
 from sglang.srt.layers import sampler as sampler_module
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.server_args import ServerArgs, override_server_args, set_global_server_args_for_scheduler
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.test_utils import CustomTestCase
 
 VOCABULARIES = (32000, 128256, 129280, 151936, 151666)

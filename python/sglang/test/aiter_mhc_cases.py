@@ -11,8 +11,9 @@ import torch
 
 from sglang.kernels.ops.mhc.hc_post_pre import hc_post_pre, hc_post_pre_torch
 from sglang.kernels.ops.mhc.hc_post_pre_aiter import mhc_config
-from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.kernels.registry import REGISTRY
 from sglang.srt.environ import envs
+from sglang.test.kernel_choice import fresh_decisions
 
 EPS, ITERATIONS = 1e-6, 20
 

@@ -13,10 +13,11 @@ from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8, fused_ex
 from sglang.kernels.ops.moe.fused_experts_mxfp4 import fused_experts_mxfp4, shuffle_experts_mxfp4
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.ops.quant.mxfp4 import dequantize_mxfp4, quantize_mxfp4
-from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.kernels.registry import REGISTRY
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.fp8 import quantize_blocks, to_fnuz
 from sglang.srt.platforms import current_platform
+from sglang.test.kernel_choice import fresh_decisions
 
 # Experts of which scales in MXFP4 are whole tiles of AITER's.
 FOUR_BIT = (4, 256, 256)

@@ -196,7 +196,7 @@ class RandomServer:
         self.case.assertEqual(got.kv_len, kv_len)
         self.case.assertEqual(got.slot_ids.dtype, torch.int64)
         if self.kept:
-            slot = self.kept.slot_of(got.node)
+            slot = self.kept._kept.get(got.node)
             self.case.assertEqual(slot is None, not prefix)
             if slot is not None:
                 self._expect_state(slot, prefix)
@@ -366,7 +366,7 @@ class RandomServer:
         """While one state is kept and its KV locked, all others can go."""
         assert self.kept is not None
         match, prefix = self._match(self._random_tokens())
-        slot = self.kept.slot_of(match.node)
+        slot = self.kept._kept.get(match.node)
         if slot is None:
             return
         self.cache.inc_lock_ref(match.node)
@@ -386,7 +386,7 @@ class RandomServer:
         live = [req.live_state for req in self.running if req.live_state is not None]
         check_integrity(self.cache, held=held_slots, held_units={STATE: live})
         if self.kept:
-            self.case.assertEqual(self.kept.num_kept(), len(self.truth.states))
+            self.case.assertEqual(len(self.kept._kept), len(self.truth.states))
         self.case.assertEqual(self.cache.evictable_size(), self.truth.evictable())
         self.case.assertEqual(self.cache.total_size(), len(self.truth.pages) * self.page_size)
         seen: dict[Prefix, tuple[list[int], int, bool]] = {}
@@ -400,7 +400,7 @@ class RandomServer:
         size = self.page_size
         for child in node.children.values():
             for end in range(size, child.key.size + 1, size):
-                state = self.kept is not None and self.kept.slot_of(child) is not None and end == child.key.size
+                state = self.kept is not None and self.kept._kept.get(child) is not None and end == child.key.size
                 prefix = above + tuple(child.key[:end].tolist())
                 seen[prefix] = (np.asarray(child.value[end - size : end]).tolist(), child.lock_ref, state)
             self._dump(child, above + tuple(child.key.tolist()), seen)

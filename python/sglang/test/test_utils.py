@@ -20,7 +20,8 @@ from unittest import mock
 from urllib.parse import urlparse
 
 from sglang.srt.environ import envs
-from sglang.srt.utils.common import get_free_port, kill_process_tree
+from sglang.srt.utils.common import get_free_port
+from sglang.test.process_tree import kill_process_tree
 
 R = TypeVar("R")
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
 
-from sglang.srt.distributed import Pending, ProcessGroupHandle
+from sglang.srt.distributed import ParallelState, Pending, ProcessGroupHandle, override_parallel_state
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -78,3 +79,10 @@ def run_ranks(work: Callable[[T], R], per_rank: Sequence[T]) -> list[R]:
     for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
         raise error
     return [result.result() for result in results]
+
+
+@contextmanager
+def override_tp_group(handle: ProcessGroupHandle) -> Iterator[ProcessGroupHandle]:
+    """Use ``handle`` as the only group inside the block."""
+    with override_parallel_state(ParallelState(handle, handle)):
+        yield handle

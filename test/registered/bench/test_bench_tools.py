@@ -13,7 +13,7 @@ from unittest import mock
 from sglang import bench_serving
 from sglang.bench_utils import timing
 from sglang.embedded_models import EMBEDDED_MODELS
-from sglang.test import few_shot_gsm8k
+from sglang.test import device_time, few_shot_gsm8k
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase, free_url, kill_process_tree, popen_launch_server
 
@@ -224,16 +224,20 @@ class TestTiming(CustomTestCase):
             def elapsed_time(self, end: "Event") -> float:
                 return 6000.0  # ms
 
-        with mock.patch.object(timing.torch.cuda, "Event", Event):
-            self.assertEqual(timing.device_seconds(lambda: calls.append("call"), 3), 2.0)
+        with mock.patch.object(device_time.torch.cuda, "Event", Event):
+            self.assertEqual(device_time.device_seconds(lambda: calls.append("call"), 3), 2.0)
         self.assertEqual(calls, ["host", "record", "call", "call", "call", "record", "wait"])
 
     def test_steps_are_timed_in_one_place(self) -> None:
-        files = [*(REPO / "benchmark").rglob("*.py"), *(REPO / "python/sglang").glob("bench*/*.py")]
+        files = [
+            *(REPO / "benchmark").rglob("*.py"),
+            *(REPO / "python/sglang").glob("bench*/*.py"),
+            REPO / "python/sglang/test/device_time.py",
+        ]
         self.assertGreater(len(files), 30)
         found = {path.name for path in files if ".elapsed_time(" in path.read_text(encoding="utf-8")}
         # The latter finds out how long a spinning kernel must be.
-        self.assertEqual(found, {"timing.py", "bench_overlap.py"})
+        self.assertEqual(found, {"device_time.py", "bench_overlap.py"})
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ import math
 import unittest
 from unittest import mock
 
-from sglang.bench_utils import paired
-from sglang.bench_utils.paired import paired_ratio, rounds_within
+from sglang.test import paired
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.paired import paired_ratio, rounds_within
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=1, suite="stage-a-test-cpu")

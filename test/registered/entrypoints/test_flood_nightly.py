@@ -10,8 +10,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from sglang.srt.utils.common import kill_process_tree
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.process_tree import kill_process_tree
 from sglang.test.test_utils import CustomTestCase, free_url, popen_launch_server
 
 register_cpu_ci(est_time=120, suite="nightly-cpu", nightly=True)

@@ -8,11 +8,12 @@ from unittest.mock import patch
 import torch
 
 from sglang.kernels.ops.moe import fused_experts
-from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.kernels.registry import REGISTRY
 from sglang.kernels.spec import Impl
 from sglang.test.attention_truth import ATTENTION_TRUTHS
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.draw_truth import judge_draw
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.mxfp4_checkpoints import true_weights
 from sglang.test.router_truth import judge_router, scores_of
 from sglang.test.test_utils import CustomTestCase

@@ -5,11 +5,12 @@ from unittest import mock
 
 import torch
 
-from sglang.kernels.registry import FORMER_NAMES, REGISTRY, KernelConfigError, fresh_decisions, parse_forcing
+from sglang.kernels.registry import FORMER_NAMES, REGISTRY, KernelConfigError, parse_forcing
 from sglang.kernels.spec import Impl, Op
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=2, suite="stage-a-test-cpu")

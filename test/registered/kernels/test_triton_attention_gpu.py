@@ -15,7 +15,7 @@ from sglang.kernels.ops.attention.decode_attention import decode_attention_torch
 from sglang.kernels.ops.attention.launchers import launch_decode, launch_extend
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
-from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.kernels.registry import REGISTRY
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeGqaBackend
 from sglang.srt.layers.attention.triton_backend import TritonGqaBackend
@@ -25,6 +25,7 @@ from sglang.srt.platforms import current_platform, override_platform
 from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.test.cache_pools import kv_pools
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.test_utils import CustomTestCase
 
 register_cuda_ci(est_time=90, suite="stage-b-test-1-gpu-small")

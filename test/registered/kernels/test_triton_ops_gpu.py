@@ -37,10 +37,11 @@ from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_rms_norm_triton
 from sglang.kernels.ops.norm.rmsnorm import rms_norm_triton
 from sglang.kernels.ops.norm.rmsnorm_quantized import rms_norm_quantized_triton
 from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear_torch, quantize_groups_triton, random_blocks
-from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.kernels.registry import REGISTRY
 from sglang.kernels.spec import Case
 from sglang.srt.platforms import current_platform
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.test_utils import CustomTestCase
 
 register_cuda_ci(est_time=240, suite="stage-b-test-1-gpu-small")

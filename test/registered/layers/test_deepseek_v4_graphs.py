@@ -9,7 +9,6 @@ from unittest import mock
 import torch
 from torch.nn.functional import one_hot
 
-from sglang.kernels.registry import fresh_decisions
 from sglang.srt.configs.cache_layout import FULL, SWA
 from sglang.srt.configs.deepseek_v4_cache import PAGE_SIZE
 from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import (
@@ -35,6 +34,7 @@ from sglang.srt.speculative.spec_info import SpecInfo
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.compressed_attention_truth import CONTEXT, CPU, VOCAB, AttentionHarness
 from sglang.test.engine_harness import EngineHarness
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.process_ranks import use_fakes
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import save_tiny_checkpoint

@@ -6,7 +6,6 @@ from unittest import mock
 import torch
 
 from sglang.srt.configs.deepseek import DeepseekConfig
-from sglang.srt.distributed import override_tp_group
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -20,7 +19,7 @@ from sglang.srt.utils.multi_stream_utils import StreamOverlap
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.published_sizes import DEEPSEEK_V2_LITE
 from sglang.test.test_utils import CustomTestCase
-from sglang.test.thread_ranks import run_ranks, thread_ranks
+from sglang.test.thread_ranks import override_tp_group, run_ranks, thread_ranks
 
 register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 

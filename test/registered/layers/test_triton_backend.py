@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.kernels.registry import REGISTRY
 from sglang.kernels.spec import Impl, Op
 from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.layers.attention import make_attention_backend
@@ -16,6 +16,7 @@ from sglang.srt.layers.attention.plans import ChunkedPrefixPlan
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.model_harness import ModelHarness
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import TINY_CONFIGS

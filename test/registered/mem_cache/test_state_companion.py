@@ -84,7 +84,7 @@ class TestByHand(CustomTestCase):
         return result
 
     def state_of(self, match: MatchResult) -> int | None:
-        return self.kept.slot_of(match.node)
+        return self.kept._kept.get(match.node)
 
     def value(self, slot: int) -> float:
         return float(self.ssm[slot].mean())
@@ -112,7 +112,7 @@ class TestByHand(CustomTestCase):
     def test_unaligned_end_is_cached_without_state(self) -> None:
         self.make(page_size=4)
         result = self.put(list(range(10)), 10.0)
-        self.assertEqual((result.cached_len, self.kept.num_kept()), (8, 0))
+        self.assertEqual((result.cached_len, len(self.kept._kept)), (8, 0))
         self.assertEqual(self.cache.match_prefix(list(range(10))).kv_len, 8)
         self.put(list(range(8)), 8.0)
         self.assertEqual(self.cache.match_prefix(list(range(10))).slot_ids.numel(), 8)
@@ -157,7 +157,7 @@ class TestByHand(CustomTestCase):
         slots = self.allocator.alloc(2)
         result = self.cache.insert([3, 3], slots)
         self.kept.on_insert(result, 2, live[0])
-        self.assertEqual((self.kept.slot_of(result.node), result.cached_len), (None, 2))
+        self.assertEqual((self.kept._kept.get(result.node), result.cached_len), (None, 2))
         self.assertEqual(self.cache.match_prefix([3, 3]).kv_len, 2)
 
     def test_kept_state(self) -> None:
@@ -209,7 +209,7 @@ class TestByHand(CustomTestCase):
         self.put([2, 2], 2.0)
         one = self.cache.match_prefix([1, 1]).node
         two = self.cache.match_prefix([2, 2]).node
-        check("belongs to node .* and to a request", [self.kept.slot_of(one)])
+        check("belongs to node .* and to a request", [self.kept._kept.get(one)])
         check("a request owns state slot 4, which is free", [4])
         leaked = self.states.alloc()
         check("1 leaked")

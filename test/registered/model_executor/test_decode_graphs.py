@@ -12,7 +12,6 @@ from unittest import mock
 
 import torch
 
-from sglang.kernels.registry import fresh_decisions
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.dp_sync import agree
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
@@ -29,6 +28,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.test.cache_pools import kv_pools, latent_pools
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.process_ranks import use_fakes
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.thread_ranks import run_ranks, thread_ranks

@@ -18,8 +18,7 @@ from sglang.kernels import compile_watch
 from sglang.kernels.ops.attention.extend_attention import extend_attention_triton
 from sglang.kernels.ops.attention.extend_ragged import extend_ragged_triton
 from sglang.kernels.ops.attention.kv_cache import gather_slots_triton
-from sglang.kernels.registry import REGISTRY, fresh_decisions
-from sglang.srt.distributed import override_tp_group
+from sglang.kernels.registry import REGISTRY
 from sglang.srt.layers.moe.token_dispatcher.recv_stats import RecvStats
 from sglang.srt.model_executor import warm_up
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
@@ -31,7 +30,9 @@ from sglang.test.amd_gate.driver import compile_only
 from sglang.test.amd_gate.walk import ShapeOnlyPlatform
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.test_utils import CustomTestCase
+from sglang.test.thread_ranks import override_tp_group
 
 register_cpu_ci(est_time=16, suite="stage-a-test-cpu")
 

@@ -9,7 +9,6 @@ import torch
 from safetensors.torch import save_file
 
 from sglang.srt.configs.model_config import SUPPORTED_ARCHITECTURES, ModelConfig
-from sglang.srt.distributed import override_tp_group
 from sglang.srt.model_loader.dummy import iterate_dummy
 from sglang.srt.model_loader.loader import load_draft_model, load_model
 from sglang.srt.model_loader.weight_utils import INDEX_NAME, SINGLE_NAME
@@ -19,7 +18,7 @@ from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.compressed_attention_truth import CONFIG_JSON as COMPRESSED
 from sglang.test.test_utils import CustomTestCase
-from sglang.test.thread_ranks import thread_ranks
+from sglang.test.thread_ranks import override_tp_group, thread_ranks
 from sglang.test.tiny_checkpoints import TINY_CONFIGS
 
 register_cpu_ci(est_time=4, suite="stage-a-test-cpu")

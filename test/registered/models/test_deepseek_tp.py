@@ -5,11 +5,10 @@ import unittest
 
 import torch
 
-from sglang.srt.distributed import override_tp_group
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.model_harness import ModelHarness
 from sglang.test.test_utils import CustomTestCase
-from sglang.test.thread_ranks import run_ranks, thread_ranks
+from sglang.test.thread_ranks import override_tp_group, run_ranks, thread_ranks
 from sglang.test.tiny_checkpoints import save_tiny_checkpoint
 
 register_cpu_ci(est_time=6, suite="stage-b-test-cpu")

@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 
-from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.kernels.registry import REGISTRY
 from sglang.srt.environ import envs
 from sglang.srt.models import deepseek_v4
 from sglang.srt.models.deepseek_common.amd import deepseek_v4_fused_mhc as fused
@@ -23,6 +23,7 @@ from sglang.test import v4_mtp_serving
 from sglang.test.aiter_mhc_cases import aiter_asked_for, crossing
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.process_ranks import use_fakes
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import save_tiny_checkpoint

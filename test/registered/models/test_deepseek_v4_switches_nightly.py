@@ -7,11 +7,11 @@ import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.kernels.ops.mhc.hc_post_pre_aiter import mhc_config
-from sglang.kernels.registry import fresh_decisions
 from sglang.srt.environ import envs
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.process_ranks import use_fakes
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.v4_mtp_serving import SWITCHES, difference, prompts_around, serve

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import override_tp_group
 from sglang.srt.layers.quantization.fp8 import Fp8Method
 from sglang.srt.model_loader.loader import build_draft_model, load_draft_model, load_model
 from sglang.srt.model_loader.weight_utils import iterate_safetensors
@@ -22,7 +21,7 @@ from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.mtp_harness import MtpHarness
 from sglang.test.mtp_reference import load_mtp, save_tiny_mtp_checkpoint, share_accepted
 from sglang.test.test_utils import CustomTestCase
-from sglang.test.thread_ranks import run_ranks, thread_ranks
+from sglang.test.thread_ranks import override_tp_group, run_ranks, thread_ranks
 from sglang.test.tiny_checkpoints import quantize_tiny_checkpoint
 from sglang.test.tiny_tasks import MAX_NEW_TOKENS, heldout_questions
 

@@ -18,7 +18,7 @@ from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
-from sglang.srt.distributed import ParallelState, override_parallel_state, override_tp_group
+from sglang.srt.distributed import ParallelState, override_parallel_state
 from sglang.srt.layers.moe.fused_shared_experts import FusedSharedExperts
 from sglang.srt.model_executor.runner_build import _tell
 from sglang.srt.model_loader.dummy import iterate_dummy
@@ -41,7 +41,7 @@ from sglang.test.model_harness import ModelHarness
 from sglang.test.process_ranks import use_fakes
 from sglang.test.shared_fusion_cases import SharedFusionCases
 from sglang.test.test_utils import CustomTestCase
-from sglang.test.thread_ranks import run_ranks, thread_ranks
+from sglang.test.thread_ranks import override_tp_group, run_ranks, thread_ranks
 from sglang.test.tiny_checkpoints import TINY_CONFIGS
 from sglang.test.tiny_tasks import heldout_questions
 

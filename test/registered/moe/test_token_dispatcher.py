@@ -98,6 +98,10 @@ def poison(batch) -> None:
     batch.indices.fill_(2**31 - 1)
 
 
+def row_bytes(row: torch.Tensor) -> bytes:
+    return bytes(row.contiguous().view(torch.uint8).tolist())
+
+
 def round_trip(transport, tokens: Tokens, rank: int, with_scales: bool = False) -> None:
     """One dispatch and combine; every received row and every sum against the account."""
     two_phase = transport.config.mode == "two_phase"
@@ -108,10 +112,11 @@ def round_trip(transport, tokens: Tokens, rank: int, with_scales: bool = False) 
         poison(batch)
         CASE.assertRaisesRegex(DispatchError, "not received", transport.dispatch_send, *mine)
     transport.dispatch_recv()
-    expected, world = tokens.arriving(rank), len(tokens.counts)
+    expected = tokens.arriving(rank)
     rows = int(batch.total_recv)
     CASE.assertEqual((batch.total_recv.shape, batch.total_recv.dtype), (torch.Size([1]), torch.int32))
-    positions = [divmod(p, world * LIMIT) for p in transport.get_dispatch_src_token_pos().tolist()]
+    sources = {row_bytes(x): (source, i) for source, rows_x in enumerate(tokens.x) for i, x in enumerate(rows_x)}
+    positions = [sources[row_bytes(row)] for row in batch.hidden[:rows]]
     CASE.assertEqual(sorted(positions), expected, "each token once on each of its ranks")
     if isinstance(transport, PortableTransport):
         CASE.assertEqual(positions, expected, "rank-major, ascending")

@@ -12,13 +12,14 @@ import torch
 from sglang.kernels import registry
 from sglang.kernels.ops.mhc.hc_post_pre import hc_post_pre
 from sglang.kernels.ops.mhc.hc_post_pre_aiter import mhc_config, partial_sums
-from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.kernels.registry import REGISTRY
 from sglang.srt.models.deepseek_common.amd import deepseek_v4_fused_mhc as fused
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.test import aiter_mhc_cases
 from sglang.test.aiter_mhc_cases import aiter_asked_for, crossing
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.process_ranks import use_fakes
 from sglang.test.test_utils import CustomTestCase
 

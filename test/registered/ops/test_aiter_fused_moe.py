@@ -12,7 +12,7 @@ import torch
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.kernels.ops.moe.fused_experts import fused_experts, fused_experts_torch, shuffle_experts
 from sglang.kernels.ops.moe.fused_experts_aiter import is_shuffled
-from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.kernels.registry import REGISTRY
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.unquant import UnquantizedMethod
 from sglang.srt.platforms import override_platform
@@ -21,6 +21,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.test import aiter_moe_cases
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.process_ranks import use_fakes
 from sglang.test.test_utils import CustomTestCase
 

@@ -14,7 +14,7 @@ from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
     fused_experts_mxfp4_torch,
     shuffle_experts_mxfp4,
 )
-from sglang.kernels.registry import REGISTRY, KernelConfigError, fresh_decisions
+from sglang.kernels.registry import REGISTRY, KernelConfigError
 from sglang.srt.configs.quantization import MXFP4, QUARK_MXFP4
 from sglang.srt.environ import envs
 from sglang.srt.layers.quantization.mxfp4 import Mxfp4Method
@@ -22,6 +22,7 @@ from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.test import aiter_moe_cases
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.process_ranks import use_fakes
 from sglang.test.test_utils import CustomTestCase
 

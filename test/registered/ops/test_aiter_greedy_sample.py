@@ -58,8 +58,9 @@ class TestAiterGreedySampleOverFake(aiter_greedy_cases.AiterGreedyCases, CustomT
 
 class TestCpuIsLeftAlone(CustomTestCase):
     def test_cpu_never_asks_for_aiter(self) -> None:
-        from sglang.kernels.registry import REGISTRY, fresh_decisions
+        from sglang.kernels.registry import REGISTRY
         from sglang.srt.environ import envs
+        from sglang.test.kernel_choice import fresh_decisions
 
         with envs.SGLANG_USE_AITER.override(True), fresh_decisions():
             self.assertEqual(greedy_sample(torch.zeros(1, 32))[0].dtype, torch.int64)

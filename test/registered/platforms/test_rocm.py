@@ -8,7 +8,6 @@ import torch
 
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.ops.sampling.greedy import fits_aiter
-from sglang.kernels.registry import fresh_decisions
 from sglang.kernels.spec import Impl, Op
 from sglang.srt.arg_groups.plan import evaluate
 from sglang.srt.environ import EnvError, envs
@@ -16,6 +15,7 @@ from sglang.srt.platforms import PlatformError, override_platform, rocm, select_
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, RocmPlatform, find_fakes
 from sglang.srt.server_args import ServerArgs
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.process_ranks import run_processes, use_fakes
 from sglang.test.test_utils import CustomTestCase
 

@@ -28,7 +28,6 @@ from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig, read_quantization
-from sglang.srt.distributed import override_tp_group
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -50,7 +49,7 @@ from sglang.srt.server_args import override_server_args
 from sglang.test.cache_pools import kv_pools, latent_pools
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
-from sglang.test.thread_ranks import run_ranks, thread_ranks
+from sglang.test.thread_ranks import override_tp_group, run_ranks, thread_ranks
 from sglang.test.tiny_checkpoints import quantize_tiny_checkpoint, save_tiny_checkpoint
 
 register_cpu_ci(est_time=6, suite="stage-a-test-cpu")

@@ -10,7 +10,6 @@ from safetensors.torch import save_file
 
 import sglang.kernels.ops.attention.kv_cache as kv_cache
 import sglang.kernels.ops.quant.group_fp8 as group_fp8
-from sglang.srt.distributed import override_tp_group
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.quantization.fp8 import Fp8Method
@@ -21,7 +20,7 @@ from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.model_harness import ModelHarness
 from sglang.test.test_utils import CustomTestCase
-from sglang.test.thread_ranks import run_ranks, thread_ranks
+from sglang.test.thread_ranks import override_tp_group, run_ranks, thread_ranks
 from sglang.test.tiny_checkpoints import quantize_tiny_checkpoint, save_tiny_checkpoint
 
 register_cpu_ci(est_time=20, suite="stage-b-test-cpu")

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
-from sglang.kernels.registry import fresh_decisions
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.engine_harness import EngineHarness
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.spec_grammar_cases import has_form, serve_forms
 from sglang.test.sync_guard import forbid_waits
 from sglang.test.test_utils import CustomTestCase

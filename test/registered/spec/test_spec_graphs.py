@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sglang.kernels.registry import fresh_decisions
 from sglang.srt.constrained.llguidance_backend import grammar_of
 from sglang.srt.layers.attention.triton_backend import TritonMlaBackend
 from sglang.srt.managers.tp_worker import LaunchedForward
@@ -28,6 +27,7 @@ from sglang.srt.speculative.draft_graphs import DRAWN, EXTEND, GREEDY
 from sglang.srt.speculative.spec_info import DRAFT
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.process_ranks import use_fakes
 from sglang.test.spec_graph_cases import KINDS, RUN, SpecGraphs, VerifyCases, no_call_left_out
 from sglang.test.test_utils import CustomTestCase

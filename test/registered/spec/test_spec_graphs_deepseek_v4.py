@@ -6,12 +6,12 @@ from unittest import mock
 
 import torch
 
-from sglang.kernels.registry import fresh_decisions
 from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import DeepseekV4MultiStepBackend
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.test import v4_mtp_serving
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.process_ranks import use_fakes
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.v4_mtp_reference import save_tiny_v4_mtp

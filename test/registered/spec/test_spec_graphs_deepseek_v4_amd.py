@@ -6,9 +6,9 @@ import unittest
 import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
-from sglang.kernels.registry import fresh_decisions
 from sglang.srt.environ import envs
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.v4_mtp_reference import save_tiny_v4_mtp
 from sglang.test.v4_mtp_serving import SWITCHES, difference, prompts_around, serve

@@ -5,10 +5,10 @@ from __future__ import annotations
 import unittest
 
 from sglang.embedded_models import EMBEDDED_MODELS
-from sglang.kernels.registry import fresh_decisions
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.process_ranks import use_fakes
 from sglang.test.spec_graph_cases import VerifyCases
 from sglang.test.test_utils import CustomTestCase

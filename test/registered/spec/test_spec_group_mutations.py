@@ -15,13 +15,13 @@ import sglang.srt.managers.tp_worker as tp_worker
 import sglang.srt.model_executor.forward_batch_info as forward_batch_info
 import sglang.srt.speculative.draft_graphs as draft_graphs
 import sglang.srt.speculative.mtp_drafter as mtp_drafter
-from sglang.kernels.registry import fresh_decisions
 from sglang.srt.environ import envs
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.test import process_ranks
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.group_ranks import TwoGroups, refuse_draft_extend
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.mutation import Mutation, each_noticed
 from sglang.test.process_ranks import run_processes, use_fakes
 from sglang.test.test_utils import CustomTestCase

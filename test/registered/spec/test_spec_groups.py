@@ -7,11 +7,11 @@ from functools import partial
 
 import torch
 
-from sglang.kernels.registry import fresh_decisions
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.group_ranks import TwoGroups
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.process_ranks import run_processes, use_fakes
 from sglang.test.test_utils import CustomTestCase
 

@@ -9,7 +9,6 @@ from unittest import mock
 
 import torch
 
-from sglang.kernels.registry import fresh_decisions
 from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher import moriep
@@ -19,6 +18,7 @@ from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.group_ranks import GRAPHS, MORI, TwoGroups, err_behind_rank_zero, refuse_draft_extend
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.process_ranks import run_processes, use_fakes
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.v4_mtp_reference import save_tiny_v4_mtp

@@ -13,8 +13,8 @@ from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.arg_groups.parse import read
 from sglang.srt.arg_groups.plan import evaluate
 from sglang.srt.model_executor.memory_plan import DRAFT_LAYER, plan_needs
-from sglang.srt.utils.common import kill_process_tree
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.process_tree import kill_process_tree
 from sglang.test.test_utils import CustomTestCase, free_url, popen_launch_server
 from sglang.test.tiny_tasks import heldout_questions
 

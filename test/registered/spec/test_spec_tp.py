@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from sglang.embedded_models import EMBEDDED_MODELS
-from sglang.kernels.registry import fresh_decisions
 from sglang.srt.constrained.llguidance_backend import grammar_of
 from sglang.srt.distributed import ParallelState, ProcessGroupHandle
 from sglang.srt.distributed.parallel_state import override_parallel_state
@@ -23,6 +22,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.process_ranks import run_processes, use_fakes
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tasks import heldout_questions

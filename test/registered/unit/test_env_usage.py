@@ -92,7 +92,7 @@ class TestUsage(CustomTestCase):
         for name, field in declared_variables().items():
             # A variable of the test harness is read by the harness; by a test alone counts for none.
             homes = PRODUCT_HOMES + ((HARNESS,) if name in HARNESS_VARIABLES else ())
-            if field.effective and not [
+            if not field.pending and not [
                 path for path in self.readers(name) if path.startswith(homes) and path != TABLE
             ]:
                 unread.append(name)

@@ -168,8 +168,8 @@ class TestLaunchCheck(CustomTestCase):
         self.assertIn(
             "SGLANG_SAMPLE_PENDING is accepted and has no effect yet (waits for time travel)", report.warnings[0]
         )
-        self.assertFalse(Sample.SGLANG_SAMPLE_PENDING.effective)
-        self.assertTrue(Sample.SGLANG_SAMPLE_HIP.effective)
+        self.assertTrue(Sample.SGLANG_SAMPLE_PENDING.pending)
+        self.assertFalse(Sample.SGLANG_SAMPLE_HIP.pending)
 
     def test_other_names_share_one_warning(self):
         report = check_environment({"SGLANG_SET_CPU_AFFINITY": "1", "SGL_LOG_MS": "1", "SGLANG_QQQ": "1"})

@@ -10,8 +10,9 @@ import unittest
 import psutil
 
 from sglang.srt.platforms import override_platform, select_platform
-from sglang.srt.utils.common import get_free_port, is_hip, kill_process_tree
+from sglang.srt.utils.common import get_free_port, is_hip
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.process_tree import kill_process_tree
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")

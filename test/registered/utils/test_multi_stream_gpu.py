@@ -12,7 +12,6 @@ from unittest import mock
 
 import torch
 
-from sglang.kernels.registry import fresh_decisions
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -22,6 +21,7 @@ from sglang.srt.utils.overlap_trace import merge_rows
 from sglang.srt.utils.stream_policy import SITE_RULES
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.engine_harness import EngineHarness
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_checkpoints import KERNEL_SIZED_CONFIGS, whole_config
 

@@ -184,7 +184,7 @@ class TestSites(CustomTestCase):
     def test_the_variables_act_now(self):
         declared = declared_variables()
         self.assertEqual({switch.name for rule in SITE_RULES for switch in rule.switches}, set(SWITCHES))
-        self.assertEqual([name for name in SWITCHES if not declared[name].effective], [])
+        self.assertEqual([name for name in SWITCHES if declared[name].pending], [])
 
 
 class TestModes(CustomTestCase):

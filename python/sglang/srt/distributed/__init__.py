@@ -12,7 +12,6 @@ from sglang.srt.distributed.parallel_state import (
     is_lost_peer,
     leave_groups,
     override_parallel_state,
-    override_tp_group,
 )
 
 __all__ = [
@@ -27,5 +26,4 @@ __all__ = [
     "is_lost_peer",
     "leave_groups",
     "override_parallel_state",
-    "override_tp_group",
 ]

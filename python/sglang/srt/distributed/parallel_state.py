@@ -123,10 +123,6 @@ class ProcessGroupHandle:
         dist.all_reduce(least, op=dist.ReduceOp.MIN, group=self.cpu_group)
         return int(least)
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier(group=self.cpu_group)
-
 
 @dataclass(frozen=True)
 class ParallelState:
@@ -260,10 +256,3 @@ def override_parallel_state(state: ParallelState) -> Iterator[ParallelState]:
         yield state
     finally:
         _state = previous
-
-
-@contextmanager
-def override_tp_group(handle: ProcessGroupHandle) -> Iterator[ProcessGroupHandle]:
-    """Use ``handle`` as the only group inside the block (tests)."""
-    with override_parallel_state(ParallelState(handle, handle)):
-        yield handle

@@ -27,17 +27,9 @@ class StateCompanion(PrefixCompanion[int]):
         self.slots = slots
         self._kept: OrderedDict[TreeNode, int] = OrderedDict()  # least recently used first
 
-    def num_kept(self) -> int:
-        """State slots that the tree owns."""
-        return len(self._kept)
-
     def num_held(self) -> int:
         """See the base class."""
         return self.slots.size - self.slots.available_size() - len(self._kept)
-
-    def slot_of(self, node: TreeNode) -> int | None:
-        """The tree's slot of the state at the end of ``node``: copy it, and never write to it."""
-        return self._kept.get(node)
 
     def usable_len(self, node: TreeNode, num_tokens: int) -> int:
         """See the base class."""

@@ -54,6 +54,3 @@ class CpuPlatform(Platform):
 
     def synchronize(self) -> None:
         """Work on the host is done when its call returns."""
-
-    def auto_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
-        return torch.float32

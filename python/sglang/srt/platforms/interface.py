@@ -108,7 +108,3 @@ class Platform(ABC):
     def kernel(self, fn: Callable[Params, Returned]) -> Callable[Params, Returned]:
         """``fn``, an implementation of an op, as graphs record it."""
         return fn
-
-    def auto_dtype(self, checkpoint_dtype: torch.dtype) -> torch.dtype:
-        """The dtype that ``--dtype auto`` means here."""
-        return checkpoint_dtype

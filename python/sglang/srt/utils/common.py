@@ -1,4 +1,4 @@
-"""Small helpers, many under upstream's names: platform questions, environment readers, ports, processes, JSON files."""
+"""Small helpers, many under upstream's names: platform questions, environment readers, ports, JSON files."""
 
 from __future__ import annotations
 
@@ -6,18 +6,12 @@ import json
 import os
 import socket
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from sglang.srt.environ import EnvBool, EnvError, EnvField, EnvInt, declared_variables
 from sglang.srt.utils.limits import MAX_CHECKPOINT_JSON_BYTES, MAX_CHECKPOINT_JSON_DEPTH
-
-if TYPE_CHECKING:
-    import psutil
-
-KILL_WAIT_S = 5.0
 
 
 def is_hip() -> bool:
@@ -104,39 +98,3 @@ def get_free_port() -> int:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as sock:
         sock.bind(("", 0))
         return int(sock.getsockname()[1])
-
-
-def _runs(process: psutil.Process) -> bool:
-    """False for a zombie too: in a container whose first process reaps nothing, orphans stay zombies for ever."""
-    import psutil
-
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
-def kill_process_tree(parent_pid: int, include_parent: bool = True) -> None:
-    """Kill all descendants of a process, then the process, and wait up to KILL_WAIT_S until they are gone.
-
-    A pid that no longer exists is no error. With the own pid the call returns only if `include_parent` is False.
-    """
-    import psutil
-
-    try:
-        parent = psutil.Process(parent_pid)
-        victims = parent.children(recursive=True)
-    except psutil.NoSuchProcess:
-        return
-    if include_parent and parent_pid != os.getpid():
-        victims.append(parent)
-    for process in victims:
-        try:
-            process.kill()
-        except psutil.NoSuchProcess:
-            pass
-    deadline = time.monotonic() + KILL_WAIT_S
-    while any(map(_runs, victims)) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if include_parent and parent_pid == os.getpid():
-        parent.kill()

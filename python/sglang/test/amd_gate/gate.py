@@ -20,7 +20,7 @@ from typing import Any
 
 import triton
 
-from sglang.kernels.registry import REGISTRY, fresh_decisions
+from sglang.kernels.registry import REGISTRY
 from sglang.kernels.spec import Case, Op
 from sglang.srt.platforms import override_platform
 from sglang.test.amd_gate.driver import Launch, compile_only
@@ -28,6 +28,7 @@ from sglang.test.amd_gate.expectations import EXPECTED, MFMA_FP8, expected_instr
 from sglang.test.amd_gate.resources import Resources, drift, read_resources, unfit, violations
 from sglang.test.amd_gate.serving_cases import activation, attention, gdn, mhc, moe, norm, quant, rope, sampling
 from sglang.test.amd_gate.walk import OpCall, ShapeOnlyPlatform, Walk, WalkStep, describe_error, watched_ops
+from sglang.test.kernel_choice import fresh_decisions
 
 ARCHS = ("gfx942", "gfx950")
 TABLE = Path(__file__).with_name("resources.json")

@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import ProcessGroupHandle, override_tp_group
+from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
@@ -33,6 +33,7 @@ from sglang.test.published_sizes import (
     qwen35_like,
 )
 from sglang.test.resolved_args import resolved
+from sglang.test.thread_ranks import override_tp_group
 
 DECODE_BATCHES = (1, 8, 128)
 # Tokens after a prefix, for each request of a prefill step.

@@ -144,7 +144,3 @@ class EpTransport(Protocol):
     def combine_recv(self) -> None:
         """Afterwards the first T rows that ``combine_send`` returned hold the sums."""
         ...
-
-    def get_dispatch_src_token_pos(self) -> torch.Tensor:
-        """Where each received row came from: int32 [total_recv], ``rank * W * limit + row``. Reads the device."""
-        ...

@@ -50,9 +50,9 @@ def exchange_buffers(config: EpConfig, kernel: str, codec_groups: int = 56) -> t
     codec = codec_groups * 4 if config.combine_wire == "fp8_blockwise" else 0
     record = hidden + 8 * top_k + 4 + scales  # hidden, ids, weights, source, scales
     if kernel == "portable":
-        row = record - hidden + config.hidden_dim * sent_type
+        row = config.hidden_dim * sent_type + 8 * top_k + scales
         received = ExchangeBuffer("received rows", recv * row + 4, "R records", on_heap=False)
-        out = limit * (config.hidden_dim * back_type + 4)
+        out = limit * config.hidden_dim * back_type
         return received, ExchangeBuffer("combine output", out, "limit rows", on_heap=False)
     # (name, rows, bytes of a row, what it is made of)
     staged = ("combine input", recv, record if not codec else record - scales + codec, "R records")

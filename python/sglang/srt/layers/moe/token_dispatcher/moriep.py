@@ -256,9 +256,6 @@ class MoriTransport:
         if self._kernel.is_two_phase:
             self._op.combine_recv()
 
-    def get_dispatch_src_token_pos(self) -> torch.Tensor:
-        return self._op.get_dispatch_src_token_pos()
-
 
 def _form(tensor: torch.Tensor | None) -> object:
     return None if tensor is None else (tuple(tensor.shape), tensor.dtype)

@@ -24,11 +24,11 @@ WIRE_TYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class RecordLayout:
-    """Where the fields of a row stand in its record: row, weights, ids, its source position, and scales if any."""
+    """Where the fields of a row stand in its record: row, weights, ids, and scales if any."""
 
     def __init__(self, config: EpConfig) -> None:
         k = config.num_experts_per_token
-        fields = [(config.hidden_dim, config.data_type), (k, torch.float32), (k, torch.int32), (1, torch.int32)]
+        fields = [(config.hidden_dim, config.data_type), (k, torch.float32), (k, torch.int32)]
         if config.scale_dim:
             fields.append((config.scale_dim, config.scale_type))
         self._columns: list[tuple[int, int, torch.dtype]] = []
@@ -187,17 +187,12 @@ class PortableTransport:
             torch.empty(rows, k, dtype=torch.int32, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
         )
-        self._positions = torch.empty(rows, 1, dtype=torch.int32, device=device)
-        fields = [self._batch.hidden, self._batch.weights, self._batch.indices, self._positions]
+        fields = [self._batch.hidden, self._batch.weights, self._batch.indices]
         fields += [] if self._batch.scales is None else [self._batch.scales]
         self._buffers = [field.view(WIRE_TYPES[field.element_size()]) for field in fields]
         self._out = torch.empty(
             config.max_num_inp_token_per_rank, config.hidden_dim, dtype=config.combine_type, device=device
         )
-        first = config.rank * config.world_size * config.max_num_inp_token_per_rank
-        self._sources = torch.arange(
-            first, first + config.max_num_inp_token_per_rank, dtype=torch.int32, device=device
-        ).unsqueeze(1)
         self._exchange: Exchange | None = None
         self._back: Pending | None = None
         self._num_sent = 0
@@ -218,7 +213,7 @@ class PortableTransport:
         if self._is_sent or self._back is not None:
             raise DispatchError("a dispatch or combine was sent and not received: receive it before the next send")
         self.config.check_input(x, weights, scales, indices)
-        fields = [x, weights, indices, self._sources[: x.shape[0]]] + ([] if scales is None else [scales])
+        fields = [x, weights, indices] + ([] if scales is None else [scales])
         if self._gathered and rows_of_ranks is not None:
             self._exchange = GatheredExchange(self.config, self._group, self._layout, fields, rows_of_ranks)
         else:
@@ -246,6 +241,3 @@ class PortableTransport:
         self._exchange = self._back = None
         if self.config.mode == "sync":
             self._batch.total_recv.zero_()
-
-    def get_dispatch_src_token_pos(self) -> torch.Tensor:
-        return self._positions[: int(self._batch.total_recv), 0]
