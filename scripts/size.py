@@ -21,27 +21,27 @@ AIM_FUNCTION_LINES = 60
 # Most lines of each package of the product. A change that needs more raises the number here, and says why.
 BUDGETS = {
     "sglang/*.py": 850,
-    "sglang/bench_utils": 1_400,  # two trees are compared by one process class
+    "sglang/bench_utils": 1_250,
     "sglang/cli": 100,
     "sglang/embedded_models": 50,
-    "sglang/kernels": 11_850,  # a proof of scaled products, and MXFP4 codes placed for sm_90
+    "sglang/kernels": 11_800,  # a proof of scaled products, and MXFP4 codes placed for sm_90
     "sglang/srt/*.py": 1_150,  # flags are declared on parsers where ServerArgs stands
     "sglang/srt/arg_groups": 2_100,
     "sglang/srt/configs": 2_200,
     "sglang/srt/constrained": 400,
     "sglang/srt/distributed": 350,
-    "sglang/srt/entrypoints": 4_450,
+    "sglang/srt/entrypoints": 4_400,
     "sglang/srt/layers": 5_450,  # `forward_batch`, upstream's name, wraps more lines than a short one
     "sglang/srt/managers": 5_350,
-    "sglang/srt/mem_cache": 2_000,
+    "sglang/srt/mem_cache": 1_950,
     "sglang/srt/model_executor": 2_200,
-    "sglang/srt/model_loader": 400,
+    "sglang/srt/model_loader": 350,
     "sglang/srt/models": 2_200,  # layers say which rows they take quantised
-    "sglang/srt/parser": 700,
-    "sglang/srt/platforms": 700,
+    "sglang/srt/parser": 650,
+    "sglang/srt/platforms": 650,
     "sglang/srt/sampling": 710,  # a host keeps a list of what is edited, a device marks of all ids
     "sglang/srt/speculative": 1_150,  # draws and counts of a verify step are captured too
-    "sglang/srt/utils": 2_700,
+    "sglang/srt/utils": 2_600,
 }
 FOLDERS = ("python", "scripts", "test", "benchmark", "examples")
 
