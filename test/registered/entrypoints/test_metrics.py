@@ -18,7 +18,7 @@ from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
-ODD_NAME = 'a "quoted" \\ name'
+ODD_NAME = 'a "quoted" \\\\ \\name\n'
 TIMES = (
     "time_to_first_token_seconds",
     "inter_token_latency_seconds",
@@ -87,6 +87,11 @@ class TestPage(FakeServerTestCase):
         other = self.client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
         self.assertEqual(other.headers["content-type"], plain.headers["content-type"])
         self.assertEqual(plain.text.count("# TYPE sglang:"), plain.text.count("# HELP "))
+        for family in text_string_to_metric_families(plain.text):
+            plain_kind = "counter" if family.samples[0].name.endswith("_total") else "gauge"
+            want = "histogram" if family.name.removeprefix("sglang:") in TIMES else plain_kind
+            self.assertEqual((family.type, family.documentation != ""), (want, True), family.name)
+        self.assertIn("\n# TYPE sglang:num_requests_total counter\nsglang:num_requests_total{", plain.text)
         samples = read(plain.text)
         for sample in samples.values():
             self.assertEqual(sample.labels["model_name"], ODD_NAME)
