@@ -214,10 +214,7 @@ async def _measure(args: argparse.Namespace, send: Any, rows: list[DatasetRow]) 
 
 
 async def benchmark(args: argparse.Namespace) -> dict[str, Any]:
-    """Run the load that ``args`` describe, print the block and return the record.
-
-    Raises BenchmarkError, DatasetError or TokenizerError when there is nothing to measure.
-    """
+    """Run the load of ``args``, print and return its record. Raises BenchmarkError, DatasetError or TokenizerError."""
     base_url = base_url_of(args)
     async with make_client(dict(args.header), args.max_concurrency) as client:
         control = ServerControl(client, base_url)

@@ -30,10 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the plan; the status is 0 if it fits, 2 if a setting is wrong or memory is short.
-
-    Loading torch takes seconds: what is wrong with the flags alone is said before.
-    """
+    """Print the plan; the status is 0 if it fits, 2 if a setting is wrong or memory is short."""
     options, flags = make_parser().parse_known_args(argv)
     parsed = read(flags)
     if parsed.errors:

@@ -248,10 +248,7 @@ class KernelRegistry:
 
 
 def parse_forcing(text: str) -> dict[str, str]:
-    """ "op=impl,op=impl" as a mapping, ops by their present names.
-
-    Raises KernelConfigError for a malformed or repeated entry.
-    """
+    """Pairs "op=impl,op=impl" as a mapping. Raises KernelConfigError for a malformed or repeated entry."""
     forced: dict[str, str] = {}
     for entry in filter(None, (part.strip() for part in text.split(","))):
         op, separator, impl = entry.partition("=")

@@ -84,10 +84,7 @@ class ServerArgs(SpecArgs, KernelArgs, ParallelArgs, RuntimeArgs, HttpArgs, Memo
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> ServerArgs:
-        """Construct from keywords as upstream's Engine takes them.
-
-        A keyword of upstream that this engine lacks is treated as its flag would be. Raises ServerArgsError.
-        """
+        """From keywords of upstream's Engine; those that it alone has are as their flags. Raises ServerArgsError."""
         known = {spec.name for spec in specs()}
         found = FlagValues({name: value for name, value in kwargs.items() if name in known})
         given = []

@@ -38,10 +38,7 @@ class Parsed:
     warnings: list[str] = field(default_factory=list)
 
     def start_errors(self) -> list[str]:
-        """What is wrong with flags and variables, or else with the port.
-
-        A dry run has none: it lists them with everything else.
-        """
+        """What is wrong with flags and variables, or else with the port; a dry run lists these with all else."""
         if self.args.dry_run:
             return []
         if errors := [*self.errors, *check_environment().errors]:

@@ -62,10 +62,7 @@ class LaunchPlan:
 
 
 def plan_launch(request: ServerArgs | Parsed) -> LaunchPlan:
-    """What a launch comes to: settings as resolved, and what the ranks are given: streams, variables, memory.
-
-    Nothing is started, and problems are collected in the plan.
-    """
+    """What a launch comes to; nothing is started, and problems are collected in the plan."""
     plan = evaluate(request)
     if plan.errors or plan.model_config is None:
         return plan

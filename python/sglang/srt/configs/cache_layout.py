@@ -122,10 +122,7 @@ class CacheLayout:
 
 
 def join(layouts: Iterable[CacheLayout]) -> CacheLayout:
-    """The joint layout of the models on one rank: several models, or one model and its draft layer.
-
-    Pools that differ only in their layers become one pool with all layers.
-    """
+    """Layouts on one rank (models, draft layers) as one; pools that differ only in their layers become one pool."""
     parts = list(layouts)
     sizes = {layout.page_size for layout in parts if layout.page_size is not None}
     if len(sizes) > 1:

@@ -19,10 +19,7 @@ _ROUTERS = (("softmax", "greedy"), ("softmax", "group_limited_greedy"), ("sigmoi
 
 @dataclass(frozen=True)
 class DeepseekConfig:
-    """Shapes and numerics of a DeepSeek model; field names are those of config.json.
-
-    ``q_lora_rank`` None means one plain query projection; ``n_routed_experts`` None means that every layer is dense.
-    """
+    """Numbers of a config.json by its names; ``q_lora_rank`` None: plain queries, ``n_routed_experts`` None: dense."""
 
     hidden_size: int
     intermediate_size: int
@@ -113,10 +110,7 @@ class DeepseekConfig:
         return LatentShapes(self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim)
 
     def cache_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES, num_draft_tokens: int = 0) -> CacheLayout:
-        """One latent row per token and layer; the rotated part of the key comes last.
-
-        Rows of a verify step (``num_draft_tokens``) need nothing in addition to their latent rows.
-        """
+        """One latent row per token and layer, its key's rotated part last; a verify step needs nothing more."""
         return self._latents(range(self.num_hidden_layers), types)
 
     def draft_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES) -> CacheLayout:

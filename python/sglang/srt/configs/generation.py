@@ -14,10 +14,7 @@ _LEAST_TOP_P = 1e-30
 
 
 def end_token_ids(section: Mapping[str, Any], vocab_size: int, prefix: str = "") -> tuple[int, ...]:
-    """The ids under ``eos_token_id`` of one JSON object: none, one integer, or a list of integers.
-
-    Raises ConfigError for what is no token id, or lies outside ``[0, vocab_size)``.
-    """
+    """The ids of ``eos_token_id``: none, one or a list. Raises ConfigError for one outside the vocabulary."""
     value = section.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
     for token_id in ids:

@@ -140,10 +140,7 @@ class ModelConfig:
             raise ConfigError(*error.problems, source=error.source or str(config_file)) from None
 
     def with_tokenizer_end(self, ids: Sequence[int], source: str) -> ModelConfig:
-        """This config with the end tokens of the tokenizer folder ``source`` in ``eos_token_ids`` too.
-
-        Raises ConfigError when an id is not in the model's vocabulary.
-        """
+        """Add the end tokens of tokenizer folder ``source``. Raises ConfigError for ids beyond the vocabulary."""
         outside = [token_id for token_id in ids if not 0 <= token_id < self.vocab_size]
         if outside:
             raise ConfigError(

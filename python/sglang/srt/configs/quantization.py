@@ -118,10 +118,7 @@ class QuantConfig:
         return replace(self, skipped=(*self.skipped, *plain), by_module=(*by_module, *self.by_module))
 
     def format_of(self, name: str) -> WeightFormat | None:
-        """The format of module ``name``; None when it, or any that it joins, stays as it is.
-
-        Raises ConfigError when it joins matrices of several formats.
-        """
+        """Format of ``name``; None if it, or any that it joins, is plain. Raises ConfigError if these differ."""
         parent, _, leaf = name.rpartition(".")
         names = [f"{parent}.{part}" for part in self.merged.get(leaf, (leaf,))]
         if any(_names(skipped, each) for skipped in self.skipped for each in names):

@@ -19,10 +19,7 @@ FULL_ATTENTION = "full_attention"
 
 @dataclass(frozen=True)
 class Qwen3_5Config:
-    """Shapes and numerics of a Qwen3.5 text model; field names are those of config.json.
-
-    ``layer_types`` has one entry per layer; ``num_experts`` 0 means dense, and then the expert widths are 0.
-    """
+    """Numbers of a config.json by its names; ``num_experts`` 0 means dense, and the expert widths are 0 then."""
 
     hidden_size: int
     intermediate_size: int
@@ -119,10 +116,7 @@ class Qwen3_5Config:
         return None
 
     def cache_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES, num_draft_tokens: int = 0) -> CacheLayout:
-        """Keys and values per token, and recurrent states per sequence.
-
-        Where a verify step brings ``num_draft_tokens`` rows, each state has a tail: their inputs, and how many count.
-        """
+        """Keys and values per token, states per sequence, with tails where ``num_draft_tokens`` is not 0."""
         pools = [self._keys_and_values(self.full_attention_layer_ids, tp_size, types)]
         if self.linear_layer_ids:
             heads, dim = self.linear_num_value_heads // tp_size, self.linear_value_head_dim

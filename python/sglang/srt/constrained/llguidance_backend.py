@@ -114,10 +114,7 @@ class GuidanceBackend:
         return GuidanceGrammar(matcher)
 
     def fill(self, rows: Sequence[tuple[GuidanceGrammar, int]], mask: torch.Tensor) -> None:
-        """Write the tokens that each grammar allows next into its row of ``mask`` [B, ``num_words``] int32 on the host.
-
-        Bit i % 32 of word i // 32 is token i.
-        """
+        """The tokens that each grammar allows, into ``mask`` [B, ``num_words``] int32: bit t % 32 of word t // 32."""
         asked = [(grammar.matcher, row) for grammar, row in rows if not grammar.is_waiting]
         if asked:
             self._executor.unsafe_compute_mask_ptr(asked, mask.data_ptr(), mask.shape[1] * 4, mask.shape[0])
@@ -180,10 +177,7 @@ class GuidanceBackend:
 
 
 class GuidanceGrammar:
-    """A compiled grammar with its state for the output of one request; ``copy`` is one at the start.
-
-    With ``after``, a token id, it applies after that token, and output before it is free.
-    """
+    """A compiled grammar and its place in one output; with ``after``, output up to that token is free."""
 
     def __init__(self, matcher: llguidance.LLMatcher, after: int | None = None) -> None:
         self.matcher = matcher

@@ -42,10 +42,7 @@ class ServerContext:
         return self.server_args.served_model_name or self.server_args.model_path
 
     def check_model(self, name: str | None) -> None:
-        """Raise RequestError (404) for a model that is not served.
-
-        Accepted are no name, "", "default", the served name and, where that is a path, the path's last part.
-        """
+        """Raise RequestError (404) for a model not served; no name, "", "default" and a path's last part are."""
         served = self.served_model_name
         if not name or name in (DEFAULT_MODEL_NAME, served):
             return

@@ -82,10 +82,7 @@ class Engine:
         return await self._arun(self._whole(request))
 
     def chat(self, messages: list[dict[str, Any]], *, stream: bool = False, **fields: Any) -> Any:
-        """The next message of a conversation: the reply of ``/v1/chat/completions`` to a body of these fields.
-
-        A dictionary, or, with ``stream``, an iterator over its chunks.
-        """
+        """The reply of ``/v1/chat/completions`` to these fields; with ``stream``, an iterator over its chunks."""
         body = _chat_body(messages, stream, fields)
         return self._iterate(self._chat_chunks(body)) if stream else self._run(self._whole_chat(body))
 

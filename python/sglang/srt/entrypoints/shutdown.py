@@ -61,10 +61,7 @@ class Drain:
         self._deadline = min(self._deadline, time.monotonic() + seconds)
 
     async def run(self, num_active: Callable[[], int]) -> bool:
-        """Wait until ``num_active`` HTTP requests are none; True when all of them could finish.
-
-        At the deadline the rest end with an error, which their clients have ``DRAIN_WRITE_S`` seconds to read.
-        """
+        """Wait until ``num_active`` HTTP requests are none; True if all could finish before the deadline."""
         self._manager.stop_admission()
         logger.info("Shutting down: %d requests in flight have %.1f s to finish.", num_active(), self._left_s())
         while num_active() and self._left_s() > 0:

@@ -13,10 +13,7 @@ from sglang.srt.layers.quantization import Rows
 
 
 class GatedMLP(nn.Module):
-    """``down(silu(gate x) * up x)`` of inner width ``intermediate``, a partial sum of this rank unless reduced.
-
-    ``swiglu_limit`` clamps as in ``activation.silu_and_mul``.
-    """
+    """``down(silu(gate x) * up x)``, a part unless reduced; ``swiglu_limit`` as in ``activation.silu_and_mul``."""
 
     def __init__(
         self,

@@ -110,10 +110,7 @@ class ShardedMatrix:
             start += part.full_rows
 
     def in_blocks(self, block: BlockShape) -> ShardedMatrix | None:
-        """The same parts counted in blocks; None unless they are cut at edges of blocks.
-
-        The last rows alone may end inside a block.
-        """
+        """The same parts counted in blocks, of which the last may be cut; None unless cut at edges of blocks."""
         slices = list(self.slices.values())
         rows = [part.full_rows for part in slices[:-1]] + [cut for part in slices for cut in (part.row, part.offset)]
         columns = [cut for part in slices for cut in (part.column, part.columns)]

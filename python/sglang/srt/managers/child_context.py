@@ -41,10 +41,7 @@ class RankPlace(msgspec.Struct, frozen=True):
 
 
 class LaunchConfig(msgspec.Struct, kw_only=True):
-    """The configuration of a child process, as JSON on its stdin; nothing of it is written to disk.
-
-    ``needed`` is the memory that the launch has counted for a scheduler: see ``launch_engine_processes``.
-    """
+    """A child's configuration, JSON on its stdin; ``needed``: memory that the launch counted for a scheduler."""
 
     server_args: ServerArgs
     ipc: IpcNames

@@ -68,10 +68,7 @@ def agree(local_plans: Sequence[Sequence[int]], group_size: int) -> DpStep:
 
 
 class DpStepSync:
-    """One exchange per step, over the host, between all ranks of a replica.
-
-    ``bucket_of(rows)`` is the decode graph for so many rows, None if there is none; it is the same on every rank.
-    """
+    """One exchange per step, over the host, of a replica's ranks; ``bucket_of(rows)``: the decode graph, if any."""
 
     def __init__(self, state: ParallelState, bucket_of: Callable[[int], int | None]) -> None:
         self._world = state.world

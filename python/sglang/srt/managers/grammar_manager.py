@@ -53,10 +53,7 @@ class GrammarManager:
         return True
 
     def take(self, rid: str) -> Req | None:
-        """The waiting request, with its grammar or the reason why it has none.
-
-        None if it has been aborted meanwhile. Waits if this rank has not compiled it yet.
-        """
+        """The waiting request with its grammar or its error, None if aborted; waits for this rank's compiler."""
         future = self._awaited.pop(rid)
         req = next((req for req in self.pending if req.rid == rid), None)
         if req is None:

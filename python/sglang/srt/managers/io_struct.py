@@ -18,10 +18,7 @@ RequestId = Annotated[str, msgspec.Meta(max_length=MAX_RID_CHARS)]
 
 
 class GenerateReqInput(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
-    """One native generation request after the HTTP layer, before tokenization; lists mean a batch.
-
-    ``return_warnings`` lists the unknown fields, which are ignored, in the result.
-    """
+    """One native request before tokenization; lists mean a batch. ``return_warnings`` lists its unknown fields."""
 
     text: str | list[str] | None = None
     # msgspec allows one array type in a union: read both as int lists or lists of int lists.
@@ -79,10 +76,7 @@ class AbortReq(msgspec.Struct, kw_only=True, tag=True):
 
 
 class StartedReqs(msgspec.Struct, kw_only=True, tag=True):
-    """Requests that a scheduler took from its queue; a retracted request is listed again.
-
-    ``at`` is when, in seconds of the machine's monotonic clock; None for now.
-    """
+    """Requests that left a queue, retracted ones again; ``at``: seconds of the monotonic clock, None for now."""
 
     rids: list[str]
     at: float | None = None
@@ -164,10 +158,7 @@ class TokenLogprobs(msgspec.Struct, kw_only=True):
 
 
 class RequestOutput(msgspec.Struct, kw_only=True):
-    """What is new of one request since its last message.
-
-    ``output_ids`` are the new ids only, a stop token included. ``input_logprobs`` is sent once, with the first output.
-    """
+    """What is new of a request: ``output_ids``, a stop token included; ``input_logprobs`` once, with the first."""
 
     rid: str
     output_ids: list[int]

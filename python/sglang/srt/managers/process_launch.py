@@ -175,10 +175,7 @@ class EngineProcesses:
         return f"{names}: {what} progress for more than --watchdog-timeout {self.watchdog_timeout_s:g} s"
 
     def stalled(self, most_s: float) -> str | None:
-        """A child that is stopped, or silent for more than ``most_s`` seconds, at the last ``check_alive``; else None.
-
-        The server waits until --watchdog-timeout for it to continue.
-        """
+        """A child stopped or silent for more than ``most_s`` seconds at the last ``check_alive``; else None."""
         for child in self.processes:
             silent_s = child.pulse.last_silent_s
             if silent_s > most_s or silent_s > STOPPED_AFTER_S and is_stopped(child.popen.pid):

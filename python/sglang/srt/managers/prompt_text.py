@@ -31,11 +31,7 @@ class PromptEncoder:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``. Raises RequestError if it is too long, is not valid Unicode, or has ids outside the
-        vocabulary.
-
-        A text that passes may still have more tokens than the context.
-        """
+        """Token ids of ``text``. Raises RequestError if it is too long, no Unicode, or has unknown ids."""
         if len(text) > self._max_chars:
             raise RequestError(
                 f"The text has {len(text)} characters. The model's context length is {self._context_len} tokens of at "

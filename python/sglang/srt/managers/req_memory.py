@@ -31,10 +31,7 @@ class ReqMemory:
         step_width: int = 1,
         step_ahead: int = 0,
     ) -> None:
-        """A decode step computes ``step_width`` tokens per request, and needs ``step_ahead`` more slots after them.
-
-        A prefill step that reaches the end of a prompt needs ``step_ahead`` slots after it too.
-        """
+        """A decode step computes ``step_width`` tokens per request; each step needs ``step_ahead`` more slots."""
         if step_width < 1 or step_ahead < 0:
             raise ValueError(f"step_width >= 1 and step_ahead >= 0 must hold, got {step_width} and {step_ahead}")
         self.allocator = allocator
@@ -61,10 +58,7 @@ class ReqMemory:
         return room
 
     def needs(self, new_tokens: Sequence[int], running: bool = False) -> Room:
-        """Units that requests with ``new_tokens`` more tokens each need at one time, in addition to what they hold.
-
-        running: the requests already hold what a step needs.
-        """
+        """Units for ``new_tokens`` more tokens of each request; ``running`` ones already hold what a step needs."""
         needed = Room({FULL: sum(new_tokens)})
         for companion in self._limits:
             needed[companion.unit] = sum(companion.needs(number, running) for number in new_tokens)
@@ -118,10 +112,7 @@ class ReqMemory:
         req.cached_tokens = max(req.cached_tokens, prefix) if req.num_retractions == 0 else req.cached_tokens
 
     def extend(self, reqs: list[Req], ends: list[int]) -> torch.Tensor | None:
-        """Prefill: allocate slots for tokens ``kv_committed_len .. end`` of each request and write them to its row.
-
-        Returns [N] int64, requests one after the other; None if they do not fit.
-        """
+        """Write slots for tokens ``kv_committed_len .. end`` to the rows; [N] int64, None if they do not fit."""
         starts = [req.kv_allocated_len for req in reqs]
         assert starts == [req.kv_committed_len for req in reqs], "a prefill step starts where the slots end"
         self._make_room(self.missing_for_extend(reqs, ends))
@@ -280,10 +271,7 @@ class ReqMemory:
         req.kv_committed_len = req.kv_allocated_len = req.cache_protected_len = req.state_boundary = 0
 
     def check_idle(self, deep: bool) -> None:
-        """Raise PoolLeakError (or RadixIntegrityError) unless every slot is free or cached and nothing is locked.
-
-        ``deep`` also recounts the whole prefix tree.
-        """
+        """Raise PoolLeakError or RadixIntegrityError unless all is free or cached; ``deep`` recounts the tree."""
         if self.num_used():
             raise PoolLeakError(
                 f"idle, but {self.num_used()} of {self.allocator.size} KV tokens are held by no request (free "

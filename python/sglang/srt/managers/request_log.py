@@ -27,10 +27,7 @@ _MAX_PARAMS_CHARS = 512
 
 
 class RequestLog:
-    """Two entries per request at ``--log-requests``: log lines, or pure JSON lines with the same keys.
-
-    Text from clients is escaped, and cut unless the level asks for all of it.
-    """
+    """Two entries per request, as log or JSON lines; clients' text is escaped, and cut below the highest level."""
 
     def __init__(self, args: ServerArgs) -> None:
         self._enabled = args.log_requests

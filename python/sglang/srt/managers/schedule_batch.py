@@ -80,10 +80,7 @@ class Req:
         self._new_input_logprobs()
 
     def check(self, vocab_size: int) -> None:
-        """Raise for anything that would fail in a step shared with other requests.
-
-        Builds the sampling tensors and applies the logit edits once for this request alone.
-        """
+        """Raise what would fail in a shared step: builds the tensors and applies the edits for this request."""
         ids = self._prompt
         if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
             raise ValueError(f"input_ids must lie in [0, {vocab_size}), got {ids.min()} to {ids.max()}")

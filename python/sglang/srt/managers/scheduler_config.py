@@ -24,10 +24,7 @@ from sglang.srt.utils.audit import unpickle_count
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Limits in tokens and requests; ``chunked_prefill_size`` None: prompts are not split.
-
-    ``max_req_len`` bounds prompt and output of one request. ``retract_interval`` 0: only a full pool retracts.
-    """
+    """Limits in tokens and requests; ``chunked_prefill_size`` None: no cuts; ``retract_interval`` 0: only when full."""
 
     device: torch.device
     vocab_size: int

@@ -28,10 +28,7 @@ class SchedulerChannel(Protocol):
 
 
 class RankZeroChannel:
-    """Reads the inbox of a DP rank, shares the messages with the other ranks of ``group``, and sends replies.
-
-    ``peers`` are the DP ranks whose steps depend on this one's: they are woken when a message ends a wait.
-    """
+    """A DP rank's inbox, shared with ``group``, and its replies; ``peers``: DP ranks that its messages wake."""
 
     def __init__(self, names: IpcNames, group: ProcessGroupHandle, dp_rank: int = 0, peers: Sequence[int] = ()) -> None:
         self._receiver = scheduler_receiver(names, dp_rank)

@@ -23,10 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """One profile at a time, written to ``folder`` under the name in the request and ``label``, the name of this rank.
-
-    ``num_steps`` counts the steps that the scheduler has made.
-    """
+    """One profile at a time in ``folder``, named by request and rank ``label``; ``num_steps``: of the scheduler."""
 
     def __init__(self, folder: str | None, label: str, num_steps: Callable[[], int]) -> None:
         self._folder = folder

@@ -44,19 +44,13 @@ def record_output_logprobs(req: Req, step: HostLogprobs, row: int, token_id: int
 
 
 class StopChecker:
-    """Decides after each token whether a request is finished.
-
-    For stop strings, ``tokenizer`` decodes just enough of the output's end to contain the longest of them.
-    """
+    """Decides after each token whether a request is finished; ``tokenizer`` decodes its end for stop strings."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self._tokenizer = tokenizer
 
     def check(self, req: Req) -> FinishReason | None:
-        """Why ``req`` ends with its newest token, or None.
-
-        Output that completes its grammar ends there, even if more tokens were requested.
-        """
+        """Why ``req`` ends with its newest token, or None; a completed grammar ends it too."""
         params = req.sampling_params
         grammar = req.grammar
         if grammar is not None:

@@ -229,10 +229,7 @@ class TokenizerManager:
         self._abandon(group)
 
     def abort_request(self, rid: str = "", abort_all: bool = False) -> None:
-        """Ask the schedulers to end every request whose id starts with ``rid``, or all of them.
-
-        Raises RequestError when neither is given.
-        """
+        """End requests whose ids start with ``rid``, or all. Raises RequestError if neither is given."""
         if not rid and not abort_all:
             raise RequestError("Give rid, a prefix of the ids of the requests to abort, or abort_all: true.")
         if abort_all:

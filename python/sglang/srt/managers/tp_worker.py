@@ -183,10 +183,7 @@ class TpModelWorker:
         self.decode_kind: StepKind = DECODE if speculator is None else speculator.spec.verify
 
     def forward(self, batch: ModelWorkerBatch) -> LaunchedForward:
-        """Queue the forward of ``batch``, without waiting for the device.
-
-        A batch without requests is never sampled, so all its draft forwards are queued too.
-        """
+        """Queue the forward of ``batch`` and, without requests, its draft forwards; never waits for the device."""
         launched = LaunchedForward(self.runner, batch, self.speculator)
         if self.speculator is not None and batch.batch_size == 0:
             launched.take_part(self.speculator)

@@ -244,10 +244,7 @@ class ReqToTokenPool(SlotList):
             offset = stop
 
     def write_decode(self, rows: Sequence[int], positions: Sequence[int], slot_ids: torch.Tensor) -> None:
-        """Set one position of each row: ``table[rows[i], positions[i]] = slot_ids[i]``, on the host.
-
-        The step that computes these tokens writes the device's table, see ``write_step``.
-        """
+        """``table[rows[i], positions[i]] = slot_ids[i]`` on the host; a step writes the device's (``write_step``)."""
         for idx, position in zip(rows, positions):
             if not (self.is_allocated(idx) and 0 <= position < self.max_context_len):
                 self._check_span(idx, position, position + 1)  # says which

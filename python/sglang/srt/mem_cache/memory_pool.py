@@ -21,10 +21,7 @@ from sglang.srt.mem_cache.slot_list import SlotList
 
 
 class CachePool:
-    """The buffers of one pool, each [layers, rows, ...]: ``num_rows`` rows, the dummies among them.
-
-    They start at zero, so that the dummy rows are finite.
-    """
+    """Buffers [layers, ``num_rows``, ...] of one pool, dummies included; zero at first, so that dummies are finite."""
 
     def __init__(self, spec: PoolSpec, num_rows: int, device: torch.device | str):
         if len(set(spec.layer_ids)) != len(spec.layer_ids):
@@ -49,10 +46,7 @@ class CachePool:
         return self._buffers
 
     def layer(self, layer_id: int) -> tuple[torch.Tensor, ...]:
-        """Views of the layer's buffers, each [rows, ...], or of their fields where rows are packed.
-
-        Raises KeyError for a layer that the pool does not hold.
-        """
+        """Views of a layer's buffers [rows, ...], or of their packed fields. Raises KeyError for another layer."""
         try:
             return self._layers[layer_id]
         except KeyError:
@@ -70,10 +64,7 @@ def _views(rows: torch.Tensor, fields: tuple[FieldSpec, ...]) -> Iterator[torch.
 
 
 class ModelPools:
-    """Every pool of a model on one rank, by name; nothing is added later.
-
-    sizes: usable units of each kind, behind the dummies (a page of tokens, a state slot). Tokens come in pages.
-    """
+    """Every pool of a model on one rank, by name; sizes: usable units of each kind, behind the dummies."""
 
     def __init__(self, layout: CacheLayout, sizes: Mapping[str, int], page_size: int, device: torch.device | str):
         self.layout = layout
@@ -129,10 +120,7 @@ class ModelPools:
 
 
 class StateSlots(SlotList):
-    """Allocator of the state slots 1 .. size, lowest first on fresh pools; slot 0 is the dummy.
-
-    A slot holds what all layers of the models of a rank keep of one sequence; their pools are of one size.
-    """
+    """Allocator of the state slots 1 .. size, lowest first; slot 0 is the dummy. All state pools share them."""
 
     def __init__(self, *pools: ModelPools):
         sizes = {each.size(STATE) for each in pools if each.layout.has(STATE)}

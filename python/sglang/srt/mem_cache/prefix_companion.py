@@ -34,10 +34,7 @@ class PrefixCompanion(ABC, Generic[Held]):
 
     @abstractmethod
     def usable_len(self, node: TreeNode, num_tokens: int) -> int:
-        """The most of the first ``num_tokens`` of ``node``, in whole pages, after which a prefix can end; or 0.
-
-        A leaf with which none can end is evicted first.
-        """
+        """Most of the first ``num_tokens`` of ``node``, in whole pages, that a prefix can end with; 0: evict first."""
 
     @abstractmethod
     def on_match(self, path: Sequence[TreeNode]) -> None:
@@ -103,7 +100,4 @@ class PrefixCompanion(ABC, Generic[Held]):
 
     @abstractmethod
     def check(self, nodes: Iterable[TreeNode], held: Sequence[Held] | None) -> None:
-        """Recount what is kept for ``nodes``, all nodes of the tree, and raise RadixIntegrityError if it is wrong.
-
-        With ``held`` of all requests, free, kept and held units must add up to all units.
-        """
+        """Recount what ``nodes``, all of the tree, and ``held`` requests keep. Raises RadixIntegrityError."""

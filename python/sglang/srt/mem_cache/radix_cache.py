@@ -90,10 +90,7 @@ class RadixCache:
     # Lookup and insertion
 
     def match_prefix(self, token_ids: Sequence[int] | np.ndarray) -> MatchResult:
-        """The longest whole-page prefix of ``token_ids`` that is cached and can be used; marks it as used.
-
-        An edge that can be used in part is split, so that ``node`` ends exactly at the match.
-        """
+        """The longest cached, usable whole-page prefix; marks it as used, and splits an edge used in part."""
         tokens = self._as_key(token_ids)
         path, matched, inside = self._walk(tokens)
         while path:
@@ -112,10 +109,7 @@ class RadixCache:
         return MatchResult(slots, path[-1] if path else self.root, matched)
 
     def insert(self, token_ids: Sequence[int] | np.ndarray, slot_ids: torch.Tensor | np.ndarray) -> InsertResult:
-        """Cache the whole pages of ``token_ids`` [n] with their ``slot_ids`` [n] int64; slots already cached stay.
-
-        Raises ValueError for unequal lengths and for slots that do not sit in whole pages.
-        """
+        """Cache whole pages of ``token_ids`` [n] in ``slot_ids`` [n] int64. Raises ValueError for other slots."""
         slots = slot_ids.numpy() if isinstance(slot_ids, torch.Tensor) else slot_ids
         if len(token_ids) != slots.size:
             raise ValueError(f"insert needs a slot for each token, got {len(token_ids)} tokens and {slots.size} slots")
@@ -193,10 +187,7 @@ class RadixCache:
         return leaf
 
     def _split(self, node: TreeNode, length: int) -> TreeNode:
-        """Cut ``node`` after ``length`` tokens and return the new upper part, which the caller marks as used.
-
-        The lower part stays the same object, so locks and companions that name it stay true.
-        """
+        """Cut ``node`` after ``length`` tokens; returns the new upper part, since locks name the lower one."""
         parent = node.parent
         assert parent is not None
         upper = self._new_node(parent, node.key[:length].copy(), node.value[:length].copy())
@@ -341,10 +332,7 @@ class RadixCache:
         return None
 
     def evict(self, num_tokens: int) -> int:
-        """Free at least ``num_tokens`` unlocked tokens, least recently used leaves first; returns how many were freed.
-
-        Evicts whole nodes, so it may free more; it frees fewer only when nothing unlocked is left.
-        """
+        """Free at least ``num_tokens`` unlocked tokens, if there are, by whole leaves, oldest first; how many."""
         victims: list[TreeNode] = []
         freed = 0
         while freed < num_tokens:

@@ -60,10 +60,7 @@ class BucketGraphs(Generic[Output]):
         create_graph: Callable[[], DeviceGraph],
         progress: Callable[[int], None],
     ) -> None:
-        """Capture every bucket, largest first, so that smaller ones fit into its memory.
-
-        ``progress(bucket)`` is called after each.
-        """
+        """Capture all buckets, largest first so that others fit its memory; ``progress(bucket)`` follows each."""
         started = time.perf_counter()
         for bucket in reversed(self.buckets):
             body = body_of(bucket)

@@ -59,10 +59,7 @@ class AttentionBackendLike(Protocol):
 
 @dataclass(frozen=True)
 class StepPlan:
-    """What the attention backend planned for all layers of a step: for attention, and for recurrent states.
-
-    Only the backend that made a plan knows its type.
-    """
+    """What the backend that made it planned for all layers of a step: attention, and recurrent states."""
 
     attention: object = None
     states: object = None
@@ -208,10 +205,7 @@ class ModelWorkerBatch:
 
     @classmethod
     def idle(cls, kind: StepKind = DECODE) -> ModelWorkerBatch:
-        """A step without requests, by which an attention group joins the step of the others.
-
-        kind: kind of the decode steps.
-        """
+        """A step without requests, by which an attention group joins the others' decode step of ``kind``."""
         none = torch.empty(0, dtype=torch.int64)
         return cls(ForwardMode.IDLE, none, none, none, [], none, kind=kind)
 

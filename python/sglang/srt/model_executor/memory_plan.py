@@ -61,10 +61,7 @@ DRAFT_LAYER = "draft layer"
 
 
 def build_rank(args: ServerArgs, config: ModelConfig, rank: int) -> tuple[nn.Module, nn.Module | None]:
-    """The model of ``rank`` on torch's meta device, with experts that exchange nothing: that changes no weight.
-
-    With it the model that drafts, if any. No device is asked: the kinds of 8-bit floats differ, not their sizes.
-    """
+    """The model of ``rank``, and its draft model, on torch's meta device, without an exchange of experts."""
     tp_size = args.tp_size // args.attn_dp_size
     tp = ProcessGroupHandle(rank % tp_size, tp_size)
     state = ParallelState(ProcessGroupHandle(rank, args.tp_size), tp, args.ep_size)
@@ -80,10 +77,7 @@ def build_rank(args: ServerArgs, config: ModelConfig, rank: int) -> tuple[nn.Mod
 
 
 def count_weights(model: nn.Module, draft: nn.Module | None = None) -> dict[str, int]:
-    """Bytes of the weights of ``model`` by group, with the scales of quantised blocks and the position tables.
-
-    What ``draft`` has in addition to them is one more group.
-    """
+    """Bytes of weights by group, with scales and position tables; ``draft``'s own are one more group."""
     groups = dict.fromkeys((*WEIGHT_GROUPS, DRAFT_LAYER), 0)
     seen: set[int] = set()
     modules = [*model.named_modules(), *((DRAFT_LAYER, module) for module in (draft.modules() if draft else ()))]
@@ -266,10 +260,7 @@ class UnitPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """One rank's memory in bytes; ``pools`` is None when nothing is left for them, and ``problems`` says why.
-
-    ``units`` has an entry for each unit that the model's pools follow.
-    """
+    """One rank's memory in bytes, by unit; ``pools`` None: nothing is left for them, as ``problems`` says."""
 
     memory: int
     weights: dict[str, int]

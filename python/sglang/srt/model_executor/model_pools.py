@@ -75,10 +75,7 @@ def served_layout(args: ServerArgs, config: ModelConfig, tp_size: int) -> CacheL
 
 
 def plan_pools(args: ServerArgs, configs: Sequence[ModelConfig], tp_size: int, available_bytes: int) -> PoolPlan:
-    """The pools of one rank, which serves all ``configs`` at once, for ``available_bytes``, by the resolved ``args``.
-
-    A token takes a row in the pools of every model, and so does a state slot. Raises PoolPlanError.
-    """
+    """Pools of one rank that serves all ``configs`` at once, in ``available_bytes``. Raises PoolPlanError."""
     if args.max_running_requests is None or args.page_size is None:
         raise ValueError("server arguments max_running_requests and page_size are not resolved")
     longest = max(config.context_len for config in configs)
@@ -107,10 +104,7 @@ def plan_pools(args: ServerArgs, configs: Sequence[ModelConfig], tp_size: int, a
 
 
 def slots_for_drafts(args: ServerArgs) -> int:
-    """Tokens, in whole pages, that a request may hold with drafts in addition to its own tokens.
-
-    A verify step takes slots past the end of the request, and the request may keep its own copy of one cached row.
-    """
+    """Tokens, in whole pages, that drafts add to a request: rows past its end, and a copy of one cached row."""
     page = args.page_size or 1
     per_step = SpecInfo(args.speculative_num_steps).slots_per_step + 1 if args.speculative_num_steps else 0
     return -(-per_step // page) * page

@@ -28,10 +28,7 @@ from sglang.srt.utils.stream_policy import StreamPlan
 
 @dataclass(frozen=True)
 class StepForward:
-    """A queued forward: its output, and the step that ran, including the padding of a replayed graph.
-
-    After a replayed graph both are valid until the next replay. ``batch`` is the batch without padding.
-    """
+    """A queued forward: output and padded step, valid until the next replay; ``batch`` is without padding."""
 
     output: LogitsProcessorOutput
     forward_batch: ForwardBatch
@@ -80,10 +77,7 @@ class LoadedModel:
 
 
 def place_rows(forward_batch: ForwardBatch, starts: torch.Tensor, table: ReqToTokenPool) -> None:
-    """Place the rows of a step with several rows per request after the committed tokens ``starts`` [B] int64.
-
-    Replaces positions, lengths and slots of ``forward_batch``, which were the host's bounds.
-    """
+    """Place rows behind the committed ``starts`` [B] int64: positions, lengths, slots, which were the host's bounds."""
     assert forward_batch.kind is not None
     rows, width = forward_batch.req_pool_indices, forward_batch.kind.rows_per_request
     positions = starts.unsqueeze(1) + torch.arange(width, device=starts.device)

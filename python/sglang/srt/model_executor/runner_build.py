@@ -34,19 +34,13 @@ logger = logging.getLogger(__name__)
 
 
 def make_runner(args: ServerArgs, config: ModelConfig, needed: Mapping[str, int] | None = None) -> ModelRunner:
-    """The runner of this rank's only model, by the resolved ``args``. Raises PoolPlanError or WeightLoadError.
-
-    needed: see ``load``.
-    """
+    """The runner of this rank's only model; ``needed`` as in ``load``. Raises PoolPlanError or WeightLoadError."""
     models = [load(args, config, needed)]
     return build(args, models, plan(args, models))[0]
 
 
 def load(args: ServerArgs, config: ModelConfig, needed: Mapping[str, int] | None = None) -> LoadedModel:
-    """This rank's part of a model with its weights on its device; first checks that they fit.
-
-    needed: memory counted by the launch (``RankNeeds.num_bytes``); counted here if not given.
-    """
+    """This rank's model on its device, if it fits; needed: the launch's count (``RankNeeds.num_bytes``) or None."""
     local_rank = get_parallel_state().local_rank
     current_platform.set_device(local_rank)
     device: torch.device = current_platform.device(local_rank)
@@ -75,10 +69,7 @@ def load_draft(
 
 
 def plan(args: ServerArgs, models: Sequence[LoadedModel]) -> PoolPlan:
-    """Sizes of the pools of all ``models``, which share the memory that their weights leave; the same on each rank.
-
-    Raises PoolPlanError.
-    """
+    """Sizes of all ``models``' pools in memory left by weights, the same on each rank. Raises PoolPlanError."""
     device, world = models[0].device, get_world_group()
     free, _ = current_platform.memory_info(get_parallel_state().local_rank)
     # Ranks make the same decisions only with pools of the same size; ranks on the host share its memory.

@@ -205,9 +205,6 @@ class StepGraphs(BucketGraphs[StepOutput]):
         return forward_batch
 
     def replay(self, batch: ModelWorkerBatch, bucket: int) -> tuple[ForwardBatch, StepOutput]:
-        """Run ``batch``, which may be empty, through the graph of ``bucket``.
-
-        Returns the step, padding included, and its output for the batch's own rows, valid until the next replay.
-        """
+        """Replay ``bucket`` with ``batch``: the padded step, and the output of its own rows until the next replay."""
         forward_batch = self.fill(batch, bucket)
         return forward_batch, self.run(bucket).first(batch.batch_size * self.kind.rows_per_request)

@@ -65,10 +65,7 @@ def powers_of_two(limit: int) -> list[int]:
 
 
 def warm_up(runner: ModelRunner, max_tokens: int, run: RunStep | None = None, kind: StepKind = DECODE) -> None:
-    """Run prompt steps of up to ``max_tokens`` tokens, and decode steps without a graph, over the dummy page and state.
-
-    run: runs one step, where a step is more than forward and sampling. kind: the kind of the decode steps.
-    """
+    """Run prompt steps up to ``max_tokens`` tokens and decode steps of ``kind`` on the dummies; ``run`` runs one."""
     if current_platform.device_type == "cpu":  # nothing is compiled
         return
     began = time.perf_counter()

@@ -116,10 +116,7 @@ def load_draft_model(
     device: torch.device | str = "cpu",
     streams: StreamPlan = NO_OVERLAP,
 ) -> DraftModel:
-    """``build_draft_model`` with the weights of its folder, or with dummies by ``args``; only its tensors are read.
-
-    Raises ConfigError, and WeightLoadError when its tensors do not fit.
-    """
+    """``build_draft_model`` with its weights, or dummies by ``args``. Raises ConfigError or WeightLoadError."""
     started = time.perf_counter()
     draft = build_draft_model(config, target, device, streams, args.load_format)
     if args.load_format == "dummy":

@@ -26,10 +26,7 @@ _LOG_INTERVAL_S = 10.0
 
 
 def find_weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """Files to read and the tensors that the index promises in each (None without an index).
-
-    Raises WeightLoadError when there is none, or when the index names a file that is not there.
-    """
+    """Files to read, and the index's tensors in each (None without). Raises WeightLoadError for missing files."""
     index = folder / INDEX_NAME
     if index.is_file():
         return _read_index(index)
@@ -62,10 +59,7 @@ def _read_index(index: Path) -> dict[Path, list[str] | None]:
 def iterate_safetensors(
     folder: str | Path, wanted: Callable[[str], bool] = lambda name: True
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every (name, tensor on the host) of a checkpoint folder, file by file, whose name is ``wanted``.
-
-    Raises WeightLoadError that names a truncated or corrupt file, and tensors that the index promises in vain.
-    """
+    """``wanted`` (name, host tensor) pairs of a folder. Raises WeightLoadError for corrupt files, missing tensors."""
     for path, promised in _with_progress(_wanted_files(folder, wanted)):
         with _reading(path, promised) as (file, names):
             yield from ((name, file.get_tensor(name)) for name in names if wanted(name))

@@ -18,10 +18,7 @@ __all__ = ["Platform", "PlatformError", "current_platform", "override_platform",
 
 
 def select_platform(name: str) -> Platform:
-    """The platform called ``name``; "" means HIP, CUDA or CPU by what torch reports.
-
-    Raises PlatformError when the named platform cannot be had.
-    """
+    """Platform ``name``; "" means HIP, CUDA or CPU by what torch reports. Raises PlatformError if it cannot be had."""
     if name == "":
         if not torch.cuda.is_available():
             return CpuPlatform()

@@ -95,10 +95,7 @@ class Platform(ABC):
         return False
 
     def timing_event(self) -> torch.cuda.Event | None:
-        """An event just recorded on the current stream whose time can be read, under capture after each replay.
-
-        None where no such event can be recorded now.
-        """
+        """A timed event just recorded, under capture after each replay; None where none can be recorded."""
         return None
 
     def create_graph(self) -> DeviceGraph:

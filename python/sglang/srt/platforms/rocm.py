@@ -37,10 +37,7 @@ class RocmPlatform(CudaPlatform):
 
 
 class RocmOverFakesPlatform(HostStreamsPlatform):
-    """HIP policy with tensors on the CPU: streams that run in order, recorded graphs, vendor calls answered by fakes.
-
-    arch: "gfx942" or "gfx950"; None takes SGLANG_FAKE_ROCM_ARCH.
-    """
+    """HIP policy on the CPU: serial streams, recorded graphs, fakes; arch None takes SGLANG_FAKE_ROCM_ARCH."""
 
     kind = "hip"
     queue_variable = QUEUE_VARIABLE

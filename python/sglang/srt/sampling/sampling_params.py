@@ -92,10 +92,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
 
     @classmethod
     def from_request(cls, raw: dict[str, Any]) -> SamplingParams:
-        """Build from a request body; unknown keys are ignored. A number of the other kind is taken if it is whole.
-
-        Raises SamplingParamsError with the field, the value and the allowed range.
-        """
+        """From a request body, unknown keys ignored. Raises SamplingParamsError with field, value and range."""
         if not isinstance(raw, dict):
             raise SamplingParamsError(f"sampling_params must be an object, got {type(raw).__name__}.")
         known = {k: v for k, v in raw.items() if k in cls.__struct_fields__ and (v is not None or k in _NULLABLE)}

@@ -214,10 +214,7 @@ def _cut_at_mark(text: str) -> str:
 
 
 def find_chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | None:
-    """The checkpoint's default template: ``chat_template.jinja``, ``chat_template.json``, then the tokenizer config.
-
-    A list of named templates gives the one called "default".
-    """
+    """The template of chat_template.jinja, chat_template.json or the tokenizer config; of a list, the default one."""
     jinja_file = folder / "chat_template.jinja"
     if jinja_file.is_file():
         return read_text(jinja_file, ChatTemplateError)

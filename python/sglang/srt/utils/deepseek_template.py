@@ -193,10 +193,7 @@ _FORMS: dict[str, type[DeepSeekTemplate]] = {"deepseek_v32": DeepSeekV32Template
 
 
 def find_deepseek_template(folder: Path, has_token: Callable[[str], bool]) -> DeepSeekTemplate | None:
-    """The template of a checkpoint that brings none of its own, None where its form is not one of these.
-
-    ``has_token`` says whether a text is a token. Raises ChatTemplateError for a file that cannot be read.
-    """
+    """The template for a checkpoint without one, None if of no known form. Raises ChatTemplateError."""
     config_file = folder / "config.json"
     config = read_json_object(config_file, ChatTemplateError) if config_file.is_file() else {}
     form = _FORMS.get(str(config.get("model_type")))

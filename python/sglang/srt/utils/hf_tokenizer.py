@@ -59,10 +59,7 @@ def _token_text(value: Any) -> str | None:
 
 
 class Tokenizer:
-    """Text to ids and back, plus the chat template of the checkpoint.
-
-    ``eos_token_ids`` are the tokens that tokenizer_config.json or special_tokens_map.json name as an end of a turn.
-    """
+    """Text to ids and back, and the chat template; ``eos_token_ids``: every token that its files call an end."""
 
     def __init__(
         self,
@@ -105,10 +102,7 @@ class Tokenizer:
 
     @classmethod
     def from_path(cls, path: str, chat_template: str | None = None, with_template: bool = True) -> Tokenizer:
-        """Read ``path``, a folder or its tokenizer.json. Raises TokenizerError naming the file and the remedy.
-
-        ``with_template`` False leaves chat templates unread, for processes that only need tokens.
-        """
+        """Read a folder or tokenizer.json, templates unless ``with_template`` is False. Raises TokenizerError."""
         given = Path(path)
         file = given / "tokenizer.json" if given.is_dir() else given
         if not file.is_file():
@@ -129,10 +123,7 @@ class Tokenizer:
             raise TokenizerError(f"{file} cannot be read as a tokenizer: {error}") from error
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of ``text``; special tokens are added as the post-processor and ``add_bos_token`` say.
-
-        The batch call is the one that lets other threads run meanwhile.
-        """
+        """Token ids of ``text``, with special tokens by default; the batch call lets other threads run."""
         with _panics_as_errors():
             ids = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         if add_special_tokens and self._prepend_bos and self.bos_token_id is not None:
@@ -158,10 +149,7 @@ class Tokenizer:
         return max(map(len, self._backend.get_vocab(with_added_tokens=True)))
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Text of ``ids``; ids outside the vocabulary give nothing.
-
-        Spaces before punctuation are never cleaned up, since text that was streamed cannot be taken back.
-        """
+        """Text of ``ids``, unknown ones as nothing; spaces stay, as streamed text cannot be taken back."""
         if len(ids) > _LONG_DECODE:
             return self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)

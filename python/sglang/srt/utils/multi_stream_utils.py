@@ -115,10 +115,7 @@ def _issue(alt: torch.cuda.Stream, side: Callable[[], Side], main: Callable[[], 
 
 
 def trace_reader(model: torch.nn.Module) -> Callable[[], list[dict[str, Any]]]:
-    """A function that reads what ``SGLANG_TRACE_OVERLAP`` measured in the modules of ``model`` (attribute ``overlap``).
-
-    It returns the rows of ``merge_rows`` and waits for the device; with no trace, it returns nothing at once.
-    """
+    """A function for the ``merge_rows`` of ``model``'s traces, which waits for the device if there are any."""
     overlaps = {id(module.overlap): module.overlap for module in model.modules() if hasattr(module, "overlap")}
     traces = [overlap.trace for overlap in overlaps.values() if overlap.trace is not None]
     if not traces:

@@ -45,10 +45,7 @@ class ForkTiming:
 
 
 class OverlapTrace:
-    """The fork timings of one overlap site.
-
-    Timings inside captured graphs are kept; eager ones (at most ``MAX_PENDING``) are kept until they are summed.
-    """
+    """Fork timings of one site; those of captured graphs are kept, eager ones until they are summed."""
 
     def __init__(self, site: str) -> None:
         self.site = site
@@ -60,10 +57,7 @@ class OverlapTrace:
     def timed(
         self, side: Callable[[], Side], main: Callable[[], Main], num_tokens: int
     ) -> tuple[Callable[[], Side], Callable[[], Main]]:
-        """``side`` and ``main`` with events recorded around them; unchanged where no event can be recorded.
-
-        Call it before the fork.
-        """
+        """``side`` and ``main`` between events where they can be recorded; call it before the fork."""
         fork = current_platform.timing_event()
         if fork is None:
             if not self._said:
@@ -79,10 +73,7 @@ class OverlapTrace:
         return _between_events(side, timing.side), _between_events(main, timing.main)
 
     def sums(self) -> dict[tuple[int, bool], Sums]:
-        """Sums by (tokens, captured): of the last replay of graphs, of eager steps since the start.
-
-        The device must be idle.
-        """
+        """Sums by (tokens, captured): last replay of graphs, all eager steps so far; the device must be idle."""
         found: dict[tuple[int, bool], Sums] = {}
         for timing in self._captured:
             _add(found, (timing.num_tokens, True), timing.times_us())

@@ -125,10 +125,7 @@ def parse_sites(text: str) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class QueuePlan:
-    """Hardware queues: the variable that bounds them, the streams that each want one, and how many it gives.
-
-    available None: the variable is set to what is no number.
-    """
+    """The variable that bounds hardware queues, who wants one, and how many it gives (None: it is no number)."""
 
     variable: str
     streams: tuple[str, ...]

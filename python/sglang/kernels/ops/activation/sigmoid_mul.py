@@ -12,10 +12,7 @@ from sglang.kernels.spec import Case, Impl, Op
 
 
 def sigmoid_mul_torch(x: Tensor, gate: Tensor) -> Tensor:
-    """``x * sigmoid(gate)``, the sigmoid rounded to the dtype before the product.
-
-    x and gate [..., D] of one shape and dtype -> new [..., D], contiguous.
-    """
+    """x, gate [..., D] -> new contiguous ``x * sigmoid(gate)``, the sigmoid rounded to the dtype first."""
     return (x * gate.sigmoid()).contiguous()
 
 

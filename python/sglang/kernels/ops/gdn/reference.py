@@ -60,10 +60,7 @@ def gdn_gating(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> tuple[Te
 
 
 def l2_norm(x: Tensor) -> Tensor:
-    """``x * rsqrt(sum(x^2) + 1e-6)`` over the last dimension: a sum, not a mean, with the summand inside the root.
-
-    x [..., D] float -> [..., D] float32. A zero row stays zero.
-    """
+    """x [..., D] float -> float32 ``x * rsqrt(sum(x^2) + 1e-6)`` over the last dimension; zero rows stay zero."""
     wide = x.float()
     return wide * torch.rsqrt(wide.square().sum(-1, keepdim=True) + 1e-6)
 

@@ -13,19 +13,13 @@ from sglang.kernels.spec import Case, Impl, Op
 
 
 def fused_add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``s = x + residual``; returns ``(rms_norm(s, weight), s)``.
-
-    x, residual [..., D] of one dtype, weight [D] -> two new tensors [..., D] in that dtype.
-    """
+    """``s = x + residual``; new ``(rms_norm(s, weight), s)``; x, residual [..., D] of one dtype, weight [D]."""
     total = x + residual
     return rms_norm_torch(total, weight, eps), total
 
 
 def fused_add_gemma_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """``s = x + residual``; returns ``(gemma_rms_norm(s, weight), s)``: gain ``1 + weight``.
-
-    x, residual [..., D] of one dtype, weight [D] -> two new tensors [..., D] in that dtype.
-    """
+    """As ``norm.fused_add_rms_norm``, but with the gain ``1 + weight``."""
     total = x + residual
     return gemma_rms_norm_torch(total, weight, eps), total
 

@@ -33,20 +33,14 @@ def unit_rms_norm_torch(x: Tensor, eps: float) -> Tensor:
 
 
 def gemma_rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x * rsqrt(mean(x^2) + eps) * (1 + weight)``, all in float32, cast last.
-
-    x [..., D] float, weight [D] (zero means unit gain) -> [..., D] in x's dtype.
-    """
+    """``x * rsqrt(mean(x^2) + eps) * (1 + weight)`` in float32, cast last; x [..., D], weight [D] -> x's dtype."""
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return (normed * (1.0 + weight.float())).to(x.dtype)
 
 
 def gated_rms_norm_torch(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMS norm, then a SiLU gate: ``weight * cast(norm(x)) * silu(gate)``.
-
-    x [..., D], gate [..., D], weight [D] -> [..., D] in x's dtype; the gate is applied in float32.
-    """
+    """``weight * cast(norm(x)) * silu(gate)``, the gate in float32; x, gate [..., D], weight [D] -> x's dtype."""
     normed = rms_norm_torch(x, weight, eps)
     return (normed.float() * torch.nn.functional.silu(gate.float())).to(x.dtype)
 

@@ -15,10 +15,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def uniform_from_seed_torch(seeds: Tensor, positions: Tensor) -> Tensor:
-    """A number in [0, 1) for each (seed, position).
-
-    seeds [B] int64, positions [B] int64 (index of the token to be drawn) -> [B] float64 with 32 random bits.
-    """
+    """seeds, positions (of the token to be drawn) [B] int64 -> [B] float64 in [0, 1) with 32 random bits."""
     mask = 0xFFFFFFFF
     low, high = seeds & mask, (seeds >> 32) & mask
     word = _mix(_mix(_mix(low) ^ high) ^ (positions & mask))

@@ -19,11 +19,7 @@ _PART_KEYS = frozenset(("text", "type"))
 def judge_messages(
     messages: list[dict[str, Any]], template: str, unknown_fields: UnknownFields, warnings: list[str] | None
 ) -> None:
-    """Check the keys that are not part of the API and that ``template``, the source of the chat template, does not
-    name.
-
-    Raises RequestError for a key that is refused.
-    """
+    """Check keys that neither the API nor ``template``, the chat template's source, names. Raises RequestError."""
     for message in messages:
         _judge(message, _MESSAGE_KEYS, "messages.", template, unknown_fields, warnings)
         content = message.get("content")

@@ -10,10 +10,7 @@ from sglang.srt.managers.request_input import RequestError
 
 
 def offered_tools(body: ChatCompletionRequest) -> dict[str, Mapping[str, Any]]:
-    """Names of the tools that may be called, and the schemas of their parameters; empty if none may.
-
-    Raises RequestError that names the field that is malformed or not supported.
-    """
+    """Names and parameter schemas of the tools that may be called. Raises RequestError that names the wrong field."""
     choice = body.tool_choice
     tools: dict[str, Mapping[str, Any]] = {}
     for number, tool in enumerate(body.tools or []):

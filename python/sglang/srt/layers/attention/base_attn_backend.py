@@ -28,10 +28,7 @@ Expand = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 @dataclass(frozen=True)
 class AttentionContext:
-    """What a backend works on: the model's shapes and the pools of this rank.
-
-    window_pages: see ``WindowPages.table``; None where no pool follows a window.
-    """
+    """What a backend works on; window_pages: ``WindowPages.table``, None where no pool follows a window."""
 
     model_config: ModelConfig
     req_to_token_pool: ReqToTokenPool
@@ -251,10 +248,7 @@ class CompressedBackend(AttentionBackend):
     def compress(
         self, kv: torch.Tensor, gate: torch.Tensor, compressor: Compressor, forward_batch: ForwardBatch
     ) -> None:
-        """Store the entry of each window that a token of this step closes, and what later entries need.
-
-        kv, gate [N, parts * head_dim]: the two products of this step's rows.
-        """
+        """Store the entries that this step's tokens close, of its two products kv, gate [N, parts * head_dim]."""
 
     @abstractmethod
     def select_entries(
@@ -273,10 +267,7 @@ class CompressedBackend(AttentionBackend):
 
 
 class MultiStepBackend(ABC):
-    """The backends of a chain of draft steps, one row per request and step, that are planned together.
-
-    ``children`` are the backends of the steps, in order.
-    """
+    """``children``, the backends of a chain of draft steps in order, which are planned together."""
 
     children: Sequence[AttentionBackend]
 

@@ -66,10 +66,7 @@ class CapturingPoolBackend(PoolBackend):
 
 
 class PoolGqaBackend(PoolBackend, GqaBackend):
-    """Keeps one row of keys and values per token in ``kv_pool``, at ``forward_batch.out_cache_loc``.
-
-    A layer either calls ``prepare_gqa`` and then ``attend``, or passes finished keys and values to ``forward``.
-    """
+    """Keeps one row of keys and values per token in ``kv_pool``, at ``forward_batch.out_cache_loc``."""
 
     def __init__(self, ctx: AttentionContext) -> None:
         super().__init__(ctx)

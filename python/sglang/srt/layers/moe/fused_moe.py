@@ -63,10 +63,7 @@ class FusedMoE(nn.Module):
             self.quant_method.create_weights(self, name, shards, count=self.placement.count + num_shared)
 
     def load_expert(self, name: str, expert_id: int, tensor: torch.Tensor, scale: torch.Tensor | None = None) -> None:
-        """Load matrix ``name`` of one expert: "w1" (gate) and "w3" (up) [I, H], "w2" (down) [H, I].
-
-        Ignores experts that other ranks hold. ``scale``: scales of a quantised matrix.
-        """
+        """Load "w1" (gate), "w3" (up) [I, H] or "w2" (down) [H, I] of an expert of this rank, and its scales."""
         stack = "w2_weight" if name == "w2" else "w13_weight"
         local = self.placement.local_id(expert_id)
         if local is not None:

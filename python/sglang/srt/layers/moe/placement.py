@@ -25,10 +25,7 @@ class ExpertPlacement:
 
     @classmethod
     def here(cls, num_experts: int, num_shared: int = 0) -> ExpertPlacement:
-        """This rank's share: contiguous blocks of experts over runs of ranks, widths inside a run.
-
-        Raises ValueError when the experts cannot be parted equally.
-        """
+        """This rank's contiguous experts, or parts of them. Raises ValueError if they cannot be parted equally."""
         state = get_parallel_state()
         if num_experts % state.ep_size:
             raise ValueError(f"{num_experts} experts cannot be split over {state.ep_size} parts (--ep-size).")

@@ -21,10 +21,7 @@ from sglang.srt.layers.weights import IDS, Leaf, make_parameter
 
 @dataclass(frozen=True)
 class TopKOutput:
-    """weights [N, k] float32 (scaling factor included) and expert ids [N, k] int32, unordered within a row.
-
-    Shared slots, where there are any, are the last columns.
-    """
+    """weights [N, k] float32, scaled, and expert ids [N, k] int32, unordered in a row; shared slots come last."""
 
     weights: torch.Tensor
     ids: torch.Tensor

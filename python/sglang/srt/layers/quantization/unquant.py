@@ -88,10 +88,7 @@ class WeightMethod(ABC):
         ids: torch.Tensor,
         x_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The op ``moe.fused_experts`` with the layer's weights and ``swiglu_limit``.
-
-        x_scale: scales of x, given when x has the dtype ``row_dtype``.
-        """
+        """``moe.fused_experts`` with the layer's weights; x_scale: scales of x, given when x has ``row_dtype``."""
 
     @abstractmethod
     def process_weights_after_loading(self, layer: nn.Module) -> None:

@@ -26,10 +26,7 @@ def make_experts(
     num_shared: int = 0,
     swiglu_limit: float | None = None,
 ) -> FusedMoE:
-    """Experts whose result is this rank's part of a sum over its tensor-parallel group; arguments are FusedMoE's.
-
-    Raises ValueError for settings that the exchange cannot serve.
-    """
+    """Experts whose result is a part of the tensor-parallel sum. Raises ValueError if no exchange serves them."""
     experts = _make(num_experts, hidden, intermediate, top_k, quant_config, prefix, num_shared)
     experts.swiglu_limit = swiglu_limit
     return experts
@@ -62,10 +59,7 @@ def expert_recv_stats(model: nn.Module) -> list[RecvStats]:
 
 
 def describe_experts(model: nn.Module) -> dict[str, Any]:
-    """How the experts of ``model`` exchange tokens and how full their buffers got, for /server_info.
-
-    Waits for the device.
-    """
+    """The exchange of ``model``'s experts and how full its buffers got, for /server_info; waits for the device."""
     for module in model.modules():
         if isinstance(module, MoriEPMoE):
             return {**module.dispatcher.describe(), "received_rows": module.recv_stats.snapshot()}

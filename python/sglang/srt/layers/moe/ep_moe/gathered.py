@@ -12,10 +12,7 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 
 class GatheredMoE(FusedMoE):
-    """All-gathers the slices that the ranks hold, computes this rank's experts for all rows, and sums over the ranks.
-
-    The result is a part of a sum over the attention group.
-    """
+    """Gathers the ranks' slices, computes this rank's experts for all rows, and sums: a part of the group's result."""
 
     rows_travel = True
 

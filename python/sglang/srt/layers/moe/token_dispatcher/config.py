@@ -40,10 +40,7 @@ class MoriConfig:
 
     @classmethod
     def from_env(cls, world_size: int, low_latency: bool = False, **known: Any) -> MoriConfig:
-        """The SGLANG_MORI_* variables for ``world_size`` expert ranks, but the fields that are ``known``.
-
-        An ExchangeConfigError names the wrong one.
-        """
+        """The SGLANG_MORI_* variables but the ``known`` ones, of ``world_size`` ranks. Raises ExchangeConfigError."""
         values: dict[str, Any] = dict(
             max_dispatch_tokens=envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.get(),
             max_recv_tokens=envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.get(),
@@ -68,10 +65,7 @@ class ExchangeArgs(Protocol):
 
 
 def mori_setting_problems(args: ExchangeArgs) -> list[str]:
-    """What is wrong with the SGLANG_MORI_* variables, also where no exchange uses them.
-
-    There, a value may be what any world of one node takes.
-    """
+    """What is wrong with SGLANG_MORI_* variables; where unused, what suits any world of one node will do."""
     world = args.tp_size if args.moe_a2a_backend == "mori" else max(args.tp_size, NODE)
     try:
         MoriConfig.from_env(world)

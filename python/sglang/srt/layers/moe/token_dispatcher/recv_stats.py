@@ -10,10 +10,7 @@ import torch
 
 
 class RecvStats:
-    """Counts received rows on the device and copies the counts to the host only in ``snapshot``.
-
-    One small kernel per dispatch. Shared by the layers of one dispatcher.
-    """
+    """Counts received rows on the device; ``snapshot`` alone copies them to the host."""
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self._capacity = capacity
