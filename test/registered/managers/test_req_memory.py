@@ -27,16 +27,25 @@ def make_memory(size: int, page_size: int, step_width: int, step_ahead: int = 0)
     return ReqMemory(allocator, ReqToTokenPool(NUM_ROWS, CONTEXT), tree, step_width, step_ahead)
 
 
-def admitted(memory: ReqMemory, rid: str, prompt: list[int]) -> Req:
+def compute(req: Req, slots: torch.Tensor, text: dict[int, list[int]]) -> None:
+    """Write down, for the ``slots`` of the last committed tokens, the text up to each and the token behind it."""
+    end = req.kv_committed_len
+    for at, slot in zip(range(end - len(slots), end), slots.tolist(), strict=True):
+        text[slot] = req.token_ids[: at + 2].tolist()
+
+
+def admitted(memory: ReqMemory, rid: str, prompt: list[int], text: dict[int, list[int]] | None = None) -> Req:
     """A request that decodes: its prompt is computed and shared, and one token is drawn."""
     params = SamplingParams(max_new_tokens=CONTEXT)
     req = Req(TokenizedGenerateReqInput(rid=rid, input_ids=prompt, sampling_params=params), 0, frozenset())
     match = memory.match(req)
     memory.tree.inc_lock_ref(match.node)
     memory.admit(req, match)
-    assert memory.extend([req], [req.seq_len]) is not None
+    slots = memory.extend([req], [req.seq_len])
+    assert slots is not None
     req.kv_committed_len = req.seq_len
     req.output_ids.append(0)
+    compute(req, slots, {} if text is None else text)
     memory.share_prefix(req)
     return req
 
@@ -53,12 +62,13 @@ class TestStepsOfManyTokens(CustomTestCase):
         memory = make_memory(320, page_size, width, ahead)
         reach = width + ahead
         running: list[Req] = []
+        text: dict[int, list[int]] = {}
         refused = kept = 0
         for number in range(300):
             if len(running) < NUM_ROWS and rng.random() < 0.3:
                 prompt = [rng.randrange(3) for _ in range(rng.randint(1, 20))]
                 if memory.room()[FULL] >= 20 + ahead + page_size:
-                    running.append(admitted(memory, str(number), prompt))
+                    running.append(admitted(memory, str(number), prompt, text))
             ready = [req for req in running if req.kv_committed_len + reach <= CONTEXT and rng.random() < 0.8]
             if ready:
                 needed, before = memory.missing_for_step(ready), memory.room()[FULL]
@@ -68,12 +78,14 @@ class TestStepsOfManyTokens(CustomTestCase):
                 if slots is not None:
                     self.check_step(memory, ready, slots, reach)
                     self.assertEqual(before - memory.room()[FULL], needed)
-                    for req in ready:
+                    for req, row in zip(ready, slots.view(len(ready), reach), strict=True):
                         accepted = rng.randint(1, width)
                         kept += width - accepted
                         req.kv_committed_len += accepted
                         req.output_ids += [rng.randrange(3) for _ in range(accepted)]
+                        compute(req, row[:accepted], text)
             self.check_owners(memory, running)
+            self.check_rows(memory, running, text, drafts=width > 1)
             for req in [req for req in running if req.kv_committed_len + reach > CONTEXT or rng.random() < 0.1]:
                 running.remove(req)
                 memory.release(req, cache=rng.random() < 0.7)
@@ -82,6 +94,14 @@ class TestStepsOfManyTokens(CustomTestCase):
         memory.check_idle(deep=True)
         self.assertGreater(memory.tree.total_size(), 0)
         self.assertEqual(kept > 0, width > 1, "steps whose tokens were not all accepted")
+
+    def check_rows(self, memory: ReqMemory, running: list[Req], text: dict[int, list[int]], drafts: bool) -> None:
+        """Each row is of its request's own text, the draft layer's with the token behind it too."""
+        for req in running:
+            known, end = req.token_ids.tolist(), req.kv_committed_len
+            for at, slot in enumerate(memory.req_pool.read(req.req_pool_idx, 0, end).tolist()):
+                seen = at + 1 + drafts
+                self.assertEqual(text[slot][:seen], known[:seen])
 
     def check_step(self, memory: ReqMemory, reqs: list[Req], slots: torch.Tensor, width: int) -> None:
         table = torch.cat([memory.req_pool.read(req.req_pool_idx, 0, req.kv_allocated_len) for req in reqs])
@@ -99,7 +119,6 @@ class TestStepsOfManyTokens(CustomTestCase):
             for req in running
             if req.req_pool_idx is not None
         ]
-        own += [torch.tensor(req.kept_slots, dtype=torch.int64) for req in running]
         held = torch.cat(own) if own else torch.empty(0, dtype=torch.int64)
         self.assertEqual(len(set(held.tolist())), len(held), "two requests own one slot")
         check_integrity(memory.tree, memory.allocator.free_slots(), held)
@@ -130,18 +149,16 @@ class TestStepsOfManyTokens(CustomTestCase):
         self.assertEqual(slots.tolist(), memory.req_pool.read(req.req_pool_idx, 8, 10).tolist())
         self.assertEqual(req.kv_allocated_len, 12)
 
-    def test_the_last_token_of_a_prefix_is_the_requests_own_where_a_model_drafts(self) -> None:
-        for width, cached, kept in ((4, 2, 1), (1, 3, 0)):
+    def test_a_row_of_the_draft_layer_is_shared_with_the_token_behind_it(self) -> None:
+        for width, starts in ((4, [0, 2, 3, 4]), (1, [0, 3, 4, 4])):
             with self.subTest(width=width):
                 memory = make_memory(64, 1, width)
-                memory.release(admitted(memory, "a", [1, 2, 3, 4, 5]), cache=True)
-                req = admitted(memory, "b", [1, 2, 3, 9, 9])
-                self.assertEqual((req.own_start, len(req.kept_slots)), (cached, kept))
-                slots = memory.req_pool.read(req.req_pool_idx, 0, 5).tolist()
-                shared = memory.tree.path_slots(req.last_node).tolist()
-                self.assertEqual([i for i in range(5) if slots[i] != shared[i]], [2] if kept else [])
-                self.check_owners(memory, [req])
-                memory.release(req, cache=True)
+                prompts = ([1, 2, 3, 4, 5], [1, 2, 3, 9, 9], [1, 2, 3, 9, 8], [1, 2, 3, 9, 8])
+                reqs = [admitted(memory, "a", prompt) for prompt in prompts]
+                self.assertEqual([req.own_start for req in reqs], starts)
+                self.check_owners(memory, reqs)
+                for req in reqs:
+                    memory.release(req, cache=True)
                 memory.check_idle(deep=True)
 
     def test_what_was_never_committed_is_not_cached(self) -> None:

@@ -16,7 +16,7 @@ from sglang.test.v4_mtp_reference import load_v4_mtp, v4_share_accepted
 register_cpu_ci(est_time=420, suite="nightly-cpu", nightly=True)
 
 NUM_QUESTIONS, NUM_STEPS = 500, 3
-BARS = (0.7, 0.45, 0.3)
+BARS = (0.95, 0.95, 0.95)
 # A tie of two drafts may fall otherwise.
 NEAR = 0.02
 
@@ -48,12 +48,10 @@ class TestAcceptance(CustomTestCase):
         named = {"offline": offline, "served": without, "served with the prefix cache": cached}
         for words, (shares, length, _) in named.items():
             print(f"{name}, {words}: {' / '.join(f'{share:.3f}' for share in shares)}, {length:.3f} tokens per step")
-        for ours, theirs in zip(without[0], offline[0], strict=True):
-            self.assertAlmostEqual(ours, theirs, delta=NEAR)
-        # Rows at the ends of cached prefixes were paired with what followed them elsewhere.
-        for shares, *_ in named.values():
-            for share, bar in zip(shares, BARS, strict=True):
-                self.assertGreaterEqual(share, bar)
+        for shares, *_ in (without, cached):
+            for ours, theirs, bar in zip(shares, offline[0], BARS, strict=True):
+                self.assertAlmostEqual(ours, theirs, delta=NEAR)
+                self.assertGreaterEqual(ours, bar)
 
     def test_deepseek_v3(self):
         self.check("deepseek-v3-tiny", with_mtp_model)

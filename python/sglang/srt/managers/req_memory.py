@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
 import torch
 
 from sglang.srt.configs.cache_layout import FULL, SWA
@@ -39,10 +40,8 @@ class ReqMemory:
         self.tree = tree
         self.step_width = step_width
         self.step_ahead = step_ahead
-        # The draft layer computes a token's row from the token after it, so the last row of a cached prefix was
-        # computed with another request's token. Not done for pages, where it costs more than it gains, nor with
-        # companions.
-        self._own_last_row = step_width > 1 and self.page_size == 1
+        # A draft layer's row of a token is computed from the token after it too, so both must be the same.
+        self._keyed_by_pairs = step_width > 1
         self._limits = [companion for companion in tree.companions if companion.is_limit]
         # If a cached prefix cannot end inside a chunk, chunks end where later requests may need an end.
         self._ends_matter = not all(companion.cuttable for companion in tree.companions)
@@ -82,14 +81,15 @@ class ReqMemory:
         return found
 
     def match(self, req: Req) -> MatchResult:
-        """The usable cached prefix of a request that holds nothing yet.
+        """The usable cached prefix of a request that holds nothing yet."""
+        return self.tree.match_prefix(self._key(req, req.max_prefix_len()))
 
-        If a model drafts, the last cached token is left out and computed again, where pages have one token.
-        """
-        match = self.tree.match_prefix(req.token_ids[: req.max_prefix_len()])
-        if self._own_last_row and not self.tree.companions and match.slot_ids.numel():
-            match = self.tree.match_prefix(req.token_ids[: match.slot_ids.numel() - 1])
-        return match
+    def _key(self, req: Req, num_tokens: int) -> np.ndarray:
+        """By what the prefix cache knows the first ``num_tokens`` tokens, fewer than the host knows: [n] int64."""
+        tokens = req.token_ids
+        if not self._keyed_by_pairs:
+            return tokens[:num_tokens]
+        return tokens[:num_tokens] << 32 | tokens[1 : num_tokens + 1]
 
     def admit(self, req: Req, match: MatchResult) -> None:
         """Give the request a row, its cached prefix and its companion data; ``match.node`` must be locked for it."""
@@ -208,26 +208,20 @@ class ReqMemory:
     def share_prefix(self, req: Req) -> None:
         """Insert what a running request has computed into the prefix cache, and lock it for this request.
 
-        If another request has cached the same tokens meanwhile, its slots replace this request's own. If a model
-        drafts, the request keeps its own last slot in addition to the cached one until it is released.
+        If another request has cached the same tokens meanwhile, its slots replace this request's own.
         """
         num_tokens = self.tree.aligned(req.kv_committed_len)
         assert req.last_node is not None
         if self.tree.disable or num_tokens <= req.cache_protected_len or req.last_node.withdrawn:
             return
         row = self._row(req)
-        tokens, slots = req.token_ids[:num_tokens], self.req_pool.read(row, 0, num_tokens)
-        result = self.tree.insert(tokens, slots)
+        slots = self.req_pool.read(row, 0, num_tokens)
+        result = self.tree.insert(self._key(req, num_tokens), slots)
         for companion in self.tree.companions:
             companion.on_insert(result, req.kv_committed_len, req.held[companion.unit])
         if result.prefix_len > req.cache_protected_len:
-            twice, cached = slots[req.cache_protected_len : result.prefix_len], self.tree.path_slots(result.node)
-            if self._own_last_row:
-                cached[result.prefix_len - 1] = twice[-1]
-                req.kept_slots.append(int(twice[-1]))
-                twice = twice[:-1]
-            self.allocator.free(twice)
-            self.req_pool.write(row, 0, cached)
+            self.allocator.free(slots[req.cache_protected_len : result.prefix_len])
+            self.req_pool.write(row, 0, self.tree.path_slots(result.node))
         self.tree.inc_lock_ref(result.node)
         self.tree.dec_lock_ref(req.last_node)
         req.last_node, req.cache_protected_len = result.node, num_tokens
@@ -252,7 +246,7 @@ class ReqMemory:
         slots = self.req_pool.read(req.req_pool_idx, 0, req.kv_allocated_len)
         if cache and not req.last_node.withdrawn:
             num_tokens = self.tree.aligned(min(req.kv_committed_len, req.seq_len - 1))
-            result = self.tree.insert(req.token_ids[:num_tokens], slots[:num_tokens])
+            result = self.tree.insert(self._key(req, num_tokens), slots[:num_tokens])
             surplus = [
                 slots[req.cache_protected_len : max(req.cache_protected_len, result.prefix_len)],
                 slots[result.cached_len :],
@@ -260,9 +254,6 @@ class ReqMemory:
             self.allocator.free(torch.cat(surplus))
         else:
             self.allocator.free(slots[req.cache_protected_len :])
-        if req.kept_slots:
-            self.allocator.free(torch.tensor(req.kept_slots))
-            req.kept_slots.clear()
         self.tree.dec_lock_ref(req.last_node)
         self.req_pool.free(req.req_pool_idx)
         for companion in self.tree.companions:

@@ -27,8 +27,7 @@ class Req:
     - ``kv_committed_len``: the first tokens that have KV (and state) in the pools, or will have it when the launched
       steps have run.
     - ``kv_allocated_len``: the first tokens that have slots; slots past the committed tokens hold nothing of use.
-    - ``cache_protected_len``: the first tokens whose slots the prefix cache owns and this request locks, except for
-      ``kept_slots``, which belong to the request.
+    - ``cache_protected_len``: the first tokens whose slots the prefix cache owns and this request locks.
     - ``own_start``: tokens from here on were computed for this request and not found in the cache.
     - ``num_in_flight``: most tokens that launched steps may add and that the host does not know yet.
     """
@@ -65,7 +64,6 @@ class Req:
         self.kv_allocated_len = 0
         self.cache_protected_len = 0
         self.own_start = 0
-        self.kept_slots: list[int] = []
         self.num_in_flight = 0
         # Hybrid models: end a prefill chunk here, where the cache has KV but no snapshot of the recurrent state.
         self.state_boundary = 0
