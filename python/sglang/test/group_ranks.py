@@ -13,7 +13,7 @@ from sglang.srt.environ import envs
 from sglang.srt.managers.dp_sync import DpStepSync
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.speculative.draft_graphs import DRAWN, EXTEND, GREEDY
+from sglang.srt.speculative.draft_graphs import EXTEND, GREEDY, SAMPLED
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.ep_world import process_state
@@ -172,7 +172,7 @@ class TwoGroups:
             one = self.serve(rank, groups=groups, prepare=nothing_received, **{**GRAPHS, **settings})
         graphs = one.engine.runner.describe()["graphs"]
         assert all(told["captured"] == [2, 4] and not told["refused"] for told in graphs.values()), graphs
-        chains = counts[GREEDY] + counts[DRAWN]
+        chains = counts[GREEDY] + counts[SAMPLED]
         assert counts["verify"] == counts[EXTEND] > 0 < chains, counts
         # Chains of a step in which somebody's logits are edited are eager on all ranks, as are those behind prompts.
         assert groups == 1 or chains < counts["verify"], counts

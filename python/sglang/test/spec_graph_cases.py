@@ -14,8 +14,8 @@ from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.model_executor.model_runner import StepForward
 from sglang.srt.platforms.host_device import HostGraph
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.speculative.accept_graphs import DRAWN_ACCEPT, GREEDY_ACCEPT
-from sglang.srt.speculative.draft_graphs import DRAWN, EXTEND, GREEDY
+from sglang.srt.speculative.accept_graphs import GREEDY_ACCEPT, SAMPLED_ACCEPT
+from sglang.srt.speculative.draft_graphs import EXTEND, GREEDY, SAMPLED
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.test_utils import CustomTestCase
@@ -142,7 +142,7 @@ class VerifyCases(SpecGraphs):
                 graphs = engine.runner.decode_graphs
                 assert graphs is not None
                 self.assertEqual((graphs.name, graphs.kind.rows_per_request), ("verify", num_steps + 1))
-                names = ["verify", EXTEND, GREEDY, DRAWN, GREEDY_ACCEPT, DRAWN_ACCEPT]
+                names = ["verify", EXTEND, GREEDY, SAMPLED, GREEDY_ACCEPT, SAMPLED_ACCEPT]
                 told = {name: {"captured": BUCKETS, "refused": {}} for name in names}
                 self.assertEqual(engine.runner.describe()["graphs"], told)
                 replayed, drafts = self.count_replays(), self.proposals(engine)
@@ -155,8 +155,8 @@ class VerifyCases(SpecGraphs):
                 self.assertEqual(replayed["verify"], replayed[EXTEND])
                 # A batch with penalties is drawn eagerly, and so are its chains; those behind prompts are replayed.
                 self.assertTrue(all(replayed[name] for name in names), replayed)
-                self.assertLess(replayed[GREEDY_ACCEPT] + replayed[DRAWN_ACCEPT], len(sizes))
-                self.assertLess(replayed[GREEDY] + replayed[DRAWN], len(sizes) + metrics.num_prefill_steps)
+                self.assertLess(replayed[GREEDY_ACCEPT] + replayed[SAMPLED_ACCEPT], len(sizes))
+                self.assertLess(replayed[GREEDY] + replayed[SAMPLED], len(sizes) + metrics.num_prefill_steps)
                 eager = self.engine(num_steps, disable_cuda_graph=True)
                 wanted_drafts = self.proposals(eager)
                 self.assertEqual(self.tokens(eager), wanted)

@@ -93,7 +93,7 @@ class TestDraftBackendFactory(CustomTestCase):
 
     def test_pools_without_the_layer_of_the_draft_are_refused(self):
         for name in FAMILIES:
-            with self.assertRaisesRegex(ValueError, "the draft's KV is that of layer"):
+            with self.assertRaisesRegex(ValueError, "the draft model's KV is layer"):
                 self.made(name, "torch_native", context_of(name, num_draft_tokens=0))
 
     def test_the_two_kinds_of_step_have_backends_of_their_own(self):

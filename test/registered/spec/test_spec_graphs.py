@@ -22,8 +22,8 @@ from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.speculative.accept_graphs import DRAWN_ACCEPT, GREEDY_ACCEPT
-from sglang.srt.speculative.draft_graphs import DRAWN, EXTEND, GREEDY
+from sglang.srt.speculative.accept_graphs import GREEDY_ACCEPT, SAMPLED_ACCEPT
+from sglang.srt.speculative.draft_graphs import EXTEND, GREEDY, SAMPLED
 from sglang.srt.speculative.spec_info import DRAFT
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
@@ -112,7 +112,7 @@ class TestMadeOnTheHost(OverFakes):
         wanted = self.answers(self.engine(0, disable_cuda_graph=True))
         self.assertEqual([len(wanted[rid][1]) for rid in ("form", "scored")], [0, 9])
         engine, replayed = self.engine(3, cuda_graph_bs=[1]), Counter[str]()
-        names = [GREEDY_ACCEPT, DRAWN_ACCEPT, "verify", EXTEND]
+        names = [GREEDY_ACCEPT, SAMPLED_ACCEPT, "verify", EXTEND]
 
         def run(graphs: BucketGraphs[Any], bucket: int) -> Any:
             replayed[graphs.name] += 1
@@ -139,9 +139,9 @@ class TestRefusal(OverFakes):
         with mock.patch.object(TritonMlaBackend, "plan_decode", reads_the_host):
             engine = self.engine(3, cuda_graph_bs=[4])
             graphs = engine.runner.describe()["graphs"]
-            kinds = ["verify", EXTEND, GREEDY_ACCEPT, DRAWN_ACCEPT]
+            kinds = ["verify", EXTEND, GREEDY_ACCEPT, SAMPLED_ACCEPT]
             self.assertEqual([kind for kind, told in graphs.items() if told["captured"]], kinds)
-            for name in (GREEDY, DRAWN):
+            for name in (GREEDY, SAMPLED):
                 self.assertIn("a host-side list of the batch is read", graphs[name]["refused"]["4"])
             self.assertEqual(self.tokens(engine), wanted)
         self.assertGreater(engine.scheduler.metrics.num_accepted_drafts, 0)

@@ -43,7 +43,7 @@ class TestCapturedSpeculation(CustomTestCase):
         self.assertEqual(difference(found, wanted, 1e-4), "")
         runner = engines[0].runner
         graphs = {**runner.draft_graphs, "verify": runner.decode_graphs}
-        kinds = ["draft extend", "drawn accept", "drawn draft", "greedy accept", "greedy draft", "verify"]
+        kinds = ["draft extend", "greedy accept", "greedy draft", "sampled accept", "sampled draft", "verify"]
         self.assertEqual(sorted(graphs), kinds)
         for name, captured in graphs.items():
             self.assertEqual((captured.refused, sorted(captured._steps)), ({}, BUCKETS), name)

@@ -1,6 +1,6 @@
-"""Drawing and judging a captured verify step, captured: between its forward and the drafts nothing runs eagerly.
+"""Graphs that sample and verify after a captured verify step, so nothing between its forward and the draft is eager.
 
-A step with penalties, a bias, a mask or log-probabilities is sampled eagerly: what these are made of has no fixed size.
+A step with penalties, a bias, a mask or log-probabilities is sampled eagerly: their inputs have no fixed size.
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ from sglang.srt.speculative.proven_graphs import BodyOf, capture_proven, prove_r
 from sglang.srt.speculative.spec_buffers import SpecBuffers
 from sglang.srt.speculative.verify import Accepted
 
-GREEDY_ACCEPT, DRAWN_ACCEPT = "greedy accept", "drawn accept"
+GREEDY_ACCEPT, SAMPLED_ACCEPT = "greedy accept", "sampled accept"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Of a verify step of B requests of W rows: ``told`` [B, 2 W + 1] as ``Accepted`` has it, ids [B, W] and counts
-    [B] among it, and what the step leaves for the next one and for the draft, by which graphs are proven."""
+    """Result of a verify step of B requests with W rows each.
+
+    ``told`` [B, 2 W + 1] is that of ``Accepted``, with the ids ``sampled`` [B, W] and the counts ``num_new`` [B].
+    ``left`` is what the step stores for the next step and for the draft; the check of graphs compares it.
+    """
 
     told: torch.Tensor
     sampled: torch.Tensor
@@ -36,20 +39,20 @@ class Verdict:
     left: tuple[torch.Tensor, ...]
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All of it."""
+        """All tensors of the result."""
         return (self.told, self.sampled, self.num_new, *self.left)
 
     def first(self, size: int) -> Verdict:
-        """Of the first ``size`` requests."""
+        """The result of the first ``size`` requests."""
         told, sampled, num_new, *left = (tensor[:size] for tensor in self.tensors())
         return Verdict(told, sampled, num_new, tuple(left))
 
 
 class AcceptGraphs:
-    """Captures, proves and replays what ``worker`` does with the verify steps that its target has captured.
+    """Captures, checks and replays what ``worker`` does after the verify steps that its target has captured.
 
-    Captured once for batches whose rows are all greedy, and once for the others. ``buffers`` are those of the draft's
-    captured steps, which get their inputs here.
+    One graph is for batches whose rows are all greedy, one for all others. The graphs write the inputs of the draft's
+    captured steps into ``buffers``.
     """
 
     def __init__(self, worker: EagleWorker, buffers: SpecBuffers) -> None:
@@ -61,17 +64,17 @@ class AcceptGraphs:
         self._buffers = buffers
         buckets, world = self._verify.captured, get_world_group()
         self.kinds: dict[str, BucketGraphs[Verdict]] = {
-            name: BucketGraphs(name, buckets, self._runner.device, world) for name in (GREEDY_ACCEPT, DRAWN_ACCEPT)
+            name: BucketGraphs(name, buckets, self._runner.device, world) for name in (GREEDY_ACCEPT, SAMPLED_ACCEPT)
         }
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Record and prove every bucket; the pools must be empty, and stay so."""
+        """Capture and check every bucket; the pools must be empty, and remain empty."""
         for name, graphs in self.kinds.items():
             capture_proven(self._runner, graphs, partial(self.body, name == GREEDY_ACCEPT), self.prove)
 
     def body(self, greedy: bool, bucket: int) -> Body[Verdict]:
-        """Draw and judge what the verify graph of ``bucket`` has left, for the host, the next step and the draft."""
+        """Sample after the verify graph of ``bucket`` and verify, for the host, the next step and the draft."""
         runner, buffers, width = self._runner, self._buffers, self._verify.kind.rows_per_request
         forward_batch = self._verify.buffers.view(bucket, runner.attn_backend, runner.has_state, None)
         output = self._verify.output(bucket)
@@ -109,10 +112,10 @@ class AcceptGraphs:
         return body
 
     def accept(self, step: StepForward, info: SamplingBatchInfo) -> Accepted | None:
-        """What ``step`` gave, by a graph; None where it must be computed eagerly."""
+        """The result of ``step`` by a graph; None if it must be computed eagerly."""
         if step.bucket is None or info.edits is not None or info.vocab_mask is not None or step.batch.logprobs:
             return None
-        graphs = self.kinds[GREEDY_ACCEPT if info.is_all_greedy else DRAWN_ACCEPT]
+        graphs = self.kinds[GREEDY_ACCEPT if info.is_all_greedy else SAMPLED_ACCEPT]
         if graphs.bucket_of(step.bucket) != step.bucket:
             return None
         if not info.is_all_greedy:
@@ -121,21 +124,21 @@ class AcceptGraphs:
         return Accepted(found.sampled, found.num_new, found.told, step.bucket)
 
     def prove(self, graphs: BucketGraphs[Verdict], body_of: BodyOf) -> None:
-        """Refuse each bucket whose replay is not what its body does, for drafts of which some are accepted."""
+        """Refuse each bucket whose replay differs from the eager body, for draft tokens of which some are accepted."""
         buffers = self._buffers
-        # All of the hidden rows: padding must be finite.
+        # Compare all hidden rows: padding must be finite.
         left = (buffers.num_tokens, buffers.num_rows, buffers.step_hidden)
         prove_replay(self._runner, graphs, self._verify.kind, body_of, self._fill_at_random, left)
 
     def _fill_at_random(self, batch: ModelWorkerBatch, bucket: int) -> None:
-        """The same verify step for the same bucket, as its graph would leave it for the requests of ``batch``."""
+        """Write the output of one verify step, the same for the same bucket, for the requests of ``batch``."""
         generator = torch.Generator().manual_seed(bucket)
         self._verify.fill(batch, bucket)
         output, size = self._verify.output(bucket), batch.batch_size
         assert isinstance(output, LogitsProcessorOutput)
         width = self._verify.kind.rows_per_request
         for tensor in output.tensors():
-            tensor.fill_(math.nan)  # in the place of padding
+            tensor.fill_(math.nan)  # where padding is
             rows = torch.randn(size * width, tensor.shape[1], generator=generator)
             tensor[: size * width] = rows.to(tensor.device, tensor.dtype)
         drafts = self._relay.drafts[batch.req_pool_indices.to(self._relay.drafts.device)]

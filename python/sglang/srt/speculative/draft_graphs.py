@@ -1,6 +1,6 @@
-"""The draft's captured steps: the layer over a verify step's rows, and the chain of drafts from there as one graph.
+"""The draft's captured steps: the layer over a verify step's rows, and the chain of draft steps after it as one graph.
 
-Both find lengths and slots in device memory: how many tokens per step gave is known there first.
+Both read lengths and cache locations from device memory, where the number of accepted tokens is known first.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from sglang.srt.speculative.spec_buffers import SpecBuffers
 from sglang.srt.speculative.spec_info import SpecInfo
 from sglang.srt.speculative.verify import Accepted
 
-EXTEND, GREEDY, DRAWN = "draft extend", "greedy draft", "drawn draft"
+EXTEND, GREEDY, SAMPLED = "draft extend", "greedy draft", "sampled draft"
 
 
 class DraftGraphs:
-    """Captures, proves and replays the steps of ``drafter`` next to ``runner``, its target.
+    """Captures, checks and replays the steps of ``drafter``, whose target model runs in ``runner``.
 
-    A chain is captured once for batches whose rows are all greedy, and once for the others. A batch with penalties,
-    biases or a mask drafts eagerly: what they are made of has no fixed size.
+    One graph of a chain is for batches whose rows are all greedy, one for all others. A batch with penalties, biases
+    or a mask drafts eagerly: their inputs have no fixed size.
     """
 
     def __init__(self, drafter: MtpDrafter, runner: ModelRunner, spec: SpecInfo, buckets: Sequence[int]) -> None:
@@ -40,29 +40,29 @@ class DraftGraphs:
         self._runner = runner
         self._spec = spec
         self._committed = runner.relay.committed
-        # Where the last captured step over a verify step's rows has left its chains, and in which bucket.
+        # The chain starts written by the last replayed extend step, and its bucket.
         self._begun: tuple[ChainStart | None, int | None] = (None, None)
         self._num_groups = get_parallel_state().attn_dp_size
         self.buffers = SpecBuffers(buckets[-1], spec, runner)
         world = get_world_group()
         self.extend_graphs: BucketGraphs[ChainStart] = BucketGraphs(EXTEND, buckets, runner.device, world)
         self.chains: dict[str, BucketGraphs[Drafts]] = {
-            name: BucketGraphs(name, buckets, runner.device, world) for name in (GREEDY, DRAWN)
+            name: BucketGraphs(name, buckets, runner.device, world) for name in (GREEDY, SAMPLED)
         }
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Record and prove every bucket; the pools must be empty, and stay so."""
+        """Capture and check every bucket; the pools must be empty, and remain empty."""
         capture_proven(self._runner, self.extend_graphs, self.extend_body, self.prove)
         for name, graphs in self.chains.items():
             capture_proven(self._runner, graphs, partial(self.chain_body, name == GREEDY), self.prove)
 
     def prove(self, graphs: BucketGraphs[Any], body_of: BodyOf) -> None:
-        """Refuse each bucket whose replay is not what its body does, on scattered slots with poisoned padding."""
+        """Refuse each bucket whose replay differs from the eager body, at scattered locations, with NaN as padding."""
         prove_replay(self._runner, graphs, self._spec.verify, body_of, self._fill_at_random)
 
     def extend_body(self, bucket: int) -> Body[ChainStart]:
-        """The layer over all rows of a verify step; a chain starts at the last that counts."""
+        """The layer over all rows of a verify step; a chain starts at the last accepted row."""
         buffers, drafter, kind = self.buffers, self._drafter, self._spec.verify
         width = kind.rows_per_request
 
@@ -96,25 +96,27 @@ class DraftGraphs:
         return body
 
     def chain_body(self, greedy: bool, bucket: int) -> Body[Drafts]:
-        """All drafts of a step."""
+        """All draft tokens of a step."""
         buffers = self.buffers
         info, start, groups = buffers.sampling_info(bucket, greedy), buffers.start(bucket), self._everyone(bucket)
         return lambda: self._drafter.go_on(buffers.rows[:bucket], start, info, buffers.num_rows, None, groups)
 
     def _everyone(self, num_rows: int) -> list[int] | None:
-        """Rows of each attention group in a captured step: all bring as many."""
+        """Rows of each attention group in a captured step: the same number for all."""
         return [num_rows] * self._num_groups if self._num_groups > 1 else None
 
     def _bucket_of(self, step: StepForward, *graphs: BucketGraphs[Any]) -> int | None:
-        """The bucket of ``graphs`` behind ``step``, None for an eager run; attention groups all take that of the step,
-        or none."""
+        """The bucket of ``graphs`` to replay after ``step``; None for an eager run.
+
+        Attention groups either all use the bucket of the step, or all run eagerly.
+        """
         if step.batch.global_num_tokens is None:
             return graphs[0].bucket_of(step.batch_size)
         agreed = step.batch.graph_bucket
         return agreed if agreed is not None and all(each.bucket_of(agreed) == agreed for each in graphs) else None
 
     def extend(self, step: StepForward, accepted: Accepted) -> ChainStart | None:
-        """Where chains start behind a verify step, by a graph; None where that must run eagerly."""
+        """Where chains start after a verify step, by a graph; None if that must run eagerly."""
         bucket = self._bucket_of(step, self.extend_graphs)
         if bucket is None:
             return None
@@ -130,16 +132,16 @@ class DraftGraphs:
     def go_on(
         self, step: StepForward, rows: torch.Tensor, start: ChainStart, info: SamplingBatchInfo
     ) -> torch.Tensor | None:
-        """The drafts [B, n] of request rows ``rows`` [B], by a graph; None where they must be made eagerly."""
+        """The draft tokens [B, n] of request rows ``rows`` [B], by a graph; None if they must be made eagerly."""
         size = rows.shape[0]
-        graphs = self.chains[GREEDY if info.is_all_greedy else DRAWN]
+        graphs = self.chains[GREEDY if info.is_all_greedy else SAMPLED]
         edits = info.edits is not None
         if step.batch.global_num_tokens is None:
             bucket = None if edits else graphs.bucket_of(size)
         else:
-            # Which of the two a group draws by does not matter to the others; that all replay does.
+            # Groups may replay different graphs (greedy or sampled), but all must replay one.
             bucket = self._bucket_of(step, *self.chains.values()) if step.batch.replays_chains else None
-            assert bucket is None or not edits, "edits that the other attention groups do not know of"
+            assert bucket is None or not edits, "logit edits, which the other attention groups do not know of"
         if bucket is None:
             return None
         if self._begun[0] is not start or self._begun[1] != bucket:
@@ -150,7 +152,7 @@ class DraftGraphs:
         return graphs.run(bucket).first(size).ids
 
     def _fill_at_random(self, batch: ModelWorkerBatch, bucket: int) -> None:
-        """The same inputs for the same bucket, for the requests of ``batch``."""
+        """Write inputs, the same for the same bucket, for the requests of ``batch``."""
         generator = torch.Generator().manual_seed(bucket)
         buffers, device, size = self.buffers, self._committed.device, batch.batch_size
         width, vocab = self._spec.num_draft_tokens, buffers.vocab_size
@@ -161,7 +163,7 @@ class DraftGraphs:
         def normal(like: torch.Tensor, num_rows: int) -> torch.Tensor:
             return torch.randn(num_rows, like.shape[1], generator=generator).to(device, like.dtype)
 
-        for rest in (buffers.step_hidden, buffers.hidden, buffers.logits):  # of a step before, in the place of padding
+        for rest in (buffers.step_hidden, buffers.hidden, buffers.logits):  # left by an earlier step where padding is
             rest.fill_(math.nan)
         rows = batch.req_pool_indices.to(device)
         accepted = Accepted(integers(0, vocab, size, width), integers(1, width + 1, size))

@@ -1,5 +1,4 @@
-"""What drafts for a target: the attention backends of a draft model, of its own family and over the pools of its own
-layer, and the worker that is made of them."""
+"""Creates the draft model's attention backends, which use the pools of its own layer, and the speculative worker."""
 
 from __future__ import annotations
 
@@ -34,35 +33,35 @@ logger = logging.getLogger(__name__)
 
 
 class DraftBackendFactory:
-    """Makes the backends of a draft model whose KV is that of layer ``layer_id`` in the pools of ``context``.
+    """Creates the backends of a draft model whose KV is layer ``layer_id`` of the pools of ``context``.
 
-    asked: the name of the target's backend, taken where it is declared for the draft's family and this platform; else
-    the first that is. Nothing else of the target is looked at: a draft has no recurrent layers, and its family may
-    differ. num_steps: drafts per chain, of which the first needs no step of its own. Raises ValueError where the pools
-    do not hold the layer, ConfigError where no backend is declared.
+    asked: the name of the target's backend; used if it is declared for the draft's attention family and this
+    platform, otherwise the first declared one is. The target has no other influence: a draft model has no recurrent
+    layers, and its family may differ. num_steps: draft tokens per chain; the first needs no decode step. Raises
+    ValueError if the pools do not contain the layer, ConfigError if no backend is declared.
     """
 
     def __init__(self, asked: str, context: AttentionContext, layer_id: int, num_steps: int) -> None:
         held = [pool.spec.layer_ids for pool in context.pools if pool.spec.unit != STATE]
         if not any(layer_id in layers for layers in held):
-            raise ValueError(f"the draft's KV is that of layer {layer_id}, and its pools hold the layers {held}")
+            raise ValueError(f"the draft model's KV is layer {layer_id}, but its pools contain the layers {held}")
         self._context = context
         self._num_steps = num_steps
         self._family = context.model_config.text.attention_family
         self._name = _declared_name(asked, self._family)
 
     def create_decode_backend(self) -> AttentionBackend | MultiStepBackend:
-        """For the chain of drafts: steps of one row per request."""
+        """The backend for the chain of draft steps, with one row per request."""
         return self._create_dsv4_decode_backend() if self._family == COMPRESSED else self._create()
 
     def create_prefill_backend(self) -> AttentionBackend:
-        """For the rows that the target has computed: prompts, and the rows of a verify step.
+        """The backend for rows that the target has computed: prompts, and the rows of a verify step.
 
-        A backend of its own: captured steps of the two kinds keep different buffers in it.
+        It is a second object because captured steps of the two kinds need different buffers.
         """
         return self._create_dsv4_prefill_backend() if self._family == COMPRESSED else self._create()
 
-    # One class for every platform; a layer that drafts has a window alone, and no pools of entries.
+    # One class for every platform; an MTP layer has only a sliding window, and no pools of compressed entries.
     def _create_dsv4_decode_backend(self) -> DeepseekV4MultiStepBackend:
         return DeepseekV4MultiStepBackend(self._context, self._num_steps - 1)
 
@@ -79,15 +78,19 @@ def _declared_name(asked: str, family: str) -> str:
     fitting = [name for name, declaration in declared.items() if kind in declaration.platforms]
     if not fitting:
         there = ", ".join(f"{name} ({', '.join(d.platforms)})" for name, d in declared.items()) or "none"
-        raise ConfigError(f"no attention backend for drafts of the family {family} runs on {kind}; declared: {there}")
+        raise ConfigError(
+            f"no attention backend for a draft model of the family {family} runs on {kind}; declared: {there}"
+        )
     if asked in fitting:
         return asked
-    logger.warning("drafts attend by %s: %s has no %s attention on %s", fitting[0], asked, family, kind)
+    logger.warning(
+        "the draft model uses attention backend %s: %s has no %s attention on %s", fitting[0], asked, family, kind
+    )
     return fitting[0]
 
 
 def make_speculator(args: ServerArgs, runner: ModelRunner) -> EagleWorker | None:
-    """The speculative worker on top of ``runner`` that the resolved ``args`` ask for; None without speculation."""
+    """The speculative worker on top of ``runner`` for the resolved ``args``; None without speculation."""
     if args.speculative_algorithm is None:
         return None
     assert args.speculative_num_steps is not None and args.attention_backend is not None

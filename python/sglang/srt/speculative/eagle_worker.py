@@ -19,28 +19,28 @@ from sglang.srt.speculative.verify import Accepted, num_new_tokens
 
 
 class Drafter(ABC):
-    """Drafts tokens. A wrong draft token only costs time, so nothing here decides what is output."""
+    """Makes draft tokens. A wrong one only costs time: drafts never change the output."""
 
     @abstractmethod
     def propose(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> torch.Tensor:
-        """Drafts [B, num_steps] int64 behind the newest token of each request; ids of the vocabulary.
+        """Draft tokens [B, num_steps] int64 that follow the newest token of each request; ids of the vocabulary.
 
-        A request whose prompt is not at its end gets drafts that nobody reads. Where attention groups share experts,
-        every group calls it at every step that any of them runs, and all run the same forwards, also without requests.
+        Those of a request whose prompt is not complete are not read. If attention groups share experts, every group
+        calls this at every step that any of them runs, and all run the same forwards, also without requests.
         """
 
 
 class AcceptReplay(Protocol):
-    """What draws and judges captured verify steps: ``accept_graphs.py``. None stands for one to be judged eagerly."""
+    """Samples and verifies after captured verify steps (``accept_graphs.py``); None means: do it eagerly."""
 
     def accept(self, step: StepForward, info: SamplingBatchInfo) -> Accepted | None: ...
 
 
 class EagleWorker:
-    """Checks the drafts of a step, and asks ``drafter`` for those of the next."""
+    """Verifies the draft tokens of a step, and lets ``drafter`` make those of the next."""
 
     def __init__(self, target: ModelRunner, spec: SpecInfo, drafter: Drafter) -> None:
-        assert target.relay is not None, "a rank that drafts has memory for lengths and drafts"
+        assert target.relay is not None, "a rank that drafts has buffers for lengths and draft tokens"
         self.target = target
         self.spec = spec
         self.drafter = drafter
@@ -50,11 +50,11 @@ class EagleWorker:
 
     @property
     def all_drafts(self) -> torch.Tensor:
-        """Drafts of the next step by request row, [rows, num_steps] int64."""
+        """Draft tokens of the next step by request row, [rows, num_steps] int64."""
         return self._relay.drafts
 
     def accept(self, step: StepForward, info: SamplingBatchInfo) -> Accepted:
-        """Draw the tokens of ``step`` and judge its drafts, by a graph where there is one for that."""
+        """Sample the tokens of ``step`` and verify its draft tokens, by a graph if there is one."""
         accepted = None if self.graphs is None else self.graphs.accept(step, info)
         if accepted is None:
             sampled = self.target.sample(step, self._sampling_info(step, info), step.batch)
@@ -99,7 +99,7 @@ class EagleWorker:
         output.row_faults = faults
         newest = sampled.gather(1, num_new.unsqueeze(1) - 1).squeeze(1)
         committed = forward_batch.seq_lens - sampled.shape[1] + num_new
-        if live is not None:  # the row of padding stays 0, and so does what counts of its state
+        if live is not None:  # the row of padding and its count stay 0
             newest, committed = newest * live, committed * live
         self.target.last_token.index_copy_(0, rows, newest)
         self._relay.committed.index_copy_(0, rows, committed)
@@ -113,16 +113,15 @@ class EagleWorker:
         return Accepted(sampled, num_new, torch.cat([sampled, faults.view(sampled.shape), num_new.unsqueeze(1)], dim=1))
 
     def draft(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> None:
-        """Make the drafts of the next step, and leave them on the device."""
-        if (
-            info.vocab_mask is not None
-        ):  # of the rows just sampled; a draft token may violate the grammar, and is not accepted then
+        """Make the draft tokens of the next step, and store them on the device."""
+        # The mask is for the rows just sampled. A draft token that violates the grammar is rejected later.
+        if info.vocab_mask is not None:
             info = replace(info, vocab_mask=None)
         drafts = self._group.broadcast(self.drafter.propose(step, accepted, info))
         self._relay.drafts.index_copy_(0, step.req_rows, drafts)
 
     def take_part(self, step: StepForward) -> None:
-        """Run the forwards of the drafts of a ``step`` without requests, which the other attention groups wait for."""
+        """Run the draft forwards of a ``step`` without requests, which the other attention groups wait for."""
         device = self.target.device
         none = torch.empty(0, self.spec.num_draft_tokens, dtype=torch.int64, device=device)
         info = SamplingBatchInfo.from_rows([], self.target.model_config.vocab_size, device)

@@ -1,4 +1,4 @@
-"""Drafts by the checkpoint's MTP layer, eager or replayed."""
+"""Draft tokens by the checkpoint's MTP layer, eager or replayed."""
 
 from __future__ import annotations
 
@@ -34,39 +34,39 @@ class DraftForward(Protocol):
 
 @dataclass(frozen=True)
 class ChainStart:
-    """The layer at each request's last row: logits [B, V], its own rows ``hidden`` [B, H], and positions ``at`` [B]."""
+    """The layer's output at each request's last row: logits [B, V], ``hidden`` [B, H], and positions ``at`` [B]."""
 
     logits: torch.Tensor
     hidden: torch.Tensor
     at: torch.Tensor
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All of it."""
+        """All tensors of the result."""
         return (self.logits, self.hidden, self.at)
 
     def first(self, size: int) -> ChainStart:
-        """Of the first ``size`` requests."""
+        """The result of the first ``size`` requests."""
         return ChainStart(*(tensor[:size] for tensor in self.tensors()))
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """What a chain gives: ``ids`` [B, n] int64, and the layer's last rows [B, H], by which graphs are proven."""
+    """Result of a chain: ``ids`` [B, n] int64, and the layer's last rows [B, H], which the check of graphs compares."""
 
     ids: torch.Tensor
     hidden: torch.Tensor
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All of it."""
+        """All tensors of the result."""
         return (self.ids, self.hidden)
 
     def first(self, size: int) -> Drafts:
-        """Of the first ``size`` requests."""
+        """The result of the first ``size`` requests."""
         return Drafts(self.ids[:size], self.hidden[:size])
 
 
 class DraftReplay(Protocol):
-    """Steps of the layer that were captured: ``draft_graphs.py``. None stands for a step that must run eagerly."""
+    """Captured steps of the layer (``draft_graphs.py``); None means: run it eagerly."""
 
     def extend(self, step: StepForward, accepted: Accepted) -> ChainStart | None: ...
 
@@ -76,11 +76,11 @@ class DraftReplay(Protocol):
 
 
 class MtpDrafter(Drafter):
-    """Drafts by the MTP layer, whose row of a position pairs the hidden row there with the next token.
+    """Makes draft tokens with the MTP layer, whose input at a position is the hidden row there and the next token.
 
-    First the layer runs on the step's own rows, which gives it keys and values for every token that is computed; then
-    on its own drafts, one after the other. ``extend_backend`` plans the first, ``decode_backend`` the rest.
-    shares_plans: what the target's backend planned for an eager step is what ``extend_backend`` would plan.
+    First the layer runs on the step's rows, which writes its KV for every computed token; then on its own draft
+    tokens, one after the other. ``extend_backend`` plans the first run, ``decode_backend`` the others.
+    shares_plans: the target's plan of an eager step is also valid for ``extend_backend``.
     """
 
     def __init__(
@@ -111,14 +111,14 @@ class MtpDrafter(Drafter):
             start = self.begin(*self._extend_batch(step, accepted))
         rows = step.req_rows
         if step.forward_batch.successors is not None:
-            # A chunk before the end of a prompt has no slots behind it: the table has those of a request before.
+            # A chunk before the end of a prompt has no KV locations after it: the table holds an earlier request's.
             ended = step.forward_batch.successors < 0
             rows, at = torch.where(ended, rows, self._padding_row), torch.where(ended, start.at, 0)
             start = replace(start, at=at)
         drafts = None if self.graphs is None else self.graphs.go_on(step, rows, start, info)
         if drafts is None:
             bounds, groups = step.forward_batch.seq_lens_cpu[: step.batch_size], step.batch.global_num_requests
-            if start.at.device.type == "cpu":  # a host can look how long its requests are
+            if start.at.device.type == "cpu":  # on a CPU the lengths can be read
                 bounds = [position + 1 for position in start.at.tolist()]
             drafts = self.go_on(rows, start, info, step.forward_batch.num_token_non_padded, bounds, groups).ids
         return drafts
@@ -144,10 +144,10 @@ class MtpDrafter(Drafter):
         bounds: list[int] | None,
         groups: list[int] | None = None,
     ) -> Drafts:
-        """The drafts of request rows ``rows`` [B], of which the first is sampled where the chain starts.
+        """The draft tokens of request rows ``rows`` [B]; the first is sampled from the logits of ``start``.
 
-        num_tokens [1] int32: at least the rows that are no padding. bounds: of the lengths before the drafts, None
-        where the host knows none. groups: rows of each attention group, None where there is one.
+        num_tokens [1] int32: at least the rows that are no padding. bounds: upper bounds of the lengths before the
+        draft tokens, None if the host knows none. groups: rows of each attention group, None if there is only one.
         """
         drafts, hidden, chain = [self._draw(start.logits, info, start.at)], start.hidden, None
         if self._num_steps > 1 and isinstance(self.decode_backend, MultiStepBackend):
@@ -169,7 +169,7 @@ class MtpDrafter(Drafter):
         return Drafts(torch.stack(drafts, dim=1), hidden)
 
     def _extend_batch(self, step: StepForward, accepted: Accepted) -> tuple[ForwardBatch, torch.Tensor]:
-        """The step's rows again, each with the token behind it, and the target's hidden rows."""
+        """The step's rows, each with the token that follows it, and the target's hidden rows."""
         forward_batch = step.forward_batch
         if forward_batch.kind is not None:
             forward_batch = forward_batch.first(step.batch_size)
@@ -200,7 +200,7 @@ class MtpDrafter(Drafter):
     def _chain_batch(
         self, rows: torch.Tensor, at: torch.Tensor, num_tokens: torch.Tensor, bounds: list[int] | None
     ) -> ForwardBatch:
-        """All steps behind the first draft as one: a row per request and step, from ``at`` [B] + 1 on."""
+        """All steps after the first draft token as one batch: a row per request and step, from ``at`` [B] + 1 on."""
         num_steps = self._num_steps - 1
         positions = at.unsqueeze(1) + torch.arange(1, num_steps + 1, device=at.device)
         further = _further(bounds, num_steps)
@@ -227,7 +227,7 @@ class MtpDrafter(Drafter):
         num_tokens: torch.Tensor,
         bounds: list[int] | None,
     ) -> ForwardBatch:
-        """One row per request, at ``positions`` [B]; slots come from the request table. It has no backend yet."""
+        """One row per request, at ``positions`` [B], with locations of the request table; it has no backend yet."""
         size = rows.shape[0]
         return ForwardBatch(
             forward_mode=ForwardMode.DECODE,
@@ -237,7 +237,7 @@ class MtpDrafter(Drafter):
             positions=positions,
             req_pool_indices=rows,
             seq_lens=positions + 1,
-            # Bounds: how many drafts were accepted is known on the device alone.
+            # Upper bounds: only the device knows how many draft tokens were accepted.
             seq_lens_cpu=HostList() if bounds is None else bounds,
             out_cache_loc=self._req_to_token[rows, positions].to(torch.int64),
             attn_backend=None,
@@ -247,14 +247,14 @@ class MtpDrafter(Drafter):
         )
 
     def _draw(self, logits: torch.Tensor, info: SamplingBatchInfo, at: torch.Tensor) -> torch.Tensor:
-        """Draft tokens of the layer's rows at positions ``at`` [B]: [B] int64, by the random numbers of the target."""
+        """Draft tokens [B] int64 of the layer's rows at positions ``at`` [B], by the random numbers of the target."""
         if not logits.shape[0]:
             return at
-        # The row at position p predicts the token at p + 2: its own token is the one at p + 1.
+        # The row at position p predicts the token at p + 2: its input token is the one at p + 1.
         positions = None if info.is_all_greedy else at + 2
         return self._sampler.draft(logits, info, positions)
 
 
 def _further(bounds: list[int] | None, number: int) -> list[int] | None:
-    """Bounds of lengths ``number`` tokens later; None where there are none."""
+    """Upper bounds of lengths ``number`` tokens later; None if there are none."""
     return None if bounds is None else [length + number for length in bounds]

@@ -1,4 +1,4 @@
-"""Capture and proof of the steps of speculation, whatever each computes."""
+"""Capture of the steps of speculation, and the check that a replay equals the eager step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BodyOf = Callable[[int], Body[Any]]
 def capture_proven(
     runner: ModelRunner, graphs: BucketGraphs[Any], body_of: BodyOf, prove: Callable[[BucketGraphs[Any], BodyOf], None]
 ) -> None:
-    """Record every bucket, have it proven, and give ``graphs`` to ``runner``; its pools must be empty, and stay so."""
+    """Capture and check every bucket, and add ``graphs`` to ``runner``; its pools must be empty, and remain empty."""
     with tqdm(total=len(graphs.buckets), desc=f"Capturing {graphs.name} graphs", unit="graph") as bar:
         graphs.capture_all(body_of, current_platform.create_graph, partial(advance, bar))
     prove(graphs, body_of)
@@ -37,9 +37,9 @@ def prove_replay(
     fill: Callable[[ModelWorkerBatch, int], None],
     more: tuple[torch.Tensor, ...] = (),
 ) -> None:
-    """Refuse each bucket whose replay is not what its body does, on scattered slots with poisoned padding.
+    """Refuse each bucket whose replay differs from the eager body, at scattered locations with NaN in the padding.
 
-    fill: lays out the same inputs for the same batch and bucket. more: tensors that a step must leave alike too.
+    fill: writes the same inputs for the same batch and bucket. more: further tensors that must be equal after a step.
     """
 
     def outputs(run: Callable[[int], Any], batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:

@@ -1,4 +1,4 @@
-"""What the captured steps of speculation hand to one another: rows, what a verify step gave, where chains start."""
+"""Buffers between the captured steps of speculation: request rows, a verify step's result, where chains start."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class SpecBuffers:
         self.padding_row = runner.req_to_token_pool.padding_row
         self.vocab_size = runner.model_config.vocab_size
         self.rows = torch.full((max_bs,), self.padding_row, dtype=torch.int64, device=device)
-        # Rows that are no padding: of a step of several per request, and requests.
+        # Numbers of rows that are no padding: of a step with several rows per request, and of requests.
         self.num_tokens, self.num_rows = torch.zeros(2, 1, dtype=torch.int32, device=device)
-        # The verify step: tokens committed before it, ids sampled, how many count, and the target's rows.
+        # The verify step: tokens committed before it, sampled ids, how many are accepted, and the target's hidden rows.
         self.starts = torch.zeros_like(self.rows)
         self.sampled = torch.zeros(max_bs, self.width, dtype=torch.int64, device=device)
         self.num_new = torch.ones(max_bs, dtype=torch.int64, device=device)
         self.step_hidden = torch.zeros(max_bs * self.width, draft.hidden_width, dtype=dtype, device=device)
-        # The chain: where it starts.
+        # The start of the chain.
         self.logits = torch.zeros(max_bs, self.vocab_size, dtype=torch.float32, device=device)
         self.hidden = torch.zeros(max_bs, draft.hidden_width, dtype=dtype, device=device)
         self.at = torch.zeros_like(self.rows)
@@ -37,11 +37,11 @@ class SpecBuffers:
         self.top_ks = torch.full((max_bs, 1), self.vocab_size, dtype=torch.int64, device=device)
         self.seeds = torch.zeros_like(self.rows)
         self.greedy = torch.ones(max_bs, dtype=torch.bool, device=device)
-        # Whose parameters lie in the tensors above.
+        # The batch whose parameters are in the tensors above.
         self._filled: SamplingBatchInfo | None = None
 
     def fill_rows(self, rows: torch.Tensor, bucket: int) -> None:
-        """Whose the step is: request rows [B], and padding."""
+        """Write the request rows [B] of a step, and padding."""
         size = rows.shape[0]
         self.rows[:size] = rows
         self.rows[size:bucket] = self.padding_row
@@ -49,9 +49,9 @@ class SpecBuffers:
         self.num_rows.fill_(size)
 
     def fill_step(self, accepted: Accepted, starts: torch.Tensor, hidden: torch.Tensor, bucket: int) -> None:
-        """A verify step's result; padding takes no part of an older one that might not be finite."""
+        """Write a verify step's result; padding keeps nothing of an older result, which might not be finite."""
         size, width = accepted.sampled.shape
-        assert hidden.dtype == self.step_hidden.dtype, "hidden rows are kept as they are"
+        assert hidden.dtype == self.step_hidden.dtype, "hidden rows are stored without conversion"
         self.starts[:size] = starts
         self.starts[size:bucket] = 0
         self.sampled[:size] = accepted.sampled
@@ -60,7 +60,7 @@ class SpecBuffers:
         self.step_hidden[size * width : bucket * width] = 0
 
     def fill_chain(self, start: ChainStart, bucket: int) -> None:
-        """Where chains start."""
+        """Write where chains start."""
         size = start.at.shape[0]
         for ours, theirs in zip(self.start(size).tensors(), start.tensors(), strict=True):
             ours.copy_(theirs)
@@ -68,18 +68,18 @@ class SpecBuffers:
             rest[size:bucket] = 0
 
     def forget_step(self) -> None:
-        """Let all be padding, of a step that gave nothing."""
+        """Make all rows padding of a step without results."""
         self.rows.fill_(self.padding_row)
         self.num_new.fill_(1)
         for tensor in (self.num_tokens, self.num_rows, self.starts, self.sampled, self.step_hidden):
             tensor.zero_()
 
     def start(self, size: int) -> ChainStart:
-        """Where the first ``size`` chains start."""
+        """The starts of the first ``size`` chains."""
         return ChainStart(self.logits[:size], self.hidden[:size], self.at[:size])
 
     def fill_sampling(self, info: SamplingBatchInfo) -> None:
-        """By which parameters tokens and drafts are sampled; nothing is copied where they are there already."""
+        """Write the sampling parameters of tokens and draft tokens, unless they are there already."""
         if info is self._filled:
             return
         size = info.temperatures.shape[0]
@@ -97,11 +97,11 @@ class SpecBuffers:
         self._filled = info
 
     def forget_sampling(self) -> None:
-        """The parameters were overwritten."""
+        """Record that the parameters were overwritten."""
         self._filled = None
 
     def sampling_info(self, size: int, greedy: bool) -> SamplingBatchInfo:
-        """Over these tensors: all rows greedy, or each by its parameters, whatever they are."""
+        """Sampling info that reads these tensors: all rows greedy, or each by its parameters."""
         return SamplingBatchInfo(
             temperatures=self.temperatures[:size],
             top_ps=self.top_ps[:size],
@@ -118,7 +118,7 @@ class SpecBuffers:
         )
 
     def fill_sampling_at_random(self, size: int, generator: torch.Generator) -> None:
-        """Parameters of ``size`` requests of all kinds, for the proof of captured steps."""
+        """Parameters of ``size`` requests of all kinds, for the check of captured steps."""
         device, vocab = self.rows.device, self.vocab_size
 
         def integers(low: int, high: int, *shape: int) -> torch.Tensor:
