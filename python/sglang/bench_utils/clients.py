@@ -24,7 +24,7 @@ ERROR_CHARS = 500
 
 
 class BenchmarkError(RuntimeError):
-    """The server cannot be measured; the message says what was asked of it and what came back."""
+    """The server cannot be measured; the message states the request and the reply."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one message of a reply says: text (all so far, or the new part), and tokens so far if it says so."""
+    """Content of one message of a reply: text (all so far, or the new part), and tokens so far, if given."""
 
     text: str
     is_delta: bool
@@ -72,7 +72,7 @@ class Chunk:
 
 
 def read_chunk(target: Target, message: dict[str, Any]) -> Chunk:
-    """Read one reply or streamed message; raises BenchmarkError when it tells of an error."""
+    """Read one reply or streamed message; raises BenchmarkError if it contains an error."""
     if "error" in message or message.get("object") == "error":
         raise BenchmarkError(str(message.get("error", message.get("message")))[:ERROR_CHARS])
     if target.backend == "sglang":
@@ -101,7 +101,7 @@ class Timeline:
         self._previous: float | None = None
 
     def add(self, chunk: Chunk, now: float) -> None:
-        """A message that brings tokens moves the clock; one that brings none (role, usage) does not."""
+        """Record the time of a message with tokens; one without (role, usage) has no time."""
         out = self._output
         if chunk.text:
             self._parts = [*self._parts, chunk.text] if chunk.is_delta else [chunk.text]
@@ -122,11 +122,11 @@ class Timeline:
     def finish(self) -> None:
         self._output.text = "".join(self._parts)
         if self._previous is None:
-            self._output.error = "the reply held no token"
+            self._output.error = "the reply contains no token"
 
 
 async def send_request(client: httpx.AsyncClient, target: Target, row: DatasetRow) -> RequestOutput:
-    """Send one request and time its reply; what goes wrong is told in ``error``, never raised."""
+    """Send one request and time its reply; failures are stored in ``error``, never raised."""
     output = RequestOutput(prompt_len=row.prompt_len, start=time.perf_counter())
     timeline = Timeline(output)
     try:
@@ -200,14 +200,14 @@ class ServerControl:
         return value
 
     async def try_get(self, path: str) -> dict[str, Any]:
-        """As ``get``, but an empty object where the server has nothing to say (a router, or a closed endpoint)."""
+        """As ``get``, but an empty object if the server does not serve this path (a router, or a closed endpoint)."""
         try:
             return await self.get(path)
         except BenchmarkError:
             return {}
 
     async def post(self, path: str, body: dict[str, Any] | None = None) -> str:
-        """The text that an administrative endpoint answers; raises BenchmarkError when it refuses."""
+        """The reply text of an administrative endpoint; raises BenchmarkError if it refuses."""
         response = await self._client.post(self._base_url + path, json=body, timeout=600.0)
         if response.status_code != 200:
             raise BenchmarkError(f"POST {path} gave HTTP {response.status_code}: {response.text[:ERROR_CHARS]}")

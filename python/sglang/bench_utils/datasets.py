@@ -14,17 +14,17 @@ import numpy as np
 DATASET_NAMES = ("sharegpt", "random", "random-ids", "generated-shared-prefix", "custom")
 # Known from upstream; each needs a download or an input other than text.
 UPSTREAM_ONLY_DATASETS = ("image", "mmmu", "mooncake", "longbench_v2", "openai", "random-image")
-# Text that is cut at a token need not split at the same token again; this many corrections are tried.
+# Text that is cut after a token may be tokenized differently; this many corrections are tried.
 MAX_CORRECTIONS = 10
 SHORTEST_SHAREGPT_TOKENS = 2
 
 
 class DatasetError(ValueError):
-    """The prompts that were asked for cannot be made; the message says why and what to do."""
+    """The requested prompts cannot be made; the message states why and what to do."""
 
 
 class TokenizerLike(Protocol):
-    """What sampling needs of a tokenizer."""
+    """The methods of a tokenizer that datasets need."""
 
     vocab_size: int
     all_special_ids: frozenset[int]
@@ -69,7 +69,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gsp-output-len", type=int, default=256, help="Tokens. Default: 256.")
     group.add_argument("--tokenize-prompt", action="store_true", help="Send token ids: lengths are then exact.")
     group.add_argument("--apply-chat-template", action="store_true", help="Wrap sharegpt and custom prompts.")
-    group.add_argument("--seed", type=int, default=1, help="Of prompts, lengths and arrivals. Default: 1.")
+    group.add_argument("--seed", type=int, default=1, help="Seed of prompts, lengths and arrivals. Default: 1.")
 
 
 def length_settings(args: argparse.Namespace) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def length_settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def get_dataset(args: argparse.Namespace, tokenizer: TokenizerLike) -> list[DatasetRow]:
-    """The requests that ``args`` ask for; the same flags and seed give the same requests."""
+    """The requests for ``args``; the same flags and seed give the same requests."""
     rng = np.random.default_rng(args.seed)
     name = args.dataset_name
     if name in UPSTREAM_ONLY_DATASETS:
@@ -117,7 +117,7 @@ def sample_random(
     outputs = random_lengths(rng, args.random_output_len, args.random_range_ratio, args.num_prompts)
     pieces = [ids for text in texts if (ids := tokenizer.encode(text, add_special_tokens=False))]
     if texts and not pieces:
-        raise DatasetError(f"{args.dataset_path} holds no prompt with a token in it")
+        raise DatasetError(f"{args.dataset_path} contains no prompt with a token in it")
     order = rng.permutation(len(pieces)).tolist()
     vocab = ordinary_ids(tokenizer)
     rows = []
@@ -159,7 +159,7 @@ def sample_conversations(
     rng: np.random.Generator,
     conversations: Sequence[tuple[str, str | int]],
 ) -> list[DatasetRow]:
-    """First turns of a file in random order, answered at the length of the file's answers or at the one asked for."""
+    """First turns of a file in random order, with the output length of its answers, or the fixed one of the flag."""
     fixed = args.sharegpt_output_len
     if fixed is not None and fixed < 1:
         raise DatasetError(f"--sharegpt-output-len must be at least 1, got {fixed}")
@@ -181,9 +181,9 @@ def sample_conversations(
             raise DatasetError(f"{args.dataset_path}: prompt {prompt!r:.60} or its answer has no token")
         rows.append(DatasetRow(ids if args.tokenize_prompt else prompt, len(ids), output_len))
     if len(rows) < args.num_prompts:
-        print(f"{args.dataset_path} gives {len(rows)} of the {args.num_prompts} prompts asked for")
+        print(f"{args.dataset_path} gives {len(rows)} of the {args.num_prompts} requested prompts")
     if not rows:
-        raise DatasetError(f"{args.dataset_path} holds no prompt that can be used")
+        raise DatasetError(f"{args.dataset_path} contains no usable prompt")
     return rows
 
 
@@ -224,7 +224,7 @@ def ordinary_ids(tokenizer: TokenizerLike) -> np.ndarray:
     ids = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.all_special_ids]
     whole = [i for i in ids if (text := tokenizer.decode([i])) and "\ufffd" not in text]
     if not whole:
-        raise DatasetError("the tokenizer has no token that stands for text: no prompt can be made of it")
+        raise DatasetError("the tokenizer has no token that is text: no prompt can be made of it")
     return np.array(whole)
 
 
@@ -242,7 +242,7 @@ def _row(ids: list[int], length: int, output_len: int, as_ids: bool, tokenizer: 
 def text_of_length(tokenizer: TokenizerLike, ids: list[int], length: int) -> tuple[str, int]:
     """(text made of ``ids`` that encodes to ``length`` tokens, its length); special tokens that encoding adds count.
 
-    Not every length can be had: the true length is returned, and differs in the rare case that no correction helps.
+    Not every length is possible: the true length is returned; it differs in the rare case that no correction helps.
     """
     added = len(tokenizer.encode(""))
     wanted = max(1, length - added)

@@ -1,4 +1,4 @@
-"""What a serving benchmark measures: one request's timeline, and the figures made of many."""
+"""What a serving benchmark measures: one request's timeline, and the figures computed from many."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ LABEL_WIDTH = 40
 
 @dataclass
 class RequestOutput:
-    """How one request went; times in seconds, ``start`` on a clock that all requests of a run share.
+    """Result of one request; times in seconds, ``start`` on a clock that all requests of a run share.
 
-    ``itl`` holds the gaps between tokens after the first chunk: a chunk of several shares its gap among them.
+    ``itl`` holds the gaps between tokens after the first chunk: a chunk of several tokens divides its gap among them.
     ``error`` is empty on success.
     """
 
@@ -44,7 +44,7 @@ class RequestOutput:
         return (self.latency - self.ttft) / (self.output_len - 1) if self.output_len > 1 else None
 
     def token_times(self) -> list[tuple[float, int]]:
-        """(time, tokens that came then): the first chunk, then one entry per gap."""
+        """(time, tokens received at that time): the first chunk, then one entry per gap."""
         now = self.start + self.ttft
         times = [(now, max(0, self.output_len - len(self.itl)))]
         for gap in self.itl:
@@ -75,7 +75,7 @@ class Distribution:
 
 @dataclass(frozen=True)
 class BenchmarkMetrics:
-    """Figures of one run. Throughputs are per second of ``duration``; failed requests count nowhere."""
+    """Figures of one run. Throughputs are per second of ``duration``; failed requests are not counted."""
 
     duration: float
     completed: int
@@ -151,9 +151,9 @@ class RunInfo:
 
 
 def accept_length(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> float | None:
-    """Tokens per verify step of a request between two looks at a server's internal states; None without speculation.
+    """Tokens per verify step of a request between two readings of a server's internal states; None without speculation.
 
-    A server that counts no steps is taken at its word for its whole life (``avg_spec_accept_length``).
+    For a server that counts no steps: the average since start that it reports (``avg_spec_accept_length``).
     """
 
     def since(key: str) -> int:

@@ -17,14 +17,14 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 
 class BatchTooLargeError(RuntimeError):
-    """The pools do not hold the batch."""
+    """The batch does not fit into the pools."""
 
 
 class StaticBatch:
-    """Requests that live and grow together; sampling is greedy.
+    """Requests that start, grow and end together; sampling is greedy.
 
-    ``extend`` brings the next tokens of each prompt, ``decode`` one token each. Both return the next ids [B] (on the
-    device) and the logits. ``release`` gives everything back.
+    ``extend`` appends the next tokens of each prompt, ``decode`` one token each. Both return the next ids [B] (on the
+    device) and the logits. ``release`` frees everything.
     """
 
     def __init__(self, runner: ModelRunner, allocator: TokenToKVPoolAllocator, batch_size: int) -> None:
@@ -33,11 +33,11 @@ class StaticBatch:
         self.rows: list[int] = []
         self.states: list[int] = []
         self.seq_lens = [0] * batch_size
-        # Pages of each request whose windows were given back.
+        # Pages of each request whose window rows were freed.
         self._passed = [0] * batch_size
         if batch_size > runner.req_to_token_pool.available_size():
             raise BatchTooLargeError(
-                f"a batch of {batch_size} needs as many request rows, and --max-running-requests gives "
+                f"a batch of {batch_size} needs as many request rows, but --max-running-requests gives "
                 f"{runner.req_to_token_pool.size}"
             )
         for _ in range(batch_size):
@@ -87,7 +87,7 @@ class StaticBatch:
         return self._step(ModelWorkerBatch.decode(self.rows, ends, slots, self.states or None))
 
     def release(self) -> None:
-        """Give slots, rows and states back."""
+        """Free KV locations, request rows and states."""
         pool = self.runner.req_to_token_pool
         for row, length in zip(self.rows, self.num_slots, strict=True):
             self.allocator.free(pool.read(row, 0, length))
@@ -99,7 +99,7 @@ class StaticBatch:
 
     @property
     def num_slots(self) -> list[int]:
-        """Slots that each request holds."""
+        """KV locations that each request holds."""
         return self.seq_lens
 
     def _step(self, batch: ModelWorkerBatch) -> tuple[torch.Tensor, LogitsProcessorOutput]:
@@ -107,7 +107,7 @@ class StaticBatch:
         return self.runner.sample(step, self._info, batch), step.output
 
     def _leave_windows(self) -> None:
-        """Give back the windows of pages that no later step reads."""
+        """Free the window rows of pages that no later step reads."""
         window, page = self.allocator.window, self.allocator.page_size
         if window is None:
             return
@@ -140,7 +140,7 @@ class StaticBatch:
 
 
 class SpeculatingBatch(StaticBatch):
-    """The same with drafts: a decode step is a verify step, and requests grow by their accepted tokens."""
+    """The same with draft tokens: a decode step is a verify step, and requests grow by their accepted tokens."""
 
     def __init__(self, worker: TpModelWorker, allocator: TokenToKVPoolAllocator, batch_size: int) -> None:
         assert worker.speculator is not None
@@ -156,7 +156,7 @@ class SpeculatingBatch(StaticBatch):
 
     def extend(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[torch.Tensor, LogitsProcessorOutput]:
         """Compute whole prompts in one step."""
-        assert not any(self.seq_lens), "a prompt that comes in parts would need to know the token behind each"
+        assert not any(self.seq_lens), "a prompt in chunks would need the token after each chunk"
         starts, ends = list(self.seq_lens), [len(prompt) for prompt in prompts]
         slots = self._reach([end + self._ahead for end in ends])
         self.runner.req_to_token_pool.write_extend(self.rows, starts, self._held, slots)
@@ -174,7 +174,7 @@ class SpeculatingBatch(StaticBatch):
         return self._launch(batch)[:2]
 
     def decode(self, ids: torch.Tensor) -> tuple[torch.Tensor, LogitsProcessorOutput]:
-        """One verify step. ``ids`` lie on the device already, where the step that drew them has put them."""
+        """One verify step. ``ids`` are on the device already: the step that sampled them has stored them."""
         kind, pool = self._worker.decode_kind, self.runner.req_to_token_pool
         self._leave_windows()
         starts, held = list(self.seq_lens), list(self._held)
@@ -189,7 +189,7 @@ class SpeculatingBatch(StaticBatch):
         return ids, output
 
     def _reach(self, ends: Sequence[int]) -> torch.Tensor:
-        """Slots from those that the requests hold up to ``ends``, [N] int64 of the host."""
+        """Reserve KV locations up to the lengths ``ends``; returns the new ones, [N] int64 on the host."""
         ends = [max(held, end) for held, end in zip(self._held, ends, strict=True)]
         needed = sum(ends) - sum(self._held)
         slots = self._take(self.allocator.alloc_extend(self._held, ends, self._last_slots()), needed)

@@ -44,7 +44,7 @@ CORRECTNESS_PROMPTS = ("The capital of France is", "27+58=", "Today is a sunny d
 
 
 def load(args: ServerArgs, batch_sizes: Sequence[int]) -> tuple[ModelRunner, TokenToKVPoolAllocator, ServerArgs]:
-    """Resolve ``args`` for batches of these sizes and load the model; exits with status 2 when they cannot be used."""
+    """Resolve ``args`` for batches of these sizes and load the model; exits with status 2 if they cannot be used."""
     if args.tp_size > 1:
         exit_with_errors([f"--tp-size {args.tp_size}: this tool runs one rank; use bench_serving for more"])
     if args.max_running_requests is None:
@@ -66,7 +66,7 @@ def make_prompts(args: argparse.Namespace, tokenizer_path: str, vocab: int, coun
         return np.random.default_rng(0).integers(0, vocab, size=(count, length))
     lines = [line for line in Path(args.prompt_filename).read_text(encoding="utf-8").splitlines() if line]
     if not lines:
-        exit_with_errors([f"--prompt-filename {args.prompt_filename} holds no prompt"])
+        exit_with_errors([f"--prompt-filename {args.prompt_filename} contains no prompt"])
     tokenizer = Tokenizer.from_path(tokenizer_path)
     encoded = [tokenizer.encode(line) for line in lines]
     chosen = itertools.islice(itertools.cycle(encoded), count)
@@ -155,7 +155,7 @@ class Case:
 
 
 def latency_test(args: argparse.Namespace, server_args: ServerArgs) -> list[dict[str, Any]]:
-    """Run every case after a short warm-up of the first; cases that the pools do not hold are named and left out."""
+    """Run every case after a short warm-up of the first; cases that do not fit into the pools are named and skipped."""
     runner, allocator, resolved = load(server_args, args.batch_size)
     worker = TpModelWorker(runner, make_speculator(resolved, runner))
     vocab = runner.model_config.vocab_size
@@ -220,7 +220,7 @@ def correctness_test(args: argparse.Namespace, server_args: ServerArgs) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run as the command line ``args`` says; returns the exit status."""
+    """Run as the command line ``args`` requests; returns the exit status."""
     try:
         server_args = ServerArgs.from_cli_args(args)
         configure_logging(server_args.log_level, "main")

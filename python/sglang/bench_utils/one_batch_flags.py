@@ -18,11 +18,13 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     group.add_argument("--output-len", type=int, nargs="+", default=[16], help="New tokens. Default: 16.")
     group.add_argument("--result-filename", default="result.jsonl", help="File to append to; empty for none.")
     group.add_argument("--log-decode-step", type=int, default=0, help="Print every Nth decode step too.")
-    group.add_argument("--prompt-filename", default="", help="Text file with a prompt a line, instead of random ids.")
+    group.add_argument(
+        "--prompt-filename", default="", help="Text file with one prompt per line, instead of random ids."
+    )
     group.add_argument("--correctness-test", action="store_true", help="Print tokens and logits instead of times.")
     group.add_argument("--cut-len", type=int, default=4, help="Prompt tokens of the first of two steps. Default: 4.")
     group.add_argument("--profile", action="store_true", help="Write a torch trace of prefill and of one decode step.")
-    group.add_argument("--profile-filename-prefix", default="profile", help="Of the trace files.")
+    group.add_argument("--profile-filename-prefix", default="profile", help="Prefix of the names of trace files.")
     ServerArgs.add_cli_args(parser)
     return parser
 
@@ -36,7 +38,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def read_arguments(description: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line; ends the process with a message where it is wrong."""
+    """The command line; exits with a message if it is wrong."""
     parser = make_parser(description)
     args = parser.parse_args(argv)
     check_arguments(parser, args)

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def timed(action: Callable[[], T]) -> tuple[T, float]:
-    """What ``action`` returns, and its seconds from an idle device to an idle device."""
+    """(result of ``action``, seconds from an idle device to an idle device)."""
     current_platform.synchronize()
     started = time.perf_counter()
     result = action()

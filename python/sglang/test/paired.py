@@ -1,4 +1,4 @@
-"""Two sides that take turns in one run: how many turns fit, and the ratio of one side to the other."""
+"""Two variants measured alternately in one run: how many rounds fit, and the ratio of one variant to the other."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Ratio:
 def paired_ratio(base: Sequence[float], other: Sequence[float]) -> Ratio:
     """``other`` over ``base``, pair by pair, by Student's distribution of the logarithms.
 
-    Raises ValueError for fewer than 4 pairs, whose interval would say nothing.
+    Raises ValueError for fewer than 4 pairs, whose interval would mean nothing.
     """
     logs = [math.log(b / a) for a, b in zip(base, other, strict=True)]
     if len(logs) < MIN_PAIRS:
@@ -49,7 +49,7 @@ def _student_97_5(free: int) -> float:
 
 
 def rounds_within(most: int, seconds: float) -> Iterator[int]:
-    """Numbers of rounds: 0, which warms up, then 1 .. ``most``, or fewer where the longest would not fit once more."""
+    """Numbers of rounds: 0, which warms up, then 1 .. ``most``, or fewer if the longest would not fit again."""
     began, longest = time.monotonic(), 0.0
     for number in range(most + 1):
         started = time.monotonic()

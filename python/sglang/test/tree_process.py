@@ -1,4 +1,4 @@
-"""A benchmark's process that imports the engine of a chosen tree, and answers line by line."""
+"""A benchmark's process that imports the engine of a chosen tree, and replies line by line."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Any
 class TreeProcess:
     """A script which runs on the engine in ``tree`` (a folder with python/sglang in it).
 
-    The script first prints the path of its engine as JSON, then answers each line of JSON on its standard input with
-    one on its standard output. Raises RuntimeError when the engine is of another tree, or when the process ends.
+    The script first prints the path of its engine as JSON, then replies to each line of JSON on its standard input with
+    one on its standard output. Raises RuntimeError if the engine belongs to another tree, or if the process ends.
     """
 
     def __init__(self, tree: Path, command: Sequence[str]) -> None:
@@ -29,13 +29,13 @@ class TreeProcess:
             raise RuntimeError(f"the engine of {tree} was imported from {found}")
 
     def run(self, question: Any) -> Any:
-        """The answer to one question; both are JSON."""
+        """The reply to one request; both are JSON."""
         assert self._process.stdin is not None
         print(json.dumps(question), file=self._process.stdin, flush=True)
         return self._answer()
 
     def close(self) -> None:
-        """End the process, which ends where its input ends."""
+        """Close the input of the process, which ends it."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(60)

@@ -244,7 +244,7 @@ class TestChunks(CustomTestCase):
         self.assertEqual(output.itl, [0.25])
         empty = RequestOutput(3)
         Timeline(empty).finish()
-        self.assertEqual(empty.error, "the reply held no token")
+        self.assertEqual(empty.error, "the reply contains no token")
 
     def test_bodies(self):
         text, ids = DatasetRow("hi", 1, 7), DatasetRow([5, 6], 2, 7)

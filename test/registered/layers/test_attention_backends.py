@@ -249,7 +249,7 @@ class TestDeclarations(BackendCase):
         good = resolved(ServerArgs(attention_backend="planted", page_size=16), model, cpu)
         self.assertEqual(good.attention_backend, "planted")
         for config, platform, page, said in (
-            (model, cpu, 1, "--page-size 1 does not go with --attention-backend planted, which takes 16, 64"),
+            (model, cpu, 1, "--page-size 1 is not supported by --attention-backend planted, which takes 16, 64"),
             (model, cuda, 16, "--attention-backend planted needs platform cpu, and this is cuda"),
             (mla, cpu, 16, "--attention-backend planted has no mla attention, which the model needs: use torch_native"),
         ):

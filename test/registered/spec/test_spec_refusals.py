@@ -37,14 +37,14 @@ def storages(module):
 class TestFlags(CustomTestCase):
     def test_each_is_named_with_its_fix(self):
         cases = (
-            ({"speculative_eagle_topk": 2}, "--speculative-eagle-topk 2 asks for a tree of draft tokens: use 1"),
+            ({"speculative_eagle_topk": 2}, "--speculative-eagle-topk 2 requests a tree of draft tokens: use 1"),
             ({"speculative_num_draft_tokens": 3}, "3 must be --speculative-num-steps 3 . 1: use 4"),
             ({"speculative_num_steps": 0}, "speculative-num-steps.*1"),
             ({"speculative_num_steps": 9}, "speculative-num-steps.*8"),
             ({"speculative_algorithm": "NGRAM"}, "NGRAM.*(NEXTN|EAGLE)"),
             ({"speculative_algorithm": "EAGLE3"}, "EAGLE3.*(NEXTN|EAGLE)"),
             ({"speculative_algorithm": None}, "--speculative-num-steps was given without --speculative-algorithm"),
-            ({"enable_mixed_chunk": True}, "--enable-mixed-chunk and --speculative-algorithm do not go together"),
+            ({"enable_mixed_chunk": True}, "--enable-mixed-chunk and --speculative-algorithm cannot be combined"),
         )
         for name, path in MODELS.items():
             for change, message in cases:

@@ -35,7 +35,7 @@ MORI = "--tp 2 --moe-a2a-backend mori"
 # Setting, where it acts (model, platform, flags, variables next to it), where not, and why.
 ROWS = (
     ("--mamba-ssm-dtype bfloat16", ("qwen",), ("deepseek",), "no recurrent states"),
-    ("--swa-full-tokens-ratio 0.5", ("v4",), ("deepseek",), "keeps no window apart"),
+    ("--swa-full-tokens-ratio 0.5", ("v4",), ("deepseek",), "has no separate pools for a sliding window"),
     ("--disable-shared-experts-fusion", ("qwen",), ("dense",), "no shared experts"),
     ("--cuda-graph-bs 1 2", ("qwen", MI300X), ("qwen", CPU), "no decode graphs"),
     ("--cuda-graph-max-bs 4", ("qwen", MI300X), ("qwen", MI300X, "--disable-cuda-graph"), "no decode graphs"),
@@ -44,10 +44,10 @@ ROWS = (
     ("--dist-timeout 60", ("deepseek", CPU, "--tp 2"), ("deepseek",), "one rank"),
     ("--deepep-mode normal", ("deepseek", CPU, "--tp 2 --moe-a2a-backend mori"), ("deepseek",), "backend is none"),
     ("SGLANG_MAMBA_SSM_DTYPE=bfloat16", ("qwen",), ("deepseek",), "no recurrent states"),
-    ("SGLANG_MAMBA_SSM_DTYPE=float32", ("qwen",), ("qwen", CPU, "--mamba-ssm-dtype bfloat16"), "goes before it"),
+    ("SGLANG_MAMBA_SSM_DTYPE=float32", ("qwen",), ("qwen", CPU, "--mamba-ssm-dtype bfloat16"), "takes precedence"),
     ("SGLANG_MAMBA_CONV_DTYPE=float32", ("dense",), ("deepseek",), "no recurrent states"),
     ("SGLANG_TEST_RETRACT_INTERVAL=5", ("qwen", CPU, "", "SGLANG_TEST_RETRACT=1"), ("qwen",), "RETRACT is off"),
-    ("SGLANG_FAKE_ROCM_ARCH=gfx950", ("qwen", FAKES), ("qwen", MI300X), "architecture of its own"),
+    ("SGLANG_FAKE_ROCM_ARCH=gfx950", ("qwen", FAKES), ("qwen", MI300X), "the architecture of the GPU is used"),
     ("SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK=4096", ("deepseek", CPU, MORI), ("deepseek",), "backend is none"),
     ("SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS=64", ("deepseek", CPU, MORI), ("deepseek",), "backend is none"),
     ("SGLANG_MORI_MOE_MAX_INPUT_TOKENS=64", ("deepseek", CPU, MORI), ("deepseek",), "backend is none"),
@@ -109,7 +109,7 @@ class TestWithoutEffect(CustomTestCase):
                 self.assertIn(worst, err.getvalue())
 
     def test_a_switch_between_kernels_of_several_nodes(self):
-        for flags, reason in (("", "--moe-a2a-backend is none"), (MORI, "all ranks are of one node")):
+        for flags, reason in (("", "--moe-a2a-backend is none"), (MORI, "all ranks are on one node")):
             found = self.plan(f"{SWITCH}=64", "deepseek", MI300X, flags)
             self.assertEqual(self.idle(found), [f"{SWITCH} has no effect: {reason}"])
         found = self.plan(f"{SWITCH}=64", "deepseek", MI300X, "--tp 16 --moe-a2a-backend mori")

@@ -10,7 +10,7 @@ from sglang.srt.server_args import ServerArgs
 
 
 def choose_page_size(args: ServerArgs, context: Context) -> Iterator[Change | str]:
-    """The one size that the model's cache has by its meaning, if it has one."""
+    """The only page size that the model's cache allows, if there is just one."""
     page = None if context.model is None else context.model.text.cache_layout().page_size
     if page is None:
         return
@@ -24,13 +24,13 @@ def choose_page_size(args: ServerArgs, context: Context) -> Iterator[Change | st
     chunk, total = args.chunked_prefill_size, args.max_total_tokens
     if chunk is not None and chunk > 0 and chunk % page:
         near = max(page, chunk - chunk % page)
-        yield f"--chunked-prefill-size {chunk} is no number of pages, and {why}: use {near}"
+        yield f"--chunked-prefill-size {chunk} is not a multiple of a page, and {why}: use {near}"
     if total is not None and total < page:
         yield f"--max-total-tokens {total} is less than one page, and {why}"
 
 
 def choose_attention_backend(args: ServerArgs, context: Context) -> Iterator[Change | str]:
-    """The backend that was asked for where it can serve the model here, else the first that can."""
+    """The requested backend if it can serve the model here, else the first that can."""
     asked, kind = args.attention_backend, context.platform.kind
     on_cpu = context.platform.device_type == "cpu"
     family = None if context.model is None else context.model.text.attention_family
@@ -59,11 +59,11 @@ def choose_attention_backend(args: ServerArgs, context: Context) -> Iterator[Cha
 
 
 def _backend_limits(args: ServerArgs, declared: BackendDeclaration) -> Iterator[str]:
-    """What the backend declares that it does not take."""
+    """Errors for settings that the backend does not support."""
     for flag, value, taken in (
         ("--page-size", args.page_size, declared.page_sizes),
         ("--kv-cache-dtype", args.kv_cache_dtype, declared.cache_dtypes),
     ):
         if taken and value not in taken:
             sizes = ", ".join(str(one) for one in taken)
-            yield f"{flag} {value} does not go with --attention-backend {declared.name}, which takes {sizes}"
+            yield f"{flag} {value} is not supported by --attention-backend {declared.name}, which takes {sizes}"

@@ -1,4 +1,4 @@
-"""What can be said against settings, and of them, without a model or a machine."""
+"""Errors and warnings about settings that need neither a model nor a machine."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def _parallelism(args: ServerArgs) -> Iterator[str]:
     tp, dp, ep = args.tp_size, args.dp_size, args.ep_size
     meets = args.nccl_port
     if meets is not None and meets <= args.port < meets + args.num_replicas:
-        yield f"--port {args.port} is where ranks meet, by --nccl-port {meets}: choose another for one of the two"
+        yield f"--port {args.port} is also that of the ranks, --nccl-port {meets}: choose another for one of them"
     if args.enable_dp_attention and tp % dp:
-        yield f"--dp-size {dp} does not divide --tp-size {tp}: with --enable-dp-attention it parts those ranks"
+        yield f"--dp-size {dp} does not divide --tp-size {tp}: with --enable-dp-attention it splits those ranks"
     if args.moe_a2a_backend == "none":
         if tp % ep:
-            yield f"--ep-size {ep} does not divide --tp-size {tp}: it parts those ranks"
+            yield f"--ep-size {ep} does not divide --tp-size {tp}: it splits those ranks"
         if args.deepep_mode == "low_latency":
-            yield "--deepep-mode low_latency needs --moe-a2a-backend mori; this one is none"
+            yield "--deepep-mode low_latency needs --moe-a2a-backend mori, which is none here"
     elif args.chunked_prefill_size == -1:
         yield (
             "--chunked-prefill-size -1 never cuts a prompt, and --moe-a2a-backend mori dispatches at most "
@@ -83,11 +83,11 @@ def _speculative(args: ServerArgs) -> Iterator[str]:
             yield f"{named[0]} was given without --speculative-algorithm: add --speculative-algorithm NEXTN"
         return
     if args.speculative_eagle_topk not in (None, 1):
-        yield f"--speculative-eagle-topk {args.speculative_eagle_topk} asks for a tree of draft tokens: use 1, a chain"
+        yield f"--speculative-eagle-topk {args.speculative_eagle_topk} requests a tree of draft tokens: use 1, a chain"
     if steps is not None and tokens is not None and tokens != steps + 1:
         yield f"--speculative-num-draft-tokens {tokens} must be --speculative-num-steps {steps} + 1: use {steps + 1}"
     if args.enable_mixed_chunk:
-        yield "--enable-mixed-chunk and --speculative-algorithm do not go together: drop one"
+        yield "--enable-mixed-chunk and --speculative-algorithm cannot be combined: drop one"
 
 
 RULES: tuple[Callable[[ServerArgs], Iterator[str]], ...] = (
@@ -101,7 +101,7 @@ RULES: tuple[Callable[[ServerArgs], Iterator[str]], ...] = (
 
 
 def remarks(args: ServerArgs) -> list[str]:
-    """What a user should know of flags that are accepted."""
+    """Warnings about flags that are accepted."""
     found = []
     if args.api_key is None and not is_loopback(args.host):
         closed = "" if args.admin_api_key else "; administrative endpoints are closed"

@@ -1,4 +1,4 @@
-"""Settings that are accepted and change nothing here: for this model, platform or other settings. Each is said once."""
+"""Settings that are accepted but have no effect with this model, platform or other settings. Each is logged once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Situation:
-    """What decides whether a setting acts: ``asked`` as given, ``args`` as resolved; ``model`` None: not readable."""
+    """What decides if a setting has an effect: ``asked`` as given, ``args`` as resolved; ``model`` None: unreadable."""
 
     asked: ServerArgs
     args: ServerArgs
@@ -27,11 +27,11 @@ class Situation:
 
     @property
     def keeps_states(self) -> bool:
-        """True where the model has recurrent states, or nobody knows."""
+        """True if the model has recurrent states, or its config is not readable."""
         return self.model is None or self.model.text.cache_layout().has(STATE)
 
 
-# Why a setting changes nothing; "" where it acts.
+# Why a setting has no effect; "" if it has one.
 Reason = Callable[[Situation], str]
 
 
@@ -45,7 +45,7 @@ def _no_mori(here: Situation) -> str:
 
 
 def _one_node(here: Situation) -> str:
-    return _no_mori(here) or ("all ranks are of one node" if here.args.tp_size <= 8 else "")
+    return _no_mori(here) or ("all ranks are on one node" if here.args.tp_size <= 8 else "")
 
 
 def _no_replicas(here: Situation) -> str:
@@ -53,7 +53,7 @@ def _no_replicas(here: Situation) -> str:
 
 
 def _one_rank(here: Situation) -> str:
-    return "one rank meets no other" if here.args.tp_size == 1 else ""
+    return "there is only one rank" if here.args.tp_size == 1 else ""
 
 
 def _no_graphs(here: Situation) -> str:
@@ -66,12 +66,12 @@ def _no_states(here: Situation) -> str:
 
 def _no_window(here: Situation) -> str:
     windows = here.model is None or here.model.text.cache_layout().has(SWA)
-    return "" if windows else "the model keeps no window apart"
+    return "" if windows else "the model has no separate pools for a sliding window"
 
 
 def _state_dtype(here: Situation) -> str:
     if here.asked.mamba_ssm_dtype is not None:
-        return f"--mamba-ssm-dtype {here.asked.mamba_ssm_dtype} goes before it"
+        return f"--mamba-ssm-dtype {here.asked.mamba_ssm_dtype} takes precedence"
     return _no_states(here)
 
 
@@ -85,7 +85,7 @@ def _no_retraction(here: Situation) -> str:
 
 
 def _own_architecture(here: Situation) -> str:
-    return "" if here.platform.device_type == "cpu" else "the GPU has an architecture of its own"
+    return "" if here.platform.device_type == "cpu" else "the architecture of the GPU is used"
 
 
 FLAGS: dict[str, Reason] = {
@@ -114,10 +114,10 @@ VARIABLES: tuple[tuple[EnvField[Any], Reason], ...] = (
 
 
 def without_effect(here: Situation) -> list[str]:
-    """One line for each setting that was given and changes nothing.
+    """One line for each setting that was given and has no effect.
 
-    Values are checked elsewhere, with an effect or not. Variables of another platform are the launch check's, those of
-    second streams ``stream_policy``'s. Raises EnvError for a variable that a reason reads.
+    Values are checked elsewhere, with an effect or not. The launch check reports variables of another platform, and
+    ``stream_policy`` those of second streams. Raises EnvError for a wrong variable that a reason reads.
     """
     found = []
     defaults = {field.name: field.default for field in fields(here.asked)}

@@ -1,4 +1,4 @@
-"""From a dataclass of annotated fields to flags: what a field says of its flag, and how text becomes its value."""
+"""From a dataclass of annotated fields to flags: what a field declares about its flag, and how its text is parsed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class FieldSpec:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The values that are taken; empty for any."""
+        """The accepted values; empty means any."""
         return self.arg.choices() if callable(self.arg.choices) else self.arg.choices
 
     def parse(self, values: list[str]) -> Any:
@@ -107,7 +107,7 @@ class FieldSpec:
     def _has_type(self, value: Any) -> bool:
         if self.kind in LISTS:
             return isinstance(value, list) and all(type(item) is LISTS[self.kind] for item in value)
-        # Also numpy's numbers and texts, which derive from Python's; a bool is no number.
+        # Also numpy's numbers and strings, which derive from Python's; a bool is not a number.
         return isinstance(value, _TYPES[self.kind]) and (self.kind == "bool" or not isinstance(value, bool))
 
     def _in_bounds(self, value: float) -> bool:
@@ -120,7 +120,7 @@ class FieldSpec:
         )
 
     def bounds(self) -> str:
-        """The allowed range in words, or "" when any number will do."""
+        """The allowed range in words, or "" if any number is allowed."""
         arg = self.arg
         parts = [f"{number:g}" for number in arg.also]
         low = f"at least {arg.minimum:g}" if arg.minimum is not None else ""

@@ -141,7 +141,7 @@ class HttpArgs:
     reasoning_parser: Annotated[
         str | None,
         Arg(
-            "Form in which the model thinks: the thought then stands in `reasoning_content`, not in `content`.",
+            "Form in which the model thinks: the thought is then in `reasoning_content`, not in `content`.",
             API,
             choices=tuple(REASONING_PARSERS),
             auto="thoughts stay in the content",
@@ -150,7 +150,7 @@ class HttpArgs:
     tool_call_parser: Annotated[
         str | None,
         Arg(
-            "Form in which the model calls tools: calls then stand in `tool_calls`. Without it, tools are refused.",
+            "Form in which the model calls tools: calls are then in `tool_calls`. Without it, tools are refused.",
             API,
             choices=tuple(TOOL_CALL_PARSERS),
             auto="tools are refused",
@@ -159,7 +159,7 @@ class HttpArgs:
     grammar_backend: Annotated[
         str,
         Arg(
-            "What holds output to a JSON schema, a regular expression or a grammar; `none` refuses such requests.",
+            "Backend that constrains output to a JSON schema, a regular expression or a grammar; `none` refuses these.",
             API,
             choices=("llguidance", "none"),
             upstream_only=("xgrammar", "outlines"),

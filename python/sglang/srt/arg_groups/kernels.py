@@ -16,7 +16,7 @@ GRAPHS = "Graphs and overlap"
 
 @dataclass(frozen=True)
 class KernelArgs:
-    """The part of ``ServerArgs`` that says what computes a step."""
+    """The part of ``ServerArgs`` that chooses what computes a step."""
 
     attention_backend: Annotated[
         str | None,

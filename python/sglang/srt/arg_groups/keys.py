@@ -1,4 +1,4 @@
-"""API keys from where ``ps`` does not show them: a file, or an environment variable."""
+"""API keys from places that ``ps`` does not show: a file, or an environment variable."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _MAX_KEY_BYTES = 4096
 
 
 class KeyFileError(ValueError):
-    """The file holds no key."""
+    """The file contains no key."""
 
 
 @dataclass
 class Keys:
-    """The keys that are not given by flag, by field, and what is wrong with, or to be said of, their sources."""
+    """The keys that are not given by flag, by field, with errors and warnings about their sources."""
 
     values: dict[str, Any] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)

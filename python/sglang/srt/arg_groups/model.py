@@ -15,7 +15,7 @@ DTYPE = "Quantization and data type"
 
 @dataclass(frozen=True)
 class ModelArgs:
-    """The part of ``ServerArgs`` that says what is served, and in which types."""
+    """The part of ``ServerArgs`` that chooses what is served, and in which types."""
 
     model_path: Annotated[
         str,
@@ -84,7 +84,7 @@ class ModelArgs:
     dequantize_mxfp4: Annotated[
         bool,
         Arg(
-            "Experts in MXFP4 become plain as they load, and take four times the memory; without, they keep four bits.",
+            "Dequantize MXFP4 experts as they load: they take four times the memory. Without, they keep four bits.",
             DTYPE,
         ),  # fmt: skip
     ] = False

@@ -31,7 +31,7 @@ class ParallelArgs:
     ] = 1
     enable_dp_attention: Annotated[
         bool,
-        Arg("Part the ranks into `--dp-size` groups that attend to different requests and share experts.", PARALLEL),
+        Arg("Split the ranks into `--dp-size` groups that attend to different requests and share experts.", PARALLEL),
     ] = False
     load_balance_method: Annotated[
         str,

@@ -1,4 +1,4 @@
-"""The door for a command line: ``parse`` makes settings of it, ``read`` also what is wrong with it. Loads no torch."""
+"""Entry point for a command line: ``parse`` returns settings, ``read`` also the problems. Loads no torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Parsed:
-    """What was asked for: ``args`` with unusable values back at their defaults, and what is wrong or worth saying."""
+    """The requested settings: ``args`` with unusable values reset to their defaults, with errors and warnings."""
 
     args: ServerArgs
     errors: list[str] = field(default_factory=list)
@@ -72,7 +72,7 @@ def read(argv: Sequence[str]) -> Parsed:
 
 
 def check(args: ServerArgs) -> tuple[list[str], ServerArgs]:
-    """(problems that need neither model nor machine, ``args`` with unusable values back at their defaults)."""
+    """(problems that need neither model nor machine, ``args`` with unusable values reset to their defaults)."""
     problems = []
     defaults = {}
     for spec in specs():
@@ -132,7 +132,7 @@ def _flag_names() -> dict[str, tuple[str, ...]]:
 def _read_words(
     parser: argparse.ArgumentParser, names: dict[str, tuple[str, ...]], argv: Sequence[str]
 ) -> tuple[argparse.Namespace, list[str]]:
-    """(namespace, problems): what argparse cannot take is reported and left out, and the rest is read."""
+    """(namespace, problems): what argparse cannot parse is reported and left out, and the rest is parsed."""
     words, errors = _expand(names, argv)
     while True:
         try:
@@ -149,7 +149,7 @@ def _read_words(
 
 
 def _expand(names: dict[str, tuple[str, ...]], words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(words with abbreviations written out, problems): unknown and ambiguous flags go, with the words after them."""
+    """(words with abbreviations expanded, problems): unknown and ambiguous flags are removed, with their values."""
     result: list[str] = []
     errors: list[str] = []
     dropping = False
@@ -174,7 +174,7 @@ def _expand(names: dict[str, tuple[str, ...]], words: Sequence[str]) -> tuple[li
 
 
 def unknown_flag(name: str, known: Iterable[str]) -> str:
-    """The error for an unknown flag: the nearest flag, or how an unsupported flag that was misspelled is answered."""
+    """The error for an unknown flag: names the nearest flag, or gives the answer for the nearest unsupported one."""
     asked = name.replace("_", "-")
     if meant := MISNAMED.get(asked):
         return f"unknown flag {name}: " + (f"did you mean {meant}?" if meant.startswith("-") else meant)

@@ -1,4 +1,4 @@
-"""The door to a launch: ``plan_launch`` decides from settings what the processes of the engine are given."""
+"""Entry point of a launch: ``plan_launch`` decides from settings what the processes of the engine are given."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LaunchPlan:
 
     ``changes`` says what resolution set and why; ``variables`` are the environment variables that are set, secrets
     redacted. ``child_variables`` are those that the launch sets for the processes of the ranks; ``needed`` is
-    what each of them is told of its memory (bytes by purpose), empty where the ranks do not ask. Problems of the model
+    the memory each rank needs (bytes by purpose), empty if the ranks do not use it. Problems of the model
     folder come last in ``errors`` and begin with "model: ".
     """
 
@@ -43,7 +43,7 @@ class LaunchPlan:
     variables: dict[str, str] = field(default_factory=dict)
     child_variables: dict[str, str] = field(default_factory=dict)
     needed: dict[str, int] = field(default_factory=dict)
-    # What a dry run says of shared experts and of places that may overlap.
+    # What a dry run reports about shared experts and overlap sites.
     streams: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
@@ -62,7 +62,7 @@ class LaunchPlan:
 
 
 def plan_launch(request: ServerArgs | Parsed) -> LaunchPlan:
-    """What a launch comes to; nothing is started, and problems are collected in the plan."""
+    """The complete plan of a launch; nothing is started, and problems are collected in it."""
     plan = evaluate(request)
     if plan.errors or plan.model_config is None:
         return plan
@@ -77,7 +77,7 @@ def plan_launch(request: ServerArgs | Parsed) -> LaunchPlan:
 
 
 def _plan_streams(plan: LaunchPlan) -> None:
-    """The variables that second streams need; a dry run also asks the device, and says what the ranks would say."""
+    """The variables that second streams need; a dry run also reads the device, and reports what the ranks would log."""
     from sglang.srt.utils.stream_policy import plan_streams, stream_variables
 
     args, config = plan.args, plan.model_config
@@ -91,7 +91,7 @@ def _plan_streams(plan: LaunchPlan) -> None:
 
 
 def _plan_needs(plan: LaunchPlan) -> None:
-    """Count what a rank holds, once for all ranks; on a CPU nobody asks for it unless experts exchange tokens."""
+    """Count the memory of a rank, once for all ranks; on a CPU only needed if experts exchange tokens."""
     plan.errors += mori_setting_problems(plan.args)
     if plan.errors or (plan.args.moe_a2a_backend == "none" and plan.platform == "cpu"):
         return
@@ -99,7 +99,7 @@ def _plan_needs(plan: LaunchPlan) -> None:
 
     assert plan.model_config is not None
     args = plan.args
-    # The ranks of a launch judge the release themselves; a dry run has none.
+    # The ranks of a launch check the release themselves; a dry run has no ranks.
     needs = plan_needs(args, plan.model_config, plan.platform, os.environ, judge_release=args.dry_run)
     plan.needed = needs.num_bytes
     if needs.exchange is not None:
@@ -123,7 +123,7 @@ def evaluate(
     """The plan for a command line that was read (or for constructed arguments), without what ranks need.
 
     ``platform`` and ``environ`` stand for the real ones. A model folder that cannot be used is one of the reasons
-    against a launch; flags and variables are judged all the same. Of the folder only config.json and
+    against a launch; flags and variables are checked all the same. Of the folder only config.json and
     generation_config.json are read, so a folder with them alone is enough.
     """
     if isinstance(request, ServerArgs):

@@ -1,4 +1,4 @@
-"""From settings as given to settings as used: small pure steps that each explain what they change."""
+"""From given to resolved settings: small pure steps, each of which explains what it changes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _device(args: ServerArgs, context: Context) -> Iterator[Change | str]:
         yield Change("device", "auto", present, f"platform {context.platform.kind}")
     elif args.device != present:
         fix = "set SGLANG_PLATFORM=cpu" if args.device == "cpu" else "drop it, or run where torch sees a GPU"
-        yield f"--device {args.device} was asked for, and platform {context.platform.kind} is on {present}: {fix}"
+        yield f"--device {args.device} is not the device of platform {context.platform.kind}, {present}: {fix}"
 
 
 def _model_limits(args: ServerArgs, context: Context) -> Iterator[Change | str]:
@@ -63,7 +63,7 @@ def _defaults(args: ServerArgs, context: Context) -> Iterator[Change | str]:
         ("page_size", page, "default"),
         ("chunked_prefill_size", chunk, f"default {where} up to --max-prefill-tokens, in pages of {page}"),
         ("sampling_backend", "pytorch", "the only sampler"),
-        ("random_seed", secrets.randbelow(2**31), "drawn, because --random-seed is not given"),
+        ("random_seed", secrets.randbelow(2**31), "random, because --random-seed is not given"),
         ("dist_timeout", 600, "default, in seconds"),
     ):
         if getattr(args, name) is None:
@@ -88,7 +88,7 @@ def _graphs(args: ServerArgs, context: Context) -> Iterator[Change | str]:
 
 
 def _speculation(args: ServerArgs, context: Context) -> Iterator[Change | str]:
-    """What is drafted, and by which model."""
+    """How many draft tokens, and by which model."""
     name = args.speculative_algorithm
     if name is None:
         return
@@ -108,7 +108,7 @@ def _speculation(args: ServerArgs, context: Context) -> Iterator[Change | str]:
 
 
 def _state_slots(args: ServerArgs, context: Context) -> Iterator[Change | str]:
-    """Each running request holds one slot: an automatic number of requests is lowered to the slots given."""
+    """Each running request holds one slot: an automatic number of requests is lowered to the number of slots."""
     slots, running = args.max_mamba_cache_size, args.max_running_requests
     if slots is None or running is None or context.model is None:
         return
@@ -145,7 +145,7 @@ def _parallel_modes(args: ServerArgs, context: Context) -> Iterator[Change | str
     if args.load_balance_method == "auto":
         yield Change("load_balance_method", "auto", "round_robin", "default")
     if args.moe_a2a_backend == "mori":
-        reason = "--moe-a2a-backend mori parts the experts over all ranks"
+        reason = "--moe-a2a-backend mori splits the experts over all ranks"
         yield Change("ep_size", args.ep_size, args.tp_size, reason)
         if args.deepep_mode == "auto":
             yield Change("deepep_mode", "auto", "normal", "for --moe-a2a-backend mori, auto is normal")
@@ -160,7 +160,7 @@ def _group_chunk(args: ServerArgs, context: Context) -> Iterator[Change | str]:
 
 
 def _dispatch_limit(args: ServerArgs, context: Context) -> Iterator[Change | str]:
-    """No forward of a rank may hold more tokens than may be dispatched: what is automatic is lowered to the limit."""
+    """No forward of a rank may have more tokens than may be dispatched: automatic values are lowered to the limit."""
     limit, page, rows = context.dispatch_limit, args.page_size or 1, args.speculative_num_draft_tokens or 1
     if args.moe_a2a_backend != "mori" or not limit or args.max_running_requests is None:
         return
@@ -215,7 +215,7 @@ def _experts(args: ServerArgs, context: Context) -> Iterator[Change | str]:
 
 
 def _shared_experts_fusion(args: ServerArgs, context: Context) -> Iterator[Change | str]:
-    """On by default where the shared experts can be slots of the routed ones' weights."""
+    """On by default if the shared experts can be stored as additional routed experts."""
     if context.model is None or args.disable_shared_experts_fusion:
         return
     refusal = context.model.shared_fusion_refusal(args.moe_a2a_backend)

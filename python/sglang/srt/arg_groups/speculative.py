@@ -8,7 +8,7 @@ from typing import Annotated
 from sglang.srt.arg_groups.fields import Arg
 
 SPECULATIVE = "Speculative decoding"
-# Most drafts of a chain; the rows of a request in a verify step are one more.
+# Largest number of draft tokens of a chain; a verify step has one more row per request.
 MAX_STEPS = 8
 DEFAULT_STEPS = 3
 

@@ -1,4 +1,4 @@
-"""What a step of resolution is given, and what it yields."""
+"""Input and output types of a step of resolution."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class PlatformLike(Protocol):
-    """What resolution asks of a platform."""
+    """What resolution reads of a platform."""
 
     @property
     def kind(self) -> str: ...
@@ -40,7 +40,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Context:
-    """What steps may look at; ``model`` is None when its config cannot be read."""
+    """What steps may read; ``model`` is None if its config cannot be read."""
 
     platform: PlatformLike
     model: ModelConfig | None
@@ -52,5 +52,5 @@ class Context:
     given: frozenset[str] = frozenset()
 
 
-# A step yields what it changes, and in words what speaks against the settings.
+# A step yields its changes, and errors as text.
 Step = Callable[[ServerArgs, Context], Iterator[Change | str]]

@@ -184,7 +184,7 @@ class TestSettings(CustomTestCase):
         for word, args in (
             ("--page-size 16 cannot be served: compressed entries and states of the model follow pages of 256", {
                 "page_size": 16}),
-            ("--chunked-prefill-size 300 is no number of pages", {"chunked_prefill_size": 300}),
+            ("--chunked-prefill-size 300 is not a multiple of a page", {"chunked_prefill_size": 300}),
             ("--max-total-tokens 100 is less than one page", {"max_total_tokens": 100}),
             ("--attention-backend torch_native has no compressed attention", {"attention_backend": "torch_native"}),
             ("does not divide o_groups 8", {"tp_size": 16}),
