@@ -28,10 +28,10 @@ _EMPTY: np.ndarray = np.empty(0, dtype=np.int64)
 class RadixCache:
     """Prefix cache over whole pages of KV slots.
 
-    A slot in the tree belongs to the tree: it goes back to ``allocator`` on eviction. Keys are token ids, values slot
-    ids; both are compared and copied in bulk, so a match or an insertion is linear in its tokens. With ``disable`` the
-    tree stays empty: nothing matches and an insertion takes nothing. ``companions`` keep what a prefix needs in
-    addition.
+    A slot in the tree belongs to the tree: it goes back to ``allocator`` on eviction. Keys are token ids, or token ids
+    packed with what else must be the same (``ReqMemory``), values slot ids; both are compared and copied in bulk, so a
+    match or an insertion is linear in its tokens. With ``disable`` the tree stays empty: nothing matches and an
+    insertion takes nothing. ``companions`` keep what a prefix needs in addition.
     """
 
     def __init__(
