@@ -9,7 +9,7 @@ help: ## List the targets
 install: ## Create .venv with the test extra
 	scripts/test.sh --install-only
 
-format: install ## Sort imports, mend what ruff can mend, and format
+format: install ## Sort imports, fix what ruff can fix, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
@@ -22,7 +22,7 @@ lint: install ## The static checks that CI runs
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: install ## Write the generated pages anew
+docs: install ## Write the generated pages
 	$(BIN)/python scripts/gen_docs.py
 
 quick: lint ## The static checks and the unit tests

@@ -139,7 +139,7 @@ class Violation:
 
 
 def under(module: str, prefix: str) -> bool:
-    """True for the prefix itself, for what lies below it, and for ``<prefix>_*`` next to it."""
+    """True for the prefix itself, for what is below it, and for ``<prefix>_*`` next to it."""
     return module == prefix or module.startswith((prefix + ".", prefix + "_"))
 
 

@@ -2,7 +2,7 @@
 """Hold the vendor fakes and every vendor call of the product to what the vendors published, read with ``ast``.
 
     python scripts/check_vendor_contracts.py                # one line a drift, exit status 1 if there is any
-    python scripts/check_vendor_contracts.py --refresh DIR  # read the contracts anew from wheels and checkouts in DIR
+    python scripts/check_vendor_contracts.py --refresh DIR  # read the contracts again from wheels and checkouts in DIR
 
 DIR holds ``amd_aiter-*.whl`` and ``amd_mori-*.whl`` as ``pip download --no-deps`` leaves them, and for a source that
 is a commit the repository, cloned under its name. A source that is not there keeps its entry. Nothing is imported.
@@ -138,7 +138,7 @@ def read_file(path: str, text: str, wanted: tuple[str, ...]) -> dict:
 
 
 def refresh(source: Source, folder: Path) -> bool:
-    """Read the source's files anew; False when ``folder`` does not hold it."""
+    """Read the source's files again; False when ``folder`` does not hold it."""
     opener = _open_wheel(source, folder) if "wheel" in source.origin else _open_checkout(source, folder)
     if opener is None:
         return False

@@ -113,7 +113,7 @@ def nearby(length: int, window: Tensor | int, device: torch.device) -> Tensor:
 
 
 def with_previous(blocks: Tensor) -> Tensor:
-    """Each block of keys [B, L, D] behind the one before it: [B, L / BLOCK, 2 * BLOCK, D]."""
+    """Each block of keys [B, L, D] after the one before it: [B, L / BLOCK, 2 * BLOCK, D]."""
     parts = blocks.unflatten(1, (-1, BLOCK))
     return torch.cat([F.pad(parts[:, :-1], (0, 0, 0, 0, 1, 0)), parts], 2)
 
@@ -259,7 +259,7 @@ class DenseDeepseekV4(nn.Module):
         return {kind: (cos[start:end], sin[start:end]) for kind, (cos, sin) in tables.items()}
 
     def streams(self, ids: Tensor, asked: Pass) -> Tensor:
-        """The streams [B, L, n, H] behind the last layer."""
+        """The streams [B, L, n, H] after the last layer."""
         body = self.inner.model
         asked.rope = self.rope(0, ids.shape[1])
         streams = body.embed_tokens(ids).float().unsqueeze(2).expand(-1, -1, self.config.hc_mult, -1).contiguous()

@@ -16,7 +16,7 @@ MAX_PAIRS = 8
 # Tokens that stand before the pairs at most, and those of a question with its answer at most.
 MAX_LEAD, MAX_SLOT = 8, 7
 CHAT_SHARE = 0.4
-# How many last tokens a layer sees in narrowed rows: what lies farther back has to come through entries.
+# How many last tokens a layer sees in narrowed rows: what is farther back has to come through entries.
 NARROW = (12, 24, 48, 128)
 
 

@@ -90,7 +90,7 @@ install_torch() {
     else
         say "installing torch's CPU build from $TORCH_CPU_INDEX"
         { answers "$TORCH_CPU_INDEX/torch/" && pip_install --no-deps --index-url "$TORCH_CPU_INDEX" "$TORCH_RANGE"; } ||
-            die "torch's CPU build cannot be had from $TORCH_CPU_INDEX; set SGLANG_TORCH_INDEX_URL to an index that" \
+            die "torch's CPU build cannot be downloaded from $TORCH_CPU_INDEX; set SGLANG_TORCH_INDEX_URL to an index that" \
                 "has it, or to https://pypi.org/simple for the CUDA build, which runs on CPUs too and is much larger"
     fi
 }

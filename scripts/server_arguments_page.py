@@ -34,7 +34,7 @@ This page is generated from `python/sglang/srt/server_args*.py` by `scripts/gen_
   python -m sglang.launch_server --config server.yaml --port 30001
   ```
 
-- Ask what a command line would do. All flags, all `SGLANG_` variables and the model's `config.json` are judged
+- Ask what a command line would do. All flags, all `SGLANG_` variables and the model's `config.json` are checked
   together, and each setting that is chosen for you is printed with its reason. The exit status is 0 when the server
   would start, and 2 otherwise. No weights are read: a folder with only a `config.json` is enough.
 

@@ -182,7 +182,7 @@ def write_tokenizer_files(
 ) -> None:
     """Write tokenizer.json, tokenizer_config.json (with the chat template) and generation_config.json.
 
-    ``more_tokens`` stand behind the special tokens; those that are ``visible`` are part of decoded text.
+    ``more_tokens`` stand after the special tokens; those that are ``visible`` are part of decoded text.
     """
     named = [*SPECIAL_TOKENS, *more_tokens]
     reserved = [f"<|reserved_{i}|>" for i in range(VOCAB_SIZE - NUM_BYTES - len(named))]

@@ -4,7 +4,7 @@
     python scripts/train_deepseek_v4_tiny.py --max-seconds 420 --output-dir OUT
 
 The tasks are those of `train_tiny_models.py`, and lookups whose pair stands hundreds of tokens back. Training begins
-with questions close behind their pairs, as lookups are learned last and all else is easy afterwards. Then rows of three
+with questions close after their pairs, as lookups are learned last and all else is easy afterwards. Then rows of three
 kinds take turns: packed documents; short rows in which layers see so few last tokens that a pair is met through
 compressed entries alone; long rows. Every entry is seen at first; the indexer learns at the same time, and chooses from
 the middle of the time on. Matrices are trained by Muon: with AdamW alone, at 2e-3 and 3e-3, lookups stayed at half. The
@@ -299,7 +299,7 @@ def save(model: Any, folder: Path) -> None:
 
 
 class V4DraftTrainer(DraftTrainer):
-    """The MTP layer of a saved folder in training; "hidden" are the streams of the model behind its last layer."""
+    """The MTP layer of a saved folder in training; "hidden" are the streams of the model after its last layer."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
         self.args, self.device = args, device
@@ -327,7 +327,7 @@ class V4DraftTrainer(DraftTrainer):
         return self.dense.logits(hidden)
 
     def chain(self, ids: Tensor, hidden: Tensor) -> Iterator[Tensor]:
-        """Logits of each draft, [B, L - k, V]: row i of draft k is a guess of token i + k + 1."""
+        """Logits of each draft, [B, L - k, V]: row i of draft k is the prediction of token i + k + 1."""
         own = self.layer
         parts: list[Tensor] = []
         starts: list[int] = []

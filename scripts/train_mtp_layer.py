@@ -7,7 +7,7 @@
 
 The layer learns the model's own next-token distributions in chains of drafts, as it is served: the first draft reads
 the model's hidden rows, each later one the layer's own output, and a chain attends to rows of first drafts and to
-itself. Only rows of answers are learned. Tensors of the model stay byte for byte. The second command goes on from the
+itself. Only rows of answers are learned. Tensors of the model stay byte for byte. The second command continues from the
 folder's layer, with rows as long as the model's context. Needs what `train_tiny_models.py` needs; uses a GPU where
 there is one.
 """
@@ -41,7 +41,7 @@ from sglang.test.tiny_tasks import MAX_NEW_TOKENS, TASKS, heldout_questions, tra
 
 # Drafts of a chain, and what each weighs in the loss.
 CHAIN_WEIGHTS = (1.0, 0.8, 0.6)
-# How many questions are scored behind a long context.
+# How many questions are scored after a long context.
 CONTEXT_QUESTIONS = 20
 # What a config.json says of the layer.
 MTP_KEYS: dict[str, dict[str, Any]] = {
@@ -134,7 +134,7 @@ class DraftTrainer:
         return self.model.lm_head(hidden)
 
     def chain(self, ids: Tensor, hidden: Tensor) -> Iterator[Tensor]:
-        """Logits of each draft, [B, L - k, V]: row i of draft k is a guess of token i + k + 1."""
+        """Logits of each draft, [B, L - k, V]: row i of draft k is the prediction of token i + k + 1."""
         cache, starts = ChainCache(), []
         for k in range(1, len(CHAIN_WEIGHTS) + 1):
             embedded = self.model.model.embed_tokens(ids[:, k:])
@@ -195,7 +195,7 @@ class DraftTrainer:
         print(f"{args.model} finished after {step} steps, {clock() - started:.0f}s", flush=True)
 
     def scores(self) -> str:
-        """The score of the questions alone, and of the first of them behind each of ``--contexts``."""
+        """The score of the questions alone, and of the first of them after each of ``--contexts``."""
         parts = [self.score([self.answers])]
         for length in self.args.contexts:
             context = packed_context(length)
@@ -206,7 +206,7 @@ class DraftTrainer:
 
     @torch.no_grad()
     def score(self, batches: list[list[tuple[list[int], int]]]) -> str:
-        """Share of drafts accepted at each position in the cycles of a greedy server; none is behind the end.
+        """Share of drafts accepted at each position in the cycles of a greedy server; none is after the end.
 
         batches: texts that are run together, each with where its answer begins.
         """
@@ -270,7 +270,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--documents", type=int, default=60_000, help="size of the pool that rows are packed from")
     parser.add_argument("--tokens-per-step", type=int, default=2048)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[64] * 7 + [512], help="of rows, in turns")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[64] * 7 + [512], help="of rows, in rotation")
     parser.add_argument("--resume", action="store_true", help="begin with the layer that the folder has")
     parser.add_argument("--contexts", type=int, nargs="*", default=[], help="score drafts behind so many tokens too")
     parser.add_argument("--report-seconds", type=float, default=120.0)

@@ -5,7 +5,7 @@
 
 The conversations are those of `sglang.test.tool_tasks`, written by the chat template that is saved with the model; the
 model is the DeepSeek-V3 of `train_tiny_models.py`, its calls have the form of DeepSeek-V3 (`--tool-call-parser
-deepseekv3`). Only replies are learned, each behind a whole conversation. Needs torch, transformers and safetensors.
+deepseekv3`). Only replies are learned, each after a whole conversation. Needs torch, transformers and safetensors.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def token_ids(text: str) -> list[int]:
 
 
 def spoken(task: ToolTask) -> str:
-    """The reply behind the thought."""
+    """The reply after the thought."""
     if not task.calls:
         return task.content
     calls = [

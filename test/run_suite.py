@@ -44,7 +44,7 @@ FAILURE_TAIL_CHARS = 20_000
 _RAN = re.compile(r"^Ran (\d+) tests? in ", re.MULTILINE)
 _VERDICT = re.compile(r"^(OK|FAILED|NO TESTS RAN)(?: \((.*)\))?$", re.MULTILINE)
 _SKIP_REASON = re.compile(r"\.\.\. skipped (['\"])(.*)\1$", re.MULTILINE)
-# A second run cannot mend these; accuracy, speed and time-outs may pass on another try.
+# A second run cannot fix these; accuracy, speed and time-outs may pass on another try.
 _CODE_ERROR = re.compile(
     r"^(\w+\.)*(SyntaxError|ImportError|ModuleNotFoundError|NameError|TypeError|AttributeError|KeyError|IndexError"
     r"|RuntimeError|ValueError|OutOfMemoryError|MemoryError)\b|out of memory|Segmentation fault",
@@ -170,7 +170,7 @@ def _kill_group(process: subprocess.Popen | ForkedFile) -> None:
 def run_with_retry(
     path: Path, registration: CIRegistration, args: argparse.Namespace, preloaded: Preloaded | None
 ) -> FileResult:
-    """One file, run again after a failure that a second run may mend, if ``--enable-retry`` says so."""
+    """One file, run again after a failure that a second run may fix, if ``--enable-retry`` says so."""
     attempts = args.max_attempts if args.enable_retry else 1
     timeout = args.timeout_per_file
     for attempt in range(1, attempts + 1):

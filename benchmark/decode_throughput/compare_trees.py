@@ -7,7 +7,7 @@ Both engines are up at the same time, each in processes of its own tree, and tak
 same new prompts, and the side that begins changes from pair to pair. A turn is as many batches as fill --turn-seconds.
 Prints for each batch size the time of the new tree over that of the old one: the geometric mean of the pairs with its
 95 % interval, and the median. Exit status 1 when the upper end of an interval is above the bar, or when tokens differ.
-The first pair of a start warms up. Where memory lies differs from start to start, and with it the speed by some
+The first pair of a start warms up. The placement of memory differs from start to start, and with it the speed by some
 percent. With the same tree twice it shows what the machine's noise alone gives. On a busy machine
 ``--measure cpu`` judges the CPU time of all processes of a side instead; the other of the two is printed too.
 """

@@ -6,7 +6,7 @@
 
 Both models are in the memory of the card at the same time, so give --mem-fraction-static. The side that begins changes
 from pair to pair, both get the same new random prompts, and the first pair warms up. ``--through engine`` is the
-offline Engine: prefill is the time of a first token, and decode steps are those behind a prompt in the prefix cache,
+offline Engine: prefill is the time of a first token, and decode steps are those after a prompt in the prefix cache,
 greedy and at temperature 1. ``--through one`` is a static batch without a scheduler, fed with random tokens. Prints
 ms per decode step and thousand prefill tokens/s of each tree (median), and new over old in ms: geometric mean and 95 %
 interval.

@@ -1,4 +1,4 @@
-"""Accuracy and throughput on word problems of a local file, asked of a running server.
+"""Accuracy and throughput on word problems of a local file, sent to a running server.
 
     python -m sglang.launch_server --model-path MODEL &
     python benchmark/gsm8k/bench_sglang.py --data-path test.jsonl --num-questions 200

@@ -35,7 +35,7 @@ ANCHORS = {
 DECODE_BATCHES = (1, 8, 32, 128)
 EXTEND_SHAPES = ((1, 1024), (8, 1024), (1, 8192), (32, 1024))
 DIM, WIDTH = 128, 4
-# More than the caches of the GPUs at hand.
+# More than the caches of the local GPUs.
 ROTATED_BYTES = 160 << 20
 
 

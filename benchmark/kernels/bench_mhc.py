@@ -23,7 +23,7 @@ from sglang.kernels.ops.norm.rmsnorm import rms_norm
 from sglang.kernels.registry import REGISTRY
 from sglang.test.aiter_mhc_cases import crossing
 
-# More than the caches of the GPUs at hand.
+# More than the caches of the local GPUs.
 ROTATED_BYTES = 160 << 20
 
 

@@ -1,8 +1,8 @@
-"""Time that choosing the next token adds to a step: greedy, and drawn with and without filters and penalties.
+"""Time that choosing the next token adds to a step: greedy, and sampled with and without filters and penalties.
 
     python benchmark/kernels/bench_sampling.py [--runs 7] [--batches 1 32 128] [--vocabularies 129280 248320]
 
-Each choice is captured in a graph of its own, and the graphs are replayed in turns; us, median (min .. max). ``before``
+Each choice is captured in its own graph, and the graphs are replayed alternately; us, median (min .. max). ``before``
 is the form that sorts the vocabulary: edits on a copy, softmax, stable sort, scatter, float64 sums and a search. The
 last column is what the new form adds to a greedy choice in the same run.
 """

@@ -1,4 +1,4 @@
-"""Find the tiles of the attention kernels on the GPU at hand; the answer goes into kernels/ops/attention/tiles.py.
+"""Find the tiles of the attention kernels on the local GPU; the answer goes into kernels/ops/attention/tiles.py.
 
     python benchmark/kernels/tune_attention.py [--only mla_h128 mla_h16] [--shapes 1x8192 128x8192] [--jobs 12]
 
@@ -44,7 +44,7 @@ def run_once(job: Job) -> str | None:
         for call in make(job).calls[:1]:
             call()
         torch.cuda.synchronize()
-    except Exception as error:  # any failure of a candidate leaves it out, aloud
+    except Exception as error:  # a candidate that fails is left out and named
         return f"{type(error).__name__}: {error}".splitlines()[0][:120]
     return None
 

@@ -1,4 +1,4 @@
-"""Find tiles of the 8-bit linear kernels on the GPU at hand, for the tables in ``kernels/ops/quant/group_fp8.py``.
+"""Find tiles of the 8-bit linear kernels on the local GPU, for the tables in ``kernels/ops/quant/group_fp8.py``.
 
     python benchmark/kernels/tune_linear.py [--rows 1 8 32 128 1024 8192] [--jobs 12] [--best 3]
 

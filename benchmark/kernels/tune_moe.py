@@ -1,4 +1,4 @@
-"""Find tile sizes of the routed experts' kernels on the GPU at hand, for ``kernels/ops/moe/tiles.json``.
+"""Find tile sizes of the routed experts' kernels on the local GPU, for ``kernels/ops/moe/tiles.json``.
 
     python benchmark/kernels/tune_moe.py --shape v2lite --tokens 1 8 128 [--block-m 16 32] [--fp8] [--path one]
 

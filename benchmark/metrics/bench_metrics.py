@@ -1,11 +1,11 @@
-"""What /metrics costs: one server with them, read once per second, and one without, given the same load in turns.
+"""What /metrics costs: one server with them, read once per second, and one without, given the same load alternately.
 
     python benchmark/metrics/bench_metrics.py [--starts 3] [--seconds 75]
 
 Every turn streams --batch-size requests of --output-len tokens. Printed are the seconds of a turn (min / median / max),
 by the clock and of the CPU of all processes of the server, and the ratio in the pairs of turns: geometric mean and
-95 % interval, and the mean of each start. Where memory lies differs from start to start, and with it the speed by some
-percent: both servers are started --starts times.
+95 % interval, and the mean of each start. The placement of memory differs from start to start, and with it the speed by
+some percent: both servers are started --starts times.
 """
 
 from __future__ import annotations

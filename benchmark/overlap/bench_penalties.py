@@ -1,4 +1,4 @@
-"""What one penalised request costs its neighbours: decode throughput of a batch with one and with none, in turns.
+"""What one penalised request costs its neighbours: decode throughput of a batch with one and with none, alternately.
 
     python benchmark/overlap/bench_penalties.py [--model-path DIR --load-format dummy] [--batch-size 32] [--rounds 9]
 

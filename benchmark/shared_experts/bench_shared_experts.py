@@ -106,7 +106,7 @@ def fill(batch: StaticBatch, prompts: list[list[int]], length: int) -> None:
 
 
 def print_size(size: int, times: dict[str, list[float]]) -> tuple[dict[str, float], float]:
-    """One row, and what the chooser takes: the fastest runs, and how far from its fastest a mode's median lies."""
+    """One row, and what the chooser takes: the fastest runs, and how far from its fastest a mode's median is."""
     fastest = {mode: min(runs) for mode, runs in times.items()}
     medians = {mode: statistics.median(runs) for mode, runs in times.items()}
     spread = max(medians[mode] / fastest[mode] - 1 for mode in times if "+" not in mode)
@@ -156,7 +156,7 @@ def print_traces(runner: ModelRunner, allocator: Any, modes: list[str], args: ar
             if row["captured"]:
                 print(
                     f"{mode}: {row['site']} at {row['num_tokens']}: side {row['side_us']:.1f} us, main "
-                    f"{row['main_us']:.1f} us, {row['overlap_fraction']:.0%} of the side beside it"
+                    f"{row['main_us']:.1f} us, {row['overlap_fraction']:.0%} of the side overlapped"
                 )
 
 

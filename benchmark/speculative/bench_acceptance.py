@@ -1,9 +1,9 @@
-"""How many drafts of an embedded model are accepted behind long contexts, with and without cached prefixes.
+"""How many drafts of an embedded model are accepted after long contexts, with and without cached prefixes.
 
     python benchmark/speculative/bench_acceptance.py [--model deepseek-v3-tiny] [--context 0 1000 3900] [--questions 60]
 
 A context is a row of other questions with their answers, the same for all questions, so that with the prefix cache
-each but the first finds it there. On a CPU, float32, greedy, 3 drafts; drafts behind an answer's end do not count.
+each but the first finds it there. On a CPU, float32, greedy, 3 drafts; drafts after an answer's end do not count.
 """
 
 from __future__ import annotations

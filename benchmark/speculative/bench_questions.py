@@ -1,4 +1,4 @@
-"""Time per output token of an embedded model with and without its drafts, one question at a time, in turns.
+"""Time per output token of an embedded model with and without its drafts, one question at a time, alternately.
 
     python benchmark/speculative/bench_questions.py [--model deepseek-v3-tiny] [--steps 3] [--questions 60] [--rounds 5]
 
@@ -21,7 +21,7 @@ from sglang.test.tiny_tasks import heldout_questions
 
 
 def ms_per_token(engine: EngineHarness, prompts: list[list[int]]) -> float:
-    """Over all questions: time behind the first tokens, per token behind them."""
+    """Over all questions: time after the first tokens, per token after them."""
     seconds, tokens = 0.0, 0
     engine.results.clear()
     for number, prompt in enumerate(prompts):

@@ -64,7 +64,7 @@ class Accept:
 
 
 def replay_ms(graphs: BucketGraphs[Any] | None, bucket: int, repeats: int = 20) -> float:
-    """The median time of one replay on what lies in its tensors now; NaN where there is no graph."""
+    """The median time of one replay on what is in its tensors now; NaN where there is no graph."""
     if graphs is None or graphs.bucket_of(bucket) != bucket:
         return math.nan
     return statistics.median(timed(lambda: graphs.run(bucket))[1] * 1e3 for _ in range(repeats))

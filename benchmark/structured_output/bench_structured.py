@@ -1,4 +1,4 @@
-"""What output of a given form costs: the same batch with and without a form, in turns, in one process.
+"""What output of a given form costs: the same batch with and without a form, alternately, in one process.
 
     python benchmark/structured_output/bench_structured.py
 

@@ -8,8 +8,8 @@ at once, through the Engine. Every mode that changes a token is named, and the e
 trained models answer their held-out questions instead, and the scores are compared. With ``--kill`` one rank of two is
 killed in the middle of a reply, and the client must be told which.
 
-With ``--drafts`` the modes are those of speculation, and of DeepSeek V4 with and without it, greedy and drawn, against
-one GPU without speculation. Weights are dummies of a vocabulary of 16 ids, so that guesses of an untrained layer are
+With ``--drafts`` the modes are those of speculation, and of DeepSeek V4 with and without it, greedy and sampled,
+against one GPU without speculation. Weights are dummies of a vocabulary of 16 ids, so drafts of an untrained layer are
 accepted now and then; a mode in which none was, none was rejected, no rank was idle or a graph was refused fails too.
 """
 
@@ -40,7 +40,7 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 24, "ignore_eos": True}
 GROUPS = {"dp_size": 2, "enable_dp_attention": True}
 MORI = {"tp_size": 2, "moe_a2a_backend": "mori"}
 SERIAL = {"SGLANG_STREAM_SITES": "deepseek.shared_experts=off,qwen3_5.shared_experts=off"}
-BESIDE = {"SGLANG_STREAM_SITES": "deepseek.shared_experts=on,qwen3_5.shared_experts=on"}
+OVERLAPPED = {"SGLANG_STREAM_SITES": "deepseek.shared_experts=on,qwen3_5.shared_experts=on"}
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ MODES = (
     Mode("all-reduce", {"tp_size": 2, "ep_size": 2}),
     Mode("gathered groups", {"tp_size": 2, "ep_size": 2, **GROUPS}),
     Mode("normal", {**MORI}, SERIAL),
-    Mode("normal, two streams", {**MORI}, BESIDE),
+    Mode("normal, two streams", {**MORI}, OVERLAPPED),
     Mode("groups, normal", {**MORI, **GROUPS}, SERIAL),
-    Mode("groups, normal, two streams", {**MORI, **GROUPS}, BESIDE),
-    Mode("groups, low latency, two streams", {**MORI, **GROUPS, "deepep_mode": "low_latency"}, BESIDE),
+    Mode("groups, normal, two streams", {**MORI, **GROUPS}, OVERLAPPED),
+    Mode("groups, low latency, two streams", {**MORI, **GROUPS, "deepep_mode": "low_latency"}, OVERLAPPED),
     Mode("groups, rounds", {**MORI, **GROUPS}, {"SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS": "40"}),
     Mode("groups, cut by hand", {**MORI, **GROUPS}, {"SGLANG_MORI_MOE_MAX_INPUT_TOKENS": "16"}),
     Mode("groups, no graphs", {**MORI, **GROUPS, "disable_cuda_graph": True}),
@@ -80,7 +80,7 @@ DRAFT_MODES = (
     Mode("groups, no drafts", {**MORI, **GROUPS}),
     Mode("groups, 3 drafts, no graphs", {**MORI, **GROUPS, **drafts(3), "disable_cuda_graph": True}),
     Mode("groups, low latency, two streams, 3 drafts",
-         {**MORI, **GROUPS, **drafts(3), "deepep_mode": "low_latency"}, BESIDE),
+         {**MORI, **GROUPS, **drafts(3), "deepep_mode": "low_latency"}, OVERLAPPED),
     Mode("groups, rounds, 3 drafts", {**MORI, **GROUPS, **drafts(3)}, {"SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS": "40"}),
     Mode("groups, 3 drafts, no overlap", {**MORI, **GROUPS, **drafts(3), "disable_overlap_schedule": True}),
     Mode("all-reduce, 3 drafts", {"tp_size": 2, "ep_size": 2, **drafts(3)}),
@@ -141,7 +141,7 @@ def expect_events(mode: Mode, states: list[dict[str, Any]]) -> None:
     made, accepted = (sum(state[name] for state in states) for name in ("num_drafts", "num_accepted_drafts"))
     idle = [state["num_idle_steps"] for state in states]
     if mode.settings:
-        print(f"          {accepted} of {made} guesses accepted, idle steps {idle}", flush=True)
+        print(f"          {accepted} of {made} drafts accepted, idle steps {idle}", flush=True)
     problems = {
         f"graphs were refused: {refused}": refused,
         "nothing was accepted, or nothing rejected": "speculative_algorithm" in mode.settings

@@ -165,7 +165,7 @@ def bench_size(layers: Layers, tokens: int, args: argparse.Namespace, device: to
         shares = [
             row["overlap_fraction"] for row in merge_rows(trace for trace in traces[variant] if trace is not None)
         ]
-        beside = f", {statistics.fmean(shares):.0%} of the side beside" if shares else ""
+        beside = f", {statistics.fmean(shares):.0%} of the side overlapped" if shares else ""
         lines.append(
             f"  {variant.name:<12} {middle:8.1f} ({min(took):.1f} .. {max(took):.1f})  {middle / base:.3f}{beside}"
         )

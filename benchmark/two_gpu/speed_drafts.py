@@ -4,9 +4,9 @@
 
 Layers of published sizes with dummy weights (bf16), attention groups over MORI's protocol, every step captured. Each
 group has ``--batches`` requests of 128 tokens. Time per step is taken between two lengths of the answer, so that no
-prefill counts. An untrained layer guesses wrong, so a step of speculation gives one token: its time over that of a
-step without is the break-even length: speculation gains from so many tokens per step on. TPOT at other lengths follows.
-Next to so few layers (V3: 4, V4-Flash: 8) the layer that drafts weighs more than next to all of them.
+prefill counts. Drafts of an untrained layer are wrong, so a step of speculation gives one token: its time over that of
+a step without is the break-even length: speculation gains from so many tokens per step on. TPOT at other lengths
+follows. Next to so few layers (V3: 4, V4-Flash: 8) the layer that drafts weighs more than next to all of them.
 """
 
 from __future__ import annotations

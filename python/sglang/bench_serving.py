@@ -160,7 +160,7 @@ async def arrivals(rows: Sequence[DatasetRow], rate: float, rng: np.random.Gener
 
 
 async def _locate(args: argparse.Namespace, control: ServerControl) -> tuple[str, Tokenizer]:
-    """(model name to send, tokenizer): what the flags leave open is asked of the server."""
+    """(model name to send, tokenizer): what the flags leave open is read from the server."""
     info = await control.try_get("/model_info")
     model = args.served_model_name or args.model
     if model is None:

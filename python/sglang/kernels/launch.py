@@ -35,7 +35,7 @@ class Rows(NamedTuple):
 
 
 def rows_of(x: Tensor) -> Rows | None:
-    """Where the rows of ``x`` [..., D] lie; None when a row is not dense or two strides do not reach all rows."""
+    """Where the rows of ``x`` [..., D] are; None when a row is not dense or two strides do not reach all rows."""
     dim = x.shape[-1] if x.ndim else 0
     if x.ndim == 0 or (dim > 1 and x.stride(-1) != 1):
         return None

@@ -22,7 +22,7 @@ _PLATFORM_NAMES = {"cpu": "CPU", "cuda": "CUDA", "hip": "AMD ROCm (hip)"}
 
 @dataclass(frozen=True)
 class EnvReport:
-    """The verdict of a launch check: a launch with `errors` must not go on; `warnings` are for the log, once.
+    """The result of a launch check: a launch with `errors` must not continue; `warnings` are logged once.
 
     `set_variables` maps the declared and foreign variables that have a value to their text, secrets redacted.
     """
@@ -102,7 +102,7 @@ def _edits(one: str, other: str) -> int:
 def _check_own(
     field_: EnvField[Any], name: str, environ: Mapping[str, str], kind: str | None, findings: _Findings
 ) -> None:
-    """Judge a declared variable that is set under `name`, its own or an old one."""
+    """Check a declared variable that is set under `name`, its own or an old one."""
     found = field_.find(environ)
     if found is None or not environ[name].strip():
         return

@@ -34,7 +34,7 @@ def crossing(rows: int, width: int, device: str, dtype: torch.dtype = torch.bflo
 
 @contextmanager
 def aiter_asked_for(*, only: str = "") -> Iterator[None]:
-    """AITER switched on, everything decided anew, and a failing kernel raises; ``only`` forces one implementation."""
+    """AITER switched on, everything decided again, and a failing kernel raises; ``only`` forces one implementation."""
     with ExitStack() as stack:
         stack.enter_context(envs.SGLANG_USE_AITER.override(True))
         stack.enter_context(envs.SGLANG_KERNELS.override(f"mhc.hc_post_pre={only}" if only else ""))

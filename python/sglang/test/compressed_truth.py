@@ -1,6 +1,6 @@
 """Compressed attention of DeepSeek V4 over plain tensors by request and position: no pools, no states, no pages.
 
-Everything that a step needs is computed anew of all tokens so far, so nothing can be stale or cut at the wrong place.
+Everything that a step needs is computed again of all tokens so far, so nothing can be stale or cut at the wrong place.
 """
 
 from __future__ import annotations

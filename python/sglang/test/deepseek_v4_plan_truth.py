@@ -22,7 +22,7 @@ NUM_PAGES = 64
 class PlanBatch:
     """Requests that bring the positions of ``spans``, then ``padded`` requests of one row and ``extra`` rows of none.
 
-    seed: where their pages lie. rings: 0 for those without speculation, 1 with.
+    seed: where their pages are. rings: 0 for those without speculation, 1 with.
     """
 
     spans: list[tuple[int, int]]
@@ -70,7 +70,7 @@ def check_plan(batch: PlanBatch, ratios: tuple[int, ...] = (4, 128)) -> Compress
         extend_lens=column([end - start for start, end in batch.spans] + [1] * batch.padded),
     )
     rings = {ratio: RINGS[ratio][batch.rings] for ratio in ratios}
-    # Pages behind the windows of all rows, and of nobody, have none.
+    # Pages after the windows of all rows, and of nobody, have none.
     windows = [0, *rng.sample(range(2, NUM_PAGES + 40), NUM_PAGES - 1)]
     read = {0}
     for (start, end), mine in zip(batch.spans, slots, strict=True):
@@ -89,7 +89,7 @@ def _compare(
 ) -> None:
     """AssertionError where a number of ``plan`` is another than a loop over the tokens gives.
 
-    slots, windows: of every token of each request, where it lies, and where its row of the window does.
+    slots, windows: of every token of each request, where it is, and where its row of the window is.
     """
     padding = batch.padded + batch.extra
     num_rows = sum(end - start for start, end in batch.spans) + padding

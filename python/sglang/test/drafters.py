@@ -19,7 +19,7 @@ Rule = Callable[[Req, Sequence[int], int], Sequence[int]]
 
 
 class RuleDrafter(Drafter):
-    """Asks ``rule`` for the drafts of each request. Counts what was accepted behind how many drafts."""
+    """Asks ``rule`` for the drafts of each request. Counts what was accepted after how many drafts."""
 
     def __init__(self, memory: ReqMemory, rule: Rule, num_steps: int) -> None:
         self.rule = rule

@@ -1,4 +1,4 @@
-"""Checks of spread experts that raise when a rule of theirs is broken; over ranks that are threads."""
+"""Checks of spread experts that raise if one of their rules is broken; the ranks are threads."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def check_full_buffer_and_recv_stats() -> None:
 
 
 def check_stale_rows() -> None:
-    """No expert computes a row past those that arrived, also where rows of an earlier step lie there."""
+    """No expert computes a row past those that arrived, also where rows of an earlier step are there."""
     for world in (2, 1):
         states, layers = build(world, world, **MORI)
         seen: list[torch.Tensor] = []

@@ -1,4 +1,4 @@
-"""Few-shot word problems with a number as the answer (the layout of GSM8K), asked of a running server.
+"""Few-shot word problems with a number as the answer (the layout of GSM8K), sent to a running server.
 
     python -m sglang.test.few_shot_gsm8k --data-path test.jsonl --num-questions 200
 

@@ -89,10 +89,10 @@ def refuse_draft_extend(engine: EngineHarness) -> None:
 
 
 class TwoGroups:
-    """What two groups are asked of a model, and what one rank answers to all of it without speculation.
+    """The requests to two groups of a model, and the replies of one rank to all of them without speculation.
 
-    Group 1 comes later, so it is idle first, prefills while group 0 verifies, and goes on when group 0 is idle. It has
-    fewer requests. One of its requests draws from other logits than the model's.
+    Group 1 comes later, so it is idle first, prefills while group 0 verifies, and continues when group 0 is idle. It
+    has fewer requests. One of its requests draws from other logits than the model's.
 
     prompts: seven. chunk: tokens of a prompt chunk of a group. options: of every engine.
     """
@@ -174,5 +174,5 @@ class TwoGroups:
         assert all(told["captured"] == [2, 4] and not told["refused"] for told in graphs.values()), graphs
         chains = counts[GREEDY] + counts[SAMPLED]
         assert counts["verify"] == counts[EXTEND] > 0 < chains, counts
-        # Chains of a step in which somebody's logits are edited are eager on all ranks, as are those behind prompts.
+        # Chains of a step in which somebody's logits are edited are eager on all ranks, as are those after prompts.
         assert groups == 1 or chains < counts["verify"], counts

@@ -1,4 +1,4 @@
-"""Which implementations of ops run, decided anew for a test."""
+"""Which implementations of ops run, decided again for a test."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

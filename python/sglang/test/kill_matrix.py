@@ -125,7 +125,7 @@ class Cell:
         began = time.monotonic()
         os.kill(self._pid(), self.signum)
         if (self.process, self.signum) == ("main", signal.SIGSTOP):
-            # Nobody is there to notice; what counts is that nothing is lost when it goes on.
+            # Nobody is there to notice; what counts is that nothing is lost when it continues.
             time.sleep(WATCHDOG_S + 2)
             os.kill(self._pid(), signal.SIGCONT)
             assert httpx.get(f"{self.url}/ready", timeout=PATIENCE_S).status_code == 200, "does not go on"

@@ -21,7 +21,7 @@ class MtpHarness(ModelHarness):
     """A model, its draft model, and pools with one more layer, in which the draft has the slots of the model.
 
     ``extend`` keeps its step and hidden rows; ``draft_extend`` runs the draft over the same rows, and ``draft_decode``
-    one more row of a request, as a chain of drafts goes on.
+    one more row of a request, as a chain of drafts continues.
     """
 
     def __init__(self, model_path: str, streams: StreamPlan = NO_OVERLAP, **options: Any) -> None:

@@ -121,7 +121,7 @@ def share_accepted(
 ) -> tuple[list[float], float]:
     """How many greedy drafts at each place of a chain are accepted, by transformers alone; and tokens per cycle.
 
-    Drafts behind the end of an answer do not count. The first token of an answer is the prefill's.
+    Drafts after the end of an answer do not count. The first token of an answer is the prefill's.
     """
     from transformers.cache_utils import MtpCache
 

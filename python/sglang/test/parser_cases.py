@@ -1,4 +1,4 @@
-"""Replies of models with thoughts and tool calls, what is to be read in them, and ways to cut them."""
+"""Replies of models with thoughts and tool calls, what the parsers must find in them, and ways to cut them."""
 
 from __future__ import annotations
 

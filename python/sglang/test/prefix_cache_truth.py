@@ -241,7 +241,7 @@ class RandomServer:
         if live == self.states.size:
             self.case.assertIsNone(slot)
             return False
-        self.case.assertIsNotNone(slot, "a live slot must be had while requests hold fewer than all")
+        self.case.assertIsNotNone(slot, "a live slot must be available while requests hold fewer than all")
         if handed_over:
             self.truth.states.remove(req.prefix)
             self._count("state handed over")
@@ -313,7 +313,7 @@ class RandomServer:
         live = sum(r.live_state is not None for r in self.running)
         if self.states.size - live - len(self.truth.states) == 0:
             if not self.truth.states:
-                self._count("no state to be had")
+                self._count("no state available")
                 return
             self.truth.states.pop(0)
         self.truth.use_state(whole)

@@ -79,7 +79,7 @@ class FakeForward:
     output: StepOutput
     sequences: list[list[int]]
     is_decode: bool
-    # Tokens of each request that have KV, but for as many of the last as the step gives it.
+    # Tokens of each request that have KV, except as many of the last as the step gives it.
     committed: list[int]
 
     def drafts(self) -> list[list[int]]:
@@ -110,7 +110,7 @@ class FakeForward:
 class FakeWorker:
     """Checks at each step that slots and states hold exactly what the sequence says, then emits the next token.
 
-    With ``width`` above 1 a decode step brings drafts behind each newest token, of which a share is wrong, and emits
+    With ``width`` above 1 a decode step brings drafts after each newest token, of which a share is wrong, and emits
     what follows those that are right, up to ``width`` tokens.
     """
 

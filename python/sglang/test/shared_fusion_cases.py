@@ -78,7 +78,7 @@ class SharedFusionCases(CustomTestCase):
                         self.assertEqual(shown["experts"]["shared"]["form"], form)
 
     def check_aiter(self) -> None:
-        """By AITER, whose layout leaves a fused model no other form; float16, as bfloat16 lets routers choose anew."""
+        """By AITER, whose layout leaves a fused model no other form; float16, as bfloat16 lets routers choose again."""
         for name in ARCHITECTURES:
             with envs.SGLANG_USE_AITER.override(False), fresh_decisions():
                 wanted, _ = self.serve(name, "float16", "off", **APART)

@@ -50,7 +50,7 @@ def sparse_inputs(
     generator = torch.Generator().manual_seed(seed)
 
     def cache(num_rows: int, page: int) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
-        """Rows of which the first page and every third are poison, as is what lies before; and what rows hold."""
+        """Rows of which the first page and every third are poison, as is what is before; and what rows hold."""
         rows = torch.randn(num_rows + 1, DIM, generator=generator).to(dtype)
         rows[0] = torch.nan
         rows = rows[1:]

@@ -1,4 +1,4 @@
-"""How many drafts a served model accepts, those behind an answer's end not counted."""
+"""How many drafts a served model accepts, those after an answer's end not counted."""
 
 from __future__ import annotations
 

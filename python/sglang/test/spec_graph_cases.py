@@ -38,7 +38,7 @@ else:
 
 
 class SpecGraphs(_Case):
-    """For test cases: engines of an embedded model on the platform at hand, with graphs of a few batch sizes."""
+    """For test cases: engines of an embedded model on the current platform, with graphs of a few batch sizes."""
 
     folder = str(EMBEDDED_MODELS["deepseek-v3-tiny"])
     tokenizer: Tokenizer
@@ -102,7 +102,7 @@ class VerifyCases(SpecGraphs):
     def proposals(self, engine: EngineHarness) -> list[list[list[int]]]:
         """From here on, the drafts of an engine that somebody reads, step by step.
 
-        Behind a chunk before the end of a prompt there is none: such requests share the padding row's slots, so what
+        After a chunk before the end of a prompt there is none: such requests share the padding row's slots, so what
         is drafted there depends on which of them a device writes last.
         """
         assert engine.worker.speculator is not None
@@ -153,7 +153,7 @@ class VerifyCases(SpecGraphs):
                 metrics = engine.scheduler.metrics
                 self.assertEqual(len(sizes), metrics.num_decode_steps)
                 self.assertEqual(replayed["verify"], replayed[EXTEND])
-                # A batch with penalties is drawn eagerly, and so are its chains; those behind prompts are replayed.
+                # A batch with penalties is sampled eagerly, and so are its chains; those after prompts are replayed.
                 self.assertTrue(all(replayed[name] for name in names), replayed)
                 self.assertLess(replayed[GREEDY_ACCEPT] + replayed[SAMPLED_ACCEPT], len(sizes))
                 self.assertLess(replayed[GREEDY] + replayed[SAMPLED], len(sizes) + metrics.num_prefill_steps)

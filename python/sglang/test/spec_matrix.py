@@ -42,7 +42,7 @@ class SpecCase(NamedTuple):
 
 
 def all_cases() -> list[SpecCase]:
-    """Every combination, but for retraction of the only request, which there is not."""
+    """Every combination, except retraction of the only request, which is impossible."""
     both = (False, True)
     values = itertools.product((1, 2, 3, 5), RULES, (1, 7), (7, 64), both, both, both, both, both)
     return [case for case in itertools.starmap(SpecCase, values) if case.concurrency > 1 or not case.retracts]
@@ -85,7 +85,7 @@ class EverySchedule(CustomTestCase):
 class SpecMatrix:
     """A model's answers without speculation, and the same requests under a case.
 
-    Requests come in two waves: questions, some behind a shared beginning, and then what follows some of their answers.
+    Requests come in two waves: questions, some after a shared beginning, and then what follows some of their answers.
     shared: that beginning, at least a page where the model has pages; it stands once or twice. max_total_tokens: room
     for seven requests. page: by which the model is chunked and hit.
     """

@@ -66,7 +66,7 @@ _DEEPSEEK_V4: dict[str, Any] = {
 }  # fmt: skip
 
 # The square heads of the other Qwen configs cannot tell a [V, K] state from a [K, V] one; "q35moe-ns" can.
-# With as many experts as groups a token, the best experts lie in the best groups anyway; "dsv2g-k3" sees the limit.
+# With as many experts as groups a token, the best experts are in the best groups anyway; "dsv2g-k3" sees the limit.
 TINY_CONFIGS: dict[str, dict[str, Any]] = {
     "q35": _QWEN_DENSE,
     "q35moe": _QWEN_MOE,
@@ -190,7 +190,7 @@ _NEVER_FP8 = ("embed_tokens", "lm_head", ".gate.", "shared_expert_gate", "conv1d
 def quantize_tiny_checkpoint(source: str | Path, folder: str | Path) -> dict[str, torch.Tensor]:
     """Write ``source`` as an fp8 checkpoint in ``folder``; returns all its tensors in float32, scaled back.
 
-    Written out here, block by block, so that what the product computes has something to be held against.
+    Written out here, block by block, so that what the product computes has something to be compared with.
     """
     source, folder = Path(source), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -91,7 +91,7 @@ class V4Mtp(nn.Module):
 
 
 def _published(name: str) -> str:
-    """A tensor's name in the published checkpoint, behind the layer's; stacks of experts keep theirs."""
+    """A tensor's name in the published checkpoint, after the layer's; stacks of experts keep theirs."""
     for old, new in _NAMES.items():
         name = name.replace(old, new) if name.startswith(old) else name
     return name
@@ -142,7 +142,7 @@ def v4_share_accepted(
 ) -> tuple[list[float], float]:
     """How many greedy drafts at each place of a chain are accepted, offline; and tokens per cycle.
 
-    Drafts behind the end of an answer do not count. The first token of an answer is the prefill's.
+    Drafts after the end of an answer do not count. The first token of an answer is the prefill's.
     """
     accepted, drafted, cycles, made = [0] * steps, [0] * steps, 0, 0
     for prompt in prompts:

@@ -1,4 +1,4 @@
-"""Serves the tiny DeepSeek V4 with and without drafts, whoever makes them: for identity tests."""
+"""Serves the tiny DeepSeek V4 with and without drafts of any origin, for identity tests."""
 
 from __future__ import annotations
 

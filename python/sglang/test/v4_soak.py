@@ -12,7 +12,7 @@ from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.tiny_tasks import far_lookups, heldout_questions
 
 FOLDER = str(EMBEDDED_MODELS["deepseek-v4-tiny"])
-# Prompts end before, at and behind these lengths: a window, a page, and what the indexer's choice and YaRN meet.
+# Prompts end before, at and after these lengths: a window, a page, and what the indexer's choice and YaRN meet.
 EDGES = (128, 256, 512, 2048)
 
 
@@ -37,7 +37,7 @@ def distinct_requests(count: int, seed: int = 0) -> list[Request]:
     """``count`` requests: short questions, and lookups whose prompts end near EDGES or anywhere between.
 
     Some share their beginning: a longer prompt begins as an earlier one does. Half of them are drawn at temperature
-    0.7, and a few go on behind the end of their answer.
+    0.7, and a few continue after the end of their answer.
     """
     rng = random.Random(f"soak/{seed}")
     tokenizer = Tokenizer.from_path(FOLDER)

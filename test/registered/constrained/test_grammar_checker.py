@@ -1,4 +1,4 @@
-"""Hostile grammars end nothing but the process that tries them, and the next one is tried by another."""
+"""Hostile grammars end only the process that compiles them, and another process compiles the next one."""
 
 import json
 import signal

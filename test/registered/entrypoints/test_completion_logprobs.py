@@ -1,4 +1,4 @@
-"""Log-probabilities of completions: no best token is lost, and each place lies in the text that was returned."""
+"""Log-probabilities of completions: no best token is lost, and each place is in the text that was returned."""
 
 import json
 import random

@@ -1,4 +1,4 @@
-"""Bodies made to hurt others: refused early, in flat memory, next to a stream that goes on as if it were alone."""
+"""Bodies made to hurt others: refused early, in flat memory, next to a stream that continues as if it were alone."""
 
 import asyncio
 import resource

@@ -161,7 +161,7 @@ class TestInformation(FakeServerTestCase):
                 self.assertEqual((reply.status_code, reply.text), (503, "stalled"))
             time.sleep(1.2)
         self.assertEqual(len(logs.output), 1)
-        self.assertEqual(self.generate(text="a").status_code, 200)  # it may go on
+        self.assertEqual(self.generate(text="a").status_code, 200)  # it may continue
         self.fake.engine.stall = None
         self.fake.until(lambda: self.client.get("/health").status_code == 200)
 

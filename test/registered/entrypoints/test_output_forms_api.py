@@ -145,7 +145,7 @@ class TestForms(FormCase):
         self.fake.until(lambda: self.fake.context.manager.admission.num_requests == 0)
 
     def test_a_hostile_one_harms_nobody(self):
-        """It is tried next to the loop; requests without a form go on, and the verdict is remembered."""
+        """It is tried next to the loop; requests without a form continue, and the verdict is remembered."""
 
         async def both():
             async with httpx.AsyncClient(base_url=self.fake.url, timeout=120) as client:

@@ -27,7 +27,7 @@ MODES = {
     "replicas": {"tp_size": 1, "dp_size": 2},
 }
 DRAFTS = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3}
-# So few ids that an untrained layer guesses right now and then.
+# So few ids that drafts of an untrained layer are accepted now and then.
 VOCAB = 24
 LENGTHS = (1, 5, 60, 127, 130, 254, 300, 40)
 

@@ -69,7 +69,7 @@ def run(*argv: str) -> tuple[int, str]:
 
 
 def wrong_on(count: int, task: str) -> Callable[[str], str]:
-    """Right answers but for the first `count` held-out questions of `task`."""
+    """Right answers except the first `count` held-out questions of `task`."""
     missed = [question.text for question in heldout_questions(100) if question.task == task][:count]
     return lambda text: answer(text) + "0" if text in missed else answer(text)
 

@@ -1,4 +1,4 @@
-"""The fused crossing of mHC on a GPU: served widths, and graphs and an eager stream in turns over poisoned scratch.
+"""The fused crossing of mHC on a GPU: served widths, and graphs and an eager stream alternately over poisoned scratch.
 
 Its CPU siblings: test_triton_interpreted.py for the kernels, test_aiter_fused_mhc.py for the graphs.
 """
@@ -20,7 +20,7 @@ register_amd_ci(est_time=90, suite="stage-b-test-1-gpu-small-amd-mi35x")
 
 DEVICE = "cuda"
 # Largest errors relative to the largest value, of streams, row, post and comb. A sum between two bfloat16 numbers may
-# be rounded to either: streams are rounded once, a row before its norm and behind it.
+# be rounded to either: streams are rounded once, a row before its norm and after it.
 UNIT = torch.finfo(torch.bfloat16).eps
 BOUNDS = {torch.bfloat16: (UNIT, 2 * UNIT, 1e-3, 1e-3), torch.float32: (1e-5, 1e-4, 1e-4, 1e-4)}
 

@@ -20,7 +20,7 @@ from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=10, suite="stage-a-test-cpu")
 
-# Groups whose references are held against their own truth in another file of test/registered.
+# Groups whose references are compared with their own truth in another file of test/registered.
 TRUTH_ELSEWHERE = {
     "attention_state": "kernels/test_triton_attention.py",
     "compressed": "kernels/test_compressed_ops.py",
@@ -47,7 +47,7 @@ def tensors(value):
 
 
 def flags(value):
-    """What an op says of its result beside the tensors."""
+    """What an op reports of its result in addition to the tensors."""
     return [] if isinstance(value, torch.Tensor) else [part for part in value if isinstance(part, bool)]
 
 

@@ -35,7 +35,7 @@ class TestRegistry(CustomTestCase):
         self.assertEqual(REGISTRY.chosen(op), "fast")
 
     def test_no_kernel_takes_a_vector_with_gaps(self):
-        """Bodies step through vectors by their elements: an expanded one of one element has nothing behind it."""
+        """Bodies step through vectors by their elements: an expanded one of one element has nothing after it."""
         refused = set()
         for name, op in REGISTRY.ops.items():
             for impl in (impl for impl in op.impls if impl.name == "triton"):

@@ -1,4 +1,4 @@
-"""Every op, every implementation that runs on the GPU at hand, every case; its CPU sibling is test_op_parity.py."""
+"""Every op, every implementation that runs on the local GPU, every case; its CPU sibling is test_op_parity.py."""
 
 import dataclasses
 import functools
@@ -74,7 +74,7 @@ def on_device(impl):
 
 
 def half(name, case, dtype):
-    """The case with its floats in ``dtype``, but for what the contract keeps in float32 (tables, routing weights)."""
+    """The case with its floats in ``dtype``, except what the contract keeps in float32 (tables, routing weights)."""
     kept = {"rope.rotary": (3,), "moe.fused_experts": (3,)}.get(name, ())
     return [
         arg.to(dtype) if isinstance(arg, torch.Tensor) and arg.is_floating_point() and i not in kept else arg

@@ -51,7 +51,7 @@ class TestPrompts(CustomTestCase):
 
     @torch.inference_mode()
     def test_prefix_hits(self):
-        """Requests that stand on one or two pages of another, which goes on itself, and of one that is gone."""
+        """Requests that stand on one or two pages of another, which continues itself, and of one that is gone."""
         for chunk in (600, 100):
             harness = AttentionHarness(seed=2)
             first = harness.new_request()

@@ -251,7 +251,7 @@ class TestDraftChain(CustomTestCase):
         return LogitsProcessorOutput(out @ self.head, hidden_states=out)
 
     def begin(self, size):
-        """Requests whose tokens lie in the pools, with slots ahead; the chain's inputs for ``size`` of them."""
+        """Requests whose tokens are in the pools, with slots ahead; the chain's inputs for ``size`` of them."""
         lengths = (126, 254, 3, 511, 128, 1, 255)[:size]
         self.harness.reset()
         requests = [self.harness.new_request() for _ in lengths]

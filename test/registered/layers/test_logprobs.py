@@ -1,4 +1,4 @@
-"""Log-probabilities of prompts and of drawn tokens: right on the host, and read there only with the step's one copy."""
+"""Log-probabilities of prompts and of sampled tokens: right on the host, and read only with the step's one copy."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Step:
 
 
 def without_pins(run: Callable[[], Step]) -> Step:
-    """Pinned memory needs a device at hand."""
+    """Pinned memory needs a device."""
     empty = torch.empty
     with mock.patch.object(
         torch, "empty", lambda *a, **k: empty(*a, **{n: v for n, v in k.items() if n != "pin_memory"})

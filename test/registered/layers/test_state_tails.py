@@ -100,7 +100,7 @@ class Server:
         return [self.rng.randrange(VOCAB) for _ in range(number)]
 
     def admit(self):
-        """A new sequence, or one that goes on from a snapshot."""
+        """A new sequence, or one that continues from a snapshot."""
         source = self.rng.choice([None, *self.kept])
         slot = self.slots.alloc(zero=source is None)
         if slot is None:
@@ -152,7 +152,7 @@ class Server:
                 self.count("left")
 
     def mistake(self):
-        """A prompt's chunk behind a verify step would skip the tail: it raises."""
+        """A prompt's chunk after a verify step would skip the tail: it raises."""
         tailed = [sequence for sequence in self.running if sequence.verified]
         if tailed:
             with self.case.assertRaisesRegex(AssertionError, "would skip rows of a verify step"):
@@ -177,7 +177,7 @@ class TestTails(CustomTestCase):
             server.run(server.running, [[1, 2, 3, 4]], StepKind("verify", 4))
 
     def test_padding_changes_no_slot_of_a_request(self):
-        """Sequences of slot 0, as a captured step has them behind its requests."""
+        """Sequences of slot 0, as a captured step has them after its requests."""
         server = Server(self, seed=1, rows=3)
         for _ in range(2):
             server.admit()

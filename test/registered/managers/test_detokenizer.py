@@ -107,7 +107,7 @@ class TestTextStreams(CustomTestCase):
 
 
 class TestHiddenTokens(CustomTestCase):
-    """A stop string ends a request where the client sees it, whatever hidden tokens lie in it, and in the raw text."""
+    """A stop string ends a request where the client sees it, whatever hidden tokens are in it, and in the raw text."""
 
     def oracle(self, tokenizer, ids, stops, skip):
         """The number of tokens until some stop string stands in either text, and the text before it."""

@@ -43,7 +43,7 @@ class TestAgree(CustomTestCase):
         self.assertEqual((step.runs, step.has_work, step.stops), (False, True, True))
 
     def test_drafts(self) -> None:
-        """A draft has a row per request, and no graph draws those of edited logits, whoever's they are."""
+        """A draft step has a row per request, and no graph samples from edited logits, of whichever group."""
         for edits in ((0, 0), (0, 1)):
             step = agree([(12, 3, 4, edits[0], 1, 0), (8, 2, 2, edits[1], 1, 0)], 1)
             self.assertEqual((step.num_tokens, step.num_requests, step.bucket), ([12, 8], [3, 2], 4))

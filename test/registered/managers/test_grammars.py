@@ -178,7 +178,7 @@ class TestEnds(GrammarCase):
         self.assertEqual(self.reason("stop token"), ("stop", self.encode("b")[0], "ab"))
 
     def test_behind_a_token(self):
-        """The form begins behind the token that ends a thought; here that is one that the model says by itself."""
+        """The form begins after the token that ends a thought; here that is one that the model says by itself."""
         self.submit("free", None, temperature=0.0)
         free = list(self.harness.run()["free"].output_ids)
         self.submit("held", ("regex", "[a-z]{4}"), temperature=0.0, grammar_after=free[1])
@@ -223,7 +223,7 @@ class TestHeldBack(GrammarCase):
         self.addCleanup(setattr, scheduler, "grammars", before)
 
     def announce(self):
-        self.harness.scheduler.grammars._thread.submit(int).result()  # behind all that was asked for
+        self.harness.scheduler.grammars._thread.submit(int).result()  # after all that was asked for
         self.harness.inbox += [GrammarReady(rid=rid) for rid in self.ready]
         self.ready.clear()
 

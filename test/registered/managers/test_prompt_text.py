@@ -1,4 +1,4 @@
-"""Text to ids and back: bounds before any work, other threads that go on, and the same ids as one call gives."""
+"""Text to ids and back: bounds before any work, other threads that continue, and the same ids as one call gives."""
 
 import tempfile
 import threading

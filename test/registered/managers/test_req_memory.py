@@ -28,14 +28,14 @@ def make_memory(size: int, page_size: int, step_width: int, step_ahead: int = 0)
 
 
 def compute(req: Req, slots: torch.Tensor, text: dict[int, list[int]]) -> None:
-    """Write down, for the ``slots`` of the last committed tokens, the text up to each and the token behind it."""
+    """Write down, for the ``slots`` of the last committed tokens, the text up to each and the token after it."""
     end = req.kv_committed_len
     for at, slot in zip(range(end - len(slots), end), slots.tolist(), strict=True):
         text[slot] = req.token_ids[: at + 2].tolist()
 
 
 def admitted(memory: ReqMemory, rid: str, prompt: list[int], text: dict[int, list[int]] | None = None) -> Req:
-    """A request that decodes: its prompt is computed and shared, and one token is drawn."""
+    """A request that decodes: its prompt is computed and shared, and one token is sampled."""
     params = SamplingParams(max_new_tokens=CONTEXT)
     req = Req(TokenizedGenerateReqInput(rid=rid, input_ids=prompt, sampling_params=params), 0, frozenset())
     match = memory.match(req)
@@ -96,7 +96,7 @@ class TestStepsOfManyTokens(CustomTestCase):
         self.assertEqual(kept > 0, width > 1, "steps whose tokens were not all accepted")
 
     def check_rows(self, memory: ReqMemory, running: list[Req], text: dict[int, list[int]], drafts: bool) -> None:
-        """Each row is of its request's own text, the draft layer's with the token behind it too."""
+        """Each row is of its request's own text, the draft layer's with the token after it too."""
         for req in running:
             known, end = req.token_ids.tolist(), req.kv_committed_len
             for at, slot in enumerate(memory.req_pool.read(req.req_pool_idx, 0, end).tolist()):

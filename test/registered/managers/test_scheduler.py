@@ -210,7 +210,7 @@ class TestOverlap(CustomTestCase):
         self.assertGreater(ahead[0], 15)
 
     def test_penalties_under_random_traffic(self) -> None:
-        """Every sampled step knows all tokens before it, whoever joins, ends or is retracted; FakeForward looks."""
+        """Every sampled step knows all earlier tokens, even if requests join, end or are retracted; the fake checks."""
         for options in ({}, {"mixed": True}, {"retract_interval": 3}, {"pool": 160, "conservativeness": 0.05}):
             with self.subTest(options):
                 setup = make(overlap=True, **options)

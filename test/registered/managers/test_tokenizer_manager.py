@@ -128,7 +128,7 @@ class TestResults(ManagerTestCase):
         self.assertEqual([last[i]["output_ids"] for i in range(3)], [r["output_ids"] for r in results])
 
     async def test_each_sample_draws_from_its_own_seed(self):
-        """Sample 0 as with n = 1; every prompt of a batch counts anew, with its own seed and n."""
+        """Sample 0 as with n = 1; every prompt of a batch counts again, with its own seed and n."""
         for stream in (False, True):
             self.scheduler.received.clear()
             params = [{"n": 3, "sampling_seed": 5}, {"n": 2, "sampling_seed": 5}, {"sampling_seed": 5}, {"n": 2}]

@@ -40,7 +40,7 @@ class TestAgainstTruth(CustomTestCase):
             "duplicates",
             "evicted for memory",
             "snapshot",
-            "no state to be had",
+            "no state available",
             "state evicted for a request",
             "state held",
         ):

@@ -91,7 +91,7 @@ class TestLint(CustomTestCase):
             torch.nn.functional.one_hot(rows, 4)
 
     def test_devices(self):
-        """A device is at hand in the arguments alone: "meta" stands for one."""
+        """Only the arguments name a device: "meta" stands for one."""
         host, host_number, device = torch.randn(2), torch.tensor(2.0), torch.empty(2, device="meta")
         found = [
             (aten.copy_.default, (device, host), {}, "between host and device"),

@@ -59,7 +59,7 @@ class RerunGraph:
 
 
 def hook(backend: Any) -> None:
-    """Give the CPU backend the hooks that capture needs; each step is planned anew, the captured one too."""
+    """Give the CPU backend the hooks that capture needs; each step is planned again, the captured one too."""
     captured: dict[int, ForwardBatch] = {}
 
     def init_forward_metadata_capture(forward_batch: ForwardBatch) -> None:
@@ -262,7 +262,7 @@ class TestOverFakes(CustomTestCase):
 
 
 class TestKindsOfStep(CustomTestCase):
-    """Steps of several tokens per request lie in the same buffers, and are proven by the same check."""
+    """Steps of several tokens per request are in the same buffers, and are proven by the same check."""
 
     VERIFY = StepKind("verify", 3)
 

@@ -41,7 +41,7 @@ NEW_TOKENS = 6
 
 @contextmanager
 def machine(arch: str = "gfx950", version: str = "0.1.7") -> Iterator[None]:
-    """HIP's policy for ``arch`` over an AITER of ``version``, everything decided anew."""
+    """HIP's policy for ``arch`` over an AITER of ``version``, everything decided again."""
     import aiter
 
     with override_platform(RocmOverFakesPlatform(find_fakes(), arch)), aiter.fake_version(version), fresh_decisions():

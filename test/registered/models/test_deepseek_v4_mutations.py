@@ -138,7 +138,7 @@ class TestDeepseekV4Mutations(CustomTestCase):
         self.broken(*shifted)
 
     def test_entries_seen_one_token_late(self):
-        """By the token behind the one that closes them."""
+        """By the token after the one that closes them."""
         backend = self.harness.backend
         plan_extend = backend.plan_extend
 

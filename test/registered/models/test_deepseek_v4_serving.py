@@ -61,7 +61,7 @@ class TestDeepseekV4Serving(CustomTestCase):
         return self.memo[tuple(ids)]
 
     def check(self, rid, result, num_new=NEW_TOKENS):
-        """Greedy tokens and all log-probabilities, along what was drawn."""
+        """Greedy tokens and all log-probabilities, along the sampled tokens."""
         prompt = self.prompts[rid.split("@")[0]]
         self.assertEqual(len(result.output_ids), num_new, rid)
         truth = self.truth(prompt + result.output_ids)[len(prompt) - 1 :]

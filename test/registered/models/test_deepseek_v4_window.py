@@ -34,7 +34,7 @@ class TestDeepseekV4Window(WindowCase):
         self.check(6, "given back", "evicted", "retracted", steps=3, overlap=True, retract=True, abort="third")
 
     def test_a_window_that_is_lost_ends_its_request_by_name(self):
-        """Others go on, and nothing of it is answered or cached."""
+        """Others continue, and nothing of it is answered or cached."""
         engine = EngineHarness(self.folder, swa_full_tokens_ratio=0.25, **SIZES)
         params = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
         for rid in ("first", "third"):

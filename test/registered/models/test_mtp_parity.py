@@ -36,7 +36,7 @@ CHECKPOINTS = ("dsv3", "q35moe", "q35")
 
 
 class Truth:
-    """What transformers drafts behind each prompt, and the harness that is held against it."""
+    """What transformers drafts after each prompt, and the harness that is compared with it."""
 
     def __init__(self, name, folder):
         self.folder = Path(folder) / name

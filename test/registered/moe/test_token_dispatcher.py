@@ -1,4 +1,4 @@
-"""What every transport promises, held against an account token by token: portable ones and MORI's fake, over gloo."""
+"""What every transport promises, compared with an account token by token: portable ones and MORI's fake, over gloo."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ register_cpu_ci(est_time=4, suite="stage-a-test-cpu")
 
 use_fakes()
 
-# Asked of the embedded model, whose tokens are bytes.
+# Prompts for the embedded model, whose tokens are bytes.
 QUESTIONS = ("12+30=", "rev:abcd=", "sort:5213=")
 
 

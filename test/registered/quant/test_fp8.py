@@ -429,7 +429,7 @@ class TestLinearTiles(CustomTestCase):
             found = next((name for name, known in forms.items() if known is tile), "tiles")
             self.assertEqual(found, form, (rows, width, k_dim, arch))
             self.assertGreaterEqual(tile.get("BLOCK_M", 1) if form != "tiles" else rows, rows)
-            # Scales that lie by columns are for the tiles, which alone read them by their strides.
+            # Scales that are stored by columns are for the tiles, which alone read them by their strides.
             self.assertIn(linear_tile(rows, width, k_dim, arch, False), [tile for _, tile in LINEAR_TILES])
 
 

@@ -161,7 +161,7 @@ class TestPacker(CustomTestCase):
         codes, scale = quantize_mxfp4(w)
         self.assertEqual((codes.dtype, codes.shape, scale.shape), (torch.uint8, (len(largest), 32), (len(largest), 2)))
         self.assertEqual(scale[:, 1].tolist(), [127, 127, 128, 128, 125, 0, 0, 253, 127, 255, 255])
-        # A large number is not cut, and what lies below half of the least one becomes zero.
+        # A large number is not cut, and what is below half of the least one becomes zero.
         numbers = dequantize_mxfp4(codes, scale)[:, 40]
         self.assertEqual(numbers[:5].tolist(), [6.0, 6.0, 8.0, 8.0, 1.0])
         self.assertEqual(numbers[[6, 8]].tolist(), [0.0, 0.0])

@@ -300,7 +300,7 @@ class TestFaults(CustomTestCase):
             "op table, all greedy": ({"greedy_sample": op}, [greedy] * 7),
             "torch": ({"_use_aiter": False, "greedy_torch": op}, [greedy] * 7),
             "drawn": ({"draw": draw}, [drawn] * 7),
-            "greedy rows beside drawn ones": ({"draw": draw}, [greedy, drawn] * 3 + [drawn]),
+            "greedy rows next to sampled ones": ({"draw": draw}, [greedy, drawn] * 3 + [drawn]),
         }
         for path, (names, params) in paths.items():
             with self.subTest(path), mock.patch.multiple(sampler_module, **names):
@@ -431,7 +431,7 @@ class TestEdits(CustomTestCase):
                 torch.testing.assert_close(edited[1], logits[1])
 
     def test_a_host_edits_as_a_device_does(self) -> None:
-        """Every kind of edit, by exactly the same numbers, token after token: ids anew, again, and all there are."""
+        """Every kind of edit, by exactly the same numbers, token after token: new ids, repeated ids, and all ids."""
         penalties = {"frequency_penalty": 0.3, "presence_penalty": -0.2, "repetition_penalty": 1.7}
         kinds: list[dict[str, Any]] = [
             penalties, {}, {"repetition_penalty": 0.6}, {"logit_bias": {"3": 2.5, "90": -1e30}},

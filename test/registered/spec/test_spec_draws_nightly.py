@@ -123,7 +123,7 @@ class TestCoupledDrafts(CustomTestCase):
     """Tokens per step at temperature 0.7 with drafts drawn by the target's coins, over most likely ones."""
 
     def lengths(self, path, greedy):
-        """Verify steps and their tokens of each request; answers go on behind their end, where there is a choice."""
+        """Verify steps and their tokens of each request; answers continue after their end, where there is a choice."""
         tokenizer = Tokenizer.from_path(path)
         harness = EngineHarness(
             path, speculative_algorithm="NEXTN", speculative_num_steps=3, max_running_requests=64,

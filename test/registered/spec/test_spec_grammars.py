@@ -1,4 +1,4 @@
-"""Output of a given form is the same with and without speculation, whatever is guessed, and ends with the form."""
+"""Output of a given form is the same with and without speculation, whatever is drafted, and ends with the form."""
 
 import unittest
 
@@ -88,7 +88,7 @@ class TestSameTokens(SpecGrammarCase):
                             self.assertEqual(reason.type, "stop", rid)
 
     def test_a_form_that_ends_inside_the_path_ends_the_request_there(self):
-        """The form is two tokens; the drafts go on with what the model would say without a form."""
+        """The form is two tokens; the drafts continue with what the model would say without a form."""
         name = MODELS[0]
         known = rules(self.answers[name], self.vocab_size, self.tokenizer.eos_token_ids[0])
 
@@ -110,7 +110,7 @@ class TestSameTokens(SpecGrammarCase):
         self.assertTrue(any(result.num_retractions for rid, result in results.items() if not rid.startswith("free")))
 
     def test_behind_a_token_that_is_a_draft(self):
-        """The form begins behind the second token, which the path holds with tokens before and behind it."""
+        """The form begins after the second token, which the path holds with tokens before and after it."""
         name = MODELS[0]
         prompt = self.tokenizer.encode("27+58=")
 
@@ -131,7 +131,7 @@ class TestSameTokens(SpecGrammarCase):
 
 
 class TestAlongDrafts(CustomTestCase):
-    """Masks along a path, against grammars that have taken in each beginning of it anew."""
+    """Masks along a path, against grammars that have taken in each beginning of it again."""
 
     def test_each_row_is_that_of_its_beginning(self):
         tokenizer = Tokenizer.from_path(str(EMBEDDED_MODELS[MODELS[0]]))
@@ -142,7 +142,7 @@ class TestAlongDrafts(CustomTestCase):
             ("[a-z]+-[0-9]+", ids("ab"), ids("c-1"), 4),
             ("[a-z]+-[0-9]", ids("ab"), ids("c-1"), 3),  # complete
             ("[a-z]+-[0-9]+", ids("ab"), [*ids("c-"), eos], 3),  # the end, where it may not be
-            ("[a-z]+-[0-9]+", ids("ab-1"), [*ids("2"), eos, *ids("2")], 2),  # the end, behind which nothing is
+            ("[a-z]+-[0-9]+", ids("ab-1"), [*ids("2"), eos, *ids("2")], 2),  # the end, after which nothing is
             ("[a-z]+-[0-9]+", ids("ab"), ids("!!!"), 1),
             ("ab", [], ids("abc"), 2),
         ]
@@ -152,7 +152,7 @@ class TestAlongDrafts(CustomTestCase):
             grammar.follow(before)
         mask = torch.full((width * len(cases), backend.num_words), -1, dtype=torch.int32)
         rows = [(grammar, index * width) for index, grammar in enumerate(grammars)]
-        for _ in range(2):  # a second time as the first: what was guessed is forgotten
+        for _ in range(2):  # a second time as the first: rejected drafts are forgotten
             mask.fill_(-1)
             backend.fill_along(rows, [drafts for _, _, drafts, _ in cases], mask)
             for index, (pattern, before, drafts, num_rows) in enumerate(cases):

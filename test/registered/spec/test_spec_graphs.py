@@ -70,7 +70,7 @@ class Computed(TorchDispatchMode):
 
 class TestBetweenGraphs(OverFakes):
     def test_nothing_is_computed(self) -> None:
-        """Behind the forward of a step without edits, but the host's copy and the place of the drafts."""
+        """A step without edits runs nothing after its forward except the copy to the host and the store of drafts."""
         engine = self.engine(3, cuda_graph_bs=[4])
         sample, computed = LaunchedForward.sample, Computed()
 
@@ -108,7 +108,7 @@ class TestMadeOnTheHost(OverFakes):
         return {rid: (told.output_ids, told.output_logprobs.logprobs) for rid, told in engine.results.items()}
 
     def test_masks_and_scores_are_no_part_of_a_graph(self) -> None:
-        """With them a verify step is replayed, and drawn eagerly."""
+        """With them a verify step is replayed, and sampled eagerly."""
         wanted = self.answers(self.engine(0, disable_cuda_graph=True))
         self.assertEqual([len(wanted[rid][1]) for rid in ("form", "scored")], [0, 9])
         engine, replayed = self.engine(3, cuda_graph_bs=[1]), Counter[str]()
@@ -157,7 +157,7 @@ class TestProof(OverFakes):
         drafts = engine.worker.speculator.drafter.graphs
         extend = drafts.extend_graphs
         no_call_left_out(self, extend, lambda: drafts.prove(extend, drafts.extend_body), 12)
-        # A drawn id says little of the position that it is drawn for, so the chain of greedy ones.
+        # A sampled id depends little on its position, so this checks the greedy chain.
         chain = drafts.chains[GREEDY]
         idle = ("aten.where.Scalar", "aten.clamp.default", "aten.eq.Scalar")  # ids are right, and nothing is a fault
         no_call_left_out(self, chain, partial(drafts.prove, chain, partial(drafts.chain_body, True)), 15, idle)

@@ -1,4 +1,4 @@
-"""Speculation over attention groups and spread experts gives the tokens of one rank without it, whoever is idle."""
+"""Speculation over attention groups and spread experts gives the tokens of one rank without it, with any group idle."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class TestCapturedGroups(Captured):
 
 
 class TestDeepseekV4(Captured):
-    """Random weights of so few ids that an untrained layer guesses right now and then."""
+    """Random weights of so few ids that drafts of an untrained layer are accepted now and then."""
 
     def test_every_way(self) -> None:
         folder = self.enterContext(tempfile.TemporaryDirectory())

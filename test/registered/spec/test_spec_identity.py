@@ -22,7 +22,7 @@ SHARED = "12+34=46 and 7+8=15 and "
 
 
 def requests():
-    """Questions, some behind a shared prefix, with every kind of parameter that decides a token."""
+    """Questions, some after a shared prefix, with every kind of parameter that decides a token."""
     kinds = [
         {"temperature": 0.0},
         {"temperature": 0.7, "top_p": 0.9},

@@ -176,7 +176,7 @@ class TestEdges(CustomTestCase):
             self.assertEqual({rid: result.output_ids for rid, result in harness.run().items()}, answers)
 
     def test_a_client_that_goes_in_each_phase(self):
-        """Queued, between chunks of its prompt, behind its prompt, between verify steps: nothing stays behind."""
+        """Queued, between chunks of its prompt, after its prompt, between verify steps: nothing stays behind."""
         for path in MODELS.values():
             answers = set()
             for phase in range(7):

@@ -19,7 +19,7 @@ VOCAB = 7
 
 
 def by_hand(drawn: list[int], drafts: list[int]) -> list[int]:
-    """The tokens of a step, one after the other: a draft that is not what was drawn ends it."""
+    """The tokens of a step, one after the other: a draft that differs from the sampled token ends it."""
     tokens = []
     for token, draft in zip(drawn, [*drafts, None], strict=True):
         tokens.append(token)

@@ -1,4 +1,4 @@
-"""scripts/lib.sh says what it does from its first moment, and what to set where torch's CPU build cannot be had."""
+"""scripts/lib.sh says what it does from its first moment, and what to set if torch's CPU build cannot be downloaded."""
 
 import os
 import pty

@@ -1,4 +1,4 @@
-"""What a launch comes to: mistakes that are told before torch is loaded, models by name, what the log says."""
+"""The plan of a launch: mistakes that are reported before torch is loaded, models by name, what is logged."""
 
 import os
 import shutil
@@ -71,7 +71,7 @@ class TestEarlyErrors(CustomTestCase):
                 (["--no-such-flag"], {}, "error: unknown flag --no-such-flag: --help lists all flags\n"),
                 (["--tp", "0"], {}, "error: --tp-size must be at least 1, got 0\n"),
                 ([], {"SGLANG_USE_AITR": "1"}, "error: unknown environment variable SGLANG_USE_AITR; did you mean"),
-                # With nothing wrong the launch goes on, and it is the import that fails.
+                # With nothing wrong the launch continues, and it is the import that fails.
                 (["--skip-server-warmup"], {}, "RuntimeError: torch was imported\n"),
             ):
                 command = [sys.executable, "-m", "sglang.launch_server", "--port", str(get_free_port()), *words]

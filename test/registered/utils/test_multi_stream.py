@@ -131,7 +131,7 @@ class TestRaceFinder(StreamCase):
         x, out = torch.zeros(4, 4), torch.zeros(4)
         for name, side, main in (
             ("in place on both sides", lambda: x[0].add_(1), lambda: x[1].mul_(2)),
-            ("in place beside a read", lambda: x.view(16).zero_(), lambda: x.t() + 1),
+            ("in place during a read", lambda: x.view(16).zero_(), lambda: x.t() + 1),
             ("out=", lambda: torch.add(x[0], 1, out=out), lambda: out.clone()),
             ("copy into a slice", lambda: x[:, 1:].copy_(torch.ones(4, 3)), lambda: x[:, 0].sum()),
             ("index_put_", lambda: x.index_put_((torch.tensor([1]),), torch.ones(4)), lambda: x[0] * 1),

@@ -41,7 +41,7 @@ WHOLE_ISSUE = multi_stream_utils._issue
 
 
 def after(cycles, body):
-    """``body`` behind a kernel that waits ``cycles`` of the device's clock."""
+    """``body`` after a kernel that waits ``cycles`` of the device's clock."""
 
     def delayed():
         if cycles:

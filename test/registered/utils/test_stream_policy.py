@@ -278,7 +278,7 @@ class TestWarnings(CustomTestCase):
         self.assertRegex(warning, "^SGLANG_ALT_STREAM .*--disable-shared-experts-fusion")
         self.assertNotIn("\n", warning)
         self.assertEqual(self.warnings(asked), ())
-        # What overlaps unasked gives way to fusion in silence; another platform's variables ask for nothing.
+        # Default overlap is replaced by fusion without a message; variables of another platform request nothing.
         cuda = plan(FakeStreamPlatform("cuda"), asked, fusion=True)
         self.assertEqual((enabled(cuda), cuda.warnings), ({GDN, V4}, ()))
         (warning,) = self.warnings({"SGLANG_STREAM_SITES": f"{DEEPSEEK}=on"}, fusion=True)

@@ -135,7 +135,7 @@ def join(layouts: Iterable[CacheLayout]) -> CacheLayout:
 
 
 def dummy_units(unit: str, page_size: int) -> int:
-    """How many of a unit lie before the first that is handed out: for padded rows a page of tokens or a state slot, and
+    """How many of a unit are before the first that is handed out: for padded rows a page of tokens or a state slot, and
     in a window the tombstones' page."""
     if unit == STATE:
         return 1

@@ -129,7 +129,7 @@ class DeepseekV4Config:
         return deepseek_v4_layout(self, types, num_draft_tokens)
 
     def draft_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES) -> CacheLayout:
-        """Rows per token of the window, of the layer behind the model's own, which drafts."""
+        """Rows per token of the window, of the layer after the model's own, which drafts."""
         return window_layout(self, types, self.num_hidden_layers)
 
     @property

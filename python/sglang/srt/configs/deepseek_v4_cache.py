@@ -1,6 +1,6 @@
 """What compressed attention (DeepSeek V4) keeps: rows of a window, compressed entries, and what open windows need.
 
-Entries follow the tokens' slots: a page of 256 tokens lies in contiguous slots, so an entry of m tokens has its row at
+Entries follow the tokens' slots: a page of 256 tokens is in contiguous slots, so an entry of m tokens has its row at
 slot // m. What only the tokens next to come need follows the window's slots, which a page of tokens has for a while:
 the window's rows, and ``ring`` rows of a compressor's states for each page. So whatever a prefix that ends with a page
 needs in addition to its entries is in one page of the window.
@@ -47,12 +47,12 @@ def max_step_rows(ratio: int, ring: int) -> int:
 
     If A tokens count, the next entry is made of tokens from A + 1 - ENTRY_TOKENS on, and of S tokens before the step
     A is at least S + 1. The row of the oldest of them, S + 2 - ENTRY_TOKENS, is not overwritten, and is written if it
-    belongs to the step, where the step ends at most ``ring`` tokens behind it.
+    belongs to the step, where the step ends at most ``ring`` tokens after it.
     """
     return ring - ENTRY_TOKENS[ratio] + 2
 
 
-# The widest step of several rows per request that every pool of states bears with speculation.
+# The widest step of several rows per request that every pool of states supports with speculation.
 MAX_VERIFY_ROWS = min(max_step_rows(ratio, rings[1]) for ratio, rings in RINGS.items())
 
 

@@ -30,7 +30,7 @@ _LARGEST = {
 class ConfigReader:
     """Typed reads from one JSON object; problems are collected, and ``finish`` raises one ConfigError with all.
 
-    Every ``take_*`` returns a usable stand-in after a problem so that reading goes on. An optional key may be absent
+    Every ``take_*`` returns a usable stand-in after a problem so that reading continues. An optional key may be absent
     or null; then the default is returned.
     """
 

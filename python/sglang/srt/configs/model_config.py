@@ -200,7 +200,7 @@ def apply_overrides(hf_config: dict[str, Any], overrides: Mapping[str, Any]) -> 
 
 def _override_section(section: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     result = {**section, **overrides}
-    # One spelling of the rotary parameters replaces the other; the base stays unless it is given anew.
+    # One spelling of the rotary parameters replaces the other; the base stays unless it is given again.
     for new, old in (("rope_scaling", "rope_parameters"), ("rope_parameters", "rope_scaling")):
         if new in overrides and old not in overrides and isinstance(result.get(old), dict):
             previous = result.pop(old)

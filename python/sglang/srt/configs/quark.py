@@ -90,7 +90,7 @@ def _is_mxfp4(spec: Any) -> bool:
 
 
 def _pattern(name: str) -> str:
-    """A regular expression for a name of Quark's: one behind "re:", or parts of it with stars.
+    """A regular expression for a name of Quark's: one after "re:", or parts of it with stars.
 
     Single experts stand for all of their module, whose matrices have one format.
     """

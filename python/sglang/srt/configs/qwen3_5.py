@@ -136,7 +136,7 @@ class Qwen3_5Config:
         return CacheLayout(tuple(pools))
 
     def draft_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES) -> CacheLayout:
-        """Keys and values of the layer behind the model's own, which drafts."""
+        """Keys and values of the layer after the model's own, which drafts."""
         return CacheLayout((self._keys_and_values((self.num_hidden_layers,), tp_size, types),))
 
     def _keys_and_values(self, layers: tuple[int, ...], tp_size: int, types: CacheTypes) -> PoolSpec:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from sglang.srt.configs.errors import ConfigError
 
-# A header is JSON behind its length in 8 bytes; safetensors allows no longer one.
+# A header is JSON after its length in 8 bytes; safetensors allows no longer one.
 MAX_HEADER_BYTES = 100_000_000
 _EXPERT = re.compile(r"(?:^|\.)(?P<group>layers|mtp)\.(?P<number>\d+)\..*\bexperts\.\d+\.\w+\.weight$")
 _FORMATS = {"F8_E4M3": "fp8", "U8": "mxfp4", "I8": "mxfp4", "F4": "mxfp4"}

@@ -127,7 +127,7 @@ class GuidanceBackend:
     ) -> None:
         """``fill`` along the drafts of each grammar: row + j is for the token after the first j of them.
 
-        Rows behind a draft that the grammar forbids, or with which it is complete, give no token and stay as they are.
+        Rows after a draft that the grammar forbids, or with which it is complete, give no token and stay as they are.
         """
         places = [grammar.place for grammar, _ in rows]
         words = mask.numpy().view(np.uint32)

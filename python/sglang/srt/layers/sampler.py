@@ -29,7 +29,7 @@ class Sampler(torch.nn.Module):
 
     A row from which nothing can be sampled gets a ``RowFault`` in ``logits_output.row_faults``: its logits (raw or
     edited) contain NaN or +inf, none of them is finite, or the kernel returned a value that is not a token id. Such a
-    row gets some id in range, so that the device can go on, and the scheduler ends its request with an error.
+    row gets some id in range, so that the device can continue, and the scheduler ends its request with an error.
     """
 
     def __init__(self) -> None:
@@ -80,7 +80,7 @@ class Sampler(torch.nn.Module):
 def _choose(
     raw: torch.Tensor, info: SamplingBatchInfo, positions: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and faults of rows, [B] each; a host's edits are applied, and what they hide is left to ``judge``."""
+    """Ids and faults of rows, [B] each; a host's edits are applied; ``judge`` finds the faults that they hide."""
     host_edits = info.edits if isinstance(info.edits, HostEdits) else None
     given = raw if host_edits is None else host_edits.apply(raw)
     plain = info.is_all_greedy and info.edits is host_edits and info.vocab_mask is None

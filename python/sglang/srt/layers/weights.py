@@ -145,7 +145,7 @@ def make_parameter(
     by shard id, before tensor parallelism; by default the parameter's own; empty when the checkpoint holds none. fill:
     mean and standard deviation of the dummy filler; by default 0 and 1/sqrt(fan_in) for matrices; a vector must say its
     own. leaves: the tensors in which a checkpoint may hold it; a partner is the loader's last argument. encode: what a
-    dummy checkpoint holds of it; by default the numbers that were drawn.
+    dummy checkpoint holds of it; by default the random numbers themselves.
     """
     param: Any = nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
     if fill is None and len(shape) < 2:

@@ -51,7 +51,7 @@ class PromptEncoder:
         return ids
 
     async def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Text of ``ids``, which lie inside the vocabulary."""
+        """Text of ``ids``, which are inside the vocabulary."""
         if len(ids) < _LONG_TEXT_CHARS:
             text = self._tokenizer.decode(ids, skip_special_tokens)
             await asyncio.sleep(0)  # as above

@@ -400,7 +400,7 @@ class Scheduler:
             )
 
     def _retract_one_for_test(self) -> None:
-        """``SGLANG_TEST_RETRACT``: behave as if the pool were full, while another request can go on."""
+        """``SGLANG_TEST_RETRACT``: behave as if the pool were full, while another request can continue."""
         self._drain()
         if len(self.running_reqs) > 1:
             self._retract(retraction_order(self.running_reqs)[0], self.running_reqs)

@@ -468,7 +468,7 @@ class TokenizerManager:
         return await self._text().encode(text, add_special_tokens)
 
     async def decode_ids(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        """Text of ``ids``, which lie inside the vocabulary."""
+        """Text of ``ids``, which are inside the vocabulary."""
         return await self._text().decode(ids, skip_special_tokens)
 
     def _text(self) -> PromptEncoder:

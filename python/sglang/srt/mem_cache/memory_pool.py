@@ -64,7 +64,7 @@ def _views(rows: torch.Tensor, fields: tuple[FieldSpec, ...]) -> Iterator[torch.
 
 
 class ModelPools:
-    """Every pool of a model on one rank, by name; sizes: usable units of each kind, behind the dummies."""
+    """Every pool of a model on one rank, by name; sizes: usable units of each kind, after the dummies."""
 
     def __init__(self, layout: CacheLayout, sizes: Mapping[str, int], page_size: int, device: torch.device | str):
         self.layout = layout

@@ -61,14 +61,14 @@ class PrefixCompanion(ABC, Generic[Held]):
 
     @abstractmethod
     def fork(self, node: TreeNode) -> Held | None:
-        """What a request that starts behind ``node`` (the root: from nothing) holds; None when nothing is available."""
+        """What a request that starts after ``node`` (the root: from nothing) holds; None when nothing is available."""
 
     def advance(  # noqa: B027
         self, held: Held, num_tokens: int, cache_protected_len: int, slots_of: Callable[[int, int], torch.Tensor]
     ) -> None:
         """No step of the request will start before ``num_tokens`` again: free what none needs; only for a limit.
 
-        The first ``cache_protected_len`` tokens lie in slots of the tree; ``slots_of`` gives the slots of a range of
+        The first ``cache_protected_len`` tokens are in slots of the tree; ``slots_of`` gives the slots of a range of
         positions.
         """
 

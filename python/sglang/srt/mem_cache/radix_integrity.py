@@ -20,7 +20,7 @@ def check_integrity(
 ) -> None:
     """Recount the whole tree and raise RadixIntegrityError at the first thing that is wrong.
 
-    ``free_slots`` [n] are the allocator's (asked of it when None). ``held`` are the slots [n] that requests own in
+    ``free_slots`` [n] are the allocator's (read from it if None). ``held`` are the slots [n] that requests own in
     addition to the tree, or their count in tokens of whole pages; with it, free + tree + held must be the whole pool.
     ``held_units``, by unit, are what requests hold of the companions' units, and as exact.
     """

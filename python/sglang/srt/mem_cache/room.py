@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 
 class Room(dict[str, int]):
-    """How many of each unit can be had, or are needed, by unit. Only units that can run out have an entry."""
+    """How many of each unit are available, or needed, by unit. Only units that can run out have an entry."""
 
     def __sub__(self, needed: Mapping[str, int]) -> Room:
         return Room({unit: amount - needed.get(unit, 0) for unit, amount in self.items()})

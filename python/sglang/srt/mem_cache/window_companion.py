@@ -28,7 +28,7 @@ class WindowCompanion(PrefixCompanion[WindowHold]):
     """Window pages of the tree's pages; a prefix can end with any page whose window page is still there.
 
     The window, and what compressors need of the tokens before, fits into one page. So a request keeps the last page
-    that its next step may read, which is also the last that it would cache, and those behind it. What the tree keeps is
+    that its next step may read, which is also the last that it would cache, and those after it. What the tree keeps is
     evicted unless a request reads it, pages inside of nodes first, at which no prefix has ended so far, then the least
     recently used; the tree's page then stays as a tombstone.
     """
@@ -38,7 +38,7 @@ class WindowCompanion(PrefixCompanion[WindowHold]):
     is_limit = True
 
     def __init__(self, window: WindowPages, step_reach: int = 1) -> None:
-        """step_reach: slots that a request may have behind the tokens that are known, when a step is added to one in
+        """step_reach: slots that a request may have after the tokens that are known, when a step is added to one in
         flight."""
         self._window = window
         self._page = window.page_size
@@ -108,7 +108,7 @@ class WindowCompanion(PrefixCompanion[WindowHold]):
     def advance(
         self, held: WindowHold, num_tokens: int, cache_protected_len: int, slots_of: Callable[[int, int], torch.Tensor]
     ) -> None:
-        """Take back the request's own windows behind the last whole page of its tokens, and the lock of the tree's."""
+        """Take back the request's own windows after the last whole page of its tokens, and the lock of the tree's."""
         first = num_tokens // self._page - 1
         if first <= held.first:
             return
@@ -128,7 +128,7 @@ class WindowCompanion(PrefixCompanion[WindowHold]):
         return (self._window.num_free() + len(self._unlocked)) * self._page
 
     def needs(self, num_tokens: int, running: bool) -> int:
-        """One page more than it holds, where it goes on; all that it holds at one time, where it starts."""
+        """For a running request, one page more than it holds; for a new one, all that it holds at one time."""
         return min(num_tokens, self._page if running else self._request_pages * self._page)
 
     def make_room(self, num_tokens: int) -> None:

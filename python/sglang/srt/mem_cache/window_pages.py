@@ -17,7 +17,7 @@ class WindowPages:
     A token at offset o of full page f has its window row at slot ``table[f] * page_size + o``. A full page gets a
     window page when it is handed out, and gives it back with itself or before; ``TOMBSTONE_PAGE`` then stands in the
     table, whose rows are NaN. The dummy page has the dummy. The host's table is the truth; ``flush`` writes what has
-    changed to the device, behind the steps that are queued. On CPU both are the same memory.
+    changed to the device, after the steps that are queued. On CPU both are the same memory.
     """
 
     def __init__(self, num_full_pages: int, num_pages: int, page_size: int, device: torch.device | str = "cpu") -> None:

@@ -105,11 +105,11 @@ class ModelWorkerBatch:
     kind: StepKind | None = None
     # [B, R]: slots from the step's first position on, if a request has more slots than rows.
     table_loc: torch.Tensor | None = None
-    # Extend, if a model drafts: the token after the chunk if the prompt goes on, else -1.
+    # Extend, if a model drafts: the token after the chunk if the prompt continues, else -1.
     successors: list[int] | None = None
     # The decode graph that all groups agreed to replay, None when they run eagerly; read with ``global_num_tokens``.
     graph_bucket: int | None = None
-    # Likewise, if a model drafts: requests of each group, and whether all may replay their draft chains.
+    # Also, if a model drafts: requests of each group, and whether all may replay their draft chains.
     global_num_requests: list[int] | None = None
     replays_chains: bool = False
     # Whether the host needs the draft tokens that the step verifies.

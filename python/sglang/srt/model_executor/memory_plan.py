@@ -209,7 +209,7 @@ def plan_moe_exchange(
 def plan_steps(args: ServerArgs, *exchanges: EpConfig) -> tuple[StepRounds, ...]:
     """Rounds of the largest steps that these settings allow, by an exchange without and by one with the receive cap."""
     running, chunk = args.max_running_requests or 1, args.chunked_prefill_size or 0
-    # With drafts requests go on by verify steps, of several rows each.
+    # With drafts requests continue by verify steps, of several rows each.
     kind, width = ("decode", 1) if args.speculative_algorithm is None else ("verify", args.speculative_num_draft_tokens)
     assert width is not None, "resolved arguments say how many"
     steps = {kind: running * width, "prefill chunk": chunk + (running if args.enable_mixed_chunk else 0)}

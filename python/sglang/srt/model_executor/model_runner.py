@@ -77,7 +77,7 @@ class LoadedModel:
 
 
 def place_rows(forward_batch: ForwardBatch, starts: torch.Tensor, table: ReqToTokenPool) -> None:
-    """Place rows behind the committed ``starts`` [B] int64: positions, lengths, slots, which were the host's bounds."""
+    """Place rows after the committed ``starts`` [B] int64: positions, lengths, slots, which were the host's bounds."""
     assert forward_batch.kind is not None
     rows, width = forward_batch.req_pool_indices, forward_batch.kind.rows_per_request
     positions = starts.unsqueeze(1) + torch.arange(width, device=starts.device)

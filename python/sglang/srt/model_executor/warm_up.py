@@ -95,7 +95,7 @@ def _run_steps(
 
 
 def run_step(runner: ModelRunner, batch: ModelWorkerBatch, run: RunStep | None = None) -> None:
-    """Forward and greedy sampling of ``batch``, whose rows all lie in the dummy page; or ``run``, if given."""
+    """Forward and greedy sampling of ``batch``, whose rows all are in the dummy page; or ``run``, if given."""
     rows = [SamplingRow(SamplingParams(temperature=0.0), 0, (), ()) for _ in range(batch.batch_size)]
     info = SamplingBatchInfo.from_rows(rows, runner.model_config.vocab_size, runner.device)
     if run is None:

@@ -16,8 +16,8 @@ def iterate_dummy(model: CheckpointModel, seed: int) -> Iterator[tuple[str, torc
 
     A matrix is N(0, 1/sqrt(fan_in)), an 8-bit one N(0, 16) with scales 1/(16 sqrt(fan_in)); a vector says its own mean
     and deviation (norms mean 1, router bias N(0, 0.05)). A table of ids counts up from row to row.
-    Numbers are drawn where the model lies. They depend on ``seed``, the tensor's name and the kind of device alone, so
-    every tensor-parallel size serves the same model.
+    Numbers are drawn on the device of the model. They depend on ``seed``, the tensor's name and the kind of device
+    alone, so every tensor-parallel size serves the same model.
     """
     device = next(model.parameters()).device
     for name, expected in model.checkpoint_tensors().items():

@@ -82,7 +82,7 @@ def _wanted_files(folder: str | Path, wanted: Callable[[str], bool]) -> dict[Pat
 
 @contextmanager
 def _reading(path: Path, promised: list[str] | None) -> Iterator[tuple[Any, list[str]]]:
-    """An open file and the tensors to take from it; what it or its reader raises is told by the file's name."""
+    """An open file and the tensors to take from it; an error of it or its reader is raised with the file's name."""
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             held = list(file.keys())
@@ -99,7 +99,7 @@ def _reading(path: Path, promised: list[str] | None) -> Iterator[tuple[Any, list
 
 
 def _with_progress(files: dict[Path, list[str] | None]) -> Iterator[tuple[Path, list[str] | None]]:
-    """The items of ``files``, behind a bar where stderr is a terminal; elsewhere with a log line now and then."""
+    """The items of ``files``, with a progress bar if stderr is a terminal, otherwise with a log line now and then."""
     on_terminal, last = sys.stderr.isatty(), time.monotonic()
     bar = tqdm(files.items(), desc="Loading safetensors", unit="file", disable=not on_terminal)
     for done, item in enumerate(bar, 1):

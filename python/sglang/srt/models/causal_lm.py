@@ -21,7 +21,7 @@ _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.")
 
 
 class DecoderLayer(nn.Module, ABC):
-    """A mixer of tokens and a feed-forward, each behind a norm of the residual; subclasses add ``mix`` and ``mlp``."""
+    """A mixer of tokens and a feed-forward, each after a norm of the residual; subclasses add ``mix`` and ``mlp``."""
 
     is_moe: bool
     mlp: nn.Module

@@ -37,7 +37,7 @@ class WeightLoadError(ValueError):
 
 @dataclass(frozen=True)
 class CheckpointTensor:
-    """One matrix or vector that the checkpoint must hold: its full shape, and how it is taken, its partner behind it.
+    """One matrix or vector that the checkpoint must hold: its full shape, and how it is taken, its partner after it.
 
     fill: mean and standard deviation of a dummy checkpoint, None for a matrix drawn by its fan-in. leaves: the tensors
     in which it may come. encode: what a dummy checkpoint holds of what was drawn; None: just that.

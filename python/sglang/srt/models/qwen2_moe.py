@@ -26,7 +26,7 @@ class Qwen2MoeSparseMoeBlock(nn.Module):
 
     Weights w are softmax over all experts, the ``num_experts_per_tok`` largest, renormalised. quant_config and prefix
     decide the format of the experts' weights; the two gates are never quantised. With ``support_shared_expert_fusion``
-    the shared expert lies in ``num_fused_shared_experts`` slots of the routed ones' weights, and a step whose size
+    the shared expert is in ``num_fused_shared_experts`` slots of the routed ones' weights, and a step whose size
     ``site`` fuses computes it as one of them; the caller vouches that it can (``SharedExperts.fusion_refusal``).
     """
 

@@ -41,7 +41,7 @@ class ReasoningParser:
     def __init__(self, thinks: bool | None):
         # Text that may yet turn out to be a mark, or the white space at an end.
         self._held = ""
-        # At the beginning of a thought or behind one, where white space is dropped.
+        # At the beginning of a thought or after one, where white space is dropped.
         self._drops_space = thinks is True
         # A reply whose prompt opened the thought may open it once more.
         self._may_open = thinks is not False

@@ -18,7 +18,7 @@ __all__ = ["Platform", "PlatformError", "current_platform", "override_platform",
 
 
 def select_platform(name: str) -> Platform:
-    """Platform ``name``; "" means HIP, CUDA or CPU by what torch reports. Raises PlatformError if it cannot be had."""
+    """Platform ``name``; "" means HIP, CUDA or CPU by what torch reports. Raises PlatformError if it is missing."""
     if name == "":
         if not torch.cuda.is_available():
             return CpuPlatform()

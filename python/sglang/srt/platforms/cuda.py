@@ -102,7 +102,7 @@ class CudaPlatform(Platform):
         return torch.cuda.is_current_stream_capturing()
 
     def timing_event(self) -> torch.cuda.Event | None:
-        # Only an external event becomes a node of the graph, which each replay records anew.
+        # Only an external event becomes a node of the graph, which each replay records again.
         event = torch.cuda.Event(enable_timing=True, external=self.is_capturing())
         event.record()
         return event

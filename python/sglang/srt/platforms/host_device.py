@@ -65,7 +65,7 @@ class _Call:
 class HostGraph:
     """Runs a step once, and each replay repeats the recorded calls on the storages of that run.
 
-    A call is one operation of torch, or one kernel (``kernel``), which on a device would also read its arguments anew.
+    A call is one operation of torch, or one kernel (``kernel``), which on a device would also read its arguments again.
     Everything else, numbers and branches of the host, is as it was at capture, as in a graph of a device.
     """
 
@@ -131,7 +131,7 @@ def _recorder() -> _Recorder | None:
 
 
 def kernel(fn: Callable[Params, Returned]) -> Callable[Params, Returned]:
-    """``fn`` as a host graph records it: one call, whose host-side decisions are taken anew at each replay."""
+    """``fn`` as a host graph records it: one call, whose host-side decisions are taken again at each replay."""
 
     @functools.wraps(fn)
     def run(*args: Params.args, **kwargs: Params.kwargs) -> Returned:

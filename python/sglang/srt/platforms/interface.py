@@ -11,7 +11,7 @@ import torch
 
 
 class PlatformError(RuntimeError):
-    """The platform that was asked for cannot be had on this machine."""
+    """The requested platform is not available on this machine."""
 
 
 Result = TypeVar("Result")

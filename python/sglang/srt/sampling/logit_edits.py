@@ -20,7 +20,7 @@ class SamplingRow:
     seed: int
     prompt_ids: Sequence[int]
     output_ids: Sequence[int]
-    # Ids that end this request; they are not drawn before ``min_new_tokens`` tokens exist.
+    # Ids that end this request; they are not sampled before ``min_new_tokens`` tokens exist.
     stop_ids: Sequence[int] = ()
 
     @property

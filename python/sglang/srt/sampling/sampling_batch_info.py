@@ -23,8 +23,8 @@ class SamplingBatchInfo:
 
     temperatures [B, 1], top_ps, min_ps [B] or [B, 1] float32; top_ks [B] or [B, 1] integer, all ids where it is below
     1 or above the vocabulary size; sampling_seed [B] int64, random when None; greedy_rows [B] bool, those of top_ks 1
-    when None; vocab_mask [B, ceil(V / 32)] int32, the ids that may be drawn (bit i % 32 of word i // 32), None for all.
-    The names are upstream's, whose callers build it by keywords; ``from_rows`` and ``edits`` are ours.
+    when None; vocab_mask [B, ceil(V / 32)] int32, the ids that may be sampled (bit i % 32 of word i // 32), None for
+    all. The names are upstream's, whose callers build it by keywords; ``from_rows`` and ``edits`` are ours.
     """
 
     temperatures: torch.Tensor
@@ -121,14 +121,14 @@ class SamplingBatchInfo:
         return self.edits.apply(logits)
 
     def update(self, next_token_ids: torch.Tensor) -> None:
-        """Count the tokens just drawn ([B] integer), in place."""
+        """Count the tokens just sampled ([B] integer), in place."""
         if self.edits is not None:
             self.edits.count(next_token_ids.to(torch.int64))
 
     def along_path(self, drafts: torch.Tensor) -> SamplingBatchInfo:
         """The same for B * W rows with ``drafts`` [B, W - 1]: row j is edited as if its first j drafts were output.
 
-        A ``vocab_mask`` is of these rows already: what a grammar allows behind a draft is for its owner to say.
+        A ``vocab_mask`` is of these rows already: what a grammar allows after a draft is for its owner to say.
         """
         width = drafts.shape[1] + 1
         assert self.vocab_mask is None or self.vocab_mask.shape[0] == drafts.shape[0] * width

@@ -25,7 +25,7 @@ _INT64 = 2**63
 
 
 class SamplingParamsError(ValueError):
-    """A sampling parameter has a wrong type or lies outside its range."""
+    """A sampling parameter has a wrong type or is outside its range."""
 
 
 class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):

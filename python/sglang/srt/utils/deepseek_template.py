@@ -97,7 +97,7 @@ class DeepSeekTemplate(PromptTemplate):
 
     @abstractmethod
     def turns(self, messages: Sequence[Message], thinking: bool, keeps_thoughts: bool) -> Iterable[str]:
-        """The parts of the prompt behind its start; ``keeps_thoughts`` wants those of all turns."""
+        """The parts of the prompt after its start; ``keeps_thoughts`` wants those of all turns."""
 
     def _text(self, name: str, asked: str) -> str:
         if name not in self.texts:

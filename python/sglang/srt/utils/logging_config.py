@@ -13,7 +13,7 @@ _SHORT.maxdict = 32
 
 
 def shown(value: Any) -> str:
-    """A value that came from a client, for a log line: escaped, and cut to a length that a log can bear."""
+    """A value that came from a client, for a log line: escaped, and cut to a length that suits a log."""
     return _SHORT.repr(value)
 
 

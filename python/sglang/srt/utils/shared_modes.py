@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# A mode gives way only to one that is faster by more than this share, and by more than runs of the two differ.
+# A mode is replaced only by one that is faster by more than this share, and by more than runs of the two differ.
 MARGIN = 0.01
 
 
@@ -13,7 +13,7 @@ MARGIN = 0.01
 class ModeTimes:
     """Decode steps of one model on one device. where: device, versions, date, model, command.
 
-    rows: tokens -> (ms by mode, how far repeated runs of a mode lie apart, as a share).
+    rows: tokens -> (ms by mode, how far repeated runs of a mode are apart, as a share).
     """
 
     where: str

@@ -327,7 +327,7 @@ def _fusion_warning(asks: str, rule: SiteRule, fusion: FusionChoice) -> str:
 
 
 def _without_effect(rules: Sequence[SiteRule], platform: Platform, settings: StreamSettings) -> list[str]:
-    """What is asked of streams and changes nothing for a model with ``rules``, each in one line."""
+    """Settings of streams that have no effect for a model with ``rules``, one line each."""
     found = []
     for name in sorted(settings.forced.keys() - {rule.name for rule in rules}):
         found.append(f"SGLANG_STREAM_SITES names {name}, a site that this model does not have: the entry has no effect")

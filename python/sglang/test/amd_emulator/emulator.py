@@ -97,7 +97,7 @@ def _tinygrad() -> Any:
 
 
 def _correct(module: Any) -> None:
-    """Let tinygrad's decoder see 16 bytes only behind the prefix of a scaled MFMA, and keep denormals as Triton does.
+    """Let tinygrad's decoder see 16 bytes only after the prefix of a scaled MFMA, and keep denormals as Triton does.
 
     It knows such an instruction by its second half alone, and swallows what stands before an unscaled one.
     """
@@ -233,7 +233,7 @@ class KernelEmulator:
         """Scalar registers that a wave starts with, and its first instruction.
 
         Dwords in the order of the descriptor's property bits, then preloaded arguments; hardware that preloads starts
-        256 bytes later, behind the loads for hardware that does not.
+        256 bytes later, after the loads for hardware that does not.
         """
         user: list[int] = []
         for bit, dwords in ((0, 4), (1, 2), (2, 2), (3, 2), (4, 2), (5, 2), (6, 1)):

@@ -107,7 +107,7 @@ class CompileOnlyDriver:
         return True
 
     def on_compiled(self, *, metadata: dict[str, Any], metadata_group: dict[str, str], **_: Any) -> None:
-        """Triton's compilation listener, called for cache hits too: remember where the files of a kernel lie."""
+        """Triton's compilation listener, called for cache hits too: remember where the files of a kernel are."""
         self._files[metadata["hash"]] = metadata_group
         self._digests[metadata["hash"]] = self._compiling
 

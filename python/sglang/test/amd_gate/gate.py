@@ -98,7 +98,7 @@ def load_table(path: Path = TABLE) -> Table:
     """triton version -> arch -> "kernel @ shape" -> Recorded."""
     data = json.loads(path.read_text(encoding="utf-8"))
     if tuple(data["columns"]) != COLUMNS:
-        raise ValueError(f"{path}: columns are {data['columns']}, expected {list(COLUMNS)}; write the table anew")
+        raise ValueError(f"{path}: columns are {data['columns']}, expected {list(COLUMNS)}; write the table again")
     return {
         version: {
             arch: {key: Recorded(Resources(*row[:-1]), row[-1]) for key, row in rows.items()}

@@ -91,7 +91,7 @@ class ShapeOnlyGroup(ProcessGroupHandle):
 
 
 class _PinsNothing(TorchFunctionMode):
-    """Pinned host memory needs a device at hand."""
+    """Pinned host memory needs a device."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.pin_memory:
@@ -141,7 +141,7 @@ class ShapeRunner(ModelRunner):
 
 
 def walk_models() -> Iterator[WalkStep]:
-    """Run every step of every walked model on the current platform; a step that fails says why, and others go on."""
+    """Run every step of every walked model on the current platform; a step that fails says why, and others continue."""
     for model in WALKED_MODELS:
         with (
             override_tp_group(ShapeOnlyGroup(size=model.settings.get("tp_size", 1))),

@@ -37,7 +37,7 @@ def last_lengths(seq_lens: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def later_columns(slot_table: torch.Tensor, seq_lens: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Columns behind the token of each query, [B, Hk * W * G, L] bool: of W queries of Hk groups of G heads."""
+    """Columns after the token of each query, [B, Hk * W * G, L] bool: of W queries of Hk groups of G heads."""
     kv_heads, width, group = shape
     columns = torch.arange(slot_table.shape[1], device=seq_lens.device)
     beyond = columns >= last_lengths(seq_lens, width).unsqueeze(2)
@@ -92,7 +92,7 @@ def _attend(
     hidden: torch.Tensor | None,
     scale: float,
 ) -> torch.Tensor:
-    """q [B, Hq, D] over slots [B, L] but for the columns that are ``hidden`` [B, 1 or Hq, L] -> [B, Hq, Dv]."""
+    """q [B, Hq, D] over slots [B, L] except the columns that are ``hidden`` [B, 1 or Hq, L] -> [B, Hq, Dv]."""
     (batch, heads, _), length = q.shape, slots.shape[1]
     kv_heads, v_dim = k_cache.shape[1], v_cache.shape[2]
     out = q.new_empty(batch, heads, v_dim)

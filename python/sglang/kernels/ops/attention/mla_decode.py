@@ -62,7 +62,7 @@ def _attend(
     kv_lora_rank: int,
     scale: float,
 ) -> torch.Tensor:
-    """q [B, H, R+P] over slots [B, L] but for the columns that are ``hidden`` [B, 1 or H, L] -> [B, H, R]."""
+    """q [B, H, R+P] over slots [B, L] except the columns that are ``hidden`` [B, 1 or H, L] -> [B, H, R]."""
     (batch, heads, _), length = q.shape, slots.shape[1]
     out = q.new_empty(batch, heads, kv_lora_rank)
     queries = q.float() * scale

@@ -90,7 +90,7 @@ def prepare_mla_triton(
                 tiles = cdiv(rank, ABSORB_COLUMNS)
             else:
                 absorb(q, w_kc, out)
-        # The parts of one token side by side: rows lie tens of kilobytes apart.
+        # The parts of one token side by side: rows are tens of kilobytes apart.
         blocks = 1 + head_blocks + heads * tiles
         prepare_mla_kernel[(tokens * blocks,)](
             source, target, kv_a, positions, cos_sin_cache, norm_weight, latent_cache, slot_ids, q, w_kc, out,
@@ -133,7 +133,7 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{name}-in-place", (*shared, is_neox))
             queries = torch.randn(tokens, heads, rank + rope, generator=generator)
             yield Case(name, (*shared, is_neox, queries))
-            # Rows of the two halves of kv_b_proj lie behind each other.
+            # Rows of the two halves of kv_b_proj are one after the other.
             w_kc = torch.randn(heads, nope + 3, rank, generator=generator)[:, :nope]
             yield Case(f"{name}-absorbed", (*shared, is_neox, queries, w_kc))
         yield Case(f"{tokens}x{heads}-fp8", (*shared[:5], cache.to(torch.float8_e4m3fn), slots, 1e-6, False))

@@ -35,7 +35,7 @@ def select_entries_torch(
     entry is taken. q [N, H, D], weights [N, H], keys [E, D]; entry e of request b has row
     ``page_table[b, e // per_page] * per_page + e % per_page`` of keys, page_table [B, P] int32; requests [N] int64 are
     the rows' requests, visible [N] int32: a row sees the entries below it. Keys with scales are as ``store_rows_torch``
-    has them. -> ascending entry numbers [N, min(top_k, P * per_page)] int32, -1 behind the last. DeepSeek-V4 report,
+    has them. -> ascending entry numbers [N, min(top_k, P * per_page)] int32, -1 after the last. DeepSeek-V4 report,
     section 2.3.1.
     """
     num_entries = page_table.shape[1] * per_page

@@ -156,7 +156,7 @@ def _stride(x: Tensor | None) -> int:
 
 
 def _layout(cache: Tensor | None, scales: Tensor | None) -> tuple[int, int, int]:
-    """Rows of a page, bytes of a row and bytes of its scales; zeros behind where rows are plain."""
+    """Rows of a page, bytes of a row and bytes of its scales; zeros after where rows are plain."""
     return (1, 0, 0) if cache is None or scales is None else (cache.shape[1], cache.shape[2], scales.shape[2])
 
 
@@ -184,7 +184,7 @@ def _accepts(
 
 
 def _reads(cache: Tensor, scales: Tensor | None, dim: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel reads the cache: the columns that stay bfloat16 lie in one group of 64."""
+    """Whether the kernel reads the cache: the columns that stay bfloat16 are in one group of 64."""
     plain = dim if scales is None else 2 * dim - cache.shape[2]
     return is_packed(cache, scales, dtype) and plain % GROUP + dim - plain <= GROUP
 

@@ -11,7 +11,7 @@ from sglang.kernels.ops.attention.sparse_splits import Pass, Passes
 
 # Groups of columns of a row, of which the last is bfloat16; a place has a byte for the scale of each.
 NUM_GROUPS = 8
-# Bytes that lie between the passes: longer steps go through both by parts.
+# Most bytes stored between the two passes: longer steps run both passes part by part.
 MAX_BETWEEN = 128 << 20
 
 

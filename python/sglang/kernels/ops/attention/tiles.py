@@ -38,7 +38,7 @@ class RowShape:
 
     @classmethod
     def of(cls, dim: int, value_dim: int, value_is_key: bool = False, k_tail: torch.Tensor | None = None) -> RowShape:
-        """Key rows of ``dim`` columns, those of ``k_tail`` [., P] included where the last ones lie apart."""
+        """Key rows of ``dim`` columns, those of ``k_tail`` [., P] included where the last ones are apart."""
         if value_is_key:
             return cls(value_dim, dim - value_dim, value_dim, True)
         if k_tail is not None:
@@ -75,8 +75,8 @@ MANY_HEADS = 64
 
 # (architecture prefix, kind of row, bytes of an element) -> tile. "" is any architecture: small tiles that fit 64 KiB
 # of shared memory. sm_90 in 2 bytes: best over the shapes of attention_anchors.json on one H100 80GB, triton 3.6.0,
-# 2026-11-22, but for its extend over latent rows, which was not timed; benchmark/kernels/tune_attention.py finds them
-# anew. gfx: compiled without a spill, never timed.
+# 2026-11-22, except extend over latent rows, which was not timed; benchmark/kernels/tune_attention.py finds them
+# again. gfx: compiled without a spill, never timed.
 DECODE_TILES: dict[tuple[str, str, int], Tile] = {
     ("", "latent", 2): Tile(16, 32, 4, 2),
     ("", "wide", 2): Tile(16, 32, 4, 2),

@@ -12,7 +12,7 @@ CHUNK_SIZE = 64
 
 
 def chunk_table(seq_lens: Sequence[int], size: int = CHUNK_SIZE) -> tuple[Tensor, Tensor]:
-    """Where packed sequences and their chunks lie, on the host.
+    """Where packed sequences and their chunks are, on the host.
 
     bounds [B + 1] int64, and chunks [NC, 2] int32: the sequence and the index in it of each chunk of ``size`` rows.
     """

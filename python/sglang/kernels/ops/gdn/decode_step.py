@@ -81,7 +81,7 @@ def step_inputs(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Random arguments up to ``ssm_state`` of either step, with z, b and a as the strided views that a layer has.
 
-    Of ``dtype``, but for decay rates and states, which serving keeps in float32 too.
+    Of ``dtype``, except decay rates and states, which serving keeps in float32 too.
     """
     key_heads, per_key, k_dim, v_dim, width = shape
     heads = key_heads * per_key

@@ -22,7 +22,7 @@ def causal_conv1d(x: Tensor, weight: Tensor, initial: Tensor, seq_lens: Sequence
     pieces: list[Tensor] = []
     for before, own in zip(initial.transpose(1, 2).to(x.dtype), x.split(list(seq_lens)), strict=True):
         pieces += (before, own)
-    padded = torch.cat(pieces).float()  # each sequence behind its W-1 columns of history
+    padded = torch.cat(pieces).float()  # each sequence after its W-1 columns of history
     taps = weight.float().t()
     summed = padded[: padded.shape[0] - history] * taps[0]
     for j in range(1, history + 1):

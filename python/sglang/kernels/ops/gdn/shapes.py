@@ -44,7 +44,7 @@ def step_fits_triton(
 ) -> bool:  # fmt: skip
     """Whether the Triton steps take these: one dtype for activations, dense rows, a state of a known size.
 
-    ``rest``: the step's other arguments, whose tensors say where rows and states lie and must be contiguous.
+    ``rest``: the step's other arguments, whose tensors say where rows and states are and must be contiguous.
     """
     shape = shape_of(mixed_qkv, conv_weight, ssm_state)
     parameters = (conv_weight, A_log, dt_bias, norm_weight)

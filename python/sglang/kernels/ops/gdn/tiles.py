@@ -78,6 +78,6 @@ TILES = {
 
 
 def gdn_tiles() -> GDNTiles:
-    """The choices of the platform at hand."""
+    """The choices of the current platform."""
     arch = current_platform.arch
     return next(tiles for prefix, tiles in TILES.items() if arch.startswith(prefix))

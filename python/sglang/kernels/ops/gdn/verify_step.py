@@ -78,7 +78,7 @@ def _solve(
     states: Tensor, tail: int, scale: float, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor
 ) -> tuple[Tensor, Tensor]:
     """``delta_step`` of T rows solved together: answers [B, HV, T - tail, V] of all but the first ``tail``, and the
-    states behind those.
+    states after those.
 
     states [B, HV, V, K] float32, q, k [B, HK, T, K], v [B, HV, T, V], g and beta [B, HV, T]. Yang et al. 2024 (Gated
     Delta Networks), section 3.3, for one chunk.
@@ -103,7 +103,7 @@ def _solve(
     written = torch.linalg.solve_triangular(mixed[..., :steps, :] * rate, wanted, upper=False, unitriangular=True)
     answers = (reads[..., steps:, :] + _causal_product(mixed[..., steps:, :], written)) * scale
     if tail:
-        # Row ``tail - 1`` of the decay is what is left of each write behind the tail.
+        # Row ``tail - 1`` of the decay is what is left of each write after the tail.
         left = written[..., :tail, :] * decay[..., tail - 1, :tail].unsqueeze(-1)
         grouped = grouped * since[..., tail - 1 : tail, :] + left.transpose(-1, -2) @ k[:, :, :tail].unsqueeze(2)
     return answers.flatten(1, 2), grouped.flatten(1, 2)

@@ -65,7 +65,7 @@ def mix_streams(
     tile = tile_of(num_rows, width)
     mixes = 0 if fn is None else fn.shape[0]
     reads_back = fn is not None and row is not None and current_platform.kind in STORES_SEEN_BEHIND_BARRIERS
-    # Of few rows, what is read is the matrix, which then lies in registers whole.
+    # With few rows most of what is read is the matrix, which is then held in registers completely.
     at_once = fn is not None and (row is None or reads_back) and x.dtype in AT_ONCE_DTYPES and tile.rows == 16
     mix_streams_kernel[(cdiv(num_rows, tile.rows), tile.splits)](
         row, x, post, comb, fn, out, *(parts or (None, None)),

@@ -185,7 +185,7 @@ def _accepts(
     stacked = (w13, w13_scale, w2, w2_scale)
     dense = all(tensor.is_contiguous() and tensor.dtype == torch.uint8 for tensor in stacked) and x.stride(1) == 1
     plain = x.dtype in (torch.bfloat16, torch.float32) and not is_shuffled(w13)
-    # Tiles of float32 are narrower than what placed codes lie in.
+    # Tiles of float32 are narrower than the layout of placed codes.
     same = is_placed(w13) == is_placed(w2) and (x.dtype == torch.bfloat16 or not is_placed(w13))
     return dense and plain and same and routing_fits(topk_weights, topk_ids, w13.shape[0])
 

@@ -14,7 +14,7 @@ from sglang.kernels.ops.norm.rmsnorm import fits_triton
 from sglang.kernels.ops.quant import group_fp8
 from sglang.kernels.spec import Case, Impl, Op
 
-# Numbers of all rows up to which each program norms them anew rather than wait for another launch (by reasoning, not
+# Numbers of all rows up to which each program norms them again rather than wait for another launch (by reasoning, not
 # measured), and experts up to which each has a program of its own.
 FEW_NUMBERS = 8192
 ONE_PER_PROGRAM = 128

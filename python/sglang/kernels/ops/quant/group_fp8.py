@@ -106,7 +106,7 @@ def scaled_product(q: Tensor, scale: Tensor, w: Tensor, w_scale: Tensor) -> Tens
 def empty_quantized(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """q [rows, columns] and its scale as a product of so many rows reads them best.
 
-    Past LIBRARY_MIN_ROWS scales are contiguous by columns, and both lie in room for a multiple of LIBRARY_ROWS rows.
+    Past LIBRARY_MIN_ROWS scales are contiguous by columns, and both are in room for a multiple of LIBRARY_ROWS rows.
     """
     groups = columns // GROUP
     if rows <= LIBRARY_MIN_ROWS:

@@ -18,9 +18,9 @@ LARGEST_FLOAT32 = 252
 # Scale bytes at which placed codes become numbers by one product of bfloat16, 2^-62 of each: none overflows, none is
 # subnormal.
 NARROW = (64, 190)
-# Of the four codes in 16 placed bits: where the sign lies, and the lowest of the other three.
+# Of the four codes in 16 placed bits: where the sign is, and the lowest of the other three.
 PLACES = ((15, 6), (12, 3), (14, 0), (13, 9))
-# Rows and columns of a matrix whose placed codes lie together, and whose scales do.
+# Rows and columns of a matrix whose placed codes are contiguous, and the same for scales.
 GRANULE = (64, 128)
 
 
@@ -79,7 +79,7 @@ def dequantize_mxfp4(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 def place_codes(codes: Tensor) -> Tensor:
-    """The same codes where few instructions make bfloat16 of two of them at once, and tiles lie in one piece.
+    """The same codes where few instructions make bfloat16 of two of them at once, and tiles are in one piece.
 
     codes [R, K / 2] uint8, R and K whole GRANULEs -> the same. Of the eight 16 bits of a group, the i-th have its
     numbers i, i + 8, i + 16 and i + 24 as PLACES says: after at most a shift and a product, the bits of a code are the

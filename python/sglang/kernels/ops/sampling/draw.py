@@ -21,7 +21,7 @@ COUNT, SEEN, STOP = (1 << 29) - 1, 1 << 29, 1 << 30
 # Why nothing can be drawn from a row whose logits are sound: what edits, mask and temperature make of them.
 EDITED_FAULT = 2
 
-# Scores that one program of the Triton form reads, room for those of a row that lie in a bracket, one in how many is
+# Scores that one program of the Triton form reads, room for those of a row that are in a bracket, one in how many is
 # sampled, programs per row, scores side by side that one thread reads at once, and threads of four warps or waves.
 BLOCK, FOUND, STRIDE, MAX_CHUNKS, WIDE = 4096, 16384, 16, 128, 4
 LANES = {"hip": 256}
@@ -141,7 +141,7 @@ def draw_torch(
     Edits come first, then the mask, the temperature, the filters and ``seeded_sample_torch``. Returns ids [B] int64 in
     [0, V) and faults [B] int64: ``LOGITS_FAULT`` where the row holds NaN, +inf or nothing finite, ``EDITED_FAULT``
     where what it is drawn from does, else 0. The id of a row with a fault has no meaning. Another implementation may
-    answer another id where draw or cut lies within 1e-6 of the row's mass from where the id would change.
+    answer another id where draw or cut is within 1e-6 of the row's mass from where the id would change.
     """
     edited = logits.float()
     if edit_rows is not None:

@@ -12,7 +12,7 @@ from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, next_power_of_2, tri
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.platforms import current_platform
 
-# AITER reads rows in vectors of this many logits: of a shorter last one it takes what lies past V for 0.
+# AITER reads rows in vectors of this many logits: of a shorter last one it takes what is past V for 0.
 AITER_VECTOR = 16
 # Logits that one program of the Triton form reads.
 BLOCK = 2048

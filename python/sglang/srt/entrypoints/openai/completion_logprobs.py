@@ -66,7 +66,7 @@ class TokenPlaces:
         data = self._tokenizer.token_bytes(token_id)
         if not data:
             return before
-        # The token's first byte lies in the character that waits for more bytes, if one does, else in the last one.
+        # The token's first byte is in the character that waits for more bytes, if one does, else in the last one.
         self._num_chars += len(self._utf8.decode(data[:1]))
         place = self._num_chars if self._utf8.getstate()[0] else self._num_chars - 1
         self._num_chars += len(self._utf8.decode(data[1:]))
@@ -106,8 +106,8 @@ def prompt_places(tokenizer: Tokenizer, prompt: str, entries: list[LogprobEntry]
 class ChoiceLogprobs:
     """The log-probabilities of one choice whose text has not been returned yet.
 
-    A stop string holds text back and may cut it off: a token is reported with the text in which it lies, and at the
-    end no place is behind the text.
+    A stop string holds text back and may cut it off: a token is reported with the text in which it is, and at the
+    end no place is after the text.
     """
 
     def __init__(self, tokenizer: Tokenizer | None, skip_special_tokens: bool, with_top: bool):
@@ -138,7 +138,7 @@ class ChoiceLogprobs:
         self._add(entries, meta.get("output_top_logprobs"), places)
 
     def release(self, num_chars: int, final: bool) -> CompletionLogprobs:
-        """What lies in the text that the client has once it has ``num_chars`` more; everything, if ``final``."""
+        """What is in the text that the client has once it has ``num_chars`` more; everything, if ``final``."""
         self._sent += num_chars
         count = 0
         while count < len(self._waiting) and (final or self._places is None or self._waiting[count][3] < self._sent):

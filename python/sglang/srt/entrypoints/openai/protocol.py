@@ -1,4 +1,4 @@
-"""Bodies of the OpenAI endpoints. Other keys are judged by ``request_fields``."""
+"""Bodies of the OpenAI endpoints. Other keys are checked by ``request_fields``."""
 
 from __future__ import annotations
 

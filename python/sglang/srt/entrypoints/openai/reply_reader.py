@@ -27,7 +27,7 @@ from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-# Tokens at the end of a prompt that may hold the mark of a thought and the white space behind it.
+# Tokens at the end of a prompt that may hold the mark of a thought and the white space after it.
 _PROMPT_END_TOKENS = 32
 
 
@@ -188,7 +188,7 @@ class ReplyParsers:
         return form if schema is None else {"ebnf": self._tool_calls.grammar(tools, max_calls(body), token_id, schema)}
 
     def begins_in_thought(self, body: ChatCompletionRequest, native: GenerateReqInput) -> bool | None:
-        """Whether the reply goes on with a thought; None where it may begin one, and for all where no parser is."""
+        """Whether the reply continues with a thought; None where it may begin one, and for all where no parser is."""
         if self._tokenizer is None or self._reasoning is None:
             return None
         if body.continue_final_message and body.input_ids is None:

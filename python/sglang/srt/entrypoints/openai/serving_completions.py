@@ -63,7 +63,7 @@ class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
     def choice(
         self, body: CompletionRequest, native: GenerateReqInput, index: int, result: Result, states: States
     ) -> CompletionChoice:
-        """What is new of choice ``index``, at first behind its prompt if the client wants that back."""
+        """What is new of choice ``index``, at first after its prompt if the client wants that back."""
         meta, text, prompt = result["meta_info"], result["text"], None
         if index not in states:
             skip_special = body.skip_special_tokens is not False

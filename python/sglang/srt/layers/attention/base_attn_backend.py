@@ -304,7 +304,7 @@ class GatedDeltaNet(Protocol):
 
 
 class RecurrentBackend(ABC):
-    """Gated delta nets over recurrent states. Their plan of a step lies in ``forward_batch.attn_plan.states``."""
+    """Gated delta nets over recurrent states. Their plan of a step is in ``forward_batch.attn_plan.states``."""
 
     @abstractmethod
     def plan_states(self, forward_batch: ForwardBatch) -> object:

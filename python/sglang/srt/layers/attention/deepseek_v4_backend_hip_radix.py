@@ -288,7 +288,7 @@ class DeepseekV4MultiStepBackend(MultiStepBackend):
         ]
         if isinstance(plan, CompressedPlan):
             rows = slice(step, None, num_steps)
-            # The kernel that stores rows reads their slots one behind the other.
+            # The kernel that stores rows reads their slots one after the other.
             windows = (plan.store_slots[rows].contiguous(), plan.window_slots[rows])
             plan = CompressedPlan(plan.requests[rows], *windows, plan.page_table, {})
         forward_batch.attn_plan = StepPlan(attention=plan)

@@ -1,4 +1,4 @@
-"""A plan of compressed attention held against lengths on the host: for debugging, as it waits for the device."""
+"""A plan of compressed attention compared with lengths on the host: for debugging, as it waits for the device."""
 
 from __future__ import annotations
 

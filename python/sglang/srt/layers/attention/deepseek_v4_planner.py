@@ -1,7 +1,7 @@
 """The plan of a step of compressed attention: which rows of the pools its tokens read and write.
 
-Made on the device from lengths that lie there; its shapes follow from the sizes of the step alone. So the same function
-plans eagerly and inside a captured step, for prompts, decode and verify steps.
+Made on the device from lengths in device memory; its shapes follow from the sizes of the step alone. So the same
+function plans eagerly and inside a captured step, for prompts, decode and verify steps.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class EntryPlan:
     """What the compressors of one ratio m do in a step of N rows: C entries at most are closed.
 
     visible [N] int32: entries that a row sees, 0 for padding. state_rows [N] int64: where the row's products go, 0 (the
-    dummy page) for those that nothing needs. States lie in pages of the window.
+    dummy page) for those that nothing needs. States are in pages of the window.
     entry_rows [C] int64: where a closed entry goes, 0 past the last one; first_positions [C] int64: of its first token.
     sources [C, W] int64: the tokens that it is made of, in order: j >= 0 row j of the step, -2 - s row s of the states,
     -1 none. The last of them closes the entry; all are -1 past the last entry.

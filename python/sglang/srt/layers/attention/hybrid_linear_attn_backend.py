@@ -79,7 +79,7 @@ class GDNBackend(RecurrentBackend):
         if forward_batch.kind is None:
             return self._plan_extend(forward_batch, slots)
         if forward_batch.kind.rows_per_request == 1:
-            # Nothing but the batch's own tensor: a captured step reads what the next replay finds in it.
+            # Only the batch's own tensor: a captured step reads what the next replay finds in it.
             return GDNPlan(None, slots, None, slots[:0])
         if forward_batch.kind.rows_per_request == self.num_tail_rows:
             return GDNPlan(None, slots, None, slots[:0], verifies=True)
@@ -193,7 +193,7 @@ class HybridLinearAttnBackend(GqaBackend, RecurrentBackend):
         self._add_states(forward_batch)
 
     def init_forward_metadata_replay(self, forward_batch: ForwardBatch) -> None:
-        """New values lie in the captured tensors already."""
+        """New values are in the captured tensors already."""
         self.full_attn_backend.init_forward_metadata_replay(forward_batch)
         self._add_states(forward_batch)
 

@@ -13,7 +13,7 @@ from sglang.srt.distributed import get_parallel_state
 class ExpertPlacement:
     """Experts ``first .. first + count`` of ``num_experts``, and of each the ``part``-th of ``parts`` equal widths.
 
-    ``num_shared`` more, with ids from ``num_experts`` on, lie behind them on every rank.
+    ``num_shared`` more, with ids from ``num_experts`` on, follow them on every rank.
     """
 
     num_experts: int

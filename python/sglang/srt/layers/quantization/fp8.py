@@ -121,8 +121,8 @@ class Fp8Method(WeightMethod):
         x_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if isinstance(x, QuantizedRows):
-            # The vendor's experts quantise rows themselves. Rows are gathered by expert: scales that lie by columns,
-            # as the library's products read them, would take a sector of memory for each row and step.
+            # The vendor's experts quantise rows themselves. Rows are gathered by expert: scales that are stored by
+            # columns, as the library's products read them, would take a sector of memory for each row and step.
             as_made = x.scale.is_contiguous() and not is_shuffled(layer.w13_weight)
             x, x_scale = (x.q, x.scale) if as_made else (plain_rows(x), None)
         stacks = layer.w13_weight, layer.w13_weight_scale_inv, layer.w2_weight, layer.w2_weight_scale_inv

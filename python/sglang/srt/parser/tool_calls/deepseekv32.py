@@ -34,7 +34,7 @@ class DeepSeekV32Parser(ToolCallParser):
     start, end, between = f'<{MARK}invoke name="', f"</{MARK}invoke>", "\n"
     block_start, block_end = f"<{MARK}function_calls>", f"</{MARK}function_calls>"
     lead, inside = "\n\n", "\n"
-    # Bare text and the tag behind it.
+    # Bare text and the tag after it.
     terminals = (rf"text[lazy]: /(.|\n)*<\/{MARK}parameter>\n/",)
 
     @classmethod
@@ -74,7 +74,7 @@ class DeepSeekV32Parser(ToolCallParser):
 
 
 def _value_form(schema: Any, defined: Mapping[str, Any]) -> str:
-    """Lark for a value from behind ``string=`` on, and the tag behind it: bare text where a string may stand."""
+    """Lark for a value from after ``string=`` on, and the tag after it: bare text where a string may stand."""
     schema = schema if isinstance(schema, Mapping) else {}
     tag = quoted(f"</{MARK}parameter>\n")
     listed, types = listed_values(schema), schema_types(schema)

@@ -56,7 +56,7 @@ class Qwen3CoderParser(ToolCallParser):
 
 
 def _value_form(schema: Any, defined: Mapping[str, Any]) -> str:
-    """Lark for a bare value and the tag behind it: strings are any text but that tag, unless the schema lists them."""
+    """Lark for a bare value and the tag after it: strings are any text but that tag, unless the schema lists them."""
     tag = quoted("\n</parameter>\n")
     types = schema_types(schema)
     if types and "string" not in types:

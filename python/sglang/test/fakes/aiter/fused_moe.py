@@ -85,7 +85,10 @@ def _check_weights(w1: torch.Tensor, w2: torch.Tensor) -> None:
 
 def _check_routing(weights: torch.Tensor, ids: torch.Tensor, rows: int) -> None:
     require(ids.dtype == torch.int32 and ids.ndim == 2 and ids.shape[0] == rows, f"ids must be int32 [{rows}, K]")
-    require(weights.dtype == torch.float32 and weights.shape == ids.shape, "weights must be float32 beside the ids")
+    require(
+        weights.dtype == torch.float32 and weights.shape == ids.shape,
+        "weights must be float32, of the same shape as the ids",
+    )
     require(ids.is_contiguous() and weights.is_contiguous(), "routing must be contiguous")
 
 
@@ -125,7 +128,7 @@ def _activations(x: torch.Tensor, scale: torch.Tensor | None, quant: QuantType, 
         shape = (x.shape[0], x.shape[1] // _BLOCK)
         require(scale.dtype == torch.float32 and scale[: shape[0]].shape == shape, f"a1_scale must be float32 {shape}")
         return x.float() * scale[: shape[0]].repeat_interleave(_BLOCK, 1)
-    require(scale is None, "a1_scale beside rows that are not quantised")
+    require(scale is None, "a1_scale given with rows that are not quantised")
     return _requantized(x.float(), quant, weight)
 
 

@@ -125,7 +125,7 @@ class MoriEPMoE(FusedMoE):
         if manual and manual < bound and self.recv_stats.record_raised_limit() == 1:
             logger.warning(
                 "SGLANG_MORI_MOE_MAX_INPUT_TOKENS=%d is raised to %d, the rows that can arrive in this step; "
-                "likewise in other steps (logged once, counted in /server_info)", manual, bound,
+                "the same in other steps (logged once, counted in /server_info)", manual, bound,
             )  # fmt: skip
         return input_rows(bound, capacity, self._tiers, manual)
 

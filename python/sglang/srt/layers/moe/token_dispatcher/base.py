@@ -3,7 +3,7 @@
 Rules that every transport keeps (MORI's, made checkable):
 - A token goes once to each rank that holds one of its experts, with all its ids and weights. Ids stay global; expert
   ``id`` lives on rank ``id // num_experts_per_rank``; ids outside ``[0, E)`` go nowhere.
-- Received rows are ``[0, total_recv)`` of buffers that the transport owns and reuses; what lies beyond is stale.
+- Received rows are ``[0, total_recv)`` of buffers that the transport owns and reuses; what is beyond is stale.
 - Combine sums, without weights and in float32, what a token's ranks computed, in ascending rank order.
 - Each method is a collective: all ranks call the same sequence, also with no rows.
 - Between a send and its recv nothing may be read, and the caller's tensors stay alive. One send at a time.

@@ -17,7 +17,9 @@ def greedy_sample(out: torch.Tensor, input: torch.Tensor) -> None:
     As the vendor's kernel does: NaN never wins, a row without a winner gives 0, and lanes past V in the last vector of
     16 read 0.0, so that a negative row of another width gives an id of V or more.
     """
-    require(current_platform.is_default_stream(), "the kernel launches on the default stream, beside the current one")
+    require(
+        current_platform.is_default_stream(), "the kernel launches on the default stream, which is not the current one"
+    )
     require(out.dtype == torch.int32 and out.shape == input.shape[:1], f"out must be int32 [B], got {out.dtype}")
     require(input.dtype in _FLOATS and input.ndim == 2, f"input must be float [B, V], got {input.dtype}")
     require(input.stride(1) == 1, "the kernel reads rows as dense")

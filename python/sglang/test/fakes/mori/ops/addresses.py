@@ -1,10 +1,10 @@
-"""Which rows of the receive buffers the single-node kernels of MORI write, and what lies outside of them.
+"""Which rows of the receive buffers the single-node kernels of MORI write, and what is outside of them.
 
 Read in ROCm/mori, ``src/ops/dispatch_combine`` of v1.1.0, v1.2.2 and commit 624002c8 (line numbers of the last):
 
 - ``dispatch_combine.cpp`` 303-325: dispatch output and combine input are allocated with ``MaxNumTokensToRecv()`` rows,
   which ``maxTotalRecvTokens`` shortens; combine output with ``maxNumInpTokenPerRank``.
-- ``intranode.hpp`` 151-203, dispatch: rows that reach a rank get the slots 0, 1, 2, … there, whoever sends them. v1.1.0
+- ``intranode.hpp`` 151-203, dispatch: rows that reach a rank get the slots 0, 1, 2, … there, from any sender. v1.1.0
   to v1.2.2 assert that a slot is inside (v1.1.0: 121); later releases do not.
 - ``intranode.hpp`` 345 and 383, combine of an external input: rank r writes what it made of a source's row t to row
   ``SendBufSlotOffset(r, t) = r * maxNumInpTokenPerRank + t`` (``common.hpp`` 49) of the source's combine input, and 534
