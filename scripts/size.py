@@ -39,7 +39,7 @@ BUDGETS = {
     "sglang/srt/models": 2_200,  # layers say which rows they take quantised
     "sglang/srt/parser": 650,
     "sglang/srt/platforms": 650,
-    "sglang/srt/sampling": 710,  # a host keeps a list of what is edited, a device marks of all ids
+    "sglang/srt/sampling": 740,  # a host keeps a list of what it edits in place, a device marks of all ids
     "sglang/srt/speculative": 1_150,  # draws and counts of a verify step are captured too
     "sglang/srt/utils": 2_600,
 }

@@ -454,10 +454,14 @@ class TestEdits(CustomTestCase):
                 torch.testing.assert_close(
                     host.apply_edits(given), device.apply_edits(given).float(), rtol=0, atol=0, equal_nan=True
                 )
-                torch.testing.assert_close(given, before, rtol=0, atol=0, equal_nan=True)
-                drawn = torch.randint(vocab, (len(kept),), generator=generator)
+                drawn, told = torch.randint(vocab, (len(kept),), generator=generator), []
                 for info in (host, device):
+                    output = LogitsProcessorOutput(given)
+                    ids = Sampler()(output, info, positions=torch.full((len(kept),), step))
+                    told.append((ids.tolist(), output.row_faults.tolist()))
+                    torch.testing.assert_close(given, before, rtol=0, atol=0, equal_nan=True)
                     info.update(drawn)
+                self.assertEqual(*told)
 
     def test_edits_of_another_vocabulary_are_refused(self) -> None:
         info = info_of([SamplingParams(presence_penalty=1.0)], 8)

@@ -53,8 +53,6 @@ class Sampler(torch.nn.Module):
         """
         raw = logits_output.next_token_logits
         sampled, faults = _choose(raw, sampling_info, positions)
-        if isinstance(sampling_info.edits, HostEdits):
-            sampling_info.edits.judge(raw, faults)
         ids = sampled.clamp(0, raw.shape[-1] - 1)
         bad_ids = torch.where(sampled == ids, 0, int(RowFault.TOKEN_ID))
         logits_output.row_faults = torch.where(faults == 0, bad_ids, faults)
@@ -80,11 +78,18 @@ class Sampler(torch.nn.Module):
 def _choose(
     raw: torch.Tensor, info: SamplingBatchInfo, positions: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and faults of rows, [B] each; a host's edits are applied; ``judge`` finds the faults that they hide."""
-    host_edits = info.edits if isinstance(info.edits, HostEdits) else None
-    given = raw if host_edits is None else host_edits.apply(raw)
-    plain = info.is_all_greedy and info.edits is host_edits and info.vocab_mask is None
-    return _greedy(given) if plain else _draw(given, info, positions)
+    """Ids and faults of rows, [B] each."""
+    if isinstance(info.edits, HostEdits):
+        return info.edits.drawn(raw, lambda edited: _pick(edited, info, positions))
+    return _pick(raw, info, positions)
+
+
+def _pick(
+    logits: torch.Tensor, info: SamplingBatchInfo, positions: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of rows that have a host's edits already."""
+    plain = info.is_all_greedy and info.vocab_mask is None and not isinstance(info.edits, LogitEdits)
+    return _greedy(logits) if plain else _draw(logits, info, positions)
 
 
 def _draw(

@@ -1,11 +1,16 @@
-"""``LogitEdits`` of a host, which can look: one list of all ids that the batch edits, kept from step to step."""
+"""``LogitEdits`` of a host, which can look: one list of all ids that the batch edits, kept from step to step.
+
+A forward evicts other code from the caches: the first call of an operation that it does not use takes four times
+as long as one of its own. Edits are made with the latter, and Python alone counts the tokens.
+"""
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,15 +21,17 @@ from sglang.srt.sampling.logit_edits import SamplingRow
 
 # Rows of the table.
 _REPETITION, _MINUS, _BIAS, _COUNT = range(4)
+# Room for ids that are not edited yet.
+_SPARE = 64
 
 
 @dataclass
 class _Request:
     """What one request adds to each token that it outputs, and the ids that it may not output yet."""
 
-    frequency: np.float32
-    presence: np.float32
-    repetition: np.float32
+    frequency: float  # these are float32
+    presence: float
+    repetition: float
     counts: bool
     left: int
     stops: list[int]
@@ -47,11 +54,9 @@ class HostEdits:
         # The first are in order; where a later one is, and one that was looked up, the dictionary knows.
         self._num_sorted = self._num = len(offsets)
         self._places: dict[int, int] = {}
-        repetitions = {float(request.repetition) for request in requests.values()} - {1.0}
-        self._repeats, self._weakens = bool(repetitions), min(repetitions, default=1.0) >= 1.0
+        self._repeats = any(request.repetition != 1.0 for request in requests.values())
         self._biased = bool(table[_BIAS].any())
         self._hold(offsets, table)
-        self._cut()
 
     @classmethod
     def from_rows(cls, rows: Mapping[int, SamplingRow], vocab_size: int) -> HostEdits:
@@ -63,9 +68,9 @@ class HostEdits:
             p, start = row.params, number * vocab_size
             stops = sorted({*row.stop_ids}) if row.tokens_left else []
             requests[number] = _Request(
-                frequency=np.float32(p.frequency_penalty),
-                presence=np.float32(p.presence_penalty),
-                repetition=np.float32(p.repetition_penalty),
+                frequency=float(np.float32(p.frequency_penalty)),
+                presence=float(np.float32(p.presence_penalty)),
+                repetition=float(np.float32(p.repetition_penalty)),
                 counts=p.counts_tokens,
                 left=row.tokens_left,
                 stops=stops,
@@ -77,24 +82,44 @@ class HostEdits:
 
     def apply(self, logits: torch.Tensor) -> torch.Tensor:
         """Edited logits [B, V] float32."""
-        if logits.shape[1] != self._vocab_size:
-            raise ValueError(f"edits are for {self._vocab_size} ids, but logits have {logits.shape[1]}")
-        edited = logits.clone() if logits.dtype == torch.float32 else logits.float()
-        x = edited.take(self._at)
-        if self._repeats:
-            divided, multiplied = x / self._repetition, x * self._repetition
-            # From 1 on, the lesser of the two is what the sign asks for.
-            x = torch.minimum(divided, multiplied) if self._weakens else torch.where(x > 0, divided, multiplied)
-        x.sub_(self._minus)
-        if self._biased:
-            x.add_(self._bias)
-        edited.put_(self._at, x)
+        edited = logits.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        self._edit(edited)
         for row in self._forbidding:
             edited[row, self.requests[row].stops] = -math.inf
         return edited
 
-    def judge(self, logits: torch.Tensor, faults: torch.Tensor) -> None:
-        """Correct ``faults`` [B] int64 of what was drawn from ``apply(logits)``, in place: the model's come first."""
+    def drawn(
+        self, logits: torch.Tensor, draw: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What ``draw`` makes of edited logits: ids and faults [B] int64, of which the model's come first.
+
+        ``logits`` [B, V] may be edited until then, and are as before at the end.
+        """
+        if self._forbidding or logits.dtype != torch.float32 or not logits.is_contiguous():
+            ids, faults = draw(self.apply(logits))
+        else:
+            before = self._edit(logits)
+            ids, faults = draw(logits)
+            logits.view(-1).index_copy_(0, self._at, before)
+        self._judge(logits, faults)
+        return ids, faults
+
+    def _edit(self, logits: torch.Tensor) -> torch.Tensor:
+        """Edit contiguous float32 logits in place, except forbidden ids; returns what was at the offsets before."""
+        if logits.shape[1] != self._vocab_size:
+            raise ValueError(f"edits are for {self._vocab_size} ids, but logits have {logits.shape[1]}")
+        flat = logits.view(-1)
+        before = x = flat.index_select(0, self._at)
+        if self._repeats:
+            x = torch.where(x < 0, x * self._repetition, x / self._repetition)
+        x = x.add(self._minus, alpha=-1)
+        if self._biased:
+            x = x + self._bias
+        flat.index_copy_(0, self._at, x)
+        return before
+
+    def _judge(self, logits: torch.Tensor, faults: torch.Tensor) -> None:
+        """Correct ``faults`` [B] int64 of what was drawn from edited ``logits``, in place: the model's come first."""
         told = faults.tolist()
         # Only where an id was forbidden may what is wrong with the logits have gone.
         for row in [row for row in self.requests if told[row] or row in self._forbidding]:
@@ -140,33 +165,39 @@ class HostEdits:
         place = self._places.get(offset)
         if place is None:
             place = self._places[offset] = self._place(offset)
-        table = self._table
-        count: np.float32 = table[_COUNT, place] + np.float32(1.0)
-        table[_COUNT, place] = count
-        table[_REPETITION, place] = request.repetition
-        table[_MINUS, place] = request.frequency * count + request.presence
+        _, repetitions, minus, _, counts = self._memory
+        counts[place] += 1.0
+        repetitions[place] = request.repetition
+        # Each result is rounded to float32 where it is put.
+        minus[place] = request.frequency * counts[place]
+        minus[place] += request.presence
 
     def _place(self, offset: int) -> int:
         """Where the entry of an offset is, which may be a new one; not of those that were new before."""
-        place = bisect_left(self._offsets, offset, 0, self._num_sorted)
-        if place < self._num_sorted and self._offsets[place] == offset:
+        offsets = self._memory[0]
+        place = bisect_left(offsets, offset, 0, self._num_sorted)
+        if place < self._num_sorted and offsets[place] == offset:
             return place
         place, self._num = self._num, self._num + 1
         if place == len(self._offsets):
-            more = place + 64
-            self._hold(np.append(self._offsets, np.zeros(more, np.int64)), np.pad(self._table, ((0, 0), (0, more))))
-        self._offsets[place] = offset
+            self._hold(self._offsets, self._table)
+        self._memory[0][place] = offset
         return place
 
     def _hold(self, offsets: np.ndarray, table: np.ndarray) -> None:
-        """Use arrays with room for more entries than there are."""
-        self._offsets, self._table = offsets, table
-        self._all_offsets, self._all_columns = torch.from_numpy(offsets), torch.from_numpy(table)
+        """Use copies with room for more entries."""
+        more = len(offsets) + _SPARE
+        self._offsets = np.concatenate((offsets, np.zeros(more, np.int64)))
+        self._table = np.concatenate((table, np.zeros((4, more), np.float32)), axis=1)
+        arrays = (self._offsets, *self._table)
+        self._tensors = [torch.from_numpy(array) for array in arrays]
+        self._memory: list[Any] = [memoryview(array) for array in arrays]
+        self._cut()
 
     def _cut(self) -> None:
         """Tensors of the entries that there are."""
-        self._at = self._all_offsets.narrow(0, 0, self._num)
-        self._repetition, self._minus, self._bias, _ = self._all_columns.narrow(1, 0, self._num).unbind()
+        num = self._num
+        self._at, self._repetition, self._minus, self._bias = (each[:num] for each in self._tensors[:4])
 
 
 def _entries(row: SamplingRow, request: _Request, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -181,10 +212,10 @@ def _entries(row: SamplingRow, request: _Request, vocab_size: int) -> tuple[np.n
     listed[biased] = True
     ids = np.flatnonzero(listed)
     table: np.ndarray = np.zeros((4, len(ids)), np.float32)
-    table[_REPETITION] = np.where(seen[ids], request.repetition, np.float32(1.0))
+    table[_REPETITION] = np.where(seen[ids], np.float32(request.repetition), np.float32(1.0))
     table[_BIAS, np.searchsorted(ids, biased)] = list(row.params.logit_bias.values())
     drawn, times = np.unique(output, return_counts=True)
     places, counts = np.searchsorted(ids, drawn), times.astype(np.float32)
     table[_COUNT, places] = counts
-    table[_MINUS, places] = request.frequency * counts + request.presence
+    table[_MINUS, places] = np.float32(request.frequency) * counts + np.float32(request.presence)
     return ids, table
