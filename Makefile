@@ -28,5 +28,5 @@ docs: install ## Write the generated pages
 quick: lint ## The static checks and the unit tests
 	scripts/test.sh --suite stage-a-test-cpu --jobs 2 --root test/registered/unit
 
-test: ## Run the CPU suites, or FILE=test/registered/... alone
+test: $(if $(FILE),install) ## Run the CPU suites, or FILE=test/registered/... alone
 	$(if $(FILE),$(BIN)/python $(FILE) -v,scripts/test.sh)

@@ -115,6 +115,12 @@ class TestLinks(CustomTestCase):
                     wrong.append(f"{page.relative_to(ROOT)}: {link}")
         self.assertEqual(wrong, [])
 
+    def test_each_test_file_that_contributing_names_is_there(self):
+        table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("### Which file to run")[2]
+        names = re.findall(r"`(\w+/test_\w+\.py)`", table)
+        self.assertGreater(len(names), 15)
+        self.assertEqual([name for name in names if not (ROOT / "test/registered" / name).is_file()], [])
+
 
 class TestCommandLines(CustomTestCase):
     def test_each_launch_that_a_page_shows_is_accepted(self):
