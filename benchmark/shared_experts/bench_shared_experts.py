@@ -25,6 +25,7 @@ import torch
 from sglang.bench_utils.one_batch import StaticBatch
 from sglang.bench_utils.one_batch_cli import load
 from sglang.bench_utils.timing import timed
+from sglang.srt.arg_groups.stream_policy import SITE_RULES
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.memory_plan import graph_buckets
 from sglang.srt.model_executor.model_runner import ModelRunner
@@ -35,7 +36,6 @@ from sglang.srt.server_args import ServerArgs, exit_with_errors, get_global_serv
 from sglang.srt.utils.logging_config import configure_logging
 from sglang.srt.utils.multi_stream_utils import FUSED, OVERLAP, SERIAL, StreamOverlap, trace_reader
 from sglang.srt.utils.shared_modes import ModeTimes, choose_modes
-from sglang.srt.utils.stream_policy import SITE_RULES
 
 SHARED = {rule.name for rule in SITE_RULES if rule.shared_experts}
 MODES = ("fused", "overlap", "serial", "fused+gdn_qkvz_ba", "fused+qk_norm")

@@ -12,6 +12,7 @@ from typing import Any
 
 from sglang.srt.arg_groups.parse import Parsed
 from sglang.srt.arg_groups.plan import evaluate
+from sglang.srt.arg_groups.stream_policy import plan_streams, stream_variables
 from sglang.srt.configs.cache_layout import FULL, STATE, SWA
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.moe.token_dispatcher.config import mori_setting_problems
@@ -22,7 +23,6 @@ from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.platforms.cuda import CudaPlatform
 from sglang.srt.platforms.rocm import RocmPlatform
 from sglang.srt.server_args import ServerArgs, exit_with_errors
-from sglang.srt.utils.stream_policy import plan_streams, stream_variables
 
 # What is planned for; no device is touched.
 PLATFORMS: dict[str, type[Platform]] = {"hip": RocmPlatform, "cuda": CudaPlatform, "cpu": CpuPlatform}

@@ -10,7 +10,7 @@ import torch
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo, SamplingRow
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -84,7 +84,7 @@ class StaticBatch:
         self.runner.req_to_token_pool.write_decode(self.rows, positions, slots)
         self.seq_lens = ends
         self.runner.last_token.index_copy_(0, self._device_rows, ids.to(torch.int64))
-        return self._step(ModelWorkerBatch.decode(self.rows, ends, slots, self.states or None))
+        return self._step(ModelWorkerBatch.uniform(DECODE, self.rows, ends, slots, self.states or None))
 
     def release(self) -> None:
         """Free KV locations, request rows and states."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sglang.kernels.ops.rope.rotary_tail import rotary_tail_torch
 from sglang.srt.layers.attention.base_attn_backend import CompressedBackend, CompressedLayer, Compressor
+from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
 # (request row, first row of the step, rows, position of the first one)
@@ -52,8 +53,14 @@ class PlainCompressedBackend(CompressedBackend):
                 self._kept[what, layer_id, row] = rows.new_full((self.max_tokens, rows.shape[1]), float("nan"))
             self._kept[what, layer_id, row][first : first + count] = rows[start : start + count]
 
-    def store_rows(self, rows: Tensor, layer: CompressedLayer, forward_batch: ForwardBatch) -> None:
-        self._keep("rows", layer.layer_id, forward_batch, rows)
+    def prepare(
+        self, q: Tensor, kv: Tensor, norm: RMSNorm, positions: Tensor, cos_sin_cache: Tensor, layer: CompressedLayer,
+        forward_batch: ForwardBatch,
+    ) -> Tensor:  # fmt: skip
+        rows = rotary_tail_torch(norm(kv).unsqueeze(1), positions, cos_sin_cache)
+        self._keep("rows", layer.layer_id, forward_batch, rows.squeeze(1))
+        unit = q.float() * torch.rsqrt(q.float().square().mean(-1, keepdim=True) + norm.eps)
+        return rotary_tail_torch(unit.to(q.dtype), positions, cos_sin_cache)
 
     def compress(self, kv: Tensor, gate: Tensor, compressor: Compressor, forward_batch: ForwardBatch) -> None:
         self._compressors[compressor.pool, compressor.layer_id] = compressor

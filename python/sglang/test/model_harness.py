@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sglang.srt.arg_groups.stream_policy import NO_OVERLAP, StreamPlan
 from sglang.srt.configs.attention_backends import COMPRESSED
 from sglang.srt.configs.cache_layout import FULL, STATE, SWA
 from sglang.srt.configs.model_config import ModelConfig
@@ -21,6 +22,7 @@ from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocato
 from sglang.srt.mem_cache.memory_pool import ModelPools, StateSlots
 from sglang.srt.mem_cache.window_pages import WindowPages
 from sglang.srt.model_executor.forward_batch_info import (
+    DECODE,
     ForwardBatch,
     ForwardMode,
     LogprobRequest,
@@ -30,7 +32,6 @@ from sglang.srt.model_executor.forward_batch_info import (
 from sglang.srt.model_executor.model_pools import cache_layout
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.server_args import override_server_args
-from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 
 class EveryRow(nn.Module):
@@ -176,7 +177,9 @@ class ModelHarness:
         self.requests.write_decode([request.row for request in requests], positions, slots)
         for request in requests:
             request.num_tokens += 1
-        batch = ModelWorkerBatch.decode([r.row for r in requests], seq_lens, slots, self._state_slots(requests))
+        batch = ModelWorkerBatch.uniform(
+            DECODE, [r.row for r in requests], seq_lens, slots, self._state_slots(requests)
+        )
         batch = replace(batch, input_ids=torch.tensor([token for _, token in steps], dtype=torch.int64))
         return list(self.run(batch, every_row=True).next_token_logits.log_softmax(-1).split(1))
 

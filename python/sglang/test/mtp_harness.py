@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
+from sglang.srt.arg_groups.stream_policy import NO_OVERLAP, StreamPlan
 from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch
 from sglang.srt.model_loader.loader import load_draft_model
 from sglang.srt.server_args import ServerArgs, override_server_args
-from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 from sglang.test.model_harness import EveryRow, HarnessRequest, ModelHarness
 
 
@@ -71,7 +71,7 @@ class MtpHarness(ModelHarness):
         assert slots is not None, "the harness ran out of slots"
         self.requests.write_decode([request.row], [request.num_tokens], slots)
         request.num_tokens += 1
-        batch = ModelWorkerBatch.decode([request.row], seq_lens, slots, self._state_slots([request]))
+        batch = ModelWorkerBatch.uniform(DECODE, [request.row], seq_lens, slots, self._state_slots([request]))
         return self._run_draft(replace(batch, input_ids=torch.tensor([token])), hidden)
 
     def _run_draft(self, batch: ModelWorkerBatch, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from sglang.kernels.registry import REGISTRY
+from sglang.srt.arg_groups.stream_policy import SITE_RULES
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.sampling.sampling_params import SamplingParams
-from sglang.srt.utils.stream_policy import SITE_RULES
 from sglang.test.engine_harness import EngineHarness, numbers
 from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.test_utils import CustomTestCase

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sglang.embedded_models import EMBEDDED_MODELS
+from sglang.srt.arg_groups.stream_policy import plan_streams
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import ParallelState, override_parallel_state
 from sglang.srt.environ import envs
@@ -21,7 +22,6 @@ from sglang.srt.models.qwen2_moe import Qwen2MoeSparseMoeBlock
 from sglang.srt.platforms import override_platform
 from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
-from sglang.srt.utils.stream_policy import plan_streams
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.ep_world import EpModel, process_state
 from sglang.test.happens_before import FakeStreamPlatform

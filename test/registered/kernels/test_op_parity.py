@@ -60,10 +60,6 @@ def true_rms_norm(x, weight, eps, unit=0.0):
     return torch.stack(out).view(x.shape) if out else x.double()
 
 
-def true_unit_norm(x, eps):
-    return true_rms_norm(x, torch.ones(x.shape[-1]), eps)
-
-
 def true_gemma(x, weight, eps):
     return true_rms_norm(x, weight, eps, unit=1.0)
 
@@ -218,7 +214,6 @@ def true_linear(x, w, bias=None):
 TRUTHS = {
     "linear.dense": true_linear,
     "norm.rms_norm": true_rms_norm,
-    "norm.unit_rms_norm": true_unit_norm,
     "norm.gemma_rms_norm": true_gemma,
     "norm.gated_rms_norm": true_gated_norm,
     "norm.fused_add_rms_norm": true_fused_add,

@@ -20,7 +20,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeGqaBackend
 from sglang.srt.layers.attention.triton_backend import TritonGqaBackend
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ForwardMode, ModelWorkerBatch
 from sglang.srt.platforms import current_platform, override_platform
 from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.test.cache_pools import kv_pools
@@ -220,7 +220,7 @@ class TestBackendOnGpu(CustomTestCase):
                 for row, prefix, part in zip(rows, prefixes, parts):
                     requests.write(row, prefix, part)
             if decode:
-                batch = ModelWorkerBatch.decode(rows, lens, slots)
+                batch = ModelWorkerBatch.uniform(DECODE, rows, lens, slots)
             else:
                 ids = torch.zeros(sum(lengths), dtype=torch.int64)
                 batch = ModelWorkerBatch.extend(rows, prefixes, lens, ids, slots, forward_mode=ForwardMode.MIXED)

@@ -24,7 +24,7 @@ from sglang.srt.layers.attention.base_attn_backend import (
     backend_of,
 )
 from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch, StepKind, StepPlan
+from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind, StepPlan
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, ServerArgsError
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -143,7 +143,7 @@ class TestPlans(BackendCase):
             harness = self.harness(name)
             for kind, backend in self.backends(harness).items():
                 request = harness.new_request()
-                batch = ModelWorkerBatch.decode([request.row], [1], torch.ones(1, dtype=torch.int64), [1])
+                batch = ModelWorkerBatch.uniform(DECODE, [request.row], [1], torch.ones(1, dtype=torch.int64), [1])
                 batch = replace(batch, input_ids=torch.ones(1, dtype=torch.int64))
                 forward_batch = ForwardBatch.from_worker_batch(batch, CPU, backend)
                 idle = ForwardBatch.from_worker_batch(ModelWorkerBatch.idle(), CPU, backend)
@@ -174,7 +174,7 @@ class TestPlans(BackendCase):
                     ids = torch.tensor(tokens)
                     if len(tokens) == 1:
                         batch = replace(
-                            ModelWorkerBatch.decode([request.row], [start + 1], slots, states), input_ids=ids
+                            ModelWorkerBatch.uniform(DECODE, [request.row], [start + 1], slots, states), input_ids=ids
                         )
                     else:
                         ends = [start + len(tokens)]

@@ -14,7 +14,7 @@ from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.plans import ChunkedPrefixPlan
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ForwardMode, ModelWorkerBatch
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.model_harness import ModelHarness
@@ -127,7 +127,7 @@ class TestAgainstTorchNative(CustomTestCase):
 class TestGraphHooks(CustomTestCase):
     def batch(self, harness, backend, rows, lens):
         slots = [int(harness.requests.read(row, length - 1, length)[0]) for row, length in zip(rows, lens)]
-        host = ModelWorkerBatch.decode(rows, lens, torch.tensor(slots))
+        host = ModelWorkerBatch.uniform(DECODE, rows, lens, torch.tensor(slots))
         host = dataclasses.replace(host, input_ids=torch.arange(len(rows)) + 7)
         return ForwardBatch.from_worker_batch(host, torch.device("cpu"), backend)
 

@@ -19,7 +19,7 @@ from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.pool_plan import PoolPlanError
 from sglang.srt.model_executor import memory_plan, runner_build
-from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
+from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import cuda, override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform
@@ -171,7 +171,7 @@ def tokens(runners: Sequence[ModelRunner], prompts: list[list[int]]) -> list[lis
         starts, ends = ends, [end + 1 for end in ends]
         slots = allocator.alloc_decode(ends, [-1] * count)
         table.write_decode(rows, starts, slots)
-        batch = ModelWorkerBatch.decode(rows, ends, slots, states)
+        batch = ModelWorkerBatch.uniform(DECODE, rows, ends, slots, states)
         for runner, ids in zip(runners, drawn, strict=True):
             memory.last_token[rows] = ids[-1].to(torch.int64)
             ids.append(runner.sample(runner.forward(batch), info, batch))

@@ -9,6 +9,7 @@ from unittest import mock
 
 import torch
 
+from sglang.srt.arg_groups.stream_policy import NO_OVERLAP, StreamPlan, plan_streams
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.hybrid_linear_attn_backend import GDNBackend
@@ -20,7 +21,6 @@ from sglang.srt.models.checkpoint_model import WeightLoadError
 from sglang.srt.platforms import override_platform
 from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.srt.utils.multi_stream_utils import OverlapSite
-from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan, plan_streams
 from sglang.test.cache_pools import state_slots
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.happens_before import FakeStreamPlatform

@@ -14,6 +14,7 @@ import torch
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.kernels.ops.moe.topk import NO_SHARED
 from sglang.kernels.registry import REGISTRY
+from sglang.srt.arg_groups.stream_policy import SITE_RULES, FusionChoice, StreamSettings, plan_streams, resolve_streams
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig
@@ -32,7 +33,6 @@ from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, override_server_args
 from sglang.srt.utils.multi_stream_utils import FUSED, OVERLAP, SERIAL, OverlapSite, StreamOverlap
-from sglang.srt.utils.stream_policy import SITE_RULES, FusionChoice, StreamSettings, plan_streams, resolve_streams
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.ep_world import MODEL, thread_world

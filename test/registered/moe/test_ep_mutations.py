@@ -6,6 +6,7 @@ import unittest
 
 import torch
 
+import sglang.srt.arg_groups.stream_policy as stream_policy
 import sglang.srt.layers.moe.ep_moe.gathered as gathered
 import sglang.srt.layers.moe.ep_moe.layer as layer
 import sglang.srt.layers.moe.placement as placement
@@ -15,7 +16,6 @@ import sglang.srt.layers.moe.token_dispatcher.config as config
 import sglang.srt.layers.moe.token_dispatcher.mori_plan as mori_plan
 import sglang.srt.layers.moe.token_dispatcher.moriep as moriep
 import sglang.srt.layers.moe.token_dispatcher.portable as portable
-import sglang.srt.utils.stream_policy as stream_policy
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.ep_checks import CHECKS
 from sglang.test.mutation import Mutation, each_noticed

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
+from sglang.srt.arg_groups.stream_policy import SITE_RULES, StreamSettings, resolve_streams
 from sglang.srt.entrypoints.metrics import _Page
 from sglang.srt.environ import envs
 from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import DeepseekV4HipRadixBackend, PlanInGraph
@@ -19,7 +20,6 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.multi_stream_utils import OverlapSite, StreamOverlap, trace_reader
 from sglang.srt.utils.overlap_check import OverlapConflictError
 from sglang.srt.utils.overlap_trace import MAX_PENDING, merge_rows
-from sglang.srt.utils.stream_policy import SITE_RULES, StreamSettings, resolve_streams
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.happens_before import FakeStreamPlatform
 from sglang.test.model_harness import ModelHarness

@@ -12,13 +12,13 @@ from unittest import mock
 
 import torch
 
+from sglang.srt.arg_groups.stream_policy import SITE_RULES
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils import multi_stream_utils
 from sglang.srt.utils.multi_stream_utils import OverlapSite, StreamOverlap
 from sglang.srt.utils.overlap_trace import merge_rows
-from sglang.srt.utils.stream_policy import SITE_RULES
 from sglang.test.ci.ci_register import register_amd_ci, register_cuda_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.kernel_choice import fresh_decisions

@@ -78,7 +78,7 @@ def plan_launch(request: ServerArgs | Parsed) -> LaunchPlan:
 
 def _plan_streams(plan: LaunchPlan) -> None:
     """The variables that second streams need; a dry run also reads the device, and reports what the ranks would log."""
-    from sglang.srt.utils.stream_policy import plan_streams, stream_variables
+    from sglang.srt.arg_groups.stream_policy import plan_streams, stream_variables
 
     args, config = plan.args, plan.model_config
     assert config is not None

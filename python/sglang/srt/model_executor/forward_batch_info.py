@@ -158,21 +158,6 @@ class ModelWorkerBatch:
         )
 
     @classmethod
-    def decode(
-        cls,
-        req_pool_indices: Sequence[int],
-        seq_lens: Sequence[int],
-        out_cache_loc: torch.Tensor,
-        state_slot_ids: Sequence[int] | None = None,
-        logprobs: Sequence[LogprobRequest | None] = (),
-        global_num_tokens: list[int] | None = None,
-    ) -> ModelWorkerBatch:
-        """One token of each request, at position ``seq_lens - 1``; its id is on the device."""
-        return cls.uniform(
-            DECODE, req_pool_indices, seq_lens, out_cache_loc, state_slot_ids, logprobs, global_num_tokens
-        )
-
-    @classmethod
     def extend(
         cls,
         req_pool_indices: Sequence[int],

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from sglang.srt.arg_groups.stream_policy import StreamPlan
 from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
@@ -23,7 +24,6 @@ from sglang.srt.model_executor.model_pools import RankMemory
 from sglang.srt.model_executor.step_graphs import StepGraphs
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.utils.multi_stream_utils import trace_reader
-from sglang.srt.utils.stream_policy import StreamPlan
 
 
 @dataclass(frozen=True)

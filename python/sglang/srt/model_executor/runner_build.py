@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from tqdm import tqdm
 
+from sglang.srt.arg_groups.stream_policy import StreamPlan, plan_streams
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed import get_parallel_state, get_tp_group, get_world_group
 from sglang.srt.layers.attention import make_attention_backend
@@ -28,7 +29,6 @@ from sglang.srt.model_loader.loader import draft_config, load_draft_model, load_
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.spec_info import SpecInfo
-from sglang.srt.utils.stream_policy import StreamPlan, plan_streams
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +56,10 @@ def load(args: ServerArgs, config: ModelConfig, needed: Mapping[str, int] | None
         told = streams
         streams = plan_streams(args, *stream_needs(config, args), must_fuse=reason)
         _tell(streams, told)
-    draft = load_draft(args, config, module, device, streams) if args.speculative_algorithm else None
+    draft = None
+    if args.speculative_algorithm:
+        draft = load_draft_model(draft_config(args, config), args, module, device, streams)
     return LoadedModel(config, module, device, streams, warn_of_splits(module, get_world_group()), draft)
-
-
-def load_draft(
-    args: ServerArgs, config: ModelConfig, target: torch.nn.Module, device: torch.device, streams: StreamPlan
-) -> torch.nn.Module:
-    """The MTP layer that drafts for ``target``, from the same or another folder. Raises ConfigError,
-    WeightLoadError."""
-    return load_draft_model(draft_config(args, config), args, target, device, streams)
 
 
 def plan(args: ServerArgs, models: Sequence[LoadedModel]) -> PoolPlan:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from sglang.srt.arg_groups.stream_policy import NO_OVERLAP, StreamPlan
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.model_loader.dummy import iterate_dummy
@@ -21,7 +22,6 @@ from sglang.srt.models.checkpoint_model import CheckpointModel, WeightLoadError
 from sglang.srt.models.draft_model import DraftModel
 from sglang.srt.models.registry import resolve_draft_class, resolve_model_class
 from sglang.srt.server_args import ServerArgs
-from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 logger = logging.getLogger(__name__)
 

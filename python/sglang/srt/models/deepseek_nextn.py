@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from sglang.srt.arg_groups.stream_policy import NO_OVERLAP, StreamPlan
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.layernorm import RMSNorm
@@ -19,7 +20,6 @@ from sglang.srt.models.deepseek_v2 import (
 from sglang.srt.models.draft_model import DraftModel, DraftParts, named
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
-from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 # The checkpoint's copies of the target's embedding and head.
 _COPIES = ("embed_tokens.weight", "shared_head.head.weight")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sglang.srt.arg_groups.stream_policy import NO_OVERLAP, StreamPlan
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig
@@ -18,7 +19,6 @@ from sglang.srt.models.deepseek_common.attention import DeepseekV2AttentionMLA
 from sglang.srt.models.deepseek_common.moe import DeepseekV2MoE
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils.multi_stream_utils import UNRESTRICTED, OverlapSite, StreamOverlap
-from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 SHARED_EXPERTS = "deepseek.shared_experts"
 

@@ -10,6 +10,7 @@ from torch import nn
 from sglang.kernels.ops.mhc.hc_head import hc_head
 from sglang.kernels.ops.mhc.hc_post import hc_post
 from sglang.kernels.ops.mhc.hc_pre import hc_pre
+from sglang.srt.arg_groups.stream_policy import NO_OVERLAP, StreamPlan
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig
@@ -26,7 +27,6 @@ from sglang.srt.models.deepseek_common.v4_attention import DeepseekV4Attention
 from sglang.srt.models.deepseek_common.v4_moe import DeepseekV4MoE
 from sglang.srt.models.deepseek_common.v4_names import deepseek_v4_name
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
-from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 COMPRESSION, SHARED_EXPERTS = "deepseek_v4.compression", "deepseek.shared_experts"
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from sglang.srt.arg_groups.stream_policy import NO_OVERLAP, StreamPlan
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.layernorm import Float32RMSNorm
@@ -25,7 +26,6 @@ from sglang.srt.models.deepseek_v4 import (
 )
 from sglang.srt.models.draft_model import DraftModel, named
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
-from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 _PREFIX = "mtp.0."
 # The checkpoint's copies of the target's embedding and head.

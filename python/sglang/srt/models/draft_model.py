@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from sglang.srt.arg_groups.stream_policy import StreamPlan
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import ReplicatedLinear
@@ -16,7 +17,6 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabPara
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.causal_lm import CausalLM, DecoderLayer
 from sglang.srt.models.checkpoint_model import CheckpointModel
-from sglang.srt.utils.stream_policy import StreamPlan
 
 
 class DraftParts(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from sglang.kernels.ops.activation.sigmoid_mul import sigmoid_mul
+from sglang.srt.arg_groups.stream_policy import NO_OVERLAP, StreamPlan
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import LINEAR_ATTENTION, Qwen3_5Config
@@ -26,7 +27,6 @@ from sglang.srt.models.qwen2_moe import Qwen2MoeSparseMoeBlock
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
-from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 # Steps of this many tokens or more keep the GPU busy without a second stream.
 DUAL_STREAM_TOKEN_THRESHOLD = 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from sglang.srt.arg_groups.stream_policy import NO_OVERLAP, StreamPlan
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.layers.layernorm import GemmaRMSNorm
@@ -16,7 +17,6 @@ from sglang.srt.models.qwen3_5 import (
     make_rotary_embedding,
 )
 from sglang.srt.server_args import get_global_server_args
-from sglang.srt.utils.stream_policy import NO_OVERLAP, StreamPlan
 
 
 class Qwen3_5ForCausalLMMTP(DraftModel):

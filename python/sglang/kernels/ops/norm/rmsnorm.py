@@ -26,12 +26,6 @@ def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return weight * normed.to(x.dtype) if weight.dtype == x.dtype else (weight * normed).to(x.dtype)
 
 
-def unit_rms_norm_torch(x: Tensor, eps: float) -> Tensor:
-    """``x * rsqrt(mean(x^2) + eps)``: x [..., D] float -> [..., D] in x's dtype, computed in float32."""
-    wide = x.float()
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
-
-
 def gemma_rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``x * rsqrt(mean(x^2) + eps) * (1 + weight)`` in float32, cast last; x [..., D], weight [D] -> x's dtype."""
     wide = x.float()
@@ -121,12 +115,6 @@ def _plain_cases() -> Iterator[Case]:
         yield Case(name, (x, weight, 1e-6))
 
 
-def _unit_cases() -> Iterator[Case]:
-    for name, x, _ in _inputs():
-        yield Case(name, (x, 1e-6))
-    yield Case("heads", (torch.randn(5, 3, 8, generator=torch.Generator().manual_seed(2)), 1e-6))
-
-
 def _gated_cases() -> Iterator[Case]:
     for name, x, weight in _inputs():
         yield Case(name, (x, x.flip(-1).clone(), weight, 1e-6))
@@ -135,7 +123,6 @@ def _gated_cases() -> Iterator[Case]:
 rms_norm = Op(
     "norm.rms_norm", triton_impl(rms_norm_triton, _accepts_plain), Impl("torch", rms_norm_torch), cases=_plain_cases
 )
-unit_rms_norm = Op("norm.unit_rms_norm", Impl("torch", unit_rms_norm_torch), cases=_unit_cases)
 gemma_rms_norm = Op(
     "norm.gemma_rms_norm",
     triton_impl(gemma_rms_norm_triton, _accepts_plain),

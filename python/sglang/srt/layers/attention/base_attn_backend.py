@@ -9,8 +9,6 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from sglang.kernels.ops.norm.rmsnorm import unit_rms_norm
-from sglang.kernels.ops.rope.rotary_tail import rotary_tail
 from sglang.srt.configs.attention_backends import BackendDeclaration, declare
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan, MlaExtendPlan, NoRows
@@ -220,6 +218,7 @@ class CompressedBackend(AttentionBackend):
     def complete_plan(self, forward_batch: ForwardBatch) -> None:
         """Plan now, before streams fork, what the layers of this step would plan at their first call."""
 
+    @abstractmethod
     def prepare(
         self,
         q: torch.Tensor,
@@ -235,14 +234,6 @@ class CompressedBackend(AttentionBackend):
 
         positions [N]; cos_sin_cache as ``rope.rotary_tail`` has it. -> the queries.
         """
-        rows = rotary_tail(norm(kv).unsqueeze(1), positions, cos_sin_cache)
-        self.store_rows(rows.squeeze(1), layer, forward_batch)
-        turned: torch.Tensor = rotary_tail(unit_rms_norm(q, norm.eps), positions, cos_sin_cache)
-        return turned
-
-    @abstractmethod
-    def store_rows(self, rows: torch.Tensor, layer: CompressedLayer, forward_batch: ForwardBatch) -> None:
-        """Store the rows [N, D] of this step's tokens, normed and rotated."""
 
     @abstractmethod
     def compress(
@@ -334,9 +325,10 @@ Family = TypeVar("Family")
 def backend_of(forward_batch: ForwardBatch, family: type[Family]) -> Family:
     """The backend of the step, as the interface that a layer needs; raises TypeError when it is of another family."""
     backend = forward_batch.attn_backend
-    if not isinstance(backend, family):
-        raise TypeError(f"the layer needs a {family.__name__}, and the step has {type(backend).__name__}")
-    return backend
+    for part in getattr(backend, "parts", (backend,)):
+        if isinstance(part, family):
+            return part
+    raise TypeError(f"the layer needs a {family.__name__}, and the step has {type(backend).__name__}")
 
 
 BackendFactory = Callable[[AttentionContext], AttentionBackend]

@@ -10,14 +10,12 @@ from sglang.kernels.ops.gdn.decode_step import gdn_decode_step
 from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step
 from sglang.kernels.ops.gdn.verify_step import gdn_verify_step
 from sglang.srt.layers.attention.base_attn_backend import (
+    AttentionBackend,
     GatedDeltaNet,
     GqaBackend,
     RecurrentBackend,
     UnplannedStepError,
 )
-from sglang.srt.layers.layernorm import GemmaRMSNorm
-from sglang.srt.layers.radix_attention import RadixAttention
-from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import CachePool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
 
@@ -163,12 +161,13 @@ def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-class HybridLinearAttnBackend(GqaBackend, RecurrentBackend):
-    """Sends softmax layers to the full-attention backend and recurrent layers to the linear one."""
+class HybridLinearAttnBackend(AttentionBackend):
+    """Plans steps for both of its ``parts``: the backend of softmax layers and that of recurrent layers."""
 
     def __init__(self, full_attn_backend: GqaBackend, linear_attn_backend: RecurrentBackend) -> None:
         self.full_attn_backend = full_attn_backend
         self.linear_attn_backend = linear_attn_backend
+        self.parts = (full_attn_backend, linear_attn_backend)
 
     def plan_decode(self, forward_batch: ForwardBatch) -> object:
         """The plan of the softmax layers; see the base class."""
@@ -197,50 +196,6 @@ class HybridLinearAttnBackend(GqaBackend, RecurrentBackend):
         self.full_attn_backend.init_forward_metadata_replay(forward_batch)
         self._add_states(forward_batch)
 
-    def plan_states(self, forward_batch: ForwardBatch) -> object:
-        """The plan of the recurrent layers; see the base class."""
-        return self.linear_attn_backend.plan_states(forward_batch)
-
-    def update_mamba_state_after_mtp_verify(self, slots: torch.Tensor, num_new: torch.Tensor) -> None:
-        """See the base class."""
-        self.linear_attn_backend.update_mamba_state_after_mtp_verify(slots, num_new)
-
     def _add_states(self, forward_batch: ForwardBatch) -> None:
-        forward_batch.attn_plan = StepPlan(forward_batch.attn_plan.attention, self.plan_states(forward_batch))
-
-    def prepare_gqa(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        positions: torch.Tensor,
-        q_norm: GemmaRMSNorm,
-        k_norm: GemmaRMSNorm,
-        rotary_emb: RotaryEmbedding,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-    ) -> torch.Tensor:
-        """Softmax layers; see the base class."""
-        return self.full_attn_backend.prepare_gqa(q, k, v, positions, q_norm, k_norm, rotary_emb, layer, forward_batch)
-
-    def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        """Softmax layers; see the base class."""
-        return self.full_attn_backend.attend(q, layer, forward_batch)
-
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
-    ) -> torch.Tensor:
-        """Softmax layers; see the base class."""
-        return self.full_attn_backend.forward(q, k, v, layer, forward_batch)
-
-    def forward_gdn(
-        self,
-        mixed_qkv: torch.Tensor,
-        z: torch.Tensor,
-        b: torch.Tensor,
-        a: torch.Tensor,
-        layer: GatedDeltaNet,
-        forward_batch: ForwardBatch,
-    ) -> torch.Tensor:
-        """Recurrent layers; see the base class."""
-        return self.linear_attn_backend.forward_gdn(mixed_qkv, z, b, a, layer, forward_batch)
+        states = self.linear_attn_backend.plan_states(forward_batch)
+        forward_batch.attn_plan = StepPlan(forward_batch.attn_plan.attention, states)

@@ -27,30 +27,18 @@ def make_experts(
     swiglu_limit: float | None = None,
 ) -> FusedMoE:
     """Experts whose result is a part of the tensor-parallel sum. Raises ValueError if no exchange serves them."""
-    experts = _make(num_experts, hidden, intermediate, top_k, quant_config, prefix, num_shared)
-    experts.swiglu_limit = swiglu_limit
-    return experts
-
-
-def _make(
-    num_experts: int,
-    hidden: int,
-    intermediate: int,
-    top_k: int,
-    quant_config: QuantConfig | None,
-    prefix: str,
-    num_shared: int,
-) -> FusedMoE:
     sizes = (num_experts, hidden, intermediate, top_k)
     args = get_global_server_args()
     if args.moe_a2a_backend == "mori":
         if num_shared:
             raise ValueError("experts that exchange tokens cannot contain shared experts")
         config = MoriConfig.from_env(get_world_group().size, low_latency=args.deepep_mode == "low_latency")
-        return MoriEPMoE(*sizes, config, quant_config, prefix)
-    if is_dp_attention_enabled():
-        return GatheredMoE(*sizes, quant_config, prefix, num_shared)
-    return FusedMoE(*sizes, quant_config, prefix, num_shared)
+        experts: FusedMoE = MoriEPMoE(*sizes, config, quant_config, prefix)
+    else:
+        kind = GatheredMoE if is_dp_attention_enabled() else FusedMoE
+        experts = kind(*sizes, quant_config, prefix, num_shared)
+    experts.swiglu_limit = swiglu_limit
+    return experts
 
 
 def expert_recv_stats(model: nn.Module) -> list[RecvStats]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.base import ExchangeConfigError
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.common import get_bool_env_var, get_int_env_var
 
 # Ranks of one node.
@@ -54,17 +55,7 @@ class MoriConfig:
         return cls(world_size=world_size, low_latency=low_latency, **{**values, **known})
 
 
-class ExchangeArgs(Protocol):
-    """The resolved arguments that decide whether, and between how many ranks, MORI's protocol carries tokens."""
-
-    @property
-    def moe_a2a_backend(self) -> str: ...
-
-    @property
-    def tp_size(self) -> int: ...
-
-
-def mori_setting_problems(args: ExchangeArgs) -> list[str]:
+def mori_setting_problems(args: ServerArgs) -> list[str]:
     """What is wrong with SGLANG_MORI_* variables; where unused, what suits any world of one node will do."""
     world = args.tp_size if args.moe_a2a_backend == "mori" else max(args.tp_size, NODE)
     try:

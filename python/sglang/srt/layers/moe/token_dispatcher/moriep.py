@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype, quantize_groups
+from sglang.srt.arg_groups.stream_policy import exchange_warnings
 from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.layers.moe.token_dispatcher.base import (
     DispatchError,
@@ -31,7 +32,6 @@ from sglang.srt.layers.moe.token_dispatcher.portable import PortableTransport
 from sglang.srt.layers.moe.token_dispatcher.recv_stats import RecvStats
 from sglang.srt.layers.moe.topk import TopKOutput
 from sglang.srt.platforms import current_platform
-from sglang.srt.utils.stream_policy import exchange_warnings
 
 logger = logging.getLogger(__name__)
 
@@ -292,9 +292,6 @@ class MoriEPNormalCombineInput(NamedTuple):
     hidden_states: torch.Tensor
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor
-
-
-MoriEPLLDispatchOutput, MoriEPLLCombineInput = MoriEPNormalDispatchOutput, MoriEPNormalCombineInput
 
 
 class MoriEPDispatcher:

@@ -11,7 +11,6 @@ Rows travel as records of bytes (some types have no collective of their own). Th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
@@ -50,18 +49,6 @@ class RecordLayout:
         for view, values in zip(views, fields, strict=True):
             view[:rows].copy_(values.contiguous().view(view.dtype))
         views[2][rows:].fill_(-1)
-
-
-class Exchange(Protocol):
-    """One dispatch on its way, and its way back."""
-
-    num_rows: int  # rows of the buffers that ``receive`` writes
-
-    def receive(self, buffers: Sequence[torch.Tensor], total_recv: torch.Tensor) -> None: ...
-
-    def send_back(self, y: torch.Tensor) -> Pending: ...
-
-    def sum_into(self, out: torch.Tensor, pending: Pending) -> None: ...
 
 
 class RoutedExchange:
@@ -193,7 +180,7 @@ class PortableTransport:
         self._out = torch.empty(
             config.max_num_inp_token_per_rank, config.hidden_dim, dtype=config.combine_type, device=device
         )
-        self._exchange: Exchange | None = None
+        self._exchange: RoutedExchange | GatheredExchange | None = None
         self._back: Pending | None = None
         self._num_sent = 0
         self._is_sent = False

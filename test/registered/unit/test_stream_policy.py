@@ -7,12 +7,7 @@ import unittest
 from dataclasses import dataclass
 from unittest import mock
 
-from sglang.srt.environ import EnvError, declared_variables
-from sglang.srt.platforms import override_platform
-from sglang.srt.platforms.cpu import CpuPlatform
-from sglang.srt.utils.multi_stream_utils import FUSED, OVERLAP, SERIAL, OverlapSite
-from sglang.srt.utils.shared_modes import ModeTimes, choose_modes
-from sglang.srt.utils.stream_policy import (
+from sglang.srt.arg_groups.stream_policy import (
     NO_OVERLAP,
     NOT_REQUESTED,
     SITE_RULES,
@@ -23,6 +18,11 @@ from sglang.srt.utils.stream_policy import (
     resolve_streams,
     stream_variables,
 )
+from sglang.srt.environ import EnvError, declared_variables
+from sglang.srt.platforms import override_platform
+from sglang.srt.platforms.cpu import CpuPlatform
+from sglang.srt.utils.multi_stream_utils import FUSED, OVERLAP, SERIAL, OverlapSite
+from sglang.srt.utils.shared_modes import ModeTimes, choose_modes
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.happens_before import FakeStreamPlatform
 from sglang.test.test_utils import CustomTestCase

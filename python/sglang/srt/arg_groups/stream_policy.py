@@ -8,12 +8,13 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from sglang.srt.environ import EnvBool, EnvError, envs
 from sglang.srt.platforms import Platform, current_platform
+from sglang.srt.server_args import ServerArgs
 from sglang.srt.utils.multi_stream_utils import FUSED, OVERLAP, SERIAL, OverlapSite
 from sglang.srt.utils.shared_modes import MEASURED, ModeTimes, choose_modes
 
@@ -204,35 +205,7 @@ NO_OVERLAP = StreamPlan(
 )
 
 
-class StreamArgs(Protocol):
-    """The resolved arguments that the plan depends on."""
-
-    @property
-    def tp_size(self) -> int: ...
-
-    @property
-    def ep_size(self) -> int: ...
-
-    @property
-    def attn_dp_size(self) -> int: ...
-
-    @property
-    def disable_cuda_graph(self) -> bool: ...
-
-    @property
-    def moe_a2a_backend(self) -> str: ...
-
-    @property
-    def deepep_mode(self) -> str: ...
-
-    @property
-    def disable_shared_experts_fusion(self) -> bool: ...
-
-    @property
-    def enforce_shared_experts_fusion(self) -> bool: ...
-
-
-def server_streams(args: StreamArgs) -> tuple[str, ...]:
+def server_streams(args: ServerArgs) -> tuple[str, ...]:
     """The streams of a rank that may be busy at once, in addition to those of overlapping sites (sglang PR 24005 counts
     5 with a side stream, over several ranks with an all-to-all).
     """
@@ -247,7 +220,7 @@ def server_streams(args: StreamArgs) -> tuple[str, ...]:
     return tuple(name for name, is_there in found.items() if is_there)
 
 
-def choose_fusion(args: StreamArgs, refusal: str = "", must_fuse: str = "") -> FusionChoice:
+def choose_fusion(args: ServerArgs, refusal: str = "", must_fuse: str = "") -> FusionChoice:
     """Whether steps may fuse, for a model with ``refusal`` against it; ``must_fuse``: why no step may do otherwise."""
     if refusal or args.disable_shared_experts_fusion:
         return FusionChoice(False, refusal or "--disable-shared-experts-fusion")
@@ -259,7 +232,7 @@ def choose_fusion(args: StreamArgs, refusal: str = "", must_fuse: str = "") -> F
 
 
 def plan_streams(
-    args: StreamArgs,
+    args: ServerArgs,
     refusal: str = "",
     names: Collection[str] | None = None,
     must_fuse: str = "",
@@ -279,7 +252,7 @@ def plan_streams(
 
 
 def stream_variables(
-    args: StreamArgs, names: Collection[str] | None = None, platform: Any = current_platform
+    args: ServerArgs, names: Collection[str] | None = None, platform: Any = current_platform
 ) -> dict[str, str]:
     """``child_variables`` enough for every site that may overlap: fusion is decided by the device, not touched here."""
     return resolve_streams(platform, StreamSettings.from_env(platform), args, names=names, arch="").child_variables()
@@ -288,7 +261,7 @@ def stream_variables(
 def resolve_streams(
     platform: Platform,
     settings: StreamSettings,
-    args: StreamArgs,
+    args: ServerArgs,
     fusion: FusionChoice = FusionChoice(),
     measured: Mapping[tuple[str, str], ModeTimes] = MEASURED,
     names: Collection[str] | None = None,
