@@ -20,13 +20,14 @@ from sglang.srt.managers.io_struct import (
     GetInternalStateReqOutput,
     ProfileReqInput,
     ProfileReqOutput,
+    SchedulerMessage,
     ShutdownReq,
     StartedReqs,
     TokenIDOutput,
     TokenizedGenerateReqInput,
     TokenLogprobs,
 )
-from sglang.srt.managers.ipc import IpcNames, Sender, scheduler_receiver
+from sglang.srt.managers.ipc import IpcNames, Receiver, Sender
 
 # Output ids of a request; it is ended at max_new_tokens, at an end token, or by its stop conditions.
 Script = Callable[[TokenizedGenerateReqInput], Sequence[int]]
@@ -66,7 +67,7 @@ class FakeScheduler:
         self._tokenizer = tokenizer
         self._eos = frozenset(eos_token_ids)
         self._names = names
-        self._receiver = scheduler_receiver(names, dp_rank)
+        self._receiver: Receiver[SchedulerMessage] = Receiver(names.schedulers[dp_rank], SchedulerMessage)
         self._to_tokenizer = Sender(names.tokenizer)
         self._to_detokenizer = Sender(names.detokenizer)
         self._thread = threading.Thread(target=self._loop, daemon=True)

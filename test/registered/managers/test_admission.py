@@ -2,7 +2,7 @@
 
 import unittest
 
-from sglang.srt.managers.admission import Admission
+from sglang.srt.managers.admission import Admission, Place
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.utils.limits import MAX_RETRY_AFTER_S
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -38,7 +38,7 @@ class TestAdmission(CustomTestCase):
             self.admission.add(requests, tokens)
             self.assertEqual(self.status_of_room(), 503)
             self.admission.remove(requests, tokens)
-        places = [self.admission.take_place() for _ in range(10)]
+        places = [Place(self.admission) for _ in range(10)]
         self.assertEqual((self.status_of_room(), self.admission.num_refused), (503, 3))
         for _ in range(2):
             places[0].leave()

@@ -15,7 +15,7 @@ from sglang.srt.managers.dp_routing import LoadBalancer
 from sglang.srt.managers.dp_sync import ANY_BUCKET, NO_BUCKET, DpStepSync, agree
 from sglang.srt.managers.io_struct import AbortReq, ShutdownReq
 from sglang.srt.managers.process_launch import LaunchError, _check_devices, rank_places
-from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch, StepKind
+from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardMode, ModelWorkerBatch, StepKind
 from sglang.srt.server_args import ServerArgs
 from sglang.test import scheduler_fakes as fakes
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -48,7 +48,7 @@ class TestAgree(CustomTestCase):
             step = agree([(12, 3, 4, edits[0], 1, 0), (8, 2, 2, edits[1], 1, 0)], 1)
             self.assertEqual((step.num_tokens, step.num_requests, step.bucket), ([12, 8], [3, 2], 4))
             self.assertEqual(step.replays_chains, not any(edits))
-            batch = step.idle_batch(VERIFY)
+            batch = step.of_batch(ModelWorkerBatch.idle(VERIFY))
             self.assertEqual(
                 (batch.global_num_requests, batch.replays_chains, batch.kind), ([3, 2], not any(edits), VERIFY)
             )
@@ -61,7 +61,8 @@ class TestAgree(CustomTestCase):
             agree(rows, 2)
 
     def test_an_idle_group_brings_no_rows(self) -> None:
-        batch = agree([(7, 7, NO_BUCKET, 0, 1, 0), (0, 0, ANY_BUCKET, 0, 0, 0)], 1).idle_batch()
+        step = agree([(7, 7, NO_BUCKET, 0, 1, 0), (0, 0, ANY_BUCKET, 0, 0, 0)], 1)
+        batch = step.of_batch(ModelWorkerBatch.idle(DECODE))
         self.assertEqual((batch.forward_mode, batch.batch_size), (ForwardMode.IDLE, 0))
         self.assertEqual((batch.global_num_tokens, batch.graph_bucket), ([7, 0], None))
 

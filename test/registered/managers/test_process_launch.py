@@ -128,10 +128,10 @@ class TestCheckAlive(CustomTestCase):
         self.engine.watchdog_timeout_s = 300.0
         first, second = self.engine.processes
         for child, silent in ((first, 0.0), (second, 19.0)):
-            child.pulse._silent_s = silent
+            child.pulse.last_silent_s = silent
         self.assertIsNone(self.engine.stalled(20.0))
         self.assertRegex(self.engine.stalled(18.0), r"^second \(pid \d+\) has made no progress for 19 s")
-        second.pulse._silent_s = 1.5
+        second.pulse.last_silent_s = 1.5
         self.assertIsNone(self.engine.stalled(20.0))
         for child in (first, second):
             child.popen.send_signal(signal.SIGSTOP)

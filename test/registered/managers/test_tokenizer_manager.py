@@ -7,8 +7,14 @@ import unittest
 
 import msgspec
 
-from sglang.srt.managers.io_struct import AbortReq, FinishReason, GenerateReqInput, TokenizedGenerateReqInput
-from sglang.srt.managers.ipc import IpcNames, Sender, scheduler_receiver
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    FinishReason,
+    GenerateReqInput,
+    SchedulerMessage,
+    TokenizedGenerateReqInput,
+)
+from sglang.srt.managers.ipc import IpcNames, Receiver, Sender
 from sglang.srt.managers.request_input import RequestError, split_request
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams, sample_seed
@@ -361,7 +367,7 @@ class TestWire(CustomTestCase):
     def test_messages_of_one_call_arrive_together(self):
         names = IpcNames.create()
         self.addCleanup(names.remove)
-        receiver, sender = scheduler_receiver(names), Sender(names.schedulers[0])
+        receiver, sender = Receiver(names.schedulers[0], SchedulerMessage), Sender(names.schedulers[0])
         self.addCleanup(receiver.close)
         self.addCleanup(sender.close)
         params = SamplingParams()

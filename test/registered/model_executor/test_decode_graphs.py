@@ -322,7 +322,7 @@ class TestAttentionGroups(CustomTestCase):
     def test_a_group_without_rows_replays_padding(self) -> None:
         buffers = StepBuffers(DECODE, 4, torch.device("cpu"), padding_row=9, num_groups=2)
         buffers.packed.fill_(77)
-        batch = agree([(3, 3, 4, 0, 1, 0), (0, 0, 0, 0, 0, 0)], 1).idle_batch()
+        batch = agree([(3, 3, 4, 0, 1, 0), (0, 0, 0, 0, 0, 0)], 1).of_batch(ModelWorkerBatch.idle(DECODE))
         buffers.fill(batch, 4)
         forward_batch = buffers.view(4, None, True, batch)
         self.assertEqual((int(forward_batch.num_token_non_padded), forward_batch.num_token_non_padded_cpu), (0, 0))

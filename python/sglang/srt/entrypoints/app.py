@@ -28,8 +28,8 @@ from sglang.srt.entrypoints.openai.serving_responses import OpenAIServingRespons
 from sglang.srt.entrypoints.profile_api import ProfileApi
 from sglang.srt.entrypoints.root_api import RootApi
 from sglang.srt.entrypoints.sites import SitePolicy, split_list
-from sglang.srt.managers.request_input import RequestError, request_limit
-from sglang.srt.utils.limits import MAX_QUEUED_REQUESTS
+from sglang.srt.managers.request_input import RequestError
+from sglang.srt.utils.limits import MAX_QUEUED_REQUESTS, MAX_REQUESTS_PER_CALL
 
 Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 _MAX_SHOWN_PATH = 256
@@ -38,7 +38,7 @@ _MAX_SHOWN_PATH = 256
 def build_app(context: ServerContext, lifespan: Lifespan) -> Starlette:
     """All endpoints over ``context``."""
     args = context.server_args
-    context.manager.max_requests_per_call = request_limit(args.max_queued_requests or MAX_QUEUED_REQUESTS)
+    context.manager.max_requests_per_call = min(MAX_REQUESTS_PER_CALL, args.max_queued_requests or MAX_QUEUED_REQUESTS)
     chat = OpenAIServingChat(context)
     endpoints = [
         chat.endpoint(),

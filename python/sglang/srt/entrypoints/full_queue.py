@@ -62,7 +62,7 @@ class FullQueue:
             message = await receive()
             if place is None and message["type"] == "http.request" and not message.get("more_body", False):
                 self._manager.check_room()
-                place = scope[_PLACE] = self._manager.admission.take_place()
+                place = scope[_PLACE] = Place(self._manager.admission)
             return message
 
         try:

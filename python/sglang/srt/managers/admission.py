@@ -62,10 +62,6 @@ class Admission:
                 self.num_refused += 1
                 raise self._full(f"{count} {what} wait, and at most {most} may ({flag})")
 
-    def take_place(self) -> Place:
-        """One place, for a request whose prompts are not known yet."""
-        return Place(self)
-
     def add(self, requests: int, tokens: int) -> None:
         self.num_requests += requests
         self.num_tokens += tokens

@@ -5,18 +5,19 @@ from __future__ import annotations
 import codecs
 import logging
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from sglang.srt.managers.io_struct import (
     BatchStrOutput,
     BatchTokenIDOutput,
+    DetokenizerMessage,
     FinishReason,
     RequestOutput,
     ShutdownReq,
     StrOutput,
     TokenIDOutput,
 )
-from sglang.srt.managers.ipc import IDLE_WAKE_S, IpcNames, Sender, detokenizer_receiver
+from sglang.srt.managers.ipc import IDLE_WAKE_S, IpcNames, Receiver, Sender
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -31,12 +32,6 @@ _WINDOW_KEEP = 6
 _WINDOW_MAX = 16
 # After this many tokens without a stable end, text is sent unchanged.
 _WINDOW_LIMIT = 64
-
-
-class TextStream(Protocol):
-    """Incremental decoding of one request: the concatenation of all returned deltas is the decoded text."""
-
-    def push(self, ids: list[int], final: bool) -> str: ...
 
 
 class ByteTextStream:
@@ -163,7 +158,7 @@ class RequestText:
     def __init__(self, output: TokenIDOutput, tokenizer: Tokenizer):
         kind: type[ByteTextStream] | type[WindowTextStream]
         kind = ByteTextStream if tokenizer.is_byte_level else WindowTextStream
-        self._stream: TextStream = kind(tokenizer, output.skip_special_tokens)
+        self._stream = kind(tokenizer, output.skip_special_tokens)
         self._trimmer = StopTrimmer(output.stop) if output.stop and not output.no_stop_trim else None
 
     def push(self, output: TokenIDOutput) -> str:
@@ -195,7 +190,7 @@ class DetokenizerManager:
             self.tokenizer = Tokenizer.from_path(
                 server_args.tokenizer_path or server_args.model_path, with_template=False
             )
-        self._receiver = detokenizer_receiver(ipc)
+        self._receiver: Receiver[DetokenizerMessage] = Receiver(ipc.detokenizer, DetokenizerMessage)
         self._sender = Sender(ipc.tokenizer)
         self._requests: dict[str, RequestText] = {}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from sglang.srt.distributed import ParallelState
 from sglang.srt.managers.schedule_batch import ScheduleBatch
-from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
+from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch
 
 # Buckets in a plan: a group without rows accepts any; with prompts, or more rows than the largest bucket, none fits.
 ANY_BUCKET, NO_BUCKET = 0, -1
@@ -43,10 +43,6 @@ class DpStep:
             global_num_requests=self.num_requests,
             replays_chains=self.replays_chains,
         )
-
-    def idle_batch(self, kind: StepKind = DECODE) -> ModelWorkerBatch:
-        """The batch of a group without tokens. kind: kind of the decode steps."""
-        return self.of_batch(ModelWorkerBatch.idle(kind))
 
 
 def agree(local_plans: Sequence[Sequence[int]], group_size: int) -> DpStep:

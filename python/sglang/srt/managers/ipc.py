@@ -14,8 +14,6 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from sglang.srt.managers import io_struct
-
 T = TypeVar("T")
 
 PREFIX, OWNER = "sglang-", "owner.lock"
@@ -155,15 +153,3 @@ class AsyncReceiver(Generic[T]):
         if self._socket is not None:
             self._socket.close()
         self._bound.close()
-
-
-def scheduler_receiver(names: IpcNames, dp_rank: int = 0) -> Receiver[io_struct.SchedulerMessage]:
-    return Receiver(names.schedulers[dp_rank], io_struct.SchedulerMessage)
-
-
-def detokenizer_receiver(names: IpcNames) -> Receiver[io_struct.DetokenizerMessage]:
-    return Receiver(names.detokenizer, io_struct.DetokenizerMessage)
-
-
-def tokenizer_receiver(names: IpcNames) -> AsyncReceiver[io_struct.TokenizerMessage]:
-    return AsyncReceiver(names.tokenizer, io_struct.TokenizerMessage)

@@ -33,7 +33,7 @@ class PulseReader:
         os.ftruncate(self.descriptor, _COUNT.size)
         self._memory = mmap.mmap(self.descriptor, _COUNT.size, prot=mmap.PROT_READ)
         self._count = 0
-        self._silent_s = 0.0
+        self.last_silent_s = 0.0  # the last result of ``silent_s``
         self._looked = time.monotonic()
 
     def silent_s(self) -> float:
@@ -41,16 +41,11 @@ class PulseReader:
         now = time.monotonic()
         count = _COUNT.unpack_from(self._memory)[0]
         if count != self._count or count == 0:
-            self._silent_s = 0.0
+            self.last_silent_s = 0.0
         else:
-            self._silent_s += min(now - self._looked, MAX_GAP_S)
+            self.last_silent_s += min(now - self._looked, MAX_GAP_S)
         self._count, self._looked = count, now
-        return self._silent_s
-
-    @property
-    def last_silent_s(self) -> float:
-        """The last result of ``silent_s``."""
-        return self._silent_s
+        return self.last_silent_s
 
     def close(self) -> None:
         """Safe to call twice."""

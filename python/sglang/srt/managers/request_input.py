@@ -60,11 +60,6 @@ class SingleRequest(msgspec.Struct, kw_only=True):
     token_ids_logprob: list[int]
 
 
-def request_limit(max_queued_requests: int) -> int:
-    """Most requests of one call over HTTP: more could never wait at the same time, even on an idle server."""
-    return min(MAX_REQUESTS_PER_CALL, max_queued_requests)
-
-
 def split_request(obj: GenerateReqInput, max_requests: int | None = None) -> tuple[list[SingleRequest], bool]:
     """The single requests of ``obj`` in order, and whether its result is a list.
 

@@ -20,6 +20,8 @@ from sglang.srt.managers.io_struct import (
     GetInternalStateReq,
     GetInternalStateReqOutput,
     GrammarReady,
+    ProfileReqInput,
+    ProfileReqOutput,
     SchedulerMessage,
     ShutdownReq,
     StartedReqs,
@@ -46,7 +48,7 @@ from sglang.srt.managers.step_result import (
     refusal,
 )
 from sglang.srt.managers.tp_worker import LaunchedForward, LaunchedStep, LaunchedVerify, StepOutput, TpModelWorker
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.model_executor.forward_batch_info import ForwardMode, ModelWorkerBatch
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 if TYPE_CHECKING:
@@ -86,6 +88,7 @@ class Scheduler:
         self.channel = channel
         self.stop_checker = stop_checker
         self.grammars = grammars or GrammarManager()
+        self.profile: Callable[[ProfileReqInput], ProfileReqOutput]  # set where steps can be profiled
         self.metrics = SchedulerMetrics(config.decode_log_interval, config.overlap_trace)
         self.waiting_queue: list[Req] = []
         self.chunked_reqs: list[Req] = []
@@ -139,7 +142,9 @@ class Scheduler:
         agreed = None if self.sync is None else self._agree(self.sync, batch)
         if batch is None:
             if agreed is not None and agreed.runs:
-                self._run_idle_step(agreed)
+                # Experts and collectives of the other groups need this rank.
+                self.worker.forward(agreed.of_batch(ModelWorkerBatch.idle(self.worker.decode_kind)))
+                self.metrics.num_idle_steps += 1
             return self._drain()
         forward = self._launch(batch, agreed)
         self._drain()
@@ -155,11 +160,6 @@ class Scheduler:
         self._all_idle = not agreed.has_work
         self._stopping = agreed.stops
         return agreed
-
-    def _run_idle_step(self, agreed: DpStep) -> None:
-        """Run the step of the other groups with no rows of this group: experts and collectives need every rank."""
-        self.worker.forward(agreed.idle_batch(self.worker.decode_kind))
-        self.metrics.num_idle_steps += 1
 
     def _launch(self, batch: ScheduleBatch, agreed: DpStep | None) -> LaunchedForward:
         worker_batch = batch.to_worker_batch()
@@ -220,6 +220,8 @@ class Scheduler:
         elif isinstance(message, GetInternalStateReq):
             state = {**self.load(), **self.metrics.snapshot(), **self.config.describe()}
             self.channel.to_tokenizer(GetInternalStateReqOutput(seq=message.seq, internal_state=state))
+        elif isinstance(message, ProfileReqInput):
+            self.channel.to_tokenizer(self.profile(message))
         elif isinstance(message, ShutdownReq):
             self._stopping = True
 

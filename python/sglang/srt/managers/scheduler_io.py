@@ -14,7 +14,7 @@ from sglang.srt.managers.io_struct import (
     TokenizerMessage,
     WakeReq,
 )
-from sglang.srt.managers.ipc import IDLE_WAKE_S, IpcNames, Sender, scheduler_receiver
+from sglang.srt.managers.ipc import IDLE_WAKE_S, IpcNames, Receiver, Sender
 
 
 class SchedulerChannel(Protocol):
@@ -31,7 +31,7 @@ class RankZeroChannel:
     """A DP rank's inbox, shared with ``group``, and its replies; ``peers``: DP ranks that its messages wake."""
 
     def __init__(self, names: IpcNames, group: ProcessGroupHandle, dp_rank: int = 0, peers: Sequence[int] = ()) -> None:
-        self._receiver = scheduler_receiver(names, dp_rank)
+        self._receiver: Receiver[SchedulerMessage] = Receiver(names.schedulers[dp_rank], SchedulerMessage)
         self._peers = [Sender(names.schedulers[peer]) for peer in peers]
         self._detokenizer = Sender(names.detokenizer)
         self._tokenizer = Sender(names.tokenizer)

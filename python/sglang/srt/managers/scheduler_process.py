@@ -32,7 +32,7 @@ from sglang.srt.managers.request_grammar import grammar_refusal
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_config import SchedulerConfig
 from sglang.srt.managers.scheduler_io import FollowerChannel, RankZeroChannel, SchedulerChannel
-from sglang.srt.managers.step_profiler import ProfilingChannel, StepProfiler
+from sglang.srt.managers.step_profiler import StepProfiler
 from sglang.srt.managers.step_result import StopChecker
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
@@ -155,7 +155,7 @@ def make_profiler(scheduler: Scheduler, context: ChildContext) -> StepProfiler:
         label.replace(" ", "-"),
         lambda: metrics.num_prefill_steps + metrics.num_decode_steps + metrics.num_idle_steps,
     )
-    scheduler.channel = ProfilingChannel(scheduler.channel, profiler.handle)
+    scheduler.profile = profiler.handle
     return profiler
 
 

@@ -1,4 +1,4 @@
-"""Traces of a scheduler's steps by torch.profiler, started and stopped by messages that the scheduler never sees."""
+"""Traces of a scheduler's steps by torch.profiler, started and stopped by messages."""
 
 from __future__ import annotations
 
@@ -10,14 +10,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from sglang.srt.managers.io_struct import (
-    BatchTokenIDOutput,
-    ProfileReqInput,
-    ProfileReqOutput,
-    SchedulerMessage,
-    TokenizerMessage,
-)
-from sglang.srt.managers.scheduler_io import SchedulerChannel
+from sglang.srt.managers.io_struct import ProfileReqInput, ProfileReqOutput
 
 logger = logging.getLogger(__name__)
 
@@ -80,28 +73,6 @@ class StepProfiler:
         running.export_chrome_trace(str(self._path))
         logger.info("profile written: %s", self._path)
         return ""
-
-
-class ProfilingChannel:
-    """A channel to the scheduler that handles profiling messages itself."""
-
-    def __init__(self, inner: SchedulerChannel, profiler: Callable[[ProfileReqInput], ProfileReqOutput]) -> None:
-        self._inner = inner
-        self._profiler = profiler
-
-    def receive(self, wait: bool) -> list[SchedulerMessage]:
-        """The other messages, for the scheduler."""
-        messages = self._inner.receive(wait)
-        for message in messages:
-            if isinstance(message, ProfileReqInput):
-                self._inner.to_tokenizer(self._profiler(message))
-        return [message for message in messages if not isinstance(message, ProfileReqInput)]
-
-    def to_detokenizer(self, message: BatchTokenIDOutput) -> None:
-        self._inner.to_detokenizer(message)
-
-    def to_tokenizer(self, message: TokenizerMessage) -> None:
-        self._inner.to_tokenizer(message)
 
 
 def folder_problem(folder: str) -> str:

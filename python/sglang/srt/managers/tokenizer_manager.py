@@ -27,7 +27,7 @@ from sglang.srt.managers.io_struct import (
     TokenizedGenerateReqInput,
     TokenizerMessage,
 )
-from sglang.srt.managers.ipc import IpcNames, Sender, tokenizer_receiver
+from sglang.srt.managers.ipc import AsyncReceiver, IpcNames, Sender
 from sglang.srt.managers.prompt_text import PromptEncoder
 from sglang.srt.managers.request_fields import UnknownFields
 from sglang.srt.managers.request_grammar import RequestGrammars
@@ -91,7 +91,7 @@ class TokenizerManager:
         self.num_timed_out = 0
         self.admission = Admission(server_args.max_queued_requests, server_args.max_queued_tokens)
         # Bound before anyone connects, so that it cannot fail later for lack of file descriptors.
-        self._receiver = tokenizer_receiver(ipc)
+        self._receiver: AsyncReceiver[TokenizerMessage] = AsyncReceiver(ipc.tokenizer, TokenizerMessage)
         self._senders = [Sender(address) for address in ipc.schedulers]
         # By DP rank.
         self.request_metrics = [RequestMetrics() for _ in self._senders]
