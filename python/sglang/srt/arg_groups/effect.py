@@ -25,11 +25,6 @@ class Situation:
     platform: PlatformLike
     environ: Mapping[str, str]
 
-    @property
-    def keeps_states(self) -> bool:
-        """True if the model has recurrent states, or its config is not readable."""
-        return self.model is None or self.model.text.cache_layout().has(STATE)
-
 
 # Why a setting has no effect; "" if it has one.
 Reason = Callable[[Situation], str]
@@ -44,14 +39,6 @@ def _no_mori(here: Situation) -> str:
     return f"--moe-a2a-backend is {here.args.moe_a2a_backend}" if here.args.moe_a2a_backend != "mori" else ""
 
 
-def _one_node(here: Situation) -> str:
-    return _no_mori(here) or ("all ranks are on one node" if here.args.tp_size <= 8 else "")
-
-
-def _no_replicas(here: Situation) -> str:
-    return "--dp-size is 1" if here.args.dp_size == 1 else ""
-
-
 def _one_rank(here: Situation) -> str:
     return "there is only one rank" if here.args.tp_size == 1 else ""
 
@@ -61,7 +48,8 @@ def _no_graphs(here: Situation) -> str:
 
 
 def _no_states(here: Situation) -> str:
-    return "" if here.keeps_states else "the model has no recurrent states"
+    states = here.model is None or here.model.text.cache_layout().has(STATE)
+    return "" if states else "the model has no recurrent states"
 
 
 def _no_window(here: Situation) -> str:
@@ -80,17 +68,9 @@ def _no_shared_experts(here: Situation) -> str:
     return "the model has no shared experts" if none else ""
 
 
-def _no_retraction(here: Situation) -> str:
-    return "" if envs.SGLANG_TEST_RETRACT.read(here.environ) else "SGLANG_TEST_RETRACT is off"
-
-
-def _own_architecture(here: Situation) -> str:
-    return "" if here.platform.device_type == "cpu" else "the architecture of the GPU is used"
-
-
 FLAGS: dict[str, Reason] = {
     "deepep_mode": _no_exchange,
-    "load_balance_method": _no_replicas,
+    "load_balance_method": lambda here: "--dp-size is 1" if here.args.dp_size == 1 else "",
     "nccl_port": _one_rank,
     "dist_timeout": _one_rank,
     "cuda_graph_bs": _no_graphs,
@@ -102,14 +82,23 @@ FLAGS: dict[str, Reason] = {
 VARIABLES: tuple[tuple[EnvField[Any], Reason], ...] = (
     (envs.SGLANG_MAMBA_SSM_DTYPE, _state_dtype),
     (envs.SGLANG_MAMBA_CONV_DTYPE, _no_states),
-    (envs.SGLANG_TEST_RETRACT_INTERVAL, _no_retraction),
-    (envs.SGLANG_FAKE_ROCM_ARCH, _own_architecture),
+    (
+        envs.SGLANG_TEST_RETRACT_INTERVAL,
+        lambda here: "" if envs.SGLANG_TEST_RETRACT.read(here.environ) else "SGLANG_TEST_RETRACT is off",
+    ),
+    (
+        envs.SGLANG_FAKE_ROCM_ARCH,
+        lambda here: "" if here.platform.device_type == "cpu" else "the architecture of the GPU is used",
+    ),
     (envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK, _no_mori),
     (envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS, _no_mori),
     (envs.SGLANG_MORI_MOE_MAX_INPUT_TOKENS, _no_mori),
     (envs.SGLANG_MORI_DISPATCH_DTYPE, _no_mori),
     (envs.SGLANG_MORI_COMBINE_DTYPE, _no_mori),
-    (envs.SGLANG_MORI_DISPATCH_INTER_KERNEL_SWITCH_THRESHOLD, _one_node),
+    (
+        envs.SGLANG_MORI_DISPATCH_INTER_KERNEL_SWITCH_THRESHOLD,
+        lambda here: _no_mori(here) or ("all ranks are on one node" if here.args.tp_size <= 8 else ""),
+    ),
 )
 
 

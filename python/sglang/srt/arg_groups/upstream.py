@@ -31,9 +31,6 @@ class UpstreamFlag:
     reason: str
     harmless: tuple[str, ...]
 
-    def is_moot(self, words: list[str]) -> bool:
-        return len(words) == 1 and words[0] in self.harmless
-
 
 @functools.cache
 def upstream_flags() -> dict[str, UpstreamFlag]:
@@ -65,7 +62,7 @@ def verdicts(given: Iterable[tuple[str, list[str]]]) -> tuple[list[str], list[st
     lines: dict[tuple[bool, str], list[str]] = {}
     for name, words in given:
         flag = upstream_flags()[name]
-        if not flag.is_moot(words):
+        if len(words) != 1 or words[0] not in flag.harmless:
             shown = name if flag.nargs == 0 or len(words) != 1 else f"{name} {words[0]}"
             shared = lines.setdefault((flag.refused, flag.reason), [])
             if shown not in shared:

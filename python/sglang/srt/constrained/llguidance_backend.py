@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import llguidance
 import numpy as np
+from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import gbnf_to_lark
 
 if TYPE_CHECKING:  # the process that tries grammars has no use for it
@@ -41,16 +42,8 @@ def grammar_of(kind: str, source: str, json_options: dict[str, Any]) -> str:
         raise GrammarError(str(error)) from None
 
 
-def _of_json_schema(source: str, json_options: dict[str, Any]) -> str:
-    return llguidance.LLMatcher.grammar_from_json_schema(source, defaults=cast(Any, json_options))
-
-
-def _of_regex(source: str, _: dict[str, Any]) -> str:
-    return llguidance.LLMatcher.grammar_from_regex(source)
-
-
 def _of_ebnf(source: str, _: dict[str, Any]) -> str:
-    return llguidance.LLMatcher.grammar_from_lark(gbnf_to_lark(source) if _GBNF.search(source) else source)
+    return LLMatcher.grammar_from_lark(gbnf_to_lark(source) if _GBNF.search(source) else source)
 
 
 def _of_structural_tag(source: str, _: dict[str, Any]) -> str:
@@ -71,8 +64,8 @@ def _of_structural_tag(source: str, _: dict[str, Any]) -> str:
 
 # By the sampling parameter that holds the source.
 _MAKERS: dict[str, Callable[[str, dict[str, Any]], str]] = {
-    "json_schema": _of_json_schema,
-    "regex": _of_regex,
+    "json_schema": lambda source, options: LLMatcher.grammar_from_json_schema(source, defaults=cast(Any, options)),
+    "regex": lambda source, _: LLMatcher.grammar_from_regex(source),
     "ebnf": _of_ebnf,
     "structural_tag": _of_structural_tag,
 }
@@ -104,7 +97,7 @@ class GuidanceBackend:
     def compile(self, grammar: str) -> GuidanceGrammar:
         """The compiled grammar, at its start. Raises GrammarError. Other threads run meanwhile."""
         try:
-            matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=self._limits)
         except BaseException as error:  # a panic in the library is no Exception
             raise GrammarError(f"{type(error).__name__}: {error}") from None
         if not matcher.is_error():
@@ -148,7 +141,7 @@ class GuidanceBackend:
         for (grammar, _), place in zip(rows, places, strict=True):
             grammar.return_to(place)
 
-    def _spell_as_text(self, matcher: llguidance.LLMatcher, words: np.ndarray) -> None:
+    def _spell_as_text(self, matcher: LLMatcher, words: np.ndarray) -> None:
         """Repair a mask [words] uint32 of forced text, of which llguidance may allow one token that it then forbids.
 
         It has the tokenizer spell such text, which says ``<think>`` by a special token, and takes that for no text.
@@ -179,7 +172,7 @@ class GuidanceBackend:
 class GuidanceGrammar:
     """A compiled grammar and its place in one output; with ``after``, output up to that token is free."""
 
-    def __init__(self, matcher: llguidance.LLMatcher, after: int | None = None) -> None:
+    def __init__(self, matcher: LLMatcher, after: int | None = None) -> None:
         self.matcher = matcher
         self._after = after
         self._num_seen = 0

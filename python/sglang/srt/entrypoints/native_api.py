@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import time
 import uuid
+from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypedDict, TypeVar
 
 import msgspec
@@ -101,16 +102,12 @@ class NativeApi:
             Endpoint("/health", get, self.health, state, "200 while requests are answered, else 503."),
             Endpoint("/health_generate", get, self.health_generate, state, "200 if a request gets an answer now."),
             Endpoint("/ready", get, self.ping, state, "200 while requests are taken.", aliases=("/ping",)),
-            Endpoint(
-                "/model_info", get, self.model_info, state, "The model that is served.", result=JsonObject,
-                aliases=("/get_model_info",),
+            self._info("/model_info", server_info.model_info, "The model that is served.", "/get_model_info"),
+            self._info(
+                "/server_info", server_info.server_info, "Settings, limits, kernels and counters.", "/get_server_info"
             ),
-            Endpoint(
-                "/server_info", get, self.server_info, state, "Settings, limits, kernels and counters.",
-                result=JsonObject, aliases=("/get_server_info",),
-            ),
-            Endpoint("/v1/loads", get, self.loads, state, "Load of each scheduler.", result=JsonObject),
-            Endpoint("/get_load", get, self.get_load, state, "Load, in the old form.", result=list[JsonObject]),
+            self._info("/v1/loads", server_info.loads, "Load of each scheduler."),
+            self._info("/get_load", server_info.load, "Load, in the old form.", result=list[JsonObject]),
             Endpoint(
                 "/flush_cache", ("GET", "POST"), self.flush_cache, admin, "Drop the prefix cache; 400 while busy.",
                 query=(("timeout", "Seconds to wait for the end of running requests."),), safe=False,
@@ -177,17 +174,14 @@ class NativeApi:
             await asyncio.gather(task, return_exceptions=True)
         return self._manager.last_receive_time >= started and self._manager.failure is None
 
-    async def model_info(self, _: Request) -> Response:
-        return json_response(server_info.model_info(self._context))
+    def _info(
+        self, path: str, read: Callable[[ServerContext], Awaitable[Any]], about: str, *aliases: str,
+        result: Any = JsonObject,
+    ) -> Endpoint:  # fmt: skip
+        async def handler(_: Request) -> Response:
+            return json_response(await read(self._context))
 
-    async def server_info(self, _: Request) -> Response:
-        return json_response(await server_info.server_info(self._context))
-
-    async def get_load(self, _: Request) -> Response:
-        return json_response(await server_info.load(self._context))
-
-    async def loads(self, _: Request) -> Response:
-        return json_response(await server_info.loads(self._context))
+        return Endpoint(path, ("GET",), handler, "State of the server", about, result=result, aliases=aliases)
 
     async def metrics(self, _: Request) -> Response:
         page = await metrics_page(self._context)

@@ -29,7 +29,8 @@ def openapi_document(endpoints: Sequence[Endpoint], needs_key: bool) -> dict[str
     schema_of = dict(zip(ordered, schemas))
     _describe_sampling_params(components)
     for schema in components.values():
-        schema["description"] = _plain_text(schema.get("description", ""))
+        # Docstrings as plain text.
+        schema["description"] = re.sub(r"\s+", " ", schema.get("description", "")).replace("``", "`").strip()
     components["Error"] = _ERROR
     paths: dict[str, dict[str, Any]] = {}
     for endpoint in shown:
@@ -56,7 +57,10 @@ def _operation(endpoint: Endpoint, path: str, method: str, schema_of: dict[Any, 
     if endpoint.chunk is not None:
         events = {"type": "string", "description": "Lines of `data: ` and an object; the last one is `data: [DONE]`."}
         content["text/event-stream"] = {"schema": events, "x-event-schema": schema_of[endpoint.chunk]}
-    error = {"description": "Refused or failed", "content": {"application/json": {"schema": _error_ref()}}}
+    error = {
+        "description": "Refused or failed",
+        "content": {"application/json": {"schema": {"$ref": _REF.format(name="Error")}}},
+    }
     operation: dict[str, Any] = {
         "summary": endpoint.summary if path == endpoint.path else f"Same as {endpoint.path}.",
         "operationId": f"{method.lower()}{re.sub(r'[^a-z_]+', '_', path)}",
@@ -77,10 +81,6 @@ def _operation(endpoint: Endpoint, path: str, method: str, schema_of: dict[Any, 
         body = {"application/json": {"schema": schema_of[endpoint.body]}}
         operation["requestBody"] = {"required": True, "content": body}
     return operation
-
-
-def _error_ref() -> dict[str, str]:
-    return {"$ref": _REF.format(name="Error")}
 
 
 _FIELDS_OF_ERRORS: dict[str, Any] = {
@@ -114,10 +114,6 @@ def _describe_sampling_params(components: dict[str, Any]) -> None:
     request = components.get("GenerateReqInput")
     if request is not None:
         request["properties"]["sampling_params"] = {"anyOf": [ref, {"type": "array", "items": ref}, {"type": "null"}]}
-
-
-def _plain_text(docstring: str) -> str:
-    return re.sub(r"\s+", " ", docstring).replace("``", "`").strip()
 
 
 def _with_readable_names(document: dict[str, Any]) -> dict[str, Any]:

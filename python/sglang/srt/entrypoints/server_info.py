@@ -16,7 +16,7 @@ from sglang.version import __version__
 _SECRETS = ("api_key", "admin_api_key")
 
 
-def model_info(context: ServerContext) -> dict[str, Any]:
+async def model_info(context: ServerContext) -> dict[str, Any]:
     """For ``/model_info``."""
     args = context.server_args
     return {

@@ -387,7 +387,7 @@ class TokenizerManager:
         """The messages of all sequences, with a state in ``group`` for each."""
         tokenized: list[TokenizedGenerateReqInput] = []
         show_text = bool(obj.return_text_in_logprobs) and self.tokenizer is not None
-        text_of = self._token_text if show_text else _no_text
+        text_of = self._token_text if show_text else lambda _: None
         num_asked = 0
         grammar_after = self._grammars.think_end_id() if obj.require_reasoning else None
         for single, params in zip(singles, all_params, strict=True):
@@ -491,7 +491,3 @@ class TokenizerManager:
         params.min_new_tokens = min(params.min_new_tokens, params.max_new_tokens)
         params.top_k = min(params.top_k, self.vocab_size)
         return input_ids
-
-
-def _no_text(_: int) -> str | None:
-    return None

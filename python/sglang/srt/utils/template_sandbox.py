@@ -189,7 +189,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         self._local = threading.local()
         self.finalize = self._print
         self.globals["raise_exception"] = _raise_exception
-        self.globals["strftime_now"] = _strftime_now
+        self.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self.globals.pop("lipsum")
         self.filters["tojson"] = _tojson
         for name in _REMOVED_FILTERS:
@@ -355,10 +355,6 @@ def _length(value: Any) -> int:
 
 def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.now().strftime(form)
 
 
 def _tojson(

@@ -20,23 +20,12 @@ def judge_messages(
     messages: list[dict[str, Any]], template: str, unknown_fields: UnknownFields, warnings: list[str] | None
 ) -> None:
     """Check keys that neither the API nor ``template``, the chat template's source, names. Raises RequestError."""
+    items = [(message, _MESSAGE_KEYS, "messages.") for message in messages]
     for message in messages:
-        _judge(message, _MESSAGE_KEYS, "messages.", template, unknown_fields, warnings)
         content = message.get("content")
-        for part in content if isinstance(content, list) else ():
-            if isinstance(part, dict) and part.get("type") == "text":
-                _judge(part, _PART_KEYS, "messages.content.", template, unknown_fields, warnings)
-
-
-def _judge(
-    item: dict[str, Any],
-    known: frozenset[str],
-    where: str,
-    template: str,
-    unknown_fields: UnknownFields,
-    warnings: list[str] | None,
-) -> None:
-    if item.keys() <= known:
-        return
-    unknown = {key: value for key, value in item.items() if key not in known and key not in template}
-    unknown_fields.judge(unknown, known, where, warnings)
+        parts = [part for part in content if isinstance(part, dict)] if isinstance(content, list) else []
+        items += [(part, _PART_KEYS, "messages.content.") for part in parts if part.get("type") == "text"]
+    for item, known, where in items:
+        unknown = {key: value for key, value in item.items() if key not in known and key not in template}
+        if unknown:
+            unknown_fields.judge(unknown, known, where, warnings)

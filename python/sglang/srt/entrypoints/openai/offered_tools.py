@@ -68,11 +68,6 @@ def _function(tool: Any, where: str) -> tuple[str, Mapping[str, Any]]:
     return name, parameters
 
 
-def strict_tools(body: ChatCompletionRequest) -> list[str]:
-    """Names of the offered tools, which are well formed, whose arguments must follow the schema."""
-    return [tool["function"]["name"] for tool in body.tools or [] if tool["function"].get("strict") is True]
-
-
 def check_shown(tools: Mapping[str, Any], prompt: str) -> None:
     """Raise RequestError for a tool that the chat template did not put into ``prompt``."""
     for name in tools:

@@ -14,19 +14,7 @@ _JSON_OBJECT = {"type": "object"}
 
 def output_form(body: GenerationRequest) -> dict[str, Any]:
     """The sampling parameter that constrains the output, if there is one. Raises RequestError."""
-    asked = {
-        "response_format": body.response_format,
-        "json_schema": body.json_schema,
-        "regex": body.regex,
-        "ebnf": body.ebnf,
-        "structural_tag": body.structural_tag,
-        "guided_json": body.guided_json,
-        "guided_regex": body.guided_regex,
-        "guided_choice": body.guided_choice,
-        "guided_grammar": body.guided_grammar,
-        "structured_outputs": body.structured_outputs,
-    }
-    given = [(name, value) for name, value in asked.items() if value is not None]
+    given = [(name, value) for name in _READERS if (value := getattr(body, name)) is not None]
     found = [(name, form) for name, value in given if (form := _READERS[name](name, value))]
     if len(found) > 1:
         names = " and ".join(name for name, _ in found)

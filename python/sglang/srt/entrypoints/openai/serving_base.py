@@ -71,7 +71,11 @@ class UsageCounter:
 class OpenAIServing(ABC, Generic[RequestT]):
     """Base of both endpoints; a subclass makes a prompt from a body, and a response from results."""
 
+    path: str
+    about: str
     request_type: type[RequestT]
+    result_type: Any
+    chunk_type: Any
     # The ``object`` of whole responses and of chunks.
     response_object: str
     chunk_object: str
@@ -82,9 +86,11 @@ class OpenAIServing(ABC, Generic[RequestT]):
         from_model = context.server_args.sampling_defaults == "model"
         self._defaults = dict(context.model_config.generation_defaults) if from_model else {}
 
-    @abstractmethod
     def endpoint(self) -> Endpoint:
-        """Path and types."""
+        return Endpoint(
+            self.path, ("POST",), self.handle, "OpenAI", self.about, self.request_type, result=self.result_type,
+            chunk=self.chunk_type, is_queued=True,
+        )  # fmt: skip
 
     async def handle(self, request: Request) -> Response:
         body, warnings = await read_body(request, self.request_type, self.manager.unknown_fields)

@@ -7,9 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from sglang.srt.entrypoints.context import ServerContext
-from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.openai.message_fields import judge_messages
-from sglang.srt.entrypoints.openai.offered_tools import check_shown, offered_tools, strict_tools
+from sglang.srt.entrypoints.openai.offered_tools import check_shown, offered_tools
 from sglang.srt.entrypoints.openai.protocol import (
     ChatChoice,
     ChatCompletionRequest,
@@ -32,31 +31,19 @@ from sglang.srt.utils.limits import MAX_CHAT_TOP_LOGPROBS
 
 
 class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
+    path, about = "/v1/chat/completions", "The next turn of a conversation."
     request_type = ChatCompletionRequest
+    result_type, chunk_type = GenerationResponse[ChatChoice], GenerationResponse[ChatStreamChoice]
     response_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
     def __init__(self, context: ServerContext):
         super().__init__(context)
-        self._parsers = ReplyParsers(context)
-
-    def endpoint(self) -> Endpoint:
-        result, chunk = GenerationResponse[ChatChoice], GenerationResponse[ChatStreamChoice]
-        about = "OpenAI", "The next turn of a conversation."
-        return Endpoint(
-            "/v1/chat/completions",
-            ("POST",),
-            self.handle,
-            *about,
-            self.request_type,
-            result=result,
-            chunk=chunk,
-            is_queued=True,
-        )
+        self.parsers = ReplyParsers(context)
 
     def check(self, body: ChatCompletionRequest) -> None:
         super().check(body)
-        self._parsers.check(body)
+        self.parsers.check(body)
         if body.modalities and body.modalities != ["text"]:
             raise RequestError(f"modalities {body.modalities} are not supported: the server answers with text.")
         if body.top_logprobs is not None and not body.logprobs:
@@ -70,8 +57,9 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
         judge_messages(body.messages, source, self.manager.unknown_fields, warnings)
         if warnings is None:
             return
-        self._parsers.warn(body, warnings)
-        if strict := strict_tools(body):
+        self.parsers.warn(body, warnings)
+        strict = [tool["function"]["name"] for tool in body.tools or () if tool["function"].get("strict") is True]
+        if strict:
             warnings.append(f"strict is not enforced: arguments of {', '.join(strict):.200} may not follow the schema.")
 
     async def convert(self, body: ChatCompletionRequest) -> GenerateReqInput:
@@ -86,21 +74,17 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
             top_logprobs_num=body.top_logprobs or 0,
         )
         if any(name in params for name in GRAMMAR_KINDS):
-            native.require_reasoning = self._parsers.begins_in_thought(body, native) or False
+            native.require_reasoning = self.parsers.begins_in_thought(body, native) or False
         return native
 
     def output_form(self, body: ChatCompletionRequest) -> dict[str, Any]:
-        return self._parsers.form(body, super().output_form(body))
-
-    def reader(self, body: ChatCompletionRequest, native: GenerateReqInput) -> ReplyReader:
-        """What reads thought, answer and calls of one choice."""
-        return self._parsers.reader(body, native)
+        return self.parsers.form(body, super().output_form(body))
 
     def choice(
         self, body: ChatCompletionRequest, native: GenerateReqInput, index: int, result: Result, states: States
     ) -> ChatChoice:
         meta = result["meta_info"]
-        reader = self.reader(body, native)
+        reader = self.parsers.reader(body, native)
         deltas = reader.read(result["text"], result["output_ids"], is_last=True)
         meta[REASONING_TOKENS] = reader.reasoning_tokens
         content = "".join(delta.content or "" for delta in deltas)
@@ -115,7 +99,7 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
     ) -> Iterator[ChatStreamChoice]:
         meta = result["meta_info"]
         if index not in states:
-            states[index] = self.reader(body, native)
+            states[index] = self.parsers.reader(body, native)
             yield ChatStreamChoice(index, ChatDelta("assistant", ""))
         logprobs = self._logprobs(body, meta)
         reason, matched = finish(meta)

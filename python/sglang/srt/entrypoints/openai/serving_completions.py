@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.openai.completion_logprobs import ChoiceLogprobs
 from sglang.srt.entrypoints.openai.protocol import CompletionChoice, CompletionRequest, GenerationResponse
 from sglang.srt.entrypoints.openai.serving_base import OpenAIServing, Result, States, finish
@@ -17,22 +16,10 @@ DEFAULT_MAX_TOKENS = 16
 
 
 class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
+    path, about = "/v1/completions", "Continue texts or token ids."
     request_type = CompletionRequest
+    result_type = chunk_type = GenerationResponse[CompletionChoice]
     response_object = chunk_object = "text_completion"
-
-    def endpoint(self) -> Endpoint:
-        result = GenerationResponse[CompletionChoice]
-        about = "OpenAI", "Continue texts or token ids."
-        return Endpoint(
-            "/v1/completions",
-            ("POST",),
-            self.handle,
-            *about,
-            self.request_type,
-            result=result,
-            chunk=result,
-            is_queued=True,
-        )
 
     def check(self, body: CompletionRequest) -> None:
         super().check(body)

@@ -60,7 +60,7 @@ class OpenAIServingResponses:
         chat = chat_body(body)
         native = await self._chat.native(chat, warnings)
         native.request_timeout = asked_timeout(request, body.request_timeout)
-        turn = Turn(_begun(body, str(native.rid)), self._chat.reader(chat, native))
+        turn = Turn(_begun(body, str(native.rid)), self._chat.parsers.reader(chat, native))
         if body.return_warnings:
             turn.response.warnings = warnings
         results = self._manager.generate_request(native, incremental=True, place=place_of(request))

@@ -50,7 +50,8 @@ class Qwen3CoderParser(ToolCallParser):
         place = 0
         while found := _ARGUMENT.match(rest, place):
             key = found[1].strip()
-            arguments[key] = _value(_bare(found[2]), properties.get(key))
+            # The form puts line breaks around a value.
+            arguments[key] = _value(found[2].removeprefix("\n").removesuffix("\n"), properties.get(key))
             place = found.end()
         return ToolCall(name, json_text(arguments)) if not rest[place:].strip() else None
 
@@ -66,11 +67,6 @@ def _value_form(schema: Any, defined: Mapping[str, Any]) -> str:
         return "text"
     texts = [value if isinstance(value, str) else "null" for value in listed if value is None or isinstance(value, str)]
     return f"({' | '.join(quoted(text) for text in texts)}) {tag}"
-
-
-def _bare(text: str) -> str:
-    """``text`` without the line breaks that the form puts around a value."""
-    return text.removeprefix("\n").removesuffix("\n")
 
 
 def _value(text: str, schema: Any) -> Any:
