@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from sglang.srt.configs.attention_backends import MLA, LatentShapes
 from sglang.srt.configs.cache_layout import FULL, PLAIN_TYPES, BufferSpec, CacheLayout, CacheTypes, PoolSpec
@@ -21,6 +21,8 @@ _ROUTERS = (("softmax", "greedy"), ("softmax", "group_limited_greedy"), ("sigmoi
 class DeepseekConfig:
     """Numbers of a config.json by its names; ``q_lora_rank`` None: plain queries, ``n_routed_experts`` None: dense."""
 
+    attention_family: ClassVar[str] = MLA  # see ``attention_backends``
+    state_dtype: ClassVar[str | None] = None  # of recurrent states
     hidden_size: int
     intermediate_size: int
     moe_intermediate_size: int
@@ -83,16 +85,6 @@ class DeepseekConfig:
     def is_moe_layer(self, i: int) -> bool:
         """True when layer ``i`` routes to experts; the others are dense."""
         return self.n_routed_experts is not None and i >= self.first_k_dense_replace and i % self.moe_layer_freq == 0
-
-    @property
-    def attention_family(self) -> str:
-        """Which kind of softmax attention the model needs; see ``attention_backends``."""
-        return MLA
-
-    @property
-    def state_dtype(self) -> str | None:
-        """None: the model has no recurrent states."""
-        return None
 
     @property
     def num_routed_experts(self) -> int:

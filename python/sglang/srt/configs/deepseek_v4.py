@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from sglang.srt.configs.attention_backends import COMPRESSED, LatentShapes
 from sglang.srt.configs.cache_layout import PLAIN_TYPES, CacheLayout, CacheTypes
@@ -28,6 +28,9 @@ class DeepseekV4Config:
     and of shared experts with ``shared_expert_swiglu_limit``.
     """
 
+    attention_family: ClassVar[str] = COMPRESSED  # see ``attention_backends``
+    state_dtype: ClassVar[str | None] = None  # of recurrent states
+    latent_shapes: ClassVar[LatentShapes | None] = None  # of latent attention
     hidden_size: int
     moe_intermediate_size: int
     num_hidden_layers: int
@@ -98,21 +101,6 @@ class DeepseekV4Config:
     def is_moe_layer(self, i: int) -> bool:
         """True: every layer has experts."""
         return True
-
-    @property
-    def attention_family(self) -> str:
-        """Which kind of softmax attention the model needs; see ``attention_backends``."""
-        return COMPRESSED
-
-    @property
-    def state_dtype(self) -> str | None:
-        """None: the model has no recurrent states."""
-        return None
-
-    @property
-    def latent_shapes(self) -> LatentShapes | None:
-        """None: keys and values are no parts of a latent row."""
-        return None
 
     @property
     def num_routed_experts(self) -> int:

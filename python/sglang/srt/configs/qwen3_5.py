@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from sglang.srt.configs.attention_backends import GQA, LatentShapes
 from sglang.srt.configs.cache_layout import FULL, PLAIN_TYPES, STATE, BufferSpec, CacheLayout, CacheTypes, PoolSpec
@@ -21,6 +21,8 @@ FULL_ATTENTION = "full_attention"
 class Qwen3_5Config:
     """Numbers of a config.json by its names; ``num_experts`` 0 means dense, and the expert widths are 0 then."""
 
+    attention_family: ClassVar[str] = GQA  # see ``attention_backends``
+    latent_shapes: ClassVar[LatentShapes | None] = None  # of latent attention
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -85,11 +87,6 @@ class Qwen3_5Config:
         return self.num_experts > 0
 
     @property
-    def attention_family(self) -> str:
-        """Which kind of softmax attention the model needs; see ``attention_backends``."""
-        return GQA
-
-    @property
     def state_dtype(self) -> str | None:
         """The type of recurrent states that the checkpoint names; None where no layer has any."""
         return self.mamba_ssm_dtype if self.linear_layer_ids else None
@@ -109,11 +106,6 @@ class Qwen3_5Config:
         if kv_heads % tp_size and tp_size % kv_heads:
             uneven["num_key_value_heads"] = kv_heads
         return uneven
-
-    @property
-    def latent_shapes(self) -> LatentShapes | None:
-        """None: no layer has latent attention."""
-        return None
 
     def cache_layout(self, tp_size: int = 1, types: CacheTypes = PLAIN_TYPES, num_draft_tokens: int = 0) -> CacheLayout:
         """Keys and values per token, states per sequence, with tails where ``num_draft_tokens`` is not 0."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed import ProcessGroupHandle, get_tp_group
-from sglang.srt.layers.quantization import Rows, linear_method
+from sglang.srt.layers.quantization import Place, Rows, linear_method
 from sglang.srt.layers.weights import ShardedMatrix, ShardId, ShardSlice, make_parameter
 
 
@@ -37,7 +37,7 @@ class _ShardedLinear(nn.Module):
         super().__init__()
         self._shards = ShardedMatrix(sections)
         self.quant_method = linear_method(quant_config, prefix, self._shards, dequantize)
-        self.quant_method.create_weights(self, "weight", self._shards, self.weight_loader)
+        self.quant_method.create_weights(Place(self, "weight", self._shards), self.weight_loader)
         self.bias: nn.Parameter | None = None
         if bias:
             shapes = {shard: (section.full_rows,) for shard, section in self._shards.slices.items()}
@@ -51,7 +51,7 @@ class _ShardedLinear(nn.Module):
         scale: torch.Tensor | None = None,
     ) -> None:
         """Load this rank's part of checkpoint matrix ``shard_id``; a tuple means several stacked on dim 0."""
-        self.quant_method.load_weight(self, "weight", self._shards, shard_id, loaded, scale)
+        self.quant_method.load_weight(Place(self, "weight", self._shards), shard_id, loaded, scale)
 
     def _load_bias(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
         self._shards.copy(param.data, loaded, shard_id)

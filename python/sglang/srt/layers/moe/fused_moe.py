@@ -11,7 +11,7 @@ from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed import get_parallel_state
 from sglang.srt.layers.moe.placement import ExpertPlacement
 from sglang.srt.layers.moe.topk import TopKOutput
-from sglang.srt.layers.quantization import Rows, experts_method
+from sglang.srt.layers.quantization import Place, Rows, experts_method
 from sglang.srt.layers.weights import ShardedMatrix, ShardSlice
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -60,14 +60,14 @@ class FusedMoE(nn.Module):
         }
         self.quant_method = experts_method(quant_config, prefix, list(self._shards.values()))
         for name, shards in self._shards.items():
-            self.quant_method.create_weights(self, name, shards, count=self.placement.count + num_shared)
+            self.quant_method.create_weights(Place(self, name, shards), count=self.placement.count + num_shared)
 
     def load_expert(self, name: str, expert_id: int, tensor: torch.Tensor, scale: torch.Tensor | None = None) -> None:
         """Load "w1" (gate), "w3" (up) [I, H] or "w2" (down) [H, I] of an expert of this rank, and its scales."""
         stack = "w2_weight" if name == "w2" else "w13_weight"
         local = self.placement.local_id(expert_id)
         if local is not None:
-            self.quant_method.load_weight(self, stack, self._shards[stack], name, tensor, scale, local)
+            self.quant_method.load_weight(Place(self, stack, self._shards[stack]), name, tensor, scale, local)
 
     def expert_tensors(self) -> Iterator[tuple[str, str, int, nn.Parameter]]:
         """Checkpoint tensors one expert at a time: name below this module, matrix, expert, and where it goes."""

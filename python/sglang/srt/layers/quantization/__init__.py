@@ -14,10 +14,10 @@ from sglang.srt.configs.quantization import FP8_BLOCKS, MXFP4, QuantConfig
 from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.layers.quantization.fp8 import Fp8Method
 from sglang.srt.layers.quantization.mxfp4 import Mxfp4Method
-from sglang.srt.layers.quantization.unquant import Rows, UnquantizedMethod, WeightMethod, plain_rows
+from sglang.srt.layers.quantization.unquant import Place, Rows, UnquantizedMethod, WeightMethod, plain_rows
 from sglang.srt.layers.weights import ShardedMatrix
 
-__all__ = ["Rows", "WeightMethod", "experts_method", "linear_method", "plain_rows", "warn_of_splits"]
+__all__ = ["Place", "Rows", "WeightMethod", "experts_method", "linear_method", "plain_rows", "warn_of_splits"]
 
 logger = logging.getLogger(__name__)
 

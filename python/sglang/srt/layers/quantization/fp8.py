@@ -11,8 +11,8 @@ from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8, shuffle_
 from sglang.kernels.ops.quant.group_fp8 import QuantizedRows, block_fp8_linear, fp8_dtype
 from sglang.srt.configs.quantization import BLOCK, FP8_BLOCKS
 from sglang.srt.layers.quantization.stored import FP8, OTHER_THAN_FP8, block_scales, check_format, leaves_of
-from sglang.srt.layers.quantization.unquant import Rows, WeightMethod, part_of, plain_rows, stack_shape
-from sglang.srt.layers.weights import FLOATS, ShardedMatrix, ShardId, WeightLoader, make_parameter
+from sglang.srt.layers.quantization.unquant import Place, Rows, WeightMethod, part_of, plain_rows, stack_shape
+from sglang.srt.layers.weights import FLOATS, ShardId, WeightLoader, make_parameter
 from sglang.srt.platforms import current_platform
 
 # Deviation of a healthy dummy's entries before their scale.
@@ -65,36 +65,22 @@ class Fp8Method(WeightMethod):
         self.dtype = self.row_dtype = fp8_dtype(current_platform.arch)
         self._activation_dtype = torch.get_default_dtype()
 
-    def create_weights(
-        self,
-        layer: nn.Module,
-        name: str,
-        shards: ShardedMatrix,
-        loader: WeightLoader | None = None,
-        count: int | None = None,
-    ) -> None:
-        blocks = shards.in_blocks(FP8_BLOCKS.block)
+    def create_weights(self, at: Place, loader: WeightLoader | None = None, count: int | None = None) -> None:
+        blocks = at.shards.in_blocks(FP8_BLOCKS.block)
         assert blocks is not None, "the caller asks for this format only where blocks are whole"
         weight = make_parameter(
-            *stack_shape(count, shards), dtype=self.dtype, loader=loader, full_shapes=shards.full_shapes,
+            *stack_shape(count, at.shards), dtype=self.dtype, loader=loader, full_shapes=at.shards.full_shapes,
             fill=(0.0, DUMMY_DEVIATION), leaves=self.leaves, encode=encode_dummy,
         )  # fmt: skip
-        layer.register_parameter(name, weight)
+        at.layer.register_parameter(at.name, weight)
         scale = make_parameter(*stack_shape(count, blocks), dtype=torch.float32, full_shapes={})
-        layer.register_parameter(f"{name}_scale_inv", scale)
+        at.layer.register_parameter(f"{at.name}_scale_inv", scale)
 
     def load_weight(
-        self,
-        layer: nn.Module,
-        name: str,
-        shards: ShardedMatrix,
-        shard_id: ShardId,
-        loaded: torch.Tensor,
-        scale: torch.Tensor | None = None,
-        index: int | None = None,
+        self, at: Place, shard_id: ShardId, loaded: torch.Tensor, scale: torch.Tensor | None, index: int | None = None
     ) -> None:
-        target, scales = (part_of(getattr(layer, each), index) for each in (name, f"{name}_scale_inv"))
-        blocks = shards.in_blocks(FP8_BLOCKS.block)
+        target, scales = (part_of(getattr(at.layer, each), index) for each in (at.name, f"{at.name}_scale_inv"))
+        blocks = at.shards.in_blocks(FP8_BLOCKS.block)
         assert blocks is not None
         loaded = loaded.to(target.device)
         if scale is None:
@@ -104,7 +90,7 @@ class Fp8Method(WeightMethod):
             scale = block_scales(scale, target.device)
         if self.dtype != FP8:
             loaded, scale = to_fnuz(loaded, scale)
-        shards.copy(target, loaded, shard_id)
+        at.shards.copy(target, loaded, shard_id)
         blocks.copy(scales, scale, shard_id)
 
     def apply(self, layer: nn.Module, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:

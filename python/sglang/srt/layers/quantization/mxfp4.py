@@ -9,7 +9,7 @@ from sglang.kernels.ops.moe.fused_experts_mxfp4 import fused_experts_mxfp4, shuf
 from sglang.kernels.ops.quant.mxfp4 import quantize_mxfp4
 from sglang.srt.configs.quantization import WeightFormat
 from sglang.srt.layers.quantization.stored import CODES, OTHER_THAN_MXFP4, PAIRS, check_format, leaves_of, mxfp4_parts
-from sglang.srt.layers.quantization.unquant import Rows, WeightMethod, part_of, plain_rows, stack_shape
+from sglang.srt.layers.quantization.unquant import Place, Rows, WeightMethod, part_of, plain_rows, stack_shape
 from sglang.srt.layers.weights import ShardedMatrix, ShardId, WeightLoader, make_parameter
 
 
@@ -25,22 +25,15 @@ class Mxfp4Method(WeightMethod):
         self._activation_dtype = torch.get_default_dtype()
         self.leaves = (*leaves_of(known), *OTHER_THAN_MXFP4)
 
-    def create_weights(
-        self,
-        layer: nn.Module,
-        name: str,
-        shards: ShardedMatrix,
-        loader: WeightLoader | None = None,
-        count: int | None = None,
-    ) -> None:
-        pairs, blocks = self._parts(shards)
+    def create_weights(self, at: Place, loader: WeightLoader | None = None, count: int | None = None) -> None:
+        pairs, blocks = self._parts(at.shards)
         weight = make_parameter(
-            *stack_shape(count, pairs), dtype=torch.uint8, loader=loader, full_shapes=shards.full_shapes,
+            *stack_shape(count, pairs), dtype=torch.uint8, loader=loader, full_shapes=at.shards.full_shapes,
             leaves=self.leaves, encode=self._encode,
         )  # fmt: skip
-        layer.register_parameter(name, weight)
+        at.layer.register_parameter(at.name, weight)
         scale = make_parameter(*stack_shape(count, blocks), dtype=torch.uint8, full_shapes={})
-        layer.register_parameter(f"{name}_scale", scale)
+        at.layer.register_parameter(f"{at.name}_scale", scale)
 
     def _parts(self, shards: ShardedMatrix) -> tuple[ShardedMatrix, ShardedMatrix]:
         """The rank's part counted in bytes of codes, and in scales."""
@@ -53,21 +46,14 @@ class Mxfp4Method(WeightMethod):
         return {"": codes, self.format.scale_suffix: scale}
 
     def load_weight(
-        self,
-        layer: nn.Module,
-        name: str,
-        shards: ShardedMatrix,
-        shard_id: ShardId,
-        loaded: torch.Tensor,
-        scale: torch.Tensor | None = None,
-        index: int | None = None,
+        self, at: Place, shard_id: ShardId, loaded: torch.Tensor, scale: torch.Tensor | None, index: int | None = None
     ) -> None:
         check_format(loaded, CODES, self.format.name)
         assert scale is not None, "codes come with their scales"
-        pairs, blocks = self._parts(shards)
+        pairs, blocks = self._parts(at.shards)
         codes, exponents = mxfp4_parts(loaded, scale)
-        pairs.copy(part_of(getattr(layer, name), index), codes, shard_id)
-        blocks.copy(part_of(getattr(layer, f"{name}_scale"), index), exponents, shard_id)
+        pairs.copy(part_of(getattr(at.layer, at.name), index), codes, shard_id)
+        blocks.copy(part_of(getattr(at.layer, f"{at.name}_scale"), index), exponents, shard_id)
 
     def apply(self, layer: nn.Module, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
         raise NotImplementedError("MXFP4 is a format of routed experts")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -34,6 +34,14 @@ def plain_rows(x: Rows) -> torch.Tensor:
     return x.plain
 
 
+class Place(NamedTuple):
+    """The parameter ``name`` of a layer, and this rank's parts of the checkpoint's matrices that it holds."""
+
+    layer: nn.Module
+    name: str
+    shards: ShardedMatrix
+
+
 class WeightMethod(ABC):
     """A format of weights.
 
@@ -49,26 +57,12 @@ class WeightMethod(ABC):
     leaves: tuple[Leaf, ...] = (PLAIN,)
 
     @abstractmethod
-    def create_weights(
-        self,
-        layer: nn.Module,
-        name: str,
-        shards: ShardedMatrix,
-        loader: WeightLoader | None = None,
-        count: int | None = None,
-    ) -> None:
-        """Give ``layer`` the parameter ``name`` for one matrix, or for a stack of ``count``."""
+    def create_weights(self, at: Place, loader: WeightLoader | None = None, count: int | None = None) -> None:
+        """Give the layer the parameter for one matrix, or for a stack of ``count``."""
 
     @abstractmethod
     def load_weight(
-        self,
-        layer: nn.Module,
-        name: str,
-        shards: ShardedMatrix,
-        shard_id: ShardId,
-        loaded: torch.Tensor,
-        scale: torch.Tensor | None = None,
-        index: int | None = None,
+        self, at: Place, shard_id: ShardId, loaded: torch.Tensor, scale: torch.Tensor | None, index: int | None = None
     ) -> None:
         """Load this rank's part of a checkpoint matrix, given as one of ``leaves``, into matrix ``index`` of the stack.
 
@@ -116,34 +110,20 @@ class UnquantizedMethod(WeightMethod):
         self.leaves = (PLAIN,) if stored is None else (PLAIN, *leaves_of(stored))
         self.by_split = by_split
 
-    def create_weights(
-        self,
-        layer: nn.Module,
-        name: str,
-        shards: ShardedMatrix,
-        loader: WeightLoader | None = None,
-        count: int | None = None,
-    ) -> None:
+    def create_weights(self, at: Place, loader: WeightLoader | None = None, count: int | None = None) -> None:
         parameter = make_parameter(
-            *stack_shape(count, shards), loader=loader, full_shapes=shards.full_shapes, leaves=self.leaves
+            *stack_shape(count, at.shards), loader=loader, full_shapes=at.shards.full_shapes, leaves=self.leaves
         )
-        layer.register_parameter(name, parameter)
+        at.layer.register_parameter(at.name, parameter)
 
     def load_weight(
-        self,
-        layer: nn.Module,
-        name: str,
-        shards: ShardedMatrix,
-        shard_id: ShardId,
-        loaded: torch.Tensor,
-        scale: torch.Tensor | None = None,
-        index: int | None = None,
+        self, at: Place, shard_id: ShardId, loaded: torch.Tensor, scale: torch.Tensor | None, index: int | None = None
     ) -> None:
-        target = part_of(getattr(layer, name), index)
+        target = part_of(getattr(at.layer, at.name), index)
         if scale is not None:
             assert self.stored is not None, "only a format has scales"
             loaded = scaled_back(self.stored, loaded, scale, target.device)
-        shards.copy(target, loaded, shard_id)
+        at.shards.copy(target, loaded, shard_id)
 
     def apply(self, layer: nn.Module, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
         return dense_linear(plain_rows(x), layer.weight, bias)
