@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "kernels"))
 from moe_cases import SHAPES, MoeShape  # noqa: E402
 from timing import describe_device, graph_time  # noqa: E402
 
-from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state  # noqa: E402
+from sglang.srt.distributed.parallel_state import ParallelState, ProcessGroupHandle, override_parallel_state  # noqa: E402
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE  # noqa: E402
 from sglang.srt.layers.moe.token_dispatcher.capacity import ROW_TIERS, input_rows  # noqa: E402
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig  # noqa: E402

@@ -26,7 +26,7 @@ import torch.multiprocessing as mp
 
 from sglang.kernels.registry import REGISTRY
 from sglang.srt.configs.deepseek import DeepseekConfig
-from sglang.srt.distributed import get_parallel_state, init_parallel_state
+from sglang.srt.distributed.parallel_state import get_parallel_state, init_parallel_state
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
 from sglang.srt.layers.moe.token_dispatcher.moriep import make_dispatcher

@@ -151,7 +151,6 @@ class SpeculatingBatch(StaticBatch):
 
     @property
     def num_slots(self) -> list[int]:
-        """See the base class."""
         return self._held
 
     def extend(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[torch.Tensor, LogitsProcessorOutput]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sglang.srt.distributed import ParallelState, ProcessGroupHandle
+from sglang.srt.distributed.parallel_state import ParallelState, ProcessGroupHandle
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.ep_moe.factory import describe_experts
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE

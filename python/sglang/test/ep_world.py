@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from sglang.kernels.ops.moe.fused_experts import fused_experts_torch
 from sglang.srt.configs.quantization import MXFP4, QuantConfig
-from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
+from sglang.srt.distributed.parallel_state import ParallelState, ProcessGroupHandle, override_parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.ep_moe.factory import describe_experts, make_experts
 from sglang.srt.layers.moe.fused_moe import FusedMoE

@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 from sglang.embedded_models import EMBEDDED_MODELS
-from sglang.srt.distributed import get_tp_group, override_parallel_state
+from sglang.srt.distributed.parallel_state import get_tp_group, override_parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.managers.dp_sync import DpStepSync
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs

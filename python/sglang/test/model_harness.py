@@ -14,7 +14,7 @@ from sglang.srt.arg_groups.stream_policy import NO_OVERLAP, StreamPlan
 from sglang.srt.configs.attention_backends import COMPRESSED
 from sglang.srt.configs.cache_layout import FULL, STATE, SWA
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import get_tp_group
+from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput

@@ -44,7 +44,7 @@ def plant(module):
     original = getattr(owner, method)
 
     def planted(*args, **kwargs):
-        from sglang.srt.distributed import get_world_group
+        from sglang.srt.distributed.parallel_state import get_world_group
 
         calls.append(1)
         if get_world_group().rank == rank and len(calls) >= number:

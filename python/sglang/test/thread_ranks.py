@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from sglang.srt.distributed import ParallelState, Pending, ProcessGroupHandle, override_parallel_state
+from sglang.srt.distributed.parallel_state import ParallelState, Pending, ProcessGroupHandle, override_parallel_state
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -6,8 +6,8 @@ import unittest
 
 from sglang.kernels.ops.sampling.greedy import greedy_sample
 from sglang.kernels.registry import REGISTRY, KernelConfigError
-from sglang.srt.distributed import ProcessGroupHandle
 from sglang.srt.distributed.kernel_agreement import require_same_kernels
+from sglang.srt.distributed.parallel_state import ProcessGroupHandle
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.test_utils import CustomTestCase

@@ -8,7 +8,7 @@ import time
 import unittest
 
 from sglang.embedded_models import EMBEDDED_MODELS
-from sglang.srt.distributed import is_lost_peer
+from sglang.srt.distributed.parallel_state import is_lost_peer
 from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.managers.scheduler_process import LOST_PEER
 from sglang.test.ci.ci_register import register_cpu_ci

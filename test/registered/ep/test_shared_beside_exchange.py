@@ -13,7 +13,7 @@ from torch import nn
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.arg_groups.stream_policy import plan_streams
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import ParallelState, override_parallel_state
+from sglang.srt.distributed.parallel_state import ParallelState, override_parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.ep_moe.factory import describe_experts
 from sglang.srt.model_loader.loader import default_dtype

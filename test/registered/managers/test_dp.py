@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sglang.srt.distributed import ParallelState, ProcessGroupHandle
+from sglang.srt.distributed.parallel_state import ParallelState, ProcessGroupHandle
 from sglang.srt.managers.dp_routing import LoadBalancer
 from sglang.srt.managers.dp_sync import ANY_BUCKET, NO_BUCKET, DpStepSync, agree
 from sglang.srt.managers.io_struct import AbortReq, ShutdownReq

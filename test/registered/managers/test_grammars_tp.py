@@ -12,8 +12,7 @@ import torch.distributed as dist
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.constrained.llguidance_backend import grammar_of
-from sglang.srt.distributed import ParallelState, ProcessGroupHandle
-from sglang.srt.distributed.parallel_state import override_parallel_state
+from sglang.srt.distributed.parallel_state import ParallelState, ProcessGroupHandle, override_parallel_state
 from sglang.srt.managers.grammar_manager import GrammarManager
 from sglang.srt.managers.io_struct import AbortReq, GrammarReady, ShutdownReq, TokenizedGenerateReqInput
 from sglang.srt.managers.ipc import IpcNames, Sender

@@ -19,7 +19,7 @@ from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
-from sglang.srt.distributed import ParallelState, override_parallel_state
+from sglang.srt.distributed.parallel_state import ParallelState, override_parallel_state
 from sglang.srt.layers.moe.fused_shared_experts import FusedSharedExperts
 from sglang.srt.model_executor.runner_build import _tell
 from sglang.srt.model_loader.dummy import iterate_dummy

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from sglang.srt.distributed import ProcessGroupHandle
+from sglang.srt.distributed.parallel_state import ProcessGroupHandle
 from sglang.srt.layers.moe.token_dispatcher.base import DispatchError, EpConfig, ExchangeConfigError
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
 from sglang.srt.layers.moe.token_dispatcher.mori_plan import (

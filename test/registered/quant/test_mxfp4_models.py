@@ -15,7 +15,7 @@ from sglang.kernels.ops.quant.mxfp4 import dequantize_mxfp4
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import FP8_BLOCKS, MXFP4, QuantConfig, read_quantization
-from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
+from sglang.srt.distributed.parallel_state import ParallelState, ProcessGroupHandle, override_parallel_state
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.quantization.mxfp4 import Mxfp4Method
 from sglang.srt.layers.quantization.unquant import UnquantizedMethod

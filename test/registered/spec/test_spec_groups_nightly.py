@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 
-from sglang.srt.distributed import ProcessGroupHandle
+from sglang.srt.distributed.parallel_state import ProcessGroupHandle
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher import moriep
 from sglang.srt.layers.moe.token_dispatcher.base import EpConfig, EpTransport

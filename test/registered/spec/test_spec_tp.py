@@ -12,8 +12,7 @@ import torch.distributed as dist
 
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.constrained.llguidance_backend import grammar_of
-from sglang.srt.distributed import ParallelState, ProcessGroupHandle
-from sglang.srt.distributed.parallel_state import override_parallel_state
+from sglang.srt.distributed.parallel_state import ParallelState, ProcessGroupHandle, override_parallel_state
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.sampler import Sampler
 from sglang.srt.platforms import override_platform

@@ -16,7 +16,7 @@ from sglang import plan as cli
 from sglang.srt.arg_groups.parse import read
 from sglang.srt.arg_groups.plan import evaluate, plan_launch
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
+from sglang.srt.distributed.parallel_state import ParallelState, ProcessGroupHandle, override_parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
 from sglang.srt.layers.moe.token_dispatcher.base import EpConfig

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sglang.srt.configs.quantization import QuantConfig
-from sglang.srt.distributed import ProcessGroupHandle, get_tp_group
+from sglang.srt.distributed.parallel_state import ProcessGroupHandle, get_tp_group
 from sglang.srt.layers.quantization import Place, Rows, linear_method
 from sglang.srt.layers.weights import ShardedMatrix, ShardId, ShardSlice, make_parameter
 

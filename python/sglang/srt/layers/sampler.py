@@ -8,7 +8,7 @@ import torch
 
 from sglang.kernels.ops.sampling.draw import draw
 from sglang.kernels.ops.sampling.greedy import fits_aiter, greedy_aiter, greedy_sample, greedy_torch
-from sglang.srt.distributed import get_tp_group, is_dp_attention_enabled
+from sglang.srt.distributed.parallel_state import get_tp_group, is_dp_attention_enabled
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput, RowFault
 from sglang.srt.layers.logprobs import ChosenIds, RowLogprobs, best_entries
 from sglang.srt.sampling.host_edits import HostEdits

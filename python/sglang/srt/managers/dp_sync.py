@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from sglang.srt.distributed import ParallelState
+from sglang.srt.distributed.parallel_state import ParallelState
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch
 

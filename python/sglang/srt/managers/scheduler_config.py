@@ -12,7 +12,7 @@ from sglang.kernels.compile_watch import compiled_while_serving
 from sglang.kernels.registry import REGISTRY
 from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import get_parallel_state
+from sglang.srt.distributed.parallel_state import get_parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.model_executor.model_pools import slots_for_drafts
 from sglang.srt.model_executor.model_runner import ModelRunner

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import msgspec
 
-from sglang.srt.distributed import ProcessGroupHandle
+from sglang.srt.distributed.parallel_state import ProcessGroupHandle
 from sglang.srt.managers.io_struct import (
     BatchTokenIDOutput,
     SchedulerMessage,

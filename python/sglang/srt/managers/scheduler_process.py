@@ -18,8 +18,8 @@ from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.constrained.llguidance_backend import GrammarError, GuidanceBackend
-from sglang.srt.distributed import get_parallel_state, init_parallel_state, is_lost_peer, leave_groups
 from sglang.srt.distributed.kernel_agreement import require_same_kernels
+from sglang.srt.distributed.parallel_state import get_parallel_state, init_parallel_state, is_lost_peer, leave_groups
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.base import ExchangeConfigError
 from sglang.srt.managers.child_context import ChildContext, parse_child_arguments

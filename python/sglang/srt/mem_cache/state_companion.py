@@ -28,15 +28,12 @@ class StateCompanion(PrefixCompanion[int]):
         self._kept: OrderedDict[TreeNode, int] = OrderedDict()  # least recently used first
 
     def num_held(self) -> int:
-        """See the base class."""
         return self.slots.size - self.slots.available_size() - len(self._kept)
 
     def usable_len(self, node: TreeNode, num_tokens: int) -> int:
-        """See the base class."""
         return num_tokens if num_tokens == node.key.size and node in self._kept else 0
 
     def on_match(self, path: Sequence[TreeNode]) -> None:
-        """See the base class."""
         self._kept.move_to_end(path[-1])
 
     def on_split(self, upper: TreeNode, lower: TreeNode) -> None:
@@ -60,7 +57,6 @@ class StateCompanion(PrefixCompanion[int]):
             self._kept[node] = slot
 
     def on_drop(self, node: TreeNode) -> None:
-        """See the base class."""
         slot = self._kept.pop(node, None)
         if slot is not None:
             self.slots.free(slot)
@@ -82,7 +78,6 @@ class StateCompanion(PrefixCompanion[int]):
         return slot
 
     def release(self, held: int) -> None:
-        """See the base class."""
         self.slots.free(held)
 
     def evict(self, num_states: int, keep: TreeNode | None = None) -> int:
@@ -104,7 +99,6 @@ class StateCompanion(PrefixCompanion[int]):
         return slot
 
     def check(self, nodes: Iterable[TreeNode], held: Sequence[int] | None) -> None:
-        """See the base class."""
         owner: dict[int, str] = {}
         for node in nodes:
             if node in self._kept:

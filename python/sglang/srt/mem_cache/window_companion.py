@@ -49,22 +49,18 @@ class WindowCompanion(PrefixCompanion[WindowHold]):
 
     @property
     def num_units(self) -> int:
-        """See the base class."""
         return self._window.num_pages * self._page
 
     def usable_len(self, node: TreeNode, num_tokens: int) -> int:
-        """See the base class."""
         live = np.flatnonzero(self._window.are_live(self._pages_of(node.value[:num_tokens])))
         return (int(live[-1]) + 1) * self._page if live.size else 0
 
     def on_match(self, path: Sequence[TreeNode]) -> None:
-        """See the base class."""
         last = self._last_page(path[-1])
         if last in self._unlocked:
             self._unlocked.move_to_end(last)
 
     def on_add(self, node: TreeNode) -> None:
-        """See the base class."""
         pages = self._pages_of(node.value)
         for page in pages[self._window.are_live(pages)].tolist():
             self._keep(page, node)
@@ -81,7 +77,6 @@ class WindowCompanion(PrefixCompanion[WindowHold]):
             start += node.value.size
 
     def on_split(self, upper: TreeNode, lower: TreeNode) -> None:
-        """See the base class."""
         for page in self._pages_of(upper.value).tolist():
             if page in self._kept:
                 self._kept[page] = upper
@@ -120,11 +115,9 @@ class WindowCompanion(PrefixCompanion[WindowHold]):
         held.first = first
 
     def release(self, held: WindowHold) -> None:
-        """See the base class."""
         self._move_lock(held, 0)
 
     def room(self) -> int:
-        """See the base class."""
         return (self._window.num_free() + len(self._unlocked)) * self._page
 
     def needs(self, num_tokens: int, running: bool) -> int:
@@ -132,7 +125,6 @@ class WindowCompanion(PrefixCompanion[WindowHold]):
         return min(num_tokens, self._page if running else self._request_pages * self._page)
 
     def make_room(self, num_tokens: int) -> None:
-        """See the base class."""
         self.evict(-(-num_tokens // self._page) - self._window.num_free())
 
     def evict(self, num_pages: int) -> int:
@@ -146,7 +138,6 @@ class WindowCompanion(PrefixCompanion[WindowHold]):
         return count
 
     def num_held(self) -> int:
-        """See the base class."""
         pages = self._window.num_pages - self._window.num_free() - len(self._kept) + len(self._locks)
         return pages * self._page
 

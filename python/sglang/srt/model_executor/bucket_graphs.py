@@ -11,7 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from sglang.srt.distributed import ProcessGroupHandle
+from sglang.srt.distributed.parallel_state import ProcessGroupHandle
 from sglang.srt.model_executor.capture_lint import CaptureViolation, capture_lint, collect_violations
 from sglang.srt.platforms.interface import DeviceGraph
 

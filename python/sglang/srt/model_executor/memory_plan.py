@@ -15,7 +15,7 @@ from torch import nn
 
 from sglang.srt.configs.cache_layout import STATE, CacheLayout, dummy_units
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import ParallelState, ProcessGroupHandle, override_parallel_state
+from sglang.srt.distributed.parallel_state import ParallelState, ProcessGroupHandle, override_parallel_state
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher.base import EpConfig
 from sglang.srt.layers.moe.token_dispatcher.capacity import plan_rounds, rows_of_ranks

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from sglang.srt.arg_groups.stream_policy import StreamPlan, plan_streams
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import get_parallel_state, get_tp_group, get_world_group
+from sglang.srt.distributed.parallel_state import get_parallel_state, get_tp_group, get_world_group
 from sglang.srt.layers.attention import make_attention_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
 from sglang.srt.layers.moe.fused_shared_experts import fixed_form

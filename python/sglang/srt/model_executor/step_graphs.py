@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from sglang.srt.distributed import ProcessGroupHandle
+from sglang.srt.distributed.parallel_state import ProcessGroupHandle
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs, GraphOutput
 from sglang.srt.model_executor.capture_lint import HostList
 from sglang.srt.model_executor.forward_batch_info import (

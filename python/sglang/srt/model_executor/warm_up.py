@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
-from sglang.srt.distributed import get_parallel_state
+from sglang.srt.distributed.parallel_state import get_parallel_state
 from sglang.srt.layers.moe.ep_moe.factory import expert_recv_stats
 from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.model_runner import ModelRunner

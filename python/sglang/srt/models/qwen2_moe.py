@@ -9,7 +9,7 @@ from torch import nn
 from sglang.kernels.ops.moe.add_gated_shared import add_gated_shared
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
-from sglang.srt.distributed import get_tp_group
+from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.layernorm import RoutedRows
 from sglang.srt.layers.linear import ReplicatedLinear

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from sglang.srt.distributed import get_parallel_state, get_world_group
+from sglang.srt.distributed.parallel_state import get_parallel_state, get_world_group
 from sglang.srt.model_executor.bucket_graphs import Body, BucketGraphs
 from sglang.srt.model_executor.capture_lint import HostList
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode, ModelWorkerBatch

@@ -15,7 +15,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.distributed import ProcessGroupHandle
+from sglang.srt.distributed.parallel_state import ProcessGroupHandle
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch
 from sglang.srt.model_executor.model_runner import ModelRunner

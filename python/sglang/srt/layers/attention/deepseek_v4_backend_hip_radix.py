@@ -78,11 +78,9 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
     # --- plans ---------------------------------------------------------------------------------------------------
 
     def plan_decode(self, forward_batch: ForwardBatch) -> CompressedPlan:
-        """See the base class."""
         return self._plan(forward_batch, torch.ones_like(forward_batch.seq_lens), self._longest(forward_batch))
 
     def plan_extend(self, forward_batch: ForwardBatch) -> CompressedPlan:
-        """See the base class."""
         assert forward_batch.extend_seq_lens is not None
         return self._plan(forward_batch, forward_batch.extend_seq_lens, self._longest(forward_batch))
 
@@ -161,7 +159,6 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
         return self._plan(forward_batch, torch.ones_like(forward_batch.seq_lens), self.req_to_token.shape[1])
 
     def complete_plan(self, forward_batch: ForwardBatch) -> None:
-        """See the base class."""
         self._plan_of(forward_batch, 0)
 
     # --- layers --------------------------------------------------------------------------------------------------
@@ -187,7 +184,6 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
         return queries
 
     def store_rows(self, rows: torch.Tensor, layer: CompressedLayer, forward_batch: ForwardBatch) -> None:
-        """See the base class."""
         plan = self._plan_of(forward_batch, rows.shape[0])
         if plan is not None:
             store_rows(rows, plan.store_slots, *self.pools["swa"].layer(layer.layer_id))
@@ -195,7 +191,6 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
     def compress(
         self, kv: torch.Tensor, gate: torch.Tensor, compressor: Compressor, forward_batch: ForwardBatch
     ) -> None:
-        """See the base class."""
         plan = self._plan_of(forward_batch, kv.shape[0])
         if plan is None:
             return
@@ -211,7 +206,6 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
     def select_entries(
         self, q: torch.Tensor, weights: torch.Tensor, layer: CompressedLayer, forward_batch: ForwardBatch
     ) -> torch.Tensor:
-        """See the base class."""
         plan = self._plan_of(forward_batch, q.shape[0])
         if plan is None:
             return torch.empty(0, self.top_k, dtype=torch.int32, device=q.device)
@@ -225,7 +219,6 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
     def attend_compressed(
         self, q: torch.Tensor, layer: CompressedLayer, forward_batch: ForwardBatch, entries: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """See the base class."""
         plan = self._plan_of(forward_batch, q.shape[0])
         if plan is None:
             return torch.empty_like(q)
@@ -280,7 +273,6 @@ class DeepseekV4MultiStepBackend(MultiStepBackend):
         self.children[0].init_forward_metadata(forward_batch)
 
     def enter_step(self, chain: ForwardBatch, forward_batch: ForwardBatch, step: int) -> None:
-        """See the base class."""
         plan, num_steps = chain.attn_plan.attention, len(self.children)
         forward_batch.attn_backend = self.children[step]
         forward_batch.out_cache_loc = per_step_draft_out_cache_loc(chain.out_cache_loc, chain.batch_size, num_steps)[

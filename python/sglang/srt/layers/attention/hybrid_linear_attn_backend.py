@@ -115,7 +115,6 @@ class GDNBackend(RecurrentBackend):
         layer: GatedDeltaNet,
         forward_batch: ForwardBatch,
     ) -> torch.Tensor:
-        """See the base class."""
         plan = forward_batch.attn_plan.states
         assert isinstance(plan, GDNPlan), "a step is planned before the layers run"
         rows = (mixed_qkv, z.unflatten(-1, (layer.num_v_heads, layer.head_v_dim)), b, a)
@@ -144,7 +143,6 @@ class GDNBackend(RecurrentBackend):
         return gdn_verify_step(*self._arguments(rows, layer), *tails, plan.step_slots, layer.norm.eps)
 
     def update_mamba_state_after_mtp_verify(self, slots: torch.Tensor, num_new: torch.Tensor) -> None:
-        """See the base class."""
         assert self._tail_len is not None, "only verify steps leave rows behind a state"
         self._tail_len[:, slots] = num_new
 

@@ -75,7 +75,6 @@ class PoolGqaBackend(PoolBackend, GqaBackend):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> torch.Tensor:
-        """See the base class."""
         num_tokens = q.shape[0]
         k = k.view(num_tokens, layer.num_kv_heads, layer.head_dim)
         v = v.view(num_tokens, layer.num_kv_heads, layer.v_head_dim)
@@ -94,7 +93,6 @@ class PoolGqaBackend(PoolBackend, GqaBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
     ) -> torch.Tensor:
-        """See the base class."""
         assert q_norm.eps == k_norm.eps
         return prepare_gqa(
             q, k, v, q_norm.weight, k_norm.weight, positions, rotary_emb.cos_sin_cache,
@@ -131,7 +129,6 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
         queries: torch.Tensor | None = None,
         w_kc: torch.Tensor | None = None,
     ) -> None:
-        """See the base class."""
         prepare_mla(
             q, kv_a, positions, rotary_emb.cos_sin_cache, norm.weight, self._latent(layer), forward_batch.out_cache_loc,
             norm.eps, rotary_emb.is_neox, queries, w_kc,
@@ -145,7 +142,6 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
         return sorted(set(range(len(lengths))) - set(expanded)), expanded
 
     def extend_forms(self, forward_batch: ForwardBatch) -> MlaExtendPlan:
-        """See the base class."""
         plan = forward_batch.attn_plan.attention
         if isinstance(plan, MlaExtendPlan):
             return plan
@@ -159,11 +155,9 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
         forward_batch: ForwardBatch,
         row_dtype: torch.dtype | None = None,
     ) -> Rows:
-        """See the base class."""
         return take_out(self.decode_absorbed(q, layer, forward_batch), w_vc)
 
     def forward_absorb(self, q: torch.Tensor, layer: RadixAttention, plan: ExtendPlan) -> torch.Tensor:
-        """See the base class."""
         cache, rank = self._latent(layer), layer.v_head_dim
         return mla_extend(q, cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, rank, layer.scaling)
 
@@ -178,7 +172,6 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
     def forward_mha(
         self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | ChunkedPrefixPlan
     ) -> torch.Tensor:
-        """See the base class."""
         assert isinstance(plan, ExtendPlan), "this backend never plans MHA in chunks of the prefix"
         k, v, k_pe = expand(self.gather_latent(layer, plan, q.dtype))
         return extend_ragged(q, k, v, plan.qo_indptr, plan.kv_indptr, layer.scaling, k_pe).flatten(1)

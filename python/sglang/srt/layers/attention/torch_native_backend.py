@@ -67,7 +67,6 @@ class TorchNativeAttnBackend(PoolBackend):
         return type(other) is type(self) and other.req_to_token is self.req_to_token
 
     def plan_decode(self, forward_batch: ForwardBatch) -> DecodeGroups:
-        """See the base class."""
         return self._groups(forward_batch)
 
     def plan_uniform(self, forward_batch: ForwardBatch) -> DecodeGroups:
@@ -115,11 +114,9 @@ class TorchNativeGqaBackend(TorchNativeAttnBackend, PoolGqaBackend):
     """Multi-head and grouped-query attention."""
 
     def plan_extend(self, forward_batch: ForwardBatch) -> ExtendPlan:
-        """See the base class."""
         return self._extend_plan(forward_batch, list(range(forward_batch.batch_size)))
 
     def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        """See the base class."""
         k_cache, v_cache = self.kv_pool.layer(layer.layer_id)
         plan = forward_batch.attn_plan.attention
         if isinstance(plan, ExtendPlan):
@@ -142,7 +139,6 @@ class TorchNativeMlaBackend(TorchNativeAttnBackend, PoolMlaBackend):
     """Latent attention."""
 
     def plan_extend(self, forward_batch: ForwardBatch) -> MlaExtendPlan:
-        """See the base class."""
         absorbed, expanded = self.split_by_form(forward_batch)
         return MlaExtendPlan(
             self._extend_plan(forward_batch, absorbed) if absorbed else None,
@@ -150,7 +146,6 @@ class TorchNativeMlaBackend(TorchNativeAttnBackend, PoolMlaBackend):
         )
 
     def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        """See the base class."""
         cache, rank = self._latent(layer), layer.v_head_dim
         plan = forward_batch.attn_plan.attention
         if not isinstance(plan, DecodeGroups):

@@ -15,7 +15,7 @@ from sglang.kernels.ops.attention.kv_cache import gather_slots
 from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project
 from sglang.kernels.ops.attention.verify_attention import mla_verify_attention, verify_attention
 from sglang.kernels.ops.quant.group_fp8 import QuantizedRows
-from sglang.srt.distributed import get_tp_group
+from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import (
     AttentionContext,
     Expand,
@@ -49,11 +49,9 @@ class TritonAttnBackend(CapturingPoolBackend):
     """
 
     def plan_decode(self, forward_batch: ForwardBatch) -> TableDecodePlan:
-        """See the base class."""
         return TableDecodePlan(forward_batch.req_pool_indices, forward_batch.seq_lens)
 
     def plan_uniform(self, forward_batch: ForwardBatch) -> TableDecodePlan:
-        """See the base class."""
         assert forward_batch.kind is not None
         return TableDecodePlan(
             forward_batch.req_pool_indices, forward_batch.seq_lens, forward_batch.kind.rows_per_request
@@ -120,12 +118,10 @@ class TritonGqaBackend(TritonAttnBackend, PoolGqaBackend):
     """Multi-head and grouped-query attention."""
 
     def plan_extend(self, forward_batch: ForwardBatch) -> ExtendPlan:
-        """See the base class."""
         everyone = list(range(forward_batch.batch_size))
         return self._plan(forward_batch, everyone, [0] * len(everyone), forward_batch.seq_lens_cpu, None)
 
     def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        """See the base class."""
         k_cache, v_cache = self.kv_pool.layer(layer.layer_id)
         plan = forward_batch.attn_plan.attention
         if isinstance(plan, TableDecodePlan):
@@ -151,7 +147,6 @@ class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
         self.max_expanded_rows = max(1, EXPANDED_BYTES // (columns * ctx.model_config.dtype.itemsize))
 
     def plan_extend(self, forward_batch: ForwardBatch) -> MlaExtendPlan:
-        """See the base class."""
         absorbed, expanded = self.split_by_form(forward_batch)
         absorbed_plan = None
         if absorbed:
@@ -185,7 +180,6 @@ class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
         forward_batch: ForwardBatch,
         row_dtype: torch.dtype | None = None,
     ) -> Rows:
-        """See the base class."""
         plan = forward_batch.attn_plan.attention
         if not isinstance(plan, TableDecodePlan) or plan.width > 1:
             return super().decode_absorb(q, w_vc, layer, forward_batch)
@@ -194,7 +188,6 @@ class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
         return out if row_dtype is None else QuantizedRows(out[0], out[1], q.dtype)
 
     def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        """See the base class."""
         cache, rank = self._latent(layer), layer.v_head_dim
         plan = forward_batch.attn_plan.attention
         if not isinstance(plan, TableDecodePlan):

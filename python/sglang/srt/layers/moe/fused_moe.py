@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sglang.srt.configs.quantization import QuantConfig
-from sglang.srt.distributed import get_parallel_state
+from sglang.srt.distributed.parallel_state import get_parallel_state
 from sglang.srt.layers.moe.placement import ExpertPlacement
 from sglang.srt.layers.moe.topk import TopKOutput
 from sglang.srt.layers.quantization import Place, Rows, experts_method

@@ -15,7 +15,7 @@ from sglang.kernels.ops.moe.fused_experts import is_shuffled
 from sglang.kernels.ops.moe.topk import NO_SHARED, SharedSlots
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.shared_experts import SharedExperts
-from sglang.srt.distributed import get_parallel_state
+from sglang.srt.distributed.parallel_state import get_parallel_state
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.quantization import Rows
 from sglang.srt.layers.weights import ShardId, check_shape

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang.srt.distributed import get_parallel_state
+from sglang.srt.distributed.parallel_state import get_parallel_state
 
 
 @dataclass(frozen=True)

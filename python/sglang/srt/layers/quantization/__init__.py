@@ -11,7 +11,7 @@ from torch import nn
 
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.quantization import FP8_BLOCKS, MXFP4, QuantConfig
-from sglang.srt.distributed import ProcessGroupHandle
+from sglang.srt.distributed.parallel_state import ProcessGroupHandle
 from sglang.srt.layers.quantization.fp8 import Fp8Method
 from sglang.srt.layers.quantization.mxfp4 import Mxfp4Method
 from sglang.srt.layers.quantization.unquant import Place, Rows, UnquantizedMethod, WeightMethod, plain_rows

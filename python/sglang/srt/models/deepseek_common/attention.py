@@ -8,7 +8,7 @@ from torch import nn
 
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.quantization import QuantConfig
-from sglang.srt.distributed import get_tp_group
+from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import MlaBackend, backend_of
 from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan
 from sglang.srt.layers.layernorm import RMSNorm

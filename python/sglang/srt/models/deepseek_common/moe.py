@@ -9,7 +9,7 @@ from sglang.kernels.ops.moe.router_logits import router_logits
 from sglang.kernels.ops.moe.topk import NO_SHARED, SharedSlots
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.quantization import QuantConfig
-from sglang.srt.distributed import get_tp_group
+from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.layernorm import RoutedRows
 from sglang.srt.layers.moe.ep_moe.factory import make_experts

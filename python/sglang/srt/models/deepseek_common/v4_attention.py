@@ -8,7 +8,7 @@ from torch import nn
 from sglang.kernels.ops.rope.rotary_tail import rotary_tail
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.quantization import QuantConfig
-from sglang.srt.distributed import get_tp_group
+from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import CompressedBackend, backend_of
 from sglang.srt.layers.layernorm import Float32RMSNorm
 from sglang.srt.layers.linear import (

@@ -7,7 +7,7 @@ from torch import nn
 
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.quantization import QuantConfig
-from sglang.srt.distributed import get_tp_group
+from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.moe.ep_moe.factory import make_experts
 from sglang.srt.layers.moe.topk import HashTopK, TopK, TopKOutput

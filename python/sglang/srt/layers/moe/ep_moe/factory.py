@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from sglang.srt.configs.quantization import QuantConfig
-from sglang.srt.distributed import get_world_group, is_dp_attention_enabled
+from sglang.srt.distributed.parallel_state import get_world_group, is_dp_attention_enabled
 from sglang.srt.layers.moe.ep_moe.gathered import GatheredMoE
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
 from sglang.srt.layers.moe.fused_moe import FusedMoE

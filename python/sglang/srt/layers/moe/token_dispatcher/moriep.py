@@ -18,7 +18,7 @@ import torch
 
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype, quantize_groups
 from sglang.srt.arg_groups.stream_policy import exchange_warnings
-from sglang.srt.distributed import ProcessGroupHandle
+from sglang.srt.distributed.parallel_state import ProcessGroupHandle
 from sglang.srt.layers.moe.token_dispatcher.base import (
     DispatchError,
     EpConfig,

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import torch
 
-from sglang.srt.distributed import Pending, ProcessGroupHandle
+from sglang.srt.distributed.parallel_state import Pending, ProcessGroupHandle
 from sglang.srt.layers.moe.token_dispatcher.base import DispatchError, EpConfig, RecvBatch
 
 # Columns of a record start at multiples of this many bytes, so that they can be viewed in their own types.
