@@ -7,9 +7,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+
+from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 DATASET_NAMES = ("sharegpt", "random", "random-ids", "generated-shared-prefix", "custom")
 # Known from upstream; each needs a download or an input other than text.
@@ -21,19 +23,6 @@ SHORTEST_SHAREGPT_TOKENS = 2
 
 class DatasetError(ValueError):
     """The requested prompts cannot be made; the message states why and what to do."""
-
-
-class TokenizerLike(Protocol):
-    """The methods of a tokenizer that datasets need."""
-
-    vocab_size: int
-    all_special_ids: frozenset[int]
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
-
-    def decode(self, ids: list[int]) -> str: ...
-
-    def apply_chat_template(self, messages: list[dict[str, Any]], **kwargs: Any) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +67,7 @@ def length_settings(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def get_dataset(args: argparse.Namespace, tokenizer: TokenizerLike) -> list[DatasetRow]:
+def get_dataset(args: argparse.Namespace, tokenizer: Tokenizer) -> list[DatasetRow]:
     """The requests for ``args``; the same flags and seed give the same requests."""
     rng = np.random.default_rng(args.seed)
     name = args.dataset_name
@@ -110,7 +99,7 @@ def random_lengths(rng: np.random.Generator, longest: int, ratio: float, count: 
 
 
 def sample_random(
-    args: argparse.Namespace, tokenizer: TokenizerLike, rng: np.random.Generator, texts: Sequence[str] = ()
+    args: argparse.Namespace, tokenizer: Tokenizer, rng: np.random.Generator, texts: Sequence[str] = ()
 ) -> list[DatasetRow]:
     """Prompts of random length: random tokens, or ``texts`` in random order, repeated or cut to the length."""
     inputs = random_lengths(rng, args.random_input_len, args.random_range_ratio, args.num_prompts)
@@ -131,9 +120,7 @@ def sample_random(
     return rows
 
 
-def sample_shared_prefix(
-    args: argparse.Namespace, tokenizer: TokenizerLike, rng: np.random.Generator
-) -> list[DatasetRow]:
+def sample_shared_prefix(args: argparse.Namespace, tokenizer: Tokenizer, rng: np.random.Generator) -> list[DatasetRow]:
     """Groups of prompts that share a system prompt and differ in the question, shuffled."""
     vocab = ordinary_ids(tokenizer)
     total = args.gsp_system_prompt_len + args.gsp_question_len
@@ -155,7 +142,7 @@ def sample_shared_prefix(
 
 def sample_conversations(
     args: argparse.Namespace,
-    tokenizer: TokenizerLike,
+    tokenizer: Tokenizer,
     rng: np.random.Generator,
     conversations: Sequence[tuple[str, str | int]],
 ) -> list[DatasetRow]:
@@ -219,7 +206,7 @@ def _turns(entry: Any) -> tuple[str, str | int] | None:
     return texts[0], texts[1]
 
 
-def ordinary_ids(tokenizer: TokenizerLike) -> np.ndarray:
+def ordinary_ids(tokenizer: Tokenizer) -> np.ndarray:
     """Ids that stand for whole characters: the vocabulary without special tokens and parts of characters."""
     ids = [i for i in range(tokenizer.vocab_size) if i not in tokenizer.all_special_ids]
     whole = [i for i in ids if (text := tokenizer.decode([i])) and "\ufffd" not in text]
@@ -232,14 +219,14 @@ def _draw(rng: np.random.Generator, vocab: np.ndarray, count: int) -> list[int]:
     return vocab[rng.integers(0, len(vocab), size=count)].tolist()
 
 
-def _row(ids: list[int], length: int, output_len: int, as_ids: bool, tokenizer: TokenizerLike) -> DatasetRow:
+def _row(ids: list[int], length: int, output_len: int, as_ids: bool, tokenizer: Tokenizer) -> DatasetRow:
     if as_ids:
         return DatasetRow(ids, length, output_len)
     text, got = text_of_length(tokenizer, ids, length)
     return DatasetRow(text, got, output_len)
 
 
-def text_of_length(tokenizer: TokenizerLike, ids: list[int], length: int) -> tuple[str, int]:
+def text_of_length(tokenizer: Tokenizer, ids: list[int], length: int) -> tuple[str, int]:
     """(text made of ``ids`` that encodes to ``length`` tokens, its length); special tokens that encoding adds count.
 
     Not every length is possible: the true length is returned; it differs in the rare case that no correction helps.
