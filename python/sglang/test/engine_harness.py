@@ -65,7 +65,7 @@ class EngineHarness:
             self.runner = make_runner(self.args, self.model_config)
         config = SchedulerConfig.create(self.args, self.model_config, self.runner)
         # On CPU steps never overlap by themselves; the bookkeeping of overlap can still be exercised.
-        config = replace(config, enable_overlap=overlap)
+        config = replace(config, args=replace(self.args, disable_overlap_schedule=not overlap))
         self.memory = make_memory(self.runner, self.args)
         self.worker = TpModelWorker(self.runner, make_speculator(self.args, self.runner))
         grammars = make_grammars(self.args, self.model_config, tokenizer, None)

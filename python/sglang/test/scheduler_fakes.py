@@ -22,6 +22,7 @@ from sglang.srt.managers.io_struct import (
     TokenizerMessage,
 )
 from sglang.srt.managers.req_memory import ReqMemory
+from sglang.srt.managers.schedule_policy import PrefillLimits
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_config import SchedulerConfig
 from sglang.srt.managers.step_result import StopChecker
@@ -35,6 +36,7 @@ from sglang.srt.mem_cache.window_pages import WindowPages
 from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import ServerArgs
 from sglang.test.cache_pools import state_slots as make_state_slots
 
 VOCAB = 50
@@ -292,20 +294,21 @@ def make(
         companions.append(StateCompanion(slots))
     tree = RadixCache(allocator, page, disable=not radix, companions=companions)
     memory = ReqMemory(allocator, ReqToTokenPool(rows, 256 + width), tree, width)
-    config = SchedulerConfig(
-        device=torch.device("cpu"),
-        vocab_size=VOCAB,
-        eos_token_ids=(EOS,),
-        max_running_requests=rows,
-        max_prefill_tokens=64,
-        chunked_prefill_size=chunk,
-        max_req_len=min(256, pool - width + 1),
+    args = ServerArgs(
+        "",
         schedule_policy=policy,
         schedule_conservativeness=conservativeness,
         enable_mixed_chunk=mixed,
-        enable_overlap=overlap,
-        stream_interval=1,
+        disable_overlap_schedule=not overlap,
         decode_log_interval=1000,
+    )
+    config = SchedulerConfig(
+        args=args,
+        device=torch.device("cpu"),
+        vocab_size=VOCAB,
+        eos_token_ids=(EOS,),
+        prefill=PrefillLimits(64, chunk, rows),
+        max_req_len=min(256, pool - width + 1),
         random_seed=0,
         retract_interval=retract_interval,
         deep_pool_check=True,

@@ -32,7 +32,6 @@ from sglang.srt.managers.req_memory import ReqMemory
 from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 from sglang.srt.managers.schedule_policy import (
     NewTokenRatio,
-    PrefillLimits,
     PrefillPlanner,
     order_waiting,
     retraction_order,
@@ -89,12 +88,11 @@ class Scheduler:
         self.stop_checker = stop_checker
         self.grammars = grammars or GrammarManager()
         self.profile: Callable[[ProfileReqInput], ProfileReqOutput]  # set where steps can be profiled
-        self.metrics = SchedulerMetrics(config.decode_log_interval, config.overlap_trace)
+        self.metrics = SchedulerMetrics(config.args.decode_log_interval, config.overlap_trace)
         self.waiting_queue: list[Req] = []
         self.chunked_reqs: list[Req] = []
         self.running_reqs: list[Req] = []
-        self.new_token_ratio = NewTokenRatio(config.schedule_conservativeness)
-        self.limits = PrefillLimits(config.max_prefill_tokens, config.chunked_prefill_size, config.max_running_requests)
+        self.new_token_ratio = NewTokenRatio(config.args.schedule_conservativeness)
         self._sampling_info: SamplingBatchInfo | None = None
         self._sampled_reqs: list[Req] = []
         # The step that runs while the next one is prepared.
@@ -149,7 +147,7 @@ class Scheduler:
         forward = self._launch(batch, agreed)
         self._drain()
         self._in_flight = batch, self._sample(batch, forward)
-        if not (self.config.enable_overlap and batch.forward_mode.is_decode()):
+        if self.config.args.disable_overlap_schedule or not batch.forward_mode.is_decode():
             self._drain()
         other_s = time.perf_counter() - started - self._waited_s
         self.metrics.step_done(batch, self.load, self._waited_s, other_s)
@@ -300,12 +298,12 @@ class Scheduler:
     def _plan_prefill(self) -> ScheduleBatch | None:
         if not self.waiting_queue and not self.chunked_reqs:
             return None
-        if self.config.enable_mixed_chunk:
+        if self.config.args.enable_mixed_chunk:
             self._drain()  # the newest tokens of decoding requests are read on the host
-        planner = PrefillPlanner(self.memory, self.limits, self.running_reqs, self.new_token_ratio.value)
+        planner = PrefillPlanner(self.memory, self.config.prefill, self.running_reqs, self.new_token_ratio.value)
         held_back = [req for req in self.chunked_reqs if not planner.add_chunked(req)]
         if not held_back:
-            order_waiting(self.waiting_queue, self.config.schedule_policy, self.memory)
+            order_waiting(self.waiting_queue, self.config.args.schedule_policy, self.memory)
             admitted = 0
             for req in self.waiting_queue:
                 if planner.is_full or not planner.add_waiting(req):
@@ -320,7 +318,7 @@ class Scheduler:
         reqs, ends = planner.reqs, planner.ends
         self.chunked_reqs = held_back
         mode = ForwardMode.EXTEND
-        if self.config.enable_mixed_chunk and self.running_reqs:
+        if self.config.args.enable_mixed_chunk and self.running_reqs:
             mode = ForwardMode.MIXED
             self._retract_until_decode_fits(planner.taken())
             reqs, ends = reqs + self.running_reqs, ends + [req.seq_len for req in self.running_reqs]
@@ -439,7 +437,7 @@ class Scheduler:
                 self.memory.share_prefix(req)
                 self.running_reqs.append(req)
             self.memory.advance(req)
-            if req.is_due(num_before, self.config.stream_interval):
+            if req.is_due(num_before, self.config.args.stream_interval):
                 to_emit.append(req)
         self._emit(to_emit)
 

@@ -14,6 +14,7 @@ from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import get_parallel_state
 from sglang.srt.environ import envs
+from sglang.srt.managers.schedule_policy import PrefillLimits
 from sglang.srt.model_executor.model_pools import slots_for_drafts
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
@@ -24,21 +25,14 @@ from sglang.srt.utils.audit import unpickle_count
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Limits in tokens and requests; ``chunked_prefill_size`` None: no cuts; ``retract_interval`` 0: only when full."""
+    """``max_req_len`` in tokens; ``retract_interval`` in steps, 0: only when full."""
 
+    args: ServerArgs
     device: torch.device
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    max_running_requests: int
-    max_prefill_tokens: int
-    chunked_prefill_size: int | None
+    prefill: PrefillLimits
     max_req_len: int
-    schedule_policy: str
-    schedule_conservativeness: float
-    enable_mixed_chunk: bool
-    enable_overlap: bool
-    stream_interval: int
-    decode_log_interval: int
     random_seed: int
     retract_interval: int
     deep_pool_check: bool
@@ -53,22 +47,15 @@ class SchedulerConfig:
         cls, args: ServerArgs, model_config: ModelConfig, runner: ModelRunner, dp_rank: int = 0
     ) -> SchedulerConfig:
         """From resolved arguments and the pools of the runner."""
-        chunk = args.chunked_prefill_size
+        chunk = args.chunked_prefill_size if (args.chunked_prefill_size or 0) > 0 else None
         return cls(
+            args=args,
             device=runner.device,
             vocab_size=model_config.vocab_size,
             eos_token_ids=model_config.eos_token_ids,
-            max_running_requests=runner.req_to_token_pool.size,
-            max_prefill_tokens=args.max_prefill_tokens,
-            chunked_prefill_size=chunk if chunk is not None and chunk > 0 else None,
+            prefill=PrefillLimits(args.max_prefill_tokens, chunk, runner.req_to_token_pool.size),
             # Drafts need slots in addition to those of all tokens that a request may have.
             max_req_len=min(model_config.context_len, runner.pools.size(FULL) - slots_for_drafts(args)),
-            schedule_policy=args.schedule_policy,
-            schedule_conservativeness=args.schedule_conservativeness,
-            enable_mixed_chunk=args.enable_mixed_chunk,
-            enable_overlap=not args.disable_overlap_schedule,
-            stream_interval=args.stream_interval,
-            decode_log_interval=args.decode_log_interval,
             random_seed=args.random_seed or 0,
             retract_interval=envs.SGLANG_TEST_RETRACT_INTERVAL.get() if envs.SGLANG_TEST_RETRACT.get() else 0,
             deep_pool_check=envs.SGLANG_DEBUG_POOL_CHECK.get(),

@@ -128,7 +128,7 @@ def build(context: ChildContext, args: ServerArgs) -> tuple[Scheduler, ModelConf
     scheduler_config = SchedulerConfig.create(args, model_config, runner, place.dp_rank)
     worker = TpModelWorker(runner, make_speculator(args, runner))
     if not args.skip_server_warmup:
-        most = scheduler_config.chunked_prefill_size or scheduler_config.max_prefill_tokens
+        most = scheduler_config.prefill.chunk_tokens or args.max_prefill_tokens
         warm_up(runner, most, worker.run_step, worker.decode_kind)
         require_same_kernels(state.world)  # a kernel may have failed on only one rank
     sync: DpStepSync | None = None
