@@ -8,12 +8,9 @@ needs in addition to its entries is in one page of the window.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from sglang.srt.configs.cache_layout import FULL, SWA, BufferSpec, CacheLayout, CacheTypes, FieldSpec, PoolSpec
-
-if TYPE_CHECKING:
-    from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 
 # Tokens of a page, by meaning: a multiple of every ratio and every ring.
 PAGE_SIZE = 256
@@ -24,6 +21,25 @@ SCALE_COLUMNS = 64
 PACKED_TYPES = ("float8_e4m3fn", "float8_e4m3fnuz")
 # Tokens per entry -> rows of states for each page, without and with speculation.
 RINGS = {4: (8, 16), 128: (128, 256)}
+
+
+class CompressedSizes(Protocol):
+    """What decides the pools of a model with compressed attention: ``DeepseekV4Config``."""
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+
+    @property
+    def head_dim(self) -> int: ...
+
+    @property
+    def qk_rope_head_dim(self) -> int: ...
+
+    @property
+    def index_head_dim(self) -> int: ...
+
+    @property
+    def compress_ratios(self) -> tuple[int, ...]: ...
 
 
 def max_step_rows(ratio: int, ring: int) -> int:
@@ -67,7 +83,7 @@ def packed_keys(num_rows: int, dim: int, dtype: str) -> BufferSpec:
     return BufferSpec("keys", (num_rows * (dim + 4),), "uint8", (keys, scales))
 
 
-def _row_pool(config: DeepseekV4Config, types: CacheTypes, name: str, ratio: int, layers: tuple[int, ...]) -> PoolSpec:
+def _row_pool(config: CompressedSizes, types: CacheTypes, name: str, ratio: int, layers: tuple[int, ...]) -> PoolSpec:
     """One row for ``ratio`` tokens: a row of the pool each, or in 8 bits a page of them."""
     is_index, unit = name == "c4_index", SWA if name == "swa" else FULL
     dim = config.index_head_dim if is_index else config.head_dim
@@ -82,7 +98,7 @@ def _row_pool(config: DeepseekV4Config, types: CacheTypes, name: str, ratio: int
     return PoolSpec(name, unit, layers, (page,), PAGE_SIZE)
 
 
-def deepseek_v4_layout(config: DeepseekV4Config, types: CacheTypes, num_draft_tokens: int = 0) -> CacheLayout:
+def deepseek_v4_layout(config: CompressedSizes, types: CacheTypes, num_draft_tokens: int = 0) -> CacheLayout:
     """The pools of ``config``, where a verify step brings ``num_draft_tokens`` rows.
 
     "swa": one row per token of every layer, of the window. "c4", "c128": entries; "c4_index": keys by which entries are
@@ -103,6 +119,6 @@ def deepseek_v4_layout(config: DeepseekV4Config, types: CacheTypes, num_draft_to
     return CacheLayout(tuple(pools), PAGE_SIZE)
 
 
-def window_layout(config: DeepseekV4Config, types: CacheTypes, layer: int) -> CacheLayout:
+def window_layout(config: CompressedSizes, types: CacheTypes, layer: int) -> CacheLayout:
     """The pool of a layer that has only a window."""
     return CacheLayout((_row_pool(config, types, "swa", 1, (layer,)),), PAGE_SIZE)

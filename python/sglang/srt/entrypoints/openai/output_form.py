@@ -14,8 +14,8 @@ _JSON_OBJECT = {"type": "object"}
 
 def output_form(body: GenerationRequest) -> dict[str, Any]:
     """The sampling parameter that constrains the output, if there is one. Raises RequestError."""
-    given = [(name, value) for name in _READERS if (value := getattr(body, name)) is not None]
-    found = [(name, form) for name, value in given if (form := _READERS[name](name, value))]
+    given = [(name, value) for name in READERS if (value := getattr(body, name)) is not None]
+    found = [(name, form) for name, value in given if (form := READERS[name](name, value))]
     if len(found) > 1:
         names = " and ".join(name for name, _ in found)
         raise RequestError(f"{names} exclude each other: output has one constraint.", param=found[1][0])
@@ -70,7 +70,7 @@ _VLLM_READERS: dict[str, Callable[[str, Any], dict[str, Any]]] = {
     "json_object": lambda _, __: {"json_schema": _JSON_OBJECT},
 }
 # By field of the body.
-_READERS: dict[str, Callable[[str, Any], dict[str, Any]]] = {
+READERS: dict[str, Callable[[str, Any], dict[str, Any]]] = {
     "response_format": _response_format,
     **{name: _same(name) for name in ("json_schema", "regex", "ebnf", "structural_tag")},
     **{f"guided_{name}": _VLLM_READERS[name] for name in ("json", "regex", "choice", "grammar")},
