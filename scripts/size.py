@@ -29,19 +29,19 @@ BUDGETS = {
     "sglang/srt/arg_groups": 2_500,  # the plan of streams follows from settings
     "sglang/srt/configs": 2_150,
     "sglang/srt/constrained": 400,
-    "sglang/srt/distributed": 350,
-    "sglang/srt/entrypoints": 4_350,
-    "sglang/srt/layers": 5_400,  # `forward_batch`, upstream's name, wraps more lines than a short one
-    "sglang/srt/managers": 5_300,
+    "sglang/srt/distributed": 300,
+    "sglang/srt/entrypoints": 4_300,
+    "sglang/srt/layers": 5_250,  # `forward_batch`, upstream's name, wraps more lines than a short one
+    "sglang/srt/managers": 5_200,
     "sglang/srt/mem_cache": 1_900,
-    "sglang/srt/model_executor": 2_150,
+    "sglang/srt/model_executor": 2_100,
     "sglang/srt/model_loader": 350,
     "sglang/srt/models": 2_200,  # layers say which rows they take quantised
     "sglang/srt/parser": 650,
     "sglang/srt/platforms": 650,
     "sglang/srt/sampling": 740,  # a host keeps a list of what it edits in place, a device marks of all ids
     "sglang/srt/speculative": 1_150,  # draws and counts of a verify step are captured too
-    "sglang/srt/utils": 2_200,
+    "sglang/srt/utils": 2_150,
 }
 FOLDERS = ("python", "scripts", "test", "benchmark", "examples")
 
