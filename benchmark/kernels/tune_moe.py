@@ -49,7 +49,8 @@ def candidates(path: str, block_m: int, per_expert: float, fp8: bool) -> Iterato
                 if 8 <= n * k * parts // (32 * warps) <= 256:
                     yield Candidate(path, product, 0, (("BLOCK_N", n), ("BLOCK_K", k), ("num_warps", warps)))
         return
-    for product, parts in (("gate_up", 2), ("down", 1)):
+    # A tile of the 8-bit down product may be two runs of columns, as one of gate and up always is.
+    for product, parts in (("gate_up", 2), ("down", 1), *([("down", 2)] if path == "many" and fp8 else [])):
         wide = block_m >= 64 and not fp8
         for n, k, warps, stages in itertools.product(
             (64, 128, 256) if wide else (16, 32, 64, 128), (64, 128) if wide else (64, 128, 256), (4, 8), (2, 3, 4, 5)
@@ -69,6 +70,8 @@ def candidates(path: str, block_m: int, per_expert: float, fp8: bool) -> Iterato
             tile: list[tuple[str, int]] = [("BLOCK_N", n), ("BLOCK_K", k), ("num_warps", warps), ("num_stages", stages)]
             if path == "many":
                 tile.append(("GROUP_M", 1 if per_expert <= block_m else 16))
+            if product == "down" and parts == 2:
+                tile.append(("TWO", True))
             yield Candidate(path, product, block_m, tuple(tile))
 
 

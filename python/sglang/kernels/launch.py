@@ -53,6 +53,14 @@ def warps_for(elements: int) -> int:
     return max(1, min(8, next_power_of_2(cdiv(elements, 512))))
 
 
+def triton_dtype(dtype: torch.dtype) -> object:
+    """Triton's name of a float ``dtype``, to be given to a kernel."""
+    import triton.language as tl
+
+    eight_bits = {torch.float8_e4m3fn: "float8e4nv", torch.float8_e4m3fnuz: "float8e4b8"}
+    return getattr(tl, eight_bits.get(dtype, str(dtype).removeprefix("torch.")))
+
+
 def triton_impl(fn: Callable[..., Any], accepts: Callable[..., bool]) -> Impl:
     """The Triton line of an op: runs on any GPU that Triton compiles for, where ``accepts`` says yes.
 

@@ -15,12 +15,14 @@ import torch
 import triton
 from test_op_parity import QUANTIZING, check_case, tensors
 
+from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul_torch
 from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows_triton
 from sglang.kernels.ops.linear.dense import dense_linear_row
 from sglang.kernels.ops.mhc import launchers
 from sglang.kernels.ops.mhc.hc_post_pre import hc_post_pre
 from sglang.kernels.ops.mhc.hc_pre import hc_pre_torch, hc_pre_triton
 from sglang.kernels.ops.moe import fused_experts_fp8
+from sglang.kernels.ops.moe.fused_experts import Scaled, expert_product, order_pairs
 from sglang.kernels.ops.norm.rmsnorm import fits_triton, rms_norm_torch, rms_norm_triton
 from sglang.kernels.ops.quant import group_fp8
 from sglang.kernels.registry import REGISTRY
@@ -76,6 +78,34 @@ class TestTritonInterpreted(CustomTestCase):
                         self.assertEqual(found.dtype, wanted.dtype)
                         rtol = 2**-10 if found.dtype == torch.float16 else 1e-4
                         torch.testing.assert_close(found, wanted, rtol=rtol, atol=1e-5, equal_nan=True)
+
+    def test_tiles_of_two_sums_and_rows_quantised_by_the_product(self):
+        """8-bit experts as where many tokens come, with float16 for the 8-bit type; a width of no two runs as well."""
+        generator = torch.Generator().manual_seed(3)
+        gate_up_tile = {"BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 2}
+        ids = torch.tensor([[0, 2], [2, -1], [1, 2], [2, 0], [2, 2]], dtype=torch.int32)
+        pairs = (ids.flatten() >= 0).nonzero().flatten()
+        order = order_pairs(ids, 3, 4)
+        for hidden in (256, 384):
+            w13, w13_scale, w2, w2_scale = (
+                torch.stack(part)
+                for rows, columns in ((512, hidden), (hidden, 256))
+                for part in zip(*(group_fp8.random_blocks(rows, columns, generator) for _ in range(3)), strict=True)
+            )
+            rows = Scaled(*group_fp8.quantize_groups_torch(torch.randn(5, hidden, generator=generator), torch.float16))
+            stacked = Scaled(w13.half(), w13_scale), Scaled(w2.half(), w2_scale)
+            activated = expert_product(rows, stacked[0], ids, order, gate_up_tile, 4, True, torch.float32)
+            down_tile = gate_up_tile | {"TWO": True}
+            product = expert_product(activated, stacked[1], ids, order, down_tile, 4, False, torch.float32)
+            for pair in pairs.tolist():
+                token, expert = pair // 2, ids.flatten()[pair]
+                of_token = rows.data[token : token + 1], rows.scale[token : token + 1]
+                gate_up = group_fp8.scaled_product(*of_token, w13[expert].half(), w13_scale[expert])
+                q, scale = group_fp8.quantize_groups_torch(silu_and_mul_torch(gate_up), torch.float16)
+                torch.testing.assert_close(activated.data[pair], q[0], rtol=2**-9, atol=1e-3)
+                torch.testing.assert_close(activated.scale[pair], scale[0], rtol=1e-5, atol=0)
+                wanted = group_fp8.scaled_product(q, scale, w2[expert].half(), w2_scale[expert])
+                torch.testing.assert_close(product.data[pair], wanted[0], rtol=2e-3, atol=2e-3)
 
     def test_minus_zero_never_becomes_the_nan_of_fnuz(self):
         rows = torch.full((2, 512), -0.0)

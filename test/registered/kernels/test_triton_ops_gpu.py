@@ -23,6 +23,7 @@ from sglang.kernels.ops.attention.decode_attention import mla_decode_attention_t
 from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project_triton
 from sglang.kernels.ops.attention.prepare_mla import prepare_mla_triton
 from sglang.kernels.ops.moe.fused_experts import fused_experts, order_pairs
+from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8_torch, fused_experts_fp8_triton
 from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
     PLACED_ARCHS,
     fused_experts_mxfp4_scaled,
@@ -144,6 +145,29 @@ class TestTritonOpsOnGpu(CustomTestCase):
 
     def test_experts_and_routers(self):
         self._walk("moe", "quant")
+
+    def test_eight_bit_experts_at_each_tile_of_many_tokens(self):
+        """20, 150 and 300 rows per expert; hidden 384 is one run of columns too many for a tile of two.
+
+        With 1,024 activated numbers per row none weighs so much that one rounded to its other neighbour shows.
+        """
+        for tokens, hidden in itertools.product((40, 300, 600), (384, 512)):
+            generator = torch.Generator().manual_seed(tokens)
+            w13, w13_scale, w2, w2_scale = (
+                torch.stack(part)
+                for rows, columns in ((2048, hidden), (hidden, 1024))
+                for part in zip(*(random_blocks(rows, columns, generator) for _ in range(4)), strict=True)
+            )
+            x = torch.randn(tokens, hidden, generator=generator).bfloat16()
+            weights = torch.rand(tokens, 2, generator=generator)
+            ids = torch.rand(tokens, 4, generator=generator).topk(2, dim=-1).indices.int()
+            ids[torch.rand(tokens, 2, generator=generator) < 0.1] = -1
+            for limit in (None, 0.5):
+                args = (x, w13, w13_scale, w2, w2_scale, weights, ids, None, None, limit)
+                with self.subTest(tokens=tokens, hidden=hidden, limit=limit):
+                    found = fused_experts_fp8_triton(*to(args, DEVICE))
+                    wanted = fused_experts_fp8_torch(*args)
+                    assert_near_by_row(found.cpu(), wanted, EIGHT_BIT_ERROR["moe.fused_experts_fp8"] + 2e-3)
 
     def test_eight_bit_product_of_the_library(self):
         generator = torch.Generator().manual_seed(4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import cdiv, next_power_of_2
+from sglang.kernels.launch import cdiv, next_power_of_2, triton_dtype
 from sglang.kernels.ops.attention.packed_rows import GROUP
 from sglang.kernels.ops.attention.sparse_splits import Pass, Passes
 
@@ -40,7 +40,7 @@ def attend_in_passes(
     if entries is None or entry_scales is None:
         entries, entry_scales = window, window_scales
     none = window_rows
-    shape = {"PLAIN": 2 * dim - window.shape[2], "DTYPE": _triton_dtype(window.dtype), "SM90": packed}
+    shape = {"PLAIN": 2 * dim - window.shape[2], "DTYPE": triton_dtype(window.dtype), "SM90": packed}
     for start in range(0, num_rows, step):
         part, count = slice(start, start + step), min(step, num_rows - start)
         block_logits_kernel[(count * cdiv(heads, first.heads), blocks)](
@@ -73,9 +73,3 @@ def fits_passes(q: Tensor, window: Tensor, window_scales: Tensor | None, entries
 
 def _launch(of: Pass) -> dict[str, int]:
     return {"num_warps": of.num_warps, "num_stages": of.num_stages}
-
-
-def _triton_dtype(dtype: torch.dtype) -> object:
-    import triton.language as tl
-
-    return tl.float8e4b8 if dtype == torch.float8_e4m3fnuz else tl.float8e4nv

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, next_power_of_2, triton_dtype, triton_impl
 from sglang.kernels.ops.activation.silu_and_mul import limit_option, silu_and_mul_torch
 from sglang.kernels.ops.moe.fused_experts_aiter import (
     fits_fused,
@@ -19,6 +19,7 @@ from sglang.kernels.ops.moe.fused_experts_aiter import (
     shuffle_for_aiter,
 )
 from sglang.kernels.ops.moe.tiles import choose_tiles
+from sglang.kernels.ops.quant.group_fp8 import GROUP
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.platforms import current_platform
 
@@ -167,14 +168,18 @@ def one_token_down(
 def expert_product(
     x: Scaled, w: Scaled, ids: Tensor, order: PairOrder | None, tile: dict[str, Any], block_m: int, is_gate_up: bool,
     dtype: torch.dtype, limit: float | None = None,
-) -> Tensor:  # fmt: skip
-    """One of the two products for all pairs, [N * k, width] in ``dtype``; rows of skipped pairs are not written."""
+) -> Scaled:  # fmt: skip
+    """One of the two products for all pairs, [N * k, width] in ``dtype``; rows of skipped pairs are not written.
+
+    Where a tile of activated 8-bit rows is one group of 128 columns, they come quantised instead.
+    """
     from sglang.kernels.ops.moe.fused_experts_triton import few_tokens_kernel, many_tokens_kernel
 
     pairs, k_dim = ids.numel(), x.data.shape[1]
     width = w.data.shape[1] // 2 if is_gate_up else w.data.shape[1]
-    out = torch.empty(pairs, width, dtype=dtype, device=ids.device)
-    tiles = cdiv(width, tile["BLOCK_N"])
+    if tile.get("TWO") and width % (2 * tile["BLOCK_N"]):
+        tile = {**tile, "TWO": False}
+    tiles = cdiv(width, tile["BLOCK_N"] * (1 + tile.get("TWO", False)))
     operands = (x.data, x.scale, w.data, w.scale)
     scale_strides = (0, 0) if x.scale is None else x.scale.stride()
     strides = (x.data.stride(0), *scale_strides, w.data.stride(0), w.data.stride(1))
@@ -182,16 +187,23 @@ def expert_product(
     shape.update(limit_option(limit))
     shape["EVEN_K"] = k_dim % tile["BLOCK_K"] == 0
     if order is None:
+        out = torch.empty(pairs, width, dtype=dtype, device=ids.device)
         few_tokens_kernel[(pairs * tiles,)](
             *operands, ids, out, pairs, width, k_dim, *strides, tiles,
             PAIRS=max(16, next_power_of_2(pairs)), **shape, **tile,
         )  # fmt: skip
-    else:
-        many_tokens_kernel[(order.max_blocks * tiles,)](
-            *operands, order.pairs, order.block_experts, order.num_blocks, out,
-            pairs, width, k_dim, *strides, order.max_blocks, tiles, **shape, **tile,
-        )  # fmt: skip
-    return out
+        return Scaled(out)
+    is_quantized = is_gate_up and w.is_fp8 and tile["BLOCK_N"] == GROUP
+    out = torch.empty(pairs, width, dtype=x.data.dtype if is_quantized else dtype, device=ids.device)
+    scale = None
+    if is_quantized:
+        scale = torch.empty(pairs, width // GROUP, dtype=torch.float32, device=ids.device)
+        shape |= {"out_scale_ptr": scale, "LARGEST": torch.finfo(out.dtype).max, "ROWS": triton_dtype(dtype)}
+    many_tokens_kernel[(order.max_blocks * tiles,)](
+        *operands, order.pairs, order.block_experts, order.num_blocks, out,
+        pairs, width, k_dim, *strides, order.max_blocks, tiles, **shape, **tile,
+    )  # fmt: skip
+    return Scaled(out, scale)
 
 
 def weighted_sum(rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
@@ -229,10 +241,11 @@ def run_experts(
             return weighted_sum(one_token_product(activated, w2, ids, tiles.down, dtype, False), weights, ids)
         return one_token_down(activated.data, w2.data, weights, ids, tiles.down, dtype)
     order = order_pairs(ids, num_experts, tiles.block_m) if tiles.path == "many" else None
-    activated = prepare(expert_product(rows, w13, ids, order, tiles.gate_up, tiles.block_m, True, dtype, limit))
-    return weighted_sum(
-        expert_product(activated, w2, ids, order, tiles.down, tiles.block_m, False, dtype), weights, ids
-    )
+    activated = expert_product(rows, w13, ids, order, tiles.gate_up, tiles.block_m, True, dtype, limit)
+    if not activated.is_fp8:
+        activated = prepare(activated.data)
+    product = expert_product(activated, w2, ids, order, tiles.down, tiles.block_m, False, dtype)
+    return weighted_sum(product.data, weights, ids)
 
 
 def fused_experts_triton(

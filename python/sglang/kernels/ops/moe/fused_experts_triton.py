@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 
 from sglang.kernels.ops.activation.silu_and_mul_triton import clamp_above, clamp_both
-
-GROUP = tl.constexpr(128)
+from sglang.kernels.ops.quant.scales_triton import GROUP, quantize
 
 
 @triton.jit
@@ -113,23 +112,33 @@ def expert_tile(
     width, k_dim, x_stride, x_scale_stride, x_scale_step, expert_stride, row_stride,
     TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LIMIT: tl.constexpr = None,
+    TWO: tl.constexpr = False, out_scale_ptr=None, LARGEST: tl.constexpr = None, ROWS: tl.constexpr = None,
 ):  # fmt: skip
-    """Rows of x are tokens for GATE_UP (member // TOP_K), pairs for the down product; out rows are always pairs."""
-    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    """Rows of x are tokens for GATE_UP (member // TOP_K), pairs for the down product; out rows are always pairs.
+
+    With LARGEST a tile of GATE_UP is one group: its rows, rounded to ROWS, are quantised into out and out_scale [pairs,
+    width / 128].
+
+    With TWO a tile of the down product is two runs of BLOCK_N columns that share the rows of x; width is then a
+    multiple of both runs. Two sums of 128 columns fit the registers where one of 256 and its partial sum do not.
+    """
+    first = tile * BLOCK_N * (1 + TWO)
+    n = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     # Rows and columns past the end read a real one instead of being masked: the store drops them.
     source = (members // TOP_K if GATE_UP else members).to(tl.int64)
     x_at = x_ptr + (source * x_stride)[:, None] + k[None, :]
     column = tl.minimum(n, width - 1)
     w_at = w_ptr + tl.cast(expert, tl.int64) * expert_stride + (column * row_stride)[None, :] + k[:, None]
-    up_rows = width * row_stride
+    # The second sum's weight rows: those of the up projection, or the next run of columns.
+    apart = width if GATE_UP else BLOCK_N
     groups = k_dim // GROUP
-    row_blocks = width // GROUP
     if FP8:
         x_scale_at = x_scale_ptr + source * x_scale_stride
-        w_scale_at = w_scale_ptr + (tl.cast(expert, tl.int64) * row_blocks * (1 + GATE_UP) + column // GROUP) * groups
+        row_blocks = width // GROUP * (1 + GATE_UP)
+        w_scale_at = w_scale_ptr + (tl.cast(expert, tl.int64) * row_blocks + first // GROUP) * groups
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    acc_up = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    acc_2 = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for start in range(0, k_dim, BLOCK_K):
         if EVEN_K:
             x, w = tl.load(x_at), tl.load(w_at)
@@ -138,28 +147,37 @@ def expert_tile(
             x = tl.load(x_at, mask=inside[None, :], other=0.0)
             w = tl.load(w_at, mask=inside[:, None], other=0.0)
         if FP8:
-            x_scale = tl.load(x_scale_at)[:, None]
-            acc += tl.dot(x, w) * (x_scale * tl.load(w_scale_at)[None, :])
+            # A tile lies inside one block of weights, so its scale is one number.
+            x_scale = tl.load(x_scale_at)
+            acc += tl.dot(x, w) * (x_scale * tl.load(w_scale_at))[:, None]
         else:
             acc = tl.dot(x, w, acc, input_precision="ieee")
-        if GATE_UP:
+        if GATE_UP or TWO:
             if EVEN_K:
-                w_up = tl.load(w_at + up_rows)
+                w_2 = tl.load(w_at + apart * row_stride)
             else:
-                w_up = tl.load(w_at + up_rows, mask=(k < k_dim - start)[:, None], other=0.0)
+                w_2 = tl.load(w_at + apart * row_stride, mask=(k < k_dim - start)[:, None], other=0.0)
             if FP8:
-                acc_up += tl.dot(x, w_up) * (x_scale * tl.load(w_scale_at + row_blocks * groups)[None, :])
+                acc_2 += tl.dot(x, w_2) * (x_scale * tl.load(w_scale_at + apart // GROUP * groups))[:, None]
             else:
-                acc_up = tl.dot(x, w_up, acc_up, input_precision="ieee")
+                acc_2 = tl.dot(x, w_2, acc_2, input_precision="ieee")
         if FP8:
             x_scale_at += x_scale_step
             w_scale_at += 1
         x_at += BLOCK_K
         w_at += BLOCK_K
-    dtype = out_ptr.dtype.element_ty
-    out = _silu_and_mul(acc, acc_up, dtype, LIMIT) if GATE_UP else acc.to(dtype)
+    dtype = out_ptr.dtype.element_ty if ROWS is None else ROWS
+    out = _silu_and_mul(acc, acc_2, dtype, LIMIT) if GATE_UP else acc.to(dtype)
+    if LARGEST is not None:
+        q, scale = quantize(out.to(tl.float32), LARGEST)
+        out = q.to(out_ptr.dtype.element_ty)
+        scale_at = members.to(tl.int64) * (width // GROUP) + tile
+        tl.store(out_scale_ptr + scale_at, scale, mask=valid)
     mask = valid[:, None] & (n < width)[None, :]
-    tl.store(out_ptr + members.to(tl.int64)[:, None] * width + n[None, :], out, mask=mask)
+    at = out_ptr + members.to(tl.int64)[:, None] * width + n[None, :]
+    tl.store(at, out, mask=mask)
+    if TWO:
+        tl.store(at + BLOCK_N, acc_2.to(dtype), mask=mask)
 
 
 @triton.jit
@@ -200,7 +218,8 @@ def many_tokens_kernel(
     pairs, width, k_dim, x_stride, x_scale_stride, x_scale_step, expert_stride, row_stride, max_blocks, tiles,
     TOP_K: tl.constexpr, GATE_UP: tl.constexpr, EVEN_K: tl.constexpr, FP8: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    LIMIT: tl.constexpr = None,
+    LIMIT: tl.constexpr = None, TWO: tl.constexpr = False, out_scale_ptr=None, LARGEST: tl.constexpr = None,
+    ROWS: tl.constexpr = None,
 ):  # fmt: skip
     """One block of ordered pairs times one tile of columns; programs past the last block leave."""
     # GROUP_M blocks go through all tiles together, so that weights and rows meet again in the cache.
@@ -216,7 +235,8 @@ def many_tokens_kernel(
         expert_tile(
             x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, out_ptr, tl.where(valid, order, 0), valid, expert, tile,
             width, k_dim, x_stride, x_scale_stride, x_scale_step, expert_stride, row_stride,
-            TOP_K, GATE_UP, EVEN_K, FP8, BLOCK_M, BLOCK_N, BLOCK_K, LIMIT,
+            TOP_K, GATE_UP, EVEN_K, FP8, BLOCK_M, BLOCK_N, BLOCK_K, LIMIT, TWO,
+            out_scale_ptr, LARGEST, ROWS,
         )  # fmt: skip
 
 
