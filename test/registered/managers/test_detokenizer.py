@@ -1,4 +1,4 @@
-"""Incremental detokenization by brute force: the deltas join to the full text, trimmed at the stop, nothing leaks."""
+"""Incremental detokenization by brute force: the deltas join to the full text, cut at the stop string."""
 
 import random
 import tempfile
@@ -110,7 +110,7 @@ class TestHiddenTokens(CustomTestCase):
     """A stop string ends a request where the client sees it, whatever hidden tokens are in it, and in the raw text."""
 
     def oracle(self, tokenizer, ids, stops, skip):
-        """The number of tokens until some stop string stands in either text, and the text before it."""
+        """The number of tokens until either text contains a stop string, and the text before it."""
         for count in range(1, len(ids) + 1):
             raw = tokenizer.decode(ids[:count], skip_special_tokens=False)
             seen = tokenizer.decode(ids[:count], skip_special_tokens=True) if skip else raw

@@ -1,4 +1,4 @@
-"""Attention groups: what they agree on, that they step together whatever each of them does, and who gets a request."""
+"""Attention groups: what they agree on, that they always step together, and which of them gets a request."""
 
 from __future__ import annotations
 

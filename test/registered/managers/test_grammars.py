@@ -1,4 +1,4 @@
-"""Grammars in the scheduler, on the embedded model: the draw under a mask, neighbours, retraction, limits, ends."""
+"""Grammars in the scheduler, on the embedded model: sampling under a mask, other requests, retraction, limits, ends."""
 
 import json
 import re
@@ -73,7 +73,7 @@ class GrammarCase(CustomTestCase):
         )
 
     def submit_all(self, harness=None):
-        """Nine requests, every second one of a form, more than run at once."""
+        """Nine requests, every second one with a grammar, more than run at once."""
         for number in range(9):
             form = ("word", None, "json", None, "choice", None)[number % 6]
             greedy = {"temperature": 0.0} if number % 4 < 2 else {"temperature": 1.3, "top_p": 0.9}
@@ -178,7 +178,7 @@ class TestEnds(GrammarCase):
         self.assertEqual(self.reason("stop token"), ("stop", self.encode("b")[0], "ab"))
 
     def test_behind_a_token(self):
-        """The form begins after the token that ends a thought; here that is one that the model says by itself."""
+        """The grammar begins after the token that ends a thought; here the model generates that token itself."""
         self.submit("free", None, temperature=0.0)
         free = list(self.harness.run()["free"].output_ids)
         self.submit("held", ("regex", "[a-z]{4}"), temperature=0.0, grammar_after=free[1])
@@ -210,7 +210,7 @@ class TestEnds(GrammarCase):
 
 
 class TestHeldBack(GrammarCase):
-    """Compiled by another thread, as in a server: requests wait for it, and for nothing else."""
+    """Compiled by another thread, as in a server: requests wait only for their own grammar."""
 
     def setUp(self):
         super().setUp()

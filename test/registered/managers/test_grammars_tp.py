@@ -1,4 +1,4 @@
-"""Grammars over two ranks: each compiles in its own time, and both let a request in at the same turn."""
+"""Grammars over two ranks: each compiles at its own speed, and both admit a request in the same turn."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def engine(**settings):
 
 
 def requests():
-    """Greedy ones, with forms and without."""
+    """Greedy requests, with grammars and without."""
     for number, form in enumerate(FORMS):
         grammar = None if form is None else grammar_of("regex", form, {})
         params = SamplingParams(max_new_tokens=8, temperature=0.0)
@@ -47,7 +47,7 @@ def requests():
 
 
 class Talk(RankZeroChannel):
-    """Rank 0's channel, whose answers stay here."""
+    """Rank 0's channel, which keeps the replies."""
 
     def __init__(self, names, group, harness):
         super().__init__(names, group)

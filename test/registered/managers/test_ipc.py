@@ -1,4 +1,4 @@
-"""The sockets' folders: what a killed server leaves goes with the next launch, and nobody else's does."""
+"""The sockets' folders: the next launch deletes those of killed servers, and no others."""
 
 import subprocess
 import sys

@@ -210,7 +210,7 @@ class TestRealChild(CustomTestCase):
 
 
 class TestOrder(CustomTestCase):
-    """The inbox is bound before there is anybody to connect, and a launch that fails leaves nothing."""
+    """The inbox is bound before anyone connects, and a failed launch leaves no files."""
 
     def test_inbox_then_children(self):
         counts, kept = [], []

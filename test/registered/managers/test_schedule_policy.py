@@ -1,4 +1,4 @@
-"""What the planner of prefill steps keeps free for requests that have begun, and what they are expected to use."""
+"""What the planner of prefill steps reserves for running requests, and how much they are expected to use."""
 
 import unittest
 from collections.abc import Sequence

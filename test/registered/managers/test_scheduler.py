@@ -1,4 +1,4 @@
-"""The scheduler under random traffic and at its edges, against a model whose "KV" is the token itself."""
+"""The scheduler under random traffic and at its limits, with a model whose "KV" is the token itself."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Steps that go wrong on the device: whose request ends, what never enters the prefix cache, what leaves it again."""
+"""Steps with faults on the device: which request ends, what never enters the prefix cache, what is withdrawn."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LIMIT = 256
 
 
 class NanWorker:
-    """Gives a fake worker NaN: what a struck step writes is poison, and so is all that is computed on poison.
+    """Makes a fake worker produce NaN: a faulty step writes poison, and all that is computed from poison is poison.
 
     ``strike`` says of each request of a step, by request and first and last token, whether the device goes wrong.
     """
@@ -198,7 +198,7 @@ class TestOneFault(CustomTestCase):
         self.assertEqual(setup.memory.tree.match_prefix(prompt).kv_len, 0)
 
     def test_the_step_in_flight_at_the_end_is_not_cached(self) -> None:
-        """With overlap one more step is launched before the last token is known; nobody ever looks at its result."""
+        """With overlap one more step is launched before the last token is known; its result is never read."""
         prompt = [8 + i % 30 for i in range(9)]
         for page in (1, 4):
             output = fakes.expected_output(prompt, 40, LIMIT)
@@ -263,7 +263,7 @@ class TestKindsOfFault(CustomTestCase):
 
 
 class TestFences(CustomTestCase):
-    """A request that no step could serve, and one that fails while its token is taken in, end alone."""
+    """A request that no step can serve, and one that fails while its token is processed, end without others."""
 
     PROMPT = [8, 9, 10]
 
@@ -307,7 +307,7 @@ class TestFences(CustomTestCase):
                 self.assertIn("cannot be served", reason.message)
 
     def test_an_end_token_outside_the_vocabulary(self) -> None:
-        """It ends nothing, and where min_new_tokens would forbid it the request alone is refused."""
+        """It ends nothing; if min_new_tokens would forbid it, only that request is refused."""
         for end in (fakes.VOCAB, -5, 10**12):
             with self.subTest(end):
                 setup = fakes.make()

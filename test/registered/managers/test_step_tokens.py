@@ -1,4 +1,4 @@
-"""What a step gives its requests: several tokens each, cut where a request ends."""
+"""Results of a step: several tokens per request, cut where a request ends."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TestSeveralTokens(CustomTestCase):
         self.assertLess(setup.worker.num_steps, tokens)
 
     def test_overlap_under_random_traffic(self) -> None:
-        """Requests that end inside a step, are aborted, or are retracted while the next step is on its way."""
+        """Requests that end inside a step, are aborted, or are retracted while the next step is in flight."""
         for options in (
             {},
             {"retract_interval": 3},

@@ -78,7 +78,7 @@ class TestWindowTraffic(CustomTestCase):
             self.assertEqual(len(setup.channel.reasons), 2)
 
     def test_a_conversation_goes_on_where_it_ended(self) -> None:
-        """The last page of an answer keeps its window, whatever of it came behind."""
+        """The last page of an output keeps its window, however many tokens follow it."""
         for extra in range(4):
             setup = make(page=4, window=12, chunk=64)
             setup.channel.inbox.append(request("first", [5, 6, 8, 9, 10], 20 + extra))

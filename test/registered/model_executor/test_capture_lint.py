@@ -1,4 +1,4 @@
-"""Each thing that no graph can replay is planted in turn, and the lint names the operation and the line."""
+"""Each kind of operation that no graph can replay is inserted once; the lint names the operation and the line."""
 
 import json
 import tempfile
@@ -38,7 +38,7 @@ ARCHITECTURES = {
 
 
 def offences():
-    """Name -> (a body that breaks the rule, what the message holds)."""
+    """Name -> (a body that breaks the rule, text of the message)."""
     x = torch.randn(4, 3)
     rows = torch.tensor([0, 2])
     return {
@@ -131,7 +131,7 @@ class TestLint(CustomTestCase):
 
 
 class TestDecodeSteps(CustomTestCase):
-    """The eager decode step of the served models: all that stands around the ops."""
+    """The eager decode step of the served models: everything around the ops."""
 
     def harness(self, name):
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Buckets, padding and the replay proof of decode graphs, over a graph that "replays" by running the step again."""
+"""Buckets, padding and the replay check of decode graphs, with a graph that "replays" by running the step again."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ class TestOverFakes(CustomTestCase):
         return EngineHarness(model, max_total_tokens=1024, max_running_requests=8, **settings)
 
     def check(self, model: str, streams: int, **settings: Any) -> None:
-        """Graphs of every bucket are proven and give the tokens of eager steps; the model has so many side streams."""
+        """Graphs of every bucket pass the check and give the tokens of eager steps; it has ``streams`` side streams."""
         tokens = TestDecodeGraphs.tokens
         wanted = tokens(self, self.engine(model, disable_cuda_graph=True, **settings))
         platform = RocmOverFakesPlatform(find_fakes())
@@ -262,7 +262,7 @@ class TestOverFakes(CustomTestCase):
 
 
 class TestKindsOfStep(CustomTestCase):
-    """Steps of several tokens per request are in the same buffers, and are proven by the same check."""
+    """Steps of several tokens per request use the same buffers, and the same check."""
 
     VERIFY = StepKind("verify", 3)
 

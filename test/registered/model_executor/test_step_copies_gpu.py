@@ -1,4 +1,4 @@
-"""On a GPU: a decode step copies once to the device and once back, whatever its requests sample and ask for."""
+"""On a GPU: a decode step copies once to the device and once back, whatever its requests sample and request."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ FAMILIES = {"deepseek-v3-tiny": ("mla", MlaBackend), "qwen3.5-moe-tiny": ("gqa",
 
 
 class CudaOnly:
-    """Stands for a backend that is declared for CUDA alone."""
+    """A backend that is declared only for CUDA."""
 
     def __init__(self, context):
         pass
@@ -111,7 +111,7 @@ class TestDraftBackendFactory(CustomTestCase):
                 self.assertFalse(backend.plans_like(other))
 
     def test_deepseek_v4_gets_the_classes_of_hip(self):
-        """And never another, whatever is asked for: one per step of the chain, and one for the rows before it."""
+        """No other backend is used, whichever is requested: one per step of the chain, one for the rows before it."""
         context = AttentionHarness(drafts=True).context
         context.model_config.num_hidden_layers = context.model_config.text.num_hidden_layers
         for asked in ("dsv4", "compressed", "triton"):
@@ -122,7 +122,7 @@ class TestDraftBackendFactory(CustomTestCase):
 
 
 class TestEagerSteps(CustomTestCase):
-    """What a host need not do twice: plan the rows of a verify step, and read past the accepted tokens."""
+    """Work that a host need not repeat: planning a verify step's rows, and reading past the accepted tokens."""
 
     def test_the_layer_takes_the_plan_of_the_step_and_chains_know_their_lengths(self):
         for name in FAMILIES:

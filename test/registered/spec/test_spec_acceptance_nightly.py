@@ -1,4 +1,4 @@
-"""How many drafts of the embedded models are accepted when they are served, against transformers offline."""
+"""How many drafts of the embedded models are accepted while serving, compared with transformers offline."""
 
 import unittest
 

@@ -1,4 +1,4 @@
-"""Draws under speculation have the distribution of draws without it, and coupled drafts are accepted more often."""
+"""Samples with speculation have the distribution of samples without it; coupled drafts are accepted more often."""
 
 import itertools
 import unittest
@@ -40,7 +40,7 @@ class Texts:
         return self.sampler(LogitsProcessorOutput(table[last]), info, positions=positions).to(torch.int64)
 
     def plain(self, number):
-        """[NUM_DRAWS, number]: tokens one by one."""
+        """Tokens sampled one by one: [NUM_DRAWS, number]."""
         last, tokens = torch.zeros(NUM_DRAWS, dtype=torch.int64), []
         for place in range(number):
             last = self.draw(self.table, last, self.info, torch.full_like(last, PROMPT_LEN + place))
@@ -48,7 +48,7 @@ class Texts:
         return torch.stack(tokens, 1)
 
     def verified(self, number):
-        """The same by verify steps: drafts by the coins of their positions, rows along the path, and what counts."""
+        """The same by verify steps: drafts by the random numbers of their positions; the accepted tokens."""
         width = self.num_steps + 1
         tokens = torch.zeros(NUM_DRAWS, number + 2 * width, dtype=torch.int64)
         done = torch.zeros(NUM_DRAWS, dtype=torch.int64)
@@ -74,7 +74,7 @@ class Texts:
 
 
 def p_value(one, other):
-    """Of Pearson's test that two samples of tokens [N, k] are of one distribution; rare cells are taken together."""
+    """P-value of Pearson's test that two samples of tokens [N, k] have one distribution; rare cells are merged."""
     powers = VOCAB ** torch.arange(one.shape[1])
     counts = torch.stack(
         [torch.bincount((part * powers).sum(1), minlength=VOCAB ** one.shape[1]) for part in (one, other)]
@@ -110,7 +110,7 @@ class TestDistribution(CustomTestCase):
         self.assertTrue(torch.equal(texts.verified(6), texts.plain(6)))
 
     def test_a_bias_is_seen(self):
-        """A draft in a hundred that is taken unchecked shows: the test has the power to tell."""
+        """The test notices if one draft in a hundred is accepted unchecked."""
         params = {"temperature": 1.0}
         one, other = Texts(1, params, 0).plain(1), Texts(1, params, NUM_DRAWS)
         biased = other.plain(1)
@@ -120,10 +120,10 @@ class TestDistribution(CustomTestCase):
 
 
 class TestCoupledDrafts(CustomTestCase):
-    """Tokens per step at temperature 0.7 with drafts drawn by the target's coins, over most likely ones."""
+    """Tokens per step at temperature 0.7: drafts sampled with the target's random numbers, over greedy drafts."""
 
     def lengths(self, path, greedy):
-        """Verify steps and their tokens of each request; answers continue after their end, where there is a choice."""
+        """Verify steps and their tokens of each request; output continues after its end, where choice is left."""
         tokenizer = Tokenizer.from_path(path)
         harness = EngineHarness(
             path, speculative_algorithm="NEXTN", speculative_num_steps=3, max_running_requests=64,

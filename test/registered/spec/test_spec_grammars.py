@@ -1,4 +1,4 @@
-"""Output of a given form is the same with and without speculation, whatever is drafted, and ends with the form."""
+"""Constrained output is the same with and without speculation, whatever is drafted, and ends with its grammar."""
 
 import unittest
 
@@ -88,7 +88,7 @@ class TestSameTokens(SpecGrammarCase):
                             self.assertEqual(reason.type, "stop", rid)
 
     def test_a_form_that_ends_inside_the_path_ends_the_request_there(self):
-        """The form is two tokens; the drafts continue with what the model would say without a form."""
+        """The grammar allows two tokens; the drafts continue with the model's output without a grammar."""
         name = MODELS[0]
         known = rules(self.answers[name], self.vocab_size, self.tokenizer.eos_token_ids[0])
 
@@ -110,7 +110,7 @@ class TestSameTokens(SpecGrammarCase):
         self.assertTrue(any(result.num_retractions for rid, result in results.items() if not rid.startswith("free")))
 
     def test_behind_a_token_that_is_a_draft(self):
-        """The form begins after the second token, which the path holds with tokens before and after it."""
+        """The grammar begins after the second token; the path contains that token and others before and after it."""
         name = MODELS[0]
         prompt = self.tokenizer.encode("27+58=")
 
@@ -131,7 +131,7 @@ class TestSameTokens(SpecGrammarCase):
 
 
 class TestAlongDrafts(CustomTestCase):
-    """Masks along a path, against grammars that have taken in each beginning of it again."""
+    """Masks along a path, compared with new grammars that have accepted each prefix of it."""
 
     def test_each_row_is_that_of_its_beginning(self):
         tokenizer = Tokenizer.from_path(str(EMBEDDED_MODELS[MODELS[0]]))

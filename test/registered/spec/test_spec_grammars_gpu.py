@@ -1,4 +1,4 @@
-"""On a GPU: forms hold along captured verify steps, overlap changes no token, and a step with forms never waits."""
+"""On a GPU: grammars hold in captured verify steps, overlap changes no token, and such a step never waits."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TestOnGpu(CustomTestCase):
         self.assertEqual(self.tokens(self.engine(overlap=True)), self.tokens(self.engine(overlap=False)))
 
     def test_a_step_never_waits_for_the_device(self) -> None:
-        """Of a verify step with forms only its drafts, and the result of the step before, are waited for."""
+        """A verify step with grammars waits only for its drafts and for the result of the step before."""
         engine = self.engine(overlap=True)
         self.tokens(engine)
         forbid_waits(engine.scheduler.worker, prompts=False)

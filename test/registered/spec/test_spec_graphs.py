@@ -47,7 +47,7 @@ class TestVerify(OverFakes, VerifyCases):
 
 
 class Computed(TorchDispatchMode):
-    """Names of the operations that run inside the block, those of a replay and views left out."""
+    """Names of the operations that run inside the block, except those of a replay and views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -99,7 +99,7 @@ class TestBetweenGraphs(OverFakes):
 
 class TestMadeOnTheHost(OverFakes):
     def answers(self, engine: EngineHarness) -> dict[str, tuple[list[int], list[float]]]:
-        """To a request that has a form, and to one that wants log-probabilities, one after the other."""
+        """Results of a request with a grammar and of one with log-probabilities, served one after the other."""
         params = {"temperature": 0.0, "max_new_tokens": 9, "ignore_eos": True}
         form = grammar_of("regex", "[a-z]{3,9}-[0-9]{2,4}", {})
         for rid, fields in (("form", {"grammar": form}), ("scored", {"return_logprob": True})):
@@ -128,7 +128,7 @@ class TestMadeOnTheHost(OverFakes):
 
 class TestRefusal(OverFakes):
     def test_a_kind_that_cannot_be_captured_runs_eagerly_alone(self) -> None:
-        """By its name, and with the same tokens."""
+        """The refused graph is named, and the tokens are the same."""
         wanted = self.tokens(self.engine(0, disable_cuda_graph=True))
         plan = TritonMlaBackend.plan_decode
 

@@ -1,4 +1,4 @@
-"""Speculation of DeepSeek V4 under HIP's policy, every step captured: the answers are those of plain eager steps."""
+"""Speculation of DeepSeek V4 under HIP's policy, every step captured: the output is that of plain eager steps."""
 
 import tempfile
 import unittest

@@ -26,7 +26,7 @@ class TestVerify(VerifyCases, CustomTestCase):
 
 
 class TestVerifyWithStates(TestVerify):
-    """Of Qwen3.5, whose verify steps run on copies of recurrent states."""
+    """Graphs of Qwen3.5, whose verify steps run on copies of recurrent states."""
 
     folder = str(EMBEDDED_MODELS["qwen3.5-moe-tiny"])
     STEPS = (2,)

@@ -1,4 +1,4 @@
-"""Each rule by which attention groups draft together is taken out in turn, and their test must notice."""
+"""Each rule by which attention groups draft together is removed once, and their test must fail."""
 
 from __future__ import annotations
 

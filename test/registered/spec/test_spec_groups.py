@@ -35,7 +35,7 @@ class TestTwoGroups(CustomTestCase):
         run_processes(2, partial(self.two.serve_capped, cap=0, groups=1, num_steps=1))
 
     def test_captured_steps(self) -> None:
-        """Over the fakes of HIP, whose graphs repeat the recorded calls."""
+        """Groups under HIP's policy on a CPU, whose graphs repeat the recorded calls."""
         with override_platform(RocmOverFakesPlatform(find_fakes())), fresh_decisions():
             run_processes(2, self.two.replay)
 

@@ -51,7 +51,7 @@ class TestEagerGroups(CustomTestCase):
 
 
 class TestGroupsWithStates(CustomTestCase):
-    """Of Qwen3.5."""
+    """Groups of Qwen3.5."""
 
     def test_every_way(self) -> None:
         torch.set_num_threads(1)
@@ -63,7 +63,7 @@ class TestGroupsWithStates(CustomTestCase):
 
 
 class Captured(CustomTestCase):
-    """Over the fakes of HIP and MORI."""
+    """Groups under HIP's policy on a CPU, with MORI's fake."""
 
     def setUp(self) -> None:
         torch.set_num_threads(1)
@@ -71,7 +71,7 @@ class Captured(CustomTestCase):
         self.enterContext(fresh_decisions())
 
     def on_gathered_rows(self) -> None:
-        """From here on rows travel as on GPUs that MORI does not serve: all to all ranks, which a graph can record."""
+        """From here on rows are exchanged as on GPUs without MORI: all to all ranks, which a graph can capture."""
 
         def made(sizes: EpConfig, group: ProcessGroupHandle, device: torch.device, gathered: bool) -> EpTransport:
             return PortableTransport(sizes, group, device, gathered=True)

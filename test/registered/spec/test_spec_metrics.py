@@ -1,4 +1,4 @@
-"""What speculation gave, as counted and logged, against counting by hand."""
+"""Counters and log lines of speculation, compared with counting by hand."""
 
 import random
 import unittest
@@ -35,7 +35,7 @@ class TestAcceptance(CustomTestCase):
 
 class TestLoss(CustomTestCase):
     def test_it_is_said_once_when_speculation_loses(self):
-        """Decided over whole spans: 1.20 tokens per step lose, 1.30 do not, and nothing is said of few steps."""
+        """Decided over whole spans: 1.20 tokens per step lose, 1.30 do not, and few steps decide nothing."""
         metrics = SchedulerMetrics(1)
 
         def span(length, steps=JUDGED_STEPS):

@@ -1,4 +1,4 @@
-"""Speculation that cannot be served is refused at start by name; requests at its edges get what they get without."""
+"""Speculation that cannot be served is refused at start; requests at its limits have the same output as without."""
 
 import json
 import shutil
@@ -58,7 +58,7 @@ class TestFlags(CustomTestCase):
 
 
 class TestFolders(CustomTestCase):
-    """Folders as somebody may have them."""
+    """Model folders that a user may have."""
 
     def setUp(self):
         self.root = Path(tempfile.mkdtemp())
@@ -134,7 +134,7 @@ class TestMemory(CustomTestCase):
 
 
 class TestEdges(CustomTestCase):
-    """Requests at the edges of a step, at both temperatures: as without speculation."""
+    """Requests at the limits of a step, at both temperatures: the output is as without speculation."""
 
     def check(self, path, prompts, **fields):
         found = []
@@ -176,7 +176,7 @@ class TestEdges(CustomTestCase):
             self.assertEqual({rid: result.output_ids for rid, result in harness.run().items()}, answers)
 
     def test_a_client_that_goes_in_each_phase(self):
-        """Queued, between chunks of its prompt, after its prompt, between verify steps: nothing stays behind."""
+        """Abort while queued, between chunks, after the prompt, between verify steps: no memory is leaked."""
         for path in MODELS.values():
             answers = set()
             for phase in range(7):

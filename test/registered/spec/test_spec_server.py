@@ -1,4 +1,4 @@
-"""What a user sees of speculation: the same text, and acceptance in every place where it is shown."""
+"""Speculation through the HTTP API: the same text, and acceptance in every reply and page that reports it."""
 
 import contextlib
 import io

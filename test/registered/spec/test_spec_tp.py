@@ -1,4 +1,4 @@
-"""Speculation over two ranks gives the tokens of one, though ranks draw and draft differently: rank 0 decides."""
+"""Speculation over two ranks gives the tokens of one, even if ranks sample and draft differently: rank 0 decides."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class TestTwoRanks(CustomTestCase):
         return {rid: result.output_ids for rid, result in engine.run().items()}
 
     def serve(self, rank: int, **settings: Any) -> None:
-        """The requests on one of two ranks, of which rank 1 errs in every draw and draft of its own."""
+        """The requests on one of two ranks; all samples and drafts of rank 1 are wrong."""
         handle = ProcessGroupHandle(rank, 2, dist.group.WORLD, dist.group.WORLD)
         with override_parallel_state(ParallelState(handle, handle)):
             if rank:
@@ -84,14 +84,14 @@ class TestTwoRanks(CustomTestCase):
             run_processes(2, partial(self.serve, attention_backend="triton", cuda_graph_bs=[4], overlap=True))
 
     def test_without_the_broadcast_ranks_differ(self) -> None:
-        """The ranks above err enough to show it."""
+        """Without the broadcast, the wrong tokens of rank 1 change the output."""
         with mock.patch.object(ProcessGroupHandle, "broadcast", lambda group, x: x):
             with self.assertRaisesRegex(AssertionError, "ranks .* of 2 failed"):
                 run_processes(2, self.serve)
 
 
 class TestTwoRanksWithStates(TestTwoRanks):
-    """Of Qwen3.5, each rank with a part of the recurrent states."""
+    """Qwen3.5, each rank with a part of the recurrent states."""
 
     folder = str(EMBEDDED_MODELS["qwen3.5-moe-tiny"])
     test_captured_steps = test_without_the_broadcast_ranks_differ = None

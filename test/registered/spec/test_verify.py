@@ -1,4 +1,4 @@
-"""What verification accepts, and how the rows of a path are edited, against counting by hand."""
+"""What verification accepts, and how the rows of a path are edited, compared with counting by hand."""
 
 import itertools
 import unittest
