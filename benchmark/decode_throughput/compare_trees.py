@@ -8,8 +8,8 @@ same new prompts, and the side that begins changes from pair to pair. A turn is 
 Prints for each batch size the time of the new tree over that of the old one: the geometric mean of the pairs with its
 95 % interval, and the median. Exit status 1 when the upper end of an interval is above the bar, or when tokens differ.
 The first pair of a start warms up. The placement of memory differs from start to start, and with it the speed by some
-percent. With the same tree twice it shows what the machine's noise alone gives. On a busy machine
-``--measure cpu`` judges the CPU time of all processes of a side instead; the other of the two is printed too.
+percent. With the same tree twice it shows the noise of the machine. On a busy machine
+``--measure cpu`` compares the CPU time of all processes of a side instead; the other of the two is printed too.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ if TYPE_CHECKING:  # an old tree that this file serves has no such modules
 INPUT_LEN = OUTPUT_LEN = 64
 MAX_PAIRS = 1000
 MEASURES = ("wall", "cpu")
-FIRST_ID = 2  # below stand special tokens
+FIRST_ID = 2  # special tokens are below
 
 
 def serve(folder: str, max_batch: int) -> None:
-    """One side: a line on stdin is a list of batches of prompts; the answer has seconds, CPU seconds and output ids."""
+    """One side: a line on stdin is a list of batches of prompts; the reply has seconds, CPU seconds and output ids."""
     import psutil
 
     import sglang
 
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the engine prints is no answer
+    os.dup2(2, 1)  # the engine's prints are not replies
     limits: dict[str, Any] = {"max_running_requests": max_batch, "max_total_tokens": 4 * max_batch * 128}
     sampling = {"temperature": 0.0, "max_new_tokens": OUTPUT_LEN, "ignore_eos": True}
 
@@ -69,12 +69,12 @@ class Size:
         self.measured = MEASURES.index(measure)
         self.turn_s = turn_s
         self.batches_per_turn = 1
-        self.others: list[tuple[float, float]] = []  # the same by the other measure
+        self.others: list[tuple[float, float]] = []  # the same for the other measure
         self.pairs: list[tuple[float, float]] = []  # seconds of a batch: old, new
         self.num_differing = 0
 
     def pair(self, sides: list[TreeProcess], vocab: int, start: int, number: int) -> None:
-        """One turn of each side; pair 0 of a start warms up and tells how many batches a turn has."""
+        """One turn of each side; pair 0 of a start warms up and decides how many batches a turn has."""
         import numpy as np
 
         rng = np.random.default_rng((self.batch_size, start, number))

@@ -1,4 +1,4 @@
-"""Milliseconds a token and prefill tokens/s through the offline Engine, batch by batch.
+"""Milliseconds per token and prefill tokens/s through the offline Engine, batch by batch.
 
     python benchmark/engine/bench_engine.py --model-path DIR/deepseek-v2-lite --load-format dummy
         --batch-size 1 8 32 128 [--input-len 1024] [--output-len 128] [--runs 3] [flags of the server]
@@ -21,7 +21,7 @@ from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
 
-FIRST_ID = 3  # below stand special tokens
+FIRST_ID = 3  # special tokens are below
 
 
 def seconds(engine: Engine, prompts: list[list[int]], new_tokens: int) -> float:
@@ -33,7 +33,7 @@ def seconds(engine: Engine, prompts: list[list[int]], new_tokens: int) -> float:
 
 
 def measure(engine: Engine, size: int, vocab: int, args: argparse.Namespace, seed: int) -> tuple[float, float]:
-    """(ms a token, prefill tokens/s) of one run."""
+    """(ms per token, prefill tokens/s) of one run."""
     rng = np.random.default_rng((size, seed))
     engine.flush_cache()
 
@@ -61,7 +61,7 @@ def main() -> None:
             runs = [measure(engine, size, vocab, args, seed) for seed in range(args.runs + 1)][1:]
             tpot, prefill = ([run[i] for run in runs] for i in (0, 1))
             print(
-                f"batch {size}: {statistics.median(tpot):.3f} ms a token ({min(tpot):.3f} .. {max(tpot):.3f} over "
+                f"batch {size}: {statistics.median(tpot):.3f} ms per token ({min(tpot):.3f} .. {max(tpot):.3f} over "
                 f"{args.runs} runs); prefill {statistics.median(prefill):,.0f} tok/s "
                 f"({min(prefill):,.0f} .. {max(prefill):,.0f})"
             )

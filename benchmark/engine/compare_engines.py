@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-FIRST_ID = 3  # below stand special tokens
+FIRST_ID = 3  # special tokens are below
 STEPS = 48
 PREFILL_TOKENS = 32_768  # of one step of a static batch
 THROUGH = ("engine", "one")
@@ -57,7 +57,7 @@ def engine_measure(args: Any) -> Measure:
         engine.flush_cache()
         prompts = random_ids(vocab, seed, (size, length)).tolist()
         found = {"prefill": seconds(prompts, 1, 0.0)}
-        seconds(prompts, 1, 0.0)  # leaves what a cached prefix begins with: states are kept at fewer places than KV
+        seconds(prompts, 1, 0.0)  # fills the prefix cache: states are cached at fewer places than KV
         for name, temperature in (("greedy step", 0.0), ("step at T=1", 1.0)):
             once = seconds(prompts, 1, temperature)
             found[name] = (seconds(prompts, 1 + STEPS, temperature) - once) / STEPS
@@ -102,12 +102,12 @@ def one_measure(args: Any) -> Measure:
 
 
 def serve(through: str, flags: list[str]) -> None:
-    """One side: a line on stdin is [batch size, prompt length, seed]; the answer is seconds by name."""
+    """One side: a line on stdin is [batch size, prompt length, seed]; the reply is seconds by name."""
     import sglang
     from sglang.srt.server_args import ServerArgs
 
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the engine prints is no answer
+    os.dup2(2, 1)  # the engine's prints are not replies
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
     args = ServerArgs.from_cli_args(parser.parse_args(flags))

@@ -3,7 +3,7 @@
     python -m sglang.launch_server --model-path MODEL &
     python benchmark/gsm8k/bench_sglang.py --data-path test.jsonl --num-questions 200
 
-Without --data-path the questions of smoke.jsonl are asked: they tell that the path works, and measure no model. A
+Without --data-path the questions of smoke.jsonl are sent: they show that the benchmark works, and measure no model. A
 record is appended to --result-file as one line of JSON.
 """
 

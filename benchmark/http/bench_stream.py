@@ -3,10 +3,10 @@
     python benchmark/http/bench_stream.py
 
 The real server, on a thread of its own whose CPU time is read, streams to --clients connections of another process;
-tokens come from a script, all requests' next one every --step-ms. Each round streams --output-len tokens per request
-and a quarter of that. Printed is min / median / max over the rounds of the CPU time per token, beginnings and ends of
-requests included, then what a further token takes, and the share of a core that each is at --tokens-per-s, the rate
-of a model.
+tokens come from a script, which adds one to every request each --step-ms. Each round streams --output-len tokens per
+request and a quarter of that. It prints min / median / max over the rounds of the CPU time per token, with the start
+and end of requests included, then the time of one more token, and the share of a core that each is at --tokens-per-s,
+the rate of a model.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python benchmark/kernels/bench_mxfp4_experts.py [--shape v3] [--tokens 1 8 32 128 1024] [--tune]
 
-Rows: fp8 as ``moe.fused_experts_fp8`` by Triton; mxfp4 with codes made numbers in registers (registers), where the
-architecture has it of placed codes (placed), and as ``tl.dot_scaled`` takes them (scaled), or that its values are wrong
+Rows: fp8 is ``moe.fused_experts_fp8`` by Triton; mxfp4 with codes converted in registers (registers), with placed
+codes if the architecture supports them (placed), and by ``tl.dot_scaled`` (scaled), or a note that its values are wrong
 here. Each call of a graph has its own routing. TB/s counts each touched expert's codes and scales once and the rows in
 and out. The last column is the time over fp8's, and the bytes over its bytes.
---tune looks for tiles of ``kernels/ops/moe/tiles.json`` instead, each product by itself; nothing is written.
+--tune looks for tiles of ``kernels/ops/moe/tiles.json`` instead, each product alone; nothing is written.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def main() -> None:
             ]
             try:
                 seconds = graph_time(calls, runs=args.runs)
-            except Exception as error:  # one that does not run must not hide the others
+            except Exception as error:  # a variant that does not run must not hide the others
                 print(f"{name} t{tokens}: {type(error).__name__}: {str(error).splitlines()[0]}", flush=True)
                 continue
             us, low, high = (1e6 * pick(seconds) for pick in (statistics.median, min, max))

@@ -3,10 +3,10 @@
     python benchmark/kernels/bench_sparse_attention.py [--heads 64 128] [--k 192 640 1152] [--q 1 32 1024] [--tune]
 
 8-bit rows of 584 bytes, a window of 128 and K - 128 entries, every row elsewhere in its pool. "one" is one program per
-row and block of heads, "split N" deals its rows to N programs, "table" is what the op chooses (N programs, or two
-passes), "gather" makes bfloat16 rows of all that is attended to and then attends to those. TB/s counts 584 bytes per
-row once, queries and results; "copy" is what the card copies. The note says how many times faster than "gather", and
-the part of copy bandwidth.
+row and block of heads, "split N" distributes its rows over N programs, "table" is what the op chooses (N programs, or
+two passes), "gather" makes bfloat16 rows of all that is attended to and then attends to those. TB/s counts 584 bytes
+per row once, queries and results; "copy" is what the card copies. The note says how many times faster than "gather",
+and the part of copy bandwidth.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from sglang.test.amd_gate.serving_cases.moe import SERVING_MODELS
 
 @dataclass(frozen=True)
 class MoeShape:
-    """``experts`` experts of width ``intermediate`` over ``hidden``, ``top_k`` a token."""
+    """``experts`` experts of width ``intermediate`` over ``hidden``, ``top_k`` per token."""
 
     experts: int
     hidden: int
@@ -38,7 +38,7 @@ class MoeInputs:
     x: torch.Tensor
     w13: Scaled
     w2: Scaled
-    # One routing a call, so that replays do not find the last call's experts in the cache.
+    # One routing per call, so that replays do not find the last call's experts in the cache.
     weights: list[torch.Tensor]
     ids: list[torch.Tensor]
 

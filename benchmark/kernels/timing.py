@@ -30,7 +30,7 @@ class Timed:
 
 
 def graph_time(calls: Sequence[Callable[[], object]], runs: int = 5, min_seconds: float = 0.02) -> list[float]:
-    """Seconds a call, one figure a run: all ``calls`` captured in one graph, replayed for ``min_seconds`` a run."""
+    """Seconds per call, one figure per run: all ``calls`` in one graph, replayed for ``min_seconds`` per run."""
     # The inputs were made on the current stream.
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()

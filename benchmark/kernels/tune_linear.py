@@ -93,7 +93,7 @@ def cublas(q: torch.Tensor, scale: torch.Tensor, w: torch.Tensor, w_scale: torch
             )  # fmt: skip
 
         call()
-    except Exception as error:  # the library's limits are its own; the reason is printed
+    except Exception as error:  # the library has its own limits; the reason is printed
         print(f"  cuBLAS: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
         return None
     return call

@@ -101,7 +101,7 @@ def _compile(job: tuple[str, MoeShape, int, bool, Candidate]) -> str | None:
     try:
         with compile_only(arch):
             product_of(candidate, inputs, activated, 0)()
-    except Exception as error:  # a candidate that does not compile is left out, and said
+    except Exception as error:  # a candidate that does not compile is left out and named
         return f"{type(error).__name__}: {str(error).splitlines()[0]}"
     return None
 

@@ -1,9 +1,9 @@
-"""The expert step of one of 8 expert ranks, cut to the proven bound against the same code on the full buffer.
+"""The expert step of one of 8 expert ranks: cut to the proven bound, compared with the same code on the full buffer.
 
     python benchmark/moe/bench_ep_step.py [--shape v3] [--live 1 8 64 256] [--limit 512] [--json]
 
 One GPU plays rank 0: its buffer holds ``live`` received rows, each with at least one expert of its own, and stale rows
-behind them. Replayed graphs; ``experts`` is ``run_experts`` alone, ``step`` all of ``run_moe_core``.
+after them. Replayed graphs; ``experts`` is ``run_experts`` alone, ``step`` all of ``run_moe_core``.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def make_layer(shape: MoeShape, limit: int, device: str) -> MoriEPMoE:
 
 
 def make_batch(layer: MoriEPMoE, shape: MoeShape, live: int, device: str) -> MoriEPNormalDispatchOutput:
-    """A full buffer of which ``live`` rows arrived; the rest is stale, with routing as good as theirs."""
+    """A full buffer of which ``live`` rows arrived; the rest is stale, with valid routing."""
     rows, local = layer.dispatcher.config.max_recv, shape.experts // WORLD
     scores = torch.rand(rows, shape.experts, device=device)
     scores[torch.arange(rows), torch.randint(0, local, (rows,))] = 2.0

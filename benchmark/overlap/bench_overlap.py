@@ -1,9 +1,9 @@
-"""Is host work hidden behind the device: 20 ms of it after each decode step, next to a device step stretched to 20 ms.
+"""Does host work overlap the device: 20 ms of it after each decode step, with a device step stretched to 20 ms.
 
     python benchmark/overlap/bench_overlap.py [--steps 50] [--ms 20]
 
 The real scheduler runs the embedded DeepSeek model, overlap on and off. A spin kernel keeps the device busy in each
-step, a spin the host in the processing of each result. Hidden, a step costs the longer of the two; else the sum.
+step, and a spin keeps the host busy for each result. With overlap a step takes the longer of both, else the sum.
 """
 
 from __future__ import annotations

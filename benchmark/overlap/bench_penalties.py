@@ -1,10 +1,10 @@
-"""What one penalised request costs its neighbours: decode throughput of a batch with one and with none, alternately.
+"""What one penalised request costs the others: decode throughput of a batch with one and with none, alternately.
 
     python benchmark/overlap/bench_penalties.py [--model-path DIR --load-format dummy] [--batch-size 32] [--rounds 9]
 
 The real scheduler runs with overlap, without sockets, in one process. Each round decodes the same prompts once without
 and once with one penalised request (the order alternates); printed are tokens/s and the ratio of the pairs with its
-95 % interval. Bar: 0.98.
+95 % interval. Target: 0.98.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PENALTIES: dict[str, Any] = {"frequency_penalty": 0.3, "presence_penalty": 0.2, 
 
 
 class Rounds:
-    """Decodes ``batch_size`` requests for ``steps`` steps, again and again on one engine."""
+    """Decodes ``batch_size`` requests for ``steps`` steps, repeatedly on one engine."""
 
     def __init__(self, engine: EngineHarness, batch_size: int, steps: int, clock: str) -> None:
         self._engine = engine

@@ -108,7 +108,8 @@ def report(load: Workload, page_size: int, repeats: int) -> None:
         low, mid, high = min(seconds), statistics.median(seconds), max(seconds)
         print(
             f"  {name:6s} ms min / median / max: {low * 1e3:7.1f} / {mid * 1e3:7.1f} / {high * 1e3:7.1f}"
-            f"   median {mid / load.num_tokens * 1e9:6.1f} ns a token, {mid / load.num_seqs * 1e6:6.1f} us a sequence"
+            f"   median {mid / load.num_tokens * 1e9:6.1f} ns per token, "
+            f"{mid / load.num_seqs * 1e6:6.1f} us per sequence"
         )
 
 

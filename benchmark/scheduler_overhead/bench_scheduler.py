@@ -7,8 +7,8 @@ Starts a server, keeps --batch-size requests in flight over HTTP, and reports as
     scheduling   seconds of scheduler steps outside forward and sampling (/server_info, schedule_seconds)
     front        CPU seconds of the HTTP and tokenizer process, and of the detokenizer (psutil)
 
-whole replies and streamed ones apart, min / median / max over the rounds. The client is this process and counts
-nowhere. The prefix cache sees no prompt twice.
+whole replies and streamed ones separately, min / median / max over the rounds. The client is this process and is
+not counted. No prompt is sent twice.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
         [--tokens 1 2 4 8 16 32 64 128] [--modes fused overlap serial fused+gdn_qkvz_ba fused+qk_norm]
         [--input-len 1024] [--steps 32] [--runs 5] [flags of the server]
 
-The model is loaded once: all modes read the same weights, each through decode graphs of its own. A mode is what shared
-experts do, and after + the other sites that overlap. Runs of all modes take turns at each size, and are fed the same
+The model is loaded once: all modes read the same weights, each through decode graphs of its own. A mode is how shared
+experts run, and after + the other sites that overlap. Runs of all modes alternate at each size, with the same input
 tokens; a run is the mean step of ``--steps`` launched one after the other. Prints a table, which mode wins, what the
-chooser makes of it (an entry for ``srt/utils/shared_modes.py``), and how much of each side overlapped the main work.
+chooser takes (an entry for ``srt/utils/shared_modes.py``), and how much of each side overlapped the main work.
 The chooser takes the fastest run of each mode, as a busy host only adds time; medians and ranges are printed too.
 """
 
@@ -182,7 +182,9 @@ def main() -> None:
     modes = list(dict.fromkeys([*modes, SERIAL]))  # the measure of the others
     with torch.inference_mode():
         graphs = {mode: capture(runner, mode) for mode in modes}
-        print(f"# {current_platform.describe()}; {args.input_len} tokens in, ms a step: median of {args.runs} (range)")
+        print(
+            f"# {current_platform.describe()}; {args.input_len} tokens in, ms per step: median of {args.runs} (range)"
+        )
         print("tokens  " + "  ".join(modes))
         rows = {size: print_size(size, time_size(runner, allocator, graphs, size, args)) for size in args.tokens}
         print_ratios(rows)

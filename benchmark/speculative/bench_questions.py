@@ -33,7 +33,7 @@ def ms_per_token(engine: EngineHarness, prompts: list[list[int]]) -> float:
         while engine.results[rid].finish_reason is None:
             engine.step()
         seconds += time.perf_counter() - begun
-        engine.run()  # a step that was begun before the end was known, and the check of memory: nobody waits for them
+        engine.run()  # a step that was launched before the end was known, and the check of memory: not part of the time
         tokens += len(engine.results[rid].output_ids) - first
     return seconds / tokens * 1e3
 

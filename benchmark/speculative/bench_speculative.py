@@ -4,11 +4,11 @@
         [--steps 3 1] [--batch-size 1 8 32] [--input-len 1024] [--accept-length 1 1.8 2.6] [--cycles 24] [--runs 3]
         [flags of the server]
 
-In one process: the model without speculation, then with each number of ``--steps``. How many drafts count is not left
-to the model, whose weights are random: each step takes a number drawn around the accept length (the tokens then mean
-nothing, the work is that of real ones). Per batch size it prints
+In one process: the model without speculation, then with each number of ``--steps``. The model does not decide how many
+drafts are accepted, as its weights are random: each step takes a random number around the accept length (the tokens
+mean nothing, but the work is the same). Per batch size it prints
 
-    decode B*D / verify B     the replayed steps alone; the bar for their ratio is 1.05
+    decode B*D / verify B     the replayed steps alone; the target for their ratio is 1.05
     cycle over graphs         a whole cycle, host included, over its replayed steps one after the other
     ms per token              without speculation, and at each accept length; and the accept length that breaks even
 """
@@ -38,14 +38,14 @@ from sglang.srt.speculative.accept_graphs import GREEDY_ACCEPT
 from sglang.srt.speculative.draft_graphs import GREEDY
 from sglang.test.engine_harness import EngineHarness
 
-FIRST_ID = 3  # below stand special tokens
+FIRST_ID = 3  # special tokens are below
 WARM_UP = 4  # cycles that are not counted
 
 
 class Accept:
     """Takes the place of ``num_new_tokens``: counts whose mean is ``set``.
 
-    They are made on the device of what was drawn, so that a captured step counts as it does eagerly.
+    They are computed on the device of the sampled ids, so that a captured step counts as an eager one does.
     """
 
     def __init__(self) -> None:

@@ -46,7 +46,7 @@ class Floor:
 
     dense: int
     experts: int
-    touched: float  # experts a layer, mean
+    touched: float  # experts per layer, mean
     kv: int
     state: int
 
@@ -86,7 +86,7 @@ def count_floor(runner: ModelRunner, batch: StaticBatch, ids: torch.Tensor) -> F
         dense=sum(size for key, size in params.items() if key not in skipped),
         experts=sum(expert_bytes(layer) * count for layer, count in touched.items()),
         touched=statistics.fmean(touched.values()) if touched else 0.0,
-        # Where pages have a meaning, pools count in whole ones.
+        # If the page size matters, pools count whole pages.
         kv=layout.num_bytes(FULL, tokens + -tokens % runner.pools.page_size),
         state=2 * layout.num_bytes(STATE, len(batch.seq_lens)),
     )
@@ -133,7 +133,7 @@ def run_size(runner: ModelRunner, allocator: TokenToKVPoolAllocator, size: int, 
     print(
         f"batch {size}: decode step {middle:.3f} ms ({min(decode):.3f} .. {max(decode):.3f} over {args.runs} runs), "
         f"floor {floor_ms:.3f} ms ({middle / floor_ms:.2f}x; GB: dense {floor.dense / 1e9:.2f}, experts "
-        f"{floor.experts / 1e9:.2f} of {floor.touched:.1f} touched a layer, KV {floor.kv / 1e9:.2f}, states "
+        f"{floor.experts / 1e9:.2f} of {floor.touched:.1f} touched per layer, KV {floor.kv / 1e9:.2f}, states "
         f"{floor.state / 1e9:.2f}); prefill {statistics.median(prefill):,.0f} tok/s "
         f"({min(prefill):,.0f} .. {max(prefill):,.0f})"
     )
@@ -149,7 +149,7 @@ def run_size(runner: ModelRunner, allocator: TokenToKVPoolAllocator, size: int, 
 
 def print_launches(what: str, rows: list[tuple[str, int, float]], layers: int, shown: int) -> None:
     total, busy = sum(row[1] for row in rows), sum(row[2] for row in rows)
-    print(f"  {what}: {total} launches, {total / layers:.1f} a layer; {busy / 1e3:.3f} ms busy")
+    print(f"  {what}: {total} launches, {total / layers:.1f} per layer; {busy / 1e3:.3f} ms busy")
     for name, count, us in rows[:shown]:
         print(f"  {us:9.1f} us {count:5d} x {us / count:8.2f}  {name[:100]}")
 
@@ -166,7 +166,7 @@ def main() -> None:
     ServerArgs.add_cli_args(parser)
     args = parser.parse_args()
     if not torch.cuda.is_available():
-        exit_with_errors(["this bench counts the launches of a GPU, and there is none"])
+        exit_with_errors(["this benchmark counts the launches of a GPU, and there is none"])
     server_args = ServerArgs.from_cli_args(args)
     configure_logging(server_args.log_level, "main")
     runner, allocator, _ = load(server_args, args.batch_size)

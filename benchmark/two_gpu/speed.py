@@ -5,7 +5,7 @@
 Each rank brings the same number of tokens (attention data parallelism); experts are spread over the ranks. Variants,
 timed in turn within each run:
     cut           experts on the rows that can arrive (what the server does)
-    full buffer   experts on all rows of the receive buffer (--limit rows a rank)
+    full buffer   experts on all rows of the receive buffer (--limit rows per rank)
     two streams   as cut, the shared expert next to the exchange and the routed experts
     two-phase     as cut, dispatch and combine split in send and receive
     both          two streams and two-phase
@@ -159,7 +159,7 @@ def bench_size(layers: Layers, tokens: int, args: argparse.Namespace, device: to
             if run:
                 times[variant].append(took)
     base = statistics.median(times[VARIANTS[0]])
-    lines = [f"{tokens} tokens a rank: us a layer, median (min .. max) of {args.runs}, and over cut"]
+    lines = [f"{tokens} tokens per rank: us per layer, median (min .. max) of {args.runs}, and over cut"]
     for variant, took in times.items():
         middle = statistics.median(took)
         shares = [

@@ -89,13 +89,13 @@ def table(times: dict[int, dict[int, list[float]]]) -> list[str]:
     lines = []
     for batch, plain in times[0].items():
         base = statistics.median(plain)
-        lines.append(f"  {batch:>3} requests a group: {base:.3f} ms a step ({min(plain):.3f} .. {max(plain):.3f})")
+        lines.append(f"  {batch:>3} requests per group: {base:.3f} ms per step ({min(plain):.3f} .. {max(plain):.3f})")
         for steps in (steps for steps in times if steps):
             took = statistics.median(times[steps][batch])
             spread = f"{min(times[steps][batch]):.3f} .. {max(times[steps][batch]):.3f}"
             tpot = ", ".join(f"{base * length / took:.2f} at {length}" for length in LENGTHS if length <= steps + 1)
             lines.append(
-                f"      {steps} drafts: {took:.3f} ms a step ({spread}), break-even at {took / base:.2f} tokens per "
+                f"      {steps} drafts: {took:.3f} ms per step ({spread}), break-even at {took / base:.2f} tokens per "
                 f"step; TPOT without over with: {tpot}"
             )
     return lines

@@ -88,7 +88,7 @@ class EpModel:
         object.__setattr__(self, "w2", w2.to(self.dtype).float())
 
     def step(self, rows: list[int], real: list[int] | None = None, only: int | None = None, seed: int = 0) -> EpStep:
-        """Random rows a group; ``only``: all go to the ``top_k`` experts from that one on."""
+        """Random rows per group; ``only``: all go to the ``top_k`` experts from that one on."""
         generator = torch.Generator().manual_seed(seed)
         xs, topks = [], []
         for count in rows:

@@ -198,7 +198,7 @@ class TestLayers(CustomTestCase):
         self.assertEqual(plain.weight.dtype, torch.float32)
 
     def test_layers_that_only_the_split_keeps_plain_are_named_once(self):
-        # 192 rows a rank: the first rank's begin at a block's edge, the second's do not.
+        # 192 rows per rank: the first rank's begin at a block's edge, the second's do not.
         ranks = thread_ranks(2)
         models = []
         for handle in ranks:

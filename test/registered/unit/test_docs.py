@@ -26,6 +26,7 @@ UNCLEAR = {
     r"\bbeside\b": "next to, in addition to, or overlapping",
     r"\bof theirs\b": "their",
     r"\bwhoever\b": "anyone who, or the caller that",
+    r"\b(?:ms|us|ns|milliseconds|launches) an? (?:token|step|layer|launch|request)\b": "per",
     r"\banew\b": "again",
     r"\bmend(?:s|ed|ing)?\b": "fix, repair",
     r"\blikewise\b": "also, in the same way",

@@ -126,5 +126,5 @@ def plan_heap(buffers: Sequence[ExchangeBuffer], environ: Mapping[str, str]) -> 
     on_heap = [buffer for buffer in buffers if buffer.on_heap]
     parts = " + ".join(f"{buffer.name} {buffer.num_bytes / MIB:.1f}" for buffer in on_heap)
     room = (needed - sum(buffer.num_bytes for buffer in on_heap)) / MIB
-    problem = f"{HEAP_VARIABLE}={text} is {size / MIB:.1f} MiB, and the exchange needs {needed // MIB} MiB a rank"
+    problem = f"{HEAP_VARIABLE}={text} is {size / MIB:.1f} MiB, and the exchange needs {needed // MIB} MiB per rank"
     return HeapPlan(needed, problem=f"{problem} ({parts} + room {room:.1f}): {fix}")
