@@ -1,4 +1,4 @@
-"""What AITER's greedy sampling must answer, through the op table and the sampler, on a device or over the fake."""
+"""Expected results of AITER's greedy sampling, through the op table and the sampler, on a device or with the fake."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _DummyTPGroup:
 
 
 def _mock_global_server_args(backend: str = "pytorch") -> None:
-    """Make up what a sampler of upstream looks up: arguments of the process, and a tensor-parallel group.
+    """Create what upstream's sampler looks up: arguments of the process, and a tensor-parallel group.
 
     Undo it with ``mock.patch``: it writes into the sampler's module.
     """
@@ -226,5 +226,5 @@ class AiterGreedyCases(CustomTestCase):
                         self.assertEqual(ids[use_aiter].tolist(), logits.float().argmax(-1).tolist())
 
 
-# Runners collect what they find in a test file, and there only the subclasses are meant.
+# Test runners collect every class of a test file, of which only the subclasses should run.
 __all__ = ["UNSAFE_VOCABULARY", "AiterGreedyCases"]

@@ -1,4 +1,4 @@
-"""What crossing from sub-block to sub-block by AITER must answer, on a device or over the fake."""
+"""Expected results of AITER's fused mHC between sub-blocks, on a device or with the fake."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ class AiterMhcCases(unittest.TestCase):
             self.assertEqual(dict(record.calls_refused), {"aiter": 3, "aiter_triton": 1})
 
     def test_shape_without_configuration(self) -> None:
-        """The next implementation runs, which is looked up once, and said once."""
+        """The next implementation runs; it is looked up once and logged once."""
         from unittest import mock
 
         calls = []

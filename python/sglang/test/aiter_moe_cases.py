@@ -1,4 +1,4 @@
-"""What the experts by AITER must answer, on a device or over the fake."""
+"""Expected results of AITER's experts, on a device or with the fake."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def routings(generator: torch.Generator, device: str) -> Iterator[tuple[str, tor
 
 
 class AiterMoeBase(unittest.TestCase):
-    """Random experts, and AITER asked for; subclasses say where and how large."""
+    """Random experts, with AITER enabled; subclasses say where and how large."""
 
     device = "cpu"
     hidden, width = 256, 128

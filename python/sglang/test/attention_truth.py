@@ -1,4 +1,4 @@
-"""Attention in float64, one query and one head at a time: what the attention ops are held to."""
+"""Attention in float64, one query and one head at a time: the reference for attention ops."""
 
 from __future__ import annotations
 

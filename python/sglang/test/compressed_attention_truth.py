@@ -156,7 +156,7 @@ class AttentionHarness:
         self.reset()
 
     def reset(self) -> None:
-        """Forget every request; whatever is read and was not written shows."""
+        """Forget every request; poison shows each read of a row that was not written."""
         for buffer in self.pools.buffers():
             # All bits set is NaN in every format but FNUZ's values, whose scale is NaN then.
             buffer.fill_(torch.nan if buffer.is_floating_point() else 255)
@@ -173,7 +173,7 @@ class AttentionHarness:
         self.window.lend(self.random.sample(range(1, last + 1), last))
 
     def new_request(self, prefix_of: TruthRequest | None = None, num_pages: int = 0) -> TruthRequest:
-        """A request, which stands on the first pages of another one."""
+        """A request that shares the first pages of another one."""
         row = self.requests.alloc()
         assert row is not None
         request = TruthRequest(row)
@@ -236,7 +236,7 @@ class AttentionHarness:
         return [layer.truth(x, positions) for layer in self.layers]
 
     def check(self, chunks: Sequence[tuple[TruthRequest, Sequence[int]]], outputs: list[list[torch.Tensor]]) -> None:
-        """AssertionError where the outputs of the last step are not those of the whole sequences; some of many."""
+        """AssertionError if outputs of the last step differ from those of the whole sequences; checks some of many."""
         for number, (request, new) in enumerate(chunks):
             rows = sorted({*self.random.sample(range(len(new)), min(24, len(new))), 0, len(new) - 1})
             start = len(request.tokens) - len(new)

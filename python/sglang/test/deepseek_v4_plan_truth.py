@@ -87,7 +87,7 @@ def check_plan(batch: PlanBatch, ratios: tuple[int, ...] = (4, 128)) -> Compress
 def _compare(
     plan: CompressedPlan, batch: PlanBatch, slots: list[list[int]], windows: list[list[int]], rings: dict[int, int]
 ) -> None:
-    """AssertionError where a number of ``plan`` is another than a loop over the tokens gives.
+    """AssertionError if a number of ``plan`` differs from that of a loop over the tokens.
 
     slots, windows: of every token of each request, where it is, and where its row of the window is.
     """

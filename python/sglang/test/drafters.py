@@ -1,4 +1,4 @@
-"""Drafters for tests and benches: they guess by a rule instead of a model, and know the right answer where asked to."""
+"""Drafters for tests and benchmarks: a rule makes the draft tokens, not a model; it may use the known output."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.speculative.eagle_worker import Drafter
 from sglang.srt.speculative.verify import Accepted
 
-# From the tokens of a request so far to ``n`` guesses.
+# From the tokens of a request so far to ``n`` draft tokens.
 Rule = Callable[[Req, Sequence[int], int], Sequence[int]]
 
 
 class RuleDrafter(Drafter):
-    """Asks ``rule`` for the drafts of each request. Counts what was accepted after how many drafts."""
+    """Makes the drafts of each request by ``rule``, and counts how many are accepted."""
 
     def __init__(self, memory: ReqMemory, rule: Rule, num_steps: int) -> None:
         self.rule = rule
@@ -62,7 +62,7 @@ class RuleDrafter(Drafter):
 
 
 def rules(answers: Mapping[str, Sequence[int]], vocab_size: int, eos: int, error_rate: float = 0.3) -> dict[str, Rule]:
-    """Rules by name; ``answers`` are the right outputs by request id."""
+    """Rules by name; ``answers`` are the correct outputs by request id."""
 
     def right(req: Req, known: Sequence[int], n: int) -> list[int]:
         done = len(known) - len(req.origin_input_ids)

@@ -1,4 +1,4 @@
-"""The next token of one row in float64, one step after the other, and how near its draw is to another id's."""
+"""The sampled token of one row in float64, step by step, and how near the sample is to a boundary between ids."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NEAR = 1e-6
 
 
 def device_edits(rows: Sequence[SamplingRow], vocab_size: int) -> LogitEdits:
-    """What a device would hold of ``rows``, on the host."""
+    """The tensors that a device would have for ``rows``, on the host."""
     edits = EditColumns(rows, vocab_size)
     return edits.build({name: torch.from_numpy(column) for name, column in edits.columns().items()})
 

@@ -38,7 +38,7 @@ def numbers(logprobs: Sequence[float | None]) -> list[float]:
 
 
 class Finished:
-    """All that one request got back."""
+    """Everything that one request received."""
 
     def __init__(self) -> None:
         self.output_ids: list[int] = []
@@ -64,7 +64,7 @@ class EngineHarness:
         with override_server_args(**vars(self.args)):
             self.runner = make_runner(self.args, self.model_config)
         config = SchedulerConfig.create(self.args, self.model_config, self.runner)
-        # On CPU steps never overlap by themselves; the bookkeeping of overlap can still be exercised.
+        # On CPU steps never overlap by default; the bookkeeping of overlap can still be tested.
         config = replace(config, args=replace(self.args, disable_overlap_schedule=not overlap))
         self.memory = make_memory(self.runner, self.args)
         self.worker = TpModelWorker(self.runner, make_speculator(self.args, self.runner))
@@ -82,7 +82,7 @@ class EngineHarness:
         )
 
     def step(self) -> bool:
-        """Take in what was submitted and run one step; False when nothing was left to run."""
+        """Process what was submitted and run one step; False if nothing was left to run."""
         for message in self.receive(wait=False):
             self.scheduler._handle(message)
         return self.scheduler.step()

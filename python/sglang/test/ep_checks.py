@@ -33,7 +33,7 @@ GATHERED: dict[str, Any] = {"moe_a2a_backend": "none"}
 
 
 def poison_what_is_stale(experts: MoriEPMoE) -> None:
-    """Fill the receive buffers with what must never be read."""
+    """Fill the receive buffers with poison, which must never be read."""
     transport: Any = experts.dispatcher.transport
     batch = transport._batch
     batch.hidden.copy_(torch.tensor(torch.nan))
@@ -109,7 +109,7 @@ def check_capped() -> None:
 
 
 def check_manual_cut() -> None:
-    """A manual cut below what can arrive is raised to it, said once, counted; a small batch stays cut."""
+    """A manual limit below the rows that can arrive is raised, logged once, counted; a small batch keeps it."""
     states, layers = build(2, 2, manual=3, **MORI)
     seen: list[int] = []
     for experts in layers:
@@ -156,9 +156,9 @@ def check_result_is_new() -> None:
 
 
 def check_metadata() -> None:
-    """A rank whose rows are not what the others were told refuses before it exchanges anything."""
+    """A rank whose row count differs from what the others know refuses before it exchanges anything."""
     states, layers = build(2, 2, **MORI)
-    states[0].world.meeting.abort()  # type: ignore[attr-defined]  # nobody will come
+    states[0].world.meeting.abort()  # type: ignore[attr-defined]  # no other rank will come
     step = MODEL.step([4, 3])
     for forward_batch in (
         None,
@@ -207,7 +207,7 @@ def check_stale_rows() -> None:
 
 
 def check_contract() -> None:
-    """What a transport refuses before it could lose a row."""
+    """Cases that a transport refuses before it could lose a row."""
     sizes = EpConfig(0, 1, 8, 4, 8, 3, torch.float32, torch.float32, max_total_recv_tokens=2, mode="two_phase")
 
     def rows(count: int) -> tuple[Any, ...]:
@@ -312,7 +312,7 @@ def check_release() -> None:
 
 
 def check_eight_bit() -> None:
-    """Rows that travel as 8-bit floats give, bit by bit, what rows quantised where the experts are give."""
+    """Rows sent as 8-bit floats give, bit by bit, the result of rows quantised on the experts' rank."""
     step = EIGHT_BIT.step([5, 3], only=1)
     results = []
     for dtype, travels in (("bf16", "float32"), ("fp8", "float8_e4m3fn"), ("auto", "float8_e4m3fn")):
@@ -344,7 +344,7 @@ def check_fake() -> None:
 
 
 def check_device_only_exchange() -> None:
-    """The way of GPUs, where every rank picks its rows on the device."""
+    """The path of GPUs, where every rank selects its rows on the device."""
     for args, cap in ((MORI, 0), (LOW, 0), (MORI, 6)):
         states, layers = build(4, 4, limit=8, cap=cap, **args)
         for experts in layers:

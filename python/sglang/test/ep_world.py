@@ -1,4 +1,4 @@
-"""Worlds of expert ranks for tests: random steps, what one rank with all experts makes of them, and the layers."""
+"""Worlds of expert ranks for tests: random steps, the results of one rank with all experts, and the layers."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class EpModel:
         return EpStep(xs, topks, rows if real is None else real)
 
     def truth(self, step: EpStep, group: int) -> torch.Tensor:
-        """What one rank with all experts makes of the group's real rows."""
+        """Result of one rank with all experts for the group's real rows."""
         count = step.real[group]
         x, weights, ids = (t.cpu()[:count] for t in (step.x[group], step.topk[group].weights, step.topk[group].ids))
         if self.quant_config is None:
@@ -160,7 +160,7 @@ def process_state(rank: int, world: int, groups: int) -> ParallelState:
 
 
 def check_state(state: ParallelState, device: torch.device, model: EpModel, cap: int, **args: object) -> FusedMoE:
-    """Build the layer of one process and hold it to the truth for each of LOADS; returns it."""
+    """Build the layer of one process and compare it with the reference for each of LOADS; returns it."""
     with (
         envs.SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK.override(8),
         envs.SGLANG_MORI_PREALLOC_MAX_RECV_TOKENS.override(cap),

@@ -1,4 +1,4 @@
-"""An engine without a model: speaks the scheduler's wire, answers with scripted tokens, runs the real detokenizer."""
+"""An engine without a model: the scheduler's protocol with scripted tokens, and the real detokenizer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Script = Callable[[TokenizedGenerateReqInput], Sequence[int]]
 
 
 def echo(request: TokenizedGenerateReqInput) -> Sequence[int]:
-    """The prompt, again and again."""
+    """The prompt, repeated."""
     ids = request.input_ids
     return [ids[i % len(ids)] for i in range(request.sampling_params.max_new_tokens or 0)]
 
@@ -48,7 +48,7 @@ class _Running:
 
 
 class FakeScheduler:
-    """Answers on the real sockets from a thread.
+    """Replies on the real sockets from a thread.
 
     ``received`` holds every message. ``delay_s`` passes before each token, ``error`` ends every request with that
     reason after its first token. ``frozen`` stops all answers: requests wait and never start.
@@ -204,7 +204,7 @@ def _output(entry: _Running, reason: FinishReason | None) -> TokenIDOutput:
 
 
 class FakeEngine:
-    """Fake schedulers and the real detokenizer in threads, with the face of ``EngineProcesses``.
+    """Fake schedulers and the real detokenizer in threads, with the interface of ``EngineProcesses``.
 
     Set ``dead`` to a text to play a child process that ended, ``asked`` to True for one that got a SIGTERM,
     ``stall`` to a text for one that makes no progress.

@@ -29,7 +29,7 @@ CONTEXT_LEN = 128
 
 
 class FakeServer:
-    """Serves until ``stop``; ``scheduler`` is the fake one, ``error`` what it ends requests with.
+    """Serves until ``stop``; ``scheduler`` is the fake one, ``error`` the one that ends requests.
 
     ``added_tokens`` are further tokens of the vocabulary, ``tokenizer_config`` keys of tokenizer_config.json.
     ``settings`` are fields of ServerArgs. The listener is always on loopback, whatever ``host`` they name.
@@ -98,7 +98,7 @@ class FakeServer:
 
 
 class FakeServerTestCase(CustomTestCase):
-    """One fake server a class, ``settings`` its fields of ServerArgs; each test starts with a quick, healthy engine."""
+    """One fake server per class, ``settings`` its fields of ServerArgs; each test starts with a healthy engine."""
 
     settings: dict[str, Any] = {}
     fake: FakeServer

@@ -2,7 +2,7 @@
 
     python -m sglang.test.few_shot_gsm8k --data-path test.jsonl --num-questions 200
 
-The file holds one JSON object a line with "question" and "answer", the answer ending in "#### NUMBER". Its first
+The file holds one JSON object per line with "question" and "answer", the answer ending in "#### NUMBER". Its first
 --num-shots entries are shown as examples and are not asked. Nothing is downloaded.
 """
 
@@ -81,7 +81,7 @@ def server_url(host: str, port: int) -> str:
 
 
 def run_eval(args: argparse.Namespace) -> GSM8KResult:
-    """Ask the questions of ``args`` (see ``make_parser``) and print accuracy and throughput; raises EvalError."""
+    """Send the questions of ``args`` (see ``make_parser``) and print accuracy and throughput; raises EvalError."""
     prompts = make_prompts(read_questions(args.data_path), args.num_shots, args.num_questions)
     if len(prompts) < args.num_questions:
         print(f"{args.data_path} has {len(prompts)} of the {args.num_questions} questions asked for")

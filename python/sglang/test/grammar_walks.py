@@ -1,4 +1,4 @@
-"""Random outputs that a grammar allows: what any model may say, within a bound on its length."""
+"""Random outputs that a grammar allows, up to a maximal length."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def walk(
     liked: frozenset[int] = frozenset(),
     max_tokens: int = 400,
 ) -> list[int] | None:
-    """Tokens of a whole output without its end, None where it did not end in time; ``liked`` ones are drawn more."""
+    """Tokens of a whole output without its end, None if it did not end in time; ``liked`` ones come more often."""
     output: list[int] = []
     while len(output) < max_tokens:
         ids = allowed_ids(backend, grammar)

@@ -66,13 +66,13 @@ class RankEngine:
 
 
 def nothing_received(engine: EngineHarness) -> None:
-    """AssertionError where a server that is about to start counts rows of the proof of its graphs as load."""
+    """AssertionError if a starting server counts rows of the check of its graphs as load."""
     told = engine.runner.describe()["experts"].get("received_rows", {"live": 0})
     assert told["live"] == 0, told
 
 
 def err_behind_rank_zero(engine: EngineHarness) -> None:
-    """Let every rank but the first of each group err in its own draws and drafts, which must not matter."""
+    """Make samples and drafts wrong on every rank but the first of each group, which must not matter."""
     speculator, vocab = engine.worker.speculator, engine.model_config.vocab_size
     assert speculator is not None
     if get_tp_group().rank:
@@ -82,7 +82,7 @@ def err_behind_rank_zero(engine: EngineHarness) -> None:
 
 
 def refuse_draft_extend(engine: EngineHarness) -> None:
-    """Let no graph run the layer over the rows of a verify step, as if its proof had failed."""
+    """Let no graph run the layer over the rows of a verify step, as if its check had failed."""
     graphs = engine.runner.draft_graphs[EXTEND]
     for bucket in graphs.buckets:
         graphs._refuse(bucket, "asked for")
@@ -125,7 +125,7 @@ class TwoGroups:
         prepare: Callable[[EngineHarness], None] = lambda engine: None,
         **settings: Any,
     ) -> RankEngine:
-        """The requests on one rank; AssertionError where a token differs or nothing was accepted, rejected or idle.
+        """The requests on one rank; AssertionError if a token differs or nothing was accepted, rejected or idle.
 
         prepare: what is done to the engine first.
         """
@@ -174,5 +174,5 @@ class TwoGroups:
         assert all(told["captured"] == [2, 4] and not told["refused"] for told in graphs.values()), graphs
         chains = counts[GREEDY] + counts[SAMPLED]
         assert counts["verify"] == counts[EXTEND] > 0 < chains, counts
-        # Chains of a step in which somebody's logits are edited are eager on all ranks, as are those after prompts.
+        # If any request of a step has logit edits, its chains are eager on all ranks, as are those after prompts.
         assert groups == 1 or chains < counts["verify"], counts

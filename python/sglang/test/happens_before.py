@@ -86,7 +86,7 @@ class FakeStream:
             self.clock[name] = max(self.clock.get(name, 0), time)
 
     def wait_stream(self, stream: FakeStream) -> None:
-        """Order what is queued here from now on after all that ``stream`` has, unless this very wait is left out."""
+        """Order what is queued here from now on after all that ``stream`` has, unless this wait is left out."""
         if self.platform.passes_wait(f"{self.name} after {stream.name}"):
             self.wait_event(stream.record_event())
 

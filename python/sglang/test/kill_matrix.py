@@ -1,4 +1,4 @@
-"""One cell of the kill matrix: a server, clients at one stage, one signal to one process, and what must follow."""
+"""One cell of the kill matrix: a server, clients at one stage, one signal to one process, and the expected outcome."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STAGES = ("idle", "queued", "prefill", "decode", "streaming")
 
 DRAIN_S = 2
 WATCHDOG_S = 6
-# Against hangs alone: machines of tests are shared.
+# Only against hangs: test machines are shared.
 PATIENCE_S = 120.0
 # What an idle server may compute to end, all processes together; interpreters that end in their own way take two.
 MAX_END_CPU_S = 1.0
@@ -92,7 +92,7 @@ class Client:
 
 
 class Cell:
-    """Runs one cell; AssertionError where something else follows than must."""
+    """Runs one cell; AssertionError if the outcome is not the expected one."""
 
     def __init__(self, process: str, signum: signal.Signals, stage: str) -> None:
         self.process, self.signum, self.stage = process, signum, stage
@@ -125,7 +125,7 @@ class Cell:
         began = time.monotonic()
         os.kill(self._pid(), self.signum)
         if (self.process, self.signum) == ("main", signal.SIGSTOP):
-            # Nobody is there to notice; what counts is that nothing is lost when it continues.
+            # No client is connected; what counts is that nothing is lost when it continues.
             time.sleep(WATCHDOG_S + 2)
             os.kill(self._pid(), signal.SIGCONT)
             assert httpx.get(f"{self.url}/ready", timeout=PATIENCE_S).status_code == 200, "does not go on"

@@ -94,7 +94,7 @@ class ModelHarness:
         self.plan = StepPlan()
 
     def context(self) -> AttentionContext:
-        """What a backend over the harness's pools works on."""
+        """The context of a backend over the harness's pools."""
         window_pages = None if self.window is None else self.window.table
         return AttentionContext(self.config, self.requests, self.pools, torch.device("cpu"), window_pages)
 
@@ -168,7 +168,7 @@ class ModelHarness:
         return self.run(ModelWorkerBatch.idle(), every_row=False)
 
     def decode(self, steps: Sequence[tuple[HarnessRequest, int]]) -> list[torch.Tensor]:
-        """Run one token of each request; [1, V] log-probabilities a request."""
+        """Run one token of each request; [1, V] log-probabilities per request."""
         requests = [request for request, _ in steps]
         seq_lens = [request.num_tokens + 1 for request in requests]
         slots = self.allocator.alloc_decode(seq_lens, self._last_slots(requests))

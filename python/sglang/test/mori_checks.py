@@ -65,7 +65,7 @@ def rows_of(rank: int, count: int = 3) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def check_delivery() -> None:
-    """Rows and types that MORI allocates and delivers are those that were planned, whatever the release does."""
+    """Rows and types that MORI allocates and delivers are the planned ones with every release."""
     import mori
 
     op_class = mori.ops.EpDispatchCombineOp
@@ -118,7 +118,7 @@ def check_delivery() -> None:
 
 
 def check_own_bound() -> None:
-    """What MORI would not check is refused before MORI is called: rows past the buffers, results that are too few."""
+    """Errors that MORI would not find are refused before MORI is called: rows past the buffers, too few results."""
 
     def work(rank: int, group: ProcessGroupHandle) -> None:
         x, weights, ids = rows_of(rank)
@@ -145,7 +145,7 @@ def check_own_bound() -> None:
 
 
 def check_releases() -> None:
-    """Ranks that run different releases of MORI stop, all of them, and so do those whose release lacks the kernel."""
+    """If ranks have different releases of MORI, all stop; also if the release lacks the kernel."""
 
     def work(rank: int, group: ProcessGroupHandle) -> None:
         import mori
@@ -248,7 +248,7 @@ def _variables(**values: str) -> Any:
 
 
 def check_warning() -> None:
-    """The dispatcher says when shared experts were asked to overlap an exchange that holds the compute units."""
+    """The dispatcher warns if shared experts should overlap an exchange that occupies the compute units."""
     logger = "sglang.srt.layers.moe.token_dispatcher.moriep"
 
     def make(kind: str, mode: str, rank: int = 0) -> list[str]:

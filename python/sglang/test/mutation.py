@@ -1,4 +1,4 @@
-"""A child process in which one line of the product is different: a test that does not notice tests nothing."""
+"""A child process in which one line of the product is changed: a test that still passes tests nothing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 
 class Mutation(NamedTuple):
-    """``old`` stands once in the source of ``module``; ``new`` takes its place."""
+    """``old`` occurs once in the source of ``module``; ``new`` replaces it."""
 
     name: str
     module: ModuleType
@@ -43,7 +43,7 @@ OUT_OF_DATE = 3
 
 
 def is_noticed(mutation: Mutation | None, check: Callable[[], object], timeout_s: int = 90) -> bool:
-    """Whether ``check`` fails in a fork to which ``mutation`` (None: nothing) was done; waiting for ever is failing.
+    """Whether ``check`` fails in a fork with ``mutation`` (None: nothing) applied; a hang is a failure.
 
     Raises LookupError when the mutation does not fit the source.
     """
@@ -83,6 +83,6 @@ def _child(mutation: Mutation | None, check: Callable[[], object], timeout_s: in
         check()
         status = 0
     except BaseException:
-        pass  # the status tells
+        pass  # the exit status shows it
     finally:
         os._exit(status)

@@ -1,4 +1,4 @@
-"""Tiny checkpoints whose routed experts are MXFP4, as Quark and as DeepSeek V4 lay them out, and their plain twins."""
+"""Tiny checkpoints whose routed experts are MXFP4, in the layouts of Quark and DeepSeek V4, and dequantized."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def save_four_bit(source: str | Path, folder: str | Path, style: str) -> dict[st
 
 
 def _blocks(name: str, tensor: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """A matrix in fp8 blocks under DeepSeek V4's names, one power of two a block, and its numbers."""
+    """A matrix in fp8 blocks under DeepSeek V4's names, one power of two per block, and its numbers."""
     w = tensor.float()
     rows, columns = w.shape
     scales = torch.ones(-(-rows // 128), -(-columns // 128))

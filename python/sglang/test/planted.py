@@ -1,4 +1,4 @@
-"""Faults planted into the processes of a server: what one rank does instead at some call of the product.
+"""Faults inserted into the processes of a server: what one rank does instead at some call of the product.
 
 A folder that goes onto PYTHONPATH holds ``sitecustomize.py``, which every Python process runs first.
 """

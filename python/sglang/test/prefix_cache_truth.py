@@ -1,4 +1,4 @@
-"""A slow prefix cache made of a dictionary, and a random server that holds a fast one against it step by step."""
+"""A slow prefix cache made of a dictionary, and a random server that compares the fast one with it step by step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Page:
 
 
 class PrefixTruth:
-    """Every cached prefix of whole pages by its tokens; nothing is shared, nothing is clever."""
+    """Every cached prefix of whole pages by its tokens; nothing is shared."""
 
     def __init__(self, page_size: int, hybrid: bool):
         self.page_size = page_size
@@ -134,7 +134,7 @@ class FakeRequest:
 
 
 def state_of(tokens: Prefix) -> float:
-    """A number that stands for the recurrent state after ``tokens``; 0 for none, as a fresh slot."""
+    """A number in place of the recurrent state after ``tokens``; 0 for none, as a fresh slot."""
     return float(hash(tokens) % 1_000_003 + 1) if tokens else 0.0
 
 
@@ -303,7 +303,7 @@ class RandomServer:
         return result, whole, slots
 
     def _expect_snapshot(self, whole: Prefix, done: int) -> None:
-        """Give the truth the state that a snapshot is to make."""
+        """Give the reference the state that a snapshot will have."""
         assert self.states is not None
         if len(whole) != done or not whole:
             return
@@ -380,7 +380,7 @@ class RandomServer:
         self._count("state held")
 
     def compare(self) -> None:
-        """The tree, page by page, and all books."""
+        """Check the tree, page by page, and all counters."""
         held = [slot for req in self.running for slot in req.slots[req.owned :]]
         held_slots = torch.tensor(held, dtype=torch.int64)
         live = [req.live_state for req in self.running if req.live_state is not None]

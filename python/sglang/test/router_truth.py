@@ -1,4 +1,4 @@
-"""What a router may answer: any order and any choice among equals is right, so it is judged, not compared."""
+"""Checks results of a router: any order and any choice among equal scores is right, so they are not compared."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def judge_shared(args: Any, out: Any) -> tuple[Any, Any]:
 
 
 def judge_router(name: str, args: Any, out: Any) -> None:
-    """AssertionError unless ``out`` is a right answer of router ``name``."""
+    """AssertionError unless ``out`` is a correct result of router ``name``."""
     bias = None
     if isinstance(args[-1], SharedSlots):
         args, out = judge_shared(args, out)

@@ -34,17 +34,17 @@ Answer = TypeVar("Answer")
 
 
 class EvalError(RuntimeError):
-    """The evaluation could not be carried out; the message says what was asked and what came back."""
+    """The evaluation failed; the message states the request and the reply."""
 
 
 class Client:
-    """Asks one server; `base_url` without a trailing path, `api` is "generate" or "chat"."""
+    """Sends questions to one server; `base_url` without a trailing path, `api` is "generate" or "chat"."""
 
     def __init__(self, base_url: str, api: str = "generate", api_key: str | None = None):
         self.api = api
         self.base_url = base_url.rstrip("/")
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        # A proxy set for the outside world must not see loopback traffic.
+        # Loopback traffic must not go to a proxy.
         self._http = httpx.Client(
             headers=headers, timeout=REQUEST_TIMEOUT_S, trust_env=False, limits=httpx.Limits(max_connections=None)
         )
@@ -130,7 +130,7 @@ def transformers_answers(model_path: str, questions: Sequence[Question], api: st
 
 
 def correct_by_task(questions: Sequence[Question], answers: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Task -> (exact matches, questions asked), for every task that was asked."""
+    """Task -> (exact matches, questions sent), for every task."""
     counts: dict[str, tuple[int, int]] = {}
     for question, given in zip(questions, answers):
         right, asked = counts.get(question.task, (0, 0))
@@ -139,7 +139,7 @@ def correct_by_task(questions: Sequence[Question], answers: Sequence[str]) -> di
 
 
 def print_report(who: str, counts: dict[str, tuple[int, int]]) -> int:
-    """Print one line a task and the overall score; returns the number of exact matches."""
+    """Print one line per task and the overall score; returns the number of exact matches."""
     right = sum(count for count, _ in counts.values())
     asked = sum(count for _, count in counts.values())
     print(f"{who}:")
@@ -159,7 +159,7 @@ def failures(counts: dict[str, tuple[int, int]], min_score: float) -> list[str]:
 
 
 def run_eval(args: argparse.Namespace) -> list[str]:
-    """Carry out what the parsed arguments ask, print the tables, and return the reasons to fail (none: passed)."""
+    """Run the evaluation, print the tables, and return the reasons to fail (none: passed)."""
     questions = EVALS[args.eval_name](args.num_examples, args.seed)
     problems: list[str] = []
     answers: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""A scheduler over a model whose "KV" is the token itself, so that every wrong slot, state or order shows."""
+"""A scheduler over a model whose "KV" is the token itself, which makes every wrong slot, state or order visible."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class FakeWorker:
         self.windows: dict[int, int] = {}
         self.last_token: dict[int, int] = {}
         self.lengths: dict[int, int] = {}  # by row, as a device knows them
-        self.num_behind = 0  # rows of steps for which the host knew a bound of the length alone
+        self.num_behind = 0  # rows of steps for which the host knew only a bound of the length
         self.num_steps = 0
         self.num_extend_rows = 0
         self.num_penalised_steps = 0
@@ -328,7 +328,7 @@ def request(rid: str, prompt: list[int], max_new: int = 8, stream: bool = False)
 
 
 def random_traffic(case: TestCase, seed: int, **options: Any) -> Setup:
-    """Random arrivals with shared prefixes, and aborts; ``case`` asserts that each answers as if it were alone."""
+    """Random arrivals with shared prefixes, and aborts; ``case`` asserts that each has the output of a run alone."""
     rng = random.Random(seed)
     setup = make(**options)
     limit = setup.scheduler.config.max_req_len

@@ -38,11 +38,11 @@ class SchemaFuzzTestCase(CustomTestCase):
         cls.process.wait()
 
     def check(self, num_cases: int, seed: int) -> None:
-        """No 500, no hang, and a healthy answer after."""
+        """No 500, no hang, and a healthy server afterwards."""
         statuses = fuzz(self.url, num_cases, seed)
         print(f"seed {seed}: {dict(sorted(statuses.items()))}")
         self.assertGreater(sum(statuses.values()), 0.8 * num_cases)
-        # Neither all refused nor all accepted: both kinds reached what they were meant for.
+        # Neither all refused nor all accepted: both kinds were tested.
         self.assertGreater(statuses[200], 0.1 * num_cases)
         self.assertGreater(statuses[400], 0.1 * num_cases)
         body = {"text": "27+58=", "sampling_params": {"temperature": 0}}
