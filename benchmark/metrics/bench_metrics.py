@@ -1,6 +1,6 @@
 """What /metrics costs: one server with them, read once per second, and one without, given the same load alternately.
 
-    python benchmark/metrics/bench_metrics.py [--starts 3] [--seconds 75]
+    python benchmark/metrics/bench_metrics.py [--starts 4] [--seconds 100]
 
 Every turn streams --batch-size requests of --output-len tokens. Printed are the seconds of a turn (min / median / max),
 by the clock and of the CPU of all processes of the server, and the ratio in the pairs of turns: geometric mean and
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--input-len", type=int, default=32)
     parser.add_argument("--output-len", type=int, default=192)
     parser.add_argument("--rounds", type=int, default=100, help="Of each start.")
-    parser.add_argument("--starts", type=int, default=3)
+    parser.add_argument("--starts", type=int, default=4, help="An even number: each server is the first equally often.")
     parser.add_argument(
         "--seconds", type=float, default=600.0, help="Of all turns: fewer rounds where they take longer."
     )
