@@ -1,4 +1,4 @@
-"""The emulator of AMD's machine code: what it answers without tinygrad, and what it sees and does not see with it.
+"""The emulator of AMD's machine code: its result without tinygrad, and which errors it finds with it.
 
 Without a checkout of tinygrad only the first part runs; the rest is skipped, and says so.
 """
@@ -129,7 +129,7 @@ class TestWithTinygrad(CustomTestCase):
         self.assertTrue(error > 1e-4 or error != error, error)
 
     def test_does_not_see_missing_waits(self):
-        """Memory answers at once here: the documentation says that no verdict covers a wait."""
+        """Memory has no latency here: the documentation says that no result covers a wait."""
 
         def plant(assembly):
             self.assertIn("s_waitcnt vmcnt", assembly)
@@ -159,13 +159,13 @@ class TestWithTinygrad(CustomTestCase):
                 self.assertTrue(torch.equal(back, wanted.to(wide)), (arch, wide))
 
     def test_ops_over_their_cases(self):
-        """The ugly cases of the crossing between sub-blocks, on both architectures."""
+        """The corner cases of fused mHC between sub-blocks, on both architectures."""
         done = emulate("mhc.hc_post_pre", tinygrad=CHECKOUT)
         self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
         self.assertIn("36 of 36 cases ran", done.stdout)
 
     def test_a_wrong_kernel_disagrees(self):
-        """The same with a source that forgets a term: the exit status says so."""
+        """The same with a source that lacks a term: the exit status shows it."""
         source = (REPO / "python/sglang/kernels/ops/mhc/mhc_triton.py").read_text()
         self.assertEqual(source.count("comb_at + 12"), 1)
         with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""The AMD gate: every Triton kernel compiles for gfx942 and gfx950 without a spill, and a planted bad one is caught."""
+"""The AMD gate: every Triton kernel compiles for gfx942 and gfx950 without a spill, and a bad one is found."""
 
 import dataclasses
 import itertools

@@ -47,7 +47,7 @@ def true_entry(kv, gate, kv_states, gate_states, sources, bias, weight, eps, cos
 
 class TestStore(CustomTestCase):
     def test_against_loops(self):
-        """Rows stand where they belong, decoded one number at a time; others are 0 as before."""
+        """Rows are at their places, decoded one number at a time; all others are still 0."""
         for case in store_rows.cases():
             rows, ids, cache, *scales = [arg.clone() for arg in case.args]
             cache, *scales = store_rows(rows, ids, *case.args[2:])
@@ -125,7 +125,7 @@ class TestCompress(CustomTestCase):
         self.assertTrue(torch.equal(compress(*args)[0], wanted))
 
     def test_softmax_is_per_channel_and_the_oldest_half_comes_from_the_first_columns(self):
-        """One token of the window before outweighs all others in one channel alone."""
+        """One token of the window before outweighs all others in only one channel."""
         kv, gate = torch.zeros(8, 4), torch.zeros(8, 4)
         kv[1, :2], kv[5, 2:] = torch.tensor([3.0, 5.0]), torch.tensor([7.0, 9.0])
         gate[1, 0], gate[5, 3] = 1e4, 1e4

@@ -285,7 +285,7 @@ class TestSteps(CustomTestCase):
 
 
 class TestVerifyStep(CustomTestCase):
-    """Steps of several tokens, any of which may not count, against the tokens that counted, one by one."""
+    """Steps of several tokens, of which some are rejected, against the accepted tokens one by one."""
 
     def check(self, rows, num_sequences, num_steps, seed):
         generator = torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The fused crossing of mHC on a GPU: served widths, and graphs and an eager stream alternately over poisoned scratch.
+"""Fused mHC on a GPU: served widths, and graphs alternating with an eager stream over poisoned scratch.
 
 Its CPU siblings: test_triton_interpreted.py for the kernels, test_aiter_fused_mhc.py for the graphs.
 """

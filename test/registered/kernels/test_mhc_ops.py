@@ -1,4 +1,4 @@
-"""The ops of hyper-connections against loops over numbers in float64, and what a wrong one would compute."""
+"""The ops of hyper-connections against float64 loops over single numbers, and against wrong variants."""
 
 import math
 import unittest
@@ -116,7 +116,7 @@ class TestHyperConnections(CustomTestCase):
         self.assertEqual({hc_post_pre.reference(*case.args)[4] for case in hc_post_pre.cases()}, {True, False})
 
     def test_streams_that_are_one_row(self):
-        """What the first layer meets: an embedding seen four times."""
+        """Input of the first layer: four equal streams."""
         generator = torch.Generator().manual_seed(2)
         row = torch.randn(5, 64, generator=generator)
         fn, base = parameters(4, 64, 24, generator)

@@ -253,7 +253,7 @@ OWN_DTYPES = (
 
 
 def assert_neighbours(found, wanted):
-    """8-bit floats [...]: no two further apart than neighbours, and at most one in 200 is not the same."""
+    """8-bit floats [...]: at most one in 200 differs, and only by one step of the format."""
     bits = [tensor.to(torch.float8_e4m3fn).view(torch.uint8).cpu().int() for tensor in (found, wanted)]
     ranks = [torch.where(part < 128, part, 128 - part) for part in bits]
     far = (ranks[0] - ranks[1]).abs()
@@ -280,7 +280,7 @@ def assert_near_by_row(found, wanted, bound):
 
 
 def check_case(op, impl, case, on_matrix_units=False):
-    """Run one implementation on one case; AssertionError when it is not what the reference and the truth say."""
+    """Run one implementation on one case; AssertionError if it differs from the reference or the truth."""
     args = clone(case.args)
     if on_matrix_units and op.name in EIGHT_BIT_ERROR:
         wanted = op.reference(*clone(case.args))
@@ -353,7 +353,7 @@ class TestOpParity(CustomTestCase):
             self.assertIn(op.reference.__module__, text, f"{elsewhere} does not test {name}")
 
     def test_aiter_takes_no_limit(self):
-        """Its experts do not clamp: what it runs without a limit it leaves with one, and nothing else decides."""
+        """Its experts do not clamp: it runs calls without a limit, and none with a limit."""
         for name in ("moe.fused_experts", "moe.fused_experts_fp8"):
             op = REGISTRY.ops[name]
             aiter = next(impl for impl in op.impls if impl.name == "aiter")
@@ -407,7 +407,7 @@ def _break(fn, how):
 
 
 class TestTheTest(CustomTestCase):
-    """The walk above must notice an implementation that is wrong in the ways that wrong kernels are."""
+    """The tests above must fail for implementations with typical errors of kernels."""
 
     def assert_noticed(self, name, how):
         op = REGISTRY.ops[name]

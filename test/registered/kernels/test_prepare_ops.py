@@ -1,4 +1,4 @@
-"""The ops between attention's projections and its kernels, against float64 loops and the ops they stand for."""
+"""The ops between attention's projections and its kernels, against float64 loops and the ops they replace."""
 
 import unittest
 

@@ -22,7 +22,7 @@ def setUpModule():
 
 
 class TestReference(CustomTestCase):
-    """What test_sparse_attention_gpu.py asks of every implementation there, of the reference here."""
+    """The checks of test_sparse_attention_gpu.py, here for the reference."""
 
     def test_matrix(self):
         for packed, heads in ((FP8, (1, 16, 64, 128)), (torch.float8_e4m3fnuz, (16,))):
@@ -58,7 +58,7 @@ class TestBodyInterpreted(CustomTestCase):
         torch.testing.assert_close(found, sparse_attention_torch(q, window, ids, *rest)[::2], rtol=1e-4, atol=1e-5)
 
     def test_a_score_that_is_not_a_number_is_chosen_first(self):
-        """So that it shows in the output, as the reference has it; minus zero equals zero."""
+        """It must be visible in the output, as in the reference; minus zero equals zero."""
         from sglang.kernels.ops.attention.select_entries import select_entries_torch, select_entries_triton
 
         keys = torch.zeros(2 * 64, 16)
@@ -89,7 +89,7 @@ class TestBodyInterpreted(CustomTestCase):
         self.assertTrue(torch.equal(found, module.select_entries_torch(*case.args)))
 
     def test_entries_and_states_at_once(self):
-        """One launch where no entry reads what the step writes: decode steps of two requests."""
+        """One launch if no entry reads what the step writes: decode steps of two requests."""
         from sglang.kernels.ops.attention import compress as module
 
         case = next(case for case in module.compress.cases() if case.name == "none-closed")

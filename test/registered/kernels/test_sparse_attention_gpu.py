@@ -28,7 +28,7 @@ def on_gpu(args):
 
 
 def pages_on_gpu(args, per_page):
-    """The caches again in pages of one buffer each, as a pool has them: the device's copies have lost the gaps."""
+    """The caches in pages of one buffer each, as in a pool: copies on the device have no gaps."""
     moved = list(on_gpu(args))
     for at in (1, 6):
         if at < len(args) and args[at] is not None and args[at].dim() == 3:
@@ -56,7 +56,7 @@ class TestSparseAttentionOnGpu(CustomTestCase):
         print(f"{count} (case, splits) pairs on {torch.cuda.get_device_name()}")
 
     def test_two_passes(self):
-        """Over the whole matrix of 8-bit rows: by instructions of the architecture where it has them, and without."""
+        """All cases of 8-bit rows, with the instructions of the architecture if it has them, and without."""
         dtype, of_arch = fp8_dtype(current_platform.arch), current_platform.arch in PACKED_ARCHS
         for case in sparse_matrix((1, 16, 64, 128), dtype):
             args, truth = pages_on_gpu(case.args, 0), case.truth()

@@ -39,7 +39,7 @@ def close(found, wanted):
 
 
 def holds(kept, row):
-    """Whether ``kept`` is ``row`` as its dtype can best tell it, ties aside."""
+    """Whether ``kept`` is ``row`` rounded to its dtype, except ties."""
     if kept.dtype == row.dtype:
         return torch.equal(kept, row)
     codes = torch.arange(256, dtype=torch.uint8).view(kept.dtype).double()
@@ -130,7 +130,7 @@ class TestInterpretedBodies(CustomTestCase):
 
 
 class TestReferences(CustomTestCase):
-    """The references of ops whose results are not attention outputs alone, against loops in float64."""
+    """References of ops that return more than attention outputs, against loops in float64."""
 
     def test_extend_state(self):
         for case in attention_state.extend_state.cases():

@@ -64,7 +64,7 @@ class TestTritonGDNOnGpu(CustomTestCase):
                     self.check(gdn_extend_step_triton, gdn_extend_step_torch, args, most)
 
     def test_verify_steps_at_serving_widths(self):
-        """Rows that count and rows that do not, a sequence alone, and padding that is NaN."""
+        """Accepted and rejected rows, one sequence, and padding with NaN."""
         limits = {torch.float32: (2e-5, 2e-5), torch.bfloat16: (1e-2, 4e-3)}
         for dtype, most in limits.items():
             for shape, slots, rows in ((SHAPES[0], [5, 2, 7], 4), (SHAPES[2], [3], 2), (SHAPES[3], [1, 0, 6], 9)):

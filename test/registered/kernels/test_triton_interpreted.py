@@ -65,7 +65,7 @@ class TestTritonInterpreted(CustomTestCase):
         print(f"{ran.total()} (op, case) pairs in the interpreter of triton {triton.__version__}")
 
     def test_rows_quantised_where_they_are_made(self):
-        """In float16, which the interpreter rounds to as it should: codes, scales, and where both are written."""
+        """In float16, which the interpreter rounds correctly: codes, scales, and where both are written."""
         REGISTRY.load_all()
         for name in QUANTIZING:
             op = REGISTRY.ops[name]
@@ -80,7 +80,7 @@ class TestTritonInterpreted(CustomTestCase):
                         torch.testing.assert_close(found, wanted, rtol=rtol, atol=1e-5, equal_nan=True)
 
     def test_tiles_of_two_sums_and_rows_quantised_by_the_product(self):
-        """8-bit experts as where many tokens come, with float16 for the 8-bit type; a width of no two runs as well."""
+        """8-bit experts with many tokens, float16 in place of the 8-bit type; also a width of an odd number of runs."""
         generator = torch.Generator().manual_seed(3)
         gate_up_tile = {"BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 2}
         ids = torch.tensor([[0, 2], [2, -1], [1, 2], [2, 0], [2, 2]], dtype=torch.int32)
@@ -117,7 +117,7 @@ class TestTritonInterpreted(CustomTestCase):
             self.assertEqual(float(load_rows(*cache, torch.arange(2), dim)[1, 0]), 1.0)
 
     def test_partial_sums_of_mhc_are_written_before_they_are_read(self):
-        """Scratch and outputs that hold NaN before give what they give else, in one block of rows and in several."""
+        """NaN in scratch and outputs beforehand changes no result, with one block of rows and with several."""
         real = torch.empty
         poison = mock.patch.object(torch, "empty", lambda *a, **k: real(*a, **k).fill_(math.nan))
         # Of 1,024 columns there are 16 slices, of which the second kernel adds eight at once.

@@ -59,7 +59,7 @@ def to(args, device):
 
 
 def on_device(impl):
-    """The implementation run on the GPU, seen from the CPU: what it writes into its arguments comes back too."""
+    """Run the implementation on the GPU and copy its results back, also what it writes into its arguments."""
 
     def run(*args):
         moved = to(args, DEVICE)
@@ -100,7 +100,7 @@ def moe_case(tokens, experts, hidden, width, top_k, dtype, skewed=False):
 
 @functools.cache
 def four_bit_forms(dtype):
-    """The forms of the four-bit experts that a server of this GPU may choose, and the one that its proof lets pass."""
+    """The forms of the four-bit experts that a server on this GPU may choose, and the one that its check allows."""
     forms = [fused_experts_mxfp4_triton]
     if dtype == torch.bfloat16:
         try:
@@ -206,7 +206,7 @@ class TestTritonOpsOnGpu(CustomTestCase):
                     self.assertTrue(torch.equal(part.float(), apart.float()))
 
     def test_logits_of_few_rows_come_with_their_norm(self):
-        """Rows are bits of the ops apart, logits near the reference, at widths of served models."""
+        """Rows equal those of separate ops bit for bit, logits are near the reference, at widths of served models."""
         generator = torch.Generator().manual_seed(8)
         shapes = ((1, 2048, 64, False, None), (4, 2048, 264, True, None), (1, 7168, 256, False, torch.float8_e4m3fn))
         for rows, width, experts, gemma, fp8 in shapes:
@@ -222,7 +222,7 @@ class TestTritonOpsOnGpu(CustomTestCase):
                 torch.testing.assert_close(found[2], normed.float() @ gate.float().t(), rtol=1e-3, atol=1e-3)
 
     def test_latent_attention_takes_its_inner_products_along(self):
-        """One request and few, 16 and 128 heads, contexts short and long, against the ops apart."""
+        """One request and few, 16 and 128 heads, contexts short and long, against separate ops."""
         generator = torch.Generator().manual_seed(9)
         for heads, batch, length, fp8 in itertools.product((16, 128), (1, 3), (40, 1500), (None, torch.float8_e4m3fn)):
             q, cache = torch.randn(batch, heads, 576, generator=generator), torch.randn(4096, 576, generator=generator)

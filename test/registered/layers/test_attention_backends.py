@@ -1,4 +1,4 @@
-"""Attention backends as the settings and the models see them: declarations, plans per step, kinds of step, families."""
+"""Attention backends: declarations, plans per step, kinds of step, families."""
 
 import importlib.util
 import sys
@@ -138,7 +138,7 @@ class TestPlans(BackendCase):
         torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
 
     def test_rows_that_nobody_planned_are_not_attended(self):
-        """The layers of a step that was not planned, or planned as empty, must not return memory that nobody wrote."""
+        """Layers of a step that was not planned, or planned as empty, must not return memory that was never written."""
         for name in MODELS:
             harness = self.harness(name)
             for kind, backend in self.backends(harness).items():

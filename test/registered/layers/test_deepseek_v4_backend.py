@@ -38,7 +38,7 @@ class TestPrompts(CustomTestCase):
 
     @torch.inference_mode()
     def test_chunks(self):
-        """Pieces of 7, 64 and 256 tokens, together in a step while they last, next to a request that decodes."""
+        """Chunks of 7, 64 and 256 tokens in common steps, together with a request that decodes."""
         harness = AttentionHarness(seed=1)
         decoding = harness.new_request()
         harness.step([(decoding, harness.random_tokens(250))])
@@ -51,7 +51,7 @@ class TestPrompts(CustomTestCase):
 
     @torch.inference_mode()
     def test_prefix_hits(self):
-        """Requests that stand on one or two pages of another, which continues itself, and of one that is gone."""
+        """Requests that share one or two pages of another, which continues too, and of one that has ended."""
         for chunk in (600, 100):
             harness = AttentionHarness(seed=2)
             first = harness.new_request()
@@ -70,7 +70,7 @@ class TestPrompts(CustomTestCase):
 
     @torch.inference_mode()
     def test_pools_of_fewer_bits(self):
-        """Of ratio 4, a key that is rounded may let another entry through."""
+        """With ratio 4, a rounded key may select another entry."""
         for kv, bounds in (
             ("bfloat16", (0.02, 0.02, 0.02)), ("float8_e4m3fn", (0.05, 0.15, 0.05)),
             ("float8_e4m3fnuz", (0.05, 0.15, 0.05)),
@@ -127,7 +127,7 @@ class TestVerify(CustomTestCase):
 
     @torch.inference_mode()
     def test_ragged(self):
-        """One, two and four rows in one verify step; the rings of speculation hold what each may go back to."""
+        """One, two and four rows in one verify step; the rings of speculation keep states of each accepted length."""
         harness = AttentionHarness(drafts=True, seed=4)
         requests = [harness.new_request() for _ in range(6)]
         prefixes = (126, 255, 3, 130, 252, 127)

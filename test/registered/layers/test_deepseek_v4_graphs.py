@@ -1,4 +1,4 @@
-"""Captured steps of compressed attention under HIP's policy: proof on scattered pages, plans inside and outside."""
+"""Captured steps of compressed attention under HIP's policy: check on scattered pages, plans in and outside graphs."""
 
 import copy
 import tempfile
@@ -73,7 +73,7 @@ class Captured:
 
     @torch.inference_mode()
     def capture(self, eager=None):
-        """Capture and prove; why buckets are refused."""
+        """Capture and check; returns why buckets are refused."""
         harness, width = self.harness, self.kind.rows_per_request
 
         def as_captured(batch, bucket):
@@ -320,7 +320,7 @@ class TestDraftChain(CustomTestCase):
 
 
 class TestServed(CustomTestCase):
-    """The whole model under the policy of HIP: its decode steps are captured, proven and replayed."""
+    """The whole model under the policy of HIP: its decode steps are captured, checked and replayed."""
 
     def engine(self, model, **settings):
         return EngineHarness(

@@ -59,7 +59,7 @@ class TestPlan(CustomTestCase):
 
 class TestCheck(CustomTestCase):
     def test_a_wrong_number_in_any_part_of_a_plan(self):
-        """Of the debug mode's check, which holds every plan of the tests above too."""
+        """The check of the debug mode, which all plans of the tests above pass too."""
         with mock.patch.object(deepseek_v4_plan_check, "check_plan", wraps=deepseek_v4_plan_check.check_plan) as spy:
             check_plan(PlanBatch([(0, 300), (510, 513)], 2, 1, 1))
         plan, step, window, rings = spy.call_args.args
@@ -100,7 +100,7 @@ class TestCheck(CustomTestCase):
 
 
 class TestRings(CustomTestCase):
-    """What the states of a page hold, told by replaying steps with every accepted length."""
+    """Contents of the states of a page, found by replaying steps with every accepted length."""
 
     def advance(self, held, start, end, ring, ratio):
         """Write positions start..end as the plan says into ``held`` {row: position}; no row may be written twice."""

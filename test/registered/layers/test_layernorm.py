@@ -1,4 +1,4 @@
-"""Norms whose weight is float32 next to rows of 16 bits, and what norms give next to their rows."""
+"""Norms whose weight is float32 next to rows of 16 bits, and outputs of norms in addition to their rows."""
 
 import unittest
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ class TestFloat32Weights(CustomTestCase):
             torch.testing.assert_close(found.double(), wanted, rtol=2**-8 * 1.01, atol=1e-6)
 
     def test_kernels_take_it_and_no_other(self):
-        """Their numbers: test_triton_interpreted.py, in float16."""
+        """Which form is chosen; test_triton_interpreted.py checks the numbers, in float16."""
         x, weight = torch.randn(3, 16).bfloat16(), torch.randn(16)
         for impl in rms_norm.impls[:-1]:
             self.assertTrue(impl.accepts(x, weight.bfloat16(), 1e-6))
@@ -41,7 +41,7 @@ class TestFloat32Weights(CustomTestCase):
 
 
 class TestRows(CustomTestCase):
-    """What a norm gives besides its rows, for the layer that comes next."""
+    """Outputs of a norm in addition to its rows, for the next layer."""
 
     def test_few_rows_come_with_their_logits(self):
         generator = torch.Generator().manual_seed(0)

@@ -125,7 +125,7 @@ class TestJoinedRows(CustomTestCase):
         return layer
 
     def test_queries_and_latents_are_one_product(self):
-        """Wherever the checkpoint is plain; of a bias only one of the two has a part."""
+        """Only for plain checkpoints: if there is a bias, only one of the two has a part of it."""
         for heads_on_rank in (4, 1):
             for keys, is_joined in (({}, True), ({"attention_bias": True}, False), ({"q_lora_rank": 8}, False)):
                 layer = self.attention(heads_on_rank, **keys)

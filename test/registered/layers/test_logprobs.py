@@ -149,7 +149,7 @@ class TestLogprobs(CustomTestCase):
         self.assertEqual([len(found.logprobs.token), len(found.logprobs.chosen)], [6, 6])
 
     def test_a_step_neither_reads_the_device_nor_copies_to_it(self) -> None:
-        """On a device that has no values: what waits for one, or brings host values along, is an offence."""
+        """On a device without values: waiting for a value, or passing host values, is a violation."""
         step = without_pins(lambda: Step("meta"))
         step.run()  # what the requests chose is brought along once
         with torch.inference_mode(), capture_lint(step.device), HostValues():

@@ -24,7 +24,7 @@ LAYERS = (0, 2)
 
 
 class Sequence:
-    """Tokens of which the slot's state is, its tail included; ``verified``: the tail may have rows."""
+    """The tokens of a slot's state, its tail included; ``verified``: the tail may have rows."""
 
     def __init__(self, slot, tokens=(), verified=False):
         self.slot, self.tokens, self.verified = slot, list(tokens), verified
@@ -63,7 +63,7 @@ class Server:
         self.counts[name] = self.counts.get(name, 0) + 1
 
     def one_by_one(self, layer_id, tokens):
-        """Output rows of ``tokens`` from nothing, each by a single step."""
+        """Output rows of ``tokens`` from an empty state, one step each."""
         conv, ssm = torch.zeros(2, *self.conv.shape[1:]), torch.zeros(2, *self.ssm.shape[1:])
         layer, slot = self.layers[layer_id], torch.ones(1, dtype=torch.int64)
         parameters = (layer.conv_weight, layer.A_log, layer.dt_bias, layer.norm.weight)
@@ -74,7 +74,7 @@ class Server:
         return torch.cat(out)
 
     def run(self, sequences, new, kind):
-        """The new tokens of each sequence in one step, and what the sequences' tokens one by one give there."""
+        """Outputs of one step with the new tokens of each sequence, and of the same tokens one by one."""
         lengths = [len(tokens) for tokens in new]
         slots = torch.tensor([sequence.slot for sequence in sequences])
         starts = torch.tensor([0, *lengths]).cumsum(0).tolist()

@@ -1,4 +1,4 @@
-"""The prefix cache against a dictionary of prefixes, and at its corners by hand."""
+"""The prefix cache against a dictionary of prefixes, and corner cases by hand."""
 
 import unittest
 

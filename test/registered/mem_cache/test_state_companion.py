@@ -1,4 +1,4 @@
-"""The prefix cache with recurrent states against a dictionary of prefixes, and at its corners by hand."""
+"""The prefix cache with recurrent states against a dictionary of prefixes, and corner cases by hand."""
 
 import unittest
 from collections.abc import Sequence

@@ -70,7 +70,7 @@ class WindowServer:
         return [self.rng.randint(0, 1) for _ in range(self.rng.randint(1, 16))]
 
     def compute(self) -> None:
-        """What the cache lacks of a sequence, and put it there."""
+        """Add to the cache what it lacks of a random sequence."""
         tokens = self.tokens()
         found, prefix = self.match(tokens)
         held, start = self.kept.fork(found.node), len(prefix)
@@ -121,7 +121,7 @@ class WindowServer:
         return there, ends
 
     def forget(self) -> None:
-        """The tree has dropped whole branches: which of them is not this test's matter."""
+        """The tree has evicted whole branches; this test does not check which."""
         there = self.cached()[0]
         self.case.assertLessEqual(there, self.known)
         self.known = there
@@ -188,7 +188,7 @@ class TestWindowCompanion(CustomTestCase):
         return slots
 
     def test_a_prefix_ends_inside_what_was_computed_at_once(self) -> None:
-        """Where windows run out, the last pages inside go first, and the end of all last."""
+        """If windows run out, inner pages are evicted first, and the last page of all is last."""
         for evicted, lens in enumerate(((2, 4, 6), (2, 2, 6), (0, 0, 6), (0, 0, 0))):
             self.setUp()
             slots = self.put([1, 2, 3, 4, 5, 6])

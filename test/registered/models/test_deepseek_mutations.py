@@ -1,4 +1,4 @@
-"""Each rule of DeepSeek that can be right by luck is broken in turn, and parity with transformers must notice."""
+"""Each rule of DeepSeek that could be right by luck is broken once, and parity with transformers must fail."""
 
 import tempfile
 import unittest

@@ -20,7 +20,7 @@ FORMS = {"auto": None, "absorbed": lambda new, total: False, "expanded": lambda 
 
 
 class DeepseekParity:
-    """The checks; one subclass a checkpoint."""
+    """The checks; one subclass per checkpoint."""
 
     checkpoint = ""
     overrides: dict = {}
@@ -115,7 +115,7 @@ class DeepseekParity:
             self.assertLess((rows[0] - self.truth[i][-1]).abs().max().item(), TOLERANCE)
 
     def test_logits_processor_rows(self):
-        """Without asking, only last rows come back; prompt log-probabilities are those of the asked rows."""
+        """By default only last rows are returned; prompt log-probabilities are those of the requested rows."""
         requests = [self.harness.new_request() for _ in range(3)]
         first, second = self.prompts[0], self.prompts[1]
         wanted = LogprobRequest(input_start=3, input_target_ids=tuple(first[4:]), top_k=2, token_ids=(5, 9))

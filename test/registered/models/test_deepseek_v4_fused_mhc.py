@@ -77,7 +77,7 @@ class TestGates(CustomTestCase):
         self.assertEqual(fused.max_fused_rows(), 0, "a CPU has no entry")
 
     def test_outputs_are_new(self) -> None:
-        """Nothing that is returned is touched by later calls, nor is what was given."""
+        """Later calls change neither returned tensors nor arguments."""
         with machine(), aiter_asked_for():
             args = crossing(3, 512, "cpu")
             before = [arg.clone() for arg in args if isinstance(arg, torch.Tensor)]
@@ -136,7 +136,7 @@ class TestServed(CustomTestCase):
                 self.assertLess(float((firsts - plain).abs().max()), 1e-5)
 
     def test_ops_of_a_decode_step(self) -> None:
-        """Six layers: the first way in, eleven crossings, and the last way out before the head reads the streams."""
+        """Six layers: one hc_pre, eleven fused steps, and one hc_post before the head reads the streams."""
         with machine():
             engine = EngineHarness(self.folder(128), **SIZES, disable_cuda_graph=True)
             params = SamplingParams(temperature=0.0, max_new_tokens=3, ignore_eos=True)
@@ -195,7 +195,7 @@ class TestServed(CustomTestCase):
                 self.assertLess(float((firsts - plain[hidden]).abs().max()), 0.08)
 
     def test_drafts_and_their_streams(self) -> None:
-        """The MTP layer reads the target's streams and its own, each with the last way out taken."""
+        """The MTP layer reads the target's streams and its own, each after its last hc_post."""
         folder = self.enterContext(tempfile.TemporaryDirectory())
         save_tiny_v4_mtp(folder)
         prompts = v4_mtp_serving.prompts_around((1, 126))

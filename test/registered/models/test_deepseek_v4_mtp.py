@@ -56,7 +56,7 @@ class TestDeepseekV4Mtp(CustomTestCase):
             self.assert_close(torch.cat([streams for _, streams in found]), self.own.flatten(1))
 
     def test_a_chain_of_its_own(self):
-        """Each draft stands on the streams of the one before."""
+        """Each draft is computed from the streams of the one before."""
         for length in (5, 126, 257):
             self.harness.reset()
             self.harness.poison_draft()
@@ -94,7 +94,7 @@ class TestDeepseekV4Mtp(CustomTestCase):
 
 
 class TestServedWithDrafts(CustomTestCase):
-    """What is output is what would have been without drafts: those of the layer, and some right and some wrong ones."""
+    """The output is the same as without drafts: with drafts of the layer, and with right and wrong ones."""
 
     def test_the_same_tokens(self):
         torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""Each part of DeepSeek V4 left out or turned round breaks parity with transformers: the parity tests can see it."""
+"""Each part of DeepSeek V4, left out or reversed, breaks parity with transformers, so the parity tests cover it."""
 
 import contextlib
 import tempfile

@@ -1,4 +1,4 @@
-"""Mixed requests to the embedded DeepSeek V4 with drafts: each is answered as when it was alone, retracted or not."""
+"""Mixed requests to the embedded DeepSeek V4 with drafts: each has the output of a run alone, retracted or not."""
 
 import unittest
 

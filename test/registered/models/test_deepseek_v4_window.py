@@ -1,4 +1,4 @@
-"""DeepSeek V4 over a window pool of its own size: the same answers where pages are given back, evicted, revived."""
+"""DeepSeek V4 over a window pool of its own size: the same output if pages are freed, evicted, restored."""
 
 import unittest
 
@@ -34,7 +34,7 @@ class TestDeepseekV4Window(WindowCase):
         self.check(6, "given back", "evicted", "retracted", steps=3, overlap=True, retract=True, abort="third")
 
     def test_a_window_that_is_lost_ends_its_request_by_name(self):
-        """Others continue, and nothing of it is answered or cached."""
+        """Others continue, and nothing of it is returned or cached."""
         engine = EngineHarness(self.folder, swa_full_tokens_ratio=0.25, **SIZES)
         params = SamplingParams(temperature=0.0, max_new_tokens=12, ignore_eos=True)
         for rid in ("first", "third"):

@@ -146,7 +146,7 @@ class TestMtpParity(CustomTestCase):
                 self.check(found, torch.cat((first, later[0][None])), "two ranks")
 
     def test_each_rule_shows(self):
-        """Hidden rows before the norm, the other order of the two inputs, ids that are not shifted: all far off."""
+        """Hidden rows before the norm, the other order of the two inputs, ids without shift: all differ clearly."""
         for truth in self.each():
             harness, prompt = truth.harness, truth.prompts[1]
             successors, first, _ = truth.drafts(prompt)

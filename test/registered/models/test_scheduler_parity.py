@@ -58,7 +58,7 @@ class ParityCase:
         return self._memo[key]
 
     def check(self, test: unittest.TestCase, rid: str, result: Finished, num_new: int = NEW_TOKENS) -> None:
-        """Greedy tokens and all log-probabilities, teacher-forced on what the engine drew."""
+        """Greedy tokens and all log-probabilities, teacher-forced on the tokens that the engine sampled."""
         prompt = self.prompts[rid.split("@")[0]]
         ids = prompt + result.output_ids
         truth = self.truth(ids)
@@ -172,7 +172,7 @@ class TestSchedulerParity(CustomTestCase):
                 self.assertGreater(retracted, 0, "nothing was retracted: the pool is too large for this test")
 
     def test_penalties_with_and_without_overlap(self) -> None:
-        """The same tokens, for penalised requests and their neighbours, however steps follow one another."""
+        """The same tokens for penalised requests and others in their batch, with any order of steps."""
         edited = {
             "one": {"frequency_penalty": 1.5, "presence_penalty": 0.5},
             "short": {"repetition_penalty": 1.8, "temperature": 0.9, "sampling_seed": 4},

@@ -1,4 +1,4 @@
-"""Shared experts as slots of the routed ones: weights, routing, which steps use them, and that no token changes.
+"""Shared experts stored as routed ones: weights, routing, which steps use them, and that no token changes.
 
 The unfused block, which other tests hold against transformers, is the truth of the fused one.
 """
@@ -401,7 +401,7 @@ class TestOverFakes(SharedFusionCases, CustomTestCase):
         self.addCleanup(context.__exit__, None, None, None)
 
     def test_the_log_of_the_first_rank_says_what_speaks_against_the_settings(self):
-        """Before anything is loaded, and once; other ranks leave it to that one."""
+        """Logged before anything is loaded, and once, by the first rank."""
         runner, name = "sglang.srt.model_executor.runner_build", str(EMBEDDED_MODELS["qwen3.5-moe-tiny"])
         asked = {"SGLANG_ALT_STREAM": "1", "SGLANG_ROCM_USE_MULTI_STREAM": "1", "SGLANG_QK_NORM_ALT_STREAM": "1"}
         wanted = (

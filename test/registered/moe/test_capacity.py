@@ -23,7 +23,7 @@ register_cpu_ci(est_time=7, suite="stage-a-test-cpu")
 
 
 def mori_capacity(world, limit, cap):
-    """MORI's rounding, said in another way: the cap goes up to a multiple of the world, and not past the worst case."""
+    """MORI's rounding in another form: the cap goes up to a multiple of the world, and not past the worst case."""
     worst = world * limit
     if cap == 0:
         return worst
@@ -85,7 +85,7 @@ class TestPureFunctions(CustomTestCase):
 
 
 def received(tokens_of_ranks, experts_per_rank, world):
-    """Rows that each rank gets, token by token: one a token and rank."""
+    """Rows that each rank gets, token by token: one per token and rank."""
     counts = [0] * world
     for tokens in tokens_of_ranks:
         for ids in tokens:

@@ -1,4 +1,4 @@
-"""Experts spread over ranks give what all experts in one place give, for every way of spreading and every load."""
+"""Experts spread over ranks give the result of all experts on one rank, for every layout and every load."""
 
 from __future__ import annotations
 

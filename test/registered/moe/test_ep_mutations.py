@@ -1,4 +1,4 @@
-"""Each guard of expert parallelism is taken out in turn, and a check must notice."""
+"""Each guard of expert parallelism is removed once, and a check must fail."""
 
 from __future__ import annotations
 
