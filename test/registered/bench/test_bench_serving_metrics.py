@@ -415,7 +415,7 @@ class TestCommandLine(CustomTestCase):
 
 
 class FakeClock:
-    """Time that passes by sleeping alone."""
+    """A clock that only sleeping advances."""
 
     now = 0.0
 

@@ -1,4 +1,4 @@
-"""How two ranks end: together and without a word when asked to, alone and in one line when the other has gone."""
+"""How two ranks end: together and without output on request; alone and with one line if the other is gone."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def serve(mode: str) -> None:
 
 class TestShutdown(CustomTestCase):
     def ended(self, mode: str) -> str:
-        """All that was printed; the ranks share the output."""
+        """Everything that was printed; the ranks share the output."""
         command = [sys.executable, __file__, mode]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(

@@ -40,7 +40,7 @@ class TestFullQueue(FakeServerTestCase):
     )
 
     def waiting(self, **body):
-        """One call of ``body`` that waits until the scheduler is let go."""
+        """One call of ``body`` that waits until the scheduler is released."""
         self.fake.scheduler.frozen = True
         pool = self.enterContext(ThreadPoolExecutor(1))
         before = self.fake.context.manager.num_in_flight

@@ -13,7 +13,7 @@ register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 
 class TestKeys(CustomTestCase):
-    """Who gets in, as a table: (host, api key, admin key) and the status for no key, the api key, the admin key."""
+    """Who has access, as a table: (host, api key, admin key) and the status for no key, the api key, the admin key."""
 
     TABLE = [
         ("127.0.0.1", None, None, "inference", (None, None, None)),

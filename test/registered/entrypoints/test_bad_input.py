@@ -1,4 +1,4 @@
-"""What bad requests get from the real HTTP server over a fake engine, and what happens to good ones meanwhile."""
+"""Replies of the real HTTP server over a fake engine to bad requests, while good ones run."""
 
 import asyncio
 import logging
@@ -124,7 +124,7 @@ class TestBadInput(FakeServerTestCase):
         self.check_all("/generate", bodies)
 
     def test_amplifiers(self):
-        """Refused before any text is made into tokens."""
+        """Refused before any text is tokenized."""
         manager, encoded = self.fake.context.manager, []
         encode = manager.encode_text
 

@@ -1,4 +1,4 @@
-"""Pages for a start: each command is run on a small model, or says what it needs; the board names real metrics."""
+"""Pages on basic usage: each command runs on a small model, or names its needs; the dashboard has real metrics."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Checkpoints whose files disagree, served: every file that names an end token is heard."""
+"""Served checkpoints whose files disagree: the end tokens of every file are used."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ register_cpu_ci(est_time=30, suite="nightly-cpu", nightly=True)
 
 
 def has(module):
-    """Skips a test where its library is not installed: the summary counts it, and a skip is no pass."""
+    """Skips a test where its library is not installed: the summary counts it, and a skip is not a pass."""
     return unittest.skipUnless(importlib.util.find_spec(module), f"{module} is not installed: pip install .[clients]")
 
 

@@ -108,7 +108,7 @@ class TestPlaces(CustomTestCase):
             self.assertEqual((got.text, got.offsets[:-1]), (text + "a", places))
 
     def test_random_tokens_in_every_grouping(self):
-        """Streams and whole answers agree, no place is outside the text, and a whole token stands at its place."""
+        """Streams and whole answers agree, no place is outside the text, and a whole token is at its place."""
         rng = random.Random(6)
         makers = {byte_level_tokenizer: True, sentencepiece_tokenizer: True, wordpiece_tokenizer: False}
         for make, exact in makers.items():

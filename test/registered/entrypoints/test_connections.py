@@ -37,7 +37,7 @@ class Connections(FakeServerTestCase):
         return connection
 
     def rest(self, connection):
-        """All that comes until the server closes."""
+        """Everything received until the server closes."""
         received = b""
         try:
             while data := connection.recv(65536):
@@ -162,10 +162,10 @@ class TestPackets(Connections):
 
 
 class TestChunks(Connections):
-    """Events of a stream are framed past h11; what a client reads is the same."""
+    """Events of a stream are framed without h11; a client reads the same."""
 
     def stream(self, version=b"1.1", num_tokens=9):
-        """What comes over a socket, and how many chunks were written past h11."""
+        """Bytes received from a socket, and how many chunks were written without h11."""
         written = []
         write_chunk = connections.Connection._write_chunk
 

@@ -63,7 +63,7 @@ class TestEngine(CustomTestCase):
         self.fake.scheduler.received.clear()
 
     def wait_for_abort(self):
-        """The one request of the test is aborted; it is far too long to end by itself."""
+        """The one request of the test is aborted; it is too long to end otherwise."""
         scheduler = self.fake.scheduler
         deadline = time.monotonic() + 60
         while (not scheduler.aborted_rids() or scheduler.running) and time.monotonic() < deadline:

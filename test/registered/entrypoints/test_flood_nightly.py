@@ -1,4 +1,4 @@
-"""2,000 requests at once: cheap refusals that say when to come again, and flat memory; admitted ones stay quick."""
+"""2,000 requests at once: cheap refusals with a time to retry, and flat memory; admitted requests stay fast."""
 
 import asyncio
 import json
@@ -52,7 +52,7 @@ class TestFlood(CustomTestCase):
         kill_process_tree(cls.process.pid)
 
     def send(self, count):
-        """Answers of ``count`` requests at once, and the CPU seconds that the HTTP process took."""
+        """Replies to ``count`` requests at once, and the CPU seconds that the HTTP process took."""
 
         async def all_at_once():
             return await asyncio.gather(*(_send(*self.address) for _ in range(count)))

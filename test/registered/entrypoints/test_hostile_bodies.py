@@ -1,4 +1,4 @@
-"""Bodies made to hurt others: refused early, in flat memory, next to a stream that continues as if it were alone."""
+"""Hostile bodies: refused early, in flat memory, while a stream continues as if it were alone."""
 
 import asyncio
 import resource
@@ -72,7 +72,7 @@ class TestHostileBodies(HostileBodies):
 
 
 class TestAmplifiers(HostileBodies):
-    """Bodies of modest size that ask for much: refused by name, on little CPU time, in flat memory."""
+    """Small bodies that request much: refused by name, with little CPU time, in flat memory."""
 
     settings = {"max_request_bytes": 64 << 20}
 

@@ -1,4 +1,4 @@
-"""Every signal to every process at every stage: clients are answered, and nothing is left."""
+"""Every signal to every process at every stage: clients get a reply, and no process or file is left."""
 
 import signal
 import unittest

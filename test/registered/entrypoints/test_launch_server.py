@@ -83,7 +83,7 @@ class TestRunningServer(CustomTestCase):
 
 
 class TestSignals(CustomTestCase):
-    """A few cells of the matrix that test_kill_matrix.py runs whole."""
+    """A few cells of the matrix of test_kill_matrix.py."""
 
     def test_cells(self):
         for cell in (

@@ -28,7 +28,7 @@ TIMES = (
 
 
 def read(text):
-    """Samples by name and labels that tell them apart."""
+    """Samples by name and distinguishing labels."""
     told = ("le", "dp_rank", "position")
     return {
         (sample.name.removeprefix("sglang:"), *(sample.labels[key] for key in told if key in sample.labels)): sample
@@ -161,7 +161,7 @@ class TestTimes(CustomTestCase):
         self.assertAlmostEqual(histogram.sum, sum(values))
 
     def times(self, *messages, created=10.0):
-        """Sums and counts of what (time, new tokens, first token at, reason) gave."""
+        """Sums and counts for messages (time, new tokens, first token at, reason)."""
         metrics = RequestMetrics()
         timer = RequestTimer(metrics, created)
         for now, num_new, first, reason in messages:

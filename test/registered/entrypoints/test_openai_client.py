@@ -1,4 +1,4 @@
-"""OpenAI's client for Python at what agents do with it: parsed output, parsed calls, responses whole and streamed."""
+"""OpenAI's client for Python as agents use it: parsed output, parsed calls, responses whole and streamed."""
 
 import unittest
 

@@ -1,4 +1,4 @@
-"""What the server says of its own API: the OpenAPI document, its page, and the first page."""
+"""The server's description of its API: the OpenAPI document, its page, and the first page."""
 
 import re
 import unittest

@@ -1,4 +1,4 @@
-"""Output of a given form over HTTP: every spelling reaches the scheduler as one grammar; what cannot be is a 400."""
+"""Constrained output over HTTP: every spelling reaches the scheduler as one grammar; an impossible one is a 400."""
 
 import asyncio
 import json
@@ -67,7 +67,7 @@ class FormCase(CustomTestCase):
         cls.addClassCleanup(cls.client.close)
 
     def chat(self, **fields):
-        """What the scheduler got."""
+        """What the scheduler received."""
         named = {key: fields.pop(key) for key in ("response_format", "tools", "tool_choice") if key in fields}
         self.client.chat.completions.create(
             model="default", messages=HI, max_tokens=4, **named, extra_body=fields, temperature=0
@@ -145,7 +145,7 @@ class TestForms(FormCase):
         self.fake.until(lambda: self.fake.context.manager.admission.num_requests == 0)
 
     def test_a_hostile_one_harms_nobody(self):
-        """It is tried next to the loop; requests without a form continue, and the verdict is remembered."""
+        """It is compiled outside the event loop; requests without a grammar continue, and the result is cached."""
 
         async def both():
             async with httpx.AsyncClient(base_url=self.fake.url, timeout=120) as client:

@@ -35,7 +35,7 @@ class TestEngine(CustomTestCase):
         cls.addClassCleanup(cls.engine.shutdown)
 
     def names(self, path):
-        """What happened in a trace."""
+        """Events of a trace."""
         with gzip.open(path, "rt") as file:
             return {event.get("name") for event in json.load(file)["traceEvents"]}
 

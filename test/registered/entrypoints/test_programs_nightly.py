@@ -47,7 +47,7 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 
 
 def has(package: str):
-    """Skips a test where its program is not installed: the summary counts it, and a skip is no pass."""
+    """Skips a test where its program is not installed: the summary counts it, and a skip is not a pass."""
     try:
         importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -67,7 +67,7 @@ class TestPrograms(CustomTestCase):
         cls.addClassCleanup(lambda: (kill_process_tree(server.pid), server.wait()))
 
     def run_program(self, *command: str, timeout: float = 400, **variables: str) -> str:
-        """Output of a program that must succeed; what it would fetch, or keep at home, it is not to."""
+        """Output of a program that must succeed, without downloads and without files in HOME."""
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HOME": str(self.folder), "OPENAI_API_KEY": "k"}
         done = subprocess.run(
             command, cwd=self.folder, env={**os.environ, **offline, **variables}, timeout=timeout, text=True,

@@ -1,4 +1,4 @@
-"""Fields of bodies: model names, numbers in the other spelling, refused fields, unknown ones that are named once."""
+"""Fields of bodies: model names, whole numbers as floats, refused fields, unknown ones that are logged once."""
 
 import ast
 import logging
@@ -70,7 +70,7 @@ class TestModelNames(FakeServerTestCase):
 
 
 class TestNumbers(FakeServerTestCase):
-    """A whole number in the other spelling is taken, any other number is refused, for each integer field."""
+    """A whole number as a float is accepted, any other number is refused, for each integer field."""
 
     def integer_fields(self):
         for path, body_type in (
@@ -217,7 +217,7 @@ class TestTable(CustomTestCase):
         self.assertEqual(TOLERATED_FIELDS & REFUSED_FIELDS.keys(), set())
 
     def test_every_field_that_is_accepted_is_read(self):
-        """Somewhere the product reads an attribute of this name; a field that nobody reads changes no answer."""
+        """Somewhere the product reads an attribute of this name; a field that is not read changes no output."""
         product = Path(sglang.__file__).parent
         trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (product / "srt").rglob("*.py")]
         read = {node.attr for tree in trees for node in ast.walk(tree) if _is_read(node)} | READERS.keys()

@@ -72,7 +72,7 @@ class TestItems(ResponsesCase):
         return whole, events
 
     def check_events(self, events, response):
-        """Deltas add up to what is done, and what is done stands in the response."""
+        """Deltas add up to the items that are done, and these are in the response."""
         said = {}
         for event in events:
             if event.type.endswith(".delta"):

@@ -1,4 +1,4 @@
-"""One real server on the embedded model: what users do, what goes wrong, and that nobody else notices."""
+"""One real server on the embedded model: usual requests, failures, and that failures do not affect others."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ class TestServer(ServerCase):
         self.assertNotEqual(crowd[1]["output_ids"], alone)
 
     def test_samples_with_a_seed(self) -> None:
-        """Each of n samples draws by itself, the first as with n = 1, on every endpoint; twice is the same."""
+        """The n samples are independent, the first as with n = 1, on every endpoint; a repetition gives the same."""
         native = {"temperature": 2.0, "max_new_tokens": 12, "sampling_seed": 3, "ignore_eos": True}
         body = {"temperature": 2.0, "max_tokens": 12, "seed": 3, "ignore_eos": True, "model": "default"}
         chat = {**body, "messages": [{"role": "user", "content": "hello"}]}
@@ -147,7 +147,7 @@ class TestServer(ServerCase):
         self.assertEqual(self.state()["num_prompt_tokens"] - before, 4 * single)
 
     def test_requests_that_nothing_can_be_drawn_for(self) -> None:
-        """Every id of the vocabulary forbidden: an error, not a made-up answer; its neighbour never notices."""
+        """Every id of the vocabulary forbidden: an error, not an invented output; other requests are not affected."""
         vocab = self.client.get("/server_info").json()["vocab_size"]
         params = {"max_new_tokens": 4, "min_new_tokens": 2, "stop_token_ids": list(range(vocab))}
         with ThreadPoolExecutor(2) as pool:
@@ -286,7 +286,7 @@ class TestServer(ServerCase):
 
 
 class TestRetractionAndSmallPool(ServerCase):
-    """A pool that cannot hold the crowd: every answer is what it is alone."""
+    """A pool that is too small for all requests: every output is that of a run alone."""
 
     other_args = (
         "--max-total-tokens", "600", "--schedule-conservativeness", "0.05", "--page-size", "4",
@@ -305,7 +305,7 @@ class TestRetractionAndSmallPool(ServerCase):
 
 
 class TestDeath(ServerCase):
-    """When the scheduler dies, clients are told and the server ends."""
+    """When the scheduler dies, clients get an error and the server ends."""
 
     def test_scheduler_killed(self) -> None:
         import psutil

@@ -1,4 +1,4 @@
-"""The end of a server that is told to stop: who is refused, who may finish, who is told, and the exit status."""
+"""Shutdown on a signal: which requests are refused, finish or end with an error, and the exit status."""
 
 import signal
 import threading

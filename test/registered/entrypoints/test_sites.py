@@ -1,4 +1,4 @@
-"""Host names and web pages: who is answered, as a table, and over HTTP with pre-flights."""
+"""Host names and web pages: which are accepted, as a table, and over HTTP with pre-flights."""
 
 import unittest
 

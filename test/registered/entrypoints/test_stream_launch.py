@@ -1,4 +1,4 @@
-"""Streams before a launch: what a plan and a dry run say of them, and what reaches the environment of the ranks."""
+"""Streams before a launch: what a plan and a dry run report, and what is set in the environment of the ranks."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""The embedded model with tools, served: an agent's loop thinks, calls, reads what the tool says, and answers."""
+"""The embedded model with tools, served: an agent's loop thinks, calls the tool, reads its result, and replies."""
 
 import json
 import random

@@ -80,7 +80,7 @@ def random_matrix(rows, columns, seed=0):
 
 
 def numbers(layer, name="weight"):
-    """What a layer's parameter stands for, in float64."""
+    """The dequantized parameter of a layer, in float64."""
     param = getattr(layer, name).data
     if param.dtype.itemsize > 1:
         return param.double()

@@ -113,7 +113,7 @@ class TestModels(CustomTestCase):
             self.assertGreater(loss, 0.5 * noise, "activations are not quantised")
 
     def test_rows_are_quantised_where_they_are_made(self):
-        """All layers but attention's output are handed quantised rows; answers are the bits of those that are not."""
+        """All layers but attention's output get quantised rows; the result equals that with plain rows bit for bit."""
         harness = self.harness("dsv3-k")
         quantised = {}
         for name, module in harness.model.named_modules():

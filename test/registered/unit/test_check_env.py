@@ -1,4 +1,4 @@
-"""What ``python -m sglang.check_env`` says of a machine."""
+"""Output of ``python -m sglang.check_env``."""
 
 import os
 import subprocess

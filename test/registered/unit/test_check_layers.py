@@ -1,4 +1,4 @@
-"""scripts/check_layers.py finds planted violations of each kind, and nothing in what is allowed."""
+"""scripts/check_layers.py finds violations of each kind, and none in allowed code."""
 
 import importlib
 import subprocess

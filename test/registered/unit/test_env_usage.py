@@ -1,4 +1,4 @@
-"""How the tree uses environment variables: through the registry, by declared names, and each of them somewhere."""
+"""How the tree uses environment variables: through the registry, by declared names, and every name is used."""
 
 import ast
 import re

@@ -281,7 +281,7 @@ class TestCommandLine(EnvironTestCase):
         self.assertEqual(self.run_cli().returncode, 2)
 
     def test_import_is_light(self):
-        """It loads modules of the standard library alone, and few: not json, argparse or subprocess."""
+        """It loads only modules of the standard library, and few: not json, argparse or subprocess."""
         code = (
             "import sys; before = set(sys.modules); import sglang.srt.environ; new = set(sys.modules) - before;"
             "print(*sorted(m for m in new if m.split('.')[0] not in sys.stdlib_module_names));"

@@ -1,4 +1,4 @@
-"""scripts/lib.sh says what it does from its first moment, and what to set if torch's CPU build cannot be downloaded."""
+"""scripts/lib.sh prints what it does from the start, and what to set if torch's CPU build cannot be downloaded."""
 
 import os
 import pty

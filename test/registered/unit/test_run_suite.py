@@ -1,4 +1,4 @@
-"""test/run_suite.py counts cases truly: planted files that pass, fail, skip, crash, hang, or run nothing."""
+"""test/run_suite.py counts cases correctly, for files that pass, fail, skip, crash, hang, or run nothing."""
 
 import json
 import subprocess

@@ -55,7 +55,7 @@ DRAFTS = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3, "specula
 
 
 def errors_of(line):
-    """What parse says against a command line, or [] when it accepts it."""
+    """Errors of parse for a command line; [] if it is accepted."""
     try:
         parse(line.split() if isinstance(line, str) else line)
     except ServerArgsError as error:

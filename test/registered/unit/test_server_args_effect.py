@@ -1,4 +1,4 @@
-"""Settings that change nothing are said, each once and with the reason; where they act, nothing is said."""
+"""Settings without effect are logged, each once and with the reason; others are not."""
 
 import io
 import json

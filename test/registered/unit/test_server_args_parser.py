@@ -1,4 +1,4 @@
-"""Command lines and files: names, abbreviations, hints for names that nobody knows, every problem at once."""
+"""Command lines and files: names, abbreviations, hints for unknown names, every problem at once."""
 
 import argparse
 import os
@@ -17,7 +17,7 @@ register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
 
 
 def errors_of(line):
-    """What parse says against a command line, or [] when it accepts it."""
+    """Errors of parse for a command line; [] if it is accepted."""
     try:
         parse(line.split() if isinstance(line, str) else line)
     except ServerArgsError as error:

@@ -1,4 +1,4 @@
-"""Which sites overlap, why, and what a launch is told: every platform and variable, as data in and data out."""
+"""Which sites overlap, why, and what is logged at launch, for every platform and variable."""
 
 import itertools
 import os

@@ -105,7 +105,7 @@ class TestForkJoin(StreamCase):
 
 
 class TestRaceFinder(StreamCase):
-    """The finder finds what is planted, and nothing else."""
+    """The finder finds the inserted races, and no others."""
 
     def setUp(self):
         super().setUp()
@@ -321,7 +321,7 @@ class TestTrace(StreamCase):
 
 
 class TestModelSites(StreamCase):
-    """Every site of the served models: no race as it stands, one for each wait that is left out."""
+    """Every site of the served models: no race, and one for each wait that is left out."""
 
     MODELS = {
         "dsv3": ("DeepseekV3ForCausalLM", ("deepseek.shared_experts",)),
