@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sglang.kernels.ops.attention.packed_rows import store_rows_torch
 from sglang.srt.configs.cache_layout import FULL, SWA, CacheTypes, join
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.deepseek_v4_cache import PAGE_SIZE
@@ -90,7 +91,9 @@ class TruthLayer:
     ) -> torch.Tensor:
         """What the backend makes of a step's hidden rows x [N, HIDDEN] -> [N, HEADS, DIM]."""
         entries = None
-        backend.store_rows(x @ self.rows, self, forward_batch)
+        plan = backend._plan_of(forward_batch, len(x))
+        if plan is not None:
+            store_rows_torch(x @ self.rows, plan.store_slots, *backend.pools["swa"].layer(self.layer_id))
         for compressor in (self.main, self.index):
             if compressor is not None:
                 backend.compress(x @ compressor.kv, x @ compressor.gate, compressor, forward_batch)

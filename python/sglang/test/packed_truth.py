@@ -36,7 +36,7 @@ def true_row(values: bytes, scale: bytes | float, dim: int, dtype: torch.dtype) 
 
 
 def true_rows(cache: torch.Tensor, scales: torch.Tensor | None, dim: int) -> torch.Tensor:
-    """All rows [S, dim] float64 of a cache as ``store_rows`` has it."""
+    """All rows [S, dim] float64 of a cache as ``store_rows_torch`` has it."""
     if scales is None:
         return cache.double()
     rows = []

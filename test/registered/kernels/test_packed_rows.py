@@ -5,7 +5,7 @@ import unittest
 
 import torch
 
-from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows
+from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows_torch
 from sglang.kernels.ops.quant.group_fp8 import FP8_DTYPES
 from sglang.srt.configs.cache_layout import FULL, CacheLayout, PoolSpec
 from sglang.srt.configs.deepseek_v4_cache import packed_keys, packed_rows
@@ -42,7 +42,7 @@ class TestBytes(CustomTestCase):
             for num_rows, row_id in ((256, 256 + 255), (64, 2 * 64), (2, 5)):
                 found = pool(packed_rows(num_rows, DIM, ROPE, name(dtype)))
                 row = torch.randn(1, DIM, generator=generator)
-                store_rows(row, torch.tensor([row_id]), *found.layer(7))
+                store_rows_torch(row, torch.tensor([row_id]), *found.layer(7))
                 page, place = row_id // num_rows, row_id % num_rows
                 raw = found.buffers()[0][1, page].clone()
                 values = raw[576 * place :][:576]
@@ -60,7 +60,7 @@ class TestBytes(CustomTestCase):
     def test_a_key_stands_where_the_format_says(self):
         keys = torch.randn(2, KEY, generator=torch.Generator().manual_seed(0))
         found = pool(packed_keys(64, KEY, "float8_e4m3fn"))
-        store_rows(keys, torch.tensor([65, 127]), *found.layer(4))
+        store_rows_torch(keys, torch.tensor([65, 127]), *found.layer(4))
         page = found.buffers()[0][0, 1]
         for key, place in zip(keys, (1, 63), strict=True):
             scale = page[64 * KEY + 4 * place :][:4].clone().view(torch.float32)
@@ -84,7 +84,7 @@ class TestRounding(CustomTestCase):
             rows = torch.zeros(len(tops), DIM)
             rows[:, 64 * 3 + 5] = torch.tensor(tops)
             cache, scales = make_pages(len(tops), 1, DIM, ROPE, dtype)
-            store_rows(rows, torch.arange(len(tops)), cache, scales)
+            store_rows_torch(rows, torch.arange(len(tops)), cache, scales)
             for top, exponent in zip(rows[:, 64 * 3 + 5].tolist(), scales[:, 0, 3].tolist(), strict=True):
                 power = math.ceil(math.log2(max(top, 1e-8)) - math.log2(most) - 1e-9)
                 power += most * 2.0**power < top
@@ -95,7 +95,7 @@ class TestRounding(CustomTestCase):
         for dtype in FP8_DTYPES:
             rows = torch.randn(64, DIM, generator=generator) * torch.logspace(-5, 5, 64)[:, None]
             cache = make_pages(16, 4, DIM, ROPE, dtype)
-            store_rows(rows, torch.arange(64), *cache)
+            store_rows_torch(rows, torch.arange(64), *cache)
             found = load_rows(*cache, torch.arange(64), DIM)
             torch.testing.assert_close(found.double(), true_rows(*cache, DIM), rtol=0, atol=0)
             top = rows[:, :448].unflatten(1, (7, 64)).abs().amax(2).repeat_interleave(64, 1)
@@ -110,7 +110,7 @@ class TestRounding(CustomTestCase):
         for dtype in FP8_DTYPES:
             for tail, dim in ((ROPE, DIM), (None, KEY)):
                 cache = make_pages(1, 2, dim, tail, dtype)
-                store_rows(rows[:, :dim], torch.arange(2), *cache)
+                store_rows_torch(rows[:, :dim], torch.arange(2), *cache)
                 plain = cache[0].view(torch.uint8)[..., : dim - (tail or 0)]
                 if dtype == torch.float8_e4m3fnuz:
                     self.assertFalse(bool((plain == 0x80).any()))
@@ -123,7 +123,7 @@ class TestRounding(CustomTestCase):
                 rows = torch.ones(3, DIM)
                 rows[1, 70], rows[1, -1] = bad, bad
                 cache = make_pages(2, 2, DIM, ROPE, dtype)
-                store_rows(rows, torch.arange(3), *cache)
+                store_rows_torch(rows, torch.arange(3), *cache)
                 self.assertFalse(bool((cache[0].view(torch.uint8)[..., :448] == 0x80).any()))
                 found = load_rows(*cache, torch.arange(3), DIM)
                 self.assertTrue(bool(found[1, 64:128].isnan().all()))
@@ -131,7 +131,7 @@ class TestRounding(CustomTestCase):
                 self.assertTrue(bool((rest == 1).all()))
                 self.assertFalse(bool(found[1, -1].isfinite()))
                 keys = make_pages(2, 2, KEY, None, dtype)
-                store_rows(rows[:, :KEY], torch.arange(3), *keys)
+                store_rows_torch(rows[:, :KEY], torch.arange(3), *keys)
                 found = load_rows(*keys, torch.arange(3), KEY)
                 self.assertTrue(bool(found[1].isnan().all() and (found[::2] - 1).abs().max() < 0.04))
 
@@ -142,7 +142,7 @@ class TestRounding(CustomTestCase):
         for dtype in FP8_DTYPES:
             cache = pool(packed_rows(2, DIM, ROPE, name(dtype))).layer(4)
             self.assertEqual(cache[0].dtype, dtype)
-            store_rows(rows, torch.arange(4), *cache)
+            store_rows_torch(rows, torch.arange(4), *cache)
             read.append(load_rows(*cache, torch.arange(4), DIM))
         for found in read:
             self.assertLess(float((found - rows).abs().max()), 0.07 * float(rows.abs().max()))

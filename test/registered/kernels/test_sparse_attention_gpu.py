@@ -6,7 +6,7 @@ from unittest import mock
 import torch
 
 from sglang.kernels.ops.attention import sparse_passes
-from sglang.kernels.ops.attention.packed_rows import make_pages, store_rows, store_rows_torch
+from sglang.kernels.ops.attention.packed_rows import make_pages, store_rows_torch
 from sglang.kernels.ops.attention.sparse_attention import PACKED_ARCHS, sparse_attention, sparse_attention_triton
 from sglang.kernels.ops.attention.sparse_splits import PASSES
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
@@ -102,7 +102,7 @@ class TestSparseAttentionOnGpu(CustomTestCase):
         big = make_pages(16_000, 256, DIM, ROPE, dtype, DEVICE)
         rows = torch.randn(300, DIM, device=DEVICE).bfloat16()
         ids = torch.arange(16_000 * 256 - 300, 16_000 * 256, device=DEVICE)
-        store_rows(rows, ids, *big)
+        store_rows_torch(rows, ids, *big)
         few = make_pages(2, 256, DIM, ROPE, dtype, DEVICE)
         store_rows_torch(rows, torch.arange(300, device=DEVICE), *few)
         q = torch.randn(2, 16, DIM, device=DEVICE).bfloat16()

@@ -16,7 +16,8 @@ import triton
 from test_op_parity import QUANTIZING, check_case, tensors
 
 from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul_torch
-from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages, store_rows_triton
+from sglang.kernels.ops.attention.packed_rows import load_rows, make_pages
+from sglang.kernels.ops.attention.prepare_compressed import prepare_compressed_triton
 from sglang.kernels.ops.linear.dense import dense_linear_row
 from sglang.kernels.ops.mhc import launchers
 from sglang.kernels.ops.mhc.hc_post_pre import hc_post_pre
@@ -112,9 +113,12 @@ class TestTritonInterpreted(CustomTestCase):
         rows[1, ::2], rows[1, 1::2] = 1.0, -1e-9
         for tail, dim in ((64, 512), (None, 128)):
             cache = make_pages(1, 2, dim, tail, torch.float8_e4m3fnuz)
-            store_rows_triton(rows[:, :dim].contiguous(), torch.arange(2), *cache)
+            q, places, unturned = torch.zeros(2, 1, dim), torch.arange(2), torch.tensor([[1.0] * 32 + [0.0] * 32] * 2)
+            prepare_compressed_triton(
+                q, rows[:, :dim].contiguous(), places, unturned, torch.ones(dim), 1e-6, places, *cache
+            )
             self.assertFalse(bool((cache[0].view(torch.uint8)[..., : dim - (tail or 0)] == 0x80).any()))
-            self.assertEqual(float(load_rows(*cache, torch.arange(2), dim)[1, 0]), 1.0)
+            self.assertAlmostEqual(float(load_rows(*cache, places, dim)[1, 0]), 2**0.5, delta=0.05)
 
     def test_partial_sums_of_mhc_are_written_before_they_are_read(self):
         """NaN in scratch and outputs beforehand changes no result, with one block of rows and with several."""

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, next_power_of_2, triton_impl, warps_for
+from sglang.kernels.launch import FLOATS
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype, read_rows, write_latent_torch
-from sglang.kernels.ops.quant.group_fp8 import FP8_DTYPES, fp8_dtype
-from sglang.kernels.spec import Case, Impl, Op
+from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.srt.platforms import current_platform
 
 # Columns that share a scale, and the smallest of their largest numbers that a scale is made for.
@@ -110,20 +108,6 @@ class RowLayout(NamedTuple):
         return {"KIND": self.kind, "PER_PAGE": self.per_page, "WIDTH": self.width, "NUM_SCALES": self.num_scales}
 
 
-def store_rows_triton(rows: Tensor, row_ids: Tensor, cache: Tensor, scales: Tensor | None = None) -> tuple[Tensor, ...]:
-    from sglang.kernels.ops.attention.packed_rows_triton import store_rows_kernel
-
-    num_rows, dim = rows.shape
-    if num_rows:
-        block = next_power_of_2(dim)
-        store_rows_kernel[(num_rows,)](
-            rows, row_ids, cache, cache if scales is None else scales, rows.stride(0), cache.stride(0),
-            0 if scales is None else scales.stride(0), **RowLayout.of(cache, scales).constants(),
-            DIM=dim, BLOCK=block, num_warps=warps_for(block),
-        )  # fmt: skip
-    return (cache,) if scales is None else (cache, scales)
-
-
 def is_packed(cache: Tensor, scales: Tensor | None, dtype: torch.dtype) -> bool:
     """Whether the Triton kernels read and write this cache from and to rows of ``dtype``."""
     if scales is None:
@@ -131,10 +115,6 @@ def is_packed(cache: Tensor, scales: Tensor | None, dtype: torch.dtype) -> bool:
     packed = cache.stride(2) == 1 and cache.stride(1) == cache.shape[2]
     dense = scales.stride(1) == (1 if scales.dim() == 2 else scales.shape[2])
     return packed and dense and dtype in FLOATS and cache.dtype == fp8_dtype(current_platform.arch)
-
-
-def _accepts(rows: Tensor, row_ids: Tensor, cache: Tensor, scales: Tensor | None = None) -> bool:
-    return rows.stride(1) == 1 and is_packed(cache, scales, rows.dtype)
 
 
 def make_pages(
@@ -148,31 +128,3 @@ def make_pages(
     values = pages[:, : per_page * width].view(dtype).unflatten(1, (per_page, width))
     scales = pages[:, per_page * width :][:, : per_page * scale_bytes]
     return values, scales.view(torch.float32) if tail is None else scales.unflatten(1, (per_page, scale_bytes))
-
-
-def _cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    # By name: rows, columns, columns that stay bfloat16 (None for keys), rows of a page.
-    shapes = {
-        "rows": (9, 512, 64, 4), "narrow": (7, 24, 8, 2), "one": (1, 96, 16, 1), "keys": (9, 128, None, 4),
-        "narrow-keys": (5, 12, None, 3), "empty": (0, 96, 16, 2),
-    }  # fmt: skip
-    for name, (num_rows, dim, tail, per_page) in shapes.items():
-        rows = (
-            torch.randn(num_rows, dim, generator=generator) * torch.logspace(-6, 3, max(num_rows, 1))[:num_rows, None]
-        )
-        rows[:1, ::3], rows[1:2], rows[2:3, -5:] = 448.0, -0.0, 3e4
-        rows[1:2, 0], rows[1:2, 1] = 1.0, -1e-9
-        ids = torch.randperm(12, generator=generator)[:num_rows]
-        for dtype in FP8_DTYPES:
-            cache = make_pages(12 // per_page, per_page, dim, tail, dtype)
-            yield Case(f"{name}-{str(dtype)[14:]}-fp8", (rows, ids, *cache))
-        yield Case(name, (rows.clone(), ids, torch.zeros(12, dim)))
-
-
-store_rows = Op(
-    "compressed.store_rows",
-    triton_impl(store_rows_triton, _accepts),
-    Impl("torch", store_rows_torch),
-    cases=_cases,
-)

@@ -91,19 +91,3 @@ def store_row(
             tl.store(tail_at, row.to(tl.bfloat16), mask=(column >= plain) & (column < DIM))
         else:
             _store_key(wide, column, bytes_at, scale_at, DIM, dtype)
-
-
-@triton.jit
-def store_rows_kernel(
-    rows_ptr, ids_ptr, cache_ptr, scales_ptr, row_stride, page_stride, scale_page_stride,
-    KIND: tl.constexpr, PER_PAGE: tl.constexpr, WIDTH: tl.constexpr, NUM_SCALES: tl.constexpr, DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """grid (rows): one row each."""
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    numbers = tl.load(rows_ptr + row * row_stride + column, mask=column < DIM, other=0.0)
-    row_id = tl.load(ids_ptr + row).to(tl.int64)
-    store_row(
-        numbers, row_id, cache_ptr, scales_ptr, page_stride, scale_page_stride, KIND, PER_PAGE, WIDTH, NUM_SCALES, DIM
-    )

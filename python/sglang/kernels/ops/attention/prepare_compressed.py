@@ -99,6 +99,12 @@ def _cases() -> Iterator[Case]:
         yield Case(name, (*args, torch.zeros(12, dim)))
         for dtype in (torch.float8_e4m3fn, torch.float8_e4m3fnuz):
             yield Case(f"{name}-{str(dtype)[14:]}-fp8", (*args, *make_pages(6, 2, dim, rotary, dtype)))
+            if name == "odd":
+                # Zeros, what rounds to them from below, and a group of which one number is almost all.
+                rows = torch.full((num_rows, dim), -0.0)
+                rows[1:3], rows[1:3, ::5], rows[3, 3] = -1e-9, 448.0, -3e4
+                pages = make_pages(6, 2, dim, rotary, dtype)
+                yield Case(f"{name}-{str(dtype)[14:]}-small-fp8", (args[0], rows, *args[2:], *pages))
 
 
 prepare_compressed = Op(

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from sglang.kernels.ops.attention.compress import compress
-from sglang.kernels.ops.attention.packed_rows import store_rows
 from sglang.kernels.ops.attention.prepare_compressed import prepare_compressed
 from sglang.kernels.ops.attention.select_entries import select_entries
 from sglang.kernels.ops.attention.sparse_attention import sparse_attention
@@ -182,11 +181,6 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
             *self.pools["swa"].layer(layer.layer_id),
         )  # fmt: skip
         return queries
-
-    def store_rows(self, rows: torch.Tensor, layer: CompressedLayer, forward_batch: ForwardBatch) -> None:
-        plan = self._plan_of(forward_batch, rows.shape[0])
-        if plan is not None:
-            store_rows(rows, plan.store_slots, *self.pools["swa"].layer(layer.layer_id))
 
     def compress(
         self, kv: torch.Tensor, gate: torch.Tensor, compressor: Compressor, forward_batch: ForwardBatch

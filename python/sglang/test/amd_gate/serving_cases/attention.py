@@ -14,7 +14,7 @@ from sglang.kernels.ops.attention.extend_ragged import expanded_views, extend_ra
 from sglang.kernels.ops.attention.kv_cache import gather_slots, write_kv
 from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project
 from sglang.kernels.ops.attention.mla_extend import mla_extend
-from sglang.kernels.ops.attention.packed_rows import make_pages, store_rows
+from sglang.kernels.ops.attention.packed_rows import make_pages
 from sglang.kernels.ops.attention.prepare_compressed import prepare_compressed
 from sglang.kernels.ops.attention.prepare_gqa import prepare_gqa
 from sglang.kernels.ops.attention.prepare_mla import prepare_mla
@@ -101,18 +101,6 @@ def mla_extend_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
             yield mla_extend, Case(f"mla_h{heads} {batch}x{new} of {total}", args)
         coarse = torch.empty_like(latent, dtype=fp8_dtype(current_platform.arch))
         yield mla_extend, Case(f"mla_h{heads} 512x2 of 1152 fp8", (q, coarse, *args[2:]))
-
-
-def packed_rows_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Rows and index keys of a decode step and of a prefill, without contents."""
-    dtype = fp8_dtype(current_platform.arch)
-    for tokens in (32, 4096):
-        ids = torch.empty(tokens, dtype=torch.int64, device=device)
-        rows = torch.empty(tokens, 512, dtype=torch.bfloat16, device=device)
-        yield store_rows, Case(f"rows t{tokens}", (rows, ids, torch.empty_like(rows)))
-        yield store_rows, Case(f"rows t{tokens} fp8", (rows, ids, *make_pages(64, 256, 512, 64, dtype, device)))
-        keys = make_pages(64, 64, 128, None, dtype, device)
-        yield store_rows, Case(f"keys t{tokens} fp8", (rows[:, :128].contiguous(), ids, *keys))
 
 
 def extend_attention_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
@@ -286,7 +274,6 @@ CASES = (
     compress_cases,
     kv_cache_cases,
     mla_extend_cases,
-    packed_rows_cases,
     extend_attention_cases,
     prepare_compressed_cases,
     prepare_gqa_cases,
