@@ -130,8 +130,8 @@ class AiterGreedyCases(CustomTestCase):
             logits[3, 7] = NAN
             ids, output = self.sample(logits)
             self.assertTrue(bool(((ids >= 0) & (ids < vocab)).all()), f"{vocab}: {ids.tolist()}")
-            assert output.invalid_rows is not None
-            self.assertEqual(output.invalid_rows.tolist(), [False, True, True, True, False])
+            assert output.row_faults is not None
+            self.assertEqual((output.row_faults != 0).tolist(), [False, True, True, True, False])
             self.assertEqual(ids[[0, 4]].tolist(), logits[[0, 4]].argmax(-1).tolist())
 
     def test_empty_batch(self) -> None:
@@ -145,8 +145,8 @@ class AiterGreedyCases(CustomTestCase):
         self.assertEqual(ids.dtype, torch.int32)
         self.assertTrue(torch.equal(logits, kept), "the kernel may not write logits")
         wanted = torch.log_softmax(logits.double(), -1).gather(1, ids.long().unsqueeze(1)).squeeze(1)
-        assert output.next_token_logprobs is not None
-        torch.testing.assert_close(output.next_token_logprobs.double(), wanted, atol=1e-5, rtol=0)
+        assert output.row_logprobs is not None
+        torch.testing.assert_close(output.row_logprobs.token.double(), wanted, atol=1e-5, rtol=0)
         with envs.SGLANG_USE_AITER.override(False), fresh_decisions():
             plain_ids, plain = self.sample(logits, **arguments)
         self.assertEqual(ids.tolist(), plain_ids.tolist())

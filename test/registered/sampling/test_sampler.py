@@ -228,7 +228,7 @@ class TestGreedy(CustomTestCase):
         for params in (SamplingParams(temperature=0.0), SamplingParams(top_p=0.5)):
             output = LogitsProcessorOutput(logits)
             ids = Sampler()(output, info_of([params] * 5, 9), positions=torch.arange(5))
-            self.assertEqual(output.invalid_rows.tolist(), [False, True, True, True, False])
+            self.assertEqual((output.row_faults != 0).tolist(), [False, True, True, True, False])
             self.assertTrue(bool(((ids >= 0) & (ids < 9)).all()))
 
     def test_empty_batch(self) -> None:
@@ -306,7 +306,7 @@ class TestFaults(CustomTestCase):
             with self.subTest(path), mock.patch.multiple(sampler_module, **names):
                 ids, faults, output = self.sample(logits, params)
                 self.assertEqual(faults, wanted)
-                self.assertEqual(output.invalid_rows.tolist(), [bool(fault) for fault in wanted])
+                self.assertEqual((output.row_faults != 0).tolist(), [bool(fault) for fault in wanted])
                 self.assertEqual([ids[row] for row in healthy], [answers[row] for row in healthy])
 
     def test_the_models_fault_comes_first(self) -> None:
@@ -486,7 +486,7 @@ class TestEdits(CustomTestCase):
         ids = Sampler()(output, info_of(params, 11), True, [2, 0, 1], [(), (5, 3), ()])
         self.assertEqual(ids.tolist(), [7, 7, 7])
         wanted = torch.log_softmax(logits.double(), -1)
-        torch.testing.assert_close(output.next_token_logprobs.double(), wanted[:, 7])
+        torch.testing.assert_close(output.row_logprobs.token.double(), wanted[:, 7])
         best = wanted[0].topk(2)
         found = output.row_logprobs.read(output.row_logprobs.tensors())
         self.assertEqual([i for _, i in found.top[0]], best.indices.tolist())

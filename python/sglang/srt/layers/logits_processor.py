@@ -54,16 +54,6 @@ class LogitsProcessorOutput:
         """What the forward computed, before sampling."""
         return tuple(t for t in (self.next_token_logits, self.hidden_states) if t is not None)
 
-    @property
-    def next_token_logprobs(self) -> torch.Tensor | None:
-        """Log-probabilities of the sampled tokens: [B] float32, None if no row requested them."""
-        return None if self.row_logprobs is None else self.row_logprobs.token
-
-    @property
-    def invalid_rows(self) -> torch.Tensor | None:
-        """Rows from which nothing was sampled: [B] bool, None before sampling."""
-        return None if self.row_faults is None else self.row_faults != 0
-
 
 class LogitsProcessor(nn.Module):
     """Picks the rows whose logits are needed and projects only those."""

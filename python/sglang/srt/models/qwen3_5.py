@@ -108,7 +108,6 @@ class Qwen3_5GatedDeltaNet(nn.Module):
                 f"{config.linear_num_key_heads} linear key heads cannot be split over {tp_size} tensor-parallel ranks."
             )
         self.layer_id = layer_id
-        self.num_k_heads = config.linear_num_key_heads // tp_size
         self.num_v_heads = config.linear_num_value_heads // tp_size
         self.head_k_dim, self.head_v_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.use_alt_stream = _gdn_use_alt_stream
