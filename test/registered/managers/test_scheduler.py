@@ -73,10 +73,10 @@ class TestRandomTraffic(CustomTestCase):
             for seed in range(3):
                 with self.subTest(page=page, seed=seed):
                     setup = random_traffic(
-                        self, seed, pool=160, conservativeness=0.05, page=page, width=4, overlap=seed > 0
+                        self, seed, pool=96, conservativeness=0.05, page=page, width=4, overlap=seed > 0
                     )
                     retracted += setup.scheduler.metrics.num_retracted_reqs
-        self.assertGreater(retracted, 0)
+        self.assertGreater(retracted, 2)
 
     def test_forced_retraction(self) -> None:
         for overlap in (False, True):
