@@ -304,10 +304,11 @@ class TestTrace(StreamCase):
         model[1].overlap.trace = self.traced(0, 1, 3, 2, 6)
         rows = trace_reader(model)()
         context = SimpleNamespace(served_model_name="m")
-        text = "\n".join(_Page(context, [{"streams": {"trace": rows}}])._overlap())
-        self.assertRegex(
-            text, r'(?m)^sglang:stream_overlap_share\{.*site="test",num_tokens="7",captured="true".*\} 0\.5$'
-        )
+        (family,) = _Page(context, [{"streams": {"trace": rows}}])._overlap()
+        (sample,) = family.samples
+        wanted = {"site": "test", "num_tokens": "7", "captured": "true"}
+        self.assertEqual((sample.name, sample.value), ("sglang:stream_overlap_share", 0.5))
+        self.assertLessEqual(wanted.items(), sample.labels.items())
         self.assertEqual(list(_Page(context, [{}])._overlap()), [])
         with self.assertLogs("sglang.srt.managers.scheduler_metrics", "INFO") as logs:
             load = {"num_running_reqs": 1, "num_used_tokens": 1, "max_total_num_tokens": 9, "num_queue_reqs": 0}

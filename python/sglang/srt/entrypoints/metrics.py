@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
 from sglang.srt.entrypoints import server_info
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.managers.request_metrics import Histogram
@@ -89,6 +93,9 @@ _HISTOGRAMS = (
     ("e2e_request_latency_seconds", "Time from tokenization of a request to its end.", "end_to_end"),
     ("queue_time_seconds", "Time from tokenization of a request to its first step.", "queue"),
 )
+_FAMILIES = {"gauge": GaugeMetricFamily, "counter": CounterMetricFamily}
+
+
 _POSITIONS = (
     "spec_accept_rate_by_position",
     "gauge",
@@ -101,41 +108,28 @@ def described() -> list[tuple[str, str, str]]:
     """Name as it stands on the page, type and help of every metric that a server may show."""
     tables = [row[:3] for table in (_METRICS, _FRONT_METRICS, (_NUM_REQUESTS,), _RECV_METRICS) for row in table]
     rows = [*tables, _POSITIONS, _OVERLAP, *((name, "histogram", text) for name, text, _ in _HISTOGRAMS)]
-    return [(_shown(name, kind), kind, text) for name, kind, text in rows]
+    return [(f"sglang:{name}{'_total' if kind == 'counter' else ''}", kind, text) for name, kind, text in rows]
 
 
-def _shown(name: str, kind: str) -> str:
-    return f"sglang:{name}{'_total' if kind == 'counter' else ''}"
-
-
-async def metrics_page(context: ServerContext) -> str:
+async def metrics_page(context: ServerContext) -> bytes:
     """The page; ``dp_rank`` tells several schedulers apart.
 
     It is in Prometheus' own text format whatever a client prefers: OpenMetrics allows no colon in names.
     """
-    page = _Page(context, await context.manager.get_internal_states())
-    return "\n".join([*page.lines(), ""])
+    states = await context.manager.get_internal_states()
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Page(context, states))
+    return generate_latest(registry)
 
 
-def _labels(**labels: str) -> str:
-    """As they stand between the braces."""
-    escaped = {
-        name: text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"") for name, text in labels.items()
-    }
-    return ",".join(f'{name}="{text}"' for name, text in escaped.items())
-
-
-class _Page:
+class _Page(Collector):
     """What the schedulers said at one time, and what this process counts."""
 
     def __init__(self, context: ServerContext, states: Sequence[Mapping[str, Any]]) -> None:
         self._context = context
         self._states = states
-        every = _labels(model_name=context.served_model_name, engine_type="unified", tp_rank="0")
-        ranks = [f',dp_rank="{rank}"' for rank in range(len(states))] if len(states) > 1 else [""]
-        self._labels = [every + rank for rank in ranks]
 
-    def lines(self) -> Iterator[str]:
+    def collect(self) -> Iterator[Metric]:
         states = self._states
         used = [{**state, **token_usage(state)} for state in states]
         received = [state.get("experts", {}).get("received_rows", {}) for state in states]
@@ -146,49 +140,57 @@ class _Page:
         yield from self._overlap()
         yield from self._requests()
 
-    def _metric(self, name: str, kind: str, text: str, rows: Iterable[tuple[str, float]]) -> Iterator[str]:
-        """One metric of rows (labels, value); nothing where there are none."""
-        shown = _shown(name, kind)
-        values = [f"{shown}{{{labels}}} {float(value)}" for labels, value in rows]
-        if values:
-            yield from (f"# HELP {shown} {text}", f"# TYPE {shown} {kind}", *values)
+    def _labels(self, dp_rank: int) -> dict[str, str]:
+        labels = {"model_name": self._context.served_model_name, "engine_type": "unified", "tp_rank": "0"}
+        return labels | ({"dp_rank": str(dp_rank)} if len(self._states) > 1 else {})
 
-    def _table(self, metrics: Sequence[tuple[str, ...]], states: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    def _family(
+        self, kind: str, name: str, text: str, rows: Iterable[tuple[int, dict[str, str], float]]
+    ) -> Iterator[Metric]:
+        """One metric of rows (DP rank, further labels, value); nothing where there are none."""
+        family = None
+        for dp_rank, more, value in rows:
+            labels = self._labels(dp_rank) | more
+            family = family or _FAMILIES[kind](f"sglang:{name}", text, labels=list(labels))
+            family.add_metric(list(labels.values()), value)
+        if family is not None:
+            yield family
+
+    def _table(self, metrics: Sequence[tuple[str, ...]], states: Sequence[Mapping[str, Any]]) -> Iterator[Metric]:
         """Every metric whose key the first DP rank has, with one value per rank."""
         for name, kind, text, key in metrics:
             if key in states[0]:
-                yield from self._metric(name, kind, text, zip(self._labels, (state[key] for state in states)))
+                yield from self._family(kind, name, text, ((rank, {}, state[key]) for rank, state in enumerate(states)))
 
-    def _positions(self) -> Iterator[str]:
+    def _positions(self) -> Iterator[Metric]:
         """The part of the verify steps in which the first, second, ... draft became output; none without drafts."""
         rows = (
-            (f'{labels},position="{position}"', rate)
-            for labels, state in zip(self._labels, self._states, strict=True)
+            (dp_rank, {"position": str(position)}, rate)
+            for dp_rank, state in enumerate(self._states)
             for position, rate in enumerate(state.get("spec_accept_rate_by_position", ()), start=1)
         )
-        yield from self._metric(*_POSITIONS, rows)
+        yield from self._family(_POSITIONS[1], _POSITIONS[0], _POSITIONS[2], rows)
 
-    def _overlap(self) -> Iterator[str]:
+    def _overlap(self) -> Iterator[Metric]:
         """What SGLANG_TRACE_OVERLAP measured on the first rank; nothing when it is off."""
         rows = (
             (
-                f"{self._labels[0]},"
-                + _labels(site=row["site"], num_tokens=str(row["num_tokens"]), captured=str(row["captured"]).lower()),
+                0,
+                {**{key: str(row[key]) for key in ("site", "num_tokens")}, "captured": str(row["captured"]).lower()},
                 row["overlap_fraction"],
             )
             for row in self._states[0].get("streams", {}).get("trace", [])
         )
-        yield from self._metric(*_OVERLAP, rows)
+        yield from self._family(_OVERLAP[1], _OVERLAP[0], _OVERLAP[2], rows)
 
-    def _requests(self) -> Iterator[str]:
+    def _requests(self) -> Iterator[Metric]:
         """What this process measured of requests."""
         ranks = self._context.manager.request_metrics
-        yield from self._table((_NUM_REQUESTS,), [{"num_requests": metrics.num_requests} for metrics in ranks])
+        ended = [{"num_requests": metrics.num_requests} for metrics in ranks]
+        yield from self._table((_NUM_REQUESTS,), ended)
         for name, text, attribute in _HISTOGRAMS:
-            shown = _shown(name, "histogram")
-            yield from (f"# HELP {shown} {text}", f"# TYPE {shown} histogram")
-            for labels, metrics in zip(self._labels, ranks, strict=True):
+            family = HistogramMetricFamily(f"sglang:{name}", text, labels=list(self._labels(0)))
+            for rank, metrics in enumerate(ranks):
                 histogram: Histogram = getattr(metrics, attribute)
-                buckets = histogram.cumulative()
-                yield from (f'{shown}_bucket{{{labels},le="{bound}"}} {count}' for bound, count in buckets)
-                yield from (f"{shown}_count{{{labels}}} {buckets[-1][1]}", f"{shown}_sum{{{labels}}} {histogram.sum}")
+                family.add_metric(list(self._labels(rank).values()), histogram.cumulative(), histogram.sum)
+            yield family
