@@ -89,6 +89,7 @@ class ReqMemory:
         tokens = req.token_ids
         if not self._keyed_by_pairs:
             return tokens[:num_tokens]
+        assert num_tokens < len(tokens), f"{num_tokens} tokens to key by pairs, {len(tokens)} known"
         return tokens[:num_tokens] << 32 | tokens[1 : num_tokens + 1]
 
     def admit(self, req: Req, match: MatchResult) -> None:
