@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
+import random
+import socket
 import subprocess
 import sys
 import tempfile
@@ -20,7 +22,6 @@ from unittest import mock
 from urllib.parse import urlparse
 
 from sglang.srt.environ import envs
-from sglang.srt.utils.common import get_free_port
 from sglang.test.process_tree import kill_process_tree
 
 R = TypeVar("R")
@@ -113,8 +114,18 @@ class CustomTestCase(unittest.TestCase):
 
 
 def free_url() -> str:
-    """``http://127.0.0.1:PORT`` with a free port, for the ``base_url`` of one test class."""
-    return f"http://127.0.0.1:{get_free_port()}"
+    """``http://127.0.0.1:PORT`` with a free port, for the ``base_url`` of one test class.
+
+    The port is below those that the system gives to connections (32768 on Linux), so that no other test which runs at
+    the same time takes it before the server listens.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        try:
+            with socket.create_server(("127.0.0.1", port)):
+                return f"http://127.0.0.1:{port}"
+        except OSError:
+            continue
 
 
 # Chosen at import: each test file is a process of its own, so files that run at once do not meet.
