@@ -122,6 +122,8 @@ def expert_tile(
     With TWO a tile of the down product is two runs of BLOCK_N columns that share the rows of x; width is then a
     multiple of both runs. Two sums of 128 columns fit the registers where one of 256 and its partial sum do not.
     """
+    tl.static_assert(not FP8 or GROUP % BLOCK_N == 0, "a tile of 8-bit weights lies inside one block")
+    tl.static_assert(LARGEST is None or (GATE_UP and BLOCK_N == GROUP), "a tile of quantised rows is one group")
     first = tile * BLOCK_N * (1 + TWO)
     n = first + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
