@@ -104,7 +104,7 @@ def plan_pools(args: ServerArgs, configs: Sequence[ModelConfig], tp_size: int, a
 
 
 def slots_for_drafts(args: ServerArgs) -> int:
-    """Tokens, in whole pages, that drafts add to a request: rows past its end, and a copy of one cached row."""
+    """Tokens, in whole pages, that drafts add to a request: rows past its end, and one in reserve."""
     page = args.page_size or 1
     per_step = SpecInfo(args.speculative_num_steps).slots_per_step + 1 if args.speculative_num_steps else 0
     return -(-per_step // page) * page
