@@ -1,5 +1,6 @@
 """Speculation that cannot be served is refused at start; requests at its limits have the same output as without."""
 
+import itertools
 import json
 import shutil
 import tempfile
@@ -109,13 +110,34 @@ class TestMemory(CustomTestCase):
     def test_a_pool_that_holds_no_verify_step(self):
         for name, path in MODELS.items():
             with self.subTest(name):
-                with self.assertRaisesRegex(PoolPlanError, "KV for 8 tokens, and a request .* needs 9 .*: raise --max"):
-                    EngineHarness(path, max_total_tokens=8, **SPEC)
-                harness = EngineHarness(path, max_total_tokens=9, **SPEC)
+                with self.assertRaisesRegex(PoolPlanError, "KV for 5 tokens, and a request .* needs 6 .*: raise --max"):
+                    EngineHarness(path, max_total_tokens=5, **SPEC)
+                harness = EngineHarness(path, max_total_tokens=6, **SPEC)
                 harness.submit("r", [5], SamplingParams(max_new_tokens=9, temperature=0.0, ignore_eos=True))
                 self.assertEqual(len(harness.run()["r"].output_ids), 1)
         with self.assertRaisesRegex(PoolPlanError, "KV for 16 tokens, and .* needs 18"):
             EngineHarness(path, max_total_tokens=31, page_size=16, **SPEC)
+
+    def test_requests_as_long_as_the_pool_allows(self):
+        """Two at a time in a pool for one, to its last token; the later of equal prompts starts from a cached one."""
+        cases = ((steps, page, overlap) for steps in (1, 3) for page, overlap in ((1, True), (4, False)))
+        for (name, path), (steps, page, overlap) in itertools.product(MODELS.items(), cases):
+            with self.subTest(name, steps=steps, page=page, overlap=overlap):
+                spec = {"speculative_algorithm": "NEXTN", "speculative_num_steps": steps}
+                memory = {"page_size": page, "max_running_requests": 2}
+                harness = EngineHarness(path, max_total_tokens=32, overlap=overlap, **memory, **spec)
+                limit = harness.scheduler.config.max_req_len
+                self.assertEqual(limit, 32 - -(-2 * (steps - 1) // page) * page)
+                plain = EngineHarness(path, max_total_tokens=256, context_length=limit, **memory)
+                long = list(range(7, 7 + limit - 1))
+                for engine in (harness, plain):
+                    for number, prompt in enumerate(([5], long, long, long[:-1], long[: limit // 2])):
+                        params = SamplingParams(temperature=0.7, sampling_seed=number, ignore_eos=True)
+                        engine.submit(f"r{number}", prompt, params)
+                answers = {rid: result.output_ids for rid, result in plain.run().items()}
+                self.assertEqual(len(answers["r0"]), limit - 1)
+                self.assertEqual({rid: result.output_ids for rid, result in harness.run().items()}, answers)
+                self.assertEqual(harness.scheduler.metrics.num_retracted_reqs, 0)
 
     def test_the_layer_is_counted(self):
         for name, path in MODELS.items():

@@ -104,10 +104,10 @@ def plan_pools(args: ServerArgs, configs: Sequence[ModelConfig], tp_size: int, a
 
 
 def slots_for_drafts(args: ServerArgs) -> int:
-    """Tokens, in whole pages, that drafts add to a request: rows past its end, and one in reserve."""
-    page = args.page_size or 1
-    per_step = SpecInfo(args.speculative_num_steps).slots_per_step + 1 if args.speculative_num_steps else 0
-    return -(-per_step // page) * page
+    """Tokens, in whole pages, that a verify step may take past the end of a request."""
+    spec, page = SpecInfo.of(args.speculative_num_steps), args.page_size or 1
+    # The last step starts two tokens before the end, or earlier.
+    return 0 if spec is None else -(-(spec.slots_per_step - 2) // page) * page
 
 
 def make_rank_memory(
