@@ -17,12 +17,8 @@ from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.layers.attention import make_attention_backend, torch_native_backend
-from sglang.srt.layers.attention.base_attn_backend import (
-    _FACTORIES,
-    MlaBackend,
-    UnplannedStepError,
-    backend_of,
-)
+from sglang.srt.layers.attention.base_attn_backend import _FACTORIES, UnplannedStepError, backend_of
+from sglang.srt.layers.attention.pool_backend import MlaBackend
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind, StepPlan
 from sglang.srt.sampling.sampling_params import SamplingParams

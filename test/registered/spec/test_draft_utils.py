@@ -13,11 +13,12 @@ from sglang.srt.configs.cache_layout import FULL, STATE, SWA
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.attention import base_attn_backend
-from sglang.srt.layers.attention.base_attn_backend import AttentionContext, GqaBackend, MlaBackend
+from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import (
     DeepseekV4HipRadixBackend,
     DeepseekV4MultiStepBackend,
 )
+from sglang.srt.layers.attention.pool_backend import GqaBackend, MlaBackend
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.model_executor.model_pools import cache_layout

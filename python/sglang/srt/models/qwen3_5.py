@@ -13,7 +13,9 @@ from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import LINEAR_ATTENTION, Qwen3_5Config
 from sglang.srt.distributed.parallel_state import get_tp_group
-from sglang.srt.layers.attention.base_attn_backend import GqaBackend, RecurrentBackend, backend_of
+from sglang.srt.layers.attention.base_attn_backend import backend_of
+from sglang.srt.layers.attention.hybrid_linear_attn_backend import GDNBackend
+from sglang.srt.layers.attention.pool_backend import GqaBackend
 from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNormGated
 from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
@@ -156,7 +158,7 @@ class Qwen3_5GatedDeltaNet(nn.Module):
         value_width = self.num_v_heads * self.head_v_dim
         mixed_qkv, z = qkvz.split((qkvz.shape[1] - value_width, value_width), dim=-1)
         b, a = ba.chunk(2, dim=-1)
-        out = backend_of(forward_batch, RecurrentBackend).forward_gdn(mixed_qkv, z, b, a, self, forward_batch)
+        out = backend_of(forward_batch, GDNBackend).forward_gdn(mixed_qkv, z, b, a, self, forward_batch)
         return self.out_proj(out.flatten(1))
 
 

@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 
 from sglang.srt.distributed.parallel_state import get_tp_group
-from sglang.srt.layers.attention.base_attn_backend import RecurrentBackend, backend_of
+from sglang.srt.layers.attention.base_attn_backend import backend_of
+from sglang.srt.layers.attention.hybrid_linear_attn_backend import GDNBackend
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner, StepForward
@@ -107,7 +108,7 @@ class EagleWorker:
             return Accepted(sampled, num_new)
         if forward_batch.state_slot_ids is not None:
             counted = num_new if live is None else num_new * live
-            backend_of(forward_batch, RecurrentBackend).update_mamba_state_after_mtp_verify(
+            backend_of(forward_batch, GDNBackend).update_mamba_state_after_mtp_verify(
                 forward_batch.state_slot_ids, counted
             )
         return Accepted(sampled, num_new, torch.cat([sampled, faults.view(sampled.shape), num_new.unsqueeze(1)], dim=1))

@@ -25,8 +25,9 @@ def load_attention_backends() -> None:
 
 def make_attention_backend(name: str, context: AttentionContext) -> AttentionBackend:
     """The backend ``name`` over the pools of ``context``; hybrid models get the recurrent backend around it."""
-    from sglang.srt.layers.attention.base_attn_backend import GqaBackend, create_attention_backend
+    from sglang.srt.layers.attention.base_attn_backend import create_attention_backend
     from sglang.srt.layers.attention.hybrid_linear_attn_backend import GDNBackend, HybridLinearAttnBackend
+    from sglang.srt.layers.attention.pool_backend import GqaBackend
 
     load_attention_backends()
     backend = create_attention_backend(name, context)

@@ -1,4 +1,4 @@
-"""Interfaces of attention backends, one per family of attention, and the registry of backends by name."""
+"""What every attention backend is, the interface of compressed attention, and the registry of backends by name."""
 
 from __future__ import annotations
 
@@ -11,17 +11,12 @@ import torch
 
 from sglang.srt.configs.attention_backends import BackendDeclaration, declare
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan, MlaExtendPlan, NoRows
-from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
-from sglang.srt.layers.quantization import Rows
-from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.layers.attention.plans import NoRows
+from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
-
-# Latent rows [m, R+P] -> keys [m, H, nope], values [m, H, v] and the last columns of every head's keys [m, P].
-Expand = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -94,89 +89,6 @@ class AttentionBackend(ABC):
     def init_forward_metadata_replay(self, forward_batch: ForwardBatch) -> None:
         """Update the captured plan of this size, and set it on ``forward_batch``."""
         raise UnplannedStepError(f"{type(self).__name__} does not capture graphs")
-
-
-class GqaBackend(AttentionBackend):
-    """Multi-head and grouped-query attention over stored keys and values."""
-
-    @abstractmethod
-    def prepare_gqa(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        positions: torch.Tensor,
-        q_norm: GemmaRMSNorm,
-        k_norm: GemmaRMSNorm,
-        rotary_emb: RotaryEmbedding,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-    ) -> torch.Tensor:
-        """Norm and rotate the heads of q [N, Hq, D] and k [N, Hk, D], store k and v [N, Hk, Dv] -> [N, Hq, D]."""
-
-    @abstractmethod
-    def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        """Attend over stored keys and values, this step's included. q [N, Hq, D] -> [N, Hq*Dv]."""
-
-    @abstractmethod
-    def forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
-    ) -> torch.Tensor:
-        """Write k and v at ``out_cache_loc`` and attend. q [N, Hq*D], k [N, Hk*D], v [N, Hk*Dv] -> [N, Hq*Dv]."""
-
-
-class MlaBackend(AttentionBackend):
-    """Multi-head latent attention over stored latent rows, in its absorbed and its expanded form."""
-
-    @abstractmethod
-    def prepare_mla(
-        self,
-        q: torch.Tensor,
-        kv_a: torch.Tensor,
-        positions: torch.Tensor,
-        norm: RMSNorm,
-        rotary_emb: RotaryEmbedding,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        queries: torch.Tensor | None = None,
-        w_kc: torch.Tensor | None = None,
-    ) -> None:
-        """Store the rows kv_a [N, R+P], normed and rotated, and rotate the last P columns of q [N, H, nope+P].
-
-        The rotated part stays in q, or goes into the last P columns of ``queries`` [N, H, R+P], whose others take the
-        rest of q times w_kc [H, nope, R].
-        """
-
-    @abstractmethod
-    def extend_forms(self, forward_batch: ForwardBatch) -> MlaExtendPlan:
-        """Which requests of an extend step use which form."""
-
-    @abstractmethod
-    def forward_absorb(self, q: torch.Tensor, layer: RadixAttention, plan: ExtendPlan) -> torch.Tensor:
-        """Attend over stored latent rows, this step's included: q [n, H, R+P], the rows of ``plan``, -> [n, H, R].
-
-        ``layer.v_head_dim`` is R.
-        """
-
-    @abstractmethod
-    def decode_absorb(
-        self,
-        q: torch.Tensor,
-        w_vc: torch.Tensor,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        row_dtype: torch.dtype | None = None,
-    ) -> Rows:
-        """The same for every row of a step that is not an extend step, and then times w_vc [H, R, v] -> [N, H*v].
-
-        row_dtype: of the product that takes the result, which may come as ``QuantizedRows`` of it.
-        """
-
-    @abstractmethod
-    def forward_mha(
-        self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | ChunkedPrefixPlan
-    ) -> torch.Tensor:
-        """Attend over keys and values that ``expand`` rebuilds from latent rows: q [n, H, qk] -> [n, H*v]."""
 
 
 class CompressedLayer(Protocol):
@@ -269,54 +181,6 @@ class MultiStepBackend(ABC):
     @abstractmethod
     def enter_step(self, chain: ForwardBatch, forward_batch: ForwardBatch, step: int) -> None:
         """Give ``forward_batch``, the rows of ``step``, its backend, slots and plan of the planned ``chain``."""
-
-
-class GatedNorm(Protocol):
-    """The RMS norm of a head's output, gated by z."""
-
-    weight: torch.Tensor  # [V]
-    eps: float
-
-
-class GatedDeltaNet(Protocol):
-    """What a backend reads of a gated-delta-net layer; heads are those of this rank, C = 2*HK*K + HV*V."""
-
-    layer_id: int
-    num_v_heads: int
-    head_v_dim: int
-    A_log: torch.Tensor  # [HV] float32
-    dt_bias: torch.Tensor  # [HV]
-
-    @property
-    def norm(self) -> GatedNorm: ...
-
-    @property
-    def conv_weight(self) -> torch.Tensor: ...  # [C, W]
-
-
-class RecurrentBackend(ABC):
-    """Gated delta nets over recurrent states. Their plan of a step is in ``forward_batch.attn_plan.states``."""
-
-    @abstractmethod
-    def plan_states(self, forward_batch: ForwardBatch) -> object:
-        """What the recurrent layers of the step share. Raises UnplannedStepError for a kind of step without a plan."""
-
-    @abstractmethod
-    def update_mamba_state_after_mtp_verify(self, slots: torch.Tensor, num_new: torch.Tensor) -> None:
-        """Accept the first ``num_new`` [B] int64 rows of a verify step for the states in ``slots`` [B] int64."""
-
-    @abstractmethod
-    def forward_gdn(
-        self,
-        mixed_qkv: torch.Tensor,
-        z: torch.Tensor,
-        b: torch.Tensor,
-        a: torch.Tensor,
-        layer: GatedDeltaNet,
-        forward_batch: ForwardBatch,
-    ) -> torch.Tensor:
-        """Advance every request's state by its tokens. mixed_qkv [N, C] before the convolution, z [N, HV*V], b, a
-        [N, HV] -> [N, HV, V] in mixed_qkv's dtype, normed and gated by z."""
 
 
 Family = TypeVar("Family")

@@ -3,24 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from sglang.kernels.ops.gdn.decode_step import gdn_decode_step
 from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step
 from sglang.kernels.ops.gdn.verify_step import gdn_verify_step
-from sglang.srt.layers.attention.base_attn_backend import (
-    AttentionBackend,
-    GatedDeltaNet,
-    GqaBackend,
-    RecurrentBackend,
-    UnplannedStepError,
-)
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, UnplannedStepError
+from sglang.srt.layers.attention.pool_backend import GqaBackend
 from sglang.srt.mem_cache.memory_pool import CachePool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
 
 # mixed_qkv, z, b and a of some tokens
 StepRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class GatedNorm(Protocol):
+    """The RMS norm of a head's output, gated by z."""
+
+    weight: torch.Tensor  # [V]
+    eps: float
+
+
+class GatedDeltaNet(Protocol):
+    """What a backend reads of a gated-delta-net layer; heads are those of this rank, C = 2*HK*K + HV*V."""
+
+    layer_id: int
+    num_v_heads: int
+    head_v_dim: int
+    A_log: torch.Tensor  # [HV] float32
+    dt_bias: torch.Tensor  # [HV]
+
+    @property
+    def norm(self) -> GatedNorm: ...
+
+    @property
+    def conv_weight(self) -> torch.Tensor: ...  # [C, W]
 
 
 @dataclass(frozen=True)
@@ -41,8 +60,8 @@ class GDNPlan:
     verifies: bool = False
 
 
-class GDNBackend(RecurrentBackend):
-    """Convolution and recurrence of gated delta nets on the slots of a state pool.
+class GDNBackend:
+    """Convolution and recurrence of gated delta nets on the slots of a state pool; plans in ``attn_plan.states``.
 
     Every request continues from what its slot holds; the slot of a new sequence has been zeroed by its owner. A
     request that brings one token takes the recurrent form whatever the mode of the step, others the chunked form.
@@ -115,6 +134,8 @@ class GDNBackend(RecurrentBackend):
         layer: GatedDeltaNet,
         forward_batch: ForwardBatch,
     ) -> torch.Tensor:
+        """Advance every request's state by its tokens. mixed_qkv [N, C] before the convolution, z [N, HV*V], b, a
+        [N, HV] -> [N, HV, V] in mixed_qkv's dtype, normed and gated by z."""
         plan = forward_batch.attn_plan.states
         assert isinstance(plan, GDNPlan), "a step is planned before the layers run"
         rows = (mixed_qkv, z.unflatten(-1, (layer.num_v_heads, layer.head_v_dim)), b, a)
@@ -143,6 +164,7 @@ class GDNBackend(RecurrentBackend):
         return gdn_verify_step(*self._arguments(rows, layer), *tails, plan.step_slots, layer.norm.eps)
 
     def update_mamba_state_after_mtp_verify(self, slots: torch.Tensor, num_new: torch.Tensor) -> None:
+        """Accept the first ``num_new`` [B] int64 rows of a verify step for the states in ``slots`` [B] int64."""
         assert self._tail_len is not None, "only verify steps leave rows behind a state"
         self._tail_len[:, slots] = num_new
 
@@ -162,7 +184,7 @@ def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
 class HybridLinearAttnBackend(AttentionBackend):
     """Plans steps for both of its ``parts``: the backend of softmax layers and that of recurrent layers."""
 
-    def __init__(self, full_attn_backend: GqaBackend, linear_attn_backend: RecurrentBackend) -> None:
+    def __init__(self, full_attn_backend: GqaBackend, linear_attn_backend: GDNBackend) -> None:
         self.full_attn_backend = full_attn_backend
         self.linear_attn_backend = linear_attn_backend
         self.parts = (full_attn_backend, linear_attn_backend)

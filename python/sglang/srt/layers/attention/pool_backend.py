@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 
@@ -12,19 +13,16 @@ from sglang.kernels.ops.attention.mla_decode_project import take_out
 from sglang.kernels.ops.attention.mla_extend import mla_extend
 from sglang.kernels.ops.attention.prepare_gqa import prepare_gqa
 from sglang.kernels.ops.attention.prepare_mla import prepare_mla
-from sglang.srt.layers.attention.base_attn_backend import (
-    AttentionBackend,
-    AttentionContext,
-    Expand,
-    GqaBackend,
-    MlaBackend,
-)
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
 from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan, MhaWhenCheaper, MlaExtendPlan, NoRows
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
 from sglang.srt.layers.quantization import Rows
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
+
+# Latent rows [m, R+P] -> keys [m, H, nope], values [m, H, v] and the last columns of every head's keys [m, P].
+Expand = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
 
 class PoolBackend(AttentionBackend):
@@ -65,8 +63,9 @@ class CapturingPoolBackend(PoolBackend):
         return self._captured[forward_batch.kind.name, forward_batch.batch_size]
 
 
-class PoolGqaBackend(PoolBackend, GqaBackend):
-    """Keeps one row of keys and values per token in ``kv_pool``, at ``forward_batch.out_cache_loc``."""
+class GqaBackend(PoolBackend):
+    """Multi-head and grouped-query attention: one row of keys and values per token in ``kv_pool``, at
+    ``forward_batch.out_cache_loc``."""
 
     def __init__(self, ctx: AttentionContext) -> None:
         super().__init__(ctx)
@@ -75,6 +74,7 @@ class PoolGqaBackend(PoolBackend, GqaBackend):
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch
     ) -> torch.Tensor:
+        """Write k and v at ``out_cache_loc`` and attend. q [N, Hq*D], k [N, Hk*D], v [N, Hk*Dv] -> [N, Hq*Dv]."""
         num_tokens = q.shape[0]
         k = k.view(num_tokens, layer.num_kv_heads, layer.head_dim)
         v = v.view(num_tokens, layer.num_kv_heads, layer.v_head_dim)
@@ -93,17 +93,22 @@ class PoolGqaBackend(PoolBackend, GqaBackend):
         layer: RadixAttention,
         forward_batch: ForwardBatch,
     ) -> torch.Tensor:
+        """Norm and rotate the heads of q [N, Hq, D] and k [N, Hk, D], store k and v [N, Hk, Dv] -> [N, Hq, D]."""
         assert q_norm.eps == k_norm.eps
         return prepare_gqa(
             q, k, v, q_norm.weight, k_norm.weight, positions, rotary_emb.cos_sin_cache,
             *self.kv_pool.layer(layer.layer_id), forward_batch.out_cache_loc, q_norm.eps, rotary_emb.is_neox,
         )  # fmt: skip
 
+    @abstractmethod
+    def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
+        """Attend over stored keys and values, this step's included. q [N, Hq, D] -> [N, Hq*Dv]."""
 
-class PoolMlaBackend(PoolBackend, MlaBackend):
-    """Keeps one latent row per token in ``kv_pool``, at ``forward_batch.out_cache_loc``.
 
-    Latent attention has two forms with the same result. Absorbed: queries attend to the latent rows as stored, which is
+class MlaBackend(PoolBackend):
+    """Latent attention: one latent row per token in ``kv_pool``, at ``forward_batch.out_cache_loc``.
+
+    It has two forms with the same result. Absorbed: queries attend to the latent rows as stored, which is
     cheap for few queries. Expanded (MHA): keys and values are rebuilt from the latent rows of the whole context, which
     is cheap for many queries. Decode steps always use the absorbed form.
     """
@@ -129,6 +134,11 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
         queries: torch.Tensor | None = None,
         w_kc: torch.Tensor | None = None,
     ) -> None:
+        """Store the rows kv_a [N, R+P], normed and rotated, and rotate the last P columns of q [N, H, nope+P].
+
+        The rotated part stays in q, or goes into the last P columns of ``queries`` [N, H, R+P], whose others take the
+        rest of q times w_kc [H, nope, R].
+        """
         prepare_mla(
             q, kv_a, positions, rotary_emb.cos_sin_cache, norm.weight, self._latent(layer), forward_batch.out_cache_loc,
             norm.eps, rotary_emb.is_neox, queries, w_kc,
@@ -142,6 +152,7 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
         return sorted(set(range(len(lengths))) - set(expanded)), expanded
 
     def extend_forms(self, forward_batch: ForwardBatch) -> MlaExtendPlan:
+        """Which requests of an extend step use which form."""
         plan = forward_batch.attn_plan.attention
         if isinstance(plan, MlaExtendPlan):
             return plan
@@ -155,15 +166,23 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
         forward_batch: ForwardBatch,
         row_dtype: torch.dtype | None = None,
     ) -> Rows:
+        """``decode_absorbed``, and then times w_vc [H, R, v] -> [N, H*v].
+
+        row_dtype: of the product that takes the result, which may come as ``QuantizedRows`` of it.
+        """
         return take_out(self.decode_absorbed(q, layer, forward_batch), w_vc)
 
     def forward_absorb(self, q: torch.Tensor, layer: RadixAttention, plan: ExtendPlan) -> torch.Tensor:
+        """Attend over stored latent rows, this step's included: q [n, H, R+P], the rows of ``plan``, -> [n, H, R].
+
+        ``layer.v_head_dim`` is R.
+        """
         cache, rank = self._latent(layer), layer.v_head_dim
         return mla_extend(q, cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, rank, layer.scaling)
 
     @abstractmethod
     def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        """The absorbed form of a step with one token per request: q [N, H, R+P] -> [N, H, R]."""
+        """``forward_absorb`` for every row of a step that is not an extend step."""
 
     def gather_latent(self, layer: RadixAttention, plan: ExtendPlan, dtype: torch.dtype) -> torch.Tensor:
         """The latent rows [M, R+P] of ``plan``, packed by request, in ``dtype``."""
@@ -172,6 +191,7 @@ class PoolMlaBackend(PoolBackend, MlaBackend):
     def forward_mha(
         self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | ChunkedPrefixPlan
     ) -> torch.Tensor:
+        """Attend over keys and values that ``expand`` rebuilds from latent rows: q [n, H, qk] -> [n, H*v]."""
         assert isinstance(plan, ExtendPlan), "this backend never plans MHA in chunks of the prefix"
         k, v, k_pe = expand(self.gather_latent(layer, plan, q.dtype))
         return extend_ragged(q, k, v, plan.qo_indptr, plan.kv_indptr, layer.scaling, k_pe).flatten(1)

@@ -10,11 +10,9 @@ import torch
 from sglang.kernels.ops.attention.decode_padded import decode_padded
 from sglang.kernels.ops.attention.extend_attention import extend_attention
 from sglang.kernels.ops.attention.mla_decode import mla_decode
-from sglang.srt.layers.attention.base_attn_backend import (
-    register_attention_backend,
-)
+from sglang.srt.layers.attention.base_attn_backend import register_attention_backend
 from sglang.srt.layers.attention.plans import ExtendPlan, MlaExtendPlan
-from sglang.srt.layers.attention.pool_backend import PoolBackend, PoolGqaBackend, PoolMlaBackend, no_output
+from sglang.srt.layers.attention.pool_backend import GqaBackend, MlaBackend, PoolBackend, no_output
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
@@ -110,7 +108,7 @@ class TorchNativeAttnBackend(PoolBackend):
 
 
 @register_attention_backend("torch_native", "gqa", platforms=("cpu", "cuda", "hip"))
-class TorchNativeGqaBackend(TorchNativeAttnBackend, PoolGqaBackend):
+class TorchNativeGqaBackend(TorchNativeAttnBackend, GqaBackend):
     """Multi-head and grouped-query attention."""
 
     def plan_extend(self, forward_batch: ForwardBatch) -> ExtendPlan:
@@ -135,7 +133,7 @@ class TorchNativeGqaBackend(TorchNativeAttnBackend, PoolGqaBackend):
 
 
 @register_attention_backend("torch_native", "mla", platforms=("cpu", "cuda", "hip"))
-class TorchNativeMlaBackend(TorchNativeAttnBackend, PoolMlaBackend):
+class TorchNativeMlaBackend(TorchNativeAttnBackend, MlaBackend):
     """Latent attention."""
 
     def plan_extend(self, forward_batch: ForwardBatch) -> MlaExtendPlan:

@@ -16,13 +16,9 @@ from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project
 from sglang.kernels.ops.attention.verify_attention import mla_verify_attention, verify_attention
 from sglang.kernels.ops.quant.group_fp8 import QuantizedRows
 from sglang.srt.distributed.parallel_state import get_tp_group
-from sglang.srt.layers.attention.base_attn_backend import (
-    AttentionContext,
-    Expand,
-    register_attention_backend,
-)
+from sglang.srt.layers.attention.base_attn_backend import AttentionContext, register_attention_backend
 from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan, MlaExtendPlan
-from sglang.srt.layers.attention.pool_backend import CapturingPoolBackend, PoolGqaBackend, PoolMlaBackend, no_output
+from sglang.srt.layers.attention.pool_backend import CapturingPoolBackend, Expand, GqaBackend, MlaBackend, no_output
 from sglang.srt.layers.quantization import Rows
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
@@ -114,7 +110,7 @@ class TritonAttnBackend(CapturingPoolBackend):
 
 
 @register_attention_backend("triton", "gqa", platforms=("cuda", "hip"), graphs=True)
-class TritonGqaBackend(TritonAttnBackend, PoolGqaBackend):
+class TritonGqaBackend(TritonAttnBackend, GqaBackend):
     """Multi-head and grouped-query attention."""
 
     def plan_extend(self, forward_batch: ForwardBatch) -> ExtendPlan:
@@ -135,7 +131,7 @@ class TritonGqaBackend(TritonAttnBackend, PoolGqaBackend):
 
 
 @register_attention_backend("triton", "mla", platforms=("cuda", "hip"), graphs=True)
-class TritonMlaBackend(TritonAttnBackend, PoolMlaBackend):
+class TritonMlaBackend(TritonAttnBackend, MlaBackend):
     """Latent attention."""
 
     def __init__(self, ctx: AttentionContext) -> None:

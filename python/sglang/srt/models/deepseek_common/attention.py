@@ -9,8 +9,9 @@ from torch import nn
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed.parallel_state import get_tp_group
-from sglang.srt.layers.attention.base_attn_backend import MlaBackend, backend_of
+from sglang.srt.layers.attention.base_attn_backend import backend_of
 from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan
+from sglang.srt.layers.attention.pool_backend import MlaBackend
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.linear import (
     ColumnParallelLinear,
