@@ -134,6 +134,19 @@ class TestStepsOfManyTokens(CustomTestCase):
         self.assertEqual(second[:3].tolist(), first[1:].tolist())
         self.assertEqual(req.kv_allocated_len, 8)
 
+    def test_more_tokens_and_a_step_after_them_are_counted_as_the_most_that_they_allocate(self) -> None:
+        for page_size, width, ahead in ((1, 1, 0), (1, 4, 2), (4, 1, 0), (4, 2, 0), (4, 4, 2), (16, 2, 0), (3, 5, 1)):
+            with self.subTest(page_size=page_size, width=width, ahead=ahead):
+                memory = make_memory(96, page_size, width, ahead)
+                req = admitted(memory, "a", [1, 2, 3])
+                for more in range(12):
+                    most = 0
+                    for committed in range(1, 40):
+                        req.kv_committed_len = committed
+                        for req.kv_allocated_len in range(committed, committed + width + ahead + 1):
+                            most = max(most, memory.missing_for([req], [committed + more + width + ahead]))
+                    self.assertEqual(memory.with_step(more), most)
+
     def test_the_end_of_a_prompt_has_slots_ahead_and_a_chunk_has_none(self) -> None:
         memory = make_memory(64, 4, 4, 2)
         params = SamplingParams(max_new_tokens=CONTEXT)

@@ -91,12 +91,12 @@ class TestPrefillPlanner(CustomTestCase):
 
     def test_running_requests_keep_room_to_grow(self) -> None:
         planner = self.planner(100_000, [request(8, 8, left=20), request(8, 8, left=10**6)])
-        self.assertEqual(planner._room[FULL], 100_000 - (10 + 4) - (CLIP_NEW_TOKENS // 2 + 4))
+        self.assertEqual(planner._room[FULL], 100_000 - 12 - (CLIP_NEW_TOKENS // 2 + 4))
 
     def test_room_to_grow_counts_the_tokens_of_a_step(self) -> None:
-        for width, room in ((1, 4), (2, 8), (5, 8), (6, 12)):
+        for width, room in ((1, 12), (2, 12), (3, 16), (6, 16), (7, 20)):
             planner = self.planner(100_000, [request(8, 8, left=20)], step_width=width)
-            self.assertEqual(planner._room[FULL], 100_000 - (10 + room), f"a step of {width} tokens")
+            self.assertEqual(planner._room[FULL], 100_000 - room, f"a step of {width} tokens")
 
     def test_a_prompt_that_ends_leaves_slots_for_the_drafts_behind_it(self) -> None:
         for free, ends in ((20, [16]), (24, [20]), (28, [22])):
@@ -127,9 +127,9 @@ class TestPrefillPlanner(CustomTestCase):
         self.assertEqual(planner._room, {FULL: 1000 - (42 + 30 + 4), SWA: 14 - 12})
         running = [request(8, 8, left=20), request(8, 8, left=0)]
         planner = self.planner(1000, running, companions=[ScarceWindow(14)])
-        self.assertEqual(planner._room, {FULL: 1000 - (10 + 4) - 4, SWA: 14 - 4 - 4})
+        self.assertEqual(planner._room, {FULL: 1000 - 12 - 4, SWA: 14 - 4 - 4})
         self.assertFalse(planner._room.holds({FULL: 1, SWA: 7}))
-        self.assertTrue(planner._room.holds({FULL: 982, SWA: 6, "state": 9}))
+        self.assertTrue(planner._room.holds({FULL: 984, SWA: 6, "state": 9}))
 
 
 if __name__ == "__main__":

@@ -191,10 +191,9 @@ class ReqMemory:
         """Tokens, whole pages, that a decode step of these requests must allocate."""
         return self.missing_for(reqs, [req.kv_committed_len + self.step_width + self.step_ahead for req in reqs])
 
-    @property
-    def step_room(self) -> int:
-        """Tokens, whole pages, that a decode step of one request may allocate at most."""
-        return (-(-(self.step_width + self.step_ahead - 1) // self.page_size) + 1) * self.page_size
+    def with_step(self, new_tokens: int) -> int:
+        """Tokens, whole pages, that ``new_tokens`` more of a request and a decode step after them allocate at most."""
+        return -(-(new_tokens + self.step_width + self.step_ahead) // self.page_size) * self.page_size
 
     def advance(self, req: Req) -> None:
         """Free what no later step of a running request needs: these start after all known tokens but one.

@@ -78,7 +78,7 @@ class PrefillPlanner:
         self.ends: list[int] = []
 
     def _expected_growth(self, req: Req, ratio: float) -> int:
-        return int(min(req.new_tokens_left, CLIP_NEW_TOKENS) * ratio) + self._memory.step_room
+        return self._memory.with_step(int(min(req.new_tokens_left, CLIP_NEW_TOKENS) * ratio))
 
     def add_chunked(self, req: Req) -> bool:
         """Continue a partly computed prompt; False when none of it fits now."""
@@ -86,7 +86,7 @@ class PrefillPlanner:
         memory = self._memory
         room = memory.room().step_tokens() - self.taken()
         growth = min(req.new_tokens_left, CLIP_NEW_TOKENS)
-        needed = memory.needs([req.seq_len - req.kv_committed_len + growth + memory.step_room])
+        needed = memory.needs([memory.with_step(req.seq_len - req.kv_committed_len + growth)])
         added, taken = self._add(req, room)
         self._room -= needed.at_least(taken)
         return added
@@ -104,7 +104,7 @@ class PrefillPlanner:
         alone = self._num_running == 0 and not self.reqs
         growth = 0 if alone else min(req.new_tokens_left, CLIP_NEW_TOKENS)
         whole = self._limits.chunk_tokens is None and missing > self._tokens and bool(self.reqs)
-        if whole or not room.holds(memory.needs([missing + growth + (0 if alone else memory.step_room)])):
+        if whole or not room.holds(memory.needs([missing if alone else memory.with_step(missing + growth)])):
             memory.tree.dec_lock_ref(match.node)
             return False
         before = memory.room()
@@ -114,7 +114,7 @@ class PrefillPlanner:
         if not added:
             memory.release(req, cache=False)
             return False
-        self._room = room - memory.needs([missing + growth + memory.step_room]).at_least(taken)
+        self._room = room - memory.needs([memory.with_step(missing + growth)]).at_least(taken)
         return True
 
     def taken(self) -> int:
