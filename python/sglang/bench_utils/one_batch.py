@@ -200,4 +200,4 @@ class SpeculatingBatch(StaticBatch):
         forward = self._worker.forward(batch)
         result = forward.sample(self._info).result()
         newest = torch.tensor([tokens[-1] for tokens in result.next_token_ids])
-        return newest, forward.output, [len(tokens) for tokens in result.next_token_ids]
+        return newest, forward.step.output, [len(tokens) for tokens in result.next_token_ids]

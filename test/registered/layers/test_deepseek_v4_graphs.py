@@ -85,7 +85,7 @@ class Captured:
             return self.graphs.replay(batch, bucket)[1].tensors()
 
         with override_platform(self.platform):
-            self.graphs.capture(self.platform.create_graph, lambda bucket: None)
+            self.graphs.capture(self.platform.create_graph)
             harness.window.clear()
             GraphCheck(
                 self.graphs, self.kind, eager or as_captured, replay, self.last, harness.requests, harness.pools, VOCAB,
@@ -159,7 +159,7 @@ class TestCapturedSteps(CustomTestCase):
         for in_graph in (True, False):
             captured = Captured(DECODE, in_graph)
             with override_platform(captured.platform), torch.inference_mode():
-                captured.graphs.capture(captured.platform.create_graph, lambda bucket: None)
+                captured.graphs.capture(captured.platform.create_graph)
             harness, used = captured.harness, {}
             real = DeepseekV4HipRadixBackend._plan_of
             self.assertEqual(
@@ -177,7 +177,7 @@ class TestCapturedSteps(CustomTestCase):
                 override_platform(captured.platform),
                 torch.inference_mode(),
             ):
-                captured.graphs.capture(captured.platform.create_graph, lambda bucket: None)
+                captured.graphs.capture(captured.platform.create_graph)
             requests = [harness.new_request() for _ in range(4)]
             with torch.inference_mode():
                 harness.step([(request, harness.random_tokens(n)) for request, n in zip(requests, (120, 250, 1, 500))])
@@ -297,7 +297,7 @@ class TestDraftChain(CustomTestCase):
             return self.drafter.go_on(rows, start, GREEDY, num_tokens, None)
 
         with override_platform(platform):
-            graphs.capture_all(lambda bucket: body, platform.create_graph, lambda bucket: None)
+            graphs.capture_all(lambda bucket: body, platform.create_graph)
             self.assertEqual(graphs.refused, {})
             for size in (1, 2, 4, 3, 2):
                 requests, own_rows, own_at, first = self.begin(size)

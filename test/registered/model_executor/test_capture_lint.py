@@ -171,7 +171,7 @@ class TestDecodeSteps(CustomTestCase):
         backend = mock.MagicMock()
         graphs = StepGraphs(DECODE, forward, backend, [1, 2, 4, 8], 16, CPU, padding_row=0, has_state=False)
         with self.assertLogs("sglang.srt.model_executor.bucket_graphs", "WARNING"), torch.inference_mode():
-            graphs.capture(lambda: SimpleNamespace(capture=lambda body: body()), lambda bucket: None)
+            graphs.capture(lambda: SimpleNamespace(capture=lambda body: body()))
         self.assertEqual(sorted(graphs.refused), [4, 8])
         self.assertRegex(
             graphs.refused[4], r"_local_scalar_dense.*test_capture_lint\.py:\d+ in forward: forward_batch\.seq_lens"

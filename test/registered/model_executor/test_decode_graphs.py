@@ -113,7 +113,7 @@ class TestDecodeGraphs(CustomTestCase):
             padding_row=runner.req_to_token_pool.padding_row,
             has_state=runner.has_state,
         )
-        graphs.capture(RerunGraph, lambda bucket: None)
+        graphs.capture(RerunGraph)
         prove_graphs(runner, graphs)
         return graphs
 
@@ -309,7 +309,7 @@ class TestKindsOfStep(CustomTestCase):
 
             graphs = StepGraphs(self.VERIFY, forward, mock.MagicMock(), [4], 100, CPU, requests.padding_row, False)
             with torch.inference_mode():
-                graphs.capture(SpoiltGraph, lambda bucket: None)
+                graphs.capture(SpoiltGraph)
                 GraphCheck(graphs, self.VERIFY, eager, replay, last, requests, pools, 9).run()
             return graphs.refused
 
@@ -358,7 +358,7 @@ class TestRanks(CustomTestCase):
                     return rows
 
             with torch.inference_mode():
-                graphs.capture(FailingGraph, lambda bucket: None)
+                graphs.capture(FailingGraph)
             return graphs
 
         with self.assertLogs("sglang.srt.model_executor.bucket_graphs", "INFO") as logs:

@@ -134,7 +134,7 @@ class LaunchedForward:
         if batch.tells_drafts:
             assert speculator is not None
             self._drafts = HostCopy(speculator.all_drafts)
-        self._step = runner.forward(batch)
+        self.step = runner.forward(batch)
 
     def drafts(self) -> list[list[int]]:
         """The draft tokens of each request in this step; only for a batch that ``tells_drafts``."""
@@ -142,35 +142,25 @@ class LaunchedForward:
         drafts: list[list[int]] = self._drafts.result()[self._batch.req_pool_indices].tolist()
         return drafts
 
-    @property
-    def output(self) -> LogitsProcessorOutput:
-        """The output of the forward."""
-        return self._step.output
-
     @torch.inference_mode()
     def sample(self, info: SamplingBatchInfo) -> LaunchedStep | LaunchedVerify:
         """Queue the sampling of tokens, and the drafts of the next step, without waiting for the device."""
-        speculator, step = self._speculator, self._step
+        speculator, step = self._speculator, self.step
         if speculator is not None:
             accepted = speculator.accept(step, info)
             # The copy is queued before the drafts, so that the host does not wait for them.
             launched = self._launched(step.output, accepted)
             speculator.draft(step, accepted, info)
             return launched
-        sampled = self._runner.sample(self._step, info, self._batch)
+        sampled = self._runner.sample(step, info, self._batch)
         info.update(sampled)
-        self._runner.last_token.index_copy_(0, self._step.req_rows, sampled.to(torch.int64))
-        return LaunchedStep(sampled, self._step.output)
+        self._runner.last_token.index_copy_(0, step.req_rows, sampled.to(torch.int64))
+        return LaunchedStep(sampled, step.output)
 
     def _launched(self, output: LogitsProcessorOutput, accepted: Accepted) -> LaunchedStep | LaunchedVerify:
         if accepted.told is None or self._batch.logprobs:
             return LaunchedStep(accepted.sampled, output, accepted.num_new)
         return LaunchedVerify(accepted.told)
-
-    @torch.inference_mode()
-    def take_part(self, speculator: EagleWorker) -> None:
-        """Queue the draft forwards that other attention groups need, for a step without requests."""
-        speculator.take_part(self._step)
 
 
 class TpModelWorker:
@@ -186,7 +176,7 @@ class TpModelWorker:
         """Queue the forward of ``batch`` and, without requests, its draft forwards; never waits for the device."""
         launched = LaunchedForward(self.runner, batch, self.speculator)
         if self.speculator is not None and batch.batch_size == 0:
-            launched.take_part(self.speculator)
+            self.speculator.take_part(launched.step)
         return launched
 
     def run_step(self, batch: ModelWorkerBatch, info: SamplingBatchInfo) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
+from tqdm import tqdm
 
 from sglang.srt.distributed.parallel_state import ProcessGroupHandle
 from sglang.srt.model_executor.capture_lint import CaptureViolation, capture_lint, collect_violations
@@ -54,20 +55,16 @@ class BucketGraphs(Generic[Output]):
         self._world = world or ProcessGroupHandle()
         self._steps: dict[int, CapturedStep[Output]] = {}
 
-    def capture_all(
-        self,
-        body_of: Callable[[int], Body[Output]],
-        create_graph: Callable[[], DeviceGraph],
-        progress: Callable[[int], None],
-    ) -> None:
-        """Capture all buckets, largest first so that others fit its memory; ``progress(bucket)`` follows each."""
+    def capture_all(self, body_of: Callable[[int], Body[Output]], create_graph: Callable[[], DeviceGraph]) -> None:
+        """Capture all buckets, largest first so that others fit its memory."""
         started = time.perf_counter()
-        for bucket in reversed(self.buckets):
-            body = body_of(bucket)
-            # Ranks capture at the same time, because collectives may open connections then.
-            if self.agree(bucket, self._violation(body)):
-                self.agree(bucket, self._record(bucket, body, create_graph()))
-            progress(bucket)
+        with tqdm(reversed(self.buckets), f"Capturing {self.name} graphs", len(self.buckets), unit="graph") as bar:
+            for bucket in bar:
+                bar.set_postfix(batch_size=bucket)
+                body = body_of(bucket)
+                # Ranks capture at the same time, because collectives may open connections then.
+                if self.agree(bucket, self._violation(body)):
+                    self.agree(bucket, self._record(bucket, body, create_graph()))
         logger.info("captured %d %s graphs in %.1f s", len(self._steps), self.name, time.perf_counter() - started)
 
     def _violation(self, body: Body[Output]) -> str:

@@ -7,7 +7,6 @@ import os
 from collections.abc import Mapping, Sequence
 
 import torch
-from tqdm import tqdm
 
 from sglang.srt.arg_groups.stream_policy import StreamPlan, plan_streams
 from sglang.srt.configs.model_config import ModelConfig
@@ -96,16 +95,15 @@ def build(args: ServerArgs, models: Sequence[LoadedModel], sizes: PoolPlan) -> l
 
 def make_backend(args: ServerArgs, model: LoadedModel, memory: RankMemory, pools: ModelPools) -> AttentionBackend:
     """The attention backend for the layers of ``model``, over its own ``pools``."""
-    context = AttentionContext(
-        model_config=model.config,
-        req_to_token_pool=memory.req_to_token_pool,
-        pools=pools,
-        device=model.device,
-        window_pages=None if memory.window is None else memory.window.table,
-    )
     if args.attention_backend is None:
         raise ValueError("server argument attention_backend is not resolved")
-    return make_attention_backend(args.attention_backend, context)
+    return make_attention_backend(args.attention_backend, attention_context(model, memory, pools))
+
+
+def attention_context(model: LoadedModel, memory: RankMemory, pools: ModelPools) -> AttentionContext:
+    """What attention backends of ``model`` work on."""
+    window_pages = None if memory.window is None else memory.window.table
+    return AttentionContext(model.config, memory.req_to_token_pool, pools, model.device, window_pages)
 
 
 @torch.inference_mode()
@@ -125,8 +123,7 @@ def capture_graphs(runner: ModelRunner, buckets: Sequence[int], kind: StepKind =
         num_groups=get_parallel_state().attn_dp_size,
         world=get_world_group(),
     )
-    with tqdm(total=len(buckets), desc=f"Capturing {kind.name} graphs", unit="graph") as bar:
-        graphs.capture(current_platform.create_graph, lambda bucket: advance(bar, bucket))
+    graphs.capture(current_platform.create_graph)
     free_after, _ = current_platform.memory_info(local_rank)
     logger.info("%s graphs %s took %.2f GB", kind.name, list(buckets), (free_before - free_after) / 1e9)
     return graphs
@@ -186,9 +183,3 @@ def _tell(streams: StreamPlan, told: StreamPlan | None = None) -> None:
         for warning in streams.warnings:
             if warning not in warnings:
                 logger.warning("%s", warning)
-
-
-def advance(bar: tqdm, bucket: int) -> None:
-    """Advance the progress bar by one graph."""
-    bar.set_postfix(batch_size=bucket)
-    bar.update()

@@ -184,10 +184,10 @@ class StepGraphs(BucketGraphs[StepOutput]):
         if self._planned_outside:
             backend.init_cuda_graph_state(self.buckets[-1], max_context_len)
 
-    def capture(self, create_graph: Callable[[], DeviceGraph], progress: Callable[[int], None]) -> None:
+    def capture(self, create_graph: Callable[[], DeviceGraph]) -> None:
         """Record every bucket; see ``capture_all``."""
         self.buffers.pad()
-        self.capture_all(self._body, create_graph, progress)
+        self.capture_all(self._body, create_graph)
 
     def _body(self, bucket: int) -> Callable[[], StepOutput]:
         forward_batch = self.buffers.view(bucket, self._backend, self._has_state, None)

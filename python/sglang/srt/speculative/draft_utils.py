@@ -21,6 +21,7 @@ from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import (
 from sglang.srt.layers.moe.ep_moe.factory import expert_recv_stats
 from sglang.srt.model_executor.memory_plan import graph_buckets
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.runner_build import attention_context
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.accept_graphs import AcceptGraphs
@@ -95,18 +96,9 @@ def make_speculator(args: ServerArgs, runner: ModelRunner) -> EagleWorker | None
         return None
     assert args.speculative_num_steps is not None and args.attention_backend is not None
     assert runner.loaded.draft is not None
-    config = runner.model_config
-    window = runner.memory.window
-    context = AttentionContext(
-        model_config=config,
-        req_to_token_pool=runner.req_to_token_pool,
-        pools=runner.pools,
-        device=runner.device,
-        window_pages=None if window is None else window.table,
-    )
-    backends = DraftBackendFactory(
-        args.attention_backend, context, config.num_hidden_layers, args.speculative_num_steps
-    )
+    context = attention_context(runner.loaded, runner.memory, runner.pools)
+    layer_id = runner.model_config.num_hidden_layers
+    backends = DraftBackendFactory(args.attention_backend, context, layer_id, args.speculative_num_steps)
     spec = SpecInfo(args.speculative_num_steps)
     extend_backend = backends.create_prefill_backend()
     drafter = MtpDrafter(

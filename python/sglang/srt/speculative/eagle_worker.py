@@ -121,6 +121,7 @@ class EagleWorker:
         drafts = self._group.broadcast(self.drafter.propose(step, accepted, info))
         self._relay.drafts.index_copy_(0, step.req_rows, drafts)
 
+    @torch.inference_mode()
     def take_part(self, step: StepForward) -> None:
         """Run the draft forwards of a ``step`` without requests, which the other attention groups wait for."""
         device = self.target.device

@@ -7,13 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from sglang.srt.model_executor.bucket_graphs import Body, BucketGraphs
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.graph_check import GraphCheck
 from sglang.srt.model_executor.model_runner import ModelRunner
-from sglang.srt.model_executor.runner_build import advance
 from sglang.srt.platforms import current_platform
 
 BodyOf = Callable[[int], Body[Any]]
@@ -23,8 +21,7 @@ def capture_proven(
     runner: ModelRunner, graphs: BucketGraphs[Any], body_of: BodyOf, prove: Callable[[BucketGraphs[Any], BodyOf], None]
 ) -> None:
     """Capture and check every bucket, and add ``graphs`` to ``runner``; its pools must be empty, and remain empty."""
-    with tqdm(total=len(graphs.buckets), desc=f"Capturing {graphs.name} graphs", unit="graph") as bar:
-        graphs.capture_all(body_of, current_platform.create_graph, partial(advance, bar))
+    graphs.capture_all(body_of, current_platform.create_graph)
     prove(graphs, body_of)
     runner.draft_graphs[graphs.name] = graphs
 
