@@ -329,6 +329,8 @@ class Scheduler:
     def _plan_decode(self) -> ScheduleBatch | None:
         if self.config.retract_interval and (self.metrics.num_decode_steps + 1) % self.config.retract_interval == 0:
             self._retract_one_for_test()
+            if not self.running_reqs:  # the step in flight was the last one of each
+                return self._plan_prefill()
         reqs = [req for req in self.running_reqs if not req.will_reach_limit]
         slots = self.memory.extend_step(reqs) if reqs else None
         if reqs and slots is None:
