@@ -298,6 +298,22 @@ class TestEdges(CustomTestCase):
                 self.assertEqual(metrics.num_prompt_tokens, 5 * 13)
                 self.assertEqual(metrics.num_cached_tokens, sum(setup.channel.cached.values()))
 
+    def test_cached_tokens_are_those_of_the_prefix_that_is_used(self) -> None:
+        """A prompt finds 64 cached tokens but no page of its own fits into the chunk; before it starts, half are
+        evicted."""
+        setup = make(pool=144, page=16, chunk=32)
+        shared = [3, 4] * 32
+        setup.channel.inbox.append(request("first", [*shared, 5], max_new=1))
+        setup.run()
+        long, short = request("long", [11] * 20, max_new=80), request("b", [*shared, *[6] * 17], max_new=1)
+        setup.channel.inbox += [long, short]
+        setup.run()
+        metrics = setup.scheduler.metrics
+        self.assertEqual(setup.channel.cached["b"], 32)
+        self.assertEqual(metrics.num_cached_tokens, 32)
+        self.assertEqual(metrics.num_prompt_tokens, 65 + 20 + 81)
+        self.assertEqual(metrics.num_prefilled_tokens, metrics.num_prompt_tokens - 32)
+
     def test_who_leaves_the_queue_is_named_once_and_in_order(self) -> None:
         setup = make(rows=2)
         for rid in "abc":

@@ -110,7 +110,7 @@ class ReqMemory:
         # The prefix that a retracted request finds may be its own.
         req.own_start = min(req.own_start, prefix) if req.num_retractions else prefix
         req.state_boundary = match.kv_len if match.kv_len > prefix and self._ends_matter else 0
-        req.cached_tokens = max(req.cached_tokens, prefix) if req.num_retractions == 0 else req.cached_tokens
+        req.cached_tokens = req.cached_tokens if req.num_retractions else prefix
 
     def extend(self, reqs: list[Req], ends: list[int]) -> torch.Tensor | None:
         """Write slots for tokens ``kv_committed_len .. end`` to the rows; [N] int64, None if they do not fit."""
