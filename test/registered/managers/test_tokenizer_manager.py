@@ -298,6 +298,33 @@ class TestAborts(ManagerTestCase):
         self.assertEqual([r async for r in streams[2]][-1]["meta_info"]["finish_reason"]["type"], "abort")
         self.assertTrue(self.scheduler.received[-1].abort_all)
 
+    async def test_an_abort_ends_requests_whose_prompts_are_not_tokenized_yet(self):
+        encode, go_on, waiting = self.manager._encode, asyncio.Event(), []
+
+        async def wait_and_encode(single):
+            waiting.append(single.rid)
+            await go_on.wait()
+            return await encode(single)
+
+        self.manager._encode = wait_and_encode
+        for named, ended in (({"rid": "job"}, ["abort", "abort", "length"]), ({"abort_all": True}, ["abort"] * 3)):
+            go_on.clear()
+            waiting.clear()
+            params = {"max_new_tokens": 5}
+            calls = [
+                asyncio.create_task(self.run_one(text=["a", "b"], rid=["job_1", "job_2"], sampling_params=params)),
+                asyncio.create_task(self.run_one(text=["c"], rid=["other"], sampling_params=params)),
+            ]
+            await self.until(lambda: len(waiting) == 2)
+            self.manager.abort_request(**named)
+            go_on.set()
+            (first,), (second,) = await asyncio.gather(*calls)
+            self.assertEqual([r["meta_info"]["finish_reason"]["type"] for r in first + second], ended)
+        # An abort is for what was there when it came.
+        ((result,),) = await self.run_one(text=["d"], rid=["job_3"], sampling_params={"max_new_tokens": 5})
+        self.assertEqual(result["meta_info"]["finish_reason"]["type"], "length")
+        self.assertEqual(self.manager.num_in_flight, 0)
+
     async def test_a_dead_engine_ends_everything(self):
         self.scheduler.frozen = True
         waiting = asyncio.create_task(self.run_one(text="abc"))

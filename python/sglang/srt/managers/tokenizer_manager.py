@@ -37,6 +37,7 @@ from sglang.srt.managers.request_input import (
     check_logprobs,
     num_prompt_logprobs,
     out_of_time,
+    overloaded,
     split_request,
     time_limit,
     too_many_logprobs,
@@ -98,6 +99,8 @@ class TokenizerManager:
         self._balancer = LoadBalancer(server_args.load_balance_method, len(self._senders))
         self._receive_task: asyncio.Task[None] | None = None
         self._states: dict[str, RequestState] = {}
+        # Calls whose prompts are not sent yet, and the beginnings of ids that were aborted meanwhile.
+        self._preparing: dict[RequestGroup, set[str]] = {}
         self._replies: dict[int, asyncio.Future[Any]] = {}
         self._counter = itertools.count()
         # Grows to the vocabulary at most.
@@ -121,10 +124,7 @@ class TokenizerManager:
     @staticmethod
     def shutdown_error(what: str) -> RequestError:
         """503: another server may take the request."""
-        message = f"The server is shutting down: {what}."
-        return RequestError(
-            message, 503, "ServiceUnavailableError", headers={"Retry-After": str(SHUTDOWN_RETRY_AFTER_S)}
-        )
+        return overloaded(f"The server is shutting down: {what}.", SHUTDOWN_RETRY_AFTER_S)
 
     async def close(self) -> None:
         """Fail what is in flight and close the sockets."""
@@ -175,17 +175,19 @@ class TokenizerManager:
             incremental = self.server_args.incremental_streaming_output
         if not self._admits:
             raise self.shutdown_error("it takes no new requests")
-        stream = bool(obj.stream)
-        group = RequestGroup(stream)
+        group = RequestGroup(bool(obj.stream))
         if obj.return_warnings:
             group.warnings = list(warnings)
         timeout_s = time_limit(obj.request_timeout, self.server_args.request_timeout) if is_bounded else None
         began = time.monotonic()
+        aborted = self._preparing[group] = set[str]()
         try:
             tokenized, is_list = await asyncio.wait_for(self._prepare(obj, group, is_bounded, place), timeout_s)
         except asyncio.TimeoutError:
             self.num_timed_out += 1
             raise out_of_time(timeout_s) from None
+        finally:
+            del self._preparing[group]
         timer = None
         try:
             if timeout_s is not None:
@@ -204,7 +206,10 @@ class TokenizerManager:
             for sender, requests in zip(self._senders, by_rank, strict=True):
                 if requests:
                     sender.send(*requests)
-            if not stream:
+            for state in group.states:
+                if state.rid.startswith(tuple(aborted)):
+                    self._abort(state)
+            if not group.stream:
                 await group.wait()
                 results = [state.result(incremental=False) for state in group.states]
                 yield results if is_list else results[0]
@@ -232,6 +237,8 @@ class TokenizerManager:
         """End requests whose ids start with ``rid``, or all. Raises RequestError if neither is given."""
         if not rid and not abort_all:
             raise RequestError("Give rid, a prefix of the ids of the requests to abort, or abort_all: true.")
+        for aborted in self._preparing.values():
+            aborted.add("" if abort_all else rid)
         if abort_all:
             for sender in self._senders:
                 sender.send(AbortReq(abort_all=True))
