@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from sglang.srt.parser.reasoning_parser import ReasoningParser
-from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser
+from sglang.srt.parser.tool_call_parser import ToolCall, ToolCallParser, json_value
 from sglang.srt.parser.tool_calls.deepseekv3 import DeepSeekV3Parser
 from sglang.srt.parser.tool_calls.deepseekv4 import DeepSeekV4Parser
 from sglang.srt.parser.tool_calls.deepseekv31 import DeepSeekV31Parser
@@ -74,6 +74,8 @@ def coder(name: str, **arguments: object) -> str:
     return f"<tool_call>\n<function={name}>\n{tags}</function>\n</tool_call>"
 
 
+# Numbers past a float's, which JSON allows, and Python would write as Infinity.
+HUGE = '{"a": 1, "b": -1e999}'
 ADD, NOTE = '{"a": 1, "b": 2}', '{"text": "naïve 😀 \\"x\\" }"}'
 # Events that are expected: text, or a name and the value of the arguments.
 ADDED, NOTED = ("add", json.loads(ADD)), ("note", json.loads(NOTE))
@@ -92,6 +94,7 @@ def json_forms(call: Callable[[str, str], str], first: str = "", last: str = "")
         (f"{first}{add[:-3]}", [f"{first}{add[:-3]}"]),
         (f"{first}{call('add', '{')[:-6]}{add}", [f"{first}{call('add', '{')[:-6]}", ADDED]),
         (f"{first}{call('add', '{NaN')}", [f"{first}{call('add', '{NaN')}"]),
+        (f"{first}{call('add', HUGE)}", [f"{first}{call('add', HUGE)}"]),
         (f"{first}{call('now', '{}')}{last}", [("now", {})]),
     ]
 
@@ -110,6 +113,7 @@ def dsml_forms(block: str) -> list[tuple[str, list[Any]]]:
         f'<{MARK}invoke name="note">{tag}"maybe">a{end}</{MARK}invoke>',
         f'<{MARK}invoke name="note">{tag}"true">a</{MARK}invoke>',
         f'<{MARK}invoke name="note">{{"text": NaN}}</{MARK}invoke>',
+        f'<{MARK}invoke name="note">{tag}"false">-1e999{end}</{MARK}invoke>',
         f'<{MARK}invoke name="note">said</{MARK}invoke>',
         f"<{MARK}invoke name=note></{MARK}invoke>",
     ]
@@ -147,6 +151,7 @@ FORMS: dict[type[ToolCallParser], list[tuple[str, list[Any]]]] = {
         (f"Yes.\n{coder('add', a=1, b='2.5', exact='True')}", ["Yes.", ("add", {"a": 1, "b": 2.5, "exact": True})]),
         (coder("add", a="one", b="null", exact="1"), [("add", {"a": "one", "b": None, "exact": "1"})]),
         (coder("add", a="true", b="NaN"), [("add", {"a": "true", "b": "NaN"})]),
+        (coder("add", a=1, b="-1e999"), [("add", {"a": 1, "b": "-1e999"})]),
         (coder("note", text="5", tags='["x", "ü"]'), [("note", {"text": "5", "tags": ["x", "ü"]})]),
         (
             coder("note", text="\n two\n <parameter=x> </parameter> lines \n", tags="None", other="{}"),
@@ -173,7 +178,7 @@ def read_calls(parser_type: type[ToolCallParser], pieces: Sequence[str], **optio
             if isinstance(event, str):
                 texts.append(event)
             else:
-                calls.append((event.name, json.loads(event.arguments)))
+                calls.append((event.name, json_value(event.arguments)))
         joined += calls or ["".join(texts)]
     for event in events:
         if isinstance(event, ToolCall):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -221,9 +222,9 @@ def schema_types(schema: Any) -> set[str]:
 
 
 def json_value(text: str) -> Any:
-    """The value of strict JSON. Raises ValueError, for numbers that JSON lacks too."""
+    """The value of strict JSON. Raises ValueError, for numbers that JSON lacks or that no float holds too."""
     try:
-        return json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
         raise ValueError("nested too deep") from None
 
@@ -245,6 +246,13 @@ def json_text(value: Any) -> str:
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold as an escape alone
         return json.dumps(value)
     return text
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):  # written again it would be no JSON
+        raise ValueError(f"{text:.40} is too large for a float")
+    return value
 
 
 def _refuse(name: str) -> Any:
