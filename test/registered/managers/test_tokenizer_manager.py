@@ -222,6 +222,7 @@ class TestRefusals(ManagerTestCase):
             ("n must be", {"text": "a", "sampling_params": {"n": 10**9}}),
             ("64 bits", {"text": "a", "sampling_params": {"sampling_seed": 2**63}}),
             ("logit_bias", {"text": "a", "sampling_params": {"logit_bias": {"²": 1}}}),
+            ("names a token id twice", {"text": "a", "sampling_params": {"logit_bias": {"5": 1, "05": -1}}}),
             ("regex cannot be used", {"text": "a", "sampling_params": {"regex": "(a"}}),
         ]
         for pattern, fields in cases:
@@ -410,6 +411,14 @@ class TestWire(CustomTestCase):
         self.assertEqual([s.input_ids for s in singles], [[1, 2], [3]])
         self.assertEqual([s.token_ids_logprob for s in singles], [[1], [1]])
         self.assertTrue(is_list)
+
+    def test_the_limit_of_a_call_counts_samples_however_they_are_written(self):
+        for n in (4, 4.0, "4"):
+            given = GenerateReqInput(text=["a"] * 3, sampling_params={"n": n})
+            self.assertEqual(len(split_request(given, 12)[0]), 3)
+            for params in ({"n": n}, [{"n": n}, {"n": n}, {"n": n}]):
+                with self.assertRaisesRegex(RequestError, "asks for 12 answers"):
+                    split_request(GenerateReqInput(text=["a"] * 3, sampling_params=params), 11)
 
     def test_the_longest_numbers_that_pass_fit_the_wire(self):
         params = SamplingParams.from_request({"sampling_seed": -(2**63), "stream_interval": 2**63 - 1})

@@ -121,9 +121,12 @@ def _check_num_requests(given: Any, params: list[dict[str, Any]], limit: int) ->
 
 
 def _num_samples(params: Any) -> int:
-    """``n`` of raw sampling parameters; a value that is not a number is refused later, by name."""
+    """``n`` of raw sampling parameters, as ``SamplingParams`` reads it; a wrong value is refused later, by name."""
     n = params.get("n") if isinstance(params, Mapping) else None
-    return int(n) if isinstance(n, int | float) and n == n and 1 <= n < 2**63 else 1
+    try:
+        return max(1, msgspec.convert(n, int, strict=False))
+    except msgspec.ValidationError:
+        return 1
 
 
 def _non_empty(name: str, value: list[T]) -> list[T]:

@@ -125,6 +125,8 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True):
                 raise SamplingParamsError(f"logit_bias keys must be token ids in [0, {vocab_size}), got {key!r}.")
             if not abs(bias) <= MAX_LOGIT_BIAS:
                 raise SamplingParamsError(f"logit_bias[{key}] must be within {MAX_LOGIT_BIAS:g} of 0, got {bias}.")
+        if len({int(key) for key in self.logit_bias}) < len(self.logit_bias):
+            raise SamplingParamsError("logit_bias names a token id twice, as '5' and '05' do: give each id one bias.")
 
 
 def sample_seed(seed: int, index: int) -> int:
