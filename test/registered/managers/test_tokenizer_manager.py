@@ -7,6 +7,7 @@ import unittest
 
 import msgspec
 
+from sglang.srt.managers.admission import Place
 from sglang.srt.managers.io_struct import (
     AbortReq,
     FinishReason,
@@ -325,6 +326,16 @@ class TestAborts(ManagerTestCase):
         ((result,),) = await self.run_one(text=["d"], rid=["job_3"], sampling_params={"max_new_tokens": 5})
         self.assertEqual(result["meta_info"]["finish_reason"]["type"], "length")
         self.assertEqual(self.manager.num_in_flight, 0)
+
+    async def test_an_abort_ends_a_request_whose_prompt_is_rendered_before_it_gets_here(self):
+        for named, rid, ended in (({"rid": "job"}, "job_1", "abort"), ({"abort_all": True}, None, "abort"),
+                                  ({"rid": "job"}, "other", "length")):  # fmt: skip
+            place = Place(self.manager.admission)
+            self.manager.abort_request(**named)
+            request = GenerateReqInput(text="a", rid=rid, sampling_params={"max_new_tokens": 5})
+            (result,) = [item async for item in self.manager.generate_request(request, place=place)]
+            self.assertEqual(result["meta_info"]["finish_reason"]["type"], ended)
+        self.assertEqual((self.manager.admission.places, self.manager.admission.num_requests), (set(), 0))
 
     async def test_a_dead_engine_ends_everything(self):
         self.scheduler.frozen = True

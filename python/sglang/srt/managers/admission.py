@@ -31,6 +31,8 @@ class Admission:
         self.num_requests = 0
         self.num_tokens = 0
         self.num_refused = 0
+        # Held by HTTP requests that have not said yet what they need.
+        self.places: set[Place] = set()
         self._clock = clock
         # When sequences started, and how many, in the window.
         self._starts: deque[tuple[float, int]] = deque()
@@ -94,13 +96,19 @@ class Admission:
 
 
 class Place:
-    """One place in the queue, until ``leave``; a second call does nothing."""
+    """One place in the queue, until ``leave``; a second call does nothing.
+
+    ``aborted`` are beginnings of the ids of requests that a client aborts while the place is held.
+    """
 
     def __init__(self, admission: Admission) -> None:
+        self.aborted: set[str] = set()
         self._admission: Admission | None = admission
         admission.add(1, 0)
+        admission.places.add(self)
 
     def leave(self) -> None:
         if self._admission is not None:
             self._admission.remove(1, 0)
+            self._admission.places.remove(self)
             self._admission = None

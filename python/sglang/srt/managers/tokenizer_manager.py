@@ -180,7 +180,7 @@ class TokenizerManager:
             group.warnings = list(warnings)
         timeout_s = time_limit(obj.request_timeout, self.server_args.request_timeout) if is_bounded else None
         began = time.monotonic()
-        aborted = self._preparing[group] = set[str]()
+        aborted = self._preparing[group] = set() if place is None else place.aborted
         try:
             tokenized, is_list = await asyncio.wait_for(self._prepare(obj, group, is_bounded, place), timeout_s)
         except asyncio.TimeoutError:
@@ -237,7 +237,7 @@ class TokenizerManager:
         """End requests whose ids start with ``rid``, or all. Raises RequestError if neither is given."""
         if not rid and not abort_all:
             raise RequestError("Give rid, a prefix of the ids of the requests to abort, or abort_all: true.")
-        for aborted in self._preparing.values():
+        for aborted in (*self._preparing.values(), *(place.aborted for place in self.admission.places)):
             aborted.add("" if abort_all else rid)
         if abort_all:
             for sender in self._senders:
