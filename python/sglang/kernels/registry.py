@@ -27,8 +27,10 @@ logger = logging.getLogger(__name__)
 FORMER_NAMES = {
     "attention.table_decode": "attention.decode_attention",
     "attention.mla_table_decode": "attention.mla_decode_attention",
-    "attention.table_verify": "attention.verify_attention",
-    "attention.mla_table_verify": "attention.mla_verify_attention",
+    "attention.table_verify": "attention.decode_attention",
+    "attention.mla_table_verify": "attention.mla_decode_attention",
+    "attention.verify_attention": "attention.decode_attention",
+    "attention.mla_verify_attention": "attention.mla_decode_attention",
     "attention.paged_decode": "attention.decode_padded",
     "attention.paged_extend": "attention.extend_attention",
     "attention.ragged_extend": "attention.extend_ragged",
@@ -248,16 +250,15 @@ class KernelRegistry:
 
 
 def parse_forcing(text: str) -> dict[str, str]:
-    """Pairs "op=impl,op=impl" as a mapping. Raises KernelConfigError for a malformed or repeated entry."""
+    """Pairs "op=impl,op=impl" as a mapping. Raises KernelConfigError for a malformed or contradicting entry."""
     forced: dict[str, str] = {}
     for entry in filter(None, (part.strip() for part in text.split(","))):
         op, separator, impl = entry.partition("=")
         if not separator or not op.strip() or not impl.strip():
             raise KernelConfigError(f"SGLANG_KERNELS takes op=implementation pairs with commas between, got {entry!r}.")
         name = FORMER_NAMES.get(op.strip(), op.strip())
-        if name in forced:
-            raise KernelConfigError(f"SGLANG_KERNELS names op {name!r} twice.")
-        forced[name] = impl.strip()
+        if forced.setdefault(name, impl.strip()) != impl.strip():
+            raise KernelConfigError(f"SGLANG_KERNELS names op {name!r} twice: {forced[name]}, then {impl.strip()}.")
     return forced
 
 

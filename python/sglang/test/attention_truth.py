@@ -103,9 +103,7 @@ ATTENTION_TRUTHS: dict[str, Callable[..., Tensor]] = {
     "attention.mla_extend": true_mla_extend,
     "attention.decode_padded": of_several(true_decode_padded, 3),
     "attention.mla_decode": of_several(true_mla_decode, 2),
-    "attention.decode_attention": true_decode_attention,
-    "attention.mla_decode_attention": true_mla_decode_attention,
+    "attention.decode_attention": of_several(true_decode_attention, 4),
+    "attention.mla_decode_attention": of_several(true_mla_decode_attention, 3),
     "attention.mla_decode_project": true_mla_decode_project,
-    "attention.verify_attention": of_several(true_decode_attention, 4),
-    "attention.mla_verify_attention": of_several(true_mla_decode_attention, 3),
 }

@@ -1,4 +1,4 @@
-"""One query per request, or several, over the paged cache of keys and values (multi-head or grouped-query)."""
+"""One query per request, or several, over padded rows of slots: keys and values, or latent rows."""
 
 from __future__ import annotations
 
@@ -66,50 +66,81 @@ def decode_padded_torch(
     computed in float32; a row of length 0 gives zeros. What a later token left in the cache, NaN included, changes no
     query before it.
     """
+    return _attend_padded(q, k_cache, v_cache, slot_table, seq_lens, v_cache.shape[2], scale)
+
+
+def mla_decode_torch(
+    q: torch.Tensor,
+    latent_cache: torch.Tensor,
+    slot_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    kv_lora_rank: int,
+    scale: float,
+) -> torch.Tensor:
+    """The same where all heads share one key row per token, whose first R columns are the value.
+
+    q [B*W, H, R+P] (query times W_UK, then the rotated part), latent_cache [S, R+P] -> [B*W, H, R]. DeepSeek-V2 report,
+    section 2.1 and appendix C.
+    """
+    return _attend_padded(q, latent_cache.unsqueeze(1), None, slot_table, seq_lens, kv_lora_rank, scale)
+
+
+def _attend_padded(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
+    slot_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    v_dim: int,
+    scale: float,
+) -> torch.Tensor:
+    """Both of the above; with ``v_cache`` None the value is the first ``v_dim`` columns of the key row."""
     width, batch, (kv_heads, dim) = queries_per_request(q, seq_lens), seq_lens.shape[0], k_cache.shape[1:]
     if batch == 0 or slot_table.shape[1] == 0:
-        return q.new_zeros(q.shape[0], q.shape[1], v_cache.shape[2])
+        return q.new_zeros(*q.shape[:2], v_dim)
     slots, beyond = readable_slots(slot_table, seq_lens)
     if width == 1:
         hidden = None if beyond is None else beyond.unsqueeze(1)
-        out = _attend(q, k_cache, v_cache, slots, hidden, scale)
+        out = _attend(q, k_cache, v_cache, slots, hidden, v_dim, scale)
         return out if beyond is None else out.masked_fill_((seq_lens == 0).view(-1, 1, 1), 0.0)
-    if not ends_finite(v_cache, slot_table, seq_lens, width):
+    if not ends_finite(k_cache if v_cache is None else v_cache, slot_table, seq_lens, width):
         slots, lengths = slot_table.repeat_interleave(width, 0), last_lengths(seq_lens, width).flatten()
-        return decode_padded_torch(q, k_cache, v_cache, slots, lengths, scale)
+        return _attend_padded(q, k_cache, v_cache, slots, lengths, v_dim, scale)
     # The queries of a request as more heads, those of a key head side by side.
     hidden = later_columns(slot_table, seq_lens, (kv_heads, width, q.shape[1] // kv_heads))
     heads = q.reshape(batch, width, kv_heads, -1, dim).transpose(1, 2).reshape(batch, -1, dim)
-    out = _attend(heads, k_cache, v_cache, slots, hidden, scale)
-    return out.view(batch, kv_heads, width, -1, out.shape[-1]).transpose(1, 2).reshape(*q.shape[:2], -1)
+    out = _attend(heads, k_cache, v_cache, slots, hidden, v_dim, scale)
+    return out.view(batch, kv_heads, width, -1, v_dim).transpose(1, 2).reshape(*q.shape[:2], -1)
 
 
 def _attend(
     q: torch.Tensor,
     k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
     slots: torch.Tensor,
     hidden: torch.Tensor | None,
+    v_dim: int,
     scale: float,
 ) -> torch.Tensor:
     """q [B, Hq, D] over slots [B, L] except the columns that are ``hidden`` [B, 1 or Hq, L] -> [B, Hq, Dv]."""
-    (batch, heads, _), length = q.shape, slots.shape[1]
-    kv_heads, v_dim = k_cache.shape[1], v_cache.shape[2]
+    (batch, heads, _), length, kv_heads = q.shape, slots.shape[1], k_cache.shape[1]
     out = q.new_empty(batch, heads, v_dim)
     # Rows by (request, key head): each head's keys come out contiguous, so one batched product does all heads.
     head_ids = torch.arange(kv_heads, device=q.device).view(1, kv_heads, 1)
     rows = slots.unsqueeze(1) * kv_heads + head_ids
-    keys, values = k_cache.flatten(0, 1), v_cache.flatten(0, 1)
+    keys, values = k_cache.flatten(0, 1), None if v_cache is None else v_cache.flatten(0, 1)
     group = heads // kv_heads
     queries = q.float().reshape(batch * kv_heads, group, -1) * scale
-    row_bytes = kv_heads * length * (keys.shape[1] * keys.itemsize + v_dim * values.itemsize)
-    step = max(1, CHUNK_BYTES // row_bytes)
+    token_bytes = keys.shape[1] * keys.itemsize + (0 if values is None else v_dim * values.itemsize)
+    step = max(1, CHUNK_BYTES // (kv_heads * length * token_bytes))
     for start in range(0, batch, step):
         part = rows[start : start + step]
         count = part.shape[0]
         flat = part.reshape(-1)
         key = read_rows(keys, flat, torch.float32).view(count * kv_heads, length, -1)
-        value = read_rows(values, flat, torch.float32).view(count * kv_heads, length, -1)
+        value = key[..., :v_dim]
+        if values is not None:
+            value = read_rows(values, flat, torch.float32).view(count * kv_heads, length, -1)
         logits = torch.bmm(queries[start * kv_heads : (start + count) * kv_heads], key.mT)
         logits = logits.view(count, heads, length)
         if hidden is not None:
@@ -136,10 +167,9 @@ def decode_tables() -> Iterator[tuple[str, torch.Tensor, torch.Tensor, int]]:
 
 
 def last_token_tables() -> Iterator[tuple[str, int, torch.Tensor, torch.Tensor, int]]:
-    """The same for requests with several queries each, after their number, as long as all queries have a
-    token."""
+    """The same for requests with several queries each, after their number, where all queries have a token."""
     for name, table, lens, total in decode_tables():
-        for width in (2, 4):
+        for width in (2, 4, 9):
             kept = lens >= width
             if bool(kept.any()):
                 yield name, width, table[kept], lens[kept], total
@@ -168,4 +198,20 @@ def _cases() -> Iterator[Case]:
         yield Case(f"{name}-{width}-queries-nan", (q, k_cache, spoiled, table, lens, 0.3))
 
 
+def _latent_cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    for name, table, lens, total in decode_tables():
+        q = torch.randn(len(lens), 3, 20, generator=generator)
+        cache = torch.randn(total, 20, generator=generator)
+        cache[-1] = float("nan")
+        yield Case(name, (q, cache, table, lens, 16, 0.2))
+    for name, width, table, lens, total in last_token_tables():
+        q = torch.randn(len(lens) * width, 3, 20, generator=generator)
+        cache = torch.randn(total, 20, generator=generator)
+        cache[-1] = float("nan")
+        for suffix, rows in (("", cache), ("-nan", spoil_ends(cache, table, lens))):
+            yield Case(f"{name}-{width}-queries{suffix}", (q, rows, table, lens, 16, 0.2))
+
+
 decode_padded = Op("attention.decode_padded", Impl("torch", decode_padded_torch), cases=_cases)
+mla_decode = Op("attention.mla_decode", Impl("torch", mla_decode_torch), cases=_latent_cases)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sglang.kernels.launch import triton_impl
-from sglang.kernels.ops.attention.decode_attention import fits_latent_table, latent_tables, mla_decode_attention_torch
+from sglang.kernels.ops.attention.decode_attention import fits_latent_table, mla_decode_attention_torch, request_tables
 from sglang.kernels.ops.attention.launchers import launch_parts, merge_parts, project_parts, projects
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.ops.quant import group_fp8
@@ -60,8 +60,8 @@ def _accepts(
 
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    for name, table, total in latent_tables():
-        for heads, width in ((3, 24), (2, 64), (1, 256)):
+    for name, queries, table, total in request_tables():
+        for heads, width in ((3, 24), (2, 64), (1, 256)) if queries == 1 else ():
             q = torch.randn(table[1].shape[0], heads, 20, generator=generator)
             cache = torch.randn(total, 20, generator=generator)
             cache[-1] = float("nan")

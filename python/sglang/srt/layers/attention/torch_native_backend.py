@@ -7,9 +7,8 @@ from itertools import accumulate
 
 import torch
 
-from sglang.kernels.ops.attention.decode_padded import decode_padded
+from sglang.kernels.ops.attention.decode_padded import decode_padded, mla_decode
 from sglang.kernels.ops.attention.extend_attention import extend_attention
-from sglang.kernels.ops.attention.mla_decode import mla_decode
 from sglang.srt.layers.attention.base_attn_backend import register_attention_backend
 from sglang.srt.layers.attention.plans import ExtendPlan, MlaExtendPlan
 from sglang.srt.layers.attention.pool_backend import GqaBackend, MlaBackend, PoolBackend, no_output

@@ -13,7 +13,6 @@ from sglang.kernels.ops.attention.decode_attention import decode_attention, mla_
 from sglang.kernels.ops.attention.extend_attention import extend_attention
 from sglang.kernels.ops.attention.kv_cache import gather_slots
 from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project
-from sglang.kernels.ops.attention.verify_attention import mla_verify_attention, verify_attention
 from sglang.kernels.ops.quant.group_fp8 import QuantizedRows
 from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext, register_attention_backend
@@ -121,8 +120,8 @@ class TritonGqaBackend(TritonAttnBackend, GqaBackend):
         k_cache, v_cache = self.kv_pool.layer(layer.layer_id)
         plan = forward_batch.attn_plan.attention
         if isinstance(plan, TableDecodePlan):
-            op = decode_attention if plan.width == 1 else verify_attention
-            out = op(q, k_cache, v_cache, self.req_to_token, plan.req_pool_indices, plan.seq_lens, layer.scaling)
+            rows = (self.req_to_token, plan.req_pool_indices, plan.seq_lens)
+            out = decode_attention(q, k_cache, v_cache, *rows, layer.scaling)
         elif isinstance(plan, ExtendPlan):
             out = extend_attention(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)
         else:
@@ -188,8 +187,8 @@ class TritonMlaBackend(TritonAttnBackend, MlaBackend):
         plan = forward_batch.attn_plan.attention
         if not isinstance(plan, TableDecodePlan):
             return no_output(q, plan, layer.num_heads, rank)
-        op = mla_decode_attention if plan.width == 1 else mla_verify_attention
-        out: torch.Tensor = op(q, cache, self.req_to_token, plan.req_pool_indices, plan.seq_lens, rank, layer.scaling)
+        rows = (self.req_to_token, plan.req_pool_indices, plan.seq_lens)
+        out: torch.Tensor = mla_decode_attention(q, cache, *rows, rank, layer.scaling)
         return out
 
     def forward_mha(

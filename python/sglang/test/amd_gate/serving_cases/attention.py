@@ -20,7 +20,6 @@ from sglang.kernels.ops.attention.prepare_gqa import prepare_gqa
 from sglang.kernels.ops.attention.prepare_mla import prepare_mla
 from sglang.kernels.ops.attention.select_entries import select_entries
 from sglang.kernels.ops.attention.sparse_attention import sparse_attention
-from sglang.kernels.ops.attention.verify_attention import mla_verify_attention, verify_attention
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Op
 from sglang.srt.platforms import current_platform
@@ -263,10 +262,10 @@ def verify_attention_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
         cache = torch.empty(rows, 2, 256, dtype=torch.bfloat16, device=device)
         q = cache.new_empty(batch * width, 16, 256)
         name = f"bs{batch} w{width}"
-        yield verify_attention, Case(f"gqa_16x2_d256 {name}", (q, cache, torch.empty_like(cache), *rest, 256**-0.5))
+        yield decode_attention, Case(f"gqa_16x2_d256 {name}", (q, cache, torch.empty_like(cache), *rest, 256**-0.5))
         for heads in (16, 128):
             q, latent = cache.new_empty(batch * width, heads, 576), cache.new_empty(rows, 576)
-            yield mla_verify_attention, Case(f"mla_h{heads} {name}", (q, latent, *rest, 512, 192**-0.5))
+            yield mla_decode_attention, Case(f"mla_h{heads} {name}", (q, latent, *rest, 512, 192**-0.5))
 
 
 CASES = (
