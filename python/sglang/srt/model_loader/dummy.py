@@ -14,10 +14,10 @@ from sglang.srt.models.checkpoint_model import CheckpointModel
 def iterate_dummy(model: CheckpointModel, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Every (checkpoint name, full tensor) that ``model`` expects.
 
-    A matrix is N(0, 1/sqrt(fan_in)), an 8-bit one N(0, 16) with scales 1/(16 sqrt(fan_in)); a vector says its own mean
+    A matrix is N(0, 1/sqrt(fan_in)), an 8-bit one N(0, 16) with scales 1/(16 sqrt(fan_in)); a vector has its own mean
     and deviation (norms mean 1, router bias N(0, 0.05)). A table of ids counts up from row to row.
-    Numbers are drawn on the device of the model. They depend on ``seed``, the tensor's name and the kind of device
-    alone, so every tensor-parallel size serves the same model.
+    Numbers are drawn on the device of the model. They depend only on ``seed``, the tensor's name and the kind of
+    device, so every tensor-parallel size serves the same model.
     """
     device = next(model.parameters()).device
     for name, expected in model.checkpoint_tensors().items():
@@ -28,7 +28,7 @@ def iterate_dummy(model: CheckpointModel, seed: int) -> Iterator[tuple[str, torc
             continue
         mean, deviation = expected.fill if expected.fill is not None else (0.0, fan_in(expected.shape) ** -0.5)
         tensor = torch.full(expected.shape, mean, device=device, dtype=torch.float32)
-        if deviation and device.type != "meta":  # tensors without contents: nothing to draw
+        if deviation and device.type != "meta":  # meta tensors have no contents
             generator = torch.Generator(device=device).manual_seed(_seed_of(name, seed))
             noise = torch.randn(expected.shape, generator=generator, device=device, dtype=torch.float32)
             tensor.add_(noise, alpha=deviation)

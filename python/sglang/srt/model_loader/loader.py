@@ -25,7 +25,7 @@ from sglang.srt.server_args import ServerArgs
 
 logger = logging.getLogger(__name__)
 
-# What a draft layer has in common with its target: the rows between them, and the cached rows of a layer.
+# Keys in which a draft layer must equal its target: sizes of hidden rows, and of a layer's cached rows.
 _SHARED_KEYS = (
     "hidden_size", "vocab_size", "kv_lora_rank", "qk_rope_head_dim", "num_key_value_heads", "head_dim"
 )  # fmt: skip
@@ -34,7 +34,7 @@ LOAD_FORMATS = ("auto", "safetensors", "dummy")
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """New floating tensors take ``dtype`` inside the block."""
+    """Make ``dtype`` the default of new floating-point tensors inside the block."""
     previous = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -54,7 +54,7 @@ def build_model(
 
 
 def _with_merged_names(config: ModelConfig, model_class: type[CheckpointModel]) -> ModelConfig:
-    """``config`` whose quantisation knows which checkpoint modules ``model_class`` joins."""
+    """``config`` whose quantisation lists the checkpoint modules that ``model_class`` merges."""
     if config.quant_config is None:
         return config
     merged = {name: tuple(part for part, _ in parts) for name, parts in model_class.packed_modules.items()}
@@ -82,7 +82,7 @@ def load_model(
         model.load_weights(iterate_dummy(model, seed), own_names=True)
     else:
         model.load_weights(iterate_safetensors(model_config.model_path))
-    _tell(model, device, started, load_format)
+    _log_loaded(model, device, started, load_format)
     return model.eval()
 
 
@@ -96,7 +96,7 @@ def build_draft_model(
     """The MTP layer of the folder of ``config`` as the draft model of ``target``, its weights not yet loaded.
 
     Its dtype is the target's, and its KV belongs to layer ``target.num_hidden_layers``. Matrices that a quantised
-    checkpoint holds plain stay plain; "dummy" looks into no checkpoint. Raises ConfigError when the folder has no MTP
+    checkpoint stores unquantised stay so; "dummy" reads no checkpoint. Raises ConfigError when the folder has no MTP
     layer that fits the target.
     """
     assert isinstance(target, CausalLM), "every served model is one"
@@ -123,7 +123,7 @@ def load_draft_model(
         draft.load_weights(iterate_dummy(draft, args.random_seed or 0), own_names=True)
     else:
         draft.load_weights(iterate_safetensors(config.model_path, lambda name: draft.checkpoint_name(name) is not None))
-    _tell(draft, device, started, args.load_format)
+    _log_loaded(draft, device, started, args.load_format)
     return draft.eval()
 
 
@@ -147,7 +147,7 @@ def _check_draft(config: ModelConfig, target: CausalLM) -> None:
 
 
 def _as_stored(config: ModelConfig, prefix: str) -> ModelConfig:
-    """``config`` with every matrix named ``prefix`` that a quantised checkpoint holds plain among those to skip."""
+    """``config`` whose quantisation skips the matrices named ``prefix`` that the checkpoint stores unquantised."""
     dtypes = tensor_dtypes(config.model_path, lambda name: name.startswith(prefix))
     if not dtypes:
         raise WeightLoadError(
@@ -164,7 +164,7 @@ def _as_stored(config: ModelConfig, prefix: str) -> ModelConfig:
     return replace(config, quant_config=replace(quant_config, skipped=skipped))
 
 
-def _tell(model: nn.Module, device: torch.device | str, started: float, load_format: str) -> None:
+def _log_loaded(model: nn.Module, device: torch.device | str, started: float, load_format: str) -> None:
     storages = {storage._cdata: storage for storage in (param.untyped_storage() for param in model.parameters())}
     num_bytes = sum(storage.nbytes() for storage in storages.values())
     logger.info(

@@ -1,4 +1,4 @@
-"""Tensors of a checkpoint folder, read from safetensors files alone, with progress and named errors."""
+"""Tensors of a checkpoint folder, read only from safetensors files, with progress; errors name the file."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ logger = logging.getLogger(__name__)
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-# Seconds between log lines where there is no terminal to draw a bar on.
+# Seconds between log lines if there is no terminal for a progress bar.
 _LOG_INTERVAL_S = 10.0
 
 
 def find_weight_files(folder: Path) -> dict[Path, list[str] | None]:
-    """Files to read, and the index's tensors in each (None without). Raises WeightLoadError for missing files."""
+    """Files to read, with the tensors that an index lists for each. Raises WeightLoadError for missing files."""
     index = folder / INDEX_NAME
     if index.is_file():
         return _read_index(index)
@@ -75,14 +75,14 @@ def tensor_dtypes(folder: str | Path, wanted: Callable[[str], bool]) -> dict[str
 
 
 def _wanted_files(folder: str | Path, wanted: Callable[[str], bool]) -> dict[Path, list[str] | None]:
-    """The files that hold tensors with ``wanted`` names, as far as an index says so."""
+    """The files that hold tensors with ``wanted`` names, according to the index if there is one."""
     files = find_weight_files(Path(folder))
     return {path: names for path, names in files.items() if names is None or any(map(wanted, names))}
 
 
 @contextmanager
 def _reading(path: Path, promised: list[str] | None) -> Iterator[tuple[Any, list[str]]]:
-    """An open file and the tensors to take from it; an error of it or its reader is raised with the file's name."""
+    """An open file and the tensors to take from it; errors in the block are raised with the file's name."""
     try:
         with safe_open(str(path), framework="pt", device="cpu") as file:
             held = list(file.keys())
@@ -99,7 +99,7 @@ def _reading(path: Path, promised: list[str] | None) -> Iterator[tuple[Any, list
 
 
 def _with_progress(files: dict[Path, list[str] | None]) -> Iterator[tuple[Path, list[str] | None]]:
-    """The items of ``files``, with a progress bar if stderr is a terminal, otherwise with a log line now and then."""
+    """The items of ``files``, with a progress bar if stderr is a terminal, otherwise with log lines."""
     on_terminal, last = sys.stderr.isatty(), time.monotonic()
     bar = tqdm(files.items(), desc="Loading safetensors", unit="file", disable=not on_terminal)
     for done, item in enumerate(bar, 1):

@@ -33,22 +33,22 @@ def continues_thought(message: str) -> bool | None:
 class ReasoningParser:
     """Processes the text of one reply and returns thought and answer, independent of how the text is split.
 
-    ``thinks`` says where the reply begins: True inside a thought, False in the answer, None where the reply itself
-    tells: it is a thought if it begins with ``<think>``. White space around a thought, and between it and the answer,
-    belongs to neither. There is one thought: later marks are text of the answer.
+    ``thinks`` is where the reply begins: True inside a thought, False in the answer, None if that is unknown: then it
+    begins inside a thought if its text begins with ``<think>``. White space around a thought, and between it and the
+    answer, belongs to neither. There is one thought: later marks are text of the answer.
     """
 
     def __init__(self, thinks: bool | None):
-        # Text that may yet turn out to be a mark, or the white space at an end.
+        # Text that is not returned yet: it may be the start of a mark, or the white space at an end.
         self._held = ""
         # At the beginning of a thought or after one, where white space is dropped.
         self._drops_space = thinks is True
-        # A reply whose prompt opened the thought may open it once more.
+        # The reply may repeat the opening mark, although the prompt has opened the thought.
         self._may_open = thinks is not False
         self.is_thinking = thinks is True
 
     def feed(self, text: str) -> tuple[str, str]:
-        """What is known of thought and answer after ``text``."""
+        """New text of the thought and of the answer after ``text``."""
         self._held += text
         if self._may_open and not self._read_opening():
             return "", ""
@@ -56,12 +56,12 @@ class ReasoningParser:
         return thought, "" if self.is_thinking else self._read_answer()
 
     def finish(self) -> tuple[str, str]:
-        """What is left at the end of the reply."""
+        """The remaining text of both at the end of the reply."""
         held, self._held = self._held, ""
         return (held.strip() if self._drops_space else held.rstrip(), "") if self.is_thinking else ("", held)
 
     def _read_opening(self) -> bool:
-        """Decide how the reply begins; False while its text does not tell."""
+        """Decide how the reply begins; False while its text is too short for that."""
         begun = self._held.lstrip()
         if len(begun) < len(THINK_START) and THINK_START.startswith(begun):
             return False

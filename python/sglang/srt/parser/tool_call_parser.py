@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 from sglang.srt.parser.text_marks import partial_mark
 
-# Between the parts of JSON; without a bound, a model that has begun may never end.
+# White space between the tokens of JSON; without a bound a model may repeat it without end.
 JSON_WHITE_SPACE = r"[ \n\r\t]{1,40}"
-# What may be one token that is no text.
+# A mark that may be one special token.
 _MARK = re.compile("(<[^<>\\s]+>)")
 JSON_TYPES: dict[str, tuple[type, ...]] = {
     "integer": (int,),
@@ -42,19 +42,19 @@ Event = str | ToolCall
 class ToolCallParser(ABC):
     """Processes the text of one answer. A subclass defines the marks around a call and parses the text between them.
 
-    A call is given when it is complete, so that one that turns out to be malformed, cut off, or of a tool that is not
-    offered is returned as text, marks included. ``tools`` maps the names of the offered tools to the JSON schema of
+    A call is returned when it is complete. One that is malformed, cut off, or of a tool that is not offered is returned
+    as text, marks included. ``tools`` maps the names of the offered tools to the JSON schema of
     their parameters. ``max_calls`` is how many calls are wanted; later ones stay text. White space around a call is
-    dropped. The events are the same in sum however the text was cut.
+    dropped. The events, joined, do not depend on how the text was split.
     """
 
     start: ClassVar[str]
     end: ClassVar[str]
-    # Marks around all calls together and text between calls, where the form has them; they go with a valid call.
+    # Marks around all calls together and text between calls, if the format has them; dropped with a valid call.
     block_start: ClassVar[str] = ""
     block_end: ClassVar[str] = ""
     between: ClassVar[str] = ""
-    # Text before such a block and within its marks, as the model was taught to write them.
+    # Text before such a block and within its marks, as the model was trained to write them.
     lead: ClassVar[str] = ""
     inside: ClassVar[str] = ""
     # Lines of Lark that ``call_form`` needs.
@@ -65,17 +65,17 @@ class ToolCallParser(ABC):
         self._max_calls = max_calls
         self.num_calls = 0
         self._text = ""
-        # Characters of a call that hold no end mark.
+        # Characters of a call in which no end mark was found.
         self._searched = 0
-        # White space and a mark of a block that are text unless a call follows.
+        # White space and a mark of a block, which are text unless a call follows.
         self._before = ""
-        # In a block that has had a valid call: its end mark is no text.
+        # Inside a block with a valid call, so that its end mark is not text.
         self._in_block = False
         self._marks = tuple(mark for mark in (self.start, self.block_start, self.block_end) if mark)
 
     @classmethod
     def all_marks(cls) -> tuple[str, ...]:
-        """The marks of the form, in the order of a reply."""
+        """The marks of the format, in the order in which a reply has them."""
         return tuple(mark for mark in (cls.block_start, cls.start, cls.end, cls.block_end) if mark)
 
     @classmethod
@@ -86,9 +86,9 @@ class ToolCallParser(ABC):
         token_id: Callable[[str], int | None],
         answer: Any = None,
     ) -> str:
-        """A grammar in llguidance's Lark of replies that are calls of ``tools``, at most ``max_calls``, and no text.
+        """A grammar, in llguidance's Lark, of replies with at most ``max_calls`` calls of ``tools`` and no text.
 
-        ``token_id`` gives the token whose text is a mark, None where there is none. With ``answer``, a JSON schema, a
+        ``token_id`` returns the token whose text is a mark, None if there is none. With ``answer``, a JSON schema, a
         reply may also be JSON that follows it.
         """
 
@@ -115,15 +115,15 @@ class ToolCallParser(ABC):
     def call_form(cls, name: str, schema: Mapping[str, Any], spell: Callable[[str], str]) -> str:
         """What stands between the marks of a call of tool ``name``, in Lark; ``schema`` is that of its parameters.
 
-        ``spell`` gives the Lark of text that holds further marks.
+        ``spell`` returns the Lark of text that contains further marks.
         """
 
     @abstractmethod
     def read_call(self, body: str) -> ToolCall | None:
-        """The call whose marks enclose ``body``; None where it is malformed."""
+        """The call whose marks enclose ``body``; None if it is malformed."""
 
     def feed(self, text: str) -> list[Event]:
-        """What is known after ``text``."""
+        """New events after ``text``."""
         self._text += text
         events: list[Event] = []
         while self._text:
@@ -135,7 +135,7 @@ class ToolCallParser(ABC):
         return events
 
     def finish(self) -> list[Event]:
-        """What is left at the end of the reply."""
+        """The remaining events at the end of the reply."""
         rest, self._text, self._before = self._before + self._text, "", ""
         return [rest] if rest.strip() or rest and not self.num_calls else []
 
@@ -150,7 +150,7 @@ class ToolCallParser(ABC):
         raw, self._text = self._text[:length], self._text[length:]
         call = self.read_call(raw[len(self.start) : -len(self.end)])
         inner = raw.rfind(self.start, 1)
-        if call is None and inner > 0:  # one that was broken off, and another
+        if call is None and inner > 0:  # an incomplete call, and another one
             events.append(self._before + raw[:inner])
             self._text = raw[inner:] + self._text
         elif call is None or call.name not in self._tools or self.num_calls == self._max_calls:
@@ -163,7 +163,7 @@ class ToolCallParser(ABC):
         return True
 
     def _take_text(self, events: list[Event]) -> bool:
-        """Take text up to the next mark; False where only a mark's beginning, or less, is left."""
+        """Take text up to the next mark; False if only the start of a mark, or nothing, is left."""
         found = [place for mark in self._marks if (place := self._text.find(mark)) >= 0]
         kept = min(found, default=len(self._text) - partial_mark(self._text, self._marks))
         text, self._text = self._text[:kept], self._text[kept:]
@@ -201,13 +201,13 @@ def arguments_form(schema: Mapping[str, Any]) -> str:
 
 
 def listed_values(schema: Mapping[str, Any]) -> list[Any]:
-    """The values that a schema lists; empty where it lists none."""
+    """The values that a schema lists; empty if it lists none."""
     listed = schema.get("enum", [schema["const"]] if "const" in schema else [])
     return listed if isinstance(listed, list) else []
 
 
 def schema_types(schema: Any) -> set[str]:
-    """The types that a schema allows, by name or by its values; empty where it says neither."""
+    """The types that a schema allows, by name or by its values; empty if it has neither."""
     if not isinstance(schema, Mapping):
         return set()
     named = schema.get("type", [])
@@ -222,7 +222,7 @@ def schema_types(schema: Any) -> set[str]:
 
 
 def json_value(text: str) -> Any:
-    """The value of strict JSON. Raises ValueError, for numbers that JSON lacks or that no float holds too."""
+    """The value of strict JSON. Raises ValueError, also for NaN, infinities and numbers too large for a float."""
     try:
         return json.loads(text, parse_constant=_refuse, parse_float=_finite)
     except RecursionError:
@@ -230,7 +230,7 @@ def json_value(text: str) -> Any:
 
 
 def json_object(text: str) -> dict[str, Any] | None:
-    """The JSON object that ``text`` is, or None."""
+    """``text`` as a JSON object; None if it is not one."""
     try:
         found = json_value(text)
     except ValueError:
@@ -239,21 +239,21 @@ def json_object(text: str) -> dict[str, Any] | None:
 
 
 def json_text(value: Any) -> str:
-    """JSON of a value that ``json_value`` may have given."""
+    """JSON of a value that ``json_value`` may return."""
     text = json.dumps(value, ensure_ascii=False)
     try:
         text.encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can hold as an escape alone
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can contain only as an escape
         return json.dumps(value)
     return text
 
 
 def _finite(text: str) -> float:
     value = float(text)
-    if math.isinf(value):  # written again it would be no JSON
+    if math.isinf(value):  # dumped again it would not be JSON
         raise ValueError(f"{text:.40} is too large for a float")
     return value
 
 
 def _refuse(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")

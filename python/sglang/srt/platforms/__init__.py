@@ -38,7 +38,7 @@ def select_platform(name: str) -> Platform:
 
 
 class _CurrentPlatform:
-    """Stands for the selected platform, so that importers need not wait for the choice nor miss an override."""
+    """A proxy of the selected platform: it can be imported before the choice, and follows an override."""
 
     def __init__(self) -> None:
         self._selected: Platform | None = None

@@ -1,4 +1,4 @@
-"""The bare CPU: eager torch, no streams, no graphs, float32 by default."""
+"""The CPU: eager torch, no streams, no graphs, float32 by default."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def container_memory(root: Path) -> tuple[int, int] | None:
-    """(limit, use without the file cache that can be dropped) of the control group at ``root``; None without a limit.
+    """(limit, use without reclaimable file cache) of the control group at ``root`` in bytes; None without a limit.
 
-    Versions 2 and 1 of control groups; a process that passes the limit is killed, whatever the machine has free.
+    Control groups v2 and v1. A process that exceeds the limit is killed, even if the machine has free memory.
     """
     for folder, limit_file, use_file, cache in (
         (root, "memory.max", "memory.current", "inactive_file"),
@@ -50,7 +50,7 @@ class CpuPlatform(Platform):
         return max(0, min(memory.available, limit - use)), min(memory.total, limit)
 
     def set_device(self, local_rank: int) -> None:
-        """There is one."""
+        """Does nothing: there is only one."""
 
     def synchronize(self) -> None:
-        """Work on the host is done when its call returns."""
+        """Does nothing: work on the host is complete when its call returns."""

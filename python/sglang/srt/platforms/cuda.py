@@ -12,20 +12,20 @@ from sglang.srt.platforms.interface import DeviceGraph, Platform, Result
 
 
 class GraphPool:
-    """The memory that captured graphs share. It ends with the last of them and cannot be taken up again."""
+    """The memory that captured graphs share. It is freed with the last of them and cannot be reused."""
 
     def __init__(self) -> None:
         self._handle: tuple[int, int] | None = None
         self._captured: weakref.WeakSet[TorchDeviceGraph] = weakref.WeakSet()
 
     def handle(self) -> tuple[int, int]:
-        """The pool for a capture that begins now."""
+        """The pool for the next capture."""
         if self._handle is None or not self._captured:
             self._handle = torch.cuda.graph_pool_handle()
         return self._handle
 
     def keep(self, graph: TorchDeviceGraph) -> None:
-        """``graph`` was captured into the pool, which lives as long as it does."""
+        """Record that ``graph`` was captured into the pool, which lives as long as the graph."""
         self._captured.add(graph)
 
 
@@ -67,7 +67,7 @@ class CudaPlatform(Platform):
         return f"{self.kind} ({torch.cuda.get_device_name()}, {self.arch}, torch {torch.__version__})"
 
     def memory_info(self, local_rank: int) -> tuple[int, int]:
-        # What torch keeps for later, gigabytes after loading, is free too; the first capture would give it back.
+        # Memory that torch caches, gigabytes after loading, is free too; the first capture would release it.
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(local_rank)
 

@@ -1,4 +1,4 @@
-"""Streams and graphs of a device that is the host itself: what needs them runs, and is tested, without a GPU."""
+"""Streams and graphs on the host, so that code that needs them runs, and is tested, without a GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.platforms.interface import DeviceGraph, Params, PlatformError, Result, Returned
 
 COLLECTIVES = ("c10d", "_c10d_functional")
-# A replay allocates nothing: memory without contents keeps what it held.
+# A replay allocates nothing, so uninitialised memory keeps its old contents.
 _ALLOCATIONS = frozenset(
     ("empty.memory_format", "empty_like.default", "empty_strided.default", "new_empty.default",
      "new_empty_strided.default")
@@ -25,21 +25,21 @@ _ALLOCATIONS = frozenset(
 
 
 class HostStream:
-    """A stream whose work is done when the call that queues it returns; so every wait is over at once."""
+    """A stream whose work is complete when the call that queues it returns, so that every wait returns at once."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def wait_stream(self, stream: HostStream) -> None:
-        """Order later work here after all that ``stream`` has, which it is already."""
+        """Does nothing: the work of ``stream`` is complete."""
 
     def synchronize(self) -> None:
-        """Nothing is outstanding."""
+        """Does nothing: all work is complete."""
 
 
 @dataclass(frozen=True)
 class _Call:
-    """One recorded call, and which of its results live in memory of their own (the others are views of arguments)."""
+    """One recorded call; ``results`` are its tensors with memory of their own, None for views of arguments."""
 
     name: str
     fn: Callable[..., Any]
@@ -65,8 +65,8 @@ class _Call:
 class HostGraph:
     """Runs a step once, and each replay repeats the recorded calls on the storages of that run.
 
-    A call is one operation of torch, or one kernel (``kernel``), which on a device would also read its arguments again.
-    Everything else, numbers and branches of the host, is as it was at capture, as in a graph of a device.
+    A call is one operation of torch, or one kernel (``kernel``); as on a device, a replay reads its arguments again.
+    Numbers and branches of the host are those of the capture, as in a graph of a device.
     """
 
     def __init__(self, platform: HostStreamsPlatform) -> None:
@@ -86,7 +86,7 @@ class HostGraph:
 
 
 class _Recorder(TorchDispatchMode):
-    """Appends each call to ``calls``; what a kernel does inside is part of its one call."""
+    """Appends each call to ``calls``; the operations inside a kernel belong to its call."""
 
     def __init__(self, calls: list[_Call]) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def kernel(self, fn: Callable[..., Returned], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Returned:
-        """Run ``fn`` as one call; within another kernel it is part of that."""
+        """Run ``fn`` as one call; inside another kernel it belongs to that call."""
         if self._in_kernel:
             return fn(*args, **kwargs)
         self._in_kernel = True
@@ -131,7 +131,7 @@ def _recorder() -> _Recorder | None:
 
 
 def kernel(fn: Callable[Params, Returned]) -> Callable[Params, Returned]:
-    """``fn`` as a host graph records it: one call, whose host-side decisions are taken again at each replay."""
+    """``fn`` as a host graph records it: one call, whose host-side decisions are made again at each replay."""
 
     @functools.wraps(fn)
     def run(*args: Params.args, **kwargs: Params.kwargs) -> Returned:

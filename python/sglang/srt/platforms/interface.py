@@ -1,4 +1,4 @@
-"""What the engine asks of the machine it runs on: kind, architecture, memory, streams, graphs."""
+"""What the engine needs from the machine it runs on: kind, architecture, memory, streams, graphs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class DeviceGraph(Protocol):
 class Platform(ABC):
     """One hardware platform.
 
-    ``kind`` decides policy ("cpu", "cuda", "hip"); ``device_type`` says where tensors live, which differs only when
+    ``kind`` decides policy ("cpu", "cuda", "hip"); ``device_type`` is where tensors live, which differs only when
     ROCm paths run over fakes on a machine without a GPU.
     """
 
@@ -40,9 +40,9 @@ class Platform(ABC):
     device_type: str
     supports_graphs: bool = False
     supports_streams: bool = False
-    # The variable that bounds the hardware queues of a process, and the value that unset means; None: no such bound.
+    # The variable that bounds the hardware queues of a process, and its default; None if there is no such bound.
     queue_variable: tuple[str, int] | None = None
-    # Vendor packages replaced by the project's fakes; start-up and /server_info say so.
+    # Vendor packages replaced by the project's fakes; start-up and /server_info show them.
     fakes: tuple[str, ...] = ()
 
     @property
@@ -55,12 +55,12 @@ class Platform(ABC):
         """One line for logs and /server_info."""
 
     def device_count(self) -> int | None:
-        """Devices that ranks can be given, one each; None where ranks share one."""
+        """Number of devices, of which each rank uses one; None if ranks share one."""
         return None
 
     @abstractmethod
     def memory_info(self, local_rank: int) -> tuple[int, int]:
-        """Free and total bytes of the memory that pools live in; for start-up, as it may wait for the device."""
+        """Free and total bytes of the memory that pools live in; only for start-up, as it may wait for the device."""
 
     def device(self, local_rank: int) -> torch.device:
         """The device that tensors of this rank live on."""
@@ -75,11 +75,11 @@ class Platform(ABC):
         """Wait until all queued work is done."""
 
     def create_stream(self) -> torch.cuda.Stream | None:
-        """A new side stream, or None where work is serial."""
+        """A new side stream; None if work is serial."""
         return None
 
     def current_stream(self) -> torch.cuda.Stream:
-        """The stream that work is queued on now. Needs ``supports_streams``, as the next three do."""
+        """The stream on which work is queued. Needs ``supports_streams``, as the next three do."""
         raise PlatformError(f"platform {self.kind} on {self.device_type} has no streams")
 
     def use_stream(self, stream: torch.cuda.Stream) -> AbstractContextManager[object]:
@@ -87,15 +87,15 @@ class Platform(ABC):
         raise PlatformError(f"platform {self.kind} on {self.device_type} has no streams")
 
     def is_default_stream(self) -> bool:
-        """True where work is queued on the stream that a library uses which asks for none."""
+        """Whether work is queued on the default stream, which a library uses if it is given none."""
         return True
 
     def is_capturing(self) -> bool:
-        """True while work is recorded into a graph instead of run."""
+        """True while work is recorded into a graph and not run."""
         return False
 
     def timing_event(self) -> torch.cuda.Event | None:
-        """A timed event just recorded, under capture after each replay; None where none can be recorded."""
+        """A timed event just recorded, under capture after each replay; None if none can be recorded."""
         return None
 
     def create_graph(self) -> DeviceGraph:

@@ -13,7 +13,7 @@ from sglang.srt.platforms.host_device import HostStreamsPlatform
 from sglang.srt.platforms.interface import PlatformError
 
 VENDOR_PACKAGES = ("aiter", "mori")
-# The HIP runtime's bound on the hardware queues of a process, and what it is when unset.
+# The variable of the HIP runtime that bounds the hardware queues of a process, and its default.
 QUEUE_VARIABLE = ("GPU_MAX_HW_QUEUES", 4)
 
 
@@ -66,10 +66,10 @@ def find_fakes() -> tuple[str, ...]:
 
 
 def create_rocm_platform() -> RocmPlatform | RocmOverFakesPlatform:
-    """The ROCm platform of this machine: HIP's, or the CPU's where vendor packages are the project's fakes.
+    """The ROCm platform of this machine: HIP's, or the CPU's if vendor packages are the project's fakes.
 
-    Raises PlatformError when there is neither, and when fakes would take the place of vendors that a ROCm build of
-    torch could call, unless SGLANG_ALLOW_VENDOR_FAKES asks for that.
+    Raises PlatformError if there is neither, or if fakes would replace vendor packages that a ROCm build of torch could
+    call, unless SGLANG_ALLOW_VENDOR_FAKES is set.
     """
     fakes = find_fakes()
     if fakes and torch.version.hip is not None and not envs.SGLANG_ALLOW_VENDOR_FAKES.get():

@@ -31,7 +31,7 @@ MAX_WORKGROUP_LANES = 1024
 class Launch:
     """One launch: the kernel's name, its grid, Triton's metadata and the text of its assembly.
 
-    digest: what the code is made of: source, specialisation, options and target. A launch whose digest was known
+    digest: hash of source, specialisation, options and target of the code. A launch whose digest was known
     beforehand was not compiled; its assembly is empty.
     """
 
@@ -50,7 +50,7 @@ def target_of(arch: str) -> GPUTarget:
 
 
 class _Utils:
-    """The device queries that a launch makes. Nothing is refused here, so that the gate can say what is wrong."""
+    """The device queries that a launch makes. Nothing is refused here, so that the gate can report the problem."""
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 1 << 30, "multiprocessor_count": 256, "warpSize": WAVE_LANES}
@@ -63,7 +63,7 @@ class _Utils:
 
 
 class CompileOnlyDriver:
-    """The part of Triton's driver interface that a launch touches (triton 3.6 to 3.9)."""
+    """The part of Triton's driver interface that a launch uses (triton 3.6 to 3.9)."""
 
     def __init__(self, arch: str) -> None:
         self.arch = arch
@@ -79,7 +79,7 @@ class CompileOnlyDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        # Triton keeps compiled kernels by device number: each architecture needs its own, apart from real ones.
+        # Triton keeps compiled kernels by device number: each architecture needs one that no real device has.
         return 1000 + zlib.crc32(self.arch.encode()) % 100_000
 
     def set_current_device(self, device: int) -> None:
@@ -89,7 +89,7 @@ class CompileOnlyDriver:
         return 0
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        """What Triton calls once a compiled kernel, and whose result it calls at each launch."""
+        """Called by Triton once per compiled kernel; the result is called at each launch."""
 
         def launch(grid_x: int, grid_y: int, grid_z: int, *rest: Any) -> None:
             text, digest = _read_assembly(self._files[metadata.hash]), self._digests[metadata.hash]
@@ -98,7 +98,7 @@ class CompileOnlyDriver:
         return launch
 
     def before_compiling(self, *, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
-        """Triton's hook before it compiles or reads its cache: True, and no code is made, for a known digest."""
+        """Triton's hook before it compiles or reads its cache; True, for a known digest, means that it does neither."""
         name = fn.name.rpartition(".")[2]
         self._compiling = _digest(fn.jit_function.cache_key, compile["specialization_data"], self.target)
         if not self.known(name, self._compiling):
@@ -117,9 +117,9 @@ def _nothing_known(kernel: str, digest: str) -> bool:
 
 
 def _digest(source_key: str, specialization: str, target: GPUTarget) -> str:
-    """A name for the code that Triton would make, the same on every machine."""
+    """A hash of the code that Triton would generate, the same on every machine."""
     described = json.loads(specialization)
-    # The paths of device libraries are this machine's, and ``key`` repeats them.
+    # Paths of device libraries differ between machines, and ``key`` contains them.
     for place in (described, described["options"]):
         for machine in ("key", "extern_libs"):
             place.pop(machine, None)
@@ -134,15 +134,15 @@ def _read_assembly(files: dict[str, str]) -> str:
 
 @functools.cache
 def _driver_of(arch: str) -> CompileOnlyDriver:
-    """One a process: Triton keeps what ``launcher_cls`` gave it for as long as the kernel lives."""
+    """One per process: Triton keeps the result of ``launcher_cls`` as long as the kernel."""
     return CompileOnlyDriver(arch)
 
 
 @contextmanager
 def compile_only(arch: str, known: Callable[[str, str], bool] = _nothing_known) -> Iterator[CompileOnlyDriver]:
-    """Inside the block, launches of Triton kernels compile for ``arch`` and land in ``driver.launches``.
+    """Inside the block, launches of Triton kernels compile for ``arch`` and are added to ``driver.launches``.
 
-    ``known(kernel, digest)`` says what need not be compiled.
+    ``known(kernel, digest)`` is True for code that need not be compiled.
     """
     previous, listener = triton.runtime.driver._active, knobs.compilation.listener
     hook = knobs.runtime.jit_cache_hook

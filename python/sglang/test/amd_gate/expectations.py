@@ -1,10 +1,10 @@
-"""Instructions that a well compiled kernel holds, by kernel: data of the AMD gate."""
+"""Instructions that a well compiled kernel contains, by kernel: data of the AMD gate."""
 
 from __future__ import annotations
 
 MFMA_BF16 = r"v_mfma_f32_\d+x\d+x\d+_bf16"
 MFMA_FP8 = r"v_mfma_(scale_)?f32_\d+x\d+x\d+_(fp8_fp8|f8f6f4)"
-# Past 2 GiB Triton addresses a tensor with 64 bits, not through a buffer descriptor: either kind of load is wide.
+# Past 2 GiB Triton addresses a tensor with 64 bits, not through a buffer descriptor: both kinds of load are wide.
 WIDE_LOAD = r"(buffer|global)_load_(lds_)?dwordx4"
 WIDE_BUFFER_LOAD = r"buffer_load_dwordx4"
 
@@ -30,6 +30,6 @@ EXPECTED: dict[str, tuple[str, ...]] = {
 
 
 def expected_instructions(kernel: str, shape: str) -> tuple[str, ...]:
-    """What the kernel's code must hold at ``shape``; nothing is expected of float32, which serves proofs alone."""
+    """What the kernel's code must contain at ``shape``; nothing is expected of float32, which only proofs use."""
     expected = () if shape.endswith(" fp32") else EXPECTED.get(kernel, ())
     return tuple(MFMA_FP8 if want == MFMA_BF16 and shape.endswith(" fp8") else want for want in expected)

@@ -1,7 +1,7 @@
-"""Compile every Triton kernel at its serving shapes for gfx942 and gfx950 and hold it against the checked-in table.
+"""Compile every Triton kernel at its serving shapes for gfx942 and gfx950 and compare it with the checked-in table.
 
 Shapes come from ``serving_cases/`` and from a walk: models run as they are served, on tensors without contents.
-A row of the table names the code that it was read from by a digest; only code that is not in the table is compiled.
+A row of the table contains the digest of its code; only code whose digest is not in the table is compiled.
 A compile gate is not a correctness test, and nothing here has run on AMD hardware.
 """
 
@@ -38,7 +38,7 @@ COLUMNS = (*(column.name for column in fields(Resources)), "digest")
 
 @dataclass(frozen=True)
 class Recorded:
-    """A row of the table. ``digest`` stands for the code and what was expected of it; "" when that is not known."""
+    """A row of the table. ``digest`` is that of the code and of what was expected of it; "" if unknown."""
 
     resources: Resources
     digest: str = ""
@@ -51,7 +51,7 @@ Table = dict[str, dict[str, dict[str, Recorded]]]
 class Row:
     """One kernel, as compiled for one shape: ``key`` is "kernel @ shape"; ``problems`` is empty when it passes.
 
-    models: the walked models that launch this very code. covered: a serving case launches it.
+    models: the walked models that launch this code. covered: a serving case launches it.
     """
 
     key: str
@@ -71,9 +71,9 @@ class Row:
 
 @dataclass
 class Findings:
-    """What was found on one architecture: its rows, and what is wrong next to them with the places where it shows.
+    """The rows of one architecture, and faults without a row, with the places where each occurs.
 
-    torch_only: ops that have a torch reference alone, and where one was met first.
+    torch_only: ops that have only a torch reference, and where each was called first.
     """
 
     arch: str
@@ -86,7 +86,7 @@ class Findings:
 
     @property
     def problems(self) -> list[str]:
-        """One line a fault, all rows' included."""
+        """One line per fault, those of rows included."""
         lines = [f"{self.arch} {row.key}: {problem}" for row in self.rows for problem in row.problems]
         for text, places in self.faults.items():
             more = f" and {len(places) - 1} more" if len(places) > 1 else ""
@@ -113,7 +113,7 @@ def save_table(rows: Iterable[Row], path: Path = TABLE) -> None:
     table = load_table(path) if path.exists() else {}
     table[triton.__version__] = {arch: {} for arch in ARCHS}
     for row in rows:
-        # A row with a problem keeps no digest: its code is compiled, and refused, at each run.
+        # A row with a problem has no digest, so that its code is compiled, and refused, at each run.
         table[triton.__version__][row.arch][row.key] = Recorded(row.resources, "" if row.problems else row.digest)
     shown = {
         version: {
@@ -145,7 +145,7 @@ class RowCollector:
         self._taken: set[str] = set()
 
     def known(self, kernel: str, digest: str) -> bool:
-        """True for code whose row in the table says all there is to say."""
+        """Whether the table has a row without problems for this code."""
         return _with_expectations(kernel, digest) in self._keys
 
     def add(self, launch: Launch, shape: str, model: str | None = None) -> None:
@@ -168,7 +168,7 @@ class RowCollector:
     def _compiled(self, launch: Launch, shape: str, digest: str) -> Row:
         needs = read_resources(launch, self._arch)
         problems = violations(launch, self._arch, expected_instructions(launch.kernel, shape))
-        # A kernel that one case launches twice differs in what it is specialised on; its grid tells most of them apart.
+        # Launches of one kernel by one case differ in specialisation; the grid distinguishes most of them.
         grid = "x".join(str(n) for n in launch.grid if n > 1) or "1"
         first = key = f"{launch.kernel} @ {shape} grid {grid}"
         count = 1
@@ -237,7 +237,7 @@ def _take_step(step: WalkStep, calls: list[OpCall], found: RowCollector, finding
 
 
 def check_all(table: Table | None = None, walk: Walk | None = None) -> list[Findings]:
-    """``check`` of every serving case and of the walk, the architectures side by side in processes of their own."""
+    """``check`` of every serving case and of the walk, in one process per architecture."""
     count = len(ARCHS)
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(check, ARCHS, [None] * count, [table] * count, [walk] * count))
@@ -251,7 +251,7 @@ def uncovered_ops() -> list[str]:
 
 
 def report(as_json: bool, update: bool, walk: Walk | None = None) -> int:
-    """Print the rows and what is wrong; exit status 1 when anything is."""
+    """Print the rows and the problems; exit status 1 if there are problems."""
     uncovered = uncovered_ops()
     findings = check_all({} if update else None, walk)
     rows = [row for found in findings for row in found.rows]

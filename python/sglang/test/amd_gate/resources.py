@@ -1,4 +1,4 @@
-"""What one compiled kernel needs of an AMD compute unit, read from its code object's metadata, and what is wrong."""
+"""The resources of a compiled kernel, read from the metadata of its code object, and the checks of them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from sglang.test.amd_gate.driver import LDS_BYTES, MAX_WORKGROUP_LANES, WAVE_LANES, Launch
 
-# Registers of a lane on CDNA3 and CDNA4 (vector and accumulation together), granted in eights; waves of a SIMD.
+# Registers per lane on CDNA3 and CDNA4 (vector and accumulation together), allocated by eight; waves per SIMD.
 LANE_REGISTERS = 512
 REGISTER_GRANULE = 8
 MAX_WAVES = 8
 SIMDS = 4
-# Growth that is drift, not noise of the compiler.
+# Growth up to which a change counts as noise of the compiler.
 MARGIN = 0.10
 MARGIN_REGISTERS = 8
 
@@ -30,7 +30,7 @@ _FIELDS = {
 
 @dataclass(frozen=True)
 class Resources:
-    """vgpr: registers of a lane, accumulation ones (agpr) included; lds, scratch: bytes; occupancy: waves of a SIMD.
+    """vgpr: registers per lane, accumulation ones (agpr) included; lds, scratch: bytes; occupancy: waves per SIMD.
 
     spills counts vector registers; sgpr_spills scalar ones, which go to lanes of a vector register, not to memory.
     """
@@ -60,7 +60,7 @@ def read_resources(launch: Launch, arch: str) -> Resources:
 
 
 def occupancy(arch: str, vgpr: int, lds: int, num_warps: int) -> int:
-    """Waves of a SIMD that registers and LDS allow; 0 when not even one workgroup fits."""
+    """Waves per SIMD that registers and LDS allow; 0 if no workgroup fits."""
     granted = max(REGISTER_GRANULE, -(-vgpr // REGISTER_GRANULE) * REGISTER_GRANULE)
     waves = min(MAX_WAVES, LANE_REGISTERS // granted)
     if lds:
@@ -69,19 +69,19 @@ def occupancy(arch: str, vgpr: int, lds: int, num_warps: int) -> int:
 
 
 def unfit(needs: Resources, arch: str) -> list[str]:
-    """What makes a kernel of these needs unfit for ``arch``: one sentence each."""
+    """Why a kernel with these resources is unfit for ``arch``: one sentence per reason."""
     problems = []
     if needs.spills:
         problems.append(f"spills {needs.spills} registers")
     if needs.scratch:
-        problems.append(f"uses {needs.scratch} bytes of scratch a lane")
+        problems.append(f"uses {needs.scratch} bytes of scratch per lane")
     if needs.lds > LDS_BYTES[arch]:
-        problems.append(f"wants {needs.lds} bytes of LDS, {arch} has {LDS_BYTES[arch]}")
+        problems.append(f"needs {needs.lds} bytes of LDS, {arch} has {LDS_BYTES[arch]}")
     return problems
 
 
 def violations(launch: Launch, arch: str, expect: Sequence[str]) -> list[str]:
-    """What makes the kernel unfit whatever it was before: one sentence each."""
+    """Why the kernel is unfit, without regard to earlier rows: one sentence per reason."""
     found, problems = _metadata(launch), unfit(read_resources(launch, arch), arch)
     lanes = int(launch.metadata["num_warps"]) * WAVE_LANES
     if found["wave"] != WAVE_LANES or launch.metadata["warp_size"] != WAVE_LANES:
@@ -93,7 +93,7 @@ def violations(launch: Launch, arch: str, expect: Sequence[str]) -> list[str]:
 
 
 def drift(now: Resources, before: Resources) -> list[str]:
-    """How ``now`` is worse than the recorded ``before`` past the margin: one sentence each."""
+    """In what ``now`` is worse than the recorded ``before`` by more than the margin: one sentence per resource."""
     problems = []
     if now.vgpr > before.vgpr + max(MARGIN_REGISTERS, MARGIN * before.vgpr):
         problems.append(f"registers grew from {before.vgpr} to {now.vgpr}")

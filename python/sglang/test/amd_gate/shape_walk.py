@@ -49,7 +49,7 @@ RANDOM = SamplingParams(temperature=0.7, top_k=50, top_p=0.9, min_p=0.05, freque
 
 @dataclass(frozen=True)
 class WalkedModel:
-    """A config.json with one layer of each kind, and server arguments; of ``tp_size`` ranks one is walked."""
+    """A config.json with one layer of each kind, and server arguments; one of ``tp_size`` ranks is run."""
 
     name: str
     config: dict[str, Any]
@@ -75,7 +75,7 @@ WALKED_MODELS = (
 
 
 class ShapeOnlyGroup(ProcessGroupHandle):
-    """One rank of ``size`` that has no peers: a collective yields the shape that it would have."""
+    """One rank of ``size`` without peers: a collective returns a tensor of the right shape."""
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         return x
@@ -108,7 +108,7 @@ class ShapeRunner(ModelRunner):
         """The step that a graph of ``batch_size`` records, and greedy sampling from its logits."""
         with contextlib.redirect_stderr(io.StringIO()):  # the progress bar
             graphs = capture_graphs(self, [batch_size])
-        for reason in graphs.refused.values():  # there are no numbers that a proof could compare
+        for reason in graphs.refused.values():  # there are no values that a check could compare
             raise ValueError(reason)
         self.draw([GREEDY] * batch_size)
 
@@ -141,7 +141,7 @@ class ShapeRunner(ModelRunner):
 
 
 def walk_models() -> Iterator[WalkStep]:
-    """Run every step of every walked model on the current platform; a step that fails says why, and others continue."""
+    """Run every step of every walked model on the current platform; a failed step has its error; others continue."""
     for model in WALKED_MODELS:
         with (
             override_tp_group(ShapeOnlyGroup(size=model.settings.get("tp_size", 1))),

@@ -1,4 +1,4 @@
-"""A machine of shapes alone, and a record of what each op chose and launched while a model ran on it."""
+"""A platform whose tensors have only shapes, and a record of what each op chose and launched in a model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEMORY_BYTES = {"gfx942": 192 << 30, "gfx950": 288 << 30}
 
 
 class ShapeOnlyGraph:
-    """Runs what would be recorded; there is nothing to replay."""
+    """Runs the body at capture; a replay does nothing."""
 
     def capture(self, body: Callable[[], Result]) -> Result:
         return body()
@@ -65,7 +65,7 @@ class ShapeOnlyPlatform(Platform):
 
 @dataclass(frozen=True)
 class WalkStep:
-    """One step of one model has run; ``error`` says why not."""
+    """One step of one model; ``error`` is why it failed, "" if it ran."""
 
     model: str
     step: str
@@ -73,7 +73,7 @@ class WalkStep:
 
 
 def describe_error(error: Exception) -> str:
-    """One line: its kind, the innermost place of the product that it came through, and the end of what it says."""
+    """One line: its type, the innermost line of the product in its traceback, and the end of its message."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if "/sglang/" in frame.filename]
     frames = [frame for frame in frames if not frame.filename.endswith(("shape_walk.py", "amd_gate/walk.py"))]
     place = f" at sglang/{frames[-1].filename.rpartition('/sglang/')[2]}:{frames[-1].lineno}" if frames else ""
@@ -99,7 +99,7 @@ class OpCall:
 
 @contextmanager
 def watched_ops(driver: CompileOnlyDriver) -> Iterator[list[OpCall]]:
-    """Inside the block each call of a decided op adds a line to the list, and a kernel that fails raises."""
+    """Inside the block each call of a decided op is added to the list, and a kernel that fails raises."""
     calls: list[OpCall] = []
     serving, REGISTRY.serving = REGISTRY.serving, True
     for op in REGISTRY.ops.values():
@@ -125,7 +125,7 @@ def _watched(op: OpSpec, impl: Impl, driver: CompileOnlyDriver, calls: list[OpCa
 
 
 def _shape(args: tuple[Any, ...]) -> str:
-    """ "128x7168", with " fp8" behind it where an argument is of eight bits."""
+    """ "128x7168", followed by " fp8" if an argument has eight bits."""
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     dims = "x".join(str(size) for size in tensors[0].shape) if tensors else "no tensor"
     return dims + (" fp8" if any(t.is_floating_point() and t.dtype.itemsize == 1 for t in tensors) else "")

@@ -1,4 +1,4 @@
-"""One file and one class per form of tool calls; ``TOOL_CALL_PARSERS`` holds them by value of --tool-call-parser."""
+"""One file and one class per format of tool calls; ``TOOL_CALL_PARSERS`` has them by value of --tool-call-parser."""
 
 from sglang.srt.parser.tool_call_parser import ToolCallParser
 from sglang.srt.parser.tool_calls.deepseekv3 import DeepSeekV3Parser

@@ -1,4 +1,4 @@
-"""Tool calls of DeepSeek-V3 and R1: a type, the name, and the arguments in a fence of Markdown."""
+"""Tool calls of DeepSeek-V3 and R1: a type, the name, and the arguments in a Markdown code fence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tool calls of DeepSeek-V3.2: a tag for the call, and one for each argument that says whether it is text or JSON."""
+"""Tool calls of DeepSeek-V3.2: a tag per call, and one per argument, which states whether it is text or JSON."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from sglang.srt.parser.tool_call_parser import (
     schema_types,
 )
 
-# In each of the tags; in the tokenizers of these models one token of plain text.
+# Part of each tag; the tokenizers of these models have it as one ordinary token.
 MARK = "｜DSML｜"
 _AS_TEXT, _AS_JSON = '"true">', '"false">'
 _CALL = re.compile(r'([^\n]+?)">(.*)', re.DOTALL)
-# A value ends where the next argument, or the end of the call, follows: it may hold the tag itself.
+# A value ends only before the next argument or the end of the call, because it may contain the tag itself.
 _ARGUMENT = re.compile(
     rf'\s*<{MARK}parameter name="([^\n]+?)" string="(true|false)">(.*?)</{MARK}parameter>'
     rf"(?=\s*(?:<{MARK}parameter |\Z))",
@@ -34,7 +34,7 @@ class DeepSeekV32Parser(ToolCallParser):
     start, end, between = f'<{MARK}invoke name="', f"</{MARK}invoke>", "\n"
     block_start, block_end = f"<{MARK}function_calls>", f"</{MARK}function_calls>"
     lead, inside = "\n\n", "\n"
-    # Bare text and the tag after it.
+    # Unquoted text and the tag after it.
     terminals = (rf"text[lazy]: /(.|\n)*<\/{MARK}parameter>\n/",)
 
     @classmethod
@@ -57,7 +57,7 @@ class DeepSeekV32Parser(ToolCallParser):
         if found is None:
             return None
         name, rest = found[1].strip(), found[2]
-        if rest.lstrip().startswith("{"):  # the arguments as one object, which these models say too
+        if rest.lstrip().startswith("{"):  # these models may also write the arguments as one object
             return None if json_object(rest) is None else ToolCall(name, rest.strip())
         arguments: dict[str, Any] = {}
         place = 0
@@ -74,7 +74,7 @@ class DeepSeekV32Parser(ToolCallParser):
 
 
 def _value_form(schema: Any, defined: Mapping[str, Any]) -> str:
-    """Lark for a value from after ``string=`` on, and the tag after it: bare text where a string may stand."""
+    """Lark for what follows ``string=``: a value, unquoted if it may be a string, and the tag after it."""
     schema = schema if isinstance(schema, Mapping) else {}
     tag = quoted(f"</{MARK}parameter>\n")
     listed, types = listed_values(schema), schema_types(schema)

@@ -1,4 +1,4 @@
-"""Tool calls of DeepSeek-V4: those of V3.2 in a block of another name."""
+"""Tool calls of DeepSeek-V4: the format of V3.2 with another block tag."""
 
 from sglang.srt.parser.tool_calls.deepseekv32 import MARK, DeepSeekV32Parser
 

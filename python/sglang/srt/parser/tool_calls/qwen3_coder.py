@@ -1,4 +1,4 @@
-"""Tool calls of Qwen3-Coder and Qwen3.5: a tag for the function, and one for each argument around its bare value."""
+"""Tool calls of Qwen3-Coder and Qwen3.5: a tag per function, and one per argument around its unquoted value."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sglang.srt.parser.tool_call_parser import (
 )
 
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>(.*)</function>\s*", re.DOTALL)
-# A value ends where the next argument, or the end of the function, follows: it may hold the tag itself.
+# A value ends only before the next argument or the end of the function, because it may contain the tag itself.
 _ARGUMENT = re.compile(r"\s*<parameter=([^>\n]+)>(.*?)</parameter>(?=\s*(?:<parameter=|\Z))", re.DOTALL)
 _PYTHON_WORDS = {"True": True, "False": False, "None": None}
 
@@ -50,14 +50,14 @@ class Qwen3CoderParser(ToolCallParser):
         place = 0
         while found := _ARGUMENT.match(rest, place):
             key = found[1].strip()
-            # The form puts line breaks around a value.
+            # The format has line breaks around a value.
             arguments[key] = _value(found[2].removeprefix("\n").removesuffix("\n"), properties.get(key))
             place = found.end()
         return ToolCall(name, json_text(arguments)) if not rest[place:].strip() else None
 
 
 def _value_form(schema: Any, defined: Mapping[str, Any]) -> str:
-    """Lark for a bare value and the tag after it: strings are any text but that tag, unless the schema lists them."""
+    """Lark for an unquoted value and the tag after it; a string is any text without that tag, or a listed one."""
     tag = quoted("\n</parameter>\n")
     types = schema_types(schema)
     if types and "string" not in types:
@@ -70,7 +70,7 @@ def _value_form(schema: Any, defined: Mapping[str, Any]) -> str:
 
 
 def _value(text: str, schema: Any) -> Any:
-    """``text`` as the type that its schema names; what does not fit, and what has no schema, is a string."""
+    """``text`` as a type of its schema; a string if it does not fit, or has no schema."""
     types = schema_types(schema)
     if not types or "string" in types:
         return None if text == "null" and "null" in types else text

@@ -89,7 +89,7 @@ def kv_cache_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
 
 
 def mla_extend_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """A few new tokens a request after a long prefix, in bf16, without contents."""
+    """A few new tokens per request after a long prefix, in bf16, without contents."""
     for heads in (16, 128):
         for batch, new, total in ((8, 4, 8192), (512, 2, 1152)):
             q = torch.empty(batch * new, heads, 576, dtype=torch.bfloat16, device=device)

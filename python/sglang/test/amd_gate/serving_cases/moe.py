@@ -25,7 +25,7 @@ SERVING_MODELS = {
     "v4flash": (256, 4096, 2048, 6),
 }  # fmt: skip
 
-# Of the clamp between the products.
+# Bound of the clamp between the products.
 SERVING_LIMITS = {"v4flash": 10.0}
 
 
