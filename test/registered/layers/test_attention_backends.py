@@ -105,7 +105,7 @@ class TestPlans(BackendCase):
             forward_batch = ForwardBatch.from_worker_batch(batch, CPU, backend)
             with patch.object(torch_native_backend, "_SHARED_LENGTH", shared_from):
                 backend.init_forward_metadata(forward_batch)
-            groups = forward_batch.attn_plan.attention.groups
+            groups = forward_batch.attn_plan.attention
             self.assertEqual([len(groups), sum(len(group.slot_table) for group in groups)], [2, tables])
             found.append(backend.attend(q, layer, forward_batch))
         torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)

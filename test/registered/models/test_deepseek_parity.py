@@ -110,7 +110,7 @@ class DeepseekParity:
         picks = (0, 3, 0, 3)
         self.harness.extend([(r, self.prompts[i][:-1]) for r, i in zip(requests, picks)])
         found = self.harness.decode([(r, self.prompts[i][-1]) for r, i in zip(requests, picks)])
-        self.assertGreater(len(self.harness.plan.attention.groups), 1)
+        self.assertGreater(len(self.harness.plan.attention), 1)
         for rows, i in zip(found, picks):
             self.assertLess((rows[0] - self.truth[i][-1]).abs().max().item(), TOLERANCE)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from sglang.srt.arg_groups.attention import choose_attention_backend, choose_page_size
 from sglang.srt.arg_groups.checks import DISPATCH_LIMIT
@@ -14,9 +13,6 @@ from sglang.srt.configs.attention_backends import attention_backends
 from sglang.srt.configs.cache_layout import STATE
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.server_args import ServerArgs
-
-if TYPE_CHECKING:
-    pass
 
 
 def _device(args: ServerArgs, context: Context) -> Iterator[Change | str]:

@@ -253,15 +253,15 @@ class TokenizerManager:
     async def flush_cache(self, timeout_s: float = 0.0) -> tuple[bool, str]:
         """Drop the prefix cache; waits up to ``timeout_s`` for requests in flight. Returns success and why not."""
         deadline = time.monotonic() + timeout_s
-        # While this process has requests in flight, the answer is known without asking the schedulers.
-        while self._states and time.monotonic() < deadline:
-            await asyncio.sleep(min(_FLUSH_POLL_S, max(0.0, deadline - time.monotonic())))
         while True:
-            replies: list[FlushCacheReqOutput] = await self._ask(FlushCacheReqInput)
-            refusals = [reply.message for reply in replies if not reply.success]
-            if not refusals or time.monotonic() >= deadline:
-                return not refusals, " ".join(refusals)
-            await asyncio.sleep(min(_FLUSH_POLL_S, max(0.0, deadline - time.monotonic())))
+            left_s = deadline - time.monotonic()
+            # While this process has requests in flight, the answer is known without asking the schedulers.
+            if not self._states or left_s <= 0:
+                replies: list[FlushCacheReqOutput] = await self._ask(FlushCacheReqInput)
+                refusals = [reply.message for reply in replies if not reply.success]
+                if not refusals or left_s <= 0:
+                    return not refusals, " ".join(refusals)
+            await asyncio.sleep(min(_FLUSH_POLL_S, left_s))
 
     async def get_internal_states(self, timeout_s: float = CONTROL_TIMEOUT_S) -> list[dict[str, Any]]:
         """Each scheduler's counters, pools, chosen kernels and fallbacks, by DP rank."""

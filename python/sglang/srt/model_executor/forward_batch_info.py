@@ -128,7 +128,6 @@ class ModelWorkerBatch:
         out_cache_loc: torch.Tensor,
         state_slot_ids: Sequence[int] | None = None,
         logprobs: Sequence[LogprobRequest | None] = (),
-        global_num_tokens: list[int] | None = None,
         tells_drafts: bool = False,
     ) -> ModelWorkerBatch:
         """The last ``kind.rows_per_request`` tokens of each request; their ids are on the device.
@@ -153,7 +152,6 @@ class ModelWorkerBatch:
             kind=kind,
             table_loc=table,
             logprobs=list(logprobs),
-            global_num_tokens=global_num_tokens,
             tells_drafts=tells_drafts,
         )
 
@@ -168,7 +166,6 @@ class ModelWorkerBatch:
         state_slot_ids: Sequence[int] | None = None,
         forward_mode: ForwardMode = ForwardMode.EXTEND,
         logprobs: Sequence[LogprobRequest | None] = (),
-        global_num_tokens: list[int] | None = None,
         successors: list[int] | None = None,
     ) -> ModelWorkerBatch:
         """The tokens ``prefix_lens[i] .. seq_lens[i]`` of each request; ``input_ids`` [N] packed by request."""
@@ -184,7 +181,6 @@ class ModelWorkerBatch:
             extend_prefix_lens=list(prefix_lens),
             state_slot_ids=None if state_slot_ids is None else _column(state_slot_ids),
             logprobs=list(logprobs),
-            global_num_tokens=global_num_tokens,
             successors=successors,
         )
 

@@ -12,13 +12,19 @@ from sglang.srt.arg_groups.stream_policy import StreamPlan, plan_streams
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import get_parallel_state, get_tp_group, get_world_group
 from sglang.srt.layers.attention import make_attention_backend
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
+from sglang.srt.layers.attention.base_attn_backend import AttentionContext
 from sglang.srt.layers.moe.fused_shared_experts import fixed_form
 from sglang.srt.layers.quantization import warn_of_splits
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.mem_cache.pool_plan import PoolPlan
 from sglang.srt.model_executor.capture_lint import HostList
-from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind
+from sglang.srt.model_executor.forward_batch_info import (
+    DECODE,
+    AttentionBackendLike,
+    ForwardBatch,
+    ModelWorkerBatch,
+    StepKind,
+)
 from sglang.srt.model_executor.graph_check import GraphCheck
 from sglang.srt.model_executor.memory_plan import check_fit, graph_buckets, plan_needs
 from sglang.srt.model_executor.model_pools import RankMemory, make_pools, make_rank_memory, plan_pools
@@ -93,7 +99,7 @@ def build(args: ServerArgs, models: Sequence[LoadedModel], sizes: PoolPlan) -> l
     return runners
 
 
-def make_backend(args: ServerArgs, model: LoadedModel, memory: RankMemory, pools: ModelPools) -> AttentionBackend:
+def make_backend(args: ServerArgs, model: LoadedModel, memory: RankMemory, pools: ModelPools) -> AttentionBackendLike:
     """The attention backend for the layers of ``model``, over its own ``pools``."""
     if args.attention_backend is None:
         raise ValueError("server argument attention_backend is not resolved")

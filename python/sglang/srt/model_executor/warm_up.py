@@ -113,18 +113,16 @@ def _extend_batch(runner: ModelRunner, step: WarmUpStep, drafts: bool) -> ModelW
         torch.arange(total, dtype=torch.int64) % runner.model_config.vocab_size,
         torch.zeros(total, dtype=torch.int64),
         _dummy_states(runner, len(step)),
-        global_num_tokens=_all_groups(total),
         successors=[-1] * len(step) if drafts else None,
     )
-    return replace(batch, global_num_requests=_all_groups(len(step)))
+    return replace(batch, global_num_tokens=_all_groups(total), global_num_requests=_all_groups(len(step)))
 
 
 def _decode_batch(runner: ModelRunner, size: int, kind: StepKind = DECODE) -> ModelWorkerBatch:
     rows, states, width = _dummy_rows(runner, size), _dummy_states(runner, size), kind.rows_per_request
     slots = torch.zeros(size * (width + kind.slots_ahead), dtype=torch.int64)
-    counts = _all_groups(size * width)
-    batch = ModelWorkerBatch.uniform(kind, rows, [width] * size, slots, states, global_num_tokens=counts)
-    return replace(batch, global_num_requests=_all_groups(size))
+    batch = ModelWorkerBatch.uniform(kind, rows, [width] * size, slots, states)
+    return replace(batch, global_num_tokens=_all_groups(size * width), global_num_requests=_all_groups(size))
 
 
 def _dummy_rows(runner: ModelRunner, batch: int) -> list[int]:

@@ -10,7 +10,8 @@ from sglang.kernels.registry import REGISTRY
 from sglang.srt.configs.cache_layout import STATE
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
+    from sglang.srt.layers.attention.base_attn_backend import AttentionContext
+    from sglang.srt.model_executor.forward_batch_info import AttentionBackendLike
 
 # Groups of the ops that backends call.
 OP_GROUPS = frozenset({"attention", "compressed", "attention_state", "kv_cache", "prepare"})
@@ -23,7 +24,7 @@ def load_attention_backends() -> None:
             importlib.import_module(module.name)
 
 
-def make_attention_backend(name: str, context: AttentionContext) -> AttentionBackend:
+def make_attention_backend(name: str, context: AttentionContext) -> AttentionBackendLike:
     """The backend ``name`` over the pools of ``context``; hybrid models get the recurrent backend around it."""
     from sglang.srt.layers.attention.base_attn_backend import create_attention_backend
     from sglang.srt.layers.attention.hybrid_linear_attn_backend import GDNBackend, HybridLinearAttnBackend

@@ -10,7 +10,7 @@ import torch
 from sglang.kernels.ops.gdn.decode_step import gdn_decode_step
 from sglang.kernels.ops.gdn.extend_step import chunk_table, gdn_extend_step
 from sglang.kernels.ops.gdn.verify_step import gdn_verify_step
-from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, UnplannedStepError
+from sglang.srt.layers.attention.base_attn_backend import UnplannedStepError
 from sglang.srt.layers.attention.pool_backend import GqaBackend
 from sglang.srt.mem_cache.memory_pool import CachePool
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
@@ -181,21 +181,13 @@ def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
-class HybridLinearAttnBackend(AttentionBackend):
+class HybridLinearAttnBackend:
     """Plans steps for both of its ``parts``: the backend of softmax layers and that of recurrent layers."""
 
     def __init__(self, full_attn_backend: GqaBackend, linear_attn_backend: GDNBackend) -> None:
         self.full_attn_backend = full_attn_backend
         self.linear_attn_backend = linear_attn_backend
         self.parts = (full_attn_backend, linear_attn_backend)
-
-    def plan_decode(self, forward_batch: ForwardBatch) -> object:
-        """The plan of the softmax layers; see the base class."""
-        return self.full_attn_backend.plan_decode(forward_batch)
-
-    def plan_extend(self, forward_batch: ForwardBatch) -> object:
-        """The plan of the softmax layers; see the base class."""
-        return self.full_attn_backend.plan_extend(forward_batch)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan the step for both backends."""

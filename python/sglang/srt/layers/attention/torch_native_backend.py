@@ -33,11 +33,8 @@ class DecodeGroup:
     seq_lens: torch.Tensor
 
 
-@dataclass(frozen=True)
-class DecodeGroups:
-    """The plan of a decode step: groups that together hold every request."""
-
-    groups: tuple[DecodeGroup, ...]
+# The plan of a decode step: groups that together hold every request.
+DecodeGroups = tuple[DecodeGroup, ...]
 
 
 def group_by_length(seq_lens: list[int]) -> list[list[int]]:
@@ -85,7 +82,7 @@ class TorchNativeAttnBackend(PoolBackend):
                 rows = (rows.unsqueeze(1) * width + torch.arange(width, device=self.device)).flatten()
             table = self.req_to_token[:, :longest].index_select(0, requests).long()
             planned.append(DecodeGroup(rows, table, seq_lens))
-        return DecodeGroups(tuple(planned))
+        return tuple(planned)
 
     def _extend_plan(self, forward_batch: ForwardBatch, members: list[int]) -> ExtendPlan:
         lengths, starts = forward_batch.extend_seq_lens_cpu, forward_batch.extend_start_loc_cpu
@@ -118,9 +115,9 @@ class TorchNativeGqaBackend(TorchNativeAttnBackend, GqaBackend):
         plan = forward_batch.attn_plan.attention
         if isinstance(plan, ExtendPlan):
             out = extend_attention(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)
-        elif isinstance(plan, DecodeGroups):
+        elif isinstance(plan, tuple):
             out = q.new_empty(q.shape[0], layer.num_heads, layer.v_head_dim)
-            for group in plan.groups:
+            for group in plan:
                 rows = q if group.rows is None else q[group.rows]
                 part = decode_padded(rows, k_cache, v_cache, group.slot_table, group.seq_lens, layer.scaling)
                 if group.rows is None:
@@ -145,10 +142,10 @@ class TorchNativeMlaBackend(TorchNativeAttnBackend, MlaBackend):
     def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
         cache, rank = self._latent(layer), layer.v_head_dim
         plan = forward_batch.attn_plan.attention
-        if not isinstance(plan, DecodeGroups):
+        if not isinstance(plan, tuple):
             return no_output(q, plan, layer.num_heads, rank)
         out = q.new_empty(q.shape[0], layer.num_heads, rank)
-        for group in plan.groups:
+        for group in plan:
             rows = q if group.rows is None else q[group.rows]
             part = mla_decode(rows, cache, group.slot_table, group.seq_lens, rank, layer.scaling)
             if group.rows is None:
