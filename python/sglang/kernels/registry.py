@@ -31,6 +31,8 @@ FORMER_NAMES = {
     "attention.mla_table_verify": "attention.mla_decode_attention",
     "attention.verify_attention": "attention.decode_attention",
     "attention.mla_verify_attention": "attention.mla_decode_attention",
+    "norm.gemma_rms_norm": "norm.rms_norm",
+    "norm.fused_add_gemma_rms_norm": "norm.fused_add_rms_norm",
     "attention.paged_decode": "attention.decode_padded",
     "attention.paged_extend": "attention.extend_attention",
     "attention.ragged_extend": "attention.extend_ragged",

@@ -68,14 +68,9 @@ def true_gated_norm(x, gate, weight, eps):
     return true_rms_norm(x, weight, eps) * gate.double() / (1 + torch.exp(-gate.double()))
 
 
-def true_fused_add(x, residual, weight, eps):
+def true_fused_add(x, residual, weight, eps, unit=0.0):
     total = x.double() + residual.double()
-    return true_rms_norm(total, weight, eps), total
-
-
-def true_fused_add_gemma(x, residual, weight, eps):
-    total = x.double() + residual.double()
-    return true_gemma(total, weight, eps), total
+    return true_rms_norm(total, weight, eps, unit), total
 
 
 def true_silu_and_mul(x, limit=None):
@@ -214,10 +209,8 @@ def true_linear(x, w, bias=None):
 TRUTHS = {
     "linear.dense": true_linear,
     "norm.rms_norm": true_rms_norm,
-    "norm.gemma_rms_norm": true_gemma,
     "norm.gated_rms_norm": true_gated_norm,
     "norm.fused_add_rms_norm": true_fused_add,
-    "norm.fused_add_gemma_rms_norm": true_fused_add_gemma,
     "norm.rms_norm_quantized": true_norm_quantized,
     "norm.add_norm_logits": true_add_norm_logits,
     "activation.silu_and_mul": true_silu_and_mul,

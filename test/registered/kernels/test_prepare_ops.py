@@ -8,7 +8,7 @@ from test_op_parity import clone, true_gemma, true_rms_norm, true_rotary
 import sglang.kernels.ops.attention.prepare_gqa as prepare_gqa
 import sglang.kernels.ops.attention.prepare_mla as prepare_mla
 from sglang.kernels.ops.attention.kv_cache import write_kv
-from sglang.kernels.ops.norm.rmsnorm import gemma_rms_norm, rms_norm
+from sglang.kernels.ops.norm.rmsnorm import rms_norm
 from sglang.kernels.ops.rope.rotary import rotary
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -78,7 +78,7 @@ class TestPrepare(CustomTestCase):
                 args = _as(case.args, dtype)
                 q, k, v, q_weight, k_weight, positions, table, *caches, slots, eps, is_neox = args
                 own = clone(caches)
-                normed = gemma_rms_norm(q, q_weight, eps), gemma_rms_norm(k, k_weight, eps)
+                normed = rms_norm(q, q_weight, eps, True), rms_norm(k, k_weight, eps, True)
                 queries, keys = rotary(positions, *normed, table, is_neox)
                 write_kv(keys, v, *own, slots)
                 found = prepare_gqa.prepare_gqa(*args)

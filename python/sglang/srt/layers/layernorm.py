@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from sglang.kernels.ops.norm.add_norm_logits import add_norm_logits, are_few
-from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_gemma_rms_norm, fused_add_rms_norm
-from sglang.kernels.ops.norm.rmsnorm import gemma_rms_norm, rms_norm
+from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_rms_norm
+from sglang.kernels.ops.norm.rmsnorm import rms_norm
 from sglang.kernels.ops.norm.rmsnorm_quantized import rms_norm_quantized
 from sglang.kernels.ops.quant.group_fp8 import QuantizedRows
 from sglang.srt.layers.quantization import Rows
@@ -35,7 +35,6 @@ class RMSNorm(nn.Module):
 
     unit_weight = 1.0
     unit_offset = False
-    norm, add_norm = rms_norm, fused_add_rms_norm
     weight_dtype: torch.dtype | None = None  # the model's
 
     def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
@@ -71,8 +70,8 @@ class RMSNorm(nn.Module):
             rows = QuantizedRows(q, scale, x.dtype, normed)
             return rows if residual is None else (rows, total)
         if residual is None:
-            return self.norm(x, self.weight, self.eps)
-        return self.add_norm(x, residual, self.weight, self.eps)
+            return rms_norm(x, self.weight, self.eps, self.unit_offset)
+        return fused_add_rms_norm(x, residual, self.weight, self.eps, self.unit_offset)
 
 
 class Float32RMSNorm(RMSNorm):
@@ -86,7 +85,6 @@ class GemmaRMSNorm(RMSNorm):
 
     unit_weight = 0.0
     unit_offset = True
-    norm, add_norm = gemma_rms_norm, fused_add_gemma_rms_norm
 
 
 class RMSNormGated(nn.Module):

@@ -8,7 +8,7 @@ import torch
 
 from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype, write_kv_torch
-from sglang.kernels.ops.norm.rmsnorm import gemma_rms_norm_torch, rows_per_program
+from sglang.kernels.ops.norm.rmsnorm import rms_norm_torch, rows_per_program
 from sglang.kernels.ops.rope.rotary import rotary_torch
 from sglang.kernels.spec import Case, Impl, Op
 
@@ -34,9 +34,9 @@ def prepare_gqa_torch(
 
     q [N, Hq, D], k [N, Hk, D], v [N, Hk, Dv], q_weight and k_weight [D], positions [N], cos_sin_cache [max, P], k_cache
     [S, Hk, D], v_cache [S, Hk, Dv], slot_ids [N] int64 in [0, S) -> new queries [N, Hq, D]. Rounds where
-    ``norm.gemma_rms_norm``, ``rope.rotary`` and ``kv_cache.write_kv`` do.
+    ``norm.rms_norm``, ``rope.rotary`` and ``kv_cache.write_kv`` do.
     """
-    normed_q, normed_k = gemma_rms_norm_torch(q, q_weight, eps), gemma_rms_norm_torch(k, k_weight, eps)
+    normed_q, normed_k = rms_norm_torch(q, q_weight, eps, True), rms_norm_torch(k, k_weight, eps, True)
     queries, keys = rotary_torch(positions, normed_q, normed_k, cos_sin_cache, is_neox)
     write_kv_torch(keys, v, k_cache, v_cache, slot_ids)
     return queries
@@ -62,7 +62,7 @@ def prepare_gqa_triton(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if tokens:
         half, width = cos_sin_cache.shape[1] // 2, next_power_of_2(dim)
-        # The tile and the warps of norm.gemma_rms_norm, so that both sum a row in one order.
+        # The tile and the warps of norm.rms_norm, so that both sum a row in one order.
         rows = rows_per_program(dim)
         q_blocks, k_blocks = cdiv(heads, rows), cdiv(kv_heads, rows)
         prepare_gqa_kernel[(tokens * (q_blocks + 2 * k_blocks),)](

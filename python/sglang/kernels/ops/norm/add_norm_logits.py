@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl, warps_for
-from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_gemma_rms_norm_torch, fused_add_rms_norm_torch
+from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_rms_norm_torch
 from sglang.kernels.ops.norm.rmsnorm import fits_triton
 from sglang.kernels.ops.quant import group_fp8
 from sglang.kernels.spec import Case, Impl, Op
@@ -29,14 +29,13 @@ def add_norm_logits_torch(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, gate: Tensor, logits_dtype: torch.dtype,
     unit_offset: bool = False, dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """``norm.fused_add_rms_norm``, or of ``fused_add_gemma_rms_norm`` with unit_offset, and the normed rows' logits.
+    """``norm.fused_add_rms_norm``, and the normed rows' logits.
 
     x, residual [N, D] and gate [E, D] of one dtype, weight [D] -> normed rows [N, D], the sum [N, D], logits [N, E]:
     as ``moe.router_logits`` in float32, or a plain product in x's dtype. An 8-bit ``dtype`` adds q and scale of the
     normed rows as in ``quant.quantize_groups``; D is a multiple of 128 then.
     """
-    norm = fused_add_gemma_rms_norm_torch if unit_offset else fused_add_rms_norm_torch
-    normed, total = norm(x, residual, weight, eps)
+    normed, total = fused_add_rms_norm_torch(x, residual, weight, eps, unit_offset)
     wide = logits_dtype == torch.float32
     logits = F.linear(normed.float(), gate.float()) if wide else F.linear(normed, gate)
     made = () if dtype is None else group_fp8.quantize_groups_torch(normed, dtype)

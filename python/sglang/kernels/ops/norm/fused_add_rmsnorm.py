@@ -8,34 +8,26 @@ import torch
 from torch import Tensor
 
 from sglang.kernels.launch import triton_impl
-from sglang.kernels.ops.norm.rmsnorm import fits_triton, gemma_rms_norm_torch, rms_norm_torch, rms_norm_triton
+from sglang.kernels.ops.norm.rmsnorm import fits_triton, rms_norm_torch, rms_norm_triton
 from sglang.kernels.spec import Case, Impl, Op
 
 
-def fused_add_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def fused_add_rms_norm_torch(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool = False
+) -> tuple[Tensor, Tensor]:
     """``s = x + residual``; new ``(rms_norm(s, weight), s)``; x, residual [..., D] of one dtype, weight [D]."""
     total = x + residual
-    return rms_norm_torch(total, weight, eps), total
-
-
-def fused_add_gemma_rms_norm_torch(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As ``norm.fused_add_rms_norm``, but with the gain ``1 + weight``."""
-    total = x + residual
-    return gemma_rms_norm_torch(total, weight, eps), total
+    return rms_norm_torch(total, weight, eps, unit_offset), total
 
 
 def fused_add_rms_norm_triton(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool = False
 ) -> tuple[Tensor, Tensor]:
     total = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return rms_norm_triton(x, weight, eps, residual, total, unit_offset=unit_offset), total
+    return rms_norm_triton(x, weight, eps, unit_offset, residual, total), total
 
 
-def fused_add_gemma_rms_norm_triton(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return fused_add_rms_norm_triton(x, residual, weight, eps, unit_offset=True)
-
-
-def _accepts(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> bool:
+def _accepts(x: Tensor, residual: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> bool:
     return x.dtype == residual.dtype and fits_triton(x, weight, residual)
 
 
@@ -43,7 +35,9 @@ def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(1)
     for rows, dim in ((1, 8), (3, 129), (0, 16), (33, 256)):
         x, residual = (torch.randn(rows, dim, generator=generator) for _ in range(2))
-        yield Case(f"{rows}x{dim}", (x, residual, torch.randn(dim, generator=generator), 1e-6))
+        args = (x, residual, torch.randn(dim, generator=generator), 1e-6)
+        yield Case(f"{rows}x{dim}", args)
+        yield Case(f"{rows}x{dim}-unit-offset", (*args, True))
     x = torch.randn(2, 16, generator=generator)
     yield Case("cancelling", (x, -x, torch.ones(16), 1e-6))
 
@@ -52,11 +46,5 @@ fused_add_rms_norm = Op(
     "norm.fused_add_rms_norm",
     triton_impl(fused_add_rms_norm_triton, _accepts),
     Impl("torch", fused_add_rms_norm_torch),
-    cases=_cases,
-)
-fused_add_gemma_rms_norm = Op(
-    "norm.fused_add_gemma_rms_norm",
-    triton_impl(fused_add_gemma_rms_norm_triton, _accepts),
-    Impl("torch", fused_add_gemma_rms_norm_torch),
     cases=_cases,
 )

@@ -14,23 +14,18 @@ from sglang.kernels.spec import Case, Impl, Op
 MAX_TRITON_DIM = 16384
 
 
-def rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``weight * cast(x * rsqrt(mean(x^2) + eps))``.
+def rms_norm_torch(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
+    """``weight * cast(x * rsqrt(mean(x^2) + eps))``, or with ``unit_offset`` the gain ``1 + weight``.
 
     x [..., D] float, weight [D] -> [..., D] in x's dtype. The product with the weight comes after the cast, as in
-    DeepSeek's reference code (it matters in bf16 only); with 16-bit rows, a float32 weight is multiplied before it.
-    Zhang & Sennrich 2019, eq. 4.
+    DeepSeek's reference code (it matters in bf16 only); the gain ``1 + weight``, and with 16-bit rows a float32 weight,
+    is multiplied before it in float32. Zhang & Sennrich 2019, eq. 4.
     """
     wide = x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if unit_offset:
+        return (normed * (1.0 + weight.float())).to(x.dtype)
     return weight * normed.to(x.dtype) if weight.dtype == x.dtype else (weight * normed).to(x.dtype)
-
-
-def gemma_rms_norm_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """``x * rsqrt(mean(x^2) + eps) * (1 + weight)`` in float32, cast last; x [..., D], weight [D] -> x's dtype."""
-    wide = x.float()
-    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normed * (1.0 + weight.float())).to(x.dtype)
 
 
 def gated_rms_norm_torch(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -45,8 +40,8 @@ def rows_per_program(dim: int) -> int:
 
 
 def rms_norm_triton(
-    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None, total: Tensor | None = None,
-    gate: Tensor | None = None, unit_offset: bool = False, quantized: tuple[Tensor, Tensor] | None = None,
+    x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False, residual: Tensor | None = None,
+    total: Tensor | None = None, gate: Tensor | None = None, quantized: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """The one Triton body of the norms: new and contiguous; ``total``, contiguous too, receives x + residual.
 
@@ -75,10 +70,6 @@ def rms_norm_triton(
     return out
 
 
-def gemma_rms_norm_triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return rms_norm_triton(x, weight, eps, unit_offset=True)
-
-
 def gated_rms_norm_triton(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm_triton(x, weight, eps, gate=gate)
 
@@ -94,7 +85,7 @@ def fits_triton(x: Tensor, weight: Tensor, other: Tensor | None = None) -> bool:
     )
 
 
-def _accepts_plain(x: Tensor, weight: Tensor, eps: float) -> bool:
+def _accepts_plain(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> bool:
     return fits_triton(x, weight)
 
 
@@ -113,6 +104,7 @@ def _inputs() -> Iterator[tuple[str, Tensor, Tensor]]:
 def _plain_cases() -> Iterator[Case]:
     for name, x, weight in _inputs():
         yield Case(name, (x, weight, 1e-6))
+        yield Case(f"{name}-unit-offset", (x, weight, 1e-6, True))
 
 
 def _gated_cases() -> Iterator[Case]:
@@ -122,12 +114,6 @@ def _gated_cases() -> Iterator[Case]:
 
 rms_norm = Op(
     "norm.rms_norm", triton_impl(rms_norm_triton, _accepts_plain), Impl("torch", rms_norm_torch), cases=_plain_cases
-)
-gemma_rms_norm = Op(
-    "norm.gemma_rms_norm",
-    triton_impl(gemma_rms_norm_triton, _accepts_plain),
-    Impl("torch", gemma_rms_norm_torch),
-    cases=_plain_cases,
 )
 gated_rms_norm = Op(
     "norm.gated_rms_norm",

@@ -35,7 +35,7 @@ def rms_norm_quantized_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     q, scale = group_fp8.empty_quantized(x.shape[0], x.shape[1], dtype, x.device)
     total = x if residual is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return rms_norm_triton(x, weight, eps, residual, total, quantized=(q, scale)), q, scale, total
+    return rms_norm_triton(x, weight, eps, False, residual, total, quantized=(q, scale)), q, scale, total
 
 
 def _accepts(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> bool:

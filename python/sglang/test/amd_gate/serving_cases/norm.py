@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from sglang.kernels.ops.norm.add_norm_logits import add_norm_logits
-from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_gemma_rms_norm, fused_add_rms_norm
-from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, gemma_rms_norm, rms_norm
+from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_rms_norm
+from sglang.kernels.ops.norm.rmsnorm import gated_rms_norm, rms_norm
 from sglang.kernels.ops.norm.rmsnorm_quantized import rms_norm_quantized
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Op
@@ -23,7 +23,7 @@ def fused_add_rmsnorm_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
             x, residual, weight = bfloat16s(device, (tokens, dim), (tokens, dim), (dim,))
             yield fused_add_rms_norm, Case(f"{name} t{tokens}", (x, residual, weight, 1e-6))
     x, residual, weight = bfloat16s(device, (128, 2048), (128, 2048), (2048,))
-    yield fused_add_gemma_rms_norm, Case("qwen35 t128", (x, residual, weight, 1e-6))
+    yield fused_add_rms_norm, Case("qwen35 t128", (x, residual, weight, 1e-6, True))
 
 
 def rmsnorm_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
@@ -33,7 +33,7 @@ def rmsnorm_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     yield rms_norm, Case("v3 t128", (x, weight, 1e-6))
     yield rms_norm, Case("v4 t128", (x, torch.empty(7168, dtype=torch.float32, device=device), 1e-6))
     yield rms_norm, Case("latent t128", (latent[:, :512], weight[:512], 1e-6))
-    yield gemma_rms_norm, Case("qwen35-heads t128", (heads[..., :256], weight[:256], 1e-6))
+    yield rms_norm, Case("qwen35-heads t128", (heads[..., :256], weight[:256], 1e-6, True))
     yield gated_rms_norm, Case("qwen35-gdn t128", (gated, gate, weight[:128], 1e-6))
 
 
