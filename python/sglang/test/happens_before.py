@@ -15,9 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sglang.srt.platforms import current_platform
-from sglang.srt.platforms.host_device import HostStreamsPlatform
+from sglang.srt.platforms.host_device import HostStreamsPlatform, tensors_in
 from sglang.srt.utils import multi_stream_utils
-from sglang.srt.utils.overlap_check import storage_accesses, tensors_in
+from sglang.srt.utils.overlap_check import storage_accesses
 
 Result = TypeVar("Result")
 Clock = dict[str, int]

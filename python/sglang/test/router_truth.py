@@ -24,7 +24,7 @@ def scores_of(row: list[float], scoring: str) -> list[float]:
     return [value / sum(exps) for value in exps]
 
 
-def judge_shared(args: Any, out: Any) -> tuple[Any, Any]:
+def check_shared(args: Any, out: Any) -> tuple[Any, Any]:
     """AssertionError unless the last columns are the shared slots; the arguments and columns of the router alone."""
     logits, *rest, (count, weight, gated) = args
     experts = logits.shape[1] - gated
@@ -35,18 +35,11 @@ def judge_shared(args: Any, out: Any) -> tuple[Any, Any]:
     return (logits[:, :experts], *rest), [part[:, :-count] for part in out]
 
 
-def judge_router(name: str, args: Any, out: Any) -> None:
-    """AssertionError unless ``out`` is a correct result of router ``name``."""
-    bias = None
+def check_router(args: Any, out: Any) -> None:
+    """AssertionError unless ``out`` is a correct result of ``moe.topk``."""
     if isinstance(args[-1], SharedSlots):
-        args, out = judge_shared(args, out)
-    if name == "moe.topk_plain":
-        logits, top_k, scoring, renormalize, scale = args
-        n_group, topk_group = 1, 1
-    elif name == "moe.topk_grouped":
-        logits, top_k, scoring, renormalize, n_group, topk_group, scale = args
-    else:
-        logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale = args
+        args, out = check_shared(args, out)
+    logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale = args
     weights, ids = out
     assert weights.dtype == torch.float32 and ids.dtype == torch.int32
     assert weights.shape == ids.shape == (logits.shape[0], top_k)

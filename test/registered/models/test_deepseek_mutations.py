@@ -8,7 +8,7 @@ import torch
 
 import sglang.kernels.ops.attention.prepare_mla as prepare_mla
 import sglang.srt.layers.moe.topk as topk_layer
-from sglang.kernels.ops.moe.topk import topk_plain_torch
+from sglang.kernels.ops.moe.topk import topk_torch
 from sglang.srt.configs.rope import RopeConfig
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding, plain_inverse_frequencies, yarn_inverse_frequencies
@@ -95,8 +95,8 @@ def biased_weights(b):
         weights = weights + bias[ids.long()]
         return weights / weights.sum(-1, keepdim=True) * scale, ids
 
-    original = topk_layer.topk_biased_grouped
-    b.set(topk_layer, "topk_biased_grouped", with_bias)
+    original = topk_layer.topk
+    b.set(topk_layer, "topk", with_bias)
 
 
 def group_scored_by_its_best(b):
@@ -109,26 +109,26 @@ def group_scored_by_its_best(b):
         weights = scores.gather(1, ids)
         return weights / weights.sum(-1, keepdim=True) * scale, ids.int()
 
-    b.set(topk_layer, "topk_biased_grouped", by_max)
+    b.set(topk_layer, "topk", by_max)
 
 
 def group_scored_by_its_sum(b):
-    def by_sum(logits, top_k, scoring, renormalize, n_group, topk_group, scale, shared):
+    def by_sum(logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale, shared):
         groups = logits.softmax(-1).unflatten(1, (n_group, -1))
         kept = groups.sum(-1).topk(topk_group).indices
         dropped = torch.ones(groups.shape[:2]).scatter_(1, kept, 0.0).bool().unsqueeze(-1)
         ids = groups.masked_fill(dropped, -1.0).flatten(1).topk(top_k).indices
         return groups.flatten(1).gather(1, ids) * scale, ids.int()
 
-    b.set(topk_layer, "topk_grouped", by_sum)
+    b.set(topk_layer, "topk", by_sum)
 
 
 def router_takes_the_worst(b):
-    def worst(logits, top_k, scoring, renormalize, scale, shared):
-        _, ids = topk_plain_torch(-logits, top_k, scoring, renormalize, scale)
+    def worst(logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale, shared):
+        _, ids = topk_torch(-logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale)
         return logits.softmax(-1).gather(1, ids.long()) * scale, ids
 
-    b.set(topk_layer, "topk_plain", worst)
+    b.set(topk_layer, "topk", worst)
 
 
 def shared_experts_dropped(b):

@@ -49,7 +49,7 @@ class _Call:
 
     def run(self) -> None:
         again = self.fn(*self.args, **self.kwargs)
-        for fixed, fresh in zip(self.results, _tensors(again), strict=True):
+        for fixed, fresh in zip(self.results, tensors_in(again), strict=True):
             if fixed is None:
                 continue
             if fresh.shape != fixed.shape or fresh.dtype != fixed.dtype:
@@ -114,8 +114,8 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def _record(self, name: str, fn: Any, args: Any, kwargs: dict[str, Any], result: Any, acts: bool) -> None:
-        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
-        found = _tensors(result)
+        given = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
+        found = tensors_in(result)
         own = tuple(None if tensor.untyped_storage()._cdata in given else tensor for tensor in found)
         if acts or any(tensor is not None for tensor in own):
             self._calls.append(_Call(name, fn, args, kwargs, own))
@@ -194,7 +194,8 @@ class HostStreamsPlatform(CpuPlatform):
                 _active.recorder = None
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
+    """Every tensor in nested arguments or results."""
     return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from sglang.srt.platforms.host_device import COLLECTIVES, tensors_in
 
 Result = TypeVar("Result")
-COLLECTIVE_NAMESPACES = ("c10d", "_c10d_functional")
 
 
 class OverlapConflictError(RuntimeError):
@@ -38,11 +38,6 @@ def storage_accesses(
             yield storage, True
 
 
-def tensors_in(value: Any) -> list[torch.Tensor]:
-    """Every tensor in nested arguments or results."""
-    return [leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-
-
 class SideRecord(TorchDispatchMode):
     """Storages and collectives of one side; it keeps the storages, so that no address is used twice meanwhile.
 
@@ -68,7 +63,7 @@ class SideRecord(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func.namespace in COLLECTIVE_NAMESPACES:
+        if func.namespace in COLLECTIVES:
             self.collectives.append(str(func))
         for storage, written in storage_accesses(func, args, kwargs or {}, result):
             (self.written if written else self.read)[storage._cdata] = storage

@@ -149,14 +149,14 @@ def _cases() -> Iterator[Case]:
 def _latent_cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
     for name, width, table, total in request_tables():
-        for heads in (3, MANY_HEADS + 6):
+        for heads in (3, MANY_HEADS + 6) if name in ("ragged", "equal-4-queries") else (3,):
             q = torch.randn(width * len(table[1]), heads, 20, generator=generator)
             cache = torch.randn(total, 20, generator=generator)
             cache[-1] = float("nan")
             yield Case(f"{name}-{heads}", (q, cache, *table, 16, 0.2))
         if width > 1:
             spoiled = spoil_ends(cache, table[0][table[1]].long(), table[2])
-            yield Case(f"{name}-nan", (q[:, :20], spoiled, *table, 16, 0.2))
+            yield Case(f"{name}-nan", (q[:, :3], spoiled, *table, 16, 0.2))
         yield Case(f"{name}-fp8", (q, cache.to(torch.float8_e4m3fn), *table, 16, 0.2))
 
 

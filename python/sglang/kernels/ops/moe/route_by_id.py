@@ -17,7 +17,7 @@ def route_by_id_torch(
     """The experts ``table[token_ids]``, each at its score.
 
     logits [N, E] float, token_ids [N] int64 in [0, V), table [V, k] int32 in [0, E) -> weights [N, k] float32, ids
-    [N, k] int32 in the table's order. A weight is the score by ``scoring`` (see ``moe.topk_plain``), divided by the
+    [N, k] int32 in the table's order. A weight is the score by ``scoring`` (see ``moe.topk``), divided by the
     row's sum when ``renormalize``, times ``scale``. DeepSeek-V4 report (hash-routed layers).
     """
     ids = table.index_select(0, token_ids)

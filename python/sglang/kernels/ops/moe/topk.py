@@ -1,9 +1,9 @@
-"""Expert choice by score: softmax, softmax limited to groups, and biased scores, limited to groups or not."""
+"""Expert choice by score, with or without a bias, among all experts or inside the best groups."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,10 +55,19 @@ def _keep_groups(choice: Tensor, n_group: int, topk_group: int, by_best_two: boo
     return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(1)
 
 
-def _route(
+def topk_torch(
     logits: Tensor, bias: Tensor | None, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int,
-    scale: float, shared: SharedSlots,
+    scale: float, shared: SharedSlots = NO_SHARED,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The k best experts by score, or by score + bias, inside the best ``topk_group`` groups; then the shared experts.
+
+    logits [N, E] float with E = n_group * group size, experts of a group side by side; topk_group * group size >= k.
+    bias [E] float32 steers the choice and never enters a weight. A group counts as its best expert (DeepSeek-V2 report,
+    section 2.2.2) or, under a bias, as the sum of its best two, of which it then has as many (DeepSeek-V3 report, eqs.
+    13-16). scoring of ``SCORINGS`` -> weights [N, k] float32, ids [N, k] int32 in [0, E), distinct in a row, in no
+    particular order; ties may take any. A weight is the score, divided by the row's sum when ``renormalize``, times
+    ``scale``. A row with NaN still gets valid ids. ``shared`` adds columns at the end.
+    """
     experts = logits.shape[1] - shared.gated
     scores = score_experts(logits[:, :experts], scoring)
     choice = scores if bias is None else scores + bias
@@ -77,43 +86,7 @@ def _route(
     return weights, ids
 
 
-def topk_plain_torch(
-    logits: Tensor, top_k: int, scoring: str, renormalize: bool, scale: float, shared: SharedSlots = NO_SHARED
-) -> tuple[Tensor, Tensor]:
-    """The k best experts by score, and the shared experts.
-
-    logits [N, E] float, scoring of ``SCORINGS`` -> weights [N, k] float32, ids [N, k] int32 in [0, E), distinct
-    in a row, in no particular order; ties may take any. A weight is the score, divided by the row's sum when
-    ``renormalize``, times ``scale``. A row with NaN still gets valid ids. ``shared`` adds columns at the end.
-    """
-    return _route(logits, None, top_k, scoring, renormalize, 1, 1, scale, shared)
-
-
-def topk_grouped_torch(
-    logits: Tensor, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int, scale: float,
-    shared: SharedSlots = NO_SHARED,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The k best experts inside the ``topk_group`` groups with the largest single score.
-
-    logits [N, E] with E = n_group * group size, experts of a group side by side; topk_group * group size >= k.
-    Returns as ``topk_plain_torch``. DeepSeek-V2 report, section 2.2.2 (device-limited routing).
-    """
-    return _route(logits, None, top_k, scoring, renormalize, n_group, topk_group, scale, shared)
-
-
-def topk_biased_grouped_torch(
-    logits: Tensor, bias: Tensor, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int,
-    scale: float, shared: SharedSlots = NO_SHARED,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The k best experts by score + bias inside the ``topk_group`` groups with the largest sum of their best two.
-
-    logits [N, E] with E = n_group * group size and group size >= 2, bias [E] float32 (steers the choice and never
-    enters a weight). Returns as ``topk_plain_torch``. DeepSeek-V3 report, eqs. 13-16.
-    """
-    return _route(logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale, shared)
-
-
-def _launch_router(
+def topk_triton(
     logits: Tensor, bias: Tensor | None, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int,
     scale: float, shared: SharedSlots = NO_SHARED,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -134,7 +107,7 @@ def _launch_router(
     return weights, ids
 
 
-def _fits_router(
+def _accepts(
     logits: Tensor, bias: Tensor | None, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int,
     scale: float, shared: SharedSlots = NO_SHARED,
 ) -> bool:  # fmt: skip
@@ -144,18 +117,6 @@ def _fits_router(
     biased = bias is None or (bias.is_contiguous() and bias.dtype in FLOATS and size >= 2)
     held = experts == size * n_group and next_power_of_2(n_group) * next_power_of_2(size) <= MAX_TRITON_EXPERTS
     return readable and biased and held and 0 < top_k <= min(topk_group, n_group) * size
-
-
-def _grouped(run: Callable[..., Any]) -> Callable[..., Any]:
-    """``run``, which takes a bias after the logits, by the arguments of ``topk_grouped``."""
-    return lambda logits, *others: run(logits, None, *others)
-
-
-def _plain(run: Callable[..., Any]) -> Callable[..., Any]:
-    """The same by the arguments of ``topk_plain``."""
-    return lambda logits, top_k, scoring, renormalize, scale, shared=NO_SHARED: run(
-        logits, None, top_k, scoring, renormalize, 1, 1, scale, shared
-    )
 
 
 def _logits() -> Iterator[tuple[str, Tensor]]:
@@ -171,49 +132,24 @@ def _logits() -> Iterator[tuple[str, Tensor]]:
     yield "nan-inf", ugly
 
 
-def _plain_cases() -> Iterator[Case]:
+def _cases() -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(3)
+    kinds = (("softmax", False, 1.0), ("softmax", True, 1.0), ("sigmoid", True, 2.5), ("sqrtsoftplus", True, 1.5))
     for name, logits in _logits():
-        kinds = (("softmax", False, 1.0), ("softmax", True, 1.0), ("sigmoid", True, 2.5), ("sqrtsoftplus", True, 1.5))
+        bias = torch.randn(16, generator=generator)
         for scoring, renormalize, scale in kinds:
-            yield Case(f"{name}-{scoring}-{renormalize}", (logits, 4, scoring, renormalize, scale))
+            yield Case(f"{name}-{scoring}-{renormalize}", (logits, None, 4, scoring, renormalize, 1, 1, scale))
         for shared in (SharedSlots(1, gated=True), SharedSlots(2, 0.5), SharedSlots(3, 0.25, gated=True)):
             # A gate next to 16 experts, in rows that are longer than necessary.
             padded = torch.nn.functional.pad(logits, (0, 7), value=-0.5)[:, : 16 + shared.gated]
-            yield Case(f"{name}-{shared}", (padded, 4, "softmax", True, 2.5, shared))
-
-
-def _grouped_cases() -> Iterator[Case]:
-    for name, logits in _logits():
+            yield Case(f"{name}-{shared}", (padded, None, 4, "softmax", True, 1, 1, 2.5, shared))
         for n_group, topk_group in ((4, 2), (8, 3), (1, 1)):
-            yield Case(f"{name}-{n_group}-{topk_group}", (logits, 4, "softmax", False, n_group, topk_group, 16.0))
-        yield Case(f"{name}-shared", (logits, 4, "softmax", False, 4, 2, 16.0, SharedSlots(2)))
+            groups = f"{n_group}-{topk_group}"
+            yield Case(f"{name}-{groups}", (logits, None, 4, "softmax", False, n_group, topk_group, 16.0))
+            yield Case(f"{name}-biased-{groups}", (logits, bias, 4, "sigmoid", True, n_group, topk_group, 2.5))
+        yield Case(f"{name}-shared", (logits, None, 4, "softmax", False, 4, 2, 16.0, SharedSlots(2)))
+        yield Case(f"{name}-biased-shared", (logits, bias, 4, "sigmoid", True, 4, 2, 2.5, SharedSlots(1, 0.25)))
+        yield Case(f"{name}-biased-sqrtsoftplus", (logits, bias, 4, "sqrtsoftplus", True, 1, 1, 1.5))
 
 
-def _biased_cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(3)
-    for name, logits in _logits():
-        bias = torch.randn(16, generator=generator)
-        for n_group, topk_group in ((4, 2), (8, 3), (1, 1)):
-            yield Case(f"{name}-{n_group}-{topk_group}", (logits, bias, 4, "sigmoid", True, n_group, topk_group, 2.5))
-        yield Case(f"{name}-shared", (logits, bias, 4, "sigmoid", True, 4, 2, 2.5, SharedSlots(1, 0.25)))
-        yield Case(f"{name}-sqrtsoftplus", (logits, bias, 4, "sqrtsoftplus", True, 1, 1, 1.5))
-
-
-topk_plain = Op(
-    "moe.topk_plain",
-    triton_impl(_plain(_launch_router), _plain(_fits_router)),
-    Impl("torch", topk_plain_torch),
-    cases=_plain_cases,
-)
-topk_grouped = Op(
-    "moe.topk_grouped",
-    triton_impl(_grouped(_launch_router), _grouped(_fits_router)),
-    Impl("torch", topk_grouped_torch),
-    cases=_grouped_cases,
-)
-topk_biased_grouped = Op(
-    "moe.topk_biased_grouped",
-    triton_impl(_launch_router, _fits_router),
-    Impl("torch", topk_biased_grouped_torch),
-    cases=_biased_cases,
-)
+topk = Op("moe.topk", triton_impl(topk_triton, _accepts), Impl("torch", topk_torch), cases=_cases)

@@ -8,14 +8,7 @@ import torch
 from torch import nn
 
 from sglang.kernels.ops.moe.route_by_id import route_by_id
-from sglang.kernels.ops.moe.topk import (
-    NO_SHARED,
-    SCORINGS,
-    SharedSlots,
-    topk_biased_grouped,
-    topk_grouped,
-    topk_plain,
-)
+from sglang.kernels.ops.moe.topk import NO_SHARED, SCORINGS, SharedSlots, topk
 from sglang.srt.layers.weights import IDS, Leaf, make_parameter
 
 
@@ -62,18 +55,10 @@ class TopK(nn.Module):
 
     def forward(self, router_logits: torch.Tensor, fused: bool = False) -> TopKOutput:
         """router_logits [N, E], and in ``fused`` steps the shared slots' gate if they have one -> TopKOutput."""
-        scale, shared = self.routed_scaling_factor, self.shared if fused else NO_SHARED
-        if self.correction_bias is not None:
-            weights, ids = topk_biased_grouped(
-                router_logits, self.correction_bias, self.top_k, self.scoring, self.renormalize, self.n_group,
-                self.topk_group, scale, shared,
-            )  # fmt: skip
-        elif self.n_group > 1:
-            weights, ids = topk_grouped(
-                router_logits, self.top_k, self.scoring, self.renormalize, self.n_group, self.topk_group, scale, shared
-            )
-        else:
-            weights, ids = topk_plain(router_logits, self.top_k, self.scoring, self.renormalize, scale, shared)
+        weights, ids = topk(
+            router_logits, self.correction_bias, self.top_k, self.scoring, self.renormalize, self.n_group,
+            self.topk_group, self.routed_scaling_factor, self.shared if fused else NO_SHARED,
+        )  # fmt: skip
         return TopKOutput(weights, ids)
 
 
