@@ -46,16 +46,11 @@ class WeightFormatError(ValueError):
 class WeightShapeError(ValueError):
     """A checkpoint tensor has another shape than the model asks for."""
 
-    def __init__(self, expected: tuple[int, ...], found: tuple[int, ...]) -> None:
-        super().__init__(f"expected shape {list(expected)}, found {list(found)}")
-        self.expected = expected
-        self.found = found
-
 
 def check_shape(loaded: torch.Tensor, expected: tuple[int, ...]) -> None:
     """Raise WeightShapeError unless ``loaded`` has exactly the shape ``expected``."""
     if tuple(loaded.shape) != tuple(expected):
-        raise WeightShapeError(tuple(expected), tuple(loaded.shape))
+        raise WeightShapeError(f"expected shape {list(expected)}, found {list(loaded.shape)}")
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,6 @@ class ModelWorkerBatch:
     seq_lens: list[int]  # [B]
     out_cache_loc: torch.Tensor  # [N] int64, KV slot of each token
     extend_seq_lens: list[int] | None = None  # [B], extend only
-    extend_prefix_lens: list[int] | None = None  # [B], extend only
     state_slot_ids: torch.Tensor | None = None  # [B] int64, recurrent-state slots of hybrid models
     logprobs: list[LogprobRequest | None] = field(default_factory=list)  # [B], or empty if no request has one
     # Attention data parallelism: tokens of each attention group in this step, agreed on by all groups.
@@ -178,7 +177,6 @@ class ModelWorkerBatch:
             seq_lens=list(seq_lens),
             out_cache_loc=out_cache_loc,
             extend_seq_lens=[end - start for start, end in spans],
-            extend_prefix_lens=list(prefix_lens),
             state_slot_ids=None if state_slot_ids is None else _column(state_slot_ids),
             logprobs=list(logprobs),
             successors=successors,
@@ -217,7 +215,6 @@ class ForwardBatch:
     wants_hidden: bool = False
     attn_plan: StepPlan = StepPlan()
     extend_seq_lens_cpu: list[int] | None = None
-    extend_prefix_lens_cpu: list[int] | None = None
     extend_start_loc_cpu: list[int] | None = None
     extend_seq_lens: torch.Tensor | None = None  # [B] int64
     state_slot_ids: torch.Tensor | None = None  # [B] int64
@@ -315,7 +312,6 @@ class ForwardBatch:
             kind=batch.kind,
             logits_rows=parts.get("logits_rows"),
             extend_seq_lens_cpu=batch.extend_seq_lens,
-            extend_prefix_lens_cpu=batch.extend_prefix_lens,
             extend_start_loc_cpu=starts,
             extend_seq_lens=parts.get("extend_seq_lens"),
             state_slot_ids=parts.get("state_slot_ids"),

@@ -172,7 +172,6 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
         layer: CompressedLayer,
         forward_batch: ForwardBatch,
     ) -> torch.Tensor:
-        """See the base class; one op."""
         plan = self._plan_of(forward_batch, q.shape[0])
         if plan is None:
             return torch.empty_like(q)
