@@ -14,7 +14,6 @@ from sglang.kernels.ops.attention.decode_padded import (
     decode_padded_torch,
     decode_tables,
     last_lengths,
-    last_token_tables,
     mla_decode_torch,
     queries_per_request,
     spoil_ends,
@@ -122,12 +121,11 @@ def request_tables() -> Iterator[tuple[str, int, tuple[torch.Tensor, torch.Tenso
 
     Unused entries name the last slot, which is to be poisoned.
     """
-    single = ((name, 1, slots, lens, total) for name, slots, lens, total in decode_tables())
-    for name, width, slots, lens, total in (*single, *last_token_tables()):
+    for name, width, slots, lens, total in decode_tables():
         rows = torch.arange(slots.shape[0]).flip(0) * 2 + 1
         table = torch.full((2 * slots.shape[0] + 1, max(24, slots.shape[1] + 3)), total - 1, dtype=torch.int32)
         table[rows, : slots.shape[1]] = slots.int()
-        yield name if width == 1 else f"{name}-{width}-queries", width, (table, rows, lens), total
+        yield name, width, (table, rows, lens), total
 
 
 def _cases() -> Iterator[Case]:

@@ -150,29 +150,23 @@ def _attend(
     return out
 
 
-def decode_tables() -> Iterator[tuple[str, torch.Tensor, torch.Tensor, int]]:
-    """Name, slot table, lengths and number of slots of the batches that decode kernels must get right."""
+def decode_tables() -> Iterator[tuple[str, int, torch.Tensor, torch.Tensor, int]]:
+    """Name, queries per request, slot table, lengths and number of slots of the batches that decode kernels must get
+    right. A request with several queries has a token for each of them."""
     generator = torch.Generator().manual_seed(5)
     lengths = {"one-row": [1], "equal": [6, 6], "ragged": [1, 9, 4, 17], "with-empty": [3, 0, 5], "empty": []}
-    for name, lens in lengths.items():
-        longest = max(lens, default=0)
-        total = sum(lens) + 2
-        order = torch.randperm(total - 2, generator=generator) + 1
-        table = torch.full((len(lens), longest), total - 1)  # the last slot is poison
-        start = 0
-        for row, length in enumerate(lens):
-            table[row, :length] = order[start : start + length]
-            start += length
-        yield name, table, torch.tensor(lens, dtype=torch.int64), total
-
-
-def last_token_tables() -> Iterator[tuple[str, int, torch.Tensor, torch.Tensor, int]]:
-    """The same for requests with several queries each, after their number, where all queries have a token."""
-    for name, table, lens, total in decode_tables():
+    for name, counts in lengths.items():
+        total = sum(counts) + 2
+        order = iter((torch.randperm(total - 2, generator=generator) + 1).tolist())
+        table = torch.full((len(counts), max(counts, default=0)), total - 1)  # the last slot is poison
+        for row, count in enumerate(counts):
+            table[row, :count] = torch.tensor([next(order) for _ in range(count)])
+        lens = torch.tensor(counts, dtype=torch.int64)
+        yield name, 1, table, lens, total
         for width in (2, 4, 9):
             kept = lens >= width
             if bool(kept.any()):
-                yield name, width, table[kept], lens[kept], total
+                yield f"{name}-{width}-queries", width, table[kept], lens[kept], total
 
 
 def spoil_ends(cache: torch.Tensor, table: torch.Tensor, lens: torch.Tensor) -> torch.Tensor:
@@ -182,35 +176,26 @@ def spoil_ends(cache: torch.Tensor, table: torch.Tensor, lens: torch.Tensor) -> 
 
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    for name, table, lens, total in decode_tables():
-        for heads, kv_heads, dim in ((2, 2, 8), (6, 2, 8), (4, 1, 16)):
-            q = torch.randn(len(lens), heads, dim, generator=generator)
-            k_cache = torch.randn(total, kv_heads, dim, generator=generator)
-            v_cache = torch.randn(total, kv_heads, dim, generator=generator)
+    for name, width, table, lens, total in decode_tables():
+        for heads, kv_heads, dim in ((6, 2, 8), (2, 2, 8), (4, 1, 16))[: 3 if width == 1 else 1]:
+            q = torch.randn(len(lens) * width, heads, dim, generator=generator)
+            k_cache, v_cache = (torch.randn(total, kv_heads, dim, generator=generator) for _ in range(2))
             k_cache[-1], v_cache[-1] = float("nan"), float("nan")
             yield Case(f"{name}-{heads}x{kv_heads}", (q, k_cache, v_cache, table, lens, 0.3))
-    for name, width, table, lens, total in last_token_tables():
-        q = torch.randn(len(lens) * width, 6, 8, generator=generator)
-        k_cache, v_cache = (torch.randn(total, 2, 8, generator=generator) for _ in range(2))
-        k_cache[-1], v_cache[-1] = float("nan"), float("nan")
-        yield Case(f"{name}-{width}-queries", (q, k_cache, v_cache, table, lens, 0.3))
-        spoiled = spoil_ends(v_cache, table, lens)
-        yield Case(f"{name}-{width}-queries-nan", (q, k_cache, spoiled, table, lens, 0.3))
+        if width > 1:
+            spoiled = spoil_ends(v_cache, table, lens)
+            yield Case(f"{name}-nan", (q, k_cache, spoiled, table, lens, 0.3))
 
 
 def _latent_cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    for name, table, lens, total in decode_tables():
-        q = torch.randn(len(lens), 3, 20, generator=generator)
-        cache = torch.randn(total, 20, generator=generator)
-        cache[-1] = float("nan")
-        yield Case(name, (q, cache, table, lens, 16, 0.2))
-    for name, width, table, lens, total in last_token_tables():
+    for name, width, table, lens, total in decode_tables():
         q = torch.randn(len(lens) * width, 3, 20, generator=generator)
         cache = torch.randn(total, 20, generator=generator)
         cache[-1] = float("nan")
-        for suffix, rows in (("", cache), ("-nan", spoil_ends(cache, table, lens))):
-            yield Case(f"{name}-{width}-queries{suffix}", (q, rows, table, lens, 16, 0.2))
+        yield Case(name, (q, cache, table, lens, 16, 0.2))
+        if width > 1:
+            yield Case(f"{name}-nan", (q, spoil_ends(cache, table, lens), table, lens, 16, 0.2))
 
 
 decode_padded = Op("attention.decode_padded", Impl("torch", decode_padded_torch), cases=_cases)
