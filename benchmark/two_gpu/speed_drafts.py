@@ -34,7 +34,7 @@ LENGTHS = (1.0, 1.8, 2.6)
 SHORT, LONG, PROMPT = 8, 72, 128
 # Of the pool, for each request: V4 takes pages of 256 tokens.
 REQUEST_TOKENS = 1024
-# Latency of the last answer over that of the first, above which requests did not run at once: no time is that of one step.
+# Latency of the last answer over that of the first; above it requests waited, and the time is not that of one step.
 WAITED = 1.5
 
 MODELS = {
