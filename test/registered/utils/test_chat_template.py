@@ -189,6 +189,19 @@ class TestMessages(CustomTestCase):
         self.assertEqual(last_alone.render([text("user", "a")]), "a")
         self.refused(last_alone, [text("user", "a"), text("user", "a")], r"messages\[0\]\.content")
 
+    def test_a_tool_that_is_left_out_is_named_though_messages_say_its_name(self):
+        tools = [{"type": "function", "function": {"name": "look_up", "parameters": {}}}]
+        for style in ("deepseek-v3", "deepseek-r1", "qwen3-coder"):
+            for messages in (history(), [text("user", "Please look_up a.")]):
+                with self.subTest(style=style), self.assertRaises(ChatTemplateError) as caught:
+                    TEMPLATES[style].render(messages, tools=tools)
+                self.assertRegex(str(caught.exception), "does not show it the tool 'look_up'")
+                self.assertEqual(caught.exception.param, "tools")
+        self.assertEqual(TEMPLATES["qwen3"].render(history(), tools=tools).count("look_up"), 2)
+        first_alone = template("{% for m in messages %}{{ m.content }}{% endfor %}{{ tools[0].function.name }}")
+        twice = [*tools, {"type": "function", "function": {"name": "look"}}]
+        self.refused(first_alone, [text("user", "a")], "the tool 'look'", tools=twice)
+
     def test_contents_that_make_the_template_choose(self):
         # The marks cannot be rendered: the contents themselves are looked for.
         digits = template("{% for m in messages %}{% if m.content|length > 9 %}{{ raise_exception('long') }}{% endif %}"

@@ -15,7 +15,11 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 class ChatTemplateError(ValueError):
-    """The template is missing, malformed, or refused the messages."""
+    """The template is missing, malformed, or refused the messages; ``param``: the field of the body, if it is one."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
 
 
 @dataclass(frozen=True)
@@ -130,15 +134,18 @@ def mark_of(number: int) -> str:
     return f"6180339887{number:06d}"
 
 
-def marked(messages: Sequence[Message]) -> tuple[list[Message], list[str]]:
-    """``messages`` with a mark for each content, and the field that each mark stands for."""
+def marked(messages: Sequence[Message], tools: Sequence[Message]) -> tuple[list[Message], list[Message], list[str]]:
+    """``messages`` with a mark for each content, ``tools`` with one for each name, and the field that each mark stands
+    for."""
     fields: list[str] = []
 
     def mark(field: str) -> str:
         fields.append(field)
         return mark_of(len(fields) - 1)
 
-    return [_marked_message(message, f"messages[{i}]", mark) for i, message in enumerate(messages)], fields
+    marks = [_marked_message(message, f"messages[{i}]", mark) for i, message in enumerate(messages)]
+    named = [{**tool, "function": {**tool["function"], "name": mark(f"tools[{i}]")}} for i, tool in enumerate(tools)]
+    return marks, named, fields
 
 
 def _marked_message(message: Message, where: str, mark: Callable[[str], str]) -> Message:

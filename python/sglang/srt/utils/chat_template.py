@@ -83,31 +83,42 @@ class PromptTemplate(ABC):
         return _cut_at_mark(text) if continue_final_message else text
 
     def _refuse_losses(self, text: str, messages: Sequence[Message], values: Mapping[str, Any]) -> None:
-        """Raise ChatTemplateError for a message that does not reach the prompt.
+        """Raise ChatTemplateError for a message or a tool that does not reach the prompt.
 
         Templates may leave out a part of a content, as of thoughts, but not a message: each is replaced by a mark
-        that must come out. Where the template cannot render the marks, the contents themselves are looked for.
+        that must come out, and so is the name of each tool, which messages may hold too. Where the template cannot
+        render the marks, the contents and names themselves are looked for.
         """
-        marks, fields = marked(messages)
+        tools = values["tools"] or []
+        marks, named, fields = marked(messages, tools)
         key = hashlib.blake2b(repr((marks, values)).encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if key in self._lossless:
             return
         try:
-            missing = lost(self.render_clean(marks, values), fields)
+            missing = lost(self.render_clean(marks, {**values, "tools": named or values["tools"]}), fields)
         except ChatTemplateError:
             contents = ((i, m["content"]) for i, m in enumerate(messages) if isinstance(m.get("content"), str))
             missing = [f"messages[{i}].content" for i, content in contents if content.strip() not in text]
+            missing += [f"tools[{i}]" for i, tool in enumerate(tools) if tool["function"]["name"] not in text]
         else:
             if len(self._lossless) >= _MAX_LOSSLESS:
                 self._lossless.clear()
             if not missing:
                 self._lossless.add(key)
-        if missing:
-            number = int(missing[0].partition("[")[2].partition("]")[0])
+        if not missing:
+            return
+        number = int(missing[0].partition("[")[2].partition("]")[0])
+        if missing[0].startswith("tools"):
+            name = tools[number]["function"]["name"]
             raise ChatTemplateError(
-                f"The chat template of this model leaves {missing[0]} (role {messages[number]['role']!r}) out of the "
-                "prompt. Remove it, or put its text into a message of another role."
+                f"The chat template of this model does not show it the tool {name!r:.100}, so it would never be "
+                "called. Start the server with a --chat-template that does.",
+                "tools",
             )
+        raise ChatTemplateError(
+            f"The chat template of this model leaves {missing[0]} (role {messages[number]['role']!r}) out of the "
+            "prompt. Remove it, or put its text into a message of another role."
+        )
 
 
 class ChatTemplate(PromptTemplate):

@@ -68,16 +68,5 @@ def _function(tool: Any, where: str) -> tuple[str, Mapping[str, Any]]:
     return name, parameters
 
 
-def check_shown(tools: Mapping[str, Any], prompt: str) -> None:
-    """Raise RequestError for a tool that the chat template did not put into ``prompt``."""
-    for name in tools:
-        if name not in prompt:
-            raise _refusal(
-                "tools",
-                f"The chat template of this model does not show it the tool {name!r:.100}, so it would never be "
-                "called. Start the server with a --chat-template that does.",
-            )
-
-
 def _refusal(param: str, message: str) -> RequestError:
     return RequestError(message, param=param)

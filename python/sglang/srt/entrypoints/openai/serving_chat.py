@@ -8,7 +8,7 @@ from typing import Any
 
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.entrypoints.openai.message_fields import judge_messages
-from sglang.srt.entrypoints.openai.offered_tools import check_shown, offered_tools
+from sglang.srt.entrypoints.openai.offered_tools import offered_tools
 from sglang.srt.entrypoints.openai.protocol import (
     ChatChoice,
     ChatCompletionRequest,
@@ -121,19 +121,17 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
         variables = dict(body.chat_template_kwargs or {})
         if body.reasoning_effort is not None:
             variables.setdefault("reasoning_effort", body.reasoning_effort)
-        tools = offered_tools(body)
         try:
             # In a thread: a checkpoint's template may take seconds.
             text = await asyncio.to_thread(
                 tokenizer.apply_chat_template,
                 body.messages,
-                tools=body.tools if tools else None,
+                tools=body.tools if offered_tools(body) else None,
                 continue_final_message=bool(body.continue_final_message),
                 variables=variables,
             )
         except ChatTemplateError as error:
-            raise RequestError(str(error)) from None
-        check_shown(tools, text)
+            raise RequestError(str(error), param=error.param) from None
         return list(await self.manager.encode_text(text, add_special_tokens=False))
 
     def _logprobs(self, body: ChatCompletionRequest, meta: dict[str, Any]) -> ChatLogprobs | None:
