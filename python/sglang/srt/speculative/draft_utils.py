@@ -11,7 +11,6 @@ from sglang.srt.layers.attention import load_attention_backends
 from sglang.srt.layers.attention.base_attn_backend import (
     AttentionBackend,
     AttentionContext,
-    MultiStepBackend,
     create_attention_backend,
 )
 from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import (
@@ -51,7 +50,7 @@ class DraftBackendFactory:
         self._family = context.model_config.text.attention_family
         self._name = _declared_name(asked, self._family)
 
-    def create_decode_backend(self) -> AttentionBackend | MultiStepBackend:
+    def create_decode_backend(self) -> AttentionBackend | DeepseekV4MultiStepBackend:
         """The backend for the chain of draft steps, with one row per request."""
         return self._create_dsv4_decode_backend() if self._family == COMPRESSED else self._create()
 

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from sglang.srt.layers.attention.base_attn_backend import MultiStepBackend
+from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import DeepseekV4MultiStepBackend
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.model_executor.capture_lint import HostList
 from sglang.srt.model_executor.forward_batch_info import (
@@ -88,7 +88,7 @@ class MtpDrafter(Drafter):
         model: DraftForward,
         target: ModelRunner,
         extend_backend: AttentionBackendLike,
-        decode_backend: AttentionBackendLike | MultiStepBackend,
+        decode_backend: AttentionBackendLike | DeepseekV4MultiStepBackend,
         spec: SpecInfo,
         shares_plans: bool = False,
     ) -> None:
@@ -150,13 +150,13 @@ class MtpDrafter(Drafter):
         draft tokens, None if the host knows none. groups: rows of each attention group, None if there is only one.
         """
         drafts, hidden, chain = [self._draw(start.logits, info, start.at)], start.hidden, None
-        if self._num_steps > 1 and isinstance(self.decode_backend, MultiStepBackend):
+        if self._num_steps > 1 and isinstance(self.decode_backend, DeepseekV4MultiStepBackend):
             chain = self._chain_batch(rows, start.at, num_tokens, bounds)
             self.decode_backend.init_forward_metadata(chain)
         for number in range(1, self._num_steps):
             forward_batch = self._draft_batch(rows, drafts[-1], start.at + number, num_tokens, _further(bounds, number))
             forward_batch.global_num_tokens_cpu = groups
-            if isinstance(self.decode_backend, MultiStepBackend):
+            if isinstance(self.decode_backend, DeepseekV4MultiStepBackend):
                 assert chain is not None
                 self.decode_backend.enter_step(chain, forward_batch, number - 1)
             else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -167,20 +167,6 @@ class CompressedBackend(AttentionBackend):
         self, q: torch.Tensor, layer: CompressedLayer, forward_batch: ForwardBatch, entries: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Attend over the window and over ``entries``, None for all that the row sees. q [N, H, D] -> [N, H, D]."""
-
-
-class MultiStepBackend(ABC):
-    """``children``, the backends of a chain of draft steps in order, which are planned together."""
-
-    children: Sequence[AttentionBackend]
-
-    @abstractmethod
-    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Plan all steps. ``forward_batch`` has one row per (request, step), with its cache location and position."""
-
-    @abstractmethod
-    def enter_step(self, chain: ForwardBatch, forward_batch: ForwardBatch, step: int) -> None:
-        """Give ``forward_batch``, the rows of ``step``, its backend, slots and plan of the planned ``chain``."""
 
 
 Family = TypeVar("Family")

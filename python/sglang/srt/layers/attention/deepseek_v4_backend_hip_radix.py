@@ -21,7 +21,6 @@ from sglang.srt.layers.attention.base_attn_backend import (
     CompressedBackend,
     CompressedLayer,
     Compressor,
-    MultiStepBackend,
     UnplannedStepError,
     register_attention_backend,
 )
@@ -250,14 +249,20 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
         return None
 
 
-class DeepseekV4MultiStepBackend(MultiStepBackend):
-    """A chain of ``num_steps`` draft steps of layers with a window alone: one plan, of which each takes its rows."""
+class DeepseekV4MultiStepBackend:
+    """A chain of ``num_steps`` draft steps of layers with a window alone: one plan, of which each takes its rows.
+
+    ``children`` are the backends of the steps in order.
+    """
 
     def __init__(self, ctx: AttentionContext, num_steps: int) -> None:
         self.children = tuple(DeepseekV4HipRadixBackend(ctx, windows_only=True) for _ in range(num_steps))
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """See the base class. Raises ValueError for another number of rows per request than there are steps."""
+        """Plan all steps. ``forward_batch`` has one row per (request, step), with its cache location and position.
+
+        Raises ValueError for another number of rows per request than there are steps.
+        """
         assert forward_batch.kind is not None
         if forward_batch.kind.rows_per_request != len(self.children):
             raise ValueError(
@@ -266,6 +271,7 @@ class DeepseekV4MultiStepBackend(MultiStepBackend):
         self.children[0].init_forward_metadata(forward_batch)
 
     def enter_step(self, chain: ForwardBatch, forward_batch: ForwardBatch, step: int) -> None:
+        """Give ``forward_batch``, the rows of ``step``, its backend, slots and plan of the planned ``chain``."""
         plan, num_steps = chain.attn_plan.attention, len(self.children)
         forward_batch.attn_backend = self.children[step]
         forward_batch.out_cache_loc = per_step_draft_out_cache_loc(chain.out_cache_loc, chain.batch_size, num_steps)[
