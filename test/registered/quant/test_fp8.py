@@ -250,6 +250,7 @@ class TestLayers(CustomTestCase):
             (rows, False, (rows.q, rows.scale)),
             (rows, True, (plain, None)),
             (by_columns, False, (plain, None)),
+            (rows._replace(plain=None), True, (rows.q, rows.scale)),  # as they arrive from another rank
         ):
             w13.is_shuffled = shuffled
             with mock.patch.object(fp8_layer, "fused_experts_fp8") as experts:

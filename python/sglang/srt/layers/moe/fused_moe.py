@@ -104,11 +104,6 @@ class FusedMoE(nn.Module):
                 f"{topk.ids.shape[1]}"
             )
 
-    def run_experts(
-        self, x: Rows, weights: torch.Tensor, local_ids: torch.Tensor, x_scale: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Weighted sum over this rank's experts. x [N, H], weights [N, k] float32, local_ids [N, k] int32, -1: none.
-
-        Rows in ``quant_method.row_dtype`` come with their scales x_scale [N, H / 128] float32.
-        """
-        return self.quant_method.apply_moe(self, x, weights, local_ids, x_scale)
+    def run_experts(self, x: Rows, weights: torch.Tensor, local_ids: torch.Tensor) -> torch.Tensor:
+        """Weighted sum over this rank's experts. x [N, H], weights [N, k] float32, local_ids [N, k] int32, -1: none."""
+        return self.quant_method.apply_moe(self, x, weights, local_ids)

@@ -11,7 +11,7 @@ from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8, shuffle_
 from sglang.kernels.ops.quant.group_fp8 import QuantizedRows, block_fp8_linear, fp8_dtype
 from sglang.srt.configs.quantization import BLOCK, FP8_BLOCKS
 from sglang.srt.layers.quantization.stored import FP8, OTHER_THAN_FP8, block_scales, check_format, leaves_of
-from sglang.srt.layers.quantization.unquant import Place, Rows, WeightMethod, part_of, plain_rows, stack_shape
+from sglang.srt.layers.quantization.unquant import Place, Rows, WeightMethod, part_of, stack_shape
 from sglang.srt.layers.weights import FLOATS, ShardId, WeightLoader, make_parameter
 from sglang.srt.platforms import current_platform
 
@@ -63,7 +63,6 @@ class Fp8Method(WeightMethod):
     def __init__(self, on_load: bool) -> None:
         self.on_load = on_load
         self.dtype = self.row_dtype = fp8_dtype(current_platform.arch)
-        self._activation_dtype = torch.get_default_dtype()
 
     def create_weights(self, at: Place, loader: WeightLoader | None = None, count: int | None = None) -> None:
         blocks = at.shards.in_blocks(FP8_BLOCKS.block)
@@ -98,22 +97,15 @@ class Fp8Method(WeightMethod):
         out = block_fp8_linear(rows, layer.weight, layer.weight_scale_inv, *made)
         return out if bias is None else out + bias
 
-    def apply_moe(
-        self,
-        layer: nn.Module,
-        x: Rows,
-        weights: torch.Tensor,
-        ids: torch.Tensor,
-        x_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        if isinstance(x, QuantizedRows):
-            # The vendor's experts quantise rows themselves. Rows are gathered by expert: scales that are stored by
-            # columns, as the library's products read them, would take a sector of memory for each row and step.
-            as_made = x.scale.is_contiguous() and not is_shuffled(layer.w13_weight)
-            x, x_scale = (x.q, x.scale) if as_made else (plain_rows(x), None)
+    def apply_moe(self, layer: nn.Module, x: Rows, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        # The vendor's experts quantise rows themselves. Rows are gathered by expert: scales that are stored by
+        # columns, as the library's products read them, would take a sector of memory for each row and step.
+        if isinstance(x, QuantizedRows) and x.plain is not None:
+            if is_shuffled(layer.w13_weight) or not x.scale.is_contiguous():
+                x = x.plain
+        rows, scale, dtype = (x.q, x.scale, x.dtype) if isinstance(x, QuantizedRows) else (x, None, None)
         stacks = layer.w13_weight, layer.w13_weight_scale_inv, layer.w2_weight, layer.w2_weight_scale_inv
-        dtype = None if x_scale is None else self._activation_dtype
-        return fused_experts_fp8(x, *stacks, weights, ids, x_scale, dtype, layer.swiglu_limit)
+        return fused_experts_fp8(rows, *stacks, weights, ids, scale, dtype, layer.swiglu_limit)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         if layer.swiglu_limit is None:

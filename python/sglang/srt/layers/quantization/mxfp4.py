@@ -58,15 +58,7 @@ class Mxfp4Method(WeightMethod):
     def apply(self, layer: nn.Module, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
         raise NotImplementedError("MXFP4 is a format of routed experts")
 
-    def apply_moe(
-        self,
-        layer: nn.Module,
-        x: Rows,
-        weights: torch.Tensor,
-        ids: torch.Tensor,
-        x_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        assert x_scale is None, "rows come as they are"
+    def apply_moe(self, layer: nn.Module, x: Rows, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         stacks = layer.w13_weight, layer.w13_weight_scale, layer.w2_weight, layer.w2_weight_scale
         return fused_experts_mxfp4(plain_rows(x), *stacks, weights, ids, layer.swiglu_limit)
 

@@ -74,15 +74,8 @@ class WeightMethod(ABC):
         """``x W^T + bias``: x [N, C] -> [N, R]."""
 
     @abstractmethod
-    def apply_moe(
-        self,
-        layer: nn.Module,
-        x: Rows,
-        weights: torch.Tensor,
-        ids: torch.Tensor,
-        x_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """``moe.fused_experts`` with the layer's weights; x_scale: scales of x, given when x has ``row_dtype``."""
+    def apply_moe(self, layer: nn.Module, x: Rows, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """``moe.fused_experts`` with the layer's weights."""
 
     @abstractmethod
     def process_weights_after_loading(self, layer: nn.Module) -> None:
@@ -128,15 +121,7 @@ class UnquantizedMethod(WeightMethod):
     def apply(self, layer: nn.Module, x: Rows, bias: torch.Tensor | None) -> torch.Tensor:
         return dense_linear(plain_rows(x), layer.weight, bias)
 
-    def apply_moe(
-        self,
-        layer: nn.Module,
-        x: Rows,
-        weights: torch.Tensor,
-        ids: torch.Tensor,
-        x_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        assert x_scale is None, "plain weights take plain rows"
+    def apply_moe(self, layer: nn.Module, x: Rows, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return fused_experts(plain_rows(x), layer.w13_weight, layer.w2_weight, weights, ids, layer.swiglu_limit)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:

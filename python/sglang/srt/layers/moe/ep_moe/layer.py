@@ -6,6 +6,7 @@ import logging
 
 import torch
 
+from sglang.kernels.ops.quant.group_fp8 import QuantizedRows
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.token_dispatcher.capacity import (
@@ -24,6 +25,7 @@ from sglang.srt.layers.moe.token_dispatcher.moriep import (
     make_dispatcher,
 )
 from sglang.srt.layers.moe.topk import TopKOutput
+from sglang.srt.layers.quantization import Rows
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.platforms import current_platform
 
@@ -99,8 +101,10 @@ class MoriEPMoE(FusedMoE):
         ids = self.placement.local_ids(arrived.topk_ids[:num_rows])
         stale = torch.arange(num_rows, dtype=torch.int32, device=ids.device) >= total
         ids = ids.masked_fill(stale.unsqueeze(1), -1)
-        scales = None if arrived.hidden_states_scale is None else arrived.hidden_states_scale[:num_rows]
-        results = self.run_experts(arrived.hidden_states[:num_rows], arrived.topk_weights[:num_rows], ids, scales)
+        rows: Rows = arrived.hidden_states[:num_rows]
+        if arrived.hidden_states_scale is not None:
+            rows = QuantizedRows(rows, arrived.hidden_states_scale[:num_rows], arrived.out_dtype)
+        results = self.run_experts(rows, arrived.topk_weights[:num_rows], ids)
         return MoriEPNormalCombineInput(results, arrived.origin_topk_ids, arrived.origin_topk_weights)
 
     def _rows_of_ranks(self, num_rows: int, forward_batch: ForwardBatch | None) -> tuple[int, ...]:
