@@ -120,6 +120,10 @@ class TestCalls(ToolsTestCase):
             ({"tools": ["add"]}, "tools[0]"),
             ({"tools": [{"type": "web_search"}]}, "web_search"),
             ({"tools": [ADD, ADD]}, "second time"),
+            *(
+                ({"tools": [{"type": "function", "function": {"name": name}}]}, "no call could say")
+                for name in ("add ", " add", "a\nb", "a>b")
+            ),
             ({"tools": [{"type": "function", "function": {**function, "parameters": [1]}}]}, "parameters"),
             ({"tool_choice": "required"}, "needs tools"),
             ({"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "zip"}}}, "none of the tools"),

@@ -62,6 +62,12 @@ def _function(tool: Any, where: str) -> tuple[str, Mapping[str, Any]]:
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name.strip():
         raise _refusal("tools", f"{where}.function must be an object with a name.")
+    if name != name.strip() or "\n" in name or ">" in name:
+        raise _refusal(
+            "tools",
+            f"{where}.function.name is {name!r:.100}, which no call could say: a name has no white space at its ends, "
+            "no line break and no '>'.",
+        )
     parameters = function.get("parameters") or {}
     if not isinstance(parameters, dict):
         raise _refusal("tools", f"{where}.function.parameters must be a JSON schema, an object.")
