@@ -102,7 +102,7 @@ class TestResults(ManagerTestCase):
         self.assertNotIn("output_token_logprobs", meta)
 
     async def test_stream_is_cumulative_and_incremental_on_demand(self):
-        self.scheduler.delay_s = 0.003
+        self.scheduler.delay_s = 0.01
         request = GenerateReqInput(text="naïve 😀 你好", sampling_params={"max_new_tokens": 30}, stream=True)
         cumulative = [r async for r in self.manager.generate_request(request)]
         deltas = [r async for r in self.manager.generate_request(request, incremental=True)]
