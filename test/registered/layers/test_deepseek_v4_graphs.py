@@ -65,8 +65,7 @@ class Captured:
         self.kind, self.platform = kind, RocmOverFakesPlatform(find_fakes())
         rows = harness.requests.padding_row + 1
         self.last = torch.zeros(rows, dtype=torch.int64)
-        drafts = torch.zeros(rows, kind.rows_per_request - 1, dtype=torch.int64)
-        self.relay = StepRelay(torch.zeros(rows, dtype=torch.int64), drafts)
+        self.relay = StepRelay.make(rows, kind.rows_per_request - 1, CPU)
         self.graphs = StepGraphs(
             kind, self.forward, harness.backend, BUCKETS, CONTEXT - 8, CPU, harness.requests.padding_row, False
         )
@@ -105,11 +104,11 @@ class Captured:
 
     def forward(self, forward_batch):
         harness, rows, width = self.harness, forward_batch.req_pool_indices, self.kind.rows_per_request
-        forward_batch, first = copy.copy(forward_batch), forward_batch.positions.view(-1, width)[:, 0]
-        harness.requests.write_step(rows, first, forward_batch.out_cache_loc.view(-1, width))
+        forward_batch, positions = copy.copy(forward_batch), forward_batch.positions.view(-1, width)
+        harness.requests.write_step(rows, positions, forward_batch.out_cache_loc.view(-1, width))
         forward_batch.input_ids = torch.cat([self.last[rows].unsqueeze(1), self.relay.drafts[rows]], dim=1).flatten()
         if width > 1:
-            place_rows(forward_batch, self.relay.committed[rows], harness.requests)
+            place_rows(forward_batch, self.relay, harness.requests)
             harness.backend.init_forward_metadata(forward_batch)
         x = harness.embedding.index_select(0, forward_batch.input_ids)
         outputs = [layer.on_backend(x, harness.backend, forward_batch).flatten(1) for layer in harness.layers]

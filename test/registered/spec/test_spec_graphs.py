@@ -97,6 +97,18 @@ class TestBetweenGraphs(OverFakes):
                     self.assertEqual(computed.names, wanted)
 
 
+class TestLaunches(OverFakes):
+    def test_few_around_the_layers(self) -> None:
+        """Each is a small kernel on a device, in every step."""
+        engine = self.engine(1, cuda_graph_bs=[2])
+        assert engine.runner.decode_graphs is not None
+        graphs = [engine.runner.decode_graphs, *engine.runner.draft_graphs.values()]
+        calls = {each.name: [call.name for call in each._steps[2].graph._calls] for each in graphs}  # type: ignore
+        for name, most in (("verify", 7), (EXTEND, 1)):
+            self.assertLessEqual(calls[name].index("aten.embedding.default"), most, calls[name])
+        self.assertLessEqual(len(calls[GREEDY_ACCEPT]), 24, calls[GREEDY_ACCEPT])
+
+
 class TestMadeOnTheHost(OverFakes):
     def answers(self, engine: EngineHarness) -> dict[str, tuple[list[int], list[float]]]:
         """Results of a request with a grammar and of one with log-probabilities, served one after the other."""

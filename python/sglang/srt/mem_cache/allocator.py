@@ -251,15 +251,12 @@ class ReqToTokenPool(SlotList):
         self._host[rows, positions] = slot_ids.numpy()
 
     def write_step(self, rows: torch.Tensor, positions: torch.Tensor, slot_ids: torch.Tensor) -> None:
-        """Set positions of each row of the device's table: rows, positions [B], slot_ids [B] or [B, R], int64, there.
+        """Set positions of each row of the device's table: rows [B], positions and slot_ids [B] or [B, R], int64 there.
 
-        Row i gets its slots from ``positions[i]`` on. Part of a step, captured or not; rows of padding write slot
-        0 into the padding row.
+        Part of a step, captured or not; rows of padding write slot 0 into the padding row.
         """
-        if slot_ids.dim() == 2:
-            ahead = torch.arange(slot_ids.shape[1], device=slot_ids.device)
-            rows, positions = rows.unsqueeze(1), positions.unsqueeze(1) + ahead
-        self.req_to_token.index_put_((rows, positions), slot_ids.to(torch.int32))
+        low_words = slot_ids.view(torch.int32)[..., ::2]  # nothing is launched for a view
+        self.req_to_token.index_put_((rows.view(-1, *(1,) * (slot_ids.dim() - 1)), positions), low_words)
 
     def _copied(self, values: np.ndarray) -> torch.Tensor:
         """``values`` copied to the device asynchronously, because a step may be running; the host does not change them

@@ -296,6 +296,9 @@ class ForwardBatch:
             "prompt_chosen": _joined([entry.token_ids for entry in scored]),
             "num_token_non_padded": _column([num_tokens]),
         }
+        if batch.kind is not None and batch.kind.rows_per_request > 1:
+            # Such a step overwrites them, and on a CPU they are the host's.
+            columns |= {"positions": batch.positions.clone(), "out_cache_loc": batch.out_cache_loc.clone()}
         parts = _to_device({name: column for name, column in columns.items() if column is not None}, device)
         return cls(
             forward_mode=batch.forward_mode,

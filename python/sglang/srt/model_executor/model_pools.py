@@ -29,12 +29,24 @@ CONTEXTS_PER_REQUEST = 2
 class StepRelay:
     """What a step with several tokens per request leaves on the device for the next step, by request row.
 
-    ``committed`` [rows] int64 are the tokens that have KV, ``drafts`` [rows, n] int64 the draft tokens after the newest
-    token. Both are 0 in the padding row.
+    ``committed`` [rows] int64 are the tokens that have KV; ``tokens`` [rows, n + 1] int64 the newest token, and the
+    draft tokens after it. Both are 0 in the padding row. ``ahead`` [2 n] int64 counts from 0: the slots of a step.
     """
 
     committed: torch.Tensor
-    drafts: torch.Tensor
+    tokens: torch.Tensor
+    ahead: torch.Tensor
+
+    @classmethod
+    def make(cls, num_rows: int, num_steps: int, device: torch.device) -> StepRelay:
+        """For requests in ``num_rows`` rows, with ``num_steps`` draft tokens each."""
+        tokens = torch.zeros(num_rows, num_steps + 1, dtype=torch.int64, device=device)
+        return cls(torch.zeros_like(tokens[:, 0]), tokens, torch.arange(2 * num_steps, device=device))
+
+    @property
+    def drafts(self) -> torch.Tensor:
+        """The draft tokens, [rows, n]."""
+        return self.tokens[:, 1:]
 
 
 @dataclass(frozen=True)
@@ -120,16 +132,16 @@ def make_rank_memory(
     """The request table of the models of ``configs``, and the allocators of the other units of ``pools``, of
     ``sizes``."""
     table = ReqToTokenPool(args.max_running_requests or 1, table_width(args, configs), device)
-    last_token = torch.zeros(table.padding_row + 1, dtype=torch.int64, device=device)
     state_slots = StateSlots(*pools) if any(each.layout.has(STATE) for each in pools) else None
     window = None
     if SWA in sizes.sizes:
         page = args.page_size or 1
         window = WindowPages(sizes.sizes[FULL] // page, sizes.sizes[SWA] // page, page, device)
-    relay = None
+    num_rows, relay = table.padding_row + 1, None
+    last_token = torch.zeros(num_rows, dtype=torch.int64, device=device)
     if args.speculative_num_steps is not None:
-        drafts = last_token.new_zeros(len(last_token), args.speculative_num_steps)
-        relay = StepRelay(torch.zeros_like(last_token), drafts)
+        relay = StepRelay.make(num_rows, args.speculative_num_steps, device)
+        last_token = relay.tokens[:, 0]
     return RankMemory(sizes, args.page_size or 1, table, last_token, state_slots, window, relay)
 
 

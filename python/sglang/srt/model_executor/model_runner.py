@@ -20,7 +20,7 @@ from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.model_executor.forward_batch_info import AttentionBackendLike, ForwardBatch, ModelWorkerBatch
 from sglang.srt.model_executor.memory_plan import DRAFT_LAYER, count_weights
-from sglang.srt.model_executor.model_pools import RankMemory
+from sglang.srt.model_executor.model_pools import RankMemory, StepRelay
 from sglang.srt.model_executor.step_graphs import StepGraphs
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.utils.multi_stream_utils import trace_reader
@@ -76,13 +76,14 @@ class LoadedModel:
     draft: torch.nn.Module | None = None
 
 
-def place_rows(forward_batch: ForwardBatch, starts: torch.Tensor, table: ReqToTokenPool) -> None:
-    """Place rows after the committed ``starts`` [B] int64: positions, lengths, slots, which were the host's bounds."""
+def place_rows(forward_batch: ForwardBatch, relay: StepRelay, table: ReqToTokenPool) -> None:
+    """Place rows after the committed tokens: overwrites the host's bounds of positions, lengths and slots."""
     assert forward_batch.kind is not None
     rows, width = forward_batch.req_pool_indices, forward_batch.kind.rows_per_request
-    positions = starts.unsqueeze(1) + torch.arange(width, device=starts.device)
-    forward_batch.positions, forward_batch.seq_lens = positions.flatten(), positions[:, -1] + 1
-    forward_batch.out_cache_loc = table.req_to_token[rows.unsqueeze(1), positions].flatten().to(torch.int64)
+    positions = forward_batch.positions.view(-1, width)
+    torch.add(relay.committed.index_select(0, rows).unsqueeze(1), relay.ahead[:width], out=positions)
+    torch.add(positions[:, -1], 1, out=forward_batch.seq_lens)
+    forward_batch.out_cache_loc.copy_(table.req_to_token[rows.unsqueeze(1), positions].flatten())
 
 
 class ModelRunner:
@@ -165,8 +166,6 @@ class ModelRunner:
         completed = self._complete(forward_batch)
         if forward_batch.kind is not None and forward_batch.kind.rows_per_request > 1:
             self.attn_backend.init_forward_metadata(completed)
-            for name in ("positions", "seq_lens", "out_cache_loc"):
-                getattr(forward_batch, name).copy_(getattr(completed, name))
         return self._run_model(completed)
 
     def _run_model(self, forward_batch: ForwardBatch) -> LogitsProcessorOutput:
@@ -175,28 +174,31 @@ class ModelRunner:
         return output
 
     def _complete(self, forward_batch: ForwardBatch) -> ForwardBatch:
-        """Add the ids that are on the device; writes the cache locations of these tokens to the request table."""
+        """Add the ids that are on the device; writes the cache locations of these tokens to the request table.
+
+        A step of several rows per request gets its rows placed, in the tensors of ``forward_batch``.
+        """
         if forward_batch.input_ids is not None:
             return forward_batch
         assert forward_batch.kind is not None, (
             "only a step of one number of tokens per request finds its ids on the device"
         )
         rows, width = forward_batch.req_pool_indices, forward_batch.kind.rows_per_request
-        ids = self.last_token.index_select(0, rows)
         completed = copy.copy(forward_batch)
         if width == 1:
             self.req_to_token_pool.write_step(rows, forward_batch.positions, forward_batch.out_cache_loc)
-            completed.input_ids = ids
+            completed.input_ids = self.last_token.index_select(0, rows)
             return completed
         assert self.relay is not None, f"a {forward_batch.kind.name} step needs lengths and drafts on the device"
-        # The first position for which the host gave slots: the last one that it knows to be committed.
-        first = forward_batch.positions.view(-1, width)[:, 0]
-        slots = (
-            forward_batch.out_cache_loc.view(-1, width) if forward_batch.table_loc is None else forward_batch.table_loc
-        )
-        self.req_to_token_pool.write_step(rows, first, slots)
-        place_rows(completed, self.relay.committed.index_select(0, rows), self.req_to_token_pool)
-        completed.input_ids = torch.cat([ids.unsqueeze(1), self.relay.drafts.index_select(0, rows)], dim=1).flatten()
+        # The host gave slots from the last position on that it knows to be committed.
+        positions, slots = forward_batch.positions.view(-1, width), forward_batch.table_loc
+        if slots is None:
+            slots = forward_batch.out_cache_loc.view(-1, width)
+        else:
+            positions = positions[:, :1] + self.relay.ahead[: slots.shape[1]]
+        self.req_to_token_pool.write_step(rows, positions, slots)
+        place_rows(completed, self.relay, self.req_to_token_pool)
+        completed.input_ids = self.relay.tokens.index_select(0, rows).flatten()
         return completed
 
     @torch.inference_mode()

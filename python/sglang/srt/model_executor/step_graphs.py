@@ -45,8 +45,8 @@ class StepBuffers:
     """Persistent inputs of captured steps: one packed integer tensor on the device, filled by one copy per step.
 
     Order: request rows, state slots and lengths; positions and slots of tokens; then the slots for the request table,
-    if a step writes more of them than its rows have. Rows past the batch are padding: tokens of request row
-    ``padding_row`` in slot 0, state slot 0.
+    if a step writes more of them than its rows have; then the numbers of tokens and of requests. Rows past the batch
+    are padding: tokens of request row ``padding_row`` in slot 0, state slot 0.
     """
 
     def __init__(
@@ -57,7 +57,9 @@ class StepBuffers:
         self._max_bs = max_bs + max_bs % 2
         self._table_width = kind.rows_per_request + kind.slots_ahead if kind.slots_ahead else 0
         self.packed = self._new(device)
-        self.requests, self.tokens, self._table, self._count = self._parts(self.packed)
+        self.requests, self.tokens, self._table, counts = self._parts(self.packed)
+        # [1] int32: what of the batch is no padding.
+        self.num_tokens, self.num_requests = low_words(counts[:1]), low_words(counts[1:])
         pinned = device.type != "cpu"
         self._hosts = [self._new(torch.device("cpu"), pin_memory=pinned) for _ in range(NUM_HOST_BUFFERS)]
         self._events: list[torch.cuda.Event | None] = [None] * NUM_HOST_BUFFERS
@@ -66,15 +68,15 @@ class StepBuffers:
         self._num_groups = num_groups
 
     def _new(self, device: torch.device, pin_memory: bool = False) -> torch.Tensor:
-        size = self._max_bs * (3 + 2 * self.kind.rows_per_request + self._table_width) + 1
+        size = self._max_bs * (3 + 2 * self.kind.rows_per_request + self._table_width) + 2
         return torch.zeros(size, dtype=torch.int64, device=device, pin_memory=pin_memory)
 
     def _parts(self, packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Views: by request [3, max_bs], by token [2, max_bs * rows], slots for the table [max_bs, per request], and
-        the number of tokens [1]."""
+        the numbers of tokens and requests [2]."""
         per_request = (3, 2 * self.kind.rows_per_request, self._table_width)
-        requests, tokens, table, count = packed.split([*(self._max_bs * each for each in per_request), 1])
-        return requests.view(3, -1), tokens.view(2, -1), table.view(self._max_bs, self._table_width), count
+        requests, tokens, table, counts = packed.split([*(self._max_bs * each for each in per_request), 2])
+        return requests.view(3, -1), tokens.view(2, -1), table.view(self._max_bs, self._table_width), counts
 
     def pad(self) -> None:
         """Fill all with padding, before the capture."""
@@ -92,7 +94,7 @@ class StepBuffers:
         if event is not None:
             event.synchronize()
         width, size = self.kind.rows_per_request, batch.batch_size
-        requests, tokens, table, count = self._parts(self._hosts[index])
+        requests, tokens, table, counts = self._parts(self._hosts[index])
         requests[REQ_ROWS, size:bucket] = self._padding_row
         requests[STATES, size:bucket] = 0
         requests[SEQ_LENS, size:bucket] = width
@@ -108,7 +110,7 @@ class StepBuffers:
             table[:size] = batch.table_loc
         if batch.state_slot_ids is not None:
             requests[STATES, :size] = batch.state_slot_ids
-        count[0] = size * width
+        counts[0], counts[1] = size * width, size
         self.packed.copy_(self._hosts[index], non_blocking=True)
         if self.packed.device.type != "cpu":
             event = event or torch.cuda.Event()
@@ -137,7 +139,7 @@ class StepBuffers:
             seq_lens_cpu=real + [width] * (bucket - len(real)),
             out_cache_loc=self.tokens[SLOTS, : bucket * width],
             attn_backend=backend,
-            num_token_non_padded=low_words(self._count),
+            num_token_non_padded=self.num_tokens,
             num_token_non_padded_cpu=num_real,
             kind=self.kind,
             table_loc=self._table[:bucket] if self._table_width else None,

@@ -30,22 +30,19 @@ class Verdict:
     """Result of a verify step of B requests with W rows each.
 
     ``told`` [B, 2 W + 1] is that of ``Accepted``, with the ids ``sampled`` [B, W] and the counts ``num_new`` [B].
-    ``left`` is what the step stores for the next step and for the draft; the check of graphs compares it.
     """
 
     told: torch.Tensor
     sampled: torch.Tensor
     num_new: torch.Tensor
-    left: tuple[torch.Tensor, ...]
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """All tensors of the result."""
-        return (self.told, self.sampled, self.num_new, *self.left)
+        return (self.told, self.sampled, self.num_new)
 
     def first(self, size: int) -> Verdict:
         """The result of the first ``size`` requests."""
-        told, sampled, num_new, *left = (tensor[:size] for tensor in self.tensors())
-        return Verdict(told, sampled, num_new, tuple(left))
+        return Verdict(*(tensor[:size] for tensor in self.tensors()))
 
 
 class AcceptGraphs:
@@ -79,8 +76,9 @@ class AcceptGraphs:
         forward_batch = self._verify.buffers.view(bucket, runner.attn_backend, runner.has_state, None)
         output = self._verify.output(bucket)
         assert isinstance(output, LogitsProcessorOutput)
-        hidden = output.hidden_states
-        assert hidden is not None
+        assert output.hidden_states is not None
+        hidden, zero = output.hidden_states.view(bucket, width, -1), output.hidden_states.new_zeros(())
+        kept = buffers.step_hidden[: bucket * width].view(hidden.shape)
 
         def body() -> Verdict:
             rows = forward_batch.req_pool_indices
@@ -89,25 +87,13 @@ class AcceptGraphs:
             if not greedy:
                 info = info.along_path(self._relay.drafts.index_select(0, rows))
             sampled = runner.sampler(judged, info, positions=None if greedy else forward_batch.positions + 1)
-            starts = forward_batch.seq_lens - width
             accepted = self._worker.judge(sampled, judged, forward_batch, live)
             assert accepted.told is not None
-            buffers.rows[:bucket].copy_(rows)
-            buffers.num_tokens.copy_(forward_batch.num_token_non_padded)
-            buffers.num_rows.copy_(forward_batch.num_token_non_padded // width)
-            buffers.starts[:bucket].copy_(starts * live)
             buffers.sampled[:bucket].copy_(accepted.sampled)
             buffers.num_new[:bucket].copy_(accepted.num_new)
             # Padding may not be finite.
-            kept = torch.where(live.repeat_interleave(width).unsqueeze(1), hidden, 0)
-            buffers.step_hidden[: bucket * width].copy_(kept)
-            left = (self._runner.last_token, self._relay.committed)
-            return Verdict(
-                accepted.told,
-                buffers.sampled[:bucket],
-                buffers.num_new[:bucket],
-                (*(tensor.index_select(0, rows) for tensor in left), buffers.rows[:bucket], buffers.starts[:bucket]),
-            )
+            torch.where(live.view(-1, 1, 1), hidden, zero, out=kept)
+            return Verdict(accepted.told, buffers.sampled[:bucket], buffers.num_new[:bucket])
 
         return body
 
@@ -125,9 +111,8 @@ class AcceptGraphs:
 
     def prove(self, graphs: BucketGraphs[Verdict], body_of: BodyOf) -> None:
         """Refuse each bucket whose replay differs from the eager body, for draft tokens of which some are accepted."""
-        buffers = self._buffers
-        # Compare all hidden rows: padding must be finite.
-        left = (buffers.num_tokens, buffers.num_rows, buffers.step_hidden)
+        # What the step stores for the next step and for the draft. All rows are compared: padding must be finite.
+        left = (self._runner.last_token, self._relay.committed, self._buffers.step_hidden)
         prove_replay(self._runner, graphs, self._verify.kind, body_of, self._fill_at_random, left)
 
     def _fill_at_random(self, batch: ModelWorkerBatch, bucket: int) -> None:

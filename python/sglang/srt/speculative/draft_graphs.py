@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,7 @@ class DraftGraphs:
         self._drafter = drafter
         self._runner = runner
         self._spec = spec
-        self._committed = runner.relay.committed
+        self._relay = runner.relay
         # The chain starts written by the last replayed extend step, and its bucket.
         self._begun: tuple[ChainStart | None, int | None] = (None, None)
         self._num_groups = get_parallel_state().attn_dp_size
@@ -63,30 +64,17 @@ class DraftGraphs:
 
     def extend_body(self, bucket: int) -> Body[ChainStart]:
         """The layer over all rows of a verify step; a chain starts at the last accepted row."""
-        buffers, drafter, kind = self.buffers, self._drafter, self._spec.verify
-        width = kind.rows_per_request
+        buffers, drafter, width = self.buffers, self._drafter, self._spec.num_draft_tokens
 
         def body() -> ChainStart:
-            rows = buffers.rows[:bucket]
-            forward_batch = ForwardBatch(
+            forward_batch = replace(
+                buffers.step.view(bucket, drafter.extend_backend, False, None),
                 forward_mode=ForwardMode.DRAFT_EXTEND,
-                batch_size=bucket,
                 input_ids=buffers.sampled[:bucket].flatten(),
-                positions=rows,
-                req_pool_indices=rows,
-                seq_lens=rows,
                 seq_lens_cpu=HostList(),
-                out_cache_loc=rows,
-                attn_backend=drafter.extend_backend,
-                num_token_non_padded=buffers.num_tokens,
-                num_token_non_padded_cpu=bucket * width,
-                kind=kind,
+                logits_rows=buffers.row_before[:bucket] + buffers.num_new[:bucket],
                 wants_hidden=True,
-                global_num_tokens_cpu=self._everyone(bucket * width),
             )
-            place_rows(forward_batch, buffers.starts[:bucket], self._runner.req_to_token_pool)
-            firsts = torch.arange(bucket, device=rows.device) * width
-            forward_batch.logits_rows = firsts + buffers.num_new[:bucket] - 1
             begun = drafter.begin(forward_batch, buffers.step_hidden[: bucket * width])
             start = buffers.start(bucket)
             for ours, theirs in zip(start.tensors(), begun.tensors(), strict=True):
@@ -99,7 +87,7 @@ class DraftGraphs:
         """All draft tokens of a step."""
         buffers = self.buffers
         info, start, groups = buffers.sampling_info(bucket, greedy), buffers.start(bucket), self._everyone(bucket)
-        return lambda: self._drafter.go_on(buffers.rows[:bucket], start, info, buffers.num_rows, None, groups)
+        return lambda: self._drafter.go_on(buffers.rows[:bucket], start, info, buffers.step.num_requests, None, groups)
 
     def _everyone(self, num_rows: int) -> list[int] | None:
         """Rows of each attention group in a captured step: the same number for all."""
@@ -122,9 +110,8 @@ class DraftGraphs:
             return None
         if accepted.bucket != bucket:
             assert step.output.hidden_states is not None
-            starts = step.forward_batch.seq_lens[: step.batch_size] - self._spec.num_draft_tokens
             self.buffers.fill_rows(step.req_rows, bucket)
-            self.buffers.fill_step(accepted, starts, step.output.hidden_states, bucket)
+            self.buffers.fill_step(accepted, step.forward_batch, step.output.hidden_states, bucket)
         start = self.extend_graphs.run(bucket).first(step.batch_size)
         self._begun = start, bucket
         return start
@@ -154,7 +141,7 @@ class DraftGraphs:
     def _fill_at_random(self, batch: ModelWorkerBatch, bucket: int) -> None:
         """Write inputs, the same for the same bucket, for the requests of ``batch``."""
         generator = torch.Generator().manual_seed(bucket)
-        buffers, device, size = self.buffers, self._committed.device, batch.batch_size
+        buffers, device, size = self.buffers, self._runner.device, batch.batch_size
         width, vocab = self._spec.num_draft_tokens, buffers.vocab_size
 
         def integers(low: int, high: int, *shape: int) -> torch.Tensor:
@@ -165,11 +152,13 @@ class DraftGraphs:
 
         for rest in (buffers.step_hidden, buffers.hidden, buffers.logits):  # left by an earlier step where padding is
             rest.fill_(math.nan)
-        rows = batch.req_pool_indices.to(device)
+        placed = ForwardBatch.from_worker_batch(batch, device, None)
+        place_rows(placed, self._relay, self._runner.req_to_token_pool)
         accepted = Accepted(integers(0, vocab, size, width), integers(1, width + 1, size))
-        starts = self._committed.index_select(0, rows)
-        start = ChainStart(normal(buffers.logits, size), normal(buffers.hidden, size), starts + accepted.num_new - 1)
-        buffers.fill_rows(rows, bucket)
-        buffers.fill_step(accepted, starts, normal(buffers.step_hidden, size * width), bucket)
+        accepted.num_new[0] = width  # the first row is also that of an index that was never written
+        at = placed.positions.view(accepted.sampled.shape)[:, 0]  # not what the extend step writes
+        start = ChainStart(normal(buffers.logits, size), normal(buffers.hidden, size), at)
+        buffers.fill_rows(placed.req_pool_indices, bucket)
+        buffers.fill_step(accepted, placed, normal(buffers.step_hidden, size * width), bucket)
         buffers.fill_chain(start, bucket)
         buffers.fill_sampling_at_random(size, generator)

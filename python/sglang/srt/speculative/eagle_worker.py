@@ -99,7 +99,8 @@ class EagleWorker:
             sampled = ids.view(sampled.shape)
         output.row_faults = faults
         newest = sampled.gather(1, num_new.unsqueeze(1) - 1).squeeze(1)
-        committed = forward_batch.seq_lens - sampled.shape[1] + num_new
+        first = forward_batch.positions.view(sampled.shape)[:, 0] if verified else forward_batch.seq_lens - 1
+        committed = first + num_new
         if live is not None:  # the row of padding and its count stay 0
             newest, committed = newest * live, committed * live
         self.target.last_token.index_copy_(0, rows, newest)

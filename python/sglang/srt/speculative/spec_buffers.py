@@ -1,10 +1,12 @@
-"""Buffers between the captured steps of speculation: request rows, a verify step's result, where chains start."""
+"""Buffers between the captured steps of speculation: a verify step's rows and result, and where chains start."""
 
 from __future__ import annotations
 
 import torch
 
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang.srt.model_executor.step_graphs import REQ_ROWS, SEQ_LENS
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.speculative.mtp_drafter import ChainStart
 from sglang.srt.speculative.spec_info import SpecInfo
@@ -12,30 +14,34 @@ from sglang.srt.speculative.verify import Accepted
 
 
 class SpecBuffers:
-    """Persistent inputs of the captured steps, for up to ``max_bs`` requests; those past a batch are padding."""
+    """Persistent inputs of the captured steps, for up to ``max_bs`` requests; those past a batch are padding.
+
+    Request rows, positions, lengths and slots are in ``step``, the buffers of captured verify steps. An eager step
+    writes its own there.
+    """
 
     def __init__(self, max_bs: int, spec: SpecInfo, runner: ModelRunner) -> None:
+        assert runner.decode_graphs is not None
+        self.step = runner.decode_graphs.buffers
         self.width, device = spec.num_draft_tokens, runner.device
         dtype, draft = runner.model_config.dtype, runner.loaded.draft
         assert draft is not None
         self.padding_row = runner.req_to_token_pool.padding_row
         self.vocab_size = runner.model_config.vocab_size
-        self.rows = torch.full((max_bs,), self.padding_row, dtype=torch.int64, device=device)
-        # Numbers of rows that are no padding: of a step with several rows per request, and of requests.
-        self.num_tokens, self.num_rows = torch.zeros(2, 1, dtype=torch.int32, device=device)
-        # The verify step: tokens committed before it, sampled ids, how many are accepted, and the target's hidden rows.
-        self.starts = torch.zeros_like(self.rows)
+        self.rows, self.lengths = self.step.requests[REQ_ROWS], self.step.requests[SEQ_LENS]
+        # The verify step: sampled ids, how many are accepted, the row before each request's, the target's hidden rows.
         self.sampled = torch.zeros(max_bs, self.width, dtype=torch.int64, device=device)
         self.num_new = torch.ones(max_bs, dtype=torch.int64, device=device)
+        self.row_before = torch.arange(max_bs, device=device) * self.width - 1
         self.step_hidden = torch.zeros(max_bs * self.width, draft.hidden_width, dtype=dtype, device=device)
         # The start of the chain.
         self.logits = torch.zeros(max_bs, self.vocab_size, dtype=torch.float32, device=device)
         self.hidden = torch.zeros(max_bs, draft.hidden_width, dtype=dtype, device=device)
-        self.at = torch.zeros_like(self.rows)
+        self.at = torch.zeros_like(self.num_new)
         floats = torch.ones(3, max_bs, 1, device=device)
         self.temperatures, self.top_ps, self.min_ps = floats
         self.top_ks = torch.full((max_bs, 1), self.vocab_size, dtype=torch.int64, device=device)
-        self.seeds = torch.zeros_like(self.rows)
+        self.seeds = torch.zeros_like(self.num_new)
         self.greedy = torch.ones(max_bs, dtype=torch.bool, device=device)
         # The batch whose parameters are in the tensors above.
         self._filled: SamplingBatchInfo | None = None
@@ -45,15 +51,18 @@ class SpecBuffers:
         size = rows.shape[0]
         self.rows[:size] = rows
         self.rows[size:bucket] = self.padding_row
-        self.num_tokens.fill_(size * self.width)
-        self.num_rows.fill_(size)
+        self.step.num_tokens.fill_(size * self.width)
+        self.step.num_requests.fill_(size)
 
-    def fill_step(self, accepted: Accepted, starts: torch.Tensor, hidden: torch.Tensor, bucket: int) -> None:
+    def fill_step(self, accepted: Accepted, placed: ForwardBatch, hidden: torch.Tensor, bucket: int) -> None:
         """Write a verify step's result; padding keeps nothing of an older result, which might not be finite."""
         size, width = accepted.sampled.shape
         assert hidden.dtype == self.step_hidden.dtype, "hidden rows are stored without conversion"
-        self.starts[:size] = starts
-        self.starts[size:bucket] = 0
+        self.lengths[:size] = placed.seq_lens[:size]
+        self.lengths[size:bucket] = width
+        for ours, theirs in zip(self.step.tokens, (placed.positions, placed.out_cache_loc), strict=True):
+            ours[: size * width] = theirs[: size * width]
+            ours[size * width : bucket * width] = 0
         self.sampled[:size] = accepted.sampled
         self.num_new[:size] = accepted.num_new
         self.step_hidden[: size * width] = hidden
@@ -68,10 +77,9 @@ class SpecBuffers:
             rest[size:bucket] = 0
 
     def forget_step(self) -> None:
-        """Make all rows padding of a step without results."""
-        self.rows.fill_(self.padding_row)
+        """Make all rows those of a step without results."""
         self.num_new.fill_(1)
-        for tensor in (self.num_tokens, self.num_rows, self.starts, self.sampled, self.step_hidden):
+        for tensor in (self.sampled, self.step_hidden):
             tensor.zero_()
 
     def start(self, size: int) -> ChainStart:
@@ -119,7 +127,7 @@ class SpecBuffers:
 
     def fill_sampling_at_random(self, size: int, generator: torch.Generator) -> None:
         """Parameters of ``size`` requests of all kinds, for the check of captured steps."""
-        device, vocab = self.rows.device, self.vocab_size
+        device, vocab = self.seeds.device, self.vocab_size
 
         def integers(low: int, high: int, *shape: int) -> torch.Tensor:
             return torch.randint(low, high, shape, generator=generator).to(device)
