@@ -38,17 +38,21 @@ class RuleDrafter(Drafter):
 
     def propose(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> torch.Tensor:
         """See the base class."""
+        self.follow(step, accepted)
         drafts = []
         counts = accepted.num_new.tolist()
         for row, sampled, count in zip(step.req_rows.tolist(), accepted.sampled.tolist(), counts, strict=True):
-            if step.forward_batch.kind is not None:
-                self.num_by_length[count] += 1
             req = self._owners[row]
             known = [*req.origin_input_ids, *req.output_ids, *sampled[:count]]
             guesses = list(self.rule(req, known, self.num_steps))
             assert len(guesses) == self.num_steps
             drafts.append(guesses)
         return torch.tensor(drafts, dtype=torch.int64, device=accepted.sampled.device).view(-1, self.num_steps)
+
+    def follow(self, step: StepForward, accepted: Accepted) -> None:
+        """Count the tokens of a verify step."""
+        for count in accepted.num_new.tolist() if step.forward_batch.kind is not None else ():
+            self.num_by_length[count] += 1
 
     @property
     def num_accepted(self) -> int:

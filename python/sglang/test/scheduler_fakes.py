@@ -26,7 +26,7 @@ from sglang.srt.managers.schedule_policy import PrefillLimits
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.scheduler_config import SchedulerConfig
 from sglang.srt.managers.step_result import StopChecker
-from sglang.srt.managers.tp_worker import StepOutput
+from sglang.srt.managers.tp_worker import Ends, StepOutput
 from sglang.srt.mem_cache.allocator import ReqToTokenPool, TokenToKVPoolAllocator
 from sglang.srt.mem_cache.prefix_companion import PrefixCompanion
 from sglang.srt.mem_cache.radix_cache import RadixCache
@@ -87,7 +87,7 @@ class FakeForward:
     def drafts(self) -> list[list[int]]:
         raise AssertionError("no request of this model has a grammar")
 
-    def sample(self, info: SamplingBatchInfo) -> FakeStep:
+    def sample(self, info: SamplingBatchInfo, ends: Ends | None = None) -> FakeStep:
         """Checks that penalties know all tokens so far."""
         edits = info.edits
         if edits is not None and self.is_decode:

@@ -26,7 +26,7 @@ def forbid_waits(worker: TpModelWorker, prompts: bool = True) -> None:
             return forward(batch)
         launched = strict(forward, batch)
         sample = launched.sample
-        launched.sample = lambda info: strict(sample, info)
+        launched.sample = lambda *args: strict(sample, *args)
         return launched
 
     worker.forward = strict_forward  # type: ignore[method-assign]

@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 import unittest
 from dataclasses import replace
+from typing import Any
 
 from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, ShutdownReq
 from sglang.srt.managers.req_memory import PoolLeakError
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
-from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.scheduler_fakes import (
     BAD,
@@ -164,9 +164,9 @@ class TestOverlap(CustomTestCase):
             launched = forward(batch)
             sample = launched.sample
 
-            def noted(info: SamplingBatchInfo) -> FakeStep:
+            def noted(*args: Any) -> FakeStep:
                 events.append(f"sample {number}")
-                step = sample(info)
+                step = sample(*args)
                 take = step.result
                 step.result = lambda: (events.append(f"result {number}"), take())[1]  # type: ignore[method-assign]
                 return step

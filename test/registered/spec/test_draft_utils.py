@@ -141,7 +141,8 @@ class TestEagerSteps(CustomTestCase):
             drafter.decode_backend.init_forward_metadata = plan
             drafter.extend_backend.init_forward_metadata = self.fail
             for number, text in enumerate((b"1+2=", b"rev:abcdef=", b"sort:31415=")):
-                harness.submit(str(number), list(text), SamplingParams(temperature=0.0, max_new_tokens=8))
+                params = SamplingParams(temperature=0.0, max_new_tokens=16, ignore_eos=True)
+                harness.submit(str(number), list(text), params)
             harness.run()
             self.assertGreater(len(lengths), 4)
             self.assertEqual([host for host, _ in lengths], [device for _, device in lengths])

@@ -20,7 +20,6 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.runner_build import prove_graphs
 from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.rocm import RocmOverFakesPlatform, find_fakes
-from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.speculative.accept_graphs import GREEDY_ACCEPT, SAMPLED_ACCEPT
 from sglang.srt.speculative.draft_graphs import EXTEND, GREEDY, SAMPLED
@@ -74,11 +73,11 @@ class TestBetweenGraphs(OverFakes):
         engine = self.engine(3, cuda_graph_bs=[4])
         sample, computed = LaunchedForward.sample, Computed()
 
-        def watched(launched: LaunchedForward, info: SamplingBatchInfo) -> object:
+        def watched(launched: LaunchedForward, *args: Any) -> object:
             if launched._batch.kind is None:
-                return sample(launched, info)
+                return sample(launched, *args)
             with computed:
-                return sample(launched, info)
+                return sample(launched, *args)
 
         params = {"max_new_tokens": 12, "ignore_eos": True, "sampling_seed": 1}
         with (
@@ -93,7 +92,8 @@ class TestBetweenGraphs(OverFakes):
                     engine.run()
                     steps = engine.scheduler.metrics.num_decode_steps - before
                     self.assertGreater(steps, 2)
-                    wanted = {"clone": steps, "index_copy_": steps} | ({"copy_": copies} if copies else {})
+                    # Nobody reads drafts after the last step.
+                    wanted = {"clone": steps, "index_copy_": steps - 1} | ({"copy_": copies} if copies else {})
                     self.assertEqual(computed.names, wanted)
 
 

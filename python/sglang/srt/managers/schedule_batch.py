@@ -132,6 +132,12 @@ class Req:
         """True when the tokens in flight may reach the request's limit, so that no further step is launched."""
         return self.max_new_tokens - len(self.output_ids) <= self.num_in_flight
 
+    def ends_with(self, ids: Sequence[int]) -> bool:
+        """Whether it has ended, or the next tokens ``ids`` reach its limit or contain a stop id; -1 is none."""
+        first = len(self.output_ids) + 1
+        stops = self.stop_ids.intersection(ids[max(0, self.sampling_params.min_new_tokens - first) :])
+        return self.finish_reason is not None or bool(stops) or self.new_tokens_left <= len(ids)
+
     def is_due(self, num_before: int, interval: int) -> bool:
         """Whether to stream the tokens past the first ``num_before``: they are the first ones, or complete an
         interval."""
@@ -193,6 +199,11 @@ class ScheduleBatch:
     @property
     def num_tokens(self) -> int:
         return sum(self.ends) - sum(self.starts)
+
+    def ends_with(self, ids: Sequence[Sequence[int]]) -> bool:
+        """Whether every request ends with its next tokens ``ids[i]``, or has an unfinished prompt and gets none."""
+        each = zip(self.reqs, self.max_new, ids, strict=True)
+        return all(not max_new or req.ends_with(new) for req, max_new, new in each)
 
     def to_worker_batch(self) -> ModelWorkerBatch:
         """The frozen host view; nothing below sees a request. The ids of a decode step stay on the device."""

@@ -176,7 +176,7 @@ class Scheduler:
         info = self._sampling_info_of(batch)
         info.vocab_mask = self.grammars.mask(batch, self.config.device, forward.drafts)
         began = time.perf_counter()
-        launched = forward.sample(info)
+        launched = forward.sample(info, batch.ends_with if self.sync is None else None)
         self._waited_s += time.perf_counter() - began
         return launched
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,9 @@ from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.speculative.eagle_worker import EagleWorker
 from sglang.srt.speculative.verify import Accepted
+
+# From the next tokens of each request, of which -1 is not known yet.
+Ends = Callable[[list[list[int]]], bool]
 
 
 @dataclass(frozen=True)
@@ -143,14 +147,17 @@ class LaunchedForward:
         return drafts
 
     @torch.inference_mode()
-    def sample(self, info: SamplingBatchInfo) -> LaunchedStep | LaunchedVerify:
-        """Queue the sampling of tokens, and the drafts of the next step, without waiting for the device."""
+    def sample(self, info: SamplingBatchInfo, ends: Ends | None = None) -> LaunchedStep | LaunchedVerify:
+        """Queue the sampling of tokens, and the drafts of the next step, without waiting for the device.
+
+        ends: whether no request continues from these next tokens, so that nobody reads drafts; None: some may.
+        """
         speculator, step = self._speculator, self.step
         if speculator is not None:
             accepted = speculator.accept(step, info)
             # The copy is queued before the drafts, so that the host does not wait for them.
             launched = self._launched(step.output, accepted)
-            speculator.draft(step, accepted, info)
+            speculator.draft(step, accepted, info, wanted=ends is None or not ends(accepted.known_ids()))
             return launched
         sampled = self._runner.sample(step, info, self._batch)
         info.update(sampled)

@@ -30,6 +30,10 @@ class Drafter(ABC):
         calls this at every step that any of them runs, and all run the same forwards, also without requests.
         """
 
+    @abstractmethod
+    def follow(self, step: StepForward, accepted: Accepted) -> object:
+        """Only take in the tokens of a step, which later requests may find in the prefix cache; nobody reads drafts."""
+
 
 class AcceptReplay(Protocol):
     """Samples and verifies after captured verify steps (``accept_graphs.py``); None means: do it eagerly."""
@@ -114,8 +118,11 @@ class EagleWorker:
             )
         return Accepted(sampled, num_new, torch.cat([sampled, faults.view(sampled.shape), num_new.unsqueeze(1)], dim=1))
 
-    def draft(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> None:
-        """Make the draft tokens of the next step, and store them on the device."""
+    def draft(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo, wanted: bool) -> None:
+        """Make the draft tokens of the next step, unless none is ``wanted``, and store them on the device."""
+        if not wanted:
+            self.drafter.follow(step, accepted)
+            return
         # The mask is for the rows just sampled. A draft token that violates the grammar is rejected later.
         if info.vocab_mask is not None:
             info = replace(info, vocab_mask=None)

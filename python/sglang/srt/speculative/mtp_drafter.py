@@ -104,12 +104,7 @@ class MtpDrafter(Drafter):
 
     def propose(self, step: StepForward, accepted: Accepted, info: SamplingBatchInfo) -> torch.Tensor:
         """See the base class."""
-        start = None
-        if self.graphs is not None and step.forward_batch.kind is not None:
-            start = self.graphs.extend(step, accepted)
-        if start is None:
-            start = self.begin(*self._extend_batch(step, accepted))
-        rows = step.req_rows
+        start, rows = self.follow(step, accepted), step.req_rows
         if step.forward_batch.successors is not None:
             # A chunk before the end of a prompt has no KV locations after it: the table holds an earlier request's.
             ended = step.forward_batch.successors < 0
@@ -122,6 +117,13 @@ class MtpDrafter(Drafter):
                 bounds = [position + 1 for position in start.at.tolist()]
             drafts = self.go_on(rows, start, info, step.forward_batch.num_token_non_padded, bounds, groups).ids
         return drafts
+
+    def follow(self, step: StepForward, accepted: Accepted) -> ChainStart:
+        """Run the layer on the step's rows; where chains start."""
+        start = None
+        if self.graphs is not None and step.forward_batch.kind is not None:
+            start = self.graphs.extend(step, accepted)
+        return self.begin(*self._extend_batch(step, accepted)) if start is None else start
 
     def begin(self, forward_batch: ForwardBatch, hidden: torch.Tensor) -> ChainStart:
         """Run the layer on a step whose target model gave ``hidden``; a chain starts at each of ``logits_rows``."""

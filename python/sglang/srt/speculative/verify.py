@@ -20,6 +20,12 @@ class Accepted:
     told: torch.Tensor | None = None
     bucket: int | None = None
 
+    def known_ids(self) -> list[list[int]]:
+        """The new tokens of each request that the host can read without waiting; -1 for one that only a device has."""
+        if self.sampled.device.type != "cpu":
+            return [[-1]] * len(self.sampled)
+        return [ids[:count] for ids, count in zip(self.sampled.tolist(), self.num_new.tolist(), strict=True)]
+
     @property
     def last_rows(self) -> torch.Tensor:
         """The row [B] of the step from which the last token of each request was sampled."""
