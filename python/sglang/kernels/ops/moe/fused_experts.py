@@ -111,7 +111,7 @@ def order_pairs(topk_ids: Tensor, num_experts: int, block_m: int) -> PairOrder:
     sizes = (num_experts, max_blocks * block_m, max_blocks, 1)
     scratch = torch.empty(sum(sizes), dtype=torch.int32, device=topk_ids.device)
     counts, order, block_experts, num_blocks = scratch.split(sizes)
-    chunk = min(1024, max(128, next_power_of_2(pairs)))
+    chunk = min(2048, max(128, next_power_of_2(pairs)))
     count_pairs_kernel[(num_experts,)](topk_ids, counts, pairs, CHUNK=chunk, num_warps=4)
     place_pairs_kernel[(num_experts,)](
         topk_ids, counts, order, block_experts, num_blocks, pairs, num_experts,
