@@ -98,6 +98,21 @@ def moe_case(tokens, experts, hidden, width, top_k, dtype, skewed=False):
     return Case(f"{tokens}x{experts}x{hidden}x{width}", tuple(args))
 
 
+def eight_bit_case(tokens, hidden):
+    """Arguments of 8-bit experts, 4 of width 1,024 and 2 per token, up to the ids; a tenth of the pairs is nobody's."""
+    generator = torch.Generator().manual_seed(tokens)
+    stacked = (
+        torch.stack(part)
+        for rows, columns in ((2048, hidden), (hidden, 1024))
+        for part in zip(*(random_blocks(rows, columns, generator) for _ in range(4)), strict=True)
+    )
+    x = torch.randn(tokens, hidden, generator=generator).bfloat16()
+    weights = torch.rand(tokens, 2, generator=generator)
+    ids = torch.rand(tokens, 4, generator=generator).topk(2, dim=-1).indices.int()
+    ids[torch.rand(tokens, 2, generator=generator) < 0.1] = -1
+    return (x, *stacked, weights, ids)
+
+
 @functools.cache
 def four_bit_forms(dtype):
     """The forms of the four-bit experts that a server on this GPU may choose, and the one that its check allows."""
@@ -147,27 +162,36 @@ class TestTritonOpsOnGpu(CustomTestCase):
         self._walk("moe", "quant")
 
     def test_eight_bit_experts_at_each_tile_of_many_tokens(self):
-        """20, 150 and 300 rows per expert; hidden 384 is one run of columns too many for a tile of two.
+        """20, 150 and 300 rows per expert; hidden 384 is one run of columns too many for a tile of two, and for sm_90's
+        kernel of over 24 rows.
 
         With 1,024 activated numbers per row none weighs so much that one rounded to its other neighbour shows.
         """
         for tokens, hidden in itertools.product((40, 300, 600), (384, 512)):
-            generator = torch.Generator().manual_seed(tokens)
-            w13, w13_scale, w2, w2_scale = (
-                torch.stack(part)
-                for rows, columns in ((2048, hidden), (hidden, 1024))
-                for part in zip(*(random_blocks(rows, columns, generator) for _ in range(4)), strict=True)
-            )
-            x = torch.randn(tokens, hidden, generator=generator).bfloat16()
-            weights = torch.rand(tokens, 2, generator=generator)
-            ids = torch.rand(tokens, 4, generator=generator).topk(2, dim=-1).indices.int()
-            ids[torch.rand(tokens, 2, generator=generator) < 0.1] = -1
+            case = eight_bit_case(tokens, hidden)
             for limit in (None, 0.5):
-                args = (x, w13, w13_scale, w2, w2_scale, weights, ids, None, None, limit)
+                args = (*case, None, None, limit)
                 with self.subTest(tokens=tokens, hidden=hidden, limit=limit):
                     found = fused_experts_fp8_triton(*to(args, DEVICE))
                     wanted = fused_experts_fp8_torch(*args)
                     assert_near_by_row(found.cpu(), wanted, EIGHT_BIT_ERROR["moe.fused_experts_fp8"] + 2e-3)
+
+    def test_eight_bit_experts_in_a_graph_on_two_streams_and_of_nobody(self):
+        cases = [to(eight_bit_case(tokens, 512), DEVICE) for tokens in (600, 900)]
+        (impl,) = (impl for impl in self.runnable["moe.fused_experts_fp8"] if impl.name == "triton")
+        self._replay(impl, cases[0])
+        wanted = [impl.fn(*case) for case in cases]
+        found = []
+        torch.cuda.synchronize()
+        streams = [torch.cuda.Stream() for _ in cases]
+        for stream, case in [*zip(streams, cases, strict=True)] * 10:
+            with torch.cuda.stream(stream):
+                found.append(impl.fn(*case))
+        torch.cuda.synchronize()
+        for number, result in enumerate(found):
+            self.assertTrue(torch.equal(result, wanted[number % 2]))
+        of_nobody = impl.fn(*cases[0][:-1], torch.full_like(cases[0][-1], -1))
+        self.assertTrue(torch.equal(of_nobody, torch.zeros_like(of_nobody)))
 
     def test_eight_bit_product_of_the_library(self):
         generator = torch.Generator().manual_seed(4)

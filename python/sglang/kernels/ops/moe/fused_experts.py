@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, next_power_of_2, triton_dtype, triton_impl
 from sglang.kernels.ops.activation.silu_and_mul import limit_option, silu_and_mul_torch
+from sglang.kernels.ops.attention.tiles import multiprocessors
 from sglang.kernels.ops.moe.fused_experts_aiter import (
     fits_fused,
     fused_experts_aiter,
@@ -20,8 +23,11 @@ from sglang.kernels.ops.moe.fused_experts_aiter import (
 )
 from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.kernels.ops.quant.group_fp8 import GROUP
+from sglang.kernels.registry import probe_package
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.platforms import current_platform
+
+logger = logging.getLogger(__name__)
 
 # Experts whose counts one program of the ordering holds.
 MAX_TRITON_EXPERTS = 4096
@@ -175,6 +181,8 @@ def expert_product(
     """
     from sglang.kernels.ops.moe.fused_experts_triton import few_tokens_kernel, many_tokens_kernel
 
+    if order is not None and "SLOTS" in tile:
+        return slots_product(x, w, ids, order, tile, is_gate_up, dtype, limit)
     pairs, k_dim = ids.numel(), x.data.shape[1]
     width = w.data.shape[1] // 2 if is_gate_up else w.data.shape[1]
     if tile.get("TWO") and width % (2 * tile["BLOCK_N"]):
@@ -206,6 +214,49 @@ def expert_product(
     return Scaled(out, scale)
 
 
+@functools.cache
+def has_sm90_kernel() -> bool:
+    """Whether the kernel of ``slots_product`` imports: Triton's language for it is experimental. Logged where not."""
+    reason = probe_package("sglang.kernels.ops.moe.fused_experts_sm90_triton")
+    if reason is not None:
+        logger.warning("the kernel of 8-bit experts for sm_90 does not import (%s): a slower one runs", reason)
+    return reason is None
+
+
+def fits_slots(x: Scaled, w13: Scaled, w2: Scaled) -> bool:
+    """Whether ``slots_product`` takes both products: 8-bit, of whole tiles, and rows that begin at 16 bytes."""
+    if current_platform.arch != "sm_90" or w13.data.itemsize != 1:
+        return False
+    _, hidden, width = w2.data.shape
+    tensors = (x.data, w13.data, w2.data)
+    aligned = x.data.stride(0) % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    dense = w13.data.is_contiguous() and w2.data.is_contiguous()
+    return hidden % (2 * GROUP) == width % GROUP == 0 and aligned and dense and has_sm90_kernel()
+
+
+def slots_product(
+    x: Scaled, w: Scaled, ids: Tensor, order: PairOrder, tile: dict[str, Any], is_gate_up: bool, dtype: torch.dtype,
+    limit: float | None,
+) -> Scaled:  # fmt: skip
+    """``expert_product`` of blocks of 128 pairs for sm_90, by the kernel whose warps load or multiply."""
+    from sglang.kernels.ops.moe.fused_experts_sm90_triton import many_tokens_sm90_kernel, weight_tiles
+
+    assert x.scale is not None
+    pairs, k_dim = ids.numel(), x.data.shape[1]
+    width = w.data.shape[1] // 2 if is_gate_up else w.data.shape[1]
+    tiles, rest = divmod(width, GROUP if is_gate_up else 2 * GROUP)
+    assert rest == k_dim % GROUP == 0, "sizes that fits_slots() does not take"
+    out = torch.empty(pairs, width, dtype=x.data.dtype if is_gate_up else dtype, device=ids.device)
+    scale = torch.empty(pairs, width // GROUP, dtype=torch.float32, device=ids.device) if is_gate_up else None
+    programs = min(multiprocessors(current_platform.arch), order.max_blocks * tiles)
+    many_tokens_sm90_kernel[(programs,)](
+        x.data, x.scale, weight_tiles(w.data), w.scale, order.pairs, order.block_experts, order.num_blocks, out, scale,
+        pairs, width, k_dim, x.data.stride(0), *x.scale.stride(), tiles, tile["GROUP_M"], ids.shape[1], is_gate_up,
+        tile["SLOTS"], limit, torch.finfo(x.data.dtype).max, triton_dtype(dtype), num_warps=4,
+    )  # fmt: skip
+    return Scaled(out, scale)
+
+
 def weighted_sum(rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     """rows [N * k, H], one per pair -> [N, H]: each token's rows weighted and summed in order."""
     from sglang.kernels.ops.moe.fused_experts_triton import weighted_sum_kernel
@@ -232,8 +283,9 @@ def run_experts(
     (num_tokens, top_k), num_experts, dtype = ids.shape, w13.data.shape[0], dtype or x.dtype
     if num_tokens == 0:
         return torch.empty_like(x, dtype=dtype)
-    tiles = choose_tiles(current_platform.arch, 8 * w13.data.itemsize, num_tokens, top_k, num_experts)
     rows = prepare(x)
+    slots = fits_slots(rows, w13, w2)
+    tiles = choose_tiles(current_platform.arch, 8 * w13.data.itemsize, num_tokens, top_k, num_experts, slots)
     if tiles.path == "one":
         activated = prepare(one_token_product(rows, w13, ids, tiles.gate_up, dtype, True, limit))
         # With scales a pair's row is cheaper read alone, and the rows summed by a launch of their own.

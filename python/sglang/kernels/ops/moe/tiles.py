@@ -36,8 +36,11 @@ def _of_arch(arch: str) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_tiles(arch: str, bits: int, num_tokens: int, top_k: int, num_experts: int) -> MoeTiles:
-    """The tiles for a call with ``num_tokens`` tokens of ``top_k`` experts each, weights of ``bits`` bits."""
+def choose_tiles(arch: str, bits: int, num_tokens: int, top_k: int, num_experts: int, slots: bool = False) -> MoeTiles:
+    """The tiles for a call with ``num_tokens`` tokens of ``top_k`` experts each, weights of ``bits`` bits.
+
+    ``slots``: the operands fit the kernel of ``slots_product``, which then runs where the table has a row for it.
+    """
     table = _of_arch(arch)
     pairs = num_tokens * top_k
     rows = table[str(bits)]
@@ -49,5 +52,7 @@ def choose_tiles(arch: str, bits: int, num_tokens: int, top_k: int, num_experts:
         row = rows["few"]
         return MoeTiles("few", row["BLOCK_M"], row["gate_up"], row["down"])
     per_expert = pairs / num_experts
-    row = next(row for row in rows["many"] if row["rows_per_expert"] is None or per_expert <= row["rows_per_expert"])
+    row = rows.get("slots") if slots else None
+    if row is None or per_expert <= row["over_rows_per_expert"]:
+        row = next(r for r in rows["many"] if r["rows_per_expert"] is None or per_expert <= r["rows_per_expert"])
     return MoeTiles("many", row["BLOCK_M"], row["gate_up"], row["down"])

@@ -1,0 +1,244 @@
+"""Gluon kernels without a GPU: their bodies run as Python over torch tensors, one thread for each group of warps.
+
+What is checked is what they compute, which slots they read and write, and that no barrier waits for ever; layouts,
+which name no other values, are the compiler's to check. Products read shared memory as late as the kernel allows, and
+copies land when what counts them arrives.
+"""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from triton.experimental.gluon._runtime import GluonJITFunction
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.core import constexpr
+
+# Seconds after which a wait is a deadlock.
+PATIENCE = 10.0
+LAYOUTS = ("BlockedLayout", "SliceLayout", "NVMMADistributedLayout")
+THREADS = 128
+
+
+class Pointer:
+    """An address of a tensor's elements: the flat storage from the tensor's first element on, and offsets."""
+
+    def __init__(self, flat: torch.Tensor, offset: Any = 0) -> None:
+        self.flat, self.offset = flat, offset
+        self.dtype = types.SimpleNamespace(element_ty=flat.dtype)
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Pointer:
+        length = tensor.untyped_storage().nbytes() // tensor.itemsize - tensor.storage_offset()
+        return cls(tensor.as_strided((length,), (1,), tensor.storage_offset()))
+
+    def __add__(self, other: Any) -> Pointer:
+        return Pointer(self.flat, self.offset + other)
+
+
+class Shared:
+    """A place in shared memory, which begins as NaN or, of whole numbers, as 0."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data, self.dtype = data, data.dtype
+
+    def index(self, at: Any) -> Shared:
+        return Shared(self.data[int(at)])
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Shared(self.data.permute(order))
+
+    def store(self, value: torch.Tensor) -> None:
+        self.data.copy_(value)
+
+
+class Barrier:
+    """An mbarrier: a phase is over when ``count`` have arrived and no announced bytes are missing."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.phase = self.missing = 0
+
+    def init(self, count: int) -> None:
+        self.count = self.left = count
+
+    def arrive(self, number: int) -> None:
+        with self.changed:
+            self.left -= number
+            assert self.left >= 0, "more arrivals than a phase counts"
+            self.settle()
+
+    def settle(self) -> None:
+        if self.left == self.missing == 0:
+            self.left, self.phase = self.count, self.phase + 1
+            self.changed.notify_all()
+
+    def wait(self, parity: Any) -> None:
+        with self.changed:
+            if not self.changed.wait_for(lambda: self.phase % 2 != int(parity), PATIENCE):
+                raise AssertionError("a barrier was waited for in vain")
+
+
+class Barriers:
+    """The array that an allocation of barriers gives."""
+
+    def __init__(self, number: int) -> None:
+        self.all = [Barrier() for _ in range(number)]
+
+    def index(self, at: Any) -> Barrier:
+        return self.all[int(at)]
+
+
+def _elements(pointer: Pointer, mask: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    at = torch.as_tensor(pointer.offset)
+    wanted = torch.ones_like(at, dtype=torch.bool) if mask is None else torch.as_tensor(mask).expand(at.shape)
+    inside = (at >= 0) & (at < len(pointer.flat))
+    assert bool((inside | ~wanted).all()), "an address outside of its tensor"
+    return torch.where(wanted, at, 0), wanted
+
+
+def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> torch.Tensor:
+    at, wanted = _elements(pointer, mask)
+    found = (
+        pointer.flat.view(torch.uint8)[at].view(pointer.flat.dtype) if pointer.flat.itemsize == 1 else pointer.flat[at]
+    )
+    # Numbers of 8 bits know no where().
+    return found if mask is None else torch.where(wanted, found.float(), other).to(found.dtype)
+
+
+def store(pointer: Pointer, value: torch.Tensor, mask: Any = None) -> None:
+    at, wanted = _elements(pointer, mask)
+    bits = torch.uint8 if pointer.flat.itemsize == 1 else pointer.flat.dtype
+    values = value.to(pointer.flat.dtype).expand(at.shape)
+    pointer.flat.view(bits)[at[wanted]] = values.contiguous().view(bits)[wanted]
+
+
+def _copy_rows(place: Shared, pointer: Pointer, mask: Any = None) -> None:
+    _pending().append(lambda: place.store(load(pointer, mask)))
+
+
+def _copy_tile(descriptor: Any, coord: list[Any], barrier: Barrier, place: Shared) -> None:
+    row, column = (int(one) for one in coord)
+    rows, columns = descriptor.block_shape
+    place.store(descriptor.base[row : row + rows, column : column + columns])
+    with barrier.changed:
+        barrier.missing -= place.data.numel() * place.data.itemsize
+        barrier.settle()
+
+
+def _rows_arrive(barrier: Barrier, increment_count: bool) -> None:
+    for copy in _pending():
+        copy()
+    _pending().clear()
+    barrier.arrive(THREADS)
+
+
+def _expect(barrier: Barrier, num_bytes: int) -> None:
+    with barrier.changed:
+        barrier.missing += num_bytes
+    barrier.arrive(1)
+
+
+_own = threading.local()
+
+
+def _pending() -> list[Callable[[], None]]:
+    if not hasattr(_own, "copies"):
+        _own.copies = []
+    return _own.copies
+
+
+def _multiply(a: Shared, b: Shared, acc: Any, use_acc: bool, is_async: bool) -> Callable[[], torch.Tensor]:
+    assert is_async and not use_acc
+    return lambda: a.data.float() @ b.data.float()
+
+
+def _product(number: int, deps: list[Callable[[], torch.Tensor]]) -> torch.Tensor:
+    (product,) = deps
+    return product()
+
+
+def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
+    if dtype == torch.int64:
+        return Barriers(shape[0])
+    return Shared(torch.full(shape, torch.nan if dtype.is_floating_point else 0).to(dtype))
+
+
+def _specialize(
+    parts: list[tuple[Callable[..., None], tuple[Any, ...]]], warps: list[int], registers: list[int]
+) -> None:
+    errors: list[BaseException] = []
+
+    def run(body: Callable[..., None], args: tuple[Any, ...]) -> None:
+        try:
+            body(*args)
+        except BaseException as error:  # raised again by the thread that started this one
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=part) for part in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def _pair(function: Callable[..., torch.Tensor]) -> Callable[[Any, Any], Any]:
+    return lambda a, b: function(torch.as_tensor(a), torch.as_tensor(b))
+
+
+def _language(program: int, programs: int) -> types.SimpleNamespace:
+    return types.SimpleNamespace(
+        int64=torch.int64, float32=torch.float32,
+        program_id=lambda axis: program,
+        num_programs=lambda axis: programs,
+        arange=lambda start, end, layout: torch.arange(start, end),
+        full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
+        zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
+        load=load, store=store, static_range=range,
+        where=lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b),
+        minimum=_pair(torch.minimum), maximum=_pair(torch.maximum),
+        max=lambda x, axis: x.amax(axis), abs=torch.abs, exp=torch.exp, div_rn=torch.div, expand_dims=torch.unsqueeze,
+        convert_layout=lambda value, layout: value,
+        allocate_shared_memory=_allocate, warp_specialize=_specialize,
+        **dict.fromkeys(LAYOUTS, lambda *args, **kwargs: None),
+    )  # fmt: skip
+
+
+_HOPPER = {
+    "mbarrier": types.SimpleNamespace(
+        MBarrierLayout=lambda: None,
+        init=lambda barrier, count: barrier.init(count),
+        wait=lambda barrier, parity: barrier.wait(parity),
+        arrive=lambda barrier: barrier.arrive(1),
+        expect=_expect,
+    ),
+    "async_copy": types.SimpleNamespace(mbarrier_arrive=_rows_arrive),
+    "copy_rows": _copy_rows,
+    "copy_tile": _copy_tile,
+    "fence_async_shared": lambda: None,
+    "warpgroup_mma": _multiply,
+    "warpgroup_mma_wait": _product,
+}
+
+
+def _with_type(arg: Any) -> Any:
+    if not isinstance(arg, TensorDescriptor):
+        return arg
+    return types.SimpleNamespace(base=arg.base, block_shape=arg.block_shape, layout=arg.layout, dtype=arg.base.dtype)
+
+
+def run_program(kernel: GluonJITFunction, program: int, programs: int, *args: Any, **kwargs: Any) -> None:
+    """One program of ``kernel``; tensors become pointers, and descriptors say their type as they do on the device."""
+    given = dict(kernel.fn.__globals__)
+    scope = {name: value.value if isinstance(value, constexpr) else value for name, value in given.items()}
+    scope |= _HOPPER | {"gl": _language(program, programs)}
+    for name, value in given.items():
+        if isinstance(value, GluonJITFunction):
+            scope[name] = types.FunctionType(value.fn.__code__, scope, name, value.fn.__defaults__)
+    values = [Pointer.of(arg) if isinstance(arg, torch.Tensor) else _with_type(arg) for arg in args]
+    types.FunctionType(kernel.fn.__code__, scope, kernel.fn.__name__, kernel.fn.__defaults__)(*values, **kwargs)

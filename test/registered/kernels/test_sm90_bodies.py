@@ -1,0 +1,179 @@
+"""The kernel of 8-bit experts for sm_90, which Triton's interpreter does not know: on the CPU against the reference."""
+
+from __future__ import annotations
+
+import sys
+import unittest
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import triton
+
+from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul_torch
+from sglang.kernels.ops.moe import fused_experts, fused_experts_sm90_triton
+from sglang.kernels.ops.moe.fused_experts import PairOrder, Scaled, expert_product, fits_slots, has_sm90_kernel
+from sglang.kernels.ops.moe.tiles import choose_tiles
+from sglang.kernels.ops.quant import group_fp8
+from sglang.kernels.registry import REGISTRY
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.gluon_on_cpu import run_program
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=12, suite="stage-b-test-cpu")
+
+FP8 = torch.float8_e4m3fn
+TILE = {"SLOTS": 4, "GROUP_M": 2}
+PROGRAMS = 3
+
+
+class OnHost:
+    """In the place of the kernel: a launch runs its programs one after the other."""
+
+    kernel = fused_experts_sm90_triton.many_tokens_sm90_kernel
+
+    def __getitem__(self, grid):
+        def launch(*args, num_warps):
+            for program in range(*grid):
+                run_program(self.kernel, program, *grid, *args)
+
+        return launch
+
+
+def order_on_host(ids: torch.Tensor, experts: int, block: int) -> PairOrder:
+    """What ``order_pairs`` gives, past its end filled with what must not be read."""
+    flat, pairs, owners = ids.flatten(), [], []
+    for expert in range(experts):
+        mine = (flat == expert).nonzero().flatten().tolist()
+        mine += [flat.numel()] * (-len(mine) % block)
+        pairs += mine
+        owners += [expert] * (len(mine) // block)
+    ints = (pairs + [1 << 30] * block, [*owners, 1 << 30], [len(owners)])
+    return PairOrder(*(torch.tensor(one, dtype=torch.int32) for one in ints), len(owners) + 1)
+
+
+def stacked(experts: int, rows: int, columns: int, generator: torch.Generator) -> Scaled:
+    data, scales = zip(*(group_fp8.random_blocks(rows, columns, generator) for _ in range(experts)), strict=True)
+    return Scaled(torch.stack(data), torch.stack(scales))
+
+
+class TestBodies(CustomTestCase):
+    def setUp(self):
+        for name, value in (("multiprocessors", lambda arch: PROGRAMS), ("triton_dtype", lambda dtype: dtype)):
+            self.enterContext(mock.patch.object(fused_experts, name, value))
+        self.enterContext(mock.patch.object(fused_experts_sm90_triton, "many_tokens_sm90_kernel", OnHost()))
+        # Threads of a product in each of three threads would wait for one another.
+        self.addCleanup(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+
+    def test_full_blocks_and_others(self):
+        """Also pairs of nobody, an expert with one pair, more tiles than programs, and more steps than slots."""
+        ids = torch.randint(-1, 4, (150, 2), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
+        ids[:100, 0] = 2
+        ids[ids == 1] = 3
+        ids[7, 1] = 1
+        self.check(ids, 512, 256, 0.5)
+
+    def test_fewer_steps_than_slots(self):
+        """Of the second product one step per tile, and one tile per block."""
+        for counts in ([3], [64], [128], [65, 0, 129], [0, 0, 1]):
+            ids = torch.cat([torch.full((count,), expert) for expert, count in enumerate(counts)])
+            order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(2))
+            with self.subTest(counts=counts):
+                self.check(ids[order].int()[:, None], 256, 128, None)
+
+    def test_no_pair_of_anybody_ends(self):
+        self.check(torch.full((40, 2), -1, dtype=torch.int32), 256, 128, None)
+
+    def check(self, ids: torch.Tensor, hidden: int, width: int, limit: float | None) -> None:
+        """Both products of ``ids`` at 4 experts."""
+        generator = torch.Generator().manual_seed(3)
+        (tokens, top_k), dtype = ids.shape, torch.bfloat16
+        pairs = (ids.flatten() >= 0).nonzero().flatten()
+        w13, w2 = stacked(4, 2 * width, hidden, generator), stacked(4, hidden, width, generator)
+        x = Scaled(*group_fp8.quantize_groups_torch(torch.randn(tokens, hidden, generator=generator).to(dtype), FP8))
+        order = order_on_host(ids, 4, 128)
+        found = expert_product(x, w13, ids, order, TILE, 128, True, dtype, limit)
+        gate_up = self.products(x, w13, ids, pairs, pairs // top_k).to(dtype)
+        q, scale = group_fp8.quantize_groups_torch(silu_and_mul_torch(gate_up, limit), FP8)
+        torch.testing.assert_close(found.scale[pairs], scale, rtol=2**-7, atol=0)
+        torch.testing.assert_close(found.data[pairs].float(), q.float(), rtol=2**-3, atol=1.0)
+        self.assertGreaterEqual(int((found.data[pairs].float() == q.float()).sum()), 0.97 * q.numel())
+        down = expert_product(found, w2, ids, order, TILE, 128, False, dtype).data[pairs]
+        wanted = self.products(found, w2, ids, pairs, pairs)
+        torch.testing.assert_close(down.float(), wanted, rtol=2**-7, atol=2**-7)
+
+    def products(
+        self, x: Scaled, w: Scaled, ids: torch.Tensor, pairs: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        out, owners = torch.zeros(len(pairs), w.data.shape[1]), ids.flatten()[pairs]
+        for expert in owners.unique().tolist():
+            mine = owners == expert
+            operands = x.data[rows[mine]], x.scale[rows[mine]], w.data[expert], w.scale[expert]
+            out[mine] = group_fp8.scaled_product(*operands).float()
+        return out
+
+
+class TestWhenItRuns(CustomTestCase):
+    def setUp(self):
+        self.arch("sm_90")
+        has_sm90_kernel.cache_clear()
+        self.addCleanup(has_sm90_kernel.cache_clear)
+
+    def arch(self, name: str) -> None:
+        self.enterContext(mock.patch.object(fused_experts, "current_platform", SimpleNamespace(arch=name)))
+
+    def fits(self, hidden=256, width=128, x=None, dtype=FP8, **changed) -> bool:
+        x = torch.empty(8, hidden, dtype=dtype) if x is None else x
+        w13 = torch.empty(2, 2 * width, hidden, dtype=dtype)
+        weights = {"w13": w13, "w2": torch.empty(2, hidden, width, dtype=dtype)} | changed
+        scale = torch.empty(1)
+        return fits_slots(Scaled(x, scale), *(Scaled(one, scale) for one in weights.values()))
+
+    def test_sizes_and_layouts(self):
+        self.assertTrue(self.fits())
+        self.assertTrue(self.fits(hidden=512, width=384))
+        self.assertFalse(self.fits(hidden=384), "tiles of twice 128 columns")
+        self.assertFalse(self.fits(width=192), "a group of scales")
+        self.assertFalse(self.fits(dtype=torch.float16), "operands of the interpreter")
+        self.assertFalse(self.fits(w13=torch.empty(2, 512, 256, dtype=FP8)[:, ::2]), "weights with gaps")
+        self.assertFalse(self.fits(w2=torch.empty(2, 128, 256, dtype=FP8).transpose(1, 2)), "transposed weights")
+        self.assertFalse(self.fits(x=torch.empty(8 * 256 + 8, dtype=FP8)[8:].view(8, 256)), "rows at 8 bytes")
+        self.assertFalse(self.fits(x=torch.empty(8, 264, dtype=FP8)[:, :256]), "rows 264 bytes apart")
+        self.arch("sm_100")
+        self.assertFalse(self.fits())
+
+    def test_without_the_language_triton_s_tiles_run(self):
+        hidden = {"triton.experimental.gluon": None}
+        older = mock.patch.object(triton, "__version__", "3.5.1")
+        for name, patch in (("hidden", mock.patch.dict(sys.modules, hidden)), ("older", older)):
+            with self.subTest(name), mock.patch.dict(sys.modules), patch:
+                del sys.modules[fused_experts_sm90_triton.__name__]
+                has_sm90_kernel.cache_clear()
+                with self.assertLogs(fused_experts.logger, "WARNING") as logs:
+                    self.assertFalse(self.fits())
+                    self.assertFalse(self.fits())
+                self.assertEqual(len(logs.output), 1)
+                self.assertIn("Error: ", logs.output[0])
+        # What declares the ops does not import it.
+        self.assertNotIn(fused_experts_sm90_triton, REGISTRY.load_all())
+
+    def test_rows_per_expert(self):
+        """A table without the row takes Triton's tile, and so do few rows per expert and sizes that do not fit."""
+        for arch, tokens, slots, wanted in (
+            ("sm_90", 192, True, False),
+            ("sm_90", 193, True, True),
+            ("sm_90", 8192, True, True),
+            ("sm_90", 8192, False, False),
+            ("gfx942", 8192, True, False),
+        ):
+            tiles = choose_tiles(arch, 8, tokens, 8, 64, slots)
+            for tile in (tiles.gate_up, tiles.down):
+                with self.subTest(arch=arch, tokens=tokens, slots=slots):
+                    self.assertEqual("SLOTS" in tile, wanted)
+                    self.assertEqual("BLOCK_N" in tile, not wanted)
+            self.assertTrue(not wanted or tiles.block_m == fused_experts_sm90_triton.ROWS.value)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,64 @@
+"""8-bit experts of many tokens compile for sm_90 without a GPU, as launched, and fit the shared memory."""
+
+from __future__ import annotations
+
+import unittest
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+
+from sglang.kernels.ops.moe import fused_experts
+from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8_triton
+from sglang.test.amd_gate.driver import Launch, compile_only
+from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.test_utils import CustomTestCase
+
+register_cpu_ci(est_time=90, suite="nightly-cpu", nightly=True)
+
+# Of a program on an H100 or H200.
+SHARED_BYTES = 227 << 10
+
+
+def empty(*size: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(size, dtype=dtype, device="meta")
+
+
+class TestSm90Compiles(CustomTestCase):
+    def test_at_deepseek_v3_s_sizes(self) -> None:
+        for dtype, limit in ((torch.bfloat16, None), (torch.float16, 7.0)):
+            with self.subTest(dtype=dtype):
+                self.check(self.launches(8192, 7168, 2048, 256, 8, dtype, limit))
+
+    def test_at_the_smallest_sizes(self) -> None:
+        """One tile per block, one step per tile, and one expert per token."""
+        self.check(self.launches(128, 256, 128, 4, 1, torch.float32, None))
+
+    def test_other_sizes_take_triton_s_kernel(self) -> None:
+        launches = self.launches(128, 384, 128, 4, 1, torch.bfloat16, None)
+        self.assertEqual([launch.kernel for launch in launches], ["many_tokens_kernel"] * 2)
+
+    def launches(
+        self, tokens: int, hidden: int, width: int, experts: int, top_k: int, dtype: torch.dtype, limit: float | None
+    ) -> list[Launch]:
+        """Those of the two products."""
+        fp8 = torch.float8_e4m3fn
+        stacked = []
+        for rows, columns in ((2 * width, hidden), (hidden, width)):
+            stacked += [empty(experts, rows, columns, dtype=fp8), empty(experts, rows // 128, columns // 128)]
+        routing = empty(tokens, top_k), empty(tokens, top_k, dtype=torch.int32)
+        x = empty(tokens, hidden, dtype=fp8), empty(tokens, hidden // 128)
+        platform = mock.patch.object(fused_experts, "current_platform", SimpleNamespace(arch="sm_90"))
+        with platform, compile_only("sm_90") as driver:
+            fused_experts_fp8_triton(x[0], *stacked, *routing, x[1], dtype, limit)
+            return [launch for launch in driver.launches if launch.kernel.startswith("many_tokens")]
+
+    def check(self, launches: list[Launch]) -> None:
+        self.assertEqual([launch.kernel for launch in launches], ["many_tokens_sm90_kernel"] * 2)
+        for launch in launches:
+            self.assertLessEqual(launch.metadata["shared"], SHARED_BYTES)
+            self.assertIn("wgmma.mma_async", launch.assembly)
+
+
+if __name__ == "__main__":
+    unittest.main()
