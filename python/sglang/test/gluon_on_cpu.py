@@ -7,6 +7,7 @@ copies land when what counts them arrives.
 
 from __future__ import annotations
 
+import math
 import threading
 import types
 from collections.abc import Callable
@@ -191,9 +192,13 @@ def _pair(function: Callable[..., torch.Tensor]) -> Callable[[Any, Any], Any]:
     return lambda a, b: function(torch.as_tensor(a), torch.as_tensor(b))
 
 
+def _dropping(exact: Callable[..., torch.Tensor], floats: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda a, b: (floats if a.is_floating_point() else exact)(a, b)
+
+
 def _language(program: int, programs: int) -> types.SimpleNamespace:
     return types.SimpleNamespace(
-        int64=torch.int64, float32=torch.float32,
+        int32=torch.int32, int64=torch.int64, float32=torch.float32,
         program_id=lambda axis: program,
         num_programs=lambda axis: programs,
         arange=lambda start, end, layout: torch.arange(start, end),
@@ -201,8 +206,11 @@ def _language(program: int, programs: int) -> types.SimpleNamespace:
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
         load=load, store=store, static_range=range,
         where=lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b),
-        minimum=_pair(torch.minimum), maximum=_pair(torch.maximum),
-        max=lambda x, axis: x.amax(axis), abs=torch.abs, exp=torch.exp, div_rn=torch.div, expand_dims=torch.unsqueeze,
+        cast=lambda x, dtype, bitcast: x.view(dtype),
+        # As the hardware does, maxima and minima of floats drop NaN.
+        minimum=_pair(_dropping(torch.minimum, torch.fmin)), maximum=_pair(_dropping(torch.maximum, torch.fmax)),
+        max=lambda x, axis: x.nan_to_num(-math.inf, math.inf, -math.inf).amax(axis),
+        abs=torch.abs, exp=torch.exp, div_rn=torch.div, expand_dims=torch.unsqueeze,
         convert_layout=lambda value, layout: value,
         allocate_shared_memory=_allocate, warp_specialize=_specialize,
         **dict.fromkeys(LAYOUTS, lambda *args, **kwargs: None),

@@ -126,7 +126,7 @@ def true_quantize(x, dtype):
             cols = slice(128 * group, 128 * group + 128)
             scales[row, group] = scale = max(float(x[row, cols].abs().max()), 1e-10) / 448
             far = (EVERY_FP8.unsqueeze(1) - x[row, cols].double() / scale).abs()
-            q[row, cols] = EVERY_FP8[far.argmin(0)]
+            q[row, cols] = EVERY_FP8[far.argmin(0)] if scale == scale else scale
     return q, scales
 
 

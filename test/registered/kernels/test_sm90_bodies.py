@@ -86,22 +86,25 @@ class TestBodies(CustomTestCase):
         self.check(torch.full((40, 2), -1, dtype=torch.int32), 256, 128, None)
 
     def check(self, ids: torch.Tensor, hidden: int, width: int, limit: float | None) -> None:
-        """Both products of ``ids`` at 4 experts."""
+        """Both products of ``ids`` at 4 experts; the middle row has a NaN, which must not get lost."""
         generator = torch.Generator().manual_seed(3)
         (tokens, top_k), dtype = ids.shape, torch.bfloat16
         pairs = (ids.flatten() >= 0).nonzero().flatten()
         w13, w2 = stacked(4, 2 * width, hidden, generator), stacked(4, hidden, width, generator)
-        x = Scaled(*group_fp8.quantize_groups_torch(torch.randn(tokens, hidden, generator=generator).to(dtype), FP8))
+        rows = torch.randn(tokens, hidden, generator=generator).to(dtype)
+        rows[tokens // 2, hidden // 3] = float("nan")
+        x = Scaled(*group_fp8.quantize_groups_torch(rows, FP8))
         order = order_on_host(ids, 4, 128)
         found = expert_product(x, w13, ids, order, TILE, 128, True, dtype, limit)
         gate_up = self.products(x, w13, ids, pairs, pairs // top_k).to(dtype)
         q, scale = group_fp8.quantize_groups_torch(silu_and_mul_torch(gate_up, limit), FP8)
-        torch.testing.assert_close(found.scale[pairs], scale, rtol=2**-7, atol=0)
-        torch.testing.assert_close(found.data[pairs].float(), q.float(), rtol=2**-3, atol=1.0)
-        self.assertGreaterEqual(int((found.data[pairs].float() == q.float()).sum()), 0.97 * q.numel())
+        made, wanted = found.data[pairs].float(), q.float()
+        torch.testing.assert_close(found.scale[pairs], scale, rtol=2**-7, atol=0, equal_nan=True)
+        torch.testing.assert_close(made, wanted, rtol=2**-3, atol=1.0, equal_nan=True)
+        self.assertGreaterEqual(int((made == wanted).sum()), 0.97 * int((wanted == wanted).sum()))
         down = expert_product(found, w2, ids, order, TILE, 128, False, dtype).data[pairs]
         wanted = self.products(found, w2, ids, pairs, pairs)
-        torch.testing.assert_close(down.float(), wanted, rtol=2**-7, atol=2**-7)
+        torch.testing.assert_close(down.float(), wanted, rtol=2**-7, atol=2**-7, equal_nan=True)
 
     def products(
         self, x: Scaled, w: Scaled, ids: torch.Tensor, pairs: torch.Tensor, rows: torch.Tensor

@@ -68,7 +68,7 @@ def maybe(rng: random.Random, share: float, key: str, *values: Any) -> dict[str,
 
 
 def a_request(rng: random.Random, tokenizer: Tokenizer, vocab: int, text: str, before: list[Request], limit: int):
-    """A prompt, often one that begins as an earlier one does, or of a length at a limit; and what is asked of it."""
+    """A prompt, often one that begins as an earlier one does, or of a length at a limit; its parameters; its fields."""
     ids = tokenizer.encode(text)
     kind = rng.randrange(4)
     if kind < 2 and before:

@@ -19,6 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from sglang.kernels.ops.quant.scales_triton import LEAST
 from sglang.kernels.registry import is_older
 
 # Before it warp_specialize() took other arguments.
@@ -159,10 +160,10 @@ def _multiply(
                 gate = _clamp(acc.to(dtype).to(gl.float32), LIMIT, dtype, sums, False)
                 silu = (gate / (1.0 + gl.exp(-gate))).to(dtype).to(gl.float32)
                 out = (silu * _clamp(acc_2.to(dtype).to(gl.float32), LIMIT, dtype, sums, True)).to(dtype).to(gl.float32)
-                largest = gl.maximum(gl.max(gl.abs(out), axis=1), 1e-10)
+                bits = gl.max(gl.cast(gl.abs(out), gl.int32, bitcast=True), axis=1)
+                largest = gl.cast(gl.maximum(bits, LEAST), gl.float32, bitcast=True)
                 scale = gl.div_rn(largest, gl.full([HALF], LARGEST, gl.float32, gl.SliceLayout(1, sums)))
                 q = gl.div_rn(out, gl.expand_dims(scale, 1) + zero)
-                q = gl.minimum(gl.maximum(q, -LARGEST), LARGEST)
                 _store(q.to(out_ptr.dtype.element_ty), out_ptr, run, tile * GROUP, pairs, width, 16)
                 gl.store(out_scale_ptr + members.to(gl.int64) * (width // GROUP) + tile, scale, mask=valid)
             else:

@@ -61,7 +61,8 @@ def fp8_dtype(arch: str) -> torch.dtype:
 def quantize_groups_torch(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """``scale = max(|x|, 1e-10) / largest`` over each group of 128 columns, ``q = x / scale`` rounded to ``dtype``.
 
-    x [N, K] float with K a multiple of 128, dtype an 8-bit float -> q [N, K] dtype, scale [N, K / 128] float32.
+    x [N, K] float with K a multiple of 128, dtype an 8-bit float -> q [N, K] dtype, scale [N, K / 128] float32. One NaN
+    makes its group and the scale NaN, so that what is made of it is NaN too.
     """
     rows, columns = x.shape
     if columns % GROUP:
@@ -239,8 +240,8 @@ def _rows() -> Iterator[tuple[str, Tensor]]:
     for rows, columns in ((1, 128), (5, 384), (0, 256), (70, 256)):
         yield f"{rows}x{columns}", torch.randn(rows, columns, generator=generator)
     ugly = torch.randn(4, 256, generator=generator)
-    ugly[0], ugly[1, :128], ugly[2, 7] = 0.0, 1e-20, 3e4
-    yield "zero-tiny-outlier", ugly
+    ugly[0], ugly[1, :128], ugly[2, 7], ugly[3, 130] = 0.0, 1e-20, 3e4, float("nan")
+    yield "zero-tiny-outlier-nan", ugly
 
 
 def _quantize_cases() -> Iterator[Case]:

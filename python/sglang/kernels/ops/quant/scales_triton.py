@@ -6,14 +6,20 @@ import triton.language as tl
 GROUP = tl.constexpr(128)
 
 
+# The bits of 1e-10, the least size that a scale is made of.
+LEAST = tl.constexpr(0x2EDBE6FF)
+
+
 @triton.jit
 def quantize(groups, LARGEST: tl.constexpr):
-    """groups [G, 128] float32 -> the numbers to be rounded to 8 bits, and the scale of each group."""
-    # Divisions round as the reference's do: one bit decides which 8-bit value is nearest.
-    scale = tl.maximum(tl.max(tl.abs(groups), axis=1), 1e-10)
+    """groups [G, 128] float32 -> the numbers to be rounded to 8 bits, and the scale of each group; NaN with one NaN."""
+    # The bits of sizes are in the order of the sizes, and those of NaN are above: a maximum of floats would drop it.
+    bits = tl.max(tl.abs(groups).to(tl.int32, bitcast=True), axis=1)
+    scale = tl.maximum(bits, LEAST).to(tl.float32, bitcast=True)
+    # Divisions round as the reference's do: one bit decides which 8-bit value is nearest. A quotient is past LARGEST by
+    # rounding alone, and rounds to LARGEST.
     scale = tl.div_rn(scale, tl.full(scale.shape, LARGEST, tl.float32))
-    q = tl.div_rn(groups, tl.broadcast_to(scale[:, None], groups.shape))
-    return tl.minimum(tl.maximum(q, -LARGEST), LARGEST), scale
+    return tl.div_rn(groups, tl.broadcast_to(scale[:, None], groups.shape)), scale
 
 
 @triton.jit
