@@ -14,10 +14,10 @@ def forbid_waits(worker: TpModelWorker, prompts: bool = True) -> None:
     """From here on a forward or a choice of tokens that waits for the device raises; prompts: those of prompts too."""
     forward = worker.forward
 
-    def strict(run: Callable[[Any], Any], argument: Any) -> Any:
+    def strict(run: Callable[..., Any], *args: Any) -> Any:
         torch.cuda.set_sync_debug_mode("error")
         try:
-            return run(argument)
+            return run(*args)
         finally:
             torch.cuda.set_sync_debug_mode("default")
 

@@ -18,8 +18,7 @@ register_cpu_ci(est_time=3, suite="stage-a-test-cpu")
 
 class TestFloat32Weights(CustomTestCase):
     def test_the_weight_is_multiplied_before_the_one_rounding(self):
-        for case in rms_norm.cases():
-            x, weight, eps = case.args
+        for x, weight, eps in (case.args for case in rms_norm.cases() if len(case.args) == 3):
             x = x.bfloat16()
             wide = x.double()
             wanted = wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()

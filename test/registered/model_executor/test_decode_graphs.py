@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gc
 import tempfile
 import unittest
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +18,7 @@ from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.dp_sync import agree
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.written_rows import fingerprint
+from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.model_executor.capture_lint import CaptureViolation
 from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.graph_check import GraphCheck
@@ -403,6 +406,23 @@ class TestRanks(CustomTestCase):
         kept = run_ranks(lambda rank: found[rank].agree(2, "logits differ" if rank else ""), range(2))
         self.assertEqual(kept, [False, False])
         self.check_refused(found, 2, "logits differ")
+
+
+class TestWhatAGraphReads(CustomTestCase):
+    def test_tensors_of_a_captured_body_live_as_long_as_its_graph(self) -> None:
+        """A device graph holds addresses only: memory that others got since gave a replay their numbers."""
+        held: list[weakref.ref[torch.Tensor]] = []
+
+        def body_of(bucket: int) -> Callable[[], Any]:
+            zero = torch.zeros(())
+            held.append(weakref.ref(zero))
+            return lambda: SimpleNamespace(tensors=lambda: (), given=zero + bucket)
+
+        graphs: BucketGraphs[Any] = BucketGraphs("step", [1, 2], CPU)
+        graphs.capture_all(body_of, lambda: SimpleNamespace(capture=lambda body: body() and None, replay=lambda: None))
+        self.assertEqual((graphs.captured, len(held)), ([1, 2], 2))
+        gc.collect()
+        self.assertTrue(all(each() is not None for each in held))
 
 
 if __name__ == "__main__":

@@ -33,10 +33,14 @@ Body = Callable[[], Output]
 
 @dataclass(frozen=True)
 class CapturedStep(Generic[Output]):
-    """One bucket: its graph, and the output that each replay overwrites."""
+    """One bucket: its graph, and the output that each replay overwrites.
+
+    The graph reads what ``body`` holds, at the same addresses, so that lives as long as the graph.
+    """
 
     graph: DeviceGraph
     output: Output
+    body: Body[Output]
 
 
 class BucketGraphs(Generic[Output]):
@@ -82,7 +86,7 @@ class BucketGraphs(Generic[Output]):
         """Capture the step, and return why that is refused, or "". Other errors raise after the ranks have agreed."""
         try:
             with capture_lint(self._device):
-                self._steps[bucket] = CapturedStep(graph, graph.capture(body))
+                self._steps[bucket] = CapturedStep(graph, graph.capture(body), body)
         except CaptureViolation as violation:
             return str(violation)
         except Exception as error:
