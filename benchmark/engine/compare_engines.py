@@ -157,6 +157,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5, help="At least 4. Default: 5.")
     args, flags = parser.parse_known_args()
     from sglang.srt.platforms import current_platform
+    from sglang.test.paired import MIN_PAIRS
+
+    if args.pairs < MIN_PAIRS:
+        parser.error(f"an interval needs at least {MIN_PAIRS} pairs, --pairs is {args.pairs}")
 
     print(f"# {current_platform.describe()}; {' '.join(flags)}; {args.input_len} tokens in", flush=True)
     for through in args.through:
