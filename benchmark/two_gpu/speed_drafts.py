@@ -94,8 +94,7 @@ def bench(folder: str, num_steps: int, exchange: str, args: argparse.Namespace) 
     sizes = {"max_running_requests": max(args.batches), "max_total_tokens": REQUEST_TOKENS * max(args.batches)}
     with mock.patch.dict(os.environ, variables), Engine(
         model_path=folder, load_format="dummy", context_length=2048, skip_tokenizer_init=True, log_level="error",
-        skip_server_warmup=True, disable_radix_cache=True, **sizes, **settings,
-        **of_exchange,
+        skip_server_warmup=True, disable_radix_cache=True, **sizes, **settings, **of_exchange,
     ) as engine:  # fmt: skip
         found = {batch: step_ms(engine, batch * args.world, args.runs) for batch in args.batches}
         state = engine.get_server_info()["internal_states"][0]

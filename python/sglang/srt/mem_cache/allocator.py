@@ -9,6 +9,7 @@ import torch
 
 from sglang.srt.mem_cache.slot_list import SlotAccountingError, SlotList
 from sglang.srt.mem_cache.window_pages import WindowPages
+from sglang.srt.model_executor.forward_batch_info import low_words
 
 _MAX_SLOT = 2**31 - 1  # slot ids are kept as int32 in the request table
 
@@ -255,8 +256,8 @@ class ReqToTokenPool(SlotList):
 
         Part of a step, captured or not; rows of padding write slot 0 into the padding row.
         """
-        low_words = slot_ids.view(torch.int32)[..., ::2]  # nothing is launched for a view
-        self.req_to_token.index_put_((rows.view(-1, *(1,) * (slot_ids.dim() - 1)), positions), low_words)
+        rows = rows.view(-1, *(1,) * (slot_ids.dim() - 1))
+        self.req_to_token.index_put_((rows, positions), low_words(slot_ids))
 
     def _copied(self, values: np.ndarray) -> torch.Tensor:
         """``values`` copied to the device asynchronously, because a step may be running; the host does not change them
