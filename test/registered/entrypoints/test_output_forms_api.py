@@ -194,11 +194,25 @@ class TestThoughtsAndTools(FormCase):
         self.assertIn("add", self.fake.tokenizer.decode(named.input_ids))
         either = self.chat(tools=[ADD, NOW], response_format=FORMATS)
         self.assertEqual(either.grammar, form(tools, None, SCHEMA))
+        for text in ({"json_schema": json.dumps(SCHEMA)}, {"structured_outputs": {"json": json.dumps(SCHEMA)}}):
+            self.assertEqual(self.chat(tools=[ADD, NOW], **text).grammar, form(tools, None, SCHEMA))
+        for text, reason in (("{", "not valid JSON"), ("null", "must be an object"), ("[" * 10**5, "not valid JSON")):
+            body = {"model": "default", "messages": HI, "tools": [ADD], "guided_json": text}
+            self.assertIn(reason, self.refused("/v1/chat/completions", body))
         self.assertEqual(
             self.chat(tools=[ADD], tool_choice="none", response_format=FORMATS).grammar,
             grammar_of("json_schema", json.dumps(SCHEMA), WHITE_SPACE),
         )
         self.assertIsNone(self.chat(tools=[ADD, NOW]).grammar)
+
+
+class TestWhiteSpace(FormCase):
+    settings = {**FormCase.settings, "constrained_json_disable_any_whitespace": True}
+
+    def test_the_setting_holds_for_a_reply_that_may_be_a_call(self):
+        for fields in ({}, {"tools": [ADD]}):
+            grammar = self.chat(response_format=FORMATS, **fields).grammar
+            self.assertIn('"whitespace_flexible":false', grammar.replace(" ", ""))
 
 
 class TestWithout(CustomTestCase):

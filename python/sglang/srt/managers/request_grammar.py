@@ -33,7 +33,7 @@ class RequestGrammars:
         self._thread = ThreadPoolExecutor(1, "grammar")
         self._checker: GrammarChecker | None = None
         if tokenizer is not None and self._refusal is None:
-            self._checker = GrammarChecker(tokenizer.to_json, vocab_size, _json_options(args))
+            self._checker = GrammarChecker(tokenizer.to_json, vocab_size, json_options(args))
         self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
 
     def check_served(self, params: SamplingParams) -> None:
@@ -93,7 +93,7 @@ def grammar_refusal(args: ServerArgs) -> str | None:
     return None
 
 
-def _json_options(args: ServerArgs) -> dict[str, Any]:
+def json_options(args: ServerArgs) -> dict[str, Any]:
     """llguidance's options for white space in JSON."""
     if args.constrained_json_disable_any_whitespace:
         return {"whitespace_flexible": False}

@@ -22,6 +22,22 @@ def output_form(body: GenerationRequest) -> dict[str, Any]:
     return found[0][1] if found else {}
 
 
+def answer_schema(schema: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """``schema``, the JSON schema of a form or its text, with llguidance's ``options`` where it sets none of its own.
+
+    Raises RequestError.
+    """
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"The JSON schema is not valid JSON: {error}.", param="json_schema") from None
+    schema = {} if schema is True else schema
+    if not isinstance(schema, Mapping):
+        raise RequestError("The JSON schema must be an object.", param="json_schema")
+    return {"x-guidance": options, **schema}
+
+
 def _response_format(name: str, value: Mapping[str, Any]) -> dict[str, Any]:
     kind = value.get("type", "text")
     if kind == "text":

@@ -10,8 +10,10 @@ from typing import Any
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.entrypoints.context import ServerContext
 from sglang.srt.entrypoints.openai.offered_tools import forced_tools, max_calls, offered_tools
+from sglang.srt.entrypoints.openai.output_form import answer_schema
 from sglang.srt.entrypoints.openai.protocol import CalledFunction, ChatCompletionRequest, ChatDelta, DeltaToolCall
 from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.request_grammar import json_options
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.parser.reasoning_parser import (
     REASONING_PARSERS,
@@ -123,6 +125,7 @@ class ReplyParsers:
         self._reasoning = args.reasoning_parser
         self._tool_calls = None if args.tool_call_parser is None else TOOL_CALL_PARSERS[args.tool_call_parser]
         self._tokenizer = context.manager.tokenizer
+        self._json_options = json_options(args)
         self._end_id: int | None = None
         if self._tokenizer is None:
             return
@@ -185,7 +188,10 @@ class ReplyParsers:
         forced, token_id = forced_tools(body), self._tokenizer.token_id
         if forced:
             return {"ebnf": self._tool_calls.grammar(forced, max_calls(body), token_id)}
-        return form if schema is None else {"ebnf": self._tool_calls.grammar(tools, max_calls(body), token_id, schema)}
+        if schema is None:
+            return form
+        answer = answer_schema(schema, self._json_options)
+        return {"ebnf": self._tool_calls.grammar(tools, max_calls(body), token_id, answer)}
 
     def begins_in_thought(self, body: ChatCompletionRequest, native: GenerateReqInput) -> bool | None:
         """Whether the reply continues with a thought; None where it may begin one, and for all where no parser is."""
