@@ -152,7 +152,7 @@ class ModelHarness:
         out = self.run(batch, every_row)
         if not every_row:
             return out
-        return list(out.next_token_logits.log_softmax(-1).split(lengths))
+        return list(out.next_token_logits.log_softmax(-1, dtype=torch.float32).split(lengths))
 
     def extend_in_chunks(self, request: HarnessRequest, tokens: Sequence[int], size: int) -> torch.Tensor:
         """Run ``tokens`` of one request in steps of ``size``; [tokens, V] log-probabilities."""
@@ -181,7 +181,7 @@ class ModelHarness:
             DECODE, [r.row for r in requests], seq_lens, slots, self._state_slots(requests)
         )
         batch = replace(batch, input_ids=torch.tensor([token for _, token in steps], dtype=torch.int64))
-        return list(self.run(batch, every_row=True).next_token_logits.log_softmax(-1).split(1))
+        return list(self.run(batch, every_row=True).next_token_logits.log_softmax(-1, dtype=torch.float32).split(1))
 
     def run(self, batch: ModelWorkerBatch, every_row: bool) -> LogitsProcessorOutput:
         """One forward step of ``batch``."""

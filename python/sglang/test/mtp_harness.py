@@ -80,4 +80,4 @@ class MtpHarness(ModelHarness):
             self.backend.init_forward_metadata(forward_batch)
             out = self.draft(forward_batch.input_ids, forward_batch.positions, forward_batch, hidden)
         assert out.hidden_states is not None
-        return out.next_token_logits.log_softmax(-1), out.hidden_states
+        return out.next_token_logits.log_softmax(-1, dtype=torch.float32), out.hidden_states

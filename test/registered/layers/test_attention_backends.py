@@ -130,7 +130,7 @@ class TestPlans(BackendCase):
                 StepKind("verify", width), [request.row for request in requests], ends, slots.flatten()
             )
             out = harness.run(replace(batch, input_ids=torch.tensor(news).flatten()), every_row=True)
-            results.append(out.next_token_logits.log_softmax(-1))
+            results.append(out.next_token_logits.log_softmax(-1, dtype=torch.float32))
         torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-5)
 
     def test_rows_that_nobody_planned_are_not_attended(self):

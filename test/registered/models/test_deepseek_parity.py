@@ -122,7 +122,7 @@ class DeepseekParity:
         out = self.harness.extend(
             list(zip(requests, (first, second, self.prompts[4]))), logprobs=[wanted, None, None], every_row=False
         )
-        for row, i in zip(out.next_token_logits.log_softmax(-1), (0, 1, 4), strict=True):
+        for row, i in zip(out.next_token_logits.log_softmax(-1, dtype=torch.float32), (0, 1, 4), strict=True):
             self.assertLess((row - self.truth[i][-1]).abs().max().item(), TOLERANCE)
         truth = self.truth[0][3:-1]
         scored = truth.gather(1, torch.tensor(first[4:]).unsqueeze(1)).squeeze(1)

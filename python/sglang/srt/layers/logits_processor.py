@@ -31,8 +31,8 @@ class RowFault(IntEnum):
 class LogitsProcessorOutput:
     """Logits of the step, and the requested log-probabilities of prompt tokens.
 
-    next_token_logits [B, V] float32. ``prompt_logprobs`` are blocks of scored prompt rows, each with the index of its
-    request, in the order of the rows.
+    next_token_logits [B, V] float, as the head computes them. ``prompt_logprobs`` are blocks of scored prompt rows,
+    each with the index of its request, in the order of the rows.
     """
 
     next_token_logits: torch.Tensor
@@ -65,7 +65,7 @@ class LogitsProcessor(nn.Module):
     def forward(
         self, hidden: torch.Tensor, lm_head: Callable[[torch.Tensor], torch.Tensor], forward_batch: ForwardBatch
     ) -> LogitsProcessorOutput:
-        """hidden [N, H] after the final norm, lm_head [n, H] -> [n, V] float32; returns logits of the wanted rows."""
+        """hidden [N, H] after the final norm, lm_head [n, H] -> [n, V] float; returns logits of the wanted rows."""
         wanted = hidden if forward_batch.logits_rows is None else hidden.index_select(0, forward_batch.logits_rows)
         out = LogitsProcessorOutput(lm_head(wanted), hidden_states=hidden if forward_batch.wants_hidden else None)
         starts = forward_batch.extend_start_loc_cpu
@@ -98,7 +98,7 @@ class LogitsProcessor(nn.Module):
             for begin in range(0, num_rows, block):
                 part = own[begin : begin + block]
                 size = part.shape[0]
-                logprobs = lm_head(hidden[first + begin : first + begin + size]).log_softmax(-1)
+                logprobs = lm_head(hidden[first + begin : first + begin + size]).log_softmax(-1, dtype=torch.float32)
                 scored = RowLogprobs(
                     token=logprobs.gather(1, part.unsqueeze(1)).squeeze(1),
                     top=best_entries(logprobs, [wanted.top_k] * size),

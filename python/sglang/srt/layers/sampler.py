@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from sglang.kernels.ops.sampling.check_ids import check_ids
 from sglang.kernels.ops.sampling.draw import draw
 from sglang.kernels.ops.sampling.greedy import fits_aiter, greedy_aiter, greedy_sample, greedy_torch
 from sglang.srt.distributed.parallel_state import get_tp_group, is_dp_attention_enabled
-from sglang.srt.layers.logits_processor import LogitsProcessorOutput, RowFault
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.layers.logprobs import ChosenIds, RowLogprobs, best_entries
 from sglang.srt.sampling.host_edits import HostEdits
 from sglang.srt.sampling.logit_edits import LogitEdits
@@ -52,12 +53,10 @@ class Sampler(torch.nn.Module):
         own distribution (before penalties and temperature). Nothing here waits for the device.
         """
         raw = logits_output.next_token_logits
-        sampled, faults = _choose(raw, sampling_info, positions)
-        ids = sampled.clamp(0, raw.shape[-1] - 1)
-        bad_ids = torch.where(sampled == ids, 0, int(RowFault.TOKEN_ID))
-        logits_output.row_faults = torch.where(faults == 0, bad_ids, faults)
+        chosen, faults = _choose(raw, sampling_info, positions)
+        ids, logits_output.row_faults = check_ids(chosen, faults, raw.shape[-1])
         if return_logprob:
-            logprobs = torch.log_softmax(raw.float(), dim=-1)
+            logprobs = torch.log_softmax(raw, dim=-1, dtype=torch.float32)
             logits_output.row_logprobs = RowLogprobs(
                 token=logprobs.gather(1, ids.to(torch.int64).unsqueeze(1)).squeeze(1),
                 top=best_entries(logprobs, top_logprobs_nums),

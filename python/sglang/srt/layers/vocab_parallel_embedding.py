@@ -49,8 +49,8 @@ class ParallelLMHead(_VocabShard):
     """The output projection; ``logits`` gathers the ranks' parts of the vocabulary."""
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [N, hidden] -> logits [N, vocab] in float32, the same on every rank."""
+        """hidden [N, hidden] -> logits [N, vocab] in hidden's dtype, the same on every rank."""
         logits = F.linear(hidden, self.weight)
         if self._tp.size > 1:
             logits = self._tp.all_gather(logits, dim=-1)[:, : self.vocab_size]
-        return logits.float()
+        return logits

@@ -130,7 +130,7 @@ class AcceptGraphs:
         likely = 100.0 * torch.randint(0, 3, drafts.shape, generator=generator).clamp(max=1).to(drafts.device)
         likely[0, 0] = 100.0
         logits = output.next_token_logits.view(bucket, width, -1)[:size]
-        logits[:, :-1].scatter_add_(2, drafts.unsqueeze(2), likely.unsqueeze(2))
+        logits[:, :-1].scatter_add_(2, drafts.unsqueeze(2), likely.unsqueeze(2).to(logits.dtype))
         logits[-1, -1, -1] = math.inf  # a fault
         for tensor in (self._runner.last_token, self._relay.committed):
             tensor.zero_()

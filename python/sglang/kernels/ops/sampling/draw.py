@@ -281,6 +281,7 @@ def _cases() -> Iterator[Case]:
         logits = torch.randn(len(few), vocab, generator=generator) * 3
         yield Case(f"{vocab}-mixed", draw_args(logits, few))
         yield Case(f"{vocab}-one-row", draw_args(logits[:1], plain, 3))
+    yield Case("20001-bfloat16", draw_args(logits.to(torch.bfloat16), rows))  # of which many are equal
     # More scores are close to each other than a chunk holds: the row itself is searched.
     logits[0, :2500] += 20.0
     yield Case("20001-crowded", draw_args(logits[:2], [RowOf(top_k=2300), RowOf(top_p=0.5)]))
@@ -311,6 +312,7 @@ def _edited_cases(rows: list[RowOf], generator: torch.Generator) -> Iterator[Cas
         "left": torch.tensor([1, 0, 0], dtype=torch.int32),
     }
     yield Case("edits", draw_args(logits, rows, **edits))
+    yield Case("edits-bfloat16", draw_args(logits.to(torch.bfloat16), rows, **edits))
     bias = torch.zeros(3, 151)
     bias[0, 5], bias[2, 7] = 4.0, -1e30
     allowed = torch.randint(-(2**31), 2**31, (len(rows), 5), generator=generator).to(torch.int32)

@@ -102,6 +102,7 @@ def _cases() -> Iterator[Case]:
     ugly[6, 7], ugly[6, 4999] = math.inf, -math.nan
     yield Case("inf-nan-many-blocks", (ugly,))
     yield Case("inf-nan", (ugly[:, :65].contiguous(),))
+    yield Case("bfloat16", (ugly.to(torch.bfloat16),))
     yield Case("extremes", (torch.tensor([[-3.4e38, -3.3e38], [1e-40, -1e-40], [-1e-45, -2e-45]]),))
     yield Case("strided", (torch.randn(40, 6, generator=generator).t(),))
 

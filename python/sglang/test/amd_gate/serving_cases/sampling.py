@@ -6,19 +6,20 @@ from collections.abc import Iterator
 
 import torch
 
+from sglang.kernels.ops.sampling.check_ids import check_ids
 from sglang.kernels.ops.sampling.draw import RowOf, draw, draw_args
 from sglang.kernels.ops.sampling.greedy import greedy_sample
 from sglang.kernels.spec import Case, Op
 
 
 def draw_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Batches of float32 logits over served models' vocabularies, without contents."""
+    """Batches of logits over served models' vocabularies, without contents; the last ones of float32."""
     top_p, all_three = RowOf(top_p=0.9), RowOf(0.7, 50, 0.9, 0.05)
     for rows, vocab in ((1, 102400), (128, 129280), (128, 248320)):
-        logits = torch.empty(rows, vocab, device=device)
+        logits = torch.empty(rows, vocab, dtype=torch.bfloat16, device=device)
         for name, row in (("plain", RowOf()), ("top-p", top_p), ("all", all_three)):
             yield draw, Case(f"{rows}x{vocab} {name}", draw_args(logits, row))
-    logits = torch.empty(128, 248320, device=device)
+    logits = torch.empty(128, 248320, dtype=torch.bfloat16, device=device)
     edits = {
         "edit_rows": torch.empty(128, dtype=torch.int32, device=device),
         "marks": torch.empty(4, 248320, dtype=torch.int32, device=device),
@@ -31,17 +32,29 @@ def draw_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     penalised = {name: edits[name] for name in ("edit_rows", "marks", "penalties", "left")}
     for vocab in (129280, 248320):
         penalised["marks"] = torch.empty(4, vocab, dtype=torch.int32, device=device)
-        args = draw_args(torch.empty(128, vocab, device=device), all_three, **penalised)
+        args = draw_args(torch.empty(128, vocab, dtype=torch.bfloat16, device=device), all_three, **penalised)
         yield draw, Case(f"128x{vocab} penalised", args)
+    for row in (top_p, all_three):
+        yield draw, Case("128x129280 float32", draw_args(torch.empty(128, 129280, device=device), row))
 
 
 def greedy_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """Batches of float32 logits over served models' vocabularies, without contents."""
+    """Batches of logits over served models' vocabularies, without contents."""
     for rows, vocab in ((1, 102400), (128, 129280), (128, 248320), (512, 129280)):
-        yield greedy_sample, Case(f"{rows}x{vocab}", (torch.empty(rows, vocab, device=device),))
+        for dtype in (torch.bfloat16, torch.float32):
+            logits = torch.empty(rows, vocab, dtype=dtype, device=device)
+            yield greedy_sample, Case(f"{rows}x{vocab} {dtype}", (logits,))
+
+
+def check_ids_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
+    """Chosen ids of batches, without contents."""
+    for rows in (1, 128, 512):
+        ids = torch.empty(rows, dtype=torch.int64, device=device)
+        yield check_ids, Case(f"{rows} rows", (ids, torch.empty_like(ids), 129280))
 
 
 CASES = (
+    check_ids_cases,
     draw_cases,
     greedy_cases,
 )

@@ -1,0 +1,56 @@
+"""Ids that a kernel chose, before the device uses them: those outside the vocabulary are replaced and marked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sglang.kernels.launch import cdiv, triton_impl
+from sglang.kernels.spec import Case, Impl, Op
+
+# Why a row has no token although its logits are sound: the id that was chosen is none.
+TOKEN_ID_FAULT = 3
+BLOCK = 256
+
+
+def check_ids_torch(chosen: Tensor, faults: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """chosen [B] int32 or int64 and faults [B] int64, 0 for none -> ids [B] and faults [B], in the same dtypes.
+
+    Ids are in [0, vocab_size). A row without a fault gets ``TOKEN_ID_FAULT`` where its id was not.
+    """
+    ids = chosen.clamp(0, vocab_size - 1)
+    outside = torch.where(chosen == ids, 0, TOKEN_ID_FAULT)
+    return ids, torch.where(faults == 0, outside, faults)
+
+
+def check_ids_triton(chosen: Tensor, faults: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
+    from sglang.kernels.ops.sampling.check_ids_triton import check_ids_kernel
+
+    ids, checked = torch.empty_like(chosen), torch.empty_like(faults)
+    if rows := chosen.numel():
+        check_ids_kernel[(cdiv(rows, BLOCK),)](chosen, faults, ids, checked, rows, vocab_size, BLOCK=BLOCK, num_warps=4)
+    return ids, checked
+
+
+def _accepts(chosen: Tensor, faults: Tensor, vocab_size: int) -> bool:
+    return chosen.is_contiguous() and faults.is_contiguous()
+
+
+def _cases() -> Iterator[Case]:
+    for dtype, largest in ((torch.int32, 2**31 - 1), (torch.int64, 2**63 - 1)):
+        chosen = torch.tensor([0, 31, 32, -1, largest, -largest - 1, 7, 77], dtype=dtype)
+        faults = torch.tensor([0, 0, 0, 0, 0, 0, 1, 2])
+        yield Case(f"outside-{dtype}".replace("torch.", ""), (chosen, faults, 32))
+        yield Case(f"many-{dtype}".replace("torch.", ""), (chosen.repeat(65), faults.repeat(65), 77))
+    yield Case("none", (torch.empty(0, dtype=torch.int64), torch.empty(0, dtype=torch.int64), 32))
+    yield Case("one", (torch.tensor([5]), torch.tensor([0]), 5))
+
+
+check_ids = Op(
+    "sampling.check_ids",
+    triton_impl(check_ids_triton, _accepts),
+    Impl("torch", check_ids_torch),
+    cases=_cases,
+)
