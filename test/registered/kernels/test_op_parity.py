@@ -200,6 +200,12 @@ def true_route_by_id(logits, token_ids, table, scoring, renormalize, scale):
     return torch.tensor(weights).double().view(shape), torch.tensor(ids).double().view(shape)
 
 
+def true_check_ids(chosen, faults, vocab_size):
+    ids = [min(max(one, 0), vocab_size - 1) for one in chosen.tolist()]
+    faulty = [fault or 3 * (one not in range(vocab_size)) for one, fault in zip(chosen.tolist(), faults.tolist())]
+    return torch.tensor(ids).double(), torch.tensor(faulty).double()
+
+
 def true_linear(x, w, bias=None):
     rows = [w.double() @ row for row in x.double()]
     out = torch.stack(rows) if rows else torch.empty(0, w.shape[0], dtype=torch.float64)
@@ -207,6 +213,7 @@ def true_linear(x, w, bias=None):
 
 
 TRUTHS = {
+    "sampling.check_ids": true_check_ids,
     "linear.dense": true_linear,
     "norm.rms_norm": true_rms_norm,
     "norm.gated_rms_norm": true_gated_norm,
@@ -241,7 +248,7 @@ QUANTIZING = (
 # Ops whose arguments or results have a dtype of their own next to bfloat16.
 OWN_DTYPES = (
     "moe.fused_experts_fp8", "moe.fused_experts_mxfp4", "moe.route_by_id", "moe.router_logits",
-    "quant.quantize_groups", "quant.block_fp8_linear", *QUANTIZING,
+    "quant.quantize_groups", "quant.block_fp8_linear", "sampling.check_ids", *QUANTIZING,
 )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ from unittest import mock
 
 import torch
 
-from sglang.kernels.ops.sampling.check_ids import check_ids
 from sglang.kernels.ops.sampling.draw import RowOf, draw, draw_args, draw_torch, filter_torch
 from sglang.kernels.ops.sampling.greedy import greedy_sample, greedy_torch
 from sglang.kernels.ops.sampling.seeded import seeded_sample_torch, uniform_from_seed_torch
@@ -309,16 +308,6 @@ class TestFaults(CustomTestCase):
                 self.assertEqual(faults, wanted)
                 self.assertEqual((output.row_faults != 0).tolist(), [bool(fault) for fault in wanted])
                 self.assertEqual([ids[row] for row in healthy], [answers[row] for row in healthy])
-
-    def test_checked_ids_row_by_row(self) -> None:
-        for case in check_ids.cases():
-            chosen, faults, vocab_size = case.args
-            ids, checked = check_ids(*case.args)
-            self.assertEqual((ids.dtype, checked.dtype), (chosen.dtype, faults.dtype))
-            for row, (one, fault) in enumerate(zip(chosen.tolist(), faults.tolist(), strict=True)):
-                inside = one in range(vocab_size)
-                self.assertEqual(int(checked[row]), fault or (0 if inside else RowFault.TOKEN_ID), case.name)
-                self.assertIn(int(ids[row]), [one] if inside else range(vocab_size), case.name)
 
     def test_the_models_fault_comes_first(self) -> None:
         logits = torch.zeros(2, 32)
