@@ -61,6 +61,7 @@ class FakeScheduler:
         self.delay_s = 0.0
         self.error: FinishReason | None = None
         self.frozen = False
+        self.num_steps = 0
         self.experts: dict[str, Any] = {}
         self.received: list[Any] = []
         self.running: dict[str, _Running] = {}
@@ -118,7 +119,8 @@ class FakeScheduler:
             self._to_tokenizer.send(ProfileReqOutput(seq=message.seq, success=True, message="none"))
         elif isinstance(message, GetInternalStateReq):
             load = {"num_running_reqs": len(self.running), "num_queue_reqs": 0, "num_used_tokens": 0}
-            state = {**load, "experts": self.experts}
+            steps = {"num_prefill_steps": 0, "num_decode_steps": self.num_steps}
+            state = {**load, **steps, "experts": self.experts}
             self._to_tokenizer.send(GetInternalStateReqOutput(seq=message.seq, internal_state=state))
 
     def _enqueue(self, request: TokenizedGenerateReqInput) -> None:
@@ -131,6 +133,7 @@ class FakeScheduler:
             self.running[request.rid] = entry
 
     def _step(self) -> None:
+        self.num_steps += 1
         talk: list[tuple[_Running, FinishReason | None]] = []
         for rid, entry in list(self.running.items()):
             position = len(entry.output_ids)

@@ -16,7 +16,7 @@ from sglang.srt.entrypoints.context import ServerStatus
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.recv_stats import RecvStats
 from sglang.srt.managers import prompt_text
-from sglang.srt.managers.io_struct import AbortReq, FinishReason, FlushCacheReqInput
+from sglang.srt.managers.io_struct import AbortReq, FinishReason, FlushCacheReqInput, StartedReqs
 from sglang.srt.utils.network import PortError, bind, listen
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import CONTEXT_LEN, FakeServer, FakeServerTestCase
@@ -177,6 +177,29 @@ class TestInformation(FakeServerTestCase):
             self.fake.context.status = status
             self.assertEqual(self.client.get("/health").status_code, 503)
         self.fake.context.status = ServerStatus.UP
+
+    def test_a_busy_server_that_sends_nothing_is_healthy(self):
+        """Answers without a stream fill the server, and the probe waits for the end of one."""
+        scheduler = self.fake.scheduler
+        enqueue = scheduler._enqueue
+
+        def full(message):
+            if message.rid.startswith("HEALTH_CHECK"):
+                scheduler._to_tokenizer.send(StartedReqs(rids=[message.rid]))
+            else:
+                enqueue(message)
+
+        with envs.SGLANG_HEALTH_CHECK_TIMEOUT.override(1), mock.patch.object(scheduler, "_enqueue", full):
+            reply = self.client.get("/health_generate")  # started, and no step has run
+            self.assertEqual(reply.status_code, 503)
+            scheduler.delay_s = 0.02
+            self.addCleanup(setattr, scheduler, "delay_s", 0.0)
+            with ThreadPoolExecutor(1) as pool:
+                call = pool.submit(self.generate, text="a", sampling_params={"max_new_tokens": 100, "ignore_eos": True})
+                self.fake.until(lambda: scheduler.running)
+                self.assertEqual(self.client.get("/health_generate").status_code, 200)
+                self.assertFalse(call.done())
+                self.assertEqual(call.result().status_code, 200)
 
     def test_model_info(self):
         for path in ("/model_info", "/get_model_info"):

@@ -4,6 +4,7 @@ import asyncio
 import tempfile
 import types
 import unittest
+from unittest import mock
 
 import msgspec
 
@@ -11,6 +12,7 @@ from sglang.srt.managers.admission import Place
 from sglang.srt.managers.io_struct import (
     AbortReq,
     FinishReason,
+    FlushCacheReqOutput,
     GenerateReqInput,
     SchedulerMessage,
     TokenizedGenerateReqInput,
@@ -348,6 +350,34 @@ class TestAborts(ManagerTestCase):
                 await task
         await self.refused("scheduler died", text="abc")
         self.assertFalse(any(isinstance(m, AbortReq) for m in self.scheduler.received))
+
+    async def test_a_cancellation_that_comes_together_with_the_result_is_not_lost(self):
+        ready = asyncio.Event()
+
+        async def prepare(*_):
+            await ready.wait()
+            return [], False
+
+        async def generate():
+            return await anext(self.manager.generate_request(GenerateReqInput(text="a", request_timeout=60)))
+
+        def answer():
+            for future in self.manager._replies.values():
+                future.set_result(FlushCacheReqOutput(seq=0, success=False))
+
+        self.scheduler.frozen = True
+        with mock.patch.object(self.manager, "_prepare", prepare):
+            for work, finish in ((generate, ready.set), (lambda: self.manager.flush_cache(60), answer)):
+                for turns in range(5):
+                    task = asyncio.create_task(work())
+                    await asyncio.sleep(0.01)
+                    finish()
+                    for _ in range(turns):
+                        await asyncio.sleep(0)
+                    task.cancel()
+                    await asyncio.wait({task}, timeout=5)
+                    self.assertTrue(task.cancelled(), turns)
+                    ready.clear()
 
 
 class TestControl(ManagerTestCase):

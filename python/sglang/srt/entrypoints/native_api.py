@@ -38,6 +38,7 @@ T = TypeVar("T")
 JsonObject = dict[str, Any]
 
 _POLL_S = 0.02
+_STEPS_POLL_S = 0.1
 _MAX_FLUSH_WAIT_S = 3600
 
 
@@ -149,7 +150,7 @@ class NativeApi:
         return Response("failed", 503) if self._manager.failure is not None else Response()
 
     async def health_generate(self, request: Request) -> Response:
-        """200 if the engine sends anything within the time window: a busy server is healthy."""
+        """200 if any request gets output within the time window, or if steps run: a busy server is healthy."""
         status = await self.ping(request)
         if status.status_code == 200 and not await self._engine_answers(envs.SGLANG_HEALTH_CHECK_TIMEOUT.get()):
             status = Response(status_code=503)
@@ -165,14 +166,32 @@ class NativeApi:
                 async for _ in self._manager.generate_request(probe, is_bounded=False):
                     pass
 
-        task = asyncio.create_task(run())
+        async def steps() -> bool:
+            """Whether steps run, of which the probe's is at most one: without a stream nothing is sent before the end
+            of an answer, and the probe may wait for that."""
+            with contextlib.suppress(RequestError):
+                first = await self._num_steps()
+                while await self._num_steps() < first + 2:
+                    await asyncio.sleep(_STEPS_POLL_S)
+                return True
+            return False
+
+        probing, stepping = asyncio.create_task(run()), asyncio.create_task(steps())
         try:
-            while self._manager.last_receive_time < started and time.monotonic() - started < timeout_s:
-                await asyncio.wait({task}, timeout=_POLL_S)
+            while self._manager.last_output_time < started and time.monotonic() - started < timeout_s:
+                if stepping.done() and stepping.result():
+                    break
+                await asyncio.wait({probing}, timeout=_POLL_S)
+            answers = self._manager.last_output_time >= started or stepping.done() and stepping.result()
         finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-        return self._manager.last_receive_time >= started and self._manager.failure is None
+            probing.cancel()
+            stepping.cancel()
+            await asyncio.gather(probing, stepping, return_exceptions=True)
+        return answers and self._manager.failure is None
+
+    async def _num_steps(self) -> int:
+        states = await self._manager.get_internal_states()
+        return sum(state["num_prefill_steps"] + state["num_decode_steps"] for state in states)
 
     def _info(
         self, path: str, read: Callable[[ServerContext], Awaitable[Any]], about: str, *aliases: str,

@@ -11,6 +11,8 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from copy import copy
 from typing import TYPE_CHECKING, Any
 
+import anyio
+
 from sglang.srt.managers.admission import Admission, Place
 from sglang.srt.managers.dp_routing import LoadBalancer
 from sglang.srt.managers.io_struct import (
@@ -179,11 +181,13 @@ class TokenizerManager:
         if obj.return_warnings:
             group.warnings = list(warnings)
         timeout_s = time_limit(obj.request_timeout, self.server_args.request_timeout) if is_bounded else None
-        began = time.monotonic()
+        began = asyncio.get_running_loop().time()
         aborted = self._preparing[group] = set() if place is None else place.aborted
         try:
-            tokenized, is_list = await asyncio.wait_for(self._prepare(obj, group, is_bounded, place), timeout_s)
-        except asyncio.TimeoutError:
+            # Before Python 3.12 asyncio.wait_for loses a cancellation that comes together with the result.
+            with anyio.fail_after(timeout_s):
+                tokenized, is_list = await self._prepare(obj, group, is_bounded, place)
+        except TimeoutError:
             self.num_timed_out += 1
             raise out_of_time(timeout_s) from None
         finally:
@@ -191,8 +195,7 @@ class TokenizerManager:
         timer = None
         try:
             if timeout_s is not None:
-                left_s = timeout_s - (time.monotonic() - began)
-                timer = asyncio.get_running_loop().call_later(left_s, self._expire, group, timeout_s)
+                timer = asyncio.get_running_loop().call_at(began + timeout_s, self._expire, group, timeout_s)
             if self.failure is not None:
                 raise self.failure
             self._log.received(obj, group.states)
@@ -285,8 +288,9 @@ class TokenizerManager:
         try:
             for seq, sender in zip(asked, self._senders, strict=True):
                 sender.send(message_type(seq=seq))
-            return await asyncio.wait_for(asyncio.gather(*asked.values()), timeout_s)
-        except asyncio.TimeoutError:
+            with anyio.fail_after(timeout_s):
+                return await asyncio.gather(*asked.values())
+        except TimeoutError:
             raise RequestError(
                 f"The scheduler did not answer within {timeout_s:g} s.", 503, "ServiceUnavailableError"
             ) from None
@@ -309,22 +313,19 @@ class TokenizerManager:
         if isinstance(message, BatchStrOutput):
             for output in message.outputs:
                 # A missing state means that the reader left; its abort has been sent.
-                state = self._states.get(output.rid)
-                if state is None:
+                if (state := self._states.get(output.rid)) is None:
                     continue
                 if output.finish_reason is not None:
                     self._forget(state)
                 state.receive(output)
             return
         if isinstance(message, StartedReqs):
-            states = [state for rid in message.rids if (state := self._states.get(rid)) is not None]
-            fresh = [state for state in states if self._leave_queue(state)]
+            fresh = [state for rid in message.rids if (state := self._states.get(rid)) and self._leave_queue(state)]
             for state in fresh:
                 state.started(message.at)
             self.admission.started(len(fresh))
             return
-        future = self._replies.get(message.seq)
-        if future is not None and not future.done():
+        if (future := self._replies.get(message.seq)) is not None and not future.done():
             future.set_result(message)
 
     def _leave_queue(self, state: RequestState) -> bool:
@@ -427,8 +428,7 @@ class TokenizerManager:
         return tokenized
 
     def _token_text(self, token_id: int) -> str | None:
-        text = self._token_texts.get(token_id)
-        if text is None:
+        if (text := self._token_texts.get(token_id)) is None:
             assert self.tokenizer is not None
             text = self._token_texts[token_id] = self.tokenizer.decode([token_id], skip_special_tokens=False)
         return text
