@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypedDict, TypeVar
 
+import anyio
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
@@ -38,7 +39,6 @@ T = TypeVar("T")
 JsonObject = dict[str, Any]
 
 _POLL_S = 0.02
-_STEPS_POLL_S = 0.1
 _MAX_FLUSH_WAIT_S = 3600
 
 
@@ -157,37 +157,28 @@ class NativeApi:
         return status
 
     async def _engine_answers(self, timeout_s: float) -> bool:
-        started = time.monotonic()
+        """Whether output comes in time or, as some comes at an end alone, two steps: one may be the probe's."""
+        manager, started = self._manager, time.monotonic()
         params = {"max_new_tokens": 1, "temperature": 0}
         probe = GenerateReqInput(input_ids=[0], sampling_params=params, rid=f"HEALTH_CHECK_{uuid.uuid4().hex}")
 
         async def run() -> None:
             with contextlib.suppress(RequestError):
-                async for _ in self._manager.generate_request(probe, is_bounded=False):
+                async for _ in manager.generate_request(probe, is_bounded=False):
                     pass
 
-        async def steps() -> bool:
-            """Whether steps run, of which the probe's is at most one: without a stream nothing is sent before the end
-            of an answer, and the probe may wait for that."""
-            with contextlib.suppress(RequestError):
-                first = await self._num_steps()
-                while await self._num_steps() < first + 2:
-                    await asyncio.sleep(_STEPS_POLL_S)
-                return True
-            return False
-
-        probing, stepping = asyncio.create_task(run()), asyncio.create_task(steps())
+        task = asyncio.create_task(run())
         try:
-            while self._manager.last_output_time < started and time.monotonic() - started < timeout_s:
-                if stepping.done() and stepping.result():
-                    break
-                await asyncio.wait({probing}, timeout=_POLL_S)
-            answers = self._manager.last_output_time >= started or stepping.done() and stepping.result()
+            with anyio.fail_after(timeout_s):
+                first = await self._num_steps()
+                while manager.last_output_time < started and await self._num_steps() < first + 2:
+                    await asyncio.sleep(_POLL_S)
+            return manager.failure is None
+        except (RequestError, TimeoutError):
+            return False
         finally:
-            probing.cancel()
-            stepping.cancel()
-            await asyncio.gather(probing, stepping, return_exceptions=True)
-        return answers and self._manager.failure is None
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _num_steps(self) -> int:
         states = await self._manager.get_internal_states()

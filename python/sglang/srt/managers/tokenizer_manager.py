@@ -85,7 +85,7 @@ class TokenizerManager:
         self._grammars = RequestGrammars(server_args, tokenizer, self.vocab_size)
         self.failure: RequestError | None = None
         self._admits = True
-        self.last_receive_time = 0.0
+        self.last_output_time = 0.0  # of any request
         # Most prompts times samples of one call; None for the offline engine.
         self.max_requests_per_call: int | None = None
         self.unknown_fields = UnknownFields()
@@ -309,8 +309,8 @@ class TokenizerManager:
             self.fail(RequestError(f"The server failed: {error}", 500, "InternalServerError"))
 
     def _handle(self, message: TokenizerMessage) -> None:
-        self.last_receive_time = time.monotonic()
         if isinstance(message, BatchStrOutput):
+            self.last_output_time = time.monotonic()
             for output in message.outputs:
                 # A missing state means that the reader left; its abort has been sent.
                 if (state := self._states.get(output.rid)) is None:

@@ -23,10 +23,7 @@ def output_form(body: GenerationRequest) -> dict[str, Any]:
 
 
 def answer_schema(schema: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """``schema``, the JSON schema of a form or its text, with llguidance's ``options`` where it sets none of its own.
-
-    Raises RequestError.
-    """
+    """A schema, which may be JSON text, with llguidance's ``options`` where it sets none. Raises RequestError."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
