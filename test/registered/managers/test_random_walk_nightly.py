@@ -16,12 +16,14 @@ from sglang.srt.managers.detokenizer_manager import RequestText
 from sglang.srt.managers.io_struct import AbortReq, BatchTokenIDOutput, FlushCacheReqInput
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.utils.hf_tokenizer import Tokenizer
-from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.ci.ci_register import register_amd_ci, register_cpu_ci, register_cuda_ci
 from sglang.test.engine_harness import EngineHarness
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tasks import heldout_questions
 
 register_cpu_ci(est_time=180, suite="nightly-cpu", nightly=True)
+register_cuda_ci(est_time=420, suite="nightly-1-gpu", nightly=True)
+register_amd_ci(est_time=900, suite="nightly-amd-1-gpu", nightly=True)
 
 WALKS, V4 = 40, "deepseek-v4-tiny"
 SCHEMA = '{"type":"object","properties":{"a":{"type":"integer"},"b":{"enum":["x","yy"]}},"required":["a"]}'
