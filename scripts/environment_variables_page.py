@@ -45,15 +45,13 @@ def _describe(field: EnvField[Any]) -> str:
     sentences = [field.doc]
     if field.choices:
         sentences.append("One of " + ", ".join(f"`{c}`" for c in field.choices if c != "") + ".")
-    elif field.unit or field.minimum is not None or field.maximum is not None:
+    elif field.unit or field.minimum is not None:
         allowed = field.describe()
         sentences.append(allowed[0].upper() + allowed[1:] + ".")
     if field.requires:
         sentences.append(f"Requires {field.requires}.")
     if field.platform:
         sentences.append({"hip": "AMD ROCm only.", "cuda": "CUDA only.", "cpu": "CPU only."}[field.platform])
-    if field.deprecated_names:
-        sentences.append("Deprecated names: " + ", ".join(f"`{n}`" for n in field.deprecated_names) + ".")
     if field.pending:
         sentences.append(f"**Accepted, no effect yet** (waits for {field.pending}).")
     return " ".join(sentences)

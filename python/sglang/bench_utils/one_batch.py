@@ -27,12 +27,17 @@ class StaticBatch:
     device) and the logits. ``release`` frees everything.
     """
 
+    _drafts = False
+
     def __init__(self, runner: ModelRunner, allocator: TokenToKVPoolAllocator, batch_size: int) -> None:
         self.runner = runner
         self.allocator = allocator
         self.rows: list[int] = []
         self.states: list[int] = []
         self.seq_lens = [0] * batch_size
+        # KV locations that each request holds: of its tokens, and with draft tokens of some after them.
+        self._held = [0] * batch_size
+        self._ahead = 0
         # Pages of each request whose window rows were freed.
         self._passed = [0] * batch_size
         if batch_size > runner.req_to_token_pool.available_size():
@@ -61,19 +66,20 @@ class StaticBatch:
         self._leave_windows()
         starts = list(self.seq_lens)
         ends = [start + len(prompt) for start, prompt in zip(starts, prompts, strict=True)]
-        slots = self._take(self.allocator.alloc_extend(starts, ends, self._last_slots()), sum(map(len, prompts)))
-        self.runner.req_to_token_pool.write_extend(self.rows, starts, ends, slots)
-        self.seq_lens = ends
-        return self._step(
-            ModelWorkerBatch.extend(
-                self.rows,
-                starts,
-                ends,
-                torch.from_numpy(np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])),
-                slots,
-                self.states or None,
-            )
+        slots = self._reach([end + self._ahead for end in ends])
+        self.runner.req_to_token_pool.write_extend(self.rows, starts, self._held, slots)
+        spans = zip(slots.split([held - start for held, start in zip(self._held, starts)]), prompts)
+        batch = ModelWorkerBatch.extend(
+            self.rows,
+            starts,
+            ends,
+            torch.from_numpy(np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])),
+            torch.cat([mine[: len(prompt)] for mine, prompt in spans]),
+            self.states or None,
+            successors=[-1] * len(prompts) if self._drafts else None,
         )
+        self.seq_lens = ends
+        return self._step(batch)
 
     def decode(self, ids: torch.Tensor) -> tuple[torch.Tensor, LogitsProcessorOutput]:
         """Append ``ids`` [B], one to each request, and compute them."""
@@ -82,25 +88,20 @@ class StaticBatch:
         ends = [position + 1 for position in positions]
         slots = self._take(self.allocator.alloc_decode(ends, self._last_slots()), len(ends))
         self.runner.req_to_token_pool.write_decode(self.rows, positions, slots)
-        self.seq_lens = ends
+        self.seq_lens = self._held = ends
         self.runner.last_token.index_copy_(0, self._device_rows, ids.to(torch.int64))
         return self._step(ModelWorkerBatch.uniform(DECODE, self.rows, ends, slots, self.states or None))
 
     def release(self) -> None:
         """Free KV locations, request rows and states."""
         pool = self.runner.req_to_token_pool
-        for row, length in zip(self.rows, self.num_slots, strict=True):
-            self.allocator.free(pool.read(row, 0, length))
+        for row, held in zip(self.rows, self._held, strict=True):
+            self.allocator.free(pool.read(row, 0, held))
             pool.free(row)
         for state in self.states:
             assert self.runner.memory.state_slots is not None
             self.runner.memory.state_slots.free(state)
-        self.rows, self.states, self.seq_lens = [], [], []
-
-    @property
-    def num_slots(self) -> list[int]:
-        """KV locations that each request holds."""
-        return self.seq_lens
+        self.rows, self.states, self.seq_lens, self._held = [], [], [], []
 
     def _step(self, batch: ModelWorkerBatch) -> tuple[torch.Tensor, LogitsProcessorOutput]:
         step = self.runner.forward(batch)
@@ -118,6 +119,14 @@ class StaticBatch:
                 window.take_back(slots[::page].numpy() // page)
                 self._passed[number] = first
 
+    def _reach(self, ends: Sequence[int]) -> torch.Tensor:
+        """Reserve KV locations up to the lengths ``ends``; returns the new ones, [N] int64 on the host."""
+        ends = [max(held, end) for held, end in zip(self._held, ends, strict=True)]
+        needed = sum(ends) - sum(self._held)
+        slots = self._take(self.allocator.alloc_extend(self._held, ends, self._last_slots()), needed)
+        self._held = ends
+        return slots
+
     def _take(self, slots: torch.Tensor | None, needed: int) -> torch.Tensor:
         window = self.allocator.window
         if slots is None:
@@ -134,43 +143,26 @@ class StaticBatch:
             return [-1] * len(self.rows)
         pool = self.runner.req_to_token_pool
         return [
-            int(pool.read(row, length - 1, length)[0]) if length else -1
-            for row, length in zip(self.rows, self.num_slots, strict=True)
+            int(pool.read(row, held - 1, held)[0]) if held else -1
+            for row, held in zip(self.rows, self._held, strict=True)
         ]
 
 
 class SpeculatingBatch(StaticBatch):
     """The same with draft tokens: a decode step is a verify step, and requests grow by their accepted tokens."""
 
+    _drafts = True
+
     def __init__(self, worker: TpModelWorker, allocator: TokenToKVPoolAllocator, batch_size: int) -> None:
         assert worker.speculator is not None
         super().__init__(worker.runner, allocator, batch_size)
         self._worker = worker
         self._ahead = worker.speculator.spec.slots_ahead
-        self._held = [0] * batch_size
-
-    @property
-    def num_slots(self) -> list[int]:
-        return self._held
 
     def extend(self, prompts: Sequence[Sequence[int] | np.ndarray]) -> tuple[torch.Tensor, LogitsProcessorOutput]:
         """Compute whole prompts in one step."""
         assert not any(self.seq_lens), "a prompt in chunks would need the token after each chunk"
-        starts, ends = list(self.seq_lens), [len(prompt) for prompt in prompts]
-        slots = self._reach([end + self._ahead for end in ends])
-        self.runner.req_to_token_pool.write_extend(self.rows, starts, self._held, slots)
-        spans = zip(slots.split(self._held), ends, strict=True)
-        batch = ModelWorkerBatch.extend(
-            self.rows,
-            starts,
-            ends,
-            torch.from_numpy(np.concatenate([np.asarray(prompt, np.int64) for prompt in prompts])),
-            torch.cat([mine[:end] for mine, end in spans]),
-            self.states or None,
-            successors=[-1] * len(prompts),
-        )
-        self.seq_lens = ends
-        return self._launch(batch)[:2]
+        return super().extend(prompts)
 
     def decode(self, ids: torch.Tensor) -> tuple[torch.Tensor, LogitsProcessorOutput]:
         """One verify step. ``ids`` are on the device already: the step that sampled them has stored them."""
@@ -187,13 +179,8 @@ class SpeculatingBatch(StaticBatch):
         self.seq_lens = [start + count for start, count in zip(starts, counts, strict=True)]
         return ids, output
 
-    def _reach(self, ends: Sequence[int]) -> torch.Tensor:
-        """Reserve KV locations up to the lengths ``ends``; returns the new ones, [N] int64 on the host."""
-        ends = [max(held, end) for held, end in zip(self._held, ends, strict=True)]
-        needed = sum(ends) - sum(self._held)
-        slots = self._take(self.allocator.alloc_extend(self._held, ends, self._last_slots()), needed)
-        self._held = ends
-        return slots
+    def _step(self, batch: ModelWorkerBatch) -> tuple[torch.Tensor, LogitsProcessorOutput]:
+        return self._launch(batch)[:2]
 
     def _launch(self, batch: ModelWorkerBatch) -> tuple[torch.Tensor, LogitsProcessorOutput, list[int]]:
         """The newest id of each request, the logits, and how many tokens each got; waits for the step."""

@@ -62,7 +62,7 @@ def check(environ: Mapping[str, str], fields: Fields, platform_kind: str | None)
     if platform_kind is not None and platform_kind not in _PLATFORM_NAMES:
         raise ValueError(f"platform_kind {platform_kind!r} is none of {', '.join(_PLATFORM_NAMES)}")
     findings = _Findings()
-    owners = {name: f for f in fields.values() for name in (f.name, *f.old_names)}
+    owners = {name: f for f in fields.values() for name in f.names}
     for name in sorted(n for n in environ if n.startswith(("SGLANG_", "SGL_"))):
         if name not in fields and (_SERVICE_LINK_NAME.search(name) or _SERVICE_LINK_VALUE.match(environ[name])):
             continue

@@ -22,7 +22,7 @@ class EnvError(ValueError):
 class EnvField(ABC, Generic[T]):
     """One declared variable; the attribute it is assigned to is its name.
 
-    `minimum`/`maximum` bound a number inclusively; `choices` lists all allowed values; `platform` is the only platform
+    `minimum` is the least value of a number; `choices` lists all allowed values; `platform` is the only platform
     kind on which it acts ("cpu", "cuda", "hip"; empty: all); `pending` names the capability that will read it and that
     is not built yet; `requires` says in words what else must be set; a `secret` value is never printed.
     """
@@ -37,12 +37,10 @@ class EnvField(ABC, Generic[T]):
         doc: str,
         section: str = "General Configuration",
         minimum: float | None = None,
-        maximum: float | None = None,
         choices: Sequence[str | int] = (),
         unit: str = "",
         platform: str = "",
         secret: bool = False,
-        deprecated_names: Sequence[str] = (),
         requires: str = "",
         pending: str = "",
     ) -> None:
@@ -51,8 +49,7 @@ class EnvField(ABC, Generic[T]):
         self.name = ""
         self.default: T = default
         self.doc, self.section, self.unit, self.requires, self.pending = doc, section, unit, requires, pending
-        self.minimum, self.maximum, self.choices = minimum, maximum, tuple(choices)
-        self.platform, self.secret, self.deprecated_names = platform, secret, tuple(deprecated_names)
+        self.minimum, self.choices, self.platform, self.secret = minimum, tuple(choices), platform, secret
         self._warned = False
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -61,14 +58,15 @@ class EnvField(ABC, Generic[T]):
         self.name = name
 
     @property
-    def old_names(self) -> tuple[str, ...]:
-        """Names under which the variable is still found: the SGL_ prefix, then the deprecated names."""
-        prefixed = ("SGL_" + self.name[len("SGLANG_") :],) if self.name.startswith("SGLANG_") else ()
-        return prefixed + self.deprecated_names
+    def names(self) -> tuple[str, ...]:
+        """Its name, and the old one with the prefix SGL_, under which a variable of the engine is still found."""
+        if not self.name.startswith("SGLANG_"):
+            return (self.name,)
+        return (self.name, "SGL_" + self.name.removeprefix("SGLANG_"))
 
     def find(self, environ: Mapping[str, str]) -> tuple[str, str] | None:
-        """The (name, stripped text) that holds the value; None if unset. Empty text is unset; the newest name wins."""
-        for name in (self.name, *self.old_names):
+        """The (name, stripped text) that holds the value; None if unset. Empty text is unset; the new name wins."""
+        for name in self.names:
             text = environ.get(name)
             if text is not None and text.strip():
                 return name, text.strip()
@@ -92,7 +90,7 @@ class EnvField(ABC, Generic[T]):
         return self._parse_checked(self.name, text.strip())
 
     def is_set(self) -> bool:
-        """True if the variable, or an old name of it, has a non-empty value."""
+        """True if the variable, or its old name, has a non-empty value."""
         return self.find(os.environ) is not None
 
     def set(self, value: T | str | None) -> None:
@@ -108,14 +106,14 @@ class EnvField(ABC, Generic[T]):
         os.environ[self.name] = text
 
     def clear(self) -> None:
-        """Remove the variable and its old names from os.environ."""
-        for name in (self.name, *self.old_names):
+        """Remove the variable and its old name from os.environ."""
+        for name in self.names:
             os.environ.pop(name, None)
 
     @contextmanager
     def override(self, value: T | str | None) -> Iterator[None]:
         """Set the value for the length of a with block; None means unset. The former state returns whatever happens."""
-        saved = {name: os.environ.get(name) for name in (self.name, *self.old_names)}
+        saved = {name: os.environ.get(name) for name in self.names}
         self.set(value)
         try:
             yield
@@ -131,13 +129,8 @@ class EnvField(ABC, Generic[T]):
         if self.choices:
             return "one of " + ", ".join(str(c) or '""' for c in self.choices)
         unit = f" ({self.unit})" if self.unit else ""
-        if self.minimum is not None and self.maximum is not None:
-            return f"{self.expected} from {self.minimum:g} to {self.maximum:g}{unit}"
-        if self.minimum is not None:
-            return f"{self.expected} of at least {self.minimum:g}{unit}"
-        if self.maximum is not None:
-            return f"{self.expected} of at most {self.maximum:g}{unit}"
-        return self.expected + unit
+        least = "" if self.minimum is None else f" of at least {self.minimum:g}"
+        return self.expected + least + unit
 
     def show(self, text: str) -> str:
         """The text, or a placeholder if the variable is secret."""
@@ -154,10 +147,8 @@ class EnvField(ABC, Generic[T]):
             raise self._refusal(name, text, str(exc)) from None
         if self.choices and value not in self.choices:
             raise self._refusal(name, text, "")
-        if isinstance(value, int) and not isinstance(value, bool):
-            low, high = self.minimum, self.maximum
-            if (low is not None and value < low) or (high is not None and value > high):
-                raise self._refusal(name, text, "out of range")
+        if self.minimum is not None and isinstance(value, int) and value < self.minimum:
+            raise self._refusal(name, text, "out of range")
         return value
 
     def _refusal(self, name: str, text: str, reason: str) -> EnvError:

@@ -23,7 +23,7 @@ from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.model_executor.capture_lint import HostList
 from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.graph_check import GraphCheck
-from sglang.srt.model_executor.model_pools import StepRelay
+from sglang.srt.model_executor.model_pools import RankMemory, StepRelay
 from sglang.srt.model_executor.model_runner import place_rows
 from sglang.srt.model_executor.step_graphs import StepGraphs
 from sglang.srt.platforms import override_platform
@@ -86,10 +86,8 @@ class Captured:
         with override_platform(self.platform):
             self.graphs.capture(self.platform.create_graph)
             harness.window.clear()
-            GraphCheck(
-                self.graphs, self.kind, eager or as_captured, replay, self.last, harness.requests, harness.pools, VOCAB,
-                self.relay, window=harness.window,
-            ).run()  # fmt: skip
+            memory = RankMemory(None, 256, harness.requests, self.last, None, harness.window, self.relay)
+            GraphCheck(self.graphs, self.kind, eager or as_captured, replay, memory, harness.pools, VOCAB).run()
             harness.lend_windows()
         return self.graphs.refused
 
@@ -207,9 +205,8 @@ class TestCapturedSteps(CustomTestCase):
         """On slots scattered as tokens, two requests would write one entry or one row of states."""
         captured = Captured(DECODE)
         pools = captured.harness.pools
-        check = GraphCheck(
-            captured.graphs, DECODE, None, None, captured.last, captured.harness.requests, pools, VOCAB, captured.relay
-        )
+        memory = RankMemory(None, 256, captured.harness.requests, captured.last, None, relay=captured.relay)
+        check = GraphCheck(captured.graphs, DECODE, None, None, memory, pools, VOCAB)
         rows = [captured.harness.requests.alloc() for _ in range(4)]
         batch = check._batch(rows, torch.Generator().manual_seed(0))
         self.assertEqual(batch.seq_lens, [260, 128, 17, 1])

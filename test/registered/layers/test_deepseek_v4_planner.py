@@ -11,7 +11,6 @@ import torch
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.configs.cache_layout import PLAIN_TYPES, TOMBSTONE_PAGE
 from sglang.srt.configs.deepseek_v4_cache import (
-    MAX_VERIFY_ROWS,
     PAGE_SIZE,
     RINGS,
     deepseek_v4_layout,
@@ -29,6 +28,9 @@ register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 register_cuda_ci(est_time=30, suite="stage-b-test-1-gpu-small")
 register_amd_ci(est_time=30, suite="stage-b-test-1-gpu-small-amd")
 register_amd_ci(est_time=30, suite="stage-b-test-1-gpu-small-amd-mi35x")
+
+# The widest step of several rows per request that every pool of states supports with speculation.
+MAX_VERIFY_ROWS = min(max_step_rows(ratio, rings[1]) for ratio, rings in RINGS.items())
 
 
 class TestPlan(CustomTestCase):

@@ -22,6 +22,7 @@ from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.model_executor.capture_lint import CaptureViolation
 from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.graph_check import GraphCheck
+from sglang.srt.model_executor.model_pools import RankMemory
 from sglang.srt.model_executor.runner_build import prove_graphs
 from sglang.srt.model_executor.step_graphs import StepBuffers, StepGraphs, decode_buckets
 from sglang.srt.platforms import override_platform
@@ -176,9 +177,9 @@ class TestDecodeGraphs(CustomTestCase):
         def check(num_slots: int) -> GraphCheck:
             graphs = SimpleNamespace(buckets=[8])
             pool = ReqToTokenPool(8, 40 + 1)  # a context of 40 tokens, and the column past it
-            last = torch.zeros(9, dtype=torch.int64)
             pools = kv_pools(num_slots, 1, torch.float32, 1, 1, [0])
-            return GraphCheck(graphs, DECODE, mock.Mock(), mock.Mock(), last, pool, pools, 9)
+            memory = RankMemory(None, 1, pool, torch.zeros(9, dtype=torch.int64), None)
+            return GraphCheck(graphs, DECODE, mock.Mock(), mock.Mock(), memory, pools, 9)
 
         self.assertIn("pools have 3 slots", check(3)._check(8))
         roomy = check(1000)
@@ -313,7 +314,9 @@ class TestKindsOfStep(CustomTestCase):
             graphs = StepGraphs(self.VERIFY, forward, mock.MagicMock(), [4], 100, CPU, requests.padding_row, False)
             with torch.inference_mode():
                 graphs.capture(SpoiltGraph)
-                GraphCheck(graphs, self.VERIFY, eager, replay, last, requests, pools, 9).run()
+                GraphCheck(
+                    graphs, self.VERIFY, eager, replay, RankMemory(None, 1, requests, last, None), pools, 9
+                ).run()
             return graphs.refused
 
         self.assertEqual(check(None), {})

@@ -82,8 +82,8 @@ RECIPES = {
 class Sample:
     """Fields outside the real registry."""
 
-    SGLANG_SAMPLE_BOOL = EnvBool(False, doc="A boolean.", deprecated_names=("SGLANG_SAMPLE_OLD",))
-    SGLANG_SAMPLE_INT = EnvInt(4, minimum=1, maximum=8, doc="An integer.")
+    SGLANG_SAMPLE_BOOL = EnvBool(False, doc="A boolean.")
+    SGLANG_SAMPLE_INT = EnvInt(4, minimum=1, doc="An integer.")
     SGLANG_SAMPLE_STR = EnvStr("auto", choices=("auto", "bf16"), doc="A choice.")
     SGLANG_SAMPLE_SECRET = EnvStr("", secret=True, choices=("", "hunter2"), doc="A secret.")
     SGLANG_SAMPLE_HIP = EnvBool(False, platform="hip", doc="Acts on hip.")
@@ -139,12 +139,12 @@ class TestLaunchCheck(CustomTestCase):
 
     def test_all_malformed_values_are_reported_together(self):
         report = check(
-            {"SGLANG_SAMPLE_INT": "99", "SGLANG_SAMPLE_STR": "int4", "SGL_SAMPLE_BOOL": "2", "SGLANG_SAMPLE_OLD": "1"},
+            {"SGLANG_SAMPLE_INT": "0", "SGLANG_SAMPLE_STR": "int4", "SGL_SAMPLE_BOOL": "2"},
             FIELDS,
             None,
         )
         self.assertEqual(len(report.errors), 3)
-        for part in ("SGLANG_SAMPLE_INT='99'", "SGLANG_SAMPLE_STR='int4'", "SGL_SAMPLE_BOOL='2'"):
+        for part in ("SGLANG_SAMPLE_INT='0'", "SGLANG_SAMPLE_STR='int4'", "SGL_SAMPLE_BOOL='2'"):
             self.assertIn(part, "\n".join(report.errors))
 
     def test_default_is_this_process(self):
@@ -200,8 +200,8 @@ class TestLaunchCheck(CustomTestCase):
         self.assertEqual(report.errors, ())
         self.assertEqual(report.warnings, ("SGL_SAMPLE_INT is an old name; set SGLANG_SAMPLE_INT instead",))
         self.assertEqual(report.set_variables, {"SGLANG_SAMPLE_INT": "5"})
-        report = check({"SGLANG_SAMPLE_OLD": "1", "SGLANG_SAMPLE_BOOL": "0"}, FIELDS, None)
-        self.assertIn("SGLANG_SAMPLE_OLD is an old name of SGLANG_SAMPLE_BOOL and is ignored", report.warnings[0])
+        report = check({"SGL_SAMPLE_BOOL": "1", "SGLANG_SAMPLE_BOOL": "0"}, FIELDS, None)
+        self.assertIn("SGL_SAMPLE_BOOL is an old name of SGLANG_SAMPLE_BOOL and is ignored", report.warnings[0])
         self.assertEqual(report.set_variables, {"SGLANG_SAMPLE_BOOL": "0"})
 
     def test_amd_images_and_recipes_start(self):

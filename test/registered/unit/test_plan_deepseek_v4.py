@@ -10,7 +10,7 @@ from pathlib import Path
 from sglang import plan
 from sglang.srt.arg_groups.parse import read
 from sglang.srt.arg_groups.plan import LaunchPlan, evaluate, resolve
-from sglang.srt.configs.deepseek_v4_cache import MAX_VERIFY_ROWS
+from sglang.srt.configs.deepseek_v4_cache import RINGS, max_step_rows
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.server_args import ServerArgs
@@ -19,6 +19,9 @@ from sglang.test.compressed_attention_truth import CONFIG_JSON
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
+
+# The widest step of several rows per request that every pool of states supports with speculation.
+MAX_VERIFY_ROWS = min(max_step_rows(ratio, rings[1]) for ratio, rings in RINGS.items())
 
 
 class TestPools(CustomTestCase):

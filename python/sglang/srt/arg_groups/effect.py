@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.arg_groups.steps import PlatformLike
 from sglang.srt.configs.cache_layout import STATE, SWA
 from sglang.srt.environ import EnvField, envs
 from sglang.srt.server_args import ServerArgs
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.platforms import Platform
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Situation:
     asked: ServerArgs
     args: ServerArgs
     model: ModelConfig | None
-    platform: PlatformLike
+    platform: Platform
     environ: Mapping[str, str]
 
 

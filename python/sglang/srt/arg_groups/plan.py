@@ -13,7 +13,7 @@ from sglang.srt.arg_groups.effect import Situation, without_effect
 from sglang.srt.arg_groups.keys import find_keys
 from sglang.srt.arg_groups.parse import Parsed, check
 from sglang.srt.arg_groups.resolve import STEPS
-from sglang.srt.arg_groups.steps import Change, Context, PlatformLike
+from sglang.srt.arg_groups.steps import Change, Context
 from sglang.srt.configs.hub_cache import cached_folder, download_line, is_model_id
 from sglang.srt.environ import EnvError, check_environment, envs
 from sglang.srt.layers.moe.token_dispatcher.config import mori_setting_problems
@@ -22,6 +22,7 @@ from sglang.srt.utils.hf_tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.platforms import Platform
 
 
 @dataclass
@@ -118,7 +119,7 @@ def _try_tokenizer(plan: LaunchPlan) -> None:
 
 
 def evaluate(
-    request: ServerArgs | Parsed, platform: PlatformLike | None = None, environ: Mapping[str, str] | None = None
+    request: ServerArgs | Parsed, platform: Platform | None = None, environ: Mapping[str, str] | None = None
 ) -> LaunchPlan:
     """The plan for a command line that was read (or for constructed arguments), without what ranks need.
 
@@ -149,7 +150,7 @@ def evaluate(
     return plan
 
 
-def resolve(plan: LaunchPlan, platform: PlatformLike, environ: Mapping[str, str] | None = None) -> None:
+def resolve(plan: LaunchPlan, platform: Platform, environ: Mapping[str, str] | None = None) -> None:
     """Run every step on the settings of ``plan``; problems are collected in it. ``environ``: default os.environ."""
     environ = os.environ if environ is None else environ
     asked, model = plan.args, plan.model_config
@@ -177,7 +178,7 @@ def resolve(plan: LaunchPlan, platform: PlatformLike, environ: Mapping[str, str]
         plan.errors.append(str(error))
 
 
-def _choose_platform(platform: PlatformLike | None, plan: LaunchPlan) -> PlatformLike | None:
+def _choose_platform(platform: Platform | None, plan: LaunchPlan) -> Platform | None:
     if platform is None:
         from sglang.srt.platforms import PlatformError, current_platform
 
@@ -235,7 +236,7 @@ def _with_cached_models(plan: LaunchPlan) -> ServerArgs:
     return replace(args, **{change.field: change.new for change in changes})
 
 
-def _read_model(plan: LaunchPlan, platform: PlatformLike | None) -> list[str]:
+def _read_model(plan: LaunchPlan, platform: Platform | None) -> list[str]:
     """Read the model's config into ``plan``; returns what is wrong with it."""
     from sglang.srt.arg_groups.model_config import read_model_config
     from sglang.srt.configs.errors import ConfigError

@@ -4,25 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from sglang.srt.server_args import ServerArgs
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
-
-
-class PlatformLike(Protocol):
-    """What resolution reads of a platform."""
-
-    @property
-    def kind(self) -> str: ...
-
-    @property
-    def device_type(self) -> str: ...
-
-    @property
-    def supports_graphs(self) -> bool: ...
+    from sglang.srt.platforms import Platform
 
 
 @dataclass(frozen=True)
@@ -42,7 +30,7 @@ class Change:
 class Context:
     """What steps may read; ``model`` is None if its config cannot be read."""
 
-    platform: PlatformLike
+    platform: Platform
     model: ModelConfig | None
     mamba_ssm_dtype: str
     # Tokens that a rank may dispatch in one forward; entries that SGLANG_OPT_C4_SPARSE_TOPK names; and the fields that

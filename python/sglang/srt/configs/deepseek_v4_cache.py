@@ -52,10 +52,6 @@ def max_step_rows(ratio: int, ring: int) -> int:
     return ring - ENTRY_TOKENS[ratio] + 2
 
 
-# The widest step of several rows per request that every pool of states supports with speculation.
-MAX_VERIFY_ROWS = min(max_step_rows(ratio, rings[1]) for ratio, rings in RINGS.items())
-
-
 def packed_rows(num_rows: int, dim: int, rope_dim: int, dtype: str) -> BufferSpec:
     """A page of ``num_rows`` rows in 8 bits: the values of all rows, then their scales, then nothing.
 

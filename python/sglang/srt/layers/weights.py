@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sglang.srt.configs.quantization import BlockShape
+from sglang.srt.distributed.parallel_state import ProcessGroupHandle
 
 # None for a parameter that is one checkpoint tensor; an index, a name or a tuple of indices for a merged one.
 ShardId = int | str | tuple[int, ...] | None
@@ -151,6 +152,19 @@ def make_parameter(
     param.leaves = leaves
     param.encode = encode
     return param
+
+
+def make_split_vector(
+    length: int, ranks: ProcessGroupHandle, dtype: torch.dtype | None = None, *, fill: tuple[float, float]
+) -> nn.Parameter:
+    """A parameter with this rank's part of a vector of ``length``, in order of ``ranks``, which divide it."""
+    own = length // ranks.size
+
+    def load(param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
+        check_shape(loaded, (length,))
+        param.data.copy_(loaded.narrow(0, ranks.rank * own, own))
+
+    return make_parameter(own, dtype=dtype, loader=load, full_shapes={None: (length,)}, fill=fill)
 
 
 def full_shape(param: nn.Parameter, shard_id: ShardId) -> tuple[int, ...]:

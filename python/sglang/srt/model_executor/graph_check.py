@@ -8,13 +8,11 @@ from typing import Any
 import torch
 
 from sglang.srt.configs.cache_layout import FULL, STATE, SWA
-from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import ModelPools
-from sglang.srt.mem_cache.window_pages import WindowPages
 from sglang.srt.mem_cache.written_rows import WrittenRows
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch, StepKind
-from sglang.srt.model_executor.model_pools import StepRelay
+from sglang.srt.model_executor.model_pools import RankMemory, StepRelay
 
 # Context lengths of the check, repeated over the batch: odd, one page, more than one split.
 CHECK_LENS = (17, 1, 64, 129, 3)
@@ -34,9 +32,8 @@ class GraphCheck:
     """Compares eager and replayed steps on fixed inputs. Needs empty pools, and leaves them zeroed.
 
     ``eager(batch, bucket)`` and ``replay`` run the padded step of ``kind``, and return what it computed for the
-    requests of the batch. last_token, relay: last ids, lengths and drafts by request row, which the step reads.
-    writes_table: the step writes its slots to the request table; otherwise they must be there. window: assigns window
-    pages to pages.
+    requests of the batch. It reads ids, lengths and drafts by request row in ``memory``. writes_table: the step writes
+    its slots to the request table; otherwise they must be there.
     """
 
     def __init__(
@@ -45,32 +42,29 @@ class GraphCheck:
         kind: StepKind,
         eager: Run,
         replay: Run,
-        last_token: torch.Tensor,
-        req_pool: ReqToTokenPool,
+        memory: RankMemory,
         pools: ModelPools,
         vocab_size: int,
-        relay: StepRelay | None = None,
         writes_table: bool = True,
-        window: WindowPages | None = None,
     ) -> None:
         self._graphs = graphs
         self._kind = kind
         self._eager = eager
         self._replay = replay
         self._writes_table = writes_table
-        self._last_token = last_token
-        self._relay = relay
+        self._last_token = memory.last_token
+        self._relay = memory.relay
         self._width, self._ahead = kind.rows_per_request, kind.slots_ahead
-        self._req_pool = req_pool
+        self._req_pool = memory.req_to_token_pool
         self._page_size = pools.page_size
         self._vocab_size = vocab_size
         self._lens = check_lens(pools.layout.page_size)
         largest = graphs.buckets[-1]
         wanted = largest * self._pages(max(self._lens) + self._ahead)
-        self._window = window
+        self._window = memory.window
         self._num_pages = min(pools.size(FULL) // pools.page_size, wanted)
-        if window is not None:
-            self._num_pages = min(self._num_pages, window.num_pages)
+        if self._window is not None:
+            self._num_pages = min(self._num_pages, self._window.num_pages)
         self._num_states = min(pools.size(STATE), largest)
         num_tokens = self._num_pages * pools.page_size
         self._written = WrittenRows(pools, {FULL: num_tokens, SWA: num_tokens, STATE: self._num_states})

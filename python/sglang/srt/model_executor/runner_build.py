@@ -160,18 +160,8 @@ def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
             forward_batch.out_cache_loc[:rows].clone(),
         )
 
-    GraphCheck(
-        graphs,
-        graphs.kind,
-        eager,
-        replay,
-        runner.last_token,
-        runner.req_to_token_pool,
-        runner.pools,
-        runner.model_config.vocab_size,
-        runner.relay,
-        window=runner.memory.window,
-    ).run()
+    vocab_size = runner.model_config.vocab_size
+    GraphCheck(graphs, graphs.kind, eager, replay, runner.memory, runner.pools, vocab_size).run()
 
 
 def stream_needs(config: ModelConfig, args: ServerArgs) -> tuple[str, tuple[str, ...]]:

@@ -22,7 +22,7 @@ from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLine
 from sglang.srt.layers.moe.fused_shared_experts import can_fuse
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
-from sglang.srt.layers.weights import ShardId, check_shape, make_parameter
+from sglang.srt.layers.weights import ShardId, check_shape, make_parameter, make_split_vector
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.causal_lm import Backbone, CausalLM, DecoderLayer
 from sglang.srt.models.qwen2_moe import Qwen2MoeSparseMoeBlock
@@ -57,14 +57,6 @@ def configure_streams(policy: StreamPlan) -> None:
 def _disable_shared_experts_fusion() -> bool:
     """What ``--disable-shared-experts-fusion`` resolved to; read when a model is built, not when this is imported."""
     return get_global_server_args().disable_shared_experts_fusion
-
-
-def _load_head_rows(param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
-    """Copy this rank's rows of a tensor with one row a value head."""
-    tp = get_tp_group()
-    rows = param.shape[0]
-    check_shape(loaded, (rows * tp.size,))
-    param.data.copy_(loaded.narrow(0, tp.rank * rows, rows))
 
 
 class Qwen3_5Conv1d(nn.Module):
@@ -104,13 +96,13 @@ class Qwen3_5GatedDeltaNet(nn.Module):
         prefix: str = "",
     ) -> None:
         super().__init__()
-        tp_size = get_tp_group().size
-        if config.linear_num_key_heads % tp_size:
+        tp = get_tp_group()
+        if config.linear_num_key_heads % tp.size:
             raise ValueError(
-                f"{config.linear_num_key_heads} linear key heads cannot be split over {tp_size} tensor-parallel ranks."
+                f"{config.linear_num_key_heads} linear key heads cannot be split over {tp.size} tensor-parallel ranks."
             )
         self.layer_id = layer_id
-        self.num_v_heads = config.linear_num_value_heads // tp_size
+        self.num_v_heads = config.linear_num_value_heads // tp.size
         self.head_k_dim, self.head_v_dim = config.linear_key_head_dim, config.linear_value_head_dim
         self.use_alt_stream = _gdn_use_alt_stream
         self.overlap = StreamOverlap(alt_stream if self.use_alt_stream else None, _streams.site(GDN_QKVZ_BA))
@@ -126,12 +118,9 @@ class Qwen3_5GatedDeltaNet(nn.Module):
             hidden_size, [value_heads, value_heads], quant_config=quant_config, prefix=f"{prefix}.in_proj_ba"
         )
         self.conv1d = Qwen3_5Conv1d((key_width, key_width, value_width), config.linear_conv_kernel_dim)
-        full_heads: dict[ShardId, tuple[int, ...]] = {None: (value_heads,)}
         # Float32 always: half precision overflows in exp. Dummy values spread like log of uniform(0, 16).
-        self.A_log = make_parameter(
-            self.num_v_heads, dtype=torch.float32, loader=_load_head_rows, full_shapes=full_heads, fill=(1.8, 1.0)
-        )
-        self.dt_bias = make_parameter(self.num_v_heads, loader=_load_head_rows, full_shapes=full_heads, fill=(1.0, 0.0))
+        self.A_log = make_split_vector(value_heads, tp, torch.float32, fill=(1.8, 1.0))
+        self.dt_bias = make_split_vector(value_heads, tp, fill=(1.0, 0.0))
         self.norm = RMSNormGated(self.head_v_dim, config.rms_norm_eps)
         self.out_proj = RowParallelLinear(
             value_width, hidden_size, quant_config=quant_config, prefix=f"{prefix}.out_proj"

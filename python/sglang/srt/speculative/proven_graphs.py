@@ -48,11 +48,8 @@ def prove_replay(
         kind,
         partial(outputs, lambda bucket: body_of(bucket)()),
         partial(outputs, graphs.run),
-        runner.last_token,
-        runner.req_to_token_pool,
+        runner.memory,
         runner.pools,
         runner.model_config.vocab_size,
-        runner.relay,
         writes_table=False,
-        window=runner.memory.window,
     ).run()

@@ -31,21 +31,36 @@ def load_columns(at, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.c
     return tl.load(at, mask=mask, other=0.0).to(DTYPE)
 
 
+@triton.jit
+def _add_logits(logits, k, q, HEAD_AXIS: tl.constexpr):
+    """Products of keys k [tokens, C] with q, added to ``logits`` if there are any.
+
+    q [heads, C] -> [heads, tokens], or with HEAD_AXIS 1 q [C, heads] -> [tokens, heads].
+    """
+    if HEAD_AXIS == 0:
+        return tl.dot(q, tl.trans(k), logits, input_precision="ieee")
+    else:
+        return tl.dot(k, q, logits, input_precision="ieee")
+
+
 @triton.jit(do_not_specialize=["splits"])
-def decode_tokens_kernel(
+def decode_kernel(
     q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, lens_ptr, out_ptr, lse_ptr,
     scale, num_heads, group, splits,
     q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, table_stride,
     MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, VALUE_IS_KEY: tl.constexpr,
     KEY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, REPEAT: tl.constexpr,
+    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, REPEAT: tl.constexpr, HEAD_AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Few heads: tokens are the rows of both products, so that HEADS may be as small as 16 on a wide matrix unit.
-
-    grid (key heads * head blocks, requests, splits), so that those who read the same rows run together -> out
+    """grid (key heads * head blocks, requests, splits), so that those who read the same rows run together -> out
     [B * REPEAT, splits, H, V] and lse [B * REPEAT, splits, H] float32, or with WHOLE (one split) out [B * REPEAT, H, V]
     in its own dtype.
+
+    HEAD_AXIS 0, for many heads over one key head: heads are the rows of both products. HEAD_AXIS 1, for few: tokens
+    are the rows, so that HEADS may be as small as 16 on a wide matrix unit.
     """
+    # Logits and sums are [heads, tokens or columns], or the reverse.
+    OTHER_AXIS: tl.constexpr = 1 - HEAD_AXIS
     request = tl.program_id(1)
     head_blocks = tl.cdiv(group * REPEAT, HEADS)
     kv_head = tl.program_id(0) // head_blocks
@@ -61,116 +76,11 @@ def decode_tokens_kernel(
     start, end = _span(seq_len, split, splits, BLOCK_N)
     values = tl.arange(0, BLOCK_V)
     out_row = (query * splits + split) * num_heads + heads
-    out_at = out_ptr + out_row[None, :] * VALUE + values[:, None]
-    out_mask = live[None, :] & (values < VALUE)[:, None]
+    out_at = out_ptr + tl.expand_dims(out_row, OTHER_AXIS) * VALUE + tl.expand_dims(values, HEAD_AXIS)
+    out_mask = tl.expand_dims(live, OTHER_AXIS) & tl.expand_dims(values < VALUE, HEAD_AXIS)
     if start >= end:
         if WHOLE:
-            tl.store(out_at, tl.zeros([BLOCK_V, HEADS], out_ptr.dtype.element_ty), mask=out_mask)
-        else:
-            tl.store(lse_ptr + out_row, tl.full([HEADS], float("-inf"), tl.float32), mask=live)
-        return
-    keys = tl.arange(0, KEY)
-    q_at = q_ptr + heads[:, None] * q_head_stride
-    if REPEAT > 1:
-        q_at += query[:, None] * q_stride
-    else:
-        q_at += query * q_stride
-    q = tl.trans(tl.load(q_at + keys[None, :], mask=live[:, None] & (keys < MAIN)[None, :], other=0.0))
-    k_base = k_ptr + kv_head * k_head_stride
-    v_base = v_ptr + kv_head * v_head_stride
-    if TAIL > 0:
-        tails = tl.arange(0, BLOCK_T)
-        q_tail = tl.trans(
-            tl.load(q_at + MAIN + tails[None, :], mask=live[:, None] & (tails < TAIL)[None, :], other=0.0)
-        )
-    table = table_ptr + tl.load(rows_ptr + request) * table_stride
-    # The first token that a query does not see, and the first that only some of them see.
-    ends, own = end + in_group * 0, seq_len - REPEAT + 1
-    if REPEAT > 1:
-        ends = tl.minimum(ends, own + in_group // group)
-    scale2 = scale * LOG2E
-    maximum = tl.full([HEADS], float("-inf"), tl.float32)
-    total = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([BLOCK_V, HEADS], tl.float32)
-    for first in range(start, end, BLOCK_N):
-        # Past the end the last token is read again: another slot may hold NaN, which a zero probability keeps.
-        tokens = first + tl.arange(0, BLOCK_N)
-        slots = tl.load(table + tl.minimum(tokens, end - 1)).to(tl.int64)[:, None]
-        k = load_columns(k_base + slots * k_stride + keys[None, :], (keys < MAIN)[None, :], MAIN, KEY, q.dtype)
-        logits = tl.dot(k, q, input_precision="ieee")
-        if TAIL > 0:
-            tail_at = k_base + slots * k_stride + MAIN + tails[None, :]
-            k_tail = load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T, q.dtype)
-            logits = tl.dot(k_tail, q_tail, logits, input_precision="ieee")
-        if REPEAT > 1:
-            v = k
-            if not VALUE_IS_KEY:
-                v_at = v_base + slots * v_stride + values[None, :]
-                v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V, q.dtype)
-            if first + BLOCK_N > own:
-                # A value that is not finite makes those who see it NaN, and nobody else.
-                finite = tl.abs(v) < float("inf")
-                logits = tl.where((tl.min(finite.to(tl.int32), axis=1) == 0)[:, None], float("nan"), logits)
-                v = tl.where(finite, v, 0.0)
-            logits = tl.where(tokens[:, None] < ends[None, :], logits, float("-inf"))
-            highest = tl.maximum(maximum, tl.max(logits, 0))
-            # A query may see nothing of a span; zero in place of its maximum keeps its weights zero instead of NaN.
-            pivot = tl.where(highest == float("-inf"), 0.0, highest)
-        else:
-            logits = tl.where((tokens < end)[:, None], logits, float("-inf"))
-            highest = tl.maximum(maximum, tl.max(logits, 0))
-            pivot = highest
-        keep = tl.exp2((maximum - pivot) * scale2)
-        probs = tl.exp2(logits * scale2 - (pivot * scale2)[None, :])
-        total = total * keep + tl.sum(probs, 0)
-        maximum = highest
-        acc = acc * keep[None, :]
-        if REPEAT == 1:
-            v = k
-            if not VALUE_IS_KEY:
-                v_at = v_base + slots * v_stride + values[None, :]
-                v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V, q.dtype)
-        acc = tl.dot(tl.trans(v), probs.to(v.dtype), acc, input_precision="ieee")
-    if REPEAT > 1:
-        # 1 where nothing was seen: the part does not count by its lse.
-        acc = acc / tl.where(total == 0.0, 1.0, total)[None, :]
-    else:
-        acc = acc / total[None, :]
-    tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
-    if not WHOLE:
-        tl.store(lse_ptr + out_row, maximum * scale + tl.log2(total) * LN2, mask=live)
-
-
-@triton.jit(do_not_specialize=["splits"])
-def decode_heads_kernel(
-    q_ptr, k_ptr, v_ptr, table_ptr, rows_ptr, lens_ptr, out_ptr, lse_ptr,
-    scale, num_heads, group, splits,
-    q_stride, q_head_stride, k_stride, k_head_stride, v_stride, v_head_stride, table_stride,
-    MAIN: tl.constexpr, TAIL: tl.constexpr, VALUE: tl.constexpr, VALUE_IS_KEY: tl.constexpr,
-    KEY: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_V: tl.constexpr,
-    HEADS: tl.constexpr, BLOCK_N: tl.constexpr, WHOLE: tl.constexpr, REPEAT: tl.constexpr,
-):  # fmt: skip
-    """Many heads over one key head: heads are the rows of both products; otherwise as ``decode_tokens_kernel``."""
-    request = tl.program_id(1)
-    head_blocks = tl.cdiv(group * REPEAT, HEADS)
-    kv_head = tl.program_id(0) // head_blocks
-    in_group = (tl.program_id(0) % head_blocks) * HEADS + tl.arange(0, HEADS)
-    live = in_group < group * REPEAT
-    query = request.to(tl.int64)
-    heads = kv_head * group + in_group
-    if REPEAT > 1:
-        query = query * REPEAT + in_group // group
-        heads = kv_head * group + in_group % group
-    split = tl.program_id(2)
-    seq_len = tl.load(lens_ptr + request).to(tl.int32)
-    start, end = _span(seq_len, split, splits, BLOCK_N)
-    values = tl.arange(0, BLOCK_V)
-    out_row = (query * splits + split) * num_heads + heads
-    out_at = out_ptr + out_row[:, None] * VALUE + values[None, :]
-    out_mask = live[:, None] & (values < VALUE)[None, :]
-    if start >= end:
-        if WHOLE:
-            tl.store(out_at, tl.zeros([HEADS, BLOCK_V], out_ptr.dtype.element_ty), mask=out_mask)
+            tl.store(out_at, tl.zeros(out_mask.shape, out_ptr.dtype.element_ty), mask=out_mask)
         else:
             tl.store(lse_ptr + out_row, tl.full([HEADS], float("-inf"), tl.float32), mask=live)
         return
@@ -181,11 +91,15 @@ def decode_heads_kernel(
     else:
         q_at += query * q_stride
     q = tl.load(q_at + keys[None, :], mask=live[:, None] & (keys < MAIN)[None, :], other=0.0)
+    if HEAD_AXIS == 1:
+        q = tl.trans(q)
     k_base = k_ptr + kv_head * k_head_stride
     v_base = v_ptr + kv_head * v_head_stride
     if TAIL > 0:
         tails = tl.arange(0, BLOCK_T)
         q_tail = tl.load(q_at + MAIN + tails[None, :], mask=live[:, None] & (tails < TAIL)[None, :], other=0.0)
+        if HEAD_AXIS == 1:
+            q_tail = tl.trans(q_tail)
     table = table_ptr + tl.load(rows_ptr + request) * table_stride
     # The first token that a query does not see, and the first that only some of them see.
     ends, own = end + in_group * 0, seq_len - REPEAT + 1
@@ -194,47 +108,54 @@ def decode_heads_kernel(
     scale2 = scale * LOG2E
     maximum = tl.full([HEADS], float("-inf"), tl.float32)
     total = tl.zeros([HEADS], tl.float32)
-    acc = tl.zeros([HEADS, BLOCK_V], tl.float32)
+    acc = tl.zeros(out_mask.shape, tl.float32)
     for first in range(start, end, BLOCK_N):
+        # Past the end the last token is read again: another slot may hold NaN, which a zero probability keeps.
         tokens = first + tl.arange(0, BLOCK_N)
         slots = tl.load(table + tl.minimum(tokens, end - 1)).to(tl.int64)[:, None]
         k = load_columns(k_base + slots * k_stride + keys[None, :], (keys < MAIN)[None, :], MAIN, KEY, q.dtype)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        logits = _add_logits(None, k, q, HEAD_AXIS)
         if TAIL > 0:
             tail_at = k_base + slots * k_stride + MAIN + tails[None, :]
             k_tail = load_columns(tail_at, (tails < TAIL)[None, :], TAIL, BLOCK_T, q.dtype)
-            logits = tl.dot(q_tail, tl.trans(k_tail), logits, input_precision="ieee")
+            logits = _add_logits(logits, k_tail, q_tail, HEAD_AXIS)
         if REPEAT > 1:
             v = k
             if not VALUE_IS_KEY:
                 v_at = v_base + slots * v_stride + values[None, :]
                 v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V, q.dtype)
             if first + BLOCK_N > own:
+                # A value that is not finite makes those who see it NaN, and nobody else.
                 finite = tl.abs(v) < float("inf")
-                logits = tl.where((tl.min(finite.to(tl.int32), axis=1) == 0)[None, :], float("nan"), logits)
+                broken = tl.min(finite.to(tl.int32), axis=1) == 0
+                logits = tl.where(tl.expand_dims(broken, HEAD_AXIS), float("nan"), logits)
                 v = tl.where(finite, v, 0.0)
-            logits = tl.where(tokens[None, :] < ends[:, None], logits, float("-inf"))
-            highest = tl.maximum(maximum, tl.max(logits, 1))
+            seen = tl.expand_dims(tokens, HEAD_AXIS) < tl.expand_dims(ends, OTHER_AXIS)
+            logits = tl.where(seen, logits, float("-inf"))
+            highest = tl.maximum(maximum, tl.max(logits, OTHER_AXIS))
+            # A query may see nothing of a span; zero in place of its maximum keeps its weights zero instead of NaN.
             pivot = tl.where(highest == float("-inf"), 0.0, highest)
         else:
-            logits = tl.where((tokens < end)[None, :], logits, float("-inf"))
-            highest = tl.maximum(maximum, tl.max(logits, 1))
+            logits = tl.where(tl.expand_dims(tokens < end, HEAD_AXIS), logits, float("-inf"))
+            highest = tl.maximum(maximum, tl.max(logits, OTHER_AXIS))
             pivot = highest
         keep = tl.exp2((maximum - pivot) * scale2)
-        probs = tl.exp2(logits * scale2 - (pivot * scale2)[:, None])
-        total = total * keep + tl.sum(probs, 1)
+        probs = tl.exp2(logits * scale2 - tl.expand_dims(pivot * scale2, OTHER_AXIS))
+        total = total * keep + tl.sum(probs, OTHER_AXIS)
         maximum = highest
-        acc = acc * keep[:, None]
+        acc = acc * tl.expand_dims(keep, OTHER_AXIS)
         if REPEAT == 1:
             v = k
             if not VALUE_IS_KEY:
                 v_at = v_base + slots * v_stride + values[None, :]
                 v = load_columns(v_at, (values < VALUE)[None, :], VALUE, BLOCK_V, q.dtype)
-        acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
-    if REPEAT > 1:
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    else:
-        acc = acc / total[:, None]
+        if HEAD_AXIS == 0:
+            acc = tl.dot(probs.to(v.dtype), v, acc, input_precision="ieee")
+        else:
+            acc = tl.dot(tl.trans(v), probs.to(v.dtype), acc, input_precision="ieee")
+    # Where several queries share a span, one may have seen nothing: 1 there, and the part does not count by its lse.
+    shares = total if REPEAT == 1 else tl.where(total == 0.0, 1.0, total)
+    acc = acc / tl.expand_dims(shares, OTHER_AXIS)
     tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=out_mask)
     if not WHOLE:
         tl.store(lse_ptr + out_row, maximum * scale + tl.log2(total) * LN2, mask=live)

@@ -117,7 +117,7 @@ def launch_parts(
     for tuning and for tests of their invariance; None takes the tables' choice. Raises ValueError for another number of
     queries.
     """
-    from sglang.kernels.ops.attention.decode_triton import decode_heads_kernel, decode_tokens_kernel
+    from sglang.kernels.ops.attention.decode_triton import decode_kernel
 
     batch, (num_rows, heads, _) = seq_lens.shape[0], q.shape
     kv_heads = k.shape[1]
@@ -137,13 +137,12 @@ def launch_parts(
         lse = torch.empty(num_rows, splits, heads, dtype=torch.float32, device=q.device)
     else:
         parts = lse = torch.empty(num_rows, heads, shape.value, dtype=q.dtype, device=q.device)
-    kernel = decode_heads_kernel if heads_are_rows else decode_tokens_kernel
-    kernel[(programs, batch, splits)](
+    decode_kernel[(programs, batch, splits)](
         q, k, v, req_to_token, req_pool_indices, seq_lens, parts, lse,
         scale, heads, group, splits,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), req_to_token.stride(0),
         **shape.constants(), HEADS=tile.rows, BLOCK_N=tile.block_n, WHOLE=splits == 1, REPEAT=repeat,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        HEAD_AXIS=0 if heads_are_rows else 1, num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     return parts, lse if splits > 1 else None
 

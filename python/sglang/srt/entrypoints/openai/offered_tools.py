@@ -17,14 +17,16 @@ def offered_tools(body: ChatCompletionRequest) -> dict[str, Mapping[str, Any]]:
         where = f"tools[{number}]"
         name, parameters = _function(tool, where)
         if name in tools:
-            raise _refusal("tools", f"{where}.function.name is {name!r:.100} a second time.")
+            raise RequestError(f"{where}.function.name is {name!r:.100} a second time.", param="tools")
         tools[name] = parameters
     if isinstance(choice, dict):
         _named(choice, tools)
     elif choice not in (None, "auto", "none", "required"):
-        raise _refusal("tool_choice", f"tool_choice must be 'auto', 'none' or 'required', got {choice!r:.100}.")
+        raise RequestError(
+            f"tool_choice must be 'auto', 'none' or 'required', got {choice!r:.100}.", param="tool_choice"
+        )
     elif choice == "required" and not tools:
-        raise _refusal("tool_choice", "tool_choice 'required' needs tools that can be called.")
+        raise RequestError("tool_choice 'required' needs tools that can be called.", param="tool_choice")
     return {} if choice == "none" else tools
 
 
@@ -48,31 +50,29 @@ def _named(choice: Mapping[str, Any], tools: Mapping[str, Any]) -> str:
     function = choice.get("function")
     name = function.get("name") if isinstance(function, dict) else None
     if choice.get("type") != "function" or not isinstance(name, str):
-        raise _refusal("tool_choice", "tool_choice as an object must be {type: 'function', function: {name: ...}}.")
+        raise RequestError(
+            "tool_choice as an object must be {type: 'function', function: {name: ...}}.", param="tool_choice"
+        )
     if name not in tools:
-        raise _refusal("tool_choice", f"tool_choice names {name!r:.100}, which is none of the tools.")
+        raise RequestError(f"tool_choice names {name!r:.100}, which is none of the tools.", param="tool_choice")
     return name
 
 
 def _function(tool: Any, where: str) -> tuple[str, Mapping[str, Any]]:
     kind = tool.get("type", "function") if isinstance(tool, dict) else None
     if kind != "function":
-        raise _refusal("tools", f"{where} must be an object of type 'function', got {kind!r:.100}.")
+        raise RequestError(f"{where} must be an object of type 'function', got {kind!r:.100}.", param="tools")
     function = tool.get("function")
     name = function.get("name") if isinstance(function, dict) else None
     if not isinstance(name, str) or not name.strip():
-        raise _refusal("tools", f"{where}.function must be an object with a name.")
+        raise RequestError(f"{where}.function must be an object with a name.", param="tools")
     if name != name.strip() or "\n" in name or ">" in name:
-        raise _refusal(
-            "tools",
+        raise RequestError(
             f"{where}.function.name is {name!r:.100}, which no call could say: a name has no white space at its ends, "
             "no line break and no '>'.",
+            param="tools",
         )
     parameters = function.get("parameters") or {}
     if not isinstance(parameters, dict):
-        raise _refusal("tools", f"{where}.function.parameters must be a JSON schema, an object.")
+        raise RequestError(f"{where}.function.parameters must be a JSON schema, an object.", param="tools")
     return name, parameters
-
-
-def _refusal(param: str, message: str) -> RequestError:
-    return RequestError(message, param=param)

@@ -31,11 +31,11 @@ def chat_body(body: ResponsesRequest) -> ChatCompletionRequest:
     """The same request. Raises RequestError that names what is not supported."""
     for name, reason in _REFUSED.items():
         if getattr(body, name):
-            raise _refusal(name, f"{name} is not supported by this server: {reason}.")
+            raise RequestError(f"{name} is not supported by this server: {reason}.", param=name)
     if body.truncation not in (None, "disabled"):
-        raise _refusal("truncation", "truncation must be 'disabled': a conversation is never cut on request.")
+        raise RequestError("truncation must be 'disabled': a conversation is never cut on request.", param="truncation")
     if "message.output_text.logprobs" in (body.include or ()):
-        raise _refusal("include", "message.output_text.logprobs is not supported: use /v1/chat/completions.")
+        raise RequestError("message.output_text.logprobs is not supported: use /v1/chat/completions.", param="include")
     messages = [] if body.instructions is None else [{"role": "system", "content": body.instructions}]
     messages += _messages(body.input)
     return ChatCompletionRequest(
@@ -75,10 +75,10 @@ def _messages(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
                 content = [{"type": "text", "text": text} for text in _texts(content, f"{where}.content")]
             messages.append({"role": item.get("role"), "content": content})
         else:
-            raise _refusal(
-                "input",
+            raise RequestError(
                 f"{where}.type {kind!r:.100} is not supported: items are messages, thoughts, function calls and their "
                 f"outputs; {_STATELESS if kind == 'item_reference' else 'only text is served'}.",
+                param="input",
             )
         if thought and messages and messages[-1]["role"] == "assistant" and kind != "reasoning":
             messages[-1]["reasoning_content"], thought = thought, ""
@@ -88,13 +88,13 @@ def _messages(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _texts(content: Any, where: str) -> list[str]:
     """The texts of a list of parts."""
     if not isinstance(content, list):
-        raise _refusal("input", f"{where} must be text or a list of parts, got {type(content).__name__}.")
+        raise RequestError(f"{where} must be text or a list of parts, got {type(content).__name__}.", param="input")
     texts = []
     for number, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
         if kind not in (*_TEXT_PARTS, "refusal") or not isinstance(text, str):
-            raise _refusal("input", f"{where}[{number}] must be a part with text, got type {kind!r:.100}.")
+            raise RequestError(f"{where}[{number}] must be a part with text, got type {kind!r:.100}.", param="input")
         texts.append(text)
     return texts
 
@@ -111,7 +111,7 @@ def _call(item: Mapping[str, Any], where: str) -> dict[str, Any]:
 def _named(item: Mapping[str, Any], key: str, where: str) -> str:
     value = item.get(key)
     if not isinstance(value, str) or not value:
-        raise _refusal("input", f"{where}.{key} must be a text that is not empty.")
+        raise RequestError(f"{where}.{key} must be a text that is not empty.", param="input")
     return value
 
 
@@ -119,7 +119,9 @@ def _tool(tool: Any, where: str) -> dict[str, Any]:
     """A tool in the form of the chat endpoint, which checks it further."""
     kind = tool.get("type") if isinstance(tool, dict) else None
     if kind != "function":
-        raise _refusal("tools", f"{where} must be of type 'function', got {kind!r:.100}: the server runs no tools.")
+        raise RequestError(
+            f"{where} must be of type 'function', got {kind!r:.100}: the server runs no tools.", param="tools"
+        )
     function = {key: tool[key] for key in ("name", "description", "parameters", "strict") if tool.get(key) is not None}
     return {"type": "function", "function": function}
 
@@ -134,7 +136,3 @@ def _response_format(form: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if form is None or form.get("type") != "json_schema":
         return None if form is None else dict(form)
     return {"type": "json_schema", "json_schema": {key: value for key, value in form.items() if key != "type"}}
-
-
-def _refusal(param: str, message: str) -> RequestError:
-    return RequestError(message, param=param)

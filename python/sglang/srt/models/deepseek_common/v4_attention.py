@@ -17,7 +17,7 @@ from sglang.srt.layers.linear import (
     RowParallelLinear,
 )
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
-from sglang.srt.layers.weights import ShardedMatrix, ShardId, ShardSlice, make_parameter
+from sglang.srt.layers.weights import make_split_vector
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.deepseek_common.v4_compressor import DeepseekV4Compressor, DeepseekV4Indexer
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
@@ -66,12 +66,7 @@ class DeepseekV4Attention(nn.Module):
         self.wo_b = RowParallelLinear(
             config.o_groups * config.o_lora_rank, hidden, quant_config=quant_config, prefix=f"{prefix}.wo_b"
         )
-        heads = ShardSlice(config.num_attention_heads, 1, tp.rank * self.num_heads, self.num_heads, 0, 1)
-        self._head_shards = ShardedMatrix({None: heads})
-        self.sinks = make_parameter(
-            self.num_heads, dtype=torch.float32, loader=self._load_sinks,
-            full_shapes={None: (config.num_attention_heads,)}, fill=(0.0, 1.0),
-        )  # fmt: skip
+        self.sinks = make_split_vector(config.num_attention_heads, tp, torch.float32, fill=(0.0, 1.0))
         self.compressor: DeepseekV4Compressor | None = None
         self.indexer: DeepseekV4Indexer | None = None
         if self.ratio:
@@ -79,9 +74,6 @@ class DeepseekV4Attention(nn.Module):
             self.compressor = DeepseekV4Compressor(config, layer_id, self.ratio, config.head_dim, pool, rotary_emb)
         if self.ratio == 4:
             self.indexer = DeepseekV4Indexer(config, layer_id, rotary_emb, quant_config, f"{prefix}.indexer")
-
-    def _load_sinks(self, param: nn.Parameter, loaded: torch.Tensor, shard_id: ShardId = None) -> None:
-        self._head_shards.copy(param.data, loaded, shard_id)
 
     def forward(self, hidden: torch.Tensor, positions: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """hidden [N, H], positions [N] -> [N, H]."""
