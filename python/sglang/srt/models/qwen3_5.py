@@ -213,78 +213,49 @@ class Qwen3_5Attention(nn.Module):
 
 
 class Qwen3_5DecoderLayer(DecoderLayer):
-    """The feed-forward of a layer; its two kinds add the mixer."""
+    """A mixer of ``kind``, LINEAR_ATTENTION (a gated delta net) or FULL_ATTENTION, and a dense or MoE feed-forward."""
 
     def __init__(
         self,
         config: Qwen3_5Config,
         layer_id: int,
-        alt_stream: torch.cuda.Stream | None = None,
-        quant_config: QuantConfig | None = None,
-        fuse_shared: bool = False,
-        prefix: str = "",
-    ) -> None:
-        super().__init__(config, GemmaRMSNorm)
-        self.prefix = prefix or f"model.layers.{layer_id}"
-        self.use_alt_stream = _cuda_use_alt_stream or _hip_use_alt_stream
-        self.is_moe = config.is_moe
-        if self.is_moe:
-            self.mlp = Qwen2MoeSparseMoeBlock(
-                layer_id,
-                config,
-                quant_config,
-                alt_stream=alt_stream if self.use_alt_stream else None,
-                prefix=f"{self.prefix}.mlp",
-                support_shared_expert_fusion=fuse_shared,
-                site=_streams.site(SHARED_EXPERTS),
-            )
-            self.post_attention_layernorm.route_for(self.mlp)
-        else:
-            self.mlp = GatedMLP(
-                config.hidden_size, config.intermediate_size, quant_config=quant_config, prefix=f"{self.prefix}.mlp"
-            )
-
-
-class Qwen3_5LinearDecoderLayer(Qwen3_5DecoderLayer):
-    """A layer whose mixer is a gated delta net."""
-
-    def __init__(
-        self,
-        config: Qwen3_5Config,
-        layer_id: int,
-        alt_stream: torch.cuda.Stream | None = None,
-        quant_config: QuantConfig | None = None,
-        fuse_shared: bool = False,
-    ) -> None:
-        super().__init__(config, layer_id, alt_stream, quant_config, fuse_shared)
-        self.linear_attn = Qwen3_5GatedDeltaNet(
-            config, layer_id, alt_stream, quant_config, f"{self.prefix}.linear_attn"
-        )
-
-    def mix(self, positions: torch.Tensor, hidden: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
-        """Order comes from the recurrence: positions are not read."""
-        return self.linear_attn(hidden, forward_batch)
-
-
-class Qwen3_5AttentionDecoderLayer(Qwen3_5DecoderLayer):
-    """A layer whose mixer is gated softmax attention."""
-
-    def __init__(
-        self,
-        config: Qwen3_5Config,
-        layer_id: int,
+        kind: str,
         rotary_emb: RotaryEmbedding,
         alt_stream: torch.cuda.Stream | None = None,
         quant_config: QuantConfig | None = None,
         fuse_shared: bool = False,
         prefix: str = "",
     ) -> None:
-        super().__init__(config, layer_id, alt_stream, quant_config, fuse_shared, prefix)
-        self.self_attn = Qwen3_5Attention(
-            config, layer_id, rotary_emb, alt_stream, quant_config, f"{self.prefix}.self_attn"
-        )
+        super().__init__(config, GemmaRMSNorm)
+        prefix = prefix or f"model.layers.{layer_id}"
+        self.use_alt_stream = _cuda_use_alt_stream or _hip_use_alt_stream
+        self.is_linear, self.is_moe = kind == LINEAR_ATTENTION, config.is_moe
+        if self.is_moe:
+            self.mlp = Qwen2MoeSparseMoeBlock(
+                layer_id,
+                config,
+                quant_config,
+                alt_stream=alt_stream if self.use_alt_stream else None,
+                prefix=f"{prefix}.mlp",
+                support_shared_expert_fusion=fuse_shared,
+                site=_streams.site(SHARED_EXPERTS),
+            )
+            self.post_attention_layernorm.route_for(self.mlp)
+        else:
+            self.mlp = GatedMLP(
+                config.hidden_size, config.intermediate_size, quant_config=quant_config, prefix=f"{prefix}.mlp"
+            )
+        if self.is_linear:
+            self.linear_attn = Qwen3_5GatedDeltaNet(config, layer_id, alt_stream, quant_config, f"{prefix}.linear_attn")
+        else:
+            self.self_attn = Qwen3_5Attention(
+                config, layer_id, rotary_emb, alt_stream, quant_config, f"{prefix}.self_attn"
+            )
 
     def mix(self, positions: torch.Tensor, hidden: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+        """A gated delta net knows the order by its recurrence."""
+        if self.is_linear:
+            return self.linear_attn(hidden, forward_batch)
         return self.self_attn(positions, hidden, forward_batch)
 
 
@@ -302,12 +273,9 @@ class Qwen3_5ForCausalLM(Backbone):
         text = config.text
         assert isinstance(text, Qwen3_5Config)
         rotary_emb = make_rotary_embedding(config)
-        can = can_fuse(text.shared_experts, config.quant_config)
-        last = (config.quant_config, can and not _disable_shared_experts_fusion())
+        fuse_shared = can_fuse(text.shared_experts, config.quant_config) and not _disable_shared_experts_fusion()
         layers = (
-            Qwen3_5LinearDecoderLayer(text, layer_id, alt_stream, *last)
-            if kind == LINEAR_ATTENTION
-            else Qwen3_5AttentionDecoderLayer(text, layer_id, rotary_emb, alt_stream, *last)
+            Qwen3_5DecoderLayer(text, layer_id, kind, rotary_emb, alt_stream, config.quant_config, fuse_shared)
             for layer_id, kind in enumerate(text.layer_types)
         )
         super().__init__(text, GemmaRMSNorm, layers)

@@ -6,12 +6,12 @@ from torch import nn
 
 from sglang.srt.arg_groups.stream_policy import NO_OVERLAP, StreamPlan
 from sglang.srt.configs.model_config import ModelConfig
-from sglang.srt.configs.qwen3_5 import Qwen3_5Config
+from sglang.srt.configs.qwen3_5 import FULL_ATTENTION, Qwen3_5Config
 from sglang.srt.layers.layernorm import GemmaRMSNorm
 from sglang.srt.layers.moe.fused_shared_experts import can_fuse
 from sglang.srt.models.draft_model import DraftModel, DraftParts, named
 from sglang.srt.models.qwen3_5 import (
-    Qwen3_5AttentionDecoderLayer,
+    Qwen3_5DecoderLayer,
     Qwen3_5ForConditionalGeneration,
     configure_streams,
     make_rotary_embedding,
@@ -35,9 +35,10 @@ class Qwen3_5ForCausalLMMTP(DraftModel):
         super().__init__(config, target, layer_id, streams)
         text = config.text
         assert isinstance(text, Qwen3_5Config)
-        layer = Qwen3_5AttentionDecoderLayer(
+        layer = Qwen3_5DecoderLayer(
             text,
             layer_id,
+            FULL_ATTENTION,
             make_rotary_embedding(config),
             target.side_stream,
             config.quant_config,
