@@ -65,23 +65,20 @@ def _remove_ownerless() -> None:
             shutil.rmtree(path.parent, ignore_errors=True)
 
 
-def _context() -> zmq.Context[Any]:
-    context: zmq.Context[Any] = zmq.Context.instance()
-    return context
-
-
-def _configure(socket: Any) -> None:
+def _open_socket(kind: int) -> zmq.Socket[Any]:
+    """A socket of any number of waiting messages, which closes without waiting for them to be read."""
+    socket: zmq.Socket[Any] = zmq.Context.instance().socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.SNDHWM, 0)
     socket.setsockopt(zmq.RCVHWM, 0)
+    return socket
 
 
 class Sender:
     """Writes structs to another process's inbox; never blocks. Those of one call arrive together."""
 
     def __init__(self, address: str) -> None:
-        self._socket = _context().socket(zmq.PUSH)
-        _configure(self._socket)
+        self._socket = _open_socket(zmq.PUSH)
         self._socket.connect(address)
         self._encoder = msgspec.msgpack.Encoder()
 
@@ -96,8 +93,7 @@ class Receiver(Generic[T]):
     """This process's inbox; decoding checks every message against the schema ``message_type``."""
 
     def __init__(self, address: str, message_type: Any) -> None:
-        self._socket = _context().socket(zmq.PULL)
-        _configure(self._socket)
+        self._socket = _open_socket(zmq.PULL)
         self._socket.bind(address)
         self._decoder = msgspec.msgpack.Decoder(message_type)
 
@@ -134,8 +130,7 @@ class AsyncReceiver(Generic[T]):
     """``Receiver`` for an asyncio loop: bound at once, read after ``start``."""
 
     def __init__(self, address: str, message_type: Any) -> None:
-        self._bound = _context().socket(zmq.PULL)
-        _configure(self._bound)
+        self._bound = _open_socket(zmq.PULL)
         self._bound.bind(address)
         self._socket: zmq.asyncio.Socket | None = None
         self._decoder = msgspec.msgpack.Decoder(message_type)

@@ -26,6 +26,22 @@ class GraphOutput(Protocol):
         """All tensors that a replay must reproduce bit by bit."""
 
 
+OfRequests = TypeVar("OfRequests", bound="RequestTensors")
+
+
+@dataclass(frozen=True)
+class RequestTensors:
+    """An output whose fields are tensors with a row per request."""
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """All tensors of the result."""
+        return tuple(vars(self).values())
+
+    def first(self: OfRequests, size: int) -> OfRequests:
+        """The result of the first ``size`` requests."""
+        return type(self)(*(tensor[:size] for tensor in self.tensors()))
+
+
 Output = TypeVar("Output", bound=GraphOutput)
 # Runs the work of one bucket on the current contents of its tensors.
 Body = Callable[[], Output]

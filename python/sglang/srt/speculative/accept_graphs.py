@@ -13,7 +13,7 @@ import torch
 
 from sglang.srt.distributed.parallel_state import get_world_group
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
-from sglang.srt.model_executor.bucket_graphs import Body, BucketGraphs
+from sglang.srt.model_executor.bucket_graphs import Body, BucketGraphs, RequestTensors
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
 from sglang.srt.model_executor.model_runner import StepForward
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
@@ -26,7 +26,7 @@ GREEDY_ACCEPT, SAMPLED_ACCEPT = "greedy accept", "sampled accept"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Verdict(RequestTensors):
     """Result of a verify step of B requests with W rows each.
 
     ``told`` [B, 2 W + 1] is that of ``Accepted``, with the ids ``sampled`` [B, W] and the counts ``num_new`` [B].
@@ -35,14 +35,6 @@ class Verdict:
     told: torch.Tensor
     sampled: torch.Tensor
     num_new: torch.Tensor
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All tensors of the result."""
-        return (self.told, self.sampled, self.num_new)
-
-    def first(self, size: int) -> Verdict:
-        """The result of the first ``size`` requests."""
-        return Verdict(*(tensor[:size] for tensor in self.tensors()))
 
 
 class AcceptGraphs:

@@ -9,6 +9,7 @@ import torch
 
 from sglang.srt.layers.attention.deepseek_v4_backend_hip_radix import DeepseekV4MultiStepBackend
 from sglang.srt.layers.logits_processor import LogitsProcessorOutput
+from sglang.srt.model_executor.bucket_graphs import RequestTensors
 from sglang.srt.model_executor.capture_lint import HostList
 from sglang.srt.model_executor.forward_batch_info import (
     AttentionBackendLike,
@@ -33,36 +34,20 @@ class DraftForward(Protocol):
 
 
 @dataclass(frozen=True)
-class ChainStart:
+class ChainStart(RequestTensors):
     """The layer's output at each request's last row: logits [B, V], ``hidden`` [B, H], and positions ``at`` [B]."""
 
     logits: torch.Tensor
     hidden: torch.Tensor
     at: torch.Tensor
 
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All tensors of the result."""
-        return (self.logits, self.hidden, self.at)
-
-    def first(self, size: int) -> ChainStart:
-        """The result of the first ``size`` requests."""
-        return ChainStart(*(tensor[:size] for tensor in self.tensors()))
-
 
 @dataclass(frozen=True)
-class Drafts:
+class Drafts(RequestTensors):
     """Result of a chain: ``ids`` [B, n] int64, and the layer's last rows [B, H], which the check of graphs compares."""
 
     ids: torch.Tensor
     hidden: torch.Tensor
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """All tensors of the result."""
-        return (self.ids, self.hidden)
-
-    def first(self, size: int) -> Drafts:
-        """The result of the first ``size`` requests."""
-        return Drafts(self.ids[:size], self.hidden[:size])
 
 
 class DraftReplay(Protocol):
@@ -153,10 +138,15 @@ class MtpDrafter(Drafter):
         """
         drafts, hidden, chain = [self._draw(start.logits, info, start.at)], start.hidden, None
         if self._num_steps > 1 and isinstance(self.decode_backend, DeepseekV4MultiStepBackend):
-            chain = self._chain_batch(rows, start.at, num_tokens, bounds)
+            # All steps after the first draft token as one batch: a row per request and step.
+            further = self._num_steps - 1
+            positions = start.at.unsqueeze(1) + torch.arange(1, further + 1, device=start.at.device)
+            kind = StepKind("draft chain", further)
+            chain = self._draft_batch(kind, rows, None, positions, num_tokens, _further(bounds, further))
             self.decode_backend.init_forward_metadata(chain)
         for number in range(1, self._num_steps):
-            forward_batch = self._draft_batch(rows, drafts[-1], start.at + number, num_tokens, _further(bounds, number))
+            positions = start.at.unsqueeze(1) + number
+            forward_batch = self._draft_batch(DRAFT, rows, drafts[-1], positions, num_tokens, _further(bounds, number))
             forward_batch.global_num_tokens_cpu = groups
             if isinstance(self.decode_backend, DeepseekV4MultiStepBackend):
                 assert chain is not None
@@ -199,52 +189,30 @@ class MtpDrafter(Drafter):
         )
         return forward_batch, step.output.hidden_states
 
-    def _chain_batch(
-        self, rows: torch.Tensor, at: torch.Tensor, num_tokens: torch.Tensor, bounds: list[int] | None
-    ) -> ForwardBatch:
-        """All steps after the first draft token as one batch: a row per request and step, from ``at`` [B] + 1 on."""
-        num_steps = self._num_steps - 1
-        positions = at.unsqueeze(1) + torch.arange(1, num_steps + 1, device=at.device)
-        further = _further(bounds, num_steps)
-        return ForwardBatch(
-            forward_mode=ForwardMode.DECODE,
-            kind=StepKind("draft chain", num_steps),
-            batch_size=rows.shape[0],
-            input_ids=None,
-            positions=positions.flatten(),
-            req_pool_indices=rows,
-            seq_lens=at + num_steps + 1,
-            seq_lens_cpu=HostList() if further is None else further,
-            out_cache_loc=self._req_to_token[rows.unsqueeze(1), positions].flatten().to(torch.int64),
-            attn_backend=None,
-            num_token_non_padded=num_tokens,
-            num_token_non_padded_cpu=positions.numel(),
-        )
-
     def _draft_batch(
         self,
+        kind: StepKind,
         rows: torch.Tensor,
-        ids: torch.Tensor,
+        ids: torch.Tensor | None,
         positions: torch.Tensor,
         num_tokens: torch.Tensor,
         bounds: list[int] | None,
     ) -> ForwardBatch:
-        """One row per request, at ``positions`` [B], with locations of the request table; it has no backend yet."""
-        size = rows.shape[0]
+        """Rows at ``positions`` [B, S] of requests, with locations of the request table; it has no backend yet."""
         return ForwardBatch(
             forward_mode=ForwardMode.DECODE,
-            kind=DRAFT,
-            batch_size=size,
+            kind=kind,
+            batch_size=rows.shape[0],
             input_ids=ids,
-            positions=positions,
+            positions=positions.flatten(),
             req_pool_indices=rows,
-            seq_lens=positions + 1,
+            seq_lens=positions[:, -1] + 1,
             # Upper bounds: only the device knows how many draft tokens were accepted.
             seq_lens_cpu=HostList() if bounds is None else bounds,
-            out_cache_loc=self._req_to_token[rows, positions].to(torch.int64),
+            out_cache_loc=self._req_to_token[rows.unsqueeze(1), positions].flatten().to(torch.int64),
             attn_backend=None,
             num_token_non_padded=num_tokens,
-            num_token_non_padded_cpu=size,
+            num_token_non_padded_cpu=positions.numel(),
             wants_hidden=True,
         )
 

@@ -227,11 +227,8 @@ def _constants(file: Path) -> dict[str, str]:
         raise ChatTemplateError(f"{file} cannot be read as Python: {error}") from None
     found: dict[str, str] = {}
     for line in lines:
-        targets = (
-            line.targets if isinstance(line, ast.Assign) else [line.target] if isinstance(line, ast.AnnAssign) else []
-        )
         if isinstance(line, (ast.Assign, ast.AnnAssign)) and isinstance(line.value, ast.Constant):
-            for target in targets:
+            for target in line.targets if isinstance(line, ast.Assign) else [line.target]:
                 if isinstance(target, ast.Name) and isinstance(line.value.value, str):
                     found[target.id] = line.value.value
     return found

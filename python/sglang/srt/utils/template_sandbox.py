@@ -132,23 +132,16 @@ class _GenerationTag(jinja2.ext.Extension):
 class _Instrument(NodeTransformer):
     """Adds a charge to every turn of a loop and call of a macro, to ``~``, and to lists that the template builds."""
 
-    def visit_For(self, node: nodes.For) -> nodes.Node:
-        num_chars = _data_chars(node.body)
-        self.generic_visit(node)
-        tick = _filter(nodes.Const(num_chars, lineno=node.lineno), _TICK)
-        if node.test is not None:
-            node.test = nodes.And(tick, node.test, lineno=node.lineno)
-        node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
-        return node
-
     def _visit_body(self, node: Any) -> nodes.Node:
         num_chars = _data_chars(node.body)
         self.generic_visit(node)
         tick = _filter(nodes.Const(num_chars, lineno=node.lineno), _TICK)
+        if getattr(node, "test", None) is not None:  # of a loop: turns that it skips count too
+            node.test = nodes.And(tick, node.test, lineno=node.lineno)
         node.body.insert(0, nodes.ExprStmt(tick, lineno=node.lineno))
         return node  # type: ignore[no-any-return]
 
-    visit_Macro = visit_CallBlock = visit_Block = _visit_body
+    visit_For = visit_Macro = visit_CallBlock = visit_Block = _visit_body
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
@@ -217,11 +210,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             del self._local.budget
 
     def _tick(self, num_chars: int) -> bool:
-        self._charge(num_chars)
-        return True
-
-    def _charge(self, num_chars: int) -> None:
         self._local.budget.charge(num_chars)
+        return True
 
     def _join(self, parts: Any, glue: str) -> str:
         budget = self._local.budget
@@ -283,7 +273,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return bounded
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
-        __self._charge(0)
+        __self._local.budget.charge(0)
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, (str, bytes)):
             __self._check_integers(args, kwargs)

@@ -102,7 +102,6 @@ class Turn:
         self.response = response
         self._reader = reader
         self._open: MessageItem | ReasoningItem | None = None
-        response.output = []
 
     def take(self, result: Result) -> Iterator[ResponseEvent]:
         """What is new with ``result``."""

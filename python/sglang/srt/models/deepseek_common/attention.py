@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from sglang.kernels.ops.attention.mla_decode_project import take_out
+from sglang.kernels.ops.attention.prepare_mla import absorb
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed.parallel_state import get_tp_group
@@ -116,14 +118,10 @@ class DeepseekV2AttentionMLA(nn.Module):
         backend.prepare_mla(q, kv_a, positions, norm, rope, layer, forward_batch)
         out = q.new_empty(q.shape[0], self.num_heads * self.v_dim)
         forms = backend.extend_forms(forward_batch)
-        if forms.absorbed is not None:
-            part = forms.absorbed
+        if (part := forms.absorbed) is not None:
             out = _placed(out, part.rows, self.absorbed(_rows(q, part.rows), forward_batch, part))
-        if forms.expanded is not None:
-            part_expanded = forms.expanded
-            out = _placed(
-                out, part_expanded.rows, self.expanded(_rows(q, part_expanded.rows), forward_batch, part_expanded)
-            )
+        if (rest := forms.expanded) is not None:
+            out = _placed(out, rest.rows, self.expanded(_rows(q, rest.rows), forward_batch, rest))
         return self.o_proj(out)
 
     def _project(self, hidden: Rows) -> tuple[torch.Tensor, torch.Tensor]:
@@ -151,11 +149,8 @@ class DeepseekV2AttentionMLA(nn.Module):
         assert self.w_kc is not None and self.w_vc is not None, "weights are not loaded"
         queries = self._new_queries(q)
         queries[..., self.rank :] = q[..., self.nope :]
-        torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_kc, out=queries[..., : self.rank].transpose(0, 1))
-        context = backend_of(forward_batch, MlaBackend).forward_absorb(queries, self.attn_mqa, plan)
-        out = q.new_empty(q.shape[0], self.num_heads, self.v_dim)
-        torch.bmm(context.transpose(0, 1), self.w_vc, out=out.transpose(0, 1))
-        return out.flatten(1)
+        absorb(q, self.w_kc, queries)
+        return take_out(backend_of(forward_batch, MlaBackend).forward_absorb(queries, self.attn_mqa, plan), self.w_vc)
 
     def expanded(
         self, q: torch.Tensor, forward_batch: ForwardBatch, plan: ExtendPlan | ChunkedPrefixPlan
