@@ -242,6 +242,22 @@ class TestToolCalls(GrammarCase):
             (call,) = reader.feed(f"{first}{head}{text}{tail}{last}") + reader.finish()
             self.assertEqual(json.loads(call.arguments), {"t": text})
 
+    def test_a_value_follows_what_its_schema_refers_to(self):
+        points = {"type": "array", "items": {"type": "integer"}}
+        colors = {"enum": ["red", "blue"], "type": "string"}
+        parser = TOOL_CALL_PARSERS["qwen3_coder"]
+        for part, value, fits in (
+            (points, "[1]", True),
+            (points, "one", False),
+            (colors, "red", True),
+            (colors, "x", False),
+        ):
+            tools = {"f": {"properties": {"p": {"$ref": "#/$defs/part"}}, "required": ["p"], "$defs": {"part": part}}}
+            state = self.compiled("ebnf", parser.grammar(tools, 1, self.tokenizer.token_id)).copy(None)
+            said = f"<tool_call>\n<function=f>\n<parameter=p>\n{value}\n</parameter>\n</function>\n</tool_call>"
+            state.follow(self.tokenizer.encode(said, add_special_tokens=False))
+            self.assertEqual(state.is_complete and not state.error, fits, (part, value, state.error))
+
     def test_white_space_has_a_bound(self):
         chance = random.Random(4)
         for name in ("qwen25", "deepseekv3", "deepseekv31"):

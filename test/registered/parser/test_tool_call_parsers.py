@@ -1,15 +1,34 @@
 """Tool calls in all forms: every cut of a reply gives the same events, and what is no call stays text."""
 
+import json
 import random
 import unittest
+from enum import Enum, IntEnum
 
+from pydantic import BaseModel
+
+from sglang.srt.parser.tool_call_parser import schema_types
 from sglang.srt.parser.tool_calls import TOOL_CALL_PARSERS
 from sglang.srt.parser.tool_calls.deepseekv3 import DeepSeekV3Parser
 from sglang.srt.parser.tool_calls.deepseekv32 import DeepSeekV32Parser
 from sglang.srt.parser.tool_calls.qwen3_coder import Qwen3CoderParser
 from sglang.srt.parser.tool_calls.qwen25 import Qwen25Parser
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.parser_cases import ADD, ADDED, CALLS, FORMS, MARK, NOTE, TOOLS, cuts, dsml, qwen, read_calls, v3
+from sglang.test.parser_cases import (
+    ADD,
+    ADDED,
+    CALLS,
+    FORMS,
+    MARK,
+    NOTE,
+    TOOLS,
+    coder,
+    cuts,
+    dsml,
+    qwen,
+    read_calls,
+    v3,
+)
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
@@ -37,6 +56,53 @@ class TestToolCallParsers(CustomTestCase):
     def test_calls_that_are_not_wanted_stay_text(self):
         reply = qwen("add", ADD) + "\n" + qwen("note", NOTE)
         self.assertEqual(read_calls(Qwen25Parser, [reply], max_calls=1), [ADDED, "\n" + qwen("note", NOTE)])
+
+    def test_values_have_the_types_that_references_lead_to(self):
+        """Nested models and enumerations of pydantic stand in ``$defs``: their values came as strings."""
+
+        class Point(BaseModel):
+            x: int
+
+        class Level(IntEnum):
+            LOW = 1
+
+        class Color(Enum):
+            SEVEN = "7"
+
+        class Arguments(BaseModel):
+            point: Point
+            level: Level
+            color: Color
+            maybe: Point | None
+            either: Level | Color
+            points: list[Point]
+
+        tools = {"draw": Arguments.model_json_schema()}
+        said = {"point": '{"x": 1}', "level": "1", "color": "7", "maybe": '{"x": 2}', "either": "7", "points": "[]"}
+        (call,) = Qwen3CoderParser(tools).feed(coder("draw", **said))
+        name, arguments = call.name, json.loads(call.arguments)
+        wanted = {"point": {"x": 1}, "level": 1, "color": "7", "maybe": {"x": 2}, "either": "7", "points": []}
+        self.assertEqual((name, arguments), ("draw", wanted))
+        Arguments.model_validate(arguments, strict=False)
+        (call,) = Qwen3CoderParser(tools).feed(coder("draw", **{**said, "maybe": "null"}))
+        self.assertIsNone(json.loads(call.arguments)["maybe"])
+
+    def test_types_of_odd_schemas(self):
+        loop = [{"$ref": "#/$defs/a"}] * 5000
+        parts = {"a": {"anyOf": loop, "allOf": loop}, "b/~": {"type": "integer"}, "c": {"$ref": "#/$defs/c"}}
+        for schema, types in (
+            ({"$ref": "#/$defs/a"}, set()),
+            ({"$ref": "#/$defs/b~1~0"}, {"integer"}),
+            ({"$ref": "#/$defs/b~1~0", "type": "string"}, {"string"}),
+            ({"allOf": [{"description": "x"}, {"$ref": "#/$defs/b~1~0"}]}, {"integer"}),
+            ({"oneOf": [{"$ref": "#"}, {"const": None}]}, {"object", "null"}),
+            *(
+                ({"$ref": ref}, set())
+                for ref in ("#/$defs/c", "#/$defs/d", "#/$defs/a/x", "b/~", "http://x.y", 5, None)
+            ),
+            *((schema, set()) for schema in (None, True, [], {"allOf": 5, "anyOf": {}, "type": {}, "enum": 5})),
+        ):
+            self.assertEqual(schema_types(schema, {"type": "object", "$defs": parts}), types, schema)
 
     def test_hostile_replies_end(self):
         deep = '{"name": "add", "arguments": ' + '{"a":' * 100_000

@@ -14,6 +14,9 @@ from sglang.srt.parser.text_marks import partial_mark
 
 # White space between the tokens of JSON; without a bound a model may repeat it without end.
 JSON_WHITE_SPACE = r"[ \n\r\t]{1,40}"
+# Keywords of a schema that say which types and values it allows, and how many parts of one are read: it may be cyclic.
+_OF_VALUES = ("type", "enum", "const", "anyOf", "oneOf")
+_MAX_PARTS = 256
 # A mark that may be one special token.
 _MARK = re.compile("(<[^<>\\s]+>)")
 JSON_TYPES: dict[str, tuple[type, ...]] = {
@@ -206,18 +209,45 @@ def listed_values(schema: Mapping[str, Any]) -> list[Any]:
     return listed if isinstance(listed, list) else []
 
 
-def schema_types(schema: Any) -> set[str]:
-    """The types that a schema allows, by name or by its values; empty if it has neither."""
-    if not isinstance(schema, Mapping):
-        return set()
-    named = schema.get("type", [])
-    types = {name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)}
-    if not types:
-        types = {name for value in listed_values(schema) for name, kinds in JSON_TYPES.items() if type(value) in kinds}
-    for key in ("anyOf", "oneOf"):
-        options = schema.get(key)
-        for option in options if isinstance(options, list) else []:
-            types |= schema_types(option)
+def definitions(root: Mapping[str, Any]) -> dict[str, Any]:
+    """What parts of ``root`` may refer to, for a schema that contains only one of them."""
+    return {key: root[key] for key in ("$defs", "definitions") if key in root}
+
+
+def resolved(schema: Any, root: Mapping[str, Any]) -> dict[str, Any]:
+    """What a schema, a part of ``root``, says of types and values, itself or by its ``$ref`` and ``allOf``."""
+    found: dict[str, Any] = {}
+    parts = [schema]
+    for part in parts:  # which grow meanwhile
+        if isinstance(part, Mapping):
+            found = {key: part[key] for key in _OF_VALUES if key in part} | found
+            all_of = part.get("allOf")
+            more = [_referred(part.get("$ref"), root), *(all_of if isinstance(all_of, list) else ())]
+            parts += more[: _MAX_PARTS - len(parts)]
+    return found
+
+
+def _referred(ref: Any, root: Any) -> Any:
+    """The part of ``root`` that ``ref``, as ``#/$defs/Point``, names; None if there is none."""
+    if not isinstance(ref, str) or not ref.startswith("#"):
+        return None
+    for key in ref.split("/")[1:]:
+        root = root.get(key.replace("~1", "/").replace("~0", "~")) if isinstance(root, Mapping) else None
+    return root
+
+
+def schema_types(schema: Any, root: Mapping[str, Any]) -> set[str]:
+    """The types that a schema, a part of ``root``, allows, by name or by its values; empty if it has neither."""
+    types: set[str] = set()
+    options = [schema]
+    for option in options:  # which grow meanwhile
+        known = resolved(option, root)
+        named, values = known.get("type", []), listed_values(known)
+        names = {name for name in (named if isinstance(named, list) else [named]) if isinstance(name, str)}
+        types |= names or {name for value in values for name, kinds in JSON_TYPES.items() if type(value) in kinds}
+        for key in ("anyOf", "oneOf"):
+            more = known.get(key)
+            options += more[: _MAX_PARTS - len(options)] if isinstance(more, list) else []
     return types
 
 

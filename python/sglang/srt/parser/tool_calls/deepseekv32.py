@@ -9,12 +9,14 @@ from typing import Any
 from sglang.srt.parser.tool_call_parser import (
     ToolCall,
     ToolCallParser,
+    definitions,
     json_form,
     json_object,
     json_text,
     json_value,
     listed_values,
     quoted,
+    resolved,
     schema_types,
 )
 
@@ -44,11 +46,10 @@ class DeepSeekV32Parser(ToolCallParser):
     @classmethod
     def call_form(cls, name: str, schema: Mapping[str, Any], spell: Callable[[str], str]) -> str:
         properties, required = schema.get("properties"), schema.get("required")
-        defined = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         parts = [quoted(f'{name}">\n')]
         for key, value in properties.items() if isinstance(properties, Mapping) else ():
             head = quoted(f'<{MARK}parameter name="{key}" string=')
-            form = f"{head} {_value_form(value, defined)}"
+            form = f"{head} {_value_form(value, schema)}"
             parts.append(form if isinstance(required, list) and key in required else f"({form})?")
         return " ".join(parts)
 
@@ -73,11 +74,11 @@ class DeepSeekV32Parser(ToolCallParser):
         return ToolCall(name, json_text(arguments)) if not rest[place:].strip() else None
 
 
-def _value_form(schema: Any, defined: Mapping[str, Any]) -> str:
+def _value_form(schema: Any, root: Mapping[str, Any]) -> str:
     """Lark for what follows ``string=``: a value, unquoted if it may be a string, and the tag after it."""
     schema = schema if isinstance(schema, Mapping) else {}
     tag = quoted(f"</{MARK}parameter>\n")
-    listed, types = listed_values(schema), schema_types(schema)
+    listed, types = listed_values(resolved(schema, root)), schema_types(schema, root)
     other: Mapping[str, Any] | None = schema
     texts: list[str] = []
     if listed:
@@ -91,5 +92,5 @@ def _value_form(schema: Any, defined: Mapping[str, Any]) -> str:
             other = {**schema, "type": rest} if rest else None
     forms = [f"{quoted(_AS_TEXT)} {text}" for text in texts]
     if other is not None:
-        forms.append(f"{quoted(_AS_JSON)} {json_form({**other, **defined})} {tag}")
+        forms.append(f"{quoted(_AS_JSON)} {json_form({**other, **definitions(root)})} {tag}")
     return f"({' | '.join(forms)})"

@@ -10,11 +10,13 @@ from sglang.srt.parser.tool_call_parser import (
     JSON_TYPES,
     ToolCall,
     ToolCallParser,
+    definitions,
     json_form,
     json_text,
     json_value,
     listed_values,
     quoted,
+    resolved,
     schema_types,
 )
 
@@ -32,10 +34,9 @@ class Qwen3CoderParser(ToolCallParser):
     @classmethod
     def call_form(cls, name: str, schema: Mapping[str, Any], spell: Callable[[str], str]) -> str:
         properties, required = schema.get("properties"), schema.get("required")
-        defined = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
         parts = [quoted(f"\n<function={name}>\n")]
         for key, value in properties.items() if isinstance(properties, Mapping) else ():
-            form = f"{quoted(f'<parameter={key}>' + chr(10))} {_value_form(value, defined)}"
+            form = f"{quoted(f'<parameter={key}>' + chr(10))} {_value_form(value, schema)}"
             parts.append(form if isinstance(required, list) and key in required else f"({form})?")
         return " ".join((*parts, quoted("</function>\n")))
 
@@ -44,34 +45,35 @@ class Qwen3CoderParser(ToolCallParser):
         if function is None:
             return None
         name, rest = function[1].strip(), function[2]
-        properties = self._tools.get(name, {}).get("properties")
+        schema = self._tools.get(name, {})
+        properties = schema.get("properties")
         properties = properties if isinstance(properties, Mapping) else {}
         arguments: dict[str, Any] = {}
         place = 0
         while found := _ARGUMENT.match(rest, place):
             key = found[1].strip()
             # The format has line breaks around a value.
-            arguments[key] = _value(found[2].removeprefix("\n").removesuffix("\n"), properties.get(key))
+            arguments[key] = _value(found[2].removeprefix("\n").removesuffix("\n"), properties.get(key), schema)
             place = found.end()
         return ToolCall(name, json_text(arguments)) if not rest[place:].strip() else None
 
 
-def _value_form(schema: Any, defined: Mapping[str, Any]) -> str:
+def _value_form(schema: Any, root: Mapping[str, Any]) -> str:
     """Lark for an unquoted value and the tag after it; a string is any text without that tag, or a listed one."""
     tag = quoted("\n</parameter>\n")
-    types = schema_types(schema)
+    known, types = resolved(schema, root), schema_types(schema, root)
     if types and "string" not in types:
-        return f"{json_form({**schema, **defined})} {tag}"
-    listed = listed_values(schema) if isinstance(schema, Mapping) else []
+        return f"{json_form({**schema, **definitions(root)})} {tag}"
+    listed = listed_values(known)
     if not listed:
         return "text"
     texts = [value if isinstance(value, str) else "null" for value in listed if value is None or isinstance(value, str)]
     return f"({' | '.join(quoted(text) for text in texts)}) {tag}"
 
 
-def _value(text: str, schema: Any) -> Any:
+def _value(text: str, schema: Any, root: Mapping[str, Any]) -> Any:
     """``text`` as a type of its schema; a string if it does not fit, or has no schema."""
-    types = schema_types(schema)
+    types = schema_types(schema, root)
     if not types or "string" in types:
         return None if text == "null" and "null" in types else text
     try:
