@@ -17,16 +17,14 @@ import torch
 
 from sglang.bench_utils.one_batch import BatchTooLargeError, SpeculatingBatch, StaticBatch
 from sglang.bench_utils.timing import timed
-from sglang.kernels.registry import REGISTRY, KernelConfigError
+from sglang.kernels.registry import REGISTRY
 from sglang.srt.arg_groups.plan import evaluate
-from sglang.srt.configs.errors import ConfigError
+from sglang.srt.managers.scheduler_process import USER_ERRORS
 from sglang.srt.managers.tp_worker import TpModelWorker
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
-from sglang.srt.mem_cache.pool_plan import PoolPlanError
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.model_executor.runner_build import make_runner
-from sglang.srt.model_loader.weight_utils import WeightLoadError
-from sglang.srt.platforms import PlatformError, current_platform
+from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import (
     ServerArgs,
     ServerArgsError,
@@ -34,10 +32,9 @@ from sglang.srt.server_args import (
     set_global_server_args_for_scheduler,
 )
 from sglang.srt.speculative.draft_utils import make_speculator
-from sglang.srt.utils.hf_tokenizer import Tokenizer, TokenizerError
+from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.srt.utils.logging_config import configure_logging
 
-USER_ERRORS = (ConfigError, KernelConfigError, PlatformError, PoolPlanError, TokenizerError, WeightLoadError)
 DECODE_STEPS_PRINTED = 5
 WARMUP_OUTPUT_LEN = 8
 CORRECTNESS_PROMPTS = ("The capital of France is", "27+58=", "Today is a sunny day and I like")

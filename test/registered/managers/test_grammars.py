@@ -244,7 +244,7 @@ class TestHeldBack(GrammarCase):
         self.assertEqual(self.text(results["r4"]), "a" * 5)
         self.assertEqual(self.text(results["same"]), "a")
         grammars = self.harness.scheduler.grammars
-        self.assertEqual((len(grammars._compiled), grammars._awaited, grammars.pending), (3, {}, []))
+        self.assertEqual((grammars._compiled.cache_info().currsize, grammars._awaited, grammars.pending), (3, {}, []))
 
     def test_refusals(self):
         self.harness.submit("bad", [5], SamplingParams(), grammar="start: nothing")

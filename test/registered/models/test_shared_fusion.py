@@ -21,7 +21,7 @@ from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.distributed.parallel_state import ParallelState, override_parallel_state
 from sglang.srt.layers.moe.fused_shared_experts import FusedSharedExperts
-from sglang.srt.model_executor.runner_build import _tell
+from sglang.srt.model_executor.runner_build import _log_streams
 from sglang.srt.model_loader.dummy import iterate_dummy
 from sglang.srt.model_loader.loader import load_model
 from sglang.srt.models.checkpoint_model import CheckpointModel, WeightLoadError
@@ -420,7 +420,7 @@ class TestOverFakes(SharedFusionCases, CustomTestCase):
             self.assertLess(log.output.index(said[-1]), next(i for i, line in enumerate(log.output) if "KV" in line))
             with override_parallel_state(ParallelState(world=thread_ranks(2)[1])):
                 with self.assertNoLogs(runner, "WARNING"):
-                    _tell(plan_streams(ServerArgs()))
+                    _log_streams(plan_streams(ServerArgs()))
 
     def test_by_aiter(self):
         REGISTRY.start_serving()  # a failing kernel raises instead of being replaced

@@ -101,7 +101,7 @@ def _plan_needs(plan: LaunchPlan) -> None:
     assert plan.model_config is not None
     args = plan.args
     # The ranks of a launch check the release themselves; a dry run has no ranks.
-    needs = plan_needs(args, plan.model_config, plan.platform, os.environ, judge_release=args.dry_run)
+    needs = plan_needs(args, plan.model_config, plan.platform, os.environ, check_release=args.dry_run)
     plan.needed = needs.num_bytes
     if needs.exchange is not None:
         plan.errors += needs.exchange.problems

@@ -35,7 +35,6 @@ class SiteRule:
     on_kinds: frozenset[str]
     switches: tuple[EnvBool, ...]
     shared_experts: bool = False
-    min_tokens: int = 1
     max_tokens: int | None = None
     measured: str = NOT_MEASURED
     measured_on: str = "cuda"
@@ -362,8 +361,7 @@ def _decide(rule: SiteRule, platform: Platform, settings: StreamSettings) -> Ove
     known = platform.kind == rule.measured_on
     if enabled:
         reason += f"; {rule.measured if known else NOT_MEASURED}"
-    least, most = (rule.min_tokens, rule.max_tokens) if known else (1, None)
-    return OverlapSite(rule.name, enabled, least, most, reason=reason)
+    return OverlapSite(rule.name, enabled, max_tokens=rule.max_tokens if known else None, reason=reason)
 
 
 def exchange_warnings(platform: Platform, deepep_mode: str) -> list[str]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 
 import torch
 
@@ -31,7 +31,7 @@ class GrammarManager:
         self._backend = backend
         self._announce = announce
         self._thread = ThreadPoolExecutor(1, "grammar")
-        self._compiled: OrderedDict[str, Future[GuidanceGrammar]] = OrderedDict()
+        self._compiled = lru_cache(MAX_COMPILED)(self._compile)
         self._awaited: dict[str, Future[GuidanceGrammar]] = {}
         self.pending: list[Req] = []
 
@@ -42,7 +42,7 @@ class GrammarManager:
         if isinstance(self._backend, str):
             req.grammar_error = self._backend
             return False
-        future = self._future(self._backend, req.grammar_text)
+        future = self._compiled(req.grammar_text)
         if self._announce is None:
             self._give(req, future)
             return False
@@ -93,14 +93,9 @@ class GrammarManager:
             self._backend.fill_along(rows, [told[row // width] for _, row in rows], mask)
         return mask if device.type == "cpu" else mask.to(device, non_blocking=True)
 
-    def _future(self, backend: GuidanceBackend, grammar: str) -> Future[GuidanceGrammar]:
-        future = self._compiled.get(grammar)
-        if future is None:
-            future = self._compiled[grammar] = self._thread.submit(backend.compile, grammar)
-            if len(self._compiled) > MAX_COMPILED:
-                self._compiled.popitem(last=False)
-        self._compiled.move_to_end(grammar)
-        return future
+    def _compile(self, grammar: str) -> Future[GuidanceGrammar]:
+        assert isinstance(self._backend, GuidanceBackend)
+        return self._thread.submit(self._backend.compile, grammar)
 
     @staticmethod
     def _give(req: Req, future: Future[GuidanceGrammar]) -> None:

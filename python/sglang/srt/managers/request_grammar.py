@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.constrained.grammar_checker import GrammarChecker
@@ -34,7 +33,7 @@ class RequestGrammars:
         self._checker: GrammarChecker | None = None
         if tokenizer is not None and self._refusal is None:
             self._checker = GrammarChecker(tokenizer.to_json, vocab_size, json_options(args))
-        self._verdicts: OrderedDict[bytes, Verdict] = OrderedDict()
+        self._verdict = lru_cache(MAX_GRAMMARS_CACHED)(self._check)
 
     def check_served(self, params: SamplingParams) -> None:
         """Raise RequestError if ``params`` constrain the output and this server does not support that."""
@@ -68,20 +67,12 @@ class RequestGrammars:
         if self._checker is not None:
             self._checker.close()
 
-    def _verdict(self, kind: str, source: str) -> Verdict:
-        key = hashlib.sha256(f"{kind}:{source}".encode(errors="surrogatepass")).digest()
-        verdict = self._verdicts.get(key)
-        if verdict is None:
-            assert self._checker is not None
-            try:
-                verdict = self._checker.check(kind, source), None
-            except GrammarError as error:
-                verdict = None, str(error)
-            if len(self._verdicts) == MAX_GRAMMARS_CACHED:
-                self._verdicts.popitem(last=False)
-            self._verdicts[key] = verdict
-        self._verdicts.move_to_end(key)
-        return verdict
+    def _check(self, kind: str, source: str) -> Verdict:
+        assert self._checker is not None
+        try:
+            return self._checker.check(kind, source), None
+        except GrammarError as error:
+            return None, str(error)
 
 
 def grammar_refusal(args: ServerArgs) -> str | None:

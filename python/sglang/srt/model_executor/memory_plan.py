@@ -147,7 +147,7 @@ class RankNeeds:
 
 
 def plan_needs(
-    args: ServerArgs, config: ModelConfig, kind: str, environ: Mapping[str, str], judge_release: bool = False
+    args: ServerArgs, config: ModelConfig, kind: str, environ: Mapping[str, str], check_release: bool = False
 ) -> RankNeeds:
     """The needs of resolved ``args`` on platform ``kind``; parameters and errors are those of ``plan_moe_exchange``."""
     model, draft = build_rank(args, config, 0)
@@ -157,7 +157,7 @@ def plan_needs(
         weights += [count_weights(*build_rank(args, config, rank)) for rank in range(1, args.tp_size)]
     fullest = max(weights, key=lambda groups: sum(groups.values()))
     models = [model] if draft is None else [model, draft]
-    return RankNeeds(fullest, plan_moe_exchange(args, config, models, kind, environ, judge_release))
+    return RankNeeds(fullest, plan_moe_exchange(args, config, models, kind, environ, check_release))
 
 
 def plan_moe_exchange(
@@ -166,11 +166,11 @@ def plan_moe_exchange(
     models: Sequence[nn.Module],
     kind: str,
     environ: Mapping[str, str],
-    judge_release: bool = False,
+    check_release: bool = False,
 ) -> ExchangePlan | None:
     """The exchange of resolved ``args`` on platform ``kind``; None where experts exchange no tokens.
 
-    models: those of a rank by ``build_rank``. judge_release: the MORI that can be imported here, if any, is one of the
+    models: those of a rank by ``build_rank``. check_release: the MORI that can be imported here, if any, is one of the
     reasons. Raises ValueError for SGLANG_MORI_* and other settings with which there is nothing to plan.
     """
     if args.moe_a2a_backend != "mori":
@@ -201,7 +201,7 @@ def plan_moe_exchange(
     heap = plan_heap(buffers[name].with_cap, environ) if kind == "hip" else None
     problems = (heap.problem,) if heap is not None and heap.problem else ()
     worst, capped = sizes_of(chosen, 0)[0], sizes_of(chosen, cap)[0]
-    if judge_release and chosen is not None and (problem := release_problem(capped, chosen)):
+    if check_release and chosen is not None and (problem := release_problem(capped, chosen)):
         problems = (*problems, problem)
     return ExchangePlan(name, capped.max_recv, worst.max_recv, buffers, heap, plan_steps(args, worst, capped), problems)
 
@@ -288,7 +288,7 @@ def plan_memory(
     args: ServerArgs, config: ModelConfig, kind: str, memory: int, environ: Mapping[str, str]
 ) -> MemoryPlan:
     """The plan of the fullest rank of resolved ``args`` on a device of platform ``kind`` with ``memory`` bytes."""
-    needs = plan_needs(args, config, kind, environ, judge_release=True)
+    needs = plan_needs(args, config, kind, environ, check_release=True)
     weights, exchange, needed = needs.weights, needs.exchange, needs.num_bytes
     problems = [] if exchange is None else [*exchange.problems]
     tp_size = args.tp_size // args.attn_dp_size

@@ -50,7 +50,7 @@ def load(args: ServerArgs, config: ModelConfig, needed: Mapping[str, int] | None
     current_platform.set_device(local_rank)
     device: torch.device = current_platform.device(local_rank)
     streams = plan_streams(args, *stream_needs(config, args))
-    _tell(streams)
+    _log_streams(streams)
     if device.type == "cuda":
         needed = needed or plan_needs(args, config, current_platform.kind, os.environ).num_bytes
         check_fit(current_platform.memory_info(local_rank)[0], needed)
@@ -58,9 +58,9 @@ def load(args: ServerArgs, config: ModelConfig, needed: Mapping[str, int] | None
     # The layout of the loaded weights may allow only fused shared experts.
     reason = fixed_form(module)
     if reason and not streams.fusion.enforced:
-        told = streams
+        logged = streams
         streams = plan_streams(args, *stream_needs(config, args), must_fuse=reason)
-        _tell(streams, told)
+        _log_streams(streams, logged)
     draft = None
     if args.speculative_algorithm:
         draft = load_draft_model(draft_config(args, config), args, module, device, streams)
@@ -169,9 +169,9 @@ def stream_needs(config: ModelConfig, args: ServerArgs) -> tuple[str, tuple[str,
     return config.shared_fusion_refusal(args.moe_a2a_backend), config.text.overlap_sites
 
 
-def _tell(streams: StreamPlan, told: StreamPlan | None = None) -> None:
-    """Log what differs from the plan ``told`` that was logged before; warnings only on rank 0."""
-    lines, warnings = (told.lines(), told.warnings) if told is not None else ([], ())
+def _log_streams(streams: StreamPlan, logged: StreamPlan | None = None) -> None:
+    """Log what differs from the plan ``logged`` that was logged before; warnings only on rank 0."""
+    lines, warnings = (logged.lines(), logged.warnings) if logged is not None else ([], ())
     for line in streams.lines():
         if line not in lines:
             logger.info("%s", line)

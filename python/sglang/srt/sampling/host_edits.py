@@ -101,7 +101,7 @@ class HostEdits:
             before = self._edit(logits)
             ids, faults = draw(logits)
             logits.view(-1).index_copy_(0, self._at, before)
-        self._judge(logits, faults)
+        self._correct_faults(logits, faults)
         return ids, faults
 
     def _edit(self, logits: torch.Tensor) -> torch.Tensor:
@@ -118,13 +118,13 @@ class HostEdits:
         flat.index_copy_(0, self._at, x)
         return before
 
-    def _judge(self, logits: torch.Tensor, faults: torch.Tensor) -> None:
+    def _correct_faults(self, logits: torch.Tensor, faults: torch.Tensor) -> None:
         """Correct ``faults`` [B] int64 of what was drawn from edited ``logits``, in place: the model's come first."""
-        told = faults.tolist()
+        found = faults.tolist()
         # Only where an id was forbidden may what is wrong with the logits have gone.
-        for row in [row for row in self.requests if told[row] or row in self._forbidding]:
+        for row in [row for row in self.requests if found[row] or row in self._forbidding]:
             sound = math.isfinite(float(logits[row].max()))
-            faults[row] = LOGITS_FAULT if not sound else EDITED_FAULT if told[row] else 0
+            faults[row] = LOGITS_FAULT if not sound else EDITED_FAULT if found[row] else 0
 
     def count(self, ids: torch.Tensor) -> None:
         """One more token of each request, ``ids`` [B] int64, in place."""

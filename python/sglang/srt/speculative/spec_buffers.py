@@ -104,10 +104,6 @@ class SpecBuffers:
             ours[:size] = theirs
         self._filled = info
 
-    def forget_sampling(self) -> None:
-        """Record that the parameters were overwritten."""
-        self._filled = None
-
     def sampling_info(self, size: int, greedy: bool) -> SamplingBatchInfo:
         """Sampling info that reads these tensors: all rows greedy, or each by its parameters."""
         return SamplingBatchInfo(
@@ -132,7 +128,7 @@ class SpecBuffers:
         def integers(low: int, high: int, *shape: int) -> torch.Tensor:
             return torch.randint(low, high, shape, generator=generator).to(device)
 
-        self.forget_sampling()
+        self._filled = None
         self.temperatures[:size] = integers(5, 15, size, 1) / 10
         self.top_ps[:size] = integers(5, 11, size, 1) / 10
         self.min_ps[:size] = integers(0, 2, size, 1) / 100

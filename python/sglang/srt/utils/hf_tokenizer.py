@@ -90,7 +90,7 @@ class Tokenizer:
         self.is_byte_level = _is_byte_level(document)
         self.encode(_TRIAL_TEXT)
         self._bytes_of_char = _byte_alphabet()
-        self._token_bytes: dict[int, bytes] = {}
+        self.token_bytes = functools.cache(self._token_bytes)
         self.chat_template: PromptTemplate | None = None
         if with_template:
             given = load_chat_template_file(chat_template) if chat_template else None
@@ -154,17 +154,13 @@ class Tokenizer:
             return self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)[0]
         return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def token_bytes(self, token_id: int) -> bytes:
+    def _token_bytes(self, token_id: int) -> bytes:
         """Bytes that a token of a byte-level tokenizer contributes to the text."""
-        found = self._token_bytes.get(token_id)
-        if found is None:
-            token = self._backend.id_to_token(token_id) or ""
-            try:
-                found = bytes(self._bytes_of_char[char] for char in token)
-            except KeyError:
-                found = token.encode("utf-8")
-            self._token_bytes[token_id] = found
-        return found
+        token = self._backend.id_to_token(token_id) or ""
+        try:
+            return bytes(self._bytes_of_char[char] for char in token)
+        except KeyError:
+            return token.encode("utf-8")
 
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
         """Prompt text of a conversation; ``options`` are those of ``PromptTemplate.render``."""

@@ -93,11 +93,9 @@ def prompt_places(tokenizer: Tokenizer, prompt: str, entries: list[LogprobEntry]
         return places
     for _, _, text in entries:
         piece_text = text or _REPLACEMENT
-        place = (
-            -1
-            if _REPLACEMENT in piece_text
-            else prompt.find(piece_text, position, position + len(piece_text) + _MAX_GAP)
-        )
+        place = -1
+        if _REPLACEMENT not in piece_text:
+            place = prompt.find(piece_text, position, position + len(piece_text) + _MAX_GAP)
         places.append(position if place < 0 else place)
         position = position if place < 0 else place + len(piece_text)
     return places

@@ -16,7 +16,7 @@ _MESSAGE_KEYS = frozenset(
 _PART_KEYS = frozenset(("text", "type"))
 
 
-def judge_messages(
+def check_message_keys(
     messages: list[dict[str, Any]], template: str, unknown_fields: UnknownFields, warnings: list[str] | None
 ) -> None:
     """Check keys that neither the API nor ``template``, the chat template's source, names. Raises RequestError."""

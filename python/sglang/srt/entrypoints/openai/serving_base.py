@@ -105,7 +105,7 @@ class OpenAIServing(ABC, Generic[RequestT]):
     async def native(self, body: RequestT, warnings: list[str]) -> GenerateReqInput:
         """The native request of a body, checked. Raises RequestError."""
         self.check(body)
-        self.judge_content(body, warnings if body.return_warnings else None)
+        self.check_keys(body, warnings if body.return_warnings else None)
         native = await self.convert(body)
         # Ids of samples and prompts begin with the id of their response, so that aborting it ends them all.
         native.rid = body.rid or uuid.uuid4().hex
@@ -118,7 +118,7 @@ class OpenAIServing(ABC, Generic[RequestT]):
         """Raise RequestError for what is not supported."""
         self.context.check_model(body.model)
 
-    def judge_content(self, body: RequestT, warnings: list[str] | None) -> None:
+    def check_keys(self, body: RequestT, warnings: list[str] | None) -> None:
         """Check unknown keys in open parts of the body's type; extends ``warnings``."""
 
     @abstractmethod

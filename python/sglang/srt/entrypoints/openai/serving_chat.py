@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from sglang.srt.entrypoints.context import ServerContext
-from sglang.srt.entrypoints.openai.message_fields import judge_messages
+from sglang.srt.entrypoints.openai.message_fields import check_message_keys
 from sglang.srt.entrypoints.openai.offered_tools import offered_tools
 from sglang.srt.entrypoints.openai.protocol import (
     ChatChoice,
@@ -51,10 +51,10 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
         if not 0 <= (body.top_logprobs or 0) <= MAX_CHAT_TOP_LOGPROBS:
             raise RequestError(f"top_logprobs must be in [0, {MAX_CHAT_TOP_LOGPROBS}], got {body.top_logprobs}.")
 
-    def judge_content(self, body: ChatCompletionRequest, warnings: list[str] | None) -> None:
+    def check_keys(self, body: ChatCompletionRequest, warnings: list[str] | None) -> None:
         template = self.manager.tokenizer.chat_template if self.manager.tokenizer is not None else None
         source = "" if template is None else template.source
-        judge_messages(body.messages, source, self.manager.unknown_fields, warnings)
+        check_message_keys(body.messages, source, self.manager.unknown_fields, warnings)
         if warnings is None:
             return
         self.parsers.warn(body, warnings)
