@@ -26,11 +26,14 @@ logger = logging.getLogger(__name__)
 # Former names of ops, which SGLANG_KERNELS takes too.
 FORMER_NAMES = {
     "attention.table_decode": "attention.decode_attention",
-    "attention.mla_table_decode": "attention.mla_decode_attention",
+    "attention.mla_table_decode": "attention.decode_attention",
     "attention.table_verify": "attention.decode_attention",
-    "attention.mla_table_verify": "attention.mla_decode_attention",
+    "attention.mla_table_verify": "attention.decode_attention",
     "attention.verify_attention": "attention.decode_attention",
-    "attention.mla_verify_attention": "attention.mla_decode_attention",
+    "attention.mla_verify_attention": "attention.decode_attention",
+    "attention.mla_decode_attention": "attention.decode_attention",
+    "attention.mla_decode": "attention.decode_padded",
+    "attention.mla_extend": "attention.extend_attention",
     "norm.gemma_rms_norm": "norm.rms_norm",
     "norm.fused_add_gemma_rms_norm": "norm.fused_add_rms_norm",
     "moe.topk_plain": "moe.topk",

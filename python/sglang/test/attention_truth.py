@@ -32,21 +32,17 @@ def true_extend_ragged(
 
 
 def true_extend_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, slots: Tensor, qo_indptr: Tensor, kv_indptr: Tensor, scale: float
-) -> Tensor:
-    return true_extend_ragged(q, k_cache[slots], v_cache[slots], qo_indptr, kv_indptr, scale)
-
-
-def true_mla_extend(
-    q: Tensor, cache: Tensor, slots: Tensor, qo_indptr: Tensor, kv_indptr: Tensor, rank: int, scale: float
-) -> Tensor:
-    rows = cache[slots].unsqueeze(1)
-    return true_extend_ragged(q, rows, rows[..., :rank], qo_indptr, kv_indptr, scale)
+    q: Tensor, k_cache: Tensor, v_cache: Tensor | None, slots: Tensor, qo_indptr: Tensor, kv_indptr: Tensor,
+    scale: float, rank: int = 0,
+) -> Tensor:  # fmt: skip
+    values = k_cache[..., :rank] if v_cache is None else v_cache
+    return true_extend_ragged(q, k_cache[slots], values[slots], qo_indptr, kv_indptr, scale)
 
 
 def true_decode_padded(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, seq_lens: Tensor, scale: float
+    q: Tensor, k_cache: Tensor, v_cache: Tensor | None, table: Tensor, seq_lens: Tensor, scale: float, rank: int = 0
 ) -> Tensor:
+    v_cache = k_cache[..., :rank] if v_cache is None else v_cache
     out = torch.zeros(q.shape[0], q.shape[1], v_cache.shape[2], dtype=torch.float64)
     group = q.shape[1] // k_cache.shape[1]
     for row, length in enumerate(seq_lens.tolist()):
@@ -56,27 +52,17 @@ def true_decode_padded(
     return out
 
 
-def true_mla_decode(q: Tensor, cache: Tensor, table: Tensor, seq_lens: Tensor, rank: int, scale: float) -> Tensor:
-    rows = cache.unsqueeze(1)
-    return true_decode_padded(q, rows, rows[..., :rank], table, seq_lens, scale)
-
-
 def true_decode_attention(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor, rows: Tensor, seq_lens: Tensor, scale: float
-) -> Tensor:
-    return true_decode_padded(q, k_cache, v_cache, table[rows], seq_lens, scale)
-
-
-def true_mla_decode_attention(
-    q: Tensor, cache: Tensor, table: Tensor, rows: Tensor, seq_lens: Tensor, rank: int, scale: float
-) -> Tensor:
-    return true_mla_decode(q, cache, table[rows], seq_lens, rank, scale)
+    q: Tensor, k_cache: Tensor, v_cache: Tensor | None, table: Tensor, rows: Tensor, seq_lens: Tensor, scale: float,
+    rank: int = 0,
+) -> Tensor:  # fmt: skip
+    return true_decode_padded(q, k_cache, v_cache, table[rows], seq_lens, scale, rank)
 
 
 def true_mla_decode_project(
     q: Tensor, cache: Tensor, table: Tensor, rows: Tensor, seq_lens: Tensor, w_vc: Tensor, scale: float
 ) -> Tensor:
-    context = true_mla_decode_attention(q, cache, table, rows, seq_lens, w_vc.shape[1], scale)
+    context = true_decode_attention(q, cache.unsqueeze(1), None, table, rows, seq_lens, scale, w_vc.shape[1])
     return torch.stack([context[:, head] @ w_vc[head].double() for head in range(len(w_vc))], dim=1).flatten(1)
 
 
@@ -100,10 +86,7 @@ def of_several(truth: Callable[..., Tensor], first: int) -> Callable[..., Tensor
 ATTENTION_TRUTHS: dict[str, Callable[..., Tensor]] = {
     "attention.extend_ragged": true_extend_ragged,
     "attention.extend_attention": true_extend_attention,
-    "attention.mla_extend": true_mla_extend,
     "attention.decode_padded": of_several(true_decode_padded, 3),
-    "attention.mla_decode": of_several(true_mla_decode, 2),
     "attention.decode_attention": of_several(true_decode_attention, 4),
-    "attention.mla_decode_attention": of_several(true_mla_decode_attention, 3),
     "attention.mla_decode_project": true_mla_decode_project,
 }

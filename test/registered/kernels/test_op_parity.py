@@ -440,7 +440,7 @@ class TestTheTest(CustomTestCase):
 
         self.assert_noticed("moe.fused_experts", in_place)
         self.assert_noticed("moe.fused_experts", one_row_off)
-        self.assert_noticed("attention.mla_decode", one_row_off)
+        self.assert_noticed("attention.decode_padded", one_row_off)
         self.assert_noticed("attention.extend_ragged", lambda out, args: out.nan_to_num().roll(1, 0))
         self.assert_noticed("rope.rotary", lambda out, args: (out[0], args[2]))
         self.assert_noticed("moe.topk", lambda out, args: (out[0] * 2, out[1]))

@@ -14,7 +14,7 @@ import torch
 
 import sglang.kernels.ops.attention.attention_state as attention_state
 import sglang.kernels.ops.attention.kv_cache as kv_cache
-from sglang.kernels.ops.attention import decode_attention, extend_ragged, launchers, mla_extend
+from sglang.kernels.ops.attention import decode_attention, extend_attention, extend_ragged, launchers
 from sglang.kernels.ops.attention.launchers import launch_decode, launch_extend
 from sglang.kernels.ops.attention.tiles import RowShape, Tile, split_count
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -81,7 +81,7 @@ class TestInterpretedBodies(CustomTestCase):
         for heads in (5, 70):
             q = torch.randn(len(lens), heads, 40, generator=generator)
             shape = RowShape.of(40, 32, value_is_key=True)
-            wanted = decode_attention.mla_decode_attention_torch(q, latent[:, 0], *table, 32, 0.2)
+            wanted = decode_attention.decode_attention_torch(q, latent, None, *table, 0.2, 32)
             for splits, one_head_programs in ((1, 1), (2, 0), (5, 0), (5, 9999)):
                 with mock.patch.object(launchers, "MERGE_PROGRAMS", one_head_programs):
                     close(launch_decode(q, latent, latent, *table, 0.2, shape, Tile(16, 16, 4, 1), splits), wanted)
@@ -103,7 +103,7 @@ class TestInterpretedBodies(CustomTestCase):
         q = torch.randn(sum(q_lens), 6, 40, generator=generator)
         latent = torch.randn(sum(kv_lens) + 3, 1, 40, generator=generator)
         shape = RowShape.of(40, 32, value_is_key=True)
-        wanted = mla_extend.mla_extend_torch(q, latent[:, 0], slots, *bounds, 32, 0.2)
+        wanted = extend_attention.extend_attention_torch(q, latent, None, slots, *bounds, 0.2, 32)
         for rows, splits in ((16, 1), (16, 2), (32, 5)):
             tile = Tile(rows, 16, 4, 1)
             close(launch_extend(q, latent, latent, slots, *bounds, 0.2, shape, tile=tile, splits=splits)[0], wanted)

@@ -11,7 +11,7 @@ import torch
 
 from sglang.kernels.ops.attention import extend_ragged
 from sglang.kernels.ops.attention.attention_state import extend_state, merge_states
-from sglang.kernels.ops.attention.decode_attention import decode_attention_torch, mla_decode_attention_torch
+from sglang.kernels.ops.attention.decode_attention import decode_attention_torch
 from sglang.kernels.ops.attention.launchers import launch_decode, launch_extend
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
@@ -68,7 +68,7 @@ class TestDecodeOnGpu(CustomTestCase):
     def check(self, q, k, v, *table, shape, dtype):
         wide = [tensor.float() for tensor in (q, k, v)]
         if shape.value_is_key:
-            wanted = mla_decode_attention_torch(wide[0], wide[1][:, 0], *table, shape.value, 0.06)
+            wanted = decode_attention_torch(wide[0], wide[1], None, *table, 0.06, shape.value)
         else:
             wanted = decode_attention_torch(*wide, *table, 0.06)
         for splits in (None, 1, 2, 7):

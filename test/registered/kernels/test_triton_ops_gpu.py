@@ -19,7 +19,7 @@ from test_op_parity import (
 )
 
 from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul_quantized_triton, silu_and_mul_triton
-from sglang.kernels.ops.attention.decode_attention import mla_decode_attention_triton
+from sglang.kernels.ops.attention.decode_attention import decode_attention_triton
 from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project_triton
 from sglang.kernels.ops.attention.prepare_mla import prepare_mla_triton
 from sglang.kernels.ops.moe.fused_experts import fused_experts, order_pairs
@@ -260,7 +260,7 @@ class TestTritonOpsOnGpu(CustomTestCase):
                 out = mla_decode_project_triton(q, cache, *rows, w_vc, 0.07, fp8)
                 if fp8 is not None:
                     out = out[0].float() * out[1].repeat_interleave(128, 1)
-                context = mla_decode_attention_triton(q, cache, *rows, 512, 0.07)
+                context = decode_attention_triton(q, cache.unsqueeze(1), None, *rows, 0.07, 512)
                 wanted = torch.einsum("bhr,hrv->bhv", context.float(), w_vc.float()).flatten(1)
                 assert_near_by_row(out, wanted, 5e-3 if fp8 is None else 5e-2)
                 queries = torch.zeros_like(q)

@@ -14,11 +14,10 @@ from sglang.kernels.ops.attention.decode_padded import (
     decode_padded_torch,
     decode_tables,
     last_lengths,
-    mla_decode_torch,
     queries_per_request,
     spoil_ends,
 )
-from sglang.kernels.ops.attention.launchers import latent_fits, launch_decode, rows_fit
+from sglang.kernels.ops.attention.launchers import caches_fit, launch_decode
 from sglang.kernels.ops.attention.tiles import MANY_HEADS, RowShape
 from sglang.kernels.spec import Case, Impl, Op
 
@@ -26,39 +25,23 @@ from sglang.kernels.spec import Case, Impl, Op
 def decode_attention_torch(
     q: torch.Tensor,
     k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
     req_to_token: torch.Tensor,
     req_pool_indices: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
+    rank: int = 0,
 ) -> torch.Tensor:
     """Softmax attention of the queries of each request's last W tokens over its slots, each up to its own token.
 
     q [B*W, Hq, D], packed by request, k_cache [S, Hk, D], v_cache [S, Hk, Dv], req_to_token [R, C] int32 (entries past
     a length are never used), req_pool_indices [B] int64 rows of it, seq_lens [B] int64 in [W, C], for W = 1 in [0, C]
     -> [B*W, Hq, Dv] in q's dtype, computed in float32; a row of length 0 gives zeros. What a later token left in the
-    cache, NaN included, changes no query before it. This reference reads the longest length on the host.
+    cache, NaN included, changes no query before it. v_cache None and ``rank``: as in ``attention.extend_attention``.
+    This reference reads the longest length on the host.
     """
     table = slots_of(req_to_token, req_pool_indices, seq_lens)
-    return decode_padded_torch(q, k_cache, v_cache, table, seq_lens, scale)
-
-
-def mla_decode_attention_torch(
-    q: torch.Tensor,
-    latent_cache: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    kv_lora_rank: int,
-    scale: float,
-) -> torch.Tensor:
-    """Softmax attention where all heads share one key row per token, whose first R columns are the value.
-
-    q [B*W, H, R+P] (query times W_UK, then the rotated part), latent_cache [S, R+P] -> [B*W, H, R]; the rest as in
-    ``decode_attention_torch``. DeepSeek-V2 report, section 2.1 and appendix C.
-    """
-    table = slots_of(req_to_token, req_pool_indices, seq_lens)
-    return mla_decode_torch(q, latent_cache, table, seq_lens, kv_lora_rank, scale)
+    return decode_padded_torch(q, k_cache, v_cache, table, seq_lens, scale, rank)
 
 
 def slots_of(req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_lens: torch.Tensor) -> torch.Tensor:
@@ -70,50 +53,29 @@ def slots_of(req_to_token: torch.Tensor, req_pool_indices: torch.Tensor, seq_len
 def decode_attention_triton(
     q: torch.Tensor,
     k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
     req_to_token: torch.Tensor,
     req_pool_indices: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
-) -> torch.Tensor:
-    shape = RowShape.of(q.shape[2], v_cache.shape[2])
-    rest = (req_to_token, req_pool_indices, seq_lens, scale, shape)
-    return launch_decode(q, k_cache, v_cache, *rest, repeat=queries_per_request(q, seq_lens))
-
-
-def mla_decode_attention_triton(
-    q: torch.Tensor,
-    latent_cache: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    kv_lora_rank: int,
-    scale: float,
+    rank: int = 0,
 ) -> torch.Tensor:
     width = queries_per_request(q, seq_lens)
-    if width > 1 and q.shape[1] >= MANY_HEADS:
+    if v_cache is None and width > 1 and q.shape[1] >= MANY_HEADS:
         # The heads of one query fill a program, and those of the next read what it has just read. On an H200 (triton
         # 3.6.0, 2026-11-29, 4 queries of 128 heads, 32 requests of 1k tokens) a step of V3 takes 8.64 ms so, 9.30 else.
         req_pool_indices = req_pool_indices.repeat_interleave(width)
         seq_lens, width = last_lengths(seq_lens, width).flatten(), 1
-    shape = RowShape.of(q.shape[2], kv_lora_rank, value_is_key=True)
-    rows = latent_cache.unsqueeze(1)
-    return launch_decode(q, rows, rows, req_to_token, req_pool_indices, seq_lens, scale, shape, repeat=width)
+    shape, v = RowShape.of_caches(q, v_cache, rank), k_cache if v_cache is None else v_cache
+    return launch_decode(q, k_cache, v, req_to_token, req_pool_indices, seq_lens, scale, shape, repeat=width)
 
 
 def fits_table(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table: torch.Tensor, *rest: object
-) -> bool:
-    """Whether the kernels read these rows and this request table."""
-    return rows_fit(q, k_cache, v_cache) and table.stride(1) == 1
-
-
-def fits_latent_table(
-    q: torch.Tensor, latent: torch.Tensor, table: torch.Tensor, rows: torch.Tensor, lens: torch.Tensor, rank: int,
-    scale: float,
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor | None, table: torch.Tensor, rows: torch.Tensor,
+    lens: torch.Tensor, scale: float, rank: int = 0,
 ) -> bool:  # fmt: skip
-    """The same over latent rows."""
-    return latent_fits(q, latent, rank) and table.stride(1) == 1
+    """Whether the kernels read these rows and this request table."""
+    return caches_fit(q, k_cache, v_cache, rank) and table.stride(1) == 1
 
 
 def request_tables() -> Iterator[tuple[str, int, tuple[torch.Tensor, torch.Tensor, torch.Tensor], int]]:
@@ -142,20 +104,15 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{name}-nan-values", (q, k_cache, spoiled, *table, 0.3))
         coarse = (cache.to(torch.float8_e4m3fn) for cache in (k_cache, v_cache))
         yield Case(f"{name}-fp8", (q, *coarse, *table, 0.3))
-
-
-def _latent_cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for name, width, table, total in request_tables():
         for heads in (3, MANY_HEADS + 6) if name in ("ragged", "equal-4-queries") else (3,):
             q = torch.randn(width * len(table[1]), heads, 20, generator=generator)
-            cache = torch.randn(total, 20, generator=generator)
-            cache[-1] = float("nan")
-            yield Case(f"{name}-{heads}", (q, cache, *table, 16, 0.2))
+            latent = torch.randn(total, 1, 20, generator=generator)
+            latent[-1] = float("nan")
+            yield Case(f"{name}-latent-{heads}", (q, latent, None, *table, 0.2, 16))
         if width > 1:
-            spoiled = spoil_ends(cache, table[0][table[1]].long(), table[2])
-            yield Case(f"{name}-nan", (q[:, :3], spoiled, *table, 16, 0.2))
-        yield Case(f"{name}-fp8", (q, cache.to(torch.float8_e4m3fn), *table, 16, 0.2))
+            spoiled = spoil_ends(latent, table[0][table[1]].long(), table[2])
+            yield Case(f"{name}-latent-nan", (q[:, :3], spoiled, None, *table, 0.2, 16))
+        yield Case(f"{name}-latent-fp8", (q, latent.to(torch.float8_e4m3fn), None, *table, 0.2, 16))
 
 
 decode_attention = Op(
@@ -163,10 +120,4 @@ decode_attention = Op(
     triton_impl(decode_attention_triton, fits_table),
     Impl("torch", decode_attention_torch),
     cases=_cases,
-)
-mla_decode_attention = Op(
-    "attention.mla_decode_attention",
-    triton_impl(mla_decode_attention_triton, fits_latent_table),
-    Impl("torch", mla_decode_attention_torch),
-    cases=_latent_cases,
 )

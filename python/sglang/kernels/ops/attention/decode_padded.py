@@ -54,48 +54,21 @@ def ends_finite(cache: torch.Tensor, slot_table: torch.Tensor, seq_lens: torch.T
 def decode_padded_torch(
     q: torch.Tensor,
     k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
     slot_table: torch.Tensor,
     seq_lens: torch.Tensor,
     scale: float,
+    rank: int = 0,
 ) -> torch.Tensor:
     """Softmax attention of the queries of each request's last W tokens over its slots, each up to its own token.
 
     q [B*W, Hq, D], packed by request, k_cache [S, Hk, D], v_cache [S, Hk, Dv], slot_table [B, L] int64 (entries past a
     row's length are never used), seq_lens [B] int64 in [W, L], for W = 1 in [0, L] -> [B*W, Hq, Dv] in q's dtype,
     computed in float32; a row of length 0 gives zeros. What a later token left in the cache, NaN included, changes no
-    query before it.
+    query before it. v_cache None and ``rank``: as in ``attention.extend_attention``.
     """
-    return _attend_padded(q, k_cache, v_cache, slot_table, seq_lens, v_cache.shape[2], scale)
-
-
-def mla_decode_torch(
-    q: torch.Tensor,
-    latent_cache: torch.Tensor,
-    slot_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    kv_lora_rank: int,
-    scale: float,
-) -> torch.Tensor:
-    """The same where all heads share one key row per token, whose first R columns are the value.
-
-    q [B*W, H, R+P] (query times W_UK, then the rotated part), latent_cache [S, R+P] -> [B*W, H, R]. DeepSeek-V2 report,
-    section 2.1 and appendix C.
-    """
-    return _attend_padded(q, latent_cache.unsqueeze(1), None, slot_table, seq_lens, kv_lora_rank, scale)
-
-
-def _attend_padded(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor | None,
-    slot_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    v_dim: int,
-    scale: float,
-) -> torch.Tensor:
-    """Both of the above; with ``v_cache`` None the value is the first ``v_dim`` columns of the key row."""
     width, batch, (kv_heads, dim) = queries_per_request(q, seq_lens), seq_lens.shape[0], k_cache.shape[1:]
+    v_dim = rank if v_cache is None else v_cache.shape[2]
     if batch == 0 or slot_table.shape[1] == 0:
         return q.new_zeros(*q.shape[:2], v_dim)
     slots, beyond = readable_slots(slot_table, seq_lens)
@@ -105,7 +78,7 @@ def _attend_padded(
         return out if beyond is None else out.masked_fill_((seq_lens == 0).view(-1, 1, 1), 0.0)
     if not ends_finite(k_cache if v_cache is None else v_cache, slot_table, seq_lens, width):
         slots, lengths = slot_table.repeat_interleave(width, 0), last_lengths(seq_lens, width).flatten()
-        return _attend_padded(q, k_cache, v_cache, slots, lengths, v_dim, scale)
+        return decode_padded_torch(q, k_cache, v_cache, slots, lengths, scale, rank)
     # The queries of a request as more heads, those of a key head side by side.
     hidden = later_columns(slot_table, seq_lens, (kv_heads, width, q.shape[1] // kv_heads))
     heads = q.reshape(batch, width, kv_heads, -1, dim).transpose(1, 2).reshape(batch, -1, dim)
@@ -185,18 +158,12 @@ def _cases() -> Iterator[Case]:
         if width > 1:
             spoiled = spoil_ends(v_cache, table, lens)
             yield Case(f"{name}-nan", (q, k_cache, spoiled, table, lens, 0.3))
-
-
-def _latent_cases() -> Iterator[Case]:
-    generator = torch.Generator().manual_seed(0)
-    for name, width, table, lens, total in decode_tables():
         q = torch.randn(len(lens) * width, 3, 20, generator=generator)
-        cache = torch.randn(total, 20, generator=generator)
-        cache[-1] = float("nan")
-        yield Case(name, (q, cache, table, lens, 16, 0.2))
+        latent = torch.randn(total, 1, 20, generator=generator)
+        latent[-1] = float("nan")
+        yield Case(f"{name}-latent", (q, latent, None, table, lens, 0.2, 16))
         if width > 1:
-            yield Case(f"{name}-nan", (q, spoil_ends(cache, table, lens), table, lens, 16, 0.2))
+            yield Case(f"{name}-latent-nan", (q, spoil_ends(latent, table, lens), None, table, lens, 0.2, 16))
 
 
 decode_padded = Op("attention.decode_padded", Impl("torch", decode_padded_torch), cases=_cases)
-mla_decode = Op("attention.mla_decode", Impl("torch", mla_decode_torch), cases=_latent_cases)

@@ -1,4 +1,5 @@
-"""Causal attention of packed requests over the paged cache: prefill, with or without a cached prefix."""
+"""Causal attention of packed requests over the paged cache, keys and values or latent rows: prefill, with or without a
+cached prefix."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import torch
 from sglang.kernels.launch import triton_impl
 from sglang.kernels.ops.attention.extend_ragged import extend_ragged_torch, indptr, ragged_shapes
 from sglang.kernels.ops.attention.kv_cache import read_rows
-from sglang.kernels.ops.attention.launchers import launch_extend, rows_fit
+from sglang.kernels.ops.attention.launchers import caches_fit, launch_extend
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.spec import Case, Impl, Op
 
@@ -17,37 +18,45 @@ from sglang.kernels.spec import Case, Impl, Op
 def extend_attention_torch(
     q: torch.Tensor,
     k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
     kv_slot_ids: torch.Tensor,
     qo_indptr: torch.Tensor,
     kv_indptr: torch.Tensor,
     scale: float,
+    rank: int = 0,
 ) -> torch.Tensor:
     """Causal softmax attention, request by request, over cache slots.
 
     q [N, Hq, D], k_cache [S, Hk, D], v_cache [S, Hk, Dv]; kv_slot_ids [M] int64 lists the slots of each request's
     tokens in order, the new ones (already written) included; qo_indptr and kv_indptr [B+1] int64 cut q and
-    kv_slot_ids by request. -> [N, Hq, Dv] in q's dtype.
+    kv_slot_ids by request. -> [N, Hq, Dv] in q's dtype. Without v_cache the values are the first ``rank`` columns of
+    the keys: absorbed latent attention, where q is the query times W_UK, then the rotated part (DeepSeek-V2 report,
+    section 2.1 and appendix C).
     """
-    k, v = (read_rows(cache, kv_slot_ids, q.dtype) for cache in (k_cache, v_cache))
+    k = read_rows(k_cache, kv_slot_ids, q.dtype)
+    v = k[..., :rank] if v_cache is None else read_rows(v_cache, kv_slot_ids, q.dtype)
     return extend_ragged_torch(q, k, v, qo_indptr, kv_indptr, scale)
 
 
 def extend_attention_triton(
     q: torch.Tensor,
     k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
     kv_slot_ids: torch.Tensor,
     qo_indptr: torch.Tensor,
     kv_indptr: torch.Tensor,
     scale: float,
+    rank: int = 0,
 ) -> torch.Tensor:
-    shape = RowShape.of(q.shape[2], v_cache.shape[2])
-    return launch_extend(q, k_cache, v_cache, kv_slot_ids, qo_indptr, kv_indptr, scale, shape)[0]
+    shape, v = RowShape.of_caches(q, v_cache, rank), k_cache if v_cache is None else v_cache
+    return launch_extend(q, k_cache, v, kv_slot_ids, qo_indptr, kv_indptr, scale, shape)[0]
 
 
-def _accepts(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, *rest: object) -> bool:
-    return rows_fit(q, k_cache, v_cache)
+def _accepts(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor | None, slots: torch.Tensor, qo: torch.Tensor,
+    kv: torch.Tensor, scale: float, rank: int = 0,
+) -> bool:  # fmt: skip
+    return caches_fit(q, k_cache, v_cache, rank)
 
 
 def _cases() -> Iterator[Case]:
@@ -62,6 +71,11 @@ def _cases() -> Iterator[Case]:
             yield Case(f"{name}-{heads}x{kv_heads}", args)
         coarse = (cache.to(torch.float8_e4m3fn) for cache in (k_cache, v_cache))
         yield Case(f"{name}-fp8", (q, *coarse, *args[3:]))
+        q = torch.randn(sum(q_lens), 3, 20, generator=generator)
+        latent = torch.randn(sum(kv_lens) + 3, 1, 20, generator=generator)
+        rest = (None, slots, indptr(q_lens), indptr(kv_lens), 0.2, 16)
+        yield Case(f"{name}-latent", (q, latent, *rest))
+        yield Case(f"{name}-latent-fp8", (q, latent.to(torch.float8_e4m3fn), *rest))
 
 
 extend_attention = Op(

@@ -36,11 +36,13 @@ def rows_fit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_tail: torch.Te
     return same and dense and shapes and q.shape[1] % k.shape[1] == 0
 
 
-def latent_fits(q: torch.Tensor, latent: torch.Tensor, rank: int) -> bool:
-    """True when the kernels take q [., H, R+P] over latent rows [., R+P] whose first ``rank`` columns are the value."""
-    dense = q.stride(-1) == 1 and latent.stride(-1) == 1
-    shapes = rank < q.shape[-1] == latent.shape[-1] <= MAX_LATENT_DIM
-    return is_cache_dtype(latent.dtype, q.dtype) and dense and shapes
+def caches_fit(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor | None, rank: int) -> bool:
+    """``rows_fit``, and without values whether the kernels take the first ``rank`` columns of the keys as those."""
+    if v_cache is not None:
+        return rows_fit(q, k_cache, v_cache)
+    dense = q.stride(-1) == 1 and k_cache.stride(-1) == 1
+    shapes = rank < q.shape[-1] == k_cache.shape[-1] <= MAX_LATENT_DIM
+    return is_cache_dtype(k_cache.dtype, q.dtype) and dense and shapes
 
 
 def merge_parts(parts: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sglang.kernels.launch import triton_impl
-from sglang.kernels.ops.attention.decode_attention import fits_latent_table, mla_decode_attention_torch, request_tables
+from sglang.kernels.ops.attention.decode_attention import decode_attention_torch, fits_table, request_tables
 from sglang.kernels.ops.attention.launchers import launch_parts, merge_parts, project_parts, projects
 from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.ops.quant import group_fp8
@@ -19,13 +19,13 @@ def mla_decode_project_torch(
     q: Tensor, latent_cache: Tensor, req_to_token: Tensor, req_pool_indices: Tensor, seq_lens: Tensor, w_vc: Tensor,
     scale: float, dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """``attention.mla_decode_attention``, and each head's context times its part of w_vc [H, R, v].
+    """``attention.decode_attention`` over latent_cache [S, R+P], and each head's context times its w_vc [H, R, v].
 
     -> [B, H*v] in q's dtype. With an 8-bit ``dtype``, these rows as ``quant.quantize_groups`` gives them instead; H*v
     is a multiple of 128 then.
     """
     rows = (req_to_token, req_pool_indices, seq_lens)
-    out = take_out(mla_decode_attention_torch(q, latent_cache, *rows, w_vc.shape[1], scale), w_vc)
+    out = take_out(decode_attention_torch(q, latent_cache.unsqueeze(1), None, *rows, scale, w_vc.shape[1]), w_vc)
     return out if dtype is None else group_fp8.quantize_groups_torch(out, dtype)
 
 
@@ -55,7 +55,8 @@ def _accepts(
 ) -> bool:  # fmt: skip
     whole = dtype is None or (dtype in group_fp8.FP8_DTYPES and w_vc.shape[0] * w_vc.shape[2] % group_fp8.GROUP == 0)
     rows = (req_to_token, req_pool_indices, seq_lens)
-    return whole and w_vc.dtype == q.dtype and fits_latent_table(q, latent_cache, *rows, w_vc.shape[1], scale)
+    fits = fits_table(q, latent_cache.unsqueeze(1), None, *rows, scale, w_vc.shape[1])
+    return whole and w_vc.dtype == q.dtype and fits
 
 
 def _cases() -> Iterator[Case]:

@@ -46,6 +46,11 @@ class RowShape:
         main = dim if dim == next_power_of_2(dim) else next_power_of_2(dim) // 2
         return cls(main, dim - main, value_dim, False)
 
+    @classmethod
+    def of_caches(cls, q: torch.Tensor, v_cache: torch.Tensor | None, rank: int) -> RowShape:
+        """Key rows that q [., D] reads, with values [., Dv], or without, which are ``rank`` columns of them then."""
+        return cls.of(q.shape[-1], rank if v_cache is None else v_cache.shape[-1], v_cache is None)
+
     @property
     def kind(self) -> str:
         """Row of the tables below: "latent", "wide" (keys past 128 columns) or "narrow"."""

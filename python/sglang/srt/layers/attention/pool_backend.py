@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import torch
 
+from sglang.kernels.ops.attention.extend_attention import extend_attention
 from sglang.kernels.ops.attention.extend_ragged import extend_ragged
 from sglang.kernels.ops.attention.kv_cache import read_rows, write_kv
 from sglang.kernels.ops.attention.mla_decode_project import take_out
-from sglang.kernels.ops.attention.mla_extend import mla_extend
 from sglang.kernels.ops.attention.prepare_gqa import prepare_gqa
 from sglang.kernels.ops.attention.prepare_mla import prepare_mla
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
@@ -177,8 +177,8 @@ class MlaBackend(PoolBackend):
 
         ``layer.v_head_dim`` is R.
         """
-        cache, rank = self._latent(layer), layer.v_head_dim
-        return mla_extend(q, cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, rank, layer.scaling)
+        rows = (plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr)
+        return extend_attention(q, self._latent(layer).unsqueeze(1), None, *rows, layer.scaling, layer.v_head_dim)
 
     @abstractmethod
     def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:

@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import torch
 
-from sglang.kernels.ops.attention.decode_padded import decode_padded, mla_decode
+from sglang.kernels.ops.attention.decode_padded import decode_padded
 from sglang.kernels.ops.attention.extend_attention import extend_attention
 from sglang.srt.layers.attention.base_attn_backend import register_attention_backend
 from sglang.srt.layers.attention.plans import ExtendPlan, MlaExtendPlan
@@ -115,16 +115,8 @@ class TorchNativeGqaBackend(TorchNativeAttnBackend, GqaBackend):
         plan = forward_batch.attn_plan.attention
         if isinstance(plan, ExtendPlan):
             out = extend_attention(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)
-        elif isinstance(plan, tuple):
-            out = q.new_empty(q.shape[0], layer.num_heads, layer.v_head_dim)
-            for group in plan:
-                rows = q if group.rows is None else q[group.rows]
-                part = decode_padded(rows, k_cache, v_cache, group.slot_table, group.seq_lens, layer.scaling)
-                if group.rows is None:
-                    return part.flatten(1)
-                out[group.rows] = part
         else:
-            out = no_output(q, plan, layer.num_heads, layer.v_head_dim)
+            out = decode_groups(q, k_cache, v_cache, layer, plan)
         return out.flatten(1)
 
 
@@ -140,15 +132,21 @@ class TorchNativeMlaBackend(TorchNativeAttnBackend, MlaBackend):
         )
 
     def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        cache, rank = self._latent(layer), layer.v_head_dim
-        plan = forward_batch.attn_plan.attention
-        if not isinstance(plan, tuple):
-            return no_output(q, plan, layer.num_heads, rank)
-        out = q.new_empty(q.shape[0], layer.num_heads, rank)
-        for group in plan:
-            rows = q if group.rows is None else q[group.rows]
-            part = mla_decode(rows, cache, group.slot_table, group.seq_lens, rank, layer.scaling)
-            if group.rows is None:
-                return part
-            out[group.rows] = part
-        return out
+        return decode_groups(q, self._latent(layer).unsqueeze(1), None, layer, forward_batch.attn_plan.attention)
+
+
+def decode_groups(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor | None, layer: RadixAttention, plan: object
+) -> torch.Tensor:
+    """``attention.decode_padded`` of each group of requests that ``plan`` has: [N, Hq, Dv]."""
+    if not isinstance(plan, tuple):
+        return no_output(q, plan, layer.num_heads, layer.v_head_dim)
+    out = q.new_empty(q.shape[0], layer.num_heads, layer.v_head_dim)
+    for group in plan:
+        rows = q if group.rows is None else q[group.rows]
+        table = (group.slot_table, group.seq_lens)
+        part: torch.Tensor = decode_padded(rows, k_cache, v_cache, *table, layer.scaling, layer.v_head_dim)
+        if group.rows is None:
+            return part
+        out[group.rows] = part
+    return out

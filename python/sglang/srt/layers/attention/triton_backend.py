@@ -9,7 +9,7 @@ from itertools import accumulate
 import torch
 
 from sglang.kernels.ops.attention.attention_state import extend_state, merge_states
-from sglang.kernels.ops.attention.decode_attention import decode_attention, mla_decode_attention
+from sglang.kernels.ops.attention.decode_attention import decode_attention
 from sglang.kernels.ops.attention.extend_attention import extend_attention
 from sglang.kernels.ops.attention.kv_cache import gather_slots
 from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project
@@ -183,12 +183,12 @@ class TritonMlaBackend(TritonAttnBackend, MlaBackend):
         return out if row_dtype is None else QuantizedRows(out[0], out[1], q.dtype)
 
     def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        cache, rank = self._latent(layer), layer.v_head_dim
+        cache, rank = self._latent(layer).unsqueeze(1), layer.v_head_dim
         plan = forward_batch.attn_plan.attention
         if not isinstance(plan, TableDecodePlan):
             return no_output(q, plan, layer.num_heads, rank)
         rows = (self.req_to_token, plan.req_pool_indices, plan.seq_lens)
-        out: torch.Tensor = mla_decode_attention(q, cache, *rows, rank, layer.scaling)
+        out: torch.Tensor = decode_attention(q, cache, None, *rows, layer.scaling, rank)
         return out
 
     def forward_mha(

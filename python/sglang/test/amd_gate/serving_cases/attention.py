@@ -8,12 +8,11 @@ import torch
 
 from sglang.kernels.ops.attention.attention_state import extend_state, merge_states
 from sglang.kernels.ops.attention.compress import compress
-from sglang.kernels.ops.attention.decode_attention import decode_attention, mla_decode_attention
+from sglang.kernels.ops.attention.decode_attention import decode_attention
 from sglang.kernels.ops.attention.extend_attention import extend_attention
 from sglang.kernels.ops.attention.extend_ragged import expanded_views, extend_ragged
 from sglang.kernels.ops.attention.kv_cache import gather_slots, write_kv
 from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project
-from sglang.kernels.ops.attention.mla_extend import mla_extend
 from sglang.kernels.ops.attention.packed_rows import make_pages
 from sglang.kernels.ops.attention.prepare_compressed import prepare_compressed
 from sglang.kernels.ops.attention.prepare_gqa import prepare_gqa
@@ -93,13 +92,13 @@ def mla_extend_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     for heads in (16, 128):
         for batch, new, total in ((8, 4, 8192), (512, 2, 1152)):
             q = torch.empty(batch * new, heads, 576, dtype=torch.bfloat16, device=device)
-            latent = torch.empty(batch * total, 576, dtype=torch.bfloat16, device=device)
+            latent = torch.empty(batch * total, 1, 576, dtype=torch.bfloat16, device=device)
             slots = torch.empty(batch * total, dtype=torch.int64, device=device)
             bounds = torch.empty(batch + 1, dtype=torch.int64, device=device)
-            args = (q, latent, slots, bounds, bounds.clone(), 512, 192**-0.5)
-            yield mla_extend, Case(f"mla_h{heads} {batch}x{new} of {total}", args)
+            args = (q, latent, None, slots, bounds, bounds.clone(), 192**-0.5, 512)
+            yield extend_attention, Case(f"mla_h{heads} {batch}x{new} of {total}", args)
         coarse = torch.empty_like(latent, dtype=fp8_dtype(current_platform.arch))
-        yield mla_extend, Case(f"mla_h{heads} 512x2 of 1152 fp8", (q, coarse, *args[2:]))
+        yield extend_attention, Case(f"mla_h{heads} 512x2 of 1152 fp8", (q, coarse, *args[2:]))
 
 
 def extend_attention_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
@@ -243,14 +242,15 @@ def decode_attention_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
         for heads in (16, 32, 64, 128):
             q = torch.empty(batch, heads, 576, dtype=dtype, device=device)
             latent = torch.empty(rows, 576, dtype=dtype, device=device)
-            yield mla_decode_attention, Case(f"mla_h{heads} {suffix}", (q, latent, *table, 512, 192**-0.5))
+            of_table = (None, *table, 192**-0.5, 512)
+            yield decode_attention, Case(f"mla_h{heads} {suffix}", (q, latent.unsqueeze(1), *of_table))
             w_vc = torch.empty(heads, 256, 512, dtype=dtype, device=device)[:, 128:].transpose(1, 2)
             args = (q, latent, *table, w_vc, 192**-0.5)
             yield mla_decode_project, Case(f"mla_h{heads} {suffix}", args)
             yield mla_decode_project, Case(f"mla_h{heads} {suffix} quantised", (*args, fp8))
             if dtype == torch.bfloat16 and heads in (16, 128):
                 coarse = torch.empty_like(latent, dtype=fp8)
-                yield mla_decode_attention, Case(f"mla_h{heads} {suffix} fp8", (q, coarse, *table, 512, 192**-0.5))
+                yield decode_attention, Case(f"mla_h{heads} {suffix} fp8", (q, coarse.unsqueeze(1), *of_table))
 
 
 def verify_attention_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
@@ -264,8 +264,8 @@ def verify_attention_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
         name = f"bs{batch} w{width}"
         yield decode_attention, Case(f"gqa_16x2_d256 {name}", (q, cache, torch.empty_like(cache), *rest, 256**-0.5))
         for heads in (16, 128):
-            q, latent = cache.new_empty(batch * width, heads, 576), cache.new_empty(rows, 576)
-            yield mla_decode_attention, Case(f"mla_h{heads} {name}", (q, latent, *rest, 512, 192**-0.5))
+            q, latent = cache.new_empty(batch * width, heads, 576), cache.new_empty(rows, 1, 576)
+            yield decode_attention, Case(f"mla_h{heads} {name}", (q, latent, None, *rest, 192**-0.5, 512))
 
 
 CASES = (
