@@ -21,13 +21,13 @@ AIM_FUNCTION_LINES = 60
 # Most lines of each package of the product. A change that needs more raises the number here, and says why.
 BUDGETS = {
     "sglang/*.py": 850,
-    "sglang/bench_utils": 1_250,
+    "sglang/bench_utils": 1_225,
     "sglang/cli": 100,
     "sglang/embedded_models": 50,
-    "sglang/kernels": 12_050,  # a proof of scaled products, MXFP4 codes placed and warps specialised for sm_90
+    "sglang/kernels": 11_950,  # a proof of scaled products, MXFP4 codes placed and warps specialised for sm_90
     "sglang/srt/*.py": 1_100,  # flags are declared on parsers where ServerArgs stands
-    "sglang/srt/arg_groups": 2_500,  # the plan of streams follows from settings
-    "sglang/srt/configs": 2_150,
+    "sglang/srt/arg_groups": 2_475,  # the plan of streams follows from settings
+    "sglang/srt/configs": 2_125,
     "sglang/srt/constrained": 400,
     "sglang/srt/distributed": 300,
     "sglang/srt/entrypoints": 4_300,
@@ -36,12 +36,12 @@ BUDGETS = {
     "sglang/srt/mem_cache": 1_900,
     "sglang/srt/model_executor": 2_100,
     "sglang/srt/model_loader": 350,
-    "sglang/srt/models": 2_200,  # layers say which rows they take quantised
+    "sglang/srt/models": 2_150,  # layers say which rows they take quantised
     "sglang/srt/parser": 700,  # types of arguments follow the references of their schemas
     "sglang/srt/platforms": 650,
     "sglang/srt/sampling": 740,  # a host keeps a list of what it edits in place, a device marks of all ids
-    "sglang/srt/speculative": 1_150,  # draws and counts of a verify step are captured too
-    "sglang/srt/utils": 2_150,
+    "sglang/srt/speculative": 1_075,  # draws and counts of a verify step are captured too
+    "sglang/srt/utils": 2_125,
 }
 FOLDERS = ("python", "scripts", "test", "benchmark", "examples")
 
