@@ -5,9 +5,10 @@ import signal
 import tempfile
 import time
 import unittest
+from contextlib import contextmanager
 from unittest import mock
 
-from sglang.srt.constrained.grammar_checker import GrammarChecker
+from sglang.srt.constrained.grammar_checker import CheckerError, GrammarChecker
 from sglang.srt.constrained.llguidance_backend import GrammarError
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -58,20 +59,40 @@ class TestChecker(CustomTestCase):
         with open(f"/proc/{process.pid}/limits") as limits:
             line = next(line for line in limits if line.startswith("Max address space"))
         self.assertLess(int(line.split()[3]), 4 << 30)
-        process.send_signal(signal.SIGABRT)  # as Rust ends where it gets no memory
-        self.assertIn("MiB", self.refusal("regex", "b"))
+        # As Rust ends where it gets no memory.
+        with self.ends(signal.SIGABRT):
+            self.assertIn("MiB", self.refusal("regex", "b"))
         self.assertIn("a", self.checker.check("regex", "a"))
 
-    def test_one_that_is_killed_and_one_that_does_not_start(self):
+    @contextmanager
+    def ends(self, number):
+        """A signal ends the process while it compiles."""
+        process, ask = self.checker._process, self.checker._ask
+
+        def asked(*args):
+            process.send_signal(number)
+            process.wait()
+            return ask(*args)
+
+        with mock.patch.object(self.checker, "_ask", asked):
+            yield
+
+    def test_what_ends_it_from_outside_is_no_fault_of_a_grammar(self):
         self.checker.check("regex", "a")
         self.checker._process.kill()
         self.checker._process.wait()
-        self.assertTrue(self.refusal("regex", "b"))
+        self.assertIn("b", self.checker.check("regex", "b"))  # by another process
+        with self.ends(signal.SIGKILL), self.assertRaisesRegex(CheckerError, "short of memory"):
+            self.checker.check("regex", "b")
         self.checker.check("regex", "b")
-        self.checker.close()
+        with self.ends(signal.SIGSEGV):
+            self.assertIn("ended the process", self.refusal("regex", "b"))
+        with mock.patch("subprocess.Popen", side_effect=OSError("no memory")):
+            with self.assertRaisesRegex(CheckerError, "did not start: no memory"):
+                self.checker.check("regex", "a")
         self.checker._tokenizer_json = lambda: "{}"
-        with mock.patch("sys.stderr"):
-            self.assertIn("did not start", self.refusal("regex", "a"))
+        with mock.patch("sys.stderr"), self.assertRaisesRegex(CheckerError, "did not start"):
+            self.checker.check("regex", "a")
 
     def test_it_ends_with_its_parent(self):
         self.checker.check("regex", "a")

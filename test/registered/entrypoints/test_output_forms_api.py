@@ -10,6 +10,7 @@ import msgspec
 import openai
 from pydantic import BaseModel
 
+from sglang.srt.constrained.grammar_checker import CheckerError
 from sglang.srt.constrained.llguidance_backend import grammar_of
 from sglang.srt.entrypoints.openai.output_form import output_form
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
@@ -165,6 +166,15 @@ class TestForms(FormCase):
                 self.assertIn("takes more than 2 s", reply.json()["message"])
         self.assertEqual(check.call_count, 1)
         self.assertIsNotNone(self.chat(regex="ab").grammar)
+
+    def test_a_checker_that_is_killed_refuses_no_grammar_for_good(self):
+        checker = self.fake.context.manager._grammars._checker
+        url, body = f"{self.fake.url}/generate", {"text": "a", "sampling_params": {"regex": "abd", "max_new_tokens": 1}}
+        with mock.patch.object(checker, "check", side_effect=CheckerError("it was killed")):
+            reply = httpx.post(url, json=body)
+        self.assertEqual((reply.status_code, reply.headers["retry-after"]), (503, "5"))
+        self.assertIn("regex cannot be checked now: it was killed", reply.json()["message"])
+        self.assertEqual(httpx.post(url, json=body).status_code, 200)
 
 
 class TestThoughtsAndTools(FormCase):

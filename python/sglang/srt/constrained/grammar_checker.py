@@ -25,6 +25,10 @@ _END_S = 1.0
 _MAX_MESSAGE_CHARS = 600
 
 
+class CheckerError(Exception):
+    """The process that checks grammars failed for a reason that says nothing of the grammar."""
+
+
 class GrammarChecker:
     """Asks the process, which is started at the first call and where a grammar ended it. For one thread at a time.
 
@@ -37,13 +41,15 @@ class GrammarChecker:
         self._process: subprocess.Popen[bytes] | None = None
 
     def check(self, kind: str, source: str) -> str:
-        """The grammar, as text, for ``source``, if it compiles within the limits. Raises GrammarError."""
+        """The grammar, as text, for ``source``, if it compiles within the limits. Raises GrammarError, CheckerError."""
+        if self._process is not None and self._process.poll() is not None:
+            self._end(self._process)  # something ended it while it had nothing to do
         if self._process is None:
             self._process = self._launch()
         try:
             verdict = self._ask(self._process, {"kind": kind, "source": source})
         except (OSError, ValueError):  # it has ended, or said half a line before it did
-            raise GrammarError(self._end(self._process)) from None
+            raise _failure(self._end(self._process)) from None
         if "error" in verdict:
             raise GrammarError(verdict["error"])
         grammar: str = verdict["grammar"]
@@ -55,11 +61,15 @@ class GrammarChecker:
 
     def _launch(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "sglang.srt.constrained.grammar_checker"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        except OSError as error:
+            raise CheckerError(f"the process that checks grammars did not start: {error}") from None
         try:
             self._ask(process, {"tokenizer": self._tokenizer_json(), **self._options})
         except (OSError, ValueError):
-            raise GrammarError(f"the process that checks grammars did not start: {self._end(process)}") from None
+            status = self._end(process)
+            raise CheckerError(f"the process that checks grammars did not start (status {status})") from None
         return process
 
     @staticmethod
@@ -74,8 +84,8 @@ class GrammarChecker:
         verdict: dict[str, str] = json.loads(process.stdout.readline())
         return verdict
 
-    def _end(self, process: subprocess.Popen[bytes]) -> str:
-        """End the process, and return what ended it if it had ended already."""
+    def _end(self, process: subprocess.Popen[bytes]) -> int:
+        """End the process, and return its status."""
         self._process = None
         assert process.stdin is not None and process.stdout is not None
         with suppress(OSError):  # what was not written yet
@@ -85,12 +95,18 @@ class GrammarChecker:
         except subprocess.TimeoutExpired:
             process.kill()
         process.stdout.close()
-        status = process.wait()
-        if status in (-signal.SIGPROF, -signal.SIGKILL):
-            return f"compiling it takes more than {MAX_GRAMMAR_CPU_S:g} s"
-        if status == -signal.SIGABRT:
-            return f"compiling it takes more than {MAX_GRAMMAR_BYTES >> 20} MiB"
-        return f"compiling it ended the process that tries grammars (status {status})"
+        return process.wait()
+
+
+def _failure(status: int) -> Exception:
+    """What it means that the process ended with ``status`` while it compiled a grammar."""
+    if status == -signal.SIGPROF:
+        return GrammarError(f"compiling it takes more than {MAX_GRAMMAR_CPU_S:g} s")
+    if status == -signal.SIGABRT:
+        return GrammarError(f"compiling it takes more than {MAX_GRAMMAR_BYTES >> 20} MiB")
+    if status == -signal.SIGKILL:
+        return CheckerError("the process that checks grammars was killed: this machine is short of memory, or too busy")
+    return GrammarError(f"compiling it ended the process that tries grammars (status {status})")
 
 
 def _verdict(backend: GuidanceBackend, question: dict[str, str], json_options: dict[str, Any]) -> dict[str, str]:

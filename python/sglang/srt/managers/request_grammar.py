@@ -7,9 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.constrained.grammar_checker import GrammarChecker
+from sglang.srt.constrained.grammar_checker import CheckerError, GrammarChecker
 from sglang.srt.constrained.llguidance_backend import GrammarError
-from sglang.srt.managers.request_input import RequestError
+from sglang.srt.managers.request_input import RequestError, overloaded
 from sglang.srt.parser.reasoning_parser import THINK_END
 from sglang.srt.parser.tool_call_parser import JSON_WHITE_SPACE
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -19,6 +19,7 @@ from sglang.srt.utils.limits import MAX_GRAMMARS_CACHED
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
+_RETRY_AFTER_S = 5
 # A grammar, or why there is none.
 Verdict = tuple[str, None] | tuple[None, str]
 
@@ -46,7 +47,10 @@ class RequestGrammars:
             return None
         kind, source = params.grammar_source
         loop = asyncio.get_running_loop()
-        grammar, error = await loop.run_in_executor(self._thread, self._verdict, kind, source)
+        try:
+            grammar, error = await loop.run_in_executor(self._thread, self._verdict, kind, source)
+        except CheckerError as failure:  # not remembered
+            raise overloaded(f"{kind} cannot be checked now: {failure}.", _RETRY_AFTER_S) from None
         if grammar is None:
             raise RequestError(f"{kind} cannot be used: {error}", param=kind)
         return grammar
