@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from sglang.srt.parser.tool_call_parser import schema_types
 from sglang.srt.parser.tool_calls import TOOL_CALL_PARSERS
 from sglang.srt.parser.tool_calls.deepseekv3 import DeepSeekV3Parser
+from sglang.srt.parser.tool_calls.deepseekv31 import DeepSeekV31Parser
 from sglang.srt.parser.tool_calls.deepseekv32 import DeepSeekV32Parser
 from sglang.srt.parser.tool_calls.qwen3_coder import Qwen3CoderParser
 from sglang.srt.parser.tool_calls.qwen25 import Qwen25Parser
@@ -28,6 +29,7 @@ from sglang.test.parser_cases import (
     qwen,
     read_calls,
     v3,
+    v31,
 )
 from sglang.test.test_utils import CustomTestCase
 
@@ -56,6 +58,22 @@ class TestToolCallParsers(CustomTestCase):
     def test_calls_that_are_not_wanted_stay_text(self):
         reply = qwen("add", ADD) + "\n" + qwen("note", NOTE)
         self.assertEqual(read_calls(Qwen25Parser, [reply], max_calls=1), [ADDED, "\n" + qwen("note", NOTE)])
+
+    def test_a_string_of_json_may_contain_the_marks_of_calls(self):
+        chance = random.Random(8)
+        for parser, call in ((Qwen25Parser, qwen), (DeepSeekV3Parser, v3), (DeepSeekV31Parser, v31)):
+            for text in (f"a {parser.end} b", f'{parser.end}{parser.start}\\\n"{parser.end}', f"{parser.end} {{" * 9):
+                arguments = json.dumps({"text": text}, ensure_ascii=False)
+                reply = f"I say {call('note', arguments)}\n{call('add', ADD)}"
+                for pieces in ([reply], *cuts(reply, 20, chance)):
+                    self.assertEqual(read_calls(parser, pieces), ["I say", ("note", {"text": text}), ADDED], text)
+            # A string that does not end is in no call, and hides none.
+            cut = call("note", '{"text": "a')
+            for pieces in ([cut, call("add", ADD)], *cuts(cut + call("add", ADD), 20, chance)):
+                self.assertEqual(read_calls(parser, pieces), [cut, ADDED])
+            self.assertEqual(read_calls(parser, [cut]), [cut])
+            endless = cut + parser.end * 2000
+            self.assertEqual(read_calls(parser, [endless]), [endless])
 
     def test_values_have_the_types_that_references_lead_to(self):
         """Nested models and enumerations of pydantic stand in ``$defs``: their values came as strings."""

@@ -17,6 +17,8 @@ JSON_WHITE_SPACE = r"[ \n\r\t]{1,40}"
 # Keywords of a schema that say which types and values it allows, and how many parts of one are read: it may be cyclic.
 _OF_VALUES = ("type", "enum", "const", "anyOf", "oneOf")
 _MAX_PARTS = 256
+# End marks within the strings of one call; with more it is text.
+_MAX_PASSED = 32
 # A mark that may be one special token.
 _MARK = re.compile("(<[^<>\\s]+>)")
 JSON_TYPES: dict[str, tuple[type, ...]] = {
@@ -68,8 +70,8 @@ class ToolCallParser(ABC):
         self._max_calls = max_calls
         self.num_calls = 0
         self._text = ""
-        # Characters of a call in which no end mark was found.
-        self._searched = 0
+        # Characters of a call in which no end mark was found, and end marks in them that are part of a JSON string.
+        self._searched = self._num_passed = 0
         # White space and a mark of a block, which are text unless a call follows.
         self._before = ""
         # Inside a block with a valid call, so that its end mark is not text.
@@ -144,14 +146,17 @@ class ToolCallParser(ABC):
 
     def _take_call(self, events: list[Event]) -> bool:
         """Parse the call at the beginning of the text; False while it is not complete."""
-        length = self._text.find(self.end, self._searched)
-        if length < 0:
-            self._searched = max(0, len(self._text) - len(self.end))
+        while (length := self._text.find(self.end, self._searched)) >= 0:
+            body, length = self._text[len(self.start) : length], length + len(self.end)
+            call = self.read_call(body)
+            if call is not None or self._num_passed == _MAX_PASSED or not _ends_in_string(body):
+                break
+            self._searched, self._num_passed = length, self._num_passed + 1
+        else:
+            self._searched = max(self._searched, len(self._text) - len(self.end))
             return False
-        self._searched = 0
-        length += len(self.end)
+        self._searched = self._num_passed = 0
         raw, self._text = self._text[:length], self._text[length:]
-        call = self.read_call(raw[len(self.start) : -len(self.end)])
         inner = raw.rfind(self.start, 1)
         if call is None and inner > 0:  # an incomplete call, and another one
             events.append(self._before + raw[:inner])
@@ -184,6 +189,17 @@ class ToolCallParser(ABC):
         else:
             self._before += mark
         return True
+
+
+def _ends_in_string(body: str) -> bool:
+    """Whether the JSON in ``body`` ends within a string, which may contain an end mark."""
+    try:
+        json.JSONDecoder().raw_decode(body[max(0, body.find("{")) :])
+    except json.JSONDecodeError as error:
+        return error.msg.startswith("Unterminated string")
+    except RecursionError:
+        pass
+    return False
 
 
 def quoted(text: str) -> str:
