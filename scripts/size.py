@@ -37,7 +37,7 @@ BUDGETS = {
     "sglang/srt/model_executor": 2_100,
     "sglang/srt/model_loader": 350,
     "sglang/srt/models": 2_150,  # layers say which rows they take quantised
-    "sglang/srt/parser": 700,  # types of arguments follow the references of their schemas
+    "sglang/srt/parser": 710,  # types of arguments follow the references of their schemas
     "sglang/srt/platforms": 650,
     "sglang/srt/sampling": 740,  # a host keeps a list of what it edits in place, a device marks of all ids
     "sglang/srt/speculative": 1_075,  # draws and counts of a verify step are captured too

@@ -105,6 +105,24 @@ class TestToolCallParsers(CustomTestCase):
         (call,) = Qwen3CoderParser(tools).feed(coder("draw", **{**said, "maybe": "null"}))
         self.assertIsNone(json.loads(call.arguments)["maybe"])
 
+    def test_parameters_may_be_a_reference_themselves(self):
+        """As pydantic writes those of a model that contains itself."""
+
+        class Node(BaseModel):
+            size: int
+            children: list["Node"]
+
+        schema = Node.model_json_schema()
+        self.assertNotIn("properties", schema)
+        (call,) = Qwen3CoderParser({"grow": schema}).feed(coder("grow", size="3", children="[]"))
+        self.assertEqual(json.loads(call.arguments), {"size": 3, "children": []})
+        for parser in (Qwen3CoderParser, DeepSeekV32Parser):
+            form = parser.grammar({"grow": schema}, 1, lambda _: None)
+            self.assertTrue("size" in form and "children" in form and ")?" not in form, form)
+        schema = {"properties": {"a": {"type": "string"}}, "additionalProperties": {"type": "integer"}}
+        (call,) = Qwen3CoderParser({"grow": schema}).feed(coder("grow", a="1", b="1"))
+        self.assertEqual(json.loads(call.arguments), {"a": "1", "b": 1})
+
     def test_types_of_odd_schemas(self):
         loop = [{"$ref": "#/$defs/a"}] * 5000
         parts = {"a": {"anyOf": loop, "allOf": loop}, "b/~": {"type": "integer"}, "c": {"$ref": "#/$defs/c"}}

@@ -15,7 +15,7 @@ from sglang.srt.parser.text_marks import partial_mark
 # White space between the tokens of JSON; without a bound a model may repeat it without end.
 JSON_WHITE_SPACE = r"[ \n\r\t]{1,40}"
 # Keywords of a schema that say which types and values it allows, and how many parts of one are read: it may be cyclic.
-_OF_VALUES = ("type", "enum", "const", "anyOf", "oneOf")
+_OF_VALUES = ("type", "enum", "const", "anyOf", "oneOf", "properties", "required", "additionalProperties")
 _MAX_PARTS = 256
 # End marks within the strings of one call; with more it is text.
 _MAX_PASSED = 32

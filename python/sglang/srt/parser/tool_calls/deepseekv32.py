@@ -45,7 +45,8 @@ class DeepSeekV32Parser(ToolCallParser):
 
     @classmethod
     def call_form(cls, name: str, schema: Mapping[str, Any], spell: Callable[[str], str]) -> str:
-        properties, required = schema.get("properties"), schema.get("required")
+        known = resolved(schema, schema)
+        properties, required = known.get("properties"), known.get("required")
         parts = [quoted(f'{name}">\n')]
         for key, value in properties.items() if isinstance(properties, Mapping) else ():
             head = quoted(f'<{MARK}parameter name="{key}" string=')

@@ -33,7 +33,8 @@ class Qwen3CoderParser(ToolCallParser):
 
     @classmethod
     def call_form(cls, name: str, schema: Mapping[str, Any], spell: Callable[[str], str]) -> str:
-        properties, required = schema.get("properties"), schema.get("required")
+        known = resolved(schema, schema)
+        properties, required = known.get("properties"), known.get("required")
         parts = [quoted(f"\n<function={name}>\n")]
         for key, value in properties.items() if isinstance(properties, Mapping) else ():
             form = f"{quoted(f'<parameter={key}>' + chr(10))} {_value_form(value, schema)}"
@@ -46,14 +47,15 @@ class Qwen3CoderParser(ToolCallParser):
             return None
         name, rest = function[1].strip(), function[2]
         schema = self._tools.get(name, {})
-        properties = schema.get("properties")
+        known = resolved(schema, schema)
+        properties, others = known.get("properties"), known.get("additionalProperties")
         properties = properties if isinstance(properties, Mapping) else {}
         arguments: dict[str, Any] = {}
         place = 0
         while found := _ARGUMENT.match(rest, place):
             key = found[1].strip()
             # The format has line breaks around a value.
-            arguments[key] = _value(found[2].removeprefix("\n").removesuffix("\n"), properties.get(key), schema)
+            arguments[key] = _value(found[2].removeprefix("\n").removesuffix("\n"), properties.get(key, others), schema)
             place = found.end()
         return ToolCall(name, json_text(arguments)) if not rest[place:].strip() else None
 
