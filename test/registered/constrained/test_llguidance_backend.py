@@ -92,7 +92,14 @@ class TestJsonSchema(GrammarCase):
                 '{"structures": [{"begin": "b", "end": ""}], "triggers": ["<a"]}',
                 "any of the triggers",
             ),
-            ("structural_tag", "{}", ""),
+            ("structural_tag", "{}", "missing required field `triggers`"),
+            ("structural_tag", "5", "Expected `object`"),
+            (
+                "structural_tag",
+                '{"structures": [{"begin": "<a"}], "triggers": ["<a"]}',
+                r"`end` - at `\$.structures\[0",
+            ),
+            ("structural_tag", '{"structures": [{"begin": "<a", "end": ""}], "triggers": "<a"}', "Expected `array`"),
         ):
             with self.assertRaisesRegex(GrammarError, reason, msg=source[:80]):
                 self.compiled(kind, source)
@@ -176,6 +183,14 @@ class TestMasks(GrammarCase):
         grammar.follow([*output, mark, *self.tokenizer.encode("a", add_special_tokens=False)])
         allowed = {self.tokenizer.decode([i], skip_special_tokens=False) for i in allowed_ids(self.backend, grammar)}
         self.assertEqual(allowed, {"b"})
+
+    def test_white_space_of_a_structural_tag_has_a_bound(self):
+        tag = {"structures": [{"begin": "<f>", "schema": {"type": "object"}, "end": ""}], "triggers": ["<f"]}
+        grammar = self.compiled("structural_tag", json.dumps(tag), whitespace_pattern="[ ]{1,3}")
+        for count, fits in ((3, True), (4, False)):
+            state = grammar.copy(None)
+            state.follow(self.tokenizer.encode("<f>{" + " " * count, add_special_tokens=False))
+            self.assertEqual(not state.error, fits)
 
     def test_a_structural_tag_holds_between_its_marks(self):
         schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}

@@ -3,7 +3,6 @@ come next."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import llguidance
+import msgspec
 import numpy as np
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import gbnf_to_lark
@@ -46,17 +46,31 @@ def _of_ebnf(source: str, _: dict[str, Any]) -> str:
     return LLMatcher.grammar_from_lark(gbnf_to_lark(source) if _GBNF.search(source) else source)
 
 
-def _of_structural_tag(source: str, _: dict[str, Any]) -> str:
-    tag = json.loads(source)
-    triggers = tag["triggers"]
+class _Structure(msgspec.Struct):
+    begin: str
+    end: str
+    schema: dict[str, Any] | str | None = None
+
+
+class _StructuralTag(msgspec.Struct):
+    """Text in which ``begin`` of a structure, where it starts with a trigger, is followed by its JSON and ``end``."""
+
+    triggers: list[str]
+    structures: list[_Structure]
+
+
+def _of_structural_tag(source: str, options: dict[str, Any]) -> str:
+    tag = msgspec.json.decode(source, type=_StructuralTag)
     tags = []
-    for number, structure in enumerate(tag["structures"]):
-        begin = structure["begin"]
-        trigger = next((text for text in triggers if text and begin.startswith(text)), None)
+    for number, structure in enumerate(tag.structures):
+        begin = structure.begin
+        trigger = next((text for text in tag.triggers if text and begin.startswith(text)), None)
         if trigger is None:
             raise GrammarError(f"structures[{number}].begin does not start with any of the triggers")
-        schema = structure.get("schema") or {}
-        tags.append(llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=structure["end"]))
+        schema = structure.schema or {}
+        if isinstance(schema, dict):
+            schema = {"x-guidance": options, **schema}
+        tags.append(llguidance.StructTag(trigger=trigger, begin=begin, grammar=schema, end=structure.end))
     if not tags:
         raise GrammarError("structures is empty")
     return llguidance.StructTag.to_grammar(tags, assume_special=False)
