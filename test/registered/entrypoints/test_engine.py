@@ -93,6 +93,37 @@ class TestEngine(CustomTestCase):
             break
         self.wait_for_abort()
 
+    def test_a_stream_may_be_collected_in_the_engines_own_thread(self):
+        """The garbage collector runs in any thread, and this one cannot wait for itself."""
+        self.fake.scheduler.delay_s = 0.1
+        held = [self.engine.generate("hello", LONG, stream=True)]
+        next(held[0])
+        held.append(held)  # a cycle, which only the collector finds
+        collected = threading.Event()
+        del held
+        self.engine._loop.call_soon_threadsafe(lambda: (gc.collect(), collected.set()))
+        self.assertTrue(collected.wait(20))
+        self.wait_for_abort()
+
+    def test_a_fork_may_leave_a_stream(self):
+        """The engine's thread does not exist in it."""
+        self.fake.scheduler.delay_s = 0.1
+        stream = self.engine.generate("hello", LONG, stream=True)
+        next(stream)
+        child = os.fork()
+        if child == 0:
+            stream.close()
+            os._exit(0)
+        deadline = time.monotonic() + 20
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+                self.fail("the child hangs")
+            time.sleep(0.01)
+        self.assertTrue(next(stream)["text"])
+        stream.close()
+        self.wait_for_abort()
+
     def test_async(self):
         self.fake.scheduler.delay_s = 0.002
 

@@ -52,7 +52,9 @@ class Engine:
         self._chat = OpenAIServingChat(self._context)
         self._loop = asyncio.new_event_loop()
         # Must not refer to this object: the finalizer ends the processes when it is collected, or when Python exits.
-        self._end = weakref.finalize(self, _EngineLoop(self._context, self._processes, self._loop).end)
+        running = _EngineLoop(self._context, self._processes, self._loop)
+        self._thread = running.thread
+        self._end = weakref.finalize(self, running.end)
         self._run(self.tokenizer_manager.start())
         self._context.status = ServerStatus.UP
 
@@ -182,8 +184,10 @@ class Engine:
                     return
                 yield result
         finally:
-            if self._end.alive:
-                self._run(results.aclose())
+            if self._thread.is_alive():  # as it is not after the end, nor in a fork
+                closed = asyncio.run_coroutine_threadsafe(results.aclose(), self._loop)
+                if threading.current_thread() is not self._thread:  # where it may be collected, and cannot wait
+                    closed.result()
 
     async def _aiterate(self, results: AsyncGenerator[Any, None]) -> AsyncGenerator[dict[str, Any], None]:
         try:
@@ -203,8 +207,8 @@ class _EngineLoop:
     def __init__(self, context: ServerContext, processes: EngineProcesses, loop: asyncio.AbstractEventLoop) -> None:
         self._context, self._processes, self._loop = context, processes, loop
         self._pid = os.getpid()
-        self._thread = threading.Thread(target=loop.run_forever, name="sglang-engine", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=loop.run_forever, name="sglang-engine", daemon=True)
+        self.thread.start()
         self._watcher = asyncio.run_coroutine_threadsafe(self._watch(), loop)
 
     async def _watch(self) -> None:
@@ -216,13 +220,13 @@ class _EngineLoop:
         process."""
         if os.getpid() != self._pid:
             return
-        if threading.current_thread() is self._thread:  # collected there: a thread cannot wait for itself
+        if threading.current_thread() is self.thread:  # collected there: a thread cannot wait for itself
             threading.Thread(target=self.end).start()
             return
         self._watcher.cancel()
         asyncio.run_coroutine_threadsafe(self._context.manager.close(), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self.thread.join()
         self._loop.close()
         self._processes.shutdown()
 
