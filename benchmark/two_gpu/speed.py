@@ -28,6 +28,7 @@ from sglang.kernels.registry import REGISTRY
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.distributed.parallel_state import get_parallel_state, init_parallel_state
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
+from sglang.srt.layers.moe.token_dispatcher.capacity import ROW_TIERS
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
 from sglang.srt.layers.moe.token_dispatcher.moriep import make_dispatcher
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
@@ -85,7 +86,9 @@ class Layers:
             assert isinstance(block.experts, MoriEPMoE)
             block.overlap = StreamOverlap(self._stream, site)
             block.experts.dispatcher, block.experts.recv_stats = dispatcher, dispatcher.recv_stats
-            block.experts._full_buffer = variant.full_buffer
+            # The receive buffer as the one number of rows that kernels are tuned for.
+            whole = (dispatcher.config.max_recv,)
+            block.experts._tiers = whole if variant.full_buffer else ROW_TIERS[current_platform.kind]
 
     def run(self, x: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         for block in self.blocks:

@@ -179,7 +179,7 @@ def check_full_buffer_and_recv_stats() -> None:
     CASE.assertTrue(0 < figures["live"] == figures["peak"] <= figures["bound"] == 5 and figures["buffer"] == 32)
     CASE.assertEqual(layers[0].recv_stats.snapshot()["live"], 0, "nothing since the last look")
     for experts in layers:
-        experts._full_buffer = True
+        experts._tiers = (experts.dispatcher.config.max_recv,)
     compare(states, layers, MODEL.step([3, 2]))
     CASE.assertEqual(layers[0].recv_stats.snapshot()["bound"], 32)
 
@@ -190,7 +190,7 @@ def check_stale_rows() -> None:
         states, layers = build(world, world, **MORI)
         seen: list[torch.Tensor] = []
         for experts in layers:
-            experts._full_buffer = True
+            experts._tiers = (experts.dispatcher.config.max_recv,)
             original = experts.run_experts
 
             def run_experts(*args: Any, original: Any = original, seen: list[torch.Tensor] = seen) -> torch.Tensor:

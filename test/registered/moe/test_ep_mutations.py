@@ -60,7 +60,7 @@ MUTATIONS = {
     "metadata": (M("metadata believed", layer, "or groups[dp_rank] != num_rows", ""),),
     "recv_stats": (
         M("peak not kept", layer, "self.recv_stats.record_dispatch(total, num_rows)", "pass"),
-        M("benchmark argument ignored", layer, "if self._full_buffer:", "if False:"),
+        M("tiers ignored", layer, "capacity, self._tiers, manual", "capacity, (), manual"),
     ),
     "device": (
         M("results on stale rows added", portable, ".masked_fill_(~self._mine.unsqueeze(1), 0)", ""),

@@ -36,7 +36,6 @@ class MoriEPMoE(FusedMoE):
     """Experts over all ranks of the replica; ``MoriEPDispatcher`` exchanges the tokens.
 
     Each rank dispatches its slice of its attention group's rows; the result is a part of a sum over that group.
-    full_buffer: compute all rows of the receive buffer instead of the proven bound (benchmarks).
     """
 
     rows_travel = True
@@ -50,7 +49,6 @@ class MoriEPMoE(FusedMoE):
         config: MoriConfig,
         quant_config: QuantConfig | None = None,
         prefix: str = "",
-        full_buffer: bool = False,
     ) -> None:
         super().__init__(num_experts, hidden, intermediate, top_k, quant_config, prefix)
         ranks = self.ranks
@@ -63,7 +61,6 @@ class MoriEPMoE(FusedMoE):
         )  # fmt: skip
         self.mori_moe_max_input_tokens = config.moe_max_input_tokens
         self._tiers = ROW_TIERS[current_platform.kind]
-        self._full_buffer = full_buffer
         self.recv_stats = self.dispatcher.recv_stats
         # 1 for each expert of this rank, by global id.
         mask = torch.zeros(num_experts, dtype=torch.int32, device=device)
@@ -122,8 +119,6 @@ class MoriEPMoE(FusedMoE):
     def _input_rows(self, part: Round) -> int:
         """Rows for the experts in one round: the proven bound, raised to a tier."""
         capacity = self.dispatcher.config.max_recv
-        if self._full_buffer:
-            return capacity
         bound = input_bound(part.rows, capacity)
         manual = self.mori_moe_max_input_tokens
         if manual and manual < bound and self.recv_stats.record_raised_limit() == 1:
