@@ -208,7 +208,7 @@ def check_stale_rows() -> None:
 
 def check_contract() -> None:
     """Cases that a transport refuses before it could lose a row."""
-    sizes = EpConfig(0, 1, 8, 4, 8, 3, torch.float32, torch.float32, max_total_recv_tokens=2, mode="two_phase")
+    sizes = EpConfig(0, 1, 8, 4, 8, 3, torch.float32, torch.float32, max_total_recv_tokens=2, two_phase=True)
 
     def rows(count: int) -> tuple[Any, ...]:
         return torch.ones(count, 8), torch.ones(count, 3), None, torch.zeros(count, 3, dtype=torch.int32), [count]

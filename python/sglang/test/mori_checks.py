@@ -252,7 +252,7 @@ def check_warning() -> None:
     logger = "sglang.srt.layers.moe.token_dispatcher.moriep"
 
     def make(kind: str, mode: str, rank: int = 0) -> list[str]:
-        config = sizes(rank, INTRA_NODE, mode=mode, rows_by_source=False)
+        config = sizes(rank, INTRA_NODE, two_phase=mode == "two_phase", rows_by_source=False)
         platform = RocmOverFakesPlatform(("mori",))
         with override_platform(platform), mock.patch.object(type(platform), "kind", kind):
             with CASE.assertLogs(logger, level="WARNING") as logs:

@@ -46,22 +46,21 @@ def sizes(rank: int, **changes) -> EpConfig:
     return replace(config, **changes)
 
 
-def portable(gathered: bool, mode: str):
+def portable(gathered: bool, two_phase: bool):
     def make(rank, **changes):
-        return PortableTransport(sizes(rank, mode=mode, **changes), world_handle(rank), "cpu", gathered)
+        return PortableTransport(sizes(rank, two_phase=two_phase, **changes), world_handle(rank), "cpu", gathered)
 
     return make
 
 
 def mori(kernel):
     def make(rank, **changes):
-        mode = "two_phase" if kernel.is_two_phase else "sync"
-        return MoriTransport(sizes(rank, mode=mode, **changes), kernel, world_handle(rank))
+        return MoriTransport(sizes(rank, two_phase=kernel.is_two_phase, **changes), kernel, world_handle(rank))
 
     return make
 
 
-PORTABLE = {f"{way}-{mode}": portable(way == "gathered", mode)
+PORTABLE = {f"{way}-{mode}": portable(way == "gathered", mode == "two_phase")
             for way in ("routed", "gathered") for mode in ("sync", "two_phase")}  # fmt: skip
 MORI = {kernel.name: mori(kernel) for kernel in FAKE_KERNELS}
 TRANSPORTS = {**PORTABLE, **MORI}
@@ -104,7 +103,7 @@ def row_bytes(row: torch.Tensor) -> bytes:
 
 def round_trip(transport, tokens: Tokens, rank: int, with_scales: bool = False) -> None:
     """One dispatch and combine; every received row and every sum against the account."""
-    two_phase = transport.config.mode == "two_phase"
+    two_phase = transport.config.two_phase
     scales = tokens.scales[rank] if with_scales else None
     mine = (tokens.x[rank], tokens.weights[rank], scales, tokens.ids[rank], tokens.counts)
     batch = transport.dispatch_send(*mine)

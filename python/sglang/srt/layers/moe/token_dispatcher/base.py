@@ -19,8 +19,6 @@ import torch
 
 from sglang.srt.layers.moe.token_dispatcher.capacity import recv_capacity
 
-MODES = ("sync", "two_phase")
-
 
 class ExchangeConfigError(ValueError):
     """Settings that this exchange cannot serve, or would answer wrongly."""
@@ -34,11 +32,11 @@ class DispatchError(RuntimeError):
 class EpConfig:
     """Sizes of one exchange; names are MORI's where it has them.
 
-    data_type: of dispatched rows; combine_type: of combined ones. scale_dim scales of scale_type go with each row.
-    max_total_recv_tokens: rows allocated for what arrives, 0 for the worst case. mode: "sync", or "two_phase" where
-    rows travel while the caller computes between a send and its recv. combine_wire: MORI's codec of rows on the way
-    back. rows_by_source: combine writes by source, at ``rank * max_num_inp_token_per_rank + row`` of the buffers that a
-    cap would shorten, so that none may be set (capacity.source_limit).
+    data_type: of dispatched rows; combine_type: of combined ones. scale_dim float32 scales go with each row.
+    max_total_recv_tokens: rows allocated for what arrives, 0 for the worst case. two_phase: rows travel while the
+    caller computes between a send and its recv. combine_wire: MORI's codec of rows on the way back. rows_by_source:
+    combine writes by source, at ``rank * max_num_inp_token_per_rank + row`` of the buffers that a cap would shorten, so
+    that none may be set (capacity.source_limit).
     """
 
     rank: int
@@ -50,9 +48,8 @@ class EpConfig:
     data_type: torch.dtype
     combine_type: torch.dtype
     scale_dim: int = 0
-    scale_type: torch.dtype = torch.float32
     max_total_recv_tokens: int = 0
-    mode: str = "sync"
+    two_phase: bool = False
     combine_wire: str = "none"
     rows_by_source: bool = False
 
@@ -68,8 +65,6 @@ class EpConfig:
                 f"combine by source needs {worst} rows of buffer, max_total_recv_tokens={self.max_total_recv_tokens} "
                 f"leaves {self.max_recv}: lower max_num_inp_token_per_rank instead"
             )
-        if self.mode not in MODES:
-            raise ExchangeConfigError(f"mode {self.mode!r} is unknown; known: {', '.join(MODES)}")
 
     @property
     def max_recv(self) -> int:

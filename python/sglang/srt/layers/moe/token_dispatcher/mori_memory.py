@@ -46,7 +46,7 @@ def exchange_buffers(config: EpConfig, kernel: str, codec_groups: int = 56) -> t
     # MORI sizes every row for the widest type.
     sent_type, back_type = config.data_type.itemsize, config.combine_type.itemsize
     hidden = config.hidden_dim * max(sent_type, back_type)
-    scales = config.scale_dim * config.scale_type.itemsize
+    scales = config.scale_dim * 4  # float32
     codec = codec_groups * 4 if config.combine_wire == "fp8_blockwise" else 0
     record = hidden + 8 * top_k + 4 + scales  # hidden, ids, weights, source, scales
     if kernel == "portable":

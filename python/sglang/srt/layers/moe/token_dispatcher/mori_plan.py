@@ -104,7 +104,6 @@ def plan_exchange(
             f"{hidden // GROUP}, found {config.combine_groups}"
         )
     travels = row_dtype if row_dtype is not None and asked != "bf16" else dtype
-    is_two_phase = config.low_latency if kernel is None else kernel.is_two_phase
     # Under IntraNode the cap shortens what each rank sends at once, and the op is given none: see source_limit.
     by_source, limit, cap = kernel is INTRA_NODE, config.max_dispatch_tokens, config.max_recv_tokens
     if by_source:
@@ -120,7 +119,7 @@ def plan_exchange(
         combine_type=dtype,
         scale_dim=0 if travels is dtype else hidden // GROUP,
         max_total_recv_tokens=cap,
-        mode="two_phase" if is_two_phase else "sync",
+        two_phase=config.low_latency if kernel is None else kernel.is_two_phase,
         combine_wire=codec,
         rows_by_source=by_source,
     )

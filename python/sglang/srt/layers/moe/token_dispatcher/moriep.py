@@ -109,7 +109,7 @@ def op_arguments(config: EpConfig, kernel: MoriKernel) -> dict[str, Any]:
         "world_size": config.world_size,
         "hidden_dim": config.hidden_dim,
         "scale_dim": config.scale_dim,
-        "scale_type_size": config.scale_type.itemsize,
+        "scale_type_size": torch.float32.itemsize,
         "max_token_type_size": max(config.data_type.itemsize, config.combine_type.itemsize),
         "max_num_inp_token_per_rank": config.max_num_inp_token_per_rank,
         "num_experts_per_rank": config.num_experts_per_rank,
@@ -208,7 +208,7 @@ class MoriTransport:
         self._held: tuple[object, ...] = ()
         self._most = config.max_recv
         rows, k = config.max_recv, config.num_experts_per_token
-        scales = ((rows, config.scale_dim), config.scale_type) if config.scale_dim else None
+        scales = ((rows, config.scale_dim), torch.float32) if config.scale_dim else None
         hidden, weights = ((rows, config.hidden_dim), config.data_type), ((rows, k), torch.float32)
         self._planned = (hidden, weights, scales, ((rows, k), torch.int32), ((1,), torch.int32))
         self._planned_sums = ((config.max_num_inp_token_per_rank, config.hidden_dim), config.combine_type)
@@ -315,7 +315,7 @@ class MoriEPDispatcher:
     @property
     def mode(self) -> str:
         """The mode in which the exchange runs, as --deepep-mode spells it; MORI_ENABLE_SDMA alone makes it low."""
-        return "low_latency" if self.config.mode == "two_phase" else "normal"
+        return "low_latency" if self.config.two_phase else "normal"
 
     def _enter(self, stage: str) -> None:
         if self.STAGES[self._next] != stage:

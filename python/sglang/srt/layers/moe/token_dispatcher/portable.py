@@ -29,7 +29,7 @@ class RecordLayout:
         k = config.num_experts_per_token
         fields = [(config.hidden_dim, config.data_type), (k, torch.float32), (k, torch.int32)]
         if config.scale_dim:
-            fields.append((config.scale_dim, config.scale_type))
+            fields.append((config.scale_dim, torch.float32))
         self._columns: list[tuple[int, int, torch.dtype]] = []
         self.num_bytes = 0
         for count, dtype in fields:
@@ -170,7 +170,7 @@ class PortableTransport:
         self._batch = RecvBatch(
             torch.empty(rows, config.hidden_dim, dtype=config.data_type, device=device),
             torch.empty(rows, k, dtype=torch.float32, device=device),
-            torch.empty(rows, config.scale_dim, dtype=config.scale_type, device=device) if config.scale_dim else None,
+            torch.empty(rows, config.scale_dim, dtype=torch.float32, device=device) if config.scale_dim else None,
             torch.empty(rows, k, dtype=torch.int32, device=device),
             torch.zeros(1, dtype=torch.int32, device=device),
         )
@@ -187,7 +187,7 @@ class PortableTransport:
 
     def describe(self) -> str:
         way = "gathered" if self._gathered else "routed"
-        return f"portable ({way} over torch.distributed, {self.config.mode})"
+        return f"portable ({way} over torch.distributed, {'two_phase' if self.config.two_phase else 'sync'})"
 
     def dispatch_send(
         self,
@@ -226,5 +226,5 @@ class PortableTransport:
         assert self._exchange is not None and self._back is not None, "nothing was combined: combine_send comes first"
         self._exchange.sum_into(self._out[: self._num_sent], self._back)
         self._exchange = self._back = None
-        if self.config.mode == "sync":
+        if not self.config.two_phase:
             self._batch.total_recv.zero_()
