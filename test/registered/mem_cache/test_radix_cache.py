@@ -206,7 +206,8 @@ class TestIntegrityCheck(CacheCase):
 
     def test_arguments(self) -> None:
         nothing = lambda cache, upper, lower: None  # noqa: E731
-        self.damaged(nothing, "2x tree|1x tree, 1x free", free_slots=torch.tensor([2]), held=None)
+        freed = lambda *_: setattr(self.allocator, "free_slots", lambda: torch.tensor([2]))  # noqa: E731
+        self.damaged(freed, "2x tree|1x tree, 1x free", held=None)
         self.damaged(nothing, "1x tree, 0x free, 1x held by requests", held=torch.tensor([2]))
         self.damaged(nothing, "-2 tokens leaked", held=2)
 

@@ -126,7 +126,6 @@ class QKVParallelLinear(_ShardedLinear):
         num_heads: int,
         num_kv_heads: int,
         q_multiplier: int = 1,
-        bias: bool = False,
         quant_config: QuantConfig | None = None,
         prefix: str = "",
     ) -> None:
@@ -148,7 +147,7 @@ class QKVParallelLinear(_ShardedLinear):
             "k": ShardSlice(kv_full, hidden, kv_source, kv_rows, 0, hidden, q_rows),
             "v": ShardSlice(kv_full, hidden, kv_source, kv_rows, 0, hidden, q_rows + kv_rows),
         }
-        super().__init__(sections, bias, quant_config, prefix)
+        super().__init__(sections, False, quant_config, prefix)
 
 
 class RowParallelLinear(_ShardedLinear):

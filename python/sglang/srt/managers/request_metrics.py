@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -17,18 +16,17 @@ _BOUNDS = tuple(float(f"{step}e{power}") for power in range(-3, 3) for step in (
 class Histogram:
     """Counts of values by upper bound, inclusive, and their sum."""
 
-    def __init__(self, bounds: Sequence[float] = _BOUNDS) -> None:
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
+    def __init__(self) -> None:
+        self._counts = [0] * (len(_BOUNDS) + 1)
         self.sum = 0.0
 
     def add(self, value: float, times: int = 1) -> None:
-        self._counts[bisect_left(self._bounds, value)] += times
+        self._counts[bisect_left(_BOUNDS, value)] += times
         self.sum += value * times
 
     def cumulative(self) -> list[tuple[str, int]]:
         """Bounds as text, the last one infinite, and the number of values at or below each."""
-        return list(zip([*map(str, self._bounds), "+Inf"], accumulate(self._counts), strict=True))
+        return list(zip([*map(str, _BOUNDS), "+Inf"], accumulate(self._counts), strict=True))
 
 
 @dataclass

@@ -14,22 +14,21 @@ from sglang.srt.mem_cache.tree_node import RadixIntegrityError, TreeNode
 
 def check_integrity(
     cache: RadixCache,
-    free_slots: torch.Tensor | None = None,
     held: torch.Tensor | int | None = None,
     held_units: Mapping[str, Sequence[Any]] | None = None,
 ) -> None:
     """Recount the whole tree and raise RadixIntegrityError at the first thing that is wrong.
 
-    ``free_slots`` [n] are the allocator's (read from it if None). ``held`` are the slots [n] that requests own in
-    addition to the tree, or their count in tokens of whole pages; with it, free + tree + held must be the whole pool.
-    ``held_units``, by unit, are what requests hold of the companions' units, and as exact.
+    ``held`` are the slots [n] that requests own in addition to the tree, or their count in tokens of whole pages; with
+    it, free + tree + held must be the whole pool. ``held_units``, by unit, are what requests hold of the companions'
+    units, and as exact.
     """
-    _check_tree(cache, free_slots, held)
+    _check_tree(cache, held)
     for companion in cache.companions:
         companion.check(cache.nodes(), None if held_units is None else held_units.get(companion.unit, ()))
 
 
-def _check_tree(cache: RadixCache, free_slots: torch.Tensor | None, held: torch.Tensor | int | None) -> None:
+def _check_tree(cache: RadixCache, held: torch.Tensor | int | None) -> None:
     """Links, locks, pages, counters and slots of ``cache``; arguments as in ``check_integrity``."""
     values: list[np.ndarray] = []
     evictable = protected = num_nodes = 0
@@ -61,7 +60,7 @@ def _check_tree(cache: RadixCache, free_slots: torch.Tensor | None, held: torch.
     ):
         if counted != kept:
             raise RadixIntegrityError(f"{counted} {name} tokens counted, the counter says {kept}")
-    _check_partition(cache, np.concatenate(values) if values else np.empty(0, np.int64), free_slots, held)
+    _check_partition(cache, np.concatenate(values) if values else np.empty(0, np.int64), held)
 
 
 def _check_link(cache: RadixCache, parent: TreeNode, child_key: int | bytes, child: TreeNode) -> None:
@@ -96,12 +95,10 @@ def _check_offered(cache: RadixCache, node: TreeNode) -> None:
         raise RadixIntegrityError(f"leaf {node.id} can be evicted but eviction would not find it")
 
 
-def _check_partition(
-    cache: RadixCache, in_tree: np.ndarray, free_slots: torch.Tensor | None, held: torch.Tensor | int | None
-) -> None:
+def _check_partition(cache: RadixCache, in_tree: np.ndarray, held: torch.Tensor | int | None) -> None:
     """No slot has two owners, and with ``held`` none is without."""
     allocator, page = cache.allocator, cache.page_size
-    free = (allocator.free_slots() if free_slots is None else free_slots).numpy()
+    free = allocator.free_slots().numpy()
     held_slots: np.ndarray = np.empty(0, np.int64)
     if isinstance(held, torch.Tensor):
         held_pages = np.unique(held.numpy() // page)
