@@ -285,7 +285,9 @@ def resolve_streams(
     warnings += _without_effect(rules, platform, settings)
     queues = None
     if platform.queue_variable is not None and any(site.enabled for site in sites):
-        queues = _plan_queues(*platform.queue_variable, (*server_streams(args), SIDE_STREAM), settings)
+        (variable, default), text = platform.queue_variable, settings.queues
+        available = default if not text else int(text) if text.isdecimal() else None
+        queues = QueuePlan(variable, (*server_streams(args), SIDE_STREAM), available, is_set=bool(text))
         warnings += _queue_warnings(queues, settings)
     return StreamPlan(tuple(sites), queues, tuple(warnings), fusion)
 
@@ -388,12 +390,6 @@ def all_to_all_warnings(site: str, deepep_mode: str, settings: StreamSettings) -
 
 def _no_streams(platform: Platform) -> str:
     return f"platform {platform.kind} on {platform.device_type} has no streams"
-
-
-def _plan_queues(variable: str, default: int, streams: tuple[str, ...], settings: StreamSettings) -> QueuePlan:
-    text = settings.queues
-    available = default if not text else int(text) if text.isdecimal() else None
-    return QueuePlan(variable, streams, available, is_set=bool(text))
 
 
 def _queue_warnings(queues: QueuePlan, settings: StreamSettings) -> list[str]:

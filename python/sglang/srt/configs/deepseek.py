@@ -159,7 +159,9 @@ def _read_experts(reader: ConfigReader) -> dict[str, Any]:
             "topk_method": "greedy", "n_group": 1, "topk_group": 1, "routed_scaling_factor": 1.0,
         }  # fmt: skip
     # transformers writes neither key for V3, whose class has one router only.
-    scoring, method = _ROUTERS[2] if _is_v3(reader.data) else _ROUTERS[0]
+    names = (reader.data.get("model_type"), *(reader.data.get("architectures") or []))
+    is_v3 = "deepseek_v3" in names or "DeepseekV3ForCausalLM" in names
+    scoring, method = _ROUTERS[2] if is_v3 else _ROUTERS[0]
     return {
         "n_routed_experts": routed,
         "n_shared_experts": reader.take_int("n_shared_experts", 0, minimum=0),
@@ -174,11 +176,6 @@ def _read_experts(reader: ConfigReader) -> dict[str, Any]:
         "topk_group": reader.take_int("topk_group", 1),
         "routed_scaling_factor": reader.take_float("routed_scaling_factor"),
     }
-
-
-def _is_v3(d: Mapping[str, Any]) -> bool:
-    architectures = d.get("architectures") or []
-    return d.get("model_type") == "deepseek_v3" or "DeepseekV3ForCausalLM" in architectures
 
 
 def _check_router(config: DeepseekConfig, reader: ConfigReader) -> None:

@@ -86,9 +86,12 @@ def _choose(
 def _pick(
     logits: torch.Tensor, info: SamplingBatchInfo, positions: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of rows that have a host's edits already."""
-    plain = info.is_all_greedy and info.vocab_mask is None and not isinstance(info.edits, LogitEdits)
-    return _greedy(logits) if plain else _draw(logits, info, positions)
+    """The same of rows that have a host's edits already; ids are int64, AITER's int32."""
+    if not info.is_all_greedy or info.vocab_mask is not None or isinstance(info.edits, LogitEdits):
+        return _draw(logits, info, positions)
+    if _use_aiter is None:
+        return greedy_sample(logits)
+    return greedy_aiter(logits, _aiter_greedy_sample) if _use_aiter and fits_aiter(logits) else greedy_torch(logits)
 
 
 def _draw(
@@ -113,10 +116,3 @@ def _draw(
         info.vocab_mask,
         *edited,
     )
-
-
-def _greedy(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids of the largest logits and faults, [B] int64, ids by AITER int32."""
-    if _use_aiter is None:
-        return greedy_sample(logits)
-    return greedy_aiter(logits, _aiter_greedy_sample) if _use_aiter and fits_aiter(logits) else greedy_torch(logits)

@@ -72,13 +72,12 @@ class PrefillPlanner:
         self._memory = memory
         self._limits = limits
         self._num_running = len(running)
-        self._room = memory.room() - memory.needs([self._expected_growth(req, ratio) for req in running], running=True)
+        # What running requests are expected to need yet.
+        expected = [memory.with_step(int(min(req.new_tokens_left, CLIP_NEW_TOKENS) * ratio)) for req in running]
+        self._room = memory.room() - memory.needs(expected, running=True)
         self._tokens = limits.max_prefill_tokens if limits.chunk_tokens is None else limits.chunk_tokens
         self.reqs: list[Req] = []
         self.ends: list[int] = []
-
-    def _expected_growth(self, req: Req, ratio: float) -> int:
-        return self._memory.with_step(int(min(req.new_tokens_left, CLIP_NEW_TOKENS) * ratio))
 
     def add_chunked(self, req: Req) -> bool:
         """Continue a partly computed prompt; False when none of it fits now."""

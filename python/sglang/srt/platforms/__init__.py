@@ -43,13 +43,10 @@ class _CurrentPlatform:
     def __init__(self) -> None:
         self._selected: Platform | None = None
 
-    def _resolve(self) -> Platform:
+    def __getattr__(self, name: str) -> Any:
         if self._selected is None:
             self._selected = select_platform(envs.SGLANG_PLATFORM.get())
-        return self._selected
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._resolve(), name)
+        return getattr(self._selected, name)
 
 
 _current = _CurrentPlatform()

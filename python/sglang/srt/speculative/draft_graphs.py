@@ -86,12 +86,10 @@ class DraftGraphs:
     def chain_body(self, greedy: bool, bucket: int) -> Body[Drafts]:
         """All draft tokens of a step."""
         buffers = self.buffers
-        info, start, groups = buffers.sampling_info(bucket, greedy), buffers.start(bucket), self._everyone(bucket)
+        info, start = buffers.sampling_info(bucket, greedy), buffers.start(bucket)
+        # In a captured step every attention group has the same number of rows.
+        groups = [bucket] * self._num_groups if self._num_groups > 1 else None
         return lambda: self._drafter.go_on(buffers.rows[:bucket], start, info, buffers.step.num_requests, None, groups)
-
-    def _everyone(self, num_rows: int) -> list[int] | None:
-        """Rows of each attention group in a captured step: the same number for all."""
-        return [num_rows] * self._num_groups if self._num_groups > 1 else None
 
     def _bucket_of(self, step: StepForward, *graphs: BucketGraphs[Any]) -> int | None:
         """The bucket of ``graphs`` to replay after ``step``; None for an eager run.
