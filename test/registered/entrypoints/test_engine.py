@@ -232,6 +232,38 @@ class TestEndOfEngine(CustomTestCase):
         loop.call_soon_threadsafe(holder.clear)
         self.check_ended(fake, thread)
 
+    def test_a_call_that_is_not_sent_yet_ends_with_the_engine(self):
+        """Its prompt is still tokenized, so that no scheduler knows of it."""
+        engine = self.start()
+        begun, errors = threading.Event(), []
+
+        async def prepare(*_):
+            begun.set()
+            await asyncio.sleep(3600)
+
+        async def ask():
+            await engine.async_generate("hello", GREEDY)
+
+        def call(ask):
+            try:
+                ask()
+            except RuntimeError as error:
+                errors.append(str(error))
+
+        def stream():
+            next(engine.generate("hello", GREEDY, stream=True))
+
+        with mock.patch.object(engine.tokenizer_manager, "_prepare", prepare):
+            for work in (lambda: engine.generate("hello", GREEDY), stream, lambda: asyncio.run(ask())):
+                begun.clear()
+                threading.Thread(target=call, args=(work,), daemon=True).start()
+                self.assertTrue(begun.wait(20))
+            engine.shutdown()
+        deadline = time.monotonic() + 20
+        while len(errors) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        self.assertEqual(errors, ["The engine has been shut down."] * 3)
+
     def test_a_fork_of_the_callers_process_ends_nothing(self):
         engine = self.start()
         self.addCleanup(engine.shutdown)

@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Coroutine, Generator
+from concurrent.futures import CancelledError
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -32,6 +33,7 @@ Text = str | list[str] | None
 Params = dict[str, Any] | list[dict[str, Any]] | None
 Ids = list[int] | list[list[int]] | None
 _WATCH_INTERVAL_S = 0.5
+_ENDED = "The engine has been shut down."
 
 
 class Engine:
@@ -160,6 +162,8 @@ class Engine:
             return future.result()
         except RequestError as error:
             raise _python_error(error) from None
+        except CancelledError:
+            raise RuntimeError(_ENDED) from None
         except BaseException:
             future.cancel()
             raise
@@ -170,11 +174,15 @@ class Engine:
             return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(work, self._loop))
         except RequestError as error:
             raise _python_error(error) from None
+        except asyncio.CancelledError:
+            if self._end.alive:
+                raise
+            raise RuntimeError(_ENDED) from None
 
     def _check_open(self, work: Coroutine[Any, Any, Any]) -> None:
         if not self._end.alive:
             work.close()
-            raise RuntimeError("The engine has been shut down.")
+            raise RuntimeError(_ENDED)
 
     def _iterate(self, results: AsyncGenerator[Any, None]) -> Generator[dict[str, Any], None, None]:
         try:
@@ -184,7 +192,7 @@ class Engine:
                     return
                 yield result
         finally:
-            if self._thread.is_alive():  # as it is not after the end, nor in a fork
+            if self._end.alive and self._thread.is_alive():  # it is not in a fork
                 closed = asyncio.run_coroutine_threadsafe(results.aclose(), self._loop)
                 if threading.current_thread() is not self._thread:  # where it may be collected, and cannot wait
                     closed.result()
@@ -207,9 +215,13 @@ class _EngineLoop:
     def __init__(self, context: ServerContext, processes: EngineProcesses, loop: asyncio.AbstractEventLoop) -> None:
         self._context, self._processes, self._loop = context, processes, loop
         self._pid = os.getpid()
-        self.thread = threading.Thread(target=loop.run_forever, name="sglang-engine", daemon=True)
+        self.thread = threading.Thread(target=self._serve, name="sglang-engine", daemon=True)
         self.thread.start()
         self._watcher = asyncio.run_coroutine_threadsafe(self._watch(), loop)
+
+    def _serve(self) -> None:
+        self._loop.run_forever()
+        self._loop.run_until_complete(_cancel_all())
 
     async def _watch(self) -> None:
         while check_engine(self._context, self._processes) is None:
@@ -229,6 +241,15 @@ class _EngineLoop:
         self.thread.join()
         self._loop.close()
         self._processes.shutdown()
+
+
+async def _cancel_all() -> None:
+    """End the calls that are still prepared, of which the tokenizer manager does not know yet."""
+    await asyncio.sleep(0)  # those of other threads begin
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _next(results: AsyncGenerator[Any, None]) -> Any:
