@@ -74,9 +74,9 @@ def candidates(path: str, block_m: int, per_expert: float, fp8: bool) -> Iterato
                 tile.append(("TWO", True))
             yield Candidate(path, product, block_m, tuple(tile))
     # The kernel whose warps load or multiply has tiles of one size; sizes that it does not take do not compile.
-    if path == "many" and fp8 and block_m == 128 and current_platform.arch == "sm_90":
-        for product, group in itertools.product(("gate_up", "down"), (1, 4, 16)):
-            yield Candidate(path, product, block_m, (("SLOTS", 4), ("GROUP_M", group)))
+    if path == "many" and block_m == 128 and current_platform.arch == "sm_90":
+        for product, slots, group in itertools.product(("gate_up", "down"), (3, 4), (1, 4, 16)):
+            yield Candidate(path, product, block_m, (("SLOTS", slots), ("GROUP_M", group)))
 
 
 def product_of(candidate: Candidate, inputs: MoeInputs, activated: torch.Tensor, routing: int) -> Callable[[], Any]:

@@ -11,6 +11,7 @@ import math
 import threading
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,6 +49,13 @@ class Shared:
 
     def index(self, at: Any) -> Shared:
         return Shared(self.data[int(at)])
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.data.shape
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.data.narrow(dim, start, length))
 
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.data.permute(order))
@@ -152,14 +160,26 @@ def _pending() -> list[Callable[[], None]]:
     return _own.copies
 
 
-def _multiply(a: Shared, b: Shared, acc: Any, use_acc: bool, is_async: bool) -> Callable[[], torch.Tensor]:
-    assert is_async and not use_acc
-    return lambda: a.data.float() @ b.data.float()
+@dataclass(frozen=True)
+class Products:
+    """Products in flight: a sum, and the operands that are added to it when the kernel waits for them."""
+
+    sum: torch.Tensor
+    operands: tuple[tuple[Shared, Shared], ...] = ()
 
 
-def _product(number: int, deps: list[Callable[[], torch.Tensor]]) -> torch.Tensor:
-    (product,) = deps
-    return product()
+def _multiply(a: Shared, b: Shared, acc: Any, is_async: bool, use_acc: bool = True) -> Products:
+    assert is_async
+    before = acc if isinstance(acc, Products) else Products(acc)
+    assert use_acc or not before.operands
+    return Products(before.sum if use_acc else torch.zeros_like(before.sum), (*before.operands, (a, b)))
+
+
+def _wait_for_products(number: int, deps: list[Products]) -> Products | torch.Tensor:
+    (products,) = deps
+    done = len(products.operands) - number
+    total = sum((a.data.float() @ b.data.float() for a, b in products.operands[: max(done, 0)]), products.sum)
+    return Products(total, products.operands[max(done, 0) :]) if number else total
 
 
 def _allocate(dtype: torch.dtype, shape: list[int], layout: Any) -> Any:
@@ -212,6 +232,7 @@ def _language(program: int, programs: int) -> types.SimpleNamespace:
         max=lambda x, axis: x.nan_to_num(-math.inf, math.inf, -math.inf).amax(axis),
         abs=torch.abs, exp=torch.exp, div_rn=torch.div, expand_dims=torch.unsqueeze,
         convert_layout=lambda value, layout: value,
+        split=lambda value: value.unbind(-1),
         allocate_shared_memory=_allocate, warp_specialize=_specialize,
         **dict.fromkeys(LAYOUTS, lambda *args, **kwargs: None),
     )  # fmt: skip
@@ -222,7 +243,7 @@ _HOPPER = {
         MBarrierLayout=lambda: None,
         init=lambda barrier, count: barrier.init(count),
         wait=lambda barrier, parity: barrier.wait(parity),
-        arrive=lambda barrier: barrier.arrive(1),
+        arrive=lambda barrier, pred=True: barrier.arrive(1) if pred else None,
         expect=_expect,
     ),
     "async_copy": types.SimpleNamespace(mbarrier_arrive=_rows_arrive),
@@ -230,7 +251,7 @@ _HOPPER = {
     "copy_tile": _copy_tile,
     "fence_async_shared": lambda: None,
     "warpgroup_mma": _multiply,
-    "warpgroup_mma_wait": _product,
+    "warpgroup_mma_wait": _wait_for_products,
 }
 
 

@@ -1,4 +1,4 @@
-"""The kernel of 8-bit experts for sm_90, which Triton's interpreter does not know: on the CPU against the reference."""
+"""The experts' kernel for sm_90, which Triton's interpreter does not know: on the CPU against the reference."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def order_on_host(ids: torch.Tensor, experts: int, block: int) -> PairOrder:
     return PairOrder(*(torch.tensor(one, dtype=torch.int32) for one in ints), len(owners) + 1)
 
 
-def stacked(experts: int, rows: int, columns: int, generator: torch.Generator) -> Scaled:
+def stacked(experts: int, rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype) -> Scaled:
+    if dtype != FP8:
+        return Scaled((torch.randn(experts, rows, columns, generator=generator) / columns**0.5).to(dtype))
     data, scales = zip(*(group_fp8.random_blocks(rows, columns, generator) for _ in range(experts)), strict=True)
     return Scaled(torch.stack(data), torch.stack(scales))
 
@@ -73,6 +75,9 @@ class TestBodies(CustomTestCase):
         ids[ids == 1] = 3
         ids[7, 1] = 1
         self.check(ids, 512, 256, 0.5)
+        for dtype, slots in ((torch.bfloat16, 4), (torch.float16, 3)):
+            with self.subTest(dtype=dtype):
+                self.check_16_bits(ids, 512, 256, 0.5, dtype, slots)
 
     def test_fewer_steps_than_slots(self):
         """Of the second product one step per tile, and one tile per block."""
@@ -81,16 +86,19 @@ class TestBodies(CustomTestCase):
             order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(2))
             with self.subTest(counts=counts):
                 self.check(ids[order].int()[:, None], 256, 128, None)
+                self.check_16_bits(ids[order].int()[:, None], 256, 128, None, torch.bfloat16, 4)
 
     def test_no_pair_of_anybody_ends(self):
-        self.check(torch.full((40, 2), -1, dtype=torch.int32), 256, 128, None)
+        ids = torch.full((40, 2), -1, dtype=torch.int32)
+        self.check(ids, 256, 128, None)
+        self.check_16_bits(ids, 256, 128, None, torch.bfloat16, 4)
 
     def check(self, ids: torch.Tensor, hidden: int, width: int, limit: float | None) -> None:
         """Both products of ``ids`` at 4 experts; the middle row has a NaN, which must not get lost."""
         generator = torch.Generator().manual_seed(3)
         (tokens, top_k), dtype = ids.shape, torch.bfloat16
         pairs = (ids.flatten() >= 0).nonzero().flatten()
-        w13, w2 = stacked(4, 2 * width, hidden, generator), stacked(4, hidden, width, generator)
+        w13, w2 = (stacked(4, *size, generator, FP8) for size in ((2 * width, hidden), (hidden, width)))
         rows = torch.randn(tokens, hidden, generator=generator).to(dtype)
         rows[tokens // 2, hidden // 3] = float("nan")
         x = Scaled(*group_fp8.quantize_groups_torch(rows, FP8))
@@ -105,6 +113,28 @@ class TestBodies(CustomTestCase):
         down = expert_product(found, w2, ids, order, TILE, 128, False, dtype).data[pairs]
         wanted = self.products(found, w2, ids, pairs, pairs)
         torch.testing.assert_close(down.float(), wanted, rtol=2**-7, atol=2**-7, equal_nan=True)
+
+    def check_16_bits(
+        self, ids: torch.Tensor, hidden: int, width: int, limit: float | None, dtype: torch.dtype, slots: int
+    ) -> None:
+        """The same with rows and weights of ``dtype`` and no scales, against sums in float64."""
+        generator = torch.Generator().manual_seed(3)
+        (tokens, top_k), tile = ids.shape, {"SLOTS": slots, "GROUP_M": 2}
+        pairs = (ids.flatten() >= 0).nonzero().flatten()
+        w13, w2 = (stacked(4, *size, generator, dtype) for size in ((2 * width, hidden), (hidden, width)))
+        x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+        x[tokens // 2, hidden // 3] = float("nan")
+        order = order_on_host(ids, 4, 128)
+        found = expert_product(Scaled(x), w13, ids, order, tile, 128, True, dtype, limit)
+        down = expert_product(found, w2, ids, order, tile, 128, False, dtype)
+        for made, w, rows, activated in ((found, w13, x[pairs // top_k], True), (down, w2, found.data[pairs], False)):
+            wanted, owners = torch.zeros(len(pairs), w.data.shape[1], dtype=dtype), ids.flatten()[pairs]
+            for expert in owners.unique().tolist():
+                mine = owners == expert
+                wanted[mine] = (rows[mine].double() @ w.data[expert].double().T).to(dtype)
+            wanted = silu_and_mul_torch(wanted, limit) if activated else wanted
+            self.assertEqual((made.scale, made.data.dtype), (None, dtype))
+            torch.testing.assert_close(made.data[pairs], wanted, rtol=2**-7, atol=2**-10, equal_nan=True)
 
     def products(
         self, x: Scaled, w: Scaled, ids: torch.Tensor, pairs: torch.Tensor, rows: torch.Tensor
@@ -126,11 +156,11 @@ class TestWhenItRuns(CustomTestCase):
     def arch(self, name: str) -> None:
         self.enterContext(mock.patch.object(fused_experts, "current_platform", SimpleNamespace(arch=name)))
 
-    def fits(self, hidden=256, width=128, x=None, dtype=FP8, **changed) -> bool:
+    def fits(self, hidden=256, width=128, x=None, dtype=FP8, scaled=True, **changed) -> bool:
         x = torch.empty(8, hidden, dtype=dtype) if x is None else x
         w13 = torch.empty(2, 2 * width, hidden, dtype=dtype)
         weights = {"w13": w13, "w2": torch.empty(2, hidden, width, dtype=dtype)} | changed
-        scale = torch.empty(1)
+        scale = torch.empty(1) if scaled else None
         return fits_slots(Scaled(x, scale), *(Scaled(one, scale) for one in weights.values()))
 
     def test_sizes_and_layouts(self):
@@ -139,10 +169,20 @@ class TestWhenItRuns(CustomTestCase):
         self.assertFalse(self.fits(hidden=384), "tiles of twice 128 columns")
         self.assertFalse(self.fits(width=192), "a group of scales")
         self.assertFalse(self.fits(dtype=torch.float16), "operands of the interpreter")
+        self.assertFalse(self.fits(scaled=False), "8 bits without scales")
         self.assertFalse(self.fits(w13=torch.empty(2, 512, 256, dtype=FP8)[:, ::2]), "weights with gaps")
         self.assertFalse(self.fits(w2=torch.empty(2, 128, 256, dtype=FP8).transpose(1, 2)), "transposed weights")
         self.assertFalse(self.fits(x=torch.empty(8 * 256 + 8, dtype=FP8)[8:].view(8, 256)), "rows at 8 bytes")
         self.assertFalse(self.fits(x=torch.empty(8, 264, dtype=FP8)[:, :256]), "rows 264 bytes apart")
+        bits_16 = {"dtype": torch.bfloat16, "scaled": False}
+        for dtype in (torch.bfloat16, torch.float16):
+            self.assertTrue(self.fits(hidden=2048, width=1408, dtype=dtype, scaled=False))
+        self.assertFalse(self.fits(dtype=torch.float32, scaled=False))
+        self.assertFalse(self.fits(x=torch.empty(8, 256, dtype=torch.float16), **bits_16), "rows of another type")
+        self.assertTrue(self.fits(x=torch.empty(8, 264, dtype=torch.bfloat16)[:, :256], **bits_16))
+        self.assertFalse(self.fits(x=torch.empty(8, 260, dtype=torch.bfloat16)[:, :256], **bits_16), "520 bytes apart")
+        self.assertFalse(self.fits(hidden=384, **bits_16), "tiles of 256 columns")
+        self.assertFalse(self.fits(width=192, **bits_16), "tiles of 128 columns of each projection")
         self.arch("sm_100")
         self.assertFalse(self.fits())
 

@@ -1,15 +1,21 @@
-"""8-bit experts of many tokens compile for sm_90 without a GPU, as launched, and fit the shared memory."""
+"""Experts of many tokens compile for sm_90 without a GPU, as launched, and fit the shared memory."""
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
 import unittest
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from triton.backends.nvidia.compiler import get_ptxas
 
 from sglang.kernels.ops.moe import fused_experts
+from sglang.kernels.ops.moe.fused_experts import fused_experts_triton
 from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8_triton
+from sglang.kernels.ops.moe.tiles import MoeTiles
 from sglang.test.amd_gate.driver import Launch, compile_only
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -34,6 +40,36 @@ class TestSm90Compiles(CustomTestCase):
         """One tile per block, one step per tile, and one expert per token."""
         self.check(self.launches(128, 256, 128, 4, 1, torch.float32, None))
 
+    def test_16_bits_at_the_sizes_of_served_models(self) -> None:
+        tile = {"SLOTS": 4, "GROUP_M": 4}
+        tiles = mock.patch.object(fused_experts, "choose_tiles", lambda *_: MoeTiles("many", 128, tile, tile))
+        for hidden, width, experts, top_k, dtype, limit in (
+            (2048, 1408, 64, 6, torch.bfloat16, None),
+            (2048, 512, 256, 8, torch.bfloat16, 7.0),
+            (7168, 2048, 256, 8, torch.float16, None),
+        ):
+            x, w13 = empty(8192, hidden, dtype=dtype), empty(experts, 2 * width, hidden, dtype=dtype)
+            w2, ids = empty(experts, hidden, width, dtype=dtype), empty(8192, top_k, dtype=torch.int32)
+            with self.subTest(width=width), tiles, self.platform(), compile_only("sm_90") as driver:
+                fused_experts_triton(x, w13, w2, empty(8192, top_k), ids, limit)
+                launches = [launch for launch in driver.launches if launch.kernel.startswith("many_tokens")]
+                self.check(launches)
+                for launch in launches:
+                    # The products of a step run together, and the sums stay in registers.
+                    report = self.assemble(launch.assembly)
+                    self.assertNotRegex(report, "C75|[1-9] bytes spill")
+
+    def assemble(self, text: str) -> str:
+        """What the assembler says of PTX."""
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder, "kernel.ptx")
+            source.write_text(text)
+            command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", str(source), "-o", str(Path(folder, "kernel"))]
+            return subprocess.run(command, check=True, capture_output=True, text=True).stderr
+
+    def platform(self) -> mock._patch:
+        return mock.patch.object(fused_experts, "current_platform", SimpleNamespace(arch="sm_90"))
+
     def test_other_sizes_take_triton_s_kernel(self) -> None:
         launches = self.launches(128, 384, 128, 4, 1, torch.bfloat16, None)
         self.assertEqual([launch.kernel for launch in launches], ["many_tokens_kernel"] * 2)
@@ -48,8 +84,7 @@ class TestSm90Compiles(CustomTestCase):
             stacked += [empty(experts, rows, columns, dtype=fp8), empty(experts, rows // 128, columns // 128)]
         routing = empty(tokens, top_k), empty(tokens, top_k, dtype=torch.int32)
         x = empty(tokens, hidden, dtype=fp8), empty(tokens, hidden // 128)
-        platform = mock.patch.object(fused_experts, "current_platform", SimpleNamespace(arch="sm_90"))
-        with platform, compile_only("sm_90") as driver:
+        with self.platform(), compile_only("sm_90") as driver:
             fused_experts_fp8_triton(x[0], *stacked, *routing, x[1], dtype, limit)
             return [launch for launch in driver.launches if launch.kernel.startswith("many_tokens")]
 

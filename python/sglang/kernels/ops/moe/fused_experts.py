@@ -219,17 +219,18 @@ def has_sm90_kernel() -> bool:
     """Whether the kernel of ``slots_product`` imports: Triton's language for it is experimental. Logged where not."""
     reason = probe_package("sglang.kernels.ops.moe.fused_experts_sm90_triton")
     if reason is not None:
-        logger.warning("the kernel of 8-bit experts for sm_90 does not import (%s): a slower one runs", reason)
+        logger.warning("the experts' kernel for sm_90 does not import (%s): a slower one runs", reason)
     return reason is None
 
 
 def fits_slots(x: Scaled, w13: Scaled, w2: Scaled) -> bool:
-    """Whether ``slots_product`` takes both products: 8-bit, of whole tiles, and rows that begin at 16 bytes."""
-    if current_platform.arch != "sm_90" or w13.data.itemsize != 1:
+    """Whether ``slots_product`` takes both: 8 bits with scales or 16 without, whole tiles, rows that begin at 16 B."""
+    if current_platform.arch != "sm_90" or w13.data.itemsize != (1 if w13.is_fp8 else 2):
         return False
     _, hidden, width = w2.data.shape
     tensors = (x.data, w13.data, w2.data)
-    aligned = x.data.stride(0) % 16 == 0 and all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    same = all(tensor.dtype == x.data.dtype and tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    aligned = same and x.data.stride(0) * x.data.itemsize % 16 == 0
     dense = w13.data.is_contiguous() and w2.data.is_contiguous()
     return hidden % (2 * GROUP) == width % GROUP == 0 and aligned and dense and has_sm90_kernel()
 
@@ -241,17 +242,19 @@ def slots_product(
     """``expert_product`` of blocks of 128 pairs for sm_90, by the kernel whose warps load or multiply."""
     from sglang.kernels.ops.moe.fused_experts_sm90_triton import many_tokens_sm90_kernel, weight_tiles
 
-    assert x.scale is not None
     pairs, k_dim = ids.numel(), x.data.shape[1]
     width = w.data.shape[1] // 2 if is_gate_up else w.data.shape[1]
     tiles, rest = divmod(width, GROUP if is_gate_up else 2 * GROUP)
     assert rest == k_dim % GROUP == 0, "sizes that fits_slots() does not take"
     out = torch.empty(pairs, width, dtype=x.data.dtype if is_gate_up else dtype, device=ids.device)
-    scale = torch.empty(pairs, width // GROUP, dtype=torch.float32, device=ids.device) if is_gate_up else None
+    scale = None
+    if is_gate_up and x.is_fp8:
+        scale = torch.empty(pairs, width // GROUP, dtype=torch.float32, device=ids.device)
+    scale_strides = (0, 0) if x.scale is None else x.scale.stride()
     programs = min(multiprocessors(current_platform.arch), order.max_blocks * tiles)
     many_tokens_sm90_kernel[(programs,)](
         x.data, x.scale, weight_tiles(w.data), w.scale, order.pairs, order.block_experts, order.num_blocks, out, scale,
-        pairs, width, k_dim, x.data.stride(0), *x.scale.stride(), tiles, tile["GROUP_M"], ids.shape[1], is_gate_up,
+        pairs, width, k_dim, x.data.stride(0), *scale_strides, tiles, tile["GROUP_M"], ids.shape[1], is_gate_up,
         tile["SLOTS"], limit, torch.finfo(x.data.dtype).max, triton_dtype(dtype), num_warps=4,
     )  # fmt: skip
     return Scaled(out, scale)

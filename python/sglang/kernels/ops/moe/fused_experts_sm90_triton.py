@@ -1,9 +1,10 @@
-"""The products of many tokens' 8-bit experts for NVIDIA GPUs of sm_90 in Gluon: warps that load, warps that multiply.
+"""The products of many tokens' experts for NVIDIA GPUs of sm_90 in Gluon: warps that load, warps that multiply.
 
-One program per multiprocessor goes through tiles of 128 pairs times twice 128 columns. A group of four warps fetches,
-weights by the tensor memory accelerator and gathered rows by asynchronous copies, and two groups of four warps multiply
-64 rows each, so that one scales its sums while the other keeps the matrix units busy. 64 rows without a pair cost
-nothing. Sums, scales and rounding are those of ``expert_tile`` in ``fused_experts_triton``.
+One program per multiprocessor goes through tiles of 128 pairs times twice 128 columns, in steps of 128 bytes of K: 128
+columns of 8 bits, with scales, or 64 of 16 bits, without. A group of four warps fetches, weights by the tensor memory
+accelerator and gathered rows by asynchronous copies, and two groups of four warps multiply 64 rows each, so that one
+scales or stores its sums while the other keeps the matrix units busy. 64 rows without a pair cost nothing. Sums, their
+order over K, scales and rounding are those of ``expert_tile`` in ``fused_experts_triton``.
 """
 
 import triton
@@ -30,14 +31,15 @@ if is_older(triton.__version__, (3, 6)):
 copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
-# Rows of a tile, rows that one group of warps multiplies, and the 128 columns of a group of scales.
+# Rows of a tile, rows that one group of warps multiplies, and columns of one of its two sums or of a group of scales.
 ROWS, HALF, GROUP = gl.constexpr(128), gl.constexpr(64), gl.constexpr(128)
-WEIGHTS_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+# By bytes of a weight.
+WEIGHTS_LAYOUTS = {size: gl.NVMMASharedLayout(128, element_bitwidth=8 * size, rank=2) for size in (1, 2)}
 
 
 def weight_tiles(w):
-    """w [E, rows, K] contiguous, K a multiple of 128 -> the kernel's ``w_desc``; a launch takes it by value."""
-    return TensorDescriptor.from_tensor(w.flatten(0, 1), [128, 128], WEIGHTS_LAYOUT)
+    """w [E, rows, K] contiguous, K whole steps of 128 bytes -> the kernel's ``w_desc``; a launch takes it by value."""
+    return TensorDescriptor.from_tensor(w.flatten(0, 1), [128, 128 // w.itemsize], WEIGHTS_LAYOUTS[w.itemsize])
 
 
 @gluon.jit
@@ -55,10 +57,11 @@ def _fetch(
     pairs, width, k_dim, x_stride, tiles, group,
     TOP_K: gl.constexpr, GATE_UP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Fill the slots with steps of 128 columns: rows of x, and two runs of 128 weight rows."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
+    """Fill the slots with steps of K: rows of x, and two runs of 128 weight rows."""
+    STEP: gl.constexpr = w_desc.block_shape[1]
+    layout: gl.constexpr = gl.BlockedLayout([1, STEP // 8], [4, 8], [4, 1], [1, 0])
     lane = gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
-    column = gl.arange(0, GROUP, layout=gl.SliceLayout(0, layout))
+    column = gl.arange(0, STEP, layout=gl.SliceLayout(0, layout))
     num_blocks = gl.load(num_blocks_ptr)
     step = 0
     for pid in range(gl.program_id(0), num_blocks * tiles, gl.num_programs(0)):
@@ -74,13 +77,13 @@ def _fetch(
         x_at_2 = x_ptr + (source_2.to(gl.int64) * x_stride)[:, None] + column[None, :]
         row = gl.load(block_expert_ptr + block) * (width * (1 + GATE_UP)) + tile * (GROUP * (2 - GATE_UP))
         apart = width if GATE_UP else GROUP
-        for k in range(0, k_dim, GROUP):
+        for k in range(0, k_dim, STEP):
             slot = step % STAGES
             ready = full.index(slot)
             mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
-            mbarrier.expect(ready, 2 * GROUP * GROUP)
-            copy_tile(w_desc, [row, k], ready, w_bufs.index(2 * slot))
-            copy_tile(w_desc, [row + apart, k], ready, w_bufs.index(2 * slot + 1))
+            mbarrier.expect(ready, 2 * GROUP * 128)
+            copy_tile(w_desc, [row, k], ready, w_bufs.index(slot).slice(0, GROUP))
+            copy_tile(w_desc, [row + apart, k], ready, w_bufs.index(slot).slice(GROUP, GROUP))
             copy_rows(x_bufs.index(2 * slot), x_at + k, mask=valid[:, None])
             if is_tall:
                 copy_rows(x_bufs.index(2 * slot + 1), x_at_2 + k, mask=valid_2[:, None])
@@ -110,19 +113,36 @@ def _store(rows, out_ptr, run, column, pairs, width, AT_ONCE: gl.constexpr):
 
 
 @gluon.jit
+def _sums(x_bufs, w_bufs, full, empty, step, steps, layout: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr):
+    """Two sums of 128 columns over ``steps`` slots without scales; one product begins while the one before it runs."""
+    acc = gl.zeros([HALF, 2 * GROUP], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
+    for k in range(steps):
+        slot = step % STAGES
+        mbarrier.wait(full.index(slot), step // STAGES & 1)
+        acc = warpgroup_mma(x_bufs.index(2 * slot + PART), w_bufs.index(slot).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
+        step += 1
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+    first, second = gl.split(acc.reshape([HALF, 2, GROUP]).permute([0, 2, 1]))
+    return gl.convert_layout(first, layout), gl.convert_layout(second, layout)
+
+
+@gluon.jit
 def _multiply(
     x_bufs, w_bufs, full, empty, x_scale_ptr, w_scale_ptr, order_ptr, block_expert_ptr, num_blocks_ptr, out_ptr,
     out_scale_ptr, pairs, width, k_dim, x_scale_stride, x_scale_step, tiles, group,
     TOP_K: gl.constexpr, GATE_UP: gl.constexpr, STAGES: gl.constexpr, LIMIT: gl.constexpr,
     LARGEST: gl.constexpr, dtype: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
-    """The PART-th 64 rows of each tile: two sums of 128 columns, activated and quantised for GATE_UP, else stored."""
+    """The PART-th 64 rows of each tile: two sums of 128 columns, activated for GATE_UP, and with scales quantised."""
     sums: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
     lane = gl.arange(0, HALF, layout=gl.SliceLayout(1, sums))
     zero = gl.zeros([HALF, GROUP], gl.float32, sums)
     num_blocks = gl.load(num_blocks_ptr)
-    groups = k_dim // GROUP
-    apart = (width // GROUP if GATE_UP else 1) * groups
+    steps = k_dim // w_bufs.shape[2]
+    apart = (width // GROUP if GATE_UP else 1) * steps
     step = 0
     for pid in range(gl.program_id(0), num_blocks * tiles, gl.num_programs(0)):
         block, tile = _place(pid, num_blocks, tiles, group)
@@ -131,46 +151,52 @@ def _multiply(
             order = gl.load(run + lane)
             valid = order < pairs
             members = gl.where(valid, order, 0)
-            source = (members // TOP_K if GATE_UP else members).to(gl.int64)
-            x_scale_at = x_scale_ptr + source * x_scale_stride
-            row_block = gl.load(block_expert_ptr + block) * (width // GROUP * (1 + GATE_UP)) + tile * (2 - GATE_UP)
-            w_scale_at = w_scale_ptr + row_block.to(gl.int64) * groups
-            acc = zero
-            acc_2 = zero
-            x_scale = gl.load(x_scale_at)
-            scale, scale_2 = x_scale * gl.load(w_scale_at), x_scale * gl.load(w_scale_at + apart)
-            for k in range(1, groups + 1):
-                # Scales are read one step before they are used: their latency is longer than a product.
-                ahead = gl.minimum(k, groups - 1)
-                x_scale = gl.load(x_scale_at + ahead * x_scale_step)
-                w_scale, w_scale_2 = gl.load(w_scale_at + ahead), gl.load(w_scale_at + apart + ahead)
-                slot = step % STAGES
-                x = x_bufs.index(2 * slot + PART)
-                mbarrier.wait(full.index(slot), step // STAGES & 1)
-                part = warpgroup_mma(x, w_bufs.index(2 * slot).permute((1, 0)), zero, use_acc=False, is_async=True)
-                part = warpgroup_mma_wait(0, deps=[part])
-                acc = acc + part * scale[:, None]
-                part = warpgroup_mma(x, w_bufs.index(2 * slot + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
-                part = warpgroup_mma_wait(0, deps=[part])
-                mbarrier.arrive(empty.index(slot))
-                acc_2 = acc_2 + part * scale_2[:, None]
-                scale, scale_2 = x_scale * w_scale, x_scale * w_scale_2
-                step += 1
+            if x_scale_ptr is None:
+                acc, acc_2 = _sums(x_bufs, w_bufs, full, empty, step, steps, sums, STAGES, PART)
+                step += steps
+            else:
+                source = (members // TOP_K if GATE_UP else members).to(gl.int64)
+                x_scale_at = x_scale_ptr + source * x_scale_stride
+                row = gl.load(block_expert_ptr + block) * (width // GROUP * (1 + GATE_UP)) + tile * (2 - GATE_UP)
+                w_scale_at = w_scale_ptr + row.to(gl.int64) * steps
+                acc = zero
+                acc_2 = zero
+                x_scale = gl.load(x_scale_at)
+                scale, scale_2 = x_scale * gl.load(w_scale_at), x_scale * gl.load(w_scale_at + apart)
+                for k in range(1, steps + 1):
+                    # Scales are read one step before they are used: their latency is longer than a product.
+                    ahead = gl.minimum(k, steps - 1)
+                    x_scale = gl.load(x_scale_at + ahead * x_scale_step)
+                    w_scale, w_scale_2 = gl.load(w_scale_at + ahead), gl.load(w_scale_at + apart + ahead)
+                    slot = step % STAGES
+                    x, w = x_bufs.index(2 * slot + PART), w_bufs.index(slot).permute((1, 0))
+                    mbarrier.wait(full.index(slot), step // STAGES & 1)
+                    part = warpgroup_mma(x, w.slice(0, GROUP, 1), zero, use_acc=False, is_async=True)
+                    part = warpgroup_mma_wait(0, deps=[part])
+                    acc = acc + part * scale[:, None]
+                    part = warpgroup_mma(x, w.slice(GROUP, GROUP, 1), zero, use_acc=False, is_async=True)
+                    part = warpgroup_mma_wait(0, deps=[part])
+                    mbarrier.arrive(empty.index(slot))
+                    acc_2 = acc_2 + part * scale_2[:, None]
+                    scale, scale_2 = x_scale * w_scale, x_scale * w_scale_2
+                    step += 1
             if GATE_UP:
                 gate = _clamp(acc.to(dtype).to(gl.float32), LIMIT, dtype, sums, False)
                 silu = (gate / (1.0 + gl.exp(-gate))).to(dtype).to(gl.float32)
-                out = (silu * _clamp(acc_2.to(dtype).to(gl.float32), LIMIT, dtype, sums, True)).to(dtype).to(gl.float32)
-                bits = gl.max(gl.cast(gl.abs(out), gl.int32, bitcast=True), axis=1)
-                largest = gl.cast(gl.maximum(bits, LEAST), gl.float32, bitcast=True)
-                scale = gl.div_rn(largest, gl.full([HALF], LARGEST, gl.float32, gl.SliceLayout(1, sums)))
-                q = gl.div_rn(out, gl.expand_dims(scale, 1) + zero)
-                _store(q.to(out_ptr.dtype.element_ty), out_ptr, run, tile * GROUP, pairs, width, 16)
-                gl.store(out_scale_ptr + members.to(gl.int64) * (width // GROUP) + tile, scale, mask=valid)
+                out = (silu * _clamp(acc_2.to(dtype).to(gl.float32), LIMIT, dtype, sums, True)).to(dtype)
+                if out_scale_ptr is not None:
+                    out = out.to(gl.float32)
+                    bits = gl.max(gl.cast(gl.abs(out), gl.int32, bitcast=True), axis=1)
+                    largest = gl.cast(gl.maximum(bits, LEAST), gl.float32, bitcast=True)
+                    scale = gl.div_rn(largest, gl.full([HALF], LARGEST, gl.float32, gl.SliceLayout(1, sums)))
+                    out = gl.div_rn(out, gl.expand_dims(scale, 1) + zero).to(out_ptr.dtype.element_ty)
+                    gl.store(out_scale_ptr + members.to(gl.int64) * (width // GROUP) + tile, scale, mask=valid)
+                _store(out, out_ptr, run, tile * GROUP, pairs, width, w_bufs.shape[2] // 8)
             else:
                 _store(acc.to(dtype), out_ptr, run, tile * 2 * GROUP, pairs, width, 8)
                 _store(acc_2.to(dtype), out_ptr, run, tile * 2 * GROUP + GROUP, pairs, width, 8)
         else:
-            for _ in range(groups):
+            for _ in range(steps):
                 slot = step % STAGES
                 mbarrier.wait(full.index(slot), step // STAGES & 1)
                 mbarrier.arrive(empty.index(slot))
@@ -184,9 +210,13 @@ def many_tokens_sm90_kernel(
     TOP_K: gl.constexpr, GATE_UP: gl.constexpr, STAGES: gl.constexpr, LIMIT: gl.constexpr,
     LARGEST: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
-    """As ``many_tokens_kernel`` with blocks of 128 pairs; w_desc reads weights [E * rows, K] in tiles of 128 x 128."""
-    x_bufs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [2 * STAGES, HALF, GROUP], w_desc.layout)
-    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [2 * STAGES, GROUP, GROUP], w_desc.layout)
+    """As ``many_tokens_kernel`` with blocks of 128 pairs; w_desc reads weights [E * rows, K] in tiles of 128 rows.
+
+    Rows and weights are of 16 bits where x_scale_ptr, w_scale_ptr and out_scale_ptr are None.
+    """
+    STEP: gl.constexpr = w_desc.block_shape[1]
+    x_bufs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [2 * STAGES, HALF, STEP], w_desc.layout)
+    w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 2 * GROUP, STEP], w_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
