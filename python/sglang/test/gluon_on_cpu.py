@@ -21,7 +21,7 @@ from triton.language.core import constexpr
 
 # Seconds after which a wait is a deadlock.
 PATIENCE = 10.0
-LAYOUTS = ("BlockedLayout", "SliceLayout", "NVMMADistributedLayout")
+LAYOUTS = ("SwizzledSharedLayout", "BlockedLayout", "SliceLayout", "NVMMADistributedLayout")
 THREADS = 128
 
 
@@ -56,6 +56,9 @@ class Shared:
 
     def slice(self, start: int, length: int, dim: int = 0) -> Shared:
         return Shared(self.data.narrow(dim, start, length))
+
+    def load(self, layout: Any) -> torch.Tensor:
+        return self.data.clone()
 
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.data.permute(order))
@@ -121,8 +124,14 @@ def load(pointer: Pointer, mask: Any = None, other: Any = 0) -> torch.Tensor:
 def store(pointer: Pointer, value: torch.Tensor, mask: Any = None) -> None:
     at, wanted = _elements(pointer, mask)
     bits = torch.uint8 if pointer.flat.itemsize == 1 else pointer.flat.dtype
-    values = value.to(pointer.flat.dtype).expand(at.shape)
+    values = torch.as_tensor(value).to(pointer.flat.dtype).expand(at.shape)
     pointer.flat.view(bits)[at[wanted]] = values.contiguous().view(bits)[wanted]
+
+
+def _atomic_add(pointer: Pointer, value: int, sem: str) -> int:
+    before = int(pointer.flat[pointer.offset])
+    pointer.flat[pointer.offset] += value
+    return before
 
 
 def _copy_rows(place: Shared, pointer: Pointer, mask: Any = None) -> None:
@@ -218,13 +227,13 @@ def _dropping(exact: Callable[..., torch.Tensor], floats: Callable[..., torch.Te
 
 def _language(program: int, programs: int) -> types.SimpleNamespace:
     return types.SimpleNamespace(
-        int32=torch.int32, int64=torch.int64, float32=torch.float32,
+        int32=torch.int32, int64=torch.int64, float16=torch.float16, float32=torch.float32,
         program_id=lambda axis: program,
         num_programs=lambda axis: programs,
         arange=lambda start, end, layout: torch.arange(start, end),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
-        load=load, store=store, static_range=range,
+        load=load, store=store, atomic_add=_atomic_add, static_range=range,
         where=lambda condition, a, b: torch.where(torch.as_tensor(condition), a, b),
         cast=lambda x, dtype, bitcast: x.view(dtype),
         # As the hardware does, maxima and minima of floats drop NaN.

@@ -48,7 +48,7 @@ def order_on_host(ids: torch.Tensor, experts: int, block: int) -> PairOrder:
         mine += [flat.numel()] * (-len(mine) % block)
         pairs += mine
         owners += [expert] * (len(mine) // block)
-    ints = (pairs + [1 << 30] * block, [*owners, 1 << 30], [len(owners)])
+    ints = (pairs + [1 << 30] * block, [*owners, 1 << 30], [len(owners), 0])
     return PairOrder(*(torch.tensor(one, dtype=torch.int32) for one in ints), len(owners) + 1)
 
 
@@ -203,16 +203,21 @@ class TestWhenItRuns(CustomTestCase):
 
     def test_rows_per_expert(self):
         """A table without the row takes Triton's tile, and so do few rows per expert and sizes that do not fit."""
-        for arch, tokens, slots, wanted in (
-            ("sm_90", 192, True, False),
-            ("sm_90", 193, True, True),
-            ("sm_90", 8192, True, True),
-            ("sm_90", 8192, False, False),
-            ("gfx942", 8192, True, False),
+        for arch, bits, tokens, slots, wanted in (
+            ("sm_90", 8, 192, True, False),
+            ("sm_90", 8, 193, True, True),
+            ("sm_90", 8, 8192, True, True),
+            ("sm_90", 8, 8192, False, False),
+            ("sm_90", 16, 128, True, False),
+            ("sm_90", 16, 129, True, True),
+            ("sm_90", 16, 8192, False, False),
+            ("sm_90", 32, 8192, True, False),
+            ("gfx942", 8, 8192, True, False),
+            ("gfx942", 16, 8192, True, False),
         ):
-            tiles = choose_tiles(arch, 8, tokens, 8, 64, slots)
+            tiles = choose_tiles(arch, bits, tokens, 8, 64, slots)
             for tile in (tiles.gate_up, tiles.down):
-                with self.subTest(arch=arch, tokens=tokens, slots=slots):
+                with self.subTest(arch=arch, bits=bits, tokens=tokens, slots=slots):
                     self.assertEqual("SLOTS" in tile, wanted)
                     self.assertEqual("BLOCK_N" in tile, not wanted)
             self.assertTrue(not wanted or tiles.block_m == fused_experts_sm90_triton.ROWS.value)

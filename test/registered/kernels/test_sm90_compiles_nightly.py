@@ -15,7 +15,6 @@ from triton.backends.nvidia.compiler import get_ptxas
 from sglang.kernels.ops.moe import fused_experts
 from sglang.kernels.ops.moe.fused_experts import fused_experts_triton
 from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8_triton
-from sglang.kernels.ops.moe.tiles import MoeTiles
 from sglang.test.amd_gate.driver import Launch, compile_only
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
@@ -41,23 +40,20 @@ class TestSm90Compiles(CustomTestCase):
         self.check(self.launches(128, 256, 128, 4, 1, torch.float32, None))
 
     def test_16_bits_at_the_sizes_of_served_models(self) -> None:
-        tile = {"SLOTS": 4, "GROUP_M": 4}
-        tiles = mock.patch.object(fused_experts, "choose_tiles", lambda *_: MoeTiles("many", 128, tile, tile))
         for hidden, width, experts, top_k, dtype, limit in (
             (2048, 1408, 64, 6, torch.bfloat16, None),
-            (2048, 512, 256, 8, torch.bfloat16, 7.0),
-            (7168, 2048, 256, 8, torch.float16, None),
+            (7168, 2048, 256, 8, torch.bfloat16, 7.0),
+            (2048, 512, 256, 8, torch.float16, None),
         ):
             x, w13 = empty(8192, hidden, dtype=dtype), empty(experts, 2 * width, hidden, dtype=dtype)
             w2, ids = empty(experts, hidden, width, dtype=dtype), empty(8192, top_k, dtype=torch.int32)
-            with self.subTest(width=width), tiles, self.platform(), compile_only("sm_90") as driver:
+            with self.subTest(width=width), self.platform(), compile_only("sm_90") as driver:
                 fused_experts_triton(x, w13, w2, empty(8192, top_k), ids, limit)
                 launches = [launch for launch in driver.launches if launch.kernel.startswith("many_tokens")]
                 self.check(launches)
                 for launch in launches:
-                    # The products of a step run together, and the sums stay in registers.
-                    report = self.assemble(launch.assembly)
-                    self.assertNotRegex(report, "C75|[1-9] bytes spill")
+                    # The assembler keeps the sums in registers and does not serialise products.
+                    self.assertNotRegex(self.assemble(launch.assembly).replace(" 0 bytes spill", ""), "bytes spill|C75")
 
     def assemble(self, text: str) -> str:
         """What the assembler says of PTX."""

@@ -90,6 +90,7 @@ class TestTritonInterpreted(CustomTestCase):
         ids = torch.tensor([[0, 2], [2, -1], [1, 2], [2, 0], [2, 2]], dtype=torch.int32)
         pairs = (ids.flatten() >= 0).nonzero().flatten()
         order = order_pairs(ids, 3, 4)
+        self.assertEqual(order.num_blocks.tolist(), [4, 0])
         for hidden in (256, 384):
             w13, w13_scale, w2, w2_scale = (
                 torch.stack(part)

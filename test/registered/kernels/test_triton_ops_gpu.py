@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import unittest
+from unittest import mock
 
 import torch
 from test_op_parity import (
@@ -22,7 +23,7 @@ from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul_quantized_tr
 from sglang.kernels.ops.attention.decode_attention import decode_attention_triton
 from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project_triton
 from sglang.kernels.ops.attention.prepare_mla import prepare_mla_triton
-from sglang.kernels.ops.moe.fused_experts import fused_experts, order_pairs
+from sglang.kernels.ops.moe.fused_experts import fused_experts, fused_experts_triton, order_pairs
 from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8_torch, fused_experts_fp8_triton
 from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
     PLACED_ARCHS,
@@ -192,6 +193,16 @@ class TestTritonOpsOnGpu(CustomTestCase):
             self.assertTrue(torch.equal(result, wanted[number % 2]))
         of_nobody = impl.fn(*cases[0][:-1], torch.full_like(cases[0][-1], -1))
         self.assertTrue(torch.equal(of_nobody, torch.zeros_like(of_nobody)))
+
+    def test_sixteen_bit_experts_of_specialised_warps_are_those_of_triton_s_tiles(self):
+        """Bit for bit, with pairs of nobody; twice, as programs draw their tiles."""
+        for tokens, dtype, limit in itertools.product((40, 300, 1111), (torch.bfloat16, torch.float16), (None, 0.5)):
+            args = (*to(moe_case(tokens, 4, 512, 384, 2, dtype).args, DEVICE), limit)
+            found = [fused_experts_triton(*args) for _ in range(2)]
+            with mock.patch("sglang.kernels.ops.moe.fused_experts.fits_slots", lambda *_: False):
+                wanted = fused_experts_triton(*args)
+            with self.subTest(tokens=tokens, dtype=dtype, limit=limit):
+                self.assertTrue(all(torch.equal(one, wanted) for one in found))
 
     def test_eight_bit_product_of_the_library(self):
         generator = torch.Generator().manual_seed(4)
@@ -366,7 +377,8 @@ class TestTritonOpsOnGpu(CustomTestCase):
         for tokens, experts, block in ((1, 4, 16), (700, 16, 64), (3000, 100, 16)):
             ids = moe_case(tokens, experts, 8, 8, 3, torch.float32).args[4].to(DEVICE)
             order = order_pairs(ids, experts, block)
-            used = int(order.num_blocks)
+            used, counter = order.num_blocks.tolist()
+            self.assertEqual(counter, 0)
             flat, wanted = ids.flatten().tolist(), []
             owners = []
             for expert in range(experts):

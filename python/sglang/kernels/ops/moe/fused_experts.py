@@ -96,7 +96,7 @@ def _few_small_products(
 
 
 class PairOrder(NamedTuple):
-    """Pairs by expert: blocks of pair numbers, each block's expert, how many blocks there are (on the device)."""
+    """Pairs by expert: blocks of pair numbers, each block's expert, how many blocks there are (on the device) and 0."""
 
     pairs: Tensor
     block_experts: Tensor
@@ -114,7 +114,7 @@ def order_pairs(topk_ids: Tensor, num_experts: int, block_m: int) -> PairOrder:
     pairs = topk_ids.numel()
     active = min(pairs, num_experts)
     max_blocks = active + (pairs - active) // block_m
-    sizes = (num_experts, max_blocks * block_m, max_blocks, 1)
+    sizes = (num_experts, max_blocks * block_m, max_blocks, 2)
     scratch = torch.empty(sum(sizes), dtype=torch.int32, device=topk_ids.device)
     counts, order, block_experts, num_blocks = scratch.split(sizes)
     chunk = min(2048, max(128, next_power_of_2(pairs)))

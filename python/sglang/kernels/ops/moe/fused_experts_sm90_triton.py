@@ -1,6 +1,6 @@
 """The products of many tokens' experts for NVIDIA GPUs of sm_90 in Gluon: warps that load, warps that multiply.
 
-One program per multiprocessor goes through tiles of 128 pairs times twice 128 columns, in steps of 128 bytes of K: 128
+One program per multiprocessor takes the next tile of 128 pairs times twice 128 columns, in steps of 128 bytes of K: 128
 columns of 8 bits, with scales, or 64 of 16 bits, without. A group of four warps fetches, weights by the tensor memory
 accelerator and gathered rows by asynchronous copies, and two groups of four warps multiply 64 rows each, so that one
 scales or stores its sums while the other keeps the matrix units busy. 64 rows without a pair cost nothing. Sums, their
@@ -33,6 +33,7 @@ copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 
 # Rows of a tile, rows that one group of warps multiplies, and columns of one of its two sums or of a group of scales.
 ROWS, HALF, GROUP = gl.constexpr(128), gl.constexpr(64), gl.constexpr(128)
+NUMBER_LAYOUT = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 # By bytes of a weight.
 WEIGHTS_LAYOUTS = {size: gl.NVMMASharedLayout(128, element_bitwidth=8 * size, rank=2) for size in (1, 2)}
 
@@ -52,8 +53,24 @@ def _place(pid, num_blocks, tiles, group):
 
 
 @gluon.jit
+def _announce(numbers, empty, step, number, STAGES: gl.constexpr):
+    """Write the number of the tile that begins in a slot, when the slot is free."""
+    slot = step % STAGES
+    mbarrier.wait(empty.index(slot), (step // STAGES & 1) ^ 1)
+    numbers.index(slot).store(gl.full([1], number, gl.int32, NUMBER_LAYOUT))
+
+
+@gluon.jit
+def _announced(numbers, full, step, STAGES: gl.constexpr):
+    """The number of the tile that begins in a slot, when the slot is full."""
+    slot = step % STAGES
+    mbarrier.wait(full.index(slot), step // STAGES & 1)
+    return gl.max(numbers.index(slot).load(NUMBER_LAYOUT), axis=0)
+
+
+@gluon.jit
 def _fetch(
-    x_bufs, w_bufs, full, empty, x_ptr, w_desc, order_ptr, block_expert_ptr, num_blocks_ptr,
+    x_bufs, w_bufs, numbers, full, empty, x_ptr, w_desc, order_ptr, block_expert_ptr, num_blocks_ptr,
     pairs, width, k_dim, x_stride, tiles, group,
     TOP_K: gl.constexpr, GATE_UP: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -63,9 +80,16 @@ def _fetch(
     lane = gl.arange(0, HALF, layout=gl.SliceLayout(1, layout))
     column = gl.arange(0, STEP, layout=gl.SliceLayout(0, layout))
     num_blocks = gl.load(num_blocks_ptr)
+    number = gl.program_id(0)
     step = 0
-    for pid in range(gl.program_id(0), num_blocks * tiles, gl.num_programs(0)):
-        block, tile = _place(pid, num_blocks, tiles, group)
+    while number < num_blocks * tiles:
+        _announce(numbers, empty, step, number, STAGES)
+        block, tile = _place(number, num_blocks, tiles, group)
+        # Tiles of 64 rows are done sooner, so programs take tiles in turn. The last to draw sets the counter back.
+        drawn = gl.atomic_add(num_blocks_ptr + 1, 1, sem="relaxed")
+        if drawn == num_blocks * tiles - 1:
+            gl.store(num_blocks_ptr + 1, 0)
+        number = drawn + gl.num_programs(0)
         run = order_ptr + block * ROWS
         order = gl.load(run + lane)
         order_2 = gl.load(run + HALF + lane)
@@ -89,6 +113,9 @@ def _fetch(
                 copy_rows(x_bufs.index(2 * slot + 1), x_at_2 + k, mask=valid_2[:, None])
             async_copy.mbarrier_arrive(ready, increment_count=False)
             step += 1
+    _announce(numbers, empty, step, number, STAGES)
+    mbarrier.arrive(full.index(step % STAGES))
+    async_copy.mbarrier_arrive(full.index(step % STAGES), increment_count=False)
 
 
 @gluon.jit
@@ -115,24 +142,27 @@ def _store(rows, out_ptr, run, column, pairs, width, AT_ONCE: gl.constexpr):
 @gluon.jit
 def _sums(x_bufs, w_bufs, full, empty, step, steps, layout: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr):
     """Two sums of 128 columns over ``steps`` slots without scales; one product begins while the one before it runs."""
+    # In float16 the assembler would put products one after the other (C7514).
+    AHEAD: gl.constexpr = 0 if x_bufs.dtype == gl.float16 else 1
     acc = gl.zeros([HALF, 2 * GROUP], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
     for k in range(steps):
         slot = step % STAGES
         mbarrier.wait(full.index(slot), step // STAGES & 1)
         acc = warpgroup_mma(x_bufs.index(2 * slot + PART), w_bufs.index(slot).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(1, deps=[acc])
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
+        acc = warpgroup_mma_wait(AHEAD, deps=[acc])
+        mbarrier.arrive(empty.index((step + STAGES - AHEAD) % STAGES), pred=k >= AHEAD)
         step += 1
-    acc = warpgroup_mma_wait(0, deps=[acc])
-    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+    if AHEAD:
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
     first, second = gl.split(acc.reshape([HALF, 2, GROUP]).permute([0, 2, 1]))
     return gl.convert_layout(first, layout), gl.convert_layout(second, layout)
 
 
 @gluon.jit
 def _multiply(
-    x_bufs, w_bufs, full, empty, x_scale_ptr, w_scale_ptr, order_ptr, block_expert_ptr, num_blocks_ptr, out_ptr,
-    out_scale_ptr, pairs, width, k_dim, x_scale_stride, x_scale_step, tiles, group,
+    x_bufs, w_bufs, numbers, full, empty, x_scale_ptr, w_scale_ptr, order_ptr, block_expert_ptr, num_blocks_ptr,
+    out_ptr, out_scale_ptr, pairs, width, k_dim, x_scale_stride, x_scale_step, tiles, group,
     TOP_K: gl.constexpr, GATE_UP: gl.constexpr, STAGES: gl.constexpr, LIMIT: gl.constexpr,
     LARGEST: gl.constexpr, dtype: gl.constexpr, PART: gl.constexpr,
 ):  # fmt: skip
@@ -144,8 +174,9 @@ def _multiply(
     steps = k_dim // w_bufs.shape[2]
     apart = (width // GROUP if GATE_UP else 1) * steps
     step = 0
-    for pid in range(gl.program_id(0), num_blocks * tiles, gl.num_programs(0)):
-        block, tile = _place(pid, num_blocks, tiles, group)
+    number = _announced(numbers, full, step, STAGES)
+    while number < num_blocks * tiles:
+        block, tile = _place(number, num_blocks, tiles, group)
         run = order_ptr + block * ROWS + PART * HALF
         if gl.load(run) < pairs:
             order = gl.load(run + lane)
@@ -201,6 +232,7 @@ def _multiply(
                 mbarrier.wait(full.index(slot), step // STAGES & 1)
                 mbarrier.arrive(empty.index(slot))
                 step += 1
+        number = _announced(numbers, full, step, STAGES)
 
 
 @gluon.jit(do_not_specialize=["pairs", "group"], do_not_specialize_on_alignment=["num_blocks_ptr"])
@@ -212,11 +244,13 @@ def many_tokens_sm90_kernel(
 ):  # fmt: skip
     """As ``many_tokens_kernel`` with blocks of 128 pairs; w_desc reads weights [E * rows, K] in tiles of 128 rows.
 
-    Rows and weights are of 16 bits where x_scale_ptr, w_scale_ptr and out_scale_ptr are None.
+    Rows and weights are of 16 bits where x_scale_ptr, w_scale_ptr and out_scale_ptr are None. Behind num_blocks stands
+    a counter, 0 before and after.
     """
     STEP: gl.constexpr = w_desc.block_shape[1]
     x_bufs = gl.allocate_shared_memory(x_ptr.dtype.element_ty, [2 * STAGES, HALF, STEP], w_desc.layout)
     w_bufs = gl.allocate_shared_memory(w_desc.dtype, [STAGES, 2 * GROUP, STEP], w_desc.layout)
+    numbers = gl.allocate_shared_memory(gl.int32, [STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
@@ -227,17 +261,17 @@ def many_tokens_sm90_kernel(
     gl.warp_specialize(
         [
             (_multiply, (
-                x_bufs, w_bufs, full, empty, x_scale_ptr, w_scale_ptr, order_ptr, block_expert_ptr, num_blocks_ptr,
-                out_ptr, out_scale_ptr, pairs, width, k_dim, x_scale_stride, x_scale_step, tiles, group,
+                x_bufs, w_bufs, numbers, full, empty, x_scale_ptr, w_scale_ptr, order_ptr, block_expert_ptr,
+                num_blocks_ptr, out_ptr, out_scale_ptr, pairs, width, k_dim, x_scale_stride, x_scale_step, tiles, group,
                 TOP_K, GATE_UP, STAGES, LIMIT, LARGEST, dtype, 0,
             )),
             (_multiply, (
-                x_bufs, w_bufs, full, empty, x_scale_ptr, w_scale_ptr, order_ptr, block_expert_ptr, num_blocks_ptr,
-                out_ptr, out_scale_ptr, pairs, width, k_dim, x_scale_stride, x_scale_step, tiles, group,
+                x_bufs, w_bufs, numbers, full, empty, x_scale_ptr, w_scale_ptr, order_ptr, block_expert_ptr,
+                num_blocks_ptr, out_ptr, out_scale_ptr, pairs, width, k_dim, x_scale_stride, x_scale_step, tiles, group,
                 TOP_K, GATE_UP, STAGES, LIMIT, LARGEST, dtype, 1,
             )),
             (_fetch, (
-                x_bufs, w_bufs, full, empty, x_ptr, w_desc, order_ptr, block_expert_ptr, num_blocks_ptr,
+                x_bufs, w_bufs, numbers, full, empty, x_ptr, w_desc, order_ptr, block_expert_ptr, num_blocks_ptr,
                 pairs, width, k_dim, x_stride, tiles, group, TOP_K, GATE_UP, STAGES,
             )),
         ],

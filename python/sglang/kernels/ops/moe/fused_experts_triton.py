@@ -272,6 +272,8 @@ def place_pairs_kernel(
     own_pairs = tl.sum(tl.where(other == expert, counts, 0), axis=0)
     if expert == 0:
         tl.store(num_blocks_ptr, tl.sum(blocks, axis=0))
+        # A counter for kernels that draw their tiles.
+        tl.store(num_blocks_ptr + 1, 0)
     lane = tl.arange(0, CHUNK)
     for start in range(0, own_blocks, CHUNK):
         tl.store(block_expert_ptr + first_block + start + lane, expert, mask=start + lane < own_blocks)
