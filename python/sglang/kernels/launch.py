@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sglang.kernels.registry import probe_package
 from sglang.kernels.spec import Impl
 from sglang.srt.environ import envs
 
+logger = logging.getLogger(__name__)
+
 # Dtypes that the Triton kernels load, compute in float32 and store.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@cache
+def imports_gluon(module: str) -> bool:
+    """Whether a module of Gluon kernels imports: Triton's language for them is experimental. Logged where not."""
+    reason = probe_package(module)
+    if reason is not None:
+        logger.warning("%s does not import (%s): a slower kernel runs", module, reason)
+    return reason is None
 
 
 def cdiv(a: int, b: int) -> int:

@@ -21,7 +21,7 @@ from triton.language.core import constexpr
 
 # Seconds after which a wait is a deadlock.
 PATIENCE = 10.0
-LAYOUTS = ("SwizzledSharedLayout", "BlockedLayout", "SliceLayout", "NVMMADistributedLayout")
+LAYOUTS = ("NVMMASharedLayout", "SwizzledSharedLayout", "BlockedLayout", "SliceLayout", "NVMMADistributedLayout")
 THREADS = 128
 
 
@@ -184,7 +184,9 @@ def _multiply(a: Shared, b: Shared, acc: Any, is_async: bool, use_acc: bool = Tr
     return Products(before.sum if use_acc else torch.zeros_like(before.sum), (*before.operands, (a, b)))
 
 
-def _wait_for_products(number: int, deps: list[Products]) -> Products | torch.Tensor:
+def _wait_for_products(number: int, deps: list[Products]) -> Any:
+    if len(deps) > 1:
+        return tuple(_wait_for_products(number, [each]) for each in deps)
     (products,) = deps
     done = len(products.operands) - number
     total = sum((a.data.float() @ b.data.float() for a, b in products.operands[: max(done, 0)]), products.sum)
@@ -225,11 +227,11 @@ def _dropping(exact: Callable[..., torch.Tensor], floats: Callable[..., torch.Te
     return lambda a, b: (floats if a.is_floating_point() else exact)(a, b)
 
 
-def _language(program: int, programs: int) -> types.SimpleNamespace:
+def _language(program: tuple[int, ...], programs: tuple[int, ...]) -> types.SimpleNamespace:
     return types.SimpleNamespace(
         int32=torch.int32, int64=torch.int64, float16=torch.float16, float32=torch.float32,
-        program_id=lambda axis: program,
-        num_programs=lambda axis: programs,
+        program_id=lambda axis: torch.tensor(program[axis]),
+        num_programs=lambda axis: programs[axis],
         arange=lambda start, end, layout: torch.arange(start, end),
         full=lambda shape, value, dtype, layout: torch.full(shape, value, dtype=dtype),
         zeros=lambda shape, dtype, layout: torch.zeros(shape, dtype=dtype),
@@ -239,7 +241,8 @@ def _language(program: int, programs: int) -> types.SimpleNamespace:
         # As the hardware does, maxima and minima of floats drop NaN.
         minimum=_pair(_dropping(torch.minimum, torch.fmin)), maximum=_pair(_dropping(torch.maximum, torch.fmax)),
         max=lambda x, axis: x.nan_to_num(-math.inf, math.inf, -math.inf).amax(axis),
-        abs=torch.abs, exp=torch.exp, div_rn=torch.div, expand_dims=torch.unsqueeze,
+        abs=torch.abs, exp=torch.exp, exp2=torch.exp2, log2=torch.log2, cdiv=lambda a, b: -(-a // b),
+        sum=lambda x, axis: x.sum(axis), div_rn=torch.div, expand_dims=torch.unsqueeze,
         convert_layout=lambda value, layout: value,
         split=lambda value: value.unbind(-1),
         allocate_shared_memory=_allocate, warp_specialize=_specialize,
@@ -259,6 +262,7 @@ _HOPPER = {
     "copy_rows": _copy_rows,
     "copy_tile": _copy_tile,
     "fence_async_shared": lambda: None,
+    "join_warps": lambda: None,  # a group of warps is one thread here
     "warpgroup_mma": _multiply,
     "warpgroup_mma_wait": _wait_for_products,
 }
@@ -270,8 +274,13 @@ def _with_type(arg: Any) -> Any:
     return types.SimpleNamespace(base=arg.base, block_shape=arg.block_shape, layout=arg.layout, dtype=arg.base.dtype)
 
 
-def run_program(kernel: GluonJITFunction, program: int, programs: int, *args: Any, **kwargs: Any) -> None:
-    """One program of ``kernel``; tensors become pointers, and descriptors say their type as they do on the device."""
+def run_program(
+    kernel: GluonJITFunction, program: tuple[int, ...], programs: tuple[int, ...], *args: Any, **kwargs: Any
+) -> None:
+    """One program of ``kernel``, at a place of the grid ``programs``.
+
+    Tensors become pointers, and descriptors say their type as they do on the device.
+    """
     given = dict(kernel.fn.__globals__)
     scope = {name: value.value if isinstance(value, constexpr) else value for name, value in given.items()}
     scope |= _HOPPER | {"gl": _language(program, programs)}

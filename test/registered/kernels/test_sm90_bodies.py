@@ -10,9 +10,10 @@ from unittest import mock
 import torch
 import triton
 
+from sglang.kernels import launch
 from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul_torch
 from sglang.kernels.ops.moe import fused_experts, fused_experts_sm90_triton
-from sglang.kernels.ops.moe.fused_experts import PairOrder, Scaled, expert_product, fits_slots, has_sm90_kernel
+from sglang.kernels.ops.moe.fused_experts import PairOrder, Scaled, expert_product, fits_slots
 from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.kernels.ops.quant import group_fp8
 from sglang.kernels.registry import REGISTRY
@@ -35,7 +36,7 @@ class OnHost:
     def __getitem__(self, grid):
         def launch(*args, num_warps):
             for program in range(*grid):
-                run_program(self.kernel, program, *grid, *args)
+                run_program(self.kernel, (program,), grid, *args)
 
         return launch
 
@@ -150,8 +151,8 @@ class TestBodies(CustomTestCase):
 class TestWhenItRuns(CustomTestCase):
     def setUp(self):
         self.arch("sm_90")
-        has_sm90_kernel.cache_clear()
-        self.addCleanup(has_sm90_kernel.cache_clear)
+        launch.imports_gluon.cache_clear()
+        self.addCleanup(launch.imports_gluon.cache_clear)
 
     def arch(self, name: str) -> None:
         self.enterContext(mock.patch.object(fused_experts, "current_platform", SimpleNamespace(arch=name)))
@@ -192,8 +193,8 @@ class TestWhenItRuns(CustomTestCase):
         for name, patch in (("hidden", mock.patch.dict(sys.modules, hidden)), ("older", older)):
             with self.subTest(name), mock.patch.dict(sys.modules), patch:
                 del sys.modules[fused_experts_sm90_triton.__name__]
-                has_sm90_kernel.cache_clear()
-                with self.assertLogs(fused_experts.logger, "WARNING") as logs:
+                launch.imports_gluon.cache_clear()
+                with self.assertLogs(launch.logger, "WARNING") as logs:
                     self.assertFalse(self.fits())
                     self.assertFalse(self.fits())
                 self.assertEqual(len(logs.output), 1)

@@ -1,4 +1,4 @@
-"""Experts of many tokens compile for sm_90 without a GPU, as launched, and fit the shared memory."""
+"""Kernels of specialised warps compile for sm_90 without a GPU, as launched, and fit the shared memory."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from unittest import mock
 import torch
 from triton.backends.nvidia.compiler import get_ptxas
 
+from sglang.kernels.ops.attention import launchers, tiles
+from sglang.kernels.ops.attention.tiles import RowShape
 from sglang.kernels.ops.moe import fused_experts
 from sglang.kernels.ops.moe.fused_experts import fused_experts_triton
 from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8_triton
@@ -89,6 +91,26 @@ class TestSm90Compiles(CustomTestCase):
         for launch in launches:
             self.assertLessEqual(launch.metadata["shared"], SHARED_BYTES)
             self.assertIn("wgmma.mma_async", launch.assembly)
+
+
+class TestDecodeOfManyHeadsCompiles(CustomTestCase):
+    def test_whole_rows_and_parts(self) -> None:
+        shape = RowShape.of(576, 512, value_is_key=True)
+        for module in (launchers, tiles):
+            platform = SimpleNamespace(arch="sm_90", kind="cuda")
+            self.enterContext(mock.patch.object(module, "current_platform", platform))
+        for dtype in (torch.bfloat16, torch.float16):
+            k = empty(4096, 1, 576, dtype=dtype)
+            for batch in (32, 64):
+                table = empty(64, 2048, dtype=torch.int32), empty(batch, dtype=torch.int64)
+                with compile_only("sm_90") as driver:
+                    lens = empty(batch, dtype=torch.int64)
+                    launchers.launch_parts(empty(batch, 128, 576, dtype=dtype), k, k, *table, lens, 0.1, shape)
+                (launch,) = driver.launches
+                self.assertEqual(launch.kernel, "decode_heads_sm90_kernel")
+                self.assertLessEqual(launch.metadata["shared"], SHARED_BYTES)
+                # Of each of two groups: 9 tiles in 4 steps, and 2 blocks of 4 tiles in 2.
+                self.assertEqual(launch.assembly.count("wgmma.mma_async"), 2 * (9 * 4 + 2 * 4 * 2))
 
 
 if __name__ == "__main__":

@@ -101,8 +101,13 @@ class TestDecodeOnGpu(CustomTestCase):
             self.check(q, k, k, *table, shape=RowShape.of(576, 512, value_is_key=True), dtype=torch.bfloat16)
 
     def test_replay_follows_lengths_on_the_device(self):
+        for heads in (16, 128):
+            with self.subTest(heads=heads):
+                self.check_replay(heads)
+
+    def check_replay(self, heads):
         shape = RowShape.of(576, 512, value_is_key=True)
-        q, k, _, table, rows, lens = decode_inputs(16, 1, 576, 512, torch.bfloat16)
+        q, k, _, table, rows, lens = decode_inputs(heads, 1, 576, 512, torch.bfloat16)
         launch_decode(q, k, k, table, rows, lens, 0.06, shape)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sglang.kernels.launch import cdiv, next_power_of_2
+from sglang.kernels.launch import cdiv, imports_gluon, next_power_of_2
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype
 from sglang.kernels.ops.attention.tiles import RowShape, Tile, decode_tile, extend_tile, split_count
 from sglang.kernels.ops.quant.group_fp8 import GROUP, empty_quantized
@@ -43,6 +43,20 @@ def caches_fit(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor | N
     dense = q.stride(-1) == 1 and k_cache.stride(-1) == 1
     shapes = rank < q.shape[-1] == k_cache.shape[-1] <= MAX_LATENT_DIM
     return is_cache_dtype(k_cache.dtype, q.dtype) and dense and shapes
+
+
+def fits_specialised_warps(q: torch.Tensor, k: torch.Tensor, shape: RowShape, tile: Tile, repeat: int) -> bool:
+    """Whether the kernel for sm_90 whose warps fetch or multiply takes the place of ``decode_kernel``.
+
+    It takes one query per request, whole blocks of 64 heads over one row of 512 and 64 columns per token, all of one
+    dtype of 16 bits, in rows that begin at 32 bytes.
+    """
+    sizes = (shape.main, shape.tail, shape.value_is_key, tile.rows, tile.block_n) == (512, 64, True, 64, 64)
+    if current_platform.arch != "sm_90" or not sizes or repeat > 1 or k.shape[1] != 1 or q.shape[1] % tile.rows:
+        return False
+    starts = (q.data_ptr(), k.data_ptr(), *(2 * stride for stride in (*q.stride()[:2], k.stride(0))))
+    plain = q.dtype == k.dtype in (torch.bfloat16, torch.float16) and all(start % 32 == 0 for start in starts)
+    return plain and imports_gluon("sglang.kernels.ops.attention.decode_sm90_triton")
 
 
 def merge_parts(parts: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -139,6 +153,15 @@ def launch_parts(
         lse = torch.empty(num_rows, splits, heads, dtype=torch.float32, device=q.device)
     else:
         parts = lse = torch.empty(num_rows, heads, shape.value, dtype=q.dtype, device=q.device)
+    if tile is found and fits_specialised_warps(q, k, shape, tile, repeat):
+        from sglang.kernels.ops.attention.decode_sm90_triton import decode_heads_sm90_kernel
+
+        decode_heads_sm90_kernel[(programs, batch, splits)](
+            q, k, req_to_token, req_pool_indices, seq_lens, parts, lse,
+            scale, heads, splits, q.stride(0), q.stride(1), k.stride(0), req_to_token.stride(0), WHOLE=splits == 1,
+            num_warps=4,
+        )  # fmt: skip
+        return parts, lse if splits > 1 else None
     decode_kernel[(programs, batch, splits)](
         q, k, v, req_to_token, req_pool_indices, seq_lens, parts, lse,
         scale, heads, group, splits,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -11,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, next_power_of_2, triton_dtype, triton_impl
+from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, imports_gluon, next_power_of_2, triton_dtype, triton_impl
 from sglang.kernels.ops.activation.silu_and_mul import limit_option, silu_and_mul_torch
 from sglang.kernels.ops.attention.tiles import multiprocessors
 from sglang.kernels.ops.moe.fused_experts_aiter import (
@@ -23,12 +21,10 @@ from sglang.kernels.ops.moe.fused_experts_aiter import (
 )
 from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.kernels.ops.quant.group_fp8 import GROUP
-from sglang.kernels.registry import probe_package
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.platforms import current_platform
 
-logger = logging.getLogger(__name__)
-
+SM90_BODIES = "sglang.kernels.ops.moe.fused_experts_sm90_triton"
 # Experts whose counts one program of the ordering holds.
 MAX_TRITON_EXPERTS = 4096
 # Multiply-adds, and weights, up to which a host computes every token at every expert sooner than it calls a product per
@@ -214,15 +210,6 @@ def expert_product(
     return Scaled(out, scale)
 
 
-@functools.cache
-def has_sm90_kernel() -> bool:
-    """Whether the kernel of ``slots_product`` imports: Triton's language for it is experimental. Logged where not."""
-    reason = probe_package("sglang.kernels.ops.moe.fused_experts_sm90_triton")
-    if reason is not None:
-        logger.warning("the experts' kernel for sm_90 does not import (%s): a slower one runs", reason)
-    return reason is None
-
-
 def fits_slots(x: Scaled, w13: Scaled, w2: Scaled) -> bool:
     """Whether ``slots_product`` takes both: 8 bits with scales or 16 without, whole tiles, rows that begin at 16 B."""
     if current_platform.arch != "sm_90" or w13.data.itemsize != (1 if w13.is_fp8 else 2):
@@ -232,7 +219,7 @@ def fits_slots(x: Scaled, w13: Scaled, w2: Scaled) -> bool:
     same = all(tensor.dtype == x.data.dtype and tensor.data_ptr() % 16 == 0 for tensor in tensors)
     aligned = same and x.data.stride(0) * x.data.itemsize % 16 == 0
     dense = w13.data.is_contiguous() and w2.data.is_contiguous()
-    return hidden % (2 * GROUP) == width % GROUP == 0 and aligned and dense and has_sm90_kernel()
+    return hidden % (2 * GROUP) == width % GROUP == 0 and aligned and dense and imports_gluon(SM90_BODIES)
 
 
 def slots_product(
