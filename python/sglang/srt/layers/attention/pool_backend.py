@@ -7,7 +7,6 @@ from collections.abc import Callable
 
 import torch
 
-from sglang.kernels.ops.attention.extend_attention import extend_attention
 from sglang.kernels.ops.attention.extend_ragged import extend_ragged
 from sglang.kernels.ops.attention.kv_cache import read_rows, write_kv
 from sglang.kernels.ops.attention.mla_decode_project import take_out
@@ -63,7 +62,18 @@ class CapturingPoolBackend(PoolBackend):
         return self._captured[forward_batch.kind.name, forward_batch.batch_size]
 
 
-class GqaBackend(PoolBackend):
+class KvBackend(PoolBackend):
+    """A backend of softmax attention over the rows of one pool."""
+
+    @abstractmethod
+    def attend_rows(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor | None, layer: RadixAttention, plan: object
+    ) -> torch.Tensor:
+        """q [N, Hq, D] over rows that ``plan`` names -> [N, Hq, Dv]; caches as ``attention.extend_attention`` has them,
+        ``layer.v_head_dim`` is the rank. Raises TypeError for rows that were not planned."""
+
+
+class GqaBackend(KvBackend):
     """Multi-head and grouped-query attention: one row of keys and values per token in ``kv_pool``, at
     ``forward_batch.out_cache_loc``."""
 
@@ -100,12 +110,13 @@ class GqaBackend(PoolBackend):
             *self.kv_pool.layer(layer.layer_id), forward_batch.out_cache_loc, q_norm.eps, rotary_emb.is_neox,
         )  # fmt: skip
 
-    @abstractmethod
     def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
         """Attend over stored keys and values, this step's included. q [N, Hq, D] -> [N, Hq*Dv]."""
+        caches = self.kv_pool.layer(layer.layer_id)
+        return self.attend_rows(q, caches[0], caches[1], layer, forward_batch.attn_plan.attention).flatten(1)
 
 
-class MlaBackend(PoolBackend):
+class MlaBackend(KvBackend):
     """Latent attention: one latent row per token in ``kv_pool``, at ``forward_batch.out_cache_loc``.
 
     It has two forms with the same result. Absorbed: queries attend to the latent rows as stored, which is
@@ -166,23 +177,19 @@ class MlaBackend(PoolBackend):
         forward_batch: ForwardBatch,
         row_dtype: torch.dtype | None = None,
     ) -> Rows:
-        """``decode_absorbed``, and then times w_vc [H, R, v] -> [N, H*v].
+        """``forward_absorb`` for every row of a step that is no extend step, and then times w_vc [H, R, v] -> [N, H*v].
 
         row_dtype: of the product that takes the result, which may come as ``QuantizedRows`` of it.
         """
-        return take_out(self.decode_absorbed(q, layer, forward_batch), w_vc)
+        rows = self._latent(layer).unsqueeze(1)
+        return take_out(self.attend_rows(q, rows, None, layer, forward_batch.attn_plan.attention), w_vc)
 
     def forward_absorb(self, q: torch.Tensor, layer: RadixAttention, plan: ExtendPlan) -> torch.Tensor:
         """Attend over stored latent rows, this step's included: q [n, H, R+P], the rows of ``plan``, -> [n, H, R].
 
         ``layer.v_head_dim`` is R.
         """
-        rows = (plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr)
-        return extend_attention(q, self._latent(layer).unsqueeze(1), None, *rows, layer.scaling, layer.v_head_dim)
-
-    @abstractmethod
-    def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        """``forward_absorb`` for every row of a step that is not an extend step."""
+        return self.attend_rows(q, self._latent(layer).unsqueeze(1), None, layer, plan)
 
     def gather_latent(self, layer: RadixAttention, plan: ExtendPlan, dtype: torch.dtype) -> torch.Tensor:
         """The latent rows [M, R+P] of ``plan``, packed by request, in ``dtype``."""

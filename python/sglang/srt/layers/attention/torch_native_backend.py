@@ -84,6 +84,23 @@ class TorchNativeAttnBackend(PoolBackend):
             planned.append(DecodeGroup(rows, table, seq_lens))
         return tuple(planned)
 
+    def attend_rows(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor | None, layer: RadixAttention, plan: object
+    ) -> torch.Tensor:
+        rest = (layer.scaling, layer.v_head_dim)
+        if isinstance(plan, ExtendPlan):
+            return extend_attention(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, *rest)
+        if not isinstance(plan, tuple):
+            return no_output(q, plan, layer.num_heads, layer.v_head_dim)
+        out = q.new_empty(q.shape[0], layer.num_heads, layer.v_head_dim)
+        for group in plan:
+            rows = q if group.rows is None else q[group.rows]
+            part: torch.Tensor = decode_padded(rows, k_cache, v_cache, group.slot_table, group.seq_lens, *rest)
+            if group.rows is None:
+                return part
+            out[group.rows] = part
+        return out
+
     def _extend_plan(self, forward_batch: ForwardBatch, members: list[int]) -> ExtendPlan:
         lengths, starts = forward_batch.extend_seq_lens_cpu, forward_batch.extend_start_loc_cpu
         assert lengths is not None and starts is not None
@@ -110,15 +127,6 @@ class TorchNativeGqaBackend(TorchNativeAttnBackend, GqaBackend):
     def plan_extend(self, forward_batch: ForwardBatch) -> ExtendPlan:
         return self._extend_plan(forward_batch, list(range(forward_batch.batch_size)))
 
-    def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        k_cache, v_cache = self.kv_pool.layer(layer.layer_id)
-        plan = forward_batch.attn_plan.attention
-        if isinstance(plan, ExtendPlan):
-            out = extend_attention(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)
-        else:
-            out = decode_groups(q, k_cache, v_cache, layer, plan)
-        return out.flatten(1)
-
 
 @register_attention_backend("torch_native", "mla", platforms=("cpu", "cuda", "hip"))
 class TorchNativeMlaBackend(TorchNativeAttnBackend, MlaBackend):
@@ -130,23 +138,3 @@ class TorchNativeMlaBackend(TorchNativeAttnBackend, MlaBackend):
             self._extend_plan(forward_batch, absorbed) if absorbed else None,
             self._extend_plan(forward_batch, expanded) if expanded else None,
         )
-
-    def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        return decode_groups(q, self._latent(layer).unsqueeze(1), None, layer, forward_batch.attn_plan.attention)
-
-
-def decode_groups(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor | None, layer: RadixAttention, plan: object
-) -> torch.Tensor:
-    """``attention.decode_padded`` of each group of requests that ``plan`` has: [N, Hq, Dv]."""
-    if not isinstance(plan, tuple):
-        return no_output(q, plan, layer.num_heads, layer.v_head_dim)
-    out = q.new_empty(q.shape[0], layer.num_heads, layer.v_head_dim)
-    for group in plan:
-        rows = q if group.rows is None else q[group.rows]
-        table = (group.slot_table, group.seq_lens)
-        part: torch.Tensor = decode_padded(rows, k_cache, v_cache, *table, layer.scaling, layer.v_head_dim)
-        if group.rows is None:
-            return part
-        out[group.rows] = part
-    return out

@@ -72,6 +72,20 @@ class TritonAttnBackend(CapturingPoolBackend):
             )
         forward_batch.attn_plan = StepPlan(attention=captured)
 
+    def attend_rows(
+        self, q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor | None, layer: RadixAttention, plan: object
+    ) -> torch.Tensor:
+        rest = (layer.scaling, layer.v_head_dim)
+        out: torch.Tensor
+        if isinstance(plan, TableDecodePlan):
+            rows = (self.req_to_token, plan.req_pool_indices, plan.seq_lens)
+            out = decode_attention(q, k_cache, v_cache, *rows, *rest)
+        elif isinstance(plan, ExtendPlan):
+            out = extend_attention(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, *rest)
+        else:
+            out = no_output(q, plan, layer.num_heads, layer.v_head_dim)
+        return out
+
     def _plan(
         self,
         forward_batch: ForwardBatch,
@@ -115,18 +129,6 @@ class TritonGqaBackend(TritonAttnBackend, GqaBackend):
     def plan_extend(self, forward_batch: ForwardBatch) -> ExtendPlan:
         everyone = list(range(forward_batch.batch_size))
         return self._plan(forward_batch, everyone, [0] * len(everyone), forward_batch.seq_lens_cpu, None)
-
-    def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        k_cache, v_cache = self.kv_pool.layer(layer.layer_id)
-        plan = forward_batch.attn_plan.attention
-        if isinstance(plan, TableDecodePlan):
-            rows = (self.req_to_token, plan.req_pool_indices, plan.seq_lens)
-            out = decode_attention(q, k_cache, v_cache, *rows, layer.scaling)
-        elif isinstance(plan, ExtendPlan):
-            out = extend_attention(q, k_cache, v_cache, plan.kv_slot_ids, plan.qo_indptr, plan.kv_indptr, layer.scaling)
-        else:
-            out = no_output(q, plan, layer.num_heads, layer.v_head_dim)
-        return out.flatten(1)
 
 
 @register_attention_backend("triton", "mla", platforms=("cuda", "hip"), graphs=True)
@@ -181,15 +183,6 @@ class TritonMlaBackend(TritonAttnBackend, MlaBackend):
         rows = (self.req_to_token, plan.req_pool_indices, plan.seq_lens)
         out = mla_decode_project(q, self._latent(layer), *rows, w_vc, layer.scaling, row_dtype)
         return out if row_dtype is None else QuantizedRows(out[0], out[1], q.dtype)
-
-    def decode_absorbed(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
-        cache, rank = self._latent(layer).unsqueeze(1), layer.v_head_dim
-        plan = forward_batch.attn_plan.attention
-        if not isinstance(plan, TableDecodePlan):
-            return no_output(q, plan, layer.num_heads, rank)
-        rows = (self.req_to_token, plan.req_pool_indices, plan.seq_lens)
-        out: torch.Tensor = decode_attention(q, cache, None, *rows, layer.scaling, rank)
-        return out
 
     def forward_mha(
         self, q: torch.Tensor, expand: Expand, layer: RadixAttention, plan: ExtendPlan | ChunkedPrefixPlan
