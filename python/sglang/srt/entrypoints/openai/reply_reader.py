@@ -125,7 +125,7 @@ class ReplyParsers:
         self._reasoning = args.reasoning_parser
         self._tool_calls = None if args.tool_call_parser is None else TOOL_CALL_PARSERS[args.tool_call_parser]
         self._tokenizer = context.manager.tokenizer
-        self._json_options = json_options(args)
+        self._args = args
         self._end_id: int | None = None
         if self._tokenizer is None:
             return
@@ -190,7 +190,7 @@ class ReplyParsers:
             return {"ebnf": self._tool_calls.grammar(forced, max_calls(body), token_id)}
         if schema is None:
             return form
-        answer = answer_schema(schema, self._json_options)
+        answer = answer_schema(schema, json_options(self._args))
         return {"ebnf": self._tool_calls.grammar(tools, max_calls(body), token_id, answer)}
 
     def begins_in_thought(self, body: ChatCompletionRequest, native: GenerateReqInput) -> bool | None:
