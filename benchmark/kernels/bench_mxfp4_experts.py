@@ -30,9 +30,9 @@ from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
     fused_experts_mxfp4_triton,
     is_placed,
     mxfp4_product,
+    mxfp4_tiles,
     place_experts,
 )
-from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.srt.platforms import current_platform
 from sglang.test.amd_gate.serving_cases.moe import SERVING_LIMITS, empty_experts
 
@@ -53,7 +53,11 @@ def random_codes(experts: int, hidden: int, width: int) -> tuple[torch.Tensor, .
 
 
 def tiles_to_try(path: str, block_m: int) -> Iterator[dict[str, int]]:
-    """Tiles whose weights in flight are 8 to 160 KiB."""
+    """Tiles whose weights in flight are 8 to 160 KiB; of 8 pairs those of the kernel for sm_90."""
+    if block_m == 8:
+        for warps, stages in itertools.product((1, 2, 4), (2, 3, 4, 5, 6, 8)):
+            yield {"STAGES": stages, "num_warps": warps}
+        return
     for n, k, warps, stages in itertools.product((16, 32, 64, 128), (64, 128, 256, 512), (4, 8), (2, 3, 4, 5)):
         flight, held = stages * k * (n + 4 * block_m) // 2, block_m * n
         if 8 << 10 <= flight <= 160 << 10 and held // (32 * warps) <= 128 and (warps == 4 or held >= 4096):
@@ -65,7 +69,7 @@ def tune(inputs: MoeInputs, stacked: tuple[torch.Tensor, ...], tokens: int) -> N
     """Print the best tiles of both products at ``tokens``, as the product takes codes and as they are placed."""
     w13, w13_scale, w2, w2_scale = stacked
     top_k, experts, placed = inputs.ids[0].shape[1], w13.shape[0], is_placed(w13)
-    tiles = choose_tiles(current_platform.arch, 4, tokens, top_k, experts)
+    tiles = mxfp4_tiles(w13, torch.bfloat16, tokens, top_k)
     orders = [order_pairs(ids, experts, tiles.block_m) if tiles.path == "many" else None for ids in inputs.ids]
     activated = torch.randn(tokens * top_k, 2 * w2.shape[2], device="cuda").bfloat16()
     for scaled, is_gate_up in itertools.product((False,) if placed else (False, True), (True, False)):

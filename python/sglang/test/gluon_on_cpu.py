@@ -21,7 +21,10 @@ from triton.language.core import constexpr
 
 # Seconds after which a wait is a deadlock.
 PATIENCE = 10.0
-LAYOUTS = ("NVMMASharedLayout", "SwizzledSharedLayout", "BlockedLayout", "SliceLayout", "NVMMADistributedLayout")
+LAYOUTS = (
+    "NVMMASharedLayout", "SwizzledSharedLayout", "BlockedLayout", "SliceLayout", "NVMMADistributedLayout",
+    "DotOperandLayout",
+)  # fmt: skip
 THREADS = 128
 
 
@@ -39,6 +42,10 @@ class Pointer:
 
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.flat, self.offset + other)
+
+    def to(self, dtype: torch.dtype) -> Pointer:
+        assert self.offset == 0, "only a tensor's beginning becomes a pointer to another type"
+        return Pointer(self.flat.view(dtype))
 
 
 class Shared:
@@ -154,6 +161,17 @@ def _rows_arrive(barrier: Barrier, increment_count: bool) -> None:
     barrier.arrive(THREADS)
 
 
+def _commit() -> None:
+    _groups().append(list(_pending()))
+    _pending().clear()
+
+
+def _wait_group(outstanding: int) -> None:
+    while len(_groups()) > outstanding:
+        for copy in _groups().pop(0):
+            copy()
+
+
 def _expect(barrier: Barrier, num_bytes: int) -> None:
     with barrier.changed:
         barrier.missing += num_bytes
@@ -167,6 +185,12 @@ def _pending() -> list[Callable[[], None]]:
     if not hasattr(_own, "copies"):
         _own.copies = []
     return _own.copies
+
+
+def _groups() -> list[list[Callable[[], None]]]:
+    if not hasattr(_own, "groups"):
+        _own.groups = []
+    return _own.groups
 
 
 @dataclass(frozen=True)
@@ -241,9 +265,12 @@ def _language(program: tuple[int, ...], programs: tuple[int, ...]) -> types.Simp
         # As the hardware does, maxima and minima of floats drop NaN.
         minimum=_pair(_dropping(torch.minimum, torch.fmin)), maximum=_pair(_dropping(torch.maximum, torch.fmax)),
         max=lambda x, axis: x.nan_to_num(-math.inf, math.inf, -math.inf).amax(axis),
+        min=torch.amin, associative_scan=lambda x, axis, combine: torch.cumsum(x, axis),
+        join=lambda a, b: torch.stack((a, b), -1), permute=torch.permute, broadcast=torch.broadcast_tensors,
+        pointer_type=lambda dtype: dtype,
         abs=torch.abs, exp=torch.exp, exp2=torch.exp2, log2=torch.log2, cdiv=lambda a, b: -(-a // b),
         sum=lambda x, axis: x.sum(axis), div_rn=torch.div, expand_dims=torch.unsqueeze,
-        convert_layout=lambda value, layout: value,
+        convert_layout=lambda value, layout, assert_trivial=False: value,
         split=lambda value: value.unbind(-1),
         allocate_shared_memory=_allocate, warp_specialize=_specialize,
         **dict.fromkeys(LAYOUTS, lambda *args, **kwargs: None),
@@ -258,7 +285,8 @@ _HOPPER = {
         arrive=lambda barrier, pred=True: barrier.arrive(1) if pred else None,
         expect=_expect,
     ),
-    "async_copy": types.SimpleNamespace(mbarrier_arrive=_rows_arrive),
+    "async_copy": types.SimpleNamespace(mbarrier_arrive=_rows_arrive, commit_group=_commit, wait_group=_wait_group),
+    "mma_v2": lambda a, b, acc: acc + a.float() @ b.float(),
     "copy_rows": _copy_rows,
     "copy_tile": _copy_tile,
     "fence_async_shared": lambda: None,

@@ -37,13 +37,14 @@ def _number(bits, factor, SIGN: tl.constexpr, LOW: tl.constexpr):
 
 @triton.jit
 def plain_numbers(w, scale, dtype, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    bits = tl.reshape(w.to(tl.int32), (BLOCK_N, BLOCK_K // 32, 8))
+    bits = tl.reshape(w.to(tl.int32), (BLOCK_N, BLOCK_K // 128, 4, 4, 2))
     # 2^-62 of the scale.
-    factor = ((scale.to(tl.int32) - 62) << 23).to(tl.float32, bitcast=True)[:, :, None]
+    factor = ((scale.to(tl.int32) - 62) << 23).to(tl.float32, bitcast=True)
+    factor = tl.reshape(factor, (BLOCK_N, BLOCK_K // 128, 1, 4, 1))
     first, second = _number(bits, factor, 15, 6), _number(bits, factor, 12, 3)
     third, fourth = _number(bits, factor, 14, 0), _number(bits, factor, 13, 9)
     numbers = tl.join(tl.join(first, third), tl.join(second, fourth))
-    return tl.reshape(tl.permute(numbers, (0, 1, 3, 4, 2)), (BLOCK_N, BLOCK_K)).to(dtype)
+    return tl.reshape(tl.permute(numbers, (0, 1, 3, 5, 6, 2, 4)), (BLOCK_N, BLOCK_K)).to(dtype)
 
 
 @unittest.skipUnless(INTERPRETED, "run as a program, which interprets Triton")

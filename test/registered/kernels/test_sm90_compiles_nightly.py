@@ -1,10 +1,11 @@
-"""Kernels of specialised warps compile for sm_90 without a GPU, as launched, and fit the shared memory."""
+"""Kernels in Gluon compile for sm_90 without a GPU, as launched, and fit the shared memory."""
 
 from __future__ import annotations
 
 import subprocess
 import tempfile
 import unittest
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -14,7 +15,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 
 from sglang.kernels.ops.attention import launchers, tiles
 from sglang.kernels.ops.attention.tiles import RowShape
-from sglang.kernels.ops.moe import fused_experts
+from sglang.kernels.ops.moe import fused_experts, fused_experts_mxfp4
 from sglang.kernels.ops.moe.fused_experts import fused_experts_triton
 from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8_triton
 from sglang.test.amd_gate.driver import Launch, compile_only
@@ -71,6 +72,26 @@ class TestSm90Compiles(CustomTestCase):
     def test_other_sizes_take_triton_s_kernel(self) -> None:
         launches = self.launches(128, 384, 128, 4, 1, torch.bfloat16, None)
         self.assertEqual([launch.kernel for launch in launches], ["many_tokens_kernel"] * 2)
+
+    def test_four_bit_experts(self) -> None:
+        """Of one token, of few, and of ordered pairs."""
+        for tokens, limit in ((1, None), (8, 7.0), (32, None)):
+            bytes_of = partial(empty, dtype=torch.uint8)
+            stacked = [bytes_of(256, 4096, 3584), bytes_of(256, 4096, 224)]
+            stacked += [bytes_of(256, 7168, 1024), bytes_of(256, 7168, 64)]
+            for codes in stacked:
+                codes.is_placed = True  # type: ignore[attr-defined]
+            x = empty(tokens, 7168, dtype=torch.bfloat16)
+            routing = empty(tokens, 8), empty(tokens, 8, dtype=torch.int32)
+            platform = mock.patch.object(fused_experts_mxfp4, "current_platform", SimpleNamespace(arch="sm_90"))
+            with self.subTest(tokens=tokens), platform, compile_only("sm_90") as driver:
+                fused_experts_mxfp4.fused_experts_mxfp4_triton(x, *stacked, *routing, limit)
+                launches = [one for one in driver.launches if one.kernel == "few_pairs_mxfp4_kernel"]
+                self.assertEqual(len(launches), 2)
+                for launch in launches:
+                    # Five programs of four warps on a multiprocessor, or more of two.
+                    self.assertLessEqual(launch.metadata["shared"], SHARED_BYTES // 5 - 1024)
+                    self.assertIn("mma.sync.aligned.m16n8k16", launch.assembly)
 
     def launches(
         self, tokens: int, hidden: int, width: int, experts: int, top_k: int, dtype: torch.dtype, limit: float | None

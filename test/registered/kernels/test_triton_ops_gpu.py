@@ -332,15 +332,15 @@ class TestTritonOpsOnGpu(CustomTestCase):
 
     @unittest.skipUnless(current_platform.arch in PLACED_ARCHS, "instructions of sm_90")
     def test_placed_four_bit_experts(self):
-        """Both paths, ragged columns of a tile, experts that nobody chose, more pairs of one than a block has."""
+        """Each path, ragged columns of a tile, experts that nobody chose, more pairs of one than a block has."""
         generator = torch.Generator().manual_seed(11)
         for hidden, width in ((256, 128), (384, 192), (512, 640)):
-            stacks = [*random_experts(6, 2 * width, hidden, generator), *random_experts(6, hidden, width, generator)]
+            stacks = [*random_experts(16, 2 * width, hidden, generator), *random_experts(16, hidden, width, generator)]
             width_placed = width % 128 == 0
-            for tokens, limit in ((1, None), (8, 0.5), (16, None), (300, None)):
-                ids = torch.randint(0, 5, (tokens, 3), generator=generator, dtype=torch.int32)
+            for tokens, limit in ((1, None), (8, 0.5), (16, None), (21, 0.5), (300, None)):
+                ids = torch.randint(0, 15, (tokens, 3), generator=generator, dtype=torch.int32)
                 ids[torch.rand(tokens, 3, generator=generator) < 0.2] = -1
-                ids[:, 0] = 4
+                ids[:, 0] = 14
                 x, weights = (
                     torch.randn(tokens, hidden, generator=generator),
                     torch.rand(tokens, 3, generator=generator),

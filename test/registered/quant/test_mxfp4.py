@@ -19,6 +19,7 @@ from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
     random_experts,
     require_true_scaled_product,
 )
+from sglang.kernels.ops.moe.fused_experts_mxfp4_sm90_triton import NUMBERS
 from sglang.kernels.ops.moe.fused_experts_mxfp4_triton import LIFT, PLACED_NUMBERS, PLACED_WHOLE, TWICE
 from sglang.kernels.ops.moe.tiles import TABLE, choose_tiles
 from sglang.kernels.ops.quant.mxfp4 import (
@@ -59,15 +60,15 @@ def true_matrix(codes, scale):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def placed_numbers(codes, scale):
+def placed_numbers(codes, scale, assembly=PLACED_NUMBERS):
     """What sm_90 makes of placed codes [64, 64] and scales [64, 4], one granule: float64 [64, 128]."""
     words = codes.view(64, 64).contiguous().view(torch.int32).long() & 0xFFFFFFFF
-    powers = (scale.view(64, 4).long() * TWICE.value + LIFT.value).repeat_interleave(4, 1)
-    registers = run_ptx(PLACED_NUMBERS.value, [None] * 4 + [words, powers, powers])
+    powers = (scale.view(64, 4).long() * TWICE.value + LIFT.value).repeat(1, 4)
+    registers = run_ptx(assembly.value, [None] * 4 + [words, powers, powers])
     halves = [registers[f"${i}"] >> shift & 0xFFFF for i in range(4) for shift in (0, 16)]
     numbers = [half.to(torch.int32).to(torch.int16).view(torch.bfloat16).double() for half in halves]
-    # Register, half, row, group, word -> row, group, register, word, half.
-    found = torch.stack(numbers).view(4, 2, 64, 4, 4).permute(2, 3, 0, 4, 1)
+    # Register, half, row, thread, group -> row, group, register, thread, half.
+    found = torch.stack(numbers).view(4, 2, 64, 4, 4).permute(2, 4, 0, 3, 1)
     return found.reshape(64, 128) * PLACED_WHOLE.value
 
 
@@ -80,7 +81,9 @@ class TestPlacedCodes(CustomTestCase):
         for low in range(NARROW[0], NARROW[1] + 1, 4):
             scale = torch.arange(low, low + 4).clamp(max=NARROW[1]).to(torch.uint8).repeat(64, 1)
             wanted = dequantize_mxfp4(codes, scale).double()
-            self.assertTrue(torch.equal(placed_numbers(kept, place_scales(scale)), wanted), low)
+            for assembly in (PLACED_NUMBERS, NUMBERS):
+                self.assertTrue(torch.equal(placed_numbers(kept, place_scales(scale), assembly), wanted), low)
+        self.assertNotEqual(PLACED_NUMBERS.value, NUMBERS.value)
 
     def test_two_scales_in_one_register(self):
         """Neighbours in a register may be of two groups, if the compiler lays them out so."""

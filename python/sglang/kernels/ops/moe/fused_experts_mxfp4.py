@@ -26,7 +26,7 @@ from sglang.kernels.ops.moe.fused_experts_aiter import (
     require_unshuffled,
     shuffle_mxfp4_for_aiter,
 )
-from sglang.kernels.ops.moe.tiles import choose_tiles
+from sglang.kernels.ops.moe.tiles import MoeTiles, choose_tiles
 from sglang.kernels.ops.quant.mxfp4 import (
     GRANULE,
     GROUP,
@@ -37,7 +37,7 @@ from sglang.kernels.ops.quant.mxfp4 import (
     quantize_mxfp4,
     unpack_eighths,
 )
-from sglang.kernels.registry import REGISTRY
+from sglang.kernels.registry import REGISTRY, probe_package
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
@@ -97,6 +97,8 @@ def mxfp4_product(
     """
     from sglang.kernels.ops.moe.fused_experts_mxfp4_triton import few_tokens_mxfp4_kernel, many_tokens_mxfp4_kernel
 
+    if "STAGES" in tile:
+        return few_pairs_product(x, codes, scale, ids, order, tile, block_m, is_gate_up, limit)
     pairs, k_dim = ids.numel(), x.shape[1]
     width = codes.shape[1] // 2 if is_gate_up else codes.shape[1]
     out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
@@ -117,6 +119,37 @@ def mxfp4_product(
     return out
 
 
+def few_pairs_product(
+    x: Tensor, codes: Tensor, scale: Tensor, ids: Tensor, order: PairOrder | None, tile: dict[str, int], block_m: int,
+    is_gate_up: bool, limit: float | None,
+) -> Tensor:  # fmt: skip
+    """``mxfp4_product`` of placed codes for sm_90, with products that do not wait for one another."""
+    from sglang.kernels.ops.moe.fused_experts_mxfp4_sm90_triton import few_pairs_mxfp4_kernel
+
+    pairs, k_dim, warps = ids.numel(), x.shape[1], tile["num_warps"]
+    width = codes.shape[1] // 2 if is_gate_up else codes.shape[1]
+    tiles, rest = divmod(width, 16 * warps * (2 - is_gate_up))
+    assert rest == k_dim % GRANULE[1] == 0, "sizes that place_experts() leaves as they are"
+    out = torch.empty(pairs, width, dtype=x.dtype, device=x.device)
+    held = max(32 * warps, next_power_of_2(pairs)) if order is None else 0
+    blocks = (ids, None, None) if order is None else (order.pairs, order.block_experts, order.num_blocks)
+    max_blocks = pairs if order is None else order.max_blocks
+    few_pairs_mxfp4_kernel[(max_blocks * tiles,)](
+        x, codes, scale, *blocks, out, pairs, width, k_dim, x.stride(0), max_blocks, tiles, TOP_K=ids.shape[1],
+        GATE_UP=is_gate_up, HELD=held, BLOCK_M=block_m, ROWS=16 * warps, **limit_option(limit), **tile,
+    )  # fmt: skip
+    return out
+
+
+def mxfp4_tiles(w13: Tensor, dtype: torch.dtype, num_tokens: int, top_k: int) -> MoeTiles:
+    """Those for rows of ``dtype``."""
+    if is_placed(w13):
+        return choose_tiles(current_platform.arch, "placed 4", num_tokens, top_k, w13.shape[0])
+    # Rows of wide numbers for one token are of kernels that multiply without the matrix unit.
+    bits, least = (4, 1) if dtype == torch.bfloat16 else (32, 2)
+    return choose_tiles(current_platform.arch, bits, max(num_tokens, least), top_k, w13.shape[0])
+
+
 def run_mxfp4(
     x: Tensor, w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, weights: Tensor, ids: Tensor,
     limit: float | None, scaled: bool,
@@ -125,9 +158,9 @@ def run_mxfp4(
     (num_tokens, top_k), num_experts = ids.shape, w13.shape[0]
     if num_tokens == 0:
         return torch.empty_like(x)
-    # Rows of wide numbers for one token are of kernels that multiply without the matrix unit.
-    bits, least = (4, 1) if x.dtype == torch.bfloat16 else (32, 2)
-    tiles = choose_tiles(current_platform.arch, bits, max(num_tokens, least), top_k, num_experts)
+    if is_placed(w13) and (x.data_ptr() % 16 or x.stride(0) % 16):
+        x = x.clone(memory_format=torch.contiguous_format)
+    tiles = mxfp4_tiles(w13, x.dtype, num_tokens, top_k)
     order = order_pairs(ids, num_experts, tiles.block_m) if tiles.path == "many" else None
     block, placed = tiles.block_m, is_placed(w13)
     activated = mxfp4_product(x, w13, w13_scale, ids, order, tiles.gate_up, block, True, scaled, placed, limit)
@@ -250,6 +283,15 @@ fused_experts_mxfp4 = Op(
 )
 
 
+@functools.cache
+def has_few_pairs_kernel() -> bool:
+    """Whether the kernel of ``few_pairs_product`` imports: its language is experimental. Logged where not."""
+    reason = probe_package("sglang.kernels.ops.moe.fused_experts_mxfp4_sm90_triton")
+    if reason is not None:
+        logger.warning("the kernel of MXFP4 experts for sm_90 does not import (%s): codes stay as they are", reason)
+    return reason is None
+
+
 def shuffle_experts_mxfp4(
     w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, rounds_rows: bool = True,
     dtype: torch.dtype = torch.bfloat16,
@@ -264,6 +306,7 @@ def shuffle_experts_mxfp4(
         dtype != torch.bfloat16
         or current_platform.arch not in PLACED_ARCHS
         or REGISTRY.chosen(fused_experts_mxfp4) != "triton"
+        or not has_few_pairs_kernel()
     ):
         return False
     return place_experts(w13, w13_scale, w2, w2_scale)

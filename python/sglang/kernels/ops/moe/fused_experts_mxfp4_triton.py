@@ -49,15 +49,16 @@ TWICE, LIFT, PLACED_WHOLE = tl.constexpr(0x00800080), tl.constexpr(0x20002000), 
 @triton.jit
 def _placed_numbers(w, scale, dtype, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
     """Placed codes [N, K / 4] int16 and scale bytes [N, K / 32] -> ``dtype`` [N, K], 2^-62 of each number."""
-    power = scale.to(tl.int32) * TWICE + LIFT
-    spread = tl.broadcast_to(power[:, :, None], (BLOCK_N, BLOCK_K // GROUP, GROUP // 4))
-    quads = tl.reshape(w, (BLOCK_N, BLOCK_K // GROUP, GROUP // 4))
+    power = tl.reshape(scale.to(tl.int32) * TWICE + LIFT, (BLOCK_N, BLOCK_K // 128, 1, 4, 1))
+    # The last three of both: a fourth of a granule's row, a group of 32 columns, the first or the next column.
+    spread = tl.broadcast_to(power, (BLOCK_N, BLOCK_K // 128, 4, 4, 2))
+    quads = tl.reshape(w, (BLOCK_N, BLOCK_K // 128, 4, 4, 2))
     first, second, third, fourth = tl.inline_asm_elementwise(
         PLACED_NUMBERS, "=r,=r,=r,=r,r,r,r", [quads, spread], dtype=(tl.bfloat16,) * 4, is_pure=True, pack=2
     )
-    # [N, groups, 8, 2, 2], of which the last two are the number's place among 32 by 8 in order.
+    # Two more, which are the number's place among 32 by 8 in order.
     numbers = tl.join(tl.join(first, third), tl.join(second, fourth))
-    return tl.reshape(tl.permute(numbers, (0, 1, 3, 4, 2)), (BLOCK_N, BLOCK_K)).to(dtype)
+    return tl.reshape(tl.permute(numbers, (0, 1, 3, 5, 6, 2, 4)), (BLOCK_N, BLOCK_K)).to(dtype)
 
 
 @triton.jit

@@ -36,9 +36,12 @@ def _of_arch(arch: str) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def choose_tiles(arch: str, bits: int, num_tokens: int, top_k: int, num_experts: int, slots: bool = False) -> MoeTiles:
+def choose_tiles(
+    arch: str, bits: int | str, num_tokens: int, top_k: int, num_experts: int, slots: bool = False
+) -> MoeTiles:
     """The tiles for a call with ``num_tokens`` tokens of ``top_k`` experts each, weights of ``bits`` bits.
 
+    ``bits``: "placed 4" for codes as ``place_codes`` has them.
     ``slots``: the operands fit the kernel of ``slots_product``, which then runs where the table has a row for it.
     """
     table = _of_arch(arch)

@@ -84,11 +84,14 @@ def place_codes(codes: Tensor) -> Tensor:
     codes [R, K / 2] uint8, R and K whole GRANULEs -> the same. Of the eight 16 bits of a group, the i-th have its
     numbers i, i + 8, i + 16 and i + 24 as PLACES says: after at most a shift and a product, the bits of a code are the
     sign, the last two of the exponent and the first of the fraction of 2^-126 times its number (0.5 is subnormal).
+    A granule's row has the first two 16 bits of each of its four groups first, which are one thread's in a product,
+    then the next two of each.
     """
     numbers = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2).int()
     bits = torch.zeros(codes.shape[0], codes.shape[1] // 2, dtype=torch.int32, device=codes.device)
     for code, (sign, low) in zip(numbers.unflatten(-1, (-1, 4, GROUP // 4)).unbind(-2), PLACES, strict=True):
         bits |= ((code >> 3 << sign) | ((code & 7) << low)).flatten(-2)
+    bits = bits.unflatten(-1, (-1, GRANULE[1] // GROUP, 4, 2)).transpose(-3, -2).flatten(-4)
     return _granules(torch.stack((bits & 255, bits >> 8), dim=-1).to(torch.uint8).flatten(-2), GRANULE[1] // PACKED)
 
 
