@@ -31,9 +31,9 @@ BUDGETS = {
     "sglang/srt/constrained": 400,
     "sglang/srt/distributed": 300,
     "sglang/srt/entrypoints": 4_330,  # calls of the offline engine in all its threads end with it
-    "sglang/srt/layers": 5_050,
+    "sglang/srt/layers": 5_010,
     "sglang/srt/managers": 5_200,
-    "sglang/srt/mem_cache": 1_900,
+    "sglang/srt/mem_cache": 1_880,
     "sglang/srt/model_executor": 2_100,
     "sglang/srt/model_loader": 350,
     "sglang/srt/models": 2_150,  # layers say which rows they take quantised

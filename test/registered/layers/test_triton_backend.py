@@ -104,8 +104,8 @@ class TestAgainstTorchNative(CustomTestCase):
         wanted = steps(harness, native)
         backend.use_mha = always
         plans = []
-        plan_expanded = backend._plan_expanded
-        backend._plan_expanded = lambda forward_batch, members: (
+        plan_expanded = backend.expanded_plan
+        backend.expanded_plan = lambda forward_batch, members: (
             plans.append(plan_expanded(forward_batch, members)) or plans[-1]
         )
         for limit, parts in ((50, 5), (1, 60)):

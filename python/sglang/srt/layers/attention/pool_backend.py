@@ -72,6 +72,10 @@ class KvBackend(PoolBackend):
         """q [N, Hq, D] over rows that ``plan`` names -> [N, Hq, Dv]; caches as ``attention.extend_attention`` has them,
         ``layer.v_head_dim`` is the rank. Raises TypeError for rows that were not planned."""
 
+    @abstractmethod
+    def extend_plan(self, forward_batch: ForwardBatch, members: list[int]) -> ExtendPlan:
+        """The plan of the requests ``members`` of an extend step, over the whole context of each."""
+
 
 class GqaBackend(KvBackend):
     """Multi-head and grouped-query attention: one row of keys and values per token in ``kv_pool``, at
@@ -109,6 +113,9 @@ class GqaBackend(KvBackend):
             q, k, v, q_norm.weight, k_norm.weight, positions, rotary_emb.cos_sin_cache,
             *self.kv_pool.layer(layer.layer_id), forward_batch.out_cache_loc, q_norm.eps, rotary_emb.is_neox,
         )  # fmt: skip
+
+    def plan_extend(self, forward_batch: ForwardBatch) -> ExtendPlan:
+        return self.extend_plan(forward_batch, list(range(forward_batch.batch_size)))
 
     def attend(self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
         """Attend over stored keys and values, this step's included. q [N, Hq, D] -> [N, Hq*Dv]."""
@@ -155,12 +162,19 @@ class MlaBackend(KvBackend):
             norm.eps, rotary_emb.is_neox, queries, w_kc,
         )  # fmt: skip
 
-    def split_by_form(self, forward_batch: ForwardBatch) -> tuple[list[int], list[int]]:
-        """The requests of an extend step that use the absorbed form, and those that use MHA."""
+    def plan_extend(self, forward_batch: ForwardBatch) -> MlaExtendPlan:
         lengths = forward_batch.extend_seq_lens_cpu
         assert lengths is not None
         expanded = [i for i, new in enumerate(lengths) if self.use_mha(new, forward_batch.seq_lens_cpu[i])]
-        return sorted(set(range(len(lengths))) - set(expanded)), expanded
+        absorbed = sorted(set(range(len(lengths))) - set(expanded))
+        return MlaExtendPlan(
+            self.extend_plan(forward_batch, absorbed) if absorbed else None,
+            self.expanded_plan(forward_batch, expanded) if expanded else None,
+        )
+
+    def expanded_plan(self, forward_batch: ForwardBatch, members: list[int]) -> ExtendPlan | ChunkedPrefixPlan:
+        """The plan of ``members``, which use MHA."""
+        return self.extend_plan(forward_batch, members)
 
     def extend_forms(self, forward_batch: ForwardBatch) -> MlaExtendPlan:
         """Which requests of an extend step use which form."""

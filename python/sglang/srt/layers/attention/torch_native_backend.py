@@ -10,7 +10,7 @@ import torch
 from sglang.kernels.ops.attention.decode_padded import decode_padded
 from sglang.kernels.ops.attention.extend_attention import extend_attention
 from sglang.srt.layers.attention.base_attn_backend import register_attention_backend
-from sglang.srt.layers.attention.plans import ExtendPlan, MlaExtendPlan
+from sglang.srt.layers.attention.plans import ExtendPlan
 from sglang.srt.layers.attention.pool_backend import GqaBackend, MlaBackend, PoolBackend, no_output
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
@@ -101,7 +101,7 @@ class TorchNativeAttnBackend(PoolBackend):
             out[group.rows] = part
         return out
 
-    def _extend_plan(self, forward_batch: ForwardBatch, members: list[int]) -> ExtendPlan:
+    def extend_plan(self, forward_batch: ForwardBatch, members: list[int]) -> ExtendPlan:
         lengths, starts = forward_batch.extend_seq_lens_cpu, forward_batch.extend_start_loc_cpu
         assert lengths is not None and starts is not None
         requests = forward_batch.req_pool_indices.tolist()
@@ -124,17 +124,7 @@ class TorchNativeAttnBackend(PoolBackend):
 class TorchNativeGqaBackend(TorchNativeAttnBackend, GqaBackend):
     """Multi-head and grouped-query attention."""
 
-    def plan_extend(self, forward_batch: ForwardBatch) -> ExtendPlan:
-        return self._extend_plan(forward_batch, list(range(forward_batch.batch_size)))
-
 
 @register_attention_backend("torch_native", "mla", platforms=("cpu", "cuda", "hip"))
 class TorchNativeMlaBackend(TorchNativeAttnBackend, MlaBackend):
     """Latent attention."""
-
-    def plan_extend(self, forward_batch: ForwardBatch) -> MlaExtendPlan:
-        absorbed, expanded = self.split_by_form(forward_batch)
-        return MlaExtendPlan(
-            self._extend_plan(forward_batch, absorbed) if absorbed else None,
-            self._extend_plan(forward_batch, expanded) if expanded else None,
-        )

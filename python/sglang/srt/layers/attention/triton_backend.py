@@ -16,7 +16,7 @@ from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project
 from sglang.kernels.ops.quant.group_fp8 import QuantizedRows
 from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext, register_attention_backend
-from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan, MlaExtendPlan
+from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan
 from sglang.srt.layers.attention.pool_backend import CapturingPoolBackend, Expand, GqaBackend, MlaBackend, no_output
 from sglang.srt.layers.quantization import Rows
 from sglang.srt.layers.radix_attention import RadixAttention
@@ -86,6 +86,10 @@ class TritonAttnBackend(CapturingPoolBackend):
             out = no_output(q, plan, layer.num_heads, layer.v_head_dim)
         return out
 
+    def extend_plan(self, forward_batch: ForwardBatch, members: list[int]) -> ExtendPlan:
+        ends = [forward_batch.seq_lens_cpu[i] for i in members]
+        return self._plan(forward_batch, members, [0] * len(ends), ends, self._rows(forward_batch, members))
+
     def _plan(
         self,
         forward_batch: ForwardBatch,
@@ -126,10 +130,6 @@ class TritonAttnBackend(CapturingPoolBackend):
 class TritonGqaBackend(TritonAttnBackend, GqaBackend):
     """Multi-head and grouped-query attention."""
 
-    def plan_extend(self, forward_batch: ForwardBatch) -> ExtendPlan:
-        everyone = list(range(forward_batch.batch_size))
-        return self._plan(forward_batch, everyone, [0] * len(everyone), forward_batch.seq_lens_cpu, None)
-
 
 @register_attention_backend("triton", "mla", platforms=("cuda", "hip"), graphs=True)
 class TritonMlaBackend(TritonAttnBackend, MlaBackend):
@@ -143,23 +143,14 @@ class TritonMlaBackend(TritonAttnBackend, MlaBackend):
         columns = latent + heads * (shapes.qk_nope_head_dim + shapes.v_head_dim)
         self.max_expanded_rows = max(1, EXPANDED_BYTES // (columns * ctx.model_config.dtype.itemsize))
 
-    def plan_extend(self, forward_batch: ForwardBatch) -> MlaExtendPlan:
-        absorbed, expanded = self.split_by_form(forward_batch)
-        absorbed_plan = None
-        if absorbed:
-            ends = [forward_batch.seq_lens_cpu[i] for i in absorbed]
-            absorbed_plan = self._plan(
-                forward_batch, absorbed, [0] * len(ends), ends, self._rows(forward_batch, absorbed)
-            )
-        return MlaExtendPlan(absorbed_plan, self._plan_expanded(forward_batch, expanded) if expanded else None)
-
-    def _plan_expanded(self, forward_batch: ForwardBatch, members: list[int]) -> ExtendPlan | ChunkedPrefixPlan:
+    def expanded_plan(self, forward_batch: ForwardBatch, members: list[int]) -> ExtendPlan | ChunkedPrefixPlan:
+        """See the base class; a context that does not fit at once is cut into chunks."""
         lengths = forward_batch.extend_seq_lens_cpu
         assert lengths is not None
-        rows = self._rows(forward_batch, members)
         ends = [forward_batch.seq_lens_cpu[i] for i in members]
         if sum(ends) <= self.max_expanded_rows:
-            return self._plan(forward_batch, members, [0] * len(ends), ends, rows)
+            return super().expanded_plan(forward_batch, members)
+        rows = self._rows(forward_batch, members)
         prefixes = [forward_batch.seq_lens_cpu[i] - lengths[i] for i in members]
         step = max(1, self.max_expanded_rows // max(1, sum(prefix > 0 for prefix in prefixes)))
         parts = []
