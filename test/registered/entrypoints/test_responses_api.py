@@ -148,6 +148,17 @@ class TestItems(ResponsesCase):
             self.create(tools=[ADD], tool_choice=choice)
             self.assertIn("add", self.fake.scheduler.received[-1].grammar)
 
+    def test_it_is_aborted_by_its_id(self):
+        self.say("a" * 1000)
+        self.fake.scheduler.delay_s = 0.02
+        with self.create(stream=True) as events:
+            response = next(events).response
+            reply = httpx.post(f"{self.fake.url}/abort_request", json={"rid": response.id})
+            self.assertEqual(reply.status_code, 200)
+            last = list(events)[-1]
+        self.assertEqual((last.type, last.response.status), ("response.incomplete", "cancelled"))
+        self.assertLess(last.response.usage.output_tokens, 1000)
+
     def test_an_error_on_the_way(self):
         self.say("some text that goes on")
         self.fake.scheduler.delay_s = 0.02

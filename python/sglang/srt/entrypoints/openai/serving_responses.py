@@ -58,9 +58,11 @@ class OpenAIServingResponses:
     async def handle(self, request: Request) -> Response:
         body, warnings = await read_body(request, ResponsesRequest, self._manager.unknown_fields)
         chat = chat_body(body)
+        # By the id that the client sees, as with the other endpoints, it can abort the request.
+        response_id = chat.rid = _new_id("resp")
         native = await self._chat.native(chat, warnings)
         native.request_timeout = asked_timeout(request, body.request_timeout)
-        turn = Turn(_begun(body, str(native.rid)), self._chat.parsers.reader(chat, native))
+        turn = Turn(_begun(body, response_id), self._chat.parsers.reader(chat, native))
         if body.return_warnings:
             turn.response.warnings = warnings
         results = self._manager.generate_request(native, incremental=True, place=place_of(request))
@@ -74,11 +76,11 @@ class OpenAIServingResponses:
         return json_response(turn.response)
 
 
-def _begun(body: ResponsesRequest, rid: str) -> ResponseObject:
+def _begun(body: ResponsesRequest, response_id: str) -> ResponseObject:
     """The response before any output."""
     form = body.text.format if body.text is not None else None
     return ResponseObject(
-        id=f"resp_{rid}",
+        id=response_id,
         created_at=int(time.time()),
         model=body.model or DEFAULT_MODEL_NAME,
         instructions=body.instructions,
