@@ -58,6 +58,9 @@ class TestChoice(CustomTestCase):
         self.assertIsNone(choose_passes(31, 128, 640, "sm_90"))
         self.assertIsNotNone(choose_passes(32, 128, 640, "sm_90"))
         self.assertIsNone(choose_passes(32, 127, 640, "sm_90"))
+        for heads in (64, 128):
+            blocks = [choose_passes(64, heads, k, "sm_90").logits.block for k in (1, 192, 193, 640)]
+            self.assertEqual(blocks, [64, 64, 128, 128])
         for arch in ("gfx942", "gfx950", "cpu"):
             self.assertIsNone(choose_passes(1024, 128, 640, arch))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sglang.kernels.launch import cdiv
 from sglang.kernels.ops.attention.tiles import MAX_PARTS_BYTES, multiprocessors
@@ -111,12 +111,16 @@ TILES: dict[tuple[str, int], tuple[SparseTile, ...]] = {
     ("sm_90", 2): (SparseTile(64, 64, 8, 1), SparseTile(32, 32, 4, 2), SparseTile(16, 64, 8, 1)),
 }
 # Of 8-bit rows, shapes that two passes serve best: logits of blocks of rows with their weights, then sums of values.
-# sm_90: 64 and 128 heads of 192, 640 and 1152 rows, 32 to 4096 queries, on one H200, triton 3.6.0, 2026-11-30.
-_LOGITS = Pass(64, 128, 512, num_warps=4, num_stages=4)
+# sm_90: 64 and 128 heads of 192, 640 and 1152 rows, 32 to 4096 queries, on one H200, triton 3.6.0, 2026-11-30. A window
+# of 128 rows and 64 entries would leave half of a block of 128 entries empty.
+_LOGITS, _FEW = Pass(64, 128, 512, num_warps=4, num_stages=4), Pass(64, 64, 512, num_warps=4, num_stages=3)
+_SOME_HEADS, _ALL_HEADS = Range(q=(64, MOST), heads=(64, 127)), Range(q=(32, MOST), heads=(128, MOST))
 PASSES: dict[str, tuple[tuple[Range, Passes], ...]] = {
     "sm_90": (
-        (Range(q=(64, MOST), heads=(64, 127)), Passes(_LOGITS, Pass(64, 64, 256, num_warps=4, num_stages=5))),
-        (Range(q=(32, MOST), heads=(128, MOST)), Passes(_LOGITS, Pass(64, 32, 256, num_warps=4, num_stages=5))),
+        (replace(_SOME_HEADS, k=(0, 192)), Passes(_FEW, Pass(64, 32, 256, num_warps=4, num_stages=6))),
+        (replace(_ALL_HEADS, k=(0, 192)), Passes(_FEW, Pass(64, 64, 256, num_warps=4, num_stages=6))),
+        (_SOME_HEADS, Passes(_LOGITS, Pass(64, 64, 256, num_warps=4, num_stages=5))),
+        (_ALL_HEADS, Passes(_LOGITS, Pass(64, 32, 256, num_warps=4, num_stages=5))),
     ),
 }
 # Architectures whose smallest tile serves a step better while its programs all run at once.
