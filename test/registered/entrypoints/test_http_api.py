@@ -16,7 +16,7 @@ from sglang.srt.entrypoints.context import ServerStatus
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.token_dispatcher.recv_stats import RecvStats
 from sglang.srt.managers import prompt_text
-from sglang.srt.managers.io_struct import AbortReq, FinishReason, FlushCacheReqInput, StartedReqs
+from sglang.srt.managers.io_struct import AbortReq, FinishReason, FlushCacheReqInput, GetInternalStateReq, StartedReqs
 from sglang.srt.utils.network import PortError, bind, listen
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import CONTEXT_LEN, FakeServer, FakeServerTestCase
@@ -198,6 +198,9 @@ class TestInformation(FakeServerTestCase):
                 call = pool.submit(self.generate, text="a", sampling_params={"max_new_tokens": 100, "ignore_eos": True})
                 self.fake.until(lambda: scheduler.running)
                 self.assertEqual(self.client.get("/health_generate").status_code, 200)
+                asked = [message for message in scheduler.received if isinstance(message, GetInternalStateReq)]
+                # Else it would wait for the device, and reset what /metrics says of experts.
+                self.assertTrue(asked and asked[-1].brief)
                 self.assertFalse(call.done())
                 self.assertEqual(call.result().status_code, 200)
 

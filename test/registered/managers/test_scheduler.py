@@ -6,8 +6,15 @@ import random
 import unittest
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
-from sglang.srt.managers.io_struct import AbortReq, FlushCacheReqInput, ShutdownReq
+from sglang.srt.managers.io_struct import (
+    AbortReq,
+    FlushCacheReqInput,
+    GetInternalStateReq,
+    GetInternalStateReqOutput,
+    ShutdownReq,
+)
 from sglang.srt.managers.req_memory import PoolLeakError
 from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -150,6 +157,17 @@ class TestIdle(CustomTestCase):
         setup.channel.receive = scripted  # type: ignore[method-assign]
         setup.scheduler.event_loop()
         self.assertEqual(seen, [[], [False], [False, False], [False, False, True], [False, False, True]])
+
+    def test_a_brief_state_is_told_without_a_look_at_the_device(self) -> None:
+        setup = make()
+        for brief in (True, False):
+            setup.channel.inbox.append(GetInternalStateReq(seq=1, brief=brief))
+            with mock.patch.object(type(setup.scheduler.config), "describe", return_value={"kernels": []}) as describe:
+                setup.turn()
+            self.assertEqual(describe.called, not brief)
+            answer = setup.channel.answers[-1]
+            assert isinstance(answer, GetInternalStateReqOutput)
+            self.assertEqual(answer.internal_state["num_decode_steps"], 0)
 
 
 class TestOverlap(CustomTestCase):

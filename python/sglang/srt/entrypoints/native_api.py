@@ -181,7 +181,7 @@ class NativeApi:
             await asyncio.gather(task, return_exceptions=True)
 
     async def _num_steps(self) -> int:
-        states = await self._manager.get_internal_states()
+        states = await self._manager.get_internal_states(brief=True)
         return sum(state["num_prefill_steps"] + state["num_decode_steps"] for state in states)
 
     def _info(

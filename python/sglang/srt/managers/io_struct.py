@@ -95,9 +95,13 @@ class FlushCacheReqOutput(msgspec.Struct, kw_only=True, tag=True):
 
 
 class GetInternalStateReq(msgspec.Struct, kw_only=True, tag=True):
-    """Ask the scheduler for its counters, pools, chosen kernels and fallbacks."""
+    """Ask the scheduler for its counters and pools and, unless ``brief``, its kernels and what it received of experts.
+
+    The latter waits for the device, and what has arrived since the last question is then told.
+    """
 
     seq: int
+    brief: bool = False
 
 
 class GetInternalStateReqOutput(msgspec.Struct, kw_only=True, tag=True):

@@ -216,7 +216,7 @@ class Scheduler:
         elif isinstance(message, FlushCacheReqInput):
             self.channel.to_tokenizer(self._flush(message.seq))
         elif isinstance(message, GetInternalStateReq):
-            state = {**self.load(), **self.metrics.snapshot(), **self.config.describe()}
+            state = {**self.load(), **self.metrics.snapshot(), **({} if message.brief else self.config.describe())}
             self.channel.to_tokenizer(GetInternalStateReqOutput(seq=message.seq, internal_state=state))
         elif isinstance(message, ProfileReqInput):
             self.channel.to_tokenizer(self.profile(message))

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from copy import copy
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import anyio
@@ -22,7 +23,6 @@ from sglang.srt.managers.io_struct import (
     FlushCacheReqOutput,
     GenerateReqInput,
     GetInternalStateReq,
-    GetInternalStateReqOutput,
     ProfileReqInput,
     ProfileReqOutput,
     StartedReqs,
@@ -173,8 +173,7 @@ class TokenizerManager:
         limit; ``place`` is returned in exchange for those that the request needs. Closing the iterator aborts what is
         unfinished. Raises RequestError.
         """
-        if incremental is None:
-            incremental = self.server_args.incremental_streaming_output
+        incremental = self.server_args.incremental_streaming_output if incremental is None else incremental
         if not self._admits:
             raise self.shutdown_error("it takes no new requests")
         group = RequestGroup(bool(obj.stream))
@@ -266,10 +265,12 @@ class TokenizerManager:
                     return not refusals, " ".join(refusals)
             await asyncio.sleep(min(_FLUSH_POLL_S, left_s))
 
-    async def get_internal_states(self, timeout_s: float = CONTROL_TIMEOUT_S) -> list[dict[str, Any]]:
-        """Each scheduler's counters, pools, chosen kernels and fallbacks, by DP rank."""
-        replies: list[GetInternalStateReqOutput] = await self._ask(GetInternalStateReq, timeout_s)
-        return [reply.internal_state for reply in replies]
+    async def get_internal_states(
+        self, timeout_s: float = CONTROL_TIMEOUT_S, brief: bool = False
+    ) -> list[dict[str, Any]]:
+        """Each scheduler's counters and pools, and its chosen kernels and fallbacks unless ``brief``, by DP rank."""
+        asked = partial(GetInternalStateReq, brief=brief)
+        return [reply.internal_state for reply in await self._ask(asked, timeout_s)]
 
     async def profile(self, message: Callable[..., ProfileReqInput]) -> list[str]:
         """Start or stop a profile of every scheduler; the files of first ranks. Raises RequestError."""
@@ -394,8 +395,7 @@ class TokenizerManager:
     ) -> list[TokenizedGenerateReqInput]:
         """The messages of all sequences, with a state in ``group`` for each."""
         tokenized: list[TokenizedGenerateReqInput] = []
-        show_text = bool(obj.return_text_in_logprobs) and self.tokenizer is not None
-        text_of = self._token_text if show_text else lambda _: None
+        text_of = self._token_text if obj.return_text_in_logprobs and self.tokenizer is not None else lambda _: None
         num_asked = 0
         grammar_after = self._grammars.think_end_id() if obj.require_reasoning else None
         for single, params in zip(singles, all_params, strict=True):
