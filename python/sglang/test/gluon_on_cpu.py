@@ -253,7 +253,7 @@ def _dropping(exact: Callable[..., torch.Tensor], floats: Callable[..., torch.Te
 
 def _language(program: tuple[int, ...], programs: tuple[int, ...]) -> types.SimpleNamespace:
     return types.SimpleNamespace(
-        int32=torch.int32, int64=torch.int64, float16=torch.float16, float32=torch.float32,
+        int32=torch.int32, int64=torch.int64, float32=torch.float32,
         program_id=lambda axis: torch.tensor(program[axis]),
         num_programs=lambda axis: programs[axis],
         arange=lambda start, end, layout: torch.arange(start, end),

@@ -211,8 +211,9 @@ def expert_product(
 
 
 def fits_slots(x: Scaled, w13: Scaled, w2: Scaled) -> bool:
-    """Whether ``slots_product`` takes both: 8 bits with scales or 16 without, whole tiles, rows that begin at 16 B."""
-    if current_platform.arch != "sm_90" or w13.data.itemsize != (1 if w13.is_fp8 else 2):
+    """Whether ``slots_product`` takes both: 8 bits with scales or bfloat16, whole tiles, rows that begin at 16 B."""
+    known = w13.data.itemsize == 1 if w13.is_fp8 else w13.data.dtype == torch.bfloat16
+    if current_platform.arch != "sm_90" or not known:
         return False
     _, hidden, width = w2.data.shape
     tensors = (x.data, w13.data, w2.data)

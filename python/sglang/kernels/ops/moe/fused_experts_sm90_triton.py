@@ -1,7 +1,7 @@
 """The products of many tokens' experts for NVIDIA GPUs of sm_90 in Gluon: warps that load, warps that multiply.
 
 One program per multiprocessor takes the next tile of 128 pairs times twice 128 columns, in steps of 128 bytes of K: 128
-columns of 8 bits, with scales, or 64 of 16 bits, without. A group of four warps fetches, weights by the tensor memory
+columns of 8 bits, with scales, or 64 of bfloat16, without. A group of four warps fetches, weights by the tensor memory
 accelerator and gathered rows by asynchronous copies, and two groups of four warps multiply 64 rows each, so that one
 scales or stores its sums while the other keeps the matrix units busy. 64 rows without a pair cost nothing. Sums, their
 order over K, scales and rounding are those of ``expert_tile`` in ``fused_experts_triton``.
@@ -142,19 +142,16 @@ def _store(rows, out_ptr, run, column, pairs, width, AT_ONCE: gl.constexpr):
 @gluon.jit
 def _sums(x_bufs, w_bufs, full, empty, step, steps, layout: gl.constexpr, STAGES: gl.constexpr, PART: gl.constexpr):
     """Two sums of 128 columns over ``steps`` slots without scales; one product begins while the one before it runs."""
-    # In float16 the assembler would put products one after the other (C7514).
-    AHEAD: gl.constexpr = 0 if x_bufs.dtype == gl.float16 else 1
     acc = gl.zeros([HALF, 2 * GROUP], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
     for k in range(steps):
         slot = step % STAGES
         mbarrier.wait(full.index(slot), step // STAGES & 1)
         acc = warpgroup_mma(x_bufs.index(2 * slot + PART), w_bufs.index(slot).permute((1, 0)), acc, is_async=True)
-        acc = warpgroup_mma_wait(AHEAD, deps=[acc])
-        mbarrier.arrive(empty.index((step + STAGES - AHEAD) % STAGES), pred=k >= AHEAD)
+        acc = warpgroup_mma_wait(1, deps=[acc])
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > 0)
         step += 1
-    if AHEAD:
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
     first, second = gl.split(acc.reshape([HALF, 2, GROUP]).permute([0, 2, 1]))
     return gl.convert_layout(first, layout), gl.convert_layout(second, layout)
 
