@@ -6,6 +6,8 @@ import unittest
 import httpx
 import openai
 
+from sglang.srt.entrypoints.openai.responses_input import chat_body
+from sglang.srt.entrypoints.openai.responses_protocol import ResponsesRequest
 from sglang.srt.managers.io_struct import FinishReason
 from sglang.test.chat_templates import STYLES
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -136,6 +138,27 @@ class TestItems(ResponsesCase):
         for part in ("27+58?", "Hm.", '"name": "add"', "sum is 85"):
             self.assertIn(part, prompt)
         self.assertLess(prompt.index('"name": "add", "arguments"'), prompt.index("sum is 85"))
+
+    def test_no_thought_is_lost_or_moves_to_another_turn(self):
+        def thought(text):
+            return {"type": "reasoning", "content": [{"type": "reasoning_text", "text": text}]}
+
+        def turns(*items):
+            return [
+                (message["role"], message.get("reasoning_content"), len(message.get("tool_calls", ())))
+                for message in chat_body(ResponsesRequest(input=list(items))).messages
+            ]
+
+        user, said = {"role": "user", "content": "5?"}, {"role": "assistant", "content": "So."}
+        call = {"type": "function_call", "call_id": "c", "name": "add", "arguments": "{}"}
+        self.assertEqual(turns(user, thought("A"), said), [("user", None, 0), ("assistant", "A", 0)])
+        self.assertEqual(turns(thought("A"), said, thought("B"), call), [("assistant", "A\nB", 1)])
+        # A turn that was cut within its thought, or went on thinking.
+        self.assertEqual(turns(user, thought("A"), user, said)[1:], [
+            ("assistant", "A", 0), ("user", None, 0), ("assistant", None, 0)
+        ])  # fmt: skip
+        self.assertEqual(turns(said, thought("A"), user), [("assistant", "A", 0), ("user", None, 0)])
+        self.assertEqual(turns(user, thought("A")), [("user", None, 0), ("assistant", "A", 0)])
 
     def test_forms_and_forced_calls(self):
         self.say('{"v": 1}')

@@ -80,9 +80,22 @@ def _messages(given: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
                 f"outputs; {_STATELESS if kind == 'item_reference' else 'only text is served'}.",
                 param="input",
             )
-        if thought and messages and messages[-1]["role"] == "assistant" and kind != "reasoning":
-            messages[-1]["reasoning_content"], thought = thought, ""
+        if thought and kind != "reasoning":
+            _keep_thought(messages, len(messages) - 1, thought)
+            thought = ""
+    if thought:
+        _keep_thought(messages, len(messages), thought)
     return messages
+
+
+def _keep_thought(messages: list[dict[str, Any]], at: int, thought: str) -> None:
+    """Add a thought to the assistant's turn at ``at`` or, where that is none, to the one before; else it is a turn."""
+    turns = [message for message in messages[max(0, at - 1) : at + 1] if message["role"] == "assistant"]
+    if not turns:
+        turns.append({"role": "assistant", "content": ""})
+        messages.insert(at, turns[0])
+    before = turns[-1].get("reasoning_content")
+    turns[-1]["reasoning_content"] = f"{before}\n{thought}" if before else thought
 
 
 def _texts(content: Any, where: str) -> list[str]:
