@@ -149,9 +149,11 @@ def expert_tile(
             x = tl.load(x_at, mask=inside[None, :], other=0.0)
             w = tl.load(w_at, mask=inside[:, None], other=0.0)
         if FP8:
-            # A tile lies inside one block of weights, so its scale is one number.
+            # A tile lies inside one block of weights, so its scale is one number. Triton 3.6 compiles no pointer to one
+            # number for AMD that a loop moves.
+            step_scale_at = w_scale_at + start // BLOCK_K
             x_scale = tl.load(x_scale_at)
-            acc += tl.dot(x, w) * (x_scale * tl.load(w_scale_at))[:, None]
+            acc += tl.dot(x, w) * (x_scale * tl.load(step_scale_at))[:, None]
         else:
             acc = tl.dot(x, w, acc, input_precision="ieee")
         if GATE_UP or TWO:
@@ -160,12 +162,11 @@ def expert_tile(
             else:
                 w_2 = tl.load(w_at + apart * row_stride, mask=(k < k_dim - start)[:, None], other=0.0)
             if FP8:
-                acc_2 += tl.dot(x, w_2) * (x_scale * tl.load(w_scale_at + apart // GROUP * groups))[:, None]
+                acc_2 += tl.dot(x, w_2) * (x_scale * tl.load(step_scale_at + apart // GROUP * groups))[:, None]
             else:
                 acc_2 = tl.dot(x, w_2, acc_2, input_precision="ieee")
         if FP8:
             x_scale_at += x_scale_step
-            w_scale_at += 1
         x_at += BLOCK_K
         w_at += BLOCK_K
     dtype = out_ptr.dtype.element_ty if ROWS is None else ROWS
