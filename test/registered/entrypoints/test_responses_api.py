@@ -153,7 +153,7 @@ class TestItems(ResponsesCase):
         call = {"type": "function_call", "call_id": "c", "name": "add", "arguments": "{}"}
         self.assertEqual(turns(user, thought("A"), said), [("user", None, 0), ("assistant", "A", 0)])
         self.assertEqual(turns(thought("A"), said, thought("B"), call), [("assistant", "A\nB", 1)])
-        # A turn that was cut within its thought, or went on thinking.
+        # A turn that was cut inside of its thought, or continued to think.
         self.assertEqual(turns(user, thought("A"), user, said)[1:], [
             ("assistant", "A", 0), ("user", None, 0), ("assistant", None, 0)
         ])  # fmt: skip
