@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 
+from sglang.kernels import launch
 from sglang.kernels.ops.moe import fused_experts_mxfp4 as experts
 from sglang.kernels.ops.moe import fused_experts_mxfp4_sm90_triton as bodies
 from sglang.kernels.ops.moe.fused_experts import PairOrder
@@ -137,21 +138,21 @@ class TestFewPairs(CustomTestCase):
 
 class TestWhenItRuns(CustomTestCase):
     def test_without_the_language_codes_stay(self):
-        experts.has_few_pairs_kernel.cache_clear()
-        self.addCleanup(experts.has_few_pairs_kernel.cache_clear)
+        launch.imports_gluon.cache_clear()
+        self.addCleanup(launch.imports_gluon.cache_clear)
         generator = torch.Generator().manual_seed(3)
         stacks = [*experts.random_experts(2, 256, 128, generator), *experts.random_experts(2, 128, 128, generator)]
         chosen = mock.patch.object(REGISTRY, "chosen", return_value="triton")
         platform = mock.patch.object(experts, "current_platform", SimpleNamespace(arch="sm_90"))
         hidden = mock.patch.dict(sys.modules, {"triton.experimental.gluon": None})
         with chosen, platform:
-            with mock.patch.dict(sys.modules), hidden, self.assertLogs(experts.logger, "WARNING") as logs:
+            with mock.patch.dict(sys.modules), hidden, self.assertLogs(launch.logger, "WARNING") as logs:
                 del sys.modules[bodies.__name__]
                 for _ in range(2):
                     self.assertFalse(experts.shuffle_experts_mxfp4(*stacks))
             self.assertEqual(len(logs.output), 1)
             self.assertFalse(experts.is_placed(stacks[0]))
-            experts.has_few_pairs_kernel.cache_clear()
+            launch.imports_gluon.cache_clear()
             self.assertTrue(experts.shuffle_experts_mxfp4(*stacks))
         # What declares the ops does not import it.
         self.assertNotIn(bodies, REGISTRY.load_all())

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl
+from sglang.kernels.launch import cdiv, imports_gluon, next_power_of_2, triton_impl
 from sglang.kernels.ops.activation.silu_and_mul import limit_option, silu_and_mul_torch
 from sglang.kernels.ops.moe.fused_experts import (
     PairOrder,
@@ -37,12 +37,14 @@ from sglang.kernels.ops.quant.mxfp4 import (
     quantize_mxfp4,
     unpack_eighths,
 )
-from sglang.kernels.registry import REGISTRY, probe_package
+from sglang.kernels.registry import REGISTRY
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.environ import envs
 from sglang.srt.platforms import current_platform
 
 logger = logging.getLogger(__name__)
+
+SM90_BODIES = "sglang.kernels.ops.moe.fused_experts_mxfp4_sm90_triton"
 
 # Where ``tl.dot_scaled`` is instructions of the machine (gfx950: a conversion with the scale, then the product in
 # 16 bits). Elsewhere codes become numbers in registers before the product.
@@ -283,15 +285,6 @@ fused_experts_mxfp4 = Op(
 )
 
 
-@functools.cache
-def has_few_pairs_kernel() -> bool:
-    """Whether the kernel of ``few_pairs_product`` imports: its language is experimental. Logged where not."""
-    reason = probe_package("sglang.kernels.ops.moe.fused_experts_mxfp4_sm90_triton")
-    if reason is not None:
-        logger.warning("the kernel of MXFP4 experts for sm_90 does not import (%s): codes stay as they are", reason)
-    return reason is None
-
-
 def shuffle_experts_mxfp4(
     w13: Tensor, w13_scale: Tensor, w2: Tensor, w2_scale: Tensor, rounds_rows: bool = True,
     dtype: torch.dtype = torch.bfloat16,
@@ -306,7 +299,7 @@ def shuffle_experts_mxfp4(
         dtype != torch.bfloat16
         or current_platform.arch not in PLACED_ARCHS
         or REGISTRY.chosen(fused_experts_mxfp4) != "triton"
-        or not has_few_pairs_kernel()
+        or not imports_gluon(SM90_BODIES)
     ):
         return False
     return place_experts(w13, w13_scale, w2, w2_scale)
