@@ -67,6 +67,7 @@ class TestRows(CustomTestCase):
     def test_rows_come_quantised_for_a_product_of_such(self):
         x, residual = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(1))
         norm, router = RMSNorm(256), SimpleNamespace(router_weight=torch.ones(2, 256), logits_dtype=torch.float32)
+        norm.weight.data.copy_(torch.rand(256, generator=torch.Generator().manual_seed(2)))  # it is not initialised
         normed, total = norm(x, residual)
         q, scale = quantize_groups_torch(normed, torch.float8_e4m3fn)
         norm.quantize_for(SimpleNamespace(row_dtype=torch.float8_e4m3fn))
