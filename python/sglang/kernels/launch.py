@@ -1,4 +1,4 @@
-"""Host-side arithmetic that launchers of Triton kernels share; nothing here imports Triton or reads device data."""
+"""What launchers of Triton kernels share on the host; importing it imports no Triton, and nothing reads device data."""
 
 from __future__ import annotations
 

@@ -6,18 +6,12 @@ product. Steps of 128 columns wait in shared memory, STAGES - 1 of them on their
 codes that it multiplies. The products are those of warps (m16n8k16): groups of warps would wait for each.
 """
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from sglang.kernels.ops.moe.fused_experts_mxfp4_triton import LIFT, PLACED_NUMBERS, PLACED_WHOLE, TWICE
 from sglang.kernels.ops.moe.fused_experts_sm90_triton import copy_rows
-from sglang.kernels.registry import is_older
-
-# Before it mma_v2() was not there.
-if is_older(triton.__version__, (3, 6)):
-    raise ImportError(f"Triton is {triton.__version__}, this needs 3.6")
 
 # Columns of a step, 32-bit words of a row's codes in it, and what splits a word.
 STEP, WORDS = gl.constexpr(128), gl.constexpr(16)
