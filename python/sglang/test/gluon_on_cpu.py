@@ -7,17 +7,27 @@ copies land when what counts them arrives.
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 import threading
 import types
+import unittest
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
+import triton
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.core import constexpr
+
+from sglang.kernels import launch
+from sglang.kernels.ops import sm90_triton
+from sglang.kernels.ops.moe.fused_experts import PairOrder
+from sglang.kernels.registry import REGISTRY
 
 # Seconds after which a wait is a deadlock.
 PATIENCE = 10.0
@@ -317,3 +327,57 @@ def run_program(
             scope[name] = types.FunctionType(value.fn.__code__, scope, name, value.fn.__defaults__)
     values = [Pointer.of(arg) if isinstance(arg, torch.Tensor) else _with_type(arg) for arg in args]
     types.FunctionType(kernel.fn.__code__, scope, kernel.fn.__name__, kernel.fn.__defaults__)(*values, **kwargs)
+
+
+class OnHost:
+    """In the place of a kernel: a launch runs its programs one after the other, and is recorded.
+
+    Fields:
+        launched: number of warps and named arguments of each launch.
+    """
+
+    def __init__(self, kernel: GluonJITFunction) -> None:
+        self.kernel = kernel
+        self.launched: list[tuple[int, dict[str, Any]]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch_all(*args: Any, num_warps: int, **options: Any) -> None:
+            for program in itertools.product(*map(range, grid)):
+                run_program(self.kernel, program, grid, *args, **options)
+            self.launched.append((num_warps, options))
+
+        return launch_all
+
+
+def order_on_host(ids: torch.Tensor, num_experts: int, block: int) -> PairOrder:
+    """What ``order_pairs`` gives, past its end filled with what must not be read."""
+    flat, pairs, owners = ids.flatten(), list[int](), list[int]()
+    for expert in range(num_experts):
+        mine = (flat == expert).nonzero().flatten().tolist()
+        mine += [flat.numel()] * (-len(mine) % block)
+        pairs += mine
+        owners += [expert] * (len(mine) // block)
+    ints = (pairs + [1 << 30] * block, [*owners, 1 << 30], [len(owners), 0])
+    order, block_expert, num_blocks = (torch.tensor(one, dtype=torch.int32) for one in ints)
+    return PairOrder(order, block_expert, num_blocks, len(owners) + 1)
+
+
+def check_without_gluon(case: unittest.TestCase, kernels: types.ModuleType, fits: Callable[[], bool]) -> None:
+    """Where Triton has no Gluon or is too old for it, ``fits`` says so twice and one line of the log why.
+
+    kernels: the module of the kernels that ``fits`` asks for, which must not be imported by what declares the ops.
+    """
+    hidden = mock.patch.dict(sys.modules, {"triton.experimental.gluon": None})
+    older = mock.patch.object(triton, "__version__", "3.5.1")
+    case.addCleanup(launch.imports_gluon.cache_clear)
+    for name, patch in (("hidden", hidden), ("older", older)):
+        with case.subTest(name), mock.patch.dict(sys.modules), patch:
+            del sys.modules[kernels.__name__], sys.modules[sm90_triton.__name__]
+            launch.imports_gluon.cache_clear()
+            with case.assertLogs(launch.logger, "WARNING") as logs:
+                case.assertFalse(fits())
+                case.assertFalse(fits())
+            case.assertEqual(len(logs.output), 1)
+            case.assertIn("Error: ", logs.output[0])
+    launch.imports_gluon.cache_clear()
+    case.assertNotIn(kernels, REGISTRY.load_all())

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import sys
 import unittest
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
-import triton
 
-from sglang.kernels import launch
 from sglang.kernels.ops.attention import decode_sm90_triton, launchers, tiles
 from sglang.kernels.ops.attention.launchers import fits_specialised_warps, launch_parts
 from sglang.kernels.ops.attention.tiles import RowShape, Tile
-from sglang.kernels.registry import REGISTRY
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.gluon_on_cpu import run_program
+from sglang.test.gluon_on_cpu import OnHost, check_without_gluon
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=10, suite="stage-b-test-cpu")
@@ -25,19 +20,6 @@ register_cpu_ci(est_time=10, suite="stage-b-test-cpu")
 HEADS, WIDTH, VALUE = 128, 576, 512
 SHAPE = RowShape.of(WIDTH, VALUE, value_is_key=True)
 TILE = Tile(64, 64, 8, 3)
-
-
-class OnHost:
-    """In the place of the kernel: a launch runs its programs one after the other."""
-
-    kernel = decode_sm90_triton.decode_heads_sm90_kernel
-
-    def __getitem__(self, grid):
-        def launch(*args, num_warps, **options):
-            for program in itertools.product(*map(range, grid)):
-                run_program(self.kernel, program, grid, *args, **options)
-
-        return launch
 
 
 def on_sm90(case: CustomTestCase, arch: str = "sm_90") -> None:
@@ -49,7 +31,8 @@ def on_sm90(case: CustomTestCase, arch: str = "sm_90") -> None:
 class TestBodies(CustomTestCase):
     def setUp(self):
         on_sm90(self)
-        self.enterContext(mock.patch.object(decode_sm90_triton, "decode_heads_sm90_kernel", OnHost()))
+        kernel = OnHost(decode_sm90_triton.decode_heads_sm90_kernel)
+        self.enterContext(mock.patch.object(decode_sm90_triton, "decode_heads_sm90_kernel", kernel))
         # Threads of a product in each of three threads would wait for one another.
         self.addCleanup(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
@@ -105,8 +88,6 @@ class TestBodies(CustomTestCase):
 class TestWhenItRuns(CustomTestCase):
     def setUp(self):
         on_sm90(self)
-        launch.imports_gluon.cache_clear()
-        self.addCleanup(launch.imports_gluon.cache_clear)
 
     def fits(self, q=None, k=None, shape=SHAPE, tile=TILE, repeat=1) -> bool:
         q = torch.empty(2, HEADS, WIDTH, dtype=torch.bfloat16) if q is None else q
@@ -129,19 +110,7 @@ class TestWhenItRuns(CustomTestCase):
         self.assertFalse(self.fits())
 
     def test_without_the_language_triton_s_kernel_runs(self):
-        hidden = {"triton.experimental.gluon": None}
-        older = mock.patch.object(triton, "__version__", "3.5.1")
-        for name, patch in (("hidden", mock.patch.dict(sys.modules, hidden)), ("older", older)):
-            with self.subTest(name), mock.patch.dict(sys.modules), patch:
-                del sys.modules[decode_sm90_triton.__name__]
-                launch.imports_gluon.cache_clear()
-                with self.assertLogs(launch.logger, "WARNING") as logs:
-                    self.assertFalse(self.fits())
-                    self.assertFalse(self.fits())
-                self.assertEqual(len(logs.output), 1)
-                self.assertIn("Error: ", logs.output[0])
-        # What declares the ops does not import it.
-        self.assertNotIn(decode_sm90_triton, REGISTRY.load_all())
+        check_without_gluon(self, decode_sm90_triton, self.fits)
 
 
 if __name__ == "__main__":

@@ -3,29 +3,22 @@ reference. The inline assembly is plain operations here; test_mxfp4.py runs it f
 
 from __future__ import annotations
 
-import sys
 import unittest
+from collections import Counter
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
 
-from sglang.kernels import launch
 from sglang.kernels.ops.moe import fused_experts_mxfp4 as experts
 from sglang.kernels.ops.moe import fused_experts_mxfp4_sm90_triton as bodies
-from sglang.kernels.ops.moe.fused_experts import PairOrder
 from sglang.kernels.ops.quant.mxfp4 import PLACES
 from sglang.kernels.registry import REGISTRY
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.gluon_on_cpu import run_program
+from sglang.test.gluon_on_cpu import OnHost, check_without_gluon, order_on_host
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=10, suite="stage-b-test-cpu")
-
-
-def halves(words):
-    OnHost.products += 1
-    return torch.stack((words & 0xFFFF, words >> 16 & 0xFFFF), -1)
 
 
 def numbers(quads, power):
@@ -35,35 +28,16 @@ def numbers(quads, power):
         yield (bits.view(torch.float32) * factor).bfloat16()
 
 
-class OnHost:
-    """In the place of the kernel: a launch runs its programs one after the other."""
-
-    kernel = bodies.few_pairs_mxfp4_kernel
-    products = 0
+class Counted(OnHost):
+    """Counts the products of each launch: one per split of words into halves."""
 
     def __init__(self):
-        self.launched = []
+        super().__init__(bodies.few_pairs_mxfp4_kernel)
+        self.products = Counter()
 
-    def __getitem__(self, grid):
-        def launch(*args, num_warps, **shape):
-            OnHost.products = 0
-            for program in range(*grid):
-                run_program(self.kernel, (program,), grid, *args, **shape)
-            self.launched.append((shape["HELD"] > 0, 16 * num_warps, OnHost.products))
-
-        return launch
-
-
-def order_on_host(ids: torch.Tensor, num_experts: int, block: int) -> PairOrder:
-    """What ``order_pairs`` gives, past its end filled with what must not be read."""
-    flat, pairs, owners = ids.flatten(), [], []
-    for expert in range(num_experts):
-        mine = (flat == expert).nonzero().flatten().tolist()
-        mine += [flat.numel()] * (-len(mine) % block)
-        pairs += mine
-        owners += [expert] * (len(mine) // block)
-    ints = (pairs + [1 << 30] * block, [*owners, 1 << 30], [len(owners)])
-    return PairOrder(*(torch.tensor(one, dtype=torch.int32) for one in ints), len(owners) + 1)
+    def halves(self, words):
+        self.products[len(self.launched)] += 1
+        return torch.stack((words & 0xFFFF, words >> 16 & 0xFFFF), -1)
 
 
 def weighted_sum_on_host(rows: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -73,9 +47,9 @@ def weighted_sum_on_host(rows: torch.Tensor, weights: torch.Tensor, ids: torch.T
 
 class TestFewPairs(CustomTestCase):
     def setUp(self):
-        self.kernel = OnHost()
+        self.kernel = Counted()
         for module, name, value in (
-            (bodies, "_halves", halves),
+            (bodies, "_halves", self.kernel.halves),
             (bodies, "_numbers", numbers),
             (bodies, "few_pairs_mxfp4_kernel", self.kernel),
             (experts, "order_pairs", order_on_host),
@@ -101,12 +75,15 @@ class TestFewPairs(CustomTestCase):
         self.assertEqual(found.isnan().any(1).tolist(), [token == tokens // 2 for token in range(tokens)])
         largest = float(wanted.float().nan_to_num().abs().max())
         torch.testing.assert_close(found, wanted.float(), rtol=2**-7, atol=2**-7 * largest, equal_nan=True)
-        (is_held, rows, products), (_, rows_2, products_2) = self.kernel.launched
+        (warps, options), (warps_2, _) = self.kernel.launched
+        rows, rows_2 = 16 * warps, 16 * warps_2
         counts = ids[ids >= 0].bincount().tolist()
         blocks = sum(-(-count // 8) for count in counts)
-        self.assertEqual(products, blocks * (width // rows) * (hidden // 128) * 2, "blocks are multiplied once")
-        self.assertEqual(products_2, blocks * (hidden // rows_2) * (width // 128))
-        return is_held
+        self.assertEqual(
+            self.kernel.products[0], blocks * (width // rows) * (hidden // 128) * 2, "blocks are multiplied once"
+        )
+        self.assertEqual(self.kernel.products[1], blocks * (hidden // rows_2) * (width // 128))
+        return options["HELD"] > 0
 
     def test_more_pairs_of_one_expert_than_a_block_has(self):
         def change(ids):
@@ -138,24 +115,14 @@ class TestFewPairs(CustomTestCase):
 
 class TestWhenItRuns(CustomTestCase):
     def test_without_the_language_codes_stay(self):
-        launch.imports_gluon.cache_clear()
-        self.addCleanup(launch.imports_gluon.cache_clear)
         generator = torch.Generator().manual_seed(3)
         stacks = [*experts.random_experts(2, 256, 128, generator), *experts.random_experts(2, 128, 128, generator)]
         chosen = mock.patch.object(REGISTRY, "chosen", return_value="triton")
         platform = mock.patch.object(experts, "current_platform", SimpleNamespace(arch="sm_90"))
-        hidden = mock.patch.dict(sys.modules, {"triton.experimental.gluon": None})
         with chosen, platform:
-            with mock.patch.dict(sys.modules), hidden, self.assertLogs(launch.logger, "WARNING") as logs:
-                del sys.modules[bodies.__name__]
-                for _ in range(2):
-                    self.assertFalse(experts.shuffle_experts_mxfp4(*stacks))
-            self.assertEqual(len(logs.output), 1)
+            check_without_gluon(self, bodies, lambda: experts.shuffle_experts_mxfp4(*stacks))
             self.assertFalse(experts.is_placed(stacks[0]))
-            launch.imports_gluon.cache_clear()
             self.assertTrue(experts.shuffle_experts_mxfp4(*stacks))
-        # What declares the ops does not import it.
-        self.assertNotIn(bodies, REGISTRY.load_all())
 
 
 if __name__ == "__main__":

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 import unittest
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
-import triton
 
-from sglang.kernels import launch
 from sglang.kernels.ops.activation.silu_and_mul import silu_and_mul_torch
 from sglang.kernels.ops.moe import fused_experts, fused_experts_sm90_triton
-from sglang.kernels.ops.moe.fused_experts import PairOrder, Scaled, expert_product, fits_slots
+from sglang.kernels.ops.moe.fused_experts import Scaled, expert_product, fits_slots
 from sglang.kernels.ops.moe.tiles import choose_tiles
 from sglang.kernels.ops.quant import group_fp8
-from sglang.kernels.registry import REGISTRY
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.gluon_on_cpu import run_program
+from sglang.test.gluon_on_cpu import OnHost, check_without_gluon, order_on_host
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=12, suite="stage-b-test-cpu")
@@ -26,31 +22,6 @@ register_cpu_ci(est_time=12, suite="stage-b-test-cpu")
 FP8 = torch.float8_e4m3fn
 TILE = {"SLOTS": 4, "GROUP_M": 2}
 PROGRAMS = 3
-
-
-class OnHost:
-    """In the place of the kernel: a launch runs its programs one after the other."""
-
-    kernel = fused_experts_sm90_triton.many_tokens_sm90_kernel
-
-    def __getitem__(self, grid):
-        def launch(*args, num_warps):
-            for program in range(*grid):
-                run_program(self.kernel, (program,), grid, *args)
-
-        return launch
-
-
-def order_on_host(ids: torch.Tensor, experts: int, block: int) -> PairOrder:
-    """What ``order_pairs`` gives, past its end filled with what must not be read."""
-    flat, pairs, owners = ids.flatten(), [], []
-    for expert in range(experts):
-        mine = (flat == expert).nonzero().flatten().tolist()
-        mine += [flat.numel()] * (-len(mine) % block)
-        pairs += mine
-        owners += [expert] * (len(mine) // block)
-    ints = (pairs + [1 << 30] * block, [*owners, 1 << 30], [len(owners), 0])
-    return PairOrder(*(torch.tensor(one, dtype=torch.int32) for one in ints), len(owners) + 1)
 
 
 def stacked(experts: int, rows: int, columns: int, generator: torch.Generator, dtype: torch.dtype) -> Scaled:
@@ -64,7 +35,8 @@ class TestBodies(CustomTestCase):
     def setUp(self):
         for name, value in (("multiprocessors", lambda arch: PROGRAMS), ("triton_dtype", lambda dtype: dtype)):
             self.enterContext(mock.patch.object(fused_experts, name, value))
-        self.enterContext(mock.patch.object(fused_experts_sm90_triton, "many_tokens_sm90_kernel", OnHost()))
+        kernel = OnHost(fused_experts_sm90_triton.many_tokens_sm90_kernel)
+        self.enterContext(mock.patch.object(fused_experts_sm90_triton, "many_tokens_sm90_kernel", kernel))
         # Threads of a product in each of three threads would wait for one another.
         self.addCleanup(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
@@ -149,8 +121,6 @@ class TestBodies(CustomTestCase):
 class TestWhenItRuns(CustomTestCase):
     def setUp(self):
         self.arch("sm_90")
-        launch.imports_gluon.cache_clear()
-        self.addCleanup(launch.imports_gluon.cache_clear)
 
     def arch(self, name: str) -> None:
         self.enterContext(mock.patch.object(fused_experts, "current_platform", SimpleNamespace(arch=name)))
@@ -186,19 +156,7 @@ class TestWhenItRuns(CustomTestCase):
         self.assertFalse(self.fits())
 
     def test_without_the_language_triton_s_tiles_run(self):
-        hidden = {"triton.experimental.gluon": None}
-        older = mock.patch.object(triton, "__version__", "3.5.1")
-        for name, patch in (("hidden", mock.patch.dict(sys.modules, hidden)), ("older", older)):
-            with self.subTest(name), mock.patch.dict(sys.modules), patch:
-                del sys.modules[fused_experts_sm90_triton.__name__]
-                launch.imports_gluon.cache_clear()
-                with self.assertLogs(launch.logger, "WARNING") as logs:
-                    self.assertFalse(self.fits())
-                    self.assertFalse(self.fits())
-                self.assertEqual(len(logs.output), 1)
-                self.assertIn("Error: ", logs.output[0])
-        # What declares the ops does not import it.
-        self.assertNotIn(fused_experts_sm90_triton, REGISTRY.load_all())
+        check_without_gluon(self, fused_experts_sm90_triton, self.fits)
 
     def test_rows_per_expert(self):
         """A table without the row takes Triton's tile, and so do few rows per expert and sizes that do not fit."""

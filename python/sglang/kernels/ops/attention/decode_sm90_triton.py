@@ -7,7 +7,6 @@ memory, and sum half of the value's columns each. Parts and their lse are those 
 ``decode_triton``, up to the order of sums.
 """
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
@@ -18,15 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sglang.kernels.registry import is_older
-
-# Before it warp_specialize() took other arguments.
-if is_older(triton.__version__, (3, 6)):
-    raise ImportError(f"Triton is {triton.__version__}, this needs 3.6")
-
-# Triton 3.9 renamed both.
-copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-join_warps = getattr(gl, "thread_barrier", None) or gl.barrier
+from sglang.kernels.ops.sm90_triton import copy_rows, join_warps
 
 LOG2E, LN2 = gl.constexpr(1.4426950408889634), gl.constexpr(0.6931471805599453)
 # Heads of a program; tokens of a slot, whose logits one group of warps computes; columns of a tile of 128 bytes;

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from sglang.kernels.ops.moe.fused_experts_mxfp4_triton import LIFT, PLACED_NUMBERS, PLACED_WHOLE, TWICE
-from sglang.kernels.ops.moe.fused_experts_sm90_triton import copy_rows
+from sglang.kernels.ops.sm90_triton import copy_rows
 
 # Columns of a step, 32-bit words of a row's codes in it, and what splits a word.
 STEP, WORDS = gl.constexpr(128), gl.constexpr(16)

@@ -7,29 +7,19 @@ scales or stores its sums while the other keeps the matrix units busy. 64 rows w
 order over K, scales and rounding are those of ``expert_tile`` in ``fused_experts_triton``.
 """
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sglang.kernels.ops.quant.scales_triton import LEAST
-from sglang.kernels.registry import is_older
-
-# Before it warp_specialize() took other arguments.
-if is_older(triton.__version__, (3, 6)):
-    raise ImportError(f"Triton is {triton.__version__}, this needs 3.6")
-
-# Triton 3.9 renamed both.
-copy_rows = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
-copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+from sglang.kernels.ops.sm90_triton import copy_rows, copy_tile
 
 # Rows of a tile, rows that one group of warps multiplies, and columns of one of its two sums or of a group of scales.
 ROWS, HALF, GROUP = gl.constexpr(128), gl.constexpr(64), gl.constexpr(128)
