@@ -13,11 +13,14 @@ from unittest import mock
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt import server_args
 from sglang.srt.arg_groups.parse import read
-from sglang.srt.arg_groups.plan import evaluate
+from sglang.srt.arg_groups.plan import evaluate, plan_launch
 from sglang.srt.entrypoints.launch import check_plan
+from sglang.srt.environ import envs
+from sglang.srt.platforms import override_platform
 from sglang.srt.platforms.cpu import CpuPlatform
 from sglang.srt.utils.common import get_free_port
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.kernel_choice import fresh_decisions
 from sglang.test.test_utils import CustomTestCase
 from sglang.version import __version__
 
@@ -89,6 +92,21 @@ class TestEarlyErrors(CustomTestCase):
         code = "from sglang.srt.arg_groups.parse import read; print(read(['--dry-run', '--tpp']).start_errors())"
         done = program(code)
         self.assertEqual(done.stdout, "[]\nloaded []\n")
+
+    def test_a_dry_run_applies_forced_kernels(self) -> None:
+        for text, said in (
+            ("sampling.greedy", "SGLANG_KERNELS takes op=implementation pairs"),
+            ("sampling.gready=torch", "Did you mean 'sampling.greedy'?"),
+            ("sampling.greedy=triton", "which cannot run: not for cpu"),
+        ):
+            # Beside another mistake.
+            args = read(["--dry-run", "--tp", "3"])
+            with self.subTest(text), envs.SGLANG_KERNELS.override(text), fresh_decisions(), override_platform(CPU):
+                errors = plan_launch(args).errors
+                self.assertEqual(len(errors), 2, errors)
+                self.assertIn(said, " ".join(errors))
+        with envs.SGLANG_KERNELS.override("sampling.greedy=torch"), fresh_decisions(), override_platform(CPU):
+            self.assertEqual(plan_launch(read(["--dry-run"])).errors, [])
 
 
 class TestOtherCommands(CustomTestCase):

@@ -65,6 +65,8 @@ class LaunchPlan:
 def plan_launch(request: ServerArgs | Parsed) -> LaunchPlan:
     """The complete plan of a launch; nothing is started, and problems are collected in it."""
     plan = evaluate(request)
+    if plan.args.dry_run and plan.platform != "none":
+        _try_kernels(plan)
     if plan.errors or plan.model_config is None:
         return plan
     try:
@@ -75,6 +77,17 @@ def plan_launch(request: ServerArgs | Parsed) -> LaunchPlan:
     except ValueError as error:
         plan.errors.append(str(error))
     return plan
+
+
+def _try_kernels(plan: LaunchPlan) -> None:
+    """Apply ``SGLANG_KERNELS`` as the ranks would; without it there is nothing that could be wrong."""
+    if envs.SGLANG_KERNELS.is_set():
+        from sglang.kernels.registry import REGISTRY, KernelConfigError
+
+        try:
+            REGISTRY.freeze()
+        except KernelConfigError as error:
+            plan.errors.append(str(error))
 
 
 def _plan_streams(plan: LaunchPlan) -> None:
