@@ -182,6 +182,35 @@ class TestEngine(CustomTestCase):
         with self.assertRaisesRegex(ValueError, "Give rid"):
             self.engine.abort_request()
 
+    def test_an_abort_finds_a_chat_whose_template_renders(self):
+        """Before the prompt is made, the tokenizer manager has no request of this id."""
+        rendering, aborted, ends = threading.Event(), threading.Event(), []
+
+        def render(*_, **__):
+            rendering.set()
+            self.assertTrue(aborted.wait(20))
+            return "hello"
+
+        def whole():
+            return self.engine.chat([], rid="job-2", max_tokens=50)
+
+        def stream():
+            return list(self.engine.chat([], stream=True, rid="job-2", max_tokens=50))[-1]
+
+        self.fake.scheduler.delay_s = 0.02
+        with mock.patch.object(self.engine.tokenizer_manager.tokenizer, "apply_chat_template", render):
+            for work in (whole, stream):
+                rendering.clear(), aborted.clear()
+                caller = threading.Thread(target=lambda: ends.append(work()["choices"][0]["finish_reason"]))  # noqa: B023
+                caller.start()
+                self.assertTrue(rendering.wait(20))
+                self.engine.abort_request("other")
+                self.engine.abort_request("job")
+                aborted.set()
+                caller.join()
+        self.assertEqual(ends, ["abort"] * 2)
+        self.assertEqual(self.engine.tokenizer_manager.admission.num_requests, 0)
+
 
 class TestEndOfEngine(CustomTestCase):
     def test_a_dead_child_fails_the_caller_and_shutdown_is_final(self):

@@ -6,9 +6,9 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Generator
+from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator
 from concurrent.futures import CancelledError
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar
 
 import msgspec
@@ -20,6 +20,7 @@ from sglang.srt.entrypoints.launch import check_engine, start_engine
 from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.entrypoints.profile_api import ProfileBody, start_profile, stop_profile
+from sglang.srt.managers.admission import Place
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.process_launch import EngineProcesses
 from sglang.srt.managers.request_fields import REFUSED_FIELDS
@@ -133,8 +134,8 @@ class Engine:
     def __exit__(self, *_: Any) -> None:
         self.shutdown()
 
-    async def _whole(self, request: GenerateReqInput) -> Any:
-        results = self.tokenizer_manager.generate_request(request)
+    async def _whole(self, request: GenerateReqInput, place: Place | None = None) -> Any:
+        results = self.tokenizer_manager.generate_request(request, place=place)
         try:
             return await anext(results)
         finally:
@@ -142,17 +143,29 @@ class Engine:
 
     async def _whole_chat(self, body: ChatCompletionRequest) -> dict[str, Any]:
         warnings: list[str] = []
-        native = await self._chat.native(body, warnings)
-        whole: dict[str, Any] = msgspec.to_builtins(self._chat.whole(body, native, await self._whole(native), warnings))
+        with self._place() as place:
+            native = await self._chat.native(body, warnings)
+            result = await self._whole(native, place)
+        whole: dict[str, Any] = msgspec.to_builtins(self._chat.whole(body, native, result, warnings))
         return whole
 
     async def _chat_chunks(self, body: ChatCompletionRequest) -> AsyncGenerator[dict[str, Any], None]:
         warnings: list[str] = []
-        native = await self._chat.native(body, warnings)
-        results = self.tokenizer_manager.generate_request(native, incremental=True)
-        async with aclosing(self._chat.chunks(body, native, results, warnings)) as chunks:
-            async for chunk in chunks:
-                yield msgspec.to_builtins(chunk)
+        with self._place() as place:
+            native = await self._chat.native(body, warnings)
+            results = self.tokenizer_manager.generate_request(native, incremental=True, place=place)
+            async with aclosing(self._chat.chunks(body, native, results, warnings)) as chunks:
+                async for chunk in chunks:
+                    yield msgspec.to_builtins(chunk)
+
+    @contextmanager
+    def _place(self) -> Iterator[Place]:
+        """A place in the queue, where aborts find a request whose messages become a prompt."""
+        place = Place(self.tokenizer_manager.admission)
+        try:
+            yield place
+        finally:
+            place.leave()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` in the engine's loop and wait; an interrupt cancels it."""
