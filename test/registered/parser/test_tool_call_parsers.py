@@ -4,6 +4,7 @@ import json
 import random
 import unittest
 from enum import Enum, IntEnum
+from unittest import mock
 
 from pydantic import BaseModel
 
@@ -74,6 +75,13 @@ class TestToolCallParsers(CustomTestCase):
             self.assertEqual(read_calls(parser, [cut]), [cut])
             endless = cut + parser.end * 2000
             self.assertEqual(read_calls(parser, [endless]), [endless])
+
+    def test_a_call_is_not_decoded_at_each_mark_of_a_string(self):
+        arguments = json.dumps({"text": Qwen25Parser.end * 30, "b": 'a\\"' + Qwen25Parser.end})
+        with mock.patch.object(Qwen25Parser, "read_call", autospec=True, side_effect=Qwen25Parser.read_call) as read:
+            (call,) = read_calls(Qwen25Parser, list(qwen("note", arguments)))
+        self.assertEqual(call, ("note", json.loads(arguments)))
+        self.assertEqual(read.call_count, 3)  # at the first mark of each string, and at the end
 
     def test_values_have_the_types_that_references_lead_to(self):
         """Nested models and enumerations of pydantic stand in ``$defs``: their values came as strings."""

@@ -19,6 +19,8 @@ _OF_VALUES = ("type", "enum", "const", "anyOf", "oneOf", "properties", "required
 _MAX_PARTS = 256
 # End marks within the strings of one call; with more it is text.
 _MAX_PASSED = 32
+# The rest of a JSON string.
+_STRING_END = re.compile(r'[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 # A mark that may be one special token.
 _MARK = re.compile("(<[^<>\\s]+>)")
 JSON_TYPES: dict[str, tuple[type, ...]] = {
@@ -72,6 +74,8 @@ class ToolCallParser(ABC):
         self._text = ""
         # Characters of a call in which no end mark was found, and end marks in them that are part of a JSON string.
         self._searched = self._num_passed = 0
+        # Where the text of the string begins that contains the last of them: no call ends before it does.
+        self._open_string: int | None = None
         # White space and a mark of a block, which are text unless a call follows.
         self._before = ""
         # Inside a block with a valid call, so that its end mark is not text.
@@ -148,9 +152,12 @@ class ToolCallParser(ABC):
         """Parse the call at the beginning of the text; False while it is not complete."""
         while (length := self._text.find(self.end, self._searched)) >= 0:
             body, length = self._text[len(self.start) : length], length + len(self.end)
-            call = self.read_call(body)
-            if call is not None or self._num_passed == _MAX_PASSED or not _ends_in_string(body):
-                break
+            last = self._num_passed == _MAX_PASSED
+            if last or self._open_string is None or _STRING_END.match(body, self._open_string):
+                call = self.read_call(body)
+                self._open_string = _open_string(body) if call is None and not last else None
+                if self._open_string is None:
+                    break
             self._searched, self._num_passed = length, self._num_passed + 1
         else:
             self._searched = max(self._searched, len(self._text) - len(self.end))
@@ -191,15 +198,16 @@ class ToolCallParser(ABC):
         return True
 
 
-def _ends_in_string(body: str) -> bool:
-    """Whether the JSON in ``body`` ends within a string, which may contain an end mark."""
+def _open_string(body: str) -> int | None:
+    """Where the text of the JSON string begins that the end of ``body`` cuts, and that may contain an end mark."""
+    begin = max(0, body.find("{"))
     try:
-        json.JSONDecoder().raw_decode(body[max(0, body.find("{")) :])
+        json.JSONDecoder().raw_decode(body[begin:])
     except json.JSONDecodeError as error:
-        return error.msg.startswith("Unterminated string")
+        return begin + error.pos + 1 if error.msg.startswith("Unterminated string") else None
     except RecursionError:
         pass
-    return False
+    return None
 
 
 def quoted(text: str) -> str:
