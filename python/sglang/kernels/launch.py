@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sglang.kernels.registry import probe_package
+from sglang.kernels.registry import REGISTRY, probe_package
 from sglang.kernels.spec import Impl
 from sglang.srt.environ import envs
 
@@ -22,9 +22,11 @@ FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 @cache
 def imports_gluon(module: str) -> bool:
-    """Whether a module of Gluon kernels imports: Triton's language for them is experimental. Logged where not."""
+    """Whether a module of Gluon kernels imports: Triton's language for them is experimental. Where not, that is
+    logged, and shown by ``/server_info``."""
     reason = probe_package(module)
     if reason is not None:
+        REGISTRY.missing_modules[module] = reason
         logger.warning("%s does not import (%s): a slower kernel runs", module, reason)
     return reason is None
 

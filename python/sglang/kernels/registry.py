@@ -92,6 +92,8 @@ class KernelRegistry:
         self.ops: dict[str, OpSpec] = {}
         self.records: dict[str, OpRecord] = {}
         self.serving = False
+        # Modules of kernels that an implementation would run, and why they do not import.
+        self.missing_modules: dict[str, str] = {}
         self._packages: dict[str, str | None] = {}
         self._preferred: dict[str, str | None] = {}
         self._forced: dict[str, str] | None = None

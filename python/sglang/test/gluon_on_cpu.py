@@ -363,7 +363,7 @@ def order_on_host(ids: torch.Tensor, num_experts: int, block: int) -> PairOrder:
 
 
 def check_without_gluon(case: unittest.TestCase, kernels: types.ModuleType, fits: Callable[[], bool]) -> None:
-    """Where Triton has no Gluon or is too old for it, ``fits`` says so twice and one line of the log why.
+    """Where Triton has no Gluon or is too old for it, ``fits`` says so twice and one line of the log, like /server_info, why.
 
     kernels: the module of the kernels that ``fits`` asks for, which must not be imported by what declares the ops.
     """
@@ -371,7 +371,8 @@ def check_without_gluon(case: unittest.TestCase, kernels: types.ModuleType, fits
     older = mock.patch.object(triton, "__version__", "3.5.1")
     case.addCleanup(launch.imports_gluon.cache_clear)
     for name, patch in (("hidden", hidden), ("older", older)):
-        with case.subTest(name), mock.patch.dict(sys.modules), patch:
+        missing = mock.patch.object(REGISTRY, "missing_modules", {})
+        with case.subTest(name), mock.patch.dict(sys.modules), patch, missing:
             del sys.modules[kernels.__name__], sys.modules[sm90_triton.__name__]
             launch.imports_gluon.cache_clear()
             with case.assertLogs(launch.logger, "WARNING") as logs:
@@ -379,5 +380,8 @@ def check_without_gluon(case: unittest.TestCase, kernels: types.ModuleType, fits
                 case.assertFalse(fits())
             case.assertEqual(len(logs.output), 1)
             case.assertIn("Error: ", logs.output[0])
+            ((module, reason),) = REGISTRY.missing_modules.items()
+            case.assertEqual(module, kernels.__name__)
+            case.assertIn(reason, logs.output[0])
     launch.imports_gluon.cache_clear()
     case.assertNotIn(kernels, REGISTRY.load_all())

@@ -282,6 +282,7 @@ class TestServer(ServerCase):
         self.assertEqual(info["chunked_prefill_size"], 64)
         kernels = {row["op"]: row["chosen"] for row in info["internal_states"][0]["kernels"]}
         self.assertEqual(kernels["sampling.greedy"], "torch")
+        self.assertEqual(info["internal_states"][0]["missing_kernel_modules"], {})
         self.assertEqual(self.state()["unpickled_while_serving"], 0)
 
 

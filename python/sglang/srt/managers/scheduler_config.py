@@ -87,6 +87,7 @@ class SchedulerConfig:
             "platform": current_platform.describe(),
             "fakes": list(current_platform.fakes),
             "kernels": REGISTRY.report(),
+            "missing_kernel_modules": dict(REGISTRY.missing_modules),
             "compiled_while_serving": compiled_while_serving(),
             "memory_plan": list(self.pool_plan),
             "max_req_len": self.max_req_len,
