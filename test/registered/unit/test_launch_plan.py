@@ -99,7 +99,7 @@ class TestEarlyErrors(CustomTestCase):
             ("sampling.gready=torch", "Did you mean 'sampling.greedy'?"),
             ("sampling.greedy=triton", "which cannot run: not for cpu"),
         ):
-            # Beside another mistake.
+            # In addition to another mistake.
             args = read(["--dry-run", "--tp", "3"])
             with self.subTest(text), envs.SGLANG_KERNELS.override(text), fresh_decisions(), override_platform(CPU):
                 errors = plan_launch(args).errors
