@@ -6,9 +6,9 @@ import asyncio
 import os
 import threading
 import weakref
-from collections.abc import AsyncGenerator, Coroutine, Generator, Iterator
+from collections.abc import AsyncGenerator, Coroutine, Generator
 from concurrent.futures import CancelledError
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 import msgspec
@@ -143,7 +143,7 @@ class Engine:
 
     async def _whole_chat(self, body: ChatCompletionRequest) -> dict[str, Any]:
         warnings: list[str] = []
-        with self._place() as place:
+        with Place(self.tokenizer_manager.admission) as place:
             native = await self._chat.native(body, warnings)
             result = await self._whole(native, place)
         whole: dict[str, Any] = msgspec.to_builtins(self._chat.whole(body, native, result, warnings))
@@ -151,21 +151,12 @@ class Engine:
 
     async def _chat_chunks(self, body: ChatCompletionRequest) -> AsyncGenerator[dict[str, Any], None]:
         warnings: list[str] = []
-        with self._place() as place:
+        with Place(self.tokenizer_manager.admission) as place:
             native = await self._chat.native(body, warnings)
             results = self.tokenizer_manager.generate_request(native, incremental=True, place=place)
             async with aclosing(self._chat.chunks(body, native, results, warnings)) as chunks:
                 async for chunk in chunks:
                     yield msgspec.to_builtins(chunk)
-
-    @contextmanager
-    def _place(self) -> Iterator[Place]:
-        """A place in the queue, where aborts find a request whose messages become a prompt."""
-        place = Place(self.tokenizer_manager.admission)
-        try:
-            yield place
-        finally:
-            place.leave()
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run ``work`` in the engine's loop and wait; an interrupt cancels it."""

@@ -96,7 +96,7 @@ class Admission:
 
 
 class Place:
-    """One place in the queue, until ``leave``; a second call does nothing.
+    """One place in the queue, until ``leave`` or the end of a with block; a second ``leave`` does nothing.
 
     ``aborted`` are beginnings of the ids of requests that a client aborts while the place is held.
     """
@@ -106,6 +106,12 @@ class Place:
         self._admission: Admission | None = admission
         admission.add(1, 0)
         admission.places.add(self)
+
+    def __enter__(self) -> Place:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.leave()
 
     def leave(self) -> None:
         if self._admission is not None:
