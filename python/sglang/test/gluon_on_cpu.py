@@ -363,7 +363,7 @@ def order_on_host(ids: torch.Tensor, num_experts: int, block: int) -> PairOrder:
 
 
 def check_without_gluon(case: unittest.TestCase, kernels: types.ModuleType, fits: Callable[[], bool]) -> None:
-    """Where Triton has no Gluon or is too old for it, ``fits`` says so twice and one line of the log, like /server_info, why.
+    """Where Triton has no Gluon or is too old for it, ``fits`` says so twice; a line of the log and /server_info why.
 
     kernels: the module of the kernels that ``fits`` asks for, which must not be imported by what declares the ops.
     """
