@@ -371,8 +371,9 @@ def check_without_gluon(case: unittest.TestCase, kernels: types.ModuleType, fits
     older = mock.patch.object(triton, "__version__", "3.5.1")
     case.addCleanup(launch.imports_gluon.cache_clear)
     for name, patch in (("hidden", hidden), ("older", older)):
-        missing = mock.patch.object(REGISTRY, "missing_modules", {})
-        with case.subTest(name), mock.patch.dict(sys.modules), patch, missing:
+        missing: dict[str, str] = {}
+        shown = mock.patch.object(REGISTRY, "missing_modules", missing)
+        with case.subTest(name), mock.patch.dict(sys.modules), patch, shown:
             del sys.modules[kernels.__name__], sys.modules[sm90_triton.__name__]
             launch.imports_gluon.cache_clear()
             with case.assertLogs(launch.logger, "WARNING") as logs:
@@ -380,7 +381,7 @@ def check_without_gluon(case: unittest.TestCase, kernels: types.ModuleType, fits
                 case.assertFalse(fits())
             case.assertEqual(len(logs.output), 1)
             case.assertIn("Error: ", logs.output[0])
-            ((module, reason),) = REGISTRY.missing_modules.items()
+            ((module, reason),) = missing.items()
             case.assertEqual(module, kernels.__name__)
             case.assertIn(reason, logs.output[0])
     launch.imports_gluon.cache_clear()
