@@ -69,10 +69,13 @@ class ChildProcess:
     popen: subprocess.Popen[bytes]
     ready_fd: int
     pulse: PulseReader
-    # The error that it reported while serving; "at" is the time in monotonic seconds.
+    # What it reported when it was ready, before and after which it may fail.
+    ready_info: dict[str, Any] | None = None
+    # The error that it reported; "at" is the time in monotonic seconds.
     exit_report: dict[str, Any] | None = None
     # The signal by which somebody other than its parent asked it to end.
     asked_by: int | None = None
+    _unread: bytes = b""
 
     @property
     def is_signalled(self) -> bool:
@@ -81,27 +84,22 @@ class ChildProcess:
 
     def has_failed(self) -> bool:
         """True when it has ended, or has reported why it is about to end."""
+        has_ended = self.popen.poll() is not None
         self._read_reports()
-        return self.exit_report is not None or self.popen.poll() is not None
+        return has_ended or self.exit_report is not None
 
     def _read_reports(self) -> None:
-        """Read the reports since the last call, of a child that is starting or serving."""
+        """Take in the reports since the last call."""
         readable, _, _ = select.select([self.ready_fd], [], [], 0)
-        data = os.read(self.ready_fd, 1 << 16) if readable else b""
-        report = self.last_report(data) if data.endswith(b"\n") else None
-        if report is not None and report["status"] == "error":
-            self.exit_report = self.exit_report or report
-
-    def last_report(self, lines: bytes) -> dict[str, Any] | None:
-        """The last report in ``lines``: a child may fail right after it was ready. Signals it received are recorded."""
-        last = None
-        for line in lines.splitlines():
-            report: dict[str, Any] = json.loads(line)
+        self._unread += os.read(self.ready_fd, 1 << 16) if readable else b""
+        *lines, self._unread = self._unread.split(b"\n")
+        for report in map(json.loads, lines):
             if report["status"] == "asked":
                 self.asked_by = report["signal"]
+            elif report["status"] == "ready":
+                self.ready_info = report["info"]
             else:
-                last = report
-        return last
+                self.exit_report = self.exit_report or report
 
     @property
     def title(self) -> str:
@@ -283,41 +281,28 @@ def _start(name: str, module: str, config: LaunchConfig, threads: int, variables
 
 def _wait_ready(child: ChildProcess, engine: EngineProcesses) -> dict[str, Any]:
     """The info that ``child`` reports when ready; raises LaunchError if it or a sibling fails first."""
-    received = b""
     started = last_logged = time.monotonic()
     while True:
-        readable, _, _ = select.select([child.ready_fd], [], [], 0.2)
-        if readable:
-            data = os.read(child.ready_fd, 1 << 16)
-            received += data
-            report = child.last_report(received) if received.endswith(b"\n") else None
-            if report is not None:
-                break
-            if not data:
-                code = child.popen.wait()
-                raise LaunchError(f"{child.name} ended with exit code {code} before it was ready.", user_error=False)
+        select.select([child.ready_fd], [], [], 0.2)
+        for one in engine.processes:
+            _check_failure(one)
+        if child.ready_info is not None and child.exit_report is None:
+            return child.ready_info
         if time.monotonic() - last_logged > PROGRESS_INTERVAL_S:
             last_logged = time.monotonic()
             logger.info("waiting for %s (%.0f s)", child.name, last_logged - started)
-        _check_siblings(child, engine)
-    if report["status"] != "ready":
-        while not is_root_cause(report):
-            _check_siblings(child, engine)
-            time.sleep(0.1)
+
+
+def _check_failure(child: ChildProcess) -> None:
+    """Raise LaunchError if ``child`` has failed, unless it lost a peer that may still say why."""
+    if not child.has_failed():
+        return
+    report = child.exit_report
+    if report is None:
+        early = " before it was ready" if child.ready_info is None else ""
+        raise LaunchError(f"{child.name} ended with exit code {child.popen.returncode}{early}.", user_error=False)
+    if is_root_cause(report):
         raise LaunchError(report["message"], user_error=report["user_error"])
-    info: dict[str, Any] = report["info"]
-    return info
-
-
-def _check_siblings(child: ChildProcess, engine: EngineProcesses) -> None:
-    for sibling in engine.processes:
-        if sibling is child or sibling.popen.poll() is None or not sibling.has_failed():
-            continue
-        report = sibling.exit_report
-        if report is None:
-            raise LaunchError(f"{sibling.name} ended with exit code {sibling.popen.returncode}.", user_error=False)
-        if is_root_cause(report):
-            raise LaunchError(report["message"], user_error=report["user_error"])
 
 
 def is_root_cause(report: dict[str, Any]) -> bool:

@@ -18,7 +18,6 @@ from sglang.srt.models.deepseek_v2 import (
     make_rotary_embedding,
 )
 from sglang.srt.models.draft_model import DraftModel, DraftParts, named
-from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils.multi_stream_utils import StreamOverlap
 
 # The checkpoint's copies of the target's embedding and head.
@@ -45,8 +44,7 @@ class DeepseekV3ForCausalLMNextN(DraftModel):
             make_rotary_embedding(config),
             StreamOverlap(target.side_stream, streams.site(SHARED_EXPERTS)),
             config.quant_config,
-            can_fuse(text.mtp_shared_experts, config.quant_config)
-            and not get_global_server_args().disable_shared_experts_fusion,
+            can_fuse(text.mtp_shared_experts, config.quant_config),
             self._prefix.removesuffix("."),
         )
         parts = DraftParts.of(layer, config, RMSNorm)

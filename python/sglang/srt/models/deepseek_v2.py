@@ -17,7 +17,6 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.causal_lm import Backbone, CausalLM, DecoderLayer
 from sglang.srt.models.deepseek_common.attention import DeepseekV2AttentionMLA
 from sglang.srt.models.deepseek_common.moe import DeepseekV2MoE
-from sglang.srt.server_args import get_global_server_args
 from sglang.srt.utils.multi_stream_utils import UNRESTRICTED, OverlapSite, StreamOverlap
 
 SHARED_EXPERTS = "deepseek.shared_experts"
@@ -73,10 +72,7 @@ class DeepseekV2Model(Backbone):
         text = config.text
         assert isinstance(text, DeepseekConfig)
         overlap = StreamOverlap(alt_stream, site)
-        fuse_shared = (
-            can_fuse(text.shared_experts, config.quant_config)
-            and not get_global_server_args().disable_shared_experts_fusion
-        )
+        fuse_shared = can_fuse(text.shared_experts, config.quant_config)
         rotary_emb = make_rotary_embedding(config)
         layers = (
             DeepseekV2DecoderLayer(text, layer_id, rotary_emb, overlap, config.quant_config, fuse_shared)

@@ -16,7 +16,6 @@ from sglang.srt.models.qwen3_5 import (
     configure_streams,
     make_rotary_embedding,
 )
-from sglang.srt.server_args import get_global_server_args
 
 
 class Qwen3_5ForCausalLMMTP(DraftModel):
@@ -42,8 +41,7 @@ class Qwen3_5ForCausalLMMTP(DraftModel):
             make_rotary_embedding(config),
             target.side_stream,
             config.quant_config,
-            can_fuse(text.mtp_shared_experts, config.quant_config)
-            and not get_global_server_args().disable_shared_experts_fusion,
+            can_fuse(text.mtp_shared_experts, config.quant_config),
             "mtp.layers.0",
         )
         parts = DraftParts.of(layer, config, GemmaRMSNorm)

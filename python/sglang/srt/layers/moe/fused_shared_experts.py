@@ -24,8 +24,9 @@ from sglang.srt.utils.multi_stream_utils import OverlapSite
 
 
 def can_fuse(shared: SharedExperts, quant_config: QuantConfig | None) -> bool:
-    """Whether a model's shared experts can be slots of the routed ones, under the settings of this server."""
-    return not shared.fusion_refusal(quant_config, get_global_server_args().moe_a2a_backend)
+    """Whether a model's shared experts become slots of the routed ones, under the settings of this server."""
+    args = get_global_server_args()
+    return not (args.disable_shared_experts_fusion or shared.fusion_refusal(quant_config, args.moe_a2a_backend))
 
 
 def shared_slots(count: int, gated: bool = False) -> SharedSlots:
