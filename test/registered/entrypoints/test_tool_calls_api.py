@@ -126,6 +126,7 @@ class TestCalls(ToolsTestCase):
             ),
             ({"tools": [{"type": "function", "function": {**function, "parameters": [1]}}]}, "parameters"),
             ({"tool_choice": "required"}, "needs tools"),
+            ({"tools": [ADD], "tool_choice": "required", "extra_body": {"regex": "a"}}, "regex excludes the call"),
             ({"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "zip"}}}, "none of the tools"),
             ({"tools": [ADD], "tool_choice": {"type": "function", "name": "add"}}, "function: {name: ...}"),
             ({"tools": [ADD], "tool_choice": {"type": "allowed_tools"}}, "as an object"),
