@@ -178,19 +178,16 @@ class ReplyParsers:
         return ReplyReader(reasoning, calls, body.stream_reasoning is False, self._tokenizer, self._end_id)
 
     def form(self, body: ChatCompletionRequest, form: dict[str, Any]) -> dict[str, Any]:
-        """The sampling parameter that constrains the reply: ``form``, unless a tool may be called.
+        """The sampling parameter that constrains the reply: ``form``, unless a tool may be called. Raises RequestError.
 
-        A reply that must be a call is one, and raises RequestError if ``form`` says anything but a JSON schema; else
-        one that may be a call is that, or follows the schema.
+        A reply that must be a call is one; else one that may be a call is that, or follows the JSON schema of ``form``.
         """
         tools, schema = offered_tools(body), form.get("json_schema")
         if self._tool_calls is None or self._tokenizer is None or not tools:
             return form
         forced, token_id = forced_tools(body), self._tokenizer.token_id
         if forced and form and schema is None:
-            raise RequestError(
-                f"{min(form)} excludes the call that tool_choice demands: drop one.", param="tool_choice"
-            )
+            raise RequestError(f"{min(form)} excludes the call of tool_choice: drop one of them.", param="tool_choice")
         if forced:
             return {"ebnf": self._tool_calls.grammar(forced, max_calls(body), token_id)}
         if schema is None:
