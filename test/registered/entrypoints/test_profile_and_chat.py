@@ -1,8 +1,11 @@
 """A real engine from Python: traces of its steps, and the next turn of a conversation."""
 
 import asyncio
+import errno
 import gzip
 import json
+import os
+import resource
 import tempfile
 import time
 import unittest
@@ -144,6 +147,23 @@ class TestFolder(CustomTestCase):
                 self.assertIn("disk full", profiler.handle(ProfileReqInput(seq=2, starts=False)).message)
             self.assertTrue(profiler.handle(start).success)
             self.assertTrue(profiler.handle(ProfileReqInput(seq=2, starts=False)).success)
+
+    def test_a_full_disk_is_told(self):
+        """Of torch's own file and of the compressed one: no part of either stays."""
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_FSIZE, limits)
+        for most_bytes, said in ((1000, "torch could not write all of"), (None, "No space left")):
+            with tempfile.TemporaryDirectory() as folder, self.subTest(most_bytes):
+                profiler = StepProfiler(folder, "TP0", lambda: 0)
+                profiler.handle(ProfileReqInput(seq=1, starts=True, name="a", activities=["CPU"]))
+                full = None if most_bytes else OSError(errno.ENOSPC, "No space left on device")
+                with mock.patch("shutil.copyfileobj", side_effect=full):
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes or limits[0], limits[1]))
+                    reply = profiler.handle(ProfileReqInput(seq=2, starts=False))
+                    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+                self.assertFalse(reply.success)
+                self.assertIn(said, reply.message)
+                self.assertEqual(os.listdir(folder), [])
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import logging
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,9 +72,31 @@ class StepProfiler:
             return "No profile runs."
         running, self._profile, self._last_step = self._profile, None, None
         running.stop()
-        running.export_chrome_trace(str(self._path))
+        _write(running, self._path)
         logger.info("profile written: %s", self._path)
         return ""
+
+
+def _write(trace: profile, path: Path) -> None:
+    """Write ``trace`` as compressed JSON, next to which it needs room for the plain text. Raises OSError.
+
+    Of a disk that is full torch only logs: it leaves a part of the text, or none.
+    """
+    plain = path.with_suffix("")
+    try:
+        plain.touch()
+        trace.export_chrome_trace(str(plain))
+        with plain.open("rb") as text, gzip.open(path, "wb") as packed:
+            shutil.copyfileobj(text, packed)
+            text.seek(max(0, text.tell() - 16))
+            if not text.read().rstrip().endswith(b"}"):
+                raise OSError(f"torch could not write all of {plain}: is the disk full?")
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+    finally:
+        for left in (plain, plain.with_suffix(".json.tmp")):
+            left.unlink(missing_ok=True)
 
 
 def folder_problem(folder: str) -> str:
