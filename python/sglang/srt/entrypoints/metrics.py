@@ -42,12 +42,7 @@ _METRICS = (
     ("cached_tokens", "counter", "Prompt tokens found in the prefix cache since start.", "num_cached_tokens"),
     ("generation_tokens", "counter", "Tokens generated since start.", "num_generated_tokens"),
     ("spec_accept_length", "gauge", "Tokens per verify step of a request, as last logged.", "spec_accept_length"),
-    (
-        "spec_accept_rate",
-        "gauge",
-        "Fraction of draft tokens that became output, as last logged.",
-        "spec_accept_rate",
-    ),
+    ("spec_accept_rate", "gauge", "Fraction of draft tokens that became output, as last logged.", "spec_accept_rate"),
     ("spec_draft_tokens", "counter", "Draft tokens since start.", "num_drafts"),
     ("spec_accepted_tokens", "counter", "Draft tokens that became output since start.", "num_accepted_drafts"),
 )
@@ -60,28 +55,13 @@ _FRONT_METRICS = (
 
 # The same of the exchange of tokens between experts; keys of RecvStats.snapshot.
 _RECV_METRICS = (
-    (
-        "moe_recv_rows",
-        "gauge",
-        "Most rows received in one dispatch since the last reading.",
-        "live",
-    ),
+    ("moe_recv_rows", "gauge", "Most rows received in one dispatch since the last reading.", "live"),
     ("moe_recv_rows_peak", "gauge", "Most rows received in one dispatch since start.", "peak"),
     ("moe_recv_rows_bound", "gauge", "Upper bound of the rows of one dispatch since start.", "bound"),
     ("moe_recv_buffer_rows", "gauge", "Rows of the receive buffer.", "buffer"),
-    (
-        "moe_recv_suggested_cap",
-        "gauge",
-        "Smallest receive cap without a second round so far.",
-        "suggested_cap",
-    ),
+    ("moe_recv_suggested_cap", "gauge", "Smallest receive cap without a second round so far.", "suggested_cap"),
     ("moe_rounds_max", "gauge", "Most rounds in one step since start.", "most_rounds"),
-    (
-        "moe_input_limit_raised",
-        "counter",
-        "Input limits raised to the rows that can arrive.",
-        "input_limit_raised",
-    ),
+    ("moe_input_limit_raised", "counter", "Input limits raised to the rows that can arrive.", "input_limit_raised"),
 )
 
 

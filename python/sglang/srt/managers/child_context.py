@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import faulthandler
 import json
+import logging
 import os
 import shutil
 import signal
@@ -20,6 +21,9 @@ import msgspec
 from sglang.srt.managers.ipc import IpcNames
 from sglang.srt.managers.pulse import Pulse
 from sglang.srt.server_args import ServerArgs
+from sglang.srt.utils.audit import install_unpickle_counter, log_unpickle_count, reset_unpickle_count
+
+logger = logging.getLogger(__name__)
 
 # Fits into a pipe with any characters, so that a dying child does not wait for a reader.
 MAX_WORDS = 8_000
@@ -82,9 +86,6 @@ class ChildContext:
         self._obey: Callable[[], None] = lambda: os._exit(0)
         threading.Thread(target=self._follow_parent, args=(orders,), daemon=True).start()
 
-    def report_ready(self, info: dict[str, Any]) -> None:
-        self._report({"status": "ready", "info": info})
-
     def report_error(self, message: str, user_error: bool, lost_peer: bool = False) -> None:
         """Report to the parent why this process is about to end; ``lost_peer`` when another rank ended before."""
         report = {"status": "error", "message": message[:MAX_WORDS], "user_error": user_error, "lost_peer": lost_peer}
@@ -101,8 +102,10 @@ class ChildContext:
             os._exit(1)
 
     @contextmanager
-    def serving(self, end: Callable[[], None] = _leave_block) -> Iterator[None]:
-        """Inside the block the parent's order calls ``end`` in the main thread, which leaves the block where none is
+    def serving(self, info: dict[str, Any], end: Callable[[], None] = _leave_block) -> Iterator[None]:
+        """Report ready, with ``info``, and serve: what the block unpickles is counted.
+
+        Inside the block the parent's order calls ``end`` in the main thread, which leaves the block where none is
         given; after it, there are no signals.
 
         SIGTERM, SIGINT and SIGHUP from anyone else are passed on to the parent, which ends all processes in order: a
@@ -122,10 +125,13 @@ class ChildContext:
         _handle_stop_signals(handle)
         self._obey = obey
         try:
+            self._report({"status": "ready", "info": info})
+            reset_unpickle_count()
             yield
         except _Ordered:
             pass
         finally:
+            log_unpickle_count(logger)
             _handle_stop_signals(signal.SIG_IGN)
 
 
@@ -136,6 +142,7 @@ def _handle_stop_signals(handler: Callable[[int, FrameType | None], None] | sign
 
 def parse_child_arguments() -> ChildContext:
     """Read ``--ready-fd N --pulse-fd N`` from the command line, and the configuration from stdin."""
+    install_unpickle_counter()
     parser = argparse.ArgumentParser()
     parser.add_argument("--ready-fd", type=int, required=True)
     parser.add_argument("--pulse-fd", type=int, required=True)

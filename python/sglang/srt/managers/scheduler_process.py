@@ -49,7 +49,6 @@ from sglang.srt.platforms import PlatformError, current_platform
 from sglang.srt.server_args import ServerArgs, get_global_server_args, set_global_server_args_for_scheduler
 from sglang.srt.speculative.draft_utils import make_speculator
 from sglang.srt.speculative.spec_info import SpecInfo
-from sglang.srt.utils.audit import install_unpickle_counter, log_unpickle_count, reset_unpickle_count
 from sglang.srt.utils.common import end_process
 from sglang.srt.utils.hf_tokenizer import Tokenizer, TokenizerError
 from sglang.srt.utils.logging_config import configure_logging
@@ -207,9 +206,7 @@ def end_after_lost_peer(context: ChildContext, error: Exception) -> NoReturn:
 def serve(scheduler: Scheduler, context: ChildContext, info: dict[str, Any]) -> int:
     """Report ready with ``info``, and run the loop until it is asked to end; the exit status."""
     several = get_parallel_state().world.size > 1
-    with context.serving(end_together(context)) if several else context.serving():
-        context.report_ready(info)
-        reset_unpickle_count()
+    with context.serving(info, end_together(context)) if several else context.serving(info):
         profiler = make_profiler(scheduler, context)
 
         def on_turn() -> None:
@@ -225,13 +222,10 @@ def serve(scheduler: Scheduler, context: ChildContext, info: dict[str, Any]) -> 
                 end_after_lost_peer(context, error)
             context.report_error(f"{type(error).__name__}: {error}", user_error=False)
             raise
-        finally:
-            log_unpickle_count(logger)
     return 0
 
 
 def main() -> int:
-    install_unpickle_counter()
     context = parse_child_arguments()
     config = context.config
     args = config.server_args
