@@ -12,7 +12,7 @@ from sglang.srt.distributed.parallel_state import ParallelState, ProcessGroupHan
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.ep_moe.factory import describe_experts
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
-from sglang.srt.layers.moe.token_dispatcher.base import DispatchError, EpConfig, ExchangeConfigError
+from sglang.srt.layers.moe.token_dispatcher.base import DispatchError, EpConfig, ExchangeConfigError, SendBatch
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
 from sglang.srt.layers.moe.token_dispatcher.mori_plan import choose_kernel, plan_exchange
 from sglang.srt.layers.moe.token_dispatcher.moriep import (
@@ -210,24 +210,26 @@ def check_contract() -> None:
     """Cases that a transport refuses before it could lose a row."""
     sizes = EpConfig(0, 1, 8, 4, 8, 3, torch.float32, torch.float32, max_total_recv_tokens=2, two_phase=True)
 
-    def rows(count: int) -> tuple[Any, ...]:
-        return torch.ones(count, 8), torch.ones(count, 3), None, torch.zeros(count, 3, dtype=torch.int32), [count]
+    def rows(count: int) -> SendBatch:
+        ids = torch.zeros(count, 3, dtype=torch.int32)
+        return SendBatch(torch.ones(count, 8), torch.ones(count, 3), None, ids, [count])
 
     for gathered in (False, True):
         transport = PortableTransport(sizes, ProcessGroupHandle(), "cpu", gathered)
         CASE.assertRaises(AssertionError, transport.dispatch_recv)
-        CASE.assertRaisesRegex(ValueError, "the limit is 4", transport.dispatch_send, *rows(5))
-        CASE.assertRaisesRegex(DispatchError, "PREALLOC_MAX_RECV_TOKENS", transport.dispatch_send, *rows(3))
-        halves = (rows(1)[0].half(), *rows(1)[1:])
-        CASE.assertRaisesRegex(ValueError, "expected torch.float32", transport.dispatch_send, *halves)
-        batch = transport.dispatch_send(*rows(2))
-        CASE.assertRaisesRegex(DispatchError, "not received", transport.dispatch_send, *rows(2))
+        CASE.assertRaisesRegex(ValueError, "the limit is 4", transport.dispatch_send, rows(5))
+        CASE.assertRaisesRegex(DispatchError, "PREALLOC_MAX_RECV_TOKENS", transport.dispatch_send, rows(3))
+        halves = rows(1)._replace(hidden=rows(1).hidden.half())
+        CASE.assertRaisesRegex(ValueError, "expected torch.float32", transport.dispatch_send, halves)
+        batch = transport.dispatch_send(rows(2))
+        CASE.assertRaisesRegex(DispatchError, "not received", transport.dispatch_send, rows(2))
         transport.dispatch_recv()
-        CASE.assertRaisesRegex(ValueError, "1 rows of ids", transport.combine_send, batch.hidden, rows(1)[3])
-        CASE.assertRaisesRegex(DispatchError, "rows to combine", transport.combine_send, batch.hidden[:1], rows(2)[3])
-        CASE.assertRaisesRegex(ValueError, "float32 results", transport.combine_send, batch.hidden.half(), rows(2)[3])
-        out = transport.combine_send(batch.hidden, rows(2)[3])
-        CASE.assertRaisesRegex(DispatchError, "not received", transport.dispatch_send, *rows(2))
+        send, ids = transport.combine_send, rows(2).indices
+        CASE.assertRaisesRegex(ValueError, "1 rows of ids", send, batch.hidden, ids[:1])
+        CASE.assertRaisesRegex(DispatchError, "rows to combine", send, batch.hidden[:1], ids)
+        CASE.assertRaisesRegex(ValueError, "float32 results", send, batch.hidden.half(), ids)
+        out = send(batch.hidden, ids)
+        CASE.assertRaisesRegex(DispatchError, "not received", transport.dispatch_send, rows(2))
         transport.combine_recv()
         CASE.assertTrue(torch.equal(out[:2], torch.ones(2, 8)))
     dispatcher = MoriEPDispatcher(transport, torch.device("cpu"))

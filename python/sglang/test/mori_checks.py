@@ -18,7 +18,7 @@ import torch.distributed as dist
 from sglang.srt.distributed.parallel_state import ProcessGroupHandle, override_parallel_state
 from sglang.srt.environ import envs
 from sglang.srt.layers.moe.ep_moe.layer import MoriEPMoE
-from sglang.srt.layers.moe.token_dispatcher.base import DispatchError, EpConfig, ExchangeConfigError
+from sglang.srt.layers.moe.token_dispatcher.base import DispatchError, EpConfig, ExchangeConfigError, SendBatch
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
 from sglang.srt.layers.moe.token_dispatcher.mori_plan import ASYNC_LL, INTRA_NODE, MoriKernel, plan_exchange
 from sglang.srt.layers.moe.token_dispatcher.moriep import (
@@ -104,10 +104,10 @@ def check_delivery() -> None:
                 transport = MoriTransport(asked, kernel, group)
                 with mock.patch.object(op_class, "dispatch", swapped(place, change)):
                     with CASE.assertRaisesRegex(DispatchError, "MORI delivered .* is planned"):
-                        transport.dispatch_send(x, weights, sent, ids, [3, 3])
+                        transport.dispatch_send(SendBatch(x, weights, sent, ids, [3, 3]))
             for change in (torch.Tensor.half, lambda t: t[:-1], lambda t: t[:, :-1]):
                 transport = MoriTransport(config, kernel, group)
-                batch = transport.dispatch_send(x, weights, None, ids, [3, 3])
+                batch = transport.dispatch_send(SendBatch(x, weights, None, ids, [3, 3]))
                 transport.dispatch_recv()
                 out = lambda *args, change=change, **kwargs: (change(combine(*args, **kwargs)[0]), None)  # noqa: E731
                 with mock.patch.object(op_class, "combine", out):
@@ -124,12 +124,12 @@ def check_own_bound() -> None:
         x, weights, ids = rows_of(rank)
         capped = MoriTransport(sizes(rank, ASYNC_LL, max_total_recv_tokens=4), ASYNC_LL, group)
         with CASE.assertRaisesRegex(DispatchError, r"ranks bring \[3, 3\] rows to buffers of 4"):
-            capped.dispatch_send(x, weights, None, ids, [3, 3])
+            capped.dispatch_send(SendBatch(x, weights, None, ids, [3, 3]))
         with CASE.assertRaisesRegex(DispatchError, "up to 8 rows, none said, to buffers of 4"):
-            capped.dispatch_send(x, weights, None, ids)
+            capped.dispatch_send(SendBatch(x, weights, None, ids))
         for transport, rows in ((capped, [2, 2]), (MoriTransport(sizes(rank, INTRA_NODE), INTRA_NODE, group), None)):
             most = 8 if rows is None else sum(rows)
-            batch = transport.dispatch_send(x[:2], weights[:2], None, ids[:2], rows)
+            batch = transport.dispatch_send(SendBatch(x[:2], weights[:2], None, ids[:2], rows))
             transport.dispatch_recv()
             for wrong in (
                 torch.zeros(most - 1, 16),

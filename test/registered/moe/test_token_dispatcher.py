@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from sglang.srt.distributed.parallel_state import ProcessGroupHandle
-from sglang.srt.layers.moe.token_dispatcher.base import DispatchError, EpConfig, ExchangeConfigError
+from sglang.srt.layers.moe.token_dispatcher.base import DispatchError, EpConfig, ExchangeConfigError, SendBatch
 from sglang.srt.layers.moe.token_dispatcher.config import MoriConfig
 from sglang.srt.layers.moe.token_dispatcher.mori_plan import (
     ASYNC_LL,
@@ -105,11 +105,11 @@ def round_trip(transport, tokens: Tokens, rank: int, with_scales: bool = False) 
     """One dispatch and combine; every received row and every sum against the account."""
     two_phase = transport.config.two_phase
     scales = tokens.scales[rank] if with_scales else None
-    mine = (tokens.x[rank], tokens.weights[rank], scales, tokens.ids[rank], tokens.counts)
-    batch = transport.dispatch_send(*mine)
+    mine = SendBatch(tokens.x[rank], tokens.weights[rank], scales, tokens.ids[rank], tokens.counts)
+    batch = transport.dispatch_send(mine)
     if isinstance(transport, PortableTransport):
         poison(batch)
-        CASE.assertRaisesRegex(DispatchError, "not received", transport.dispatch_send, *mine)
+        CASE.assertRaisesRegex(DispatchError, "not received", transport.dispatch_send, mine)
     transport.dispatch_recv()
     expected = tokens.arriving(rank)
     rows = int(batch.total_recv)
@@ -139,7 +139,7 @@ def round_trip(transport, tokens: Tokens, rank: int, with_scales: bool = False) 
 
 
 def dispatch(transport, *mine):
-    batch = transport.dispatch_send(*mine)
+    batch = transport.dispatch_send(SendBatch(*mine))
     transport.dispatch_recv()
     return batch
 
@@ -204,9 +204,9 @@ class TestContract(CustomTestCase):
                 transport = make(rank)
                 over = (many.x[rank], many.weights[rank], None, many.ids[rank], many.counts)
                 send = transport.dispatch_send
-                CASE.assertRaisesRegex(ValueError, "the limit is 5", send, *over)
-                CASE.assertRaisesRegex(ValueError, "expected torch.float32", send, mine[0].half(), *mine[1:])
-                CASE.assertRaises(ValueError, send, *mine[:3], mine[3].long(), [2, 2])
+                CASE.assertRaisesRegex(ValueError, "the limit is 5", send, SendBatch(*over))
+                CASE.assertRaisesRegex(ValueError, "expected torch.float32", send, SendBatch(mine[0].half(), *mine[1:]))
+                CASE.assertRaises(ValueError, send, SendBatch(*mine[:3], mine[3].long(), [2, 2]))
                 batch = dispatch(transport, *mine)
                 CASE.assertRaisesRegex(ValueError, "rows", transport.combine_send, batch.hidden, mine[3][:1])
                 combine(transport, batch.hidden.clone(), mine[3])
@@ -223,10 +223,10 @@ class TestContract(CustomTestCase):
                 transport = TRANSPORTS[name](rank, max_total_recv_tokens=5)
                 CASE.assertEqual(transport.config.max_recv, 6)
                 with CASE.assertRaises(DispatchError):
-                    transport.dispatch_send(*mine, [4, 4])
+                    transport.dispatch_send(SendBatch(*mine, [4, 4]))
             routed = PORTABLE["routed-sync"](rank, max_total_recv_tokens=5)
             with CASE.assertRaisesRegex(DispatchError, "rank 1 would receive 8 rows into a buffer of 6"):
-                routed.dispatch_send(*mine)
+                routed.dispatch_send(SendBatch(*mine))
             # What is refused leaves the transport usable.
             fewer = (mine[0][:3], mine[1][:3], None, mine[3][:3], [3, 3])
             batch = dispatch(routed, *fewer)

@@ -81,8 +81,9 @@ class EpConfig:
     def num_experts(self) -> int:
         return self.world_size * self.num_experts_per_rank
 
-    def check_input(self, x: torch.Tensor, weights: torch.Tensor, scales: object, indices: torch.Tensor) -> None:
+    def check_input(self, sent: SendBatch) -> None:
         """Raise ValueError unless these rows may be dispatched."""
+        x, weights, scales, indices, _ = sent
         rows, k = x.shape[0], self.num_experts_per_token
         if rows > self.max_num_inp_token_per_rank:
             raise ValueError(
@@ -93,6 +94,16 @@ class EpConfig:
             raise ValueError(f"expected {self.data_type} rows with {self.scale_dim} scales, got {x.dtype}")
         if tuple(indices.shape) != (rows, k) or tuple(weights.shape) != (rows, k) or indices.dtype != torch.int32:
             raise ValueError(f"expected int32 ids and weights [{rows}, {k}], got {list(indices.shape)} {indices.dtype}")
+
+
+class SendBatch(NamedTuple):
+    """Rows to dispatch. ``rows_of_ranks``, where all ranks know it: what each brings; then no device memory is read."""
+
+    hidden: torch.Tensor  # [T, H] data_type
+    weights: torch.Tensor  # [T, K] float32
+    scales: torch.Tensor | None  # [T, scale_dim]
+    indices: torch.Tensor  # [T, K] int32, global expert ids
+    rows_of_ranks: Sequence[int] | None = None
 
 
 class RecvBatch(NamedTuple):
@@ -114,18 +125,8 @@ class EpTransport(Protocol):
         """One line for the log and /server_info."""
         ...
 
-    def dispatch_send(
-        self,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        scales: torch.Tensor | None,
-        indices: torch.Tensor,
-        rows_of_ranks: Sequence[int] | None = None,
-    ) -> RecvBatch:
-        """Send rows x [T, H] with weights [T, K] float32, scales and ids [T, K] int32; the batch is not valid yet.
-
-        ``rows_of_ranks``, where all ranks know it: the rows that each brings; then no device memory is read.
-        """
+    def dispatch_send(self, sent: SendBatch) -> RecvBatch:
+        """Send rows; what arrives is not valid yet."""
         ...
 
     def dispatch_recv(self) -> None:

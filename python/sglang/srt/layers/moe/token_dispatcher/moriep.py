@@ -25,6 +25,7 @@ from sglang.srt.layers.moe.token_dispatcher.base import (
     EpTransport,
     ExchangeConfigError,
     RecvBatch,
+    SendBatch,
 )
 from sglang.srt.layers.moe.token_dispatcher.config import NODE, MoriConfig
 from sglang.srt.layers.moe.token_dispatcher.mori_plan import WAVE, MoriKernel, choose_kernel, plan_exchange
@@ -218,15 +219,9 @@ class MoriTransport:
         fake = " FAKE" if "mori" in current_platform.fakes else ""
         return f"MORI {getattr(mori, '__version__', 'of unknown version')}{fake} ({self._kernel.name})"
 
-    def dispatch_send(
-        self,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        scales: torch.Tensor | None,
-        indices: torch.Tensor,
-        rows_of_ranks: Sequence[int] | None = None,
-    ) -> RecvBatch:
-        self.config.check_input(x, weights, scales, indices)
+    def dispatch_send(self, sent: SendBatch) -> RecvBatch:
+        self.config.check_input(sent)
+        x, weights, scales, indices, rows_of_ranks = sent
         # MORI counts on the device and does not ask whether the rows fit, so the most that can arrive is checked here.
         worst = self.config.world_size * self.config.max_num_inp_token_per_rank
         most = worst if rows_of_ranks is None else sum(rows_of_ranks)
@@ -347,7 +342,8 @@ class MoriEPDispatcher:
         if self.config.scale_dim:
             rows, scales = quantize_groups(hidden_states, self.config.data_type)
         self._topk = topk_output
-        self._batch = self.transport.dispatch_send(rows, topk_output.weights, scales, topk_output.ids, rows_of_ranks)
+        sent = SendBatch(rows, topk_output.weights, scales, topk_output.ids, rows_of_ranks)
+        self._batch = self.transport.dispatch_send(sent)
 
     def dispatch_b(self, recv_cap: int = 0) -> MoriEPNormalDispatchOutput:
         """What arrived, at most ``recv_cap`` rows of it (0: unknown); valid until the next ``dispatch_a``."""

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 
 from sglang.srt.distributed.parallel_state import Pending, ProcessGroupHandle
-from sglang.srt.layers.moe.token_dispatcher.base import DispatchError, EpConfig, RecvBatch
+from sglang.srt.layers.moe.token_dispatcher.base import DispatchError, EpConfig, RecvBatch, SendBatch
 
 # Columns of a record start at multiples of this many bytes, so that they can be viewed in their own types.
 ALIGNMENT = 16
@@ -189,17 +189,11 @@ class PortableTransport:
         way = "gathered" if self._gathered else "routed"
         return f"portable ({way} over torch.distributed, {'two_phase' if self.config.two_phase else 'sync'})"
 
-    def dispatch_send(
-        self,
-        x: torch.Tensor,
-        weights: torch.Tensor,
-        scales: torch.Tensor | None,
-        indices: torch.Tensor,
-        rows_of_ranks: Sequence[int] | None = None,
-    ) -> RecvBatch:
+    def dispatch_send(self, sent: SendBatch) -> RecvBatch:
         if self._is_sent or self._back is not None:
             raise DispatchError("a dispatch or combine was sent and not received: receive it before the next send")
-        self.config.check_input(x, weights, scales, indices)
+        self.config.check_input(sent)
+        x, weights, scales, indices, rows_of_ranks = sent
         fields = [x, weights, indices] + ([] if scales is None else [scales])
         if self._gathered and rows_of_ranks is not None:
             self._exchange = GatheredExchange(self.config, self._group, self._layout, fields, rows_of_ranks)
