@@ -38,11 +38,13 @@ class SpecBuffers:
         self.logits = torch.zeros(max_bs, self.vocab_size, dtype=torch.float32, device=device)
         self.hidden = torch.zeros(max_bs, draft.hidden_width, dtype=dtype, device=device)
         self.at = torch.zeros_like(self.num_new)
-        floats = torch.ones(3, max_bs, 1, device=device)
-        self.temperatures, self.top_ps, self.min_ps = floats
-        self.top_ks = torch.full((max_bs, 1), self.vocab_size, dtype=torch.int64, device=device)
-        self.seeds = torch.zeros_like(self.num_new)
-        self.greedy = torch.ones(max_bs, dtype=torch.bool, device=device)
+        # Sampling parameters of each request, by the names of SamplingBatchInfo.
+        self._columns = {
+            **{name: torch.ones(max_bs, 1, device=device) for name in ("temperatures", "top_ps", "min_ps")},
+            "top_ks": torch.full((max_bs, 1), self.vocab_size, dtype=torch.int64, device=device),
+            "sampling_seed": torch.zeros_like(self.num_new),
+            "greedy_rows": torch.ones(max_bs, dtype=torch.bool, device=device),
+        }
         # The batch whose parameters are in the tensors above.
         self._filled: SamplingBatchInfo | None = None
 
@@ -91,47 +93,30 @@ class SpecBuffers:
         if info is self._filled:
             return
         size = info.temperatures.shape[0]
-        assert info.sampling_seed is not None and info.greedy_rows is not None
-        pairs = (
-            (self.temperatures, info.temperatures),
-            (self.top_ps, info.top_ps),
-            (self.top_ks, info.top_ks),
-            (self.min_ps, info.min_ps),
-            (self.seeds, info.sampling_seed),
-            (self.greedy, info.greedy_rows),
-        )
-        for ours, theirs in pairs:
-            ours[:size] = theirs
+        for name, ours in self._columns.items():
+            ours[:size] = getattr(info, name)
         self._filled = info
 
     def sampling_info(self, size: int, greedy: bool) -> SamplingBatchInfo:
         """Sampling info that reads these tensors: all rows greedy, or each by its parameters."""
         return SamplingBatchInfo(
-            temperatures=self.temperatures[:size],
-            top_ps=self.top_ps[:size],
-            top_ks=self.top_ks[:size],
-            min_ps=self.min_ps[:size],
+            **{name: column[:size] for name, column in self._columns.items()},
             is_all_greedy=greedy,
             need_top_p_sampling=not greedy,
             need_top_k_sampling=not greedy,
             need_min_p_sampling=not greedy,
             vocab_size=self.vocab_size,
             is_any_greedy=True,
-            sampling_seed=self.seeds[:size],
-            greedy_rows=self.greedy[:size],
         )
 
     def fill_sampling_at_random(self, size: int, generator: torch.Generator) -> None:
         """Parameters of ``size`` requests of all kinds, for the check of captured steps."""
-        device, vocab = self.seeds.device, self.vocab_size
-
-        def integers(low: int, high: int, *shape: int) -> torch.Tensor:
-            return torch.randint(low, high, shape, generator=generator).to(device)
-
         self._filled = None
-        self.temperatures[:size] = integers(5, 15, size, 1) / 10
-        self.top_ps[:size] = integers(5, 11, size, 1) / 10
-        self.min_ps[:size] = integers(0, 2, size, 1) / 100
-        self.top_ks[:size] = integers(1, vocab + 1, size, 1)
-        self.seeds[:size] = integers(0, 1 << 40, size)
-        self.greedy[:size] = integers(0, 2, size) > 0
+        # Whole numbers from the first to below the second, over the third.
+        for name, low, high, over in (
+            ("temperatures", 5, 15, 10), ("top_ps", 5, 11, 10), ("min_ps", 0, 2, 100),
+            ("top_ks", 1, self.vocab_size + 1, 1), ("sampling_seed", 0, 1 << 40, 1), ("greedy_rows", 0, 2, 1),
+        ):  # fmt: skip
+            column = self._columns[name][:size]
+            drawn = torch.randint(low, high, column.shape, generator=generator)
+            column.copy_(drawn if over == 1 else drawn / over)
