@@ -6,7 +6,7 @@ import re
 import types
 import typing
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 _SI = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -47,6 +47,11 @@ class Arg:
     auto: str = ""
     metavar: str = ""
     human: bool = False
+
+
+def flag(default: Any, help: str, group: str, **declared: Any) -> Any:
+    """The declaration of a field of ServerArgs: its default, and what ``Arg`` says of its flag."""
+    return field(default=default, metadata={"arg": Arg(help, group, **declared)})
 
 
 @dataclass(frozen=True)
@@ -141,16 +146,17 @@ def human_int(word: str) -> int:
 
 
 def field_specs(cls: Any) -> tuple[FieldSpec, ...]:
-    """The flags of a dataclass whose fields are ``Annotated[type, Arg(...)]``, in order of declaration."""
+    """The flags of a dataclass whose fields are ``flag(...)``, or ``Annotated[type, Arg(...)]``, as declared."""
     hints = typing.get_type_hints(cls, include_extras=True)
     specs = []
-    for field in fields(cls):
-        annotated = hints[field.name]
-        base, arg = annotated.__origin__, annotated.__metadata__[0]
+    for one in fields(cls):
+        base, arg = hints[one.name], one.metadata.get("arg")
+        if arg is None:
+            base, arg = base.__origin__, base.__metadata__[0]
         optional = isinstance(base, types.UnionType) and type(None) in typing.get_args(base)
         if optional:
             base = next(member for member in typing.get_args(base) if member is not type(None))
-        assert field.default is not MISSING, f"{field.name} needs a default"
-        flag = "--" + field.name.replace("_", "-")
-        specs.append(FieldSpec(field.name, (flag, *arg.aliases), _KINDS[base], optional, field.default, arg))
+        assert one.default is not MISSING, f"{one.name} needs a default"
+        names = ("--" + one.name.replace("_", "-"), *arg.aliases)
+        specs.append(FieldSpec(one.name, names, _KINDS[base], optional, one.default, arg))
     return tuple(specs)
