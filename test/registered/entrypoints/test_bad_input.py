@@ -183,10 +183,11 @@ class TestBadInput(FakeServerTestCase):
             self.assertEqual((reply.status_code, reply.headers["content-type"]), (400, "application/json"))
 
     def test_over_long_prompt_says_both_numbers(self):
-        message = self.client.post("/v1/completions", json={"prompt": [5] * 200}).json()["message"]
-        self.assertEqual(
-            message, f"The input (200 tokens) is longer than the model's context length ({CONTEXT_LEN} tokens)."
-        )
+        for length in (200, CONTEXT_LEN):
+            message = self.client.post("/v1/completions", json={"prompt": [5] * length}).json()["message"]
+            said = f"The input ({length} tokens) is longer than the model's context length ({CONTEXT_LEN} tokens)"
+            self.assertEqual(message, f"{said} without the one token that an output needs.")
+        self.assertEqual(self.client.post("/v1/completions", json={"prompt": [5] * (CONTEXT_LEN - 1)}).status_code, 200)
 
     def test_wrong_content_type(self):
         for path in ("/generate", "/v1/completions", "/v1/chat/completions", "/abort_request", "/tokenize"):

@@ -489,7 +489,7 @@ class TokenizerManager:
             if not self.server_args.allow_auto_truncate:
                 raise RequestError(
                     f"The input ({len(input_ids)} tokens) is longer than the model's context length "
-                    f"({self.context_len} tokens)."
+                    f"({self.context_len} tokens) without the one token that an output needs."
                 )
             logger.warning("Prompt cut from %d to %d tokens.", len(input_ids), self.context_len - 1)
             input_ids = input_ids[: self.context_len - 1]
