@@ -9,6 +9,8 @@ import unittest
 import zipfile
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -52,6 +54,13 @@ class TestWheel(CustomTestCase):
         found = {name for name in self.content if ".dist-info/" not in name}
         self.assertGreater(len(found), 200)
         self.assertEqual(sorted(found ^ self.expected), [])
+
+    def test_pip_replaces_libraries_that_are_too_old(self) -> None:
+        """The last releases without what is read: a fast encoding, an error's name, a type of scales."""
+        lines = [line for line in self.one(".dist-info/METADATA").splitlines() if line.startswith("Requires-Dist: ")]
+        needed = {need.name: need.specifier for need in (Requirement(line.partition(": ")[2]) for line in lines)}
+        for name, version in (("tokenizers", "0.19.1"), ("huggingface_hub", "0.24.7"), ("safetensors", "0.5.3")):
+            self.assertNotIn(version, needed[name], name)
 
     def test_holds_no_tests_and_no_fakes(self) -> None:
         vendors = [path.name for path in (REPO / "python/sglang/test/fakes").iterdir() if path.is_dir()]
