@@ -7,7 +7,8 @@ import unittest
 from pathlib import Path
 from unittest import mock
 
-from sglang.srt.managers.ipc import IpcNames
+from sglang.srt.managers.io_struct import FlushCacheReqInput
+from sglang.srt.managers.ipc import IpcNames, Receiver
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -61,6 +62,16 @@ class TestFolders(CustomTestCase):
         own.remove()
         newest.remove()
         self.assertFalse(Path(own.directory).exists() or Path(newest.directory).exists())
+
+    def test_sockets_whose_paths_would_be_too_long_are_in_tmp(self):
+        for length, fits in ((76, True), (77, False)):
+            folder = self.folder / ("x" * (length - len(f"{self.folder}/")))
+            folder.mkdir()
+            with self.subTest(length), mock.patch.object(tempfile, "tempdir", str(folder)):
+                names = IpcNames.create(100_000)
+                self.addCleanup(names.remove)
+                self.assertEqual(Path(names.directory).parent, folder if fits else Path("/tmp"))
+                Receiver(names.schedulers[-1], FlushCacheReqInput).close()
 
 
 if __name__ == "__main__":

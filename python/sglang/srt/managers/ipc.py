@@ -17,6 +17,8 @@ import zmq.asyncio
 T = TypeVar("T")
 
 PREFIX, OWNER = "sglang-", "owner.lock"
+# Of a directory with its random end, and of a socket in it.
+_MAX_NAME_BYTES = len(f"/{PREFIX}12345678/scheduler99999")
 # Directory -> the open lock of a living server; the kernel releases it when the process ends in any way.
 _locks: dict[str, int] = {}
 
@@ -37,7 +39,7 @@ class IpcNames(msgspec.Struct, frozen=True):
     def create(cls, dp_size: int = 1) -> IpcNames:
         """Make a directory readable only by this user and name the sockets in it; remove those of killed servers."""
         _remove_ownerless()
-        directory = tempfile.mkdtemp(prefix=PREFIX)
+        directory = tempfile.mkdtemp(prefix=PREFIX, dir=_parent())
         lock = _locks[directory] = os.open(os.path.join(directory, "lock.new"), os.O_RDWR | os.O_CREAT, 0o600)
         with suppress(OSError):  # a file system without locks: never removed by others
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,9 +59,15 @@ class IpcNames(msgspec.Struct, frozen=True):
             os.close(_locks.pop(self.directory))
 
 
+def _parent() -> Path:
+    """The folder for temporary files, or /tmp if paths of sockets in it would be too long for the kernel."""
+    folder = Path(tempfile.gettempdir())
+    return folder if len(os.fsencode(folder)) <= zmq.IPC_PATH_MAX_LEN - _MAX_NAME_BYTES else Path("/tmp")
+
+
 def _remove_ownerless() -> None:
     """Delete the directories that killed servers left: those whose lock is free."""
-    for path in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{OWNER}"):
+    for path in _parent().glob(f"{PREFIX}*/{OWNER}"):
         with suppress(OSError), path.open("rb+") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(path.parent, ignore_errors=True)
