@@ -56,10 +56,9 @@ def decode_row(batch: int, heads: tuple[int, int]) -> Timed:
 
 
 def extend_rows(batch: int, length: int, heads: tuple[int, int]) -> Iterator[Timed]:
-    seq_lens = [length] * batch
     args = inputs(batch * length, batch + 1, heads)
     slots = torch.arange(batch).cuda() + 1
-    bounds, chunks_of = (part.cuda() for part in chunk_table(seq_lens))
+    bounds, chunks_of = (part.cuda() for part in chunk_table([length] * batch))
     shape = GDNShape(heads[0], heads[1], DIM, DIM, WIDTH)
     mixed_qkv, _, b, a, weight, A_log, dt_bias, _, columns, states = args
     qkv = run_conv(mixed_qkv, weight, columns, slots, bounds, chunks_of, shape)
@@ -67,9 +66,7 @@ def extend_rows(batch: int, length: int, heads: tuple[int, int]) -> Iterator[Tim
     name = f"{batch}x{length}"
     chunks = partial(run_chunks, qkv, b, a, A_log, dt_bias, states, slots, bounds, chunks_of, shape)
     yield Timed(f"chunks {name}", [chunks], num_bytes)
-    yield Timed(
-        f"extend {name}", [partial(gdn_extend_step, *args, slots, bounds, chunks_of, seq_lens, 1e-6)], num_bytes
-    )
+    yield Timed(f"extend {name}", [partial(gdn_extend_step, *args, slots, bounds, chunks_of, 1e-6)], num_bytes)
 
 
 def rows(heads: tuple[int, int]) -> Iterator[Timed]:

@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -23,7 +21,7 @@ import torch
 
 from sglang.bench_utils.one_batch import StaticBatch
 from sglang.bench_utils.one_batch_cli import load
-from sglang.bench_utils.timing import timed
+from sglang.bench_utils.timing import launches, timed
 from sglang.srt.configs.cache_layout import FULL, STATE
 from sglang.srt.layers.moe.fused_moe import FusedMoE
 from sglang.srt.layers.moe.topk import TopKOutput
@@ -90,22 +88,6 @@ def count_floor(runner: ModelRunner, batch: StaticBatch, ids: torch.Tensor) -> F
         kv=layout.num_bytes(FULL, tokens + -tokens % runner.pools.page_size),
         state=2 * layout.num_bytes(STATE, len(batch.seq_lens)),
     )
-
-
-def launches(action: Callable[[], object]) -> list[tuple[str, int, float]]:
-    """(kernel, launches, us) of ``action``, longest first."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        action()
-        current_platform.synchronize()
-    table: dict[str, list[float]] = defaultdict(lambda: [0, 0.0])
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            table[event.name][0] += 1
-            table[event.name][1] += event.device_time
-    rows = [(name, int(count), us) for name, (count, us) in table.items()]
-    return sorted(rows, key=lambda row: -row[2])
 
 
 def run_size(runner: ModelRunner, allocator: TokenToKVPoolAllocator, size: int, args: argparse.Namespace) -> None:

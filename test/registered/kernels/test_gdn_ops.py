@@ -274,7 +274,7 @@ class TestSteps(CustomTestCase):
             lengths = [5, 130, 0, 2]
             args = step_inputs(sum(lengths), 7, (*shape, 4), torch.Generator().manual_seed(seed))
             after, slots = [x.clone() for x in args], [5, 2, 3, 1]
-            out = gdn_extend_step(*after, torch.tensor(slots), *chunk_table(lengths), lengths, 1e-6)
+            out = gdn_extend_step(*after, torch.tensor(slots), *chunk_table(lengths), 1e-6)
             ends = torch.tensor(lengths).cumsum(0).tolist()
             self.check(args, after, out, slots, [slice(e - n, e) for e, n in zip(ends, lengths, strict=True)])
 

@@ -209,6 +209,7 @@ class TestOverFakes(CustomTestCase):
 
     def engine(self, model: str, **settings: Any) -> EngineHarness:
         settings = {"attention_backend": "triton", "cuda_graph_bs": [1, 2, 8], "random_seed": 1, **settings}
+        settings.setdefault("disable_piecewise_cuda_graph", True)
         return EngineHarness(model, max_total_tokens=1024, max_running_requests=8, **settings)
 
     def check(self, model: str, streams: int, **settings: Any) -> None:

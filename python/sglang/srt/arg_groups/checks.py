@@ -62,11 +62,17 @@ def _names_and_text(args: ServerArgs) -> Iterator[str]:
 
 
 def _graph_sizes(args: ServerArgs) -> Iterator[str]:
-    if args.cuda_graph_bs and args.cuda_graph_max_bs and max(args.cuda_graph_bs) > args.cuda_graph_max_bs:
-        yield (
-            f"--cuda-graph-bs has {max(args.cuda_graph_bs)}, but --cuda-graph-max-bs is {args.cuda_graph_max_bs}: "
-            "raise the latter or drop it"
-        )
+    for flag, sizes, most_flag, most in (
+        ("--cuda-graph-bs", args.cuda_graph_bs, "--cuda-graph-max-bs", args.cuda_graph_max_bs),
+        (
+            "--piecewise-cuda-graph-tokens",
+            args.piecewise_cuda_graph_tokens,
+            "--piecewise-cuda-graph-max-tokens",
+            args.piecewise_cuda_graph_max_tokens,
+        ),
+    ):
+        if sizes and most and max(sizes) > most:
+            yield f"{flag} has {max(sizes)}, but {most_flag} is {most}: raise the latter or drop it"
 
 
 def _speculative(args: ServerArgs) -> Iterator[str]:

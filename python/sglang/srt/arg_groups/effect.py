@@ -47,6 +47,16 @@ def _no_graphs(here: Situation) -> str:
     return "no decode graphs are captured" if here.args.disable_cuda_graph else ""
 
 
+def _no_extend_graphs(here: Situation) -> str:
+    args = here.args
+    if args.disable_cuda_graph or args.disable_piecewise_cuda_graph:
+        return "no prompt steps are captured"
+    if args.attn_dp_size > 1 or args.moe_a2a_backend != "none":
+        return "prompt steps are not captured where the steps of ranks differ"
+    sizes, chunk = args.piecewise_cuda_graph_tokens, args.chunked_prefill_size or 0
+    return f"prompt steps have at most {chunk} tokens" if 0 < chunk < min(sizes or [chunk]) else ""
+
+
 def _no_states(here: Situation) -> str:
     states = here.model is None or here.model.text.cache_layout().has(STATE)
     return "" if states else "the model has no recurrent states"
@@ -75,6 +85,9 @@ FLAGS: dict[str, Reason] = {
     "dist_timeout": _one_rank,
     "cuda_graph_bs": _no_graphs,
     "cuda_graph_max_bs": _no_graphs,
+    "disable_piecewise_cuda_graph": _no_graphs,
+    "piecewise_cuda_graph_tokens": _no_extend_graphs,
+    "piecewise_cuda_graph_max_tokens": _no_extend_graphs,
     "mamba_ssm_dtype": _no_states,
     "swa_full_tokens_ratio": _no_window,
     "disable_shared_experts_fusion": _no_shared_experts,

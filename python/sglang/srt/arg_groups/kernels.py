@@ -47,6 +47,19 @@ class KernelArgs:
     disable_cuda_graph: Annotated[bool, Arg("Capture no CUDA or HIP graphs.", GRAPHS)] = False
     cuda_graph_bs: Annotated[list[int] | None, Arg("Batch sizes to capture.", GRAPHS, minimum=1)] = None
     cuda_graph_max_bs: Annotated[int | None, Arg("Largest batch size to capture.", GRAPHS, minimum=1)] = None
+    disable_piecewise_cuda_graph: Annotated[bool, Arg("Capture no graphs of prompt steps.", GRAPHS)] = False
+    piecewise_cuda_graph_tokens: Annotated[
+        list[int] | None, Arg("Numbers of tokens of a prompt step to capture.", GRAPHS, minimum=1)
+    ] = None
+    piecewise_cuda_graph_max_tokens: Annotated[
+        int | None,
+        Arg(
+            "Largest number of tokens of a prompt step to capture, within --chunked-prefill-size.",
+            GRAPHS,
+            minimum=1,
+            auto="2048",
+        ),
+    ] = None
     disable_overlap_schedule: Annotated[
         bool, Arg("Prepare a step only after the previous one has ended; always the case on CPU.", GRAPHS)
     ] = False

@@ -60,10 +60,12 @@ class CapturedStep(Generic[Output]):
 
 
 class BucketGraphs(Generic[Output]):
-    """Captures and replays ``name`` for batches of up to each of ``buckets`` requests, ascending.
+    """Captures and replays ``name`` for batches of up to each of ``buckets`` requests (``unit``), ascending.
 
     A bucket that cannot be captured, or whose check fails, is refused on all ranks of ``world``, and runs eagerly.
     """
+
+    unit = "batch size"
 
     def __init__(
         self, name: str, buckets: Sequence[int], device: torch.device, world: ProcessGroupHandle | None = None
@@ -80,7 +82,7 @@ class BucketGraphs(Generic[Output]):
         started = time.perf_counter()
         with tqdm(reversed(self.buckets), f"Capturing {self.name} graphs", len(self.buckets), unit="graph") as bar:
             for bucket in bar:
-                bar.set_postfix(batch_size=bucket)
+                bar.set_postfix({self.unit: bucket})
                 body = body_of(bucket)
                 # Ranks capture at the same time, because collectives may open connections then.
                 if self.agree(bucket, self._violation(body)):
@@ -122,13 +124,13 @@ class BucketGraphs(Generic[Output]):
         """Never replay ``bucket`` again; its batches run eagerly."""
         self.refused[bucket] = reason
         self._steps.pop(bucket, None)
-        logger.warning("%s graph of batch size %d is refused: %s", self.name, bucket, reason)
+        logger.warning("%s graph of %s %d is refused: %s", self.name, self.unit, bucket, reason)
 
-    def bucket_of(self, batch_size: int) -> int | None:
-        """The bucket for so many requests; None when they must run eagerly."""
-        if not 0 < batch_size <= self.buckets[-1]:
+    def bucket_of(self, size: int) -> int | None:
+        """The bucket for so many requests, or tokens; None when they must run eagerly."""
+        if not 0 < size <= self.buckets[-1]:
             return None
-        bucket = self.buckets[bisect_left(self.buckets, batch_size)]
+        bucket = self.buckets[bisect_left(self.buckets, size)]
         return bucket if bucket in self._steps else None
 
     @property
@@ -147,6 +149,6 @@ class BucketGraphs(Generic[Output]):
         return self._steps[bucket].output
 
     def describe(self) -> dict[str, Any]:
-        """Batch sizes that are replayed, and why others are not; msgpack-able."""
+        """Sizes that are replayed, and why others are not; msgpack-able."""
         refused = {str(bucket): reason for bucket, reason in sorted(self.refused.items())}
         return {"captured": self.captured, "refused": refused}

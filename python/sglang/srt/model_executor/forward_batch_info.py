@@ -48,7 +48,11 @@ DECODE = StepKind("decode", 1)
 class AttentionBackendLike(Protocol):
     """What the execution of a step needs of an attention backend; ``layers/attention`` has what layers need."""
 
+    plans_bounds: bool
+
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None: ...
+
+    def replays_extend(self, batch: ModelWorkerBatch) -> bool: ...
 
     def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None: ...
 
@@ -63,6 +67,21 @@ class StepPlan:
 
     attention: object = None
     states: object = None
+
+
+@dataclass(frozen=True)
+class PackedBounds:
+    """Where the requests of a captured extend step are, on the device, because a replay has other lengths.
+
+    qo_indptr, kv_indptr [B+1] int64 cut the rows of the step and the requests' contexts by request; the last request
+    is the padding, and some may have no rows. max_context: the most that the last number of kv_indptr can be.
+    chunks [NC, 2] int32, for recurrent states: as ``gdn.chunk.chunk_table`` makes them, and some past the end of theirs
+    """
+
+    qo_indptr: torch.Tensor
+    kv_indptr: torch.Tensor
+    max_context: int
+    chunks: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -214,6 +233,8 @@ class ForwardBatch:
     # Whether the output contains the hidden rows before the head, for a model that drafts from them.
     wants_hidden: bool = False
     attn_plan: StepPlan = StepPlan()
+    # Of a captured extend step, in place of the lists below.
+    bounds: PackedBounds | None = None
     extend_seq_lens_cpu: list[int] | None = None
     extend_start_loc_cpu: list[int] | None = None
     extend_seq_lens: torch.Tensor | None = None  # [B] int64

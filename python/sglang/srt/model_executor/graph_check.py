@@ -11,7 +11,7 @@ from sglang.srt.configs.cache_layout import FULL, STATE, SWA
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.mem_cache.written_rows import WrittenRows
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs
-from sglang.srt.model_executor.forward_batch_info import ModelWorkerBatch, StepKind
+from sglang.srt.model_executor.forward_batch_info import DECODE, ModelWorkerBatch, StepKind
 from sglang.srt.model_executor.model_pools import RankMemory, StepRelay
 
 # Context lengths of the check, repeated over the batch: odd, one page, more than one split.
@@ -59,13 +59,11 @@ class GraphCheck:
         self._page_size = pools.page_size
         self._vocab_size = vocab_size
         self._lens = check_lens(pools.layout.page_size)
-        largest = graphs.buckets[-1]
-        wanted = largest * self._pages(max(self._lens) + self._ahead)
         self._window = memory.window
-        self._num_pages = min(pools.size(FULL) // pools.page_size, wanted)
+        self._num_pages = min(pools.size(FULL) // pools.page_size, self._wanted_pages())
         if self._window is not None:
             self._num_pages = min(self._num_pages, self._window.num_pages)
-        self._num_states = min(pools.size(STATE), largest)
+        self._num_states = min(pools.size(STATE), graphs.buckets[-1])
         num_tokens = self._num_pages * pools.page_size
         self._written = WrittenRows(pools, {FULL: num_tokens, SWA: num_tokens, STATE: self._num_states})
 
@@ -77,19 +75,30 @@ class GraphCheck:
         finally:
             self._written.clear()
 
+    def _wanted_pages(self) -> int:
+        """Pages that the batch of the largest bucket takes if there are so many."""
+        return self._graphs.buckets[-1] * self._pages(max(self._lens) + self._ahead)
+
+    def _num_requests(self, bucket: int) -> int:
+        """Requests of the batch for ``bucket``: one fewer than it has room for, so that there is padding."""
+        return max(1, bucket - 1)
+
+    def _least_pages(self, bucket: int) -> int:
+        """Pages that the batch for ``bucket`` takes at least."""
+        return self._num_requests(bucket) * self._pages(self._width + self._ahead)
+
     def _check(self, bucket: int) -> str | None:
-        """None if replay equals eager for a batch of one request fewer than the bucket (bucket 1: full), else why
-        not."""
-        size = max(1, bucket - 1)
+        """None if replay equals eager for a batch that leaves room for padding (bucket 1: none), else why not."""
+        size = self._num_requests(bucket)
         rows = [row for row in (self._req_pool.alloc() for _ in range(size)) if row is not None]
         try:
             if len(rows) < size:
                 return f"the request table has fewer than {size} rows"
-            page, needed = self._page_size, size * self._pages(self._width + self._ahead)
+            page, needed = self._page_size, self._least_pages(bucket)
             if self._num_pages < needed:
                 have, need = self._num_pages * page, needed * page
                 return f"the pools have {have} slots, and the step of {size} requests needs {need}"
-            batch = self._batch(rows, torch.Generator().manual_seed(bucket))
+            batch = self._batch(rows, bucket, torch.Generator().manual_seed(bucket))
             self._forget_slots(batch)
             self._written.poison(bucket)
             wanted = [tensor.clone() for tensor in self._eager(batch, bucket)]
@@ -121,33 +130,39 @@ class GraphCheck:
     def _pages(self, num_tokens: int) -> int:
         return -(-num_tokens // self._page_size)
 
-    def _batch(self, rows: list[int], generator: torch.Generator) -> ModelWorkerBatch:
-        """A batch over scattered pages, with contexts of several lengths."""
-        page, lens = self._page_size, self._lens
-        # The request table has a column past the context; the RoPE table has no row for it.
-        room = self._num_pages // len(rows) * page
-        longest = min(max(lens), self._req_pool.max_context_len - 1, room) - self._ahead
-        lens = tuple(max(self._width, min(lens[i % len(lens)], longest)) for i in range(len(rows)))
+    def _lend(self, rows: list[int], lens: Sequence[int], generator: torch.Generator) -> list[torch.Tensor]:
+        """Write scattered slots for so many tokens of each request into the table; the slots."""
         order = torch.randperm(self._num_pages, generator=generator) + 1
         if self._window is not None:
             self._window.lend(order.flip(0).tolist())
             self._window.flush()
         slots, used = [], 0
         for row, length in zip(rows, lens, strict=True):
-            count = self._pages(length + self._ahead)
-            pages = order[used : used + count].unsqueeze(1) * page
-            mine = (pages + torch.arange(page)).flatten()[: length + self._ahead]
+            count = self._pages(length)
+            pages = order[used : used + count].unsqueeze(1) * self._page_size
+            slots.append((pages + torch.arange(self._page_size)).flatten()[:length])
             used += count
-            self._req_pool.write(row, 0, mine)
-            slots.append(mine[length - self._width :])
+            self._req_pool.write(row, 0, slots[-1])
+        return slots
+
+    def _states(self, count: int, generator: torch.Generator) -> list[int] | None:
+        if not self._num_states:
+            return None
+        return (torch.randperm(self._num_states, generator=generator)[:count] + 1).tolist()
+
+    def _batch(self, rows: list[int], bucket: int, generator: torch.Generator) -> ModelWorkerBatch:
+        """A batch with contexts of several lengths."""
+        # The request table has a column past the context; the RoPE table has no row for it.
+        room = self._num_pages // len(rows) * self._page_size
+        longest = min(max(self._lens), self._req_pool.max_context_len - 1, room) - self._ahead
+        lens = [max(self._width, min(self._lens[i % len(self._lens)], longest)) for i in range(len(rows))]
+        slots = self._lend(rows, [length + self._ahead for length in lens], generator)
+        new = torch.cat([mine[length - self._width :] for mine, length in zip(slots, lens, strict=True)])
         ids = torch.randint(0, self._vocab_size, (len(rows),), generator=generator)
         self._last_token[rows] = ids.to(self._last_token.device)
         if self._relay is not None:
             self._fill_relay(self._relay, rows, lens, generator)
-        states = None
-        if self._num_states:
-            states = (torch.randperm(self._num_states, generator=generator)[: len(rows)] + 1).tolist()
-        return ModelWorkerBatch.uniform(self._kind, rows, list(lens), torch.cat(slots), states)
+        return ModelWorkerBatch.uniform(self._kind, rows, lens, new, self._states(len(rows), generator))
 
     def _fill_relay(self, relay: StepRelay, rows: list[int], lens: Sequence[int], generator: torch.Generator) -> None:
         """Random drafts, and lengths, of which those of every other request are one below the host's bound."""
@@ -155,3 +170,43 @@ class GraphCheck:
         relay.committed[rows] = torch.tensor(committed, device=relay.committed.device)
         drafts = torch.randint(0, self._vocab_size, (len(rows), relay.drafts.shape[1]), generator=generator)
         relay.drafts[rows] = drafts.to(relay.drafts.device)
+
+
+class ExtendCheck(GraphCheck):
+    """The same for extend steps, whose buckets are numbers of tokens: several requests after prefixes."""
+
+    def __init__(
+        self, graphs: BucketGraphs[Any], eager: Run, replay: Run, memory: RankMemory, pools: ModelPools, vocab_size: int
+    ) -> None:
+        super().__init__(graphs, DECODE, eager, replay, memory, pools, vocab_size, writes_table=False)
+
+    def _spans(self, bucket: int) -> list[tuple[int, int]]:
+        """Cached and new tokens of each request, which leave one row of padding (bucket 1: none)."""
+        longest, left = self._req_pool.max_context_len - 1, max(1, bucket - 1)
+        spans: list[tuple[int, int]] = []
+        for cached, new in zip((0, 33, 64, 129, 0, 1), (17, 3, 129, 64, 1), strict=False):
+            spans.append((min(cached, longest // 2), min(new, longest // 2, left)))
+            left -= spans[-1][1]
+            if not left:
+                break
+        else:
+            cached, new = spans[-1]
+            spans[-1] = (cached, min(new + left, longest - cached))
+        return spans
+
+    def _wanted_pages(self) -> int:
+        return self._least_pages(self._graphs.buckets[-1])
+
+    def _num_requests(self, bucket: int) -> int:
+        return len(self._spans(bucket))
+
+    def _least_pages(self, bucket: int) -> int:
+        return sum(self._pages(cached + new) for cached, new in self._spans(bucket))
+
+    def _batch(self, rows: list[int], bucket: int, generator: torch.Generator) -> ModelWorkerBatch:
+        spans = self._spans(bucket)
+        cached, ends = [span[0] for span in spans], [sum(span) for span in spans]
+        slots = self._lend(rows, ends, generator)
+        new = torch.cat([mine[start:] for mine, start in zip(slots, cached, strict=True)])
+        ids = torch.randint(0, self._vocab_size, new.shape, generator=generator)
+        return ModelWorkerBatch.extend(rows, cached, ends, ids, new, self._states(len(rows), generator))

@@ -35,6 +35,7 @@ from sglang.srt.layers.moe.token_dispatcher.mori_plan import (
 )
 from sglang.srt.layers.moe.token_dispatcher.moriep import release_problem
 from sglang.srt.mem_cache.pool_plan import PoolPlan, PoolPlanError
+from sglang.srt.model_executor.extend_graphs import DEFAULT_MAX_TOKENS, extend_buckets
 from sglang.srt.model_executor.model_pools import plan_pools, request_table_bytes, served_layout
 from sglang.srt.model_executor.step_graphs import decode_buckets
 from sglang.srt.model_loader.loader import build_draft_model, build_model, draft_config
@@ -229,18 +230,32 @@ def graph_buckets(args: ServerArgs) -> list[int]:
     return decode_buckets(min(args.cuda_graph_max_bs or running, running), args.cuda_graph_bs)
 
 
+def extend_graph_buckets(args: ServerArgs) -> list[int]:
+    """Numbers of tokens that extend steps are captured for; none where that is off, or where ranks' steps differ."""
+    if args.disable_cuda_graph or args.disable_piecewise_cuda_graph:
+        return []
+    if args.attn_dp_size > 1 or args.moe_a2a_backend != "none":
+        return []
+    sizes, chunk = args.piecewise_cuda_graph_tokens, args.chunked_prefill_size or 0
+    most = args.piecewise_cuda_graph_max_tokens or max(sizes or [DEFAULT_MAX_TOKENS])
+    return extend_buckets(min(most, chunk) if chunk > 0 else most, sizes)
+
+
 def estimate_graphs(args: ServerArgs, config: ModelConfig) -> int:
-    """Bytes that captured decode steps may take: activations and logits of the largest, and the nodes of each graph."""
+    """Bytes that captured steps may take: activations and logits of the largest, and the nodes of each graph."""
     if args.disable_cuda_graph:
         return 0
     buckets, text = graph_buckets(args), config.text
     values = 8 * text.hidden_size + text.num_experts_per_tok * (text.hidden_size + 3 * text.moe_intermediate_size)
-    row = values * config.dtype.itemsize + 2 * 4 * config.vocab_size
     rows = buckets[-1] * args.attn_dp_size * (args.speculative_num_draft_tokens or 1)
+    logits = rows * 2 * 4 * config.vocab_size
+    extends = extend_graph_buckets(args)
+    rows = max([rows, *extends])
     # The model's step, the draft layer's step, and the chain of drafts twice: greedy and sampled.
     steps = args.speculative_num_steps
     layers = config.num_hidden_layers + (0 if steps is None else 1 + 2 * (steps - 1))
-    return rows * row + len(buckets) * layers * GRAPH_LAYER_BYTES
+    graphs = len(buckets) * layers + len(extends) * config.num_hidden_layers
+    return rows * values * config.dtype.itemsize + logits + graphs * GRAPH_LAYER_BYTES
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from sglang.srt.layers.sampler import Sampler
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.model_executor.bucket_graphs import BucketGraphs
+from sglang.srt.model_executor.extend_graphs import ExtendGraphs
 from sglang.srt.model_executor.forward_batch_info import AttentionBackendLike, ForwardBatch, ModelWorkerBatch
 from sglang.srt.model_executor.memory_plan import DRAFT_LAYER, count_weights
 from sglang.srt.model_executor.model_pools import RankMemory, StepRelay
@@ -33,7 +34,7 @@ class StepForward:
     output: LogitsProcessorOutput
     forward_batch: ForwardBatch
     batch: ModelWorkerBatch
-    # Bucket of the replayed graph; None for an eager step.
+    # Bucket of the replayed step of one kind; None for an eager step, and for an extend step.
     bucket: int | None = None
 
     @property
@@ -110,6 +111,7 @@ class ModelRunner:
         self.overlap_trace = trace_reader(self.model)
         self.relay = memory.relay
         self.decode_graphs: StepGraphs | None = None
+        self.extend_graphs: ExtendGraphs | None = None
         # The same for the draft model's steps, by kind.
         self.draft_graphs: dict[str, BucketGraphs] = {}
 
@@ -123,6 +125,9 @@ class ModelRunner:
             bucket = batch.graph_bucket if agreed else self.graph_bucket(batch.batch_size)
             if bucket is not None:
                 return self._replay(batch, bucket)
+        if self.extend_graphs is not None and (bucket := self.extend_graphs.bucket_for(batch)) is not None:
+            own_batch, own_output = self.extend_graphs.replay(batch, bucket)
+            return StepForward(own_output, own_batch, batch)
         # A backend may plan from the request table, so the table is completed first.
         forward_batch = self._complete(ForwardBatch.from_worker_batch(batch, self.device, self.attn_backend))
         self.attn_backend.init_forward_metadata(forward_batch)
@@ -142,8 +147,9 @@ class ModelRunner:
         """What /server_info shows of the model; msgpack-able."""
         streams = {**self.loaded.streams.describe(), "trace": self.overlap_trace()}
         experts = {**describe_experts(self.model), "shared": describe_shared(self.model)}
-        all_graphs = [*([] if self.decode_graphs is None else [self.decode_graphs]), *self.draft_graphs.values()]
-        graphs = {each.name: each.describe() for each in all_graphs}
+        all_graphs: list[BucketGraphs[Any] | None] = [self.decode_graphs, self.extend_graphs]
+        all_graphs += self.draft_graphs.values()
+        graphs = {each.name: each.describe() for each in all_graphs if each is not None}
         draft = {} if self.loaded.draft is None else {"draft": describe_draft(self.model, self.loaded.draft)}
         return {
             **draft,
@@ -155,7 +161,7 @@ class ModelRunner:
 
     def drop_graphs(self) -> None:
         """Run every later step eagerly."""
-        self.decode_graphs = None
+        self.decode_graphs = self.extend_graphs = None
         self.draft_graphs.clear()
 
     def run_planned(self, forward_batch: ForwardBatch) -> LogitsProcessorOutput:
@@ -164,7 +170,8 @@ class ModelRunner:
         A step that reads its lengths on the device is planned here; it writes them to ``forward_batch``'s tensors.
         """
         completed = self._complete(forward_batch)
-        if forward_batch.kind is not None and forward_batch.kind.rows_per_request > 1:
+        reads_lengths = forward_batch.kind is not None and forward_batch.kind.rows_per_request > 1
+        if reads_lengths or forward_batch.bounds is not None:
             self.attn_backend.init_forward_metadata(completed)
         return self._run_model(completed)
 

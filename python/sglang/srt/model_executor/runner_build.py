@@ -18,6 +18,7 @@ from sglang.srt.layers.quantization import warn_of_splits
 from sglang.srt.mem_cache.memory_pool import ModelPools
 from sglang.srt.mem_cache.pool_plan import PoolPlan
 from sglang.srt.model_executor.capture_lint import HostList
+from sglang.srt.model_executor.extend_graphs import ExtendGraphs
 from sglang.srt.model_executor.forward_batch_info import (
     DECODE,
     AttentionBackendLike,
@@ -25,8 +26,8 @@ from sglang.srt.model_executor.forward_batch_info import (
     ModelWorkerBatch,
     StepKind,
 )
-from sglang.srt.model_executor.graph_check import GraphCheck
-from sglang.srt.model_executor.memory_plan import check_fit, graph_buckets, plan_needs
+from sglang.srt.model_executor.graph_check import ExtendCheck, GraphCheck
+from sglang.srt.model_executor.memory_plan import check_fit, extend_graph_buckets, graph_buckets, plan_needs
 from sglang.srt.model_executor.model_pools import RankMemory, make_pools, make_rank_memory, plan_pools
 from sglang.srt.model_executor.model_runner import LoadedModel, ModelRunner
 from sglang.srt.model_executor.step_graphs import StepGraphs
@@ -92,6 +93,10 @@ def build(args: ServerArgs, models: Sequence[LoadedModel], sizes: PoolPlan) -> l
     if not args.disable_cuda_graph:
         spec = SpecInfo.of(args.speculative_num_steps)
         for runner in runners:
+            if (sizes_of_extends := extend_graph_buckets(args)) and runner.attn_backend.plans_bounds:
+                # The largest steps first, so that the others fit their memory.
+                runner.extend_graphs = capture_extend_graphs(runner, sizes_of_extends)
+                prove_extend_graphs(runner, runner.extend_graphs)
             # With drafts there are only verify steps, no decode steps.
             kind = DECODE if spec is None else spec.verify
             runner.decode_graphs = capture_graphs(runner, graph_buckets(args), kind)
@@ -162,6 +167,36 @@ def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
 
     vocab_size = runner.model_config.vocab_size
     GraphCheck(graphs, graphs.kind, eager, replay, runner.memory, runner.pools, vocab_size).run()
+
+
+@torch.inference_mode()
+def capture_extend_graphs(runner: ModelRunner, buckets: Sequence[int]) -> ExtendGraphs:
+    """Extend steps captured for these numbers of tokens; not yet checked, and not yet used by the runner."""
+    graphs = ExtendGraphs(
+        forward=runner.run_planned,
+        backend=runner.attn_backend,
+        buckets=buckets,
+        max_context_len=runner.model_config.context_len,
+        device=runner.device,
+        padding_row=runner.req_to_token_pool.padding_row,
+        has_state=runner.has_state,
+        world=get_world_group(),
+    )
+    graphs.capture(current_platform.create_graph)
+    return graphs
+
+
+@torch.inference_mode()
+def prove_extend_graphs(runner: ModelRunner, graphs: ExtendGraphs) -> None:
+    """See ``prove_graphs``."""
+
+    def eager(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
+        return graphs.own_output(runner.run_planned(graphs.fill(batch, bucket)), batch).tensors()
+
+    def replay(batch: ModelWorkerBatch, bucket: int) -> tuple[torch.Tensor, ...]:
+        return graphs.replay(batch, bucket)[1].tensors()
+
+    ExtendCheck(graphs, eager, replay, runner.memory, runner.pools, runner.model_config.vocab_size).run()
 
 
 def stream_needs(config: ModelConfig, args: ServerArgs) -> tuple[str, tuple[str, ...]]:

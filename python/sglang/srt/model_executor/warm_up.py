@@ -84,14 +84,15 @@ def warm_up(runner: ModelRunner, max_tokens: int, run: RunStep | None = None, ki
 def _run_steps(
     runner: ModelRunner, steps: list[WarmUpStep], run: RunStep | None = None, kind: StepKind = DECODE
 ) -> None:
-    for step in tqdm(steps, desc="Warming kernels up", unit="step"):
-        run_step(runner, _extend_batch(runner, step, drafts=run is not None), run)
-    graphs, runner.decode_graphs = runner.decode_graphs, None
+    graphs = runner.decode_graphs, runner.extend_graphs
+    runner.decode_graphs = runner.extend_graphs = None
     try:
+        for step in tqdm(steps, desc="Warming kernels up", unit="step"):
+            run_step(runner, _extend_batch(runner, step, drafts=run is not None), run)
         for batch in sorted({*powers_of_two(runner.req_to_token_pool.size), runner.req_to_token_pool.size}):
             run_step(runner, _decode_batch(runner, batch, kind), run)
     finally:
-        runner.decode_graphs = graphs
+        runner.decode_graphs, runner.extend_graphs = graphs
 
 
 def run_step(runner: ModelRunner, batch: ModelWorkerBatch, run: RunStep | None = None) -> None:

@@ -28,11 +28,12 @@ def extend_attention_torch(
     """Causal softmax attention, request by request, over cache slots.
 
     q [N, Hq, D], k_cache [S, Hk, D], v_cache [S, Hk, Dv]; kv_slot_ids [M] int64 lists the slots of each request's
-    tokens in order, the new ones (already written) included; qo_indptr and kv_indptr [B+1] int64 cut q and
-    kv_slot_ids by request. -> [N, Hq, Dv] in q's dtype. Without v_cache the values are the first ``rank`` columns of
-    the keys: absorbed latent attention, where q is the query times W_UK, then the rotated part (DeepSeek-V2 report,
+    tokens in order, the new ones (already written) included, and may go on; qo_indptr and kv_indptr [B+1] int64 cut q
+    and kv_slot_ids by request. -> [N, Hq, Dv] in q's dtype. Without v_cache the values are the first ``rank`` columns
+    of the keys: absorbed latent attention, where q is the query times W_UK, then the rotated part (DeepSeek-V2 report,
     section 2.1 and appendix C).
     """
+    kv_slot_ids = kv_slot_ids[: int(kv_indptr[-1])]
     k = read_rows(k_cache, kv_slot_ids, q.dtype)
     v = k[..., :rank] if v_cache is None else read_rows(v_cache, kv_slot_ids, q.dtype)
     return extend_ragged_torch(q, k, v, qo_indptr, kv_indptr, scale)

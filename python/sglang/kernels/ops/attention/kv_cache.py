@@ -63,12 +63,14 @@ def gather_slots_torch(
     """Slots of a span of each request, packed by request.
 
     req_to_token [R, C] int32, req_pool_indices [B] int64 rows of it, starts [B] int64 the first position of each span,
-    indptr [B+1] int64 where each span goes, num_slots its last entry (the host knows it) -> [num_slots] int64.
+    indptr [B+1] int64 where each span goes, num_slots its last entry, or more than that -> [num_slots] int64, of which
+    those past the spans are undefined.
     """
-    lengths = indptr[1:] - indptr[:-1]
-    request = torch.repeat_interleave(lengths, output_size=num_slots)
+    # What is left belongs to nobody, and is read from the last request.
+    lengths = torch.cat((indptr.diff(), num_slots - indptr[-1:]))
+    request = torch.repeat_interleave(lengths, output_size=num_slots).clamp(max=req_pool_indices.shape[0] - 1)
     position = torch.arange(num_slots, device=indptr.device) - indptr[request] + starts[request]
-    return req_to_token[req_pool_indices[request], position].long()
+    return req_to_token[req_pool_indices[request], position.clamp(max=req_to_token.shape[1] - 1)].long()
 
 
 def write_kv_triton(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import product
 
 import torch
@@ -26,16 +26,17 @@ SOLVE_TILE = 16
 def gdn_extend_step_torch(
     mixed_qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor,
     norm_weight: Tensor, conv_state: Tensor, ssm_state: Tensor, slot_ids: Tensor, bounds: Tensor, chunks: Tensor,
-    seq_lens: Sequence[int], eps: float,
+    eps: float,
 ) -> Tensor:  # fmt: skip
     """The mixer's rows for the packed tokens of B sequences, from their projections; their slots move on.
 
-    Arguments as ``gdn.decode_step`` with N packed rows, slot_ids [B] all different and not 0, ``seq_lens`` the lengths
-    on the host (zero is allowed), ``bounds`` and ``chunks`` what ``chunk_table`` makes of them, next to the other
-    tensors -> [N, HV, V] in mixed_qkv's dtype. Composed of ``causal_conv1d``, ``l2_norm``, ``gdn_gating``,
+    Arguments as ``gdn.decode_step`` with N packed rows, slot_ids [B] all different except 0, the slot of padding, whose
+    contents then are undefined; ``bounds`` and ``chunks`` as ``chunk_table`` makes them of the sequences' lengths, of
+    which some may be zero, next to the other tensors. Further chunks past a sequence's end are ignored.
+    -> [N, HV, V] in mixed_qkv's dtype. Composed of ``causal_conv1d``, ``l2_norm``, ``gdn_gating``,
     ``chunk_gated_delta_rule`` (scale K^-0.5) and ``norm.gated_rms_norm``.
     """
-    shape = shape_of(mixed_qkv, conv_weight, ssm_state)
+    shape, seq_lens = shape_of(mixed_qkv, conv_weight, ssm_state), bounds.diff().tolist()
     g, beta = gdn_gating(a, b, A_log, dt_bias)
     history = conv_state.index_select(0, slot_ids)
     convolved, last = causal_conv1d(mixed_qkv, conv_weight, history, seq_lens)
@@ -106,7 +107,7 @@ def run_chunks(
 def gdn_extend_step_triton(
     mixed_qkv: Tensor, z: Tensor, b: Tensor, a: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor,
     norm_weight: Tensor, conv_state: Tensor, ssm_state: Tensor, slot_ids: Tensor, bounds: Tensor, chunks: Tensor,
-    seq_lens: Sequence[int], eps: float,
+    eps: float,
 ) -> Tensor:  # fmt: skip
     """Four launches: convolution, chunks alone, scan over them, norm. Operands of products are in mixed_qkv's dtype."""
     shape = shape_of(mixed_qkv, conv_weight, ssm_state)
@@ -125,11 +126,11 @@ def _cases() -> Iterator[Case]:
         slot_ids = torch.randperm(len(seq_lens) + 2, generator=generator)[: len(seq_lens)] + 1
         inputs = step_inputs(sum(seq_lens), len(seq_lens) + 3, shape, generator)
         name = "+".join(map(str, seq_lens)) + "-" + "x".join(map(str, shape))
-        yield Case(name, (*inputs, slot_ids, *chunk_table(seq_lens), list(seq_lens), 1e-6))
+        yield Case(name, (*inputs, slot_ids, *chunk_table(seq_lens), 1e-6))
     for name, nothing in (("no-sequence", []), ("no-token", [0])):
         inputs = step_inputs(0, 3, STEP_SHAPES[1], generator)
         slot_ids = torch.ones(len(nothing), dtype=torch.int64)
-        yield Case(name, (*inputs, slot_ids, *chunk_table(nothing), nothing, 1e-6))
+        yield Case(name, (*inputs, slot_ids, *chunk_table(nothing), 1e-6))
 
 
 gdn_extend_step = Op(

@@ -16,7 +16,7 @@ from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.mem_cache.allocator import ReqToTokenPool
 from sglang.srt.mem_cache.memory_pool import ModelPools
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch, StepPlan
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,12 @@ class AttentionBackend(ABC):
     """
 
     prefers: str | None = None
+    # Whether an extend step whose lengths are on the device (``ForwardBatch.bounds``) can be planned, and captured.
+    plans_bounds = False
+
+    def replays_extend(self, batch: ModelWorkerBatch) -> bool:
+        """Whether a captured extend step suits ``batch``, if one of its size is there."""
+        return self.plans_bounds
 
     def plan(self, forward_batch: ForwardBatch) -> object:
         """The plan that the layers of the step share. Raises UnplannedStepError for a kind of step without a plan."""

@@ -13,7 +13,7 @@ from sglang.kernels.ops.gdn.verify_step import gdn_verify_step
 from sglang.srt.layers.attention.base_attn_backend import UnplannedStepError
 from sglang.srt.layers.attention.pool_backend import GqaBackend
 from sglang.srt.mem_cache.memory_pool import CachePool
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch, StepPlan
 
 # mixed_qkv, z, b and a of some tokens
 StepRows = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -47,7 +47,7 @@ class GDNPlan:
     """Which requests of a step advance by one token and which by a chunk, and the state slots of each.
 
     step_rows, chunk_rows: their token rows in the batch, None when they are the whole batch in order.
-    chunk_lens: tokens of each chunked request, packed in order; chunk_table: what the op of that name makes of them.
+    chunk_table: what the op of that name makes of the chunked requests' tokens, packed in order; None for none.
     verifies: the step's requests all bring the rows of a verify step, and the slots do not see them yet.
     """
 
@@ -55,7 +55,6 @@ class GDNPlan:
     step_slots: torch.Tensor
     chunk_rows: torch.Tensor | None
     chunk_slots: torch.Tensor
-    chunk_lens: tuple[int, ...] = ()
     chunk_table: tuple[torch.Tensor, torch.Tensor] | None = None
     verifies: bool = False
 
@@ -93,6 +92,9 @@ class GDNBackend:
                 f"a hybrid model needs one state slot per request: {forward_batch.batch_size} requests, {found} given "
                 "(ForwardBatch.state_slot_ids)"
             )
+        if forward_batch.bounds is not None:
+            assert forward_batch.bounds.chunks is not None, "the step was captured for a model without states"
+            return GDNPlan(None, slots[:0], None, slots, (forward_batch.bounds.qo_indptr, forward_batch.bounds.chunks))
         if forward_batch.kind is None:
             return self._plan_extend(forward_batch, slots)
         if forward_batch.kind.rows_per_request == 1:
@@ -112,7 +114,6 @@ class GDNBackend:
             assert not self._tail_len[:, slots].any(), "a prefill step would skip rows of a verify step before it"
         steps = [i for i, length in enumerate(lengths) if length == 1]
         chunks = [i for i, length in enumerate(lengths) if length > 1]
-        chunk_lens = tuple(lengths[i] for i in chunks)
 
         def index(values: list[int]) -> torch.Tensor:
             return _to_device(torch.tensor(values, dtype=torch.int64), slots.device)
@@ -121,9 +122,11 @@ class GDNBackend:
         if steps and chunks:
             step_rows = index([starts[i] for i in steps])
             chunk_rows = index([row for i in chunks for row in range(starts[i], starts[i] + lengths[i])])
-        bounds, table = chunk_table(chunk_lens)
-        on_device = (_to_device(bounds, slots.device), _to_device(table, slots.device))
-        return GDNPlan(step_rows, slots[index(steps)], chunk_rows, slots[index(chunks)], chunk_lens, on_device)
+        table = None
+        if chunks:
+            bounds, numbers = chunk_table([lengths[i] for i in chunks])
+            table = (_to_device(bounds, slots.device), _to_device(numbers, slots.device))
+        return GDNPlan(step_rows, slots[index(steps)], chunk_rows, slots[index(chunks)], table)
 
     def forward_gdn(
         self,
@@ -141,7 +144,7 @@ class GDNBackend:
         rows = (mixed_qkv, z.unflatten(-1, (layer.num_v_heads, layer.head_v_dim)), b, a)
         if plan.verifies:
             return self._verify(rows, layer, plan)
-        if not plan.chunk_lens:
+        if plan.chunk_table is None:
             return self._step(rows, layer, plan)
         if plan.step_rows is None or plan.chunk_rows is None:
             return self._chunk(rows, layer, plan)
@@ -171,7 +174,7 @@ class GDNBackend:
     def _chunk(self, rows: StepRows, layer: GatedDeltaNet, plan: GDNPlan) -> torch.Tensor:
         assert plan.chunk_table is not None
         arguments = self._arguments(rows, layer)
-        return gdn_extend_step(*arguments, plan.chunk_slots, *plan.chunk_table, plan.chunk_lens, layer.norm.eps)
+        return gdn_extend_step(*arguments, plan.chunk_slots, *plan.chunk_table, layer.norm.eps)
 
 
 def _to_device(host: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -188,11 +191,16 @@ class HybridLinearAttnBackend:
         self.full_attn_backend = full_attn_backend
         self.linear_attn_backend = linear_attn_backend
         self.parts = (full_attn_backend, linear_attn_backend)
+        self.plans_bounds = full_attn_backend.plans_bounds
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan the step for both backends."""
         self.full_attn_backend.init_forward_metadata(forward_batch)
         self._add_states(forward_batch)
+
+    def replays_extend(self, batch: ModelWorkerBatch) -> bool:
+        """See the full-attention backend; recurrent layers have one form for steps of any length."""
+        return self.full_attn_backend.replays_extend(batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_context_len: int) -> None:
         """See the full-attention backend; recurrent layers keep no metadata of their own."""

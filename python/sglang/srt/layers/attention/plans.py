@@ -62,6 +62,10 @@ class MhaWhenCheaper:
         self._expanded_row = shapes.qk_nope_head_dim + shapes.qk_rope_head_dim + shapes.v_head_dim
 
     def __call__(self, new_tokens: int, total_tokens: int) -> bool:
+        return self.saved(new_tokens, total_tokens) > 0
+
+    def saved(self, new_tokens: int, total_tokens: int) -> int:
+        """Multiplications per head that MHA saves, 0 if the absorbed form takes fewer."""
         pairs = new_tokens * total_tokens
         absorbed = new_tokens * self._transform + pairs * self._absorbed_row
-        return total_tokens * self._transform + pairs * self._expanded_row < absorbed
+        return max(0, absorbed - total_tokens * self._transform - pairs * self._expanded_row)

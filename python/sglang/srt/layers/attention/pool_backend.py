@@ -12,14 +12,17 @@ from sglang.kernels.ops.attention.kv_cache import read_rows, write_kv
 from sglang.kernels.ops.attention.mla_decode_project import take_out
 from sglang.kernels.ops.attention.prepare_gqa import prepare_gqa
 from sglang.kernels.ops.attention.prepare_mla import prepare_mla
+from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend, AttentionContext
 from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan, MhaWhenCheaper, MlaExtendPlan, NoRows
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNorm
 from sglang.srt.layers.quantization import Rows
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
-from sglang.srt.model_executor.forward_batch_info import ForwardBatch, StepPlan
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch, StepPlan
 
+# Multiplications of a step that a captured one may need above the cheaper form: about 10 ms of an H200.
+MAX_CAPTURED_EXTRA = 1 << 40
 # Latent rows [m, R+P] -> keys [m, H, nope], values [m, H, v] and the last columns of every head's keys [m, P].
 Expand = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -139,6 +142,8 @@ class MlaBackend(KvBackend):
         self.shapes = shapes
         # Whether a request of an extend step uses MHA, by its new and its total tokens.
         self.use_mha = MhaWhenCheaper(shapes)
+        text = ctx.model_config.text
+        self.num_heads_and_layers = text.num_attention_heads // get_tp_group().size * text.num_hidden_layers
 
     def prepare_mla(
         self,
@@ -162,7 +167,15 @@ class MlaBackend(KvBackend):
             norm.eps, rotary_emb.is_neox, queries, w_kc,
         )  # fmt: skip
 
+    def replays_extend(self, batch: ModelWorkerBatch) -> bool:
+        """See the base class; a captured step has the absorbed form alone, which may cost much more."""
+        assert batch.extend_seq_lens is not None
+        more = sum(map(self.use_mha.saved, batch.extend_seq_lens, batch.seq_lens))
+        return self.plans_bounds and more * self.num_heads_and_layers <= MAX_CAPTURED_EXTRA
+
     def plan_extend(self, forward_batch: ForwardBatch) -> MlaExtendPlan:
+        if forward_batch.bounds is not None:
+            return MlaExtendPlan(self.extend_plan(forward_batch, list(range(forward_batch.batch_size))), None)
         lengths = forward_batch.extend_seq_lens_cpu
         assert lengths is not None
         expanded = [i for i, new in enumerate(lengths) if self.use_mha(new, forward_batch.seq_lens_cpu[i])]

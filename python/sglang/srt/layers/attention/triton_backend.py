@@ -40,8 +40,11 @@ class TritonAttnBackend(CapturingPoolBackend):
 
     Decode reads the request table and the lengths in place, so a captured step needs no further metadata. A step
     of several rows per request is planned on the device, within the captured step. An extend step is planned from
-    host-known lengths and costs one small copy and one gather of slots per plan.
+    host-known lengths and costs one small copy and one gather of slots per plan; if it is captured, it is planned on
+    the device as well.
     """
+
+    plans_bounds = True
 
     def plan_decode(self, forward_batch: ForwardBatch) -> TableDecodePlan:
         return TableDecodePlan(forward_batch.req_pool_indices, forward_batch.seq_lens)
@@ -87,6 +90,11 @@ class TritonAttnBackend(CapturingPoolBackend):
         return out
 
     def extend_plan(self, forward_batch: ForwardBatch, members: list[int]) -> ExtendPlan:
+        if (bounds := forward_batch.bounds) is not None:
+            requests = forward_batch.req_pool_indices
+            first = torch.zeros_like(requests)
+            slots = gather_slots(self.req_to_token, requests, first, bounds.kv_indptr, bounds.max_context)
+            return ExtendPlan(None, slots, bounds.qo_indptr, bounds.kv_indptr)
         ends = [forward_batch.seq_lens_cpu[i] for i in members]
         return self._plan(forward_batch, members, [0] * len(ends), ends, self._rows(forward_batch, members))
 

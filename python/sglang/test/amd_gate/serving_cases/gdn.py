@@ -29,10 +29,10 @@ def extend_step_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     """Prefill batches of Qwen3.5."""
     for shape, (batch, length) in product(GDN_SHAPES, ((1, 1024), (8, 1024), (1, 8192), (3, 100))):
         inputs = step_inputs(batch * length, batch + 1, shape, dtype=torch.bfloat16, device=device)
-        slot_ids, seq_lens = torch.empty(batch, dtype=torch.int64, device=device), [length] * batch
-        table = (part.to(device) for part in chunk_table(seq_lens))
+        slot_ids = torch.empty(batch, dtype=torch.int64, device=device)
+        table = (part.to(device) for part in chunk_table([length] * batch))
         name = f"{shape[0]}x{shape[0] * shape[1]} {batch}x{length}"
-        yield gdn_extend_step, Case(name, (*inputs, slot_ids, *table, seq_lens, 1e-6))
+        yield gdn_extend_step, Case(name, (*inputs, slot_ids, *table, 1e-6))
 
 
 def verify_step_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
