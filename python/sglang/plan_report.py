@@ -96,7 +96,7 @@ def table(plan: MemoryPlan, args: ServerArgs, kind: str, variables: dict[str, st
         ("MoE exchange", plan.exchange_bytes, kernel),
         ("request table", plan.request_table_bytes, f"{args.max_running_requests} requests x context x 4 B"),
         *(row for name, unit in plan.units.items() for row in unit_rows(name, unit)),
-        ("decode graphs", plan.graphs_estimate, "an estimate"),
+        ("graphs", plan.graphs_estimate, "an estimate"),
         ("runtime", plan.runtime_estimate, "an estimate: driver, collectives, compiled kernels"),
         ("left for activations", plan.left, ""),
     ]

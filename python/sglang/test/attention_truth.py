@@ -26,7 +26,7 @@ def true_extend_ragged(
     for first, last, start, end in bounds:
         for row in range(first, last):
             seen = slice(start, end - (last - 1 - row))
-            for head in range(q.shape[1]):
+            for head in range(q.shape[1] if end > start else 0):
                 out[row, head] = attend(q[row, head], k[seen, head // group], v[seen, head // group], scale)
     return out
 

@@ -184,7 +184,7 @@ class TestDecodeGraphs(CustomTestCase):
         self.assertIn("pools have 3 slots", check(3)._check(8))
         roomy = check(1000)
         rows = [roomy._req_pool.alloc() for _ in range(5)]
-        self.assertEqual(max(roomy._batch(rows, torch.Generator()).seq_lens), 40)
+        self.assertEqual(max(roomy._batch(rows, 8, torch.Generator()).seq_lens), 40)
 
     def test_buckets(self) -> None:
         self.assertEqual(decode_buckets(3), [1, 2, 3])

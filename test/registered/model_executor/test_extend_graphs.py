@@ -53,7 +53,7 @@ class TestOverFakes(CustomTestCase):
         settings = {"attention_backend": "triton", "cuda_graph_bs": [2], "random_seed": 1, **settings}
         settings.setdefault("piecewise_cuda_graph_tokens", [1, 8, 24, 96])
         folder = EMBEDDED_MODELS[model] if model in EMBEDDED_MODELS else f"{self.folder.name}/{model}"
-        return EngineHarness(str(folder), max_total_tokens=1024, max_running_requests=16, **settings)
+        return EngineHarness(str(folder), **{"max_total_tokens": 1024, "max_running_requests": 16, **settings})
 
     def graphs(self, engine: EngineHarness) -> ExtendGraphs:
         assert engine.runner.extend_graphs is not None
@@ -144,6 +144,25 @@ class TestOverFakes(CustomTestCase):
         rows = list(range(len(new)))
         return ModelWorkerBatch.extend(rows, cached, ends, ids, slots, [row + 1 for row in rows])
 
+    def test_small_tables_contexts_and_pools(self) -> None:
+        for settings in (
+            {"max_running_requests": 1, "context_length": 17},
+            {"max_running_requests": 2, "context_length": 65, "max_total_tokens": 32},
+            {"context_length": 40, "page_size": 16, "max_total_tokens": 48, "max_running_requests": 3},
+        ):
+            with self.subTest(**settings):
+                wanted = self.tokens_of_short(self.engine("dsv3", disable_cuda_graph=True, **settings))
+                engine = self.engine("dsv3", cuda_graph_bs=None, piecewise_cuda_graph_tokens=None, **settings)
+                graphs = self.graphs(engine)
+                self.assertEqual(graphs.refused, {})
+                self.assertLessEqual(graphs.captured[-1], engine.runner.pools.size())
+                self.assertEqual(self.tokens_of_short(engine), wanted)
+
+    def tokens_of_short(self, engine: EngineHarness) -> list[list[int]]:
+        for length in (1, 9, 3, 12):
+            engine.submit(f"{length}", list(range(5, 5 + length)), GREEDY)
+        return [result.output_ids for _, result in sorted(engine.run().items())]
+
     def test_which_steps_are_replayed(self) -> None:
         graphs = self.graphs(self.engine("dsv3"))
         one = self.batch([20], [0])
@@ -165,7 +184,7 @@ class TestOverFakes(CustomTestCase):
     def test_latent_attention_is_replayed_unless_the_other_form_saves_much(self) -> None:
         backend = self.engine("dsv3", piecewise_cuda_graph_tokens=[8]).runner.attn_backend
         self.assertIsInstance(backend, TritonMlaBackend)
-        saved = backend.use_mha.saved(2000, 9000) * backend.num_heads_and_layers
+        saved = backend.use_mha.saved(2000, 9000) * backend.num_heads
         self.assertGreater(saved, 0)
         batch = self.batch([2000, 1], [7000, 3])
         for most, replays in ((saved, True), (saved - 1, False)):

@@ -109,7 +109,7 @@ class TestMemoryOfGraphs(CustomTestCase):
         self.enterContext(mock.patch.object(cuda.torch, "cuda", fake))
         self.enterContext(mock.patch.object(runner_build, "current_platform", cuda.CudaPlatform()))
         graphs = self.enterContext(mock.patch.object(runner_build, "StepGraphs"))
-        graphs.return_value.capture = device.capture
+        graphs.return_value.configure_mock(capture=device.capture, name="decode", buckets=[1, 8])
         with self.assertLogs(runner_build.logger, "INFO") as logs:
             runner_build.capture_graphs(runner, [1, 8])
         self.assertIn("decode graphs [1, 8] took 3.00 GB", logs.output[-1])

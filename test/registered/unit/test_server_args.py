@@ -153,6 +153,7 @@ class TestResolve(CustomTestCase):
         resolve(plan, CPU)
         args = plan.args
         optional = {"max_total_tokens", "nccl_port", "max_mamba_cache_size", "cuda_graph_bs", "cuda_graph_max_bs"}
+        optional |= {"piecewise_cuda_graph_tokens", "piecewise_cuda_graph_max_tokens"}
         optional |= {"quantization", "revision", "swa_full_tokens_ratio"}
         optional |= {field.name for part in (module.HttpArgs, module.SpecArgs) for field in dataclasses.fields(part)}
         open_fields = {field.name for field in dataclasses.fields(args) if getattr(args, field.name) is None}

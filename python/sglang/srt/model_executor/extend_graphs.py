@@ -47,7 +47,7 @@ def extend_buckets(max_tokens: int, sizes: Sequence[int] | None = None) -> list[
 class ExtendGraphs(BucketGraphs[LogitsProcessorOutput]):
     """Extend steps of one model, planned on the device. ``forward(forward_batch)`` runs one eagerly.
 
-    The rows of a step past those of its batch are padding: one more request, of token 0 in slot 0 of ``padding_row``.
+    The rows of a step past those of its batch are padding: one more request, of token 0 in slot 0, which sees no key.
     """
 
     unit = "tokens"
@@ -57,6 +57,7 @@ class ExtendGraphs(BucketGraphs[LogitsProcessorOutput]):
         forward: Callable[[ForwardBatch], LogitsProcessorOutput],
         backend: AttentionBackendLike,
         buckets: Sequence[int],
+        max_requests: int,
         max_context_len: int,
         device: torch.device,
         padding_row: int,
@@ -64,11 +65,12 @@ class ExtendGraphs(BucketGraphs[LogitsProcessorOutput]):
         world: ProcessGroupHandle | None = None,
     ) -> None:
         super().__init__("extend", buckets, device, world)
+        self._max_requests = min(MAX_REQUESTS, max_requests)
         self._forward = forward
         self._backend = backend
         self._padding_row = padding_row
         self._has_state = has_state
-        self._max_context = min(MAX_CONTEXT, MAX_REQUESTS * max_context_len)
+        self._max_context = min(MAX_CONTEXT, self._max_requests * max_context_len)
         # Inputs of each bucket on the device, filled by one copy, and the padded step over them.
         self._packed: dict[int, torch.Tensor] = {}
         self._padded: dict[int, ForwardBatch] = {}
@@ -89,7 +91,7 @@ class ExtendGraphs(BucketGraphs[LogitsProcessorOutput]):
         # With attention data parallelism other groups' steps may differ.
         if batch.kind is not None or scored or batch.global_num_tokens is not None:
             return None
-        if batch.batch_size > MAX_REQUESTS or sum(batch.seq_lens) > self._max_context:
+        if batch.batch_size > self._max_requests or sum(batch.seq_lens) > self._max_context:
             return None
         bucket = self.bucket_of(batch.positions.shape[0])
         return bucket if bucket is not None and self._backend.replays_extend(batch) else None
@@ -121,11 +123,11 @@ class ExtendGraphs(BucketGraphs[LogitsProcessorOutput]):
         """What the device reads of a step, int64 on the host; of padding alone if ``batch`` is None."""
         batch = batch or ModelWorkerBatch.idle()
         lengths = batch.extend_seq_lens or []
-        absent, spare = [0] * (MAX_REQUESTS - batch.batch_size), bucket - sum(lengths)
-        new, seen = [*lengths, *absent, spare], [*batch.seq_lens, *absent, spare]
+        absent, spare = [0] * (self._max_requests - batch.batch_size), bucket - sum(lengths)
+        new, seen = [*lengths, *absent, spare], [*batch.seq_lens, *absent, 0]
         rows = list(accumulate(new, initial=0))
         columns = {
-            "req_pool_indices": _filled(batch.req_pool_indices, MAX_REQUESTS + 1, self._padding_row),
+            "req_pool_indices": _filled(batch.req_pool_indices, self._max_requests + 1, self._padding_row),
             "seq_lens": torch.tensor(seen),
             "extend_seq_lens": torch.tensor(new),
             "qo_indptr": torch.tensor(rows),
@@ -138,10 +140,10 @@ class ExtendGraphs(BucketGraphs[LogitsProcessorOutput]):
             "num_tokens": torch.tensor([sum(lengths)]),
         }
         if self._has_state:
-            columns["state_slot_ids"] = _filled(batch.state_slot_ids, MAX_REQUESTS + 1)
+            columns["state_slot_ids"] = _filled(batch.state_slot_ids, self._max_requests + 1)
             chunks = chunk_table(new)[1]
-            past = torch.tensor([MAX_REQUESTS, -(-spare // CHUNK_SIZE)], dtype=torch.int32)
-            rest = bucket // CHUNK_SIZE + MAX_REQUESTS + 1 - len(chunks)
+            past = torch.tensor([self._max_requests, -(-spare // CHUNK_SIZE)], dtype=torch.int32)
+            rest = bucket // CHUNK_SIZE + self._max_requests + 1 - len(chunks)
             columns["chunks"] = torch.cat((chunks, past.expand(rest, 2))).view(torch.int64).flatten()
         return columns
 
@@ -150,7 +152,7 @@ class ExtendGraphs(BucketGraphs[LogitsProcessorOutput]):
         chunks = parts["chunks"].view(torch.int32).view(-1, 2) if self._has_state else None
         return ForwardBatch(
             forward_mode=ForwardMode.EXTEND,
-            batch_size=MAX_REQUESTS + 1,
+            batch_size=self._max_requests + 1,
             input_ids=parts["input_ids"],
             positions=parts["positions"],
             req_pool_indices=parts["req_pool_indices"],
@@ -161,7 +163,7 @@ class ExtendGraphs(BucketGraphs[LogitsProcessorOutput]):
             num_token_non_padded=low_words(parts["num_tokens"]),
             num_token_non_padded_cpu=bucket,
             logits_rows=parts["logits_rows"],
-            bounds=PackedBounds(parts["qo_indptr"], parts["kv_indptr"], self._max_context + bucket, chunks),
+            bounds=PackedBounds(parts["qo_indptr"], parts["kv_indptr"], self._max_context, chunks),
             extend_seq_lens=parts["extend_seq_lens"],
             state_slot_ids=parts.get("state_slot_ids"),
             successors=parts["successors"],

@@ -73,9 +73,9 @@ class StepPlan:
 class PackedBounds:
     """Where the requests of a captured extend step are, on the device, because a replay has other lengths.
 
-    qo_indptr, kv_indptr [B+1] int64 cut the rows of the step and the requests' contexts by request; the last request
-    is the padding, and some may have no rows. max_context: the most that the last number of kv_indptr can be.
-    chunks [NC, 2] int32, for recurrent states: as ``gdn.chunk.chunk_table`` makes them, and some past the end of theirs
+    qo_indptr, kv_indptr [B+1] int64 cut the rows of the step and the requests' contexts by request; some may have no
+    rows, and the last is the padding, without a context. max_context: the most that the last number of kv_indptr can
+    be. chunks [NC, 2] int32, for recurrent states: as ``gdn.chunk.chunk_table`` makes them, and some past a request.
     """
 
     qo_indptr: torch.Tensor

@@ -56,14 +56,14 @@ class GraphCheck:
         self._relay = memory.relay
         self._width, self._ahead = kind.rows_per_request, kind.slots_ahead
         self._req_pool = memory.req_to_token_pool
-        self._page_size = pools.page_size
+        self._pools, self._page_size = pools, pools.page_size
         self._vocab_size = vocab_size
         self._lens = check_lens(pools.layout.page_size)
         self._window = memory.window
         self._num_pages = min(pools.size(FULL) // pools.page_size, self._wanted_pages())
         if self._window is not None:
             self._num_pages = min(self._num_pages, self._window.num_pages)
-        self._num_states = min(pools.size(STATE), graphs.buckets[-1])
+        self._num_states = min(pools.size(STATE), max(map(self._num_requests, graphs.buckets)))
         num_tokens = self._num_pages * pools.page_size
         self._written = WrittenRows(pools, {FULL: num_tokens, SWA: num_tokens, STATE: self._num_states})
 
@@ -175,33 +175,40 @@ class GraphCheck:
 class ExtendCheck(GraphCheck):
     """The same for extend steps, whose buckets are numbers of tokens: several requests after prefixes."""
 
+    # Cached and new tokens of each; the last takes what is left of the bucket.
+    SPANS = ((0, 17), (33, 3), (64, 129), (129, 64), (0, 1))
+
     def __init__(
         self, graphs: BucketGraphs[Any], eager: Run, replay: Run, memory: RankMemory, pools: ModelPools, vocab_size: int
     ) -> None:
         super().__init__(graphs, DECODE, eager, replay, memory, pools, vocab_size, writes_table=False)
 
     def _spans(self, bucket: int) -> list[tuple[int, int]]:
-        """Cached and new tokens of each request, which leave one row of padding (bucket 1: none)."""
-        longest, left = self._req_pool.max_context_len - 1, max(1, bucket - 1)
+        """Cached and new tokens of each request, which leave at least one row of padding (bucket 1: none)."""
+        # The request table has a column past the context; the RoPE table has no row for it.
+        left, longest = max(1, bucket - 1), self._req_pool.max_context_len - 1
         spans: list[tuple[int, int]] = []
-        for cached, new in zip((0, 33, 64, 129, 0, 1), (17, 3, 129, 64, 1), strict=False):
-            spans.append((min(cached, longest // 2), min(new, longest // 2, left)))
-            left -= spans[-1][1]
-            if not left:
-                break
-        else:
-            cached, new = spans[-1]
-            spans[-1] = (cached, min(new + left, longest - cached))
+        for cached, new in self.SPANS[: self._req_pool.size]:
+            if left:
+                cached = min(cached, longest // 2)
+                spans.append((cached, min(new, longest - cached, left)))
+                left -= spans[-1][1]
+        cached, new = spans[-1]
+        spans[-1] = (cached, min(new + left, longest - cached))
+        held = self._pools.size(FULL) // self._page_size
+        if sum(self._pages(sum(span)) for span in spans) > held:
+            # A pool so small is full with one request.
+            spans = [(0, min(max(1, bucket - 1), longest, held * self._page_size))]
         return spans
 
     def _wanted_pages(self) -> int:
-        return self._least_pages(self._graphs.buckets[-1])
+        return max(map(self._least_pages, self._graphs.buckets))
 
     def _num_requests(self, bucket: int) -> int:
         return len(self._spans(bucket))
 
     def _least_pages(self, bucket: int) -> int:
-        return sum(self._pages(cached + new) for cached, new in self._spans(bucket))
+        return sum(self._pages(sum(span)) for span in self._spans(bucket))
 
     def _batch(self, rows: list[int], bucket: int, generator: torch.Generator) -> ModelWorkerBatch:
         spans = self._spans(bucket)

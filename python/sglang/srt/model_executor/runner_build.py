@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from sglang.srt.arg_groups.stream_policy import StreamPlan, plan_streams
+from sglang.srt.configs.cache_layout import FULL
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.distributed.parallel_state import get_parallel_state, get_tp_group, get_world_group
 from sglang.srt.layers.attention import make_attention_backend
@@ -120,8 +121,6 @@ def attention_context(model: LoadedModel, memory: RankMemory, pools: ModelPools)
 @torch.inference_mode()
 def capture_graphs(runner: ModelRunner, buckets: Sequence[int], kind: StepKind = DECODE) -> StepGraphs:
     """The steps of ``kind`` captured for every batch bucket; not yet checked, and not yet used by the runner."""
-    local_rank = get_parallel_state().local_rank
-    free_before, _ = current_platform.memory_info(local_rank)
     graphs = StepGraphs(
         kind=kind,
         forward=runner.run_planned,
@@ -134,10 +133,17 @@ def capture_graphs(runner: ModelRunner, buckets: Sequence[int], kind: StepKind =
         num_groups=get_parallel_state().attn_dp_size,
         world=get_world_group(),
     )
+    _capture(graphs)
+    return graphs
+
+
+def _capture(graphs: StepGraphs | ExtendGraphs) -> None:
+    """Capture all, and log the memory that it took."""
+    local_rank = get_parallel_state().local_rank
+    free_before, _ = current_platform.memory_info(local_rank)
     graphs.capture(current_platform.create_graph)
     free_after, _ = current_platform.memory_info(local_rank)
-    logger.info("%s graphs %s took %.2f GB", kind.name, list(buckets), (free_before - free_after) / 1e9)
-    return graphs
+    logger.info("%s graphs %s took %.2f GB", graphs.name, graphs.buckets, (free_before - free_after) / 1e9)
 
 
 @torch.inference_mode()
@@ -171,18 +177,20 @@ def prove_graphs(runner: ModelRunner, graphs: StepGraphs) -> None:
 
 @torch.inference_mode()
 def capture_extend_graphs(runner: ModelRunner, buckets: Sequence[int]) -> ExtendGraphs:
-    """Extend steps captured for these numbers of tokens; not yet checked, and not yet used by the runner."""
+    """Extend steps captured for these numbers of tokens, of which no step has more than the pools; not yet checked."""
+    buckets = [size for size in buckets if size <= runner.pools.size(FULL)] or [runner.pools.size(FULL)]
     graphs = ExtendGraphs(
         forward=runner.run_planned,
         backend=runner.attn_backend,
         buckets=buckets,
+        max_requests=runner.req_to_token_pool.size,
         max_context_len=runner.model_config.context_len,
         device=runner.device,
         padding_row=runner.req_to_token_pool.padding_row,
         has_state=runner.has_state,
         world=get_world_group(),
     )
-    graphs.capture(current_platform.create_graph)
+    _capture(graphs)
     return graphs
 
 

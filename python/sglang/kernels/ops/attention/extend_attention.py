@@ -62,7 +62,7 @@ def _accepts(
 
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    for name, q_lens, kv_lens in ragged_shapes():
+    for name, q_lens, kv_lens in (*ragged_shapes(), ("no-keys", [2, 3], [4, 0])):
         for heads, kv_heads in ((2, 2), (4, 1)):
             slots = torch.randperm(sum(kv_lens) + 3, generator=generator)[: sum(kv_lens)]
             q = torch.randn(sum(q_lens), heads, 8, generator=generator)

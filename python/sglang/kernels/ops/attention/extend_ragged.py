@@ -68,8 +68,9 @@ def extend_ragged_torch(
     """Causal softmax attention, request by request, over packed rows.
 
     q [N, Hq, D], k [M, Hk, D], v [M, Hk, Dv]; request i owns query rows qo_indptr[i]:qo_indptr[i+1] and key rows
-    kv_indptr[i]:kv_indptr[i+1] (int64 [B+1]); its queries are its last tokens, at most as many as its keys. With k_tail
-    [M, P] all heads share the last P columns of the keys, and k is [M, Hk, D - P]. -> [N, Hq, Dv] in q's dtype.
+    kv_indptr[i]:kv_indptr[i+1] (int64 [B+1]); its queries are its last tokens, at most as many as its keys, and zeros
+    come of those without keys. With k_tail [M, P] all heads share the last P columns of the keys, and k is
+    [M, Hk, D - P]. -> [N, Hq, Dv] in q's dtype.
     """
     k = join_tail(k, k_tail)
     queries, keys = qo_indptr.tolist(), kv_indptr.tolist()
@@ -77,7 +78,9 @@ def extend_ragged_torch(
     for i in range(len(queries) - 1):
         rows = slice(queries[i], queries[i + 1])
         cols = slice(keys[i], keys[i + 1])
-        if rows.stop > rows.start:
+        if cols.stop == cols.start:
+            out[rows] = 0
+        elif rows.stop > rows.start:
             out[rows] = causal_attention(q[rows], k[cols], v[cols], scale)
     return out
 

@@ -207,9 +207,7 @@ def launch_extend(
     if splits is None:
         tokens = k.shape[0] if slot_ids is None else slot_ids.shape[0]
         part_bytes = 4 * num_rows * heads * shape.value
-        # As if one request had all rows: most of the tiles that many requests may need more do not exist.
-        programs = cdiv(num_rows * group, tile.rows) * kv_heads
-        splits = 1 if with_lse else split_count(programs, tokens, tile, part_bytes, min_blocks=4)
+        splits = 1 if with_lse else split_count(tiles * kv_heads, tokens, tile, part_bytes, min_blocks=4)
     parts, parts_lse = out, lse
     if splits > 1:
         parts = torch.empty(num_rows, splits, heads, shape.value, dtype=torch.float32, device=q.device)

@@ -21,8 +21,9 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ModelWorkerBatch, StepPlan
 
-# Multiplications of a step that a captured one may need above the cheaper form: about 10 ms of an H200.
-MAX_CAPTURED_EXTRA = 1 << 40
+# Multiplications of a layer that a captured step may need above the cheaper form: about 1 ms of an H200, as long as it
+# takes to launch the kernels of a layer.
+MAX_CAPTURED_EXTRA = 1 << 35
 # Latent rows [m, R+P] -> keys [m, H, nope], values [m, H, v] and the last columns of every head's keys [m, P].
 Expand = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -142,8 +143,7 @@ class MlaBackend(KvBackend):
         self.shapes = shapes
         # Whether a request of an extend step uses MHA, by its new and its total tokens.
         self.use_mha = MhaWhenCheaper(shapes)
-        text = ctx.model_config.text
-        self.num_heads_and_layers = text.num_attention_heads // get_tp_group().size * text.num_hidden_layers
+        self.num_heads = ctx.model_config.text.num_attention_heads // get_tp_group().size
 
     def prepare_mla(
         self,
@@ -171,7 +171,7 @@ class MlaBackend(KvBackend):
         """See the base class; a captured step has the absorbed form alone, which may cost much more."""
         assert batch.extend_seq_lens is not None
         more = sum(map(self.use_mha.saved, batch.extend_seq_lens, batch.seq_lens))
-        return self.plans_bounds and more * self.num_heads_and_layers <= MAX_CAPTURED_EXTRA
+        return self.plans_bounds and more * self.num_heads <= MAX_CAPTURED_EXTRA
 
     def plan_extend(self, forward_batch: ForwardBatch) -> MlaExtendPlan:
         if forward_batch.bounds is not None:

@@ -14,7 +14,6 @@ from sglang.kernels.ops.attention.extend_attention import extend_attention
 from sglang.kernels.ops.attention.kv_cache import gather_slots
 from sglang.kernels.ops.attention.mla_decode_project import mla_decode_project
 from sglang.kernels.ops.quant.group_fp8 import QuantizedRows
-from sglang.srt.distributed.parallel_state import get_tp_group
 from sglang.srt.layers.attention.base_attn_backend import AttentionContext, register_attention_backend
 from sglang.srt.layers.attention.plans import ChunkedPrefixPlan, ExtendPlan
 from sglang.srt.layers.attention.pool_backend import CapturingPoolBackend, Expand, GqaBackend, MlaBackend, no_output
@@ -145,10 +144,10 @@ class TritonMlaBackend(TritonAttnBackend, MlaBackend):
 
     def __init__(self, ctx: AttentionContext) -> None:
         super().__init__(ctx)
-        heads, shapes = ctx.model_config.text.num_attention_heads // get_tp_group().size, self.shapes
+        shapes = self.shapes
         # Columns of a gathered latent row, whose last part all heads share, and of the keys and values rebuilt from it.
         latent = shapes.kv_lora_rank + shapes.qk_rope_head_dim
-        columns = latent + heads * (shapes.qk_nope_head_dim + shapes.v_head_dim)
+        columns = latent + self.num_heads * (shapes.qk_nope_head_dim + shapes.v_head_dim)
         self.max_expanded_rows = max(1, EXPANDED_BYTES // (columns * ctx.model_config.dtype.itemsize))
 
     def expanded_plan(self, forward_batch: ForwardBatch, members: list[int]) -> ExtendPlan | ChunkedPrefixPlan:
