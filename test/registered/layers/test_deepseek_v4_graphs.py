@@ -208,7 +208,7 @@ class TestCapturedSteps(CustomTestCase):
         memory = RankMemory(None, 256, captured.harness.requests, captured.last, None, relay=captured.relay)
         check = GraphCheck(captured.graphs, DECODE, None, None, memory, pools, VOCAB)
         rows = [captured.harness.requests.alloc() for _ in range(4)]
-        batch = check._batch(rows, torch.Generator().manual_seed(0))
+        batch = check._batch(rows, 8, torch.Generator().manual_seed(0))
         self.assertEqual(batch.seq_lens, [260, 128, 17, 1])
         pages = []
         for row, length in zip(rows, batch.seq_lens):

@@ -194,8 +194,8 @@ class TestOverFakes(CustomTestCase):
 
 class TestSettings(CustomTestCase):
     def test_buckets(self) -> None:
-        self.assertEqual(extend_buckets(100), [8, 16, 24, 32, 48, 64, 96, 100])
-        self.assertEqual(extend_buckets(64)[-2:], [48, 64])
+        self.assertEqual(extend_buckets(1100), [8, 16, 32, 64, 128, 256, 512, 768, 1024, 1100])
+        self.assertEqual(extend_buckets(64)[-2:], [32, 64])
         self.assertEqual((extend_buckets(7), extend_buckets(1)), ([7], [1]))
         self.assertEqual(extend_buckets(64, [40, 8, 100]), [8, 40])
 

@@ -36,11 +36,11 @@ DEFAULT_MAX_TOKENS = 2048
 
 
 def extend_buckets(max_tokens: int, sizes: Sequence[int] | None = None) -> list[int]:
-    """Numbers of tokens to capture, ascending: ``sizes`` up to ``max_tokens``, or 8, and from 16 on powers of two and
-    the numbers halfway between them, and then ``max_tokens``."""
+    """Numbers of tokens to capture, ascending: ``sizes`` up to ``max_tokens``, or powers of two from 8 on, from 512 on
+    the numbers halfway between them too, and then ``max_tokens``."""
     if sizes is None:
-        powers = [1 << bit for bit in range(4, max_tokens.bit_length())]
-        sizes = [8, *powers, *(3 * power // 2 for power in powers), max_tokens]
+        powers = [1 << bit for bit in range(3, max_tokens.bit_length())]
+        sizes = [*powers, *(3 * power // 2 for power in powers if power >= 512), max_tokens]
     return sorted({size for size in sizes if 1 <= size <= max_tokens})
 
 

@@ -28,8 +28,8 @@ def extend_attention_torch(
     """Causal softmax attention, request by request, over cache slots.
 
     q [N, Hq, D], k_cache [S, Hk, D], v_cache [S, Hk, Dv]; kv_slot_ids [M] int64 lists the slots of each request's
-    tokens in order, the new ones (already written) included, and may go on; qo_indptr and kv_indptr [B+1] int64 cut q
-    and kv_slot_ids by request. -> [N, Hq, Dv] in q's dtype. Without v_cache the values are the first ``rank`` columns
+    tokens in order, the new ones (already written) included, and maybe more; qo_indptr and kv_indptr [B+1] int64 cut
+    q and kv_slot_ids by request. -> [N, Hq, Dv] in q's dtype. Without v_cache the values are the first ``rank`` columns
     of the keys: absorbed latent attention, where q is the query times W_UK, then the rotated part (DeepSeek-V2 report,
     section 2.1 and appendix C).
     """
