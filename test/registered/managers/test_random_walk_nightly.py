@@ -114,6 +114,7 @@ def settings(rng: random.Random, model: str) -> dict[str, Any]:
         "schedule_policy": rng.choice(("fcfs", "lpm")),
         "schedule_conservativeness": rng.choice((1.0, 0.2, 0.0)),
         "overlap": rng.random() < 0.5,
+        "piecewise_cuda_graph_tokens": rng.choice(([8], [4, 32], [16, 128])),
     }
     options |= {} if model == V4 else {"page_size": page}
     options |= maybe(rng, 0.3, "max_prefill_tokens", 16, 300) | maybe(rng, 0.3, "context_length", page + 64)
