@@ -16,6 +16,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "python"
 sys.path.insert(0, str(PACKAGE))
+# Before files that run here change it.
+ENVIRON = dict(os.environ)
 SHOWN_LINES = 60
 
 
@@ -50,7 +52,7 @@ class FileFailure(Exception):
 
 class WholeFile(pytest.Item):
     def runtest(self) -> None:
-        environ = {**os.environ, "PYTHONPATH": os.pathsep.join([str(PACKAGE), os.environ.get("PYTHONPATH", "")])}
+        environ = {**ENVIRON, "PYTHONPATH": os.pathsep.join([str(PACKAGE), ENVIRON.get("PYTHONPATH", "")])}
         command = [sys.executable, str(self.path)]
         done = subprocess.run(command, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if done.returncode:
