@@ -246,7 +246,7 @@ class Envs:
         False,
         section=_MODEL,
         platform="hip",
-        doc="Qwen3.5: also split the two input projections of a GDN layer over both streams, in decode graphs. ROCm: "
+        doc="Qwen3.5: also split the two input projections of a GDN layer over both streams, in captured steps. ROCm: "
         "off unless set. CUDA: on unasked, `SGLANG_STREAM_SITES` turns it off. One H200 gains up to 2.5 % of a step "
         "up to 32 tokens and loses 0.8 % at 128 (N).",
         requires="`SGLANG_ALT_STREAM`",
@@ -255,7 +255,7 @@ class Envs:
         False,
         section=_MODEL,
         platform="hip",
-        doc="Qwen3.5: also split the query and key norms over both streams, in decode graphs; other steps keep the "
+        doc="Qwen3.5: also split the query and key norms over both streams, in captured steps; other steps keep the "
         "one launch that norms, rotates and stores. ROCm: off unless set. CUDA: off (upstream: on), since one H200 "
         "loses up to 1.6 % of a step (N); `SGLANG_STREAM_SITES` turns it on.",
         requires="`SGLANG_ALT_STREAM`",
