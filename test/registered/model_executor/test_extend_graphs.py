@@ -50,7 +50,8 @@ class TestOverFakes(CustomTestCase):
         self.enterContext(fresh_decisions())
 
     def engine(self, model: str, **settings: Any) -> EngineHarness:
-        settings = {"attention_backend": "triton", "cuda_graph_bs": [2], "random_seed": 1, **settings}
+        backend = "compressed" if model == "deepseek-v4-tiny" else "triton"
+        settings = {"attention_backend": backend, "cuda_graph_bs": [2], "random_seed": 1, **settings}
         settings.setdefault("piecewise_cuda_graph_tokens", [1, 8, 24, 96])
         folder = EMBEDDED_MODELS[model] if model in EMBEDDED_MODELS else f"{self.folder.name}/{model}"
         return EngineHarness(str(folder), **{"max_total_tokens": 1024, "max_running_requests": 16, **settings})
@@ -76,6 +77,7 @@ class TestOverFakes(CustomTestCase):
             ("dsv3", {"enable_mixed_chunk": True, "chunked_prefill_size": 16}),
             ("q35moe-ns", {}),
             ("q35moe-ns", {"chunked_prefill_size": 16}),
+            ("deepseek-v4-tiny", {"dtype": "float32", "max_total_tokens": 4096}),
         ):
             with self.subTest(model, **settings):
                 wanted = self.tokens(self.engine(model, disable_cuda_graph=True, **settings))
@@ -88,7 +90,8 @@ class TestOverFakes(CustomTestCase):
 
     def test_drafts_follow_replayed_prompts(self) -> None:
         settings = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 2, "dtype": "float32"}
-        for model in ("deepseek-v3-tiny", "qwen3.5-moe-tiny"):
+        for model in ("deepseek-v3-tiny", "qwen3.5-moe-tiny", "deepseek-v4-tiny"):
+            settings["max_total_tokens"] = 4096 if model == "deepseek-v4-tiny" else 1024
             with self.subTest(model):
                 wanted = self.tokens(self.engine(model, disable_cuda_graph=True, **settings))
                 engine = self.engine(model, **settings)

@@ -40,7 +40,6 @@ ROWS = (
     ("--cuda-graph-bs 1 2", ("qwen", MI300X), ("qwen", CPU), "no decode graphs"),
     ("--cuda-graph-max-bs 4", ("qwen", MI300X), ("qwen", MI300X, "--disable-cuda-graph"), "no decode graphs"),
     ("--disable-piecewise-cuda-graph", ("qwen", MI300X), ("qwen", CPU), "no decode graphs"),
-    ("--piecewise-cuda-graph-tokens 64", ("qwen", MI300X), ("v4", MI300X), "of other models alone"),
     (
         "--piecewise-cuda-graph-tokens 600 700",
         ("deepseek", MI300X),

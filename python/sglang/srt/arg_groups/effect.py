@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from sglang.srt.configs.attention_backends import COMPRESSED
 from sglang.srt.configs.cache_layout import STATE, SWA
 from sglang.srt.environ import EnvField, envs
 from sglang.srt.server_args import ServerArgs
@@ -52,8 +51,6 @@ def _no_extend_graphs(here: Situation) -> str:
     args = here.args
     if args.disable_cuda_graph or args.disable_piecewise_cuda_graph:
         return "no prompt steps are captured"
-    if here.model is not None and here.model.text.attention_family == COMPRESSED:
-        return "prompt steps of other models alone are captured"
     if args.attn_dp_size > 1 or args.moe_a2a_backend != "none":
         return "prompt steps are not captured where the steps of ranks differ"
     sizes, chunk = args.piecewise_cuda_graph_tokens, args.chunked_prefill_size or 0

@@ -56,13 +56,14 @@ class GraphCheck:
         self._relay = memory.relay
         self._width, self._ahead = kind.rows_per_request, kind.slots_ahead
         self._req_pool = memory.req_to_token_pool
-        self._pools, self._page_size = pools, pools.page_size
+        self._page_size = pools.page_size
         self._vocab_size = vocab_size
         self._lens = check_lens(pools.layout.page_size)
         self._window = memory.window
-        self._num_pages = min(pools.size(FULL) // pools.page_size, self._wanted_pages())
+        self._held_pages = pools.size(FULL) // pools.page_size
         if self._window is not None:
-            self._num_pages = min(self._num_pages, self._window.num_pages)
+            self._held_pages = min(self._held_pages, self._window.num_pages)
+        self._num_pages = min(self._held_pages, self._wanted_pages())
         self._num_states = min(pools.size(STATE), max(map(self._num_requests, graphs.buckets)))
         num_tokens = self._num_pages * pools.page_size
         self._written = WrittenRows(pools, {FULL: num_tokens, SWA: num_tokens, STATE: self._num_states})
@@ -195,10 +196,9 @@ class ExtendCheck(GraphCheck):
                 left -= spans[-1][1]
         cached, new = spans[-1]
         spans[-1] = (cached, min(new + left, longest - cached))
-        held = self._pools.size(FULL) // self._page_size
-        if sum(self._pages(sum(span)) for span in spans) > held:
+        if sum(self._pages(sum(span)) for span in spans) > self._held_pages:
             # A pool so small is full with one request.
-            spans = [(0, min(max(1, bucket - 1), longest, held * self._page_size))]
+            spans = [(0, min(max(1, bucket - 1), longest, self._held_pages * self._page_size))]
         return spans
 
     def _wanted_pages(self) -> int:

@@ -52,6 +52,8 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
     Raises ValueError for pools of another page size.
     """
 
+    plans_bounds = True
+
     def __init__(self, ctx: AttentionContext, windows_only: bool = False) -> None:
         super().__init__(ctx)
         if ctx.pools.page_size != PAGE_SIZE:
@@ -126,8 +128,10 @@ class DeepseekV4HipRadixBackend(CapturingPoolBackend, CompressedBackend):
 
     def _longest(self, forward_batch: ForwardBatch) -> int:
         """A bound of the lengths in tokens. A captured step may not ask the host, and gets room for any."""
-        lens = forward_batch.seq_lens_cpu
-        return max(lens) if type(lens) is list and lens else self.req_to_token.shape[1]
+        lens, longest, bounds = forward_batch.seq_lens_cpu, self.req_to_token.shape[1], forward_batch.bounds
+        if bounds is not None:
+            return min(longest, bounds.max_context)
+        return max(lens) if type(lens) is list and lens else longest
 
     # --- captured steps ------------------------------------------------------------------------------------------
 
