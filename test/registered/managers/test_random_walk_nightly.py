@@ -131,7 +131,7 @@ class TestRandomWalk(CustomTestCase):
             self.walk(model, WALKS // 2 if model == V4 else WALKS)
 
     def walk(self, model: str, walks: int) -> None:
-        whole = {"chunked_prefill_size": -1, "disable_radix_cache": True}
+        whole = {"chunked_prefill_size": -1, "disable_radix_cache": True, "disable_cuda_graph": True}
         self.plain = TextHarness(model, max_running_requests=1, max_total_tokens=8192, **whole)
         self.met = dict.fromkeys(("answers", "ties", "aborted", "retracted", "cached", "accepted"), 0)
         for number in range(walks):
