@@ -3,8 +3,8 @@
     python benchmark/step/bench_extend.py --model-path DIR/deepseek-v2-lite --load-format dummy
         [--batch-size 1 4] [--new-len 16 64 256 1024] [--prefix-len 0 4000] [--runs 5] [flags of the server]
 
-Each request gets ``--new-len`` tokens after ``--prefix-len``. The device is busy while one of its kernels runs, as the
-profiler sees it.
+Each request gets ``--new-len`` tokens after ``--prefix-len``; replayed where a graph takes the step, and launched, in
+turns. The device is busy while one of its kernels runs, as the profiler sees it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
+from collections.abc import Callable
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,32 +23,51 @@ from sglang.bench_utils.one_batch import StaticBatch
 from sglang.bench_utils.one_batch_cli import load
 from sglang.bench_utils.timing import launches, timed
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.model_executor.extend_graphs import ExtendGraphs
 from sglang.srt.model_executor.model_runner import ModelRunner
 from sglang.srt.platforms import current_platform
 from sglang.srt.server_args import ServerArgs, exit_with_errors
 from sglang.srt.utils.logging_config import configure_logging
 
+Result = TypeVar("Result")
 
-def run_case(
-    runner: ModelRunner, allocator: TokenToKVPoolAllocator, size: int, new: int, prefix: int, runs: int
-) -> str:
-    """The line of one size of step."""
-    ids = np.random.default_rng(size).integers(0, runner.model_config.vocab_size, size=(size, prefix + new))
-    times, counted = [], []
-    for run in range(runs + 2):  # the first warms up, the last is counted
-        batch = StaticBatch(runner, allocator, size)
-        if prefix:
-            batch.extend(ids[:, :prefix].tolist())
-        step = partial(batch.extend, ids[:, prefix:].tolist())
-        if run <= runs:
-            times.append(timed(step)[1] * 1e3)
-        else:
-            counted = launches(step)
-        batch.release()
-    times = times[1:]
-    busy, number = sum(us for _, _, us in counted) / 1e3, sum(count for _, count, _ in counted)
-    spread = f"{statistics.median(times):.3f} ms ({min(times):.3f} .. {max(times):.3f})"
-    return f"{size} x {new} tokens after {prefix}: {spread}, busy {busy:.3f} ms in {number} launches"
+
+class Case:
+    """A step of ``size`` requests of ``new`` tokens each after ``prefix``."""
+
+    def __init__(
+        self, runner: ModelRunner, allocator: TokenToKVPoolAllocator, size: int, new: int, prefix: int
+    ) -> None:
+        self.runner, self.allocator, self.size, self.prefix = runner, allocator, size, prefix
+        self.ids = np.random.default_rng(size).integers(0, runner.model_config.vocab_size, size=(size, prefix + new))
+        self.name = f"{size} x {new} tokens after {prefix}"
+
+    def run(self, measure: Callable[[Callable[[], object]], Result], graphs: ExtendGraphs | None) -> Result:
+        """``measure`` the step, replayed by ``graphs`` if it has one that fits."""
+        batch = StaticBatch(self.runner, self.allocator, self.size)
+        if self.prefix:
+            batch.extend(self.ids[:, : self.prefix].tolist())
+        self.runner.extend_graphs = graphs
+        try:
+            return measure(partial(batch.extend, self.ids[:, self.prefix :].tolist()))
+        finally:
+            batch.release()
+
+    def report(self, runs: int) -> str:
+        """Both ways in turns, after one that warms up."""
+        ways = {"captured": self.runner.extend_graphs, "launched": None}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(runs + 1):
+            for name, graphs in ways.items():
+                times[name].append(self.run(timed, graphs)[1] * 1e3)
+        parts = []
+        for name, graphs in ways.items():
+            counted, (_, *each) = self.run(launches, graphs), times[name]
+            busy, number = sum(us for _, _, us in counted) / 1e3, sum(count for _, count, _ in counted)
+            spread = f"{statistics.median(each):.3f} ms ({min(each):.3f} .. {max(each):.3f})"
+            parts.append(f"{name} {spread}, busy {busy:.3f} in {number} launches")
+        self.runner.extend_graphs = ways["captured"]
+        return f"{self.name}: " + "; ".join(parts)
 
 
 def main() -> None:
@@ -65,7 +86,7 @@ def main() -> None:
     print(f"# {current_platform.describe()}")
     with torch.inference_mode():
         for size, new, prefix in itertools.product(args.batch_size, args.new_len, args.prefix_len):
-            print(run_case(runner, allocator, size, new, prefix, args.runs), flush=True)
+            print(Case(runner, allocator, size, new, prefix).report(args.runs), flush=True)
 
 
 if __name__ == "__main__":
