@@ -88,6 +88,18 @@ class TestEarlyErrors(CustomTestCase):
         self.check(["--help"], 0, "usage: sglang.launch_server")
         self.check(["--vers"], 0, f"sglang-amd {__version__}")
 
+    def test_closed_standard_streams(self) -> None:
+        """Of a caller that gives none, as some supervisors do: children have three, and sockets other numbers."""
+        look = "import os; raise SystemExit({os.readlink(f'/proc/self/fd/{i}') for i in range(3)} != {os.devnull})"
+        code = (
+            "import subprocess, sys; from sglang import launch_server\n"
+            f'look = [sys.executable, "-c", {look!r}]\n'
+            "launch_server.launch_server = lambda _: 40 + subprocess.run(look).returncode\n"
+            f"launch_server.serve(['--port', '{get_free_port()}'])"
+        )
+        command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&- 2>&-', sys.executable, code]
+        self.assertEqual(subprocess.run(command, timeout=60).returncode, 40)
+
     def test_a_dry_run_says_all_at_once(self) -> None:
         code = "from sglang.srt.arg_groups.parse import read; print(read(['--dry-run', '--tpp']).start_errors())"
         done = program(code)
