@@ -21,7 +21,12 @@ def serve(argv: Sequence[str]) -> NoReturn:
 
     Loading torch takes seconds: what is wrong with flags, variables or the port is said before.
     """
-    _open_streams()
+    # A socket would get the number of a standard stream that the caller has closed, and children would write to it.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free, its own
+            os.set_inheritable(number, True)
+            setattr(sys, name, os.fdopen(number, mode))
     parsed = read(argv)
     if errors := parsed.start_errors():
         exit_with_errors(errors)
@@ -30,15 +35,6 @@ def serve(argv: Sequence[str]) -> NoReturn:
     from sglang.srt.utils.common import end_process
 
     end_process(launch_server(parsed))
-
-
-def _open_streams() -> None:
-    """Open standard streams that the caller has closed, or a socket gets the number of one and children write to it."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            number = os.open(os.devnull, os.O_RDWR)  # the lowest that is free, its own
-            os.set_inheritable(number, True)
-            setattr(sys, name, os.fdopen(number, mode))
 
 
 def launch_server(request: Parsed) -> int:
