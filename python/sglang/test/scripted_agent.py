@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 
-import openai
 import pydantic
 
-from sglang.test.chat_templates import STYLES
-from sglang.test.fake_server import FakeServer
-from sglang.test.test_utils import CustomTestCase
+from sglang.test.chat_server import ChatServerCase
 
 ANSWER = '{"city": "Paris", "people": 2}'
 CALL = '<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
@@ -23,27 +20,20 @@ class Place(pydantic.BaseModel):
     people: int
 
 
-class ScriptedAgentCase(CustomTestCase):
+class ScriptedAgentCase(ChatServerCase):
     """The model is a script: it calls the first tool that it is shown, then answers; with a form it says ANSWER."""
 
-    fake: FakeServer
+    context_len = 8192
     base: str
 
     @classmethod
     def setUpClass(cls):
-        cls.fake = FakeServer(
-            added_tokens=("<think>", "</think>", "<tool_call>"),
-            tokenizer_config={"chat_template": STYLES["qwen3"]},
-            context_len=8192,
-            tool_call_parser="qwen25",
-            reasoning_parser="qwen3",
-        ).wait_ready()
-        cls.addClassCleanup(cls.fake.stop)
-        cls.fake.scheduler.script = cls.say
+        super().setUpClass()
+        cls.fake.scheduler.script = cls.act
         cls.base = f"{cls.fake.url}/v1"
 
     @classmethod
-    def say(cls, message):
+    def act(cls, message):
         tokenizer = cls.fake.tokenizer
         assert tokenizer is not None
         prompt = tokenizer.decode(list(message.input_ids), skip_special_tokens=False)
@@ -57,9 +47,3 @@ class ScriptedAgentCase(CustomTestCase):
         elif message.grammar is not None or "JSON" in prompt:
             text = ANSWER
         return [*tokenizer.encode(text, add_special_tokens=False), 1]
-
-    def client(self, kind=openai.OpenAI):
-        client = kind(base_url=self.base, api_key="k", max_retries=0, timeout=30)
-        if kind is openai.OpenAI:
-            self.addCleanup(client.close)
-        return client

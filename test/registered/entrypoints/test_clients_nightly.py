@@ -59,7 +59,7 @@ class TestClients(ScriptedAgentCase):
 
         for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON, instructor.Mode.JSON_SCHEMA):
             with self.subTest(mode):
-                client = instructor.from_openai(self.client(), mode=mode)
+                client = instructor.from_openai(self.client, mode=mode)
                 place = client.chat.completions.create(
                     model="default", messages=[{"role": "user", "content": ASKED}], response_model=Place, max_retries=0
                 )
@@ -84,7 +84,8 @@ class TestClients(ScriptedAgentCase):
         import agents
 
         agents.set_tracing_disabled(True)
-        agents.set_default_openai_client(self.client(openai.AsyncOpenAI), use_for_tracing=False)
+        client = openai.AsyncOpenAI(base_url=self.base, api_key="k", max_retries=0, timeout=30)
+        agents.set_default_openai_client(client, use_for_tracing=False)
         seen = []
 
         @agents.function_tool

@@ -12,7 +12,7 @@ register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 class TestOpenAI(ScriptedAgentCase):
     def test_openai(self):
-        client, asked = self.client(), [{"role": "user", "content": ASKED}]
+        client, asked = self.client, [{"role": "user", "content": ASKED}]
         parsed = client.chat.completions.parse(model="default", messages=asked, response_format=Place)
         self.assertEqual(parsed.choices[0].message.parsed, Place(city="Paris", people=2))
         tool = openai.pydantic_function_tool(Place)

@@ -7,7 +7,6 @@ from unittest import mock
 
 import httpx
 import msgspec
-import openai
 from pydantic import BaseModel
 
 from sglang.srt.constrained.grammar_checker import CheckerError
@@ -17,7 +16,7 @@ from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 from sglang.srt.managers.request_input import RequestError
 from sglang.srt.parser.tool_call_parser import JSON_WHITE_SPACE
 from sglang.srt.parser.tool_calls import TOOL_CALL_PARSERS
-from sglang.test.chat_templates import STYLES
+from sglang.test.chat_server import ChatServerCase
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import FakeServer
 from sglang.test.test_utils import CustomTestCase
@@ -52,21 +51,7 @@ SPELLINGS = (
 )
 
 
-class FormCase(CustomTestCase):
-    settings = {"tool_call_parser": "qwen25", "reasoning_parser": "qwen3"}
-
-    @classmethod
-    def setUpClass(cls):
-        cls.fake = FakeServer(
-            added_tokens=("<think>", "</think>", "<tool_call>"),
-            tokenizer_config={"chat_template": STYLES["qwen3"]},
-            context_len=2048,
-            **cls.settings,
-        ).wait_ready()
-        cls.addClassCleanup(cls.fake.stop)
-        cls.client = openai.OpenAI(base_url=f"{cls.fake.url}/v1", api_key="k", max_retries=0)
-        cls.addClassCleanup(cls.client.close)
-
+class FormCase(ChatServerCase):
     def chat(self, **fields):
         """What the scheduler received."""
         named = {key: fields.pop(key) for key in ("response_format", "tools", "tool_choice") if key in fields}
@@ -115,10 +100,7 @@ class TestForms(FormCase):
             value: int
             words: list[str] | None = None
 
-        reply = '{"value": 5, "words": ["é"]}'
-        ids = self.fake.tokenizer.encode(reply, add_special_tokens=False)
-        script, self.fake.scheduler.script = self.fake.scheduler.script, lambda _: [*ids, 1]
-        self.addCleanup(setattr, self.fake.scheduler, "script", script)
+        self.say('{"value": 5, "words": ["é"]}')
         answer = self.client.chat.completions.parse(model="default", messages=HI, response_format=Answer)
         self.assertEqual(answer.choices[0].message.parsed, Answer(value=5, words=["é"]))
 

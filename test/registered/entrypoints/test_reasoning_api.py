@@ -8,6 +8,7 @@ import openai
 
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.entrypoints.openai import reply_reader
+from sglang.test.chat_server import ChatServerCase
 from sglang.test.chat_templates import STYLES
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.fake_server import FakeServer
@@ -20,23 +21,8 @@ MARKS = ("<think>", "</think>")
 THOUGHT, ANSWER = "7+8 is 15 <b>\n\nso 85", "It is **85** 😀"
 
 
-class ReasoningTestCase(CustomTestCase):
-    parser, style, added = "qwen3", "qwen3.5", MARKS
-
-    @classmethod
-    def setUpClass(cls):
-        cls.fake = FakeServer(
-            added_tokens=cls.added, tokenizer_config={"chat_template": STYLES[cls.style]}, reasoning_parser=cls.parser
-        ).wait_ready()
-        cls.addClassCleanup(cls.fake.stop)
-        cls.client = openai.OpenAI(base_url=f"{cls.fake.url}/v1", api_key="k", max_retries=0)
-        cls.addClassCleanup(cls.client.close)
-
-    def say(self, text):
-        """What the model says to every request from now on, and the number of its tokens."""
-        ids = self.fake.tokenizer.encode(text, add_special_tokens=False)
-        self.fake.scheduler.script = lambda _: [*ids, 1]
-        return len(ids)
+class ReasoningTestCase(ChatServerCase):
+    template, added_tokens, settings = STYLES["qwen3.5"], MARKS, {"reasoning_parser": "qwen3"}
 
     def both(self, messages=HI, **options):
         """Thought, answer and reasoning tokens, which are the same whole and streamed."""
@@ -120,7 +106,7 @@ class TestQwen(ReasoningTestCase):
     def test_the_thought_comes_back_in_the_history(self):
         self.say("x")
         self.both([*HI, {"role": "assistant", "content": "85", "reasoning_content": "hm"}, *HI])
-        self.assertIn("85", self.fake.tokenizer.decode(self.fake.scheduler.received[-1].input_ids))
+        self.assertIn("85", self.prompt())
 
     def test_other_endpoints_refuse_it(self):
         for path, body in (("/completions", {"prompt": "a"}), ("/../generate", {"text": "a"})):
@@ -130,7 +116,7 @@ class TestQwen(ReasoningTestCase):
 
 
 class TestDeepSeek(ReasoningTestCase):
-    parser, style = "deepseek-v31", "deepseek-v3.1"
+    template, settings = STYLES["deepseek-v3.1"], {"reasoning_parser": "deepseek-v31"}
 
     def test_the_prompt_decides(self):
         count = self.say(f"{THOUGHT}</think>")
@@ -141,7 +127,7 @@ class TestDeepSeek(ReasoningTestCase):
 
 
 class TestR1(ReasoningTestCase):
-    parser, style, added = "deepseek-r1", "deepseek-v3", ()
+    template, added_tokens, settings = STYLES["deepseek-v3"], (), {"reasoning_parser": "deepseek-r1"}
 
     def test_thinks_where_the_prompt_does_not_tell_and_marks_are_no_tokens(self):
         self.say(f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}")

@@ -9,10 +9,8 @@ import openai
 from sglang.srt.entrypoints.openai.responses_input import chat_body
 from sglang.srt.entrypoints.openai.responses_protocol import ResponsesRequest
 from sglang.srt.managers.io_struct import FinishReason
-from sglang.test.chat_templates import STYLES
+from sglang.test.chat_server import ChatServerCase
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.fake_server import FakeServer
-from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
@@ -21,29 +19,9 @@ CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 27}}\n</tool_call>'
 SCHEMA = {"type": "object", "properties": {"v": {"const": 1}}, "required": ["v"], "additionalProperties": False}
 
 
-class ResponsesCase(CustomTestCase):
-    @classmethod
-    def setUpClass(cls):
-        cls.fake = FakeServer(
-            added_tokens=("<think>", "</think>", "<tool_call>"),
-            tokenizer_config={"chat_template": STYLES["qwen3"]},
-            context_len=2048,
-            tool_call_parser="qwen25",
-            reasoning_parser="qwen3",
-        ).wait_ready()
-        cls.addClassCleanup(cls.fake.stop)
-        cls.client = openai.OpenAI(base_url=f"{cls.fake.url}/v1", api_key="k", max_retries=0)
-        cls.addClassCleanup(cls.client.close)
-
+class ResponsesCase(ChatServerCase):
     def setUp(self):
         self.fake.scheduler.error, self.fake.scheduler.delay_s = None, 0.0
-
-    def say(self, text):
-        ids = self.fake.tokenizer.encode(text, add_special_tokens=False)
-        self.fake.scheduler.script = lambda _: [*ids, 1]
-
-    def prompt(self):
-        return self.fake.tokenizer.decode(self.fake.scheduler.received[-1].input_ids)
 
     def create(self, **body):
         return self.client.responses.create(**{"model": "default", "input": "27+58?", "temperature": 0, **body})

@@ -5,10 +5,9 @@ import unittest
 
 import openai
 
+from sglang.test.chat_server import ChatServerCase
 from sglang.test.chat_templates import STYLES
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.fake_server import FakeServer
-from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=9, suite="stage-a-test-cpu")
 
@@ -26,30 +25,7 @@ NOW_CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
 ADDED = ("add", {"a": 27, "b": 58})
 
 
-class ToolsTestCase(CustomTestCase):
-    settings = {"tool_call_parser": "qwen25", "reasoning_parser": "qwen3"}
-    template = STYLES["qwen3"]
-
-    @classmethod
-    def setUpClass(cls):
-        config = {"chat_template": cls.template}
-        cls.fake = FakeServer(
-            added_tokens=("<think>", "</think>", "<tool_call>"),
-            tokenizer_config=config,
-            context_len=2048,
-            **cls.settings,
-        ).wait_ready()
-        cls.addClassCleanup(cls.fake.stop)
-        cls.client = openai.OpenAI(base_url=f"{cls.fake.url}/v1", api_key="k", max_retries=0)
-        cls.addClassCleanup(cls.client.close)
-
-    def say(self, text):
-        ids = self.fake.tokenizer.encode(text, add_special_tokens=False)
-        self.fake.scheduler.script = lambda _: [*ids, 1]
-
-    def prompt(self):
-        return self.fake.tokenizer.decode(self.fake.scheduler.received[-1].input_ids)
-
+class ToolsTestCase(ChatServerCase):
     def both(self, messages=HI, tools=(ADD, NOW), **options):
         """Content, calls and finish reason, which are the same whole and streamed."""
         options = {"model": "default", "messages": messages, "tools": list(tools), "temperature": 0, **options}
