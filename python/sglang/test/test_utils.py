@@ -90,6 +90,12 @@ class CustomTestCase(unittest.TestCase):
             self.addCleanup(manager.__exit__, None, None, None)
             return entered
 
+        @classmethod
+        def enterClassContext(cls, manager: AbstractContextManager[R]) -> R:
+            entered = manager.__enter__()
+            cls.addClassCleanup(manager.__exit__, None, None, None)
+            return entered
+
     def __init_subclass__(cls, **kwargs) -> None:
         super().__init_subclass__(**kwargs)
         if "setUpClass" not in cls.__dict__:

@@ -115,10 +115,8 @@ class WindowCase(CustomTestCase):
     @classmethod
     def setUpClass(cls) -> None:
         torch.set_num_threads(1)  # small products: more threads only wait for one another
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.folder = folder.name
-        cls.hf, _ = save_tiny_v4_mtp(folder.name)
+        cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.hf, _ = save_tiny_v4_mtp(cls.folder)
         cls.plain, _ = serve_windows(cls.folder, swa_full_tokens_ratio=1.0, disable_radix_cache=True, **cls.FORMATS)
 
     def check(self, pages: int, *events: str, abort: str = "", **what: Any) -> dict[str, int]:

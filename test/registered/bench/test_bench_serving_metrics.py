@@ -265,9 +265,8 @@ class TestChunks(CustomTestCase):
 class TestDatasets(CustomTestCase):
     @classmethod
     def setUpClass(cls):
-        cls.folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls.folder.cleanup)
-        root = Path(cls.folder.name)
+        cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        root = Path(cls.folder)
         (root / "plain").mkdir()
         write_tokenizer(root / "plain", 512)
         save_tokenizer(str(root / "bos"), byte_level_tokenizer())
@@ -350,7 +349,7 @@ class TestDatasets(CustomTestCase):
         self.assertTrue(all(row.prompt.startswith(("question", "x", "alone")) for row in random_rows))
 
     def test_what_cannot_be_made_is_said(self):
-        empty = Path(self.folder.name) / "empty.jsonl"
+        empty = Path(self.folder) / "empty.jsonl"
         empty.write_text('{"other": 1}\n', encoding="utf-8")
         for flags, words in (
             (("--dataset-name", "sharegpt"), "nothing is downloaded"),

@@ -36,9 +36,8 @@ class TestAgainstServer(CustomTestCase):
     @classmethod
     def setUpClass(cls):
         cls.url = free_url()
-        cls.folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls.folder.cleanup)
-        cls.traces = Path(cls.folder.name) / "traces"
+        cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.traces = Path(cls.folder) / "traces"
         cls.process = popen_launch_server(None, cls.url, other_args=["--profile-dir", str(cls.traces)])
 
     @classmethod
@@ -48,7 +47,7 @@ class TestAgainstServer(CustomTestCase):
 
     def bench(self, *flags: str) -> tuple[int, str, dict]:
         """(exit status, printed text, appended record)"""
-        path = Path(self.folder.name) / "record.jsonl"
+        path = Path(self.folder) / "record.jsonl"
         path.unlink(missing_ok=True)
         words = io.StringIO()
         with contextlib.redirect_stdout(words), contextlib.redirect_stderr(words):

@@ -22,9 +22,8 @@ ENDLESS = json.dumps({"type": "integer", "multipleOf": 99_999_999})
 
 class TestChecker(CustomTestCase):
     def setUp(self):
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        tokenizer = Tokenizer.from_path(write_tokenizer(holder.name, byte_level_tokenizer()))
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        tokenizer = Tokenizer.from_path(write_tokenizer(folder, byte_level_tokenizer()))
         self.checker = GrammarChecker(tokenizer.to_json, tokenizer.vocab_size, {"whitespace_flexible": False})
         self.addCleanup(self.checker.close)
 

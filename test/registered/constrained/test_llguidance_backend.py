@@ -29,12 +29,11 @@ class GrammarCase(CustomTestCase):
 
     @classmethod
     def setUpClass(cls):
-        holder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(holder.cleanup)
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
         tokenizer = byte_level_tokenizer()
         marks = [mark for marks in cls.marked.values() for mark in marks]
         tokenizer.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in marks])
-        cls.tokenizer = Tokenizer.from_path(write_tokenizer(holder.name, tokenizer))
+        cls.tokenizer = Tokenizer.from_path(write_tokenizer(folder, tokenizer))
         cls.eos = [cls.tokenizer.token_id("</s>"), cls.tokenizer.token_id("<|pad|>")]
         cls.vocab_size = cls.tokenizer.vocab_size + PADDING
         cls.backend = GuidanceBackend(cls.tokenizer.to_json(), cls.vocab_size, cls.eos)

@@ -28,13 +28,12 @@ GREEDY = {"temperature": 0.0, "max_new_tokens": 24}
 class CheckpointCase(CustomTestCase):
     @classmethod
     def setUpClass(cls) -> None:
-        cls.holder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls.holder.cleanup)
+        cls.holder = cls.enterClassContext(tempfile.TemporaryDirectory())
 
     @classmethod
     def copy(cls, name: str, generation: dict[str, Any] | None = None, **config: Any) -> str:
         """The embedded checkpoint with another generation_config.json (None: none) and keys of config.json."""
-        folder = Path(cls.holder.name) / name
+        folder = Path(cls.holder) / name
         shutil.copytree(default_model_path(), folder)
         (folder / "generation_config.json").unlink()
         if generation is not None:

@@ -23,9 +23,8 @@ register_cpu_ci(est_time=6, suite="stage-a-test-cpu")
 
 
 def tokenizer_of(test, make):
-    folder = tempfile.TemporaryDirectory()
-    test.addCleanup(folder.cleanup)
-    return Tokenizer.from_path(write_tokenizer(folder.name, make()))
+    folder = test.enterContext(tempfile.TemporaryDirectory())
+    return Tokenizer.from_path(write_tokenizer(folder, make()))
 
 
 def entries(tokenizer, ids, logprob=-1.0):

@@ -44,8 +44,7 @@ def start_fake(plan):
 class TestEngine(CustomTestCase):
     @classmethod
     def setUpClass(cls):
-        cls.holder = tempfile.TemporaryDirectory()
-        folder = write_tokenizer(cls.holder.name, byte_level_tokenizer())
+        folder = write_tokenizer(cls.enterClassContext(tempfile.TemporaryDirectory()), byte_level_tokenizer())
         with (
             mock.patch.object(engine_module, "start_engine", start_fake),
             mock.patch.object(engine_module, "plan_launch", LaunchPlan),
@@ -56,7 +55,6 @@ class TestEngine(CustomTestCase):
     @classmethod
     def tearDownClass(cls):
         cls.engine.shutdown()
-        cls.holder.cleanup()
 
     def setUp(self):
         self.fake.scheduler.delay_s = 0.0
@@ -230,14 +228,12 @@ class TestEndOfEngine(CustomTestCase):
                 engine.generate("hello")
 
     def start(self):
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        write_tokenizer(holder.name, byte_level_tokenizer())
+        folder = write_tokenizer(self.enterContext(tempfile.TemporaryDirectory()), byte_level_tokenizer())
         with (
             mock.patch.object(engine_module, "start_engine", start_fake),
             mock.patch.object(engine_module, "plan_launch", LaunchPlan),
         ):
-            return sglang.Engine(model_path=holder.name, tokenizer_path=holder.name)
+            return sglang.Engine(model_path=folder, tokenizer_path=folder)
 
     def check_ended(self, fake, thread):
         deadline = time.monotonic() + 30

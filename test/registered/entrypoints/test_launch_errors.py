@@ -31,11 +31,10 @@ def launch(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Com
 
 class TestLaunchErrors(CustomTestCase):
     def setUp(self) -> None:
-        self.folder = tempfile.TemporaryDirectory()
-        self.addCleanup(self.folder.cleanup)
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
 
     def model_copy(self) -> Path:
-        target = Path(tempfile.mkdtemp(dir=self.folder.name)) / "model"
+        target = Path(tempfile.mkdtemp(dir=self.folder)) / "model"
         shutil.copytree(default_model_path(), target)
         return target
 
@@ -88,10 +87,10 @@ class TestLaunchErrors(CustomTestCase):
         self.refused(launch("--model-path", str(model)), "tokenizer.json", "--tokenizer-path")
 
     def test_upstream_beside_us(self) -> None:
-        info = Path(self.folder.name, "sglang-0.5.12.dist-info")
+        info = Path(self.folder, "sglang-0.5.12.dist-info")
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 0.5.12\n")
-        path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), self.folder.name])
+        path = os.pathsep.join([*filter(None, [os.environ.get("PYTHONPATH")]), self.folder])
         self.refused(launch(env={"PYTHONPATH": path}), "'sglang' 0.5.12", "pip uninstall sglang")
 
     def test_checkpoints_that_do_not_fit(self) -> None:

@@ -38,10 +38,9 @@ def write_model(folder):
 
 class TestRunningServer(CustomTestCase):
     def setUp(self):
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
+        folder = self.enterContext(tempfile.TemporaryDirectory())
         self.url = free_url()
-        self.process = popen_launch_server(write_model(holder.name), self.url, other_args=DUMMY)
+        self.process = popen_launch_server(write_model(folder), self.url, other_args=DUMMY)
         self.addCleanup(kill_process_tree, self.process.pid)
         self.children = psutil.Process(self.process.pid).children()
 

@@ -31,9 +31,8 @@ GREEDY = {"temperature": 0, "max_new_tokens": 8}
 class TestEngine(CustomTestCase):
     @classmethod
     def setUpClass(cls):
-        holder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(holder.cleanup)
-        cls.folder = f"{holder.name}/new"
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.folder = f"{folder}/new"
         cls.engine = sglang.Engine(profile_dir=cls.folder)
         cls.addClassCleanup(cls.engine.shutdown)
 

@@ -59,9 +59,7 @@ class TestPrograms(CustomTestCase):
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.folder = Path(folder.name)
+        cls.folder = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         cls.url = free_url()
         server = popen_launch_server(None, cls.url)
         cls.addClassCleanup(lambda: (kill_process_tree(server.pid), server.wait()))

@@ -31,11 +31,9 @@ MORI = ("--tp", "2", "--moe-a2a-backend", "mori")
 
 class StreamPlanCase(CustomTestCase):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.model = folder.name
+        self.model = self.enterContext(tempfile.TemporaryDirectory())
         config = {**TINY_CONFIGS["dsv3"], "architectures": ["DeepseekV3ForCausalLM"], "dtype": "bfloat16"}
-        Path(folder.name, "config.json").write_text(json.dumps(config), encoding="utf-8")
+        Path(self.model, "config.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 class TestPlan(StreamPlanCase):

@@ -45,10 +45,8 @@ class TestRanks(CustomTestCase):
             return alone + together, engine.get_server_info()["internal_states"]
 
     def test_every_mode(self):
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        self.folder = holder.name
-        save_tiny_v4_mtp(holder.name, vocab_size=VOCAB)
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
+        save_tiny_v4_mtp(self.folder, vocab_size=VOCAB)
         with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
             wanted, _ = self.answers()
             for (mode, settings), drafts in itertools.product(MODES.items(), ({}, DRAFTS)):

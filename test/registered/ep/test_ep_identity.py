@@ -54,9 +54,7 @@ def one_rank(model: str) -> list[dict[str, Any]]:
 class TestIdentity(CustomTestCase):
     def setUp(self) -> None:
         # Ranks share the cores of the machine.
-        patch = mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"})
-        patch.start()
-        self.addCleanup(patch.stop)
+        self.enterContext(mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}))
 
     def compare(self, model: str, **settings: Any) -> list[dict[str, Any]]:
         results, states = answers(model, **settings)

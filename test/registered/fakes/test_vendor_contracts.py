@@ -28,9 +28,7 @@ def check(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 class TestContracts(CustomTestCase):
     def setUp(self) -> None:
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def test_the_tree_holds(self) -> None:
         result = check()

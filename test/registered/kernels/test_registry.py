@@ -18,9 +18,7 @@ register_cpu_ci(est_time=2, suite="stage-a-test-cpu")
 
 class TestRegistry(CustomTestCase):
     def setUp(self):
-        decisions = fresh_decisions()
-        decisions.__enter__()
-        self.addCleanup(decisions.__exit__, None, None, None)
+        self.enterContext(fresh_decisions())
 
     def declare(self, fast=lambda x: "fast", **restrictions):
         """An op of the group "planted" with a fast implementation and the reference, gone after the test."""

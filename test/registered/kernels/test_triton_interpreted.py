@@ -50,9 +50,7 @@ class TestTritonInterpreted(CustomTestCase):
     def test_every_triton_body_on_every_case(self):
         REGISTRY.load_all()
         for module in (group_fp8, fused_experts_fp8):
-            patch = mock.patch.object(module, "quantize_groups_triton", group_fp8.quantize_groups_torch)
-            patch.start()
-            self.addCleanup(patch.stop)
+            self.enterContext(mock.patch.object(module, "quantize_groups_triton", group_fp8.quantize_groups_torch))
         ran: Counter[str] = Counter()
         for name, op in sorted(REGISTRY.ops.items()):
             for impl in (impl for impl in op.impls if impl.name == "triton" and name not in NOT_INTERPRETED):
@@ -124,9 +122,7 @@ class TestTritonInterpreted(CustomTestCase):
             num_nans += nans.sum()
             return numpy.where(nans, numpy.uint8(0x80), bits)
 
-        patch = mock.patch.object(interpreter, "_convert_float", keep_sign)
-        patch.start()
-        self.addCleanup(patch.stop)
+        self.enterContext(mock.patch.object(interpreter, "_convert_float", keep_sign))
         rows = torch.full((2, 512), -0.0)
         rows[1, ::2], rows[1, 1::2] = 1.0, -1e-9
         for tail, dim in ((64, 512), (None, 128)):

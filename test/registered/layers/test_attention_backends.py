@@ -56,13 +56,12 @@ class PlantedBackend(TorchNativeGqaBackend):
 class BackendCase(CustomTestCase):
     @classmethod
     def setUpClass(cls):
-        cls.folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls.folder.cleanup)
+        cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
         for name in MODELS:
-            save_tiny_checkpoint(name, f"{cls.folder.name}/{name}")
+            save_tiny_checkpoint(name, f"{cls.folder}/{name}")
 
     def harness(self, name):
-        return ModelHarness(f"{self.folder.name}/{name}", num_slots=512, max_requests=8)
+        return ModelHarness(f"{self.folder}/{name}", num_slots=512, max_requests=8)
 
     def backends(self, harness):
         """Every backend of the tree over the pools of ``harness``; Triton's runs on the references of its ops."""
@@ -208,7 +207,7 @@ class TestPlans(BackendCase):
 class TestDeclarations(BackendCase):
     def plant(self):
         """Import a backend from a file of its own, as a package next to ours would bring it."""
-        path = Path(self.folder.name, "planted_backend.py")
+        path = Path(self.folder, "planted_backend.py")
         path.write_text(PLANTED, encoding="utf-8")
         spec = importlib.util.spec_from_file_location("planted_backend", path)
         module = importlib.util.module_from_spec(spec)
@@ -225,7 +224,7 @@ class TestDeclarations(BackendCase):
         outputs = []
         for backend in ("torch_native", "planted"):
             engine = EngineHarness(
-                f"{self.folder.name}/q35", attention_backend=backend, page_size=16, max_total_tokens=512,
+                f"{self.folder}/q35", attention_backend=backend, page_size=16, max_total_tokens=512,
                 max_running_requests=4,
             )  # fmt: skip
             engine.submit("r", [5, 6, 7, 8], SamplingParams(temperature=0.0, max_new_tokens=6, ignore_eos=True))
@@ -256,7 +255,7 @@ class TestDeclarations(BackendCase):
         for family in ("gqa", "mla"):
             self.assertEqual({name: one.graphs for name, one in attention_backends(family).items()},
                              {"torch_native": False, "triton": True})  # fmt: skip
-        path = Path(self.folder.name, "computed_backend.py")
+        path = Path(self.folder, "computed_backend.py")
         path.write_text(
             textwrap.dedent("""
                 NAME = "computed"

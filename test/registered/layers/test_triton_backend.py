@@ -38,11 +38,10 @@ def always(new_tokens, total_tokens):
 
 def make_harness(test, name, page_size=1):
     """A harness with dummy weights, and its Triton backend over the same pools."""
-    folder = tempfile.TemporaryDirectory()
-    test.addCleanup(folder.cleanup)
+    folder = test.enterContext(tempfile.TemporaryDirectory())
     config = {**TINY_CONFIGS[name], "architectures": [ARCHITECTURES[name]]}
-    Path(folder.name, "config.json").write_text(json.dumps(config), encoding="utf-8")
-    harness = ModelHarness(folder.name, num_slots=1024, max_requests=16, page_size=page_size, load_format="dummy")
+    Path(folder, "config.json").write_text(json.dumps(config), encoding="utf-8")
+    harness = ModelHarness(folder, num_slots=1024, max_requests=16, page_size=page_size, load_format="dummy")
     context = harness.context()
     return harness, make_attention_backend("triton", context)
 

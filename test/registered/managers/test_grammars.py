@@ -214,9 +214,7 @@ class TestHeldBack(GrammarCase):
 
     def setUp(self):
         super().setUp()
-        limit = mock.patch.object(grammar_manager, "MAX_COMPILED", 3)
-        limit.start()
-        self.addCleanup(limit.stop)
+        self.enterContext(mock.patch.object(grammar_manager, "MAX_COMPILED", 3))
         scheduler = self.harness.scheduler
         self.ready, before = [], scheduler.grammars
         scheduler.grammars = GrammarManager(before._backend, self.ready.append)

@@ -19,12 +19,9 @@ SERVE = "from sglang.srt.managers.ipc import IpcNames as I; print(I.create().dir
 
 class TestFolders(CustomTestCase):
     def setUp(self):
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        self.folder = Path(holder.name)
-        patch = mock.patch.object(tempfile, "tempdir", holder.name)
-        patch.start()
-        self.addCleanup(patch.stop)
+        holder = self.enterContext(tempfile.TemporaryDirectory())
+        self.folder = Path(holder)
+        self.enterContext(mock.patch.object(tempfile, "tempdir", holder))
 
     def server(self):
         """Another process that owns a folder, until it is killed; and the folder."""

@@ -179,9 +179,7 @@ class TestRealChild(CustomTestCase):
     """The detokenizer under the launcher."""
 
     def setUp(self):
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        folder = write_tokenizer(holder.name, byte_level_tokenizer())
+        folder = write_tokenizer(self.enterContext(tempfile.TemporaryDirectory()), byte_level_tokenizer())
         numpys = {"dtype": np.str_("float32"), "watchdog_timeout": np.float64(3)}  # as a caller of Engine may give
         args = ServerArgs(model_path=folder, tokenizer_path=folder, log_level="error", **numpys)
         self.engine = EngineProcesses(IpcNames.create(), [], watchdog_timeout_s=2.5)

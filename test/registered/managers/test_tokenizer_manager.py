@@ -36,9 +36,7 @@ class ManagerTestCase(CustomTestCase, unittest.IsolatedAsyncioTestCase):
     dp_size = 1
 
     async def asyncSetUp(self):
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        folder = write_tokenizer(holder.name, byte_level_tokenizer())
+        folder = write_tokenizer(self.enterContext(tempfile.TemporaryDirectory()), byte_level_tokenizer())
         self.tokenizer = Tokenizer.from_path(folder)
         self.args = types.SimpleNamespace(
             tokenizer_path=folder,

@@ -85,14 +85,10 @@ class TestDecodeGraphs(CustomTestCase):
     @classmethod
     def setUpClass(cls) -> None:
         torch.set_num_threads(1)
-        cls.folder = tempfile.TemporaryDirectory()
-        cls.models = {name: f"{cls.folder.name}/{name}" for name in ("dsv3", "q35moe-ns")}
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.models = {name: f"{folder}/{name}" for name in ("dsv3", "q35moe-ns")}
         for name, path in cls.models.items():
             save_tiny_checkpoint(name, path)
-
-    @classmethod
-    def tearDownClass(cls) -> None:
-        cls.folder.cleanup()
 
     def tearDown(self) -> None:
         RerunGraph.spoil = None

@@ -43,13 +43,13 @@ class TestGpuIdentity(CustomTestCase):
     def setUpClass(cls) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-        cls.folder = tempfile.TemporaryDirectory()
+        cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
         generator = torch.Generator().manual_seed(3)
         stem = torch.randint(3, 512, (140,), generator=generator).tolist()
         cls.prompts = [stem[:1], stem[5:12], stem, stem[:97], stem[:71] + stem[20:60], stem[::-1]]
         cls.truth: dict[str, list[list[int]]] = {}
         for name in KERNEL_SIZED_CONFIGS:
-            hf = save_tiny_checkpoint(name, f"{cls.folder.name}/{name}")
+            hf = save_tiny_checkpoint(name, f"{cls.folder}/{name}")
             cls.truth[name] = [cls.greedy(hf, prompt) for prompt in cls.prompts]
 
     @staticmethod
@@ -58,14 +58,10 @@ class TestGpuIdentity(CustomTestCase):
         out = hf.generate(torch.tensor([prompt]), max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=0)
         return out[0, len(prompt) :].tolist()
 
-    @classmethod
-    def tearDownClass(cls) -> None:
-        cls.folder.cleanup()
-
     def run_mode(self, name: str, mode: dict[str, Any]) -> tuple[list[list[int]], EngineHarness]:
         options = {"max_total_tokens": 4096, "max_running_requests": 8, "random_seed": 1, "dtype": "float32"}
         settings = {**options, "overlap": True, **mode}
-        engine = EngineHarness(f"{self.folder.name}/{name}", **settings)
+        engine = EngineHarness(f"{self.folder}/{name}", **settings)
         for number, prompt in enumerate(self.prompts):
             engine.submit(f"r{number}", prompt, PARAMS)
         results = engine.run()

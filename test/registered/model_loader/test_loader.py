@@ -44,12 +44,8 @@ def stacked(tensors):
 
 class LoaderTestCase(CustomTestCase):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
-        arguments = override_server_args()
-        arguments.__enter__()
-        self.addCleanup(arguments.__exit__, None, None, None)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
+        self.enterContext(override_server_args())
         self.write_config()
         self.tensors = dict(iterate_dummy(self.load("dummy"), seed=1))
 

@@ -28,14 +28,13 @@ class DeepseekParity:
 
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        hf_model = save_tiny_checkpoint(cls.checkpoint, folder.name, **cls.overrides)
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        hf_model = save_tiny_checkpoint(cls.checkpoint, folder, **cls.overrides)
         generator = torch.Generator().manual_seed(11)
         cls.prompts = [torch.randint(0, 512, (length,), generator=generator).tolist() for length in LENGTHS]
         with torch.no_grad():
             cls.truth = [hf_model(torch.tensor([prompt])).logits[0].log_softmax(-1) for prompt in cls.prompts]
-        cls.harness = ModelHarness(folder.name, page_size=cls.page_size)
+        cls.harness = ModelHarness(folder, page_size=cls.page_size)
         cls.auto = cls.harness.backend.use_mha
 
     def setUp(self):

@@ -100,10 +100,8 @@ class TestServed(CustomTestCase):
 
     def folder(self, hidden: int) -> str:
         if hidden not in self.folders:
-            folder = tempfile.TemporaryDirectory()
-            self.addClassCleanup(folder.cleanup)
-            save_tiny_checkpoint("dsv4", folder.name, hidden_size=hidden)
-            self.folders[hidden] = folder.name
+            self.folders[hidden] = self.enterClassContext(tempfile.TemporaryDirectory())
+            save_tiny_checkpoint("dsv4", self.folders[hidden], hidden_size=hidden)
         return self.folders[hidden]
 
     def serve(self, hidden: int, **options: Any) -> tuple[EngineHarness, list[list[int]], torch.Tensor]:

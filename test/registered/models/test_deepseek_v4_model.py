@@ -35,16 +35,14 @@ def published(name):
 class TestDeepseekV4Model(CustomTestCase):
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.path = folder.name
-        hf_model = save_tiny_checkpoint("dsv4", folder.name, num_hidden_layers=4)
+        cls.path = cls.enterClassContext(tempfile.TemporaryDirectory())
+        hf_model = save_tiny_checkpoint("dsv4", cls.path, num_hidden_layers=4)
         cls.prompt = torch.randint(0, 512, (LENGTH,), generator=torch.Generator().manual_seed(3)).tolist()
         with torch.no_grad():
             cls.truth = hf_model(torch.tensor([cls.prompt])).logits[0].log_softmax(-1)
         backend = PlainCompressedBackend(hf_model.config.sliding_window, hf_model.config.index_topk)
-        cls.harness = ModelHarness(folder.name, page_size=256, backend=backend)
-        cls.tensors = load_file(f"{folder.name}/model.safetensors")
+        cls.harness = ModelHarness(cls.path, page_size=256, backend=backend)
+        cls.tensors = load_file(f"{cls.path}/model.safetensors")
 
     def load(self, tensors, **formats):
         """A model of ``tensors``, by name."""

@@ -27,14 +27,12 @@ class TestDeepseekV4Mtp(CustomTestCase):
     @classmethod
     def setUpClass(cls):
         torch.set_num_threads(1)  # small products: more threads only wait for one another
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.folder = folder.name
-        cls.hf, cls.mtp = save_tiny_v4_mtp(folder.name)
+        cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.hf, cls.mtp = save_tiny_v4_mtp(cls.folder)
         cls.ids = torch.randint(3, 512, (LENGTH + 1,), generator=torch.Generator().manual_seed(3)).tolist()
         cls.streams = cls.mtp.target_streams(cls.ids[:-1])
         cls.truth, cls.own = cls.mtp(cls.ids[1:], cls.streams)
-        cls.harness = MtpHarness(folder.name, page_size=256, num_slots=4096)
+        cls.harness = MtpHarness(cls.folder, page_size=256, num_slots=4096)
 
     def assert_close(self, found, wanted):
         self.assertEqual(found.shape, wanted.shape)

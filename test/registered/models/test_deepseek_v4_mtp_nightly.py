@@ -22,10 +22,8 @@ class TestIdentity(CustomTestCase):
     @classmethod
     def setUpClass(cls):
         torch.set_num_threads(1)
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.folder = folder.name
-        save_tiny_v4_mtp(folder.name)
+        cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        save_tiny_v4_mtp(cls.folder)
         cls.prompts = prompts_around(LENGTHS)
         cls.plain, _ = serve(cls.folder, cls.prompts)
 

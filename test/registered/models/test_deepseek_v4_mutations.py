@@ -43,14 +43,13 @@ def changed(owner, name, value):
 class TestDeepseekV4Mutations(CustomTestCase):
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
         # An eps so large that it shows.
-        hf_model = save_tiny_checkpoint("dsv4", folder.name, hc_eps=0.01)
+        hf_model = save_tiny_checkpoint("dsv4", folder, hc_eps=0.01)
         cls.prompt = torch.randint(0, 512, (LENGTH,), generator=torch.Generator().manual_seed(3)).tolist()
         with torch.no_grad():
             cls.truth = hf_model(torch.tensor([cls.prompt])).logits[0].log_softmax(-1)
-        cls.harness = ModelHarness(folder.name, page_size=256, num_slots=4096)
+        cls.harness = ModelHarness(folder, page_size=256, num_slots=4096)
         cls.layers = list(cls.harness.model.model.layers)
 
     def difference(self):

@@ -23,16 +23,15 @@ LENGTHS = (1, 127, 128, 129, 255, 256, 257, 511, 700)
 class TestDeepseekV4Parity(CustomTestCase):
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        hf_model = save_tiny_checkpoint("dsv4", folder.name)
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        hf_model = save_tiny_checkpoint("dsv4", folder)
         ids = torch.randint(0, 512, (2, max(LENGTHS)), generator=torch.Generator().manual_seed(3))
         with torch.no_grad():
             truth = hf_model(ids).logits.log_softmax(-1)
         # Neighbours in a batch have different tokens.
         cls.prompts = [ids[i % 2, :length].tolist() for i, length in enumerate(LENGTHS)]
         cls.truth = [truth[i % 2, :length] for i, length in enumerate(LENGTHS)]
-        cls.harness = ModelHarness(folder.name, page_size=256, num_slots=8192)
+        cls.harness = ModelHarness(folder, page_size=256, num_slots=8192)
 
     def setUp(self):
         self.harness.reset()

@@ -20,27 +20,26 @@ SIZES = {"max_total_tokens": 4096, "context_length": 1024, "random_seed": 1}
 
 class TestServer(CustomTestCase):
     def test_offline_and_over_http(self):
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        model, _ = save_tiny_v4_mtp(holder.name)
-        write_tokenizer(holder.name, byte_level_tokenizer())
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        model, _ = save_tiny_v4_mtp(folder)
+        write_tokenizer(folder, byte_level_tokenizer())
         ids = torch.randint(3, 400, (540,), generator=torch.Generator().manual_seed(5)).tolist()
         truth = model.generate(
             torch.tensor([ids]), max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0
         )
         wanted = truth[0, 540:].tolist()
-        with Engine(model_path=holder.name, speculative_algorithm="NEXTN", **SIZES) as engine:
+        with Engine(model_path=folder, speculative_algorithm="NEXTN", **SIZES) as engine:
             offline = [engine.generate(input_ids=ids, sampling_params=PARAMS) for _ in range(2)]
         flags = [part for name, size in SIZES.items() for part in (f"--{name.replace('_', '-')}", str(size))]
         url = free_url()
-        process = popen_launch_server(holder.name, url, other_args=flags)
+        process = popen_launch_server(folder, url, other_args=flags)
         self.addCleanup(kill_process_tree, process.pid)
         body = {"input_ids": ids, "sampling_params": PARAMS}
         served = [httpx.post(f"{url}/generate", json=body, timeout=120).json() for _ in range(2)]
         for replies in (offline, served):
             self.assertEqual([reply["output_ids"] for reply in replies], [wanted, wanted])
             self.assertEqual([reply["meta_info"]["cached_tokens"] for reply in replies], [0, 512])
-        question = {"model": holder.name, "prompt": "hello", "max_tokens": 4}
+        question = {"model": folder, "prompt": "hello", "max_tokens": 4}
         text = httpx.post(f"{url}/v1/completions", json=question, timeout=120)
         self.assertEqual(text.status_code, 200, text.text)
         info = httpx.get(f"{url}/server_info", timeout=60).json()

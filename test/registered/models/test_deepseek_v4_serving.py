@@ -35,10 +35,8 @@ class TestDeepseekV4Serving(CustomTestCase):
     @classmethod
     def setUpClass(cls):
         torch.set_num_threads(1)  # small products: more threads only wait for one another
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.folder = folder.name
-        cls.hf = save_tiny_checkpoint("dsv4", folder.name)
+        cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.hf = save_tiny_checkpoint("dsv4", cls.folder)
         generator = torch.Generator().manual_seed(5)
         stem, tail = (torch.randint(3, 512, (size,), generator=generator).tolist() for size in (540, 130))
         cls.prompts = {

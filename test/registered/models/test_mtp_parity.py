@@ -70,9 +70,8 @@ class TestMtpParity(CustomTestCase):
     @classmethod
     def setUpClass(cls):
         torch.set_num_threads(1)  # matrices this small only wait for a second thread
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.truths = {name: Truth(name, folder.name) for name in CHECKPOINTS}
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.truths = {name: Truth(name, folder) for name in CHECKPOINTS}
         cls.ties = 0
 
     @classmethod
@@ -213,9 +212,7 @@ class TestEmbeddedDrafts(CustomTestCase):
 class TestMtpLoading(CustomTestCase):
     def setUp(self):
         torch.set_num_threads(1)
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.root = Path(folder.name)
+        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def saved(self, name, **overrides):
         save_tiny_mtp_checkpoint(name, self.root / name, **overrides)

@@ -41,13 +41,12 @@ ARCHITECTURES = {
 class TestQwen35(CustomTestCase):
     def setUp(self):
         torch.set_num_threads(1)
-        self.folder = tempfile.TemporaryDirectory()
-        self.addCleanup(self.folder.cleanup)
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
 
     def config_folder(self, architecture, **overrides):
         text = {**TINY_CONFIGS[ARCHITECTURES[architecture]], **overrides}
         config = {"text_config": text} if "Conditional" in architecture else text
-        folder = Path(self.folder.name) / f"{architecture}-{len(list(Path(self.folder.name).iterdir()))}"
+        folder = Path(self.folder) / f"{architecture}-{len(list(Path(self.folder).iterdir()))}"
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({**config, "architectures": [architecture]}))
         return str(folder)

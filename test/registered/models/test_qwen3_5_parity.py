@@ -1,6 +1,5 @@
 """Qwen3.5, dense and MoE, against transformers on the same tiny checkpoints in float32."""
 
-import shutil
 import tempfile
 import unittest
 from pathlib import Path
@@ -54,12 +53,8 @@ class TestQwen35Parity(CustomTestCase):
     @classmethod
     def setUpClass(cls):
         torch.set_num_threads(1)  # matrices this small only wait for a second thread
-        cls.folder = tempfile.mkdtemp()
+        cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
         cls.truths = {name: Truth(name, cls.folder) for name in ("q35", "q35moe", "q35moe-ns")}
-
-    @classmethod
-    def tearDownClass(cls):
-        shutil.rmtree(cls.folder, ignore_errors=True)
 
     def each(self):
         for name, truth in self.truths.items():

@@ -1,6 +1,5 @@
 """Qwen3.5 split over tensor-parallel ranks, which run as threads of this process and meet at a barrier."""
 
-import shutil
 import tempfile
 import unittest
 
@@ -24,11 +23,7 @@ class TestQwen35TensorParallel(CustomTestCase):
     @classmethod
     def setUpClass(cls):
         torch.set_num_threads(1)
-        cls.folder = tempfile.mkdtemp()
-
-    @classmethod
-    def tearDownClass(cls):
-        shutil.rmtree(cls.folder, ignore_errors=True)
+        cls.folder = cls.enterClassContext(tempfile.TemporaryDirectory())
 
     def check(self, name, size, **overrides):
         folder = f"{self.folder}/{name}-{size}"

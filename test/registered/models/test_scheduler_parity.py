@@ -107,12 +107,8 @@ class TestSchedulerParity(CustomTestCase):
     @classmethod
     def setUpClass(cls) -> None:
         torch.set_num_threads(1)  # small products: more threads only wait for one another
-        cls.folders = tempfile.TemporaryDirectory()
-        cls.cases = {name: ParityCase(name, f"{cls.folders.name}/{name}") for name in TINY_CONFIGS}
-
-    @classmethod
-    def tearDownClass(cls) -> None:
-        cls.folders.cleanup()
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.cases = {name: ParityCase(name, f"{folder}/{name}") for name in TINY_CONFIGS}
 
     def engine(self, case: ParityCase, **options: Any) -> EngineHarness:
         defaults = {"max_total_tokens": 1024, "max_running_requests": 8, "random_seed": 1}

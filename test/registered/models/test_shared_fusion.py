@@ -331,11 +331,8 @@ class TestModels(CustomTestCase):
     def setUp(self):
         torch.set_num_threads(1)
         self.platform = FakeStreamPlatform()
-        override = override_platform(self.platform)
-        override.__enter__()
-        self.addCleanup(override.__exit__, None, None, None)
-        self.folder = tempfile.TemporaryDirectory()
-        self.addCleanup(self.folder.cleanup)
+        self.enterContext(override_platform(self.platform))
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
 
     def logprobs(self, name, fused, sites, ranks=1):
         forced = {rule.name: rule.name in sites for rule in SITE_RULES}
@@ -343,7 +340,7 @@ class TestModels(CustomTestCase):
         harnesses = []
         for rank in thread_ranks(ranks):
             with override_tp_group(rank), override_server_args(disable_shared_experts_fusion=not fused):
-                harnesses.append(ModelHarness(self.folder.name, 64, 4, load_format="dummy", streams=plan))
+                harnesses.append(ModelHarness(self.folder, 64, 4, load_format="dummy", streams=plan))
         slots = 0 if not fused or name == "q35" else 2 if name.startswith("dsv2") else 1
         self.assertEqual(harnesses[0].model.num_fused_shared_experts, slots)
 
@@ -357,7 +354,7 @@ class TestModels(CustomTestCase):
     def test_logprobs_are_the_same(self):
         for name, architecture in self.MODELS.items():
             config = {**TINY_CONFIGS[name], "architectures": [architecture]}
-            Path(self.folder.name, "config.json").write_text(json.dumps(config))
+            Path(self.folder, "config.json").write_text(json.dumps(config))
             wanted = self.logprobs(name, False, ())
             family = "qwen3_5." if name.startswith("q") else "deepseek."
             sites = [rule.name for rule in SITE_RULES if rule.name.startswith(family)]
@@ -396,9 +393,7 @@ class TestOverFakes(SharedFusionCases, CustomTestCase):
 
     def setUp(self):
         torch.set_num_threads(1)
-        context = override_platform(RocmOverFakesPlatform(find_fakes()))
-        context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
+        self.enterContext(override_platform(RocmOverFakesPlatform(find_fakes())))
 
     def test_the_log_of_the_first_rank_says_what_speaks_against_the_settings(self):
         """Logged before anything is loaded, and once, by the first rank."""

@@ -36,8 +36,7 @@ class OverFake(CustomTestCase):
 
         self.platform = RocmOverFakesPlatform(find_fakes(), self.arch)
         for context in (override_platform(self.platform), aiter.fake_version(self.version)):
-            context.__enter__()
-            self.addCleanup(context.__exit__, None, None, None)
+            self.enterContext(context)
         super().setUp()
 
     def verdicts(self) -> dict[str, str]:

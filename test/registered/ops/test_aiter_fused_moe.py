@@ -35,9 +35,7 @@ QUESTIONS = ("12+30=", "rev:abcd=", "sort:5213=")
 
 class OverFake(aiter_moe_cases.AiterMoeBase, CustomTestCase):
     def setUp(self) -> None:
-        context = override_platform(RocmOverFakesPlatform(find_fakes()))
-        context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
+        self.enterContext(override_platform(RocmOverFakesPlatform(find_fakes())))
         super().setUp()
 
 

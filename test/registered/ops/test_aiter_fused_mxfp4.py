@@ -38,8 +38,7 @@ class OverFake(aiter_moe_cases.AiterMoeBase, CustomTestCase):
 
     def setUp(self) -> None:
         for context in (override_platform(RocmOverFakesPlatform(find_fakes(), self.arch)), fake_version("0.1.11")):
-            context.__enter__()
-            self.addCleanup(context.__exit__, None, None, None)
+            self.enterContext(context)
         super().setUp()
 
 

@@ -23,9 +23,7 @@ use_fakes()
 
 class TestAiterGreedySampleOverFake(aiter_greedy_cases.AiterGreedyCases, CustomTestCase):
     def setUp(self) -> None:
-        context = override_platform(RocmOverFakesPlatform(find_fakes()))
-        context.__enter__()
-        self.addCleanup(context.__exit__, None, None, None)
+        self.enterContext(override_platform(RocmOverFakesPlatform(find_fakes())))
         super().setUp()
 
     def test_unguarded_kernel_goes_past_the_vocabulary(self) -> None:

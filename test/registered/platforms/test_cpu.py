@@ -18,9 +18,7 @@ MIB = 1 << 20
 
 class TestContainerMemory(CustomTestCase):
     def setUp(self) -> None:
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.root = Path(folder.name)
+        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def write(self, folder: Path, **files: str) -> None:
         folder.mkdir(exist_ok=True)

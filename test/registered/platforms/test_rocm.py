@@ -77,9 +77,7 @@ class OverFakes(CustomTestCase):
     def setUp(self):
         torch.set_num_threads(1)
         self.platform = RocmOverFakesPlatform(find_fakes())
-        override = override_platform(self.platform)
-        override.__enter__()
-        self.addCleanup(override.__exit__, None, None, None)
+        self.enterContext(override_platform(self.platform))
 
 
 class TestStreams(OverFakes):

@@ -296,9 +296,7 @@ class TestLoader(CustomTestCase):
     @classmethod
     def setUpClass(cls):
         torch.set_num_threads(1)
-        cls._temporary = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls._temporary.cleanup)
-        cls.root = Path(cls._temporary.name)
+        cls.root = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         save_tiny_checkpoint("dsv3-k", cls.root / "plain", num_hidden_layers=2, n_routed_experts=8, n_group=2)
         quantize_tiny_checkpoint(cls.root / "plain", cls.root / "fp8")
         cls.tensors = load_file(cls.root / "fp8" / "model.safetensors")

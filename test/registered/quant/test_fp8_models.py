@@ -74,11 +74,10 @@ class TestModels(CustomTestCase):
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(1)
-        temporary = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(temporary.cleanup)
+        temporary = cls.enterClassContext(tempfile.TemporaryDirectory())
         cls.folders, cls.truths = {}, {}
         for name, overrides in MODELS.items():
-            root = Path(temporary.name) / name
+            root = Path(temporary) / name
             save_tiny_checkpoint(name, root / "plain", **overrides)
             tensors = quantize_tiny_checkpoint(root / "plain", root / "fp8")
             (root / "back").mkdir()

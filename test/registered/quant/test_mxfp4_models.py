@@ -59,9 +59,8 @@ class TestModels(CustomTestCase):
     @classmethod
     def setUpClass(cls):
         torch.set_num_threads(1)
-        temporary = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(temporary.cleanup)
-        cls.root, cls.tensors = Path(temporary.name), {}
+        temporary = cls.enterClassContext(tempfile.TemporaryDirectory())
+        cls.root, cls.tensors = Path(temporary), {}
         for name, style, sizes in (
             ("dsv3-k", "quark", {"num_hidden_layers": 2}), ("q35moe-k", "quark", {}), ("dsv4", "v4", {}),
         ):  # fmt: skip

@@ -62,8 +62,7 @@ class TestFolders(CustomTestCase):
     """Model folders that a user may have."""
 
     def setUp(self):
-        self.root = Path(tempfile.mkdtemp())
-        self.addCleanup(shutil.rmtree, self.root)
+        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def folder(self, name, config=None, tensors=None):
         """A copy of an embedded model with keys of its config, and tensors, replaced; None drops one."""

@@ -21,9 +21,7 @@ MAIN = '\nif __name__ == "__main__":\n    unittest.main()\n'
 
 class TestParse(CustomTestCase):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.path = Path(folder.name) / "test_planted.py"
+        self.path = Path(self.enterContext(tempfile.TemporaryDirectory())) / "test_planted.py"
 
     def parse(self, text: str) -> list[CIRegistration]:
         self.path.write_text(text)
@@ -94,9 +92,7 @@ class TestParse(CustomTestCase):
 
 class TestCollect(CustomTestCase):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.root = Path(folder.name)
+        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def plant(self, name: str, text: str) -> Path:
         (self.root / name).write_text(text)

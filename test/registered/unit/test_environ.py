@@ -43,9 +43,7 @@ BOOL, INT, STR = Sample.SGLANG_SAMPLE_BOOL, Sample.SGLANG_SAMPLE_INT, Sample.SGL
 
 class EnvironTestCase(CustomTestCase):
     def setUp(self):
-        patched = mock.patch.dict(os.environ)
-        patched.start()
-        self.addCleanup(patched.stop)
+        self.enterContext(mock.patch.dict(os.environ))
         for name in [n for n in os.environ if n.startswith(("SGLANG_", "SGL_"))]:
             del os.environ[name]
         BOOL._warned = False

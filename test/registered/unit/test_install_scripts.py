@@ -26,9 +26,7 @@ esac
 
 class TestInstall(CustomTestCase):
     def setUp(self) -> None:
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         (self.folder / "python").write_text(STAND_IN)
         (self.folder / "python").chmod(0o755)
         self.calls = self.folder / "calls"

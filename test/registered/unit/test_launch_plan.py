@@ -195,9 +195,7 @@ class TestModelIds(CustomTestCase):
     """Ids in a cache that holds one model, under the branch main and one more."""
 
     def setUp(self) -> None:
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        cache = Path(holder.name)
+        cache = Path(self.enterContext(tempfile.TemporaryDirectory()))
         model = cache / "models--org--tiny-1.5"
         self.folder = model / "snapshots" / ("a" * 40)
         self.folder.parent.mkdir(parents=True)
@@ -205,9 +203,7 @@ class TestModelIds(CustomTestCase):
         (model / "refs").mkdir()
         for branch in ("main", "other"):
             (model / "refs" / branch).write_text("a" * 40)
-        patch = mock.patch("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-        patch.start()
-        self.addCleanup(patch.stop)
+        self.enterContext(mock.patch("huggingface_hub.constants.HF_HUB_CACHE", str(cache)))
 
     def test_an_id_that_the_cache_has(self) -> None:
         for more in ([], ["--revision", "other"], ["--revision", "a" * 40]):

@@ -29,21 +29,20 @@ def files_below(root: Path) -> set[str]:
 class TestWheel(CustomTestCase):
     @classmethod
     def setUpClass(cls) -> None:
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
         # A build writes next to its sources: it gets a copy.
-        source = Path(folder.name, "source")
+        source = Path(folder, "source")
         package = source / "python" / "sglang"
         shutil.copytree(REPO / "python" / "sglang", package, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "README.md", "LICENSE"):
             shutil.copy(REPO / name, source)
         cls.expected = {f"sglang/{name}" for name in files_below(package) if not name.startswith("test/")}
-        done = subprocess.run([sys.executable, "-c", BUILD, folder.name], cwd=source, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, "-c", BUILD, folder], cwd=source, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        (wheel,) = Path(folder.name).glob("*.whl")
+        (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             cls.content = {name: archive.read(name) for name in archive.namelist()}
-            cls.installed = Path(folder.name, "installed")
+            cls.installed = Path(folder, "installed")
             archive.extractall(cls.installed)
 
     def one(self, ending: str) -> str:

@@ -94,9 +94,7 @@ def planned_weights(args: ServerArgs, config: ModelConfig, rank: int) -> dict[st
 class PlanTestCase(CustomTestCase):
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        cls.root = Path(folder.name)
+        cls.root = Path(cls.enterClassContext(tempfile.TemporaryDirectory()))
         torch.set_num_threads(1)
 
     def folder(self, name: str, config: dict[str, Any]) -> str:

@@ -47,9 +47,7 @@ class TestCollection(CustomTestCase):
 
 class TestPlantedFiles(CustomTestCase):
     def setUp(self):
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        self.root = Path(holder.name)
+        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
         (self.root / "python").symlink_to(REPO / "python")
         (self.root / "test/registered").mkdir(parents=True)
         (self.root / "test/conftest.py").write_text((REPO / "test/conftest.py").read_text())

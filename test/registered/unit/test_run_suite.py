@@ -36,9 +36,7 @@ PASSING = "def test_one(self): pass\ndef test_two(self): pass"
 
 class TestRunSuite(CustomTestCase):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.root = Path(folder.name)
+        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def plant(self, name: str, body: str, registration: str = REGISTRATION, main: str = "unittest.main()"):
         text = TEMPLATE.format(registration=registration, body=textwrap.indent(body, "    "), main=main)

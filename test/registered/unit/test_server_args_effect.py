@@ -73,17 +73,16 @@ SWITCH = "SGLANG_MORI_DISPATCH_INTER_KERNEL_SWITCH_THRESHOLD"
 
 class TestWithoutEffect(CustomTestCase):
     def setUp(self):
-        self.folder = tempfile.TemporaryDirectory()
-        self.addCleanup(self.folder.cleanup)
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
         for name, (sizes, architecture) in MODELS.items():
-            Path(self.folder.name, name).mkdir()
+            Path(self.folder, name).mkdir()
             sizes = CONFIG_JSON if sizes == "dsv4" else TINY_CONFIGS[sizes]
             config = {**sizes, "architectures": [architecture], "dtype": "bfloat16"}
-            Path(self.folder.name, name, "config.json").write_text(json.dumps(config), encoding="utf-8")
+            Path(self.folder, name, "config.json").write_text(json.dumps(config), encoding="utf-8")
 
     def plan(self, setting, model, platform=CPU, flags="", variables=""):
         is_variable = setting.startswith("SGLANG_")
-        argv = ["--model-path", f"{self.folder.name}/{model}", "--load-format", "dummy", "--skip-tokenizer-init"]
+        argv = ["--model-path", f"{self.folder}/{model}", "--load-format", "dummy", "--skip-tokenizer-init"]
         argv += flags.split() + ([] if is_variable else setting.split())
         environ = dict(entry.split("=") for entry in (variables.split() + [setting] * is_variable))
         return evaluate(read(argv), platform, environ)
@@ -119,7 +118,7 @@ class TestWithoutEffect(CustomTestCase):
                     self.assertEqual(any("PREALLOC" in line for line in problems), bool(worst))
                 with self.assertRaises(SystemExit) if worst else nullcontext(), redirect_stderr(io.StringIO()) as err:
                     with redirect_stdout(io.StringIO()):
-                        plan.main(["--model-path", f"{self.folder.name}/deepseek", "--skip-tokenizer-init"])
+                        plan.main(["--model-path", f"{self.folder}/deepseek", "--skip-tokenizer-init"])
                 self.assertIn(worst, err.getvalue())
 
     def test_a_switch_between_kernels_of_several_nodes(self):

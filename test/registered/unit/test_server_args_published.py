@@ -141,16 +141,15 @@ PUBLISHED = (
 class TestPublishedCommandLines(CustomTestCase):
     @classmethod
     def setUpClass(cls):
-        cls._temporary = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(cls._temporary.cleanup)
+        cls._folders = cls.enterClassContext(tempfile.TemporaryDirectory())
         for name, config in MODELS.items():
-            folder = Path(cls._temporary.name) / name
+            folder = Path(cls._folders) / name
             folder.mkdir()
             (folder / "config.json").write_text(json.dumps(config))
 
     def plan(self, exports, line, platform=MI300X):
         for name in MODELS:
-            line = line.replace(f"MODEL[{name}]", f"{self._temporary.name}/{name}")
+            line = line.replace(f"MODEL[{name}]", f"{self._folders}/{name}")
         environ = dict(word.split("=", 1) for word in shlex.split(exports))
         return evaluate(read(shlex.split(line)), platform=platform, environ=environ)
 

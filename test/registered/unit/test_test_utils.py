@@ -53,13 +53,12 @@ class TestLaunchTimeout(CustomTestCase):
 
 class TestLaunch(CustomTestCase):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        package = Path(folder.name) / "sglang"
+        folder = self.enterContext(tempfile.TemporaryDirectory())
+        package = Path(folder) / "sglang"
         package.mkdir()
         (package / "__init__.py").write_text("")
         (package / "launch_server.py").write_text(STAND_IN)
-        self.env = {"PYTHONPATH": folder.name, "PLANTED": "yes"}
+        self.env = {"PYTHONPATH": folder, "PLANTED": "yes"}
 
     def launch(self, mode: str, timeout: float, **kwargs):
         return popen_launch_server("m", free_url(), timeout, other_args=[mode], env=self.env, **kwargs)

@@ -214,9 +214,7 @@ class TestRefusals(CustomTestCase):
 
 class TestFolders(CustomTestCase):
     def setUp(self):
-        folder = tempfile.TemporaryDirectory()
-        self.addCleanup(folder.cleanup)
-        self.folder = Path(folder.name)
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory()))
         backend = byte_level_tokenizer()
         backend.add_tokens([AddedToken(mark, special=False, normalized=False) for mark in TOKENS])
         self.backend = backend

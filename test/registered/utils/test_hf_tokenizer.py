@@ -60,9 +60,7 @@ def auto_tokenizer(folder: str):
 
 class TestAgainstTransformers(CustomTestCase):
     def setUp(self):
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        self.folder = holder.name
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
 
     def test_encode_and_decode(self):
         builders = (byte_level_tokenizer, sentencepiece_tokenizer, wordpiece_tokenizer)
@@ -113,9 +111,7 @@ class TestAgainstTransformers(CustomTestCase):
 
 class TestTokenizer(CustomTestCase):
     def setUp(self):
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        self.folder = holder.name
+        self.folder = self.enterContext(tempfile.TemporaryDirectory())
 
     def write(self, **config) -> Tokenizer:
         return Tokenizer.from_path(write_tokenizer(self.folder, byte_level_tokenizer(), **config))

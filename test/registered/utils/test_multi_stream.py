@@ -37,9 +37,7 @@ class StreamCase(CustomTestCase):
     def setUp(self):
         torch.set_num_threads(1)
         self.platform = FakeStreamPlatform()
-        override = override_platform(self.platform)
-        override.__enter__()
-        self.addCleanup(override.__exit__, None, None, None)
+        self.enterContext(override_platform(self.platform))
 
     def overlap(self, site=SITE):
         return StreamOverlap(self.platform.create_stream(), site)
@@ -192,9 +190,7 @@ class TestConflictCheck(StreamCase):
 
     def setUp(self):
         super().setUp()
-        override = envs.SGLANG_DEBUG_STREAM_OVERLAP.override(True)
-        override.__enter__()
-        self.addCleanup(override.__exit__, None, None, None)
+        self.enterContext(envs.SGLANG_DEBUG_STREAM_OVERLAP.override(True))
 
     def both(self, side, main):
         for stream in (None, self.platform.create_stream()):

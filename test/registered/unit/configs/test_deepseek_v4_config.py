@@ -163,10 +163,9 @@ class TestRefusals(CustomTestCase):
 class TestSettings(CustomTestCase):
     @classmethod
     def setUpClass(cls):
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        (Path(folder.name) / "config.json").write_text(json.dumps(FLASH))
-        cls.model = ModelConfig.from_path(folder.name)
+        folder = cls.enterClassContext(tempfile.TemporaryDirectory())
+        (Path(folder) / "config.json").write_text(json.dumps(FLASH))
+        cls.model = ModelConfig.from_path(folder)
 
     def resolved(self, **args):
         plan = LaunchPlan(ServerArgs(model_path=self.model.model_path, random_seed=1, **args), self.model)

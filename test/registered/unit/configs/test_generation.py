@@ -26,9 +26,7 @@ VOCAB = CONFIG["vocab_size"]
 
 class FolderCase(CustomTestCase):
     def setUp(self):
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        self.root = Path(holder.name)
+        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def folder(self, generation=None, **config):
         """A model folder without weights; None removes a key of config.json."""

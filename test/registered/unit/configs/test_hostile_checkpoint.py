@@ -30,9 +30,7 @@ CONFIG = json.loads((default_model_path() / "config.json").read_text())
 
 class CopyCase(CustomTestCase):
     def setUp(self):
-        holder = tempfile.TemporaryDirectory()
-        self.addCleanup(holder.cleanup)
-        self.folder = Path(holder.name) / "model"
+        self.folder = Path(self.enterContext(tempfile.TemporaryDirectory())) / "model"
         shutil.copytree(default_model_path(), self.folder)
 
     def write(self, name, content):

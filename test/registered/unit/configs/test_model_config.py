@@ -80,9 +80,7 @@ V2_LITE_HUB = {
 
 class ConfigFolderTestCase(CustomTestCase):
     def setUp(self):
-        self._temporary = tempfile.TemporaryDirectory()
-        self.addCleanup(self._temporary.cleanup)
-        self.root = Path(self._temporary.name)
+        self.root = Path(self.enterContext(tempfile.TemporaryDirectory()))
 
     def folder(self, config, generation=None):
         path = self.root / f"m{len(list(self.root.iterdir()))}"
