@@ -15,7 +15,7 @@ from sglang.test.test_utils import CustomTestCase
 class ChatServerCase(CustomTestCase):
     """Qwen3's template and parsers where a class names no others; ``settings`` are fields of ServerArgs."""
 
-    template = STYLES["qwen3"]
+    template: str | None = STYLES["qwen3"]
     added_tokens: Sequence[str] = ("<think>", "</think>", "<tool_call>")
     settings: dict[str, Any] = {"tool_call_parser": "qwen25", "reasoning_parser": "qwen3"}
     context_len = 2048

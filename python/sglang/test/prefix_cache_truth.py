@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from sglang.srt.mem_cache.radix_integrity import check_integrity
 from sglang.srt.mem_cache.state_companion import StateCompanion
 from sglang.srt.mem_cache.tree_node import MatchResult, TreeNode
 from sglang.test.cache_pools import state_slots
+from sglang.test.test_utils import CustomTestCase
 
 Prefix = tuple[int, ...]
 
@@ -162,7 +164,7 @@ class RandomServer:
         self.truth = PrefixTruth(page_size, hybrid=bool(num_states))
         self.running: list[FakeRequest] = []
         self.history: list[list[int]] = [[]]
-        self.counts: dict[str, int] = {}
+        self.counts: Counter[str] = Counter()
 
     def run(self, steps: int) -> None:
         actions = [self.admit] * 3 + [self.prefill] * 8 + [self.finish] * 2 + [self.abort, self.probe, self.evict]
@@ -179,9 +181,6 @@ class RandomServer:
         self.case.assertEqual(self.allocator.available_size(), self.allocator.size)
         if self.states:
             self.case.assertEqual(self.states.available_size(), self.states.size)
-
-    def _count(self, name: str) -> None:
-        self.counts[name] = self.counts.get(name, 0) + 1
 
     def _random_tokens(self) -> list[int]:
         base = self.rng.choice(self.history)
@@ -201,9 +200,9 @@ class RandomServer:
             if slot is not None:
                 self._expect_state(slot, prefix)
         if slots:
-            self._count("hit")
+            self.counts["hit"] += 1
         if kv_len > len(slots):
-            self._count("kv beyond state")
+            self.counts["kv beyond state"] += 1
         return got, prefix
 
     def _expect_state(self, slot: int, prefix: Prefix) -> None:
@@ -236,7 +235,7 @@ class RandomServer:
             handed_over = not others and bool(req.prefix)
             if others:
                 self.truth.states.remove(others[0])
-                self._count("state evicted for a request")
+                self.counts["state evicted for a request"] += 1
         slot = self.kept.fork(req.match.node)
         if live == self.states.size:
             self.case.assertIsNone(slot)
@@ -244,7 +243,7 @@ class RandomServer:
         self.case.assertIsNotNone(slot, "a live slot must be available while requests hold fewer than all")
         if handed_over:
             self.truth.states.remove(req.prefix)
-            self._count("state handed over")
+            self.counts["state handed over"] += 1
         assert slot is not None
         self._expect_state(slot, req.prefix)
         req.live_state = slot
@@ -255,7 +254,7 @@ class RandomServer:
         if slots is None:
             want = self.rng.choice([1, end - start, end - start + self.page_size])
             self.case.assertEqual(self.cache.evict(want), self.truth.evict(want))
-            self._count("evicted for memory")
+            self.counts["evicted for memory"] += 1
             slots = self.allocator.alloc_extend([start], [end], [last])
         return slots
 
@@ -271,7 +270,7 @@ class RandomServer:
             end = max(self.cache.aligned(end), done + 1)
         new = self._alloc(done, end, req.slots[-1] if req.slots else -1)
         if new is None:
-            self._count("retracted")
+            self.counts["retracted"] += 1
             self._drop(req)
             return
         req.slots += new.tolist()
@@ -296,7 +295,7 @@ class RandomServer:
             self.kept.on_insert(result, done, req.live_state)
         self.case.assertEqual((result.prefix_len, result.cached_len), (expected, len(whole)))
         if expected > req.owned:
-            self._count("duplicates")
+            self.counts["duplicates"] += 1
         self.allocator.free(torch.tensor(req.slots[req.owned : expected], dtype=torch.int64))
         slots = self.cache.path_slots(result.node).tolist()
         self.case.assertEqual(slots, self.truth._slots(self.truth.known(list(whole))))
@@ -313,11 +312,11 @@ class RandomServer:
         live = sum(r.live_state is not None for r in self.running)
         if self.states.size - live - len(self.truth.states) == 0:
             if not self.truth.states:
-                self._count("no state available")
+                self.counts["no state available"] += 1
                 return
             self.truth.states.pop(0)
         self.truth.use_state(whole)
-        self._count("snapshot")
+        self.counts["snapshot"] += 1
 
     def _cache_unfinished(self, req: FakeRequest) -> None:
         result, whole, slots = self._insert(req, with_state=True)
@@ -377,7 +376,7 @@ class RandomServer:
         self._expect_state(slot, prefix)
         self.cache.dec_lock_ref(match.node)
         self.truth.lock(prefix, -1)
-        self._count("state held")
+        self.counts["state held"] += 1
 
     def compare(self) -> None:
         """Check the tree, page by page, and all counters."""
@@ -404,3 +403,32 @@ class RandomServer:
                 prefix = above + tuple(child.key[:end].tolist())
                 seen[prefix] = (np.asarray(child.value[end - size : end]).tolist(), child.lock_ref, state)
             self._dump(child, above + tuple(child.key.tolist()), seen)
+
+
+class RandomServing(CustomTestCase):
+    """Random servers over pages of three sizes, one for each of ``num_states``.
+
+    Together they must show each of ``events`` more than ``least`` times.
+    """
+
+    num_states: tuple[int, ...]
+    events: tuple[str, ...]
+    least: int
+
+    def serve(self, **sizes: int) -> None:
+        counts: Counter[str] = Counter()
+        for seed, num_states in enumerate(self.num_states):
+            server = RandomServer(self, seed=seed, num_states=num_states, **sizes)
+            server.run(1500)
+            counts += server.counts
+        for event in self.events:
+            self.assertGreater(counts[event], self.least, f"the simulation never exercised: {event}")
+
+    def test_page_1(self) -> None:
+        self.serve(page_size=1, num_pages=90, max_tokens=40)
+
+    def test_page_2(self) -> None:
+        self.serve(page_size=2, num_pages=60, max_tokens=40)
+
+    def test_page_16(self) -> None:
+        self.serve(page_size=16, num_pages=14, max_tokens=100)

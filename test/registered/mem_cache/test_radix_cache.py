@@ -8,32 +8,16 @@ import torch
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.radix_cache import RadixCache
 from sglang.srt.mem_cache.radix_integrity import RadixIntegrityError, check_integrity
+from sglang.test import prefix_cache_truth
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.prefix_cache_truth import RandomServer
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=8, suite="stage-a-test-cpu")
 
 
-class TestAgainstTruth(CustomTestCase):
-    def serve(self, *, page_size: int, num_pages: int, max_tokens: int) -> None:
-        counts: dict[str, int] = {}
-        for seed in range(3):
-            server = RandomServer(self, seed=seed, page_size=page_size, num_pages=num_pages, max_tokens=max_tokens)
-            server.run(1500)
-            for name, count in server.counts.items():
-                counts[name] = counts.get(name, 0) + count
-        for event in ("hit", "duplicates", "evicted for memory", "retracted"):
-            self.assertGreater(counts.get(event, 0), 4, f"the simulation never exercised: {event}")
-
-    def test_page_1(self) -> None:
-        self.serve(page_size=1, num_pages=90, max_tokens=40)
-
-    def test_page_2(self) -> None:
-        self.serve(page_size=2, num_pages=60, max_tokens=40)
-
-    def test_page_16(self) -> None:
-        self.serve(page_size=16, num_pages=14, max_tokens=100)
+class TestAgainstTruth(prefix_cache_truth.RandomServing):
+    num_states, least = (0, 0, 0), 4
+    events = ("hit", "duplicates", "evicted for memory", "retracted")
 
 
 class CacheCase(CustomTestCase):

@@ -33,7 +33,7 @@ from sglang.srt.server_args import (
 from sglang.srt.utils.network import is_loopback
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.published_sizes import qwen35_like
-from sglang.test.resolved_args import resolved
+from sglang.test.resolved_args import errors_of, resolved
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
@@ -52,15 +52,6 @@ MODEL = SimpleNamespace(
 )  # fmt: skip
 
 DRAFTS = {"speculative_algorithm": "NEXTN", "speculative_num_steps": 3, "speculative_draft_model_path": "/its/layer"}
-
-
-def errors_of(line):
-    """Errors of parse for a command line; [] if it is accepted."""
-    try:
-        parse(line.split() if isinstance(line, str) else line)
-    except ServerArgsError as error:
-        return error.errors
-    return []
 
 
 class TestProblems(CustomTestCase):

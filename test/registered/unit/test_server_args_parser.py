@@ -11,18 +11,10 @@ from sglang.srt.arg_groups.parse import parse, read, unknown_flag
 from sglang.srt.arg_groups.upstream import MISNAMED, distinct_flags, upstream_flags
 from sglang.srt.server_args import ServerArgs, ServerArgsError
 from sglang.test.ci.ci_register import register_cpu_ci
+from sglang.test.resolved_args import errors_of
 from sglang.test.test_utils import CustomTestCase
 
 register_cpu_ci(est_time=5, suite="stage-a-test-cpu")
-
-
-def errors_of(line):
-    """Errors of parse for a command line; [] if it is accepted."""
-    try:
-        parse(line.split() if isinstance(line, str) else line)
-    except ServerArgsError as error:
-        return error.errors
-    return []
 
 
 class TestNames(CustomTestCase):

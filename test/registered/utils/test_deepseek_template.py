@@ -15,8 +15,8 @@ from sglang.srt.utils import deepseek_template
 from sglang.srt.utils.chat_messages import ChatTemplateError
 from sglang.srt.utils.deepseek_template import DeepSeekV4Template, DeepSeekV32Template
 from sglang.srt.utils.hf_tokenizer import Tokenizer
+from sglang.test.chat_server import ChatServerCase
 from sglang.test.ci.ci_register import register_cpu_ci
-from sglang.test.fake_server import FakeServer
 from sglang.test.test_utils import CustomTestCase
 from sglang.test.tiny_tokenizers import byte_level_tokenizer, write_tokenizer
 
@@ -270,32 +270,24 @@ class TestFolders(CustomTestCase):
         self.assertIn(BOS, logs.output[0])
 
 
-class TestServed(CustomTestCase):
+class TestServed(ChatServerCase):
+    template, added_tokens = None, TOKENS
+    settings = {"tool_call_parser": "deepseekv4", "reasoning_parser": "deepseek-v4"}
+
     def test_a_thought_and_a_call_over_http(self):
-        server = FakeServer(
-            added_tokens=TOKENS,
-            tokenizer_config={"chat_template": None},
-            context_len=2048,
-            tool_call_parser="deepseekv4",
-            reasoning_parser="deepseek-v4",
-        ).wait_ready()
-        self.addCleanup(server.stop)
-        server.context.manager.tokenizer.chat_template = V4
-        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="k", max_retries=0)
-        self.addCleanup(client.close)
+        self.fake.context.manager.tokenizer.chat_template = V4
         calls = '<｜DSML｜tool_calls>\n<｜DSML｜invoke name="add">\n</｜DSML｜invoke>\n</｜DSML｜tool_calls>'
-        ids = server.tokenizer.encode(f"hm</think>So.\n\n{calls}", add_special_tokens=False)
-        server.scheduler.script = lambda _: [*ids, 1]
+        self.say(f"hm</think>So.\n\n{calls}")
         body = {"model": "default", "messages": [say("user", "x")], "tools": [ADD], "temperature": 0}
-        reply = client.chat.completions.create(**body, extra_body={"chat_template_kwargs": THINKING})
+        reply = self.client.chat.completions.create(**body, extra_body={"chat_template_kwargs": THINKING})
         message = reply.choices[0].message
         self.assertEqual((message.reasoning_content, message.content), ("hm", "So."))
         self.assertEqual([c.function.name for c in message.tool_calls], ["add"])
-        prompt = server.tokenizer.decode(server.scheduler.received[-1].input_ids, skip_special_tokens=False)
+        prompt = self.fake.tokenizer.decode(self.fake.scheduler.received[-1].input_ids, skip_special_tokens=False)
         self.assertEqual(prompt, f"{BOS}{TOOLS_TEXT}{USER}x{ASSISTANT}<think>")
         for extra in ({"chat_template_kwargs": {"drop": 1}}, {"reasoning_effort": "max"}):
             with self.assertRaises(openai.BadRequestError):
-                client.chat.completions.create(**body, extra_body=extra)
+                self.client.chat.completions.create(**body, extra_body=extra)
 
 
 if __name__ == "__main__":
