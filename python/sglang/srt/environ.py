@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sglang.srt.environ_fields import EnvBool, EnvError, EnvField, EnvInt, EnvStr
+from sglang.srt.environ_fields import EnvBool, EnvError, EnvField, EnvInt, EnvSection, EnvStr
 
 if TYPE_CHECKING:
     from sglang.srt.environ_check import EnvReport
@@ -28,15 +28,8 @@ __all__ = [
     "envs",
 ]
 
-_MORI = "MORI Configuration"
-_MODEL = "Model-Specific Options"
-_TEST = "Testing & Debugging (Internal/CI)"
 
-
-class Envs:
-    """The declarations; one instance, `envs`. Attributes are fields, not values, and cannot be assigned."""
-
-    # General Configuration
+class _General(EnvSection, title="General Configuration"):
     SGLANG_PLATFORM = EnvStr(
         "",
         choices=("", "cpu", "cuda", "rocm"),
@@ -70,33 +63,31 @@ class Envs:
         "seen, else pip's own.",
     )
 
-    # Performance Tuning
+
+class _Tuning(EnvSection, title="Performance Tuning"):
     SGLANG_OPT_USE_MULTI_STREAM_OVERLAP = EnvBool(
         True,
-        section="Performance Tuning",
         doc="DeepSeek V4: in decode graphs, pool and select compressed entries on a second stream that overlaps the "
         "queries. CUDA: for one token, where one H200 gains 1 % of a step, and nothing beyond (N). ROCm: off unless "
         "`SGLANG_ROCM_USE_MULTI_STREAM` is set too. CPU: there are no streams.",
     )
     SGLANG_STREAM_SITES = EnvStr(
         "",
-        section="Performance Tuning",
         doc="Comma-separated `site=on` or `site=off` pairs that override which places overlap on a second stream, for "
         "measurements, such as `qwen3_5.qk_norm=off`. `/server_info` lists the sites.",
     )
     SGLANG_TRACE_OVERLAP = EnvBool(
         False,
-        section="Performance Tuning",
         doc="Measure with events how much of each side computation overlapped the main one, by site and step size, for "
         "the log, `/metrics` and `/server_info`.",
     )
 
-    # MORI Configuration
+
+class _Mori(EnvSection, title="MORI Configuration"):
     SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK = EnvInt(
         4096,
         minimum=1,
         unit="tokens",
-        section=_MORI,
         doc="Tokens that one rank may dispatch in one forward (prefill chunk, decode batch, graph bucket, draft "
         "tokens) with `--moe-a2a-backend mori`, which sizes its buffers by it. Automatic sizes are lowered to it; an "
         "explicit one above it is refused. Raise it for longer prefill chunks; every buffer grows with it: 8 ranks of "
@@ -106,7 +97,6 @@ class Envs:
         0,
         minimum=0,
         unit="tokens",
-        section=_MORI,
         doc="Received tokens for which one rank allocates memory, from 1 to world size times "
         "`SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK`, rounded up to a multiple of the world size. 0 means that "
         "maximum, which hardly ever arrives: a cap saves its memory. A step that could bring more runs its experts in "
@@ -119,7 +109,6 @@ class Envs:
         0,
         minimum=0,
         unit="tokens",
-        section=_MORI,
         doc="Most rows of the receive buffer that the experts compute. They compute the rows that can arrive, raised "
         "to a tuned size; this reduces that size, but never below what can arrive (logged once, counted). 0 means no "
         "cut. It hardly pays: computing only what can arrive saves 18 to 39 % of a layer (N) and needs no setting.",
@@ -127,7 +116,6 @@ class Envs:
     SGLANG_MORI_DISPATCH_DTYPE = EnvStr(
         "auto",
         choices=("auto", "bf16", "fp8", "fp4"),
-        section=_MORI,
         doc="Type of the tokens on the way to the experts. `auto`: by the type of the expert weights. `bf16`: the "
         "model's own type. A type that the weights do not have is refused. fp8 sends half the bytes and changes no bit "
         "of the result (F).",
@@ -135,7 +123,6 @@ class Envs:
     SGLANG_MORI_COMBINE_DTYPE = EnvStr(
         "auto",
         choices=("auto", "bf16", "fp8", "fp8_direct_cast"),
-        section=_MORI,
         platform="hip",
         doc="Type of the tokens on the way back from the experts; `auto` is the model's own type, `fp8` is scaled by "
         "blocks (IntraNode and AsyncLL kernels): half the bytes, for sums that are rounded once more (S). No effect "
@@ -145,7 +132,6 @@ class Envs:
         256,
         minimum=0,
         unit="tokens",
-        section=_MORI,
         platform="hip",
         doc="Between nodes, kernel InterNodeV1LL serves up to this value of "
         "`SGLANG_MORI_NUM_MAX_DISPATCH_TOKENS_PER_RANK`, InterNodeV1 above (S). It decides nothing on "
@@ -155,7 +141,6 @@ class Envs:
         4,
         minimum=1,
         unit="queue pairs",
-        section=_MORI,
         platform="hip",
         doc="RDMA queue pairs that one KV transfer uses.",
         pending="prefill-decode disaggregation over MORI",
@@ -164,7 +149,6 @@ class Envs:
         -1,
         minimum=-1,
         unit="work requests",
-        section=_MORI,
         platform="hip",
         doc="RDMA work requests posted to a queue pair at once. -1 leaves it to MORI.",
         pending="prefill-decode disaggregation over MORI",
@@ -173,16 +157,15 @@ class Envs:
         4,
         minimum=1,
         unit="threads",
-        section=_MORI,
         platform="hip",
         doc="Threads that run KV transfers.",
         pending="prefill-decode disaggregation over MORI",
     )
 
-    # Model-Specific Options
+
+class _Models(EnvSection, title="Model-Specific Options"):
     SGLANG_USE_AITER = EnvBool(
         False,
-        section=_MODEL,
         platform="hip",
         doc="Use AITER's kernels where they fit: greedy sampling (vocabularies that are multiples of 16) and routed "
         "experts in 16 or 8 bits (loaded into AITER's weight layout, which no other kernel reads: every step then "
@@ -190,39 +173,34 @@ class Envs:
         requires="the package `aiter`",
     )
     SGLANG_USE_AITER_UNIFIED_ATTN = EnvBool(
-        False, section=_MODEL, platform="hip", doc="Use AITER's unified attention kernel.", pending="AITER's attention"
+        False, platform="hip", doc="Use AITER's unified attention kernel.", pending="AITER's attention"
     )
     SGLANG_ROCM_FUSED_DECODE_MLA = EnvBool(
         False,
-        section=_MODEL,
         platform="hip",
         doc="Fuse rotary embedding and latent attention in MLA decode. AMD's images set it.",
         pending="a fused MLA decode kernel",
     )
     SGLANG_ROCM_DISABLE_LINEARQUANT = EnvBool(
         False,
-        section=_MODEL,
         platform="hip",
         doc="Keep linear layers unquantised when experts are quantised on load. AMD's images set it to 0.",
         pending="quantisation of experts alone",
     )
     SGLANG_MOE_PADDING = EnvBool(
         False,
-        section=_MODEL,
         platform="hip",
         doc="Pad expert weights in memory for faster access; values stay the same. AMD's images set it.",
         pending="padded expert weights",
     )
     SGLANG_USE_ROCM700A = EnvBool(
         False,
-        section=_MODEL,
         platform="hip",
         doc="Work around a collective of ROCm 7.0 alpha under attention data parallelism. AMD's images set it.",
         pending="collectives other than torch's",
     )
     SGLANG_ROCM_USE_MULTI_STREAM = EnvBool(
         False,
-        section=_MODEL,
         platform="hip",
         doc="DeepSeek MoE: run shared experts on a second stream, overlapping routed experts. ROCm: off unless set. "
         "CUDA: on by default, `SGLANG_STREAM_SITES` turns it off. CPU: there are no streams. One H200 gains 4 to 8 % "
@@ -234,7 +212,6 @@ class Envs:
     )
     SGLANG_ALT_STREAM = EnvBool(
         False,
-        section=_MODEL,
         platform="hip",
         doc="Qwen3.5: create the second stream, on which shared experts overlap routed experts. ROCm: off unless "
         "set. CUDA: on unasked, `SGLANG_STREAM_SITES` turns it off. CPU: there are no streams. Where fusion is "
@@ -244,7 +221,6 @@ class Envs:
     )
     SGLANG_GDN_QKVZ_BA_ALT_STREAM = EnvBool(
         False,
-        section=_MODEL,
         platform="hip",
         doc="Qwen3.5: also split the two input projections of a GDN layer over both streams, in captured steps. ROCm: "
         "off unless set. CUDA: on unasked, `SGLANG_STREAM_SITES` turns it off. One H200 gains up to 2.5 % of a step "
@@ -253,7 +229,6 @@ class Envs:
     )
     SGLANG_QK_NORM_ALT_STREAM = EnvBool(
         False,
-        section=_MODEL,
         platform="hip",
         doc="Qwen3.5: also split the query and key norms over both streams, in captured steps; other steps keep the "
         "one launch that norms, rotates and stores. ROCm: off unless set. CUDA: off (upstream: on), since one H200 "
@@ -262,7 +237,6 @@ class Envs:
     )
     SGLANG_OPT_USE_TRITON_FUSED_MHC = EnvBool(
         True,
-        section=_MODEL,
         doc="DeepSeek V4: where one sub-block ends and the next begins, one op leaves the streams, enters them and "
         "norms the row, in steps of up to 64 tokens on gfx95x and 256 on sm_90; other steps run an op for each. "
         "AITER's kernels run it with `SGLANG_USE_AITER` from AITER 0.1.14 on (F), else Triton's (C). "
@@ -270,7 +244,6 @@ class Envs:
     )
     SGLANG_PREP_IN_CUDA_GRAPH = EnvBool(
         True,
-        section=_MODEL,
         doc="DeepSeek V4: a decode graph plans its own step, from lengths on the device; else each replay is planned "
         "before it. Both give the same plan. A verify graph, whose lengths are known within it alone, always plans.",
     )
@@ -278,77 +251,70 @@ class Envs:
         0,
         minimum=0,
         unit="entries",
-        section=_MODEL,
         doc="DeepSeek V4: a check that layers of ratio 4 attend to so many entries, which the checkpoint alone decides "
         "(`index_topk`): another number is refused. 0: no check.",
     )
     SGLANG_MAMBA_SSM_DTYPE = EnvStr(
         "",
         choices=("", "float32", "bfloat16", "float16"),
-        section=_MODEL,
         doc="Type of the recurrent state of linear-attention layers. Not set: the checkpoint's `mamba_ssm_dtype`.",
     )
     SGLANG_MAMBA_CONV_DTYPE = EnvStr(
         "",
         choices=("", "float32", "bfloat16", "float16"),
-        section=_MODEL,
         doc="Type of the convolution state of linear-attention layers. Not set: the type of the activations.",
     )
 
-    # Testing & Debugging (Internal/CI)
-    SGLANG_IS_IN_CI = EnvBool(
-        False, section=_TEST, doc="The process runs in CI: tests give a server ten minutes to start."
-    )
+
+class _Tests(EnvSection, title="Testing & Debugging (Internal/CI)"):
+    SGLANG_IS_IN_CI = EnvBool(False, doc="The process runs in CI: tests give a server ten minutes to start.")
     SGLANG_IS_IN_CI_AMD = EnvBool(
-        False, section=_TEST, doc="The process runs in CI on AMD runners: tests give a server an hour to start."
+        False, doc="The process runs in CI on AMD runners: tests give a server an hour to start."
     )
     SGLANG_FAKE_ROCM_ARCH = EnvStr(
         "gfx942",
         choices=("gfx942", "gfx950"),
-        section=_TEST,
         platform="hip",
         doc="Architecture whose policy and 8-bit types are used when HIP's paths run over the vendor fakes on a CPU. "
         "No effect on a GPU.",
     )
     SGLANG_ALLOW_VENDOR_FAKES = EnvBool(
         False,
-        section=_TEST,
         platform="hip",
         doc="Run on the CPU over fakes of AITER and MORI that are on `PYTHONPATH` although torch is a ROCm build. "
         "False: that combination is refused, since a fake would answer in place of AMD's kernels.",
     )
     SGLANG_EMULATOR_TINYGRAD = EnvStr(
         "",
-        section=_TEST,
         doc="Root of a checkout of tinygrad, with which `scripts/amd_emulate.py` and its test run AMD's machine code "
         "on a CPU. Not set: they say that nothing was run.",
     )
     SGLANG_TEST_RETRACT = EnvBool(
         False,
-        section=_TEST,
         doc="Retract running requests at intervals, as if memory had run out; tokens stay the same.",
     )
     SGLANG_TEST_RETRACT_INTERVAL = EnvInt(
         3,
         minimum=1,
         unit="steps",
-        section=_TEST,
         doc="Scheduler steps between retractions.",
         requires="`SGLANG_TEST_RETRACT`",
     )
     SGLANG_DEBUG_STREAM_OVERLAP = EnvBool(
         False,
-        section=_TEST,
         doc="Check at each overlap of two streams that the sides share no storage that one of them writes, and no "
         "collective; a conflict stops the step. Kernels outside torch's dispatcher are not seen.",
     )
     SGLANG_DEBUG_POOL_CHECK = EnvBool(
         False,
-        section=_TEST,
         doc="Check the accounting of all memory pools at each idle step, a leak stops the server; fill what a window "
         "gives back with NaN, a request that reads it ends; and hold the plan of each step of DeepSeek V4 that is not "
         "captured against its lengths, which waits for the device.",
     )
+
+
+class Envs(_General, _Tuning, _Mori, _Models, _Tests):
+    """All declarations; one instance, `envs`. Attributes are fields, not values, and cannot be assigned."""
 
     def __setattr__(self, name: str, value: object) -> NoReturn:
         raise AttributeError(f"envs.{name} cannot be assigned; use envs.{name}.set(value) or .override(value)")
@@ -367,7 +333,9 @@ class Envs:
 
 
 envs = Envs()
-_FIELDS: dict[str, EnvField[Any]] = {name: field for name, field in vars(Envs).items() if isinstance(field, EnvField)}
+_FIELDS: dict[str, EnvField[Any]] = {
+    name: field for section in Envs.__bases__ for name, field in vars(section).items() if isinstance(field, EnvField)
+}
 
 
 def declared_variables() -> Mapping[str, EnvField[Any]]:

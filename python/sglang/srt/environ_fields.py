@@ -35,7 +35,6 @@ class EnvField(ABC, Generic[T]):
         default: T,
         *,
         doc: str,
-        section: str = "General Configuration",
         minimum: float | None = None,
         choices: Sequence[str | int] = (),
         unit: str = "",
@@ -46,9 +45,9 @@ class EnvField(ABC, Generic[T]):
     ) -> None:
         if not doc.strip():
             raise TypeError("an environment variable needs a doc")
-        self.name = ""
+        self.name = self.section = ""
         self.default: T = default
-        self.doc, self.section, self.unit, self.requires, self.pending = doc, section, unit, requires, pending
+        self.doc, self.unit, self.requires, self.pending = doc, unit, requires, pending
         self.minimum, self.choices, self.platform, self.secret = minimum, tuple(choices), platform, secret
         self._warned = False
 
@@ -212,3 +211,12 @@ class EnvStr(EnvField[str]):
 
     def _parse(self, text: str) -> str:
         return text
+
+
+class EnvSection:
+    """Variables that the documentation lists under one heading, `title`; a subclass declares them."""
+
+    def __init_subclass__(cls, title: str = "") -> None:
+        for field in vars(cls).values():
+            if isinstance(field, EnvField):
+                field.section = title
