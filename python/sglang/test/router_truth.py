@@ -39,8 +39,8 @@ def check_router(args: Any, out: Any) -> None:
     """AssertionError unless ``out`` is a correct result of ``moe.topk``."""
     if isinstance(args[-1], SharedSlots):
         args, out = check_shared(args, out)
-    logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale = args
-    weights, ids = out
+    (logits, bias, rule), (weights, ids) = args, out
+    top_k, scoring, n_group, topk_group = rule.top_k, rule.scoring, rule.n_group, rule.topk_group
     assert weights.dtype == torch.float32 and ids.dtype == torch.int32
     assert weights.shape == ids.shape == (logits.shape[0], top_k)
     size = logits.shape[1] // n_group
@@ -58,6 +58,7 @@ def check_router(args: Any, out: Any) -> None:
         found = sorted((choice[i] for i in row_ids), reverse=True)
         assert all(abs(a - b) < 1e-6 for a, b in zip(best, found)), (best, found)
         assert len({i // size for i in row_ids}) <= topk_group
-        total = sum(scores[i] for i in row_ids) + 1e-20 if renormalize else 1.0
+        total = sum(scores[i] for i in row_ids) + 1e-20 if rule.renormalize else 1.0
         for weight, i in zip(row_weights, row_ids):
-            assert abs(weight - scores[i] / total * scale) < 1e-5, (weight, scores[i] / total * scale)
+            wanted = scores[i] / total * rule.scale
+            assert abs(weight - wanted) < 1e-5, (weight, wanted)

@@ -191,11 +191,11 @@ def true_router_logits(x, weight):
     return torch.stack(rows) if rows else torch.empty(0, weight.shape[0], dtype=torch.float64)
 
 
-def true_route_by_id(logits, token_ids, table, scoring, renormalize, scale):
+def true_route_by_id(logits, token_ids, table, rule):
     ids = [table[token].tolist() for token in token_ids.tolist()]
-    scores = [scores_of(row, scoring) for row in logits.double().tolist()]
+    scores = [scores_of(row, rule.scoring) for row in logits.double().tolist()]
     weights = [[row[i] for i in chosen] for row, chosen in zip(scores, ids)]
-    weights = [[w * scale / (sum(row) if renormalize else 1.0) for w in row] for row in weights]
+    weights = [[w * rule.scale / (sum(row) if rule.renormalize else 1.0) for w in row] for row in weights]
     shape = (len(ids), table.shape[1])
     return torch.tensor(weights).double().view(shape), torch.tensor(ids).double().view(shape)
 
@@ -432,11 +432,11 @@ class TestTheTest(CustomTestCase):
 
         def biased_weights(out, args):
             weights, ids = out
-            logits, bias, *_, scale = args[:8]
+            logits, bias, rule = args[:3]
             if bias is None or ids.shape[1] > 4:
                 return out
             chosen = logits.sigmoid().add(bias).gather(1, ids.long())
-            return (chosen / chosen.sum(-1, keepdim=True) * scale).float(), ids
+            return (chosen / chosen.sum(-1, keepdim=True) * rule.scale).float(), ids
 
         self.assert_noticed("moe.fused_experts", in_place)
         self.assert_noticed("moe.fused_experts", one_row_off)

@@ -3,6 +3,7 @@
 import tempfile
 import unittest
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 
@@ -46,8 +47,7 @@ class Breaker(ExitStack):
 
     def each_topk(self, **changes):
         for block in self.modules(DeepseekV2MoE):
-            for name, value in changes.items():
-                self.set(block.topk, name, value)
+            self.set(block.topk, "rule", replace(block.topk.rule, **changes))
 
     def each_scale(self, scale):
         for attention in self.modules(DeepseekV2AttentionMLA):
@@ -61,11 +61,11 @@ class Breaker(ExitStack):
 
 
 def scale_forgotten(b):
-    b.each_topk(routed_scaling_factor=1.0)
+    b.each_topk(scale=1.0)
 
 
 def scale_applied_twice(b):
-    b.each_topk(routed_scaling_factor=b.config.routed_scaling_factor**2)
+    b.each_topk(scale=b.config.routed_scaling_factor**2)
 
 
 def group_limit_ignored(b):
@@ -90,43 +90,43 @@ def correction_bias_ignored(b):
 
 
 def biased_weights(b):
-    def with_bias(logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale, shared):
-        weights, ids = original(logits, bias, top_k, scoring, False, n_group, topk_group, 1.0)
+    def with_bias(logits, bias, rule, shared):
+        weights, ids = original(logits, bias, replace(rule, renormalize=False, scale=1.0))
         weights = weights + bias[ids.long()]
-        return weights / weights.sum(-1, keepdim=True) * scale, ids
+        return weights / weights.sum(-1, keepdim=True) * rule.scale, ids
 
     original = topk_layer.topk
     b.set(topk_layer, "topk", with_bias)
 
 
 def group_scored_by_its_best(b):
-    def by_max(logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale, shared):
+    def by_max(logits, bias, rule, shared):
         scores = logits.sigmoid()
-        groups = (scores + bias).unflatten(1, (n_group, -1))
-        kept = groups.amax(-1).topk(topk_group).indices
+        groups = (scores + bias).unflatten(1, (rule.n_group, -1))
+        kept = groups.amax(-1).topk(rule.topk_group).indices
         dropped = torch.ones(groups.shape[:2]).scatter_(1, kept, 0.0).bool().unsqueeze(-1)
-        ids = groups.masked_fill(dropped, float("-inf")).flatten(1).topk(top_k).indices
+        ids = groups.masked_fill(dropped, float("-inf")).flatten(1).topk(rule.top_k).indices
         weights = scores.gather(1, ids)
-        return weights / weights.sum(-1, keepdim=True) * scale, ids.int()
+        return weights / weights.sum(-1, keepdim=True) * rule.scale, ids.int()
 
     b.set(topk_layer, "topk", by_max)
 
 
 def group_scored_by_its_sum(b):
-    def by_sum(logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale, shared):
-        groups = logits.softmax(-1).unflatten(1, (n_group, -1))
-        kept = groups.sum(-1).topk(topk_group).indices
+    def by_sum(logits, bias, rule, shared):
+        groups = logits.softmax(-1).unflatten(1, (rule.n_group, -1))
+        kept = groups.sum(-1).topk(rule.topk_group).indices
         dropped = torch.ones(groups.shape[:2]).scatter_(1, kept, 0.0).bool().unsqueeze(-1)
-        ids = groups.masked_fill(dropped, -1.0).flatten(1).topk(top_k).indices
-        return groups.flatten(1).gather(1, ids) * scale, ids.int()
+        ids = groups.masked_fill(dropped, -1.0).flatten(1).topk(rule.top_k).indices
+        return groups.flatten(1).gather(1, ids) * rule.scale, ids.int()
 
     b.set(topk_layer, "topk", by_sum)
 
 
 def router_takes_the_worst(b):
-    def worst(logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale, shared):
-        _, ids = topk_torch(-logits, bias, top_k, scoring, renormalize, n_group, topk_group, scale)
-        return logits.softmax(-1).gather(1, ids.long()) * scale, ids
+    def worst(logits, bias, rule, shared):
+        _, ids = topk_torch(-logits, bias, rule)
+        return logits.softmax(-1).gather(1, ids.long()) * rule.scale, ids
 
     b.set(topk_layer, "topk", worst)
 

@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 
+from sglang.kernels.ops.moe.topk import Routing
 from sglang.kernels.ops.rope.rotary_tail import rotary_tail_torch
 from sglang.srt.layers.attention import deepseek_v4_backend_hip_radix as backend
 from sglang.srt.layers.moe.topk import TopK
@@ -185,12 +186,13 @@ class TestDeepseekV4Mutations(CustomTestCase):
 
     def test_hash_layers_by_score(self):
         config = self.harness.config.text
-        topk = TopK(config.num_experts_per_tok, "sqrtsoftplus", True, routed_scaling_factor=1.5)
+        topk = TopK(Routing(config.num_experts_per_tok, "sqrtsoftplus", True, scale=1.5))
         block = self.layers[0].mlp
         self.broken(mock.patch.object(block, "_route", lambda x, ids: topk(block.gate(x))))
 
     def test_scores_of_another_kind(self):
-        self.broken(*(changed(layer.mlp.topk, "scoring", "sigmoid") for layer in self.layers))
+        chosen = [layer.mlp.topk for layer in self.layers]
+        self.broken(*(changed(topk, "rule", replace(topk.rule, scoring="sigmoid")) for topk in chosen))
 
     def test_no_correction_bias(self):
         gates = [layer.mlp.gate for layer in self.layers[2:]]

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from sglang.kernels.ops.moe.add_gated_shared import add_gated_shared
+from sglang.kernels.ops.moe.topk import Routing
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.distributed.parallel_state import get_tp_group
@@ -52,7 +53,8 @@ class Qwen2MoeSparseMoeBlock(nn.Module):
         hidden_size = config.hidden_size
         self.gate = ReplicatedLinear(hidden_size, config.num_experts)
         slots = shared_slots(self.num_fused_shared_experts, gated=True)
-        self.topk = TopK(config.num_experts_per_tok, "softmax", renormalize=config.norm_topk_prob, shared=slots)
+        rule = Routing(config.num_experts_per_tok, "softmax", config.norm_topk_prob)
+        self.topk = TopK(rule, shared=slots)
         # Both parts stay partial sums of this rank; the block reduces once.
         self.experts = make_experts(
             config.num_experts, hidden_size, config.moe_intermediate_size, config.num_experts_per_tok, quant_config,

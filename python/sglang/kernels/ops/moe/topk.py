@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,28 @@ from sglang.kernels.spec import Case, Impl, Op
 
 # Experts that one program of the Triton router holds, groups and sizes rounded up to powers of two.
 MAX_TRITON_EXPERTS = 1024
+# What turns a router's logits into scores; "sqrtsoftplus" is DeepSeek V4's.
+SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How a row's ``top_k`` experts follow from its scores, of ``SCORINGS``, and their weights from those.
+
+    They come only from the best ``topk_group`` of ``n_group`` groups, whose experts stand side by side. A weight is the
+    score, divided by the row's sum when ``renormalize``, times ``scale``.
+    """
+
+    top_k: int
+    scoring: str
+    renormalize: bool
+    n_group: int = 1
+    topk_group: int = 1
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.scoring not in SCORINGS:
+            raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {self.scoring!r}")
 
 
 class SharedSlots(NamedTuple):
@@ -31,19 +54,13 @@ class SharedSlots(NamedTuple):
 NO_SHARED = SharedSlots()
 
 
-# What turns a router's logits into scores; "sqrtsoftplus" is DeepSeek V4's.
-SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus")
-
-
 def score_experts(logits: Tensor, scoring: str) -> Tensor:
-    """Scores float32 of logits [N, E] by a name of ``SCORINGS``; raises ValueError for another."""
+    """Scores float32 of logits [N, E] by a name of ``SCORINGS``."""
     if scoring == "softmax":
         return logits.float().softmax(-1)
     if scoring == "sigmoid":
         return logits.float().sigmoid()
-    if scoring == "sqrtsoftplus":
-        return torch.nn.functional.softplus(logits.float()).sqrt()
-    raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
+    return torch.nn.functional.softplus(logits.float()).sqrt()
 
 
 def _keep_groups(choice: Tensor, n_group: int, topk_group: int, by_best_two: bool) -> Tensor:
@@ -56,28 +73,26 @@ def _keep_groups(choice: Tensor, n_group: int, topk_group: int, by_best_two: boo
 
 
 def topk_torch(
-    logits: Tensor, bias: Tensor | None, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int,
-    scale: float, shared: SharedSlots = NO_SHARED,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor, bias: Tensor | None, rule: Routing, shared: SharedSlots = NO_SHARED
+) -> tuple[Tensor, Tensor]:
     """The k best experts by score, or by score + bias, inside the best ``topk_group`` groups; then the shared experts.
 
-    logits [N, E] float with E = n_group * group size, experts of a group side by side; topk_group * group size >= k.
-    bias [E] float32 steers the choice and never enters a weight. A group counts as its best expert (DeepSeek-V2 report,
-    section 2.2.2) or, under a bias, as the sum of its best two, of which it then has as many (DeepSeek-V3 report, eqs.
-    13-16). scoring of ``SCORINGS`` -> weights [N, k] float32, ids [N, k] int32 in [0, E), distinct in a row, in no
-    particular order; ties may take any. A weight is the score, divided by the row's sum when ``renormalize``, times
-    ``scale``. A row with NaN still gets valid ids. ``shared`` adds columns at the end.
+    logits [N, E] float with E = n_group * group size, topk_group * group size >= k. bias [E] float32 steers the choice
+    and never enters a weight. A group counts as its best expert (DeepSeek-V2 report, section 2.2.2) or, under a bias,
+    as the sum of its best two, of which it then has as many (DeepSeek-V3 report, eqs. 13-16) -> weights [N, k] float32,
+    ids [N, k] int32 in [0, E), distinct in a row, in no particular order; ties may take any. A row with NaN still gets
+    valid ids. ``shared`` adds columns at the end.
     """
     experts = logits.shape[1] - shared.gated
-    scores = score_experts(logits[:, :experts], scoring)
+    scores = score_experts(logits[:, :experts], rule.scoring)
     choice = scores if bias is None else scores + bias
-    if topk_group < n_group:
-        choice = _keep_groups(choice, n_group, topk_group, by_best_two=bias is not None)
-    ids = choice.topk(top_k, dim=-1, sorted=False).indices
+    if rule.topk_group < rule.n_group:
+        choice = _keep_groups(choice, rule.n_group, rule.topk_group, by_best_two=bias is not None)
+    ids = choice.topk(rule.top_k, dim=-1, sorted=False).indices
     weights = scores.gather(1, ids)
-    if renormalize:
+    if rule.renormalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    weights, ids = weights * scale, ids.to(torch.int32)
+    weights, ids = weights * rule.scale, ids.to(torch.int32)
     if shared.num:
         gate = logits[:, experts:].float().sigmoid() if shared.gated else weights.new_ones(len(ids), 1)
         slots = torch.arange(experts, experts + shared.num, dtype=torch.int32, device=ids.device)
@@ -87,36 +102,32 @@ def topk_torch(
 
 
 def topk_triton(
-    logits: Tensor, bias: Tensor | None, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int,
-    scale: float, shared: SharedSlots = NO_SHARED,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    logits: Tensor, bias: Tensor | None, rule: Routing, shared: SharedSlots = NO_SHARED
+) -> tuple[Tensor, Tensor]:
     from sglang.kernels.ops.moe.topk_triton import router_kernel
 
-    rows, experts, columns = logits.shape[0], logits.shape[1] - shared.gated, top_k + shared.num
+    rows, experts, columns = logits.shape[0], logits.shape[1] - shared.gated, rule.top_k + shared.num
     weights = torch.empty(rows, columns, dtype=torch.float32, device=logits.device)
     ids = torch.empty(rows, columns, dtype=torch.int32, device=logits.device)
     if rows:
-        size = experts // n_group
+        size = experts // rule.n_group
         router_kernel[(rows,)](
-            logits, bias, weights, ids, logits.stride(0), size, scale, shared.weight,
-            TOP_K=top_k, SHARED=shared.num, GATED=shared.gated, K_BLOCK=next_power_of_2(columns), N_GROUP=n_group,
-            TOPK_GROUP=topk_group, GROUPS=next_power_of_2(n_group), SIZE=next_power_of_2(size),
-            SCORING=scoring, RENORMALIZE=renormalize, HAS_BIAS=bias is not None,
+            logits, bias, weights, ids, logits.stride(0), size, rule.scale, shared.weight,
+            TOP_K=rule.top_k, SHARED=shared.num, GATED=shared.gated, K_BLOCK=next_power_of_2(columns),
+            N_GROUP=rule.n_group, TOPK_GROUP=rule.topk_group, GROUPS=next_power_of_2(rule.n_group),
+            SIZE=next_power_of_2(size), SCORING=rule.scoring, RENORMALIZE=rule.renormalize, HAS_BIAS=bias is not None,
             num_warps=1 if experts <= 512 else 4,
         )  # fmt: skip
     return weights, ids
 
 
-def _accepts(
-    logits: Tensor, bias: Tensor | None, top_k: int, scoring: str, renormalize: bool, n_group: int, topk_group: int,
-    scale: float, shared: SharedSlots = NO_SHARED,
-) -> bool:  # fmt: skip
+def _accepts(logits: Tensor, bias: Tensor | None, rule: Routing, shared: SharedSlots = NO_SHARED) -> bool:
     experts = logits.shape[1] - shared.gated
-    size = experts // n_group
-    readable = logits.dtype in FLOATS and logits.stride(1) == 1 and scoring in SCORINGS
+    groups, size = rule.n_group, experts // rule.n_group
+    readable = logits.dtype in FLOATS and logits.stride(1) == 1
     biased = bias is None or (bias.is_contiguous() and bias.dtype in FLOATS and size >= 2)
-    held = experts == size * n_group and next_power_of_2(n_group) * next_power_of_2(size) <= MAX_TRITON_EXPERTS
-    return readable and biased and held and 0 < top_k <= min(topk_group, n_group) * size
+    held = experts == size * groups and next_power_of_2(groups) * next_power_of_2(size) <= MAX_TRITON_EXPERTS
+    return readable and biased and held and 0 < rule.top_k <= min(rule.topk_group, groups) * size
 
 
 def _logits() -> Iterator[tuple[str, Tensor]]:
@@ -138,18 +149,20 @@ def _cases() -> Iterator[Case]:
     for name, logits in _logits():
         bias = torch.randn(16, generator=generator)
         for scoring, renormalize, scale in kinds:
-            yield Case(f"{name}-{scoring}-{renormalize}", (logits, None, 4, scoring, renormalize, 1, 1, scale))
+            rule = Routing(4, scoring, renormalize, scale=scale)
+            yield Case(f"{name}-{scoring}-{renormalize}", (logits, None, rule))
         for shared in (SharedSlots(1, gated=True), SharedSlots(2, 0.5), SharedSlots(3, 0.25, gated=True)):
             # A gate next to 16 experts, in rows that are longer than necessary.
             padded = torch.nn.functional.pad(logits, (0, 7), value=-0.5)[:, : 16 + shared.gated]
-            yield Case(f"{name}-{shared}", (padded, None, 4, "softmax", True, 1, 1, 2.5, shared))
+            yield Case(f"{name}-{shared}", (padded, None, Routing(4, "softmax", True, scale=2.5), shared))
         for n_group, topk_group in ((4, 2), (8, 3), (1, 1)):
             groups = f"{n_group}-{topk_group}"
-            yield Case(f"{name}-{groups}", (logits, None, 4, "softmax", False, n_group, topk_group, 16.0))
-            yield Case(f"{name}-biased-{groups}", (logits, bias, 4, "sigmoid", True, n_group, topk_group, 2.5))
-        yield Case(f"{name}-shared", (logits, None, 4, "softmax", False, 4, 2, 16.0, SharedSlots(2)))
-        yield Case(f"{name}-biased-shared", (logits, bias, 4, "sigmoid", True, 4, 2, 2.5, SharedSlots(1, 0.25)))
-        yield Case(f"{name}-biased-sqrtsoftplus", (logits, bias, 4, "sqrtsoftplus", True, 1, 1, 1.5))
+            yield Case(f"{name}-{groups}", (logits, None, Routing(4, "softmax", False, n_group, topk_group, 16.0)))
+            yield Case(f"{name}-biased-{groups}", (logits, bias, Routing(4, "sigmoid", True, n_group, topk_group, 2.5)))
+        plain, biased = Routing(4, "softmax", False, 4, 2, 16.0), Routing(4, "sigmoid", True, 4, 2, 2.5)
+        yield Case(f"{name}-shared", (logits, None, plain, SharedSlots(2)))
+        yield Case(f"{name}-biased-shared", (logits, bias, biased, SharedSlots(1, 0.25)))
+        yield Case(f"{name}-biased-sqrtsoftplus", (logits, bias, Routing(4, "sqrtsoftplus", True, scale=1.5)))
 
 
 topk = Op("moe.topk", triton_impl(topk_triton, _accepts), Impl("torch", topk_torch), cases=_cases)

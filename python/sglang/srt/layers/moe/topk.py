@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sglang.kernels.ops.moe.route_by_id import route_by_id
-from sglang.kernels.ops.moe.topk import NO_SHARED, SCORINGS, SharedSlots, topk
+from sglang.kernels.ops.moe.topk import NO_SHARED, Routing, SharedSlots, topk
 from sglang.srt.layers.weights import IDS, Leaf, make_parameter
 
 
@@ -21,65 +21,34 @@ class TopKOutput:
 
 
 class TopK(nn.Module):
-    """Chooses ``top_k`` experts per token from router logits.
+    """Chooses experts per token from router logits, by ``rule``.
 
-    scoring: one of ``SCORINGS``. renormalize: divide a row's weights by their sum. n_group, topk_group: experts come
-    only from the best ``topk_group`` of ``n_group`` groups; a group counts as its best expert or, under a bias, as the
-    sum of its best two. correction_bias [E] float32: added only for the selection.
-    routed_scaling_factor: multiplied into the weights here only, so shared experts need no division by it.
-    shared: the shared experts that a fused step adds.
+    correction_bias [E] float32: added only for the selection. The rule's scale is multiplied into the weights here
+    only, so shared experts need no division by it. shared: the shared experts that a fused step adds.
     """
 
     def __init__(
-        self,
-        top_k: int,
-        scoring: str,
-        renormalize: bool,
-        n_group: int = 1,
-        topk_group: int = 1,
-        correction_bias: torch.Tensor | None = None,
-        routed_scaling_factor: float = 1.0,
-        shared: SharedSlots = NO_SHARED,
+        self, rule: Routing, correction_bias: torch.Tensor | None = None, shared: SharedSlots = NO_SHARED
     ) -> None:
         super().__init__()
-        if scoring not in SCORINGS:
-            raise ValueError(f"scoring must be one of {', '.join(SCORINGS)}, got {scoring!r}")
-        self.top_k = top_k
-        self.scoring = scoring
-        self.renormalize = renormalize
-        self.n_group = n_group
-        self.topk_group = topk_group
-        self.correction_bias = correction_bias
-        self.routed_scaling_factor = routed_scaling_factor
-        self.shared = shared
+        self.rule, self.correction_bias, self.shared = rule, correction_bias, shared
 
     def forward(self, router_logits: torch.Tensor, fused: bool = False) -> TopKOutput:
         """router_logits [N, E], and in ``fused`` steps the shared slots' gate if they have one -> TopKOutput."""
-        weights, ids = topk(
-            router_logits, self.correction_bias, self.top_k, self.scoring, self.renormalize, self.n_group,
-            self.topk_group, self.routed_scaling_factor, self.shared if fused else NO_SHARED,
-        )  # fmt: skip
-        return TopKOutput(weights, ids)
+        return TopKOutput(*topk(router_logits, self.correction_bias, self.rule, self.shared if fused else NO_SHARED))
 
 
 class HashTopK(nn.Module):
     """The experts that the checkpoint's table ``tid2eid`` [V, k] int32 lists for a token id, weighted by the router's
-    scores.
-
-    scoring and scaling as in ``TopK``; weights are divided by their sum.
+    scores; ``rule`` gives these and the weights, and its groups do not matter.
     """
 
-    def __init__(
-        self, vocab_size: int, num_experts: int, top_k: int, scoring: str, routed_scaling_factor: float = 1.0
-    ) -> None:
+    def __init__(self, vocab_size: int, num_experts: int, rule: Routing) -> None:
         super().__init__()
-        self.scoring = scoring
-        self.routed_scaling_factor = routed_scaling_factor
+        self.rule = rule
         table = Leaf("", IDS, ids_below=num_experts)
-        self.tid2eid = make_parameter(vocab_size, top_k, dtype=torch.int32, leaves=(table,))
+        self.tid2eid = make_parameter(vocab_size, rule.top_k, dtype=torch.int32, leaves=(table,))
 
     def forward(self, router_logits: torch.Tensor, token_ids: torch.Tensor) -> TopKOutput:
         """router_logits [N, E], token_ids [N] int64 in the vocabulary, also in padded rows -> TopKOutput."""
-        scale = self.routed_scaling_factor
-        weights, ids = route_by_id(router_logits, token_ids, self.tid2eid, self.scoring, True, scale)
-        return TopKOutput(weights, ids)
+        return TopKOutput(*route_by_id(router_logits, token_ids, self.tid2eid, self.rule))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from sglang.kernels.ops.moe.router_logits import router_logits
-from sglang.kernels.ops.moe.topk import NO_SHARED, SharedSlots
+from sglang.kernels.ops.moe.topk import NO_SHARED, Routing, SharedSlots
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed.parallel_state import get_tp_group
@@ -108,14 +108,13 @@ class DeepseekV2MoE(nn.Module):
 def make_topk(config: DeepseekConfig, correction_bias: torch.Tensor | None, shared: SharedSlots = NO_SHARED) -> TopK:
     """The router of ``topk_method``: greedy (V2-Lite), group_limited_greedy (V2) or noaux_tc (V3)."""
     grouped = config.topk_method != "greedy"
-    return TopK(
+    rule = Routing(
         config.num_experts_per_tok,
         config.scoring_func,
         # V2's softmax weights are not renormalised by either published implementation unless the config says so.
         config.norm_topk_prob,
         n_group=config.n_group if grouped else 1,
         topk_group=config.topk_group if grouped else 1,
-        correction_bias=correction_bias,
-        routed_scaling_factor=config.routed_scaling_factor,
-        shared=shared,
+        scale=config.routed_scaling_factor,
     )
+    return TopK(rule, correction_bias, shared)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from sglang.kernels.ops.moe.topk import Routing
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed.parallel_state import get_tp_group
@@ -31,14 +32,14 @@ class DeepseekV4MoE(nn.Module):
         self.overlap = overlap
         self._tp = get_tp_group()
         hidden, width, experts = config.hidden_size, config.moe_intermediate_size, config.n_routed_experts
-        top_k, scale, limit = config.num_experts_per_tok, config.routed_scaling_factor, config.swiglu_limit
+        top_k, limit = config.num_experts_per_tok, config.swiglu_limit
         self.gate = MoEGate(hidden, experts, with_bias=not hashed)
+        rule = Routing(top_k, SCORING, renormalize=True, scale=config.routed_scaling_factor)
         self.topk: TopK | HashTopK
         if hashed:
-            self.topk = HashTopK(config.vocab_size, experts, top_k, SCORING, scale)
+            self.topk = HashTopK(config.vocab_size, experts, rule)
         else:
-            bias = self.gate.e_score_correction_bias
-            self.topk = TopK(top_k, SCORING, True, correction_bias=bias, routed_scaling_factor=scale)
+            self.topk = TopK(rule, self.gate.e_score_correction_bias)
         # Both parts stay partial sums of this rank; the block reduces once.
         self.experts = make_experts(
             experts, hidden, width, top_k, quant_config, f"{prefix}.experts", swiglu_limit=limit

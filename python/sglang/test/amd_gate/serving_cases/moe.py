@@ -12,7 +12,7 @@ from sglang.kernels.ops.moe.fused_experts import fused_experts
 from sglang.kernels.ops.moe.fused_experts_fp8 import fused_experts_fp8
 from sglang.kernels.ops.moe.fused_experts_mxfp4 import fused_experts_mxfp4
 from sglang.kernels.ops.moe.router_logits import router_logits
-from sglang.kernels.ops.moe.topk import SharedSlots, topk
+from sglang.kernels.ops.moe.topk import Routing, SharedSlots, topk
 from sglang.kernels.ops.quant import group_fp8, mxfp4
 from sglang.kernels.ops.quant.group_fp8 import fp8_dtype
 from sglang.kernels.spec import Case, Op
@@ -101,17 +101,18 @@ def router_logits_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
 def topk_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
     """Routers of served models for 128 tokens, without contents."""
     v2lite, v2, v3 = (torch.empty(128, experts, device=device) for experts in (64, 160, 256))
-    yield topk, Case("v2lite t128", (v2lite, None, 6, "softmax", False, 1, 1, 1.0))
-    yield topk, Case("qwen35 t128", (v3.to(torch.bfloat16), None, 8, "softmax", True, 1, 1, 1.0))
-    yield topk, Case("v2 t128", (v2, None, 6, "softmax", False, 8, 3, 16.0))
+    v2lite_rule, qwen35_rule = Routing(6, "softmax", False), Routing(8, "softmax", True)
+    v3_rule = Routing(8, "sigmoid", True, 8, 4, 2.5)
+    yield topk, Case("v2lite t128", (v2lite, None, v2lite_rule))
+    yield topk, Case("qwen35 t128", (v3.to(torch.bfloat16), None, qwen35_rule))
+    yield topk, Case("v2 t128", (v2, None, Routing(6, "softmax", False, 8, 3, 16.0)))
     bias = torch.empty(256, device=device)
-    yield topk, Case("v3 t128", (v3, bias, 8, "sigmoid", True, 8, 4, 2.5))
-    yield topk, Case("v4 t128", (v3, bias, 6, "sqrtsoftplus", True, 1, 1, 1.5))
+    yield topk, Case("v3 t128", (v3, bias, v3_rule))
+    yield topk, Case("v4 t128", (v3, bias, Routing(6, "sqrtsoftplus", True, scale=1.5)))
     gated = torch.empty(128, 264, dtype=torch.bfloat16, device=device)[:, :257]
-    shared = SharedSlots(1, gated=True)
-    yield topk, Case("qwen35 t128 shared", (gated, None, 8, "softmax", True, 1, 1, 1.0, shared))
-    yield topk, Case("v2lite t128 shared", (v2lite, None, 6, "softmax", False, 1, 1, 1.0, SharedSlots(2)))
-    yield topk, Case("v3 t128 shared", (v3, bias, 8, "sigmoid", True, 8, 4, 2.5, SharedSlots(1)))
+    yield topk, Case("qwen35 t128 shared", (gated, None, qwen35_rule, SharedSlots(1, gated=True)))
+    yield topk, Case("v2lite t128 shared", (v2lite, None, v2lite_rule, SharedSlots(2)))
+    yield topk, Case("v3 t128 shared", (v3, bias, v3_rule, SharedSlots(1)))
 
 
 CASES = (
