@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 
 from sglang.embedded_models import EMBEDDED_MODELS
+from sglang.srt.configs.attention_backends import COMPRESSED, GQA, MLA
 from sglang.srt.layers.attention.triton_backend import TritonMlaBackend
 from sglang.srt.model_executor.extend_graphs import MAX_CONTEXT, MAX_REQUESTS, ExtendGraphs, extend_buckets
 from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, LogprobRequest, ModelWorkerBatch
@@ -204,7 +205,7 @@ class TestSettings(CustomTestCase):
 
     def test_flags(self) -> None:
         args = ServerArgs(chunked_prefill_size=512, page_size=1)
-        self.assertEqual(extend_graph_buckets(args)[-1], 512)
+        self.assertEqual(extend_graph_buckets(args, MLA)[-1], 512)
         for settings, wanted in (
             ({"chunked_prefill_size": -1}, 2048),
             ({"chunked_prefill_size": 8192}, 2048),
@@ -213,7 +214,7 @@ class TestSettings(CustomTestCase):
             ({"chunked_prefill_size": 8192, "piecewise_cuda_graph_tokens": [4096]}, 4096),
         ):
             with self.subTest(**settings):
-                self.assertEqual(extend_graph_buckets(replace(args, **settings))[-1], wanted)
+                self.assertEqual(extend_graph_buckets(replace(args, **settings), GQA)[-1], wanted)
         for settings in (
             {"disable_cuda_graph": True},
             {"disable_piecewise_cuda_graph": True},
@@ -222,7 +223,10 @@ class TestSettings(CustomTestCase):
             {"tp_size": 2, "ep_size": 2, "moe_a2a_backend": "mori"},
         ):
             with self.subTest(**settings):
-                self.assertEqual(extend_graph_buckets(replace(args, **settings)), [])
+                self.assertEqual(extend_graph_buckets(replace(args, **settings), MLA), [])
+        self.assertEqual(extend_graph_buckets(args, COMPRESSED), [])
+        asked = replace(args, piecewise_cuda_graph_max_tokens=100)
+        self.assertEqual(extend_graph_buckets(asked, COMPRESSED), extend_graph_buckets(asked, MLA))
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ class KernelArgs:
             "Largest number of tokens of a prompt step to capture, within --chunked-prefill-size.",
             GRAPHS,
             minimum=1,
-            auto="2048",
+            auto="2048; none for DeepSeek V4, whose prompt steps are captured on request",
         ),
     ] = None
     disable_overlap_schedule: Annotated[

@@ -94,9 +94,10 @@ def build(args: ServerArgs, models: Sequence[LoadedModel], sizes: PoolPlan) -> l
     if not args.disable_cuda_graph:
         spec = SpecInfo.of(args.speculative_num_steps)
         for runner in runners:
-            if (sizes_of_extends := extend_graph_buckets(args)) and runner.attn_backend.plans_bounds:
+            extends = extend_graph_buckets(args, runner.model_config.text.attention_family)
+            if extends and runner.attn_backend.plans_bounds:
                 # The largest steps first, so that the others fit their memory.
-                runner.extend_graphs = capture_extend_graphs(runner, sizes_of_extends)
+                runner.extend_graphs = capture_extend_graphs(runner, extends)
                 prove_extend_graphs(runner, runner.extend_graphs)
             # With drafts there are only verify steps, no decode steps.
             kind = DECODE if spec is None else spec.verify
