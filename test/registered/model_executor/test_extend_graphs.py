@@ -14,7 +14,7 @@ import torch
 from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.configs.attention_backends import COMPRESSED, GQA, MLA
 from sglang.srt.layers.attention.triton_backend import TritonMlaBackend
-from sglang.srt.model_executor.extend_graphs import MAX_CONTEXT, MAX_REQUESTS, ExtendGraphs, extend_buckets
+from sglang.srt.model_executor.extend_graphs import MAX_CONTEXT, MIN_REQUESTS, ExtendGraphs, extend_buckets
 from sglang.srt.model_executor.forward_batch_info import DECODE, ForwardBatch, LogprobRequest, ModelWorkerBatch
 from sglang.srt.model_executor.memory_plan import extend_graph_buckets
 from sglang.srt.model_executor.runner_build import prove_extend_graphs
@@ -63,7 +63,7 @@ class TestOverFakes(CustomTestCase):
 
     def tokens(self, engine: EngineHarness) -> dict[str, list[int]]:
         """One request, several at once, the same again after their prefixes, and more than a graph takes."""
-        for group, size in enumerate((1, 3, 3, 5, MAX_REQUESTS + 1)):
+        for group, size in enumerate((1, 3, 3, 5, MIN_REQUESTS + 1)):
             for number in range(size):
                 prompt = list(range(5, 6 + (7 * number + 3 * group) % 40))
                 engine.submit(f"{group}.{number}", prompt, DRAWN if number == 1 else GREEDY)
@@ -148,6 +148,20 @@ class TestOverFakes(CustomTestCase):
         rows = list(range(len(new)))
         return ModelWorkerBatch.extend(rows, cached, ends, ids, slots, [row + 1 for row in rows])
 
+    def test_larger_steps_take_more_requests(self) -> None:
+        settings = {"max_running_requests": 24, "piecewise_cuda_graph_tokens": [16, 512], "chunked_prefill_size": 512}
+        answers = []
+        for graphs in ({"disable_cuda_graph": True}, {}):
+            engine = self.engine("q35moe-ns", **settings, **graphs)
+            for number in range(14):
+                engine.submit(f"{number}", list(range(5, 6 + number % 17)), GREEDY)
+            with mock.patch.object(ExtendGraphs, "run", autospec=True, side_effect=ExtendGraphs.run) as run:
+                answers.append({rid: result.output_ids for rid, result in engine.run().items()})
+        self.assertEqual(answers[0], answers[1])
+        self.assertEqual(self.graphs(engine).bucket_for(self.batch([2] * 16, [1] * 16)), 512)
+        self.assertIsNone(self.graphs(engine).bucket_for(self.batch([2] * 17, [1] * 17)))
+        self.assertEqual(run.call_count, 1)
+
     def test_small_tables_contexts_and_pools(self) -> None:
         for settings in (
             {"max_running_requests": 1, "context_length": 17},
@@ -171,10 +185,10 @@ class TestOverFakes(CustomTestCase):
         graphs = self.graphs(self.engine("dsv3"))
         one = self.batch([20], [0])
         self.assertEqual(graphs.bucket_for(one), 24)
-        self.assertEqual(graphs.bucket_for(self.batch([1] * MAX_REQUESTS, [3] * MAX_REQUESTS)), 8)
+        self.assertEqual(graphs.bucket_for(self.batch([1] * MIN_REQUESTS, [3] * MIN_REQUESTS)), 8)
         scored = LogprobRequest(input_start=0, input_target_ids=(3,))
         for reason, batch in {
-            "too many requests": self.batch([1] * (MAX_REQUESTS + 1), [3] * (MAX_REQUESTS + 1)),
+            "too many requests": self.batch([2] * (MIN_REQUESTS + 1), [3] * (MIN_REQUESTS + 1)),
             "too many tokens": self.batch([97], [0]),
             "prompt log-probabilities": replace(one, logprobs=[scored]),
             "attention groups": replace(one, global_num_tokens=[20, 3]),

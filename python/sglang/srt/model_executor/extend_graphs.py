@@ -27,8 +27,9 @@ from sglang.srt.model_executor.forward_batch_info import (
 )
 from sglang.srt.platforms.interface import DeviceGraph
 
-# Requests of a captured step: more of them run eagerly. Each costs programs that end at once where it is not there.
-MAX_REQUESTS = 8
+# Requests of a captured step: so many, or one per so many tokens; more of them run eagerly. Each that is not there costs
+# programs that end at once.
+MIN_REQUESTS, TOKENS_PER_REQUEST = 8, 32
 # Tokens of all their contexts.
 MAX_CONTEXT = 1 << 18
 # Tokens up to which steps are captured by default: from about here on kernels take longer than their launches.
@@ -65,12 +66,12 @@ class ExtendGraphs(BucketGraphs[LogitsProcessorOutput]):
         world: ProcessGroupHandle | None = None,
     ) -> None:
         super().__init__("extend", buckets, device, world)
-        self._max_requests = min(MAX_REQUESTS, max_requests)
+        self._max_requests = max_requests
         self._forward = forward
         self._backend = backend
         self._padding_row = padding_row
         self._has_state = has_state
-        self._max_context = min(MAX_CONTEXT, self._max_requests * max_context_len)
+        self._max_context = min(MAX_CONTEXT, max_requests * max_context_len)
         # Inputs of each bucket on the device, filled by one copy, and the padded step over them.
         self._packed: dict[int, torch.Tensor] = {}
         self._padded: dict[int, ForwardBatch] = {}
@@ -91,10 +92,14 @@ class ExtendGraphs(BucketGraphs[LogitsProcessorOutput]):
         # With attention data parallelism other groups' steps may differ.
         if batch.kind is not None or scored or batch.global_num_tokens is not None:
             return None
-        if batch.batch_size > self._max_requests or sum(batch.seq_lens) > self._max_context:
-            return None
         bucket = self.bucket_of(batch.positions.shape[0])
-        return bucket if bucket is not None and self._backend.replays_extend(batch) else None
+        if bucket is None or batch.batch_size > self._room(bucket) or sum(batch.seq_lens) > self._max_context:
+            return None
+        return bucket if self._backend.replays_extend(batch) else None
+
+    def _room(self, bucket: int) -> int:
+        """Requests that a step of ``bucket`` takes, without the padding."""
+        return min(self._max_requests, max(MIN_REQUESTS, bucket // TOKENS_PER_REQUEST))
 
     def fill(self, batch: ModelWorkerBatch, bucket: int) -> ForwardBatch:
         """Write ``batch`` and its padding; the padded step."""
@@ -122,12 +127,12 @@ class ExtendGraphs(BucketGraphs[LogitsProcessorOutput]):
     def _columns(self, batch: ModelWorkerBatch | None, bucket: int) -> dict[str, torch.Tensor]:
         """What the device reads of a step, int64 on the host; of padding alone if ``batch`` is None."""
         batch = batch or ModelWorkerBatch.idle()
-        lengths = batch.extend_seq_lens or []
-        absent, spare = [0] * (self._max_requests - batch.batch_size), bucket - sum(lengths)
+        lengths, room = batch.extend_seq_lens or [], self._room(bucket)
+        absent, spare = [0] * (room - batch.batch_size), bucket - sum(lengths)
         new, seen = [*lengths, *absent, spare], [*batch.seq_lens, *absent, 0]
         rows = list(accumulate(new, initial=0))
         columns = {
-            "req_pool_indices": _filled(batch.req_pool_indices, self._max_requests + 1, self._padding_row),
+            "req_pool_indices": _filled(batch.req_pool_indices, room + 1, self._padding_row),
             "seq_lens": torch.tensor(seen),
             "extend_seq_lens": torch.tensor(new),
             "qo_indptr": torch.tensor(rows),
@@ -140,10 +145,10 @@ class ExtendGraphs(BucketGraphs[LogitsProcessorOutput]):
             "num_tokens": torch.tensor([sum(lengths)]),
         }
         if self._has_state:
-            columns["state_slot_ids"] = _filled(batch.state_slot_ids, self._max_requests + 1)
+            columns["state_slot_ids"] = _filled(batch.state_slot_ids, room + 1)
             chunks = chunk_table(new)[1]
-            past = torch.tensor([self._max_requests, -(-spare // CHUNK_SIZE)], dtype=torch.int32)
-            rest = bucket // CHUNK_SIZE + self._max_requests + 1 - len(chunks)
+            past = torch.tensor([room, -(-spare // CHUNK_SIZE)], dtype=torch.int32)
+            rest = bucket // CHUNK_SIZE + room + 1 - len(chunks)
             columns["chunks"] = torch.cat((chunks, past.expand(rest, 2))).view(torch.int64).flatten()
         return columns
 
@@ -152,7 +157,7 @@ class ExtendGraphs(BucketGraphs[LogitsProcessorOutput]):
         chunks = parts["chunks"].view(torch.int32).view(-1, 2) if self._has_state else None
         return ForwardBatch(
             forward_mode=ForwardMode.EXTEND,
-            batch_size=self._max_requests + 1,
+            batch_size=self._room(bucket) + 1,
             input_ids=parts["input_ids"],
             positions=parts["positions"],
             req_pool_indices=parts["req_pool_indices"],
