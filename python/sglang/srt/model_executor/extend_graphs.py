@@ -27,8 +27,8 @@ from sglang.srt.model_executor.forward_batch_info import (
 )
 from sglang.srt.platforms.interface import DeviceGraph
 
-# Requests of a captured step: so many, or one per so many tokens; more of them run eagerly. Each that is not there costs
-# programs that end at once.
+# Requests of a captured step: so many, or one per so many tokens; more of them run eagerly. Each that is not there
+# costs programs that end at once.
 MIN_REQUESTS, TOKENS_PER_REQUEST = 8, 32
 # Tokens of all their contexts.
 MAX_CONTEXT = 1 << 18
