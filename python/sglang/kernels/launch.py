@@ -13,11 +13,13 @@ from torch import Tensor
 from sglang.kernels.registry import REGISTRY, probe_package
 from sglang.kernels.spec import Impl
 from sglang.srt.environ import envs
+from sglang.srt.platforms import current_platform
 
 logger = logging.getLogger(__name__)
 
 # Dtypes that the Triton kernels load, compute in float32 and store.
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_EARLY = {"launch_pdl": True}
 
 
 @cache
@@ -67,6 +69,15 @@ def rows_of(x: Tensor) -> Rows | None:
 def warps_for(elements: int) -> int:
     """Warps of a program that holds ``elements`` at once: 512 a warp, at most 8 warps."""
     return max(1, min(8, next_power_of_2(cdiv(elements, 512))))
+
+
+def early_start() -> dict[str, bool]:
+    """Options of a launch that may begin while the kernel ahead of it on its stream ends.
+
+    For kernels that call ``wait_for_kernel_ahead`` first, after kernels of any kind; GPUs without such launches ignore
+    it. CUDA programming guide, programmatic dependent launch.
+    """
+    return _EARLY if current_platform.kind == "cuda" and int(current_platform.arch[3:]) >= 90 else {}
 
 
 def triton_dtype(dtype: torch.dtype) -> object:

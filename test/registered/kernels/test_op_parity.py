@@ -165,6 +165,12 @@ def true_add_norm_logits(x, residual, weight, eps, gate, logits_dtype, unit_offs
     return normed, total, true_router_logits(normed, gate), *made
 
 
+def true_norm_product(x, residual, weight, eps, w, unit_offset=False):
+    total = x.double() if residual is None else x.double() + residual.double()
+    normed = true_rms_norm(total, weight, eps, unit=float(unit_offset))
+    return true_linear(normed, w), normed, total
+
+
 def true_silu_and_mul_quantized(x, dtype, limit=None):
     return true_quantize(true_silu_and_mul(x, limit), dtype)
 
@@ -220,6 +226,7 @@ TRUTHS = {
     "norm.fused_add_rms_norm": true_fused_add,
     "norm.rms_norm_quantized": true_norm_quantized,
     "norm.add_norm_logits": true_add_norm_logits,
+    "norm.norm_product": true_norm_product,
     "activation.silu_and_mul": true_silu_and_mul,
     "activation.silu_and_mul_quantized": true_silu_and_mul_quantized,
     "activation.sigmoid_mul": true_sigmoid_mul,

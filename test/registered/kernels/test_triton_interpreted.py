@@ -4,6 +4,7 @@ The interpreter runs what the source says, in float32 here: it shows wrong indic
 and nothing of what a compiler or a GPU makes of them.
 """
 
+import itertools
 import math
 import os
 import sys
@@ -26,6 +27,7 @@ from sglang.kernels.ops.mhc.hc_post_pre import hc_post_pre
 from sglang.kernels.ops.mhc.hc_pre import hc_pre_torch, hc_pre_triton
 from sglang.kernels.ops.moe import fused_experts_fp8
 from sglang.kernels.ops.moe.fused_experts import Scaled, expert_product, order_pairs
+from sglang.kernels.ops.norm.norm_product import norm_product_row, norm_product_torch
 from sglang.kernels.ops.norm.rmsnorm import fits_triton, rms_norm_torch, rms_norm_triton
 from sglang.kernels.ops.quant import group_fp8
 from sglang.kernels.registry import REGISTRY
@@ -177,6 +179,21 @@ class TestTritonInterpreted(CustomTestCase):
             w = (torch.randn(width, columns, generator=generator) / columns**0.5).half()
             found, wanted = dense_linear_row(x, w), (x.double() @ w.double().t())
             torch.testing.assert_close(found.double(), wanted, rtol=2**-10, atol=1e-3)
+
+    def test_one_row_is_normed_by_who_multiplies_it(self):
+        """Also outputs, and columns, that end before the program's numbers do."""
+        generator = torch.Generator().manual_seed(4)
+        for dim, width in ((128, 3), (384, 130), (1152, 200), (129, 5), (4096, 6)):
+            x, residual = torch.randn(2, 1, dim, generator=generator).half()
+            w = (torch.randn(width, dim, generator=generator) / dim**0.5).half()
+            gain = torch.rand(dim, generator=generator) + 0.5
+            for offset, added, weight in itertools.product((False, True), (residual, None), (gain, gain.half())):
+                with self.subTest(dim=dim, offset=offset, alone=added is None):
+                    args = (x, added, weight, 1e-6, w, offset)
+                    found, wanted = norm_product_row(*args), norm_product_torch(*args)
+                    self.assertTrue(torch.equal(found[2], wanted[2]))
+                    torch.testing.assert_close(found[1], wanted[1], rtol=2**-10, atol=0)
+                    torch.testing.assert_close(found[0], wanted[0], rtol=2**-9, atol=2e-3)
 
     def test_norms_with_a_wide_gain(self):
         """A float32 gain next to float16 rows multiplies before the one rounding; the interpreter cuts bfloat16."""

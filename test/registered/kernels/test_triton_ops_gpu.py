@@ -36,6 +36,7 @@ from sglang.kernels.ops.moe.fused_experts_mxfp4 import (
 )
 from sglang.kernels.ops.norm.add_norm_logits import add_norm_logits_triton
 from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_rms_norm_triton
+from sglang.kernels.ops.norm.norm_product import norm_product_apart, norm_product_row
 from sglang.kernels.ops.norm.rmsnorm import rms_norm_triton
 from sglang.kernels.ops.norm.rmsnorm_quantized import rms_norm_quantized_triton
 from sglang.kernels.ops.quant.group_fp8 import block_fp8_linear_torch, quantize_groups_triton, random_blocks
@@ -255,6 +256,25 @@ class TestTritonOpsOnGpu(CustomTestCase):
                 for part, apart in zip((*found[:2], *found[3:]), (normed, total, *made), strict=True):
                     self.assertTrue(torch.equal(part.float(), apart.float()))
                 torch.testing.assert_close(found[2], normed.float() @ gate.float().t(), rtol=1e-3, atol=1e-3)
+
+    def test_one_row_is_normed_by_who_multiplies_it(self):
+        """Rows are those of separate ops, to one rounding of the sum of squares, and products near float64's."""
+        generator = torch.Generator().manual_seed(10)
+        for dim, width, gemma, added in (
+            (2048, 3648, False, True), (2048, 12352, True, True), (2048, 4097, True, False),
+            (1536, 24576, False, False), (128, 5, False, True),
+        ):  # fmt: skip
+            sizes = ((1, dim), (1, dim), (dim,), (width, dim))
+            x, residual, gain, w = (torch.randn(size, generator=generator).bfloat16().to(DEVICE) for size in sizes)
+            args = (x, residual if added else None, gain, 1e-6, w / dim**0.5, gemma)
+            with self.subTest(dim=dim, width=width):
+                product, normed, total = norm_product_row(*args)
+                apart = norm_product_apart(*args)
+                self.assertTrue(torch.equal(total, apart[2]))
+                torch.testing.assert_close(normed, apart[1], rtol=2**-7, atol=0)
+                self.assertLess((normed != apart[1]).float().mean().item(), 0.01)
+                wanted = normed.double() @ args[4].double().t()
+                torch.testing.assert_close(product.double(), wanted, rtol=2**-8, atol=2e-3)
 
     def test_latent_attention_takes_its_inner_products_along(self):
         """One request and few, 16 and 128 heads, contexts short and long, against separate ops."""

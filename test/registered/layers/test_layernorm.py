@@ -10,6 +10,8 @@ from sglang.kernels.ops.norm.add_norm_logits import FEW_NUMBERS
 from sglang.kernels.ops.norm.rmsnorm import rms_norm
 from sglang.kernels.ops.quant.group_fp8 import quantize_groups_torch
 from sglang.srt.layers.layernorm import Float32RMSNorm, GemmaRMSNorm, RMSNorm, RoutedRows
+from sglang.srt.layers.linear import ReplicatedLinear
+from sglang.srt.layers.quantization import ProjectedRows
 from sglang.test.ci.ci_register import register_cpu_ci
 from sglang.test.test_utils import CustomTestCase
 
@@ -63,6 +65,33 @@ class TestRows(CustomTestCase):
             for count in (0, most + 1):
                 x = torch.randn(count, 64, generator=generator)
                 self.assertTrue(torch.equal(norm(x, x)[0], apart(x, x)[0]))
+
+    def test_one_row_comes_multiplied(self):
+        generator = torch.Generator().manual_seed(3)
+        for kind in (RMSNorm, GemmaRMSNorm):
+            norm, apart, linear = kind(64), kind(64), ReplicatedLinear(64, 7)
+            for module in (norm, apart):
+                module.weight.data.copy_(torch.rand(64, generator=torch.Generator().manual_seed(4)))
+            linear.weight.data.copy_(torch.randn(7, 64, generator=generator))
+            norm.project_for(linear)
+            x, residual = torch.randn(2, 1, 64, generator=generator)
+            wanted, wanted_total = apart(x, residual)
+            found, total = norm(x, residual)
+            alone = norm(x)
+            for rows, normed in ((found, wanted), (alone, apart(x))):
+                self.assertIsInstance(rows, ProjectedRows)
+                self.assertTrue(torch.equal(rows.rows, normed))
+                self.assertTrue(torch.equal(linear(rows), linear(normed)))
+            self.assertTrue(torch.equal(total, wanted_total))
+            for count in (0, 2):
+                x = torch.randn(count, 64, generator=generator)
+                self.assertTrue(torch.equal(norm(x, x)[0], apart(x, x)[0]))
+
+    def test_a_product_that_is_not_all_of_a_layer_is_left_to_it(self):
+        norm, linear = RMSNorm(64), ReplicatedLinear(64, 7, bias=True)
+        norm.weight.data.fill_(1.0)
+        norm.project_for(linear)
+        self.assertIsInstance(norm(torch.randn(1, 64)), torch.Tensor)
 
     def test_rows_come_quantised_for_a_product_of_such(self):
         x, residual = torch.randn(2, 3, 256, generator=torch.Generator().manual_seed(1))

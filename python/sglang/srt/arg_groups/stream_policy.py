@@ -36,6 +36,7 @@ class SiteRule:
     switches: tuple[EnvBool, ...]
     shared_experts: bool = False
     max_tokens: int | None = None
+    min_tokens: int = 1
     measured: str = NOT_MEASURED
     measured_on: str = "cuda"
     # Why the site is off unasked on a kind where upstream has it on.
@@ -56,10 +57,11 @@ SITE_RULES = (
         measured="range measured on H200, torch 2.11.0, triton 3.6.0, 2026-11-22 (bench_shared_experts, two_gpu/speed)",
     ),
     SiteRule("qwen3_5.shared_experts", DEFAULT_ON_KINDS, (envs.SGLANG_ALT_STREAM,), shared_experts=True),
-    # TPOT with it over without: 0.975 at 1 token, 0.983 at 8, 0.993 at 32, 1.008 at 128.
+    # TPOT with it over without: 0.975 at 1 token, 0.983 at 8, 0.993 at 32, 1.008 at 128. One token is another 0.975 of
+    # that with both products and the norm ahead of them in one launch (bench_step.py, 2026-11-30).
     SiteRule(
         "qwen3_5.gdn_qkvz_ba", DEFAULT_ON_KINDS, (envs.SGLANG_ALT_STREAM, envs.SGLANG_GDN_QKVZ_BA_ALT_STREAM),
-        max_tokens=32, measured=_H200,
+        max_tokens=32, min_tokens=2, measured=_H200,
     ),
     # 1.016, 1.004, 1.000, 1.008 at the same sizes. bench_shared_experts.py --modes fused fused+qk_norm measures it.
     SiteRule(
@@ -363,7 +365,8 @@ def _decide(rule: SiteRule, platform: Platform, settings: StreamSettings) -> Ove
     known = platform.kind == rule.measured_on
     if enabled:
         reason += f"; {rule.measured if known else NOT_MEASURED}"
-    return OverlapSite(rule.name, enabled, max_tokens=rule.max_tokens if known else None, reason=reason)
+    most, least = (rule.max_tokens, rule.min_tokens) if known else (None, 1)
+    return OverlapSite(rule.name, enabled, least, most, reason=reason)
 
 
 def exchange_warnings(platform: Platform, deepep_mode: str) -> list[str]:

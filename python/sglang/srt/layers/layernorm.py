@@ -9,10 +9,11 @@ from torch import nn
 
 from sglang.kernels.ops.norm.add_norm_logits import add_norm_logits, are_few
 from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_rms_norm
+from sglang.kernels.ops.norm.norm_product import norm_product
 from sglang.kernels.ops.norm.rmsnorm import rms_norm
 from sglang.kernels.ops.norm.rmsnorm_quantized import rms_norm_quantized
 from sglang.kernels.ops.quant.group_fp8 import QuantizedRows
-from sglang.srt.layers.quantization import Rows
+from sglang.srt.layers.quantization import ProjectedRows, Rows
 from sglang.srt.layers.weights import make_parameter
 
 
@@ -30,6 +31,13 @@ class Router(Protocol):
     logits_dtype: torch.dtype
 
 
+class Projection(Protocol):
+    """What begins with a product of its rows and ``matrix`` [R, D], and takes ``ProjectedRows`` in their place."""
+
+    @property
+    def matrix(self) -> torch.Tensor | None: ...
+
+
 class RMSNorm(nn.Module):
     """``w * x / rms(x)`` over the last dimension."""
 
@@ -42,7 +50,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = make_parameter(hidden_size, dtype=self.weight_dtype, fill=(self.unit_weight, 0.0))
         self._row_dtype: torch.dtype | None = None
-        self._routers: tuple[Router, ...] = ()  # a tuple, as the router is a module elsewhere
+        # Tuples, as these are modules elsewhere.
+        self._routers: tuple[Router, ...] = ()
+        self._projections: tuple[Projection, ...] = ()
 
     def quantize_for(self, consumer: Any) -> None:
         """Give rows quantised, and as they are besides, if ``consumer.row_dtype`` says that it takes such."""
@@ -51,6 +61,17 @@ class RMSNorm(nn.Module):
     def route_for(self, router: Router) -> None:
         """Give few rows that come with a residual as ``RoutedRows`` of ``router``."""
         self._routers = (router,)
+
+    def project_for(self, projection: Projection) -> None:
+        """Give one row as ``ProjectedRows`` of ``projection``, as launches limit a step of one request."""
+        self._projections = (projection,)
+
+    def _projected(
+        self, x: torch.Tensor, residual: torch.Tensor | None, matrix: torch.Tensor
+    ) -> ProjectedRows | tuple[ProjectedRows, torch.Tensor]:
+        product, normed, total = norm_product(x, residual, self.weight, self.eps, matrix, self.unit_offset)
+        rows = ProjectedRows(normed, product)
+        return rows if residual is None else (rows, total)
 
     def _routed(self, x: torch.Tensor, residual: torch.Tensor, router: Router) -> tuple[RoutedRows, torch.Tensor]:
         normed, total, logits, *made = add_norm_logits(
@@ -61,8 +82,10 @@ class RMSNorm(nn.Module):
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
-    ) -> Rows | tuple[Rows | RoutedRows, torch.Tensor]:
+    ) -> Rows | ProjectedRows | tuple[Rows | ProjectedRows | RoutedRows, torch.Tensor]:
         """x [..., D] -> normed; with a residual -> (norm(x + residual), x + residual)."""
+        if self._projections and x.shape[0] == 1 and (matrix := self._projections[0].matrix) is not None:
+            return self._projected(x, residual, matrix)
         if self._routers and residual is not None and are_few(x):
             return self._routed(x, residual, *self._routers)
         if self._row_dtype is not None:

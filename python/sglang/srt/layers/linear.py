@@ -9,7 +9,7 @@ from torch import nn
 
 from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.distributed.parallel_state import ProcessGroupHandle, get_tp_group
-from sglang.srt.layers.quantization import Place, Rows, linear_method
+from sglang.srt.layers.quantization import Place, ProjectedRows, Rows, linear_method
 from sglang.srt.layers.weights import ShardedMatrix, ShardId, ShardSlice, make_parameter
 
 
@@ -61,8 +61,15 @@ class _ShardedLinear(nn.Module):
         """The type of rows that this product wants as ``QuantizedRows``; None: it takes plain ones out of them."""
         return self.quant_method.row_dtype
 
-    def forward(self, x: Rows) -> torch.Tensor:
-        """x [N, in] -> [N, out on this rank]."""
+    @property
+    def matrix(self) -> torch.Tensor | None:
+        """What a norm may multiply its rows by in place of this layer; None if that is not all that this layer does."""
+        return self.weight if self.bias is None and self.row_dtype is None else None
+
+    def forward(self, x: Rows | ProjectedRows) -> torch.Tensor:
+        """x [N, in] -> [N, out on this rank]; ``ProjectedRows`` are of this layer's ``matrix``."""
+        if isinstance(x, ProjectedRows):
+            return x.product
         return self.quant_method.apply(self, x, self.bias)
 
 

@@ -11,7 +11,7 @@ from sglang.srt.configs.quantization import QuantConfig
 from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.layernorm import RMSNorm
 from sglang.srt.layers.moe.fused_shared_experts import can_fuse
-from sglang.srt.layers.quantization import Rows
+from sglang.srt.layers.quantization import ProjectedRows, Rows
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.causal_lm import Backbone, CausalLM, DecoderLayer
@@ -46,11 +46,12 @@ class DeepseekV2DecoderLayer(DecoderLayer):
                 config.hidden_size, config.intermediate_size, quant_config=quant_config, prefix=f"{prefix}.mlp"
             )
         self.input_layernorm.quantize_for(self.self_attn)
+        self.input_layernorm.project_for(self.self_attn)
         self.post_attention_layernorm.quantize_for(self.mlp)
         if isinstance(self.mlp, DeepseekV2MoE):
             self.post_attention_layernorm.route_for(self.mlp)
 
-    def mix(self, positions: torch.Tensor, hidden: Rows, forward_batch: ForwardBatch) -> torch.Tensor:
+    def mix(self, positions: torch.Tensor, hidden: Rows | ProjectedRows, forward_batch: ForwardBatch) -> torch.Tensor:
         return self.self_attn(hidden, positions, forward_batch)
 
 

@@ -20,9 +20,10 @@ from sglang.srt.layers.gated_mlp import GatedMLP
 from sglang.srt.layers.layernorm import GemmaRMSNorm, RMSNormGated
 from sglang.srt.layers.linear import MergedColumnParallelLinear, QKVParallelLinear, RowParallelLinear
 from sglang.srt.layers.moe.fused_shared_experts import can_fuse
+from sglang.srt.layers.quantization import ProjectedRows
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
-from sglang.srt.layers.weights import ShardId, check_shape, make_parameter, make_split_vector
+from sglang.srt.layers.weights import ShardId, check_shape, join_rows, make_parameter, make_split_vector
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.models.causal_lm import Backbone, CausalLM, DecoderLayer
 from sglang.srt.models.qwen2_moe import Qwen2MoeSparseMoeBlock
@@ -117,6 +118,10 @@ class Qwen3_5GatedDeltaNet(nn.Module):
         self.in_proj_ba = MergedColumnParallelLinear(
             hidden_size, [value_heads, value_heads], quant_config=quant_config, prefix=f"{prefix}.in_proj_ba"
         )
+        # One matrix of both if both are plain, for the norm of a step of one row.
+        self._qkvz_and_ba: torch.Tensor | None = None
+        if quant_config is None:
+            self._qkvz_and_ba = join_rows(self.in_proj_qkvz.weight, self.in_proj_ba.weight)
         self.conv1d = Qwen3_5Conv1d((key_width, key_width, value_width), config.linear_conv_kernel_dim)
         # Float32 always: half precision overflows in exp. Dummy values spread like log of uniform(0, 16).
         self.A_log = make_split_vector(value_heads, tp, torch.float32, fill=(1.8, 1.0))
@@ -131,8 +136,17 @@ class Qwen3_5GatedDeltaNet(nn.Module):
         """[C, W]."""
         return self.conv1d.weight.squeeze(1)
 
-    def _forward_input_proj(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @property
+    def matrix(self) -> torch.Tensor | None:
+        """As a linear layer's; None where the two products of one row overlap."""
+        return None if self.overlap.covers(1) else self._qkvz_and_ba
+
+    def _forward_input_proj(self, hidden: torch.Tensor | ProjectedRows) -> tuple[torch.Tensor, torch.Tensor]:
         """hidden [N, H] -> q | k | v | z [N, C + HV*V] and b | a [N, 2*HV]."""
+        if isinstance(hidden, ProjectedRows):
+            widths = self.in_proj_qkvz.weight.shape[0], self.in_proj_ba.weight.shape[0]
+            qkvz, ba = hidden.product[:, : sum(widths)].split(widths, dim=-1)
+            return qkvz, ba
         num_tokens = hidden.shape[0]
         if num_tokens >= DUAL_STREAM_TOKEN_THRESHOLD:
             return self.in_proj_qkvz(hidden), self.in_proj_ba(hidden)
@@ -141,7 +155,7 @@ class Qwen3_5GatedDeltaNet(nn.Module):
         )
         return qkvz, ba
 
-    def forward(self, hidden: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor | ProjectedRows, forward_batch: ForwardBatch) -> torch.Tensor:
         """hidden [N, H] -> [N, H]."""
         qkvz, ba = self._forward_input_proj(hidden)
         value_width = self.num_v_heads * self.head_v_dim
@@ -185,12 +199,19 @@ class Qwen3_5Attention(nn.Module):
         self.use_alt_stream = _qknorm_use_alt_stream and not get_global_server_args().disable_cuda_graph
         self.overlap = StreamOverlap(alt_stream if self.use_alt_stream else None, _streams.site(QK_NORM))
 
+    @property
+    def matrix(self) -> torch.Tensor | None:
+        """As a linear layer's."""
+        return self.qkv_proj.matrix
+
     def _apply_qk_norm(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """q [N, Hq, D], k [N, Hk, D], normed over D by their own weights."""
         k, q = self.overlap.fork_join(lambda: self.k_norm(k), lambda: self.q_norm(q), num_tokens=q.shape[0])
         return q, k
 
-    def forward(self, positions: torch.Tensor, hidden: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+    def forward(
+        self, positions: torch.Tensor, hidden: torch.Tensor | ProjectedRows, forward_batch: ForwardBatch
+    ) -> torch.Tensor:
         """positions [N], hidden [N, H] -> [N, H]."""
         q_gate, k, v = self.qkv_proj(hidden).split(
             (self.qkv_proj.q_width, self.qkv_proj.kv_width, self.qkv_proj.kv_width), dim=-1
@@ -247,10 +268,12 @@ class Qwen3_5DecoderLayer(DecoderLayer):
             )
         if self.is_linear:
             self.linear_attn = Qwen3_5GatedDeltaNet(config, layer_id, alt_stream, quant_config, f"{prefix}.linear_attn")
+            self.input_layernorm.project_for(self.linear_attn)
         else:
             self.self_attn = Qwen3_5Attention(
                 config, layer_id, rotary_emb, alt_stream, quant_config, f"{prefix}.self_attn"
             )
+            self.input_layernorm.project_for(self.self_attn)
 
     def mix(self, positions: torch.Tensor, hidden: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
         """A gated delta net knows the order by its recurrence."""

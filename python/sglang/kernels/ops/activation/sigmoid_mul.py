@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, rows_of, triton_impl
+from sglang.kernels.launch import FLOATS, cdiv, early_start, next_power_of_2, rows_of, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 
 
@@ -27,8 +27,9 @@ def sigmoid_mul_triton(x: Tensor, gate: Tensor) -> Tensor:
         block = next_power_of_2(width)
         rows = max(1, 1024 // block)
         sigmoid_mul_kernel[(cdiv(x_rows.num_rows, rows),)](
-            x, gate, out, x_rows.num_rows, width, *x_rows[1:], *gate_rows[1:], ROWS=rows, BLOCK=block, num_warps=4
-        )
+            x, gate, out, x_rows.num_rows, width, *x_rows[1:], *gate_rows[1:],
+            ROWS=rows, BLOCK=block, num_warps=4, **early_start(),
+        )  # fmt: skip
     return out
 
 

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch_triton import wait_for_kernel_ahead
+
 
 @triton.jit(do_not_specialize=["num_rows"])
 def sigmoid_mul_kernel(
@@ -10,6 +12,7 @@ def sigmoid_mul_kernel(
     x_inner, x_outer_stride, x_inner_stride, gate_inner, gate_outer_stride, gate_inner_stride,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    wait_for_kernel_ahead()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
     mask = (row < num_rows) & (cols < width)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, rows_of, triton_impl
+from sglang.kernels.launch import FLOATS, cdiv, early_start, next_power_of_2, rows_of, triton_impl
 from sglang.kernels.ops.quant import group_fp8
 from sglang.kernels.spec import Case, Impl, Op
 
@@ -61,7 +61,7 @@ def _launch(x: Tensor, out: Tensor, options: dict[str, Any]) -> Tensor:
         block = min(2048, next_power_of_2(width))
         blocks = cdiv(width, block)
         silu_and_mul_kernel[(rows.num_rows * blocks,)](
-            x, out, width, *rows[1:], blocks, BLOCK=block, **options, num_warps=4
+            x, out, width, *rows[1:], blocks, BLOCK=block, **options, num_warps=4, **early_start()
         )
     return out
 

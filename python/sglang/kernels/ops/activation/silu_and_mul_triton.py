@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch_triton import wait_for_kernel_ahead
 from sglang.kernels.ops.quant.scales_triton import store_quantized
 
 
@@ -30,6 +31,7 @@ def silu_and_mul_kernel(
     scale_ptr=None, scale_row_stride=0, scale_group_stride=0, LARGEST: tl.constexpr = None,
 ):  # fmt: skip
     """With LARGEST ``out`` is of 8 bits, and ``scale`` takes the scales of its groups."""
+    wait_for_kernel_ahead()
     pid = tl.program_id(0)
     row = (pid // blocks).to(tl.int64)
     cols = (pid % blocks) * BLOCK + tl.arange(0, BLOCK)

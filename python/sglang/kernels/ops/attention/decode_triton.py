@@ -9,6 +9,7 @@ several, a head stands for one of each, and sees the tokens up to its own.
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch_triton import wait_for_kernel_ahead
 from sglang.kernels.ops.quant.scales_triton import store_quantized
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -59,6 +60,7 @@ def decode_kernel(
     HEAD_AXIS 0, for many heads over one key head: heads are the rows of both products. HEAD_AXIS 1, for few: tokens
     are the rows, so that HEADS may be as small as 16 on a wide matrix unit.
     """
+    wait_for_kernel_ahead()
     # Logits and sums are [heads, tokens or columns], or the reverse.
     OTHER_AXIS: tl.constexpr = 1 - HEAD_AXIS
     request = tl.program_id(1)
@@ -202,6 +204,7 @@ def merge_splits_kernel(
     HEADS: tl.constexpr, STEP: tl.constexpr, VALUE: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """parts [N, splits, H, V] and their lse [N, splits, H] -> out [N, H, V]; grid (rows, head blocks, value blocks)."""
+    wait_for_kernel_ahead()
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     value = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
@@ -223,6 +226,7 @@ def merge_project_kernel(
     grid (rows * heads, blocks of TILES * COLUMNS columns). With LARGEST a block is a group of 128: out is of 8 bits,
     and ``scale`` takes the scales. Rounds after each step as ops of their own would.
     """
+    wait_for_kernel_ahead()
     row, head = (tl.program_id(0) // num_heads).to(tl.int64), tl.program_id(0) % num_heads
     value = tl.arange(0, BLOCK_V)
     dtype: tl.constexpr = w_ptr.dtype.element_ty

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from sglang.kernels.launch import cdiv, imports_gluon, next_power_of_2
+from sglang.kernels.launch import cdiv, early_start, imports_gluon, next_power_of_2
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype
 from sglang.kernels.ops.attention.tiles import RowShape, Tile, decode_tile, extend_tile, split_count
 from sglang.kernels.ops.quant.group_fp8 import GROUP, empty_quantized
@@ -72,7 +72,7 @@ def merge_parts(parts: torch.Tensor, lse: torch.Tensor, dtype: torch.dtype) -> t
     merge_splits_kernel[(num_rows, cdiv(heads, block_h), blocks)](
         parts, lse, out, heads, splits,
         HEADS=block_h, STEP=max(2, MERGE_WIDTH // block_h), VALUE=value, BLOCK_V=block_v,
-        num_warps=2,
+        num_warps=2, **early_start(),
     )  # fmt: skip
     return out
 
@@ -102,7 +102,7 @@ def project_parts(
         parts, lse, w, made[0], made[-1], heads, splits, width, w.stride(0), w.stride(2), *strides,
         STEP=MERGE_WIDTH, VALUE=value, BLOCK_V=next_power_of_2(value),
         TILES=tiles, COLUMNS=PROJECT_COLUMNS, STAGES=3 if current_platform.kind == "cuda" and tiles > 1 else 1,
-        LARGEST=None if dtype is None else torch.finfo(dtype).max, num_warps=8,
+        LARGEST=None if dtype is None else torch.finfo(dtype).max, num_warps=8, **early_start(),
     )  # fmt: skip
     return made[0] if dtype is None else made
 
@@ -167,7 +167,7 @@ def launch_parts(
         scale, heads, group, splits,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), req_to_token.stride(0),
         **shape.constants(), HEADS=tile.rows, BLOCK_N=tile.block_n, WHOLE=splits == 1, REPEAT=repeat,
-        HEAD_AXIS=0 if heads_are_rows else 1, num_warps=tile.num_warps, num_stages=tile.num_stages,
+        HEAD_AXIS=0 if heads_are_rows else 1, num_warps=tile.num_warps, num_stages=tile.num_stages, **early_start(),
     )  # fmt: skip
     return parts, lse if splits > 1 else None
 

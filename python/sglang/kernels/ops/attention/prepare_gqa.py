@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl, warps_for
+from sglang.kernels.launch import FLOATS, cdiv, early_start, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype, write_kv_torch
 from sglang.kernels.ops.norm.rmsnorm import rms_norm_torch, rows_per_program
 from sglang.kernels.ops.rope.rotary import rotary_torch
@@ -71,7 +71,7 @@ def prepare_gqa_triton(
             q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
             k_cache.stride(0), v_cache.stride(0), cos_sin_cache.stride(0),
             HALF=half, IS_NEOX=is_neox, HEADS=rows, PAIRS=next_power_of_2(half), DIM=width,
-            VALUE=next_power_of_2(value_dim), num_warps=warps_for(rows * width),
+            VALUE=next_power_of_2(value_dim), num_warps=warps_for(rows * width), **early_start(),
         )  # fmt: skip
     return out
 

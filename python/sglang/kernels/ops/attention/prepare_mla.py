@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.launch import FLOATS, cdiv, early_start, next_power_of_2, triton_impl
 from sglang.kernels.ops.attention.kv_cache import is_cache_dtype, write_latent_torch
 from sglang.kernels.ops.norm.rmsnorm import rms_norm_torch
 from sglang.kernels.ops.rope.rotary import rotary_torch
@@ -98,7 +98,7 @@ def prepare_mla_triton(
             source.stride(0), source.stride(1), target.stride(0), target.stride(1),
             kv_a.stride(0), cos_sin_cache.stride(0), latent_cache.stride(0),
             HALF=half, IS_NEOX=is_neox, HEADS=block, PAIRS=pairs, RANK=next_power_of_2(rank),
-            TILES=tiles, NOPE=next_power_of_2(nope), COLUMNS=ABSORB_COLUMNS, num_warps=4,
+            TILES=tiles, NOPE=next_power_of_2(nope), COLUMNS=ABSORB_COLUMNS, num_warps=4, **early_start(),
         )  # fmt: skip
     return out
 

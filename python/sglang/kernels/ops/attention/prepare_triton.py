@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch_triton import wait_for_kernel_ahead
 from sglang.kernels.ops.attention.kv_cache_triton import to_cache
 from sglang.kernels.ops.rope.rotary_triton import load_pairs, store_pairs, turn
 
@@ -30,6 +31,7 @@ def prepare_mla_kernel(
     q and q_out point at the rotated part of the first head and may be one, nope_ptr and latent_ptr at the other part
     and at what takes the product; RANK >= rank, PAIRS >= HALF, NOPE >= nope.
     """
+    wait_for_kernel_ahead()
     token = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
     pair = tl.arange(0, PAIRS)[None, :]
@@ -100,6 +102,7 @@ def prepare_gqa_kernel(
     HEADS: tl.constexpr, PAIRS: tl.constexpr, DIM: tl.constexpr, VALUE: tl.constexpr,
 ):  # fmt: skip
     """grid (tokens * blocks), HEADS heads a block: of each token queries, then key rows, then value rows."""
+    wait_for_kernel_ahead()
     blocks = q_blocks + 2 * k_blocks
     token = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks

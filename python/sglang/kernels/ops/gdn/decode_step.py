@@ -9,7 +9,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import next_power_of_2, triton_impl
+from sglang.kernels.launch import early_start, next_power_of_2, triton_impl
 from sglang.kernels.ops.gdn.reference import causal_conv1d_update, gdn_gating, l2_norm, recurrent_gated_delta_rule
 from sglang.kernels.ops.gdn.shapes import GDNShape, shape_of, step_fits_triton
 from sglang.kernels.ops.gdn.tiles import gdn_tiles
@@ -66,7 +66,7 @@ def gdn_decode_step_triton(
             K=shape.k_dim, V=shape.v_dim, PER_KEY=shape.per_key, WIDTH=shape.width, ROWS=tile.rows,
             BLOCK_K=block_k, BLOCK_V=block_v, BLOCK_H=next_power_of_2(shape.per_key),
             BLOCK_W=next_power_of_2(shape.width), STAGES=tile.num_stages,
-            num_warps=max(1, min(tile.num_warps, tile.rows * block_k // ELEMENTS_PER_WARP)),
+            num_warps=max(1, min(tile.num_warps, tile.rows * block_k // ELEMENTS_PER_WARP)), **early_start(),
         )  # fmt: skip
     return out
 

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch_triton import wait_for_kernel_ahead
 from sglang.kernels.ops.gdn.gates_triton import decay_of, unit_length
 
 
@@ -43,6 +44,7 @@ def decode_step_kernel(
 
     The states of its PER_KEY value heads (BLOCK_H, a power of two, with room) pass through in tiles of ROWS rows.
     """
+    wait_for_kernel_ahead()
     key_head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     heads, keys, lane = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_V)
     in_key, in_values = keys < K, (heads < PER_KEY)[:, None] & (lane < V)[None, :]

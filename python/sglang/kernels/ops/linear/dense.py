@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang.kernels.launch import cdiv
+from sglang.kernels.launch import cdiv, early_start
 from sglang.kernels.spec import Case, Impl, Op
 
 # Outputs and columns of a program for one row (those of one token's experts, which are as many bytes per program), and
@@ -30,7 +30,7 @@ def dense_linear_row(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor
     width, columns = w.shape
     out = torch.empty(1, width, dtype=x.dtype, device=x.device)
     few_tokens_logits_kernel[(cdiv(width, ROW_TILE["BLOCK_E"]), 1)](
-        x, w, out, 1, width, columns, x.stride(0), w.stride(0), BLOCK_T=1, **ROW_TILE
+        x, w, out, 1, width, columns, x.stride(0), w.stride(0), BLOCK_T=1, **ROW_TILE, **early_start()
     )
     return out
 

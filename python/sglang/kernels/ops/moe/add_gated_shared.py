@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, next_power_of_2, triton_impl, warps_for
+from sglang.kernels.launch import FLOATS, early_start, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.spec import Case, Impl, Op
 
 # The widest row that one program holds.
@@ -33,7 +33,7 @@ def add_gated_shared_triton(routed: Tensor, shared: Tensor, x: Tensor, gate_weig
         block = next_power_of_2(hidden)
         add_gated_shared_kernel[(tokens,)](
             routed, shared, x, gate_weight, out, hidden, routed.stride(0), shared.stride(0), x.stride(0),
-            BLOCK=block, num_warps=warps_for(block),
+            BLOCK=block, num_warps=warps_for(block), **early_start(),
         )  # fmt: skip
     return out
 

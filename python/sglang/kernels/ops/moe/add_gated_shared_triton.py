@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch_triton import wait_for_kernel_ahead
+
 
 @triton.jit
 def add_gated_shared_kernel(
@@ -10,6 +12,7 @@ def add_gated_shared_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A whole row at once: BLOCK >= hidden."""
+    wait_for_kernel_ahead()
     token = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     mask = cols < hidden

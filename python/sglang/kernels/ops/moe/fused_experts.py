@@ -9,7 +9,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, imports_gluon, next_power_of_2, triton_dtype, triton_impl
+from sglang.kernels.launch import (
+    FLOATS,
+    aiter_impl,
+    cdiv,
+    early_start,
+    imports_gluon,
+    next_power_of_2,
+    triton_dtype,
+    triton_impl,
+)
 from sglang.kernels.ops.activation.silu_and_mul import limit_option, silu_and_mul_torch
 from sglang.kernels.ops.attention.tiles import multiprocessors
 from sglang.kernels.ops.moe.fused_experts_aiter import (
@@ -114,10 +123,10 @@ def order_pairs(topk_ids: Tensor, num_experts: int, block_m: int) -> PairOrder:
     scratch = torch.empty(sum(sizes), dtype=torch.int32, device=topk_ids.device)
     counts, order, block_experts, num_blocks = scratch.split(sizes)
     chunk = min(2048, max(128, next_power_of_2(pairs)))
-    count_pairs_kernel[(num_experts,)](topk_ids, counts, pairs, CHUNK=chunk, num_warps=4)
+    count_pairs_kernel[(num_experts,)](topk_ids, counts, pairs, CHUNK=chunk, num_warps=4, **early_start())
     place_pairs_kernel[(num_experts,)](
         topk_ids, counts, order, block_experts, num_blocks, pairs, num_experts,
-        BLOCK_M=block_m, EXPERTS=next_power_of_2(num_experts), CHUNK=chunk, num_warps=4,
+        BLOCK_M=block_m, EXPERTS=next_power_of_2(num_experts), CHUNK=chunk, num_warps=4, **early_start(),
     )  # fmt: skip
     return PairOrder(order, block_experts, num_blocks, max_blocks)
 
@@ -147,7 +156,7 @@ def one_token_product(
     tiles = cdiv(width, tile["BLOCK_N"])
     one_token_kernel[(pairs * tiles,)](
         x.data, x.scale, w.data, w.scale, ids, out, width, k_dim, w.data.stride(0), w.data.stride(1), tiles,
-        GATE_UP=is_gate_up, FP8=w.is_fp8, **limit_option(limit), **tile,
+        GATE_UP=is_gate_up, FP8=w.is_fp8, **limit_option(limit), **tile, **early_start(),
     )  # fmt: skip
     return out
 
@@ -162,7 +171,7 @@ def one_token_down(
     out = torch.empty(1, hidden, dtype=dtype, device=w2.device)
     one_token_down_kernel[(cdiv(hidden, tile["BLOCK_N"]),)](
         activated, w2, ids, weights, out, pairs, hidden, width, w2.stride(0), w2.stride(1),
-        PAIRS=next_power_of_2(pairs), **tile,
+        PAIRS=next_power_of_2(pairs), **tile, **early_start(),
     )  # fmt: skip
     return out
 
@@ -194,7 +203,7 @@ def expert_product(
         out = torch.empty(pairs, width, dtype=dtype, device=ids.device)
         few_tokens_kernel[(pairs * tiles,)](
             *operands, ids, out, pairs, width, k_dim, *strides, tiles,
-            PAIRS=max(16, next_power_of_2(pairs)), **shape, **tile,
+            PAIRS=max(16, next_power_of_2(pairs)), **shape, **tile, **early_start(),
         )  # fmt: skip
         return Scaled(out)
     is_quantized = is_gate_up and w.is_fp8 and tile["BLOCK_N"] == GROUP
@@ -205,7 +214,7 @@ def expert_product(
         shape |= {"out_scale_ptr": scale, "LARGEST": torch.finfo(out.dtype).max, "ROWS": triton_dtype(dtype)}
     many_tokens_kernel[(order.max_blocks * tiles,)](
         *operands, order.pairs, order.block_experts, order.num_blocks, out,
-        pairs, width, k_dim, *strides, order.max_blocks, tiles, **shape, **tile,
+        pairs, width, k_dim, *strides, order.max_blocks, tiles, **shape, **tile, **early_start(),
     )  # fmt: skip
     return Scaled(out, scale)
 
@@ -257,7 +266,7 @@ def weighted_sum(rows: Tensor, weights: Tensor, ids: Tensor) -> Tensor:
     block = min(1024, next_power_of_2(hidden))
     blocks = cdiv(hidden, block)
     weighted_sum_kernel[(num_tokens * blocks,)](
-        rows, ids, weights, out, hidden, blocks, TOP_K=top_k, BLOCK=block, num_warps=4
+        rows, ids, weights, out, hidden, blocks, TOP_K=top_k, BLOCK=block, num_warps=4, **early_start()
     )
     return out
 

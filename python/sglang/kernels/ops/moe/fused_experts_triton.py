@@ -11,6 +11,7 @@ of K is one group.
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch_triton import wait_for_kernel_ahead
 from sglang.kernels.ops.activation.silu_and_mul_triton import clamp_above, clamp_both
 from sglang.kernels.ops.quant.scales_triton import GROUP, quantize
 
@@ -27,7 +28,7 @@ def _silu_and_mul(gate, up, dtype, LIMIT: tl.constexpr):
 
 
 @triton.jit
-def _scaled_row(x, scale, BLOCK_K: tl.constexpr):
+def scaled_row(x, scale, BLOCK_K: tl.constexpr):
     """x [BLOCK_K] times a scale for each group of 128; a scale is read once, not once for each column."""
     scaled = tl.reshape(x, [BLOCK_K // GROUP, GROUP]) * scale[:, None]
     return tl.reshape(scaled, [BLOCK_K])
@@ -40,6 +41,7 @@ def one_token_kernel(
 ):  # fmt: skip
     """out [pairs, width]: BLOCK_N columns of one pair a program; for GATE_UP activated, of the token's row, else of the
     pair's row."""
+    wait_for_kernel_ahead()
     pair, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     expert = tl.load(ids_ptr + pair).to(tl.int64)
     if expert >= 0:
@@ -64,8 +66,8 @@ def one_token_kernel(
                 scale = tl.load(x_scale_ptr + row * groups + group, mask=known, other=0.0)
                 if GATE_UP:
                     of_up = tl.load(block + width // GROUP * groups + group, mask=known, other=0.0)
-                    x_up = _scaled_row(x, scale * of_up, BLOCK_K)
-                x = _scaled_row(x, scale * tl.load(block + group, mask=known, other=0.0), BLOCK_K)
+                    x_up = scaled_row(x, scale * of_up, BLOCK_K)
+                x = scaled_row(x, scale * tl.load(block + group, mask=known, other=0.0), BLOCK_K)
             at = w_ptr + expert * expert_stride + rows + k[None, :]
             acc += tl.load(at, mask=inside[None, :], other=0.0).to(tl.float32) * x[None, :]
             if GATE_UP:
@@ -84,6 +86,7 @@ def one_token_down_kernel(
     PAIRS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out [width]: all pairs of BLOCK_N columns at once, their rows [pairs, k_dim] times w2, weighted and summed."""
+    wait_for_kernel_ahead()
     pair = tl.arange(0, PAIRS)
     expert = tl.load(ids_ptr + pair, mask=pair < pairs, other=-1).to(tl.int64)
     taken = expert >= 0
@@ -200,6 +203,7 @@ def few_tokens_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, LIMIT: tl.constexpr = None,
 ):  # fmt: skip
     """No ordering beforehand: every BLOCK_M-th pair of an expert gathers those up to the next (pairs <= PAIRS)."""
+    wait_for_kernel_ahead()
     first, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
     expert = tl.load(ids_ptr + first)
     pair = tl.arange(0, PAIRS)
@@ -225,6 +229,7 @@ def many_tokens_kernel(
     ROWS: tl.constexpr = None,
 ):  # fmt: skip
     """One block of ordered pairs times one tile of columns; programs past the last block leave."""
+    wait_for_kernel_ahead()
     # GROUP_M blocks go through all tiles together, so that weights and rows meet again in the cache.
     pid = tl.program_id(0)
     in_group = GROUP_M * tiles
@@ -249,6 +254,7 @@ def many_tokens_kernel(
 @triton.jit(do_not_specialize=["pairs"])
 def count_pairs_kernel(ids_ptr, counts_ptr, pairs, CHUNK: tl.constexpr):
     """counts [E]: how many pairs chose expert ``program_id``."""
+    wait_for_kernel_ahead()
     expert = tl.program_id(0)
     lane = tl.arange(0, CHUNK)
     hits = tl.zeros([CHUNK], tl.int32)
@@ -264,6 +270,7 @@ def place_pairs_kernel(
     BLOCK_M: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Expert ``program_id`` writes its pairs in order, ``pairs`` into the padding, and itself into its blocks."""
+    wait_for_kernel_ahead()
     expert = tl.program_id(0)
     other = tl.arange(0, EXPERTS)
     counts = tl.load(counts_ptr + other, mask=other < num_experts, other=0)
@@ -294,6 +301,7 @@ def weighted_sum_kernel(
     rows_ptr, ids_ptr, weights_ptr, out_ptr, width, tiles, TOP_K: tl.constexpr, BLOCK: tl.constexpr
 ):
     """out [N, width]: a token's TOP_K rows, weighted, summed in order in float32; skipped pairs are never read."""
+    wait_for_kernel_ahead()
     token, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     cols = tile * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)

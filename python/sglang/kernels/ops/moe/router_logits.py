@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.launch import FLOATS, cdiv, early_start, next_power_of_2, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 
 # Tokens up to which programs share out the experts and do not use the matrix unit (by reasoning, not measured).
@@ -44,7 +44,7 @@ def router_logits_triton(x: Tensor, weight: Tensor) -> Tensor:
         block_k = min(next_power_of_2(hidden), 2048 if one else 1024)
         few_tokens_logits_kernel[(cdiv(experts, block_e), cdiv(tokens, block_t))](
             *operands, BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=block_k,
-            num_warps=8 if block_t * block_e * block_k >= 8192 else 4,
+            num_warps=8 if block_t * block_e * block_k >= 8192 else 4, **early_start(),
         )  # fmt: skip
     return out
 

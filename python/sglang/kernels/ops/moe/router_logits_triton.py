@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch_triton import wait_for_kernel_ahead
+
 
 @triton.jit(do_not_specialize=["tokens"])
 def few_tokens_logits_kernel(
@@ -15,13 +17,17 @@ def few_tokens_logits_kernel(
     # Rows past the end read the last one: the store drops them.
     x_at = x_ptr + tl.minimum(token, tokens - 1) * x_stride
     w_at = w_ptr + tl.minimum(expert, experts - 1).to(tl.int64) * w_stride
+    lane = tl.arange(0, BLOCK_K)[None, :]
+    # Weights are asked for a step ahead, the first before the rows are there.
+    w = tl.load(w_at[:, None] + lane, mask=lane < hidden, other=0.0)
+    wait_for_kernel_ahead()
     acc = tl.zeros([BLOCK_T, BLOCK_E, BLOCK_K], tl.float32)
     for start in range(0, hidden, BLOCK_K):
-        k = start + tl.arange(0, BLOCK_K)
-        inside = (k < hidden)[None, :]
-        x = tl.load(x_at[:, None] + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        w = tl.load(w_at[:, None] + k[None, :], mask=inside, other=0.0).to(tl.float32)
-        acc += x[:, None, :] * w[None, :, :]
+        k = start + lane
+        x = tl.load(x_at[:, None] + k, mask=k < hidden, other=0.0).to(tl.float32)
+        w_next = tl.load(w_at[:, None] + BLOCK_K + k, mask=BLOCK_K + k < hidden, other=0.0)
+        acc += x[:, None, :] * w.to(tl.float32)[None, :, :]
+        w = w_next
     mask = (token < tokens)[:, None] & (expert < experts)[None, :]
     tl.store(out_ptr + token[:, None] * experts + expert[None, :], tl.sum(acc, axis=2), mask=mask)
 

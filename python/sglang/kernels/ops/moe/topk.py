@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, next_power_of_2, triton_impl
+from sglang.kernels.launch import FLOATS, early_start, next_power_of_2, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 
 # Experts that one program of the Triton router holds, groups and sizes rounded up to powers of two.
@@ -116,7 +116,7 @@ def topk_triton(
             TOP_K=rule.top_k, SHARED=shared.num, GATED=shared.gated, K_BLOCK=next_power_of_2(columns),
             N_GROUP=rule.n_group, TOPK_GROUP=rule.topk_group, GROUPS=next_power_of_2(rule.n_group),
             SIZE=next_power_of_2(size), SCORING=rule.scoring, RENORMALIZE=rule.renormalize, HAS_BIAS=bias is not None,
-            num_warps=1 if experts <= 512 else 4,
+            num_warps=1 if experts <= 512 else 4, **early_start(),
         )  # fmt: skip
     return weights, ids
 

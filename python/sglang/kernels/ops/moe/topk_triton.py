@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch_triton import wait_for_kernel_ahead
 from sglang.kernels.ops.sampling.greedy_triton import key_index, order_key
 
 
@@ -36,6 +37,7 @@ def router_kernel(
 
     SHARED ids after the last expert follow; with GATED the column there is their gate.
     """
+    wait_for_kernel_ahead()
     lowest: tl.constexpr = -0x8000000000000000
     token = tl.program_id(0).to(tl.int64)
     group, member = tl.arange(0, GROUPS)[:, None], tl.arange(0, SIZE)[None, :]

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sglang.kernels.launch import cdiv, next_power_of_2, triton_impl, warps_for
+from sglang.kernels.launch import cdiv, early_start, next_power_of_2, triton_impl, warps_for
 from sglang.kernels.ops.norm.fused_add_rmsnorm import fused_add_rms_norm_torch
 from sglang.kernels.ops.norm.rmsnorm import fits_triton
 from sglang.kernels.ops.quant import group_fp8
@@ -57,7 +57,7 @@ def add_norm_logits_triton(
     norm_logits_kernel[(cdiv(experts, block_e), rows)](
         x, residual, weight, gate, normed, total, logits, *(made or (None, None)), rows, dim, experts, eps,
         x.stride(0), residual.stride(0), gate.stride(0), *(made[1].stride() if made else (0, 0)),
-        UNIT_OFFSET=unit_offset, BLOCK_E=block_e, BLOCK=block, num_warps=warps_for(block), **options,
+        UNIT_OFFSET=unit_offset, BLOCK_E=block_e, BLOCK=block, num_warps=warps_for(block), **options, **early_start(),
     )  # fmt: skip
     return normed, total, logits, *made
 

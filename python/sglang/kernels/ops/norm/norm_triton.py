@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch_triton import wait_for_kernel_ahead
 from sglang.kernels.ops.quant.scales_triton import store_quantized
 
 
@@ -36,6 +37,7 @@ def rms_norm_kernel(
     q_ptr=None, scale_ptr=None, scale_row_stride=0, scale_group_stride=0, LARGEST: tl.constexpr = None,
 ):  # fmt: skip
     """ROWS rows a program, a whole row at once (BLOCK >= dim); the strides of ``other`` belong to residual or gate."""
+    wait_for_kernel_ahead()
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS).to(tl.int64)[:, None]
     cols = tl.arange(0, BLOCK)[None, :]
     mask = (row < num_rows) & (cols < dim)
@@ -70,13 +72,14 @@ def norm_logits_kernel(
     row = tl.program_id(1).to(tl.int64)
     cols = tl.arange(0, BLOCK)[None, :]
     inside = cols < dim
-    x = tl.load(x_ptr + row * x_stride + cols, mask=inside, other=0.0)
-    residual = tl.load(residual_ptr + row * residual_stride + cols, mask=inside, other=0.0)
-    stored = tl.load(weight_ptr + cols, mask=inside, other=0.0)
     expert = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     # Asked for before the norm waits for its row; experts past the end read the last one, and the store drops them.
     gate_at = tl.minimum(expert, experts - 1).to(tl.int64)[:, None] * gate_stride + cols
     gate = tl.load(gate_ptr + gate_at, mask=inside, other=0.0)
+    wait_for_kernel_ahead()
+    x = tl.load(x_ptr + row * x_stride + cols, mask=inside, other=0.0)
+    residual = tl.load(residual_ptr + row * residual_stride + cols, mask=inside, other=0.0)
+    stored = tl.load(weight_ptr + cols, mask=inside, other=0.0)
     dtype: tl.constexpr = x.dtype
     total = (x.to(tl.float32) + residual.to(tl.float32)).to(dtype)
     out = _normed(total.to(tl.float32), stored, dim, eps, dtype, UNIT_OFFSET)
@@ -89,3 +92,30 @@ def norm_logits_kernel(
             store_quantized(
                 out, q_ptr, scale_ptr, row, 0, num_rows, dim, scale_row_stride, scale_group_stride, LARGEST, BLOCK
             )
+
+
+@triton.jit
+def norm_product_kernel(
+    x_ptr, residual_ptr, weight_ptr, w_ptr, out_ptr, normed_ptr, total_ptr, dim, width, eps, w_stride,
+    HAS_RESIDUAL: tl.constexpr, UNIT_OFFSET: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """grid (blocks of BLOCK_N outputs): each norms the one row anew, the first writes it; BLOCK >= dim."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    cols = tl.arange(0, BLOCK)[None, :]
+    inside = cols < dim
+    # Asked for before the norm waits for its row; outputs past the end read the last one, and the store drops them.
+    w = tl.load(w_ptr + tl.minimum(n, width - 1).to(tl.int64)[:, None] * w_stride + cols, mask=inside, other=0.0)
+    wait_for_kernel_ahead()
+    total = tl.load(x_ptr + cols, mask=inside, other=0.0)
+    dtype: tl.constexpr = total.dtype
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + cols, mask=inside, other=0.0)
+        total = (total.to(tl.float32) + residual.to(tl.float32)).to(dtype)
+    stored = tl.load(weight_ptr + cols, mask=inside, other=0.0)
+    normed = _normed(total.to(tl.float32), stored, dim, eps, dtype, UNIT_OFFSET)
+    if tl.program_id(0) == 0:
+        tl.store(normed_ptr + cols, normed, mask=inside)
+        if HAS_RESIDUAL:
+            tl.store(total_ptr + cols, total, mask=inside)
+    product = tl.sum(w.to(tl.float32) * normed.to(tl.float32), axis=1)
+    tl.store(out_ptr + n, product.to(out_ptr.dtype.element_ty), mask=n < width)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, cdiv, next_power_of_2, rows_of, triton_impl, warps_for
+from sglang.kernels.launch import FLOATS, cdiv, early_start, next_power_of_2, rows_of, triton_impl, warps_for
 from sglang.kernels.spec import Case, Impl, Op
 
 # The widest row that one program of the Triton kernel holds.
@@ -65,7 +65,7 @@ def rms_norm_triton(
         rms_norm_kernel[(cdiv(x_rows.num_rows, rows),)](
             x, residual, gate, weight, out, total, x_rows.num_rows, dim, eps, *x_rows[1:], *other_rows[1:],
             HAS_RESIDUAL=residual is not None, HAS_GATE=gate is not None, UNIT_OFFSET=unit_offset,
-            ROWS=rows, BLOCK=block, num_warps=warps_for(rows * block), **options,
+            ROWS=rows, BLOCK=block, num_warps=warps_for(rows * block), **options, **early_start(),
         )  # fmt: skip
     return out
 

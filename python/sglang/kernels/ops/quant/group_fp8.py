@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, cdiv, triton_impl
+from sglang.kernels.launch import FLOATS, cdiv, early_start, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.platforms import current_platform
 
@@ -133,7 +133,7 @@ def quantize_groups_triton(x: Tensor, dtype: torch.dtype, for_product: bool = Fa
         block = 1 if groups < 1024 else 8
         quantize_groups_kernel[(cdiv(groups, block),)](
             x, q, scale, groups, columns // GROUP, x.stride(0), scale.stride(0), scale.stride(1),
-            LARGEST=torch.finfo(dtype).max, BLOCK=block, num_warps=1 if block == 1 else 4,
+            LARGEST=torch.finfo(dtype).max, BLOCK=block, num_warps=1 if block == 1 else 4, **early_start(),
         )  # fmt: skip
     return q, scale
 
@@ -170,16 +170,17 @@ def block_product(
     tiles = cdiv(width, tile["BLOCK_N"])
     if "BLOCK_M" not in tile:
         one_row_fp8_linear_kernel[(tiles,)](
-            q, scale, w, w_scale, out, width, k_dim, EVEN_K=k_dim % tile["BLOCK_K"] == 0, **tile
+            q, scale, w, w_scale, out, width, k_dim, EVEN_K=k_dim % tile["BLOCK_K"] == 0, **tile, **early_start()
         )
     elif "GROUPS" in tile:
         few_rows_fp8_linear_kernel[(tiles,)](
-            q, scale, w, w_scale, out, rows, width, k_dim, EVEN_K=k_dim % (GROUP * tile["GROUPS"]) == 0, **tile
-        )
+            q, scale, w, w_scale, out, rows, width, k_dim,
+            EVEN_K=k_dim % (GROUP * tile["GROUPS"]) == 0, **tile, **early_start(),
+        )  # fmt: skip
     else:
         row_tiles = cdiv(rows, tile["BLOCK_M"])
         block_fp8_linear_kernel[(row_tiles * tiles,)](
-            q, scale, w, w_scale, out, rows, width, k_dim, *scale.stride(), row_tiles, tiles, **tile
+            q, scale, w, w_scale, out, rows, width, k_dim, *scale.stride(), row_tiles, tiles, **tile, **early_start()
         )
     return out
 

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from sglang.kernels.ops.moe.fused_experts_triton import expert_tile
+from sglang.kernels.launch_triton import wait_for_kernel_ahead
+from sglang.kernels.ops.moe.fused_experts_triton import expert_tile, scaled_row
 from sglang.kernels.ops.quant.scales_triton import GROUP, quantize
 
 
@@ -13,6 +14,7 @@ def quantize_groups_kernel(
     LARGEST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """BLOCK groups a program, each its own scale."""
+    wait_for_kernel_ahead()
     group = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, GROUP)[None, :]
     mask = (group < num_groups)[:, None]
@@ -30,6 +32,7 @@ def block_fp8_linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """One tile of x [rows, k_dim] times w [width, k_dim] transposed; GROUP_M row tiles share weights in the cache."""
+    wait_for_kernel_ahead()
     pid = tl.program_id(0)
     in_group = GROUP_M * tiles
     first = pid // in_group * GROUP_M
@@ -51,6 +54,7 @@ def one_row_fp8_linear_kernel(
 
     BLOCK_N divides 128, so that the outputs of a program share a row of weight scales.
     """
+    wait_for_kernel_ahead()
     first = tl.program_id(0) * BLOCK_N
     column = tl.minimum(first + tl.arange(0, BLOCK_N), width - 1)
     k = tl.arange(0, BLOCK_K)
@@ -58,18 +62,18 @@ def one_row_fp8_linear_kernel(
     w_at = w_ptr + column.to(tl.int64)[:, None] * k_dim + k[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(0, k_dim, BLOCK_K):
-        group = (start + k) // GROUP
+        group = start // GROUP + tl.arange(0, BLOCK_K // GROUP)
         if EVEN_K:
             w = tl.load(w_at)
             x = tl.load(x_ptr + start + k)
             scale = tl.load(x_scale_ptr + group) * tl.load(w_scale_at + group)
         else:
-            inside = start + k < k_dim
+            inside, known = start + k < k_dim, group < k_dim // GROUP
             w = tl.load(w_at, mask=inside[None, :], other=0.0)
             x = tl.load(x_ptr + start + k, mask=inside, other=0.0)
-            scale = tl.load(x_scale_ptr + group, mask=inside, other=0.0)
-            scale *= tl.load(w_scale_at + group, mask=inside, other=0.0)
-        acc += w.to(tl.float32) * (x.to(tl.float32) * scale)[None, :]
+            scale = tl.load(x_scale_ptr + group, mask=known, other=0.0)
+            scale *= tl.load(w_scale_at + group, mask=known, other=0.0)
+        acc += w.to(tl.float32) * scaled_row(x.to(tl.float32), scale, BLOCK_K)[None, :]
         w_at += BLOCK_K
     n = first + tl.arange(0, BLOCK_N)
     tl.store(out_ptr + n, tl.sum(acc, axis=1).to(out_ptr.dtype.element_ty), mask=n < width)
@@ -81,6 +85,7 @@ def few_rows_fp8_linear_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N outputs of all rows, at most BLOCK_M; GROUPS groups of columns are multiplied at once, and added last."""
+    wait_for_kernel_ahead()
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     group, k = tl.arange(0, GROUPS), tl.arange(0, GROUP)

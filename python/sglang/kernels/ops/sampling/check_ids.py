@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import cdiv, triton_impl
+from sglang.kernels.launch import cdiv, early_start, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 
 # Why a row has no token although its logits are sound: the id that was chosen is none.
@@ -30,7 +30,9 @@ def check_ids_triton(chosen: Tensor, faults: Tensor, vocab_size: int) -> tuple[T
 
     ids, checked = torch.empty_like(chosen), torch.empty_like(faults)
     if rows := chosen.numel():
-        check_ids_kernel[(cdiv(rows, BLOCK),)](chosen, faults, ids, checked, rows, vocab_size, BLOCK=BLOCK, num_warps=4)
+        check_ids_kernel[(cdiv(rows, BLOCK),)](
+            chosen, faults, ids, checked, rows, vocab_size, BLOCK=BLOCK, num_warps=4, **early_start()
+        )
     return ids, checked
 
 

@@ -3,11 +3,14 @@
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch_triton import wait_for_kernel_ahead
+
 TOKEN_ID_FAULT = tl.constexpr(3)  # what ``check_ids.py`` calls so
 
 
 @triton.jit(do_not_specialize=["rows"])
 def check_ids_kernel(chosen_ptr, faults_ptr, ids_ptr, checked_ptr, rows, vocab, BLOCK: tl.constexpr):
+    wait_for_kernel_ahead()
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     chosen = tl.load(chosen_ptr + row, mask=inside, other=0)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, next_power_of_2, triton_impl
+from sglang.kernels.launch import FLOATS, aiter_impl, cdiv, early_start, next_power_of_2, triton_impl
 from sglang.kernels.spec import Case, Impl, Op
 from sglang.srt.platforms import current_platform
 
@@ -72,10 +72,12 @@ def greedy_triton(logits: Tensor) -> tuple[Tensor, Tensor]:
     keys = None if chunks == 1 else torch.empty(rows, chunks, dtype=torch.int64, device=logits.device)
     greedy_kernel[(rows * chunks,)](
         logits, keys, ids, faults, vocab, logits.stride(0), logits.stride(1), chunks,
-        IS_LAST=chunks == 1, BLOCK=block, num_warps=4,
+        IS_LAST=chunks == 1, BLOCK=block, num_warps=4, **early_start(),
     )  # fmt: skip
     if keys is not None:
-        greedy_merge_kernel[(rows,)](keys, ids, faults, chunks, BLOCK=next_power_of_2(chunks), num_warps=1)
+        greedy_merge_kernel[(rows,)](
+            keys, ids, faults, chunks, BLOCK=next_power_of_2(chunks), num_warps=1, **early_start()
+        )
     return ids, faults
 
 

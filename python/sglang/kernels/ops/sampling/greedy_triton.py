@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from sglang.kernels.launch_triton import wait_for_kernel_ahead
+
 LOWEST_KEY = tl.constexpr(-0x8000000000000000)
 LOGITS_FAULT = tl.constexpr(1)  # what ``greedy.py`` calls so
 
@@ -40,6 +42,7 @@ def greedy_kernel(
     IS_LAST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One chunk of one row: its best key, or the row's answer when IS_LAST."""
+    wait_for_kernel_ahead()
     row, chunk = (tl.program_id(0) // chunks).to(tl.int64), tl.program_id(0) % chunks
     cols = chunk * BLOCK + tl.arange(0, BLOCK)
     inside = cols < vocab
@@ -54,6 +57,7 @@ def greedy_kernel(
 @triton.jit(do_not_specialize=["chunks"])
 def greedy_merge_kernel(keys_ptr, ids_ptr, faults_ptr, chunks, BLOCK: tl.constexpr):
     """The answer of a row by the best of its chunks' keys."""
+    wait_for_kernel_ahead()
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     keys = tl.load(keys_ptr + row * chunks + lane, mask=lane < chunks, other=LOWEST_KEY)

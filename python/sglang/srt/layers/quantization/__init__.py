@@ -14,10 +14,20 @@ from sglang.srt.configs.quantization import FP8_BLOCKS, MXFP4, QuantConfig
 from sglang.srt.distributed.parallel_state import ProcessGroupHandle
 from sglang.srt.layers.quantization.fp8 import Fp8Method
 from sglang.srt.layers.quantization.mxfp4 import Mxfp4Method
-from sglang.srt.layers.quantization.unquant import Place, Rows, UnquantizedMethod, WeightMethod, plain_rows
+from sglang.srt.layers.quantization.unquant import (
+    Place,
+    ProjectedRows,
+    Rows,
+    UnquantizedMethod,
+    WeightMethod,
+    plain_rows,
+)
 from sglang.srt.layers.weights import ShardedMatrix
 
-__all__ = ["Place", "Rows", "WeightMethod", "experts_method", "linear_method", "plain_rows", "warn_of_splits"]
+__all__ = [
+    "Place", "ProjectedRows", "Rows", "WeightMethod", "experts_method", "linear_method", "plain_rows",
+    "warn_of_splits",
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

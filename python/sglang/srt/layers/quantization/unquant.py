@@ -26,6 +26,13 @@ from sglang.srt.layers.weights import (
 Rows: TypeAlias = torch.Tensor | QuantizedRows
 
 
+class ProjectedRows(NamedTuple):
+    """Rows [N, D] as they are, and multiplied by the matrix that comes next: product [N, R]."""
+
+    rows: torch.Tensor
+    product: torch.Tensor
+
+
 def plain_rows(x: Rows) -> torch.Tensor:
     """The rows as they were before they were quantised."""
     if not isinstance(x, QuantizedRows):

@@ -21,7 +21,7 @@ from sglang.srt.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
 )
-from sglang.srt.layers.quantization import Rows, plain_rows
+from sglang.srt.layers.quantization import ProjectedRows, Rows, plain_rows
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.layers.rotary_embedding import RotaryEmbedding
 from sglang.srt.layers.weights import join_rows
@@ -76,6 +76,7 @@ class DeepseekV2AttentionMLA(nn.Module):
                 config.q_lora_rank, q_width, quant_config=quant_config, prefix=f"{prefix}.q_b_proj"
             )
             self.q_a_layernorm.quantize_for(self.q_b_proj)
+            self.q_a_layernorm.project_for(self.q_b_proj)
         self.kv_a_layernorm = RMSNorm(self.rank, _INNER_NORM_EPS)
         # Always plain, because the absorbed form multiplies by its two halves separately.
         self.kv_b_proj = ColumnParallelLinear(
@@ -97,6 +98,13 @@ class DeepseekV2AttentionMLA(nn.Module):
         """As a linear layer's."""
         return (self.q_proj if self.q_lora_rank is None else self.fused_qkv_a_proj_with_mqa).row_dtype
 
+    @property
+    def matrix(self) -> torch.Tensor | None:
+        """As a linear layer's; None where two products begin."""
+        if self._q_and_kv_a is not None:
+            return self._q_and_kv_a
+        return None if self.q_lora_rank is None else self.fused_qkv_a_proj_with_mqa.matrix
+
     def split_kv_b(self) -> None:
         """Name the two halves of kv_b_proj: w_kc [H, nope, R] and w_vc [H, R, v], views of the loaded weight."""
         if self._q_and_kv_a is not None and self._q_and_kv_a.data_ptr() != self.q_proj.weight.data_ptr():
@@ -105,7 +113,9 @@ class DeepseekV2AttentionMLA(nn.Module):
         self.w_kc = per_head[:, : self.nope]
         self.w_vc = per_head[:, self.nope :].transpose(1, 2)
 
-    def forward(self, hidden: Rows, positions: torch.Tensor, forward_batch: ForwardBatch) -> torch.Tensor:
+    def forward(
+        self, hidden: Rows | ProjectedRows, positions: torch.Tensor, forward_batch: ForwardBatch
+    ) -> torch.Tensor:
         """hidden [N, H], positions [N] -> [N, H]; each request uses the form that is cheaper for its length."""
         backend = backend_of(forward_batch, MlaBackend)
         q, kv_a = self._project(hidden)
@@ -124,11 +134,15 @@ class DeepseekV2AttentionMLA(nn.Module):
             out = _placed(out, rest.rows, self.expanded(_rows(q, rest.rows), forward_batch, rest))
         return self.o_proj(out)
 
-    def _project(self, hidden: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+    def _project(self, hidden: Rows | ProjectedRows) -> tuple[torch.Tensor, torch.Tensor]:
         """Queries [N, heads, nope + rope] and latents next to key parts [N, R + rope], neither normed nor rotated."""
         if self._q_and_kv_a is not None:
             widths = (self.num_heads * (self.nope + self.rope), self.rank + self.rope)
-            q, kv_a = F.linear(plain_rows(hidden), self._q_and_kv_a)[:, : sum(widths)].split(widths, dim=-1)
+            if isinstance(hidden, ProjectedRows):
+                made = hidden.product
+            else:
+                made = F.linear(plain_rows(hidden), self._q_and_kv_a)
+            q, kv_a = made[:, : sum(widths)].split(widths, dim=-1)
         elif self.q_lora_rank is None:
             q, kv_a = self.q_proj(hidden), self.kv_a_proj_with_mqa(hidden)
         else:
