@@ -1,7 +1,9 @@
 """Which of several failed or silent processes the launcher names, and how a child follows its parent."""
 
+import fcntl
 import json
 import os
+import resource
 import signal
 import subprocess
 import tempfile
@@ -85,6 +87,18 @@ class TestCheckAlive(CustomTestCase):
         os.write(self.reports[0], b'fo": {"size": 3}}\n{"status": "asked", "signal": 15}\n')
         self.assertEqual(process_launch._wait_ready(self.engine.processes[0], self.engine), {"size": 3})
         self.assertTrue(self.engine.is_asked_to_end())
+
+    def test_descriptors_may_have_numbers_of_any_size(self):
+        """As in a program that has a thousand files open and makes an Engine."""
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(limits[0], 1200), limits[1]))
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        child = self.engine.processes[0]
+        child.ready_fd = fcntl.fcntl(child.ready_fd, fcntl.F_DUPFD, 1100)
+        self.addCleanup(os.close, child.ready_fd)
+        os.write(self.reports[0], b'{"status": "ready", "info": {"size": 3}}\n')
+        self.assertEqual(process_launch._wait_ready(child, self.engine), {"size": 3})
+        self.assertIsNone(self.engine.check_alive())
 
     def test_at_start_the_one_that_was_lost_is_named_though_it_ends_late(self):
         witness, lost = self.engine.processes

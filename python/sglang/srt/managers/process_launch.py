@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from multiprocessing.connection import wait as wait_for_data  # of descriptors of any number, unlike select.select
 from typing import Any
 
 import msgspec
@@ -90,8 +90,7 @@ class ChildProcess:
 
     def _read_reports(self) -> None:
         """Take in the reports since the last call."""
-        readable, _, _ = select.select([self.ready_fd], [], [], 0)
-        self._unread += os.read(self.ready_fd, 1 << 16) if readable else b""
+        self._unread += os.read(self.ready_fd, 1 << 16) if wait_for_data([self.ready_fd], 0) else b""
         *lines, self._unread = self._unread.split(b"\n")
         for report in map(json.loads, lines):
             if report["status"] == "asked":
@@ -283,7 +282,7 @@ def _wait_ready(child: ChildProcess, engine: EngineProcesses) -> dict[str, Any]:
     """The info that ``child`` reports when ready; raises LaunchError if it or a sibling fails first."""
     started = last_logged = time.monotonic()
     while True:
-        select.select([child.ready_fd], [], [], 0.2)
+        wait_for_data([child.ready_fd], 0.2)
         for one in engine.processes:
             _check_failure(one)
         if child.ready_info is not None and child.exit_report is None:
