@@ -75,7 +75,7 @@ class TestOverFakes(CustomTestCase):
             ("dsv3", {}),
             ("dsv3", {"page_size": 16}),
             ("dsv3", {"chunked_prefill_size": 16, "disable_radix_cache": True}),
-            ("dsv3", {"enable_mixed_chunk": True, "chunked_prefill_size": 16}),
+            ("dsv3", {"enable_mixed_chunk": True, "chunked_prefill_size": 16, "overlap": True}),
             ("q35moe-ns", {}),
             ("q35moe-ns", {"chunked_prefill_size": 16}),
             ("deepseek-v4-tiny", {"dtype": "float32", "max_total_tokens": 4096}),
