@@ -146,13 +146,11 @@ def human_int(word: str) -> int:
 
 
 def field_specs(cls: Any) -> tuple[FieldSpec, ...]:
-    """The flags of a dataclass whose fields are ``flag(...)``, or ``Annotated[type, Arg(...)]``, as declared."""
-    hints = typing.get_type_hints(cls, include_extras=True)
+    """The flags of a dataclass whose fields are ``flag(...)``, as declared."""
+    hints = typing.get_type_hints(cls)
     specs = []
     for one in fields(cls):
-        base, arg = hints[one.name], one.metadata.get("arg")
-        if arg is None:
-            base, arg = base.__origin__, base.__metadata__[0]
+        base, arg = hints[one.name], one.metadata["arg"]
         optional = isinstance(base, types.UnionType) and type(None) in typing.get_args(base)
         if optional:
             base = next(member for member in typing.get_args(base) if member is not type(None))
