@@ -65,7 +65,7 @@ class TestInterpreter(CustomTestCase):
         command = [sys.executable, __file__, "TestInterpretedBodies"]
         result = subprocess.run(command, env=env, capture_output=True, text=True)
         self.assertEqual(result.returncode, 0, result.stdout + result.stderr)
-        self.assertIn("Ran 3 tests", result.stderr)
+        self.assertIn("Ran 4 tests", result.stderr)
         self.assertNotIn("skipped", result.stderr)
 
 
@@ -107,6 +107,35 @@ class TestInterpretedBodies(CustomTestCase):
         for rows, splits in ((16, 1), (16, 2), (32, 5)):
             tile = Tile(rows, 16, 4, 1)
             close(launch_extend(q, latent, latent, slots, *bounds, 0.2, shape, tile=tile, splits=splits)[0], wanted)
+
+    def test_a_part_of_nan_is_a_part_and_not_nothing(self):
+        """The first key of one request is NaN: so is all of it, also where others read its other keys."""
+        generator = torch.Generator().manual_seed(0)
+        q_lens, kv_lens = [3, 1, 20], [40, 70, 20]
+        bounds = [extend_ragged.indptr(lens) for lens in (q_lens, kv_lens)]
+        slots, table = torch.arange(sum(kv_lens)), table_of(kv_lens, 90, sum(kv_lens) + 2, generator)
+        q = torch.randn(sum(q_lens), 6, 40, generator=generator)
+        latent = torch.randn(sum(kv_lens) + 2, 1, 40, generator=generator)
+        shape, tile = RowShape.of(40, 32, value_is_key=True), Tile(16, 16, 4, 1)
+        broken, of_decode = latent.clone(), latent.clone()
+        broken[kv_lens[0], 0, 39] = of_decode[table[0][2, 0], 0, 39] = torch.nan
+        wanted = extend_attention.extend_attention_torch(q, latent, None, slots, *bounds, 0.2, 32)
+        wanted[q_lens[0]] = torch.nan
+        decoded = decode_attention.decode_attention_torch(q[:3], latent, None, *table, 0.2, 32)
+        decoded[1] = torch.nan
+        for splits in (1, 2, 5):
+            close(launch_extend(q, broken, broken, slots, *bounds, 0.2, shape, tile=tile, splits=splits)[0], wanted)
+            close(launch_decode(q[:3], of_decode, of_decode, *table, 0.2, shape, tile, splits), decoded)
+        _, lse = launch_extend(q, broken, broken, slots, *bounds, 0.2, shape, with_lse=True, tile=tile)
+        self.assertEqual(lse.isnan().any(1).nonzero().flatten().tolist(), [q_lens[0]])
+        state = torch.randn(2, 3, 8, generator=generator), torch.tensor([[0.0, 1, -math.inf], [math.nan, math.nan, 2]])
+        other = torch.randn(2, 3, 8, generator=generator), torch.tensor([[1.0, math.nan, math.nan], [0, -math.inf, 3]])
+        for found, of_reference in zip(
+            triton_of(attention_state.merge_states).fn(*state, *other),
+            attention_state.merge_states_torch(*state, *other),
+            strict=True,
+        ):
+            close(found, of_reference)
 
     def test_merged_parts_are_the_whole(self):
         generator = torch.Generator().manual_seed(0)

@@ -20,7 +20,7 @@ def merge_states_kernel(
     weight_a = tl.exp(lse_a - pivot)
     weight_b = tl.exp(lse_b - pivot)
     total = weight_a + weight_b
-    divisor = tl.where(total > 0.0, total, 1.0)
+    divisor = tl.where(total == 0.0, 1.0, total)
     columns = tl.arange(0, BLOCK_D)
     at = (row * num_heads + heads[:, None]) * DIM + columns[None, :]
     mask = inside[:, None] & (columns < DIM)[None, :]
@@ -28,5 +28,5 @@ def merge_states_kernel(
     out_b = tl.load(out_b_ptr + at, mask=mask, other=0.0).to(tl.float32)
     out = out_a * (weight_a / divisor)[:, None] + out_b * (weight_b / divisor)[:, None]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
-    lse = tl.where(total > 0.0, pivot + tl.log(total), float("-inf"))
+    lse = tl.where(total == 0.0, float("-inf"), pivot + tl.log(total))
     tl.store(lse_ptr + row * num_heads + heads, lse, mask=inside)

@@ -137,8 +137,9 @@ def extend_kernel(
     )  # fmt: skip
     out_row = ((q_first + token) * splits + split) * num_heads + heads
     if WRITE_LSE:
-        lse = tl.where(total > 0.0, maximum * scale + tl.log2(total) * LN2, float("-inf"))
+        # NaN is no part of weight 0: its lse is NaN.
+        lse = tl.where(total == 0.0, float("-inf"), maximum * scale + tl.log2(total) * LN2)
         tl.store(lse_ptr + out_row, lse, mask=live)
-    out = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    out = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     out_mask = live[:, None] & (values < VALUE)[None, :]
     tl.store(out_ptr + out_row[:, None] * VALUE + values[None, :], out.to(out_ptr.dtype.element_ty), mask=out_mask)

@@ -127,6 +127,10 @@ def _cases() -> Iterator[Case]:
         inputs = step_inputs(sum(seq_lens), len(seq_lens) + 3, shape, generator)
         name = "+".join(map(str, seq_lens)) + "-" + "x".join(map(str, shape))
         yield Case(name, (*inputs, slot_ids, *chunk_table(seq_lens), 1e-6))
+        if len(seq_lens) > 1 and shape == STEP_SHAPES[1]:
+            # The first gate of a sequence: all that follows of this head is NaN.
+            inputs[3][seq_lens[0], 1] = torch.nan
+            yield Case(f"{name}-nan-gate", (*inputs, slot_ids, *chunk_table(seq_lens), 1e-6))
     for name, nothing in (("no-sequence", []), ("no-token", [0])):
         inputs = step_inputs(0, 3, STEP_SHAPES[1], generator)
         slot_ids = torch.ones(len(nothing), dtype=torch.int64)

@@ -141,7 +141,7 @@ def solve_chunks_kernel(
     g = tl.where(live, decay_of(a, tl.load(A_log_ptr + head), tl.load(dt_bias_ptr + head)), 0.0)
     beta = tl.where(live, 1.0 / (1.0 + tl.exp(-b)), 0.0)
     # Sums in two parts, or strong decay early in a chunk blurs weak decay later: multiples of 1/16 add without error.
-    g = tl.maximum(g, -1000.0)
+    g = tl.where(g < -1000.0, -1000.0, g)
     coarse = tl.floor(g * 16.0) * 0.0625
     fine = g - coarse
     coarse_sum, fine_sum = tl.cumsum(coarse, 0), tl.cumsum(fine, 0)

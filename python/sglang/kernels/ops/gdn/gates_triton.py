@@ -6,9 +6,9 @@ import triton.language as tl
 
 @triton.jit
 def decay_of(a, A_log, dt_bias):
-    """``-exp(A_log) * softplus(a + dt_bias)`` in float32: the log of the decay, at most 0."""
+    """``-exp(A_log) * softplus(a + dt_bias)`` in float32: the log of the decay, at most 0; NaN of NaN."""
     x = a.to(tl.float32) + dt_bias.to(tl.float32)
-    grown = tl.exp(tl.minimum(x, 20.0))
+    grown = tl.exp(tl.where(x > 20.0, 20.0, x))
     # log(1 + y) loses small y in the sum; the quotient puts back what the rounding of 1 + y took.
     one_more = 1.0 + grown
     exact = one_more == 1.0

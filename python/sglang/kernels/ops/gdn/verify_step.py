@@ -166,6 +166,8 @@ def _cases() -> Iterator[Case]:
         lengths[slots[-1:]] = 1 << 40  # all of the tail, and no more
         name = f"{size}x{rows} " + "x".join(map(str, shape))
         yield Case(name, (*inputs, conv, ssm, tail_qkv, tail_gates, lengths, slots, 1e-6))
+    inputs[3][1, 0] = torch.nan
+    yield Case("nan-gate", (*inputs, conv, ssm, tail_qkv, tail_gates, lengths, slots, 1e-6))
 
 
 gdn_verify_step = Op(
