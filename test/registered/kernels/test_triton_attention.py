@@ -14,7 +14,7 @@ import torch
 
 import sglang.kernels.ops.attention.attention_state as attention_state
 import sglang.kernels.ops.attention.kv_cache as kv_cache
-from sglang.kernels.ops.attention import decode_attention, extend_attention, extend_ragged, launchers
+from sglang.kernels.ops.attention import decode_attention, extend_attention, extend_ragged, launchers, tiles
 from sglang.kernels.ops.attention.launchers import launch_decode, launch_extend
 from sglang.kernels.ops.attention.tiles import RowShape, Tile, split_count
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -156,6 +156,26 @@ class TestInterpretedBodies(CustomTestCase):
             part = extend(q, k[new_rows], v[new_rows], q_bounds, new_bounds, 0.3, True)
             other = extend(q, k[old_rows], v[old_rows], q_bounds, extend_ragged.indptr(prefix), 0.3, False)
             close(merge(*part, *other)[0], wanted)
+
+
+class TestTiles(CustomTestCase):
+    def test_the_tile_follows_architecture_queries_and_cache(self):
+        """Heads, queries per request, and types of query and cache: rows of the tile, and operands read at once."""
+        latent, wide = RowShape.of(576, 512, value_is_key=True), RowShape.of(256, 256)
+        exact, served, coarse = torch.float32, torch.bfloat16, torch.float8_e4m3fn
+        for arch, group, repeat, dtype, cache, rows, kpack in (
+            ("gfx942", 128, 1, served, served, 64, 2), ("gfx942", 128, 1, served, coarse, 32, 0),
+            ("gfx942", 16, 4, served, served, 32, 2), ("gfx942", 16, 3, served, coarse, 16, 0),
+            ("gfx950", 64, 1, served, coarse, 64, 0), ("gfx950", 64, 2, served, coarse, 32, 0),
+            ("gfx950", 64, 1, exact, coarse, 16, 0), ("sm_90", 64, 2, served, coarse, 64, 0),
+        ):  # fmt: skip
+            with self.subTest(arch=arch, group=group, cache=cache), mock.patch.object(tiles, "current_platform") as on:
+                on.arch = arch
+                tile, heads_are_rows = tiles.decode_tile(latent, group, repeat, dtype, cache)
+                self.assertEqual((tile.rows, tile.kpack), (rows, kpack))
+                self.assertEqual(tile.options, {"kpack": kpack} if kpack else {})
+                self.assertEqual(heads_are_rows, dtype != exact and group * repeat >= 64)
+                self.assertEqual(tiles.extend_tile(wide, dtype, cache), tiles.extend_tile(wide, dtype, dtype))
 
 
 class TestReferences(CustomTestCase):

@@ -142,7 +142,7 @@ def launch_parts(
         return torch.empty(num_rows, heads, shape.value, dtype=q.dtype, device=q.device), None
     if num_rows != batch * repeat:
         raise ValueError(f"{num_rows} queries are not {repeat} of each of {batch} requests: some would not be written")
-    found, heads_are_rows = decode_tile(shape, group * repeat, q.dtype)
+    found, heads_are_rows = decode_tile(shape, group, repeat, q.dtype, k.dtype)
     tile = tile or found
     programs = kv_heads * cdiv(group * repeat, tile.rows)
     if splits is None:
@@ -202,7 +202,7 @@ def launch_extend(
     lse = torch.empty(num_rows, heads if with_lse else 0, dtype=torch.float32, device=q.device)
     if num_rows == 0 or batch == 0:
         return out, lse
-    tile = tile or extend_tile(shape, q.dtype)
+    tile = tile or extend_tile(shape, q.dtype, k.dtype)
     tiles = num_rows * group // tile.rows + batch
     if splits is None:
         tokens = k.shape[0] if slot_ids is None else slot_ids.shape[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,7 +14,9 @@ from sglang.srt.platforms import current_platform
 class Tile:
     """rows: query rows of a program (heads of one token in decode); block_n: tokens of a step of its loop.
 
-    residents: programs that share a multiprocessor, for which few requests are split.
+    residents: programs that share a multiprocessor, for which few requests are split. kpack: how many operands of a
+    product a lane of CDNA3 reads at once, 0 elsewhere. repeat_rows: rows of a program where a request has several
+    queries, whose masks take registers; 0: as many.
     """
 
     rows: int
@@ -22,6 +24,13 @@ class Tile:
     num_warps: int
     num_stages: int
     residents: int = 1
+    kpack: int = 0
+    repeat_rows: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What else a launch gives the compiler of its architecture."""
+        return {"kpack": self.kpack} if self.kpack else {}
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,9 @@ MANY_HEADS = 64
 # (architecture prefix, kind of row, bytes of an element) -> tile. "" is any architecture: small tiles that fit 64 KiB
 # of shared memory. sm_90 in 2 bytes: best over the shapes of attention_anchors.json on one H100 80GB, triton 3.6.0,
 # 2026-11-22, except extend over latent rows, which was not timed; benchmark/kernels/tune_attention.py finds them
-# again. gfx: compiled without a spill, never timed.
+# again. gfx: never timed; of those that compile without a spill (triton 3.6.0 and 3.9.0, 2026-11-30) the one whose
+# instructions per query and token take the fewest cycles, where a second wave on a SIMD hides half of them. Rows for 1
+# byte are for 16-bit queries over an 8-bit cache, which takes registers for both; without one that for 2 serves.
 DECODE_TILES: dict[tuple[str, str, int], Tile] = {
     ("", "latent", 2): Tile(16, 32, 4, 2),
     ("", "wide", 2): Tile(16, 32, 4, 2),
@@ -89,12 +100,18 @@ DECODE_TILES: dict[tuple[str, str, int], Tile] = {
     ("", "latent", 4): Tile(16, 16, 8, 1),
     ("", "wide", 4): Tile(16, 16, 8, 1),
     ("", "narrow", 4): Tile(16, 32, 4, 1),
+    # A second stage takes half of the 64 KiB and leaves one wave to a SIMD.
+    ("gfx942", "wide", 2): Tile(16, 32, 4, 1, residents=3),
+    ("gfx942", "narrow", 2): Tile(16, 64, 4, 1, residents=3),
     ("sm_90", "latent", 2): Tile(16, 64, 4, 3),
     ("sm_90", "wide", 2): Tile(16, 32, 4, 3, residents=2),
     ("sm_90", "narrow", 2): Tile(16, 64, 4, 3, residents=2),
 }
 MANY_HEADS_TILES: dict[tuple[str, str, int], Tile] = {
     ("", "latent", 2): Tile(32, 32, 4, 2),
+    ("gfx942", "latent", 2): Tile(64, 16, 8, 1, kpack=2, repeat_rows=32),
+    ("gfx942", "latent", 1): Tile(32, 16, 8, 1),
+    ("gfx950", "latent", 2): Tile(64, 16, 8, 1, repeat_rows=32),
     ("sm_90", "latent", 2): Tile(64, 64, 8, 3),
 }
 EXTEND_TILES: dict[tuple[str, str, int], Tile] = {
@@ -104,11 +121,12 @@ EXTEND_TILES: dict[tuple[str, str, int], Tile] = {
     ("", "latent", 4): Tile(16, 16, 4, 1),
     ("", "wide", 4): Tile(32, 16, 8, 1),
     ("", "narrow", 4): Tile(32, 32, 8, 1),
-    ("gfx942", "latent", 2): Tile(32, 16, 4, 1),
-    ("gfx942", "wide", 2): Tile(64, 32, 4, 1),
+    ("gfx942", "latent", 2): Tile(64, 16, 8, 1, kpack=2),
+    ("gfx942", "latent", 1): Tile(32, 16, 4, 1),
     ("gfx942", "narrow", 2): Tile(128, 32, 8, 1),
+    ("gfx950", "latent", 2): Tile(32, 16, 8, 1),
     # With 32 tokens per step, rows read from an 8-bit cache spill.
-    ("gfx950", "wide", 2): Tile(128, 16, 8, 1),
+    ("gfx9", "wide", 2): Tile(128, 16, 8, 1),
     ("sm_90", "latent", 2): Tile(64, 32, 8, 2),
     ("sm_90", "wide", 2): Tile(128, 64, 8, 3),
     ("sm_90", "narrow", 2): Tile(128, 64, 8, 3),
@@ -122,30 +140,35 @@ MAX_SPLITS = 128
 MAX_PARTS_BYTES = 256 << 20
 
 
-def _find(table: dict[tuple[str, str, int], Tile], kind: str, itemsize: int) -> Tile | None:
+def _find(
+    table: dict[tuple[str, str, int], Tile], kind: str, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> Tile | None:
+    """The row of the longest prefix, those for 8-bit caches before others where they apply."""
     arch = current_platform.arch
-    best = None
-    for (prefix, of_kind, of_size), tile in table.items():
-        if (of_kind, of_size) == (kind, itemsize) and arch.startswith(prefix):
-            if best is None or len(prefix) > len(best[0]):
-                best = (prefix, tile)
-    return None if best is None else best[1]
+    sizes = (cache_dtype.itemsize, 2) if dtype.itemsize == 2 else (dtype.itemsize,)
+    for size in sizes:
+        prefixes = [p for p, of_kind, of_size in table if (of_kind, of_size) == (kind, size) and arch.startswith(p)]
+        if prefixes:
+            return table[max(prefixes, key=len), kind, size]
+    return None
 
 
-def decode_tile(shape: RowShape, group: int, dtype: torch.dtype) -> tuple[Tile, bool]:
-    """Tile for ``group`` query heads a key head, and whether heads are the rows of its products."""
-    if group >= MANY_HEADS:
-        tile = _find(MANY_HEADS_TILES, shape.kind, dtype.itemsize)
+def decode_tile(
+    shape: RowShape, group: int, repeat: int, dtype: torch.dtype, cache_dtype: torch.dtype
+) -> tuple[Tile, bool]:
+    """Tile for ``group`` heads a key head and ``repeat`` queries a request; whether its products' rows are heads."""
+    if group * repeat >= MANY_HEADS:
+        tile = _find(MANY_HEADS_TILES, shape.kind, dtype, cache_dtype)
         if tile is not None:
-            return tile, True
-    tile = _find(DECODE_TILES, shape.kind, dtype.itemsize)
+            return replace(tile, rows=tile.repeat_rows) if repeat > 1 and tile.repeat_rows else tile, True
+    tile = _find(DECODE_TILES, shape.kind, dtype, cache_dtype)
     assert tile is not None, f"no decode tile for {shape.kind} rows of {dtype}"
     return tile, False
 
 
-def extend_tile(shape: RowShape, dtype: torch.dtype) -> Tile:
+def extend_tile(shape: RowShape, dtype: torch.dtype, cache_dtype: torch.dtype) -> Tile:
     """Tile of a packed step."""
-    tile = _find(EXTEND_TILES, shape.kind, dtype.itemsize)
+    tile = _find(EXTEND_TILES, shape.kind, dtype, cache_dtype)
     assert tile is not None, f"no extend tile for {shape.kind} rows of {dtype}"
     return tile
 

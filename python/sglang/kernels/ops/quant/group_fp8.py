@@ -18,14 +18,25 @@ GROUP = 128
 LIBRARY_MIN_ROWS = 16
 LIBRARY_ROWS = 16
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e4m3fnuz)
-# Rows up to which a tile serves, and the tile; gfx takes the same, never timed. benchmark/kernels/tune_linear.py over
-# V3's projections on one H100 80GB, triton 3.6.0, 2026-11-22.
-LINEAR_TILES = (
+# By architecture ("": any other) rows up to which a tile serves, and the tile. benchmark/kernels/tune_linear.py over
+# V3's projections on one H100 80GB, triton 3.6.0, 2026-11-22; gfx takes the same, never timed, but on gfx942 two
+# programs of 64 rows share the 64 KiB, so that one multiplies while the other scales.
+_UP_TO_32 = (
     (16, {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 5}),
     (32, {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 5}),
-    (128, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 4}),
-    (None, {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 16, "num_warps": 4, "num_stages": 3}),
 )
+LINEAR_TILES: dict[str, tuple[tuple[int | None, dict[str, int]], ...]] = {
+    "": (
+        *_UP_TO_32,
+        (128, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 4}),
+        (None, {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 16, "num_warps": 4, "num_stages": 3}),
+    ),
+    "gfx942": (
+        *_UP_TO_32,
+        (128, {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 1, "num_warps": 4, "num_stages": 3}),
+        (None, {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 128, "GROUP_M": 16, "num_warps": 4, "num_stages": 2}),
+    ),
+}
 # One row: bytes alone count, so no matrix unit. benchmark/kernels/tune_linear.py over V3's projections on one H200,
 # triton 3.6.0, 2026-11-30: 7.6 to 67 us where the tiles above take 21.6 to 84; gfx takes the same, never timed.
 ONE_ROW_TILE = {"BLOCK_N": 2, "BLOCK_K": 1024, "num_warps": 2}
@@ -147,7 +158,8 @@ def linear_tile(rows: int, width: int, k_dim: int, arch: str, dense_scale: bool 
         return ONE_ROW_TILE
     if rows <= FEW_ROWS.get(arch, 0) and dense_scale:
         return next(tile for least, most, tile in FEW_ROWS_TILES if k_dim >= least and (most is None or width <= most))
-    return next(tile for limit, tile in LINEAR_TILES if limit is None or rows <= limit)
+    tiles = LINEAR_TILES.get(arch, LINEAR_TILES[""])
+    return next(tile for limit, tile in tiles if limit is None or rows <= limit)
 
 
 def block_product(
