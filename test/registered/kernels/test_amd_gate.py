@@ -21,7 +21,7 @@ from sglang.kernels.spec import Case, Impl, Op
 from sglang.test.amd_gate.driver import LDS_BYTES, Launch, compile_only
 from sglang.test.amd_gate.expectations import EXPECTED, MFMA_BF16, expected_instructions
 from sglang.test.amd_gate.gate import ARCHS, Recorded, RowCollector, check, load_table, save_table, uncovered_ops
-from sglang.test.amd_gate.resources import Resources, drift, occupancy, read_resources, violations
+from sglang.test.amd_gate.resources import Resources, drift, occupancy, read_resources, unfit, violations
 from sglang.test.amd_gate.shape_walk import WALKED_MODELS
 from sglang.test.amd_gate.walk import WalkStep, describe_error
 from sglang.test.ci.ci_register import register_cpu_ci
@@ -260,6 +260,14 @@ class TestTheTree(CustomTestCase):
         for version, older in others:
             for arch in ARCHS:
                 self.assertEqual(older[arch].keys() ^ rows[arch].keys(), set(), f"{version} and {newest}, {arch}")
+
+    def test_no_recorded_row_is_unfit(self) -> None:
+        """Neither version spills; a row whose code had any problem has no digest."""
+        for version, archs in load_table().items():
+            for arch, rows in archs.items():
+                bad = {key: unfit(row.resources, arch) for key, row in rows.items()}
+                self.assertEqual({key: why for key, why in bad.items() if why}, {}, f"{version}, {arch}")
+                self.assertEqual([key for key, row in rows.items() if not row.digest], [], f"{version}, {arch}")
 
     def test_products_are_expected_on_the_matrix_unit(self):
         self.assertIn(MFMA_BF16, expected_instructions("many_tokens_kernel", "moe.fused_experts v3 t8"))

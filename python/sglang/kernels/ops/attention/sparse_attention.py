@@ -145,7 +145,7 @@ def sparse_attention_triton(
         WINDOW_PAGE=of_window[0], WINDOW_WIDTH=of_window[1], WINDOW_SCALES=of_window[2],
         ENTRY_PAGE=per_page, ENTRY_WIDTH=of_entries[1], ENTRY_SCALES=of_entries[2],
         HAS_ENTRIES=entries is not None, CHOSEN=chosen is not None, WHOLE=splits == 1,
-        num_warps=tile.num_warps, num_stages=tile.num_stages,
+        num_warps=tile.num_warps, num_stages=tile.num_stages, **({"kpack": tile.kpack} if tile.kpack else {}),
     )  # fmt: skip
     return merge_parts(parts, lse, out.dtype) if splits > 1 else out
 

@@ -28,12 +28,13 @@ class Range:
 
 @dataclass(frozen=True)
 class SparseTile:
-    """heads: of a program, all of one row; block_n: rows that it reads at once."""
+    """heads: of a program, all of one row; block_n: rows that it reads at once; kpack: as ``tiles.Tile`` has it."""
 
     heads: int
     block_n: int
     num_warps: int
     num_stages: int
+    kpack: int = 0
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,13 @@ def wants_split(arch: str, q: int, heads: int, k: int) -> bool | None:
 
 # (architecture prefix, bytes of a query's element) -> tiles, most heads first; a program takes the first that is no
 # larger than the heads there are, else the last. "" is any architecture: within 64 KiB of shared memory. gfx: compiled
-# without a spill, never timed. sm_90: 64 and 128 heads of 640 rows, 1 to 4096 queries, on one H200, triton 3.6.0,
+# without a spill (triton 3.6.0 and 3.9.0), never timed; on gfx942 reading one operand at a time takes 16 registers for
+# addresses, which spill. sm_90: 64 and 128 heads of 640 rows, 1 to 4096 queries, on one H200, triton 3.6.0,
 # 2026-11-29, benchmark/kernels/bench_sparse_attention.py --tune; its tile of 32 heads was not timed.
 TILES: dict[tuple[str, int], tuple[SparseTile, ...]] = {
     ("", 2): (SparseTile(64, 16, 8, 1), SparseTile(32, 16, 4, 1), SparseTile(16, 32, 4, 1)),
     ("", 4): (SparseTile(16, 16, 4, 1),),
+    ("gfx942", 2): (SparseTile(64, 16, 8, 1, kpack=2), SparseTile(32, 16, 4, 1), SparseTile(16, 32, 4, 1)),
     ("sm_90", 2): (SparseTile(64, 64, 8, 1), SparseTile(32, 32, 4, 2), SparseTile(16, 64, 8, 1)),
 }
 # Of 8-bit rows, shapes that two passes serve best: logits of blocks of rows with their weights, then sums of values.

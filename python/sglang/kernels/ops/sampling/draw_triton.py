@@ -238,7 +238,7 @@ def _from(
     else:
         w = weights
         if COUNT_THEM:
-            w = weights * 0.0 + 1.0
+            w = tl.full(found.shape, 1.0, tl.float32)
         part_1 = tl.where(found >= cut_1, w, 0.0)
         part_2 = tl.where(found >= cut_2, w, 0.0)
         part_3 = tl.where(found >= cut_3, w, 0.0)
