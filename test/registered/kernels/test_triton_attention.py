@@ -159,22 +159,21 @@ class TestInterpretedBodies(CustomTestCase):
 
 
 class TestTiles(CustomTestCase):
-    def test_the_tile_follows_architecture_queries_and_cache(self):
-        """Heads, queries per request, and types of query and cache: rows of the tile, and operands read at once."""
+    def test_the_tile_follows_architecture_and_cache(self):
+        """Types of query and cache: rows and warps of the extend tile over latent rows, rows of the decode tile."""
         latent, wide = RowShape.of(576, 512, value_is_key=True), RowShape.of(256, 256)
         exact, served, coarse = torch.float32, torch.bfloat16, torch.float8_e4m3fn
-        for arch, group, repeat, dtype, cache, rows, kpack in (
-            ("gfx942", 128, 1, served, served, 64, 2), ("gfx942", 128, 1, served, coarse, 32, 0),
-            ("gfx942", 16, 4, served, served, 32, 2), ("gfx942", 16, 3, served, coarse, 16, 0),
-            ("gfx950", 64, 1, served, coarse, 64, 0), ("gfx950", 64, 2, served, coarse, 32, 0),
-            ("gfx950", 64, 1, exact, coarse, 16, 0), ("sm_90", 64, 2, served, coarse, 64, 0),
+        for arch, dtype, cache, extend, decode in (
+            ("gfx942", served, served, (32, 8), 32), ("gfx942", served, coarse, (32, 4), 32),
+            ("gfx950", served, coarse, (32, 8), 32), ("gfx942", exact, coarse, (16, 4), 16),
+            ("sm_90", served, coarse, (64, 8), 64), ("sm_90", served, served, (64, 8), 64),
         ):  # fmt: skip
-            with self.subTest(arch=arch, group=group, cache=cache), mock.patch.object(tiles, "current_platform") as on:
+            with self.subTest(arch=arch, cache=cache), mock.patch.object(tiles, "current_platform") as on:
                 on.arch = arch
-                tile, heads_are_rows = tiles.decode_tile(latent, group, repeat, dtype, cache)
-                self.assertEqual((tile.rows, tile.kpack), (rows, kpack))
-                self.assertEqual(tile.options, {"kpack": kpack} if kpack else {})
-                self.assertEqual(heads_are_rows, dtype != exact and group * repeat >= 64)
+                tile = tiles.extend_tile(latent, dtype, cache)
+                self.assertEqual((tile.rows, tile.num_warps), extend)
+                tile, heads_are_rows = tiles.decode_tile(latent, 64, dtype, cache)
+                self.assertEqual((tile.rows, heads_are_rows), (decode, dtype != exact))
                 self.assertEqual(tiles.extend_tile(wide, dtype, cache), tiles.extend_tile(wide, dtype, dtype))
 
 

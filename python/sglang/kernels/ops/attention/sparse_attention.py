@@ -206,7 +206,7 @@ def _cases() -> Iterator[Case]:
     shapes = {
         "chosen": (6, 3, 12, 8, 5, 0.3), "all": (5, 2, 20, 7, None, -2.0), "wide": (3, 17, 96, 40, 70, 0.1),
         "one": (1, 1, 16, 1, 1, 0.0), "sink": (4, 2, 12, 8, 3, 60.0), "no-choice": (3, 2, 12, 4, 0, 0.0),
-        "empty": (0, 2, 12, 4, 3, 0.0),
+        "empty": (0, 2, 12, 4, 3, 0.0), "many-heads": (2, 70, 24, 18, 5, 0.2),
     }  # fmt: skip
     for name, (num_rows, heads, dim, num_window, num_chosen, sink) in shapes.items():
         q = torch.randn(num_rows, heads, dim, generator=generator)

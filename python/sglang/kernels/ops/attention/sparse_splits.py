@@ -28,7 +28,11 @@ class Range:
 
 @dataclass(frozen=True)
 class SparseTile:
-    """heads: of a program, all of one row; block_n: rows that it reads at once; kpack: as ``tiles.Tile`` has it."""
+    """heads: of a program, all of one row; block_n: rows that it reads at once.
+
+    kpack: how many operands of a product a lane of CDNA3 reads at once, 0 elsewhere. In latent attention of two
+    products, 2 gave wrong numbers in the emulator (triton 3.6.0, a tail of 16 columns); it runs these tiles right.
+    """
 
     heads: int
     block_n: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -14,9 +14,7 @@ from sglang.srt.platforms import current_platform
 class Tile:
     """rows: query rows of a program (heads of one token in decode); block_n: tokens of a step of its loop.
 
-    residents: programs that share a multiprocessor, for which few requests are split. kpack: how many operands of a
-    product a lane of CDNA3 reads at once, 0 elsewhere. repeat_rows: rows of a program where a request has several
-    queries, whose masks take registers; 0: as many.
+    residents: programs that share a multiprocessor, for which few requests are split.
     """
 
     rows: int
@@ -24,13 +22,6 @@ class Tile:
     num_warps: int
     num_stages: int
     residents: int = 1
-    kpack: int = 0
-    repeat_rows: int = 0
-
-    @property
-    def options(self) -> dict[str, int]:
-        """What else a launch gives the compiler of its architecture."""
-        return {"kpack": self.kpack} if self.kpack else {}
 
 
 @dataclass(frozen=True)
@@ -109,9 +100,7 @@ DECODE_TILES: dict[tuple[str, str, int], Tile] = {
 }
 MANY_HEADS_TILES: dict[tuple[str, str, int], Tile] = {
     ("", "latent", 2): Tile(32, 32, 4, 2),
-    ("gfx942", "latent", 2): Tile(64, 16, 8, 1, kpack=2, repeat_rows=32),
-    ("gfx942", "latent", 1): Tile(32, 16, 8, 1),
-    ("gfx950", "latent", 2): Tile(64, 16, 8, 1, repeat_rows=32),
+    ("gfx9", "latent", 2): Tile(32, 16, 8, 1),
     ("sm_90", "latent", 2): Tile(64, 64, 8, 3),
 }
 EXTEND_TILES: dict[tuple[str, str, int], Tile] = {
@@ -121,10 +110,9 @@ EXTEND_TILES: dict[tuple[str, str, int], Tile] = {
     ("", "latent", 4): Tile(16, 16, 4, 1),
     ("", "wide", 4): Tile(32, 16, 8, 1),
     ("", "narrow", 4): Tile(32, 32, 8, 1),
-    ("gfx942", "latent", 2): Tile(64, 16, 8, 1, kpack=2),
+    ("gfx9", "latent", 2): Tile(32, 16, 8, 1),
     ("gfx942", "latent", 1): Tile(32, 16, 4, 1),
     ("gfx942", "narrow", 2): Tile(128, 32, 8, 1),
-    ("gfx950", "latent", 2): Tile(32, 16, 8, 1),
     # With 32 tokens per step, rows read from an 8-bit cache spill.
     ("gfx9", "wide", 2): Tile(128, 16, 8, 1),
     ("sm_90", "latent", 2): Tile(64, 32, 8, 2),
@@ -153,14 +141,12 @@ def _find(
     return None
 
 
-def decode_tile(
-    shape: RowShape, group: int, repeat: int, dtype: torch.dtype, cache_dtype: torch.dtype
-) -> tuple[Tile, bool]:
-    """Tile for ``group`` heads a key head and ``repeat`` queries a request; whether its products' rows are heads."""
-    if group * repeat >= MANY_HEADS:
+def decode_tile(shape: RowShape, group: int, dtype: torch.dtype, cache_dtype: torch.dtype) -> tuple[Tile, bool]:
+    """Tile for ``group`` query heads a key head, and whether heads are the rows of its products."""
+    if group >= MANY_HEADS:
         tile = _find(MANY_HEADS_TILES, shape.kind, dtype, cache_dtype)
         if tile is not None:
-            return replace(tile, rows=tile.repeat_rows) if repeat > 1 and tile.repeat_rows else tile, True
+            return tile, True
     tile = _find(DECODE_TILES, shape.kind, dtype, cache_dtype)
     assert tile is not None, f"no decode tile for {shape.kind} rows of {dtype}"
     return tile, False
