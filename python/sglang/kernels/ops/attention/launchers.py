@@ -142,7 +142,7 @@ def launch_parts(
         return torch.empty(num_rows, heads, shape.value, dtype=q.dtype, device=q.device), None
     if num_rows != batch * repeat:
         raise ValueError(f"{num_rows} queries are not {repeat} of each of {batch} requests: some would not be written")
-    found, heads_are_rows = decode_tile(shape, group, repeat, q.dtype, k.dtype)
+    found, heads_are_rows = decode_tile(shape, group * repeat, q.dtype, k.dtype)
     tile = tile or found
     programs = kv_heads * cdiv(group * repeat, tile.rows)
     if splits is None:
