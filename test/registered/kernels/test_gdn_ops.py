@@ -350,14 +350,15 @@ class TestVerifyStep(CustomTestCase):
 
 
 class TestCases(CustomTestCase):
-    def test_every_case_runs_and_gives_finite_numbers(self):
+    def test_every_case_runs_and_gives_finite_numbers_of_finite_gates(self):
         for op in (gdn_decode_step, gdn_extend_step, gdn_verify_step):
             cases = list(op.cases())
             self.assertGreaterEqual(len(cases), 3, op.name)
             for case in cases:
                 result = op(*case.args)
                 for tensor in result if isinstance(result, tuple) else (result,):
-                    self.assertTrue(bool(tensor.isfinite().all()), f"{op.name} {case.name}")
+                    finite = bool(tensor.isfinite().all())
+                    self.assertEqual(finite, not case.name.endswith("nan-gate"), f"{op.name} {case.name}")
 
 
 if __name__ == "__main__":

@@ -105,8 +105,9 @@ def _cases() -> Iterator[Case]:
         inputs = step_inputs(rows, rows + 3, shape, generator)
         yield Case(f"{rows}x" + "x".join(map(str, shape)), (*inputs, slot_ids, 1e-6))
     # The state of the last row and head is NaN from here on, and no other.
+    inputs = step_inputs(5, 8, STEP_SHAPES[1], generator)
     inputs[3][-1, -1] = torch.nan
-    yield Case("nan-gate", (*inputs, slot_ids, 1e-6))
+    yield Case("5-nan-gate", (*inputs, slot_ids, 1e-6))
     nobody = torch.empty(0, dtype=torch.int64)
     yield Case("empty", (*step_inputs(0, 2, STEP_SHAPES[0], generator), nobody, 1e-6))
 

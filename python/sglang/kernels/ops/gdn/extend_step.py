@@ -129,6 +129,7 @@ def _cases() -> Iterator[Case]:
         yield Case(name, (*inputs, slot_ids, *chunk_table(seq_lens), 1e-6))
         if len(seq_lens) > 1 and shape == STEP_SHAPES[1]:
             # The first gate of a sequence: all that follows of this head is NaN.
+            inputs = step_inputs(sum(seq_lens), len(seq_lens) + 3, shape, generator)
             inputs[3][seq_lens[0], 1] = torch.nan
             yield Case(f"{name}-nan-gate", (*inputs, slot_ids, *chunk_table(seq_lens), 1e-6))
     for name, nothing in (("no-sequence", []), ("no-token", [0])):

@@ -151,11 +151,12 @@ def gdn_verify_step_triton(
 
 def _cases() -> Iterator[Case]:
     generator = torch.Generator().manual_seed(0)
-    for size, rows, shape in (
-        (1, 2, STEP_SHAPES[0]),
-        (3, 4, STEP_SHAPES[1]),
-        (5, 3, STEP_SHAPES[2]),
-        (2, 2, STEP_SHAPES[3]),
+    for size, rows, shape, broken in (
+        (1, 2, STEP_SHAPES[0], False),
+        (3, 4, STEP_SHAPES[1], False),
+        (5, 3, STEP_SHAPES[2], False),
+        (2, 2, STEP_SHAPES[3], False),
+        (2, 2, STEP_SHAPES[3], True),
     ):
         *inputs, conv, ssm = step_inputs(size * rows, size + 3, shape, generator)
         old = step_inputs((size + 3) * rows, 1, shape, generator)
@@ -165,9 +166,10 @@ def _cases() -> Iterator[Case]:
         slots = torch.randperm(size + 2, generator=generator)[:size] + 1
         lengths[slots[-1:]] = 1 << 40  # all of the tail, and no more
         name = f"{size}x{rows} " + "x".join(map(str, shape))
+        if broken:
+            inputs[3][1, 0] = torch.nan
+            name += "-nan-gate"
         yield Case(name, (*inputs, conv, ssm, tail_qkv, tail_gates, lengths, slots, 1e-6))
-    inputs[3][1, 0] = torch.nan
-    yield Case("nan-gate", (*inputs, conv, ssm, tail_qkv, tail_gates, lengths, slots, 1e-6))
 
 
 gdn_verify_step = Op(
