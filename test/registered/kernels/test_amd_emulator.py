@@ -67,6 +67,27 @@ class TestFormats(CustomTestCase):
         with self.assertRaisesRegex(ValueError, "0xc1"):
             unpack_msgpack(b"\xc1")
 
+    def test_local_memory_operands(self):
+        """Address, data, offsets and size in bytes, parts, and where in the register the data begins."""
+        from sglang.test.amd_emulator.instructions import LDS_STORE, replaced
+
+        class DS:
+            """An instruction of this format, as tinygrad's decoder calls it."""
+
+        # acc, offset0 3, offset1 2, then the registers.
+        raw = (0x02000203 | 7 << 32 | 8 << 40 | 12 << 48).to_bytes(8, "little")
+        for name, wanted in (
+            ("B8_D16_HI", [7, 8, 12, 0x203, 0, 1, 1, 16]), ("B32", [7, 8, 12, 0x203, 0, 4, 1, 0]),
+            ("B64", [7, 8, 12, 0x203, 0, 8, 1, 0]), ("B96", [7, 8, 12, 0x203, 0, 12, 1, 0]),
+        ):  # fmt: skip
+            self.assertEqual(replaced(f"DS_WRITE_{name}", DS(), raw), (LDS_STORE, wanted), name)
+        for name, first, second, size in (
+            ("2_B32", 12, 8, 4), ("2_B64", 24, 16, 8), ("2ST64_B32", 768, 512, 4), ("2ST64_B64", 1536, 1024, 8),
+        ):  # fmt: skip
+            wanted = [7, 8, 12, first, second, size, 2, 0]
+            self.assertEqual(replaced(f"DS_WRITE{name}", DS(), raw), (LDS_STORE, wanted), name)
+        self.assertIsNone(replaced("DS_READ2ST64_B64", DS(), raw))
+
 
 def softmax(x_ptr, out_ptr, width, BLOCK: tl.constexpr):
     cols = tl.arange(0, BLOCK)
@@ -83,29 +104,60 @@ def convert(x_ptr, small_ptr, back_ptr, BLOCK: tl.constexpr):
     tl.store(back_ptr + at, small.to(back_ptr.dtype.element_ty))
 
 
+def turn(x_ptr, out_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    row, column = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    x = tl.load(x_ptr + row[:, None] * COLUMNS + column[None, :])
+    tl.store(out_ptr + column[:, None] * ROWS + row[None, :], tl.trans(x))
+
+
+def through_accumulation_registers(assembly):
+    """What local memory is written from and read to is in registers for accumulation, of numbers of their own."""
+
+    def moved(match):
+        kind, registers = match["kind"], re.findall(r"v(?:(\d+)|\[(\d+):(\d+)\])", match["operands"])
+        data = registers[1:] if kind == "write" else registers[:1]
+        names, moves = [], []
+        for place, (one, low, high) in enumerate(data):
+            first, last, base = int(one or low), int(one or high), 200 + 4 * place
+            names.append(f"a{base}" if one else f"a[{base}:{base + last - first}]")
+            order = (f"v_accvgpr_{kind}_b32 " + ("a{1}, v{0}" if kind == "write" else "v{0}, a{1}") + "\n").format
+            moves += [order(register, base + register - first) for register in range(first, last + 1)]
+        address = "v" + registers[0 if kind == "write" else 1][0]
+        operands = [address, *names] if kind == "write" else [*names, address]
+        changed = f"ds_{kind}{match['form']} {', '.join(operands)}{match['offsets']}\n"
+        return "".join([*moves, changed] if kind == "write" else [changed, *moves])
+
+    line = r"ds_(?P<kind>write|read)(?P<form>\S+) (?P<operands>v[^ ,\n]+(?:, v[^ ,\n]+)+)(?P<offsets>[^\n]*)\n"
+    return re.sub(line, moved, assembly)
+
+
 @unittest.skipUnless(CHECKOUT, "not run: SGLANG_EMULATOR_TINYGRAD names no checkout of tinygrad")
 class TestWithTinygrad(CustomTestCase):
     """Rows over four waves need their barriers, their waits for memory and each of their instructions."""
 
-    def error(self, arch, change=lambda assembly: assembly):
-        """The largest error of the kernel's code for ``arch``, whose assembly is changed before it becomes code."""
+    def run_changed(self, function, arch, change, grid, *args, **options):
+        """What the kernel's code for ``arch``, whose assembly is changed before it becomes code, executed."""
         from triton.backends.amd.compiler import HIPBackend
 
         from sglang.test.amd_emulator.driver import emulated
         from sglang.test.amd_emulator.emulator import use_tinygrad
 
         use_tinygrad(Path(CHECKOUT))
-        kernel = triton.jit(softmax)
+        kernel = triton.jit(function)
         KERNELS.append(kernel)
-        x, out = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 1000)
         real = HIPBackend.make_hsaco
         planted = staticmethod(lambda assembly, *others: real(change(assembly), *others))
-        changed = mock.patch.object(HIPBackend, "make_hsaco", planted)
         folder = self.enterContext(tempfile.TemporaryDirectory())
-        with knobs.cache.scope(), changed, emulated(arch) as driver:
+        with knobs.cache.scope(), mock.patch.object(HIPBackend, "make_hsaco", planted), emulated(arch) as driver:
             knobs.cache.dir = folder
-            kernel[(3,)](x, out, 1000, BLOCK=1024, num_warps=4)
-        self.assertGreater(driver.ran[0].run.instructions, 500)
+            kernel[grid](*args, **options)
+        return driver.ran[0].run
+
+    def error(self, arch, change=lambda assembly: assembly):
+        """The largest error of rows' softmax by code that is changed."""
+        x, out = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)), torch.zeros(3, 1000)
+        run = self.run_changed(softmax, arch, change, (3,), x, out, 1000, BLOCK=1024, num_warps=4)
+        self.assertGreater(run.instructions, 500)
         return float((out - x.softmax(-1)).abs().max())
 
     def test_right_code_is_right(self):
@@ -157,6 +209,48 @@ class TestWithTinygrad(CustomTestCase):
                 wanted = x.to(wide).to(dtype)
                 self.assertTrue(torch.equal(small.view(torch.uint8), wanted.view(torch.uint8)), (arch, wide))
                 self.assertTrue(torch.equal(back, wanted.to(wide)), (arch, wide))
+
+    def turned(self, arch, dtype, shape, num_warps, change):
+        """Whether changed code transposes a matrix [ROWS, COLUMNS] rightly, and how often each instruction ran."""
+        # Every byte differs from its neighbours.
+        x = (torch.arange(shape[0] * shape[1]) * 0x9E3779B97F4A7C15).to(dtype).reshape(shape)
+        out = torch.zeros(shape[1], shape[0], dtype=dtype)
+        options = {"ROWS": shape[0], "COLUMNS": shape[1], "num_warps": num_warps}
+        run = self.run_changed(turn, arch, change, (1,), x, out, **options)
+        return torch.equal(out, x.T), run.by_kind
+
+    def test_local_memory_from_accumulation_registers(self):
+        """Triton 3.6 stores results of products to local memory from where the matrix unit left them."""
+        seen = set()
+        for dtype, shape, num_warps in (
+            (torch.uint8, (64, 64), 1), (torch.int16, (64, 64), 1), (torch.int32, (16, 16), 1),
+            (torch.int32, (64, 64), 1), (torch.int32, (64, 128), 4), (torch.int64, (16, 16), 1),
+            (torch.int64, (64, 64), 1), (torch.int64, (32, 128), 1),
+        ):  # fmt: skip
+            for arch in ("gfx942", "gfx950"):
+                right, ran = self.turned(arch, dtype, shape, num_warps, through_accumulation_registers)
+                self.assertTrue(right, (arch, dtype, shape))
+                for kind in ("write", "read"):
+                    self.assertTrue(any(name.startswith(f"v_accvgpr_{kind}") for name in ran), ran)
+                seen |= {name for name in ran if name.startswith("ds_write")}
+        # Others come with one version of Triton and not with another: test_local_memory_operands reads them.
+        forms = ("b8", "b8_d16_hi", "b16", "b16_d16_hi", "b128")
+        self.assertLessEqual({f"ds_write_{form}" for form in forms} | {"ds_write2_b32", "ds_write2_b64"}, seen)
+
+    def test_refuses_other_uses_of_accumulation_registers(self):
+        """What would take a vector register in place of one for accumulation is not run."""
+        from sglang.test.amd_emulator.emulator import EmulatorError
+
+        for instruction in (
+            "ds_add_u32 v0, a0", "ds_bpermute_b32 a0, v1, a2", "ds_swizzle_b32 a0, v1 offset:1",
+            "global_atomic_add v[0:1], a0, off",
+        ):  # fmt: skip
+
+            def plant(assembly, instruction=instruction):
+                return re.sub(r"(\n\s+)(ds_write)", rf"\1{instruction}\1\2", assembly, count=1)
+
+            with self.assertRaisesRegex(EmulatorError, "of an accumulation register", msg=instruction):
+                self.turned("gfx942", torch.int32, (16, 16), 1, plant)
 
     def test_ops_over_their_cases(self):
         """The corner cases of fused mHC between sub-blocks, on both architectures."""

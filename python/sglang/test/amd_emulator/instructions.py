@@ -4,7 +4,8 @@ At tinygrad a9069c177a: no semantics for DS_READ_*_TR_*, DS_SWIZZLE, V_PERMLANE{
 for the mode register, and 8-bit floats are OCP's on gfx942 too; DPP is applied lane by lane in place, row_bcast reads
 another lane, masked lanes are written; MUBUF takes every access as whole dwords; 32x32 MFMA puts results in the wrong
 rows and reads A and B in AGPRs from VGPRs; scaled MFMA refuses FP6 and FP4; V_FMA_MIX loses subnormal numbers of 16
-bits; in VOP1, VOP2 and VOPC of 16 bits a VGPR past 127 is taken for the high half of another, as on RDNA.
+bits; in VOP1, VOP2 and VOPC of 16 bits a VGPR past 127 is taken for the high half of another, as on RDNA; what stores
+to LDS from an AGPR, or uses one in an atomic operation, takes the VGPR of the same number.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 # Kinds of wave_loop.c.
 MFMA, PERMLANE16, PERMLANE32, TRANSPOSE_READ, BPERMUTE, PERMUTE = range(1, 7)
-SWIZZLE, DPP, BUFFER, MFMA_SCALED, BORROWED, WIDEN, FMA_MIX, SATURATE, TO_EIGHT_BITS = range(7, 16)
+SWIZZLE, DPP, BUFFER, MFMA_SCALED, BORROWED, WIDEN, FMA_MIX, SATURATE, TO_EIGHT_BITS, LDS_STORE = range(7, 17)
 # Those that tinygrad runs in another form of the same instruction.
 REWRITTEN = (DPP, BORROWED)
 
@@ -36,6 +37,9 @@ _TO_EIGHT_BITS = re.compile(r"V_CVT_(SCALEF32_)?PK_(FP8|BF8)_(F32|BF16|F16)(_E64
 _SATURATION_BIT = 1 | 23 << 6
 _MIX = re.compile(r"V_(?:MAD|FMA)_MIX(LO|HI)?_F(?:32|16)$")
 _BUFFER = re.compile(r"BUFFER_(LOAD|STORE|ATOMIC)_(LDS_)?(\w+)$")
+# LDS to AGPRs, which tinygrad or the kinds above do rightly, and AGPRs to LDS.
+_LDS_LOAD = re.compile(r"DS_READ(2|2ST64)?_[BUI]\d+(_TR_B\d+)?$")
+_LDS_STORE = re.compile(r"DS_WRITE(2|2ST64)?_B(\d+)(_D16_HI)?$")
 
 
 class Word:
@@ -55,6 +59,8 @@ def replaced(name: str, instruction: Any, raw: bytes) -> tuple[int, list[int]] |
         return MFMA, _mfma(match, f)
     if "F8F6F4" in name:
         return MFMA_SCALED, _scaled_mfma(name, f, Word(raw[8:16]) if instruction.size() == 16 else None)
+    if (kept := _accumulation_data(name, instruction, f)) is not None:
+        return LDS_STORE, kept
     if name in ("V_PERMLANE16_SWAP_B32_E32", "V_PERMLANE32_SWAP_B32_E32"):
         return (PERMLANE16 if "16" in name[:12] else PERMLANE32), [f(17, 8), f(0, 9) - 256]
     if match := re.match(r"DS_READ_B64_TR_B(16|8|4)$", name):
@@ -85,6 +91,23 @@ def replaced(name: str, instruction: Any, raw: bytes) -> tuple[int, list[int]] |
         return FMA_MIX, _fma_mix(name, match, f)
     high = high_registers(instruction, f)
     return (BORROWED, _borrowed(high, f)) if high else None
+
+
+def _accumulation_data(name: str, instruction: Any, f: Word) -> list[int] | None:
+    """Operands of a store to LDS from AGPRs; None if the instruction has no AGPR that tinygrad takes for a VGPR."""
+    kind = type(instruction).__name__
+    if kind in ("FLAT", "GLOBAL", "SCRATCH") and f(55, 1) and "ATOMIC" in name:
+        raise NotImplementedError(f"{name} of an accumulation register")
+    if kind != "DS" or not f(25, 1) or _LDS_LOAD.match(name):
+        return None
+    match = _LDS_STORE.match(name)
+    if not match:
+        raise NotImplementedError(f"{name} of an accumulation register")
+    size, first, second = int(match[2]) // 8, f(0, 16), 0
+    if match[1]:
+        unit = size * (64 if match[1] == "2ST64" else 1)
+        first, second = f(0, 8) * unit, f(8, 8) * unit
+    return [f(32, 8), f(40, 8), f(48, 8), first, second, size, 2 if match[1] else 1, 16 if match[3] else 0]
 
 
 def _widen_whole(match: re.Match[str], f: Word) -> list[int]:

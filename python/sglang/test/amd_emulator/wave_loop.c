@@ -199,6 +199,20 @@ static void ds_tr(u64 *b, int32_t *x) {
             D[(x[0] + 1) * 64 + l] = (u32)(o >> 32);
         }
 }
+/* Stores to LDS from accumulation registers.
+   x: addr data0 data1 offset0 offset1 (bytes) bytes parts(1 or 2) shift(16: the upper half) */
+static void lds_store(u64 *b, int32_t *x) {
+    u32 *V = (u32 *)b[1], *A = (u32 *)b[5];
+    uint8_t *L = (uint8_t *)b[3];
+    u64 ex = exec_((u32 *)b[0]);
+    for (int part = 0; part < x[6]; part++)
+        for (int l = 0; l < 64; l++)
+            if (ex >> l & 1)
+                for (int o = 0; o < x[5]; o += 4) {
+                    u32 v = A[(x[1 + part] + o / 4) * 64 + l] >> x[7];
+                    memcpy(L + V[x[0] * 64 + l] + x[3 + part] + o, &v, x[5] - o < 4 ? x[5] - o : 4);
+                }
+}
 /* x: dst data addr off */
 static void bpermute(u64 *b, int32_t *x) {
     u32 *V = (u32 *)b[1], o[64];
@@ -500,6 +514,7 @@ int run_wave(u64 *b, ent_t *tab, u64 base, u64 nslots, u64 limit, u64 *done, int
             case 13: fma_mix(b, e->x); break;
             case 14: saturates = e->x[0]; break;
             case 15: to_eight_bits(b, e->x); break;
+            case 16: lds_store(b, e->x); break;
             }
             pc += e->x[15];
             s[256] = (u32)pc;
