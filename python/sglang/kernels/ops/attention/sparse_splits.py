@@ -30,8 +30,8 @@ class Range:
 class SparseTile:
     """heads: of a program, all of one row; block_n: rows that it reads at once.
 
-    kpack: how many operands of a product a lane of CDNA3 reads at once, 0 elsewhere. In latent attention of two
-    products, 2 gave wrong numbers in the emulator (triton 3.6.0, a tail of 16 columns); it runs these tiles right.
+    kpack: how many operands of a product a lane of CDNA3 reads at once, 0 elsewhere. With 2, triton 3.6.0 compiles a
+    product of 16 columns wrongly where it adds to another (latent attention with a tail of 16); the logits here do not.
     """
 
     heads: int
