@@ -29,6 +29,8 @@ LONG_PREFIXES = (1000, 8000)
 TOKENS_AFTER_LONG = (1, 16, 77, 1024)
 # Requests of two tokens each: the number of requests decides how the rows of a state are split over programs.
 SHORT_REQUESTS = (2, 4, 8, 16)
+# So many requests that their attention is not split, new and cached tokens of each.
+MANY_REQUESTS = ((1, 1000),) * 512
 # A one-token request mixed with longer ones: GDN layers split such a batch and read gathered rows.
 MIXED = ((1, 64), (77, 0), (2, 64))
 
@@ -51,7 +53,7 @@ def warm_up_steps(max_tokens: int, max_context: int) -> list[WarmUpStep]:
         for tokens in sizes
         if tokens >= batch
     ]
-    steps += [*(((2, 0),) * batch for batch in SHORT_REQUESTS), MIXED]
+    steps += [*(((2, 0),) * batch for batch in SHORT_REQUESTS), MIXED, MANY_REQUESTS]
     return [step for step in steps if _fits(step, max_tokens, max_context)]
 
 
