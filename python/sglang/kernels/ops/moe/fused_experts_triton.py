@@ -153,9 +153,9 @@ def expert_tile(
             w = tl.load(w_at, mask=inside[:, None], other=0.0)
         if FP8:
             # A tile lies inside one block of weights, so its scale is one number. Triton 3.6 compiles no pointer to one
-            # number for AMD that a loop moves.
+            # number for AMD that a loop moves, nor one to the scales of rows of one group.
             step_scale_at = w_scale_at + start // BLOCK_K
-            x_scale = tl.load(x_scale_at)
+            x_scale = tl.load(x_scale_at + start // BLOCK_K * x_scale_step)
             acc += tl.dot(x, w) * (x_scale * tl.load(step_scale_at))[:, None]
         else:
             acc = tl.dot(x, w, acc, input_precision="ieee")
@@ -168,8 +168,6 @@ def expert_tile(
                 acc_2 += tl.dot(x, w_2) * (x_scale * tl.load(step_scale_at + apart // GROUP * groups))[:, None]
             else:
                 acc_2 = tl.dot(x, w_2, acc_2, input_precision="ieee")
-        if FP8:
-            x_scale_at += x_scale_step
         x_at += BLOCK_K
         w_at += BLOCK_K
     dtype = out_ptr.dtype.element_ty if ROWS is None else ROWS

@@ -52,13 +52,25 @@ def fused_experts_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
 
 
 def fused_experts_fp8_cases(device: str = "meta") -> Iterator[tuple[Op, Case]]:
-    """DeepSeek-V3's experts, without contents, on every path, in the platform's 8-bit float."""
+    """Experts of DeepSeek-V3, and of Qwen3.5 split over four ranks, without contents, on every path, in the platform's
+    8-bit float."""
     dtype = fp8_dtype(current_platform.arch)
+
+    def weights_of(experts: int, hidden: int, width: int) -> tuple[Tensor, ...]:
+        shapes = ((experts, 2 * width, hidden), (experts, hidden, width))
+        blocks = [(experts, rows // group_fp8.GROUP, columns // group_fp8.GROUP) for _, rows, columns in shapes]
+        w13, w2 = (torch.empty(shape, dtype=dtype, device=device) for shape in shapes)
+        w13_scale, w2_scale = (torch.empty(shape, device=device) for shape in blocks)
+        return w13, w13_scale, w2, w2_scale
+
+    experts, hidden, width, top_k = SERVING_MODELS["qwen35"]
+    for tokens in (8, 1024):
+        x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=device)
+        weights = torch.empty(tokens, top_k, device=device)
+        operands = (*weights_of(experts, hidden, width // 4), weights, weights.to(torch.int32))
+        yield fused_experts_fp8, Case(f"qwen35 of 4 ranks t{tokens} fp8", (x, *operands))
     experts, hidden, width, top_k = SERVING_MODELS["v3"]
-    w13 = torch.empty(experts, 2 * width, hidden, dtype=dtype, device=device)
-    w2 = torch.empty(experts, hidden, width, dtype=dtype, device=device)
-    w13_scale = torch.empty(experts, 2 * width // group_fp8.GROUP, hidden // group_fp8.GROUP, device=device)
-    w2_scale = torch.empty(experts, hidden // group_fp8.GROUP, width // group_fp8.GROUP, device=device)
+    w13, w13_scale, w2, w2_scale = weights_of(experts, hidden, width)
     for tokens in (1, 8, 128, 8192):
         x = torch.empty(tokens, hidden, dtype=torch.bfloat16, device=device)
         weights = torch.empty(tokens, top_k, device=device)
