@@ -74,6 +74,10 @@ class TestEarlyErrors(CustomTestCase):
                 (["--no-such-flag"], {}, "error: unknown flag --no-such-flag: --help lists all flags\n"),
                 (["--tp", "0"], {}, "error: --tp-size must be at least 1, got 0\n"),
                 ([], {"SGLANG_USE_AITR": "1"}, "error: unknown environment variable SGLANG_USE_AITR; did you mean"),
+                (["--model-path", "/no/model"], {}, "error: model: unknown model path '/no/model': it is not a folder"),
+                (["--model-path", "no/model"], {}, "error: model: unknown model path 'no/model': it is not a folder"),
+                (["--model-path", "/" + "m" * 300], {}, "error: model: unknown model path '/mmm"),
+                (["--model-path", folder], {}, f"error: model: model path '{folder}' has no config.json"),
                 # With nothing wrong the launch continues, and it is the import that fails.
                 (["--skip-server-warmup"], {}, "RuntimeError: torch was imported\n"),
             ):

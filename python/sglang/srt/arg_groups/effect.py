@@ -51,7 +51,7 @@ def _no_extend_graphs(here: Situation) -> str:
     args = here.args
     if args.disable_cuda_graph or args.disable_piecewise_cuda_graph:
         return "no prompt steps are captured"
-    if args.attn_dp_size > 1 or args.moe_a2a_backend != "none":
+    if args.steps_differ:
         return "prompt steps are not captured where the steps of ranks differ"
     sizes, chunk = args.piecewise_cuda_graph_tokens, args.chunked_prefill_size or 0
     return f"prompt steps have at most {chunk} tokens" if 0 < chunk < min(sizes or [chunk]) else ""

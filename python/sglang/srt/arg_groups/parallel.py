@@ -76,3 +76,8 @@ class ParallelArgs:
     def attn_dp_size(self) -> int:
         """Attention groups of one replica."""
         return self.dp_size if self.enable_dp_attention else 1
+
+    @property
+    def steps_differ(self) -> bool:
+        """Whether the ranks of one replica may run different steps at a time, or exchange tokens within one."""
+        return self.attn_dp_size > 1 or self.moe_a2a_backend != "none"

@@ -13,6 +13,7 @@ from typing import Any
 
 from sglang.srt.arg_groups.checks import RULES
 from sglang.srt.arg_groups.upstream import MISNAMED, distinct_flags, upstream_flags
+from sglang.srt.configs.model_folder import folder_problems
 from sglang.srt.environ import check_environment
 from sglang.srt.server_args import (
     DESCRIPTION,
@@ -38,11 +39,16 @@ class Parsed:
     warnings: list[str] = field(default_factory=list)
 
     def start_errors(self) -> list[str]:
-        """What is wrong with flags and variables, or else with the port; a dry run lists these with all else."""
+        """What is wrong with flags and variables, or else with the model's folder and the port.
+
+        A dry run lists these with all else.
+        """
         if self.args.dry_run:
             return []
         if errors := [*self.errors, *check_environment().errors]:
             return errors
+        if errors := folder_problems(self.args.model_path, self.args.revision):
+            return [f"model: {error}" for error in errors]
         try:
             bind(self.args.host, self.args.port).close()
         except PortError as error:

@@ -14,7 +14,7 @@ from sglang.srt.arg_groups.keys import find_keys
 from sglang.srt.arg_groups.parse import Parsed, check
 from sglang.srt.arg_groups.resolve import STEPS
 from sglang.srt.arg_groups.steps import Change, Context
-from sglang.srt.configs.hub_cache import cached_folder, download_line, is_model_id
+from sglang.srt.configs.model_folder import cached_folder, download_line, is_model_id
 from sglang.srt.environ import EnvError, check_environment, envs
 from sglang.srt.layers.moe.token_dispatcher.config import mori_setting_problems
 from sglang.srt.server_args import ServerArgs

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 
-from sglang.embedded_models import EMBEDDED_MODELS
 from sglang.srt.configs.deepseek import DeepseekConfig
 from sglang.srt.configs.deepseek_v4 import DeepseekV4Config
 from sglang.srt.configs.errors import ConfigError
 from sglang.srt.configs.generation import end_token_ids, sampling_defaults
-from sglang.srt.configs.hub_cache import download_line, is_model_id
+from sglang.srt.configs.model_folder import existing_config
 from sglang.srt.configs.quantization import QuantConfig, read_quantization
 from sglang.srt.configs.qwen3_5 import Qwen3_5Config
 from sglang.srt.configs.stored_experts import stored_experts
@@ -107,7 +106,7 @@ class ModelConfig:
         generation_config.json are read only with ``use_generation_defaults``. The tokenizer's end tokens are not
         known here (``with_tokenizer_end``). Raises ConfigError that names the file and every problem found in it.
         """
-        config_file = _existing_config(model_path)
+        config_file = existing_config(model_path)
         hf_config = _load_json(config_file)
         try:
             hf_config = apply_overrides(hf_config, json_model_override_args or {})
@@ -212,35 +211,6 @@ def _override_section(section: dict[str, Any], overrides: Mapping[str, Any]) -> 
         if isinstance(result.get(key), list) and isinstance(layers, int) and key not in overrides:
             result[key] = result[key][:layers]
     return result
-
-
-def _existing_config(model_path: str) -> Path:
-    folder = Path(model_path)
-    if not folder.is_dir():
-        if not folder.exists() and "/" not in model_path:
-            raise ConfigError(
-                f"unknown model {model_path!r}: it is neither a folder nor one of the models of the package "
-                f"({', '.join(EMBEDDED_MODELS)}). Nothing is downloaded from a hub."
-            )
-        what = "a file, not a folder" if folder.exists() else "not a folder on this machine"
-        raise ConfigError(
-            f"unknown model path {model_path!r}: it is {what}{_no_id(model_path)}. Nothing is fetched from a hub: "
-            "download the model and pass the folder that contains its config.json, tokenizer.json and *.safetensors."
-        )
-    config_file = folder / "config.json"
-    if not config_file.is_file():
-        raise ConfigError(
-            f"model path {model_path!r} has no config.json: pass the folder of a model in Hugging Face format "
-            "(config.json, tokenizer.json and *.safetensors)."
-        )
-    return config_file
-
-
-def _no_id(model_path: str) -> str:
-    """What is said of a path that looks like an id of the hub."""
-    if not is_model_id(model_path):
-        return ""
-    return f", and as an id it is not in the local Hugging Face cache: `{download_line(model_path)}` puts it there"
 
 
 def _load_json(path: Path) -> dict[str, Any]:

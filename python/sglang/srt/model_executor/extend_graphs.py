@@ -21,6 +21,7 @@ from sglang.srt.model_executor.forward_batch_info import (
     ModelWorkerBatch,
     PackedBounds,
     StepPlan,
+    host_column,
     low_words,
     pack,
     unpacked,
@@ -133,16 +134,16 @@ class ExtendGraphs(BucketGraphs[LogitsProcessorOutput]):
         rows = list(accumulate(new, initial=0))
         columns = {
             "req_pool_indices": _filled(batch.req_pool_indices, room + 1, self._padding_row),
-            "seq_lens": torch.tensor(seen),
-            "extend_seq_lens": torch.tensor(new),
-            "qo_indptr": torch.tensor(rows),
-            "kv_indptr": torch.tensor(list(accumulate(seen, initial=0))),
-            "logits_rows": torch.tensor([max(0, row - 1) for row in rows[1:-1]]),
-            "successors": torch.tensor([*(batch.successors or [-1] * batch.batch_size), *absent]),
+            "seq_lens": host_column(seen),
+            "extend_seq_lens": host_column(new),
+            "qo_indptr": host_column(rows),
+            "kv_indptr": host_column(list(accumulate(seen, initial=0))),
+            "logits_rows": host_column([max(0, row - 1) for row in rows[1:-1]]),
+            "successors": host_column([*(batch.successors or [-1] * batch.batch_size), *absent]),
             "input_ids": _filled(batch.input_ids, bucket),
             "positions": _filled(batch.positions, bucket),
             "out_cache_loc": _filled(batch.out_cache_loc, bucket),
-            "num_tokens": torch.tensor([sum(lengths)]),
+            "num_tokens": host_column([sum(lengths)]),
         }
         if self._has_state:
             columns["state_slot_ids"] = _filled(batch.state_slot_ids, room + 1)

@@ -156,17 +156,17 @@ class ModelWorkerBatch:
         if out_cache_loc.numel() > len(seq_lens) * width:
             table = out_cache_loc.view(len(seq_lens), -1)
             out_cache_loc = table[:, :width].flatten()
-        positions = _column(seq_lens) - width
+        positions = host_column(seq_lens) - width
         if width > 1:
             positions = (positions.unsqueeze(1) + torch.arange(width)).flatten()
         return cls(
             forward_mode=ForwardMode.DECODE if kind is DECODE else ForwardMode.TARGET_VERIFY,
             input_ids=None,
             positions=positions,
-            req_pool_indices=_column(req_pool_indices),
+            req_pool_indices=host_column(req_pool_indices),
             seq_lens=list(seq_lens),
             out_cache_loc=out_cache_loc,
-            state_slot_ids=None if state_slot_ids is None else _column(state_slot_ids),
+            state_slot_ids=None if state_slot_ids is None else host_column(state_slot_ids),
             kind=kind,
             table_loc=table,
             logprobs=list(logprobs),
@@ -192,11 +192,11 @@ class ModelWorkerBatch:
             forward_mode=forward_mode,
             input_ids=input_ids,
             positions=torch.cat([torch.arange(start, end) for start, end in spans]),
-            req_pool_indices=_column(req_pool_indices),
+            req_pool_indices=host_column(req_pool_indices),
             seq_lens=list(seq_lens),
             out_cache_loc=out_cache_loc,
             extend_seq_lens=[end - start for start, end in spans],
-            state_slot_ids=None if state_slot_ids is None else _column(state_slot_ids),
+            state_slot_ids=None if state_slot_ids is None else host_column(state_slot_ids),
             logprobs=list(logprobs),
             successors=successors,
         )
@@ -304,18 +304,18 @@ class ForwardBatch:
         scored = [entry for entry in batch.logprobs if entry is not None and entry.input_start is not None]
         columns = {
             "req_pool_indices": batch.req_pool_indices,
-            "seq_lens": _column(batch.seq_lens),
+            "seq_lens": host_column(batch.seq_lens),
             "positions": batch.positions,
             "out_cache_loc": batch.out_cache_loc,
             "input_ids": batch.input_ids,
-            "extend_seq_lens": None if batch.extend_seq_lens is None else _column(batch.extend_seq_lens),
+            "extend_seq_lens": None if batch.extend_seq_lens is None else host_column(batch.extend_seq_lens),
             "state_slot_ids": batch.state_slot_ids,
             "table_loc": None if batch.table_loc is None else batch.table_loc.flatten(),
-            "successors": None if batch.successors is None else _column(batch.successors),
-            "logits_rows": None if starts is None else _column(last),
+            "successors": None if batch.successors is None else host_column(batch.successors),
+            "logits_rows": None if starts is None else host_column(last),
             "prompt_targets": _joined([entry.input_target_ids for entry in scored]),
             "prompt_chosen": _joined([entry.token_ids for entry in scored]),
-            "num_token_non_padded": _column([num_tokens]),
+            "num_token_non_padded": host_column([num_tokens]),
         }
         if batch.kind is not None and batch.kind.rows_per_request > 1:
             # Such a step overwrites them, and on a CPU they are the host's.
@@ -348,7 +348,7 @@ class ForwardBatch:
         )
 
 
-def _column(values: Sequence[int]) -> torch.Tensor:
+def host_column(values: Sequence[int]) -> torch.Tensor:
     """[n] int64 on the host, made with numpy, which takes a third of torch's time for a list."""
     return torch.from_numpy(np.array(values, dtype=np.int64))
 
@@ -356,7 +356,7 @@ def _column(values: Sequence[int]) -> torch.Tensor:
 def _joined(ids: Sequence[tuple[int, ...]]) -> torch.Tensor | None:
     """All ids one after the other: [sum] int64, None for none."""
     joined = [token_id for part in ids for token_id in part]
-    return _column(joined) if joined else None
+    return host_column(joined) if joined else None
 
 
 def _to_device(columns: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

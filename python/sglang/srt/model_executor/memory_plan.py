@@ -238,7 +238,7 @@ def extend_graph_buckets(args: ServerArgs, family: str) -> list[int]:
     """
     if args.disable_cuda_graph or args.disable_piecewise_cuda_graph:
         return []
-    if args.attn_dp_size > 1 or args.moe_a2a_backend != "none":
+    if args.steps_differ:
         return []
     sizes, chunk = args.piecewise_cuda_graph_tokens, args.chunked_prefill_size or 0
     most = args.piecewise_cuda_graph_max_tokens or max(sizes or [0 if family == COMPRESSED else DEFAULT_MAX_TOKENS])

@@ -17,6 +17,7 @@ from sglang.srt.model_executor.forward_batch_info import (
     ForwardMode,
     ModelWorkerBatch,
     StepKind,
+    host_column,
     low_words,
 )
 from sglang.srt.platforms.interface import DeviceGraph
@@ -102,7 +103,7 @@ class StepBuffers:
         tokens[SLOTS, size * width : bucket * width] = 0
         table[size:bucket] = 0
         requests[REQ_ROWS, :size] = batch.req_pool_indices
-        requests[SEQ_LENS, :size] = torch.tensor(batch.seq_lens, dtype=torch.int64)
+        requests[SEQ_LENS, :size] = host_column(batch.seq_lens)
         tokens[POSITIONS, : size * width] = batch.positions
         tokens[SLOTS, : size * width] = batch.out_cache_loc
         if self._table_width and size:
