@@ -246,7 +246,9 @@ class TestKindsOfFault(CustomTestCase):
             (RowFault.TOKEN_ID, 500, "outside the vocabulary"),
         ):
             with self.subTest(fault):
-                setup = self.run_with(fault, None, 3)
+                told = self.assertNoLogs if status == 400 else self.assertLogs
+                with told("sglang", "ERROR"):  # the main process says what a client did
+                    setup = self.run_with(fault, None, 3)
                 reason = setup.channel.reasons["a"]
                 self.assertEqual((reason.type, reason.status_code), ("abort", status))
                 self.assertRegex(reason.message, words)

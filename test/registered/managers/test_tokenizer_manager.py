@@ -1,6 +1,7 @@
 """The tokenizer manager against a fake scheduler on the real sockets: results, checks, aborts, failures."""
 
 import asyncio
+import logging
 import tempfile
 import types
 import unittest
@@ -244,6 +245,16 @@ class TestRefusals(ManagerTestCase):
         await self.refused("boom", text=["a", "b"])
         self.assertEqual(self.manager.num_in_flight, 0)
 
+    async def test_what_the_client_did_is_a_warning_once(self):
+        for status, lines in ((400, ["WARNING:mine"]), (500, []), (503, [])):
+            self.scheduler.error = FinishReason(type="abort", message="bo\nom", status_code=status)
+            with self.subTest(status), self.assertLogs("sglang", "INFO") as logs:
+                logging.getLogger("sglang").info("-")
+                await self.refused("bo\nom", text="a", rid="mine")
+                said = [f"{r.levelname}:{r.args[0]}" for r in logs.records if r.args]
+                self.assertEqual(said, lines)
+                self.assertNotIn("\n", "".join(r.getMessage() for r in logs.records))
+
     async def test_an_error_in_mid_stream_comes_after_what_was_sent(self):
         self.scheduler.error = FinishReason(type="abort", message="boom", status_code=500)
         with self.assertRaisesRegex(RequestError, "boom"):
@@ -309,6 +320,7 @@ class TestAborts(ManagerTestCase):
             return await encode(single)
 
         self.manager._encode = wait_and_encode
+        self.scheduler.delay_s = 0.05  # so that none ends before the abort that follows it arrives
         for named, ended in (({"rid": "job"}, ["abort", "abort", "length"]), ({"abort_all": True}, ["abort"] * 3)):
             go_on.clear()
             waiting.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,9 @@ import msgspec
 from sglang.srt.managers.io_struct import FinishReason, LogprobEntry, StrOutput, TokenLogprobs
 from sglang.srt.managers.request_input import RequestError, SingleRequest
 from sglang.srt.managers.request_metrics import RequestMetrics, RequestTimer
+from sglang.srt.utils.logging_config import shown
+
+logger = logging.getLogger(__name__)
 
 TokenText = Callable[[int], str | None]
 
@@ -98,6 +102,9 @@ class RequestState:
         if output.finish_reason is not None:
             self.finish_reason = output.finish_reason
             self.latency = time.perf_counter() - self.created
+            # Faults of the server are logged where they happen.
+            if (error := self.error()) is not None and error.status_code < 500:
+                logger.warning("request %.64r is ended: %s", self.rid, shown(error.message))
         self.group.on_output(self)
 
     def error(self) -> RequestError | None:

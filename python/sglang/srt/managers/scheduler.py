@@ -452,9 +452,8 @@ class Scheduler:
         try:
             for number, fault in enumerate(output.row_faults[index]):
                 if fault and (fault == RowFault.LOGITS or (max_new and req.max_new_tokens)):
-                    req.finish_reason = fault_reason(RowFault(fault))
+                    req.finish_reason = fault_reason(req, RowFault(fault))
                     self.metrics.num_aborted_reqs += 1
-                    logger.error("request %.64r is ended: %s", req.rid, req.finish_reason.message)
                     return fault
                 if req.return_logprob and number == 0:
                     record_input_logprobs(req, output.prompt_logprobs.get(index, ()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -16,6 +17,8 @@ from sglang.srt.managers.schedule_batch import Req
 if TYPE_CHECKING:
     from sglang.srt.sampling.sampling_params import SamplingParams
     from sglang.srt.utils.hf_tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def record_input_logprobs(req: Req, blocks: Sequence[HostLogprobs]) -> None:
@@ -159,9 +162,11 @@ _FAULTS = {
 }
 
 
-def fault_reason(fault: RowFault) -> FinishReason:
-    """The finish reason of a request for which no token could be sampled."""
+def fault_reason(req: Req, fault: RowFault) -> FinishReason:
+    """The finish reason of a request for which no token could be sampled; logged if it is the server's fault."""
     message, status_code = _FAULTS[fault]
+    if status_code >= 500:
+        logger.error("request %.64r is ended: %s", req.rid, message)
     return abort_reason(message, status_code, _BAD if status_code == 400 else "InternalServerError")
 
 
