@@ -27,12 +27,12 @@ BUDGETS = {
     "sglang/kernels": 12_450,  # kernels that begin early wait; a norm and the product of its one row are one op
     "sglang/srt/*.py": 1_080,  # flags are declared on parsers where ServerArgs stands
     "sglang/srt/arg_groups": 2_420,  # the plan of streams follows from settings
-    "sglang/srt/configs": 2_125,
+    "sglang/srt/configs": 2_135,  # a folder of a model is looked at before torch is loaded
     "sglang/srt/constrained": 400,
     "sglang/srt/distributed": 300,
     "sglang/srt/entrypoints": 4_340,  # calls of the offline engine in all its threads end with it
     "sglang/srt/layers": 5_045,  # a norm gives one row multiplied
-    "sglang/srt/managers": 5_200,
+    "sglang/srt/managers": 5_210,  # what a client did is logged once, with its id
     "sglang/srt/mem_cache": 1_880,
     "sglang/srt/model_executor": 2_475,  # prompt steps are captured and checked
     "sglang/srt/model_loader": 350,
