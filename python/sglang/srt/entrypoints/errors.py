@@ -28,9 +28,9 @@ def error_response(error: RequestError) -> Response:
     return json_response(error_body(error), error.status_code, headers)
 
 
-def body_error(message: str) -> RequestError:
+def body_error(message: str, param: str | None = None) -> RequestError:
     """For a body that cannot be read: not JSON, of a wrong type, or with a field of a wrong type."""
-    return RequestError(message, 400, "Bad Request")
+    return RequestError(message, 400, "Bad Request", param=param)
 
 
 def http_error(status_code: int, message: str, headers: Mapping[str, str] | None = None) -> RequestError:

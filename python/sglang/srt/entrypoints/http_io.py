@@ -107,12 +107,7 @@ async def answer(request: Request, results: AsyncGenerator[Any, None]) -> Any:
         async with aclosing(results):
             return await anext(results)
 
-    try:
-        done, result = await run_while_connected(request.receive, first())
-    except RequestError as error:
-        return error_response(error)
-    except Exception as error:
-        return error_response(internal_error(error))
+    done, result = await run_while_connected(request.receive, first())
     return result if done else Response(status_code=CLIENT_CLOSED_REQUEST)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
-from sglang.srt.managers.request_input import RequestError
+from sglang.srt.managers.request_input import RequestError, too_long
 from sglang.srt.utils.hf_tokenizer import Tokenizer
 from sglang.srt.utils.limits import MAX_LONG_TEXTS_AT_ONCE
 
@@ -33,7 +33,7 @@ class PromptEncoder:
     async def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of ``text``. Raises RequestError if it is too long, no Unicode, or has unknown ids."""
         if len(text) > self._max_chars:
-            raise RequestError(
+            raise too_long(
                 f"The text has {len(text)} characters. The model's context length is {self._context_len} tokens of at "
                 f"most {self._tokenizer.max_token_chars} characters: send at most {self._max_chars} characters."
             )
@@ -77,7 +77,7 @@ class PromptEncoder:
         for start in range(0, len(text), _PIECE_CHARS):
             count += self._tokenizer.count_tokens(text[start : start + _PIECE_CHARS])
             if count > most:
-                raise RequestError(
+                raise too_long(
                     f"The text ({len(text)} characters) has more than {most} tokens. The model's context length is "
                     f"{self._context_len} tokens."
                 )

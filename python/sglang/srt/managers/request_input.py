@@ -40,6 +40,18 @@ class RequestError(Exception):
         self.code = code
 
 
+def too_long(message: str) -> RequestError:
+    """400 for a prompt that does not fit into the context, by OpenAI's code."""
+    return RequestError(message, param="input_ids", code="context_length_exceeded")
+
+
+def longer_than_context(num_tokens: int, context_len: int) -> RequestError:
+    return too_long(
+        f"The input ({num_tokens} tokens) is longer than the model's context length ({context_len} tokens) without the "
+        "one token that an output needs."
+    )
+
+
 def overloaded(message: str, retry_after_s: int) -> RequestError:
     """503 for a request that may be sent again after ``retry_after_s`` seconds."""
     return RequestError(message, 503, "ServiceUnavailableError", {"Retry-After": str(retry_after_s)})
@@ -131,7 +143,7 @@ def _num_samples(params: Any) -> int:
 
 def _non_empty(name: str, value: list[T]) -> list[T]:
     if not value:
-        raise RequestError(f"The prompt is empty: {name} is an empty list.")
+        raise RequestError(f"The prompt is empty: {name} is an empty list.", param="input_ids")
     return value
 
 

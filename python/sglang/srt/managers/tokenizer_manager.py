@@ -37,6 +37,7 @@ from sglang.srt.managers.request_input import (
     RequestError,
     SingleRequest,
     check_logprobs,
+    longer_than_context,
     num_prompt_logprobs,
     out_of_time,
     overloaded,
@@ -463,11 +464,11 @@ class TokenizerManager:
         elif self.tokenizer is None:
             raise RequestError("The server runs with --skip-tokenizer-init: send input_ids instead of text.")
         elif not single.text:
-            raise RequestError("The prompt is empty: text has no characters.")
+            raise RequestError("The prompt is empty: text has no characters.", param="input_ids")
         else:
             ids = await self.encode_text(single.text)
         if not ids:
-            raise RequestError("The prompt is empty: it has no tokens.")
+            raise RequestError("The prompt is empty: it has no tokens.", param="input_ids")
         return ids
 
     async def encode_text(self, text: str, add_special_tokens: bool = True) -> list[int]:
@@ -487,10 +488,7 @@ class TokenizerManager:
         """The prompt, cut if allowed; clamps ``params`` in place to the room that is left after it."""
         if len(input_ids) >= self.context_len:
             if not self.server_args.allow_auto_truncate:
-                raise RequestError(
-                    f"The input ({len(input_ids)} tokens) is longer than the model's context length "
-                    f"({self.context_len} tokens) without the one token that an output needs."
-                )
+                raise longer_than_context(len(input_ids), self.context_len)
             logger.warning("Prompt cut from %d to %d tokens.", len(input_ids), self.context_len - 1)
             input_ids = input_ids[: self.context_len - 1]
         room = self.context_len - len(input_ids)

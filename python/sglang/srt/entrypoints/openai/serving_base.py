@@ -6,7 +6,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing
+from contextlib import AbstractContextManager, aclosing
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -18,7 +18,8 @@ from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.errors import json_response
 from sglang.srt.entrypoints.full_queue import place_of
 from sglang.srt.entrypoints.http_io import EventStream, answer, asked_timeout, read_body
-from sglang.srt.entrypoints.openai.output_form import output_form
+from sglang.srt.entrypoints.openai.field_names import in_own_names
+from sglang.srt.entrypoints.openai.output_form import READERS, output_form
 from sglang.srt.entrypoints.openai.protocol import (
     GenerationRequest,
     GenerationResponse,
@@ -94,13 +95,23 @@ class OpenAIServing(ABC, Generic[RequestT]):
 
     async def handle(self, request: Request) -> Response:
         body, warnings = await read_body(request, self.request_type, self.manager.unknown_fields)
-        native = await self.native(body, warnings)
-        native.request_timeout = asked_timeout(request, body.request_timeout)
-        results = self.manager.generate_request(native, incremental=True, place=place_of(request))
-        if body.stream:
-            return EventStream(self.chunks(body, native, results, warnings))
-        result = await answer(request, results)
+        with self.own_names(body):
+            native = await self.native(body, warnings)
+            native.request_timeout = asked_timeout(request, body.request_timeout)
+            results = self.manager.generate_request(native, incremental=True, place=place_of(request))
+            if body.stream:
+                return EventStream(self.chunks(body, native, results, warnings))
+            result = await answer(request, results)
         return result if isinstance(result, Response) else json_response(self.whole(body, native, result, warnings))
+
+    def own_names(self, body: RequestT) -> AbstractContextManager[None]:
+        """Errors within it name the fields of ``body``."""
+        return in_own_names(self.request_type.__struct_fields__, self.renamed(body))
+
+    def renamed(self, body: RequestT) -> dict[str, str]:
+        """Fields of ``body`` by the native names that stand in errors."""
+        form = next((name for name in READERS if getattr(body, name) is not None), "tools")
+        return {"min_new_tokens": "min_tokens", "sampling_seed": "seed", **dict.fromkeys(GRAMMAR_KINDS, form)}
 
     async def native(self, body: RequestT, warnings: list[str]) -> GenerateReqInput:
         """The native request of a body, checked. Raises RequestError."""
@@ -166,14 +177,15 @@ class OpenAIServing(ABC, Generic[RequestT]):
             content, show_once = GenerationResponse(*head, choices, usage, show_once), msgspec.UNSET
             return content
 
-        async with aclosing(results):
-            async for result in results:
-                index = result.get("index", 0)
-                counter.see(index, result["meta_info"])
-                choices = list(self.deltas(body, native, index, result, states))
-                usage = counter.usage(only=index) if options.continuous_usage_stats else None
-                for choice in choices:
-                    yield chunk([choice], usage)
+        with self.own_names(body):
+            async with aclosing(results):
+                async for result in results:
+                    index = result.get("index", 0)
+                    counter.see(index, result["meta_info"])
+                    choices = list(self.deltas(body, native, index, result, states))
+                    usage = counter.usage(only=index) if options.continuous_usage_stats else None
+                    for choice in choices:
+                        yield chunk([choice], usage)
         if options.include_usage:
             yield chunk([], counter.usage())
 

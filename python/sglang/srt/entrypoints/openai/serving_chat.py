@@ -51,6 +51,12 @@ class OpenAIServingChat(OpenAIServing[ChatCompletionRequest]):
         if not 0 <= (body.top_logprobs or 0) <= MAX_CHAT_TOP_LOGPROBS:
             raise RequestError(f"top_logprobs must be in [0, {MAX_CHAT_TOP_LOGPROBS}], got {body.top_logprobs}.")
 
+    def renamed(self, body: ChatCompletionRequest) -> dict[str, str]:
+        prompt = "messages" if body.input_ids is None else "input_ids"
+        limit = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        names = {"max_new_tokens": limit, "input_ids": prompt, "top_logprobs_num": "top_logprobs"}
+        return super().renamed(body) | names
+
     def check_keys(self, body: ChatCompletionRequest, warnings: list[str] | None) -> None:
         template = self.manager.tokenizer.chat_template if self.manager.tokenizer is not None else None
         source = "" if template is None else template.source

@@ -32,6 +32,11 @@ class OpenAIServingCompletion(OpenAIServing[CompletionRequest]):
         if body.echo and self.manager.tokenizer is None:
             raise RequestError("echo needs a tokenizer, and the server runs with --skip-tokenizer-init.")
 
+    def renamed(self, body: CompletionRequest) -> dict[str, str]:
+        start = "logprob_start_len of /generate"
+        names = {"input_ids": "prompt", "top_logprobs_num": "logprobs", "logprob_start_len": start}
+        return super().renamed(body) | {"max_new_tokens": "max_tokens", **names}
+
     async def convert(self, body: CompletionRequest) -> GenerateReqInput:
         prompt: Any = body.prompt
         is_text = isinstance(prompt, str) or bool(prompt) and all(isinstance(item, str) for item in prompt)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, aclosing
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -16,6 +17,7 @@ from sglang.srt.entrypoints.endpoint import Endpoint
 from sglang.srt.entrypoints.errors import json_response
 from sglang.srt.entrypoints.full_queue import place_of
 from sglang.srt.entrypoints.http_io import EventStream, answer, asked_timeout, event, internal_error, read_body
+from sglang.srt.entrypoints.openai.field_names import in_own_names
 from sglang.srt.entrypoints.openai.protocol import ChatDelta
 from sglang.srt.entrypoints.openai.reply_reader import ReplyReader
 from sglang.srt.entrypoints.openai.responses_input import chat_body
@@ -40,6 +42,14 @@ from sglang.srt.entrypoints.openai.serving_base import Result
 from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat
 from sglang.srt.managers.request_input import RequestError
 
+# Fields of the chat endpoint that have another name.
+_RENAMED = {
+    **dict.fromkeys(("max_tokens", "max_completion_tokens"), "max_output_tokens"),
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning",
+    "messages": "input",
+}
+
 
 class OpenAIServingResponses:
     """Answers with the turn that ``chat`` reads from the model's reply."""
@@ -60,15 +70,18 @@ class OpenAIServingResponses:
         chat = chat_body(body)
         # By the id that the client sees, as with the other endpoints, it can abort the request.
         response_id = chat.rid = _new_id("resp")
-        native = await self._chat.native(chat, warnings)
-        native.request_timeout = asked_timeout(request, body.request_timeout)
-        turn = Turn(_begun(body, response_id), self._chat.parsers.reader(chat, native))
-        if body.return_warnings:
-            turn.response.warnings = warnings
-        results = self._manager.generate_request(native, incremental=True, place=place_of(request))
-        if body.stream:
-            return EventStream(_events(turn, results), bytes)
-        result = await answer(request, results)
+        names = {native: _RENAMED.get(name, name) for native, name in self._chat.renamed(chat).items()} | _RENAMED
+        own_names = partial(in_own_names, body.__struct_fields__, names)
+        with own_names():
+            native = await self._chat.native(chat, warnings)
+            native.request_timeout = asked_timeout(request, body.request_timeout)
+            turn = Turn(_begun(body, response_id), self._chat.parsers.reader(chat, native))
+            if body.return_warnings:
+                turn.response.warnings = warnings
+            results = self._manager.generate_request(native, incremental=True, place=place_of(request))
+            if body.stream:
+                return EventStream(_events(turn, results, own_names), bytes)
+            result = await answer(request, results)
         if isinstance(result, Response):
             return result
         for _ in turn.take(result):
@@ -189,7 +202,9 @@ class Turn:
         yield ResponseEvent(f"response.{'completed' if status == 'completed' else 'incomplete'}", response=response)
 
 
-async def _events(turn: Turn, results: AsyncGenerator[Any, None]) -> AsyncGenerator[bytes, None]:
+async def _events(
+    turn: Turn, results: AsyncGenerator[Any, None], own_names: Callable[[], AbstractContextManager[None]]
+) -> AsyncGenerator[bytes, None]:
     """Server-sent events, numbered. An error after the first of them is the last."""
     number = -1
 
@@ -202,13 +217,14 @@ async def _events(turn: Turn, results: AsyncGenerator[Any, None]) -> AsyncGenera
 
     async with aclosing(results):
         try:
-            async for result in results:
-                if number < 0:
-                    begins = ("response.created", "response.in_progress")
-                    for data in numbered([ResponseEvent(name, response=turn.response) for name in begins]):
+            with own_names():
+                async for result in results:
+                    if number < 0:
+                        begins = ("response.created", "response.in_progress")
+                        for data in numbered([ResponseEvent(name, response=turn.response) for name in begins]):
+                            yield data
+                    for data in numbered(turn.take(result)):
                         yield data
-                for data in numbered(turn.take(result)):
-                    yield data
         except Exception as error:
             if number < 0:
                 raise
