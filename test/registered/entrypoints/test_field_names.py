@@ -56,14 +56,9 @@ CASES = (
     (TEXT, {"suffix": "x"}, "suffix"),
     (TEXT, {"best_of": 4}, "best_of"),
 )  # fmt: skip
-# What only native requests have.
-NATIVE = {*GenerateReqInput.__struct_fields__, *SamplingParams.__struct_fields__} - {
-    "text",
-    "stream",
-    "model",
-    "regex",
-    "n",
-}
+# What only native requests have, without ordinary words.
+NATIVE = {*GenerateReqInput.__struct_fields__, *SamplingParams.__struct_fields__}
+NATIVE -= {"text", "stream", "model", "regex", "n"}
 
 
 class TestFieldNames(FakeServerTestCase):
